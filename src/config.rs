@@ -6,6 +6,8 @@
 //!
 //! [`Duration`]: std::time::Duration
 
+mod builtin;
+mod machine;
 mod types;
 
 pub use types::{
