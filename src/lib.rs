@@ -1,1 +1,4 @@
 //! Tidegate.
+
+pub mod router;
+pub mod upstream;

@@ -1,0 +1,3 @@
+//! From filters to members.
+
+pub mod trie;
