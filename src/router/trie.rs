@@ -111,11 +111,9 @@ impl<T: Copy> FilterTrie<T> {
                 if node.plus != NONE {
                     next.push(node.plus);
                 }
-                if id != NONE
-                    && node.first != NONE
-                    && let Some(&c) = self.edges.get(&(n, id))
-                {
-                    next.push(c);
+                let child = self.child(n, id);
+                if child != NONE {
+                    next.push(child);
                 }
             }
             if next.is_empty() {
@@ -152,6 +150,13 @@ impl<T: Copy> FilterTrie<T> {
                 }
             })
             .collect();
+        // "+" and "/#" would meet only in the empty topic, which does not exist
+        // [MQTT-4.7.3-1]: the slots where one would find the other.
+        let (empty_multi, empty_value) = match filter {
+            "+" => (self.child(ROOT, self.levels.get("")), NONE),
+            "/#" => (NONE, self.nodes[ROOT as usize].plus),
+            _ => (NONE, NONE),
+        };
         // Children are walked by their sibling links, so the stack is as deep
         // as the trie and not as wide.
         let mut stack: SmallVec<[Visit; 32]> = SmallVec::new();
@@ -175,12 +180,12 @@ impl<T: Copy> FilterTrie<T> {
                 });
             }
             // A stored `…/#` takes all that can follow, and nothing too.
-            if node.multi.is_some_and(&mut f) {
+            if n != empty_multi && node.multi.is_some_and(&mut f) {
                 return true;
             }
             let step = steps.get(at);
             if step.is_none() {
-                if node.value.is_some_and(&mut f) {
+                if n != empty_value && node.value.is_some_and(&mut f) {
                     return true;
                 }
                 if !multi {
@@ -198,9 +203,8 @@ impl<T: Copy> FilterTrie<T> {
             }
             match step {
                 Some(Step::Level(id)) => {
-                    if *id != NONE
-                        && let Some(&c) = self.edges.get(&(n, *id))
-                    {
+                    let c = self.child(n, *id);
+                    if c != NONE {
                         stack.push(Visit {
                             node: c,
                             at: below,
@@ -231,6 +235,14 @@ impl<T: Copy> FilterTrie<T> {
         }
     }
 
+    /// The child of `parent` by an interned level, or `NONE`.
+    fn child(&self, parent: u32, level: u32) -> u32 {
+        if level == NONE || self.nodes[parent as usize].first == NONE {
+            return NONE;
+        }
+        self.edges.get(&(parent, level)).copied().unwrap_or(NONE)
+    }
+
     fn find(&self, filter: &str) -> Option<u32> {
         let mut node = root_of(filter);
         if let (Some(path), _) = split_multi(filter) {
@@ -256,8 +268,9 @@ impl<T: Copy> FilterTrie<T> {
             self.nodes[parent as usize].plus = child;
             return child;
         }
-        if let Some(&c) = self.edges.get(&(parent, self.levels.get(level))) {
-            return c;
+        let known = self.child(parent, self.levels.get(level));
+        if known != NONE {
+            return known;
         }
         let id = self.levels.acquire(level);
         let first = self.nodes[parent as usize].first;
