@@ -1,4 +1,5 @@
 //! Tidegate.
 
+pub mod mqtt;
 pub mod router;
 pub mod upstream;
