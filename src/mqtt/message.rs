@@ -1,13 +1,17 @@
 //! An application message, stored once for all its receivers.
 
+use std::sync::Arc;
+
 use triomphe::ThinArc;
+
+use crate::limits::Account;
 
 use super::props::forwarded;
 use super::text::cut;
 use super::{Properties, QoS};
 
 /// What a message is made of.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct MessageSpec<'a> {
     /// A valid topic name.
     pub topic: &'a str,
@@ -23,6 +27,8 @@ pub struct MessageSpec<'a> {
     pub expires_at: u64,
     /// User properties of this name are left out.
     pub strip_key: Option<&'a str>,
+    /// Charged with [`Message::size`] for as long as the message lives.
+    pub account: Option<Arc<Account>>,
 }
 
 /// Topic, raw forwardable properties and payload in one exact-size allocation; a clone is a
@@ -37,10 +43,36 @@ struct Head {
     topic: u16,
     qos: QoS,
     retain: bool,
+    charge: Option<Charge>,
+}
+
+/// Gives back what the message was charged when its last reference goes.
+struct Charge {
+    account: Arc<Account>,
+    bytes: usize,
+}
+
+impl Charge {
+    fn new(account: Arc<Account>, body: usize) -> Self {
+        let bytes = size_of_body(body);
+        account.charge(bytes);
+        Self { account, bytes }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.account.release(self.bytes);
+    }
 }
 
 /// Reference count, head and length before the body.
 const OVERHEAD: usize = size_of::<usize>() * 2 + size_of::<Head>();
+
+fn size_of_body(len: usize) -> usize {
+    // Allocators round up; 16 is the common step.
+    (OVERHEAD + len).next_multiple_of(16)
+}
 
 impl Message {
     /// Copies what `spec` borrows. Keeps payload format indicator, content type, response topic,
@@ -50,14 +82,18 @@ impl Message {
         let topic = cut(spec.topic);
         let kept = || forwarded(spec.properties, spec.strip_key);
         let properties: usize = kept().map(<[u8]>::len).sum();
+        let len = 2 + topic.len() + properties + spec.payload.len();
         let head = Head {
+            charge: spec
+                .account
+                .clone()
+                .map(|account| Charge::new(account, len)),
             expires_at: spec.expires_at,
             properties: properties as u32,
             topic: topic.len() as u16,
             qos: spec.qos,
             retain: spec.retain,
         };
-        let len = 2 + topic.len() + properties + spec.payload.len();
         let mut arc = zeroed(head, len);
         arc.with_arc_mut(|arc| {
             let inner = triomphe::Arc::get_mut(arc).expect("made here and not yet shared");
@@ -103,8 +139,21 @@ impl Message {
 
     /// Bytes on the heap that this message costs, however often it is referenced.
     pub fn size(&self) -> usize {
-        // Allocators round up; 16 is the common step.
-        (OVERHEAD + self.0.slice.len()).next_multiple_of(16)
+        size_of_body(self.0.slice.len())
+    }
+
+    /// A copy that is charged to `account`; it outlives its original in another store.
+    pub fn charged_to(&self, account: &Arc<Account>) -> Message {
+        Message::new(&MessageSpec {
+            topic: self.topic(),
+            properties: Properties(self.properties()),
+            payload: self.payload(),
+            qos: self.qos(),
+            retain: self.retain(),
+            expires_at: self.expires_at(),
+            strip_key: None,
+            account: Some(account.clone()),
+        })
     }
 
     /// Whether both are the same stored message.

@@ -53,8 +53,8 @@ impl Router {
             }
             self.charge_entries(&mut shard);
         }
-        metrics().dropped(DropCause::Expired, expired as u64);
-        metrics().dropped(DropCause::Budget, zero as u64);
+        metrics().messages_dropped[DropCause::Expired].increment(expired as u64);
+        metrics().messages_dropped[DropCause::Budget].increment(zero as u64);
     }
 
     /// The shard whose least recently connected detached session with a queue is the oldest.
@@ -94,7 +94,7 @@ impl Router {
             };
             let dropped = s.session.outbound_mut().evict();
             s.session.gaps += dropped as u64;
-            metrics().dropped(DropCause::Budget, dropped as u64);
+            metrics().messages_dropped[DropCause::Budget].increment(dropped as u64);
             shard.settle(slot);
             self.charge_entries(&mut shard);
             if self.queue_used() <= target {
@@ -135,7 +135,7 @@ impl Router {
             dropped = s.session.outbound_mut().evict();
         }
         s.session.gaps += dropped as u64;
-        metrics().dropped(DropCause::Budget, dropped as u64);
+        metrics().messages_dropped[DropCause::Budget].increment(dropped as u64);
         shard.settle(slot);
         self.charge_entries(&mut shard);
         true

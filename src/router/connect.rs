@@ -250,7 +250,7 @@ impl Router {
 
     fn count_lost(&self, ended: &Ended) {
         if ended.messages > 0 {
-            metrics().dropped(DropCause::SessionEnd, ended.messages as u64);
+            metrics().messages_dropped[DropCause::SessionEnd].increment(ended.messages as u64);
         }
     }
 

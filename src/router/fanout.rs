@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use crate::mqtt::Message;
 use crate::session::{Delivered, DropReason, Outbound};
-use crate::telemetry::{DropReason as DropCause, metrics};
+use crate::telemetry::{DropReason as DropCause, Qos, metrics};
 
 use super::Router;
 use super::shard::Slot;
@@ -82,7 +82,10 @@ impl Tally {
 
     pub fn flush(&mut self) {
         let m = metrics();
-        for (qos, count) in self.delivered.iter_mut().enumerate() {
+        for (qos, count) in [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce]
+            .into_iter()
+            .zip(self.delivered.iter_mut())
+        {
             if *count > 0 {
                 m.messages_delivered[qos].increment(std::mem::take(count));
             }
@@ -98,7 +101,7 @@ impl Tally {
         for (index, cause) in causes.into_iter().enumerate() {
             let count = std::mem::take(&mut self.dropped[index]);
             if count > 0 {
-                m.dropped(cause, count);
+                m.messages_dropped[cause].increment(count);
             }
         }
     }

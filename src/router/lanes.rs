@@ -168,7 +168,10 @@ mod tests {
                 None => break,
             }
         }
-        assert!(before <= 8, "{before} of the flood went before its neighbour");
+        assert!(
+            before <= 8,
+            "{before} of the flood went before its neighbour"
+        );
         assert_eq!(lanes.len(), 1000 - before);
     }
 

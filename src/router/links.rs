@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 use crate::mqtt::{QoS, ReasonCode};
 use crate::telemetry::metrics;
 
+use super::Router;
 use super::table::{State, UNPLACED};
 use super::wake::Wake;
-use super::Router;
 
 /// A filter to be subscribed at the core.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,9 +94,7 @@ impl Router {
                 refused.push((number, waiters));
                 continue;
             }
-            if wanted
-                && let Some(filter) = table.get_mut(number)
-            {
+            if wanted && let Some(filter) = table.get_mut(number) {
                 filter.state = State::Pending;
                 let link = usize::from(filter.link);
                 table.pending[link].push_back(number);

@@ -44,7 +44,7 @@ impl Router {
             };
             if let Some(cause) = cause {
                 drop(lanes);
-                metrics().dropped(cause, 1);
+                metrics().messages_dropped[cause].increment(1);
                 return;
             }
         } else if let (Some((held, _)), Some(token)) = (full, token) {

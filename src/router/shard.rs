@@ -11,13 +11,11 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use crate::mqtt::{Message, QoS};
-use crate::session::{
-    Delivered, ENTRY_BYTES, Ended, Session, SessionLimits, Subscription, senior,
-};
+use crate::session::{Delivered, ENTRY_BYTES, Ended, Session, SessionLimits, Subscription, senior};
 
+use super::SessionRef;
 use super::fanout::Tally;
 use super::retained::Wants;
-use super::SessionRef;
 use super::wake::Wake;
 
 /// A session and what the router keeps beside it.

@@ -151,12 +151,7 @@ impl Router {
     }
 
     /// Writes the outcome of filters of one SUBSCRIBE.
-    fn answer_subscribe(
-        &self,
-        session: SessionRef,
-        packet_id: u16,
-        answers: &[(u16, ReasonCode)],
-    ) {
+    fn answer_subscribe(&self, session: SessionRef, packet_id: u16, answers: &[(u16, ReasonCode)]) {
         if answers.is_empty() {
             return;
         }

@@ -7,9 +7,9 @@ use crate::mqtt::ReasonCode;
 use crate::session::Close;
 use crate::telemetry::metrics;
 
+use super::Router;
 use super::connect::Due;
 use super::table::State;
-use super::Router;
 
 /// Unread messages on a lingering filter that make it busy.
 const BUSY: u32 = 100;

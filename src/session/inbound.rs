@@ -299,7 +299,10 @@ mod tests {
         inbound.keep(token, &first);
         inbound.restart();
         let fresh = inbound.arrive(1, 0, false, |m| m.payload() == b"on", QoS::AtLeastOnce);
-        assert!(matches!(fresh, Arrival::New(_)), "a legal identical message");
+        assert!(
+            matches!(fresh, Arrival::New(_)),
+            "a legal identical message"
+        );
         let mut inbound = Inbound::default();
         let token = new(&mut inbound, 1, QoS::AtLeastOnce);
         inbound.keep(token, &first);

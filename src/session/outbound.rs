@@ -359,7 +359,9 @@ impl Outbound {
 
     /// The client's PUBCOMP. False: unknown identifier.
     pub fn completed(&mut self, packet_id: u16) -> bool {
-        self.complete(packet_id, |s| matches!(s, State::Released | State::ReleaseAgain))
+        self.complete(packet_id, |s| {
+            matches!(s, State::Released | State::ReleaseAgain)
+        })
     }
 
     /// Whether `packet_id` is a QoS 1 (not QoS 2) delivery that waits for its acknowledgement.
@@ -384,7 +386,11 @@ impl Outbound {
     }
 
     fn trim(&mut self) {
-        while self.inflight.front().is_some_and(|e| e.state == State::Done) {
+        while self
+            .inflight
+            .front()
+            .is_some_and(|e| e.state == State::Done)
+        {
             self.inflight.pop_front();
             self.resend_at = self.resend_at.saturating_sub(1);
         }

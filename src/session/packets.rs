@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use crate::mqtt::{
     Ack, AckKind, Disconnect, Message, MessageSpec, Packet, Publish, QoS, ReasonCode, Subscribe,
-    Unsubscribe, Version, encode_ack, encode_pingresp, encode_suback,
-    encode_unsuback, matches, overlaps, split_shared,
+    Unsubscribe, Version, encode_ack, encode_pingresp, encode_suback, encode_unsuback, matches,
+    overlaps, split_shared,
 };
 
 use super::connection::Connection;
 use super::inbound::{Answer, Arrival};
-use super::{Close, Effect, PendingSubscribe, Policy, Session, SessionLimits, Subscription, Wanted};
+use super::{
+    Close, Effect, PendingSubscribe, Policy, Session, SessionLimits, Subscription, Wanted,
+};
 
 impl Session {
     /// Takes one packet that arrived on `lane` (0: the control stream). What it asks of the router
@@ -108,7 +110,10 @@ impl Session {
             };
             let id = publish.packet_id;
             let open_before = self.inbound.open();
-            match self.inbound.arrive(id, lane, publish.dup, same, publish.qos) {
+            match self
+                .inbound
+                .arrive(id, lane, publish.dup, same, publish.qos)
+            {
                 Arrival::New(new) => token = Some(new),
                 Arrival::Joined => return Ok(()),
                 Arrival::Answered(reason) => {
@@ -260,7 +265,12 @@ impl Session {
     ///
     /// # Errors
     /// [`Close`]: MQTT 3.1 has no code for a refusal.
-    pub fn subscribed(&mut self, packet_id: u16, index: u16, code: ReasonCode) -> Result<(), Close> {
+    pub fn subscribed(
+        &mut self,
+        packet_id: u16,
+        index: u16,
+        code: ReasonCode,
+    ) -> Result<(), Close> {
         let Some(pending) = self.pending.iter_mut().find(|p| p.packet_id == packet_id) else {
             return Ok(());
         };
@@ -297,7 +307,11 @@ impl Session {
     /// Puts a subscription in force, or replaces the one on the same filter [MQTT-3.8.4-3].
     /// Returns the one it replaced.
     pub fn add_subscription(&mut self, mut new: Subscription) -> Option<Subscription> {
-        if let Some(old) = self.subscriptions.iter_mut().find(|s| s.filter == new.filter) {
+        if let Some(old) = self
+            .subscriptions
+            .iter_mut()
+            .find(|s| s.filter == new.filter)
+        {
             new.overlaps = old.overlaps;
             new.active = old.active;
             return Some(std::mem::replace(old, new));
@@ -373,7 +387,9 @@ impl Session {
     ) -> Result<(), Close> {
         if let Some(expiry) = disconnect.session_expiry {
             if self.expiry == 0 && expiry != 0 {
-                return Err(protocol("DISCONNECT sets an expiry that CONNECT had at zero"));
+                return Err(protocol(
+                    "DISCONNECT sets an expiry that CONNECT had at zero",
+                ));
             }
             self.expiry = expiry.min(limits.expiry_max);
         }
@@ -425,7 +441,6 @@ pub fn senior<'s>(
     }
     best.map(|b| (b, retain))
 }
-
 
 fn close(reason: ReasonCode, why: &'static str) -> Close {
     Close { reason, why }
