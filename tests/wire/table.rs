@@ -1,0 +1,1 @@
+use tidegate::mqtt as _;
