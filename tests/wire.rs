@@ -109,10 +109,14 @@ fn relations_are_exact() {
         }
         all
     };
-    let names: Vec<String> =
-        words(&["", "a", "b", "$x", "z"], 4).into_iter().filter(|t| valid_topic_name(t)).collect();
-    let filters: Vec<String> =
-        words(&["", "a", "b", "$x", "+", "#"], 3).into_iter().filter(|f| valid_filter(f)).collect();
+    let names: Vec<String> = words(&["", "a", "b", "$x", "z"], 4)
+        .into_iter()
+        .filter(|t| valid_topic_name(t))
+        .collect();
+    let filters: Vec<String> = words(&["", "a", "b", "$x", "+", "#"], 3)
+        .into_iter()
+        .filter(|f| valid_filter(f))
+        .collect();
     let matched: Vec<Vec<bool>> = filters
         .iter()
         .map(|f| names.iter().map(|t| matches(f, t)).collect())
@@ -132,7 +136,11 @@ fn relations_are_exact() {
 fn allocations_are_counted() {
     let count = |f: &mut dyn FnMut()| allocation_counter::measure(f).count_total;
     let publish = b"\x32\x11\x00\x03a/b\x00\x01\x05\x02\x00\x00\x00\x09hello";
-    let decoder = Decoder { version: Version::V5, receiver: Receiver::Server, max: 1024 };
+    let decoder = Decoder {
+        version: Version::V5,
+        receiver: Receiver::Server,
+        max: 1024,
+    };
     let mut out = Vec::with_capacity(1024);
     let decoded = count(&mut || assert!(decoder.next(publish).is_ok()));
     assert_eq!(decoded, 0);
@@ -165,7 +173,13 @@ fn allocations_are_counted() {
     assert_eq!(count(&mut || delivery.encode(&message, &mut out)), 0);
     let image = Image::new(&delivery, &message);
     assert_eq!(count(&mut || image.write(9, &mut out)), 0);
-    assert_eq!(count(&mut || drop(std::hint::black_box(message.clone()))), 0);
-    let connack = Connack { reason_string: Some("x"), ..Connack::default() };
+    assert_eq!(
+        count(&mut || drop(std::hint::black_box(message.clone()))),
+        0
+    );
+    let connack = Connack {
+        reason_string: Some("x"),
+        ..Connack::default()
+    };
     assert_eq!(count(&mut || connack.encode(Version::V5, &mut out)), 0);
 }

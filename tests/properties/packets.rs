@@ -15,7 +15,11 @@ pub const DECODERS: [(Version, Receiver); 6] = [
 
 /// A stream of packets: all properties below, packet by packet.
 pub fn stream(version: Version, receiver: Receiver, mut buf: &[u8]) {
-    let decoder = Decoder { version, receiver, max: u32::MAX };
+    let decoder = Decoder {
+        version,
+        receiver,
+        max: u32::MAX,
+    };
     loop {
         split(buf, |b| decoder.next(b));
         bound(version, receiver, buf);
@@ -40,7 +44,10 @@ pub fn first(buf: &[u8]) {
     };
     assert_eq!(connect_version(buf), Some(connect.version));
     assert!(matches!(decode_connect(buf, taken as u32), Ok(Some(_))));
-    assert!(matches!(decode_connect(&buf[..5], taken as u32 - 1), Err(Error::TooLarge { .. })));
+    assert!(matches!(
+        decode_connect(&buf[..5], taken as u32 - 1),
+        Err(Error::TooLarge { .. })
+    ));
     let packet = Packet::Connect(Box::new(connect));
     read_all(&packet);
     round_trip(&packet, connect.version, Receiver::Server);
@@ -81,14 +88,24 @@ fn split<'a, T: PartialEq + std::fmt::Debug>(
 
 /// A bound is judged on the fixed header alone, and exactly.
 fn bound(version: Version, receiver: Receiver, buf: &[u8]) {
-    let bounded = |max| Decoder { version, receiver, max };
+    let bounded = |max| Decoder {
+        version,
+        receiver,
+        max,
+    };
     let Ok(Some((_, taken))) = bounded(u32::MAX).next(buf) else {
         return;
     };
     let size = taken as u32;
     assert!(matches!(bounded(size).next(buf), Ok(Some(_))));
     let header = &buf[..buf.len().min(5)];
-    assert_eq!(bounded(size - 1).next(header), Err(Error::TooLarge { size, max: size - 1 }));
+    assert_eq!(
+        bounded(size - 1).next(header),
+        Err(Error::TooLarge {
+            size,
+            max: size - 1
+        })
+    );
 }
 
 /// Every accessor yields what decoding promised.
@@ -101,7 +118,10 @@ fn read_all(packet: &Packet<'_>) {
         Packet::Publish(p) => {
             assert_eq!(p.packet_id == 0, p.qos == QoS::AtMostOnce);
             assert!(valid_topic_name(p.topic) || (p.topic.is_empty() && p.topic_alias.is_some()));
-            assert_eq!(p.has_subscription_ids, p.subscription_ids().next().is_some());
+            assert_eq!(
+                p.has_subscription_ids,
+                p.subscription_ids().next().is_some()
+            );
             assert!(p.subscription_ids().all(|id| id != 0));
             assert_ne!(p.topic_alias, Some(0));
         }
@@ -136,7 +156,11 @@ fn round_trip(packet: &Packet<'_>, version: Version, receiver: Receiver) {
     let Some(bytes) = encode(packet, version) else {
         return;
     };
-    let decoder = Decoder { version, receiver, max: u32::MAX };
+    let decoder = Decoder {
+        version,
+        receiver,
+        max: u32::MAX,
+    };
     let (again, taken) = decoder
         .next(&bytes)
         .unwrap_or_else(|e| panic!("{e}: {packet:?} as {bytes:02X?}"))
@@ -182,7 +206,13 @@ pub fn encode(packet: &Packet<'_>, version: Version) -> Option<Vec<u8>> {
         Packet::Pubrel(a) => ack(version, AckKind::Pubrel, a, out_ref),
         Packet::Pubcomp(a) => ack(version, AckKind::Pubcomp, a, out_ref),
         Packet::Subscribe(s) => {
-            encode_subscribe(version, s.packet_id, s.subscription_id, s.filters(), out_ref);
+            encode_subscribe(
+                version,
+                s.packet_id,
+                s.subscription_id,
+                s.filters(),
+                out_ref,
+            );
         }
         Packet::Suback(s) => encode_suback(version, s.packet_id, s.codes, out_ref),
         Packet::Unsubscribe(u) => encode_unsubscribe(version, u.packet_id, u.filters(), out_ref),
@@ -191,7 +221,13 @@ pub fn encode(packet: &Packet<'_>, version: Version) -> Option<Vec<u8>> {
         Packet::Pingresp => encode_pingresp(out_ref),
         Packet::Disconnect(d) if d.server_reference.is_some() => return None,
         Packet::Disconnect(d) => {
-            encode_disconnect(version, d.reason, d.session_expiry, d.reason_string, out_ref);
+            encode_disconnect(
+                version,
+                d.reason,
+                d.session_expiry,
+                d.reason_string,
+                out_ref,
+            );
         }
         Packet::Auth(a) if a.reason_string.is_some() => return None,
         Packet::Auth(a) => encode_auth(a.reason, a.method, a.data, out_ref),
@@ -276,7 +312,11 @@ fn message(publish: &Publish<'_>, strip_key: Option<&str>) -> Message {
 
 /// A stored message holds what was published, and every delivery of it decodes to that.
 fn deliver(publish: &Publish<'_>) {
-    let strip = publish.properties.user_properties().next().map(|(key, _)| key);
+    let strip = publish
+        .properties
+        .user_properties()
+        .next()
+        .map(|(key, _)| key);
     for strip in [None, strip] {
         let message = message(publish, strip);
         assert_eq!(message.topic(), publish.topic);
@@ -318,17 +358,30 @@ fn delivered(
     assert_eq!(delivery.size(message), bytes.len());
 
     let mut copy = vec![0xBB];
-    let image = Image::new(&Delivery { packet_id: 1, ..delivery }, message);
+    let image = Image::new(
+        &Delivery {
+            packet_id: 1,
+            ..delivery
+        },
+        message,
+    );
     image.write(0x1234, &mut copy);
     assert_eq!((&copy[1..], image.len()), (bytes, bytes.len()));
 
-    let decoder = Decoder { version, receiver: Receiver::Client, max: u32::MAX };
+    let decoder = Decoder {
+        version,
+        receiver: Receiver::Client,
+        max: u32::MAX,
+    };
     let Ok(Some((Packet::Publish(got), taken))) = decoder.next(bytes) else {
         panic!("{:?} of {bytes:02X?}", decoder.next(bytes));
     };
     assert_eq!(taken, bytes.len());
     let id = if qos == QoS::AtMostOnce { 0 } else { 0x1234 };
-    assert_eq!((got.qos, got.packet_id, got.retain), (qos, id, publish.retain));
+    assert_eq!(
+        (got.qos, got.packet_id, got.retain),
+        (qos, id, publish.retain)
+    );
     assert_eq!(got.dup, publish.dup && qos != QoS::AtMostOnce);
     assert_eq!((got.topic, got.payload), (publish.topic, publish.payload));
     if version == Version::V5 {

@@ -5,7 +5,13 @@ use tidegate::mqtt::*;
 /// Relations between two filters and a name, any of which may be nonsense.
 pub fn relations(a: &str, b: &str, topic: &str) {
     // None of these may panic, whatever comes in.
-    let _ = (matches(a, topic), overlaps(a, b), covers(a, b), split_shared(a), has_wildcard(a));
+    let _ = (
+        matches(a, topic),
+        overlaps(a, b),
+        covers(a, b),
+        split_shared(a),
+        has_wildcard(a),
+    );
     if valid_topic_name(topic) {
         assert!(!has_wildcard(topic) && valid_filter_or_share(topic));
         assert!(matches(topic, topic));
@@ -20,11 +26,20 @@ pub fn relations(a: &str, b: &str, topic: &str) {
     }
     assert!(covers(a, a) && overlaps(a, a));
     assert_eq!(overlaps(a, b), overlaps(b, a));
-    assert!(!covers(a, b) || overlaps(a, b), "{a} covers {b} and does not meet it");
+    assert!(
+        !covers(a, b) || overlaps(a, b),
+        "{a} covers {b} and does not meet it"
+    );
     if valid_topic_name(topic) {
         let (in_a, in_b) = (matches(a, topic), matches(b, topic));
-        assert!(!(in_a && in_b) || overlaps(a, b), "{topic} is in {a} and {b}");
-        assert!(!(covers(a, b) && in_b) || in_a, "{topic} is in {b}, not in {a}");
+        assert!(
+            !(in_a && in_b) || overlaps(a, b),
+            "{topic} is in {a} and {b}"
+        );
+        assert!(
+            !(covers(a, b) && in_b) || in_a,
+            "{topic} is in {b}, not in {a}"
+        );
         assert_eq!(covers(a, topic), in_a, "{a} {topic}");
         assert_eq!(overlaps(a, topic), in_a, "{a} {topic}");
     }

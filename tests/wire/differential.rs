@@ -44,7 +44,11 @@ fn read_alike(
     who: &str,
     differs: fn(&Packet<'_>) -> bool,
 ) {
-    let decoder = Decoder { version, receiver, max: u32::MAX };
+    let decoder = Decoder {
+        version,
+        receiver,
+        max: u32::MAX,
+    };
     let (ours, _) = decoder.next(frame).expect("legal").expect("whole");
     if differs(&ours) {
         return;
@@ -57,24 +61,40 @@ fn read_alike(
             let Ok(Some((theirs, _))) = theirs else {
                 panic!("{who} wrote {again:02X?} for {frame:02X?}: {theirs:?}");
             };
-            assert_eq!(canon(&theirs), canon(&ours), "{who} read {frame:02X?} otherwise");
+            assert_eq!(
+                canon(&theirs),
+                canon(&ours),
+                "{who} read {frame:02X?} otherwise"
+            );
         }
     }
 }
 
-// Legal frames that rmqtt-codec reads wrong.
-fn rmqtt_differs(_packet: &Packet<'_>) -> bool {
-    false
+// Legal frames that rmqtt-codec refuses or writes wrong.
+fn rmqtt_differs(packet: &Packet<'_>) -> bool {
+    match packet {
+        // [MQTT-3.1.3-6]: an empty identifier is for the server to answer, with 0x02 in 3.1.1
+        // ([MQTT-3.1.3-8]); rmqtt-codec refuses the packet itself.
+        Packet::Connect(c) => c.client_id.is_empty() && !c.clean_start,
+        // §3.15.2.1: bare success has no property length; rmqtt-codec writes one, and by
+        // §3.15.2.2.2 properties without a method are an error.
+        Packet::Auth(a) => a.method.is_none(),
+        _ => false,
+    }
 }
 
-// Legal frames that mqtt-protocol-core reads wrong.
-fn core_differs(_packet: &Packet<'_>) -> bool {
-    false
+// Legal frames that mqtt-protocol-core refuses.
+fn core_differs(packet: &Packet<'_>) -> bool {
+    match packet {
+        // §3.1.2.9: MQTT 5 allows a password without a user name.
+        Packet::Connect(c) => c.password.is_some() && c.username.is_none(),
+        _ => false,
+    }
 }
 
-// Legal frames that both refuse.
-fn both_wrong(_packet: &Packet<'_>) -> bool {
-    false
+// Legal frames that both refuse: each for its own reason of the two above.
+fn both_wrong(packet: &Packet<'_>) -> bool {
+    rmqtt_differs(packet) && core_differs(packet)
 }
 
 /// A packet in a form that does not depend on the order of its properties (§2.2.2.2: of no
@@ -83,9 +103,18 @@ fn canon(packet: &Packet<'_>) -> String {
     let own = sorted(packets::properties_of(packet));
     match packet {
         Packet::Connect(c) => {
-            let will = c.will.map(|w| (w.qos, w.retain, w.topic, w.payload, sorted(w.properties)));
+            let will = c
+                .will
+                .map(|w| (w.qos, w.retain, w.topic, w.payload, sorted(w.properties)));
             let login = (c.username, c.password);
-            let fields = (c.version, c.clean_start, c.keep_alive, c.client_id, will, login);
+            let fields = (
+                c.version,
+                c.clean_start,
+                c.keep_alive,
+                c.client_id,
+                will,
+                login,
+            );
             format!("CONNECT {fields:?} {own:?}")
         }
         Packet::Connack(c) => format!("CONNACK {:?} {own:?}", (c.session_present, c.reason)),
@@ -105,7 +134,8 @@ fn sorted(properties: Properties<'_>) -> Vec<Property<'_>> {
         .filter(|p| {
             !matches!(
                 p,
-                P::RequestProblemInformation(1)
+                P::PayloadFormatIndicator(0)
+                    | P::RequestProblemInformation(1)
                     | P::RequestResponseInformation(0)
                     | P::ReceiveMaximum(65_535)
                     | P::TopicAliasMaximum(0)

@@ -92,7 +92,12 @@ pub fn varint(mut value: u32) -> Vec<u8> {
 }
 
 fn text() -> BoxedStrategy<String> {
-    prop_oneof!["[a-zA-Z0-9 /+#$]{0,9}", "[^\\x00]{0,6}", Just("\u{FEFF}x".into())].boxed()
+    prop_oneof![
+        "[a-zA-Z0-9 /+#$]{0,9}",
+        "[^\\x00]{0,6}",
+        Just("\u{FEFF}x".into())
+    ]
+    .boxed()
 }
 
 fn binary() -> BoxedStrategy<Vec<u8>> {
@@ -124,12 +129,16 @@ pub fn filter() -> BoxedStrategy<String> {
             }
             levels.join("/")
         })
-        .prop_filter("plain and not empty", |f| !f.is_empty() && !f.starts_with("$share/"))
+        .prop_filter("plain and not empty", |f| {
+            !f.is_empty() && !f.starts_with("$share/")
+        })
         .boxed()
 }
 
 fn shared() -> BoxedStrategy<String> {
-    ("[a-z0-9$]{1,5}", filter()).prop_map(|(group, f)| format!("$share/{group}/{f}")).boxed()
+    ("[a-z0-9$]{1,5}", filter())
+        .prop_map(|(group, f)| format!("$share/{group}/{f}"))
+        .boxed()
 }
 
 fn packet_id() -> BoxedStrategy<[u8; 2]> {
@@ -143,24 +152,40 @@ fn property(id: u8) -> BoxedStrategy<Vec<u8>> {
             (0..=1u8).prop_map(|v| vec![v]).boxed()
         }
         0x02 | 0x11 | 0x18 => any::<u32>().prop_map(|v| v.to_be_bytes().to_vec()).boxed(),
-        0x27 => (1..=u32::MAX).prop_map(|v| v.to_be_bytes().to_vec()).boxed(),
+        0x27 => (1..=u32::MAX)
+            .prop_map(|v| v.to_be_bytes().to_vec())
+            .boxed(),
         0x13 | 0x22 => any::<u16>().prop_map(|v| v.to_be_bytes().to_vec()).boxed(),
-        0x21 | 0x23 => (1..=u16::MAX).prop_map(|v| v.to_be_bytes().to_vec()).boxed(),
-        0x0B => prop_oneof![1..200u32, 1..=268_435_455u32].prop_map(varint).boxed(),
+        0x21 | 0x23 => (1..=u16::MAX)
+            .prop_map(|v| v.to_be_bytes().to_vec())
+            .boxed(),
+        0x0B => prop_oneof![1..200u32, 1..=268_435_455u32]
+            .prop_map(varint)
+            .boxed(),
         0x08 => topic().prop_map(field).boxed(),
         0x09 | 0x16 => binary().prop_map(field).boxed(),
-        0x26 => (text(), text()).prop_map(|(k, v)| [field(k), field(v)].concat()).boxed(),
+        0x26 => (text(), text())
+            .prop_map(|(k, v)| [field(k), field(v)].concat())
+            .boxed(),
         _ => text().prop_map(field).boxed(),
     };
     value.prop_map(move |v| [vec![id], v].concat()).boxed()
 }
 
 // Any of `once`, any number of `many`, in any order, with the length.
-fn properties(once: &'static [u8], many: &'static [u8], must: &'static [u8]) -> BoxedStrategy<Vec<u8>> {
+fn properties(
+    once: &'static [u8],
+    many: &'static [u8],
+    must: &'static [u8],
+) -> BoxedStrategy<Vec<u8>> {
     (subsequence(once, 0..=once.len()), vec(select(many), 0..4))
         .prop_map(move |(mut ids, more)| {
             // Authentication data only beside its method.
-            let method = if ids.contains(&0x16) { &[0x15][..] } else { &[] };
+            let method = if ids.contains(&0x16) {
+                &[0x15][..]
+            } else {
+                &[]
+            };
             for id in must.iter().chain(method) {
                 if !ids.contains(id) {
                     ids.push(*id);
@@ -178,14 +203,22 @@ fn properties(once: &'static [u8], many: &'static [u8], must: &'static [u8]) -> 
 
 // In 3.x there is no such field at all.
 fn properties_if(v5: bool, once: &'static [u8], many: &'static [u8]) -> BoxedStrategy<Vec<u8>> {
-    if v5 { properties(once, many, &[]) } else { Just(Vec::new()).boxed() }
+    if v5 {
+        properties(once, many, &[])
+    } else {
+        Just(Vec::new()).boxed()
+    }
 }
 
 const USER: &[u8] = &[0x26];
 
 pub fn publish(version: Version, receiver: Receiver) -> BoxedStrategy<Vec<u8>> {
     let v5 = version == Version::V5;
-    let many: &[u8] = if receiver == Receiver::Client { &[0x26, 0x0B] } else { USER };
+    let many: &[u8] = if receiver == Receiver::Client {
+        &[0x26, 0x0B]
+    } else {
+        USER
+    };
     let head = (0..3u8, any::<bool>(), any::<bool>(), packet_id());
     let properties = properties_if(v5, &[0x01, 0x02, 0x03, 0x08, 0x09, 0x23], many);
     (head, topic(), properties, payload())
@@ -215,9 +248,16 @@ pub fn connect(version: Version) -> BoxedStrategy<Vec<u8>> {
             }
             tail.extend(user.map(field).unwrap_or_default());
             tail.extend(password.map(field).unwrap_or_default());
-            let name = if version == Version::V31 { "MQIsdp" } else { "MQTT" };
+            let name = if version == Version::V31 {
+                "MQIsdp"
+            } else {
+                "MQTT"
+            };
             let head = [version as u8, flags];
-            packet(0x10, [&field(name), &head[..], &alive.to_be_bytes(), &own, &tail].concat())
+            packet(
+                0x10,
+                [&field(name), &head[..], &alive.to_be_bytes(), &own, &tail].concat(),
+            )
         })
         .boxed()
 }
@@ -249,8 +289,13 @@ fn connack(version: Version) -> BoxedStrategy<Vec<u8>> {
 
 fn acks(version: Version) -> BoxedStrategy<Vec<u8>> {
     let ack = |first: u8, codes: &'static [u8]| {
-        (packet_id(), select(codes), properties(&[0x1F], USER, &[]), 0..3u8).prop_map(
-            move |(id, code, own, form)| {
+        (
+            packet_id(),
+            select(codes),
+            properties(&[0x1F], USER, &[]),
+            0..3u8,
+        )
+            .prop_map(move |(id, code, own, form)| {
                 let body = match form {
                     _ if version != Version::V5 => id.to_vec(),
                     0 => id.to_vec(),
@@ -258,25 +303,33 @@ fn acks(version: Version) -> BoxedStrategy<Vec<u8>> {
                     _ => [&id[..], &[code], &own].concat(),
                 };
                 packet(first, body)
-            },
-        )
+            })
     };
     const TAKEN: &[u8] = &[0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99];
     const RELEASED: &[u8] = &[0x00, 0x92];
-    prop_oneof![ack(0x40, TAKEN), ack(0x50, TAKEN), ack(0x62, RELEASED), ack(0x70, RELEASED)]
-        .boxed()
+    prop_oneof![
+        ack(0x40, TAKEN),
+        ack(0x50, TAKEN),
+        ack(0x62, RELEASED),
+        ack(0x70, RELEASED)
+    ]
+    .boxed()
 }
 
 pub fn subscribe(version: Version) -> BoxedStrategy<Vec<u8>> {
     let v5 = version == Version::V5;
     let options = (0..3u8, 0..4u8, 0..3u8).prop_map(move |(qos, flags, handling)| {
-        if v5 { qos | flags << 2 | handling << 4 } else { qos }
+        if v5 {
+            qos | flags << 2 | handling << 4
+        } else {
+            qos
+        }
     });
-    let entry = (filter(), options.clone())
-        .prop_map(|(f, options)| [field(f), vec![options]].concat());
+    let entry =
+        (filter(), options.clone()).prop_map(|(f, options)| [field(f), vec![options]].concat());
     // No Local is not for shared subscriptions.
-    let shared = (shared(), options)
-        .prop_map(|(f, options)| [field(f), vec![options & !4]].concat());
+    let shared =
+        (shared(), options).prop_map(|(f, options)| [field(f), vec![options & !4]].concat());
     let entries = vec(prop_oneof![3 => entry, 1 => shared], 1..5);
     (packet_id(), properties_if(v5, &[0x0B], USER), entries)
         .prop_map(|(id, own, entries)| packet(0x82, [&id[..], &own, &entries.concat()].concat()))
@@ -285,7 +338,10 @@ pub fn subscribe(version: Version) -> BoxedStrategy<Vec<u8>> {
 
 fn unsubscribe(version: Version) -> BoxedStrategy<Vec<u8>> {
     let own = properties_if(version == Version::V5, &[], USER);
-    let filters = vec(prop_oneof![3 => filter(), 1 => shared()].prop_map(field), 1..5);
+    let filters = vec(
+        prop_oneof![3 => filter(), 1 => shared()].prop_map(field),
+        1..5,
+    );
     (packet_id(), own, filters)
         .prop_map(|(id, own, filters)| packet(0xA2, [&id[..], &own, &filters.concat()].concat()))
         .boxed()
@@ -294,18 +350,27 @@ fn unsubscribe(version: Version) -> BoxedStrategy<Vec<u8>> {
 fn suback(version: Version) -> BoxedStrategy<Vec<u8>> {
     let v5 = version == Version::V5;
     let codes: &[u8] = if v5 {
-        &[0, 1, 2, 0x80, 0x83, 0x87, 0x8F, 0x91, 0x97, 0x9E, 0xA1, 0xA2]
+        &[
+            0, 1, 2, 0x80, 0x83, 0x87, 0x8F, 0x91, 0x97, 0x9E, 0xA1, 0xA2,
+        ]
     } else {
         &[0, 1, 2, 0x80]
     };
-    (packet_id(), properties_if(v5, &[0x1F], USER), vec(select(codes), 1..6))
+    (
+        packet_id(),
+        properties_if(v5, &[0x1F], USER),
+        vec(select(codes), 1..6),
+    )
         .prop_map(|(id, own, codes)| packet(0x90, [&id[..], &own, &codes].concat()))
         .boxed()
 }
 
 fn unsuback(version: Version) -> BoxedStrategy<Vec<u8>> {
     let v5 = version == Version::V5;
-    let codes = vec(select(&[0x00, 0x11, 0x80, 0x83, 0x87, 0x8F, 0x91][..]), 1..6);
+    let codes = vec(
+        select(&[0x00, 0x11, 0x80, 0x83, 0x87, 0x8F, 0x91][..]),
+        1..6,
+    );
     (packet_id(), properties_if(v5, &[0x1F], USER), codes)
         .prop_map(move |(id, own, codes)| {
             let codes = if v5 { codes } else { Vec::new() };
@@ -345,7 +410,11 @@ fn auth(receiver: Receiver) -> BoxedStrategy<Vec<u8>> {
         Receiver::Server => &[0x18, 0x19],
         Receiver::Client => &[0x00, 0x18],
     };
-    (select(codes), properties(&[0x16, 0x1F], USER, &[0x15]), prop::bool::weighted(0.1))
+    (
+        select(codes),
+        properties(&[0x16, 0x1F], USER, &[0x15]),
+        prop::bool::weighted(0.1),
+    )
         .prop_map(|(code, own, short)| match (short, code) {
             (true, 0) => vec![0xF0, 0],
             _ => packet(0xF0, [&[code][..], &own].concat()),

@@ -32,13 +32,26 @@ pub fn rmqtt(version: Version, frame: &[u8]) -> Opinion {
         };
         // A fresh one: a decoded CONNECT makes the codec leave properties out.
         let mut writer = rmqtt_codec::v5::Codec::default();
-        writer.encode(packet, &mut out).expect("what it read it can write");
+        writer
+            .encode(packet, &mut out)
+            .expect("what it read it can write");
     } else {
         let mut codec = rmqtt_codec::v3::Codec::default();
         let Ok(Some((packet, _))) = codec.decode(&mut bytes) else {
             return Opinion::Refused;
         };
-        codec.encode(packet, &mut out).expect("what it read it can write");
+        codec
+            .encode(packet, &mut out)
+            .expect("what it read it can write");
+        if version == Version::V31 && out[0] == 0x10 {
+            // It reads `MQIsdp` 3 but writes `MQIsdp` 4, which no specification knows.
+            let level = out
+                .windows(7)
+                .position(|w| w == b"MQIsdp\x04")
+                .expect("its CONNECT")
+                + 6;
+            out[level] = 3;
+        }
     }
     Opinion::Taken(out.to_vec())
 }
