@@ -3,5 +3,5 @@
 pub mod log;
 pub mod metrics;
 
-pub use log::RateLimited;
-pub use metrics::{Metrics, metrics};
+pub use log::{RateLimited, clean};
+pub use metrics::*;

@@ -1,0 +1,3 @@
+//! The core side.
+
+pub mod embedded;
