@@ -7,11 +7,22 @@
 //! [`Duration`]: std::time::Duration
 
 mod builtin;
+mod check;
+mod document;
+mod error;
+mod file;
 mod machine;
 mod types;
+mod units;
+mod upstream;
 
+pub(crate) use check::is_loopback;
+pub use error::{Error, Problem};
 pub use types::{
-    AclAllow, AclMode, AclRule, Admin, Auth, AuthMode, CertSource, ClientIdRule, Config, Drain,
-    Durability, Limits, Listener, Log, LogFormat, Memory, Node, Probe, Protocol, QueueFull, Server,
-    Session, Store, SubscribeWhileAway, Tls, Transport, Upstream, UpstreamTls,
+    Ack, AclAllow, AclMode, AclRule, Admin, Auth, AuthMode, CertSource, ClientIdRule, Config,
+    Drain, Durability, Limits, Listener, Log, LogFormat, Memory, Node, Probe, Protocol, QueueFull,
+    Server, Session, Store, SubscribeWhileAway, Tls, Transport, Upstream, UpstreamTls,
 };
+
+#[cfg(test)]
+mod tests;

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use super::machine;
 use super::types::{
-    AclMode, Admin, Auth, AuthMode, CertSource, ClientIdRule, Config, Drain, Durability, Limits,
-    Listener, Log, LogFormat, Memory, Node, Probe, Protocol, QueueFull, Server, Session, Store,
-    SubscribeWhileAway, Tls, Transport, Upstream, UpstreamTls,
+    Ack, AclMode, Admin, Auth, AuthMode, CertSource, ClientIdRule, Config, Drain, Durability,
+    Limits, Listener, Log, LogFormat, Memory, Node, Probe, Protocol, QueueFull, Server, Session,
+    Store, SubscribeWhileAway, Tls, Transport, Upstream, UpstreamTls,
 };
 
 const KIB: u64 = 1 << 10;
@@ -31,7 +31,7 @@ impl Config {
     /// embedded core, a throw-away certificate.
     pub fn builtin() -> Self {
         let memory_max = machine::memory() / 100 * MEMORY_MAX_PERCENT;
-        Self {
+        let mut config = Self {
             source: None,
             node: Node {
                 id: NODE_ID_EMBEDDED.to_owned(),
@@ -60,6 +60,25 @@ impl Config {
             admin: Admin::default(),
             log: Log::default(),
             drain: Drain::default(),
+        };
+        config.fit_small_memory(|_| false);
+        config
+    }
+
+    /// On a small machine the default budgets shrink to an eighth of
+    /// `memory.max` each; what the file writes stays.
+    pub(super) fn fit_small_memory(&mut self, written: impl Fn(&str) -> bool) {
+        let most = self.memory.max / 8;
+        let up = &mut self.upstream;
+        if !written("upstream.publishes_waiting") {
+            up.publishes_waiting = up.publishes_waiting.min(most);
+        }
+        if !written("upstream.retained_cache") {
+            up.retained_cache = up.retained_cache.min(most);
+        }
+        if !written("upstream.publishes_waiting_per_client") {
+            let most = up.publishes_waiting;
+            up.publishes_waiting_per_client = up.publishes_waiting_per_client.min(most);
         }
     }
 }
@@ -107,6 +126,8 @@ impl Default for Upstream {
             client_id_prefix: "tidegate".to_owned(),
             data_links: 2,
             publish_links: PUBLISH_LINKS_AUTO,
+            roots: Vec::new(),
+            ack: Ack::Upstream,
             probe: Probe::Auto,
             linger: Duration::from_secs(600),
             linger_busy_min: Duration::from_secs(60),

@@ -4,6 +4,11 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::Deserialize;
+
+use super::units::{choices, duration, duration_or_none, size, size32};
+use super::upstream::{no_roots, publish_links, server_list};
+
 /// The whole configuration, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -40,7 +45,8 @@ pub struct Config {
 }
 
 /// `[node]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Node {
     /// Stable name of this process; part of the upstream client ids.
     pub id: String,
@@ -86,6 +92,14 @@ pub enum Transport {
     /// QUIC, ALPN `mqtt`.
     Quic,
 }
+
+choices!(Transport {
+    "tcp" => Tcp,
+    "tls" => Tls,
+    "ws" => Ws,
+    "wss" => Wss,
+    "quic" => Quic,
+} not supported {});
 
 impl Transport {
     /// Every transport, in the order of their numbers (`t as usize`).
@@ -135,9 +149,11 @@ pub struct Listener {
 }
 
 /// `[upstream]`: the core broker and the links to it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Upstream {
     /// Tried in order; never empty; embedded only alone.
+    #[serde(deserialize_with = "server_list")]
     pub servers: Vec<Server>,
     /// User name of the links.
     pub username: Option<String>,
@@ -150,35 +166,52 @@ pub struct Upstream {
     /// Number of D links, 1 to 8.
     pub data_links: u8,
     /// Number of P links, 1 to 8 (`auto` is 2).
+    #[serde(deserialize_with = "publish_links")]
     pub publish_links: u8,
+    /// Filters subscribed for good, under which clients' filters cost the core
+    /// nothing; not supported, always empty.
+    #[serde(deserialize_with = "no_roots")]
+    pub roots: Vec<String>,
+    /// When a client's publish is acknowledged.
+    pub ack: Ack,
     /// Whether the core's habits are probed or taken as its CONNACK says.
     pub probe: Probe,
     /// How long a filter that nobody holds any more stays subscribed.
+    #[serde(deserialize_with = "duration")]
     pub linger: Duration,
     /// The shortest such time under pressure or with traffic nobody reads.
+    #[serde(deserialize_with = "duration")]
     pub linger_busy_min: Duration,
     /// How many filters may linger at once; past it the oldest go.
     pub filters_lingering_max: u32,
     /// Keep alive of the links, whole seconds, 1 to 65535.
+    #[serde(deserialize_with = "duration")]
     pub keepalive: Duration,
     /// From dial to CONNACK.
+    #[serde(deserialize_with = "duration")]
     pub connect_timeout: Duration,
     /// First wait before a reconnect.
+    #[serde(deserialize_with = "duration")]
     pub backoff_min: Duration,
     /// Longest wait before a reconnect.
+    #[serde(deserialize_with = "duration")]
     pub backoff_max: Duration,
     /// How long a client's SUBSCRIBE is held for an absent core.
+    #[serde(deserialize_with = "duration")]
     pub subscribe_hold: Duration,
     /// What happens to it then.
     pub subscribe_while_away: SubscribeWhileAway,
     /// Bytes of all publishes that wait for the core.
+    #[serde(deserialize_with = "size")]
     pub publishes_waiting: u64,
     /// Bytes of one client's publishes that wait for the core.
+    #[serde(deserialize_with = "size")]
     pub publishes_waiting_per_client: u64,
     /// Messages of one 3.x client that may wait for the core; past it its
     /// socket is left unread.
     pub publishes_waiting_v3_max: u32,
     /// Bytes of the retained cache.
+    #[serde(deserialize_with = "size")]
     pub retained_cache: u64,
     /// TLS toward `mqtts` servers.
     pub tls: UpstreamTls,
@@ -251,6 +284,23 @@ pub enum Protocol {
     V311,
 }
 
+choices!(Protocol {
+    "auto" => Auto,
+    "5" => V5,
+    "3.1.1" => V311,
+} not supported {});
+
+/// When a client's publish is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ack {
+    /// When the core has acknowledged it.
+    Upstream,
+}
+
+choices!(Ack {
+    "upstream" => Upstream,
+} not supported { "local", });
+
 /// Whether the core's habits are probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
@@ -259,6 +309,11 @@ pub enum Probe {
     /// Never.
     Off,
 }
+
+choices!(Probe {
+    "auto" => Auto,
+    "off" => Off,
+} not supported {});
 
 /// What becomes of a new filter when the core stays away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -269,8 +324,14 @@ pub enum SubscribeWhileAway {
     Refuse,
 }
 
+choices!(SubscribeWhileAway {
+    "accept" => Accept,
+    "refuse" => Refuse,
+} not supported {});
+
 /// `[upstream.tls]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct UpstreamTls {
     /// PEM file of trusted roots; the system's by default.
     pub ca: Option<PathBuf>,
@@ -285,26 +346,33 @@ pub struct UpstreamTls {
 }
 
 /// `[session]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Session {
     /// Expiry of 3.x sessions with Clean Session 0; at most `expiry_max`.
+    #[serde(deserialize_with = "duration")]
     pub expiry_v3: Duration,
     /// Cap on every session's expiry, whole seconds.
+    #[serde(deserialize_with = "duration")]
     pub expiry_max: Duration,
     /// Messages in one session's queue.
     pub queue_messages_max: u32,
     /// Bytes in one session's queue.
+    #[serde(deserialize_with = "size")]
     pub queue_bytes_max: u64,
     /// What goes when a queue is full.
     pub queue_full: QueueFull,
     /// Whether QoS 0 messages wait for an absent client.
     pub queue_qos0: bool,
     /// Age at which a waiting message is dropped.
+    #[serde(deserialize_with = "duration_or_none")]
     pub queue_age_max: Option<Duration>,
     /// Longest keep alive granted; a longer or absent one is answered with
     /// Server Keep Alive. Whole seconds, 1 to 65535.
+    #[serde(deserialize_with = "duration_or_none")]
     pub keepalive_max: Option<Duration>,
     /// Keep alive for clients that ask for none (0). Whole seconds.
+    #[serde(deserialize_with = "duration_or_none")]
     pub keepalive_default: Option<Duration>,
 }
 
@@ -319,10 +387,18 @@ pub enum QueueFull {
     EndSession,
 }
 
+choices!(QueueFull {
+    "oldest" => Oldest,
+    "newest" => Newest,
+    "end_session" => EndSession,
+} not supported {});
+
 /// `[limits]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Largest packet taken, in bytes, fixed header included.
+    #[serde(deserialize_with = "size32")]
     pub packet_max: u32,
     /// Connections at once.
     pub connections_max: u32,
@@ -339,12 +415,16 @@ pub struct Limits {
     /// Connections between accept and CONNECT at once.
     pub handshakes_max: u32,
     /// From accept to CONNECT.
+    #[serde(deserialize_with = "duration")]
     pub accept_deadline: Duration,
     /// From a packet's first byte to its last.
+    #[serde(deserialize_with = "duration")]
     pub packet_deadline: Duration,
     /// A socket that takes nothing for this long is closed.
+    #[serde(deserialize_with = "duration")]
     pub write_stall: Duration,
     /// Bytes encoded ahead of a socket, per connection.
+    #[serde(deserialize_with = "size32")]
     pub output_buffer: u32,
 }
 
@@ -358,11 +438,13 @@ pub struct Memory {
 }
 
 /// `[store]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Store {
     /// Where sessions live.
     pub durability: Durability,
     /// Bytes on disk.
+    #[serde(deserialize_with = "size")]
     pub disk_max: u64,
 }
 
@@ -372,6 +454,10 @@ pub enum Durability {
     /// In memory; they end with the process.
     Memory,
 }
+
+choices!(Durability {
+    "memory" => Memory,
+} not supported { "disk", });
 
 /// `[auth]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -395,6 +481,11 @@ pub enum AuthMode {
     File,
 }
 
+choices!(AuthMode {
+    "anonymous" => Anonymous,
+    "file" => File,
+} not supported { "jwt", "mtls", "delegate", });
+
 /// Whether ACL rules hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AclMode {
@@ -403,6 +494,11 @@ pub enum AclMode {
     /// What a rule allows.
     Rules,
 }
+
+choices!(AclMode {
+    "open" => Open,
+    "rules" => Rules,
+} not supported {});
 
 /// Which client ids a principal may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -413,8 +509,14 @@ pub enum ClientIdRule {
     Username,
 }
 
+choices!(ClientIdRule {
+    "any" => Any,
+    "username" => Username,
+} not supported {});
+
 /// `[[acl]]`: one rule.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AclRule {
     /// A principal, or a pattern in which `*` stands for any text.
     pub who: String,
@@ -434,7 +536,8 @@ pub struct AclAllow {
 }
 
 /// `[admin]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Admin {
     /// Address of `/metrics`, `/healthz`, `/readyz` and `/api`.
     pub bind: SocketAddr,
@@ -443,7 +546,8 @@ pub struct Admin {
 }
 
 /// `[log]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Log {
     /// A level, or filter directives such as `info,tidegate::upstream=debug`.
     pub level: String,
@@ -460,9 +564,16 @@ pub enum LogFormat {
     Json,
 }
 
+choices!(LogFormat {
+    "text" => Text,
+    "json" => Json,
+} not supported {});
+
 /// `[drain]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Drain {
     /// From SIGTERM to the end, at most.
+    #[serde(deserialize_with = "duration")]
     pub grace: Duration,
 }
