@@ -161,7 +161,7 @@ impl Data {
 
     fn flush(&mut self, now: u64) {
         if !self.batch.is_empty() {
-            self.router.fan_out(&self.batch, now);
+            self.router.fan_out(&mut self.batch, now);
             self.batch.clear();
         }
     }
