@@ -3,6 +3,8 @@
 //! Imports point one way: `mqtt` ← `session` ← `router` ← { `client`, `upstream` } ← `runtime`.
 //! `transport` knows bytes only; `config`, `telemetry`, `limits` and `clock` are leaves.
 
+pub mod auth;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod limits;

@@ -142,6 +142,20 @@ impl Message {
         size_of_body(self.0.slice.len())
     }
 
+    /// A copy with another expiry, charged to nobody.
+    pub fn expiring_at(&self, expires_at: u64) -> Message {
+        Message::new(&MessageSpec {
+            topic: self.topic(),
+            properties: Properties(self.properties()),
+            payload: self.payload(),
+            qos: self.qos(),
+            retain: self.retain(),
+            expires_at,
+            strip_key: None,
+            account: None,
+        })
+    }
+
     /// A copy that is charged to `account`; it outlives its original in another store.
     pub fn charged_to(&self, account: &Arc<Account>) -> Message {
         Message::new(&MessageSpec {
