@@ -1,6 +1,6 @@
 //! CONNACK (MQTT 5 §3.2).
 
-use super::head::{self};
+use super::head;
 use super::props::{self, Properties, Property};
 use super::read::Reader;
 use super::write::put_head;

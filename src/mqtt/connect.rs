@@ -98,6 +98,7 @@ pub fn decode_connect(buf: &[u8], max: u32) -> Result<Option<(Connect<'_>, usize
     };
     match first {
         0x10 => {}
+        0x16 => return Err(Error::Malformed("not CONNECT but TLS, on a listener without TLS")),
         0x11..=0x1F => return Err(Error::Malformed("CONNECT flags are not 0 [MQTT-2.1.3-1]")),
         _ => {
             return Err(Error::Protocol(
