@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use tidegate::mqtt::{
-    AckKind, Alias, Connect, Delivery, Packet, SubscribeOptions, Version, encode_pingreq,
+    AckKind, Alias, Connect, Delivery, Message, MessageSpec, Packet, Properties, QoS, ReasonCode,
+    SubscribeOptions, Version, encode_ack, encode_disconnect, encode_pingreq, encode_subscribe,
+    encode_unsubscribe,
 };
 use tidegate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::client::{Client, Got, kept, options, v5};
 
@@ -380,4 +383,126 @@ async fn bad_input_is_refused() {
     );
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(core.stats().connections, 0);
+}
+
+/// Whole conversations with some of their bytes changed: the core answers,
+/// refuses or waits, and serves the next client.
+#[tokio::test(start_paused = true)]
+async fn no_bytes_hurt() {
+    let core = core();
+    let mut random = 0x2545_F491_4F6C_DD1Du64;
+    let mut below = move |n: usize| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        (random % n as u64) as usize
+    };
+    let mut script = Vec::new();
+    v5("victim").encode(&mut script);
+    let after_connect = script.len();
+    let filters = [("a/#", options(2)), ("$share/g/b", options(1))];
+    encode_subscribe(Version::V5, 1, Some(2), filters.into_iter(), &mut script);
+    for qos in 0..3u8 {
+        let message = Message::new(&MessageSpec {
+            topic: "a/b",
+            properties: Properties::default(),
+            payload: b"payload",
+            qos: QoS::from_u8(qos).expect("0 to 2"),
+            retain: true,
+            expires_at: u64::MAX,
+            strip_key: None,
+        });
+        let delivery = Delivery {
+            version: Version::V5,
+            dup: false,
+            qos: message.qos(),
+            retain: true,
+            packet_id: u16::from(qos),
+            alias: Alias::Define(3),
+            message_expiry: Some(9),
+            subscription_ids: &[],
+            user_property: Some(("k", "v")),
+        };
+        delivery.encode(&message, &mut script);
+    }
+    for kind in [
+        AckKind::Pubrel,
+        AckKind::Puback,
+        AckKind::Pubrec,
+        AckKind::Pubcomp,
+    ] {
+        encode_ack(Version::V5, kind, 2, ReasonCode::SUCCESS, None, &mut script);
+    }
+    encode_unsubscribe(Version::V5, 3, std::iter::once("a/#"), &mut script);
+    encode_pingreq(&mut script);
+    encode_disconnect(Version::V5, ReasonCode::SUCCESS, Some(1), None, &mut script);
+
+    for round in 0..3000 {
+        let mut bytes = script.clone();
+        // Now and then the CONNECT too.
+        let from = if round % 4 == 0 { 0 } else { after_connect };
+        for _ in 0..1 + below(3) {
+            let at = from + below(bytes.len() - from);
+            bytes[at] = below(256) as u8;
+        }
+        bytes.truncate(bytes.len() - below(2) * below(40));
+        let mut io = core.connect();
+        for piece in bytes.chunks(1 + below(50)) {
+            if io.write_all(piece).await.is_err() {
+                break;
+            }
+        }
+        let mut answer = Vec::new();
+        let wait = io.read_to_end(&mut answer);
+        let _ = tokio::time::timeout(Duration::from_millis(5), wait).await;
+    }
+    let (mut client, _) = Client::connect(&core, &v5("after")).await;
+    client.publish("z", "x", 1, 1).await;
+    assert_eq!(client.next().await, Got::Ack(AckKind::Puback, 1, 0x10));
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert_eq!(core.stats().connections, 1);
+}
+
+/// Many tasks on real threads: no wake-up is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn every_message_reaches_everyone() {
+    const COUNT: u16 = 1000;
+    const CLIENTS: usize = 4;
+    let core = core();
+    let mut readers = Vec::new();
+    for n in 0..CLIENTS {
+        let id = format!("sub{n}");
+        let connect = Connect {
+            receive_maximum: Some(7),
+            ..v5(&id)
+        };
+        let (mut sub, _) = Client::connect(&core, &connect).await;
+        sub.subscribe(None, &[("t/#", options(1))]).await;
+        readers.push(tokio::spawn(async move {
+            let mut last = [0; CLIENTS];
+            for _ in 0..COUNT * CLIENTS as u16 {
+                let got = sub.publish_got().await;
+                let from: usize = got.topic[2..].parse().expect("a number");
+                last[from] += 1;
+                assert_eq!(got.payload, last[from].to_string());
+                sub.ack(AckKind::Puback, got.id).await;
+            }
+        }));
+    }
+    for n in 0..CLIENTS {
+        let core = core.clone();
+        readers.push(tokio::spawn(async move {
+            let (mut publisher, _) = Client::connect(&core, &v5(&format!("pub{n}"))).await;
+            for id in 1..=COUNT {
+                publisher
+                    .publish(&format!("t/{n}"), &id.to_string(), 1, id)
+                    .await;
+                assert_eq!(publisher.next().await, Got::Ack(AckKind::Puback, id, 0));
+            }
+        }));
+    }
+    for reader in readers {
+        let done = tokio::time::timeout(Duration::from_secs(60), reader).await;
+        done.expect("all in time").expect("no assertion failed");
+    }
 }

@@ -282,3 +282,92 @@ fn send(
     delivery.encode(&queued.message, out);
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mqtt::{Decoder, MessageSpec, Packet, Properties, Receiver};
+
+    fn entry(qos: QoS) -> Queued {
+        Queued {
+            message: Message::new(&MessageSpec {
+                topic: "t",
+                properties: Properties::default(),
+                payload: b"x",
+                qos,
+                retain: false,
+                expires_at: u64::MAX,
+                strip_key: None,
+            }),
+            ids: SmallVec::new(),
+            qos,
+            retain: false,
+        }
+    }
+
+    /// Packet ids and DUP flags of all that `pump` sends.
+    fn pumped(out: &mut Outbound) -> Vec<(u16, bool)> {
+        let mut bytes = Vec::new();
+        let stats = &mut EmbeddedStats::default();
+        assert!(!out.pump(&mut bytes, usize::MAX, 0, false, stats));
+        let decoder = Decoder {
+            version: Version::V5,
+            receiver: Receiver::Client,
+            max: u32::MAX,
+        };
+        let (mut at, mut ids) = (0, Vec::new());
+        while let Ok(Some((packet, n))) = decoder.next(&bytes[at..]) {
+            at += n;
+            match packet {
+                Packet::Publish(p) => ids.push((p.packet_id, p.dup)),
+                Packet::Pubrel(a) => ids.push((a.packet_id, false)),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(at, bytes.len());
+        ids
+    }
+
+    #[test]
+    fn packet_ids_wrap_around_those_in_use() {
+        let options = EmbeddedOptions::default();
+        let mut out = Outbound::default();
+        out.attach(Version::V5, 3, None);
+        assert!(out.push(entry(QoS::ExactlyOnce), &options));
+        assert_eq!(pumped(&mut out), [(1, false)]);
+        for n in 0..70_000u32 {
+            assert!(out.push(entry(QoS::AtLeastOnce), &options));
+            let id = (n % 65_534) as u16 + 2;
+            assert_eq!(pumped(&mut out), [(id, false)]);
+            assert!(out.puback(id).is_ok());
+        }
+        assert_eq!((out.len(), out.outstanding, out.queue_bytes), (1, 1, 0));
+    }
+
+    #[test]
+    fn acknowledgements_must_fit() {
+        let options = EmbeddedOptions::default();
+        let mut out = Outbound::default();
+        out.attach(Version::V5, 10, None);
+        out.push(entry(QoS::AtLeastOnce), &options);
+        out.push(entry(QoS::ExactlyOnce), &options);
+        out.push(entry(QoS::ExactlyOnce), &options);
+        pumped(&mut out);
+        assert!(out.pubrec(1, ReasonCode::SUCCESS).is_err());
+        assert!(out.pubcomp(1).is_err());
+        assert!(out.puback(2).is_err());
+        assert!(out.pubcomp(2).is_err());
+        // A refusing PUBREC ends the exchange [MQTT-4.3.3-4].
+        assert_eq!(out.pubrec(2, ReasonCode::QUOTA_EXCEEDED).ok(), Some(None));
+        let rel = Some(Some(ReasonCode::SUCCESS));
+        assert_eq!(out.pubrec(3, ReasonCode::SUCCESS).ok(), rel);
+        assert_eq!(out.pubrec(3, ReasonCode::SUCCESS).ok(), rel);
+        let unknown = Some(Some(ReasonCode::PACKET_IDENTIFIER_NOT_FOUND));
+        assert_eq!(out.pubrec(9, ReasonCode::SUCCESS).ok(), unknown);
+        assert!(out.puback(9).is_ok() && out.pubcomp(9).is_ok());
+        out.attach(Version::V5, 10, None);
+        assert_eq!(pumped(&mut out), [(1, true), (3, false)]);
+        assert!(out.pubcomp(3).is_ok() && out.puback(1).is_ok());
+        assert_eq!((out.len(), out.outstanding), (0, 0));
+    }
+}

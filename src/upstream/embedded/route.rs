@@ -139,7 +139,7 @@ impl State {
         if matched.is_empty() {
             return false;
         }
-        // By age of the filter, so that copies do not come in the trie's order.
+        // A steady order of copies, whatever the shape of the trie.
         matched.sort_unstable();
         let mut copies: SmallVec<[Copy; 16]> = SmallVec::new();
         for filter in matched {

@@ -203,12 +203,13 @@ impl State {
             client_id = assigned.insert(format!("embedded-{}", self.serial).into_boxed_str());
         }
         let mut known = self.by_client_id.get(client_id).copied();
-        if let Some(key) = known {
-            if let Some(old) = self.sessions[key as usize].wire.clone() {
-                old.end(Some(ReasonCode::SESSION_TAKEN_OVER));
-                self.detach(key, true);
-                known = self.by_client_id.get(client_id).copied();
-            }
+        if let Some(key) = known
+            && let Some(old) = self.sessions[key as usize].wire.clone()
+        {
+            old.end(Some(ReasonCode::SESSION_TAKEN_OVER));
+            self.detach(key, true);
+            // Gone, if it was to end with its connection.
+            known = self.by_client_id.get(client_id).copied();
         }
         if let Some(key) = known
             && connect.clean_start
