@@ -61,6 +61,11 @@ impl<'a> Connack<'a> {
             session_present: flags == 1,
             ..Connack::default()
         };
+        if version == Version::V5 && body == [0, 1] {
+            // A server without MQTT 5 answers in its own form ([MQTT-3.1.2-2] of 3.1.1).
+            connack.reason = ReasonCode::UNSUPPORTED_PROTOCOL_VERSION;
+            return Ok(connack);
+        }
         if version == Version::V5 {
             if !reason::CONNACK.has(code) {
                 return Err(Error::Protocol(
@@ -236,6 +241,12 @@ mod tests {
             },
             all
         );
+    }
+
+    #[test]
+    fn a_server_without_mqtt_5_is_understood() {
+        let got = Connack::read(&[0, 1], Version::V5).expect("legal");
+        assert_eq!(got.reason, ReasonCode::UNSUPPORTED_PROTOCOL_VERSION);
     }
 
     #[test]

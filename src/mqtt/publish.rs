@@ -2,7 +2,7 @@
 
 use super::props::{self, Properties, Property};
 use super::read::Reader;
-use super::{Error, QoS, Receiver, Version, text, valid_topic_name};
+use super::{Error, QoS, Receiver, Version, text};
 
 /// A PUBLISH as received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -97,13 +97,17 @@ impl<'a> Publish<'a> {
     }
 }
 
+// One look at the bytes for all that a name may not have; which it was matters on refusal only.
 #[inline]
 fn topic(bytes: &[u8]) -> Result<&str, Error> {
-    let topic = text::utf8(bytes)?;
-    if !topic.is_empty() && !valid_topic_name(topic) {
+    let suspect = bytes.iter().fold(false, |found, &b| {
+        found | (b == 0) | (b == b'+') | (b == b'#')
+    });
+    if suspect {
+        text::utf8(bytes)?;
         return Err(Error::TopicName("wildcard in a topic name [MQTT-3.3.2-2]"));
     }
-    Ok(topic)
+    std::str::from_utf8(bytes).map_err(|_| text::NOT_UTF8)
 }
 
 #[cfg(test)]

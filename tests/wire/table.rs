@@ -129,6 +129,8 @@ const BODIES: &[Row] = &[
     // CONNACK
     ("3.2", V5, Client, 0x20, b"\x01\0\0", 0),
     ("3.2 of 3.1.1", V311, Client, 0x20, b"\x01\0", 0),
+    ("MQTT-3.1.2-2 of 3.1.1, said to MQTT 5", V5, Client, 0x20, b"\0\x01", 0),
+    ("3.2.2.3 of 3.1.1, said to MQTT 5", V5, Client, 0x20, b"\0\x02", PROTOCOL),
     ("MQTT-3.2.2-1 flags", V5, Client, 0x20, b"\x02\0\0", MALFORMED),
     ("3.1: first byte is 0", V31, Client, 0x20, b"\x01\0", MALFORMED),
     ("MQTT-3.2.2-6 refused, present", V5, Client, 0x20, b"\x01\x87\0", PROTOCOL),
