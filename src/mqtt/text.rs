@@ -12,7 +12,7 @@ pub(crate) const NOT_UTF8: Error = Error::Malformed("string is not UTF-8 [MQTT-1
 /// what goes on to a server by a connection that others share had better have none.
 pub fn has_discouraged(text: &str) -> bool {
     // The C1 controls and all non-characters are above ASCII.
-    let suspect = |b: u8| b < 0x20 || b >= 0x7F;
+    let suspect = |b: u8| !(0x20..0x7F).contains(&b);
     text.bytes().any(suspect)
         && text.chars().any(|c| {
             c.is_control() || matches!(c, '\u{FDD0}'..='\u{FDEF}') || c as u32 & 0xFFFE == 0xFFFE
