@@ -92,9 +92,12 @@ fn core_differs(packet: &Packet<'_>) -> bool {
     }
 }
 
-// Legal frames that both refuse: each for its own reason of the two above.
+// Legal frames that both refuse: each for its own reason of the two above, or
+// [MQTT-3.1.2-2] of 3.1.1, the answer `20 02 00 01` to a CONNECT of MQTT 5.
 fn both_wrong(packet: &Packet<'_>) -> bool {
-    rmqtt_differs(packet) && core_differs(packet)
+    let old_server = matches!(packet, Packet::Connack(c)
+        if c.reason == ReasonCode::UNSUPPORTED_PROTOCOL_VERSION && c.properties.is_empty());
+    old_server || (rmqtt_differs(packet) && core_differs(packet))
 }
 
 /// A packet in a form that does not depend on the order of its properties (§2.2.2.2: of no
