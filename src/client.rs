@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use crate::auth::{Acl, Authenticator, Identity};
 use crate::clock::Clock;
-use crate::config::{self, AuthMode, ClientIdRule};
+use crate::config::{self, AuthMode};
 use crate::mqtt::QoS;
 use crate::router::Router;
 use crate::session::Policy;
@@ -30,8 +30,6 @@ pub struct Clients {
     pub authenticator: Authenticator,
     /// What they may do.
     pub acl: Acl,
-    /// Which client identifiers a principal may use.
-    pub client_id_rule: ClientIdRule,
     /// `[session]`.
     pub session: config::Session,
     /// `[limits]`.

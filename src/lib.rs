@@ -3,6 +3,7 @@
 //! Imports point one way: `mqtt` ← `session` ← `router` ← { `client`, `upstream` } ← `runtime`.
 //! `transport` knows bytes only; `config`, `telemetry`, `limits` and `clock` are leaves.
 
+pub mod admin;
 pub mod auth;
 pub mod client;
 pub mod clock;
@@ -10,6 +11,7 @@ pub mod config;
 pub mod limits;
 pub mod mqtt;
 pub mod router;
+pub mod runtime;
 pub mod session;
 pub mod telemetry;
 pub mod transport;

@@ -171,16 +171,31 @@ impl Upstream {
         for n in 0..usize::from(shared.config.data_links) {
             let machine = Data::new(shared.router.clone(), n, start.instance);
             let wake = shared.router.data_wake(n).clone();
-            tasks.spawn(driver::run(shared.clone(), add(Role::Data, n), machine, wake));
+            tasks.spawn(driver::run(
+                shared.clone(),
+                add(Role::Data, n),
+                machine,
+                wake,
+            ));
         }
         for n in 0..usize::from(shared.config.publish_links) {
             let machine = Publisher::new(shared.router.clone(), n, start.instance);
             let wake = shared.router.publish_wake(n).clone();
-            tasks.spawn(driver::run(shared.clone(), add(Role::Publish, n), machine, wake));
+            tasks.spawn(driver::run(
+                shared.clone(),
+                add(Role::Publish, n),
+                machine,
+                wake,
+            ));
         }
         let machine = Fetch::new(shared.router.clone());
         let wake = shared.router.fetch_wake().clone();
-        tasks.spawn(driver::run(shared.clone(), add(Role::Retained, 0), machine, wake));
+        tasks.spawn(driver::run(
+            shared.clone(),
+            add(Role::Retained, 0),
+            machine,
+            wake,
+        ));
         Self {
             links: links.into(),
         }

@@ -8,7 +8,6 @@ use std::sync::atomic::Ordering;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::auth::Identity;
-use crate::config::{AuthMode, ClientIdRule};
 use crate::mqtt::{
     Connack, Connect, Error, Message, MessageSpec, QoS, ReasonCode, Version, decode_connect,
 };
@@ -102,7 +101,10 @@ async fn refuse(stream: &mut Stream, refusal: &Refusal) {
             ..Connack::default()
         }
         .encode(version, &mut out.buf);
-        if poll_fn(|cx| stream.poll_send(cx, 0, &mut out)).await.is_err() {
+        if poll_fn(|cx| stream.poll_send(cx, 0, &mut out))
+            .await
+            .is_err()
+        {
             return;
         }
     }
@@ -231,30 +233,31 @@ async fn admit(
         .authenticator
         .verify(door.auth, &client_id, connect.username, connect.password)
         .await
-        .map_err(|code| {
-            refuse(
+        .map_err(|code| match code {
+            ReasonCode::CLIENT_IDENTIFIER_NOT_VALID => refuse(
+                RefusedReason::ClientId,
+                code,
+                "auth.client_id = \"username\": the client identifier must be the user name",
+            ),
+            ReasonCode::BAD_USER_NAME_OR_PASSWORD => refuse(
                 RefusedReason::BadCredentials,
                 code,
-                "user name or password is wrong",
-            )
+                "the user name or the password is wrong",
+            ),
+            _ => refuse(
+                RefusedReason::Other,
+                code,
+                "too many passwords to verify at once",
+            ),
         })?;
-    if clients.client_id_rule == ClientIdRule::Username
-        && door.auth != AuthMode::Anonymous
-        && *client_id != *principal
-    {
-        return Err(refuse(
-            RefusedReason::ClientId,
-            ReasonCode::CLIENT_IDENTIFIER_NOT_VALID,
-            "auth.client_id = \"username\": the client identifier must be the user name",
-        ));
-    }
     let mut identity = Identity::new(principal.clone(), client_id.clone());
     identity.username = connect.username.map(Arc::from);
     let will = match &connect.will {
         None => None,
-        Some(_) => Some(will_of(clients, &connect, &identity).map_err(|(label, code, why)| {
-            refuse(label, code, why)
-        })?),
+        Some(_) => Some(
+            will_of(clients, &connect, &identity)
+                .map_err(|(label, code, why)| refuse(label, code, why))?,
+        ),
     };
     let session = &clients.session;
     let expiry_max = whole_seconds(session.expiry_max);
@@ -278,6 +281,7 @@ async fn admit(
     let place = Arc::new(Place {
         listener: door.name.clone(),
         transport: door.transport,
+        websocket: door.transport.starts_with("ws"),
         peer,
     });
     let router = &clients.router;
@@ -432,7 +436,10 @@ fn keep_alive(clients: &Clients, connect: &Connect<'_>) -> u16 {
         return asked;
     }
     let max = clients.session.keepalive_max.map(|d| d.as_secs() as u16);
-    let default = clients.session.keepalive_default.map(|d| d.as_secs() as u16);
+    let default = clients
+        .session
+        .keepalive_default
+        .map(|d| d.as_secs() as u16);
     let granted = match asked {
         0 => default.or(max).unwrap_or(0),
         asked => asked,

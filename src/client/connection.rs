@@ -114,7 +114,8 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
     let session_ended = clients.router.disconnected(
         connection.session,
         connection.generation,
-        end.normal,
+        // A drain fires no wills.
+        end.normal || end.label == DisconnectReason::Draining,
         clients.clock.now(),
     );
     metrics().disconnects[end.label].increment(1);
@@ -139,13 +140,15 @@ impl Connection<'_> {
         if let Some(close) = self.wake.closing() {
             return Poll::Ready(End::from_close(close));
         }
+        if self.wake.take_ping() {
+            // What cannot be sent now is sent with the next output.
+            let _ = self.stream.poll_ping(cx);
+        }
         // A busy connection gives the others their turn.
         for _ in 0..8 {
-            match self.poll_write(cx, woken) {
-                Ok(()) => {}
-                Err(end) => return Poll::Ready(end),
+            if let Err(end) = self.poll_write(cx, woken) {
+                return Poll::Ready(end);
             }
-            woken = false;
             if self.held {
                 self.held = self.must_hold();
                 if self.held {
@@ -495,7 +498,11 @@ impl End {
         use DisconnectReason as D;
         let (label, code, how) = match &closed {
             Closed::Eof | Closed::Reset(_) => (D::Closed, ReasonCode::SUCCESS, CloseHow::Normal),
-            Closed::TooLarge => (D::TooLarge, ReasonCode::PACKET_TOO_LARGE, CloseHow::Protocol),
+            Closed::TooLarge => (
+                D::TooLarge,
+                ReasonCode::PACKET_TOO_LARGE,
+                CloseHow::Protocol,
+            ),
             Closed::Violation { .. } => {
                 (D::Protocol, ReasonCode::PROTOCOL_ERROR, CloseHow::Protocol)
             }

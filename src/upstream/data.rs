@@ -171,7 +171,11 @@ impl Data {
     }
 
     fn subscribe(&mut self, out: &mut Vec<u8>) {
-        let in_packet = if self.identifiers { 1 } else { FILTERS_IN_PACKET };
+        let in_packet = if self.identifiers {
+            1
+        } else {
+            FILTERS_IN_PACKET
+        };
         while self.requests.len() < REQUESTS_MAX {
             let room = REQUESTS_MAX - self.requests.len();
             let wanted = self.router.next_subscribes(self.link, room.min(200));
@@ -208,9 +212,7 @@ impl Data {
 
     fn unsubscribe(&mut self, out: &mut Vec<u8>) {
         while self.requests.len() < REQUESTS_MAX {
-            let leaving = self
-                .router
-                .next_unsubscribes(self.link, FILTERS_IN_PACKET);
+            let leaving = self.router.next_unsubscribes(self.link, FILTERS_IN_PACKET);
             if leaving.is_empty() {
                 return;
             }

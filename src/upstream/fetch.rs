@@ -216,7 +216,14 @@ impl Machine for Fetch {
             Packet::Publish(p) => self.publish(p, now, out),
             Packet::Pubrel(a) => {
                 let (version, id) = (self.version, a.packet_id);
-                encode_ack(version, AckKind::Pubcomp, id, ReasonCode::SUCCESS, None, out);
+                encode_ack(
+                    version,
+                    AckKind::Pubcomp,
+                    id,
+                    ReasonCode::SUCCESS,
+                    None,
+                    out,
+                );
             }
             Packet::Suback(s) => {
                 let Some(job) = self.requests.remove(&s.packet_id) else {

@@ -149,7 +149,8 @@ async fn connect(
     loop {
         if io.read_buf(&mut buf).await.map_err(io_failed)? == 0 {
             // Some brokers close without a word on a protocol that they do not speak.
-            if version == Version::V5 && buf.is_empty() && shared.config.protocol == Protocol::Auto {
+            if version == Version::V5 && buf.is_empty() && shared.config.protocol == Protocol::Auto
+            {
                 return Err(Attempt::NoV5);
             }
             return Err(Failed::new(

@@ -3,9 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::mqtt::{
-    AckKind, Alias, Delivery, Packet, QoS, ReasonCode, Version, encode_ack,
-};
+use crate::mqtt::{AckKind, Alias, Delivery, Packet, QoS, ReasonCode, Version, encode_ack};
 use crate::router::lanes::Outgoing;
 use crate::router::{Answered, Router};
 use crate::telemetry::{DropReason, metrics};

@@ -94,7 +94,10 @@ mod tests {
         // The same identifier and content again, without a reconnect: a new message.
         assert!(!r.seen(&publish(1, b"on")));
         r.resumed();
-        assert!(!r.seen(&publish(2, b"other")), "the first that differs ends it");
+        assert!(
+            !r.seen(&publish(2, b"other")),
+            "the first that differs ends it"
+        );
         assert!(!r.seen(&publish(1, b"on")));
     }
 

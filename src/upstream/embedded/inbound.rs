@@ -258,7 +258,8 @@ impl Up {
             qos: publish.qos,
             retain: publish.retain,
             expires_at,
-            strip_key: None, account: None,
+            strip_key: None,
+            account: None,
         });
         let reason = if st.publish(key, &message) {
             ReasonCode::SUCCESS

@@ -380,7 +380,8 @@ impl State {
                 qos: m.qos(),
                 retain: m.retain(),
                 expires_at: self.now + u64::from(seconds) * 1000,
-                strip_key: None, account: None,
+                strip_key: None,
+                account: None,
             }),
         };
         self.publish(key, &message);
@@ -408,7 +409,8 @@ fn store_will(will: &Will<'_>) -> StoredWill {
             qos: will.qos,
             retain: will.retain,
             expires_at: u64::MAX,
-            strip_key: None, account: None,
+            strip_key: None,
+            account: None,
         }),
         delay: will.delay,
         expiry: will.message_expiry,
