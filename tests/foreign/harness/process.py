@@ -33,8 +33,9 @@ class Service:
         self._changed = threading.Condition()
         self._open_streams = 2
         self._log = open(log, "a", encoding="utf-8") if log else None
+        # Should this process be killed, its children do not stay behind.
         self.process = subprocess.Popen(
-            self.argv,
+            ["setpriv", "--pdeathsig", "KILL", *self.argv],
             cwd=cwd,
             env={**os.environ, **(env or {})},
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
