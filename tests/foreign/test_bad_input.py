@@ -9,7 +9,7 @@ import time
 import pytest
 
 from harness import wire
-from harness.edge import Edge, config
+from harness.edge import TRANSPORTS, Edge, config, listener
 from harness.links import Way
 from harness.loop import call
 from harness.names import fresh
@@ -25,7 +25,9 @@ DEADLINE = 2.0
 def target(tmp_path_factory, core, pki):
     """Short deadlines, a small packet limit."""
     limits = {"packet_max": "64KiB", "accept_deadline": "2s", "packet_deadline": "2s", "receive_max": 10, "topic_alias_max": 5}
-    edge = Edge(tmp_path_factory.mktemp("bad"), config(core.url, pki, limits=limits), pki).start()
+    # Noise has listeners of its own: lines about failed handshakes are limited per listener.
+    listeners = [listener(t) for t in TRANSPORTS] + [listener(t, f"noise-{t}") for t in TRANSPORTS]
+    edge = Edge(tmp_path_factory.mktemp("bad"), config(core.url, pki, limits=limits, listeners=listeners), pki).start()
     yield edge
     edge.assert_sane()
     edge.close()
@@ -57,6 +59,11 @@ def nobody_else_is_disturbed(target, bystanders):
     for one in clients:
         assert [m.text for m in one.until(text)] == []
         assert not one.ended.is_set()
+
+
+def with_code(me: str, code: int) -> str:
+    """A log line that names the client and the reason code, in whatever order."""
+    return rf"(?=.*{me})(?=.*(?:0x{code:02x}|code=\"?{code})\b).*"
 
 
 def peer(raw: Raw) -> str:
@@ -129,7 +136,7 @@ def test_after_connect(target, what):
         ends = [p for p in packets if p.kind == wire.DISCONNECT]
         assert len(ends) == 1 and packets[-1].kind == wire.DISCONNECT, packets
         assert ends[0].reason in codes, f"DISCONNECT {ends[0].reason:#x}, expected {[hex(c) for c in codes]}"
-        line = target.wait_log(rf"{me}.*0x{ends[0].reason:02x}|0x{ends[0].reason:02x}.*{me}", since)
+        line = target.wait_log(with_code(me, ends[0].reason), since)
         assert "127.0.0.1:" in line
 
 
@@ -144,7 +151,7 @@ def test_the_reason_code_gets_through_on_every_transport(target, transport):
         raw.send(wire.publish("a/#", b"x"))
         packets, _ = raw.wait_closed()
         assert [p.reason for p in packets] == [0x90]
-        line = target.wait_log(rf"{me}.*0x90|0x90.*{me}", since)
+        line = target.wait_log(with_code(me, 0x90), since)
         assert transport in line
     if relay:
         relay.close()
@@ -166,7 +173,7 @@ def test_three_one_one_is_just_closed(target, what):
         assert raw.connect(me).reason == 0
         raw.send(bad)
         assert raw.wait_closed()[0] == []
-        target.wait_log(me + ".*0x8|0x8.*" + me + ".*|" + me + ".*0x9", since)
+        target.wait_log(rf"(?=.*{me})(?=.*(malformed|protocol_error|topic|packet_too_large)).*", since)
 
 
 def connect_with(name=b"MQTT", level=5, flags=2, body=b"\x00\x3c\x00\x00\x04abcd") -> bytes:
@@ -436,9 +443,9 @@ def test_garbage_datagrams(target):
     noise = random.Random(7)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _ in range(300):
-            sock.sendto(noise.randbytes(noise.randrange(1, 1400)), ("127.0.0.1", target["quic"].port))
+            sock.sendto(noise.randbytes(noise.randrange(1, 1400)), ("127.0.0.1", target["noise-quic"].port))
         # An Initial of a version we have not is answered with those we have; nothing else matters here.
-        sock.sendto(b"\xc0\x0a\x0a\x0a\x0a\x08" + noise.randbytes(8) + b"\x08" + noise.randbytes(8) + b"\x00" * 1200, ("127.0.0.1", target["quic"].port))
+        sock.sendto(b"\xc0\x0a\x0a\x0a\x0a\x08" + noise.randbytes(8) + b"\x08" + noise.randbytes(8) + b"\x00" * 1200, ("127.0.0.1", target["noise-quic"].port))
         sock.settimeout(5)
         answer, _ = sock.recvfrom(2000)
         assert answer[1:5] == b"\x00\x00\x00\x00"
@@ -451,7 +458,7 @@ def test_garbage_datagrams(target):
 @pytest.mark.parametrize("seed", range(10))
 def test_noise(target, transport, seed):
     noise = random.Random(seed)
-    with socket.create_connection(("127.0.0.1", target[transport].port)) as sock:
+    with socket.create_connection(("127.0.0.1", target[f"noise-{transport}"].port)) as sock:
         sock.settimeout(10)
         try:
             sock.sendall(noise.randbytes(4000))
