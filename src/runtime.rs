@@ -86,6 +86,8 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
         session: config.session.clone(),
         limits: config.limits.clone(),
         rate: Rate::new(config.limits.connect_rate_max),
+        input: Account::new(),
+        input_max: config.memory.max / 8,
         draining: AtomicBool::new(false),
     });
     let tls = client_tls(&config)?;
@@ -342,7 +344,8 @@ fn session_limits(config: &Config) -> SessionLimits {
             config::QueueFull::EndSession => QueueFull::EndSession,
         },
         queue_qos0: config.session.queue_qos0,
-        output_buffer: config.limits.output_buffer as usize,
+        output_buffer: Arc::new((config.limits.output_buffer as usize).into()),
+        filter_bytes_max: 256 * 1024,
         subscriptions_max: config.limits.subscriptions_per_client_max as usize,
         topic_levels_max: config.limits.topic_levels_max as usize,
         v3_publishes_max: config.upstream.publishes_waiting_v3_max as usize,
@@ -367,6 +370,7 @@ fn router_config(config: &Config) -> RouterConfig {
         publishes_waiting_per_client: upstream.publishes_waiting_per_client as usize,
         retained_cache: upstream.retained_cache as usize,
         queues: config.memory.queues,
+        output: config.memory.max / 8,
         write_stall: ms(config.limits.write_stall),
     }
 }

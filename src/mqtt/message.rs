@@ -43,7 +43,7 @@ struct Head {
     topic: u16,
     qos: QoS,
     retain: bool,
-    charge: Option<Charge>,
+    _charge: Option<Charge>,
 }
 
 /// Gives back what the message was charged when its last reference goes.
