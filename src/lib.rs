@@ -3,6 +3,7 @@
 //! Imports point one way: `mqtt` ← `session` ← `router` ← { `client`, `upstream` } ← `runtime`.
 //! `transport` knows bytes only; `config`, `telemetry` and `limits` are leaves.
 
+pub mod admin;
 pub mod auth;
 pub mod config;
 pub mod limits;

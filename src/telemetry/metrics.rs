@@ -42,6 +42,7 @@ pub async fn upkeep() {
 }
 
 /// One metric with one bounded label: a handle per value.
+#[derive(Debug)]
 pub struct Family<L: Label, H> {
     handles: Box<[H]>,
     label: std::marker::PhantomData<L>,
@@ -74,7 +75,7 @@ impl Family<Qos, Counter> {
 }
 
 /// The handles of one listener.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct ListenerMetrics {
     /// Connections open now.
     pub connections_open: Gauge,
@@ -83,6 +84,7 @@ pub struct ListenerMetrics {
 }
 
 /// The handles of one link to the core.
+#[derive(Debug)]
 pub struct LinkMetrics {
     /// 1 while CONNACK has been received and the link stands.
     pub up: Gauge,
