@@ -17,6 +17,7 @@ mod view;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::rejection::QueryRejection;
@@ -30,12 +31,15 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 use crate::config;
-use crate::telemetry::metrics::metrics;
+use crate::telemetry::metrics;
 use connections::Bounded;
 pub use view::{AdminView, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView};
 
 /// Connections at once; further ones wait in the backlog.
 const CONNECTIONS_MAX: usize = 64;
+/// What a request that trickles in may take, and how long an idle connection
+/// stays.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Requests to `/api` that are worked on at once.
 const API_AT_ONCE: usize = 2;
 /// Sessions of one page.
@@ -88,7 +92,7 @@ impl Server {
         self,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> std::io::Result<()> {
-        let listener = Bounded::new(self.listener, CONNECTIONS_MAX);
+        let listener = Bounded::new(self.listener, CONNECTIONS_MAX, SILENCE_MAX);
         axum::serve(listener, self.router)
             .with_graceful_shutdown(shutdown)
             .await

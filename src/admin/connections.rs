@@ -13,9 +13,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep};
 
-/// From accept, or from the last byte of an answer, to the first byte of the
-/// next one: what a request that trickles in may take.
-const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Pause after an accept that failed, for instance for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -23,13 +20,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 pub(super) struct Bounded {
     listener: TcpListener,
     free: Arc<Semaphore>,
+    silence_max: Duration,
 }
 
 impl Bounded {
-    pub fn new(listener: TcpListener, most: usize) -> Self {
+    /// `silence_max`: from accept, or from the last byte of an answer, to the
+    /// first byte of the next one.
+    pub fn new(listener: TcpListener, most: usize, silence_max: Duration) -> Self {
         Self {
             listener,
             free: Arc::new(Semaphore::new(most)),
+            silence_max,
         }
     }
 }
@@ -43,7 +44,9 @@ impl Listener for Bounded {
         let permit = permit.expect("the semaphore is never closed");
         loop {
             match self.listener.accept().await {
-                Ok((stream, peer)) => return (Connection::new(stream, permit), peer),
+                Ok((stream, peer)) => {
+                    return (Connection::new(stream, permit, self.silence_max), peer);
+                }
                 Err(error) => {
                     tracing::debug!(%error, "the admin side cannot accept");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -61,14 +64,16 @@ impl Listener for Bounded {
 pub(super) struct Connection {
     stream: TcpStream,
     silence: Pin<Box<Sleep>>,
+    silence_max: Duration,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Connection {
-    fn new(stream: TcpStream, permit: OwnedSemaphorePermit) -> Self {
+    fn new(stream: TcpStream, permit: OwnedSemaphorePermit, silence_max: Duration) -> Self {
         Self {
             stream,
-            silence: Box::pin(tokio::time::sleep(SILENCE_MAX)),
+            silence: Box::pin(tokio::time::sleep(silence_max)),
+            silence_max,
             _permit: permit,
         }
     }
@@ -81,7 +86,8 @@ impl Connection {
     }
 
     fn answered(&mut self) {
-        self.silence.as_mut().reset(Instant::now() + SILENCE_MAX);
+        let until = Instant::now() + self.silence_max;
+        self.silence.as_mut().reset(until);
     }
 }
 

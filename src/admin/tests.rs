@@ -176,25 +176,25 @@ async fn the_api_is_for_loopback_only() {
     }
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn a_request_that_trickles_in_is_cut_off() {
-    let address = start("127.0.0.1:0", true).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    let address = listener.local_addr().expect("bound");
+    let bounded = Bounded::new(listener, 1, Duration::from_millis(300));
+    let router = Router::new().route("/", axum::routing::get(|| async { "ok" }));
+    tokio::spawn(async move { axum::serve(bounded, router).await });
     let mut stream = TcpStream::connect(address).await.expect("connected");
+    let (mut read, mut write) = stream.split();
     let trickle = async {
-        loop {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            if stream.write_all(b"G").await.is_err() {
-                break;
-            }
-            let mut byte = [0];
-            if let Ok(Ok(0) | Err(_)) =
-                tokio::time::timeout(Duration::from_millis(1), stream.read(&mut byte)).await
-            {
-                break;
-            }
+        while write.write_all(b"G").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), trickle)
+    let closed = async { read.read_to_end(&mut Vec::new()).await };
+    let ended = async {
+        tokio::select! { () = trickle => {}, _ = closed => {} }
+    };
+    tokio::time::timeout(Duration::from_secs(10), ended)
         .await
         .expect("the server closed it");
 }
