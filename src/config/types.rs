@@ -220,8 +220,8 @@ pub struct Upstream {
 /// One core address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Server {
-    /// The in-process core; the text after `embedded:` names habits of real
-    /// brokers to imitate, in tests.
+    /// The in-process core; the text after `embedded:` would name habits of
+    /// real brokers to imitate and is empty in this version.
     Embedded(String),
     /// `mqtt://` or `mqtts://`.
     Remote {
