@@ -88,7 +88,7 @@ impl Server {
     ///
     /// # Errors
     /// When the listener fails for good.
-    pub async fn serve(
+    pub async fn run(
         self,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> std::io::Result<()> {

@@ -44,6 +44,9 @@ impl Failure {
     }
 }
 
+/// Makes certificates for names in a directory; answers with the files.
+pub type MakeCerts<'a> = dyn Fn(&Path, &[String]) -> Result<Vec<PathBuf>, Failure> + 'a;
+
 /// What the commands do that is not the command line's own work.
 pub struct Commands<'a> {
     /// Runs until it is told to end; the number is the cap on connections that
@@ -51,8 +54,8 @@ pub struct Commands<'a> {
     pub run: &'a dyn Fn(Config, usize) -> Result<(), Failure>,
     /// Looks at what a configuration names, such as certificates.
     pub check: &'a dyn Fn(&Config) -> Result<(), Failure>,
-    /// Makes certificates for names in a directory; answers with the files.
-    pub certs: &'a dyn Fn(&Path, &[String]) -> Result<Vec<PathBuf>, Failure>,
+    /// `tidegate certs`.
+    pub certs: &'a MakeCerts<'a>,
 }
 
 /// Lets many phones and browsers connect, break off and come back without

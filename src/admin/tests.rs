@@ -62,7 +62,7 @@ async fn start(bind: &str, api: bool) -> SocketAddr {
         .expect("bound");
     let address = server.local_addr();
     assert_ne!(address.port(), 0);
-    tokio::spawn(server.serve(std::future::pending()));
+    tokio::spawn(server.run(std::future::pending()));
     address
 }
 

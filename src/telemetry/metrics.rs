@@ -6,6 +6,7 @@
 mod labels;
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use ::metrics::Recorder as _;
 use ::metrics::{Counter, Gauge, Histogram, Key, KeyName, Label as KeyLabel, Level, Metadata};
@@ -22,10 +23,22 @@ pub use labels::{
 const SECONDS: [f64; 14] = [
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
+/// How often [`upkeep`] drains the histograms.
+const UPKEEP: Duration = Duration::from_secs(5);
+
 /// The process's metrics, made at first use.
 pub fn metrics() -> &'static Metrics {
     static METRICS: OnceLock<Metrics> = OnceLock::new();
     METRICS.get_or_init(Metrics::new)
+}
+
+/// Keeps histograms small between scrapes; runs until dropped.
+pub async fn upkeep() {
+    let mut every = tokio::time::interval(UPKEEP);
+    loop {
+        every.tick().await;
+        metrics().recorder.handle().run_upkeep();
+    }
 }
 
 /// One metric with one bounded label: a handle per value.
@@ -263,11 +276,6 @@ impl Metrics {
                 counter(&self.recorder, REJECTED, labels)
             })
             .increment(1);
-    }
-
-    /// Keeps histograms small between scrapes; to be called every few seconds.
-    pub fn upkeep(&self) {
-        self.recorder.handle().run_upkeep();
     }
 
     /// The Prometheus text exposition.
