@@ -98,6 +98,11 @@ impl Client {
         }
     }
 
+    /// The link and the bytes already read from it, for a caller with a faster loop of its own.
+    pub fn into_parts(self) -> (Link, BytesMut) {
+        (self.link, self.received)
+    }
+
     /// The protocol version that this client speaks.
     pub fn version(&self) -> Version {
         self.version

@@ -7,6 +7,7 @@ pub mod client;
 pub mod dial;
 pub mod ledger;
 pub mod link;
+pub mod load;
 pub mod metrics;
 pub mod process;
 pub mod quic;

@@ -7,7 +7,7 @@ mod decode;
 mod encode;
 mod props;
 
-pub use decode::{Frame, PublishRef, decode, frame};
+pub use decode::{Frame, PublishRef, ack_of, decode, frame};
 pub use encode::{encode, put_ack, put_publish};
 pub use props::{Props, Value, prop};
 

@@ -68,6 +68,19 @@ pub fn decode(version: Version, bytes: &[u8]) -> Result<Option<(Packet, usize)>,
     }
 }
 
+/// The packet identifier and reason code of a PUBACK, PUBREC, PUBREL or PUBCOMP frame, or of a SUBACK
+/// or UNSUBACK frame with code 0; none if it is too short.
+pub fn ack_of(frame: &Frame<'_>) -> Option<(u16, u8)> {
+    let id = u16::from_be_bytes([*frame.body.first()?, *frame.body.get(1)?]);
+    let acks = matches!(frame.kind(), kind::PUBACK..=kind::PUBCOMP);
+    let code = if acks {
+        frame.body.get(2).copied()
+    } else {
+        None
+    };
+    Some((id, code.unwrap_or(0)))
+}
+
 /// A PUBLISH that borrows from the read buffer.
 #[derive(Debug, Clone, Copy)]
 pub struct PublishRef<'a> {
