@@ -62,6 +62,8 @@ pub enum Keeps {
     Everything,
     /// Its session ends with the connection: messages may be missing between two connections only.
     WhileConnected,
+    /// Order only: anything may be missing, nothing may come twice.
+    Order,
 }
 
 /// A delivery that breaks the rules.
@@ -159,7 +161,7 @@ impl Ledger {
         // The first number of a stream is 1; a session that keeps everything was there for it.
         let start = match self.keeps {
             Keeps::Everything => 1,
-            Keeps::WhileConnected => stamp.seq,
+            Keeps::WhileConnected | Keeps::Order => stamp.seq,
         };
         let stream = self.streams.entry(stamp.stream).or_insert_with(|| Stream {
             next: start,
@@ -175,7 +177,11 @@ impl Ledger {
         }
         if stamp.seq >= stream.next {
             let missing = stamp.seq - stream.next;
-            let allowed = self.keeps == Keeps::WhileConnected && !same;
+            let allowed = match self.keeps {
+                Keeps::Everything => false,
+                Keeps::WhileConnected => !same,
+                Keeps::Order => true,
+            };
             if missing > 0 && !allowed {
                 faults.push(Fault::Gap { missing });
                 // Bounded: a gap larger than this is beyond telling apart from loss.
@@ -190,7 +196,7 @@ impl Ledger {
         } else {
             if !dup {
                 faults.push(Fault::UnmarkedDuplicate);
-            } else if self.keeps == Keeps::WhileConnected || (same && stamp.seq <= last) {
+            } else if self.keeps != Keeps::Everything || (same && stamp.seq <= last) {
                 faults.push(Fault::Redelivered);
             } else {
                 self.duplicates += 1;

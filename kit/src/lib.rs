@@ -5,6 +5,7 @@
 pub mod certs;
 pub mod client;
 pub mod dial;
+pub mod herd;
 pub mod ledger;
 pub mod link;
 pub mod load;

@@ -66,19 +66,17 @@ impl Moment {
 
 /// A report being put together.
 #[derive(Debug)]
-pub struct Report(Map<String, Value>);
+pub struct Report(Vec<(String, Value)>);
 
 impl Report {
     /// A report of the load with this name.
     pub fn new(load: &str) -> Self {
-        let mut map = Map::new();
-        map.insert("load".to_owned(), json!(load));
-        Self(map)
+        Self(vec![("load".to_owned(), json!(load))])
     }
 
     /// Adds a figure.
     pub fn put(&mut self, name: &str, value: impl Into<Value>) -> &mut Self {
-        self.0.insert(name.to_owned(), value.into());
+        self.0.push((name.to_owned(), value.into()));
         self
     }
 
@@ -149,7 +147,7 @@ impl Report {
 
     /// The report as one JSON value.
     pub fn json(&self) -> Value {
-        Value::Object(self.0.clone())
+        Value::Object(self.0.iter().cloned().collect())
     }
 
     /// Prints the table to standard error and the JSON line to standard output.
