@@ -5,8 +5,8 @@
 
 pub mod admin;
 pub mod auth;
-pub mod client;
 pub mod cli;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod limits;
