@@ -38,6 +38,7 @@ pub use subscribe::{
     Suback, Subscribe, SubscribeOptions, Unsuback, Unsubscribe, encode_suback, encode_subscribe,
     encode_unsuback, encode_unsubscribe,
 };
+pub use text::has_discouraged;
 pub use topic::{
     covers, has_wildcard, matches, overlaps, split_shared, valid_filter, valid_topic_name,
 };

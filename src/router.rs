@@ -281,6 +281,8 @@ pub struct Place {
     pub listener: Arc<str>,
     /// Transport name.
     pub transport: &'static str,
+    /// It is a WebSocket.
+    pub websocket: bool,
     /// Its address at the start of the connection.
     pub peer: SocketAddr,
 }

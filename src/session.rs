@@ -242,10 +242,10 @@ impl Session {
 
     /// Starts the session anew on the same client identifier [MQTT-3.1.2-4]. What the core still
     /// has of its publishes is remembered, so that a copy sent again is not forwarded twice.
-    pub fn restart(&mut self, tag: u64) -> Ended {
+    pub fn restart(&mut self, tag: u64, now: u64) -> Ended {
         let mut ended = self.end();
         // The will of the session that ends here is due [MQTT-3.1.3-9].
-        ended.will = self.will.take().map(|w| w.message);
+        ended.will = self.will.take().map(|w| w.publish(now));
         self.tag = tag;
         self.gaps = 0;
         ended
@@ -286,7 +286,7 @@ impl Session {
             ended.will_cancelled = self.will.take().is_some();
         }
         if self.expiry == 0 {
-            ended.will = self.will.take().map(|w| w.message);
+            ended.will = self.will.take().map(|w| w.publish(now));
             let over = self.end();
             ended.session = true;
             ended.messages = over.messages;
@@ -296,7 +296,7 @@ impl Session {
             self.ends_at = now + u64::from(self.expiry) * 1000;
         }
         match self.will.as_deref_mut() {
-            Some(will) if will.delay == 0 => ended.will = self.will.take().map(|w| w.message),
+            Some(will) if will.delay == 0 => ended.will = self.will.take().map(|w| w.publish(now)),
             Some(will) => {
                 // Whichever comes first: the delay or the session's end.
                 will.due_at = now + u64::from(will.delay.min(self.expiry)) * 1000;
@@ -340,10 +340,10 @@ impl Session {
             return ended;
         }
         if self.will.as_ref().is_some_and(|w| w.due_at <= now) {
-            ended.will = self.will.take().map(|w| w.message);
+            ended.will = self.will.take().map(|w| w.publish(now));
         }
         if self.ends_at <= now {
-            let will = ended.will.or(self.will.take().map(|w| w.message));
+            let will = ended.will.or(self.will.take().map(|w| w.publish(now)));
             ended = self.end();
             ended.will = will;
         }

@@ -113,3 +113,59 @@ pub fn encode_pingreq(out: &mut Vec<u8>) {
 pub fn encode_pingresp(out: &mut Vec<u8>) {
     out.extend_from_slice(&[head::PINGRESP << 4, 0]);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shortest_form_is_written() {
+        let bytes = |version, kind, reason, text| {
+            let mut out = Vec::new();
+            encode_ack(version, kind, 0x0102, reason, text, &mut out);
+            out
+        };
+        let (ok, full) = (ReasonCode::SUCCESS, ReasonCode::QUOTA_EXCEEDED);
+        assert_eq!(
+            bytes(Version::V5, AckKind::Puback, ok, None),
+            [0x40, 2, 1, 2]
+        );
+        assert_eq!(
+            bytes(Version::V5, AckKind::Pubrec, full, None),
+            [0x50, 3, 1, 2, 0x97]
+        );
+        assert_eq!(
+            bytes(Version::V311, AckKind::Pubrec, full, Some("x")),
+            [0x50, 2, 1, 2]
+        );
+        assert_eq!(
+            bytes(Version::V31, AckKind::Pubrel, ok, None),
+            [0x62, 2, 1, 2]
+        );
+        assert_eq!(
+            bytes(Version::V5, AckKind::Pubcomp, ok, Some("x")),
+            [0x70, 8, 1, 2, 0, 4, 0x1F, 0, 1, b'x']
+        );
+    }
+
+    #[test]
+    fn reason_string_is_found() {
+        let body = [0, 1, 0, 11, 0x26, 0, 1, b'k', 0, 1, b'v', 0x1F, 0, 1, b'x'];
+        let ack = Ack::read(AckKind::Puback, &body, Version::V5).expect("legal");
+        assert_eq!(ack.reason_string(), Some("x"));
+        assert_eq!(
+            Ack::read(AckKind::Puback, &body[..2], Version::V5)
+                .expect("legal")
+                .reason_string(),
+            None
+        );
+    }
+
+    #[test]
+    fn pings() {
+        let mut out = Vec::new();
+        encode_pingreq(&mut out);
+        encode_pingresp(&mut out);
+        assert_eq!(out, [0xC0, 0, 0xD0, 0]);
+    }
+}

@@ -1,6 +1,6 @@
 //! CONNACK (MQTT 5 §3.2).
 
-use super::head::{self};
+use super::head;
 use super::props::{self, Properties, Property};
 use super::read::Reader;
 use super::write::put_head;
@@ -61,6 +61,11 @@ impl<'a> Connack<'a> {
             session_present: flags == 1,
             ..Connack::default()
         };
+        if version == Version::V5 && body == [0, 1] {
+            // A server without MQTT 5 answers in its own form ([MQTT-3.1.2-2] of 3.1.1).
+            connack.reason = ReasonCode::UNSUPPORTED_PROTOCOL_VERSION;
+            return Ok(connack);
+        }
         if version == Version::V5 {
             if !reason::CONNACK.has(code) {
                 return Err(Error::Protocol(
@@ -168,5 +173,88 @@ impl<'a> Connack<'a> {
             self.authentication_method.map(P::AuthenticationMethod),
             self.authentication_data.map(P::AuthenticationData),
         ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(connack: &Connack<'_>, version: Version) -> Vec<u8> {
+        let mut out = Vec::new();
+        connack.encode(version, &mut out);
+        assert_eq!(out.len(), connack.size(version));
+        out
+    }
+
+    #[test]
+    fn each_version_has_its_form() {
+        let resumed = Connack {
+            session_present: true,
+            ..Connack::default()
+        };
+        assert_eq!(bytes(&resumed, Version::V5), [0x20, 3, 1, 0, 0]);
+        assert_eq!(bytes(&resumed, Version::V311), [0x20, 2, 1, 0]);
+        // 3.1 knows no Session Present.
+        assert_eq!(bytes(&resumed, Version::V31), [0x20, 2, 0, 0]);
+    }
+
+    #[test]
+    fn a_refusal_has_no_session() {
+        let refused = Connack {
+            session_present: true,
+            reason: ReasonCode::NOT_AUTHORIZED,
+            ..Connack::default()
+        };
+        assert_eq!(bytes(&refused, Version::V5), [0x20, 3, 0, 0x87, 0]);
+        assert_eq!(bytes(&refused, Version::V311), [0x20, 2, 0, 5]);
+    }
+
+    #[test]
+    fn every_field_goes_round() {
+        let all = Connack {
+            session_present: true,
+            session_expiry: Some(0),
+            receive_maximum: Some(1),
+            maximum_qos: Some(QoS::AtLeastOnce),
+            retain_available: Some(false),
+            maximum_packet_size: Some(2),
+            assigned_client_id: Some("id"),
+            topic_alias_maximum: Some(0),
+            reason_string: Some(""),
+            wildcard_subscription_available: Some(false),
+            subscription_ids_available: Some(true),
+            shared_subscription_available: Some(false),
+            server_keep_alive: Some(0),
+            response_information: Some("r"),
+            server_reference: Some("s"),
+            authentication_method: Some("m"),
+            authentication_data: Some(&[0, 255]),
+            ..Connack::default()
+        };
+        let bytes = bytes(&all, Version::V5);
+        let read = Connack::read(&bytes[2..], Version::V5).expect("legal");
+        assert_eq!(
+            Connack {
+                properties: Properties(&[]),
+                ..read
+            },
+            all
+        );
+    }
+
+    #[test]
+    fn a_server_without_mqtt_5_is_understood() {
+        let got = Connack::read(&[0, 1], Version::V5).expect("legal");
+        assert_eq!(got.reason, ReasonCode::UNSUPPORTED_PROTOCOL_VERSION);
+    }
+
+    #[test]
+    fn qos_2_is_the_absence_of_a_maximum() {
+        let all = Connack {
+            maximum_qos: Some(QoS::ExactlyOnce),
+            ..Connack::default()
+        };
+        assert_eq!(bytes(&all, Version::V5), [0x20, 3, 0, 0, 0]);
     }
 }

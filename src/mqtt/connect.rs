@@ -98,6 +98,11 @@ pub fn decode_connect(buf: &[u8], max: u32) -> Result<Option<(Connect<'_>, usize
     };
     match first {
         0x10 => {}
+        0x16 => {
+            return Err(Error::Malformed(
+                "not CONNECT but TLS, on a listener without TLS",
+            ));
+        }
         0x11..=0x1F => return Err(Error::Malformed("CONNECT flags are not 0 [MQTT-2.1.3-1]")),
         _ => {
             return Err(Error::Protocol(
@@ -347,5 +352,101 @@ impl<'a> Will<'a> {
 
     fn forwarded(&self) -> impl Iterator<Item = &'a [u8]> {
         props::forwarded(self.properties, None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(connect: &Connect<'_>) -> Vec<u8> {
+        let mut out = Vec::new();
+        connect.encode(&mut out);
+        out
+    }
+
+    #[test]
+    fn least_connects() {
+        let connect = |version| Connect {
+            version,
+            keep_alive: 60,
+            client_id: "c",
+            ..Connect::default()
+        };
+        assert_eq!(
+            bytes(&connect(Version::V5)),
+            b"\x10\x0E\0\x04MQTT\x05\x02\0\x3C\0\0\x01c"
+        );
+        assert_eq!(
+            bytes(&connect(Version::V311)),
+            b"\x10\x0D\0\x04MQTT\x04\x02\0\x3C\0\x01c"
+        );
+        assert_eq!(
+            bytes(&connect(Version::V31)),
+            b"\x10\x0F\0\x06MQIsdp\x03\x02\0\x3C\0\x01c"
+        );
+    }
+
+    #[test]
+    fn every_field_goes_round() {
+        let will = Will {
+            qos: QoS::ExactlyOnce,
+            retain: true,
+            topic: "w",
+            payload: &[0, 1],
+            delay: 7,
+            message_expiry: Some(8),
+            // Delay and expiry come from the fields, the rest from here.
+            properties: Properties(b"\x18\0\0\0\x09\x03\0\x01t\x26\0\x01k\0\x01v"),
+        };
+        let all = Connect {
+            clean_start: false,
+            keep_alive: 1,
+            client_id: "c",
+            will: Some(will),
+            username: Some("u"),
+            password: Some(&[0xFF]),
+            session_expiry: Some(2),
+            receive_maximum: Some(3),
+            maximum_packet_size: Some(4),
+            topic_alias_maximum: 5,
+            request_response_information: true,
+            request_problem_information: false,
+            authentication_method: Some("m"),
+            authentication_data: Some(b"d"),
+            ..Connect::default()
+        };
+        let bytes = bytes(&all);
+        let (read, taken) = decode_connect(&bytes, 1000).expect("legal").expect("whole");
+        assert_eq!(taken, bytes.len());
+        let got = read.will.expect("written");
+        let raw = b"\x18\0\0\0\x07\x02\0\0\0\x08\x03\0\x01t\x26\0\x01k\0\x01v";
+        assert_eq!(got.properties.raw(), raw);
+        let read = Connect {
+            properties: Properties(&[]),
+            will: Some(Will {
+                properties: will.properties,
+                ..got
+            }),
+            ..read
+        };
+        assert_eq!(read, all);
+    }
+
+    #[test]
+    fn the_version_shows_before_the_rest() {
+        let whole = b"\x10\x0E\0\x04MQTT\x05\x02\0\x3C\0\0\x01c";
+        assert_eq!(connect_version(&whole[..8]), None);
+        assert_eq!(connect_version(&whole[..9]), Some(Version::V5));
+        assert_eq!(connect_version(b"\x10\x0E\0\x04MQTT\x06"), None);
+        assert_eq!(connect_version(b"\xC0\0"), None);
+    }
+
+    #[test]
+    fn other_protocols_are_seen_at_once() {
+        let tls = decode_connect(&[0x16], 100).expect_err("TLS");
+        assert!(tls.to_string().contains("TLS"));
+        let http = decode_connect(b"G", 100).expect_err("HTTP");
+        assert_eq!(http.reason_code(), crate::mqtt::ReasonCode::PROTOCOL_ERROR);
     }
 }

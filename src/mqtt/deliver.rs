@@ -193,3 +193,111 @@ impl Image {
 
 /// The largest packet that can be, fixed header included, in bytes.
 pub const MAX_PACKET: usize = MAX_REMAINING + 5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mqtt::{MessageSpec, Properties};
+
+    fn message() -> Message {
+        Message::new(&MessageSpec {
+            topic: "ab",
+            properties: Properties(b"\x01\x01"),
+            payload: b"xyz",
+            qos: QoS::AtLeastOnce,
+            retain: false,
+            expires_at: u64::MAX,
+            strip_key: None,
+        })
+    }
+
+    const PLAIN: Delivery<'_> = Delivery {
+        version: Version::V311,
+        dup: false,
+        qos: QoS::AtMostOnce,
+        retain: false,
+        packet_id: 0x0102,
+        alias: Alias::None,
+        message_expiry: None,
+        subscription_ids: &[],
+        user_property: None,
+    };
+
+    fn bytes(d: Delivery<'_>) -> Vec<u8> {
+        let (m, mut out) = (message(), Vec::new());
+        d.encode(&m, &mut out);
+        assert_eq!(out.len(), d.size(&m));
+        out
+    }
+
+    #[test]
+    fn v3_has_no_properties() {
+        assert_eq!(bytes(PLAIN), b"\x30\x07\0\x02abxyz");
+        let full = Delivery {
+            qos: QoS::ExactlyOnce,
+            dup: true,
+            retain: true,
+            alias: Alias::Use(1),
+            message_expiry: Some(1),
+            subscription_ids: &[1],
+            user_property: Some(("k", "v")),
+            ..PLAIN
+        };
+        assert_eq!(bytes(full), b"\x3D\x09\0\x02ab\x01\x02xyz");
+    }
+
+    #[test]
+    fn v5_has_the_receivers_own_first() {
+        let v5 = Delivery {
+            version: Version::V5,
+            qos: QoS::AtLeastOnce,
+            ..PLAIN
+        };
+        assert_eq!(bytes(v5), b"\x32\x0C\0\x02ab\x01\x02\x02\x01\x01xyz");
+        let full = Delivery {
+            alias: Alias::Define(9),
+            message_expiry: Some(1),
+            subscription_ids: &[1, 200],
+            user_property: Some(("k", "v")),
+            ..v5
+        };
+        let wanted = b"\x32\x20\0\x02ab\x01\x02\x16\x23\0\x09\x02\0\0\0\x01\x0B\x01\x0B\xC8\x01\x26\0\x01k\0\x01v\x01\x01xyz";
+        assert_eq!(bytes(full), wanted);
+        let used = Delivery {
+            alias: Alias::Use(9),
+            ..v5
+        };
+        assert_eq!(
+            bytes(used),
+            b"\x32\x0D\0\0\x01\x02\x05\x23\0\x09\x01\x01xyz"
+        );
+    }
+
+    #[test]
+    fn qos_0_never_has_dup() {
+        assert_eq!(bytes(Delivery { dup: true, ..PLAIN })[0], 0x30);
+    }
+
+    #[test]
+    fn an_image_differs_in_its_identifier_only() {
+        for qos in [QoS::AtMostOnce, QoS::AtLeastOnce] {
+            let d = Delivery {
+                version: Version::V5,
+                qos,
+                ..PLAIN
+            };
+            let (m, mut out) = (message(), vec![1, 2, 3]);
+            let image = Image::new(
+                &Delivery {
+                    packet_id: 0xFFFF,
+                    ..d
+                },
+                &m,
+            );
+            image.write(0x0102, &mut out);
+            assert_eq!(out[3..], bytes(d));
+            assert_eq!(image.len(), out.len() - 3);
+            assert!(!image.is_empty());
+        }
+    }
+}

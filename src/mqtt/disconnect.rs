@@ -152,3 +152,55 @@ pub fn encode_auth(
         props::put_block(&block, out);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shortest_form_is_written() {
+        let bytes = |version, reason, expiry, text| {
+            let mut out = Vec::new();
+            encode_disconnect(version, reason, expiry, text, &mut out);
+            out
+        };
+        let (ok, taken) = (
+            ReasonCode::NORMAL_DISCONNECTION,
+            ReasonCode::SESSION_TAKEN_OVER,
+        );
+        assert_eq!(bytes(Version::V5, ok, None, None), [0xE0, 0]);
+        assert_eq!(bytes(Version::V5, taken, None, None), [0xE0, 1, 0x8E]);
+        assert_eq!(bytes(Version::V311, taken, Some(1), Some("x")), [0xE0, 0]);
+        assert_eq!(
+            bytes(Version::V5, ok, Some(1), None),
+            [0xE0, 7, 0, 5, 0x11, 0, 0, 0, 1]
+        );
+        assert_eq!(
+            bytes(Version::V5, taken, None, Some("x")),
+            [0xE0, 6, 0x8E, 4, 0x1F, 0, 1, b'x']
+        );
+    }
+
+    #[test]
+    fn auth_goes_round() {
+        let mut out = Vec::new();
+        let go_on = ReasonCode::CONTINUE_AUTHENTICATION;
+        encode_auth(go_on, Some("m"), Some(&[1]), &mut out);
+        assert_eq!(out, [0xF0, 10, 0x18, 8, 0x15, 0, 1, b'm', 0x16, 0, 1, 1]);
+        let auth = Auth::read(&out[2..], Receiver::Server).expect("legal");
+        assert_eq!(
+            (auth.reason, auth.method, auth.data),
+            (go_on, Some("m"), Some(&[1][..]))
+        );
+        out.clear();
+        encode_auth(ReasonCode::SUCCESS, None, None, &mut out);
+        assert_eq!(out, [0xF0, 0]);
+    }
+
+    #[test]
+    fn a_server_reference_is_read() {
+        let body = [0x9C, 4, 0x1C, 0, 1, b's'];
+        let moved = Disconnect::read(&body, Version::V5, Receiver::Client).expect("legal");
+        assert_eq!(moved.server_reference, Some("s"));
+    }
+}

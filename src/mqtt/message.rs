@@ -142,6 +142,20 @@ impl Message {
         size_of_body(self.0.slice.len())
     }
 
+    /// A copy with another expiry, charged to nobody.
+    pub fn expiring_at(&self, expires_at: u64) -> Message {
+        Message::new(&MessageSpec {
+            topic: self.topic(),
+            properties: Properties(self.properties()),
+            payload: self.payload(),
+            qos: self.qos(),
+            retain: self.retain(),
+            expires_at,
+            strip_key: None,
+            account: None,
+        })
+    }
+
     /// A copy that is charged to `account`; it outlives its original in another store.
     pub fn charged_to(&self, account: &Arc<Account>) -> Message {
         Message::new(&MessageSpec {
@@ -207,4 +221,75 @@ fn fill(at: &mut &mut [u8], bytes: &[u8]) {
     let (now, later) = std::mem::take(at).split_at_mut(bytes.len());
     now.copy_from_slice(bytes);
     *at = later;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec<'a>(topic: &'a str, properties: &'a [u8], payload: &'a [u8]) -> MessageSpec<'a> {
+        MessageSpec {
+            topic,
+            properties: Properties(properties),
+            payload,
+            qos: QoS::AtLeastOnce,
+            retain: true,
+            expires_at: 5,
+            strip_key: None,
+        }
+    }
+
+    #[test]
+    fn keeps_what_travels() {
+        // Expiry, format, alias, two user properties, content type.
+        let raw =
+            b"\x02\0\0\0\x09\x01\x01\x23\0\x01\x26\0\x01k\0\x01v\x26\0\x01x\0\x01v\x03\0\x01t";
+        let all = Message::new(&spec("a/b", raw, b"hello"));
+        assert_eq!(all.topic(), "a/b");
+        assert_eq!(
+            all.properties(),
+            b"\x01\x01\x26\0\x01k\0\x01v\x26\0\x01x\0\x01v\x03\0\x01t"
+        );
+        assert_eq!(all.payload(), b"hello");
+        assert_eq!(
+            (all.qos(), all.retain(), all.expires_at()),
+            (QoS::AtLeastOnce, true, 5)
+        );
+        let less = Message::new(&MessageSpec {
+            strip_key: Some("k"),
+            ..spec("a", raw, b"")
+        });
+        assert_eq!(less.properties(), b"\x01\x01\x26\0\x01x\0\x01v\x03\0\x01t");
+    }
+
+    #[test]
+    fn a_clone_is_the_same_message() {
+        let one = Message::new(&spec("a", b"", b""));
+        let two = one.clone();
+        assert!(one.ptr_eq(&two) && !one.ptr_eq(&Message::new(&spec("a", b"", b""))));
+        assert_eq!(one.refs(), 2);
+        drop(two);
+        assert_eq!(one.refs(), 1);
+        assert_eq!(size_of::<Message>(), size_of::<usize>());
+    }
+
+    #[test]
+    fn any_size_is_stored() {
+        for len in [0, 1, 4000, 4093, 4094, 4095, 100_000] {
+            let payload = vec![7; len];
+            let message = Message::new(&spec("t", b"", &payload));
+            assert_eq!(message.payload(), payload);
+            assert_eq!(message.topic(), "t");
+            assert!((len..len + 64).contains(&message.size()));
+        }
+    }
+
+    #[test]
+    fn the_payload_stays_out_of_debug() {
+        let shown = format!("{:?}", Message::new(&spec("t", b"", b"secret")));
+        assert!(
+            shown.contains("payload_len: 6") && !shown.contains("secret"),
+            "{shown}"
+        );
+    }
 }

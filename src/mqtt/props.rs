@@ -368,3 +368,63 @@ pub(crate) fn forwarded<'a>(
         kept.then_some(span)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn raw_bytes_come_back_as_properties() {
+        let block = b"\x0E\x26\0\x01k\0\x01v\x26\0\x01k\0\x01w";
+        let mut seen = Vec::new();
+        let mut r = Reader(block);
+        let properties = read(&mut r, ON_ACK, |p| seen.push(p)).expect("legal");
+        assert!(r.is_empty() && properties.raw() == &block[1..]);
+        assert!(properties.iter().eq(seen));
+        assert!(properties.user_properties().eq([("k", "v"), ("k", "w")]));
+    }
+
+    #[test]
+    fn sizes_are_those_written() {
+        let all = [
+            Property::PayloadFormatIndicator(1),
+            Property::SubscriptionIdentifier(16_384),
+            Property::ReceiveMaximum(1),
+            Property::MaximumPacketSize(1),
+            Property::ReasonString("é"),
+            Property::CorrelationData(&[0, 1]),
+            Property::UserProperty("", "x"),
+        ];
+        let mut out = Vec::new();
+        put_block(&all.map(Some), &mut out);
+        assert_eq!(out.len(), framed_len(block_len(&all.map(Some))));
+        assert!(Properties(&out[1..]).iter().eq(all));
+    }
+
+    #[test]
+    fn each_identifier_is_allowed_somewhere_only() {
+        let lists = [
+            ON_CONNECT,
+            ON_WILL,
+            ON_CONNACK,
+            ON_PUBLISH_BY_CLIENT,
+            ON_PUBLISH_BY_SERVER,
+            ON_ACK,
+            ON_SUBSCRIBE,
+            ON_UNSUBSCRIBE,
+            ON_DISCONNECT_BY_CLIENT,
+            ON_DISCONNECT_BY_SERVER,
+            ON_AUTH,
+        ];
+        let any = lists
+            .iter()
+            .fold(0, |bits, list| bits | list.once | list.many);
+        // The 27 of §2.2.2.2.
+        assert_eq!(any.count_ones(), 27);
+        for id in 0..=u8::MAX {
+            let block = [1, id];
+            let got = read(&mut Reader(&block), ON_PUBLISH_BY_CLIENT, |_| {});
+            assert!(got.is_err(), "{id}");
+        }
+    }
+}

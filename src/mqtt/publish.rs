@@ -2,7 +2,7 @@
 
 use super::props::{self, Properties, Property};
 use super::read::Reader;
-use super::{Error, QoS, Receiver, Version, text, valid_topic_name};
+use super::{Error, QoS, Receiver, Version, text};
 
 /// A PUBLISH as received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -97,11 +97,40 @@ impl<'a> Publish<'a> {
     }
 }
 
+// One look at the bytes for all that a name may not have; which it was matters on refusal only.
 #[inline]
 fn topic(bytes: &[u8]) -> Result<&str, Error> {
-    let topic = text::utf8(bytes)?;
-    if !topic.is_empty() && !valid_topic_name(topic) {
+    let suspect = bytes.iter().fold(false, |found, &b| {
+        found | (b == 0) | (b == b'+') | (b == b'#')
+    });
+    if suspect {
+        text::utf8(bytes)?;
         return Err(Error::TopicName("wildcard in a topic name [MQTT-3.3.2-2]"));
     }
-    Ok(topic)
+    std::str::from_utf8(bytes).map_err(|_| text::NOT_UTF8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_borrowed() {
+        let body = b"\0\x03a/b\0\x07\x10\x02\0\0\0\x09\x23\0\x02\x0B\x01\x0B\x02\x03\0\x01thi";
+        let p = Publish::read(0x3B, body, Version::V5, Receiver::Client).expect("legal");
+        assert_eq!((p.dup, p.qos, p.retain), (true, QoS::AtLeastOnce, true));
+        assert_eq!((p.topic, p.packet_id, p.payload), ("a/b", 7, &b"hi"[..]));
+        assert_eq!((p.message_expiry, p.topic_alias), (Some(9), Some(2)));
+        assert!(p.subscription_ids().eq([1, 2]));
+        let range = body.as_ptr_range();
+        assert!(range.contains(&p.topic.as_ptr()) && range.contains(&p.payload.as_ptr()));
+    }
+
+    #[test]
+    fn v3_has_no_properties() {
+        let p =
+            Publish::read(0x30, b"\0\x01a\0hi", Version::V311, Receiver::Server).expect("legal");
+        assert_eq!((p.packet_id, p.payload), (0, &b"\0hi"[..]));
+        assert_eq!(p.subscription_ids().count(), 0);
+    }
 }

@@ -95,3 +95,28 @@ impl<'a> Reader<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_from_the_front() {
+        let mut r = Reader(b"\x01\x02\x03\0\0\0\x04\x80\x01\0\x01a\0\x02\xFF\0rest");
+        assert_eq!((r.u8(), r.u16(), r.u32()), (Ok(1), Ok(0x0203), Ok(4)));
+        assert_eq!((r.varint(), r.string()), (Ok(128), Ok("a")));
+        assert_eq!(r.binary(), Ok(&b"\xFF\0"[..]));
+        assert!(r.end().is_err());
+        assert_eq!(r.rest(), b"rest");
+        assert!(r.end().is_ok() && r.u8().is_err() && r.varint().is_err());
+    }
+
+    #[test]
+    fn short_fields_are_malformed() {
+        assert_eq!(Reader(b"\0").u16(), Err(SHORT));
+        assert_eq!(Reader(b"\0\0\0").u32(), Err(SHORT));
+        assert_eq!(Reader(b"\0\x02a").binary(), Err(SHORT));
+        assert_eq!(Reader(b"\x80").varint(), Err(SHORT));
+        assert!(Reader(b"\x80\0").varint().is_err() && Reader(b"\0\0").packet_id().is_err());
+    }
+}

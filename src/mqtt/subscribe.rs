@@ -326,3 +326,65 @@ fn answer(body: &[u8], version: Version) -> Result<(u16, Properties<'_>, &[u8]),
     }
     Ok((packet_id, properties, r.rest()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: SubscribeOptions = SubscribeOptions {
+        qos: QoS::ExactlyOnce,
+        no_local: true,
+        retain_as_published: true,
+        retain_handling: 2,
+    };
+
+    #[test]
+    fn subscribes() {
+        let filters = [("a", FULL), ("b/#", SubscribeOptions::default())];
+        let mut v5 = Vec::new();
+        encode_subscribe(Version::V5, 1, Some(200), filters.into_iter(), &mut v5);
+        assert_eq!(v5, b"\x82\x10\0\x01\x03\x0B\xC8\x01\0\x01a\x2E\0\x03b/#\0");
+        let read = Subscribe::read(&v5[2..], Version::V5).expect("legal");
+        assert_eq!((read.packet_id, read.subscription_id), (1, Some(200)));
+        assert!(read.filters().eq(filters));
+
+        let mut v3 = Vec::new();
+        encode_subscribe(Version::V311, 1, Some(200), filters.into_iter(), &mut v3);
+        assert_eq!(v3, b"\x82\x0C\0\x01\0\x01a\x02\0\x03b/#\0");
+    }
+
+    #[test]
+    fn unsubscribes() {
+        let mut out = Vec::new();
+        encode_unsubscribe(Version::V5, 1, ["a", "b"].into_iter(), &mut out);
+        encode_unsubscribe(Version::V31, 1, ["a"].into_iter(), &mut out);
+        assert_eq!(out, b"\xA2\x09\0\x01\0\0\x01a\0\x01b\xA2\x05\0\x01\0\x01a");
+        let read = Unsubscribe::read(&out[2..11], Version::V5).expect("legal");
+        assert!(read.filters().eq(["a", "b"]));
+    }
+
+    #[test]
+    fn answers() {
+        let mut out = Vec::new();
+        encode_suback(Version::V5, 1, &[0x02, 0x87], &mut out);
+        encode_suback(Version::V311, 1, &[0x02, 0x87], &mut out);
+        encode_unsuback(Version::V5, 1, &[0x11], &mut out);
+        encode_unsuback(Version::V311, 1, &[0x11], &mut out);
+        let wanted = [
+            &b"\x90\x05\0\x01\0\x02\x87"[..],
+            b"\x90\x04\0\x01\x02\x80",
+            b"\xB0\x04\0\x01\0\x11",
+            b"\xB0\x02\0\x01",
+        ];
+        assert_eq!(out, wanted.concat());
+    }
+
+    #[test]
+    fn the_options_byte_goes_round() {
+        for byte in 0..=u8::MAX {
+            if let Ok(options) = SubscribeOptions::read(byte, Version::V5) {
+                assert_eq!(options.to_u8(), byte);
+            }
+        }
+    }
+}

@@ -5,6 +5,20 @@ use super::Error;
 /// The longest string or binary field, in bytes.
 pub(crate) const MAX_FIELD: usize = u16::MAX as usize;
 
+pub(crate) const NOT_UTF8: Error = Error::Malformed("string is not UTF-8 [MQTT-1.5.4-1]");
+
+/// Whether a string has a control character or a Unicode non-character. They are legal, but
+/// §1.5.4 lets a receiver treat them as malformed, and some servers close the connection for it:
+/// what goes on to a server by a connection that others share had better have none.
+pub fn has_discouraged(text: &str) -> bool {
+    // The C1 controls and all non-characters are above ASCII.
+    let suspect = |b: u8| !(0x20..0x7F).contains(&b);
+    text.bytes().any(suspect)
+        && text.chars().any(|c| {
+            c.is_control() || matches!(c, '\u{FDD0}'..='\u{FDEF}') || c as u32 & 0xFFFE == 0xFFFE
+        })
+}
+
 /// Checks [MQTT-1.5.4-1] and [MQTT-1.5.4-2]. A BOM is data and stays ([MQTT-1.5.4-3]).
 #[inline]
 pub(crate) fn utf8(bytes: &[u8]) -> Result<&str, Error> {
@@ -12,7 +26,7 @@ pub(crate) fn utf8(bytes: &[u8]) -> Result<&str, Error> {
     if has_nul(bytes) {
         return Err(Error::Malformed("string with U+0000 [MQTT-1.5.4-2]"));
     }
-    std::str::from_utf8(bytes).map_err(|_| Error::Malformed("string is not UTF-8 [MQTT-1.5.4-1]"))
+    std::str::from_utf8(bytes).map_err(|_| NOT_UTF8)
 }
 
 /// Cuts a string of our own to what a length prefix can say, at a character boundary.
@@ -49,6 +63,32 @@ mod tests {
             b"\xF4\x90\x80\x80",
         ] {
             assert!(matches!(utf8(bad), Err(Error::Malformed(_))), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_servers_dislike_is_found() {
+        for bad in [
+            "a\n",
+            "\u{7F}",
+            "\u{9F}",
+            "\u{FDD0}",
+            "\u{FFFE}",
+            "x\u{1FFFF}",
+            "\u{10FFFF}",
+        ] {
+            assert!(has_discouraged(bad), "{bad:?}");
+        }
+        for good in [
+            "",
+            "a b/~",
+            "é",
+            "\u{FEFF}",
+            "\u{FFFD}",
+            "\u{A0}",
+            "\u{10FFFD}",
+        ] {
+            assert!(!has_discouraged(good), "{good:?}");
         }
     }
 

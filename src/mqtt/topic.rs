@@ -59,7 +59,7 @@ pub fn overlaps(a: &str, b: &str) -> bool {
     if (a.starts_with('$') && wild(b)) || (b.starts_with('$') && wild(a)) {
         return false;
     }
-    let (mut a, mut b) = (Levels::of(a), Levels::of(b));
+    let (mut a, mut b) = (Levels::of(spelt_out(a)), Levels::of(spelt_out(b)));
     loop {
         match (a.next(), b.next()) {
             // `#` takes any rest, the empty one too, and a valid rest always matches something.
@@ -77,11 +77,7 @@ pub fn covers(pattern: &str, filter: &str) -> bool {
     if filter.starts_with('$') && pattern.starts_with(['+', '#']) {
         return false;
     }
-    // A topic has a first level, so `+/#` is `#` there, and only there.
-    if pattern == "+/#" {
-        return true;
-    }
-    let (mut pattern, mut filter) = (Levels::of(pattern), Levels::of(filter));
+    let (mut pattern, mut filter) = (Levels::of(pattern), Levels::of(spelt_out(filter)));
     loop {
         match (pattern.next(), filter.next()) {
             (Some(b"#"), _) | (None, None) => return true,
@@ -90,6 +86,16 @@ pub fn covers(pattern: &str, filter: &str) -> bool {
             (Some(p), Some(f)) if p == f => {}
             _ => return false,
         }
+    }
+}
+
+// A topic name has at least one character ([MQTT-4.7.3-1]): so `#` never takes less than a level,
+// nor `/#` less than two.
+fn spelt_out(filter: &str) -> &str {
+    match filter {
+        "#" => "+/#",
+        "/#" => "/+/#",
+        other => other,
     }
 }
 
@@ -246,6 +252,7 @@ mod tests {
         assert!(covers("#", "a/#") && covers("a/#", "a") && covers("a/+", "a/b"));
         assert!(covers("+/#", "#") && covers("#", "+/#") && !covers("a/+/#", "a/#"));
         assert!(!covers("a/+", "a/#") && !covers("#", "$SYS/a") && covers("$SYS/#", "$SYS/+"));
+        assert!(!overlaps("+", "/#") && covers("+/+/#", "/#") && overlaps("/", "/#"));
         assert!(!covers("+/+", "#") && !covers("a", "+") && !covers("a", "a/#"));
     }
 }

@@ -60,3 +60,27 @@ pub(crate) fn put_head(first: u8, remaining: usize, out: &mut Vec<u8>) -> bool {
     put_varint(remaining, out);
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_make_room_at_once() {
+        let mut out = Vec::new();
+        assert!(put_head(0x30, 300, &mut out));
+        assert_eq!(out, [0x30, 0xAC, 0x02]);
+        assert!(out.capacity() >= 303);
+        assert!(!put_head(0x30, MAX_REMAINING + 1, &mut out));
+        assert_eq!(out.len(), 3);
+    }
+
+    #[test]
+    fn too_long_is_cut_not_broken() {
+        let mut out = Vec::new();
+        put_str(&"x".repeat(70_000), &mut out);
+        assert_eq!((out.len(), &out[..2]), (65_537, &[0xFF, 0xFF][..]));
+        assert_eq!(str_len(&"x".repeat(70_000)), 65_537);
+        assert_eq!(bytes_len(&[0; 3]), 5);
+    }
+}

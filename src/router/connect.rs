@@ -105,7 +105,7 @@ impl Router {
                 present = !over;
                 if over {
                     let was_ghost = slot.session.is_ghost();
-                    let ended = slot.session.restart(self.next_tag());
+                    let ended = slot.session.restart(self.next_tag(), now);
                     if !was_ghost {
                         metrics().sessions_ended[SessionEndReason::CleanStart].increment(1);
                         self.count_lost(&ended);

@@ -21,8 +21,10 @@ const CHUNK: usize = 512;
 pub struct Arrived {
     /// The message.
     pub message: Message,
-    /// Numbers of the filters that it came for.
+    /// Numbers of the filters that it came for; empty: the core did not say.
     pub filters: SmallVec<[u32; 2]>,
+    /// The D link that brought it.
+    pub link: usize,
     /// The No Local mark of its publisher's session; 0: none.
     pub tag: u64,
 }
@@ -109,7 +111,7 @@ impl Tally {
 
 impl Router {
     /// Delivers a batch in order. Bounded work per lock; never waits for a client.
-    pub fn fan_out(&self, batch: &[Arrived], now: u64) {
+    pub fn fan_out(&self, batch: &mut [Arrived], now: u64) {
         if batch.is_empty() {
             return;
         }
@@ -117,8 +119,18 @@ impl Router {
         let mut all = 0;
         {
             let table = self.table.read();
-            for arrived in batch {
+            let named = table.identifiers != Some(false);
+            for arrived in batch.iter_mut() {
                 let mut mask = 0;
+                if !arrived.filters.iter().any(|n| table.get(*n).is_some()) {
+                    // Without a working identifier the topic decides, among this link's filters.
+                    if named {
+                        metrics().upstream_unknown_subscription_ids.increment(1);
+                    }
+                    let filters = &mut arrived.filters;
+                    filters.clear();
+                    table.match_topic(arrived.link, arrived.message.topic(), |n| filters.push(n));
+                }
                 for number in &arrived.filters {
                     if let Some(filter) = table.get(*number) {
                         mask |= filter.mask;
@@ -131,8 +143,11 @@ impl Router {
                 masks.push(mask);
             }
         }
-        for arrived in batch {
-            if arrived.message.retain() {
+        let follows = self.retain_as_published();
+        for arrived in batch.iter() {
+            if !follows {
+                self.retained_doubtful(arrived);
+            } else if arrived.message.retain() {
                 self.retained_live(arrived);
             }
         }

@@ -261,26 +261,6 @@ impl Router {
         self.forget_retained(numbers.into_iter());
     }
 
-    /// The filters of D link `link` that match `topic`: for a core without identifiers, and for
-    /// an identifier that no filter has.
-    pub fn match_topic(&self, link: usize, topic: &str, mut f: impl FnMut(u32)) {
-        let table = self.table.read();
-        if table.identifiers == Some(false) {
-            table.tries[link].for_each_match(topic, f);
-            return;
-        }
-        for (number, filter) in table.of_link(link as u8) {
-            if crate::mqtt::matches(&filter.name, topic) {
-                f(number);
-            }
-        }
-    }
-
-    /// Whether a filter has this number.
-    pub fn knows_filter(&self, number: u32) -> bool {
-        self.table.read().get(number).is_some()
-    }
-
     /// Filters on D link `link`.
     pub fn filters_on(&self, link: usize) -> usize {
         let table = self.table.read();

@@ -117,9 +117,17 @@ impl Table {
         self.filters.get_mut(number as usize)?.as_mut()
     }
 
-    /// Filters known, active or not.
-    pub fn len(&self) -> usize {
-        self.by_name.len()
+    /// The filters of one link that match `topic`.
+    pub fn match_topic(&self, link: usize, topic: &str, mut f: impl FnMut(u32)) {
+        if self.identifiers == Some(false) {
+            self.tries[link].for_each_match(topic, f);
+            return;
+        }
+        for (number, filter) in self.of_link(link as u8) {
+            if crate::mqtt::matches(&filter.name, topic) {
+                f(number);
+            }
+        }
     }
 
     /// Numbers and filters of one link.

@@ -74,6 +74,44 @@ impl Router {
         }
     }
 
+    /// Asks for a WebSocket ping on connections that have been silent: proxies cut those that are.
+    pub fn ping_idle(&self, now: u64) {
+        for shard in &self.shards {
+            for (_, slot) in &shard.lock().slots {
+                let idle = slot
+                    .session
+                    .connection_ref()
+                    .is_some_and(|c| c.last_seen + PING_AFTER <= now);
+                let ws = slot.origin.as_ref().is_some_and(|o| o.websocket);
+                if idle
+                    && ws
+                    && let Some(wake) = &slot.wake
+                {
+                    wake.ping();
+                }
+            }
+        }
+    }
+
+    /// Asks up to `most` connections to end.
+    pub fn close_some(&self, close: Close, most: usize) {
+        let mut left = most;
+        for shard in &self.shards {
+            for (_, slot) in &shard.lock().slots {
+                if left == 0 {
+                    return;
+                }
+                if let Some(wake) = &slot.wake
+                    && slot.session.attached()
+                    && wake.closing().is_none()
+                {
+                    wake.close(close);
+                    left -= 1;
+                }
+            }
+        }
+    }
+
     /// SUBSCRIBEs that have waited long enough for the core.
     fn tick_held(&self, now: u64) {
         loop {
@@ -173,6 +211,10 @@ impl Router {
         }
     }
 }
+
+/// Silence after which a WebSocket is pinged, milliseconds: with the walk's interval well below
+/// the 60 s of common proxies.
+const PING_AFTER: u64 = 25_000;
 
 const KEEP_ALIVE: Close = Close {
     reason: ReasonCode::KEEP_ALIVE_TIMEOUT,

@@ -13,6 +13,7 @@ use crate::session::Close;
 pub struct Wake {
     waker: AtomicWaker,
     raised: AtomicBool,
+    ping: AtomicBool,
     close: Mutex<Option<Close>>,
 }
 
@@ -35,6 +36,17 @@ impl Wake {
     pub fn take(&self, waker: &Waker) -> bool {
         self.waker.register(waker);
         self.raised.swap(false, Ordering::AcqRel)
+    }
+
+    /// The transport is to be kept alive.
+    pub fn ping(&self) {
+        self.ping.store(true, Ordering::Release);
+        self.raise();
+    }
+
+    /// Whether a ping was asked for; asked for once.
+    pub fn take_ping(&self) -> bool {
+        self.ping.load(Ordering::Relaxed) && self.ping.swap(false, Ordering::AcqRel)
     }
 
     /// Why the connection is to end, if it is.
