@@ -1,13 +1,12 @@
 //! The `tidegate` command.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use tidegate::cli::{self, Commands, EXIT_INTERNAL, EXIT_USAGE, Failure};
-use tidegate::config::{CertSource, Config};
+use tidegate::config::Config;
 use tidegate::runtime;
-use tidegate::transport::selfsigned::{GenerateError, generate};
-use tidegate::transport::{ClientTls, ServerTls, TlsError};
+use tidegate::transport::selfsigned;
 
 #[cfg(feature = "mimalloc")]
 #[global_allocator]
@@ -22,49 +21,24 @@ fn main() -> ExitCode {
 }
 
 fn run(config: Config, connections: usize) -> Result<(), Failure> {
-    let threads = tokio::runtime::Runtime::new()
-        .map_err(|e| Failure::new(EXIT_INTERNAL, format!("threads: {e}")))?;
-    threads
+    let tokio = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("tidegate")
+        .build()
+        .map_err(|e| Failure::new(EXIT_INTERNAL, format!("threads cannot be started: {e}")))?;
+    let result = tokio
         .block_on(runtime::run(config, connections))
-        .map_err(failed)
+        .map_err(|e| Failure::new(e.exit_code(), e));
+    // What did not end within the grace is not waited for.
+    tokio.shutdown_background();
+    result
 }
 
-/// Loads every certificate that a run would load.
 fn check(config: &Config) -> Result<(), Failure> {
-    let wrong = |place: String| {
-        move |error: TlsError| Failure::new(EXIT_USAGE, format!("{place}: {error}"))
-    };
-    for tls in &config.tls {
-        if let CertSource::Files { cert, key } = &tls.source {
-            let place = format!("[[tls]] name = \"{}\"", tls.name);
-            ServerTls::load(cert, key).map_err(wrong(place))?;
-        }
-    }
-    let tls = &config.upstream.tls;
-    if tls.ca.is_some() || tls.cert.is_some() {
-        ClientTls::load(
-            tls.ca.as_deref(),
-            tls.cert.as_deref(),
-            tls.key.as_deref(),
-            tls.server_name.clone(),
-            tls.alpn.clone(),
-        )
-        .map_err(wrong("[upstream.tls]".to_owned()))?;
-    }
-    Ok(())
+    runtime::check(config).map_err(|e| Failure::new(e.exit_code(), e))
 }
 
-fn failed(error: runtime::StartError) -> Failure {
-    Failure::new(error.exit_code(), error)
-}
-
-fn certs(out: &Path, names: &[String]) -> Result<Vec<PathBuf>, Failure> {
-    let made = generate(out, names).map_err(|error| {
-        let code = match error {
-            GenerateError::Write { .. } => EXIT_INTERNAL,
-            _ => EXIT_USAGE,
-        };
-        Failure::new(code, error)
-    })?;
+fn certs(out: &Path, names: &[String]) -> Result<Vec<std::path::PathBuf>, Failure> {
+    let made = selfsigned::generate(out, names).map_err(|e| Failure::new(EXIT_USAGE, e))?;
     Ok(vec![made.ca, made.ca_key, made.cert, made.key])
 }
