@@ -223,6 +223,9 @@ fn transport_config(idle: Duration) -> io::Result<TransportConfig> {
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(None)
+        // With it each connection keeps a send buffer for eleven datagrams for
+        // all its life, a third of its memory, and seldom fills two.
+        .enable_segmentation_offload(false)
         .keep_alive_interval(None)
         .max_idle_timeout(Some(IdleTimeout::try_from(idle).map_err(io::Error::other)?));
     Ok(config)
