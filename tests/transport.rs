@@ -714,6 +714,32 @@ async fn ws_message_limit_is_1009_and_rises_with_authentication() {
 }
 
 #[tokio::test]
+async fn ws_packets_sent_before_connack_wait_for_the_higher_limit() {
+    let mut server = Server::start(Kind::Ws);
+    for authenticate in [true, false] {
+        let mut client = server.ws().await;
+        let mut stream = server.accept().await.stream;
+        let big = pattern(50_000);
+        for message in [b"connect".to_vec(), big.clone()] {
+            client
+                .feed(Message::Binary(message.into()))
+                .await
+                .expect("fed");
+        }
+        client.flush().await.expect("flushed");
+        assert_eq!(recv_n(&mut stream, 7).await, b"connect");
+        if authenticate {
+            stream.authenticated();
+            assert!(recv_n(&mut stream, big.len()).await == big);
+        } else {
+            for _ in 0..2 {
+                assert!(matches!(recv_end(&mut stream).await, Closed::TooLarge));
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn ws_pings_are_answered_while_only_reading() {
     let mut server = Server::start(Kind::Ws);
     let mut client = server.ws().await;

@@ -236,13 +236,12 @@ fn classify(error: &rustls::Error) -> TlsFailure {
             | C::NotValidYetContext { .. } => TlsFailure::Expired,
             _ => TlsFailure::Other,
         },
-        rustls::Error::AlertReceived(alert) => match alert {
+        rustls::Error::AlertReceived(
             AlertDescription::UnknownCA
             | AlertDescription::CertificateRequired
             | AlertDescription::BadCertificate
-            | AlertDescription::AccessDenied => TlsFailure::Refused,
-            _ => TlsFailure::Other,
-        },
+            | AlertDescription::AccessDenied,
+        ) => TlsFailure::Refused,
         _ => TlsFailure::Other,
     }
 }

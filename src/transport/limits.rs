@@ -45,6 +45,12 @@ impl Limits {
     }
 }
 
+impl std::fmt::Debug for Limits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Limits")
+    }
+}
+
 impl Default for Limits {
     /// 512 handshakes, 10 s, 16 KiB, 1 MiB, 15 min, 100 000 connections, no
     /// events.

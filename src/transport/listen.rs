@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener as StdTcpListener, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -178,12 +178,6 @@ pub(super) struct Listener {
     log: LogGate,
 }
 
-impl std::fmt::Debug for Limits {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Limits")
-    }
-}
-
 impl Listener {
     pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.limits.accept_deadline
@@ -316,6 +310,7 @@ async fn serve_tcp<H, F>(
     while let Some(accepted) = stop.run_until_cancelled(socket.accept()).await {
         match accepted {
             Ok((io, peer)) => {
+                let peer = canonical(peer);
                 backoff.reset();
                 if let Some(permit) = listener.admit() {
                     start(io, peer, permit, &listener, handler.clone(), &stop);
@@ -396,6 +391,15 @@ fn bind_quic(addr: SocketAddr, tls: &ServerTls, limits: &Limits) -> io::Result<(
     let server = quic::Server::new(UdpSocket::bind(addr)?, tls, limits)?;
     let addr = server.local_addr()?;
     Ok((Bind::Quic(server), addr))
+}
+
+/// An IPv4 client of a dual-stack socket by its IPv4 address.
+pub(super) fn canonical(addr: SocketAddr) -> SocketAddr {
+    match addr.ip().to_canonical() {
+        ip @ IpAddr::V4(_) => SocketAddr::new(ip, addr.port()),
+        // Unchanged, with its scope.
+        IpAddr::V6(_) => addr,
+    }
 }
 
 fn accept_error_kind(error: &io::Error) -> &'static str {
@@ -487,6 +491,18 @@ mod tests {
         assert_eq!(waits, [50, 100, 200, 400, 800, 1000, 1000]);
         backoff.reset();
         assert_eq!(backoff.next(), Duration::from_millis(50));
+    }
+
+    #[test]
+    fn mapped_addresses_are_shown_as_ipv4() {
+        for (addr, shown) in [
+            ("[::ffff:192.0.2.7]:80", "192.0.2.7:80"),
+            ("192.0.2.7:80", "192.0.2.7:80"),
+            ("[2001:db8::1]:80", "[2001:db8::1]:80"),
+        ] {
+            let addr: SocketAddr = addr.parse().expect("an address");
+            assert_eq!(canonical(addr).to_string(), shown);
+        }
     }
 
     #[test]
