@@ -1,1 +1,18 @@
-//! Tidegate.
+//! Tidegate: an MQTT proxy that owns its clients' sessions.
+//!
+//! Imports point one way: `mqtt` ← `session` ← `router` ← { `client`, `upstream` } ← `runtime`.
+//! `transport` knows bytes only; `config`, `telemetry`, `limits` and `clock` are leaves.
+
+pub mod admin;
+pub mod auth;
+pub mod client;
+pub mod clock;
+pub mod config;
+pub mod limits;
+pub mod mqtt;
+pub mod router;
+pub mod runtime;
+pub mod session;
+pub mod telemetry;
+pub mod transport;
+pub mod upstream;

@@ -1,0 +1,50 @@
+//! Heap allocations per packet, ours and others'. Apart from `codec`, because counting slows the
+//! ones that allocate. `cargo bench --bench codec_allocations`; fails when ours are not 0.
+
+#[path = "codec/workload.rs"]
+mod workload;
+
+use allocation_counter::measure;
+use tidegate::mqtt::{Delivery, Image};
+use workload::{Case, PACKETS};
+
+fn main() {
+    println!(
+        "{:<22}{:>10}{:>14}{:>20}",
+        "decode", "tidegate", "rmqtt-codec", "mqtt-protocol-core"
+    );
+    for case in Case::ALL {
+        let stream = workload::stream(case);
+        let mut buf = bytes::BytesMut::from(&stream[..]);
+        let ours = measure(|| workload::ours(case, &stream)).count_total;
+        let rmqtt = measure(|| workload::rmqtt(case, &mut buf)).count_total;
+        let core = measure(|| workload::core(case, &stream)).count_total;
+        let each = |count: u64| count as f64 / PACKETS as f64;
+        println!(
+            "{:<22}{:>10}{:>14}{:>20}",
+            case.name(),
+            each(ours),
+            each(rmqtt),
+            each(core)
+        );
+        assert_eq!(ours, 0, "decoding allocates");
+
+        let message = workload::message(case, &stream);
+        let delivery = workload::delivery(case);
+        let image = Image::new(&delivery, &message);
+        let mut out = Vec::with_capacity(stream.len() * 4);
+        let written = measure(|| {
+            for packet_id in 1..=PACKETS as u16 {
+                Delivery {
+                    packet_id,
+                    ..delivery
+                }
+                .encode(&message, &mut out);
+                image.write(packet_id, &mut out);
+            }
+        });
+        assert_eq!(written.count_total, 0, "writing allocates");
+        let made = measure(|| drop(workload::message(case, &stream)));
+        assert_eq!(made.count_total, 1, "a message is one allocation");
+    }
+}

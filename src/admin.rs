@@ -1,0 +1,261 @@
+//! The HTTP side: metrics, health, and what is there, to read only.
+//!
+//! | path | answer |
+//! |---|---|
+//! | `/metrics` | Prometheus text exposition |
+//! | `/healthz` | 200 while the process answers |
+//! | `/readyz` | 200 while it takes clients, else 503 |
+//! | `/api/v1/sessions?limit=&after=` | sessions in the order of their ids |
+//! | `/api/v1/sessions/{id}` | one session with its subscriptions |
+//! | `/api/v1/links` | the links to the core |
+//!
+//! `/api` is answered on a loopback address only, and never holds a payload.
+
+mod connections;
+mod view;
+
+use std::future::Future;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::get;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+
+use crate::config;
+use crate::telemetry::metrics;
+use connections::Bounded;
+pub use view::{AdminView, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView};
+
+/// Connections at once; further ones wait in the backlog.
+const CONNECTIONS_MAX: usize = 64;
+/// What a request that trickles in may take, and how long an idle connection
+/// stays.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Requests to `/api` that are worked on at once.
+const API_AT_ONCE: usize = 2;
+/// Sessions of one page.
+const PAGE_MAX: usize = 1000;
+const PAGE_DEFAULT: usize = 100;
+
+/// A bound admin server that does not answer yet.
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    router: Router,
+}
+
+#[derive(Clone)]
+struct Shared {
+    view: Arc<dyn AdminView>,
+    api_at_once: Arc<Semaphore>,
+}
+
+impl Server {
+    /// Binds the address of the configuration.
+    ///
+    /// # Errors
+    /// When it cannot be bound.
+    pub async fn bind(admin: &config::Admin, view: Arc<dyn AdminView>) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(admin.bind).await?;
+        let address = listener.local_addr()?;
+        let shared = Shared {
+            view,
+            api_at_once: Arc::new(Semaphore::new(API_AT_ONCE)),
+        };
+        let api = admin.api && config::is_loopback(&address);
+        Ok(Self {
+            listener,
+            address,
+            router: router(shared, api),
+        })
+    }
+
+    /// The bound address.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers until `shutdown` completes and the open connections are done.
+    ///
+    /// # Errors
+    /// When the listener fails for good.
+    pub async fn run(
+        self,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> std::io::Result<()> {
+        let listener = Bounded::new(self.listener, CONNECTIONS_MAX, SILENCE_MAX);
+        axum::serve(listener, self.router)
+            .with_graceful_shutdown(shutdown)
+            .await
+    }
+}
+
+fn router(shared: Shared, api: bool) -> Router {
+    let routes = if api {
+        Router::new()
+            .route("/sessions", get(sessions))
+            .route("/sessions/{id}", get(session))
+            .route("/links", get(links))
+            .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such path") })
+            .layer(from_fn_with_state(shared.clone(), guard))
+    } else {
+        Router::new().fallback(|| async {
+            let why = "/api is answered on a loopback [admin] bind with api = true only";
+            problem(StatusCode::FORBIDDEN, why)
+        })
+    };
+    Router::new()
+        .route("/metrics", get(exposition))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .nest("/api/v1", routes)
+        .layer(from_fn(no_store))
+        .with_state(shared)
+}
+
+async fn no_store(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
+    response
+}
+
+/// Refuses requests that a web page sent through a name that resolves to
+/// loopback, and bounds the work.
+async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
+    let host = request.headers().get(header::HOST);
+    if !host
+        .and_then(|h| h.to_str().ok())
+        .is_some_and(is_local_host)
+    {
+        return problem(
+            StatusCode::FORBIDDEN,
+            "the Host header must be a loopback address",
+        );
+    }
+    match shared.api_at_once.acquire().await {
+        Ok(_permit) => next.run(request).await,
+        Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "ending"),
+    }
+}
+
+fn is_local_host(host: &str) -> bool {
+    if let Ok(address) = host.parse::<SocketAddr>() {
+        return config::is_loopback(&address);
+    }
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.parse::<u16>().is_ok() => name,
+        _ => host,
+    };
+    let ip = name
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse::<IpAddr>();
+    match ip {
+        Ok(ip) => config::is_loopback(&SocketAddr::new(ip, 0)),
+        Err(_) => name.eq_ignore_ascii_case("localhost"),
+    }
+}
+
+async fn exposition(State(shared): State<Shared>) -> impl IntoResponse {
+    shared.view.before_scrape();
+    let kind = "text/plain; version=0.0.4; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], metrics().render())
+}
+
+async fn ready(State(shared): State<Shared>) -> (StatusCode, &'static str) {
+    if shared.view.ready() {
+        (StatusCode::OK, "ready\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "not ready\n")
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Page {
+    #[serde(default = "page_default")]
+    limit: usize,
+    after: Option<String>,
+}
+
+fn page_default() -> usize {
+    PAGE_DEFAULT
+}
+
+async fn sessions(
+    State(shared): State<Shared>,
+    page: Result<Query<Page>, QueryRejection>,
+) -> Response {
+    let page = match page {
+        Ok(Query(page)) if (1..=PAGE_MAX).contains(&page.limit) => page,
+        _ => {
+            let what = "the query has limit (1 to 1000, default 100) and after (a client id)";
+            return problem(StatusCode::BAD_REQUEST, what);
+        }
+    };
+    // Sorting many sessions takes a while; connections must not wait for it.
+    work(move || {
+        let mut found = shared.view.sessions(page.after.as_deref(), page.limit);
+        found.sessions.iter_mut().for_each(SessionSummary::cut);
+        Json(found).into_response()
+    })
+    .await
+}
+
+async fn session(State(shared): State<Shared>, Path(id): Path<String>) -> Response {
+    work(move || match shared.view.session(&id) {
+        Some(mut found) => {
+            found.cut();
+            Json(found).into_response()
+        }
+        None => problem(StatusCode::NOT_FOUND, "no such session"),
+    })
+    .await
+}
+
+#[derive(Serialize)]
+struct Links {
+    links: Vec<LinkView>,
+}
+
+async fn links(State(shared): State<Shared>) -> Response {
+    work(move || {
+        let mut links = shared.view.links();
+        links.iter_mut().for_each(LinkView::cut);
+        Json(Links { links }).into_response()
+    })
+    .await
+}
+
+async fn work(job: impl FnOnce() -> Response + Send + 'static) -> Response {
+    match tokio::task::spawn_blocking(job).await {
+        Ok(response) => response,
+        Err(_) => problem(StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+    }
+}
+
+#[derive(Serialize)]
+struct Problem {
+    error: &'static str,
+}
+
+fn problem(status: StatusCode, error: &'static str) -> Response {
+    (status, Json(Problem { error })).into_response()
+}
+
+#[cfg(test)]
+mod tests;

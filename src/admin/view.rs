@@ -1,0 +1,146 @@
+//! What the admin side shows, and where it gets it.
+
+use serde::Serialize;
+
+/// Characters of a client's text that are shown.
+const TEXT_MAX: usize = 256;
+
+/// What the admin side asks of the running program. Called from threads that
+/// may block for milliseconds; no call may wait for a socket.
+pub trait AdminView: Send + Sync + 'static {
+    /// Whether clients are taken; not whether the core is there.
+    fn ready(&self) -> bool;
+    /// At most `limit` sessions with an id behind `after`, by byte order of ids.
+    fn sessions(&self, after: Option<&str>, limit: usize) -> SessionPage;
+    /// One session.
+    fn session(&self, id: &str) -> Option<SessionView>;
+    /// The links to the core.
+    fn links(&self) -> Vec<LinkView>;
+    /// Sets the gauges that are only worth setting when someone looks.
+    fn before_scrape(&self);
+}
+
+/// A page of sessions.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct SessionPage {
+    /// In the order of their ids.
+    pub sessions: Vec<SessionSummary>,
+    /// The `after` of the next page; `None` on the last one.
+    pub next: Option<String>,
+}
+
+/// A session without its subscriptions.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct SessionSummary {
+    /// Client id.
+    pub client_id: String,
+    /// Who it belongs to.
+    pub principal: String,
+    /// MQTT version: `5`, `3.1.1` or `3.1`.
+    pub version: &'static str,
+    /// Whether it has a connection.
+    pub attached: bool,
+    /// Listener of its connection, or of its last one.
+    pub listener: String,
+    /// Transport of that listener.
+    pub transport: &'static str,
+    /// Address of its connection's other end.
+    pub peer: Option<String>,
+    /// Start of its connection, in seconds since 1970.
+    pub connected_since: Option<u64>,
+    /// Session Expiry Interval in seconds.
+    pub expiry_seconds: u32,
+    /// Number of subscriptions.
+    pub subscription_count: usize,
+    /// Messages that wait for the client.
+    pub queue_messages: usize,
+    /// Bytes of them.
+    pub queue_bytes: usize,
+    /// Deliveries that the client has not acknowledged.
+    pub inflight: usize,
+    /// Times in which it may have missed messages.
+    pub gaps: u64,
+}
+
+/// A session with its subscriptions.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct SessionView {
+    /// All but the subscriptions.
+    #[serde(flatten)]
+    pub summary: SessionSummary,
+    /// Subscriptions.
+    pub subscriptions: Vec<SubscriptionView>,
+}
+
+/// A subscription with its options [MQTT5 3.8.3.1].
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct SubscriptionView {
+    /// Topic filter, `$share` included.
+    pub filter: String,
+    /// Granted QoS.
+    pub qos: u8,
+    /// No Local.
+    pub no_local: bool,
+    /// Retain As Published.
+    pub retain_as_published: bool,
+    /// Retain Handling.
+    pub retain_handling: u8,
+    /// Subscription Identifier.
+    pub identifier: Option<u32>,
+}
+
+/// A link to the core.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct LinkView {
+    /// Name, as in metrics.
+    pub name: String,
+    /// What it is for.
+    pub role: &'static str,
+    /// Address of the core that it speaks or last spoke to.
+    pub server: String,
+    /// What it does now.
+    pub state: &'static str,
+    /// MQTT version; `None` before its first CONNACK.
+    pub protocol: Option<&'static str>,
+    /// The core's Receive Maximum.
+    pub window: u32,
+    /// Publishes that the core has not acknowledged.
+    pub inflight: u32,
+    /// Filters subscribed on it.
+    pub filters: usize,
+    /// CONNECTs sent since the start.
+    pub connects: u64,
+    /// Why it went down last.
+    pub last_error: Option<String>,
+}
+
+impl SessionSummary {
+    pub(super) fn cut(&mut self) {
+        cut(&mut self.client_id);
+        cut(&mut self.principal);
+    }
+}
+
+impl SessionView {
+    pub(super) fn cut(&mut self) {
+        self.summary.cut();
+        for subscription in &mut self.subscriptions {
+            cut(&mut subscription.filter);
+        }
+    }
+}
+
+impl LinkView {
+    pub(super) fn cut(&mut self) {
+        if let Some(error) = &mut self.last_error {
+            cut(error);
+        }
+    }
+}
+
+fn cut(text: &mut String) {
+    if let Some((at, _)) = text.char_indices().nth(TEXT_MAX) {
+        text.truncate(at);
+        text.push('…');
+    }
+}

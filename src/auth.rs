@@ -1,0 +1,303 @@
+//! Who a client is, and what it may do.
+//!
+//! A verified credential is remembered as a keyed digest, so that a client
+//! that flaps asks nobody and costs no hashing.
+
+mod acl;
+pub mod passwd;
+mod verified;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::Semaphore;
+
+use crate::config::{Auth, AuthMode, ClientIdRule};
+use crate::mqtt::ReasonCode;
+
+pub use acl::{Acl, OWN_PREFIX};
+use verified::{Digest, Recalled, Verified};
+
+/// The principal of every client that is not authenticated; no user can have
+/// this name.
+pub const ANONYMOUS: &str = "anonymous";
+
+/// A client as the rules see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Who it is: what sessions belong to and what `who` of a rule names.
+    pub principal: Arc<str>,
+    /// Its verified user name, `%u` in a rule; `None` when it is anonymous,
+    /// whatever its CONNECT said.
+    pub username: Option<Arc<str>>,
+    /// Its client id, `%c` in a rule.
+    pub client_id: Arc<str>,
+}
+
+impl Identity {
+    /// The identity that a verified principal has with a client id.
+    pub fn new(principal: Arc<str>, client_id: Arc<str>) -> Self {
+        let username = (&*principal != ANONYMOUS).then(|| Arc::clone(&principal));
+        Self {
+            principal,
+            username,
+            client_id,
+        }
+    }
+}
+
+/// Verifies credentials.
+pub struct Authenticator {
+    file: Option<PathBuf>,
+    client_id: ClientIdRule,
+    anonymous: Arc<str>,
+    users: RwLock<Users>,
+    /// Bounds the threads, and with them the memory, that hashing takes.
+    hashing: Arc<Semaphore>,
+    verified: Mutex<Verified>,
+}
+
+struct Users {
+    /// User name to password hash.
+    hashes: HashMap<String, Arc<str>>,
+    /// Verified in place of a user that is not there, so that the time of an
+    /// answer does not tell which names exist.
+    decoy: Arc<str>,
+}
+
+impl Authenticator {
+    /// Reads the password file, if one is configured.
+    ///
+    /// # Errors
+    /// When it cannot be read, or a line of it is wrong.
+    pub fn new(auth: &Auth) -> Result<Self, passwd::Error> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self {
+            file: auth.file.clone(),
+            client_id: auth.client_id,
+            anonymous: Arc::from(ANONYMOUS),
+            users: RwLock::new(Users::read(auth.file.as_deref())?),
+            hashing: Arc::new(Semaphore::new((cores / 2).clamp(1, 8))),
+            verified: Mutex::new(Verified::new()),
+        })
+    }
+
+    /// Reads the password file again and forgets what was verified; on an
+    /// error nothing changes.
+    ///
+    /// # Errors
+    /// As [`Authenticator::new`].
+    pub fn reload(&self) -> Result<(), passwd::Error> {
+        let users = Users::read(self.file.as_deref())?;
+        *self.users.write() = users;
+        self.verified.lock().forget();
+        Ok(())
+    }
+
+    /// The principal of a client, or the reason code of its refusal:
+    /// [`ReasonCode::BAD_USER_NAME_OR_PASSWORD`],
+    /// [`ReasonCode::CLIENT_IDENTIFIER_NOT_VALID`] or
+    /// [`ReasonCode::SERVER_UNAVAILABLE`].
+    ///
+    /// # Errors
+    /// The reason code for CONNACK.
+    pub async fn verify(
+        &self,
+        mode: AuthMode,
+        client_id: &str,
+        username: Option<&str>,
+        password: Option<&[u8]>,
+    ) -> Result<Arc<str>, ReasonCode> {
+        match mode {
+            AuthMode::Anonymous => Ok(Arc::clone(&self.anonymous)),
+            AuthMode::File => {
+                let (Some(username), Some(password)) = (username, password) else {
+                    return Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD);
+                };
+                let principal = self.password(username, password).await?;
+                match self.client_id {
+                    ClientIdRule::Username if client_id != &*principal => {
+                        Err(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID)
+                    }
+                    _ => Ok(principal),
+                }
+            }
+        }
+    }
+
+    async fn password(&self, username: &str, password: &[u8]) -> Result<Arc<str>, ReasonCode> {
+        let (hash, known) = self.users.read().hash(username);
+        // With the hash in it the digest ends with the password that it stands for.
+        let digest = self
+            .verified
+            .lock()
+            .digest(&[username.as_bytes(), hash.as_bytes(), password]);
+        if let Some(answer) = self.recall(&digest) {
+            return answer;
+        }
+        let permit = Arc::clone(&self.hashing)
+            .acquire_owned()
+            .await
+            .map_err(|_| ReasonCode::SERVER_UNAVAILABLE)?;
+        // Of many that wait with the same credential the first one has hashed.
+        if let Some(answer) = self.recall(&digest) {
+            return answer;
+        }
+        let secret = password.to_vec();
+        let right = tokio::task::spawn_blocking(move || {
+            // Held by the thread, which outlives a caller that gives up.
+            let _permit = permit;
+            passwd::verify(&hash, &secret)
+        })
+        .await
+        .map_err(|_| ReasonCode::SERVER_UNAVAILABLE)?;
+        let principal = (right && known).then(|| Arc::from(username));
+        self.verified
+            .lock()
+            .remember(digest, principal.clone(), Instant::now());
+        principal.ok_or(ReasonCode::BAD_USER_NAME_OR_PASSWORD)
+    }
+
+    fn recall(&self, digest: &Digest) -> Option<Result<Arc<str>, ReasonCode>> {
+        match self.verified.lock().recall(digest, Instant::now()) {
+            Recalled::Right(principal) => Some(Ok(principal)),
+            Recalled::Wrong => Some(Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD)),
+            Recalled::Unknown => None,
+        }
+    }
+}
+
+impl Users {
+    fn read(file: Option<&std::path::Path>) -> Result<Self, passwd::Error> {
+        let (hashes, decoy) = match file {
+            // A hash of nothing that anyone knows.
+            Some(path) => (
+                passwd::read(path)?,
+                passwd::hash(&verified::random::<32>())?.into(),
+            ),
+            None => (HashMap::new(), "".into()),
+        };
+        Ok(Self { hashes, decoy })
+    }
+
+    fn hash(&self, username: &str) -> (Arc<str>, bool) {
+        match self.hashes.get(username) {
+            Some(hash) => (Arc::clone(hash), true),
+            None => (Arc::clone(&self.decoy), false),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::AclMode;
+
+    /// An authenticator with one user, and its file, which goes with it.
+    struct Setup(Authenticator, PathBuf);
+    impl Drop for Setup {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.1);
+        }
+    }
+
+    fn setup(name: &str, client_id: ClientIdRule) -> Setup {
+        let path =
+            std::env::temp_dir().join(format!("tidegate-auth-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        passwd::set(&path, "alice", b"secret").expect("written");
+        let auth = Auth {
+            mode: AuthMode::File,
+            file: Some(path.clone()),
+            acl: AclMode::Open,
+            client_id,
+        };
+        Setup(Authenticator::new(&auth).expect("read"), path)
+    }
+
+    const WRONG: Result<Arc<str>, ReasonCode> = Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD);
+
+    #[tokio::test]
+    async fn passwords() {
+        let setup = setup("passwords", ClientIdRule::Any);
+        let verify = |user, password| setup.0.verify(AuthMode::File, "c", user, password);
+        assert_eq!(
+            verify(Some("alice"), Some(b"secret")).await,
+            Ok("alice".into())
+        );
+        assert_eq!(verify(Some("alice"), Some(b"Secret")).await, WRONG);
+        assert_eq!(verify(Some("bob"), Some(b"secret")).await, WRONG);
+        assert_eq!(verify(Some("alice"), None).await, WRONG);
+        assert_eq!(verify(None, None).await, WRONG);
+    }
+
+    #[tokio::test]
+    async fn anonymous_asks_nothing() {
+        let setup = setup("anonymous", ClientIdRule::Any);
+        let answer = setup
+            .0
+            .verify(AuthMode::Anonymous, "c", Some("alice"), Some(b"x"))
+            .await;
+        assert_eq!(answer, Ok(ANONYMOUS.into()));
+        assert_eq!(Identity::new(ANONYMOUS.into(), "c".into()).username, None);
+    }
+
+    #[tokio::test]
+    async fn the_client_id_can_be_bound_to_the_user() {
+        let setup = setup("bound", ClientIdRule::Username);
+        let verify = |id| {
+            setup
+                .0
+                .verify(AuthMode::File, id, Some("alice"), Some(b"secret"))
+        };
+        assert_eq!(verify("alice").await, Ok("alice".into()));
+        for id in ["bob", ""] {
+            assert_eq!(
+                verify(id).await,
+                Err(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID)
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_flap_costs_no_hashing() {
+        let setup = setup("flap", ClientIdRule::Any);
+        let verify = |password| {
+            setup
+                .0
+                .verify(AuthMode::File, "c", Some("alice"), Some(password))
+        };
+        assert_eq!(verify(b"secret").await, Ok("alice".into()));
+        assert_eq!(verify(b"wrong!").await, WRONG);
+        // Whoever hashed now would wait for ever.
+        let _all = Arc::clone(&setup.0.hashing)
+            .acquire_many_owned(setup.0.hashing.available_permits() as u32)
+            .await
+            .expect("open");
+        for _ in 0..1000 {
+            assert_eq!(verify(b"secret").await, Ok("alice".into()));
+            assert_eq!(verify(b"wrong!").await, WRONG);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_changed_password_holds_after_a_reload() {
+        let setup = setup("reload", ClientIdRule::Any);
+        let verify = |password| {
+            setup
+                .0
+                .verify(AuthMode::File, "c", Some("alice"), Some(password))
+        };
+        assert_eq!(verify(b"secret").await, Ok("alice".into()));
+        passwd::set(&setup.1, "alice", b"new").expect("written");
+        setup.0.reload().expect("read");
+        assert_eq!(verify(b"secret").await, WRONG);
+        assert_eq!(verify(b"new").await, Ok("alice".into()));
+        std::fs::write(&setup.1, "broken").expect("written");
+        assert!(setup.0.reload().is_err());
+        assert_eq!(verify(b"new").await, Ok("alice".into()));
+    }
+}

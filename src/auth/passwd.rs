@@ -1,0 +1,243 @@
+//! The password file: a line `user:$argon2id$...` for each user; empty lines
+//! and lines that begin with `#` are left alone.
+
+use std::collections::HashMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use argon2::password_hash::{PasswordHash, PasswordHasher as _, PasswordVerifier as _, SaltString};
+use argon2::{Algorithm, Argon2, Params, Version};
+
+use super::ANONYMOUS;
+
+/// What is wrong with a password file, or with what is to be written to it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// It cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// A line is wrong.
+    #[error("{}:{line}: {message}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong, and what is allowed.
+        message: String,
+    },
+    /// A name that no user can have.
+    #[error("{0:?} is no user name: {1}")]
+    User(String, &'static str),
+    /// The hash failed.
+    #[error("argon2: {0}")]
+    Hash(argon2::password_hash::Error),
+}
+
+/// Reads all users and their hashes.
+///
+/// # Errors
+/// When the file cannot be read, or a line of it is wrong.
+pub fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
+    let text = std::fs::read_to_string(path).map_err(|source| io(path, source))?;
+    let mut users = HashMap::new();
+    for (i, line) in text.lines().enumerate() {
+        let wrong = |message: String| Error::Line {
+            path: path.to_owned(),
+            line: i + 1,
+            message,
+        };
+        let Some((user, hash)) = entry(line) else {
+            if is_ignored(line) {
+                continue;
+            }
+            return Err(wrong(
+                "not \"user:$argon2id$...\"; `tidegate passwd` writes it".to_owned(),
+            ));
+        };
+        check_user(user).map_err(|e| wrong(e.to_string()))?;
+        let parsed = PasswordHash::new(hash);
+        if !parsed.is_ok_and(|h| h.algorithm.as_str().starts_with("argon2")) {
+            return Err(wrong(format!("the hash of {user:?} is not an argon2 hash")));
+        }
+        if users.insert(user.to_owned(), Arc::from(hash)).is_some() {
+            return Err(wrong(format!("{user:?} is there twice")));
+        }
+    }
+    Ok(users)
+}
+
+/// Writes a user's password: a new line, or its old one replaced. The file is
+/// made if it is not there, readable by its owner only, and replaced as a whole.
+///
+/// # Errors
+/// When the name is not allowed, or the file cannot be read or written.
+pub fn set(path: &Path, user: &str, password: &[u8]) -> Result<(), Error> {
+    check_user(user)?;
+    let line = format!("{user}:{}", hash(password)?);
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(error) => return Err(io(path, error)),
+    };
+    let mut lines: Vec<&str> = text.lines().collect();
+    match lines
+        .iter()
+        .position(|l| entry(l).is_some_and(|(u, _)| u == user))
+    {
+        Some(i) => lines[i] = &line,
+        None => lines.push(&line),
+    }
+    replace(path, &(lines.join("\n") + "\n")).map_err(|source| io(path, source))
+}
+
+/// A fresh argon2id hash.
+///
+/// # Errors
+/// When the password is longer than argon2 takes.
+pub fn hash(password: &[u8]) -> Result<String, Error> {
+    let salt = SaltString::encode_b64(&super::verified::random::<16>()).map_err(Error::Hash)?;
+    let argon = Argon2::new(Algorithm::Argon2id, Version::V0x13, Params::DEFAULT);
+    let hash = argon.hash_password(password, &salt).map_err(Error::Hash)?;
+    Ok(hash.to_string())
+}
+
+/// Whether a password is the one that was hashed; takes tens of milliseconds.
+pub fn verify(hash: &str, password: &[u8]) -> bool {
+    PasswordHash::new(hash)
+        .is_ok_and(|hash| Argon2::default().verify_password(password, &hash).is_ok())
+}
+
+fn io(path: &Path, source: std::io::Error) -> Error {
+    Error::Io {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn is_ignored(line: &str) -> bool {
+    line.trim().is_empty() || line.starts_with('#')
+}
+
+fn entry(line: &str) -> Option<(&str, &str)> {
+    if is_ignored(line) {
+        return None;
+    }
+    line.trim_end().split_once(':')
+}
+
+fn check_user(user: &str) -> Result<(), Error> {
+    let why = if user.is_empty() || user.len() > 256 {
+        "allowed are 1 to 256 bytes"
+    } else if user == ANONYMOUS {
+        "it stands for clients without one"
+    } else if user.starts_with('#') || user.trim() != user {
+        "it must not begin with # or have space at its ends"
+    } else if user.chars().any(|c| c == ':' || c.is_control()) {
+        "it must have no : and no control characters"
+    } else {
+        return Ok(());
+    };
+    Err(Error::User(user.to_owned(), why))
+}
+
+/// Writes beside the file and renames, so that no reader sees half of it.
+fn replace(path: &Path, text: &str) -> std::io::Result<()> {
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+    let mode = std::fs::metadata(path).map_or(0o600, |m| m.permissions().mode() & 0o777);
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".new-{}", std::process::id()));
+    let beside = path.with_file_name(name);
+    let write = || {
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(&beside)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&beside, path)
+    };
+    write().inspect_err(|_| {
+        let _ = std::fs::remove_file(&beside);
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn temp(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("tidegate-pw-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        path
+    }
+
+    #[test]
+    fn round_trip() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = temp("round");
+        set(&path, "alice", b"one").expect("written");
+        let mode = std::fs::metadata(&path)
+            .expect("there")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let text = std::fs::read_to_string(&path).expect("text");
+        std::fs::write(&path, format!("# people\n\n{text}")).expect("written");
+        set(&path, "bob", b"two").expect("written");
+        set(&path, "alice", b"three").expect("written");
+        let users = read(&path).expect("read");
+        assert_eq!(users.len(), 2);
+        assert!(verify(&users["alice"], b"three"));
+        assert!(!verify(&users["alice"], b"one"));
+        assert!(verify(&users["bob"], b"two"));
+        let text = std::fs::read_to_string(&path).expect("text");
+        assert!(
+            text.starts_with("# people\n\nalice:$argon2id$v=19$"),
+            "{text}"
+        );
+        std::fs::remove_file(&path).expect("removed");
+    }
+
+    #[test]
+    fn wrong_lines_are_named() {
+        let path = temp("wrong");
+        let good = hash(b"x").expect("hash");
+        for (text, line, part) in [
+            ("alice\n".to_owned(), 1, "not \"user:"),
+            ("#\n\nalice:secret\n".to_owned(), 3, "not an argon2 hash"),
+            (format!("a:{good}\na:{good}\n"), 2, "there twice"),
+            (format!("anonymous:{good}\n"), 1, "stands for"),
+            (format!(":{good}\n"), 1, "1 to 256"),
+        ] {
+            std::fs::write(&path, &text).expect("written");
+            let error = read(&path).expect_err("wrong").to_string();
+            let start = format!("{}:{line}: ", path.display());
+            assert!(
+                error.starts_with(&start) && error.contains(part),
+                "{text}: {error}"
+            );
+        }
+        std::fs::remove_file(&path).expect("removed");
+    }
+
+    #[test]
+    fn names_that_no_user_can_have() {
+        let path = temp("names");
+        for name in ["", "anonymous", "a:b", "#a", " a", "a\n"] {
+            assert!(
+                matches!(set(&path, name, b"x"), Err(Error::User(..))),
+                "{name:?}"
+            );
+        }
+        assert!(!path.exists());
+    }
+}

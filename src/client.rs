@@ -1,0 +1,148 @@
+//! One task per client connection: bytes to and from its session.
+//!
+//! The CONNECT phase is a future of its own, boxed and dropped once it is over; what runs for the
+//! life of a connection is small.
+
+mod accept;
+mod connection;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::auth::{Acl, Authenticator, Identity};
+use crate::clock::Clock;
+use crate::config::{self, AuthMode};
+use crate::mqtt::QoS;
+use crate::router::Router;
+use crate::session::Policy;
+use crate::telemetry::ListenerMetrics;
+use crate::transport::Accepted;
+
+/// What every connection needs.
+pub struct Clients {
+    /// The router.
+    pub router: Arc<Router>,
+    /// The process's clock.
+    pub clock: Clock,
+    /// Who clients are.
+    pub authenticator: Authenticator,
+    /// What they may do.
+    pub acl: Acl,
+    /// `[session]`.
+    pub session: config::Session,
+    /// `[limits]`.
+    pub limits: config::Limits,
+    /// CONNECTs per second.
+    pub rate: Rate,
+    /// The process is ending: no new sessions.
+    pub draining: AtomicBool,
+}
+
+/// What the connections of one listener share.
+#[derive(Clone)]
+pub struct Door {
+    /// How its clients are authenticated.
+    pub auth: AuthMode,
+    /// The listener's name.
+    pub name: Arc<str>,
+    /// The transport's name.
+    pub transport: &'static str,
+    /// Its metrics.
+    pub metrics: Arc<ListenerMetrics>,
+}
+
+impl Clients {
+    /// Serves one accepted connection to its end.
+    pub async fn serve(self: Arc<Self>, door: Door, accepted: Accepted) {
+        door.metrics.connections.increment(1);
+        door.metrics.connections_open.increment(1.0);
+        let began = self.clock.now();
+        let Accepted {
+            stream,
+            peer,
+            deadline,
+            permit,
+            ..
+        } = accepted;
+        let opened = Box::pin(accept::open(&self, &door, stream, peer, deadline, began)).await;
+        if let Some(opened) = opened {
+            connection::run(&self, opened).await;
+        }
+        door.metrics.connections_open.decrement(1.0);
+        drop(permit);
+    }
+
+    /// No new sessions from now on.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+}
+
+/// A limit on events per second, with a second's worth in reserve.
+#[derive(Debug)]
+pub struct Rate {
+    per_second: u64,
+    /// Thousandths of an event, and when they were counted.
+    state: Mutex<(u64, u64)>,
+}
+
+impl Rate {
+    /// At most `per_second` in the long run.
+    pub fn new(per_second: u32) -> Self {
+        let per_second = u64::from(per_second);
+        Self {
+            per_second,
+            state: Mutex::new((per_second * 1000, 0)),
+        }
+    }
+
+    /// Takes one, if there is one at `now` (milliseconds).
+    pub fn take(&self, now: u64) -> bool {
+        let mut state = self.state.lock();
+        let (left, at) = *state;
+        let gained = now.saturating_sub(at) * self.per_second;
+        let left = (left + gained).min(self.per_second * 1000);
+        *state = (left.saturating_sub(1000), now.max(at));
+        left >= 1000
+    }
+}
+
+/// The session's questions, answered for one client.
+struct ClientPolicy<'a> {
+    clients: &'a Clients,
+    identity: &'a Identity,
+}
+
+impl Policy for ClientPolicy<'_> {
+    fn may_publish(&self, topic: &str) -> bool {
+        self.clients.acl.may_publish(self.identity, topic)
+    }
+
+    fn may_subscribe(&self, filter: &str) -> bool {
+        self.clients.acl.may_subscribe(self.identity, filter)
+    }
+
+    fn maximum_qos(&self) -> QoS {
+        self.clients.router.maximum_qos()
+    }
+
+    fn retain_available(&self) -> bool {
+        self.clients.router.retain_available()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_allows_its_reserve_and_then_its_pace() {
+        let rate = Rate::new(10);
+        assert_eq!((0..20).filter(|_| rate.take(0)).count(), 10);
+        assert!(!rate.take(99));
+        assert!(rate.take(200));
+        assert_eq!((0..20).filter(|_| rate.take(60_000)).count(), 10);
+    }
+}

@@ -1,0 +1,218 @@
+//! The defaults: each value that holds where the file does not speak.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::machine;
+use super::types::{
+    Ack, AclMode, Admin, Auth, AuthMode, CertSource, ClientIdRule, Config, Drain, Durability,
+    Limits, Listener, Log, LogFormat, Memory, Node, Probe, Protocol, QueueFull, Server, Session,
+    Store, SubscribeWhileAway, Tls, Transport, Upstream, UpstreamTls,
+};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// Share of the machine's (or cgroup's) memory, in percent.
+pub(super) const MEMORY_MAX_PERCENT: u64 = 80;
+/// Share of `memory.max` for the queues, in percent.
+pub(super) const MEMORY_QUEUES_PERCENT: u64 = 25;
+/// What `publish_links = "auto"` stands for.
+pub(super) const PUBLISH_LINKS_AUTO: u8 = 2;
+/// Node id where none is needed.
+pub(super) const NODE_ID_EMBEDDED: &str = "local";
+/// The request path of WebSocket listeners.
+pub(super) const WS_PATH: &str = "/mqtt";
+
+impl Config {
+    /// What holds without a file: loopback listeners of every transport, the
+    /// embedded core, a throw-away certificate.
+    pub fn builtin() -> Self {
+        let memory_max = machine::memory() / 100 * MEMORY_MAX_PERCENT;
+        let mut config = Self {
+            source: None,
+            node: Node {
+                id: NODE_ID_EMBEDDED.to_owned(),
+                ..Node::default()
+            },
+            tls: vec![Tls {
+                name: "default".to_owned(),
+                source: CertSource::Throwaway,
+            }],
+            listeners: listeners(),
+            upstream: Upstream::default(),
+            session: Session::default(),
+            limits: Limits::default(),
+            memory: Memory {
+                max: memory_max,
+                queues: memory_max / 100 * MEMORY_QUEUES_PERCENT,
+            },
+            store: Store::default(),
+            auth: Auth {
+                mode: AuthMode::Anonymous,
+                file: None,
+                acl: AclMode::Open,
+                client_id: ClientIdRule::Any,
+            },
+            acl: Vec::new(),
+            admin: Admin::default(),
+            log: Log::default(),
+            drain: Drain::default(),
+        };
+        config.fit_small_memory(|_| false);
+        config
+    }
+
+    /// On a small machine the default budgets shrink to an eighth of
+    /// `memory.max` each; what the file writes stays.
+    pub(super) fn fit_small_memory(&mut self, written: impl Fn(&str) -> bool) {
+        let most = self.memory.max / 8;
+        let up = &mut self.upstream;
+        if !written("upstream.publishes_waiting") {
+            up.publishes_waiting = up.publishes_waiting.min(most);
+        }
+        if !written("upstream.retained_cache") {
+            up.retained_cache = up.retained_cache.min(most);
+        }
+        if !written("upstream.publishes_waiting_per_client") {
+            let most = up.publishes_waiting;
+            up.publishes_waiting_per_client = up.publishes_waiting_per_client.min(most);
+        }
+    }
+}
+
+/// The built-in listeners, all on loopback.
+pub(super) fn listeners() -> Vec<Listener> {
+    let listener = |transport: Transport, port| Listener {
+        name: transport.name().to_owned(),
+        transport,
+        bind: loopback(port),
+        path: WS_PATH.to_owned(),
+        tls: transport.is_encrypted().then(|| "default".to_owned()),
+        origins: Vec::new(),
+        auth: AuthMode::Anonymous,
+    };
+    vec![
+        listener(Transport::Tcp, 1883),
+        listener(Transport::Ws, 8083),
+        listener(Transport::Wss, 8084),
+        listener(Transport::Tls, 8883),
+        listener(Transport::Quic, 14567),
+    ]
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            id: String::new(),
+            data_dir: PathBuf::from("data"),
+        }
+    }
+}
+
+impl Default for Upstream {
+    fn default() -> Self {
+        Self {
+            servers: vec![Server::Embedded(String::new())],
+            username: None,
+            password_file: None,
+            protocol: Protocol::Auto,
+            client_id_prefix: "tidegate".to_owned(),
+            data_links: 2,
+            publish_links: PUBLISH_LINKS_AUTO,
+            roots: Vec::new(),
+            ack: Ack::Upstream,
+            probe: Probe::Auto,
+            linger: Duration::from_secs(600),
+            linger_busy_min: Duration::from_secs(60),
+            filters_lingering_max: 100_000,
+            keepalive: Duration::from_secs(30),
+            connect_timeout: Duration::from_secs(10),
+            backoff_min: Duration::from_millis(50),
+            backoff_max: Duration::from_secs(5),
+            subscribe_hold: Duration::from_secs(10),
+            subscribe_while_away: SubscribeWhileAway::Accept,
+            publishes_waiting: 64 * MIB,
+            publishes_waiting_per_client: 4 * MIB,
+            publishes_waiting_v3_max: 1000,
+            retained_cache: 64 * MIB,
+            tls: UpstreamTls::default(),
+        }
+    }
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self {
+            expiry_v3: Duration::from_secs(2 * 3600),
+            expiry_max: Duration::from_secs(7 * 24 * 3600),
+            queue_messages_max: 1000,
+            queue_bytes_max: MIB,
+            queue_full: QueueFull::Oldest,
+            queue_qos0: false,
+            queue_age_max: None,
+            keepalive_max: None,
+            keepalive_default: None,
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            packet_max: MIB as u32,
+            connections_max: 100_000,
+            connect_rate_max: 5000,
+            receive_max: 64,
+            topic_alias_max: 64,
+            subscriptions_per_client_max: 1000,
+            topic_levels_max: 128,
+            handshakes_max: 1000,
+            accept_deadline: Duration::from_secs(10),
+            packet_deadline: Duration::from_secs(30),
+            write_stall: Duration::from_secs(60),
+            output_buffer: (64 * KIB) as u32,
+        }
+    }
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self {
+            durability: Durability::Memory,
+            disk_max: 10 * GIB,
+        }
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self {
+            bind: loopback(9883),
+            api: true,
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            level: "info".to_owned(),
+            format: LogFormat::Text,
+        }
+    }
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        Self {
+            grace: Duration::from_secs(10),
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! What is wrong with a configuration file, said so that it can be put right.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Why a configuration was not accepted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file cannot be read.
+    #[error("{}: cannot be read: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The file says something that is not allowed.
+    #[error("{}", lines(path, problems))]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// All that was found, in the order of the file; never empty.
+        problems: Vec<Problem>,
+    },
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Line in the file, from 1.
+    pub line: usize,
+    /// The key with its tables, such as `listeners[0].bind`; empty where the
+    /// file is no TOML.
+    pub key: String,
+    /// What is wrong, and what is allowed.
+    pub message: String,
+}
+
+fn lines(path: &std::path::Path, problems: &[Problem]) -> String {
+    let path = path.display();
+    let each = problems.iter().map(|p| format!("{path}:{p}"));
+    each.collect::<Vec<_>>().join("\n")
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { line, key, message } = self;
+        if key.is_empty() {
+            write!(f, "{line}: {message}")
+        } else {
+            write!(f, "{line}: {key}: {message}")
+        }
+    }
+}
+
+/// Rewords serde's `unknown field` into what to do; other messages as they are.
+pub(super) fn reword(message: &str) -> String {
+    let Some(rest) = message.strip_prefix("unknown field `") else {
+        return message.trim_end().to_owned();
+    };
+    let (name, expected) = rest.split_once('`').unwrap_or((rest, ""));
+    let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
+    let mut out = "unknown key".to_owned();
+    if let Some(near) = nearest(name, known.iter().copied()) {
+        out.push_str(&format!("; did you mean `{near}`?"));
+    }
+    out.push_str(&format!(" (known here: {})", known.join(", ")));
+    out
+}
+
+/// The candidate that a person most likely meant.
+pub(super) fn nearest<'a>(
+    word: &str,
+    candidates: impl Iterator<Item = &'a str>,
+) -> Option<&'a str> {
+    let limit = (word.chars().count() / 3).clamp(1, 4);
+    candidates
+        .map(|c| (distance(word, c), c))
+        .filter(|(d, _)| *d <= limit)
+        .min_by_key(|(d, _)| *d)
+        .map(|(_, c)| c)
+}
+
+/// Edits between two words: insert, delete, replace, swap two neighbours.
+fn distance(a: &str, b: &str) -> usize {
+    let a: Vec<char> = a.chars().collect();
+    let b: Vec<char> = b.chars().collect();
+    let mut rows = vec![(0..=b.len()).collect::<Vec<usize>>()];
+    for i in 1..=a.len() {
+        let mut row = vec![i];
+        for j in 1..=b.len() {
+            let replace = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+            let mut best = replace.min(rows[i - 1][j] + 1).min(row[j - 1] + 1);
+            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                best = best.min(rows[i - 2][j - 2] + 1);
+            }
+            row.push(best);
+        }
+        rows.push(row);
+    }
+    rows[a.len()][b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_keys_are_answered_with_the_nearest() {
+        let text = "unknown field `queue_ful`, expected one of `queue_full`, `queue_qos0`";
+        assert_eq!(
+            reword(text),
+            "unknown key; did you mean `queue_full`? (known here: queue_full, queue_qos0)"
+        );
+        let text = "unknown field `zzz`, expected `a` or `b`";
+        assert_eq!(reword(text), "unknown key (known here: a, b)");
+    }
+
+    #[test]
+    fn distances() {
+        assert_eq!(distance("kitten", "sitting"), 3);
+        assert_eq!(distance("", "ab"), 2);
+        assert_eq!(nearest("bnid", ["bind", "name"].into_iter()), Some("bind"));
+        assert_eq!(nearest("kind", ["path", "name"].into_iter()), None);
+        assert_eq!(nearest("bin", ["bind", "name"].into_iter()), Some("bind"));
+    }
+}

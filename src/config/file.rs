@@ -1,0 +1,329 @@
+//! From the file's text to the plain values.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, IgnoredAny};
+
+use super::builtin::{
+    MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, WS_PATH, listeners,
+};
+use super::document::Document;
+use super::error::{Error, Problem};
+use super::types::{
+    AclAllow, AclMode, AclRule, Admin, Auth, AuthMode, CertSource, ClientIdRule, Config, Drain,
+    Limits, Listener, Log, Memory, Node, Session, Store, Tls, Transport, Upstream,
+};
+use super::units::Share;
+use super::{check, machine};
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or with all that is wrong in it.
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Reads and checks a text; `path` is what errors name and what relative
+    /// paths resolve against.
+    ///
+    /// # Errors
+    /// With all that is wrong in it.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, Error> {
+        let invalid = |problems| Error::Invalid {
+            path: path.to_owned(),
+            problems,
+        };
+        let doc = Document::parse(text).map_err(|p| invalid(vec![p]))?;
+        let file: File = toml::from_str(text).map_err(|e| invalid(vec![doc.problem(&e)]))?;
+        let mut problems = Vec::new();
+        let mut config = file.resolve(path, &doc, &mut problems);
+        config.resolve_paths(path.parent().unwrap_or(Path::new("")));
+        check::check(&config, &doc, &mut problems);
+        if problems.is_empty() {
+            Ok(config)
+        } else {
+            problems.sort_by_key(|p| p.line);
+            Err(invalid(problems))
+        }
+    }
+
+    fn resolve_paths(&mut self, base: &Path) {
+        let resolve = |path: &mut PathBuf| *path = base.join(&*path);
+        resolve(&mut self.node.data_dir);
+        for tls in &mut self.tls {
+            if let CertSource::Files { cert, key } = &mut tls.source {
+                resolve(cert);
+                resolve(key);
+            }
+        }
+        let upstream = &mut self.upstream;
+        let optional = [
+            &mut upstream.password_file,
+            &mut upstream.tls.ca,
+            &mut upstream.tls.cert,
+            &mut upstream.tls.key,
+            &mut self.auth.file,
+        ];
+        optional.into_iter().flatten().for_each(resolve);
+    }
+}
+
+/// The file as it is written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    version: u32,
+    node: Node,
+    tls: Vec<RawTls>,
+    listeners: Option<Vec<RawListener>>,
+    upstream: Upstream,
+    session: Session,
+    limits: Limits,
+    memory: RawMemory,
+    store: Store,
+    auth: RawAuth,
+    acl: Vec<AclRule>,
+    admin: Admin,
+    log: Log,
+    drain: Drain,
+}
+
+impl Default for File {
+    fn default() -> Self {
+        Self {
+            version: 1,
+            node: Node::default(),
+            tls: Vec::new(),
+            listeners: None,
+            upstream: Upstream::default(),
+            session: Session::default(),
+            limits: Limits::default(),
+            memory: RawMemory::default(),
+            store: Store::default(),
+            auth: RawAuth::default(),
+            acl: Vec::new(),
+            admin: Admin::default(),
+            log: Log::default(),
+            drain: Drain::default(),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTls {
+    name: String,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<IgnoredAny>,
+    crl: Option<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawListener {
+    name: Option<String>,
+    transport: Transport,
+    bind: SocketAddr,
+    path: Option<String>,
+    tls: Option<String>,
+    origins: Option<Vec<String>>,
+    auth: Option<AuthMode>,
+    #[serde(default)]
+    webtransport: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawMemory {
+    max: Share,
+    queues: Share,
+}
+
+impl Default for RawMemory {
+    fn default() -> Self {
+        Self {
+            max: Share::Percent(MEMORY_MAX_PERCENT),
+            queues: Share::Percent(MEMORY_QUEUES_PERCENT),
+        }
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawAuth {
+    mode: Option<AuthMode>,
+    file: Option<PathBuf>,
+    acl: Option<AclMode>,
+    client_id: Option<ClientIdRule>,
+}
+
+impl<'de> Deserialize<'de> for AclAllow {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let mut allow = Self::default();
+        for word in Vec::<String>::deserialize(d)? {
+            match word.as_str() {
+                "publish" => allow.publish = true,
+                "subscribe" => allow.subscribe = true,
+                other => {
+                    let known = ["publish", "subscribe"];
+                    return Err(D::Error::custom(super::units::not_a_choice(
+                        other,
+                        &known,
+                        &[],
+                    )));
+                }
+            }
+        }
+        Ok(allow)
+    }
+}
+
+impl File {
+    fn resolve(self, path: &Path, doc: &Document<'_>, problems: &mut Vec<Problem>) -> Config {
+        let mut say = |key: &str, message: String| {
+            problems.push(Problem {
+                line: doc.line(key),
+                key: key.to_owned(),
+                message,
+            });
+        };
+        if self.version != 1 {
+            say(
+                "version",
+                format!("{} is not known; allowed: 1", self.version),
+            );
+        }
+        let mode = self.auth.mode.unwrap_or(AuthMode::Anonymous);
+        let acl = match (self.auth.acl, self.acl.is_empty()) {
+            (Some(mode), _) => mode,
+            (None, true) => AclMode::Open,
+            (None, false) => AclMode::Rules,
+        };
+        let mut tls: Vec<Tls> = self
+            .tls
+            .into_iter()
+            .enumerate()
+            .map(|(i, raw)| raw.resolve(i, &mut say))
+            .collect();
+        if tls.is_empty() {
+            tls.push(Tls {
+                name: "default".to_owned(),
+                source: CertSource::Throwaway,
+            });
+        }
+        let listeners = match self.listeners {
+            None => listeners()
+                .into_iter()
+                .map(|l| Listener { auth: mode, ..l })
+                .collect(),
+            Some(list) => list
+                .into_iter()
+                .enumerate()
+                .map(|(i, raw)| raw.resolve(i, mode, &mut say))
+                .collect(),
+        };
+        let mut node = self.node;
+        if self.upstream.is_embedded() && node.id.is_empty() {
+            NODE_ID_EMBEDDED.clone_into(&mut node.id);
+        }
+        let max = self.memory.max.of(machine::memory());
+        let mut config = Config {
+            source: Some(path.to_owned()),
+            node,
+            tls,
+            listeners,
+            upstream: self.upstream,
+            session: self.session,
+            limits: self.limits,
+            memory: Memory {
+                max,
+                queues: self.memory.queues.of(max),
+            },
+            store: self.store,
+            auth: Auth {
+                mode,
+                file: self.auth.file,
+                acl,
+                client_id: self.auth.client_id.unwrap_or(ClientIdRule::Any),
+            },
+            acl: self.acl,
+            admin: self.admin,
+            log: self.log,
+            drain: self.drain,
+        };
+        config.fit_small_memory(|key| doc.has(key));
+        config
+    }
+}
+
+impl RawTls {
+    fn resolve(self, i: usize, say: &mut impl FnMut(&str, String)) -> Tls {
+        for (key, value) in [("client_ca", &self.client_ca), ("crl", &self.crl)] {
+            if value.is_some() {
+                let message = "not supported by this version; remove it".to_owned();
+                say(&format!("tls[{i}].{key}"), message);
+            }
+        }
+        let source = match (self.cert, self.key) {
+            (Some(cert), Some(key)) => CertSource::Files { cert, key },
+            (None, None) => CertSource::Throwaway,
+            _ => {
+                let message = "cert and key belong together; `tidegate certs` makes a pair";
+                say(&format!("tls[{i}]"), message.to_owned());
+                CertSource::Throwaway
+            }
+        };
+        Tls {
+            name: self.name,
+            source,
+        }
+    }
+}
+
+impl RawListener {
+    fn resolve(self, i: usize, mode: AuthMode, say: &mut impl FnMut(&str, String)) -> Listener {
+        let transport = self.transport;
+        let mut unused = |key: &str, only: &str| {
+            let message = format!(
+                "not used by transport \"{}\"; only {only} use it: remove it",
+                transport.name()
+            );
+            say(&format!("listeners[{i}].{key}"), message);
+        };
+        if !transport.is_websocket() {
+            if self.path.is_some() {
+                unused("path", "ws and wss");
+            }
+            if self.origins.is_some() {
+                unused("origins", "ws and wss");
+            }
+        }
+        if !transport.is_encrypted() && self.tls.is_some() {
+            unused("tls", "tls, wss and quic");
+        }
+        if self.webtransport {
+            let message = "true is not supported by this version; allowed: false".to_owned();
+            say(&format!("listeners[{i}].webtransport"), message);
+        }
+        Listener {
+            name: self.name.unwrap_or_else(|| transport.name().to_owned()),
+            transport,
+            bind: self.bind,
+            path: self.path.unwrap_or_else(|| WS_PATH.to_owned()),
+            tls: transport
+                .is_encrypted()
+                .then(|| self.tls.unwrap_or_else(|| "default".to_owned())),
+            origins: self.origins.unwrap_or_default(),
+            auth: self.auth.unwrap_or(mode),
+        }
+    }
+}

@@ -1,0 +1,545 @@
+//! The files that we ship, and a table of files that are wrong.
+
+use std::path::Path;
+
+use super::*;
+
+fn parse(text: &str) -> Result<Config, Vec<Problem>> {
+    match Config::parse(text, Path::new("/etc/tidegate/t.toml")) {
+        Ok(config) => Ok(config),
+        Err(Error::Invalid { problems, .. }) => Err(problems),
+        Err(other) => panic!("{other}"),
+    }
+}
+
+fn shipped(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("config")
+        .join(name)
+}
+
+#[test]
+fn the_documented_file_says_the_defaults() {
+    let mut config = Config::load(&shipped("tidegate.toml")).expect("valid");
+    let mut builtin = Config::builtin();
+    assert_eq!(config.source.take(), Some(shipped("tidegate.toml")));
+    builtin.node.data_dir = shipped("data");
+    assert_eq!(config, builtin);
+}
+
+#[test]
+fn an_empty_file_says_the_defaults() {
+    let mut config = parse("").expect("valid");
+    config.source = None;
+    config.node.data_dir = "data".into();
+    assert_eq!(config, Config::builtin());
+}
+
+/// Asks the parser itself which keys each table knows.
+#[test]
+fn the_documented_file_names_every_key() {
+    let text = std::fs::read_to_string(shipped("tidegate.toml")).expect("file");
+    let tables = [
+        "",
+        "[node]",
+        "[[tls]]",
+        "[[listeners]]",
+        "[upstream]",
+        "[upstream.tls]",
+        "[session]",
+        "[limits]",
+        "[memory]",
+        "[store]",
+        "[auth]",
+        "[[acl]]",
+        "[admin]",
+        "[log]",
+        "[drain]",
+    ];
+    for table in tables {
+        let problems = parse(&format!("{table}\nzzzzzzzzzzzz = 1\n")).unwrap_err();
+        let (_, known) = problems[0]
+            .message
+            .split_once("(known here: ")
+            .expect("a list");
+        for key in known.trim_end_matches(')').split(", ") {
+            if ["client_ca", "crl"].contains(&key) {
+                continue; // not supported, so not advertised
+            }
+            let section = match table {
+                "" => text.as_str(),
+                _ => {
+                    let at = text.find(table).unwrap_or_else(|| panic!("no {table}"));
+                    &text[at..]
+                }
+            };
+            let found = section.lines().any(|line| {
+                let line = line.trim_start_matches('#').trim_start_matches('[');
+                line.strip_prefix(key)
+                    .is_some_and(|rest| rest.starts_with([' ', ']']))
+                    || line.starts_with(&format!("{}.{key}]", table.trim_matches(['[', ']'])))
+            });
+            assert!(found, "{table} {key} is not documented");
+        }
+    }
+}
+
+/// What is commented out is legal too, but for the files that it names.
+#[test]
+fn the_documented_file_is_right_in_its_comments() {
+    let text = std::fs::read_to_string(shipped("tidegate.toml")).expect("file");
+    let uncommented: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.starts_with("acl = "))
+        .map(|line| match line.strip_prefix('#') {
+            Some(rest) if !rest.starts_with([' ', '#']) && rest.contains(['=', ']']) => rest,
+            _ => line,
+        })
+        .collect();
+    let problems = parse(&uncommented.join("\n")).unwrap_err();
+    for problem in problems {
+        let expected = problem.message.contains("cannot be read")
+            || problem.message.contains("no listener uses it")
+            || problem.message.contains("no server is mqtts://");
+        assert!(expected, "{problem}");
+    }
+}
+
+#[test]
+fn the_minimal_file() {
+    let config = Config::load(&shipped("minimal.toml")).expect("valid");
+    assert_eq!(
+        config.upstream.servers[0].to_string(),
+        "mqtt://127.0.0.1:1883"
+    );
+    let names: Vec<_> = config.listeners.iter().map(|l| l.name.as_str()).collect();
+    assert_eq!(names, ["tcp", "ws"]);
+}
+
+#[test]
+fn values_are_typed_and_paths_are_resolved() {
+    let config = parse(
+        "[node]\nid = \"e\"\ndata_dir = \"d\"\n[session]\nqueue_bytes_max = \"2MiB\"\n\
+         expiry_v3 = \"90m\"\nqueue_age_max = \"1h\"\n[memory]\nmax = \"1GiB\"\nqueues = \"50%\"\n\
+         [upstream]\nservers = [\"mqtts://core\"]\npublish_links = 3\nprotocol = \"3.1.1\"\n\
+         [[listeners]]\ntransport = \"tcp\"\nbind = \"0.0.0.0:1\"\n\
+         [[acl]]\nwho = \"*\"\nallow = [\"publish\"]\ntopics = [\"up/%c\"]\n",
+    )
+    .expect("valid");
+    assert_eq!(config.node.data_dir, Path::new("/etc/tidegate/d"));
+    assert_eq!(config.session.queue_bytes_max, 2 << 20);
+    assert_eq!(config.session.expiry_v3.as_secs(), 5400);
+    assert_eq!(
+        config.session.queue_age_max.map(|d| d.as_secs()),
+        Some(3600)
+    );
+    assert_eq!(
+        (config.memory.max, config.memory.queues),
+        (1 << 30, 536_870_900)
+    );
+    assert_eq!(config.upstream.publish_links, 3);
+    assert_eq!(config.upstream.protocol, Protocol::V311);
+    assert_eq!(config.auth.acl, AclMode::Rules);
+    assert!(config.acl[0].allow.publish && !config.acl[0].allow.subscribe);
+}
+
+#[test]
+fn a_listener_overrides_the_mode_of_authentication() {
+    let passwd = std::env::temp_dir().join(format!("tidegate-mode-{}", std::process::id()));
+    std::fs::write(&passwd, "").expect("file");
+    let config = parse(&format!(
+        "[auth]\nmode = \"file\"\nfile = {passwd:?}\n[[listeners]]\ntransport = \"tcp\"\n\
+         bind = \"127.0.0.1:1\"\nauth = \"anonymous\"\n[[listeners]]\ntransport = \"ws\"\n\
+         bind = \"127.0.0.1:2\"\n"
+    ));
+    std::fs::remove_file(&passwd).expect("file");
+    let config = config.expect("valid");
+    let modes: Vec<_> = config.listeners.iter().map(|l| l.auth).collect();
+    assert_eq!(modes, [AuthMode::Anonymous, AuthMode::File]);
+}
+
+/// Text, line, key, a part of the message.
+const WRONG: &[(&str, usize, &str, &str)] = &[
+    ("version = 2\n", 1, "version", "allowed: 1"),
+    ("\n[node\nid = 1", 2, "", "not TOML"),
+    (
+        "[session]\nqueue_ful = \"oldest\"\n",
+        2,
+        "session.queue_ful",
+        "did you mean `queue_full`?",
+    ),
+    ("[sesion]\n", 1, "sesion", "did you mean `session`?"),
+    (
+        "[node]\nid = 7\n",
+        2,
+        "node.id",
+        "invalid type: integer `7`, expected a string",
+    ),
+    ("[node]\nid = \"a b\"\n", 2, "node.id", "is no name"),
+    (
+        "[session]\n\nexpiry_v3 = \"soon\"\n",
+        3,
+        "session.expiry_v3",
+        "\"2h\"",
+    ),
+    (
+        "[session]\nexpiry_v3 = 30\n",
+        2,
+        "session.expiry_v3",
+        "30 has no unit",
+    ),
+    (
+        "[session]\nexpiry_v3 = \"8d\"\n",
+        2,
+        "session.expiry_v3",
+        "longer than session.expiry_max",
+    ),
+    (
+        "[session]\nexpiry_max = \"1500ms\"\nexpiry_v3 = \"1s\"",
+        2,
+        "session.expiry_max",
+        "whole seconds",
+    ),
+    (
+        "[session]\nqueue_bytes_max = \"1 Mib\"\n",
+        2,
+        "session.queue_bytes_max",
+        "is not a size",
+    ),
+    (
+        "[session]\nqueue_full = \"oldst\"\n",
+        2,
+        "session.queue_full",
+        "did you mean \"oldest\"?",
+    ),
+    (
+        "[session]\nkeepalive_max = \"0s\"\n",
+        2,
+        "session.keepalive_max",
+        "out of range",
+    ),
+    (
+        "[session]\nqueue_messages_max = 0\n",
+        2,
+        "session.queue_messages_max",
+        "allowed: 1 to",
+    ),
+    (
+        "[limits]\nreceive_max = 70000\n",
+        2,
+        "limits.receive_max",
+        "expected u16",
+    ),
+    (
+        "[limits]\nreceive_max = 0\n",
+        2,
+        "limits.receive_max",
+        "allowed: 1 to 65535",
+    ),
+    (
+        "[limits]\npacket_max = \"5GiB\"\n",
+        2,
+        "limits.packet_max",
+        "below 4GiB",
+    ),
+    (
+        "[limits]\npacket_max = \"1GiB\"\n",
+        2,
+        "limits.packet_max",
+        "out of range",
+    ),
+    (
+        "[limits]\npacket_max = \"8MiB\"\n",
+        1,
+        "upstream.publishes_waiting_per_client",
+        "smaller than",
+    ),
+    (
+        "[memory]\nmax = \"120%\"\n",
+        2,
+        "memory.max",
+        "from \"1%\" to \"100%\"",
+    ),
+    (
+        "[memory]\nmax = \"64MiB\"\nqueues = \"65MiB\"\n",
+        3,
+        "memory.queues",
+        "larger than memory.max",
+    ),
+    (
+        "[store]\ndurability = \"disk\"\n",
+        2,
+        "store.durability",
+        "not supported",
+    ),
+    (
+        "[upstream]\nack = \"local\"\n",
+        2,
+        "upstream.ack",
+        "not supported",
+    ),
+    (
+        "[upstream]\nroots = [\"a/#\"]\n",
+        2,
+        "upstream.roots",
+        "not supported",
+    ),
+    (
+        "[upstream]\nservers = [\"wss://a\"]\n",
+        2,
+        "upstream.servers[0]",
+        "not supported",
+    ),
+    (
+        "[upstream]\nservers = []\n",
+        2,
+        "upstream.servers",
+        "at least one",
+    ),
+    (
+        "[upstream]\nservers = [\"embedded:\", \"mqtt://a\"]\n",
+        2,
+        "upstream.servers",
+        "stands alone",
+    ),
+    (
+        "[upstream]\nservers = [\"mqtt://a\"]\n",
+        1,
+        "node.id",
+        "required",
+    ),
+    (
+        "[upstream]\npublish_links = 9\n",
+        2,
+        "upstream.publish_links",
+        "from 1 to 8",
+    ),
+    (
+        "[upstream]\ndata_links = 0\n",
+        2,
+        "upstream.data_links",
+        "allowed: 1 to 8",
+    ),
+    (
+        "[upstream]\nprotocol = \"3.1\"\n",
+        2,
+        "upstream.protocol",
+        "allowed",
+    ),
+    (
+        "[upstream]\nlinger = \"1s\"\n",
+        1,
+        "upstream.linger_busy_min",
+        "longer than upstream.linger",
+    ),
+    (
+        "[upstream]\nusername = \"u\"\npassword_file = \"no\"\n",
+        3,
+        "upstream.password_file",
+        "/etc/tidegate/no cannot be read",
+    ),
+    (
+        "[upstream.tls]\nserver_name = \"a\"\n",
+        1,
+        "upstream.tls",
+        "no server is mqtts",
+    ),
+    (
+        "[[tls]]\nname = \"a\"\nclient_ca = \"b\"\n[[tls]]\nname = \"default\"\n",
+        3,
+        "tls[0].client_ca",
+        "not supported",
+    ),
+    (
+        "[[tls]]\nname = \"default\"\ncrl = []\n",
+        3,
+        "tls[0].crl",
+        "not supported",
+    ),
+    (
+        "[[tls]]\nname = \"default\"\ncert = \"b\"\n",
+        1,
+        "tls[0]",
+        "belong together",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tcp\"\n",
+        1,
+        "listeners[0]",
+        "missing field `bind`",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tpc\"\nbind = \"127.0.0.1:1\"\n",
+        2,
+        "listeners[0].transport",
+        "did you mean \"tcp\"?",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tcp\"\nbind = \"localhost\"\n",
+        3,
+        "listeners[0].bind",
+        "invalid socket address",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tcp\"\nbind = \"127.0.0.1:1\"\npath = \"/x\"\n",
+        4,
+        "listeners[0].path",
+        "not used by transport \"tcp\"",
+    ),
+    (
+        "[[listeners]]\ntransport = \"quic\"\nbind = \"127.0.0.1:1\"\nwebtransport = true\n",
+        4,
+        "listeners[0].webtransport",
+        "not supported",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tls\"\nbind = \"127.0.0.1:1\"\ntls = \"x\"\n",
+        4,
+        "listeners[0].tls",
+        "no [[tls]] is named",
+    ),
+    (
+        "[auth]\nacl = \"open\"\n[[listeners]]\ntransport = \"tls\"\nbind = \"0.0.0.0:1\"\n",
+        3,
+        "listeners[0].tls",
+        "needs a certificate",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tcp\"\nbind = \"127.0.0.1:1\"\nauth = \"jwt\"\n",
+        4,
+        "listeners[0].auth",
+        "not supported",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tcp\"\nbind = \"127.0.0.1:1\"\nauth = \"file\"\n",
+        4,
+        "listeners[0].auth",
+        "needs auth.file",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tcp\"\nbind = \"127.0.0.1:1\"\n[[listeners]]\ntransport = \"ws\"\nbind = \"127.0.0.1:1\"\n",
+        6,
+        "listeners[1].bind",
+        "already bound by \"tcp\"",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tcp\"\nbind = \"127.0.0.1:1\"\n[[listeners]]\ntransport = \"tcp\"\nbind = \"127.0.0.1:2\"\n",
+        4,
+        "listeners[1].name",
+        "already the name",
+    ),
+    (
+        "[[listeners]]\ntransport = \"tcp\"\nbind = \"0.0.0.0:1\"\n",
+        3,
+        "listeners[0].bind",
+        "acl = \"open\"",
+    ),
+    ("listeners = []\n", 1, "listeners", "at least one"),
+    (
+        "[auth]\nmode = \"delegate\"\n",
+        2,
+        "auth.mode",
+        "not supported",
+    ),
+    (
+        "[auth]\nmode = \"file\"\n",
+        2,
+        "auth.mode",
+        "needs auth.file",
+    ),
+    (
+        "[auth]\nacl = \"rules\"\n",
+        2,
+        "auth.acl",
+        "at least one [[acl]]",
+    ),
+    (
+        "[auth]\nclient_id = \"username\"\n",
+        2,
+        "auth.client_id",
+        "is anonymous",
+    ),
+    (
+        "[auth]\nacl = \"open\"\n[[acl]]\nwho = \"*\"\nallow = []\ntopics = [\"#\"]\n",
+        2,
+        "auth.acl",
+        "exclude each other",
+    ),
+    (
+        "[[acl]]\nwho = \"\"\nallow = []\ntopics = [\"#\"]\n",
+        2,
+        "acl[0].who",
+        "empty",
+    ),
+    (
+        "[[acl]]\nwho = \"*\"\nallow = [\"read\"]\ntopics = [\"#\"]\n",
+        3,
+        "acl[0].allow",
+        "\"publish\", \"subscribe\"",
+    ),
+    (
+        "[[acl]]\nwho = \"*\"\nallow = []\ntopics = [\"a\", \"#/b\"]\n",
+        4,
+        "acl[0].topics",
+        "stands alone and last",
+    ),
+    (
+        "[[acl]]\nwho = \"*\"\nallow = []\ntopics = [\"a/%x\"]\n",
+        4,
+        "acl[0].topics",
+        "after % comes",
+    ),
+    (
+        "[log]\nlevel = \"info,tidegate=loud\"\n",
+        2,
+        "log.level",
+        "\"loud\" is not allowed",
+    ),
+    ("[admin]\nbind = 9883\n", 2, "admin.bind", "expected"),
+];
+
+#[test]
+fn what_is_wrong_is_named_with_line_key_and_remedy() {
+    for (text, line, key, part) in WRONG {
+        let problems = match parse(text) {
+            Ok(_) => panic!("accepted:\n{text}"),
+            Err(problems) => problems,
+        };
+        let found = problems
+            .iter()
+            .any(|p| p.line == *line && p.key == *key && p.message.contains(part));
+        assert!(
+            found,
+            "{text}\nwanted {line}: {key}: {part}\ngot {problems:#?}"
+        );
+    }
+}
+
+#[test]
+fn all_problems_are_said_at_once_in_the_order_of_the_file() {
+    let error = Config::parse(
+        "[limits]\nreceive_max = 0\n[session]\nqueue_messages_max = 0\n",
+        Path::new("a.toml"),
+    )
+    .unwrap_err();
+    let text = error.to_string();
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(
+        lines[0].starts_with("a.toml:2: limits.receive_max: 0 is out of range"),
+        "{text}"
+    );
+    assert!(
+        lines[1].starts_with("a.toml:4: session.queue_messages_max: "),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_file_that_is_not_there() {
+    let error = Config::load(Path::new("/nonexistent/x.toml")).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("/nonexistent/x.toml: cannot be read: ")
+    );
+}

@@ -1,0 +1,579 @@
+//! The plain values that the rest of the program reads.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::units::{choices, duration, duration_or_none, size, size32};
+use super::upstream::{no_roots, publish_links, server_list};
+
+/// The whole configuration, validated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The file that it was read from; `None` for the built-in defaults, with
+    /// which a taken port may be replaced by a free one.
+    pub source: Option<PathBuf>,
+    /// This process.
+    pub node: Node,
+    /// Certificates, by name.
+    pub tls: Vec<Tls>,
+    /// Where clients connect; never empty, names are unique.
+    pub listeners: Vec<Listener>,
+    /// The core broker and the links to it.
+    pub upstream: Upstream,
+    /// Sessions and their queues.
+    pub session: Session,
+    /// What one client, or all together, may ask for.
+    pub limits: Limits,
+    /// Memory accounts, resolved to bytes.
+    pub memory: Memory,
+    /// What outlives the process.
+    pub store: Store,
+    /// Who a client is.
+    pub auth: Auth,
+    /// What a client may do, first match decides; empty unless `auth.acl` is
+    /// [`AclMode::Rules`].
+    pub acl: Vec<AclRule>,
+    /// The HTTP side: metrics, health, read-only JSON.
+    pub admin: Admin,
+    /// The log on stderr.
+    pub log: Log,
+    /// The end of the process.
+    pub drain: Drain,
+}
+
+/// `[node]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Node {
+    /// Stable name of this process; part of the upstream client ids.
+    pub id: String,
+    /// Directory for what must outlive the process.
+    pub data_dir: PathBuf,
+}
+
+/// `[[tls]]`: one certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tls {
+    /// The name that listeners refer to.
+    pub name: String,
+    /// Where the certificate comes from.
+    pub source: CertSource,
+}
+
+/// Where a certificate comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CertSource {
+    /// PEM files: the chain, and its key.
+    Files {
+        /// Certificate chain, leaf first.
+        cert: PathBuf,
+        /// Private key.
+        key: PathBuf,
+    },
+    /// Made at start for `localhost`, gone at the end: for development, on
+    /// loopback listeners only.
+    Throwaway,
+}
+
+/// How bytes travel between a client and a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// Plain TCP.
+    Tcp,
+    /// TLS over TCP.
+    Tls,
+    /// WebSocket.
+    Ws,
+    /// WebSocket over TLS.
+    Wss,
+    /// QUIC, ALPN `mqtt`.
+    Quic,
+}
+
+choices!(Transport {
+    "tcp" => Tcp,
+    "tls" => Tls,
+    "ws" => Ws,
+    "wss" => Wss,
+    "quic" => Quic,
+} not supported {});
+
+impl Transport {
+    /// Every transport, in the order of their numbers (`t as usize`).
+    pub const ALL: [Self; 5] = [Self::Tcp, Self::Tls, Self::Ws, Self::Wss, Self::Quic];
+
+    /// The name in configuration, logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Tls => "tls",
+            Self::Ws => "ws",
+            Self::Wss => "wss",
+            Self::Quic => "quic",
+        }
+    }
+
+    /// Whether a certificate is needed.
+    pub fn is_encrypted(self) -> bool {
+        matches!(self, Self::Tls | Self::Wss | Self::Quic)
+    }
+
+    /// Whether it speaks WebSocket, and so has a path and origins.
+    pub fn is_websocket(self) -> bool {
+        matches!(self, Self::Ws | Self::Wss)
+    }
+}
+
+/// `[[listeners]]`: one address where clients connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Label in logs and metrics; unique.
+    pub name: String,
+    /// What is spoken there.
+    pub transport: Transport,
+    /// Address; port 0 lets the system choose.
+    pub bind: SocketAddr,
+    /// WebSocket request path, begins with `/`.
+    pub path: String,
+    /// Name of a `[[tls]]` entry; `Some` exactly when the transport is
+    /// encrypted.
+    pub tls: Option<String>,
+    /// `Origin` values that a WebSocket request may carry; empty allows all.
+    pub origins: Vec<String>,
+    /// How clients of this listener are authenticated (`[auth] mode` unless
+    /// the listener says otherwise).
+    pub auth: AuthMode,
+}
+
+/// `[upstream]`: the core broker and the links to it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Upstream {
+    /// Tried in order; never empty; embedded only alone.
+    #[serde(deserialize_with = "server_list")]
+    pub servers: Vec<Server>,
+    /// User name of the links.
+    pub username: Option<String>,
+    /// File that holds the links' password; see [`Upstream::read_password`].
+    pub password_file: Option<PathBuf>,
+    /// MQTT version spoken to the core.
+    pub protocol: Protocol,
+    /// First part of the links' client ids.
+    pub client_id_prefix: String,
+    /// Number of D links, 1 to 8.
+    pub data_links: u8,
+    /// Number of P links, 1 to 8 (`auto` is 2).
+    #[serde(deserialize_with = "publish_links")]
+    pub publish_links: u8,
+    /// Filters subscribed for good, under which clients' filters cost the core
+    /// nothing; not supported, always empty.
+    #[serde(deserialize_with = "no_roots")]
+    pub roots: Vec<String>,
+    /// When a client's publish is acknowledged.
+    pub ack: Ack,
+    /// Whether the core's habits are probed or taken as its CONNACK says.
+    pub probe: Probe,
+    /// How long a filter that nobody holds any more stays subscribed.
+    #[serde(deserialize_with = "duration")]
+    pub linger: Duration,
+    /// The shortest such time under pressure or with traffic nobody reads.
+    #[serde(deserialize_with = "duration")]
+    pub linger_busy_min: Duration,
+    /// How many filters may linger at once; past it the oldest go.
+    pub filters_lingering_max: u32,
+    /// Keep alive of the links, whole seconds, 1 to 65535.
+    #[serde(deserialize_with = "duration")]
+    pub keepalive: Duration,
+    /// From dial to CONNACK.
+    #[serde(deserialize_with = "duration")]
+    pub connect_timeout: Duration,
+    /// First wait before a reconnect.
+    #[serde(deserialize_with = "duration")]
+    pub backoff_min: Duration,
+    /// Longest wait before a reconnect.
+    #[serde(deserialize_with = "duration")]
+    pub backoff_max: Duration,
+    /// How long a client's SUBSCRIBE is held for an absent core.
+    #[serde(deserialize_with = "duration")]
+    pub subscribe_hold: Duration,
+    /// What happens to it then.
+    pub subscribe_while_away: SubscribeWhileAway,
+    /// Bytes of all publishes that wait for the core.
+    #[serde(deserialize_with = "size")]
+    pub publishes_waiting: u64,
+    /// Bytes of one client's publishes that wait for the core.
+    #[serde(deserialize_with = "size")]
+    pub publishes_waiting_per_client: u64,
+    /// Messages of one 3.x client that may wait for the core; past it its
+    /// socket is left unread.
+    pub publishes_waiting_v3_max: u32,
+    /// Bytes of the retained cache.
+    #[serde(deserialize_with = "size")]
+    pub retained_cache: u64,
+    /// TLS toward `mqtts` servers.
+    pub tls: UpstreamTls,
+}
+
+/// One core address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// The in-process core; the text after `embedded:` names habits of real
+    /// brokers to imitate, in tests.
+    Embedded(String),
+    /// `mqtt://` or `mqtts://`.
+    Remote {
+        /// Whether TLS is spoken.
+        tls: bool,
+        /// Host name or address (IPv6 without brackets).
+        host: String,
+        /// TCP port.
+        port: u16,
+    },
+}
+
+impl std::fmt::Display for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Embedded(habits) => write!(f, "embedded:{habits}"),
+            Self::Remote { tls, host, port } => {
+                let scheme = if *tls { "mqtts" } else { "mqtt" };
+                if host.contains(':') {
+                    write!(f, "{scheme}://[{host}]:{port}")
+                } else {
+                    write!(f, "{scheme}://{host}:{port}")
+                }
+            }
+        }
+    }
+}
+
+impl Upstream {
+    /// Whether the core is the in-process one.
+    pub fn is_embedded(&self) -> bool {
+        matches!(self.servers.first(), Some(Server::Embedded(_)))
+    }
+
+    /// Reads the links' password, without the line end; read at each dial, so
+    /// that a rotated secret is taken up.
+    ///
+    /// # Errors
+    /// When `password_file` is set and cannot be read.
+    pub fn read_password(&self) -> std::io::Result<Option<Vec<u8>>> {
+        let Some(path) = &self.password_file else {
+            return Ok(None);
+        };
+        let mut secret = std::fs::read(path)?;
+        while matches!(secret.last(), Some(b'\n' | b'\r')) {
+            secret.pop();
+        }
+        Ok(Some(secret))
+    }
+}
+
+/// MQTT version spoken to the core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// 5, and 3.1.1 where the core has no 5.
+    Auto,
+    /// 5 only.
+    V5,
+    /// 3.1.1 only.
+    V311,
+}
+
+choices!(Protocol {
+    "auto" => Auto,
+    "5" => V5,
+    "3.1.1" => V311,
+} not supported {});
+
+/// When a client's publish is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ack {
+    /// When the core has acknowledged it.
+    Upstream,
+}
+
+choices!(Ack {
+    "upstream" => Upstream,
+} not supported { "local", });
+
+/// Whether the core's habits are probed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// As far as the program knows how.
+    Auto,
+    /// Never.
+    Off,
+}
+
+choices!(Probe {
+    "auto" => Auto,
+    "off" => Off,
+} not supported {});
+
+/// What becomes of a new filter when the core stays away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SubscribeWhileAway {
+    /// Granted, with a recorded gap.
+    Accept,
+    /// Refused.
+    Refuse,
+}
+
+choices!(SubscribeWhileAway {
+    "accept" => Accept,
+    "refuse" => Refuse,
+} not supported {});
+
+/// `[upstream.tls]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UpstreamTls {
+    /// PEM file of trusted roots; the system's by default.
+    pub ca: Option<PathBuf>,
+    /// PEM chain of the client certificate; together with `key`.
+    pub cert: Option<PathBuf>,
+    /// PEM key of the client certificate.
+    pub key: Option<PathBuf>,
+    /// Name to verify and to send as SNI; the server's host by default.
+    pub server_name: Option<String>,
+    /// ALPN protocols to offer; none by default.
+    pub alpn: Vec<String>,
+}
+
+/// `[session]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Session {
+    /// Expiry of 3.x sessions with Clean Session 0; at most `expiry_max`.
+    #[serde(deserialize_with = "duration")]
+    pub expiry_v3: Duration,
+    /// Cap on every session's expiry, whole seconds.
+    #[serde(deserialize_with = "duration")]
+    pub expiry_max: Duration,
+    /// Messages in one session's queue.
+    pub queue_messages_max: u32,
+    /// Bytes in one session's queue.
+    #[serde(deserialize_with = "size")]
+    pub queue_bytes_max: u64,
+    /// What goes when a queue is full.
+    pub queue_full: QueueFull,
+    /// Whether QoS 0 messages wait for an absent client.
+    pub queue_qos0: bool,
+    /// Age at which a waiting message is dropped.
+    #[serde(deserialize_with = "duration_or_none")]
+    pub queue_age_max: Option<Duration>,
+    /// Longest keep alive granted; a longer or absent one is answered with
+    /// Server Keep Alive. Whole seconds, 1 to 65535.
+    #[serde(deserialize_with = "duration_or_none")]
+    pub keepalive_max: Option<Duration>,
+    /// Keep alive for clients that ask for none (0). Whole seconds.
+    #[serde(deserialize_with = "duration_or_none")]
+    pub keepalive_default: Option<Duration>,
+}
+
+/// What goes when a session's queue is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueFull {
+    /// The oldest message.
+    Oldest,
+    /// The message that arrives.
+    Newest,
+    /// The session.
+    EndSession,
+}
+
+choices!(QueueFull {
+    "oldest" => Oldest,
+    "newest" => Newest,
+    "end_session" => EndSession,
+} not supported {});
+
+/// `[limits]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Largest packet taken, in bytes, fixed header included.
+    #[serde(deserialize_with = "size32")]
+    pub packet_max: u32,
+    /// Connections at once.
+    pub connections_max: u32,
+    /// CONNECTs per second.
+    pub connect_rate_max: u32,
+    /// Receive Maximum announced to clients.
+    pub receive_max: u16,
+    /// Topic Alias Maximum announced to clients.
+    pub topic_alias_max: u16,
+    /// Subscriptions of one session.
+    pub subscriptions_per_client_max: u32,
+    /// Levels of a topic name or filter.
+    pub topic_levels_max: u32,
+    /// Connections between accept and CONNECT at once.
+    pub handshakes_max: u32,
+    /// From accept to CONNECT.
+    #[serde(deserialize_with = "duration")]
+    pub accept_deadline: Duration,
+    /// From a packet's first byte to its last.
+    #[serde(deserialize_with = "duration")]
+    pub packet_deadline: Duration,
+    /// A socket that takes nothing for this long is closed.
+    #[serde(deserialize_with = "duration")]
+    pub write_stall: Duration,
+    /// Bytes encoded ahead of a socket, per connection.
+    #[serde(deserialize_with = "size32")]
+    pub output_buffer: u32,
+}
+
+/// `[memory]`, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// All accounts together.
+    pub max: u64,
+    /// All sessions' queues together.
+    pub queues: u64,
+}
+
+/// `[store]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Store {
+    /// Where sessions live.
+    pub durability: Durability,
+    /// Bytes on disk.
+    #[serde(deserialize_with = "size")]
+    pub disk_max: u64,
+}
+
+/// Where sessions live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// In memory; they end with the process.
+    Memory,
+}
+
+choices!(Durability {
+    "memory" => Memory,
+} not supported { "disk", });
+
+/// `[auth]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Auth {
+    /// How clients are authenticated where the listener does not say.
+    pub mode: AuthMode,
+    /// Password file; `Some` when any listener uses [`AuthMode::File`].
+    pub file: Option<PathBuf>,
+    /// Whether rules hold.
+    pub acl: AclMode,
+    /// Which client ids a principal may use.
+    pub client_id: ClientIdRule,
+}
+
+/// How clients are authenticated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AuthMode {
+    /// Not at all; the principal of all is `anonymous`.
+    Anonymous,
+    /// User name and password of the password file.
+    File,
+}
+
+choices!(AuthMode {
+    "anonymous" => Anonymous,
+    "file" => File,
+} not supported { "jwt", "mtls", "delegate", });
+
+/// Whether ACL rules hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AclMode {
+    /// Every topic but `$SYS` and our own prefix.
+    Open,
+    /// What a rule allows.
+    Rules,
+}
+
+choices!(AclMode {
+    "open" => Open,
+    "rules" => Rules,
+} not supported {});
+
+/// Which client ids a principal may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientIdRule {
+    /// Any.
+    Any,
+    /// Its user name and no other.
+    Username,
+}
+
+choices!(ClientIdRule {
+    "any" => Any,
+    "username" => Username,
+} not supported {});
+
+/// `[[acl]]`: one rule.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AclRule {
+    /// A principal, or a pattern in which `*` stands for any text.
+    pub who: String,
+    /// What is allowed; what is not named is denied.
+    pub allow: AclAllow,
+    /// Topic filters, with `%c` for the client id and `%u` for the user name.
+    pub topics: Vec<String>,
+}
+
+/// What an ACL rule allows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AclAllow {
+    /// To publish.
+    pub publish: bool,
+    /// To subscribe.
+    pub subscribe: bool,
+}
+
+/// `[admin]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admin {
+    /// Address of `/metrics`, `/healthz`, `/readyz` and `/api`.
+    pub bind: SocketAddr,
+    /// Whether `/api` is served, which it only is on loopback.
+    pub api: bool,
+}
+
+/// `[log]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// A level, or filter directives such as `info,tidegate::upstream=debug`.
+    pub level: String,
+    /// How a line looks.
+    pub format: LogFormat,
+}
+
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+choices!(LogFormat {
+    "text" => Text,
+    "json" => Json,
+} not supported {});
+
+/// `[drain]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Drain {
+    /// From SIGTERM to the end, at most.
+    #[serde(deserialize_with = "duration")]
+    pub grace: Duration,
+}

@@ -1,0 +1,190 @@
+//! How the core's addresses and links are written.
+
+use std::marker::PhantomData;
+
+use serde::de::{self, Deserialize, Deserializer};
+
+use super::builtin::PUBLISH_LINKS_AUTO;
+use super::types::Server;
+use super::units::{Read, Written};
+
+/// For `deserialize_with`: the list of servers.
+pub(super) fn server_list<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Server>, D::Error> {
+    Vec::<Server>::deserialize(d)
+}
+
+/// For `deserialize_with`: `"auto"` or a number.
+pub(super) fn publish_links<'de, D: Deserializer<'de>>(d: D) -> Result<u8, D::Error> {
+    struct Links;
+    impl Written for Links {
+        type Value = u8;
+        const WHAT: &'static str = "\"auto\" or a number from 1 to 8";
+        fn text(text: &str) -> Result<u8, String> {
+            match text {
+                "auto" => Ok(PUBLISH_LINKS_AUTO),
+                _ => Err(format!("{text:?} is not {}", Self::WHAT)),
+            }
+        }
+        fn number(number: i64) -> Result<u8, String> {
+            match number {
+                1..=8 => Ok(number as u8),
+                _ => Err(format!("{number} is not {}", Self::WHAT)),
+            }
+        }
+    }
+    d.deserialize_any(Read::<Links>(PhantomData))
+}
+
+/// For `deserialize_with`: an empty list.
+pub(super) fn no_roots<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<String>, D::Error> {
+    let roots = Vec::<String>::deserialize(d)?;
+    if roots.is_empty() {
+        Ok(roots)
+    } else {
+        Err(de::Error::custom(
+            "not supported by this version; allowed: []",
+        ))
+    }
+}
+
+impl<'de> Deserialize<'de> for Server {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        d.deserialize_any(Read::<Self>(PhantomData))
+    }
+}
+
+impl Written for Server {
+    type Value = Self;
+    const WHAT: &'static str = "\"mqtt://host:port\", \"mqtts://host:port\" or \"embedded:\"";
+
+    fn text(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is not {}", Self::WHAT);
+        if let Some(habits) = text.strip_prefix("embedded:") {
+            return Ok(Self::Embedded(habits.to_owned()));
+        }
+        let (scheme, rest) = text.split_once("://").ok_or_else(wrong)?;
+        let tls = match scheme {
+            "mqtt" => false,
+            "mqtts" => true,
+            "ws" | "wss" => {
+                return Err(format!(
+                    "{scheme}:// toward the core is not supported by this version; write {}",
+                    Self::WHAT
+                ));
+            }
+            _ => return Err(wrong()),
+        };
+        if rest.contains('@') {
+            return Err(format!(
+                "{scheme}:// takes no credentials; use upstream.username and upstream.password_file"
+            ));
+        }
+        let authority = rest.strip_suffix('/').unwrap_or(rest);
+        let (host, port) =
+            split_port(authority, if tls { 8883 } else { 1883 }).ok_or_else(wrong)?;
+        Ok(Self::Remote {
+            tls,
+            host: host.to_owned(),
+            port,
+        })
+    }
+}
+
+/// `host`, `host:port`, `[v6]` or `[v6]:port`.
+fn split_port(authority: &str, default: u16) -> Option<(&str, u16)> {
+    let (host, port) = if let Some(rest) = authority.strip_prefix('[') {
+        let (host, rest) = rest.split_once(']')?;
+        host.parse::<std::net::Ipv6Addr>().ok()?;
+        (
+            host,
+            if rest.is_empty() {
+                None
+            } else {
+                Some(rest.strip_prefix(':')?)
+            },
+        )
+    } else {
+        match authority.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (authority, None),
+        }
+    };
+    let legal = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | ':' | '%');
+    if host.is_empty() || !host.chars().all(legal) {
+        return None;
+    }
+    match port {
+        None => Some((host, default)),
+        Some(port) => match port.parse() {
+            Ok(0) | Err(_) => None,
+            Ok(port) => Some((host, port)),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        let remote = |tls, host: &str, port| {
+            let host = host.to_owned();
+            Ok(Server::Remote { tls, host, port })
+        };
+        assert_eq!(
+            Server::text("mqtt://127.0.0.1:1883"),
+            remote(false, "127.0.0.1", 1883)
+        );
+        assert_eq!(
+            Server::text("mqtts://core.example"),
+            remote(true, "core.example", 8883)
+        );
+        assert_eq!(Server::text("mqtts://[::1]:7/"), remote(true, "::1", 7));
+        assert_eq!(Server::text("mqtt://[::1]"), remote(false, "::1", 1883));
+        assert_eq!(
+            Server::text("embedded:"),
+            Ok(Server::Embedded(String::new()))
+        );
+        assert_eq!(
+            Server::text("embedded:many"),
+            Ok(Server::Embedded("many".to_owned()))
+        );
+        for wrong in [
+            "core:1883",
+            "http://core",
+            "mqtt://",
+            "mqtt://:1883",
+            "mqtt://a:b",
+            "mqtt://a:0",
+            "mqtt://a:70000",
+            "mqtt://a/b",
+            "mqtt://[::1",
+            "mqtt://[x]:1",
+            "mqtt://a b",
+        ] {
+            assert!(Server::text(wrong).is_err(), "{wrong}");
+        }
+        assert!(
+            Server::text("wss://a")
+                .unwrap_err()
+                .contains("not supported")
+        );
+        assert!(
+            Server::text("mqtt://u:p@a")
+                .unwrap_err()
+                .contains("password_file")
+        );
+    }
+
+    #[test]
+    fn an_address_reads_as_it_is_written() {
+        for text in [
+            "mqtt://core:1883",
+            "mqtts://[::1]:8883",
+            "embedded:one,dup0",
+        ] {
+            assert_eq!(Server::text(text).unwrap().to_string(), text);
+        }
+    }
+}

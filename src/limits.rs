@@ -1,0 +1,49 @@
+//! Byte accounts: what a bounded store has in use, shared by those who add and those who release.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+
+/// A named amount of bytes in use. Cheap to share; charging never blocks.
+#[derive(Debug, Default)]
+pub struct Account {
+    bytes: AtomicI64,
+}
+
+impl Account {
+    /// An account with nothing in use.
+    pub const fn new() -> Self {
+        Self {
+            bytes: AtomicI64::new(0),
+        }
+    }
+
+    /// Adds `bytes`.
+    pub fn charge(&self, bytes: usize) {
+        // An object of more than i64::MAX bytes cannot exist.
+        self.bytes.fetch_add(bytes as i64, Ordering::Relaxed);
+    }
+
+    /// Gives `bytes` back.
+    pub fn release(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes as i64, Ordering::Relaxed);
+    }
+
+    /// Bytes in use now.
+    pub fn used(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed).max(0) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_charged_and_released_is_gone() {
+        let account = Account::new();
+        account.charge(70);
+        account.release(30);
+        assert_eq!(account.used(), 40);
+        account.release(40);
+        assert_eq!(account.used(), 0);
+    }
+}

@@ -1,0 +1,295 @@
+//! An application message, stored once for all its receivers.
+
+use std::sync::Arc;
+
+use triomphe::ThinArc;
+
+use crate::limits::Account;
+
+use super::props::forwarded;
+use super::text::cut;
+use super::{Properties, QoS};
+
+/// What a message is made of.
+#[derive(Clone, Debug)]
+pub struct MessageSpec<'a> {
+    /// A valid topic name.
+    pub topic: &'a str,
+    /// As received; only what travels with the message is kept (§3.3.2.3).
+    pub properties: Properties<'a>,
+    /// Application message.
+    pub payload: &'a [u8],
+    /// QoS it was published with.
+    pub qos: QoS,
+    /// RETAIN as received.
+    pub retain: bool,
+    /// Milliseconds on the process clock; `u64::MAX`: never.
+    pub expires_at: u64,
+    /// User properties of this name are left out.
+    pub strip_key: Option<&'a str>,
+    /// Charged with [`Message::size`] for as long as the message lives.
+    pub account: Option<Arc<Account>>,
+}
+
+/// Topic, raw forwardable properties and payload in one exact-size allocation; a clone is a
+/// reference.
+#[derive(Clone)]
+pub struct Message(ThinArc<Head, u8>);
+
+// `body` of the allocation: topic with its length prefix, properties, payload.
+struct Head {
+    expires_at: u64,
+    properties: u32,
+    topic: u16,
+    qos: QoS,
+    retain: bool,
+    charge: Option<Charge>,
+}
+
+/// Gives back what the message was charged when its last reference goes.
+struct Charge {
+    account: Arc<Account>,
+    bytes: usize,
+}
+
+impl Charge {
+    fn new(account: Arc<Account>, body: usize) -> Self {
+        let bytes = size_of_body(body);
+        account.charge(bytes);
+        Self { account, bytes }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.account.release(self.bytes);
+    }
+}
+
+/// Reference count, head and length before the body.
+const OVERHEAD: usize = size_of::<usize>() * 2 + size_of::<Head>();
+
+fn size_of_body(len: usize) -> usize {
+    // Allocators round up; 16 is the common step.
+    (OVERHEAD + len).next_multiple_of(16)
+}
+
+impl Message {
+    /// Copies what `spec` borrows. Keeps payload format indicator, content type, response topic,
+    /// correlation data and user properties, in order ([MQTT-3.3.2-4], [MQTT-3.3.2-15] to
+    /// [MQTT-3.3.2-18], [MQTT-3.3.2-20]).
+    pub fn new(spec: &MessageSpec<'_>) -> Message {
+        let topic = cut(spec.topic);
+        let kept = || forwarded(spec.properties, spec.strip_key);
+        let properties: usize = kept().map(<[u8]>::len).sum();
+        let len = 2 + topic.len() + properties + spec.payload.len();
+        let head = Head {
+            charge: spec
+                .account
+                .clone()
+                .map(|account| Charge::new(account, len)),
+            expires_at: spec.expires_at,
+            properties: properties as u32,
+            topic: topic.len() as u16,
+            qos: spec.qos,
+            retain: spec.retain,
+        };
+        let mut arc = zeroed(head, len);
+        arc.with_arc_mut(|arc| {
+            let inner = triomphe::Arc::get_mut(arc).expect("made here and not yet shared");
+            let mut at = inner.slice_mut();
+            fill(&mut at, &(topic.len() as u16).to_be_bytes());
+            fill(&mut at, topic.as_bytes());
+            kept().for_each(|span| fill(&mut at, span));
+            fill(&mut at, spec.payload);
+        });
+        Message(arc)
+    }
+
+    /// Topic name.
+    pub fn topic(&self) -> &str {
+        std::str::from_utf8(&self.wire_topic()[2..]).unwrap_or_default()
+    }
+
+    /// Raw properties that travel with the message, without a length prefix.
+    pub fn properties(&self) -> &[u8] {
+        let at = self.topic_end();
+        &self.0.slice[at..at + self.0.header.header.properties as usize]
+    }
+
+    /// Application message.
+    pub fn payload(&self) -> &[u8] {
+        &self.0.slice[self.topic_end() + self.0.header.header.properties as usize..]
+    }
+
+    /// QoS it was published with.
+    pub fn qos(&self) -> QoS {
+        self.0.header.header.qos
+    }
+
+    /// RETAIN as received.
+    pub fn retain(&self) -> bool {
+        self.0.header.header.retain
+    }
+
+    /// Milliseconds on the process clock; `u64::MAX`: never.
+    pub fn expires_at(&self) -> u64 {
+        self.0.header.header.expires_at
+    }
+
+    /// Bytes on the heap that this message costs, however often it is referenced.
+    pub fn size(&self) -> usize {
+        size_of_body(self.0.slice.len())
+    }
+
+    /// A copy with another expiry, charged to nobody.
+    pub fn expiring_at(&self, expires_at: u64) -> Message {
+        Message::new(&MessageSpec {
+            topic: self.topic(),
+            properties: Properties(self.properties()),
+            payload: self.payload(),
+            qos: self.qos(),
+            retain: self.retain(),
+            expires_at,
+            strip_key: None,
+            account: None,
+        })
+    }
+
+    /// A copy that is charged to `account`; it outlives its original in another store.
+    pub fn charged_to(&self, account: &Arc<Account>) -> Message {
+        Message::new(&MessageSpec {
+            topic: self.topic(),
+            properties: Properties(self.properties()),
+            payload: self.payload(),
+            qos: self.qos(),
+            retain: self.retain(),
+            expires_at: self.expires_at(),
+            strip_key: None,
+            account: Some(account.clone()),
+        })
+    }
+
+    /// Whether both are the same stored message.
+    pub fn ptr_eq(&self, other: &Message) -> bool {
+        self.0.ptr() == other.0.ptr()
+    }
+
+    /// References to the stored message, this one included.
+    pub fn refs(&self) -> usize {
+        ThinArc::strong_count(&self.0)
+    }
+
+    /// The topic with its length prefix, as on the wire.
+    pub(crate) fn wire_topic(&self) -> &[u8] {
+        &self.0.slice[..self.topic_end()]
+    }
+
+    /// Properties and payload, which lie together.
+    pub(crate) fn tail(&self) -> &[u8] {
+        &self.0.slice[self.topic_end()..]
+    }
+
+    fn topic_end(&self) -> usize {
+        2 + usize::from(self.0.header.header.topic)
+    }
+}
+
+impl std::fmt::Debug for Message {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Payloads stay out of logs.
+        f.debug_struct("Message")
+            .field("topic", &self.topic())
+            .field("qos", &self.qos())
+            .field("retain", &self.retain())
+            .field("payload_len", &self.payload().len())
+            .finish_non_exhaustive()
+    }
+}
+
+// A thin arc is made from a slice or an exact iterator; the pieces come apart, so it is made of
+// zeros first.
+fn zeroed(head: Head, len: usize) -> ThinArc<Head, u8> {
+    static ZEROS: [u8; 4096] = [0; 4096];
+    match ZEROS.get(..len) {
+        Some(zeros) => ThinArc::from_header_and_slice(head, zeros),
+        None => ThinArc::from_header_and_iter(head, std::iter::repeat_n(0, len)),
+    }
+}
+
+fn fill(at: &mut &mut [u8], bytes: &[u8]) {
+    let (now, later) = std::mem::take(at).split_at_mut(bytes.len());
+    now.copy_from_slice(bytes);
+    *at = later;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec<'a>(topic: &'a str, properties: &'a [u8], payload: &'a [u8]) -> MessageSpec<'a> {
+        MessageSpec {
+            topic,
+            properties: Properties(properties),
+            payload,
+            qos: QoS::AtLeastOnce,
+            retain: true,
+            expires_at: 5,
+            strip_key: None,
+        }
+    }
+
+    #[test]
+    fn keeps_what_travels() {
+        // Expiry, format, alias, two user properties, content type.
+        let raw =
+            b"\x02\0\0\0\x09\x01\x01\x23\0\x01\x26\0\x01k\0\x01v\x26\0\x01x\0\x01v\x03\0\x01t";
+        let all = Message::new(&spec("a/b", raw, b"hello"));
+        assert_eq!(all.topic(), "a/b");
+        assert_eq!(
+            all.properties(),
+            b"\x01\x01\x26\0\x01k\0\x01v\x26\0\x01x\0\x01v\x03\0\x01t"
+        );
+        assert_eq!(all.payload(), b"hello");
+        assert_eq!(
+            (all.qos(), all.retain(), all.expires_at()),
+            (QoS::AtLeastOnce, true, 5)
+        );
+        let less = Message::new(&MessageSpec {
+            strip_key: Some("k"),
+            ..spec("a", raw, b"")
+        });
+        assert_eq!(less.properties(), b"\x01\x01\x26\0\x01x\0\x01v\x03\0\x01t");
+    }
+
+    #[test]
+    fn a_clone_is_the_same_message() {
+        let one = Message::new(&spec("a", b"", b""));
+        let two = one.clone();
+        assert!(one.ptr_eq(&two) && !one.ptr_eq(&Message::new(&spec("a", b"", b""))));
+        assert_eq!(one.refs(), 2);
+        drop(two);
+        assert_eq!(one.refs(), 1);
+        assert_eq!(size_of::<Message>(), size_of::<usize>());
+    }
+
+    #[test]
+    fn any_size_is_stored() {
+        for len in [0, 1, 4000, 4093, 4094, 4095, 100_000] {
+            let payload = vec![7; len];
+            let message = Message::new(&spec("t", b"", &payload));
+            assert_eq!(message.payload(), payload);
+            assert_eq!(message.topic(), "t");
+            assert!((len..len + 64).contains(&message.size()));
+        }
+    }
+
+    #[test]
+    fn the_payload_stays_out_of_debug() {
+        let shown = format!("{:?}", Message::new(&spec("t", b"", b"secret")));
+        assert!(
+            shown.contains("payload_len: 6") && !shown.contains("secret"),
+            "{shown}"
+        );
+    }
+}

@@ -1,0 +1,288 @@
+//! The meeting point: clients' sessions on one side, filters and publishes toward the core on the
+//! other. No sockets, no clock: the time in milliseconds comes in with each call.
+//!
+//! Locks, in the order in which they may be nested: retained, then one shard; retained, then the
+//! table. Nothing else is nested, and none is held over an await.
+
+mod budget;
+mod connect;
+mod fanout;
+pub mod lanes;
+mod links;
+mod publish;
+mod retained;
+mod shard;
+mod subscribe;
+mod table;
+mod tick;
+pub mod trie;
+mod view;
+pub mod wake;
+
+use std::hash::BuildHasher;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use foldhash::fast::RandomState;
+use parking_lot::{Mutex, RwLock};
+
+use crate::limits::Account;
+use crate::mqtt::QoS;
+use crate::session::{Session, SessionLimits};
+
+pub use connect::{Connect, Connected, Origin, Refused};
+pub use fanout::Arrived;
+pub use links::{CoreFacts, Wanted};
+pub use publish::Answered;
+pub use retained::Wants;
+pub use view::{SessionInfo, SubscriptionInfo, Totals};
+
+use lanes::Lanes;
+use retained::Retained;
+use shard::Shard;
+use table::Table;
+use wake::Wake;
+
+/// Shards; at most 64, since a filter's shards are the bits of one word.
+const SHARDS: usize = 32;
+
+/// Names a session in the router: where it is, and which one of those that were there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionRef {
+    /// The shard.
+    pub shard: u16,
+    /// The place in the shard.
+    pub slot: u32,
+    /// Which session in that place.
+    pub epoch: u32,
+}
+
+/// What the router is told at start; times in milliseconds, sizes in bytes.
+#[derive(Clone, Debug)]
+pub struct RouterConfig {
+    /// Number of D links, 1 to 8.
+    pub data_links: usize,
+    /// Number of P links, 1 to 8.
+    pub publish_links: usize,
+    /// How long a filter that nobody holds stays subscribed.
+    pub linger: u64,
+    /// The same for filters with traffic that nobody reads, and at least when there are too many.
+    pub linger_busy_min: u64,
+    /// Filters that may linger.
+    pub filters_lingering_max: usize,
+    /// How long a SUBSCRIBE for a new filter waits for an absent core.
+    pub subscribe_hold: u64,
+    /// After that it is granted, with a gap; else refused.
+    pub subscribe_accept: bool,
+    /// Budget of all publishes that wait for the core.
+    pub publishes_waiting: u64,
+    /// One client's share of it.
+    pub publishes_waiting_per_client: usize,
+    /// The retained cache.
+    pub retained_cache: usize,
+    /// Budget of all sessions' queues.
+    pub queues: u64,
+    /// An entry of the output that nobody takes for this long ends its connection.
+    pub write_stall: u64,
+}
+
+/// The router. Shared by all tasks.
+#[derive(Debug)]
+pub struct Router {
+    /// The limits of every session.
+    pub limits: SessionLimits,
+    config: RouterConfig,
+    shards: Box<[Mutex<Shard>]>,
+    table: RwLock<Table>,
+    retained: Mutex<Retained>,
+    lanes: Box<[PublishLane]>,
+    /// Wakes each D link's task.
+    data: Box<[Arc<Wake>]>,
+    data_up: Box<[AtomicBool]>,
+    /// Wakes the R link's task.
+    fetch: Arc<Wake>,
+    /// Messages that came from the core and are alive in a queue.
+    queue_account: Arc<Account>,
+    entry_bytes: AtomicI64,
+    evicting: Mutex<()>,
+    /// What could not be settled under a shard's lock; at most one entry for each ended session.
+    deferred: Mutex<Vec<connect::Due>>,
+    core: Core,
+    hasher: RandomState,
+    tags: AtomicU64,
+}
+
+/// What waits for one P link.
+#[derive(Debug, Default)]
+struct PublishLane {
+    lanes: Mutex<Lanes>,
+    wake: Arc<Wake>,
+    up: AtomicBool,
+}
+
+/// What the core's last CONNACK said; limits that clients are held to.
+#[derive(Debug)]
+struct Core {
+    maximum_qos: AtomicU8,
+    retain_available: AtomicBool,
+    packet_max: AtomicU32,
+    /// Live messages keep their RETAIN (MQTT 5 with Retain As Published).
+    retain_as_published: AtomicBool,
+    /// User properties reach the core: No Local can be marked.
+    properties: AtomicBool,
+}
+
+impl Router {
+    /// A router without sessions.
+    pub fn new(limits: SessionLimits, config: RouterConfig) -> Self {
+        Self {
+            shards: (0..SHARDS)
+                .map(|n| Mutex::new(Shard::new(n as u16)))
+                .collect(),
+            table: RwLock::new(Table::new(config.data_links)),
+            retained: Mutex::new(Retained::new(config.retained_cache)),
+            lanes: (0..config.publish_links)
+                .map(|_| PublishLane::default())
+                .collect(),
+            data: (0..config.data_links).map(|_| Arc::default()).collect(),
+            data_up: (0..config.data_links)
+                .map(|_| AtomicBool::new(false))
+                .collect(),
+            fetch: Arc::default(),
+            queue_account: Arc::new(Account::new()),
+            entry_bytes: AtomicI64::new(0),
+            evicting: Mutex::new(()),
+            deferred: Mutex::new(Vec::new()),
+            core: Core {
+                maximum_qos: AtomicU8::new(2),
+                retain_available: AtomicBool::new(true),
+                packet_max: AtomicU32::new(u32::MAX),
+                retain_as_published: AtomicBool::new(true),
+                properties: AtomicBool::new(true),
+            },
+            hasher: RandomState::default(),
+            // 0 means "no mark".
+            tags: AtomicU64::new(1),
+            limits,
+            config,
+        }
+    }
+
+    /// The account that messages from the core are charged to.
+    pub fn queue_account(&self) -> &Arc<Account> {
+        &self.queue_account
+    }
+
+    /// The account that retained messages are charged to.
+    pub fn retained_account(&self) -> Arc<Account> {
+        self.retained.lock().account.clone()
+    }
+
+    /// Bytes that all queues hold: messages once, and their entries.
+    pub fn queue_used(&self) -> u64 {
+        let entries = self.entry_bytes.load(Ordering::Relaxed).max(0) as u64;
+        self.queue_account.used() + entries
+    }
+
+    /// The largest QoS that the core takes.
+    pub fn maximum_qos(&self) -> QoS {
+        QoS::from_u8(self.core.maximum_qos.load(Ordering::Relaxed)).unwrap_or(QoS::ExactlyOnce)
+    }
+
+    /// Whether the core keeps retained messages.
+    pub fn retain_available(&self) -> bool {
+        self.core.retain_available.load(Ordering::Relaxed)
+    }
+
+    /// The smaller of our and the core's Maximum Packet Size, bytes. Room for what we add to a
+    /// forwarded packet is taken off the core's.
+    pub fn packet_max(&self) -> u32 {
+        let core = self.core.packet_max.load(Ordering::Relaxed);
+        self.limits.packet_max.min(core.saturating_sub(64))
+    }
+
+    /// Works on a session under its shard's lock. `None`: it is gone, or `generation` is not its
+    /// current connection any more.
+    pub fn with<R>(
+        &self,
+        reference: SessionRef,
+        generation: u64,
+        f: impl FnOnce(&mut Session, &SessionLimits) -> R,
+    ) -> Option<R> {
+        let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
+        let slot = shard.get(reference)?;
+        if generation != 0 && (slot.session.generation() != generation || !slot.session.attached())
+        {
+            return None;
+        }
+        let result = f(&mut slot.session, &self.limits);
+        self.shed(slot);
+        shard.settle(reference.slot);
+        self.charge_entries(&mut shard);
+        Some(result)
+    }
+
+    /// Takes what waits for a connection's socket, after filling it up. `empty` is exchanged for
+    /// the control lane's bytes. `None`: the connection is not the session's any more.
+    pub fn take_output(
+        &self,
+        reference: SessionRef,
+        generation: u64,
+        empty: &mut Vec<u8>,
+        now: u64,
+    ) -> Option<Vec<(u8, Vec<u8>)>> {
+        let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
+        let slot = shard.get(reference)?;
+        if slot.session.generation() != generation {
+            return None;
+        }
+        slot.woken = false;
+        slot.session.pump(&self.limits, now);
+        let side = slot.session.connection()?.take_output(empty);
+        self.shed(slot);
+        shard.settle(reference.slot);
+        self.charge_entries(&mut shard);
+        Some(side)
+    }
+
+    fn defer(&self, due: connect::Due) {
+        self.deferred.lock().push(due);
+    }
+
+    fn shed(&self, slot: &mut shard::Slot) {
+        if slot.session.outbound().shed != Default::default() {
+            let mut tally = fanout::Tally::default();
+            tally.shed(slot.session.outbound_mut());
+            tally.flush();
+        }
+    }
+
+    fn charge_entries(&self, shard: &mut Shard) {
+        let delta = std::mem::take(&mut shard.entry_bytes);
+        if delta != 0 {
+            self.entry_bytes.fetch_add(delta, Ordering::Relaxed);
+        }
+    }
+
+    fn hash(&self, text: &str) -> u64 {
+        self.hasher.hash_one(text)
+    }
+
+    fn shard_of(&self, client_id: &str) -> usize {
+        (self.hash(client_id) % SHARDS as u64) as usize
+    }
+}
+
+/// Where a client is connected from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Listener name.
+    pub listener: Arc<str>,
+    /// Transport name.
+    pub transport: &'static str,
+    /// It is a WebSocket.
+    pub websocket: bool,
+    /// Its address at the start of the connection.
+    pub peer: SocketAddr,
+}

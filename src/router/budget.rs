@@ -1,0 +1,143 @@
+//! The byte budget over every session's queue: what goes when it is exceeded, and in which order.
+
+use crate::mqtt::ReasonCode;
+use crate::session::Close;
+use crate::telemetry::{DropReason as DropCause, metrics};
+
+use super::Router;
+
+impl Router {
+    /// Brings the queues under their budget: expired messages and QoS 0 first, then the queues of
+    /// the least recently connected detached sessions, then the largest of attached clients.
+    /// One shard's lock at a time; one caller at a time, the others go on.
+    pub fn enforce_budget(&self, now: u64) {
+        if self.queue_used() <= self.config.queues {
+            return;
+        }
+        let Some(_single) = self.evicting.try_lock() else {
+            return;
+        };
+        // A little below, so that not every message evicts.
+        let target = self.config.queues - self.config.queues / 32;
+        self.purge(now);
+        while self.queue_used() > target {
+            let Some(oldest) = self.oldest_detached() else {
+                break;
+            };
+            self.evict_oldest(oldest, target);
+        }
+        while self.queue_used() > target {
+            if !self.evict_largest() {
+                break;
+            }
+        }
+    }
+
+    fn purge(&self, now: u64) {
+        let (mut expired, mut zero) = (0, 0);
+        for shard in &self.shards {
+            let mut shard = shard.lock();
+            let detached: Vec<u32> = shard.detached.iter().map(|(slot, _)| *slot).collect();
+            for slot in detached {
+                let Some(s) = shard.slots.get_mut(slot as usize) else {
+                    continue;
+                };
+                if s.session.outbound().queued() == 0 {
+                    continue;
+                }
+                let (e, z) = s.session.outbound_mut().purge(now, true);
+                s.session.gaps += (e + z) as u64;
+                expired += e;
+                zero += z;
+                shard.settle(slot);
+            }
+            self.charge_entries(&mut shard);
+        }
+        metrics().messages_dropped[DropCause::Expired].increment(expired as u64);
+        metrics().messages_dropped[DropCause::Budget].increment(zero as u64);
+    }
+
+    /// The shard whose least recently connected detached session with a queue is the oldest.
+    fn oldest_detached(&self) -> Option<usize> {
+        let mut best: Option<(u64, usize)> = None;
+        for (index, shard) in self.shards.iter().enumerate() {
+            let mut shard = shard.lock();
+            while let Some((&slot, &since)) = shard.detached.peek_lru() {
+                let empty = shard
+                    .slots
+                    .get(slot as usize)
+                    .is_none_or(|s| s.session.outbound().entries() == 0);
+                if empty {
+                    // Nothing to gain here: out of the order until it gets something again.
+                    shard.unlist(slot);
+                    continue;
+                }
+                if best.is_none_or(|(at, _)| since < at) {
+                    best = Some((since, index));
+                }
+                break;
+            }
+        }
+        best.map(|(_, index)| index)
+    }
+
+    fn evict_oldest(&self, index: usize, target: u64) {
+        let mut shard = self.shards[index].lock();
+        // A few per lock, unless the budget is met before.
+        for _ in 0..16 {
+            let Some((&slot, _)) = shard.detached.peek_lru() else {
+                break;
+            };
+            shard.unlist(slot);
+            let Some(s) = shard.slots.get_mut(slot as usize) else {
+                continue;
+            };
+            let dropped = s.session.outbound_mut().evict();
+            s.session.gaps += dropped as u64;
+            metrics().messages_dropped[DropCause::Budget].increment(dropped as u64);
+            shard.settle(slot);
+            self.charge_entries(&mut shard);
+            if self.queue_used() <= target {
+                break;
+            }
+        }
+    }
+
+    /// Drops the largest queue of an attached client, and ends the connection if the client's
+    /// unacknowledged messages are what holds the memory. False: there is none.
+    fn evict_largest(&self) -> bool {
+        let mut best: Option<(usize, usize, u32)> = None;
+        for (index, shard) in self.shards.iter().enumerate() {
+            let shard = shard.lock();
+            for (slot, s) in &shard.slots {
+                let entries = s.session.outbound().entries();
+                let weight = s.session.outbound().queued_bytes() + entries;
+                if entries > 0 && best.is_none_or(|(most, _, _)| weight > most) {
+                    best = Some((weight, index, slot as u32));
+                }
+            }
+        }
+        let Some((_, index, slot)) = best else {
+            return false;
+        };
+        let mut shard = self.shards[index].lock();
+        let Some(s) = shard.slots.get_mut(slot as usize) else {
+            return true;
+        };
+        let mut dropped = s.session.outbound_mut().drop_queue();
+        if dropped == 0 {
+            if let Some(wake) = s.wake.take() {
+                wake.close(Close {
+                    reason: ReasonCode::QUOTA_EXCEEDED,
+                    why: "the client does not acknowledge, and the queues' budget is used up",
+                });
+            }
+            dropped = s.session.outbound_mut().evict();
+        }
+        s.session.gaps += dropped as u64;
+        metrics().messages_dropped[DropCause::Budget].increment(dropped as u64);
+        shard.settle(slot);
+        self.charge_entries(&mut shard);
+        true
+    }
+}

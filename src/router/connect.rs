@@ -1,0 +1,294 @@
+//! Sessions begin, are resumed, taken over, left and ended.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::mqtt::{Message, ReasonCode};
+use crate::session::{Close, ConnectionSpec, Effect, Ended, Session, Will};
+use crate::telemetry::{DropReason as DropCause, SessionEndReason, metrics};
+
+use super::shard::Shard;
+use super::wake::Wake;
+use super::{Place, Router, SessionRef};
+
+/// How long publishes of an ended session are recognised when its client sends them again.
+const GHOST: u64 = 2 * 60 * 1000;
+
+/// Where the current connection of a session comes from.
+pub type Origin = Place;
+
+/// An authenticated CONNECT.
+#[derive(Debug)]
+pub struct Connect {
+    /// The client identifier, assigned if the client sent none.
+    pub client_id: Arc<str>,
+    /// Who it is.
+    pub principal: Arc<str>,
+    /// Clean Start, or Clean Session.
+    pub clean_start: bool,
+    /// Session Expiry Interval in force, seconds.
+    pub expiry: u32,
+    /// What CONNECT fixed for the connection.
+    pub spec: ConnectionSpec,
+    /// The will.
+    pub will: Option<Will>,
+    /// Reaches the connection's task.
+    pub wake: Arc<Wake>,
+    /// Where it comes from.
+    pub origin: Arc<Origin>,
+}
+
+/// A session with its new connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connected {
+    /// The session.
+    pub session: SessionRef,
+    /// The connection's number.
+    pub generation: u64,
+    /// Session Present [MQTT-3.2.2-3].
+    pub present: bool,
+    /// A live connection of the same session was ended.
+    pub taken_over: bool,
+}
+
+/// Why a session is not given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The client identifier's session belongs to another principal.
+    Principal,
+}
+
+impl Router {
+    /// Gives a client its session. `connack` writes the CONNACK, told Session Present, before
+    /// anything else can be written [MQTT-3.2.0-1].
+    ///
+    /// # Errors
+    /// [`Refused`]; nothing changed.
+    pub fn connect(
+        &self,
+        connect: Connect,
+        now: u64,
+        connack: impl FnOnce(bool, &mut Vec<u8>),
+    ) -> Result<Connected, Refused> {
+        let mut wills: Vec<(SessionRef, Message)> = Vec::new();
+        let mut released: Vec<u32> = Vec::new();
+        let number = self.shard_of(&connect.client_id);
+        let mut shard = self.shards[number].lock();
+        let mut known = shard.by_id.get(&connect.client_id).copied();
+        let mut taken_over = false;
+        if let Some(at) = known {
+            let slot = &mut shard.slots[at as usize];
+            let foreign = slot.session.principal != connect.principal;
+            if foreign && !slot.session.is_ghost() {
+                return Err(Refused::Principal);
+            }
+            if slot.session.attached() {
+                taken_over = true;
+                if let Some(wake) = slot.wake.take() {
+                    wake.close(TAKEN_OVER);
+                }
+            }
+            if foreign {
+                shard.remove(at);
+                known = None;
+            }
+        }
+        let present;
+        let at = match known {
+            Some(at) => {
+                let reference = shard.reference(at);
+                let slot = &mut shard.slots[at as usize];
+                // A session without expiry ends with the connection that is taken from it.
+                let over = slot.session.is_ghost()
+                    || connect.clean_start
+                    || (taken_over && slot.session.expiry == 0);
+                present = !over;
+                if over {
+                    let was_ghost = slot.session.is_ghost();
+                    let ended = slot.session.restart(self.next_tag(), now);
+                    if !was_ghost {
+                        metrics().sessions_ended[SessionEndReason::CleanStart].increment(1);
+                        self.count_lost(&ended);
+                    }
+                    wills.extend(ended.will.map(|will| (reference, will)));
+                    released = shard.release(at);
+                } else if taken_over {
+                    slot.session.detach_for_takeover(&self.limits);
+                }
+                at
+            }
+            None => {
+                present = false;
+                shard.insert(Session::new(
+                    connect.client_id.clone(),
+                    connect.principal.clone(),
+                    self.next_tag(),
+                    now,
+                ))
+            }
+        };
+        shard.unlist(at);
+        let reference = shard.reference(at);
+        let slot = &mut shard.slots[at as usize];
+        let attached = slot
+            .session
+            .attach(&connect.spec, connect.expiry, connect.will, now);
+        slot.wake = Some(connect.wake);
+        slot.origin = Some(connect.origin);
+        slot.woken = true;
+        if let Some(connection) = slot.session.connection() {
+            connack(present, connection.control());
+        }
+        slot.session.pump(&self.limits, now);
+        shard.settle(at);
+        self.charge_entries(&mut shard);
+        drop(shard);
+        if attached.will_cancelled {
+            metrics().wills_cancelled.increment(1);
+        }
+        if taken_over {
+            metrics().takeovers.increment(1);
+        }
+        if present {
+            metrics().flaps_absorbed.increment(1);
+        }
+        self.release(&released, number as u16, now);
+        for (session, will) in wills {
+            self.publish_will(session, will, now);
+        }
+        Ok(Connected {
+            session: reference,
+            generation: attached.generation,
+            present,
+            taken_over,
+        })
+    }
+
+    /// A connection ended. `normal`: by DISCONNECT 0x00, which discards the will. True if the
+    /// session ended with it.
+    pub fn disconnected(
+        &self,
+        reference: SessionRef,
+        generation: u64,
+        normal: bool,
+        now: u64,
+    ) -> bool {
+        let mut shard = self.shards[usize::from(reference.shard)].lock();
+        let Some(slot) = shard.get(reference) else {
+            return false;
+        };
+        // Another connection has the session.
+        if slot.session.generation() != generation || !slot.session.attached() {
+            return false;
+        }
+        let mut ended = slot.session.detach(&self.limits, normal, now);
+        let filters = shard.detached(reference.slot, &ended, now, now + GHOST);
+        self.charge_entries(&mut shard);
+        drop(shard);
+        self.release(&filters, reference.shard, now);
+        if let Some(will) = ended.will.take() {
+            self.publish_will(reference, will, now);
+        }
+        if ended.will_cancelled {
+            metrics().wills_cancelled.increment(1);
+        }
+        if ended.session {
+            metrics().sessions_ended[SessionEndReason::NotKept].increment(1);
+        }
+        ended.session
+    }
+
+    /// Ends sessions whose time has come and publishes wills that are due.
+    pub(super) fn expire(&self, shard: &mut Shard, slot: u32, now: u64, due: &mut Due) {
+        let reference = shard.reference(slot);
+        let Some(s) = shard.get(reference) else {
+            return;
+        };
+        if s.session.is_ghost() {
+            s.session.outbound_mut().drop_queue();
+            shard.remove(slot);
+            return;
+        }
+        let mut ended = s.session.expire(now);
+        due.wills
+            .extend(ended.will.take().map(|will| (reference, will)));
+        if ended.session {
+            metrics().sessions_ended[SessionEndReason::Expired].increment(1);
+            self.count_lost(&ended);
+            due.filters.extend(shard.finish(slot, now + GHOST));
+        } else {
+            shard.settle(slot);
+        }
+    }
+
+    /// `queue_full = "end_session"`: the session goes, with its connection.
+    pub(super) fn end_full_session(&self, shard: &mut Shard, slot: u32, now: u64) {
+        let Some(s) = shard.slots.get_mut(slot as usize) else {
+            return;
+        };
+        if s.session.is_ghost() {
+            return;
+        }
+        if let Some(wake) = s.wake.take() {
+            wake.close(Close {
+                reason: ReasonCode::QUOTA_EXCEEDED,
+                why: "the session's queue is full (session.queue_full = \"end_session\")",
+            });
+        }
+        metrics().sessions_ended[SessionEndReason::QueueFull].increment(1);
+        s.session.expiry = 0;
+        let ended = s.session.detach(&self.limits, false, now);
+        self.count_lost(&ended);
+        let reference = shard.reference(slot);
+        let filters = shard.detached(slot, &ended, now, now + GHOST);
+        self.defer(Due {
+            filters,
+            wills: ended.will.map(|w| (reference, w)).into_iter().collect(),
+            shard: reference.shard,
+        });
+    }
+
+    fn count_lost(&self, ended: &Ended) {
+        if ended.messages > 0 {
+            metrics().messages_dropped[DropCause::SessionEnd].increment(ended.messages as u64);
+        }
+    }
+
+    fn publish_will(&self, session: SessionRef, will: Message, now: u64) {
+        metrics().wills_published.increment(1);
+        self.publish(
+            session,
+            Effect::Publish {
+                token: None,
+                message: will,
+                no_local: false,
+            },
+            now,
+        );
+    }
+
+    /// Does what could not be done under a shard's lock.
+    pub(super) fn settle_due(&self, due: Due, now: u64) {
+        self.release(&due.filters, due.shard, now);
+        for (session, will) in due.wills {
+            self.publish_will(session, will, now);
+        }
+    }
+
+    pub(super) fn next_tag(&self) -> u64 {
+        self.tags.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// What is left to do once a shard's lock is given back.
+#[derive(Debug, Default)]
+pub(super) struct Due {
+    pub filters: Vec<u32>,
+    pub wills: Vec<(SessionRef, Message)>,
+    pub shard: u16,
+}
+
+const TAKEN_OVER: Close = Close {
+    reason: ReasonCode::SESSION_TAKEN_OVER,
+    why: "another connection has the session now",
+};

@@ -1,0 +1,190 @@
+//! From the core to the clients: one batch of arrived messages, shard by shard.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use smallvec::SmallVec;
+
+use crate::mqtt::Message;
+use crate::session::{Delivered, DropReason, Outbound};
+use crate::telemetry::{DropReason as DropCause, Qos, metrics};
+
+use super::Router;
+use super::shard::Slot;
+use super::wake::Wake;
+
+/// Deliveries after which a shard's lock is offered to others.
+const CHUNK: usize = 512;
+
+/// A message that came in on a D link, with the filters it came for.
+#[derive(Debug)]
+pub struct Arrived {
+    /// The message.
+    pub message: Message,
+    /// Numbers of the filters that it came for; empty: the core did not say.
+    pub filters: SmallVec<[u32; 2]>,
+    /// The D link that brought it.
+    pub link: usize,
+    /// The No Local mark of its publisher's session; 0: none.
+    pub tag: u64,
+}
+
+/// What a fan-out did; flushed to the metrics once per batch.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    pub targets: usize,
+    pub delivered: [u64; 3],
+    pub wakes: Vec<Arc<Wake>>,
+    pub ended: Vec<u32>,
+    dropped: [u64; 6],
+}
+
+impl Tally {
+    pub fn drop(&mut self, reason: DropReason, count: u64) {
+        self.dropped[reason as usize] += count;
+    }
+
+    pub fn shed(&mut self, outbound: &mut Outbound) {
+        let shed = std::mem::take(&mut outbound.shed);
+        self.dropped[DropReason::TooLarge as usize] += u64::from(shed.too_large);
+        self.dropped[DropReason::QueueFull as usize] += u64::from(shed.pushed_out);
+        self.dropped[5] += u64::from(shed.expired);
+    }
+
+    /// Counts one delivery, and notes whom to wake.
+    pub fn outcome(&mut self, slot: &mut Slot, outcome: Delivered, now: u64) {
+        match outcome {
+            Delivered::Written(qos) => {
+                self.delivered[qos as usize] += 1;
+                if !slot.woken {
+                    slot.woken = true;
+                    if let Some(connection) = slot.session.connection() {
+                        connection.output_since = connection.output_since.min(now);
+                    }
+                    self.wakes.extend(slot.wake.clone());
+                }
+            }
+            Delivered::Queued => {}
+            Delivered::Dropped(reason) => {
+                slot.session.gaps += 1;
+                self.drop(reason, 1);
+            }
+            Delivered::EndSession => {}
+        }
+        if slot.session.outbound().shed != Default::default() {
+            self.shed(slot.session.outbound_mut());
+        }
+    }
+
+    pub fn wake(&mut self) {
+        for wake in self.wakes.drain(..) {
+            wake.raise();
+        }
+    }
+
+    pub fn flush(&mut self) {
+        let m = metrics();
+        for (qos, count) in [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce]
+            .into_iter()
+            .zip(self.delivered.iter_mut())
+        {
+            if *count > 0 {
+                m.messages_delivered[qos].increment(std::mem::take(count));
+            }
+        }
+        let causes = [
+            DropCause::QueueFull,
+            DropCause::QueueBytes,
+            DropCause::Qos0Offline,
+            DropCause::TooLarge,
+            DropCause::Expired,
+            DropCause::Expired,
+        ];
+        for (index, cause) in causes.into_iter().enumerate() {
+            let count = std::mem::take(&mut self.dropped[index]);
+            if count > 0 {
+                m.messages_dropped[cause].increment(count);
+            }
+        }
+    }
+}
+
+impl Router {
+    /// Delivers a batch in order. Bounded work per lock; never waits for a client.
+    pub fn fan_out(&self, batch: &mut [Arrived], now: u64) {
+        if batch.is_empty() {
+            return;
+        }
+        let mut masks: SmallVec<[u64; 64]> = SmallVec::new();
+        let mut all = 0;
+        {
+            let table = self.table.read();
+            let named = table.identifiers != Some(false);
+            for arrived in batch.iter_mut() {
+                let mut mask = 0;
+                if !arrived.filters.iter().any(|n| table.get(*n).is_some()) {
+                    // Without a working identifier the topic decides, among this link's filters.
+                    if named {
+                        metrics().upstream_unknown_subscription_ids.increment(1);
+                    }
+                    let filters = &mut arrived.filters;
+                    filters.clear();
+                    table.match_topic(arrived.link, arrived.message.topic(), |n| filters.push(n));
+                }
+                for number in &arrived.filters {
+                    if let Some(filter) = table.get(*number) {
+                        mask |= filter.mask;
+                        if filter.mask == 0 {
+                            filter.unread.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                }
+                all |= mask;
+                masks.push(mask);
+            }
+        }
+        let follows = self.retain_as_published();
+        for arrived in batch.iter() {
+            if !follows {
+                self.retained_doubtful(arrived);
+            } else if arrived.message.retain() {
+                self.retained_live(arrived);
+            }
+        }
+        let mut tally = Tally::default();
+        while all != 0 {
+            let index = all.trailing_zeros() as usize;
+            all &= all - 1;
+            let mut shard = self.shards[index].lock();
+            for (arrived, mask) in batch.iter().zip(&masks) {
+                if mask & (1 << index) == 0 {
+                    continue;
+                }
+                for filter in &arrived.filters {
+                    shard.fan_out(
+                        &self.limits,
+                        now,
+                        &arrived.message,
+                        *filter,
+                        arrived.tag,
+                        &mut tally,
+                    );
+                }
+                if tally.targets >= CHUNK {
+                    tally.targets = 0;
+                    self.charge_entries(&mut shard);
+                    parking_lot::MutexGuard::unlocked_fair(&mut shard, || tally.wake());
+                }
+            }
+            let ended = std::mem::take(&mut tally.ended);
+            self.charge_entries(&mut shard);
+            for slot in ended {
+                self.end_full_session(&mut shard, slot, now);
+            }
+            drop(shard);
+            tally.wake();
+        }
+        tally.flush();
+        self.enforce_budget(now);
+    }
+}

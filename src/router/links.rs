@@ -1,0 +1,272 @@
+//! What the link tasks ask of the router, and tell it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::mqtt::{QoS, ReasonCode};
+use crate::telemetry::metrics;
+
+use super::Router;
+use super::table::{State, UNPLACED};
+use super::wake::Wake;
+
+/// A filter to be subscribed at the core.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its number; its Subscription Identifier is one more.
+    pub number: u32,
+    /// The topic filter.
+    pub name: Arc<str>,
+    /// At this QoS.
+    pub qos: QoS,
+}
+
+/// What a CONNACK of the core says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CoreFacts {
+    /// Subscription Identifiers are available.
+    pub identifiers: bool,
+    /// Live messages keep RETAIN, and user properties exist: MQTT 5.
+    pub version_5: bool,
+    /// Maximum QoS.
+    pub maximum_qos: QoS,
+    /// Retain Available.
+    pub retain_available: bool,
+    /// Maximum Packet Size in bytes; `u32::MAX`: none said.
+    pub packet_max: u32,
+}
+
+impl Router {
+    /// Takes up what a CONNACK said. Filters that wait for it are placed.
+    pub fn core_facts(&self, facts: &CoreFacts, now: u64) {
+        let core = &self.core;
+        core.maximum_qos
+            .store(facts.maximum_qos as u8, Ordering::Relaxed);
+        core.retain_available
+            .store(facts.retain_available, Ordering::Relaxed);
+        core.packet_max.store(facts.packet_max, Ordering::Relaxed);
+        core.retain_as_published
+            .store(facts.version_5, Ordering::Relaxed);
+        core.properties.store(facts.version_5, Ordering::Relaxed);
+        let mut refused = Vec::new();
+        let mut table = self.table.write();
+        if table.identifiers == Some(facts.identifiers) {
+            return;
+        }
+        if table.identifiers.is_some() {
+            tracing::error!(
+                identifiers = facts.identifiers,
+                "The core changed whether it has subscription identifiers; filters are placed anew"
+            );
+        }
+        table.identifiers = Some(facts.identifiers);
+        let links = table.pending.len();
+        for trie in &mut table.tries {
+            *trie = super::trie::FilterTrie::new();
+        }
+        let mut all: Vec<u32> = Vec::new();
+        for link in (0..links as u8).chain([UNPLACED]) {
+            all.extend(table.of_link(link).map(|(n, _)| n));
+        }
+        all.sort_unstable();
+        for queue in &mut table.pending {
+            queue.clear();
+        }
+        for number in all {
+            let Some(filter) = table.get_mut(number) else {
+                continue;
+            };
+            filter.link = UNPLACED;
+            let name = filter.name.clone();
+            let wanted = filter.state != State::Absent;
+            let placed = table.place(number, self.hash(&name));
+            if let Err(other) = placed {
+                tracing::error!(
+                    filter = %crate::telemetry::clean(&name, 256),
+                    overlaps = %crate::telemetry::clean(&other, 256),
+                    "A filter cannot be served: the core has no working subscription identifiers, and it overlaps another on every data link"
+                );
+                if let Some(filter) = table.get_mut(number) {
+                    filter.state = State::Absent;
+                    filter.held = false;
+                }
+                let waiters = table.take_waiters(number);
+                refused.push((number, waiters));
+                continue;
+            }
+            if wanted && let Some(filter) = table.get_mut(number) {
+                filter.state = State::Pending;
+                let link = usize::from(filter.link);
+                table.pending[link].push_back(number);
+            }
+        }
+        drop(table);
+        for (number, waiters) in refused {
+            self.settle_waiters(number, &waiters, ReasonCode::QUOTA_EXCEEDED, now);
+        }
+        for wake in &self.data {
+            wake.raise();
+        }
+    }
+
+    /// Whether No Local can be marked.
+    pub(super) fn properties_reach_core(&self) -> bool {
+        self.core.properties.load(Ordering::Relaxed)
+    }
+
+    /// Whether live messages keep their RETAIN.
+    pub fn retain_as_published(&self) -> bool {
+        self.core.retain_as_published.load(Ordering::Relaxed)
+    }
+
+    /// Wakes D link `link`'s task.
+    pub fn data_wake(&self, link: usize) -> &Arc<Wake> {
+        &self.data[link]
+    }
+
+    /// Wakes the R link's task.
+    pub fn fetch_wake(&self) -> &Arc<Wake> {
+        &self.fetch
+    }
+
+    /// Up to `max` filters whose SUBSCRIBE is to be sent on D link `link` now.
+    pub fn next_subscribes(&self, link: usize, max: usize) -> Vec<Wanted> {
+        let mut table = self.table.write();
+        let mut taken = Vec::new();
+        while taken.len() < max
+            && let Some(number) = table.pending[link].pop_front()
+        {
+            let Some(filter) = table.get_mut(number) else {
+                continue;
+            };
+            let upgrade = filter.upgrading && filter.state == State::Active;
+            if filter.state != State::Pending && !upgrade {
+                continue;
+            }
+            if !upgrade {
+                filter.state = State::Subscribing;
+                filter.upgrading = false;
+            }
+            taken.push(Wanted {
+                number,
+                name: filter.name.clone(),
+                qos: filter.wanted,
+            });
+        }
+        metrics().upstream_subscribes.increment(taken.len() as u64);
+        taken
+    }
+
+    /// Up to `max` filters whose UNSUBSCRIBE is to be sent on D link `link` now.
+    pub fn next_unsubscribes(&self, link: usize, max: usize) -> Vec<(u32, Arc<str>)> {
+        let mut table = self.table.write();
+        let mut taken = Vec::new();
+        while taken.len() < max
+            && let Some(number) = table.leaving[link].pop_front()
+        {
+            if let Some(filter) = table.get(number)
+                && filter.state == State::Unsubscribing
+            {
+                taken.push((number, filter.name.clone()));
+            }
+        }
+        metrics()
+            .upstream_unsubscribes
+            .increment(taken.len() as u64);
+        taken
+    }
+
+    /// The core's UNSUBACK for a filter. If somebody came back meanwhile it is subscribed again.
+    pub fn unsuback(&self, number: u32, now: u64) {
+        let mut table = self.table.write();
+        let Some(filter) = table.get_mut(number) else {
+            return;
+        };
+        if filter.state != State::Unsubscribing {
+            return;
+        }
+        filter.state = State::Absent;
+        filter.held = false;
+        if filter.idle_since == u64::MAX {
+            let (qos, link) = (filter.wanted, filter.link);
+            table.ask(number, qos);
+            drop(table);
+            if link != UNPLACED {
+                self.data[usize::from(link)].raise();
+            }
+        } else {
+            table.bury(number, now);
+        }
+    }
+
+    /// D link `link` is connected; with `session_present` the core still has its filters.
+    /// Returns whether messages may have been missed.
+    pub fn data_link_up(&self, link: usize, session_present: bool, first: bool) -> bool {
+        self.data_up[link].store(true, Ordering::Release);
+        let mut numbers = Vec::new();
+        {
+            let mut table = self.table.write();
+            let all: Vec<u32> = table.of_link(link as u8).map(|(n, _)| n).collect();
+            table.pending[link].clear();
+            table.leaving[link].clear();
+            for number in all {
+                let Some(filter) = table.get_mut(number) else {
+                    continue;
+                };
+                let again = match filter.state {
+                    State::Absent => false,
+                    State::Active => !session_present || filter.upgrading,
+                    // What was under way when the link was lost: in doubt, and harmless to repeat.
+                    State::Pending | State::Subscribing => true,
+                    State::Unsubscribing => filter.idle_since == u64::MAX,
+                };
+                let gone = filter.state == State::Unsubscribing && !again;
+                if again {
+                    if filter.state != State::Active || !session_present {
+                        filter.state = State::Pending;
+                        filter.upgrading = false;
+                    }
+                    table.pending[link].push_back(number);
+                } else if gone {
+                    if session_present {
+                        table.leaving[link].push_back(number);
+                    } else {
+                        filter.state = State::Absent;
+                        filter.held = false;
+                    }
+                }
+                numbers.push(number);
+            }
+        }
+        self.data[link].raise();
+        if first {
+            return false;
+        }
+        // Even with the session kept, QoS 0 of the gap is gone, retained or not.
+        let gap = !session_present && !numbers.is_empty();
+        self.forget_retained(numbers.into_iter());
+        if gap {
+            metrics().upstream_gaps.increment(1);
+        }
+        gap
+    }
+
+    /// D link `link` is lost.
+    pub fn data_link_down(&self, link: usize) {
+        self.data_up[link].store(false, Ordering::Release);
+        let numbers: Vec<u32> = {
+            let table = self.table.read();
+            table.of_link(link as u8).map(|(n, _)| n).collect()
+        };
+        self.forget_retained(numbers.into_iter());
+    }
+
+    /// Filters on D link `link`.
+    pub fn filters_on(&self, link: usize) -> usize {
+        let table = self.table.read();
+        table
+            .of_link(link as u8)
+            .filter(|(_, f)| f.state != State::Absent)
+            .count()
+    }
+}

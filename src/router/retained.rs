@@ -1,0 +1,330 @@
+//! Retained messages for new subscriptions: fetched once per filter, then served from a bounded
+//! cache that live messages keep current.
+//!
+//! The mutex is held while a retained message is handed to its session, and a live one updates
+//! the cache before it is fanned out: so a value older than one already delivered never follows it.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
+use lru::LruCache;
+
+use crate::limits::Account;
+use crate::mqtt::{Message, QoS};
+use crate::telemetry::metrics;
+
+use super::fanout::{Arrived, Tally};
+use super::{Router, SessionRef};
+
+/// Bytes charged for a cached topic beside topic and message.
+const TOPIC_OVERHEAD: usize = 96;
+
+/// A subscription that retained messages are wanted for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wants {
+    /// Whose it is.
+    pub session: SessionRef,
+    /// Granted QoS.
+    pub qos: QoS,
+    /// The client's Subscription Identifier; 0: none.
+    pub identifier: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// In the queue for the R link.
+    Queued,
+    /// SUBSCRIBE sent on R.
+    Fetching,
+    /// All there is.
+    Complete,
+}
+
+#[derive(Debug)]
+struct Cached {
+    state: State,
+    topics: HashMap<Box<str>, Message, RandomState>,
+    /// Topics with a live RETAIN=1 message since the fetch began: the fetched one is older.
+    live: HashSet<Box<str>, RandomState>,
+    wants: Vec<Wants>,
+    /// Came while the fetch was under way and what it brought is no longer there: next fetch.
+    late: Vec<Wants>,
+    bytes: usize,
+    /// Larger than the cache: handed on, not kept.
+    overflow: bool,
+    /// D lost messages since the fetch began: not to be kept.
+    stale: bool,
+}
+
+/// The cache and the queue of fetches.
+#[derive(Debug)]
+pub(super) struct Retained {
+    filters: HashMap<u32, Cached, RandomState>,
+    complete: LruCache<u32, (), RandomState>,
+    queue: VecDeque<u32>,
+    bytes: usize,
+    bytes_max: usize,
+    pub account: Arc<Account>,
+}
+
+impl Retained {
+    pub fn new(bytes_max: usize) -> Self {
+        Self {
+            filters: HashMap::default(),
+            complete: LruCache::unbounded_with_hasher(RandomState::default()),
+            queue: VecDeque::new(),
+            bytes: 0,
+            bytes_max,
+            account: Arc::new(Account::new()),
+        }
+    }
+
+    fn drop_filter(&mut self, number: u32) {
+        if let Some(cached) = self.filters.remove(&number) {
+            self.bytes -= cached.bytes;
+        }
+        self.complete.pop(&number);
+    }
+
+    fn put(&mut self, number: u32, message: &Message) {
+        let (bytes_max, account) = (self.bytes_max, self.account.clone());
+        let Some(cached) = self.filters.get_mut(&number) else {
+            return;
+        };
+        let cost = |m: &Message| m.size() + m.topic().len() + TOPIC_OVERHEAD;
+        if let Some(old) = cached.topics.remove(message.topic()) {
+            let freed = cost(&old);
+            cached.bytes -= freed;
+            self.bytes -= freed;
+        }
+        if message.payload().is_empty() || cached.overflow {
+            return;
+        }
+        let added = cost(message);
+        if cached.bytes + added > bytes_max {
+            cached.overflow = true;
+            self.bytes -= cached.bytes;
+            cached.bytes = 0;
+            cached.topics = HashMap::default();
+            return;
+        }
+        cached.bytes += added;
+        self.bytes += added;
+        cached
+            .topics
+            .insert(message.topic().into(), message.charged_to(&account));
+        while self.bytes > bytes_max {
+            let Some((oldest, ())) = self.complete.pop_lru() else {
+                break;
+            };
+            self.drop_filter(oldest);
+        }
+    }
+}
+
+impl Router {
+    /// Sends the retained messages of a filter to one subscription: from the cache, or once they
+    /// are fetched.
+    pub(super) fn want_retained(&self, number: u32, wants: Wants, now: u64) {
+        let mut retained = self.retained.lock();
+        match retained.filters.get_mut(&number) {
+            Some(cached) if cached.state == State::Complete => {
+                retained.complete.promote(&number);
+                let messages: Vec<Message> = self.cached(&retained, number, now);
+                self.hand_retained(&messages, &[wants], now);
+            }
+            Some(cached) if cached.state == State::Queued => cached.wants.push(wants),
+            Some(cached) if cached.overflow || cached.stale => cached.late.push(wants),
+            Some(cached) => {
+                cached.wants.push(wants);
+                let messages = self.cached(&retained, number, now);
+                self.hand_retained(&messages, &[wants], now);
+            }
+            None => {
+                retained.filters.insert(
+                    number,
+                    Cached {
+                        state: State::Queued,
+                        topics: HashMap::default(),
+                        live: HashSet::default(),
+                        wants: vec![wants],
+                        late: Vec::new(),
+                        bytes: 0,
+                        overflow: false,
+                        stale: false,
+                    },
+                );
+                retained.queue.push_back(number);
+                drop(retained);
+                self.fetch.raise();
+            }
+        }
+    }
+
+    fn cached(&self, retained: &Retained, number: u32, now: u64) -> Vec<Message> {
+        let Some(cached) = retained.filters.get(&number) else {
+            return Vec::new();
+        };
+        let alive = cached.topics.values().filter(|m| m.expires_at() > now);
+        alive.cloned().collect()
+    }
+
+    /// Up to `max` filters whose fetch begins now, with their names.
+    pub fn next_fetches(&self, max: usize) -> Vec<(u32, Arc<str>)> {
+        let mut taken = Vec::new();
+        let mut retained = self.retained.lock();
+        while taken.len() < max
+            && let Some(number) = retained.queue.pop_front()
+        {
+            let name = self.table.read().get(number).map(|f| f.name.clone());
+            let (Some(name), Some(cached)) = (name, retained.filters.get_mut(&number)) else {
+                retained.drop_filter(number);
+                continue;
+            };
+            cached.state = State::Fetching;
+            taken.push((number, name));
+        }
+        metrics().retained_fetches.increment(taken.len() as u64);
+        taken
+    }
+
+    /// A retained message that the R link brought for a filter.
+    pub fn fetched(&self, number: u32, message: &Message, now: u64) {
+        let mut retained = self.retained.lock();
+        let Some(cached) = retained.filters.get(&number) else {
+            return;
+        };
+        if cached.state != State::Fetching || cached.live.contains(message.topic()) {
+            return;
+        }
+        let wants = cached.wants.clone();
+        retained.put(number, message);
+        self.hand_retained(std::slice::from_ref(message), &wants, now);
+    }
+
+    /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
+    pub fn fetch_ended(&self, numbers: &[u32], complete: bool) {
+        let mut retained = self.retained.lock();
+        let mut again = false;
+        for &number in numbers {
+            let Some(cached) = retained.filters.get_mut(&number) else {
+                continue;
+            };
+            if cached.state != State::Fetching {
+                continue;
+            }
+            cached.live = HashSet::default();
+            if complete {
+                cached.wants = Vec::new();
+            }
+            let late = std::mem::take(&mut cached.late);
+            if complete && !cached.overflow && !cached.stale {
+                cached.state = State::Complete;
+                retained.complete.put(number, ());
+                continue;
+            }
+            let mut wants = std::mem::take(&mut cached.wants);
+            wants.extend(late);
+            retained.drop_filter(number);
+            if !wants.is_empty() {
+                again = true;
+                retained.filters.insert(
+                    number,
+                    Cached {
+                        state: State::Queued,
+                        topics: HashMap::default(),
+                        live: HashSet::default(),
+                        wants,
+                        late: Vec::new(),
+                        bytes: 0,
+                        overflow: false,
+                        stale: false,
+                    },
+                );
+                retained.queue.push_back(number);
+            }
+        }
+        drop(retained);
+        if again {
+            self.fetch.raise();
+        }
+    }
+
+    /// A live message with RETAIN: the cache follows before anyone gets it.
+    pub(super) fn retained_live(&self, arrived: &Arrived) {
+        let mut retained = self.retained.lock();
+        for &number in &arrived.filters {
+            let Some(cached) = retained.filters.get_mut(&number) else {
+                continue;
+            };
+            match cached.state {
+                State::Queued => continue,
+                State::Fetching => {
+                    cached.live.insert(arrived.message.topic().into());
+                }
+                State::Complete => {}
+            }
+            retained.put(number, &arrived.message);
+            let overflow = retained
+                .filters
+                .get(&number)
+                .is_some_and(|c| c.state == State::Complete && c.overflow);
+            if overflow {
+                retained.drop_filter(number);
+            }
+        }
+    }
+
+    /// Without RETAIN on live messages (a 3.1.1 core) the cache cannot follow them: what is known
+    /// of a topic that got a message is doubtful, and a fetched value must not follow it.
+    pub(super) fn retained_doubtful(&self, arrived: &Arrived) {
+        let mut retained = self.retained.lock();
+        for &number in &arrived.filters {
+            match retained.filters.get_mut(&number) {
+                Some(cached) if cached.state == State::Fetching => {
+                    cached.live.insert(arrived.message.topic().into());
+                    cached.stale = true;
+                }
+                Some(cached) if cached.state == State::Complete => retained.drop_filter(number),
+                _ => {}
+            }
+        }
+    }
+
+    /// D lost messages for these filters, or no longer holds them.
+    pub(super) fn forget_retained(&self, numbers: impl Iterator<Item = u32>) {
+        let mut retained = self.retained.lock();
+        for number in numbers {
+            match retained.filters.get_mut(&number) {
+                Some(cached) if cached.state == State::Complete => retained.drop_filter(number),
+                Some(cached) => cached.stale = true,
+                None => {}
+            }
+        }
+    }
+
+    /// Bytes in the retained cache.
+    pub fn retained_bytes(&self) -> u64 {
+        self.retained.lock().bytes as u64
+    }
+
+    fn hand_retained(&self, messages: &[Message], wants: &[Wants], now: u64) {
+        let mut tally = Tally::default();
+        for want in wants {
+            let Some(shard) = self.shards.get(usize::from(want.session.shard)) else {
+                continue;
+            };
+            let mut shard = shard.lock();
+            for message in messages {
+                if message.payload().is_empty() {
+                    continue;
+                }
+                shard.hand(&self.limits, now, message, want, &mut tally);
+            }
+            self.charge_entries(&mut shard);
+        }
+        tally.wake();
+        tally.flush();
+    }
+}

@@ -1,0 +1,343 @@
+//! A shard: a part of all sessions, and for each filter its members among them.
+//!
+//! A shard is only touched under its mutex, for a short time, never over an await.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
+use lru::LruCache;
+use slab::Slab;
+use smallvec::SmallVec;
+
+use crate::mqtt::{Message, QoS};
+use crate::session::{Delivered, ENTRY_BYTES, Ended, Session, SessionLimits, Subscription, senior};
+
+use super::SessionRef;
+use super::fanout::Tally;
+use super::retained::Wants;
+use super::wake::Wake;
+
+/// A session and what the router keeps beside it.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub epoch: u32,
+    pub session: Session,
+    pub wake: Option<Arc<Wake>>,
+    /// Where the client came from; for the admin API and the log.
+    pub origin: Option<Arc<super::Origin>>,
+    /// The wake-up for what waits in the output is under way.
+    pub woken: bool,
+    /// It is in the order of detached sessions.
+    pub listed: bool,
+    /// The timer entry that stands for this session; `u64::MAX`: none.
+    armed: u64,
+    /// Entries charged to the account.
+    charged: usize,
+}
+
+/// One subscription, as the fan-out needs it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Member {
+    pub slot: u32,
+    pub identifier: u32,
+    pub qos: QoS,
+    pub no_local: bool,
+    pub retain_as_published: bool,
+    pub overlaps: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Shard {
+    pub number: u16,
+    pub slots: Slab<Box<Slot>>,
+    pub by_id: HashMap<Arc<str>, u32, RandomState>,
+    pub members: HashMap<u32, SmallVec<[Member; 2]>, RandomState>,
+    /// Detached sessions, least recently connected last.
+    pub detached: LruCache<u32, u64, RandomState>,
+    timers: BTreeSet<(u64, u32)>,
+    epoch: u32,
+    /// Bytes of queue entries to add to the account when the lock is given back.
+    pub entry_bytes: i64,
+    identifiers: Vec<u32>,
+}
+
+impl Shard {
+    pub fn new(number: u16) -> Self {
+        Self {
+            number,
+            slots: Slab::new(),
+            by_id: HashMap::default(),
+            members: HashMap::default(),
+            detached: LruCache::unbounded_with_hasher(RandomState::default()),
+            timers: BTreeSet::new(),
+            epoch: 0,
+            entry_bytes: 0,
+            identifiers: Vec::new(),
+        }
+    }
+
+    pub fn insert(&mut self, session: Session) -> u32 {
+        self.epoch = self.epoch.wrapping_add(1);
+        let id = session.client_id.clone();
+        let slot = self.slots.insert(Box::new(Slot {
+            epoch: self.epoch,
+            session,
+            wake: None,
+            origin: None,
+            woken: false,
+            listed: false,
+            armed: u64::MAX,
+            charged: 0,
+        })) as u32;
+        self.by_id.insert(id, slot);
+        slot
+    }
+
+    pub fn reference(&self, slot: u32) -> SessionRef {
+        SessionRef {
+            shard: self.number,
+            slot,
+            epoch: self.slots[slot as usize].epoch,
+        }
+    }
+
+    pub fn get(&mut self, reference: SessionRef) -> Option<&mut Slot> {
+        let slot = self.slots.get_mut(reference.slot as usize)?;
+        (slot.epoch == reference.epoch).then_some(&mut **slot)
+    }
+
+    /// Removes a session; its subscriptions must be gone.
+    pub fn remove(&mut self, slot: u32) {
+        if !self.slots.contains(slot as usize) {
+            return;
+        }
+        let removed = self.slots.remove(slot as usize);
+        self.by_id.remove(&removed.session.client_id);
+        self.detached.pop(&slot);
+        self.timers.remove(&(removed.armed, slot));
+        self.entry_bytes -= (removed.charged * ENTRY_BYTES) as i64;
+    }
+
+    /// Brings account and timer in line with the session after it was worked on.
+    pub fn settle(&mut self, slot: u32) {
+        let Some(s) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        let entries = s.session.outbound().entries();
+        self.entry_bytes += (entries as i64 - s.charged as i64) * ENTRY_BYTES as i64;
+        s.charged = entries;
+        // Later deadlines are found when the earlier one fires.
+        let deadline = s.session.deadline();
+        if deadline < s.armed {
+            self.timers.remove(&(s.armed, slot));
+            s.armed = deadline;
+            self.timers.insert((deadline, slot));
+        }
+    }
+
+    /// Arms the timer at `at`, if that is earlier than what is armed.
+    pub fn arm(&mut self, slot: u32, at: u64) {
+        if let Some(s) = self.slots.get_mut(slot as usize)
+            && at < s.armed
+        {
+            self.timers.remove(&(s.armed, slot));
+            s.armed = at;
+            self.timers.insert((at, slot));
+        }
+    }
+
+    /// The next session whose timer has fired.
+    pub fn fired(&mut self, now: u64) -> Option<u32> {
+        let &(at, slot) = self.timers.first()?;
+        if at > now {
+            return None;
+        }
+        self.timers.pop_first();
+        if let Some(s) = self.slots.get_mut(slot as usize) {
+            s.armed = u64::MAX;
+        }
+        Some(slot)
+    }
+
+    /// Puts the members in line with one subscription of a session.
+    pub fn join(&mut self, slot: u32, s: &Subscription) {
+        let member = Member {
+            slot,
+            identifier: s.identifier,
+            qos: s.options.qos,
+            no_local: s.options.no_local,
+            retain_as_published: s.options.retain_as_published,
+            overlaps: s.overlaps,
+        };
+        let members = self.members.entry(s.filter).or_default();
+        match members.iter_mut().find(|m| m.slot == slot) {
+            Some(known) => *known = member,
+            None => members.push(member),
+        }
+    }
+
+    /// Takes a session out of a filter's members.
+    pub fn leave(&mut self, slot: u32, filter: u32) {
+        if let Some(members) = self.members.get_mut(&filter) {
+            members.retain(|m| m.slot != slot);
+            if members.is_empty() {
+                self.members.remove(&filter);
+            }
+        }
+    }
+
+    /// Overlap marks may have changed for all of a session's subscriptions.
+    pub fn rejoin(&mut self, slot: u32) {
+        let Some(s) = self.slots.get(slot as usize) else {
+            return;
+        };
+        for s in s.session.subscriptions().to_vec() {
+            self.join(slot, &s);
+        }
+    }
+
+    /// Takes all subscriptions of a session; returns their filters.
+    pub fn release(&mut self, slot: u32) -> Vec<u32> {
+        let Some(s) = self.slots.get_mut(slot as usize) else {
+            return Vec::new();
+        };
+        let taken = s.session.take_subscriptions();
+        taken
+            .iter()
+            .map(|s| {
+                self.leave(slot, s.filter);
+                s.filter
+            })
+            .collect()
+    }
+
+    /// After a connection ended: marks the session detached, or removes it.
+    pub fn detached(&mut self, slot: u32, ended: &Ended, now: u64, ghost_until: u64) -> Vec<u32> {
+        let Some(s) = self.slots.get_mut(slot as usize) else {
+            return Vec::new();
+        };
+        s.wake = None;
+        s.woken = false;
+        if !ended.session {
+            s.listed = true;
+            self.detached.put(slot, now);
+            self.settle(slot);
+            return Vec::new();
+        }
+        self.finish(slot, ghost_until)
+    }
+
+    /// A session ended: its filters; it stays as a ghost while that is of use.
+    pub fn finish(&mut self, slot: u32, ghost_until: u64) -> Vec<u32> {
+        let filters = self.release(slot);
+        self.detached.pop(&slot);
+        self.settle(slot);
+        let keep = self
+            .slots
+            .get(slot as usize)
+            .is_some_and(|s| s.session.worth_keeping());
+        if keep {
+            self.arm(slot, ghost_until);
+        } else {
+            self.remove(slot);
+        }
+        filters
+    }
+
+    /// Takes a session out of the order in which queues are evicted.
+    pub fn unlist(&mut self, slot: u32) {
+        self.detached.pop(&slot);
+        if let Some(s) = self.slots.get_mut(slot as usize) {
+            s.listed = false;
+        }
+    }
+
+    /// Hands a retained message to one new subscription.
+    pub fn hand(
+        &mut self,
+        limits: &SessionLimits,
+        now: u64,
+        message: &Message,
+        want: &Wants,
+        tally: &mut Tally,
+    ) {
+        let Some(slot) = self.get(want.session) else {
+            return;
+        };
+        let one = [want.identifier];
+        let ids: &[u32] = if want.identifier == 0 { &[] } else { &one };
+        let qos = want.qos.min(message.qos());
+        let outcome = slot.session.deliver(limits, now, message, qos, true, ids);
+        tally.outcome(slot, outcome, now);
+        self.settle(want.session.slot);
+    }
+
+    /// Offers a message to the members of one filter. Sessions that came to have output are
+    /// added to `wakes`, sessions to be ended to `ended`.
+    pub fn fan_out(
+        &mut self,
+        limits: &SessionLimits,
+        now: u64,
+        message: &Message,
+        filter: u32,
+        tag: u64,
+        tally: &mut Tally,
+    ) {
+        let Self {
+            slots,
+            members,
+            identifiers,
+            entry_bytes,
+            detached,
+            ..
+        } = self;
+        let Some(members) = members.get(&filter) else {
+            return;
+        };
+        tally.targets += members.len();
+        for member in members {
+            let Some(slot) = slots.get_mut(member.slot as usize) else {
+                continue;
+            };
+            if member.no_local && tag != 0 && tag == slot.session.tag {
+                continue;
+            }
+            let one;
+            let (mut qos, mut retain) = (member.qos, member.retain_as_published);
+            let ids: &[u32] = if member.overlaps {
+                let found = senior(slot.session.subscriptions(), message.topic(), identifiers);
+                match found {
+                    Some((senior, _)) if senior.filter != filter => continue,
+                    Some((senior, any_retain)) => {
+                        qos = senior.options.qos;
+                        retain = any_retain;
+                    }
+                    None => {}
+                }
+                identifiers
+            } else if member.identifier != 0 {
+                one = [member.identifier];
+                &one
+            } else {
+                &[]
+            };
+            let qos = qos.min(message.qos());
+            let retain = retain && message.retain();
+            let outcome = slot.session.deliver(limits, now, message, qos, retain, ids);
+            let entries = slot.session.outbound().entries();
+            *entry_bytes += (entries as i64 - slot.charged as i64) * ENTRY_BYTES as i64;
+            slot.charged = entries;
+            if outcome == Delivered::Queued && !slot.listed && !slot.session.attached() {
+                // It left the order because it was the oldest, or had nothing: the oldest again.
+                slot.listed = true;
+                detached.put(member.slot, slot.session.since);
+                detached.demote(&member.slot);
+            }
+            if outcome == Delivered::EndSession {
+                tally.ended.push(member.slot);
+            }
+            tally.outcome(slot, outcome, now);
+        }
+    }
+}

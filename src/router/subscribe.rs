@@ -1,0 +1,282 @@
+//! Subscriptions of clients become references to filters; the first makes a SUBSCRIBE at the
+//! core, the last begins its linger.
+
+use crate::mqtt::{QoS, ReasonCode};
+use crate::session::{Close, Subscription, Wanted};
+
+use super::table::{State, UNPLACED, Waiter};
+use super::{Router, SessionRef, Wants};
+
+impl Router {
+    /// Adds the subscriptions of one SUBSCRIBE. Filters that the core holds are granted at once;
+    /// for others the answer follows the core's.
+    pub fn subscribe(
+        &self,
+        session: SessionRef,
+        generation: u64,
+        packet_id: u16,
+        identifier: u32,
+        wanted: &[Wanted],
+        now: u64,
+    ) {
+        let mut answers: Vec<(u16, ReasonCode)> = Vec::new();
+        let mut granted: Vec<(u32, Wants)> = Vec::new();
+        for want in wanted {
+            let options = want.options;
+            if options.no_local && !self.properties_reach_core() {
+                tracing::warn!(
+                    filter = %crate::telemetry::clean(&want.filter, 256),
+                    "A No Local subscription was refused: the core speaks MQTT 3.1.1, so a client's own publishes cannot be told apart"
+                );
+                answers.push((want.index, ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR));
+                continue;
+            }
+            let (number, name) = {
+                let mut table = self.table.write();
+                let (number, name) = table.intern(&want.filter);
+                if let Err(other) = table.place(number, self.hash(&want.filter)) {
+                    if table.get(number).is_some_and(|f| f.mask == 0) {
+                        table.bury(number, now);
+                    }
+                    drop(table);
+                    tracing::warn!(
+                        filter = %crate::telemetry::clean(&want.filter, 256),
+                        overlaps = %crate::telemetry::clean(&other, 256),
+                        "A SUBSCRIBE was refused: the core has no working subscription identifiers, and the filter overlaps one that is held on every data link"
+                    );
+                    answers.push((want.index, ReasonCode::QUOTA_EXCEEDED));
+                    continue;
+                }
+                table.reference(number, session.shard);
+                (number, name)
+            };
+            let subscription = Subscription {
+                filter: number,
+                name,
+                options,
+                identifier,
+                active: false,
+                overlaps: false,
+            };
+            let replaced = self.join(session, generation, subscription);
+            let Some(replaced) = replaced else {
+                // The connection is gone; so is the wish.
+                let mut table = self.table.write();
+                table.unreference(number, session.shard, now);
+                continue;
+            };
+            let mut table = self.table.write();
+            if replaced {
+                table.unreference(number, session.shard, now);
+            }
+            let retained =
+                options.retain_handling == 0 || (options.retain_handling == 1 && !replaced);
+            let Some(filter) = table.get_mut(number) else {
+                continue;
+            };
+            let held = filter.state == State::Active || filter.held;
+            if held && filter.wanted >= options.qos {
+                let code = table.grant(number, options.qos);
+                answers.push((want.index, code));
+                if retained {
+                    granted.push((
+                        number,
+                        Wants {
+                            session,
+                            qos: QoS::from_u8(code.0).unwrap_or_default(),
+                            identifier,
+                        },
+                    ));
+                }
+                drop(table);
+                self.activate(session, number, code);
+                continue;
+            }
+            let deadline = now + self.config.subscribe_hold;
+            filter.waiters.push(Waiter {
+                session,
+                packet_id,
+                index: want.index,
+                qos: options.qos,
+                deadline,
+                retained,
+            });
+            let link = filter.link;
+            table.held.insert((deadline, number));
+            table.ask(number, options.qos);
+            drop(table);
+            if link != UNPLACED {
+                self.data[usize::from(link)].raise();
+            }
+        }
+        self.answer_subscribe(session, packet_id, &answers);
+        for (number, wants) in granted {
+            self.want_retained(number, wants, now);
+        }
+    }
+
+    /// Puts a subscription in force for its session. `None`: the connection is gone; else whether
+    /// it replaced one on the same filter.
+    fn join(&self, session: SessionRef, generation: u64, new: Subscription) -> Option<bool> {
+        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let slot = shard.get(session)?;
+        if slot.session.generation() != generation || slot.session.is_ghost() {
+            return None;
+        }
+        let filter = new.filter;
+        let replaced = slot.session.add_subscription(new).is_some();
+        let added = slot.session.subscription(filter).cloned()?;
+        if added.overlaps {
+            shard.rejoin(session.slot);
+        } else {
+            shard.join(session.slot, &added);
+        }
+        Some(replaced)
+    }
+
+    /// The core holds the filter at this QoS: the subscription counts from here on.
+    fn activate(&self, session: SessionRef, number: u32, code: ReasonCode) {
+        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let Some(slot) = shard.get(session) else {
+            return;
+        };
+        let Some(subscription) = slot.session.subscription(number) else {
+            return;
+        };
+        subscription.active = true;
+        let granted = QoS::from_u8(code.0).unwrap_or_default();
+        subscription.options.qos = subscription.options.qos.min(granted);
+        let subscription = subscription.clone();
+        shard.join(session.slot, &subscription);
+    }
+
+    /// Writes the outcome of filters of one SUBSCRIBE.
+    fn answer_subscribe(&self, session: SessionRef, packet_id: u16, answers: &[(u16, ReasonCode)]) {
+        if answers.is_empty() {
+            return;
+        }
+        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let Some(slot) = shard.get(session) else {
+            return;
+        };
+        let mut end: Option<Close> = None;
+        for (index, code) in answers {
+            if let Err(close) = slot.session.subscribed(packet_id, *index, *code) {
+                end = Some(close);
+            }
+        }
+        slot.woken = true;
+        if let Some(wake) = slot.wake.clone() {
+            drop(shard);
+            match end {
+                Some(close) => wake.close(close),
+                None => wake.raise(),
+            }
+        }
+    }
+
+    /// The core's SUBACK for a filter, or our own word in its place.
+    pub fn suback(&self, number: u32, code: ReasonCode, now: u64) {
+        let waiters = {
+            let mut table = self.table.write();
+            let Some(filter) = table.get_mut(number) else {
+                return;
+            };
+            let upgrade = std::mem::take(&mut filter.upgrading);
+            if code.is_error() {
+                let name = filter.name.clone();
+                if !(upgrade && filter.state == State::Active) {
+                    filter.state = State::Absent;
+                    filter.held = false;
+                }
+                tracing::warn!(
+                    filter = %crate::telemetry::clean(&name, 256),
+                    reason = code.name(),
+                    "The core refused a filter"
+                );
+            } else {
+                filter.state = State::Active;
+                filter.held = true;
+                filter.granted = QoS::from_u8(code.0).unwrap_or_default();
+            }
+            table.take_waiters(number)
+        };
+        self.settle_waiters(number, &waiters, code, now);
+    }
+
+    /// Tells those who waited. A refusal takes their subscription away.
+    pub(super) fn settle_waiters(
+        &self,
+        number: u32,
+        waiters: &[Waiter],
+        code: ReasonCode,
+        now: u64,
+    ) {
+        for waiter in waiters {
+            if code.is_error() {
+                let removed = {
+                    let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+                    let removed = match shard.get(waiter.session) {
+                        Some(slot) => slot.session.remove_subscription(number).is_some(),
+                        None => false,
+                    };
+                    if removed {
+                        shard.leave(waiter.session.slot, number);
+                    }
+                    removed
+                };
+                if removed {
+                    self.release(&[number], waiter.session.shard, now);
+                }
+                self.answer_subscribe(waiter.session, waiter.packet_id, &[(waiter.index, code)]);
+                continue;
+            }
+            let granted = ReasonCode(code.0.min(waiter.qos as u8));
+            self.activate(waiter.session, number, granted);
+            let answer = [(waiter.index, granted)];
+            self.answer_subscribe(waiter.session, waiter.packet_id, &answer);
+            if waiter.retained {
+                let identifier = {
+                    let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+                    shard
+                        .get(waiter.session)
+                        .and_then(|s| s.session.subscription(number))
+                        .map(|s| s.identifier)
+                };
+                if let Some(identifier) = identifier {
+                    let wants = Wants {
+                        session: waiter.session,
+                        qos: QoS::from_u8(granted.0).unwrap_or_default(),
+                        identifier,
+                    };
+                    self.want_retained(number, wants, now);
+                }
+            }
+        }
+    }
+
+    /// A client unsubscribed; its session has forgotten the filters already.
+    pub fn unsubscribe(&self, session: SessionRef, filters: &[u32], now: u64) {
+        {
+            let mut shard = self.shards[usize::from(session.shard)].lock();
+            if shard.get(session).is_some() {
+                for filter in filters {
+                    shard.leave(session.slot, *filter);
+                }
+                shard.rejoin(session.slot);
+            }
+        }
+        self.release(filters, session.shard, now);
+    }
+
+    /// Gives references back.
+    pub(super) fn release(&self, filters: &[u32], shard: u16, now: u64) {
+        if filters.is_empty() {
+            return;
+        }
+        let mut table = self.table.write();
+        for filter in filters {
+            table.unreference(*filter, shard, now);
+        }
+    }
+}

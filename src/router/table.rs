@@ -1,0 +1,309 @@
+//! The table of filters: which are held, for how many sessions, on which D link, and how far
+//! their SUBSCRIBE at the core has come.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use foldhash::fast::RandomState;
+use smallvec::SmallVec;
+
+use crate::mqtt::{QoS, ReasonCode};
+
+use super::SessionRef;
+use super::trie::FilterTrie;
+
+/// How far a filter is at the core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// Not subscribed.
+    Absent,
+    /// To be subscribed when the link can.
+    Pending,
+    /// SUBSCRIBE sent.
+    Subscribing,
+    /// Held.
+    Active,
+    /// UNSUBSCRIBE to be sent, or sent.
+    Unsubscribing,
+}
+
+/// A client that waits for the core's word on a filter.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waiter {
+    pub session: SessionRef,
+    pub packet_id: u16,
+    pub index: u16,
+    pub qos: QoS,
+    pub deadline: u64,
+    /// Retained messages are wanted after the grant.
+    pub retained: bool,
+}
+
+/// One filter.
+#[derive(Debug)]
+pub(super) struct Filter {
+    pub name: Arc<str>,
+    /// D link; `UNPLACED` until the core's habits are known.
+    pub link: u8,
+    pub state: State,
+    /// It was held before the link was lost: those who ask are granted at once.
+    pub held: bool,
+    /// Asked from the core.
+    pub wanted: QoS,
+    /// What the core granted.
+    pub granted: QoS,
+    /// A SUBSCRIBE at `wanted` is to be sent, or under way, on a filter that is already active.
+    pub upgrading: bool,
+    /// Shards that may have members.
+    pub mask: u64,
+    /// References per shard.
+    references: SmallVec<[(u16, u32); 1]>,
+    pub waiters: Vec<Waiter>,
+    /// Since when nobody holds it; `u64::MAX`: somebody does.
+    pub idle_since: u64,
+    /// Messages that arrived for nobody since then.
+    pub unread: AtomicU32,
+}
+
+/// No D link chosen yet.
+pub(super) const UNPLACED: u8 = u8::MAX;
+
+/// All filters.
+#[derive(Debug)]
+pub(super) struct Table {
+    filters: Vec<Option<Filter>>,
+    by_name: HashMap<Arc<str>, u32, RandomState>,
+    free: Vec<u32>,
+    /// Numbers whose UNSUBSCRIBE was answered, with the time from which they may mean another filter.
+    tombstones: VecDeque<(u64, u32)>,
+    /// Filters nobody holds, longest idle first.
+    pub lingering: BTreeSet<(u64, u32)>,
+    /// For each D link, the filters to SUBSCRIBE and to UNSUBSCRIBE.
+    pub pending: Vec<VecDeque<u32>>,
+    pub leaving: Vec<VecDeque<u32>>,
+    /// For each D link without identifiers, its filters.
+    pub tries: Vec<FilterTrie<u32>>,
+    /// Whether the core has working identifiers; `None`: never connected.
+    pub identifiers: Option<bool>,
+    /// Filters with waiters, by deadline.
+    pub held: BTreeSet<(u64, u32)>,
+}
+
+/// How long a filter number is not given to another filter after its UNSUBACK, milliseconds.
+const TOMBSTONE: u64 = 10 * 60 * 1000;
+
+impl Table {
+    pub fn new(links: usize) -> Self {
+        Self {
+            filters: Vec::new(),
+            by_name: HashMap::default(),
+            free: Vec::new(),
+            tombstones: VecDeque::new(),
+            lingering: BTreeSet::new(),
+            pending: vec![VecDeque::new(); links],
+            leaving: vec![VecDeque::new(); links],
+            tries: (0..links).map(|_| FilterTrie::new()).collect(),
+            identifiers: None,
+            held: BTreeSet::new(),
+        }
+    }
+
+    pub fn get(&self, number: u32) -> Option<&Filter> {
+        self.filters.get(number as usize)?.as_ref()
+    }
+
+    pub fn get_mut(&mut self, number: u32) -> Option<&mut Filter> {
+        self.filters.get_mut(number as usize)?.as_mut()
+    }
+
+    /// The filters of one link that match `topic`.
+    pub fn match_topic(&self, link: usize, topic: &str, mut f: impl FnMut(u32)) {
+        if self.identifiers == Some(false) {
+            self.tries[link].for_each_match(topic, f);
+            return;
+        }
+        for (number, filter) in self.of_link(link as u8) {
+            if crate::mqtt::matches(&filter.name, topic) {
+                f(number);
+            }
+        }
+    }
+
+    /// Numbers and filters of one link.
+    pub fn of_link(&self, link: u8) -> impl Iterator<Item = (u32, &Filter)> {
+        self.filters
+            .iter()
+            .enumerate()
+            .filter_map(|(n, f)| Some((n as u32, f.as_ref()?)))
+            .filter(move |(_, f)| f.link == link)
+    }
+
+    /// The filter's number, new or known.
+    pub fn intern(&mut self, name: &str) -> (u32, Arc<str>) {
+        if let Some(&number) = self.by_name.get(name)
+            && let Some(known) = self.get(number)
+        {
+            return (number, known.name.clone());
+        }
+        let name: Arc<str> = name.into();
+        let number = self.free.pop().unwrap_or(self.filters.len() as u32);
+        if number as usize == self.filters.len() {
+            self.filters.push(None);
+        }
+        self.filters[number as usize] = Some(Filter {
+            name: name.clone(),
+            link: UNPLACED,
+            state: State::Absent,
+            held: false,
+            wanted: QoS::AtMostOnce,
+            granted: QoS::AtMostOnce,
+            upgrading: false,
+            mask: 0,
+            references: SmallVec::new(),
+            waiters: Vec::new(),
+            idle_since: u64::MAX,
+            unread: AtomicU32::new(0),
+        });
+        self.by_name.insert(name.clone(), number);
+        (number, name)
+    }
+
+    /// Chooses the D link. With identifiers by hash; without, the first on which the filter
+    /// overlaps no other; the error names one it overlaps.
+    pub fn place(&mut self, number: u32, hash: u64) -> Result<(), Arc<str>> {
+        let links = self.pending.len();
+        let Some(identifiers) = self.identifiers else {
+            return Ok(());
+        };
+        let Some(filter) = self.get(number) else {
+            return Ok(());
+        };
+        if filter.link != UNPLACED {
+            return Ok(());
+        }
+        let name = filter.name.clone();
+        let mut link = (hash % links as u64) as usize;
+        if !identifiers {
+            let mut clash = None;
+            let free = self.tries.iter().position(|trie| {
+                !trie.overlaps_any(&name, |other| {
+                    clash = Some(other);
+                    true
+                })
+            });
+            match (free, clash) {
+                (Some(free), _) => link = free,
+                (None, clash) => {
+                    let other = clash.and_then(|n| self.get(n)).map(|f| f.name.clone());
+                    return Err(other.unwrap_or_else(|| name.clone()));
+                }
+            }
+            self.tries[link].insert(&name, number);
+        }
+        if let Some(filter) = self.get_mut(number) {
+            filter.link = link as u8;
+        }
+        Ok(())
+    }
+
+    /// One more subscription of a session in `shard`.
+    pub fn reference(&mut self, number: u32, shard: u16) {
+        let Some(filter) = self.get_mut(number) else {
+            return;
+        };
+        filter.mask |= 1 << shard;
+        match filter.references.iter_mut().find(|(s, _)| *s == shard) {
+            Some((_, count)) => *count += 1,
+            None => filter.references.push((shard, 1)),
+        }
+        let idle = std::mem::replace(&mut filter.idle_since, u64::MAX);
+        filter.unread.store(0, Ordering::Relaxed);
+        if idle != u64::MAX {
+            self.lingering.remove(&(idle, number));
+        }
+    }
+
+    /// One less; the last begins the linger.
+    pub fn unreference(&mut self, number: u32, shard: u16, now: u64) {
+        let Some(filter) = self.get_mut(number) else {
+            return;
+        };
+        if let Some(at) = filter.references.iter().position(|(s, _)| *s == shard) {
+            filter.references[at].1 -= 1;
+            if filter.references[at].1 == 0 {
+                filter.references.swap_remove(at);
+                filter.mask &= !(1 << shard);
+            }
+        }
+        if filter.references.is_empty() && filter.idle_since == u64::MAX {
+            filter.idle_since = now;
+            self.lingering.insert((now, number));
+        }
+    }
+
+    /// Queues the SUBSCRIBE, if it is not under way at this QoS.
+    pub fn ask(&mut self, number: u32, qos: QoS) {
+        let Some(filter) = self.get_mut(number) else {
+            return;
+        };
+        let higher = qos > filter.wanted;
+        filter.wanted = filter.wanted.max(qos);
+        let link = filter.link as usize;
+        let queue = match filter.state {
+            State::Absent => {
+                filter.state = State::Pending;
+                true
+            }
+            // SUBSCRIBE again once the UNSUBACK is there.
+            State::Pending | State::Unsubscribing => false,
+            State::Active | State::Subscribing => {
+                let again = higher && !filter.upgrading;
+                filter.upgrading |= again;
+                again
+            }
+        };
+        if queue && link < self.pending.len() {
+            self.pending[link].push_back(number);
+        }
+    }
+
+    /// Forgets a filter that is neither held nor at the core; its number rests.
+    pub fn bury(&mut self, number: u32, now: u64) {
+        let Some(filter) = self.filters.get_mut(number as usize).and_then(Option::take) else {
+            return;
+        };
+        self.by_name.remove(&filter.name);
+        self.lingering.remove(&(filter.idle_since, number));
+        if let Some(trie) = self.tries.get_mut(filter.link as usize)
+            && self.identifiers == Some(false)
+        {
+            trie.remove(&filter.name);
+        }
+        self.tombstones.push_back((now + TOMBSTONE, number));
+        while let Some(&(at, rested)) = self.tombstones.front()
+            && at <= now
+        {
+            self.tombstones.pop_front();
+            self.free.push(rested);
+        }
+    }
+
+    /// The outcome for those who wait on a filter.
+    pub fn take_waiters(&mut self, number: u32) -> Vec<Waiter> {
+        let Some(filter) = self.get_mut(number) else {
+            return Vec::new();
+        };
+        let waiters = std::mem::take(&mut filter.waiters);
+        for w in &waiters {
+            self.held.remove(&(w.deadline, number));
+        }
+        waiters
+    }
+
+    /// What a client is granted that asked for `qos`.
+    pub fn grant(&self, number: u32, qos: QoS) -> ReasonCode {
+        let granted = self.get(number).map_or(qos, |f| f.granted.min(qos));
+        ReasonCode(granted as u8)
+    }
+}

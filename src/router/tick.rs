@@ -1,0 +1,227 @@
+//! What the time brings: expiry, wills, keepalive, stalled sockets, lingering filters, waiting
+//! SUBSCRIBEs.
+
+use std::sync::atomic::Ordering;
+
+use crate::mqtt::ReasonCode;
+use crate::session::Close;
+use crate::telemetry::metrics;
+
+use super::Router;
+use super::connect::Due;
+use super::table::State;
+
+/// Unread messages on a lingering filter that make it busy.
+const BUSY: u32 = 100;
+
+impl Router {
+    /// To be called a few times a second.
+    pub fn tick(&self, now: u64) {
+        for due in std::mem::take(&mut *self.deferred.lock()) {
+            self.settle_due(due, now);
+        }
+        for number in 0..self.shards.len() {
+            self.tick_shard(number, now);
+        }
+        self.tick_held(now);
+        self.tick_linger(now);
+    }
+
+    fn tick_shard(&self, number: usize, now: u64) {
+        let mut due = Due {
+            shard: number as u16,
+            ..Due::default()
+        };
+        let mut shard = self.shards[number].lock();
+        while let Some(slot) = shard.fired(now) {
+            let Some(s) = shard.slots.get_mut(slot as usize) else {
+                continue;
+            };
+            if !s.session.attached() {
+                self.expire(&mut shard, slot, now, &mut due);
+                continue;
+            }
+            if s.session.deadline() <= now
+                && let Some(wake) = &s.wake
+            {
+                wake.close(KEEP_ALIVE);
+                // Asked once; the task ends the connection.
+                if let Some(connection) = s.session.connection() {
+                    connection.keep_alive = 0;
+                }
+            }
+            shard.settle(slot);
+        }
+        self.charge_entries(&mut shard);
+        drop(shard);
+        self.settle_due(due, now);
+    }
+
+    /// Ends connections whose socket takes nothing; walks all sessions, so not at each tick.
+    pub fn close_stalled(&self, now: u64) {
+        for shard in &self.shards {
+            let mut shard = shard.lock();
+            for (_, slot) in shard.slots.iter_mut() {
+                let stalled = slot.session.connection_ref().is_some_and(|c| {
+                    c.has_output()
+                        && c.output_since != u64::MAX
+                        && c.output_since + self.config.write_stall < now
+                });
+                if stalled && let Some(wake) = &slot.wake {
+                    wake.close(STALLED);
+                }
+            }
+        }
+    }
+
+    /// Asks for a WebSocket ping on connections that have been silent: proxies cut those that are.
+    pub fn ping_idle(&self, now: u64) {
+        for shard in &self.shards {
+            for (_, slot) in &shard.lock().slots {
+                let idle = slot
+                    .session
+                    .connection_ref()
+                    .is_some_and(|c| c.last_seen + PING_AFTER <= now);
+                let ws = slot.origin.as_ref().is_some_and(|o| o.websocket);
+                if idle
+                    && ws
+                    && let Some(wake) = &slot.wake
+                {
+                    wake.ping();
+                }
+            }
+        }
+    }
+
+    /// Asks up to `most` connections to end.
+    pub fn close_some(&self, close: Close, most: usize) {
+        let mut left = most;
+        for shard in &self.shards {
+            for (_, slot) in &shard.lock().slots {
+                if left == 0 {
+                    return;
+                }
+                if let Some(wake) = &slot.wake
+                    && slot.session.attached()
+                    && wake.closing().is_none()
+                {
+                    wake.close(close);
+                    left -= 1;
+                }
+            }
+        }
+    }
+
+    /// SUBSCRIBEs that have waited long enough for the core.
+    fn tick_held(&self, now: u64) {
+        loop {
+            let mut table = self.table.write();
+            let Some(&(deadline, number)) = table.held.first() else {
+                return;
+            };
+            if deadline > now {
+                return;
+            }
+            table.held.remove(&(deadline, number));
+            let mut late = Vec::new();
+            if let Some(filter) = table.get_mut(number) {
+                filter.waiters.retain(|w| {
+                    let keep = w.deadline > now;
+                    if !keep {
+                        late.push(*w);
+                    }
+                    keep
+                });
+                if self.config.subscribe_accept {
+                    filter.held = true;
+                    filter.granted = filter.wanted;
+                }
+            }
+            drop(table);
+            if late.is_empty() {
+                continue;
+            }
+            let code = if self.config.subscribe_accept {
+                metrics().upstream_gaps.increment(1);
+                tracing::warn!(
+                    clients = late.len(),
+                    "The core did not answer a SUBSCRIBE in time; it is granted, and messages until the core holds the filter are missed"
+                );
+                ReasonCode::GRANTED_QOS_2
+            } else {
+                ReasonCode::UNSPECIFIED_ERROR
+            };
+            self.settle_waiters(number, &late, code, now);
+        }
+    }
+
+    /// Filters that nobody came back for.
+    fn tick_linger(&self, now: u64) {
+        let mut wake = 0u64;
+        let mut forget = Vec::new();
+        let mut table = self.table.write();
+        let too_many = table
+            .lingering
+            .len()
+            .saturating_sub(self.config.filters_lingering_max);
+        let busy_before = now.saturating_sub(self.config.linger_busy_min);
+        let idle_before = now.saturating_sub(self.config.linger);
+        let mut leaving = Vec::new();
+        for (n, &(since, number)) in table.lingering.iter().enumerate() {
+            if since > busy_before {
+                break;
+            }
+            let busy = || {
+                table
+                    .get(number)
+                    .is_some_and(|f| f.unread.load(Ordering::Relaxed) > BUSY)
+            };
+            if since <= idle_before || n < too_many || busy() {
+                leaving.push((since, number));
+            }
+        }
+        for (since, number) in leaving {
+            let Some(filter) = table.get_mut(number) else {
+                table.lingering.remove(&(since, number));
+                continue;
+            };
+            let link = filter.link;
+            match filter.state {
+                State::Active => {
+                    filter.state = State::Unsubscribing;
+                    table.lingering.remove(&(since, number));
+                    table.leaving[usize::from(link)].push_back(number);
+                    wake |= 1 << link;
+                    forget.push(number);
+                }
+                State::Absent | State::Pending => {
+                    table.bury(number, now);
+                    forget.push(number);
+                }
+                // Answered soon, and then due at a later tick.
+                State::Subscribing | State::Unsubscribing => {}
+            }
+        }
+        drop(table);
+        self.forget_retained(forget.into_iter());
+        for (link, data) in self.data.iter().enumerate() {
+            if wake & (1 << link) != 0 {
+                data.raise();
+            }
+        }
+    }
+}
+
+/// Silence after which a WebSocket is pinged, milliseconds: with the walk's interval well below
+/// the 60 s of common proxies.
+const PING_AFTER: u64 = 25_000;
+
+const KEEP_ALIVE: Close = Close {
+    reason: ReasonCode::KEEP_ALIVE_TIMEOUT,
+    why: "nothing came for one and a half times the keep alive [MQTT-3.1.2-22]",
+};
+
+const STALLED: Close = Close {
+    reason: ReasonCode::QUOTA_EXCEEDED,
+    why: "the socket took nothing for limits.write_stall",
+};

@@ -1,0 +1,463 @@
+//! An index of Topic Filters: from a Topic Name, or from another filter, to
+//! the values of every stored filter that matches or overlaps it.
+//!
+//! Levels are interned once, edges live in one flat table keyed by
+//! `(parent, level)`, and nodes in one arena, so a stored filter costs a few
+//! tens of bytes beside its new level strings. A match walks only the nodes
+//! whose whole prefix matches the topic: filters that do not match cost
+//! nothing.
+
+use std::collections::HashMap;
+
+use foldhash::fast::RandomState;
+use smallvec::SmallVec;
+
+/// "No node", "no level": never a valid index.
+const NONE: u32 = u32::MAX;
+/// The root of the filters whose first level does not begin with `$`.
+const ROOT: u32 = 0;
+/// The root of the filters whose first level begins with `$`. A leading
+/// wildcard is stored under `ROOT`, so it can never meet such a topic
+/// [MQTT-4.7.2-1].
+const DOLLAR_ROOT: u32 = 1;
+/// Tables smaller than this are not worth shrinking.
+const SHRINK_FLOOR: usize = 1024;
+
+/// A set of Topic Filters (MQTT 5 §4.7), each with one value.
+///
+/// Filters are expected to be valid and without a `$share/group/` prefix;
+/// their depth is bounded by the caller. An invalid filter never panics, it
+/// only matches nothing or like its literal levels.
+#[derive(Debug, Clone)]
+pub struct FilterTrie<T> {
+    nodes: Vec<Node<T>>,
+    /// Head of the list of unused nodes, chained by `Node::next`.
+    free: u32,
+    edges: HashMap<(u32, u32), u32, RandomState>,
+    levels: Levels,
+    len: usize,
+}
+
+impl<T: Copy> FilterTrie<T> {
+    /// An empty set; allocates next to nothing.
+    pub fn new() -> Self {
+        FilterTrie {
+            nodes: vec![Node::new(NONE, NONE), Node::new(NONE, NONE)],
+            free: NONE,
+            edges: HashMap::default(),
+            levels: Levels::default(),
+            len: 0,
+        }
+    }
+
+    /// Number of stored filters.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no filter is stored.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Stores `v` for `filter` and returns the value it replaces.
+    pub fn insert(&mut self, filter: &str, v: T) -> Option<T> {
+        let (path, multi) = split_multi(filter);
+        let mut node = root_of(filter);
+        if let Some(path) = path {
+            for level in path.split('/') {
+                node = self.child_or_insert(node, level);
+            }
+        }
+        let old = self.slot(node, multi).replace(v);
+        self.len += usize::from(old.is_none());
+        old
+    }
+
+    /// Removes `filter` and returns its value.
+    pub fn remove(&mut self, filter: &str) -> Option<T> {
+        let (path, multi) = split_multi(filter);
+        let node = self.find(filter)?;
+        let old = self.slot(node, multi).take()?;
+        self.len -= 1;
+        self.prune(node, path);
+        Some(old)
+    }
+
+    /// The value of exactly this filter.
+    pub fn get(&self, filter: &str) -> Option<T> {
+        let node = &self.nodes[self.find(filter)? as usize];
+        if split_multi(filter).1 {
+            node.multi
+        } else {
+            node.value
+        }
+    }
+
+    /// Calls `f` once with the value of each filter that matches `topic`, in
+    /// no particular order.
+    pub fn for_each_match(&self, topic: &str, mut f: impl FnMut(T)) {
+        // All nodes whose path matches the levels read so far.
+        let mut here: SmallVec<[u32; 16]> = SmallVec::new();
+        let mut next: SmallVec<[u32; 16]> = SmallVec::new();
+        here.push(root_of(topic));
+        for level in topic.split('/') {
+            let id = self.levels.get(level);
+            for &n in &here {
+                let node = &self.nodes[n as usize];
+                if let Some(v) = node.multi {
+                    f(v);
+                }
+                if node.plus != NONE {
+                    next.push(node.plus);
+                }
+                let child = self.child(n, id);
+                if child != NONE {
+                    next.push(child);
+                }
+            }
+            if next.is_empty() {
+                return;
+            }
+            std::mem::swap(&mut here, &mut next);
+            next.clear();
+        }
+        for &n in &here {
+            let node = &self.nodes[n as usize];
+            if let Some(v) = node.value {
+                f(v);
+            }
+            // "a/#" matches its parent "a" too (MQTT 5 §4.7.1.2).
+            if let Some(v) = node.multi {
+                f(v);
+            }
+        }
+    }
+
+    /// Calls `f` with the value of each stored filter that shares at least
+    /// one topic with `filter`, `filter` itself included, until `f` returns
+    /// true. Returns whether it did.
+    pub fn overlaps_any(&self, filter: &str, mut f: impl FnMut(T) -> bool) -> bool {
+        let (path, multi) = split_multi(filter);
+        let steps: SmallVec<[Step; 16]> = path
+            .into_iter()
+            .flat_map(|p| p.split('/'))
+            .map(|l| {
+                if l == "+" {
+                    Step::Plus
+                } else {
+                    Step::Level(self.levels.get(l))
+                }
+            })
+            .collect();
+        // "+" and "/#" would meet only in the empty topic, which does not exist
+        // [MQTT-4.7.3-1]: the slots where one would find the other.
+        let (empty_multi, empty_value) = match filter {
+            "+" => (self.child(ROOT, self.levels.get("")), NONE),
+            "/#" => (NONE, self.nodes[ROOT as usize].plus),
+            _ => (NONE, NONE),
+        };
+        // Children are walked by their sibling links, so the stack is as deep
+        // as the trie and not as wide.
+        let mut stack: SmallVec<[Visit; 32]> = SmallVec::new();
+        stack.push(Visit {
+            node: root_of(filter),
+            at: 0,
+            siblings: false,
+        });
+        while let Some(Visit {
+            node: n,
+            at,
+            siblings,
+        }) = stack.pop()
+        {
+            let node = &self.nodes[n as usize];
+            if siblings && node.next != NONE {
+                stack.push(Visit {
+                    node: node.next,
+                    at,
+                    siblings: true,
+                });
+            }
+            // A stored `…/#` takes all that can follow, and nothing too.
+            if n != empty_multi && node.multi.is_some_and(&mut f) {
+                return true;
+            }
+            let step = steps.get(at);
+            if step.is_none() {
+                if n != empty_value && node.value.is_some_and(&mut f) {
+                    return true;
+                }
+                if !multi {
+                    continue;
+                }
+            }
+            // Below the `#` of `filter` the step stays behind the last one.
+            let below = if step.is_some() { at + 1 } else { at };
+            if node.plus != NONE {
+                stack.push(Visit {
+                    node: node.plus,
+                    at: below,
+                    siblings: false,
+                });
+            }
+            match step {
+                Some(Step::Level(id)) => {
+                    let c = self.child(n, *id);
+                    if c != NONE {
+                        stack.push(Visit {
+                            node: c,
+                            at: below,
+                            siblings: false,
+                        });
+                    }
+                }
+                Some(Step::Plus) | None => {
+                    if node.first != NONE {
+                        stack.push(Visit {
+                            node: node.first,
+                            at: below,
+                            siblings: true,
+                        });
+                    }
+                }
+            }
+        }
+        false
+    }
+
+    fn slot(&mut self, node: u32, multi: bool) -> &mut Option<T> {
+        let node = &mut self.nodes[node as usize];
+        if multi {
+            &mut node.multi
+        } else {
+            &mut node.value
+        }
+    }
+
+    /// The child of `parent` by an interned level, or `NONE`.
+    fn child(&self, parent: u32, level: u32) -> u32 {
+        if level == NONE || self.nodes[parent as usize].first == NONE {
+            return NONE;
+        }
+        self.edges.get(&(parent, level)).copied().unwrap_or(NONE)
+    }
+
+    fn find(&self, filter: &str) -> Option<u32> {
+        let mut node = root_of(filter);
+        if let (Some(path), _) = split_multi(filter) {
+            for level in path.split('/') {
+                node = if level == "+" {
+                    let plus = self.nodes[node as usize].plus;
+                    (plus != NONE).then_some(plus)?
+                } else {
+                    *self.edges.get(&(node, self.levels.get(level)))?
+                };
+            }
+        }
+        Some(node)
+    }
+
+    fn child_or_insert(&mut self, parent: u32, level: &str) -> u32 {
+        if level == "+" {
+            let plus = self.nodes[parent as usize].plus;
+            if plus != NONE {
+                return plus;
+            }
+            let child = self.alloc(Node::new(parent, NONE));
+            self.nodes[parent as usize].plus = child;
+            return child;
+        }
+        let known = self.child(parent, self.levels.get(level));
+        if known != NONE {
+            return known;
+        }
+        let id = self.levels.acquire(level);
+        let first = self.nodes[parent as usize].first;
+        let mut node = Node::new(parent, id);
+        node.next = first;
+        let child = self.alloc(node);
+        if first != NONE {
+            self.nodes[first as usize].prev = child;
+        }
+        self.nodes[parent as usize].first = child;
+        self.edges.insert((parent, id), child);
+        child
+    }
+
+    fn alloc(&mut self, node: Node<T>) -> u32 {
+        if self.free == NONE {
+            let at = self.nodes.len() as u32;
+            self.nodes.push(node);
+            return at;
+        }
+        let at = self.free;
+        self.free = self.nodes[at as usize].next;
+        self.nodes[at as usize] = node;
+        at
+    }
+
+    /// Frees `node` and its ancestors as far as nothing needs them. `path` is
+    /// the path of `node`, read from its end for the level names.
+    fn prune(&mut self, mut node: u32, path: Option<&str>) {
+        let mut levels = path.into_iter().flat_map(|p| p.rsplit('/'));
+        while node != ROOT && node != DOLLAR_ROOT {
+            let n = &self.nodes[node as usize];
+            if n.value.is_some() || n.multi.is_some() || n.first != NONE || n.plus != NONE {
+                break;
+            }
+            let (parent, id, next, prev) = (n.parent, n.level, n.next, n.prev);
+            let level = levels.next().unwrap_or_default();
+            if id == NONE {
+                self.nodes[parent as usize].plus = NONE;
+            } else {
+                self.edges.remove(&(parent, id));
+                self.levels.release(level);
+                match prev {
+                    NONE => self.nodes[parent as usize].first = next,
+                    p => self.nodes[p as usize].next = next,
+                }
+                if next != NONE {
+                    self.nodes[next as usize].prev = prev;
+                }
+            }
+            self.nodes[node as usize] = Node {
+                next: self.free,
+                ..Node::new(NONE, NONE)
+            };
+            self.free = node;
+            node = parent;
+        }
+        shrink(&mut self.edges);
+        if self.len == 0 {
+            *self = Self::new();
+        }
+    }
+}
+
+impl<T: Copy> Default for FilterTrie<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Node<T> {
+    /// Value of the filter that ends here.
+    value: Option<T>,
+    /// Value of the filter that is this path and `/#`.
+    multi: Option<T>,
+    parent: u32,
+    /// Interned level; `NONE` at a root and at a `+` node.
+    level: u32,
+    /// The `+` child.
+    plus: u32,
+    /// The first literal child; `next` and `prev` chain its siblings.
+    first: u32,
+    next: u32,
+    prev: u32,
+}
+
+impl<T> Node<T> {
+    fn new(parent: u32, level: u32) -> Self {
+        Node {
+            value: None,
+            multi: None,
+            parent,
+            level,
+            plus: NONE,
+            first: NONE,
+            next: NONE,
+            prev: NONE,
+        }
+    }
+}
+
+/// One level of a filter that is looked for.
+enum Step {
+    Level(u32),
+    Plus,
+}
+
+struct Visit {
+    node: u32,
+    /// Index of the step that is to match below `node`.
+    at: usize,
+    /// Whether the siblings that follow are to be visited too.
+    siblings: bool,
+}
+
+/// Level strings, each stored once and counted by the nodes that bear it.
+#[derive(Debug, Clone, Default)]
+struct Levels {
+    by_name: HashMap<Box<str>, Level, RandomState>,
+    unused: Vec<u32>,
+    next: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Level {
+    id: u32,
+    refs: u32,
+}
+
+impl Levels {
+    fn get(&self, name: &str) -> u32 {
+        self.by_name.get(name).map_or(NONE, |l| l.id)
+    }
+
+    fn acquire(&mut self, name: &str) -> u32 {
+        if let Some(level) = self.by_name.get_mut(name) {
+            level.refs += 1;
+            return level.id;
+        }
+        let id = self.unused.pop().unwrap_or_else(|| {
+            self.next += 1;
+            self.next - 1
+        });
+        self.by_name.insert(name.into(), Level { id, refs: 1 });
+        id
+    }
+
+    fn release(&mut self, name: &str) {
+        let Some(level) = self.by_name.get_mut(name) else {
+            return;
+        };
+        level.refs -= 1;
+        if level.refs == 0 {
+            self.unused.push(level.id);
+            self.by_name.remove(name);
+            shrink(&mut self.by_name);
+        }
+    }
+}
+
+fn root_of(filter: &str) -> u32 {
+    if filter.starts_with('$') {
+        DOLLAR_ROOT
+    } else {
+        ROOT
+    }
+}
+
+/// The path before a final `#`, and whether there was one; `None` for `#`
+/// alone, whose path has no level at all.
+fn split_multi(filter: &str) -> (Option<&str>, bool) {
+    match filter.strip_suffix('#') {
+        Some("") => (None, true),
+        Some(rest) => match rest.strip_suffix('/') {
+            Some(path) => (Some(path), true),
+            None => (Some(filter), false),
+        },
+        None => (Some(filter), false),
+    }
+}
+
+fn shrink<K: std::hash::Hash + Eq, V>(map: &mut HashMap<K, V, RandomState>) {
+    if map.capacity() > SHRINK_FLOOR && map.len() < map.capacity() / 8 {
+        map.shrink_to(map.len() * 2);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,56 @@
+//! How the router reaches a task that sleeps on its socket.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Waker;
+
+use futures_util::task::AtomicWaker;
+use parking_lot::Mutex;
+
+use crate::session::Close;
+
+/// The router's handle on one task: wake it, or tell it to end.
+#[derive(Debug, Default)]
+pub struct Wake {
+    waker: AtomicWaker,
+    raised: AtomicBool,
+    ping: AtomicBool,
+    close: Mutex<Option<Close>>,
+}
+
+impl Wake {
+    /// Something waits for the task.
+    pub fn raise(&self) {
+        if !self.raised.swap(true, Ordering::AcqRel) {
+            self.waker.wake();
+        }
+    }
+
+    /// Tells the task to end its connection; the first reason stays.
+    pub fn close(&self, close: Close) {
+        self.close.lock().get_or_insert(close);
+        self.raised.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    /// Called by the task at each poll: registers it, and says whether something waits.
+    pub fn take(&self, waker: &Waker) -> bool {
+        self.waker.register(waker);
+        self.raised.swap(false, Ordering::AcqRel)
+    }
+
+    /// The transport is to be kept alive.
+    pub fn ping(&self) {
+        self.ping.store(true, Ordering::Release);
+        self.raise();
+    }
+
+    /// Whether a ping was asked for; asked for once.
+    pub fn take_ping(&self) -> bool {
+        self.ping.load(Ordering::Relaxed) && self.ping.swap(false, Ordering::AcqRel)
+    }
+
+    /// Why the connection is to end, if it is.
+    pub fn closing(&self) -> Option<Close> {
+        *self.close.lock()
+    }
+}

@@ -1,0 +1,405 @@
+//! Wiring: configuration in, a running proxy out; signals, ticks, drain.
+
+mod drain;
+mod events;
+mod hints;
+mod view;
+
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admin;
+use crate::auth::{Acl, Authenticator};
+use crate::client::{Clients, Door, Rate};
+use crate::clock::Clock;
+use crate::config::{self, CertSource, Config, Server};
+use crate::limits::Account;
+use crate::router::{Router, RouterConfig};
+use crate::session::{QueueFull, SessionLimits};
+use crate::telemetry::metrics;
+use crate::transport::{
+    self, BindError, Bound, ClientTls, ConnectionCap, Drain, Handshakes, Kind, Limits, ListenSpec,
+    ServerTls,
+};
+use crate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
+use crate::upstream::{RESERVED_KEY, Start, Upstream};
+
+use events::Counted;
+use view::View;
+
+/// Why the process does not start; each has its exit code.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// Something that the configuration names is missing or wrong (exit 64).
+    #[error("{0}")]
+    Config(String),
+    /// An address is taken, or cannot be had now (exit 75).
+    #[error("{0}")]
+    Temporary(String),
+    /// Anything else (exit 70).
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl StartError {
+    /// The process's exit code: sysexits' USAGE, SOFTWARE or TEMPFAIL.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) => 64,
+            Self::Internal(_) => 70,
+            Self::Temporary(_) => 75,
+        }
+    }
+}
+
+/// A listener that is bound and not served yet.
+struct Opened {
+    listener: config::Listener,
+    bound: Bound,
+}
+
+/// Runs until SIGTERM or SIGINT, drains, and returns. `connections` is the cap that the open-file
+/// limit allows.
+///
+/// # Errors
+/// [`StartError`]; nothing was served.
+pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
+    let clock = Clock::default();
+    let stop_accepting = CancellationToken::new();
+    let stop_links = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    let cap = Arc::new(ConnectionCap::new(connections));
+    let router = Arc::new(Router::new(session_limits(&config), router_config(&config)));
+    let clients = Arc::new(Clients {
+        router: router.clone(),
+        clock,
+        authenticator: Authenticator::new(&config.auth)
+            .map_err(|e| StartError::Config(format!("auth.file: {e}")))?,
+        acl: Acl::new(config.auth.acl, &config.acl),
+        session: config.session.clone(),
+        limits: config.limits.clone(),
+        rate: Rate::new(config.limits.connect_rate_max),
+        draining: AtomicBool::new(false),
+    });
+    let tls = client_tls(&config)?;
+    let embedded = config
+        .upstream
+        .is_embedded()
+        .then(|| EmbeddedCore::start(EmbeddedOptions::default()));
+    let limits = Arc::new(transport_limits(&config, cap.clone()));
+    let opened = open_listeners(&config, &limits)?;
+
+    // From here on nothing of the configuration can fail.
+    let upstream = Upstream::start(
+        Start {
+            config: config.upstream.clone(),
+            node: config.node.id.clone(),
+            packet_max: upstream_packet_max(&config),
+            router: router.clone(),
+            clock,
+            tls,
+            embedded,
+            stop: stop_links.clone(),
+            instance: getrandom::u64().unwrap_or_default() | 1,
+        },
+        &tasks,
+    );
+    let view = Arc::new(View {
+        router: router.clone(),
+        upstream: upstream.clone(),
+        clients: clients.clone(),
+        started: std::time::SystemTime::now(),
+    });
+    let admin = open_admin(&config, view).await?;
+    set_budgets(&config);
+    let mut lines: Vec<(String, &'static str, String)> = opened
+        .iter()
+        .map(|o| hints::address(&o.listener, o.bound.local_addr()))
+        .collect();
+    lines.push((
+        "admin".into(),
+        "http",
+        format!("http://{}", admin.local_addr()),
+    ));
+    tasks.spawn(admin.run(stop_links.clone().cancelled_owned()));
+    let upkeep_stop = stop_links.clone();
+    tasks.spawn(async move {
+        tokio::select! {
+            () = crate::telemetry::upkeep() => {}
+            () = upkeep_stop.cancelled() => {}
+        }
+    });
+    tasks.spawn(tick(router.clone(), clock, stop_links.clone()));
+    let drains: Vec<Drain> = opened.iter().map(|o| o.bound.drain()).collect();
+    for Opened { listener, bound } in opened {
+        serve(&tasks, &clients, &listener, bound, stop_accepting.clone());
+    }
+    tell(&config, &lines);
+
+    drain::wait_for_signal().await?;
+    drain::drain(drain::Running {
+        grace: config.drain.grace,
+        clients,
+        upstream,
+        cap,
+        stop_accepting,
+        stop_links,
+        drains,
+        tasks,
+    })
+    .await;
+    Ok(())
+}
+
+fn serve(
+    tasks: &TaskTracker,
+    clients: &Arc<Clients>,
+    listener: &config::Listener,
+    bound: Bound,
+    stop: CancellationToken,
+) {
+    let transport = listener.transport.name();
+    let door = Door {
+        auth: listener.auth,
+        name: listener.name.as_str().into(),
+        transport,
+        metrics: Arc::new(metrics().listener(&listener.name, transport)),
+    };
+    let clients = clients.clone();
+    let handler = move |accepted| clients.clone().serve(door.clone(), accepted);
+    tasks.spawn(bound.serve(handler, stop));
+}
+
+/// Tells every bound address on standard output, then `ready`.
+fn tell(config: &Config, lines: &[(String, &'static str, String)]) {
+    let mut out = String::new();
+    for (name, transport, url) in lines {
+        out.push_str(&format!("listening {name} {transport} {url}\n"));
+    }
+    out.push_str("ready\n");
+    if config.source.is_none() {
+        out.push_str(&hints::what_to_type(lines));
+    }
+    let mut stdout = std::io::stdout().lock();
+    // A closed standard output is no reason not to serve.
+    let _ = stdout.write_all(out.as_bytes());
+    let _ = stdout.flush();
+}
+
+async fn open_admin(config: &Config, view: Arc<View>) -> Result<admin::Server, StartError> {
+    let failed = |e: std::io::Error| {
+        StartError::Temporary(format!(
+            "admin.bind: {} cannot be bound: {e}",
+            config.admin.bind
+        ))
+    };
+    match admin::Server::bind(&config.admin, view.clone()).await {
+        Err(e) if config.source.is_none() && e.kind() == std::io::ErrorKind::AddrInUse => {
+            let mut free = config.admin.clone();
+            free.bind.set_port(0);
+            let server = admin::Server::bind(&free, view).await.map_err(failed)?;
+            say_taken(
+                "admin",
+                config.admin.bind.port(),
+                server.local_addr().port(),
+            );
+            Ok(server)
+        }
+        other => other.map_err(failed),
+    }
+}
+
+fn open_listeners(config: &Config, limits: &Arc<Limits>) -> Result<Vec<Opened>, StartError> {
+    let mut certificates: Vec<(&str, Arc<ServerTls>)> = Vec::new();
+    for tls in &config.tls {
+        let loaded = match &tls.source {
+            CertSource::Files { cert, key } => ServerTls::load(cert, key),
+            CertSource::Throwaway => {
+                ServerTls::ephemeral(&["localhost".into(), "127.0.0.1".into(), "::1".into()])
+            }
+        };
+        let loaded = loaded
+            .map_err(|e| StartError::Config(format!("[[tls]] name = \"{}\": {e}", tls.name)))?;
+        certificates.push((&tls.name, Arc::new(loaded)));
+    }
+    let mut opened = Vec::new();
+    for listener in &config.listeners {
+        let tls = listener.tls.as_ref().and_then(|wanted| {
+            certificates
+                .iter()
+                .find(|(name, _)| name == wanted)
+                .map(|(_, tls)| tls.clone())
+        });
+        let spec = ListenSpec {
+            name: listener.name.clone(),
+            transport: kind(listener.transport),
+            bind: listener.bind,
+            path: listener.path.clone(),
+            origins: listener.origins.clone(),
+            tls,
+        };
+        let bound = match transport::bind(spec.clone(), limits.clone()) {
+            Err(BindError::AddrInUse { .. }) if config.source.is_none() => {
+                let mut free = spec.clone();
+                free.bind.set_port(0);
+                let bound = transport::bind(free, limits.clone()).map_err(bind_failed)?;
+                let port = bound.local_addr().port();
+                say_taken(&listener.name, listener.bind.port(), port);
+                bound
+            }
+            other => other.map_err(bind_failed)?,
+        };
+        opened.push(Opened {
+            listener: listener.clone(),
+            bound,
+        });
+    }
+    Ok(opened)
+}
+
+fn say_taken(name: &str, taken: u16, port: u16) {
+    tracing::warn!(
+        listener = name,
+        taken,
+        port,
+        "The default port is taken; a free one is used"
+    );
+}
+
+fn bind_failed(error: BindError) -> StartError {
+    match error {
+        BindError::AddrInUse { .. } => StartError::Temporary(error.to_string()),
+        other => StartError::Temporary(other.to_string()),
+    }
+}
+
+fn kind(transport: config::Transport) -> Kind {
+    match transport {
+        config::Transport::Tcp => Kind::Tcp,
+        config::Transport::Tls => Kind::Tls,
+        config::Transport::Ws => Kind::Ws,
+        config::Transport::Wss => Kind::Wss,
+        config::Transport::Quic => Kind::Quic,
+    }
+}
+
+fn client_tls(config: &Config) -> Result<Option<ClientTls>, StartError> {
+    let wanted = config
+        .upstream
+        .servers
+        .iter()
+        .any(|s| matches!(s, Server::Remote { tls: true, .. }));
+    if !wanted {
+        return Ok(None);
+    }
+    let tls = &config.upstream.tls;
+    ClientTls::load(
+        tls.ca.as_deref(),
+        tls.cert.as_deref(),
+        tls.key.as_deref(),
+        tls.server_name.clone(),
+        tls.alpn.clone(),
+    )
+    .map(Some)
+    .map_err(|e| StartError::Config(format!("[upstream.tls]: {e}")))
+}
+
+fn transport_limits(config: &Config, cap: Arc<ConnectionCap>) -> Limits {
+    Limits {
+        handshakes: Handshakes::new(config.limits.handshakes_max as usize),
+        accept_deadline: config.limits.accept_deadline,
+        frame_before_auth: 16 * 1024,
+        packet_max: config.limits.packet_max as usize,
+        connections: cap,
+        events: Arc::new(Counted),
+        ..Limits::default()
+    }
+}
+
+/// What a client's largest packet may have become with what we add.
+fn upstream_packet_max(config: &Config) -> u32 {
+    config.limits.packet_max.saturating_add(1024)
+}
+
+fn session_limits(config: &Config) -> SessionLimits {
+    let seconds = |d: Duration| u32::try_from(d.as_secs()).unwrap_or(u32::MAX);
+    SessionLimits {
+        receive_max: config.limits.receive_max,
+        topic_alias_max: config.limits.topic_alias_max,
+        packet_max: config.limits.packet_max,
+        queue_messages_max: config.session.queue_messages_max as usize,
+        queue_bytes_max: config.session.queue_bytes_max as usize,
+        queue_full: match config.session.queue_full {
+            config::QueueFull::Oldest => QueueFull::Oldest,
+            config::QueueFull::Newest => QueueFull::Newest,
+            config::QueueFull::EndSession => QueueFull::EndSession,
+        },
+        queue_qos0: config.session.queue_qos0,
+        output_buffer: config.limits.output_buffer as usize,
+        subscriptions_max: config.limits.subscriptions_per_client_max as usize,
+        topic_levels_max: config.limits.topic_levels_max as usize,
+        v3_publishes_max: config.upstream.publishes_waiting_v3_max as usize,
+        expiry_max: seconds(config.session.expiry_max),
+        publish_account: Arc::new(Account::new()),
+        reserved_key: RESERVED_KEY,
+    }
+}
+
+fn router_config(config: &Config) -> RouterConfig {
+    let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+    let upstream = &config.upstream;
+    RouterConfig {
+        data_links: usize::from(upstream.data_links),
+        publish_links: usize::from(upstream.publish_links),
+        linger: ms(upstream.linger),
+        linger_busy_min: ms(upstream.linger_busy_min),
+        filters_lingering_max: upstream.filters_lingering_max as usize,
+        subscribe_hold: ms(upstream.subscribe_hold),
+        subscribe_accept: upstream.subscribe_while_away == config::SubscribeWhileAway::Accept,
+        publishes_waiting: upstream.publishes_waiting,
+        publishes_waiting_per_client: upstream.publishes_waiting_per_client as usize,
+        retained_cache: upstream.retained_cache as usize,
+        queues: config.memory.queues,
+        write_stall: ms(config.limits.write_stall),
+    }
+}
+
+fn set_budgets(config: &Config) {
+    use crate::telemetry::MemoryAccount as A;
+    let budgets = &metrics().memory_budget_bytes;
+    budgets[A::Total].set(config.memory.max as f64);
+    budgets[A::Queues].set(config.memory.queues as f64);
+    budgets[A::PublishesWaiting].set(config.upstream.publishes_waiting as f64);
+    budgets[A::RetainedCache].set(config.upstream.retained_cache as f64);
+}
+
+/// How often the router is told the time.
+const TICK: Duration = Duration::from_millis(100);
+/// Ticks between walks over all sessions.
+const WALK: u32 = 100;
+
+async fn tick(router: Arc<Router>, clock: Clock, stop: CancellationToken) {
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut count: u32 = 0;
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = stop.cancelled() => return,
+        }
+        let now = clock.now();
+        router.tick(now);
+        count = count.wrapping_add(1);
+        if count.is_multiple_of(WALK) {
+            router.close_stalled(now);
+            router.ping_idle(now);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The end of the process: nobody new, everybody told, what is under way finished, in time.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::client::Clients;
+use crate::mqtt::ReasonCode;
+use crate::session::Close;
+use crate::transport::{CloseHow, ConnectionCap, Drain};
+use crate::upstream::Upstream;
+
+use super::StartError;
+
+/// Returns when the process is asked to end.
+pub(super) async fn wait_for_signal() -> Result<(), StartError> {
+    let failed = |e: std::io::Error| StartError::Internal(format!("signals: {e}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+    }
+    Ok(())
+}
+
+/// What a drain ends.
+pub(super) struct Running {
+    pub grace: Duration,
+    pub clients: Arc<Clients>,
+    pub upstream: Upstream,
+    pub cap: Arc<ConnectionCap>,
+    pub stop_accepting: CancellationToken,
+    pub stop_links: CancellationToken,
+    pub drains: Vec<Drain>,
+    pub tasks: TaskTracker,
+}
+
+/// How often the state of a drain is looked at.
+const STEP: Duration = Duration::from_millis(20);
+/// Clients told per step: a herd that reconnects elsewhere comes paced.
+const TOLD_MIN: usize = 200;
+
+/// Ends everything within the grace.
+pub(super) async fn drain(running: Running) {
+    let began = Instant::now();
+    let deadline = began + running.grace;
+    running.clients.drain();
+    running.stop_accepting.cancel();
+    let router = running.clients.router.clone();
+    let totals = router.totals();
+    tracing::info!(
+        connections = running.cap.used(),
+        sessions = totals.attached + totals.detached,
+        grace_ms = running.grace.as_millis() as u64,
+        "Draining: no new connections; clients are told"
+    );
+    // Half of the grace to tell, the rest to finish.
+    let steps = (running.grace / 2).as_millis() / STEP.as_millis();
+    let per_step = TOLD_MIN.max(running.cap.used() / (steps.max(1) as usize) + 1);
+    while running.cap.used() > 0 && Instant::now() < deadline {
+        router.close_some(SHUTTING_DOWN, per_step);
+        sleep(STEP).await;
+    }
+    // What clients were promised nothing for may still get its answer from the core.
+    while router.publishes_waiting() + running.upstream.in_flight() > 0 && Instant::now() < deadline
+    {
+        sleep(STEP).await;
+    }
+    for drain in &running.drains {
+        drain.close(CloseHow::GoingAway);
+    }
+    running.stop_links.cancel();
+    running.tasks.close();
+    let last = deadline.max(Instant::now() + Duration::from_secs(2));
+    if timeout_at(last, running.tasks.wait()).await.is_err() {
+        tracing::warn!("Not everything ended within the grace");
+    }
+    let totals = router.totals();
+    tracing::info!(
+        sessions = totals.attached + totals.detached,
+        messages = totals.queue_messages,
+        publishes = router.publishes_waiting(),
+        took_ms = began.elapsed().as_millis() as u64,
+        "Drained: with store.durability = \"memory\" these sessions and messages end with the process"
+    );
+}
+
+const SHUTTING_DOWN: Close = Close {
+    reason: ReasonCode::SERVER_SHUTTING_DOWN,
+    why: "the process is ending",
+};

@@ -1,0 +1,45 @@
+//! What the transports report, counted.
+
+use std::net::SocketAddr;
+
+use crate::telemetry::{AcceptErrorReason, HandshakeReason, metrics};
+use crate::transport::{Events, ListenerInfo};
+
+/// Counts in the process's metrics.
+pub(super) struct Counted;
+
+impl Events for Counted {
+    fn accept_error(&self, _listener: &ListenerInfo, kind: &'static str) {
+        let reason = match kind {
+            "fd_limit" => AcceptErrorReason::FileLimit,
+            "memory" => AcceptErrorReason::Memory,
+            "aborted" => AcceptErrorReason::Aborted,
+            _ => AcceptErrorReason::Other,
+        };
+        metrics().accept_errors[reason].increment(1);
+    }
+
+    fn refused(&self, _listener: &ListenerInfo, _reason: &'static str) {
+        metrics().handshakes_failed[HandshakeReason::Limit].increment(1);
+    }
+
+    fn handshake_failed(&self, _listener: &ListenerInfo, reason: &'static str) {
+        let reason = match reason {
+            "deadline" => HandshakeReason::Timeout,
+            "stopped" => HandshakeReason::Closed,
+            "tls" => HandshakeReason::Tls,
+            "alpn" => HandshakeReason::Alpn,
+            "http_403" => HandshakeReason::Origin,
+            "http_404" => HandshakeReason::Path,
+            "http_400" => HandshakeReason::Subprotocol,
+            "quic" => HandshakeReason::Quic,
+            "io" => HandshakeReason::Io,
+            _ => HandshakeReason::WebSocket,
+        };
+        metrics().handshakes_failed[reason].increment(1);
+    }
+
+    fn migrated(&self, listener: &ListenerInfo, from: SocketAddr, to: SocketAddr) {
+        tracing::debug!(listener = listener.name, %from, %to, "A client's address changed");
+    }
+}

@@ -1,0 +1,66 @@
+//! What a newcomer is told to type.
+
+use std::net::SocketAddr;
+
+use crate::config::{Listener, Transport};
+
+/// Name, transport and URL of a bound listener.
+pub(super) fn address(listener: &Listener, bound: SocketAddr) -> (String, &'static str, String) {
+    let scheme = match listener.transport {
+        Transport::Tcp => "mqtt",
+        Transport::Tls => "mqtts",
+        Transport::Ws => "ws",
+        Transport::Wss => "wss",
+        Transport::Quic => "quic",
+    };
+    let path = if listener.transport.is_websocket() {
+        listener.path.as_str()
+    } else {
+        ""
+    };
+    (
+        listener.name.clone(),
+        listener.transport.name(),
+        format!("{scheme}://{bound}{path}"),
+    )
+}
+
+/// Lines to copy, for the built-in configuration.
+pub(super) fn what_to_type(lines: &[(String, &'static str, String)]) -> String {
+    let find = |transport| {
+        lines
+            .iter()
+            .find(|(_, t, _)| *t == transport)
+            .map(|(_, _, url)| url.as_str())
+    };
+    let mut out = String::from("\nTidegate runs with its embedded core. Try:\n");
+    if let Some(tcp) = find("tcp") {
+        let (host, port) = tcp
+            .trim_start_matches("mqtt://")
+            .rsplit_once(':')
+            .unwrap_or((tcp, ""));
+        out.push_str(&format!(
+            "  mosquitto_sub -h {host} -p {port} -V 5 -i phone -c -x 300 -q 1 -t 'demo/#' -v\n  \
+             mosquitto_pub -h {host} -p {port} -q 1 -t demo/hello -m world\n\
+             Stop the first with Ctrl-C, publish again, start it again: the message is there.\n"
+        ));
+    }
+    if let Some(ws) = find("ws") {
+        out.push_str(&format!(
+            "In a browser or Node (npm install mqtt):\n  \
+             const mqtt = require('mqtt'); const c = mqtt.connect('{ws}');\n  \
+             c.on('connect', () => c.subscribe('demo/#')); c.on('message', (t, m) => console.log(t, m.toString()));\n"
+        ));
+    }
+    if let Some(quic) = find("quic") {
+        out.push_str(&format!(
+            "Over QUIC (ALPN mqtt, certificate not verified: it is a throw-away one), for example with emqtt:\n  \
+             emqtt sub --enable-quic true -h {} -p {} -t 'demo/#'\n",
+            quic.trim_start_matches("quic://")
+                .rsplit_once(':')
+                .map_or("127.0.0.1", |(h, _)| h),
+            quic.rsplit_once(':').map_or("14567", |(_, p)| p),
+        ));
+    }
+    out
+}

@@ -1,0 +1,132 @@
+//! What the admin side shows, from the running program.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::admin::{
+    AdminView, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView,
+};
+use crate::client::Clients;
+use crate::mqtt::Version;
+use crate::router::{Router, SessionInfo};
+use crate::telemetry::{SessionState, metrics};
+use crate::upstream::{Role, Upstream};
+
+/// The running program.
+pub(super) struct View {
+    pub router: Arc<Router>,
+    pub upstream: Upstream,
+    pub clients: Arc<Clients>,
+    /// When the clock started.
+    pub started: SystemTime,
+}
+
+impl AdminView for View {
+    fn ready(&self) -> bool {
+        !self.clients.draining.load(Ordering::Acquire)
+    }
+
+    fn sessions(&self, after: Option<&str>, limit: usize) -> SessionPage {
+        let mut found = self.router.sessions(after, limit + 1);
+        let more = found.len() > limit;
+        found.truncate(limit);
+        SessionPage {
+            next: match more {
+                true => found.last().map(|s| s.client_id.to_string()),
+                false => None,
+            },
+            sessions: found.iter().map(|s| self.summary(s)).collect(),
+        }
+    }
+
+    fn session(&self, id: &str) -> Option<SessionView> {
+        let info = self.router.session(id)?;
+        Some(SessionView {
+            summary: self.summary(&info),
+            subscriptions: info
+                .subscriptions
+                .iter()
+                .map(|s| SubscriptionView {
+                    filter: s.filter.to_string(),
+                    qos: s.options.qos as u8,
+                    no_local: s.options.no_local,
+                    retain_as_published: s.options.retain_as_published,
+                    retain_handling: s.options.retain_handling,
+                    identifier: (s.identifier != 0).then_some(s.identifier),
+                })
+                .collect(),
+        })
+    }
+
+    fn links(&self) -> Vec<LinkView> {
+        let links = self.upstream.links().iter();
+        links
+            .map(|link| {
+                let state = link.state();
+                LinkView {
+                    name: link.name.clone(),
+                    role: match link.role {
+                        Role::Data => "data",
+                        Role::Publish => "publish",
+                        Role::Retained => "retained",
+                    },
+                    server: state.server,
+                    state: if state.up { "up" } else { "down" },
+                    protocol: state.protocol,
+                    window: state.window as u32,
+                    inflight: state.in_flight as u32,
+                    filters: match link.role {
+                        Role::Data => self.router.filters_on(link.number),
+                        _ => 0,
+                    },
+                    connects: link.connects.load(Ordering::Relaxed),
+                    last_error: state.last_error,
+                }
+            })
+            .collect()
+    }
+
+    fn before_scrape(&self) {
+        let m = metrics();
+        let totals = self.router.totals();
+        m.sessions[SessionState::Attached].set(totals.attached as f64);
+        m.sessions[SessionState::Detached].set(totals.detached as f64);
+        m.queue_messages.set(totals.queue_messages as f64);
+        m.queue_bytes.set(self.router.queue_used() as f64);
+        m.publishes_waiting
+            .set(self.router.publishes_waiting() as f64);
+        let waiting = self.router.limits.publish_account.used();
+        m.publishes_waiting_bytes.set(waiting as f64);
+        m.retained_cache_bytes
+            .set(self.router.retained_bytes() as f64);
+    }
+}
+
+impl View {
+    fn summary(&self, info: &SessionInfo) -> SessionSummary {
+        let origin = info.origin.as_deref();
+        let since = self.started + Duration::from_millis(info.since);
+        let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
+        SessionSummary {
+            client_id: info.client_id.to_string(),
+            principal: info.principal.to_string(),
+            version: match info.version {
+                Version::V31 => "3.1",
+                Version::V311 => "3.1.1",
+                Version::V5 => "5",
+            },
+            attached: info.attached,
+            listener: origin.map(|o| o.listener.to_string()).unwrap_or_default(),
+            transport: origin.map_or("", |o| o.transport),
+            peer: origin.map(|o| o.peer.to_string()),
+            connected_since: info.attached.then_some(since.as_secs()),
+            expiry_seconds: info.expiry,
+            subscription_count: info.subscriptions.len(),
+            queue_messages: info.queue_messages,
+            queue_bytes: info.queue_bytes,
+            inflight: info.in_flight,
+            gaps: info.gaps,
+        }
+    }
+}

@@ -1,0 +1,471 @@
+//! One client's session: a state machine without I/O, clock or randomness.
+//!
+//! Packets, deliveries and the time come in; bytes for the client (in the connection's output),
+//! [`Effect`]s for the router and deadlines come out. The router's shards own the sessions; the
+//! connection tasks feed them.
+
+mod connection;
+mod inbound;
+mod outbound;
+mod packets;
+mod will;
+
+use std::sync::Arc;
+
+use crate::limits::Account;
+use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
+
+pub use connection::{Connection, ConnectionSpec};
+pub use inbound::{Answer, Arrival, Inbound, Token};
+pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed, SubscriptionIds};
+pub use packets::senior;
+pub use will::Will;
+
+/// What to do when a session's queue is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum QueueFull {
+    /// Drop the oldest waiting message.
+    #[default]
+    Oldest,
+    /// Drop the one that arrives.
+    Newest,
+    /// End the session.
+    EndSession,
+}
+
+/// Why a message was not kept for a client; the label of a metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropReason {
+    /// `session.queue_messages_max`.
+    QueueFull,
+    /// `session.queue_bytes_max`.
+    QueueBytes,
+    /// QoS 0 for a client that is away.
+    Qos0Offline,
+    /// Larger than the client's Maximum Packet Size.
+    TooLarge,
+}
+
+/// The limits of a session; the same for all.
+#[derive(Clone, Debug)]
+pub struct SessionLimits {
+    /// QoS 1 and 2 publishes of an MQTT 5 client that may be unanswered.
+    pub receive_max: u16,
+    /// Aliases a client may define.
+    pub topic_alias_max: u16,
+    /// Largest packet taken from a client, bytes.
+    pub packet_max: u32,
+    /// Messages in a session's queue.
+    pub queue_messages_max: usize,
+    /// Bytes in a session's queue, and in flight.
+    pub queue_bytes_max: usize,
+    /// Policy when the queue is full.
+    pub queue_full: QueueFull,
+    /// Keep QoS 0 for clients that are away.
+    pub queue_qos0: bool,
+    /// Bytes of output that may wait for a connection's socket.
+    pub output_buffer: usize,
+    /// Subscriptions of one client.
+    pub subscriptions_max: usize,
+    /// Levels of a topic or filter.
+    pub topic_levels_max: usize,
+    /// Unanswered publishes of a 3.x client before its socket is left unread.
+    pub v3_publishes_max: usize,
+    /// Session Expiry Interval at most, seconds.
+    pub expiry_max: u32,
+    /// Charged for every message that a client brings in.
+    pub publish_account: Arc<Account>,
+    /// User properties with this key are ours alone [MQTT-3.3.2-17]: stripped from clients.
+    pub reserved_key: &'static str,
+}
+
+impl SessionLimits {
+    /// Messages in flight toward one client, whatever its Receive Maximum.
+    pub fn in_flight_max(&self) -> usize {
+        self.queue_messages_max.clamp(64, 16_384)
+    }
+}
+
+/// Who may publish and subscribe what; asked for one client.
+pub trait Policy {
+    /// Whether the client may publish to `topic`.
+    fn may_publish(&self, topic: &str) -> bool;
+    /// Whether the client may subscribe to `filter`.
+    fn may_subscribe(&self, filter: &str) -> bool;
+    /// The largest QoS that the core takes.
+    fn maximum_qos(&self) -> QoS {
+        QoS::ExactlyOnce
+    }
+    /// Whether the core keeps retained messages.
+    fn retain_available(&self) -> bool {
+        true
+    }
+}
+
+/// One filter of a SUBSCRIBE that passed the session's checks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its place in the SUBSCRIBE.
+    pub index: u16,
+    /// The topic filter.
+    pub filter: Box<str>,
+    /// What the client asked for.
+    pub options: SubscribeOptions,
+}
+
+/// What a packet or the time asks of the router.
+#[derive(Debug)]
+pub enum Effect {
+    /// Forward to the core. No token: QoS 0, nobody waits for an answer.
+    Publish {
+        /// Names the publish in the core's answer.
+        token: Option<Token>,
+        /// What to publish.
+        message: Message,
+        /// The publisher has a No Local subscription that matches: mark the message as its own.
+        no_local: bool,
+    },
+    /// Add subscriptions; each answer comes back through [`Session::subscribed`].
+    Subscribe {
+        /// The SUBSCRIBE's packet identifier.
+        packet_id: u16,
+        /// Its Subscription Identifier; 0: none.
+        identifier: u32,
+        /// The filters.
+        wanted: Vec<Wanted>,
+    },
+    /// These filters lost their subscription.
+    Unsubscribe {
+        /// Numbers of the filters.
+        filters: Vec<u32>,
+    },
+}
+
+/// The connection must end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Close {
+    /// Sent to an MQTT 5 client in DISCONNECT (but not 0x00, which the client sent).
+    pub reason: ReasonCode,
+    /// For the log.
+    pub why: &'static str,
+}
+
+/// A subscription of this session.
+#[derive(Clone, Debug)]
+pub struct Subscription {
+    /// The router's number of the filter.
+    pub filter: u32,
+    /// The topic filter; shared with the router's table.
+    pub name: Arc<str>,
+    /// Granted QoS and options.
+    pub options: SubscribeOptions,
+    /// The client's Subscription Identifier; 0: none.
+    pub identifier: u32,
+    /// Set once the core granted it: only then can it be the senior of overlapping ones.
+    pub active: bool,
+    /// Another subscription of this session may match the same topic.
+    pub overlaps: bool,
+}
+
+/// A SUBSCRIBE whose filters are not all answered yet.
+#[derive(Debug)]
+struct PendingSubscribe {
+    packet_id: u16,
+    lane: u8,
+    waiting: u16,
+    codes: Vec<u8>,
+}
+
+/// A session.
+#[derive(Debug)]
+pub struct Session {
+    /// The client identifier.
+    pub client_id: Arc<str>,
+    /// Who it belongs to.
+    pub principal: Arc<str>,
+    /// Marks this session's own publishes for No Local; unique in the process.
+    pub tag: u64,
+    /// Session Expiry Interval in seconds; `u32::MAX`: never.
+    pub expiry: u32,
+    /// When the current connection began, or the last one ended.
+    pub since: u64,
+    /// Messages lost by a named limit since the session began.
+    pub gaps: u64,
+    connection: Option<Box<Connection>>,
+    generation: u64,
+    version: Version,
+    ends_at: u64,
+    subscriptions: Vec<Subscription>,
+    pending: Vec<PendingSubscribe>,
+    outbound: Outbound,
+    inbound: Inbound,
+    will: Option<Box<Will>>,
+    /// Ended; kept only to recognise publishes that are sent again.
+    ghost: bool,
+}
+
+/// What is left to do when a connection or session ended.
+#[derive(Debug, Default)]
+pub struct Ended {
+    /// Publish this will now.
+    pub will: Option<Message>,
+    /// A will is dropped unpublished.
+    pub will_cancelled: bool,
+    /// The session is over: release its subscriptions.
+    pub session: bool,
+    /// Messages that end with it.
+    pub messages: usize,
+}
+
+impl Session {
+    /// A new session without a connection.
+    pub fn new(client_id: Arc<str>, principal: Arc<str>, tag: u64, now: u64) -> Self {
+        Self {
+            client_id,
+            principal,
+            tag,
+            expiry: 0,
+            since: now,
+            gaps: 0,
+            connection: None,
+            generation: 0,
+            version: Version::V5,
+            ends_at: u64::MAX,
+            subscriptions: Vec::new(),
+            pending: Vec::new(),
+            outbound: Outbound::default(),
+            inbound: Inbound::default(),
+            will: None,
+            ghost: false,
+        }
+    }
+
+    /// Starts the session anew on the same client identifier [MQTT-3.1.2-4]. What the core still
+    /// has of its publishes is remembered, so that a copy sent again is not forwarded twice.
+    pub fn restart(&mut self, tag: u64, now: u64) -> Ended {
+        let mut ended = self.end();
+        // The will of the session that ends here is due [MQTT-3.1.3-9].
+        ended.will = self.will.take().map(|w| w.publish(now));
+        self.tag = tag;
+        self.gaps = 0;
+        ended
+    }
+
+    /// Begins a connection; returns its generation. Unacknowledged messages of an earlier one are
+    /// sent again by [`Session::pump`].
+    pub fn attach(
+        &mut self,
+        spec: &ConnectionSpec,
+        expiry: u32,
+        will: Option<Will>,
+        now: u64,
+    ) -> Attached {
+        let will_cancelled = self.will.take().is_some();
+        self.ghost = false;
+        self.generation += 1;
+        self.expiry = expiry;
+        self.version = spec.version;
+        self.since = now;
+        self.ends_at = u64::MAX;
+        self.will = will.map(Box::new);
+        self.connection = Some(Box::new(Connection::new(self.generation, spec, now)));
+        Attached {
+            generation: self.generation,
+            will_cancelled,
+        }
+    }
+
+    /// Ends the connection. `normal`: DISCONNECT 0x00, which discards the will [MQTT-3.14.4-3].
+    pub fn detach(&mut self, limits: &SessionLimits, normal: bool, now: u64) -> Ended {
+        self.connection = None;
+        self.since = now;
+        self.pending = Vec::new();
+        self.outbound.detached(limits);
+        let mut ended = Ended::default();
+        if normal {
+            ended.will_cancelled = self.will.take().is_some();
+        }
+        if self.expiry == 0 {
+            ended.will = self.will.take().map(|w| w.publish(now));
+            let over = self.end();
+            ended.session = true;
+            ended.messages = over.messages;
+            return ended;
+        }
+        if self.expiry != u32::MAX {
+            self.ends_at = now + u64::from(self.expiry) * 1000;
+        }
+        match self.will.as_deref_mut() {
+            Some(will) if will.delay == 0 => ended.will = self.will.take().map(|w| w.publish(now)),
+            Some(will) => {
+                // Whichever comes first: the delay or the session's end.
+                will.due_at = now + u64::from(will.delay.min(self.expiry)) * 1000;
+            }
+            None => {}
+        }
+        ended
+    }
+
+    /// The connection is taken away by the next one, and the session goes on: no will.
+    pub fn detach_for_takeover(&mut self, limits: &SessionLimits) {
+        self.connection = None;
+        self.pending = Vec::new();
+        self.outbound.detached(limits);
+    }
+
+    /// Ends the session's state; the will is the caller's to settle.
+    fn end(&mut self) -> Ended {
+        let messages = self.outbound.queued() + self.outbound.in_flight();
+        self.outbound = Outbound::default();
+        self.inbound.restart();
+        self.pending = Vec::new();
+        self.ends_at = u64::MAX;
+        self.ghost = true;
+        Ended {
+            session: true,
+            messages,
+            ..Ended::default()
+        }
+    }
+
+    /// Takes the subscriptions out; the caller releases them.
+    pub fn take_subscriptions(&mut self) -> Vec<Subscription> {
+        std::mem::take(&mut self.subscriptions)
+    }
+
+    /// What has come due: a will, or the session's end.
+    pub fn expire(&mut self, now: u64) -> Ended {
+        let mut ended = Ended::default();
+        if self.connection.is_some() || self.ghost {
+            return ended;
+        }
+        if self.will.as_ref().is_some_and(|w| w.due_at <= now) {
+            ended.will = self.will.take().map(|w| w.publish(now));
+        }
+        if self.ends_at <= now {
+            let will = ended.will.or(self.will.take().map(|w| w.publish(now)));
+            ended = self.end();
+            ended.will = will;
+        }
+        ended
+    }
+
+    /// When [`Session::expire`] or the keepalive next has something to do; `u64::MAX`: never.
+    pub fn deadline(&self) -> u64 {
+        match &self.connection {
+            Some(c) if c.keep_alive > 0 => c.last_seen + c.keep_alive,
+            Some(_) => u64::MAX,
+            None => {
+                let will = self.will.as_ref().map_or(u64::MAX, |w| w.due_at);
+                will.min(self.ends_at)
+            }
+        }
+    }
+
+    /// The core's answer to a publish of this client.
+    pub fn answered(&mut self, token: Token, reason: ReasonCode) {
+        let attached = self.connection.is_some();
+        let Some(answer) = self.inbound.answer(token, reason, attached) else {
+            return;
+        };
+        if let Some(connection) = &mut self.connection {
+            packets::write_answer(connection, &answer, reason);
+        }
+    }
+
+    /// Offers a message. See [`Outbound::deliver`].
+    pub fn deliver(
+        &mut self,
+        limits: &SessionLimits,
+        now: u64,
+        message: &Message,
+        qos: QoS,
+        retain: bool,
+        ids: &[u32],
+    ) -> Delivered {
+        let connection = self.connection.as_deref_mut();
+        self.outbound
+            .deliver(connection, limits, now, message, qos, retain, ids)
+    }
+
+    /// Writes what has become possible to write.
+    pub fn pump(&mut self, limits: &SessionLimits, now: u64) {
+        if let Some(connection) = &mut self.connection {
+            self.outbound.pump(connection, limits, now);
+        }
+    }
+
+    /// The connection, if there is one.
+    pub fn connection(&mut self) -> Option<&mut Connection> {
+        self.connection.as_deref_mut()
+    }
+
+    /// The connection, if there is one.
+    pub fn connection_ref(&self) -> Option<&Connection> {
+        self.connection.as_deref()
+    }
+
+    /// Whether a client is connected.
+    pub fn attached(&self) -> bool {
+        self.connection.is_some()
+    }
+
+    /// Number of the latest connection.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Protocol version of the latest connection.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The session is over; only its publishes under way are remembered.
+    pub fn is_ghost(&self) -> bool {
+        self.ghost
+    }
+
+    /// A ghost that is still of use.
+    pub fn worth_keeping(&self) -> bool {
+        self.inbound.has_orphans()
+    }
+
+    /// The sending half.
+    pub fn outbound(&self) -> &Outbound {
+        &self.outbound
+    }
+
+    /// The sending half, to drop from.
+    pub fn outbound_mut(&mut self) -> &mut Outbound {
+        &mut self.outbound
+    }
+
+    /// The subscriptions, oldest first.
+    pub fn subscriptions(&self) -> &[Subscription] {
+        &self.subscriptions
+    }
+
+    /// A 3.x client has too many unanswered publishes to read more from it.
+    pub fn stop_reading(&self, limits: &SessionLimits) -> bool {
+        self.version < Version::V5 && self.inbound.waiting() >= limits.v3_publishes_max
+    }
+
+    /// Publishes of this client that wait for the core.
+    pub fn publishes_waiting(&self) -> usize {
+        self.inbound.waiting()
+    }
+
+    /// When the session ends if nobody comes back; `u64::MAX`: not by time, or not now.
+    pub fn ends_at(&self) -> u64 {
+        self.ends_at
+    }
+}
+
+/// The outcome of [`Session::attach`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Number of the connection.
+    pub generation: u64,
+    /// A delayed will was cancelled by this resume [MQTT-3.1.3-9].
+    pub will_cancelled: bool,
+}

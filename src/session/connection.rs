@@ -1,0 +1,153 @@
+//! What lives only as long as one network connection: limits, aliases, output, keepalive.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
+
+use crate::mqtt::{Alias, Version};
+
+use super::SessionLimits;
+
+/// Aliases given toward one client at most, whatever it offers: each costs its topic's bytes.
+const ALIASES_OUT_MAX: u16 = 64;
+
+/// The state of one connection of a session.
+#[derive(Debug)]
+pub struct Connection {
+    /// Which connection of the session this is; a later one has a larger number.
+    pub generation: u64,
+    /// Protocol version of this connection.
+    pub version: Version,
+    /// The client's Receive Maximum.
+    pub receive_maximum: u16,
+    /// The client's Maximum Packet Size in bytes.
+    pub maximum_packet_size: usize,
+    /// The client takes Reason Strings outside CONNACK and DISCONNECT [MQTT-3.1.2-29].
+    pub problem_information: bool,
+    /// One and a half times Keep Alive in milliseconds; 0: none [MQTT-3.1.2-22].
+    pub keep_alive: u64,
+    /// When the last packet came.
+    pub last_seen: u64,
+    /// When output first waited without being taken; `u64::MAX`: none waits.
+    pub output_since: u64,
+    /// The client was asked to go, and why: nothing more is written for it.
+    pub closing: bool,
+    output: Vec<u8>,
+    side_output: Vec<(u8, Vec<u8>)>,
+    aliases_in: Vec<Option<Arc<str>>>,
+    aliases_out: Option<Box<HashMap<Box<str>, u16, RandomState>>>,
+    alias_out_max: u16,
+}
+
+/// What a CONNECT fixed for its connection.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectionSpec {
+    /// Protocol version.
+    pub version: Version,
+    /// The client's Receive Maximum; 65,535 if it sent none.
+    pub receive_maximum: u16,
+    /// The client's Maximum Packet Size in bytes; `u32::MAX` if it sent none.
+    pub maximum_packet_size: u32,
+    /// The client's Topic Alias Maximum.
+    pub topic_alias_maximum: u16,
+    /// Request Problem Information.
+    pub problem_information: bool,
+    /// The Keep Alive in force, in seconds; 0: none.
+    pub keep_alive: u16,
+}
+
+impl Connection {
+    /// A connection that starts `now`.
+    pub fn new(generation: u64, spec: &ConnectionSpec, now: u64) -> Self {
+        Self {
+            generation,
+            version: spec.version,
+            receive_maximum: spec.receive_maximum,
+            maximum_packet_size: spec.maximum_packet_size as usize,
+            problem_information: spec.problem_information,
+            keep_alive: u64::from(spec.keep_alive) * 1500,
+            last_seen: now,
+            output_since: u64::MAX,
+            closing: false,
+            output: Vec::new(),
+            side_output: Vec::new(),
+            aliases_in: Vec::new(),
+            aliases_out: None,
+            alias_out_max: spec.topic_alias_maximum.min(ALIASES_OUT_MAX),
+        }
+    }
+
+    /// The output of the control lane.
+    pub fn control(&mut self) -> &mut Vec<u8> {
+        &mut self.output
+    }
+
+    /// The output of `lane`: answers go where the packet came from.
+    pub fn lane(&mut self, lane: u8) -> &mut Vec<u8> {
+        if lane == 0 {
+            return &mut self.output;
+        }
+        let index = match self.side_output.iter().position(|(l, _)| *l == lane) {
+            Some(index) => index,
+            None => {
+                self.side_output.push((lane, Vec::new()));
+                self.side_output.len() - 1
+            }
+        };
+        &mut self.side_output[index].1
+    }
+
+    /// Bytes wait to be taken by the connection's task.
+    pub fn has_output(&self) -> bool {
+        !self.output.is_empty() || !self.side_output.is_empty()
+    }
+
+    /// Exchanges the control lane's output with `empty`, and takes the other lanes'.
+    pub fn take_output(&mut self, empty: &mut Vec<u8>) -> Vec<(u8, Vec<u8>)> {
+        std::mem::swap(&mut self.output, empty);
+        self.output_since = u64::MAX;
+        std::mem::take(&mut self.side_output)
+    }
+
+    /// Room for another delivery before the output buffer's limit.
+    pub fn has_room(&self, limits: &SessionLimits) -> bool {
+        self.output.len() < limits.output_buffer && !self.closing
+    }
+
+    /// Bytes of output that wait.
+    pub fn output_len(&self) -> usize {
+        self.output.len()
+    }
+
+    /// Defines or uses a client's alias; `None` if it was never defined.
+    pub fn resolve_alias(&mut self, alias: u16, topic: &str) -> Option<Arc<str>> {
+        let index = usize::from(alias) - 1;
+        if topic.is_empty() {
+            return self.aliases_in.get(index)?.clone();
+        }
+        if self.aliases_in.len() <= index {
+            self.aliases_in.resize(index + 1, None);
+        }
+        let topic: Arc<str> = topic.into();
+        self.aliases_in[index] = Some(topic.clone());
+        Some(topic)
+    }
+
+    /// The alias for a delivery on `topic`: first come, first served [MQTT-3.1.2-26].
+    pub fn alias_for(&mut self, topic: &str) -> Alias {
+        if self.alias_out_max == 0 {
+            return Alias::None;
+        }
+        let table = self.aliases_out.get_or_insert_default();
+        if let Some(alias) = table.get(topic) {
+            return Alias::Use(*alias);
+        }
+        let next = table.len() as u16 + 1;
+        if next > self.alias_out_max {
+            return Alias::None;
+        }
+        table.insert(topic.into(), next);
+        Alias::Define(next)
+    }
+}

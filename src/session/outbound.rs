@@ -1,0 +1,556 @@
+//! What goes to the client: the in-flight window and the queue behind it.
+
+use std::collections::VecDeque;
+
+use crate::mqtt::{AckKind, Alias, Delivery, Message, QoS, ReasonCode, encode_ack};
+
+use super::connection::Connection;
+use super::{DropReason, QueueFull, SessionLimits};
+
+/// Bytes charged for each queued or in-flight entry beside its message.
+pub const ENTRY_BYTES: usize = size_of::<Entry>();
+
+/// The client's own Subscription Identifiers that go with one delivery.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SubscriptionIds {
+    /// No matching subscription has one.
+    #[default]
+    None,
+    /// The usual case.
+    One(u32),
+    /// Overlapping subscriptions with several.
+    Many(Box<[u32]>),
+}
+
+impl SubscriptionIds {
+    /// Keeps `ids` in the smallest form.
+    pub fn from_slice(ids: &[u32]) -> Self {
+        match ids {
+            [] => Self::None,
+            [one] => Self::One(*one),
+            many => Self::Many(many.into()),
+        }
+    }
+
+    fn as_slice(&self) -> &[u32] {
+        match self {
+            Self::None => &[],
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
+        }
+    }
+}
+
+/// One delivery of a message to this client, waiting or in flight.
+#[derive(Debug)]
+struct Entry {
+    message: Message,
+    ids: SubscriptionIds,
+    packet_id: u16,
+    qos: QoS,
+    state: State,
+    retain: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Not sent yet.
+    Waiting,
+    /// PUBLISH sent on this connection.
+    Sent,
+    /// PUBLISH sent on an earlier connection: again, with DUP, when the window allows.
+    Resend,
+    /// PUBREC received, PUBREL sent on this connection.
+    Released,
+    /// PUBREC received on an earlier connection: PUBREL again.
+    ReleaseAgain,
+    /// Complete; stands until all before it are.
+    Done,
+}
+
+/// The result of offering one message to a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivered {
+    /// Bytes were added to the connection's output.
+    Written(QoS),
+    /// Waits in the queue.
+    Queued,
+    /// Not kept, for this reason.
+    Dropped(DropReason),
+    /// The queue is full and `queue_full = "end_session"`.
+    EndSession,
+}
+
+/// Counts of what was let go while the queue was worked on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shed {
+    /// Messages whose expiry passed while they waited.
+    pub expired: u32,
+    /// Messages larger than the client's Maximum Packet Size.
+    pub too_large: u32,
+    /// Messages pushed out by newer ones.
+    pub pushed_out: u32,
+}
+
+/// The sending half of a session: packet identifiers, window, queue.
+#[derive(Debug, Default)]
+pub struct Outbound {
+    /// In order of sending. Front is never `Done`; identifiers are allocated in ascending order,
+    /// so an entry is found by its distance from the front's.
+    inflight: VecDeque<Entry>,
+    queue: VecDeque<Entry>,
+    queue_bytes: usize,
+    inflight_bytes: usize,
+    queued_qos0: u32,
+    last_packet_id: u16,
+    /// PUBLISH and PUBREL outstanding on the current connection.
+    window_used: u16,
+    /// Entries before this index need no second sending on this connection.
+    resend_at: usize,
+    /// What was let go; the caller takes it and counts it.
+    pub shed: Shed,
+}
+
+impl Outbound {
+    /// Messages waiting behind the window.
+    pub fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Bytes of the messages waiting behind the window, each counted in full.
+    pub fn queued_bytes(&self) -> usize {
+        self.queue_bytes
+    }
+
+    /// Messages sent and not completely acknowledged.
+    pub fn in_flight(&self) -> usize {
+        self.inflight
+            .iter()
+            .filter(|e| e.state != State::Done)
+            .count()
+    }
+
+    /// Entries held, waiting or in flight: what the entry account is charged for.
+    pub fn entries(&self) -> usize {
+        self.inflight.len() + self.queue.len()
+    }
+
+    /// Whether a pump could write something once there is room.
+    pub fn has_backlog(&self) -> bool {
+        !self.queue.is_empty() || self.resend_at < self.inflight.len()
+    }
+
+    /// Offers one message. `qos` and `retain` are already what this client is to see.
+    pub fn deliver(
+        &mut self,
+        connection: Option<&mut Connection>,
+        limits: &SessionLimits,
+        now: u64,
+        message: &Message,
+        qos: QoS,
+        retain: bool,
+        ids: &[u32],
+    ) -> Delivered {
+        if let Some(connection) = connection {
+            let room = connection.has_room(limits);
+            if qos == QoS::AtMostOnce {
+                // QoS 0 passes a queue that waits for the window only, but not its own kind.
+                if room && self.queued_qos0 == 0 && self.resend_at >= self.inflight.len() {
+                    return match self.write(connection, now, message, qos, retain, ids, 0, false) {
+                        true => Delivered::Written(qos),
+                        false => Delivered::Dropped(DropReason::TooLarge),
+                    };
+                }
+            } else if room
+                && self.queue.is_empty()
+                && self.resend_at >= self.inflight.len()
+                && self.window_open(connection, limits)
+            {
+                let packet_id = self.next_packet_id();
+                if !self.write(connection, now, message, qos, retain, ids, packet_id, false) {
+                    return Delivered::Dropped(DropReason::TooLarge);
+                }
+                self.last_packet_id = packet_id;
+                self.window_used += 1;
+                self.inflight_bytes += message.size();
+                self.inflight.push_back(Entry {
+                    message: message.clone(),
+                    ids: SubscriptionIds::from_slice(ids),
+                    packet_id,
+                    qos,
+                    state: State::Sent,
+                    retain,
+                });
+                self.resend_at = self.inflight.len();
+                return Delivered::Written(qos);
+            }
+        } else if qos == QoS::AtMostOnce && !limits.queue_qos0 {
+            return Delivered::Dropped(DropReason::Qos0Offline);
+        }
+        self.enqueue(limits, message, qos, retain, ids)
+    }
+
+    fn enqueue(
+        &mut self,
+        limits: &SessionLimits,
+        message: &Message,
+        qos: QoS,
+        retain: bool,
+        ids: &[u32],
+    ) -> Delivered {
+        let size = message.size();
+        if size > limits.queue_bytes_max {
+            return Delivered::Dropped(DropReason::QueueBytes);
+        }
+        while self.queue.len() >= limits.queue_messages_max
+            || self.queue_bytes + size > limits.queue_bytes_max
+        {
+            match limits.queue_full {
+                QueueFull::Newest => {
+                    let reason = if self.queue.len() >= limits.queue_messages_max {
+                        DropReason::QueueFull
+                    } else {
+                        DropReason::QueueBytes
+                    };
+                    return Delivered::Dropped(reason);
+                }
+                QueueFull::EndSession => return Delivered::EndSession,
+                QueueFull::Oldest => {
+                    if self.pop_queue().is_none() {
+                        return Delivered::Dropped(DropReason::QueueFull);
+                    }
+                    self.shed.pushed_out += 1;
+                }
+            }
+        }
+        self.queue_bytes += size;
+        self.queued_qos0 += u32::from(qos == QoS::AtMostOnce);
+        self.queue.push_back(Entry {
+            message: message.clone(),
+            ids: SubscriptionIds::from_slice(ids),
+            packet_id: 0,
+            qos,
+            state: State::Waiting,
+            retain,
+        });
+        Delivered::Queued
+    }
+
+    /// Writes what the window, the client and the output buffer allow: first what an earlier
+    /// connection left unacknowledged, in order [MQTT-4.4.0-1] [MQTT-4.6.0-1], then the queue.
+    pub fn pump(&mut self, connection: &mut Connection, limits: &SessionLimits, now: u64) {
+        self.resend(connection, limits, now);
+        while self.resend_at >= self.inflight.len() && connection.has_room(limits) {
+            let Some(front) = self.queue.front() else {
+                break;
+            };
+            if front.message.expires_at() <= now {
+                self.pop_queue();
+                self.shed.expired += 1;
+                continue;
+            }
+            if front.qos > QoS::AtMostOnce && !self.window_open(connection, limits) {
+                break;
+            }
+            let Some(mut entry) = self.pop_queue() else {
+                break;
+            };
+            let packet_id = match entry.qos {
+                QoS::AtMostOnce => 0,
+                _ => self.next_packet_id(),
+            };
+            let written = self.write(
+                connection,
+                now,
+                &entry.message,
+                entry.qos,
+                entry.retain,
+                entry.ids.as_slice(),
+                packet_id,
+                false,
+            );
+            if !written {
+                self.shed.too_large += 1;
+            } else if packet_id != 0 {
+                self.last_packet_id = packet_id;
+                self.window_used += 1;
+                self.inflight_bytes += entry.message.size();
+                entry.packet_id = packet_id;
+                entry.state = State::Sent;
+                self.inflight.push_back(entry);
+                self.resend_at = self.inflight.len();
+            }
+        }
+        if self.queue.is_empty() && self.queue.capacity() > 64 {
+            self.queue = VecDeque::new();
+        }
+    }
+
+    fn resend(&mut self, connection: &mut Connection, limits: &SessionLimits, now: u64) {
+        while self.resend_at < self.inflight.len() && connection.has_room(limits) {
+            let window_open = self.window_used < connection.receive_maximum;
+            let entry = &mut self.inflight[self.resend_at];
+            match entry.state {
+                State::ReleaseAgain => {
+                    encode_ack(
+                        connection.version,
+                        AckKind::Pubrel,
+                        entry.packet_id,
+                        ReasonCode::SUCCESS,
+                        None,
+                        connection.control(),
+                    );
+                    entry.state = State::Released;
+                    self.window_used += 1;
+                }
+                State::Resend => {
+                    if !window_open {
+                        return;
+                    }
+                    let written = write_to(
+                        connection,
+                        now,
+                        &entry.message,
+                        entry.qos,
+                        entry.retain,
+                        entry.ids.as_slice(),
+                        entry.packet_id,
+                        true,
+                    );
+                    if written {
+                        entry.state = State::Sent;
+                        self.window_used += 1;
+                    } else {
+                        entry.state = State::Done;
+                        self.inflight_bytes -= entry.message.size();
+                        self.shed.too_large += 1;
+                    }
+                }
+                _ => {}
+            }
+            self.resend_at += 1;
+        }
+        self.trim();
+    }
+
+    /// The client's PUBACK, or a PUBREC of 0x80 and above [MQTT-4.4.0-2]. False: unknown identifier.
+    pub fn acknowledged(&mut self, packet_id: u16) -> bool {
+        self.complete(packet_id, |s| matches!(s, State::Sent | State::Resend))
+    }
+
+    /// The client's PUBREC: the answer is PUBREL, whatever we know [MQTT-4.3.3-4]. False: unknown.
+    pub fn received(&mut self, packet_id: u16) -> bool {
+        let Some(index) = self.find(packet_id) else {
+            return false;
+        };
+        let entry = &mut self.inflight[index];
+        match entry.state {
+            State::Sent | State::Resend if entry.qos == QoS::ExactlyOnce => {
+                if entry.state == State::Resend {
+                    self.window_used += 1;
+                }
+                entry.state = State::Released;
+                true
+            }
+            State::Released => true,
+            _ => false,
+        }
+    }
+
+    /// The client's PUBCOMP. False: unknown identifier.
+    pub fn completed(&mut self, packet_id: u16) -> bool {
+        self.complete(packet_id, |s| {
+            matches!(s, State::Released | State::ReleaseAgain)
+        })
+    }
+
+    /// Whether `packet_id` is a QoS 1 (not QoS 2) delivery that waits for its acknowledgement.
+    pub fn qos_of(&self, packet_id: u16) -> Option<QoS> {
+        self.find(packet_id).map(|i| self.inflight[i].qos)
+    }
+
+    fn complete(&mut self, packet_id: u16, expected: impl Fn(State) -> bool) -> bool {
+        let Some(index) = self.find(packet_id) else {
+            return false;
+        };
+        let entry = &mut self.inflight[index];
+        if !expected(entry.state) {
+            return false;
+        }
+        let counted = matches!(entry.state, State::Sent | State::Released);
+        entry.state = State::Done;
+        self.inflight_bytes -= entry.message.size();
+        self.window_used -= u16::from(counted);
+        self.trim();
+        true
+    }
+
+    fn trim(&mut self) {
+        while self
+            .inflight
+            .front()
+            .is_some_and(|e| e.state == State::Done)
+        {
+            self.inflight.pop_front();
+            self.resend_at = self.resend_at.saturating_sub(1);
+        }
+        if self.inflight.is_empty() {
+            self.resend_at = 0;
+            if self.inflight.capacity() > 64 {
+                self.inflight = VecDeque::new();
+            }
+        }
+    }
+
+    fn find(&self, packet_id: u16) -> Option<usize> {
+        let first = self.inflight.front()?.packet_id;
+        let distance = |id: u16| id.wrapping_sub(first);
+        let index = self
+            .inflight
+            .binary_search_by_key(&distance(packet_id), |e| distance(e.packet_id))
+            .ok()?;
+        (self.inflight[index].state != State::Done).then_some(index)
+    }
+
+    /// Forgets what belongs to the lost connection; what was sent is to be sent again.
+    pub fn detached(&mut self, limits: &SessionLimits) {
+        self.window_used = 0;
+        self.resend_at = 0;
+        for entry in &mut self.inflight {
+            entry.state = match entry.state {
+                State::Sent => State::Resend,
+                State::Released => State::ReleaseAgain,
+                other => other,
+            };
+        }
+        if !limits.queue_qos0 && self.queued_qos0 > 0 {
+            self.queue.retain(|e| e.qos != QoS::AtMostOnce);
+            self.queue_bytes = self.queue.iter().map(|e| e.message.size()).sum();
+            self.queued_qos0 = 0;
+        }
+    }
+
+    /// Drops every waiting message and every unacknowledged PUBLISH; returns how many messages.
+    /// For a detached session only: identifiers in PUBREL state stay.
+    pub fn evict(&mut self) -> usize {
+        let mut dropped = self.drop_queue();
+        let before = self.inflight.len();
+        self.inflight
+            .retain(|e| matches!(e.state, State::Released | State::ReleaseAgain));
+        dropped += before - self.inflight.len();
+        self.inflight_bytes = self.inflight.iter().map(|e| e.message.size()).sum();
+        self.resend_at = 0;
+        dropped
+    }
+
+    /// Drops every waiting message; returns how many.
+    pub fn drop_queue(&mut self) -> usize {
+        let dropped = self.queue.len();
+        self.queue = VecDeque::new();
+        self.queue_bytes = 0;
+        self.queued_qos0 = 0;
+        dropped
+    }
+
+    /// Drops waiting messages that are past their expiry, and QoS 0 where `qos0`; returns
+    /// (expired, QoS 0 dropped).
+    pub fn purge(&mut self, now: u64, qos0: bool) -> (usize, usize) {
+        let (mut expired, mut zero) = (0, 0);
+        self.queue.retain(|e| {
+            if e.message.expires_at() <= now {
+                expired += 1;
+                return false;
+            }
+            if qos0 && e.qos == QoS::AtMostOnce {
+                zero += 1;
+                return false;
+            }
+            true
+        });
+        if expired + zero > 0 {
+            self.queue_bytes = self.queue.iter().map(|e| e.message.size()).sum();
+            self.queued_qos0 = self
+                .queue
+                .iter()
+                .filter(|e| e.qos == QoS::AtMostOnce)
+                .count() as u32;
+        }
+        (expired, zero)
+    }
+
+    fn pop_queue(&mut self) -> Option<Entry> {
+        let entry = self.queue.pop_front()?;
+        self.queue_bytes -= entry.message.size();
+        self.queued_qos0 -= u32::from(entry.qos == QoS::AtMostOnce);
+        Some(entry)
+    }
+
+    /// Room in the client's Receive Maximum [MQTT-3.3.4-9] and in what we keep in flight for it.
+    fn window_open(&self, connection: &Connection, limits: &SessionLimits) -> bool {
+        self.window_used < connection.receive_maximum
+            && self.inflight.len() < limits.in_flight_max()
+            && (self.inflight_bytes < limits.queue_bytes_max)
+    }
+
+    /// The next identifier in ascending order, never 0 [MQTT-2.2.1-4]. It is free: entries in
+    /// flight are fewer than identifiers and hold a contiguous run behind it.
+    fn next_packet_id(&self) -> u16 {
+        match self.last_packet_id.wrapping_add(1) {
+            0 => 1,
+            id => id,
+        }
+    }
+
+    fn write(
+        &mut self,
+        connection: &mut Connection,
+        now: u64,
+        message: &Message,
+        qos: QoS,
+        retain: bool,
+        ids: &[u32],
+        packet_id: u16,
+        dup: bool,
+    ) -> bool {
+        write_to(connection, now, message, qos, retain, ids, packet_id, dup)
+    }
+}
+
+/// Encodes one PUBLISH; false if it is larger than the client takes [MQTT-3.1.2-24].
+fn write_to(
+    connection: &mut Connection,
+    now: u64,
+    message: &Message,
+    qos: QoS,
+    retain: bool,
+    ids: &[u32],
+    packet_id: u16,
+    dup: bool,
+) -> bool {
+    let message_expiry = match message.expires_at() {
+        u64::MAX => None,
+        at => Some(at.saturating_sub(now).div_ceil(1000).min(u32::MAX as u64) as u32),
+    };
+    let mut delivery = Delivery {
+        version: connection.version,
+        dup,
+        qos,
+        retain,
+        packet_id,
+        alias: Alias::None,
+        message_expiry,
+        subscription_ids: ids,
+        user_property: None,
+    };
+    // An alias definition costs three bytes more than the plain form: judged on the larger.
+    if delivery.size(message) + 3 > connection.maximum_packet_size {
+        let fits = delivery.size(message) <= connection.maximum_packet_size;
+        if fits {
+            delivery.encode(message, connection.control());
+        }
+        return fits;
+    }
+    delivery.alias = connection.alias_for(message.topic());
+    delivery.encode(message, connection.control());
+    true
+}

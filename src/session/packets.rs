@@ -1,0 +1,451 @@
+//! What each packet from the client does to its session.
+
+use std::sync::Arc;
+
+use crate::mqtt::{
+    Ack, AckKind, Disconnect, Message, MessageSpec, Packet, Publish, QoS, ReasonCode, Subscribe,
+    Unsubscribe, Version, encode_ack, encode_pingresp, encode_suback, encode_unsuback, matches,
+    overlaps, split_shared,
+};
+
+use super::connection::Connection;
+use super::inbound::{Answer, Arrival};
+use super::{
+    Close, Effect, PendingSubscribe, Policy, Session, SessionLimits, Subscription, Wanted,
+};
+
+impl Session {
+    /// Takes one packet that arrived on `lane` (0: the control stream). What it asks of the router
+    /// is appended to `effects`, in order.
+    ///
+    /// # Errors
+    /// [`Close`]: the connection must end; `effects` so far stand.
+    pub fn packet(
+        &mut self,
+        lane: u8,
+        packet: &Packet<'_>,
+        limits: &SessionLimits,
+        policy: &dyn Policy,
+        now: u64,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), Close> {
+        let Some(connection) = self.connection.as_deref_mut() else {
+            return Err(protocol("the session has no connection"));
+        };
+        connection.last_seen = now;
+        match packet {
+            Packet::Publish(p) => self.publish(lane, p, limits, policy, now, effects),
+            Packet::Puback(a) => {
+                self.outbound.acknowledged(a.packet_id);
+                Ok(())
+            }
+            Packet::Pubrec(a) => self.pubrec(lane, a),
+            Packet::Pubrel(a) => self.pubrel(lane, a),
+            Packet::Pubcomp(a) => {
+                self.outbound.completed(a.packet_id);
+                Ok(())
+            }
+            Packet::Subscribe(s) => self.subscribe(lane, s, limits, policy, effects),
+            Packet::Unsubscribe(u) => self.unsubscribe(lane, u, effects),
+            Packet::Pingreq => {
+                encode_pingresp(connection.lane(lane));
+                Ok(())
+            }
+            Packet::Disconnect(d) => self.disconnect(d, limits),
+            Packet::Connect(_) => Err(protocol("a second CONNECT [MQTT-3.1.0-2]")),
+            Packet::Auth(_) => Err(protocol("AUTH without an authentication method")),
+            _ => Err(protocol("a packet that only servers send")),
+        }
+    }
+
+    fn publish(
+        &mut self,
+        lane: u8,
+        publish: &Publish<'_>,
+        limits: &SessionLimits,
+        policy: &dyn Policy,
+        now: u64,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), Close> {
+        let Some(connection) = self.connection.as_deref_mut() else {
+            return Ok(());
+        };
+        let aliased: Option<Arc<str>>;
+        let mut topic = publish.topic;
+        if let Some(alias) = publish.topic_alias {
+            if alias > limits.topic_alias_max {
+                return Err(close(
+                    ReasonCode::TOPIC_ALIAS_INVALID,
+                    "a topic alias above our maximum [MQTT-3.3.2-9]",
+                ));
+            }
+            aliased = connection.resolve_alias(alias, publish.topic);
+            match &aliased {
+                Some(name) => topic = name,
+                None => return Err(protocol("a topic alias that was never defined")),
+            }
+        }
+        if topic.split('/').count() > limits.topic_levels_max {
+            return Err(close(
+                ReasonCode::TOPIC_NAME_INVALID,
+                "a topic with more levels than limits.topic_levels_max",
+            ));
+        }
+        if publish.qos > policy.maximum_qos() {
+            return Err(close(
+                ReasonCode::QOS_NOT_SUPPORTED,
+                "a QoS above the announced maximum [MQTT-3.2.2-11]",
+            ));
+        }
+        if publish.retain && !policy.retain_available() {
+            return Err(close(
+                ReasonCode::RETAIN_NOT_SUPPORTED,
+                "RETAIN where the core keeps none [MQTT-3.2.2-14]",
+            ));
+        }
+        let mut token = None;
+        if publish.qos > QoS::AtMostOnce {
+            let same = |m: &Message| {
+                m.payload() == publish.payload && m.topic() == topic && m.qos() == publish.qos
+            };
+            let id = publish.packet_id;
+            let open_before = self.inbound.open();
+            match self
+                .inbound
+                .arrive(id, lane, publish.dup, same, publish.qos)
+            {
+                Arrival::New(new) => token = Some(new),
+                Arrival::Joined => return Ok(()),
+                Arrival::Answered(reason) => {
+                    let answer = Answer {
+                        packet_id: id,
+                        lane,
+                        qos: publish.qos,
+                    };
+                    write_answer(connection, &answer, reason);
+                    return Ok(());
+                }
+                Arrival::Received => {
+                    let (version, out) = (connection.version, connection.lane(lane));
+                    encode_ack(version, AckKind::Pubrec, id, ReasonCode::SUCCESS, None, out);
+                    return Ok(());
+                }
+            }
+            if connection.version == Version::V5 && open_before >= usize::from(limits.receive_max) {
+                return Err(close(
+                    ReasonCode::RECEIVE_MAXIMUM_EXCEEDED,
+                    "more unanswered publishes than our Receive Maximum",
+                ));
+            }
+        }
+        if !policy.may_publish(topic) {
+            if let Some(token) = token {
+                // 3.x has no negative answer: acknowledged, and not forwarded.
+                let reason = ReasonCode::NOT_AUTHORIZED;
+                if let Some(answer) = self.inbound.answer(token, reason, true) {
+                    write_answer(connection, &answer, reason);
+                }
+            }
+            return Ok(());
+        }
+        let message = Message::new(&MessageSpec {
+            topic,
+            properties: publish.properties,
+            payload: publish.payload,
+            qos: publish.qos,
+            retain: publish.retain,
+            expires_at: publish
+                .message_expiry
+                .map_or(u64::MAX, |s| now + u64::from(s) * 1000),
+            strip_key: Some(limits.reserved_key),
+            account: Some(limits.publish_account.clone()),
+        });
+        if let Some(token) = token {
+            self.inbound.keep(token, &message);
+        }
+        let no_local = self
+            .subscriptions
+            .iter()
+            .any(|s| s.options.no_local && matches(&s.name, topic));
+        effects.push(Effect::Publish {
+            token,
+            message,
+            no_local,
+        });
+        Ok(())
+    }
+
+    fn pubrec(&mut self, lane: u8, ack: &Ack<'_>) -> Result<(), Close> {
+        let Some(connection) = self.connection.as_deref_mut() else {
+            return Ok(());
+        };
+        if ack.reason.is_error() {
+            self.outbound.acknowledged(ack.packet_id);
+            return Ok(());
+        }
+        let reason = if self.outbound.received(ack.packet_id) {
+            ReasonCode::SUCCESS
+        } else {
+            ReasonCode::PACKET_IDENTIFIER_NOT_FOUND
+        };
+        let version = connection.version;
+        let out = connection.lane(lane);
+        encode_ack(version, AckKind::Pubrel, ack.packet_id, reason, None, out);
+        Ok(())
+    }
+
+    fn pubrel(&mut self, lane: u8, ack: &Ack<'_>) -> Result<(), Close> {
+        let Some(connection) = self.connection.as_deref_mut() else {
+            return Ok(());
+        };
+        let reason = if self.inbound.release(ack.packet_id) {
+            ReasonCode::SUCCESS
+        } else {
+            ReasonCode::PACKET_IDENTIFIER_NOT_FOUND
+        };
+        let version = connection.version;
+        let out = connection.lane(lane);
+        encode_ack(version, AckKind::Pubcomp, ack.packet_id, reason, None, out);
+        Ok(())
+    }
+
+    fn subscribe(
+        &mut self,
+        lane: u8,
+        subscribe: &Subscribe<'_>,
+        limits: &SessionLimits,
+        policy: &dyn Policy,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), Close> {
+        let mut codes = Vec::new();
+        let mut wanted: Vec<Wanted> = Vec::new();
+        let mut fresh = 0;
+        for (index, (filter, options)) in subscribe.filters().enumerate() {
+            let known = self.subscriptions.iter().any(|s| *s.name == *filter);
+            let refused = if split_shared(filter).is_some() {
+                Some(ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED)
+            } else if filter.split('/').count() > limits.topic_levels_max {
+                Some(ReasonCode::TOPIC_FILTER_INVALID)
+            } else if !policy.may_subscribe(filter) {
+                Some(ReasonCode::NOT_AUTHORIZED)
+            } else if !known && self.subscriptions.len() + fresh >= limits.subscriptions_max {
+                Some(ReasonCode::QUOTA_EXCEEDED)
+            } else {
+                None
+            };
+            // Replaced by the answer of each filter that passed.
+            codes.push(refused.unwrap_or(ReasonCode::UNSPECIFIED_ERROR).0);
+            if refused.is_none() {
+                fresh += usize::from(!known);
+                wanted.push(Wanted {
+                    index: index as u16,
+                    filter: filter.into(),
+                    options,
+                });
+            }
+        }
+        self.pending.push(PendingSubscribe {
+            packet_id: subscribe.packet_id,
+            lane,
+            waiting: wanted.len() as u16,
+            codes,
+        });
+        if wanted.is_empty() {
+            return self.finish_subscribe(subscribe.packet_id);
+        }
+        effects.push(Effect::Subscribe {
+            packet_id: subscribe.packet_id,
+            identifier: subscribe.subscription_id.unwrap_or(0),
+            wanted,
+        });
+        Ok(())
+    }
+
+    /// The outcome for one filter of a SUBSCRIBE; the SUBACK goes out with the last.
+    ///
+    /// # Errors
+    /// [`Close`]: MQTT 3.1 has no code for a refusal.
+    pub fn subscribed(
+        &mut self,
+        packet_id: u16,
+        index: u16,
+        code: ReasonCode,
+    ) -> Result<(), Close> {
+        let Some(pending) = self.pending.iter_mut().find(|p| p.packet_id == packet_id) else {
+            return Ok(());
+        };
+        if let Some(slot) = pending.codes.get_mut(usize::from(index)) {
+            *slot = code.0;
+        }
+        pending.waiting = pending.waiting.saturating_sub(1);
+        if pending.waiting == 0 {
+            return self.finish_subscribe(packet_id);
+        }
+        Ok(())
+    }
+
+    fn finish_subscribe(&mut self, packet_id: u16) -> Result<(), Close> {
+        let Some(at) = self.pending.iter().position(|p| p.packet_id == packet_id) else {
+            return Ok(());
+        };
+        let pending = self.pending.swap_remove(at);
+        let Some(connection) = self.connection.as_deref_mut() else {
+            return Ok(());
+        };
+        let version = connection.version;
+        if version == Version::V31 && pending.codes.iter().any(|c| *c >= 0x80) {
+            return Err(close(
+                ReasonCode::NOT_AUTHORIZED,
+                "a refused filter, which MQTT 3.1 cannot be told",
+            ));
+        }
+        let out = connection.lane(pending.lane);
+        encode_suback(version, packet_id, &pending.codes, out);
+        Ok(())
+    }
+
+    /// Puts a subscription in force, or replaces the one on the same filter [MQTT-3.8.4-3].
+    /// Returns the one it replaced.
+    pub fn add_subscription(&mut self, mut new: Subscription) -> Option<Subscription> {
+        if let Some(old) = self
+            .subscriptions
+            .iter_mut()
+            .find(|s| s.filter == new.filter)
+        {
+            new.overlaps = old.overlaps;
+            new.active = old.active;
+            return Some(std::mem::replace(old, new));
+        }
+        for other in &mut self.subscriptions {
+            if overlaps(&other.name, &new.name) {
+                other.overlaps = true;
+                new.overlaps = true;
+            }
+        }
+        self.subscriptions.push(new);
+        None
+    }
+
+    /// The subscription on a filter number.
+    pub fn subscription(&mut self, filter: u32) -> Option<&mut Subscription> {
+        self.subscriptions.iter_mut().find(|s| s.filter == filter)
+    }
+
+    /// Takes a subscription away.
+    pub fn remove_subscription(&mut self, filter: u32) -> Option<Subscription> {
+        let at = self.subscriptions.iter().position(|s| s.filter == filter)?;
+        let removed = self.subscriptions.remove(at);
+        if removed.overlaps {
+            for i in 0..self.subscriptions.len() {
+                let still = (0..self.subscriptions.len()).any(|j| {
+                    i != j && overlaps(&self.subscriptions[i].name, &self.subscriptions[j].name)
+                });
+                self.subscriptions[i].overlaps = still;
+            }
+        }
+        Some(removed)
+    }
+
+    fn unsubscribe(
+        &mut self,
+        lane: u8,
+        unsubscribe: &Unsubscribe<'_>,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), Close> {
+        let mut codes = Vec::new();
+        let mut filters = Vec::new();
+        for filter in unsubscribe.filters() {
+            let number = self
+                .subscriptions
+                .iter()
+                .find(|s| *s.name == *filter)
+                .map(|s| s.filter);
+            codes.push(match number {
+                Some(_) => ReasonCode::SUCCESS.0,
+                None => ReasonCode::NO_SUBSCRIPTION_EXISTED.0,
+            });
+            if let Some(number) = number {
+                self.remove_subscription(number);
+                filters.push(number);
+            }
+        }
+        if let Some(connection) = self.connection.as_deref_mut() {
+            let version = connection.version;
+            let out = connection.lane(lane);
+            encode_unsuback(version, unsubscribe.packet_id, &codes, out);
+        }
+        if !filters.is_empty() {
+            effects.push(Effect::Unsubscribe { filters });
+        }
+        Ok(())
+    }
+
+    fn disconnect(
+        &mut self,
+        disconnect: &Disconnect<'_>,
+        limits: &SessionLimits,
+    ) -> Result<(), Close> {
+        if let Some(expiry) = disconnect.session_expiry {
+            if self.expiry == 0 && expiry != 0 {
+                return Err(protocol(
+                    "DISCONNECT sets an expiry that CONNECT had at zero",
+                ));
+            }
+            self.expiry = expiry.min(limits.expiry_max);
+        }
+        Err(Close {
+            reason: if disconnect.reason.0 == 0 {
+                ReasonCode::SUCCESS
+            } else {
+                // The client's own reason (0x04 and above): the will goes out, nothing is sent back.
+                ReasonCode::DISCONNECT_WITH_WILL_MESSAGE
+            },
+            why: "DISCONNECT",
+        })
+    }
+}
+
+/// PUBACK or PUBREC for a publish that the core answered.
+pub(super) fn write_answer(connection: &mut Connection, answer: &Answer, reason: ReasonCode) {
+    let kind = match answer.qos {
+        QoS::ExactlyOnce => AckKind::Pubrec,
+        _ => AckKind::Puback,
+    };
+    let version = connection.version;
+    let out = connection.lane(answer.lane);
+    encode_ack(version, kind, answer.packet_id, reason, None, out);
+}
+
+/// The senior of a client's subscriptions that match `topic`: highest granted QoS, then oldest.
+/// Its copy is the one that the client gets, on any core. With it, all their identifiers, and
+/// whether any wants RETAIN as published.
+pub fn senior<'s>(
+    subscriptions: &'s [Subscription],
+    topic: &str,
+    identifiers: &mut Vec<u32>,
+) -> Option<(&'s Subscription, bool)> {
+    let mut best: Option<&Subscription> = None;
+    let mut retain = false;
+    identifiers.clear();
+    for s in subscriptions {
+        if !matches(&s.name, topic) {
+            continue;
+        }
+        retain |= s.options.retain_as_published;
+        if s.identifier != 0 && !identifiers.contains(&s.identifier) {
+            identifiers.push(s.identifier);
+        }
+        if s.active && best.is_none_or(|b| s.options.qos > b.options.qos) {
+            best = Some(s);
+        }
+    }
+    best.map(|b| (b, retain))
+}
+
+fn close(reason: ReasonCode, why: &'static str) -> Close {
+    Close { reason, why }
+}
+
+fn protocol(why: &'static str) -> Close {
+    close(ReasonCode::PROTOCOL_ERROR, why)
+}

@@ -1,0 +1,36 @@
+//! The Will Message of a session.
+
+use crate::mqtt::Message;
+
+/// A will and when it goes out [MQTT-3.1.2-8].
+#[derive(Clone, Debug)]
+pub struct Will {
+    /// What to publish.
+    pub message: Message,
+    /// Will Delay Interval in seconds.
+    pub delay: u32,
+    /// Message Expiry Interval in seconds, counted from the publication.
+    pub message_expiry: Option<u32>,
+    /// When it is due; `u64::MAX` while the client is connected.
+    pub due_at: u64,
+}
+
+impl Will {
+    /// A will that waits for its connection's end.
+    pub fn new(message: Message, delay: u32, message_expiry: Option<u32>) -> Self {
+        Self {
+            message,
+            delay,
+            message_expiry,
+            due_at: u64::MAX,
+        }
+    }
+
+    /// The message as it is published at `now`.
+    pub fn publish(self, now: u64) -> Message {
+        match self.message_expiry {
+            None => self.message,
+            Some(seconds) => self.message.expiring_at(now + u64::from(seconds) * 1000),
+        }
+    }
+}

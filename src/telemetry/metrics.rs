@@ -1,0 +1,382 @@
+//! What is counted, as handles: registered once, then one atomic each.
+//!
+//! Names follow the Prometheus conventions (base units, `_total` on counters);
+//! labels are bounded: never a client id, never a topic.
+
+mod labels;
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use ::metrics::Recorder as _;
+use ::metrics::{Counter, Gauge, Histogram, Key, KeyName, Label as KeyLabel, Level, Metadata};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
+
+pub use labels::{
+    AcceptErrorReason, DisconnectReason, DropReason, HandshakeReason, HeldReason, Label,
+    LinkDownReason, MemoryAccount, Qos, RefusedReason, SessionEndReason, SessionState,
+    UpstreamTlsReason,
+};
+
+/// Bounds in seconds for acknowledgements and connects: a local hop to the
+/// point where a person gives up.
+const SECONDS: [f64; 14] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
+/// How often [`upkeep`] drains the histograms.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// The process's metrics, made at first use.
+pub fn metrics() -> &'static Metrics {
+    static METRICS: OnceLock<Metrics> = OnceLock::new();
+    METRICS.get_or_init(Metrics::new)
+}
+
+/// Keeps histograms small between scrapes; runs until dropped.
+pub async fn upkeep() {
+    let mut every = tokio::time::interval(UPKEEP);
+    loop {
+        every.tick().await;
+        metrics().recorder.handle().run_upkeep();
+    }
+}
+
+/// One metric with one bounded label: a handle per value.
+#[derive(Debug)]
+pub struct Family<L: Label, H> {
+    handles: Box<[H]>,
+    label: std::marker::PhantomData<L>,
+}
+
+impl<L: Label, H> Family<L, H> {
+    /// The handle of one value.
+    pub fn at(&self, value: L) -> &H {
+        &self.handles[value.index()]
+    }
+}
+
+impl<L: Label, H> std::ops::Index<L> for Family<L, H> {
+    type Output = H;
+    fn index(&self, value: L) -> &H {
+        self.at(value)
+    }
+}
+
+/// Counters by QoS, indexed by its number.
+pub type ByQos = Family<Qos, Counter>;
+
+impl Family<Qos, Counter> {
+    /// Counts one for a QoS given as its number, 0 to 2.
+    pub fn one(&self, qos: u8) {
+        if let Some(counter) = self.handles.get(usize::from(qos)) {
+            counter.increment(1);
+        }
+    }
+}
+
+/// The handles of one listener.
+#[derive(Clone)]
+pub struct ListenerMetrics {
+    /// Connections open now.
+    pub connections_open: Gauge,
+    /// Connections accepted.
+    pub connections: Counter,
+}
+
+/// The handles of one link to the core.
+#[derive(Debug)]
+pub struct LinkMetrics {
+    /// 1 while CONNACK has been received and the link stands.
+    pub up: Gauge,
+    /// Unacknowledged publishes.
+    pub window_used: Gauge,
+    /// The core's Receive Maximum.
+    pub window: Gauge,
+    /// CONNECTs sent.
+    pub connects: Counter,
+    /// Ends, by reason.
+    pub disconnects: Family<LinkDownReason, Counter>,
+}
+
+macro_rules! metrics {
+    ($(
+        $(#[doc = $help:literal])+
+        $kind:ident $field:ident = $name:literal $( by $label:ty )? ;
+    )+) => {
+        /// The handles. Each field's documentation is its help text.
+        pub struct Metrics {
+            recorder: PrometheusRecorder,
+            rejected: Box<[OnceLock<Counter>; 256]>,
+            $( $(#[doc = $help])+ pub $field: handle_type!($kind $($label)?), )+
+        }
+
+        impl Metrics {
+            /// A set of its own, for tests; the process's is [`metrics()`].
+            pub fn new() -> Self {
+                let recorder = recorder();
+                $( describe(&recorder, stringify!($kind), $name, concat!($($help),+)); )+
+                let this = Self {
+                    $( $field: handle!(&recorder, $kind, $name $(, $label)?), )+
+                    rejected: Box::new([const { OnceLock::new() }; 256]),
+                    recorder,
+                };
+                this.describe_dynamic();
+                this
+            }
+        }
+    };
+}
+
+macro_rules! handle_type {
+    (counter) => { Counter };
+    (gauge) => { Gauge };
+    (histogram) => { Histogram };
+    (counter $label:ty) => { Family<$label, Counter> };
+    (gauge $label:ty) => { Family<$label, Gauge> };
+}
+
+macro_rules! handle {
+    ($recorder:expr, counter, $name:literal) => {
+        counter($recorder, $name, Vec::new())
+    };
+    ($recorder:expr, gauge, $name:literal) => {
+        gauge($recorder, $name, Vec::new())
+    };
+    ($recorder:expr, histogram, $name:literal) => {
+        $recorder.register_histogram(&Key::from_static_name($name), &METADATA)
+    };
+    ($recorder:expr, counter, $name:literal, $label:ty) => {
+        family($recorder, $name, &[], counter)
+    };
+    ($recorder:expr, gauge, $name:literal, $label:ty) => {
+        family($recorder, $name, &[], gauge)
+    };
+}
+
+metrics! {
+    #[doc = "Connections that got no session, by reason."]
+    counter connects_refused = "tidegate_connects_refused_total" by RefusedReason;
+    #[doc = "Connections with a session that ended, by reason."]
+    counter disconnects = "tidegate_disconnects_total" by DisconnectReason;
+    #[doc = "Sessions now, with and without a connection."]
+    gauge sessions = "tidegate_sessions" by SessionState;
+    #[doc = "Sessions ended, by reason."]
+    counter sessions_ended = "tidegate_sessions_ended_total" by SessionEndReason;
+    #[doc = "Connects that resumed a session, or came back before their filters left the core: the core saw nothing."]
+    counter flaps_absorbed = "tidegate_flaps_absorbed_total";
+    #[doc = "Connects that took over a session with a live connection."]
+    counter takeovers = "tidegate_takeovers_total";
+    #[doc = "Application messages received from clients."]
+    counter messages_received = "tidegate_messages_received_total" by Qos;
+    #[doc = "Application messages sent to clients, redeliveries included."]
+    counter messages_delivered = "tidegate_messages_delivered_total" by Qos;
+    #[doc = "Bytes of MQTT packets received from clients."]
+    counter bytes_received = "tidegate_bytes_received_total";
+    #[doc = "Bytes of MQTT packets sent to clients."]
+    counter bytes_sent = "tidegate_bytes_sent_total";
+    #[doc = "Deliveries and publishes that were dropped, by reason."]
+    counter messages_dropped = "tidegate_messages_dropped_total" by DropReason;
+    #[doc = "Publishes that had to wait or were answered Quota exceeded, by reason."]
+    counter publishes_held_back = "tidegate_publishes_held_back_total" by HeldReason;
+    #[doc = "Bytes that wait in the queues of all sessions."]
+    gauge queue_bytes = "tidegate_queue_bytes";
+    #[doc = "Messages that wait in the queues of all sessions."]
+    gauge queue_messages = "tidegate_queue_messages";
+    #[doc = "Bytes of publishes that wait for the core."]
+    gauge publishes_waiting_bytes = "tidegate_publishes_waiting_bytes";
+    #[doc = "Publishes that wait for the core."]
+    gauge publishes_waiting = "tidegate_publishes_waiting";
+    #[doc = "Bytes of the retained cache."]
+    gauge retained_cache_bytes = "tidegate_retained_cache_bytes";
+    #[doc = "Fetches of retained messages from the core."]
+    counter retained_fetches = "tidegate_retained_fetches_total";
+    #[doc = "Filters subscribed at the core."]
+    counter upstream_subscribes = "tidegate_upstream_subscribes_total";
+    #[doc = "Filters unsubscribed at the core."]
+    counter upstream_unsubscribes = "tidegate_upstream_unsubscribes_total";
+    #[doc = "Publishes sent to the core."]
+    counter upstream_publishes = "tidegate_upstream_publishes_total" by Qos;
+    #[doc = "Publishes received from the core."]
+    counter upstream_received = "tidegate_upstream_received_total" by Qos;
+    #[doc = "Times in which messages of the core may have been missed."]
+    counter upstream_gaps = "tidegate_upstream_gaps_total";
+    #[doc = "Publishes of the core with a subscription identifier that no filter has."]
+    counter upstream_unknown_subscription_ids = "tidegate_upstream_unknown_subscription_ids_total";
+    #[doc = "Publishes that the core sent again after a reconnect and that were not delivered again."]
+    counter upstream_redeliveries_suppressed = "tidegate_upstream_redeliveries_suppressed_total";
+    #[doc = "TLS failures toward the core, by reason."]
+    counter upstream_tls_errors = "tidegate_upstream_tls_errors_total" by UpstreamTlsReason;
+    #[doc = "Errors when accepting connections, by reason."]
+    counter accept_errors = "tidegate_accept_errors_total" by AcceptErrorReason;
+    #[doc = "Connections that failed before their first MQTT packet, by reason."]
+    counter handshakes_failed = "tidegate_handshakes_failed_total" by HandshakeReason;
+    #[doc = "Wills published."]
+    counter wills_published = "tidegate_wills_published_total";
+    #[doc = "Wills that a resume or a normal end cancelled."]
+    counter wills_cancelled = "tidegate_wills_cancelled_total";
+    #[doc = "From a client's publish to its acknowledgement, in seconds."]
+    histogram publish_ack_seconds = "tidegate_publish_ack_seconds";
+    #[doc = "From a delivery to the client's acknowledgement, in seconds."]
+    histogram delivery_ack_seconds = "tidegate_delivery_ack_seconds";
+    #[doc = "From accept to CONNACK, in seconds."]
+    histogram connect_seconds = "tidegate_connect_seconds";
+    #[doc = "Bytes that each memory account may hold."]
+    gauge memory_budget_bytes = "tidegate_memory_budget_bytes" by MemoryAccount;
+    #[doc = "Resident memory of the process in bytes, read at the scrape."]
+    gauge process_resident_memory_bytes = "process_resident_memory_bytes";
+}
+
+const CONNECTIONS_OPEN: &str = "tidegate_connections_open";
+const CONNECTIONS: &str = "tidegate_connections_total";
+const LINK_UP: &str = "tidegate_upstream_link_up";
+const WINDOW_USED: &str = "tidegate_upstream_window_used";
+const WINDOW: &str = "tidegate_upstream_window";
+const LINK_CONNECTS: &str = "tidegate_upstream_connects_total";
+const LINK_DISCONNECTS: &str = "tidegate_upstream_disconnects_total";
+const REJECTED: &str = "tidegate_packets_rejected_total";
+const BUILD_INFO: &str = "tidegate_build_info";
+
+impl Metrics {
+    /// The handles of a listener; the same series each time it is asked.
+    pub fn listener(&self, name: &str, transport: &'static str) -> ListenerMetrics {
+        let labels = || {
+            vec![
+                KeyLabel::new("listener", name.to_owned()),
+                KeyLabel::new("transport", transport),
+            ]
+        };
+        ListenerMetrics {
+            connections_open: gauge(&self.recorder, CONNECTIONS_OPEN, labels()),
+            connections: counter(&self.recorder, CONNECTIONS, labels()),
+        }
+    }
+
+    /// The handles of a link; the same series each time it is asked.
+    pub fn link(&self, name: &str) -> LinkMetrics {
+        let link = [KeyLabel::new("link", name.to_owned())];
+        LinkMetrics {
+            up: gauge(&self.recorder, LINK_UP, link.to_vec()),
+            window_used: gauge(&self.recorder, WINDOW_USED, link.to_vec()),
+            window: gauge(&self.recorder, WINDOW, link.to_vec()),
+            connects: counter(&self.recorder, LINK_CONNECTS, link.to_vec()),
+            disconnects: family(&self.recorder, LINK_DISCONNECTS, &link, counter),
+        }
+    }
+
+    /// Counts a packet answered with an MQTT 5 reason code, or one that a 3.x
+    /// client would have been answered; `name` is the code's name in the
+    /// specification.
+    pub fn packet_rejected(&self, code: u8, name: &'static str) {
+        self.rejected[usize::from(code)]
+            .get_or_init(|| {
+                let labels = vec![
+                    KeyLabel::new("code", format!("0x{code:02x}")),
+                    KeyLabel::from_static_parts("reason", name),
+                ];
+                counter(&self.recorder, REJECTED, labels)
+            })
+            .increment(1);
+    }
+
+    /// The Prometheus text exposition.
+    pub fn render(&self) -> String {
+        if let Some(bytes) = resident_bytes() {
+            self.process_resident_memory_bytes.set(bytes as f64);
+        }
+        self.recorder.handle().render()
+    }
+
+    fn describe_dynamic(&self) {
+        let about = [
+            ("gauge", CONNECTIONS_OPEN, "Client connections open now."),
+            ("counter", CONNECTIONS, "Client connections accepted."),
+            ("gauge", LINK_UP, "1 while the link to the core stands."),
+            (
+                "gauge",
+                WINDOW_USED,
+                "Publishes the core has not acknowledged.",
+            ),
+            ("gauge", WINDOW, "The core's Receive Maximum."),
+            (
+                "counter",
+                LINK_CONNECTS,
+                "CONNECT packets sent to the core.",
+            ),
+            (
+                "counter",
+                LINK_DISCONNECTS,
+                "Ends of links to the core, by reason.",
+            ),
+            (
+                "counter",
+                REJECTED,
+                "Packets of clients that broke a rule or a limit.",
+            ),
+            ("gauge", BUILD_INFO, "1, with the version as label."),
+        ];
+        for (kind, name, help) in about {
+            describe(&self.recorder, kind, name, help);
+        }
+        let version = KeyLabel::from_static_parts("version", env!("CARGO_PKG_VERSION"));
+        gauge(&self.recorder, BUILD_INFO, vec![version]).set(1.0);
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+static METADATA: Metadata<'static> = Metadata::new("tidegate", Level::INFO, None);
+
+/// Our own recorder instead of the global one: the handles are live from the
+/// first use, in any order of start, and a test has a set of its own.
+fn recorder() -> PrometheusRecorder {
+    PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
+        .expect("the bounds are not empty")
+        .build_recorder()
+}
+
+fn describe(recorder: &PrometheusRecorder, kind: &str, name: &'static str, help: &'static str) {
+    let (name, help) = (KeyName::from_const_str(name), help.trim().into());
+    match kind {
+        "counter" => recorder.describe_counter(name, None, help),
+        "gauge" => recorder.describe_gauge(name, None, help),
+        _ => recorder.describe_histogram(name, None, help),
+    }
+}
+
+fn counter(recorder: &PrometheusRecorder, name: &'static str, labels: Vec<KeyLabel>) -> Counter {
+    recorder.register_counter(&Key::from_parts(name, labels), &METADATA)
+}
+
+fn gauge(recorder: &PrometheusRecorder, name: &'static str, labels: Vec<KeyLabel>) -> Gauge {
+    recorder.register_gauge(&Key::from_parts(name, labels), &METADATA)
+}
+
+fn family<L: Label, H>(
+    recorder: &PrometheusRecorder,
+    name: &'static str,
+    fixed: &[KeyLabel],
+    make: fn(&PrometheusRecorder, &'static str, Vec<KeyLabel>) -> H,
+) -> Family<L, H> {
+    let handles = L::ALL.iter().map(|value| {
+        let mut labels = fixed.to_vec();
+        labels.push(KeyLabel::from_static_parts(L::NAME, value.name()));
+        make(recorder, name, labels)
+    });
+    Family {
+        handles: handles.collect(),
+        label: std::marker::PhantomData,
+    }
+}
+
+/// Resident bytes of this process; `None` where there is no `/proc`.
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

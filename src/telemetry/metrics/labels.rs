@@ -1,0 +1,307 @@
+//! The bounded label values of the metrics, one enum per label.
+
+/// A label with a fixed set of values.
+pub trait Label: Copy + 'static {
+    /// The label's name in the exposition.
+    const NAME: &'static str;
+    /// Every value, in the order of [`index`](Label::index).
+    const ALL: &'static [Self];
+    /// The value as text.
+    fn name(self) -> &'static str;
+    /// The position of the value in [`ALL`](Label::ALL).
+    fn index(self) -> usize;
+}
+
+macro_rules! labels {
+    ($( $(#[$meta:meta])* $ty:ident as $label:literal {
+        $( $(#[$vmeta:meta])* $variant:ident = $text:literal, )+
+    } )+) => { $(
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum $ty { $( $(#[$vmeta])* $variant, )+ }
+
+        impl Label for $ty {
+            const NAME: &'static str = $label;
+            const ALL: &'static [Self] = &[$( Self::$variant, )+];
+            fn name(self) -> &'static str {
+                match self { $( Self::$variant => $text, )+ }
+            }
+            fn index(self) -> usize {
+                self as usize
+            }
+        }
+
+        impl std::fmt::Display for $ty {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(Label::name(*self))
+            }
+        }
+    )+ };
+}
+
+labels! {
+    /// Why a connection got no session.
+    RefusedReason as "reason" {
+        /// Unknown user or wrong password.
+        BadCredentials = "bad_credentials",
+        /// A rule forbids it.
+        NotAuthorized = "not_authorized",
+        /// The client id is not legal, or belongs to another principal.
+        ClientId = "client_id",
+        /// An MQTT version we do not speak.
+        Version = "unsupported_version",
+        /// Extended authentication that we do not offer.
+        AuthMethod = "bad_auth_method",
+        /// A malformed CONNECT.
+        Malformed = "malformed",
+        /// Something else than CONNECT came first, or a rule was broken.
+        Protocol = "protocol_error",
+        /// CONNECT larger than allowed before authentication.
+        TooLarge = "packet_too_large",
+        /// The will breaks a limit or a rule.
+        Will = "will",
+        /// No CONNECT within the deadline.
+        Timeout = "timeout",
+        /// `connect_rate_max`.
+        Rate = "connect_rate",
+        /// `connections_max`.
+        Connections = "connections_max",
+        /// `handshakes_max`.
+        Handshakes = "handshakes_max",
+        /// The memory accounts are full.
+        Memory = "memory",
+        /// The process is ending.
+        Draining = "draining",
+        /// The peer went before the answer.
+        Closed = "closed",
+        /// None of the above.
+        Other = "other",
+    }
+
+    /// Why a connection ended.
+    DisconnectReason as "reason" {
+        /// DISCONNECT 0x00.
+        Normal = "normal",
+        /// DISCONNECT 0x04.
+        NormalWithWill = "normal_with_will",
+        /// The peer closed without DISCONNECT.
+        Closed = "closed",
+        /// The socket failed.
+        Io = "io_error",
+        /// Nothing came for 1.5 keep alives.
+        KeepAlive = "keep_alive",
+        /// Another connection has the session now (0x8E).
+        TakenOver = "taken_over",
+        /// A malformed packet.
+        Malformed = "malformed",
+        /// A rule of the protocol was broken.
+        Protocol = "protocol_error",
+        /// A packet over `packet_max` (0x95).
+        TooLarge = "packet_too_large",
+        /// More unacknowledged publishes than Receive Maximum (0x93).
+        ReceiveMaximum = "receive_maximum",
+        /// An alias that is not legal (0x94).
+        TopicAlias = "topic_alias",
+        /// A topic name or filter that is not legal (0x90, 0x8F).
+        Topic = "topic",
+        /// A QoS or RETAIN that CONNACK excluded (0x9B, 0x9A).
+        NotSupported = "not_supported",
+        /// The socket took nothing for `write_stall`.
+        WriteStall = "write_stall",
+        /// A packet did not end within `packet_deadline`.
+        PacketDeadline = "packet_deadline",
+        /// A limit of ours (0x97).
+        Quota = "quota",
+        /// The session was ended under the connection.
+        SessionEnded = "session_ended",
+        /// The process is ending (0x8B).
+        Draining = "draining",
+        /// An operator ended it (0x98).
+        Admin = "admin",
+        /// None of the above.
+        Other = "other",
+    }
+
+    /// Why a session ended.
+    SessionEndReason as "reason" {
+        /// A CONNECT with Clean Start.
+        CleanStart = "clean_start",
+        /// Its connection closed and its expiry was 0.
+        NotKept = "not_kept",
+        /// Its expiry passed.
+        Expired = "expired",
+        /// Its queue was full and `queue_full = "end_session"`.
+        QueueFull = "queue_full",
+        /// Memory ran out.
+        Memory = "memory",
+        /// An operator ended it.
+        Admin = "admin",
+        /// The process ended.
+        Shutdown = "shutdown",
+    }
+
+    /// Whether a session has a connection.
+    SessionState as "state" {
+        /// It has.
+        Attached = "attached",
+        /// It has not.
+        Detached = "detached",
+    }
+
+    /// Quality of service; index and number agree.
+    Qos as "qos" {
+        /// 0.
+        AtMostOnce = "0",
+        /// 1.
+        AtLeastOnce = "1",
+        /// 2.
+        ExactlyOnce = "2",
+    }
+
+    /// Why a message did not reach a receiver, or the core.
+    DropReason as "reason" {
+        /// `queue_messages_max`.
+        QueueFull = "queue_full",
+        /// `queue_bytes_max`.
+        QueueBytes = "queue_bytes",
+        /// The budget of all queues.
+        Budget = "budget",
+        /// Its message expiry passed while it waited.
+        Expired = "expired",
+        /// `queue_age_max`.
+        Age = "age",
+        /// QoS 0 for a client that is away.
+        Qos0Offline = "qos0_offline",
+        /// QoS 0 for a client that reads too slowly.
+        Qos0Slow = "qos0_slow",
+        /// Larger than the receiver's Maximum Packet Size.
+        TooLarge = "too_large",
+        /// It waited when its session ended.
+        SessionEnd = "session_end",
+        /// No rule allows the publish.
+        Acl = "acl",
+        /// QoS 0 over the budget of publishes that wait for the core.
+        UpstreamBudget = "upstream_budget",
+        /// QoS 0 while the core is away.
+        UpstreamAwayQos0 = "upstream_away_qos0",
+        /// Legal for the client, but the core would punish it.
+        UpstreamLimit = "upstream_limit",
+        /// The core refused it.
+        UpstreamRefused = "upstream_refused",
+        /// It came from the core and nobody holds its filter any more.
+        NoReceiver = "no_receiver",
+    }
+
+    /// Why a publish waits before it goes to the core.
+    HeldReason as "reason" {
+        /// No link is up.
+        CoreAway = "core_away",
+        /// The core's Receive Maximum is used up.
+        Window = "window",
+        /// The client's share is used up: an MQTT 5 publish was answered 0x97.
+        ClientShare = "client_share",
+        /// The budget of all is used up: an MQTT 5 publish was answered 0x97.
+        Budget = "budget",
+        /// A 3.x socket is left unread.
+        V3Unread = "v3_unread",
+    }
+
+    /// Why accepting a connection failed.
+    AcceptErrorReason as "reason" {
+        /// EMFILE or ENFILE.
+        FileLimit = "file_limit",
+        /// ENOMEM or ENOBUFS.
+        Memory = "memory",
+        /// The peer went before it was accepted.
+        Aborted = "aborted",
+        /// None of the above.
+        Other = "other",
+    }
+
+    /// Why a connection failed between accept and its first MQTT byte.
+    HandshakeReason as "reason" {
+        /// TLS failed.
+        Tls = "tls",
+        /// No common ALPN protocol.
+        Alpn = "alpn",
+        /// QUIC failed.
+        Quic = "quic",
+        /// Not an acceptable WebSocket request.
+        WebSocket = "websocket",
+        /// A path that is not served.
+        Path = "path",
+        /// An origin that is not allowed.
+        Origin = "origin",
+        /// No MQTT subprotocol.
+        Subprotocol = "subprotocol",
+        /// The deadline passed.
+        Timeout = "timeout",
+        /// `handshakes_max` or `connections_max`.
+        Limit = "limit",
+        /// The peer closed.
+        Closed = "closed",
+        /// The socket failed.
+        Io = "io_error",
+    }
+
+    /// Why a link to the core went down.
+    LinkDownReason as "reason" {
+        /// The address could not be reached.
+        Connect = "connect",
+        /// TLS failed.
+        Tls = "tls",
+        /// CONNACK refused.
+        Refused = "refused",
+        /// No answer within `connect_timeout`.
+        Timeout = "timeout",
+        /// The core closed the connection.
+        Closed = "closed",
+        /// The core sent DISCONNECT.
+        Disconnect = "disconnect",
+        /// The socket failed.
+        Io = "io_error",
+        /// No PINGRESP.
+        KeepAlive = "keep_alive",
+        /// The core broke the protocol.
+        Protocol = "protocol_error",
+        /// We closed it.
+        Shutdown = "shutdown",
+    }
+
+    /// What is wrong with the core's TLS.
+    UpstreamTlsReason as "reason" {
+        /// No trusted root issued it.
+        UnknownIssuer = "unknown_issuer",
+        /// It names another host.
+        Name = "name",
+        /// It is past its date.
+        Expired = "expired",
+        /// Its date is yet to come.
+        NotYetValid = "not_yet_valid",
+        /// The core wants another client certificate.
+        ClientCertificate = "client_certificate",
+        /// No common ALPN protocol.
+        Alpn = "alpn",
+        /// None of the above.
+        Other = "other",
+    }
+
+    /// What a memory budget is for.
+    MemoryAccount as "account" {
+        /// All accounts together.
+        Total = "total",
+        /// Connections, with their buffers.
+        Connections = "connections",
+        /// Sessions and their subscriptions.
+        Sessions = "sessions",
+        /// Messages that wait for clients.
+        Queues = "queues",
+        /// Publishes that wait for the core.
+        PublishesWaiting = "publishes_waiting",
+        /// Retained messages kept for the next subscriber.
+        RetainedCache = "retained_cache",
+        /// Connections that are not authenticated yet.
+        Handshakes = "handshakes",
+    }
+}

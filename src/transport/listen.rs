@@ -1,0 +1,535 @@
+//! Listeners: binding, accepting, and transport handshakes, each in its own
+//! task with a deadline, so that nobody waits for another's.
+
+use std::future::Future;
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
+
+use super::limits::{HandshakeError, Limits, Permit};
+use super::tls::{ALPN_HTTP, ALPN_MQTT, ServerTls};
+use super::ws::{self, Ws};
+use super::{Accepted, CloseHow, Kind, ListenSpec, ListenerInfo, Stream, quic};
+
+/// Connections that the system may hold before `accept`; it has its own cap.
+const BACKLOG: i32 = 4096;
+
+/// Why a listener could not be bound.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Another socket has the address.
+    #[error("listener \"{listener}\": {addr} is in use")]
+    AddrInUse {
+        /// The listener's name.
+        listener: String,
+        /// The address.
+        addr: SocketAddr,
+    },
+    /// The kind needs a certificate and the spec has none.
+    #[error("listener \"{listener}\": {kind} needs a certificate")]
+    NoTls {
+        /// The listener's name.
+        listener: String,
+        /// What it should speak.
+        kind: Kind,
+    },
+    /// Anything else.
+    #[error("listener \"{listener}\": cannot bind {addr}: {source}")]
+    Io {
+        /// The listener's name.
+        listener: String,
+        /// The address.
+        addr: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A bound listener that does not accept yet.
+#[derive(Debug)]
+pub struct Bound {
+    listener: Arc<Listener>,
+    socket: Bind,
+    addr: SocketAddr,
+}
+
+#[derive(Debug)]
+enum Bind {
+    Tcp(TcpListener),
+    Quic(quic::Server),
+}
+
+/// Binds `spec`. Must be called inside a tokio runtime.
+///
+/// # Errors
+/// See [`BindError`].
+pub fn bind(spec: ListenSpec, limits: Arc<Limits>) -> Result<Bound, BindError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::AddrInUse => BindError::AddrInUse {
+            listener: spec.name.clone(),
+            addr: spec.bind,
+        },
+        _ => BindError::Io {
+            listener: spec.name.clone(),
+            addr: spec.bind,
+            source,
+        },
+    };
+    if spec.transport.needs_tls() && spec.tls.is_none() {
+        return Err(BindError::NoTls {
+            listener: spec.name,
+            kind: spec.transport,
+        });
+    }
+    let (socket, addr) = match (&spec.tls, spec.transport) {
+        (Some(tls), Kind::Quic) => bind_quic(spec.bind, tls, &limits),
+        _ => bind_tcp(spec.bind),
+    }
+    .map_err(failed)?;
+    let info = Arc::new(ListenerInfo {
+        name: spec.name.clone(),
+        kind: spec.transport,
+    });
+    Ok(Bound {
+        listener: Arc::new(Listener {
+            spec,
+            info,
+            limits,
+            log: LogGate::default(),
+        }),
+        socket,
+        addr,
+    })
+}
+
+impl Bound {
+    /// The address, with the port that was taken.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// What was asked for.
+    pub fn spec(&self) -> &ListenSpec {
+        &self.listener.spec
+    }
+
+    /// A handle for the end of a drain.
+    pub fn drain(&self) -> Drain {
+        Drain(match &self.socket {
+            Bind::Tcp(_) => None,
+            Bind::Quic(server) => Some(server.clone()),
+        })
+    }
+
+    /// Accepts connections, each in a task of its own that runs the handshake
+    /// and then `handler`. Returns when `stop` is cancelled: the socket is
+    /// closed, handshakes under way end, and handlers go on.
+    pub async fn serve<H, F>(self, handler: H, stop: CancellationToken)
+    where
+        H: Fn(Accepted) -> F + Clone + Send + Sync + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        match self.socket {
+            Bind::Tcp(socket) => serve_tcp(socket, self.listener, handler, stop).await,
+            Bind::Quic(server) => server.serve(self.listener, handler, stop).await,
+        }
+    }
+}
+
+/// Finishes what outlives the connections of a listener: QUIC's closing
+/// packets are sent by the socket, after the connections are gone.
+#[derive(Clone, Debug)]
+pub struct Drain(Option<quic::Server>);
+
+impl Drain {
+    /// Resolves when no connection is left and every close has been sent; the
+    /// caller bounds it. At once for all but QUIC.
+    pub async fn idle(&self) {
+        if let Some(server) = &self.0 {
+            server.idle().await;
+        }
+    }
+
+    /// Closes all QUIC connections that are left. Nothing happens elsewhere.
+    pub fn close(&self, how: CloseHow) {
+        if let Some(server) = &self.0 {
+            server.close(how);
+        }
+    }
+}
+
+/// What the tasks of one listener share.
+#[derive(Debug)]
+pub(super) struct Listener {
+    spec: ListenSpec,
+    pub(super) info: Arc<ListenerInfo>,
+    pub(super) limits: Arc<Limits>,
+    log: LogGate,
+}
+
+impl std::fmt::Debug for Limits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Limits")
+    }
+}
+
+impl Listener {
+    pub(super) fn deadline(&self) -> Instant {
+        Instant::now() + self.limits.accept_deadline
+    }
+
+    /// A place under the connection limit.
+    pub(super) fn admit(&self) -> Option<Permit> {
+        let permit = Permit::take(&self.limits.connections);
+        match permit {
+            Some(_) => self.limits.events.accepted(&self.info),
+            None => self.limits.events.refused(&self.info, "connections_max"),
+        }
+        permit
+    }
+
+    /// Runs a handshake within its deadline and the listener's life.
+    pub(super) async fn bounded<T>(
+        &self,
+        deadline: Instant,
+        stop: &CancellationToken,
+        handshake: impl Future<Output = Result<T, HandshakeError>>,
+    ) -> Result<T, HandshakeError> {
+        match stop
+            .run_until_cancelled(timeout_at(deadline, handshake))
+            .await
+        {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(HandshakeError::Deadline),
+            None => Err(HandshakeError::Stopped),
+        }
+    }
+
+    pub(super) fn finish(
+        &self,
+        result: Result<Stream, HandshakeError>,
+        peer: SocketAddr,
+        deadline: Instant,
+        permit: Permit,
+    ) -> Option<Accepted> {
+        match result {
+            Ok(stream) => Some(Accepted {
+                stream,
+                peer,
+                listener: Arc::clone(&self.info),
+                deadline,
+                permit,
+            }),
+            Err(error) => {
+                self.limits
+                    .events
+                    .handshake_failed(&self.info, error.label());
+                if let Some(suppressed) = self.log.pass(Instant::now()) {
+                    let (listener, transport) = (&self.info.name, self.info.kind);
+                    tracing::info!(
+                        listener, %transport, %peer, reason = error.label(), suppressed,
+                        "handshake failed: {error}"
+                    );
+                }
+                None
+            }
+        }
+    }
+
+    /// The handshake of everything that begins with TCP.
+    async fn upgrade(&self, io: TcpStream, peer: SocketAddr) -> Result<Stream, HandshakeError> {
+        // A client that says nothing holds no place.
+        io.readable().await.map_err(HandshakeError::Io)?;
+        let _place = self.limits.handshakes.place().await;
+        match (self.info.kind, &self.spec.tls) {
+            (Kind::Tls, Some(tls)) => {
+                let io = tls_accept(io, &tls.mqtt, ALPN_MQTT).await?;
+                Ok(Stream::tls(io, peer))
+            }
+            (Kind::Ws, _) => Ok(Stream::ws(self.websocket(io).await?, peer)),
+            (Kind::Wss, Some(tls)) => {
+                let io = tls_accept(io, &tls.http, ALPN_HTTP).await?;
+                Ok(Stream::wss(self.websocket(io).await?, peer))
+            }
+            _ => Ok(Stream::tcp(io, peer)),
+        }
+    }
+
+    async fn websocket<S>(&self, mut io: S) -> Result<Ws<S>, HandshakeError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let early = ws::accept(&mut io, &self.spec.path, &self.spec.origins).await?;
+        Ok(Ws::new(
+            io,
+            early,
+            self.limits.frame_before_auth,
+            self.limits.message_max(),
+        ))
+    }
+}
+
+async fn tls_accept(
+    io: TcpStream,
+    config: &Arc<rustls::ServerConfig>,
+    alpn: &'static str,
+) -> Result<TlsStream<TcpStream>, HandshakeError> {
+    TlsAcceptor::from(Arc::clone(config))
+        .accept(io)
+        .await
+        .map_err(|error| {
+            let tls = error
+                .get_ref()
+                .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+            match tls {
+                Some(rustls::Error::NoApplicationProtocol) => HandshakeError::Alpn(alpn),
+                Some(tls) => HandshakeError::Tls(tls.to_string()),
+                None => HandshakeError::Io(error),
+            }
+        })
+}
+
+async fn serve_tcp<H, F>(
+    socket: TcpListener,
+    listener: Arc<Listener>,
+    handler: H,
+    stop: CancellationToken,
+) where
+    H: Fn(Accepted) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut backoff = Backoff::default();
+    while let Some(accepted) = stop.run_until_cancelled(socket.accept()).await {
+        match accepted {
+            Ok((io, peer)) => {
+                backoff.reset();
+                if let Some(permit) = listener.admit() {
+                    start(io, peer, permit, &listener, handler.clone(), &stop);
+                }
+            }
+            Err(error) => {
+                let kind = accept_error_kind(&error);
+                listener.limits.events.accept_error(&listener.info, kind);
+                if let Some(suppressed) = backoff.log.pass(Instant::now()) {
+                    let name = &listener.info.name;
+                    tracing::warn!(listener = name, kind, suppressed, "accept failed: {error}");
+                }
+                // Trying again at once would only burn a core until files are
+                // free; a connection that broke before accept is no such case.
+                if kind != "aborted" {
+                    let wait = sleep(backoff.next());
+                    if stop.run_until_cancelled(wait).await.is_none() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn start<H, F>(
+    io: TcpStream,
+    peer: SocketAddr,
+    permit: Permit,
+    listener: &Arc<Listener>,
+    handler: H,
+    stop: &CancellationToken,
+) where
+    H: Fn(Accepted) -> F + Send + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    // Packets are written whole; waiting to fill a segment only costs latency.
+    let _ = io.set_nodelay(true);
+    let deadline = listener.deadline();
+    if listener.info.kind == Kind::Tcp {
+        let stream = Ok(Stream::tcp(io, peer));
+        if let Some(accepted) = listener.finish(stream, peer, deadline, permit) {
+            tokio::spawn(handler(accepted));
+        }
+        return;
+    }
+    // Boxed and dropped before the handler runs: a task is as large as its
+    // largest state for all its life, and handshakes are large.
+    let handshake = Box::pin({
+        let (listener, stop) = (Arc::clone(listener), stop.clone());
+        async move {
+            let upgrade = listener.upgrade(io, peer);
+            let result = listener.bounded(deadline, &stop, upgrade).await;
+            listener.finish(result, peer, deadline, permit)
+        }
+    });
+    tokio::spawn(async move {
+        let accepted = handshake.await;
+        if let Some(accepted) = accepted {
+            handler(accepted).await;
+        }
+    });
+}
+
+fn bind_tcp(addr: SocketAddr) -> io::Result<(Bind, SocketAddr)> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+    // A restart must not wait for the TIME_WAIT of its predecessor.
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    let socket = TcpListener::from_std(StdTcpListener::from(socket))?;
+    let addr = socket.local_addr()?;
+    Ok((Bind::Tcp(socket), addr))
+}
+
+fn bind_quic(addr: SocketAddr, tls: &ServerTls, limits: &Limits) -> io::Result<(Bind, SocketAddr)> {
+    let server = quic::Server::new(UdpSocket::bind(addr)?, tls, limits)?;
+    let addr = server.local_addr()?;
+    Ok((Bind::Quic(server), addr))
+}
+
+fn accept_error_kind(error: &io::Error) -> &'static str {
+    match Errno::from_io_error(error) {
+        Some(Errno::MFILE | Errno::NFILE) => "fd_limit",
+        Some(Errno::NOBUFS | Errno::NOMEM) => "memory",
+        // Errors of the connection that waited, not of the listener (accept(2)).
+        Some(
+            Errno::CONNABORTED
+            | Errno::CONNRESET
+            | Errno::INTR
+            | Errno::PROTO
+            | Errno::PERM
+            | Errno::NETDOWN
+            | Errno::NETUNREACH
+            | Errno::HOSTDOWN
+            | Errno::HOSTUNREACH
+            | Errno::NONET
+            | Errno::NOPROTOOPT
+            | Errno::OPNOTSUPP,
+        ) => "aborted",
+        _ => "other",
+    }
+}
+
+/// Waits between failed accepts: 50 ms, doubling to 1 s.
+#[derive(Debug, Default)]
+struct Backoff {
+    last: Option<Duration>,
+    log: LogGate,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(50);
+    const MAX: Duration = Duration::from_secs(1);
+
+    fn next(&mut self) -> Duration {
+        let wait = self
+            .last
+            .map_or(Self::FIRST, |last| (last * 2).min(Self::MAX));
+        self.last = Some(wait);
+        wait
+    }
+
+    fn reset(&mut self) {
+        self.last = None;
+    }
+}
+
+/// Lets ten lines through in ten seconds, and counts the others.
+#[derive(Debug, Default)]
+struct LogGate(Mutex<Gate>);
+
+#[derive(Debug, Default)]
+struct Gate {
+    since: Option<Instant>,
+    lines: u32,
+    suppressed: u64,
+}
+
+impl LogGate {
+    const LINES: u32 = 10;
+    const PERIOD: Duration = Duration::from_secs(10);
+
+    /// How many lines were kept back before this one, if it may pass.
+    fn pass(&self, now: Instant) -> Option<u64> {
+        let mut gate = self.0.lock();
+        if gate.since.is_none_or(|since| now - since >= Self::PERIOD) {
+            gate.since = Some(now);
+            gate.lines = 0;
+        }
+        if gate.lines >= Self::LINES {
+            gate.suppressed += 1;
+            return None;
+        }
+        gate.lines += 1;
+        Some(std::mem::take(&mut gate.suppressed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_to_a_second_and_starts_again() {
+        let mut backoff = Backoff::default();
+        let waits: Vec<_> = (0..7).map(|_| backoff.next().as_millis()).collect();
+        assert_eq!(waits, [50, 100, 200, 400, 800, 1000, 1000]);
+        backoff.reset();
+        assert_eq!(backoff.next(), Duration::from_millis(50));
+    }
+
+    #[test]
+    fn accept_errors_are_told_apart() {
+        for (errno, kind) in [
+            (Errno::MFILE, "fd_limit"),
+            (Errno::NFILE, "fd_limit"),
+            (Errno::NOMEM, "memory"),
+            (Errno::CONNABORTED, "aborted"),
+            (Errno::BADF, "other"),
+        ] {
+            assert_eq!(accept_error_kind(&errno.into()), kind);
+        }
+    }
+
+    #[test]
+    fn log_gate_counts_what_it_keeps_back() {
+        let gate = LogGate::default();
+        let start = Instant::now();
+        assert_eq!((0..10).filter_map(|_| gate.pass(start)).sum::<u64>(), 0);
+        assert_eq!(gate.pass(start), None);
+        assert_eq!(gate.pass(start + Duration::from_secs(9)), None);
+        assert_eq!(gate.pass(start + Duration::from_secs(10)), Some(2));
+    }
+
+    #[tokio::test]
+    async fn bind_errors_are_told_apart() {
+        let spec = |transport, bind| ListenSpec {
+            name: "here".into(),
+            transport,
+            bind,
+            path: String::new(),
+            origins: vec![],
+            tls: None,
+        };
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let limits = Arc::new(Limits::default());
+        let first = bind(spec(Kind::Tcp, any), Arc::clone(&limits)).expect("binds");
+        let taken = bind(spec(Kind::Ws, first.local_addr()), Arc::clone(&limits));
+        let error = taken.expect_err("in use");
+        assert!(matches!(error, BindError::AddrInUse { .. }));
+        assert!(error.to_string().contains("\"here\"") && error.to_string().contains("in use"));
+        let error = bind(spec(Kind::Quic, any), Arc::clone(&limits)).expect_err("no certificate");
+        assert!(matches!(error, BindError::NoTls { .. }));
+        let elsewhere = SocketAddr::from(([192, 0, 2, 1], 1));
+        let error = bind(spec(Kind::Tcp, elsewhere), limits).expect_err("not our address");
+        assert!(matches!(error, BindError::Io { .. }));
+    }
+}

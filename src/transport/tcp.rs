@@ -1,0 +1,192 @@
+//! Plain byte streams: reading through a shared scratch buffer, writing from
+//! an [`OutBuf`], and a close that does not lose what was just sent.
+
+use std::cell::RefCell;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{Closed, OutBuf};
+
+/// The most that one call reads, bytes.
+pub(super) const READ_MAX: usize = 64 * 1024;
+
+thread_local! {
+    // One per worker thread: an idle connection holds no read buffer, and a
+    // busy one grows its own by what really came.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_MAX]);
+}
+
+/// Lends the thread's scratch buffer of [`READ_MAX`] bytes to `f`, which must
+/// not come back here.
+pub(super) fn with_scratch<R>(f: impl FnOnce(&mut [u8]) -> R) -> R {
+    SCRATCH.with_borrow_mut(|scratch| f(scratch))
+}
+
+/// One read into `scratch`; 0 is the end of the stream.
+pub(super) fn poll_read<S: AsyncRead + Unpin>(
+    io: &mut S,
+    cx: &mut Context<'_>,
+    scratch: &mut [u8],
+) -> Poll<io::Result<usize>> {
+    let mut read = ReadBuf::new(scratch);
+    ready!(Pin::new(io).poll_read(cx, &mut read))?;
+    Poll::Ready(Ok(read.filled().len()))
+}
+
+/// Appends what has come to `buf`; the number of bytes is never 0.
+///
+/// Reads until nothing is left or [`READ_MAX`] is reached, because one read of
+/// a TLS stream brings one record at most. `ended` keeps an end that was found
+/// behind bytes for the next call.
+pub(super) fn poll_recv<S: AsyncRead + Unpin>(
+    io: &mut S,
+    cx: &mut Context<'_>,
+    buf: &mut Vec<u8>,
+    ended: &mut Option<Closed>,
+) -> Poll<Result<usize, Closed>> {
+    if let Some(closed) = ended.take() {
+        return Poll::Ready(Err(closed));
+    }
+    with_scratch(|scratch| {
+        let mut total = 0;
+        while total < READ_MAX {
+            match poll_read(io, cx, &mut scratch[total..]) {
+                Poll::Ready(Ok(0)) => *ended = Some(Closed::Eof),
+                Poll::Ready(Ok(n)) => {
+                    total += n;
+                    continue;
+                }
+                Poll::Ready(Err(error)) => *ended = Some(error.into()),
+                Poll::Pending => {}
+            }
+            break;
+        }
+        if total > 0 {
+            buf.extend_from_slice(&scratch[..total]);
+            return Poll::Ready(Ok(total));
+        }
+        match ended.take() {
+            Some(closed) => Poll::Ready(Err(closed)),
+            None => Poll::Pending,
+        }
+    })
+}
+
+/// Writes all of `out` and flushes; `out` is empty when this is ready.
+pub(super) fn poll_send<S: AsyncWrite + Unpin>(
+    io: &mut S,
+    cx: &mut Context<'_>,
+    out: &mut OutBuf,
+) -> Poll<Result<(), Closed>> {
+    while !out.is_empty() {
+        let n = ready!(Pin::new(&mut *io).poll_write(cx, out.rest()))?;
+        if n == 0 {
+            return Poll::Ready(Err(Closed::Reset("nothing can be written".into())));
+        }
+        out.at += n;
+    }
+    out.reset();
+    ready!(Pin::new(io).poll_flush(cx))?;
+    Poll::Ready(Ok(()))
+}
+
+/// How far a graceful close has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Closing {
+    #[default]
+    Open,
+    /// Our half is closed; what the peer still sends is thrown away, because a
+    /// socket closed with unread bytes is reset, which can overtake and destroy
+    /// the last packet that we sent.
+    Draining(usize),
+    Done,
+}
+
+/// The most that is thrown away while the peer's end is awaited, bytes.
+const DRAIN_MAX: usize = 1024 * 1024;
+
+/// Closes our half, then waits for the peer's end. Errors end it as well.
+pub(super) fn poll_close<S: AsyncRead + AsyncWrite + Unpin>(
+    io: &mut S,
+    cx: &mut Context<'_>,
+    closing: &mut Closing,
+) -> Poll<()> {
+    loop {
+        match closing {
+            Closing::Open => {
+                *closing = match ready!(Pin::new(&mut *io).poll_shutdown(cx)) {
+                    Ok(()) => Closing::Draining(0),
+                    Err(_) => Closing::Done,
+                }
+            }
+            Closing::Draining(drained) => {
+                let read = with_scratch(|scratch| poll_read(io, cx, scratch));
+                match ready!(read) {
+                    Ok(n) if n > 0 && *drained < DRAIN_MAX => *drained += n,
+                    _ => *closing = Closing::Done,
+                }
+            }
+            Closing::Done => return Poll::Ready(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn bytes_before_an_end_come_first() {
+        let (mut ours, mut theirs) = duplex(64);
+        theirs.write_all(b"last words").await.expect("room");
+        drop(theirs);
+        let (mut buf, mut ended) = (Vec::new(), None);
+        let n = poll_fn(|cx| poll_recv(&mut ours, cx, &mut buf, &mut ended)).await;
+        assert_eq!(n.expect("bytes first"), 10);
+        assert_eq!(buf, b"last words");
+        let end = poll_fn(|cx| poll_recv(&mut ours, cx, &mut buf, &mut ended)).await;
+        assert!(matches!(end, Err(Closed::Eof)));
+    }
+
+    #[tokio::test]
+    async fn a_pending_read_allocates_nothing() {
+        let (mut ours, _theirs) = duplex(64);
+        let (mut buf, mut ended) = (Vec::new(), None);
+        let pending =
+            poll_fn(|cx| Poll::Ready(poll_recv(&mut ours, cx, &mut buf, &mut ended).is_pending()))
+                .await;
+        assert!(pending);
+        assert_eq!(buf.capacity(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_partial_write_keeps_its_place() {
+        let (mut ours, mut theirs) = duplex(4);
+        let mut out = OutBuf {
+            buf: b"0123456789".to_vec(),
+            at: 0,
+        };
+        let pending =
+            poll_fn(|cx| Poll::Ready(poll_send(&mut ours, cx, &mut out).is_pending())).await;
+        assert!(pending);
+        assert_eq!(out.at, 4);
+        // More may be appended meanwhile.
+        out.buf.extend_from_slice(b"ab");
+        let mut got = [0; 12];
+        let (sent, read) = tokio::join!(
+            poll_fn(|cx| poll_send(&mut ours, cx, &mut out)),
+            theirs.read_exact(&mut got)
+        );
+        sent.expect("sent");
+        read.expect("read");
+        assert_eq!(&got, b"0123456789ab");
+        assert!(out.is_empty() && out.at == 0);
+    }
+}

@@ -1,0 +1,440 @@
+//! WebSocket framing on the server's side (RFC 6455 section 5), streaming: a
+//! payload is handed on as it comes, so nothing is reserved for a declared
+//! length and an idle connection holds no buffer. Header layout and opcodes
+//! are tungstenite's.
+
+use std::io::Cursor;
+
+use tokio_tungstenite::tungstenite::protocol::frame::FrameHeader;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Control, Data, OpCode};
+
+/// The longest header: 2 bytes, 8 of length, 4 of mask.
+const HEADER_MAX: usize = 14;
+/// The longest payload of a control frame (RFC 6455 section 5.5).
+const CONTROL_MAX: usize = 125;
+
+/// Codes of RFC 6455 section 7.4.1.
+pub(super) mod code {
+    pub(in super::super) const NORMAL: u16 = 1000;
+    pub(in super::super) const GOING_AWAY: u16 = 1001;
+    pub(in super::super) const PROTOCOL: u16 = 1002;
+    pub(in super::super) const UNSUPPORTED: u16 = 1003;
+    pub(in super::super) const NOT_UTF8: u16 = 1007;
+    pub(in super::super) const TOO_BIG: u16 = 1009;
+    pub(in super::super) const TRY_LATER: u16 = 1013;
+}
+
+/// The peer broke the rules; `code` is what to close with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Fault {
+    pub code: u16,
+    pub reason: &'static str,
+}
+
+const fn fault(code: u16, reason: &'static str) -> Fault {
+    Fault { code, reason }
+}
+
+/// What control frames asked for; each is answered at most once.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Asked {
+    /// The payload of the last ping. Only the last is answered (section 5.5.3).
+    pub pong: Option<Vec<u8>>,
+    /// The peer closes; the code to echo, if it gave one.
+    pub close: Option<Option<u16>>,
+}
+
+/// The decoder of one connection.
+#[derive(Debug)]
+pub(super) struct Decoder {
+    head: [u8; HEADER_MAX],
+    head_len: u8,
+    frame: Option<Frame>,
+    /// Bytes so far of the data message under way, if there is one.
+    message: Option<u64>,
+    /// The payload so far of a control frame that came in pieces.
+    control: Vec<u8>,
+    limit: u64,
+}
+
+#[derive(Debug)]
+struct Frame {
+    opcode: OpCode,
+    fin: bool,
+    left: u64,
+    mask: [u8; 4],
+}
+
+impl Decoder {
+    /// `limit` is the most bytes that a message may have.
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            head: [0; HEADER_MAX],
+            head_len: 0,
+            frame: None,
+            message: None,
+            control: Vec::new(),
+            limit: limit as u64,
+        }
+    }
+
+    pub(super) fn set_limit(&mut self, limit: usize) {
+        self.limit = limit as u64;
+    }
+
+    /// Takes all of `input` (which is unmasked in place), appends the payload of
+    /// binary messages to `out` and notes control frames in `asked`. What comes
+    /// after a close frame is ignored (section 5.5.1).
+    pub(super) fn feed(
+        &mut self,
+        mut input: &mut [u8],
+        out: &mut Vec<u8>,
+        asked: &mut Asked,
+    ) -> Result<(), Fault> {
+        while asked.close.is_none() {
+            if self.frame.is_none() {
+                let used = self.header(input)?;
+                input = &mut input[used..];
+            }
+            let Some(frame) = &mut self.frame else {
+                return Ok(());
+            };
+            let take = usize::try_from(frame.left)
+                .unwrap_or(usize::MAX)
+                .min(input.len());
+            let (payload, rest) = input.split_at_mut(take);
+            input = rest;
+            unmask(payload, &mut frame.mask);
+            frame.left -= take as u64;
+            let done = frame.left == 0;
+            match frame.opcode {
+                OpCode::Data(_) => {
+                    out.extend_from_slice(payload);
+                    if done && frame.fin {
+                        self.message = None;
+                    }
+                }
+                OpCode::Control(control) => {
+                    self.control.extend_from_slice(payload);
+                    if done {
+                        let payload = std::mem::take(&mut self.control);
+                        end_control(control, payload, asked)?;
+                    }
+                }
+            }
+            if !done {
+                return Ok(());
+            }
+            self.frame = None;
+        }
+        Ok(())
+    }
+
+    /// Reads a header, if it is complete; returns the bytes of `input` used.
+    fn header(&mut self, input: &[u8]) -> Result<usize, Fault> {
+        let had = usize::from(self.head_len);
+        // The usual case is a whole header in the input; pieces are collected.
+        let (parsed, used) = if had == 0 {
+            parse(input)?
+        } else {
+            let more = input.len().min(HEADER_MAX - had);
+            self.head[had..had + more].copy_from_slice(&input[..more]);
+            let (parsed, used) = parse(&self.head[..had + more])?;
+            (parsed, used.saturating_sub(had))
+        };
+        let Some((header, length)) = parsed else {
+            // Fewer than HEADER_MAX bytes, or it would have been complete.
+            if had == 0 {
+                self.head[..input.len()].copy_from_slice(input);
+            }
+            self.head_len = (had + input.len()) as u8;
+            return Ok(input.len());
+        };
+        self.head_len = 0;
+        self.check(&header, length)?;
+        self.frame = Some(Frame {
+            opcode: header.opcode,
+            fin: header.is_final,
+            left: length,
+            mask: header.mask.unwrap_or_default(),
+        });
+        Ok(used)
+    }
+
+    fn check(&mut self, header: &FrameHeader, length: u64) -> Result<(), Fault> {
+        if header.rsv1 || header.rsv2 || header.rsv3 {
+            return Err(fault(code::PROTOCOL, "reserved bits set"));
+        }
+        if header.mask.is_none() {
+            return Err(fault(code::PROTOCOL, "frame not masked"));
+        }
+        let before = match (header.opcode, self.message) {
+            (OpCode::Control(_), _) => {
+                if !header.is_final {
+                    return Err(fault(code::PROTOCOL, "control frame in fragments"));
+                }
+                if length > CONTROL_MAX as u64 {
+                    return Err(fault(code::PROTOCOL, "control frame longer than 125 bytes"));
+                }
+                return Ok(());
+            }
+            (OpCode::Data(Data::Continue), Some(before)) => before,
+            (OpCode::Data(Data::Continue), None) => {
+                return Err(fault(
+                    code::PROTOCOL,
+                    "continuation without a message begun",
+                ));
+            }
+            (_, Some(_)) => {
+                return Err(fault(code::PROTOCOL, "new message inside a fragmented one"));
+            }
+            // [MQTT-6.0.0-1]
+            (OpCode::Data(Data::Text), None) => {
+                return Err(fault(
+                    code::UNSUPPORTED,
+                    "text frame, only binary is allowed",
+                ));
+            }
+            (OpCode::Data(_), None) => 0,
+        };
+        let size = before.saturating_add(length);
+        if size > self.limit {
+            return Err(fault(code::TOO_BIG, "message larger than the limit"));
+        }
+        self.message = Some(size);
+        Ok(())
+    }
+}
+
+/// Writes a control frame; `payload` has at most 125 bytes.
+pub(super) fn control_frame(control: Control, payload: &[u8], out: &mut Vec<u8>) {
+    let payload = &payload[..payload.len().min(CONTROL_MAX)];
+    let header = FrameHeader {
+        opcode: OpCode::Control(control),
+        ..FrameHeader::default()
+    };
+    header
+        .format(payload.len() as u64, out)
+        .expect("writing to a Vec cannot fail");
+    out.extend_from_slice(payload);
+}
+
+/// Writes the header of an unfragmented binary message of `length` bytes into
+/// `head`; returns its own length.
+pub(super) fn binary_header(length: usize, head: &mut [u8; 10]) -> u8 {
+    let header = FrameHeader {
+        opcode: OpCode::Data(Data::Binary),
+        ..FrameHeader::default()
+    };
+    let mut cursor = Cursor::new(&mut head[..]);
+    header
+        .format(length as u64, &mut cursor)
+        .expect("an unmasked header has at most 10 bytes");
+    cursor.position() as u8
+}
+
+fn parse(bytes: &[u8]) -> Result<(Option<(FrameHeader, u64)>, usize), Fault> {
+    let mut cursor = Cursor::new(bytes);
+    match FrameHeader::parse(&mut cursor) {
+        Ok(header) => Ok((header, cursor.position() as usize)),
+        // Reading from a slice, so the opcode is all that can be wrong.
+        Err(_) => Err(fault(code::PROTOCOL, "reserved opcode")),
+    }
+}
+
+fn end_control(control: Control, payload: Vec<u8>, asked: &mut Asked) -> Result<(), Fault> {
+    match control {
+        Control::Ping => asked.pong = Some(payload),
+        Control::Close => {
+            asked.close = Some(match payload.as_slice() {
+                [] => None,
+                [_] => return Err(fault(code::PROTOCOL, "close frame with half a code")),
+                [a, b, reason @ ..] => {
+                    let code = u16::from_be_bytes([*a, *b]);
+                    if !CloseCode::from(code).is_allowed() {
+                        return Err(fault(code::PROTOCOL, "close code not allowed"));
+                    }
+                    if std::str::from_utf8(reason).is_err() {
+                        return Err(fault(code::NOT_UTF8, "close reason is not UTF-8"));
+                    }
+                    Some(code)
+                }
+            });
+        }
+        Control::Pong | Control::Reserved(_) => {}
+    }
+    Ok(())
+}
+
+/// XORs with `mask`, and rotates it so that the next piece goes on rightly.
+fn unmask(bytes: &mut [u8], mask: &mut [u8; 4]) {
+    let [a, b, c, d] = *mask;
+    let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
+    let mut chunks = bytes.chunks_exact_mut(8);
+    for chunk in &mut chunks {
+        let word = u64::from_ne_bytes((&*chunk).try_into().expect("a chunk has 8 bytes"));
+        chunk.copy_from_slice(&(word ^ wide).to_ne_bytes());
+    }
+    for (byte, key) in chunks.into_remainder().iter_mut().zip(mask.iter().cycle()) {
+        *byte ^= key;
+    }
+    mask.rotate_left(bytes.len() % 4);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tokio_tungstenite::tungstenite::protocol::frame::Frame as Reference;
+
+    use super::*;
+
+    const MASK: [u8; 4] = [0xde, 0xad, 0xbe, 0xef];
+
+    fn masked(opcode: OpCode, fin: bool, payload: &[u8]) -> Vec<u8> {
+        let mut header = FrameHeader {
+            opcode,
+            is_final: fin,
+            ..FrameHeader::default()
+        };
+        header.mask = Some(MASK);
+        let mut bytes = Vec::new();
+        Reference::from_payload(header, payload.to_vec().into())
+            .format(&mut bytes)
+            .expect("writes to a Vec");
+        bytes
+    }
+
+    fn run(input: &[u8], step: usize, limit: usize) -> (Vec<u8>, Asked, Result<(), Fault>) {
+        let mut decoder = Decoder::new(limit);
+        let (mut out, mut asked) = (Vec::new(), Asked::default());
+        for piece in input.chunks(step) {
+            if let Err(fault) = decoder.feed(&mut piece.to_vec(), &mut out, &mut asked) {
+                return (out, asked, Err(fault));
+            }
+        }
+        (out, asked, Ok(()))
+    }
+
+    const BINARY: OpCode = OpCode::Data(Data::Binary);
+    const CONTINUE: OpCode = OpCode::Data(Data::Continue);
+
+    proptest! {
+        #[test]
+        fn any_split_gives_the_same_bytes(
+            messages in prop::collection::vec(
+                (prop::collection::vec(any::<u8>(), 0..400), 1usize..5, any::<bool>()), 1..8),
+            step in 1usize..50,
+        ) {
+            let (mut wire, mut want, mut ping) = (Vec::new(), Vec::new(), None);
+            for (payload, pieces, with_ping) in &messages {
+                let size = payload.len().div_ceil(*pieces).max(1);
+                let parts: Vec<_> = payload.chunks(size).collect();
+                let parts = if parts.is_empty() { vec![&[][..]] } else { parts };
+                for (i, part) in parts.iter().enumerate() {
+                    let opcode = if i == 0 { BINARY } else { CONTINUE };
+                    wire.extend(masked(opcode, i + 1 == parts.len(), part));
+                    if *with_ping {
+                        let text = part[..part.len().min(CONTROL_MAX)].to_vec();
+                        wire.extend(masked(OpCode::Control(Control::Ping), true, &text));
+                        ping = Some(text);
+                    }
+                }
+                want.extend_from_slice(payload);
+            }
+            let (out, asked, result) = run(&wire, step, 1 << 20);
+            prop_assert_eq!(result, Ok(()));
+            prop_assert_eq!(out, want);
+            prop_assert_eq!(asked.pong, ping);
+        }
+
+        #[test]
+        fn any_bytes_are_survived(
+            wire in prop::collection::vec(any::<u8>(), 0..300), step in 1usize..20,
+        ) {
+            let (out, _, _) = run(&wire, step, 100);
+            prop_assert!(out.len() <= wire.len());
+        }
+    }
+
+    #[test]
+    fn long_payload_lengths() {
+        for len in [125, 126, 65_535, 65_536, 70_001] {
+            let payload: Vec<u8> = (0..len).map(|i| i as u8).collect();
+            let (out, _, result) = run(&masked(BINARY, true, &payload), 1000, len);
+            assert_eq!(result, Ok(()));
+            assert_eq!(out, payload);
+            let (_, _, result) = run(&masked(BINARY, true, &payload), 1000, len - 1);
+            assert_eq!(result.expect_err("one past the limit").code, code::TOO_BIG);
+        }
+    }
+
+    #[test]
+    fn the_limit_counts_fragments_together() {
+        let mut wire = masked(BINARY, false, &[0; 60]);
+        wire.extend(masked(CONTINUE, true, &[0; 41]));
+        let (out, _, result) = run(&wire, 7, 100);
+        assert_eq!(result.expect_err("101 bytes").code, code::TOO_BIG);
+        assert_eq!(out.len(), 60);
+        assert_eq!(run(&wire, 7, 101).2, Ok(()));
+    }
+
+    #[test]
+    fn faults_have_their_codes() {
+        let text = OpCode::Data(Data::Text);
+        let ping = OpCode::Control(Control::Ping);
+        let close = OpCode::Control(Control::Close);
+        let mut unmasked = Vec::new();
+        control_frame(Control::Ping, b"x", &mut unmasked);
+        let mut inside = masked(BINARY, false, b"a");
+        inside.extend(masked(BINARY, true, b"b"));
+        let mut reserved = masked(BINARY, true, b"a");
+        reserved[0] |= 0x40;
+        let mut opcode = masked(BINARY, true, b"a");
+        opcode[0] = 0x83;
+        for (wire, want) in [
+            (masked(text, true, b"hi"), code::UNSUPPORTED),
+            (masked(text, true, b""), code::UNSUPPORTED),
+            (unmasked, code::PROTOCOL),
+            (inside, code::PROTOCOL),
+            (masked(CONTINUE, true, b"a"), code::PROTOCOL),
+            (masked(ping, false, b"a"), code::PROTOCOL),
+            (masked(ping, true, &[0; 126]), code::PROTOCOL),
+            (masked(close, true, b"\x03"), code::PROTOCOL),
+            (masked(close, true, b"\x03\xed"), code::PROTOCOL),
+            (masked(close, true, b"\x03\xe8\xff"), code::NOT_UTF8),
+            (reserved, code::PROTOCOL),
+            (opcode, code::PROTOCOL),
+        ] {
+            for step in [1, 3, 500] {
+                let fault = run(&wire, step, 1000).2.expect_err("must be refused");
+                assert_eq!(fault.code, want, "{fault:?} for {wire:02x?}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_read_behind_a_close() {
+        let mut wire = masked(BINARY, true, b"before");
+        wire.extend(masked(
+            OpCode::Control(Control::Close),
+            true,
+            b"\x03\xe8bye",
+        ));
+        wire.extend(masked(BINARY, true, b"behind"));
+        let (out, asked, result) = run(&wire, 4, 1000);
+        assert_eq!(result, Ok(()));
+        assert_eq!(out, b"before");
+        assert_eq!(asked.close, Some(Some(1000)));
+    }
+
+    #[test]
+    fn headers_out() {
+        let mut head = [0; 10];
+        assert_eq!(binary_header(125, &mut head), 2);
+        assert_eq!(head[..2], [0x82, 125]);
+        assert_eq!(binary_header(126, &mut head), 4);
+        assert_eq!(head[..4], [0x82, 126, 0, 126]);
+        assert_eq!(binary_header(65_536, &mut head), 10);
+        assert_eq!(head, [0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0]);
+    }
+}

@@ -1,0 +1,266 @@
+//! The core side: a few quiet links to the broker.
+//!
+//! D links hold the filters and bring messages in, P links take publishes out, the R link fetches
+//! retained messages. Each link is a machine without I/O, driven by one task that dials,
+//! reconnects and moves bytes.
+
+mod data;
+mod driver;
+pub mod embedded;
+mod fetch;
+mod handshake;
+mod machine;
+mod publish;
+mod redelivery;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::clock::Clock;
+use crate::config;
+use crate::mqtt::QoS;
+use crate::router::Router;
+use crate::telemetry::{self, metrics};
+use crate::transport::ClientTls;
+
+use data::Data;
+use embedded::EmbeddedCore;
+use fetch::Fetch;
+use publish::Publisher;
+
+/// User properties with this key are ours: stripped from what clients send, and from what the
+/// core brings.
+pub const RESERVED_KEY: &str = "tidegate";
+
+/// What a link is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Data in.
+    Data,
+    /// Publishes out.
+    Publish,
+    /// Retained messages.
+    Retained,
+}
+
+impl Role {
+    /// The letter in names and client identifiers.
+    pub fn letter(self) -> char {
+        match self {
+            Self::Data => 'd',
+            Self::Publish => 'p',
+            Self::Retained => 'r',
+        }
+    }
+}
+
+/// How a link stands, for logs, metrics and the admin API.
+#[derive(Debug)]
+pub struct LinkStatus {
+    /// Its name: the role's letter and a number.
+    pub name: String,
+    /// What it is for.
+    pub role: Role,
+    /// Its number among those of its role.
+    pub number: usize,
+    /// CONNECTs sent.
+    pub connects: AtomicU64,
+    state: Mutex<LinkState>,
+    metrics: telemetry::LinkMetrics,
+}
+
+/// The part of a link's status that changes together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LinkState {
+    /// Connected: CONNACK received.
+    pub up: bool,
+    /// The server last tried.
+    pub server: String,
+    /// `5` or `3.1.1`.
+    pub protocol: Option<&'static str>,
+    /// The core's Receive Maximum.
+    pub window: usize,
+    /// Unacknowledged publishes.
+    pub in_flight: usize,
+    /// Why the last connection ended or failed.
+    pub last_error: Option<String>,
+}
+
+impl LinkStatus {
+    /// How it stands now.
+    pub fn state(&self) -> LinkState {
+        self.state.lock().clone()
+    }
+}
+
+/// What all links share.
+pub(crate) struct Shared {
+    pub config: config::Upstream,
+    pub node: String,
+    pub packet_max: u32,
+    pub router: Arc<Router>,
+    pub clock: Clock,
+    pub tls: Option<ClientTls>,
+    pub embedded: Option<EmbeddedCore>,
+    pub stop: CancellationToken,
+    /// The protocol that the core is known to refuse: MQTT 5.
+    pub no_v5: std::sync::atomic::AtomicBool,
+}
+
+/// The running links.
+#[derive(Debug, Clone)]
+pub struct Upstream {
+    links: Arc<[Arc<LinkStatus>]>,
+}
+
+/// What [`Upstream::start`] needs.
+pub struct Start {
+    /// `[upstream]`.
+    pub config: config::Upstream,
+    /// `node.id`.
+    pub node: String,
+    /// Largest packet that may be forwarded, bytes.
+    pub packet_max: u32,
+    /// The router.
+    pub router: Arc<Router>,
+    /// The process's clock.
+    pub clock: Clock,
+    /// TLS toward the core, where a server needs it.
+    pub tls: Option<ClientTls>,
+    /// The in-process core, if that is what `servers` names.
+    pub embedded: Option<EmbeddedCore>,
+    /// Tells the links to end.
+    pub stop: CancellationToken,
+    /// A number that other processes do not have: marks No Local tags.
+    pub instance: u64,
+}
+
+impl Upstream {
+    /// Starts all links; each dials on its own.
+    pub fn start(start: Start, tasks: &TaskTracker) -> Self {
+        let shared = Arc::new(Shared {
+            no_v5: (start.config.protocol == config::Protocol::V311).into(),
+            config: start.config,
+            node: start.node,
+            packet_max: start.packet_max,
+            router: start.router,
+            clock: start.clock,
+            tls: start.tls,
+            embedded: start.embedded,
+            stop: start.stop,
+        });
+        let mut links = Vec::new();
+        let mut add = |role: Role, number: usize| {
+            let name = format!("{}{number}", role.letter());
+            let status = Arc::new(LinkStatus {
+                metrics: metrics().link(&name),
+                name,
+                role,
+                number,
+                connects: AtomicU64::new(0),
+                state: Mutex::default(),
+            });
+            links.push(status.clone());
+            status
+        };
+        for n in 0..usize::from(shared.config.data_links) {
+            let machine = Data::new(shared.router.clone(), n, start.instance);
+            let wake = shared.router.data_wake(n).clone();
+            tasks.spawn(driver::run(
+                shared.clone(),
+                add(Role::Data, n),
+                machine,
+                wake,
+            ));
+        }
+        for n in 0..usize::from(shared.config.publish_links) {
+            let machine = Publisher::new(shared.router.clone(), n, start.instance);
+            let wake = shared.router.publish_wake(n).clone();
+            tasks.spawn(driver::run(
+                shared.clone(),
+                add(Role::Publish, n),
+                machine,
+                wake,
+            ));
+        }
+        let machine = Fetch::new(shared.router.clone());
+        let wake = shared.router.fetch_wake().clone();
+        tasks.spawn(driver::run(
+            shared.clone(),
+            add(Role::Retained, 0),
+            machine,
+            wake,
+        ));
+        Self {
+            links: links.into(),
+        }
+    }
+
+    /// All links.
+    pub fn links(&self) -> &[Arc<LinkStatus>] {
+        &self.links
+    }
+
+    /// Publishes that the core has not acknowledged.
+    pub fn in_flight(&self) -> usize {
+        self.links.iter().map(|l| l.state.lock().in_flight).sum()
+    }
+}
+
+impl LinkStatus {
+    fn set_window(&self, in_flight: usize, window: usize) {
+        let mut state = self.state.lock();
+        if (state.in_flight, state.window) != (in_flight, window) {
+            state.in_flight = in_flight;
+            state.window = window;
+            drop(state);
+            self.metrics.window_used.set(in_flight as f64);
+            self.metrics.window.set(window as f64);
+        }
+    }
+
+    fn count_connect(&self, server: &str) {
+        self.connects.fetch_add(1, Ordering::Relaxed);
+        self.metrics.connects.increment(1);
+        self.state.lock().server = server.to_owned();
+    }
+}
+
+fn qos_label(qos: QoS) -> telemetry::Qos {
+    match qos {
+        QoS::AtMostOnce => telemetry::Qos::AtMostOnce,
+        QoS::AtLeastOnce => telemetry::Qos::AtLeastOnce,
+        QoS::ExactlyOnce => telemetry::Qos::ExactlyOnce,
+    }
+}
+
+/// When a message with this Message Expiry Interval (seconds) expires; `u64::MAX`: never.
+fn expires_at(expiry: Option<u32>, now: u64) -> u64 {
+    expiry.map_or(u64::MAX, |s| now + u64::from(s) * 1000)
+}
+
+/// What is left of it, in seconds, rounded up.
+fn remaining(expires_at: u64, now: u64) -> Option<u32> {
+    (expires_at != u64::MAX).then(|| {
+        let left = expires_at.saturating_sub(now).div_ceil(1000);
+        u32::try_from(left).unwrap_or(u32::MAX)
+    })
+}
+
+/// The next packet identifier that is not in use; fewer than 65,535 must be.
+fn next_id(last: &mut u16, in_use: impl Fn(u16) -> bool) -> u16 {
+    loop {
+        *last = last.wrapping_add(1);
+        if *last != 0 && !in_use(*last) {
+            return *last;
+        }
+    }
+}
+
+/// How long a link's session outlives its connection at the core.
+const SESSION_EXPIRY: Duration = Duration::from_secs(3600);

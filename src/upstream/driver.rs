@@ -1,0 +1,420 @@
+//! The task of one link: dials, reconnects with back-off, moves bytes between socket and machine.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::io::poll_read_buf;
+
+use crate::mqtt::{
+    Decoder, Error, Packet, ReasonCode, Receiver, Version, encode_disconnect, encode_pingreq,
+};
+use crate::router::wake::Wake;
+use crate::telemetry::LinkDownReason;
+use crate::transport::dial::Dialed;
+
+use super::handshake::{Established, establish};
+use super::machine::{LinkEnd, Machine};
+use super::{LinkStatus, Shared};
+
+/// Bytes read at once: a large batch costs one pass over the shards.
+const READ: usize = 128 * 1024;
+/// Output that waits for the socket before nothing more is read.
+const OUTPUT_MAX: usize = 4 * 1024 * 1024;
+/// How often a machine is told the time.
+const TICK: Duration = Duration::from_millis(50);
+/// A PINGREQ unanswered for this long means that the link is dead.
+const PING_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs a link until it is told to stop.
+pub(super) async fn run<M: Machine>(
+    shared: Arc<Shared>,
+    link: Arc<LinkStatus>,
+    mut machine: M,
+    wake: Arc<Wake>,
+) {
+    let mut clean = true;
+    let mut backoff = Backoff::new(&shared);
+    let mut next_server = 0;
+    while !shared.stop.is_cancelled() {
+        let server = &shared.config.servers[next_server % shared.config.servers.len()];
+        let attempt = Box::pin(establish(&shared, &link, server, clean));
+        let outcome = tokio::select! {
+            outcome = attempt => outcome,
+            () = shared.stop.cancelled() => return,
+        };
+        let (reason, why) = match outcome {
+            Ok(up) => {
+                clean = false;
+                let since = Instant::now();
+                came_up(&shared, &link, &up);
+                let end = serve(&shared, &link, &mut machine, &wake, up).await;
+                machine.down(shared.clock.now());
+                went_down(&link, &end);
+                if since.elapsed() > Duration::from_secs(10) {
+                    backoff.reset();
+                }
+                (end.reason, end.why)
+            }
+            Err(failed) => {
+                next_server += 1;
+                (failed.reason, failed.why)
+            }
+        };
+        link.metrics.disconnects[reason].increment(1);
+        link.state.lock().last_error = Some(why.clone());
+        if shared.stop.is_cancelled() {
+            return;
+        }
+        let wait = backoff.next();
+        if backoff.worth_a_line() {
+            tracing::warn!(
+                link = link.name,
+                server = %server,
+                attempts = backoff.attempts,
+                wait_ms = wait.as_millis() as u64,
+                "Link to the core is down: {why}"
+            );
+        }
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = shared.stop.cancelled() => return,
+        }
+    }
+}
+
+fn came_up(shared: &Shared, link: &LinkStatus, up: &Established) {
+    let protocol = match up.up.version {
+        Version::V5 => "5",
+        _ => "3.1.1",
+    };
+    let server = {
+        let mut state = link.state.lock();
+        state.up = true;
+        state.protocol = Some(protocol);
+        state.last_error = None;
+        state.server.clone()
+    };
+    link.metrics.up.set(1.0);
+    tracing::info!(
+        link = link.name,
+        server,
+        protocol,
+        session_present = up.up.session_present,
+        receive_maximum = up.up.receive_maximum,
+        identifiers = up.up.identifiers,
+        "Link to the core is up"
+    );
+    shared.router.core_facts(&up.facts, shared.clock.now());
+}
+
+fn went_down(link: &LinkStatus, end: &LinkEnd) {
+    link.state.lock().up = false;
+    link.metrics.up.set(0.0);
+    link.set_window(0, 0);
+    tracing::info!(link = link.name, reason = %end.reason, "Link to the core ended: {}", end.why);
+}
+
+/// Moves packets until the link ends.
+async fn serve<M: Machine>(
+    shared: &Shared,
+    link: &LinkStatus,
+    machine: &mut M,
+    wake: &Wake,
+    established: Established,
+) -> LinkEnd {
+    let Established {
+        mut io,
+        up,
+        rest,
+        keep_alive,
+        ..
+    } = established;
+    let mut pump = Pump {
+        shared,
+        link,
+        machine,
+        decoder: Decoder {
+            version: up.version,
+            receiver: Receiver::Client,
+            max: shared.packet_max.saturating_add(1024),
+        },
+        input: BytesMut::with_capacity(READ),
+        out: Vec::with_capacity(4096),
+        sent: 0,
+        pings: std::collections::VecDeque::new(),
+        last_sent: Instant::now(),
+        keep_alive,
+    };
+    pump.input.extend_from_slice(&rest);
+    pump.machine.up(&up, shared.clock.now(), &mut pump.out);
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let end = loop {
+        if let Err(end) = pump.decode() {
+            break end;
+        }
+        let event = poll_fn(|cx| {
+            if wake.take(cx.waker()) {
+                return Poll::Ready(Ok(Event::Woken));
+            }
+            match pump.poll_io(&mut io, cx) {
+                Poll::Ready(event) => return Poll::Ready(event),
+                Poll::Pending => {}
+            }
+            if ticks.poll_tick(cx).is_ready() {
+                return Poll::Ready(Ok(Event::Tick));
+            }
+            Poll::Pending
+        });
+        let event = tokio::select! {
+            biased;
+            event = event => event,
+            () = shared.stop.cancelled() => {
+                break LinkEnd {
+                    reason: LinkDownReason::Shutdown,
+                    code: ReasonCode::SUCCESS,
+                    why: "shutting down".into(),
+                };
+            }
+        };
+        match event {
+            Ok(Event::Woken) => pump.machine.poll(shared.clock.now(), &mut pump.out),
+            Ok(Event::Read) => {}
+            Ok(Event::Tick) => {
+                if let Err(end) = pump.tick() {
+                    break end;
+                }
+            }
+            Err(end) => break end,
+        }
+    };
+    say_goodbye(&mut io, up.version, &end, &pump.out[pump.sent..]).await;
+    end
+}
+
+enum Event {
+    Woken,
+    Read,
+    Tick,
+}
+
+struct Pump<'a, M> {
+    shared: &'a Shared,
+    link: &'a LinkStatus,
+    machine: &'a mut M,
+    decoder: Decoder,
+    input: BytesMut,
+    out: Vec<u8>,
+    sent: usize,
+    /// PINGREQs under way: when sent, and whether the machine asked for it.
+    pings: std::collections::VecDeque<(Instant, bool)>,
+    last_sent: Instant,
+    keep_alive: Duration,
+}
+
+impl<M: Machine> Pump<'_, M> {
+    fn decode(&mut self) -> Result<(), LinkEnd> {
+        let now = self.shared.clock.now();
+        let mut some = false;
+        let mut used = 0;
+        let result = loop {
+            let (packet, size) = match self.decoder.next(&self.input[used..]) {
+                Ok(Some(next)) => next,
+                Ok(None) => break Ok(()),
+                Err(e) => break Err(broken(&e)),
+            };
+            used += size;
+            some = true;
+            let handled = match packet {
+                Packet::Pingresp => {
+                    if let Some((_, true)) = self.pings.pop_front() {
+                        self.machine.ping_answered(now);
+                    }
+                    Ok(())
+                }
+                Packet::Disconnect(d) => Err(LinkEnd {
+                    reason: LinkDownReason::Disconnect,
+                    code: ReasonCode::SUCCESS,
+                    why: format!("the core sent DISCONNECT: {}", d.reason.name()),
+                }),
+                other => self.machine.packet(&other, now, &mut self.out),
+            };
+            if let Err(end) = handled {
+                break Err(end);
+            }
+        };
+        self.input.advance(used);
+        if some {
+            self.machine.batch_ended(now, &mut self.out);
+            self.after();
+        }
+        result
+    }
+
+    fn after(&mut self) {
+        if self.machine.wants_ping() {
+            self.ping(true);
+        }
+        let (in_flight, window) = self.machine.window();
+        self.link.set_window(in_flight, window);
+    }
+
+    fn ping(&mut self, for_machine: bool) {
+        encode_pingreq(&mut self.out);
+        self.pings.push_back((Instant::now(), for_machine));
+    }
+
+    fn tick(&mut self) -> Result<(), LinkEnd> {
+        self.machine.poll(self.shared.clock.now(), &mut self.out);
+        self.after();
+        let dead = |(sent, _): &(Instant, bool)| sent.elapsed() > PING_PATIENCE;
+        if self.pings.front().is_some_and(dead) {
+            return Err(LinkEnd {
+                reason: LinkDownReason::KeepAlive,
+                code: ReasonCode::SUCCESS,
+                why: "the core answers no PINGREQ".into(),
+            });
+        }
+        // Also a link that only sends must hear from the core now and then.
+        if self.pings.is_empty()
+            && !self.keep_alive.is_zero()
+            && self.last_sent.elapsed() > self.keep_alive / 2
+        {
+            self.last_sent = Instant::now();
+            self.ping(false);
+        }
+        Ok(())
+    }
+
+    fn poll_io(
+        &mut self,
+        io: &mut Dialed,
+        cx: &mut std::task::Context<'_>,
+    ) -> Poll<Result<Event, LinkEnd>> {
+        let failed = |e: std::io::Error| LinkEnd {
+            reason: LinkDownReason::Io,
+            code: ReasonCode::SUCCESS,
+            why: e.to_string(),
+        };
+        let mut wrote = false;
+        while self.sent < self.out.len() {
+            match Pin::new(&mut *io).poll_write(cx, &self.out[self.sent..]) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(closed())),
+                Poll::Ready(Ok(n)) => {
+                    self.sent += n;
+                    wrote = true;
+                }
+                Poll::Ready(Err(e)) => return Poll::Ready(Err(failed(e))),
+                Poll::Pending => break,
+            }
+        }
+        if wrote && self.sent == self.out.len() {
+            self.out.clear();
+            self.sent = 0;
+            if self.out.capacity() > READ {
+                self.out = Vec::with_capacity(4096);
+            }
+            if let Poll::Ready(Err(e)) = Pin::new(&mut *io).poll_flush(cx) {
+                return Poll::Ready(Err(failed(e)));
+            }
+            // There is room again for what waits in the lanes.
+            let before = self.out.len();
+            self.machine.poll(self.shared.clock.now(), &mut self.out);
+            if self.out.len() > before {
+                cx.waker().wake_by_ref();
+            }
+        }
+        if self.out.len() - self.sent > OUTPUT_MAX {
+            return Poll::Pending;
+        }
+        if self.input.capacity() - self.input.len() < READ / 4 {
+            self.input.reserve(READ);
+        }
+        match poll_read_buf(Pin::new(io), cx, &mut self.input) {
+            Poll::Ready(Ok(0)) => Poll::Ready(Err(closed())),
+            Poll::Ready(Ok(_)) => Poll::Ready(Ok(Event::Read)),
+            Poll::Ready(Err(e)) => Poll::Ready(Err(failed(e))),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+fn closed() -> LinkEnd {
+    LinkEnd {
+        reason: LinkDownReason::Closed,
+        code: ReasonCode::SUCCESS,
+        why: "the core closed the connection".into(),
+    }
+}
+
+fn broken(error: &Error) -> LinkEnd {
+    LinkEnd {
+        reason: LinkDownReason::Protocol,
+        code: error.reason_code(),
+        why: format!("the core sent a packet that is not legal: {error}"),
+    }
+}
+
+/// What was put out, and a DISCONNECT where one is due; bounded in time.
+async fn say_goodbye(io: &mut Dialed, version: Version, end: &LinkEnd, rest: &[u8]) {
+    let shutdown = end.reason == LinkDownReason::Shutdown;
+    if !shutdown && end.code == ReasonCode::SUCCESS {
+        return;
+    }
+    let mut out = rest.to_vec();
+    // At the end of the process its sessions end too: the core need not queue for them.
+    let expiry = (shutdown && version == Version::V5).then_some(0);
+    encode_disconnect(version, end.code, expiry, None, &mut out);
+    let goodbye = async {
+        io.write_all(&out).await?;
+        io.flush().await?;
+        io.shutdown().await
+    };
+    // It is gone either way.
+    let _ = timeout(Duration::from_secs(1), goodbye).await;
+}
+
+/// Doubling waits with jitter.
+struct Backoff {
+    min: Duration,
+    max: Duration,
+    wait: Duration,
+    attempts: u64,
+}
+
+impl Backoff {
+    fn new(shared: &Shared) -> Self {
+        let min = shared.config.backoff_min;
+        Self {
+            min,
+            max: shared.config.backoff_max,
+            wait: min,
+            attempts: 0,
+        }
+    }
+
+    fn reset(&mut self) {
+        self.wait = self.min;
+        self.attempts = 0;
+    }
+
+    fn next(&mut self) -> Duration {
+        self.attempts += 1;
+        let wait = self.wait;
+        self.wait = (wait * 2).min(self.max);
+        // Between a half and the whole of it.
+        let random = getrandom::u32().unwrap_or(u32::MAX / 2);
+        wait / 2 + wait.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)
+    }
+
+    /// The first failures, then ever fewer.
+    fn worth_a_line(&self) -> bool {
+        self.attempts <= 2 || self.attempts.is_power_of_two() || self.attempts.is_multiple_of(64)
+    }
+}

@@ -1,0 +1,33 @@
+// What both homes of MQTT.js share: named clients, commands in, events out.
+export function makeAgent(mqtt, say, prepare = (options) => options) {
+  const clients = new Map()
+  const decode = (payload) => new TextDecoder().decode(payload)
+  const failed = (client, what) => (error, result) =>
+    error ? say({ event: 'failed', client, what, text: String(error), code: error.code }) : say({ event: what, client, result: describe(result) })
+  const describe = (result) => (Array.isArray(result) ? result.map((one) => ({ topic: one.topic, qos: one.qos })) : undefined)
+
+  const actions = {
+    connect({ client: name, url, options = {} }) {
+      const one = mqtt.connect(url, prepare(options))
+      clients.set(name, one)
+      one.on('connect', (connack) => say({ event: 'connect', client: name, sessionPresent: connack.sessionPresent, assigned: connack.properties?.assignedClientIdentifier }))
+      one.on('message', (topic, payload, packet) =>
+        say({ event: 'message', client: name, topic, payload: decode(payload), qos: packet.qos, retain: packet.retain, dup: packet.dup, userProperties: packet.properties?.userProperties, contentType: packet.properties?.contentType }),
+      )
+      one.on('close', () => say({ event: 'close', client: name }))
+      one.on('offline', () => say({ event: 'offline', client: name }))
+      one.on('disconnect', (packet) => say({ event: 'disconnect', client: name, reasonCode: packet.reasonCode }))
+      one.on('error', (error) => say({ event: 'error', client: name, text: String(error), code: error.code }))
+    },
+    subscribe({ client: name, topic, options = {} }) {
+      clients.get(name).subscribe(topic, options, failed(name, 'subscribed'))
+    },
+    publish({ client: name, topic, payload, options = {} }) {
+      clients.get(name).publish(topic, payload, options, failed(name, 'published'))
+    },
+    end({ client: name, force = false }) {
+      clients.get(name).end(force, {}, () => say({ event: 'ended', client: name }))
+    },
+  }
+  return (command) => actions[command.do](command)
+}

@@ -1,0 +1,322 @@
+"""The core goes and comes, is restarted, is not who it says: clients feel as little as can be."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+
+import pytest
+
+from harness import certs, wire
+from harness.names import fresh
+from harness.process import wait_until
+from harness.raw import Raw
+
+# Quick to notice and to come back, so that a test does not wait.
+QUICK = {"backoff_min": "50ms", "backoff_max": "200ms"}
+
+
+def upstream(core, **more) -> dict:
+    return {"servers": [core.url]} | QUICK | more
+
+
+def publish_until(pub, sub, topic: str, timeout: float = 15) -> None:
+    """Publishes until one arrives: when links are back is the binary's affair."""
+    count = 0
+
+    def once() -> bool:
+        nonlocal count
+        pub.publish(topic, f"probe-{count}", 0)
+        count += 1
+        return not sub.incoming.empty()
+
+    wait_until(f"messages flow again on {topic}", once, timeout, 0.1)
+    while not sub.incoming.empty():
+        sub.incoming.get()
+
+
+@pytest.mark.parametrize("how", (signal.SIGTERM, signal.SIGKILL), ids=("remembers", "forgets"))
+def test_core_away_and_back(own_core, own_edge, client, how):
+    core = own_core()
+    edge = own_edge(core.url, ("tcp", "ws", "quic"), upstream=upstream(core)).start()
+    topic = fresh()
+    subs = [client(edge, t, fresh("id"), version=v, **({"expiry": 300} if v == 5 else {"clean": False})) for t, v in (("tcp", 5), ("ws", 4), ("quic", 5))]
+    pub = client(edge)
+    for one in subs:
+        one.subscribe(f"{topic}/#")
+    pub.publish(f"{topic}/a", "before")
+    assert all(one.next().text == "before" for one in subs)
+    core.stop(how)
+    if how == signal.SIGKILL:
+        core.forget()
+    # While it is away: everyone stays, is answered, and a publish waits.
+    mids = [pub.publish(f"{topic}/a", f"away-{n}", 1, wait=False) for n in range(5)]
+    with Raw(edge["tcp"].port) as raw:
+        assert raw.connect(fresh("new")).reason == 0
+        raw.send(wire.PING)
+        assert raw.recv().kind == wire.PINGRESP
+    assert edge.http("/readyz")[0] == 200 and edge.http("/healthz")[0] == 200
+    core.start()
+    for mid in mids:
+        pub.wait_published(mid, 20)
+    # Subscribed before: what the core takes now arrives. Those that waited arrive too, unless the core
+    # had them before it knew our filters again (which is the recorded gap of one that forgets).
+    publish_until(pub, subs[0], f"{topic}/a")
+    for n in range(3):
+        pub.publish(f"{topic}/b", f"after-{n}")
+    for one in subs:
+        got = []
+        while not got or got[-1].text != "after-2":
+            got.append(one.next())
+        assert [m.text for m in got if m.text.startswith("after")] == [f"after-{n}" for n in range(3)]
+        assert not one.ended.is_set()
+    assert not pub.ended.is_set()
+
+
+def test_nothing_acknowledged_is_lost_over_a_core_that_remembers(own_core, own_edge, client):
+    """QoS 1 both ways, the core restarted in the middle: each acknowledged publish arrives."""
+    core = own_core()
+    edge = own_edge(core.url, upstream=upstream(core)).start()
+    topic = fresh()
+    sub, pub = client(edge, "tcp", fresh("id"), expiry=300), client(edge, "tcp", fresh("id"), expiry=300)
+    sub.subscribe((topic, 1))
+    mids = []
+    for n in range(60):
+        mids.append(pub.publish(topic, f"{n}", 1, wait=False))
+        if n == 30:
+            core.stop(signal.SIGTERM)
+            core.start()
+    for mid in mids:
+        pub.wait_published(mid, 20)
+    pub.publish(topic, "end", 1)
+    got = [m.text for m in sub.until("end", 20)]
+    assert [t for i, t in enumerate(got) if t not in got[:i]] == [f"{n}" for n in range(60)]
+
+
+def test_first_start_without_a_core(own_core, own_edge, client):
+    core = own_core()
+    core.stop()
+    edge = own_edge(core.url, upstream=upstream(core, subscribe_hold="1s")).start()
+    topic = fresh()
+    one = client(edge)
+    # Held for a while, then granted with a gap on record.
+    one.subscribe(topic)
+    assert edge.http("/readyz")[0] == 200
+    core.start()
+    publish_until(one, one, topic)
+
+
+def test_subscribe_while_away_can_be_refused(own_core, own_edge, client):
+    core = own_core()
+    edge = own_edge(core.url, upstream=upstream(core, subscribe_hold="500ms", subscribe_while_away="refuse")).start()
+    topic = fresh()
+    one = client(edge)
+    one.subscribe(f"{topic}/held")
+    core.stop(signal.SIGKILL)
+    edge.wait_metric("no link is up", lambda m: m.series("tidegate_upstream_link_up") and m.sum("tidegate_upstream_link_up") == 0)
+    (code,) = one.subscribe(f"{topic}/new", expect=None)
+    assert code >= 0x80
+    # A filter already held is granted at once.
+    one.subscribe(f"{topic}/held", expect=[1])
+
+
+def test_a_restarted_process_never_delivers_by_anothers_identifiers(own_core, own_edge, client):
+    """The core kept the old process's session and its identifiers; the new one asks for other filters."""
+    core = own_core()
+    edge = own_edge(core.url, upstream=upstream(core)).start()
+    base = fresh()
+    old = client(edge, "tcp", fresh("id"), expiry=300)
+    old.subscribe(*[f"{base}/old/{n}/#" for n in range(20)])
+    stop = threading.Event()
+    flood = threading.Thread(target=flood_core, args=(core.port, base, stop), daemon=True)
+    flood.start()
+    try:
+        old.take(50)
+        for round_ in range(3):
+            edge.stop(signal.SIGKILL)
+            # The core queues for the dead process's session meanwhile.
+            edge.start()
+            new = client(edge, "tcp", fresh("id"))
+            mine = [f"{base}/new/{round_}/{n}/#" for n in range(20)]
+            new.subscribe(*mine)
+            seen = new.take(50)
+            allowed = re.compile(rf"^{re.escape(base)}/new/{round_}/")
+            foreign = [m.topic for m in seen if not allowed.match(m.topic)]
+            assert not foreign, foreign[:5]
+            # Each message is under a filter of the client's own, and not twice.
+            assert len({(m.topic, m.payload) for m in seen}) == len(seen)
+            new.close()
+    finally:
+        stop.set()
+        flood.join(10)
+
+
+def flood_core(port: int, base: str, stop: threading.Event) -> None:
+    """Publishes straight at the core, to old and to new topics alike."""
+    with Raw(port) as raw:
+        raw.connect(fresh("flood"))
+        count = 0
+        while not stop.is_set():
+            batch = b""
+            for n in range(20):
+                batch += wire.publish(f"{base}/old/{n}/x", f"{count}".encode())
+                for round_ in range(3):
+                    batch += wire.publish(f"{base}/new/{round_}/{n}/x", f"{count}".encode())
+                count += 1
+            raw.send(batch)
+            stop.wait(0.02)
+
+
+def test_restart_answers_session_present_truthfully(own_core, own_edge, client):
+    core = own_core()
+    edge = own_edge(core.url, upstream=upstream(core)).start()
+    me = fresh("id")
+    one = client(edge, "tcp", me, expiry=300)
+    one.subscribe("x/#")
+    edge.stop(signal.SIGKILL)
+    one.abandon()
+    edge.start()
+    # Memory mode: the session ended with the process, and the CONNACK says so.
+    assert not client(edge, "tcp", me, clean=False, expiry=300).session_present
+
+
+def test_over_tls_to_the_core(own_core, own_edge, client, tmp_path):
+    theirs = certs.make(tmp_path / "theirs", "core")
+    core = own_core(tls=theirs)
+    edge = own_edge(core.tls_url, upstream={"servers": [core.tls_url], "tls": {"ca": str(theirs.ca)}}).start()
+    topic = fresh()
+    one = client(edge)
+    one.subscribe(topic)
+    one.publish(topic, "over tls")
+    assert one.next().text == "over tls"
+
+
+@pytest.mark.parametrize("wrong", ("ca", "name", "date"))
+def test_wrong_certificate_of_the_core(own_core, own_edge, client, tmp_path, wrong):
+    theirs = certs.make(tmp_path / "theirs", "core", names="DNS:elsewhere.example" if wrong == "name" else "DNS:localhost,IP:127.0.0.1", days="-1" if wrong == "date" else "30")
+    other = certs.make(tmp_path / "other")
+    core = own_core(tls=theirs)
+    ca = other.ca if wrong == "ca" else theirs.ca
+    edge = own_edge(core.tls_url, upstream={"servers": [core.tls_url], "tls": {"ca": str(ca)}, "subscribe_hold": "500ms"} | QUICK).start()
+    line = edge.wait_log({"ca": r"(?i)(unknown ?issuer|unknown ca|CA)", "name": r"(?i)(name|not valid for)", "date": r"(?i)(expired|date)"}[wrong] + r".*")
+    assert re.search(r"(?i)certificate|tls", line), line
+    edge.wait_metric("a metric counts it", lambda m: any(v > 0 for n, labels, v in m.samples if re.search(r"upstream|link", n) and re.search(r"tls|certificate", f"{n} {labels}")))
+    # Clients do not feel it: they connect, subscribe, are answered.
+    topic = fresh()
+    one = client(edge)
+    one.subscribe(topic)
+    with Raw(edge["tcp"].port) as raw:
+        raw.connect(fresh("id"))
+        raw.send(wire.PING)
+        assert raw.recv().kind == wire.PINGRESP
+    assert not one.ended.is_set()
+
+
+def test_the_second_server_is_tried(own_core, own_edge, client):
+    away, here = own_core(), own_core()
+    away.stop()
+    edge = own_edge(here.url, upstream={"servers": [away.url, here.url]} | QUICK).start()
+    topic = fresh()
+    one = client(edge)
+    one.subscribe(topic)
+    one.publish(topic, "x")
+    assert one.next().text == "x"
+
+
+def test_a_core_with_a_password(own_core, own_edge, client, tmp_path):
+    import subprocess
+
+    passwords = tmp_path / "passwords"
+    passwords.touch(0o600)
+    subprocess.run(["mosquitto_passwd", "-b", str(passwords), "edge", "sesame"], check=True, capture_output=True)
+    core = own_core(extra=f"password_file {passwords}\n", anonymous=False)
+    secret = tmp_path / "secret"
+    secret.write_text("sesame\n")
+    secret.chmod(0o600)
+    edge = own_edge(core.url, upstream=upstream(core, username="edge", password_file=str(secret))).start()
+    topic = fresh()
+    one = client(edge)
+    one.subscribe(topic)
+    one.publish(topic, "x")
+    assert one.next().text == "x"
+    # Wrong: said in the log, and clients stay.
+    secret.write_text("wrong\n")
+    edge.stop()
+    one.abandon()
+    edge.start()
+    edge.wait_log(r"(?i)(not authori[sz]ed|0x87|bad user ?name|0x86)", edge.mark() - 50 if edge.mark() > 50 else 0)
+    two = client(edge)
+    assert not two.ended.is_set()
+
+
+def test_flaps_cost_the_core_nothing(own_core, own_edge, client, way, full):
+    """Clients of each kind come and go; the core's log shows nothing but the publishes."""
+    core = own_core()
+    edge = own_edge(core.url, ("tcp", "ws"), upstream=upstream(core)).start()
+    topic = fresh()
+    ways = {t: way(edge, t) for t in ("tcp", "ws")}
+    kinds = [{"version": 5, "expiry": 300}, {"version": 4, "clean": False}, {"version": 4, "clean": True}, {"version": 5, "clean": True}]
+    count = 40 if full else 12
+    subs = []
+    for n in range(count):
+        kind = kinds[n % len(kinds)]
+        one = client(edge, client_id=fresh("flap"), via=ways["ws" if n % 2 else "tcp"], **kind)
+        one.subscribe((f"{topic}/{n % 4}", 1), (f"{topic}/all", 1))
+        subs.append((one, kind))
+    pub = client(edge)
+    pub.publish(f"{topic}/all", "start")
+    for one, _ in subs:
+        assert one.next().text == "start"
+    since = core.mark()
+    published = 1
+    for flap in range(5):
+        for line in ways.values():
+            line.cut()
+        pub.publish(f"{topic}/all", f"gap-{flap}")
+        for one, kind in subs:
+            keeps = not (kind.get("clean") is True)
+            clean, one.clean = one.clean, not keeps
+            one.abandon()
+            one.connected.clear(), one.ended.clear()
+            one.connect()
+            assert one.session_present == keeps
+            if not keeps:
+                one.subscribe((f"{topic}/{subs.index((one, kind)) % 4}", 1), (f"{topic}/all", 1))
+        pub.publish(f"{topic}/all", f"live-{flap}")
+        published += 2
+        for one, kind in subs:
+            got = [m.text for m in one.until(f"live-{flap}")]
+            # The gap of a clean-session client is its own to lose.
+            assert got == ([f"gap-{flap}"] if kind.get("clean") is not True else []), got
+    lines = core.service.lines(since)
+    assert not [l for l in lines if "New client connected" in l or "SUBSCRIBE" in l], "the core heard of a flap"
+    arrived = [l for l in lines if re.search(rf"Received PUBLISH from .*'{topic}/all'", l)]
+    assert len(arrived) == published - 1
+    assert edge.metrics().sum("tidegate_flaps_absorbed_total") >= 5 * count // 2
+
+
+def test_a_resent_publish_does_not_reach_the_core_twice(own_core, own_edge, client):
+    """The publisher is cut before its PUBACK and sends again with DUP while the core is away."""
+    core = own_core()
+    edge = own_edge(core.url, upstream=upstream(core)).start()
+    topic, me = fresh(), fresh("id")
+    sub = client(edge)
+    sub.subscribe(topic)
+    core.stop(signal.SIGTERM)
+    with Raw(edge["tcp"].port) as raw:
+        raw.connect(me, expiry=300)
+        raw.send(wire.publish(topic, b"once", 1, 7) + wire.PING)
+        assert raw.recv().kind == wire.PINGRESP
+        raw.reset()
+    with Raw(edge["tcp"].port, timeout=20) as raw:
+        assert raw.connect(me, clean=False, expiry=300).session_present
+        raw.send(wire.publish(topic, b"once", 1, 7, dup=True))
+        core.start()
+        answer = raw.recv()
+        assert (answer.kind, answer.packet_id) == (wire.PUBACK, 7)
+    assert len([l for l in core.received("PUBLISH") if topic in l]) == 1
+    publish_end = client(edge)
+    got = sub.fence(publish_end, topic)
+    assert len([m for m in got if m.text == "once"]) <= 1

@@ -1,0 +1,162 @@
+"""MQTT.js in Node and in headless Chromium: its defaults flap, and the core hears nothing of it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from harness.js import Agent, chromium, url
+from harness.names import fresh
+from harness.process import wait_until
+
+# One browser and one Node for all of them.
+pytestmark = pytest.mark.xdist_group("js")
+
+
+@pytest.fixture(scope="module")
+def node():
+    agent = Agent("node")
+    yield agent
+    agent.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    agent = Agent("browser", chromium(), str(tmp_path_factory.mktemp("profile")))
+    yield agent
+    agent.close()
+
+
+def options(line, **more) -> dict:
+    return {"reconnectPeriod": 50, "connectTimeout": 10_000, "protocolVersion": 5} | ({"caFile": str(line.ca)} if line.transport in ("tls", "wss") else {}) | more
+
+
+def in_page(line, **more) -> dict:
+    return {k: v for k, v in options(line, **more).items() if k != "caFile"}
+
+
+@pytest.mark.parametrize("version", (4, 5))
+@pytest.mark.parametrize("transport", ("tcp", "tls", "ws", "wss"))
+def test_defaults_with_clean_true_flap_and_resubscribe(edge, core, client, way, node, transport, version):
+    topic, me = fresh(), fresh("js")
+    line = way(edge, transport)
+    node.do("connect", client=me, url=url(line), options=options(line, protocolVersion=version))
+    assert node.wait("connect", me)["sessionPresent"] is False
+    at = node.do("subscribe", client=me, topic=f"{topic}/#", options={"qos": 1})
+    node.wait("subscribed", me, since=at)
+    pub = client(edge)
+    pub.publish(f"{topic}/warm", "warm")
+    node.wait("message", me, since=at, payload="warm")
+    quiet_since = core.mark()
+    for n in range(5):
+        at = node.mark()
+        line.cut()
+        node.wait("close", me, since=at)
+        node.wait("connect", me, since=at)
+        # MQTT.js subscribes again by itself and does not say when; what is published until then is its to lose.
+        arrived = publish_until_seen(node, pub, me, f"{topic}/{n}", at)
+        assert arrived
+    # The core's own log: five flaps were not one packet.
+    assert core.connects(quiet_since) == []
+    assert [l for l in core.service.lines(quiet_since) if topic in l and re.search(r"SUBSCRIBE", l)] == []
+    assert not [l for l in core.service.lines(quiet_since) if re.search(r"^\S* *" + re.escape(topic), l)]
+    node.do("end", client=me)
+    node.wait("ended", me)
+
+
+def publish_until_seen(node, pub, me, topic, at) -> bool:
+    count = 0
+
+    def once() -> bool:
+        nonlocal count
+        pub.publish(topic, f"p{count}")
+        count += 1
+        return bool([m for m in node.events("message", me, at) if m["topic"] == topic])
+
+    return wait_until(f"a message for {me}", once, 10, 0.05)
+
+
+@pytest.mark.parametrize("transport", ("tcp", "ws", "wss"))
+def test_sessions_in_node(edge, client, way, node, transport):
+    topic, me = fresh(), fresh("js")
+    line = way(edge, transport)
+    session = options(line, clientId=me, clean=False, resubscribe=False, properties={"sessionExpiryInterval": 300})
+    node.do("connect", client=me, url=url(line), options=session)
+    assert node.wait("connect", me)["sessionPresent"] is False
+    at = node.do("subscribe", client=me, topic=topic, options={"qos": 2})
+    node.wait("subscribed", me, since=at)
+    pub = client(edge)
+    at = node.mark()
+    line.line.unplug()
+    node.wait("close", me, since=at)
+    for n in range(10):
+        pub.publish(topic, f"m{n}", 1 + n % 2, UserProperty=[("n", f"{n}")])
+    line.line.plug()
+    assert node.wait("connect", me, since=at)["sessionPresent"] is True
+    node.wait("message", me, since=at, payload="m9")
+    node.wait("message", me, since=at, payload="m8")
+    pub.publish(topic, "end", 1)
+    node.wait("message", me, since=at, payload="end")
+    got = [m for m in node.events("message", me, at)]
+    for qos in (1, 2):
+        assert [m["payload"] for m in got if m["qos"] == qos and m["payload"] != "end"] == [f"m{n}" for n in range(10) if 1 + n % 2 == qos]
+    assert all(m["userProperties"] == {"n": m["payload"][1:]} for m in got if m["payload"] != "end")
+    node.do("end", client=me)
+    node.wait("ended", me)
+
+
+def test_a_page_in_chromium_over_wss(edge, core, client, way, browser):
+    """Connects, subscribes, publishes, is cut off, resumes: nothing lost, in order, once."""
+    topic, me = fresh(), fresh("page")
+    line = way(edge, "wss")
+    session = in_page(line, clientId=me, clean=False, resubscribe=False, properties={"sessionExpiryInterval": 300})
+    browser.do("connect", client=me, url=url(line), options=session)
+    assert browser.wait("connect", me)["sessionPresent"] is False
+    at = browser.do("subscribe", client=me, topic=f"{topic}/in", options={"qos": 1})
+    browser.wait("subscribed", me, since=at)
+    other = client(edge, "tcp")
+    other.subscribe(f"{topic}/out")
+    at = browser.do("publish", client=me, topic=f"{topic}/out", payload="from the page ☃", options={"qos": 1, "properties": {"contentType": "text/plain"}})
+    browser.wait("published", me, since=at)
+    got = other.next()
+    assert got.payload.decode() == "from the page ☃" and got.props.ContentType == "text/plain"
+    for flap in range(3):
+        at, quiet_since = browser.mark(), core.mark()
+        line.line.unplug()
+        browser.wait("close", me, since=at)
+        for n in range(5):
+            other.publish(f"{topic}/in", f"{flap}-{n}")
+        line.line.plug()
+        assert browser.wait("connect", me, since=at)["sessionPresent"] is True
+        browser.wait("message", me, since=at, payload=f"{flap}-4")
+        assert [m["payload"] for m in browser.events("message", me, at)] == [f"{flap}-{n}" for n in range(5)]
+        assert core.connects(quiet_since) == [] and not [l for l in core.service.lines(quiet_since) if topic in l and "SUBSCRIBE" in l]
+    # The browser's own idea of being offline, for new connections as well.
+    at = browser.do("offline", value=True)
+    line.cut()
+    browser.wait("close", me, since=at)
+    other.publish(f"{topic}/in", "while offline")
+    browser.do("offline", value=False)
+    assert browser.wait("connect", me, since=at)["sessionPresent"] is True
+    browser.wait("message", me, since=at, payload="while offline")
+    browser.do("end", client=me)
+    browser.wait("ended", me)
+
+
+def test_a_page_with_the_defaults_of_mqttjs(edge, client, way, browser):
+    """clean: true, a client id of its own making, MQTT 3.1.1, subscribing again by itself; over ws."""
+    topic, me = fresh(), fresh("page")
+    line = way(edge, "ws")
+    browser.do("connect", client=me, url=url(line), options={"reconnectPeriod": 50})
+    browser.wait("connect", me)
+    at = browser.do("subscribe", client=me, topic=f"{topic}/#", options={})
+    browser.wait("subscribed", me, since=at)
+    pub = client(edge)
+    for n in range(3):
+        at = browser.mark()
+        line.cut()
+        browser.wait("connect", me, since=at)
+        assert publish_until_seen(browser, pub, me, f"{topic}/{n}", at)
+    browser.do("end", client=me)
+    browser.wait("ended", me)

@@ -1,0 +1,127 @@
+"""QUIC as aioquic speaks it: several streams, a changed address, a resumed ticket, ways to end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from harness import wire
+from harness.loop import call
+from harness.names import fresh
+from harness.quic_relay import QuicRelay, dial, vanish
+from harness.raw import Raw
+
+
+@pytest.fixture
+def relay(edge):
+    one = QuicRelay(edge["quic"].port, edge.pki.ca)
+    yield one
+    one.close()
+
+
+async def exchange(reader, writer, raw: bytes, count: int = 1) -> list[wire.Packet]:
+    writer.write(raw)
+    buffer, got = bytearray(), []
+    while len(got) < count:
+        chunk = await asyncio.wait_for(reader.read(65536), 10)
+        if not chunk:
+            break
+        buffer += chunk
+        got += wire.split(buffer)
+    return got
+
+
+def test_a_second_stream_does_not_hang(relay):
+    topic = fresh()
+    with Raw(relay.port) as raw:
+        raw.connect(fresh("id"))
+        raw.subscribe((topic, 1))
+        (answer,) = call(exchange(*relay.second_stream(), wire.publish(topic, b"over the second", 1, 9)))
+        # Acknowledged on the stream of arrival, delivered on the one that subscribed.
+        assert (answer.kind, answer.packet_id) == (wire.PUBACK, 9)
+        assert raw.recv().payload == b"over the second"
+
+
+def test_connect_on_a_data_stream_ends_that_stream_only(relay):
+    with Raw(relay.port) as raw:
+        raw.connect(fresh("id"))
+
+        async def misbehave(reader, writer):
+            writer.write(wire.connect("x"))
+            try:
+                return await asyncio.wait_for(reader.read(100), 10)
+            except ConnectionError:
+                return b""
+
+        assert call(misbehave(*relay.second_stream())) == b""
+        raw.send(wire.PING)
+        assert raw.recv().kind == wire.PINGRESP
+
+
+def test_five_streams_at_once(relay, edge, client):
+    """What a NanoMQ client opens: subscriptions on one, publishes on others."""
+    topic = fresh()
+    with Raw(relay.port) as raw:
+        raw.connect(fresh("id"))
+        streams = [relay.second_stream() for _ in range(4)]
+        (suback,) = call(exchange(*streams[0], wire.subscribe(1, (topic, 1))))
+        assert suback.kind == wire.SUBACK and suback.codes == b"\x01"
+        for n, stream in enumerate(streams[2:]):
+            (puback,) = call(exchange(*stream, wire.publish(topic, b"%d" % n, 1, 10 + n)))
+            assert puback.kind == wire.PUBACK
+        # An abandoned stream in the middle of a packet holds nothing up.
+        streams[1][1].write(wire.publish(topic, b"never ends")[:5])
+        other = client(edge)
+        other.publish(topic, "from elsewhere")
+        raw.send(wire.PING)
+        while raw.recv().kind != wire.PINGRESP:
+            pass
+
+
+def test_the_address_may_change(relay):
+    """A NAT that forgets: the same connection from another port."""
+    with Raw(relay.port) as raw:
+        raw.connect(fresh("id"))
+        relay.rebind()
+        for _ in range(3):
+            raw.send(wire.PING)
+            assert raw.recv().kind == wire.PINGRESP
+
+
+@pytest.mark.parametrize("how", ("close", "fin"))
+def test_ends_without_disconnect_fire_the_will(edge, client, how):
+    topic = fresh()
+    watcher = client(edge)
+    watcher.subscribe(topic)
+    body = wire.text("MQTT") + bytes([5, 0x02 | 0x04 | 0x08]) + b"\x00\x3c\x00" + wire.text(fresh("id")) + b"\x00" + wire.text(topic) + wire.text("gone")
+
+    async def visit():
+        protocol = await dial(edge["quic"].port, edge.pki.ca, ["mqtt"])
+        reader, writer = await protocol.create_stream()
+        (connack,) = await exchange(reader, writer, wire.packet(wire.CONNECT, body))
+        assert connack.reason == 0
+        if how == "close":
+            protocol.close()
+        else:
+            writer.write_eof()
+        await asyncio.wait_for(protocol.wait_closed(), 10)
+
+    call(visit())
+    assert watcher.next().text == "gone"
+
+
+def test_many_handshakes_that_lead_nowhere(edge, client):
+    """Clients that vanish in the middle: others come in as before."""
+
+    async def vanish_many():
+        protocols = await asyncio.gather(*(dial(edge["quic"].port, edge.pki.ca, ["mqtt"]) for _ in range(20)))
+        for protocol in protocols:
+            vanish(protocol)
+
+    call(vanish_many())
+    one = client(edge, "quic")
+    topic = fresh()
+    one.subscribe(topic)
+    one.publish(topic, "x")
+    assert one.next().text == "x"

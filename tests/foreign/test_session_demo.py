@@ -1,0 +1,98 @@
+"""The main promise: break off over one transport, come back over another, nothing is missing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from harness.edge import TRANSPORTS
+from harness.names import fresh
+
+
+@pytest.mark.parametrize("leave,back", list(itertools.product(TRANSPORTS, TRANSPORTS)))
+def test_leave_over_one_come_back_over_another(edge, client, way, leave, back):
+    topic, me = fresh(), fresh("id")
+    line = way(edge, leave)
+    pub = client(edge)
+    one = client(edge, leave, me, via=line, expiry=300)
+    assert not one.session_present
+    one.subscribe((topic, 1))
+    pub.publish(topic, "before")
+    assert one.next().text == "before"
+    # The first message proves nothing about its PUBACK; a second one is answered after it.
+    assert one.fence(pub, topic) == []
+    line.cut()
+    one.abandon()
+    for n in range(5):
+        pub.publish(topic, f"m{n}", 1)
+    again = client(edge, back, me, clean=False, expiry=300)
+    assert again.session_present
+    got = again.fence(pub, topic)
+    # The marker of before the cut may come again: its PUBACK can have been lost with the line.
+    fresh_ones = [m for m in got if not (m.dup and m.payload.startswith(b"fence-"))]
+    assert [m.text for m in fresh_ones] == [f"m{n}" for n in range(5)]
+    assert {m.topic for m in got} == {topic}
+    # And the session is whole: live messages follow.
+    pub.publish(topic, "after")
+    assert again.next().text == "after"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("version", (3, 4))
+def test_three_one_one_with_clean_session_off(edge, client, way, transport, version):
+    topic, me = fresh(), fresh("i")[-20:]
+    line = way(edge, transport)
+    pub = client(edge)
+    one = client(edge, transport, me, via=line, version=version, clean=False)
+    one.subscribe((topic, 1))
+    line.cut()
+    one.abandon()
+    for n in range(5):
+        pub.publish(topic, f"m{n}", 1)
+    again = client(edge, transport, me, version=version, clean=False)
+    # 3.1 has no Session Present: its CONNACK's first byte is always 0.
+    assert again.session_present == (version == 4)
+    assert [m.text for m in again.fence(pub, topic)] == [f"m{n}" for n in range(5)]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_unacknowledged_come_again_with_dup_in_order(edge, client, way, transport):
+    topic, me = fresh(), fresh("id")
+    line = way(edge, transport)
+    pub = client(edge)
+    one = client(edge, transport, me, via=line, expiry=300, manual_ack=True)
+    one.subscribe((topic, 1))
+    for n in range(5):
+        pub.publish(topic, f"m{n}")
+    first = one.take(5)
+    assert not any(m.dup for m in first)
+    line.cut()
+    one.abandon()
+    pub.publish(topic, "m5")
+    again = client(edge, transport, me, clean=False, expiry=300)
+    got = again.fence(pub, topic)
+    assert [m.text for m in got] == [f"m{n}" for n in range(6)]
+    # The last was in nobody's hands, unless the line's end was not yet known (QUIC).
+    assert [m.dup for m in got][:5] == [True] * 5
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_publisher_flaps_and_each_message_arrives_once(edge, client, way, transport):
+    """A QoS 2 publisher that is cut and sends again: no copy too many, none missing, in order."""
+    topic, me = fresh(), fresh("id")
+    sub = client(edge)
+    sub.subscribe((topic, 2))
+    line = way(edge, transport)
+    pub = client(edge, transport, me, via=line, expiry=300)
+    # At most 15 at a time: on a resume paho forgets its own limit and sends all it has.
+    for first in range(0, 90, 15):
+        mids = [pub.publish(topic, f"{n}", 2, wait=False) for n in range(first, first + 15)]
+        line.cut()
+        pub.reconnect()
+        assert pub.session_present
+        for mid in mids:
+            pub.wait_published(mid)
+    got = sub.take(90)
+    assert [m.text for m in got] == [f"{n}" for n in range(90)]
+    assert sub.fence(client(edge), topic, 2) == []

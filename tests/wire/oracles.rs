@@ -1,0 +1,141 @@
+//! Two codecs that others wrote, asked for their opinion of a frame.
+
+use bytes::BytesMut;
+use mqtt_protocol_core::mqtt;
+use tidegate::mqtt::{Receiver, Version};
+use tokio_util::codec::{Decoder, Encoder};
+
+/// What an oracle makes of a frame.
+#[derive(Debug)]
+pub enum Opinion {
+    Refused,
+    /// The packet, written again by the oracle.
+    Taken(Vec<u8>),
+    /// The oracle does not speak the version.
+    None,
+}
+
+impl Opinion {
+    pub fn refused(&self) -> bool {
+        matches!(self, Opinion::Refused)
+    }
+}
+
+/// rmqtt-codec; it does not know which role it has.
+pub fn rmqtt(version: Version, frame: &[u8]) -> Opinion {
+    let mut bytes = BytesMut::from(frame);
+    let mut out = BytesMut::new();
+    if version == Version::V5 {
+        let mut codec = rmqtt_codec::v5::Codec::default();
+        let Ok(Some((packet, _))) = codec.decode(&mut bytes) else {
+            return Opinion::Refused;
+        };
+        // A fresh one: a decoded CONNECT makes the codec leave properties out.
+        let mut writer = rmqtt_codec::v5::Codec::default();
+        writer
+            .encode(packet, &mut out)
+            .expect("what it read it can write");
+    } else {
+        let mut codec = rmqtt_codec::v3::Codec::default();
+        let Ok(Some((packet, _))) = codec.decode(&mut bytes) else {
+            return Opinion::Refused;
+        };
+        codec
+            .encode(packet, &mut out)
+            .expect("what it read it can write");
+        if version == Version::V31 && out[0] == 0x10 {
+            // It reads `MQIsdp` 3 but writes `MQIsdp` 4, which no specification knows.
+            let level = out
+                .windows(7)
+                .position(|w| w == b"MQIsdp\x04")
+                .expect("its CONNECT")
+                + 6;
+            out[level] = 3;
+        }
+    }
+    Opinion::Taken(out.to_vec())
+}
+
+/// mqtt-protocol-core, its parsers without the connection's state.
+pub fn core(version: Version, frame: &[u8]) -> Opinion {
+    if version == Version::V31 {
+        return Opinion::None;
+    }
+    let Some((first, body)) = open(frame) else {
+        return Opinion::Refused;
+    };
+    macro_rules! parse {
+        ($packet:ty) => {
+            match <$packet>::parse(body) {
+                Ok((packet, used)) if used == body.len() => {
+                    Opinion::Taken(packet.to_continuous_buffer())
+                }
+                _ => Opinion::Refused,
+            }
+        };
+    }
+    macro_rules! publish {
+        ($packet:ty) => {
+            match <$packet>::parse(first & 15, mqtt::Arc::from(body)) {
+                Ok((packet, _)) => Opinion::Taken(packet.to_continuous_buffer()),
+                Err(_) => Opinion::Refused,
+            }
+        };
+    }
+    use mqtt::packet::{v3_1_1 as v3, v5_0 as v5};
+    match (version == Version::V5, first >> 4) {
+        (false, 1) => parse!(v3::Connect),
+        (false, 2) => parse!(v3::Connack),
+        (false, 3) => publish!(v3::Publish),
+        (false, 4) => parse!(v3::Puback),
+        (false, 5) => parse!(v3::Pubrec),
+        (false, 6) => parse!(v3::Pubrel),
+        (false, 7) => parse!(v3::Pubcomp),
+        (false, 8) => parse!(v3::Subscribe),
+        (false, 9) => parse!(v3::Suback),
+        (false, 10) => parse!(v3::Unsubscribe),
+        (false, 11) => parse!(v3::Unsuback),
+        (false, 12) => parse!(v3::Pingreq),
+        (false, 13) => parse!(v3::Pingresp),
+        (false, 14) => parse!(v3::Disconnect),
+        (true, 1) => parse!(v5::Connect),
+        (true, 2) => parse!(v5::Connack),
+        (true, 3) => publish!(v5::Publish),
+        (true, 4) => parse!(v5::Puback),
+        (true, 5) => parse!(v5::Pubrec),
+        (true, 6) => parse!(v5::Pubrel),
+        (true, 7) => parse!(v5::Pubcomp),
+        (true, 8) => parse!(v5::Subscribe),
+        (true, 9) => parse!(v5::Suback),
+        (true, 10) => parse!(v5::Unsubscribe),
+        (true, 11) => parse!(v5::Unsuback),
+        (true, 12) => parse!(v5::Pingreq),
+        (true, 13) => parse!(v5::Pingresp),
+        (true, 14) => parse!(v5::Disconnect),
+        (true, 15) => parse!(v5::Auth),
+        _ => Opinion::Refused,
+    }
+}
+
+/// Packets that only the other role sends; neither oracle judges that at this level.
+pub fn for_role(receiver: Receiver, first: u8) -> bool {
+    match first >> 4 {
+        1 | 8 | 10 | 12 => receiver == Receiver::Server,
+        2 | 9 | 11 | 13 => receiver == Receiver::Client,
+        _ => true,
+    }
+}
+
+// The parsers want a body; a frame that is not exactly one packet is nothing to judge.
+fn open(frame: &[u8]) -> Option<(u8, &[u8])> {
+    let (&first, rest) = frame.split_first()?;
+    let mut len = 0usize;
+    for (i, byte) in rest.iter().take(4).enumerate() {
+        len |= usize::from(byte & 127) << (7 * i);
+        if byte & 128 == 0 {
+            let body = &rest[i + 1..];
+            return (body.len() == len).then_some((first, body));
+        }
+    }
+    None
+}
