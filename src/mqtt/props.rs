@@ -21,7 +21,8 @@ impl<'a> Properties<'a> {
 
     /// The properties in wire order ([MQTT-3.3.2-18]).
     pub fn iter(&self) -> impl Iterator<Item = Property<'a>> + Clone + use<'a> {
-        Spans(self.0).map(|(property, _)| property)
+        let mut r = Reader(self.0);
+        std::iter::from_fn(move || Property::read(r.u8().ok()?, &mut r).ok())
     }
 
     /// The user properties in wire order.
@@ -71,6 +72,14 @@ macro_rules! properties {
                 }
             }
 
+            /// How long the value of an identifier is.
+            const fn width(id: u8) -> Width {
+                match id {
+                    $($id => width!($kind),)*
+                    _ => Width::Pair,
+                }
+            }
+
             // Types only; whether a value is allowed is `check`.
             #[inline]
             fn read(id: u8, r: &mut Reader<'a>) -> Result<Property<'a>, Error> {
@@ -90,6 +99,26 @@ macro_rules! ty {
     (varint $a:lifetime) => { u32 };
     (string $a:lifetime) => { &$a str };
     (binary $a:lifetime) => { &$a [u8] };
+}
+macro_rules! width {
+    (byte) => {
+        Width::Fixed(1)
+    };
+    (two) => {
+        Width::Fixed(2)
+    };
+    (four) => {
+        Width::Fixed(4)
+    };
+    (varint) => {
+        Width::Varint
+    };
+    (string) => {
+        Width::Field
+    };
+    (binary) => {
+        Width::Field
+    };
 }
 macro_rules! size {
     (byte $v:ident) => {{
@@ -335,20 +364,34 @@ fn check(property: &Property<'_>) -> Result<(), Error> {
     }
 }
 
-/// Validated raw properties, each with the bytes it takes.
+enum Width {
+    Fixed(usize),
+    Varint,
+    /// A length of two bytes and as much.
+    Field,
+    /// Two fields.
+    Pair,
+}
+
+/// Validated raw properties, each as the bytes it takes, not looked into.
 #[derive(Clone, Copy)]
-pub(crate) struct Spans<'a>(pub &'a [u8]);
+struct Spans<'a>(&'a [u8]);
 
 impl<'a> Iterator for Spans<'a> {
-    type Item = (Property<'a>, &'a [u8]);
+    type Item = &'a [u8];
 
-    fn next(&mut self) -> Option<Self::Item> {
+    #[inline]
+    fn next(&mut self) -> Option<&'a [u8]> {
         let mut r = Reader(self.0);
-        let id = r.u8().ok()?;
-        let property = Property::read(id, &mut r).ok()?;
+        match Property::width(r.u8().ok()?) {
+            Width::Fixed(len) => drop(r.take(len).ok()?),
+            Width::Varint => drop(r.varint().ok()?),
+            Width::Field => drop(r.binary().ok()?),
+            Width::Pair => drop((r.binary().ok()?, r.binary().ok()?)),
+        }
         let (span, rest) = self.0.split_at(self.0.len() - r.0.len());
         self.0 = rest;
-        Some((property, span))
+        Some(span)
     }
 }
 
@@ -381,16 +424,17 @@ pub(crate) fn maximum_qos(v: u8) -> QoS {
 
 /// The bytes of each property that a message keeps on its way (§3.3.2.3), in order; user
 /// properties named `strip` are left out.
+#[inline]
 pub(crate) fn forwarded<'a>(
     properties: Properties<'a>,
     strip: Option<&str>,
 ) -> impl Iterator<Item = &'a [u8]> {
-    Spans(properties.0).filter_map(move |(property, span)| {
-        let kept = match property {
-            Property::UserProperty(key, _) => strip != Some(key),
-            other => FORWARDED.once & (1 << other.id()) != 0,
-        };
-        kept.then_some(span)
+    Spans(properties.0).filter(move |span| match span[0] {
+        USER_PROPERTY => {
+            let key = Reader(&span[1..]).binary();
+            strip.is_none_or(|strip| key != Ok(strip.as_bytes()))
+        }
+        id => FORWARDED.once & (1 << id) != 0,
     })
 }
 
@@ -425,6 +469,20 @@ mod tests {
         put_block(&all.map(Some), &mut out);
         assert_eq!(out.len(), framed_len(block_len(&all.map(Some))));
         assert!(Properties(&out[1..]).iter().eq(all));
+    }
+
+    #[test]
+    fn spans_are_those_read() {
+        let mut wire = Vec::new();
+        for id in 0..=u8::MAX {
+            // Zeros do for every type: a number, an empty string, two of them.
+            let mut value = Reader(&[0; 8]);
+            if Property::read(id, &mut value).is_ok() {
+                wire.push([&[id], &[0; 8][value.0.len()..]].concat());
+            }
+        }
+        assert_eq!(wire.len(), 27);
+        assert!(Spans(&wire.concat()).eq(wire.iter().map(|one| &one[..])));
     }
 
     #[test]
