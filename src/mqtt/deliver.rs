@@ -208,6 +208,7 @@ mod tests {
             retain: false,
             expires_at: u64::MAX,
             strip_key: None,
+            account: None,
         })
     }
 
