@@ -95,20 +95,22 @@ bind = "127.0.0.1:0"
 servers = ["mqtt://127.0.0.1:1"]
 [auth]
 acl = "open"
+[admin]
+bind = "127.0.0.1:0"
 """
 # What is wrong -> (text, the line it is on, what the message must name).
 WRONG = {
-    "not TOML": (BASE + "x = = 1\n", 12, ()),
-    "unknown key": (BASE + "[limits]\npacket_maxx = 1\n", 13, ("packet_maxx", "packet_max")),
-    "unknown section": (BASE + "[limitz]\n", 12, ("limitz",)),
-    "wrong type": (BASE + "[limits]\nreceive_max = \"many\"\n", 13, ("receive_max",)),
-    "out of range": (BASE + "[limits]\nreceive_max = 0\n", 13, ("receive_max",)),
-    "bad size": (BASE + "[limits]\npacket_max = \"1 parsec\"\n", 13, ("packet_max",)),
-    "bad duration": (BASE + "[session]\nexpiry_v3 = \"soon\"\n", 13, ("expiry_v3",)),
+    "not TOML": (BASE + "x = = 1\n", 14, ()),
+    "unknown key": (BASE + "[limits]\npacket_maxx = 1\n", 15, ("packet_maxx", "packet_max")),
+    "unknown section": (BASE + "[limitz]\n", 14, ("limitz",)),
+    "wrong type": (BASE + "[limits]\nreceive_max = \"many\"\n", 15, ("receive_max",)),
+    "out of range": (BASE + "[limits]\nreceive_max = 0\n", 15, ("receive_max",)),
+    "bad size": (BASE + "[limits]\npacket_max = \"1 parsec\"\n", 15, ("packet_max",)),
+    "bad duration": (BASE + "[session]\nexpiry_v3 = \"soon\"\n", 15, ("expiry_v3",)),
     "unknown transport": (BASE.replace('transport = "tcp"', 'transport = "smoke"'), 6, ("transport", "smoke")),
     "bad bind": (BASE.replace("127.0.0.1:0", "nowhere"), 7, ("bind",)),
     "unknown version": (BASE.replace("version = 1", "version = 9"), 1, ("version",)),
-    "disk durability": (BASE + "[store]\ndurability = \"disk\"\n", 13, ("durability",)),
+    "disk durability": (BASE + "[store]\ndurability = \"disk\"\n", 15, ("durability",)),
     "local ack": (BASE.replace("[auth]", "ack = \"local\"\n[auth]"), 10, ("ack",)),
     "roots": (BASE.replace("[auth]", "roots = [\"fleet/#\"]\n[auth]"), 10, ("roots",)),
     "jwt": (BASE.replace("[auth]", "[auth]\nmode = \"jwt\""), 11, ("mode", "jwt")),
@@ -116,7 +118,7 @@ WRONG = {
     "delegate": (BASE.replace("[auth]", "[auth]\nmode = \"delegate\""), 11, ("mode", "delegate")),
     "webtransport": (BASE.replace("bind =", "webtransport = true\nbind ="), 7, ("webtransport",)),
     "ws upstream": (BASE.replace("mqtt://", "ws://"), 9, ("servers",)),
-    "a tls listener without a certificate": (BASE.replace('"tcp"\nbind', '"tls"\nbind'), None, ("tls",)),
+    "no certificate off loopback": (BASE.replace('"tcp"\nbind = "127.0.0.1:0"', '"tls"\nbind = "0.0.0.0:0"', 1), None, ("tls",)),
     "rules beside an open acl": (BASE + "[[acl]]\nwho = \"*\"\nallow = [\"publish\"]\ntopics = [\"#\"]\n", None, ("acl",)),
     "no node id with a real core": (BASE.replace('id = "edge-1"\n', ""), None, ("id",)),
 }

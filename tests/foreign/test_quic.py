@@ -43,22 +43,6 @@ def test_a_second_stream_does_not_hang(relay):
         assert raw.recv().payload == b"over the second"
 
 
-def test_connect_on_a_data_stream_ends_that_stream_only(relay):
-    with Raw(relay.port) as raw:
-        raw.connect(fresh("id"))
-
-        async def misbehave(reader, writer):
-            writer.write(wire.connect("x"))
-            try:
-                return await asyncio.wait_for(reader.read(100), 10)
-            except ConnectionError:
-                return b""
-
-        assert call(misbehave(*relay.second_stream())) == b""
-        raw.send(wire.PING)
-        assert raw.recv().kind == wire.PINGRESP
-
-
 def test_five_streams_at_once(relay, edge, client):
     """What a NanoMQ client opens: subscriptions on one, publishes on others."""
     topic = fresh()
