@@ -11,6 +11,7 @@ mod packets;
 mod will;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use crate::limits::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
@@ -63,10 +64,13 @@ pub struct SessionLimits {
     pub queue_full: QueueFull,
     /// Keep QoS 0 for clients that are away.
     pub queue_qos0: bool,
-    /// Bytes of output that may wait for a connection's socket.
-    pub output_buffer: usize,
+    /// Bytes of output that may wait for a connection's socket; less while all together are near
+    /// their budget.
+    pub output_buffer: Arc<AtomicUsize>,
     /// Subscriptions of one client.
     pub subscriptions_max: usize,
+    /// Bytes of all filters of one client.
+    pub filter_bytes_max: usize,
     /// Levels of a topic or filter.
     pub topic_levels_max: usize,
     /// Unanswered publishes of a 3.x client before its socket is left unread.
@@ -163,6 +167,9 @@ pub struct Subscription {
     pub identifier: u32,
     /// Set once the core granted it: only then can it be the senior of overlapping ones.
     pub active: bool,
+    /// Until then, copies for other matching subscriptions count too: this one may be on another
+    /// link, which is ahead of theirs.
+    pub fenced_until: u64,
     /// Another subscription of this session may match the same topic.
     pub overlaps: bool,
 }
@@ -352,6 +359,9 @@ impl Session {
 
     /// When [`Session::expire`] or the keepalive next has something to do; `u64::MAX`: never.
     pub fn deadline(&self) -> u64 {
+        if self.ghost {
+            return self.ends_at;
+        }
         match &self.connection {
             Some(c) if c.keep_alive > 0 => c.last_seen + c.keep_alive,
             Some(_) => u64::MAX,
@@ -423,6 +433,11 @@ impl Session {
     /// The session is over; only its publishes under way are remembered.
     pub fn is_ghost(&self) -> bool {
         self.ghost
+    }
+
+    /// How long the ended session is remembered.
+    pub fn remember_until(&mut self, at: u64) {
+        self.ends_at = at;
     }
 
     /// A ghost that is still of use.

@@ -136,6 +136,7 @@ impl Router {
         slot.wake = Some(connect.wake);
         slot.origin = Some(connect.origin);
         slot.woken = true;
+        slot.taken = 0;
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
@@ -205,8 +206,11 @@ impl Router {
             return;
         };
         if s.session.is_ghost() {
-            s.session.outbound_mut().drop_queue();
-            shard.remove(slot);
+            if s.session.ends_at() <= now {
+                shard.remove(slot);
+            } else {
+                shard.settle(slot);
+            }
             return;
         }
         let mut ended = s.session.expire(now);

@@ -132,14 +132,14 @@ impl Router {
             Some(cached) if cached.state == State::Complete => {
                 retained.complete.promote(&number);
                 let messages: Vec<Message> = self.cached(&retained, number, now);
-                self.hand_retained(&messages, &[wants], now);
+                self.hand_retained(number, &messages, &[wants], now);
             }
             Some(cached) if cached.state == State::Queued => cached.wants.push(wants),
             Some(cached) if cached.overflow || cached.stale => cached.late.push(wants),
             Some(cached) => {
                 cached.wants.push(wants);
                 let messages = self.cached(&retained, number, now);
-                self.hand_retained(&messages, &[wants], now);
+                self.hand_retained(number, &messages, &[wants], now);
             }
             None => {
                 retained.filters.insert(
@@ -200,7 +200,7 @@ impl Router {
         }
         let wants = cached.wants.clone();
         retained.put(number, message);
-        self.hand_retained(std::slice::from_ref(message), &wants, now);
+        self.hand_retained(number, std::slice::from_ref(message), &wants, now);
     }
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
@@ -309,7 +309,7 @@ impl Router {
         self.retained.lock().bytes as u64
     }
 
-    fn hand_retained(&self, messages: &[Message], wants: &[Wants], now: u64) {
+    fn hand_retained(&self, number: u32, messages: &[Message], wants: &[Wants], now: u64) {
         let mut tally = Tally::default();
         for want in wants {
             let Some(shard) = self.shards.get(usize::from(want.session.shard)) else {
@@ -320,7 +320,7 @@ impl Router {
                 if message.payload().is_empty() {
                     continue;
                 }
-                shard.hand(&self.limits, now, message, want, &mut tally);
+                shard.hand(&self.limits, now, message, number, want, &mut tally);
             }
             self.charge_entries(&mut shard);
         }

@@ -7,6 +7,9 @@ use crate::session::{Close, Subscription, Wanted};
 use super::table::{State, UNPLACED, Waiter};
 use super::{Router, SessionRef, Wants};
 
+/// How long one data link may be behind another, milliseconds.
+const FENCE: u64 = 500;
+
 impl Router {
     /// Adds the subscriptions of one SUBSCRIBE. Filters that the core holds are granted at once;
     /// for others the answer follows the core's.
@@ -56,6 +59,7 @@ impl Router {
                 options,
                 identifier,
                 active: false,
+                fenced_until: 0,
                 overlaps: false,
             };
             let replaced = self.join(session, generation, subscription);
@@ -89,7 +93,7 @@ impl Router {
                     ));
                 }
                 drop(table);
-                self.activate(session, number, code);
+                self.activate(session, number, code, now);
                 continue;
             }
             let deadline = now + self.config.subscribe_hold;
@@ -135,7 +139,7 @@ impl Router {
     }
 
     /// The core holds the filter at this QoS: the subscription counts from here on.
-    fn activate(&self, session: SessionRef, number: u32, code: ReasonCode) {
+    fn activate(&self, session: SessionRef, number: u32, code: ReasonCode, now: u64) {
         let mut shard = self.shards[usize::from(session.shard)].lock();
         let Some(slot) = shard.get(session) else {
             return;
@@ -143,7 +147,9 @@ impl Router {
         let Some(subscription) = slot.session.subscription(number) else {
             return;
         };
-        subscription.active = true;
+        if !std::mem::replace(&mut subscription.active, true) && self.data.len() > 1 {
+            subscription.fenced_until = now + FENCE;
+        }
         let granted = QoS::from_u8(code.0).unwrap_or_default();
         subscription.options.qos = subscription.options.qos.min(granted);
         let subscription = subscription.clone();
@@ -232,7 +238,7 @@ impl Router {
                 continue;
             }
             let granted = ReasonCode(code.0.min(waiter.qos as u8));
-            self.activate(waiter.session, number, granted);
+            self.activate(waiter.session, number, granted, now);
             let answer = [(waiter.index, granted)];
             self.answer_subscribe(waiter.session, waiter.packet_id, &answer);
             if waiter.retained {
@@ -255,17 +261,8 @@ impl Router {
         }
     }
 
-    /// A client unsubscribed; its session has forgotten the filters already.
+    /// A client unsubscribed; its session and shard have forgotten the filters already.
     pub fn unsubscribe(&self, session: SessionRef, filters: &[u32], now: u64) {
-        {
-            let mut shard = self.shards[usize::from(session.shard)].lock();
-            if shard.get(session).is_some() {
-                for filter in filters {
-                    shard.leave(session.slot, *filter);
-                }
-                shard.rejoin(session.slot);
-            }
-        }
         self.release(filters, session.shard, now);
     }
 

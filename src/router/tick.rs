@@ -20,11 +20,27 @@ impl Router {
         for due in std::mem::take(&mut *self.deferred.lock()) {
             self.settle_due(due, now);
         }
+        for wake in std::mem::take(&mut *self.waiting_for_room.lock()) {
+            wake.unqueue();
+        }
+        self.tick_output();
         for number in 0..self.shards.len() {
             self.tick_shard(number, now);
         }
         self.tick_held(now);
         self.tick_linger(now);
+    }
+
+    /// Near the budget of all output, each connection's is kept short.
+    fn tick_output(&self) {
+        let used = self.output_used();
+        let now = self.limits.output_buffer.load(Ordering::Relaxed);
+        if used > self.config.output && now == self.output_buffer {
+            self.limits.output_buffer.store(PRESSED, Ordering::Relaxed);
+        } else if used < self.config.output / 5 * 4 && now != self.output_buffer {
+            let normal = self.output_buffer;
+            self.limits.output_buffer.store(normal, Ordering::Relaxed);
+        }
     }
 
     fn tick_shard(&self, number: usize, now: u64) {
@@ -40,6 +56,11 @@ impl Router {
             if !s.session.attached() {
                 self.expire(&mut shard, slot, now, &mut due);
                 continue;
+            }
+            if let Some(connection) = s.session.connection()
+                && connection.unread
+            {
+                connection.last_seen = now;
             }
             if s.session.deadline() <= now
                 && let Some(wake) = &s.wake
@@ -211,6 +232,9 @@ impl Router {
         }
     }
 }
+
+/// Bytes of each connection's output under pressure.
+const PRESSED: usize = 2048;
 
 /// Silence after which a WebSocket is pinged, milliseconds: with the walk's interval well below
 /// the 60 s of common proxies.

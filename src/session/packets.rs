@@ -70,7 +70,7 @@ impl Session {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
-        let aliased: Option<Arc<str>>;
+        let aliased: Arc<str>;
         let mut topic = publish.topic;
         if let Some(alias) = publish.topic_alias {
             if alias > limits.topic_alias_max {
@@ -79,11 +79,8 @@ impl Session {
                     "a topic alias above our maximum [MQTT-3.3.2-9]",
                 ));
             }
-            aliased = connection.resolve_alias(alias, publish.topic);
-            match &aliased {
-                Some(name) => topic = name,
-                None => return Err(protocol("a topic alias that was never defined")),
-            }
+            aliased = connection.resolve_alias(alias, publish.topic)?;
+            topic = &aliased;
         }
         if topic.split('/').count() > limits.topic_levels_max {
             return Err(close(
@@ -130,6 +127,12 @@ impl Session {
                     encode_ack(version, AckKind::Pubrec, id, ReasonCode::SUCCESS, None, out);
                     return Ok(());
                 }
+            }
+            if connection.version < Version::V5 && open_before >= limits.v3_publishes_max * 4 {
+                return Err(close(
+                    ReasonCode::QUOTA_EXCEEDED,
+                    "more QoS 2 publishes without PUBREL than are kept",
+                ));
             }
             if connection.version == Version::V5 && open_before >= usize::from(limits.receive_max) {
                 return Err(close(
@@ -217,9 +220,25 @@ impl Session {
         policy: &dyn Policy,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Close> {
+        if self.pending.len() >= PENDING_MAX {
+            return Err(close(
+                ReasonCode::QUOTA_EXCEEDED,
+                "too many SUBSCRIBEs that the core has not answered",
+            ));
+        }
+        if self
+            .pending
+            .iter()
+            .any(|p| p.packet_id == subscribe.packet_id)
+        {
+            return Err(protocol(
+                "a packet identifier that is in use [MQTT-2.2.1-3]",
+            ));
+        }
         let mut codes = Vec::new();
         let mut wanted: Vec<Wanted> = Vec::new();
         let mut fresh = 0;
+        let mut bytes: usize = self.subscriptions.iter().map(|s| s.name.len()).sum();
         for (index, (filter, options)) in subscribe.filters().enumerate() {
             let known = self.subscriptions.iter().any(|s| *s.name == *filter);
             let refused = if split_shared(filter).is_some() {
@@ -228,7 +247,10 @@ impl Session {
                 Some(ReasonCode::TOPIC_FILTER_INVALID)
             } else if !policy.may_subscribe(filter) {
                 Some(ReasonCode::NOT_AUTHORIZED)
-            } else if !known && self.subscriptions.len() + fresh >= limits.subscriptions_max {
+            } else if !known
+                && (self.subscriptions.len() + fresh >= limits.subscriptions_max
+                    || bytes + filter.len() > limits.filter_bytes_max)
+            {
                 Some(ReasonCode::QUOTA_EXCEEDED)
             } else {
                 None
@@ -236,7 +258,10 @@ impl Session {
             // Replaced by the answer of each filter that passed.
             codes.push(refused.unwrap_or(ReasonCode::UNSPECIFIED_ERROR).0);
             if refused.is_none() {
-                fresh += usize::from(!known);
+                if !known {
+                    fresh += 1;
+                    bytes += filter.len();
+                }
                 wanted.push(Wanted {
                     index: index as u16,
                     filter: filter.into(),
@@ -418,12 +443,13 @@ pub(super) fn write_answer(connection: &mut Connection, answer: &Answer, reason:
 
 /// The senior of a client's subscriptions that match `topic`: highest granted QoS, then oldest.
 /// Its copy is the one that the client gets, on any core. With it, all their identifiers, and
-/// whether any wants RETAIN as published.
+/// whether any wants RETAIN as published, and whether copies for the others count too for now.
 pub fn senior<'s>(
     subscriptions: &'s [Subscription],
     topic: &str,
+    now: u64,
     identifiers: &mut Vec<u32>,
-) -> Option<(&'s Subscription, bool)> {
+) -> Option<(&'s Subscription, bool, bool)> {
     let mut best: Option<&Subscription> = None;
     let mut retain = false;
     identifiers.clear();
@@ -439,8 +465,11 @@ pub fn senior<'s>(
             best = Some(s);
         }
     }
-    best.map(|b| (b, retain))
+    best.map(|b| (b, retain, b.fenced_until > now))
 }
+
+/// SUBSCRIBEs of one client that may wait for the core.
+const PENDING_MAX: usize = 100;
 
 fn close(reason: ReasonCode, why: &'static str) -> Close {
     Close { reason, why }

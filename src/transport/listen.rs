@@ -249,8 +249,11 @@ impl Listener {
 
     /// The handshake of everything that begins with TCP.
     async fn upgrade(&self, io: TcpStream, peer: SocketAddr) -> Result<Stream, HandshakeError> {
-        // A client that says nothing holds no place.
-        io.readable().await.map_err(HandshakeError::Io)?;
+        // A client that says nothing holds no place. (`readable` may be ready
+        // for no reason, and is for a fresh socket.)
+        if io.peek(&mut [0]).await.map_err(HandshakeError::Io)? == 0 {
+            return Err(HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()));
+        }
         let _place = self.limits.handshakes.place().await;
         match (self.info.kind, &self.spec.tls) {
             (Kind::Tls, Some(tls)) => {

@@ -117,11 +117,22 @@ impl Server {
                 }
             });
         }
-        // What comes from now on is refused at once.
-        self.endpoint.set_server_config(None);
-        while let Some(Some(incoming)) = self.endpoint.accept().now_or_never() {
-            incoming.refuse();
-        }
+        // While others drain, newcomers are refused, not left to time out.
+        tokio::spawn(async move {
+            let refuse = async {
+                while let Some(incoming) = self.endpoint.accept().await {
+                    incoming.refuse();
+                }
+            };
+            tokio::select! {
+                () = refuse => {}
+                () = self.endpoint.wait_idle() => {}
+            }
+            self.endpoint.set_server_config(None);
+            while let Some(Some(incoming)) = self.endpoint.accept().now_or_never() {
+                incoming.refuse();
+            }
+        });
     }
 
     /// Resolves when no connection is left and all closes are sent.

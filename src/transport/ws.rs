@@ -179,6 +179,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
                         self.closing = ClosePhase::Ending(Closing::Open);
                     }
                 }
+                // Both close frames are through, so nothing is in flight that a
+                // reset could destroy, and the server closes first (section
+                // 7.1.1).
+                ClosePhase::Ending(_) if self.asked.close.is_some() => {
+                    return Pin::new(&mut self.io).poll_shutdown(cx).map(drop);
+                }
                 ClosePhase::Ending(mut closing) => {
                     let done = tcp::poll_close(&mut self.io, cx, &mut closing);
                     self.closing = ClosePhase::Ending(closing);

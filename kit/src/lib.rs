@@ -1,0 +1,17 @@
+//! Judges for Tidegate: what the tests and the benches use to drive it and to watch it.
+//!
+//! Nothing here shares code with the `tidegate` crate, so a mistake in its codec cannot hide itself.
+
+pub mod certs;
+pub mod client;
+pub mod dial;
+pub mod herd;
+pub mod ledger;
+pub mod link;
+pub mod load;
+pub mod metrics;
+pub mod process;
+pub mod quic;
+pub mod recorder;
+pub mod usage;
+pub mod wire;

@@ -1,0 +1,303 @@
+//! A byte stream over any transport, driven by one task, and the ways to break it off.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BytesMut};
+use futures_util::{Sink, Stream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::{self, Message};
+
+use crate::quic::QuicStream;
+
+/// An open byte stream.
+#[derive(Debug)]
+pub struct Link {
+    io: Io,
+    /// ws and wss: a message was handed over and is not flushed.
+    flushing: bool,
+}
+
+/// How a client vanishes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// TCP: RST. QUIC: CONNECTION_CLOSE. Never a DISCONNECT, never a WebSocket close.
+    Reset,
+    /// TCP: FIN. QUIC: as `Reset`.
+    Close,
+    /// Nothing is sent and nothing is heard any more; the server has to find out by itself.
+    Silent,
+}
+
+/// What is left of a silent client; dropping it releases its socket.
+#[derive(Debug)]
+pub struct Ghost(#[allow(dead_code)] Option<Link>);
+
+#[derive(Debug)]
+enum Io {
+    Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+    Ws(Box<WebSocketStream<TcpStream>>),
+    Wss(Box<WebSocketStream<TlsStream<TcpStream>>>),
+    Quic(Box<QuicStream>),
+}
+
+impl Link {
+    /// A link over TCP.
+    pub fn tcp(stream: TcpStream) -> Self {
+        Self::new(Io::Tcp(stream))
+    }
+
+    pub(crate) fn tls(stream: TlsStream<TcpStream>) -> Self {
+        Self::new(Io::Tls(Box::new(stream)))
+    }
+
+    pub(crate) fn ws(socket: WebSocketStream<TcpStream>) -> Self {
+        Self::new(Io::Ws(Box::new(socket)))
+    }
+
+    pub(crate) fn wss(socket: WebSocketStream<TlsStream<TcpStream>>) -> Self {
+        Self::new(Io::Wss(Box::new(socket)))
+    }
+
+    pub(crate) fn quic(stream: QuicStream) -> Self {
+        Self::new(Io::Quic(Box::new(stream)))
+    }
+
+    fn new(io: Io) -> Self {
+        Self {
+            io,
+            flushing: false,
+        }
+    }
+
+    /// Writes all of `out` and meanwhile reads into `into`; returns as soon as bytes came or, when
+    /// there was something to write, as soon as it is written. Cancel safe: what is not yet written
+    /// stays in `out`. Returns the number of bytes read, and false once the peer has ended the stream.
+    ///
+    /// # Errors
+    /// The transport failed.
+    pub async fn drive(
+        &mut self,
+        out: &mut BytesMut,
+        into: &mut BytesMut,
+    ) -> io::Result<(usize, bool)> {
+        let writing = !out.is_empty() || self.flushing;
+        poll_fn(|cx| {
+            let written = if writing {
+                Some(self.poll_write(cx, out)?)
+            } else {
+                None
+            };
+            match self.poll_read(cx, into) {
+                Poll::Ready(Ok(0)) => Poll::Ready(Ok((0, false))),
+                Poll::Ready(Ok(n)) => Poll::Ready(Ok((n, true))),
+                Poll::Ready(Err(e)) => Poll::Ready(Err(e)),
+                Poll::Pending if written == Some(Poll::Ready(())) => Poll::Ready(Ok((0, true))),
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    /// Reads some bytes; 0 at the end of the stream. Cancel safe.
+    ///
+    /// # Errors
+    /// The transport failed.
+    pub async fn recv(&mut self, into: &mut BytesMut) -> io::Result<usize> {
+        poll_fn(|cx| self.poll_read(cx, into)).await
+    }
+
+    /// Writes all of `out`. Cancel safe as [`drive`](Self::drive).
+    ///
+    /// # Errors
+    /// The transport failed.
+    pub async fn flush(&mut self, out: &mut BytesMut) -> io::Result<()> {
+        poll_fn(|cx| match self.poll_write(cx, out) {
+            Ok(Poll::Ready(())) => Poll::Ready(Ok(())),
+            Ok(Poll::Pending) => Poll::Pending,
+            Err(e) => Poll::Ready(Err(e)),
+        })
+        .await
+    }
+
+    /// Breaks the link off. A silent cut leaves a ghost, which the caller keeps for as long as the
+    /// server is to be left in the dark.
+    pub fn cut(self, how: Cut) -> Ghost {
+        match (how, &self.io) {
+            (Cut::Silent, Io::Quic(quic)) => quic.mute(),
+            (Cut::Silent, _) => return Ghost(Some(self)),
+            (_, Io::Quic(quic)) => quic.close(),
+            (Cut::Reset, _) => self.reset_on_drop(),
+            (Cut::Close, _) => {}
+        }
+        Ghost(None)
+    }
+
+    /// Ends the link in good manners: a WebSocket close, a TLS close, a FIN.
+    pub async fn close(mut self) {
+        match &mut self.io {
+            Io::Tcp(s) => drop(tokio::io::AsyncWriteExt::shutdown(s).await),
+            Io::Tls(s) => drop(tokio::io::AsyncWriteExt::shutdown(s).await),
+            Io::Ws(s) => drop(s.close(None).await),
+            Io::Wss(s) => drop(s.close(None).await),
+            Io::Quic(q) => {
+                // The last packet must arrive before CONNECTION_CLOSE overtakes it.
+                let _ = q.send.finish();
+                let wait = std::time::Duration::from_secs(1);
+                let _ = tokio::time::timeout(wait, q.send.stopped()).await;
+                q.close();
+            }
+        }
+    }
+
+    /// The QUIC connection below, if this is one.
+    pub fn as_quic(&self) -> Option<&QuicStream> {
+        match &self.io {
+            Io::Quic(quic) => Some(quic),
+            _ => None,
+        }
+    }
+
+    /// The TCP socket below, if there is one.
+    pub fn as_tcp(&self) -> Option<&TcpStream> {
+        match &self.io {
+            Io::Tcp(s) => Some(s),
+            Io::Tls(s) => Some(s.get_ref().0),
+            Io::Ws(s) => Some(s.get_ref()),
+            Io::Wss(s) => Some(s.get_ref().get_ref().0),
+            Io::Quic(_) => None,
+        }
+    }
+
+    fn reset_on_drop(&self) {
+        if let Some(socket) = self.as_tcp() {
+            // The drop that follows then sends RST and throws unsent bytes away.
+            let _ = socket.set_zero_linger();
+        }
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut BytesMut) -> Poll<io::Result<usize>> {
+        match &mut self.io {
+            Io::Tcp(s) => poll_read(Pin::new(s), cx, into),
+            Io::Tls(s) => poll_read(Pin::new(s.as_mut()), cx, into),
+            Io::Quic(q) => poll_read(Pin::new(&mut q.recv), cx, into),
+            Io::Ws(s) => poll_message(s.as_mut(), cx, into),
+            Io::Wss(s) => poll_message(s.as_mut(), cx, into),
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, out: &mut BytesMut) -> io::Result<Poll<()>> {
+        match &mut self.io {
+            Io::Tcp(s) => poll_write(Pin::new(s), cx, out),
+            Io::Tls(s) => poll_write(Pin::new(s.as_mut()), cx, out),
+            Io::Quic(q) => poll_write(Pin::new(&mut q.send), cx, out),
+            Io::Ws(s) => poll_send(s.as_mut(), cx, out, &mut self.flushing),
+            Io::Wss(s) => poll_send(s.as_mut(), cx, out, &mut self.flushing),
+        }
+    }
+}
+
+fn poll_read<S: AsyncRead>(
+    stream: Pin<&mut S>,
+    cx: &mut Context<'_>,
+    into: &mut BytesMut,
+) -> Poll<io::Result<usize>> {
+    // A small stack buffer instead of a large reserve keeps thousands of idle clients small.
+    let mut space = [std::mem::MaybeUninit::uninit(); 16 * 1024];
+    let mut buf = ReadBuf::uninit(&mut space);
+    ready!(stream.poll_read(cx, &mut buf))?;
+    into.extend_from_slice(buf.filled());
+    Poll::Ready(Ok(buf.filled().len()))
+}
+
+fn poll_write<S: AsyncWrite>(
+    mut stream: Pin<&mut S>,
+    cx: &mut Context<'_>,
+    out: &mut BytesMut,
+) -> io::Result<Poll<()>> {
+    while !out.is_empty() {
+        match stream.as_mut().poll_write(cx, out) {
+            Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
+            Poll::Ready(Ok(n)) => out.advance(n),
+            Poll::Ready(Err(e)) => return Err(e),
+            Poll::Pending => return Ok(Poll::Pending),
+        }
+    }
+    match stream.poll_flush(cx) {
+        Poll::Ready(done) => done.map(Poll::Ready),
+        Poll::Pending => Ok(Poll::Pending),
+    }
+}
+
+fn poll_message<S>(
+    socket: &mut WebSocketStream<S>,
+    cx: &mut Context<'_>,
+    into: &mut BytesMut,
+) -> Poll<io::Result<usize>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut read = 0;
+    loop {
+        // Everything that is already here is taken in one go.
+        match Pin::new(&mut *socket).poll_next(cx) {
+            Poll::Ready(Some(Ok(Message::Binary(bytes)))) => {
+                read += bytes.len();
+                into.extend_from_slice(&bytes);
+            }
+            Poll::Ready(Some(Ok(Message::Ping(_) | Message::Pong(_)))) => {}
+            Poll::Ready(Some(Ok(Message::Close(_))) | None) => return Poll::Ready(Ok(read)),
+            Poll::Ready(Some(Ok(other))) => {
+                return Poll::Ready(Err(io::Error::other(format!("not binary: {other:?}"))));
+            }
+            Poll::Ready(Some(Err(e))) if read == 0 => return Poll::Ready(Err(io_error(e))),
+            Poll::Pending if read == 0 => return Poll::Pending,
+            Poll::Ready(Some(Err(_))) | Poll::Pending => return Poll::Ready(Ok(read)),
+        }
+    }
+}
+
+fn poll_send<S>(
+    socket: &mut WebSocketStream<S>,
+    cx: &mut Context<'_>,
+    out: &mut BytesMut,
+    flushing: &mut bool,
+) -> io::Result<Poll<()>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut socket = Pin::new(socket);
+    if !out.is_empty() {
+        match socket.as_mut().poll_ready(cx) {
+            Poll::Pending => return Ok(Poll::Pending),
+            Poll::Ready(ready) => ready.map_err(io_error)?,
+        }
+        let message = Message::Binary(out.split().freeze());
+        socket.as_mut().start_send(message).map_err(io_error)?;
+        *flushing = true;
+    }
+    match socket.poll_flush(cx) {
+        Poll::Pending => Ok(Poll::Pending),
+        Poll::Ready(done) => {
+            *flushing = false;
+            done.map_err(io_error)?;
+            Ok(Poll::Ready(()))
+        }
+    }
+}
+
+fn io_error(error: tungstenite::Error) -> io::Error {
+    match error {
+        tungstenite::Error::Io(e) => e,
+        tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed => {
+            io::ErrorKind::UnexpectedEof.into()
+        }
+        other => io::Error::other(other),
+    }
+}

@@ -1,0 +1,214 @@
+//! QUIC connections that can fall silent, as a phone does that loses its network.
+
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, TokioRuntime, UdpPoller, VarInt};
+
+use crate::dial::Trust;
+
+/// Opens QUIC connections with ALPN `mqtt` and their first bidirectional stream.
+#[derive(Debug)]
+pub struct QuicDialer {
+    addr: SocketAddr,
+    name: String,
+    source: Option<IpAddr>,
+    config: quinn::ClientConfig,
+    share: usize,
+    endpoint: Mutex<Option<(Socket, usize)>>,
+}
+
+/// One QUIC connection and its control stream.
+#[derive(Debug)]
+pub struct QuicStream {
+    pub(crate) connection: quinn::Connection,
+    pub(crate) send: quinn::SendStream,
+    pub(crate) recv: quinn::RecvStream,
+    socket: Socket,
+}
+
+impl QuicStream {
+    /// The connection, for tests that open further streams.
+    pub fn connection(&self) -> &quinn::Connection {
+        &self.connection
+    }
+
+    /// Sends and hears nothing from now on, without telling the server.
+    pub fn mute(&self) {
+        self.socket.muted.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends the connection with CONNECTION_CLOSE.
+    pub fn close(&self) {
+        self.connection.close(VarInt::from_u32(0), b"");
+    }
+}
+
+impl QuicDialer {
+    /// A dialer to one address with the certificate name to expect.
+    ///
+    /// # Errors
+    /// The TLS configuration cannot be used for QUIC.
+    pub fn new(addr: SocketAddr, name: &str, trust: &Trust) -> io::Result<Self> {
+        let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(trust.config(&["mqtt"]))
+            .map_err(io::Error::other)?;
+        let mut transport = quinn::TransportConfig::default();
+        transport
+            .max_idle_timeout(None)
+            .mtu_discovery_config(None)
+            .datagram_receive_buffer_size(None);
+        let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+        config.transport_config(Arc::new(transport));
+        let name = name.to_owned();
+        Ok(Self {
+            addr,
+            name,
+            source: None,
+            config,
+            share: 1,
+            endpoint: Mutex::new(None),
+        })
+    }
+
+    pub(crate) fn source(mut self, source: IpAddr) -> Self {
+        self.source = Some(source);
+        self
+    }
+
+    pub(crate) fn share(mut self, connections: usize) -> Self {
+        self.share = connections.max(1);
+        self
+    }
+
+    /// Connects and opens the control stream.
+    ///
+    /// # Errors
+    /// The handshake failed.
+    pub async fn open(&self) -> io::Result<QuicStream> {
+        let socket = self.socket()?;
+        let connecting = socket
+            .endpoint
+            .connect_with(self.config.clone(), self.addr, &self.name)
+            .map_err(io::Error::other)?;
+        let connection = connecting.await?;
+        let (send, recv) = connection.open_bi().await?;
+        Ok(QuicStream {
+            connection,
+            send,
+            recv,
+            socket,
+        })
+    }
+
+    fn socket(&self) -> io::Result<Socket> {
+        let mut slot = self
+            .endpoint
+            .lock()
+            .expect("no panic happens under this lock");
+        if let Some((socket, used)) = &mut *slot
+            && *used < self.share
+        {
+            *used += 1;
+            return Ok(socket.clone());
+        }
+        let socket = Socket::bind(self.source, self.addr)?;
+        if self.share > 1 {
+            *slot = Some((socket.clone(), 1));
+        }
+        Ok(socket)
+    }
+}
+
+/// A UDP socket with its endpoint and the switch that silences it.
+#[derive(Clone)]
+struct Socket {
+    endpoint: Endpoint,
+    muted: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Socket")
+            .field("muted", &self.muted)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Socket {
+    fn bind(source: Option<IpAddr>, to: SocketAddr) -> io::Result<Self> {
+        let any: IpAddr = if to.is_ipv4() {
+            [0; 4].into()
+        } else {
+            [0u16; 8].into()
+        };
+        let socket = std::net::UdpSocket::bind(SocketAddr::new(source.unwrap_or(any), 0))?;
+        let muted = Arc::new(AtomicBool::new(false));
+        let inner = TokioRuntime.wrap_udp_socket(socket)?;
+        let endpoint = Endpoint::new_with_abstract_socket(
+            EndpointConfig::default(),
+            None,
+            Arc::new(Mutable {
+                inner,
+                muted: muted.clone(),
+            }),
+            Arc::new(TokioRuntime),
+        )?;
+        Ok(Self { endpoint, muted })
+    }
+}
+
+/// A socket that swallows what it sends and forgets what it receives once muted.
+#[derive(Debug)]
+struct Mutable {
+    inner: Arc<dyn AsyncUdpSocket>,
+    muted: Arc<AtomicBool>,
+}
+
+impl AsyncUdpSocket for Mutable {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.inner.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        if self.muted.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.inner.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            match self.inner.poll_recv(cx, bufs, meta) {
+                Poll::Ready(Ok(_)) if self.muted.load(Ordering::Relaxed) => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.inner.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
