@@ -339,3 +339,43 @@ def test_a_resent_publish_does_not_reach_the_core_twice(own_core, own_edge, clie
     publish_until(pub, sub, f"{topic}/probe")
     wait_until("the core's log has the probe", lambda: [l for l in core.received("PUBLISH") if f"{topic}/probe" in l])
     assert len([l for l in core.received("PUBLISH") if f"{topic}/once" in l]) == 1
+
+
+# Legal MQTT, but Debian's mosquitto closes the connection on a discouraged code point.
+POISON = {
+    "control character in a topic": (lambda t: wire.publish(f"{t}/a\x1db", b"x", 1, 9), True),
+    "control character in a topic, QoS 0": (lambda t: wire.publish(f"{t}/a\x1db", b"x", 0), False),
+    "U+007F in a topic": (lambda t: wire.publish(f"{t}/a\x7f", b"x", 1, 9), True),
+    "a noncharacter in a topic": (lambda t: wire.publish(f"{t}/a\uffff", b"x", 1, 9), True),
+    "control character in a filter": (lambda t: wire.subscribe(9, (f"{t}/a\x1db", 1)), True),
+    "control character in a user property": (lambda t: wire.publish(f"{t}/a", b"x", 1, 9, props=b"\x26" + wire.text("k\x01") + wire.text("v\x02")), True),
+    "control character in a content type": (lambda t: wire.publish(f"{t}/a", b"x", 1, 9, props=b"\x03" + wire.text("c\x01")), True),
+    "control character in a response topic": (lambda t: wire.publish(f"{t}/a", b"x", 1, 9, props=b"\x08" + wire.text("r\x01")), True),
+    "a topic of very many levels": (lambda t: wire.publish(f"{t}" + "/x" * 250, b"x", 1, 9), True),
+    "a topic under $SYS": (lambda t: wire.publish("$SYS/broker/x", b"x", 1, 9), True),
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_a_packet_the_core_punishes_is_its_senders_affair(own_core, own_edge, client, what):
+    """The links are shared: whatever a client sends, others' messages go on, and the sender is told."""
+    core = own_core()
+    edge = own_edge(core.url, upstream=upstream(core, data_links=1, publish_links=1)).start()
+    topic = fresh()
+    other = client(edge)
+    other.subscribe(f"{topic}/other")
+    make, answered = POISON[what]
+    with Raw(edge["tcp"].port, timeout=20) as raw:
+        raw.connect(fresh("poison"))
+        raw.send(make(topic))
+        for n in range(20):
+            other.publish(f"{topic}/other", f"{n}")
+            assert other.next().text == f"{n}"
+        # Told: by an acknowledgement of whatever reason, or by a DISCONNECT that says why.
+        if answered:
+            answer = raw.recv()
+            assert answer.kind in (wire.PUBACK, wire.SUBACK, wire.DISCONNECT), answer
+            assert answer.kind != wire.DISCONNECT or answer.reason >= 0x80
+    wait_until("the core's log has the last", lambda: len([l for l in core.received("PUBLISH") if f"{topic}/other" in l]) == 20)
+    # A link may have been lost while finding out which packet it was, not again and again.
+    assert len(core.connects()) <= 3 + 4, core.connects()

@@ -216,9 +216,10 @@ def test_a_socket_that_takes_nothing_is_closed(own_core, own_edge):
     core = own_core(quiet=True)
     edge = own_edge(core.url, limits={"write_stall": "1s"}).start()
     port, topic = edge["tcp"].port, fresh()
-    crowd = Crowd(port, [fresh("stalled")], receive_maximum=65535, keep_alive=0)
-    crowd.each(lambda n: wire.subscribe(1, (topic, 1)))
-    flood(port, [topic], 900, b"z" * 16384)
+    crowd = Crowd(port, [fresh("stalled")], keep_alive=0)
+    # QoS 0: nothing else than the socket holds it back.
+    crowd.each(lambda n: wire.subscribe(1, (topic, 0)))
+    flood(port, [topic], 1500, b"z" * 16384)
     edge.wait_metric("it is closed", lambda m: m.sum("tidegate_disconnects_total", reason="write_stall") >= 1, 15)
     crowd.close()
 
