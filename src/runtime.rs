@@ -358,6 +358,10 @@ fn session_limits(config: &Config) -> SessionLimits {
         packet_max: config.limits.packet_max,
         queue_messages_max: config.session.queue_messages_max as usize,
         queue_bytes_max: config.session.queue_bytes_max as usize,
+        queue_age_max: config
+            .session
+            .queue_age_max
+            .map_or(u64::MAX, |age| age.as_millis() as u64),
         queue_full: match config.session.queue_full {
             config::QueueFull::Oldest => QueueFull::Oldest,
             config::QueueFull::Newest => QueueFull::Newest,

@@ -60,6 +60,8 @@ pub struct SessionLimits {
     pub queue_messages_max: usize,
     /// Bytes in a session's queue, and in flight.
     pub queue_bytes_max: usize,
+    /// Age in milliseconds at which a waiting message is dropped; `u64::MAX`: none.
+    pub queue_age_max: u64,
     /// Policy when the queue is full.
     pub queue_full: QueueFull,
     /// Keep QoS 0 for clients that are away.

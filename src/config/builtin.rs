@@ -131,7 +131,7 @@ impl Default for Upstream {
             publish_links: PUBLISH_LINKS_AUTO,
             roots: Vec::new(),
             ack: Ack::Upstream,
-            probe: Probe::Auto,
+            probe: Probe::Off,
             linger: Duration::from_secs(600),
             linger_busy_min: Duration::from_secs(60),
             filters_lingering_max: 100_000,

@@ -82,16 +82,13 @@ choices!(Ack {
 /// Whether the core's habits are probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// As far as the program knows how.
-    Auto,
-    /// Never.
+    /// Never: what CONNACK says is taken for true.
     Off,
 }
 
 choices!(Probe {
-    "auto" => Auto,
     "off" => Off,
-} not supported {});
+} not supported { "auto", });
 
 /// What becomes of a new filter when the core stays away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

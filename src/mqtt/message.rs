@@ -236,6 +236,7 @@ mod tests {
             retain: true,
             expires_at: 5,
             strip_key: None,
+            account: None,
         }
     }
 

@@ -45,7 +45,7 @@ impl Router {
                 if s.session.outbound().queued() == 0 {
                     continue;
                 }
-                let (e, z) = s.session.outbound_mut().purge(now, true);
+                let (e, z) = s.session.outbound_mut().purge(&self.limits, now, true);
                 s.session.gaps += (e + z) as u64;
                 expired += e;
                 zero += z;

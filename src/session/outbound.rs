@@ -46,10 +46,20 @@ impl SubscriptionIds {
 struct Entry {
     message: Message,
     ids: SubscriptionIds,
+    /// Seconds of the process's clock.
+    queued_at: u32,
     packet_id: u16,
     qos: QoS,
     state: State,
     retain: bool,
+}
+
+impl Entry {
+    /// Past its Message Expiry, or too old for the queue.
+    fn is_over(&self, limits: &SessionLimits, now: u64) -> bool {
+        let age = now.saturating_sub(u64::from(self.queued_at) * 1000);
+        self.message.expires_at() <= now || age >= limits.queue_age_max
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +186,7 @@ impl Outbound {
                 self.inflight.push_back(Entry {
                     message: message.clone(),
                     ids: SubscriptionIds::from_slice(ids),
+                    queued_at: (now / 1000) as u32,
                     packet_id,
                     qos,
                     state: State::Sent,
@@ -187,12 +198,13 @@ impl Outbound {
         } else if qos == QoS::AtMostOnce && !limits.queue_qos0 {
             return Delivered::Dropped(DropReason::Qos0Offline);
         }
-        self.enqueue(limits, message, qos, retain, ids)
+        self.enqueue(limits, now, message, qos, retain, ids)
     }
 
     fn enqueue(
         &mut self,
         limits: &SessionLimits,
+        now: u64,
         message: &Message,
         qos: QoS,
         retain: bool,
@@ -228,6 +240,7 @@ impl Outbound {
         self.queue.push_back(Entry {
             message: message.clone(),
             ids: SubscriptionIds::from_slice(ids),
+            queued_at: (now / 1000) as u32,
             packet_id: 0,
             qos,
             state: State::Waiting,
@@ -244,7 +257,7 @@ impl Outbound {
             let Some(front) = self.queue.front() else {
                 break;
             };
-            if front.message.expires_at() <= now {
+            if front.is_over(limits, now) {
                 self.pop_queue();
                 self.shed.expired += 1;
                 continue;
@@ -454,10 +467,10 @@ impl Outbound {
 
     /// Drops waiting messages that are past their expiry, and QoS 0 where `qos0`; returns
     /// (expired, QoS 0 dropped).
-    pub fn purge(&mut self, now: u64, qos0: bool) -> (usize, usize) {
+    pub fn purge(&mut self, limits: &SessionLimits, now: u64, qos0: bool) -> (usize, usize) {
         let (mut expired, mut zero) = (0, 0);
         self.queue.retain(|e| {
-            if e.message.expires_at() <= now {
+            if e.is_over(limits, now) {
                 expired += 1;
                 return false;
             }
