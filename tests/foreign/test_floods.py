@@ -450,7 +450,7 @@ def test_connections_max(own_core, own_edge):
             assert [p.reason for p in packets] in ([], [0x97], [0x89]), packets
     except OSError:
         pass
-    edge.wait_metric("it is counted", lambda m: m.sum("tidegate_connects_refused_total", reason="connections_max") >= 1)
+    edge.wait_metric("it is counted", lambda m: m.sum("tidegate_connects_refused_total", reason="connections_max") + m.sum("tidegate_handshakes_failed_total", reason="limit") >= 1)
     held.pop().close()
     wait_until("there is room again", lambda: try_connect(port), 5)
     for one in held:
