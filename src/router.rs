@@ -30,6 +30,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::limits::Account;
 use crate::mqtt::QoS;
 use crate::session::{Effect, Session, SessionLimits};
+use crate::telemetry::{DropReason, metrics};
 
 pub use connect::{Connect, Connected, Origin, Refused};
 pub use fanout::Arrived;
@@ -46,6 +47,10 @@ use wake::Wake;
 
 /// Shards; at most 64, since a filter's shards are the bits of one word.
 const SHARDS: usize = 32;
+
+/// A session's queue while retained messages are handed to it: messages, and bytes.
+const RETAINED_QUEUE: usize = 100_000;
+const RETAINED_QUEUE_BYTES: usize = 16 * 1024 * 1024;
 
 /// Names a session in the router: where it is, and which one of those that were there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -94,6 +99,8 @@ pub struct RouterConfig {
 pub struct Router {
     /// The limits of every session.
     pub limits: SessionLimits,
+    /// The same with a longer queue: retained messages come all at once.
+    retained_limits: SessionLimits,
     config: RouterConfig,
     shards: Box<[Mutex<Shard>]>,
     table: RwLock<Table>,
@@ -118,6 +125,7 @@ pub struct Router {
     core: Core,
     hasher: RandomState,
     tags: AtomicU64,
+    ticks: AtomicU64,
 }
 
 /// What waits for one P link.
@@ -174,6 +182,12 @@ impl Router {
             hasher: RandomState::default(),
             // 0 means "no mark".
             tags: AtomicU64::new(1),
+            ticks: AtomicU64::new(0),
+            retained_limits: SessionLimits {
+                queue_messages_max: limits.queue_messages_max.max(RETAINED_QUEUE),
+                queue_bytes_max: limits.queue_bytes_max.max(RETAINED_QUEUE_BYTES),
+                ..limits.clone()
+            },
             limits,
             config,
         }
@@ -254,6 +268,10 @@ impl Router {
         }
         let result = f(&mut slot.session, &self.limits, effects);
         self.shed(slot);
+        let refused = std::mem::take(&mut slot.session.refused_publishes);
+        if refused > 0 {
+            metrics().messages_dropped[DropReason::Acl].increment(refused.into());
+        }
         for effect in effects.iter() {
             if let Effect::Unsubscribe { filters } = effect {
                 for filter in filters {
@@ -291,6 +309,7 @@ impl Router {
         slot.woken = false;
         slot.session.pump(&self.limits, now);
         let side = slot.session.connection()?.take_output(empty);
+        slot.taken_at = now;
         slot.taken = empty.len() + side.iter().map(|(_, b)| b.len()).sum::<usize>();
         self.shed(slot);
         shard.settle(reference.slot);
@@ -305,7 +324,7 @@ impl Router {
     fn shed(&self, slot: &mut shard::Slot) {
         if slot.session.outbound().shed != Default::default() {
             let mut tally = fanout::Tally::default();
-            tally.shed(slot.session.outbound_mut());
+            slot.session.gaps += tally.shed(slot.session.outbound_mut());
             tally.flush();
         }
     }

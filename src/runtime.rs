@@ -376,6 +376,7 @@ fn session_limits(config: &Config) -> SessionLimits {
         expiry_max: seconds(config.session.expiry_max),
         publish_account: Arc::new(Account::new()),
         reserved_key: RESERVED_KEY,
+        hasher: Default::default(),
     }
 }
 

@@ -13,11 +13,13 @@ mod will;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
+use foldhash::fast::RandomState;
+
 use crate::limits::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 
 pub use connection::{Connection, ConnectionSpec};
-pub use inbound::{Answer, Arrival, Inbound, Token};
+pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed, SubscriptionIds};
 pub use packets::senior;
 pub use will::Will;
@@ -83,6 +85,8 @@ pub struct SessionLimits {
     pub publish_account: Arc<Account>,
     /// User properties with this key are ours alone [MQTT-3.3.2-17]: stripped from clients.
     pub reserved_key: &'static str,
+    /// Keyed for the process: recognises copies of publishes.
+    pub hasher: RandomState,
 }
 
 impl SessionLimits {
@@ -209,6 +213,10 @@ pub struct Session {
     outbound: Outbound,
     inbound: Inbound,
     will: Option<Box<Will>>,
+    /// DISCONNECT 0x00 took the will away.
+    will_discarded: bool,
+    /// Publishes that were refused here; the caller takes and counts them.
+    pub refused_publishes: u32,
     /// Ended; kept only to recognise publishes that are sent again.
     ghost: bool,
 }
@@ -245,6 +253,8 @@ impl Session {
             outbound: Outbound::default(),
             inbound: Inbound::default(),
             will: None,
+            will_discarded: false,
+            refused_publishes: 0,
             ghost: false,
         }
     }
@@ -290,9 +300,11 @@ impl Session {
         self.since = now;
         self.pending = Vec::new();
         self.outbound.detached(limits);
+        self.inbound.detached();
         let mut ended = Ended::default();
         if normal {
-            ended.will_cancelled = self.will.take().is_some();
+            ended.will_cancelled =
+                self.will.take().is_some() | std::mem::take(&mut self.will_discarded);
         }
         if self.expiry == 0 {
             ended.will = self.will.take().map(|w| w.publish(now));
@@ -320,6 +332,7 @@ impl Session {
         self.connection = None;
         self.pending = Vec::new();
         self.outbound.detached(limits);
+        self.inbound.detached();
     }
 
     /// Ends the session's state; the will is the caller's to settle.

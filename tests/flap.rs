@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tidegate_kit::dial::{Dialer, Trust};
-use tidegate_kit::herd::{Herd, Plan};
+use tidegate_kit::herd::{Herd, Plan, Verdict};
 use tidegate_kit::link::Cut;
 use tidegate_kit::process::{MosquittoConfig, TidegateConfig, raise_open_files};
 use tidegate_kit::recorder::Recorder;
@@ -148,12 +148,27 @@ async fn flap(transport: &str, plan: Plan) -> Result<(), String> {
         return Ok(());
     }
     let log = tidegate.log();
-    let tail = &log[log.len().saturating_sub(40)..];
+    let said = about(&log, &verdict, &plan.prefix);
+    let tail = &log[log.len().saturating_sub(20)..];
     Err(format!(
-        "{}\n{report}\ntidegate's last lines:\n{}",
+        "{}\n{report}\ntidegate about the first of these clients:\n{said}\nand at the end:\n{}",
         faults.join("\n"),
         tail.join("\n")
     ))
+}
+
+/// What Tidegate's log says of the clients with faults.
+fn about(log: &[String], verdict: &Verdict, prefix: &str) -> String {
+    let mut text = String::new();
+    for client in verdict.clients.iter().take(3) {
+        let id = format!("client_id=\"{prefix}-{client}\"");
+        let lines: Vec<_> = log.iter().filter(|line| line.contains(&id)).collect();
+        for line in &lines[lines.len().saturating_sub(12)..] {
+            text += line;
+            text.push('\n');
+        }
+    }
+    text
 }
 
 fn from_env<T: std::str::FromStr>(name: &str, default: T) -> T {

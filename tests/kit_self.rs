@@ -9,6 +9,7 @@ use futures_util::{SinkExt, StreamExt};
 use tidegate_kit::certs::Certs;
 use tidegate_kit::client::{Client, ClientError};
 use tidegate_kit::dial::{Dialer, Trust, Url};
+use tidegate_kit::herd::{Herd, Plan};
 use tidegate_kit::link::Cut;
 use tidegate_kit::process::{Mosquitto, MosquittoConfig, TempDir};
 use tidegate_kit::recorder::{Recorder, Toward};
@@ -421,6 +422,58 @@ async fn rumqttc_and_the_kit_understand_each_other() -> Result {
     let seen = recorder.snapshot();
     assert!(seen.illegal.is_empty(), "{:?}", seen.illegal);
     assert_eq!(seen.subscribed.get("from/ours"), Some(&1));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_herd_before_a_bare_core_shows_what_flaps_cost() -> Result {
+    let core = MosquittoConfig {
+        max_inflight_messages: Some(500),
+        ..MosquittoConfig::default()
+    };
+    let core = core.start()?;
+    let recorder = Recorder::start(core.addr()).await?;
+    recorder.watch("herd/");
+    let plan = Plan {
+        clients: 12,
+        group: 6,
+        flaps: 60,
+        flap_rate: 30.0,
+        rate: 100.0,
+        aimed: 3,
+        will_delay: 4,
+        ack_delay: Duration::from_millis(200),
+        cuts: vec![Cut::Reset, Cut::Silent],
+        prefix: "herd".to_owned(),
+        seed: 5,
+    };
+    recorder.delay_acks(plan.ack_delay);
+    let edge = Arc::new(dialer(recorder.addr()));
+    let mut herd = Herd::gather(plan, edge, &dialer(core.addr())).await?;
+    herd.warm_up().await;
+    let before = recorder.snapshot();
+    herd.flap().await?;
+    herd.come_to_rest(Duration::from_secs(10)).await;
+    let diff = recorder.snapshot().since(&before);
+    let verdict = herd.judge().await;
+    // mosquitto keeps its sessions well, but nothing shields it.
+    assert_eq!(verdict.flaps, 60, "{verdict}");
+    assert!(verdict.resumes > 0 && verdict.duplicates > 0, "{verdict}");
+    assert!(diff.to_core[usize::from(kind::CONNECT)] >= 60, "{diff}");
+    assert!(diff.to_core[usize::from(kind::SUBSCRIBE)] > 0, "{diff}");
+    assert!(diff.second_copies > 0 && !diff.is_peace(), "{diff}");
+    // Sent twice, a publish arrives twice, and the books show it.
+    assert!(
+        verdict.faults.iter().any(|f| f.starts_with("at the core")),
+        "{verdict}"
+    );
+    assert!(
+        !verdict
+            .faults
+            .iter()
+            .any(|f| f.contains("lost") || f.contains("will")),
+        "{verdict}"
+    );
     Ok(())
 }
 

@@ -337,12 +337,16 @@ impl Client {
             .map(drop)
     }
 
-    /// Sends DISCONNECT with a normal reason and closes the link.
+    /// Sends DISCONNECT with a normal reason and closes the link. A server that closes it first, having
+    /// read the packet, is in its right [MQTT-3.14.4-3].
     ///
     /// # Errors
-    /// The transport failed.
+    /// The transport failed before.
     pub async fn disconnect(mut self) -> Result<(), ClientError> {
-        self.send(&Packet::Disconnect(Reason::default())).await?;
+        match self.send(&Packet::Disconnect(Reason::default())).await {
+            Ok(()) | Err(ClientError::Closed) => {}
+            Err(e) => return Err(e),
+        }
         self.link.close().await;
         Ok(())
     }

@@ -62,6 +62,7 @@ pub(crate) struct Shared {
     sent: Vec<AtomicU64>,
     speakers_stop: AtomicBool,
     faults: Mutex<Vec<String>>,
+    start: Instant,
     flaps: AtomicU64,
     resumes: AtomicU64,
     retries: AtomicU64,
@@ -95,6 +96,7 @@ impl Herd {
             plan,
             speakers_stop: AtomicBool::new(false),
             faults: Mutex::new(Vec::new()),
+            start: Instant::now(),
             flaps: AtomicU64::new(0),
             resumes: AtomicU64::new(0),
             retries: AtomicU64::new(0),
@@ -350,7 +352,8 @@ impl Shared {
     fn fault(&self, what: String) {
         let mut faults = self.faults.lock().expect("a push does not panic");
         if faults.len() < 50 {
-            faults.push(what);
+            let at = self.start.elapsed().as_secs_f64();
+            faults.push(format!("{what} (after {at:.3} s)"));
         }
     }
 }

@@ -23,6 +23,8 @@ use super::{ClientPolicy, Clients};
 const GOODBYE: Duration = Duration::from_secs(1);
 /// A partly received packet larger than this keeps its own buffer's capacity.
 const KEEP: usize = 4096;
+/// Output of the session beyond which a peer whose socket is full is not read from, bytes.
+const BACKLOG_MAX: usize = 64 * 1024;
 
 /// A connection with its session.
 pub(super) struct Opened {
@@ -42,6 +44,12 @@ pub(super) struct Opened {
 thread_local! {
     // One read buffer per worker: an idle connection has none.
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How far the packets of one read were worked off, in bytes.
+enum Step {
+    Again(usize),
+    Done(usize),
 }
 
 /// Why the connection ends.
@@ -71,6 +79,12 @@ struct Connection<'a> {
     partial: Partial<'a>,
     /// A 3.x client with too many publishes under way is not read from.
     held: bool,
+    /// The session may have output that was not taken.
+    fresh: bool,
+    /// The transport has bytes that it could not pass on yet.
+    flushing: bool,
+    /// Bytes of output in the session after the last packets.
+    backlog: usize,
 }
 
 struct Lane<'a> {
@@ -129,6 +143,9 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         lanes: Vec::new(),
         partial: Partial::default(),
         held: false,
+        fresh: true,
+        flushing: false,
+        backlog: 0,
     };
     let place = opened.place;
     let early = std::mem::take(&mut opened.input);
@@ -137,11 +154,11 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         Err(end) => Some(end),
     };
     drop(early);
-    let mut first = true;
     let end = match end.take() {
         Some(end) => end,
-        None => poll_fn(|cx| connection.poll(cx, std::mem::take(&mut first))).await,
+        None => poll_fn(|cx| connection.poll(cx)).await,
     };
+    connection.take_rest(&end);
     let session_ended = clients.router.disconnected(
         connection.session,
         connection.generation,
@@ -166,8 +183,8 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
 }
 
 impl<'a> Connection<'a> {
-    fn poll(&mut self, cx: &mut Context<'_>, first: bool) -> Poll<End> {
-        let mut woken = self.wake.take(cx.waker()) || first;
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        self.fresh |= self.wake.take(cx.waker());
         if let Some(close) = self.wake.closing() {
             return Poll::Ready(End::from_close(close));
         }
@@ -177,7 +194,7 @@ impl<'a> Connection<'a> {
         }
         // A busy connection gives the others their turn.
         for _ in 0..8 {
-            if let Err(end) = self.poll_write(cx, woken) {
+            if let Err(end) = self.poll_write(cx) {
                 return Poll::Ready(end);
             }
             if self.held {
@@ -188,8 +205,12 @@ impl<'a> Connection<'a> {
                     return Poll::Pending;
                 }
             }
+            // A peer that sends and does not read gets no further answers.
+            if !self.out.is_empty() && self.backlog > BACKLOG_MAX {
+                return Poll::Pending;
+            }
             match self.poll_read(cx) {
-                Poll::Ready(Ok(())) => woken = true,
+                Poll::Ready(Ok(())) => self.fresh = true,
                 Poll::Ready(Err(end)) => return Poll::Ready(end),
                 Poll::Pending => {
                     return match self.check_partial() {
@@ -204,24 +225,29 @@ impl<'a> Connection<'a> {
     }
 
     /// Writes until nothing is left or the socket takes no more.
-    fn poll_write(&mut self, cx: &mut Context<'_>, mut fresh: bool) -> Result<(), End> {
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         loop {
-            if !self.out.is_empty() {
+            if !self.out.is_empty() || self.flushing {
                 let before = self.out.buf.len() - self.out.at;
                 match self.stream.poll_send(cx, 0, &mut self.out) {
                     Poll::Ready(Ok(())) => {
                         metrics().bytes_sent.increment(before as u64);
-                        fresh = true;
+                        self.flushing = false;
+                        self.fresh = true;
                     }
                     Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
-                    Poll::Pending => return Ok(()),
+                    Poll::Pending => {
+                        self.flushing = true;
+                        return Ok(());
+                    }
                 }
             }
             self.poll_lanes(cx)?;
-            if !fresh {
+            if !self.fresh {
                 return Ok(());
             }
-            fresh = false;
+            self.fresh = false;
+            self.backlog = 0;
             let now = self.clients.clock.now();
             let taken = self.clients.router.take_output(
                 self.session,
@@ -336,9 +362,21 @@ impl<'a> Connection<'a> {
 
     /// Works off the whole packets in `bytes`; returns how many bytes they were.
     fn packets(&mut self, lane: u8, bytes: &[u8]) -> Result<usize, End> {
-        if bytes.is_empty() {
-            return Ok(0);
+        let mut used = 0;
+        while used < bytes.len() {
+            match self.some_packets(lane, &bytes[used..])? {
+                Step::Again(n) => used += n,
+                Step::Done(n) => {
+                    used += n;
+                    break;
+                }
+            }
         }
+        Ok(used)
+    }
+
+    /// Works off packets up to the first SUBSCRIBE.
+    fn some_packets(&mut self, lane: u8, bytes: &[u8]) -> Result<Step, End> {
         let clients = self.clients;
         let now = clients.clock.now();
         let decoder = Decoder {
@@ -359,6 +397,7 @@ impl<'a> Connection<'a> {
             &mut effects,
             |session, limits, effects| {
                 let mut end = None;
+                let mut more = false;
                 loop {
                     let (packet, size) = match decoder.next(&bytes[used..]) {
                         Ok(Some(next)) => next,
@@ -377,9 +416,15 @@ impl<'a> Connection<'a> {
                         end = Some(End::from_close(close));
                         break;
                     }
+                    // The next packet is judged by what this one brought about.
+                    if matches!(packet, Packet::Subscribe(_)) {
+                        more = true;
+                        break;
+                    }
                 }
                 session.pump(limits, now);
-                (end, session.stop_reading(limits))
+                let output = session.connection_ref().map_or(0, |c| c.output_len());
+                (end, session.stop_reading(limits), output, more)
             },
         );
         let qos = [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce];
@@ -389,16 +434,21 @@ impl<'a> Connection<'a> {
             }
         }
         self.execute(effects, now);
-        let Some((end, stop)) = outcome else {
+        let Some((end, stop, output, more)) = outcome else {
             return Err(self.replaced());
         };
+        self.backlog = output;
         if let Some(end) = end {
             return Err(end);
         }
         if self.version < Version::V5 {
             self.hold(stop || self.must_hold());
         }
-        Ok(used)
+        if more {
+            // One level for each SUBSCRIBE would be a stack that the client chooses.
+            return Ok(Step::Again(used));
+        }
+        Ok(Step::Done(used))
     }
 
     fn execute(&self, effects: Vec<Effect>, now: u64) {
@@ -477,6 +527,22 @@ impl<'a> Connection<'a> {
                 normal: false,
                 how: CloseHow::Normal,
             },
+        }
+    }
+
+    /// What the session wrote for this connection still goes out before its end is told.
+    fn take_rest(&mut self, end: &End) {
+        if matches!(end.label, DisconnectReason::Closed | DisconnectReason::Io) {
+            return;
+        }
+        let mut rest = Vec::new();
+        let now = self.clients.clock.now();
+        let router = &self.clients.router;
+        if router
+            .take_output(self.session, self.generation, &mut rest, now)
+            .is_some()
+        {
+            self.out.buf.append(&mut rest);
         }
     }
 

@@ -137,6 +137,7 @@ impl Router {
         slot.origin = Some(connect.origin);
         slot.woken = true;
         slot.taken = 0;
+        slot.taken_at = now;
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
@@ -259,7 +260,13 @@ impl Router {
     }
 
     fn publish_will(&self, session: SessionRef, will: Message, now: u64) {
+        let account = &self.limits.publish_account;
+        if account.used() > self.config.publishes_waiting {
+            metrics().messages_dropped[DropCause::UpstreamBudget].increment(1);
+            return;
+        }
         metrics().wills_published.increment(1);
+        let will = will.charged_to(account);
         self.publish(
             session,
             Effect::Publish {

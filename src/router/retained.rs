@@ -123,6 +123,14 @@ impl Retained {
     }
 }
 
+/// Adds a wish; one of the same session takes the place of its earlier one.
+fn want(wants: &mut Vec<Wants>, new: Wants) {
+    match wants.iter_mut().find(|w| w.session == new.session) {
+        Some(known) => *known = new,
+        None => wants.push(new),
+    }
+}
+
 impl Router {
     /// Sends the retained messages of a filter to one subscription: from the cache, or once they
     /// are fetched.
@@ -134,10 +142,10 @@ impl Router {
                 let messages: Vec<Message> = self.cached(&retained, number, now);
                 self.hand_retained(number, &messages, &[wants], now);
             }
-            Some(cached) if cached.state == State::Queued => cached.wants.push(wants),
-            Some(cached) if cached.overflow || cached.stale => cached.late.push(wants),
+            Some(cached) if cached.state == State::Queued => want(&mut cached.wants, wants),
+            Some(cached) if cached.overflow || cached.stale => want(&mut cached.late, wants),
             Some(cached) => {
-                cached.wants.push(wants);
+                want(&mut cached.wants, wants);
                 let messages = self.cached(&retained, number, now);
                 self.hand_retained(number, &messages, &[wants], now);
             }
@@ -320,7 +328,14 @@ impl Router {
                 if message.payload().is_empty() {
                     continue;
                 }
-                shard.hand(&self.limits, now, message, number, want, &mut tally);
+                shard.hand(
+                    &self.retained_limits,
+                    now,
+                    message,
+                    number,
+                    want,
+                    &mut tally,
+                );
             }
             self.charge_entries(&mut shard);
         }

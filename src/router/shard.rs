@@ -36,6 +36,8 @@ pub(super) struct Slot {
     charged: usize,
     /// Bytes of output that the connection's task took last, and has perhaps not written yet.
     pub taken: usize,
+    /// When it took output last, milliseconds.
+    pub taken_at: u64,
     /// Bytes of output charged to the account.
     charged_output: usize,
 }
@@ -115,6 +117,7 @@ impl Shard {
             armed: u64::MAX,
             charged: 0,
             taken: 0,
+            taken_at: 0,
             charged_output: 0,
         })) as u32;
         self.by_id.insert(id, slot);
@@ -291,7 +294,7 @@ impl Shard {
         let ids: &[u32] = if want.identifier == 0 { &[] } else { &one };
         let qos = want.qos.min(message.qos());
         let outcome = slot.session.deliver(limits, now, message, qos, true, ids);
-        tally.outcome(slot, outcome, now);
+        tally.outcome(slot, outcome);
         self.settle(want.session.slot);
     }
 
@@ -332,6 +335,7 @@ impl Shard {
                 let found = senior(
                     slot.session.subscriptions(),
                     message.topic(),
+                    tag != 0 && tag == slot.session.tag,
                     now,
                     identifiers,
                 );
@@ -364,9 +368,9 @@ impl Shard {
                 detached.demote(&member.slot);
             }
             if outcome == Delivered::EndSession {
-                tally.ended.push(member.slot);
+                tally.ended.push((member.slot, slot.epoch));
             }
-            tally.outcome(slot, outcome, now);
+            tally.outcome(slot, outcome);
         }
     }
 }

@@ -28,7 +28,14 @@ impl Router {
             self.tick_shard(number, now);
         }
         self.tick_held(now);
-        self.tick_linger(now);
+        // Walks over all that linger: not at each tick.
+        if self
+            .ticks
+            .fetch_add(1, Ordering::Relaxed)
+            .is_multiple_of(10)
+        {
+            self.tick_linger(now);
+        }
     }
 
     /// Near the budget of all output, each connection's is kept short.
@@ -83,11 +90,12 @@ impl Router {
         for shard in &self.shards {
             let mut shard = shard.lock();
             for (_, slot) in shard.slots.iter_mut() {
-                let stalled = slot.session.connection_ref().is_some_and(|c| {
-                    c.has_output()
-                        && c.output_since != u64::MAX
-                        && c.output_since + self.config.write_stall < now
-                });
+                let waits = slot.taken > 0
+                    || slot
+                        .session
+                        .connection_ref()
+                        .is_some_and(|c| c.has_output());
+                let stalled = waits && slot.taken_at.saturating_add(self.config.write_stall) < now;
                 if stalled && let Some(wake) = &slot.wake {
                     wake.close(STALLED);
                 }
@@ -208,14 +216,16 @@ impl Router {
             };
             let link = filter.link;
             match filter.state {
-                State::Active => {
+                State::Active if usize::from(link) < self.data.len() => {
                     filter.state = State::Unsubscribing;
+                    // Who comes now waits for the next SUBSCRIBE.
+                    filter.held = false;
                     table.lingering.remove(&(since, number));
                     table.leaving[usize::from(link)].push_back(number);
                     wake |= 1 << link;
                     forget.push(number);
                 }
-                State::Absent | State::Pending => {
+                State::Active | State::Absent | State::Pending => {
                     table.bury(number, now);
                     forget.push(number);
                 }

@@ -32,8 +32,6 @@ pub struct Connection {
     pub keep_alive: u64,
     /// When the last packet came.
     pub last_seen: u64,
-    /// When output first waited without being taken; `u64::MAX`: none waits.
-    pub output_since: u64,
     /// Its socket is left unread by us: its silence is not the client's.
     pub unread: bool,
     /// The client was asked to go, and why: nothing more is written for it.
@@ -73,7 +71,6 @@ impl Connection {
             problem_information: spec.problem_information,
             keep_alive: u64::from(spec.keep_alive) * 1500,
             last_seen: now,
-            output_since: u64::MAX,
             unread: false,
             closing: false,
             output: Vec::new(),
@@ -112,7 +109,6 @@ impl Connection {
     /// Exchanges the control lane's output with `empty`, and takes the other lanes'.
     pub fn take_output(&mut self, empty: &mut Vec<u8>) -> Vec<(u8, Vec<u8>)> {
         std::mem::swap(&mut self.output, empty);
-        self.output_since = u64::MAX;
         std::mem::take(&mut self.side_output)
     }
 

@@ -290,4 +290,22 @@ mod tests {
         drop((held, third));
         assert_eq!(handshakes.running(), 0);
     }
+
+    #[test]
+    fn handshake_errors_have_bounded_labels() {
+        let http = |status| HandshakeError::Http {
+            status,
+            reason: "x",
+        };
+        for (error, label) in [
+            (HandshakeError::Deadline, "deadline"),
+            (HandshakeError::Alpn("mqtt"), "alpn"),
+            (HandshakeError::Tls("any words".into()), "tls"),
+            (HandshakeError::Quic("any words".into()), "quic"),
+            (http(426), "http_426"),
+            (http(599), "http_other"),
+        ] {
+            assert_eq!(error.label(), label);
+        }
+    }
 }

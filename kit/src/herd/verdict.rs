@@ -12,6 +12,8 @@ use super::{Arrivals, SPEAKERS, Shared, Tally};
 pub struct Verdict {
     /// Everything that must not be, in words; empty for a pass.
     pub faults: Vec<String>,
+    /// The clients named in them, each once.
+    pub clients: Vec<usize>,
     /// Flaps that were completed.
     pub flaps: u64,
     /// Of them those with the session present.
@@ -129,7 +131,21 @@ pub(super) fn judge(
             .push(format!("at the core: client {client} seq {seq}: {fault}"));
     }
     for will in wills {
-        v.faults.push(format!("a will fired: {will}"));
+        let client = will.rsplit('/').next().unwrap_or_default();
+        v.faults
+            .push(format!("the will of client {client} fired: {will}"));
+    }
+    for fault in &v.faults {
+        // Every fault of one client begins in the same way.
+        let number = fault
+            .split("client ")
+            .nth(1)
+            .and_then(|t| t.split(' ').next());
+        if let Some(Ok(number)) = number.map(str::parse)
+            && !v.clients.contains(&number)
+        {
+            v.clients.push(number);
+        }
     }
     if !kinds.is_empty() {
         v.faults.push(format!("deliveries in all: {kinds:?}"));
