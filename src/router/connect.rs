@@ -184,6 +184,7 @@ impl Router {
             return false;
         }
         let mut ended = slot.session.detach(&self.limits, normal, now);
+        self.shed(slot);
         let filters = shard.detached(reference.slot, &ended, now, now + GHOST);
         self.charge_entries(&mut shard);
         drop(shard);

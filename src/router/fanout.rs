@@ -50,7 +50,16 @@ impl Tally {
         self.dropped[DropReason::TooLarge as usize] += u64::from(shed.too_large);
         self.dropped[DropReason::QueueFull as usize] += u64::from(shed.pushed_out);
         self.dropped[5] += u64::from(shed.expired);
-        u64::from(shed.too_large) + u64::from(shed.pushed_out) + u64::from(shed.expired)
+        self.dropped[DropReason::Qos0Offline as usize] += u64::from(shed.qos0_offline);
+        [
+            shed.too_large,
+            shed.pushed_out,
+            shed.expired,
+            shed.qos0_offline,
+        ]
+        .into_iter()
+        .map(u64::from)
+        .sum()
     }
 
     /// Counts one delivery, and notes whom to wake.

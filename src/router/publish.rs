@@ -23,6 +23,7 @@ impl Router {
         else {
             return;
         };
+        let tag = self.tag_of(session, no_local);
         let link = &self.lanes[self.publish_link(session)];
         let used = self.limits.publish_account.used();
         let away = !link.up.load(Ordering::Acquire);
@@ -53,7 +54,6 @@ impl Router {
             self.over_budget(session, token, no_local, message, now);
             return;
         }
-        let tag = self.tag_of(session, no_local);
         let first = lanes.is_empty();
         lanes.push(Outgoing {
             session,
