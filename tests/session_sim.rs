@@ -77,6 +77,13 @@ fn sessions_hold_their_promises_under_any_schedule() {
     }
     let [connects, delivered, forwarded] = totals.map(AtomicU64::into_inner);
     eprintln!("{seeds} seeds: {connects} connects, {delivered} delivered, {forwarded} forwarded");
-    assert!(failed.is_empty(), "seeds failed: {:?}", failed.iter().map(|f| f.0).collect::<Vec<_>>());
-    assert!(connects > seeds && delivered > seeds && forwarded > seeds, "the runs are empty");
+    assert!(
+        failed.is_empty(),
+        "seeds failed: {:?}",
+        failed.iter().map(|f| f.0).collect::<Vec<_>>()
+    );
+    assert!(
+        connects > seeds && delivered > seeds && forwarded > seeds,
+        "the runs are empty"
+    );
 }

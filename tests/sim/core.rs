@@ -169,7 +169,11 @@ impl Core {
         };
         let copies = match self.copies {
             Copies::One => {
-                let qos = matching.iter().map(|(_, _, q)| *q).max().unwrap_or_default();
+                let qos = matching
+                    .iter()
+                    .map(|(_, _, q)| *q)
+                    .max()
+                    .unwrap_or_default();
                 let filters = matching.into_iter().map(|(n, f, _)| (n, f)).collect();
                 vec![copy(filters, qos)]
             }
@@ -192,7 +196,8 @@ impl Core {
                 if let Some((_, held)) = self.held.get(&name)
                     && *held >= granted
                 {
-                    let fault = format!("{name} is subscribed at {granted:?}, and held at {held:?}");
+                    let fault =
+                        format!("{name} is subscribed at {granted:?}, and held at {held:?}");
                     self.faults.push(fault);
                 }
                 self.held.insert(name, (number, granted));

@@ -59,9 +59,18 @@ pub struct WillSpec {
 /// What the device saw.
 #[derive(Clone, Debug)]
 pub enum Seen {
-    Connack { present: bool },
+    Connack {
+        present: bool,
+    },
     /// `fresh`: handed to the application; not so for a QoS 2 copy that is already here.
-    Message { topic: String, payload: Vec<u8>, qos: QoS, dup: bool, retain: bool, fresh: bool },
+    Message {
+        topic: String,
+        payload: Vec<u8>,
+        qos: QoS,
+        dup: bool,
+        retain: bool,
+        fresh: bool,
+    },
     Disconnect(ReasonCode),
 }
 
@@ -168,13 +177,24 @@ impl Device {
     pub fn subscribe(&mut self, filters: &[(&str, SubscribeOptions)], id: Option<u32>) {
         let packet_id = self.free_id();
         self.requests.insert(packet_id);
-        encode_subscribe(self.profile.version, packet_id, id, filters.iter().copied(), &mut self.output);
+        encode_subscribe(
+            self.profile.version,
+            packet_id,
+            id,
+            filters.iter().copied(),
+            &mut self.output,
+        );
     }
 
     pub fn unsubscribe(&mut self, filters: &[&str]) {
         let packet_id = self.free_id();
         self.requests.insert(packet_id);
-        encode_unsubscribe(self.profile.version, packet_id, filters.iter().copied(), &mut self.output);
+        encode_unsubscribe(
+            self.profile.version,
+            packet_id,
+            filters.iter().copied(),
+            &mut self.output,
+        );
     }
 
     pub fn disconnect(&mut self, reason: ReasonCode, expiry: Option<u32>) {
@@ -268,7 +288,9 @@ impl Device {
                     }
                     Some(alias) if p.topic.is_empty() => {
                         let known = self.aliases_in.get(&alias);
-                        known.ok_or("an alias never defined [MQTT-3.3.2-7]")?.clone()
+                        known
+                            .ok_or("an alias never defined [MQTT-3.3.2-7]")?
+                            .clone()
                     }
                     Some(alias) => {
                         self.aliases_in.insert(alias, p.topic.to_owned());
@@ -303,7 +325,10 @@ impl Device {
                 self.send_waiting(rng);
             }
             Packet::Pubrec(a) => {
-                let known = self.inflight.iter_mut().find(|f| f.packet_id == a.packet_id);
+                let known = self
+                    .inflight
+                    .iter_mut()
+                    .find(|f| f.packet_id == a.packet_id);
                 let known = known.ok_or_else(|| format!("PUBREC for unknown {}", a.packet_id))?;
                 known.released = true;
                 self.ack(AckKind::Pubrel, a.packet_id);
@@ -345,10 +370,21 @@ impl Device {
             }
         }
         for i in 0..self.inflight.len() {
-            let InFlight { packet_id, message, released } = self.inflight[i].clone();
+            let InFlight {
+                packet_id,
+                message,
+                released,
+            } = self.inflight[i].clone();
             if released {
                 let version = self.profile.version;
-                encode_ack(version, AckKind::Pubrel, packet_id, ReasonCode::SUCCESS, None, &mut self.output);
+                encode_ack(
+                    version,
+                    AckKind::Pubrel,
+                    packet_id,
+                    ReasonCode::SUCCESS,
+                    None,
+                    &mut self.output,
+                );
             } else {
                 self.write(&message, packet_id, true, rng);
             }
@@ -392,7 +428,14 @@ impl Device {
 
     fn ack(&mut self, kind: AckKind, packet_id: u16) {
         let version = self.profile.version;
-        encode_ack(version, kind, packet_id, ReasonCode::SUCCESS, None, &mut self.acks);
+        encode_ack(
+            version,
+            kind,
+            packet_id,
+            ReasonCode::SUCCESS,
+            None,
+            &mut self.acks,
+        );
     }
 
     fn free_id(&mut self) -> u16 {

@@ -66,7 +66,13 @@ impl Edge {
     }
 
     /// Bytes came.
-    pub fn receive(&mut self, bytes: &[u8], router: &Router, oracle: &mut Oracle, now: u64) -> Result<(), String> {
+    pub fn receive(
+        &mut self,
+        bytes: &[u8],
+        router: &Router,
+        oracle: &mut Oracle,
+        now: u64,
+    ) -> Result<(), String> {
         self.input.extend_from_slice(bytes);
         let input = std::mem::take(&mut self.input);
         let mut used = 0;
@@ -111,7 +117,14 @@ impl Edge {
             Will::new(message, w.delay, w.message_expiry)
         });
         let will_seen = c.will.map(|w| (key(w.payload), w.delay, w.qos));
-        oracle.connecting(self.device, self.link, c.clean_start, c.session_expiry, will_seen, now);
+        oracle.connecting(
+            self.device,
+            self.link,
+            c.clean_start,
+            c.session_expiry,
+            will_seen,
+            now,
+        );
         let limits = &router.limits;
         let (receive_max, aliases) = (limits.receive_max, limits.topic_alias_max);
         let mut told = false;
@@ -164,7 +177,13 @@ impl Edge {
         Ok(())
     }
 
-    fn packets(&mut self, bytes: &[u8], router: &Router, oracle: &mut Oracle, now: u64) -> Result<usize, String> {
+    fn packets(
+        &mut self,
+        bytes: &[u8],
+        router: &Router,
+        oracle: &mut Oracle,
+        now: u64,
+    ) -> Result<usize, String> {
         let Some(open) = &self.open else {
             return Ok(0);
         };
@@ -175,26 +194,35 @@ impl Edge {
         };
         let (device, mut used) = (self.device, 0);
         let mut effects = Vec::new();
-        let outcome = router.feed(open.session, open.generation, &mut effects, |session, limits, effects| {
-            let mut close: Option<Close> = None;
-            while let Ok(Some((packet, size))) = decoder.next(&bytes[used..]) {
-                used += size;
-                oracle.took(device, &packet, now);
-                if let Err(end) = session.packet(0, &packet, limits, &Allowed, now, effects) {
-                    close = Some(end);
-                    if !matches!(packet, Packet::Disconnect(_)) {
-                        return Err(format!("{packet:?} ends the connection: {end:?}"));
+        let outcome = router.feed(
+            open.session,
+            open.generation,
+            &mut effects,
+            |session, limits, effects| {
+                let mut close: Option<Close> = None;
+                while let Ok(Some((packet, size))) = decoder.next(&bytes[used..]) {
+                    used += size;
+                    oracle.took(device, &packet, now);
+                    if let Err(end) = session.packet(0, &packet, limits, &Allowed, now, effects) {
+                        close = Some(end);
+                        if !matches!(packet, Packet::Disconnect(_)) {
+                            return Err(format!("{packet:?} ends the connection: {end:?}"));
+                        }
+                        break;
                     }
-                    break;
                 }
-            }
-            session.pump(limits, now);
-            Ok((close, session.stop_reading(limits)))
-        });
+                session.pump(limits, now);
+                Ok((close, session.stop_reading(limits)))
+            },
+        );
         for effect in effects {
             match effect {
                 Effect::Publish { .. } => router.publish(open.session, effect, now),
-                Effect::Subscribe { packet_id, identifier, wanted } => router.subscribe(
+                Effect::Subscribe {
+                    packet_id,
+                    identifier,
+                    wanted,
+                } => router.subscribe(
                     open.session,
                     open.generation,
                     packet_id,
@@ -244,7 +272,9 @@ impl Edge {
             let mut taken = Vec::new();
             let side = router.take_output(open.session, open.generation, &mut taken, now);
             match side {
-                None => return Err("the session has no connection, and its wake says nothing".into()),
+                None => {
+                    return Err("the session has no connection, and its wake says nothing".into());
+                }
                 Some(side) if !side.is_empty() => return Err("output on another lane".into()),
                 Some(_) => {}
             }
@@ -286,7 +316,13 @@ impl Edge {
         )
     }
 
-    fn end(&mut self, close: Close, router: &Router, oracle: &mut Oracle, now: u64) -> Result<(), String> {
+    fn end(
+        &mut self,
+        close: Close,
+        router: &Router,
+        oracle: &mut Oracle,
+        now: u64,
+    ) -> Result<(), String> {
         if self.ended.is_some() {
             return Ok(());
         }

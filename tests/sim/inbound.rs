@@ -82,6 +82,11 @@ impl Inbound {
         self.by_key.get(key).copied()
     }
 
+    /// How often the core got a message; those of others once.
+    pub fn forwards(&self, key: &str) -> usize {
+        self.counts.get(key).map_or(1, |c| c.forwarded)
+    }
+
     pub fn connected(&mut self, device: usize, will: Option<(String, u32, QoS)>) {
         let p = &mut self.publishers[device];
         p.will = None;
@@ -149,7 +154,8 @@ impl Inbound {
         let key = key(publish.payload);
         let p = &mut self.publishers[device];
         let id = publish.packet_id;
-        if publish.qos > QoS::AtMostOnce && publish.dup
+        if publish.qos > QoS::AtMostOnce
+            && publish.dup
             && let Some(track) = p.track.get_mut(&id)
             && p.published[track.logical].key == key
         {
@@ -199,7 +205,10 @@ impl Inbound {
         track.answered = true;
         let logical = &mut p.published[track.logical];
         if logical.qos != qos {
-            return Err(format!("it answers a publish of {:?} [MQTT-3.3.4-1]", logical.qos));
+            return Err(format!(
+                "it answers a publish of {:?} [MQTT-3.3.4-1]",
+                logical.qos
+            ));
         }
         if reason.is_error() {
             logical.refused = true;
@@ -216,7 +225,9 @@ impl Inbound {
             let before = std::mem::replace(&mut will.state, WillState::Fired);
             return match before {
                 WillState::Due(at) if at <= now => Ok(()),
-                other => Err(format!("will {key} is published, but it is {other:?} (I16)")),
+                other => Err(format!(
+                    "will {key} is published, but it is {other:?} (I16)"
+                )),
             };
         }
         let count = self.counts.entry(key.clone()).or_default();
@@ -258,7 +269,9 @@ impl Inbound {
         for (key, acknowledged) in acknowledged {
             let forwarded = self.counts.get(key).map_or(0, |c| c.forwarded);
             if forwarded < acknowledged {
-                return Err(format!("{acknowledged} of {key} were acknowledged, the core has {forwarded} (I7)"));
+                return Err(format!(
+                    "{acknowledged} of {key} were acknowledged, the core has {forwarded} (I7)"
+                ));
             }
         }
         Ok(())
@@ -271,7 +284,10 @@ impl Inbound {
                 && at <= now
                 && !(will.qos == QoS::AtMostOnce && self.core_was_away)
             {
-                return Err(format!("will {} was due at {at} and never published (I16)", will.key));
+                return Err(format!(
+                    "will {} was due at {at} and never published (I16)",
+                    will.key
+                ));
             }
         }
         Ok(())

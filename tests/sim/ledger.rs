@@ -113,11 +113,16 @@ impl Ledger {
             if w.resent < w.to_resend.len() {
                 let open = |id: &&u16| self.inflight.iter().any(|f| f.packet_id == **id);
                 if let Some(id) = w.to_resend[w.resent..].iter().find(open) {
-                    return Err(format!("a new PUBLISH before {id} is sent again [MQTT-4.6.0-1]"));
+                    return Err(format!(
+                        "a new PUBLISH before {id} is sent again [MQTT-4.6.0-1]"
+                    ));
                 }
             }
             if self.inflight.iter().any(|f| f.packet_id == p.packet_id) {
-                return Err(format!("packet identifier {} is in use [MQTT-2.2.1-4]", p.packet_id));
+                return Err(format!(
+                    "packet identifier {} is in use [MQTT-2.2.1-4]",
+                    p.packet_id
+                ));
             }
             self.inflight.push(Flight {
                 packet_id: p.packet_id,
@@ -139,7 +144,9 @@ impl Ledger {
         }
         let class = usize::from(p.qos > QoS::AtMostOnce);
         let from = self.next[class];
-        let found = self.owed[from..].iter().position(|o| !o.written && o.key == key);
+        let found = self.owed[from..]
+            .iter()
+            .position(|o| !o.written && o.key == key);
         let Some(at) = found.map(|i| i + from) else {
             return self.replay(topic, key, p);
         };
@@ -148,10 +155,16 @@ impl Ledger {
             return self.replay(topic, key, p);
         }
         if owed.topic != topic {
-            return Err(format!("it is on {topic}, and was published on {}", owed.topic));
+            return Err(format!(
+                "it is on {topic}, and was published on {}",
+                owed.topic
+            ));
         }
         if !owed.qos.contains(&p.qos) {
-            return Err(format!("it has {:?}, not one of {:?} [MQTT-3.8.4-8]", p.qos, owed.qos));
+            return Err(format!(
+                "it has {:?}, not one of {:?} [MQTT-3.8.4-8]",
+                p.qos, owed.qos
+            ));
         }
         if p.retain && !owed.retain_may || !p.retain && owed.retain_must {
             return Err(format!("RETAIN is {} [MQTT-3.3.1-12]", p.retain));
@@ -193,7 +206,11 @@ impl Ledger {
         };
         want.got.insert(key.to_owned());
         self.replays += 1;
-        let event: u64 = key.rsplit('#').next().and_then(|n| n.parse().ok()).unwrap_or(0);
+        let event: u64 = key
+            .rsplit('#')
+            .next()
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(0);
         if self.events.get(topic).is_some_and(|newest| *newest > event) {
             return Err("a retained value older than one delivered before it".into());
         }
@@ -214,7 +231,11 @@ impl Ledger {
         let place = w.to_resend.iter().position(|i| *i == id);
         match place {
             Some(at) if at >= w.resent => w.resent = at + 1,
-            _ => return Err(format!("{id} is sent again out of order or twice [MQTT-4.4.0-1]")),
+            _ => {
+                return Err(format!(
+                    "{id} is sent again out of order or twice [MQTT-4.4.0-1]"
+                ));
+            }
         }
         w.open.insert(id);
         if w.open.len() > w.receive_max {
@@ -240,7 +261,9 @@ impl Ledger {
     pub fn released(&mut self, id: u16) -> Result<(), String> {
         match self.inflight.iter().find(|f| f.packet_id == id) {
             Some(f) if f.released => Ok(()),
-            _ => Err(format!("PUBREL for {id}, which has no PUBREC [MQTT-4.3.3-4]")),
+            _ => Err(format!(
+                "PUBREL for {id}, which has no PUBREC [MQTT-4.3.3-4]"
+            )),
         }
     }
 

@@ -114,10 +114,16 @@ pub fn run(seed: u64, trace: bool) -> Result<Report, String> {
     let mut world = World::new(seed, trace);
     let steps = 150 + world.rng.below(250);
     for step in 0..steps {
-        world.step(true).map_err(|e| format!("step {step}, at {} ms: {e}", world.now))?;
+        world
+            .step(true)
+            .map_err(|e| format!("step {step}, at {} ms: {e}", world.now))?;
     }
-    world.settle().map_err(|e| format!("while it settles, at {} ms: {e}", world.now))?;
-    world.end().map_err(|e| format!("at the end, at {} ms: {e}", world.now))?;
+    world
+        .settle()
+        .map_err(|e| format!("while it settles, at {} ms: {e}", world.now))?;
+    world
+        .end()
+        .map_err(|e| format!("at the end, at {} ms: {e}", world.now))?;
     Ok(Report {
         connects: world.next_link,
         delivered: world.oracle.delivered,
@@ -136,7 +142,12 @@ macro_rules! trace {
 impl World {
     fn new(seed: u64, trace: bool) -> Self {
         let mut rng = Rng::new(seed);
-        let copies = rng.pick(&[Copies::PerFilter, Copies::PerFilter, Copies::One, Copies::Unnamed]);
+        let copies = rng.pick(&[
+            Copies::PerFilter,
+            Copies::PerFilter,
+            Copies::One,
+            Copies::Unnamed,
+        ]);
         let small = rng.chance(25);
         let evicts = rng.chance(10);
         let queue_full = match rng.below(8) {
@@ -149,7 +160,11 @@ impl World {
             receive_max: rng.pick(&[1, 3, 16]),
             topic_alias_max: rng.pick(&[0, 2, 8]),
             packet_max: 1 << 20,
-            queue_messages_max: if small { rng.between(1, 8) as usize } else { 10_000 },
+            queue_messages_max: if small {
+                rng.between(1, 8) as usize
+            } else {
+                10_000
+            },
             queue_bytes_max: if rng.chance(10) { 2000 } else { 1 << 20 },
             queue_age_max: u64::MAX,
             queue_full,
@@ -162,6 +177,7 @@ impl World {
             expiry_max: 300,
             publish_account,
             reserved_key: "tidegate-sim",
+            hasher: Default::default(),
         };
         let config = RouterConfig {
             data_links: 1,
@@ -180,7 +196,12 @@ impl World {
         };
         let devices = rng.between(2, 5) as usize;
         let profiles: Vec<Profile> = (0..devices).map(|n| profile(n, &mut rng)).collect();
-        let grants = rng.pick(&[QoS::ExactlyOnce, QoS::ExactlyOnce, QoS::ExactlyOnce, QoS::AtLeastOnce]);
+        let grants = rng.pick(&[
+            QoS::ExactlyOnce,
+            QoS::ExactlyOnce,
+            QoS::ExactlyOnce,
+            QoS::AtLeastOnce,
+        ]);
         let rules = Rules {
             grants,
             hold: config.subscribe_hold,
@@ -199,7 +220,7 @@ impl World {
             packet_max: u32::MAX,
         };
         router.core_facts(&facts, 0);
-        router.data_link_up(0, false, true);
+        router.data_link_up(0, false, true, 0);
         router.publish_link_up(0, true);
         if trace {
             eprintln!("{rules:?}\n{:?}", router.limits);
@@ -393,7 +414,10 @@ impl World {
                 retain: false,
                 expiry: self.rng.chance(10).then(|| self.rng.between(1, 20) as u32),
             };
-            trace!(self, "{n} publishes {key} on {topic} at {qos:?}, expiry {:?}", message.expiry);
+            trace!(
+                self,
+                "{n} publishes {key} on {topic} at {qos:?}, expiry {:?}", message.expiry
+            );
             self.devices[n].publish(message, &mut self.rng);
         }
     }
@@ -557,7 +581,14 @@ impl World {
             for seen in std::mem::take(&mut device.seen) {
                 if self.trace {
                     match &seen {
-                        Seen::Message { topic, payload, qos, dup, retain, fresh } => trace!(
+                        Seen::Message {
+                            topic,
+                            payload,
+                            qos,
+                            dup,
+                            retain,
+                            fresh,
+                        } => trace!(
                             self,
                             "{n} gets {} on {topic} {qos:?} dup {dup} retain {retain} fresh {fresh}",
                             crate::oracle::key(payload)
@@ -580,7 +611,10 @@ impl World {
     fn dismissed(&self, n: usize, reason: ReasonCode) -> Checked {
         let fine = match reason {
             ReasonCode::QUOTA_EXCEEDED => self.oracle.rules.ends_full || self.oracle.rules.evicts,
-            // Takeovers are by the device itself, which is elsewhere then.
+            // Its own earlier CONNECT came late, and took the session away.
+            ReasonCode::SESSION_TAKEN_OVER => {
+                self.oracle.clients[n].attached != self.devices[n].link
+            }
             _ => false,
         };
         match fine {
@@ -600,8 +634,15 @@ impl World {
         for i in before..self.core.forwarded.len() {
             let (outgoing, refused) = &self.core.forwarded[i];
             let m = &outgoing.message;
-            trace!(self, "the core gets {} on {}", crate::oracle::key(m.payload()), m.topic());
-            self.oracle.inbound.forwarded(m.payload(), m.qos(), self.now)?;
+            trace!(
+                self,
+                "the core gets {} on {}",
+                crate::oracle::key(m.payload()),
+                m.topic()
+            );
+            self.oracle
+                .inbound
+                .forwarded(m.payload(), m.qos(), self.now)?;
             if !refused {
                 self.oracle.routed(m.topic(), &self.core.held)?;
             }
@@ -716,6 +757,9 @@ impl World {
                 None => {
                     let complete = self.rng.chance(90);
                     self.router.fetch_ended(&[fetch.number], complete);
+                    if !complete {
+                        self.oracle.fetched_anew(&fetch.filter);
+                    }
                     self.fetches.pop_front();
                     return;
                 }
@@ -756,13 +800,15 @@ impl World {
             let still = self.core.idle()
                 && self.fetches.is_empty()
                 && self.router.publishes_waiting() == 0
-                && self.devices.iter().all(|d| {
-                    d.link.is_none() || d.connected && d.idle() && d.requests() == 0
-                })
+                && self
+                    .devices
+                    .iter()
+                    .all(|d| d.link.is_none() || d.connected && d.idle() && d.requests() == 0)
                 && self.links.values().all(|l| {
                     l.up.chunks.is_empty() && l.down.chunks.is_empty() && l.edge.output.is_empty()
                 })
-                && (0..self.devices.len()).all(|n| self.devices[n].link.is_some() || !self.wants_back(n));
+                && (0..self.devices.len())
+                    .all(|n| self.devices[n].link.is_some() || !self.wants_back(n));
             calm = if still { calm + 1 } else { 0 };
             if calm > 30 {
                 self.oracle.look(&self.router, self.now)?;
@@ -815,14 +861,23 @@ impl World {
         self.core.forwarded.clear();
         let router = &self.router;
         let left = [
-            ("sessions", router.totals().attached + router.totals().detached),
+            (
+                "sessions",
+                router.totals().attached + router.totals().detached,
+            ),
             ("bytes in queues", router.queue_used() as usize),
             ("bytes of output", router.output_used() as usize),
             ("publishes that wait", router.publishes_waiting()),
-            ("bytes of publishes", router.limits.publish_account.used() as usize),
+            (
+                "bytes of publishes",
+                router.limits.publish_account.used() as usize,
+            ),
             ("filters", router.filters_on(0)),
             ("filters at the core", self.core.held.len()),
-            ("bytes of retained messages", router.retained_bytes() as usize),
+            (
+                "bytes of retained messages",
+                router.retained_bytes() as usize,
+            ),
         ];
         for (what, count) in left {
             if count != 0 {
@@ -834,7 +889,13 @@ impl World {
 }
 
 fn profile(n: usize, rng: &mut Rng) -> Profile {
-    let version = rng.pick(&[Version::V5, Version::V5, Version::V5, Version::V311, Version::V31]);
+    let version = rng.pick(&[
+        Version::V5,
+        Version::V5,
+        Version::V5,
+        Version::V311,
+        Version::V31,
+    ]);
     let v5 = version == Version::V5;
     let clean = rng.chance(30);
     Profile {
