@@ -17,7 +17,8 @@ use super::{
 
 impl Session {
     /// Takes one packet that arrived on `lane` (0: the control stream). What it asks of the router
-    /// is appended to `effects`, in order.
+    /// is appended to `effects`, in order. Subscriptions are the router's to add: before the next
+    /// packet is judged, an [`Effect::Subscribe`] is to be carried out.
     ///
     /// # Errors
     /// [`Close`]: the connection must end; `effects` so far stand.
@@ -177,8 +178,7 @@ impl Session {
         let no_local = self
             .subscriptions
             .iter()
-            .any(|s| s.options.no_local && matches(&s.name, topic))
-            || under_way(effects).any(|w| w.options.no_local && matches(&w.filter, topic));
+            .any(|s| s.options.no_local && matches(&s.name, topic));
         effects.push(Effect::Publish {
             token,
             message,
@@ -240,15 +240,8 @@ impl Session {
         }
         let mut codes = Vec::new();
         let mut wanted: Vec<Wanted> = Vec::new();
-        // Those of the same batch, which the router has not seen yet, count too.
         let mut fresh = 0;
         let mut bytes: usize = self.subscriptions.iter().map(|s| s.name.len()).sum();
-        for early in under_way(effects) {
-            if !self.subscriptions.iter().any(|s| *s.name == *early.filter) {
-                fresh += 1;
-                bytes += early.filter.len();
-            }
-        }
         for (index, (filter, options)) in subscribe.filters().enumerate() {
             let known = self.subscriptions.iter().any(|s| *s.name == *filter);
             let refused = if self.pending.len() >= PENDING_MAX {
@@ -402,14 +395,10 @@ impl Session {
                 .iter()
                 .find(|s| *s.name == *filter)
                 .map(|s| s.filter);
-            let withdrawn = withdraw(effects, filter);
             codes.push(match number {
-                None if withdrawn.is_empty() => ReasonCode::NO_SUBSCRIPTION_EXISTED.0,
-                _ => ReasonCode::SUCCESS.0,
+                Some(_) => ReasonCode::SUCCESS.0,
+                None => ReasonCode::NO_SUBSCRIPTION_EXISTED.0,
             });
-            for (packet_id, index, qos) in withdrawn {
-                self.subscribed(packet_id, index, ReasonCode(qos as u8))?;
-            }
             if let Some(number) = number {
                 self.remove_subscription(number);
                 filters.push(number);
@@ -452,35 +441,6 @@ impl Session {
             why: "DISCONNECT",
         })
     }
-}
-
-/// What SUBSCRIBEs before in the same batch ask for; the router gets it with the batch's end.
-fn under_way(effects: &[Effect]) -> impl Iterator<Item = &Wanted> {
-    effects.iter().flat_map(|effect| match effect {
-        Effect::Subscribe { wanted, .. } => wanted.as_slice(),
-        _ => &[],
-    })
-}
-
-/// Takes a filter out of them: it is unsubscribed already. Returns where the answer belongs, and
-/// the QoS asked for.
-fn withdraw(effects: &mut [Effect], filter: &str) -> Vec<(u16, u16, QoS)> {
-    let mut withdrawn = Vec::new();
-    for effect in effects {
-        if let Effect::Subscribe {
-            packet_id, wanted, ..
-        } = effect
-        {
-            wanted.retain(|w| {
-                let ends = *w.filter == *filter;
-                if ends {
-                    withdrawn.push((*packet_id, w.index, w.options.qos));
-                }
-                !ends
-            });
-        }
-    }
-    withdrawn
 }
 
 fn has_discouraged_text(property: &Property<'_>) -> bool {

@@ -184,8 +184,27 @@ impl Edge {
         oracle: &mut Oracle,
         now: u64,
     ) -> Result<usize, String> {
+        let mut used = 0;
+        while let Some((size, more)) = self.batch(&bytes[used..], router, oracle, now)? {
+            used += size;
+            if !more {
+                return Ok(used);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    /// Works off packets up to a SUBSCRIBE. Returns the bytes used, and whether there is more;
+    /// `None`: the connection is over.
+    fn batch(
+        &mut self,
+        bytes: &[u8],
+        router: &Router,
+        oracle: &mut Oracle,
+        now: u64,
+    ) -> Result<Option<(usize, bool)>, String> {
         let Some(open) = &self.open else {
-            return Ok(0);
+            return Ok(None);
         };
         let decoder = Decoder {
             version: open.version,
@@ -200,19 +219,25 @@ impl Edge {
             &mut effects,
             |session, limits, effects| {
                 let mut close: Option<Close> = None;
+                let mut more = false;
                 while let Ok(Some((packet, size))) = decoder.next(&bytes[used..]) {
                     used += size;
                     oracle.took(device, &packet, now);
                     if let Err(end) = session.packet(0, &packet, limits, &Allowed, now, effects) {
-                        close = Some(end);
                         if !matches!(packet, Packet::Disconnect(_)) {
-                            return Err(format!("{packet:?} ends the connection: {end:?}"));
+                            let what = crate::oracle::short(&packet);
+                            return Err(format!("{what} ends the connection: {end:?}"));
                         }
+                        close = Some(end);
+                        break;
+                    }
+                    if matches!(packet, Packet::Subscribe(_)) {
+                        more = true;
                         break;
                     }
                 }
                 session.pump(limits, now);
-                Ok((close, session.stop_reading(limits)))
+                Ok((close, session.stop_reading(limits), more))
             },
         );
         for effect in effects {
@@ -235,15 +260,15 @@ impl Edge {
         }
         let Some(outcome) = outcome else {
             // Taken over; the wake tells.
-            return Ok(bytes.len());
+            return Ok(None);
         };
-        let (close, stop) = outcome?;
+        let (close, stop, more) = outcome?;
         self.held = open.version < Version::V5 && (stop || router.hold_reading(open.session));
         if let Some(close) = close {
             self.end(close, router, oracle, now)?;
-            return Ok(bytes.len());
+            return Ok(None);
         }
-        Ok(used)
+        Ok(Some((used, more)))
     }
 
     /// What the task does when it is woken, or its socket takes more.

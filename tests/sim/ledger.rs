@@ -92,7 +92,12 @@ impl Ledger {
             receive_max,
             open: HashSet::new(),
             resent: 0,
-            to_resend: self.inflight.iter().map(|f| f.packet_id).collect(),
+            to_resend: self
+                .inflight
+                .iter()
+                .filter(|f| !f.released)
+                .map(|f| f.packet_id)
+                .collect(),
         }
     }
 
@@ -111,7 +116,8 @@ impl Ledger {
         }
         if p.qos > QoS::AtMostOnce {
             if w.resent < w.to_resend.len() {
-                let open = |id: &&u16| self.inflight.iter().any(|f| f.packet_id == **id);
+                let unreceived = |f: &Flight, id: u16| f.packet_id == id && !f.released;
+                let open = |id: &&u16| self.inflight.iter().any(|f| unreceived(f, **id));
                 if let Some(id) = w.to_resend[w.resent..].iter().find(open) {
                     return Err(format!(
                         "a new PUBLISH before {id} is sent again [MQTT-4.6.0-1]"

@@ -639,7 +639,7 @@ fn event(key: &str) -> u64 {
         .unwrap_or(0)
 }
 
-fn short(packet: &Packet<'_>) -> String {
+pub fn short(packet: &Packet<'_>) -> String {
     match packet {
         Packet::Publish(p) => format!(
             "PUBLISH {} id {} on {:?} {:?} dup {} retain {}",

@@ -173,7 +173,7 @@ impl World {
             subscriptions_max: 100,
             filter_bytes_max: 1 << 16,
             topic_levels_max: 16,
-            v3_publishes_max: rng.pick(&[2, 8, 20]),
+            v3_publishes_max: rng.pick(&[3, 8, 20]),
             expiry_max: 300,
             publish_account,
             reserved_key: "tidegate-sim",
