@@ -169,6 +169,8 @@ pub struct Subscription {
     pub name: Arc<str>,
     /// Granted QoS and options.
     pub options: SubscribeOptions,
+    /// QoS that the client asked for.
+    pub asked: QoS,
     /// The client's Subscription Identifier; 0: none.
     pub identifier: u32,
     /// Set once the core granted it: only then can it be the senior of overlapping ones.

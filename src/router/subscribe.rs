@@ -90,6 +90,7 @@ impl Router {
                 filter: number,
                 name,
                 options,
+                asked: options.qos,
                 identifier,
                 active: false,
                 fenced_until: 0,
@@ -112,7 +113,9 @@ impl Router {
                 continue;
             };
             let held = filter.state == State::Active || filter.held;
-            if held && filter.wanted >= options.qos {
+            // The answer to more, which somebody asked for, is this one's answer too.
+            let rising = filter.upgrading && filter.granted < options.qos;
+            if held && filter.wanted >= options.qos && !rising {
                 let code = table.grant(number, options.qos);
                 answers.push((want.index, code));
                 if retained {
@@ -182,7 +185,8 @@ impl Router {
         Some(replaced)
     }
 
-    /// The core holds the filter at this QoS: the subscription counts from here on.
+    /// The core holds the filter at this QoS: the subscription counts from here on, at the QoS that
+    /// was asked for last.
     fn activate(&self, session: SessionRef, number: u32, code: ReasonCode, now: u64) {
         let contested = self.contested(session, number);
         let mut shard = self.shards[usize::from(session.shard)].lock();
@@ -196,7 +200,7 @@ impl Router {
             subscription.fenced_until = now + FENCE;
         }
         let granted = QoS::from_u8(code.0).unwrap_or_default();
-        subscription.options.qos = subscription.options.qos.min(granted);
+        subscription.options.qos = subscription.asked.min(granted);
         let subscription = subscription.clone();
         shard.join(session.slot, &subscription);
     }
@@ -339,7 +343,7 @@ impl Router {
                 continue;
             }
             let granted = ReasonCode(code.0.min(waiter.qos as u8));
-            self.activate(waiter.session, number, granted, now);
+            self.activate(waiter.session, number, code, now);
             let answer = [(waiter.index, granted)];
             self.answer_subscribe(waiter.session, waiter.generation, waiter.packet_id, &answer);
             if waiter.retained {
