@@ -50,6 +50,8 @@ pub struct Core {
     pub grants: QoS,
     pub away: bool,
     pub held: BTreeMap<String, (u32, QoS)>,
+    /// Filters held, with the QoS asked for.
+    asked: BTreeMap<String, QoS>,
     /// Refuses these.
     pub refuses: &'static str,
     requests: VecDeque<(u64, Request)>,
@@ -72,6 +74,7 @@ impl Core {
             grants,
             away: false,
             held: BTreeMap::new(),
+            asked: BTreeMap::new(),
             refuses: "no/#",
             requests: VecDeque::new(),
             publishes: VecDeque::new(),
@@ -193,11 +196,10 @@ impl Core {
             }
             Request::Subscribe(number, name, qos) => {
                 let granted = qos.min(self.grants);
-                if let Some((_, held)) = self.held.get(&name)
-                    && *held >= granted
+                if let Some(before) = self.asked.insert(name.clone(), qos)
+                    && before >= qos
                 {
-                    let fault =
-                        format!("{name} is subscribed at {granted:?}, and held at {held:?}");
+                    let fault = format!("{name} is asked for at {qos:?}, and was at {before:?}");
                     self.faults.push(fault);
                 }
                 self.held.insert(name, (number, granted));
@@ -205,6 +207,7 @@ impl Core {
             }
             Request::Unsubscribe(number, name) => {
                 self.held.remove(&name);
+                self.asked.remove(&name);
                 Item::Unsuback(number)
             }
         };

@@ -14,6 +14,7 @@ struct Logical {
     key: String,
     qos: QoS,
     acknowledged: bool,
+    /// Answered with a refusal, or to be refused by the core, which 3.x does not say.
     refused: bool,
 }
 
@@ -64,6 +65,8 @@ pub struct Inbound {
     by_key: HashMap<String, (usize, u64)>,
     wills: Vec<Will>,
     pub core_was_away: bool,
+    /// The budget of publishes is so small that wills are lost by it.
+    pub tight: bool,
 }
 
 impl Inbound {
@@ -74,6 +77,7 @@ impl Inbound {
             by_key: HashMap::new(),
             wills: Vec::new(),
             core_was_away: false,
+            tight: false,
         }
     }
 
@@ -184,7 +188,7 @@ impl Inbound {
             key,
             qos: publish.qos,
             acknowledged: false,
-            refused,
+            refused: refused || topic.starts_with("refused/"),
         });
         if publish.qos > QoS::AtMostOnce {
             let track = Track {
@@ -282,6 +286,7 @@ impl Inbound {
         for will in &self.wills {
             if let WillState::Due(at) = will.state
                 && at <= now
+                && !self.tight
                 && !(will.qos == QoS::AtMostOnce && self.core_was_away)
             {
                 return Err(format!(

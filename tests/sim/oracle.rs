@@ -47,6 +47,7 @@ pub struct Oracle {
     pub clients: Vec<Client>,
     pub inbound: Inbound,
     pub delivered: u64,
+    pub trace: bool,
 }
 
 impl Oracle {
@@ -71,6 +72,7 @@ impl Oracle {
             clients: profiles.iter().map(client).collect(),
             inbound: Inbound::new(profiles.len()),
             delivered: 0,
+            trace: false,
         }
     }
 
@@ -349,6 +351,9 @@ impl Oracle {
                     .answered(device, a.packet_id, QoS::ExactlyOnce, a.reason)
             }
             Packet::Suback(s) => {
+                if self.trace {
+                    eprintln!("         {} is written {packet:?}", c.profile.id);
+                }
                 let Some((true, names)) = c.requests.remove(&s.packet_id) else {
                     return Err("SUBACK without a SUBSCRIBE [MQTT-3.8.4-2]".into());
                 };
@@ -485,6 +490,12 @@ impl Oracle {
             }
             if settled && let Some((_, exact)) = best {
                 qos = vec![exact];
+            }
+            if self.trace {
+                eprintln!(
+                    "         {} is owed {key} at {qos:?}: {:?}",
+                    c.profile.id, c.ledger.subs
+                );
             }
             c.ledger.owed.push(Owed {
                 event: event(&key),

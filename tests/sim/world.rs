@@ -211,6 +211,7 @@ impl World {
             ends_full: queue_full == QueueFull::EndSession,
         };
         let expiry_max = limits.expiry_max;
+        let tight = config.publishes_waiting < 1 << 20;
         let router = Arc::new(Router::new(limits, config));
         let facts = CoreFacts {
             identifiers: copies != Copies::Unnamed,
@@ -230,9 +231,12 @@ impl World {
         }
         let window = rng.pick(&[1, 5, 50]);
         let retained = rng.chance(60);
+        let mut oracle = Oracle::new(rules, &profiles);
+        oracle.inbound.tight = tight;
+        oracle.trace = trace;
         Self {
             core: Core::new(copies, grants, window),
-            oracle: Oracle::new(rules, &profiles),
+            oracle,
             sequence: vec![0; devices],
             devices: profiles.into_iter().map(Device::new).collect(),
             rng,
