@@ -31,6 +31,8 @@ struct Flight {
     key: String,
     qos: QoS,
     released: bool,
+    retain: bool,
+    ids: Vec<u32>,
 }
 
 /// A wish for the retained messages of a filter.
@@ -38,6 +40,8 @@ struct Flight {
 pub struct Want {
     pub filter: String,
     pub got: HashSet<String>,
+    /// Unsubscribed when this event was the latest: what waits may still come, nothing newer.
+    pub until: u64,
 }
 
 /// What a connection may be sent.
@@ -48,6 +52,8 @@ pub struct Window {
     /// How many of those in flight at the start of the connection were sent again.
     resent: usize,
     to_resend: Vec<u16>,
+    /// An eviction may take what is in flight.
+    pub evicts: bool,
 }
 
 /// One subscription, as the packets show it.
@@ -57,7 +63,8 @@ pub struct Sub {
     pub granted: Option<(QoS, SubscribeOptions, u32)>,
     /// Asked and not answered: connection, packet identifier, index, options, identifier.
     pub asked: Vec<Ask>,
-    pub since: u64,
+    /// Since when No Local is asked for.
+    pub no_local_since: u64,
     /// It may be granted before the core has it, after the hold time.
     pub in_doubt: bool,
 }
@@ -71,6 +78,8 @@ pub struct Ask {
     pub identifier: u32,
     pub fresh: bool,
     pub at: u64,
+    /// In order of arrival.
+    pub number: u64,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -82,7 +91,9 @@ pub struct Ledger {
     pub wants: Vec<Want>,
     pub subs: Vec<Sub>,
     pub replays: usize,
-    events: HashMap<String, u64>,
+    /// The newest retained value delivered live, for each topic, of QoS 0 and of the others: QoS 0
+    /// passes what waits for the window.
+    events: HashMap<(String, bool), u64>,
 }
 
 impl Ledger {
@@ -92,6 +103,7 @@ impl Ledger {
             receive_max,
             open: HashSet::new(),
             resent: 0,
+            evicts: false,
             to_resend: self
                 .inflight
                 .iter()
@@ -115,7 +127,7 @@ impl Ledger {
             return self.again(w, key, p);
         }
         if p.qos > QoS::AtMostOnce {
-            if w.resent < w.to_resend.len() {
+            if w.resent < w.to_resend.len() && !w.evicts {
                 let unreceived = |f: &Flight, id: u16| f.packet_id == id && !f.released;
                 let open = |id: &&u16| self.inflight.iter().any(|f| unreceived(f, **id));
                 if let Some(id) = w.to_resend[w.resent..].iter().find(open) {
@@ -123,6 +135,9 @@ impl Ledger {
                         "a new PUBLISH before {id} is sent again [MQTT-4.6.0-1]"
                     ));
                 }
+            }
+            if w.evicts {
+                self.inflight.retain(|f| f.packet_id != p.packet_id);
             }
             if self.inflight.iter().any(|f| f.packet_id == p.packet_id) {
                 return Err(format!(
@@ -135,6 +150,8 @@ impl Ledger {
                 key: key.to_owned(),
                 qos: p.qos,
                 released: false,
+                retain: p.retain,
+                ids: p.subscription_ids().collect(),
             });
             w.open.insert(p.packet_id);
             if w.open.len() > w.receive_max {
@@ -192,7 +209,8 @@ impl Ledger {
         owed.written = true;
         self.next[class] = at + 1;
         if owed.retained {
-            let newest = self.events.entry(topic.to_owned()).or_default();
+            let newest = (topic.to_owned(), class > 0);
+            let newest = self.events.entry(newest).or_default();
             *newest = owed.event.max(*newest);
         }
         Ok(())
@@ -212,12 +230,9 @@ impl Ledger {
         };
         want.got.insert(key.to_owned());
         self.replays += 1;
-        let event: u64 = key
-            .rsplit('#')
-            .next()
-            .and_then(|n| n.parse().ok())
-            .unwrap_or(0);
-        if self.events.get(topic).is_some_and(|newest| *newest > event) {
+        let event = crate::oracle::event(key);
+        let way = (topic.to_owned(), p.qos > QoS::AtMostOnce);
+        if self.events.get(&way).is_some_and(|newest| *newest > event) {
             return Err("a retained value older than one delivered before it".into());
         }
         Ok(())
@@ -231,7 +246,9 @@ impl Ledger {
         if flight.released {
             return Err(format!("PUBLISH {id} again after PUBREC [MQTT-4.3.3-6]"));
         }
-        if flight.key != key || flight.qos != p.qos {
+        let ids = flight.ids.iter().copied();
+        let same = flight.retain == p.retain && p.subscription_ids().eq(ids);
+        if flight.key != key || flight.qos != p.qos || !same {
             return Err(format!("DUP {id} is another message"));
         }
         let place = w.to_resend.iter().position(|i| *i == id);
@@ -283,5 +300,7 @@ impl Ledger {
 }
 
 fn wants(want: &Want, topic: &str, key: &str) -> bool {
-    crate::core::matching(&want.filter, topic) && !want.got.contains(key)
+    crate::core::matching(&want.filter, topic)
+        && !want.got.contains(key)
+        && crate::oracle::event(key) <= want.until
 }

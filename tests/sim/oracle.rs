@@ -48,6 +48,9 @@ pub struct Oracle {
     pub inbound: Inbound,
     pub delivered: u64,
     pub trace: bool,
+    asks: u64,
+    /// The latest event of the core.
+    pub latest: u64,
 }
 
 impl Oracle {
@@ -73,6 +76,8 @@ impl Oracle {
             inbound: Inbound::new(profiles.len()),
             delivered: 0,
             trace: false,
+            asks: 0,
+            latest: 0,
         }
     }
 
@@ -115,6 +120,7 @@ impl Oracle {
             _ => 65_535,
         };
         c.window = c.ledger.window(receive_max);
+        c.window.evicts = rules.evicts;
         self.inbound.connected(device, will);
     }
 
@@ -189,6 +195,9 @@ impl Oracle {
     /// A packet of the client was taken by its session.
     pub fn took(&mut self, device: usize, packet: &Packet<'_>, now: u64) {
         let (grants, expiry_max) = (self.rules.grants, self.rules.expiry_max);
+        let latest = self.latest;
+        self.asks += 1;
+        let number = self.asks;
         let c = &mut self.clients[device];
         let Some(link) = c.attached else {
             return;
@@ -231,12 +240,22 @@ impl Oracle {
                         identifier: s.subscription_id.unwrap_or(0),
                         fresh: known.is_none(),
                         at: now,
+                        number,
                     };
                     if options.retain_handling == 0 || (options.retain_handling == 1 && ask.fresh) {
                         c.ledger.wants.push(Want {
                             filter: filter.to_owned(),
                             got: Default::default(),
+                            until: u64::MAX,
                         });
+                    }
+                    if let Some(at) = known {
+                        let sub = &mut c.ledger.subs[at];
+                        let before = sub.asked.last().map(|a| a.options);
+                        let before = before.or(sub.granted.map(|(_, o, _)| o));
+                        if before.is_none_or(|o| !o.no_local) {
+                            sub.no_local_since = now;
+                        }
                     }
                     match known {
                         Some(at) => c.ledger.subs[at].asked.push(ask),
@@ -244,7 +263,7 @@ impl Oracle {
                             filter: filter.to_owned(),
                             granted: None,
                             asked: vec![ask],
-                            since: now,
+                            no_local_since: now,
                             in_doubt: false,
                         }),
                     }
@@ -254,7 +273,10 @@ impl Oracle {
             Packet::Unsubscribe(u) => {
                 let names: Vec<String> = u.filters().map(str::to_owned).collect();
                 c.ledger.subs.retain(|s| !names.contains(&s.filter));
-                c.ledger.wants.retain(|w| !names.contains(&w.filter));
+                let ended = c.ledger.wants.iter_mut();
+                for want in ended.filter(|w| names.contains(&w.filter)) {
+                    want.until = want.until.min(latest);
+                }
                 c.requests.insert(u.packet_id, (false, names));
             }
             Packet::Disconnect(d) => {
@@ -331,11 +353,8 @@ impl Oracle {
                 };
                 let topic = topic.ok_or("an undefined alias")?;
                 let key = key(p.payload);
-                match c.ledger.wrote(&mut c.window, version, &topic, &key, p, now) {
-                    // An eviction takes what was in flight.
-                    Err(e) if evicts && (e.contains("is sent again") || e.contains("in use")) => {}
-                    other => other?,
-                }
+                c.ledger
+                    .wrote(&mut c.window, version, &topic, &key, p, now)?;
                 self.delivered += 1;
                 Ok(())
             }
@@ -454,7 +473,7 @@ impl Oracle {
                 };
                 let hides = |o: &SubscribeOptions| own && o.no_local;
                 // A publish that was before the subscription is not marked.
-                let unmarked = own && published_at <= sub.since;
+                let unmarked = own && published_at <= sub.no_local_since;
                 let candidates = sub.granted.iter().copied().map(|(q, o, i)| (true, q, o, i));
                 let asked = sub
                     .asked
@@ -614,8 +633,7 @@ fn granted(
         return Ok(());
     };
     // What was asked before it, on an earlier connection too, is replaced.
-    sub.asked
-        .retain(|a| a.at > ask.at || (a.at == ask.at && a.link == link));
+    sub.asked.retain(|a| a.number > ask.number);
     let Some(granted) = QoS::from_u8(code) else {
         if sub.granted.is_none() && sub.asked.is_empty() {
             ledger.subs.remove(at);
@@ -629,9 +647,6 @@ fn granted(
             ask.options.qos
         ));
     }
-    if sub.granted.is_none() {
-        sub.since = ask.at;
-    }
     sub.in_doubt |= late;
     sub.granted = Some((granted, ask.options, ask.identifier));
     Ok(())
@@ -643,7 +658,7 @@ pub fn key(payload: &[u8]) -> String {
     text.split(':').next().unwrap_or_default().to_owned()
 }
 
-fn event(key: &str) -> u64 {
+pub fn event(key: &str) -> u64 {
     key.rsplit('#')
         .next()
         .and_then(|n| n.parse().ok())

@@ -450,6 +450,7 @@ impl World {
         }
         for _ in 0..self.rng.between(1, 6) {
             self.events += 1;
+            self.oracle.latest = self.events;
             let retain = self.retained && self.rng.chance(30);
             let (topic, key) = match retain {
                 true => (self.rng.pick(&RETAINED), format!("r#{}", self.events)),
