@@ -214,6 +214,10 @@ impl Router {
                 table.lingering.remove(&(since, number));
                 continue;
             };
+            // Their answer comes with the core's, or soon without it.
+            if !filter.waiters.is_empty() {
+                continue;
+            }
             let link = filter.link;
             match filter.state {
                 State::Active if usize::from(link) < self.data.len() => {
