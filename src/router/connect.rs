@@ -184,6 +184,7 @@ impl Router {
             return false;
         }
         let mut ended = slot.session.detach(&self.limits, normal, now);
+        self.shed(slot);
         let filters = shard.detached(reference.slot, &ended, now, now + GHOST);
         self.charge_entries(&mut shard);
         drop(shard);
@@ -272,7 +273,7 @@ impl Router {
             Effect::Publish {
                 token: None,
                 message: will,
-                no_local: false,
+                tag: 0,
             },
             now,
         );
