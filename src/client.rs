@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use crate::auth::{Acl, Authenticator, Identity};
 use crate::clock::Clock;
 use crate::config::{self, AuthMode};
+use crate::limits::Account;
 use crate::mqtt::QoS;
 use crate::router::Router;
 use crate::session::Policy;
@@ -36,6 +37,10 @@ pub struct Clients {
     pub limits: config::Limits,
     /// CONNECTs per second.
     pub rate: Rate,
+    /// Bytes of packets that are not complete yet, and their budget.
+    pub input: Account,
+    /// The budget of `input`, bytes.
+    pub input_max: u64,
     /// The process is ending: no new sessions.
     pub draining: AtomicBool,
 }

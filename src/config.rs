@@ -8,6 +8,7 @@
 
 mod builtin;
 mod check;
+mod choices;
 mod document;
 mod error;
 mod file;
@@ -17,11 +18,14 @@ mod units;
 mod upstream;
 
 pub(crate) use check::is_loopback;
+pub use choices::{
+    Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, QueueFull,
+    SubscribeWhileAway, Transport,
+};
 pub use error::{Error, Problem};
 pub use types::{
-    Ack, AclAllow, AclMode, AclRule, Admin, Auth, AuthMode, CertSource, ClientIdRule, Config,
-    Drain, Durability, Limits, Listener, Log, LogFormat, Memory, Node, Probe, Protocol, QueueFull,
-    Server, Session, Store, SubscribeWhileAway, Tls, Transport, Upstream, UpstreamTls,
+    AclAllow, AclRule, Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node,
+    Server, Session, Store, Tls, Upstream, UpstreamTls,
 };
 
 #[cfg(test)]

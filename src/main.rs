@@ -1,29 +1,44 @@
 //! The `tidegate` command.
 
+use std::path::Path;
+use std::process::ExitCode;
+
+use tidegate::cli::{self, Commands, EXIT_INTERNAL, EXIT_USAGE, Failure};
+use tidegate::config::Config;
+use tidegate::runtime;
+use tidegate::transport::selfsigned;
+
 #[cfg(feature = "mimalloc")]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-fn main() -> std::process::ExitCode {
-    let args: Vec<String> = std::env::args().collect();
-    let config = match args.iter().position(|a| a == "--config") {
-        Some(at) => tidegate::config::Config::load(std::path::Path::new(&args[at + 1])),
-        None => Ok(tidegate::config::Config::builtin()),
-    };
-    let config = match config {
-        Ok(config) => config,
-        Err(e) => {
-            eprintln!("{e}");
-            return 64.into();
-        }
-    };
-    let _ = tidegate::telemetry::log::init(&config.log.level, false);
-    let runtime = tokio::runtime::Runtime::new().expect("threads can be started");
-    match runtime.block_on(tidegate::runtime::run(config, 100_000)) {
-        Ok(()) => 0.into(),
-        Err(e) => {
-            eprintln!("{e}");
-            e.exit_code().into()
-        }
-    }
+fn main() -> ExitCode {
+    cli::main(&Commands {
+        run: &run,
+        check: &check,
+        certs: &certs,
+    })
+}
+
+fn run(config: Config, connections: usize) -> Result<(), Failure> {
+    let tokio = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("tidegate")
+        .build()
+        .map_err(|e| Failure::new(EXIT_INTERNAL, format!("threads cannot be started: {e}")))?;
+    let result = tokio
+        .block_on(runtime::run(config, connections))
+        .map_err(|e| Failure::new(e.exit_code(), e));
+    // What did not end within the grace is not waited for.
+    tokio.shutdown_background();
+    result
+}
+
+fn check(config: &Config) -> Result<(), Failure> {
+    runtime::check(config).map_err(|e| Failure::new(e.exit_code(), e))
+}
+
+fn certs(out: &Path, names: &[String]) -> Result<Vec<std::path::PathBuf>, Failure> {
+    let made = selfsigned::generate(out, names).map_err(|e| Failure::new(EXIT_USAGE, e))?;
+    Ok(vec![made.ca, made.ca_key, made.cert, made.key])
 }

@@ -141,7 +141,8 @@ impl Decoder {
     ///
     /// # Errors
     /// Every rule that these bytes break ([MQTT-4.13.1-1]); the connection is then to be closed.
-    #[inline]
+    // Into its few callers: then a PUBLISH is taken apart without ever being moved.
+    #[inline(always)]
     pub fn next<'a>(&self, buf: &'a [u8]) -> Result<Option<(Packet<'a>, usize)>, Error> {
         let Some(head) = head::Head::read(buf, self.version, self.receiver, self.max)? else {
             return Ok(None);
@@ -150,23 +151,23 @@ impl Decoder {
         let Some(body) = buf.get(head.len..end) else {
             return Ok(None);
         };
-        let packet = if head.first >> 4 == head::PUBLISH {
-            Packet::Publish(Publish::read(
-                head.first,
-                body,
-                self.version,
-                self.receiver,
-            )?)
-        } else {
-            self.other(head.first >> 4, body)?
-        };
-        Ok(Some((packet, end)))
+        if head.first >> 4 != head::PUBLISH {
+            return self.other(head.first >> 4, body, end);
+        }
+        let publish = Publish::read(head.first, body, self.version, self.receiver)?;
+        Ok(Some((Packet::Publish(publish), end)))
     }
 
     // Kept apart, so that the way of a PUBLISH stays short.
-    fn other<'a>(&self, kind: u8, body: &'a [u8]) -> Result<Packet<'a>, Error> {
+    #[inline(never)]
+    fn other<'a>(
+        &self,
+        kind: u8,
+        body: &'a [u8],
+        end: usize,
+    ) -> Result<Option<(Packet<'a>, usize)>, Error> {
         let version = self.version;
-        Ok(match kind {
+        let packet = match kind {
             head::CONNECT => Packet::Connect(Box::new(Connect::read(body)?)),
             head::CONNACK => Packet::Connack(Connack::read(body, version)?),
             head::PUBACK => Packet::Puback(Ack::read(AckKind::Puback, body, version)?),
@@ -187,6 +188,7 @@ impl Decoder {
                     Packet::Pingresp
                 }
             }
-        })
+        };
+        Ok(Some((packet, end)))
     }
 }

@@ -29,7 +29,8 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::limits::Account;
 use crate::mqtt::QoS;
-use crate::session::{Session, SessionLimits};
+use crate::session::{Effect, Session, SessionLimits};
+use crate::telemetry::{DropReason, metrics};
 
 pub use connect::{Connect, Connected, Origin, Refused};
 pub use fanout::Arrived;
@@ -46,6 +47,10 @@ use wake::Wake;
 
 /// Shards; at most 64, since a filter's shards are the bits of one word.
 const SHARDS: usize = 32;
+
+/// A session's queue while retained messages are handed to it: messages, and bytes.
+const RETAINED_QUEUE: usize = 100_000;
+const RETAINED_QUEUE_BYTES: usize = 16 * 1024 * 1024;
 
 /// Names a session in the router: where it is, and which one of those that were there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -83,6 +88,8 @@ pub struct RouterConfig {
     pub retained_cache: usize,
     /// Budget of all sessions' queues.
     pub queues: u64,
+    /// Budget of the output of all connections together.
+    pub output: u64,
     /// An entry of the output that nobody takes for this long ends its connection.
     pub write_stall: u64,
 }
@@ -92,6 +99,8 @@ pub struct RouterConfig {
 pub struct Router {
     /// The limits of every session.
     pub limits: SessionLimits,
+    /// The same with a longer queue: retained messages come all at once.
+    retained_limits: SessionLimits,
     config: RouterConfig,
     shards: Box<[Mutex<Shard>]>,
     table: RwLock<Table>,
@@ -105,12 +114,18 @@ pub struct Router {
     /// Messages that came from the core and are alive in a queue.
     queue_account: Arc<Account>,
     entry_bytes: AtomicI64,
+    output_bytes: AtomicI64,
+    /// The limit of each connection's output while there is no pressure.
+    output_buffer: usize,
     evicting: Mutex<()>,
     /// What could not be settled under a shard's lock; at most one entry for each ended session.
     deferred: Mutex<Vec<connect::Due>>,
+    /// Tasks that wait for room among the publishes; at most one entry for each per tick.
+    waiting_for_room: Mutex<Vec<Arc<Wake>>>,
     core: Core,
     hasher: RandomState,
     tags: AtomicU64,
+    ticks: AtomicU64,
 }
 
 /// What waits for one P link.
@@ -152,8 +167,11 @@ impl Router {
             fetch: Arc::default(),
             queue_account: Arc::new(Account::new()),
             entry_bytes: AtomicI64::new(0),
+            output_bytes: AtomicI64::new(0),
+            output_buffer: limits.output_buffer.load(Ordering::Relaxed),
             evicting: Mutex::new(()),
             deferred: Mutex::new(Vec::new()),
+            waiting_for_room: Mutex::new(Vec::new()),
             core: Core {
                 maximum_qos: AtomicU8::new(2),
                 retain_available: AtomicBool::new(true),
@@ -164,6 +182,12 @@ impl Router {
             hasher: RandomState::default(),
             // 0 means "no mark".
             tags: AtomicU64::new(1),
+            ticks: AtomicU64::new(0),
+            retained_limits: SessionLimits {
+                queue_messages_max: limits.queue_messages_max.max(RETAINED_QUEUE),
+                queue_bytes_max: limits.queue_bytes_max.max(RETAINED_QUEUE_BYTES),
+                ..limits.clone()
+            },
             limits,
             config,
         }
@@ -183,6 +207,11 @@ impl Router {
     pub fn queue_used(&self) -> u64 {
         let entries = self.entry_bytes.load(Ordering::Relaxed).max(0) as u64;
         self.queue_account.used() + entries
+    }
+
+    /// Bytes of output that wait for sockets.
+    pub fn output_used(&self) -> u64 {
+        self.output_bytes.load(Ordering::Relaxed).max(0) as u64
     }
 
     /// The largest QoS that the core takes.
@@ -223,6 +252,46 @@ impl Router {
         Some(result)
     }
 
+    /// Works on a session as [`Router::with`] does, for packets of its client. Members that its
+    /// UNSUBSCRIBEs end leave before the lock is given back: nothing follows an UNSUBACK.
+    pub fn feed<R>(
+        &self,
+        reference: SessionRef,
+        generation: u64,
+        effects: &mut Vec<Effect>,
+        f: impl FnOnce(&mut Session, &SessionLimits, &mut Vec<Effect>) -> R,
+    ) -> Option<R> {
+        let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
+        let slot = shard.get(reference)?;
+        if slot.session.generation() != generation || !slot.session.attached() {
+            return None;
+        }
+        let result = f(&mut slot.session, &self.limits, effects);
+        self.shed(slot);
+        let refused = std::mem::take(&mut slot.session.refused_publishes);
+        if refused > 0 {
+            metrics().messages_dropped[DropReason::Acl].increment(refused.into());
+        }
+        for effect in effects.iter() {
+            if let Effect::Unsubscribe { filters } = effect {
+                for filter in filters {
+                    shard.leave(reference.slot, *filter);
+                }
+                shard.rejoin(reference.slot);
+            }
+        }
+        shard.settle(reference.slot);
+        self.charge_entries(&mut shard);
+        Some(result)
+    }
+
+    /// Wakes a task at the next tick: it waits for room, or for a deadline.
+    pub fn wake_soon(&self, wake: &Arc<Wake>) {
+        if wake.queue_up() {
+            self.waiting_for_room.lock().push(wake.clone());
+        }
+    }
+
     /// Takes what waits for a connection's socket, after filling it up. `empty` is exchanged for
     /// the control lane's bytes. `None`: the connection is not the session's any more.
     pub fn take_output(
@@ -240,6 +309,8 @@ impl Router {
         slot.woken = false;
         slot.session.pump(&self.limits, now);
         let side = slot.session.connection()?.take_output(empty);
+        slot.taken_at = now;
+        slot.taken = empty.len() + side.iter().map(|(_, b)| b.len()).sum::<usize>();
         self.shed(slot);
         shard.settle(reference.slot);
         self.charge_entries(&mut shard);
@@ -253,7 +324,7 @@ impl Router {
     fn shed(&self, slot: &mut shard::Slot) {
         if slot.session.outbound().shed != Default::default() {
             let mut tally = fanout::Tally::default();
-            tally.shed(slot.session.outbound_mut());
+            slot.session.gaps += tally.shed(slot.session.outbound_mut());
             tally.flush();
         }
     }
@@ -262,6 +333,10 @@ impl Router {
         let delta = std::mem::take(&mut shard.entry_bytes);
         if delta != 0 {
             self.entry_bytes.fetch_add(delta, Ordering::Relaxed);
+        }
+        let delta = std::mem::take(&mut shard.output_bytes);
+        if delta != 0 {
+            self.output_bytes.fetch_add(delta, Ordering::Relaxed);
         }
     }
 

@@ -86,8 +86,11 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
         session: config.session.clone(),
         limits: config.limits.clone(),
         rate: Rate::new(config.limits.connect_rate_max),
+        input: Account::new(),
+        input_max: config.memory.max / 8,
         draining: AtomicBool::new(false),
     });
+    check(&config)?;
     let tls = client_tls(&config)?;
     let embedded = config
         .upstream
@@ -216,8 +219,22 @@ async fn open_admin(config: &Config, view: Arc<View>) -> Result<admin::Server, S
     }
 }
 
-fn open_listeners(config: &Config, limits: &Arc<Limits>) -> Result<Vec<Opened>, StartError> {
-    let mut certificates: Vec<(&str, Arc<ServerTls>)> = Vec::new();
+/// Looks at everything that the configuration names, as a start would, without opening a port.
+///
+/// # Errors
+/// What a start would fail on.
+pub fn check(config: &Config) -> Result<(), StartError> {
+    certificates(config)?;
+    client_tls(config)?;
+    config
+        .upstream
+        .read_password()
+        .map_err(|e| StartError::Config(format!("upstream.password_file: {e}")))?;
+    Ok(())
+}
+
+fn certificates(config: &Config) -> Result<Vec<(&str, Arc<ServerTls>)>, StartError> {
+    let mut certificates = Vec::new();
     for tls in &config.tls {
         let loaded = match &tls.source {
             CertSource::Files { cert, key } => ServerTls::load(cert, key),
@@ -227,14 +244,19 @@ fn open_listeners(config: &Config, limits: &Arc<Limits>) -> Result<Vec<Opened>, 
         };
         let loaded = loaded
             .map_err(|e| StartError::Config(format!("[[tls]] name = \"{}\": {e}", tls.name)))?;
-        certificates.push((&tls.name, Arc::new(loaded)));
+        certificates.push((tls.name.as_str(), Arc::new(loaded)));
     }
+    Ok(certificates)
+}
+
+fn open_listeners(config: &Config, limits: &Arc<Limits>) -> Result<Vec<Opened>, StartError> {
+    let certificates = certificates(config)?;
     let mut opened = Vec::new();
     for listener in &config.listeners {
         let tls = listener.tls.as_ref().and_then(|wanted| {
             certificates
                 .iter()
-                .find(|(name, _)| name == wanted)
+                .find(|(name, _)| *name == wanted.as_str())
                 .map(|(_, tls)| tls.clone())
         });
         let spec = ListenSpec {
@@ -336,19 +358,25 @@ fn session_limits(config: &Config) -> SessionLimits {
         packet_max: config.limits.packet_max,
         queue_messages_max: config.session.queue_messages_max as usize,
         queue_bytes_max: config.session.queue_bytes_max as usize,
+        queue_age_max: config
+            .session
+            .queue_age_max
+            .map_or(u64::MAX, |age| age.as_millis() as u64),
         queue_full: match config.session.queue_full {
             config::QueueFull::Oldest => QueueFull::Oldest,
             config::QueueFull::Newest => QueueFull::Newest,
             config::QueueFull::EndSession => QueueFull::EndSession,
         },
         queue_qos0: config.session.queue_qos0,
-        output_buffer: config.limits.output_buffer as usize,
+        output_buffer: Arc::new((config.limits.output_buffer as usize).into()),
+        filter_bytes_max: 256 * 1024,
         subscriptions_max: config.limits.subscriptions_per_client_max as usize,
         topic_levels_max: config.limits.topic_levels_max as usize,
         v3_publishes_max: config.upstream.publishes_waiting_v3_max as usize,
         expiry_max: seconds(config.session.expiry_max),
         publish_account: Arc::new(Account::new()),
         reserved_key: RESERVED_KEY,
+        hasher: Default::default(),
     }
 }
 
@@ -367,6 +395,7 @@ fn router_config(config: &Config) -> RouterConfig {
         publishes_waiting_per_client: upstream.publishes_waiting_per_client as usize,
         retained_cache: upstream.retained_cache as usize,
         queues: config.memory.queues,
+        output: config.memory.max / 8,
         write_stall: ms(config.limits.write_stall),
     }
 }

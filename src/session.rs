@@ -11,12 +11,15 @@ mod packets;
 mod will;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
+use foldhash::fast::RandomState;
 
 use crate::limits::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 
 pub use connection::{Connection, ConnectionSpec};
-pub use inbound::{Answer, Arrival, Inbound, Token};
+pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed, SubscriptionIds};
 pub use packets::senior;
 pub use will::Will;
@@ -59,14 +62,19 @@ pub struct SessionLimits {
     pub queue_messages_max: usize,
     /// Bytes in a session's queue, and in flight.
     pub queue_bytes_max: usize,
+    /// Age in milliseconds at which a waiting message is dropped; `u64::MAX`: none.
+    pub queue_age_max: u64,
     /// Policy when the queue is full.
     pub queue_full: QueueFull,
     /// Keep QoS 0 for clients that are away.
     pub queue_qos0: bool,
-    /// Bytes of output that may wait for a connection's socket.
-    pub output_buffer: usize,
+    /// Bytes of output that may wait for a connection's socket; less while all together are near
+    /// their budget.
+    pub output_buffer: Arc<AtomicUsize>,
     /// Subscriptions of one client.
     pub subscriptions_max: usize,
+    /// Bytes of all filters of one client.
+    pub filter_bytes_max: usize,
     /// Levels of a topic or filter.
     pub topic_levels_max: usize,
     /// Unanswered publishes of a 3.x client before its socket is left unread.
@@ -77,6 +85,8 @@ pub struct SessionLimits {
     pub publish_account: Arc<Account>,
     /// User properties with this key are ours alone [MQTT-3.3.2-17]: stripped from clients.
     pub reserved_key: &'static str,
+    /// Keyed for the process: recognises copies of publishes.
+    pub hasher: RandomState,
 }
 
 impl SessionLimits {
@@ -163,6 +173,9 @@ pub struct Subscription {
     pub identifier: u32,
     /// Set once the core granted it: only then can it be the senior of overlapping ones.
     pub active: bool,
+    /// Until then, copies for other matching subscriptions count too: this one may be on another
+    /// link, which is ahead of theirs.
+    pub fenced_until: u64,
     /// Another subscription of this session may match the same topic.
     pub overlaps: bool,
 }
@@ -200,6 +213,10 @@ pub struct Session {
     outbound: Outbound,
     inbound: Inbound,
     will: Option<Box<Will>>,
+    /// DISCONNECT 0x00 took the will away.
+    will_discarded: bool,
+    /// Publishes that were refused here; the caller takes and counts them.
+    pub refused_publishes: u32,
     /// Ended; kept only to recognise publishes that are sent again.
     ghost: bool,
 }
@@ -236,6 +253,8 @@ impl Session {
             outbound: Outbound::default(),
             inbound: Inbound::default(),
             will: None,
+            will_discarded: false,
+            refused_publishes: 0,
             ghost: false,
         }
     }
@@ -281,9 +300,11 @@ impl Session {
         self.since = now;
         self.pending = Vec::new();
         self.outbound.detached(limits);
+        self.inbound.detached();
         let mut ended = Ended::default();
         if normal {
-            ended.will_cancelled = self.will.take().is_some();
+            ended.will_cancelled =
+                self.will.take().is_some() | std::mem::take(&mut self.will_discarded);
         }
         if self.expiry == 0 {
             ended.will = self.will.take().map(|w| w.publish(now));
@@ -311,6 +332,7 @@ impl Session {
         self.connection = None;
         self.pending = Vec::new();
         self.outbound.detached(limits);
+        self.inbound.detached();
     }
 
     /// Ends the session's state; the will is the caller's to settle.
@@ -352,6 +374,9 @@ impl Session {
 
     /// When [`Session::expire`] or the keepalive next has something to do; `u64::MAX`: never.
     pub fn deadline(&self) -> u64 {
+        if self.ghost {
+            return self.ends_at;
+        }
         match &self.connection {
             Some(c) if c.keep_alive > 0 => c.last_seen + c.keep_alive,
             Some(_) => u64::MAX,
@@ -423,6 +448,11 @@ impl Session {
     /// The session is over; only its publishes under way are remembered.
     pub fn is_ghost(&self) -> bool {
         self.ghost
+    }
+
+    /// How long the ended session is remembered.
+    pub fn remember_until(&mut self, at: u64) {
+        self.ends_at = at;
     }
 
     /// A ghost that is still of use.

@@ -14,7 +14,7 @@ mod publish;
 mod redelivery;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -108,8 +108,12 @@ pub(crate) struct Shared {
     pub tls: Option<ClientTls>,
     pub embedded: Option<EmbeddedCore>,
     pub stop: CancellationToken,
-    /// The protocol that the core is known to refuse: MQTT 5.
-    pub no_v5: std::sync::atomic::AtomicBool,
+    /// The core is known to speak MQTT 3.1.1 and not 5.
+    pub no_v5: AtomicBool,
+    /// The core is known to speak MQTT 5.
+    pub has_v5: AtomicBool,
+    /// Raised when filters were placed anew: data links begin again.
+    pub placement: AtomicU64,
 }
 
 /// The running links.
@@ -145,6 +149,8 @@ impl Upstream {
     pub fn start(start: Start, tasks: &TaskTracker) -> Self {
         let shared = Arc::new(Shared {
             no_v5: (start.config.protocol == config::Protocol::V311).into(),
+            has_v5: AtomicBool::new(false),
+            placement: AtomicU64::new(0),
             config: start.config,
             node: start.node,
             packet_max: start.packet_max,
@@ -261,6 +267,28 @@ fn next_id(last: &mut u16, in_use: impl Fn(u16) -> bool) -> u16 {
         }
     }
 }
+
+/// Cuts a list so that no part has more than a packet's worth of bytes.
+fn by_bytes<T>(all: &[T], size: impl Fn(&T) -> usize) -> impl Iterator<Item = &[T]> {
+    let mut rest = all;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let count = rest
+            .iter()
+            .take_while(|item| {
+                let first = bytes == 0;
+                bytes += size(item) + 4;
+                first || bytes <= REQUEST_BYTES
+            })
+            .count();
+        let (these, others) = rest.split_at(count);
+        rest = others;
+        (!these.is_empty()).then_some(these)
+    })
+}
+
+/// Bytes of filters in one request.
+const REQUEST_BYTES: usize = 8 * 1024;
 
 /// How long a link's session outlives its connection at the core.
 const SESSION_EXPIRY: Duration = Duration::from_secs(3600);

@@ -9,11 +9,12 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::auth::Identity;
+use crate::limits::Account;
 use crate::mqtt::{Decoder, Error, Packet, ReasonCode, Receiver, Version, encode_disconnect};
 use crate::router::wake::Wake;
 use crate::router::{Place, SessionRef};
 use crate::session::{Close, Effect};
-use crate::telemetry::{DisconnectReason, Qos, clean, metrics};
+use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
 use crate::transport::{CloseHow, Closed, OutBuf, Stream};
 
 use super::{ClientPolicy, Clients};
@@ -22,6 +23,8 @@ use super::{ClientPolicy, Clients};
 const GOODBYE: Duration = Duration::from_secs(1);
 /// A partly received packet larger than this keeps its own buffer's capacity.
 const KEEP: usize = 4096;
+/// Output of the session beyond which a peer whose socket is full is not read from, bytes.
+const BACKLOG_MAX: usize = 64 * 1024;
 
 /// A connection with its session.
 pub(super) struct Opened {
@@ -41,6 +44,12 @@ pub(super) struct Opened {
 thread_local! {
     // One read buffer per worker: an idle connection has none.
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How far the packets of one read were worked off, in bytes.
+enum Step {
+    Again(usize),
+    Done(usize),
 }
 
 /// Why the connection ends.
@@ -65,18 +74,55 @@ struct Connection<'a> {
     identity: Box<Identity>,
     out: OutBuf,
     /// Output of QUIC data lanes, and incomplete packets of any lane.
-    lanes: Vec<Lane>,
+    lanes: Vec<Lane<'a>>,
     /// The control lane's incomplete packet.
-    partial: Vec<u8>,
-    partial_since: u64,
+    partial: Partial<'a>,
     /// A 3.x client with too many publishes under way is not read from.
     held: bool,
+    /// The session may have output that was not taken.
+    fresh: bool,
+    /// The transport has bytes that it could not pass on yet.
+    flushing: bool,
+    /// Bytes of output in the session after the last packets.
+    backlog: usize,
 }
 
-struct Lane {
+struct Lane<'a> {
     number: u8,
     out: OutBuf,
-    partial: Vec<u8>,
+    partial: Partial<'a>,
+}
+
+/// The bytes of a packet that is not complete, charged to the account of all such.
+#[derive(Default)]
+struct Partial<'a> {
+    bytes: Vec<u8>,
+    since: u64,
+    charged: usize,
+    account: Option<&'a Account>,
+}
+
+impl<'a> Partial<'a> {
+    fn settle(&mut self, account: &'a Account, progress: bool, now: u64) {
+        if self.bytes.is_empty() && self.bytes.capacity() > KEEP {
+            self.bytes = Vec::new();
+        }
+        if progress || self.charged == 0 {
+            self.since = now;
+        }
+        account.charge(self.bytes.len());
+        account.release(self.charged);
+        self.charged = self.bytes.len();
+        self.account = Some(account);
+    }
+}
+
+impl Drop for Partial<'_> {
+    fn drop(&mut self) {
+        if let Some(account) = self.account {
+            account.release(self.charged);
+        }
+    }
 }
 
 /// Serves the connection to its end.
@@ -95,9 +141,11 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         identity: opened.identity,
         out: OutBuf::default(),
         lanes: Vec::new(),
-        partial: Vec::new(),
-        partial_since: 0,
+        partial: Partial::default(),
         held: false,
+        fresh: true,
+        flushing: false,
+        backlog: 0,
     };
     let place = opened.place;
     let early = std::mem::take(&mut opened.input);
@@ -106,11 +154,11 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         Err(end) => Some(end),
     };
     drop(early);
-    let mut first = true;
     let end = match end.take() {
         Some(end) => end,
-        None => poll_fn(|cx| connection.poll(cx, std::mem::take(&mut first))).await,
+        None => poll_fn(|cx| connection.poll(cx)).await,
     };
+    connection.take_rest(&end);
     let session_ended = clients.router.disconnected(
         connection.session,
         connection.generation,
@@ -134,9 +182,9 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
     let _ = timeout(GOODBYE, Box::pin(connection.goodbye(&end))).await;
 }
 
-impl Connection<'_> {
-    fn poll(&mut self, cx: &mut Context<'_>, first: bool) -> Poll<End> {
-        let mut woken = self.wake.take(cx.waker()) || first;
+impl<'a> Connection<'a> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        self.fresh |= self.wake.take(cx.waker());
         if let Some(close) = self.wake.closing() {
             return Poll::Ready(End::from_close(close));
         }
@@ -146,20 +194,30 @@ impl Connection<'_> {
         }
         // A busy connection gives the others their turn.
         for _ in 0..8 {
-            if let Err(end) = self.poll_write(cx, woken) {
+            if let Err(end) = self.poll_write(cx) {
                 return Poll::Ready(end);
             }
             if self.held {
-                self.held = self.must_hold();
-                if self.held {
-                    // Woken by the core's next answer; the tick is a second chance.
+                let hold = self.must_hold();
+                self.hold(hold);
+                if hold {
+                    self.clients.router.wake_soon(&self.wake);
                     return Poll::Pending;
                 }
             }
+            // A peer that sends and does not read gets no further answers.
+            if !self.out.is_empty() && self.backlog > BACKLOG_MAX {
+                return Poll::Pending;
+            }
             match self.poll_read(cx) {
-                Poll::Ready(Ok(())) => woken = true,
+                Poll::Ready(Ok(())) => self.fresh = true,
                 Poll::Ready(Err(end)) => return Poll::Ready(end),
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending => {
+                    return match self.check_partial() {
+                        Ok(()) => Poll::Pending,
+                        Err(end) => Poll::Ready(end),
+                    };
+                }
             }
         }
         cx.waker().wake_by_ref();
@@ -167,24 +225,29 @@ impl Connection<'_> {
     }
 
     /// Writes until nothing is left or the socket takes no more.
-    fn poll_write(&mut self, cx: &mut Context<'_>, mut fresh: bool) -> Result<(), End> {
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         loop {
-            if !self.out.is_empty() {
+            if !self.out.is_empty() || self.flushing {
                 let before = self.out.buf.len() - self.out.at;
                 match self.stream.poll_send(cx, 0, &mut self.out) {
                     Poll::Ready(Ok(())) => {
                         metrics().bytes_sent.increment(before as u64);
-                        fresh = true;
+                        self.flushing = false;
+                        self.fresh = true;
                     }
                     Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
-                    Poll::Pending => return Ok(()),
+                    Poll::Pending => {
+                        self.flushing = true;
+                        return Ok(());
+                    }
                 }
             }
             self.poll_lanes(cx)?;
-            if !fresh {
+            if !self.fresh {
                 return Ok(());
             }
-            fresh = false;
+            self.fresh = false;
+            self.backlog = 0;
             let now = self.clients.clock.now();
             let taken = self.clients.router.take_output(
                 self.session,
@@ -251,53 +314,69 @@ impl Connection<'_> {
 
     /// Takes bytes of one lane.
     fn received(&mut self, lane: u8, bytes: &[u8]) -> Result<(), End> {
-        let mut partial = match lane {
-            0 => std::mem::take(&mut self.partial),
-            n => std::mem::take(&mut self.lane(n).partial),
-        };
-        let used = if partial.is_empty() {
+        let mut partial = std::mem::take(match lane {
+            0 => &mut self.partial,
+            n => &mut self.lane(n).partial,
+        });
+        let used = if partial.bytes.is_empty() {
             let used = self.packets(lane, bytes)?;
-            partial.extend_from_slice(&bytes[used..]);
+            partial.bytes.extend_from_slice(&bytes[used..]);
             used
         } else {
-            partial.extend_from_slice(bytes);
-            let used = self.packets(lane, &partial)?;
-            partial.drain(..used);
+            partial.bytes.extend_from_slice(bytes);
+            let used = self.packets(lane, &partial.bytes)?;
+            partial.bytes.drain(..used);
             used
         };
-        if partial.is_empty() && partial.capacity() > KEEP {
-            partial = Vec::new();
+        let clients = self.clients;
+        partial.settle(&clients.input, used > 0, clients.clock.now());
+        if clients.input.used() > clients.input_max && partial.bytes.len() > KEEP {
+            return Err(End::quota(
+                "incomplete packets of all clients use up their budget",
+            ));
         }
-        if partial.is_empty() {
-            self.partial_since = 0;
-        } else {
-            let now = self.clients.clock.now();
-            if used > 0 || self.partial_since == 0 {
-                self.partial_since = now;
-            }
-            // Judged when bytes come; one that sends none meets its keep alive.
-            if self.partial_since + self.clients.limits.packet_deadline.as_millis() as u64 <= now {
-                return Err(End {
-                    label: DisconnectReason::PacketDeadline,
-                    code: ReasonCode::QUOTA_EXCEEDED,
-                    why: "a packet was not complete within limits.packet_deadline".into(),
-                    normal: false,
-                    how: CloseHow::Protocol,
-                });
-            }
+        *match lane {
+            0 => &mut self.partial,
+            n => &mut self.lane(n).partial,
+        } = partial;
+        Ok(())
+    }
+
+    /// Ends a connection whose packet takes too long; asks to be woken while one is incomplete.
+    fn check_partial(&self) -> Result<(), End> {
+        let partials = || self.lanes.iter().map(|l| &l.partial).chain([&self.partial]);
+        if partials().all(|p| p.bytes.is_empty()) {
+            return Ok(());
         }
-        match lane {
-            0 => self.partial = partial,
-            n => self.lane(n).partial = partial,
+        let limit = self.clients.limits.packet_deadline.as_millis() as u64;
+        let now = self.clients.clock.now();
+        if partials().any(|p| !p.bytes.is_empty() && p.since + limit <= now) {
+            return Err(End {
+                label: DisconnectReason::PacketDeadline,
+                ..End::quota("a packet was not complete within limits.packet_deadline")
+            });
         }
+        self.clients.router.wake_soon(&self.wake);
         Ok(())
     }
 
     /// Works off the whole packets in `bytes`; returns how many bytes they were.
     fn packets(&mut self, lane: u8, bytes: &[u8]) -> Result<usize, End> {
-        if bytes.is_empty() {
-            return Ok(0);
+        let mut used = 0;
+        while used < bytes.len() {
+            match self.some_packets(lane, &bytes[used..])? {
+                Step::Again(n) => used += n,
+                Step::Done(n) => {
+                    used += n;
+                    break;
+                }
+            }
         }
+        Ok(used)
+    }
+
+    /// Works off packets up to the first SUBSCRIBE.
+    fn some_packets(&mut self, lane: u8, bytes: &[u8]) -> Result<Step, End> {
         let clients = self.clients;
         let now = clients.clock.now();
         let decoder = Decoder {
@@ -312,10 +391,13 @@ impl Connection<'_> {
         let mut effects: Vec<Effect> = Vec::new();
         let mut used = 0;
         let mut counts = [0u64; 3];
-        let outcome = clients
-            .router
-            .with(self.session, self.generation, |session, limits| {
+        let outcome = clients.router.feed(
+            self.session,
+            self.generation,
+            &mut effects,
+            |session, limits, effects| {
                 let mut end = None;
+                let mut more = false;
                 loop {
                     let (packet, size) = match decoder.next(&bytes[used..]) {
                         Ok(Some(next)) => next,
@@ -329,15 +411,22 @@ impl Connection<'_> {
                     if let Packet::Publish(p) = &packet {
                         counts[p.qos as usize] += 1;
                     }
-                    let handled = session.packet(lane, &packet, limits, &policy, now, &mut effects);
+                    let handled = session.packet(lane, &packet, limits, &policy, now, effects);
                     if let Err(close) = handled {
                         end = Some(End::from_close(close));
                         break;
                     }
+                    // The next packet is judged by what this one brought about.
+                    if matches!(packet, Packet::Subscribe(_)) {
+                        more = true;
+                        break;
+                    }
                 }
                 session.pump(limits, now);
-                (end, session.stop_reading(limits))
-            });
+                let output = session.connection_ref().map_or(0, |c| c.output_len());
+                (end, session.stop_reading(limits), output, more)
+            },
+        );
         let qos = [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce];
         for (qos, count) in qos.into_iter().zip(counts) {
             if count > 0 {
@@ -345,14 +434,21 @@ impl Connection<'_> {
             }
         }
         self.execute(effects, now);
-        let Some((end, stop)) = outcome else {
+        let Some((end, stop, output, more)) = outcome else {
             return Err(self.replaced());
         };
+        self.backlog = output;
         if let Some(end) = end {
             return Err(end);
         }
-        self.held = self.version < Version::V5 && (stop || self.must_hold());
-        Ok(used)
+        if self.version < Version::V5 {
+            self.hold(stop || self.must_hold());
+        }
+        if more {
+            // One level for each SUBSCRIBE would be a stack that the client chooses.
+            return Ok(Step::Again(used));
+        }
+        Ok(Step::Done(used))
     }
 
     fn execute(&self, effects: Vec<Effect>, now: u64) {
@@ -377,6 +473,24 @@ impl Connection<'_> {
         }
     }
 
+    /// Leaves the socket unread, or reads it again.
+    fn hold(&mut self, hold: bool) {
+        if hold == self.held {
+            return;
+        }
+        self.held = hold;
+        if hold {
+            metrics().publishes_held_back[HeldReason::V3Unread].increment(1);
+        }
+        self.clients
+            .router
+            .with(self.session, self.generation, |session, _| {
+                if let Some(connection) = session.connection() {
+                    connection.unread = hold;
+                }
+            });
+    }
+
     fn must_hold(&self) -> bool {
         let router = &self.clients.router;
         if router.hold_reading(self.session) {
@@ -387,14 +501,14 @@ impl Connection<'_> {
             .unwrap_or(false)
     }
 
-    fn lane(&mut self, number: u8) -> &mut Lane {
+    fn lane(&mut self, number: u8) -> &mut Lane<'a> {
         let at = match self.lanes.iter().position(|l| l.number == number) {
             Some(at) => at,
             None => {
                 self.lanes.push(Lane {
                     number,
                     out: OutBuf::default(),
-                    partial: Vec::new(),
+                    partial: Partial::default(),
                 });
                 self.lanes.len() - 1
             }
@@ -413,6 +527,22 @@ impl Connection<'_> {
                 normal: false,
                 how: CloseHow::Normal,
             },
+        }
+    }
+
+    /// What the session wrote for this connection still goes out before its end is told.
+    fn take_rest(&mut self, end: &End) {
+        if matches!(end.label, DisconnectReason::Closed | DisconnectReason::Io) {
+            return;
+        }
+        let mut rest = Vec::new();
+        let now = self.clients.clock.now();
+        let router = &self.clients.router;
+        if router
+            .take_output(self.session, self.generation, &mut rest, now)
+            .is_some()
+        {
+            self.out.buf.append(&mut rest);
         }
     }
 
@@ -436,6 +566,16 @@ impl Connection<'_> {
 }
 
 impl End {
+    fn quota(why: &'static str) -> Self {
+        Self {
+            label: DisconnectReason::Quota,
+            code: ReasonCode::QUOTA_EXCEEDED,
+            why: why.into(),
+            normal: false,
+            how: CloseHow::Protocol,
+        }
+    }
+
     fn from_close(close: Close) -> Self {
         use DisconnectReason as D;
         let code = close.reason;

@@ -4,11 +4,14 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::choices::{
+    Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, QueueFull,
+    SubscribeWhileAway, Transport,
+};
 use super::machine;
 use super::types::{
-    Ack, AclMode, Admin, Auth, AuthMode, CertSource, ClientIdRule, Config, Drain, Durability,
-    Limits, Listener, Log, LogFormat, Memory, Node, Probe, Protocol, QueueFull, Server, Session,
-    Store, SubscribeWhileAway, Tls, Transport, Upstream, UpstreamTls,
+    Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, Server, Session,
+    Store, Tls, Upstream, UpstreamTls,
 };
 
 const KIB: u64 = 1 << 10;
@@ -128,7 +131,7 @@ impl Default for Upstream {
             publish_links: PUBLISH_LINKS_AUTO,
             roots: Vec::new(),
             ack: Ack::Upstream,
-            probe: Probe::Auto,
+            probe: Probe::Off,
             linger: Duration::from_secs(600),
             linger_busy_min: Duration::from_secs(60),
             filters_lingering_max: 100_000,

@@ -6,9 +6,10 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
+use super::choices::{AclMode, AuthMode, ClientIdRule, Transport};
 use super::document::Document;
 use super::error::Problem;
-use super::types::{AclMode, AuthMode, CertSource, ClientIdRule, Config, Server, Transport};
+use super::types::{CertSource, Config, Server};
 
 /// Largest MQTT packet: the largest remaining length and its header.
 const MQTT_PACKET_MAX: u32 = 268_435_455 + 5;

@@ -9,11 +9,12 @@ use serde::de::{Deserializer, Error as _, IgnoredAny};
 use super::builtin::{
     MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, WS_PATH, listeners,
 };
+use super::choices::{AclMode, AuthMode, ClientIdRule, Transport};
 use super::document::Document;
 use super::error::{Error, Problem};
 use super::types::{
-    AclAllow, AclMode, AclRule, Admin, Auth, AuthMode, CertSource, ClientIdRule, Config, Drain,
-    Limits, Listener, Log, Memory, Node, Session, Store, Tls, Transport, Upstream,
+    AclAllow, AclRule, Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node,
+    Session, Store, Tls, Upstream,
 };
 use super::units::Share;
 use super::{check, machine};

@@ -6,7 +6,11 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::units::{choices, duration, duration_or_none, size, size32};
+use super::choices::{
+    Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, QueueFull,
+    SubscribeWhileAway, Transport,
+};
+use super::units::{duration, duration_or_none, size, size32};
 use super::upstream::{no_roots, publish_links, server_list};
 
 /// The whole configuration, validated.
@@ -76,55 +80,6 @@ pub enum CertSource {
     /// Made at start for `localhost`, gone at the end: for development, on
     /// loopback listeners only.
     Throwaway,
-}
-
-/// How bytes travel between a client and a listener.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Transport {
-    /// Plain TCP.
-    Tcp,
-    /// TLS over TCP.
-    Tls,
-    /// WebSocket.
-    Ws,
-    /// WebSocket over TLS.
-    Wss,
-    /// QUIC, ALPN `mqtt`.
-    Quic,
-}
-
-choices!(Transport {
-    "tcp" => Tcp,
-    "tls" => Tls,
-    "ws" => Ws,
-    "wss" => Wss,
-    "quic" => Quic,
-} not supported {});
-
-impl Transport {
-    /// Every transport, in the order of their numbers (`t as usize`).
-    pub const ALL: [Self; 5] = [Self::Tcp, Self::Tls, Self::Ws, Self::Wss, Self::Quic];
-
-    /// The name in configuration, logs and metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Tls => "tls",
-            Self::Ws => "ws",
-            Self::Wss => "wss",
-            Self::Quic => "quic",
-        }
-    }
-
-    /// Whether a certificate is needed.
-    pub fn is_encrypted(self) -> bool {
-        matches!(self, Self::Tls | Self::Wss | Self::Quic)
-    }
-
-    /// Whether it speaks WebSocket, and so has a path and origins.
-    pub fn is_websocket(self) -> bool {
-        matches!(self, Self::Ws | Self::Wss)
-    }
 }
 
 /// `[[listeners]]`: one address where clients connect.
@@ -220,8 +175,8 @@ pub struct Upstream {
 /// One core address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Server {
-    /// The in-process core; the text after `embedded:` names habits of real
-    /// brokers to imitate, in tests.
+    /// The in-process core; the text after `embedded:` would name habits of
+    /// real brokers to imitate and is empty in this version.
     Embedded(String),
     /// `mqtt://` or `mqtts://`.
     Remote {
@@ -273,62 +228,6 @@ impl Upstream {
     }
 }
 
-/// MQTT version spoken to the core.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Protocol {
-    /// 5, and 3.1.1 where the core has no 5.
-    Auto,
-    /// 5 only.
-    V5,
-    /// 3.1.1 only.
-    V311,
-}
-
-choices!(Protocol {
-    "auto" => Auto,
-    "5" => V5,
-    "3.1.1" => V311,
-} not supported {});
-
-/// When a client's publish is acknowledged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ack {
-    /// When the core has acknowledged it.
-    Upstream,
-}
-
-choices!(Ack {
-    "upstream" => Upstream,
-} not supported { "local", });
-
-/// Whether the core's habits are probed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Probe {
-    /// As far as the program knows how.
-    Auto,
-    /// Never.
-    Off,
-}
-
-choices!(Probe {
-    "auto" => Auto,
-    "off" => Off,
-} not supported {});
-
-/// What becomes of a new filter when the core stays away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SubscribeWhileAway {
-    /// Granted, with a recorded gap.
-    Accept,
-    /// Refused.
-    Refuse,
-}
-
-choices!(SubscribeWhileAway {
-    "accept" => Accept,
-    "refuse" => Refuse,
-} not supported {});
-
 /// `[upstream.tls]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -375,23 +274,6 @@ pub struct Session {
     #[serde(deserialize_with = "duration_or_none")]
     pub keepalive_default: Option<Duration>,
 }
-
-/// What goes when a session's queue is full.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QueueFull {
-    /// The oldest message.
-    Oldest,
-    /// The message that arrives.
-    Newest,
-    /// The session.
-    EndSession,
-}
-
-choices!(QueueFull {
-    "oldest" => Oldest,
-    "newest" => Newest,
-    "end_session" => EndSession,
-} not supported {});
 
 /// `[limits]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -448,17 +330,6 @@ pub struct Store {
     pub disk_max: u64,
 }
 
-/// Where sessions live.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durability {
-    /// In memory; they end with the process.
-    Memory,
-}
-
-choices!(Durability {
-    "memory" => Memory,
-} not supported { "disk", });
-
 /// `[auth]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Auth {
@@ -471,48 +342,6 @@ pub struct Auth {
     /// Which client ids a principal may use.
     pub client_id: ClientIdRule,
 }
-
-/// How clients are authenticated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum AuthMode {
-    /// Not at all; the principal of all is `anonymous`.
-    Anonymous,
-    /// User name and password of the password file.
-    File,
-}
-
-choices!(AuthMode {
-    "anonymous" => Anonymous,
-    "file" => File,
-} not supported { "jwt", "mtls", "delegate", });
-
-/// Whether ACL rules hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AclMode {
-    /// Every topic but `$SYS` and our own prefix.
-    Open,
-    /// What a rule allows.
-    Rules,
-}
-
-choices!(AclMode {
-    "open" => Open,
-    "rules" => Rules,
-} not supported {});
-
-/// Which client ids a principal may use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ClientIdRule {
-    /// Any.
-    Any,
-    /// Its user name and no other.
-    Username,
-}
-
-choices!(ClientIdRule {
-    "any" => Any,
-    "username" => Username,
-} not supported {});
 
 /// `[[acl]]`: one rule.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -554,20 +383,6 @@ pub struct Log {
     /// How a line looks.
     pub format: LogFormat,
 }
-
-/// How a log line looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
-choices!(LogFormat {
-    "text" => Text,
-    "json" => Json,
-} not supported {});
 
 /// `[drain]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -242,7 +242,7 @@ impl<'a> Connect<'a> {
             len += props::framed_len(props::block_len(&own));
         }
         len += self.will.map_or(0, |will| will.size(v5));
-        len += self.username.map_or(0, str_len) + self.password.map_or(0, bytes_len);
+        len += self.username.map_or(0, str_len) + self.sent_password().map_or(0, bytes_len);
         if !put_head(head::CONNECT << 4, len, out) {
             return;
         }
@@ -260,9 +260,15 @@ impl<'a> Connect<'a> {
         if let Some(username) = self.username {
             put_str(username, out);
         }
-        if let Some(password) = self.password {
+        if let Some(password) = self.sent_password() {
             put_bytes(password, out);
         }
+    }
+
+    // [MQTT-3.1.2-22] of 3.1.1: none without a user name.
+    fn sent_password(&self) -> Option<&'a [u8]> {
+        let alone = self.version != Version::V5 && self.username.is_none();
+        self.password.filter(|_| !alone)
     }
 
     fn flags(&self) -> u8 {
@@ -271,7 +277,11 @@ impl<'a> Connect<'a> {
         });
         will | if self.clean_start { CLEAN } else { 0 }
             | if self.username.is_some() { USERNAME } else { 0 }
-            | if self.password.is_some() { PASSWORD } else { 0 }
+            | if self.sent_password().is_some() {
+                PASSWORD
+            } else {
+                0
+            }
     }
 
     fn block(&self) -> [Option<Property<'a>>; 8] {
@@ -384,6 +394,23 @@ mod tests {
         assert_eq!(
             bytes(&connect(Version::V31)),
             b"\x10\x0F\0\x06MQIsdp\x03\x02\0\x3C\0\x01c"
+        );
+    }
+
+    #[test]
+    fn a_password_is_not_alone_in_v3() {
+        let alone = |version| Connect {
+            version,
+            password: Some(b"p"),
+            ..Connect::default()
+        };
+        assert_eq!(
+            bytes(&alone(Version::V311)),
+            b"\x10\x0C\0\x04MQTT\x04\x02\0\0\0\0"
+        );
+        assert_eq!(
+            bytes(&alone(Version::V5)),
+            b"\x10\x10\0\x04MQTT\x05\x42\0\0\0\0\0\0\x01p"
         );
     }
 

@@ -1,7 +1,7 @@
 //! How a receiver gets a message: a computed head, shared tails (MQTT 5 §3.3).
 
 use super::head::{MAX_REMAINING, PUBLISH, varint_len};
-use super::props::{SUBSCRIPTION_IDENTIFIER, USER_PROPERTY};
+use super::props::{MESSAGE_EXPIRY, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS, USER_PROPERTY};
 use super::write::{put_head, put_str, put_u16, put_u32, put_varint, str_len};
 use super::{Message, QoS, Version};
 
@@ -125,11 +125,11 @@ impl Delivery<'_> {
 
     fn put_own(&self, out: &mut Vec<u8>) {
         if let Alias::Define(alias) | Alias::Use(alias) = self.alias {
-            out.push(0x23);
+            out.push(TOPIC_ALIAS);
             put_u16(alias, out);
         }
         if let Some(seconds) = self.message_expiry {
-            out.push(0x02);
+            out.push(MESSAGE_EXPIRY);
             put_u32(seconds, out);
         }
         for &id in self.subscription_ids {
@@ -208,6 +208,7 @@ mod tests {
             retain: false,
             expires_at: u64::MAX,
             strip_key: None,
+            account: None,
         })
     }
 

@@ -38,8 +38,23 @@ impl Varint {
 }
 
 /// Reads a variable byte integer; None = needs more bytes. Minimality is the caller's to judge.
-#[inline]
+#[inline(always)]
 pub(crate) fn read_varint(buf: &[u8]) -> Result<Option<Varint>, Error> {
+    // Most lengths take one byte or two, and nothing else is in the way of those.
+    match *buf {
+        [a, ..] if a < 0x80 => Ok(Some(Varint {
+            value: u32::from(a),
+            len: 1,
+        })),
+        [a, b, ..] if b < 0x80 => Ok(Some(Varint {
+            value: u32::from(a & 0x7F) | u32::from(b) << 7,
+            len: 2,
+        })),
+        _ => read_long_varint(buf),
+    }
+}
+
+fn read_long_varint(buf: &[u8]) -> Result<Option<Varint>, Error> {
     let mut value = 0u32;
     for (i, &byte) in buf.iter().take(4).enumerate() {
         value |= u32::from(byte & 0x7F) << (7 * i);
@@ -78,7 +93,7 @@ pub(crate) struct Head {
 
 impl Head {
     /// None = needs more bytes. Flags, role and size are judged with what is there.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn read(
         buf: &[u8],
         version: Version,
@@ -116,7 +131,7 @@ impl Head {
 }
 
 /// Packet type, flags and direction (MQTT 5 §2.1.2, §2.1.3).
-#[inline]
+#[inline(always)]
 fn check_first(first: u8, version: Version, receiver: Receiver) -> Result<(), Error> {
     let (kind, flags) = (first >> 4, first & 0x0F);
     if kind == PUBLISH {

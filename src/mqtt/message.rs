@@ -43,7 +43,7 @@ struct Head {
     topic: u16,
     qos: QoS,
     retain: bool,
-    charge: Option<Charge>,
+    _charge: Option<Charge>,
 }
 
 /// Gives back what the message was charged when its last reference goes.
@@ -84,7 +84,7 @@ impl Message {
         let properties: usize = kept().map(<[u8]>::len).sum();
         let len = 2 + topic.len() + properties + spec.payload.len();
         let head = Head {
-            charge: spec
+            _charge: spec
                 .account
                 .clone()
                 .map(|account| Charge::new(account, len)),
@@ -236,6 +236,7 @@ mod tests {
             retain: true,
             expires_at: 5,
             strip_key: None,
+            account: None,
         }
     }
 

@@ -21,7 +21,8 @@ impl<'a> Properties<'a> {
 
     /// The properties in wire order ([MQTT-3.3.2-18]).
     pub fn iter(&self) -> impl Iterator<Item = Property<'a>> + Clone + use<'a> {
-        Spans(self.0).map(|(property, _)| property)
+        let mut r = Reader(self.0);
+        std::iter::from_fn(move || Property::read(r.u8().ok()?, &mut r).ok())
     }
 
     /// The user properties in wire order.
@@ -71,6 +72,14 @@ macro_rules! properties {
                 }
             }
 
+            /// How long the value of an identifier is.
+            const fn width(id: u8) -> Width {
+                match id {
+                    $($id => width!($kind),)*
+                    _ => Width::Pair,
+                }
+            }
+
             // Types only; whether a value is allowed is `check`.
             #[inline]
             fn read(id: u8, r: &mut Reader<'a>) -> Result<Property<'a>, Error> {
@@ -90,6 +99,26 @@ macro_rules! ty {
     (varint $a:lifetime) => { u32 };
     (string $a:lifetime) => { &$a str };
     (binary $a:lifetime) => { &$a [u8] };
+}
+macro_rules! width {
+    (byte) => {
+        Width::Fixed(1)
+    };
+    (two) => {
+        Width::Fixed(2)
+    };
+    (four) => {
+        Width::Fixed(4)
+    };
+    (varint) => {
+        Width::Varint
+    };
+    (string) => {
+        Width::Field
+    };
+    (binary) => {
+        Width::Field
+    };
 }
 macro_rules! size {
     (byte $v:ident) => {{
@@ -155,6 +184,8 @@ macro_rules! get {
     };
 }
 
+pub(crate) const MESSAGE_EXPIRY: u8 = 0x02;
+pub(crate) const TOPIC_ALIAS: u8 = 0x23;
 pub(crate) const USER_PROPERTY: u8 = 0x26;
 pub(crate) const SUBSCRIPTION_IDENTIFIER: u8 = 0x0B;
 
@@ -236,17 +267,29 @@ pub(crate) const ON_DISCONNECT_BY_CLIENT: Allowed = allow(&[0x11, 0x1C, 0x1F]);
 pub(crate) const ON_DISCONNECT_BY_SERVER: Allowed = allow(&[0x1C, 0x1F]);
 pub(crate) const ON_AUTH: Allowed = allow(&[0x15, 0x16, 0x1F]);
 
-/// Reads the length prefix and validates every property; `each` sees them once, in order.
-#[inline]
+/// Reads the length prefix and validates every property; `each` sees them once, in order, but for
+/// user properties.
+#[inline(always)]
 pub(crate) fn read<'a>(
+    r: &mut Reader<'a>,
+    allowed: Allowed,
+    each: impl FnMut(Property<'a>),
+) -> Result<Properties<'a>, Error> {
+    // Most packets have none ([MQTT-2.2.2-1]).
+    if let [0, rest @ ..] = r.0 {
+        r.0 = rest;
+        return Ok(Properties(&[]));
+    }
+    read_some(r, allowed, each)
+}
+
+#[inline(never)]
+fn read_some<'a>(
     r: &mut Reader<'a>,
     allowed: Allowed,
     mut each: impl FnMut(Property<'a>),
 ) -> Result<Properties<'a>, Error> {
     let len = r.varint()? as usize;
-    if len == 0 {
-        return Ok(Properties(&[]));
-    }
     let raw = r.take(len)?;
     let mut rest = Reader(raw);
     let mut seen = 0u64;
@@ -261,9 +304,20 @@ pub(crate) fn read<'a>(
             return Err(TWICE);
         }
         seen |= bit;
-        let property = Property::read(id, &mut rest)?;
-        check(&property)?;
-        each(property);
+        match id {
+            // The two that every other message has are read without the detour; neither has
+            // values that `check` would look at.
+            USER_PROPERTY => {
+                rest.skip_string()?;
+                rest.skip_string()?;
+            }
+            MESSAGE_EXPIRY => each(Property::MessageExpiryInterval(rest.u32()?)),
+            _ => {
+                let property = Property::read(id, &mut rest)?;
+                check(&property)?;
+                each(property);
+            }
+        }
     }
     Ok(Properties(raw))
 }
@@ -310,20 +364,34 @@ fn check(property: &Property<'_>) -> Result<(), Error> {
     }
 }
 
-/// Validated raw properties, each with the bytes it takes.
+enum Width {
+    Fixed(usize),
+    Varint,
+    /// A length of two bytes and as much.
+    Field,
+    /// Two fields.
+    Pair,
+}
+
+/// Validated raw properties, each as the bytes it takes, not looked into.
 #[derive(Clone, Copy)]
-pub(crate) struct Spans<'a>(pub &'a [u8]);
+struct Spans<'a>(&'a [u8]);
 
 impl<'a> Iterator for Spans<'a> {
-    type Item = (Property<'a>, &'a [u8]);
+    type Item = &'a [u8];
 
-    fn next(&mut self) -> Option<Self::Item> {
+    #[inline]
+    fn next(&mut self) -> Option<&'a [u8]> {
         let mut r = Reader(self.0);
-        let id = r.u8().ok()?;
-        let property = Property::read(id, &mut r).ok()?;
+        match Property::width(r.u8().ok()?) {
+            Width::Fixed(len) => drop(r.take(len).ok()?),
+            Width::Varint => drop(r.varint().ok()?),
+            Width::Field => drop(r.binary().ok()?),
+            Width::Pair => drop((r.binary().ok()?, r.binary().ok()?)),
+        }
         let (span, rest) = self.0.split_at(self.0.len() - r.0.len());
         self.0 = rest;
-        Some((property, span))
+        Some(span)
     }
 }
 
@@ -356,16 +424,17 @@ pub(crate) fn maximum_qos(v: u8) -> QoS {
 
 /// The bytes of each property that a message keeps on its way (§3.3.2.3), in order; user
 /// properties named `strip` are left out.
+#[inline]
 pub(crate) fn forwarded<'a>(
     properties: Properties<'a>,
     strip: Option<&str>,
 ) -> impl Iterator<Item = &'a [u8]> {
-    Spans(properties.0).filter_map(move |(property, span)| {
-        let kept = match property {
-            Property::UserProperty(key, _) => strip != Some(key),
-            other => FORWARDED.once & (1 << other.id()) != 0,
-        };
-        kept.then_some(span)
+    Spans(properties.0).filter(move |span| match span[0] {
+        USER_PROPERTY => {
+            let key = Reader(&span[1..]).binary();
+            strip.is_none_or(|strip| key != Ok(strip.as_bytes()))
+        }
+        id => FORWARDED.once & (1 << id) != 0,
     })
 }
 
@@ -380,7 +449,8 @@ mod tests {
         let mut r = Reader(block);
         let properties = read(&mut r, ON_ACK, |p| seen.push(p)).expect("legal");
         assert!(r.is_empty() && properties.raw() == &block[1..]);
-        assert!(properties.iter().eq(seen));
+        assert!(seen.is_empty(), "user properties are not shown");
+        assert_eq!(properties.iter().count(), 2);
         assert!(properties.user_properties().eq([("k", "v"), ("k", "w")]));
     }
 
@@ -399,6 +469,20 @@ mod tests {
         put_block(&all.map(Some), &mut out);
         assert_eq!(out.len(), framed_len(block_len(&all.map(Some))));
         assert!(Properties(&out[1..]).iter().eq(all));
+    }
+
+    #[test]
+    fn spans_are_those_read() {
+        let mut wire = Vec::new();
+        for id in 0..=u8::MAX {
+            // Zeros do for every type: a number, an empty string, two of them.
+            let mut value = Reader(&[0; 8]);
+            if Property::read(id, &mut value).is_ok() {
+                wire.push([&[id], &[0; 8][value.0.len()..]].concat());
+            }
+        }
+        assert_eq!(wire.len(), 27);
+        assert!(Spans(&wire.concat()).eq(wire.iter().map(|one| &one[..])));
     }
 
     #[test]

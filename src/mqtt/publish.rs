@@ -43,7 +43,8 @@ impl<'a> Publish<'a> {
         })
     }
 
-    #[inline]
+    // Into its one caller, so that the fields go straight to where they end up.
+    #[inline(always)]
     pub(crate) fn read(
         first: u8,
         body: &'a [u8],
@@ -62,52 +63,61 @@ impl<'a> Publish<'a> {
         } else {
             r.packet_id()?
         };
-        let mut publish = Publish {
-            dup: first & 0b1000 != 0,
-            qos,
-            retain: first & 1 != 0,
-            topic,
-            packet_id,
-            payload: &[],
-            properties: Properties(&[]),
-            message_expiry: None,
-            topic_alias: None,
-            has_subscription_ids: false,
-        };
+        let mut properties = Properties(&[]);
+        let (mut message_expiry, mut topic_alias, mut has_subscription_ids) = (None, None, false);
         if version == Version::V5 {
             let allowed = match receiver {
                 Receiver::Server => props::ON_PUBLISH_BY_CLIENT,
                 Receiver::Client => props::ON_PUBLISH_BY_SERVER,
             };
-            publish.properties = props::read(&mut r, allowed, |p| match p {
-                Property::MessageExpiryInterval(s) => publish.message_expiry = Some(s),
-                Property::TopicAlias(alias) => publish.topic_alias = Some(alias),
-                Property::SubscriptionIdentifier(_) => publish.has_subscription_ids = true,
+            properties = props::read(&mut r, allowed, |p| match p {
+                Property::MessageExpiryInterval(seconds) => message_expiry = Some(seconds),
+                Property::TopicAlias(alias) => topic_alias = Some(alias),
+                Property::SubscriptionIdentifier(_) => has_subscription_ids = true,
                 _ => {}
             })?;
         }
-        if topic.is_empty() && publish.topic_alias.is_none() {
-            return Err(match version {
-                Version::V5 => Error::Protocol("empty topic without an alias (§3.3.2.1)"),
-                _ => Error::TopicName("empty [MQTT-4.7.3-1]"),
-            });
+        if topic.is_empty() && topic_alias.is_none() {
+            return Err(nameless(version));
         }
-        publish.payload = r.rest();
-        Ok(publish)
+        Ok(Publish {
+            dup: first & 0b1000 != 0,
+            qos,
+            retain: first & 1 != 0,
+            topic,
+            packet_id,
+            payload: r.rest(),
+            properties,
+            message_expiry,
+            topic_alias,
+            has_subscription_ids,
+        })
+    }
+}
+
+#[cold]
+fn nameless(version: Version) -> Error {
+    match version {
+        Version::V5 => Error::Protocol("empty topic without an alias (§3.3.2.1)"),
+        _ => Error::TopicName("empty [MQTT-4.7.3-1]"),
     }
 }
 
 // One look at the bytes for all that a name may not have; which it was matters on refusal only.
-#[inline]
+#[inline(always)]
 fn topic(bytes: &[u8]) -> Result<&str, Error> {
-    let suspect = bytes.iter().fold(false, |found, &b| {
-        found | (b == 0) | (b == b'+') | (b == b'#')
-    });
-    if suspect {
-        text::utf8(bytes)?;
-        return Err(Error::TopicName("wildcard in a topic name [MQTT-3.3.2-2]"));
+    if text::has_nul_or_wildcard(bytes) {
+        return Err(suspect(bytes));
     }
     std::str::from_utf8(bytes).map_err(|_| text::NOT_UTF8)
+}
+
+#[cold]
+fn suspect(bytes: &[u8]) -> Error {
+    match text::utf8(bytes) {
+        Err(e) => e,
+        Ok(_) => Error::TopicName("wildcard in a topic name [MQTT-3.3.2-2]"),
+    }
 }
 
 #[cfg(test)]

@@ -76,6 +76,12 @@ impl<'a> Reader<'a> {
         text::utf8(self.binary()?)
     }
 
+    /// A string that is checked, but not wanted now.
+    #[inline]
+    pub(crate) fn skip_string(&mut self) -> Result<(), Error> {
+        text::check(self.binary()?)
+    }
+
     /// A packet identifier, never zero ([MQTT-2.2.1-3], [MQTT-2.2.1-4]).
     #[inline]
     pub(crate) fn packet_id(&mut self) -> Result<u16, Error> {

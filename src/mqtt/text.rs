@@ -39,10 +39,62 @@ pub(crate) fn cut_bytes(b: &[u8]) -> &[u8] {
     &b[..b.len().min(MAX_FIELD)]
 }
 
-// A fold without early exit, so that the compiler vectorises it.
+/// The same, when the string itself is not wanted: plain ASCII needs no second look.
 #[inline]
+pub(crate) fn check(bytes: &[u8]) -> Result<(), Error> {
+    let plain = !scan(
+        bytes,
+        |word| zero_bytes(word) | word & splat(0x80),
+        |byte| byte == 0 || byte >= 0x80,
+    );
+    if plain {
+        return Ok(());
+    }
+    utf8(bytes).map(|_| ())
+}
+
+/// Whether U+0000, `+` or `#` is there: what no topic name may have.
+#[inline(always)]
+pub(crate) fn has_nul_or_wildcard(bytes: &[u8]) -> bool {
+    // `+` and `#` differ in one bit.
+    const BIT: u8 = b'+' ^ b'#';
+    const BOTH: u8 = b'+' | b'#';
+    scan(
+        bytes,
+        |word| zero_bytes(word) | zero_bytes((word | splat(BIT)) ^ splat(BOTH)),
+        |byte| byte == 0 || byte | BIT == BOTH,
+    )
+}
+
+#[inline(always)]
 fn has_nul(bytes: &[u8]) -> bool {
-    bytes.iter().fold(false, |found, &b| found | (b == 0))
+    scan(bytes, zero_bytes, |byte| byte == 0)
+}
+
+// Whether any byte is found, eight at a time and without an early exit: what is looked for is
+// all but never there. `find` and `one` look for the same.
+#[inline(always)]
+fn scan(bytes: &[u8], find: impl Fn(u64) -> u64, one: impl Fn(u8) -> bool) -> bool {
+    let Some(last) = bytes.last_chunk() else {
+        return bytes.iter().fold(false, |found, &byte| found | one(byte));
+    };
+    let (words, _) = bytes.as_chunks();
+    let mut found = 0;
+    for word in words {
+        found |= find(u64::from_ne_bytes(*word));
+    }
+    // The rest, together with some that was looked at already.
+    found | find(u64::from_ne_bytes(*last)) != 0
+}
+
+const fn splat(byte: u8) -> u64 {
+    u64::from_ne_bytes([byte; 8])
+}
+
+/// Not zero if and only if a byte of `word` is zero.
+#[inline(always)]
+const fn zero_bytes(word: u64) -> u64 {
+    word.wrapping_sub(splat(0x01)) & !word & splat(0x80)
 }
 
 #[cfg(test)]
@@ -51,6 +103,12 @@ mod tests {
 
     #[test]
     fn strings_are_judged() {
+        for text in ["", "a", "é", "abcdefgh", "abcdefghé"] {
+            assert_eq!(
+                (check(text.as_bytes()), utf8(text.as_bytes())),
+                (Ok(()), Ok(text))
+            );
+        }
         assert_eq!(
             utf8("\u{FEFF}a\u{10FFFF}".as_bytes()),
             Ok("\u{FEFF}a\u{10FFFF}")
@@ -63,6 +121,28 @@ mod tests {
             b"\xF4\x90\x80\x80",
         ] {
             assert!(matches!(utf8(bad), Err(Error::Malformed(_))), "{bad:?}");
+            assert_eq!(check(bad), utf8(bad).map(|_| ()));
+            let long = [b"abcdefghijkl", bad].concat();
+            assert_eq!(check(&long), utf8(bad).map(|_| ()));
+        }
+    }
+
+    #[test]
+    fn bytes_are_found_wherever_they_are() {
+        for len in 0..40 {
+            for fill in (1..=u8::MAX).filter(|b| !b"+#".contains(b)) {
+                let bytes = vec![fill; len];
+                assert!(!has_nul(&bytes) && !has_nul_or_wildcard(&bytes));
+            }
+            let mut bytes = vec![0x80; len];
+            for at in 0..len {
+                for want in [0, b'+', b'#'] {
+                    bytes[at] = want;
+                    assert!(has_nul_or_wildcard(&bytes), "{want} at {at} of {len}");
+                    assert_eq!(has_nul(&bytes), want == 0);
+                }
+                bytes[at] = 0x80;
+            }
         }
     }
 

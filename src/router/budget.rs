@@ -4,7 +4,7 @@ use crate::mqtt::ReasonCode;
 use crate::session::Close;
 use crate::telemetry::{DropReason as DropCause, metrics};
 
-use super::Router;
+use super::{Router, SessionRef};
 
 impl Router {
     /// Brings the queues under their budget: expired messages and QoS 0 first, then the queues of
@@ -26,10 +26,8 @@ impl Router {
             };
             self.evict_oldest(oldest, target);
         }
-        while self.queue_used() > target {
-            if !self.evict_largest() {
-                break;
-            }
+        if self.queue_used() > target {
+            self.evict_largest(target);
         }
     }
 
@@ -45,7 +43,7 @@ impl Router {
                 if s.session.outbound().queued() == 0 {
                     continue;
                 }
-                let (e, z) = s.session.outbound_mut().purge(now, true);
+                let (e, z) = s.session.outbound_mut().purge(&self.limits, now, true);
                 s.session.gaps += (e + z) as u64;
                 expired += e;
                 zero += z;
@@ -103,41 +101,45 @@ impl Router {
         }
     }
 
-    /// Drops the largest queue of an attached client, and ends the connection if the client's
-    /// unacknowledged messages are what holds the memory. False: there is none.
-    fn evict_largest(&self) -> bool {
-        let mut best: Option<(usize, usize, u32)> = None;
-        for (index, shard) in self.shards.iter().enumerate() {
+    /// Drops the queues of attached clients, the largest first; those whose unacknowledged
+    /// messages hold the memory lose their connection too. Each is visited once.
+    fn evict_largest(&self, target: u64) {
+        let mut all: Vec<(usize, SessionRef)> = Vec::new();
+        for shard in &self.shards {
             let shard = shard.lock();
             for (slot, s) in &shard.slots {
-                let entries = s.session.outbound().entries();
-                let weight = s.session.outbound().queued_bytes() + entries;
-                if entries > 0 && best.is_none_or(|(most, _, _)| weight > most) {
-                    best = Some((weight, index, slot as u32));
+                let outbound = s.session.outbound();
+                let weight = outbound.queued_bytes() + outbound.in_flight_bytes();
+                if weight > 0 {
+                    all.push((weight, shard.reference(slot as u32)));
                 }
             }
         }
-        let Some((_, index, slot)) = best else {
-            return false;
-        };
-        let mut shard = self.shards[index].lock();
-        let Some(s) = shard.slots.get_mut(slot as usize) else {
-            return true;
-        };
-        let mut dropped = s.session.outbound_mut().drop_queue();
-        if dropped == 0 {
-            if let Some(wake) = s.wake.take() {
-                wake.close(Close {
-                    reason: ReasonCode::QUOTA_EXCEEDED,
-                    why: "the client does not acknowledge, and the queues' budget is used up",
-                });
+        all.sort_unstable_by(|a, b| b.cmp(a));
+        for keep_in_flight in [true, false] {
+            for (_, reference) in &all {
+                if self.queue_used() <= target {
+                    return;
+                }
+                let mut shard = self.shards[usize::from(reference.shard)].lock();
+                let Some(s) = shard.get(*reference) else {
+                    continue;
+                };
+                let mut dropped = s.session.outbound_mut().drop_queue();
+                if !keep_in_flight && s.session.outbound().in_flight_bytes() > 0 {
+                    if let Some(wake) = &s.wake {
+                        wake.close(Close {
+                            reason: ReasonCode::QUOTA_EXCEEDED,
+                            why: "the client does not acknowledge, and the queues' budget is used up",
+                        });
+                    }
+                    dropped += s.session.outbound_mut().evict();
+                }
+                s.session.gaps += dropped as u64;
+                metrics().messages_dropped[DropCause::Budget].increment(dropped as u64);
+                shard.settle(reference.slot);
+                self.charge_entries(&mut shard);
             }
-            dropped = s.session.outbound_mut().evict();
         }
-        s.session.gaps += dropped as u64;
-        metrics().messages_dropped[DropCause::Budget].increment(dropped as u64);
-        shard.settle(slot);
-        self.charge_entries(&mut shard);
-        true
     }
 }

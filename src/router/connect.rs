@@ -136,6 +136,8 @@ impl Router {
         slot.wake = Some(connect.wake);
         slot.origin = Some(connect.origin);
         slot.woken = true;
+        slot.taken = 0;
+        slot.taken_at = now;
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
@@ -205,8 +207,11 @@ impl Router {
             return;
         };
         if s.session.is_ghost() {
-            s.session.outbound_mut().drop_queue();
-            shard.remove(slot);
+            if s.session.ends_at() <= now {
+                shard.remove(slot);
+            } else {
+                shard.settle(slot);
+            }
             return;
         }
         let mut ended = s.session.expire(now);
@@ -255,7 +260,13 @@ impl Router {
     }
 
     fn publish_will(&self, session: SessionRef, will: Message, now: u64) {
+        let account = &self.limits.publish_account;
+        if account.used() > self.config.publishes_waiting {
+            metrics().messages_dropped[DropCause::UpstreamBudget].increment(1);
+            return;
+        }
         metrics().wills_published.increment(1);
+        let will = will.charged_to(account);
         self.publish(
             session,
             Effect::Publish {

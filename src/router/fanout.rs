@@ -35,7 +35,7 @@ pub(super) struct Tally {
     pub targets: usize,
     pub delivered: [u64; 3],
     pub wakes: Vec<Arc<Wake>>,
-    pub ended: Vec<u32>,
+    pub ended: Vec<(u32, u32)>,
     dropped: [u64; 6],
 }
 
@@ -44,23 +44,22 @@ impl Tally {
         self.dropped[reason as usize] += count;
     }
 
-    pub fn shed(&mut self, outbound: &mut Outbound) {
+    /// Counts what a session let go; returns how many messages.
+    pub fn shed(&mut self, outbound: &mut Outbound) -> u64 {
         let shed = std::mem::take(&mut outbound.shed);
         self.dropped[DropReason::TooLarge as usize] += u64::from(shed.too_large);
         self.dropped[DropReason::QueueFull as usize] += u64::from(shed.pushed_out);
         self.dropped[5] += u64::from(shed.expired);
+        u64::from(shed.too_large) + u64::from(shed.pushed_out) + u64::from(shed.expired)
     }
 
     /// Counts one delivery, and notes whom to wake.
-    pub fn outcome(&mut self, slot: &mut Slot, outcome: Delivered, now: u64) {
+    pub fn outcome(&mut self, slot: &mut Slot, outcome: Delivered) {
         match outcome {
             Delivered::Written(qos) => {
                 self.delivered[qos as usize] += 1;
                 if !slot.woken {
                     slot.woken = true;
-                    if let Some(connection) = slot.session.connection() {
-                        connection.output_since = connection.output_since.min(now);
-                    }
                     self.wakes.extend(slot.wake.clone());
                 }
             }
@@ -72,7 +71,7 @@ impl Tally {
             Delivered::EndSession => {}
         }
         if slot.session.outbound().shed != Default::default() {
-            self.shed(slot.session.outbound_mut());
+            slot.session.gaps += self.shed(slot.session.outbound_mut());
         }
     }
 
@@ -122,7 +121,11 @@ impl Router {
             let named = table.identifiers != Some(false);
             for arrived in batch.iter_mut() {
                 let mut mask = 0;
-                if !arrived.filters.iter().any(|n| table.get(*n).is_some()) {
+                let dead = |n: &u32| table.is_tombstone(*n);
+                if !arrived.filters.is_empty() && arrived.filters.iter().all(dead) {
+                    arrived.filters.clear();
+                    metrics().messages_dropped[DropCause::NoReceiver].increment(1);
+                } else if !arrived.filters.iter().any(|n| table.get(*n).is_some()) {
                     // Without a working identifier the topic decides, among this link's filters.
                     if named {
                         metrics().upstream_unknown_subscription_ids.increment(1);
@@ -178,8 +181,14 @@ impl Router {
             }
             let ended = std::mem::take(&mut tally.ended);
             self.charge_entries(&mut shard);
-            for slot in ended {
-                self.end_full_session(&mut shard, slot, now);
+            for (slot, epoch) in ended {
+                let same = shard
+                    .slots
+                    .get(slot as usize)
+                    .is_some_and(|s| s.epoch == epoch);
+                if same {
+                    self.end_full_session(&mut shard, slot, now);
+                }
             }
             drop(shard);
             tally.wake();

@@ -37,8 +37,9 @@ pub struct CoreFacts {
 }
 
 impl Router {
-    /// Takes up what a CONNACK said. Filters that wait for it are placed.
-    pub fn core_facts(&self, facts: &CoreFacts, now: u64) {
+    /// Takes up what a CONNACK said. Filters that wait for it are placed. True: filters were
+    /// placed before under other facts, so all D links must begin anew.
+    pub fn core_facts(&self, facts: &CoreFacts, now: u64) -> bool {
         let core = &self.core;
         core.maximum_qos
             .store(facts.maximum_qos as u8, Ordering::Relaxed);
@@ -51,9 +52,10 @@ impl Router {
         let mut refused = Vec::new();
         let mut table = self.table.write();
         if table.identifiers == Some(facts.identifiers) {
-            return;
+            return false;
         }
-        if table.identifiers.is_some() {
+        let changed = table.identifiers.is_some();
+        if changed {
             tracing::error!(
                 identifiers = facts.identifiers,
                 "The core changed whether it has subscription identifiers; filters are placed anew"
@@ -89,8 +91,9 @@ impl Router {
                 if let Some(filter) = table.get_mut(number) {
                     filter.state = State::Absent;
                     filter.held = false;
+                    filter.upgrading = false;
                 }
-                let waiters = table.take_waiters(number);
+                let waiters = table.take_waiters(number, QoS::ExactlyOnce);
                 refused.push((number, waiters));
                 continue;
             }
@@ -107,6 +110,7 @@ impl Router {
         for wake in &self.data {
             wake.raise();
         }
+        changed
     }
 
     /// Whether No Local can be marked.
@@ -147,6 +151,7 @@ impl Router {
                 filter.state = State::Subscribing;
                 filter.upgrading = false;
             }
+            filter.asked = filter.wanted;
             taken.push(Wanted {
                 number,
                 name: filter.name.clone(),
@@ -201,7 +206,7 @@ impl Router {
 
     /// D link `link` is connected; with `session_present` the core still has its filters.
     /// Returns whether messages may have been missed.
-    pub fn data_link_up(&self, link: usize, session_present: bool, first: bool) -> bool {
+    pub fn data_link_up(&self, link: usize, session_present: bool, first: bool, now: u64) -> bool {
         self.data_up[link].store(true, Ordering::Release);
         let mut numbers = Vec::new();
         {
@@ -231,19 +236,16 @@ impl Router {
                     if session_present {
                         table.leaving[link].push_back(number);
                     } else {
-                        filter.state = State::Absent;
-                        filter.held = false;
+                        table.bury(number, now);
+                        continue;
                     }
                 }
                 numbers.push(number);
             }
         }
         self.data[link].raise();
-        if first {
-            return false;
-        }
         // Even with the session kept, QoS 0 of the gap is gone, retained or not.
-        let gap = !session_present && !numbers.is_empty();
+        let gap = !first && !session_present && !numbers.is_empty();
         self.forget_retained(numbers.into_iter());
         if gap {
             metrics().upstream_gaps.increment(1);

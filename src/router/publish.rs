@@ -102,11 +102,11 @@ impl Router {
 
     /// Whether a 3.x client has to wait with further publishes.
     pub fn hold_reading(&self, session: SessionRef) -> bool {
-        if self.limits.publish_account.used() > self.config.publishes_waiting {
-            return true;
-        }
         let link = &self.lanes[self.publish_link(session)];
-        link.lanes.lock().bytes_of(session) > self.config.publishes_waiting_per_client
+        let bytes = link.lanes.lock().bytes_of(session);
+        // Who publishes nothing is not made to wait for those who do.
+        bytes > self.config.publishes_waiting_per_client
+            || (bytes > 0 && self.limits.publish_account.used() > self.config.publishes_waiting)
     }
 
     fn tag_of(&self, session: SessionRef, no_local: bool) -> u64 {
@@ -150,9 +150,6 @@ impl Router {
             slot.session.answered(answer.token, answer.reason);
             if slot.session.attached() && !slot.woken {
                 slot.woken = true;
-                if let Some(connection) = slot.session.connection() {
-                    connection.output_since = connection.output_since.min(now);
-                }
                 wakes.extend(slot.wake.clone());
             }
         }

@@ -123,6 +123,14 @@ impl Retained {
     }
 }
 
+/// Adds a wish; one of the same session takes the place of its earlier one.
+fn want(wants: &mut Vec<Wants>, new: Wants) {
+    match wants.iter_mut().find(|w| w.session == new.session) {
+        Some(known) => *known = new,
+        None => wants.push(new),
+    }
+}
+
 impl Router {
     /// Sends the retained messages of a filter to one subscription: from the cache, or once they
     /// are fetched.
@@ -132,14 +140,14 @@ impl Router {
             Some(cached) if cached.state == State::Complete => {
                 retained.complete.promote(&number);
                 let messages: Vec<Message> = self.cached(&retained, number, now);
-                self.hand_retained(&messages, &[wants], now);
+                self.hand_retained(number, &messages, &[wants], now);
             }
-            Some(cached) if cached.state == State::Queued => cached.wants.push(wants),
-            Some(cached) if cached.overflow || cached.stale => cached.late.push(wants),
+            Some(cached) if cached.state == State::Queued => want(&mut cached.wants, wants),
+            Some(cached) if cached.overflow || cached.stale => want(&mut cached.late, wants),
             Some(cached) => {
-                cached.wants.push(wants);
+                want(&mut cached.wants, wants);
                 let messages = self.cached(&retained, number, now);
-                self.hand_retained(&messages, &[wants], now);
+                self.hand_retained(number, &messages, &[wants], now);
             }
             None => {
                 retained.filters.insert(
@@ -200,7 +208,7 @@ impl Router {
         }
         let wants = cached.wants.clone();
         retained.put(number, message);
-        self.hand_retained(std::slice::from_ref(message), &wants, now);
+        self.hand_retained(number, std::slice::from_ref(message), &wants, now);
     }
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
@@ -309,7 +317,7 @@ impl Router {
         self.retained.lock().bytes as u64
     }
 
-    fn hand_retained(&self, messages: &[Message], wants: &[Wants], now: u64) {
+    fn hand_retained(&self, number: u32, messages: &[Message], wants: &[Wants], now: u64) {
         let mut tally = Tally::default();
         for want in wants {
             let Some(shard) = self.shards.get(usize::from(want.session.shard)) else {
@@ -320,7 +328,14 @@ impl Router {
                 if message.payload().is_empty() {
                     continue;
                 }
-                shard.hand(&self.limits, now, message, want, &mut tally);
+                shard.hand(
+                    &self.retained_limits,
+                    now,
+                    message,
+                    number,
+                    want,
+                    &mut tally,
+                );
             }
             self.charge_entries(&mut shard);
         }

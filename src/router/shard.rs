@@ -34,6 +34,30 @@ pub(super) struct Slot {
     armed: u64,
     /// Entries charged to the account.
     charged: usize,
+    /// Bytes of output that the connection's task took last, and has perhaps not written yet.
+    pub taken: usize,
+    /// When it took output last, milliseconds.
+    pub taken_at: u64,
+    /// Bytes of output charged to the account.
+    charged_output: usize,
+}
+
+impl Slot {
+    /// What is to be added to the accounts of entries and of output, in bytes.
+    fn charge(&mut self) -> (i64, i64) {
+        let entries = self.session.outbound().entries();
+        let output = match self.session.connection_ref() {
+            Some(connection) => connection.output_len() + self.taken,
+            None => 0,
+        };
+        let more = (
+            (entries as i64 - self.charged as i64) * ENTRY_BYTES as i64,
+            output as i64 - self.charged_output as i64,
+        );
+        self.charged = entries;
+        self.charged_output = output;
+        more
+    }
 }
 
 /// One subscription, as the fan-out needs it.
@@ -59,6 +83,8 @@ pub(super) struct Shard {
     epoch: u32,
     /// Bytes of queue entries to add to the account when the lock is given back.
     pub entry_bytes: i64,
+    /// The same for output.
+    pub output_bytes: i64,
     identifiers: Vec<u32>,
 }
 
@@ -73,6 +99,7 @@ impl Shard {
             timers: BTreeSet::new(),
             epoch: 0,
             entry_bytes: 0,
+            output_bytes: 0,
             identifiers: Vec::new(),
         }
     }
@@ -89,6 +116,9 @@ impl Shard {
             listed: false,
             armed: u64::MAX,
             charged: 0,
+            taken: 0,
+            taken_at: 0,
+            charged_output: 0,
         })) as u32;
         self.by_id.insert(id, slot);
         slot
@@ -117,6 +147,7 @@ impl Shard {
         self.detached.pop(&slot);
         self.timers.remove(&(removed.armed, slot));
         self.entry_bytes -= (removed.charged * ENTRY_BYTES) as i64;
+        self.output_bytes -= removed.charged_output as i64;
     }
 
     /// Brings account and timer in line with the session after it was worked on.
@@ -124,26 +155,15 @@ impl Shard {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return;
         };
-        let entries = s.session.outbound().entries();
-        self.entry_bytes += (entries as i64 - s.charged as i64) * ENTRY_BYTES as i64;
-        s.charged = entries;
+        let (entries, output) = s.charge();
+        self.entry_bytes += entries;
+        self.output_bytes += output;
         // Later deadlines are found when the earlier one fires.
         let deadline = s.session.deadline();
         if deadline < s.armed {
             self.timers.remove(&(s.armed, slot));
             s.armed = deadline;
             self.timers.insert((deadline, slot));
-        }
-    }
-
-    /// Arms the timer at `at`, if that is earlier than what is armed.
-    pub fn arm(&mut self, slot: u32, at: u64) {
-        if let Some(s) = self.slots.get_mut(slot as usize)
-            && at < s.armed
-        {
-            self.timers.remove(&(s.armed, slot));
-            s.armed = at;
-            self.timers.insert((at, slot));
         }
     }
 
@@ -232,15 +252,15 @@ impl Shard {
     pub fn finish(&mut self, slot: u32, ghost_until: u64) -> Vec<u32> {
         let filters = self.release(slot);
         self.detached.pop(&slot);
-        self.settle(slot);
-        let keep = self
-            .slots
-            .get(slot as usize)
-            .is_some_and(|s| s.session.worth_keeping());
-        if keep {
-            self.arm(slot, ghost_until);
-        } else {
-            self.remove(slot);
+        match self.slots.get_mut(slot as usize) {
+            Some(s) if s.session.worth_keeping() => {
+                s.session.remember_until(ghost_until);
+                self.settle(slot);
+            }
+            _ => {
+                self.settle(slot);
+                self.remove(slot);
+            }
         }
         filters
     }
@@ -259,17 +279,22 @@ impl Shard {
         limits: &SessionLimits,
         now: u64,
         message: &Message,
+        filter: u32,
         want: &Wants,
         tally: &mut Tally,
     ) {
         let Some(slot) = self.get(want.session) else {
             return;
         };
+        // It may have unsubscribed meanwhile.
+        if slot.session.subscription(filter).is_none() {
+            return;
+        }
         let one = [want.identifier];
         let ids: &[u32] = if want.identifier == 0 { &[] } else { &one };
         let qos = want.qos.min(message.qos());
         let outcome = slot.session.deliver(limits, now, message, qos, true, ids);
-        tally.outcome(slot, outcome, now);
+        tally.outcome(slot, outcome);
         self.settle(want.session.slot);
     }
 
@@ -289,6 +314,7 @@ impl Shard {
             members,
             identifiers,
             entry_bytes,
+            output_bytes,
             detached,
             ..
         } = self;
@@ -306,10 +332,17 @@ impl Shard {
             let one;
             let (mut qos, mut retain) = (member.qos, member.retain_as_published);
             let ids: &[u32] = if member.overlaps {
-                let found = senior(slot.session.subscriptions(), message.topic(), identifiers);
+                let found = senior(
+                    slot.session.subscriptions(),
+                    message.topic(),
+                    tag != 0 && tag == slot.session.tag,
+                    now,
+                    identifiers,
+                );
                 match found {
-                    Some((senior, _)) if senior.filter != filter => continue,
-                    Some((senior, any_retain)) => {
+                    Some((senior, _, false)) if senior.filter != filter => continue,
+                    Some((senior, _, true)) if senior.filter != filter => {}
+                    Some((senior, any_retain, _)) => {
                         qos = senior.options.qos;
                         retain = any_retain;
                     }
@@ -325,9 +358,9 @@ impl Shard {
             let qos = qos.min(message.qos());
             let retain = retain && message.retain();
             let outcome = slot.session.deliver(limits, now, message, qos, retain, ids);
-            let entries = slot.session.outbound().entries();
-            *entry_bytes += (entries as i64 - slot.charged as i64) * ENTRY_BYTES as i64;
-            slot.charged = entries;
+            let (entries, output) = slot.charge();
+            *entry_bytes += entries;
+            *output_bytes += output;
             if outcome == Delivered::Queued && !slot.listed && !slot.session.attached() {
                 // It left the order because it was the oldest, or had nothing: the oldest again.
                 slot.listed = true;
@@ -335,9 +368,9 @@ impl Shard {
                 detached.demote(&member.slot);
             }
             if outcome == Delivered::EndSession {
-                tally.ended.push(member.slot);
+                tally.ended.push((member.slot, slot.epoch));
             }
-            tally.outcome(slot, outcome, now);
+            tally.outcome(slot, outcome);
         }
     }
 }

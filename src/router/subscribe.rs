@@ -1,11 +1,37 @@
 //! Subscriptions of clients become references to filters; the first makes a SUBSCRIBE at the
 //! core, the last begins its linger.
 
+use std::sync::atomic::Ordering;
+
 use crate::mqtt::{QoS, ReasonCode};
 use crate::session::{Close, Subscription, Wanted};
+use crate::telemetry::{RateLimited, clean};
 
 use super::table::{State, UNPLACED, Waiter};
 use super::{Router, SessionRef, Wants};
+
+/// Filters known at once, held or lingering.
+const FILTERS_MAX: usize = 1_000_000;
+
+fn refused(filter: &str, code: ReasonCode) {
+    if let Some(suppressed) = REFUSED.permit() {
+        tracing::warn!(
+            filter = %clean(filter, 256),
+            reason = code.name(),
+            suppressed,
+            "The core refused a filter"
+        );
+    }
+}
+
+static REFUSED: RateLimited = RateLimited::new(LINE_EVERY);
+static OVERLAPPING: RateLimited = RateLimited::new(LINE_EVERY);
+static NO_LOCAL: RateLimited = RateLimited::new(LINE_EVERY);
+/// Repeats of a line are counted, not written, for this long.
+const LINE_EVERY: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// How long one data link may be behind another, milliseconds.
+const FENCE: u64 = 500;
 
 impl Router {
     /// Adds the subscriptions of one SUBSCRIBE. Filters that the core holds are granted at once;
@@ -24,11 +50,18 @@ impl Router {
         for want in wanted {
             let options = want.options;
             if options.no_local && !self.properties_reach_core() {
-                tracing::warn!(
-                    filter = %crate::telemetry::clean(&want.filter, 256),
+                if let Some(suppressed) = NO_LOCAL.permit() {
+                    tracing::warn!(
+                    filter = %clean(&want.filter, 256),
+                    suppressed,
                     "A No Local subscription was refused: the core speaks MQTT 3.1.1, so a client's own publishes cannot be told apart"
-                );
+                    );
+                }
                 answers.push((want.index, ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR));
+                continue;
+            }
+            if self.too_long_or_many(&want.filter) {
+                answers.push((want.index, ReasonCode::QUOTA_EXCEEDED));
                 continue;
             }
             let (number, name) = {
@@ -39,11 +72,14 @@ impl Router {
                         table.bury(number, now);
                     }
                     drop(table);
-                    tracing::warn!(
-                        filter = %crate::telemetry::clean(&want.filter, 256),
-                        overlaps = %crate::telemetry::clean(&other, 256),
+                    if let Some(suppressed) = OVERLAPPING.permit() {
+                        tracing::warn!(
+                        filter = %clean(&want.filter, 256),
+                        overlaps = %clean(&other, 256),
+                        suppressed,
                         "A SUBSCRIBE was refused: the core has no working subscription identifiers, and the filter overlaps one that is held on every data link"
-                    );
+                        );
+                    }
                     answers.push((want.index, ReasonCode::QUOTA_EXCEEDED));
                     continue;
                 }
@@ -56,6 +92,7 @@ impl Router {
                 options,
                 identifier,
                 active: false,
+                fenced_until: 0,
                 overlaps: false,
             };
             let replaced = self.join(session, generation, subscription);
@@ -89,12 +126,13 @@ impl Router {
                     ));
                 }
                 drop(table);
-                self.activate(session, number, code);
+                self.activate(session, number, code, now);
                 continue;
             }
             let deadline = now + self.config.subscribe_hold;
             filter.waiters.push(Waiter {
                 session,
+                generation,
                 packet_id,
                 index: want.index,
                 qos: options.qos,
@@ -109,10 +147,20 @@ impl Router {
                 self.data[usize::from(link)].raise();
             }
         }
-        self.answer_subscribe(session, packet_id, &answers);
+        self.answer_subscribe(session, generation, packet_id, &answers);
         for (number, wants) in granted {
             self.want_retained(number, wants, now);
         }
+    }
+
+    /// The core would not take its SUBSCRIBE, or there are more filters than are kept.
+    fn too_long_or_many(&self, filter: &str) -> bool {
+        let core = self.core.packet_max.load(Ordering::Relaxed) as usize;
+        if filter.len() + 32 > core {
+            return true;
+        }
+        let table = self.table.read();
+        table.len() >= FILTERS_MAX && !table.knows(filter)
     }
 
     /// Puts a subscription in force for its session. `None`: the connection is gone; else whether
@@ -135,7 +183,8 @@ impl Router {
     }
 
     /// The core holds the filter at this QoS: the subscription counts from here on.
-    fn activate(&self, session: SessionRef, number: u32, code: ReasonCode) {
+    fn activate(&self, session: SessionRef, number: u32, code: ReasonCode, now: u64) {
+        let contested = self.contested(session, number);
         let mut shard = self.shards[usize::from(session.shard)].lock();
         let Some(slot) = shard.get(session) else {
             return;
@@ -143,15 +192,45 @@ impl Router {
         let Some(subscription) = slot.session.subscription(number) else {
             return;
         };
-        subscription.active = true;
+        if !std::mem::replace(&mut subscription.active, true) && contested {
+            subscription.fenced_until = now + FENCE;
+        }
         let granted = QoS::from_u8(code.0).unwrap_or_default();
         subscription.options.qos = subscription.options.qos.min(granted);
         let subscription = subscription.clone();
         shard.join(session.slot, &subscription);
     }
 
+    /// Whether a subscription overlaps one of the same session on another data link.
+    fn contested(&self, session: SessionRef, number: u32) -> bool {
+        if self.data.len() < 2 {
+            return false;
+        }
+        let others: Vec<u32> = {
+            let mut shard = self.shards[usize::from(session.shard)].lock();
+            let Some(slot) = shard.get(session) else {
+                return false;
+            };
+            match slot.session.subscription(number) {
+                Some(s) if s.overlaps => {}
+                _ => return false,
+            }
+            let all = slot.session.subscriptions().iter();
+            all.filter(|s| s.overlaps).map(|s| s.filter).collect()
+        };
+        let table = self.table.read();
+        let link = |n| table.get(n).map(|f| f.link);
+        others.iter().any(|other| link(*other) != link(number))
+    }
+
     /// Writes the outcome of filters of one SUBSCRIBE.
-    fn answer_subscribe(&self, session: SessionRef, packet_id: u16, answers: &[(u16, ReasonCode)]) {
+    fn answer_subscribe(
+        &self,
+        session: SessionRef,
+        generation: u64,
+        packet_id: u16,
+        answers: &[(u16, ReasonCode)],
+    ) {
         if answers.is_empty() {
             return;
         }
@@ -159,6 +238,10 @@ impl Router {
         let Some(slot) = shard.get(session) else {
             return;
         };
+        // Another connection's SUBSCRIBE may have the same packet identifier.
+        if slot.session.generation() != generation {
+            return;
+        }
         let mut end: Option<Close> = None;
         for (index, code) in answers {
             if let Err(close) = slot.session.subscribed(packet_id, *index, *code) {
@@ -177,30 +260,49 @@ impl Router {
 
     /// The core's SUBACK for a filter, or our own word in its place.
     pub fn suback(&self, number: u32, code: ReasonCode, now: u64) {
-        let waiters = {
+        let (waiters, link) = {
             let mut table = self.table.write();
             let Some(filter) = table.get_mut(number) else {
                 return;
             };
             let upgrade = std::mem::take(&mut filter.upgrading);
+            match filter.state {
+                State::Subscribing => {}
+                State::Active if upgrade => {}
+                // An answer to what has been given up.
+                _ => return,
+            }
+            let mut qos = filter.asked;
+            let mut again = false;
             if code.is_error() {
-                let name = filter.name.clone();
-                if !(upgrade && filter.state == State::Active) {
+                // The waiters of an upgrade go, those who hold the filter stay.
+                if filter.state == State::Subscribing {
                     filter.state = State::Absent;
                     filter.held = false;
                 }
-                tracing::warn!(
-                    filter = %crate::telemetry::clean(&name, 256),
-                    reason = code.name(),
-                    "The core refused a filter"
-                );
+                qos = QoS::ExactlyOnce;
+                refused(&filter.name, code);
             } else {
                 filter.state = State::Active;
                 filter.held = true;
                 filter.granted = QoS::from_u8(code.0).unwrap_or_default();
+                // Somebody asked for more meanwhile.
+                again = filter.wanted > filter.asked;
+                filter.upgrading = again;
             }
-            table.take_waiters(number)
+            let link = usize::from(filter.link);
+            if again && let Some(pending) = table.pending.get_mut(link) {
+                pending.push_back(number);
+            }
+            (table.take_waiters(number, qos), again.then_some(link))
         };
+        if let Some(link) = link {
+            self.data[link].raise();
+        }
+        if !code.is_error() {
+            // What the cache knows may be older than what was missed until now.
+            self.forget_retained(std::iter::once(number));
+        }
         self.settle_waiters(number, &waiters, code, now);
     }
 
@@ -228,13 +330,18 @@ impl Router {
                 if removed {
                     self.release(&[number], waiter.session.shard, now);
                 }
-                self.answer_subscribe(waiter.session, waiter.packet_id, &[(waiter.index, code)]);
+                self.answer_subscribe(
+                    waiter.session,
+                    waiter.generation,
+                    waiter.packet_id,
+                    &[(waiter.index, code)],
+                );
                 continue;
             }
             let granted = ReasonCode(code.0.min(waiter.qos as u8));
-            self.activate(waiter.session, number, granted);
+            self.activate(waiter.session, number, granted, now);
             let answer = [(waiter.index, granted)];
-            self.answer_subscribe(waiter.session, waiter.packet_id, &answer);
+            self.answer_subscribe(waiter.session, waiter.generation, waiter.packet_id, &answer);
             if waiter.retained {
                 let identifier = {
                     let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
@@ -255,17 +362,8 @@ impl Router {
         }
     }
 
-    /// A client unsubscribed; its session has forgotten the filters already.
+    /// A client unsubscribed; its session and shard have forgotten the filters already.
     pub fn unsubscribe(&self, session: SessionRef, filters: &[u32], now: u64) {
-        {
-            let mut shard = self.shards[usize::from(session.shard)].lock();
-            if shard.get(session).is_some() {
-                for filter in filters {
-                    shard.leave(session.slot, *filter);
-                }
-                shard.rejoin(session.slot);
-            }
-        }
         self.release(filters, session.shard, now);
     }
 

@@ -32,6 +32,7 @@ pub(super) enum State {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Waiter {
     pub session: SessionRef,
+    pub generation: u64,
     pub packet_id: u16,
     pub index: u16,
     pub qos: QoS,
@@ -51,6 +52,8 @@ pub(super) struct Filter {
     pub held: bool,
     /// Asked from the core.
     pub wanted: QoS,
+    /// QoS of the SUBSCRIBE that was sent last.
+    pub asked: QoS,
     /// What the core granted.
     pub granted: QoS,
     /// A SUBSCRIBE at `wanted` is to be sent, or under way, on a filter that is already active.
@@ -117,6 +120,21 @@ impl Table {
         self.filters.get_mut(number as usize)?.as_mut()
     }
 
+    /// Filters known, held or lingering.
+    pub fn len(&self) -> usize {
+        self.by_name.len()
+    }
+
+    /// Whether a filter is known.
+    pub fn knows(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
+    /// Whether a number meant a filter that is gone: what still comes for it is for nobody.
+    pub fn is_tombstone(&self, number: u32) -> bool {
+        matches!(self.filters.get(number as usize), Some(None))
+    }
+
     /// The filters of one link that match `topic`.
     pub fn match_topic(&self, link: usize, topic: &str, mut f: impl FnMut(u32)) {
         if self.identifiers == Some(false) {
@@ -157,6 +175,7 @@ impl Table {
             state: State::Absent,
             held: false,
             wanted: QoS::AtMostOnce,
+            asked: QoS::AtMostOnce,
             granted: QoS::AtMostOnce,
             upgrading: false,
             mask: 0,
@@ -255,9 +274,9 @@ impl Table {
                 filter.state = State::Pending;
                 true
             }
-            // SUBSCRIBE again once the UNSUBACK is there.
-            State::Pending | State::Unsubscribing => false,
-            State::Active | State::Subscribing => {
+            // SUBSCRIBE again once the answer is there.
+            State::Pending | State::Subscribing | State::Unsubscribing => false,
+            State::Active => {
                 let again = higher && !filter.upgrading;
                 filter.upgrading |= again;
                 again
@@ -289,12 +308,16 @@ impl Table {
         }
     }
 
-    /// The outcome for those who wait on a filter.
-    pub fn take_waiters(&mut self, number: u32) -> Vec<Waiter> {
+    /// Those who wait on a filter for this QoS or less.
+    pub fn take_waiters(&mut self, number: u32, qos: QoS) -> Vec<Waiter> {
         let Some(filter) = self.get_mut(number) else {
             return Vec::new();
         };
-        let waiters = std::mem::take(&mut filter.waiters);
+        let (waiters, others) = std::mem::take(&mut filter.waiters)
+            .into_iter()
+            .partition(|w| w.qos <= qos);
+        filter.waiters = others;
+        let waiters: Vec<Waiter> = waiters;
         for w in &waiters {
             self.held.remove(&(w.deadline, number));
         }

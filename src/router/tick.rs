@@ -20,11 +20,34 @@ impl Router {
         for due in std::mem::take(&mut *self.deferred.lock()) {
             self.settle_due(due, now);
         }
+        for wake in std::mem::take(&mut *self.waiting_for_room.lock()) {
+            wake.unqueue();
+        }
+        self.tick_output();
         for number in 0..self.shards.len() {
             self.tick_shard(number, now);
         }
         self.tick_held(now);
-        self.tick_linger(now);
+        // Walks over all that linger: not at each tick.
+        if self
+            .ticks
+            .fetch_add(1, Ordering::Relaxed)
+            .is_multiple_of(10)
+        {
+            self.tick_linger(now);
+        }
+    }
+
+    /// Near the budget of all output, each connection's is kept short.
+    fn tick_output(&self) {
+        let used = self.output_used();
+        let now = self.limits.output_buffer.load(Ordering::Relaxed);
+        if used > self.config.output && now == self.output_buffer {
+            self.limits.output_buffer.store(PRESSED, Ordering::Relaxed);
+        } else if used < self.config.output / 5 * 4 && now != self.output_buffer {
+            let normal = self.output_buffer;
+            self.limits.output_buffer.store(normal, Ordering::Relaxed);
+        }
     }
 
     fn tick_shard(&self, number: usize, now: u64) {
@@ -40,6 +63,11 @@ impl Router {
             if !s.session.attached() {
                 self.expire(&mut shard, slot, now, &mut due);
                 continue;
+            }
+            if let Some(connection) = s.session.connection()
+                && connection.unread
+            {
+                connection.last_seen = now;
             }
             if s.session.deadline() <= now
                 && let Some(wake) = &s.wake
@@ -62,11 +90,12 @@ impl Router {
         for shard in &self.shards {
             let mut shard = shard.lock();
             for (_, slot) in shard.slots.iter_mut() {
-                let stalled = slot.session.connection_ref().is_some_and(|c| {
-                    c.has_output()
-                        && c.output_since != u64::MAX
-                        && c.output_since + self.config.write_stall < now
-                });
+                let waits = slot.taken > 0
+                    || slot
+                        .session
+                        .connection_ref()
+                        .is_some_and(|c| c.has_output());
+                let stalled = waits && slot.taken_at.saturating_add(self.config.write_stall) < now;
                 if stalled && let Some(wake) = &slot.wake {
                     wake.close(STALLED);
                 }
@@ -187,14 +216,16 @@ impl Router {
             };
             let link = filter.link;
             match filter.state {
-                State::Active => {
+                State::Active if usize::from(link) < self.data.len() => {
                     filter.state = State::Unsubscribing;
+                    // Who comes now waits for the next SUBSCRIBE.
+                    filter.held = false;
                     table.lingering.remove(&(since, number));
                     table.leaving[usize::from(link)].push_back(number);
                     wake |= 1 << link;
                     forget.push(number);
                 }
-                State::Absent | State::Pending => {
+                State::Active | State::Absent | State::Pending => {
                     table.bury(number, now);
                     forget.push(number);
                 }
@@ -211,6 +242,9 @@ impl Router {
         }
     }
 }
+
+/// Bytes of each connection's output under pressure.
+const PRESSED: usize = 2048;
 
 /// Silence after which a WebSocket is pinged, milliseconds: with the walk's interval well below
 /// the 60 s of common proxies.

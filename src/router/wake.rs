@@ -14,6 +14,7 @@ pub struct Wake {
     waker: AtomicWaker,
     raised: AtomicBool,
     ping: AtomicBool,
+    queued: AtomicBool,
     close: Mutex<Option<Close>>,
 }
 
@@ -36,6 +37,17 @@ impl Wake {
     pub fn take(&self, waker: &Waker) -> bool {
         self.waker.register(waker);
         self.raised.swap(false, Ordering::AcqRel)
+    }
+
+    /// For a list of tasks to be woken later: whether it is not in it yet.
+    pub(super) fn queue_up(&self) -> bool {
+        !self.queued.swap(true, Ordering::AcqRel)
+    }
+
+    /// Out of that list.
+    pub(super) fn unqueue(&self) {
+        self.queued.store(false, Ordering::Release);
+        self.raise();
     }
 
     /// The transport is to be kept alive.

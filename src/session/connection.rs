@@ -2,15 +2,18 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use foldhash::fast::RandomState;
 
-use crate::mqtt::{Alias, Version};
+use crate::mqtt::{Alias, ReasonCode, Version};
 
-use super::SessionLimits;
+use super::{Close, SessionLimits};
 
 /// Aliases given toward one client at most, whatever it offers: each costs its topic's bytes.
 const ALIASES_OUT_MAX: u16 = 64;
+/// Bytes of the topics behind one client's aliases, in each direction.
+const ALIAS_BYTES_MAX: usize = 128 * 1024;
 
 /// The state of one connection of a session.
 #[derive(Debug)]
@@ -29,8 +32,8 @@ pub struct Connection {
     pub keep_alive: u64,
     /// When the last packet came.
     pub last_seen: u64,
-    /// When output first waited without being taken; `u64::MAX`: none waits.
-    pub output_since: u64,
+    /// Its socket is left unread by us: its silence is not the client's.
+    pub unread: bool,
     /// The client was asked to go, and why: nothing more is written for it.
     pub closing: bool,
     output: Vec<u8>,
@@ -68,7 +71,7 @@ impl Connection {
             problem_information: spec.problem_information,
             keep_alive: u64::from(spec.keep_alive) * 1500,
             last_seen: now,
-            output_since: u64::MAX,
+            unread: false,
             closing: false,
             output: Vec::new(),
             side_output: Vec::new(),
@@ -106,13 +109,12 @@ impl Connection {
     /// Exchanges the control lane's output with `empty`, and takes the other lanes'.
     pub fn take_output(&mut self, empty: &mut Vec<u8>) -> Vec<(u8, Vec<u8>)> {
         std::mem::swap(&mut self.output, empty);
-        self.output_since = u64::MAX;
         std::mem::take(&mut self.side_output)
     }
 
     /// Room for another delivery before the output buffer's limit.
     pub fn has_room(&self, limits: &SessionLimits) -> bool {
-        self.output.len() < limits.output_buffer && !self.closing
+        self.output.len() < limits.output_buffer.load(Ordering::Relaxed) && !self.closing
     }
 
     /// Bytes of output that wait.
@@ -120,18 +122,33 @@ impl Connection {
         self.output.len()
     }
 
-    /// Defines or uses a client's alias; `None` if it was never defined.
-    pub fn resolve_alias(&mut self, alias: u16, topic: &str) -> Option<Arc<str>> {
-        let index = usize::from(alias) - 1;
+    /// Defines or uses a client's alias.
+    ///
+    /// # Errors
+    /// It was never defined, or the topics of all aliases together are too long to keep.
+    pub fn resolve_alias(&mut self, alias: u16, topic: &str) -> Result<Arc<str>, Close> {
+        let undefined = Close {
+            reason: ReasonCode::PROTOCOL_ERROR,
+            why: "a topic alias that was never defined",
+        };
+        let index = usize::from(alias).checked_sub(1).ok_or(undefined)?;
         if topic.is_empty() {
-            return self.aliases_in.get(index)?.clone();
+            let known = self.aliases_in.get(index).cloned().flatten();
+            return known.ok_or(undefined);
         }
         if self.aliases_in.len() <= index {
             self.aliases_in.resize(index + 1, None);
         }
+        let others: usize = self.aliases_in.iter().flatten().map(|t| t.len()).sum();
+        if others + topic.len() > ALIAS_BYTES_MAX {
+            return Err(Close {
+                reason: ReasonCode::QUOTA_EXCEEDED,
+                why: "the topics behind the client's aliases are too long to keep",
+            });
+        }
         let topic: Arc<str> = topic.into();
         self.aliases_in[index] = Some(topic.clone());
-        Some(topic)
+        Ok(topic)
     }
 
     /// The alias for a delivery on `topic`: first come, first served [MQTT-3.1.2-26].

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use foldhash::fast::RandomState;
 
-use crate::mqtt::{Message, QoS, ReasonCode};
+use crate::mqtt::{QoS, ReasonCode};
 
 /// Names one publish of one session while the core has it: never reused within the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,6 +21,21 @@ impl Token {
     }
 }
 
+/// A publish of QoS 1 or 2 as it came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Incoming {
+    /// The client's packet identifier.
+    pub packet_id: u16,
+    /// Where it came in.
+    pub lane: u8,
+    /// DUP.
+    pub dup: bool,
+    /// 1 or 2.
+    pub qos: QoS,
+    /// Of topic and payload.
+    pub digest: u64,
+}
+
 /// What a publish with this identifier means now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
@@ -32,22 +47,26 @@ pub enum Arrival {
     Answered(ReasonCode),
     /// QoS 2, received, not released: PUBREC again [MQTT-4.3.3-10].
     Received,
+    /// New, and more than may be open; nothing was kept of it.
+    TooMany,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Entry {
     token: Token,
     lane: u8,
     state: State,
-    /// To recognise a re-sent publish after a clean start.
-    message: Option<Message>,
+    /// To recognise a copy, also after a clean start.
+    digest: u64,
+    /// It came, or came again, on the current connection: only then an answer means something.
+    here: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// At the core, or on its way there.
     Waiting(QoS),
-    /// The core answered while the client was away; it cannot have seen it.
+    /// The core answered, and the client cannot have seen it.
     Answered(QoS, ReasonCode),
     /// PUBREC sent, PUBREL awaited.
     Received,
@@ -68,16 +87,20 @@ pub struct Answer {
 #[derive(Debug, Default)]
 pub struct Inbound {
     entries: HashMap<u16, Entry, RandomState>,
-    /// Left by an earlier session of a client that starts clean: joined by DUP, identifier and content.
+    /// Left by earlier sessions of a client that starts clean: joined by DUP, identifier, content.
     orphans: Vec<Entry>,
     sequence: u64,
     waiting: usize,
+    /// Of the entries, those that the core answered while the client was away.
+    answered: usize,
+    /// A new message came since the session began: what was to be sent again was.
+    progressed: bool,
 }
 
 impl Inbound {
-    /// Publishes of QoS 1 and 2 not yet answered, and QoS 2 not yet released.
+    /// Publishes of QoS 1 and 2 that the client may count as unanswered, and QoS 2 not released.
     pub fn open(&self) -> usize {
-        self.entries.len()
+        self.entries.len() - self.answered
     }
 
     /// Publishes that wait for the core's answer.
@@ -85,94 +108,110 @@ impl Inbound {
         self.waiting
     }
 
-    /// Judges a publish of QoS 1 or 2.
-    pub fn arrive(
-        &mut self,
-        packet_id: u16,
-        lane: u8,
-        dup: bool,
-        same_as: impl Fn(&Message) -> bool,
-        qos: QoS,
-    ) -> Arrival {
-        if let Some(entry) = self.entries.get_mut(&packet_id) {
+    /// Judges a publish of QoS 1 or 2; at most `open_max` may be open.
+    pub fn arrive(&mut self, publish: &Incoming, open_max: usize) -> Arrival {
+        let id = publish.packet_id;
+        if let Some(entry) = self.entries.get_mut(&id) {
+            let same = entry.digest == publish.digest;
+            let again = publish.dup || publish.qos == QoS::ExactlyOnce;
             match entry.state {
-                State::Waiting(q) if q == qos => {
-                    entry.lane = lane;
+                State::Waiting(q) if q == publish.qos && same && again => {
+                    entry.lane = publish.lane;
+                    entry.here = true;
                     return Arrival::Joined;
                 }
-                State::Answered(q, reason) if dup && q == qos => {
-                    self.answered(packet_id, q, reason);
+                State::Answered(q, reason) if q == publish.qos && same && again => {
+                    self.settle(id, q, reason);
                     return Arrival::Answered(reason);
                 }
-                State::Received if qos == QoS::ExactlyOnce => return Arrival::Received,
-                _ => {
-                    // The identifier is used anew: what it meant before is over.
-                    if matches!(entry.state, State::Waiting(_)) {
-                        self.waiting -= 1;
-                    }
-                    self.entries.remove(&packet_id);
-                }
+                State::Received if publish.qos == QoS::ExactlyOnce => return Arrival::Received,
+                // The identifier is used anew: what it meant before is over [MQTT-4.3.2-5].
+                _ => self.remove(id),
             }
-        } else if dup
-            && let Some(index) = self.orphans.iter().position(|o| {
-                o.token.packet_id() == packet_id && o.message.as_ref().is_some_and(&same_as)
-            })
+        } else if publish.dup
+            && let Some(index) = self
+                .orphans
+                .iter()
+                .position(|o| o.token.packet_id() == id && o.digest == publish.digest)
         {
-            let mut orphan = self.orphans.swap_remove(index);
-            orphan.lane = lane;
-            let state = orphan.state;
-            match state {
-                State::Waiting(q) if q == qos => {
+            let orphan = self.orphans.swap_remove(index);
+            let claimed = Entry {
+                lane: publish.lane,
+                here: true,
+                ..orphan
+            };
+            match orphan.state {
+                State::Waiting(q) if q == publish.qos => {
                     self.waiting += 1;
-                    self.entries.insert(packet_id, orphan);
+                    self.entries.insert(id, claimed);
                     return Arrival::Joined;
                 }
-                State::Answered(q, reason) if q == qos => {
-                    self.entries.insert(packet_id, orphan);
-                    self.answered(packet_id, q, reason);
+                State::Answered(q, reason) if q == publish.qos => {
+                    if q == QoS::ExactlyOnce && !reason.is_error() {
+                        let state = State::Received;
+                        self.entries.insert(id, Entry { state, ..claimed });
+                    }
                     return Arrival::Answered(reason);
                 }
                 _ => {}
             }
         }
-        if !dup {
-            // The client goes on with new messages: it has sent again what it would.
-            self.entries
-                .retain(|_, e| !matches!(e.state, State::Answered(..)));
+        if self.open() >= open_max {
+            return Arrival::TooMany;
+        }
+        if !publish.dup {
+            self.progress();
         }
         self.sequence += 1;
-        let token = Token::new(self.sequence, packet_id);
+        let token = Token::new(self.sequence, id);
         self.waiting += 1;
         self.entries.insert(
-            packet_id,
+            id,
             Entry {
                 token,
-                lane,
-                state: State::Waiting(qos),
-                message: None,
+                lane: publish.lane,
+                state: State::Waiting(publish.qos),
+                digest: publish.digest,
+                here: true,
             },
         );
         Arrival::New(token)
     }
 
-    fn answered(&mut self, packet_id: u16, qos: QoS, reason: ReasonCode) {
-        if qos == QoS::ExactlyOnce && !reason.is_error() {
-            if let Some(entry) = self.entries.get_mut(&packet_id) {
-                entry.state = State::Received;
-                entry.message = None;
-            }
-        } else {
-            self.entries.remove(&packet_id);
-            self.shrink();
+    /// The client goes on with new messages: it has sent again what it would.
+    fn progress(&mut self) {
+        self.progressed = true;
+        if self.answered > 0 {
+            self.entries
+                .retain(|_, e| !matches!(e.state, State::Answered(..)));
+            self.answered = 0;
         }
     }
 
-    /// Keeps the message of a forwarded publish until it is answered.
-    pub fn keep(&mut self, token: Token, message: &Message) {
-        if let Some(entry) = self.entries.get_mut(&token.packet_id())
-            && entry.token == token
-        {
-            entry.message = Some(message.clone());
+    fn remove(&mut self, id: u16) {
+        match self.entries.remove(&id).map(|e| e.state) {
+            Some(State::Waiting(_)) => self.waiting -= 1,
+            Some(State::Answered(..)) => self.answered -= 1,
+            _ => {}
+        }
+    }
+
+    /// An answer that the client is told now.
+    fn settle(&mut self, id: u16, qos: QoS, reason: ReasonCode) {
+        if qos == QoS::ExactlyOnce && !reason.is_error() {
+            if let Some(entry) = self.entries.get_mut(&id) {
+                if matches!(entry.state, State::Answered(..)) {
+                    self.answered -= 1;
+                }
+                entry.state = State::Received;
+            }
+        } else {
+            if let Some(entry) = self.entries.remove(&id)
+                && matches!(entry.state, State::Answered(..))
+            {
+                self.answered -= 1;
+            }
+            self.shrink();
         }
     }
 
@@ -185,11 +224,13 @@ impl Inbound {
         {
             self.waiting -= 1;
             let lane = entry.lane;
-            if !attached {
+            if !attached || !entry.here {
+                // Told when the client sends its copy, which it has not done on this connection.
                 entry.state = State::Answered(qos, reason);
+                self.answered += 1;
                 return None;
             }
-            self.answered(packet_id, qos, reason);
+            self.settle(packet_id, qos, reason);
             return Some(Answer {
                 packet_id,
                 lane,
@@ -214,24 +255,31 @@ impl Inbound {
         known
     }
 
-    /// A new session takes the place of this one: only what the core still has is remembered.
+    /// The connection is gone.
+    pub fn detached(&mut self) {
+        for entry in self.entries.values_mut() {
+            entry.here = false;
+        }
+    }
+
+    /// A new session takes the place of this one: only what the core has, or had while the client
+    /// was away, is remembered.
     pub fn restart(&mut self) {
         let mut left: Vec<Entry> = self.entries.drain().map(|(_, e)| e).collect();
         left.retain(|e| e.state != State::Received);
-        left.append(&mut self.orphans);
+        if !self.progressed {
+            left.append(&mut self.orphans);
+        }
         left.truncate(ORPHANS_MAX);
         self.orphans = left;
         self.waiting = 0;
+        self.answered = 0;
+        self.progressed = false;
     }
 
     /// Something of an ended session is still worth recognising.
     pub fn has_orphans(&self) -> bool {
         !self.orphans.is_empty()
-    }
-
-    /// Forgets what ended sessions left.
-    pub fn forget_orphans(&mut self) {
-        self.orphans = Vec::new();
     }
 
     fn shrink(&mut self) {
@@ -247,23 +295,23 @@ const ORPHANS_MAX: usize = 1000;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mqtt::{MessageSpec, Properties};
 
-    fn message(payload: &[u8]) -> Message {
-        Message::new(&MessageSpec {
-            topic: "t",
-            properties: Properties::default(),
-            payload,
-            qos: QoS::AtLeastOnce,
-            retain: false,
-            expires_at: u64::MAX,
-            strip_key: None,
-            account: None,
-        })
+    fn publish(packet_id: u16, dup: bool, qos: QoS, digest: u64) -> Incoming {
+        Incoming {
+            packet_id,
+            lane: 0,
+            dup,
+            qos,
+            digest,
+        }
     }
 
-    fn new(inbound: &mut Inbound, id: u16, qos: QoS) -> Token {
-        match inbound.arrive(id, 0, false, |_| false, qos) {
+    const ONE: QoS = QoS::AtLeastOnce;
+    const TWO: QoS = QoS::ExactlyOnce;
+    const OK: ReasonCode = ReasonCode::SUCCESS;
+
+    fn new(inbound: &mut Inbound, id: u16, qos: QoS, digest: u64) -> Token {
+        match inbound.arrive(&publish(id, false, qos, digest), 10) {
             Arrival::New(token) => token,
             other => panic!("{other:?}"),
         }
@@ -272,57 +320,115 @@ mod tests {
     #[test]
     fn a_copy_sent_again_joins_the_first_while_it_waits() {
         let mut inbound = Inbound::default();
-        let token = new(&mut inbound, 7, QoS::AtLeastOnce);
-        let again = inbound.arrive(7, 0, true, |_| false, QoS::AtLeastOnce);
-        assert_eq!(again, Arrival::Joined);
-        assert!(inbound.answer(token, ReasonCode::SUCCESS, true).is_some());
+        let token = new(&mut inbound, 7, ONE, 1);
+        inbound.detached();
+        assert_eq!(
+            inbound.arrive(&publish(7, true, ONE, 1), 10),
+            Arrival::Joined
+        );
+        assert!(inbound.answer(token, OK, true).is_some());
         assert_eq!(inbound.open(), 0);
     }
 
     #[test]
-    fn an_answer_that_came_while_away_serves_the_copy_and_only_it() {
+    fn an_answer_that_came_before_the_copy_serves_it_and_only_it() {
+        for attached in [false, true] {
+            let mut inbound = Inbound::default();
+            let token = new(&mut inbound, 7, ONE, 1);
+            inbound.detached();
+            assert_eq!(inbound.answer(token, OK, attached), None);
+            let again = inbound.arrive(&publish(7, true, ONE, 1), 10);
+            assert_eq!(again, Arrival::Answered(OK));
+            // [MQTT-4.3.2-5]: from now on the identifier means a new message.
+            let next = inbound.arrive(&publish(7, true, ONE, 1), 10);
+            assert!(matches!(next, Arrival::New(_)));
+        }
+    }
+
+    #[test]
+    fn another_message_under_the_same_identifier_is_not_joined() {
         let mut inbound = Inbound::default();
-        let token = new(&mut inbound, 7, QoS::AtLeastOnce);
-        assert_eq!(inbound.answer(token, ReasonCode::SUCCESS, false), None);
-        let again = inbound.arrive(7, 0, true, |_| false, QoS::AtLeastOnce);
-        assert_eq!(again, Arrival::Answered(ReasonCode::SUCCESS));
-        // [MQTT-4.3.2-5]: from now on the identifier means a new message.
-        let next = inbound.arrive(7, 0, true, |_| true, QoS::AtLeastOnce);
-        assert!(matches!(next, Arrival::New(_)));
+        let first = new(&mut inbound, 1, ONE, 1);
+        inbound.detached();
+        let second = new(&mut inbound, 1, ONE, 2);
+        assert_eq!(inbound.answer(first, OK, true), None);
+        assert!(inbound.answer(second, OK, true).is_some());
     }
 
     #[test]
     fn a_clean_start_joins_only_what_is_marked_and_equal() {
         let mut inbound = Inbound::default();
-        let first = message(b"on");
-        let token = new(&mut inbound, 1, QoS::AtLeastOnce);
-        inbound.keep(token, &first);
+        let token = new(&mut inbound, 1, ONE, 1);
         inbound.restart();
-        let fresh = inbound.arrive(1, 0, false, |m| m.payload() == b"on", QoS::AtLeastOnce);
+        let other = inbound.arrive(&publish(1, true, ONE, 2), 10);
+        assert!(matches!(other, Arrival::New(_)));
+        let mut inbound = Inbound::default();
+        let again = new(&mut inbound, 1, ONE, 1);
+        assert_eq!(token, again);
+        inbound.restart();
+        assert_eq!(
+            inbound.arrive(&publish(1, true, ONE, 1), 10),
+            Arrival::Joined
+        );
+        assert!(inbound.answer(again, OK, true).is_some());
+        let mut inbound = Inbound::default();
+        new(&mut inbound, 1, ONE, 1);
+        inbound.restart();
+        let fresh = inbound.arrive(&publish(1, false, ONE, 1), 10);
         assert!(
             matches!(fresh, Arrival::New(_)),
             "a legal identical message"
         );
+    }
+
+    #[test]
+    fn what_an_earlier_session_left_does_not_outlive_its_successor_s_progress() {
         let mut inbound = Inbound::default();
-        let token = new(&mut inbound, 1, QoS::AtLeastOnce);
-        inbound.keep(token, &first);
+        let old = new(&mut inbound, 1, ONE, 1);
         inbound.restart();
-        let other = inbound.arrive(1, 0, true, |m| m.payload() == b"off", QoS::AtLeastOnce);
-        assert!(matches!(other, Arrival::New(_)));
+        inbound.answer(old, OK, true);
+        let other = new(&mut inbound, 2, ONE, 2);
+        inbound.answer(other, OK, true);
         inbound.restart();
-        let same = inbound.arrive(1, 0, true, |m| m.payload() == b"on", QoS::AtLeastOnce);
-        assert_eq!(same, Arrival::Joined);
-        let answer = inbound.answer(token, ReasonCode::SUCCESS, true);
-        assert_eq!(answer.map(|a| a.packet_id), Some(1));
+        let again = inbound.arrive(&publish(1, true, ONE, 1), 10);
+        assert!(matches!(again, Arrival::New(_)));
+    }
+
+    #[test]
+    fn one_past_the_limit_is_refused_and_leaves_nothing() {
+        let mut inbound = Inbound::default();
+        for id in 1..=10 {
+            new(&mut inbound, id, ONE, 0);
+        }
+        assert_eq!(
+            inbound.arrive(&publish(11, false, ONE, 0), 10),
+            Arrival::TooMany
+        );
+        assert_eq!(inbound.open(), 10);
+        assert_eq!(inbound.waiting(), 10);
+    }
+
+    #[test]
+    fn answers_while_away_do_not_count_against_the_client() {
+        let mut inbound = Inbound::default();
+        let tokens: Vec<Token> = (1..=10).map(|id| new(&mut inbound, id, ONE, 0)).collect();
+        inbound.detached();
+        for token in tokens {
+            inbound.answer(token, OK, false);
+        }
+        new(&mut inbound, 20, ONE, 0);
+        assert_eq!(inbound.open(), 1);
     }
 
     #[test]
     fn qos_2_is_received_once_until_released() {
         let mut inbound = Inbound::default();
-        let token = new(&mut inbound, 3, QoS::ExactlyOnce);
-        assert!(inbound.answer(token, ReasonCode::SUCCESS, true).is_some());
-        let again = inbound.arrive(3, 0, true, |_| false, QoS::ExactlyOnce);
-        assert_eq!(again, Arrival::Received);
+        let token = new(&mut inbound, 3, TWO, 1);
+        assert!(inbound.answer(token, OK, true).is_some());
+        assert_eq!(
+            inbound.arrive(&publish(3, true, TWO, 1), 10),
+            Arrival::Received
+        );
         assert!(inbound.release(3));
         assert!(!inbound.release(3));
     }

@@ -44,12 +44,27 @@ impl SubscriptionIds {
 /// One delivery of a message to this client, waiting or in flight.
 #[derive(Debug)]
 struct Entry {
-    message: Message,
+    /// Gone once the client has the message.
+    message: Option<Message>,
     ids: SubscriptionIds,
+    /// Seconds of the process's clock.
+    queued_at: u32,
     packet_id: u16,
     qos: QoS,
     state: State,
     retain: bool,
+}
+
+impl Entry {
+    /// Past its Message Expiry, or too old for the queue.
+    fn is_over(&self, limits: &SessionLimits, now: u64) -> bool {
+        let age = now.saturating_sub(u64::from(self.queued_at) * 1000);
+        self.message.as_ref().is_none_or(|m| m.expires_at() <= now) || age >= limits.queue_age_max
+    }
+
+    fn size(&self) -> usize {
+        self.message.as_ref().map_or(0, Message::size)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +137,11 @@ impl Outbound {
         self.queue_bytes
     }
 
+    /// Bytes of the messages that the client has not acknowledged.
+    pub fn in_flight_bytes(&self) -> usize {
+        self.inflight_bytes
+    }
+
     /// Messages sent and not completely acknowledged.
     pub fn in_flight(&self) -> usize {
         self.inflight
@@ -174,8 +194,9 @@ impl Outbound {
                 self.window_used += 1;
                 self.inflight_bytes += message.size();
                 self.inflight.push_back(Entry {
-                    message: message.clone(),
+                    message: Some(message.clone()),
                     ids: SubscriptionIds::from_slice(ids),
+                    queued_at: (now / 1000) as u32,
                     packet_id,
                     qos,
                     state: State::Sent,
@@ -187,12 +208,13 @@ impl Outbound {
         } else if qos == QoS::AtMostOnce && !limits.queue_qos0 {
             return Delivered::Dropped(DropReason::Qos0Offline);
         }
-        self.enqueue(limits, message, qos, retain, ids)
+        self.enqueue(limits, now, message, qos, retain, ids)
     }
 
     fn enqueue(
         &mut self,
         limits: &SessionLimits,
+        now: u64,
         message: &Message,
         qos: QoS,
         retain: bool,
@@ -226,8 +248,9 @@ impl Outbound {
         self.queue_bytes += size;
         self.queued_qos0 += u32::from(qos == QoS::AtMostOnce);
         self.queue.push_back(Entry {
-            message: message.clone(),
+            message: Some(message.clone()),
             ids: SubscriptionIds::from_slice(ids),
+            queued_at: (now / 1000) as u32,
             packet_id: 0,
             qos,
             state: State::Waiting,
@@ -244,7 +267,7 @@ impl Outbound {
             let Some(front) = self.queue.front() else {
                 break;
             };
-            if front.message.expires_at() <= now {
+            if front.is_over(limits, now) {
                 self.pop_queue();
                 self.shed.expired += 1;
                 continue;
@@ -259,22 +282,25 @@ impl Outbound {
                 QoS::AtMostOnce => 0,
                 _ => self.next_packet_id(),
             };
-            let written = self.write(
-                connection,
-                now,
-                &entry.message,
-                entry.qos,
-                entry.retain,
-                entry.ids.as_slice(),
-                packet_id,
-                false,
-            );
+            let written = match &entry.message {
+                Some(message) => write_to(
+                    connection,
+                    now,
+                    message,
+                    entry.qos,
+                    entry.retain,
+                    entry.ids.as_slice(),
+                    packet_id,
+                    false,
+                ),
+                None => false,
+            };
             if !written {
                 self.shed.too_large += 1;
             } else if packet_id != 0 {
                 self.last_packet_id = packet_id;
                 self.window_used += 1;
-                self.inflight_bytes += entry.message.size();
+                self.inflight_bytes += entry.size();
                 entry.packet_id = packet_id;
                 entry.state = State::Sent;
                 self.inflight.push_back(entry);
@@ -307,22 +333,26 @@ impl Outbound {
                     if !window_open {
                         return;
                     }
-                    let written = write_to(
-                        connection,
-                        now,
-                        &entry.message,
-                        entry.qos,
-                        entry.retain,
-                        entry.ids.as_slice(),
-                        entry.packet_id,
-                        true,
-                    );
+                    let written = match &entry.message {
+                        Some(message) => write_to(
+                            connection,
+                            now,
+                            message,
+                            entry.qos,
+                            entry.retain,
+                            entry.ids.as_slice(),
+                            entry.packet_id,
+                            true,
+                        ),
+                        None => false,
+                    };
                     if written {
                         entry.state = State::Sent;
                         self.window_used += 1;
                     } else {
                         entry.state = State::Done;
-                        self.inflight_bytes -= entry.message.size();
+                        self.inflight_bytes -= entry.size();
+                        entry.message = None;
                         self.shed.too_large += 1;
                     }
                 }
@@ -350,9 +380,17 @@ impl Outbound {
                     self.window_used += 1;
                 }
                 entry.state = State::Released;
+                // The client has it [MQTT-4.3.3-6]: only the identifier is still of use.
+                self.inflight_bytes -= entry.size();
+                entry.message = None;
                 true
             }
             State::Released => true,
+            State::ReleaseAgain => {
+                self.window_used += 1;
+                entry.state = State::Released;
+                true
+            }
             _ => false,
         }
     }
@@ -379,7 +417,8 @@ impl Outbound {
         }
         let counted = matches!(entry.state, State::Sent | State::Released);
         entry.state = State::Done;
-        self.inflight_bytes -= entry.message.size();
+        self.inflight_bytes -= entry.size();
+        entry.message = None;
         self.window_used -= u16::from(counted);
         self.trim();
         true
@@ -425,7 +464,7 @@ impl Outbound {
         }
         if !limits.queue_qos0 && self.queued_qos0 > 0 {
             self.queue.retain(|e| e.qos != QoS::AtMostOnce);
-            self.queue_bytes = self.queue.iter().map(|e| e.message.size()).sum();
+            self.queue_bytes = self.queue.iter().map(|e| e.size()).sum();
             self.queued_qos0 = 0;
         }
     }
@@ -438,7 +477,7 @@ impl Outbound {
         self.inflight
             .retain(|e| matches!(e.state, State::Released | State::ReleaseAgain));
         dropped += before - self.inflight.len();
-        self.inflight_bytes = self.inflight.iter().map(|e| e.message.size()).sum();
+        self.inflight_bytes = self.inflight.iter().map(|e| e.size()).sum();
         self.resend_at = 0;
         dropped
     }
@@ -454,10 +493,10 @@ impl Outbound {
 
     /// Drops waiting messages that are past their expiry, and QoS 0 where `qos0`; returns
     /// (expired, QoS 0 dropped).
-    pub fn purge(&mut self, now: u64, qos0: bool) -> (usize, usize) {
+    pub fn purge(&mut self, limits: &SessionLimits, now: u64, qos0: bool) -> (usize, usize) {
         let (mut expired, mut zero) = (0, 0);
         self.queue.retain(|e| {
-            if e.message.expires_at() <= now {
+            if e.is_over(limits, now) {
                 expired += 1;
                 return false;
             }
@@ -468,7 +507,7 @@ impl Outbound {
             true
         });
         if expired + zero > 0 {
-            self.queue_bytes = self.queue.iter().map(|e| e.message.size()).sum();
+            self.queue_bytes = self.queue.iter().map(|e| e.size()).sum();
             self.queued_qos0 = self
                 .queue
                 .iter()
@@ -480,7 +519,7 @@ impl Outbound {
 
     fn pop_queue(&mut self) -> Option<Entry> {
         let entry = self.queue.pop_front()?;
-        self.queue_bytes -= entry.message.size();
+        self.queue_bytes -= entry.size();
         self.queued_qos0 -= u32::from(entry.qos == QoS::AtMostOnce);
         Some(entry)
     }

@@ -1,15 +1,16 @@
 //! What each packet from the client does to its session.
 
+use std::hash::BuildHasher;
 use std::sync::Arc;
 
 use crate::mqtt::{
-    Ack, AckKind, Disconnect, Message, MessageSpec, Packet, Publish, QoS, ReasonCode, Subscribe,
-    Unsubscribe, Version, encode_ack, encode_pingresp, encode_suback, encode_unsuback, matches,
-    overlaps, split_shared,
+    Ack, AckKind, Disconnect, Message, MessageSpec, Packet, Property, Publish, QoS, ReasonCode,
+    Subscribe, Unsubscribe, Version, encode_ack, encode_pingresp, encode_suback, encode_unsuback,
+    has_discouraged, matches, overlaps, split_shared,
 };
 
 use super::connection::Connection;
-use super::inbound::{Answer, Arrival};
+use super::inbound::{Answer, Arrival, Incoming};
 use super::{
     Close, Effect, PendingSubscribe, Policy, Session, SessionLimits, Subscription, Wanted,
 };
@@ -70,7 +71,7 @@ impl Session {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
-        let aliased: Option<Arc<str>>;
+        let aliased: Arc<str>;
         let mut topic = publish.topic;
         if let Some(alias) = publish.topic_alias {
             if alias > limits.topic_alias_max {
@@ -79,11 +80,8 @@ impl Session {
                     "a topic alias above our maximum [MQTT-3.3.2-9]",
                 ));
             }
-            aliased = connection.resolve_alias(alias, publish.topic);
-            match &aliased {
-                Some(name) => topic = name,
-                None => return Err(protocol("a topic alias that was never defined")),
-            }
+            aliased = connection.resolve_alias(alias, publish.topic)?;
+            topic = &aliased;
         }
         if topic.split('/').count() > limits.topic_levels_max {
             return Err(close(
@@ -91,13 +89,14 @@ impl Session {
                 "a topic with more levels than limits.topic_levels_max",
             ));
         }
-        if publish.qos > policy.maximum_qos() {
+        let v5 = connection.version == Version::V5;
+        if v5 && publish.qos > policy.maximum_qos() {
             return Err(close(
                 ReasonCode::QOS_NOT_SUPPORTED,
                 "a QoS above the announced maximum [MQTT-3.2.2-11]",
             ));
         }
-        if publish.retain && !policy.retain_available() {
+        if v5 && publish.retain && !policy.retain_available() {
             return Err(close(
                 ReasonCode::RETAIN_NOT_SUPPORTED,
                 "RETAIN where the core keeps none [MQTT-3.2.2-14]",
@@ -105,20 +104,24 @@ impl Session {
         }
         let mut token = None;
         if publish.qos > QoS::AtMostOnce {
-            let same = |m: &Message| {
-                m.payload() == publish.payload && m.topic() == topic && m.qos() == publish.qos
+            let open_max = match connection.version {
+                Version::V5 => usize::from(limits.receive_max),
+                // Its socket is left unread before that.
+                _ => limits.v3_publishes_max * 4,
             };
-            let id = publish.packet_id;
-            let open_before = self.inbound.open();
-            match self
-                .inbound
-                .arrive(id, lane, publish.dup, same, publish.qos)
-            {
+            let incoming = Incoming {
+                packet_id: publish.packet_id,
+                lane,
+                dup: publish.dup,
+                qos: publish.qos,
+                digest: limits.hasher.hash_one((topic, publish.payload)),
+            };
+            match self.inbound.arrive(&incoming, open_max) {
                 Arrival::New(new) => token = Some(new),
                 Arrival::Joined => return Ok(()),
                 Arrival::Answered(reason) => {
                     let answer = Answer {
-                        packet_id: id,
+                        packet_id: publish.packet_id,
                         lane,
                         qos: publish.qos,
                     };
@@ -127,24 +130,35 @@ impl Session {
                 }
                 Arrival::Received => {
                     let (version, out) = (connection.version, connection.lane(lane));
-                    encode_ack(version, AckKind::Pubrec, id, ReasonCode::SUCCESS, None, out);
+                    let (kind, id) = (AckKind::Pubrec, publish.packet_id);
+                    encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
                     return Ok(());
                 }
-            }
-            if connection.version == Version::V5 && open_before >= usize::from(limits.receive_max) {
-                return Err(close(
-                    ReasonCode::RECEIVE_MAXIMUM_EXCEEDED,
-                    "more unanswered publishes than our Receive Maximum",
-                ));
+                Arrival::TooMany => {
+                    return Err(close(
+                        ReasonCode::RECEIVE_MAXIMUM_EXCEEDED,
+                        "more unanswered publishes than our Receive Maximum",
+                    ));
+                }
             }
         }
-        if !policy.may_publish(topic) {
-            if let Some(token) = token {
-                // 3.x has no negative answer: acknowledged, and not forwarded.
-                let reason = ReasonCode::NOT_AUTHORIZED;
-                if let Some(answer) = self.inbound.answer(token, reason, true) {
-                    write_answer(connection, &answer, reason);
-                }
+        let refused = if has_discouraged(topic) {
+            // Legal, but a core may close the connection that all share for it (§1.5.4).
+            Some(ReasonCode::TOPIC_NAME_INVALID)
+        } else if publish.properties.iter().any(|p| has_discouraged_text(&p)) {
+            Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR)
+        } else if !policy.may_publish(topic) {
+            Some(ReasonCode::NOT_AUTHORIZED)
+        } else {
+            None
+        };
+        if let Some(reason) = refused {
+            self.refused_publishes += 1;
+            // 3.x has no negative answer: acknowledged, and not forwarded.
+            if let Some(token) = token
+                && let Some(answer) = self.inbound.answer(token, reason, true)
+            {
+                write_answer(connection, &answer, reason);
             }
             return Ok(());
         }
@@ -160,9 +174,6 @@ impl Session {
             strip_key: Some(limits.reserved_key),
             account: Some(limits.publish_account.clone()),
         });
-        if let Some(token) = token {
-            self.inbound.keep(token, &message);
-        }
         let no_local = self
             .subscriptions
             .iter()
@@ -217,18 +228,35 @@ impl Session {
         policy: &dyn Policy,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Close> {
+        if self
+            .pending
+            .iter()
+            .any(|p| p.packet_id == subscribe.packet_id)
+        {
+            return Err(protocol(
+                "a packet identifier that is in use [MQTT-2.2.1-3]",
+            ));
+        }
         let mut codes = Vec::new();
         let mut wanted: Vec<Wanted> = Vec::new();
         let mut fresh = 0;
+        let mut bytes: usize = self.subscriptions.iter().map(|s| s.name.len()).sum();
         for (index, (filter, options)) in subscribe.filters().enumerate() {
             let known = self.subscriptions.iter().any(|s| *s.name == *filter);
-            let refused = if split_shared(filter).is_some() {
+            let refused = if self.pending.len() >= PENDING_MAX {
+                Some(ReasonCode::QUOTA_EXCEEDED)
+            } else if has_discouraged(filter) {
+                Some(ReasonCode::TOPIC_FILTER_INVALID)
+            } else if split_shared(filter).is_some() {
                 Some(ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED)
             } else if filter.split('/').count() > limits.topic_levels_max {
                 Some(ReasonCode::TOPIC_FILTER_INVALID)
             } else if !policy.may_subscribe(filter) {
                 Some(ReasonCode::NOT_AUTHORIZED)
-            } else if !known && self.subscriptions.len() + fresh >= limits.subscriptions_max {
+            } else if !known
+                && (self.subscriptions.len() + fresh >= limits.subscriptions_max
+                    || bytes + filter.len() > limits.filter_bytes_max)
+            {
                 Some(ReasonCode::QUOTA_EXCEEDED)
             } else {
                 None
@@ -236,7 +264,10 @@ impl Session {
             // Replaced by the answer of each filter that passed.
             codes.push(refused.unwrap_or(ReasonCode::UNSPECIFIED_ERROR).0);
             if refused.is_none() {
-                fresh += usize::from(!known);
+                if !known {
+                    fresh += 1;
+                    bytes += filter.len();
+                }
                 wanted.push(Wanted {
                     index: index as u16,
                     filter: filter.into(),
@@ -337,6 +368,9 @@ impl Session {
         let removed = self.subscriptions.remove(at);
         if removed.overlaps {
             for i in 0..self.subscriptions.len() {
+                if !overlaps(&self.subscriptions[i].name, &removed.name) {
+                    continue;
+                }
                 let still = (0..self.subscriptions.len()).any(|j| {
                     i != j && overlaps(&self.subscriptions[i].name, &self.subscriptions[j].name)
                 });
@@ -393,6 +427,9 @@ impl Session {
             }
             self.expiry = expiry.min(limits.expiry_max);
         }
+        if disconnect.reason.0 == 0 && self.will.take().is_some() {
+            self.will_discarded = true;
+        }
         Err(Close {
             reason: if disconnect.reason.0 == 0 {
                 ReasonCode::SUCCESS
@@ -402,6 +439,14 @@ impl Session {
             },
             why: "DISCONNECT",
         })
+    }
+}
+
+fn has_discouraged_text(property: &Property<'_>) -> bool {
+    match property {
+        Property::UserProperty(key, value) => has_discouraged(key) || has_discouraged(value),
+        Property::ContentType(text) | Property::ResponseTopic(text) => has_discouraged(text),
+        _ => false,
     }
 }
 
@@ -417,18 +462,21 @@ pub(super) fn write_answer(connection: &mut Connection, answer: &Answer, reason:
 }
 
 /// The senior of a client's subscriptions that match `topic`: highest granted QoS, then oldest.
+/// For an `own` publish of the client, those with No Local do not count.
 /// Its copy is the one that the client gets, on any core. With it, all their identifiers, and
-/// whether any wants RETAIN as published.
+/// whether any wants RETAIN as published, and whether copies for the others count too for now.
 pub fn senior<'s>(
     subscriptions: &'s [Subscription],
     topic: &str,
+    own: bool,
+    now: u64,
     identifiers: &mut Vec<u32>,
-) -> Option<(&'s Subscription, bool)> {
+) -> Option<(&'s Subscription, bool, bool)> {
     let mut best: Option<&Subscription> = None;
     let mut retain = false;
     identifiers.clear();
     for s in subscriptions {
-        if !matches(&s.name, topic) {
+        if (own && s.options.no_local) || !matches(&s.name, topic) {
             continue;
         }
         retain |= s.options.retain_as_published;
@@ -439,8 +487,11 @@ pub fn senior<'s>(
             best = Some(s);
         }
     }
-    best.map(|b| (b, retain))
+    best.map(|b| (b, retain, b.fenced_until > now))
 }
+
+/// SUBSCRIBEs of one client that may wait for the core.
+const PENDING_MAX: usize = 100;
 
 fn close(reason: ReasonCode, why: &'static str) -> Close {
     Close { reason, why }

@@ -75,7 +75,7 @@ impl Family<Qos, Counter> {
 }
 
 /// The handles of one listener.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct ListenerMetrics {
     /// Connections open now.
     pub connections_open: Gauge,
@@ -380,3 +380,6 @@ fn resident_bytes() -> Option<u64> {
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
+
+#[cfg(test)]
+mod tests;

@@ -236,13 +236,12 @@ fn classify(error: &rustls::Error) -> TlsFailure {
             | C::NotValidYetContext { .. } => TlsFailure::Expired,
             _ => TlsFailure::Other,
         },
-        rustls::Error::AlertReceived(alert) => match alert {
+        rustls::Error::AlertReceived(
             AlertDescription::UnknownCA
             | AlertDescription::CertificateRequired
             | AlertDescription::BadCertificate
-            | AlertDescription::AccessDenied => TlsFailure::Refused,
-            _ => TlsFailure::Other,
-        },
+            | AlertDescription::AccessDenied,
+        ) => TlsFailure::Refused,
         _ => TlsFailure::Other,
     }
 }
@@ -308,5 +307,49 @@ impl AsyncWrite for Dialed {
             Self::Tls(io) => Pin::new(io).poll_shutdown(cx),
             Self::Pipe(io) => Pin::new(io).poll_shutdown(cx),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::Error as E;
+
+    use super::*;
+
+    #[test]
+    fn tls_failures_are_told_apart() {
+        for (error, label) in [
+            (
+                E::InvalidCertificate(CertificateError::Expired),
+                "tls_expired",
+            ),
+            (
+                E::InvalidCertificate(CertificateError::NotValidYet),
+                "tls_expired",
+            ),
+            (
+                E::InvalidCertificate(CertificateError::UnknownIssuer),
+                "tls_unknown_ca",
+            ),
+            (
+                E::InvalidCertificate(CertificateError::NotValidForName),
+                "tls_name_mismatch",
+            ),
+            (
+                E::InvalidCertificate(CertificateError::Revoked),
+                "tls_other",
+            ),
+            (
+                E::AlertReceived(AlertDescription::CertificateRequired),
+                "tls_refused",
+            ),
+            (E::NoApplicationProtocol, "tls_other"),
+        ] {
+            let error = io::Error::new(io::ErrorKind::InvalidData, error);
+            let dial = tls_error(([127, 0, 0, 1], 1).into(), error);
+            assert_eq!(dial.label(), label);
+        }
+        let broken = io::Error::from(io::ErrorKind::ConnectionReset);
+        assert_eq!(tls_error(([127, 0, 0, 1], 1).into(), broken).label(), "io");
     }
 }

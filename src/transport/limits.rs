@@ -45,6 +45,12 @@ impl Limits {
     }
 }
 
+impl std::fmt::Debug for Limits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Limits")
+    }
+}
+
 impl Default for Limits {
     /// 512 handshakes, 10 s, 16 KiB, 1 MiB, 15 min, 100 000 connections, no
     /// events.
@@ -283,5 +289,23 @@ mod tests {
         assert!(handshakes.pressed());
         drop((held, third));
         assert_eq!(handshakes.running(), 0);
+    }
+
+    #[test]
+    fn handshake_errors_have_bounded_labels() {
+        let http = |status| HandshakeError::Http {
+            status,
+            reason: "x",
+        };
+        for (error, label) in [
+            (HandshakeError::Deadline, "deadline"),
+            (HandshakeError::Alpn("mqtt"), "alpn"),
+            (HandshakeError::Tls("any words".into()), "tls"),
+            (HandshakeError::Quic("any words".into()), "quic"),
+            (http(426), "http_426"),
+            (http(599), "http_other"),
+        ] {
+            assert_eq!(error.label(), label);
+        }
     }
 }

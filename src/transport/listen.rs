@@ -1,14 +1,13 @@
 //! Listeners: binding, accepting, and transport handshakes, each in its own
 //! task with a deadline, so that nobody waits for another's.
 
+mod pace;
+
 use std::future::Future;
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener as StdTcpListener, UdpSocket};
 use std::sync::Arc;
-use std::time::Duration;
 
-use parking_lot::Mutex;
-use rustix::io::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -16,6 +15,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
+
+use pace::{Backoff, LogGate, accept_error_kind};
 
 use super::limits::{HandshakeError, Limits, Permit};
 use super::tls::{ALPN_HTTP, ALPN_MQTT, ServerTls};
@@ -178,12 +179,6 @@ pub(super) struct Listener {
     log: LogGate,
 }
 
-impl std::fmt::Debug for Limits {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Limits")
-    }
-}
-
 impl Listener {
     pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.limits.accept_deadline
@@ -249,8 +244,11 @@ impl Listener {
 
     /// The handshake of everything that begins with TCP.
     async fn upgrade(&self, io: TcpStream, peer: SocketAddr) -> Result<Stream, HandshakeError> {
-        // A client that says nothing holds no place.
-        io.readable().await.map_err(HandshakeError::Io)?;
+        // A client that says nothing holds no place. (`readable` may be ready
+        // for no reason, and is for a fresh socket.)
+        if io.peek(&mut [0]).await.map_err(HandshakeError::Io)? == 0 {
+            return Err(HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()));
+        }
         let _place = self.limits.handshakes.place().await;
         match (self.info.kind, &self.spec.tls) {
             (Kind::Tls, Some(tls)) => {
@@ -313,6 +311,7 @@ async fn serve_tcp<H, F>(
     while let Some(accepted) = stop.run_until_cancelled(socket.accept()).await {
         match accepted {
             Ok((io, peer)) => {
+                let peer = canonical(peer);
                 backoff.reset();
                 if let Some(permit) = listener.admit() {
                     start(io, peer, permit, &listener, handler.clone(), &stop);
@@ -395,81 +394,12 @@ fn bind_quic(addr: SocketAddr, tls: &ServerTls, limits: &Limits) -> io::Result<(
     Ok((Bind::Quic(server), addr))
 }
 
-fn accept_error_kind(error: &io::Error) -> &'static str {
-    match Errno::from_io_error(error) {
-        Some(Errno::MFILE | Errno::NFILE) => "fd_limit",
-        Some(Errno::NOBUFS | Errno::NOMEM) => "memory",
-        // Errors of the connection that waited, not of the listener (accept(2)).
-        Some(
-            Errno::CONNABORTED
-            | Errno::CONNRESET
-            | Errno::INTR
-            | Errno::PROTO
-            | Errno::PERM
-            | Errno::NETDOWN
-            | Errno::NETUNREACH
-            | Errno::HOSTDOWN
-            | Errno::HOSTUNREACH
-            | Errno::NONET
-            | Errno::NOPROTOOPT
-            | Errno::OPNOTSUPP,
-        ) => "aborted",
-        _ => "other",
-    }
-}
-
-/// Waits between failed accepts: 50 ms, doubling to 1 s.
-#[derive(Debug, Default)]
-struct Backoff {
-    last: Option<Duration>,
-    log: LogGate,
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(50);
-    const MAX: Duration = Duration::from_secs(1);
-
-    fn next(&mut self) -> Duration {
-        let wait = self
-            .last
-            .map_or(Self::FIRST, |last| (last * 2).min(Self::MAX));
-        self.last = Some(wait);
-        wait
-    }
-
-    fn reset(&mut self) {
-        self.last = None;
-    }
-}
-
-/// Lets ten lines through in ten seconds, and counts the others.
-#[derive(Debug, Default)]
-struct LogGate(Mutex<Gate>);
-
-#[derive(Debug, Default)]
-struct Gate {
-    since: Option<Instant>,
-    lines: u32,
-    suppressed: u64,
-}
-
-impl LogGate {
-    const LINES: u32 = 10;
-    const PERIOD: Duration = Duration::from_secs(10);
-
-    /// How many lines were kept back before this one, if it may pass.
-    fn pass(&self, now: Instant) -> Option<u64> {
-        let mut gate = self.0.lock();
-        if gate.since.is_none_or(|since| now - since >= Self::PERIOD) {
-            gate.since = Some(now);
-            gate.lines = 0;
-        }
-        if gate.lines >= Self::LINES {
-            gate.suppressed += 1;
-            return None;
-        }
-        gate.lines += 1;
-        Some(std::mem::take(&mut gate.suppressed))
+/// An IPv4 client of a dual-stack socket by its IPv4 address.
+pub(super) fn canonical(addr: SocketAddr) -> SocketAddr {
+    match addr.ip().to_canonical() {
+        ip @ IpAddr::V4(_) => SocketAddr::new(ip, addr.port()),
+        // Unchanged, with its scope.
+        IpAddr::V6(_) => addr,
     }
 }
 
@@ -478,35 +408,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn backoff_doubles_to_a_second_and_starts_again() {
-        let mut backoff = Backoff::default();
-        let waits: Vec<_> = (0..7).map(|_| backoff.next().as_millis()).collect();
-        assert_eq!(waits, [50, 100, 200, 400, 800, 1000, 1000]);
-        backoff.reset();
-        assert_eq!(backoff.next(), Duration::from_millis(50));
-    }
-
-    #[test]
-    fn accept_errors_are_told_apart() {
-        for (errno, kind) in [
-            (Errno::MFILE, "fd_limit"),
-            (Errno::NFILE, "fd_limit"),
-            (Errno::NOMEM, "memory"),
-            (Errno::CONNABORTED, "aborted"),
-            (Errno::BADF, "other"),
+    fn mapped_addresses_are_shown_as_ipv4() {
+        for (addr, shown) in [
+            ("[::ffff:192.0.2.7]:80", "192.0.2.7:80"),
+            ("192.0.2.7:80", "192.0.2.7:80"),
+            ("[2001:db8::1]:80", "[2001:db8::1]:80"),
         ] {
-            assert_eq!(accept_error_kind(&errno.into()), kind);
+            let addr: SocketAddr = addr.parse().expect("an address");
+            assert_eq!(canonical(addr).to_string(), shown);
         }
-    }
-
-    #[test]
-    fn log_gate_counts_what_it_keeps_back() {
-        let gate = LogGate::default();
-        let start = Instant::now();
-        assert_eq!((0..10).filter_map(|_| gate.pass(start)).sum::<u64>(), 0);
-        assert_eq!(gate.pass(start), None);
-        assert_eq!(gate.pass(start + Duration::from_secs(9)), None);
-        assert_eq!(gate.pass(start + Duration::from_secs(10)), Some(2));
     }
 
     #[tokio::test]

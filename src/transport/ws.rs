@@ -14,7 +14,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::Control;
 
 use super::tcp::{self, Closing, READ_MAX, with_scratch};
 use super::{CloseHow, Closed, OutBuf};
-use frame::{Asked, Decoder, code};
+use frame::{Asked, Decoder, Fault, Stopped, code};
 pub(super) use handshake::accept;
 
 /// A WebSocket whose handshake is done.
@@ -22,13 +22,14 @@ pub(super) use handshake::accept;
 pub(super) struct Ws<S> {
     io: S,
     decoder: Decoder,
-    /// What came behind the request; fed first.
+    /// Bytes read but not yet judged: what came behind the request, or behind
+    /// a message that was too large. Fed first.
     early: Vec<u8>,
     asked: Asked,
     /// An end found behind bytes, for the next call.
     ended: Option<Closed>,
-    /// The code of a violation, for the close frame.
-    fault: Option<u16>,
+    /// The rule that the peer broke; its code goes into the close frame.
+    fault: Option<Fault>,
     /// Header of the data frame under way; its payload is the caller's buffer.
     head: [u8; 10],
     head_at: u8,
@@ -87,20 +88,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
         cx: &mut Context<'_>,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<usize, Closed>> {
-        if let Some(closed) = self.ended.take() {
+        if let Some(closed) = self.ended.take().or_else(|| self.over()) {
             return Poll::Ready(Err(closed));
         }
         let before = buf.len();
         if !self.early.is_empty() {
             let mut early = std::mem::take(&mut self.early);
-            self.feed(&mut early, buf);
+            self.feed(&mut early, buf, before);
         }
-        while self.ended.is_none() && buf.len() - before < READ_MAX {
+        while self.ended.is_none() && self.early.is_empty() && buf.len() - before < READ_MAX {
             let read = with_scratch(|scratch| {
                 let room = READ_MAX - (buf.len() - before);
                 let read = tcp::poll_read(&mut self.io, cx, &mut scratch[..room]);
                 if let Poll::Ready(Ok(n)) = read {
-                    self.feed(&mut scratch[..n], buf);
+                    self.feed(&mut scratch[..n], buf, before);
                 }
                 read
             });
@@ -179,6 +180,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
                         self.closing = ClosePhase::Ending(Closing::Open);
                     }
                 }
+                // Both close frames are through, so nothing is in flight that a
+                // reset could destroy, and the server closes first (section
+                // 7.1.1).
+                ClosePhase::Ending(_) if self.asked.close.is_some() => {
+                    return Pin::new(&mut self.io).poll_shutdown(cx).map(drop);
+                }
                 ClosePhase::Ending(mut closing) => {
                     let done = tcp::poll_close(&mut self.io, cx, &mut closing);
                     self.closing = ClosePhase::Ending(closing);
@@ -196,28 +203,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
         }
         // The peer's own close was answered when it was read.
         if self.asked.close.is_none() {
-            let code = self.fault.unwrap_or(match how {
+            let of_how = match how {
                 CloseHow::Normal => code::NORMAL,
                 CloseHow::GoingAway => code::GOING_AWAY,
                 CloseHow::Protocol => code::PROTOCOL,
                 CloseHow::Overload => code::TRY_LATER,
-            });
+            };
+            let code = self.fault.map_or(of_how, |fault| fault.code);
             frame::control_frame(Control::Close, &code.to_be_bytes(), &mut self.control);
         }
         self.closing = ClosePhase::Sending;
     }
 
-    fn feed(&mut self, input: &mut [u8], buf: &mut Vec<u8>) {
-        if let Err(fault) = self.decoder.feed(input, buf, &mut self.asked) {
-            self.fault = Some(fault.code);
-            self.ended = Some(if fault.code == code::TOO_BIG {
-                Closed::TooLarge
-            } else {
-                Closed::Violation {
-                    reason: fault.reason,
-                    ws_code: fault.code,
-                }
-            });
+    /// `buf` had `before` bytes when this call to `poll_recv` began.
+    fn feed(&mut self, input: &mut [u8], buf: &mut Vec<u8>, before: usize) {
+        if let Err(Stopped { fault, left }) = self.decoder.feed(input, buf, &mut self.asked) {
+            if fault.code == code::TOO_BIG && buf.len() > before {
+                // The caller may raise the limit when it has seen what came
+                // first, a CONNECT say; then this is judged anew.
+                self.early = input[input.len() - left..].to_vec();
+                return;
+            }
+            self.fault = Some(fault);
+            self.ended = self.over();
             return;
         }
         if let Some(echo) = self.asked.close {
@@ -229,6 +237,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
                 frame::control_frame(Control::Close, payload, &mut self.control);
             }
             self.ended = Some(Closed::Eof);
+        }
+    }
+
+    /// The end that the peer's frames brought, if they did.
+    fn over(&self) -> Option<Closed> {
+        match self.fault {
+            Some(fault) if fault.code == code::TOO_BIG => Some(Closed::TooLarge),
+            Some(fault) => Some(Closed::Violation {
+                reason: fault.reason,
+                ws_code: fault.code,
+            }),
+            None => self.asked.close.is_some().then_some(Closed::Eof),
         }
     }
 

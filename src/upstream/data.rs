@@ -3,7 +3,7 @@
 //! It never publishes, and its reader never waits for a client: what arrives is put into the
 //! sessions at once, and acknowledged in the order of arrival.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
@@ -24,6 +24,8 @@ use super::redelivery::Redelivery;
 const REQUESTS_MAX: usize = 1000;
 /// Filters in one packet where the core has no identifiers.
 const FILTERS_IN_PACKET: usize = 100;
+/// How often the core is asked whether it has our acknowledgements, milliseconds.
+const CONFIRM_EVERY: u64 = 2000;
 /// Bytes of filters in one packet.
 const BYTES_IN_PACKET: usize = 8 * 1024;
 
@@ -43,6 +45,11 @@ pub struct Data {
     received: HashSet<u16, RandomState>,
     redelivery: Redelivery,
     batch: Vec<Arrived>,
+    /// When the last PINGREQ behind acknowledgements was asked for.
+    confirmed_at: u64,
+    ping: bool,
+    /// What had been received when each PINGREQ under way was sent.
+    marks: VecDeque<u64>,
 }
 
 #[derive(Debug)]
@@ -66,6 +73,9 @@ impl Data {
             received: HashSet::default(),
             redelivery: Redelivery::default(),
             batch: Vec::new(),
+            confirmed_at: 0,
+            ping: false,
+            marks: VecDeque::new(),
         }
     }
 
@@ -216,10 +226,12 @@ impl Data {
             if leaving.is_empty() {
                 return;
             }
-            let id = self.free_id();
-            encode_unsubscribe(self.version, id, leaving.iter().map(|(_, n)| &**n), out);
-            let numbers = leaving.iter().map(|(n, _)| *n).collect();
-            self.requests.insert(id, Request::Unsubscribe(numbers));
+            for these in super::by_bytes(&leaving, |(_, name)| name.len()) {
+                let id = self.free_id();
+                encode_unsubscribe(self.version, id, these.iter().map(|(_, n)| &**n), out);
+                let numbers = these.iter().map(|(n, _)| *n).collect();
+                self.requests.insert(id, Request::Unsubscribe(numbers));
+            }
         }
     }
 }
@@ -238,7 +250,7 @@ impl Machine for Data {
         let first = !std::mem::replace(&mut self.connected_before, true);
         let gap = self
             .router
-            .data_link_up(self.link, up.session_present, first);
+            .data_link_up(self.link, up.session_present, first, now);
         if gap {
             tracing::warn!(
                 link = self.link,
@@ -276,14 +288,38 @@ impl Machine for Data {
         self.poll(now, out);
     }
 
-    fn poll(&mut self, _now: u64, out: &mut Vec<u8>) {
+    fn poll(&mut self, now: u64, out: &mut Vec<u8>) {
         self.subscribe(out);
         self.unsubscribe(out);
+        if self.marks.is_empty()
+            && !self.redelivery.is_empty()
+            && self.confirmed_at + CONFIRM_EVERY <= now
+        {
+            self.confirmed_at = now;
+            self.ping = true;
+        }
+    }
+
+    fn wants_ping(&mut self) -> bool {
+        let wanted = std::mem::take(&mut self.ping);
+        if wanted {
+            self.marks.push_back(self.redelivery.mark());
+        }
+        wanted
+    }
+
+    fn ping_answered(&mut self, _now: u64) {
+        // The core read our acknowledgements before it read the PINGREQ behind them.
+        if let Some(mark) = self.marks.pop_front() {
+            self.redelivery.confirmed(mark);
+        }
     }
 
     fn down(&mut self, now: u64) {
         self.flush(now);
         self.requests.clear();
+        self.marks.clear();
+        self.ping = false;
         self.router.data_link_down(self.link);
     }
 }

@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::transport::dial::Dialed;
 
 use super::handshake::{Established, establish};
 use super::machine::{LinkEnd, Machine};
-use super::{LinkStatus, Shared};
+use super::{LinkStatus, Role, Shared};
 
 /// Bytes read at once: a large batch costs one pass over the shards.
 const READ: usize = 128 * 1024;
@@ -38,11 +39,20 @@ pub(super) async fn run<M: Machine>(
     mut machine: M,
     wake: Arc<Wake>,
 ) {
-    let mut clean = true;
+    // The server that has this process's session of the link.
+    let mut session_at: Option<usize> = None;
+    let mut placement = shared.placement.load(Ordering::Acquire);
     let mut backoff = Backoff::new(&shared);
     let mut next_server = 0;
     while !shared.stop.is_cancelled() {
-        let server = &shared.config.servers[next_server % shared.config.servers.len()];
+        let index = next_server % shared.config.servers.len();
+        let server = &shared.config.servers[index];
+        let placed = shared.placement.load(Ordering::Acquire);
+        if link.role == Role::Data && placed != placement {
+            session_at = None;
+        }
+        placement = placed;
+        let clean = session_at != Some(index);
         let attempt = Box::pin(establish(&shared, &link, server, clean));
         let outcome = tokio::select! {
             outcome = attempt => outcome,
@@ -50,10 +60,10 @@ pub(super) async fn run<M: Machine>(
         };
         let (reason, why) = match outcome {
             Ok(up) => {
-                clean = false;
+                session_at = Some(index);
                 let since = Instant::now();
                 came_up(&shared, &link, &up);
-                let end = serve(&shared, &link, &mut machine, &wake, up).await;
+                let end = serve(&shared, &link, &mut machine, &wake, up, placement).await;
                 machine.down(shared.clock.now());
                 went_down(&link, &end);
                 if since.elapsed() > Duration::from_secs(10) {
@@ -110,7 +120,9 @@ fn came_up(shared: &Shared, link: &LinkStatus, up: &Established) {
         identifiers = up.up.identifiers,
         "Link to the core is up"
     );
-    shared.router.core_facts(&up.facts, shared.clock.now());
+    if shared.router.core_facts(&up.facts, shared.clock.now()) {
+        shared.placement.fetch_add(1, Ordering::AcqRel);
+    }
 }
 
 fn went_down(link: &LinkStatus, end: &LinkEnd) {
@@ -127,6 +139,7 @@ async fn serve<M: Machine>(
     machine: &mut M,
     wake: &Wake,
     established: Established,
+    placement: u64,
 ) -> LinkEnd {
     let Established {
         mut io,
@@ -149,6 +162,7 @@ async fn serve<M: Machine>(
         sent: 0,
         pings: std::collections::VecDeque::new(),
         last_sent: Instant::now(),
+        last_read: Instant::now(),
         keep_alive,
     };
     pump.input.extend_from_slice(&rest);
@@ -160,21 +174,20 @@ async fn serve<M: Machine>(
             break end;
         }
         let event = poll_fn(|cx| {
+            // First, so that a busy link is looked after too.
+            if ticks.poll_tick(cx).is_ready() {
+                return Poll::Ready(Ok(Event::Tick));
+            }
             if wake.take(cx.waker()) {
                 return Poll::Ready(Ok(Event::Woken));
             }
             match pump.poll_io(&mut io, cx) {
-                Poll::Ready(event) => return Poll::Ready(event),
-                Poll::Pending => {}
+                Poll::Ready(event) => Poll::Ready(event),
+                Poll::Pending => Poll::Pending,
             }
-            if ticks.poll_tick(cx).is_ready() {
-                return Poll::Ready(Ok(Event::Tick));
-            }
-            Poll::Pending
         });
         let event = tokio::select! {
             biased;
-            event = event => event,
             () = shared.stop.cancelled() => {
                 break LinkEnd {
                     reason: LinkDownReason::Shutdown,
@@ -182,11 +195,20 @@ async fn serve<M: Machine>(
                     why: "shutting down".into(),
                 };
             }
+            event = event => event,
         };
         match event {
             Ok(Event::Woken) => pump.machine.poll(shared.clock.now(), &mut pump.out),
             Ok(Event::Read) => {}
             Ok(Event::Tick) => {
+                if link.role == Role::Data && shared.placement.load(Ordering::Acquire) != placement
+                {
+                    break LinkEnd {
+                        reason: LinkDownReason::Protocol,
+                        code: ReasonCode::SUCCESS,
+                        why: "filters were placed anew".into(),
+                    };
+                }
                 if let Err(end) = pump.tick() {
                     break end;
                 }
@@ -215,6 +237,7 @@ struct Pump<'a, M> {
     /// PINGREQs under way: when sent, and whether the machine asked for it.
     pings: std::collections::VecDeque<(Instant, bool)>,
     last_sent: Instant,
+    last_read: Instant,
     keep_alive: Duration,
 }
 
@@ -273,7 +296,8 @@ impl<M: Machine> Pump<'_, M> {
     fn tick(&mut self) -> Result<(), LinkEnd> {
         self.machine.poll(self.shared.clock.now(), &mut self.out);
         self.after();
-        let dead = |(sent, _): &(Instant, bool)| sent.elapsed() > PING_PATIENCE;
+        let silent = self.last_read.elapsed() > PING_PATIENCE;
+        let dead = |(sent, _): &(Instant, bool)| silent && sent.elapsed() > PING_PATIENCE;
         if self.pings.front().is_some_and(dead) {
             return Err(LinkEnd {
                 reason: LinkDownReason::KeepAlive,
@@ -338,7 +362,10 @@ impl<M: Machine> Pump<'_, M> {
         }
         match poll_read_buf(Pin::new(io), cx, &mut self.input) {
             Poll::Ready(Ok(0)) => Poll::Ready(Err(closed())),
-            Poll::Ready(Ok(_)) => Poll::Ready(Ok(Event::Read)),
+            Poll::Ready(Ok(_)) => {
+                self.last_read = Instant::now();
+                Poll::Ready(Ok(Event::Read))
+            }
             Poll::Ready(Err(e)) => Poll::Ready(Err(failed(e))),
             Poll::Pending => Poll::Pending,
         }

@@ -190,13 +190,15 @@ impl Fetch {
             }
             let job = self.jobs.swap_remove(at);
             self.requests.retain(|_, of| *of != job.id);
-            let (requests, leaving) = (&self.requests, &self.leaving);
-            let id = super::next_id(&mut self.last_id, |id| {
-                requests.contains_key(&id) || leaving.contains(&id)
-            });
-            let names = job.filters.iter().map(|(_, name)| &**name);
-            encode_unsubscribe(self.version, id, names, out);
-            self.leaving.push(id);
+            for these in super::by_bytes(&job.filters, |(_, name)| name.len()) {
+                let (requests, leaving) = (&self.requests, &self.leaving);
+                let id = super::next_id(&mut self.last_id, |id| {
+                    requests.contains_key(&id) || leaving.contains(&id)
+                });
+                let names = these.iter().map(|(_, name)| &**name);
+                encode_unsubscribe(self.version, id, names, out);
+                self.leaving.push(id);
+            }
             let numbers: Vec<u32> = job.filters.iter().map(|(n, _)| *n).collect();
             self.router.fetch_ended(&numbers, !late || job.answered);
         }

@@ -62,9 +62,12 @@ pub(super) async fn establish(
         }
         match connect(shared, link, server, Version::V5, clean).await {
             Err(Attempt::NoV5) if shared.config.protocol == Protocol::Auto => {
-                tracing::info!(server = %server, "The core refuses MQTT 5; MQTT 3.1.1 is spoken");
-                shared.no_v5.store(true, Ordering::Relaxed);
-                connect_v3(shared, link, server, clean).await
+                let up = connect_v3(shared, link, server, clean).await;
+                // A core that is just going away closes without a word, too.
+                if up.is_ok() && !shared.no_v5.swap(true, Ordering::Relaxed) {
+                    tracing::info!(server = %server, "The core refuses MQTT 5; MQTT 3.1.1 is spoken");
+                }
+                up
             }
             Err(Attempt::NoV5) => Err(Failed::new(
                 LinkDownReason::Refused,
@@ -149,8 +152,8 @@ async fn connect(
     loop {
         if io.read_buf(&mut buf).await.map_err(io_failed)? == 0 {
             // Some brokers close without a word on a protocol that they do not speak.
-            if version == Version::V5 && buf.is_empty() && shared.config.protocol == Protocol::Auto
-            {
+            let unknown = !shared.has_v5.load(Ordering::Relaxed);
+            if version == Version::V5 && buf.is_empty() && unknown {
                 return Err(Attempt::NoV5);
             }
             return Err(Failed::new(
@@ -213,10 +216,15 @@ fn accept(
         .into());
     }
     let v5 = version == Version::V5;
+    if v5 {
+        shared.has_v5.store(true, Ordering::Relaxed);
+    }
     let identifiers = v5 && connack.subscription_ids_available.unwrap_or(true);
     let packet_max = connack.maximum_packet_size.unwrap_or(u32::MAX);
+    // 0 would leave a dead link unnoticed.
     let keep_alive = connack
         .server_keep_alive
+        .filter(|s| *s > 0)
         .map_or(shared.config.keepalive, |s| Duration::from_secs(s.into()));
     let window = match version {
         Version::V5 => connack.receive_maximum.unwrap_or(u16::MAX),

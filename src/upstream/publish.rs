@@ -27,7 +27,9 @@ pub struct Publisher {
     last_id: u16,
     /// In order of sending; identifiers ascend, so an entry is found by its distance from the first.
     inflight: VecDeque<InFlight>,
-    /// Entries that are not done.
+    /// Entries before this index need no second sending.
+    resend_at: usize,
+    /// Sent on this connection and not done.
     open: usize,
     answers: Vec<Answered>,
 }
@@ -41,8 +43,16 @@ struct InFlight {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
+    /// PUBLISH sent on this connection.
     Sent,
+    /// To be sent again, by the session that the core kept.
+    Resend,
+    /// To be sent as new: the core lost the session.
+    Renew,
+    /// PUBREL sent on this connection.
     Released,
+    /// PUBREL to be sent again.
+    ReleaseAgain,
     Done,
 }
 
@@ -59,6 +69,7 @@ impl Publisher {
             packet_max: usize::MAX,
             last_id: 0,
             inflight: VecDeque::new(),
+            resend_at: 0,
             open: 0,
             answers: Vec::new(),
         }
@@ -66,6 +77,10 @@ impl Publisher {
 
     fn fill(&mut self, now: u64, out: &mut Vec<u8>) {
         if !self.up {
+            return;
+        }
+        self.resend(now, out);
+        if self.resend_at < self.inflight.len() {
             return;
         }
         let router = self.router.clone();
@@ -87,6 +102,58 @@ impl Publisher {
                 self.send(outgoing, now, out);
             }
         }
+    }
+
+    /// First what was under way on the last connection, in order [MQTT-4.4.0-1] [MQTT-4.6.0-1],
+    /// within the window of this one.
+    fn resend(&mut self, now: u64, out: &mut Vec<u8>) {
+        while self.resend_at < self.inflight.len() && out.len() < OUTPUT {
+            let index = self.resend_at;
+            match self.inflight[index].state {
+                State::ReleaseAgain => {
+                    let (version, id) = (self.version, self.inflight[index].id);
+                    let code = ReasonCode::SUCCESS;
+                    encode_ack(version, AckKind::Pubrel, id, code, None, out);
+                    self.inflight[index].state = State::Released;
+                    self.open += 1;
+                }
+                State::Resend | State::Renew => {
+                    if self.open >= self.window {
+                        return;
+                    }
+                    self.send_again(index, now, out);
+                }
+                State::Sent | State::Released | State::Done => {}
+            }
+            self.resend_at += 1;
+        }
+        self.trim();
+    }
+
+    fn send_again(&mut self, index: usize, now: u64, out: &mut Vec<u8>) {
+        let entry = &self.inflight[index];
+        let qos = entry.outgoing.message.qos().min(self.router.maximum_qos());
+        let dup = entry.state == State::Resend && qos > QoS::AtMostOnce;
+        let id = if qos == QoS::AtMostOnce { 0 } else { entry.id };
+        let written = self.write(&self.inflight[index].outgoing, qos, id, dup, now, out);
+        if written && qos > QoS::AtMostOnce {
+            self.inflight[index].state = State::Sent;
+            self.open += 1;
+            return;
+        }
+        let reason = match written {
+            true => ReasonCode::SUCCESS,
+            false => ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR,
+        };
+        let outgoing = &self.inflight[index].outgoing;
+        let answer = outgoing.token.map(|token| Answered {
+            session: outgoing.session,
+            token,
+            reason,
+            since: outgoing.since,
+        });
+        self.answers.extend(answer);
+        self.inflight[index].state = State::Done;
     }
 
     fn send(&mut self, outgoing: Outgoing, now: u64, out: &mut Vec<u8>) {
@@ -119,6 +186,7 @@ impl Publisher {
             state: State::Sent,
             outgoing,
         });
+        self.resend_at = self.inflight.len();
     }
 
     fn write(
@@ -188,12 +256,17 @@ impl Publisher {
     fn done(&mut self, index: usize) {
         self.inflight[index].state = State::Done;
         self.open -= 1;
+        self.trim();
+    }
+
+    fn trim(&mut self) {
         while self
             .inflight
             .front()
             .is_some_and(|e| e.state == State::Done)
         {
             self.inflight.pop_front();
+            self.resend_at = self.resend_at.saturating_sub(1);
         }
     }
 
@@ -243,44 +316,19 @@ impl Machine for Publisher {
         self.window = usize::from(up.receive_maximum);
         self.packet_max = up.packet_max as usize;
         self.router.publish_link_up(self.link, true);
-        // First what was under way, in order [MQTT-4.4.0-1] [MQTT-4.6.0-1]. More than the window
-        // cannot be: what no longer fits a smaller one goes back to wait its turn.
-        let mut all = std::mem::take(&mut self.inflight);
         self.open = 0;
-        for mut entry in all.drain(..) {
-            match entry.state {
-                State::Done => {}
-                State::Released if up.session_present => {
-                    encode_ack(
-                        self.version,
-                        AckKind::Pubrel,
-                        entry.id,
-                        ReasonCode::SUCCESS,
-                        None,
-                        out,
-                    );
-                    self.open += 1;
-                    self.inflight.push_back(entry);
-                }
+        self.resend_at = 0;
+        for entry in &mut self.inflight {
+            entry.state = match (entry.state, up.session_present) {
+                (State::Done, _) => State::Done,
+                (State::Released | State::ReleaseAgain, true) => State::ReleaseAgain,
                 // The core took it over before it lost the session.
-                State::Released => {}
-                State::Sent => {
-                    if !up.session_present {
-                        entry.id = self.next_id();
-                        self.last_id = entry.id;
-                    }
-                    let qos = entry.outgoing.message.qos().min(self.router.maximum_qos());
-                    let dup = up.session_present;
-                    if self.write(&entry.outgoing, qos, entry.id, dup, now, out) {
-                        self.open += 1;
-                        self.inflight.push_back(entry);
-                    } else {
-                        let outgoing = entry.outgoing;
-                        self.answer(&outgoing, ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR);
-                    }
-                }
-            }
+                (State::Released | State::ReleaseAgain, false) => State::Done,
+                (State::Sent | State::Resend, true) => State::Resend,
+                (State::Sent | State::Resend, false) | (State::Renew, _) => State::Renew,
+            };
         }
+        self.trim();
         self.poll(now, out);
     }
 

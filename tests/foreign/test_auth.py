@@ -64,14 +64,21 @@ def test_right_passwords(guarded, client, transport, user):
 @pytest.mark.parametrize("version,code", [(5, {0x86, 0x87}), (4, {4, 5}), (3, {4, 5})])
 @pytest.mark.parametrize("user,password", [("alice", b"wrong"), ("alice", b""), ("nobody", b"x"), ("alice", None), (None, None)])
 def test_wrong_ones(guarded, version, code, user, password):
-    me = fresh("id")[-20:]
-    with Raw(guarded["tcp"].port, version=version) as raw:
-        since = guarded.mark()
-        connack = raw.connect(me, user=user, password=password)
-        assert connack.body[1] in code, connack.body
-        assert raw.wait_closed()[0] == []
-        line = guarded.wait_log(me, since)
-        assert "wrong" not in line
+    for _ in range(20):
+        me = fresh("id")[-20:]
+        with Raw(guarded["tcp"].port, version=version) as raw:
+            since = guarded.mark()
+            connack = raw.connect(me, user=user, password=password)
+            assert connack.body[1] in code, connack.body
+            assert raw.wait_closed()[0] == []
+        try:
+            line = guarded.wait_log(me, since, 0.5)
+        except AssertionError:
+            continue  # lines about refusals are limited in rate
+        assert "bad_credentials" in line and "127.0.0.1:" in line
+        assert not password or f'"{password.decode()}"' not in line
+        return
+    raise AssertionError("never logged")
 
 
 def test_a_listener_may_say_otherwise(guarded):
@@ -92,8 +99,12 @@ def test_publishes(guarded, client):
     alice.publish("fleet/a", "yes")
     assert alice.next().text == "yes"
     bob.publish("fleet/a", "no", expect=0x87)
-    bob.publish("fleet/a", "no", 2, expect=0x87)
     bob.publish("fleet/a", "no", 0)
+    # QoS 2 by hand: paho goes on with PUBREL after a PUBREC that refuses.
+    with Raw(guarded["tcp"].port) as raw:
+        raw.connect(fresh("id"), user="bob", password=USERS["bob"].encode())
+        answer = raw.send(wire.publish("fleet/a", b"no", 2, 1)).recv()
+        assert (answer.kind, answer.reason) == (wire.PUBREC, 0x87)
     bob.publish("public/x", "no", expect=0x87)
     bob.publish("own/bob/x", "yes")
     bob.publish("device/device9", "yes")
@@ -110,7 +121,7 @@ def test_three_one_one_publishes_are_acknowledged_and_dropped(guarded, client):
     bob.subscribe(("fleet/#", 1), ("own/bob/#", 1), expect=[0x80, 1])
 
 
-@pytest.mark.parametrize("bad", ["+", "#", "a/b", "a+"])
+@pytest.mark.parametrize("bad", ["+", "#", "a/b"])
 def test_a_client_id_with_wildcards_never_matches(guarded, bad):
     with Raw(guarded["tcp"].port) as raw:
         connack = raw.connect(bad, user="alice", password=USERS["alice"].encode())

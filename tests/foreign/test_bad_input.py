@@ -66,6 +66,22 @@ def with_code(me: str, code: int) -> str:
     return rf"(?=.*{me})(?=.*(?:0x{code:02x}|code=\"?{code})\b).*"
 
 
+def until_logged(target: Edge, attempt) -> None:
+    """Lines about refusals are limited in rate: the same again until one gets through.
+
+    `attempt` does it once and gives the pattern of its own line.
+    """
+    for _ in range(20):
+        since = target.mark()
+        pattern = attempt()
+        try:
+            target.wait_log(pattern, since, 0.5)
+            return
+        except AssertionError:
+            continue
+    raise AssertionError(f"never logged: {pattern}")
+
+
 def peer(raw: Raw) -> str:
     return f"127.0.0.1:{raw.sock.getsockname()[1]}"
 
@@ -209,15 +225,18 @@ BAD_CONNECTS = {
 @pytest.mark.parametrize("what", BAD_CONNECTS)
 def test_bad_connect(target, what):
     raw_bytes, codes = BAD_CONNECTS[what]
-    with Raw(target["tcp"].port) as raw:
-        since, me = target.mark(), peer(raw)
-        raw.send(raw_bytes)
-        packets, _ = raw.wait_closed()
-        # MQTT 5 lets a server close without a CONNACK on a malformed CONNECT; a code, if any, must be the right one.
-        assert len(packets) <= 1 and all(p.kind == wire.CONNACK and p.reason in codes for p in packets), packets
-        if what in ("version 6", "an authentication method we have not", "reserved CONNECT flag", "Receive Maximum 0"):
-            assert packets, "no CONNACK"
-        target.wait_log(me, since)
+
+    def attempt() -> str:
+        with Raw(target["tcp"].port) as raw:
+            raw.send(raw_bytes)
+            packets, _ = raw.wait_closed()
+            # MQTT 5 lets a server close without a CONNACK on a malformed CONNECT; a code, if any, must be the right one.
+            assert len(packets) <= 1 and all(p.kind == wire.CONNACK and p.reason in codes for p in packets), packets
+            if what in ("version 6", "an authentication method we have not", "reserved CONNECT flag", "Receive Maximum 0"):
+                assert packets, "no CONNACK"
+            return peer(raw)
+
+    until_logged(target, attempt)
 
 
 def test_an_unknown_level_of_three_one_one_is_refused_in_its_own_words(target):
@@ -326,11 +345,14 @@ def test_text_frames(target, transport):
         assert code == 1003, (packets, code)
         assert all(p.kind == wire.DISCONNECT for p in packets)
         target.wait_log(me, since)
-    with Raw(target[transport].port, transport, ca=target.pki.ca) as raw:
-        since, address = target.mark(), peer(raw)
-        raw.send_bytes(frame(wire.connect("text"), 1))
-        assert raw.wait_closed() == ([], 1003)
-        target.wait_log(address, since)
+
+    def first() -> str:
+        with Raw(target[transport].port, transport, ca=target.pki.ca) as raw:
+            raw.send_bytes(frame(wire.connect("text"), 1))
+            assert raw.wait_closed() == ([], 1003)
+            return peer(raw)
+
+    until_logged(target, first)
 
 
 @pytest.mark.parametrize("offer,status", [("mqtt", 101), ("mqttv3.1", 101), ("chat, mqtt", 101), ("chat", 400), (None, 400), ("MQTT5", 400)])
@@ -429,12 +451,12 @@ def test_a_message_of_many_legal_packets_may_be_large(target):
 # QUIC -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpn", [["h3"], ["mqttx"], ["MQTT"], []])
+@pytest.mark.parametrize("alpn", [["h3"], ["mqttx"], ["MQTT"], None])
 def test_wrong_alpn(target, alpn):
     since = target.mark()
     with pytest.raises(ConnectionError) as refused:
         call(dial(target["quic"].port, target.pki.ca, alpn))
-    # 0x178: the TLS alert no_application_protocol. aioquic itself gives up if none was asked for and none agreed.
+    # 0x178: the TLS alert no_application_protocol.
     assert "0x178" in str(refused.value), refused.value
     target.wait_log(r"127\.0\.0\.1:\d+", since)
 

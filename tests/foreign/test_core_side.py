@@ -200,7 +200,7 @@ def test_wrong_certificate_of_the_core(own_core, own_edge, client, tmp_path, wro
     core = own_core(tls=theirs)
     ca = other.ca if wrong == "ca" else theirs.ca
     edge = own_edge(core.tls_url, upstream={"servers": [core.tls_url], "tls": {"ca": str(ca)}, "subscribe_hold": "500ms"} | QUICK).start()
-    line = edge.wait_log({"ca": r"(?i)(unknown ?issuer|unknown ca|CA)", "name": r"(?i)(name|not valid for)", "date": r"(?i)(expired|date)"}[wrong] + r".*")
+    line = edge.wait_log({"ca": r"(?i)unknown ?issuer|unknown ca|not trusted", "name": r"(?i)certificate.*(name|not valid for)", "date": r"(?i)expired"}[wrong])
     assert re.search(r"(?i)certificate|tls", line), line
     edge.wait_metric("a metric counts it", lambda m: any(v > 0 for n, labels, v in m.samples if re.search(r"upstream|link", n) and re.search(r"tls|certificate", f"{n} {labels}")))
     # Clients do not feel it: they connect, subscribe, are answered.
@@ -246,7 +246,7 @@ def test_a_core_with_a_password(own_core, own_edge, client, tmp_path):
     edge.stop()
     one.abandon()
     edge.start()
-    edge.wait_log(r"(?i)(not authori[sz]ed|0x87|bad user ?name|0x86)", edge.mark() - 50 if edge.mark() > 50 else 0)
+    edge.wait_log(r"(?i)not authori[sz]ed|0x87|bad user ?name|0x86")
     two = client(edge)
     assert not two.ended.is_set()
 
@@ -269,6 +269,8 @@ def test_flaps_cost_the_core_nothing(own_core, own_edge, client, way, full):
     pub.publish(f"{topic}/all", "start")
     for one, _ in subs:
         assert one.next().text == "start"
+    # What the subscribing itself brought about, fetches of retained messages too, is over.
+    quiet(core)
     since = core.mark()
     published = 1
     for flap in range(5):
@@ -287,14 +289,32 @@ def test_flaps_cost_the_core_nothing(own_core, own_edge, client, way, full):
         pub.publish(f"{topic}/all", f"live-{flap}")
         published += 2
         for one, kind in subs:
-            got = [m.text for m in one.until(f"live-{flap}")]
+            # What was not acknowledged when the line was cut comes again, and says so.
+            got = [m.text for m in one.until(f"live-{flap}") if not (m.dup and m.text.endswith(f"-{flap - 1}"))]
             # The gap of a clean-session client is its own to lose.
             assert got == ([f"gap-{flap}"] if kind.get("clean") is not True else []), got
     lines = core.service.lines(since)
     assert not [l for l in lines if "New client connected" in l or "SUBSCRIBE" in l], "the core heard of a flap"
-    arrived = [l for l in lines if re.search(rf"Received PUBLISH from .*'{topic}/all'", l)]
-    assert len(arrived) == published - 1
+    wait_until("the core's log has all", lambda: len(published_on_all(core, since, topic)) >= published - 1)
+    assert len(published_on_all(core, since, topic)) == published - 1
     assert edge.metrics().sum("tidegate_flaps_absorbed_total") >= 5 * count // 2
+
+
+def published_on_all(core, since: int, topic: str) -> list[str]:
+    return core.service.grep(rf"Received PUBLISH from .*'{topic}/all'", since)
+
+
+def quiet(core, still: float = 1.0) -> None:
+    """Waits until the core's log has stood still for a while."""
+    last, at = -1, 0.0
+
+    def stands() -> bool:
+        nonlocal last, at
+        if core.mark() != last:
+            last, at = core.mark(), time.monotonic()
+        return time.monotonic() - at >= still
+
+    wait_until("the core is quiet", stands, 15, 0.1)
 
 
 def test_a_resent_publish_does_not_reach_the_core_twice(own_core, own_edge, client):
@@ -302,21 +322,60 @@ def test_a_resent_publish_does_not_reach_the_core_twice(own_core, own_edge, clie
     core = own_core()
     edge = own_edge(core.url, upstream=upstream(core)).start()
     topic, me = fresh(), fresh("id")
-    sub = client(edge)
-    sub.subscribe(topic)
+    sub, pub = client(edge), client(edge)
+    sub.subscribe(f"{topic}/#")
     core.stop(signal.SIGTERM)
     with Raw(edge["tcp"].port) as raw:
         raw.connect(me, expiry=300)
-        raw.send(wire.publish(topic, b"once", 1, 7) + wire.PING)
+        raw.send(wire.publish(f"{topic}/once", b"once", 1, 7) + wire.PING)
         assert raw.recv().kind == wire.PINGRESP
         raw.reset()
     with Raw(edge["tcp"].port, timeout=20) as raw:
         assert raw.connect(me, clean=False, expiry=300).session_present
-        raw.send(wire.publish(topic, b"once", 1, 7, dup=True))
+        raw.send(wire.publish(f"{topic}/once", b"once", 1, 7, dup=True))
         core.start()
         answer = raw.recv()
         assert (answer.kind, answer.packet_id) == (wire.PUBACK, 7)
-    assert len([l for l in core.received("PUBLISH") if topic in l]) == 1
-    publish_end = client(edge)
-    got = sub.fence(publish_end, topic)
-    assert len([m for m in got if m.text == "once"]) <= 1
+    publish_until(pub, sub, f"{topic}/probe")
+    wait_until("the core's log has the probe", lambda: [l for l in core.received("PUBLISH") if f"{topic}/probe" in l])
+    assert len([l for l in core.received("PUBLISH") if f"{topic}/once" in l]) == 1
+
+
+# Legal MQTT, but Debian's mosquitto closes the connection on a discouraged code point.
+POISON = {
+    "control character in a topic": (lambda t: wire.publish(f"{t}/a\x1db", b"x", 1, 9), True),
+    "control character in a topic, QoS 0": (lambda t: wire.publish(f"{t}/a\x1db", b"x", 0), False),
+    "U+007F in a topic": (lambda t: wire.publish(f"{t}/a\x7f", b"x", 1, 9), True),
+    "a noncharacter in a topic": (lambda t: wire.publish(f"{t}/a\uffff", b"x", 1, 9), True),
+    "control character in a filter": (lambda t: wire.subscribe(9, (f"{t}/a\x1db", 1)), True),
+    "control character in a user property": (lambda t: wire.publish(f"{t}/a", b"x", 1, 9, props=b"\x26" + wire.text("k\x01") + wire.text("v\x02")), True),
+    "control character in a content type": (lambda t: wire.publish(f"{t}/a", b"x", 1, 9, props=b"\x03" + wire.text("c\x01")), True),
+    "control character in a response topic": (lambda t: wire.publish(f"{t}/a", b"x", 1, 9, props=b"\x08" + wire.text("r\x01")), True),
+    "a topic of very many levels": (lambda t: wire.publish(f"{t}" + "/x" * 250, b"x", 1, 9), True),
+    "a topic under $SYS": (lambda t: wire.publish("$SYS/broker/x", b"x", 1, 9), True),
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_a_packet_the_core_punishes_is_its_senders_affair(own_core, own_edge, client, what):
+    """The links are shared: whatever a client sends, others' messages go on, and the sender is told."""
+    core = own_core()
+    edge = own_edge(core.url, upstream=upstream(core, data_links=1, publish_links=1)).start()
+    topic = fresh()
+    other = client(edge)
+    other.subscribe(f"{topic}/other")
+    make, answered = POISON[what]
+    with Raw(edge["tcp"].port, timeout=20) as raw:
+        raw.connect(fresh("poison"))
+        raw.send(make(topic))
+        for n in range(20):
+            other.publish(f"{topic}/other", f"{n}")
+            assert other.next().text == f"{n}"
+        # Told: by an acknowledgement of whatever reason, or by a DISCONNECT that says why.
+        if answered:
+            answer = raw.recv()
+            assert answer.kind in (wire.PUBACK, wire.SUBACK, wire.DISCONNECT), answer
+            assert answer.kind != wire.DISCONNECT or answer.reason >= 0x80
+    wait_until("the core's log has the last", lambda: len([l for l in core.received("PUBLISH") if f"{topic}/other" in l]) == 20)
+    # A link may have been lost while finding out which packet it was, not again and again.
+    assert len(core.connects()) <= 3 + 4, core.connects()

@@ -33,8 +33,11 @@ class Crowd:
         for first in range(0, len(names), window):
             batch = []
             for one in names[first : first + window]:
-                sock = socket.create_connection(("127.0.0.1", port), 10)
+                sock = socket.socket()
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                # Small, so that a client that does not read is soon felt.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+                sock.connect(("127.0.0.1", port))
                 sock.sendall(wire.connect(one, version=version, **connect))
                 batch.append(sock)
             for sock in batch:
@@ -96,7 +99,10 @@ def test_a_flood_to_detached_sessions(own_core, own_edge, full):
     names = [f"{base}-{n}" for n in range(count)]
     crowd = Crowd(port, names, expiry=3600)
     crowd.each(lambda n: wire.subscribe(1, (f"{base}/{n}", 1)))
-    crowd.close()
+    for first in range(0, count, 50):
+        for sock in crowd.socks[first : first + 50]:
+            sock.close()
+        edge.wait_metric("these are detached", lambda m: m.sum("tidegate_sessions", state="detached") >= min(first + 50, count), 30)
     edge.wait_metric("all are detached", lambda m: m.sum("tidegate_sessions", state="detached") == count, 30)
     before = edge.service.rss_bytes()
     payload = b"x" * 4096
@@ -112,10 +118,11 @@ def test_a_flood_to_detached_sessions(own_core, own_edge, full):
     assert dropped >= sent * 0.5 and waiting + dropped == sent, (sent, waiting, dropped)
     assert waiting >= budget * 0.7 / len(payload), "much less kept than the budget allows"
     assert edge.service.rss_bytes() - before <= budget + SLACK
-    # The one that connected last has kept all of its own; the first has not.
-    got = come_back(port, names[-1])
-    assert len(got) == rounds, f"{len(got)} of {rounds}"
-    assert len(come_back(port, names[0])) < rounds
+    # Those that connected last have kept theirs; the first have not.
+    last = [len(come_back(port, one)) for one in names[-20:]]
+    first = [len(come_back(port, one)) for one in names[:20]]
+    assert sum(last) >= 0.9 * 20 * rounds, f"the last connected kept {last} of {rounds} each, the first {first}"
+    assert sum(first) <= 0.5 * 20 * rounds, f"the first connected kept {first} of {rounds} each"
     edge.assert_sane()
 
 
@@ -171,8 +178,6 @@ def test_attached_clients_that_do_not_read(own_core, own_edge, client, full):
     edge = own_edge(core.url, memory={"max": "2GiB", "queues": f"{budget}"}, limits={"connect_rate_max": 100_000, "write_stall": "60s"}).start()
     port, base = edge["tcp"].port, fresh()
     stalled = Crowd(port, [f"{base}-{n}" for n in range(count)], receive_maximum=65535, keep_alive=0)
-    for sock in stalled.socks:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     # Each also has a topic of its own, so that nothing is shared between the queues.
     stalled.each(lambda n: wire.subscribe(1, (f"{base}/all", 1), (f"{base}/own/{n}", 1)))
     reader = client(edge)
@@ -215,9 +220,10 @@ def test_a_socket_that_takes_nothing_is_closed(own_core, own_edge):
     core = own_core(quiet=True)
     edge = own_edge(core.url, limits={"write_stall": "1s"}).start()
     port, topic = edge["tcp"].port, fresh()
-    crowd = Crowd(port, [fresh("stalled")], receive_maximum=65535, keep_alive=0)
-    crowd.each(lambda n: wire.subscribe(1, (topic, 1)))
-    flood(port, [topic], 900, b"z" * 16384)
+    crowd = Crowd(port, [fresh("stalled")], keep_alive=0)
+    # QoS 0: nothing else than the socket holds it back.
+    crowd.each(lambda n: wire.subscribe(1, (topic, 0)))
+    flood(port, [topic], 1500, b"z" * 16384)
     edge.wait_metric("it is closed", lambda m: m.sum("tidegate_disconnects_total", reason="write_stall") >= 1, 15)
     crowd.close()
 
@@ -229,7 +235,9 @@ def test_publishers_while_the_core_is_away(own_core, own_edge, client, version, 
     budget = 4 * MIB
     core = own_core(quiet=True)
     up = {"servers": [core.url], "backoff_min": "50ms", "backoff_max": "200ms", "publishes_waiting": f"{budget}"}
-    edge = own_edge(core.url, upstream=up, limits={"connect_rate_max": 100_000, "receive_max": 64}).start()
+    # The subscriber is slow and must lose nothing.
+    roomy = {"queue_bytes_max": "512MiB", "queue_messages_max": 1_000_000}
+    edge = own_edge(core.url, upstream=up, session=roomy, memory={"max": "4GiB", "queues": "1GiB"}, limits={"connect_rate_max": 100_000, "receive_max": 64}).start()
     port, base = edge["tcp"].port, fresh()
     sub = client(edge, "tcp", fresh("sub"), expiry=300)
     sub.subscribe((f"{base}/#", 1))
@@ -374,6 +382,7 @@ def test_per_session_limits(own_core, own_edge, client):
     pub.publish(topic, "10")
     edge.wait_metric("one is dropped", lambda m: m.sum("tidegate_messages_dropped_total", reason="^queue_full$") == 1)
     assert come_back(port, me) == [b"%d" % n for n in range(1, 11)]
+    edge.wait_metric("it is away again", lambda m: m.sum("tidegate_sessions", state="detached") == 1)
     for n in range(10):
         pub.publish(topic, f"{n}" + "x" * 10_000)
     edge.wait_metric("bytes are counted", lambda m: m.sum("tidegate_messages_dropped_total", reason="^queue_bytes$") >= 3)
@@ -445,7 +454,7 @@ def test_connections_max(own_core, own_edge):
             assert [p.reason for p in packets] in ([], [0x97], [0x89]), packets
     except OSError:
         pass
-    edge.wait_metric("it is counted", lambda m: m.sum("tidegate_connects_refused_total", reason="connections_max") >= 1)
+    edge.wait_metric("it is counted", lambda m: m.sum("tidegate_connects_refused_total", reason="connections_max") + m.sum("tidegate_handshakes_failed_total", reason="limit") >= 1)
     held.pop().close()
     wait_until("there is room again", lambda: try_connect(port), 5)
     for one in held:

@@ -7,14 +7,15 @@ import re
 import signal
 import socket
 import ssl
+from pathlib import Path
 
 import pytest
 
 from harness import certs, wire
 from harness.edge import BINARY, TRANSPORTS, config, listener, read_listening, tidegate, toml
 from harness.names import fresh
-from harness.process import Service, run
-from harness.raw import Raw
+from harness.process import Service, run, wait_until
+from harness.raw import Closed, Raw
 
 
 def test_sigterm_drains(own_core, own_edge, client):
@@ -95,28 +96,30 @@ bind = "127.0.0.1:0"
 servers = ["mqtt://127.0.0.1:1"]
 [auth]
 acl = "open"
+[admin]
+bind = "127.0.0.1:0"
 """
 # What is wrong -> (text, the line it is on, what the message must name).
 WRONG = {
-    "not TOML": (BASE + "x = = 1\n", 12, ()),
-    "unknown key": (BASE + "[limits]\npacket_maxx = 1\n", 13, ("packet_maxx", "packet_max")),
-    "unknown section": (BASE + "[limitz]\n", 12, ("limitz",)),
-    "wrong type": (BASE + "[limits]\nreceive_max = \"many\"\n", 13, ("receive_max",)),
-    "out of range": (BASE + "[limits]\nreceive_max = 0\n", 13, ("receive_max",)),
-    "bad size": (BASE + "[limits]\npacket_max = \"1 parsec\"\n", 13, ("packet_max",)),
-    "bad duration": (BASE + "[session]\nexpiry_v3 = \"soon\"\n", 13, ("expiry_v3",)),
+    "not TOML": (BASE + "x = = 1\n", 14, ()),
+    "unknown key": (BASE + "[limits]\npacket_maxx = 1\n", 15, ("packet_maxx", "packet_max")),
+    "unknown section": (BASE + "[limitz]\n", 14, ("limitz",)),
+    "wrong type": (BASE + "[limits]\nreceive_max = \"many\"\n", 15, ("receive_max",)),
+    "out of range": (BASE + "[limits]\nreceive_max = 0\n", 15, ("receive_max",)),
+    "bad size": (BASE + "[limits]\npacket_max = \"1 parsec\"\n", 15, ("packet_max",)),
+    "bad duration": (BASE + "[session]\nexpiry_v3 = \"soon\"\n", 15, ("expiry_v3",)),
     "unknown transport": (BASE.replace('transport = "tcp"', 'transport = "smoke"'), 6, ("transport", "smoke")),
-    "bad bind": (BASE.replace("127.0.0.1:0", "nowhere"), 7, ("bind",)),
+    "bad bind": (BASE.replace("127.0.0.1:0", "nowhere", 1), 7, ("bind",)),
     "unknown version": (BASE.replace("version = 1", "version = 9"), 1, ("version",)),
-    "disk durability": (BASE + "[store]\ndurability = \"disk\"\n", 13, ("durability",)),
+    "disk durability": (BASE + "[store]\ndurability = \"disk\"\n", 15, ("durability",)),
     "local ack": (BASE.replace("[auth]", "ack = \"local\"\n[auth]"), 10, ("ack",)),
     "roots": (BASE.replace("[auth]", "roots = [\"fleet/#\"]\n[auth]"), 10, ("roots",)),
     "jwt": (BASE.replace("[auth]", "[auth]\nmode = \"jwt\""), 11, ("mode", "jwt")),
     "mtls": (BASE.replace("[auth]", "[auth]\nmode = \"mtls\""), 11, ("mode", "mtls")),
     "delegate": (BASE.replace("[auth]", "[auth]\nmode = \"delegate\""), 11, ("mode", "delegate")),
-    "webtransport": (BASE.replace("bind =", "webtransport = true\nbind ="), 7, ("webtransport",)),
+    "webtransport": (BASE.replace("bind =", "webtransport = true\nbind =", 1), 7, ("webtransport",)),
     "ws upstream": (BASE.replace("mqtt://", "ws://"), 9, ("servers",)),
-    "a tls listener without a certificate": (BASE.replace('"tcp"\nbind', '"tls"\nbind'), None, ("tls",)),
+    "no certificate off loopback": (BASE.replace('"tcp"\nbind = "127.0.0.1:0"', '"tls"\nbind = "0.0.0.0:0"', 1), None, ("tls",)),
     "rules beside an open acl": (BASE + "[[acl]]\nwho = \"*\"\nallow = [\"publish\"]\ntopics = [\"#\"]\n", None, ("acl",)),
     "no node id with a real core": (BASE.replace('id = "edge-1"\n', ""), None, ("id",)),
 }
@@ -140,7 +143,7 @@ def test_configuration_errors(tmp_path, what, command):
 
 def test_inert_values_are_accepted(tmp_path):
     file = tmp_path / "inert.toml"
-    file.write_text(BASE.replace("[auth]", 'roots = []\nack = "upstream"\n[auth]').replace("bind =", "webtransport = false\nbind =") + '[store]\ndurability = "memory"\n')
+    file.write_text(BASE.replace("[auth]", 'roots = []\nack = "upstream"\n[auth]').replace("bind =", "webtransport = false\nbind =", 1) + '[store]\ndurability = "memory"\n')
     assert tidegate("check", "--config", file).returncode == 0
 
 
@@ -199,22 +202,41 @@ def test_check_says_when_files_are_few(tmp_path, pki):
     file.write_text(toml(config("mqtt://127.0.0.1:1", pki, limits={"connections_max": 100000})))
     done = run(["bash", "-c", f"ulimit -n 1024 && exec {BINARY} check --config {file}"])
     assert done.returncode == 0, done.stderr
-    assert re.search(r"(?i)file", done.stdout + done.stderr) and "1024" in done.stdout + done.stderr, done.stdout + done.stderr
+    # The effective cap, the reason and the remedy.
+    found = re.search(r"(?m)^\s*(\d+) at once", done.stdout)
+    assert found and int(found[1]) < 1024, done.stdout
+    assert re.search(r"(?i)open-file limit.*LimitNOFILE", done.stdout + done.stderr), done.stdout + done.stderr
 
 
-def test_few_files_lower_the_cap_and_disturb_nobody(own_core, own_edge, tmp_path, pki):
-    """EMFILE: a lower cap with one warning; a flood of connections leaves those that are in alone."""
-    core = own_core()
-    edge = own_edge(core.url, limits={"connections_max": 100000})
-    edge.service = Service("tidegate", ["bash", "-c", f"ulimit -n 128 && exec {BINARY} run --config {edge.file}"], cwd=edge.directory)
+def test_few_files_lower_the_cap_and_disturb_nobody(own_core, own_edge):
+    """A lower cap with one warning; a flood of connections leaves those that are in alone."""
+    edge = own_edge(own_core().url, limits={"connections_max": 100000})
+    edge.service = Service("tidegate", ["bash", "-c", f"ulimit -n 300 && exec {BINARY} run --config {edge.file}"], cwd=edge.directory)
     edge.service.wait_line("^ready$", 20, stream="out")
     edge.listening = read_listening(edge.service)
-    assert len(edge.service.grep(r"(?i)(WARN|warn).*(file|nofile)")) == 1
+    assert len(edge.service.grep(r"WARN.*open-file limit")) == 1
+    crowded(edge, 400)
+
+
+def test_no_file_left_at_accept(own_core, own_edge):
+    """EMFILE itself: the limit is taken away under a running process."""
+    edge = own_edge(own_core().url).start()
+    with Raw(edge["tcp"].port) as first:
+        first.connect(fresh("first"))
+    open_files = len(list(Path(f"/proc/{edge.service.pid}/fd").iterdir()))
+    assert run(["prlimit", "--pid", edge.service.pid, f"--nofile={open_files + 10}"]).returncode == 0
+    crowded(edge, 60)
+    edge.wait_metric("it is counted", lambda m: m.sum("tidegate_accept_errors_total", reason="file_limit") > 0)
+    assert 1 <= len(edge.service.grep("accept failed")) <= 20
+
+
+def crowded(edge, count: int) -> None:
+    """So many connections come that not all can be taken; one that is in does not notice, and later there is room."""
     with Raw(edge["tcp"].port) as old:
         old.connect(fresh("old"))
         many = []
         try:
-            for _ in range(200):
+            for _ in range(count):
                 try:
                     many.append(socket.create_connection(("127.0.0.1", edge["tcp"].port), 1))
                 except OSError:
@@ -225,21 +247,17 @@ def test_few_files_lower_the_cap_and_disturb_nobody(own_core, own_edge, tmp_path
         finally:
             for one in many:
                 one.close()
-        # And afterwards there is room again.
-        def again():
-            with Raw(edge["tcp"].port, timeout=2) as raw:
-                return raw.connect(fresh("new")).reason == 0
 
-        from harness.process import wait_until
-        from harness.raw import Closed
-
-        def quietly():
+        def room() -> bool:
             try:
-                return again()
+                with Raw(edge["tcp"].port, timeout=2) as raw:
+                    return raw.connect(fresh("new")).reason == 0
             except (Closed, TimeoutError, OSError):
                 return False
 
-        wait_until("new connections are accepted again", quietly, 15, 0.1)
+        wait_until("new connections are accepted again", room, 15, 0.1)
+        old.send(wire.PING)
+        assert old.recv().kind == wire.PINGRESP
     edge.assert_sane()
 
 

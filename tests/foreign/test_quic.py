@@ -7,8 +7,9 @@ import asyncio
 import pytest
 
 from harness import wire
-from harness.loop import call
+from harness.loop import call, loop
 from harness.names import fresh
+from harness.process import wait_until
 from harness.quic_relay import QuicRelay, dial, vanish
 from harness.raw import Raw
 
@@ -43,40 +44,32 @@ def test_a_second_stream_does_not_hang(relay):
         assert raw.recv().payload == b"over the second"
 
 
-def test_connect_on_a_data_stream_ends_that_stream_only(relay):
-    with Raw(relay.port) as raw:
-        raw.connect(fresh("id"))
-
-        async def misbehave(reader, writer):
-            writer.write(wire.connect("x"))
-            try:
-                return await asyncio.wait_for(reader.read(100), 10)
-            except ConnectionError:
-                return b""
-
-        assert call(misbehave(*relay.second_stream())) == b""
-        raw.send(wire.PING)
-        assert raw.recv().kind == wire.PINGRESP
-
-
 def test_five_streams_at_once(relay, edge, client):
-    """What a NanoMQ client opens: subscriptions on one, publishes on others."""
+    """What a NanoMQ client opens: subscriptions on one, publishes on others. Every one is answered, on whatever stream."""
     topic = fresh()
     with Raw(relay.port) as raw:
         raw.connect(fresh("id"))
         streams = [relay.second_stream() for _ in range(4)]
-        (suback,) = call(exchange(*streams[0], wire.subscribe(1, (topic, 1))))
-        assert suback.kind == wire.SUBACK and suback.codes == b"\x01"
-        for n, stream in enumerate(streams[2:]):
-            (puback,) = call(exchange(*stream, wire.publish(topic, b"%d" % n, 1, 10 + n)))
-            assert puback.kind == wire.PUBACK
+        answers: list[wire.Packet] = []
+
+        async def listen(reader):
+            buffer = bytearray()
+            while chunk := await reader.read(65536):
+                buffer.extend(chunk)
+                answers.extend(wire.split(buffer))
+
+        for reader, _ in streams:
+            asyncio.run_coroutine_threadsafe(listen(reader), loop())
+        loop().call_soon_threadsafe(streams[0][1].write, wire.subscribe(1, (topic, 1)))
+        wait_until("SUBACK", lambda: [p for p in answers if p.kind == wire.SUBACK and p.codes == b"\x01"])
+        for n, (_, writer) in enumerate(streams[2:]):
+            loop().call_soon_threadsafe(writer.write, wire.publish(topic, b"%d" % n, 1, 10 + n))
+        wait_until("PUBACKs", lambda: {p.packet_id for p in answers if p.kind == wire.PUBACK} == {10, 11})
         # An abandoned stream in the middle of a packet holds nothing up.
-        streams[1][1].write(wire.publish(topic, b"never ends")[:5])
-        other = client(edge)
-        other.publish(topic, "from elsewhere")
+        loop().call_soon_threadsafe(streams[1][1].write, wire.publish(topic, b"never ends")[:5])
+        client(edge).publish(topic, "from elsewhere")
         raw.send(wire.PING)
-        while raw.recv().kind != wire.PINGRESP:
-            pass
+        wait_until("PINGRESP", lambda: raw.recv().kind == wire.PINGRESP)
 
 
 def test_the_address_may_change(relay):

@@ -31,6 +31,14 @@ pub(super) struct Fault {
     pub reason: &'static str,
 }
 
+/// Where a [`Decoder`] stopped: `left` bytes at the end of the input were not
+/// taken. Fed again after the limit was raised, they are judged anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stopped {
+    pub fault: Fault,
+    pub left: usize,
+}
+
 const fn fault(code: u16, reason: &'static str) -> Fault {
     Fault { code, reason }
 }
@@ -90,10 +98,13 @@ impl Decoder {
         mut input: &mut [u8],
         out: &mut Vec<u8>,
         asked: &mut Asked,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), Stopped> {
         while asked.close.is_none() {
             if self.frame.is_none() {
-                let used = self.header(input)?;
+                let left = input.len();
+                let used = self
+                    .header(input)
+                    .map_err(|fault| Stopped { fault, left })?;
                 input = &mut input[used..];
             }
             let Some(frame) = &mut self.frame else {
@@ -118,7 +129,9 @@ impl Decoder {
                     self.control.extend_from_slice(payload);
                     if done {
                         let payload = std::mem::take(&mut self.control);
-                        end_control(control, payload, asked)?;
+                        let left = input.len();
+                        end_control(control, payload, asked)
+                            .map_err(|fault| Stopped { fault, left })?;
                     }
                 }
             }
@@ -150,8 +163,9 @@ impl Decoder {
             self.head_len = (had + input.len()) as u8;
             return Ok(input.len());
         };
-        self.head_len = 0;
+        // On a fault nothing has changed yet.
         self.check(&header, length)?;
+        self.head_len = 0;
         self.frame = Some(Frame {
             opcode: header.opcode,
             fin: header.is_final,
@@ -308,8 +322,8 @@ mod tests {
         let mut decoder = Decoder::new(limit);
         let (mut out, mut asked) = (Vec::new(), Asked::default());
         for piece in input.chunks(step) {
-            if let Err(fault) = decoder.feed(&mut piece.to_vec(), &mut out, &mut asked) {
-                return (out, asked, Err(fault));
+            if let Err(stopped) = decoder.feed(&mut piece.to_vec(), &mut out, &mut asked) {
+                return (out, asked, Err(stopped.fault));
             }
         }
         (out, asked, Ok(()))
@@ -359,7 +373,7 @@ mod tests {
     #[test]
     fn long_payload_lengths() {
         for len in [125, 126, 65_535, 65_536, 70_001] {
-            let payload: Vec<u8> = (0..len).map(|i| i as u8).collect();
+            let payload = pattern(len);
             let (out, _, result) = run(&masked(BINARY, true, &payload), 1000, len);
             assert_eq!(result, Ok(()));
             assert_eq!(out, payload);
@@ -376,6 +390,37 @@ mod tests {
         assert_eq!(result.expect_err("101 bytes").code, code::TOO_BIG);
         assert_eq!(out.len(), 60);
         assert_eq!(run(&wire, 7, 101).2, Ok(()));
+    }
+
+    #[test]
+    fn what_was_too_large_may_pass_under_a_higher_limit() {
+        let big = pattern(500);
+        for split in 0..8 {
+            let mut wire = masked(BINARY, true, b"small");
+            let first = wire.len() + split;
+            wire.extend(masked(BINARY, true, &big));
+            let mut decoder = Decoder::new(100);
+            let (mut out, mut asked) = (Vec::new(), Asked::default());
+            let mut late = wire.split_off(first);
+            let mut left = match decoder.feed(&mut wire, &mut out, &mut asked) {
+                Ok(()) => Vec::new(),
+                Err(stopped) => wire.split_off(wire.len() - stopped.left),
+            };
+            left.append(&mut late);
+            let stopped = decoder.feed(&mut left, &mut out, &mut asked);
+            let stopped = stopped.expect_err("still too large");
+            assert_eq!(stopped.fault.code, code::TOO_BIG);
+            assert_eq!(out, b"small");
+            decoder.set_limit(500);
+            let from = left.len() - stopped.left;
+            let fed = decoder.feed(&mut left[from..], &mut out, &mut asked);
+            assert_eq!(fed, Ok(()));
+            assert_eq!(out[5..], big, "split {split}");
+        }
+    }
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i % 251) as u8).collect()
     }
 
     #[test]

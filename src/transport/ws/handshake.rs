@@ -3,8 +3,10 @@
 //! answer that says what was wrong.
 
 use std::io;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Error as WsError;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
 use tokio_tungstenite::tungstenite::handshake::machine::TryParse;
@@ -15,9 +17,10 @@ use crate::transport::limits::HandshakeError;
 
 /// The most bytes of a request; browsers send cookies along.
 const HEAD_MAX: usize = 16 * 1024;
-/// The most bytes thrown away after a refusal, so that it is not overtaken by
-/// a reset.
+/// The most bytes thrown away after a refusal, and for how long, so that it is
+/// not overtaken by a reset.
 const LINGER_MAX: usize = 64 * 1024;
+const LINGER: Duration = Duration::from_secs(1);
 /// Subprotocols, the preferred first. `mqtt` is [MQTT-6.0.0-3]; the other is
 /// what MQTT 3.1 clients offer.
 const SUBPROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
@@ -181,15 +184,17 @@ where
     );
     io.write_all(answer.as_bytes()).await?;
     io.shutdown().await?;
-    // The caller's deadline bounds the wait.
-    let (mut sink, mut total) = ([0; 512], 0);
-    while total < LINGER_MAX {
-        match io.read(&mut sink).await? {
-            0 => break,
-            n => total += n,
+    let drain = async {
+        let (mut sink, mut total) = ([0; 512], 0);
+        while total < LINGER_MAX {
+            match io.read(&mut sink).await? {
+                0 => break,
+                n => total += n,
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    };
+    timeout(LINGER, drain).await.unwrap_or(Ok(()))
 }
 
 #[cfg(test)]

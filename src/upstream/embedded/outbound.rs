@@ -298,6 +298,7 @@ mod tests {
                 retain: false,
                 expires_at: u64::MAX,
                 strip_key: None,
+                account: None,
             }),
             ids: SmallVec::new(),
             qos,

@@ -18,7 +18,7 @@ persistent_client_expiration 1h
 max_queued_messages 0
 max_inflight_messages 65535
 set_tcp_nodelay true
-log_dest stdout
+log_dest stderr
 {log_types}
 """
 

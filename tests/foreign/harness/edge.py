@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from .process import PATIENCE, Service, run, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 BINARY = Path(os.environ.get("TIDEGATE_BIN", ROOT / "target" / "debug" / "tidegate"))
+_serial = itertools.count(1)
 TRANSPORTS = ("tcp", "tls", "ws", "wss", "quic")
 SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? ([0-9.eE+-]+|NaN|[+-]Inf)$")
 LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
@@ -78,7 +80,8 @@ def config(core_url: str, pki: Pki, transports=TRANSPORTS, **sections) -> dict:
     """DESIGN's contract with every listener; `sections` are merged over it."""
     base = {
         "version": 1,
-        "node": {"id": "edge-1", "data_dir": "data"},
+        # Two with one id before the same core would take each other's links over.
+        "node": {"id": f"edge-{os.getpid()}-{next(_serial)}", "data_dir": "data"},
         "tls": [{"name": "default", "cert": str(pki.cert), "key": str(pki.key)}],
         "listeners": [listener(t) for t in transports],
         "upstream": {"servers": [core_url]},
@@ -128,7 +131,8 @@ class Edge:
         return self.service.mark()
 
     def wait_log(self, pattern: str, since: int = 0, timeout: float = 10) -> str:
-        return self.service.wait_line(f"^.*(?:{pattern}).*$", timeout, since, "err").group(0)
+        """The first line of the log that has it."""
+        return self.service.wait_line(pattern, timeout, since, "err").string
 
     def assert_sane(self, since: int = 0) -> None:
         """Whatever a test did, the process lives and never panicked."""

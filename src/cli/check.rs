@@ -1,0 +1,223 @@
+//! What `tidegate check` says of a valid configuration.
+
+use std::fmt::Write as _;
+
+use super::files::Cap;
+use crate::config::{AclMode, AuthMode, Config, Transport};
+use crate::telemetry::{Label as _, MemoryAccount};
+
+const KIB: u64 = 1 << 10;
+/// A connection before CONNECT: 16 KiB of bytes each way, a TLS handshake.
+const HANDSHAKE: u64 = 64 * KIB;
+
+/// What one account may hold at worst.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanLine {
+    /// The account.
+    pub account: MemoryAccount,
+    /// Bytes.
+    pub bytes: u64,
+    /// The keys that set it.
+    pub from: String,
+}
+
+/// The memory that each account may hold at worst with so many connections;
+/// connections as they are while idle.
+pub fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
+    let line = |account, bytes, from: &str| PlanLine {
+        account,
+        bytes,
+        from: from.to_owned(),
+    };
+    let idle = config
+        .listeners
+        .iter()
+        .map(|l| idle_bytes(l.transport))
+        .max();
+    let idle = idle.unwrap_or_default();
+    let handshakes = u64::from(config.limits.handshakes_max);
+    vec![
+        line(MemoryAccount::Queues, config.memory.queues, "memory.queues"),
+        line(
+            MemoryAccount::PublishesWaiting,
+            config.upstream.publishes_waiting,
+            "upstream.publishes_waiting",
+        ),
+        line(
+            MemoryAccount::RetainedCache,
+            config.upstream.retained_cache,
+            "upstream.retained_cache",
+        ),
+        line(
+            MemoryAccount::Handshakes,
+            handshakes * HANDSHAKE,
+            &format!("limits.handshakes_max, {} each", size(HANDSHAKE)),
+        ),
+        line(
+            MemoryAccount::Connections,
+            connections as u64 * idle,
+            &format!(
+                "{connections} connections, about {} each while idle",
+                size(idle)
+            ),
+        ),
+    ]
+}
+
+/// The report, several lines.
+pub(super) fn report(config: &Config, cap: &Cap) -> String {
+    let mut out = String::new();
+    let mut say = |line: std::fmt::Arguments<'_>| {
+        let _ = writeln!(out, "{line}");
+    };
+    match &config.source {
+        Some(path) => say(format_args!("{}: valid", path.display())),
+        None => say(format_args!("built-in configuration: valid")),
+    }
+    say(format_args!("\nlisteners"));
+    for listener in &config.listeners {
+        let auth = match listener.auth {
+            AuthMode::Anonymous => "anonymous",
+            AuthMode::File => "password file",
+        };
+        let (name, transport, bind) = (&listener.name, listener.transport.name(), listener.bind);
+        say(format_args!("  {name:<16} {transport:<5} {bind}, {auth}"));
+    }
+    let servers: Vec<String> = config
+        .upstream
+        .servers
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    say(format_args!("core\n  {}", servers.join(", ")));
+    match config.auth.acl {
+        AclMode::Open => say(format_args!("topics\n  open to every client")),
+        AclMode::Rules => say(format_args!("topics\n  {} rules", config.acl.len())),
+    }
+
+    let plan = memory_plan(config, cap.connections);
+    let sum: u64 = plan.iter().map(|line| line.bytes).sum();
+    let max = config.memory.max;
+    say(format_args!("memory, at worst"));
+    for PlanLine {
+        account,
+        bytes,
+        from,
+    } in &plan
+    {
+        say(format_args!(
+            "  {:<18} {:>10}  {from}",
+            account.name(),
+            size(*bytes)
+        ));
+    }
+    say(format_args!("  {:<18} {:>10}", "sum", size(sum)));
+    say(format_args!(
+        "  {:<18} {:>10}  memory.max",
+        "total",
+        size(max)
+    ));
+    let busy = u64::from(config.limits.packet_max) + u64::from(config.limits.output_buffer);
+    say(format_args!(
+        "  what is left, {}, is for sessions, and for {} clients at once with a largest packet and \
+         a full output buffer ({} each)",
+        size(max.saturating_sub(sum)),
+        (max.saturating_sub(sum) / busy).min(cap.connections as u64),
+        size(busy),
+    ));
+    say(format_args!("connections\n  {} at once", cap.connections));
+    if sum > max {
+        say(format_args!(
+            "warning: these accounts are together larger than memory.max: lower memory.queues, \
+             upstream.publishes_waiting or limits.connections_max, or raise memory.max"
+        ));
+    }
+    if let Some(warning) = &cap.warning {
+        say(format_args!("warning: {warning}"));
+    }
+    out
+}
+
+/// What an idle connection costs at most, as the benches hold it to.
+fn idle_bytes(transport: Transport) -> u64 {
+    match transport {
+        Transport::Tcp | Transport::Ws => 8 * KIB,
+        Transport::Tls | Transport::Wss => 16 * KIB,
+        Transport::Quic => 36 * KIB,
+    }
+}
+
+/// Bytes with a unit.
+fn size(bytes: u64) -> String {
+    let (mut value, mut unit) = (bytes as f64, "B");
+    for larger in ["KiB", "MiB", "GiB", "TiB"] {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = larger;
+    }
+    if value.fract() == 0.0 {
+        format!("{value} {unit}")
+    } else {
+        format!("{value:.1} {unit}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Memory;
+
+    fn cap(connections: usize) -> Cap {
+        Cap {
+            connections,
+            warning: None,
+        }
+    }
+
+    fn config() -> Config {
+        let mut config = Config::builtin();
+        config.memory = Memory {
+            max: 8 << 30,
+            queues: 2 << 30,
+        };
+        config
+    }
+
+    #[test]
+    fn accounts_are_named_with_their_keys_and_summed() {
+        let report = report(&config(), &cap(10_000));
+        for line in [
+            "built-in configuration: valid",
+            "  quic             quic  127.0.0.1:14567, anonymous",
+            "  embedded:",
+            "  queues                  2 GiB  memory.queues",
+            "  publishes_waiting      64 MiB  upstream.publishes_waiting",
+            "  connections         351.6 MiB  10000 connections, about 36 KiB each while idle",
+            "  sum                   2.5 GiB",
+            "  total                   8 GiB  memory.max",
+            "  10000 at once",
+        ] {
+            assert!(report.lines().any(|l| l == line), "{line}\n{report}");
+        }
+        assert!(!report.contains("warning"), "{report}");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_warned_of() {
+        let mut config = config();
+        config.memory.max = 3 << 30;
+        let report = report(&config, &cap(100_000));
+        assert!(report.contains("warning: these accounts"), "{report}");
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size(0), "0 B");
+        assert_eq!(size(1023), "1023 B");
+        assert_eq!(size(64 << 20), "64 MiB");
+        assert_eq!(size(1536), "1.5 KiB");
+        assert_eq!(size(5 << 50), "5120 TiB");
+    }
+}

@@ -1,0 +1,91 @@
+//! How many connections the open-file limit carries.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::config::{Config, Transport};
+
+/// Files that are no client connections: listeners, links, the admin side, the
+/// runtime's own.
+const OTHER_FILES: u64 = 192;
+
+/// The cap on connections.
+pub(super) struct Cap {
+    pub connections: usize,
+    /// Why it is lower than configured, and the remedy.
+    pub warning: Option<String>,
+}
+
+/// Raises the soft limit on open files to the hard one; answers with the limit
+/// that holds, `None` without one.
+pub(super) fn raise() -> Option<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    match setrlimit(Resource::Nofile, wanted) {
+        Ok(()) => limit.maximum,
+        Err(_) => limit.current,
+    }
+}
+
+/// What a limit on open files leaves of `limits.connections_max`.
+pub(super) fn connection_cap(config: &Config, files: Option<u64>) -> Cap {
+    let wanted = u64::from(config.limits.connections_max);
+    // QUIC connections of a listener share its one socket.
+    let streams = config
+        .listeners
+        .iter()
+        .any(|l| l.transport != Transport::Quic);
+    let carried = match files {
+        Some(files) if streams => files.saturating_sub(OTHER_FILES).max(1),
+        _ => u64::MAX,
+    };
+    let connections = usize::try_from(wanted.min(carried)).unwrap_or(usize::MAX);
+    let warning = (carried < wanted).then(|| {
+        let need = wanted + OTHER_FILES;
+        format!(
+            "The open-file limit carries {connections} connections, not limits.connections_max = \
+             {wanted}: raise it to {need} (systemd: LimitNOFILE={need}; docker: --ulimit \
+             nofile={need}; shell, as root: ulimit -n {need}), or lower limits.connections_max"
+        )
+    });
+    Cap {
+        connections,
+        warning,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_caps_and_says_how_to_raise_it() {
+        let config = Config::builtin();
+        let cap = connection_cap(&config, Some(1024));
+        assert_eq!(cap.connections, 832);
+        let warning = cap.warning.expect("a warning");
+        assert!(warning.contains("832 connections"), "{warning}");
+        assert!(warning.contains("LimitNOFILE=100192"), "{warning}");
+        assert_eq!(connection_cap(&config, Some(10)).connections, 1);
+    }
+
+    #[test]
+    fn a_limit_that_is_high_enough_says_nothing() {
+        let mut config = Config::builtin();
+        for files in [None, Some(100_192), Some(1 << 40)] {
+            let cap = connection_cap(&config, files);
+            assert_eq!((cap.connections, cap.warning), (100_000, None));
+        }
+        config.listeners.retain(|l| l.transport == Transport::Quic);
+        assert_eq!(connection_cap(&config, Some(1024)).connections, 100_000);
+    }
+
+    #[test]
+    fn the_soft_limit_becomes_the_hard_one() {
+        let hard = getrlimit(Resource::Nofile).maximum;
+        assert_eq!(raise(), hard);
+        assert_eq!(getrlimit(Resource::Nofile).current, hard);
+    }
+}

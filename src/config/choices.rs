@@ -1,0 +1,189 @@
+//! The values that are one of a few words.
+
+use super::units::choices;
+
+/// How bytes travel between a client and a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// Plain TCP.
+    Tcp,
+    /// TLS over TCP.
+    Tls,
+    /// WebSocket.
+    Ws,
+    /// WebSocket over TLS.
+    Wss,
+    /// QUIC, ALPN `mqtt`.
+    Quic,
+}
+
+choices!(Transport {
+    "tcp" => Tcp,
+    "tls" => Tls,
+    "ws" => Ws,
+    "wss" => Wss,
+    "quic" => Quic,
+} not supported {});
+
+impl Transport {
+    /// Every transport, in the order of their numbers (`t as usize`).
+    pub const ALL: [Self; 5] = [Self::Tcp, Self::Tls, Self::Ws, Self::Wss, Self::Quic];
+
+    /// The name in configuration, logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Tls => "tls",
+            Self::Ws => "ws",
+            Self::Wss => "wss",
+            Self::Quic => "quic",
+        }
+    }
+
+    /// Whether a certificate is needed.
+    pub fn is_encrypted(self) -> bool {
+        matches!(self, Self::Tls | Self::Wss | Self::Quic)
+    }
+
+    /// Whether it speaks WebSocket, and so has a path and origins.
+    pub fn is_websocket(self) -> bool {
+        matches!(self, Self::Ws | Self::Wss)
+    }
+}
+
+/// MQTT version spoken to the core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// 5, and 3.1.1 where the core has no 5.
+    Auto,
+    /// 5 only.
+    V5,
+    /// 3.1.1 only.
+    V311,
+}
+
+choices!(Protocol {
+    "auto" => Auto,
+    "5" => V5,
+    "3.1.1" => V311,
+} not supported {});
+
+/// When a client's publish is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ack {
+    /// When the core has acknowledged it.
+    Upstream,
+}
+
+choices!(Ack {
+    "upstream" => Upstream,
+} not supported { "local", });
+
+/// Whether the core's habits are probed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// Never: what CONNACK says is taken for true.
+    Off,
+}
+
+choices!(Probe {
+    "off" => Off,
+} not supported { "auto", });
+
+/// What becomes of a new filter when the core stays away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SubscribeWhileAway {
+    /// Granted, with a recorded gap.
+    Accept,
+    /// Refused.
+    Refuse,
+}
+
+choices!(SubscribeWhileAway {
+    "accept" => Accept,
+    "refuse" => Refuse,
+} not supported {});
+
+/// What goes when a session's queue is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueFull {
+    /// The oldest message.
+    Oldest,
+    /// The message that arrives.
+    Newest,
+    /// The session.
+    EndSession,
+}
+
+choices!(QueueFull {
+    "oldest" => Oldest,
+    "newest" => Newest,
+    "end_session" => EndSession,
+} not supported {});
+
+/// Where sessions live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// In memory; they end with the process.
+    Memory,
+}
+
+choices!(Durability {
+    "memory" => Memory,
+} not supported { "disk", });
+
+/// How clients are authenticated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AuthMode {
+    /// Not at all; the principal of all is `anonymous`.
+    Anonymous,
+    /// User name and password of the password file.
+    File,
+}
+
+choices!(AuthMode {
+    "anonymous" => Anonymous,
+    "file" => File,
+} not supported { "jwt", "mtls", "delegate", });
+
+/// Whether ACL rules hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AclMode {
+    /// Every topic but `$SYS` and our own prefix.
+    Open,
+    /// What a rule allows.
+    Rules,
+}
+
+choices!(AclMode {
+    "open" => Open,
+    "rules" => Rules,
+} not supported {});
+
+/// Which client ids a principal may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientIdRule {
+    /// Any.
+    Any,
+    /// Its user name and no other.
+    Username,
+}
+
+choices!(ClientIdRule {
+    "any" => Any,
+    "username" => Username,
+} not supported {});
+
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+choices!(LogFormat {
+    "text" => Text,
+    "json" => Json,
+} not supported {});

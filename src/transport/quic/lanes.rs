@@ -1,0 +1,304 @@
+//! One QUIC connection as lanes: the control stream and the data streams.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, VarInt, WriteError};
+
+use super::{LANES, close_code, code};
+use crate::transport::limits::Limits;
+use crate::transport::listen::{Listener, canonical};
+use crate::transport::tcp::with_scratch;
+use crate::transport::{CloseHow, Closed, ListenerInfo, OutBuf, Recv};
+
+/// A QUIC connection with its control stream.
+pub(in crate::transport) struct Quic {
+    connection: Connection,
+    control: Lane,
+    /// Lane n is at n - 1.
+    data: Vec<Option<Lane>>,
+    /// Waits for further streams, once they are wanted. Until then flow control
+    /// and the stream limit bound what a client can leave there.
+    accept: Option<BoxFuture<Result<(SendStream, RecvStream), ConnectionError>>>,
+    /// Where the next round over the lanes begins.
+    next: usize,
+    closing: Closing,
+    close_code: VarInt,
+    peer: SocketAddr,
+    info: Arc<ListenerInfo>,
+    limits: Arc<Limits>,
+}
+
+type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + Sync>>;
+
+struct Lane {
+    send: SendStream,
+    recv: RecvStream,
+}
+
+enum Closing {
+    Open,
+    /// Everything is sent, acknowledgements are awaited.
+    Flushing(BoxFuture<()>),
+    Done,
+}
+
+impl std::fmt::Debug for Quic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Quic")
+    }
+}
+
+impl Drop for Quic {
+    fn drop(&mut self) {
+        // Does nothing if it is closed already.
+        self.connection.close(self.close_code, b"");
+    }
+}
+
+impl Quic {
+    /// `control` is the first stream that the client opened.
+    pub(super) fn new(
+        connection: Connection,
+        (send, recv): (SendStream, RecvStream),
+        listener: &Listener,
+    ) -> Self {
+        Self {
+            peer: canonical(connection.remote_address()),
+            connection,
+            control: Lane { send, recv },
+            data: Vec::new(),
+            accept: None,
+            next: 0,
+            closing: Closing::Open,
+            close_code: VarInt::from_u32(code::NORMAL),
+            info: Arc::clone(&listener.info),
+            limits: Arc::clone(&listener.limits),
+        }
+    }
+
+    pub(in crate::transport) fn remote_address(&self) -> SocketAddr {
+        canonical(self.connection.remote_address())
+    }
+
+    pub(in crate::transport) fn authenticated(&mut self) {
+        if self.accept.is_none() {
+            self.accept = Some(accept_bi(self.connection.clone()));
+        }
+    }
+
+    pub(in crate::transport) fn poll_recv(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut Vec<u8>,
+    ) -> Poll<Result<Recv, Closed>> {
+        self.poll_accept(cx);
+        let lanes = self.data.len() + 1;
+        let mut end = None;
+        for i in 0..lanes {
+            let lane = (self.next + i) % lanes;
+            match self.poll_lane(cx, lane, buf) {
+                Poll::Ready(Ok(recv)) => {
+                    self.next = lane + 1;
+                    self.note_migration();
+                    return Poll::Ready(Ok(recv));
+                }
+                // Bytes that came before the end, on any lane, go first.
+                Poll::Ready(Err(closed)) => {
+                    end.get_or_insert(closed);
+                }
+                Poll::Pending => {}
+            }
+        }
+        end.map_or(Poll::Pending, |closed| Poll::Ready(Err(closed)))
+    }
+
+    pub(in crate::transport) fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        lane: u8,
+        out: &mut OutBuf,
+    ) -> Poll<Result<(), Closed>> {
+        let stream = if lane == 0 {
+            Some(&mut self.control)
+        } else {
+            lane_mut(&mut self.data, lane)
+        };
+        let Some(stream) = stream else {
+            return Poll::Ready(Err(Closed::Lane(lane)));
+        };
+        while !out.is_empty() {
+            match ready!(Pin::new(&mut stream.send).poll_write(cx, out.rest())) {
+                Ok(n) => out.at += n,
+                Err(WriteError::ConnectionLost(error)) => return Poll::Ready(Err(lost(&error))),
+                Err(_) if lane != 0 => return Poll::Ready(Err(Closed::Lane(lane))),
+                Err(WriteError::Stopped(code)) => {
+                    let reason = format!("control stream stopped by the peer with code {code}");
+                    return Poll::Ready(Err(Closed::Reset(reason.into())));
+                }
+                Err(_) => return Poll::Ready(Err(Closed::Reset("control stream closed".into()))),
+            }
+        }
+        out.reset();
+        Poll::Ready(Ok(()))
+    }
+
+    pub(in crate::transport) fn reset_lane(&mut self, lane: u8, code: u32) {
+        let slot = usize::from(lane)
+            .checked_sub(1)
+            .and_then(|i| self.data.get_mut(i));
+        if let Some(mut lane) = slot.and_then(Option::take) {
+            // Both fail only if that direction has ended already.
+            let _ = lane.send.reset(code.into());
+            let _ = lane.recv.stop(code.into());
+        }
+    }
+
+    pub(in crate::transport) fn poll_close(
+        &mut self,
+        cx: &mut Context<'_>,
+        how: CloseHow,
+    ) -> Poll<()> {
+        loop {
+            match &mut self.closing {
+                Closing::Open => {
+                    self.close_code = close_code(how);
+                    self.closing = Closing::Flushing(self.finish());
+                }
+                Closing::Flushing(flushed) => {
+                    ready!(flushed.as_mut().poll(cx));
+                    self.connection.close(self.close_code, b"");
+                    self.closing = Closing::Done;
+                }
+                Closing::Done => return Poll::Ready(()),
+            }
+        }
+    }
+
+    /// FIN on every lane; resolves when the peer has acknowledged all, or
+    /// cannot any more.
+    fn finish(&mut self) -> BoxFuture<()> {
+        let lanes = std::iter::once(&mut self.control).chain(self.data.iter_mut().flatten());
+        let waits: Vec<_> = lanes
+            .map(|lane| {
+                // Fails only if it is finished or reset already.
+                let _ = lane.send.finish();
+                lane.send.stopped()
+            })
+            .collect();
+        Box::pin(async move {
+            for wait in waits {
+                let _ = wait.await;
+            }
+        })
+    }
+
+    fn poll_accept(&mut self, cx: &mut Context<'_>) {
+        while let Some(accept) = &mut self.accept {
+            let Poll::Ready(accepted) = accept.as_mut().poll(cx) else {
+                return;
+            };
+            let Ok((send, recv)) = accepted else {
+                // The lanes say what happened to the connection.
+                self.accept = None;
+                return;
+            };
+            self.accept = Some(accept_bi(self.connection.clone()));
+            let lane = Some(Lane { send, recv });
+            if let Some(slot) = self.data.iter_mut().find(|slot| slot.is_none()) {
+                *slot = lane;
+            } else if self.data.len() < LANES - 1 {
+                self.data.push(lane);
+            }
+            // Else it is dropped, which stops and finishes it; but that cannot
+            // be, because the stream limit counts the same streams.
+        }
+    }
+
+    fn poll_lane(
+        &mut self,
+        cx: &mut Context<'_>,
+        lane: usize,
+        buf: &mut Vec<u8>,
+    ) -> Poll<Result<Recv, Closed>> {
+        let number = lane as u8;
+        let stream = match lane.checked_sub(1) {
+            None => &mut self.control,
+            Some(i) => match &mut self.data[i] {
+                Some(stream) => stream,
+                None => return Poll::Pending,
+            },
+        };
+        let read = with_scratch(|scratch| {
+            let read = stream.recv.poll_read(cx, scratch);
+            if let Poll::Ready(Ok(n)) = read {
+                buf.extend_from_slice(&scratch[..n]);
+            }
+            read
+        });
+        let end = match ready!(read) {
+            Ok(bytes) if bytes > 0 => {
+                return Poll::Ready(Ok(Recv {
+                    lane: number,
+                    bytes,
+                    lane_closed: false,
+                }));
+            }
+            Ok(_) => Closed::Eof,
+            Err(ReadError::ConnectionLost(error)) => return Poll::Ready(Err(lost(&error))),
+            Err(ReadError::Reset(code)) => {
+                Closed::Reset(format!("control stream reset by the peer with code {code}").into())
+            }
+            Err(_) => Closed::Reset("control stream closed".into()),
+        };
+        if lane == 0 {
+            return Poll::Ready(Err(end));
+        }
+        // Dropping the lane sends our FIN.
+        self.data[lane - 1] = None;
+        Poll::Ready(Ok(Recv {
+            lane: number,
+            bytes: 0,
+            lane_closed: true,
+        }))
+    }
+
+    fn note_migration(&mut self) {
+        let now = self.remote_address();
+        if now != self.peer {
+            let from = std::mem::replace(&mut self.peer, now);
+            self.limits.events.migrated(&self.info, from, now);
+        }
+    }
+}
+
+fn lane_mut(data: &mut [Option<Lane>], lane: u8) -> Option<&mut Lane> {
+    data.get_mut(usize::from(lane).checked_sub(1)?)?.as_mut()
+}
+
+fn accept_bi(
+    connection: Connection,
+) -> BoxFuture<Result<(SendStream, RecvStream), ConnectionError>> {
+    Box::pin(async move { connection.accept_bi().await })
+}
+
+fn lost(error: &ConnectionError) -> Closed {
+    match error {
+        ConnectionError::ApplicationClosed(close) if close.error_code == VarInt::from_u32(0) => {
+            Closed::Eof
+        }
+        ConnectionError::ApplicationClosed(close) => {
+            Closed::Reset(format!("closed by the peer with code {}", close.error_code).into())
+        }
+        ConnectionError::ConnectionClosed(close) => {
+            Closed::Reset(format!("closed by the peer: {}", close.error_code).into())
+        }
+        ConnectionError::TimedOut => Closed::Reset("idle timeout".into()),
+        ConnectionError::Reset => Closed::Reset("stateless reset".into()),
+        ConnectionError::LocallyClosed => Closed::Reset("closed locally".into()),
+        other => Closed::Reset(other.to_string().into()),
+    }
+}

@@ -1,0 +1,304 @@
+//! The server under test and its clients.
+
+use std::future::{Future, poll_fn};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use rustls::pki_types::{CertificateDer, ServerName};
+use tidegate::transport::{
+    Accepted, CloseHow, Closed, ConnectionCap, Drain, Events, Kind, Limits, ListenSpec,
+    ListenerInfo, OutBuf, Recv, ServerTls, Stream, bind,
+};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio_rustls::TlsConnector;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::{Error as WsError, Message};
+use tokio_util::sync::CancellationToken;
+
+pub const LOCAL: &str = "localhost";
+
+/// What the listener reported, and a way to wait for it.
+pub struct Seen {
+    log: mpsc::UnboundedSender<String>,
+}
+
+impl Events for Seen {
+    fn accept_error(&self, _: &ListenerInfo, kind: &'static str) {
+        let _ = self.log.send(format!("accept_error {kind}"));
+    }
+    fn refused(&self, _: &ListenerInfo, reason: &'static str) {
+        let _ = self.log.send(format!("refused {reason}"));
+    }
+    fn handshake_failed(&self, _: &ListenerInfo, reason: &'static str) {
+        let _ = self.log.send(format!("failed {reason}"));
+    }
+    fn retry_sent(&self, _: &ListenerInfo) {
+        let _ = self.log.send("retry".into());
+    }
+    fn migrated(&self, _: &ListenerInfo, from: SocketAddr, to: SocketAddr) {
+        assert_ne!(from, to);
+        let _ = self.log.send("migrated".into());
+    }
+}
+
+pub struct Server {
+    pub addr: SocketAddr,
+    pub cert: CertificateDer<'static>,
+    pub events: mpsc::UnboundedReceiver<String>,
+    pub accepted: mpsc::UnboundedReceiver<Accepted>,
+    pub cap: Arc<ConnectionCap>,
+    pub stop: CancellationToken,
+    pub drain: Drain,
+    pub served: tokio::task::JoinHandle<()>,
+}
+
+impl Server {
+    pub fn start(kind: Kind) -> Self {
+        Self::with(kind, |_, _| {})
+    }
+
+    /// Accepted connections come out of `self.accepted`.
+    pub fn with(kind: Kind, change: impl FnOnce(&mut ListenSpec, &mut Limits)) -> Self {
+        let (log, events) = mpsc::unbounded_channel();
+        let (send, accepted) = mpsc::unbounded_channel();
+        let tls = Arc::new(
+            ServerTls::ephemeral(&[LOCAL.to_owned(), "127.0.0.1".to_owned()]).expect("certificate"),
+        );
+        let cert = CertificateDer::from(tls.leaf().to_vec());
+        let cap = Arc::new(ConnectionCap::new(1000));
+        let mut spec = ListenSpec {
+            name: format!("test-{kind}"),
+            transport: kind,
+            bind: ([127, 0, 0, 1], 0).into(),
+            path: "/mqtt".into(),
+            origins: vec![],
+            tls: Some(tls),
+        };
+        let mut limits = Limits {
+            connections: Arc::clone(&cap) as _,
+            events: Arc::new(Seen { log }),
+            ..Limits::default()
+        };
+        change(&mut spec, &mut limits);
+        let bound = bind(spec, Arc::new(limits)).expect("binds");
+        let (addr, drain) = (bound.local_addr(), bound.drain());
+        let stop = CancellationToken::new();
+        let handler = move |accepted: Accepted| {
+            let send = send.clone();
+            async move {
+                let _ = send.send(accepted);
+            }
+        };
+        let served = tokio::spawn(bound.serve(handler, stop.clone()));
+        Self {
+            addr,
+            cert,
+            events,
+            accepted,
+            cap,
+            stop,
+            drain,
+            served,
+        }
+    }
+
+    pub async fn accept(&mut self) -> Accepted {
+        soon(self.accepted.recv()).await.expect("server runs")
+    }
+
+    pub async fn event(&mut self) -> String {
+        soon(self.events.recv()).await.expect("server runs")
+    }
+
+    pub fn client_tls(&self, alpn: &[&str]) -> rustls::ClientConfig {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(self.cert.clone()).expect("a root");
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = alpn.iter().map(|a| a.as_bytes().to_vec()).collect();
+        config
+    }
+
+    pub async fn tcp(&self) -> TcpStream {
+        TcpStream::connect(self.addr).await.expect("connects")
+    }
+
+    pub async fn tls(
+        &self,
+        alpn: &[&str],
+    ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+        let name = ServerName::try_from(LOCAL).expect("a name");
+        TlsConnector::from(Arc::new(self.client_tls(alpn)))
+            .connect(name, self.tcp().await)
+            .await
+    }
+
+    pub async fn ws(&self) -> WebSocketStream<TcpStream> {
+        websocket(self.tcp().await, "/mqtt", Some("mqtt"))
+            .await
+            .expect("upgraded")
+    }
+
+    pub fn quic_endpoint(&self, alpn: &[&str]) -> quinn::Endpoint {
+        use quinn::crypto::rustls::QuicClientConfig;
+        let crypto = QuicClientConfig::try_from(self.client_tls(alpn)).expect("TLS 1.3");
+        let mut endpoint =
+            quinn::Endpoint::client(([127, 0, 0, 1], 0).into()).expect("client endpoint");
+        endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(crypto)));
+        endpoint
+    }
+
+    pub async fn quic(&self) -> (quinn::Endpoint, quinn::Connection) {
+        let endpoint = self.quic_endpoint(&["mqtt"]);
+        let connecting = endpoint.connect(self.addr, LOCAL).expect("starts");
+        (endpoint, soon(connecting).await.expect("connects"))
+    }
+}
+
+/// No test waits longer than this for what must come.
+pub async fn soon<F: Future>(f: F) -> F::Output {
+    tokio::time::timeout(Duration::from_secs(20), f)
+        .await
+        .expect("must happen soon")
+}
+
+pub async fn websocket<S>(
+    io: S,
+    path: &str,
+    subprotocol: Option<&'static str>,
+) -> Result<WebSocketStream<S>, WsError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut request = format!("ws://{LOCAL}{path}")
+        .into_client_request()
+        .expect("a request");
+    if let Some(name) = subprotocol {
+        request
+            .headers_mut()
+            .insert("Sec-WebSocket-Protocol", HeaderValue::from_static(name));
+    }
+    soon(tokio_tungstenite::client_async(request, io))
+        .await
+        .map(|(ws, response)| {
+            assert_eq!(
+                response.headers().get("sec-websocket-protocol").cloned(),
+                subprotocol.map(HeaderValue::from_static)
+            );
+            ws
+        })
+}
+
+pub fn status(result: Result<WebSocketStream<TcpStream>, WsError>) -> u16 {
+    match result {
+        Err(WsError::Http(response)) => response.status().as_u16(),
+        other => panic!("expected an HTTP error, got {other:?}"),
+    }
+}
+
+pub async fn recv(stream: &mut Stream, buf: &mut Vec<u8>) -> Result<Recv, Closed> {
+    soon(poll_fn(|cx| stream.poll_recv(cx, buf))).await
+}
+
+/// Reads until `n` bytes have come, on lane 0.
+pub async fn recv_n(stream: &mut Stream, n: usize) -> Vec<u8> {
+    let mut buf = Vec::new();
+    while buf.len() < n {
+        let got = recv(stream, &mut buf).await.expect("bytes");
+        assert!(got.lane == 0 && got.bytes > 0 && !got.lane_closed);
+    }
+    buf
+}
+
+pub async fn recv_end(stream: &mut Stream) -> Closed {
+    let mut buf = Vec::new();
+    let end = recv(stream, &mut buf).await.expect_err("an end");
+    assert!(buf.is_empty());
+    end
+}
+
+pub async fn send(stream: &mut Stream, lane: u8, bytes: &[u8]) -> Result<(), Closed> {
+    let mut out = OutBuf {
+        buf: bytes.to_vec(),
+        at: 0,
+    };
+    soon(poll_fn(|cx| stream.poll_send(cx, lane, &mut out))).await?;
+    assert!(out.is_empty());
+    Ok(())
+}
+
+pub async fn close(stream: &mut Stream, how: CloseHow) {
+    soon(poll_fn(|cx| stream.poll_close(cx, how))).await;
+}
+
+pub fn pattern(n: usize) -> Vec<u8> {
+    (0..n).map(|i| (i % 251) as u8).collect()
+}
+
+/// Sends everything it reads back, until the end.
+pub async fn echo(mut stream: Stream) {
+    let mut out = OutBuf::default();
+    while recv(&mut stream, &mut out.buf).await.is_ok() {
+        soon(poll_fn(|cx| stream.poll_send(cx, 0, &mut out)))
+            .await
+            .expect("sent");
+    }
+    close(&mut stream, CloseHow::Normal).await;
+}
+
+/// Large and small messages there and back, then the client's end.
+pub async fn exercise<S: AsyncRead + AsyncWrite + Unpin>(io: S) {
+    let (mut read, mut write) = tokio::io::split(io);
+    for size in [1, 100, 70_000, 1_500_000, 3] {
+        let sent = pattern(size);
+        let mut got = vec![0; size];
+        let (w, r) = tokio::join!(
+            async {
+                write.write_all(&sent).await?;
+                write.flush().await
+            },
+            read.read_exact(&mut got)
+        );
+        w.expect("written");
+        r.expect("read");
+        assert!(got == sent, "{size} bytes differ");
+    }
+    write.shutdown().await.expect("half-closed");
+    assert_eq!(read.read(&mut [0; 10]).await.expect("an end"), 0);
+}
+
+pub async fn exercise_ws<S: AsyncRead + AsyncWrite + Unpin>(mut ws: WebSocketStream<S>) {
+    for size in [1, 100, 70_000, 1_000_000, 3] {
+        let sent = pattern(size);
+        ws.feed(Message::Binary(sent.clone().into()))
+            .await
+            .expect("fed");
+        let mut got = Vec::new();
+        while got.len() < size {
+            tokio::select! {
+                biased;
+                flushed = ws.flush() => flushed.expect("flushed"),
+                () = std::future::ready(()) => {}
+            }
+            match ws.next().await.expect("a message").expect("good") {
+                Message::Binary(bytes) => got.extend_from_slice(&bytes),
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+        assert!(got == sent, "{size} bytes differ");
+    }
+    ws.close(None).await.expect("close sent");
+    let reply = ws.next().await.expect("a close frame").expect("good");
+    assert!(reply.is_close());
+    assert!(ws.next().await.is_none(), "the server closes the socket");
+}

@@ -1,0 +1,8 @@
+//! The byte transports over loopback, with clients that are not ours:
+//! tungstenite, tokio-rustls and quinn in their client roles, and raw sockets.
+
+mod accept;
+mod common;
+mod dial;
+mod quic;
+mod ws;

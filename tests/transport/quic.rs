@@ -1,0 +1,277 @@
+//! QUIC: lanes, migration, close codes, pressure.
+
+use std::future::poll_fn;
+use std::time::Duration;
+
+use tidegate::transport::{CloseHow, Closed, Handshakes, Kind};
+use tokio::io::AsyncWriteExt;
+
+use crate::common::*;
+
+#[tokio::test]
+async fn quic_data_lanes_wait_for_authentication() {
+    let mut server = Server::start(Kind::Quic);
+    let (_endpoint, connection) = server.quic().await;
+    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
+    let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
+    data.write_all(b"early").await.expect("written");
+    control.write_all(b"connect").await.expect("written");
+    let mut stream = server.accept().await.stream;
+    assert_eq!(recv_n(&mut stream, 7).await, b"connect");
+    let mut buf = Vec::new();
+    let nothing =
+        poll_fn(|cx| std::task::Poll::Ready(stream.poll_recv(cx, &mut buf).is_pending())).await;
+    assert!(nothing, "data before authentication");
+    stream.authenticated();
+    let got = recv(&mut stream, &mut buf).await.expect("the data lane");
+    assert_eq!((got.lane, got.bytes), (1, 5));
+    assert_eq!(buf, b"early");
+
+    // Answers go back on the lane.
+    send(&mut stream, 1, b"ack").await.expect("sent");
+    let mut ack = [0; 3];
+    soon(data_rx.read_exact(&mut ack)).await.expect("read");
+    assert_eq!(&ack, b"ack");
+
+    // The client ends the lane: FIN back, and the connection lives.
+    data.finish().expect("open");
+    let end = recv(&mut stream, &mut buf).await.expect("lane end");
+    assert!(end.lane == 1 && end.bytes == 0 && end.lane_closed);
+    assert_eq!(soon(data_rx.read(&mut ack)).await.expect("FIN"), None);
+    let gone = send(&mut stream, 1, b"late").await.expect_err("gone");
+    assert!(matches!(gone, Closed::Lane(1)));
+    control.write_all(b"more").await.expect("written");
+    assert_eq!(recv_n(&mut stream, 4).await, b"more");
+}
+
+#[tokio::test]
+async fn quic_lanes_come_and_go_without_end() {
+    let mut server = Server::start(Kind::Quic);
+    let (_endpoint, connection) = server.quic().await;
+    let (mut control, mut control_rx) = connection.open_bi().await.expect("control");
+    control.write_all(b"c").await.expect("written");
+    let mut stream = server.accept().await.stream;
+    assert_eq!(recv_n(&mut stream, 1).await, b"c");
+    stream.authenticated();
+    let client = async {
+        for round in 0..5 {
+            // 15 at once are allowed beside control.
+            let mut open = Vec::new();
+            for _ in 0..15 {
+                let (mut tx, rx) = soon(connection.open_bi()).await.expect("credit");
+                tx.write_all(b"data").await.expect("written");
+                open.push((tx, rx));
+            }
+            for (i, (mut tx, mut rx)) in open.into_iter().enumerate() {
+                if i % 2 == round % 2 {
+                    tx.finish().expect("open");
+                } else {
+                    tx.reset(31u32.into()).expect("open");
+                }
+                let end = soon(rx.read_to_end(10)).await.expect("FIN");
+                assert!(end.is_empty() || end == b"ok");
+            }
+        }
+        control.write_all(b"done").await.expect("written");
+        soon(control_rx.read_exact(&mut [0; 4])).await.expect("ok");
+    };
+    let serving = async {
+        let mut buf = Vec::new();
+        let mut closed = 0;
+        loop {
+            buf.clear();
+            let got = recv(&mut stream, &mut buf).await.expect("goes on");
+            assert!(got.lane < 16);
+            closed += usize::from(got.lane_closed);
+            if got.lane == 0 {
+                break;
+            }
+        }
+        assert_eq!(closed, 75);
+        send(&mut stream, 0, b"done").await.expect("sent");
+    };
+    tokio::join!(client, serving);
+}
+
+#[tokio::test]
+async fn quic_reset_lane_spares_the_connection() {
+    let mut server = Server::start(Kind::Quic);
+    let (_endpoint, connection) = server.quic().await;
+    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
+    control.write_all(b"c").await.expect("written");
+    let mut stream = server.accept().await.stream;
+    stream.authenticated();
+    assert_eq!(recv_n(&mut stream, 1).await, b"c");
+    let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
+    data.write_all(b"bad").await.expect("written");
+    let mut buf = Vec::new();
+    let got = recv(&mut stream, &mut buf).await.expect("data");
+    stream.reset_lane(got.lane, 0x81);
+    match soon(data_rx.read(&mut [0; 1])).await {
+        Err(quinn::ReadError::Reset(code)) => assert_eq!(code, 0x81u32.into()),
+        other => panic!("{other:?}"),
+    }
+    let stopped = soon(data.stopped()).await.expect("connection lives");
+    assert_eq!(stopped, Some(0x81u32.into()));
+    control.write_all(b"on").await.expect("written");
+    assert_eq!(recv_n(&mut stream, 2).await, b"on");
+}
+
+#[tokio::test]
+async fn quic_control_end_is_the_connections_end() {
+    let mut server = Server::start(Kind::Quic);
+    for reset in [false, true] {
+        let (_endpoint, connection) = server.quic().await;
+        let (mut control, _control_rx) = connection.open_bi().await.expect("control");
+        control.write_all(b"bye").await.expect("written");
+        let mut stream = server.accept().await.stream;
+        assert_eq!(recv_n(&mut stream, 3).await, b"bye");
+        if reset {
+            control.reset(9u32.into()).expect("open");
+            assert!(matches!(recv_end(&mut stream).await, Closed::Reset(_)));
+        } else {
+            control.finish().expect("open");
+            assert!(matches!(recv_end(&mut stream).await, Closed::Eof));
+        }
+    }
+}
+
+#[tokio::test]
+async fn quic_bytes_before_connection_close_are_read() {
+    let mut server = Server::start(Kind::Quic);
+    let (endpoint, connection) = server.quic().await;
+    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
+    control.write_all(b"connect").await.expect("written");
+    let mut stream = server.accept().await.stream;
+    stream.authenticated();
+    let (mut data, _data_rx) = connection.open_bi().await.expect("data");
+    data.write_all(b"publish").await.expect("written");
+    control.write_all(b"disconnect").await.expect("written");
+    control.finish().expect("open");
+    // All is acknowledged by the server's socket, nothing read by us.
+    soon(control.stopped()).await.expect("delivered");
+    connection.close(0u32.into(), b"");
+    soon(endpoint.wait_idle()).await;
+    let (mut control_got, mut data_got) = (Vec::new(), Vec::new());
+    let end = loop {
+        let mut buf = Vec::new();
+        match recv(&mut stream, &mut buf).await {
+            Ok(got) if got.lane == 0 => control_got.extend(buf),
+            Ok(_) => data_got.extend(buf),
+            Err(end) => break end,
+        }
+    };
+    assert_eq!(control_got, b"connectdisconnect");
+    assert_eq!(data_got, b"publish");
+    assert!(matches!(end, Closed::Eof), "{end:?}");
+}
+
+#[tokio::test]
+async fn quic_close_codes_are_ours() {
+    for (how, code) in [
+        (CloseHow::Normal, 0u32),
+        (CloseHow::Protocol, 1),
+        (CloseHow::Overload, 2),
+    ] {
+        let mut server = Server::start(Kind::Quic);
+        let (_endpoint, connection) = server.quic().await;
+        let (mut control, mut control_rx) = connection.open_bi().await.expect("control");
+        control.write_all(b"x").await.expect("written");
+        let mut stream = server.accept().await.stream;
+        let last = pattern(100_000);
+        let serving = async {
+            send(&mut stream, 0, &last).await.expect("sent");
+            close(&mut stream, how).await;
+        };
+        let (got, ()) = tokio::join!(control_rx.read_to_end(200_000), serving);
+        assert!(got.expect("all before the close") == last);
+        match soon(connection.closed()).await {
+            quinn::ConnectionError::ApplicationClosed(c) => assert_eq!(c.error_code, code.into()),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn quic_migration_is_followed_and_counted() {
+    let mut server = Server::start(Kind::Quic);
+    let (endpoint, connection) = server.quic().await;
+    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
+    control.write_all(b"here").await.expect("written");
+    let mut stream = server.accept().await.stream;
+    assert_eq!(recv_n(&mut stream, 4).await, b"here");
+    assert_eq!(stream.peer_addr(), endpoint.local_addr().expect("bound"));
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("binds");
+    endpoint.rebind(socket).expect("moves");
+    control.write_all(b"there").await.expect("written");
+    assert_eq!(recv_n(&mut stream, 5).await, b"there");
+    assert_eq!(server.event().await, "migrated");
+    assert_eq!(stream.peer_addr(), endpoint.local_addr().expect("bound"));
+}
+
+#[tokio::test]
+async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
+    let mut server = Server::start(Kind::Quic);
+    let (_endpoint, connection) = server.quic().await;
+    let mut open = Vec::new();
+    for _ in 0..16 {
+        open.push(soon(connection.open_bi()).await.expect("credit"));
+    }
+    open[0].0.write_all(b"x").await.expect("written");
+    let _accepted = server.accept().await;
+    // Credit came with the handshake, so "none yet" is "none".
+    use futures_util::FutureExt;
+    assert!(connection.open_bi().now_or_never().is_none());
+    assert!(connection.open_uni().now_or_never().is_none());
+}
+
+#[tokio::test]
+async fn quic_without_a_stream_ends_at_the_deadline() {
+    let mut server = Server::with(Kind::Quic, |_, limits| {
+        limits.accept_deadline = Duration::from_secs(2);
+    });
+    let (_silent_endpoint, silent) = server.quic().await;
+    // Meanwhile another is served.
+    let (_endpoint, connection) = server.quic().await;
+    let (mut send, _recv) = connection.open_bi().await.expect("a stream");
+    send.write_all(b"hello").await.expect("written");
+    assert_eq!(recv_n(&mut server.accept().await.stream, 5).await, b"hello");
+    assert_eq!(server.event().await, "failed deadline");
+    match soon(silent.closed()).await {
+        quinn::ConnectionError::ApplicationClosed(c) => assert_eq!(c.error_code, 1u32.into()),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn quic_asks_for_proof_of_address_under_pressure() {
+    // Two half-said TLS handshakes hold two places, of three and of two.
+    for places in [3, 2] {
+        let handshakes = Handshakes::new(places);
+        let busy = Server::with(Kind::Tls, |_, limits| {
+            limits.handshakes = handshakes.clone();
+        });
+        let mut stuck = Vec::new();
+        for _ in 0..2 {
+            let mut client = busy.tcp().await;
+            client.write_all(b"\x16\x03\x01").await.expect("written");
+            stuck.push(client);
+        }
+        while handshakes.running() < 2 {
+            tokio::task::yield_now().await;
+        }
+        let mut server = Server::with(Kind::Quic, |_, limits| {
+            limits.handshakes = handshakes.clone();
+        });
+        let endpoint = server.quic_endpoint(&["mqtt"]);
+        let connecting = endpoint.connect(server.addr, LOCAL).expect("starts");
+        let connected = soon(connecting).await;
+        assert_eq!(server.event().await, "retry");
+        if places == 3 {
+            connected.expect("proved and served");
+        } else {
+            connected.expect_err("proved, but no place");
+            assert_eq!(server.event().await, "refused handshakes_max");
+        }
+    }
+}
