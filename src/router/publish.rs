@@ -23,6 +23,7 @@ impl Router {
         else {
             return;
         };
+
         let link = &self.lanes[self.publish_link(session)];
         let away = !link.up.load(Ordering::Acquire);
         let mut lanes = link.lanes.lock();

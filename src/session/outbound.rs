@@ -130,6 +130,8 @@ pub struct Outbound {
     window_used: u16,
     /// Entries before this index need no second sending on this connection.
     resend_at: usize,
+    /// PUBRELs are to be sent again on this connection.
+    releases_due: bool,
     /// What was let go; the caller takes it and counts it.
     pub shed: Shed,
 }
@@ -184,7 +186,7 @@ impl Outbound {
             if qos == QoS::AtMostOnce {
                 // QoS 0 passes a queue that waits for the window only, but not its own kind.
                 if room && self.queued_qos0 == 0 && self.resend_at >= self.inflight.len() {
-                    return match self.write(connection, now, message, qos, retain, ids, 0, false) {
+                    return match write_to(connection, now, message, qos, retain, ids, 0, false) {
                         true => Delivered::Written(qos),
                         false => Delivered::Dropped(DropReason::TooLarge),
                     };
@@ -195,7 +197,7 @@ impl Outbound {
                 && self.window_open(connection, limits)
             {
                 let packet_id = self.next_packet_id();
-                if !self.write(connection, now, message, qos, retain, ids, packet_id, false) {
+                if !write_to(connection, now, message, qos, retain, ids, packet_id, false) {
                     return Delivered::Dropped(DropReason::TooLarge);
                 }
                 self.last_packet_id = packet_id;
@@ -327,22 +329,13 @@ impl Outbound {
     }
 
     fn resend(&mut self, connection: &mut Connection, limits: &SessionLimits, now: u64) {
+        if std::mem::take(&mut self.releases_due) {
+            self.release_again(connection);
+        }
         while self.resend_at < self.inflight.len() && connection.has_room(limits) {
             let window_open = self.window_used < connection.receive_maximum;
             let entry = &mut self.inflight[self.resend_at];
             match entry.state {
-                State::ReleaseAgain => {
-                    encode_ack(
-                        connection.version,
-                        AckKind::Pubrel,
-                        entry.packet_id,
-                        ReasonCode::SUCCESS,
-                        None,
-                        connection.control(),
-                    );
-                    entry.state = State::Released;
-                    self.window_used += 1;
-                }
                 State::Resend => {
                     if !window_open {
                         return;
@@ -377,6 +370,24 @@ impl Outbound {
             self.resend_at += 1;
         }
         self.trim();
+    }
+
+    /// PUBRELs do not wait for the window [MQTT-3.3.4-10], nor behind a PUBLISH that does.
+    fn release_again(&mut self, connection: &mut Connection) {
+        for entry in &mut self.inflight {
+            if entry.state == State::ReleaseAgain {
+                encode_ack(
+                    connection.version,
+                    AckKind::Pubrel,
+                    entry.packet_id,
+                    ReasonCode::SUCCESS,
+                    None,
+                    connection.control(),
+                );
+                entry.state = State::Released;
+                self.window_used += 1;
+            }
+        }
     }
 
     /// The client's PUBACK, or a PUBREC of 0x80 and above [MQTT-4.4.0-2]. False: unknown identifier.
@@ -420,11 +431,6 @@ impl Outbound {
         self.complete(packet_id, |s| {
             matches!(s, State::Released | State::ReleaseAgain)
         })
-    }
-
-    /// Whether `packet_id` is a QoS 1 (not QoS 2) delivery that waits for its acknowledgement.
-    pub fn qos_of(&self, packet_id: u16) -> Option<QoS> {
-        self.find(packet_id).map(|i| self.inflight[i].qos)
     }
 
     fn complete(&mut self, packet_id: u16, expected: impl Fn(State) -> bool) -> bool {
@@ -481,6 +487,7 @@ impl Outbound {
                 State::Released => State::ReleaseAgain,
                 other => other,
             };
+            self.releases_due |= entry.state == State::ReleaseAgain;
         }
         if !limits.queue_qos0 && self.queued_qos0 > 0 {
             self.shed.qos0 += self.queued_qos0;
@@ -560,20 +567,6 @@ impl Outbound {
             id => id,
         }
     }
-
-    fn write(
-        &mut self,
-        connection: &mut Connection,
-        now: u64,
-        message: &Message,
-        qos: QoS,
-        retain: bool,
-        ids: &[u32],
-        packet_id: u16,
-        dup: bool,
-    ) -> bool {
-        write_to(connection, now, message, qos, retain, ids, packet_id, dup)
-    }
 }
 
 /// Encodes one PUBLISH; false if it is larger than the client takes [MQTT-3.1.2-24].
@@ -602,15 +595,15 @@ fn write_to(
         subscription_ids: ids,
         user_property: None,
     };
-    // An alias definition costs three bytes more than the plain form: judged on the larger.
-    if delivery.size(message) + 3 > connection.maximum_packet_size {
-        let fits = delivery.size(message) <= connection.maximum_packet_size;
-        if fits {
-            delivery.encode(message, connection.control());
-        }
-        return fits;
+    if delivery.size(message) > connection.maximum_packet_size {
+        return false;
     }
-    delivery.alias = connection.alias_for(message.topic());
+    // With its definition the packet is larger, by more than the property where a length grows.
+    delivery.alias = Alias::Define(1);
+    delivery.alias = match delivery.size(message) > connection.maximum_packet_size {
+        true => Alias::None,
+        false => connection.alias_for(message.topic()),
+    };
     delivery.encode(message, connection.control());
     true
 }

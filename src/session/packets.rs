@@ -17,7 +17,8 @@ use super::{
 
 impl Session {
     /// Takes one packet that arrived on `lane` (0: the control stream). What it asks of the router
-    /// is appended to `effects`, in order.
+    /// is appended to `effects`, in order. Subscriptions are the router's to add: before the next
+    /// packet is judged, an [`Effect::Subscribe`] is to be carried out.
     ///
     /// # Errors
     /// [`Close`]: the connection must end; `effects` so far stand.
@@ -484,7 +485,9 @@ pub fn senior<'s>(
         if s.identifier != 0 && !identifiers.contains(&s.identifier) {
             identifiers.push(s.identifier);
         }
-        if s.active && best.is_none_or(|b| s.options.qos > b.options.qos) {
+        // What the core has not granted yet counts only among its like.
+        let rank = |s: &Subscription| (s.active, s.options.qos);
+        if best.is_none_or(|b| rank(s) > rank(b)) {
             best = Some(s);
         }
     }

@@ -1,0 +1,303 @@
+//! The model core: it holds filters, takes publishes in its window, and sends each matching
+//! message down the data link, in one of the ways that real brokers do.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use tidegate::mqtt::{Message, MessageSpec, QoS, ReasonCode};
+use tidegate::router::lanes::Outgoing;
+use tidegate::router::{Answered, Arrived, Router};
+
+use crate::rng::Rng;
+
+/// How the core shows overlapping filters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copies {
+    /// One copy for each filter, with its identifier.
+    PerFilter,
+    /// One copy with all identifiers, at the highest QoS.
+    One,
+    /// No identifiers; the filters do not overlap.
+    Unnamed,
+}
+
+/// What comes down the data link, in order.
+pub enum Item {
+    Suback(u32, ReasonCode),
+    Unsuback(u32),
+    /// Copies of one message.
+    Copies(Vec<Copy>),
+}
+
+/// One copy, with the filters that it names or is for.
+pub struct Copy {
+    pub filters: Vec<(u32, String)>,
+    pub topic: String,
+    pub payload: Vec<u8>,
+    pub qos: QoS,
+    pub retain: bool,
+    pub expires_at: u64,
+    pub tag: u64,
+}
+
+enum Request {
+    Subscribe(u32, String, QoS),
+    Unsubscribe(u32, String),
+}
+
+pub struct Core {
+    pub copies: Copies,
+    /// The largest QoS that it grants.
+    pub grants: QoS,
+    pub away: bool,
+    pub held: BTreeMap<String, (u32, QoS)>,
+    /// Refuses these.
+    pub refuses: &'static str,
+    requests: VecDeque<(u64, Request)>,
+    publishes: VecDeque<(u64, Outgoing)>,
+    window: usize,
+    answers: VecDeque<(u64, Answered)>,
+    down: VecDeque<(u64, Item)>,
+    last_at: [u64; 3],
+    /// Publishes seen, in order, for the oracle.
+    pub forwarded: Vec<(Outgoing, bool)>,
+    /// SUBSCRIBEs that were needless.
+    pub faults: Vec<String>,
+    pub retained: BTreeMap<String, (Vec<u8>, QoS)>,
+}
+
+impl Core {
+    pub fn new(copies: Copies, grants: QoS, window: usize) -> Self {
+        Self {
+            copies,
+            grants,
+            away: false,
+            held: BTreeMap::new(),
+            refuses: "no/#",
+            requests: VecDeque::new(),
+            publishes: VecDeque::new(),
+            window,
+            answers: VecDeque::new(),
+            down: VecDeque::new(),
+            last_at: [0; 3],
+            forwarded: Vec::new(),
+            faults: Vec::new(),
+            retained: BTreeMap::new(),
+        }
+    }
+
+    pub fn idle(&self) -> bool {
+        self.requests.is_empty()
+            && self.publishes.is_empty()
+            && self.answers.is_empty()
+            && self.down.is_empty()
+    }
+
+    /// Takes what the router has for it, and works.
+    pub fn step(&mut self, router: &Router, rng: &mut Rng, now: u64) {
+        if self.away {
+            return;
+        }
+        for w in router.next_subscribes(0, 8) {
+            let at = self.at(0, rng, now);
+            self.requests
+                .push_back((at, Request::Subscribe(w.number, w.name.to_string(), w.qos)));
+        }
+        for (number, name) in router.next_unsubscribes(0, 8) {
+            let at = self.at(0, rng, now);
+            self.requests
+                .push_back((at, Request::Unsubscribe(number, name.to_string())));
+        }
+        while self.publishes.len() < self.window {
+            let Some(outgoing) = router.lanes(0, |lanes| lanes.pop()) else {
+                break;
+            };
+            let at = self.at(1, rng, now);
+            self.publishes.push_back((at, outgoing));
+        }
+        while self.requests.front().is_some_and(|(at, _)| *at <= now) {
+            if let Some((_, request)) = self.requests.pop_front() {
+                self.request(request, rng, now);
+            }
+        }
+        while self.publishes.front().is_some_and(|(at, _)| *at <= now) {
+            if let Some((_, outgoing)) = self.publishes.pop_front() {
+                self.publish(outgoing, rng, now);
+            }
+        }
+        let mut due = Vec::new();
+        while self.answers.front().is_some_and(|(at, _)| *at <= now) {
+            due.extend(self.answers.pop_front().map(|(_, a)| a));
+        }
+        router.answered(&due, now);
+    }
+
+    /// The next item of the data link that is due.
+    pub fn next_item(&mut self, now: u64) -> Option<Item> {
+        if self.away || self.down.front().is_none_or(|(at, _)| *at > now) {
+            return None;
+        }
+        self.down.pop_front().map(|(_, item)| item)
+    }
+
+    /// A message of one of its other clients, or of ours.
+    pub fn route(&mut self, message: &Copy, rng: &mut Rng, now: u64) {
+        if message.retain {
+            if message.payload.is_empty() {
+                self.retained.remove(&message.topic);
+            } else {
+                let value = (message.payload.clone(), message.qos);
+                self.retained.insert(message.topic.clone(), value);
+            }
+        }
+        let matching: Vec<(u32, String, QoS)> = self
+            .held
+            .iter()
+            .filter(|(filter, _)| matching(filter, &message.topic))
+            .map(|(filter, (number, qos))| (*number, filter.clone(), *qos))
+            .collect();
+        if matching.is_empty() {
+            return;
+        }
+        let copy = |filters: Vec<(u32, String)>, qos: QoS| Copy {
+            filters,
+            topic: message.topic.clone(),
+            payload: message.payload.clone(),
+            qos: qos.min(message.qos),
+            retain: message.retain,
+            expires_at: message.expires_at,
+            tag: message.tag,
+        };
+        let copies = match self.copies {
+            Copies::One => {
+                let qos = matching
+                    .iter()
+                    .map(|(_, _, q)| *q)
+                    .max()
+                    .unwrap_or_default();
+                let filters = matching.into_iter().map(|(n, f, _)| (n, f)).collect();
+                vec![copy(filters, qos)]
+            }
+            _ => matching
+                .into_iter()
+                .map(|(n, f, q)| copy(vec![(n, f)], q))
+                .collect(),
+        };
+        let at = self.at(2, rng, now);
+        self.down.push_back((at, Item::Copies(copies)));
+    }
+
+    fn request(&mut self, request: Request, rng: &mut Rng, now: u64) {
+        let item = match request {
+            Request::Subscribe(number, name, _) if matching_filter(self.refuses, &name) => {
+                Item::Suback(number, ReasonCode::NOT_AUTHORIZED)
+            }
+            Request::Subscribe(number, name, qos) => {
+                let granted = qos.min(self.grants);
+                if let Some((_, held)) = self.held.get(&name)
+                    && *held >= granted
+                {
+                    let fault =
+                        format!("{name} is subscribed at {granted:?}, and held at {held:?}");
+                    self.faults.push(fault);
+                }
+                self.held.insert(name, (number, granted));
+                Item::Suback(number, ReasonCode(granted as u8))
+            }
+            Request::Unsubscribe(number, name) => {
+                self.held.remove(&name);
+                Item::Unsuback(number)
+            }
+        };
+        let at = self.at(2, rng, now);
+        self.down.push_back((at, item));
+    }
+
+    fn publish(&mut self, outgoing: Outgoing, rng: &mut Rng, now: u64) {
+        let m = &outgoing.message;
+        let refused = m.topic().starts_with("refused/");
+        if !refused {
+            let message = Copy {
+                filters: Vec::new(),
+                topic: m.topic().to_owned(),
+                payload: m.payload().to_vec(),
+                qos: m.qos(),
+                retain: m.retain(),
+                expires_at: m.expires_at(),
+                tag: outgoing.tag,
+            };
+            self.route(&message, rng, now);
+        }
+        if let Some(token) = outgoing.token {
+            let reason = match refused {
+                true => ReasonCode::NOT_AUTHORIZED,
+                false => ReasonCode::SUCCESS,
+            };
+            let at = self.at(1, rng, now);
+            self.answers.push_back((
+                at,
+                Answered {
+                    session: outgoing.session,
+                    token,
+                    reason,
+                    since: outgoing.since,
+                },
+            ));
+        }
+        self.forwarded.push((outgoing, refused));
+    }
+
+    /// A time after `now`, and not before what went before it on the same way.
+    fn at(&mut self, way: usize, rng: &mut Rng, now: u64) -> u64 {
+        let delay = match rng.below(10) {
+            0..4 => 0,
+            4..9 => rng.below(40),
+            _ => rng.below(1500),
+        };
+        self.last_at[way] = self.last_at[way].max(now + delay);
+        self.last_at[way]
+    }
+}
+
+/// What the router is told of one copy.
+pub fn arrived(copy: &Copy, copies: Copies, router: &Router) -> Arrived {
+    Arrived {
+        message: Message::new(&MessageSpec {
+            topic: &copy.topic,
+            properties: Default::default(),
+            payload: &copy.payload,
+            qos: copy.qos,
+            retain: copy.retain,
+            expires_at: copy.expires_at,
+            strip_key: None,
+            account: Some(router.queue_account().clone()),
+        }),
+        filters: match copies {
+            Copies::Unnamed => Default::default(),
+            _ => copy.filters.iter().map(|(n, _)| *n).collect(),
+        },
+        link: 0,
+        tag: copy.tag,
+    }
+}
+
+/// Whether a filter matches a topic (§4.7), written apart from the program's own.
+pub fn matching(filter: &str, topic: &str) -> bool {
+    if topic.starts_with('$') && (filter.starts_with('+') || filter.starts_with('#')) {
+        return false;
+    }
+    matching_filter(filter, topic)
+}
+
+fn matching_filter(filter: &str, topic: &str) -> bool {
+    let topic: Vec<&str> = topic.split('/').collect();
+    let mut at = 0;
+    for level in filter.split('/') {
+        match level {
+            "#" => return true,
+            "+" if at < topic.len() => at += 1,
+            name if topic.get(at) == Some(&name) => at += 1,
+            _ => return false,
+        }
+    }
+    at == topic.len()
+}

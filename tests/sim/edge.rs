@@ -1,0 +1,375 @@
+//! The server's end of one connection: what the connection task does, without sockets.
+
+use std::sync::Arc;
+use std::task::Waker;
+
+use tidegate::mqtt::{
+    Connack, Decoder, Message, MessageSpec, Packet, QoS, ReasonCode, Receiver, Version,
+    decode_connect, encode_disconnect,
+};
+use tidegate::router::wake::Wake;
+use tidegate::router::{Connect, Place, Router, SessionRef};
+use tidegate::session::{Close, ConnectionSpec, Effect, Policy, Will};
+
+use crate::oracle::{Oracle, key};
+
+/// Everything is allowed, but for publishes below `deny/`.
+struct Allowed;
+
+impl Policy for Allowed {
+    fn may_publish(&self, topic: &str) -> bool {
+        !topic.starts_with("deny/")
+    }
+
+    fn may_subscribe(&self, _filter: &str) -> bool {
+        true
+    }
+}
+
+struct Open {
+    session: SessionRef,
+    generation: u64,
+    version: Version,
+}
+
+pub struct Edge {
+    pub device: usize,
+    pub link: u64,
+    open: Option<Open>,
+    wake: Arc<Wake>,
+    input: Vec<u8>,
+    /// Taken from the session, on its way to the socket.
+    pub output: Vec<u8>,
+    pub ended: Option<ReasonCode>,
+    /// A 3.x client with too much under way: not read from.
+    pub held: bool,
+}
+
+impl Edge {
+    pub fn new(device: usize, link: u64) -> Self {
+        Self {
+            device,
+            link,
+            open: None,
+            wake: Arc::default(),
+            input: Vec::new(),
+            output: Vec::new(),
+            ended: None,
+            held: false,
+        }
+    }
+
+    /// Whether these bytes make its CONNECT whole.
+    pub fn completes(&self, bytes: &[u8]) -> bool {
+        let all = [&self.input, bytes].concat();
+        self.open.is_none() && matches!(decode_connect(&all, 16 * 1024), Ok(Some(_)))
+    }
+
+    /// Bytes came.
+    pub fn receive(
+        &mut self,
+        bytes: &[u8],
+        router: &Router,
+        oracle: &mut Oracle,
+        now: u64,
+    ) -> Result<(), String> {
+        self.input.extend_from_slice(bytes);
+        let input = std::mem::take(&mut self.input);
+        let mut used = 0;
+        if self.open.is_none() {
+            let decoded = decode_connect(&input, 16 * 1024).map_err(|e| e.to_string())?;
+            let Some((connect, size)) = decoded else {
+                self.input = input;
+                return Ok(());
+            };
+            used = size;
+            self.connect(&connect, router, oracle, now)?;
+        }
+        used += self.packets(&input[used..], router, oracle, now)?;
+        self.input = input[used..].to_vec();
+        Ok(())
+    }
+
+    fn connect(
+        &mut self,
+        c: &tidegate::mqtt::Connect<'_>,
+        router: &Router,
+        oracle: &mut Oracle,
+        now: u64,
+    ) -> Result<(), String> {
+        let version = c.version;
+        let asked = match version {
+            Version::V5 => c.session_expiry.unwrap_or(0),
+            _ if c.clean_start => 0,
+            _ => oracle.rules.expiry_v3,
+        };
+        let will = c.will.map(|w| {
+            let message = Message::new(&MessageSpec {
+                topic: w.topic,
+                properties: w.properties,
+                payload: w.payload,
+                qos: w.qos,
+                retain: w.retain,
+                expires_at: u64::MAX,
+                strip_key: None,
+                account: None,
+            });
+            Will::new(message, w.delay, w.message_expiry)
+        });
+        let will_seen = c.will.map(|w| (key(w.payload), w.delay, w.qos));
+        oracle.connecting(
+            self.device,
+            self.link,
+            c.clean_start,
+            c.session_expiry,
+            will_seen,
+            now,
+        );
+        let limits = &router.limits;
+        let (receive_max, aliases) = (limits.receive_max, limits.topic_alias_max);
+        let mut told = false;
+        let connected = router
+            .connect(
+                Connect {
+                    client_id: c.client_id.into(),
+                    principal: "someone".into(),
+                    clean_start: c.clean_start,
+                    expiry: asked.min(limits.expiry_max),
+                    spec: ConnectionSpec {
+                        version,
+                        receive_maximum: c.receive_maximum.unwrap_or(u16::MAX),
+                        maximum_packet_size: c.maximum_packet_size.unwrap_or(u32::MAX),
+                        topic_alias_maximum: c.topic_alias_maximum,
+                        problem_information: c.request_problem_information,
+                        keep_alive: c.keep_alive,
+                    },
+                    will,
+                    wake: self.wake.clone(),
+                    origin: Arc::new(Place {
+                        listener: "sim".into(),
+                        transport: "sim",
+                        websocket: false,
+                        peer: ([127, 0, 0, 1], 1).into(),
+                    }),
+                },
+                now,
+                |present, out| {
+                    told = present;
+                    Connack {
+                        session_present: present,
+                        receive_maximum: Some(receive_max),
+                        topic_alias_maximum: Some(aliases),
+                        ..Connack::default()
+                    }
+                    .encode(version, out);
+                },
+            )
+            .map_err(|e| format!("{e:?}"))?;
+        if told != connected.present {
+            return Err("CONNACK says another Session Present than the router".into());
+        }
+        oracle.connected(self.device, connected.present)?;
+        self.open = Some(Open {
+            session: connected.session,
+            generation: connected.generation,
+            version,
+        });
+        Ok(())
+    }
+
+    fn packets(
+        &mut self,
+        bytes: &[u8],
+        router: &Router,
+        oracle: &mut Oracle,
+        now: u64,
+    ) -> Result<usize, String> {
+        let mut used = 0;
+        while let Some((size, more)) = self.batch(&bytes[used..], router, oracle, now)? {
+            used += size;
+            if !more {
+                return Ok(used);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    /// Works off packets up to a SUBSCRIBE. Returns the bytes used, and whether there is more;
+    /// `None`: the connection is over.
+    fn batch(
+        &mut self,
+        bytes: &[u8],
+        router: &Router,
+        oracle: &mut Oracle,
+        now: u64,
+    ) -> Result<Option<(usize, bool)>, String> {
+        let Some(open) = &self.open else {
+            return Ok(None);
+        };
+        let decoder = Decoder {
+            version: open.version,
+            receiver: Receiver::Server,
+            max: router.limits.packet_max,
+        };
+        let (device, mut used) = (self.device, 0);
+        let mut effects = Vec::new();
+        let outcome = router.feed(
+            open.session,
+            open.generation,
+            &mut effects,
+            |session, limits, effects| {
+                let mut close: Option<Close> = None;
+                let mut more = false;
+                while let Ok(Some((packet, size))) = decoder.next(&bytes[used..]) {
+                    used += size;
+                    oracle.took(device, &packet, now);
+                    if let Err(end) = session.packet(0, &packet, limits, &Allowed, now, effects) {
+                        if !matches!(packet, Packet::Disconnect(_)) {
+                            let what = crate::oracle::short(&packet);
+                            return Err(format!("{what} ends the connection: {end:?}"));
+                        }
+                        close = Some(end);
+                        break;
+                    }
+                    if matches!(packet, Packet::Subscribe(_)) {
+                        more = true;
+                        break;
+                    }
+                }
+                session.pump(limits, now);
+                Ok((close, session.stop_reading(limits), more))
+            },
+        );
+        for effect in effects {
+            match effect {
+                Effect::Publish { .. } => router.publish(open.session, effect, now),
+                Effect::Subscribe {
+                    packet_id,
+                    identifier,
+                    wanted,
+                } => router.subscribe(
+                    open.session,
+                    open.generation,
+                    packet_id,
+                    identifier,
+                    &wanted,
+                    now,
+                ),
+                Effect::Unsubscribe { filters } => router.unsubscribe(open.session, &filters, now),
+            }
+        }
+        let Some(outcome) = outcome else {
+            // Taken over; the wake tells.
+            return Ok(None);
+        };
+        let (close, stop, more) = outcome?;
+        self.held = open.version < Version::V5 && (stop || router.hold_reading(open.session));
+        if let Some(close) = close {
+            self.end(close, router, oracle, now)?;
+            return Ok(None);
+        }
+        Ok(Some((used, more)))
+    }
+
+    /// What the task does when it is woken, or its socket takes more.
+    pub fn poll(&mut self, router: &Router, oracle: &mut Oracle, now: u64) -> Result<(), String> {
+        if self.ended.is_some() {
+            return Ok(());
+        }
+        let Some(open) = &self.open else {
+            return Ok(());
+        };
+        self.wake.take(Waker::noop());
+        if let Some(close) = self.wake.closing() {
+            return self.end(close, router, oracle, now);
+        }
+        if self.held {
+            let stop = router.with(open.session, open.generation, |s, l| {
+                let stop = s.stop_reading(l);
+                if let Some(connection) = s.connection() {
+                    connection.unread = stop;
+                }
+                stop
+            });
+            self.held = stop == Some(true) || router.hold_reading(open.session);
+        }
+        loop {
+            let mut taken = Vec::new();
+            let side = router.take_output(open.session, open.generation, &mut taken, now);
+            match side {
+                None => {
+                    return Err("the session has no connection, and its wake says nothing".into());
+                }
+                Some(side) if !side.is_empty() => return Err("output on another lane".into()),
+                Some(_) => {}
+            }
+            oracle.wrote(self.device, self.link, &taken, now)?;
+            if taken.is_empty() {
+                return Ok(());
+            }
+            self.output.append(&mut taken);
+            if self.output.len() > 4096 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// What the session wrote and nobody took yet; before it is thrown away.
+    pub fn peek(&mut self, router: &Router, oracle: &mut Oracle, now: u64) -> Result<(), String> {
+        let Some(open) = &self.open else {
+            return Ok(());
+        };
+        let left = router.with(open.session, open.generation, |s, _| {
+            s.connection().map(|c| c.control().clone())
+        });
+        match left.flatten() {
+            Some(bytes) => oracle.wrote(self.device, self.link, &bytes, now),
+            None => Ok(()),
+        }
+    }
+
+    /// The socket is gone.
+    pub fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: u64) -> Result<(), String> {
+        self.end(
+            Close {
+                reason: ReasonCode::DISCONNECT_WITH_WILL_MESSAGE,
+                why: "eof",
+            },
+            router,
+            oracle,
+            now,
+        )
+    }
+
+    fn end(
+        &mut self,
+        close: Close,
+        router: &Router,
+        oracle: &mut Oracle,
+        now: u64,
+    ) -> Result<(), String> {
+        if self.ended.is_some() {
+            return Ok(());
+        }
+        self.peek(router, oracle, now)?;
+        self.ended = Some(close.reason);
+        let Some(open) = &self.open else {
+            return Ok(());
+        };
+        let normal = close.reason == ReasonCode::SUCCESS;
+        router.disconnected(open.session, open.generation, normal, now);
+        oracle.closed(self.device, self.link, normal, now);
+        let polite = matches!(
+            close.reason,
+            ReasonCode::SUCCESS | ReasonCode::DISCONNECT_WITH_WILL_MESSAGE
+        );
+        if open.version == Version::V5 && !polite {
+            encode_disconnect(open.version, close.reason, None, None, &mut self.output);
+        }
+        self.input.clear();
+        Ok(())
+    }
+}
+
+/// The QoS that a device's will or publish may have.
+pub const QOS: [QoS; 3] = [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce];

@@ -1,0 +1,295 @@
+//! The oracle's half for what clients publish: forwarded once, in order, never swallowed; wills
+//! once or not at all.
+
+use std::collections::HashMap;
+
+use tidegate::mqtt::{Publish, QoS, ReasonCode};
+
+use crate::oracle::{Checked, key};
+
+/// How long an ended session's publishes are recognised, milliseconds; a little less.
+const REMEMBERED: u64 = 115_000;
+
+struct Logical {
+    key: String,
+    qos: QoS,
+    acknowledged: bool,
+    refused: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Track {
+    logical: usize,
+    answered: bool,
+    session: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum WillState {
+    /// Its client is connected.
+    Armed,
+    Due(u64),
+    Cancelled,
+    Fired,
+}
+
+struct Will {
+    key: String,
+    delay: u32,
+    qos: QoS,
+    state: WillState,
+}
+
+#[derive(Default)]
+struct Publisher {
+    published: Vec<Logical>,
+    track: HashMap<u16, Track>,
+    session: u64,
+    /// When the last session ended.
+    ended_at: u64,
+    will: Option<usize>,
+    /// The latest of its unique messages that went to the core.
+    last: u64,
+}
+
+#[derive(Default)]
+struct Count {
+    forwarded: usize,
+    allowed: usize,
+}
+
+pub struct Inbound {
+    publishers: Vec<Publisher>,
+    counts: HashMap<String, Count>,
+    by_key: HashMap<String, (usize, u64)>,
+    wills: Vec<Will>,
+    pub core_was_away: bool,
+}
+
+impl Inbound {
+    pub fn new(devices: usize) -> Self {
+        Self {
+            publishers: (0..devices).map(|_| Publisher::default()).collect(),
+            counts: HashMap::new(),
+            by_key: HashMap::new(),
+            wills: Vec::new(),
+            core_was_away: false,
+        }
+    }
+
+    /// Who published a message, and when the router took it.
+    pub fn publisher(&self, key: &str) -> Option<(usize, u64)> {
+        self.by_key.get(key).copied()
+    }
+
+    /// How often the core got a message; those of others once.
+    pub fn forwards(&self, key: &str) -> usize {
+        self.counts.get(key).map_or(1, |c| c.forwarded)
+    }
+
+    pub fn connected(&mut self, device: usize, will: Option<(String, u32, QoS)>) {
+        let p = &mut self.publishers[device];
+        p.will = None;
+        if let Some((key, delay, qos)) = will {
+            p.will = Some(self.wills.len());
+            self.wills.push(Will {
+                key,
+                delay,
+                qos,
+                state: WillState::Armed,
+            });
+        }
+    }
+
+    /// The session goes on with a new connection: its will is cancelled [MQTT-3.1.3-9].
+    pub fn resumed(&mut self, device: usize, now: u64) {
+        let Some(at) = self.publishers[device].will else {
+            return;
+        };
+        let will = &mut self.wills[at];
+        will.state = match will.state {
+            WillState::Armed => WillState::Cancelled,
+            WillState::Due(due) if due > now => WillState::Cancelled,
+            ref other => other.clone(),
+        };
+    }
+
+    /// The connection ended; the session ends `expiry` seconds later.
+    pub fn closed(&mut self, device: usize, normal: bool, expiry: u32, now: u64) {
+        if let Some(at) = self.publishers[device].will {
+            let will = &mut self.wills[at];
+            if will.state == WillState::Armed {
+                will.state = match normal {
+                    true => WillState::Cancelled,
+                    false => WillState::Due(now + u64::from(will.delay.min(expiry)) * 1000),
+                };
+            }
+        }
+    }
+
+    /// The session is over: its will is due now at the latest.
+    pub fn ended(&mut self, device: usize, now: u64) {
+        let p = &mut self.publishers[device];
+        p.session += 1;
+        p.ended_at = now;
+        if let Some(at) = p.will.take() {
+            let will = &mut self.wills[at];
+            will.state = match will.state {
+                WillState::Armed => WillState::Due(now),
+                WillState::Due(due) => WillState::Due(due.min(now)),
+                ref other => other.clone(),
+            };
+        }
+    }
+
+    /// Answers may have been written that nobody saw.
+    pub fn answers_lost(&mut self, device: usize) {
+        for track in self.publishers[device].track.values_mut() {
+            track.answered = true;
+        }
+    }
+
+    /// The session takes a PUBLISH.
+    pub fn publish(&mut self, device: usize, topic: &str, publish: &Publish<'_>, now: u64) {
+        let key = key(publish.payload);
+        let p = &mut self.publishers[device];
+        let id = publish.packet_id;
+        if publish.qos > QoS::AtMostOnce
+            && publish.dup
+            && let Some(track) = p.track.get_mut(&id)
+            && p.published[track.logical].key == key
+        {
+            // A copy of one that was seen. It may be forwarded again only where the protocol
+            // makes it a new one [MQTT-4.3.2-5], or where nobody remembers the first.
+            let other_session = track.session != p.session;
+            let forgotten = other_session && now > p.ended_at + REMEMBERED;
+            let refused = p.published[track.logical].refused;
+            let free = publish.qos == QoS::AtLeastOnce || other_session || refused;
+            let new = track.answered && free;
+            track.session = p.session;
+            if forgotten || new {
+                track.answered = false;
+                self.counts.entry(key).or_default().allowed += 1;
+            }
+            return;
+        }
+        let count = self.counts.entry(key.clone()).or_default();
+        count.allowed += 1;
+        let refused = topic.starts_with("deny/");
+        if refused {
+            count.allowed = 0;
+        }
+        self.by_key.insert(key.clone(), (device, now));
+        p.published.push(Logical {
+            key,
+            qos: publish.qos,
+            acknowledged: false,
+            refused,
+        });
+        if publish.qos > QoS::AtMostOnce {
+            let track = Track {
+                logical: p.published.len() - 1,
+                answered: false,
+                session: p.session,
+            };
+            p.track.insert(id, track);
+        }
+    }
+
+    /// PUBACK or PUBREC was written.
+    pub fn answered(&mut self, device: usize, id: u16, qos: QoS, reason: ReasonCode) -> Checked {
+        let p = &mut self.publishers[device];
+        let Some(track) = p.track.get_mut(&id) else {
+            return Err("it answers nothing [MQTT-2.2.1-5]".into());
+        };
+        track.answered = true;
+        let logical = &mut p.published[track.logical];
+        if logical.qos != qos {
+            return Err(format!(
+                "it answers a publish of {:?} [MQTT-3.3.4-1]",
+                logical.qos
+            ));
+        }
+        if reason.is_error() {
+            logical.refused = true;
+        } else {
+            logical.acknowledged = true;
+        }
+        Ok(())
+    }
+
+    /// The core got a publish. `refused`: it will not route it.
+    pub fn forwarded(&mut self, payload: &[u8], qos: QoS, now: u64) -> Checked {
+        let key = key(payload);
+        if let Some(will) = self.wills.iter_mut().find(|w| w.key == key) {
+            let before = std::mem::replace(&mut will.state, WillState::Fired);
+            return match before {
+                WillState::Due(at) if at <= now => Ok(()),
+                other => Err(format!(
+                    "will {key} is published, but it is {other:?} (I16)"
+                )),
+            };
+        }
+        let count = self.counts.entry(key.clone()).or_default();
+        count.forwarded += 1;
+        if count.forwarded > count.allowed {
+            return Err(format!(
+                "{key} went to the core {} times, {} are right [MQTT-4.3.3-10]",
+                count.forwarded, count.allowed
+            ));
+        }
+        // d<device>.<number>
+        let Some((device, number)) = key.strip_prefix('d').and_then(|k| k.split_once('.')) else {
+            return Ok(());
+        };
+        let device: usize = device.parse().map_err(|_| "a foreign payload")?;
+        let number: u64 = number.parse().map_err(|_| "a foreign payload")?;
+        let p = &mut self.publishers[device];
+        if count.forwarded == 1 {
+            if number <= p.last {
+                return Err(format!("{key} after {}: out of order (I19)", p.last));
+            }
+            p.last = number;
+        }
+        let sent = p.published.iter().find(|l| l.key == key);
+        if sent.is_none_or(|l| l.qos != qos) {
+            return Err(format!("{key} has {qos:?} at the core"));
+        }
+        Ok(())
+    }
+
+    /// At rest: what was acknowledged is at the core.
+    pub fn settled(&self) -> Checked {
+        let mut acknowledged: HashMap<&str, usize> = HashMap::new();
+        for l in self.publishers.iter().flat_map(|p| &p.published) {
+            if l.acknowledged && !l.refused {
+                *acknowledged.entry(&l.key).or_default() += 1;
+            }
+        }
+        for (key, acknowledged) in acknowledged {
+            let forwarded = self.counts.get(key).map_or(0, |c| c.forwarded);
+            if forwarded < acknowledged {
+                return Err(format!(
+                    "{acknowledged} of {key} were acknowledged, the core has {forwarded} (I7)"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// At the very end: no will is left.
+    pub fn wills_settled(&self, now: u64) -> Checked {
+        for will in &self.wills {
+            if let WillState::Due(at) = will.state
+                && at <= now
+                && !(will.qos == QoS::AtMostOnce && self.core_was_away)
+            {
+                return Err(format!(
+                    "will {} was due at {at} and never published (I16)",
+                    will.key
+                ));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,287 @@
+//! What one session is owed, and what was written for it.
+
+use std::collections::{HashMap, HashSet};
+
+use tidegate::mqtt::{Publish, QoS, SubscribeOptions, Version};
+
+/// One message that a session is to get, or may get.
+#[derive(Clone, Debug)]
+pub struct Owed {
+    pub key: String,
+    pub topic: String,
+    /// Order in which the core took the messages.
+    pub event: u64,
+    /// A granted subscription matches; else only one that is not answered yet.
+    pub must: bool,
+    /// The QoS that the delivery may have.
+    pub qos: Vec<QoS>,
+    pub ids_needed: Vec<u32>,
+    pub ids_allowed: Vec<u32>,
+    /// RETAIN as published, and who wants to see it.
+    pub retain_must: bool,
+    pub retain_may: bool,
+    pub retained: bool,
+    pub expires_at: u64,
+    pub written: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Flight {
+    packet_id: u16,
+    key: String,
+    qos: QoS,
+    released: bool,
+}
+
+/// A wish for the retained messages of a filter.
+#[derive(Clone, Debug)]
+pub struct Want {
+    pub filter: String,
+    pub got: HashSet<String>,
+}
+
+/// What a connection may be sent.
+#[derive(Clone, Debug, Default)]
+pub struct Window {
+    pub receive_max: usize,
+    pub open: HashSet<u16>,
+    /// How many of those in flight at the start of the connection were sent again.
+    resent: usize,
+    to_resend: Vec<u16>,
+}
+
+/// One subscription, as the packets show it.
+#[derive(Clone, Debug)]
+pub struct Sub {
+    pub filter: String,
+    pub granted: Option<(QoS, SubscribeOptions, u32)>,
+    /// Asked and not answered: connection, packet identifier, index, options, identifier.
+    pub asked: Vec<Ask>,
+    pub since: u64,
+    /// It may be granted before the core has it, after the hold time.
+    pub in_doubt: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Ask {
+    pub link: u64,
+    pub packet_id: u16,
+    pub index: usize,
+    pub options: SubscribeOptions,
+    pub identifier: u32,
+    pub fresh: bool,
+    pub at: u64,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    pub owed: Vec<Owed>,
+    /// For QoS 0, and for QoS 1 and 2: the next entry that may be written.
+    next: [usize; 2],
+    inflight: Vec<Flight>,
+    pub wants: Vec<Want>,
+    pub subs: Vec<Sub>,
+    pub replays: usize,
+    events: HashMap<String, u64>,
+}
+
+impl Ledger {
+    /// A connection of this session begins.
+    pub fn window(&self, receive_max: usize) -> Window {
+        Window {
+            receive_max,
+            open: HashSet::new(),
+            resent: 0,
+            to_resend: self
+                .inflight
+                .iter()
+                .filter(|f| !f.released)
+                .map(|f| f.packet_id)
+                .collect(),
+        }
+    }
+
+    /// The session wrote a PUBLISH.
+    pub fn wrote(
+        &mut self,
+        w: &mut Window,
+        version: Version,
+        topic: &str,
+        key: &str,
+        p: &Publish<'_>,
+        now: u64,
+    ) -> Result<(), String> {
+        if p.dup {
+            return self.again(w, key, p);
+        }
+        if p.qos > QoS::AtMostOnce {
+            if w.resent < w.to_resend.len() {
+                let unreceived = |f: &Flight, id: u16| f.packet_id == id && !f.released;
+                let open = |id: &&u16| self.inflight.iter().any(|f| unreceived(f, **id));
+                if let Some(id) = w.to_resend[w.resent..].iter().find(open) {
+                    return Err(format!(
+                        "a new PUBLISH before {id} is sent again [MQTT-4.6.0-1]"
+                    ));
+                }
+            }
+            if self.inflight.iter().any(|f| f.packet_id == p.packet_id) {
+                return Err(format!(
+                    "packet identifier {} is in use [MQTT-2.2.1-4]",
+                    p.packet_id
+                ));
+            }
+            self.inflight.push(Flight {
+                packet_id: p.packet_id,
+                key: key.to_owned(),
+                qos: p.qos,
+                released: false,
+            });
+            w.open.insert(p.packet_id);
+            if w.open.len() > w.receive_max {
+                return Err(format!(
+                    "{} unacknowledged, Receive Maximum {} [MQTT-3.3.4-9]",
+                    w.open.len(),
+                    w.receive_max
+                ));
+            }
+        }
+        if p.message_expiry == Some(0) {
+            return Err("an expired message is sent [MQTT-3.3.2-5]".into());
+        }
+        let class = usize::from(p.qos > QoS::AtMostOnce);
+        let from = self.next[class];
+        let found = self.owed[from..]
+            .iter()
+            .position(|o| !o.written && o.key == key);
+        let Some(at) = found.map(|i| i + from) else {
+            return self.replay(topic, key, p);
+        };
+        let owed = &mut self.owed[at];
+        if p.retain && !owed.retain_may && self.wants.iter().any(|w| wants(w, topic, key)) {
+            return self.replay(topic, key, p);
+        }
+        if owed.topic != topic {
+            return Err(format!(
+                "it is on {topic}, and was published on {}",
+                owed.topic
+            ));
+        }
+        if !owed.qos.contains(&p.qos) {
+            return Err(format!(
+                "it has {:?}, not one of {:?} [MQTT-3.8.4-8]",
+                p.qos, owed.qos
+            ));
+        }
+        if p.retain && !owed.retain_may || !p.retain && owed.retain_must {
+            return Err(format!("RETAIN is {} [MQTT-3.3.1-12]", p.retain));
+        }
+        if version == Version::V5 {
+            let ids: Vec<u32> = p.subscription_ids().collect();
+            let missing = owed.ids_needed.iter().find(|i| !ids.contains(i));
+            let foreign = ids.iter().find(|i| !owed.ids_allowed.contains(i));
+            if missing.or(foreign).is_some() {
+                return Err(format!(
+                    "identifiers {ids:?}, needed {:?}, allowed {:?} [MQTT-3.3.4-4]",
+                    owed.ids_needed, owed.ids_allowed
+                ));
+            }
+        }
+        if owed.expires_at != u64::MAX && owed.expires_at + 60_000 < now {
+            return Err("a message long expired".into());
+        }
+        owed.written = true;
+        self.next[class] = at + 1;
+        if owed.retained {
+            let newest = self.events.entry(topic.to_owned()).or_default();
+            *newest = owed.event.max(*newest);
+        }
+        Ok(())
+    }
+
+    fn replay(&mut self, topic: &str, key: &str, p: &Publish<'_>) -> Result<(), String> {
+        if !p.retain {
+            let known = self.owed.iter().filter(|o| o.key == key).map(|o| o.written);
+            let known: Vec<bool> = known.collect();
+            return Err(format!(
+                "not owed, or out of order, or twice (owed and written: {known:?}) [MQTT-4.6.0-5]"
+            ));
+        }
+        let want = self.wants.iter_mut().find(|w| wants(w, topic, key));
+        let Some(want) = want else {
+            return Err("a retained message that nobody asked for [MQTT-3.3.1-11]".into());
+        };
+        want.got.insert(key.to_owned());
+        self.replays += 1;
+        let event: u64 = key
+            .rsplit('#')
+            .next()
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(0);
+        if self.events.get(topic).is_some_and(|newest| *newest > event) {
+            return Err("a retained value older than one delivered before it".into());
+        }
+        Ok(())
+    }
+
+    fn again(&mut self, w: &mut Window, key: &str, p: &Publish<'_>) -> Result<(), String> {
+        let id = p.packet_id;
+        let Some(flight) = self.inflight.iter().find(|f| f.packet_id == id) else {
+            return Err(format!("DUP for {id}, which was never sent [MQTT-3.3.1-3]"));
+        };
+        if flight.released {
+            return Err(format!("PUBLISH {id} again after PUBREC [MQTT-4.3.3-6]"));
+        }
+        if flight.key != key || flight.qos != p.qos {
+            return Err(format!("DUP {id} is another message"));
+        }
+        let place = w.to_resend.iter().position(|i| *i == id);
+        match place {
+            Some(at) if at >= w.resent => w.resent = at + 1,
+            _ => {
+                return Err(format!(
+                    "{id} is sent again out of order or twice [MQTT-4.4.0-1]"
+                ));
+            }
+        }
+        w.open.insert(id);
+        if w.open.len() > w.receive_max {
+            return Err("Receive Maximum exceeded on resume [MQTT-3.3.4-9]".into());
+        }
+        Ok(())
+    }
+
+    /// The client's PUBACK, PUBREC or PUBCOMP came to the session.
+    pub fn acknowledged(&mut self, w: &mut Window, id: u16, qos: QoS) {
+        w.open.remove(&id);
+        self.inflight.retain(|f| f.packet_id != id || f.qos != qos);
+    }
+
+    pub fn received(&mut self, id: u16) {
+        let known = self.inflight.iter_mut().find(|f| f.packet_id == id);
+        if let Some(flight) = known {
+            flight.released = true;
+        }
+    }
+
+    /// PUBREL is written.
+    pub fn released(&mut self, id: u16) -> Result<(), String> {
+        match self.inflight.iter().find(|f| f.packet_id == id) {
+            Some(f) if f.released => Ok(()),
+            _ => Err(format!(
+                "PUBREL for {id}, which has no PUBREC [MQTT-4.3.3-4]"
+            )),
+        }
+    }
+
+    /// Owed for sure and never written: all, and those without those that expired by `now`.
+    pub fn missing(&self, now: u64) -> (usize, usize, usize) {
+        let left = || self.owed.iter().filter(|o| !o.written);
+        let must = left().filter(|o| o.must).count();
+        let alive = left().filter(|o| o.must && o.expires_at > now).count();
+        (must, alive, left().count())
+    }
+}
+
+fn wants(want: &Want, topic: &str, key: &str) -> bool {
+    crate::core::matching(&want.filter, topic) && !want.got.contains(key)
+}
