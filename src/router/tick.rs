@@ -214,6 +214,10 @@ impl Router {
                 table.lingering.remove(&(since, number));
                 continue;
             };
+            // Somebody still waits for an answer.
+            if !filter.waiters.is_empty() {
+                continue;
+            }
             let link = filter.link;
             match filter.state {
                 State::Active if usize::from(link) < self.data.len() => {
