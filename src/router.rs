@@ -37,6 +37,7 @@ pub use fanout::Arrived;
 pub use links::{CoreFacts, Wanted};
 pub use publish::Answered;
 pub use retained::Wants;
+pub use tick::WRITE_STALL;
 pub use view::{SessionInfo, SubscriptionInfo, Totals};
 
 use lanes::Lanes;

@@ -71,6 +71,7 @@ struct Opened {
 /// # Errors
 /// [`StartError`]; nothing was served.
 pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
+    let mut signals = drain::Signals::new()?;
     let clock = Clock::default();
     let stop_accepting = CancellationToken::new();
     let stop_links = CancellationToken::new();
@@ -146,7 +147,7 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
     }
     tell(&config, &lines);
 
-    drain::wait_for_signal().await?;
+    signals.come().await;
     drain::drain(drain::Running {
         grace: config.drain.grace,
         clients,
@@ -412,7 +413,7 @@ fn set_budgets(config: &Config) {
 /// How often the router is told the time.
 const TICK: Duration = Duration::from_millis(100);
 /// Ticks between walks over all sessions.
-const WALK: u32 = 100;
+const WALK: u32 = 20;
 
 async fn tick(router: Arc<Router>, clock: Clock, stop: CancellationToken) {
     let mut ticks = interval(TICK);

@@ -132,8 +132,8 @@ pub enum Effect {
         token: Option<Token>,
         /// What to publish.
         message: Message,
-        /// The publisher has a No Local subscription that matches: mark the message as its own.
-        no_local: bool,
+        /// Not 0: the publisher has a No Local subscription that matches; the mark of its session.
+        tag: u64,
     },
     /// Add subscriptions; each answer comes back through [`Session::subscribed`].
     Subscribe {
@@ -477,9 +477,9 @@ impl Session {
         &self.subscriptions
     }
 
-    /// A 3.x client has too many unanswered publishes to read more from it.
-    pub fn stop_reading(&self, limits: &SessionLimits) -> bool {
-        self.version < Version::V5 && self.inbound.waiting() >= limits.v3_publishes_max
+    /// A SUBSCRIBE waits for the core: a publish behind it would overtake it there.
+    pub fn subscribing(&self) -> bool {
+        !self.pending.is_empty()
     }
 
     /// Publishes of this client that wait for the core.

@@ -155,6 +155,7 @@ fn allocations_are_counted() {
         retain: p.retain,
         expires_at: u64::MAX,
         strip_key: None,
+        account: None,
     };
     let mut message = None;
     assert_eq!(count(&mut || message = Some(Message::new(&spec))), 1);

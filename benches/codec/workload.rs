@@ -132,6 +132,7 @@ pub fn message(case: Case, frame: &[u8]) -> Message {
         retain: publish.retain,
         expires_at: u64::MAX,
         strip_key: None,
+        account: None,
     })
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Nothing here shares code with the `tidegate` crate, so a mistake in its codec cannot hide itself.
 
+pub mod bench;
 pub mod certs;
 pub mod client;
 pub mod dial;

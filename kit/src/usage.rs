@@ -18,6 +18,8 @@ pub struct Usage {
     pub open_files: u64,
     /// Threads.
     pub threads: u64,
+    /// Voluntary context switches of all threads: how often one went to sleep and was woken.
+    pub wakes: u64,
 }
 
 impl Usage {
@@ -38,6 +40,7 @@ impl Usage {
         let open_files = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64;
         let (private, resident) = (sum("Private_"), sum("Rss:"));
         Ok(Self {
+            wakes: wakes(pid)?,
             user,
             system,
             private,
@@ -59,6 +62,19 @@ impl Usage {
 /// As [`Usage::of`].
 pub fn cpu(pid: u32) -> io::Result<Duration> {
     stat(pid).map(|(user, system, _)| user + system)
+}
+
+fn wakes(pid: u32) -> io::Result<u64> {
+    let mut sum = 0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread may end between the listing and the reading.
+        let status = std::fs::read_to_string(task?.path().join("status")).unwrap_or_default();
+        let line = status
+            .lines()
+            .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+        sum += line.and_then(|n| n.trim().parse::<u64>().ok()).unwrap_or(0);
+    }
+    Ok(sum)
 }
 
 /// Fields 14, 15 and 20 of `/proc/<pid>/stat` (proc(5)), counted after the name in parentheses.

@@ -330,7 +330,8 @@ async fn admit(
             )
         })?;
     let event = match (connected.taken_over, connected.present) {
-        (true, _) => "Session taken over",
+        (true, true) => "Session resumed, taken over from a live connection",
+        (true, false) => "Session taken over and begun anew",
         (false, true) => "Session resumed",
         (false, false) => "Client connected",
     };

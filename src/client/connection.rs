@@ -10,9 +10,9 @@ use tokio::time::timeout;
 
 use crate::auth::Identity;
 use crate::limits::Account;
-use crate::mqtt::{Decoder, Error, Packet, ReasonCode, Receiver, Version, encode_disconnect};
+use crate::mqtt::{Decoder, Error, Packet, QoS, ReasonCode, Receiver, Version, encode_disconnect};
 use crate::router::wake::Wake;
-use crate::router::{Place, SessionRef};
+use crate::router::{Place, SessionRef, WRITE_STALL};
 use crate::session::{Close, Effect};
 use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
 use crate::transport::{CloseHow, Closed, OutBuf, Stream};
@@ -48,8 +48,12 @@ thread_local! {
 
 /// How far the packets of one read were worked off, in bytes.
 enum Step {
+    /// Once what the last packet brought about is done.
     Again(usize),
+    /// Until bytes come.
     Done(usize),
+    /// Until the core has answered.
+    Held(usize),
 }
 
 /// Why the connection ends.
@@ -77,8 +81,8 @@ struct Connection<'a> {
     lanes: Vec<Lane<'a>>,
     /// The control lane's incomplete packet.
     partial: Partial<'a>,
-    /// A 3.x client with too many publishes under way is not read from.
-    held: bool,
+    /// The lane whose next packet has to wait: nothing is read meanwhile.
+    held: Option<u8>,
     /// The session may have output that was not taken.
     fresh: bool,
     /// The transport has bytes that it could not pass on yet.
@@ -142,7 +146,7 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         out: OutBuf::default(),
         lanes: Vec::new(),
         partial: Partial::default(),
-        held: false,
+        held: None,
         fresh: true,
         flushing: false,
         backlog: 0,
@@ -197,13 +201,17 @@ impl<'a> Connection<'a> {
             if let Err(end) = self.poll_write(cx) {
                 return Poll::Ready(end);
             }
-            if self.held {
-                let hold = self.must_hold();
-                self.hold(hold);
-                if hold {
+            if let Some(lane) = self.held {
+                // Woken by the core's answers; the tick is a second chance.
+                if let Err(end) = self.received(lane, &[]) {
+                    return Poll::Ready(end);
+                }
+                if self.held.is_some() {
                     self.clients.router.wake_soon(&self.wake);
                     return Poll::Pending;
                 }
+                self.fresh = true;
+                continue;
             }
             // A peer that sends and does not read gets no further answers.
             if !self.out.is_empty() && self.backlog > BACKLOG_MAX {
@@ -368,10 +376,17 @@ impl<'a> Connection<'a> {
                 Step::Again(n) => used += n,
                 Step::Done(n) => {
                     used += n;
-                    break;
+                    self.hold(None);
+                    return Ok(used);
+                }
+                Step::Held(n) => {
+                    used += n;
+                    self.hold(Some(lane));
+                    return Ok(used);
                 }
             }
         }
+        self.hold(None);
         Ok(used)
     }
 
@@ -391,26 +406,38 @@ impl<'a> Connection<'a> {
         let mut effects: Vec<Effect> = Vec::new();
         let mut used = 0;
         let mut counts = [0u64; 3];
+        let (router, reference) = (&clients.router, self.session);
         let outcome = clients.router.feed(
             self.session,
             self.generation,
             &mut effects,
             |session, limits, effects| {
                 let mut end = None;
-                let mut more = false;
+                let mut step = Step::Done(0);
                 loop {
                     let (packet, size) = match decoder.next(&bytes[used..]) {
                         Ok(Some(next)) => next,
-                        Ok(None) => break,
+                        Ok(None) => {
+                            step = Step::Done(used);
+                            break;
+                        }
                         Err(error) => {
                             end = Some(End::from_error(&error));
                             break;
                         }
                     };
-                    used += size;
                     if let Packet::Publish(p) = &packet {
+                        let v3 = self.version < Version::V5 && p.qos > QoS::AtMostOnce;
+                        let waiting = session.publishes_waiting();
+                        if session.subscribing()
+                            || (v3 && router.hold_publish(reference, waiting, size))
+                        {
+                            step = Step::Held(used);
+                            break;
+                        }
                         counts[p.qos as usize] += 1;
                     }
+                    used += size;
                     let handled = session.packet(lane, &packet, limits, &policy, now, effects);
                     if let Err(close) = handled {
                         end = Some(End::from_close(close));
@@ -418,13 +445,13 @@ impl<'a> Connection<'a> {
                     }
                     // The next packet is judged by what this one brought about.
                     if matches!(packet, Packet::Subscribe(_)) {
-                        more = true;
+                        step = Step::Again(used);
                         break;
                     }
                 }
                 session.pump(limits, now);
                 let output = session.connection_ref().map_or(0, |c| c.output_len());
-                (end, session.stop_reading(limits), output, more)
+                (end, step, output)
             },
         );
         let qos = [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce];
@@ -434,21 +461,14 @@ impl<'a> Connection<'a> {
             }
         }
         self.execute(effects, now);
-        let Some((end, stop, output, more)) = outcome else {
+        let Some((end, step, output)) = outcome else {
             return Err(self.replaced());
         };
         self.backlog = output;
         if let Some(end) = end {
             return Err(end);
         }
-        if self.version < Version::V5 {
-            self.hold(stop || self.must_hold());
-        }
-        if more {
-            // One level for each SUBSCRIBE would be a stack that the client chooses.
-            return Ok(Step::Again(used));
-        }
-        Ok(Step::Done(used))
+        Ok(step)
     }
 
     fn execute(&self, effects: Vec<Effect>, now: u64) {
@@ -474,31 +494,21 @@ impl<'a> Connection<'a> {
     }
 
     /// Leaves the socket unread, or reads it again.
-    fn hold(&mut self, hold: bool) {
-        if hold == self.held {
+    fn hold(&mut self, lane: Option<u8>) {
+        let before = std::mem::replace(&mut self.held, lane);
+        if before.is_some() == lane.is_some() {
             return;
         }
-        self.held = hold;
-        if hold {
+        if lane.is_some() {
             metrics().publishes_held_back[HeldReason::V3Unread].increment(1);
         }
         self.clients
             .router
             .with(self.session, self.generation, |session, _| {
                 if let Some(connection) = session.connection() {
-                    connection.unread = hold;
+                    connection.unread = lane.is_some();
                 }
             });
-    }
-
-    fn must_hold(&self) -> bool {
-        let router = &self.clients.router;
-        if router.hold_reading(self.session) {
-            return true;
-        }
-        router
-            .with(self.session, self.generation, |s, l| s.stop_reading(l))
-            .unwrap_or(false)
     }
 
     fn lane(&mut self, number: u8) -> &mut Lane<'a> {
@@ -593,6 +603,7 @@ impl End {
             ReasonCode::QOS_NOT_SUPPORTED | ReasonCode::RETAIN_NOT_SUPPORTED => {
                 (D::NotSupported, CloseHow::Protocol)
             }
+            _ if close == WRITE_STALL => (D::WriteStall, CloseHow::Overload),
             ReasonCode::QUOTA_EXCEEDED => (D::Quota, CloseHow::Overload),
             ReasonCode::PROTOCOL_ERROR => (D::Protocol, CloseHow::Protocol),
             _ => (D::Other, CloseHow::Normal),

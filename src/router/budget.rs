@@ -21,10 +21,10 @@ impl Router {
         let target = self.config.queues - self.config.queues / 32;
         self.purge(now);
         while self.queue_used() > target {
-            let Some(oldest) = self.oldest_detached() else {
+            let Some((shard, until)) = self.oldest_detached() else {
                 break;
             };
-            self.evict_oldest(oldest, target);
+            self.evict_oldest(shard, until, target);
         }
         if self.queue_used() > target {
             self.evict_largest(target);
@@ -55,9 +55,11 @@ impl Router {
         metrics().messages_dropped[DropCause::Budget].increment(zero as u64);
     }
 
-    /// The shard whose least recently connected detached session with a queue is the oldest.
-    fn oldest_detached(&self) -> Option<usize> {
+    /// The shard whose least recently connected detached session with a queue is the oldest, and
+    /// since when the next shard's is detached.
+    fn oldest_detached(&self) -> Option<(usize, u64)> {
         let mut best: Option<(u64, usize)> = None;
+        let mut next = u64::MAX;
         for (index, shard) in self.shards.iter().enumerate() {
             let mut shard = shard.lock();
             while let Some((&slot, &since)) = shard.detached.peek_lru() {
@@ -70,22 +72,29 @@ impl Router {
                     shard.unlist(slot);
                     continue;
                 }
-                if best.is_none_or(|(at, _)| since < at) {
-                    best = Some((since, index));
+                match best {
+                    Some((at, _)) if at <= since => next = next.min(since),
+                    _ => {
+                        next = best.map_or(next, |(at, _)| at);
+                        best = Some((since, index));
+                    }
                 }
                 break;
             }
         }
-        best.map(|(_, index)| index)
+        best.map(|(_, index)| (index, next))
     }
 
-    fn evict_oldest(&self, index: usize, target: u64) {
+    fn evict_oldest(&self, index: usize, until: u64, target: u64) {
         let mut shard = self.shards[index].lock();
         // A few per lock, unless the budget is met before.
         for _ in 0..16 {
-            let Some((&slot, _)) = shard.detached.peek_lru() else {
+            let Some((&slot, &since)) = shard.detached.peek_lru() else {
                 break;
             };
+            if since > until {
+                break;
+            }
             shard.unlist(slot);
             let Some(s) = shard.slots.get_mut(slot as usize) else {
                 continue;

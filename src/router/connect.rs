@@ -273,7 +273,7 @@ impl Router {
             Effect::Publish {
                 token: None,
                 message: will,
-                no_local: false,
+                tag: 0,
             },
             now,
         );

@@ -49,17 +49,18 @@ impl Tally {
         let shed = std::mem::take(&mut outbound.shed);
         self.dropped[DropReason::TooLarge as usize] += u64::from(shed.too_large);
         self.dropped[DropReason::QueueFull as usize] += u64::from(shed.pushed_out);
+        self.dropped[DropReason::QueueBytes as usize] += u64::from(shed.pushed_out_bytes);
+        self.dropped[DropReason::Qos0Offline as usize] += u64::from(shed.qos0);
         self.dropped[5] += u64::from(shed.expired);
-        self.dropped[DropReason::Qos0Offline as usize] += u64::from(shed.qos0_offline);
-        [
-            shed.too_large,
-            shed.pushed_out,
-            shed.expired,
-            shed.qos0_offline,
-        ]
-        .into_iter()
-        .map(u64::from)
-        .sum()
+        for (total, sent) in self.delivered.iter_mut().zip(shed.sent) {
+            *total += u64::from(sent);
+        }
+        if let Some(after) = shed.acknowledged_after {
+            let seconds = f64::from(after) / 1000.0;
+            metrics().delivery_ack_seconds.record(seconds);
+        }
+        let lost = shed.too_large + shed.pushed_out + shed.pushed_out_bytes + shed.expired;
+        u64::from(lost) + u64::from(shed.qos0)
     }
 
     /// Counts one delivery, and notes whom to wake.

@@ -81,7 +81,7 @@ impl Router {
             filter.link = UNPLACED;
             let name = filter.name.clone();
             let wanted = filter.state != State::Absent;
-            let placed = table.place(number, self.hash(&name));
+            let placed = table.place(number, self.hash(&name), &[]);
             if let Err(other) = placed {
                 tracing::error!(
                     filter = %crate::telemetry::clean(&name, 256),
@@ -227,9 +227,13 @@ impl Router {
                 };
                 let gone = filter.state == State::Unsubscribing && !again;
                 if again {
-                    if filter.state != State::Active || !session_present {
+                    let lost = filter.state == State::Active && !session_present;
+                    if filter.state != State::Active || lost {
                         filter.state = State::Pending;
                         filter.upgrading = false;
+                    }
+                    if lost && !std::mem::replace(&mut filter.restoring, true) {
+                        table.restoring += 1;
                     }
                     table.pending[link].push_back(number);
                 } else if gone {
@@ -251,6 +255,11 @@ impl Router {
             metrics().upstream_gaps.increment(1);
         }
         gap
+    }
+
+    /// Whether every data link is up and has its filters again: what is published now is seen.
+    pub fn data_settled(&self) -> bool {
+        self.data_up.iter().all(|up| up.load(Ordering::Acquire)) && self.table.read().restoring == 0
     }
 
     /// D link `link` is lost.

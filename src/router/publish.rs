@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::mqtt::{QoS, ReasonCode};
+use crate::mqtt::{QoS, ReasonCode, Version};
 use crate::session::{Effect, Token};
 use crate::telemetry::{DropReason as DropCause, HeldReason, metrics};
 
@@ -18,41 +18,49 @@ impl Router {
         let Effect::Publish {
             token,
             message,
-            no_local,
+            tag,
         } = effect
         else {
             return;
         };
-        let tag = self.tag_of(session, no_local);
+
         let link = &self.lanes[self.publish_link(session)];
-        let used = self.limits.publish_account.used();
         let away = !link.up.load(Ordering::Acquire);
         let mut lanes = link.lanes.lock();
-        let share = lanes.bytes_of(session);
-        let full = if used > self.config.publishes_waiting {
-            Some((HeldReason::Budget, DropCause::UpstreamBudget))
-        } else if share > self.config.publishes_waiting_per_client {
-            Some((HeldReason::ClientShare, DropCause::UpstreamBudget))
+        let refused = if self.limits.publish_account.used() > self.config.publishes_waiting {
+            Some(HeldReason::Budget)
+        } else if lanes.bytes_of(session) > self.config.publishes_waiting_per_client {
+            Some(HeldReason::ClientShare)
         } else {
             None
         };
-        if message.qos() == QoS::AtMostOnce && token.is_none() {
-            let cause = match full {
-                Some((_, cause)) => Some(cause),
-                // QoS 0 does not wait for a core that is away; wills and retained values do.
-                None if away && !message.retain() => Some(DropCause::UpstreamAwayQos0),
-                None => None,
+        let qos0 = message.qos() == QoS::AtMostOnce && token.is_none();
+        // QoS 0 does not wait for a core that is away; wills and retained values do.
+        if qos0 && (refused.is_some() || (away && !message.retain())) {
+            drop(lanes);
+            let cause = match refused {
+                Some(_) => DropCause::UpstreamBudget,
+                None => DropCause::UpstreamAwayQos0,
             };
-            if let Some(cause) = cause {
-                drop(lanes);
-                metrics().messages_dropped[cause].increment(1);
-                return;
-            }
-        } else if let (Some((held, _)), Some(token)) = (full, token) {
+            metrics().messages_dropped[cause].increment(1);
+            return;
+        }
+        if let (Some(held), Some(token)) = (refused, token) {
             drop(lanes);
             metrics().publishes_held_back[held].increment(1);
-            self.over_budget(session, token, no_local, message, now);
-            return;
+            // A 3.x client was not read from before it came to this; what two of them pass at
+            // once is kept.
+            let answered = self.with(session, 0, |s, _| {
+                let v5 = s.version() == Version::V5;
+                if v5 {
+                    s.answered(token, ReasonCode::QUOTA_EXCEEDED);
+                }
+                v5
+            });
+            if answered != Some(false) {
+                return;
+            }
+            lanes = link.lanes.lock();
         }
         let first = lanes.is_empty();
         lanes.push(Outgoing {
@@ -68,52 +76,22 @@ impl Router {
         }
     }
 
-    /// MQTT 5 is answered 0x97; a 3.x client's publish is kept, and its socket left unread until
-    /// there is room again: it has no other way to be told.
-    fn over_budget(
-        &self,
-        session: SessionRef,
-        token: Token,
-        no_local: bool,
-        message: crate::mqtt::Message,
-        now: u64,
-    ) {
-        let refused = self.with(session, 0, |s, _| {
-            let refuse = s.version() == crate::mqtt::Version::V5;
-            if refuse {
-                s.answered(token, ReasonCode::QUOTA_EXCEEDED);
-            }
-            refuse
-        });
-        if refused == Some(true) {
-            return;
+    /// Whether a 3.x client's next publish, of `size` bytes, has to wait in its socket: it cannot
+    /// be told to come again.
+    pub fn hold_publish(&self, session: SessionRef, waiting: usize, size: usize) -> bool {
+        let used = self.limits.publish_account.used();
+        if waiting >= self.limits.v3_publishes_max {
+            return true;
         }
-        let tag = self.tag_of(session, no_local);
-        let link = &self.lanes[self.publish_link(session)];
-        link.lanes.lock().push(Outgoing {
-            session,
-            token: Some(token),
-            message,
-            tag,
-            since: now,
-        });
-        link.wake.raise();
-    }
-
-    /// Whether a 3.x client has to wait with further publishes.
-    pub fn hold_reading(&self, session: SessionRef) -> bool {
+        // What other workers add in the same moment fits into what is kept free.
+        let budget = self.config.publishes_waiting;
+        let free = (budget / 64).min(1024 * 1024);
+        if used > 0 && used + size as u64 + MESSAGE_OVERHEAD > budget - free {
+            return true;
+        }
         let link = &self.lanes[self.publish_link(session)];
         let bytes = link.lanes.lock().bytes_of(session);
-        // Who publishes nothing is not made to wait for those who do.
-        bytes > self.config.publishes_waiting_per_client
-            || (bytes > 0 && self.limits.publish_account.used() > self.config.publishes_waiting)
-    }
-
-    fn tag_of(&self, session: SessionRef, no_local: bool) -> u64 {
-        if !no_local || !self.core.properties.load(Ordering::Relaxed) {
-            return 0;
-        }
-        self.with(session, 0, |s, _| s.tag).unwrap_or(0)
+        bytes > 0 && bytes + size > self.config.publishes_waiting_per_client
     }
 
     /// The P link of a session: always the same, so that its publishes stay in order.
@@ -163,6 +141,9 @@ impl Router {
         self.lanes.iter().map(|l| l.lanes.lock().len()).sum()
     }
 }
+
+/// What a message takes beside its packet's bytes.
+const MESSAGE_OVERHEAD: u64 = 96;
 
 /// One answer of the core to a client's publish.
 #[derive(Clone, Copy, Debug)]

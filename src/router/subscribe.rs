@@ -3,7 +3,7 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::mqtt::{QoS, ReasonCode};
+use crate::mqtt::{QoS, ReasonCode, overlaps};
 use crate::session::{Close, Subscription, Wanted};
 use crate::telemetry::{RateLimited, clean};
 
@@ -64,10 +64,11 @@ impl Router {
                 answers.push((want.index, ReasonCode::QUOTA_EXCEEDED));
                 continue;
             }
+            let near = self.overlapping(session, &want.filter);
             let (number, name) = {
                 let mut table = self.table.write();
                 let (number, name) = table.intern(&want.filter);
-                if let Err(other) = table.place(number, self.hash(&want.filter)) {
+                if let Err(other) = table.place(number, self.hash(&want.filter), &near) {
                     if table.get(number).is_some_and(|f| f.mask == 0) {
                         table.bury(number, now);
                     }
@@ -154,6 +155,21 @@ impl Router {
         for (number, wants) in granted {
             self.want_retained(number, wants, now);
         }
+    }
+
+    /// The filters of a session that overlap a new one.
+    fn overlapping(&self, session: SessionRef, filter: &str) -> Vec<u32> {
+        if self.data.len() < 2 {
+            return Vec::new();
+        }
+        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let Some(slot) = shard.get(session) else {
+            return Vec::new();
+        };
+        let all = slot.session.subscriptions().iter();
+        all.filter(|s| overlaps(&s.name, filter))
+            .map(|s| s.filter)
+            .collect()
     }
 
     /// The core would not take its SUBSCRIBE, or there are more filters than are kept.
@@ -270,6 +286,11 @@ impl Router {
                 return;
             };
             let upgrade = std::mem::take(&mut filter.upgrading);
+            let restored = usize::from(std::mem::take(&mut filter.restoring));
+            table.restoring -= restored;
+            let Some(filter) = table.get_mut(number) else {
+                return;
+            };
             match filter.state {
                 State::Subscribing => {}
                 State::Active if upgrade => {}

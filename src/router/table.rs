@@ -52,6 +52,8 @@ pub(super) struct Filter {
     pub held: bool,
     /// Asked from the core.
     pub wanted: QoS,
+    /// It was held before the core lost it, and is not again yet.
+    pub restoring: bool,
     /// QoS of the SUBSCRIBE that was sent last.
     pub asked: QoS,
     /// What the core granted.
@@ -91,6 +93,8 @@ pub(super) struct Table {
     pub identifiers: Option<bool>,
     /// Filters with waiters, by deadline.
     pub held: BTreeSet<(u64, u32)>,
+    /// Filters that are `restoring`.
+    pub restoring: usize,
 }
 
 /// How long a filter number is not given to another filter after its UNSUBACK, milliseconds.
@@ -109,6 +113,7 @@ impl Table {
             tries: (0..links).map(|_| FilterTrie::new()).collect(),
             identifiers: None,
             held: BTreeSet::new(),
+            restoring: 0,
         }
     }
 
@@ -174,6 +179,7 @@ impl Table {
             link: UNPLACED,
             state: State::Absent,
             held: false,
+            restoring: false,
             wanted: QoS::AtMostOnce,
             asked: QoS::AtMostOnce,
             granted: QoS::AtMostOnce,
@@ -188,9 +194,10 @@ impl Table {
         (number, name)
     }
 
-    /// Chooses the D link. With identifiers by hash; without, the first on which the filter
+    /// Chooses the D link. With identifiers that of one of `near`, which overlap it for the same
+    /// client, so that their copies come in one order; else by hash. Without, the first on which the filter
     /// overlaps no other; the error names one it overlaps.
-    pub fn place(&mut self, number: u32, hash: u64) -> Result<(), Arc<str>> {
+    pub fn place(&mut self, number: u32, hash: u64, near: &[u32]) -> Result<(), Arc<str>> {
         let links = self.pending.len();
         let Some(identifiers) = self.identifiers else {
             return Ok(());
@@ -202,7 +209,11 @@ impl Table {
             return Ok(());
         }
         let name = filter.name.clone();
-        let mut link = (hash % links as u64) as usize;
+        let neighbour = near.iter().find_map(|n| self.get(*n)).map(|f| f.link);
+        let mut link = match neighbour {
+            Some(link) if link != UNPLACED => usize::from(link),
+            _ => (hash % links as u64) as usize,
+        };
         if !identifiers {
             let mut clash = None;
             let free = self.tries.iter().position(|trie| {
@@ -292,6 +303,7 @@ impl Table {
         let Some(filter) = self.filters.get_mut(number as usize).and_then(Option::take) else {
             return;
         };
+        self.restoring -= usize::from(filter.restoring);
         self.by_name.remove(&filter.name);
         self.lingering.remove(&(filter.idle_since, number));
         if let Some(trie) = self.tries.get_mut(filter.link as usize)

@@ -97,7 +97,7 @@ impl Router {
                         .is_some_and(|c| c.has_output());
                 let stalled = waits && slot.taken_at.saturating_add(self.config.write_stall) < now;
                 if stalled && let Some(wake) = &slot.wake {
-                    wake.close(STALLED);
+                    wake.close(WRITE_STALL);
                 }
             }
         }
@@ -214,7 +214,7 @@ impl Router {
                 table.lingering.remove(&(since, number));
                 continue;
             };
-            // Their answer comes with the core's, or soon without it.
+            // Somebody still waits for an answer.
             if !filter.waiters.is_empty() {
                 continue;
             }
@@ -259,7 +259,8 @@ const KEEP_ALIVE: Close = Close {
     why: "nothing came for one and a half times the keep alive [MQTT-3.1.2-22]",
 };
 
-const STALLED: Close = Close {
+/// Ends a connection whose socket takes nothing.
+pub const WRITE_STALL: Close = Close {
     reason: ReasonCode::QUOTA_EXCEEDED,
     why: "the socket took nothing for limits.write_stall",
 };

@@ -47,8 +47,8 @@ struct Entry {
     /// Gone once the client has the message.
     message: Option<Message>,
     ids: SubscriptionIds,
-    /// Seconds of the process's clock.
-    queued_at: u32,
+    /// When it was queued, then when it was sent: milliseconds of the clock, cut to 32 bits.
+    at: u32,
     packet_id: u16,
     qos: QoS,
     state: State,
@@ -58,7 +58,7 @@ struct Entry {
 impl Entry {
     /// Past its Message Expiry, or too old for the queue.
     fn is_over(&self, limits: &SessionLimits, now: u64) -> bool {
-        let age = now.saturating_sub(u64::from(self.queued_at) * 1000);
+        let age = u64::from((now as u32).wrapping_sub(self.at));
         self.message.as_ref().is_none_or(|m| m.expires_at() <= now) || age >= limits.queue_age_max
     }
 
@@ -96,17 +96,23 @@ pub enum Delivered {
     EndSession,
 }
 
-/// Counts of what was let go while the queue was worked on.
+/// What happened while the queue was worked on, for the metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Shed {
     /// Messages whose expiry passed while they waited.
     pub expired: u32,
     /// Messages larger than the client's Maximum Packet Size.
     pub too_large: u32,
-    /// Messages pushed out by newer ones.
+    /// Messages pushed out by newer ones, for their number.
     pub pushed_out: u32,
-    /// QoS 0 that waited when its client went away.
-    pub qos0_offline: u32,
+    /// Messages pushed out by newer ones, for their bytes.
+    pub pushed_out_bytes: u32,
+    /// QoS 0 that waited for a client that left.
+    pub qos0: u32,
+    /// Messages written from the queue, or again, by QoS.
+    pub sent: [u32; 3],
+    /// A sample of the time from a delivery to its acknowledgement, milliseconds.
+    pub acknowledged_after: Option<u32>,
 }
 
 /// The sending half of a session: packet identifiers, window, queue.
@@ -200,7 +206,7 @@ impl Outbound {
                 self.inflight.push_back(Entry {
                     message: Some(message.clone()),
                     ids: SubscriptionIds::from_slice(ids),
-                    queued_at: (now / 1000) as u32,
+                    at: now as u32,
                     packet_id,
                     qos,
                     state: State::Sent,
@@ -242,10 +248,12 @@ impl Outbound {
                 }
                 QueueFull::EndSession => return Delivered::EndSession,
                 QueueFull::Oldest => {
+                    let many = self.queue.len() >= limits.queue_messages_max;
                     if self.pop_queue().is_none() {
                         return Delivered::Dropped(DropReason::QueueFull);
                     }
-                    self.shed.pushed_out += 1;
+                    self.shed.pushed_out += u32::from(many);
+                    self.shed.pushed_out_bytes += u32::from(!many);
                 }
             }
         }
@@ -254,7 +262,7 @@ impl Outbound {
         self.queue.push_back(Entry {
             message: Some(message.clone()),
             ids: SubscriptionIds::from_slice(ids),
-            queued_at: (now / 1000) as u32,
+            at: now as u32,
             packet_id: 0,
             qos,
             state: State::Waiting,
@@ -301,7 +309,11 @@ impl Outbound {
             };
             if !written {
                 self.shed.too_large += 1;
-            } else if packet_id != 0 {
+                continue;
+            }
+            self.shed.sent[entry.qos as usize] += 1;
+            if packet_id != 0 {
+                entry.at = now as u32;
                 self.last_packet_id = packet_id;
                 self.window_used += 1;
                 self.inflight_bytes += entry.size();
@@ -342,6 +354,8 @@ impl Outbound {
                         None => false,
                     };
                     if written {
+                        self.shed.sent[entry.qos as usize] += 1;
+                        entry.at = now as u32;
                         entry.state = State::Sent;
                         self.window_used += 1;
                     } else {
@@ -377,7 +391,11 @@ impl Outbound {
     }
 
     /// The client's PUBACK, or a PUBREC of 0x80 and above [MQTT-4.4.0-2]. False: unknown identifier.
-    pub fn acknowledged(&mut self, packet_id: u16) -> bool {
+    pub fn acknowledged(&mut self, packet_id: u16, now: u64) -> bool {
+        if let Some(index) = self.find(packet_id) {
+            let after = (now as u32).wrapping_sub(self.inflight[index].at);
+            self.shed.acknowledged_after = Some(after);
+        }
         self.complete(packet_id, |s| matches!(s, State::Sent | State::Resend))
     }
 
@@ -472,7 +490,7 @@ impl Outbound {
             self.releases_due |= entry.state == State::ReleaseAgain;
         }
         if !limits.queue_qos0 && self.queued_qos0 > 0 {
-            self.shed.qos0_offline += self.queued_qos0;
+            self.shed.qos0 += self.queued_qos0;
             self.queue.retain(|e| e.qos != QoS::AtMostOnce);
             self.queue_bytes = self.queue.iter().map(|e| e.size()).sum();
             self.queued_qos0 = 0;

@@ -38,10 +38,10 @@ impl Session {
         match packet {
             Packet::Publish(p) => self.publish(lane, p, limits, policy, now, effects),
             Packet::Puback(a) => {
-                self.outbound.acknowledged(a.packet_id);
+                self.outbound.acknowledged(a.packet_id, now);
                 Ok(())
             }
-            Packet::Pubrec(a) => self.pubrec(lane, a),
+            Packet::Pubrec(a) => self.pubrec(lane, a, now),
             Packet::Pubrel(a) => self.pubrel(lane, a),
             Packet::Pubcomp(a) => {
                 self.outbound.completed(a.packet_id);
@@ -175,24 +175,25 @@ impl Session {
             strip_key: Some(limits.reserved_key),
             account: Some(limits.publish_account.clone()),
         });
-        let no_local = self
-            .subscriptions
-            .iter()
-            .any(|s| s.options.no_local && matches(&s.name, topic));
+        let own = |s: &Subscription| s.options.no_local && matches(&s.name, topic);
+        let tag = match self.subscriptions.iter().any(own) {
+            true => self.tag,
+            false => 0,
+        };
         effects.push(Effect::Publish {
             token,
             message,
-            no_local,
+            tag,
         });
         Ok(())
     }
 
-    fn pubrec(&mut self, lane: u8, ack: &Ack<'_>) -> Result<(), Close> {
+    fn pubrec(&mut self, lane: u8, ack: &Ack<'_>, now: u64) -> Result<(), Close> {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
         if ack.reason.is_error() {
-            self.outbound.acknowledged(ack.packet_id);
+            self.outbound.acknowledged(ack.packet_id, now);
             return Ok(());
         }
         let reason = if self.outbound.received(ack.packet_id) {

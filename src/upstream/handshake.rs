@@ -60,7 +60,7 @@ pub(super) async fn establish(
         if shared.no_v5.load(Ordering::Relaxed) {
             return connect_v3(shared, link, server, clean).await;
         }
-        match connect(shared, link, server, Version::V5, clean).await {
+        match begin(shared, link, server, Version::V5, clean).await {
             Err(Attempt::NoV5) if shared.config.protocol == Protocol::Auto => {
                 let up = connect_v3(shared, link, server, clean).await;
                 // A core that is just going away closes without a word, too.
@@ -97,37 +97,43 @@ impl From<Failed> for Attempt {
     }
 }
 
-/// In 3.1.1 a session that is to be kept but must begin empty takes two connections.
 async fn connect_v3(
     shared: &Shared,
     link: &LinkStatus,
     server: &Server,
     clean: bool,
 ) -> Result<Established, Failed> {
-    let refused = || {
-        Failed::new(
-            LinkDownReason::Refused,
-            "the core refuses MQTT 5 and MQTT 3.1.1",
-        )
-    };
-    let unwrap = |attempt| match attempt {
-        Attempt::NoV5 => refused(),
-        Attempt::Failed(failed) => failed,
-    };
+    begin(shared, link, server, Version::V311, clean)
+        .await
+        .map_err(|attempt| match attempt {
+            Attempt::NoV5 => Failed::new(
+                LinkDownReason::Refused,
+                "the core refuses MQTT 5 and MQTT 3.1.1",
+            ),
+            Attempt::Failed(failed) => failed,
+        })
+}
+
+/// A session that is to be kept but must begin empty takes two connections: in 3.1.1 there is no
+/// other way, and mosquitto 2.0 forgets over a restart what began with Clean Start, whatever its
+/// expiry.
+async fn begin(
+    shared: &Shared,
+    link: &LinkStatus,
+    server: &Server,
+    version: Version,
+    clean: bool,
+) -> Result<Established, Attempt> {
     if clean && link.role != Role::Retained {
-        let mut first = connect(shared, link, server, Version::V311, true)
-            .await
-            .map_err(unwrap)?;
+        let mut first = connect(shared, link, server, version, true).await?;
         let mut bye = Vec::new();
-        encode_disconnect(Version::V311, ReasonCode::SUCCESS, None, None, &mut bye);
+        encode_disconnect(version, ReasonCode::SUCCESS, None, None, &mut bye);
         // The session is gone whether or not the core hears this.
         let _ = first.io.write_all(&bye).await;
         let _ = first.io.shutdown().await;
     }
     let clean = link.role == Role::Retained;
-    connect(shared, link, server, Version::V311, clean)
-        .await
-        .map_err(unwrap)
+    connect(shared, link, server, version, clean).await
 }
 
 async fn connect(
@@ -271,7 +277,7 @@ fn connect_packet(
         will: None,
         username: config.username.as_deref(),
         password: password.as_deref(),
-        session_expiry: (!retained).then_some(SESSION_EXPIRY.as_secs() as u32),
+        session_expiry: (!retained && !clean).then_some(SESSION_EXPIRY.as_secs() as u32),
         receive_maximum: Some(u16::MAX),
         maximum_packet_size: Some(shared.packet_max),
         topic_alias_maximum: 0,

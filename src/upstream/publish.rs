@@ -14,6 +14,10 @@ use super::machine::{LinkEnd, Machine, Up};
 /// Bytes put out ahead of the socket.
 const OUTPUT: usize = 128 * 1024;
 
+/// How long a link that came up waits for the data links, milliseconds: a message that the core
+/// takes before they have their filters again reaches nobody.
+const PATIENCE: u64 = 5000;
+
 /// A P link.
 #[derive(Debug)]
 pub struct Publisher {
@@ -32,6 +36,8 @@ pub struct Publisher {
     /// Sent on this connection and not done.
     open: usize,
     answers: Vec<Answered>,
+    /// Until then nothing new is sent before the data links have their filters again.
+    wait_until: u64,
 }
 
 #[derive(Debug)]
@@ -72,12 +78,19 @@ impl Publisher {
             resend_at: 0,
             open: 0,
             answers: Vec::new(),
+            wait_until: 0,
         }
     }
 
     fn fill(&mut self, now: u64, out: &mut Vec<u8>) {
         if !self.up {
             return;
+        }
+        if now < self.wait_until {
+            if !self.router.data_settled() {
+                return;
+            }
+            self.wait_until = 0;
         }
         self.resend(now, out);
         if self.resend_at < self.inflight.len() {
@@ -316,6 +329,7 @@ impl Machine for Publisher {
         self.window = usize::from(up.receive_maximum);
         self.packet_max = up.packet_max as usize;
         self.router.publish_link_up(self.link, true);
+        self.wait_until = now + PATIENCE;
         self.open = 0;
         self.resend_at = 0;
         for entry in &mut self.inflight {

@@ -165,6 +165,7 @@ impl Client {
             retain: delivery.retain,
             expires_at: u64::MAX,
             strip_key: None,
+            account: None,
         });
         self.send(|out| delivery.encode(&message, out)).await;
     }

@@ -411,6 +411,7 @@ async fn no_bytes_hurt() {
             retain: true,
             expires_at: u64::MAX,
             strip_key: None,
+            account: None,
         });
         let delivery = Delivery {
             version: Version::V5,

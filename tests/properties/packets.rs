@@ -307,6 +307,7 @@ fn message(publish: &Publish<'_>, strip_key: Option<&str>) -> Message {
         retain: publish.retain,
         expires_at: u64::MAX,
         strip_key,
+        account: None,
     })
 }
 

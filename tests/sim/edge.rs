@@ -212,6 +212,7 @@ impl Edge {
             max: router.limits.packet_max,
         };
         let (device, mut used) = (self.device, 0);
+        let (version, reference) = (open.version, open.session);
         let mut effects = Vec::new();
         let outcome = router.feed(
             open.session,
@@ -220,7 +221,17 @@ impl Edge {
             |session, limits, effects| {
                 let mut close: Option<Close> = None;
                 let mut more = false;
+                let mut held = false;
                 while let Ok(Some((packet, size))) = decoder.next(&bytes[used..]) {
+                    if let Packet::Publish(p) = &packet {
+                        let v3 = version < Version::V5 && p.qos as u8 > 0;
+                        let waiting = session.publishes_waiting();
+                        held = session.subscribing()
+                            || (v3 && router.hold_publish(reference, waiting, size));
+                        if held {
+                            break;
+                        }
+                    }
                     used += size;
                     oracle.took(device, &packet, now);
                     if let Err(end) = session.packet(0, &packet, limits, &Allowed, now, effects) {
@@ -237,7 +248,10 @@ impl Edge {
                     }
                 }
                 session.pump(limits, now);
-                Ok((close, session.stop_reading(limits), more))
+                if let Some(connection) = session.connection() {
+                    connection.unread = held;
+                }
+                Ok((close, held, more))
             },
         );
         for effect in effects {
@@ -262,8 +276,8 @@ impl Edge {
             // Taken over; the wake tells.
             return Ok(None);
         };
-        let (close, stop, more) = outcome?;
-        self.held = open.version < Version::V5 && (stop || router.hold_reading(open.session));
+        let (close, held, more) = outcome?;
+        self.held = held;
         if let Some(close) = close {
             self.end(close, router, oracle, now)?;
             return Ok(None);
@@ -276,23 +290,22 @@ impl Edge {
         if self.ended.is_some() {
             return Ok(());
         }
-        let Some(open) = &self.open else {
+        if self.open.is_none() {
             return Ok(());
-        };
+        }
         self.wake.take(Waker::noop());
         if let Some(close) = self.wake.closing() {
             return self.end(close, router, oracle, now);
         }
         if self.held {
-            let stop = router.with(open.session, open.generation, |s, l| {
-                let stop = s.stop_reading(l);
-                if let Some(connection) = s.connection() {
-                    connection.unread = stop;
-                }
-                stop
-            });
-            self.held = stop == Some(true) || router.hold_reading(open.session);
+            self.receive(&[], router, oracle, now)?;
+            if self.ended.is_some() {
+                return Ok(());
+            }
         }
+        let Some(open) = &self.open else {
+            return Ok(());
+        };
         loop {
             let mut taken = Vec::new();
             let side = router.take_output(open.session, open.generation, &mut taken, now);

@@ -96,6 +96,34 @@ pub struct Ledger {
     events: HashMap<(String, bool), u64>,
 }
 
+impl Owed {
+    /// Whether a PUBLISH can be this one.
+    fn fits(&self, version: Version, topic: &str, p: &Publish<'_>) -> Result<(), String> {
+        if self.topic != topic {
+            return Err(format!("it is on {topic}, published on {}", self.topic));
+        }
+        if !self.qos.contains(&p.qos) {
+            let (is, fit) = (p.qos, &self.qos);
+            return Err(format!("it has {is:?}, not one of {fit:?} [MQTT-3.8.4-8]"));
+        }
+        if p.retain && !self.retain_may || !p.retain && self.retain_must {
+            return Err(format!("RETAIN is {} [MQTT-3.3.1-12]", p.retain));
+        }
+        if version == Version::V5 {
+            let ids: Vec<u32> = p.subscription_ids().collect();
+            let missing = self.ids_needed.iter().find(|i| !ids.contains(i));
+            let foreign = ids.iter().find(|i| !self.ids_allowed.contains(i));
+            if missing.or(foreign).is_some() {
+                return Err(format!(
+                    "identifiers {ids:?}, needed {:?}, allowed {:?} [MQTT-3.3.4-4]",
+                    self.ids_needed, self.ids_allowed
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Ledger {
     /// A connection of this session begins.
     pub fn window(&self, receive_max: usize) -> Window {
@@ -167,42 +195,27 @@ impl Ledger {
         }
         let class = usize::from(p.qos > QoS::AtMostOnce);
         let from = self.next[class];
-        let found = self.owed[from..]
-            .iter()
-            .position(|o| !o.written && o.key == key);
-        let Some(at) = found.map(|i| i + from) else {
-            return self.replay(topic, key, p);
-        };
-        let owed = &mut self.owed[at];
-        if p.retain && !owed.retain_may && self.wants.iter().any(|w| wants(w, topic, key)) {
-            return self.replay(topic, key, p);
-        }
-        if owed.topic != topic {
-            return Err(format!(
-                "it is on {topic}, and was published on {}",
-                owed.topic
-            ));
-        }
-        if !owed.qos.contains(&p.qos) {
-            return Err(format!(
-                "it has {:?}, not one of {:?} [MQTT-3.8.4-8]",
-                p.qos, owed.qos
-            ));
-        }
-        if p.retain && !owed.retain_may || !p.retain && owed.retain_must {
-            return Err(format!("RETAIN is {} [MQTT-3.3.1-12]", p.retain));
-        }
-        if version == Version::V5 {
-            let ids: Vec<u32> = p.subscription_ids().collect();
-            let missing = owed.ids_needed.iter().find(|i| !ids.contains(i));
-            let foreign = ids.iter().find(|i| !owed.ids_allowed.contains(i));
-            if missing.or(foreign).is_some() {
-                return Err(format!(
-                    "identifiers {ids:?}, needed {:?}, allowed {:?} [MQTT-3.3.4-4]",
-                    owed.ids_needed, owed.ids_allowed
-                ));
+        // A publisher may have sent it twice: the first that it can be.
+        let candidates = self.owed.iter().enumerate().skip(from);
+        let candidates = candidates.filter(|(_, o)| !o.written && o.key == key);
+        let mut at = None;
+        let mut misfit = None;
+        for (index, owed) in candidates {
+            match owed.fits(version, topic, p) {
+                Ok(()) => {
+                    at = Some(index);
+                    break;
+                }
+                Err(error) => misfit = misfit.or(Some(error)),
             }
         }
+        let Some(at) = at else {
+            return match (p.retain, misfit) {
+                (false, Some(error)) => Err(error),
+                _ => self.replay(topic, key, p),
+            };
+        };
+        let owed = &mut self.owed[at];
         if owed.expires_at != u64::MAX && owed.expires_at + 60_000 < now {
             return Err("a message long expired".into());
         }

@@ -117,6 +117,7 @@ impl Report {
                 "cpu_user_s": round(user, 2),
                 "cpu_percent": round(cpu / seconds * 100.0, 1),
                 format!("cpu_ns_per_{unit}"): round(each, 1),
+                "wakes": b.wakes.saturating_sub(a.wakes),
                 "private_bytes_before": a.private,
                 "private_bytes_after": b.private,
                 "open_files": b.open_files,

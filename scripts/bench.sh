@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Compares Tidegate before mosquitto with mosquitto alone and appends the figures to benches/RESULTS.md.
+#
+#   scripts/bench.sh                      everything, about half an hour
+#   scripts/bench.sh --only pairs         one comparison; see --help for their names
+#   scripts/bench.sh --output FILE ...    another file
+#
+# Needs mosquitto (apt-get install mosquitto). Quiet machine, please: it measures processor time.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -f "${HOME-}/.cargo/env" ] && . "$HOME/.cargo/env"
+
+ulimit -n "$(ulimit -Hn)" || true
+cargo build --release --locked --bin tidegate --example load --example bench_ratio
+
+output=(--output benches/RESULTS.md)
+for arg in "$@"; do
+  case "$arg" in --output | --output=* | --help | -h) output=() ;; esac
+done
+exec target/release/examples/bench_ratio "${output[@]}" "$@"
