@@ -105,7 +105,7 @@ impl Router {
         }
         drop(table);
         for (number, waiters) in refused {
-            self.settle_waiters(number, &waiters, ReasonCode::QUOTA_EXCEEDED, now);
+            self.settle_waiters(number, &waiters, ReasonCode::QUOTA_EXCEEDED, false, now);
         }
         for wake in &self.data {
             wake.raise();

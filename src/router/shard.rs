@@ -197,6 +197,21 @@ impl Shard {
         }
     }
 
+    /// The core has a filter: the subscriptions on it that did not count yet do now.
+    pub fn confirm(&mut self, filter: u32, granted: QoS) {
+        let Self { slots, members, .. } = self;
+        for member in members.get_mut(&filter).into_iter().flatten() {
+            let session = slots.get_mut(member.slot as usize).map(|s| &mut s.session);
+            let Some(subscription) = session.and_then(|s| s.subscription(filter)) else {
+                continue;
+            };
+            if !std::mem::replace(&mut subscription.active, true) {
+                subscription.options.qos = subscription.asked.min(granted);
+                member.qos = subscription.options.qos;
+            }
+        }
+    }
+
     /// Takes a session out of a filter's members.
     pub fn leave(&mut self, slot: u32, filter: u32) {
         if let Some(members) = self.members.get_mut(&filter) {

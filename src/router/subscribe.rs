@@ -129,8 +129,11 @@ impl Router {
                         },
                     ));
                 }
+                let confirmed = table.get(number).is_some_and(|f| !f.unconfirmed);
                 drop(table);
-                self.activate(session, number, code, now);
+                if confirmed {
+                    self.activate(session, number, code, now);
+                }
                 continue;
             }
             let deadline = now + self.config.subscribe_hold;
@@ -280,6 +283,7 @@ impl Router {
 
     /// The core's SUBACK for a filter, or our own word in its place.
     pub fn suback(&self, number: u32, code: ReasonCode, now: u64) {
+        let mut guessed = false;
         let (waiters, link) = {
             let mut table = self.table.write();
             let Some(filter) = table.get_mut(number) else {
@@ -311,6 +315,7 @@ impl Router {
                 filter.state = State::Active;
                 filter.held = true;
                 filter.granted = QoS::from_u8(code.0).unwrap_or_default();
+                guessed = std::mem::take(&mut filter.unconfirmed);
                 // Somebody asked for more meanwhile.
                 again = filter.wanted > filter.asked;
                 filter.upgrading = again;
@@ -328,15 +333,30 @@ impl Router {
             // What the cache knows may be older than what was missed until now.
             self.forget_retained(std::iter::once(number));
         }
-        self.settle_waiters(number, &waiters, code, now);
+        if guessed {
+            self.confirm(number, code);
+        }
+        self.settle_waiters(number, &waiters, code, true, now);
     }
 
-    /// Tells those who waited. A refusal takes their subscription away.
+    /// The core has a filter at last that clients were granted without it.
+    fn confirm(&self, number: u32, code: ReasonCode) {
+        let mask = self.table.read().get(number).map_or(0, |f| f.mask);
+        let granted = QoS::from_u8(code.0).unwrap_or_default();
+        let shards = self.shards.iter().enumerate();
+        for (_, shard) in shards.filter(|(index, _)| mask & (1 << index) != 0) {
+            shard.lock().confirm(number, granted);
+        }
+    }
+
+    /// Tells those who waited. A refusal takes their subscription away. Not `confirmed`: the core
+    /// has not said it.
     pub(super) fn settle_waiters(
         &self,
         number: u32,
         waiters: &[Waiter],
         code: ReasonCode,
+        confirmed: bool,
         now: u64,
     ) {
         for waiter in waiters {
@@ -364,7 +384,9 @@ impl Router {
                 continue;
             }
             let granted = ReasonCode(code.0.min(waiter.qos as u8));
-            self.activate(waiter.session, number, code, now);
+            if confirmed {
+                self.activate(waiter.session, number, code, now);
+            }
             let answer = [(waiter.index, granted)];
             self.answer_subscribe(waiter.session, waiter.generation, waiter.packet_id, &answer);
             if waiter.retained {

@@ -50,6 +50,8 @@ pub(super) struct Filter {
     pub state: State,
     /// It was held before the link was lost: those who ask are granted at once.
     pub held: bool,
+    /// Granted to clients without the core's word: their subscriptions do not count yet.
+    pub unconfirmed: bool,
     /// Asked from the core.
     pub wanted: QoS,
     /// It was held before the core lost it, and is not again yet.
@@ -179,6 +181,7 @@ impl Table {
             link: UNPLACED,
             state: State::Absent,
             held: false,
+            unconfirmed: false,
             restoring: false,
             wanted: QoS::AtMostOnce,
             asked: QoS::AtMostOnce,

@@ -153,6 +153,8 @@ impl Router {
             }
             table.held.remove(&(deadline, number));
             let mut late = Vec::new();
+            let mut granted = ReasonCode::GRANTED_QOS_2;
+            let mut confirmed = false;
             if let Some(filter) = table.get_mut(number) {
                 filter.waiters.retain(|w| {
                     let keep = w.deadline > now;
@@ -161,26 +163,32 @@ impl Router {
                     }
                     keep
                 });
-                if self.config.subscribe_accept {
+                confirmed = filter.state == State::Active;
+                if confirmed {
+                    granted = ReasonCode(filter.granted as u8);
+                } else if self.config.subscribe_accept {
                     filter.held = true;
                     filter.granted = filter.wanted;
+                    filter.unconfirmed = true;
                 }
             }
             drop(table);
             if late.is_empty() {
                 continue;
             }
-            let code = if self.config.subscribe_accept {
+            let code = if confirmed {
+                granted
+            } else if self.config.subscribe_accept {
                 metrics().upstream_gaps.increment(1);
                 tracing::warn!(
                     clients = late.len(),
                     "The core did not answer a SUBSCRIBE in time; it is granted, and messages until the core holds the filter are missed"
                 );
-                ReasonCode::GRANTED_QOS_2
+                granted
             } else {
                 ReasonCode::UNSPECIFIED_ERROR
             };
-            self.settle_waiters(number, &late, code, now);
+            self.settle_waiters(number, &late, code, confirmed, now);
         }
     }
 

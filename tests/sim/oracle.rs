@@ -342,6 +342,14 @@ impl Oracle {
         let evicts = self.rules.evicts;
         // While the core is away a filter is granted as it was asked for.
         let guessed = self.inbound.core_was_away;
+        let doubtful: Vec<String> = match packet {
+            Packet::Suback(_) => {
+                let subs = self.clients.iter().flat_map(|c| &c.ledger.subs);
+                let subs = subs.filter(|s| s.in_doubt);
+                subs.map(|s| s.filter.clone()).collect()
+            }
+            _ => Vec::new(),
+        };
         let c = &mut self.clients[device];
         match packet {
             Packet::Publish(p) => {
@@ -381,6 +389,8 @@ impl Oracle {
                 if names.len() != s.codes.len() {
                     return Err("SUBACK has another number of codes [MQTT-3.8.4-6]".into());
                 }
+                // What one was granted without the core, another is too.
+                let doubted = |name: &String| doubtful.contains(name);
                 for (index, (name, code)) in names.iter().zip(s.codes).enumerate() {
                     granted(
                         &mut c.ledger,
@@ -391,6 +401,7 @@ impl Oracle {
                         *code,
                         hold,
                         guessed,
+                        doubted(name),
                         now,
                     )?;
                 }
@@ -471,6 +482,7 @@ impl Oracle {
                     // Not yet there at the core; its identifier may be sent already.
                     if matching(&sub.filter, &first.topic) {
                         allowed.extend(sub.asked.iter().map(|a| a.identifier));
+                        allowed.extend(sub.granted.map(|(_, _, id)| id));
                     }
                     continue;
                 };
@@ -488,6 +500,14 @@ impl Oracle {
                     }
                     any = true;
                     qos.push(q.min(copy.qos));
+                    if !granted {
+                        // It may be granted less.
+                        qos.extend(
+                            crate::edge::QOS
+                                .into_iter()
+                                .filter(|l| *l < q.min(copy.qos)),
+                        );
+                    }
                     allowed.push(id);
                     retain_may |= options.retain_as_published && copy.retain;
                     if !granted || !sub.asked.is_empty() || hides(&options) {
@@ -623,6 +643,7 @@ fn granted(
     code: u8,
     hold: u64,
     guessed: bool,
+    doubted: bool,
     now: u64,
 ) -> Checked {
     let Some(at) = ledger.subs.iter().position(|s| s.filter == name) else {
@@ -651,7 +672,7 @@ fn granted(
             ask.options.qos
         ));
     }
-    sub.in_doubt |= late;
+    sub.in_doubt |= late || doubted;
     sub.granted = Some((granted, ask.options, ask.identifier));
     Ok(())
 }
