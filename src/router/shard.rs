@@ -301,8 +301,8 @@ impl Shard {
         let Some(slot) = self.get(want.session) else {
             return;
         };
-        // It may have unsubscribed meanwhile.
-        if slot.session.subscription(filter).is_none() {
+        // It may have unsubscribed meanwhile, or started anew.
+        if slot.session.tag != want.tag || slot.session.subscription(filter).is_none() {
             return;
         }
         let one = [want.identifier];

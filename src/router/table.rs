@@ -32,6 +32,8 @@ pub(super) enum State {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Waiter {
     pub session: SessionRef,
+    /// The session's own mark.
+    pub tag: u64,
     pub generation: u64,
     pub packet_id: u16,
     pub index: u16,

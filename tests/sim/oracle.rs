@@ -481,8 +481,12 @@ impl Oracle {
                 let Some(copy) = copy else {
                     // Not yet there at the core; its identifier may be sent already.
                     if matching(&sub.filter, &first.topic) {
-                        allowed.extend(sub.asked.iter().map(|a| a.identifier));
-                        allowed.extend(sub.granted.map(|(_, _, id)| id));
+                        let asked = sub.asked.iter().map(|a| (a.options, a.identifier));
+                        let granted = sub.granted.iter().map(|(_, o, i)| (*o, *i));
+                        for (options, id) in asked.chain(granted) {
+                            allowed.push(id);
+                            retain_may |= options.retain_as_published && first.retain;
+                        }
                     }
                     continue;
                 };
