@@ -205,9 +205,12 @@ impl Shard {
             let Some(subscription) = session.and_then(|s| s.subscription(filter)) else {
                 continue;
             };
-            if !std::mem::replace(&mut subscription.active, true) {
-                subscription.options.qos = subscription.asked.min(granted);
-                member.qos = subscription.options.qos;
+            let granted = subscription.asked.min(granted);
+            if !std::mem::replace(&mut subscription.active, true)
+                || subscription.options.qos < granted
+            {
+                subscription.options.qos = granted;
+                member.qos = granted;
             }
         }
     }

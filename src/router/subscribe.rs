@@ -130,7 +130,8 @@ impl Router {
                         },
                     ));
                 }
-                let confirmed = table.get(number).is_some_and(|f| !f.unconfirmed);
+                let filter = table.get(number);
+                let confirmed = filter.is_some_and(|f| f.state == State::Active || !f.unconfirmed);
                 drop(table);
                 if confirmed {
                     self.activate(session, number, code, now);
@@ -318,10 +319,11 @@ impl Router {
                 filter.state = State::Active;
                 filter.held = true;
                 filter.granted = QoS::from_u8(code.0).unwrap_or_default();
-                guessed = std::mem::take(&mut filter.unconfirmed);
                 // Somebody asked for more meanwhile.
                 again = filter.wanted > filter.asked;
                 filter.upgrading = again;
+                guessed = filter.unconfirmed;
+                filter.unconfirmed &= again;
             }
             let link = usize::from(filter.link);
             if again && let Some(pending) = table.pending.get_mut(link) {
