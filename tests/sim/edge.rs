@@ -27,6 +27,8 @@ impl Policy for Allowed {
 }
 
 struct Open {
+    /// One and a half times Keep Alive, milliseconds.
+    patience: u64,
     session: SessionRef,
     generation: u64,
     version: Version,
@@ -43,6 +45,8 @@ pub struct Edge {
     pub ended: Option<ReasonCode>,
     /// CONNACK is on its way.
     answered: bool,
+    /// When the last packet came.
+    last_in: u64,
     /// A 3.x client with too much under way: not read from.
     pub held: bool,
 }
@@ -58,6 +62,7 @@ impl Edge {
             output: Vec::new(),
             ended: None,
             answered: false,
+            last_in: 0,
             held: false,
         }
     }
@@ -181,7 +186,9 @@ impl Edge {
             return Err("CONNACK says another Session Present than the router".into());
         }
         oracle.connected(self.device, connected.present)?;
+        self.last_in = now;
         self.open = Some(Open {
+            patience: u64::from(c.keep_alive) * 1500,
             session: connected.session,
             generation: connected.generation,
             version,
@@ -284,6 +291,9 @@ impl Edge {
                 Effect::Unsubscribe { filters } => router.unsubscribe(open.session, &filters, now),
             }
         }
+        if used > 0 && self.wake.closing().is_none() {
+            self.last_in = now;
+        }
         let Some(outcome) = outcome else {
             // Taken over; the wake tells.
             return Ok(None);
@@ -306,6 +316,23 @@ impl Edge {
             return Ok(());
         }
         self.wake.take(Waker::noop());
+        if self.held {
+            self.last_in = now;
+        }
+        if let Some(open) = &self.open
+            && open.patience > 0
+        {
+            let silence = now - self.last_in;
+            let closed = self.wake.closing().map(|c| c.reason);
+            let kept = closed == Some(ReasonCode::KEEP_ALIVE_TIMEOUT);
+            if kept && silence < open.patience || closed.is_none() && silence > open.patience + 600
+            {
+                return Err(format!(
+                    "silent for {silence} of {} ms, closed: {closed:?} [MQTT-3.1.2-22]",
+                    open.patience
+                ));
+            }
+        }
         if let Some(close) = self.wake.closing() {
             return self.end(close, router, oracle, now);
         }
@@ -383,6 +410,10 @@ impl Edge {
             return Ok(());
         };
         let normal = close.reason == ReasonCode::SUCCESS;
+        if close.reason == ReasonCode::QUOTA_EXCEEDED {
+            // The session is gone, with what it had written.
+            oracle.inbound.answers_lost(self.device);
+        }
         router.disconnected(open.session, open.generation, normal, now);
         oracle.closed(self.device, self.link, normal, now);
         let polite = matches!(

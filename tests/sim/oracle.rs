@@ -269,6 +269,7 @@ impl Oracle {
                             asked: vec![ask],
                             no_local_since: now,
                             in_doubt: false,
+                            guessed: false,
                         }),
                     }
                 }
@@ -369,8 +370,7 @@ impl Oracle {
                 };
                 let topic = topic.ok_or("an undefined alias")?;
                 let key = key(p.payload);
-                c.ledger
-                    .wrote(&mut c.window, version, &topic, &key, p, now)?;
+                c.ledger.wrote(&mut c.window, version, &topic, &key, p)?;
                 self.delivered += 1;
                 Ok(())
             }
@@ -510,7 +510,8 @@ impl Oracle {
                     }
                     any = true;
                     qos.push(q.min(copy.qos));
-                    if !granted {
+                    settled &= !sub.guessed;
+                    if !granted || sub.guessed {
                         // It may be granted less.
                         qos.extend(
                             crate::edge::QOS
@@ -524,7 +525,7 @@ impl Oracle {
                         settled = false;
                         continue;
                     }
-                    must = true;
+                    must |= !sub.in_doubt;
                     if id != 0 {
                         needed.push(id);
                     }
@@ -534,7 +535,8 @@ impl Oracle {
                     }
                 }
                 // A replacement that is under way: there is a subscription all along.
-                must |= sub.granted.is_some_and(|(_, o, _)| !hides(&o))
+                must |= !sub.in_doubt
+                    && sub.granted.is_some_and(|(_, o, _)| !hides(&o))
                     && sub.asked.iter().all(|a| !hides(&a.options));
             }
             if !any {
@@ -684,6 +686,7 @@ fn granted(
         ));
     }
     sub.in_doubt |= late || doubted;
+    sub.guessed = late || doubted;
     sub.granted = Some((granted, ask.options, ask.identifier));
     Ok(())
 }
