@@ -59,6 +59,7 @@ pub struct WillSpec {
 /// What the device saw.
 #[derive(Clone, Debug)]
 pub enum Seen {
+    #[allow(dead_code, reason = "shown in traces")]
     Connack {
         present: bool,
     },

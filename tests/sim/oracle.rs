@@ -245,6 +245,10 @@ impl Oracle {
                         at: now,
                         number,
                     };
+                    // Wishes of an earlier subscription serve the new one.
+                    for want in c.ledger.wants.iter_mut().filter(|w| w.filter == filter) {
+                        want.until = u64::MAX;
+                    }
                     if options.retain_handling == 0 || (options.retain_handling == 1 && ask.fresh) {
                         c.ledger.wants.push(Want {
                             filter: filter.to_owned(),
@@ -601,11 +605,13 @@ impl Oracle {
     }
 
     /// Everybody is connected and everything at rest: nothing may be missing but by a limit.
-    pub fn settled(&self, router: &Router, now: u64) -> Checked {
-        for c in &self.clients {
+    pub fn settled(&self, router: &Router, links: &[Option<u64>], now: u64) -> Checked {
+        for (c, link) in self.clients.iter().zip(links) {
             if !c.exists {
                 continue;
             }
+            // A connection that nobody is behind takes nothing.
+            let there = c.attached.is_some() && c.attached == *link;
             let id = &c.profile.id;
             let Some(info) = router.session(id) else {
                 return Err(format!("the session of {id} is gone"));
@@ -629,13 +635,13 @@ impl Oracle {
                     "{id} misses {must} to {all} messages, and {gaps} are said to be lost"
                 ));
             }
-            if c.attached.is_some() && info.queue_messages > 0 {
+            if there && info.queue_messages > 0 {
                 return Err(format!(
                     "{id} is connected, and {} messages still wait",
                     info.queue_messages
                 ));
             }
-            if c.attached.is_some() && info.in_flight > 0 {
+            if there && info.in_flight > 0 {
                 return Err(format!(
                     "{id} is connected, and {} are unacknowledged",
                     info.in_flight
