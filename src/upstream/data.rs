@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
@@ -17,13 +18,18 @@ use crate::router::{Arrived, Router};
 use crate::telemetry::metrics;
 
 use super::RESERVED_KEY;
-use super::machine::{LinkEnd, Machine, Up};
+use super::machine::{LinkEnd, Machine, Mix, Pace, Up};
 use super::redelivery::Redelivery;
 
 /// SUBSCRIBE and UNSUBSCRIBE packets that may be unanswered.
 const REQUESTS_MAX: usize = 1000;
 /// Filters in one packet where the core has no identifiers.
 const FILTERS_IN_PACKET: usize = 100;
+/// Acknowledgements wait for nobody but the core itself.
+const PACE: Pace = Pace {
+    write: Duration::from_millis(2),
+    read: Duration::from_millis(1),
+};
 /// How often the core is asked whether it has our acknowledgements, milliseconds.
 const CONFIRM_EVERY: u64 = 2000;
 /// Bytes of filters in one packet.
@@ -45,6 +51,7 @@ pub struct Data {
     received: HashSet<u16, RandomState>,
     redelivery: Redelivery,
     batch: Vec<Arrived>,
+    mix: Mix,
     /// When the last PINGREQ behind acknowledgements was asked for.
     confirmed_at: u64,
     ping: bool,
@@ -73,6 +80,7 @@ impl Data {
             received: HashSet::default(),
             redelivery: Redelivery::default(),
             batch: Vec::new(),
+            mix: Mix::default(),
             confirmed_at: 0,
             ping: false,
             marks: VecDeque::new(),
@@ -118,6 +126,8 @@ impl Data {
             return Ok(());
         }
         let mut filters: SmallVec<[u32; 2]> = SmallVec::new();
+        self.mix
+            .saw(p.subscription_ids().next().unwrap_or(0).into());
         if self.identifiers && p.has_subscription_ids {
             for identifier in p.subscription_ids() {
                 if let Some(number) = identifier.checked_sub(1)
@@ -298,6 +308,12 @@ impl Machine for Data {
             self.confirmed_at = now;
             self.ping = true;
         }
+    }
+
+    fn pace(&self) -> Option<Pace> {
+        // A core whose window may be small gets its acknowledgements at once.
+        let paced = self.identifiers && self.requests.is_empty() && self.mix.is_wide();
+        paced.then_some(PACE)
     }
 
     fn wants_ping(&mut self) -> bool {
