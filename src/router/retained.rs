@@ -25,6 +25,8 @@ const TOPIC_OVERHEAD: usize = 96;
 pub struct Wants {
     /// Whose it is.
     pub session: SessionRef,
+    /// The session's own mark.
+    pub tag: u64,
     /// Granted QoS.
     pub qos: QoS,
     /// The client's Subscription Identifier; 0: none.

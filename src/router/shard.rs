@@ -205,9 +205,12 @@ impl Shard {
             let Some(subscription) = session.and_then(|s| s.subscription(filter)) else {
                 continue;
             };
-            if !std::mem::replace(&mut subscription.active, true) {
-                subscription.options.qos = subscription.asked.min(granted);
-                member.qos = subscription.options.qos;
+            let granted = subscription.asked.min(granted);
+            if !std::mem::replace(&mut subscription.active, true)
+                || subscription.options.qos < granted
+            {
+                subscription.options.qos = granted;
+                member.qos = granted;
             }
         }
     }
@@ -301,8 +304,8 @@ impl Shard {
         let Some(slot) = self.get(want.session) else {
             return;
         };
-        // It may have unsubscribed meanwhile.
-        if slot.session.subscription(filter).is_none() {
+        // It may have unsubscribed meanwhile, or started anew.
+        if slot.session.tag != want.tag || slot.session.subscription(filter).is_none() {
             return;
         }
         let one = [want.identifier];

@@ -98,7 +98,7 @@ impl Router {
                 overlaps: false,
             };
             let replaced = self.join(session, generation, subscription);
-            let Some(replaced) = replaced else {
+            let Some((replaced, tag)) = replaced else {
                 // The connection is gone; so is the wish.
                 let mut table = self.table.write();
                 table.unreference(number, session.shard, now);
@@ -124,12 +124,14 @@ impl Router {
                         number,
                         Wants {
                             session,
+                            tag,
                             qos: QoS::from_u8(code.0).unwrap_or_default(),
                             identifier,
                         },
                     ));
                 }
-                let confirmed = table.get(number).is_some_and(|f| !f.unconfirmed);
+                let filter = table.get(number);
+                let confirmed = filter.is_some_and(|f| f.state == State::Active || !f.unconfirmed);
                 drop(table);
                 if confirmed {
                     self.activate(session, number, code, now);
@@ -139,6 +141,7 @@ impl Router {
             let deadline = now + self.config.subscribe_hold;
             filter.waiters.push(Waiter {
                 session,
+                tag,
                 generation,
                 packet_id,
                 index: want.index,
@@ -186,8 +189,8 @@ impl Router {
     }
 
     /// Puts a subscription in force for its session. `None`: the connection is gone; else whether
-    /// it replaced one on the same filter.
-    fn join(&self, session: SessionRef, generation: u64, new: Subscription) -> Option<bool> {
+    /// it replaced one on the same filter, and the session's mark.
+    fn join(&self, session: SessionRef, generation: u64, new: Subscription) -> Option<(bool, u64)> {
         let mut shard = self.shards[usize::from(session.shard)].lock();
         let slot = shard.get(session)?;
         if slot.session.generation() != generation || slot.session.is_ghost() {
@@ -195,13 +198,14 @@ impl Router {
         }
         let filter = new.filter;
         let replaced = slot.session.add_subscription(new).is_some();
+        let tag = slot.session.tag;
         let added = slot.session.subscription(filter).cloned()?;
         if added.overlaps {
             shard.rejoin(session.slot);
         } else {
             shard.join(session.slot, &added);
         }
-        Some(replaced)
+        Some((replaced, tag))
     }
 
     /// The core holds the filter at this QoS: the subscription counts from here on, at the QoS that
@@ -315,10 +319,11 @@ impl Router {
                 filter.state = State::Active;
                 filter.held = true;
                 filter.granted = QoS::from_u8(code.0).unwrap_or_default();
-                guessed = std::mem::take(&mut filter.unconfirmed);
                 // Somebody asked for more meanwhile.
                 again = filter.wanted > filter.asked;
                 filter.upgrading = again;
+                guessed = filter.unconfirmed;
+                filter.unconfirmed &= again;
             }
             let link = usize::from(filter.link);
             if again && let Some(pending) = table.pending.get_mut(link) {
@@ -360,6 +365,9 @@ impl Router {
         now: u64,
     ) {
         for waiter in waiters {
+            if !self.is_of(waiter) {
+                continue;
+            }
             if code.is_error() {
                 let removed = {
                     let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
@@ -400,6 +408,7 @@ impl Router {
                 if let Some(identifier) = identifier {
                     let wants = Wants {
                         session: waiter.session,
+                        tag: waiter.tag,
                         qos: QoS::from_u8(granted.0).unwrap_or_default(),
                         identifier,
                     };
@@ -407,6 +416,13 @@ impl Router {
                 }
             }
         }
+    }
+
+    /// Whether the session that waits is still the same: a clean start keeps its place.
+    fn is_of(&self, waiter: &Waiter) -> bool {
+        let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+        let slot = shard.get(waiter.session);
+        slot.is_some_and(|s| s.session.tag == waiter.tag)
     }
 
     /// A client unsubscribed; its session and shard have forgotten the filters already.

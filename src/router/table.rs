@@ -32,6 +32,8 @@ pub(super) enum State {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Waiter {
     pub session: SessionRef,
+    /// The session's own mark.
+    pub tag: u64,
     pub generation: u64,
     pub packet_id: u16,
     pub index: u16,
@@ -341,7 +343,11 @@ impl Table {
 
     /// What a client is granted that asked for `qos`.
     pub fn grant(&self, number: u32, qos: QoS) -> ReasonCode {
-        let granted = self.get(number).map_or(qos, |f| f.granted.min(qos));
+        // Without the core's word, what it was asked for.
+        let granted = self.get(number).map_or(qos, |f| match f.unconfirmed {
+            true => f.wanted.min(qos),
+            false => f.granted.min(qos),
+        });
         ReasonCode(granted as u8)
     }
 }

@@ -41,6 +41,8 @@ pub struct Edge {
     /// Taken from the session, on its way to the socket.
     pub output: Vec<u8>,
     pub ended: Option<ReasonCode>,
+    /// CONNACK is on its way.
+    answered: bool,
     /// A 3.x client with too much under way: not read from.
     pub held: bool,
 }
@@ -55,6 +57,7 @@ impl Edge {
             input: Vec::new(),
             output: Vec::new(),
             ended: None,
+            answered: false,
             held: false,
         }
     }
@@ -320,6 +323,7 @@ impl Edge {
             if taken.is_empty() {
                 return Ok(());
             }
+            self.answered = true;
             self.output.append(&mut taken);
             if self.output.len() > 4096 {
                 return Ok(());
@@ -376,7 +380,8 @@ impl Edge {
             close.reason,
             ReasonCode::SUCCESS | ReasonCode::DISCONNECT_WITH_WILL_MESSAGE
         );
-        if open.version == Version::V5 && !polite {
+        // Nothing before CONNACK [MQTT-3.14.0-1].
+        if open.version == Version::V5 && !polite && self.answered {
             encode_disconnect(open.version, close.reason, None, None, &mut self.output);
         }
         self.input.clear();

@@ -39,7 +39,9 @@ struct Flight {
 #[derive(Clone, Debug)]
 pub struct Want {
     pub filter: String,
-    pub got: HashSet<String>,
+    pub got: HashMap<String, usize>,
+    /// Fetches of it that failed, and were made anew.
+    pub failed: usize,
     /// Unsubscribed when this event was the latest: what waits may still come, nothing newer.
     pub until: u64,
 }
@@ -241,7 +243,7 @@ impl Ledger {
         let Some(want) = want else {
             return Err("a retained message that nobody asked for [MQTT-3.3.1-11]".into());
         };
-        want.got.insert(key.to_owned());
+        *want.got.entry(key.to_owned()).or_default() += 1;
         self.replays += 1;
         let event = crate::oracle::event(key);
         let way = (topic.to_owned(), p.qos > QoS::AtMostOnce);
@@ -314,6 +316,6 @@ impl Ledger {
 
 fn wants(want: &Want, topic: &str, key: &str) -> bool {
     crate::core::matching(&want.filter, topic)
-        && !want.got.contains(key)
+        && want.got.get(key).copied().unwrap_or(0) <= want.failed
         && crate::oracle::event(key) <= want.until
 }

@@ -246,6 +246,7 @@ impl Oracle {
                         c.ledger.wants.push(Want {
                             filter: filter.to_owned(),
                             got: Default::default(),
+                            failed: 0,
                             until: u64::MAX,
                         });
                     }
@@ -449,7 +450,7 @@ impl Oracle {
     pub fn fetched_anew(&mut self, filter: &str) {
         for want in self.clients.iter_mut().flat_map(|c| &mut c.ledger.wants) {
             if want.filter == filter {
-                want.got.clear();
+                want.failed += 1;
             }
         }
     }
@@ -481,8 +482,12 @@ impl Oracle {
                 let Some(copy) = copy else {
                     // Not yet there at the core; its identifier may be sent already.
                     if matching(&sub.filter, &first.topic) {
-                        allowed.extend(sub.asked.iter().map(|a| a.identifier));
-                        allowed.extend(sub.granted.map(|(_, _, id)| id));
+                        let asked = sub.asked.iter().map(|a| (a.options, a.identifier));
+                        let granted = sub.granted.iter().map(|(_, o, i)| (*o, *i));
+                        for (options, id) in asked.chain(granted) {
+                            allowed.push(id);
+                            retain_may |= options.retain_as_published && first.retain;
+                        }
                     }
                     continue;
                 };
@@ -600,7 +605,8 @@ impl Oracle {
             };
             let (must, alive, all) = c.ledger.missing(now);
             let gaps = info.gaps as usize;
-            if alive > gaps {
+            let excused = gaps + info.queue_messages;
+            if alive > excused {
                 let lost: Vec<&Owed> = c
                     .ledger
                     .owed
