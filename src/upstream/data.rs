@@ -18,7 +18,7 @@ use crate::router::{Arrived, Router};
 use crate::telemetry::metrics;
 
 use super::RESERVED_KEY;
-use super::machine::{LinkEnd, Machine, Mix, Pace, Up};
+use super::machine::{LinkEnd, Machine, Up};
 use super::redelivery::Redelivery;
 
 /// SUBSCRIBE and UNSUBSCRIBE packets that may be unanswered.
@@ -26,10 +26,7 @@ const REQUESTS_MAX: usize = 1000;
 /// Filters in one packet where the core has no identifiers.
 const FILTERS_IN_PACKET: usize = 100;
 /// Acknowledgements wait for nobody but the core itself.
-const PACE: Pace = Pace {
-    write: Duration::from_millis(2),
-    read: Duration::from_millis(1),
-};
+const PACE: Duration = Duration::from_millis(2);
 /// How often the core is asked whether it has our acknowledgements, milliseconds.
 const CONFIRM_EVERY: u64 = 2000;
 /// Bytes of filters in one packet.
@@ -51,7 +48,6 @@ pub struct Data {
     received: HashSet<u16, RandomState>,
     redelivery: Redelivery,
     batch: Vec<Arrived>,
-    mix: Mix,
     /// When the last PINGREQ behind acknowledgements was asked for.
     confirmed_at: u64,
     ping: bool,
@@ -80,7 +76,6 @@ impl Data {
             received: HashSet::default(),
             redelivery: Redelivery::default(),
             batch: Vec::new(),
-            mix: Mix::default(),
             confirmed_at: 0,
             ping: false,
             marks: VecDeque::new(),
@@ -310,9 +305,9 @@ impl Machine for Data {
         }
     }
 
-    fn pace(&self) -> Option<Pace> {
+    fn pace(&self) -> Option<Duration> {
         // A core whose window may be small gets its acknowledgements at once.
-        let paced = self.identifiers && self.requests.is_empty() && self.mix.is_wide();
+        let paced = self.identifiers && self.requests.is_empty() && self.marks.is_empty();
         paced.then_some(PACE)
     }
 

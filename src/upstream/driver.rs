@@ -243,7 +243,7 @@ struct Pump<'a, M> {
     last_sent: Instant,
     last_read: Instant,
     last_written: Instant,
-    /// Fires when a paced write or read may go on.
+    /// Fires when a paced write may go on.
     timer: Pin<Box<Sleep>>,
     keep_alive: Duration,
 }
@@ -348,7 +348,7 @@ impl<M: Machine> Pump<'_, M> {
         let mut wrote = false;
         let wait = match pace {
             Some(pace) if self.sent == 0 && self.out.len() < PACED_OUTPUT => {
-                !self.out.is_empty() && self.wait(self.last_written + pace.write, cx)
+                !self.out.is_empty() && self.wait(self.last_written + pace, cx)
             }
             _ => false,
         };
@@ -383,11 +383,6 @@ impl<M: Machine> Pump<'_, M> {
             }
         }
         if self.out.len() - self.sent > OUTPUT_MAX {
-            return Poll::Pending;
-        }
-        if let Some(pace) = pace
-            && self.wait(self.last_read + pace.read, cx)
-        {
             return Poll::Pending;
         }
         if self.input.capacity() - self.input.len() < READ / 4 {

@@ -42,37 +42,6 @@ impl LinkEnd {
     }
 }
 
-/// How closely writes and reads of a busy link follow each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pace {
-    /// Between two writes.
-    pub write: Duration,
-    /// Between two reads.
-    pub read: Duration,
-}
-
-/// Whether the last few of a link's messages are of many clients or topics.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Mix {
-    last: [u64; 8],
-    at: usize,
-}
-
-impl Mix {
-    /// A message of this origin.
-    pub fn saw(&mut self, origin: u64) {
-        self.last[self.at % 8] = origin;
-        self.at = self.at.wrapping_add(1);
-    }
-
-    /// At least four origins among the last eight.
-    pub fn is_wide(&self) -> bool {
-        let mut seen = self.last;
-        seen.sort_unstable();
-        1 + seen.windows(2).filter(|w| w[0] != w[1]).count() >= 4
-    }
-}
-
 /// One link's own part. The driver feeds it packets and the time, and writes what it puts out.
 pub trait Machine: Send {
     /// The link came up.
@@ -94,9 +63,8 @@ pub trait Machine: Send {
     }
     /// The link is lost.
     fn down(&mut self, now: u64);
-    /// Traffic of many clients at once: the least time between two writes, and between two reads,
-    /// so that one system call serves several packets. `None`: at once, for each.
-    fn pace(&self) -> Option<Pace> {
+    /// The least time between two writes, so that one serves several packets. `None`: at once.
+    fn pace(&self) -> Option<Duration> {
         None
     }
     /// Unacknowledged publishes and their limit, for the metrics.

@@ -2,24 +2,17 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::mqtt::{AckKind, Alias, Delivery, Packet, QoS, ReasonCode, Version, encode_ack};
 use crate::router::lanes::Outgoing;
-use crate::router::{Answered, Router, SessionRef};
+use crate::router::{Answered, Router};
 use crate::telemetry::{DropReason, metrics};
 
 use super::RESERVED_KEY;
-use super::machine::{LinkEnd, Machine, Mix, Pace, Up};
+use super::machine::{LinkEnd, Machine, Up};
 
 /// Bytes put out ahead of the socket.
 const OUTPUT: usize = 128 * 1024;
-
-/// What many clients publish within a moment goes out together.
-const PACE: Pace = Pace {
-    write: Duration::from_millis(1),
-    read: Duration::from_millis(1),
-};
 
 /// How long a link that came up waits for the data links, milliseconds: a message that the core
 /// takes before they have their filters again reaches nobody.
@@ -43,7 +36,6 @@ pub struct Publisher {
     /// Sent on this connection and not done.
     open: usize,
     answers: Vec<Answered>,
-    mix: Mix,
     /// Until then nothing new is sent before the data links have their filters again.
     wait_until: u64,
 }
@@ -86,7 +78,6 @@ impl Publisher {
             resend_at: 0,
             open: 0,
             answers: Vec::new(),
-            mix: Mix::default(),
             wait_until: 0,
         }
     }
@@ -179,8 +170,6 @@ impl Publisher {
     }
 
     fn send(&mut self, outgoing: Outgoing, now: u64, out: &mut Vec<u8>) {
-        let SessionRef { shard, slot, .. } = outgoing.session;
-        self.mix.saw(u64::from(shard) << 32 | u64::from(slot));
         let message = &outgoing.message;
         if message.expires_at() <= now {
             metrics().messages_dropped[DropReason::Expired].increment(1);
@@ -402,12 +391,6 @@ impl Machine for Publisher {
         self.up = false;
         self.router.publish_link_up(self.link, false);
         self.flush(now);
-    }
-
-    fn pace(&self) -> Option<Pace> {
-        // A window that is nearly used up does not wait.
-        let paced = self.mix.is_wide() && self.open < self.window / 2;
-        paced.then_some(PACE)
     }
 
     fn window(&self) -> (usize, usize) {
