@@ -192,7 +192,7 @@ impl Router {
         }
         filter.state = State::Absent;
         filter.held = false;
-        if filter.idle_since == u64::MAX {
+        if filter.is_wanted() {
             let (qos, link) = (filter.wanted, filter.link);
             table.ask(number, qos);
             drop(table);
@@ -201,6 +201,8 @@ impl Router {
             }
         } else {
             table.bury(number, now);
+            drop(table);
+            self.forget_retained(std::iter::once(number));
         }
     }
 
@@ -223,7 +225,7 @@ impl Router {
                     State::Active => !session_present || filter.upgrading,
                     // What was under way when the link was lost: in doubt, and harmless to repeat.
                     State::Pending | State::Subscribing => true,
-                    State::Unsubscribing => filter.idle_since == u64::MAX,
+                    State::Unsubscribing => filter.is_wanted(),
                 };
                 let gone = filter.state == State::Unsubscribing && !again;
                 if again {
@@ -241,7 +243,6 @@ impl Router {
                         table.leaving[link].push_back(number);
                     } else {
                         table.bury(number, now);
-                        continue;
                     }
                 }
                 numbers.push(number);

@@ -134,7 +134,7 @@ impl Router {
                 let confirmed = filter.is_some_and(|f| f.state == State::Active || !f.unconfirmed);
                 drop(table);
                 if confirmed {
-                    self.activate(session, number, code, now);
+                    self.activate(session, number, options.qos, code, now);
                 }
                 continue;
             }
@@ -209,8 +209,8 @@ impl Router {
     }
 
     /// The core holds the filter at this QoS: the subscription counts from here on, at the QoS that
-    /// was asked for last.
-    fn activate(&self, session: SessionRef, number: u32, code: ReasonCode, now: u64) {
+    /// was asked for last. Who asked for `asked` is told no more than that.
+    fn activate(&self, session: SessionRef, number: u32, asked: QoS, code: ReasonCode, now: u64) {
         let contested = self.contested(session, number);
         let mut shard = self.shards[usize::from(session.shard)].lock();
         let Some(slot) = shard.get(session) else {
@@ -223,6 +223,9 @@ impl Router {
             subscription.fenced_until = now + FENCE;
         }
         let granted = QoS::from_u8(code.0).unwrap_or_default();
+        if subscription.asked == asked {
+            subscription.asked = asked.min(granted);
+        }
         subscription.options.qos = subscription.asked.min(granted);
         let subscription = subscription.clone();
         shard.join(session.slot, &subscription);
@@ -393,7 +396,7 @@ impl Router {
             }
             let granted = ReasonCode(code.0.min(waiter.qos as u8));
             if confirmed {
-                self.activate(waiter.session, number, code, now);
+                self.activate(waiter.session, number, waiter.qos, code, now);
             }
             let answer = [(waiter.index, granted)];
             self.answer_subscribe(waiter.session, waiter.generation, waiter.packet_id, &answer);

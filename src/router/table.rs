@@ -75,6 +75,13 @@ pub(super) struct Filter {
     pub unread: AtomicU32,
 }
 
+impl Filter {
+    /// Somebody holds it, or waits for a word on it.
+    pub fn is_wanted(&self) -> bool {
+        self.idle_since == u64::MAX || !self.waiters.is_empty()
+    }
+}
+
 /// No D link chosen yet.
 pub(super) const UNPLACED: u8 = u8::MAX;
 

@@ -62,6 +62,15 @@ impl Edge {
         }
     }
 
+    /// Its state, for a report.
+    pub fn state(&self) -> String {
+        let (held, input, output) = (self.held, self.input.len(), self.output.len());
+        format!(
+            "link {} held {held} input {input} output {output} ended {:?}",
+            self.link, self.ended
+        )
+    }
+
     /// Whether these bytes make its CONNECT whole.
     pub fn completes(&self, bytes: &[u8]) -> bool {
         let all = [&self.input, bytes].concat();

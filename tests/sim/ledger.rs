@@ -92,7 +92,8 @@ pub struct Ledger {
     inflight: Vec<Flight>,
     pub wants: Vec<Want>,
     pub subs: Vec<Sub>,
-    pub replays: usize,
+    /// Retained messages that were taken for replays, and might have been live.
+    pub ambiguous: usize,
     /// The newest retained value delivered live, for each topic, of QoS 0 and of the others: QoS 0
     /// passes what waits for the window.
     events: HashMap<(String, bool), u64>,
@@ -211,6 +212,17 @@ impl Ledger {
                 Err(error) => misfit = misfit.or(Some(error)),
             }
         }
+        // Where a retained message could be both, it is the one whose turn it is.
+        let turn = |at: usize| {
+            let mut before = self.owed[from..at].iter();
+            !before.any(|o| {
+                o.must && !o.written && o.qos.iter().all(|q| (*q > QoS::AtMostOnce) == (class > 0))
+            })
+        };
+        let replays = p.retain && self.wants.iter().any(|w| wants(w, topic, key));
+        let either = at.is_some() && replays;
+        let at = at.filter(|at| !replays || turn(*at));
+        self.ambiguous += usize::from(either && at.is_none());
         let Some(at) = at else {
             return match (p.retain, misfit) {
                 (false, Some(error)) => Err(error),
@@ -244,7 +256,6 @@ impl Ledger {
             return Err("a retained message that nobody asked for [MQTT-3.3.1-11]".into());
         };
         *want.got.entry(key.to_owned()).or_default() += 1;
-        self.replays += 1;
         let event = crate::oracle::event(key);
         let way = (topic.to_owned(), p.qos > QoS::AtMostOnce);
         if self.events.get(&way).is_some_and(|newest| *newest > event) {

@@ -318,6 +318,7 @@ impl World {
                 let time = self.rng.pick(&[200, 3000, 15_000]);
                 trace!(self, "the core is away for {time} ms");
                 self.core.away = true;
+                self.oracle.away = (self.now, u64::MAX);
                 self.oracle.inbound.core_was_away = true;
                 self.router.publish_link_up(0, false);
                 self.core_back_at = self.now + time;
@@ -620,6 +621,11 @@ impl World {
             ReasonCode::SESSION_TAKEN_OVER => {
                 self.oracle.clients[n].attached != self.devices[n].link
             }
+            ReasonCode::KEEP_ALIVE_TIMEOUT => {
+                let d = &self.devices[n];
+                let silence = u64::from(d.profile.keep_alive) * 1500;
+                silence > 0 && self.now >= d.last_sent + silence
+            }
             _ => false,
         };
         match fine {
@@ -632,6 +638,7 @@ impl World {
         if self.core.away && self.now >= self.core_back_at {
             trace!(self, "the core is back");
             self.core.away = false;
+            self.oracle.away.1 = self.now;
             self.router.publish_link_up(0, true);
         }
         let before = self.core.forwarded.len();
@@ -835,7 +842,8 @@ impl World {
                 )
             })
             .collect();
-        Err(format!("it does not come to rest: {stuck:?}"))
+        let links: Vec<String> = self.links.values().map(|l| l.edge.state()).collect();
+        Err(format!("it does not come to rest: {stuck:?} {links:?}"))
     }
 
     /// Everybody goes for good: nothing may be left.
@@ -886,6 +894,7 @@ impl World {
         ];
         for (what, count) in left {
             if count != 0 {
+                trace!(self, "{router:#?}");
                 return Err(format!("{count} {what} are left"));
             }
         }
