@@ -121,8 +121,6 @@ impl Data {
             return Ok(());
         }
         let mut filters: SmallVec<[u32; 2]> = SmallVec::new();
-        self.mix
-            .saw(p.subscription_ids().next().unwrap_or(0).into());
         if self.identifiers && p.has_subscription_ids {
             for identifier in p.subscription_ids() {
                 if let Some(number) = identifier.checked_sub(1)
