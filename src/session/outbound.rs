@@ -259,6 +259,10 @@ impl Outbound {
         }
         self.queue_bytes += size;
         self.queued_qos0 += u32::from(qos == QoS::AtMostOnce);
+        // A quarter more at a time: doubling would leave half of a long queue unused.
+        if self.queue.len() == self.queue.capacity() {
+            self.queue.reserve_exact((self.queue.len() / 4).max(4));
+        }
         self.queue.push_back(Entry {
             message: Some(message.clone()),
             ids: SubscriptionIds::from_slice(ids),

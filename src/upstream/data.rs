@@ -366,3 +366,6 @@ fn parse_tag(value: &str, instance: u64) -> Option<u64> {
     }
     u64::from_str_radix(tag, 16).ok()
 }
+
+#[cfg(test)]
+mod tests;
