@@ -61,10 +61,11 @@ async fn a_3_1_1_session_survives_its_connection() {
     let until_answered = async {
         let mut answered = 0;
         while answered < COUNT {
-            match events.poll().await.expect("the connection stands") {
-                Event::Incoming(Incoming::PubAck(_) | Incoming::PubComp(_)) => answered += 1,
-                _ => {}
-            }
+            let event = events.poll().await.expect("the connection stands");
+            answered += usize::from(matches!(
+                event,
+                Event::Incoming(Incoming::PubAck(_) | Incoming::PubComp(_))
+            ));
         }
     };
     within(until_answered).await;
