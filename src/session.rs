@@ -20,7 +20,7 @@ use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 
 pub use connection::{Connection, ConnectionSpec};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
-pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed, SubscriptionIds};
+pub use outbound::{Delivered, ENTRY_BYTES, Offer, Outbound, Shed, SubscriptionIds};
 pub use packets::senior;
 pub use will::Will;
 
@@ -401,18 +401,9 @@ impl Session {
     }
 
     /// Offers a message. See [`Outbound::deliver`].
-    pub fn deliver(
-        &mut self,
-        limits: &SessionLimits,
-        now: u64,
-        message: &Message,
-        qos: QoS,
-        retain: bool,
-        ids: &[u32],
-    ) -> Delivered {
+    pub fn deliver(&mut self, limits: &SessionLimits, now: u64, offer: &Offer<'_>) -> Delivered {
         let connection = self.connection.as_deref_mut();
-        self.outbound
-            .deliver(connection, limits, now, message, qos, retain, ids)
+        self.outbound.deliver(connection, limits, now, offer)
     }
 
     /// Writes what has become possible to write.

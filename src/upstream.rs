@@ -12,6 +12,8 @@ mod handshake;
 mod machine;
 mod publish;
 mod redelivery;
+#[cfg(test)]
+mod testing;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

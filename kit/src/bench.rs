@@ -38,9 +38,9 @@ pub struct Args {
     /// memory-quic, sessions; repeat
     #[arg(long)]
     pub only: Vec<String>,
-    /// Adds a count of system calls to the ratios (needs strace)
+    /// Adds a profile and a count of system calls to the ratios (needs perf and strace)
     #[arg(long)]
-    pub strace: bool,
+    pub profile: bool,
 }
 
 /// Runs the comparisons.

@@ -153,12 +153,9 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
     };
     let place = opened.place;
     let early = std::mem::take(&mut opened.input);
-    let mut end = match connection.received(0, &early) {
-        Ok(()) => None,
-        Err(end) => Some(end),
-    };
+    let end = connection.received(0, &early).err();
     drop(early);
-    let end = match end.take() {
+    let end = match end {
         Some(end) => end,
         None => poll_fn(|cx| connection.poll(cx)).await,
     };

@@ -281,7 +281,7 @@ mod tests {
             let message = Message::new(&spec("t", b"", &payload));
             assert_eq!(message.payload(), payload);
             assert_eq!(message.topic(), "t");
-            assert!((len..len + 64).contains(&message.size()));
+            assert!((len..len + 96).contains(&message.size()));
         }
     }
 

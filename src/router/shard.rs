@@ -11,7 +11,9 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use crate::mqtt::{Message, QoS};
-use crate::session::{Delivered, ENTRY_BYTES, Ended, Session, SessionLimits, Subscription, senior};
+use crate::session::{
+    Delivered, ENTRY_BYTES, Ended, Offer, Session, SessionLimits, Subscription, senior,
+};
 
 use super::SessionRef;
 use super::fanout::Tally;
@@ -311,7 +313,16 @@ impl Shard {
         let one = [want.identifier];
         let ids: &[u32] = if want.identifier == 0 { &[] } else { &one };
         let qos = want.qos.min(message.qos());
-        let outcome = slot.session.deliver(limits, now, message, qos, true, ids);
+        let outcome = slot.session.deliver(
+            limits,
+            now,
+            &Offer {
+                message,
+                qos,
+                retain: true,
+                ids,
+            },
+        );
         tally.outcome(slot, outcome);
         self.settle(want.session.slot);
     }
@@ -375,7 +386,16 @@ impl Shard {
             };
             let qos = qos.min(message.qos());
             let retain = retain && message.retain();
-            let outcome = slot.session.deliver(limits, now, message, qos, retain, ids);
+            let outcome = slot.session.deliver(
+                limits,
+                now,
+                &Offer {
+                    message,
+                    qos,
+                    retain,
+                    ids,
+                },
+            );
             let (entries, output) = slot.charge();
             *entry_bytes += entries;
             *output_bytes += output;

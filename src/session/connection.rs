@@ -15,6 +15,9 @@ const ALIASES_OUT_MAX: u16 = 64;
 /// Bytes of the topics behind one client's aliases, in each direction.
 const ALIAS_BYTES_MAX: usize = 128 * 1024;
 
+/// Topics and their aliases toward the client; boxed, since few clients offer any.
+type AliasesOut = HashMap<Box<str>, u16, RandomState>;
+
 /// The state of one connection of a session.
 #[derive(Debug)]
 pub struct Connection {
@@ -39,7 +42,7 @@ pub struct Connection {
     output: Vec<u8>,
     side_output: Vec<(u8, Vec<u8>)>,
     aliases_in: Vec<Option<Arc<str>>>,
-    aliases_out: Option<Box<HashMap<Box<str>, u16, RandomState>>>,
+    aliases_out: Option<Box<AliasesOut>>,
     alias_out_max: u16,
 }
 

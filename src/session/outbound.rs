@@ -62,6 +62,15 @@ impl Entry {
         self.message.as_ref().is_none_or(|m| m.expires_at() <= now) || age >= limits.queue_age_max
     }
 
+    fn offer(&self) -> Option<Offer<'_>> {
+        Some(Offer {
+            message: self.message.as_ref()?,
+            qos: self.qos,
+            retain: self.retain,
+            ids: self.ids.as_slice(),
+        })
+    }
+
     fn size(&self) -> usize {
         self.message.as_ref().map_or(0, Message::size)
     }
@@ -81,6 +90,19 @@ enum State {
     ReleaseAgain,
     /// Complete; stands until all before it are.
     Done,
+}
+
+/// A message as one client is to see it.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer<'a> {
+    /// The message.
+    pub message: &'a Message,
+    /// The smaller of its and the subscription's QoS.
+    pub qos: QoS,
+    /// RETAIN for this client.
+    pub retain: bool,
+    /// The client's own Subscription Identifiers.
+    pub ids: &'a [u32],
 }
 
 /// The result of offering one message to a session.
@@ -170,23 +192,26 @@ impl Outbound {
         !self.queue.is_empty() || self.resend_at < self.inflight.len()
     }
 
-    /// Offers one message. `qos` and `retain` are already what this client is to see.
+    /// Offers one message.
     pub fn deliver(
         &mut self,
         connection: Option<&mut Connection>,
         limits: &SessionLimits,
         now: u64,
-        message: &Message,
-        qos: QoS,
-        retain: bool,
-        ids: &[u32],
+        offer: &Offer<'_>,
     ) -> Delivered {
+        let Offer {
+            message,
+            qos,
+            retain,
+            ids,
+        } = *offer;
         if let Some(connection) = connection {
             let room = connection.has_room(limits);
             if qos == QoS::AtMostOnce {
                 // QoS 0 passes a queue that waits for the window only, but not its own kind.
                 if room && self.queued_qos0 == 0 && self.resend_at >= self.inflight.len() {
-                    return match write_to(connection, now, message, qos, retain, ids, 0, false) {
+                    return match write_to(connection, now, offer, 0, false) {
                         true => Delivered::Written(qos),
                         false => Delivered::Dropped(DropReason::TooLarge),
                     };
@@ -197,7 +222,7 @@ impl Outbound {
                 && self.window_open(connection, limits)
             {
                 let packet_id = self.next_packet_id();
-                if !write_to(connection, now, message, qos, retain, ids, packet_id, false) {
+                if !write_to(connection, now, offer, packet_id, false) {
                     return Delivered::Dropped(DropReason::TooLarge);
                 }
                 self.last_packet_id = packet_id;
@@ -218,18 +243,16 @@ impl Outbound {
         } else if qos == QoS::AtMostOnce && !limits.queue_qos0 {
             return Delivered::Dropped(DropReason::Qos0Offline);
         }
-        self.enqueue(limits, now, message, qos, retain, ids)
+        self.enqueue(limits, now, offer)
     }
 
-    fn enqueue(
-        &mut self,
-        limits: &SessionLimits,
-        now: u64,
-        message: &Message,
-        qos: QoS,
-        retain: bool,
-        ids: &[u32],
-    ) -> Delivered {
+    fn enqueue(&mut self, limits: &SessionLimits, now: u64, offer: &Offer<'_>) -> Delivered {
+        let Offer {
+            message,
+            qos,
+            retain,
+            ids,
+        } = *offer;
         let size = message.size();
         if size > limits.queue_bytes_max {
             return Delivered::Dropped(DropReason::QueueBytes);
@@ -259,6 +282,10 @@ impl Outbound {
         }
         self.queue_bytes += size;
         self.queued_qos0 += u32::from(qos == QoS::AtMostOnce);
+        // A quarter more at a time: doubling would leave half of a long queue unused.
+        if self.queue.len() == self.queue.capacity() {
+            self.queue.reserve_exact((self.queue.len() / 4).max(4));
+        }
         self.queue.push_back(Entry {
             message: Some(message.clone()),
             ids: SubscriptionIds::from_slice(ids),
@@ -294,19 +321,9 @@ impl Outbound {
                 QoS::AtMostOnce => 0,
                 _ => self.next_packet_id(),
             };
-            let written = match &entry.message {
-                Some(message) => write_to(
-                    connection,
-                    now,
-                    message,
-                    entry.qos,
-                    entry.retain,
-                    entry.ids.as_slice(),
-                    packet_id,
-                    false,
-                ),
-                None => false,
-            };
+            let written = entry
+                .offer()
+                .is_some_and(|offer| write_to(connection, now, &offer, packet_id, false));
             if !written {
                 self.shed.too_large += 1;
                 continue;
@@ -335,37 +352,24 @@ impl Outbound {
         while self.resend_at < self.inflight.len() && connection.has_room(limits) {
             let window_open = self.window_used < connection.receive_maximum;
             let entry = &mut self.inflight[self.resend_at];
-            match entry.state {
-                State::Resend => {
-                    if !window_open {
-                        return;
-                    }
-                    let written = match &entry.message {
-                        Some(message) => write_to(
-                            connection,
-                            now,
-                            message,
-                            entry.qos,
-                            entry.retain,
-                            entry.ids.as_slice(),
-                            entry.packet_id,
-                            true,
-                        ),
-                        None => false,
-                    };
-                    if written {
-                        self.shed.sent[entry.qos as usize] += 1;
-                        entry.at = now as u32;
-                        entry.state = State::Sent;
-                        self.window_used += 1;
-                    } else {
-                        entry.state = State::Done;
-                        self.inflight_bytes -= entry.size();
-                        entry.message = None;
-                        self.shed.too_large += 1;
-                    }
+            if entry.state == State::Resend {
+                if !window_open {
+                    return;
                 }
-                _ => {}
+                let written = entry
+                    .offer()
+                    .is_some_and(|offer| write_to(connection, now, &offer, entry.packet_id, true));
+                if written {
+                    self.shed.sent[entry.qos as usize] += 1;
+                    entry.at = now as u32;
+                    entry.state = State::Sent;
+                    self.window_used += 1;
+                } else {
+                    entry.state = State::Done;
+                    self.inflight_bytes -= entry.size();
+                    entry.message = None;
+                    self.shed.too_large += 1;
+                }
             }
             self.resend_at += 1;
         }
@@ -573,13 +577,16 @@ impl Outbound {
 fn write_to(
     connection: &mut Connection,
     now: u64,
-    message: &Message,
-    qos: QoS,
-    retain: bool,
-    ids: &[u32],
+    offer: &Offer<'_>,
     packet_id: u16,
     dup: bool,
 ) -> bool {
+    let Offer {
+        message,
+        qos,
+        retain,
+        ids,
+    } = *offer;
     let message_expiry = match message.expires_at() {
         u64::MAX => None,
         at => Some(at.saturating_sub(now).div_ceil(1000).min(u32::MAX as u64) as u32),

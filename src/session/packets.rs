@@ -355,6 +355,10 @@ impl Session {
                 new.overlaps = true;
             }
         }
+        // Most have one: room for four would be the larger part of a session.
+        if self.subscriptions.is_empty() {
+            self.subscriptions.reserve_exact(1);
+        }
         self.subscriptions.push(new);
         None
     }

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
@@ -24,6 +25,8 @@ use super::redelivery::Redelivery;
 const REQUESTS_MAX: usize = 1000;
 /// Filters in one packet where the core has no identifiers.
 const FILTERS_IN_PACKET: usize = 100;
+/// Acknowledgements wait for nobody but the core itself.
+const PACE: Duration = Duration::from_millis(2);
 /// How often the core is asked whether it has our acknowledgements, milliseconds.
 const CONFIRM_EVERY: u64 = 2000;
 /// Bytes of filters in one packet.
@@ -300,6 +303,12 @@ impl Machine for Data {
         }
     }
 
+    fn pace(&self) -> Option<Duration> {
+        // A core whose window may be small gets its acknowledgements at once.
+        let paced = self.identifiers && self.requests.is_empty() && self.marks.is_empty();
+        paced.then_some(PACE)
+    }
+
     fn wants_ping(&mut self) -> bool {
         let wanted = std::mem::take(&mut self.ping);
         if wanted {
@@ -357,3 +366,6 @@ fn parse_tag(value: &str, instance: u64) -> Option<u64> {
     }
     u64::from_str_radix(tag, 16).ok()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! The task of one link: dials, reconnects with back-off, moves bytes between socket and machine.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep, timeout};
 use tokio_util::io::poll_read_buf;
 
 use crate::mqtt::{
@@ -27,6 +27,8 @@ use super::{LinkStatus, Role, Shared};
 const READ: usize = 128 * 1024;
 /// Output that waits for the socket before nothing more is read.
 const OUTPUT_MAX: usize = 4 * 1024 * 1024;
+/// Output that is written whatever the pace.
+const PACED_OUTPUT: usize = 16 * 1024;
 /// How often a machine is told the time.
 const TICK: Duration = Duration::from_millis(50);
 /// A PINGREQ unanswered for this long means that the link is dead.
@@ -163,6 +165,8 @@ async fn serve<M: Machine>(
         pings: std::collections::VecDeque::new(),
         last_sent: Instant::now(),
         last_read: Instant::now(),
+        last_written: Instant::now(),
+        timer: Box::pin(sleep(Duration::ZERO)),
         keep_alive,
     };
     pump.input.extend_from_slice(&rest);
@@ -238,6 +242,9 @@ struct Pump<'a, M> {
     pings: std::collections::VecDeque<(Instant, bool)>,
     last_sent: Instant,
     last_read: Instant,
+    last_written: Instant,
+    /// Fires when a paced write may go on.
+    timer: Pin<Box<Sleep>>,
     keep_alive: Duration,
 }
 
@@ -316,6 +323,17 @@ impl<M: Machine> Pump<'_, M> {
         Ok(())
     }
 
+    /// Whether `until` is still to come; then the task is woken at it.
+    fn wait(&mut self, until: Instant, cx: &mut std::task::Context<'_>) -> bool {
+        if until <= Instant::now() {
+            return false;
+        }
+        if self.timer.is_elapsed() || self.timer.deadline() > until {
+            self.timer.as_mut().reset(until);
+        }
+        self.timer.as_mut().poll(cx).is_pending()
+    }
+
     fn poll_io(
         &mut self,
         io: &mut Dialed,
@@ -326,8 +344,15 @@ impl<M: Machine> Pump<'_, M> {
             code: ReasonCode::SUCCESS,
             why: e.to_string(),
         };
+        let pace = self.machine.pace();
         let mut wrote = false;
-        while self.sent < self.out.len() {
+        let wait = match pace {
+            Some(pace) if self.sent == 0 && self.out.len() < PACED_OUTPUT => {
+                !self.out.is_empty() && self.wait(self.last_written + pace, cx)
+            }
+            _ => false,
+        };
+        while !wait && self.sent < self.out.len() {
             match Pin::new(&mut *io).poll_write(cx, &self.out[self.sent..]) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(closed())),
                 Poll::Ready(Ok(n)) => {
@@ -337,6 +362,9 @@ impl<M: Machine> Pump<'_, M> {
                 Poll::Ready(Err(e)) => return Poll::Ready(Err(failed(e))),
                 Poll::Pending => break,
             }
+        }
+        if wrote {
+            self.last_written = Instant::now();
         }
         if wrote && self.sent == self.out.len() {
             self.out.clear();

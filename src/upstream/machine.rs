@@ -1,5 +1,7 @@
 //! What all link machines have in common: packets and time in, bytes out, no I/O.
 
+use std::time::Duration;
+
 use crate::mqtt::{Packet, ReasonCode, Version};
 use crate::telemetry::LinkDownReason;
 
@@ -61,6 +63,10 @@ pub trait Machine: Send {
     }
     /// The link is lost.
     fn down(&mut self, now: u64);
+    /// The least time between two writes, so that one serves several packets. `None`: at once.
+    fn pace(&self) -> Option<Duration> {
+        None
+    }
     /// Unacknowledged publishes and their limit, for the metrics.
     fn window(&self) -> (usize, usize) {
         (0, 0)

@@ -397,3 +397,6 @@ impl Machine for Publisher {
         (self.open, self.window)
     }
 }
+
+#[cfg(test)]
+mod tests;

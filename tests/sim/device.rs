@@ -61,6 +61,7 @@ pub struct WillSpec {
 pub enum Seen {
     #[allow(dead_code, reason = "shown in traces")]
     Connack {
+        #[allow(dead_code, reason = "shown by the trace of a failing seed")]
         present: bool,
     },
     /// `fresh`: handed to the application; not so for a QoS 2 copy that is already here.

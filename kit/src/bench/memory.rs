@@ -61,7 +61,12 @@ pub(super) fn sessions(lab: &mut Lab) -> io::Result<()> {
         "drain --connections {n} --base {} --messages 200 --qos 1",
         n / 5
     ));
+    let own = words(&format!(
+        "drain --connections {n} --base {} --qos 1 --topics {n} --messages 0",
+        n / 5
+    ));
     let (mut session, mut reference, mut rate) = (Vec::new(), Vec::new(), Vec::new());
+    let mut apart = Vec::new();
     for _ in 0..lab.args.rounds.min(3) {
         let pair = lab.pair(&["ws"])?;
         let to = words(&format!("--url {}", pair.edge.url("ws")));
@@ -71,6 +76,13 @@ pub(super) fn sessions(lab: &mut Lab) -> io::Result<()> {
         session.push(figure("private_bytes_per_detached_session"));
         reference.push(figure("private_bytes_per_queued_reference"));
         rate.push(report["deliveries_per_s"].as_f64().unwrap_or(f64::NAN));
+
+        let pair = lab.pair(&["ws"])?;
+        let to = words(&format!("--url {}", pair.edge.url("ws")));
+        let prefix = lab.prefix();
+        let report = lab.run(&[&own, &to, &pair.watch(), &prefix])?;
+        let grown = &report["private_bytes_per_detached_session"]["tidegate"];
+        apart.push(grown.as_f64().unwrap_or(f64::NAN));
     }
     lab.say(&format!(
         "### Memory of what is away\n\n`load {}`\n",
@@ -81,6 +93,12 @@ pub(super) fn sessions(lab: &mut Lab) -> io::Result<()> {
         "A detached session with one subscription: **{each:.0} bytes** (runs {}), wanted at most 1024: {}.\n",
         list(&session),
         reached(each, 1024.0)
+    ));
+    lab.say(&format!(
+        "The same where each session has a topic of its own (`--topics {n}`), its filter and its share of the \
+         aggregation included: {:.0} bytes (runs {}).\n",
+        median(&apart),
+        list(&apart)
     ));
     lab.say(&format!(
         "A queued reference to a shared message: **{entry:.1} bytes** (runs {}), wanted at most 48: {}. \

@@ -1,0 +1,145 @@
+use crate::mqtt::{Packet, Properties, Publish, QoS, ReasonCode, Suback};
+use crate::upstream::machine::Machine;
+use crate::upstream::testing::{ack, client, read, router, subscribe, up};
+
+use super::Data;
+
+fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Publish<'a> {
+    Publish {
+        dup: false,
+        qos,
+        retain: false,
+        topic: "t",
+        packet_id: id,
+        payload,
+        properties: Properties(properties),
+        message_expiry: None,
+        topic_alias: None,
+        has_subscription_ids: !properties.is_empty(),
+    }
+}
+
+/// I8: acknowledgements to the core are in the order of arrival, and wait for no client.
+#[test]
+fn acknowledgements_are_first_in_first_out() {
+    let router = router();
+    let mut link = Data::new(router, 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    for (id, qos) in [
+        (7, QoS::AtLeastOnce),
+        (3, QoS::ExactlyOnce),
+        (9, QoS::AtLeastOnce),
+        (1, QoS::ExactlyOnce),
+    ] {
+        link.packet(&Packet::Publish(publish(id, qos, b"x", b"")), 0, &mut out)
+            .expect("it is expected");
+    }
+    link.batch_ended(0, &mut out);
+    let order: Vec<(String, u16)> = read(&mut out);
+    let expected = [("puback", 7), ("pubrec", 3), ("puback", 9), ("pubrec", 1)];
+    assert_eq!(order.len(), expected.len());
+    for ((what, id), (word, number)) in order.iter().zip(expected) {
+        assert_eq!((what.as_str(), *id), (word, number));
+    }
+}
+
+/// I1, I11: one delivery for a message that the core sends again after a reconnect.
+#[test]
+fn a_redelivery_is_acknowledged_and_not_delivered_again() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Data::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    subscribe(&router, who, "t");
+    link.poll(0, &mut out);
+    let asked = read(&mut out);
+    assert_eq!(asked.len(), 1, "{asked:?}");
+    let suback = Suback {
+        packet_id: asked[0].1,
+        codes: &[1],
+        properties: Properties::default(),
+    };
+    link.packet(&Packet::Suback(suback), 0, &mut out)
+        .expect("it is expected");
+    let delivered = || {
+        let mut taken = Vec::new();
+        router
+            .take_output(who.session, who.generation, &mut taken, 0)
+            .expect("the client is connected");
+        taken.windows(3).filter(|w| w == b"one").count()
+    };
+    // Subscription Identifier 1.
+    let message = publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1]);
+    link.packet(&Packet::Publish(message), 0, &mut out)
+        .expect("it is expected");
+    link.batch_ended(0, &mut out);
+    assert_eq!(delivered(), 1);
+    link.down(0);
+    link.up(&up(true, 100), 0, &mut out);
+    out.clear();
+    let message = publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1]);
+    link.packet(&Packet::Publish(message), 0, &mut out)
+        .expect("it is expected");
+    link.batch_ended(0, &mut out);
+    assert_eq!(delivered(), 0);
+    assert_eq!(read(&mut out), [("puback".to_owned(), 5)]);
+    // The same again without a reconnect is another message.
+    link.packet(&Packet::Publish(message), 0, &mut out)
+        .expect("it is expected");
+    link.batch_ended(0, &mut out);
+    assert_eq!(delivered(), 1);
+}
+
+/// QoS 2 is received once until its PUBREL, whatever the core repeats.
+#[test]
+fn qos_2_is_delivered_once_until_released() {
+    let router = router();
+    let mut link = Data::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    for _ in 0..3 {
+        let message = publish(5, QoS::ExactlyOnce, b"two", b"");
+        link.packet(&Packet::Publish(message), 0, &mut out)
+            .expect("it is expected");
+    }
+    assert_eq!(link.batch.len(), 1);
+    link.packet(&Packet::Pubrel(ack(5)), 0, &mut out)
+        .expect("it is expected");
+    let message = publish(5, QoS::ExactlyOnce, b"two", b"");
+    link.packet(&Packet::Publish(message), 0, &mut out)
+        .expect("it is expected");
+    assert_eq!(link.batch.len(), 2);
+}
+
+/// I18: after a lost session every filter is subscribed again.
+#[test]
+fn a_lost_session_is_subscribed_again() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Data::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    subscribe(&router, who, "t");
+    link.poll(0, &mut out);
+    let asked = read(&mut out);
+    let suback = Suback {
+        packet_id: asked[0].1,
+        codes: &[ReasonCode::GRANTED_QOS_1.0],
+        properties: Properties::default(),
+    };
+    link.packet(&Packet::Suback(suback), 0, &mut out)
+        .expect("it is expected");
+    link.down(0);
+    assert!(!router.data_settled());
+    link.up(&up(true, 100), 0, &mut out);
+    assert!(read(&mut out).is_empty(), "the core has it still");
+    assert!(router.data_settled());
+    link.down(0);
+    link.up(&up(false, 100), 0, &mut out);
+    let again = read(&mut out);
+    assert_eq!(again.len(), 1);
+    assert_eq!(again[0].0, "subscribe");
+    assert!(!router.data_settled(), "not before the core has it");
+}

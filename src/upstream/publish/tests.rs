@@ -1,0 +1,125 @@
+use crate::mqtt::Packet;
+use crate::upstream::machine::Machine;
+use crate::upstream::testing::{ack, client, publish, read, router, up};
+
+use super::Publisher;
+
+fn payloads(out: &mut Vec<u8>) -> Vec<String> {
+    read(out).into_iter().map(|(what, _)| what).collect()
+}
+
+fn numbered(from: u32, to: u32, dup: bool) -> Vec<String> {
+    let dup = if dup { " dup" } else { "" };
+    (from..to).map(|n| format!("publish {n}{dup}")).collect()
+}
+
+/// I10: never more unacknowledged than the core's Receive Maximum.
+#[test]
+fn the_window_of_the_core_is_never_exceeded() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 3), 0, &mut out);
+    for n in 0..10 {
+        publish(&router, who, n);
+    }
+    link.poll(0, &mut out);
+    let first = read(&mut out);
+    assert_eq!(first.len(), 3);
+    assert_eq!(link.window(), (3, 3));
+    link.packet(&Packet::Puback(ack(first[1].1)), 0, &mut out)
+        .expect("it is expected");
+    link.batch_ended(0, &mut out);
+    assert_eq!(payloads(&mut out), numbered(3, 4, false));
+    link.poll(0, &mut out);
+    assert!(out.is_empty(), "one acknowledgement, one publish");
+}
+
+/// I10, I19: what was under way is sent again in order, within the window of the new connection.
+#[test]
+fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    for n in 0..10 {
+        publish(&router, who, n);
+    }
+    link.poll(0, &mut out);
+    assert_eq!(payloads(&mut out), numbered(0, 10, false));
+    link.down(0);
+    publish(&router, who, 10);
+    link.up(&up(true, 4), 0, &mut out);
+    let again = read(&mut out);
+    let words: Vec<String> = again.iter().map(|(w, _)| w.clone()).collect();
+    assert_eq!(words, numbered(0, 4, true));
+    for (_, id) in &again {
+        link.packet(&Packet::Puback(ack(*id)), 0, &mut out)
+            .expect("it is expected");
+    }
+    link.batch_ended(0, &mut out);
+    let again = read(&mut out);
+    let words: Vec<String> = again.iter().map(|(w, _)| w.clone()).collect();
+    assert_eq!(words, numbered(4, 8, true), "the new one waits its turn");
+    for (_, id) in &again {
+        link.packet(&Packet::Puback(ack(*id)), 0, &mut out)
+            .expect("it is expected");
+    }
+    link.batch_ended(0, &mut out);
+    let mut rest = numbered(8, 10, true);
+    rest.extend(numbered(10, 11, false));
+    assert_eq!(payloads(&mut out), rest);
+}
+
+/// I19: the core lost the session; everything again, as new, in order.
+#[test]
+fn a_lost_session_makes_them_new() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    for n in 0..5 {
+        publish(&router, who, n);
+    }
+    link.poll(0, &mut out);
+    out.clear();
+    link.down(0);
+    link.up(&up(false, 100), 0, &mut out);
+    assert_eq!(payloads(&mut out), numbered(0, 5, false));
+}
+
+/// What is published before the data links have their filters again would reach nobody.
+#[test]
+fn a_link_that_comes_back_waits_for_the_data_links() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    router.data_link_down(0);
+    link.up(&up(false, 100), 1000, &mut out);
+    publish(&router, who, 0);
+    link.poll(1050, &mut out);
+    assert!(out.is_empty());
+    router.data_link_up(0, true, false, 1100);
+    link.poll(1100, &mut out);
+    assert_eq!(payloads(&mut out), numbered(0, 1, false));
+}
+
+/// But not for ever.
+#[test]
+fn a_data_link_that_stays_away_does_not_hold_publishes_for_ever() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    router.data_link_down(0);
+    link.up(&up(false, 100), 1000, &mut out);
+    publish(&router, who, 0);
+    link.poll(5999, &mut out);
+    assert!(out.is_empty());
+    link.poll(6000, &mut out);
+    assert_eq!(payloads(&mut out), numbered(0, 1, false));
+}

@@ -1,0 +1,176 @@
+//! What the machines' tests share: a router, a core's view of the bytes, a client.
+
+use std::sync::Arc;
+
+use crate::mqtt::{
+    Decoder, Message, MessageSpec, Packet, Properties, QoS, ReasonCode, Receiver, SubscribeOptions,
+    Version,
+};
+use crate::router::wake::Wake;
+use crate::router::{Connect, Connected, CoreFacts, Place, Router, RouterConfig};
+use crate::session::{ConnectionSpec, Effect, QueueFull, SessionLimits, Wanted};
+
+use super::RESERVED_KEY;
+use super::machine::Up;
+
+/// A router with one link of each kind.
+pub fn router() -> Arc<Router> {
+    let limits = SessionLimits {
+        receive_max: 1000,
+        topic_alias_max: 0,
+        packet_max: 1024 * 1024,
+        queue_messages_max: 1000,
+        queue_bytes_max: 1024 * 1024,
+        queue_age_max: u64::MAX,
+        queue_full: QueueFull::Oldest,
+        queue_qos0: false,
+        output_buffer: Arc::new((64 * 1024).into()),
+        subscriptions_max: 100,
+        filter_bytes_max: 64 * 1024,
+        topic_levels_max: 32,
+        v3_publishes_max: 1000,
+        expiry_max: u32::MAX,
+        publish_account: Arc::default(),
+        reserved_key: RESERVED_KEY,
+        hasher: Default::default(),
+    };
+    let config = RouterConfig {
+        data_links: 1,
+        publish_links: 1,
+        linger: 600_000,
+        linger_busy_min: 60_000,
+        filters_lingering_max: 1000,
+        subscribe_hold: 10_000,
+        subscribe_accept: true,
+        publishes_waiting: 64 * 1024 * 1024,
+        publishes_waiting_per_client: 64 * 1024 * 1024,
+        retained_cache: 1024 * 1024,
+        queues: 64 * 1024 * 1024,
+        output: 64 * 1024 * 1024,
+        write_stall: 60_000,
+    };
+    let router = Arc::new(Router::new(limits, config));
+    let facts = CoreFacts {
+        identifiers: true,
+        version_5: true,
+        maximum_qos: QoS::ExactlyOnce,
+        retain_available: true,
+        packet_max: u32::MAX,
+    };
+    router.core_facts(&facts, 0);
+    router.data_link_up(0, false, true, 0);
+    router
+}
+
+/// A link that came up.
+pub fn up(session_present: bool, receive_maximum: u16) -> Up {
+    Up {
+        version: Version::V5,
+        session_present,
+        receive_maximum,
+        packet_max: u32::MAX,
+        identifiers: true,
+    }
+}
+
+/// A connected MQTT 5 client.
+pub fn client(router: &Router, id: &str) -> Connected {
+    let connect = Connect {
+        client_id: id.into(),
+        principal: "anonymous".into(),
+        clean_start: true,
+        expiry: 0,
+        spec: ConnectionSpec {
+            version: Version::V5,
+            receive_maximum: u16::MAX,
+            maximum_packet_size: u32::MAX,
+            topic_alias_maximum: 0,
+            problem_information: true,
+            keep_alive: 0,
+        },
+        will: None,
+        wake: Arc::new(Wake::default()),
+        origin: Arc::new(Place {
+            listener: "test".into(),
+            transport: "tcp",
+            websocket: false,
+            peer: ([127, 0, 0, 1], 1).into(),
+        }),
+    };
+    router
+        .connect(connect, 0, |_, _| {})
+        .expect("nobody else has the identifier")
+}
+
+/// Hands a QoS 1 publish to the client's lane.
+pub fn publish(router: &Router, client: Connected, number: u32) {
+    let message = Message::new(&MessageSpec {
+        topic: "t",
+        properties: Properties::default(),
+        payload: number.to_string().as_bytes(),
+        qos: QoS::AtLeastOnce,
+        retain: false,
+        expires_at: u64::MAX,
+        strip_key: None,
+        account: None,
+    });
+    let effect = Effect::Publish {
+        token: None,
+        message,
+        tag: 0,
+    };
+    router.publish(client.session, effect, 0);
+}
+
+/// Subscribes a client; the answer is the core's to give.
+pub fn subscribe(router: &Router, client: Connected, filter: &str) {
+    let wanted = Wanted {
+        index: 0,
+        filter: filter.into(),
+        options: SubscribeOptions {
+            qos: QoS::AtLeastOnce,
+            no_local: false,
+            retain_as_published: false,
+            retain_handling: 2,
+        },
+    };
+    router.subscribe(client.session, client.generation, 1, 0, &[wanted], 0);
+}
+
+/// What the core reads: a word for each packet, and the packet identifier.
+pub fn read(out: &mut Vec<u8>) -> Vec<(String, u16)> {
+    let decoder = Decoder {
+        version: Version::V5,
+        receiver: Receiver::Server,
+        max: u32::MAX,
+    };
+    let mut seen = Vec::new();
+    let mut at = 0;
+    while let Some((packet, used)) = decoder.next(&out[at..]).expect("what we send is legal") {
+        at += used;
+        seen.push(match packet {
+            Packet::Publish(p) => {
+                let dup = if p.dup { " dup" } else { "" };
+                let text = String::from_utf8_lossy(p.payload);
+                (format!("publish {text}{dup}"), p.packet_id)
+            }
+            Packet::Puback(a) => ("puback".into(), a.packet_id),
+            Packet::Pubrec(a) => ("pubrec".into(), a.packet_id),
+            Packet::Pubrel(a) => ("pubrel".into(), a.packet_id),
+            Packet::Subscribe(s) => ("subscribe".into(), s.packet_id),
+            other => (format!("{other:?}"), 0),
+        });
+    }
+    assert_eq!(at, out.len(), "whole packets only");
+    out.clear();
+    seen
+}
+
+/// An acknowledgement without a reason.
+pub fn ack(packet_id: u16) -> crate::mqtt::Ack<'static> {
+    crate::mqtt::Ack {
+        packet_id,
+        reason: ReasonCode::SUCCESS,
+        properties: Properties::default(),
+    }
+}
