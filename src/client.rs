@@ -5,6 +5,7 @@
 
 mod accept;
 mod connection;
+mod end;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

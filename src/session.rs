@@ -5,6 +5,7 @@
 //! connection tasks feed them.
 
 mod connection;
+mod entry;
 mod inbound;
 mod outbound;
 mod packets;
@@ -19,8 +20,9 @@ use crate::limits::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 
 pub use connection::{Connection, ConnectionSpec};
+pub use entry::{Offer, SubscriptionIds};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
-pub use outbound::{Delivered, ENTRY_BYTES, Offer, Outbound, Shed, SubscriptionIds};
+pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
 pub use packets::senior;
 pub use will::Will;
 

@@ -2,108 +2,14 @@
 
 use std::collections::VecDeque;
 
-use crate::mqtt::{AckKind, Alias, Delivery, Message, QoS, ReasonCode, encode_ack};
+use crate::mqtt::{AckKind, Alias, Delivery, QoS, ReasonCode, encode_ack};
 
 use super::connection::Connection;
+use super::entry::{Entry, Offer, State, SubscriptionIds};
 use super::{DropReason, QueueFull, SessionLimits};
 
 /// Bytes charged for each queued or in-flight entry beside its message.
 pub const ENTRY_BYTES: usize = size_of::<Entry>();
-
-/// The client's own Subscription Identifiers that go with one delivery.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum SubscriptionIds {
-    /// No matching subscription has one.
-    #[default]
-    None,
-    /// The usual case.
-    One(u32),
-    /// Overlapping subscriptions with several.
-    Many(Box<[u32]>),
-}
-
-impl SubscriptionIds {
-    /// Keeps `ids` in the smallest form.
-    pub fn from_slice(ids: &[u32]) -> Self {
-        match ids {
-            [] => Self::None,
-            [one] => Self::One(*one),
-            many => Self::Many(many.into()),
-        }
-    }
-
-    fn as_slice(&self) -> &[u32] {
-        match self {
-            Self::None => &[],
-            Self::One(one) => std::slice::from_ref(one),
-            Self::Many(many) => many,
-        }
-    }
-}
-
-/// One delivery of a message to this client, waiting or in flight.
-#[derive(Debug)]
-struct Entry {
-    /// Gone once the client has the message.
-    message: Option<Message>,
-    ids: SubscriptionIds,
-    /// When it was queued, then when it was sent: milliseconds of the clock, cut to 32 bits.
-    at: u32,
-    packet_id: u16,
-    qos: QoS,
-    state: State,
-    retain: bool,
-}
-
-impl Entry {
-    /// Past its Message Expiry, or too old for the queue.
-    fn is_over(&self, limits: &SessionLimits, now: u64) -> bool {
-        let age = u64::from((now as u32).wrapping_sub(self.at));
-        self.message.as_ref().is_none_or(|m| m.expires_at() <= now) || age >= limits.queue_age_max
-    }
-
-    fn offer(&self) -> Option<Offer<'_>> {
-        Some(Offer {
-            message: self.message.as_ref()?,
-            qos: self.qos,
-            retain: self.retain,
-            ids: self.ids.as_slice(),
-        })
-    }
-
-    fn size(&self) -> usize {
-        self.message.as_ref().map_or(0, Message::size)
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// Not sent yet.
-    Waiting,
-    /// PUBLISH sent on this connection.
-    Sent,
-    /// PUBLISH sent on an earlier connection: again, with DUP, when the window allows.
-    Resend,
-    /// PUBREC received, PUBREL sent on this connection.
-    Released,
-    /// PUBREC received on an earlier connection: PUBREL again.
-    ReleaseAgain,
-    /// Complete; stands until all before it are.
-    Done,
-}
-
-/// A message as one client is to see it.
-#[derive(Clone, Copy, Debug)]
-pub struct Offer<'a> {
-    /// The message.
-    pub message: &'a Message,
-    /// The smaller of its and the subscription's QoS.
-    pub qos: QoS,
-    /// RETAIN for this client.
-    pub retain: bool,
-    /// The client's own Subscription Identifiers.
-    pub ids: &'a [u32],
-}
 
 /// The result of offering one message to a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
