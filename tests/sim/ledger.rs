@@ -218,7 +218,7 @@ impl Ledger {
         let turn = |at: usize| {
             let mut before = self.owed[from..at].iter();
             !before.any(|o| {
-                o.must && !o.written && o.qos.iter().all(|q| (*q > QoS::AtMostOnce) == (class > 0))
+                o.must && !o.written && o.qos.iter().any(|q| (*q > QoS::AtMostOnce) == (class > 0))
             })
         };
         let replays = p.retain && self.wants.iter().any(|w| wants(w, topic, key));
