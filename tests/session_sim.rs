@@ -4,10 +4,14 @@
 //!
 //! `TIDEGATE_SEEDS=100000` runs more, `SEED=n` one with a trace.
 
+#[path = "sim/actions.rs"]
+mod actions;
 #[path = "sim/core.rs"]
 mod core;
 #[path = "sim/device.rs"]
 mod device;
+#[path = "sim/downlink.rs"]
+mod downlink;
 #[path = "sim/edge.rs"]
 mod edge;
 #[path = "sim/inbound.rs"]
@@ -16,8 +20,14 @@ mod inbound;
 mod ledger;
 #[path = "sim/oracle.rs"]
 mod oracle;
+#[path = "sim/packets.rs"]
+mod packets;
+#[path = "sim/pipe.rs"]
+mod pipe;
 #[path = "sim/rng.rs"]
 mod rng;
+#[path = "sim/setup.rs"]
+mod setup;
 #[path = "sim/world.rs"]
 mod world;
 

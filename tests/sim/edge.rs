@@ -255,7 +255,7 @@ impl Edge {
                     oracle.took(device, &packet, now);
                     if let Err(end) = session.packet(0, &packet, limits, &Allowed, now, effects) {
                         if !matches!(packet, Packet::Disconnect(_)) {
-                            let what = crate::oracle::short(&packet);
+                            let what = crate::packets::short(&packet);
                             return Err(format!("{what} ends the connection: {end:?}"));
                         }
                         close = Some(end);

@@ -3,13 +3,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use tidegate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, SubscribeOptions, Version};
+use tidegate::mqtt::{QoS, SubscribeOptions, Version};
 use tidegate::router::Router;
 
 use crate::core::{Copy, matching};
 use crate::device::{Profile, Seen};
 use crate::inbound::Inbound;
-use crate::ledger::{Ask, Ledger, Owed, Sub, Want, Window};
+use crate::ledger::{Ledger, Owed, Window};
 
 pub type Checked = Result<(), String>;
 
@@ -33,12 +33,12 @@ pub struct Client {
     pub expiry: u32,
     pub ends_at: u64,
     pub ledger: Ledger,
-    window: Window,
-    aliases: HashMap<u16, String>,
-    requests: HashMap<u16, (bool, Vec<String>)>,
-    aliases_in: HashMap<u16, String>,
-    expected_present: bool,
-    seen: HashMap<String, usize>,
+    pub window: Window,
+    pub aliases: HashMap<u16, String>,
+    pub requests: HashMap<u16, (bool, Vec<String>)>,
+    pub aliases_in: HashMap<u16, String>,
+    pub expected_present: bool,
+    pub seen: HashMap<String, usize>,
     pub sessions: u64,
 }
 
@@ -48,7 +48,7 @@ pub struct Oracle {
     pub inbound: Inbound,
     pub delivered: u64,
     pub trace: bool,
-    asks: u64,
+    pub asks: u64,
     /// Since when the core was away last, and until when.
     pub away: (u64, u64),
     /// The latest event of the core.
@@ -193,236 +193,6 @@ impl Oracle {
             }
         }
         Ok(())
-    }
-
-    /// A packet of the client was taken by its session.
-    pub fn took(&mut self, device: usize, packet: &Packet<'_>, now: u64) {
-        let (grants, expiry_max) = (self.rules.grants, self.rules.expiry_max);
-        let latest = self.latest;
-        self.asks += 1;
-        let number = self.asks;
-        let c = &mut self.clients[device];
-        let Some(link) = c.attached else {
-            return;
-        };
-        match packet {
-            Packet::Publish(p) => {
-                let topic = match p.topic_alias {
-                    Some(alias) if p.topic.is_empty() => c.aliases_in[&alias].clone(),
-                    Some(alias) => {
-                        c.aliases_in.insert(alias, p.topic.to_owned());
-                        p.topic.to_owned()
-                    }
-                    None => p.topic.to_owned(),
-                };
-                self.inbound.publish(device, &topic, p, now);
-            }
-            Packet::Puback(a) => {
-                c.ledger
-                    .acknowledged(&mut c.window, a.packet_id, QoS::AtLeastOnce)
-            }
-            Packet::Pubcomp(a) => {
-                c.ledger
-                    .acknowledged(&mut c.window, a.packet_id, QoS::ExactlyOnce)
-            }
-            Packet::Pubrec(a) => c.ledger.received(a.packet_id),
-            Packet::Subscribe(s) => {
-                let mut names = Vec::new();
-                for (index, (filter, options)) in s.filters().enumerate() {
-                    names.push(filter.to_owned());
-                    let options = SubscribeOptions {
-                        qos: options.qos.min(grants),
-                        ..options
-                    };
-                    let known = c.ledger.subs.iter().position(|s| s.filter == filter);
-                    let ask = Ask {
-                        link,
-                        packet_id: s.packet_id,
-                        index,
-                        options,
-                        identifier: s.subscription_id.unwrap_or(0),
-                        fresh: known.is_none(),
-                        at: now,
-                        number,
-                    };
-                    // Wishes of an earlier subscription serve the new one.
-                    for want in c.ledger.wants.iter_mut().filter(|w| w.filter == filter) {
-                        want.until = u64::MAX;
-                    }
-                    if options.retain_handling == 0 || (options.retain_handling == 1 && ask.fresh) {
-                        c.ledger.wants.push(Want {
-                            filter: filter.to_owned(),
-                            got: Default::default(),
-                            failed: 0,
-                            until: u64::MAX,
-                        });
-                    }
-                    if let Some(at) = known {
-                        let sub = &mut c.ledger.subs[at];
-                        let before = sub.asked.last().map(|a| a.options);
-                        let before = before.or(sub.granted.map(|(_, o, _)| o));
-                        if before.is_none_or(|o| !o.no_local) {
-                            sub.no_local_since = now;
-                        }
-                    }
-                    match known {
-                        Some(at) => c.ledger.subs[at].asked.push(ask),
-                        None => c.ledger.subs.push(Sub {
-                            filter: filter.to_owned(),
-                            granted: None,
-                            asked: vec![ask],
-                            no_local_since: now,
-                            in_doubt: false,
-                            guessed: false,
-                        }),
-                    }
-                }
-                c.requests.insert(s.packet_id, (true, names));
-            }
-            Packet::Unsubscribe(u) => {
-                let names: Vec<String> = u.filters().map(str::to_owned).collect();
-                c.ledger.subs.retain(|s| !names.contains(&s.filter));
-                let ended = c.ledger.wants.iter_mut();
-                for want in ended.filter(|w| names.contains(&w.filter)) {
-                    want.until = want.until.min(latest);
-                }
-                c.requests.insert(u.packet_id, (false, names));
-            }
-            Packet::Disconnect(d) => {
-                if let Some(expiry) = d.session_expiry {
-                    c.expiry = expiry.min(expiry_max);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// Bytes that the router wrote for the connection.
-    pub fn wrote(&mut self, device: usize, link: u64, bytes: &[u8], now: u64) -> Checked {
-        let c = &self.clients[device];
-        if c.attached != Some(link) {
-            return Ok(());
-        }
-        let version = c.profile.version;
-        let decoder = Decoder {
-            version,
-            receiver: Receiver::Client,
-            max: u32::MAX,
-        };
-        let mut at = 0;
-        while let Some((packet, size)) = decoder
-            .next(&bytes[at..])
-            .map_err(|e| format!("what was written does not decode: {e}"))?
-        {
-            at += size;
-            let c = &self.clients[device];
-            if version == Version::V5
-                && c.profile.packet_max.is_some_and(|max| size > max as usize)
-                && !matches!(packet, Packet::Connack(_))
-            {
-                return Err(format!(
-                    "{size} bytes, Maximum Packet Size is less [MQTT-3.1.2-24]: {packet:?}"
-                ));
-            }
-            self.packet(device, link, version, &packet, now)
-                .map_err(|e| {
-                    format!(
-                        "to {}: {}: {e}",
-                        self.clients[device].profile.id,
-                        short(&packet)
-                    )
-                })?;
-        }
-        if at != bytes.len() {
-            return Err("half a packet was written".into());
-        }
-        Ok(())
-    }
-
-    fn packet(
-        &mut self,
-        device: usize,
-        link: u64,
-        version: Version,
-        packet: &Packet<'_>,
-        now: u64,
-    ) -> Checked {
-        let hold = self.rules.hold;
-        let evicts = self.rules.evicts;
-        // While the core is away a filter is granted as it was asked for.
-        let guessed = self.inbound.core_was_away;
-        // Long enough away, it may have been granted to somebody who did not hear of it.
-        let long = now >= self.away.0 + hold && now < self.away.1.saturating_add(5000);
-        let doubtful: Vec<String> = match packet {
-            Packet::Suback(_) => {
-                let subs = self.clients.iter().flat_map(|c| &c.ledger.subs);
-                let subs = subs.filter(|s| s.in_doubt);
-                subs.map(|s| s.filter.clone()).collect()
-            }
-            _ => Vec::new(),
-        };
-        let c = &mut self.clients[device];
-        match packet {
-            Packet::Publish(p) => {
-                let topic = match p.topic_alias {
-                    Some(alias) if p.topic.is_empty() => c.aliases.get(&alias).cloned(),
-                    Some(alias) => {
-                        c.aliases.insert(alias, p.topic.to_owned());
-                        Some(p.topic.to_owned())
-                    }
-                    None => Some(p.topic.to_owned()),
-                };
-                let topic = topic.ok_or("an undefined alias")?;
-                let key = key(p.payload);
-                c.ledger.wrote(&mut c.window, version, &topic, &key, p)?;
-                self.delivered += 1;
-                Ok(())
-            }
-            Packet::Pubrel(a) if a.reason == ReasonCode::SUCCESS && !evicts => {
-                c.ledger.released(a.packet_id)
-            }
-            Packet::Puback(a) => {
-                self.inbound
-                    .answered(device, a.packet_id, QoS::AtLeastOnce, a.reason)
-            }
-            Packet::Pubrec(a) => {
-                self.inbound
-                    .answered(device, a.packet_id, QoS::ExactlyOnce, a.reason)
-            }
-            Packet::Suback(s) => {
-                if self.trace {
-                    eprintln!("         {} is written {packet:?}", c.profile.id);
-                }
-                let Some((true, names)) = c.requests.remove(&s.packet_id) else {
-                    return Err("SUBACK without a SUBSCRIBE [MQTT-3.8.4-2]".into());
-                };
-                if names.len() != s.codes.len() {
-                    return Err("SUBACK has another number of codes [MQTT-3.8.4-6]".into());
-                }
-                // What one was granted without the core, another is too.
-                let doubted = |name: &String| long || doubtful.contains(name);
-                for (index, (name, code)) in names.iter().zip(s.codes).enumerate() {
-                    granted(
-                        &mut c.ledger,
-                        link,
-                        s.packet_id,
-                        index,
-                        name,
-                        *code,
-                        hold,
-                        guessed,
-                        doubted(name),
-                        now,
-                    )?;
-                }
-                Ok(())
-            }
-            Packet::Unsuback(u) => match c.requests.remove(&u.packet_id) {
-                Some((false, _)) => Ok(()),
-                _ => Err("UNSUBACK without an UNSUBSCRIBE [MQTT-3.10.4-5]".into()),
-            },
-            _ => Ok(()),
-        }
     }
 
     /// The core is to send a message: whoever was granted a matching filter must have it held.
@@ -652,51 +422,6 @@ impl Oracle {
     }
 }
 
-#[allow(clippy::too_many_arguments)]
-fn granted(
-    ledger: &mut Ledger,
-    link: u64,
-    packet_id: u16,
-    index: usize,
-    name: &str,
-    code: u8,
-    hold: u64,
-    guessed: bool,
-    doubted: bool,
-    now: u64,
-) -> Checked {
-    let Some(at) = ledger.subs.iter().position(|s| s.filter == name) else {
-        return Ok(());
-    };
-    let sub = &mut ledger.subs[at];
-    let ask = sub
-        .asked
-        .iter()
-        .position(|a| a.link == link && a.packet_id == packet_id && a.index == index);
-    let Some(ask) = ask.map(|i| sub.asked.remove(i)) else {
-        return Ok(());
-    };
-    // What was asked before it, on an earlier connection too, is replaced.
-    sub.asked.retain(|a| a.number > ask.number);
-    let Some(granted) = QoS::from_u8(code) else {
-        if sub.granted.is_none() && sub.asked.is_empty() {
-            ledger.subs.remove(at);
-        }
-        return Ok(());
-    };
-    let late = now >= ask.at + hold;
-    if granted > ask.options.qos && !late && !guessed {
-        return Err(format!(
-            "{name} is granted {granted:?}, asked was {:?}",
-            ask.options.qos
-        ));
-    }
-    sub.in_doubt |= late || doubted;
-    sub.guessed = late || doubted;
-    sub.granted = Some((granted, ask.options, ask.identifier));
-    Ok(())
-}
-
 /// A message's name: its payload up to the colon.
 pub fn key(payload: &[u8]) -> String {
     let text = String::from_utf8_lossy(payload);
@@ -708,19 +433,4 @@ pub fn event(key: &str) -> u64 {
         .next()
         .and_then(|n| n.parse().ok())
         .unwrap_or(0)
-}
-
-pub fn short(packet: &Packet<'_>) -> String {
-    match packet {
-        Packet::Publish(p) => format!(
-            "PUBLISH {} id {} on {:?} {:?} dup {} retain {}",
-            key(p.payload),
-            p.packet_id,
-            p.topic,
-            p.qos,
-            p.dup,
-            p.retain
-        ),
-        other => format!("{other:?}"),
-    }
 }

@@ -2,105 +2,53 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 
-use tidegate::limits::Account;
-use tidegate::mqtt::{Message, MessageSpec, QoS, ReasonCode, SubscribeOptions, Version};
-use tidegate::router::{CoreFacts, Router, RouterConfig};
-use tidegate::session::{QueueFull, SessionLimits};
+use tidegate::mqtt::{QoS, ReasonCode};
+use tidegate::router::Router;
 
-use crate::core::{Copies, Copy, Core, Item, arrived, matching};
-use crate::device::{Device, Outgoing, Profile, Seen, WillSpec};
-use crate::edge::{Edge, QOS};
-use crate::oracle::{Checked, Oracle, Rules};
+use crate::core::Core;
+use crate::device::{Device, Seen};
+use crate::edge::Edge;
+use crate::oracle::{Checked, Oracle};
+use crate::pipe::Pipe;
 use crate::rng::Rng;
 
-const FILTERS: [&str; 12] = [
-    "a/b", "a/+", "a/#", "+/b", "#", "b", "b/+", "c/d/e", "c/#", "r/#", "r/1", "no/x",
-];
-const TOPICS: [&str; 7] = ["a/b", "a/c", "b", "b/b", "c/d/e", "c", "a"];
-const RETAINED: [&str; 3] = ["r/1", "r/2", "r/3"];
-
-/// One direction of a connection.
-#[derive(Default)]
-struct Pipe {
-    chunks: VecDeque<(u64, Vec<u8>)>,
-    last: u64,
-    bytes: usize,
-}
-
-impl Pipe {
-    fn send(&mut self, bytes: Vec<u8>, rng: &mut Rng, now: u64) {
-        if bytes.is_empty() {
-            return;
-        }
-        let delay = match rng.below(8) {
-            0..5 => 0,
-            5..7 => rng.below(30),
-            _ => rng.below(400),
-        };
-        self.last = self.last.max(now + delay);
-        self.bytes += bytes.len();
-        self.chunks.push_back((self.last, bytes));
-    }
-
-    /// What arrives now: often not all of it, so that a cut may come at any byte.
-    fn receive(&mut self, rng: &mut Rng, now: u64) -> Vec<u8> {
-        let mut out = Vec::new();
-        while self.chunks.front().is_some_and(|(at, _)| *at <= now) {
-            let Some((_, chunk)) = self.chunks.front_mut() else {
-                break;
-            };
-            if rng.chance(15) {
-                let part = rng.below(chunk.len() as u64) as usize;
-                out.extend(chunk.drain(..part));
-                break;
-            }
-            if let Some((_, chunk)) = self.chunks.pop_front() {
-                out.extend(chunk);
-            }
-        }
-        self.bytes -= out.len();
-        out
-    }
-}
-
-struct Link {
-    up: Pipe,
-    down: Pipe,
-    edge: Edge,
+pub struct Link {
+    pub up: Pipe,
+    pub down: Pipe,
+    pub edge: Edge,
     /// When the server's end learns that the link is cut.
-    eof_at: Option<u64>,
+    pub eof_at: Option<u64>,
     /// The device reads nothing.
-    stalled: bool,
+    pub stalled: bool,
 }
 
-struct Fetch {
-    at: u64,
-    number: u32,
-    filter: String,
-    found: Option<VecDeque<(String, Vec<u8>, QoS)>>,
+pub struct Fetch {
+    pub at: u64,
+    pub number: u32,
+    pub filter: String,
+    pub found: Option<VecDeque<(String, Vec<u8>, QoS)>>,
 }
 
 pub struct World {
-    rng: Rng,
-    now: u64,
-    router: Arc<Router>,
-    core: Core,
-    oracle: Oracle,
-    devices: Vec<Device>,
-    links: BTreeMap<u64, Box<Link>>,
-    fetches: VecDeque<Fetch>,
-    next_link: u64,
-    sequence: Vec<u64>,
-    events: u64,
-    core_back_at: u64,
-    trace: bool,
-    quiet: bool,
-    retained: bool,
-    expiry_max: u32,
-    forwarded: u64,
-    ticked: u64,
+    pub rng: Rng,
+    pub now: u64,
+    pub router: Arc<Router>,
+    pub core: Core,
+    pub oracle: Oracle,
+    pub devices: Vec<Device>,
+    pub links: BTreeMap<u64, Box<Link>>,
+    pub fetches: VecDeque<Fetch>,
+    pub next_link: u64,
+    pub sequence: Vec<u64>,
+    pub events: u64,
+    pub core_back_at: u64,
+    pub trace: bool,
+    pub quiet: bool,
+    pub retained: bool,
+    pub expiry_max: u32,
+    pub forwarded: u64,
+    pub ticked: u64,
 }
 
 /// What a run saw, to show that runs are not empty.
@@ -133,6 +81,7 @@ pub fn run(seed: u64, trace: bool) -> Result<Report, String> {
     })
 }
 
+/// A line of the trace, if there is one.
 macro_rules! trace {
     ($world:expr, $($what:tt)*) => {
         if $world.trace {
@@ -141,123 +90,9 @@ macro_rules! trace {
     };
 }
 
-impl World {
-    fn new(seed: u64, trace: bool) -> Self {
-        let mut rng = Rng::new(seed);
-        let copies = rng.pick(&[
-            Copies::PerFilter,
-            Copies::PerFilter,
-            Copies::One,
-            Copies::Unnamed,
-        ]);
-        let small = rng.chance(25);
-        let evicts = rng.chance(10);
-        let queue_full = match rng.below(8) {
-            0 => QueueFull::Newest,
-            1 => QueueFull::EndSession,
-            _ => QueueFull::Oldest,
-        };
-        let publish_account = Arc::new(Account::new());
-        let limits = SessionLimits {
-            receive_max: rng.pick(&[1, 3, 16]),
-            topic_alias_max: rng.pick(&[0, 2, 8]),
-            packet_max: 1 << 20,
-            queue_messages_max: if small {
-                rng.between(1, 8) as usize
-            } else {
-                10_000
-            },
-            queue_bytes_max: if rng.chance(10) { 2000 } else { 1 << 20 },
-            queue_age_max: u64::MAX,
-            queue_full,
-            queue_qos0: rng.chance(40),
-            output_buffer: Arc::new(AtomicUsize::new(rng.pick(&[64, 1000, 1 << 16]))),
-            subscriptions_max: 100,
-            filter_bytes_max: 1 << 16,
-            topic_levels_max: 16,
-            v3_publishes_max: rng.pick(&[3, 8, 20]),
-            expiry_max: 300,
-            publish_account,
-            reserved_key: "tidegate-sim",
-            hasher: Default::default(),
-        };
-        let config = RouterConfig {
-            data_links: 1,
-            publish_links: 1,
-            linger: rng.pick(&[500, 20_000]),
-            linger_busy_min: 500,
-            filters_lingering_max: rng.pick(&[2, 100]) as usize,
-            subscribe_hold: 10_000,
-            subscribe_accept: true,
-            publishes_waiting: rng.pick(&[2000, 1 << 20, 1 << 20]),
-            publishes_waiting_per_client: rng.pick(&[1000, 1 << 20, 1 << 20]) as usize,
-            retained_cache: rng.pick(&[100, 1 << 20]) as usize,
-            queues: if evicts { 3000 } else { 1 << 30 },
-            output: 1 << 30,
-            write_stall: 60_000,
-        };
-        let devices = rng.between(2, 5) as usize;
-        let profiles: Vec<Profile> = (0..devices).map(|n| profile(n, &mut rng)).collect();
-        let grants = rng.pick(&[
-            QoS::ExactlyOnce,
-            QoS::ExactlyOnce,
-            QoS::ExactlyOnce,
-            QoS::AtLeastOnce,
-        ]);
-        let rules = Rules {
-            grants,
-            hold: config.subscribe_hold,
-            expiry_max: limits.expiry_max,
-            expiry_v3: 120,
-            evicts,
-            ends_full: queue_full == QueueFull::EndSession,
-        };
-        let expiry_max = limits.expiry_max;
-        let tight = config.publishes_waiting < 1 << 20;
-        let router = Arc::new(Router::new(limits, config));
-        let facts = CoreFacts {
-            identifiers: copies != Copies::Unnamed,
-            version_5: true,
-            maximum_qos: QoS::ExactlyOnce,
-            retain_available: true,
-            packet_max: u32::MAX,
-        };
-        router.core_facts(&facts, 0);
-        router.data_link_up(0, false, true, 0);
-        router.publish_link_up(0, true);
-        if trace {
-            eprintln!("{rules:?}\n{:?}", router.limits);
-            for p in &profiles {
-                eprintln!("{p:?}");
-            }
-        }
-        let window = rng.pick(&[1, 5, 50]);
-        let retained = rng.chance(60);
-        let mut oracle = Oracle::new(rules, &profiles);
-        oracle.inbound.tight = tight;
-        oracle.trace = trace;
-        Self {
-            core: Core::new(copies, grants, window),
-            oracle,
-            sequence: vec![0; devices],
-            devices: profiles.into_iter().map(Device::new).collect(),
-            rng,
-            now: 1000,
-            router,
-            links: BTreeMap::new(),
-            fetches: VecDeque::new(),
-            next_link: 0,
-            events: 0,
-            core_back_at: 0,
-            trace,
-            quiet: false,
-            retained,
-            expiry_max,
-            forwarded: 0,
-            ticked: 0,
-        }
-    }
+pub(crate) use trace;
 
+impl World {
     fn step(&mut self, act: bool) -> Checked {
         let forward = match self.rng.below(20) {
             0..12 => self.rng.below(3),
@@ -300,223 +135,7 @@ impl World {
         self.oracle.ticked(self.now);
     }
 
-    fn act(&mut self, n: usize) {
-        let what = self.rng.below(100);
-        let connected = self.devices[n].connected;
-        match what {
-            0..30 if connected => self.publish(n),
-            0..30 => self.connect(n),
-            30..45 => self.publish_elsewhere(),
-            45..63 if connected => self.subscribe(n),
-            63..70 if connected => {
-                let count = self.rng.between(1, 2);
-                let filters: Vec<&str> = (0..count).map(|_| self.rng.pick(&FILTERS)).collect();
-                trace!(self, "{n} unsubscribes {filters:?}");
-                self.devices[n].unsubscribe(&filters);
-            }
-            70..78 => self.cut(n),
-            78..82 => {
-                trace!(self, "{n} comes again");
-                self.connect(n);
-            }
-            82..85 if connected => self.leave(n),
-            85..88 => {
-                if let Some(link) = self.devices[n].link.and_then(|l| self.links.get_mut(&l)) {
-                    link.stalled = !link.stalled;
-                }
-            }
-            88..90 if !self.core.away => {
-                let time = self.rng.pick(&[200, 3000, 15_000]);
-                trace!(self, "the core is away for {time} ms");
-                self.core.away = true;
-                let (since, until) = self.oracle.away;
-                let again = self.now < until.saturating_add(5000);
-                self.oracle.away = (if again { since } else { self.now }, u64::MAX);
-                self.oracle.inbound.core_was_away = true;
-                self.router.publish_link_up(0, false);
-                self.core_back_at = self.now + time;
-            }
-            _ => {}
-        }
-    }
-
-    fn connect(&mut self, n: usize) {
-        if let Some(old) = self.devices[n].link {
-            // The server's end of the old one hears nothing, or late.
-            let late = self.rng.pick(&[0, 50, 100_000]);
-            self.abandon(old, late);
-        }
-        let clean = self.devices[n].profile.clean != self.rng.chance(8);
-        self.next_link += 1;
-        let link = self.next_link;
-        let will = self.rng.chance(40).then(|| WillSpec {
-            topic: "will/t".into(),
-            payload: format!("w{n}.{link}:").into_bytes(),
-            qos: self.rng.pick(&QOS),
-            delay: self.rng.pick(&[0, 1, 5, 100]),
-        });
-        trace!(self, "{n} connects, link {link}, clean {clean}, {will:?}");
-        self.devices[n].connect(link, clean, will.as_ref(), self.now);
-        self.links.insert(
-            link,
-            Box::new(Link {
-                up: Pipe::default(),
-                down: Pipe::default(),
-                edge: Edge::new(n, link),
-                eof_at: None,
-                stalled: false,
-            }),
-        );
-    }
-
-    fn cut(&mut self, n: usize) {
-        let Some(link) = self.devices[n].link else {
-            return;
-        };
-        let late = self.rng.pick(&[0, 0, 20, 3000]);
-        trace!(self, "{n} is cut, link {link}");
-        self.devices[n].lost();
-        self.abandon(link, late);
-    }
-
-    fn abandon(&mut self, link: u64, late: u64) {
-        if let Some(l) = self.links.get_mut(&link) {
-            l.eof_at = Some(self.now + late);
-            // A part of what is under way still arrives.
-            let keep = self.rng.below(l.up.chunks.len() as u64 + 1) as usize;
-            l.up.chunks.truncate(keep);
-            if let Some((_, last)) = l.up.chunks.back_mut()
-                && self.rng.chance(50)
-            {
-                last.truncate(self.rng.below(last.len() as u64) as usize);
-            }
-            l.up.bytes = l.up.chunks.iter().map(|(_, c)| c.len()).sum();
-        }
-    }
-
-    fn leave(&mut self, n: usize) {
-        let v5 = self.devices[n].profile.version == Version::V5;
-        let (reason, expiry) = match self.rng.below(4) {
-            0 if v5 => (ReasonCode::DISCONNECT_WITH_WILL_MESSAGE, None),
-            1 if v5 && self.devices[n].profile.expiry > 0 => {
-                (ReasonCode::SUCCESS, Some(self.rng.pick(&[0, 7, 1000])))
-            }
-            _ => (ReasonCode::SUCCESS, None),
-        };
-        trace!(self, "{n} leaves: {reason:?} {expiry:?}");
-        self.flush(n, true);
-        self.devices[n].disconnect(reason, expiry);
-        self.flush(n, false);
-        if let Some(link) = self.devices[n].link {
-            let at = self.links.get(&link).map_or(0, |l| l.up.last);
-            if let Some(l) = self.links.get_mut(&link) {
-                l.eof_at = Some(at.max(self.now) + 500);
-            }
-        }
-        self.devices[n].lost();
-    }
-
-    fn publish(&mut self, n: usize) {
-        for _ in 0..self.rng.between(1, 4) {
-            let qos = self.rng.pick(&QOS);
-            let (topic, key) = match self.rng.below(20) {
-                0 => ("$same/t", format!("same{n}")),
-                1 => ("deny/t", self.next_key(n)),
-                2 => ("refused/t", self.next_key(n)),
-                _ => (self.rng.pick(&TOPICS), self.next_key(n)),
-            };
-            let message = Outgoing {
-                topic: topic.into(),
-                payload: self.payload(&key),
-                qos,
-                retain: false,
-                expiry: self.rng.chance(10).then(|| self.rng.between(1, 20) as u32),
-            };
-            trace!(
-                self,
-                "{n} publishes {key} on {topic} at {qos:?}, expiry {:?}", message.expiry
-            );
-            self.devices[n].publish(message, &mut self.rng);
-        }
-    }
-
-    fn next_key(&mut self, n: usize) -> String {
-        self.sequence[n] += 1;
-        format!("d{n}.{}", self.sequence[n])
-    }
-
-    fn payload(&mut self, key: &str) -> Vec<u8> {
-        // Identical messages stay identical.
-        let long = key.starts_with('d') || key.starts_with('x');
-        let length = match self.rng.below(10) {
-            _ if !long => 0,
-            0..7 => self.rng.below(30),
-            7..9 => self.rng.between(80, 140),
-            _ => self.rng.below(600),
-        };
-        format!("{key}:{}", "p".repeat(length as usize)).into_bytes()
-    }
-
-    /// Clients of the core that are not ours.
-    fn publish_elsewhere(&mut self) {
-        if self.core.away {
-            return;
-        }
-        for _ in 0..self.rng.between(1, 6) {
-            self.events += 1;
-            self.oracle.latest = self.events;
-            let retain = self.retained && self.rng.chance(30);
-            let (topic, key) = match retain {
-                true => (self.rng.pick(&RETAINED), format!("r#{}", self.events)),
-                false => (self.rng.pick(&TOPICS), format!("x{}", self.events)),
-            };
-            let copy = Copy {
-                filters: Vec::new(),
-                topic: topic.into(),
-                payload: self.payload(&key),
-                qos: self.rng.pick(&QOS),
-                retain,
-                expires_at: match self.rng.below(12) {
-                    0 if !retain => self.now + self.rng.between(1, 15) * 1000,
-                    _ => u64::MAX,
-                },
-                tag: 0,
-            };
-            trace!(self, "the core takes {key} on {topic} at {:?}", copy.qos);
-            self.core.route(&copy, &mut self.rng, self.now);
-        }
-    }
-
-    fn subscribe(&mut self, n: usize) {
-        if self.devices[n].requests() > 20 {
-            return;
-        }
-        let v5 = self.devices[n].profile.version == Version::V5;
-        let mut filters: Vec<(&str, SubscribeOptions)> = Vec::new();
-        for _ in 0..self.rng.between(1, 3) {
-            let filter = self.rng.pick(&FILTERS);
-            if filters.iter().any(|(f, _)| *f == filter) {
-                continue;
-            }
-            let options = SubscribeOptions {
-                qos: self.rng.pick(&QOS),
-                no_local: v5 && self.rng.chance(20),
-                retain_as_published: v5 && self.rng.chance(40),
-                retain_handling: if v5 { self.rng.below(3) as u8 } else { 0 },
-            };
-            filters.push((filter, options));
-        }
-        let id = (v5 && self.rng.chance(50)).then(|| self.rng.between(1, 300) as u32);
-        trace!(self, "{n} subscribes {filters:?} id {id:?}");
-        self.devices[n].subscribe(&filters, id);
-        if self.rng.chance(10) {
-            let gone = filters[0].0;
-            trace!(self, "{n} unsubscribes {gone} at once");
-            self.devices[n].unsubscribe(&[gone]);
-        }
-    }
-
-    fn flush(&mut self, n: usize, acks: bool) {
+    pub fn flush(&mut self, n: usize, acks: bool) {
         let Some(link) = self.devices[n].link else {
             return;
         };
@@ -646,137 +265,6 @@ impl World {
         }
     }
 
-    fn core_works(&mut self) -> Checked {
-        if self.core.away && self.now >= self.core_back_at {
-            trace!(self, "the core is back");
-            self.core.away = false;
-            self.oracle.away.1 = self.now;
-            self.router.publish_link_up(0, true);
-        }
-        self.core.step(&self.router, &mut self.rng, self.now);
-        let forwarded = std::mem::take(&mut self.core.forwarded);
-        self.forwarded += forwarded.len() as u64;
-        for (outgoing, refused) in &forwarded {
-            let m = &outgoing.message;
-            let key = crate::oracle::key(m.payload());
-            trace!(self, "the core gets {key} on {}", m.topic());
-            let inbound = &mut self.oracle.inbound;
-            inbound.forwarded(m.payload(), m.qos(), self.now)?;
-            if !refused {
-                self.oracle.routed(m.topic(), &self.core.held)?;
-            }
-        }
-        drop(forwarded);
-        if let Some(fault) = self.core.faults.pop() {
-            return Err(format!("a needless SUBSCRIBE: {fault} (I21)"));
-        }
-        self.core_sends()?;
-        self.fetches_work();
-        Ok(())
-    }
-
-    /// The data link: in order, answers apart from messages.
-    fn core_sends(&mut self) -> Checked {
-        let mut batch = Vec::new();
-        while let Some(item) = self.core.next_item(self.now) {
-            match item {
-                // The core sends nothing that is past its expiry.
-                Item::Copies(copies) if copies[0].expires_at <= self.now => {}
-                Item::Copies(copies) => {
-                    self.oracle.arrives(&copies, self.now);
-                    trace!(
-                        self,
-                        "arrives {} for {:?}",
-                        crate::oracle::key(&copies[0].payload),
-                        copies.iter().map(|c| &c.filters).collect::<Vec<_>>()
-                    );
-                    let copies = copies.iter();
-                    batch.extend(copies.map(|c| arrived(c, self.core.copies, &self.router)));
-                }
-                Item::Suback(number, code) => {
-                    self.router.fan_out(&mut batch, self.now);
-                    batch.clear();
-                    trace!(self, "SUBACK of the core for {number}: {code:?}");
-                    let held = &self.core.held;
-                    let name = held.iter().find(|(_, (n, _))| *n == number).map(|(f, _)| f);
-                    if let Some(name) = name {
-                        self.oracle.holds(name);
-                    }
-                    self.router.suback(number, code, self.now);
-                }
-                Item::Unsuback(number) => {
-                    self.router.fan_out(&mut batch, self.now);
-                    batch.clear();
-                    trace!(self, "UNSUBACK of the core for {number}");
-                    self.router.unsuback(number, self.now);
-                }
-            }
-        }
-        self.router.fan_out(&mut batch, self.now);
-        Ok(())
-    }
-
-    /// The R link.
-    fn fetches_work(&mut self) {
-        if self.core.away {
-            return;
-        }
-        for (number, name) in self.router.next_fetches(4) {
-            let at = self.now + self.rng.below(200);
-            self.fetches.push_back(Fetch {
-                at,
-                number,
-                filter: name.to_string(),
-                found: None,
-            });
-        }
-        let Some(fetch) = self.fetches.front_mut() else {
-            return;
-        };
-        if fetch.at > self.now {
-            return;
-        }
-        match &mut fetch.found {
-            None => {
-                let found = self.core.retained.iter();
-                let found = found.filter(|(topic, _)| matching(&fetch.filter, topic));
-                let found = found.map(|(t, (p, q))| (t.clone(), p.clone(), *q));
-                fetch.found = Some(found.collect());
-            }
-            Some(found) => match found.pop_front() {
-                Some((topic, payload, qos)) => {
-                    let message = Message::new(&MessageSpec {
-                        topic: &topic,
-                        properties: Default::default(),
-                        payload: &payload,
-                        qos,
-                        retain: true,
-                        expires_at: u64::MAX,
-                        strip_key: None,
-                        account: Some(self.router.queue_account().clone()),
-                    });
-                    self.router.fetched(fetch.number, &message, self.now);
-                    trace!(self, "fetched {topic} {}", crate::oracle::key(&payload));
-                    return;
-                }
-                None => {
-                    let complete = self.rng.chance(90);
-                    self.router.fetch_ended(&[fetch.number], complete);
-                    if !complete {
-                        self.oracle.fetched_anew(&fetch.filter);
-                    }
-                    self.fetches.pop_front();
-                    return;
-                }
-            },
-        }
-        // What is found now may come much later.
-        let delay = self.rng.below(1000);
-        if let Some(fetch) = self.fetches.front_mut() {
-            fetch.at = self.now + delay;
-        }
-    }
-
     fn edges_work(&mut self) -> Checked {
         for link in self.links.values_mut() {
             // A socket takes only so much.
@@ -892,32 +380,5 @@ impl World {
             }
         }
         Ok(())
-    }
-}
-
-fn profile(n: usize, rng: &mut Rng) -> Profile {
-    let version = rng.pick(&[
-        Version::V5,
-        Version::V5,
-        Version::V5,
-        Version::V311,
-        Version::V31,
-    ]);
-    let v5 = version == Version::V5;
-    let clean = rng.chance(30);
-    Profile {
-        id: format!("device-{n}"),
-        version,
-        clean,
-        expiry: match clean {
-            true => rng.pick(&[0, 0, 10]),
-            false => rng.pick(&[5, 60, 300]),
-        },
-        receive_max: (v5 && rng.chance(60)).then(|| rng.pick(&[1, 2, 5])),
-        packet_max: (v5 && rng.chance(20)).then(|| rng.pick(&[60, 138, 200])),
-        alias_max: if v5 { rng.pick(&[0, 1, 3, 100]) } else { 0 },
-        keep_alive: rng.pick(&[0, 10, 60]),
-        stubborn: rng.chance(40),
-        lazy: rng.chance(30),
     }
 }

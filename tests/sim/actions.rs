@@ -1,0 +1,233 @@
+//! What happens to devices by chance.
+
+use tidegate::mqtt::{ReasonCode, SubscribeOptions, Version};
+
+use crate::core::Copy;
+use crate::device::{Outgoing, WillSpec};
+use crate::edge::{Edge, QOS};
+use crate::pipe::Pipe;
+use crate::world::{Link, World, trace};
+
+const FILTERS: [&str; 12] = [
+    "a/b", "a/+", "a/#", "+/b", "#", "b", "b/+", "c/d/e", "c/#", "r/#", "r/1", "no/x",
+];
+const TOPICS: [&str; 7] = ["a/b", "a/c", "b", "b/b", "c/d/e", "c", "a"];
+const RETAINED: [&str; 3] = ["r/1", "r/2", "r/3"];
+
+impl World {
+    pub fn act(&mut self, n: usize) {
+        let what = self.rng.below(100);
+        let connected = self.devices[n].connected;
+        match what {
+            0..30 if connected => self.publish(n),
+            0..30 => self.connect(n),
+            30..45 => self.publish_elsewhere(),
+            45..63 if connected => self.subscribe(n),
+            63..70 if connected => {
+                let count = self.rng.between(1, 2);
+                let filters: Vec<&str> = (0..count).map(|_| self.rng.pick(&FILTERS)).collect();
+                trace!(self, "{n} unsubscribes {filters:?}");
+                self.devices[n].unsubscribe(&filters);
+            }
+            70..78 => self.cut(n),
+            78..82 => {
+                trace!(self, "{n} comes again");
+                self.connect(n);
+            }
+            82..85 if connected => self.leave(n),
+            85..88 => {
+                if let Some(link) = self.devices[n].link.and_then(|l| self.links.get_mut(&l)) {
+                    link.stalled = !link.stalled;
+                }
+            }
+            88..90 if !self.core.away => {
+                let time = self.rng.pick(&[200, 3000, 15_000]);
+                trace!(self, "the core is away for {time} ms");
+                self.core.away = true;
+                let (since, until) = self.oracle.away;
+                let again = self.now < until.saturating_add(5000);
+                self.oracle.away = (if again { since } else { self.now }, u64::MAX);
+                self.oracle.inbound.core_was_away = true;
+                self.router.publish_link_up(0, false);
+                self.core_back_at = self.now + time;
+            }
+            _ => {}
+        }
+    }
+
+    pub fn connect(&mut self, n: usize) {
+        if let Some(old) = self.devices[n].link {
+            // The server's end of the old one hears nothing, or late.
+            let late = self.rng.pick(&[0, 50, 100_000]);
+            self.abandon(old, late);
+        }
+        let clean = self.devices[n].profile.clean != self.rng.chance(8);
+        self.next_link += 1;
+        let link = self.next_link;
+        let will = self.rng.chance(40).then(|| WillSpec {
+            topic: "will/t".into(),
+            payload: format!("w{n}.{link}:").into_bytes(),
+            qos: self.rng.pick(&QOS),
+            delay: self.rng.pick(&[0, 1, 5, 100]),
+        });
+        trace!(self, "{n} connects, link {link}, clean {clean}, {will:?}");
+        self.devices[n].connect(link, clean, will.as_ref(), self.now);
+        self.links.insert(
+            link,
+            Box::new(Link {
+                up: Pipe::default(),
+                down: Pipe::default(),
+                edge: Edge::new(n, link),
+                eof_at: None,
+                stalled: false,
+            }),
+        );
+    }
+
+    fn cut(&mut self, n: usize) {
+        let Some(link) = self.devices[n].link else {
+            return;
+        };
+        let late = self.rng.pick(&[0, 0, 20, 3000]);
+        trace!(self, "{n} is cut, link {link}");
+        self.devices[n].lost();
+        self.abandon(link, late);
+    }
+
+    pub fn abandon(&mut self, link: u64, late: u64) {
+        if let Some(l) = self.links.get_mut(&link) {
+            l.eof_at = Some(self.now + late);
+            // A part of what is under way still arrives.
+            let keep = self.rng.below(l.up.chunks.len() as u64 + 1) as usize;
+            l.up.chunks.truncate(keep);
+            if let Some((_, last)) = l.up.chunks.back_mut()
+                && self.rng.chance(50)
+            {
+                last.truncate(self.rng.below(last.len() as u64) as usize);
+            }
+            l.up.bytes = l.up.chunks.iter().map(|(_, c)| c.len()).sum();
+        }
+    }
+
+    fn leave(&mut self, n: usize) {
+        let v5 = self.devices[n].profile.version == Version::V5;
+        let (reason, expiry) = match self.rng.below(4) {
+            0 if v5 => (ReasonCode::DISCONNECT_WITH_WILL_MESSAGE, None),
+            1 if v5 && self.devices[n].profile.expiry > 0 => {
+                (ReasonCode::SUCCESS, Some(self.rng.pick(&[0, 7, 1000])))
+            }
+            _ => (ReasonCode::SUCCESS, None),
+        };
+        trace!(self, "{n} leaves: {reason:?} {expiry:?}");
+        self.flush(n, true);
+        self.devices[n].disconnect(reason, expiry);
+        self.flush(n, false);
+        if let Some(link) = self.devices[n].link {
+            let at = self.links.get(&link).map_or(0, |l| l.up.last);
+            if let Some(l) = self.links.get_mut(&link) {
+                l.eof_at = Some(at.max(self.now) + 500);
+            }
+        }
+        self.devices[n].lost();
+    }
+
+    fn publish(&mut self, n: usize) {
+        for _ in 0..self.rng.between(1, 4) {
+            let qos = self.rng.pick(&QOS);
+            let (topic, key) = match self.rng.below(20) {
+                0 => ("$same/t", format!("same{n}")),
+                1 => ("deny/t", self.next_key(n)),
+                2 => ("refused/t", self.next_key(n)),
+                _ => (self.rng.pick(&TOPICS), self.next_key(n)),
+            };
+            let message = Outgoing {
+                topic: topic.into(),
+                payload: self.payload(&key),
+                qos,
+                retain: false,
+                expiry: self.rng.chance(10).then(|| self.rng.between(1, 20) as u32),
+            };
+            trace!(
+                self,
+                "{n} publishes {key} on {topic} at {qos:?}, expiry {:?}", message.expiry
+            );
+            self.devices[n].publish(message, &mut self.rng);
+        }
+    }
+
+    fn next_key(&mut self, n: usize) -> String {
+        self.sequence[n] += 1;
+        format!("d{n}.{}", self.sequence[n])
+    }
+
+    fn payload(&mut self, key: &str) -> Vec<u8> {
+        // Identical messages stay identical.
+        let long = key.starts_with('d') || key.starts_with('x');
+        let length = match self.rng.below(10) {
+            _ if !long => 0,
+            0..7 => self.rng.below(30),
+            7..9 => self.rng.between(80, 140),
+            _ => self.rng.below(600),
+        };
+        format!("{key}:{}", "p".repeat(length as usize)).into_bytes()
+    }
+
+    /// Clients of the core that are not ours.
+    fn publish_elsewhere(&mut self) {
+        if self.core.away {
+            return;
+        }
+        for _ in 0..self.rng.between(1, 6) {
+            self.events += 1;
+            self.oracle.latest = self.events;
+            let retain = self.retained && self.rng.chance(30);
+            let (topic, key) = match retain {
+                true => (self.rng.pick(&RETAINED), format!("r#{}", self.events)),
+                false => (self.rng.pick(&TOPICS), format!("x{}", self.events)),
+            };
+            let copy = Copy {
+                filters: Vec::new(),
+                topic: topic.into(),
+                payload: self.payload(&key),
+                qos: self.rng.pick(&QOS),
+                retain,
+                expires_at: match self.rng.below(12) {
+                    0 if !retain => self.now + self.rng.between(1, 15) * 1000,
+                    _ => u64::MAX,
+                },
+                tag: 0,
+            };
+            trace!(self, "the core takes {key} on {topic} at {:?}", copy.qos);
+            self.core.route(&copy, &mut self.rng, self.now);
+        }
+    }
+
+    fn subscribe(&mut self, n: usize) {
+        if self.devices[n].requests() > 20 {
+            return;
+        }
+        let v5 = self.devices[n].profile.version == Version::V5;
+        let mut filters: Vec<(&str, SubscribeOptions)> = Vec::new();
+        for _ in 0..self.rng.between(1, 3) {
+            let filter = self.rng.pick(&FILTERS);
+            if filters.iter().any(|(f, _)| *f == filter) {
+                continue;
+            }
+            let options = SubscribeOptions {
+                qos: self.rng.pick(&QOS),
+                no_local: v5 && self.rng.chance(20),
+                retain_as_published: v5 && self.rng.chance(40),
+                retain_handling: if v5 { self.rng.below(3) as u8 } else { 0 },
+            };
+            filters.push((filter, options));
+        }
+        let id = (v5 && self.rng.chance(50)).then(|| self.rng.between(1, 300) as u32);
+        trace!(self, "{n} subscribes {filters:?} id {id:?}");
+        self.devices[n].subscribe(&filters, id);
+        if self.rng.chance(10) {
+            let gone = filters[0].0;
+            trace!(self, "{n} unsubscribes {gone} at once");
+            self.devices[n].unsubscribe(&[gone]);
+        }
+    }
+}

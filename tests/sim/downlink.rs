@@ -1,0 +1,140 @@
+//! The core's half of a run: its links to the router, played in order.
+
+use tidegate::mqtt::{Message, MessageSpec};
+
+use crate::core::{Item, arrived, matching};
+use crate::oracle::Checked;
+use crate::world::{Fetch, World, trace};
+
+impl World {
+    pub fn core_works(&mut self) -> Checked {
+        if self.core.away && self.now >= self.core_back_at {
+            trace!(self, "the core is back");
+            self.core.away = false;
+            self.oracle.away.1 = self.now;
+            self.router.publish_link_up(0, true);
+        }
+        self.core.step(&self.router, &mut self.rng, self.now);
+        let forwarded = std::mem::take(&mut self.core.forwarded);
+        self.forwarded += forwarded.len() as u64;
+        for (outgoing, refused) in &forwarded {
+            let m = &outgoing.message;
+            let key = crate::oracle::key(m.payload());
+            trace!(self, "the core gets {key} on {}", m.topic());
+            let inbound = &mut self.oracle.inbound;
+            inbound.forwarded(m.payload(), m.qos(), self.now)?;
+            if !refused {
+                self.oracle.routed(m.topic(), &self.core.held)?;
+            }
+        }
+        drop(forwarded);
+        if let Some(fault) = self.core.faults.pop() {
+            return Err(format!("a needless SUBSCRIBE: {fault} (I21)"));
+        }
+        self.core_sends()?;
+        self.fetches_work();
+        Ok(())
+    }
+
+    /// The data link: in order, answers apart from messages.
+    fn core_sends(&mut self) -> Checked {
+        let mut batch = Vec::new();
+        while let Some(item) = self.core.next_item(self.now) {
+            match item {
+                // The core sends nothing that is past its expiry.
+                Item::Copies(copies) if copies[0].expires_at <= self.now => {}
+                Item::Copies(copies) => {
+                    self.oracle.arrives(&copies, self.now);
+                    trace!(
+                        self,
+                        "arrives {} for {:?}",
+                        crate::oracle::key(&copies[0].payload),
+                        copies.iter().map(|c| &c.filters).collect::<Vec<_>>()
+                    );
+                    let copies = copies.iter();
+                    batch.extend(copies.map(|c| arrived(c, self.core.copies, &self.router)));
+                }
+                Item::Suback(number, code) => {
+                    self.router.fan_out(&mut batch, self.now);
+                    batch.clear();
+                    trace!(self, "SUBACK of the core for {number}: {code:?}");
+                    let held = &self.core.held;
+                    let name = held.iter().find(|(_, (n, _))| *n == number).map(|(f, _)| f);
+                    if let Some(name) = name {
+                        self.oracle.holds(name);
+                    }
+                    self.router.suback(number, code, self.now);
+                }
+                Item::Unsuback(number) => {
+                    self.router.fan_out(&mut batch, self.now);
+                    batch.clear();
+                    trace!(self, "UNSUBACK of the core for {number}");
+                    self.router.unsuback(number, self.now);
+                }
+            }
+        }
+        self.router.fan_out(&mut batch, self.now);
+        Ok(())
+    }
+
+    /// The R link.
+    fn fetches_work(&mut self) {
+        if self.core.away {
+            return;
+        }
+        for (number, name) in self.router.next_fetches(4) {
+            let at = self.now + self.rng.below(200);
+            self.fetches.push_back(Fetch {
+                at,
+                number,
+                filter: name.to_string(),
+                found: None,
+            });
+        }
+        let Some(fetch) = self.fetches.front_mut() else {
+            return;
+        };
+        if fetch.at > self.now {
+            return;
+        }
+        match &mut fetch.found {
+            None => {
+                let found = self.core.retained.iter();
+                let found = found.filter(|(topic, _)| matching(&fetch.filter, topic));
+                let found = found.map(|(t, (p, q))| (t.clone(), p.clone(), *q));
+                fetch.found = Some(found.collect());
+            }
+            Some(found) => match found.pop_front() {
+                Some((topic, payload, qos)) => {
+                    let message = Message::new(&MessageSpec {
+                        topic: &topic,
+                        properties: Default::default(),
+                        payload: &payload,
+                        qos,
+                        retain: true,
+                        expires_at: u64::MAX,
+                        strip_key: None,
+                        account: Some(self.router.queue_account().clone()),
+                    });
+                    self.router.fetched(fetch.number, &message, self.now);
+                    trace!(self, "fetched {topic} {}", crate::oracle::key(&payload));
+                    return;
+                }
+                None => {
+                    let complete = self.rng.chance(90);
+                    self.router.fetch_ended(&[fetch.number], complete);
+                    if !complete {
+                        self.oracle.fetched_anew(&fetch.filter);
+                    }
+                    self.fetches.pop_front();
+                    return;
+                }
+            },
+        }
+        // What is found now may come much later.
+        let delay = self.rng.below(1000);
+        if let Some(fetch) = self.fetches.front_mut() {
+            fetch.at = self.now + delay;
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! One direction of a connection.
+
+use std::collections::VecDeque;
+
+use crate::rng::Rng;
+
+#[derive(Default)]
+pub struct Pipe {
+    pub chunks: VecDeque<(u64, Vec<u8>)>,
+    pub last: u64,
+    pub bytes: usize,
+}
+
+impl Pipe {
+    pub fn send(&mut self, bytes: Vec<u8>, rng: &mut Rng, now: u64) {
+        if bytes.is_empty() {
+            return;
+        }
+        let delay = match rng.below(8) {
+            0..5 => 0,
+            5..7 => rng.below(30),
+            _ => rng.below(400),
+        };
+        self.last = self.last.max(now + delay);
+        self.bytes += bytes.len();
+        self.chunks.push_back((self.last, bytes));
+    }
+
+    /// What arrives now: often not all of it, so that a cut may come at any byte.
+    pub fn receive(&mut self, rng: &mut Rng, now: u64) -> Vec<u8> {
+        let mut out = Vec::new();
+        while self.chunks.front().is_some_and(|(at, _)| *at <= now) {
+            let Some((_, chunk)) = self.chunks.front_mut() else {
+                break;
+            };
+            if rng.chance(15) {
+                let part = rng.below(chunk.len() as u64) as usize;
+                out.extend(chunk.drain(..part));
+                break;
+            }
+            if let Some((_, chunk)) = self.chunks.pop_front() {
+                out.extend(chunk);
+            }
+        }
+        self.bytes -= out.len();
+        out
+    }
+}

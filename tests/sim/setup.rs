@@ -1,0 +1,161 @@
+//! What a run is made of: its limits, its devices, how its core behaves.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
+use tidegate::limits::Account;
+use tidegate::mqtt::{QoS, Version};
+use tidegate::router::{CoreFacts, Router, RouterConfig};
+use tidegate::session::{QueueFull, SessionLimits};
+
+use crate::core::{Copies, Core};
+use crate::device::{Device, Profile};
+use crate::oracle::{Oracle, Rules};
+use crate::rng::Rng;
+use crate::world::World;
+
+impl World {
+    pub fn new(seed: u64, trace: bool) -> Self {
+        let mut rng = Rng::new(seed);
+        let copies = rng.pick(&[
+            Copies::PerFilter,
+            Copies::PerFilter,
+            Copies::One,
+            Copies::Unnamed,
+        ]);
+        let small = rng.chance(25);
+        let evicts = rng.chance(10);
+        let queue_full = match rng.below(8) {
+            0 => QueueFull::Newest,
+            1 => QueueFull::EndSession,
+            _ => QueueFull::Oldest,
+        };
+        let publish_account = Arc::new(Account::new());
+        let limits = SessionLimits {
+            receive_max: rng.pick(&[1, 3, 16]),
+            topic_alias_max: rng.pick(&[0, 2, 8]),
+            packet_max: 1 << 20,
+            queue_messages_max: if small {
+                rng.between(1, 8) as usize
+            } else {
+                10_000
+            },
+            queue_bytes_max: if rng.chance(10) { 2000 } else { 1 << 20 },
+            queue_age_max: u64::MAX,
+            queue_full,
+            queue_qos0: rng.chance(40),
+            output_buffer: Arc::new(AtomicUsize::new(rng.pick(&[64, 1000, 1 << 16]))),
+            subscriptions_max: 100,
+            filter_bytes_max: 1 << 16,
+            topic_levels_max: 16,
+            v3_publishes_max: rng.pick(&[3, 8, 20]),
+            expiry_max: 300,
+            publish_account,
+            reserved_key: "tidegate-sim",
+            hasher: Default::default(),
+        };
+        let config = RouterConfig {
+            data_links: 1,
+            publish_links: 1,
+            linger: rng.pick(&[500, 20_000]),
+            linger_busy_min: 500,
+            filters_lingering_max: rng.pick(&[2, 100]) as usize,
+            subscribe_hold: 10_000,
+            subscribe_accept: true,
+            publishes_waiting: rng.pick(&[2000, 1 << 20, 1 << 20]),
+            publishes_waiting_per_client: rng.pick(&[1000, 1 << 20, 1 << 20]) as usize,
+            retained_cache: rng.pick(&[100, 1 << 20]) as usize,
+            queues: if evicts { 3000 } else { 1 << 30 },
+            output: 1 << 30,
+            write_stall: 60_000,
+        };
+        let devices = rng.between(2, 5) as usize;
+        let profiles: Vec<Profile> = (0..devices).map(|n| profile(n, &mut rng)).collect();
+        let grants = rng.pick(&[
+            QoS::ExactlyOnce,
+            QoS::ExactlyOnce,
+            QoS::ExactlyOnce,
+            QoS::AtLeastOnce,
+        ]);
+        let rules = Rules {
+            grants,
+            hold: config.subscribe_hold,
+            expiry_max: limits.expiry_max,
+            expiry_v3: 120,
+            evicts,
+            ends_full: queue_full == QueueFull::EndSession,
+        };
+        let expiry_max = limits.expiry_max;
+        let tight = config.publishes_waiting < 1 << 20;
+        let router = Arc::new(Router::new(limits, config));
+        let facts = CoreFacts {
+            identifiers: copies != Copies::Unnamed,
+            version_5: true,
+            maximum_qos: QoS::ExactlyOnce,
+            retain_available: true,
+            packet_max: u32::MAX,
+        };
+        router.core_facts(&facts, 0);
+        router.data_link_up(0, false, true, 0);
+        router.publish_link_up(0, true);
+        if trace {
+            eprintln!("{rules:?}\n{:?}", router.limits);
+            for p in &profiles {
+                eprintln!("{p:?}");
+            }
+        }
+        let window = rng.pick(&[1, 5, 50]);
+        let retained = rng.chance(60);
+        let mut oracle = Oracle::new(rules, &profiles);
+        oracle.inbound.tight = tight;
+        oracle.trace = trace;
+        Self {
+            core: Core::new(copies, grants, window),
+            oracle,
+            sequence: vec![0; devices],
+            devices: profiles.into_iter().map(Device::new).collect(),
+            rng,
+            now: 1000,
+            router,
+            links: BTreeMap::new(),
+            fetches: VecDeque::new(),
+            next_link: 0,
+            events: 0,
+            core_back_at: 0,
+            trace,
+            quiet: false,
+            retained,
+            expiry_max,
+            forwarded: 0,
+            ticked: 0,
+        }
+    }
+}
+
+fn profile(n: usize, rng: &mut Rng) -> Profile {
+    let version = rng.pick(&[
+        Version::V5,
+        Version::V5,
+        Version::V5,
+        Version::V311,
+        Version::V31,
+    ]);
+    let v5 = version == Version::V5;
+    let clean = rng.chance(30);
+    Profile {
+        id: format!("device-{n}"),
+        version,
+        clean,
+        expiry: match clean {
+            true => rng.pick(&[0, 0, 10]),
+            false => rng.pick(&[5, 60, 300]),
+        },
+        receive_max: (v5 && rng.chance(60)).then(|| rng.pick(&[1, 2, 5])),
+        packet_max: (v5 && rng.chance(20)).then(|| rng.pick(&[60, 138, 200])),
+        alias_max: if v5 { rng.pick(&[0, 1, 3, 100]) } else { 0 },
+        keep_alive: rng.pick(&[0, 10, 60]),
+        stubborn: rng.chance(40),
+        lazy: rng.chance(30),
+    }
+}
