@@ -51,6 +51,21 @@ impl World {
                 self.router.publish_link_up(0, false);
                 self.core_back_at = self.now + time;
             }
+            90..91 if !self.core.away && !self.core.unlinked => {
+                let kept = self.rng.chance(70);
+                let time = self.rng.pick(&[0, 500, 5000]);
+                trace!(
+                    self,
+                    "the data link is lost for {time} ms, session kept {kept}"
+                );
+                self.core.lose_link(kept);
+                self.router.data_link_down(0);
+                if !kept {
+                    self.oracle.forgotten();
+                }
+                self.relinked_at = self.now + time;
+                self.kept = kept;
+            }
             _ => {}
         }
     }
@@ -196,6 +211,7 @@ impl World {
                     _ => u64::MAX,
                 },
                 tag: 0,
+                partial: false,
             };
             trace!(self, "the core takes {key} on {topic} at {:?}", copy.qos);
             self.core.route(&copy, &mut self.rng, self.now);

@@ -37,6 +37,8 @@ pub struct Copy {
     pub retain: bool,
     pub expires_at: u64,
     pub tag: u64,
+    /// Other copies of the message are lost.
+    pub partial: bool,
 }
 
 enum Request {
@@ -49,6 +51,8 @@ pub struct Core {
     /// The largest QoS that it grants.
     pub grants: QoS,
     pub away: bool,
+    /// The data link is lost.
+    pub unlinked: bool,
     pub held: BTreeMap<String, (u32, QoS)>,
     /// Filters held, with the QoS asked for.
     asked: BTreeMap<String, QoS>,
@@ -73,6 +77,7 @@ impl Core {
             copies,
             grants,
             away: false,
+            unlinked: false,
             held: BTreeMap::new(),
             asked: BTreeMap::new(),
             refuses: "no/#",
@@ -100,15 +105,17 @@ impl Core {
         if self.away {
             return;
         }
-        for w in router.next_subscribes(0, 8) {
-            let at = self.at(0, rng, now);
-            self.requests
-                .push_back((at, Request::Subscribe(w.number, w.name.to_string(), w.qos)));
-        }
-        for (number, name) in router.next_unsubscribes(0, 8) {
-            let at = self.at(0, rng, now);
-            self.requests
-                .push_back((at, Request::Unsubscribe(number, name.to_string())));
+        if !self.unlinked {
+            for w in router.next_subscribes(0, 8) {
+                let at = self.at(0, rng, now);
+                self.requests
+                    .push_back((at, Request::Subscribe(w.number, w.name.to_string(), w.qos)));
+            }
+            for (number, name) in router.next_unsubscribes(0, 8) {
+                let at = self.at(0, rng, now);
+                self.requests
+                    .push_back((at, Request::Unsubscribe(number, name.to_string())));
+            }
         }
         while self.publishes.len() < self.window {
             let Some(outgoing) = router.lanes(0, |lanes| lanes.pop()) else {
@@ -134,9 +141,31 @@ impl Core {
         router.answered(&due, now);
     }
 
+    /// The data link is lost, and with it what was under way, but for messages above QoS 0 of a
+    /// session that is `kept`.
+    pub fn lose_link(&mut self, kept: bool) {
+        self.unlinked = true;
+        self.requests.clear();
+        // What was asked for is in doubt, and may be asked for again.
+        self.asked.clear();
+        for (_, item) in &mut self.down {
+            if let Item::Copies(copies) = item {
+                let all = copies.len();
+                copies.retain(|c| kept && c.qos > QoS::AtMostOnce);
+                let partial = copies.len() < all;
+                copies.iter_mut().for_each(|c| c.partial |= partial);
+            }
+        }
+        self.down
+            .retain(|(_, item)| matches!(item, Item::Copies(c) if !c.is_empty()));
+        if !kept {
+            self.held.clear();
+        }
+    }
+
     /// The next item of the data link that is due.
     pub fn next_item(&mut self, now: u64) -> Option<Item> {
-        if self.away || self.down.front().is_none_or(|(at, _)| *at > now) {
+        if self.away || self.unlinked || self.down.front().is_none_or(|(at, _)| *at > now) {
             return None;
         }
         self.down.pop_front().map(|(_, item)| item)
@@ -169,6 +198,7 @@ impl Core {
             retain: message.retain,
             expires_at: message.expires_at,
             tag: message.tag,
+            partial: false,
         };
         let copies = match self.copies {
             Copies::One => {
@@ -227,6 +257,7 @@ impl Core {
                 retain: m.retain(),
                 expires_at: m.expires_at(),
                 tag: outgoing.tag,
+                partial: false,
             };
             self.route(&message, rng, now);
         }

@@ -14,6 +14,12 @@ impl World {
             self.oracle.away.1 = self.now;
             self.router.publish_link_up(0, true);
         }
+        if self.core.unlinked && !self.core.away && self.now >= self.relinked_at {
+            trace!(self, "the data link is back");
+            self.core.unlinked = false;
+            self.oracle.away.1 = self.now;
+            self.router.data_link_up(0, self.kept, false, self.now);
+        }
         self.core.step(&self.router, &mut self.rng, self.now);
         let forwarded = std::mem::take(&mut self.core.forwarded);
         self.forwarded += forwarded.len() as u64;

@@ -225,6 +225,15 @@ impl Oracle {
         }
     }
 
+    /// The core lost what it held: until it has it again, messages are missed.
+    pub fn forgotten(&mut self) {
+        for sub in self.clients.iter_mut().flat_map(|c| &mut c.ledger.subs) {
+            sub.in_doubt = true;
+            sub.guessed = true;
+        }
+        self.away = (0, u64::MAX);
+    }
+
     /// A fetch of retained messages failed, and is made anew.
     pub fn fetched_anew(&mut self, filter: &str) {
         for want in self.clients.iter_mut().flat_map(|c| &mut c.ledger.wants) {
@@ -313,6 +322,10 @@ impl Oracle {
                     && sub.granted.is_some_and(|(_, o, _)| !hides(&o))
                     && sub.asked.iter().all(|a| !hides(&a.options));
             }
+            // While a filter is in doubt its copy may be the one that counts, and missing.
+            let subs = c.ledger.subs.iter();
+            let mut doubt = subs.filter(|s| s.in_doubt && matching(&s.filter, &first.topic));
+            must &= !first.partial && doubt.next().is_none();
             if !any {
                 continue;
             }

@@ -129,6 +129,8 @@ impl World {
             expiry_max,
             forwarded: 0,
             ticked: 0,
+            relinked_at: 0,
+            kept: true,
         }
     }
 }

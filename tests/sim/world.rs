@@ -49,6 +49,9 @@ pub struct World {
     pub expiry_max: u32,
     pub forwarded: u64,
     pub ticked: u64,
+    /// When the data link is back, and whether the core kept its session.
+    pub relinked_at: u64,
+    pub kept: bool,
 }
 
 /// What a run saw, to show that runs are not empty.
@@ -284,6 +287,7 @@ impl World {
         trace!(self, "settles");
         self.quiet = true;
         self.core_back_at = 0;
+        self.relinked_at = 0;
         for link in self.links.values_mut() {
             link.stalled = false;
         }
