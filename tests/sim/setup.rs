@@ -158,6 +158,7 @@ fn profile(n: usize, rng: &mut Rng) -> Profile {
         alias_max: if v5 { rng.pick(&[0, 1, 3, 100]) } else { 0 },
         keep_alive: rng.pick(&[0, 10, 60]),
         stubborn: rng.chance(40),
+        counts_anew: rng.chance(50),
         lazy: rng.chance(30),
     }
 }
