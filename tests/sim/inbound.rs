@@ -22,6 +22,8 @@ struct Logical {
 struct Track {
     logical: usize,
     answered: bool,
+    /// PUBREL came: the identifier is free [MQTT-4.3.3-12].
+    released: bool,
     session: u64,
 }
 
@@ -161,7 +163,9 @@ impl Inbound {
         if publish.qos > QoS::AtMostOnce
             && publish.dup
             && let Some(track) = p.track.get_mut(&id)
+            && !track.released
             && p.published[track.logical].key == key
+            && p.published[track.logical].qos == publish.qos
         {
             // A copy of one that was seen. It may be forwarded again only where the protocol
             // makes it a new one [MQTT-4.3.2-5], or where nobody remembers the first.
@@ -196,9 +200,17 @@ impl Inbound {
             let track = Track {
                 logical: p.published.len() - 1,
                 answered: false,
+                released: false,
                 session: p.session,
             };
             p.track.insert(id, track);
+        }
+    }
+
+    /// PUBREL came.
+    pub fn released(&mut self, device: usize, id: u16) {
+        if let Some(track) = self.publishers[device].track.get_mut(&id) {
+            track.released = true;
         }
     }
 

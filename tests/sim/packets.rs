@@ -37,6 +37,7 @@ impl Oracle {
                     .acknowledged(&mut c.window, a.packet_id, QoS::ExactlyOnce)
             }
             Packet::Pubrec(a) => c.ledger.received(a.packet_id),
+            Packet::Pubrel(a) => self.inbound.released(device, a.packet_id),
             Packet::Subscribe(s) => {
                 let mut names = Vec::new();
                 for (index, (filter, options)) in s.filters().enumerate() {
