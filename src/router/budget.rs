@@ -6,19 +6,25 @@ use crate::telemetry::{DropReason as DropCause, metrics};
 
 use super::{Router, SessionRef};
 
+/// Bytes below the budget at which eviction starts: a batch from a D link is charged before it
+/// is handed out, and must still fit.
+const BATCH: u64 = 256 * 1024;
+
 impl Router {
     /// Brings the queues under their budget: expired messages and QoS 0 first, then the queues of
     /// the least recently connected detached sessions, then the largest of attached clients.
     /// One shard's lock at a time; one caller at a time, the others go on.
     pub fn enforce_budget(&self, now: u64) {
-        if self.queue_used() <= self.config.queues {
+        let queues = self.config.queues;
+        let limit = queues - BATCH.min(queues / 16);
+        if self.queue_used() <= limit {
             return;
         }
         let Some(_single) = self.evicting.try_lock() else {
             return;
         };
         // A little below, so that not every message evicts.
-        let target = self.config.queues - self.config.queues / 32;
+        let target = limit - queues / 32;
         self.purge(now);
         while self.queue_used() > target {
             let Some((shard, until)) = self.oldest_detached() else {

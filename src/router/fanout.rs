@@ -186,7 +186,10 @@ impl Router {
                 if tally.targets >= CHUNK {
                     tally.targets = 0;
                     self.charge_entries(&mut shard);
-                    parking_lot::MutexGuard::unlocked_fair(&mut shard, || tally.wake());
+                    parking_lot::MutexGuard::unlocked_fair(&mut shard, || {
+                        tally.wake();
+                        self.enforce_budget(now);
+                    });
                 }
             }
             let ended = std::mem::take(&mut tally.ended);
