@@ -20,7 +20,7 @@ use crate::limits::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 
 pub use connection::{Connection, ConnectionSpec};
-pub use entry::{Offer, SubscriptionIds};
+pub use entry::Offer;
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
 pub use packets::senior;
@@ -184,15 +184,6 @@ pub struct Subscription {
     pub overlaps: bool,
 }
 
-/// A SUBSCRIBE whose filters are not all answered yet.
-#[derive(Debug)]
-struct PendingSubscribe {
-    packet_id: u16,
-    lane: u8,
-    waiting: u16,
-    codes: Vec<u8>,
-}
-
 /// A session.
 #[derive(Debug)]
 pub struct Session {
@@ -213,9 +204,9 @@ pub struct Session {
     version: Version,
     ends_at: u64,
     subscriptions: Vec<Subscription>,
-    pending: Vec<PendingSubscribe>,
     outbound: Outbound,
-    inbound: Inbound,
+    /// From the first publish of QoS 1 or 2 on: those who only listen have none.
+    inbound: Option<Box<Inbound>>,
     will: Option<Box<Will>>,
     /// DISCONNECT 0x00 took the will away.
     will_discarded: bool,
@@ -253,9 +244,8 @@ impl Session {
             version: Version::V5,
             ends_at: u64::MAX,
             subscriptions: Vec::new(),
-            pending: Vec::new(),
             outbound: Outbound::default(),
-            inbound: Inbound::default(),
+            inbound: None,
             will: None,
             will_discarded: false,
             refused_publishes: 0,
@@ -302,9 +292,8 @@ impl Session {
     pub fn detach(&mut self, limits: &SessionLimits, normal: bool, now: u64) -> Ended {
         self.connection = None;
         self.since = now;
-        self.pending = Vec::new();
         self.outbound.detached(limits);
-        self.inbound.detached();
+        self.inbound_detached();
         let mut ended = Ended::default();
         if normal {
             ended.will_cancelled =
@@ -334,17 +323,26 @@ impl Session {
     /// The connection is taken away by the next one, and the session goes on: no will.
     pub fn detach_for_takeover(&mut self, limits: &SessionLimits) {
         self.connection = None;
-        self.pending = Vec::new();
         self.outbound.detached(limits);
-        self.inbound.detached();
+        self.inbound_detached();
+    }
+
+    fn inbound_detached(&mut self) {
+        if let Some(inbound) = &mut self.inbound {
+            inbound.detached();
+        }
     }
 
     /// Ends the session's state; the will is the caller's to settle.
     fn end(&mut self) -> Ended {
         let messages = self.outbound.queued() + self.outbound.in_flight();
         self.outbound = Outbound::default();
-        self.inbound.restart();
-        self.pending = Vec::new();
+        if let Some(inbound) = &mut self.inbound {
+            inbound.restart();
+        }
+        if let Some(connection) = &mut self.connection {
+            connection.pending = Vec::new();
+        }
         self.ends_at = u64::MAX;
         self.ghost = true;
         Ended {
@@ -394,7 +392,8 @@ impl Session {
     /// The core's answer to a publish of this client.
     pub fn answered(&mut self, token: Token, reason: ReasonCode) {
         let attached = self.connection.is_some();
-        let Some(answer) = self.inbound.answer(token, reason, attached) else {
+        let inbound = self.inbound.as_mut();
+        let Some(answer) = inbound.and_then(|i| i.answer(token, reason, attached)) else {
             return;
         };
         if let Some(connection) = &mut self.connection {
@@ -452,7 +451,7 @@ impl Session {
 
     /// A ghost that is still of use.
     pub fn worth_keeping(&self) -> bool {
-        self.inbound.has_orphans()
+        self.inbound.as_ref().is_some_and(|i| i.has_orphans())
     }
 
     /// The sending half.
@@ -472,12 +471,14 @@ impl Session {
 
     /// A SUBSCRIBE waits for the core: a publish behind it would overtake it there.
     pub fn subscribing(&self) -> bool {
-        !self.pending.is_empty()
+        self.connection
+            .as_ref()
+            .is_some_and(|c| !c.pending.is_empty())
     }
 
     /// Publishes of this client that wait for the core.
     pub fn publishes_waiting(&self) -> usize {
-        self.inbound.waiting()
+        self.inbound.as_ref().map_or(0, |i| i.waiting())
     }
 
     /// When the session ends if nobody comes back; `u64::MAX`: not by time, or not now.

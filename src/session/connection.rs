@@ -39,11 +39,22 @@ pub struct Connection {
     pub unread: bool,
     /// The client was asked to go, and why: nothing more is written for it.
     pub closing: bool,
+    /// SUBSCRIBEs that wait for the core.
+    pub(super) pending: Vec<PendingSubscribe>,
     output: Vec<u8>,
     side_output: Vec<(u8, Vec<u8>)>,
     aliases_in: Vec<Option<Arc<str>>>,
     aliases_out: Option<Box<AliasesOut>>,
     alias_out_max: u16,
+}
+
+/// A SUBSCRIBE whose filters are not all answered yet.
+#[derive(Debug)]
+pub(super) struct PendingSubscribe {
+    pub packet_id: u16,
+    pub lane: u8,
+    pub waiting: u16,
+    pub codes: Vec<u8>,
 }
 
 /// What a CONNECT fixed for its connection.
@@ -76,6 +87,7 @@ impl Connection {
             last_seen: now,
             unread: false,
             closing: false,
+            pending: Vec::new(),
             output: Vec::new(),
             side_output: Vec::new(),
             aliases_in: Vec::new(),

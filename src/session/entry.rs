@@ -4,35 +4,89 @@ use crate::mqtt::{Message, QoS};
 
 use super::SessionLimits;
 
-/// The client's own Subscription Identifiers that go with one delivery.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum SubscriptionIds {
-    /// No matching subscription has one.
-    #[default]
-    None,
-    /// The usual case.
-    One(u32),
-    /// Overlapping subscriptions with several.
-    Many(Box<[u32]>),
+/// The client's own Subscription Identifiers that go with one delivery: none, one, or the place
+/// of several in [`IdSets`]. An identifier has 28 bits (§1.5.5), so the top bit tells them apart.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Ids(u32);
+
+const MANY: u32 = 1 << 31;
+
+/// Sets of several identifiers: rare, so entries do not carry them.
+#[derive(Debug, Default)]
+pub(super) struct IdSets(Option<Box<Sets>>);
+
+#[derive(Debug, Default)]
+struct Sets {
+    sets: Vec<Box<[u32]>>,
+    free: Vec<u32>,
+    last: u32,
+    sweep_at: usize,
 }
 
-impl SubscriptionIds {
-    /// Keeps `ids` in the smallest form.
-    pub fn from_slice(ids: &[u32]) -> Self {
+impl IdSets {
+    /// Keeps `ids` for as long as one of `entries` has them.
+    pub fn keep<'a>(&mut self, ids: &[u32], entries: impl Iterator<Item = &'a Entry>) -> Ids {
         match ids {
-            [] => Self::None,
-            [one] => Self::One(*one),
-            many => Self::Many(many.into()),
+            [] => Ids(0),
+            [one] => Ids(*one),
+            many => Ids(MANY | self.0.get_or_insert_default().place(many, entries)),
         }
     }
 
-    /// The identifiers.
-    pub fn as_slice(&self) -> &[u32] {
-        match self {
-            Self::None => &[],
-            Self::One(one) => std::slice::from_ref(one),
-            Self::Many(many) => many,
+    /// What `ids` stands for.
+    pub fn get<'a>(&'a self, ids: &'a Ids) -> &'a [u32] {
+        match (ids.0, &self.0) {
+            (0, _) => &[],
+            (n, Some(sets)) if n & MANY != 0 => {
+                sets.sets.get((n & !MANY) as usize).map_or(&[], |s| s)
+            }
+            _ => std::slice::from_ref(&ids.0),
         }
+    }
+
+    /// No entry is left.
+    pub fn clear(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Sets {
+    fn place<'a>(&mut self, ids: &[u32], entries: impl Iterator<Item = &'a Entry>) -> u32 {
+        // Messages of one topic follow each other, and have the same set.
+        if self
+            .sets
+            .get(self.last as usize)
+            .is_some_and(|s| **s == *ids)
+        {
+            return self.last;
+        }
+        if self.free.is_empty() && self.sets.len() >= self.sweep_at {
+            self.sweep(entries);
+        }
+        self.last = match self.free.pop() {
+            Some(at) => {
+                self.sets[at as usize] = ids.into();
+                at
+            }
+            None => {
+                self.sets.push(ids.into());
+                self.sets.len() as u32 - 1
+            }
+        };
+        self.last
+    }
+
+    /// Finds what no entry refers to any more.
+    fn sweep<'a>(&mut self, entries: impl Iterator<Item = &'a Entry>) {
+        let mut used = vec![false; self.sets.len()];
+        for entry in entries.filter(|e| e.ids.0 & MANY != 0) {
+            used[(entry.ids.0 & !MANY) as usize] = true;
+        }
+        for (at, _) in used.iter().enumerate().filter(|(_, used)| !**used) {
+            self.sets[at] = Box::default();
+            self.free.push(at as u32);
+        }
+        self.sweep_at = (2 * (self.sets.len() - self.free.len())).max(16);
     }
 }
 
@@ -41,7 +95,7 @@ impl SubscriptionIds {
 pub(super) struct Entry {
     /// Gone once the client has the message.
     pub message: Option<Message>,
-    pub ids: SubscriptionIds,
+    pub ids: Ids,
     /// When it was queued, then when it was sent: milliseconds of the clock, cut to 32 bits.
     pub at: u32,
     pub packet_id: u16,
@@ -57,12 +111,12 @@ impl Entry {
         self.message.as_ref().is_none_or(|m| m.expires_at() <= now) || age >= limits.queue_age_max
     }
 
-    pub fn offer(&self) -> Option<Offer<'_>> {
+    pub fn offer<'a>(&'a self, sets: &'a IdSets) -> Option<Offer<'a>> {
         Some(Offer {
             message: self.message.as_ref()?,
             qos: self.qos,
             retain: self.retain,
-            ids: self.ids.as_slice(),
+            ids: sets.get(&self.ids),
         })
     }
 
@@ -98,4 +152,46 @@ pub struct Offer<'a> {
     pub retain: bool,
     /// The client's own Subscription Identifiers.
     pub ids: &'a [u32],
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Queues are made of these.
+    const _: () = assert!(size_of::<Entry>() == 24);
+
+    fn entry(ids: Ids) -> Entry {
+        Entry {
+            message: None,
+            ids,
+            at: 0,
+            packet_id: 0,
+            qos: QoS::AtLeastOnce,
+            state: State::Waiting,
+            retain: false,
+        }
+    }
+
+    #[test]
+    fn every_entry_keeps_its_own_identifiers() {
+        let mut sets = IdSets::default();
+        let mut entries: Vec<(Entry, Vec<u32>)> = Vec::new();
+        for n in 1..2000_u32 {
+            let ids: Vec<u32> = (0..n % 4).map(|i| n / 7 + i + 1).collect();
+            let kept = sets.keep(&ids, entries.iter().map(|(e, _)| e));
+            entries.push((entry(kept), ids));
+            if entries.len() > 30 {
+                entries.drain(..n as usize % 30);
+            }
+            for (entry, ids) in &entries {
+                assert_eq!(sets.get(&entry.ids), ids);
+            }
+        }
+        let held = sets.0.as_ref().map_or(0, |s| s.sets.len());
+        assert!(held <= 80, "{held} sets for at most 30 entries");
+        sets.clear();
+        assert_eq!(sets.get(&Ids(7)), [7]);
+        assert!(sets.get(&Ids(0)).is_empty());
+    }
 }

@@ -5,11 +5,12 @@ use std::collections::VecDeque;
 use crate::mqtt::{AckKind, Alias, Delivery, QoS, ReasonCode, encode_ack};
 
 use super::connection::Connection;
-use super::entry::{Entry, Offer, State, SubscriptionIds};
+use super::entry::{Entry, IdSets, Offer, State};
 use super::{DropReason, QueueFull, SessionLimits};
 
-/// Bytes charged for each queued or in-flight entry beside its message.
-pub const ENTRY_BYTES: usize = size_of::<Entry>();
+/// Bytes charged for each queued or in-flight entry beside its message: with what its queue
+/// reserves ahead and what the allocator loses.
+pub const ENTRY_BYTES: usize = size_of::<Entry>() * 3 / 2;
 
 /// The result of offering one message to a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +51,7 @@ pub struct Outbound {
     /// so an entry is found by its distance from the front's.
     inflight: VecDeque<Entry>,
     queue: VecDeque<Entry>,
+    sets: IdSets,
     queue_bytes: usize,
     inflight_bytes: usize,
     queued_qos0: u32,
@@ -134,9 +136,10 @@ impl Outbound {
                 self.last_packet_id = packet_id;
                 self.window_used += 1;
                 self.inflight_bytes += message.size();
+                let ids = self.sets.keep(ids, self.inflight.iter());
                 self.inflight.push_back(Entry {
                     message: Some(message.clone()),
-                    ids: SubscriptionIds::from_slice(ids),
+                    ids,
                     at: now as u32,
                     packet_id,
                     qos,
@@ -192,9 +195,11 @@ impl Outbound {
         if self.queue.len() == self.queue.capacity() {
             self.queue.reserve_exact((self.queue.len() / 4).max(4));
         }
+        let entries = self.inflight.iter().chain(&self.queue);
+        let ids = self.sets.keep(ids, entries);
         self.queue.push_back(Entry {
             message: Some(message.clone()),
-            ids: SubscriptionIds::from_slice(ids),
+            ids,
             at: now as u32,
             packet_id: 0,
             qos,
@@ -228,7 +233,7 @@ impl Outbound {
                 _ => self.next_packet_id(),
             };
             let written = entry
-                .offer()
+                .offer(&self.sets)
                 .is_some_and(|offer| write_to(connection, now, &offer, packet_id, false));
             if !written {
                 self.shed.too_large += 1;
@@ -263,7 +268,7 @@ impl Outbound {
                     return;
                 }
                 let written = entry
-                    .offer()
+                    .offer(&self.sets)
                     .is_some_and(|offer| write_to(connection, now, &offer, entry.packet_id, true));
                 if written {
                     self.shed.sent[entry.qos as usize] += 1;
@@ -371,6 +376,9 @@ impl Outbound {
         }
         if self.inflight.is_empty() {
             self.resend_at = 0;
+            if self.queue.is_empty() {
+                self.sets.clear();
+            }
             if self.inflight.capacity() > 64 {
                 self.inflight = VecDeque::new();
             }

@@ -10,10 +10,9 @@ use crate::mqtt::{
 };
 
 use super::connection::Connection;
+use super::connection::PendingSubscribe;
 use super::inbound::{Answer, Arrival, Incoming};
-use super::{
-    Close, Effect, PendingSubscribe, Policy, Session, SessionLimits, Subscription, Wanted,
-};
+use super::{Close, Effect, Policy, Session, SessionLimits, Subscription, Wanted};
 
 impl Session {
     /// Takes one packet that arrived on `lane` (0: the control stream). What it asks of the router
@@ -117,7 +116,11 @@ impl Session {
                 qos: publish.qos,
                 digest: limits.hasher.hash_one((topic, publish.payload)),
             };
-            match self.inbound.arrive(&incoming, open_max) {
+            match self
+                .inbound
+                .get_or_insert_default()
+                .arrive(&incoming, open_max)
+            {
                 Arrival::New(new) => token = Some(new),
                 Arrival::Joined => return Ok(()),
                 Arrival::Answered(reason) => {
@@ -157,7 +160,10 @@ impl Session {
             self.refused_publishes += 1;
             // 3.x has no negative answer: acknowledged, and not forwarded.
             if let Some(token) = token
-                && let Some(answer) = self.inbound.answer(token, reason, true)
+                && let Some(answer) = self
+                    .inbound
+                    .as_mut()
+                    .and_then(|i| i.answer(token, reason, true))
             {
                 write_answer(connection, &answer, reason);
             }
@@ -211,7 +217,11 @@ impl Session {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
-        let reason = if self.inbound.release(ack.packet_id) {
+        let reason = if self
+            .inbound
+            .as_mut()
+            .is_some_and(|i| i.release(ack.packet_id))
+        {
             ReasonCode::SUCCESS
         } else {
             ReasonCode::PACKET_IDENTIFIER_NOT_FOUND
@@ -230,7 +240,10 @@ impl Session {
         policy: &dyn Policy,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Close> {
-        if self
+        let Some(connection) = self.connection.as_deref_mut() else {
+            return Ok(());
+        };
+        if connection
             .pending
             .iter()
             .any(|p| p.packet_id == subscribe.packet_id)
@@ -245,7 +258,7 @@ impl Session {
         let mut bytes: usize = self.subscriptions.iter().map(|s| s.name.len()).sum();
         for (index, (filter, options)) in subscribe.filters().enumerate() {
             let known = self.subscriptions.iter().any(|s| *s.name == *filter);
-            let refused = if self.pending.len() >= PENDING_MAX {
+            let refused = if connection.pending.len() >= PENDING_MAX {
                 Some(ReasonCode::QUOTA_EXCEEDED)
             } else if has_discouraged(filter) {
                 Some(ReasonCode::TOPIC_FILTER_INVALID)
@@ -277,7 +290,7 @@ impl Session {
                 });
             }
         }
-        self.pending.push(PendingSubscribe {
+        connection.pending.push(PendingSubscribe {
             packet_id: subscribe.packet_id,
             lane,
             waiting: wanted.len() as u16,
@@ -304,7 +317,8 @@ impl Session {
         index: u16,
         code: ReasonCode,
     ) -> Result<(), Close> {
-        let Some(pending) = self.pending.iter_mut().find(|p| p.packet_id == packet_id) else {
+        let all = self.connection.iter_mut().flat_map(|c| &mut c.pending);
+        let Some(pending) = all.into_iter().find(|p| p.packet_id == packet_id) else {
             return Ok(());
         };
         if let Some(slot) = pending.codes.get_mut(usize::from(index)) {
@@ -318,13 +332,14 @@ impl Session {
     }
 
     fn finish_subscribe(&mut self, packet_id: u16) -> Result<(), Close> {
-        let Some(at) = self.pending.iter().position(|p| p.packet_id == packet_id) else {
-            return Ok(());
-        };
-        let pending = self.pending.swap_remove(at);
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
+        let due = |p: &PendingSubscribe| p.packet_id == packet_id;
+        let Some(at) = connection.pending.iter().position(due) else {
+            return Ok(());
+        };
+        let pending = connection.pending.swap_remove(at);
         let version = connection.version;
         if version == Version::V31 && pending.codes.iter().any(|c| *c >= 0x80) {
             return Err(close(
