@@ -7,6 +7,7 @@
 mod budget;
 mod connect;
 mod fanout;
+mod fence;
 pub mod lanes;
 mod links;
 mod publish;
@@ -110,6 +111,7 @@ pub struct Router {
     /// Wakes each D link's task.
     data: Box<[Arc<Wake>]>,
     data_up: Box<[AtomicBool]>,
+    fences: Box<[fence::Fence]>,
     /// Wakes the R link's task.
     fetch: Arc<Wake>,
     /// Messages that came from the core and are alive in a queue.
@@ -165,6 +167,7 @@ impl Router {
             data_up: (0..config.data_links)
                 .map(|_| AtomicBool::new(false))
                 .collect(),
+            fences: (0..config.data_links).map(|_| Default::default()).collect(),
             fetch: Arc::default(),
             queue_account: Arc::new(Account::new()),
             entry_bytes: AtomicI64::new(0),

@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use foldhash::fast::RandomState;
 use lru::LruCache;
@@ -19,6 +20,9 @@ use super::{Router, SessionRef};
 
 /// Bytes charged for a cached topic beside topic and message.
 const TOPIC_OVERHEAD: usize = 96;
+
+/// Fetched messages that wait for the data links at most; more are handed on at once.
+const HELD_MAX: usize = 10_000;
 
 /// A subscription that retained messages are wanted for.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +54,9 @@ struct Cached {
     /// Topics with a live RETAIN=1 message since the fetch began: the fetched one is older.
     live: HashSet<Box<str>, RandomState>,
     wants: Vec<Wants>,
+    /// Fetched, until the data link has brought what came before: which link, which moment. A
+    /// live message of the same topic may be on its way.
+    held: Vec<(usize, u64, Message)>,
     /// Came while the fetch was under way and what it brought is no longer there: next fetch.
     late: Vec<Wants>,
     bytes: usize,
@@ -59,10 +66,29 @@ struct Cached {
     stale: bool,
 }
 
+impl Cached {
+    fn queued(wants: Vec<Wants>) -> Self {
+        Self {
+            state: State::Queued,
+            topics: HashMap::default(),
+            live: HashSet::default(),
+            wants,
+            held: Vec::new(),
+            late: Vec::new(),
+            bytes: 0,
+            overflow: false,
+            stale: false,
+        }
+    }
+}
+
 /// The cache and the queue of fetches.
 #[derive(Debug)]
 pub(super) struct Retained {
     filters: HashMap<u32, Cached, RandomState>,
+    /// Filters with messages that are held, and how many those are.
+    holding: HashSet<u32, RandomState>,
+    held: usize,
     complete: LruCache<u32, (), RandomState>,
     queue: VecDeque<u32>,
     bytes: usize,
@@ -74,6 +100,8 @@ impl Retained {
     pub fn new(bytes_max: usize) -> Self {
         Self {
             filters: HashMap::default(),
+            holding: HashSet::default(),
+            held: 0,
             complete: LruCache::unbounded_with_hasher(RandomState::default()),
             queue: VecDeque::new(),
             bytes: 0,
@@ -85,8 +113,33 @@ impl Retained {
     fn drop_filter(&mut self, number: u32) {
         if let Some(cached) = self.filters.remove(&number) {
             self.bytes -= cached.bytes;
+            self.held -= cached.held.len();
+            self.holding.remove(&number);
         }
         self.complete.pop(&number);
+    }
+
+    fn hold(&mut self, number: u32, held: (usize, u64, Message)) {
+        if let Some(cached) = self.filters.get_mut(&number) {
+            cached.held.push(held);
+            self.holding.insert(number);
+            self.held += 1;
+        }
+    }
+
+    fn release(&mut self, number: u32, passed: impl Fn(usize, u64) -> bool) -> Vec<Message> {
+        let Some(cached) = self.filters.get_mut(&number) else {
+            return Vec::new();
+        };
+        let held = cached
+            .held
+            .extract_if(.., |(link, fence, _)| passed(*link, *fence));
+        let released: Vec<Message> = held.map(|(_, _, message)| message).collect();
+        self.held -= released.len();
+        if cached.held.is_empty() {
+            self.holding.remove(&number);
+        }
+        released
     }
 
     fn put(&mut self, number: u32, message: &Message) {
@@ -152,19 +205,7 @@ impl Router {
                 self.hand_retained(number, &messages, &[wants], now);
             }
             None => {
-                retained.filters.insert(
-                    number,
-                    Cached {
-                        state: State::Queued,
-                        topics: HashMap::default(),
-                        live: HashSet::default(),
-                        wants: vec![wants],
-                        late: Vec::new(),
-                        bytes: 0,
-                        overflow: false,
-                        stale: false,
-                    },
-                );
+                retained.filters.insert(number, Cached::queued(vec![wants]));
                 retained.queue.push_back(number);
                 drop(retained);
                 self.fetch.raise();
@@ -208,16 +249,57 @@ impl Router {
         if cached.state != State::Fetching || cached.live.contains(message.topic()) {
             return;
         }
+        let link = self.table.read().get(number).map(|f| usize::from(f.link));
+        let link = link.filter(|l| {
+            self.data_up
+                .get(*l)
+                .is_some_and(|up| up.load(Ordering::Acquire))
+        });
+        match link {
+            Some(link) if retained.held < HELD_MAX => {
+                let fence = self.ask_fence(link);
+                retained.hold(number, (link, fence, message.clone()));
+            }
+            _ => self.hand_fetched(&mut retained, number, std::slice::from_ref(message), now),
+        }
+    }
+
+    /// Hands on what is held for a link and moment that `passed`.
+    pub(super) fn release_fetched(&self, passed: impl Fn(usize, u64) -> bool, now: u64) {
+        let mut retained = self.retained.lock();
+        if retained.held == 0 {
+            return;
+        }
+        let holding: Vec<u32> = retained.holding.iter().copied().collect();
+        for number in holding {
+            let messages = retained.release(number, &passed);
+            self.hand_fetched(&mut retained, number, &messages, now);
+        }
+    }
+
+    /// Fetched messages reach cache and subscribers, but for topics that a live one reached since.
+    fn hand_fetched(&self, retained: &mut Retained, number: u32, messages: &[Message], now: u64) {
+        let Some(cached) = retained.filters.get(&number) else {
+            return;
+        };
+        let older = |m: &&Message| !cached.live.contains(m.topic());
+        let messages: Vec<Message> = messages.iter().filter(older).cloned().collect();
         let wants = cached.wants.clone();
-        retained.put(number, message);
-        self.hand_retained(number, std::slice::from_ref(message), &wants, now);
+        for message in &messages {
+            retained.put(number, message);
+        }
+        self.hand_retained(number, &messages, &wants, now);
     }
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
-    pub fn fetch_ended(&self, numbers: &[u32], complete: bool) {
+    pub fn fetch_ended(&self, numbers: &[u32], complete: bool, now: u64) {
         let mut retained = self.retained.lock();
         let mut again = false;
         for &number in numbers {
+            let held = retained.release(number, |_, _| true);
+            if complete {
+                self.hand_fetched(&mut retained, number, &held, now);
+            }
             let Some(cached) = retained.filters.get_mut(&number) else {
                 continue;
             };
@@ -239,19 +321,7 @@ impl Router {
             retained.drop_filter(number);
             if !wants.is_empty() {
                 again = true;
-                retained.filters.insert(
-                    number,
-                    Cached {
-                        state: State::Queued,
-                        topics: HashMap::default(),
-                        live: HashSet::default(),
-                        wants,
-                        late: Vec::new(),
-                        bytes: 0,
-                        overflow: false,
-                        stale: false,
-                    },
-                );
+                retained.filters.insert(number, Cached::queued(wants));
                 retained.queue.push_back(number);
             }
         }

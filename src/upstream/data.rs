@@ -51,8 +51,8 @@ pub struct Data {
     /// When the last PINGREQ behind acknowledgements was asked for.
     confirmed_at: u64,
     ping: bool,
-    /// What had been received when each PINGREQ under way was sent.
-    marks: VecDeque<u64>,
+    /// What had been received when each PINGREQ under way was sent, and its number.
+    marks: VecDeque<(u64, u64)>,
 }
 
 #[derive(Debug)]
@@ -294,13 +294,14 @@ impl Machine for Data {
     fn poll(&mut self, now: u64, out: &mut Vec<u8>) {
         self.subscribe(out);
         self.unsubscribe(out);
-        if self.marks.is_empty()
-            && !self.redelivery.is_empty()
-            && self.confirmed_at + CONFIRM_EVERY <= now
-        {
+        if !self.marks.is_empty() {
+            return;
+        }
+        if !self.redelivery.is_empty() && self.confirmed_at + CONFIRM_EVERY <= now {
             self.confirmed_at = now;
             self.ping = true;
         }
+        self.ping |= self.router.fence_wanted(self.link);
     }
 
     fn pace(&self) -> Option<Duration> {
@@ -312,15 +313,18 @@ impl Machine for Data {
     fn wants_ping(&mut self) -> bool {
         let wanted = std::mem::take(&mut self.ping);
         if wanted {
-            self.marks.push_back(self.redelivery.mark());
+            let number = self.router.fence_begins(self.link);
+            self.marks.push_back((self.redelivery.mark(), number));
         }
         wanted
     }
 
-    fn ping_answered(&mut self, _now: u64) {
+    fn ping_answered(&mut self, now: u64) {
         // The core read our acknowledgements before it read the PINGREQ behind them.
-        if let Some(mark) = self.marks.pop_front() {
+        if let Some((mark, number)) = self.marks.pop_front() {
             self.redelivery.confirmed(mark);
+            self.flush(now);
+            self.router.fence_passed(self.link, number, now);
         }
     }
 
@@ -330,6 +334,7 @@ impl Machine for Data {
         self.marks.clear();
         self.ping = false;
         self.router.data_link_down(self.link);
+        self.router.fence_passed(self.link, u64::MAX, now);
     }
 }
 

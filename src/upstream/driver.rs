@@ -202,7 +202,10 @@ async fn serve<M: Machine>(
             event = event => event,
         };
         match event {
-            Ok(Event::Woken) => pump.machine.poll(shared.clock.now(), &mut pump.out),
+            Ok(Event::Woken) => {
+                pump.machine.poll(shared.clock.now(), &mut pump.out);
+                pump.after();
+            }
             Ok(Event::Read) => {}
             Ok(Event::Tick) => {
                 if link.role == Role::Data && shared.placement.load(Ordering::Acquire) != placement

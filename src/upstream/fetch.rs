@@ -200,7 +200,8 @@ impl Fetch {
                 self.leaving.push(id);
             }
             let numbers: Vec<u32> = job.filters.iter().map(|(n, _)| *n).collect();
-            self.router.fetch_ended(&numbers, !late || job.answered);
+            self.router
+                .fetch_ended(&numbers, !late || job.answered, now);
         }
     }
 }
@@ -276,7 +277,7 @@ impl Machine for Fetch {
         }
     }
 
-    fn down(&mut self, _now: u64) {
+    fn down(&mut self, now: u64) {
         self.up = false;
         self.requests.clear();
         self.pings.clear();
@@ -284,7 +285,7 @@ impl Machine for Fetch {
         self.to_ping.clear();
         for job in std::mem::take(&mut self.jobs) {
             let numbers: Vec<u32> = job.filters.iter().map(|(n, _)| *n).collect();
-            self.router.fetch_ended(&numbers, false);
+            self.router.fetch_ended(&numbers, false, now);
         }
     }
 }

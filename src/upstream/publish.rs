@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::mqtt::{AckKind, Alias, Delivery, Packet, QoS, ReasonCode, Version, encode_ack};
 use crate::router::lanes::Outgoing;
@@ -13,6 +14,10 @@ use super::machine::{LinkEnd, Machine, Up};
 
 /// Bytes put out ahead of the socket.
 const OUTPUT: usize = 128 * 1024;
+
+/// The least time between two writes: publishes of many clients share one. The first after a
+/// pause goes at once.
+const PACE: Duration = Duration::from_millis(1);
 
 /// How long a link that came up waits for the data links, milliseconds: a message that the core
 /// takes before they have their filters again reaches nobody.
@@ -391,6 +396,11 @@ impl Machine for Publisher {
         self.up = false;
         self.router.publish_link_up(self.link, false);
         self.flush(now);
+    }
+
+    fn pace(&self) -> Option<Duration> {
+        // A small window is better used at once: the core's answers are what limits then.
+        (self.open < self.window / 4).then_some(PACE)
     }
 
     fn window(&self) -> (usize, usize) {

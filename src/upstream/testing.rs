@@ -122,8 +122,13 @@ pub fn publish(router: &Router, client: Connected, number: u32) {
     router.publish(client.session, effect, 0);
 }
 
-/// Subscribes a client; the answer is the core's to give.
+/// Subscribes a client, without retained messages; the answer is the core's to give.
 pub fn subscribe(router: &Router, client: Connected, filter: &str) {
+    subscribe_handling(router, client, filter, 2);
+}
+
+/// Subscribes a client with this Retain Handling.
+pub fn subscribe_handling(router: &Router, client: Connected, filter: &str, retain_handling: u8) {
     let wanted = Wanted {
         index: 0,
         filter: filter.into(),
@@ -131,7 +136,7 @@ pub fn subscribe(router: &Router, client: Connected, filter: &str) {
             qos: QoS::AtLeastOnce,
             no_local: false,
             retain_as_published: false,
-            retain_handling: 2,
+            retain_handling,
         },
     };
     router.subscribe(client.session, client.generation, 1, 0, &[wanted], 0);

@@ -24,6 +24,7 @@ pub enum Copies {
 pub enum Item {
     Suback(u32, ReasonCode),
     Unsuback(u32),
+    Pingresp(u64),
     /// Copies of one message.
     Copies(Vec<Copy>),
 }
@@ -44,6 +45,7 @@ pub struct Copy {
 enum Request {
     Subscribe(u32, String, QoS),
     Unsubscribe(u32, String),
+    Ping(u64),
 }
 
 pub struct Core {
@@ -115,6 +117,11 @@ impl Core {
                 let at = self.at(0, rng, now);
                 self.requests
                     .push_back((at, Request::Unsubscribe(number, name.to_string())));
+            }
+            if router.fence_wanted(0) {
+                let at = self.at(0, rng, now);
+                self.requests
+                    .push_back((at, Request::Ping(router.fence_begins(0))));
             }
         }
         while self.publishes.len() < self.window {
@@ -240,6 +247,7 @@ impl Core {
                 self.asked.remove(&name);
                 Item::Unsuback(number)
             }
+            Request::Ping(number) => Item::Pingresp(number),
         };
         let at = self.at(2, rng, now);
         self.down.push_back((at, item));

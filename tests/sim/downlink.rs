@@ -77,6 +77,11 @@ impl World {
                     trace!(self, "UNSUBACK of the core for {number}");
                     self.router.unsuback(number, self.now);
                 }
+                Item::Pingresp(number) => {
+                    self.router.fan_out(&mut batch, self.now);
+                    batch.clear();
+                    self.router.fence_passed(0, number, self.now);
+                }
             }
         }
         self.router.fan_out(&mut batch, self.now);
@@ -128,7 +133,7 @@ impl World {
                 }
                 None => {
                     let complete = self.rng.chance(90);
-                    self.router.fetch_ended(&[fetch.number], complete);
+                    self.router.fetch_ended(&[fetch.number], complete, self.now);
                     if !complete {
                         self.oracle.fetched_anew(&fetch.filter);
                     }

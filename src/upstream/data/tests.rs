@@ -1,6 +1,6 @@
-use crate::mqtt::{Packet, Properties, Publish, QoS, ReasonCode, Suback};
+use crate::mqtt::{Message, MessageSpec, Packet, Properties, Publish, QoS, ReasonCode, Suback};
 use crate::upstream::machine::Machine;
-use crate::upstream::testing::{ack, client, read, router, subscribe, up};
+use crate::upstream::testing::{ack, client, read, router, subscribe, subscribe_handling, up};
 
 use super::Data;
 
@@ -142,4 +142,63 @@ fn a_lost_session_is_subscribed_again() {
     assert_eq!(again.len(), 1);
     assert_eq!(again[0].0, "subscribe");
     assert!(!router.data_settled(), "not before the core has it");
+}
+
+/// I2: what is fetched as retained and on its way as a live message is delivered once, live.
+#[test]
+fn a_fetched_message_waits_for_what_the_data_link_carries() {
+    for live in [true, false] {
+        let router = router();
+        let who = client(&router, "a");
+        let mut link = Data::new(router.clone(), 0, 1);
+        let mut out = Vec::new();
+        link.up(&up(false, 100), 0, &mut out);
+        subscribe_handling(&router, who, "t", 0);
+        link.poll(0, &mut out);
+        let suback = Suback {
+            packet_id: read(&mut out)[0].1,
+            codes: &[1],
+            properties: Properties::default(),
+        };
+        link.packet(&Packet::Suback(suback), 0, &mut out)
+            .expect("it is expected");
+        let (number, _) = router.next_fetches(1)[0].clone();
+        let delivered = || {
+            let mut taken = Vec::new();
+            router
+                .take_output(who.session, who.generation, &mut taken, 0)
+                .expect("the client is connected");
+            let at = taken.windows(3).position(|w| w == b"one");
+            at.map(|_| taken[taken.iter().position(|b| b >> 4 == 3).unwrap_or(0)] & 1 == 1)
+        };
+        assert_eq!(delivered(), None);
+        let stored = Message::new(&MessageSpec {
+            topic: "t",
+            properties: Properties::default(),
+            payload: b"one",
+            qos: QoS::AtLeastOnce,
+            retain: true,
+            expires_at: u64::MAX,
+            strip_key: None,
+            account: None,
+        });
+        router.fetched(number, &stored, 0);
+        link.poll(0, &mut out);
+        assert!(link.wants_ping(), "the data link is asked");
+        if live {
+            let message = Publish {
+                retain: true,
+                ..publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1])
+            };
+            link.packet(&Packet::Publish(message), 0, &mut out)
+                .expect("it is expected");
+        }
+        assert_eq!(delivered(), None, "not before the answer");
+        link.ping_answered(0);
+        // RETAIN is set on a stored message only.
+        assert_eq!(delivered(), Some(!live));
+        assert_eq!(delivered(), None, "once");
+        router.fetch_ended(&[number], true, 0);
+        assert_eq!(delivered(), None, "once");
+    }
 }

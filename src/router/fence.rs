@@ -1,0 +1,44 @@
+//! Whether a data link has brought all that the core had sent on it before some moment.
+//!
+//! A broker answers a PINGREQ behind what it sent before. So what the R link brought is older
+//! than nothing that a data link still carries, once a PINGREQ that was sent after it is answered.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::Router;
+
+/// Moments on one data link, as numbers of its PINGREQs.
+#[derive(Debug, Default)]
+pub(super) struct Fence {
+    begun: AtomicU64,
+    wanted: AtomicU64,
+}
+
+impl Router {
+    /// Asks D link `link` for a PINGREQ; returns its number.
+    pub(super) fn ask_fence(&self, link: usize) -> u64 {
+        let fence = &self.fences[link];
+        // The next one: a PINGREQ that is under way may have been answered already.
+        let number = fence.begun.load(Ordering::SeqCst) + 1;
+        if fence.wanted.fetch_max(number, Ordering::SeqCst) < number {
+            self.data[link].raise();
+        }
+        number
+    }
+
+    /// Whether a PINGREQ is wanted on D link `link`.
+    pub fn fence_wanted(&self, link: usize) -> bool {
+        let fence = &self.fences[link];
+        fence.wanted.load(Ordering::SeqCst) > fence.begun.load(Ordering::SeqCst)
+    }
+
+    /// A PINGREQ is about to be sent on D link `link`; its number.
+    pub fn fence_begins(&self, link: usize) -> u64 {
+        self.fences[link].begun.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// PINGREQ `number` of D link `link` was answered, and all that came before is fanned out.
+    pub fn fence_passed(&self, link: usize, number: u64, now: u64) {
+        self.release_fetched(|of, fence| of == link && fence <= number, now);
+    }
+}
