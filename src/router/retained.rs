@@ -12,7 +12,7 @@ use foldhash::fast::RandomState;
 use lru::LruCache;
 
 use crate::limits::Account;
-use crate::mqtt::{Message, QoS};
+use crate::mqtt::{Message, QoS, ReasonCode};
 use crate::telemetry::metrics;
 
 use super::fanout::{Arrived, Tally};
@@ -23,6 +23,10 @@ const TOPIC_OVERHEAD: usize = 96;
 
 /// Fetched messages that wait for the data links at most; more are handed on at once.
 const HELD_MAX: usize = 10_000;
+
+/// How long a SUBACK waits for the retained messages, milliseconds: a client that has it may
+/// publish, and what is older must not come after what it publishes.
+const SUBACK_WAIT: u64 = 100;
 
 /// A subscription that retained messages are wanted for.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +39,16 @@ pub struct Wants {
     pub qos: QoS,
     /// The client's Subscription Identifier; 0: none.
     pub identifier: u32,
+}
+
+/// The outcome of one filter of a SUBSCRIBE, told behind its retained messages.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reply {
+    pub session: SessionRef,
+    pub generation: u64,
+    pub packet_id: u16,
+    pub index: u16,
+    pub code: ReasonCode,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +74,8 @@ struct Cached {
     /// Came while the fetch was under way and what it brought is no longer there: next fetch.
     late: Vec<Wants>,
     bytes: usize,
+    /// The core has answered behind what it sent: few have more to come.
+    through: bool,
     /// Larger than the cache: handed on, not kept.
     overflow: bool,
     /// D lost messages since the fetch began: not to be kept.
@@ -76,6 +92,7 @@ impl Cached {
             held: Vec::new(),
             late: Vec::new(),
             bytes: 0,
+            through: false,
             overflow: false,
             stale: false,
         }
@@ -89,6 +106,9 @@ pub(super) struct Retained {
     /// Filters with messages that are held, and how many those are.
     holding: HashSet<u32, RandomState>,
     held: usize,
+    /// Replies that wait, by filter, each until its deadline; and the deadlines in order.
+    replies: HashMap<u32, Vec<(u64, Reply)>, RandomState>,
+    reply_by: VecDeque<(u64, u32)>,
     complete: LruCache<u32, (), RandomState>,
     queue: VecDeque<u32>,
     bytes: usize,
@@ -102,6 +122,8 @@ impl Retained {
             filters: HashMap::default(),
             holding: HashSet::default(),
             held: 0,
+            replies: HashMap::default(),
+            reply_by: VecDeque::new(),
             complete: LruCache::unbounded_with_hasher(RandomState::default()),
             queue: VecDeque::new(),
             bytes: 0,
@@ -117,6 +139,16 @@ impl Retained {
             self.holding.remove(&number);
         }
         self.complete.pop(&number);
+    }
+
+    /// The replies of a filter, once nothing that it waits for is missing.
+    fn replies_of(&mut self, number: u32) -> Vec<Reply> {
+        let waits = |c: &Cached| !(c.state == State::Complete || c.through && c.held.is_empty());
+        if self.replies.is_empty() || self.filters.get(&number).is_some_and(waits) {
+            return Vec::new();
+        }
+        let replies = self.replies.remove(&number).unwrap_or_default();
+        replies.into_iter().map(|(_, reply)| reply).collect()
     }
 
     fn hold(&mut self, number: u32, held: (usize, u64, Message)) {
@@ -188,9 +220,13 @@ fn want(wants: &mut Vec<Wants>, new: Wants) {
 
 impl Router {
     /// Sends the retained messages of a filter to one subscription: from the cache, or once they
-    /// are fetched.
-    pub(super) fn want_retained(&self, number: u32, wants: Wants, now: u64) {
+    /// are fetched. `reply` follows them, but is not kept waiting for long.
+    pub(super) fn want_retained(&self, number: u32, wants: Wants, reply: Reply, now: u64) {
         let mut retained = self.retained.lock();
+        let deadline = now + SUBACK_WAIT;
+        let waiting = retained.replies.entry(number).or_default();
+        waiting.push((deadline, reply));
+        retained.reply_by.push_back((deadline, number));
         match retained.filters.get_mut(&number) {
             Some(cached) if cached.state == State::Complete => {
                 retained.complete.promote(&number);
@@ -205,12 +241,55 @@ impl Router {
                 self.hand_retained(number, &messages, &[wants], now);
             }
             None => {
-                retained.filters.insert(number, Cached::queued(vec![wants]));
+                let queued = Cached::queued(vec![wants]);
+                retained.filters.insert(number, queued);
                 retained.queue.push_back(number);
-                drop(retained);
                 self.fetch.raise();
             }
         }
+        let replies = retained.replies_of(number);
+        drop(retained);
+        self.reply(&replies);
+    }
+
+    fn reply(&self, replies: &[Reply]) {
+        for r in replies {
+            self.answer_subscribe(r.session, r.generation, r.packet_id, &[(r.index, r.code)]);
+        }
+    }
+
+    /// Replies that have waited long enough.
+    pub(super) fn late_replies(&self, now: u64) {
+        let mut late = Vec::new();
+        let mut retained = self.retained.lock();
+        while let Some(&(deadline, number)) = retained.reply_by.front()
+            && deadline <= now
+        {
+            retained.reply_by.pop_front();
+            let Some(waiting) = retained.replies.get_mut(&number) else {
+                continue;
+            };
+            late.extend(waiting.extract_if(.., |(at, _)| *at <= now).map(|(_, r)| r));
+            if waiting.is_empty() {
+                retained.replies.remove(&number);
+            }
+        }
+        drop(retained);
+        self.reply(&late);
+    }
+
+    /// The core has answered a PINGREQ behind the fetch of these filters: what it had is here.
+    pub fn fetch_answered(&self, numbers: &[u32]) {
+        let mut retained = self.retained.lock();
+        let mut replies = Vec::new();
+        for &number in numbers {
+            if let Some(cached) = retained.filters.get_mut(&number) {
+                cached.through = cached.state == State::Fetching;
+                replies.extend(retained.replies_of(number));
+            }
+        }
+        drop(retained);
+        self.reply(&replies);
     }
 
     fn cached(&self, retained: &Retained, number: u32, now: u64) -> Vec<Message> {
@@ -271,10 +350,14 @@ impl Router {
             return;
         }
         let holding: Vec<u32> = retained.holding.iter().copied().collect();
+        let mut replies = Vec::new();
         for number in holding {
             let messages = retained.release(number, &passed);
             self.hand_fetched(&mut retained, number, &messages, now);
+            replies.extend(retained.replies_of(number));
         }
+        drop(retained);
+        self.reply(&replies);
     }
 
     /// Fetched messages reach cache and subscribers, but for topics that a live one reached since.
@@ -295,6 +378,7 @@ impl Router {
     pub fn fetch_ended(&self, numbers: &[u32], complete: bool, now: u64) {
         let mut retained = self.retained.lock();
         let mut again = false;
+        let mut replies = Vec::new();
         for &number in numbers {
             let held = retained.release(number, |_, _| true);
             if complete {
@@ -307,6 +391,11 @@ impl Router {
                 continue;
             }
             cached.live = HashSet::default();
+            cached.through = true;
+            replies.extend(retained.replies_of(number));
+            let Some(cached) = retained.filters.get_mut(&number) else {
+                continue;
+            };
             if complete {
                 cached.wants = Vec::new();
             }
@@ -326,6 +415,7 @@ impl Router {
             }
         }
         drop(retained);
+        self.reply(&replies);
         if again {
             self.fetch.raise();
         }

@@ -7,6 +7,7 @@ use crate::mqtt::{QoS, ReasonCode, overlaps};
 use crate::session::{Close, Subscription, Wanted};
 use crate::telemetry::{RateLimited, clean};
 
+use super::retained::Reply;
 use super::table::{State, UNPLACED, Waiter};
 use super::{Router, SessionRef, Wants};
 
@@ -46,7 +47,7 @@ impl Router {
         now: u64,
     ) {
         let mut answers: Vec<(u16, ReasonCode)> = Vec::new();
-        let mut granted: Vec<(u32, Wants)> = Vec::new();
+        let mut granted: Vec<(u32, Wants, Reply)> = Vec::new();
         for want in wanted {
             let options = want.options;
             if options.no_local && !self.properties_reach_core() {
@@ -118,17 +119,23 @@ impl Router {
             let rising = filter.upgrading && filter.granted < options.qos;
             if held && filter.wanted >= options.qos && !rising {
                 let code = table.grant(number, options.qos);
-                answers.push((want.index, code));
                 if retained {
-                    granted.push((
-                        number,
-                        Wants {
-                            session,
-                            tag,
-                            qos: QoS::from_u8(code.0).unwrap_or_default(),
-                            identifier,
-                        },
-                    ));
+                    let wants = Wants {
+                        session,
+                        tag,
+                        qos: QoS::from_u8(code.0).unwrap_or_default(),
+                        identifier,
+                    };
+                    let reply = Reply {
+                        session,
+                        generation,
+                        packet_id,
+                        index: want.index,
+                        code,
+                    };
+                    granted.push((number, wants, reply));
+                } else {
+                    answers.push((want.index, code));
                 }
                 let filter = table.get(number);
                 let confirmed = filter.is_some_and(|f| f.state == State::Active || !f.unconfirmed);
@@ -158,8 +165,8 @@ impl Router {
             }
         }
         self.answer_subscribe(session, generation, packet_id, &answers);
-        for (number, wants) in granted {
-            self.want_retained(number, wants, now);
+        for (number, wants, reply) in granted {
+            self.want_retained(number, wants, reply, now);
         }
     }
 
@@ -254,7 +261,7 @@ impl Router {
     }
 
     /// Writes the outcome of filters of one SUBSCRIBE.
-    fn answer_subscribe(
+    pub(super) fn answer_subscribe(
         &self,
         session: SessionRef,
         generation: u64,
@@ -398,26 +405,37 @@ impl Router {
             if confirmed {
                 self.activate(waiter.session, number, waiter.qos, code, now);
             }
-            let answer = [(waiter.index, granted)];
-            self.answer_subscribe(waiter.session, waiter.generation, waiter.packet_id, &answer);
-            if waiter.retained {
-                let identifier = {
-                    let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
-                    shard
-                        .get(waiter.session)
-                        .and_then(|s| s.session.subscription(number))
-                        .map(|s| s.identifier)
-                };
-                if let Some(identifier) = identifier {
-                    let wants = Wants {
-                        session: waiter.session,
-                        tag: waiter.tag,
-                        qos: QoS::from_u8(granted.0).unwrap_or_default(),
-                        identifier,
-                    };
-                    self.want_retained(number, wants, now);
-                }
-            }
+            let identifier = {
+                let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+                let slot = shard.get(waiter.session).filter(|_| waiter.retained);
+                slot.and_then(|s| s.session.subscription(number))
+                    .map(|s| s.identifier)
+            };
+            let Waiter {
+                session,
+                generation,
+                packet_id,
+                index,
+                ..
+            } = *waiter;
+            let Some(identifier) = identifier else {
+                self.answer_subscribe(session, generation, packet_id, &[(index, granted)]);
+                continue;
+            };
+            let wants = Wants {
+                session,
+                tag: waiter.tag,
+                qos: QoS::from_u8(granted.0).unwrap_or_default(),
+                identifier,
+            };
+            let reply = Reply {
+                session,
+                generation,
+                packet_id,
+                index,
+                code: granted,
+            };
+            self.want_retained(number, wants, reply, now);
         }
     }
 

@@ -28,6 +28,7 @@ impl Router {
             self.tick_shard(number, now);
         }
         self.tick_held(now);
+        self.late_replies(now);
         // Walks over all that linger: not at each tick.
         if self
             .ticks

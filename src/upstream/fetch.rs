@@ -273,6 +273,8 @@ impl Machine for Fetch {
             if let Some(job) = self.jobs.iter_mut().find(|j| j.id == id) {
                 job.answered = true;
                 job.last_data = now;
+                let numbers: Vec<u32> = job.filters.iter().map(|(n, _)| *n).collect();
+                self.router.fetch_answered(&numbers);
             }
         }
     }
