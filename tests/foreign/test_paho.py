@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 
 from harness.edge import TRANSPORTS
 from harness.names import fresh
+from harness.process import wait_until
 from harness.raw import Raw
 from harness import wire
 
@@ -261,7 +263,16 @@ def test_session_present_is_true_to_fact(edge, client, version):
     def come(clean: bool, **more) -> bool:
         one = client(edge, client_id=me, clean=clean, **(keep | more))
         one.close()
+        left()
         return one.session_present
+
+    def left() -> None:
+        # DISCONNECT and the next CONNECT come on two connections: nothing orders them.
+        def away() -> bool:
+            status, body = edge.http(f"/api/v1/sessions/{me}")
+            return status == 404 or not json.loads(body)["attached"]
+
+        wait_until("the connection has ended", away)
 
     assert come(False) is False
     assert come(False) is True
@@ -277,6 +288,7 @@ def test_session_present_is_true_to_fact(edge, client, version):
         from paho.mqtt.reasoncodes import ReasonCode
 
         one.close(reasoncode=ReasonCode(PacketTypes.DISCONNECT, "Normal disconnection"), properties=props(PacketTypes.DISCONNECT, SessionExpiryInterval=0))
+        left()
         assert come(False) is False
     else:
         # Clean Session 1 ends with its connection.
