@@ -9,8 +9,17 @@ use tidegate::runtime;
 use tidegate::transport::selfsigned;
 
 #[cfg(feature = "mimalloc")]
+use mimalloc::MiMalloc as Allocator;
+#[cfg(not(feature = "mimalloc"))]
+use std::alloc::System as Allocator;
+
+#[cfg(not(feature = "heap-metric"))]
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator;
+
+#[cfg(feature = "heap-metric")]
+#[global_allocator]
+static ALLOCATOR: cap::Cap<Allocator> = cap::Cap::new(Allocator, usize::MAX);
 
 fn main() -> ExitCode {
     cli::main(&Commands {
@@ -21,6 +30,8 @@ fn main() -> ExitCode {
 }
 
 fn run(config: Config, connections: usize) -> Result<(), Failure> {
+    #[cfg(feature = "heap-metric")]
+    tidegate::telemetry::count_heap(|| ALLOCATOR.allocated());
     let tokio = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("tidegate")
