@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import selectors
 import socket
@@ -23,6 +24,14 @@ MIB = 1 << 20
 SLACK = 48 * MIB
 
 
+def high_socket() -> socket.socket:
+    """A socket whose number is out of the way: paho waits with select(), which ends at 1,024."""
+    low = socket.socket()
+    high = socket.socket(fileno=fcntl.fcntl(low.fileno(), fcntl.F_DUPFD_CLOEXEC, 1024))
+    low.close()
+    return high
+
+
 class Crowd:
     """Many plain TCP clients of one process, without a thread each."""
 
@@ -33,7 +42,7 @@ class Crowd:
         for first in range(0, len(names), window):
             batch = []
             for one in names[first : first + window]:
-                sock = socket.socket()
+                sock = high_socket()
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 # Small, so that a client that does not read is soon felt.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
