@@ -28,6 +28,11 @@ pub(super) use lanes::Quic;
 
 /// Streams that a client may have open, control and data together.
 const LANES: usize = 16;
+/// Those that it may open before it has shown that it uses several: the library
+/// keeps a place for each that is allowed.
+const LANES_AT_FIRST: u32 = 7;
+/// Streams open at which all [`LANES`] are allowed.
+const LANES_MANY: usize = 3;
 /// Flow control: what a client may send unread, bytes per stream and in all.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 128 * 1024;
@@ -215,7 +220,7 @@ fn server_config(tls: &ServerTls, limits: &Limits) -> io::Result<ServerConfig> {
 fn transport_config(idle: Duration) -> io::Result<TransportConfig> {
     let mut config = TransportConfig::default();
     config
-        .max_concurrent_bidi_streams(VarInt::from_u32(LANES as u32))
+        .max_concurrent_bidi_streams(VarInt::from_u32(LANES_AT_FIRST))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW))

@@ -213,14 +213,28 @@ async fn quic_migration_is_followed_and_counted() {
 async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
     let mut server = Server::start(Kind::Quic);
     let (_endpoint, connection) = server.quic().await;
+    use futures_util::FutureExt;
     let mut open = Vec::new();
-    for _ in 0..16 {
+    for _ in 0..7 {
         open.push(soon(connection.open_bi()).await.expect("credit"));
     }
-    open[0].0.write_all(b"x").await.expect("written");
-    let _accepted = server.accept().await;
     // Credit came with the handshake, so "none yet" is "none".
-    use futures_util::FutureExt;
+    assert!(connection.open_bi().now_or_never().is_none());
+    open[0].0.write_all(b"x").await.expect("written");
+    let mut stream = server.accept().await.stream;
+    assert_eq!(recv_n(&mut stream, 1).await, b"x");
+    stream.authenticated();
+    // Who uses several is allowed all.
+    for (send, _) in &mut open[1..3] {
+        send.write_all(b"y").await.expect("written");
+    }
+    for _ in 0..2 {
+        let got = recv(&mut stream, &mut Vec::new()).await.expect("a byte");
+        assert_ne!(got.lane, 0);
+    }
+    while open.len() < 16 {
+        open.push(soon(connection.open_bi()).await.expect("credit"));
+    }
     assert!(connection.open_bi().now_or_never().is_none());
     assert!(connection.open_uni().now_or_never().is_none());
 }

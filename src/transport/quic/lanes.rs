@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, VarInt, WriteError};
 
-use super::{LANES, close_code, code};
+use super::{LANES, LANES_MANY, close_code, code};
 use crate::transport::limits::Limits;
 use crate::transport::listen::{Listener, canonical};
 use crate::transport::tcp::with_scratch;
@@ -215,6 +215,10 @@ impl Quic {
             }
             // Else it is dropped, which stops and finishes it; but that cannot
             // be, because the stream limit counts the same streams.
+            if self.data.len() + 1 == LANES_MANY {
+                let all = VarInt::from_u32(LANES as u32);
+                self.connection.set_max_concurrent_bi_streams(all);
+            }
         }
     }
 
