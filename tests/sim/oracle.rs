@@ -1,7 +1,7 @@
 //! What must be true of the router, seen only from its edges: packets in, packets out, what it
 //! hands to the core and takes from it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use tidegate::mqtt::{QoS, SubscribeOptions, Version};
 use tidegate::router::Router;
@@ -51,6 +51,8 @@ pub struct Oracle {
     pub asks: u64,
     /// Since when the core was away last, and until when.
     pub away: (u64, u64),
+    /// Since the core lost what it held: what it has again.
+    pub regained: Option<BTreeSet<String>>,
     /// The latest event of the core.
     pub latest: u64,
 }
@@ -81,6 +83,7 @@ impl Oracle {
             asks: 0,
             latest: 0,
             away: (0, 0),
+            regained: None,
         }
     }
 
@@ -216,6 +219,9 @@ impl Oracle {
 
     /// The core has the filter: from now on it is not in doubt.
     pub fn holds(&mut self, filter: &str) {
+        if let Some(regained) = &mut self.regained {
+            regained.insert(filter.to_owned());
+        }
         for c in &mut self.clients {
             for sub in &mut c.ledger.subs {
                 if sub.filter == filter {
@@ -232,6 +238,7 @@ impl Oracle {
             sub.guessed = true;
         }
         self.away = (0, u64::MAX);
+        self.regained = Some(BTreeSet::new());
     }
 
     /// A fetch of retained messages failed, and is made anew.

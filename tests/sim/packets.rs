@@ -173,6 +173,7 @@ impl Oracle {
             }
             _ => Vec::new(),
         };
+        let regained = &self.regained;
         let c = &mut self.clients[device];
         match packet {
             Packet::Publish(p) => {
@@ -211,8 +212,10 @@ impl Oracle {
                 if names.len() != s.codes.len() {
                     return Err("SUBACK has another number of codes [MQTT-3.8.4-6]".into());
                 }
-                // What one was granted without the core, another is too.
-                let doubted = |name: &String| long || doubtful.contains(name);
+                // What one was granted without the core, another is too; and so is what the core
+                // has held and lost.
+                let lost = |name: &String| regained.as_ref().is_some_and(|r| !r.contains(name));
+                let doubted = |name: &String| long || doubtful.contains(name) || lost(name);
                 for (index, (name, code)) in names.iter().zip(s.codes).enumerate() {
                     granted(
                         &mut c.ledger,
