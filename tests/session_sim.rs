@@ -36,7 +36,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use world::{Report, run};
 
-const SEEDS: u64 = 1500;
+const SEEDS: u64 = 2500;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()

@@ -80,7 +80,6 @@ pub struct Ask {
     pub index: usize,
     pub options: SubscribeOptions,
     pub identifier: u32,
-    pub fresh: bool,
     pub at: u64,
     /// In order of arrival.
     pub number: u64,

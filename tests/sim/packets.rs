@@ -53,7 +53,6 @@ impl Oracle {
                         index,
                         options,
                         identifier: s.subscription_id.unwrap_or(0),
-                        fresh: known.is_none(),
                         at: now,
                         number,
                     };
@@ -61,7 +60,10 @@ impl Oracle {
                     for want in c.ledger.wants.iter_mut().filter(|w| w.filter == filter) {
                         want.until = u64::MAX;
                     }
-                    if options.retain_handling == 0 || (options.retain_handling == 1 && ask.fresh) {
+                    // One that was never granted may have been refused unheard: then this is new.
+                    let granted = |at: usize| c.ledger.subs[at].granted.is_some();
+                    let fresh = !known.is_some_and(granted);
+                    if options.retain_handling == 0 || (options.retain_handling == 1 && fresh) {
                         c.ledger.wants.push(Want {
                             filter: filter.to_owned(),
                             got: Default::default(),
