@@ -2,14 +2,15 @@
 //! other. No sockets, no clock: the time in milliseconds comes in with each call.
 //!
 //! Locks, in the order in which they may be nested: retained, then one shard; retained, then the
-//! table. Nothing else is nested, and none is held over an await.
-
+//! Locks, in the order in which they may be nested: retained, then one shard; retained, then the
+//! table; either, then what is lost. Nothing else is nested, and none is held over an await.
 mod budget;
 mod connect;
 mod fanout;
 mod fence;
 pub mod lanes;
 mod links;
+mod lost;
 mod publish;
 mod retained;
 mod shard;
@@ -154,11 +155,12 @@ struct Core {
 impl Router {
     /// A router without sessions.
     pub fn new(limits: SessionLimits, config: RouterConfig) -> Self {
+        let table = Table::new(config.data_links);
         Self {
             shards: (0..SHARDS)
-                .map(|n| Mutex::new(Shard::new(n as u16)))
+                .map(|n| Mutex::new(Shard::new(n as u16, table.lost.clone())))
                 .collect(),
-            table: RwLock::new(Table::new(config.data_links)),
+            table: RwLock::new(table),
             retained: Mutex::new(Retained::new(config.retained_cache)),
             lanes: (0..config.publish_links)
                 .map(|_| PublishLane::default())

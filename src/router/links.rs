@@ -93,6 +93,7 @@ impl Router {
                     filter.held = false;
                     filter.upgrading = false;
                 }
+                table.lost.remove(number);
                 let waiters = table.take_waiters(number, QoS::ExactlyOnce);
                 refused.push((number, waiters));
                 continue;
@@ -234,8 +235,8 @@ impl Router {
                         filter.state = State::Pending;
                         filter.upgrading = false;
                     }
-                    if lost && !std::mem::replace(&mut filter.restoring, true) {
-                        table.restoring += 1;
+                    if lost {
+                        table.lost.insert(number);
                     }
                     table.pending[link].push_back(number);
                 } else if gone {
@@ -260,7 +261,8 @@ impl Router {
 
     /// Whether every data link is up and has its filters again: what is published now is seen.
     pub fn data_settled(&self) -> bool {
-        self.data_up.iter().all(|up| up.load(Ordering::Acquire)) && self.table.read().restoring == 0
+        self.data_up.iter().all(|up| up.load(Ordering::Acquire))
+            && self.table.read().lost.is_empty()
     }
 
     /// D link `link` is lost.

@@ -17,6 +17,7 @@ use crate::session::{
 
 use super::SessionRef;
 use super::fanout::Tally;
+use super::lost::Lost;
 use super::retained::Wants;
 use super::wake::Wake;
 
@@ -88,10 +89,11 @@ pub(super) struct Shard {
     /// The same for output.
     pub output_bytes: i64,
     identifiers: Vec<u32>,
+    lost: Arc<Lost>,
 }
 
 impl Shard {
-    pub fn new(number: u16) -> Self {
+    pub fn new(number: u16, lost: Arc<Lost>) -> Self {
         Self {
             number,
             slots: Slab::new(),
@@ -103,6 +105,7 @@ impl Shard {
             entry_bytes: 0,
             output_bytes: 0,
             identifiers: Vec::new(),
+            lost,
         }
     }
 
@@ -345,11 +348,13 @@ impl Shard {
             entry_bytes,
             output_bytes,
             detached,
+            lost,
             ..
         } = self;
         let Some(members) = members.get(&filter) else {
             return;
         };
+        let lost = lost.look();
         tally.targets += members.len();
         for member in members {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
@@ -366,6 +371,7 @@ impl Shard {
                     message.topic(),
                     tag != 0 && tag == slot.session.tag,
                     now,
+                    |filter| lost.as_ref().is_some_and(|lost| lost.contains(&filter)),
                     identifiers,
                 );
                 match found {

@@ -304,8 +304,7 @@ impl Router {
                 return;
             };
             let upgrade = std::mem::take(&mut filter.upgrading);
-            let restored = usize::from(std::mem::take(&mut filter.restoring));
-            table.restoring -= restored;
+            table.lost.remove(number);
             let Some(filter) = table.get_mut(number) else {
                 return;
             };

@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 use crate::mqtt::{QoS, ReasonCode};
 
 use super::SessionRef;
+use super::lost::Lost;
 use super::trie::FilterTrie;
 
 /// How far a filter is at the core.
@@ -56,8 +57,6 @@ pub(super) struct Filter {
     pub unconfirmed: bool,
     /// Asked from the core.
     pub wanted: QoS,
-    /// It was held before the core lost it, and is not again yet.
-    pub restoring: bool,
     /// QoS of the SUBSCRIBE that was sent last.
     pub asked: QoS,
     /// What the core granted.
@@ -104,8 +103,8 @@ pub(super) struct Table {
     pub identifiers: Option<bool>,
     /// Filters with waiters, by deadline.
     pub held: BTreeSet<(u64, u32)>,
-    /// Filters that are `restoring`.
-    pub restoring: usize,
+    /// Filters that were held before the core lost them, and are not again yet.
+    pub lost: Arc<Lost>,
 }
 
 /// How long a filter number is not given to another filter after its UNSUBACK, milliseconds.
@@ -124,7 +123,7 @@ impl Table {
             tries: (0..links).map(|_| FilterTrie::new()).collect(),
             identifiers: None,
             held: BTreeSet::new(),
-            restoring: 0,
+            lost: Arc::default(),
         }
     }
 
@@ -191,7 +190,6 @@ impl Table {
             state: State::Absent,
             held: false,
             unconfirmed: false,
-            restoring: false,
             wanted: QoS::AtMostOnce,
             asked: QoS::AtMostOnce,
             granted: QoS::AtMostOnce,
@@ -315,7 +313,7 @@ impl Table {
         let Some(filter) = self.filters.get_mut(number as usize).and_then(Option::take) else {
             return;
         };
-        self.restoring -= usize::from(filter.restoring);
+        self.lost.remove(number);
         self.by_name.remove(&filter.name);
         self.lingering.remove(&(filter.idle_since, number));
         if let Some(trie) = self.tries.get_mut(filter.link as usize)

@@ -483,7 +483,7 @@ pub(super) fn write_answer(connection: &mut Connection, answer: &Answer, reason:
 }
 
 /// The senior of a client's subscriptions that match `topic`: highest granted QoS, then oldest.
-/// For an `own` publish of the client, those with No Local do not count.
+/// `lost` tells filters that the core has lost and not taken again. For an `own` publish of the client, those with No Local do not count.
 /// Its copy is the one that the client gets, on any core. With it, all their identifiers, and
 /// whether any wants RETAIN as published, and whether copies for the others count too for now.
 pub fn senior<'s>(
@@ -491,6 +491,7 @@ pub fn senior<'s>(
     topic: &str,
     own: bool,
     now: u64,
+    lost: impl Fn(u32) -> bool,
     identifiers: &mut Vec<u32>,
 ) -> Option<(&'s Subscription, bool, bool)> {
     let mut best: Option<&Subscription> = None;
@@ -504,8 +505,8 @@ pub fn senior<'s>(
         if s.identifier != 0 && !identifiers.contains(&s.identifier) {
             identifiers.push(s.identifier);
         }
-        // What the core has not granted yet counts only among its like.
-        let rank = |s: &Subscription| (s.active, s.options.qos);
+        // What the core has not granted yet, or has lost, counts only among its like.
+        let rank = |s: &Subscription| (s.active && !lost(s.filter), s.options.qos);
         if best.is_none_or(|b| rank(s) > rank(b)) {
             best = Some(s);
         }

@@ -44,9 +44,7 @@ impl World {
                 let time = self.rng.pick(&[200, 3000, 15_000]);
                 trace!(self, "the core is away for {time} ms");
                 self.core.away = true;
-                let (since, until) = self.oracle.away;
-                let again = self.now < until.saturating_add(5000);
-                self.oracle.away = (if again { since } else { self.now }, u64::MAX);
+                self.oracle.gone(self.now);
                 self.oracle.inbound.core_was_away = true;
                 self.router.publish_link_up(0, false);
                 self.core_back_at = self.now + time;
@@ -61,6 +59,7 @@ impl World {
                 self.core.lose_link(kept);
                 self.router.data_link_down(0);
                 self.router.fence_passed(0, u64::MAX, self.now);
+                self.oracle.gone(self.now);
                 if !kept {
                     self.oracle.forgotten();
                 }

@@ -213,17 +213,15 @@ impl Ledger {
                 Err(error) => misfit = misfit.or(Some(error)),
             }
         }
-        // Where a retained message could be both, it is the one whose turn it is.
-        let turn = |at: usize| {
-            let mut before = self.owed[from..at].iter();
-            !before.any(|o| {
-                o.must && !o.written && o.qos.iter().any(|q| (*q > QoS::AtMostOnce) == (class > 0))
-            })
-        };
-        let replays = p.retain && self.wants.iter().any(|w| wants(w, topic, key));
-        let either = at.is_some() && replays;
-        let at = at.filter(|at| !replays || turn(*at));
-        self.ambiguous += usize::from(either);
+        // Where a retained message could be both, it says nothing of the order.
+        if p.retain
+            && self.wants.iter().any(|w| wants(w, topic, key))
+            && let Some(at) = at
+        {
+            self.ambiguous += 1;
+            self.owed[at].written = true;
+            return Ok(());
+        }
         let Some(at) = at else {
             return match (p.retain, misfit) {
                 (false, Some(error)) => Err(error),

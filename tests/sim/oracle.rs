@@ -231,6 +231,13 @@ impl Oracle {
         }
     }
 
+    /// The core, or the data link, is away from now on, if it is not yet.
+    pub fn gone(&mut self, now: u64) {
+        let (since, until) = self.away;
+        let again = now < until.saturating_add(5000);
+        self.away = (if again { since } else { now }, u64::MAX);
+    }
+
     /// The core lost what it held: until it has it again, messages are missed.
     pub fn forgotten(&mut self) {
         for sub in self.clients.iter_mut().flat_map(|c| &mut c.ledger.subs) {
