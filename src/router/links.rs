@@ -249,6 +249,10 @@ impl Router {
                 numbers.push(number);
             }
         }
+        // A PINGREQ of the lost connection is never answered.
+        if self.holds_fetched() {
+            self.ask_fence(link);
+        }
         self.data[link].raise();
         // Even with the session kept, QoS 0 of the gap is gone, retained or not.
         let gap = !first && !session_present && !numbers.is_empty();

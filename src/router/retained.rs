@@ -6,7 +6,6 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use foldhash::fast::RandomState;
 use lru::LruCache;
@@ -329,18 +328,19 @@ impl Router {
             return;
         }
         let link = self.table.read().get(number).map(|f| usize::from(f.link));
-        let link = link.filter(|l| {
-            self.data_up
-                .get(*l)
-                .is_some_and(|up| up.load(Ordering::Acquire))
-        });
         match link {
-            Some(link) if retained.held < HELD_MAX => {
+            // While the link is away too: what its session kept comes first.
+            Some(link) if link < self.data.len() && retained.held < HELD_MAX => {
                 let fence = self.ask_fence(link);
                 retained.hold(number, (link, fence, message.clone()));
             }
             _ => self.hand_fetched(&mut retained, number, std::slice::from_ref(message), now),
         }
+    }
+
+    /// Whether fetched messages wait for a data link.
+    pub(super) fn holds_fetched(&self) -> bool {
+        self.retained.lock().held > 0
     }
 
     /// Hands on what is held for a link and moment that `passed`.

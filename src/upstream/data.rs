@@ -334,7 +334,6 @@ impl Machine for Data {
         self.marks.clear();
         self.ping = false;
         self.router.data_link_down(self.link);
-        self.router.fence_passed(self.link, u64::MAX, now);
     }
 }
 

@@ -58,7 +58,6 @@ impl World {
                 );
                 self.core.lose_link(kept);
                 self.router.data_link_down(0);
-                self.router.fence_passed(0, u64::MAX, self.now);
                 self.oracle.gone(self.now);
                 if !kept {
                     self.oracle.forgotten();

@@ -25,6 +25,8 @@ struct Track {
     /// PUBREL came: the identifier is free [MQTT-4.3.3-12].
     released: bool,
     session: u64,
+    /// When that session ended.
+    ended_at: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,8 +50,6 @@ struct Publisher {
     published: Vec<Logical>,
     track: HashMap<u16, Track>,
     session: u64,
-    /// When the last session ended.
-    ended_at: u64,
     will: Option<usize>,
     /// The latest of its unique messages that went to the core.
     last: u64,
@@ -136,8 +136,10 @@ impl Inbound {
     /// The session is over: its will is due now at the latest.
     pub fn ended(&mut self, device: usize, now: u64) {
         let p = &mut self.publishers[device];
+        let session = p.session;
+        let of_it = p.track.values_mut().filter(|t| t.session == session);
+        of_it.for_each(|t| t.ended_at = now);
         p.session += 1;
-        p.ended_at = now;
         if let Some(at) = p.will.take() {
             let will = &mut self.wills[at];
             will.state = match will.state {
@@ -172,11 +174,12 @@ impl Inbound {
             let other_session = track.session != p.session;
             // Or it is another of the identical ones, whose first copy was lost.
             let another = key.starts_with("same");
-            let forgotten = other_session && (another || now > p.ended_at + REMEMBERED);
+            let forgotten = other_session && (another || now > track.ended_at + REMEMBERED);
             let refused = p.published[track.logical].refused;
             let free = publish.qos == QoS::AtLeastOnce || other_session || refused;
             let new = track.answered && free;
             track.session = p.session;
+            track.ended_at = u64::MAX - REMEMBERED;
             if forgotten || new {
                 track.answered = false;
                 self.counts.entry(key).or_default().allowed += 1;
@@ -202,6 +205,7 @@ impl Inbound {
                 answered: false,
                 released: false,
                 session: p.session,
+                ended_at: u64::MAX - REMEMBERED,
             };
             p.track.insert(id, track);
         }

@@ -214,12 +214,16 @@ impl Ledger {
             }
         }
         // Where a retained message could be both, it says nothing of the order.
+        let mut asked = self.wants.iter_mut();
         if p.retain
-            && self.wants.iter().any(|w| wants(w, topic, key))
-            && let Some(at) = at
+            && at.is_some()
+            && let Some(want) = asked.find(|w| wants(w, topic, key))
         {
             self.ambiguous += 1;
-            self.owed[at].written = true;
+            *want.got.entry(key.to_owned()).or_default() += 1;
+            return Ok(());
+        }
+        if at.is_none() && self.twin(version, topic, key, p) {
             return Ok(());
         }
         let Some(at) = at else {
@@ -237,6 +241,21 @@ impl Ledger {
             *newest = owed.event.max(*newest);
         }
         Ok(())
+    }
+
+    /// A message that was published twice, of which the later one came first, at QoS 0.
+    fn twin(&mut self, version: Version, topic: &str, key: &str, p: &Publish<'_>) -> bool {
+        let mut same = self.owed.iter().filter(|o| o.key == key && o.written);
+        if !same.any(|o| o.fits(version, topic, p).is_ok()) {
+            return false;
+        }
+        let mut left = self.owed.iter_mut().filter(|o| o.key == key && !o.written);
+        let left = left.next();
+        let found = left.is_some();
+        if let Some(owed) = left {
+            owed.written = true;
+        }
+        found
     }
 
     fn replay(&mut self, topic: &str, key: &str, p: &Publish<'_>) -> Result<(), String> {

@@ -87,7 +87,8 @@ impl World {
             ends_full: queue_full == QueueFull::EndSession,
         };
         let expiry_max = limits.expiry_max;
-        let tight = config.publishes_waiting < 1 << 20;
+        let tight =
+            config.publishes_waiting < 1 << 20 || config.publishes_waiting_per_client < 1 << 20;
         let router = Arc::new(Router::new(limits, config));
         let facts = CoreFacts {
             identifiers: copies != Copies::Unnamed,
