@@ -105,6 +105,9 @@ pub(super) struct Retained {
     /// Filters with messages that are held, and how many those are.
     holding: HashSet<u32, RandomState>,
     held: usize,
+    /// Fetched while the core does not hold them on a data link: what is live on their topics
+    /// comes by other filters.
+    loose: HashSet<u32, RandomState>,
     /// Replies that wait, by filter, each until its deadline; and the deadlines in order.
     replies: HashMap<u32, Vec<(u64, Reply)>, RandomState>,
     reply_by: VecDeque<(u64, u32)>,
@@ -121,6 +124,7 @@ impl Retained {
             filters: HashMap::default(),
             holding: HashSet::default(),
             held: 0,
+            loose: HashSet::default(),
             replies: HashMap::default(),
             reply_by: VecDeque::new(),
             complete: LruCache::unbounded_with_hasher(RandomState::default()),
@@ -137,6 +141,7 @@ impl Retained {
             self.held -= cached.held.len();
             self.holding.remove(&number);
         }
+        self.loose.remove(&number);
         self.complete.pop(&number);
     }
 
@@ -306,7 +311,14 @@ impl Router {
         while taken.len() < max
             && let Some(number) = retained.queue.pop_front()
         {
-            let name = self.table.read().get(number).map(|f| f.name.clone());
+            let known = self.table.read().get(number).map(|f| {
+                let active = f.state == super::table::State::Active;
+                (f.name.clone(), active)
+            });
+            if let Some((_, false)) = known {
+                retained.loose.insert(number);
+            }
+            let name = known.map(|(name, _)| name);
             let (Some(name), Some(cached)) = (name, retained.filters.get_mut(&number)) else {
                 retained.drop_filter(number);
                 continue;
@@ -402,6 +414,7 @@ impl Router {
             let late = std::mem::take(&mut cached.late);
             if complete && !cached.overflow && !cached.stale {
                 cached.state = State::Complete;
+                retained.loose.remove(&number);
                 retained.complete.put(number, ());
                 continue;
             }
@@ -424,6 +437,9 @@ impl Router {
     /// A live message with RETAIN: the cache follows before anyone gets it.
     pub(super) fn retained_live(&self, arrived: &Arrived) {
         let mut retained = self.retained.lock();
+        if !retained.loose.is_empty() {
+            self.loose_live(&mut retained, arrived);
+        }
         for &number in &arrived.filters {
             let Some(cached) = retained.filters.get_mut(&number) else {
                 continue;
@@ -442,6 +458,22 @@ impl Router {
                 .is_some_and(|c| c.state == State::Complete && c.overflow);
             if overflow {
                 retained.drop_filter(number);
+            }
+        }
+    }
+
+    /// A live message on a topic of filters that the core does not hold yet.
+    fn loose_live(&self, retained: &mut Retained, arrived: &Arrived) {
+        let topic = arrived.message.topic();
+        let table = self.table.read();
+        let Retained { loose, filters, .. } = retained;
+        for number in loose.iter() {
+            let name = table.get(*number).map(|f| &f.name);
+            if let (Some(name), Some(cached)) = (name, filters.get_mut(number))
+                && cached.state == State::Fetching
+                && crate::mqtt::matches(name, topic)
+            {
+                cached.live.insert(topic.into());
             }
         }
     }
@@ -468,7 +500,12 @@ impl Router {
         for number in numbers {
             match retained.filters.get_mut(&number) {
                 Some(cached) if cached.state == State::Complete => retained.drop_filter(number),
-                Some(cached) => cached.stale = true,
+                Some(cached) => {
+                    cached.stale = true;
+                    if cached.state == State::Fetching {
+                        retained.loose.insert(number);
+                    }
+                }
                 None => {}
             }
         }
