@@ -229,6 +229,8 @@ async fn session(State(shared): State<Shared>, Path(id): Path<String>) -> Respon
 
 #[derive(Serialize)]
 struct Links {
+    /// What is known of the core.
+    core: Option<serde_json::Value>,
     links: Vec<LinkView>,
 }
 
@@ -236,7 +238,8 @@ async fn links(State(shared): State<Shared>) -> Response {
     work(move || {
         let mut links = shared.view.links();
         links.iter_mut().for_each(LinkView::cut);
-        Json(Links { links }).into_response()
+        let core = shared.view.core();
+        Json(Links { core, links }).into_response()
     })
     .await
 }

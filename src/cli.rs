@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::auth::Authenticator;
-use crate::config::{Config, LogFormat};
+use crate::config::{Config, LogFormat, Server};
 use crate::telemetry;
 
 pub use check::{PlanLine, memory_plan};
@@ -56,6 +56,8 @@ pub struct Commands<'a> {
     pub check: &'a dyn Fn(&Config) -> Result<(), Failure>,
     /// `tidegate certs`.
     pub certs: &'a MakeCerts<'a>,
+    /// `tidegate probe`: what is seen of the core that a configuration names, as text.
+    pub probe: &'a dyn Fn(&Config) -> Result<String, Failure>,
 }
 
 /// Lets many phones and browsers connect, break off and come back without
@@ -89,6 +91,24 @@ enum Command {
         /// Name or address that clients connect to; may be repeated
         #[arg(long = "name", value_name = "NAME", default_values = ["localhost", "127.0.0.1", "::1"])]
         names: Vec<String>,
+    },
+    /// Say what a core does where brokers differ, and which of its settings to raise
+    Probe {
+        /// Address of the core, such as mqtt://127.0.0.1:1883; else that of the configuration
+        #[arg(value_name = "URL", required_unless_present = "config")]
+        server: Option<Server>,
+        /// Configuration file (TOML), for credentials, TLS and the probe's topic
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// User name
+        #[arg(long, value_name = "NAME")]
+        username: Option<String>,
+        /// File that holds the password
+        #[arg(long, value_name = "FILE", requires = "username")]
+        password_file: Option<PathBuf>,
+        /// PEM file of trusted roots
+        #[arg(long, value_name = "FILE")]
+        ca: Option<PathBuf>,
     },
     /// Set a user's password, read from the terminal or standard input
     Passwd {
@@ -127,6 +147,21 @@ fn dispatch(
             let files = (commands.certs)(&out, &names)?;
             let lines: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
             print(&(lines.join("\n") + "\n"))
+        }
+        Command::Probe {
+            server,
+            config,
+            username,
+            password_file,
+            ca,
+        } => {
+            let mut config = load(config.as_deref())?;
+            let upstream = &mut config.upstream;
+            upstream.servers = server.map_or_else(|| upstream.servers.clone(), |s| vec![s]);
+            upstream.username = username.or(upstream.username.take());
+            upstream.password_file = password_file.or(upstream.password_file.take());
+            upstream.tls.ca = ca.or(upstream.tls.ca.take());
+            print(&(commands.probe)(&config)?)
         }
         Command::Passwd { file, user } => passwd::run(&file, &user),
     }

@@ -19,7 +19,7 @@ mod upstream;
 
 pub(crate) use check::is_loopback;
 pub use choices::{
-    Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, QueueFull,
+    Ack, AclMode, AuthMode, ClientIdRule, Durability, Habit, LogFormat, Probe, Protocol, QueueFull,
     SubscribeWhileAway, Transport,
 };
 pub use error::{Error, Problem};

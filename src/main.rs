@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         run: &run,
         check: &check,
         certs: &certs,
+        probe: &probe,
     })
 }
 
@@ -47,6 +48,16 @@ fn run(config: Config, connections: usize) -> Result<(), Failure> {
 
 fn check(config: &Config) -> Result<(), Failure> {
     runtime::check(config).map_err(|e| Failure::new(e.exit_code(), e))
+}
+
+fn probe(config: &Config) -> Result<String, Failure> {
+    let tokio = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::new(EXIT_INTERNAL, format!("no runtime: {e}")))?;
+    tokio
+        .block_on(runtime::probe(config))
+        .map_err(|e| Failure::new(e.exit_code(), e))
 }
 
 fn certs(out: &Path, names: &[String]) -> Result<Vec<std::path::PathBuf>, Failure> {

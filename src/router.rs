@@ -3,11 +3,13 @@
 //!
 //! Locks, in the order in which they may be nested: retained, then one shard; retained, then the
 //! Locks, in the order in which they may be nested: retained, then one shard; retained, then the
-//! table; either, then what is lost. Nothing else is nested, and none is held over an await.
+//! table; groups, then one shard; any of them, then what is lost. Nothing else is nested, and
+//! none is held over an await.
 mod budget;
 mod connect;
 mod fanout;
 mod fence;
+mod groups;
 pub mod lanes;
 mod links;
 mod lost;
@@ -42,6 +44,7 @@ pub use retained::Wants;
 pub use tick::WRITE_STALL;
 pub use view::{SessionInfo, SubscriptionInfo, Totals};
 
+use groups::Groups;
 use lanes::Lanes;
 use retained::Retained;
 use shard::Shard;
@@ -71,6 +74,8 @@ pub struct SessionRef {
 pub struct RouterConfig {
     /// Number of D links, 1 to 8.
     pub data_links: usize,
+    /// Number of links for shared subscriptions, 1 to 4.
+    pub shared_links: usize,
     /// Number of P links, 1 to 8.
     pub publish_links: usize,
     /// How long a filter that nobody holds stays subscribed.
@@ -108,6 +113,7 @@ pub struct Router {
     shards: Box<[Mutex<Shard>]>,
     table: RwLock<Table>,
     retained: Mutex<Retained>,
+    groups: Mutex<Groups>,
     lanes: Box<[PublishLane]>,
     /// Wakes each D link's task.
     data: Box<[Arc<Wake>]>,
@@ -150,12 +156,15 @@ struct Core {
     retain_as_published: AtomicBool,
     /// User properties reach the core: No Local can be marked.
     properties: AtomicBool,
+    /// Shared subscriptions work.
+    shared: AtomicBool,
 }
 
 impl Router {
     /// A router without sessions.
     pub fn new(limits: SessionLimits, config: RouterConfig) -> Self {
-        let table = Table::new(config.data_links);
+        let table = Table::new(config.data_links, config.shared_links);
+        let links = config.data_links + config.shared_links;
         Self {
             shards: (0..SHARDS)
                 .map(|n| Mutex::new(Shard::new(n as u16, table.lost.clone())))
@@ -165,11 +174,10 @@ impl Router {
             lanes: (0..config.publish_links)
                 .map(|_| PublishLane::default())
                 .collect(),
-            data: (0..config.data_links).map(|_| Arc::default()).collect(),
-            data_up: (0..config.data_links)
-                .map(|_| AtomicBool::new(false))
-                .collect(),
-            fences: (0..config.data_links).map(|_| Default::default()).collect(),
+            data: (0..links).map(|_| Arc::default()).collect(),
+            data_up: (0..links).map(|_| AtomicBool::new(false)).collect(),
+            fences: (0..links).map(|_| Default::default()).collect(),
+            groups: Mutex::default(),
             fetch: Arc::default(),
             queue_account: Arc::new(Account::new()),
             entry_bytes: AtomicI64::new(0),
@@ -180,6 +188,7 @@ impl Router {
             waiting_for_room: Mutex::new(Vec::new()),
             core: Core {
                 maximum_qos: AtomicU8::new(2),
+                shared: AtomicBool::new(true),
                 retain_available: AtomicBool::new(true),
                 packet_max: AtomicU32::new(u32::MAX),
                 retain_as_published: AtomicBool::new(true),
@@ -223,6 +232,11 @@ impl Router {
     /// The largest QoS that the core takes.
     pub fn maximum_qos(&self) -> QoS {
         QoS::from_u8(self.core.maximum_qos.load(Ordering::Relaxed)).unwrap_or(QoS::ExactlyOnce)
+    }
+
+    /// Whether clients are granted shared subscriptions.
+    pub fn shares(&self) -> bool {
+        self.core.shared.load(Ordering::Relaxed)
     }
 
     /// Whether the core keeps retained messages.

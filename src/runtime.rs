@@ -3,6 +3,7 @@
 mod drain;
 mod events;
 mod hints;
+mod probe;
 mod view;
 
 use std::io::Write;
@@ -28,7 +29,9 @@ use crate::transport::{
     ServerTls,
 };
 use crate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
-use crate::upstream::{RESERVED_KEY, Start, Upstream};
+use crate::upstream::{RESERVED_KEY, Reach, Start, Upstream};
+
+pub use probe::probe;
 
 use events::Counted;
 use view::View;
@@ -93,23 +96,22 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
     });
     check(&config)?;
     let tls = client_tls(&config)?;
-    let embedded = config
-        .upstream
-        .is_embedded()
-        .then(|| EmbeddedCore::start(EmbeddedOptions::default()));
+    let embedded = embedded(&config);
     let limits = Arc::new(transport_limits(&config, cap.clone()));
     let opened = open_listeners(&config, &limits)?;
 
     // From here on nothing of the configuration can fail.
     let upstream = Upstream::start(
         Start {
-            config: config.upstream.clone(),
-            node: config.node.id.clone(),
-            packet_max: upstream_packet_max(&config),
+            reach: Reach {
+                config: config.upstream.clone(),
+                node: config.node.id.clone(),
+                packet_max: upstream_packet_max(&config),
+                tls,
+                embedded,
+            },
             router: router.clone(),
             clock,
-            tls,
-            embedded,
             stop: stop_links.clone(),
             instance: getrandom::u64().unwrap_or_default() | 1,
         },
@@ -313,6 +315,17 @@ fn kind(transport: config::Transport) -> Kind {
     }
 }
 
+/// The in-process core, if that is what the configuration names.
+fn embedded(config: &Config) -> Option<EmbeddedCore> {
+    match config.upstream.servers.first() {
+        Some(Server::Embedded(habits)) => {
+            let options = EmbeddedOptions::with_habits(habits);
+            Some(EmbeddedCore::start(options))
+        }
+        _ => None,
+    }
+}
+
 fn client_tls(config: &Config) -> Result<Option<ClientTls>, StartError> {
     let wanted = config
         .upstream
@@ -363,6 +376,7 @@ fn session_limits(config: &Config) -> SessionLimits {
             .session
             .queue_age_max
             .map_or(u64::MAX, |age| age.as_millis() as u64),
+        shared_redeliver_after: config.session.shared_redeliver_after.as_millis() as u64,
         queue_full: match config.session.queue_full {
             config::QueueFull::Oldest => QueueFull::Oldest,
             config::QueueFull::Newest => QueueFull::Newest,
@@ -386,6 +400,7 @@ fn router_config(config: &Config) -> RouterConfig {
     let upstream = &config.upstream;
     RouterConfig {
         data_links: usize::from(upstream.data_links),
+        shared_links: usize::from(upstream.shared_links),
         publish_links: usize::from(upstream.publish_links),
         linger: ms(upstream.linger),
         linger_busy_min: ms(upstream.linger_busy_min),

@@ -20,7 +20,7 @@ use crate::limits::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 
 pub use connection::{Connection, ConnectionSpec};
-pub use entry::Offer;
+pub use entry::{Offer, Orphan};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
 pub use packets::senior;
@@ -66,6 +66,9 @@ pub struct SessionLimits {
     pub queue_bytes_max: usize,
     /// Age in milliseconds at which a waiting message is dropped; `u64::MAX`: none.
     pub queue_age_max: u64,
+    /// How long a session is away before others get its part of shared subscriptions,
+    /// milliseconds.
+    pub shared_redeliver_after: u64,
     /// Policy when the queue is full.
     pub queue_full: QueueFull,
     /// Keep QoS 0 for clients that are away.
@@ -182,6 +185,8 @@ pub struct Subscription {
     pub fenced_until: u64,
     /// Another subscription of this session may match the same topic.
     pub overlaps: bool,
+    /// `$share/group/filter`: the router hands each message to one member.
+    pub shared: bool,
 }
 
 /// A session.
@@ -203,6 +208,8 @@ pub struct Session {
     generation: u64,
     version: Version,
     ends_at: u64,
+    /// Then other members get what this one was to have of its groups.
+    share_at: u64,
     subscriptions: Vec<Subscription>,
     outbound: Outbound,
     /// From the first publish of QoS 1 or 2 on: those who only listen have none.
@@ -227,6 +234,8 @@ pub struct Ended {
     pub session: bool,
     /// Messages that end with it.
     pub messages: usize,
+    /// Deliveries of shared subscriptions that another member is to get.
+    pub shared: Vec<Orphan>,
 }
 
 impl Session {
@@ -243,6 +252,7 @@ impl Session {
             generation: 0,
             version: Version::V5,
             ends_at: u64::MAX,
+            share_at: u64::MAX,
             subscriptions: Vec::new(),
             outbound: Outbound::default(),
             inbound: None,
@@ -280,6 +290,7 @@ impl Session {
         self.version = spec.version;
         self.since = now;
         self.ends_at = u64::MAX;
+        self.share_at = u64::MAX;
         self.will = will.map(Box::new);
         self.connection = Some(Box::new(Connection::new(self.generation, spec, now)));
         Attached {
@@ -304,7 +315,11 @@ impl Session {
             let over = self.end();
             ended.session = true;
             ended.messages = over.messages;
+            ended.shared = over.shared;
             return ended;
+        }
+        if self.outbound.has_shared() {
+            self.share_at = now.saturating_add(limits.shared_redeliver_after);
         }
         if self.expiry != u32::MAX {
             self.ends_at = now + u64::from(self.expiry) * 1000;
@@ -335,6 +350,7 @@ impl Session {
 
     /// Ends the session's state; the will is the caller's to settle.
     fn end(&mut self) -> Ended {
+        let shared = self.outbound.take_shared();
         let messages = self.outbound.queued() + self.outbound.in_flight();
         self.outbound = Outbound::default();
         if let Some(inbound) = &mut self.inbound {
@@ -348,6 +364,7 @@ impl Session {
         Ended {
             session: true,
             messages,
+            shared,
             ..Ended::default()
         }
     }
@@ -366,10 +383,16 @@ impl Session {
         if self.will.as_ref().is_some_and(|w| w.due_at <= now) {
             ended.will = self.will.take().map(|w| w.publish(now));
         }
+        if self.share_at <= now {
+            self.share_at = u64::MAX;
+            ended.shared = self.outbound.take_shared();
+        }
         if self.ends_at <= now {
+            let shared = std::mem::take(&mut ended.shared);
             let will = ended.will.or(self.will.take().map(|w| w.publish(now)));
             ended = self.end();
             ended.will = will;
+            ended.shared.extend(shared);
         }
         ended
     }
@@ -384,7 +407,7 @@ impl Session {
             Some(_) => u64::MAX,
             None => {
                 let will = self.will.as_ref().map_or(u64::MAX, |w| w.due_at);
-                will.min(self.ends_at)
+                will.min(self.ends_at).min(self.share_at)
             }
         }
     }
@@ -452,6 +475,12 @@ impl Session {
     /// A ghost that is still of use.
     pub fn worth_keeping(&self) -> bool {
         self.inbound.as_ref().is_some_and(|i| i.has_orphans())
+    }
+
+    /// Whether a message of QoS 1 or 2 would be written at once.
+    pub fn window_free(&self, limits: &SessionLimits) -> bool {
+        let connection = self.connection.as_deref();
+        connection.is_some_and(|c| self.outbound.window_free(c, limits))
     }
 
     /// The sending half.

@@ -8,8 +8,11 @@ mod data;
 mod driver;
 pub mod embedded;
 mod fetch;
+pub mod habits;
 mod handshake;
+mod learn;
 mod machine;
+mod probe;
 mod publish;
 mod redelivery;
 #[cfg(test)]
@@ -33,6 +36,7 @@ use crate::transport::ClientTls;
 use data::Data;
 use embedded::EmbeddedCore;
 use fetch::Fetch;
+use habits::Habits;
 use publish::Publisher;
 
 /// User properties with this key are ours: stripped from what clients send, and from what the
@@ -48,6 +52,8 @@ pub enum Role {
     Publish,
     /// Retained messages.
     Retained,
+    /// Shared subscriptions.
+    Shared,
 }
 
 impl Role {
@@ -57,6 +63,7 @@ impl Role {
             Self::Data => 'd',
             Self::Publish => 'p',
             Self::Retained => 'r',
+            Self::Shared => 's',
         }
     }
 }
@@ -100,46 +107,86 @@ impl LinkStatus {
     }
 }
 
-/// What all links share.
-pub(crate) struct Shared {
+/// The core as all links know it, and how it is dialled.
+pub(crate) struct Core {
     pub config: config::Upstream,
     pub node: String,
     pub packet_max: u32,
-    pub router: Arc<Router>,
-    pub clock: Clock,
     pub tls: Option<ClientTls>,
     pub embedded: Option<EmbeddedCore>,
-    pub stop: CancellationToken,
-    /// The core is known to speak MQTT 3.1.1 and not 5.
+    /// It is known to speak MQTT 3.1.1 and not 5.
     pub no_v5: AtomicBool,
-    /// The core is known to speak MQTT 5.
+    /// It is known to speak MQTT 5.
     pub has_v5: AtomicBool,
+    /// What is known of it; locked while it is probed.
+    pub known: tokio::sync::Mutex<Option<learn::Known>>,
+    /// The record that holds now, for those who look.
+    pub habits: Arc<Mutex<Option<Arc<Habits>>>>,
+}
+
+/// What all links share.
+pub(crate) struct Shared {
+    pub core: Core,
+    pub router: Arc<Router>,
+    pub clock: Clock,
+    pub stop: CancellationToken,
     /// Raised when filters were placed anew: data links begin again.
     pub placement: AtomicU64,
 }
 
-/// The running links.
-#[derive(Debug, Clone)]
-pub struct Upstream {
-    links: Arc<[Arc<LinkStatus>]>,
-}
-
-/// What [`Upstream::start`] needs.
-pub struct Start {
+/// How a core is reached.
+pub struct Reach {
     /// `[upstream]`.
     pub config: config::Upstream,
     /// `node.id`.
     pub node: String,
     /// Largest packet that may be forwarded, bytes.
     pub packet_max: u32,
-    /// The router.
-    pub router: Arc<Router>,
-    /// The process's clock.
-    pub clock: Clock,
     /// TLS toward the core, where a server needs it.
     pub tls: Option<ClientTls>,
     /// The in-process core, if that is what `servers` names.
     pub embedded: Option<EmbeddedCore>,
+}
+
+impl Core {
+    fn new(reach: Reach) -> Self {
+        Self {
+            no_v5: (reach.config.protocol == config::Protocol::V311).into(),
+            has_v5: AtomicBool::new(false),
+            config: reach.config,
+            node: reach.node,
+            packet_max: reach.packet_max,
+            tls: reach.tls,
+            embedded: reach.embedded,
+            known: tokio::sync::Mutex::default(),
+            habits: Arc::default(),
+        }
+    }
+}
+
+/// Probes the first server of a configuration, for a person.
+///
+/// # Errors
+/// Why it cannot be reached.
+pub async fn probe_once(reach: Reach) -> Result<Habits, String> {
+    learn::probe_once(&Core::new(reach)).await
+}
+
+/// The running links.
+#[derive(Debug, Clone)]
+pub struct Upstream {
+    links: Arc<[Arc<LinkStatus>]>,
+    habits: Arc<Mutex<Option<Arc<Habits>>>>,
+}
+
+/// What [`Upstream::start`] needs.
+pub struct Start {
+    /// How the core is reached.
+    pub reach: Reach,
+    /// The router.
+    pub router: Arc<Router>,
+    /// The process's clock.
+    pub clock: Clock,
     /// Tells the links to end.
     pub stop: CancellationToken,
     /// A number that other processes do not have: marks No Local tags.
@@ -150,18 +197,14 @@ impl Upstream {
     /// Starts all links; each dials on its own.
     pub fn start(start: Start, tasks: &TaskTracker) -> Self {
         let shared = Arc::new(Shared {
-            no_v5: (start.config.protocol == config::Protocol::V311).into(),
-            has_v5: AtomicBool::new(false),
-            placement: AtomicU64::new(0),
-            config: start.config,
-            node: start.node,
-            packet_max: start.packet_max,
+            core: Core::new(start.reach),
             router: start.router,
             clock: start.clock,
-            tls: start.tls,
-            embedded: start.embedded,
             stop: start.stop,
+            placement: AtomicU64::new(0),
         });
+        let habits = shared.core.habits.clone();
+        let probes: Arc<str> = shared.core.config.probe_topic.as_str().into();
         let mut links = Vec::new();
         let mut add = |role: Role, number: usize| {
             let name = format!("{}{number}", role.letter());
@@ -176,8 +219,8 @@ impl Upstream {
             links.push(status.clone());
             status
         };
-        for n in 0..usize::from(shared.config.data_links) {
-            let machine = Data::new(shared.router.clone(), n, start.instance);
+        for n in 0..usize::from(shared.core.config.data_links) {
+            let machine = Data::new(shared.router.clone(), n, start.instance, probes.clone());
             let wake = shared.router.data_wake(n).clone();
             tasks.spawn(driver::run(
                 shared.clone(),
@@ -186,7 +229,19 @@ impl Upstream {
                 wake,
             ));
         }
-        for n in 0..usize::from(shared.config.publish_links) {
+        for n in 0..usize::from(shared.core.config.shared_links) {
+            let link = shared.router.shared_link(n);
+            let (router, probes) = (shared.router.clone(), probes.clone());
+            let machine = Data::new(router, link, start.instance, probes);
+            let wake = shared.router.data_wake(link).clone();
+            tasks.spawn(driver::run(
+                shared.clone(),
+                add(Role::Shared, n),
+                machine,
+                wake,
+            ));
+        }
+        for n in 0..usize::from(shared.core.config.publish_links) {
             let machine = Publisher::new(shared.router.clone(), n, start.instance);
             let wake = shared.router.publish_wake(n).clone();
             tasks.spawn(driver::run(
@@ -196,7 +251,7 @@ impl Upstream {
                 wake,
             ));
         }
-        let machine = Fetch::new(shared.router.clone());
+        let machine = Fetch::new(shared.router.clone(), probes);
         let wake = shared.router.fetch_wake().clone();
         tasks.spawn(driver::run(
             shared.clone(),
@@ -206,12 +261,18 @@ impl Upstream {
         ));
         Self {
             links: links.into(),
+            habits,
         }
     }
 
     /// All links.
     pub fn links(&self) -> &[Arc<LinkStatus>] {
         &self.links
+    }
+
+    /// What is known of the core; `None` before the first link came up.
+    pub fn habits(&self) -> Option<Arc<Habits>> {
+        self.habits.lock().clone()
     }
 
     /// Publishes that the core has not acknowledged.
@@ -245,6 +306,12 @@ fn qos_label(qos: QoS) -> telemetry::Qos {
         QoS::AtLeastOnce => telemetry::Qos::AtLeastOnce,
         QoS::ExactlyOnce => telemetry::Qos::ExactlyOnce,
     }
+}
+
+/// Whether a topic is below that of probes, of this node or another.
+fn is_probe(topic: &str, probes: &str) -> bool {
+    let rest = topic.strip_prefix(probes);
+    rest.is_some_and(|rest| rest.starts_with('/'))
 }
 
 /// When a message with this Message Expiry Interval (seconds) expires; `u64::MAX`: never.

@@ -16,6 +16,8 @@ pub trait AdminView: Send + Sync + 'static {
     fn session(&self, id: &str) -> Option<SessionView>;
     /// The links to the core.
     fn links(&self) -> Vec<LinkView>;
+    /// What is known of the core; `None` before the first link came up.
+    fn core(&self) -> Option<serde_json::Value>;
     /// Sets the gauges that are only worth setting when someone looks.
     fn before_scrape(&self);
 }

@@ -21,6 +21,12 @@ fn call(arguments: &[&str]) -> (Result<(), Failure>, Vec<String>) {
             note(format!("certs {} {}", out.display(), names.join(",")));
             Ok(vec![out.join("edge.pem")])
         },
+        probe: &|config| {
+            let upstream = &config.upstream;
+            let user = upstream.username.as_deref().unwrap_or("nobody");
+            note(format!("probe {} {user}", upstream.servers[0]));
+            Ok(String::new())
+        },
     };
     let words = std::iter::once("tidegate").chain(arguments.iter().copied());
     let result = dispatch(words.map(OsString::from), &commands);
@@ -35,6 +41,8 @@ fn code(arguments: &[&str]) -> u8 {
 fn commands_get_what_is_said() {
     assert_eq!(call(&["run"]).1, ["run local true"]);
     assert_eq!(call(&["check"]).1, ["check local"]);
+    let probe = ["probe", "mqtt://core", "--username", "edge"];
+    assert_eq!(call(&probe).1, ["probe mqtt://core:1883 edge"]);
     let (result, calls) = call(&["certs", "--out", "d", "--name", "a", "--name", "b"]);
     assert_eq!((result, calls), (Ok(()), vec!["certs d a,b".to_owned()]));
     let (_, calls) = call(&["certs", "--out", "d"]);
@@ -48,6 +56,8 @@ fn ends_have_their_codes() {
         &["fly"],
         &["run", "--confg", "x"],
         &["certs"],
+        &["probe"],
+        &["probe", "http://core"],
         &["passwd", "file"],
         &["check", "--config", "/nonexistent/x.toml"],
     ] {

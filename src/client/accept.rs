@@ -297,7 +297,7 @@ async fn admit(
         maximum_packet_size: Some(packet_max),
         assigned_client_id: assigned.then_some(&*client_id),
         topic_alias_maximum: Some(clients.limits.topic_alias_max),
-        shared_subscription_available: Some(false),
+        shared_subscription_available: (!router.shares()).then_some(false),
         server_keep_alive: (keep_alive != connect.keep_alive).then_some(keep_alive),
         ..Connack::default()
     };

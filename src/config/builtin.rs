@@ -122,16 +122,18 @@ impl Default for Node {
 impl Default for Upstream {
     fn default() -> Self {
         Self {
-            servers: vec![Server::Embedded(String::new())],
+            servers: vec![Server::Embedded(Vec::new())],
             username: None,
             password_file: None,
             protocol: Protocol::Auto,
             client_id_prefix: "tidegate".to_owned(),
             data_links: 2,
             publish_links: PUBLISH_LINKS_AUTO,
+            shared_links: 1,
             roots: Vec::new(),
             ack: Ack::Upstream,
-            probe: Probe::Off,
+            probe: Probe::Auto,
+            probe_topic: "tidegate/probe".to_owned(),
             linger: Duration::from_secs(600),
             linger_busy_min: Duration::from_secs(60),
             filters_lingering_max: 100_000,
@@ -160,6 +162,7 @@ impl Default for Session {
             queue_full: QueueFull::Oldest,
             queue_qos0: false,
             queue_age_max: None,
+            shared_redeliver_after: Duration::from_secs(30),
             keepalive_max: None,
             keepalive_default: None,
         }

@@ -226,7 +226,14 @@ impl Check<'_, '_> {
             }
         }
         self.name("upstream.client_id_prefix", &up.client_id_prefix);
+        if !plain_topic(&up.probe_topic) {
+            self.say(
+                "upstream.probe_topic",
+                "not a topic name without wildcards, or it begins with \"$\" or ends in \"/\"",
+            );
+        }
         self.range("upstream.data_links", up.data_links, 1..=8);
+        self.range("upstream.shared_links", up.shared_links, 1..=4);
         self.range_time("upstream.linger", up.linger, Duration::ZERO..=YEAR);
         if up.linger_busy_min > up.linger {
             self.say("upstream.linger_busy_min", "longer than upstream.linger");
@@ -339,6 +346,11 @@ impl Check<'_, '_> {
                 "longer than session.keepalive_max",
             );
         }
+        self.range_time(
+            "session.shared_redeliver_after",
+            session.shared_redeliver_after,
+            Duration::ZERO..=YEAR,
+        );
         if let Some(age) = session.queue_age_max {
             self.range_time("session.queue_age_max", age, SECOND..=YEAR * 100);
         }
@@ -488,6 +500,15 @@ impl Check<'_, '_> {
             }
         }
     }
+}
+
+/// A topic name below which others can be.
+fn plain_topic(topic: &str) -> bool {
+    !topic.is_empty()
+        && topic.len() < 1024
+        && !topic.starts_with(['$', '/'])
+        && !topic.ends_with('/')
+        && !topic.contains(['+', '#', '\0'])
 }
 
 /// What is wrong with a topic pattern of a rule.

@@ -82,13 +82,76 @@ choices!(Ack {
 /// Whether the core's habits are probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
+    /// When a link comes up and its CONNACK says something new.
+    Auto,
     /// Never: what CONNACK says is taken for true.
     Off,
 }
 
 choices!(Probe {
+    "auto" => Auto,
     "off" => Off,
-} not supported { "auto", });
+} not supported {});
+
+/// A habit or fault of real brokers that the embedded core imitates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Habit {
+    /// A copy for each overlapping filter of a client, as the standard allows.
+    Many,
+    /// One copy with all identifiers, as the standard allows.
+    One,
+    /// No Subscription Identifiers.
+    NoIds,
+    /// One copy at the lowest QoS: a fault.
+    LowestQos,
+    /// Retained messages come long after SUBACK.
+    LateRetained,
+    /// Redeliveries without DUP: a fault.
+    Dup0,
+    /// Receive Maximum 10, both ways.
+    SmallWindow,
+    /// Shared subscriptions are granted, and nothing ever comes: a fault.
+    DeadShared,
+    /// No shared subscriptions.
+    NoShared,
+    /// RETAIN is never set on a live message: a fault.
+    NoRap,
+    /// MQTT 5 is refused.
+    V311,
+}
+
+choices!(Habit {
+    "many" => Many,
+    "one" => One,
+    "no-ids" => NoIds,
+    "lowest-qos" => LowestQos,
+    "late-retained" => LateRetained,
+    "dup0" => Dup0,
+    "small-window" => SmallWindow,
+    "dead-shared" => DeadShared,
+    "no-shared" => NoShared,
+    "no-rap" => NoRap,
+    "3.1.1" => V311,
+} not supported {});
+
+impl Habit {
+    /// The word in configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Many => "many",
+            Self::One => "one",
+            Self::NoIds => "no-ids",
+            Self::LowestQos => "lowest-qos",
+            Self::LateRetained => "late-retained",
+            Self::Dup0 => "dup0",
+            Self::SmallWindow => "small-window",
+            Self::DeadShared => "dead-shared",
+            Self::NoShared => "no-shared",
+            Self::NoRap => "no-rap",
+            Self::V311 => "3.1.1",
+        }
+    }
+}
 
 /// What becomes of a new filter when the core stays away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -285,10 +285,22 @@ const WRONG: &[(&str, usize, &str, &str)] = &[
         "not supported",
     ),
     (
-        "[upstream]\nservers = [\"wss://a\"]\n",
+        "[upstream]\nservers = [\"wss://a b\"]\n",
         2,
         "upstream.servers[0]",
-        "not supported",
+        "wss://host:port/path",
+    ),
+    (
+        "[upstream]\nservers = [\"embedded:no-id\"]\n",
+        2,
+        "upstream.servers[0]",
+        "did you mean \"no-ids\"",
+    ),
+    (
+        "[upstream]\nprobe_topic = \"a/#\"\n",
+        2,
+        "upstream.probe_topic",
+        "without wildcards",
     ),
     (
         "[upstream]\nservers = []\n",

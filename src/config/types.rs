@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::choices::{
-    Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, QueueFull,
+    Ack, AclMode, AuthMode, ClientIdRule, Durability, Habit, LogFormat, Probe, Protocol, QueueFull,
     SubscribeWhileAway, Transport,
 };
 use super::units::{duration, duration_or_none, size, size32};
@@ -123,6 +123,8 @@ pub struct Upstream {
     /// Number of P links, 1 to 8 (`auto` is 2).
     #[serde(deserialize_with = "publish_links")]
     pub publish_links: u8,
+    /// Number of links for shared subscriptions, 1 to 4; opened when first asked for.
+    pub shared_links: u8,
     /// Filters subscribed for good, under which clients' filters cost the core
     /// nothing; not supported, always empty.
     #[serde(deserialize_with = "no_roots")]
@@ -131,6 +133,8 @@ pub struct Upstream {
     pub ack: Ack,
     /// Whether the core's habits are probed or taken as its CONNACK says.
     pub probe: Probe,
+    /// The topic below which probes publish and subscribe; clients never see it.
+    pub probe_topic: String,
     /// How long a filter that nobody holds any more stays subscribed.
     #[serde(deserialize_with = "duration")]
     pub linger: Duration,
@@ -175,10 +179,10 @@ pub struct Upstream {
 /// One core address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Server {
-    /// The in-process core; the text after `embedded:` would name habits of
-    /// real brokers to imitate and is empty in this version.
-    Embedded(String),
-    /// `mqtt://` or `mqtts://`.
+    /// The in-process core, with habits of real brokers to imitate, for tests:
+    /// `embedded:no-ids,dup0`.
+    Embedded(Vec<Habit>),
+    /// `mqtt://`, `mqtts://`, `ws://` or `wss://`.
     Remote {
         /// Whether TLS is spoken.
         tls: bool,
@@ -186,19 +190,35 @@ pub enum Server {
         host: String,
         /// TCP port.
         port: u16,
+        /// The WebSocket's path; `None`: no WebSocket.
+        path: Option<String>,
     },
 }
 
 impl std::fmt::Display for Server {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Embedded(habits) => write!(f, "embedded:{habits}"),
-            Self::Remote { tls, host, port } => {
-                let scheme = if *tls { "mqtts" } else { "mqtt" };
+            Self::Embedded(habits) => {
+                let names: Vec<&str> = habits.iter().map(|h| h.name()).collect();
+                write!(f, "embedded:{}", names.join(","))
+            }
+            Self::Remote {
+                tls,
+                host,
+                port,
+                path,
+            } => {
+                let scheme = match (path, tls) {
+                    (None, false) => "mqtt",
+                    (None, true) => "mqtts",
+                    (Some(_), false) => "ws",
+                    (Some(_), true) => "wss",
+                };
+                let path = path.as_deref().unwrap_or("");
                 if host.contains(':') {
-                    write!(f, "{scheme}://[{host}]:{port}")
+                    write!(f, "{scheme}://[{host}]:{port}{path}")
                 } else {
-                    write!(f, "{scheme}://{host}:{port}")
+                    write!(f, "{scheme}://{host}:{port}{path}")
                 }
             }
         }
@@ -266,6 +286,9 @@ pub struct Session {
     /// Age at which a waiting message is dropped.
     #[serde(deserialize_with = "duration_or_none")]
     pub queue_age_max: Option<Duration>,
+    /// How long a client is away before other members of its groups get what it was to have.
+    #[serde(deserialize_with = "duration")]
+    pub shared_redeliver_after: Duration,
     /// Longest keep alive granted; a longer or absent one is answered with
     /// Server Keep Alive. Whole seconds, 1 to 65535.
     #[serde(deserialize_with = "duration_or_none")]

@@ -4,7 +4,8 @@ use std::marker::PhantomData;
 
 use serde::de::{self, Deserialize, Deserializer};
 
-use super::builtin::PUBLISH_LINKS_AUTO;
+use super::builtin::{PUBLISH_LINKS_AUTO, WS_PATH};
+use super::choices::Habit;
 use super::types::Server;
 use super::units::{Read, Written};
 
@@ -53,31 +54,33 @@ impl<'de> Deserialize<'de> for Server {
     }
 }
 
+impl std::str::FromStr for Server {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::text(text)
+    }
+}
+
 impl Written for Server {
     type Value = Self;
-    const WHAT: &'static str = "\"mqtt://host:port\", \"mqtts://host:port\" or \"embedded:\"";
+    const WHAT: &'static str = "\"mqtt://host:port\", \"mqtts://host:port\", \"ws://host:port/path\", \"wss://host:port/path\" or \"embedded:\"";
 
     fn text(text: &str) -> Result<Self, String> {
         let wrong = || format!("{text:?} is not {}", Self::WHAT);
         if let Some(habits) = text.strip_prefix("embedded:") {
-            if !habits.is_empty() {
-                return Err(format!(
-                    "{text:?}: habits of the embedded core are not supported by this version; \
-                     write \"embedded:\""
-                ));
-            }
-            return Ok(Self::Embedded(String::new()));
+            let words = habits.split(',').filter(|_| !habits.is_empty());
+            let habits: Result<Vec<Habit>, String> = words.map(Habit::text).collect();
+            return habits
+                .map(Self::Embedded)
+                .map_err(|e| format!("{text:?}: a habit of the embedded core: {e}"));
         }
         let (scheme, rest) = text.split_once("://").ok_or_else(wrong)?;
-        let tls = match scheme {
-            "mqtt" => false,
-            "mqtts" => true,
-            "ws" | "wss" => {
-                return Err(format!(
-                    "{scheme}:// toward the core is not supported by this version; write {}",
-                    Self::WHAT
-                ));
-            }
+        let (tls, websocket, usual) = match scheme {
+            "mqtt" => (false, false, 1883),
+            "mqtts" => (true, false, 8883),
+            "ws" => (false, true, 80),
+            "wss" => (true, true, 443),
             _ => return Err(wrong()),
         };
         if rest.contains('@') {
@@ -85,13 +88,25 @@ impl Written for Server {
                 "{scheme}:// takes no credentials; use upstream.username and upstream.password_file"
             ));
         }
-        let authority = rest.strip_suffix('/').unwrap_or(rest);
-        let (host, port) =
-            split_port(authority, if tls { 8883 } else { 1883 }).ok_or_else(wrong)?;
+        let (authority, path) = match rest.find('/') {
+            Some(at) => rest.split_at(at),
+            None => (rest, ""),
+        };
+        let path = match (websocket, path) {
+            (false, "" | "/") => None,
+            (false, _) => return Err(wrong()),
+            (true, "") => Some(WS_PATH.to_owned()),
+            (true, path) if path.bytes().all(|b| b.is_ascii_graphic() && b != b'#') => {
+                Some(path.to_owned())
+            }
+            (true, _) => return Err(wrong()),
+        };
+        let (host, port) = split_port(authority, usual).ok_or_else(wrong)?;
         Ok(Self::Remote {
             tls,
             host: host.to_owned(),
             port,
+            path,
         })
     }
 }
@@ -136,7 +151,12 @@ mod tests {
     fn addresses() {
         let remote = |tls, host: &str, port| {
             let host = host.to_owned();
-            Ok(Server::Remote { tls, host, port })
+            Ok(Server::Remote {
+                tls,
+                host,
+                port,
+                path: None,
+            })
         };
         assert_eq!(
             Server::text("mqtt://127.0.0.1:1883"),
@@ -148,10 +168,7 @@ mod tests {
         );
         assert_eq!(Server::text("mqtts://[::1]:7/"), remote(true, "::1", 7));
         assert_eq!(Server::text("mqtt://[::1]"), remote(false, "::1", 1883));
-        assert_eq!(
-            Server::text("embedded:"),
-            Ok(Server::Embedded(String::new()))
-        );
+        assert_eq!(Server::text("embedded:"), Ok(Server::Embedded(Vec::new())));
         for wrong in [
             "core:1883",
             "http://core",
@@ -164,16 +181,26 @@ mod tests {
             "mqtt://[::1",
             "mqtt://[x]:1",
             "mqtt://a b",
+            "ws://a/b c",
+            "wss://a/#b",
             "embedded",
-            "embedded:many",
+            "embedded:manny",
+            "embedded:many,",
         ] {
             assert!(Server::text(wrong).is_err(), "{wrong}");
         }
-        assert!(
-            Server::text("wss://a")
-                .unwrap_err()
-                .contains("not supported")
-        );
+        let paths = [
+            ("ws://a", 80, "/mqtt"),
+            ("wss://a:8084", 8084, "/mqtt"),
+            ("wss://a/x?y=1", 443, "/x?y=1"),
+            ("ws://a:1/", 1, "/"),
+        ];
+        for (text, wanted_port, wanted_path) in paths {
+            let Ok(Server::Remote { port, path, .. }) = Server::text(text) else {
+                panic!("{text}");
+            };
+            assert_eq!((port, path.as_deref()), (wanted_port, Some(wanted_path)));
+        }
         assert!(
             Server::text("mqtt://u:p@a")
                 .unwrap_err()
@@ -183,7 +210,15 @@ mod tests {
 
     #[test]
     fn an_address_reads_as_it_is_written() {
-        for text in ["mqtt://core:1883", "mqtts://[::1]:8883", "embedded:"] {
+        let texts = [
+            "mqtt://core:1883",
+            "mqtts://[::1]:8883",
+            "embedded:",
+            "embedded:one,no-rap",
+            "ws://core:80/mqtt",
+            "wss://[::1]:443/a/b",
+        ];
+        for text in texts {
             assert_eq!(Server::text(text).unwrap().to_string(), text);
         }
     }

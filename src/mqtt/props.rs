@@ -14,6 +14,11 @@ impl<'a> Properties<'a> {
         self.0
     }
 
+    /// Properties that we wrote ourselves.
+    pub(crate) fn own(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
     /// True when there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -61,7 +66,8 @@ macro_rules! properties {
                 }
             }
 
-            pub(crate) fn write(&self, out: &mut Vec<u8>) {
+            /// Appends identifier and value.
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
                 out.push(self.id());
                 match *self {
                     $(Property::$variant(v) => put!($kind v out),)*

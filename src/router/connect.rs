@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::mqtt::{Message, ReasonCode};
-use crate::session::{Close, ConnectionSpec, Effect, Ended, Session, Will};
+use crate::session::{Close, ConnectionSpec, Effect, Ended, Orphan, Session, Will};
 use crate::telemetry::{DropReason as DropCause, SessionEndReason, metrics};
 
 use super::shard::Shard;
@@ -72,6 +72,7 @@ impl Router {
     ) -> Result<Connected, Refused> {
         let mut wills: Vec<(SessionRef, Message)> = Vec::new();
         let mut released: Vec<u32> = Vec::new();
+        let mut orphans = Vec::new();
         let number = self.shard_of(&connect.client_id);
         let mut shard = self.shards[number].lock();
         let mut known = shard.by_id.get(&connect.client_id).copied();
@@ -110,6 +111,7 @@ impl Router {
                         metrics().sessions_ended[SessionEndReason::CleanStart].increment(1);
                         self.count_lost(&ended);
                     }
+                    orphans = ended.shared;
                     wills.extend(ended.will.map(|will| (reference, will)));
                     released = shard.release(at);
                 } else if taken_over {
@@ -158,6 +160,7 @@ impl Router {
         for (session, will) in wills {
             self.publish_will(session, will, now);
         }
+        self.share_again(orphans, now);
         Ok(Connected {
             session: reference,
             generation: attached.generation,
@@ -198,6 +201,7 @@ impl Router {
         if ended.session {
             metrics().sessions_ended[SessionEndReason::NotKept].increment(1);
         }
+        self.share_again(std::mem::take(&mut ended.shared), now);
         ended.session
     }
 
@@ -216,6 +220,7 @@ impl Router {
             return;
         }
         let mut ended = s.session.expire(now);
+        due.shared.append(&mut ended.shared);
         due.wills
             .extend(ended.will.take().map(|will| (reference, will)));
         if ended.session {
@@ -250,6 +255,7 @@ impl Router {
         self.defer(Due {
             filters,
             wills: ended.will.map(|w| (reference, w)).into_iter().collect(),
+            shared: ended.shared,
             shard: reference.shard,
         });
     }
@@ -285,6 +291,7 @@ impl Router {
         for (session, will) in due.wills {
             self.publish_will(session, will, now);
         }
+        self.share_again(due.shared, now);
     }
 
     pub(super) fn next_tag(&self) -> u64 {
@@ -297,6 +304,7 @@ impl Router {
 pub(super) struct Due {
     pub filters: Vec<u32>,
     pub wills: Vec<(SessionRef, Message)>,
+    pub shared: Vec<Orphan>,
     pub shard: u16,
 }
 

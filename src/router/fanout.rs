@@ -125,6 +125,7 @@ impl Router {
             return;
         }
         let mut masks: SmallVec<[u64; 64]> = SmallVec::new();
+        let mut shares = false;
         let mut all = 0;
         {
             let table = self.table.read();
@@ -143,6 +144,11 @@ impl Router {
                     let filters = &mut arrived.filters;
                     filters.clear();
                     table.match_topic(arrived.link, arrived.message.topic(), |n| filters.push(n));
+                }
+                if arrived.link >= self.config.data_links {
+                    shares = true;
+                    masks.push(0);
+                    continue;
                 }
                 for number in &arrived.filters {
                     if let Some(filter) = table.get(*number) {
@@ -165,6 +171,14 @@ impl Router {
             }
         }
         let mut tally = Tally::default();
+        if shares {
+            for arrived in batch.iter() {
+                for number in &arrived.filters {
+                    self.share(*number, &arrived.message, now, &mut tally);
+                }
+            }
+            tally.wake();
+        }
         while all != 0 {
             let index = all.trailing_zeros() as usize;
             all &= all - 1;

@@ -7,7 +7,7 @@ use crate::mqtt::{QoS, ReasonCode};
 use crate::telemetry::metrics;
 
 use super::Router;
-use super::table::{State, UNPLACED};
+use super::table::{State, UNPLACED, Waiter};
 use super::wake::Wake;
 
 /// A filter to be subscribed at the core.
@@ -26,8 +26,12 @@ pub struct Wanted {
 pub struct CoreFacts {
     /// Subscription Identifiers are available.
     pub identifiers: bool,
-    /// Live messages keep RETAIN, and user properties exist: MQTT 5.
-    pub version_5: bool,
+    /// User properties reach the core's subscribers.
+    pub properties: bool,
+    /// Live messages keep RETAIN.
+    pub keeps_retain: bool,
+    /// Shared subscriptions work.
+    pub shared: bool,
     /// Maximum QoS.
     pub maximum_qos: QoS,
     /// Retain Available.
@@ -47,9 +51,10 @@ impl Router {
             .store(facts.retain_available, Ordering::Relaxed);
         core.packet_max.store(facts.packet_max, Ordering::Relaxed);
         core.retain_as_published
-            .store(facts.version_5, Ordering::Relaxed);
-        core.properties.store(facts.version_5, Ordering::Relaxed);
-        let mut refused = Vec::new();
+            .store(facts.keeps_retain, Ordering::Relaxed);
+        core.properties.store(facts.properties, Ordering::Relaxed);
+        core.shared.store(facts.shared, Ordering::Relaxed);
+        let mut refused: Vec<(u32, Vec<Waiter>, ReasonCode)> = Vec::new();
         let mut table = self.table.write();
         if table.identifiers == Some(facts.identifiers) {
             return false;
@@ -79,6 +84,14 @@ impl Router {
                 continue;
             };
             filter.link = UNPLACED;
+            if filter.shared && !facts.shared {
+                filter.state = State::Absent;
+                filter.held = false;
+                let waiters = table.take_waiters(number, QoS::ExactlyOnce);
+                let code = ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
+                refused.push((number, waiters, code));
+                continue;
+            }
             let name = filter.name.clone();
             let wanted = filter.state != State::Absent;
             let placed = table.place(number, self.hash(&name), &[]);
@@ -95,7 +108,7 @@ impl Router {
                 }
                 table.lost.remove(number);
                 let waiters = table.take_waiters(number, QoS::ExactlyOnce);
-                refused.push((number, waiters));
+                refused.push((number, waiters, ReasonCode::QUOTA_EXCEEDED));
                 continue;
             }
             if wanted && let Some(filter) = table.get_mut(number) {
@@ -105,8 +118,8 @@ impl Router {
             }
         }
         drop(table);
-        for (number, waiters) in refused {
-            self.settle_waiters(number, &waiters, ReasonCode::QUOTA_EXCEEDED, false, now);
+        for (number, waiters, code) in refused {
+            self.settle_waiters(number, &waiters, code, false, now);
         }
         for wake in &self.data {
             wake.raise();
@@ -127,6 +140,11 @@ impl Router {
     /// Wakes D link `link`'s task.
     pub fn data_wake(&self, link: usize) -> &Arc<Wake> {
         &self.data[link]
+    }
+
+    /// The number among the D links of link `n` for shared subscriptions.
+    pub fn shared_link(&self, n: usize) -> usize {
+        self.config.data_links + n
     }
 
     /// Wakes the R link's task.
@@ -265,8 +283,8 @@ impl Router {
 
     /// Whether every data link is up and has its filters again: what is published now is seen.
     pub fn data_settled(&self) -> bool {
-        self.data_up.iter().all(|up| up.load(Ordering::Acquire))
-            && self.table.read().lost.is_empty()
+        let data = &self.data_up[..self.config.data_links];
+        data.iter().all(|up| up.load(Ordering::Acquire)) && self.table.read().lost.is_empty()
     }
 
     /// D link `link` is lost.

@@ -342,7 +342,7 @@ impl Router {
         let link = self.table.read().get(number).map(|f| usize::from(f.link));
         match link {
             // While the link is away too: what its session kept comes first.
-            Some(link) if link < self.data.len() && retained.held < HELD_MAX => {
+            Some(link) if link < self.config.data_links && retained.held < HELD_MAX => {
                 let fence = self.ask_fence(link);
                 retained.hold(number, (link, fence, message.clone()));
             }

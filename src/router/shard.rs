@@ -236,7 +236,9 @@ impl Shard {
             return;
         };
         for s in s.session.subscriptions().to_vec() {
-            self.join(slot, &s);
+            if !s.shared {
+                self.join(slot, &s);
+            }
         }
     }
 
@@ -324,6 +326,7 @@ impl Shard {
                 qos,
                 retain: true,
                 ids,
+                group: None,
             },
         );
         tally.outcome(slot, outcome);
@@ -400,6 +403,7 @@ impl Shard {
                     qos,
                     retain,
                     ids,
+                    group: None,
                 },
             );
             let (entries, output) = slot.charge();

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::mqtt::{QoS, ReasonCode, overlaps};
+use crate::mqtt::{QoS, ReasonCode, overlaps, split_shared};
 use crate::session::{Close, Subscription, Wanted};
 use crate::telemetry::{RateLimited, clean};
 
@@ -65,7 +65,16 @@ impl Router {
                 answers.push((want.index, ReasonCode::QUOTA_EXCEEDED));
                 continue;
             }
-            let near = self.overlapping(session, &want.filter);
+            let shared = split_shared(&want.filter).is_some();
+            if shared && !self.core.shared.load(Ordering::Relaxed) {
+                let code = ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
+                answers.push((want.index, code));
+                continue;
+            }
+            let near = match shared {
+                true => Vec::new(),
+                false => self.overlapping(session, &want.filter),
+            };
             let (number, name) = {
                 let mut table = self.table.write();
                 let (number, name) = table.intern(&want.filter);
@@ -97,6 +106,7 @@ impl Router {
                 active: false,
                 fenced_until: 0,
                 overlaps: false,
+                shared,
             };
             let replaced = self.join(session, generation, subscription);
             let Some((replaced, tag)) = replaced else {
@@ -109,8 +119,9 @@ impl Router {
             if replaced {
                 table.unreference(number, session.shard, now);
             }
-            let retained =
-                options.retain_handling == 0 || (options.retain_handling == 1 && !replaced);
+            // A shared subscription gets none (§4.8.2).
+            let retained = !shared
+                && (options.retain_handling == 0 || (options.retain_handling == 1 && !replaced));
             let Some(filter) = table.get_mut(number) else {
                 continue;
             };
@@ -172,7 +183,7 @@ impl Router {
 
     /// The filters of a session that overlap a new one.
     fn overlapping(&self, session: SessionRef, filter: &str) -> Vec<u32> {
-        if self.data.len() < 2 {
+        if self.config.data_links < 2 {
             return Vec::new();
         }
         let mut shard = self.shards[usize::from(session.shard)].lock();
@@ -180,7 +191,7 @@ impl Router {
             return Vec::new();
         };
         let all = slot.session.subscriptions().iter();
-        all.filter(|s| overlaps(&s.name, filter))
+        all.filter(|s| !s.shared && overlaps(&s.name, filter))
             .map(|s| s.filter)
             .collect()
     }
@@ -207,6 +218,11 @@ impl Router {
         let replaced = slot.session.add_subscription(new).is_some();
         let tag = slot.session.tag;
         let added = slot.session.subscription(filter).cloned()?;
+        if added.shared {
+            drop(shard);
+            self.join_group(filter, session, tag);
+            return Some((replaced, tag));
+        }
         if added.overlaps {
             shard.rejoin(session.slot);
         } else {
@@ -235,12 +251,14 @@ impl Router {
         }
         subscription.options.qos = subscription.asked.min(granted);
         let subscription = subscription.clone();
-        shard.join(session.slot, &subscription);
+        if !subscription.shared {
+            shard.join(session.slot, &subscription);
+        }
     }
 
     /// Whether a subscription overlaps one of the same session on another data link.
     fn contested(&self, session: SessionRef, number: u32) -> bool {
-        if self.data.len() < 2 {
+        if self.config.data_links < 2 {
             return false;
         }
         let others: Vec<u32> = {

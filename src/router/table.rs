@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
-use crate::mqtt::{QoS, ReasonCode};
+use crate::mqtt::{QoS, ReasonCode, split_shared};
 
 use super::SessionRef;
 use super::lost::Lost;
@@ -48,6 +48,8 @@ pub(super) struct Waiter {
 #[derive(Debug)]
 pub(super) struct Filter {
     pub name: Arc<str>,
+    /// `$share/group/filter`.
+    pub shared: bool,
     /// D link; `UNPLACED` until the core's habits are known.
     pub link: u8,
     pub state: State,
@@ -75,6 +77,14 @@ pub(super) struct Filter {
 }
 
 impl Filter {
+    /// The filter without its share name.
+    pub fn topics(&self) -> &str {
+        match self.shared {
+            true => split_shared(&self.name).map_or(&self.name, |(_, topics)| topics),
+            false => &self.name,
+        }
+    }
+
     /// Somebody holds it, or waits for a word on it.
     pub fn is_wanted(&self) -> bool {
         self.idle_since == u64::MAX || !self.waiters.is_empty()
@@ -87,6 +97,8 @@ pub(super) const UNPLACED: u8 = u8::MAX;
 /// All filters.
 #[derive(Debug)]
 pub(super) struct Table {
+    /// Links before this one are D links, the others for shared subscriptions.
+    data_links: usize,
     filters: Vec<Option<Filter>>,
     by_name: HashMap<Arc<str>, u32, RandomState>,
     free: Vec<u32>,
@@ -101,6 +113,9 @@ pub(super) struct Table {
     pub tries: Vec<FilterTrie<u32>>,
     /// Whether the core has working identifiers; `None`: never connected.
     pub identifiers: Option<bool>,
+    /// Shared filters that nobody holds any more: they do not linger, for the core goes on sending
+    /// us what other members of the group could have.
+    pub left: Vec<u32>,
     /// Filters with waiters, by deadline.
     pub held: BTreeSet<(u64, u32)>,
     /// Filters that were held before the core lost them, and are not again yet.
@@ -111,8 +126,11 @@ pub(super) struct Table {
 const TOMBSTONE: u64 = 10 * 60 * 1000;
 
 impl Table {
-    pub fn new(links: usize) -> Self {
+    /// Tables for so many D links, and so many for shared subscriptions.
+    pub fn new(data_links: usize, shared_links: usize) -> Self {
+        let links = data_links + shared_links;
         Self {
+            data_links,
             filters: Vec::new(),
             by_name: HashMap::default(),
             free: Vec::new(),
@@ -122,6 +140,7 @@ impl Table {
             leaving: vec![VecDeque::new(); links],
             tries: (0..links).map(|_| FilterTrie::new()).collect(),
             identifiers: None,
+            left: Vec::new(),
             held: BTreeSet::new(),
             lost: Arc::default(),
         }
@@ -157,7 +176,7 @@ impl Table {
             return;
         }
         for (number, filter) in self.of_link(link as u8) {
-            if crate::mqtt::matches(&filter.name, topic) {
+            if crate::mqtt::matches(filter.topics(), topic) {
                 f(number);
             }
         }
@@ -186,6 +205,7 @@ impl Table {
         }
         self.filters[number as usize] = Some(Filter {
             name: name.clone(),
+            shared: split_shared(&name).is_some(),
             link: UNPLACED,
             state: State::Absent,
             held: false,
@@ -208,7 +228,6 @@ impl Table {
     /// client, so that their copies come in one order; else by hash. Without, the first on which the filter
     /// overlaps no other; the error names one it overlaps.
     pub fn place(&mut self, number: u32, hash: u64, near: &[u32]) -> Result<(), Arc<str>> {
-        let links = self.pending.len();
         let Some(identifiers) = self.identifiers else {
             return Ok(());
         };
@@ -218,16 +237,21 @@ impl Table {
         if filter.link != UNPLACED {
             return Ok(());
         }
-        let name = filter.name.clone();
+        let (name, shared) = (filter.name.clone(), filter.shared);
+        let links = match shared {
+            true => self.data_links..self.pending.len(),
+            false => 0..self.data_links,
+        };
+        let topics = filter.topics().to_owned();
         let neighbour = near.iter().find_map(|n| self.get(*n)).map(|f| f.link);
         let mut link = match neighbour {
             Some(link) if link != UNPLACED => usize::from(link),
-            _ => (hash % links as u64) as usize,
+            _ => links.start + (hash % links.len() as u64) as usize,
         };
         if !identifiers {
             let mut clash = None;
-            let free = self.tries.iter().position(|trie| {
-                !trie.overlaps_any(&name, |other| {
+            let free = links.into_iter().find(|link| {
+                !self.tries[*link].overlaps_any(&topics, |other| {
                     clash = Some(other);
                     true
                 })
@@ -239,7 +263,7 @@ impl Table {
                     return Err(other.unwrap_or_else(|| name.clone()));
                 }
             }
-            self.tries[link].insert(&name, number);
+            self.tries[link].insert(&topics, number);
         }
         if let Some(filter) = self.get_mut(number) {
             filter.link = link as u8;
@@ -278,6 +302,9 @@ impl Table {
         }
         if filter.references.is_empty() && filter.idle_since == u64::MAX {
             filter.idle_since = now;
+            if filter.shared {
+                self.left.push(number);
+            }
             self.lingering.insert((now, number));
         }
     }
@@ -319,7 +346,7 @@ impl Table {
         if let Some(trie) = self.tries.get_mut(filter.link as usize)
             && self.identifiers == Some(false)
         {
-            trie.remove(&filter.name);
+            trie.remove(filter.topics());
         }
         self.tombstones.push_back((now + TOMBSTONE, number));
         while let Some(&(at, rested)) = self.tombstones.front()

@@ -3,13 +3,15 @@
 
 use std::sync::atomic::Ordering;
 
+use parking_lot::RwLockWriteGuard;
+
 use crate::mqtt::ReasonCode;
 use crate::session::Close;
 use crate::telemetry::metrics;
 
 use super::Router;
 use super::connect::Due;
-use super::table::State;
+use super::table::{State, Table};
 
 /// Unread messages on a lingering filter that make it busy.
 const BUSY: u32 = 100;
@@ -28,6 +30,7 @@ impl Router {
             self.tick_shard(number, now);
         }
         self.tick_held(now);
+        self.tick_left(now);
         self.late_replies(now);
         // Walks over all that linger: not at each tick.
         if self
@@ -193,11 +196,24 @@ impl Router {
         }
     }
 
+    /// Shared filters whose members are all gone.
+    fn tick_left(&self, now: u64) {
+        let mut table = self.table.write();
+        if table.left.is_empty() {
+            return;
+        }
+        let left = std::mem::take(&mut table.left);
+        let idle = left.into_iter().filter_map(|number| {
+            let since = table.get(number)?.idle_since;
+            (since != u64::MAX).then_some((since, number))
+        });
+        let idle: Vec<(u64, u32)> = idle.collect();
+        self.leave(table, idle, now);
+    }
+
     /// Filters that nobody came back for.
     fn tick_linger(&self, now: u64) {
-        let mut wake = 0u64;
-        let mut forget = Vec::new();
-        let mut table = self.table.write();
+        let table = self.table.write();
         let too_many = table
             .lingering
             .len()
@@ -218,6 +234,13 @@ impl Router {
                 leaving.push((since, number));
             }
         }
+        self.leave(table, leaving, now);
+    }
+
+    /// Lets go of filters, each idle since a moment.
+    fn leave(&self, mut table: RwLockWriteGuard<'_, Table>, leaving: Vec<(u64, u32)>, now: u64) {
+        let mut wake = 0u64;
+        let mut forget = Vec::new();
         for (since, number) in leaving {
             let Some(filter) = table.get_mut(number) else {
                 table.lingering.remove(&(since, number));
@@ -225,9 +248,12 @@ impl Router {
             };
             // Somebody still waits for an answer.
             if !filter.waiters.is_empty() {
+                if filter.shared {
+                    table.left.push(number);
+                }
                 continue;
             }
-            let link = filter.link;
+            let (link, shared) = (filter.link, filter.shared);
             match filter.state {
                 State::Active if usize::from(link) < self.data.len() => {
                     filter.state = State::Unsubscribing;
@@ -243,10 +269,15 @@ impl Router {
                     forget.push(number);
                 }
                 // Answered soon, and then due at a later tick.
-                State::Subscribing | State::Unsubscribing => {}
+                State::Subscribing | State::Unsubscribing => {
+                    if shared {
+                        table.left.push(number);
+                    }
+                }
             }
         }
         drop(table);
+        self.forget_groups(&forget);
         self.forget_retained(forget.into_iter());
         for (link, data) in self.data.iter().enumerate() {
             if wake & (1 << link) != 0 {

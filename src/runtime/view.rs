@@ -59,6 +59,11 @@ impl AdminView for View {
         })
     }
 
+    fn core(&self) -> Option<serde_json::Value> {
+        let habits = self.upstream.habits()?;
+        serde_json::to_value(&*habits).ok()
+    }
+
     fn links(&self) -> Vec<LinkView> {
         let links = self.upstream.links().iter();
         links
@@ -70,6 +75,7 @@ impl AdminView for View {
                         Role::Data => "data",
                         Role::Publish => "publish",
                         Role::Retained => "retained",
+                        Role::Shared => "shared",
                     },
                     server: state.server,
                     state: if state.up { "up" } else { "down" },
@@ -78,6 +84,10 @@ impl AdminView for View {
                     inflight: state.in_flight as u32,
                     filters: match link.role {
                         Role::Data => self.router.filters_on(link.number),
+                        Role::Shared => {
+                            let number = self.router.shared_link(link.number);
+                            self.router.filters_on(number)
+                        }
                         _ => 0,
                     },
                     connects: link.connects.load(Ordering::Relaxed),

@@ -16,21 +16,50 @@ const MANY: u32 = 1 << 31;
 pub(super) struct IdSets(Option<Box<Sets>>);
 
 #[derive(Debug, Default)]
+struct Set {
+    ids: Box<[u32]>,
+    /// The delivery is of a shared subscription: the filter's number.
+    group: Option<u32>,
+}
+
+#[derive(Debug, Default)]
 struct Sets {
-    sets: Vec<Box<[u32]>>,
+    sets: Vec<Set>,
+    /// Some have a group.
+    grouped: bool,
     free: Vec<u32>,
     last: u32,
     sweep_at: usize,
 }
 
 impl IdSets {
-    /// Keeps `ids` for as long as one of `entries` has them.
-    pub fn keep<'a>(&mut self, ids: &[u32], entries: impl Iterator<Item = &'a Entry>) -> Ids {
-        match ids {
-            [] => Ids(0),
-            [one] => Ids(*one),
-            many => Ids(MANY | self.0.get_or_insert_default().place(many, entries)),
+    /// Keeps `ids` and the group for as long as one of `entries` has them.
+    pub fn keep<'a>(
+        &mut self,
+        ids: &[u32],
+        group: Option<u32>,
+        entries: impl Iterator<Item = &'a Entry>,
+    ) -> Ids {
+        match (ids, group) {
+            ([], None) => Ids(0),
+            ([one], None) => Ids(*one),
+            _ => {
+                let sets = self.0.get_or_insert_default();
+                sets.grouped |= group.is_some();
+                Ids(MANY | sets.place(ids, group, entries))
+            }
         }
+    }
+
+    /// Whether deliveries of shared subscriptions may be among the entries.
+    pub fn grouped(&self) -> bool {
+        self.0.as_ref().is_some_and(|sets| sets.grouped)
+    }
+
+    /// The group of a delivery.
+    pub fn group(&self, ids: Ids) -> Option<u32> {
+        let sets = self.0.as_ref().filter(|_| ids.0 & MANY != 0)?;
+        sets.sets.get((ids.0 & !MANY) as usize)?.group
     }
 
     /// What `ids` stands for.
@@ -38,7 +67,7 @@ impl IdSets {
         match (ids.0, &self.0) {
             (0, _) => &[],
             (n, Some(sets)) if n & MANY != 0 => {
-                sets.sets.get((n & !MANY) as usize).map_or(&[], |s| s)
+                sets.sets.get((n & !MANY) as usize).map_or(&[], |s| &s.ids)
             }
             _ => std::slice::from_ref(&ids.0),
         }
@@ -51,25 +80,32 @@ impl IdSets {
 }
 
 impl Sets {
-    fn place<'a>(&mut self, ids: &[u32], entries: impl Iterator<Item = &'a Entry>) -> u32 {
+    fn place<'a>(
+        &mut self,
+        ids: &[u32],
+        group: Option<u32>,
+        entries: impl Iterator<Item = &'a Entry>,
+    ) -> u32 {
         // Messages of one topic follow each other, and have the same set.
         if self
             .sets
             .get(self.last as usize)
-            .is_some_and(|s| **s == *ids)
+            .is_some_and(|s| *s.ids == *ids && s.group == group)
         {
             return self.last;
         }
         if self.free.is_empty() && self.sets.len() >= self.sweep_at {
             self.sweep(entries);
         }
+        let ids = ids.into();
+        let set = Set { ids, group };
         self.last = match self.free.pop() {
             Some(at) => {
-                self.sets[at as usize] = ids.into();
+                self.sets[at as usize] = set;
                 at
             }
             None => {
-                self.sets.push(ids.into());
+                self.sets.push(set);
                 self.sets.len() as u32 - 1
             }
         };
@@ -83,7 +119,7 @@ impl Sets {
             used[(entry.ids.0 & !MANY) as usize] = true;
         }
         for (at, _) in used.iter().enumerate().filter(|(_, used)| !**used) {
-            self.sets[at] = Box::default();
+            self.sets[at] = Set::default();
             self.free.push(at as u32);
         }
         self.sweep_at = (2 * (self.sets.len() - self.free.len())).max(16);
@@ -117,6 +153,7 @@ impl Entry {
             qos: self.qos,
             retain: self.retain,
             ids: sets.get(&self.ids),
+            group: sets.group(self.ids),
         })
     }
 
@@ -152,6 +189,18 @@ pub struct Offer<'a> {
     pub retain: bool,
     /// The client's own Subscription Identifiers.
     pub ids: &'a [u32],
+    /// The filter's number, if the subscription is shared: what its client does not take goes to
+    /// another member.
+    pub group: Option<u32>,
+}
+
+/// A delivery of a shared subscription that another member is to get.
+#[derive(Clone, Debug)]
+pub struct Orphan {
+    /// Number of the filter.
+    pub filter: u32,
+    /// The message.
+    pub message: Message,
 }
 
 #[cfg(test)]
@@ -179,7 +228,7 @@ mod tests {
         let mut entries: Vec<(Entry, Vec<u32>)> = Vec::new();
         for n in 1..2000_u32 {
             let ids: Vec<u32> = (0..n % 4).map(|i| n / 7 + i + 1).collect();
-            let kept = sets.keep(&ids, entries.iter().map(|(e, _)| e));
+            let kept = sets.keep(&ids, None, entries.iter().map(|(e, _)| e));
             entries.push((entry(kept), ids));
             if entries.len() > 30 {
                 entries.drain(..n as usize % 30);

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use crate::mqtt::{AckKind, Alias, Delivery, QoS, ReasonCode, encode_ack};
 
 use super::connection::Connection;
-use super::entry::{Entry, IdSets, Offer, State};
+use super::entry::{Entry, IdSets, Offer, Orphan, State};
 use super::{DropReason, QueueFull, SessionLimits};
 
 /// Bytes charged for each queued or in-flight entry beside its message: with what its queue
@@ -113,6 +113,7 @@ impl Outbound {
             qos,
             retain,
             ids,
+            group,
         } = *offer;
         if let Some(connection) = connection {
             let room = connection.has_room(limits);
@@ -136,7 +137,7 @@ impl Outbound {
                 self.last_packet_id = packet_id;
                 self.window_used += 1;
                 self.inflight_bytes += message.size();
-                let ids = self.sets.keep(ids, self.inflight.iter());
+                let ids = self.sets.keep(ids, group, self.inflight.iter());
                 self.inflight.push_back(Entry {
                     message: Some(message.clone()),
                     ids,
@@ -161,6 +162,7 @@ impl Outbound {
             qos,
             retain,
             ids,
+            group,
         } = *offer;
         let size = message.size();
         if size > limits.queue_bytes_max {
@@ -196,7 +198,7 @@ impl Outbound {
             self.queue.reserve_exact((self.queue.len() / 4).max(4));
         }
         let entries = self.inflight.iter().chain(&self.queue);
-        let ids = self.sets.keep(ids, entries);
+        let ids = self.sets.keep(ids, group, entries);
         self.queue.push_back(Entry {
             message: Some(message.clone()),
             ids,
@@ -428,6 +430,58 @@ impl Outbound {
         dropped
     }
 
+    /// Whether deliveries of shared subscriptions may be among what waits.
+    pub fn has_shared(&self) -> bool {
+        self.sets.grouped()
+    }
+
+    /// Takes out what another member of its group may have: what was never sent, and QoS 1 that
+    /// was not acknowledged. QoS 2 under way stays [MQTT-4.8.2-4] [MQTT-4.8.2-5].
+    pub fn take_shared(&mut self) -> Vec<Orphan> {
+        let mut orphans = Vec::new();
+        if !self.sets.grouped() {
+            return orphans;
+        }
+        let Self {
+            inflight,
+            queue,
+            sets,
+            ..
+        } = self;
+        for entry in inflight.iter_mut().filter(|e| e.qos == QoS::AtLeastOnce) {
+            if let Some(filter) = sets.group(entry.ids)
+                && let Some(message) = entry.message.take()
+            {
+                entry.state = State::Done;
+                orphans.push(Orphan { filter, message });
+            }
+        }
+        queue.retain(|entry| match (sets.group(entry.ids), &entry.message) {
+            (Some(filter), Some(message)) => {
+                let message = message.clone();
+                orphans.push(Orphan { filter, message });
+                false
+            }
+            _ => true,
+        });
+        self.recount();
+        self.trim();
+        orphans
+    }
+
+    /// Counts anew what waits, after entries were taken from the middle.
+    fn recount(&mut self) {
+        self.inflight_bytes = self.inflight.iter().map(|e| e.size()).sum();
+        self.queue_bytes = self.queue.iter().map(|e| e.size()).sum();
+        let zero = |e: &&Entry| e.qos == QoS::AtMostOnce;
+        self.queued_qos0 = self.queue.iter().filter(zero).count() as u32;
+    }
+
+    /// Whether a new message of QoS 1 or 2 would be written at once.
+    pub fn window_free(&self, connection: &Connection, limits: &SessionLimits) -> bool {
+        connection.has_room(limits) && self.window_open(connection, limits)
+    }
+
     /// Drops every waiting message; returns how many.
     pub fn drop_queue(&mut self) -> usize {
         let dropped = self.queue.len();
@@ -500,6 +554,7 @@ fn write_to(
         qos,
         retain,
         ids,
+        group: _,
     } = *offer;
     let message_expiry = match message.expires_at() {
         u64::MAX => None,

@@ -258,13 +258,11 @@ impl Session {
         let mut bytes: usize = self.subscriptions.iter().map(|s| s.name.len()).sum();
         for (index, (filter, options)) in subscribe.filters().enumerate() {
             let known = self.subscriptions.iter().any(|s| *s.name == *filter);
+            let plain = split_shared(filter).map_or(filter, |(_, plain)| plain);
             let refused = if connection.pending.len() >= PENDING_MAX {
                 Some(ReasonCode::QUOTA_EXCEEDED)
-            } else if has_discouraged(filter) {
-                Some(ReasonCode::TOPIC_FILTER_INVALID)
-            } else if split_shared(filter).is_some() {
-                Some(ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED)
-            } else if filter.split('/').count() > limits.topic_levels_max {
+            } else if has_discouraged(filter) || plain.split('/').count() > limits.topic_levels_max
+            {
                 Some(ReasonCode::TOPIC_FILTER_INVALID)
             } else if !policy.may_subscribe(filter) {
                 Some(ReasonCode::NOT_AUTHORIZED)
@@ -365,7 +363,7 @@ impl Session {
             return Some(std::mem::replace(old, new));
         }
         for other in &mut self.subscriptions {
-            if overlaps(&other.name, &new.name) {
+            if clash(other, &new) {
                 other.overlaps = true;
                 new.overlaps = true;
             }
@@ -389,12 +387,11 @@ impl Session {
         let removed = self.subscriptions.remove(at);
         if removed.overlaps {
             for i in 0..self.subscriptions.len() {
-                if !overlaps(&self.subscriptions[i].name, &removed.name) {
+                if !clash(&self.subscriptions[i], &removed) {
                     continue;
                 }
-                let still = (0..self.subscriptions.len()).any(|j| {
-                    i != j && overlaps(&self.subscriptions[i].name, &self.subscriptions[j].name)
-                });
+                let still = (0..self.subscriptions.len())
+                    .any(|j| i != j && clash(&self.subscriptions[i], &self.subscriptions[j]));
                 self.subscriptions[i].overlaps = still;
             }
         }
@@ -498,7 +495,7 @@ pub fn senior<'s>(
     let mut retain = false;
     identifiers.clear();
     for s in subscriptions {
-        if (own && s.options.no_local) || !matches(&s.name, topic) {
+        if s.shared || (own && s.options.no_local) || !matches(&s.name, topic) {
             continue;
         }
         retain |= s.options.retain_as_published;
@@ -512,6 +509,11 @@ pub fn senior<'s>(
         }
     }
     best.map(|b| (b, retain, b.fenced_until > now))
+}
+
+/// Whether one message can be for both. Shared subscriptions are on their own.
+fn clash(a: &Subscription, b: &Subscription) -> bool {
+    !a.shared && !b.shared && overlaps(&a.name, &b.name)
 }
 
 /// SUBSCRIBEs of one client that may wait for the core.

@@ -107,6 +107,7 @@ macro_rules! metrics {
         pub struct Metrics {
             recorder: PrometheusRecorder,
             rejected: Box<[OnceLock<Counter>; 256]>,
+            core_info: parking_lot::Mutex<Option<Gauge>>,
             $( $(#[doc = $help])+ pub $field: handle_type!($kind $($label)?), )+
         }
 
@@ -118,6 +119,7 @@ macro_rules! metrics {
                 let this = Self {
                     $( $field: handle!(&recorder, $kind, $name $(, $label)?), )+
                     rejected: Box::new([const { OnceLock::new() }; 256]),
+                    core_info: parking_lot::Mutex::new(None),
                     recorder,
                 };
                 this.describe_dynamic();
@@ -186,8 +188,12 @@ metrics! {
     gauge publishes_waiting_bytes = "tidegate_publishes_waiting_bytes";
     #[doc = "Publishes that wait for the core."]
     gauge publishes_waiting = "tidegate_publishes_waiting";
+    #[doc = "Messages of shared subscriptions given to another member: theirs ended, or was away for long."]
+    counter shared_redelivered = "tidegate_shared_redelivered_total";
     #[doc = "Bytes of the retained cache."]
     gauge retained_cache_bytes = "tidegate_retained_cache_bytes";
+    #[doc = "Probes of what the core does, each over a connection of its own."]
+    counter upstream_probes = "tidegate_upstream_probes_total";
     #[doc = "Fetches of retained messages from the core."]
     counter retained_fetches = "tidegate_retained_fetches_total";
     #[doc = "Filters subscribed at the core."]
@@ -236,6 +242,7 @@ const LINK_DISCONNECTS: &str = "tidegate_upstream_disconnects_total";
 const REJECTED: &str = "tidegate_packets_rejected_total";
 const HEAP_BYTES: &str = "tidegate_heap_bytes";
 const BUILD_INFO: &str = "tidegate_build_info";
+const CORE_INFO: &str = "tidegate_core_info";
 
 static HEAP: OnceLock<fn() -> usize> = OnceLock::new();
 
@@ -270,6 +277,17 @@ impl Metrics {
             connects: counter(&self.recorder, LINK_CONNECTS, link.to_vec()),
             disconnects: family(&self.recorder, LINK_DISCONNECTS, &link, counter),
         }
+    }
+
+    /// Shows what is known of the core from now on: names and values of labels, both bounded.
+    pub fn core_info<const N: usize>(&self, labels: [(&'static str, String); N]) {
+        let labels = labels.map(|(name, value)| KeyLabel::new(name, value));
+        let now = gauge(&self.recorder, CORE_INFO, labels.to_vec());
+        let mut shown = self.core_info.lock();
+        if let Some(before) = shown.replace(now.clone()) {
+            before.set(0.0);
+        }
+        now.set(1.0);
     }
 
     /// Counts a packet answered with an MQTT 5 reason code, or one that a 3.x
@@ -325,6 +343,11 @@ impl Metrics {
                 "Packets of clients that broke a rule or a limit.",
             ),
             ("gauge", BUILD_INFO, "1, with the version as label."),
+            (
+                "gauge",
+                CORE_INFO,
+                "1 for what is known of the core now, as labels; 0 for what was before.",
+            ),
         ];
         for (kind, name, help) in about {
             describe(&self.recorder, kind, name, help);

@@ -1,4 +1,6 @@
-//! Dialling a core: TCP or TLS, with errors that can be told apart.
+//! Dialling a core: TCP, TLS or WebSocket, with errors that can be told apart.
+
+mod ws;
 
 use std::future::Future;
 use std::io::{self, IoSlice};
@@ -15,24 +17,19 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::tls::{ClientTls, parse_name};
+use ws::WsBytes;
 
 /// Where to dial.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DialTarget {
-    /// MQTT over TCP.
-    Tcp {
-        /// A name or an address (IPv6 without brackets).
-        host: String,
-        /// The port.
-        port: u16,
-    },
-    /// MQTT over TLS; chain and name are verified.
-    Tls {
-        /// A name or an address (IPv6 without brackets).
-        host: String,
-        /// The port.
-        port: u16,
-    },
+pub struct DialTarget {
+    /// A name or an address (IPv6 without brackets).
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// Over TLS; chain and name are verified.
+    pub tls: bool,
+    /// The path of a WebSocket; `None`: MQTT straight on the connection.
+    pub path: Option<String>,
 }
 
 /// Why a dial failed.
@@ -64,6 +61,9 @@ pub enum DialError {
     /// valid server name.
     #[error("TLS settings: {0}")]
     Settings(String),
+    /// The WebSocket was refused.
+    #[error("WebSocket: {0}")]
+    WebSocket(String),
     /// Any other failure.
     #[error("{addr}: {source}")]
     Io {
@@ -116,6 +116,7 @@ impl DialError {
                 TlsFailure::Other => "tls_other",
             },
             Self::Settings(_) => "settings",
+            Self::WebSocket(_) => "websocket",
             Self::Io { .. } => "io",
         }
     }
@@ -128,6 +129,10 @@ pub enum Dialed {
     Tcp(TcpStream),
     /// TLS over TCP.
     Tls(Box<TlsStream<TcpStream>>),
+    /// WebSocket.
+    Ws(Box<WsBytes<TcpStream>>),
+    /// WebSocket over TLS.
+    Wss(Box<WsBytes<TlsStream<TcpStream>>>),
     /// In memory, to the embedded core or a test.
     Pipe(DuplexStream),
 }
@@ -142,28 +147,45 @@ pub async fn dial(
     timeout: Duration,
 ) -> Result<Dialed, DialError> {
     let deadline = Instant::now() + timeout;
-    match target {
-        DialTarget::Tcp { host, port } => connect(host, *port, deadline).await.map(Dialed::Tcp),
-        DialTarget::Tls { host, port } => {
-            let tls =
-                tls.ok_or_else(|| DialError::Settings("none given for a TLS target".into()))?;
-            let name = match &tls.server_name {
-                Some(name) => name.clone(),
-                None => parse_name(host).map_err(|e| DialError::Settings(e.to_string()))?,
-            };
-            let io = connect(host, *port, deadline).await?;
-            let addr = io
-                .peer_addr()
-                .unwrap_or_else(|_| ([0, 0, 0, 0], *port).into());
-            // Boxed: the handshake's state is not carried by the link's task.
-            let connecting = Box::pin(TlsConnector::from(tls.config.clone()).connect(name, io));
-            match timeout_at(deadline, connecting).await {
-                Ok(Ok(stream)) => Ok(Dialed::Tls(Box::new(stream))),
-                Ok(Err(error)) => Err(tls_error(addr, error)),
-                Err(_) => Err(DialError::Timeout),
+    let DialTarget { host, port, .. } = target;
+    let io = connect(host, *port, deadline).await?;
+    let authority = match host.contains(':') {
+        true => format!("[{host}]:{port}"),
+        false => format!("{host}:{port}"),
+    };
+    if !target.tls {
+        return match &target.path {
+            None => Ok(Dialed::Tcp(io)),
+            Some(path) => {
+                let upgrading = ws::upgrade(io, false, &authority, path);
+                let upgraded = within(deadline, upgrading).await?;
+                let ws = upgraded.map_err(DialError::WebSocket)?;
+                Ok(Dialed::Ws(Box::new(ws)))
             }
-        }
+        };
     }
+    let tls = tls.ok_or_else(|| DialError::Settings("none given for a TLS target".into()))?;
+    let name = match &tls.server_name {
+        Some(name) => name.clone(),
+        None => parse_name(host).map_err(|e| DialError::Settings(e.to_string()))?,
+    };
+    let addr = io
+        .peer_addr()
+        .unwrap_or_else(|_| ([0, 0, 0, 0], *port).into());
+    // Boxed: the handshake's state is not carried by the link's task.
+    let connecting = Box::pin(TlsConnector::from(tls.config.clone()).connect(name, io));
+    let stream = match timeout_at(deadline, connecting).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return Err(tls_error(addr, error)),
+        Err(_) => return Err(DialError::Timeout),
+    };
+    let Some(path) = &target.path else {
+        return Ok(Dialed::Tls(Box::new(stream)));
+    };
+    let upgrading = Box::pin(ws::upgrade(stream, true, &authority, path));
+    let upgraded = within(deadline, upgrading).await?;
+    let ws = upgraded.map_err(DialError::WebSocket)?;
+    Ok(Dialed::Wss(Box::new(ws)))
 }
 
 async fn connect(host: &str, port: u16, deadline: Instant) -> Result<TcpStream, DialError> {
@@ -255,6 +277,8 @@ impl AsyncRead for Dialed {
         match self.get_mut() {
             Self::Tcp(io) => Pin::new(io).poll_read(cx, buf),
             Self::Tls(io) => Pin::new(io).poll_read(cx, buf),
+            Self::Ws(io) => Pin::new(io).poll_read(cx, buf),
+            Self::Wss(io) => Pin::new(io).poll_read(cx, buf),
             Self::Pipe(io) => Pin::new(io).poll_read(cx, buf),
         }
     }
@@ -269,6 +293,8 @@ impl AsyncWrite for Dialed {
         match self.get_mut() {
             Self::Tcp(io) => Pin::new(io).poll_write(cx, buf),
             Self::Tls(io) => Pin::new(io).poll_write(cx, buf),
+            Self::Ws(io) => Pin::new(io).poll_write(cx, buf),
+            Self::Wss(io) => Pin::new(io).poll_write(cx, buf),
             Self::Pipe(io) => Pin::new(io).poll_write(cx, buf),
         }
     }
@@ -281,6 +307,8 @@ impl AsyncWrite for Dialed {
         match self.get_mut() {
             Self::Tcp(io) => Pin::new(io).poll_write_vectored(cx, bufs),
             Self::Tls(io) => Pin::new(io).poll_write_vectored(cx, bufs),
+            Self::Ws(io) => Pin::new(io).poll_write_vectored(cx, bufs),
+            Self::Wss(io) => Pin::new(io).poll_write_vectored(cx, bufs),
             Self::Pipe(io) => Pin::new(io).poll_write_vectored(cx, bufs),
         }
     }
@@ -289,6 +317,8 @@ impl AsyncWrite for Dialed {
         match self {
             Self::Tcp(io) => io.is_write_vectored(),
             Self::Tls(io) => io.is_write_vectored(),
+            Self::Ws(io) => io.is_write_vectored(),
+            Self::Wss(io) => io.is_write_vectored(),
             Self::Pipe(io) => io.is_write_vectored(),
         }
     }
@@ -297,6 +327,8 @@ impl AsyncWrite for Dialed {
         match self.get_mut() {
             Self::Tcp(io) => Pin::new(io).poll_flush(cx),
             Self::Tls(io) => Pin::new(io).poll_flush(cx),
+            Self::Ws(io) => Pin::new(io).poll_flush(cx),
+            Self::Wss(io) => Pin::new(io).poll_flush(cx),
             Self::Pipe(io) => Pin::new(io).poll_flush(cx),
         }
     }
@@ -305,6 +337,8 @@ impl AsyncWrite for Dialed {
         match self.get_mut() {
             Self::Tcp(io) => Pin::new(io).poll_shutdown(cx),
             Self::Tls(io) => Pin::new(io).poll_shutdown(cx),
+            Self::Ws(io) => Pin::new(io).poll_shutdown(cx),
+            Self::Wss(io) => Pin::new(io).poll_shutdown(cx),
             Self::Pipe(io) => Pin::new(io).poll_shutdown(cx),
         }
     }

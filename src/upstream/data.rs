@@ -39,8 +39,10 @@ pub struct Data {
     link: usize,
     /// Marks No Local tags as ours.
     instance: u64,
+    probes: Arc<str>,
     version: Version,
     identifiers: bool,
+    keeps_retain: bool,
     connected_before: bool,
     last_id: u16,
     requests: HashMap<u16, Request, RandomState>,
@@ -63,13 +65,16 @@ enum Request {
 
 impl Data {
     /// The machine of D link `link`.
-    pub fn new(router: Arc<Router>, link: usize, instance: u64) -> Self {
+    /// Messages below `probes` are of probes, and nobody's.
+    pub fn new(router: Arc<Router>, link: usize, instance: u64, probes: Arc<str>) -> Self {
         Self {
             router,
             link,
             instance,
+            probes,
             version: Version::V5,
             identifiers: true,
+            keeps_retain: true,
             connected_before: false,
             last_id: 0,
             requests: HashMap::default(),
@@ -115,9 +120,12 @@ impl Data {
                 }
             }
         }
-        if self.version < Version::V5 && p.retain {
+        if !self.keeps_retain && p.retain {
             // Without Retain Handling each SUBSCRIBE brings a replay; retained messages are
             // fetched on R for those who want them.
+            return Ok(());
+        }
+        if super::is_probe(p.topic, &self.probes) {
             return Ok(());
         }
         let mut filters: SmallVec<[u32; 2]> = SmallVec::new();
@@ -214,7 +222,9 @@ impl Data {
                     self.version,
                     id,
                     identifier,
-                    these.iter().map(|w| (&*w.name, options(w.qos))),
+                    these
+                        .iter()
+                        .map(|w| (&*w.name, options(w.qos, self.keeps_retain))),
                     out,
                 );
                 let numbers = these.iter().map(|w| w.number).collect();
@@ -243,6 +253,7 @@ impl Machine for Data {
     fn up(&mut self, up: &Up, now: u64, out: &mut Vec<u8>) {
         self.version = up.version;
         self.identifiers = up.identifiers;
+        self.keeps_retain = up.keeps_retain;
         self.requests.clear();
         if up.session_present {
             self.redelivery.resumed();
@@ -339,11 +350,11 @@ impl Machine for Data {
 
 /// Retain Handling 2 and Retain As Published from the first SUBSCRIBE; never No Local, which
 /// would hide every client's publishes from every other.
-fn options(qos: QoS) -> SubscribeOptions {
+fn options(qos: QoS, retain_as_published: bool) -> SubscribeOptions {
     SubscribeOptions {
         qos,
         no_local: false,
-        retain_as_published: true,
+        retain_as_published,
         retain_handling: 2,
     }
 }

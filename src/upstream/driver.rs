@@ -20,6 +20,7 @@ use crate::telemetry::LinkDownReason;
 use crate::transport::dial::Dialed;
 
 use super::handshake::{Established, establish};
+use super::learn::learn;
 use super::machine::{LinkEnd, Machine};
 use super::{LinkStatus, Role, Shared};
 
@@ -46,23 +47,34 @@ pub(super) async fn run<M: Machine>(
     let mut placement = shared.placement.load(Ordering::Acquire);
     let mut backoff = Backoff::new(&shared);
     let mut next_server = 0;
+    if link.role == Role::Shared {
+        // Dialled when the first client asks for it.
+        tokio::select! {
+            () = poll_fn(|cx| match wake.take(cx.waker()) {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }) => {}
+            () = shared.stop.cancelled() => return,
+        }
+    }
     while !shared.stop.is_cancelled() {
-        let index = next_server % shared.config.servers.len();
-        let server = &shared.config.servers[index];
+        let index = next_server % shared.core.config.servers.len();
+        let server = &shared.core.config.servers[index];
         let placed = shared.placement.load(Ordering::Acquire);
-        if link.role == Role::Data && placed != placement {
+        if matches!(link.role, Role::Data | Role::Shared) && placed != placement {
             session_at = None;
         }
         placement = placed;
         let clean = session_at != Some(index);
-        let attempt = Box::pin(establish(&shared, &link, server, clean));
+        let attempt = Box::pin(establish(&shared.core, &link, server, clean));
         let outcome = tokio::select! {
             outcome = attempt => outcome,
             () = shared.stop.cancelled() => return,
         };
         let (reason, why) = match outcome {
-            Ok(up) => {
+            Ok(mut up) => {
                 session_at = Some(index);
+                learn(&shared.core, index, &mut up).await;
                 let since = Instant::now();
                 came_up(&shared, &link, &up);
                 let end = serve(&shared, &link, &mut machine, &wake, up, placement).await;
@@ -157,7 +169,7 @@ async fn serve<M: Machine>(
         decoder: Decoder {
             version: up.version,
             receiver: Receiver::Client,
-            max: shared.packet_max.saturating_add(1024),
+            max: shared.core.packet_max.saturating_add(1024),
         },
         input: BytesMut::with_capacity(READ),
         out: Vec::with_capacity(4096),
@@ -208,7 +220,8 @@ async fn serve<M: Machine>(
             }
             Ok(Event::Read) => {}
             Ok(Event::Tick) => {
-                if link.role == Role::Data && shared.placement.load(Ordering::Acquire) != placement
+                if matches!(link.role, Role::Data | Role::Shared)
+                    && shared.placement.load(Ordering::Acquire) != placement
                 {
                     break LinkEnd {
                         reason: LinkDownReason::Protocol,
@@ -448,10 +461,10 @@ struct Backoff {
 
 impl Backoff {
     fn new(shared: &Shared) -> Self {
-        let min = shared.config.backoff_min;
+        let min = shared.core.config.backoff_min;
         Self {
             min,
-            max: shared.config.backoff_max,
+            max: shared.core.config.backoff_max,
             wait: min,
             attempts: 0,
         }

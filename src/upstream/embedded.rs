@@ -2,8 +2,7 @@
 //!
 //! Links speak to it as to any other core, MQTT 5, 3.1.1 or 3.1, through an
 //! in-memory pipe or a real port. It keeps everything in memory, has no
-//! authentication and no shared subscriptions, and can be given the habits and
-//! faults of real brokers. It is no broker product.
+//! authentication, and can be given the habits and faults of real brokers. It is no broker product.
 
 mod conn;
 mod inbound;
@@ -11,6 +10,7 @@ mod options;
 mod outbound;
 mod retained;
 mod route;
+mod shared;
 mod state;
 
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio::time::{Duration, Instant};
 
-pub use options::{EmbeddedOptions, Overlap, RefuseV5};
+pub use options::{EmbeddedOptions, Overlap, RefuseV5, Shared};
 use state::{State, Wire};
 
 /// Bytes that the in-memory pipe of a connection holds in each direction.

@@ -32,6 +32,7 @@ const PATIENCE: u64 = 30_000;
 #[derive(Debug)]
 pub struct Fetch {
     router: Arc<Router>,
+    probes: Arc<str>,
     account: Arc<Account>,
     up: bool,
     version: Version,
@@ -62,10 +63,12 @@ struct Job {
 
 impl Fetch {
     /// The machine.
-    pub fn new(router: Arc<Router>) -> Self {
+    /// Messages below `probes` are of probes, and nobody's.
+    pub fn new(router: Arc<Router>, probes: Arc<str>) -> Self {
         Self {
             account: router.retained_account(),
             router,
+            probes,
             up: false,
             version: Version::V5,
             identifiers: true,
@@ -141,7 +144,7 @@ impl Fetch {
             let (version, id) = (self.version, p.packet_id);
             encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
         }
-        if !p.retain {
+        if !p.retain || super::is_probe(p.topic, &self.probes) {
             // Live; D brings it to those who want it.
             return;
         }

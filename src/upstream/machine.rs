@@ -18,6 +18,8 @@ pub struct Up {
     pub packet_max: u32,
     /// The core has working Subscription Identifiers.
     pub identifiers: bool,
+    /// Live messages keep their RETAIN, and no replay comes between them.
+    pub keeps_retain: bool,
 }
 
 /// Why a link ends.

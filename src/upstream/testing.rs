@@ -22,6 +22,7 @@ pub fn router() -> Arc<Router> {
         queue_messages_max: 1000,
         queue_bytes_max: 1024 * 1024,
         queue_age_max: u64::MAX,
+        shared_redeliver_after: 30_000,
         queue_full: QueueFull::Oldest,
         queue_qos0: false,
         output_buffer: Arc::new((64 * 1024).into()),
@@ -36,6 +37,7 @@ pub fn router() -> Arc<Router> {
     };
     let config = RouterConfig {
         data_links: 1,
+        shared_links: 1,
         publish_links: 1,
         linger: 600_000,
         linger_busy_min: 60_000,
@@ -52,7 +54,9 @@ pub fn router() -> Arc<Router> {
     let router = Arc::new(Router::new(limits, config));
     let facts = CoreFacts {
         identifiers: true,
-        version_5: true,
+        properties: true,
+        keeps_retain: true,
+        shared: true,
         maximum_qos: QoS::ExactlyOnce,
         retain_available: true,
         packet_max: u32::MAX,
@@ -62,6 +66,9 @@ pub fn router() -> Arc<Router> {
     router
 }
 
+/// The topic of probes.
+pub const PROBES: &str = "tidegate/probe";
+
 /// A link that came up.
 pub fn up(session_present: bool, receive_maximum: u16) -> Up {
     Up {
@@ -70,6 +77,7 @@ pub fn up(session_present: bool, receive_maximum: u16) -> Up {
         receive_maximum,
         packet_max: u32::MAX,
         identifiers: true,
+        keeps_retain: true,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tidegate::mqtt::{AckKind, Connect, Packet, QoS, Version, Will};
-use tidegate::upstream::embedded::{EmbeddedCore, EmbeddedOptions, Overlap, RefuseV5};
+use tidegate::upstream::embedded::{EmbeddedCore, EmbeddedOptions, Overlap, RefuseV5, Shared};
 use tokio::io::AsyncReadExt;
 
 use crate::client::{Client, Got, Publish, kept, options, v5};
@@ -54,6 +54,7 @@ async fn overlaps() {
 async fn connack_tells() {
     let core = EmbeddedCore::start(EmbeddedOptions {
         no_ids: true,
+        shared: Shared::Refused,
         small_window: Some(20),
         max_packet: Some(1000),
         max_qos: QoS::AtLeastOnce,
@@ -290,4 +291,56 @@ async fn options_can_change() {
             reason: 0x84
         }
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn shared_subscriptions() {
+    let core = EmbeddedCore::start(EmbeddedOptions::default());
+    let mut members = Vec::new();
+    for name in ["a", "b"] {
+        let (mut member, _) = Client::connect(&core, &v5(name)).await;
+        let suback = member
+            .subscribe(Some(9), &[("$share/g/t/+", options(1))])
+            .await;
+        assert_eq!(suback, [1]);
+        members.push(member);
+    }
+    let (mut other, _) = Client::connect(&core, &v5("other")).await;
+    other.subscribe(None, &[("$share/h/t/#", options(0))]).await;
+    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    for n in 1..=4 {
+        publisher.publish("t/x", &n.to_string(), 1, n).await;
+        publisher.next().await;
+    }
+    for (member, expected) in members.iter_mut().zip([["1", "3"], ["2", "4"]]) {
+        for payload in expected {
+            let got = member.publish_got().await;
+            assert_eq!((got.payload.as_str(), got.ids), (payload, vec![9]));
+        }
+        member.quiet().await;
+    }
+    for n in 1..=4 {
+        assert_eq!(other.publish_got().await.payload, n.to_string());
+    }
+    // The one that is left gets all.
+    drop(members.remove(0));
+    members[0].quiet().await;
+    for n in 5..=6 {
+        publisher.publish("t/x", &n.to_string(), 1, n).await;
+        publisher.next().await;
+        assert_eq!(members[0].publish_got().await.payload, n.to_string());
+    }
+
+    let dead = EmbeddedCore::start(EmbeddedOptions {
+        shared: Shared::Dead,
+        ..EmbeddedOptions::default()
+    });
+    let (mut sub, _) = Client::connect(&dead, &v5("s")).await;
+    assert_eq!(
+        sub.subscribe(None, &[("$share/g/t", options(1))]).await,
+        [1]
+    );
+    sub.publish("t", "x", 1, 1).await;
+    assert_eq!(sub.next().await, Got::Ack(AckKind::Puback, 1, 0x10));
+    sub.quiet().await;
 }

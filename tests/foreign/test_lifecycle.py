@@ -118,7 +118,7 @@ WRONG = {
     "mtls": (BASE.replace("[auth]", "[auth]\nmode = \"mtls\""), 11, ("mode", "mtls")),
     "delegate": (BASE.replace("[auth]", "[auth]\nmode = \"delegate\""), 11, ("mode", "delegate")),
     "webtransport": (BASE.replace("bind =", "webtransport = true\nbind =", 1), 7, ("webtransport",)),
-    "ws upstream": (BASE.replace("mqtt://", "ws://"), 9, ("servers",)),
+    "http upstream": (BASE.replace("mqtt://", "http://"), 9, ("servers",)),
     "no certificate off loopback": (BASE.replace('"tcp"\nbind = "127.0.0.1:0"', '"tls"\nbind = "0.0.0.0:0"', 1), None, ("tls",)),
     "rules beside an open acl": (BASE + "[[acl]]\nwho = \"*\"\nallow = [\"publish\"]\ntopics = [\"#\"]\n", None, ("acl",)),
     "no node id with a real core": (BASE.replace('id = "edge-1"\n', ""), None, ("id",)),
@@ -284,6 +284,8 @@ def test_certs_makes_what_run_and_clients_need(tmp_path, own_core, own_edge, cli
     assert again.returncode != 0 or made.cert.read_bytes() == before, "overwritten"
 
 
+# They take the default ports.
+@pytest.mark.xdist_group("defaults")
 def test_without_a_config(tmp_path):
     """The first run: embedded core, loopback, a throw-away certificate, addresses and what to type next."""
     service = Service("tidegate", [BINARY, "run"], cwd=tmp_path)
@@ -314,6 +316,8 @@ def test_without_a_config(tmp_path):
         assert service.stop() == 0
 
 
+# They take the default ports.
+@pytest.mark.xdist_group("defaults")
 def test_a_line_that_is_printed_can_be_typed(tmp_path):
     """The mosquitto_sub line of the first run, taken as it is."""
     service = Service("tidegate", [BINARY, "run"], cwd=tmp_path)

@@ -43,6 +43,7 @@ impl World {
             },
             queue_bytes_max: if rng.chance(10) { 2000 } else { 1 << 20 },
             queue_age_max: u64::MAX,
+            shared_redeliver_after: 30_000,
             queue_full,
             queue_qos0: rng.chance(40),
             output_buffer: Arc::new(AtomicUsize::new(rng.pick(&[64, 1000, 1 << 16]))),
@@ -57,6 +58,7 @@ impl World {
         };
         let config = RouterConfig {
             data_links: 1,
+            shared_links: 1,
             publish_links: 1,
             linger: rng.pick(&[500, 20_000]),
             linger_busy_min: 500,
@@ -92,7 +94,9 @@ impl World {
         let router = Arc::new(Router::new(limits, config));
         let facts = CoreFacts {
             identifiers: copies != Copies::Unnamed,
-            version_5: true,
+            properties: true,
+            keeps_retain: true,
+            shared: true,
             maximum_qos: QoS::ExactlyOnce,
             retain_available: true,
             packet_max: u32::MAX,

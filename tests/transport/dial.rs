@@ -30,10 +30,7 @@ const SECONDS: Duration = Duration::from_secs(5);
 #[tokio::test]
 async fn dial_tcp_and_its_failures() {
     let mut server = Server::start(Kind::Tcp);
-    let target = |host: &str, port| DialTarget::Tcp {
-        host: host.into(),
-        port,
-    };
+    let target = |host: &str, port| target(host, port, false, None);
     let dialed = dial(&target(LOCAL, server.addr.port()), None, SECONDS)
         .await
         .expect("connects");
@@ -69,10 +66,7 @@ async fn dial_tls_and_its_failures() {
         )
         .expect("loads")
     };
-    let target = |host: &str| DialTarget::Tls {
-        host: host.into(),
-        port,
-    };
+    let target = |host: &str| target(host, port, true, None);
 
     let good = client(&files.ca, None, "mqtt");
     for host in ["127.0.0.1", LOCAL] {
@@ -103,16 +97,47 @@ async fn dial_tls_and_its_failures() {
 }
 
 #[tokio::test]
+async fn dial_websockets_and_their_failures() {
+    let dir = TempDir::new();
+    let files = selfsigned::generate(&dir.0, &[LOCAL.to_owned()]).expect("generated");
+    let trust = ClientTls::load(Some(&files.ca), None, None, None, vec![]).expect("loads");
+    for (kind, tls) in [(Kind::Ws, None), (Kind::Wss, Some(&trust))] {
+        let mut server = Server::with(kind, |spec, _| {
+            if kind == Kind::Wss {
+                let tls = ServerTls::load(&files.cert, &files.key).expect("loads");
+                spec.tls = Some(Arc::new(tls));
+            }
+        });
+        let port = server.addr.port();
+        let path = |path| target(LOCAL, port, tls.is_some(), Some(path));
+        let dialed = dial(&path("/mqtt"), tls, SECONDS).await.expect("connects");
+        let accepted = server.accept().await;
+        tokio::join!(echo(accepted.stream), soon(exercise(dialed)));
+
+        let error = dial(&path("/elsewhere"), tls, SECONDS).await;
+        let error = error.expect_err("another path");
+        assert_eq!(error.label(), "websocket", "{error}");
+        assert!(error.to_string().contains("404"), "{error}");
+    }
+}
+
+fn target(host: &str, port: u16, tls: bool, path: Option<&str>) -> DialTarget {
+    DialTarget {
+        host: host.into(),
+        port,
+        tls,
+        path: path.map(str::to_owned),
+    }
+}
+
+#[tokio::test]
 async fn dial_times_out_on_a_silent_server() {
     // Accepts, but never speaks TLS.
     let dir = TempDir::new();
     let files = selfsigned::generate(&dir.0, &[LOCAL.to_owned()]).expect("generated");
     let tls = ClientTls::load(Some(&files.ca), None, None, None, vec![]).expect("loads");
     let mut server = Server::start(Kind::Tcp);
-    let target = DialTarget::Tls {
-        host: "127.0.0.1".into(),
-        port: server.addr.port(),
-    };
+    let target = target("127.0.0.1", server.addr.port(), true, None);
     let error = dial(&target, Some(&tls), Duration::from_millis(500))
         .await
         .expect_err("silence");

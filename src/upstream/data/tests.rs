@@ -1,6 +1,8 @@
 use crate::mqtt::{Message, MessageSpec, Packet, Properties, Publish, QoS, ReasonCode, Suback};
 use crate::upstream::machine::Machine;
-use crate::upstream::testing::{ack, client, read, router, subscribe, subscribe_handling, up};
+use crate::upstream::testing::{
+    PROBES, ack, client, read, router, subscribe, subscribe_handling, up,
+};
 
 use super::Data;
 
@@ -23,7 +25,7 @@ fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Pu
 #[test]
 fn acknowledgements_are_first_in_first_out() {
     let router = router();
-    let mut link = Data::new(router, 0, 1);
+    let mut link = Data::new(router, 0, 1, PROBES.into());
     let mut out = Vec::new();
     link.up(&up(false, 100), 0, &mut out);
     for (id, qos) in [
@@ -49,7 +51,7 @@ fn acknowledgements_are_first_in_first_out() {
 fn a_redelivery_is_acknowledged_and_not_delivered_again() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Data::new(router.clone(), 0, 1);
+    let mut link = Data::new(router.clone(), 0, 1, PROBES.into());
     let mut out = Vec::new();
     link.up(&up(false, 100), 0, &mut out);
     subscribe(&router, who, "t");
@@ -96,7 +98,7 @@ fn a_redelivery_is_acknowledged_and_not_delivered_again() {
 #[test]
 fn qos_2_is_delivered_once_until_released() {
     let router = router();
-    let mut link = Data::new(router.clone(), 0, 1);
+    let mut link = Data::new(router.clone(), 0, 1, PROBES.into());
     let mut out = Vec::new();
     link.up(&up(false, 100), 0, &mut out);
     for _ in 0..3 {
@@ -118,7 +120,7 @@ fn qos_2_is_delivered_once_until_released() {
 fn a_lost_session_is_subscribed_again() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Data::new(router.clone(), 0, 1);
+    let mut link = Data::new(router.clone(), 0, 1, PROBES.into());
     let mut out = Vec::new();
     link.up(&up(false, 100), 0, &mut out);
     subscribe(&router, who, "t");
@@ -150,7 +152,7 @@ fn a_fetched_message_waits_for_what_the_data_link_carries() {
     for live in [true, false] {
         let router = router();
         let who = client(&router, "a");
-        let mut link = Data::new(router.clone(), 0, 1);
+        let mut link = Data::new(router.clone(), 0, 1, PROBES.into());
         let mut out = Vec::new();
         link.up(&up(false, 100), 0, &mut out);
         subscribe_handling(&router, who, "t", 0);

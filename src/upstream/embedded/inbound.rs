@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
-use super::options::RefuseV5;
+use super::options::{RefuseV5, Shared};
 use super::state::{State, Wire};
 use crate::mqtt::{
     AckKind, Connack, Connect, Decoder, Disconnect, Error, MAX_PACKET, Message, MessageSpec,
     Packet, Publish, QoS, ReasonCode, Receiver, Subscribe, Unsubscribe, Version, connect_version,
     decode_connect, encode_ack, encode_disconnect, encode_pingresp, encode_suback, encode_unsuback,
 };
+
+/// Bytes sent at once before a PINGREQ is answered.
+const PING_BYTES: usize = 8 * 1024 * 1024;
 
 /// How a connection ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,7 +136,7 @@ impl Link {
             assigned_client_id: attached.assigned.as_deref(),
             topic_alias_maximum: Some(options.topic_alias_max),
             subscription_ids_available: options.no_ids.then_some(false),
-            shared_subscription_available: Some(false),
+            shared_subscription_available: (options.shared == Shared::Refused).then_some(false),
             ..Connack::default()
         };
         connack.encode(version, out);
@@ -210,7 +213,11 @@ impl Up {
             }
             Packet::Subscribe(subscribe) => self.subscribe(st, &subscribe, out)?,
             Packet::Unsubscribe(unsubscribe) => self.unsubscribe(st, &unsubscribe, out),
-            Packet::Pingreq => encode_pingresp(out),
+            Packet::Pingreq => {
+                // Behind what came before it.
+                st.pump(key, out, PING_BYTES);
+                encode_pingresp(out);
+            }
             Packet::Disconnect(disconnect) => return Err(disconnected(st, key, &disconnect)),
             // A second CONNECT [MQTT-3.1.0-2]; AUTH without a method
             // [MQTT-4.12.0-6]; the rest only a server sends.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::config::Habit;
 use crate::mqtt::QoS;
 
 /// What a client gets whose own subscriptions overlap on a message. The
@@ -32,6 +33,18 @@ pub enum RefuseV5 {
     ReasonCode,
 }
 
+/// What becomes of shared subscriptions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Shared {
+    /// One member of the group gets the message, in turn.
+    #[default]
+    Working,
+    /// They are granted, and nothing ever comes: a fault of some brokers.
+    Dead,
+    /// CONNACK says Shared Subscription Available 0, and they are refused.
+    Refused,
+}
+
 /// Limits and habits of an embedded core; the default is a well-behaved MQTT 5
 /// broker.
 #[derive(Debug, Clone)]
@@ -41,8 +54,12 @@ pub struct EmbeddedOptions {
     /// CONNACK says Subscription Identifiers Available 0, and identifiers are
     /// ignored.
     pub no_ids: bool,
+    /// Shared subscriptions.
+    pub shared: Shared,
     /// Retained messages are sent this long after the SUBACK.
     pub late_retained: Duration,
+    /// A fault: RETAIN is 0 on every live message, against [MQTT-3.3.1-13].
+    pub no_rap: bool,
     /// A fault: a resumed session's PUBLISH packets are sent again with DUP 0,
     /// against [MQTT-3.3.1-1].
     pub dup0: bool,
@@ -74,12 +91,37 @@ pub struct EmbeddedOptions {
     pub connections_max: usize,
 }
 
+impl EmbeddedOptions {
+    /// A core with these habits.
+    pub fn with_habits(habits: &[Habit]) -> Self {
+        let mut options = Self::default();
+        for habit in habits {
+            match habit {
+                Habit::Many => options.overlap = Overlap::Many,
+                Habit::One => options.overlap = Overlap::One,
+                Habit::NoIds => options.no_ids = true,
+                Habit::LowestQos => options.overlap = Overlap::LowestQos,
+                Habit::LateRetained => options.late_retained = Duration::from_millis(300),
+                Habit::Dup0 => options.dup0 = true,
+                Habit::SmallWindow => options.small_window = Some(10),
+                Habit::DeadShared => options.shared = Shared::Dead,
+                Habit::NoShared => options.shared = Shared::Refused,
+                Habit::NoRap => options.no_rap = true,
+                Habit::V311 => options.refuse_v5 = RefuseV5::ReturnCode,
+            }
+        }
+        options
+    }
+}
+
 impl Default for EmbeddedOptions {
     fn default() -> Self {
         EmbeddedOptions {
             overlap: Overlap::Many,
             no_ids: false,
+            shared: Shared::Working,
             late_retained: Duration::ZERO,
+            no_rap: false,
             dup0: false,
             small_window: None,
             max_packet: Some(16 * 1024 * 1024),

@@ -4,13 +4,15 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use super::options::Overlap;
+use super::options::{Overlap, Shared};
 use super::outbound::Queued;
 use super::state::State;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version, split_shared};
 
 /// Replays that wait at once; past it one is sent without its delay.
 const LATE_MAX: usize = 100_000;
+/// In the place of a filter's key: a shared subscription, found by its name.
+const SHARED: u32 = u32::MAX;
 
 /// A filter that at least one session subscribes to.
 pub(super) struct Filter {
@@ -18,8 +20,9 @@ pub(super) struct Filter {
     members: Vec<Member>,
 }
 
-struct Member {
-    session: u32,
+#[derive(Clone, Copy)]
+pub(super) struct Member {
+    pub(super) session: u32,
     options: SubscribeOptions,
     /// Subscription Identifier; 0: none.
     id: u32,
@@ -52,11 +55,23 @@ impl State {
         mut options: SubscribeOptions,
         id: u32,
     ) -> ReasonCode {
-        if split_shared(name).is_some() {
-            return ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
-        }
         options.qos = options.qos.min(self.options.max_qos);
         let id = if self.options.no_ids { 0 } else { id };
+        if let Some((group, filter)) = split_shared(name) {
+            if self.options.shared == Shared::Refused {
+                return ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
+            }
+            let session = key;
+            let member = Member {
+                session,
+                options,
+                id,
+            };
+            self.shared.join(group, filter, member);
+            let known = &mut self.sessions[key as usize].subscriptions;
+            known.insert(name.into(), SHARED);
+            return ReasonCode(options.qos as u8);
+        }
         let filter = match self.trie.get(name) {
             Some(filter) => filter,
             None => {
@@ -111,14 +126,14 @@ impl State {
         let Some(filter) = session.subscriptions.remove(name) else {
             return false;
         };
-        self.leave(key, filter);
+        self.leave(key, name, filter);
         true
     }
 
     pub(super) fn unsubscribe_all(&mut self, key: u32) {
         let subscriptions = std::mem::take(&mut self.sessions[key as usize].subscriptions);
-        for filter in subscriptions.into_values() {
-            self.leave(key, filter);
+        for (name, filter) in subscriptions {
+            self.leave(key, &name, filter);
         }
     }
 
@@ -136,11 +151,13 @@ impl State {
         let mut matched: SmallVec<[u32; 16]> = SmallVec::new();
         self.trie
             .for_each_match(message.topic(), |filter| matched.push(filter));
+        let shared = self.offer_shared(message);
         if matched.is_empty() {
-            return false;
+            return shared;
         }
         // A steady order of copies, whatever the shape of the trie.
         matched.sort_unstable();
+        let live_retain = message.retain() && !self.options.no_rap;
         let mut copies: SmallVec<[Copy; 16]> = SmallVec::new();
         for filter in matched {
             for member in &self.filters[filter as usize].members {
@@ -151,7 +168,7 @@ impl State {
                 copies.push(Copy {
                     session: member.session,
                     qos: message.qos().min(options.qos),
-                    retain: message.retain() && options.retain_as_published,
+                    retain: live_retain && options.retain_as_published,
                     ids: id_list(member.id),
                 });
             }
@@ -224,7 +241,34 @@ impl State {
         }
     }
 
-    fn leave(&mut self, key: u32, filter: u32) {
+    /// A copy for one member of each group; whether there was any.
+    fn offer_shared(&mut self, message: &Message) -> bool {
+        if self.options.shared != Shared::Working {
+            return false;
+        }
+        let sessions = &self.sessions;
+        let connected = |key: u32| {
+            let session = sessions.get(key as usize);
+            session.is_some_and(|s| s.wire.is_some())
+        };
+        let picked = self.shared.pick(message.topic(), connected);
+        for member in &picked {
+            let entry = Queued {
+                message: message.clone(),
+                ids: id_list(member.id),
+                qos: message.qos().min(member.options.qos),
+                retain: message.retain() && member.options.retain_as_published,
+            };
+            self.offer(member.session, entry);
+        }
+        !picked.is_empty()
+    }
+
+    fn leave(&mut self, key: u32, name: &str, filter: u32) {
+        if let Some((group, filter)) = split_shared(name) {
+            self.shared.leave(group, filter, key);
+            return;
+        }
         let entry = &mut self.filters[filter as usize];
         entry.members.retain(|m| m.session != key);
         if entry.members.is_empty() {

@@ -13,6 +13,7 @@ use super::options::EmbeddedOptions;
 use super::outbound::Outbound;
 use super::retained::Retained;
 use super::route::{Filter, LateReplay};
+use super::shared::SharedGroups;
 use crate::mqtt::{Connect, Message, MessageSpec, Properties, ReasonCode, Version, Will};
 use crate::router::trie::FilterTrie;
 
@@ -60,6 +61,7 @@ pub(super) struct State {
     pub(super) sessions: Slab<Session>,
     pub(super) trie: FilterTrie<u32>,
     pub(super) filters: Slab<Filter>,
+    pub(super) shared: SharedGroups,
     pub(super) retained: Retained,
     pub(super) late: BTreeMap<(u64, u64), LateReplay>,
     pub(super) counts: EmbeddedStats,
@@ -117,6 +119,7 @@ impl State {
             sessions: Slab::new(),
             trie: FilterTrie::new(),
             filters: Slab::new(),
+            shared: SharedGroups::default(),
             retained: Retained::default(),
             late: BTreeMap::new(),
             counts: EmbeddedStats::default(),

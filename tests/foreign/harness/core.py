@@ -74,7 +74,8 @@ class Core:
         return self.service.grep(rf"Received {kind} from", since)
 
     def connects(self, since: int = 0) -> list[str]:
-        return self.service.grep(r"New client connected from", since)
+        """Connections of clients and links; not those of probes."""
+        return [line for line in self.service.grep(r"New client connected from", since) if "-probe " not in line]
 
     def _reachable(self) -> bool:
         if not self.service.alive():

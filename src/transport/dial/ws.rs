@@ -1,0 +1,133 @@
+//! A WebSocket toward a core, as a stream of bytes [MQTT-6.0.0-1].
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use futures_util::{SinkExt, StreamExt};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+/// Largest message taken, bytes: a core may put many packets into one.
+const MESSAGE_MAX: usize = 64 * 1024 * 1024;
+/// Bytes in one message of ours: brokers limit frames.
+const FRAME: usize = 16 * 1024;
+
+/// MQTT in binary messages.
+#[derive(Debug)]
+pub struct WsBytes<S> {
+    ws: WebSocketStream<S>,
+    input: Bytes,
+    /// Something was handed to the WebSocket and is not on its way for sure.
+    unflushed: bool,
+}
+
+/// Asks for the WebSocket; `authority` as it stands in the URL.
+///
+/// # Errors
+/// What the core answered instead.
+pub(super) async fn upgrade<S>(
+    io: S,
+    secure: bool,
+    authority: &str,
+    path: &str,
+) -> Result<WsBytes<S>, String>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let scheme = if secure { "wss" } else { "ws" };
+    let mut request = format!("{scheme}://{authority}{path}")
+        .into_client_request()
+        .map_err(|e| e.to_string())?;
+    let protocol = HeaderValue::from_static("mqtt");
+    request
+        .headers_mut()
+        .insert("Sec-WebSocket-Protocol", protocol);
+    let config = WebSocketConfig::default()
+        .max_message_size(Some(MESSAGE_MAX))
+        .max_frame_size(Some(MESSAGE_MAX));
+    let upgraded = tokio_tungstenite::client_async_with_config(request, io, Some(config)).await;
+    let (ws, _) = upgraded.map_err(|e| match e {
+        Error::Http(response) => format!("the core answered HTTP {}", response.status()),
+        other => other.to_string(),
+    })?;
+    Ok(WsBytes {
+        ws,
+        input: Bytes::new(),
+        unflushed: false,
+    })
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for WsBytes<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        // Who waits for an answer may have a request that is still here.
+        if self.unflushed
+            && let Poll::Ready(flushed) = self.ws.poll_flush_unpin(cx)
+        {
+            flushed.map_err(failed)?;
+            self.unflushed = false;
+        }
+        while self.input.is_empty() {
+            match ready!(self.ws.poll_next_unpin(cx)) {
+                None | Some(Ok(Message::Close(_)) | Err(Error::ConnectionClosed)) => {
+                    return Poll::Ready(Ok(()));
+                }
+                Some(Ok(Message::Binary(bytes))) => self.input = bytes,
+                Some(Ok(Message::Text(_))) => {
+                    let why = "the core sent a text frame [MQTT-6.0.0-1]";
+                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, why)));
+                }
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Poll::Ready(Err(failed(error))),
+            }
+        }
+        let size = self.input.len().min(buf.remaining());
+        buf.put_slice(&self.input[..size]);
+        self.input.advance(size);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for WsBytes<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.ws.poll_ready_unpin(cx)).map_err(failed)?;
+        let part = &buf[..buf.len().min(FRAME)];
+        let message = Message::Binary(Bytes::copy_from_slice(part));
+        self.ws.start_send_unpin(message).map_err(failed)?;
+        self.unflushed = true;
+        Poll::Ready(Ok(part.len()))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.ws.poll_flush_unpin(cx)).map_err(failed)?;
+        self.unflushed = false;
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match ready!(self.ws.poll_close_unpin(cx)) {
+            Ok(()) | Err(Error::ConnectionClosed | Error::AlreadyClosed) => Poll::Ready(Ok(())),
+            Err(error) => Poll::Ready(Err(failed(error))),
+        }
+    }
+}
+
+fn failed(error: Error) -> io::Error {
+    match error {
+        Error::Io(error) => error,
+        other => io::Error::other(other),
+    }
+}

@@ -1,0 +1,157 @@
+//! What is known of the core: probed once for all links, and again when its CONNACK changes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::time::{Instant, timeout};
+
+use crate::config::{Probe, Protocol, Server};
+use crate::mqtt::Version;
+use crate::telemetry::metrics;
+use crate::transport::dial::Dialed;
+
+use super::Core;
+use super::habits::{Announced, Habits, Source};
+use super::handshake::{Attempt, Established, connect_probe};
+use super::probe::{PROBE_TIME, probe};
+
+/// How long a record is good for while CONNACK says the same.
+const GOOD_FOR: Duration = Duration::from_secs(3600);
+
+/// The record and what it was made of.
+#[derive(Debug)]
+pub(crate) struct Known {
+    server: usize,
+    announced: Announced,
+    at: Instant,
+    habits: Arc<Habits>,
+}
+
+/// Gives a link that came up what is known of the core, probing it first if need be.
+pub(super) async fn learn(core: &Core, server: usize, established: &mut Established) {
+    let habits = recall(core, server, &established.announced).await;
+    let (up, facts) = (&mut established.up, &mut established.facts);
+    up.identifiers = habits.identifiers.usable();
+    up.keeps_retain = habits.keeps_retain();
+    facts.identifiers = up.identifiers;
+    facts.keeps_retain = up.keeps_retain;
+    facts.properties = habits.keeps_properties();
+    facts.shared = habits.shares();
+}
+
+async fn recall(core: &Core, server: usize, announced: &Announced) -> Arc<Habits> {
+    // Other links wait for the one that probes.
+    let mut known = core.known.lock().await;
+    if let Some(known) = &*known
+        && known.server == server
+        && known.announced == *announced
+        && known.at.elapsed() < GOOD_FOR
+    {
+        return known.habits.clone();
+    }
+    let address = &core.config.servers[server];
+    let habits = Arc::new(match core.config.probe {
+        Probe::Off => Habits::unseen(announced, Source::Connack),
+        Probe::Auto => {
+            metrics().upstream_probes.increment(1);
+            let habits = seen(core, address, announced).await;
+            say(address, &habits);
+            habits
+        }
+    });
+    count(&habits);
+    *core.habits.lock() = Some(habits.clone());
+    *known = Some(Known {
+        server,
+        announced: *announced,
+        at: Instant::now(),
+        habits: habits.clone(),
+    });
+    habits
+}
+
+/// Connects as a link would, and probes; for a person.
+///
+/// # Errors
+/// Why the core cannot be reached.
+pub(super) async fn probe_once(core: &Core) -> Result<Habits, String> {
+    let Some(server) = core.config.servers.first() else {
+        return Err("upstream.servers is empty".into());
+    };
+    let versions: &[Version] = match core.config.protocol {
+        Protocol::Auto => &[Version::V5, Version::V311],
+        Protocol::V5 => &[Version::V5],
+        Protocol::V311 => &[Version::V311],
+    };
+    let mut why = String::new();
+    for version in versions {
+        let connected = connect_probe(core, server, *version);
+        match timeout(core.config.connect_timeout, connected).await {
+            Ok(Ok(connected)) => return Ok(look(core, connected).await),
+            Ok(Err(Attempt::NoV5)) => why = "it does not speak MQTT 5".into(),
+            Ok(Err(Attempt::Failed(failed))) => return Err(failed.why),
+            Err(_) => return Err("no CONNACK within upstream.connect_timeout".into()),
+        }
+    }
+    Err(why)
+}
+
+type Connected = (Dialed, BytesMut, Announced);
+
+async fn look(core: &Core, (mut io, rest, announced): Connected) -> Habits {
+    let nonce = getrandom::u32().unwrap_or_default();
+    let topic = format!("{}/{}/{nonce:08x}", core.config.probe_topic, core.node);
+    probe(&mut io, &announced, &topic, rest).await
+}
+
+/// One probe, over a connection of its own.
+async fn seen(core: &Core, server: &Server, announced: &Announced) -> Habits {
+    let version = match announced.version_5 {
+        true => Version::V5,
+        false => Version::V311,
+    };
+    let why = match timeout(PROBE_TIME, connect_probe(core, server, version)).await {
+        Ok(Ok(connected)) => return look(core, connected).await,
+        Ok(Err(Attempt::Failed(failed))) => failed.why,
+        Ok(Err(Attempt::NoV5)) => "it does not speak MQTT 5 now".into(),
+        Err(_) => "no CONNACK for the probe's connection in time".into(),
+    };
+    let mut habits = Habits::unseen(announced, Source::Partly);
+    habits.missing.push(why);
+    habits
+}
+
+fn say(server: &Server, habits: &Habits) {
+    tracing::info!(
+        server = %server,
+        software = habits.software.as_deref(),
+        mapping = habits.mapping(),
+        identifiers = ?habits.identifiers,
+        copies = ?habits.copies,
+        retain_as_published = ?habits.retain_as_published,
+        shared = ?habits.shared,
+        window = ?habits.window,
+        "The core was probed"
+    );
+    for missing in &habits.missing {
+        tracing::warn!(
+            server = %server,
+            topic = "upstream.probe_topic",
+            "The probe of the core was cut short; what was not seen is assumed at its worst: {missing}"
+        );
+    }
+}
+
+fn count(habits: &Habits) {
+    let word = |v: &dyn std::fmt::Debug| format!("{v:?}").to_lowercase();
+    let yes = |v: bool| if v { "yes" } else { "no" }.to_owned();
+    metrics().core_info([
+        ("protocol", habits.protocol.to_owned()),
+        ("source", word(&habits.source)),
+        ("mapping", habits.mapping().to_owned()),
+        ("identifiers", word(&habits.identifiers)),
+        ("retain_as_published", yes(habits.keeps_retain())),
+        ("shared", word(&habits.shared)),
+    ]);
+}

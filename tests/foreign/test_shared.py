@@ -1,0 +1,247 @@
+"""Shared subscriptions: one member gets each message, whoever holds the group at the core."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from harness import wire
+from harness.names import fresh
+from harness.process import wait_until
+from harness.raw import Raw
+
+QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
+
+
+def before(core, own_edge, transports=("tcp",), session=None, **upstream):
+    sections = {"upstream": {"servers": [core.url]} | QUICK | upstream}
+    if session:
+        sections["session"] = session
+    return own_edge(core.url, transports, **sections).start()
+
+
+def drained(member) -> list:
+    got = []
+    while not member.incoming.empty():
+        got.append(member.incoming.get())
+    return got
+
+
+def test_each_message_reaches_one_member(edge, client):
+    """Three versions, one group; a plain subscriber beside it gets all."""
+    topic = fresh()
+    group = f"$share/workers/{topic}/#"
+    members = [client(edge, transport, version=version) for transport, version in (("tcp", 5), ("ws", 4), ("wss", 5))]
+    members[0].subscribe((group, 1), identifier=7)
+    members[1].subscribe((group, 1))
+    members[2].subscribe((group, 2))
+    watcher, pub = client(edge), client(edge)
+    watcher.subscribe((f"{topic}/#", 1))
+    sent = [f"m{n}" for n in range(60)]
+    for text in sent:
+        pub.publish(f"{topic}/x", text)
+    assert [watcher.next().text for _ in sent] == sent
+    got: list[list] = [[] for _ in members]
+
+    def all_there() -> bool:
+        for into, member in zip(got, members):
+            into += drained(member)
+        return sum(map(len, got)) >= len(sent)
+
+    wait_until("the members have all", all_there)
+    watcher.fence(pub, f"{topic}/x")
+    all_there()
+    texts = [m.text for of in got for m in of if not m.text.startswith("fence")]
+    assert Counter(texts) == Counter(sent), "each once"
+    assert all(len(of) >= 15 for of in got), [len(of) for of in got]
+    for of in got:
+        numbers = [int(m.text[1:]) for m in of if m.text.startswith("m")]
+        assert numbers == sorted(numbers), "in order for each member"
+    assert all(m.props.SubscriptionIdentifier == [7] for m in got[0])
+
+
+def test_a_group_is_one_member_at_the_core(own_core, own_edge, client):
+    core = own_core()
+    edge = before(core, own_edge)
+    topic = fresh()
+    members = [client(edge) for _ in range(4)]
+    for member in members:
+        member.subscribe((f"$share/g/{topic}", 1))
+    assert len(core.service.grep(rf"\$share/g/{topic} \(QoS")) == 1, "one SUBSCRIBE"
+    assert len(core.service.grep(r"as tidegate-[\w-]+-s0 ")) >= 1, "on a link of its own"
+    links = {link["name"]: link for link in edge.api("/api/v1/links")["links"]}
+    assert links["s0"]["role"] == "shared" and links["s0"]["filters"] == 1
+    # Outside, another consumer of the core's own is a member like us.
+    direct = client(core_way(core), via=core_way(core))
+    direct.subscribe((f"$share/g/{topic}", 1))
+    pub = client(edge)
+    for n in range(40):
+        pub.publish(topic, f"m{n}")
+    wait_until("all came", lambda: sum(m.incoming.qsize() for m in members) + direct.incoming.qsize() >= 40)
+    assert direct.incoming.qsize() == 20, "the core balances between us and others"
+    since = core.mark()
+    for member in members:
+        member.unsubscribe(f"$share/g/{topic}")
+    wait_until("the group is left", lambda: core.service.grep(r"Received UNSUBSCRIBE from \S*-s0", since))
+    for n in range(20):
+        pub.publish(topic, f"late{n}")
+    wait_until("the rest goes to the others", lambda: direct.incoming.qsize() >= 40)
+
+
+class core_way:
+    """The core itself, as a way for paho."""
+
+    def __init__(self, core):
+        self.port, self.transport, self.path, self.ca = core.port, "tcp", "", None
+
+    def cut(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_nothing_retained_comes_and_plain_copies_stay_apart(edge, client):
+    topic = fresh()
+    pub = client(edge)
+    pub.publish(topic, "kept", retain=True)
+    one = client(edge)
+    one.subscribe((f"$share/g/{topic}", 1), identifier=2)
+    one.subscribe((topic, 1), identifier=3, retainHandling=2)
+    pub.publish(topic, "live")
+    got = sorted(one.next().props.SubscriptionIdentifier for _ in range(2))
+    assert got == [[2], [3]], "one copy for each"
+    assert [m.text for m in one.until_fence(pub, topic)] == []
+
+
+def test_who_is_connected_comes_before_who_is_away(edge, client, way):
+    topic = fresh()
+    group = f"$share/g/{topic}"
+    line = way(edge)
+    away = client(edge, client_id=fresh("away"), via=line, expiry=300, clean=True)
+    away.subscribe((group, 1))
+    here, pub = client(edge), client(edge)
+    here.subscribe((group, 1))
+    line.cut()
+    away.abandon()
+    edge_gone(edge, away)
+    for n in range(10):
+        pub.publish(topic, f"m{n}")
+    assert [here.next().text for _ in range(10)] == [f"m{n}" for n in range(10)]
+    here.close()
+    pub.publish(topic, "waits")
+    away.reconnect()
+    assert away.session_present and away.next().text == "waits", "the last member's queue keeps it"
+
+
+def edge_gone(edge, one) -> None:
+    name = one.client._client_id.decode()
+    wait_until("the session is detached", lambda: not edge.api(f"/api/v1/sessions/{name}")["attached"])
+
+
+def test_what_a_member_did_not_acknowledge_goes_to_another_at_its_end(edge, client, way):
+    topic = fresh()
+    group = f"$share/g/{topic}"
+    line = way(edge)
+    stuck = client(edge, client_id=fresh("stuck"), via=line, clean=True, manual_ack=True, receive_maximum=2)
+    stuck.subscribe((group, 1))
+    pub = client(edge)
+    for n in range(4):
+        pub.publish(topic, f"m{n}")
+    assert [m.text for m in stuck.take(2)] == ["m0", "m1"], "its window"
+    other = client(edge)
+    other.subscribe((group, 1))
+    line.cut()
+    # Without expiry the session ends with its connection.
+    assert sorted(m.text for m in other.take(4)) == ["m0", "m1", "m2", "m3"]
+    assert other.until_fence(pub, topic) == []
+
+
+def test_who_is_away_for_long_loses_its_part_to_others(own_core, own_edge, client, way):
+    edge = before(own_core(), own_edge, session={"shared_redeliver_after": "500ms"})
+    topic = fresh()
+    group = f"$share/g/{topic}"
+    name, pub = fresh("away"), client(edge)
+    with Raw(edge["tcp"].port) as raw:
+        raw.connect(name, expiry=300)
+        assert raw.subscribe((group, 2)) == b"\x02"
+        pub.publish(topic, "one", qos=1)
+        pub.publish(topic, "two", qos=2)
+        assert [raw.recv().payload for _ in range(2)] == [b"one", b"two"]
+        other = client(edge)
+        other.subscribe((group, 2))
+    assert other.next().text == "one", "QoS 1 moves on"
+    with Raw(edge["tcp"].port) as raw:
+        raw.connect(name, expiry=300, clean=False)
+        again = raw.recv()
+        assert (again.payload, again.qos, again.dup) == (b"two", 2, True), "QoS 2 stays with its member [MQTT-4.8.2-4]"
+    assert other.incoming.empty()
+
+
+def test_a_refusal_is_final(edge, client):
+    """PUBACK with 0x80 and above: nobody else gets it [MQTT-4.8.2-6]."""
+    topic = fresh()
+    group = f"$share/g/{topic}"
+    with Raw(edge["tcp"].port) as raw:
+        raw.connect(fresh("refuser"))
+        assert raw.subscribe((group, 1)) == b"\x01"
+        pub = client(edge)
+        pub.publish(topic, "poison")
+        packet = raw.recv()
+        other = client(edge)
+        other.subscribe((group, 1))
+        raw.send(wire.packet(wire.PUBACK, packet.packet_id.to_bytes(2, "big") + b"\x83\x00"))
+        raw.send(wire.packet(wire.DISCONNECT, b"\x00\x00"))
+        raw.wait_closed()
+    assert other.until_fence(pub, topic) == []
+
+
+@pytest.mark.parametrize("habits", ["dead-shared", "no-shared"])
+def test_dead_groups_are_refused(habits, own_edge, client):
+    edge = own_edge("embedded:", upstream={"servers": [f"embedded:{habits}"]}).start()
+    edge.wait_log(r"The core was probed")
+    five, four = client(edge), client(edge, version=4)
+    assert five.connack_props.SharedSubscriptionAvailable == 0
+    topic = fresh()
+    assert five.subscribe((f"$share/g/{topic}", 1), (topic, 1), expect=None) == [0x9E, 1]
+    assert four.subscribe((f"$share/g/{topic}", 1), expect=None) == [0x80]
+
+
+@pytest.mark.parametrize("habits", ["", "one", "no-ids", "small-window", "3.1.1", "lowest-qos"])
+def test_groups_before_each_core(habits, own_edge, client):
+    edge = own_edge("embedded:", upstream={"servers": [f"embedded:{habits}"]}).start()
+    edge.wait_log(r"The core was probed")
+    topic = fresh()
+    members = [client(edge) for _ in range(2)]
+    for member in members:
+        member.subscribe((f"$share/g/{topic}/+", 1))
+    pub = client(edge)
+    sent = [f"m{n}" for n in range(30)]
+    for text in sent:
+        pub.publish(f"{topic}/x", text)
+    got: list = []
+
+    def all_there() -> bool:
+        for member in members:
+            got.extend(m.text for m in drained(member))
+        return len(got) >= len(sent)
+
+    wait_until("all came", all_there)
+    assert Counter(got) == Counter(sent)
+
+
+def test_a_group_is_there_again_after_the_core_lost_it(own_core, own_edge, client):
+    core = own_core()
+    edge = before(core, own_edge)
+    topic = fresh()
+    one = client(edge)
+    one.subscribe((f"$share/g/{topic}", 1))
+    core.stop()
+    core.forget()
+    core.start()
+    pub = client(edge)
+
+    def comes() -> bool:
+        pub.publish(topic, "again")
+        return not one.incoming.empty()
+
+    wait_until("the group is back", comes, 20, 0.2)
