@@ -15,6 +15,7 @@ mod links;
 mod lost;
 mod publish;
 mod retained;
+mod roots;
 mod shard;
 mod subscribe;
 mod table;
@@ -76,6 +77,8 @@ pub struct RouterConfig {
     pub data_links: usize,
     /// Number of links for shared subscriptions, 1 to 4.
     pub shared_links: usize,
+    /// Filters that are held for good, disjoint; clients' filters inside cost the core nothing.
+    pub roots: Vec<String>,
     /// Number of P links, 1 to 8.
     pub publish_links: usize,
     /// How long a filter that nobody holds stays subscribed.
@@ -163,7 +166,10 @@ struct Core {
 impl Router {
     /// A router without sessions.
     pub fn new(limits: SessionLimits, config: RouterConfig) -> Self {
-        let table = Table::new(config.data_links, config.shared_links);
+        let mut table = Table::new(config.data_links, config.shared_links);
+        for root in &config.roots {
+            table.add_root(root);
+        }
         let links = config.data_links + config.shared_links;
         Self {
             shards: (0..SHARDS)

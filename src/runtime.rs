@@ -21,6 +21,7 @@ use crate::client::{Clients, Door, Rate};
 use crate::clock::Clock;
 use crate::config::{self, CertSource, Config, Server};
 use crate::limits::Account;
+use crate::mqtt::overlaps;
 use crate::router::{Router, RouterConfig};
 use crate::session::{QueueFull, SessionLimits};
 use crate::telemetry::metrics;
@@ -229,10 +230,24 @@ async fn open_admin(config: &Config, view: Arc<View>) -> Result<admin::Server, S
 pub fn check(config: &Config) -> Result<(), StartError> {
     certificates(config)?;
     client_tls(config)?;
+    roots(config)?;
     config
         .upstream
         .read_password()
         .map_err(|e| StartError::Config(format!("upstream.password_file: {e}")))?;
+    Ok(())
+}
+
+/// Roots overlap no other: a message comes by one of them.
+fn roots(config: &Config) -> Result<(), StartError> {
+    let roots = &config.upstream.roots;
+    for (n, root) in roots.iter().enumerate() {
+        if let Some(other) = roots[..n].iter().find(|other| overlaps(other, root)) {
+            return Err(StartError::Config(format!(
+                "upstream.roots[{n}]: {root:?} overlaps {other:?}; write the wider of them, or disjoint ones"
+            )));
+        }
+    }
     Ok(())
 }
 
@@ -401,6 +416,7 @@ fn router_config(config: &Config) -> RouterConfig {
     RouterConfig {
         data_links: usize::from(upstream.data_links),
         shared_links: usize::from(upstream.shared_links),
+        roots: upstream.roots.clone(),
         publish_links: usize::from(upstream.publish_links),
         linger: ms(upstream.linger),
         linger_busy_min: ms(upstream.linger_busy_min),

@@ -232,6 +232,14 @@ impl Check<'_, '_> {
                 "not a topic name without wildcards, or it begins with \"$\" or ends in \"/\"",
             );
         }
+        for (n, root) in up.roots.iter().enumerate() {
+            let key = format!("upstream.roots[{n}]");
+            if let Some(why) = bad_filter(root) {
+                self.say(&key, why);
+            } else if root.starts_with('$') {
+                self.say(&key, "a root does not begin with \"$\"");
+            }
+        }
         self.range("upstream.data_links", up.data_links, 1..=8);
         self.range("upstream.shared_links", up.shared_links, 1..=4);
         self.range_time("upstream.linger", up.linger, Duration::ZERO..=YEAR);
@@ -511,8 +519,8 @@ fn plain_topic(topic: &str) -> bool {
         && !topic.contains(['+', '#', '\0'])
 }
 
-/// What is wrong with a topic pattern of a rule.
-fn bad_pattern(pattern: &str) -> Option<&'static str> {
+/// What is wrong with a topic filter.
+fn bad_filter(pattern: &str) -> Option<&'static str> {
     if pattern.is_empty() || pattern.len() > 65535 || pattern.contains('\0') {
         return Some("a topic filter has 1 to 65535 bytes and no U+0000");
     }
@@ -527,6 +535,14 @@ fn bad_pattern(pattern: &str) -> Option<&'static str> {
         if level.contains('+') && *level != "+" {
             return Some("+ stands alone between slashes");
         }
+    }
+    None
+}
+
+/// What is wrong with a topic pattern of a rule.
+fn bad_pattern(pattern: &str) -> Option<&'static str> {
+    if let Some(why) = bad_filter(pattern) {
+        return Some(why);
     }
     let mut rest = pattern;
     while let Some((_, after)) = rest.split_once('%') {

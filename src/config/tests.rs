@@ -279,10 +279,10 @@ const WRONG: &[(&str, usize, &str, &str)] = &[
         "not supported",
     ),
     (
-        "[upstream]\nroots = [\"a/#\"]\n",
+        "[upstream]\nroots = [\"a/#/b\"]\n",
         2,
-        "upstream.roots",
-        "not supported",
+        "upstream.roots[0]",
+        "# stands alone and last",
     ),
     (
         "[upstream]\nservers = [\"wss://a b\"]\n",

@@ -11,7 +11,7 @@ use super::choices::{
     SubscribeWhileAway, Transport,
 };
 use super::units::{duration, duration_or_none, size, size32};
-use super::upstream::{no_roots, publish_links, server_list};
+use super::upstream::{publish_links, server_list};
 
 /// The whole configuration, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,9 +125,8 @@ pub struct Upstream {
     pub publish_links: u8,
     /// Number of links for shared subscriptions, 1 to 4; opened when first asked for.
     pub shared_links: u8,
-    /// Filters subscribed for good, under which clients' filters cost the core
-    /// nothing; not supported, always empty.
-    #[serde(deserialize_with = "no_roots")]
+    /// Filters subscribed for good, disjoint; clients' filters inside them cost
+    /// the core nothing.
     pub roots: Vec<String>,
     /// When a client's publish is acknowledged.
     pub ack: Ack,

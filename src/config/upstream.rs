@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use serde::de::{self, Deserialize, Deserializer};
+use serde::de::{Deserialize, Deserializer};
 
 use super::builtin::{PUBLISH_LINKS_AUTO, WS_PATH};
 use super::choices::Habit;
@@ -34,18 +34,6 @@ pub(super) fn publish_links<'de, D: Deserializer<'de>>(d: D) -> Result<u8, D::Er
         }
     }
     d.deserialize_any(Read::<Links>(PhantomData))
-}
-
-/// For `deserialize_with`: an empty list.
-pub(super) fn no_roots<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<String>, D::Error> {
-    let roots = Vec::<String>::deserialize(d)?;
-    if roots.is_empty() {
-        Ok(roots)
-    } else {
-        Err(de::Error::custom(
-            "not supported by this version; allowed: []",
-        ))
-    }
 }
 
 impl<'de> Deserialize<'de> for Server {

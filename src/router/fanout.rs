@@ -11,6 +11,7 @@ use crate::telemetry::{DropReason as DropCause, Qos, metrics};
 
 use super::Router;
 use super::shard::Slot;
+use super::table::Table;
 use super::wake::Wake;
 
 /// Deliveries after which a shard's lock is offered to others.
@@ -118,6 +119,16 @@ impl Tally {
     }
 }
 
+/// Adds the filters below the roots that a message came by.
+fn expand(table: &Table, arrived: &mut Arrived) {
+    let came = arrived.filters.len();
+    for at in 0..came {
+        let number = arrived.filters[at];
+        let filters = &mut arrived.filters;
+        table.match_root(number, arrived.message.topic(), |n| filters.push(n));
+    }
+}
+
 impl Router {
     /// Delivers a batch in order. Bounded work per lock; never waits for a client.
     pub fn fan_out(&self, batch: &mut [Arrived], now: u64) {
@@ -144,6 +155,9 @@ impl Router {
                     let filters = &mut arrived.filters;
                     filters.clear();
                     table.match_topic(arrived.link, arrived.message.topic(), |n| filters.push(n));
+                }
+                if !table.roots.is_empty() {
+                    expand(&table, arrived);
                 }
                 if arrived.link >= self.config.data_links {
                     shares = true;

@@ -311,10 +311,12 @@ impl Router {
         while taken.len() < max
             && let Some(number) = retained.queue.pop_front()
         {
-            let known = self.table.read().get(number).map(|f| {
-                let active = f.state == super::table::State::Active;
-                (f.name.clone(), active)
-            });
+            let known = {
+                let table = self.table.read();
+                let source = table.get(table.source(number));
+                let active = source.is_some_and(|f| f.state == super::table::State::Active);
+                table.get(number).map(|f| (f.name.clone(), active))
+            };
             if let Some((_, false)) = known {
                 retained.loose.insert(number);
             }
@@ -339,7 +341,11 @@ impl Router {
         if cached.state != State::Fetching || cached.live.contains(message.topic()) {
             return;
         }
-        let link = self.table.read().get(number).map(|f| usize::from(f.link));
+        let link = {
+            let table = self.table.read();
+            let filter = table.get(table.source(number));
+            filter.map(|f| usize::from(f.link))
+        };
         match link {
             // While the link is away too: what its session kept comes first.
             Some(link) if link < self.config.data_links && retained.held < HELD_MAX => {

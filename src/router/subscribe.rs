@@ -8,11 +8,15 @@ use crate::session::{Close, Subscription, Wanted};
 use crate::telemetry::{RateLimited, clean};
 
 use super::retained::Reply;
-use super::table::{State, UNPLACED, Waiter};
+use super::table::{State, Table, UNPLACED, Waiter};
 use super::{Router, SessionRef, Wants};
 
 /// Filters known at once, held or lingering.
 const FILTERS_MAX: usize = 1_000_000;
+
+fn filter_is_root(table: &Table, number: u32) -> bool {
+    table.get(number).is_some_and(|f| f.root)
+}
 
 fn refused(filter: &str, code: ReasonCode) {
     if let Some(suppressed) = REFUSED.permit() {
@@ -122,7 +126,8 @@ impl Router {
             // A shared subscription gets none (§4.8.2).
             let retained = !shared
                 && (options.retain_handling == 0 || (options.retain_handling == 1 && !replaced));
-            let Some(filter) = table.get_mut(number) else {
+            let source = table.source(number);
+            let Some(filter) = table.get(source) else {
                 continue;
             };
             let held = filter.state == State::Active || filter.held;
@@ -148,7 +153,7 @@ impl Router {
                 } else {
                     answers.push((want.index, code));
                 }
-                let filter = table.get(number);
+                let filter = table.get(source);
                 let confirmed = filter.is_some_and(|f| f.state == State::Active || !f.unconfirmed);
                 drop(table);
                 if confirmed {
@@ -157,6 +162,9 @@ impl Router {
                 continue;
             }
             let deadline = now + self.config.subscribe_hold;
+            let Some(filter) = table.get_mut(number) else {
+                continue;
+            };
             filter.waiters.push(Waiter {
                 session,
                 tag,
@@ -167,9 +175,13 @@ impl Router {
                 deadline,
                 retained,
             });
-            let link = filter.link;
             table.held.insert((deadline, number));
-            table.ask(number, options.qos);
+            if source != number {
+                table.rooted_waiting.insert(number);
+            }
+            // A root is held at the highest QoS.
+            table.ask(source, options.qos);
+            let link = table.get(source).map_or(UNPLACED, |f| f.link);
             drop(table);
             if link != UNPLACED {
                 self.data[usize::from(link)].raise();
@@ -274,7 +286,7 @@ impl Router {
             all.filter(|s| s.overlaps).map(|s| s.filter).collect()
         };
         let table = self.table.read();
-        let link = |n| table.get(n).map(|f| f.link);
+        let link = |n| table.get(table.source(n)).map(|f| f.link);
         others.iter().any(|other| link(*other) != link(number))
     }
 
@@ -316,7 +328,7 @@ impl Router {
     /// The core's SUBACK for a filter, or our own word in its place.
     pub fn suback(&self, number: u32, code: ReasonCode, now: u64) {
         let mut guessed = false;
-        let (waiters, link) = {
+        let (waiters, link, below) = {
             let mut table = self.table.write();
             let Some(filter) = table.get_mut(number) else {
                 return;
@@ -356,7 +368,15 @@ impl Router {
             if again && let Some(pending) = table.pending.get_mut(link) {
                 pending.push_back(number);
             }
-            (table.take_waiters(number, qos), again.then_some(link))
+            let below = match filter_is_root(&table, number) {
+                true => table.take_waiting(number),
+                false => Vec::new(),
+            };
+            (
+                table.take_waiters(number, qos),
+                again.then_some(link),
+                below,
+            )
         };
         if let Some(link) = link {
             self.data[link].raise();
@@ -366,6 +386,24 @@ impl Router {
             self.forget_retained(std::iter::once(number));
         }
         if guessed {
+            self.confirm(number, code);
+        }
+        self.settle_waiters(number, &waiters, code, true, now);
+        for number in below {
+            self.root_answered(number, code, now);
+        }
+    }
+
+    /// The core's word on the root of a filter that clients wait for.
+    fn root_answered(&self, number: u32, code: ReasonCode, now: u64) {
+        let (waiters, guessed) = {
+            let mut table = self.table.write();
+            let waiters = table.take_waiters(number, QoS::ExactlyOnce);
+            let filter = table.get_mut(number);
+            let guessed = filter.map(|f| std::mem::take(&mut f.unconfirmed));
+            (waiters, guessed == Some(true))
+        };
+        if guessed && !code.is_error() {
             self.confirm(number, code);
         }
         self.settle_waiters(number, &waiters, code, true, now);

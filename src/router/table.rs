@@ -50,7 +50,11 @@ pub(super) struct Filter {
     pub name: Arc<str>,
     /// `$share/group/filter`.
     pub shared: bool,
-    /// D link; `UNPLACED` until the core's habits are known.
+    /// Held for good, by configuration.
+    pub root: bool,
+    /// The root that it lies in: nothing of it is at the core.
+    pub rooted: Option<u32>,
+    /// D link; `ROOTED` below a root; `UNPLACED` until the core's habits are known.
     pub link: u8,
     pub state: State,
     /// It was held before the link was lost: those who ask are granted at once.
@@ -94,6 +98,9 @@ impl Filter {
 /// No D link chosen yet.
 pub(super) const UNPLACED: u8 = u8::MAX;
 
+/// On no link of its own: below a root.
+pub(super) const ROOTED: u8 = u8::MAX - 1;
+
 /// All filters.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -113,6 +120,12 @@ pub(super) struct Table {
     pub tries: Vec<FilterTrie<u32>>,
     /// Whether the core has working identifiers; `None`: never connected.
     pub identifiers: Option<bool>,
+    /// The roots.
+    pub roots: Vec<u32>,
+    /// All filters below roots.
+    pub rooted: FilterTrie<u32>,
+    /// Those of them with clients that wait for their root.
+    pub rooted_waiting: BTreeSet<u32>,
     /// Shared filters that nobody holds any more: they do not linger, for the core goes on sending
     /// us what other members of the group could have.
     pub left: Vec<u32>,
@@ -140,6 +153,9 @@ impl Table {
             leaving: vec![VecDeque::new(); links],
             tries: (0..links).map(|_| FilterTrie::new()).collect(),
             identifiers: None,
+            roots: Vec::new(),
+            rooted: FilterTrie::new(),
+            rooted_waiting: BTreeSet::new(),
             left: Vec::new(),
             held: BTreeSet::new(),
             lost: Arc::default(),
@@ -206,6 +222,8 @@ impl Table {
         self.filters[number as usize] = Some(Filter {
             name: name.clone(),
             shared: split_shared(&name).is_some(),
+            root: false,
+            rooted: None,
             link: UNPLACED,
             state: State::Absent,
             held: false,
@@ -228,24 +246,25 @@ impl Table {
     /// client, so that their copies come in one order; else by hash. Without, the first on which the filter
     /// overlaps no other; the error names one it overlaps.
     pub fn place(&mut self, number: u32, hash: u64, near: &[u32]) -> Result<(), Arc<str>> {
-        let Some(identifiers) = self.identifiers else {
-            return Ok(());
-        };
         let Some(filter) = self.get(number) else {
             return Ok(());
         };
-        if filter.link != UNPLACED {
+        if filter.link != UNPLACED || self.take_root(number) {
             return Ok(());
         }
+        let (Some(identifiers), Some(filter)) = (self.identifiers, self.get(number)) else {
+            return Ok(());
+        };
         let (name, shared) = (filter.name.clone(), filter.shared);
         let links = match shared {
             true => self.data_links..self.pending.len(),
             false => 0..self.data_links,
         };
         let topics = filter.topics().to_owned();
-        let neighbour = near.iter().find_map(|n| self.get(*n)).map(|f| f.link);
+        let neighbour = near.iter().find_map(|n| self.get(self.source(*n)));
+        let neighbour = neighbour.map(|f| f.link);
         let mut link = match neighbour {
-            Some(link) if link != UNPLACED => usize::from(link),
+            Some(link) if links.contains(&usize::from(link)) => usize::from(link),
             _ => links.start + (hash % links.len() as u64) as usize,
         };
         if !identifiers {
@@ -300,7 +319,7 @@ impl Table {
                 filter.mask &= !(1 << shard);
             }
         }
-        if filter.references.is_empty() && filter.idle_since == u64::MAX {
+        if filter.references.is_empty() && filter.idle_since == u64::MAX && !filter.root {
             filter.idle_since = now;
             if filter.shared {
                 self.left.push(number);
@@ -343,6 +362,9 @@ impl Table {
         self.lost.remove(number);
         self.by_name.remove(&filter.name);
         self.lingering.remove(&(filter.idle_since, number));
+        if filter.rooted.is_some() {
+            self.rooted.remove(&filter.name);
+        }
         if let Some(trie) = self.tries.get_mut(filter.link as usize)
             && self.identifiers == Some(false)
         {
@@ -376,10 +398,12 @@ impl Table {
     /// What a client is granted that asked for `qos`.
     pub fn grant(&self, number: u32, qos: QoS) -> ReasonCode {
         // Without the core's word, what it was asked for.
-        let granted = self.get(number).map_or(qos, |f| match f.unconfirmed {
-            true => f.wanted.min(qos),
-            false => f.granted.min(qos),
-        });
+        let granted = self
+            .get(self.source(number))
+            .map_or(qos, |f| match f.unconfirmed {
+                true => f.wanted.min(qos),
+                false => f.granted.min(qos),
+            });
         ReasonCode(granted as u8)
     }
 }

@@ -159,6 +159,9 @@ impl Router {
             let mut late = Vec::new();
             let mut granted = ReasonCode::GRANTED_QOS_2;
             let mut confirmed = false;
+            let source = table.source(number);
+            let held = table.get(source).filter(|f| f.state == State::Active);
+            let active = held.map(|f| f.granted);
             if let Some(filter) = table.get_mut(number) {
                 filter.waiters.retain(|w| {
                     let keep = w.deadline > now;
@@ -167,13 +170,16 @@ impl Router {
                     }
                     keep
                 });
-                confirmed = filter.state == State::Active;
-                if confirmed {
-                    granted = ReasonCode(filter.granted as u8);
+                confirmed = active.is_some();
+                if let Some(qos) = active {
+                    granted = ReasonCode(qos as u8);
                 } else if self.config.subscribe_accept {
                     filter.held = true;
                     filter.granted = filter.wanted;
                     filter.unconfirmed = true;
+                    if source != number {
+                        table.rooted_waiting.insert(number);
+                    }
                 }
             }
             drop(table);

@@ -50,10 +50,7 @@ pub(super) async fn run<M: Machine>(
     if link.role == Role::Shared {
         // Dialled when the first client asks for it.
         tokio::select! {
-            () = poll_fn(|cx| match wake.take(cx.waker()) {
-                true => Poll::Ready(()),
-                false => Poll::Pending,
-            }) => {}
+            () = wanted(&shared, &link, &wake) => {}
             () = shared.stop.cancelled() => return,
         }
     }
@@ -109,6 +106,18 @@ pub(super) async fn run<M: Machine>(
             () = sleep(wait) => {}
             () = shared.stop.cancelled() => return,
         }
+    }
+}
+
+/// A client has asked for what the link is for.
+async fn wanted(shared: &Shared, link: &LinkStatus, wake: &Wake) {
+    let number = shared.router.shared_link(link.number);
+    while shared.router.filters_on(number) == 0 {
+        poll_fn(|cx| match wake.take(cx.waker()) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        })
+        .await;
     }
 }
 

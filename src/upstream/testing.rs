@@ -38,6 +38,7 @@ pub fn router() -> Arc<Router> {
     let config = RouterConfig {
         data_links: 1,
         shared_links: 1,
+        roots: Vec::new(),
         publish_links: 1,
         linger: 600_000,
         linger_busy_min: 60_000,

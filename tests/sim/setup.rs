@@ -59,6 +59,7 @@ impl World {
         let config = RouterConfig {
             data_links: 1,
             shared_links: 1,
+            roots: Vec::new(),
             publish_links: 1,
             linger: rng.pick(&[500, 20_000]),
             linger_busy_min: 500,
