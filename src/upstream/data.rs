@@ -383,4 +383,6 @@ fn parse_tag(value: &str, instance: u64) -> Option<u64> {
 }
 
 #[cfg(test)]
+mod mapping;
+#[cfg(test)]
 mod tests;

@@ -13,9 +13,17 @@ use crate::session::{ConnectionSpec, Effect, QueueFull, SessionLimits, Wanted};
 use super::RESERVED_KEY;
 use super::machine::Up;
 
-/// A router with one link of each kind.
+/// A router with one link of each kind, whose D link has come up.
 pub fn router() -> Arc<Router> {
-    let limits = SessionLimits {
+    let router = Arc::new(Router::new(limits(), config()));
+    router.core_facts(&facts(), 0);
+    router.data_link_up(0, false, true, 0);
+    router
+}
+
+/// Limits that nothing reaches.
+fn limits() -> SessionLimits {
+    SessionLimits {
         receive_max: 1000,
         topic_alias_max: 0,
         packet_max: 1024 * 1024,
@@ -34,8 +42,12 @@ pub fn router() -> Arc<Router> {
         publish_account: Arc::default(),
         reserved_key: RESERVED_KEY,
         hasher: Default::default(),
-    };
-    let config = RouterConfig {
+    }
+}
+
+/// One link of each kind.
+pub fn config() -> RouterConfig {
+    RouterConfig {
         data_links: 1,
         shared_links: 1,
         roots: Vec::new(),
@@ -51,9 +63,12 @@ pub fn router() -> Arc<Router> {
         queues: 64 * 1024 * 1024,
         output: 64 * 1024 * 1024,
         write_stall: 60_000,
-    };
-    let router = Arc::new(Router::new(limits, config));
-    let facts = CoreFacts {
+    }
+}
+
+/// A core that can do everything.
+pub fn facts() -> CoreFacts {
+    CoreFacts {
         identifiers: true,
         properties: true,
         keeps_retain: true,
@@ -61,10 +76,12 @@ pub fn router() -> Arc<Router> {
         maximum_qos: QoS::ExactlyOnce,
         retain_available: true,
         packet_max: u32::MAX,
-    };
-    router.core_facts(&facts, 0);
-    router.data_link_up(0, false, true, 0);
-    router
+    }
+}
+
+/// A router of this make; the core is not heard of yet.
+pub fn router_of(config: RouterConfig) -> Arc<Router> {
+    Arc::new(Router::new(limits(), config))
 }
 
 /// The topic of probes.

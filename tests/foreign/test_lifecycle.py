@@ -113,7 +113,7 @@ WRONG = {
     "unknown version": (BASE.replace("version = 1", "version = 9"), 1, ("version",)),
     "disk durability": (BASE + "[store]\ndurability = \"disk\"\n", 15, ("durability",)),
     "local ack": (BASE.replace("[auth]", "ack = \"local\"\n[auth]"), 10, ("ack",)),
-    "roots": (BASE.replace("[auth]", "roots = [\"fleet/#\"]\n[auth]"), 10, ("roots",)),
+    "roots": (BASE.replace("[auth]", "roots = [\"fleet/#/x\"]\n[auth]"), 10, ("roots",)),
     "jwt": (BASE.replace("[auth]", "[auth]\nmode = \"jwt\""), 11, ("mode", "jwt")),
     "mtls": (BASE.replace("[auth]", "[auth]\nmode = \"mtls\""), 11, ("mode", "mtls")),
     "delegate": (BASE.replace("[auth]", "[auth]\nmode = \"delegate\""), 11, ("mode", "delegate")),
