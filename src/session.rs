@@ -23,7 +23,7 @@ pub use connection::{Connection, ConnectionSpec};
 pub use entry::{Offer, Orphan};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
-pub use packets::senior;
+pub use packets::{Senior, senior};
 pub use will::Will;
 
 /// What to do when a session's queue is full.
@@ -180,9 +180,6 @@ pub struct Subscription {
     pub identifier: u32,
     /// Set once the core granted it: only then can it be the senior of overlapping ones.
     pub active: bool,
-    /// Until then, copies for other matching subscriptions count too: this one may be on another
-    /// link, which is ahead of theirs.
-    pub fenced_until: u64,
     /// Another subscription of this session may match the same topic.
     pub overlaps: bool,
     /// `$share/group/filter`: the router hands each message to one member.
@@ -493,7 +490,7 @@ impl Session {
         &mut self.outbound
     }
 
-    /// The subscriptions, oldest first.
+    /// The subscriptions: first those that the core granted, in that order.
     pub fn subscriptions(&self) -> &[Subscription] {
         &self.subscriptions
     }

@@ -104,6 +104,9 @@ pub enum Habit {
     NoIds,
     /// One copy at the lowest QoS: a fault.
     LowestQos,
+    /// A copy from a queue for QoS 0 and one from a queue for the rest; a second SUBSCRIBE leaves
+    /// the filter in both: a fault.
+    TwoQueues,
     /// Retained messages come long after SUBACK.
     LateRetained,
     /// Redeliveries without DUP: a fault.
@@ -125,6 +128,7 @@ choices!(Habit {
     "one" => One,
     "no-ids" => NoIds,
     "lowest-qos" => LowestQos,
+    "two-queues" => TwoQueues,
     "late-retained" => LateRetained,
     "dup0" => Dup0,
     "small-window" => SmallWindow,
@@ -142,6 +146,7 @@ impl Habit {
             Self::One => "one",
             Self::NoIds => "no-ids",
             Self::LowestQos => "lowest-qos",
+            Self::TwoQueues => "two-queues",
             Self::LateRetained => "late-retained",
             Self::Dup0 => "dup0",
             Self::SmallWindow => "small-window",

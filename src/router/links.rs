@@ -32,6 +32,9 @@ pub struct CoreFacts {
     pub keeps_retain: bool,
     /// Shared subscriptions work.
     pub shared: bool,
+    /// A second SUBSCRIBE for a filter replaces the first [MQTT-3.8.4-3]. Where it does not, filters
+    /// are held at the Maximum QoS from the start.
+    pub replaces: bool,
     /// Maximum QoS.
     pub maximum_qos: QoS,
     /// Retain Available.
@@ -56,6 +59,10 @@ impl Router {
         core.shared.store(facts.shared, Ordering::Relaxed);
         let mut refused: Vec<(u32, Vec<Waiter>, ReasonCode)> = Vec::new();
         let mut table = self.table.write();
+        table.floor = match facts.replaces {
+            true => QoS::AtMostOnce,
+            false => facts.maximum_qos,
+        };
         if table.identifiers == Some(facts.identifiers) {
             return false;
         }

@@ -206,14 +206,15 @@ impl Shard {
     pub fn confirm(&mut self, filter: u32, granted: QoS) {
         let Self { slots, members, .. } = self;
         for member in members.get_mut(&filter).into_iter().flatten() {
-            let session = slots.get_mut(member.slot as usize).map(|s| &mut s.session);
-            let Some(subscription) = session.and_then(|s| s.subscription(filter)) else {
+            let Some(slot) = slots.get_mut(member.slot as usize) else {
+                continue;
+            };
+            let newly = slot.session.activate_subscription(filter);
+            let Some(subscription) = slot.session.subscription(filter) else {
                 continue;
             };
             let granted = subscription.asked.min(granted);
-            if !std::mem::replace(&mut subscription.active, true)
-                || subscription.options.qos < granted
-            {
+            if newly || subscription.options.qos < granted {
                 subscription.options.qos = granted;
                 member.qos = granted;
             }
@@ -373,16 +374,14 @@ impl Shard {
                     slot.session.subscriptions(),
                     message.topic(),
                     tag != 0 && tag == slot.session.tag,
-                    now,
                     |filter| lost.as_ref().is_some_and(|lost| lost.contains(&filter)),
                     identifiers,
                 );
                 match found {
-                    Some((senior, _, false)) if senior.filter != filter => continue,
-                    Some((senior, _, true)) if senior.filter != filter => {}
-                    Some((senior, any_retain, _)) => {
-                        qos = senior.options.qos;
-                        retain = any_retain;
+                    Some(senior) if senior.filter != filter => continue,
+                    Some(senior) => {
+                        qos = senior.qos;
+                        retain = senior.retain;
                     }
                     None => {}
                 }

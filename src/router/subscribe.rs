@@ -3,6 +3,8 @@
 
 use std::sync::atomic::Ordering;
 
+use smallvec::SmallVec;
+
 use crate::mqtt::{QoS, ReasonCode, overlaps, split_shared};
 use crate::session::{Close, Subscription, Wanted};
 use crate::telemetry::{RateLimited, clean};
@@ -34,9 +36,6 @@ static OVERLAPPING: RateLimited = RateLimited::new(LINE_EVERY);
 static NO_LOCAL: RateLimited = RateLimited::new(LINE_EVERY);
 /// Repeats of a line are counted, not written, for this long.
 const LINE_EVERY: std::time::Duration = std::time::Duration::from_secs(1);
-
-/// How long one data link may be behind another, milliseconds.
-const FENCE: u64 = 500;
 
 impl Router {
     /// Adds the subscriptions of one SUBSCRIBE. Filters that the core holds are granted at once;
@@ -108,7 +107,6 @@ impl Router {
                 asked: options.qos,
                 identifier,
                 active: false,
-                fenced_until: 0,
                 overlaps: false,
                 shared,
             };
@@ -135,6 +133,28 @@ impl Router {
             let rising = filter.upgrading && filter.granted < options.qos;
             if held && filter.wanted >= options.qos && !rising {
                 let code = table.grant(number, options.qos);
+                let filter = table.get(source);
+                let confirmed = filter.is_some_and(|f| f.state == State::Active || !f.unconfirmed);
+                drop(table);
+                if confirmed {
+                    self.activate(session, number, options.qos, code);
+                }
+                let qos = QoS::from_u8(code.0).unwrap_or_default();
+                let waiter = Waiter {
+                    session,
+                    tag,
+                    generation,
+                    packet_id,
+                    index: want.index,
+                    qos,
+                    deadline: now + self.config.subscribe_hold,
+                    behind: Some((number, code)),
+                    retained,
+                };
+                let behind = self.raise_overlapping(session, number, qos);
+                if behind.is_some_and(|on| self.wait_behind(waiter, on)) {
+                    continue;
+                }
                 if retained {
                     let wants = Wants {
                         session,
@@ -153,12 +173,6 @@ impl Router {
                 } else {
                     answers.push((want.index, code));
                 }
-                let filter = table.get(source);
-                let confirmed = filter.is_some_and(|f| f.state == State::Active || !f.unconfirmed);
-                drop(table);
-                if confirmed {
-                    self.activate(session, number, options.qos, code, now);
-                }
                 continue;
             }
             let deadline = now + self.config.subscribe_hold;
@@ -173,6 +187,7 @@ impl Router {
                 index: want.index,
                 qos: options.qos,
                 deadline,
+                behind: None,
                 retained,
             });
             table.held.insert((deadline, number));
@@ -245,18 +260,15 @@ impl Router {
 
     /// The core holds the filter at this QoS: the subscription counts from here on, at the QoS that
     /// was asked for last. Who asked for `asked` is told no more than that.
-    fn activate(&self, session: SessionRef, number: u32, asked: QoS, code: ReasonCode, now: u64) {
-        let contested = self.contested(session, number);
+    fn activate(&self, session: SessionRef, number: u32, asked: QoS, code: ReasonCode) {
         let mut shard = self.shards[usize::from(session.shard)].lock();
         let Some(slot) = shard.get(session) else {
             return;
         };
+        slot.session.activate_subscription(number);
         let Some(subscription) = slot.session.subscription(number) else {
             return;
         };
-        if !std::mem::replace(&mut subscription.active, true) && contested {
-            subscription.fenced_until = now + FENCE;
-        }
         let granted = QoS::from_u8(code.0).unwrap_or_default();
         if subscription.asked == asked {
             subscription.asked = asked.min(granted);
@@ -268,26 +280,59 @@ impl Router {
         }
     }
 
-    /// Whether a subscription overlaps one of the same session on another data link.
-    fn contested(&self, session: SessionRef, number: u32) -> bool {
-        if self.config.data_links < 2 {
-            return false;
+    /// Other subscriptions of the client that overlap this one bring its messages as well: the core
+    /// is to hold them at its QoS. The first for which that is not answered yet.
+    fn raise_overlapping(&self, session: SessionRef, number: u32, qos: QoS) -> Option<u32> {
+        if qos == QoS::AtMostOnce {
+            return None;
         }
         let others: Vec<u32> = {
             let mut shard = self.shards[usize::from(session.shard)].lock();
-            let Some(slot) = shard.get(session) else {
-                return false;
+            let session = &mut shard.get(session)?.session;
+            let name = match session.subscription(number) {
+                Some(s) if s.overlaps => s.name.clone(),
+                _ => return None,
             };
-            match slot.session.subscription(number) {
-                Some(s) if s.overlaps => {}
-                _ => return false,
-            }
-            let all = slot.session.subscriptions().iter();
-            all.filter(|s| s.overlaps).map(|s| s.filter).collect()
+            let all = session.subscriptions().iter();
+            let others = all.filter(|s| s.filter != number && s.active && !s.shared);
+            let others = others.filter(|s| overlaps(&s.name, &name));
+            others.map(|s| s.filter).collect()
         };
-        let table = self.table.read();
-        let link = |n| table.get(table.source(n)).map(|f| f.link);
-        others.iter().any(|other| link(*other) != link(number))
+        let mut first = None;
+        let mut wake: SmallVec<[u8; 4]> = SmallVec::new();
+        let mut table = self.table.write();
+        for other in others {
+            let source = table.source(other);
+            let Some(filter) = table.get(source).filter(|f| f.state == State::Active) else {
+                continue;
+            };
+            let link = filter.link;
+            if filter.wanted < qos {
+                table.ask(source, qos);
+                wake.push(link);
+            }
+            let filter = table.get(source);
+            let waits = filter.is_some_and(|f| f.upgrading && f.granted < qos);
+            first = first.or(waits.then_some(source));
+        }
+        drop(table);
+        for link in wake {
+            if let Some(data) = self.data.get(usize::from(link)) {
+                data.raise();
+            }
+        }
+        first
+    }
+
+    /// Lets a waiter wait for another filter of its client. False: there is nothing to wait for.
+    fn wait_behind(&self, waiter: Waiter, on: u32) -> bool {
+        let mut table = self.table.write();
+        let Some(filter) = table.get_mut(on).filter(|f| f.upgrading) else {
+            return false;
+        };
+        filter.waiters.push(waiter);
+        table.held.insert((waiter.deadline, on));
+        true
     }
 
     /// Writes the outcome of filters of one SUBSCRIBE.
@@ -433,6 +478,11 @@ impl Router {
             if !self.is_of(waiter) {
                 continue;
             }
+            // Its own filter was granted before; what held it back is over, one way or another.
+            if let Some((own, granted)) = waiter.behind {
+                self.settle_waiter(own, waiter, granted, confirmed, now);
+                continue;
+            }
             if code.is_error() {
                 let removed = {
                     let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
@@ -458,40 +508,65 @@ impl Router {
             }
             let granted = ReasonCode(code.0.min(waiter.qos as u8));
             if confirmed {
-                self.activate(waiter.session, number, waiter.qos, code, now);
+                self.activate(waiter.session, number, waiter.qos, code);
             }
-            let identifier = {
-                let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
-                let slot = shard.get(waiter.session).filter(|_| waiter.retained);
-                slot.and_then(|s| s.session.subscription(number))
-                    .map(|s| s.identifier)
-            };
-            let Waiter {
-                session,
-                generation,
-                packet_id,
-                index,
-                ..
-            } = *waiter;
-            let Some(identifier) = identifier else {
-                self.answer_subscribe(session, generation, packet_id, &[(index, granted)]);
-                continue;
-            };
-            let wants = Wants {
-                session,
-                tag: waiter.tag,
-                qos: QoS::from_u8(granted.0).unwrap_or_default(),
-                identifier,
-            };
-            let reply = Reply {
-                session,
-                generation,
-                packet_id,
-                index,
-                code: granted,
-            };
-            self.want_retained(number, wants, reply, now);
+            self.settle_waiter(number, waiter, granted, confirmed, now);
         }
+    }
+
+    /// Tells one that waited what it is granted, and gives it the retained messages; not before
+    /// its overlapping filters are held at this QoS.
+    fn settle_waiter(
+        &self,
+        number: u32,
+        waiter: &Waiter,
+        granted: ReasonCode,
+        confirmed: bool,
+        now: u64,
+    ) {
+        let qos = QoS::from_u8(granted.0).unwrap_or_default();
+        if confirmed && waiter.deadline > now {
+            let behind = self.raise_overlapping(waiter.session, number, qos);
+            let waits = Waiter {
+                behind: Some((number, granted)),
+                qos,
+                ..*waiter
+            };
+            if behind.is_some_and(|on| self.wait_behind(waits, on)) {
+                return;
+            }
+        }
+        let identifier = {
+            let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+            let slot = shard.get(waiter.session).filter(|_| waiter.retained);
+            slot.and_then(|s| s.session.subscription(number))
+                .map(|s| s.identifier)
+        };
+        let Waiter {
+            session,
+            generation,
+            packet_id,
+            index,
+            ..
+        } = *waiter;
+        let Some(identifier) = identifier else {
+            self.answer_subscribe(session, generation, packet_id, &[(index, granted)]);
+            return;
+        };
+        let wants = Wants {
+            session,
+            tag: waiter.tag,
+            qos,
+            identifier,
+        };
+        let reply = Reply {
+            session,
+            generation,
+            packet_id,
+            index,
+            code: granted,
+        };
+        self.want_retained(number, wants, reply, now);
     }
 
     /// Whether the session that waits is still the same: a clean start keeps its place.

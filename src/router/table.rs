@@ -40,6 +40,9 @@ pub(super) struct Waiter {
     pub index: u16,
     pub qos: QoS,
     pub deadline: u64,
+    /// The filter that it asked for, and what it was granted: it waits until an older overlapping
+    /// one of the same client, whose copies it will get, is held at that QoS too.
+    pub behind: Option<(u32, ReasonCode)>,
     /// Retained messages are wanted after the grant.
     pub retained: bool,
 }
@@ -120,6 +123,8 @@ pub(super) struct Table {
     pub tries: Vec<FilterTrie<u32>>,
     /// Whether the core has working identifiers; `None`: never connected.
     pub identifiers: Option<bool>,
+    /// Filters are held at this QoS at least.
+    pub floor: QoS,
     /// The roots.
     pub roots: Vec<u32>,
     /// All filters below roots.
@@ -153,6 +158,7 @@ impl Table {
             leaving: vec![VecDeque::new(); links],
             tries: (0..links).map(|_| FilterTrie::new()).collect(),
             identifiers: None,
+            floor: QoS::AtMostOnce,
             roots: Vec::new(),
             rooted: FilterTrie::new(),
             rooted_waiting: BTreeSet::new(),
@@ -330,6 +336,7 @@ impl Table {
 
     /// Queues the SUBSCRIBE, if it is not under way at this QoS.
     pub fn ask(&mut self, number: u32, qos: QoS) {
+        let qos = qos.max(self.floor);
         let Some(filter) = self.get_mut(number) else {
             return;
         };

@@ -376,6 +376,19 @@ impl Session {
         None
     }
 
+    /// The core granted it: behind those that it granted before. Whether it had not until now.
+    pub fn activate_subscription(&mut self, filter: u32) -> bool {
+        let all = &mut self.subscriptions;
+        let Some(at) = all.iter().position(|s| s.filter == filter && !s.active) else {
+            return false;
+        };
+        let mut granted = all.remove(at);
+        granted.active = true;
+        let behind = all.iter().position(|s| !s.active).unwrap_or(all.len());
+        all.insert(behind, granted);
+        true
+    }
+
     /// The subscription on a filter number.
     pub fn subscription(&mut self, filter: u32) -> Option<&mut Subscription> {
         self.subscriptions.iter_mut().find(|s| s.filter == filter)
@@ -479,19 +492,30 @@ pub(super) fn write_answer(connection: &mut Connection, answer: &Answer, reason:
     encode_ack(version, kind, answer.packet_id, reason, None, out);
 }
 
-/// The senior of a client's subscriptions that match `topic`: highest granted QoS, then oldest.
-/// `lost` tells filters that the core has lost and not taken again. For an `own` publish of the client, those with No Local do not count.
-/// Its copy is the one that the client gets, on any core. With it, all their identifiers, and
-/// whether any wants RETAIN as published, and whether copies for the others count too for now.
-pub fn senior<'s>(
-    subscriptions: &'s [Subscription],
+/// What a client gets of a message that several of its subscriptions may match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Senior {
+    /// The filter whose copy it is.
+    pub filter: u32,
+    /// The highest QoS that a matching subscription was granted.
+    pub qos: QoS,
+    /// One of them wants RETAIN as published.
+    pub retain: bool,
+}
+
+/// The senior of a client's subscriptions that match `topic`: the one that the core granted first.
+/// Its copy is the one that the client gets, on any core, with all their identifiers. Granting
+/// another changes nothing for the messages that are under way, on whichever links.
+/// `lost` tells filters that the core has lost and not taken again. For an `own` publish of the
+/// client, those with No Local do not count.
+pub fn senior(
+    subscriptions: &[Subscription],
     topic: &str,
     own: bool,
-    now: u64,
     lost: impl Fn(u32) -> bool,
     identifiers: &mut Vec<u32>,
-) -> Option<(&'s Subscription, bool, bool)> {
-    let mut best: Option<&Subscription> = None;
+) -> Option<Senior> {
+    let mut best: Option<(bool, Senior)> = None;
     let mut retain = false;
     identifiers.clear();
     for s in subscriptions {
@@ -503,12 +527,23 @@ pub fn senior<'s>(
             identifiers.push(s.identifier);
         }
         // What the core has not granted yet, or has lost, counts only among its like.
-        let rank = |s: &Subscription| (s.active && !lost(s.filter), s.options.qos);
-        if best.is_none_or(|b| rank(s) > rank(b)) {
-            best = Some(s);
+        let counts = s.active && !lost(s.filter);
+        match &mut best {
+            Some((known, senior)) if *known == counts => {
+                senior.qos = senior.qos.max(s.options.qos);
+            }
+            Some((true, _)) => {}
+            _ => {
+                let senior = Senior {
+                    filter: s.filter,
+                    qos: s.options.qos,
+                    retain: false,
+                };
+                best = Some((counts, senior));
+            }
         }
     }
-    best.map(|b| (b, retain, b.fenced_until > now))
+    best.map(|(_, senior)| Senior { retain, ..senior })
 }
 
 /// Whether one message can be for both. Shared subscriptions are on their own.

@@ -88,6 +88,8 @@ pub struct Habits {
     pub copies: Option<Copies>,
     /// Their QoS; `None`: not seen.
     pub overlap_qos: Option<OverlapQos>,
+    /// A second SUBSCRIBE for a filter, at another QoS, replaces the first; `None`: not seen.
+    pub replaces: Option<bool>,
     /// Subscription Identifiers.
     pub identifiers: Identifiers,
     /// Retain Handling 2 keeps a subscription from bringing retained messages; `None`: not seen.
@@ -149,6 +151,7 @@ impl Habits {
             software: None,
             copies: None,
             overlap_qos: None,
+            replaces: None,
             identifiers: match announced.identifiers {
                 true => Identifiers::Assumed,
                 false => Identifiers::None,
@@ -189,6 +192,15 @@ impl Habits {
             _ => {
                 v5 && self.retain_as_published == Some(true) && self.retain_handling != Some(false)
             }
+        }
+    }
+
+    /// Whether the QoS of a filter that is held can be raised. Identifiers tell the copies of one
+    /// that was not replaced; without them they would reach clients twice.
+    pub fn replaces(&self) -> bool {
+        match self.replaces {
+            Some(replaces) => replaces,
+            None => self.source == Source::Connack || self.identifiers.usable(),
         }
     }
 
@@ -279,6 +291,7 @@ impl fmt::Display for Habits {
             Some(qos) => line("QoS on overlap", &word(&qos))?,
             None => line("QoS on overlap", "not seen")?,
         }
+        line("resubscribe replaces", seen(self.replaces))?;
         line("retain handling", seen(self.retain_handling))?;
         line("retain as published", seen(self.retain_as_published))?;
         line("retained for wildcards", seen(self.retained_wildcard))?;

@@ -264,6 +264,7 @@ fn accept(
         properties: v5,
         keeps_retain: v5,
         shared: announced.shared,
+        replaces: true,
         maximum_qos: connack.maximum_qos.unwrap_or(QoS::ExactlyOnce),
         retain_available: announced.retain_available,
         packet_max,

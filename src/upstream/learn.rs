@@ -38,6 +38,7 @@ pub(super) async fn learn(core: &Core, server: usize, established: &mut Establis
     facts.keeps_retain = up.keeps_retain;
     facts.properties = habits.keeps_properties();
     facts.shared = habits.shares();
+    facts.replaces = habits.replaces();
 }
 
 async fn recall(core: &Core, server: usize, announced: &Announced) -> Arc<Habits> {
@@ -129,6 +130,7 @@ fn say(server: &Server, habits: &Habits) {
         mapping = habits.mapping(),
         identifiers = ?habits.identifiers,
         copies = ?habits.copies,
+        replaces = ?habits.replaces,
         retain_as_published = ?habits.retain_as_published,
         shared = ?habits.shared,
         window = ?habits.window,

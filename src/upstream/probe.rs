@@ -71,6 +71,8 @@ where
     let mut step = "overlapping filters";
     let result = async {
         probe.overlap(&mut habits).await?;
+        step = "a second SUBSCRIBE";
+        probe.replace(&mut habits).await?;
         step = "retained messages";
         probe.retained(&mut habits).await?;
         step = "the send window";
@@ -179,6 +181,21 @@ where
         self.settle(QUIET).await?;
         let replays = std::mem::take(&mut self.got.publishes);
         habits.retain_handling = Some(replays.is_empty());
+        Ok(())
+    }
+
+    /// A filter whose QoS is raised brings each message once.
+    async fn replace(&mut self, habits: &mut Habits) -> Result<(), Cut> {
+        if self.announced.maximum_qos == 0 {
+            return Ok(());
+        }
+        for qos in [0, 1] {
+            self.subscribe("q", qos, 2, true, Some(1)).await?;
+        }
+        self.publish("q", b"once", 1, false).await?;
+        self.settle(QUIET).await?;
+        let copies = std::mem::take(&mut self.got.publishes);
+        habits.replaces = Some(matches!(&copies[..], [only] if only.qos == QoS::AtLeastOnce));
         Ok(())
     }
 

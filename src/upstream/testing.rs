@@ -73,6 +73,7 @@ pub fn facts() -> CoreFacts {
         properties: true,
         keeps_retain: true,
         shared: true,
+        replaces: true,
         maximum_qos: QoS::ExactlyOnce,
         retain_available: true,
         packet_max: u32::MAX,

@@ -264,6 +264,8 @@ impl Oracle {
         };
         let key = key(&first.payload);
         let publisher = self.inbound.publisher(&key);
+        let most = copies.iter().map(|c| c.qos).max().unwrap_or_default();
+        let up_to = |highest| crate::edge::QOS.into_iter().filter(move |l| *l <= highest);
         for (device, c) in self.clients.iter_mut().enumerate() {
             if !c.exists {
                 continue;
@@ -289,6 +291,9 @@ impl Oracle {
                         for (options, id) in asked.chain(granted) {
                             allowed.push(id);
                             retain_may |= options.retain_as_published && first.retain;
+                            // So may its QoS count for the copy of another.
+                            qos.extend(up_to(options.qos.min(most)));
+                            settled = false;
                         }
                     }
                     continue;
@@ -309,12 +314,8 @@ impl Oracle {
                     qos.push(q.min(copy.qos));
                     settled &= !sub.guessed;
                     if !granted || sub.guessed {
-                        // It may be granted less.
-                        qos.extend(
-                            crate::edge::QOS
-                                .into_iter()
-                                .filter(|l| *l < q.min(copy.qos)),
-                        );
+                        // It may be granted less, and be served by the copy of another.
+                        qos.extend(up_to(q.min(most)));
                     }
                     allowed.push(id);
                     retain_may |= options.retain_as_published && copy.retain;

@@ -98,6 +98,7 @@ impl World {
             properties: true,
             keeps_retain: true,
             shared: true,
+            replaces: true,
             maximum_qos: QoS::ExactlyOnce,
             retain_available: true,
             packet_max: u32::MAX,

@@ -18,6 +18,9 @@ pub enum Overlap {
     /// One copy with all Subscription Identifiers, but at the lowest granted
     /// QoS: a fault that [MQTT-3.3.4-2] forbids.
     LowestQos,
+    /// One copy from a queue for QoS 0 and one from a queue for the rest, and a second SUBSCRIBE
+    /// at another QoS leaves the filter in both: a fault that [MQTT-3.8.4-3] forbids.
+    TwoQueues,
 }
 
 /// How MQTT 5 is refused by a core that does not speak it.
@@ -101,6 +104,7 @@ impl EmbeddedOptions {
                 Habit::One => options.overlap = Overlap::One,
                 Habit::NoIds => options.no_ids = true,
                 Habit::LowestQos => options.overlap = Overlap::LowestQos,
+                Habit::TwoQueues => options.overlap = Overlap::TwoQueues,
                 Habit::LateRetained => options.late_retained = Duration::from_millis(300),
                 Habit::Dup0 => options.dup0 = true,
                 Habit::SmallWindow => options.small_window = Some(10),

@@ -26,6 +26,8 @@ pub(super) struct Member {
     options: SubscribeOptions,
     /// Subscription Identifier; 0: none.
     id: u32,
+    /// It is in the queue for QoS 0 and in the other.
+    both: bool,
 }
 
 /// The retained messages of a subscription, to be sent later.
@@ -40,6 +42,8 @@ pub(super) struct LateReplay {
 /// One copy for one session.
 struct Copy {
     session: u32,
+    /// Copies of one queue are one.
+    queue: u8,
     qos: QoS,
     retain: bool,
     ids: SmallVec<[u32; 2]>,
@@ -66,6 +70,7 @@ impl State {
                 session,
                 options,
                 id,
+                both: false,
             };
             self.shared.join(group, filter, member);
             let known = &mut self.sessions[key as usize].subscriptions;
@@ -88,12 +93,19 @@ impl State {
             session: key,
             options,
             id,
+            both: false,
         };
         let old = members.iter_mut().find(|m| m.session == key);
         let known = old.is_some();
         match old {
             // Replaced as a whole [MQTT-3.8.4-3].
-            Some(old) => *old = member,
+            Some(old) => {
+                let both = self.options.overlap == Overlap::TwoQueues
+                    && (old.both
+                        || (old.options.qos == QoS::AtMostOnce)
+                            != (options.qos == QoS::AtMostOnce));
+                *old = Member { both, ..member };
+            }
             None => members.push(member),
         }
         let session = &mut self.sessions[key as usize];
@@ -158,6 +170,7 @@ impl State {
         // A steady order of copies, whatever the shape of the trie.
         matched.sort_unstable();
         let live_retain = message.retain() && !self.options.no_rap;
+        let two_queues = self.options.overlap == Overlap::TwoQueues;
         let mut copies: SmallVec<[Copy; 16]> = SmallVec::new();
         for filter in matched {
             for member in &self.filters[filter as usize].members {
@@ -165,16 +178,24 @@ impl State {
                 if options.no_local && member.session == origin {
                     continue;
                 }
-                copies.push(Copy {
+                let copy = |qos: QoS| Copy {
                     session: member.session,
-                    qos: message.qos().min(options.qos),
+                    queue: u8::from(two_queues && qos > QoS::AtMostOnce),
+                    qos: message.qos().min(qos),
                     retain: live_retain && options.retain_as_published,
                     ids: id_list(member.id),
-                });
+                };
+                copies.push(copy(options.qos));
+                if member.both {
+                    copies.push(copy(match options.qos {
+                        QoS::AtMostOnce => QoS::AtLeastOnce,
+                        _ => QoS::AtMostOnce,
+                    }));
+                }
             }
         }
         if self.options.overlap != Overlap::Many {
-            merge(&mut copies, self.options.overlap == Overlap::One);
+            merge(&mut copies, self.options.overlap != Overlap::LowestQos);
         }
         for copy in copies {
             let entry = Queued {
@@ -278,14 +299,14 @@ impl State {
     }
 }
 
-/// One copy for each session, in the place of its first.
+/// One copy for each queue of a session, in the place of its first.
 fn merge(copies: &mut SmallVec<[Copy; 16]>, highest: bool) {
     if copies.len() < 2 {
         return;
     }
-    copies.sort_by_key(|c| c.session);
+    copies.sort_by_key(|c| (c.session, c.queue));
     copies.dedup_by(|next, kept| {
-        if next.session != kept.session {
+        if (next.session, next.queue) != (kept.session, kept.queue) {
             return false;
         }
         kept.qos = if highest {

@@ -57,6 +57,7 @@ async fn a_polite_core() {
     assert_eq!(seen.window, Some(WINDOW_PROBED));
     for yes in [
         seen.retain_handling,
+        seen.replaces,
         seen.retain_as_published,
         seen.retained_wildcard,
         seen.retained_marker,
@@ -80,6 +81,11 @@ async fn each_habit_is_seen() {
     let lowest = record(&[Habit::LowestQos]).await.0;
     assert_eq!(lowest.overlap_qos, Some(OverlapQos::Lower));
     assert_eq!(lowest.identifiers, Identifiers::Working);
+
+    let queues = record(&[Habit::TwoQueues, Habit::V311]).await.0;
+    assert_eq!(queues.copies, Some(Copies::Many));
+    assert_eq!(queues.replaces, Some(false));
+    assert!(!queues.replaces());
 
     let nameless = record(&[Habit::NoIds]).await.0;
     assert_eq!(nameless.identifiers, Identifiers::None);
