@@ -303,7 +303,9 @@ def test_without_a_config(tmp_path):
         assert run(["mosquitto_pub", "-p", str(tcp.port), "-t", topic, "-q", "1", "-m", "hello"]).returncode == 0
         assert sub.wait_exit() == 0
         assert "hello" in sub.lines(stream="out")
-        # A second one finds the default ports taken: free ones are chosen, and that is said.
+        # A second one finds the default ports taken, by the first or by us: free ones are chosen,
+        # and that is said.
+        taken = [hold(port) for port in (1883, 8083) if port not in {e.port for e in said.values()}]
         second = Service("tidegate", [BINARY, "run"], cwd=tmp_path)
         try:
             second.wait_line("^ready$", 30, stream="out")
@@ -312,8 +314,27 @@ def test_without_a_config(tmp_path):
             assert re.search(r"(?i)taken|in use", second.text()), second.text()
         finally:
             assert second.stop() == 0
+            for one in taken:
+                one.close()
     finally:
         assert service.stop() == 0
+
+
+def hold(port: int) -> socket.socket:
+    """Takes a port once whoever has it lets go."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+    def free() -> bool:
+        try:
+            one.bind(("127.0.0.1", port))
+            one.listen()
+            return True
+        except OSError:
+            return False
+
+    wait_until(f"port {port} is ours", free, 60, 0.1)
+    return one
 
 
 # They take the default ports.

@@ -10,6 +10,7 @@ from pathlib import Path
 from .process import Service, free_port, wait_until
 
 JS = Path(__file__).parent.parent / "js"
+RUMQTTD = Path(os.environ.get("TIDEGATE_RUMQTTD", Path(__file__).parents[3] / "target/rumqttd/bin/rumqttd"))
 RABBIT = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 
 
@@ -57,6 +58,36 @@ class Aedes(Broker):
 
     def argv(self) -> list:
         return ["node", JS / "aedes.mjs", self.port]
+
+
+class Rumqttd(Broker):
+    """MQTT 5; built by the full tier's setup."""
+
+    name = "rumqttd"
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        (directory / "rumqttd.toml").write_text(
+            f"""id = 0
+[router]
+id = 0
+max_connections = 100
+max_outgoing_packet_count = 200
+max_segment_size = 104857600
+max_segment_count = 10
+[v5.1]
+name = "v5-1"
+listen = "127.0.0.1:{self.port}"
+next_connection_delay_ms = 1
+[v5.1.connections]
+connection_timeout_ms = 60000
+max_payload_size = 20480
+max_inflight_count = 100
+"""
+        )
+
+    def argv(self) -> list:
+        return [RUMQTTD, "-c", "rumqttd.toml", "-q"]
 
 
 class RabbitMq(Broker):
