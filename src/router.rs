@@ -121,6 +121,8 @@ pub struct Router {
     /// Wakes each D link's task.
     data: Box<[Arc<Wake>]>,
     data_up: Box<[AtomicBool]>,
+    /// How often a data link was lost.
+    data_lost: AtomicU64,
     fences: Box<[fence::Fence]>,
     /// Wakes the R link's task.
     fetch: Arc<Wake>,
@@ -182,6 +184,7 @@ impl Router {
                 .collect(),
             data: (0..links).map(|_| Arc::default()).collect(),
             data_up: (0..links).map(|_| AtomicBool::new(false)).collect(),
+            data_lost: AtomicU64::new(0),
             fences: (0..links).map(|_| Default::default()).collect(),
             groups: Mutex::default(),
             fetch: Arc::default(),

@@ -294,9 +294,16 @@ impl Router {
         data.iter().all(|up| up.load(Ordering::Acquire)) && self.table.read().lost.is_empty()
     }
 
+    /// How often a data link was lost: the same number before and after means that the core was
+    /// there all the time.
+    pub fn data_losses(&self) -> u64 {
+        self.data_lost.load(Ordering::Acquire)
+    }
+
     /// D link `link` is lost.
     pub fn data_link_down(&self, link: usize) {
         self.data_up[link].store(false, Ordering::Release);
+        self.data_lost.fetch_add(1, Ordering::AcqRel);
         let numbers: Vec<u32> = {
             let table = self.table.read();
             table.of_link(link as u8).map(|(n, _)| n).collect()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::mqtt::{SubscribeOptions, Version};
 
 use super::shard::Slot;
-use super::{Place, Router};
+use super::{Place, Router, SessionRef};
 
 /// One session, as it is now. Times in milliseconds of the process's clock.
 #[derive(Clone, Debug)]
@@ -81,6 +81,12 @@ impl Router {
         ids.sort_unstable();
         ids.truncate(limit);
         ids.iter().filter_map(|id| self.session(id)).collect()
+    }
+
+    /// The client identifier of a session.
+    pub fn client_id(&self, session: SessionRef) -> Option<Arc<str>> {
+        let mut shard = self.shards[usize::from(session.shard)].lock();
+        Some(shard.get(session)?.session.client_id.clone())
     }
 
     /// The session of a client identifier.

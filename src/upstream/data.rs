@@ -339,7 +339,7 @@ impl Machine for Data {
         }
     }
 
-    fn down(&mut self, now: u64) {
+    fn down(&mut self, _end: &LinkEnd, now: u64) {
         self.flush(now);
         self.requests.clear();
         self.marks.clear();

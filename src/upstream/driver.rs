@@ -75,7 +75,7 @@ pub(super) async fn run<M: Machine>(
                 let since = Instant::now();
                 came_up(&shared, &link, &up);
                 let end = serve(&shared, &link, &mut machine, &wake, up, placement).await;
-                machine.down(shared.clock.now());
+                machine.down(&end, shared.clock.now());
                 went_down(&link, &end);
                 if since.elapsed() > Duration::from_secs(10) {
                     backoff.reset();
@@ -379,7 +379,7 @@ impl<M: Machine> Pump<'_, M> {
         };
         while !wait && self.sent < self.out.len() {
             match Pin::new(&mut *io).poll_write(cx, &self.out[self.sent..]) {
-                Poll::Ready(Ok(0)) => return Poll::Ready(Err(closed())),
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(LinkEnd::closed())),
                 Poll::Ready(Ok(n)) => {
                     self.sent += n;
                     wrote = true;
@@ -414,7 +414,7 @@ impl<M: Machine> Pump<'_, M> {
             self.input.reserve(READ);
         }
         match poll_read_buf(Pin::new(io), cx, &mut self.input) {
-            Poll::Ready(Ok(0)) => Poll::Ready(Err(closed())),
+            Poll::Ready(Ok(0)) => Poll::Ready(Err(LinkEnd::closed())),
             Poll::Ready(Ok(_)) => {
                 self.last_read = Instant::now();
                 Poll::Ready(Ok(Event::Read))
@@ -422,14 +422,6 @@ impl<M: Machine> Pump<'_, M> {
             Poll::Ready(Err(e)) => Poll::Ready(Err(failed(e))),
             Poll::Pending => Poll::Pending,
         }
-    }
-}
-
-fn closed() -> LinkEnd {
-    LinkEnd {
-        reason: LinkDownReason::Closed,
-        code: ReasonCode::SUCCESS,
-        why: "the core closed the connection".into(),
     }
 }
 

@@ -282,7 +282,7 @@ impl Machine for Fetch {
         }
     }
 
-    fn down(&mut self, now: u64) {
+    fn down(&mut self, _end: &LinkEnd, now: u64) {
         self.up = false;
         self.requests.clear();
         self.pings.clear();

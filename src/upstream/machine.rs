@@ -34,6 +34,21 @@ pub struct LinkEnd {
 }
 
 impl LinkEnd {
+    /// The core closed the connection.
+    pub fn closed() -> Self {
+        Self {
+            reason: LinkDownReason::Closed,
+            code: ReasonCode::SUCCESS,
+            why: "the core closed the connection".into(),
+        }
+    }
+
+    /// Whether the core may have ended it because of a packet that it was sent.
+    pub fn by_core(&self) -> bool {
+        use LinkDownReason::{Closed, Disconnect, Io};
+        matches!(self.reason, Closed | Disconnect | Io)
+    }
+
     /// The core broke the protocol.
     pub fn protocol(why: impl Into<String>) -> Self {
         Self {
@@ -64,7 +79,7 @@ pub trait Machine: Send {
         false
     }
     /// The link is lost.
-    fn down(&mut self, now: u64);
+    fn down(&mut self, end: &LinkEnd, now: u64);
     /// The least time between two writes, so that one serves several packets. `None`: at once.
     fn pace(&self) -> Option<Duration> {
         None

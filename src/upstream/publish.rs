@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::mqtt::{AckKind, Alias, Delivery, Packet, QoS, ReasonCode, Version, encode_ack};
 use crate::router::lanes::Outgoing;
 use crate::router::{Answered, Router};
-use crate::telemetry::{DropReason, metrics};
+use crate::telemetry::{DropReason, clean, metrics};
 
 use super::RESERVED_KEY;
 use super::machine::{LinkEnd, Machine, Up};
@@ -18,6 +18,10 @@ const OUTPUT: usize = 128 * 1024;
 /// The least time between two writes: publishes of many clients share one. The first after a
 /// pause goes at once.
 const PACE: Duration = Duration::from_millis(1);
+
+/// A publish that was under way when the core ended so many connections of the link, and of no
+/// other link, is sent alone: if it is alone when that happens again, it is the reason.
+const SUSPECT: u8 = 2;
 
 /// How long a link that came up waits for the data links, milliseconds: a message that the core
 /// takes before they have their filters again reaches nobody.
@@ -41,6 +45,12 @@ pub struct Publisher {
     /// Sent on this connection and not done.
     open: usize,
     answers: Vec<Answered>,
+    /// The last connection was ended by the core.
+    cut: bool,
+    /// [`Router::data_losses`] when the last connection came up.
+    losses: u64,
+    /// Suspects that are sent one at a time, each alone on the link.
+    suspects: usize,
     /// Until then nothing new is sent before the data links have their filters again.
     wait_until: u64,
 }
@@ -49,6 +59,8 @@ pub struct Publisher {
 struct InFlight {
     id: u16,
     state: State,
+    /// Connections that the core ended, and no other link's, while it was unacknowledged.
+    deaths: u8,
     outgoing: Outgoing,
 }
 
@@ -84,6 +96,9 @@ impl Publisher {
             open: 0,
             answers: Vec::new(),
             wait_until: 0,
+            cut: false,
+            losses: 0,
+            suspects: 0,
         }
     }
 
@@ -102,10 +117,10 @@ impl Publisher {
             return;
         }
         let router = self.router.clone();
-        while out.len() < OUTPUT && self.open < self.window && self.inflight.len() < 65_000 {
+        while out.len() < OUTPUT && self.open < self.room() && self.inflight.len() < 65_000 {
             // A few at a time: clients wait for the same lock to hand over theirs.
             let mut some: smallvec::SmallVec<[Outgoing; 16]> = smallvec::SmallVec::new();
-            let room = (self.window - self.open).min(16);
+            let room = (self.room() - self.open).min(16);
             router.lanes(self.link, |lanes| {
                 while some.len() < room
                     && let Some(outgoing) = lanes.pop()
@@ -136,7 +151,7 @@ impl Publisher {
                     self.open += 1;
                 }
                 State::Resend | State::Renew => {
-                    if self.open >= self.window {
+                    if self.open >= self.room() {
                         return;
                     }
                     self.send_again(index, now, out);
@@ -171,6 +186,9 @@ impl Publisher {
             since: outgoing.since,
         });
         self.answers.extend(answer);
+        if self.inflight[index].deaths >= SUSPECT {
+            self.suspects -= 1;
+        }
         self.inflight[index].state = State::Done;
     }
 
@@ -202,6 +220,7 @@ impl Publisher {
         self.inflight.push_back(InFlight {
             id,
             state: State::Sent,
+            deaths: 0,
             outgoing,
         });
         self.resend_at = self.inflight.len();
@@ -274,6 +293,9 @@ impl Publisher {
     fn done(&mut self, index: usize) {
         self.inflight[index].state = State::Done;
         self.open -= 1;
+        if self.inflight[index].deaths >= SUSPECT {
+            self.suspects -= 1;
+        }
         self.trim();
     }
 
@@ -319,6 +341,62 @@ impl Publisher {
         }
     }
 
+    /// How many may be open.
+    fn room(&self) -> usize {
+        if self.suspects > 0 { 1 } else { self.window }
+    }
+
+    /// Before what was under way is sent again: finds the publish that the core ends the connection
+    /// for, lest it do so for ever.
+    fn find_poison(&mut self) {
+        let losses = self.router.data_losses();
+        // A core that is gone, or restarts, takes the data links with it.
+        let only_ours = self.cut && self.losses == losses;
+        self.losses = losses;
+        self.cut = false;
+        let sent = self.inflight.iter().filter(|e| e.state == State::Sent);
+        let alone = sent.count() == 1;
+        let mut poison = None;
+        for (index, entry) in self.inflight.iter_mut().enumerate() {
+            if only_ours && entry.state == State::Sent {
+                entry.deaths += 1;
+                if alone && entry.deaths >= SUSPECT {
+                    poison = Some(index);
+                }
+            }
+        }
+        if let Some(index) = poison {
+            self.quarantine(index);
+        }
+        let open = |e: &&InFlight| !matches!(e.state, State::Done);
+        let suspects = self.inflight.iter().filter(open);
+        self.suspects = suspects.filter(|e| e.deaths >= SUSPECT).count();
+    }
+
+    fn quarantine(&mut self, index: usize) {
+        let outgoing = &self.inflight[index].outgoing;
+        let client = self.router.client_id(outgoing.session);
+        let message = &outgoing.message;
+        tracing::error!(
+            client_id = %clean(client.as_deref().unwrap_or(""), 256),
+            topic = %clean(message.topic(), 256),
+            payload_bytes = message.payload().len(),
+            qos = message.qos() as u8,
+            link = self.link,
+            "A publish was taken out: the core closed the connection each time it was sent it"
+        );
+        metrics().messages_dropped[DropReason::Quarantined].increment(1);
+        let (session, token, since) = (outgoing.session, outgoing.token, outgoing.since);
+        let reason = ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR;
+        self.answers.extend(token.map(|token| Answered {
+            session,
+            token,
+            reason,
+            since,
+        }));
+        self.inflight[index].state = State::Done;
+    }
+
     fn flush(&mut self, now: u64) {
         if !self.answers.is_empty() {
             self.router.answered(&self.answers, now);
@@ -329,6 +407,7 @@ impl Publisher {
 
 impl Machine for Publisher {
     fn up(&mut self, up: &Up, now: u64, out: &mut Vec<u8>) {
+        self.find_poison();
         self.up = true;
         self.version = up.version;
         self.window = usize::from(up.receive_maximum);
@@ -392,8 +471,9 @@ impl Machine for Publisher {
         self.flush(now);
     }
 
-    fn down(&mut self, now: u64) {
+    fn down(&mut self, end: &LinkEnd, now: u64) {
         self.up = false;
+        self.cut = end.by_core();
         self.router.publish_link_up(self.link, false);
         self.flush(now);
     }

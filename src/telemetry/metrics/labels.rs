@@ -189,6 +189,8 @@ labels! {
         UpstreamLimit = "upstream_limit",
         /// The core refused it.
         UpstreamRefused = "upstream_refused",
+        /// A publish that the core closes the link for.
+        Quarantined = "quarantined",
         /// It came from the core and nobody holds its filter any more.
         NoReceiver = "no_receiver",
     }

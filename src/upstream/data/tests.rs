@@ -1,5 +1,5 @@
 use crate::mqtt::{Message, MessageSpec, Packet, Properties, Publish, QoS, ReasonCode, Suback};
-use crate::upstream::machine::Machine;
+use crate::upstream::machine::{LinkEnd, Machine};
 use crate::upstream::testing::{
     PROBES, ack, client, read, router, subscribe, subscribe_handling, up,
 };
@@ -78,7 +78,7 @@ fn a_redelivery_is_acknowledged_and_not_delivered_again() {
         .expect("it is expected");
     link.batch_ended(0, &mut out);
     assert_eq!(delivered(), 1);
-    link.down(0);
+    link.down(&LinkEnd::closed(), 0);
     link.up(&up(true, 100), 0, &mut out);
     out.clear();
     let message = publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1]);
@@ -133,12 +133,12 @@ fn a_lost_session_is_subscribed_again() {
     };
     link.packet(&Packet::Suback(suback), 0, &mut out)
         .expect("it is expected");
-    link.down(0);
+    link.down(&LinkEnd::closed(), 0);
     assert!(!router.data_settled());
     link.up(&up(true, 100), 0, &mut out);
     assert!(read(&mut out).is_empty(), "the core has it still");
     assert!(router.data_settled());
-    link.down(0);
+    link.down(&LinkEnd::closed(), 0);
     link.up(&up(false, 100), 0, &mut out);
     let again = read(&mut out);
     assert_eq!(again.len(), 1);

@@ -1,5 +1,5 @@
 use crate::mqtt::Packet;
-use crate::upstream::machine::Machine;
+use crate::upstream::machine::{LinkEnd, Machine};
 use crate::upstream::testing::{ack, client, publish, read, router, up};
 
 use super::Publisher;
@@ -49,7 +49,7 @@ fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
     }
     link.poll(0, &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 10, false));
-    link.down(0);
+    link.down(&LinkEnd::closed(), 0);
     publish(&router, who, 10);
     link.up(&up(true, 4), 0, &mut out);
     let again = read(&mut out);
@@ -86,7 +86,7 @@ fn a_lost_session_makes_them_new() {
     }
     link.poll(0, &mut out);
     out.clear();
-    link.down(0);
+    link.down(&LinkEnd::closed(), 0);
     link.up(&up(false, 100), 0, &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 5, false));
 }
@@ -122,4 +122,63 @@ fn a_data_link_that_stays_away_does_not_hold_publishes_for_ever() {
     assert!(out.is_empty());
     link.poll(6000, &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 1, false));
+}
+
+/// The core ends the connection at publish `bad` each time; what is left when it does so no more.
+fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize) {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    for n in 0..publishes {
+        publish(&router, who, n);
+    }
+    let (mut taken, mut cuts) = (Vec::new(), 0);
+    loop {
+        link.up(&up(true, 10), 0, &mut out);
+        let cut = loop {
+            let sent = read(&mut out);
+            if sent.is_empty() {
+                break false;
+            }
+            let number = |what: &str| what.split(' ').nth(1).and_then(|n| n.parse().ok());
+            let at = sent.iter().position(|(w, _)| number(w) == Some(bad as u32));
+            // It takes what was before, and is gone before its answers are read.
+            if at.is_some() {
+                break true;
+            }
+            for (what, id) in sent {
+                taken.push(number(&what).expect("a number"));
+                let _ = link.packet(&Packet::Puback(ack(id)), 0, &mut out);
+            }
+            link.batch_ended(0, &mut out);
+        };
+        if !cut || cuts > 20 {
+            return (taken, cuts);
+        }
+        cuts += 1;
+        if core_goes {
+            router.data_link_down(0);
+            router.data_link_up(0, true, false, 0);
+        }
+        link.down(&LinkEnd::closed(), 0);
+        out.clear();
+    }
+}
+
+#[test]
+fn a_publish_that_the_core_closes_the_link_for_is_taken_out() {
+    assert_eq!(until_found(0, 1, false), (vec![], 2), "alone, twice");
+    let (taken, cuts) = until_found(3, 8, false);
+    assert_eq!(
+        taken,
+        [0, 1, 2, 4, 5, 6, 7],
+        "in order, and no other is lost"
+    );
+    assert_eq!(cuts, 3, "twice, then alone");
+}
+
+#[test]
+fn a_core_that_restarts_finds_no_fault_with_a_publish() {
+    assert_eq!(until_found(0, 1, true), (vec![], 21));
 }
