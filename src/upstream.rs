@@ -19,7 +19,7 @@ mod redelivery;
 mod testing;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -132,6 +132,33 @@ pub(crate) struct Shared {
     pub stop: CancellationToken,
     /// Raised when filters were placed anew: data links begin again.
     pub placement: AtomicU64,
+    /// The one of `servers` that all links are at, or go to.
+    pub server: AtomicUsize,
+    /// Links that are connected.
+    pub up: AtomicUsize,
+}
+
+impl Shared {
+    /// A link could not reach this server. While another link is there, it is the link's trouble
+    /// alone; else all go to the next: what one publishes must be where another subscribes.
+    pub fn fail_over(&self, from: usize) {
+        let servers = &self.core.config.servers;
+        let next = (from + 1) % servers.len();
+        if next == from || self.up.load(Ordering::Acquire) > 0 {
+            return;
+        }
+        let (order, lax) = (Ordering::AcqRel, Ordering::Relaxed);
+        if self.server.compare_exchange(from, next, order, lax).is_ok() {
+            let old = self.core.config.protocol == config::Protocol::V311;
+            self.core.no_v5.store(old, Ordering::Relaxed);
+            self.core.has_v5.store(false, Ordering::Relaxed);
+            tracing::warn!(
+                from = %servers[from],
+                to = %servers[next],
+                "The links go to the next of upstream.servers"
+            );
+        }
+    }
 }
 
 /// How a core is reached.
@@ -202,6 +229,8 @@ impl Upstream {
             clock: start.clock,
             stop: start.stop,
             placement: AtomicU64::new(0),
+            server: AtomicUsize::new(0),
+            up: AtomicUsize::new(0),
         });
         let habits = shared.core.habits.clone();
         let probes: Arc<str> = shared.core.config.probe_topic.as_str().into();

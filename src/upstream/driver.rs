@@ -46,7 +46,7 @@ pub(super) async fn run<M: Machine>(
     let mut session_at: Option<usize> = None;
     let mut placement = shared.placement.load(Ordering::Acquire);
     let mut backoff = Backoff::new(&shared);
-    let mut next_server = 0;
+    let mut rivals = Rivals::default();
     if link.role == Role::Shared {
         // Dialled when the first client asks for it.
         tokio::select! {
@@ -55,7 +55,7 @@ pub(super) async fn run<M: Machine>(
         }
     }
     while !shared.stop.is_cancelled() {
-        let index = next_server % shared.core.config.servers.len();
+        let index = shared.server.load(Ordering::Acquire);
         let server = &shared.core.config.servers[index];
         let placed = shared.placement.load(Ordering::Acquire);
         if matches!(link.role, Role::Data | Role::Shared) && placed != placement {
@@ -74,16 +74,23 @@ pub(super) async fn run<M: Machine>(
                 learn(&shared.core, index, &mut up).await;
                 let since = Instant::now();
                 came_up(&shared, &link, &up);
-                let end = serve(&shared, &link, &mut machine, &wake, up, placement).await;
+                let end = serve(&shared, &link, &mut machine, &wake, up, (placement, index)).await;
                 machine.down(&end, shared.clock.now());
-                went_down(&link, &end);
-                if since.elapsed() > Duration::from_secs(10) {
-                    backoff.reset();
+                went_down(&shared, &link, &end);
+                rivals.ended(&shared, &link, &end, since.elapsed());
+                match end.reason {
+                    // Two that take it from each other at every turn serve nobody.
+                    LinkDownReason::TakenOver => backoff.wait = backoff.max,
+                    LinkDownReason::Failover => backoff.reset(),
+                    _ if since.elapsed() > Duration::from_secs(10) => backoff.reset(),
+                    _ => {}
                 }
                 (end.reason, end.why)
             }
             Err(failed) => {
-                next_server += 1;
+                shared.fail_over(index);
+                // The core was away, which explains much.
+                rivals.short = 0;
                 (failed.reason, failed.why)
             }
         };
@@ -133,6 +140,7 @@ fn came_up(shared: &Shared, link: &LinkStatus, up: &Established) {
         state.last_error = None;
         state.server.clone()
     };
+    shared.up.fetch_add(1, Ordering::AcqRel);
     link.metrics.up.set(1.0);
     tracing::info!(
         link = link.name,
@@ -148,7 +156,8 @@ fn came_up(shared: &Shared, link: &LinkStatus, up: &Established) {
     }
 }
 
-fn went_down(link: &LinkStatus, end: &LinkEnd) {
+fn went_down(shared: &Shared, link: &LinkStatus, end: &LinkEnd) {
+    shared.up.fetch_sub(1, Ordering::AcqRel);
     link.state.lock().up = false;
     link.metrics.up.set(0.0);
     link.set_window(0, 0);
@@ -162,7 +171,7 @@ async fn serve<M: Machine>(
     machine: &mut M,
     wake: &Wake,
     established: Established,
-    placement: u64,
+    (placement, server): (u64, usize),
 ) -> LinkEnd {
     let Established {
         mut io,
@@ -238,6 +247,13 @@ async fn serve<M: Machine>(
                         why: "filters were placed anew".into(),
                     };
                 }
+                if shared.server.load(Ordering::Acquire) != server {
+                    break LinkEnd {
+                        reason: LinkDownReason::Failover,
+                        code: ReasonCode::SUCCESS,
+                        why: "the links go to another server".into(),
+                    };
+                }
                 if let Err(end) = pump.tick() {
                     break end;
                 }
@@ -294,7 +310,10 @@ impl<M: Machine> Pump<'_, M> {
                     Ok(())
                 }
                 Packet::Disconnect(d) => Err(LinkEnd {
-                    reason: LinkDownReason::Disconnect,
+                    reason: match d.reason {
+                        ReasonCode::SESSION_TAKEN_OVER => LinkDownReason::TakenOver,
+                        _ => LinkDownReason::Disconnect,
+                    },
                     code: ReasonCode::SUCCESS,
                     why: format!("the core sent DISCONNECT: {}", d.reason.name()),
                 }),
@@ -450,6 +469,48 @@ async fn say_goodbye(io: &mut Dialed, version: Version, end: &LinkEnd, rest: &[u
     };
     // It is gone either way.
     let _ = timeout(Duration::from_secs(1), goodbye).await;
+}
+
+/// Looks out for a second process with the same `node.id` at the same core: the two take the
+/// links' client identifiers from each other.
+#[derive(Default)]
+struct Rivals {
+    /// Connections in a row that the core closed soon after it took them.
+    short: u32,
+}
+
+impl Rivals {
+    /// Connections that end within this time are short.
+    const SHORT: Duration = Duration::from_secs(15);
+    /// An MQTT 3.1.1 core does not say why: so many in a row are a sign.
+    const SIGN: u32 = 4;
+
+    fn ended(&mut self, shared: &Shared, link: &LinkStatus, end: &LinkEnd, lived: Duration) {
+        let closed = matches!(end.reason, LinkDownReason::Closed | LinkDownReason::Io);
+        self.short = match closed && lived < Self::SHORT {
+            true => self.short + 1,
+            false => 0,
+        };
+        let told = end.reason == LinkDownReason::TakenOver;
+        if told || (self.short >= Self::SIGN && self.short.is_power_of_two()) {
+            let client_id = format!(
+                "{}-{}-{}",
+                shared.core.config.client_id_prefix, shared.core.node, link.name
+            );
+            tracing::error!(
+                link = link.name,
+                client_id,
+                node_id = shared.core.node,
+                "{}; node.id must differ between processes at one core",
+                match told {
+                    true =>
+                        "Another client took the link's client identifier: is there a second Tidegate with this node.id?",
+                    false =>
+                        "The core closes the link again and again soon after it took it: is there a second Tidegate with this node.id?",
+                }
+            );
+        }
+    }
 }
 
 /// Doubling waits with jitter.

@@ -261,6 +261,10 @@ labels! {
         Closed = "closed",
         /// The core sent DISCONNECT.
         Disconnect = "disconnect",
+        /// Another connection took the link's client identifier.
+        TakenOver = "taken_over",
+        /// All links go to the next of `upstream.servers`.
+        Failover = "failover",
         /// The socket failed.
         Io = "io_error",
         /// No PINGRESP.
