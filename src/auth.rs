@@ -18,6 +18,7 @@ use tokio::sync::Semaphore;
 use crate::config::{Auth, AuthMode, ClientIdRule};
 use crate::mqtt::ReasonCode;
 
+pub(crate) use acl::expand;
 pub use acl::{Acl, OWN_PREFIX};
 use verified::{Digest, Recalled, Verified};
 
@@ -46,6 +47,11 @@ impl Identity {
             username,
             client_id,
         }
+    }
+
+    /// The user name, if it was verified.
+    pub fn verified_user(&self) -> Option<&str> {
+        (&*self.principal != ANONYMOUS).then_some(self.username.as_deref()?)
     }
 }
 

@@ -6,6 +6,7 @@
 mod accept;
 mod connection;
 mod end;
+mod scope;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +15,7 @@ use parking_lot::Mutex;
 
 use crate::auth::{Acl, Authenticator, Identity};
 use crate::clock::Clock;
-use crate::config::{self, AuthMode};
+use crate::config::{self, AuthMode, SenderProperty};
 use crate::limits::Account;
 use crate::mqtt::QoS;
 use crate::router::Router;
@@ -42,6 +43,8 @@ pub struct Clients {
     pub input: Account,
     /// The budget of `input`, bytes.
     pub input_max: u64,
+    /// What publishes tell of their sender.
+    pub sender_properties: Vec<SenderProperty>,
     /// The process is ending: no new sessions.
     pub draining: AtomicBool,
 }
@@ -57,6 +60,8 @@ pub struct Door {
     pub transport: &'static str,
     /// Its metrics.
     pub metrics: Arc<ListenerMetrics>,
+    /// `mount`.
+    pub mount: Arc<str>,
 }
 
 impl Clients {

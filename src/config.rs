@@ -20,7 +20,7 @@ mod upstream;
 pub(crate) use check::is_loopback;
 pub use choices::{
     Ack, AclMode, AuthMode, ClientIdRule, Durability, Habit, LogFormat, Probe, Protocol, QueueFull,
-    SubscribeWhileAway, Transport,
+    SenderProperty, SubscribeWhileAway, Transport,
 };
 pub use error::{Error, Problem};
 pub use types::{

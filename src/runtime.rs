@@ -93,6 +93,7 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
         rate: Rate::new(config.limits.connect_rate_max),
         input: Account::new(),
         input_max: config.memory.max / 8,
+        sender_properties: config.upstream.sender_properties.clone(),
         draining: AtomicBool::new(false),
     });
     check(&config)?;
@@ -178,6 +179,7 @@ fn serve(
         name: listener.name.as_str().into(),
         transport,
         metrics: Arc::new(metrics().listener(&listener.name, transport)),
+        mount: listener.mount.as_str().into(),
     };
     let clients = clients.clone();
     let handler = move |accepted| clients.clone().serve(door.clone(), accepted);

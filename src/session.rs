@@ -19,7 +19,7 @@ use foldhash::fast::RandomState;
 use crate::limits::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 
-pub use connection::{Connection, ConnectionSpec};
+pub use connection::{Connection, ConnectionSpec, Scope};
 pub use entry::{Offer, Orphan};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};

@@ -170,6 +170,7 @@ fn allocations_are_counted() {
         message_expiry: Some(8),
         subscription_ids: &[1, 2],
         user_property: None,
+        hidden: 0,
     };
     assert_eq!(count(&mut || delivery.encode(&message, &mut out)), 0);
     let image = Image::new(&delivery, &message);

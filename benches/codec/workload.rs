@@ -149,5 +149,6 @@ pub fn delivery(case: Case) -> Delivery<'static> {
         message_expiry: expiry,
         subscription_ids: &[],
         user_property: None,
+        hidden: 0,
     }
 }

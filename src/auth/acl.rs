@@ -19,7 +19,7 @@ pub struct Acl {
 }
 
 /// A pattern with the client's names in place.
-type Expanded = SmallVec<[u8; 128]>;
+pub(crate) type Expanded = SmallVec<[u8; 128]>;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
@@ -111,7 +111,7 @@ fn first_level(topic: &str) -> &str {
 
 /// Puts the client id and the user name in; `None` if one is missing or could
 /// mean more than itself.
-fn expand(pattern: &str, identity: &Identity) -> Option<Expanded> {
+pub(crate) fn expand(pattern: &str, identity: &Identity) -> Option<Expanded> {
     let mut out = Expanded::new();
     let mut rest = pattern;
     while let Some((before, after)) = rest.split_once('%') {

@@ -13,11 +13,12 @@ use crate::mqtt::{
 };
 use crate::router::wake::Wake;
 use crate::router::{self, Place, Refused};
-use crate::session::{ConnectionSpec, Policy, Will};
+use crate::session::{ConnectionSpec, Policy, Scope, Will};
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
 use crate::transport::{CloseHow, Closed, OutBuf, Stream};
 
 use super::connection::Opened;
+use super::scope::{owner, scope_of};
 use super::{ClientPolicy, Clients, Door};
 
 /// The largest packet before a client is known, bytes.
@@ -252,10 +253,18 @@ async fn admit(
         })?;
     let mut identity = Identity::new(principal.clone(), client_id.clone());
     identity.username = connect.username.map(Arc::from);
+    let scope = scope_of(clients, door, &identity, peer).map_err(|why| {
+        refuse(
+            RefusedReason::NotAuthorized,
+            ReasonCode::NOT_AUTHORIZED,
+            why,
+        )
+    })?;
+    let owner = owner(&principal, scope.as_deref());
     let will = match &connect.will {
         None => None,
         Some(_) => Some(
-            will_of(clients, &connect, &identity)
+            will_of(clients, &connect, &identity, scope.as_deref())
                 .map_err(|(label, code, why)| refuse(label, code, why))?,
         ),
     };
@@ -276,6 +285,7 @@ async fn admit(
         topic_alias_maximum: connect.topic_alias_maximum,
         problem_information: connect.request_problem_information,
         keep_alive,
+        scope,
     };
     let wake = Arc::new(Wake::default());
     let place = Arc::new(Place {
@@ -305,7 +315,7 @@ async fn admit(
         .connect(
             router::Connect {
                 client_id: client_id.clone(),
-                principal: principal.clone(),
+                principal: owner,
                 clean_start: connect.clean_start,
                 expiry,
                 spec,
@@ -379,6 +389,7 @@ fn will_of(
     clients: &Clients,
     connect: &Connect<'_>,
     identity: &Identity,
+    scope: Option<&Scope>,
 ) -> Result<Will, (RefusedReason, ReasonCode, &'static str)> {
     let Some(will) = &connect.will else {
         return Err((
@@ -416,7 +427,15 @@ fn will_of(
             "no rule allows the will's topic",
         ));
     }
-    let message = Message::new(&MessageSpec {
+    let (mount, sender) = scope.map_or(("", &[][..]), |s| (&*s.mount, &*s.sender));
+    if mount.len() + will.topic.len() > usize::from(u16::MAX) {
+        return Err((
+            RefusedReason::Will,
+            ReasonCode::TOPIC_NAME_INVALID,
+            "the will's topic is too long below the listener's mount",
+        ));
+    }
+    let spec = MessageSpec {
         topic: will.topic,
         properties: will.properties,
         payload: will.payload,
@@ -426,7 +445,8 @@ fn will_of(
         expires_at: u64::MAX,
         strip_key: Some(clients.router.limits.reserved_key),
         account: None,
-    });
+    };
+    let message = Message::mounted(&spec, mount, sender);
     Ok(Will::new(message, will.delay, will.message_expiry))
 }
 

@@ -96,6 +96,7 @@ pub(super) fn listeners() -> Vec<Listener> {
         tls: transport.is_encrypted().then(|| "default".to_owned()),
         origins: Vec::new(),
         auth: AuthMode::Anonymous,
+        mount: String::new(),
     };
     vec![
         listener(Transport::Tcp, 1883),
@@ -131,6 +132,7 @@ impl Default for Upstream {
             publish_links: PUBLISH_LINKS_AUTO,
             shared_links: 1,
             roots: Vec::new(),
+            sender_properties: Vec::new(),
             ack: Ack::Upstream,
             probe: Probe::Auto,
             probe_topic: "tidegate/probe".to_owned(),

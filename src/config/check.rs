@@ -34,6 +34,27 @@ pub(super) fn check(config: &Config, doc: &Document<'_>, problems: &mut Vec<Prob
     check.range_time("drain.grace", config.drain.grace, Duration::ZERO..=HOUR);
 }
 
+/// Whether it can stand before a topic.
+fn mount(mount: &str, auth: AuthMode) -> Result<(), &'static str> {
+    if mount.is_empty() {
+        return Ok(());
+    }
+    if !mount.ends_with('/') || mount.len() > 1024 {
+        return Err("must end with / and have at most 1024 bytes, such as \"tenants/%u/\"");
+    }
+    if mount.contains(['+', '#', '\0']) || mount.starts_with('$') {
+        return Err("must have no wildcard and not begin with $");
+    }
+    let names = mount.split('%').skip(1);
+    if !names.into_iter().all(|n| n.starts_with(['u', 'c'])) {
+        return Err("after % only u (user name) and c (client id) are known");
+    }
+    if mount.contains("%u") && auth == AuthMode::Anonymous {
+        return Err("%u needs a user name, and this listener's clients are anonymous");
+    }
+    Ok(())
+}
+
 /// Whether only this machine can reach an address.
 pub(crate) fn is_loopback(addr: &SocketAddr) -> bool {
     match addr.ip() {
@@ -165,6 +186,9 @@ impl Check<'_, '_> {
                         format!("{origin:?} is no origin; write it as \"https://app.example.com\"");
                     self.say(&key("origins"), message);
                 }
+            }
+            if let Err(why) = mount(&listener.mount, listener.auth) {
+                self.say(&key("mount"), why);
             }
             self.listener_tls(config, &key("tls"), i);
             if listener.auth == AuthMode::File && config.auth.file.is_none() {

@@ -158,6 +158,26 @@ impl Habit {
     }
 }
 
+/// What a user property tells of a publish's sender.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SenderProperty {
+    /// `tidegate-client-id`.
+    ClientId,
+    /// `tidegate-user`, where the sender is authenticated.
+    Username,
+    /// `tidegate-listener`.
+    Listener,
+    /// `tidegate-address`, without the port.
+    Address,
+}
+
+choices!(SenderProperty {
+    "client_id" => ClientId,
+    "username" => Username,
+    "listener" => Listener,
+    "address" => Address,
+} not supported {});
+
 /// What becomes of a new filter when the core stays away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SubscribeWhileAway {

@@ -139,6 +139,8 @@ struct RawListener {
     origins: Option<Vec<String>>,
     auth: Option<AuthMode>,
     #[serde(default)]
+    mount: String,
+    #[serde(default)]
     webtransport: bool,
 }
 
@@ -325,6 +327,7 @@ impl RawListener {
                 .then(|| self.tls.unwrap_or_else(|| "default".to_owned())),
             origins: self.origins.unwrap_or_default(),
             auth: self.auth.unwrap_or(mode),
+            mount: self.mount,
         }
     }
 }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::choices::{
     Ack, AclMode, AuthMode, ClientIdRule, Durability, Habit, LogFormat, Probe, Protocol, QueueFull,
-    SubscribeWhileAway, Transport,
+    SenderProperty, SubscribeWhileAway, Transport,
 };
 use super::units::{duration, duration_or_none, size, size32};
 use super::upstream::{publish_links, server_list};
@@ -101,6 +101,9 @@ pub struct Listener {
     /// How clients of this listener are authenticated (`[auth] mode` unless
     /// the listener says otherwise).
     pub auth: AuthMode,
+    /// What all topics of its clients begin with at the core, unseen by them; `%u` is the user
+    /// name, `%c` the client id. Empty: nothing.
+    pub mount: String,
 }
 
 /// `[upstream]`: the core broker and the links to it.
@@ -134,6 +137,8 @@ pub struct Upstream {
     pub probe: Probe,
     /// The topic below which probes publish and subscribe; clients never see it.
     pub probe_topic: String,
+    /// What user properties tell the core's subscribers of a publish's sender.
+    pub sender_properties: Vec<SenderProperty>,
     /// How long a filter that nobody holds any more stays subscribed.
     #[serde(deserialize_with = "duration")]
     pub linger: Duration,

@@ -26,6 +26,8 @@ pub struct Delivery<'a> {
     pub subscription_ids: &'a [u32],
     /// One user property more, before the message's own.
     pub user_property: Option<(&'a str, &'a str)>,
+    /// Bytes at the start of the topic that the receiver does not see.
+    pub hidden: u16,
 }
 
 /// What stands for the topic.
@@ -68,7 +70,13 @@ impl Delivery<'_> {
         }
         match self.alias {
             Alias::Use(_) if self.version == Version::V5 => put_u16(0, out),
-            _ => out.extend_from_slice(m.wire_topic()),
+            _ if self.hidden == 0 => out.extend_from_slice(m.wire_topic()),
+            _ => {
+                let seen = m.topic().as_bytes().get(usize::from(self.hidden)..);
+                let seen = seen.unwrap_or_default();
+                put_u16(seen.len() as u16, out);
+                out.extend_from_slice(seen);
+            }
         }
         let at = out.len() - start;
         if !qos0 {
@@ -87,7 +95,9 @@ impl Delivery<'_> {
 
     #[inline]
     fn layout(&self, m: &Message) -> Layout {
-        let mut remaining = m.wire_topic().len() + m.payload().len();
+        let hidden = usize::from(self.hidden).min(m.wire_topic().len() - 2);
+        let topic = m.wire_topic().len() - hidden;
+        let mut remaining = topic + m.payload().len();
         if self.qos != QoS::AtMostOnce {
             remaining += 2;
         }
@@ -98,7 +108,7 @@ impl Delivery<'_> {
             };
         }
         if let Alias::Use(_) = self.alias {
-            remaining -= m.wire_topic().len() - 2;
+            remaining -= topic - 2;
         }
         let properties = self.own_len() + m.properties().len();
         Layout {
@@ -222,6 +232,7 @@ mod tests {
         message_expiry: None,
         subscription_ids: &[],
         user_property: None,
+        hidden: 0,
     };
 
     fn bytes(d: Delivery<'_>) -> Vec<u8> {
@@ -272,6 +283,16 @@ mod tests {
             bytes(used),
             b"\x32\x0D\0\0\x01\x02\x05\x23\0\x09\x01\x01xyz"
         );
+    }
+
+    #[test]
+    fn a_part_of_the_topic_can_be_hidden() {
+        assert_eq!(
+            bytes(Delivery { hidden: 1, ..PLAIN }),
+            b"\x30\x06\0\x01bxyz"
+        );
+        let past = Delivery { hidden: 9, ..PLAIN };
+        assert_eq!(bytes(past), b"\x30\x05\0\0xyz");
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub struct MessageSpec<'a> {
     pub retain: bool,
     /// Milliseconds on the process clock; `u64::MAX`: never.
     pub expires_at: u64,
-    /// User properties of this name are left out.
+    /// User properties of this name are left out, and those that begin with it and `-`.
     pub strip_key: Option<&'a str>,
     /// Charged with [`Message::size`] for as long as the message lives.
     pub account: Option<Arc<Account>>,
@@ -79,10 +79,17 @@ impl Message {
     /// correlation data and user properties, in order ([MQTT-3.3.2-4], [MQTT-3.3.2-15] to
     /// [MQTT-3.3.2-18], [MQTT-3.3.2-20]).
     pub fn new(spec: &MessageSpec<'_>) -> Message {
+        Self::mounted(spec, "", &[])
+    }
+
+    /// The same, on a topic that begins with `mount` and goes on with that of `spec`, both together
+    /// at most 65,535 bytes, and with raw properties `more` behind its own.
+    pub fn mounted(spec: &MessageSpec<'_>, mount: &str, more: &[u8]) -> Message {
         let topic = cut(spec.topic);
+        let topic_len = mount.len() + topic.len();
         let kept = || forwarded(spec.properties, spec.strip_key);
-        let properties: usize = kept().map(<[u8]>::len).sum();
-        let len = 2 + topic.len() + properties + spec.payload.len();
+        let properties: usize = kept().map(<[u8]>::len).sum::<usize>() + more.len();
+        let len = 2 + topic_len + properties + spec.payload.len();
         let head = Head {
             _charge: spec
                 .account
@@ -90,7 +97,7 @@ impl Message {
                 .map(|account| Charge::new(account, len)),
             expires_at: spec.expires_at,
             properties: properties as u32,
-            topic: topic.len() as u16,
+            topic: topic_len as u16,
             qos: spec.qos,
             retain: spec.retain,
         };
@@ -98,9 +105,11 @@ impl Message {
         arc.with_arc_mut(|arc| {
             let inner = triomphe::Arc::get_mut(arc).expect("made here and not yet shared");
             let mut at = inner.slice_mut();
-            fill(&mut at, &(topic.len() as u16).to_be_bytes());
+            fill(&mut at, &(topic_len as u16).to_be_bytes());
+            fill(&mut at, mount.as_bytes());
             fill(&mut at, topic.as_bytes());
             kept().for_each(|span| fill(&mut at, span));
+            fill(&mut at, more);
             fill(&mut at, spec.payload);
         });
         Message(arc)

@@ -429,7 +429,7 @@ pub(crate) fn maximum_qos(v: u8) -> QoS {
 }
 
 /// The bytes of each property that a message keeps on its way (§3.3.2.3), in order; user
-/// properties named `strip` are left out.
+/// properties named `strip`, or that and `-` and more, are left out.
 #[inline]
 pub(crate) fn forwarded<'a>(
     properties: Properties<'a>,
@@ -438,7 +438,13 @@ pub(crate) fn forwarded<'a>(
     Spans(properties.0).filter(move |span| match span[0] {
         USER_PROPERTY => {
             let key = Reader(&span[1..]).binary();
-            strip.is_none_or(|strip| key != Ok(strip.as_bytes()))
+            strip.is_none_or(|strip| {
+                let rest = key
+                    .as_ref()
+                    .ok()
+                    .and_then(|k| k.strip_prefix(strip.as_bytes()));
+                !rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'-')))
+            })
         }
         id => FORWARDED.once & (1 << id) != 0,
     })

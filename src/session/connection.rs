@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use foldhash::fast::RandomState;
 
-use crate::mqtt::{Alias, ReasonCode, Version};
+use crate::mqtt::{Alias, ReasonCode, Version, split_shared};
 
 use super::{Close, SessionLimits};
 
@@ -17,6 +17,26 @@ const ALIAS_BYTES_MAX: usize = 128 * 1024;
 
 /// Topics and their aliases toward the client; boxed, since few clients offer any.
 type AliasesOut = HashMap<Box<str>, u16, RandomState>;
+
+/// What sets a client's topics and publishes apart from those of others.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Scope {
+    /// All its topics and filters are below this at the core, and the client does not see it.
+    pub mount: Box<str>,
+    /// Raw user properties that each of its publishes carries to the core.
+    pub sender: Box<[u8]>,
+}
+
+impl Scope {
+    /// The filter that this one of the client's is at the core; `None`: it is too long.
+    pub(super) fn filter(&self, filter: &str) -> Option<String> {
+        let whole = match split_shared(filter) {
+            None => format!("{}{filter}", self.mount),
+            Some((group, plain)) => format!("$share/{group}/{}{plain}", self.mount),
+        };
+        (whole.len() <= usize::from(u16::MAX)).then_some(whole)
+    }
+}
 
 /// The state of one connection of a session.
 #[derive(Debug)]
@@ -39,6 +59,8 @@ pub struct Connection {
     pub unread: bool,
     /// The client was asked to go, and why: nothing more is written for it.
     pub closing: bool,
+    /// What sets its client apart; `None`: nothing.
+    pub scope: Option<Arc<Scope>>,
     /// SUBSCRIBEs that wait for the core.
     pub(super) pending: Vec<PendingSubscribe>,
     output: Vec<u8>,
@@ -58,7 +80,7 @@ pub(super) struct PendingSubscribe {
 }
 
 /// What a CONNECT fixed for its connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ConnectionSpec {
     /// Protocol version.
     pub version: Version,
@@ -72,6 +94,8 @@ pub struct ConnectionSpec {
     pub problem_information: bool,
     /// The Keep Alive in force, in seconds; 0: none.
     pub keep_alive: u16,
+    /// What sets the client apart; `None`: nothing.
+    pub scope: Option<Arc<Scope>>,
 }
 
 impl Connection {
@@ -87,6 +111,7 @@ impl Connection {
             last_seen: now,
             unread: false,
             closing: false,
+            scope: spec.scope.clone(),
             pending: Vec::new(),
             output: Vec::new(),
             side_output: Vec::new(),

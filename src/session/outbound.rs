@@ -570,6 +570,10 @@ fn write_to(
         message_expiry,
         subscription_ids: ids,
         user_property: None,
+        hidden: connection
+            .scope
+            .as_ref()
+            .map_or(0, |s| s.mount.len() as u16),
     };
     if delivery.size(message) > connection.maximum_packet_size {
         return false;

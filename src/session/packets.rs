@@ -1,5 +1,6 @@
 //! What each packet from the client does to its session.
 
+use std::borrow::Cow;
 use std::hash::BuildHasher;
 use std::sync::Arc;
 
@@ -9,8 +10,7 @@ use crate::mqtt::{
     has_discouraged, matches, overlaps, split_shared,
 };
 
-use super::connection::Connection;
-use super::connection::PendingSubscribe;
+use super::connection::{Connection, PendingSubscribe, Scope};
 use super::inbound::{Answer, Arrival, Incoming};
 use super::{Close, Effect, Policy, Session, SessionLimits, Subscription, Wanted};
 
@@ -146,11 +146,16 @@ impl Session {
                 }
             }
         }
+        let none = Scope::default();
+        let scope = connection.scope.clone();
+        let scope = scope.as_deref().unwrap_or(&none);
         let refused = if has_discouraged(topic) {
             // Legal, but a core may close the connection that all share for it (§1.5.4).
             Some(ReasonCode::TOPIC_NAME_INVALID)
         } else if publish.properties.iter().any(|p| has_discouraged_text(&p)) {
             Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR)
+        } else if scope.mount.len() + topic.len() > usize::from(u16::MAX) {
+            Some(ReasonCode::TOPIC_NAME_INVALID)
         } else if !policy.may_publish(topic) {
             Some(ReasonCode::NOT_AUTHORIZED)
         } else {
@@ -169,7 +174,7 @@ impl Session {
             }
             return Ok(());
         }
-        let message = Message::new(&MessageSpec {
+        let spec = MessageSpec {
             topic,
             properties: publish.properties,
             payload: publish.payload,
@@ -180,7 +185,9 @@ impl Session {
                 .map_or(u64::MAX, |s| now + u64::from(s) * 1000),
             strip_key: Some(limits.reserved_key),
             account: Some(limits.publish_account.clone()),
-        });
+        };
+        let message = Message::mounted(&spec, &scope.mount, &scope.sender);
+        let topic = message.topic();
         let own = |s: &Subscription| s.options.no_local && matches(&s.name, topic);
         let tag = match self.subscriptions.iter().any(own) {
             true => self.tag,
@@ -257,11 +264,19 @@ impl Session {
         let mut fresh = 0;
         let mut bytes: usize = self.subscriptions.iter().map(|s| s.name.len()).sum();
         for (index, (filter, options)) in subscribe.filters().enumerate() {
-            let known = self.subscriptions.iter().any(|s| *s.name == *filter);
+            let scope = connection.scope.as_deref();
+            let whole = match scope.map(|s| s.filter(filter)) {
+                None => Some(Cow::Borrowed(filter)),
+                Some(whole) => whole.map(Cow::Owned),
+            };
+            let at_core = whole.as_deref().unwrap_or(filter);
+            let known = self.subscriptions.iter().any(|s| *s.name == *at_core);
             let plain = split_shared(filter).map_or(filter, |(_, plain)| plain);
             let refused = if connection.pending.len() >= PENDING_MAX {
                 Some(ReasonCode::QUOTA_EXCEEDED)
-            } else if has_discouraged(filter) || plain.split('/').count() > limits.topic_levels_max
+            } else if whole.is_none()
+                || has_discouraged(filter)
+                || plain.split('/').count() > limits.topic_levels_max
             {
                 Some(ReasonCode::TOPIC_FILTER_INVALID)
             } else if !policy.may_subscribe(filter) {
@@ -283,7 +298,7 @@ impl Session {
                 }
                 wanted.push(Wanted {
                     index: index as u16,
-                    filter: filter.into(),
+                    filter: at_core.into(),
                     options,
                 });
             }
@@ -419,11 +434,14 @@ impl Session {
     ) -> Result<(), Close> {
         let mut codes = Vec::new();
         let mut filters = Vec::new();
+        let scope = self.connection.as_ref().and_then(|c| c.scope.clone());
         for filter in unsubscribe.filters() {
+            let whole = scope.as_ref().and_then(|s| s.filter(filter));
+            let at_core = whole.as_deref().unwrap_or(filter);
             let number = self
                 .subscriptions
                 .iter()
-                .find(|s| *s.name == *filter)
+                .find(|s| *s.name == *at_core)
                 .map(|s| s.filter);
             codes.push(match number {
                 Some(_) => ReasonCode::SUCCESS.0,

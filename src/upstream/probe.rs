@@ -426,6 +426,7 @@ where
             subscription_ids: &[],
             message_expiry: (v5 && retain).then_some(EXPIRY),
             user_property: None,
+            hidden: 0,
         };
         let mut out = Vec::new();
         delivery.encode(&message, &mut out);

@@ -253,6 +253,7 @@ impl Publisher {
             message_expiry: super::remaining(message.expires_at(), now),
             subscription_ids: &[],
             user_property,
+            hidden: 0,
         };
         if delivery.size(message) > self.packet_max {
             return false;

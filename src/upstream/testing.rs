@@ -114,6 +114,7 @@ pub fn client(router: &Router, id: &str) -> Connected {
             topic_alias_maximum: 0,
             problem_information: true,
             keep_alive: 0,
+            scope: None,
         },
         will: None,
         wake: Arc::new(Wake::default()),

@@ -194,6 +194,7 @@ impl Client {
             message_expiry: None,
             subscription_ids: &[],
             user_property: None,
+            hidden: 0,
         }
     }
 

@@ -420,6 +420,7 @@ async fn no_bytes_hurt() {
             message_expiry: Some(9),
             subscription_ids: &[],
             user_property: Some(("k", "v")),
+            hidden: 0,
         };
         delivery.encode(&message, &mut script);
     }

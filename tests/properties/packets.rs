@@ -197,6 +197,7 @@ pub fn encode(packet: &Packet<'_>, version: Version) -> Option<Vec<u8>> {
                 message_expiry: p.message_expiry,
                 subscription_ids: &ids,
                 user_property: None,
+                hidden: 0,
             };
             delivery.encode(&message, out_ref);
             assert_eq!(delivery.size(&message), out_ref.len());
@@ -352,6 +353,7 @@ fn delivered(
         message_expiry: publish.message_expiry,
         subscription_ids: &[1, 268_435_455],
         user_property: Some(("k", "v")),
+        hidden: 0,
     };
     let mut bytes = vec![0xAA];
     delivery.encode(message, &mut bytes);

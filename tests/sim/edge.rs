@@ -159,6 +159,7 @@ impl Edge {
                         topic_alias_maximum: c.topic_alias_maximum,
                         problem_information: c.request_problem_information,
                         keep_alive: c.keep_alive,
+                        scope: None,
                     },
                     will,
                     wake: self.wake.clone(),

@@ -275,6 +275,7 @@ fn send(
             .then(|| expires_at.saturating_sub(now).div_ceil(1000).max(1) as u32),
         subscription_ids: &queued.ids,
         user_property: None,
+        hidden: 0,
     };
     if max_packet != usize::MAX && delivery.size(&queued.message) > max_packet {
         return false;
