@@ -25,7 +25,7 @@ pub use choices::{
 pub use error::{Error, Problem};
 pub use types::{
     AclAllow, AclRule, Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node,
-    Server, Session, Store, Tls, Upstream, UpstreamTls,
+    PublishLinks, Server, Session, Store, Tls, Upstream, UpstreamTls,
 };
 
 #[cfg(test)]

@@ -79,8 +79,10 @@ pub struct RouterConfig {
     pub shared_links: usize,
     /// Filters that are held for good, disjoint; clients' filters inside cost the core nothing.
     pub roots: Vec<String>,
-    /// Number of P links, 1 to 8.
+    /// Number of P links at first, 1 to 8.
     pub publish_links: usize,
+    /// To which it may grow while their windows are what limits.
+    pub publish_links_max: usize,
     /// How long a filter that nobody holds stays subscribed.
     pub linger: u64,
     /// The same for filters with traffic that nobody reads, and at least when there are too many.
@@ -118,6 +120,10 @@ pub struct Router {
     retained: Mutex<Retained>,
     groups: Mutex<Groups>,
     lanes: Box<[PublishLane]>,
+    /// P links that sessions are spread over.
+    publish_links: AtomicU8,
+    /// P links that are dialled: one more while another is on its way.
+    publish_wanted: AtomicU8,
     /// Wakes each D link's task.
     data: Box<[Arc<Wake>]>,
     data_up: Box<[AtomicBool]>,
@@ -179,7 +185,9 @@ impl Router {
                 .collect(),
             table: RwLock::new(table),
             retained: Mutex::new(Retained::new(config.retained_cache)),
-            lanes: (0..config.publish_links)
+            publish_links: AtomicU8::new(config.publish_links as u8),
+            publish_wanted: AtomicU8::new(config.publish_links as u8),
+            lanes: (0..config.publish_links_max)
                 .map(|_| PublishLane::default())
                 .collect(),
             data: (0..links).map(|_| Arc::default()).collect(),

@@ -18,8 +18,8 @@ mod redelivery;
 #[cfg(test)]
 mod testing;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -80,7 +80,8 @@ pub struct LinkStatus {
     /// CONNECTs sent.
     pub connects: AtomicU64,
     state: Mutex<LinkState>,
-    metrics: telemetry::LinkMetrics,
+    /// From the first dial on: a link that is not needed yet is not one that is down.
+    metrics: OnceLock<telemetry::LinkMetrics>,
 }
 
 /// The part of a link's status that changes together.
@@ -101,6 +102,15 @@ pub struct LinkState {
 }
 
 impl LinkStatus {
+    fn metrics(&self) -> &telemetry::LinkMetrics {
+        self.metrics.get_or_init(|| metrics().link(&self.name))
+    }
+
+    /// It is dialled, or was.
+    pub fn wanted(&self) -> bool {
+        self.metrics.get().is_some()
+    }
+
     /// How it stands now.
     pub fn state(&self) -> LinkState {
         self.state.lock().clone()
@@ -238,7 +248,7 @@ impl Upstream {
         let mut add = |role: Role, number: usize| {
             let name = format!("{}{number}", role.letter());
             let status = Arc::new(LinkStatus {
-                metrics: metrics().link(&name),
+                metrics: OnceLock::new(),
                 name,
                 role,
                 number,
@@ -270,7 +280,7 @@ impl Upstream {
                 wake,
             ));
         }
-        for n in 0..usize::from(shared.core.config.publish_links) {
+        for n in 0..usize::from(shared.core.config.publish_links.max) {
             let machine = Publisher::new(shared.router.clone(), n, start.instance);
             let wake = shared.router.publish_wake(n).clone();
             tasks.spawn(driver::run(
@@ -317,14 +327,14 @@ impl LinkStatus {
             state.in_flight = in_flight;
             state.window = window;
             drop(state);
-            self.metrics.window_used.set(in_flight as f64);
-            self.metrics.window.set(window as f64);
+            self.metrics().window_used.set(in_flight as f64);
+            self.metrics().window.set(window as f64);
         }
     }
 
     fn count_connect(&self, server: &str) {
         self.connects.fetch_add(1, Ordering::Relaxed);
-        self.metrics.connects.increment(1);
+        self.metrics().connects.increment(1);
         self.state.lock().server = server.to_owned();
     }
 }

@@ -364,6 +364,7 @@ async fn admit(
             input: Vec::new(),
             session: connected.session,
             generation: connected.generation,
+            publish_link: connected.publish_link,
             version,
             packet_max,
             wake,

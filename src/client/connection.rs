@@ -29,6 +29,7 @@ const BACKLOG_MAX: usize = 64 * 1024;
 
 /// A connection with its session.
 pub(super) struct Opened {
+    pub publish_link: u8,
     /// Filled in by the CONNECT phase.
     pub stream: Option<Stream>,
     /// Bytes that came behind CONNECT.
@@ -79,6 +80,10 @@ struct Connection<'a> {
     flushing: bool,
     /// Bytes of output in the session after the last packets.
     backlog: usize,
+    /// When a publish of QoS 0 came last, seconds: it may still be on its way.
+    qos0_at: u32,
+    /// The P link of its publishes.
+    publish_link: u8,
 }
 
 struct Lane<'a> {
@@ -138,6 +143,8 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         partial: Partial::default(),
         held: None,
         fresh: true,
+        qos0_at: 0,
+        publish_link: opened.publish_link,
         flushing: false,
         backlog: 0,
     };
@@ -394,6 +401,8 @@ impl<'a> Connection<'a> {
         let mut used = 0;
         let mut counts = [0u64; 3];
         let (router, reference) = (&clients.router, self.session);
+        let publish_link = self.publish_link;
+        let mut idle = false;
         let outcome = clients.router.feed(
             self.session,
             self.generation,
@@ -401,6 +410,7 @@ impl<'a> Connection<'a> {
             |session, limits, effects| {
                 let mut end = None;
                 let mut step = Step::Done(0);
+                idle = session.publishes_waiting() == 0;
                 loop {
                     let (packet, size) = match decoder.next(&bytes[used..]) {
                         Ok(Some(next)) => next,
@@ -417,7 +427,7 @@ impl<'a> Connection<'a> {
                         let v3 = self.version < Version::V5 && p.qos > QoS::AtMostOnce;
                         let waiting = session.publishes_waiting();
                         if session.subscribing()
-                            || (v3 && router.hold_publish(reference, waiting, size))
+                            || (v3 && router.hold_publish(reference, publish_link, waiting, size))
                         {
                             step = Step::Held(used);
                             break;
@@ -447,6 +457,15 @@ impl<'a> Connection<'a> {
                 metrics().messages_received[qos].increment(count);
             }
         }
+        let seconds = (now / 1000) as u32;
+        // Nothing of it may be on its way to the core when it moves to another link.
+        let moves = idle && router.publish_link(self.session) != self.publish_link;
+        if moves && seconds.saturating_sub(self.qos0_at) > 2 {
+            self.publish_link = router.move_publishes(self.session, self.publish_link);
+        }
+        if counts[0] > 0 {
+            self.qos0_at = seconds;
+        }
         self.execute(effects, now);
         let Some((end, step, output)) = outcome else {
             return Err(self.replaced());
@@ -462,7 +481,9 @@ impl<'a> Connection<'a> {
         let router = &self.clients.router;
         for effect in effects {
             match effect {
-                Effect::Publish { .. } => router.publish(self.session, effect, now),
+                Effect::Publish { .. } => {
+                    router.publish(self.session, self.publish_link, effect, now);
+                }
                 Effect::Subscribe {
                     packet_id,
                     identifier,

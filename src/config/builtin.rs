@@ -10,8 +10,8 @@ use super::choices::{
 };
 use super::machine;
 use super::types::{
-    Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, Server, Session,
-    Store, Tls, Upstream, UpstreamTls,
+    Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, PublishLinks,
+    Server, Session, Store, Tls, Upstream, UpstreamTls,
 };
 
 const KIB: u64 = 1 << 10;
@@ -23,7 +23,7 @@ pub(super) const MEMORY_MAX_PERCENT: u64 = 80;
 /// Share of `memory.max` for the queues, in percent.
 pub(super) const MEMORY_QUEUES_PERCENT: u64 = 25;
 /// What `publish_links = "auto"` stands for.
-pub(super) const PUBLISH_LINKS_AUTO: u8 = 2;
+pub(super) const PUBLISH_LINKS_AUTO: PublishLinks = PublishLinks { first: 2, max: 8 };
 /// Node id where none is needed.
 pub(super) const NODE_ID_EMBEDDED: &str = "local";
 /// The request path of WebSocket listeners.

@@ -137,7 +137,7 @@ fn values_are_typed_and_paths_are_resolved() {
         (config.memory.max, config.memory.queues),
         (1 << 30, 536_870_900)
     );
-    assert_eq!(config.upstream.publish_links, 3);
+    assert_eq!(config.upstream.publish_links.max, 3);
     assert_eq!(config.upstream.protocol, Protocol::V311);
     assert_eq!(config.auth.acl, AclMode::Rules);
     assert!(config.acl[0].allow.publish && !config.acl[0].allow.subscribe);

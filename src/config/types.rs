@@ -123,9 +123,9 @@ pub struct Upstream {
     pub client_id_prefix: String,
     /// Number of D links, 1 to 8.
     pub data_links: u8,
-    /// Number of P links, 1 to 8 (`auto` is 2).
+    /// Number of P links, 1 to 8; `auto` is 2 at first.
     #[serde(deserialize_with = "publish_links")]
-    pub publish_links: u8,
+    pub publish_links: PublishLinks,
     /// Number of links for shared subscriptions, 1 to 4; opened when first asked for.
     pub shared_links: u8,
     /// Filters subscribed for good, disjoint; clients' filters inside them cost
@@ -178,6 +178,15 @@ pub struct Upstream {
     pub retained_cache: u64,
     /// TLS toward `mqtts` servers.
     pub tls: UpstreamTls,
+}
+
+/// How many links publish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PublishLinks {
+    /// From the start.
+    pub first: u8,
+    /// At most, while the core's windows are what limits.
+    pub max: u8,
 }
 
 /// One core address.

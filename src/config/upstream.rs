@@ -6,7 +6,7 @@ use serde::de::{Deserialize, Deserializer};
 
 use super::builtin::{PUBLISH_LINKS_AUTO, WS_PATH};
 use super::choices::Habit;
-use super::types::Server;
+use super::types::{PublishLinks, Server};
 use super::units::{Read, Written};
 
 /// For `deserialize_with`: the list of servers.
@@ -15,20 +15,23 @@ pub(super) fn server_list<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Server>
 }
 
 /// For `deserialize_with`: `"auto"` or a number.
-pub(super) fn publish_links<'de, D: Deserializer<'de>>(d: D) -> Result<u8, D::Error> {
+pub(super) fn publish_links<'de, D: Deserializer<'de>>(d: D) -> Result<PublishLinks, D::Error> {
     struct Links;
     impl Written for Links {
-        type Value = u8;
+        type Value = PublishLinks;
         const WHAT: &'static str = "\"auto\" or a number from 1 to 8";
-        fn text(text: &str) -> Result<u8, String> {
+        fn text(text: &str) -> Result<PublishLinks, String> {
             match text {
                 "auto" => Ok(PUBLISH_LINKS_AUTO),
                 _ => Err(format!("{text:?} is not {}", Self::WHAT)),
             }
         }
-        fn number(number: i64) -> Result<u8, String> {
+        fn number(number: i64) -> Result<PublishLinks, String> {
             match number {
-                1..=8 => Ok(number as u8),
+                1..=8 => Ok(PublishLinks {
+                    first: number as u8,
+                    max: number as u8,
+                }),
                 _ => Err(format!("{number} is not {}", Self::WHAT)),
             }
         }

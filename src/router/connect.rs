@@ -49,6 +49,8 @@ pub struct Connected {
     pub present: bool,
     /// A live connection of the same session was ended.
     pub taken_over: bool,
+    /// The P link for the session's publishes.
+    pub publish_link: u8,
 }
 
 /// Why a session is not given.
@@ -70,7 +72,7 @@ impl Router {
         now: u64,
         connack: impl FnOnce(bool, &mut Vec<u8>),
     ) -> Result<Connected, Refused> {
-        let mut wills: Vec<(SessionRef, Message)> = Vec::new();
+        let mut wills: Vec<(SessionRef, u8, Message)> = Vec::new();
         let mut released: Vec<u32> = Vec::new();
         let mut orphans = Vec::new();
         let number = self.shard_of(&connect.client_id);
@@ -112,7 +114,8 @@ impl Router {
                         self.count_lost(&ended);
                     }
                     orphans = ended.shared;
-                    wills.extend(ended.will.map(|will| (reference, will)));
+                    let link = slot.publish_link;
+                    wills.extend(ended.will.map(|will| (reference, link, will)));
                     released = shard.release(at);
                 } else if taken_over {
                     slot.session.detach_for_takeover(&self.limits);
@@ -121,12 +124,15 @@ impl Router {
             }
             None => {
                 present = false;
-                shard.insert(Session::new(
+                let at = shard.insert(Session::new(
                     connect.client_id.clone(),
                     connect.principal.clone(),
                     self.next_tag(),
                     now,
-                ))
+                ));
+                let reference = shard.reference(at);
+                shard.slots[at as usize].publish_link = self.publish_link(reference);
+                at
             }
         };
         shard.unlist(at);
@@ -140,6 +146,7 @@ impl Router {
         slot.woken = true;
         slot.taken = 0;
         slot.taken_at = now;
+        let publish_link = slot.publish_link;
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
@@ -157,8 +164,8 @@ impl Router {
             metrics().flaps_absorbed.increment(1);
         }
         self.release(&released, number as u16, now);
-        for (session, will) in wills {
-            self.publish_will(session, will, now);
+        for (session, link, will) in wills {
+            self.publish_will(session, link, will, now);
         }
         self.share_again(orphans, now);
         Ok(Connected {
@@ -166,6 +173,7 @@ impl Router {
             generation: attached.generation,
             present,
             taken_over,
+            publish_link,
         })
     }
 
@@ -187,13 +195,14 @@ impl Router {
             return false;
         }
         let mut ended = slot.session.detach(&self.limits, normal, now);
+        let link = slot.publish_link;
         self.shed(slot);
         let filters = shard.detached(reference.slot, &ended, now, now + GHOST);
         self.charge_entries(&mut shard);
         drop(shard);
         self.release(&filters, reference.shard, now);
         if let Some(will) = ended.will.take() {
-            self.publish_will(reference, will, now);
+            self.publish_will(reference, link, will, now);
         }
         if ended.will_cancelled {
             metrics().wills_cancelled.increment(1);
@@ -220,9 +229,10 @@ impl Router {
             return;
         }
         let mut ended = s.session.expire(now);
+        let link = s.publish_link;
         due.shared.append(&mut ended.shared);
         due.wills
-            .extend(ended.will.take().map(|will| (reference, will)));
+            .extend(ended.will.take().map(|will| (reference, link, will)));
         if ended.session {
             metrics().sessions_ended[SessionEndReason::Expired].increment(1);
             self.count_lost(&ended);
@@ -249,12 +259,17 @@ impl Router {
         metrics().sessions_ended[SessionEndReason::QueueFull].increment(1);
         s.session.expiry = 0;
         let ended = s.session.detach(&self.limits, false, now);
+        let link = s.publish_link;
         self.count_lost(&ended);
         let reference = shard.reference(slot);
         let filters = shard.detached(slot, &ended, now, now + GHOST);
         self.defer(Due {
             filters,
-            wills: ended.will.map(|w| (reference, w)).into_iter().collect(),
+            wills: ended
+                .will
+                .map(|w| (reference, link, w))
+                .into_iter()
+                .collect(),
             shared: ended.shared,
             shard: reference.shard,
         });
@@ -266,7 +281,7 @@ impl Router {
         }
     }
 
-    fn publish_will(&self, session: SessionRef, will: Message, now: u64) {
+    fn publish_will(&self, session: SessionRef, link: u8, will: Message, now: u64) {
         let account = &self.limits.publish_account;
         if account.used() > self.config.publishes_waiting {
             metrics().messages_dropped[DropCause::UpstreamBudget].increment(1);
@@ -276,6 +291,7 @@ impl Router {
         let will = will.charged_to(account);
         self.publish(
             session,
+            link,
             Effect::Publish {
                 token: None,
                 message: will,
@@ -288,8 +304,8 @@ impl Router {
     /// Does what could not be done under a shard's lock.
     pub(super) fn settle_due(&self, due: Due, now: u64) {
         self.release(&due.filters, due.shard, now);
-        for (session, will) in due.wills {
-            self.publish_will(session, will, now);
+        for (session, link, will) in due.wills {
+            self.publish_will(session, link, will, now);
         }
         self.share_again(due.shared, now);
     }
@@ -303,7 +319,7 @@ impl Router {
 #[derive(Debug, Default)]
 pub(super) struct Due {
     pub filters: Vec<u32>,
-    pub wills: Vec<(SessionRef, Message)>,
+    pub wills: Vec<(SessionRef, u8, Message)>,
     pub shared: Vec<Orphan>,
     pub shard: u16,
 }

@@ -14,7 +14,7 @@ use super::{Router, SessionRef};
 impl Router {
     /// Hands a publish to the client's P link. What cannot wait any more is answered 0x97, or at
     /// QoS 0 dropped, and counted.
-    pub fn publish(&self, session: SessionRef, effect: Effect, now: u64) {
+    pub fn publish(&self, session: SessionRef, publish_link: u8, effect: Effect, now: u64) {
         let Effect::Publish {
             token,
             message,
@@ -24,7 +24,7 @@ impl Router {
             return;
         };
 
-        let link = &self.lanes[self.publish_link(session)];
+        let link = &self.lanes[usize::from(publish_link)];
         let away = !link.up.load(Ordering::Acquire);
         let mut lanes = link.lanes.lock();
         let refused = if self.limits.publish_account.used() > self.config.publishes_waiting {
@@ -78,7 +78,13 @@ impl Router {
 
     /// Whether a 3.x client's next publish, of `size` bytes, has to wait in its socket: it cannot
     /// be told to come again.
-    pub fn hold_publish(&self, session: SessionRef, waiting: usize, size: usize) -> bool {
+    pub fn hold_publish(
+        &self,
+        session: SessionRef,
+        publish_link: u8,
+        waiting: usize,
+        size: usize,
+    ) -> bool {
         let used = self.limits.publish_account.used();
         if waiting >= self.limits.v3_publishes_max {
             return true;
@@ -89,14 +95,54 @@ impl Router {
         if used > 0 && used + size as u64 + MESSAGE_OVERHEAD > budget - free {
             return true;
         }
-        let link = &self.lanes[self.publish_link(session)];
+        let link = &self.lanes[usize::from(publish_link)];
         let bytes = link.lanes.lock().bytes_of(session);
         bytes > 0 && bytes + size > self.config.publishes_waiting_per_client
     }
 
-    /// The P link of a session: always the same, so that its publishes stay in order.
-    fn publish_link(&self, session: SessionRef) -> usize {
-        (session.shard as usize + session.slot as usize) % self.lanes.len()
+    /// The P link that a session's publishes would begin on: the same for all of them, so that they
+    /// stay in order.
+    pub fn publish_link(&self, session: SessionRef) -> u8 {
+        let links = u32::from(self.publish_links.load(Ordering::Relaxed));
+        // Fewer than 256.
+        (u32::from(session.shard).wrapping_add(session.slot) % links) as u8
+    }
+
+    /// Moves a session of which nothing is under way on its P link to the one that it would begin
+    /// on now; returns the one that holds.
+    pub fn move_publishes(&self, session: SessionRef, from: u8) -> u8 {
+        let to = self.publish_link(session);
+        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let Some(slot) = shard.get(session) else {
+            return from;
+        };
+        let idle = self.lanes[usize::from(from)].lanes.lock().bytes_of(session) == 0;
+        if idle && slot.session.publishes_waiting() == 0 {
+            slot.publish_link = to;
+        }
+        slot.publish_link
+    }
+
+    /// P links that are dialled.
+    pub fn publish_links_wanted(&self) -> usize {
+        usize::from(self.publish_wanted.load(Ordering::Acquire))
+    }
+
+    /// Asks for another P link, once the last that was asked for is there. Whether there will be
+    /// one.
+    pub fn add_publish_link(&self) -> bool {
+        let links = self.publish_links.load(Ordering::Acquire);
+        if usize::from(links) >= self.lanes.len() {
+            return false;
+        }
+        let (order, lax) = (Ordering::AcqRel, Ordering::Relaxed);
+        let added = self
+            .publish_wanted
+            .compare_exchange(links, links + 1, order, lax);
+        if added.is_ok() {
+            self.lanes[usize::from(links)].wake.raise();
+        }
+        added.is_ok()
     }
 
     /// Works on what waits for P link `link`.
@@ -112,6 +158,10 @@ impl Router {
     /// P link `link` is connected, or not.
     pub fn publish_link_up(&self, link: usize, up: bool) {
         self.lanes[link].up.store(up, Ordering::Release);
+        // Links come up for the first time in the order of their numbers.
+        if up && self.publish_links.load(Ordering::Acquire) == link as u8 {
+            self.publish_links.store(link as u8 + 1, Ordering::Release);
+        }
     }
 
     /// The core's answers, for the clients that wait for them.

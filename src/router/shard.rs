@@ -33,6 +33,8 @@ pub(super) struct Slot {
     pub woken: bool,
     /// It is in the order of detached sessions.
     pub listed: bool,
+    /// The P link of its publishes.
+    pub publish_link: u8,
     /// The timer entry that stands for this session; `u64::MAX`: none.
     armed: u64,
     /// Entries charged to the account.
@@ -119,6 +121,7 @@ impl Shard {
             origin: None,
             woken: false,
             listed: false,
+            publish_link: 0,
             armed: u64::MAX,
             charged: 0,
             taken: 0,

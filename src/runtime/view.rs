@@ -78,7 +78,11 @@ impl AdminView for View {
                         Role::Shared => "shared",
                     },
                     server: state.server,
-                    state: if state.up { "up" } else { "down" },
+                    state: match (state.up, link.wanted()) {
+                        (true, _) => "up",
+                        (false, true) => "down",
+                        (false, false) => "idle",
+                    },
                     protocol: state.protocol,
                     window: state.window as u32,
                     inflight: state.in_flight as u32,

@@ -47,13 +47,12 @@ pub(super) async fn run<M: Machine>(
     let mut placement = shared.placement.load(Ordering::Acquire);
     let mut backoff = Backoff::new(&shared);
     let mut rivals = Rivals::default();
-    if link.role == Role::Shared {
-        // Dialled when the first client asks for it.
-        tokio::select! {
-            () = wanted(&shared, &link, &wake) => {}
-            () = shared.stop.cancelled() => return,
-        }
+    // A link that only a need brings about.
+    tokio::select! {
+        () = wanted(&shared, &link, &wake) => {}
+        () = shared.stop.cancelled() => return,
     }
+    link.metrics().up.set(0.0);
     while !shared.stop.is_cancelled() {
         let index = shared.server.load(Ordering::Acquire);
         let server = &shared.core.config.servers[index];
@@ -94,7 +93,7 @@ pub(super) async fn run<M: Machine>(
                 (failed.reason, failed.why)
             }
         };
-        link.metrics.disconnects[reason].increment(1);
+        link.metrics().disconnects[reason].increment(1);
         link.state.lock().last_error = Some(why.clone());
         if shared.stop.is_cancelled() {
             return;
@@ -116,10 +115,15 @@ pub(super) async fn run<M: Machine>(
     }
 }
 
-/// A client has asked for what the link is for.
+/// There is something for the link to do.
 async fn wanted(shared: &Shared, link: &LinkStatus, wake: &Wake) {
-    let number = shared.router.shared_link(link.number);
-    while shared.router.filters_on(number) == 0 {
+    let router = &shared.router;
+    let now = || match link.role {
+        Role::Data | Role::Retained => true,
+        Role::Shared => router.filters_on(router.shared_link(link.number)) > 0,
+        Role::Publish => link.number < router.publish_links_wanted(),
+    };
+    while !now() {
         poll_fn(|cx| match wake.take(cx.waker()) {
             true => Poll::Ready(()),
             false => Poll::Pending,
@@ -141,7 +145,7 @@ fn came_up(shared: &Shared, link: &LinkStatus, up: &Established) {
         state.server.clone()
     };
     shared.up.fetch_add(1, Ordering::AcqRel);
-    link.metrics.up.set(1.0);
+    link.metrics().up.set(1.0);
     tracing::info!(
         link = link.name,
         server,
@@ -159,7 +163,7 @@ fn came_up(shared: &Shared, link: &LinkStatus, up: &Established) {
 fn went_down(shared: &Shared, link: &LinkStatus, end: &LinkEnd) {
     shared.up.fetch_sub(1, Ordering::AcqRel);
     link.state.lock().up = false;
-    link.metrics.up.set(0.0);
+    link.metrics().up.set(0.0);
     link.set_window(0, 0);
     tracing::info!(link = link.name, reason = %end.reason, "Link to the core ended: {}", end.why);
 }

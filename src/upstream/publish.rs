@@ -23,6 +23,9 @@ const PACE: Duration = Duration::from_millis(1);
 /// other link, is sent alone: if it is alone when that happens again, it is the reason.
 const SUSPECT: u8 = 2;
 
+/// How long publishes have waited for the window when another link is asked for, milliseconds.
+const GROWTH: u64 = 250;
+
 /// How long a link that came up waits for the data links, milliseconds: a message that the core
 /// takes before they have their filters again reaches nobody.
 const PATIENCE: u64 = 5000;
@@ -49,6 +52,8 @@ pub struct Publisher {
     cut: bool,
     /// [`Router::data_losses`] when the last connection came up.
     losses: u64,
+    /// Since when publishes wait for the window.
+    full_since: Option<u64>,
     /// Suspects that are sent one at a time, each alone on the link.
     suspects: usize,
     /// Until then nothing new is sent before the data links have their filters again.
@@ -99,6 +104,7 @@ impl Publisher {
             cut: false,
             losses: 0,
             suspects: 0,
+            full_since: None,
         }
     }
 
@@ -129,10 +135,31 @@ impl Publisher {
                 }
             });
             if some.is_empty() {
+                self.full_since = None;
                 return;
             }
             for outgoing in some {
                 self.send(outgoing, now, out);
+            }
+        }
+        self.judge_window(now);
+    }
+
+    /// Where publishes have waited for the window for a while, another link brings one more.
+    fn judge_window(&mut self, now: u64) {
+        let full = self.open >= self.room() && !self.router.lanes(self.link, |l| l.is_empty());
+        let since = match full {
+            true => *self.full_since.get_or_insert(now),
+            false => return self.full_since = None,
+        };
+        if now >= since + GROWTH {
+            self.full_since = None;
+            if self.router.add_publish_link() {
+                tracing::info!(
+                    link = self.link,
+                    window = self.window,
+                    "A publish link is added: publishes wait for the core's window"
+                );
             }
         }
     }

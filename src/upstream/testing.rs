@@ -52,6 +52,7 @@ pub fn config() -> RouterConfig {
         shared_links: 1,
         roots: Vec::new(),
         publish_links: 1,
+        publish_links_max: 1,
         linger: 600_000,
         linger_busy_min: 60_000,
         filters_lingering_max: 1000,
@@ -147,7 +148,7 @@ pub fn publish(router: &Router, client: Connected, number: u32) {
         message,
         tag: 0,
     };
-    router.publish(client.session, effect, 0);
+    router.publish(client.session, client.publish_link, effect, 0);
 }
 
 /// Subscribes a client, without retained messages; the answer is the core's to give.

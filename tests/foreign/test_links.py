@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from harness.cable import Cable
 from harness.names import fresh
 from harness.process import wait_until
 
@@ -83,3 +84,41 @@ def test_a_second_process_of_the_same_name_is_said(own_core, own_edge, core):
     wait_until("it is said", said(r"second Tidegate with this node.id\?"), 20)
     if core == "says why":
         wait_until("it says why", said(r"Link to the core ended.*reason=taken_over"))
+
+
+def test_publish_links_are_added_while_the_window_limits(own_core, own_edge, client):
+    """A far core with a window of 20: 50 ms each way of 30 clients' publishes."""
+    core = own_core()
+    far = Cable(core.port, delay=0.05)
+    try:
+        url = f"mqtt://127.0.0.1:{far.port}"
+        edge = own_edge(url, ("tcp",), upstream={"servers": [url], "protocol": "3.1.1"} | QUICK).start()
+        up = lambda: [link["name"] for link in edge.api("/api/v1/links")["links"] if link["role"] == "publish" and link["state"] == "up"]
+        wait_until("two links", lambda: len(up()) == 2)
+        idle = [link for link in edge.api("/api/v1/links")["links"] if link["state"] == "idle"]
+        assert {link["name"] for link in idle} == {"s0"} | {f"p{n}" for n in range(2, 8)}
+        # One that is not needed yet is not one that is down.
+        assert {labels["link"] for labels, _ in edge.metrics().series("tidegate_upstream_link_up")} == {"d0", "d1", "p0", "p1", "r0"}
+        topic = fresh()
+        sub = client(edge)
+        sub.subscribe(f"{topic}/#")
+        pubs = [client(edge) for _ in range(30)]
+        sent = 0
+
+        def more() -> bool:
+            nonlocal sent
+            mids = [(pub, pub.publish(f"{topic}/{n}", str(sent), wait=False)) for n, pub in enumerate(pubs) for _ in range(20)]
+            for pub, mid in mids:
+                pub.wait_published(mid, 30)
+            sent += 20
+            return len(up()) > 3
+
+        wait_until("more links", more, 60, 0)
+        # What was idle moves over, and each client's order holds.
+        seen: dict[str, int] = {}
+        for m in sub.take(sent * 30, 30):
+            assert int(m.text) >= seen.get(m.topic, 0)
+            seen[m.topic] = int(m.text)
+        assert edge.service.grep(r"A publish link is added")
+    finally:
+        far.close()

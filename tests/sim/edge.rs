@@ -247,7 +247,7 @@ impl Edge {
                         let v3 = version < Version::V5 && p.qos as u8 > 0;
                         let waiting = session.publishes_waiting();
                         held = session.subscribing()
-                            || (v3 && router.hold_publish(reference, waiting, size));
+                            || (v3 && router.hold_publish(reference, 0, waiting, size));
                         if held {
                             break;
                         }
@@ -276,7 +276,7 @@ impl Edge {
         );
         for effect in effects {
             match effect {
-                Effect::Publish { .. } => router.publish(open.session, effect, now),
+                Effect::Publish { .. } => router.publish(open.session, 0, effect, now),
                 Effect::Subscribe {
                     packet_id,
                     identifier,

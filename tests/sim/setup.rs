@@ -61,6 +61,7 @@ impl World {
             shared_links: 1,
             roots: Vec::new(),
             publish_links: 1,
+            publish_links_max: 1,
             linger: rng.pick(&[500, 20_000]),
             linger_busy_min: 500,
             filters_lingering_max: rng.pick(&[2, 100]) as usize,

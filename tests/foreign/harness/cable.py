@@ -12,8 +12,10 @@ from .loop import call
 class Cable:
     """127.0.0.1:`port` leads to `target`; `cut` resets every connection through it."""
 
-    def __init__(self, target: int):
+    def __init__(self, target: int, delay: float = 0):
+        """`delay`: seconds that what comes back takes longer."""
         self.target = target
+        self.delay = delay
         self._plugged = True
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task] = set()
@@ -55,16 +57,18 @@ class Cable:
         pair = {writer, far_writer}
         self._writers |= pair
         try:
-            await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+            await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer, self.delay))
         finally:
             self._writers -= pair
             for one in pair:
                 one.close()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float = 0) -> None:
     try:
         while data := await reader.read(65536):
+            if delay:
+                await asyncio.sleep(delay)
             writer.write(data)
             await writer.drain()
         if writer.can_write_eof():
