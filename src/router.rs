@@ -13,6 +13,7 @@ mod groups;
 pub mod lanes;
 mod links;
 mod lost;
+mod presence;
 mod publish;
 mod retained;
 mod roots;
@@ -83,6 +84,8 @@ pub struct RouterConfig {
     pub publish_links: usize,
     /// To which it may grow while their windows are what limits.
     pub publish_links_max: usize,
+    /// Where clients' coming and going is told, `%c` being the client identifier; empty: nowhere.
+    pub presence_topic: String,
     /// How long a filter that nobody holds stays subscribed.
     pub linger: u64,
     /// The same for filters with traffic that nobody reads, and at least when there are too many.

@@ -394,6 +394,8 @@ fn session_limits(config: &Config) -> SessionLimits {
             .queue_age_max
             .map_or(u64::MAX, |age| age.as_millis() as u64),
         shared_redeliver_after: config.session.shared_redeliver_after.as_millis() as u64,
+        will_grace: config.session.will_grace.as_millis() as u64,
+        presence: !config.session.presence_topic.is_empty(),
         queue_full: match config.session.queue_full {
             config::QueueFull::Oldest => QueueFull::Oldest,
             config::QueueFull::Newest => QueueFull::Newest,
@@ -421,6 +423,7 @@ fn router_config(config: &Config) -> RouterConfig {
         roots: upstream.roots.clone(),
         publish_links: usize::from(upstream.publish_links.first),
         publish_links_max: usize::from(upstream.publish_links.max),
+        presence_topic: config.session.presence_topic.clone(),
         linger: ms(upstream.linger),
         linger_busy_min: ms(upstream.linger_busy_min),
         filters_lingering_max: upstream.filters_lingering_max as usize,

@@ -69,6 +69,10 @@ pub struct SessionLimits {
     /// How long a session is away before others get its part of shared subscriptions,
     /// milliseconds.
     pub shared_redeliver_after: u64,
+    /// How long a client may be away before its will goes out and its absence is told, milliseconds.
+    pub will_grace: u64,
+    /// Clients' coming and going is told.
+    pub presence: bool,
     /// Policy when the queue is full.
     pub queue_full: QueueFull,
     /// Keep QoS 0 for clients that are away.
@@ -212,6 +216,8 @@ pub struct Session {
     /// From the first publish of QoS 1 or 2 on: those who only listen have none.
     inbound: Option<Box<Inbound>>,
     will: Option<Box<Will>>,
+    /// When its absence is to be told; `u64::MAX`: it is here; 0: there is nothing to tell.
+    absent_at: u64,
     /// DISCONNECT 0x00 took the will away.
     will_discarded: bool,
     /// Publishes that were refused here; the caller takes and counts them.
@@ -233,6 +239,8 @@ pub struct Ended {
     pub messages: usize,
     /// Deliveries of shared subscriptions that another member is to get.
     pub shared: Vec<Orphan>,
+    /// Tell that the client is away.
+    pub absent: bool,
 }
 
 impl Session {
@@ -254,6 +262,7 @@ impl Session {
             outbound: Outbound::default(),
             inbound: None,
             will: None,
+            absent_at: 0,
             will_discarded: false,
             refused_publishes: 0,
             ghost: false,
@@ -262,10 +271,16 @@ impl Session {
 
     /// Starts the session anew on the same client identifier [MQTT-3.1.2-4]. What the core still
     /// has of its publishes is remembered, so that a copy sent again is not forwarded twice.
-    pub fn restart(&mut self, tag: u64, now: u64) -> Ended {
+    /// A client that is back within `grace` was never away: its will is dropped.
+    pub fn restart(&mut self, tag: u64, grace: u64, now: u64) -> Ended {
+        let back = grace > 0 && (self.connection.is_some() || now < self.since + grace);
         let mut ended = self.end();
+        let will = self.will.take();
         // The will of the session that ends here is due [MQTT-3.1.3-9].
-        ended.will = self.will.take().map(|w| w.publish(now));
+        match back {
+            true => ended.will_cancelled = will.is_some(),
+            false => ended.will = will.map(|w| w.publish(now)),
+        }
         self.tag = tag;
         self.gaps = 0;
         ended
@@ -278,10 +293,15 @@ impl Session {
         spec: &ConnectionSpec,
         expiry: u32,
         will: Option<Will>,
+        limits: &SessionLimits,
         now: u64,
     ) -> Attached {
         let will_cancelled = self.will.take().is_some();
         self.ghost = false;
+        let news = limits.presence && self.absent_at == 0;
+        if limits.presence {
+            self.absent_at = u64::MAX;
+        }
         self.generation += 1;
         self.expiry = expiry;
         self.version = spec.version;
@@ -293,6 +313,7 @@ impl Session {
         Attached {
             generation: self.generation,
             will_cancelled,
+            news,
         }
     }
 
@@ -307,8 +328,17 @@ impl Session {
             ended.will_cancelled =
                 self.will.take().is_some() | std::mem::take(&mut self.will_discarded);
         }
+        let grace = limits.will_grace;
+        if self.absent_at == u64::MAX {
+            // Who says goodbye does not flap.
+            ended.absent = normal || grace == 0;
+            self.absent_at = if ended.absent { 0 } else { now + grace };
+        }
         if self.expiry == 0 {
-            ended.will = self.will.take().map(|w| w.publish(now));
+            match self.will.as_deref_mut() {
+                Some(will) if grace > 0 => will.due_at = now + grace,
+                _ => ended.will = self.will.take().map(|w| w.publish(now)),
+            }
             let over = self.end();
             ended.session = true;
             ended.messages = over.messages;
@@ -322,10 +352,13 @@ impl Session {
             self.ends_at = now + u64::from(self.expiry) * 1000;
         }
         match self.will.as_deref_mut() {
-            Some(will) if will.delay == 0 => ended.will = self.will.take().map(|w| w.publish(now)),
+            Some(will) if will.delay == 0 && grace == 0 => {
+                ended.will = self.will.take().map(|w| w.publish(now))
+            }
             Some(will) => {
                 // Whichever comes first: the delay or the session's end.
-                will.due_at = now + u64::from(will.delay.min(self.expiry)) * 1000;
+                let delay = u64::from(will.delay.min(self.expiry)) * 1000;
+                will.due_at = now + delay.max(grace);
             }
             None => {}
         }
@@ -374,11 +407,18 @@ impl Session {
     /// What has come due: a will, or the session's end.
     pub fn expire(&mut self, now: u64) -> Ended {
         let mut ended = Ended::default();
-        if self.connection.is_some() || self.ghost {
+        if self.connection.is_some() {
             return ended;
+        }
+        if self.absent_at <= now && self.absent_at != 0 {
+            self.absent_at = 0;
+            ended.absent = true;
         }
         if self.will.as_ref().is_some_and(|w| w.due_at <= now) {
             ended.will = self.will.take().map(|w| w.publish(now));
+        }
+        if self.ghost {
+            return ended;
         }
         if self.share_at <= now {
             self.share_at = u64::MAX;
@@ -387,8 +427,9 @@ impl Session {
         if self.ends_at <= now {
             let shared = std::mem::take(&mut ended.shared);
             let will = ended.will.or(self.will.take().map(|w| w.publish(now)));
+            let absent = ended.absent;
             ended = self.end();
-            ended.will = will;
+            (ended.will, ended.absent) = (will, absent);
             ended.shared.extend(shared);
         }
         ended
@@ -396,15 +437,17 @@ impl Session {
 
     /// When [`Session::expire`] or the keepalive next has something to do; `u64::MAX`: never.
     pub fn deadline(&self) -> u64 {
-        if self.ghost {
-            return self.ends_at;
-        }
         match &self.connection {
             Some(c) if c.keep_alive > 0 => c.last_seen + c.keep_alive,
             Some(_) => u64::MAX,
             None => {
                 let will = self.will.as_ref().map_or(u64::MAX, |w| w.due_at);
-                will.min(self.ends_at).min(self.share_at)
+                let absent = match self.absent_at {
+                    0 => u64::MAX,
+                    at => at,
+                };
+                let share_at = if self.ghost { u64::MAX } else { self.share_at };
+                will.min(self.ends_at).min(share_at).min(absent)
             }
         }
     }
@@ -471,7 +514,8 @@ impl Session {
 
     /// A ghost that is still of use.
     pub fn worth_keeping(&self) -> bool {
-        self.inbound.as_ref().is_some_and(|i| i.has_orphans())
+        let publishes = self.inbound.as_ref().is_some_and(|i| i.has_orphans());
+        publishes || self.will.is_some() || self.absent_at != 0
     }
 
     /// Whether a message of QoS 1 or 2 would be written at once.
@@ -520,4 +564,6 @@ pub struct Attached {
     pub generation: u64,
     /// A delayed will was cancelled by this resume [MQTT-3.1.3-9].
     pub will_cancelled: bool,
+    /// Tell that the client is here.
+    pub news: bool,
 }

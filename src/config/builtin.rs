@@ -165,6 +165,8 @@ impl Default for Session {
             queue_qos0: false,
             queue_age_max: None,
             shared_redeliver_after: Duration::from_secs(30),
+            will_grace: Duration::ZERO,
+            presence_topic: String::new(),
             keepalive_max: None,
             keepalive_default: None,
         }

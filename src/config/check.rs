@@ -378,6 +378,23 @@ impl Check<'_, '_> {
                 "longer than session.keepalive_max",
             );
         }
+        let minute = Duration::from_secs(60);
+        self.range_time(
+            "session.will_grace",
+            session.will_grace,
+            Duration::ZERO..=minute,
+        );
+        let topic = &session.presence_topic;
+        let fit = topic.is_empty()
+            || (topic.contains("%c")
+                && plain_topic(&topic.replace("%c", "c"))
+                && !topic.contains("%u"));
+        if !fit {
+            self.say(
+                "session.presence_topic",
+                "must be a topic name without wildcards in which %c stands for the client id",
+            );
+        }
         self.range_time(
             "session.shared_redeliver_after",
             session.shared_redeliver_after,

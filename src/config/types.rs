@@ -302,6 +302,11 @@ pub struct Session {
     /// How long a client is away before other members of its groups get what it was to have.
     #[serde(deserialize_with = "duration")]
     pub shared_redeliver_after: Duration,
+    /// How long a client may be away before its will goes out and its absence is told.
+    #[serde(deserialize_with = "duration")]
+    pub will_grace: Duration,
+    /// Topic on which the core is told that a client comes or goes, `%c` being its id.
+    pub presence_topic: String,
     /// Longest keep alive granted; a longer or absent one is answered with
     /// Server Keep Alive. Whole seconds, 1 to 65535.
     #[serde(deserialize_with = "duration_or_none")]

@@ -74,6 +74,7 @@ impl Router {
     ) -> Result<Connected, Refused> {
         let mut wills: Vec<(SessionRef, u8, Message)> = Vec::new();
         let mut released: Vec<u32> = Vec::new();
+        let mut news: Vec<(SessionRef, u8, Arc<str>)> = Vec::new();
         let mut orphans = Vec::new();
         let number = self.shard_of(&connect.client_id);
         let mut shard = self.shards[number].lock();
@@ -92,6 +93,14 @@ impl Router {
                 }
             }
             if foreign {
+                // What its client's grace held back is due now.
+                let ended = slot.session.expire(u64::MAX - 1);
+                let (link, id) = (slot.publish_link, slot.session.client_id.clone());
+                let reference = shard.reference(at);
+                wills.extend(ended.will.map(|will| (reference, link, will)));
+                if ended.absent {
+                    news.push((reference, link, id));
+                }
                 shard.remove(at);
                 known = None;
             }
@@ -108,7 +117,11 @@ impl Router {
                 present = !over;
                 if over {
                     let was_ghost = slot.session.is_ghost();
-                    let ended = slot.session.restart(self.next_tag(), now);
+                    let grace = self.limits.will_grace;
+                    let ended = slot.session.restart(self.next_tag(), grace, now);
+                    if ended.will_cancelled {
+                        metrics().wills_cancelled.increment(1);
+                    }
                     if !was_ghost {
                         metrics().sessions_ended[SessionEndReason::CleanStart].increment(1);
                         self.count_lost(&ended);
@@ -138,11 +151,15 @@ impl Router {
         shard.unlist(at);
         let reference = shard.reference(at);
         let slot = &mut shard.slots[at as usize];
-        let attached = slot
-            .session
-            .attach(&connect.spec, connect.expiry, connect.will, now);
+        let attached = slot.session.attach(
+            &connect.spec,
+            connect.expiry,
+            connect.will,
+            &self.limits,
+            now,
+        );
         slot.wake = Some(connect.wake);
-        slot.origin = Some(connect.origin);
+        slot.origin = Some(connect.origin.clone());
         slot.woken = true;
         slot.taken = 0;
         slot.taken_at = now;
@@ -168,6 +185,13 @@ impl Router {
             self.publish_will(session, link, will, now);
         }
         self.share_again(orphans, now);
+        for (session, link, client_id) in news {
+            self.tell_presence(session, link, &client_id, None, now);
+        }
+        if attached.news {
+            let (id, origin) = (&connect.client_id, Some(&*connect.origin));
+            self.tell_presence(reference, publish_link, id, origin, now);
+        }
         Ok(Connected {
             session: reference,
             generation: attached.generation,
@@ -196,6 +220,7 @@ impl Router {
         }
         let mut ended = slot.session.detach(&self.limits, normal, now);
         let link = slot.publish_link;
+        let client_id = ended.absent.then(|| slot.session.client_id.clone());
         self.shed(slot);
         let filters = shard.detached(reference.slot, &ended, now, now + GHOST);
         self.charge_entries(&mut shard);
@@ -203,6 +228,9 @@ impl Router {
         self.release(&filters, reference.shard, now);
         if let Some(will) = ended.will.take() {
             self.publish_will(reference, link, will, now);
+        }
+        if let Some(client_id) = client_id {
+            self.tell_presence(reference, link, &client_id, None, now);
         }
         if ended.will_cancelled {
             metrics().wills_cancelled.increment(1);
@@ -220,20 +248,20 @@ impl Router {
         let Some(s) = shard.get(reference) else {
             return;
         };
-        if s.session.is_ghost() {
-            if s.session.ends_at() <= now {
-                shard.remove(slot);
-            } else {
-                shard.settle(slot);
-            }
-            return;
-        }
+        let ghost = s.session.is_ghost();
         let mut ended = s.session.expire(now);
         let link = s.publish_link;
+        if ended.absent {
+            due.news
+                .push((reference, link, s.session.client_id.clone()));
+        }
+        let over = ghost && s.session.ends_at() <= now;
         due.shared.append(&mut ended.shared);
         due.wills
             .extend(ended.will.take().map(|will| (reference, link, will)));
-        if ended.session {
+        if over {
+            shard.remove(slot);
+        } else if ended.session {
             metrics().sessions_ended[SessionEndReason::Expired].increment(1);
             self.count_lost(&ended);
             due.filters.extend(shard.finish(slot, now + GHOST));
@@ -260,6 +288,7 @@ impl Router {
         s.session.expiry = 0;
         let ended = s.session.detach(&self.limits, false, now);
         let link = s.publish_link;
+        let client_id = s.session.client_id.clone();
         self.count_lost(&ended);
         let reference = shard.reference(slot);
         let filters = shard.detached(slot, &ended, now, now + GHOST);
@@ -271,6 +300,11 @@ impl Router {
                 .into_iter()
                 .collect(),
             shared: ended.shared,
+            news: ended
+                .absent
+                .then_some((reference, link, client_id))
+                .into_iter()
+                .collect(),
             shard: reference.shard,
         });
     }
@@ -308,6 +342,9 @@ impl Router {
             self.publish_will(session, link, will, now);
         }
         self.share_again(due.shared, now);
+        for (session, link, client_id) in due.news {
+            self.tell_presence(session, link, &client_id, None, now);
+        }
     }
 
     pub(super) fn next_tag(&self) -> u64 {
@@ -321,6 +358,8 @@ pub(super) struct Due {
     pub filters: Vec<u32>,
     pub wills: Vec<(SessionRef, u8, Message)>,
     pub shared: Vec<Orphan>,
+    /// Clients whose absence is to be told.
+    pub news: Vec<(SessionRef, u8, Arc<str>)>,
     pub shard: u16,
 }
 

@@ -1,0 +1,95 @@
+"""Clients' coming and going told to the core; flaps hidden."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from harness import links, paho
+from harness.names import fresh
+
+
+@pytest.fixture
+def told(core, own_edge, client):
+    """An edge that tells, and a client that listens to what it says."""
+
+    def make(grace: str):
+        base = fresh()
+        edge = own_edge(core.url, ("tcp",), session={"will_grace": grace, "presence_topic": f"{base}/%c"}).start()
+        name = fresh("watcher")
+        watcher = client(edge, client_id=name)
+        watcher.subscribe(f"{base}/+")
+        # Its own coming is told before anybody can listen, or just after.
+        assert [m for m in watcher.fence(watcher, f"{base}/fence") if word(m) != (name, True)] == []
+        way = links.Way(edge, "tcp")
+        made.append(way)
+        return edge, watcher, way, base
+
+    made: list = []
+    yield make
+    for one in made:
+        one.close()
+
+
+def word(m) -> tuple[str, bool]:
+    said = json.loads(m.payload)
+    assert m.qos == 1 and not m.retain and m.topic.endswith("/" + said["client_id"])
+    return said["client_id"], said["online"]
+
+
+@pytest.mark.parametrize("expiry", (0, 300))
+def test_each_coming_and_going_is_told(told, expiry):
+    _, watcher, way, _ = told("0s")
+    name = fresh("phone")
+    one = paho.Paho(way, name, expiry=expiry)
+    assert word(watcher.next()) == (name, True)
+    one.close()
+    assert word(watcher.next()) == (name, False)
+    one = paho.Paho(way, name, expiry=expiry, clean=False)
+    assert word(watcher.next()) == (name, True)
+    way.cut()
+    one.abandon()
+    assert word(watcher.next()) == (name, False)
+
+
+@pytest.mark.parametrize("kind", ("clean", "kept", "old"))
+def test_a_short_flap_is_hidden(told, client, kind):
+    edge, watcher, way, base = told("2s")
+    how = {"clean": {}, "kept": {"expiry": 300, "clean": False}, "old": {"version": 4, "clean": False}}[kind]
+    name, topic = fresh("phone"), fresh()
+    wills = client(edge, client_id=fresh("wills"))
+    assert word(watcher.next())[1]
+    wills.subscribe(topic)
+    will = {"topic": topic, "payload": "gone", "qos": 1}
+    one = paho.Paho(way, name, will=will, **how)
+    assert word(watcher.next()) == (name, True)
+    for _ in range(3):
+        way.cut()
+        one.abandon()
+        one = paho.Paho(way, name, will=will, **how)
+    assert watcher.fence(watcher, f"{base}/fence") == []
+    assert wills.fence(wills, topic) == []
+    # One that stays away is told once, with its will.
+    began = time.monotonic()
+    way.cut()
+    one.abandon()
+    assert wills.next().text == "gone"
+    assert word(watcher.next()) == (name, False)
+    assert time.monotonic() - began > 1.9
+    # Who says goodbye does not flap.
+    one = paho.Paho(way, name, will=will, **how)
+    assert word(watcher.next()) == (name, True)
+    one.close()
+    assert word(watcher.next()) == (name, False)
+    assert wills.fence(wills, topic) == []
+
+
+def test_a_name_that_cannot_be_part_of_a_topic_is_not_told(told):
+    edge, watcher, way, _ = told("0s")
+    paho.Paho(way, "a/b").close()
+    name = fresh("phone")
+    paho.Paho(way, name)
+    assert word(watcher.next()) == (name, True)
+    assert edge.service.grep(r"coming and going is not told")
