@@ -20,7 +20,7 @@ mod upstream;
 pub(crate) use check::is_loopback;
 pub use choices::{
     Ack, AclMode, AuthMode, ClientIdRule, Durability, Habit, LogFormat, Probe, Protocol, QueueFull,
-    SenderProperty, SubscribeWhileAway, Transport,
+    SenderProperty, SharedAt, SubscribeWhileAway, Transport,
 };
 pub use error::{Error, Problem};
 pub use types::{

@@ -12,6 +12,7 @@ mod fence;
 mod groups;
 pub mod lanes;
 mod links;
+mod local;
 mod lost;
 mod presence;
 mod publish;
@@ -78,6 +79,8 @@ pub struct RouterConfig {
     pub data_links: usize,
     /// Number of links for shared subscriptions, 1 to 4.
     pub shared_links: usize,
+    /// Shared subscriptions are shared out at this node: the core has none that work.
+    pub local_groups: bool,
     /// Filters that are held for good, disjoint; clients' filters inside cost the core nothing.
     pub roots: Vec<String>,
     /// Number of P links at first, 1 to 8.
@@ -178,6 +181,7 @@ impl Router {
     /// A router without sessions.
     pub fn new(limits: SessionLimits, config: RouterConfig) -> Self {
         let mut table = Table::new(config.data_links, config.shared_links);
+        table.local_groups = config.local_groups;
         for root in &config.roots {
             table.add_root(root);
         }
@@ -256,7 +260,7 @@ impl Router {
 
     /// Whether clients are granted shared subscriptions.
     pub fn shares(&self) -> bool {
-        self.core.shared.load(Ordering::Relaxed)
+        self.config.local_groups || self.core.shared.load(Ordering::Relaxed)
     }
 
     /// Whether the core keeps retained messages.

@@ -420,6 +420,7 @@ fn router_config(config: &Config) -> RouterConfig {
     RouterConfig {
         data_links: usize::from(upstream.data_links),
         shared_links: usize::from(upstream.shared_links),
+        local_groups: upstream.shared == config::SharedAt::Local,
         roots: upstream.roots.clone(),
         publish_links: usize::from(upstream.publish_links.first),
         publish_links_max: usize::from(upstream.publish_links.max),

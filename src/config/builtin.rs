@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::choices::{
     Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, QueueFull,
-    SubscribeWhileAway, Transport,
+    SharedAt, SubscribeWhileAway, Transport,
 };
 use super::machine;
 use super::types::{
@@ -131,6 +131,7 @@ impl Default for Upstream {
             data_links: 2,
             publish_links: PUBLISH_LINKS_AUTO,
             shared_links: 1,
+            shared: SharedAt::Core,
             roots: Vec::new(),
             sender_properties: Vec::new(),
             ack: Ack::Upstream,

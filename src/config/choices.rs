@@ -158,6 +158,20 @@ impl Habit {
     }
 }
 
+/// Who shares out the messages of shared subscriptions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SharedAt {
+    /// The core, among all its clients and Tidegates.
+    Core,
+    /// This process, among its own clients.
+    Local,
+}
+
+choices!(SharedAt {
+    "core" => Core,
+    "local" => Local,
+} not supported {});
+
 /// What a user property tells of a publish's sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SenderProperty {

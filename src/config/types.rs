@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::choices::{
     Ack, AclMode, AuthMode, ClientIdRule, Durability, Habit, LogFormat, Probe, Protocol, QueueFull,
-    SenderProperty, SubscribeWhileAway, Transport,
+    SenderProperty, SharedAt, SubscribeWhileAway, Transport,
 };
 use super::units::{duration, duration_or_none, size, size32};
 use super::upstream::{publish_links, server_list};
@@ -128,6 +128,8 @@ pub struct Upstream {
     pub publish_links: PublishLinks,
     /// Number of links for shared subscriptions, 1 to 4; opened when first asked for.
     pub shared_links: u8,
+    /// Who shares out the messages of shared subscriptions.
+    pub shared: SharedAt,
     /// Filters subscribed for good, disjoint; clients' filters inside them cost
     /// the core nothing.
     pub roots: Vec<String>,

@@ -137,11 +137,12 @@ impl Router {
         }
         let mut masks: SmallVec<[u64; 64]> = SmallVec::new();
         let mut shares = false;
+        let mut local: SmallVec<[(usize, u32); 4]> = SmallVec::new();
         let mut all = 0;
         {
             let table = self.table.read();
             let named = table.identifiers != Some(false);
-            for arrived in batch.iter_mut() {
+            for (at, arrived) in batch.iter_mut().enumerate() {
                 let mut mask = 0;
                 let dead = |n: &u32| table.is_tombstone(*n);
                 if !arrived.filters.is_empty() && arrived.filters.iter().all(dead) {
@@ -167,7 +168,8 @@ impl Router {
                 for number in &arrived.filters {
                     if let Some(filter) = table.get(*number) {
                         mask |= filter.mask;
-                        if filter.mask == 0 {
+                        local.extend(filter.groups.iter().map(|g| (at, *g)));
+                        if filter.mask == 0 && filter.groups.is_empty() {
                             filter.unread.fetch_add(1, Ordering::Relaxed);
                         }
                     }
@@ -193,6 +195,10 @@ impl Router {
             }
             tally.wake();
         }
+        for (at, group) in local {
+            self.share(group, &batch[at].message, now, &mut tally);
+        }
+        tally.wake();
         while all != 0 {
             let index = all.trailing_zeros() as usize;
             all &= all - 1;

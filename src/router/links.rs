@@ -91,7 +91,7 @@ impl Router {
                 continue;
             };
             filter.link = UNPLACED;
-            if filter.shared && !facts.shared {
+            if filter.shared && !facts.shared && !self.config.local_groups {
                 filter.state = State::Absent;
                 filter.held = false;
                 let waiters = table.take_waiters(number, QoS::ExactlyOnce);

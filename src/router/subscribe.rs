@@ -16,8 +16,10 @@ use super::{Router, SessionRef, Wants};
 /// Filters known at once, held or lingering.
 const FILTERS_MAX: usize = 1_000_000;
 
-fn filter_is_root(table: &Table, number: u32) -> bool {
-    table.get(number).is_some_and(|f| f.root)
+fn filter_has_below(table: &Table, number: u32) -> bool {
+    table
+        .get(number)
+        .is_some_and(|f| f.root || !f.groups.is_empty())
 }
 
 fn refused(filter: &str, code: ReasonCode) {
@@ -69,7 +71,7 @@ impl Router {
                 continue;
             }
             let shared = split_shared(&want.filter).is_some();
-            if shared && !self.core.shared.load(Ordering::Relaxed) {
+            if shared && !self.shares() {
                 let code = ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
                 answers.push((want.index, code));
                 continue;
@@ -413,7 +415,7 @@ impl Router {
             if again && let Some(pending) = table.pending.get_mut(link) {
                 pending.push_back(number);
             }
-            let below = match filter_is_root(&table, number) {
+            let below = match !again && filter_has_below(&table, number) {
                 true => table.take_waiting(number),
                 false => Vec::new(),
             };

@@ -57,6 +57,10 @@ pub(super) struct Filter {
     pub root: bool,
     /// The root that it lies in: nothing of it is at the core.
     pub rooted: Option<u32>,
+    /// Groups of this node alone that get its messages.
+    pub groups: Vec<u32>,
+    /// The filter that such a group hangs on.
+    pub plain: Option<u32>,
     /// D link; `ROOTED` below a root; `UNPLACED` until the core's habits are known.
     pub link: u8,
     pub state: State,
@@ -123,6 +127,8 @@ pub(super) struct Table {
     pub tries: Vec<FilterTrie<u32>>,
     /// Whether the core has working identifiers; `None`: never connected.
     pub identifiers: Option<bool>,
+    /// Shared subscriptions are this node's affair.
+    pub local_groups: bool,
     /// Filters are held at this QoS at least.
     pub floor: QoS,
     /// The roots.
@@ -158,6 +164,7 @@ impl Table {
             leaving: vec![VecDeque::new(); links],
             tries: (0..links).map(|_| FilterTrie::new()).collect(),
             identifiers: None,
+            local_groups: false,
             floor: QoS::AtMostOnce,
             roots: Vec::new(),
             rooted: FilterTrie::new(),
@@ -230,6 +237,8 @@ impl Table {
             shared: split_shared(&name).is_some(),
             root: false,
             rooted: None,
+            groups: Vec::new(),
+            plain: None,
             link: UNPLACED,
             state: State::Absent,
             held: false,
@@ -255,7 +264,13 @@ impl Table {
         let Some(filter) = self.get(number) else {
             return Ok(());
         };
-        if filter.link != UNPLACED || self.take_root(number) {
+        if filter.link != UNPLACED {
+            return Ok(());
+        }
+        if filter.shared && self.local_groups {
+            return self.take_local(number, hash);
+        }
+        if self.take_root(number) {
             return Ok(());
         }
         let (Some(identifiers), Some(filter)) = (self.identifiers, self.get(number)) else {
@@ -325,7 +340,11 @@ impl Table {
                 filter.mask &= !(1 << shard);
             }
         }
-        if filter.references.is_empty() && filter.idle_since == u64::MAX && !filter.root {
+        if filter.references.is_empty()
+            && filter.groups.is_empty()
+            && filter.idle_since == u64::MAX
+            && !filter.root
+        {
             filter.idle_since = now;
             if filter.shared {
                 self.left.push(number);
@@ -369,8 +388,11 @@ impl Table {
         self.lost.remove(number);
         self.by_name.remove(&filter.name);
         self.lingering.remove(&(filter.idle_since, number));
-        if filter.rooted.is_some() {
+        if filter.rooted.is_some() && !filter.shared {
             self.rooted.remove(&filter.name);
+        }
+        if let Some(plain) = filter.plain {
+            self.leave_local(number, plain, now);
         }
         if let Some(trie) = self.tries.get_mut(filter.link as usize)
             && self.identifiers == Some(false)

@@ -53,6 +53,7 @@ pub fn config() -> RouterConfig {
         data_links: 1,
         shared_links: 1,
         roots: Vec::new(),
+        local_groups: false,
         publish_links: 1,
         publish_links_max: 1,
         presence_topic: String::new(),

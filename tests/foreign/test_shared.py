@@ -206,9 +206,14 @@ def test_dead_groups_are_refused(habits, own_edge, client):
     assert four.subscribe((f"$share/g/{topic}", 1), expect=None) == [0x80]
 
 
-@pytest.mark.parametrize("habits", ["", "one", "no-ids", "small-window", "3.1.1", "lowest-qos"])
-def test_groups_before_each_core(habits, own_edge, client):
-    edge = own_edge("embedded:", upstream={"servers": [f"embedded:{habits}"]}).start()
+CORES = [(habits, "core") for habits in ("", "one", "no-ids", "small-window", "3.1.1", "lowest-qos")]
+# Shared out by us, whatever the core makes of groups.
+CORES += [(habits, "local") for habits in ("", "dead-shared", "no-shared", "no-ids,dead-shared", "3.1.1,two-queues")]
+
+
+@pytest.mark.parametrize(("habits", "shared"), CORES)
+def test_groups_before_each_core(habits, shared, own_edge, client):
+    edge = own_edge("embedded:", upstream={"servers": [f"embedded:{habits}"], "shared": shared}).start()
     edge.wait_log(r"The core was probed")
     topic = fresh()
     members = [client(edge) for _ in range(2)]

@@ -62,6 +62,7 @@ impl World {
             data_links: 1,
             shared_links: 1,
             roots: Vec::new(),
+            local_groups: false,
             publish_links: 1,
             publish_links_max: 1,
             presence_topic: String::new(),

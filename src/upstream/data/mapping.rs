@@ -114,10 +114,15 @@ impl Policy for Open {
 }
 
 impl Run {
-    fn new(shape: Shape, data_links: usize, shared_links: usize, roots: &[&str]) -> Self {
+    fn new(
+        shape: Shape,
+        (data_links, shared_links, local_groups): (usize, usize, bool),
+        roots: &[&str],
+    ) -> Self {
         let router = router_of(RouterConfig {
             data_links,
             shared_links,
+            local_groups,
             roots: roots.iter().map(|r| (*r).to_owned()).collect(),
             linger: 0,
             linger_busy_min: 0,
@@ -514,9 +519,11 @@ proptest! {
         shape in select(vec![Shape::Many, Shape::One, Shape::Lowest, Shape::Nameless, Shape::Queues]),
         data_links in 1usize..5,
         shared_links in 1usize..3,
+        local_groups in proptest::bool::ANY,
         roots in select(ROOTS.to_vec()),
     ) {
-        let mut run = Run::new(shape, data_links, shared_links, roots);
+        let links = (data_links, shared_links, local_groups);
+        let mut run = Run::new(shape, links, roots);
         for step in &steps {
             run.step(step);
         }
