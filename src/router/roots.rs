@@ -1,9 +1,16 @@
 //! Roots: filters that the configuration holds at the core for good. A client's filter inside one
 //! costs the core nothing; which of them a message is for is found here.
 
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+
 use crate::mqtt::{QoS, covers};
+use crate::telemetry::clean;
 
 use super::table::{ROOTED, State, Table};
+
+/// With more filters at the core no root is suggested any more.
+const SUGGEST_UNTIL: usize = 100_000;
 
 impl Table {
     /// Holds a root from the first connection of its link on.
@@ -48,6 +55,62 @@ impl Table {
         if self.get(number).is_some_and(|filter| filter.root) {
             self.rooted.for_each_match(topic, f);
         }
+    }
+
+    /// As filters at the core grow, says which root would spare it most of them.
+    pub fn suggest_root(&self) {
+        let at_core = self.len().saturating_sub(self.rooted.len());
+        let known = self.suggest_at.load(Ordering::Relaxed);
+        // Beyond that it has been said often enough, and counting takes its time.
+        if at_core < known || known > SUGGEST_UNTIL {
+            return;
+        }
+        self.suggest_at.store(at_core * 2, Ordering::Relaxed);
+        let (root, filters) = self.best_root();
+        if filters * 2 < at_core {
+            return;
+        }
+        tracing::warn!(
+            filters = at_core,
+            inside = filters,
+            "The core holds many filters: upstream.roots = [\"{}\"] would hold most of them as one, and bring all its messages here",
+            clean(&root, 256)
+        );
+    }
+
+    /// The narrowest filter `a/b/#` that most filters at the core lie in, and how many do.
+    fn best_root(&self) -> (String, usize) {
+        let names = || {
+            let own = self
+                .all()
+                .filter(|f| f.rooted.is_none() && !f.shared && !f.root);
+            own.map(|f| &*f.name)
+        };
+        let mut root = String::new();
+        let mut inside = 0;
+        loop {
+            let mut next: HashMap<&str, usize> = HashMap::new();
+            for name in names() {
+                let level = name
+                    .strip_prefix(&root)
+                    .and_then(|rest| rest.split_once('/'));
+                let level = level.map(|(level, _)| level);
+                if let Some(level) = level.filter(|l| !matches!(*l, "+" | "#" | "")) {
+                    *next.entry(level).or_default() += 1;
+                }
+            }
+            let Some((level, count)) = next.into_iter().max_by_key(|(_, count)| *count) else {
+                break;
+            };
+            // Narrower only while nearly all that it holds stays inside.
+            if inside > 0 && count * 10 < inside * 9 {
+                break;
+            }
+            root.push_str(level);
+            root.push('/');
+            inside = count;
+        }
+        (root + "#", inside)
     }
 
     /// Filters below a root with clients that wait for the core's word on it.

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
@@ -108,6 +108,9 @@ pub(super) const UNPLACED: u8 = u8::MAX;
 /// On no link of its own: below a root.
 pub(super) const ROOTED: u8 = u8::MAX - 1;
 
+/// Filters at the core of which a first word is said.
+const SUGGEST_AT: usize = 1000;
+
 /// All filters.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -127,6 +130,8 @@ pub(super) struct Table {
     pub tries: Vec<FilterTrie<u32>>,
     /// Whether the core has working identifiers; `None`: never connected.
     pub identifiers: Option<bool>,
+    /// With so many filters at the core a root is suggested.
+    pub suggest_at: AtomicUsize,
     /// Shared subscriptions are this node's affair.
     pub local_groups: bool,
     /// Filters are held at this QoS at least.
@@ -164,6 +169,7 @@ impl Table {
             leaving: vec![VecDeque::new(); links],
             tries: (0..links).map(|_| FilterTrie::new()).collect(),
             identifiers: None,
+            suggest_at: AtomicUsize::new(SUGGEST_AT),
             local_groups: false,
             floor: QoS::AtMostOnce,
             roots: Vec::new(),
@@ -209,6 +215,11 @@ impl Table {
                 f(number);
             }
         }
+    }
+
+    /// All filters.
+    pub fn all(&self) -> impl Iterator<Item = &Filter> {
+        self.filters.iter().flatten()
     }
 
     /// Numbers and filters of one link.

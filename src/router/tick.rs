@@ -39,6 +39,7 @@ impl Router {
             .is_multiple_of(10)
         {
             self.tick_linger(now);
+            self.table.read().suggest_root();
         }
     }
 

@@ -124,3 +124,15 @@ def test_overlapping_roots_are_refused_at_start(tmp_path):
     file.write_text('version = 1\n[node]\nid = "e"\n[[listeners]]\nname = "t"\ntransport = "tcp"\nbind = "127.0.0.1:0"\n[auth]\nacl = "open"\n[upstream]\nservers = ["mqtt://127.0.0.1:1"]\nroots = ["a/#", "+/b"]\n')
     result = tidegate("check", "--config", file)
     assert result.returncode == 64 and "upstream.roots[1]" in result.stderr and "overlaps" in result.stderr, result.stderr
+
+
+def test_the_log_names_the_root_to_configure(own_edge, client):
+    edge = own_edge("embedded:").start()
+    topic = fresh()
+    some = [client(edge) for _ in range(3)]
+    for n, one in enumerate(some):
+        names = [(f"{topic}/fleet/{n}-{m}/cmd", 1) for m in range(400)]
+        for at in range(0, 400, 100):
+            one.subscribe(*names[at : at + 100])
+        one.subscribe((f"{topic}-other/{n}", 1))
+    edge.wait_log(rf"upstream.roots = ..?{topic}/fleet/#")
