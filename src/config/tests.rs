@@ -117,6 +117,22 @@ fn the_minimal_file() {
 }
 
 #[test]
+fn the_brokers_files() {
+    let brokers = [
+        "mosquitto",
+        "rabbitmq",
+        "emqx",
+        "hivemq",
+        "vernemq",
+        "aws-iot-core",
+    ];
+    for broker in brokers {
+        let config = Config::load(&shipped(&format!("{broker}.toml"))).expect(broker);
+        assert!(!config.upstream.servers.is_empty());
+    }
+}
+
+#[test]
 fn values_are_typed_and_paths_are_resolved() {
     let config = parse(
         "[node]\nid = \"e\"\ndata_dir = \"d\"\n[session]\nqueue_bytes_max = \"2MiB\"\n\
