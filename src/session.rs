@@ -188,6 +188,8 @@ pub struct Subscription {
     pub overlaps: bool,
     /// `$share/group/filter`: the router hands each message to one member.
     pub shared: bool,
+    /// It has a wildcard: two filters without overlap only if they are one.
+    pub wild: bool,
 }
 
 /// A session.

@@ -1,6 +1,7 @@
 //! The comparison of Tidegate before mosquitto with mosquitto alone: the same load on both in turn,
 //! and the medians of the ratios, written as markdown.
 
+mod core_side;
 mod lab;
 mod memory;
 mod peace;
@@ -35,7 +36,7 @@ pub struct Args {
     #[arg(long, default_value_t = 5000)]
     pub connections: usize,
     /// Runs only these: fan-out-0, fan-out-1, pairs, paced, peace, memory-ws, memory-wss,
-    /// memory-quic, sessions; repeat
+    /// memory-quic, sessions, filters, fairness; repeat
     #[arg(long)]
     pub only: Vec<String>,
     /// Adds a profile and a count of system calls to the ratios (needs perf and strace)
@@ -59,7 +60,7 @@ pub fn main() -> ExitCode {
 fn run(args: &Args) -> io::Result<()> {
     let mut lab = Lab::new(args)?;
     type Bench = fn(&mut Lab) -> io::Result<()>;
-    let all: [(&str, Bench); 9] = [
+    let all: [(&str, Bench); 11] = [
         ("fan-out-0", |lab| ratios::fan_out(lab, 0, 0.25)),
         ("fan-out-1", |lab| ratios::fan_out(lab, 1, 0.20)),
         ("pairs", ratios::pairs),
@@ -75,6 +76,8 @@ fn run(args: &Args) -> io::Result<()> {
             memory::connections(lab, "quic", (36_864.0, 30_720.0))
         }),
         ("sessions", memory::sessions),
+        ("filters", core_side::filters),
+        ("fairness", core_side::fairness),
     ];
     for name in &args.only {
         if !all.iter().any(|(have, _)| have == name) {

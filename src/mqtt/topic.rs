@@ -51,6 +51,9 @@ pub fn matches(filter: &str, topic: &str) -> bool {
 
 /// Whether some topic name matches both valid filters, given without `$share`.
 pub fn overlaps(a: &str, b: &str) -> bool {
+    if part_at_a_name(a.as_bytes(), b.as_bytes()) {
+        return false;
+    }
     let wild = |f: &str| f.starts_with(['+', '#']);
     if (a.starts_with('$') && wild(b)) || (b.starts_with('$') && wild(a)) {
         return false;
@@ -65,6 +68,21 @@ pub fn overlaps(a: &str, b: &str) -> bool {
             _ => return false,
         }
     }
+}
+
+/// Whether the first level in which two filters differ is a name in both: most that a client has do.
+fn part_at_a_name(a: &[u8], b: &[u8]) -> bool {
+    let same = a.iter().zip(b).take_while(|(x, y)| x == y).count();
+    // The end of one may be the parent level of the other's `#`.
+    let (Some(x), Some(y)) = (a.get(same), b.get(same)) else {
+        return false;
+    };
+    let level = a[..same]
+        .iter()
+        .rposition(|c| *c == b'/')
+        .map_or(0, |at| at + 1);
+    let wild = |c: &u8| matches!(c, b'+' | b'#');
+    !wild(x) && !wild(y) && !a[level..same].iter().any(wild)
 }
 
 /// Whether `pattern` matches every topic name that `filter` matches; both valid, without

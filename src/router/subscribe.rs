@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use smallvec::SmallVec;
 
-use crate::mqtt::{QoS, ReasonCode, overlaps, split_shared};
+use crate::mqtt::{QoS, ReasonCode, has_wildcard, overlaps, split_shared};
 use crate::session::{Close, Subscription, Wanted};
 use crate::telemetry::{RateLimited, clean};
 
@@ -111,6 +111,7 @@ impl Router {
                 active: false,
                 overlaps: false,
                 shared,
+                wild: has_wildcard(&want.filter),
             };
             let replaced = self.join(session, generation, subscription);
             let Some((replaced, tag)) = replaced else {
@@ -219,8 +220,10 @@ impl Router {
         let Some(slot) = shard.get(session) else {
             return Vec::new();
         };
+        let wild = has_wildcard(filter);
         let all = slot.session.subscriptions().iter();
-        all.filter(|s| !s.shared && overlaps(&s.name, filter))
+        let all = all.filter(|s| !s.shared && (s.wild || wild));
+        all.filter(|s| overlaps(&s.name, filter))
             .map(|s| s.filter)
             .collect()
     }

@@ -566,7 +566,7 @@ pub fn senior(
 
 /// Whether one message can be for both. Shared subscriptions are on their own.
 fn clash(a: &Subscription, b: &Subscription) -> bool {
-    !a.shared && !b.shared && overlaps(&a.name, &b.name)
+    (a.wild || b.wild) && !a.shared && !b.shared && overlaps(&a.name, &b.name)
 }
 
 /// SUBSCRIBEs of one client that may wait for the core.

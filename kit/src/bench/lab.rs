@@ -87,12 +87,16 @@ impl Lab {
 
     /// Tidegate with these listeners before a core's URL.
     pub(super) fn edge(&self, listeners: &[&str], core: &str) -> io::Result<Tidegate> {
+        self.config(listeners, core).start()
+    }
+
+    /// The same, not started yet.
+    pub(super) fn config(&self, listeners: &[&str], core: &str) -> TidegateConfig {
         let level = "\"warn\"";
         TidegateConfig::new(&self.tidegate, core)
             .listen(listeners)
             .set("log", "level", level)
             .set("limits", "connect_rate_max", "50000")
-            .start()
     }
 
     /// A prefix for topics and client identifiers that no other run has, always of one length.
