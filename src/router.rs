@@ -31,7 +31,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use foldhash::fast::RandomState;
+use foldhash::fast::FixedState;
 use parking_lot::{Mutex, RwLock};
 
 use crate::limits::Account;
@@ -41,7 +41,7 @@ use crate::telemetry::{DropReason, metrics};
 
 pub use connect::{Connect, Connected, Origin, Refused};
 pub use fanout::Arrived;
-pub use links::{CoreFacts, Wanted};
+pub use links::{CoreFacts, Kept, Wanted};
 pub use publish::Answered;
 pub use retained::Wants;
 pub use tick::WRITE_STALL;
@@ -111,6 +111,9 @@ pub struct RouterConfig {
     pub output: u64,
     /// An entry of the output that nobody takes for this long ends its connection.
     pub write_stall: u64,
+    /// Spreads sessions over shards and filters over links, so that nobody can aim at one; a
+    /// process's own.
+    pub hash_seed: u64,
 }
 
 /// The router. Shared by all tasks.
@@ -150,7 +153,7 @@ pub struct Router {
     /// Tasks that wait for room among the publishes; at most one entry for each per tick.
     waiting_for_room: Mutex<Vec<Arc<Wake>>>,
     core: Core,
-    hasher: RandomState,
+    hasher: FixedState,
     tags: AtomicU64,
     ticks: AtomicU64,
 }
@@ -218,7 +221,7 @@ impl Router {
                 retain_as_published: AtomicBool::new(true),
                 properties: AtomicBool::new(true),
             },
-            hasher: RandomState::default(),
+            hasher: FixedState::with_seed(config.hash_seed),
             // 0 means "no mark".
             tags: AtomicU64::new(1),
             ticks: AtomicU64::new(0),

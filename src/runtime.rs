@@ -436,6 +436,8 @@ fn router_config(config: &Config) -> RouterConfig {
         queues: config.memory.queues,
         output: config.memory.max / 8,
         write_stall: ms(config.limits.write_stall),
+        // What does not work leaves a number that could be guessed, and nothing else.
+        hash_seed: getrandom::u64().unwrap_or_default(),
     }
 }
 

@@ -17,6 +17,8 @@ mod publish;
 mod redelivery;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod whole;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};

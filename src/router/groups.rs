@@ -39,6 +39,8 @@ struct Member {
 enum Fit {
     /// Not a member any more.
     Gone,
+    /// Its client is away, and at QoS 0 nothing waits for it.
+    Deaf,
     /// Its client is away: it waits in the queue.
     Away,
     /// Connected, and its window or output is full.
@@ -59,7 +61,7 @@ impl Router {
         if group.members.len() >= group.sweep_at {
             let there = |m: &Member| {
                 let shard = &self.shards[usize::from(m.session.shard)];
-                fit(&mut shard.lock(), m, number, &self.limits) != Fit::Gone
+                fit(&mut shard.lock(), m, number, None, &self.limits) != Fit::Gone
             };
             group.members.retain(there);
             group.sweep_at = (2 * group.members.len()).max(16);
@@ -93,7 +95,13 @@ impl Router {
             let at = (group.next + turn) % count;
             let member = group.members[at];
             let mut shard = self.shards[usize::from(member.session.shard)].lock();
-            let fit = fit(&mut shard, &member, number, &self.limits);
+            let fit = fit(
+                &mut shard,
+                &member,
+                number,
+                Some(message.qos()),
+                &self.limits,
+            );
             gone |= fit == Fit::Gone;
             if fit == Fit::Free {
                 group.next = at + 1;
@@ -126,7 +134,7 @@ impl Router {
     fn sweep(&self, group: &mut Group, number: u32) {
         group.members.retain(|m| {
             let shard = &self.shards[usize::from(m.session.shard)];
-            fit(&mut shard.lock(), m, number, &self.limits) != Fit::Gone
+            fit(&mut shard.lock(), m, number, None, &self.limits) != Fit::Gone
         });
     }
 
@@ -161,15 +169,25 @@ impl Router {
     }
 }
 
-fn fit(shard: &mut Shard, member: &Member, number: u32, limits: &SessionLimits) -> Fit {
+/// `qos`: of the message that is to be given.
+fn fit(
+    shard: &mut Shard,
+    member: &Member,
+    number: u32,
+    qos: Option<QoS>,
+    limits: &SessionLimits,
+) -> Fit {
     let Some(slot) = shard.get(member.session) else {
         return Fit::Gone;
     };
     let session = &mut slot.session;
-    if session.tag != member.tag || session.is_ghost() || session.subscription(number).is_none() {
+    let granted = session.subscription(number).map(|s| s.options.qos);
+    let Some(granted) = granted.filter(|_| session.tag == member.tag && !session.is_ghost()) else {
         return Fit::Gone;
-    }
+    };
+    let lost = granted == QoS::AtMostOnce && qos.is_some_and(|q| q > granted) && !limits.queue_qos0;
     match (session.attached(), session.outbound().has_backlog()) {
+        (false, _) if lost => Fit::Deaf,
         (false, _) => Fit::Away,
         (true, true) => Fit::Busy,
         (true, false) => match session.window_free(limits) {

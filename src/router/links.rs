@@ -43,6 +43,17 @@ pub struct CoreFacts {
     pub packet_max: u32,
 }
 
+/// Whether the core kept a link's session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// It is a new one.
+    No,
+    /// It may be an empty one, begun by a CONNECT whose answer was lost.
+    Doubtful,
+    /// With all its filters.
+    Yes,
+}
+
 impl Router {
     /// Takes up what a CONNACK said. Filters that wait for it are placed. True: filters were
     /// placed before under other facts, so all D links must begin anew.
@@ -178,6 +189,7 @@ impl Router {
                 filter.upgrading = false;
             }
             filter.asked = filter.wanted;
+            filter.sent = true;
             taken.push(Wanted {
                 number,
                 name: filter.name.clone(),
@@ -232,9 +244,10 @@ impl Router {
         }
     }
 
-    /// D link `link` is connected; with `session_present` the core still has its filters.
-    /// Returns whether messages may have been missed.
-    pub fn data_link_up(&self, link: usize, session_present: bool, first: bool, now: u64) -> bool {
+    /// D link `link` is connected, and the core still has its filters, or not. Returns whether
+    /// messages may have been missed.
+    pub fn data_link_up(&self, link: usize, kept: Kept, first: bool, now: u64) -> bool {
+        let session_present = kept == Kept::Yes;
         self.data_up[link].store(true, Ordering::Release);
         let mut numbers = Vec::new();
         {
@@ -246,6 +259,7 @@ impl Router {
                 let Some(filter) = table.get_mut(number) else {
                     continue;
                 };
+                filter.sent &= kept != Kept::No;
                 let again = match filter.state {
                     State::Absent => false,
                     State::Active => !session_present || filter.upgrading,
@@ -265,7 +279,7 @@ impl Router {
                     }
                     table.pending[link].push_back(number);
                 } else if gone {
-                    if session_present {
+                    if kept != Kept::No {
                         table.leaving[link].push_back(number);
                     } else {
                         table.bury(number, now);

@@ -400,6 +400,7 @@ impl Router {
                 // The waiters of an upgrade go, those who hold the filter stay.
                 if filter.state == State::Subscribing {
                     filter.state = State::Absent;
+                    filter.sent = false;
                     filter.held = false;
                 }
                 qos = QoS::ExactlyOnce;

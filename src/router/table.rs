@@ -70,6 +70,8 @@ pub(super) struct Filter {
     pub unconfirmed: bool,
     /// Asked from the core.
     pub wanted: QoS,
+    /// A SUBSCRIBE was sent that the core may have, answered or not.
+    pub sent: bool,
     /// QoS of the SUBSCRIBE that was sent last.
     pub asked: QoS,
     /// What the core granted.
@@ -255,6 +257,7 @@ impl Table {
             held: false,
             unconfirmed: false,
             wanted: QoS::AtMostOnce,
+            sent: false,
             asked: QoS::AtMostOnce,
             granted: QoS::AtMostOnce,
             upgrading: false,

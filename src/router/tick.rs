@@ -262,7 +262,11 @@ impl Router {
             }
             let (link, shared) = (filter.link, filter.shared);
             match filter.state {
-                State::Active if usize::from(link) < self.data.len() => {
+                // Also one that is to be subscribed again: the core may have it.
+                State::Active | State::Pending
+                    if usize::from(link) < self.data.len()
+                        && (filter.state == State::Active || filter.sent) =>
+                {
                     filter.state = State::Unsubscribing;
                     // Who comes now waits for the next SUBSCRIBE.
                     filter.held = false;

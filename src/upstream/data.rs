@@ -14,7 +14,7 @@ use crate::mqtt::{
     AckKind, Message, MessageSpec, Packet, Property, Publish, QoS, ReasonCode, SubscribeOptions,
     Version, encode_ack, encode_subscribe, encode_unsubscribe,
 };
-use crate::router::{Arrived, Router};
+use crate::router::{Arrived, Kept, Router};
 use crate::telemetry::metrics;
 
 use super::RESERVED_KEY;
@@ -23,8 +23,8 @@ use super::redelivery::Redelivery;
 
 /// SUBSCRIBE and UNSUBSCRIBE packets that may be unanswered.
 const REQUESTS_MAX: usize = 1000;
-/// Filters in one packet where the core has no identifiers.
-const FILTERS_IN_PACKET: usize = 100;
+/// Filters in one packet where the core has no identifiers: AWS IoT Core takes no more.
+const FILTERS_IN_PACKET: usize = 8;
 /// Acknowledgements wait for nobody but the core itself.
 const PACE: Duration = Duration::from_millis(2);
 /// How often the core is asked whether it has our acknowledgements, milliseconds.
@@ -262,9 +262,13 @@ impl Machine for Data {
             self.redelivery = Redelivery::default();
         }
         let first = !std::mem::replace(&mut self.connected_before, true);
-        let gap = self
-            .router
-            .data_link_up(self.link, up.session_present, first, now);
+        // Filters that the core may not have are subscribed again.
+        let kept = match (up.session_present, up.doubtful) {
+            (false, _) => Kept::No,
+            (true, true) => Kept::Doubtful,
+            (true, false) => Kept::Yes,
+        };
+        let gap = self.router.data_link_up(self.link, kept, first, now);
         if gap {
             tracing::warn!(
                 link = self.link,

@@ -47,6 +47,8 @@ pub(super) async fn run<M: Machine>(
     let mut placement = shared.placement.load(Ordering::Acquire);
     let mut backoff = Backoff::new(&shared);
     let mut rivals = Rivals::default();
+    // A CONNECT may have begun a session at the core, and its answer did not come.
+    let mut unanswered = false;
     // A link that only a need brings about.
     tokio::select! {
         () = wanted(&shared, &link, &wake) => {}
@@ -70,6 +72,7 @@ pub(super) async fn run<M: Machine>(
         let (reason, why) = match outcome {
             Ok(mut up) => {
                 session_at = Some(index);
+                up.up.doubtful = std::mem::take(&mut unanswered) && up.up.session_present;
                 learn(&shared.core, index, &mut up).await;
                 let since = Instant::now();
                 came_up(&shared, &link, &up);
@@ -87,6 +90,8 @@ pub(super) async fn run<M: Machine>(
                 (end.reason, end.why)
             }
             Err(failed) => {
+                use LinkDownReason::{Closed, Io, Protocol, Timeout};
+                unanswered |= matches!(failed.reason, Closed | Io | Protocol | Timeout);
                 shared.fail_over(index);
                 // The core was away, which explains much.
                 rivals.short = 0;

@@ -12,6 +12,8 @@ mod retained;
 mod route;
 mod shared;
 mod state;
+#[cfg(test)]
+pub(in crate::upstream) mod stepped;
 
 use std::sync::Arc;
 

@@ -254,6 +254,7 @@ fn accept(
     let up = Up {
         version,
         session_present: connack.session_present && link.role != Role::Retained,
+        doubtful: false,
         receive_maximum: announced.receive_maximum,
         packet_max,
         identifiers: announced.identifiers,

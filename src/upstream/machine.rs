@@ -12,6 +12,8 @@ pub struct Up {
     pub version: Version,
     /// The core kept the link's session.
     pub session_present: bool,
+    /// An earlier CONNECT may have begun that session, and its answer was lost: it may be empty.
+    pub doubtful: bool,
     /// The core's Receive Maximum; 20 where a 3.1.1 core cannot say.
     pub receive_maximum: u16,
     /// The core's Maximum Packet Size, bytes.

@@ -7,7 +7,7 @@ use crate::mqtt::{
     Version,
 };
 use crate::router::wake::Wake;
-use crate::router::{Connect, Connected, CoreFacts, Place, Router, RouterConfig};
+use crate::router::{Connect, Connected, CoreFacts, Kept, Place, Router, RouterConfig};
 use crate::session::{ConnectionSpec, Effect, QueueFull, SessionLimits, Wanted};
 
 use super::RESERVED_KEY;
@@ -17,7 +17,7 @@ use super::machine::Up;
 pub fn router() -> Arc<Router> {
     let router = Arc::new(Router::new(limits(), config()));
     router.core_facts(&facts(), 0);
-    router.data_link_up(0, false, true, 0);
+    router.data_link_up(0, Kept::No, true, 0);
     router
 }
 
@@ -68,6 +68,7 @@ pub fn config() -> RouterConfig {
         queues: 64 * 1024 * 1024,
         output: 64 * 1024 * 1024,
         write_stall: 60_000,
+        hash_seed: 1,
     }
 }
 
@@ -98,6 +99,7 @@ pub fn up(session_present: bool, receive_maximum: u16) -> Up {
     Up {
         version: Version::V5,
         session_present,
+        doubtful: false,
         receive_maximum,
         packet_max: u32::MAX,
         identifiers: true,

@@ -18,7 +18,11 @@ impl World {
             trace!(self, "the data link is back");
             self.core.unlinked = false;
             self.oracle.away.1 = self.now;
-            self.router.data_link_up(0, self.kept, false, self.now);
+            let kept = match self.kept {
+                true => tidegate::router::Kept::Yes,
+                false => tidegate::router::Kept::No,
+            };
+            self.router.data_link_up(0, kept, false, self.now);
         }
         self.core.step(&self.router, &mut self.rng, self.now);
         let forwarded = std::mem::take(&mut self.core.forwarded);

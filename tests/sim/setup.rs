@@ -77,6 +77,7 @@ impl World {
             queues: if evicts { 3000 } else { 1 << 30 },
             output: 1 << 30,
             write_stall: 60_000,
+            hash_seed: 1,
         };
         let devices = rng.between(2, 5) as usize;
         let profiles: Vec<Profile> = (0..devices).map(|n| profile(n, &mut rng)).collect();
@@ -109,7 +110,7 @@ impl World {
             packet_max: u32::MAX,
         };
         router.core_facts(&facts, 0);
-        router.data_link_up(0, false, true, 0);
+        router.data_link_up(0, tidegate::router::Kept::No, true, 0);
         router.publish_link_up(0, true);
         if trace {
             eprintln!("{rules:?}\n{:?}", router.limits);

@@ -1,4 +1,5 @@
 use crate::mqtt::Packet;
+use crate::router::Kept;
 use crate::upstream::machine::{LinkEnd, Machine};
 use crate::upstream::testing::{ack, client, publish, read, router, up};
 
@@ -103,7 +104,7 @@ fn a_link_that_comes_back_waits_for_the_data_links() {
     publish(&router, who, 0);
     link.poll(1050, &mut out);
     assert!(out.is_empty());
-    router.data_link_up(0, true, false, 1100);
+    router.data_link_up(0, Kept::Yes, false, 1100);
     link.poll(1100, &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 1, false));
 }
@@ -159,7 +160,7 @@ fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize)
         cuts += 1;
         if core_goes {
             router.data_link_down(0);
-            router.data_link_up(0, true, false, 0);
+            router.data_link_up(0, Kept::Yes, false, 0);
         }
         link.down(&LinkEnd::closed(), 0);
         out.clear();

@@ -1,0 +1,434 @@
+//! Knows what clients asked for, what they were told, and what befell the links; judges what each
+//! client got.
+
+use std::collections::BTreeMap;
+
+use crate::mqtt::{QoS, ReasonCode, SubscribeOptions, matches, split_shared};
+
+use super::rng::Rng;
+
+/// How long a message may be on its way through a core that forgets it, milliseconds.
+const TRANSIT: u64 = 1500;
+
+/// A delivery.
+#[derive(Clone, Copy, Debug)]
+pub struct Got {
+    pub number: u32,
+    pub qos: QoS,
+    pub at: u64,
+}
+
+#[derive(Debug)]
+struct Sub {
+    filter: String,
+    qos: QoS,
+    no_local: bool,
+    asked_at: u64,
+    granted_at: Option<u64>,
+    ended_at: u64,
+}
+
+impl Sub {
+    fn shared(&self) -> bool {
+        split_shared(&self.filter).is_some()
+    }
+
+    /// A publish that was before the subscription is not marked as its client's own.
+    fn hides(&self, n: usize, message: &Message) -> bool {
+        self.no_local && message.from == n && self.asked_at < message.at
+    }
+
+    fn matches(&self, topic: &str) -> bool {
+        let plain = split_shared(&self.filter).map_or(&*self.filter, |(_, f)| f);
+        matches(plain, topic)
+    }
+}
+
+#[derive(Debug)]
+struct Message {
+    from: usize,
+    topic: String,
+    qos: QoS,
+    at: u64,
+    acknowledged_at: u64,
+}
+
+#[derive(Debug, Default)]
+struct Client {
+    subs: Vec<Sub>,
+    got: Vec<(String, Got)>,
+    cuts: Vec<u64>,
+}
+
+pub struct Oracle {
+    clients: Vec<Client>,
+    messages: BTreeMap<u32, Message>,
+    stormy: bool,
+    data_links: usize,
+    lowers: bool,
+    publish_lost: Vec<u64>,
+    forgot: Vec<u64>,
+    doubts: Vec<u64>,
+    faults: Vec<String>,
+}
+
+impl Oracle {
+    /// `lowers`: the core's one copy for overlapping filters has the lowest QoS, and what waits for
+    /// nobody at QoS 0 is lost: nothing can be promised of it.
+    pub fn new(clients: usize, stormy: bool, data_links: usize, lowers: bool) -> Self {
+        Self {
+            clients: (0..clients).map(|_| Client::default()).collect(),
+            messages: BTreeMap::new(),
+            stormy,
+            data_links,
+            lowers,
+            publish_lost: Vec::new(),
+            forgot: Vec::new(),
+            doubts: Vec::new(),
+            faults: Vec::new(),
+        }
+    }
+
+    pub fn fault(&mut self, what: String) {
+        self.faults.push(what);
+    }
+
+    pub fn first_fault(&mut self) -> Option<String> {
+        self.faults.first().cloned()
+    }
+
+    pub fn topic_of(&self, number: u32) -> &'static str {
+        let topic = &self.messages[&number].topic;
+        super::TOPICS
+            .iter()
+            .find(|t| *t == topic)
+            .expect("one of ours")
+    }
+
+    pub fn lost_link(&mut self, now: u64, _data: bool, publishes: bool) {
+        if publishes {
+            self.publish_lost.push(now);
+        }
+    }
+
+    pub fn restarted(&mut self, now: u64, keep: bool) {
+        if !keep {
+            self.forgot.push(now);
+        }
+    }
+
+    /// Whether a link's session was begun anew is not known: overlapping filters of several links may
+    /// lose a copy.
+    pub fn in_doubt(&mut self, now: u64) {
+        self.doubts.push(now);
+    }
+
+    pub fn cut(&mut self, n: usize, now: u64) {
+        self.clients[n].cuts.push(now);
+    }
+
+    /// Its earlier questions are not answered any more: what it asked for may hold or not.
+    pub fn connected(
+        &mut self,
+        _n: usize,
+        _asked: Vec<(u16, Vec<(String, SubscribeOptions)>)>,
+        _open: &[(u16, u32, QoS)],
+        _now: u64,
+    ) {
+    }
+
+    pub fn asks(&mut self, n: usize, filters: &[(String, SubscribeOptions)], now: u64) {
+        for (filter, options) in filters {
+            self.clients[n].subs.push(Sub {
+                filter: filter.clone(),
+                qos: options.qos,
+                no_local: options.no_local,
+                asked_at: now,
+                granted_at: None,
+                ended_at: u64::MAX,
+            });
+        }
+    }
+
+    pub fn granted(
+        &mut self,
+        n: usize,
+        filter: &str,
+        options: &SubscribeOptions,
+        code: u8,
+        now: u64,
+    ) {
+        let subs = &mut self.clients[n].subs;
+        let same = |s: &Sub| s.filter == filter && s.ended_at == u64::MAX;
+        let Some(at) = subs.iter().position(|s| {
+            same(s)
+                && s.granted_at.is_none()
+                && (s.qos, s.no_local) == (options.qos, options.no_local)
+        }) else {
+            return;
+        };
+        if code >= 0x80 {
+            // A refusal ends what there was on that filter.
+            for s in subs[..=at].iter_mut().filter(|s| same(s)) {
+                s.ended_at = now;
+            }
+            return;
+        }
+        for s in subs[..at].iter_mut().filter(|s| same(s)) {
+            s.ended_at = now;
+        }
+        subs[at].granted_at = Some(now);
+        subs[at].qos = subs[at].qos.min(QoS::from_u8(code).unwrap_or_default());
+    }
+
+    pub fn leaves(&mut self, n: usize, filter: &str, now: u64) {
+        for s in &mut self.clients[n].subs {
+            if s.filter == filter && s.ended_at == u64::MAX {
+                s.ended_at = now;
+            }
+        }
+    }
+
+    pub fn any_filter(&self, n: usize, rng: &mut Rng) -> Option<String> {
+        let held = self.clients[n]
+            .subs
+            .iter()
+            .filter(|s| s.ended_at == u64::MAX);
+        let held: Vec<&str> = held.map(|s| &*s.filter).collect();
+        (!held.is_empty()).then(|| rng.pick(&held).to_owned())
+    }
+
+    /// Filters that some client was granted and still holds.
+    pub fn filters(&self) -> Vec<String> {
+        let all = self.clients.iter().flat_map(|c| &c.subs);
+        let held = all.filter(|s| s.ended_at == u64::MAX && s.granted_at.is_some());
+        let mut filters: Vec<String> = held.map(|s| s.filter.clone()).collect();
+        filters.sort();
+        filters.dedup();
+        filters
+    }
+
+    pub fn published(&mut self, from: usize, number: u32, topic: &str, qos: QoS, at: u64) {
+        let message = Message {
+            from,
+            topic: topic.to_owned(),
+            qos,
+            at,
+            acknowledged_at: u64::MAX,
+        };
+        self.messages.insert(number, message);
+    }
+
+    pub fn acknowledged(&mut self, number: u32, reason: ReasonCode, now: u64) {
+        if reason.is_error() {
+            self.fault(format!("publish {number} is refused: {reason:?}"));
+        }
+        if let Some(message) = self.messages.get_mut(&number) {
+            message.acknowledged_at = message.acknowledged_at.min(now);
+        }
+    }
+
+    pub fn got(&mut self, n: usize, topic: &str, got: Got) {
+        let Some(message) = self.messages.get(&got.number) else {
+            return self.fault(format!("{n} got {}, which nobody sent", got.number));
+        };
+        let mut why = None;
+        if message.topic != topic {
+            why = Some(format!("on {topic}, and it was sent on {}", message.topic));
+        } else if got.qos > message.qos {
+            why = Some(format!(
+                "at {:?}, and it was sent at {:?}",
+                got.qos, message.qos
+            ));
+        } else if !self.may(n, message, got.at) {
+            why = Some("and asked for nothing like it, or not for its own".to_owned());
+        }
+        self.clients[n].got.push((topic.to_owned(), got));
+        if let Some(why) = why {
+            self.fault(format!("{n} got {} {why}", got.number));
+        }
+    }
+
+    /// Whether it asked for such a message between its publication and then (I1, I5, I14).
+    fn may(&self, n: usize, message: &Message, then: u64) -> bool {
+        self.clients[n].subs.iter().any(|s| {
+            s.matches(&message.topic)
+                && s.asked_at <= then
+                && s.ended_at >= message.at
+                && !s.hides(n, message)
+        })
+    }
+
+    /// Whether a plain subscription that was granted before, and holds, brings it for sure.
+    fn must(&self, n: usize, message: &Message) -> bool {
+        let subs = self.clients[n].subs.iter();
+        let mut sure = subs.filter(|s| !s.shared() && s.matches(&message.topic));
+        let covered = sure.any(|s| {
+            s.granted_at.is_some_and(|at| at < message.at)
+                && s.ended_at == u64::MAX
+                && s.qos > QoS::AtMostOnce
+                && !(s.no_local && message.from == n)
+                // A replacement that is under way may be less.
+                && !self.clients[n]
+                    .subs
+                    .iter()
+                    .any(|o| o.filter == s.filter && o.granted_at.is_none() && o.ended_at == u64::MAX)
+        });
+        covered && message.qos > QoS::AtMostOnce && message.acknowledged_at < u64::MAX
+    }
+
+    fn excused(&self, n: usize, message: &Message) -> bool {
+        if self.lowers {
+            return true;
+        }
+        let forgot = |t: &u64| {
+            message.at <= *t && (*t <= message.at + TRANSIT || message.acknowledged_at >= *t)
+        };
+        let doubted = |t: &u64| message.at <= *t && *t <= message.at + TRANSIT;
+        if self.forgot.iter().any(forgot) || self.doubts.iter().any(doubted) {
+            return true;
+        }
+        // The senior of overlapping filters left: copies that are not in step.
+        self.clients[n].subs.iter().any(|s| {
+            let (from, to) = (s.ended_at.saturating_sub(TRANSIT), s.ended_at);
+            s.matches(&message.topic)
+                && s.ended_at < u64::MAX
+                && (from..=to.saturating_add(50)).contains(&message.at)
+        })
+    }
+
+    /// Whether the core may have been sent it twice.
+    fn twice(&self, message: &Message) -> bool {
+        let within = |t: &u64| message.at <= *t && *t <= message.acknowledged_at;
+        let again = self.publish_lost.iter().any(within)
+            || self.clients[message.from].cuts.iter().any(within);
+        match message.qos {
+            QoS::AtMostOnce => false,
+            QoS::AtLeastOnce => again,
+            QoS::ExactlyOnce => again && self.forgot.iter().any(within),
+        }
+    }
+
+    /// All links and clients are back, and nothing is on its way any more.
+    pub fn settle(&mut self, _now: u64) {
+        let mut faults = Vec::new();
+        for (number, message) in &self.messages {
+            if message.qos > QoS::AtMostOnce && message.acknowledged_at == u64::MAX {
+                faults.push(format!("publish {number} was never acknowledged"));
+            }
+            let (mut least, mut most, mut all) = (0, 0, 0);
+            let mut sure = true;
+            for (n, client) in self.clients.iter().enumerate() {
+                let copies = client
+                    .got
+                    .iter()
+                    .filter(|(_, g)| g.number == *number)
+                    .count();
+                all += copies;
+                let plain = |s: &&Sub| !s.shared() && s.matches(&message.topic);
+                let may = client
+                    .subs
+                    .iter()
+                    .filter(plain)
+                    .any(|s| s.ended_at >= message.at && !s.hides(n, message));
+                let groups = client
+                    .subs
+                    .iter()
+                    .filter(|s| s.shared() && s.matches(&message.topic));
+                let mut names: Vec<&str> = groups
+                    .filter(|s| s.ended_at >= message.at)
+                    .map(|s| &*s.filter)
+                    .collect();
+                names.sort_unstable();
+                names.dedup();
+                most += usize::from(may);
+                let must = self.must(n, message) && !self.excused(n, message);
+                sure &= must == may;
+                least += usize::from(must);
+                if must && copies == 0 {
+                    faults.push(format!("{n} misses {number}"));
+                }
+                let left = client
+                    .subs
+                    .iter()
+                    .filter(plain)
+                    .filter(|s| s.ended_at < u64::MAX && s.ended_at >= message.at);
+                let left = left.count();
+                most += left;
+                if copies > usize::from(may) + names.len() + left && !self.twice(message) {
+                    faults.push(format!("{n} got {number} {copies} times"));
+                }
+            }
+            // I15: one copy for each group.
+            let (stable, possible) = self.groups(message);
+            if all > most + possible && !self.twice(message) {
+                faults.push(format!(
+                    "{number} was delivered {all} times, to {most} and {possible} groups"
+                ));
+            }
+            if sure
+                && !self.stormy
+                && !self.lowers
+                && message.qos > QoS::AtMostOnce
+                && all < least + stable
+            {
+                faults.push(format!(
+                    "{number} was delivered {all} times, not to {least} and {stable} groups"
+                ));
+            }
+        }
+        for n in 0..self.clients.len() {
+            faults.extend(self.disorder(n));
+        }
+        self.faults.extend(faults);
+    }
+
+    /// Groups that have a member for sure, and that may have one.
+    fn groups(&self, message: &Message) -> (usize, usize) {
+        let mut groups: BTreeMap<&str, bool> = BTreeMap::new();
+        for sub in self.clients.iter().flat_map(|c| &c.subs) {
+            if !sub.shared() || !sub.matches(&message.topic) || sub.ended_at < message.at {
+                continue;
+            }
+            let stable = sub.granted_at.is_some_and(|at| at < message.at)
+                && sub.ended_at == u64::MAX
+                && sub.qos > QoS::AtMostOnce;
+            *groups.entry(&sub.filter).or_default() |= stable;
+        }
+        let stable = groups.values().filter(|s| **s).count();
+        // A member that left while it was to get one: another may have got it as well.
+        let others = self.clients.iter().flat_map(|c| &c.subs);
+        let left = others.filter(|s| s.shared() && s.matches(&message.topic));
+        let left = left
+            .filter(|s| s.ended_at >= message.at && s.ended_at < u64::MAX)
+            .count();
+        (stable, groups.len() + left)
+    }
+
+    /// I3, I19: one publisher's messages on one topic at one QoS come in their order.
+    fn disorder(&self, n: usize) -> Option<String> {
+        let client = &self.clients[n];
+        let changed = client.subs.iter().any(|s| s.ended_at < u64::MAX);
+        if client.subs.iter().any(Sub::shared) || (changed && self.data_links > 1) {
+            return None;
+        }
+        let mut last: BTreeMap<(usize, &str, u8, u8), u32> = BTreeMap::new();
+        for (topic, got) in &client.got {
+            let message = &self.messages[&got.number];
+            if self.twice(message) {
+                continue;
+            }
+            let key = (
+                message.from,
+                topic.as_str(),
+                message.qos as u8,
+                got.qos as u8,
+            );
+            let before = last.insert(key, got.number).unwrap_or(0);
+            if before > got.number {
+                return Some(format!("{n} got {} behind {before} on {topic}", got.number));
+            }
+        }
+        None
+    }
+}
