@@ -153,7 +153,16 @@ async fn connect(
     let fresh = clean || link.role == Role::Retained;
     let kept = !fresh;
     let out = connect_packet(core, &link.name, version, fresh, kept)?;
-    let accepted = |connack: &Connack<'_>| accept(core, link, version, connack);
+    let accepted = |connack: &Connack<'_>| {
+        if fresh && connack.session_present {
+            return Err(Failed::new(
+                LinkDownReason::Protocol,
+                "the core says Session Present to a connection that begins anew [MQTT-3.2.2-4]",
+            )
+            .into());
+        }
+        accept(core, link, version, connack)
+    };
     let (accepted, rest) = exchange(core, &mut io, &out, version, accepted).await?;
     let (up, facts, announced, keep_alive) = accepted;
     Ok(Established {

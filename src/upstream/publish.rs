@@ -170,24 +170,29 @@ impl Publisher {
         while self.resend_at < self.inflight.len() && out.len() < OUTPUT {
             let index = self.resend_at;
             match self.inflight[index].state {
-                State::ReleaseAgain => {
-                    let (version, id) = (self.version, self.inflight[index].id);
-                    let code = ReasonCode::SUCCESS;
-                    encode_ack(version, AckKind::Pubrel, id, code, None, out);
-                    self.inflight[index].state = State::Released;
-                    self.open += 1;
-                }
                 State::Resend | State::Renew => {
                     if self.open >= self.room() {
                         return;
                     }
                     self.send_again(index, now, out);
                 }
-                State::Sent | State::Released | State::Done => {}
+                State::Sent | State::Released | State::ReleaseAgain | State::Done => {}
             }
             self.resend_at += 1;
         }
         self.trim();
+    }
+
+    /// PUBRELs wait for no quota [MQTT-3.3.4-8], and keep the order of the PUBRECs [MQTT-4.6.0-4].
+    fn release_again(&mut self, out: &mut Vec<u8>) {
+        for entry in &mut self.inflight {
+            if entry.state == State::ReleaseAgain {
+                let code = ReasonCode::SUCCESS;
+                encode_ack(self.version, AckKind::Pubrel, entry.id, code, None, out);
+                entry.state = State::Released;
+                self.open += 1;
+            }
+        }
     }
 
     fn send_again(&mut self, index: usize, now: u64, out: &mut Vec<u8>) {
@@ -274,7 +279,8 @@ impl Publisher {
             version: self.version,
             dup,
             qos,
-            retain: message.retain(),
+            // Of a 3.x client, that cannot be told [MQTT-3.2.2-14].
+            retain: message.retain() && self.router.retain_available(),
             packet_id: id,
             alias: Alias::None,
             message_expiry: super::remaining(message.expires_at(), now),
@@ -455,6 +461,7 @@ impl Machine for Publisher {
             };
         }
         self.trim();
+        self.release_again(out);
         self.poll(now, out);
     }
 

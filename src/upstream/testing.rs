@@ -139,11 +139,16 @@ pub fn client(router: &Router, id: &str) -> Connected {
 
 /// Hands a QoS 1 publish to the client's lane.
 pub fn publish(router: &Router, client: Connected, number: u32) {
+    publish_at(router, client, number, QoS::AtLeastOnce);
+}
+
+/// Hands a publish of this QoS to the client's lane.
+pub fn publish_at(router: &Router, client: Connected, number: u32, qos: QoS) {
     let message = Message::new(&MessageSpec {
         topic: "t",
         properties: Properties::default(),
         payload: number.to_string().as_bytes(),
-        qos: QoS::AtLeastOnce,
+        qos,
         retain: false,
         expires_at: u64::MAX,
         strip_key: None,

@@ -35,6 +35,7 @@ const BODIES: &[Row] = &[
     ("MQTT-1.5.4-1 not UTF-8", V5, Server, 0x30, b"\0\x02\xC3\x28\0", MALFORMED),
     ("MQTT-1.5.4-1 surrogate", V5, Server, 0x30, b"\0\x03\xED\xA0\x80\0", MALFORMED),
     ("MQTT-1.5.4-1 overlong", V5, Server, 0x30, b"\0\x02\xC0\xAF\0", MALFORMED),
+    ("MQTT-3.3.2-13 Response Topic not UTF-8", V5, Server, 0x30, b"\0\x01a\x05\x08\0\x02\xC3\x28", MALFORMED),
     ("MQTT-2.2.1-3 packet identifier 0", V5, Server, 0x32, b"\0\x01a\0\0\0", PROTOCOL),
     ("MQTT-2.3.1-1 of 3.1.1", V311, Server, 0x34, b"\0\x01a\0\0", PROTOCOL),
     ("3.3.2.1 empty topic, no alias", V5, Server, 0x30, b"\0\0\0", PROTOCOL),

@@ -1,7 +1,7 @@
-use crate::mqtt::Packet;
+use crate::mqtt::{Packet, QoS};
 use crate::router::Kept;
 use crate::upstream::machine::{LinkEnd, Machine};
-use crate::upstream::testing::{ack, client, publish, read, router, up};
+use crate::upstream::testing::{ack, client, publish, publish_at, read, router, up};
 
 use super::Publisher;
 
@@ -182,4 +182,44 @@ fn a_publish_that_the_core_closes_the_link_for_is_taken_out() {
 #[test]
 fn a_core_that_restarts_finds_no_fault_with_a_publish() {
     assert_eq!(until_found(0, 1, true), (vec![], 21));
+}
+
+/// [MQTT-3.3.4-8], [MQTT-4.6.0-4], [MQTT-2.3.1-3] of 3.1.1: PUBRELs wait for no quota, go in the
+/// order of the PUBRECs, and what is sent again keeps its identifier.
+#[test]
+fn releases_wait_for_no_quota_and_keep_their_order() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 10), 0, &mut out);
+    for n in 0..6 {
+        publish_at(&router, who, n, QoS::ExactlyOnce);
+    }
+    link.poll(0, &mut out);
+    let sent = read(&mut out);
+    assert_eq!(sent.len(), 6);
+    // The first is not answered, the next three are.
+    let released: Vec<u16> = sent[1..4].iter().map(|(_, id)| *id).collect();
+    for id in &released {
+        link.packet(&Packet::Pubrec(ack(*id)), 0, &mut out)
+            .expect("it is expected");
+    }
+    let pubrels = |seen: &[(String, u16)]| -> Vec<u16> {
+        let all = seen.iter().filter(|(what, _)| what == "pubrel");
+        all.map(|(_, id)| *id).collect()
+    };
+    assert_eq!(pubrels(&read(&mut out)), released);
+    link.down(&LinkEnd::closed(), 0);
+    link.up(&up(true, 1), 0, &mut out);
+    let again = read(&mut out);
+    assert_eq!(pubrels(&again), released);
+    assert_eq!(again.len(), 3, "no publish beside them: {again:?}");
+    for id in released {
+        link.packet(&Packet::Pubcomp(ack(id)), 0, &mut out)
+            .expect("it is expected");
+    }
+    link.batch_ended(0, &mut out);
+    let first = read(&mut out);
+    assert_eq!(first, [("publish 0 dup".to_owned(), sent[0].1)]);
 }

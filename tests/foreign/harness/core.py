@@ -26,7 +26,7 @@ log_dest stderr
 class Core:
     """One mosquitto on a loopback port that stays the same over restarts."""
 
-    def __init__(self, directory: Path, *, quiet: bool = False, tls=None, extra: str = "", anonymous: bool = True):
+    def __init__(self, directory: Path, *, quiet: bool = False, tls=None, extra: str = "", of_listener: str = "", anonymous: bool = True):
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o755)
@@ -34,7 +34,7 @@ class Core:
         self.tls_port = free_port() if tls else None
         log_types = "log_type error\nlog_type warning" if quiet else "log_type all"
         config = RECOMMENDED.format(directory=directory, log_types=log_types, anonymous=str(anonymous).lower()) + extra
-        config += f"\nlistener {self.port} 127.0.0.1\n"
+        config += f"\nlistener {self.port} 127.0.0.1\n{of_listener}"
         if tls:
             config += f"\nlistener {self.tls_port} 127.0.0.1\ncafile {tls.ca}\ncertfile {tls.cert}\nkeyfile {tls.key}\n"
         self.config = directory / "mosquitto.conf"
