@@ -1,0 +1,327 @@
+//! The clients of the simulation: they ask, publish and acknowledge, and vanish.
+
+use super::*;
+
+pub(super) struct Device {
+    pub(super) id: String,
+    pub(super) at: Option<Connected>,
+    pub(super) last_id: u16,
+    /// PUBLISH packets of its own that are not done: identifier, number, QoS.
+    pub(super) open: Vec<(u16, u32, QoS)>,
+    pub(super) asked: Vec<(u16, Vec<(String, SubscribeOptions)>)>,
+}
+
+pub(super) struct Open;
+
+impl Policy for Open {
+    fn may_publish(&self, _: &str) -> bool {
+        true
+    }
+
+    fn may_subscribe(&self, _: &str) -> bool {
+        true
+    }
+}
+
+impl World {
+    pub(super) fn connect(&mut self, n: usize) {
+        let device = &mut self.devices[n];
+        let connect = crate::router::Connect {
+            client_id: device.id.as_str().into(),
+            principal: "anonymous".into(),
+            clean_start: false,
+            expiry: u32::MAX,
+            spec: ConnectionSpec {
+                version: Version::V5,
+                receive_maximum: u16::MAX,
+                maximum_packet_size: u32::MAX,
+                topic_alias_maximum: 0,
+                problem_information: true,
+                keep_alive: 0,
+                scope: None,
+            },
+            will: None,
+            wake: Arc::new(Wake::default()),
+            origin: Arc::new(Place {
+                listener: "test".into(),
+                transport: "tcp",
+                websocket: false,
+                peer: ([127, 0, 0, 1], 1).into(),
+            }),
+        };
+        let connected = self.router.connect(connect, self.now, |_, _| {});
+        let connected = connected.expect("nobody else has the identifier");
+        device.at = Some(connected);
+        // Answers to what it asked on the last connection do not come any more.
+        let asked = std::mem::take(&mut device.asked);
+        let open = std::mem::take(&mut device.open);
+        self.oracle.connected(n, asked, &open, self.now);
+        tell!(self, "{n} connects");
+        // What was not acknowledged is sent again [MQTT-4.4.0-1].
+        for (id, number, qos) in open {
+            self.devices[n].open.push((id, number, qos));
+            let topic = self.oracle.topic_of(number);
+            self.send_publish(n, id, number, qos, topic, true);
+        }
+    }
+
+    pub(super) fn cut(&mut self, n: usize) {
+        if let Some(at) = self.devices[n].at.take() {
+            self.router
+                .disconnected(at.session, at.generation, false, self.now);
+            self.oracle.cut(n, self.now);
+            tell!(self, "{n} is cut");
+        }
+    }
+
+    pub(super) fn send(&mut self, n: usize, bytes: &[u8]) {
+        let Some(at) = self.devices[n].at else {
+            return;
+        };
+        let decoder = Decoder {
+            version: Version::V5,
+            receiver: Receiver::Server,
+            max: u32::MAX,
+        };
+        let (packet, _) = decoder.next(bytes).expect("legal").expect("whole");
+        let (now, mut effects) = (self.now, Vec::new());
+        self.router
+            .feed(
+                at.session,
+                at.generation,
+                &mut effects,
+                |session, limits, effects| {
+                    session
+                        .packet(0, &packet, limits, &Open, now, effects)
+                        .expect("it is allowed");
+                },
+            )
+            .expect("it is connected");
+        for effect in effects {
+            match effect {
+                Effect::Subscribe {
+                    packet_id,
+                    identifier,
+                    wanted,
+                } => self.router.subscribe(
+                    at.session,
+                    at.generation,
+                    packet_id,
+                    identifier,
+                    &wanted,
+                    now,
+                ),
+                Effect::Unsubscribe { filters } => {
+                    self.router.unsubscribe(at.session, &filters, now);
+                }
+                Effect::Publish { .. } => {
+                    self.router
+                        .publish(at.session, at.publish_link, effect, now);
+                }
+            }
+        }
+    }
+
+    pub(super) fn next_id(&mut self, n: usize) -> u16 {
+        let device = &mut self.devices[n];
+        device.last_id = device.last_id.checked_add(1).unwrap_or(1);
+        device.last_id
+    }
+
+    pub(super) fn subscribe(&mut self, n: usize) {
+        let id = self.next_id(n);
+        let mut filters = Vec::new();
+        for _ in 0..self.rng.between(1, 2) {
+            let filter = self.rng.pick(&FILTERS);
+            if filters.iter().any(|(f, _): &(String, _)| f == filter) {
+                continue;
+            }
+            let shared = filter.starts_with("$share");
+            let options = SubscribeOptions {
+                qos: self
+                    .rng
+                    .pick(&[QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce]),
+                no_local: !shared && self.facts.properties && self.rng.chance(15),
+                retain_as_published: false,
+                retain_handling: 2,
+            };
+            filters.push((filter.to_owned(), options));
+        }
+        let mut bytes = Vec::new();
+        let all = filters.iter().map(|(f, o)| (f.as_str(), *o));
+        encode_subscribe(Version::V5, id, None, all, &mut bytes);
+        tell!(
+            self,
+            "{n} subscribes {:?}",
+            filters.iter().map(|(f, o)| (f, o.qos)).collect::<Vec<_>>()
+        );
+        self.oracle.asks(n, &filters, self.now);
+        self.devices[n].asked.push((id, filters));
+        self.send(n, &bytes);
+    }
+
+    pub(super) fn unsubscribe(&mut self, n: usize) {
+        let Some(filter) = self.oracle.any_filter(n, &mut self.rng) else {
+            return;
+        };
+        // One that waits for its answer would be answered after it.
+        if self.devices[n]
+            .asked
+            .iter()
+            .any(|(_, f)| f.iter().any(|(f, _)| *f == filter))
+        {
+            return;
+        }
+        let id = self.next_id(n);
+        let mut bytes = Vec::new();
+        encode_unsubscribe(
+            Version::V5,
+            id,
+            std::iter::once(filter.as_str()),
+            &mut bytes,
+        );
+        tell!(self, "{n} unsubscribes {filter}");
+        self.oracle.leaves(n, &filter, self.now);
+        self.send(n, &bytes);
+    }
+
+    pub(super) fn publish(&mut self, n: usize) {
+        let topic = self.rng.pick(&TOPICS);
+        let qos = self
+            .rng
+            .pick(&[QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce]);
+        self.number += 1;
+        let number = self.number;
+        let id = match qos {
+            QoS::AtMostOnce => 0,
+            _ => self.next_id(n),
+        };
+        self.oracle.published(n, number, topic, qos, self.now);
+        if qos > QoS::AtMostOnce {
+            self.devices[n].open.push((id, number, qos));
+        }
+        tell!(self, "{n} publishes {number} on {topic} at {qos:?}");
+        self.send_publish(n, id, number, qos, topic, false);
+    }
+
+    pub(super) fn send_publish(
+        &mut self,
+        n: usize,
+        id: u16,
+        number: u32,
+        qos: QoS,
+        topic: &str,
+        dup: bool,
+    ) {
+        let payload = number.to_string();
+        let message = crate::mqtt::Message::new(&crate::mqtt::MessageSpec {
+            topic,
+            properties: Properties::default(),
+            payload: payload.as_bytes(),
+            qos,
+            retain: false,
+            expires_at: u64::MAX,
+            strip_key: None,
+            account: None,
+        });
+        let mut bytes = Vec::new();
+        crate::mqtt::Delivery {
+            version: Version::V5,
+            dup,
+            qos,
+            retain: false,
+            packet_id: id,
+            alias: crate::mqtt::Alias::None,
+            message_expiry: None,
+            subscription_ids: &[],
+            user_property: None,
+            hidden: 0,
+        }
+        .encode(&message, &mut bytes);
+        self.send(n, &bytes);
+    }
+
+    /// What a device was written.
+    pub(super) fn read(&mut self, n: usize) {
+        let Some(at) = self.devices[n].at else {
+            return;
+        };
+        let mut out = Vec::new();
+        self.router
+            .take_output(at.session, at.generation, &mut out, self.now);
+        let decoder = Decoder {
+            version: Version::V5,
+            receiver: Receiver::Client,
+            max: u32::MAX,
+        };
+        let mut used = 0;
+        let mut answers = Vec::new();
+        while let Some((packet, size)) = decoder.next(&out[used..]).expect("legal") {
+            used += size;
+            match packet {
+                Packet::Publish(p) => self.got(n, &p, &mut answers),
+                Packet::Pubrel(a) => answers.push((AckKind::Pubcomp, a.packet_id)),
+                Packet::Pubrec(a) => {
+                    self.done(n, a.packet_id, a.reason);
+                    if !a.reason.is_error() {
+                        answers.push((AckKind::Pubrel, a.packet_id));
+                    }
+                }
+                Packet::Puback(a) => self.done(n, a.packet_id, a.reason),
+                Packet::Suback(s) => {
+                    let asked = &mut self.devices[n].asked;
+                    let Some(at) = asked.iter().position(|(id, _)| *id == s.packet_id) else {
+                        continue;
+                    };
+                    let (_, filters) = asked.remove(at);
+                    tell!(
+                        self,
+                        "{n} is granted {:?} {:?}",
+                        filters.iter().map(|f| &f.0).collect::<Vec<_>>(),
+                        s.codes
+                    );
+                    for ((filter, options), code) in filters.iter().zip(s.codes) {
+                        self.oracle.granted(n, filter, options, *code, self.now);
+                    }
+                }
+                _ => {}
+            }
+        }
+        for (kind, id) in answers {
+            let mut bytes = Vec::new();
+            encode_ack(Version::V5, kind, id, ReasonCode::SUCCESS, None, &mut bytes);
+            self.send(n, &bytes);
+        }
+    }
+
+    pub(super) fn got(&mut self, n: usize, p: &Publish<'_>, answers: &mut Vec<(AckKind, u16)>) {
+        let text = String::from_utf8_lossy(p.payload);
+        let number: u32 = text.parse().expect("a number of ours");
+        tell!(
+            self,
+            "{n} gets {number} at {:?}{}",
+            p.qos,
+            if p.dup { " dup" } else { "" }
+        );
+        let got = Got {
+            number,
+            qos: p.qos,
+            at: self.now,
+        };
+        self.oracle.got(n, p.topic, got);
+        match p.qos {
+            QoS::AtMostOnce => {}
+            QoS::AtLeastOnce => answers.push((AckKind::Puback, p.packet_id)),
+            QoS::ExactlyOnce => answers.push((AckKind::Pubrec, p.packet_id)),
+        }
+    }
+
+    pub(super) fn done(&mut self, n: usize, id: u16, reason: ReasonCode) {
+        let open = &mut self.devices[n].open;
+        let Some(at) = open.iter().position(|(known, _, _)| *known == id) else {
+            return;
+        };
+        let (_, number, _) = open.remove(at);
+        self.oracle.acknowledged(number, reason, self.now);
+    }
+}

@@ -1,0 +1,220 @@
+//! The links of the simulation: bytes that take their time, connections that are lost.
+
+use std::collections::VecDeque;
+
+use super::*;
+
+/// Bytes on their way, in order.
+#[derive(Default)]
+pub(super) struct Pipe(VecDeque<(u64, Vec<u8>)>);
+
+impl Pipe {
+    pub(super) fn put(&mut self, bytes: Vec<u8>, at: u64) {
+        if !bytes.is_empty() {
+            let at = at.max(self.0.back().map_or(0, |(last, _)| *last));
+            self.0.push_back((at, bytes));
+        }
+    }
+
+    pub(super) fn take(&mut self, now: u64) -> Vec<u8> {
+        let mut all = Vec::new();
+        while self.0.front().is_some_and(|(at, _)| *at <= now) {
+            all.extend(self.0.pop_front().into_iter().flat_map(|(_, bytes)| bytes));
+        }
+        all
+    }
+}
+
+/// One link and its connection.
+pub(super) struct SimLink {
+    pub(super) name: String,
+    pub(super) machine: Box<dyn Machine>,
+    pub(super) data: bool,
+    pub(super) retained: bool,
+    pub(super) publishes: bool,
+    pub(super) version: Version,
+    /// The core has a session of this process.
+    pub(super) begun: bool,
+    /// A CONNECT was not answered.
+    pub(super) unanswered: bool,
+    pub(super) redial_at: u64,
+    pub(super) conn: Option<Conn>,
+}
+
+pub(super) struct Conn {
+    pub(super) core: SteppedConn,
+    pub(super) to_core: Pipe,
+    pub(super) to_us: Pipe,
+    pub(super) input: Vec<u8>,
+    pub(super) up: bool,
+    pub(super) pings: VecDeque<bool>,
+}
+
+impl World {
+    pub(super) fn dial(&mut self, n: usize) {
+        let link = &mut self.links[n];
+        if link.conn.is_some() || link.redial_at > self.now || self.core_back_at.is_some() {
+            return;
+        }
+        let Some(core) = self.core.connect() else {
+            return;
+        };
+        let mut bytes = Vec::new();
+        let kept = !link.retained;
+        Connect {
+            version: link.version,
+            clean_start: link.retained || !link.begun,
+            client_id: &format!("edge-{}", link.name),
+            session_expiry: kept.then_some(3600),
+            receive_maximum: Some(u16::MAX),
+            ..Connect::default()
+        }
+        .encode(&mut bytes);
+        // As a process begins each link, with a session that it may keep.
+        let clean_v3 = link.version < Version::V5 && !link.begun && kept;
+        if clean_v3 {
+            bytes.clear();
+            Connect {
+                version: link.version,
+                clean_start: false,
+                client_id: &format!("edge-{}", link.name),
+                ..Connect::default()
+            }
+            .encode(&mut bytes);
+        }
+        let mut to_core = Pipe::default();
+        to_core.put(bytes, self.now);
+        link.conn = Some(Conn {
+            core,
+            to_core,
+            to_us: Pipe::default(),
+            input: Vec::new(),
+            up: false,
+            pings: VecDeque::new(),
+        });
+    }
+
+    pub(super) fn upward(&mut self, n: usize) {
+        let (now, later) = (self.now, self.latency());
+        let Some(conn) = &mut self.links[n].conn else {
+            return;
+        };
+        let bytes = conn.to_core.take(now);
+        let mut out = Vec::new();
+        let ended = self.core.feed(&mut conn.core, &bytes, &mut out);
+        conn.to_us.put(out, later);
+        if let Err(ended) = ended {
+            if let Ended::Refused(why) = &ended {
+                self.oracle
+                    .fault(format!("the core ended {}: {why}", self.links[n].name));
+            }
+            self.lose(n);
+        }
+    }
+
+    pub(super) fn downward(&mut self, n: usize) {
+        let (now, later) = (self.now, self.latency());
+        let mut out = Vec::new();
+        let link = &mut self.links[n];
+        let Some(conn) = &mut link.conn else {
+            return;
+        };
+        conn.input.extend(conn.to_us.take(now));
+        let decoder = Decoder {
+            version: link.version,
+            receiver: Receiver::Client,
+            max: u32::MAX,
+        };
+        let mut used = 0;
+        let mut some = false;
+        while let Ok(Some((packet, size))) = decoder.next(&conn.input[used..]) {
+            used += size;
+            some = true;
+            match packet {
+                Packet::Connack(c) => {
+                    assert!(!c.reason.is_error(), "{:?}", c.reason);
+                    conn.up = true;
+                    link.begun = true;
+                    let up = Up {
+                        version: link.version,
+                        session_present: c.session_present && !link.retained,
+                        doubtful: std::mem::take(&mut link.unanswered) && c.session_present,
+                        receive_maximum: match link.version {
+                            Version::V5 => c.receive_maximum.unwrap_or(u16::MAX),
+                            _ => 20,
+                        },
+                        packet_max: u32::MAX,
+                        identifiers: self.named,
+                        keeps_retain: self.facts.keeps_retain,
+                    };
+                    self.router.core_facts(&self.facts, now);
+                    if link.data && up.doubtful {
+                        self.oracle.in_doubt(now);
+                    }
+                    link.machine.up(&up, now, &mut out);
+                }
+                Packet::Pingresp => {
+                    if conn.pings.pop_front() == Some(true) {
+                        link.machine.ping_answered(now);
+                    }
+                }
+                Packet::Disconnect(d) => {
+                    self.oracle
+                        .fault(format!("DISCONNECT {:?} on {}", d.reason, link.name));
+                }
+                other => {
+                    if let Err(end) = link.machine.packet(&other, now, &mut out) {
+                        self.oracle
+                            .fault(format!("{} ends: {}", link.name, end.why));
+                    }
+                }
+            }
+        }
+        conn.input.drain(..used);
+        if conn.up {
+            if some {
+                link.machine.batch_ended(now, &mut out);
+            }
+            link.machine.poll(now, &mut out);
+            if link.machine.wants_ping() {
+                encode_pingreq(&mut out);
+                conn.pings.push_back(true);
+            }
+        }
+        conn.to_core.put(out, later);
+    }
+
+    /// The connection of a link is lost, with what was on its way.
+    pub(super) fn lose(&mut self, n: usize) {
+        let again = self.now + self.rng.between(20, 400);
+        let link = &mut self.links[n];
+        let Some(conn) = link.conn.take() else {
+            return;
+        };
+        link.redial_at = again;
+        link.unanswered |= !conn.up;
+        self.core.drop_conn(&conn.core);
+        if conn.up {
+            // A network's doing, not the core's: no publish is to blame.
+            let end = LinkEnd {
+                reason: LinkDownReason::KeepAlive,
+                ..LinkEnd::closed()
+            };
+            link.machine.down(&end, self.now);
+        }
+        self.oracle.lost_link(self.now, link.data, link.publishes);
+        tell!(self, "{} is lost", self.links[n].name);
+    }
+
+    pub(super) fn restart_core(&mut self) {
+        let keep = self.rng.chance(60);
+        let back = self.now + self.rng.between(50, 800);
+        tell!(self, "the core ends, and will keep its sessions: {keep}");
+        self.core.stop();
+        for n in 0..self.links.len() {
+            self.lose(n);
+        }
+        self.core_back_at = Some((back, keep));
+        self.oracle.restarted(self.now, keep);
+    }
+}
