@@ -428,13 +428,22 @@ impl Session {
         }
         if self.ends_at <= now {
             let shared = std::mem::take(&mut ended.shared);
-            let will = ended.will.or(self.will.take().map(|w| w.publish(now)));
-            let absent = ended.absent;
+            // A will that a grace holds back waits beyond the session's end.
+            let (will, absent) = (ended.will, ended.absent);
             ended = self.end();
             (ended.will, ended.absent) = (will, absent);
             ended.shared.extend(shared);
         }
         ended
+    }
+
+    /// What a grace holds back of a session that another takes the place of.
+    pub fn give_up_grace(&mut self, now: u64) -> Ended {
+        Ended {
+            will: self.will.take().map(|w| w.publish(now)),
+            absent: std::mem::take(&mut self.absent_at) != 0,
+            ..Ended::default()
+        }
     }
 
     /// When [`Session::expire`] or the keepalive next has something to do; `u64::MAX`: never.

@@ -296,7 +296,12 @@ async fn admit(
     });
     let router = &clients.router;
     let maximum_qos = router.maximum_qos();
-    let packet_max = router.packet_max();
+    // Room for what is added to each of its publishes.
+    let own = spec
+        .scope
+        .as_ref()
+        .map_or(0, |s| s.mount.len() + s.sender.len());
+    let packet_max = router.packet_max().saturating_sub(own as u32).max(256);
     let response_wanted = Connack {
         session_present: false,
         reason: ReasonCode::SUCCESS,

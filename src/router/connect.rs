@@ -94,7 +94,7 @@ impl Router {
             }
             if foreign {
                 // What its client's grace held back is due now.
-                let ended = slot.session.expire(u64::MAX - 1);
+                let ended = slot.session.give_up_grace(now);
                 let (link, id) = (slot.publish_link, slot.session.client_id.clone());
                 let reference = shard.reference(at);
                 wills.extend(ended.will.map(|will| (reference, link, will)));

@@ -173,6 +173,7 @@ impl Router {
     /// Up to `max` filters whose SUBSCRIBE is to be sent on D link `link` now.
     pub fn next_subscribes(&self, link: usize, max: usize) -> Vec<Wanted> {
         let mut table = self.table.write();
+        let floor = table.floor;
         let mut taken = Vec::new();
         while taken.len() < max
             && let Some(number) = table.pending[link].pop_front()
@@ -188,6 +189,7 @@ impl Router {
                 filter.state = State::Subscribing;
                 filter.upgrading = false;
             }
+            filter.wanted = filter.wanted.max(floor);
             filter.asked = filter.wanted;
             filter.sent = true;
             taken.push(Wanted {

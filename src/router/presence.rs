@@ -34,6 +34,10 @@ impl Router {
         place: Option<&Place>,
         now: u64,
     ) {
+        // It came back before its absence could be told.
+        if place.is_none() && self.session(client_id).is_some_and(|s| s.attached) {
+            return;
+        }
         if client_id.contains(['+', '#', '/']) || has_discouraged(client_id) {
             if let Some(suppressed) = UNFIT.permit() {
                 tracing::warn!(

@@ -108,8 +108,8 @@ impl Router {
         (u32::from(session.shard).wrapping_add(session.slot) % links) as u8
     }
 
-    /// Moves a session of which nothing is under way on its P link to the one that it would begin
-    /// on now; returns the one that holds.
+    /// Moves a session to the P link that it would begin on now, if nothing of it waits for its old
+    /// one: to be called before what it has just sent is handed over. Returns the one that holds.
     pub fn move_publishes(&self, session: SessionRef, from: u8) -> u8 {
         let to = self.publish_link(session);
         let mut shard = self.shards[usize::from(session.shard)].lock();
@@ -117,7 +117,7 @@ impl Router {
             return from;
         };
         let idle = self.lanes[usize::from(from)].lanes.lock().bytes_of(session) == 0;
-        if idle && slot.session.publishes_waiting() == 0 {
+        if idle {
             slot.publish_link = to;
         }
         slot.publish_link

@@ -206,20 +206,31 @@ impl Shard {
     }
 
     /// The core has a filter: the subscriptions on it that did not count yet do now.
-    pub fn confirm(&mut self, filter: u32, granted: QoS) {
+    ///
+    /// `newly`: sessions with overlapping filters whose subscription counts from here on.
+    pub fn confirm(&mut self, filter: u32, granted: QoS, newly: &mut Vec<(SessionRef, QoS)>) {
+        let shard = self.number;
         let Self { slots, members, .. } = self;
         for member in members.get_mut(&filter).into_iter().flatten() {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
                 continue;
             };
-            let newly = slot.session.activate_subscription(filter);
+            let newly_active = slot.session.activate_subscription(filter);
             let Some(subscription) = slot.session.subscription(filter) else {
                 continue;
             };
             let granted = subscription.asked.min(granted);
-            if newly || subscription.options.qos < granted {
+            if newly_active || subscription.options.qos < granted {
                 subscription.options.qos = granted;
                 member.qos = granted;
+            }
+            if newly_active && subscription.overlaps {
+                let reference = SessionRef {
+                    shard,
+                    slot: member.slot,
+                    epoch: slot.epoch,
+                };
+                newly.push((reference, granted));
             }
         }
     }

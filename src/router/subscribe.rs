@@ -286,7 +286,7 @@ impl Router {
     }
 
     /// Other subscriptions of the client that overlap this one bring its messages as well: the core
-    /// is to hold them at its QoS. The first for which that is not answered yet.
+    /// is to hold them at its QoS. The last for which that is not answered yet.
     fn raise_overlapping(&self, session: SessionRef, number: u32, qos: QoS) -> Option<u32> {
         if qos == QoS::AtMostOnce {
             return None;
@@ -303,22 +303,24 @@ impl Router {
             let others = others.filter(|s| overlaps(&s.name, &name));
             others.map(|s| s.filter).collect()
         };
-        let mut first = None;
+        let mut last = None;
         let mut wake: SmallVec<[u8; 4]> = SmallVec::new();
         let mut table = self.table.write();
         for other in others {
             let source = table.source(other);
-            let Some(filter) = table.get(source).filter(|f| f.state == State::Active) else {
+            let Some(filter) = table.get(source) else {
                 continue;
             };
             let link = filter.link;
-            if filter.wanted < qos {
+            if filter.wanted < qos && filter.state != State::Absent {
                 table.ask(source, qos);
                 wake.push(link);
             }
             let filter = table.get(source);
-            let waits = filter.is_some_and(|f| f.upgrading && f.granted < qos);
-            first = first.or(waits.then_some(source));
+            let waits =
+                filter.is_some_and(|f| f.state == State::Active && f.upgrading && f.granted < qos);
+            // Answers come in order: behind the last there is nothing left to wait for.
+            last = waits.then_some(source).or(last);
         }
         drop(table);
         for link in wake {
@@ -326,7 +328,7 @@ impl Router {
                 data.raise();
             }
         }
-        first
+        last
     }
 
     /// Lets a waiter wait for another filter of its client. False: there is nothing to wait for.
@@ -465,8 +467,12 @@ impl Router {
         let mask = self.table.read().get(number).map_or(0, |f| f.mask);
         let granted = QoS::from_u8(code.0).unwrap_or_default();
         let shards = self.shards.iter().enumerate();
+        let mut newly = Vec::new();
         for (_, shard) in shards.filter(|(index, _)| mask & (1 << index) != 0) {
-            shard.lock().confirm(number, granted);
+            shard.lock().confirm(number, granted, &mut newly);
+        }
+        for (session, qos) in newly {
+            self.raise_overlapping(session, number, qos);
         }
     }
 

@@ -575,7 +575,10 @@ fn write_to(
             .as_ref()
             .map_or(0, |s| s.mount.len() as u16),
     };
-    if delivery.size(message) > connection.maximum_packet_size {
+    // The mount itself, which `#` below it matches as well, has no name there.
+    let hidden = usize::from(delivery.hidden);
+    let nameless = hidden > 0 && message.topic().len() <= hidden;
+    if nameless || delivery.size(message) > connection.maximum_packet_size {
         return false;
     }
     // With its definition the packet is larger, by more than the property where a length grows.

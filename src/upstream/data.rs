@@ -255,6 +255,10 @@ impl Machine for Data {
         self.identifiers = up.identifiers;
         self.keeps_retain = up.keeps_retain;
         self.requests.clear();
+        if up.doubtful {
+            // Identifiers of another session mean nothing: in doubt it is delivered.
+            self.received.clear();
+        }
         if up.session_present {
             self.redelivery.resumed();
         } else {

@@ -73,6 +73,8 @@ pub(super) async fn run<M: Machine>(
             Ok(mut up) => {
                 session_at = Some(index);
                 up.up.doubtful = std::mem::take(&mut unanswered) && up.up.session_present;
+                // Already while the core is probed: another link's trouble is its own.
+                shared.up.fetch_add(1, Ordering::AcqRel);
                 learn(&shared.core, index, &mut up).await;
                 let since = Instant::now();
                 came_up(&shared, &link, &up);
@@ -149,7 +151,9 @@ fn came_up(shared: &Shared, link: &LinkStatus, up: &Established) {
         state.last_error = None;
         state.server.clone()
     };
-    shared.up.fetch_add(1, Ordering::AcqRel);
+    if shared.router.core_facts(&up.facts, shared.clock.now()) {
+        shared.placement.fetch_add(1, Ordering::AcqRel);
+    }
     link.metrics().up.set(1.0);
     tracing::info!(
         link = link.name,
@@ -160,9 +164,6 @@ fn came_up(shared: &Shared, link: &LinkStatus, up: &Established) {
         identifiers = up.up.identifiers,
         "Link to the core is up"
     );
-    if shared.router.core_facts(&up.facts, shared.clock.now()) {
-        shared.placement.fetch_add(1, Ordering::AcqRel);
-    }
 }
 
 fn went_down(shared: &Shared, link: &LinkStatus, end: &LinkEnd) {

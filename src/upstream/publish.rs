@@ -147,7 +147,7 @@ impl Publisher {
 
     /// Where publishes have waited for the window for a while, another link brings one more.
     fn judge_window(&mut self, now: u64) {
-        let full = self.open >= self.room() && !self.router.lanes(self.link, |l| l.is_empty());
+        let full = self.open >= self.window && !self.router.lanes(self.link, |l| l.is_empty());
         let since = match full {
             true => *self.full_since.get_or_insert(now),
             false => return self.full_since = None,
@@ -393,18 +393,16 @@ impl Publisher {
         let mut poison = None;
         for (index, entry) in self.inflight.iter_mut().enumerate() {
             if only_ours && entry.state == State::Sent {
-                entry.deaths += 1;
+                // Sent alone, as a suspect: before that it may have been another's fault, of QoS 0 too.
                 if alone && entry.deaths >= SUSPECT {
                     poison = Some(index);
                 }
+                entry.deaths = entry.deaths.saturating_add(1);
             }
         }
         if let Some(index) = poison {
             self.quarantine(index);
         }
-        let open = |e: &&InFlight| !matches!(e.state, State::Done);
-        let suspects = self.inflight.iter().filter(open);
-        self.suspects = suspects.filter(|e| e.deaths >= SUSPECT).count();
     }
 
     fn quarantine(&mut self, index: usize) {
@@ -460,6 +458,8 @@ impl Machine for Publisher {
                 (State::Sent | State::Resend, false) | (State::Renew, _) => State::Renew,
             };
         }
+        let open = self.inflight.iter().filter(|e| e.state != State::Done);
+        self.suspects = open.filter(|e| e.deaths >= SUSPECT).count();
         self.trim();
         self.release_again(out);
         self.poll(now, out);

@@ -22,7 +22,7 @@ def before(own_core, own_edge):
     def make(extra: str = "", of_listener: str = "", **upstream):
         core = own_core(extra=extra, of_listener=of_listener)
         edge = own_edge(core.url, ("tcp",), upstream={"servers": [core.url]} | QUICK | upstream).start()
-        edge.wait_log(r"The core was probed")
+        edge.wait_log(r"Link to the core is up")
         return core, edge
 
     return make

@@ -86,6 +86,23 @@ def test_a_short_flap_is_hidden(told, client, kind):
     assert wills.fence(wills, topic) == []
 
 
+def test_a_session_that_ends_within_the_grace_keeps_its_will_until_then(told, client):
+    edge, _, way, _ = told("3s")
+    topic, wills = fresh(), client(edge)
+    wills.subscribe(topic)
+    will = {"topic": topic, "payload": "gone", "qos": 1}
+    name = fresh("phone")
+    one = paho.Paho(way, name, will=will, expiry=1)
+    way.cut()
+    one.abandon()
+    time.sleep(1.5)  # What is awaited is time itself: the session ends, the grace goes on.
+    one = paho.Paho(way, name, will=will, expiry=1)
+    assert wills.fence(wills, topic) == []
+    way.cut()
+    one.abandon()
+    assert wills.next().text == "gone"
+
+
 def test_a_name_that_cannot_be_part_of_a_topic_is_not_told(told):
     edge, watcher, way, _ = told("0s")
     paho.Paho(way, "a/b").close()

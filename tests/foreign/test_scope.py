@@ -78,6 +78,17 @@ def test_a_tenant_sees_its_topics_and_no_other(at, version):
     assert alice.fence(alice, f"{topic}/end") == []
 
 
+def test_the_mount_itself_is_no_topic_of_its_tenant(at):
+    """`#` below it matches it as well [MQTT-4.7.1-2], and it has no name there."""
+    topic = fresh()
+    alice, whole = at("tcp", **as_user("alice")), at()
+    alice.subscribe("#")
+    whole.publish("tenants/alice", "nameless")
+    whole.publish(f"tenants/alice/{topic}", "named")
+    assert alice.next().topic == topic
+    assert alice.fence(alice, f"{topic}/end") == []
+
+
 def test_retained_messages_wills_and_groups_below_a_mount(at, tenants):
     topic = fresh()
     alice, whole = at("tcp", **as_user("alice")), at()

@@ -169,7 +169,7 @@ fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize)
 
 #[test]
 fn a_publish_that_the_core_closes_the_link_for_is_taken_out() {
-    assert_eq!(until_found(0, 1, false), (vec![], 2), "alone, twice");
+    assert_eq!(until_found(0, 1, false), (vec![], 3), "twice, then alone");
     let (taken, cuts) = until_found(3, 8, false);
     assert_eq!(
         taken,

@@ -300,6 +300,11 @@ impl Oracle {
     /// Whether the core may have been sent it twice.
     fn twice(&self, message: &Message) -> bool {
         let within = |t: &u64| message.at <= *t && *t <= message.acknowledged_at;
+        // In doubt what came before comes again.
+        let doubted = |t: &u64| message.at <= *t && *t <= message.at + 2 * TRANSIT;
+        if self.doubts.iter().any(doubted) {
+            return true;
+        }
         let again = self.publish_lost.iter().any(within)
             || self.clients[message.from].cuts.iter().any(within);
         match message.qos {
