@@ -8,7 +8,7 @@ use crate::mqtt::{
 };
 use crate::router::wake::Wake;
 use crate::router::{Connect, Connected, CoreFacts, Kept, Place, Router, RouterConfig};
-use crate::session::{ConnectionSpec, Effect, QueueFull, SessionLimits, Wanted};
+use crate::session::{ConnectionSpec, Effect, Policy, QueueFull, SessionLimits, Wanted};
 
 use super::RESERVED_KEY;
 use super::machine::Up;
@@ -107,13 +107,22 @@ pub fn up(session_present: bool, receive_maximum: u16) -> Up {
     }
 }
 
-/// A connected MQTT 5 client.
+/// A connected MQTT 5 client whose session ends with the connection.
 pub fn client(router: &Router, id: &str) -> Connected {
+    connect(router, id, true, 0)
+}
+
+/// A connected MQTT 5 client whose session is kept.
+pub fn kept_client(router: &Router, id: &str, now: u64) -> Connected {
+    connect(router, id, false, now)
+}
+
+fn connect(router: &Router, id: &str, clean: bool, now: u64) -> Connected {
     let connect = Connect {
         client_id: id.into(),
         principal: "anonymous".into(),
-        clean_start: true,
-        expiry: 0,
+        clean_start: clean,
+        expiry: if clean { 0 } else { u32::MAX },
         spec: ConnectionSpec {
             version: Version::V5,
             receive_maximum: u16::MAX,
@@ -133,8 +142,59 @@ pub fn client(router: &Router, id: &str) -> Connected {
         }),
     };
     router
-        .connect(connect, 0, |_, _| {})
+        .connect(connect, now, |_, _| {})
         .expect("nobody else has the identifier")
+}
+
+struct Open;
+
+impl Policy for Open {
+    fn may_publish(&self, _: &str) -> bool {
+        true
+    }
+
+    fn may_subscribe(&self, _: &str) -> bool {
+        true
+    }
+}
+
+/// One packet of a client: what it does to the session, and all that follows.
+pub fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: u64) {
+    let decoder = Decoder {
+        version: Version::V5,
+        receiver: Receiver::Server,
+        max: u32::MAX,
+    };
+    let (packet, _) = decoder.next(bytes).expect("legal").expect("whole");
+    let (session, generation) = (client.session, client.generation);
+    let mut effects = Vec::new();
+    router
+        .feed(
+            session,
+            generation,
+            &mut effects,
+            |session, limits, effects| {
+                session
+                    .packet(0, &packet, limits, &Open, now, effects)
+                    .expect("it is allowed");
+            },
+        )
+        .expect("it is connected");
+    for effect in effects {
+        match effect {
+            Effect::Subscribe {
+                packet_id,
+                identifier,
+                wanted,
+            } => router.subscribe(session, generation, packet_id, identifier, &wanted, now),
+            Effect::Unsubscribe { filters } => {
+                router.unsubscribe(session, &filters, now);
+            }
+            Effect::Publish { .. } => {
+                router.publish(session, client.publish_link, effect, now);
+            }
+        }
+    }
 }
 
 /// Hands a QoS 1 publish to the client's lane.

@@ -25,13 +25,11 @@ use crate::mqtt::{
     AckKind, Connect, Decoder, Packet, Properties, Publish, QoS, ReasonCode, Receiver,
     SubscribeOptions, Version, encode_ack, encode_pingreq, encode_subscribe, encode_unsubscribe,
 };
-use crate::router::wake::Wake;
-use crate::router::{Connected, CoreFacts, Place, Router, RouterConfig};
-use crate::session::{ConnectionSpec, Effect, Policy};
+use crate::router::{Connected, CoreFacts, Router, RouterConfig};
 use crate::telemetry::LinkDownReason;
 use crate::upstream::embedded::EmbeddedOptions;
 use crate::upstream::embedded::stepped::{Ended, SteppedConn, SteppedCore};
-use crate::upstream::testing::{PROBES, config, facts, router_of};
+use crate::upstream::testing::{PROBES, config, facts, kept_client, packet_of, router_of};
 
 use super::data::Data;
 use super::fetch::Fetch;

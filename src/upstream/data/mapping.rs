@@ -13,9 +13,8 @@ use crate::mqtt::{
     Version, encode_subscribe, encode_unsubscribe, split_shared,
 };
 use crate::router::{Connected, CoreFacts, Router, RouterConfig};
-use crate::session::{Effect, Policy};
 use crate::upstream::machine::{Machine, Up};
-use crate::upstream::testing::{PROBES, client, config, facts, router_of, up};
+use crate::upstream::testing::{PROBES, client, config, facts, packet_of, router_of, up};
 
 use super::Data;
 
@@ -101,18 +100,6 @@ struct Run {
     number: u32,
 }
 
-struct Open;
-
-impl Policy for Open {
-    fn may_publish(&self, _: &str) -> bool {
-        true
-    }
-
-    fn may_subscribe(&self, _: &str) -> bool {
-        true
-    }
-}
-
 impl Run {
     fn new(
         shape: Shape,
@@ -182,47 +169,7 @@ impl Run {
     }
 
     fn send(&mut self, client: usize, bytes: &[u8]) {
-        let decoder = Decoder {
-            version: Version::V5,
-            receiver: Receiver::Server,
-            max: u32::MAX,
-        };
-        let (packet, _) = decoder.next(bytes).expect("legal").expect("whole");
-        let who = self.clients[client];
-        let mut effects = Vec::new();
-        let now = self.now;
-        self.router
-            .feed(
-                who.session,
-                who.generation,
-                &mut effects,
-                |session, limits, effects| {
-                    session
-                        .packet(0, &packet, limits, &Open, now, effects)
-                        .expect("it is allowed");
-                },
-            )
-            .expect("it is connected");
-        for effect in effects {
-            match effect {
-                Effect::Subscribe {
-                    packet_id,
-                    identifier,
-                    wanted,
-                } => self.router.subscribe(
-                    who.session,
-                    who.generation,
-                    packet_id,
-                    identifier,
-                    &wanted,
-                    now,
-                ),
-                Effect::Unsubscribe { filters } => {
-                    self.router.unsubscribe(who.session, &filters, now);
-                }
-                Effect::Publish { .. } => {}
-            }
-        }
+        packet_of(&self.router, self.clients[client], bytes, self.now);
     }
 
     /// What a client was written: SUBACK codes, and the messages.

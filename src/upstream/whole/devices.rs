@@ -11,46 +11,10 @@ pub(super) struct Device {
     pub(super) asked: Vec<(u16, Vec<(String, SubscribeOptions)>)>,
 }
 
-pub(super) struct Open;
-
-impl Policy for Open {
-    fn may_publish(&self, _: &str) -> bool {
-        true
-    }
-
-    fn may_subscribe(&self, _: &str) -> bool {
-        true
-    }
-}
-
 impl World {
     pub(super) fn connect(&mut self, n: usize) {
         let device = &mut self.devices[n];
-        let connect = crate::router::Connect {
-            client_id: device.id.as_str().into(),
-            principal: "anonymous".into(),
-            clean_start: false,
-            expiry: u32::MAX,
-            spec: ConnectionSpec {
-                version: Version::V5,
-                receive_maximum: u16::MAX,
-                maximum_packet_size: u32::MAX,
-                topic_alias_maximum: 0,
-                problem_information: true,
-                keep_alive: 0,
-                scope: None,
-            },
-            will: None,
-            wake: Arc::new(Wake::default()),
-            origin: Arc::new(Place {
-                listener: "test".into(),
-                transport: "tcp",
-                websocket: false,
-                peer: ([127, 0, 0, 1], 1).into(),
-            }),
-        };
-        let connected = self.router.connect(connect, self.now, |_, _| {});
-        let connected = connected.expect("nobody else has the identifier");
+        let connected = kept_client(&self.router, &device.id, self.now);
         device.at = Some(connected);
         // Answers to what it asked on the last connection do not come any more.
         let asked = std::mem::take(&mut device.asked);
@@ -78,48 +42,7 @@ impl World {
         let Some(at) = self.devices[n].at else {
             return;
         };
-        let decoder = Decoder {
-            version: Version::V5,
-            receiver: Receiver::Server,
-            max: u32::MAX,
-        };
-        let (packet, _) = decoder.next(bytes).expect("legal").expect("whole");
-        let (now, mut effects) = (self.now, Vec::new());
-        self.router
-            .feed(
-                at.session,
-                at.generation,
-                &mut effects,
-                |session, limits, effects| {
-                    session
-                        .packet(0, &packet, limits, &Open, now, effects)
-                        .expect("it is allowed");
-                },
-            )
-            .expect("it is connected");
-        for effect in effects {
-            match effect {
-                Effect::Subscribe {
-                    packet_id,
-                    identifier,
-                    wanted,
-                } => self.router.subscribe(
-                    at.session,
-                    at.generation,
-                    packet_id,
-                    identifier,
-                    &wanted,
-                    now,
-                ),
-                Effect::Unsubscribe { filters } => {
-                    self.router.unsubscribe(at.session, &filters, now);
-                }
-                Effect::Publish { .. } => {
-                    self.router
-                        .publish(at.session, at.publish_link, effect, now);
-                }
-            }
-        }
+        packet_of(&self.router, at, bytes, self.now);
     }
 
     pub(super) fn next_id(&mut self, n: usize) -> u16 {
