@@ -70,7 +70,8 @@ impl Slot {
 pub(super) struct Member {
     pub slot: u32,
     pub identifier: u32,
-    pub qos: QoS,
+    /// As granted; `None`: not yet, and nothing is delivered.
+    pub qos: Option<QoS>,
     pub no_local: bool,
     pub retain_as_published: bool,
     pub overlaps: bool,
@@ -193,7 +194,7 @@ impl Shard {
         let member = Member {
             slot,
             identifier: s.identifier,
-            qos: s.options.qos,
+            qos: s.active.then_some(s.options.qos),
             no_local: s.options.no_local,
             retain_as_published: s.options.retain_as_published,
             overlaps: s.overlaps,
@@ -222,7 +223,7 @@ impl Shard {
             let granted = subscription.asked.min(granted);
             if newly_active || subscription.options.qos < granted {
                 subscription.options.qos = granted;
-                member.qos = granted;
+                member.qos = Some(granted);
             }
             if newly_active && subscription.overlaps {
                 let reference = SessionRef {
@@ -378,11 +379,14 @@ impl Shard {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
                 continue;
             };
+            let Some(mut qos) = member.qos else {
+                continue;
+            };
             if member.no_local && tag != 0 && tag == slot.session.tag {
                 continue;
             }
             let one;
-            let (mut qos, mut retain) = (member.qos, member.retain_as_published);
+            let mut retain = member.retain_as_published;
             let ids: &[u32] = if member.overlaps {
                 let found = senior(
                     slot.session.subscriptions(),
@@ -392,12 +396,11 @@ impl Shard {
                     identifiers,
                 );
                 match found {
-                    Some(senior) if senior.filter != filter => continue,
-                    Some(senior) => {
+                    Some(senior) if senior.filter == filter => {
                         qos = senior.qos;
                         retain = senior.retain;
                     }
-                    None => {}
+                    _ => continue,
                 }
                 identifiers
             } else if member.identifier != 0 {

@@ -523,7 +523,8 @@ pub struct Senior {
 
 /// The senior of a client's subscriptions that match `topic`: the one that the core granted first.
 /// Its copy is the one that the client gets, on any core, with all their identifiers. Granting
-/// another changes nothing for the messages that are under way, on whichever links.
+/// another changes nothing for the messages that are under way, on whichever links. `None`: none of
+/// them is granted yet, so that which copies will come is not known.
 /// `lost` tells filters that the core has lost and not taken again. For an `own` publish of the
 /// client, those with No Local do not count.
 pub fn senior(
@@ -544,10 +545,13 @@ pub fn senior(
         if s.identifier != 0 && !identifiers.contains(&s.identifier) {
             identifiers.push(s.identifier);
         }
-        // What the core has not granted yet, or has lost, counts only among its like.
-        let counts = s.active && !lost(s.filter);
+        if !s.active {
+            continue;
+        }
+        // What the core has lost counts only among its like.
+        let held = !lost(s.filter);
         match &mut best {
-            Some((known, senior)) if *known == counts => {
+            Some((known, senior)) if *known == held => {
                 senior.qos = senior.qos.max(s.options.qos);
             }
             Some((true, _)) => {}
@@ -557,7 +561,7 @@ pub fn senior(
                     qos: s.options.qos,
                     retain: false,
                 };
-                best = Some((counts, senior));
+                best = Some((held, senior));
             }
         }
     }

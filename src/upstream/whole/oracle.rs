@@ -353,12 +353,9 @@ impl Oracle {
                 if must && copies == 0 {
                     faults.push(format!("{n} misses {number}"));
                 }
-                // One that was left since, or not granted yet, may have brought a copy of its own.
-                let unsettled = |s: &&Sub| {
-                    let early = s.granted_at.is_none_or(|granted| granted >= message.at);
-                    s.ended_at >= message.at && (s.ended_at < u64::MAX || early)
-                };
-                let left = client.subs.iter().filter(plain).filter(unsettled);
+                // One that was left since may have brought a copy of its own.
+                let left = client.subs.iter().filter(plain);
+                let left = left.filter(|s| s.ended_at < u64::MAX && s.ended_at >= message.at);
                 let left = left.count();
                 most += left;
                 if copies > usize::from(may) + names.len() + left && !self.twice(message) {
