@@ -11,6 +11,7 @@ mod fanout;
 mod fence;
 mod groups;
 pub mod lanes;
+mod leaving;
 mod links;
 mod local;
 mod lost;
@@ -139,6 +140,8 @@ pub struct Router {
     /// How often a data link was lost.
     data_lost: AtomicU64,
     fences: Box<[fence::Fence]>,
+    /// Shards with sessions that wait for fences, having left a filter.
+    leaving: AtomicU64,
     /// Wakes the R link's task.
     fetch: Arc<Wake>,
     /// Messages that came from the core and are alive in a queue.
@@ -204,6 +207,7 @@ impl Router {
             data_up: (0..links).map(|_| AtomicBool::new(false)).collect(),
             data_lost: AtomicU64::new(0),
             fences: (0..links).map(|_| Default::default()).collect(),
+            leaving: AtomicU64::new(0),
             groups: Mutex::default(),
             fetch: Arc::default(),
             queue_account: Arc::new(Account::new()),
@@ -319,10 +323,13 @@ impl Router {
         if refused > 0 {
             metrics().messages_dropped[DropReason::Acl].increment(refused.into());
         }
-        for effect in effects.iter() {
+        for effect in effects.iter_mut() {
             if let Effect::Unsubscribe { filters } = effect {
-                for filter in filters {
-                    shard.leave(reference.slot, *filter);
+                for left in filters {
+                    shard.leave(reference.slot, left.filter);
+                    if !left.senior_over.is_empty() && !shard.leavers.leave(reference.slot, left) {
+                        left.senior_over.clear();
+                    }
                 }
                 shard.rejoin(reference.slot);
             }

@@ -155,9 +155,23 @@ pub enum Effect {
     },
     /// These filters lost their subscription.
     Unsubscribe {
-        /// Numbers of the filters.
-        filters: Vec<u32>,
+        /// The filters.
+        filters: Vec<Left>,
     },
+}
+
+/// A subscription that its client gave up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// Number of the filter.
+    pub filter: u32,
+    /// The filter.
+    pub name: Arc<str>,
+    /// It had No Local.
+    pub no_local: bool,
+    /// Filters of the client, granted later, that match some of the same messages: it was the
+    /// copies of this one that the client got.
+    pub senior_over: Vec<u32>,
 }
 
 /// The connection must end.

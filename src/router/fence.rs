@@ -5,7 +5,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::Router;
+use smallvec::SmallVec;
+
+use super::{Router, SessionRef};
 
 /// Moments on one data link, as numbers of its PINGREQs.
 #[derive(Debug, Default)]
@@ -40,5 +42,45 @@ impl Router {
     /// PINGREQ `number` of D link `link` was answered, and all that came before is fanned out.
     pub fn fence_passed(&self, link: usize, number: u64, now: u64) {
         self.release_fetched(|of, fence| of == link && fence <= number, now);
+        self.leavers_passed(link, number, now);
+    }
+
+    /// A session left filters that overlapping ones of it take over from, once every data link has
+    /// brought what is under way.
+    pub(super) fn await_leaving(&self, session: SessionRef) {
+        self.leaving.fetch_or(1 << session.shard, Ordering::SeqCst);
+        let fences: SmallVec<[u64; 4]> = self.all_fences();
+        let mut shard = self.shards[usize::from(session.shard)].lock();
+        if shard.get(session).is_some() {
+            shard.leavers.wait(session.slot, &fences);
+        }
+    }
+
+    /// Whether PINGREQs of a lost connection have to be sent again.
+    pub(super) fn awaits_fences(&self) -> bool {
+        self.holds_fetched() || self.leaving.load(Ordering::SeqCst) != 0
+    }
+
+    fn all_fences(&self) -> SmallVec<[u64; 4]> {
+        (0..self.config.data_links)
+            .map(|link| self.ask_fence(link))
+            .collect()
+    }
+
+    fn leavers_passed(&self, link: usize, number: u64, now: u64) {
+        let mut mask = self.leaving.load(Ordering::SeqCst);
+        while mask != 0 {
+            let index = mask.trailing_zeros() as u16;
+            mask &= mask - 1;
+            let mut gone = Vec::new();
+            let mut shard = self.shards[usize::from(index)].lock();
+            let next = || self.all_fences();
+            shard.leavers.passed(link, number, &mut gone, next);
+            if shard.leavers.is_empty() {
+                self.leaving.fetch_and(!(1 << index), Ordering::SeqCst);
+            }
+            drop(shard);
+            self.release(&gone, index, now);
+        }
     }
 }

@@ -291,7 +291,7 @@ impl Router {
             }
         }
         // A PINGREQ of the lost connection is never answered.
-        if self.holds_fetched() {
+        if self.awaits_fences() {
             self.ask_fence(link);
         }
         self.data[link].raise();

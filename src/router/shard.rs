@@ -17,6 +17,7 @@ use crate::session::{
 
 use super::SessionRef;
 use super::fanout::Tally;
+use super::leaving::Leavers;
 use super::lost::Lost;
 use super::retained::Wants;
 use super::wake::Wake;
@@ -93,6 +94,8 @@ pub(super) struct Shard {
     pub output_bytes: i64,
     identifiers: Vec<u32>,
     lost: Arc<Lost>,
+    /// Filters that overlapping ones of the same session take over from.
+    pub leavers: Leavers,
 }
 
 impl Shard {
@@ -109,6 +112,7 @@ impl Shard {
             output_bytes: 0,
             identifiers: Vec::new(),
             lost,
+            leavers: Leavers::default(),
         }
     }
 
@@ -264,13 +268,12 @@ impl Shard {
             return Vec::new();
         };
         let taken = s.session.take_subscriptions();
-        taken
-            .iter()
-            .map(|s| {
-                self.leave(slot, s.filter);
-                s.filter
-            })
-            .collect()
+        let mut filters = self.leavers.forget(slot);
+        for s in taken {
+            self.leave(slot, s.filter);
+            filters.push(s.filter);
+        }
+        filters
     }
 
     /// After a connection ended: marks the session detached, or removes it.
@@ -360,6 +363,9 @@ impl Shard {
         tag: u64,
         tally: &mut Tally,
     ) {
+        if !self.leavers.is_empty() {
+            self.fan_out_left(limits, now, message, filter, tag, tally);
+        }
         let Self {
             slots,
             members,
@@ -368,12 +374,14 @@ impl Shard {
             output_bytes,
             detached,
             lost,
+            leavers,
             ..
         } = self;
         let Some(members) = members.get(&filter) else {
             return;
         };
         let lost = lost.look();
+        let is_lost = |filter| lost.as_ref().is_some_and(|lost| lost.contains(&filter));
         tally.targets += members.len();
         for member in members {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
@@ -382,20 +390,15 @@ impl Shard {
             let Some(mut qos) = member.qos else {
                 continue;
             };
-            if member.no_local && tag != 0 && tag == slot.session.tag {
+            let own = tag != 0 && tag == slot.session.tag;
+            if member.no_local && own {
                 continue;
             }
             let one;
             let mut retain = member.retain_as_published;
             let ids: &[u32] = if member.overlaps {
-                let found = senior(
-                    slot.session.subscriptions(),
-                    message.topic(),
-                    tag != 0 && tag == slot.session.tag,
-                    |filter| lost.as_ref().is_some_and(|lost| lost.contains(&filter)),
-                    identifiers,
-                );
-                match found {
+                let subscriptions = slot.session.subscriptions();
+                match senior(subscriptions, message.topic(), own, is_lost, identifiers) {
                     Some(senior) if senior.filter == filter => {
                         qos = senior.qos;
                         retain = senior.retain;
@@ -409,32 +412,92 @@ impl Shard {
             } else {
                 &[]
             };
-            let qos = qos.min(message.qos());
-            let retain = retain && message.retain();
-            let outcome = slot.session.deliver(
-                limits,
-                now,
-                &Offer {
-                    message,
-                    qos,
-                    retain,
-                    ids,
-                    group: None,
-                },
-            );
-            let (entries, output) = slot.charge();
-            *entry_bytes += entries;
-            *output_bytes += output;
-            if outcome == Delivered::Queued && !slot.listed && !slot.session.attached() {
-                // It left the order because it was the oldest, or had nothing: the oldest again.
-                slot.listed = true;
-                detached.put(member.slot, slot.session.since);
-                detached.demote(&member.slot);
+            if !leavers.is_empty()
+                && leavers.gives(member.slot, filter, filter, message, own, is_lost) == Some(false)
+            {
+                continue;
             }
-            if outcome == Delivered::EndSession {
-                tally.ended.push((member.slot, slot.epoch));
-            }
-            tally.outcome(slot, outcome);
+            let offer = Offer {
+                message,
+                qos: qos.min(message.qos()),
+                retain: retain && message.retain(),
+                ids,
+                group: None,
+            };
+            let charged = offer_to(slot, member.slot, limits, now, &offer, detached, tally);
+            *entry_bytes += charged.0;
+            *output_bytes += charged.1;
         }
     }
+
+    /// Offers a message to sessions that left the filter by which it came, and have others that
+    /// match it.
+    fn fan_out_left(
+        &mut self,
+        limits: &SessionLimits,
+        now: u64,
+        message: &Message,
+        filter: u32,
+        tag: u64,
+        tally: &mut Tally,
+    ) {
+        let lost = self.lost.look();
+        let is_lost = |filter| lost.as_ref().is_some_and(|lost| lost.contains(&filter));
+        let topic = message.topic();
+        for at in self.leavers.of(filter) {
+            let Some(slot) = self.slots.get_mut(at as usize) else {
+                continue;
+            };
+            let own = tag != 0 && tag == slot.session.tag;
+            let subscriptions = slot.session.subscriptions();
+            let senior = senior(subscriptions, topic, own, is_lost, &mut self.identifiers);
+            let Some(senior) = senior else {
+                continue;
+            };
+            // As one that is kept, its turn comes with the members.
+            if senior.filter == filter
+                || self
+                    .leavers
+                    .gives(at, filter, senior.filter, message, own, is_lost)
+                    != Some(true)
+            {
+                continue;
+            }
+            let offer = Offer {
+                message,
+                qos: senior.qos.min(message.qos()),
+                retain: senior.retain && message.retain(),
+                ids: &self.identifiers,
+                group: None,
+            };
+            let charged = offer_to(slot, at, limits, now, &offer, &mut self.detached, tally);
+            self.entry_bytes += charged.0;
+            self.output_bytes += charged.1;
+        }
+    }
+}
+
+/// Offers a message to one session; what its accounts change by.
+fn offer_to(
+    slot: &mut Slot,
+    at: u32,
+    limits: &SessionLimits,
+    now: u64,
+    offer: &Offer<'_>,
+    detached: &mut LruCache<u32, u64, RandomState>,
+    tally: &mut Tally,
+) -> (i64, i64) {
+    let outcome = slot.session.deliver(limits, now, offer);
+    let charged = slot.charge();
+    if outcome == Delivered::Queued && !slot.listed && !slot.session.attached() {
+        // It left the order because it was the oldest, or had nothing: the oldest again.
+        slot.listed = true;
+        detached.put(at, slot.session.since);
+        detached.demote(&at);
+    }
+    if outcome == Delivered::EndSession {
+        tally.ended.push((at, slot.epoch));
+    }
+    tally.outcome(slot, outcome);
+    charged
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use smallvec::SmallVec;
 
 use crate::mqtt::{QoS, ReasonCode, has_wildcard, overlaps, split_shared};
-use crate::session::{Close, Subscription, Wanted};
+use crate::session::{Close, Left, Subscription, Wanted};
 use crate::telemetry::{RateLimited, clean};
 
 use super::retained::Reply;
@@ -589,8 +589,13 @@ impl Router {
     }
 
     /// A client unsubscribed; its session and shard have forgotten the filters already.
-    pub fn unsubscribe(&self, session: SessionRef, filters: &[u32], now: u64) {
-        self.release(filters, session.shard, now);
+    pub fn unsubscribe(&self, session: SessionRef, filters: &[Left], now: u64) {
+        let gone = filters.iter().filter(|left| left.senior_over.is_empty());
+        let gone: SmallVec<[u32; 8]> = gone.map(|left| left.filter).collect();
+        self.release(&gone, session.shard, now);
+        if gone.len() < filters.len() {
+            self.await_leaving(session);
+        }
     }
 
     /// Gives references back.

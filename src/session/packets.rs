@@ -12,7 +12,7 @@ use crate::mqtt::{
 
 use super::connection::{Connection, PendingSubscribe, Scope};
 use super::inbound::{Answer, Arrival, Incoming};
-use super::{Close, Effect, Policy, Session, SessionLimits, Subscription, Wanted};
+use super::{Close, Effect, Left, Policy, Session, SessionLimits, Subscription, Wanted};
 
 impl Session {
     /// Takes one packet that arrived on `lane` (0: the control stream). What it asks of the router
@@ -426,6 +426,25 @@ impl Session {
         Some(removed)
     }
 
+    /// Takes a subscription away that its client gave up.
+    fn leave_subscription(&mut self, filter: u32) -> Option<Left> {
+        let all = &self.subscriptions;
+        let at = all.iter().position(|s| s.filter == filter)?;
+        let (left, younger) = (&all[at], &all[at + 1..]);
+        let mut senior_over = Vec::new();
+        if left.active && left.overlaps {
+            let over = younger.iter().filter(|s| s.active && clash(s, left));
+            senior_over.extend(over.map(|s| s.filter));
+        }
+        let left = self.remove_subscription(filter)?;
+        Some(Left {
+            filter,
+            name: left.name,
+            no_local: left.options.no_local,
+            senior_over,
+        })
+    }
+
     fn unsubscribe(
         &mut self,
         lane: u8,
@@ -448,8 +467,7 @@ impl Session {
                 None => ReasonCode::NO_SUBSCRIPTION_EXISTED.0,
             });
             if let Some(number) = number {
-                self.remove_subscription(number);
-                filters.push(number);
+                filters.extend(self.leave_subscription(number));
             }
         }
         if let Some(connection) = self.connection.as_deref_mut() {

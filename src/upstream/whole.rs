@@ -175,7 +175,13 @@ impl World {
         }
         Self {
             now: 0,
-            oracle: Oracle::new(devices.len(), stormy, data_links, has(Habit::LowestQos)),
+            oracle: Oracle::new(
+                devices.len(),
+                stormy,
+                data_links,
+                has(Habit::LowestQos),
+                has(Habit::SmallWindow),
+            ),
             rng,
             tell,
             router,
