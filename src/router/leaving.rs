@@ -25,9 +25,10 @@ const COPIES_MAX: usize = 4096;
 /// Whose copies are given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    OfLeft,
-    OfBoth,
-    OfKept,
+    Left,
+    Both,
+    Kept,
+    Over,
 }
 
 /// A filter on its way out.
@@ -69,19 +70,22 @@ impl Leavers {
     /// A session left a filter. False: its reference is to be given back at once.
     pub fn leave(&mut self, slot: u32, left: &Left) -> bool {
         let filters = &mut self.slots.entry(slot).or_default().filters;
-        let known = filters.iter().any(|l| l.left.filter == left.filter);
-        if known || filters.len() >= LEFT_MAX {
+        if filters.len() >= LEFT_MAX {
             return false;
         }
         let mut left = left.clone();
         // Those that went before it and were not senior to it were its juniors.
         let juniors = filters.iter().map(|l| &l.left);
         let juniors = juniors.filter(|l| !l.senior_over.contains(&left.filter));
+        let juniors = juniors.filter(|l| l.filter != left.filter);
         left.senior_over.extend(juniors.map(|l| l.filter));
-        self.filters.entry(left.filter).or_default().push(slot);
+        let slots = self.filters.entry(left.filter).or_default();
+        if !slots.contains(&slot) {
+            slots.push(slot);
+        }
         filters.push(Leaving {
             left,
-            step: Step::OfLeft,
+            step: Step::Left,
             fences: SmallVec::new(),
         });
         true
@@ -127,7 +131,7 @@ impl Leavers {
         gone: &mut Vec<u32>,
         mut next: impl FnMut() -> SmallVec<[u64; 4]>,
     ) {
-        let mut over: Vec<(u32, u32)> = Vec::new();
+        let mut over: Vec<u32> = Vec::new();
         for (slot, leaver) in &mut self.slots {
             for leaving in &mut leaver.filters {
                 match leaving.fences.get_mut(link) {
@@ -138,26 +142,33 @@ impl Leavers {
                     continue;
                 }
                 leaving.step = match leaving.step {
-                    Step::OfLeft => Step::OfBoth,
-                    Step::OfBoth => Step::OfKept,
-                    Step::OfKept => {
-                        over.push((*slot, leaving.left.filter));
-                        continue;
+                    Step::Left => Step::Both,
+                    Step::Both => Step::Kept,
+                    Step::Kept | Step::Over => {
+                        over.push(*slot);
+                        Step::Over
                     }
                 };
-                leaving.fences = next();
+                if leaving.step != Step::Over {
+                    leaving.fences = next();
+                }
             }
         }
-        for (slot, filter) in over {
-            gone.push(filter);
-            self.no_longer(filter, slot);
+        for slot in over {
             let Some(leaver) = self.slots.get_mut(&slot) else {
                 continue;
             };
-            leaver.filters.retain(|l| l.left.filter != filter);
+            let past = leaver.filters.extract_if(.., |l| l.step == Step::Over);
+            let past: Vec<u32> = past.map(|l| l.left.filter).collect();
+            let there = |filter| leaver.filters.iter().any(|l| l.left.filter == filter);
+            let no_longer: Vec<u32> = past.iter().copied().filter(|f| !there(*f)).collect();
             if leaver.filters.is_empty() {
                 self.slots.remove(&slot);
             }
+            for filter in no_longer {
+                self.no_longer(filter, slot);
+            }
+            gone.extend(past);
         }
     }
 
@@ -191,11 +202,11 @@ impl Leavers {
             }
             concerned = true;
             if left.filter == via {
-                counts |= *step != Step::OfKept;
+                counts |= *step != Step::Kept;
             } else if left.senior_over.contains(&via) {
                 // One that was subscribed again is the other's junior, too.
                 let junior = own_role.is_some_and(|own| own.senior_over.contains(&left.filter));
-                blocked |= *step == Step::OfLeft && !junior;
+                blocked |= *step == Step::Left && !junior;
             }
         }
         if !concerned {
@@ -315,6 +326,22 @@ mod tests {
     }
 
     #[test]
+    fn a_filter_left_twice_is_given_back_twice() {
+        let mut leavers = left();
+        step(&mut leavers, 1);
+        // Subscribed again as the junior of 9, the senior of 8, and left again.
+        assert!(leavers.leave(7, &old(1, "a/#", &[8])));
+        leavers.wait(7, &[2, 2]);
+        let mut to = |senior| leavers.gives(7, 1, senior, &message("x"), false, |_| false);
+        assert_eq!((to(8), to(9)), (Some(true), Some(true)));
+        assert!(step(&mut leavers, 2).is_empty());
+        assert_eq!(step(&mut leavers, 3), [1]);
+        assert_eq!(leavers.of(1).as_slice(), [7]);
+        assert_eq!(step(&mut leavers, 4), [1]);
+        assert!(leavers.is_empty() && leavers.of(1).is_empty());
+    }
+
+    #[test]
     fn the_same_content_sent_twice_is_given_twice() {
         let mut leavers = left();
         step(&mut leavers, 1);
@@ -329,7 +356,6 @@ mod tests {
             no_local: true,
             ..old(2, "+/b", &[8])
         };
-        assert!(!leavers.leave(7, &old(1, "a/#", &[9])));
         assert!(leavers.leave(7, &hidden));
         let mut given =
             |senior, own| leavers.gives(7, senior, senior, &message("x"), own, |lost| lost == 1);

@@ -317,8 +317,7 @@ impl Router {
                 wake.push(link);
             }
             let filter = table.get(source);
-            let waits =
-                filter.is_some_and(|f| f.state == State::Active && f.upgrading && f.granted < qos);
+            let waits = filter.is_some_and(|f| f.is_rising() && f.granted < qos);
             // Answers come in order: behind the last there is nothing left to wait for.
             last = waits.then_some(source).or(last);
         }
@@ -334,7 +333,7 @@ impl Router {
     /// Lets a waiter wait for another filter of its client. False: there is nothing to wait for.
     fn wait_behind(&self, waiter: Waiter, on: u32) -> bool {
         let mut table = self.table.write();
-        let Some(filter) = table.get_mut(on).filter(|f| f.upgrading) else {
+        let Some(filter) = table.get_mut(on).filter(|f| f.is_rising()) else {
             return false;
         };
         filter.waiters.push(waiter);

@@ -98,6 +98,15 @@ impl Filter {
         }
     }
 
+    /// The core's word on what is wanted is still to come.
+    pub fn is_rising(&self) -> bool {
+        match self.state {
+            State::Pending | State::Subscribing => true,
+            State::Active => self.upgrading,
+            State::Absent | State::Unsubscribing => false,
+        }
+    }
+
     /// Somebody holds it, or waits for a word on it.
     pub fn is_wanted(&self) -> bool {
         self.idle_since == u64::MAX || !self.waiters.is_empty()

@@ -71,7 +71,7 @@ const CORES: [&[Habit]; 12] = [
     &[Habit::V311, Habit::TwoQueues],
     &[Habit::LateRetained, Habit::SmallWindow, Habit::Dup0],
 ];
-const ROOTS: [&[&str]; 3] = [&[], &["a/#"], &["c/#", "+/b"]];
+const ROOTS: [&[&str]; 3] = [&[], &["a/#"], &["c/#", "b/#"]];
 
 struct World {
     now: u64,

@@ -79,6 +79,16 @@ struct Client {
     cuts: Vec<u64>,
 }
 
+impl Client {
+    /// A subscription on the same filter is under way, that may be less.
+    fn replaces(&self, sub: &Sub) -> bool {
+        let pending = |o: &Sub| o.granted_at.is_none() && o.ended_at == u64::MAX;
+        self.subs
+            .iter()
+            .any(|o| o.filter == sub.filter && pending(o))
+    }
+}
+
 pub struct Oracle {
     clients: Vec<Client>,
     messages: BTreeMap<u32, Message>,
@@ -296,11 +306,7 @@ impl Oracle {
                 && s.ended_at == u64::MAX
                 && s.qos > QoS::AtMostOnce
                 && !(s.no_local && message.from == n)
-                // A replacement that is under way may be less.
-                && !self.clients[n]
-                    .subs
-                    .iter()
-                    .any(|o| o.filter == s.filter && o.granted_at.is_none() && o.ended_at == u64::MAX)
+                && !self.clients[n].replaces(s)
         });
         covered && message.qos > QoS::AtMostOnce && message.acknowledged_at < u64::MAX
     }
@@ -423,14 +429,17 @@ impl Oracle {
     /// Groups that have a member for sure, and that may have one.
     fn groups(&self, message: &Message) -> (usize, usize) {
         let mut groups: BTreeMap<&str, bool> = BTreeMap::new();
-        for sub in self.clients.iter().flat_map(|c| &c.subs) {
-            if !sub.shared() || !sub.matches(&message.topic) || sub.ended_at < message.at {
-                continue;
+        for client in &self.clients {
+            for sub in &client.subs {
+                if !sub.shared() || !sub.matches(&message.topic) || sub.ended_at < message.at {
+                    continue;
+                }
+                let stable = sub.granted_at.is_some_and(|at| at < message.at)
+                    && sub.ended_at == u64::MAX
+                    && sub.qos > QoS::AtMostOnce
+                    && !client.replaces(sub);
+                *groups.entry(&sub.filter).or_default() |= stable;
             }
-            let stable = sub.granted_at.is_some_and(|at| at < message.at)
-                && sub.ended_at == u64::MAX
-                && sub.qos > QoS::AtMostOnce;
-            *groups.entry(&sub.filter).or_default() |= stable;
         }
         let stable = groups.values().filter(|s| **s).count();
         // A member that left while it was to get one: another may have got it as well.
