@@ -322,6 +322,12 @@ impl Router {
             return;
         }
         metrics().wills_published.increment(1);
+        // No Local hides a client's will from it, as any other publish of its.
+        let tag = {
+            let mut shard = self.shards[usize::from(session.shard)].lock();
+            let slot = shard.get(session);
+            slot.map_or(0, |slot| slot.session.own_tag(will.topic()))
+        };
         let will = will.charged_to(account);
         self.publish(
             session,
@@ -329,7 +335,7 @@ impl Router {
             Effect::Publish {
                 token: None,
                 message: will,
-                tag: 0,
+                tag,
             },
             now,
         );

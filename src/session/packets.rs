@@ -187,12 +187,7 @@ impl Session {
             account: Some(limits.publish_account.clone()),
         };
         let message = Message::mounted(&spec, &scope.mount, &scope.sender);
-        let topic = message.topic();
-        let own = |s: &Subscription| s.options.no_local && matches(&s.name, topic);
-        let tag = match self.subscriptions.iter().any(own) {
-            true => self.tag,
-            false => 0,
-        };
+        let tag = self.own_tag(message.topic());
         effects.push(Effect::Publish {
             token,
             message,
@@ -424,6 +419,16 @@ impl Session {
             }
         }
         Some(removed)
+    }
+
+    /// The mark of what this client publishes on `topic`: its own, if a No Local subscription is to
+    /// know it again; else 0.
+    pub fn own_tag(&self, topic: &str) -> u64 {
+        let hides = |s: &Subscription| s.options.no_local && matches(&s.name, topic);
+        match self.subscriptions.iter().any(hides) {
+            true => self.tag,
+            false => 0,
+        }
     }
 
     /// Takes a subscription away that its client gave up.

@@ -23,8 +23,6 @@ use super::machine::{LinkEnd, Machine, Up};
 const JOBS_MAX: usize = 8;
 /// Filters of one fetch.
 const FILTERS_MAX: usize = 500;
-/// Quiet time that ends a fetch, milliseconds.
-const QUIET: u64 = 100;
 /// A fetch that gets no answer for this long is given up, milliseconds.
 const PATIENCE: u64 = 30_000;
 
@@ -37,6 +35,8 @@ pub struct Fetch {
     up: bool,
     version: Version,
     identifiers: bool,
+    /// Quiet time that ends a fetch, milliseconds.
+    quiet: u64,
     last_id: u16,
     jobs: Vec<Job>,
     next_job: u64,
@@ -72,6 +72,7 @@ impl Fetch {
             up: false,
             version: Version::V5,
             identifiers: true,
+            quiet: 0,
             last_id: 0,
             jobs: Vec::new(),
             next_job: 1,
@@ -185,7 +186,7 @@ impl Fetch {
         let mut at = 0;
         while at < self.jobs.len() {
             let job = &self.jobs[at];
-            let quiet = job.last_data + QUIET <= now;
+            let quiet = job.last_data + self.quiet <= now;
             let late = job.last_data + PATIENCE <= now;
             if !(job.answered && quiet || late) {
                 at += 1;
@@ -214,6 +215,7 @@ impl Machine for Fetch {
         self.up = true;
         self.version = up.version;
         self.identifiers = up.identifiers;
+        self.quiet = up.fetch_quiet;
         self.start(now, out);
     }
 

@@ -100,6 +100,8 @@ pub struct Habits {
     pub retained_wildcard: Option<bool>,
     /// A PINGREQ behind a SUBSCRIBE is answered behind its retained messages; `None`: not seen.
     pub retained_marker: Option<bool>,
+    /// Milliseconds until all of the retained messages of a SUBSCRIBE had come; `None`: not seen.
+    pub retained_within: Option<u32>,
     /// Shared subscriptions.
     pub shared: SharedSubscriptions,
     /// User properties arrive unchanged, in order; `None`: not seen.
@@ -142,7 +144,24 @@ pub struct Announced {
     pub retain_available: bool,
 }
 
+/// How long the R link is quiet before a fetch ends, milliseconds: at least, where the core was not
+/// seen, where it was slower than the probe waits, and at most.
+const FETCH_QUIET: u64 = 100;
+const FETCH_QUIET_UNSEEN: u64 = 500;
+const FETCH_QUIET_LATE: u64 = 3000;
+const FETCH_QUIET_MAX: u64 = 4000;
+
 impl Habits {
+    /// How long to wait, in milliseconds, before a fetch that brings nothing more is over: four times
+    /// what the probe saw, for the core has more to look through than then.
+    pub fn fetch_quiet(&self) -> u64 {
+        match self.retained_within {
+            Some(ms) => (u64::from(ms) * 4).clamp(FETCH_QUIET, FETCH_QUIET_MAX),
+            None if self.source == Source::Probed && self.retain_available => FETCH_QUIET_LATE,
+            None => FETCH_QUIET_UNSEEN,
+        }
+    }
+
     /// Nothing seen yet.
     pub fn unseen(announced: &Announced, source: Source) -> Self {
         Self {
@@ -160,6 +179,7 @@ impl Habits {
             retain_as_published: None,
             retained_wildcard: None,
             retained_marker: None,
+            retained_within: None,
             shared: match announced.shared {
                 true => SharedSubscriptions::Assumed,
                 false => SharedSubscriptions::Refused,
@@ -296,6 +316,10 @@ impl fmt::Display for Habits {
         line("retain as published", seen(self.retain_as_published))?;
         line("retained for wildcards", seen(self.retained_wildcard))?;
         line("retained end marker", seen(self.retained_marker))?;
+        match self.retained_within {
+            Some(ms) => line("retained came within", &format!("{ms} ms"))?,
+            None => line("retained came within", "not seen")?,
+        }
         line("shared subscriptions", &word(&self.shared))?;
         line("user properties", seen(self.properties))?;
         match self.window {

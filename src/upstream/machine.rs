@@ -22,6 +22,8 @@ pub struct Up {
     pub identifiers: bool,
     /// Live messages keep their RETAIN, and no replay comes between them.
     pub keeps_retain: bool,
+    /// The R link is quiet for so long before a fetch is over, milliseconds.
+    pub fetch_quiet: u64,
 }
 
 /// Why a link ends.

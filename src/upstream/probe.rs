@@ -24,6 +24,8 @@ pub const PROBE_TIME: Duration = Duration::from_secs(3);
 const QUIET: Duration = Duration::from_millis(20);
 /// ...or for this long, where what is missing may come on the broker's own time.
 const QUIET_LATE: Duration = Duration::from_millis(300);
+/// Retained messages are waited for that long: some brokers look for them after the SUBACK.
+const RETAINED_LATE: Duration = Duration::from_secs(1);
 /// Retained messages that are published.
 const RETAINED: usize = 16;
 /// How long they outlive a probe that was cut off, seconds.
@@ -216,6 +218,7 @@ where
             self.publish(&format!("r/{n}"), b"retained", qos, true)
                 .await?;
         }
+        let begun = Instant::now();
         // The marker goes out with the SUBSCRIBE.
         let mut out = Vec::new();
         let id = self.encode_subscribe("r/#", 0, 0, false, Some(4), &mut out);
@@ -228,10 +231,10 @@ where
         }
         let before = self.got.publishes.len();
         self.granted(id).await?;
-        if before < RETAINED {
-            self.quiet(QUIET_LATE).await?;
-        }
+        let until = begun + RETAINED_LATE;
+        while self.got.publishes.len() < RETAINED && self.read_until(until).await? {}
         let all = std::mem::take(&mut self.got.publishes).len();
+        habits.retained_within = (all >= RETAINED).then(|| begun.elapsed().as_millis() as u32);
         habits.retained_wildcard = Some(all >= RETAINED);
         habits.retained_marker = (all > 0).then_some(before >= RETAINED);
         Ok(())

@@ -104,27 +104,41 @@ pub fn up(session_present: bool, receive_maximum: u16) -> Up {
         packet_max: u32::MAX,
         identifiers: true,
         keeps_retain: true,
+        fetch_quiet: 100,
     }
 }
 
 /// A connected MQTT 5 client whose session ends with the connection.
 pub fn client(router: &Router, id: &str) -> Connected {
-    connect(router, id, true, 0)
+    connect(router, id, Version::V5, None, true, 0)
 }
 
-/// A connected MQTT 5 client whose session is kept.
-pub fn kept_client(router: &Router, id: &str, now: u64) -> Connected {
-    connect(router, id, false, now)
+/// A connected client of any version, whose session is kept, perhaps with a will.
+pub fn kept_client_of(
+    router: &Router,
+    id: &str,
+    version: Version,
+    will: Option<crate::session::Will>,
+    now: u64,
+) -> Connected {
+    connect(router, id, version, will, false, now)
 }
 
-fn connect(router: &Router, id: &str, clean: bool, now: u64) -> Connected {
+fn connect(
+    router: &Router,
+    id: &str,
+    version: Version,
+    will: Option<crate::session::Will>,
+    clean: bool,
+    now: u64,
+) -> Connected {
     let connect = Connect {
         client_id: id.into(),
         principal: "anonymous".into(),
         clean_start: clean,
         expiry: if clean { 0 } else { u32::MAX },
         spec: ConnectionSpec {
-            version: Version::V5,
+            version,
             receive_maximum: u16::MAX,
             maximum_packet_size: u32::MAX,
             topic_alias_maximum: 0,
@@ -132,7 +146,7 @@ fn connect(router: &Router, id: &str, clean: bool, now: u64) -> Connected {
             keep_alive: 0,
             scope: None,
         },
-        will: None,
+        will,
         wake: Arc::new(Wake::default()),
         origin: Arc::new(Place {
             listener: "test".into(),
@@ -160,8 +174,13 @@ impl Policy for Open {
 
 /// One packet of a client: what it does to the session, and all that follows.
 pub fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: u64) {
+    packet_in(router, client, Version::V5, bytes, now);
+}
+
+/// The same for a client of any version.
+pub fn packet_in(router: &Router, client: Connected, version: Version, bytes: &[u8], now: u64) {
     let decoder = Decoder {
-        version: Version::V5,
+        version,
         receiver: Receiver::Server,
         max: u32::MAX,
     };

@@ -26,10 +26,11 @@ use crate::mqtt::{
     SubscribeOptions, Version, encode_ack, encode_pingreq, encode_subscribe, encode_unsubscribe,
 };
 use crate::router::{Connected, CoreFacts, Router, RouterConfig};
+use crate::session::Will;
 use crate::telemetry::LinkDownReason;
 use crate::upstream::embedded::EmbeddedOptions;
 use crate::upstream::embedded::stepped::{Ended, SteppedConn, SteppedCore};
-use crate::upstream::testing::{PROBES, config, facts, kept_client, packet_of, router_of};
+use crate::upstream::testing::{PROBES, config, facts, kept_client_of, packet_in, router_of};
 
 use super::data::Data;
 use super::fetch::Fetch;
@@ -82,6 +83,7 @@ struct World {
     core_back_at: Option<(u64, bool)>,
     named: bool,
     facts: CoreFacts,
+    fetch_quiet: u64,
     links: Vec<SimLink>,
     devices: Vec<Device>,
     oracle: Oracle,
@@ -162,6 +164,11 @@ impl World {
         let stormy = rng.chance(70);
         let devices = (0..4).map(|n| Device {
             id: format!("device-{n}"),
+            version: match rng.chance(25) {
+                true => Version::V311,
+                false => Version::V5,
+            },
+            will: None,
             at: None,
             last_id: 0,
             open: Vec::new(),
@@ -189,6 +196,7 @@ impl World {
             core_back_at: None,
             named,
             facts,
+            fetch_quiet: if has(Habit::LateRetained) { 1200 } else { 100 },
             links,
             devices,
             number: 0,
@@ -200,6 +208,7 @@ impl World {
         self.now += STEP;
         let now = self.now;
         self.core.at(now);
+        self.bid_farewell();
         if let Some((at, keep)) = self.core_back_at
             && at <= now
         {
@@ -269,11 +278,36 @@ impl World {
         for _ in 0..800 {
             self.step();
         }
+        self.ask_for_all();
         self.oracle.settle(self.now);
         self.at_core();
         match self.oracle.first_fault() {
             Some(fault) => Err(format!("at rest: {fault}")),
             None => Ok(()),
+        }
+    }
+
+    /// I6: who asks now gets the retained messages as the core has them, fetched or from the cache.
+    fn ask_for_all(&mut self) {
+        let id = self.next_id(0);
+        let options = SubscribeOptions {
+            qos: QoS::AtLeastOnce,
+            no_local: false,
+            retain_as_published: false,
+            retain_handling: 0,
+        };
+        let all: Vec<(String, SubscribeOptions)> = ["a/#", "c"]
+            .iter()
+            .map(|f| ((*f).to_owned(), options))
+            .collect();
+        let since = self.now;
+        self.ask(0, id, all);
+        for _ in 0..200 {
+            self.step();
+        }
+        for (topic, payload) in self.core.retained() {
+            let payload = String::from_utf8_lossy(&payload).into_owned();
+            self.oracle.has(0, &topic, &payload, since);
         }
     }
 

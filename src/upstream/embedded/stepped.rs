@@ -106,6 +106,15 @@ impl SteppedCore {
         self.state.start(keep_sessions);
     }
 
+    /// Topics and payloads of the retained messages.
+    pub fn retained(&mut self) -> Vec<(String, Vec<u8>)> {
+        let now = self.state.now;
+        let all = self.state.retained.matching("#", now);
+        let all = all.iter();
+        all.map(|m| (m.topic().to_owned(), m.payload().to_vec()))
+            .collect()
+    }
+
     /// Sessions by client identifier, with their filters.
     pub fn subscriptions(&self) -> Vec<(String, Vec<String>)> {
         let sessions = self.state.sessions.iter();

@@ -106,8 +106,13 @@ async fn each_habit_is_seen() {
     assert!(!forgetful.keeps_retain());
 
     let late = record(&[Habit::LateRetained]).await.0;
-    assert_eq!(late.retained_marker, None, "nothing came in time");
-    assert_eq!(late.retained_wildcard, Some(false));
+    assert_eq!(late.retained_marker, Some(false), "nothing came before it");
+    assert_eq!(late.retained_wildcard, Some(true));
+    assert!(
+        late.retained_within
+            .is_some_and(|ms| (300..500).contains(&ms))
+    );
+    assert!(late.fetch_quiet() >= 1200);
     assert_eq!(late.source, Source::Probed);
 }
 

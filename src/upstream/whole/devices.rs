@@ -4,6 +4,9 @@ use super::*;
 
 pub(super) struct Device {
     pub(super) id: String,
+    pub(super) version: Version,
+    /// Of the connection, or since it was cut.
+    pub(super) will: Option<Farewell>,
     pub(super) at: Option<Connected>,
     pub(super) last_id: u16,
     /// PUBLISH packets of its own that are not done: identifier, number, QoS.
@@ -11,21 +14,91 @@ pub(super) struct Device {
     pub(super) asked: Vec<(u16, Vec<(String, SubscribeOptions)>)>,
 }
 
+/// A will.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Farewell {
+    pub(super) number: u32,
+    pub(super) topic: &'static str,
+    pub(super) qos: QoS,
+    /// Milliseconds.
+    pub(super) delay: u64,
+    /// Cut off: when it is published.
+    pub(super) due: Option<u64>,
+}
+
+fn message(topic: &str, number: u32, qos: QoS, retain: bool) -> crate::mqtt::Message {
+    crate::mqtt::Message::new(&crate::mqtt::MessageSpec {
+        topic,
+        properties: Properties::default(),
+        payload: number.to_string().as_bytes(),
+        qos,
+        retain,
+        expires_at: u64::MAX,
+        strip_key: None,
+        account: None,
+    })
+}
+
 impl World {
+    /// Wills whose time has come.
+    pub(super) fn bid_farewell(&mut self) {
+        for n in 0..self.devices.len() {
+            let will = self.devices[n].will;
+            let due = will.filter(|w| w.due.is_some_and(|due| due <= self.now));
+            if let Some(will) = due {
+                self.devices[n].will = None;
+                tell!(
+                    self,
+                    "the will {} of {n} on {} is due",
+                    will.number,
+                    will.topic
+                );
+                self.oracle
+                    .bids(n, will.number, will.topic, will.qos, self.now);
+            }
+        }
+    }
+
+    fn new_will(&mut self, n: usize) -> Option<Farewell> {
+        if !self.rng.chance(40) {
+            return None;
+        }
+        self.number += 1;
+        let delay = self.rng.pick(&[0, 1000]);
+        Some(Farewell {
+            number: self.number,
+            topic: self.rng.pick(&TOPICS),
+            qos: self.rng.pick(&[QoS::AtLeastOnce, QoS::ExactlyOnce]),
+            delay: if self.devices[n].version == Version::V5 {
+                delay
+            } else {
+                0
+            },
+            due: None,
+        })
+    }
+
     pub(super) fn connect(&mut self, n: usize) {
+        let farewell = self.new_will(n);
+        let will = farewell.map(|w| {
+            let message = message(w.topic, w.number, w.qos, false);
+            Will::new(message, (w.delay / 1000) as u32, None)
+        });
         let device = &mut self.devices[n];
-        let connected = kept_client(&self.router, &device.id, self.now);
+        device.will = farewell;
+        let connected = kept_client_of(&self.router, &device.id, device.version, will, self.now);
         device.at = Some(connected);
         // Answers to what it asked on the last connection do not come any more.
         let asked = std::mem::take(&mut device.asked);
         let open = std::mem::take(&mut device.open);
         self.oracle.connected(n, asked, &open, self.now);
-        tell!(self, "{n} connects");
+        tell!(self, "{n} connects, its will {:?}", self.devices[n].will);
         // What was not acknowledged is sent again [MQTT-4.4.0-1].
         for (id, number, qos) in open {
             self.devices[n].open.push((id, number, qos));
             let topic = self.oracle.topic_of(number);
-            self.send_publish(n, id, number, qos, topic, true);
+            let retain = self.oracle.is_retained(number);
+            self.send_publish(n, id, &message(topic, number, qos, retain), true);
         }
     }
 
@@ -35,6 +108,10 @@ impl World {
                 .disconnected(at.session, at.generation, false, self.now);
             self.oracle.cut(n, self.now);
             tell!(self, "{n} is cut");
+            if let Some(will) = &mut self.devices[n].will {
+                will.due = Some(self.now + will.delay);
+            }
+            self.bid_farewell();
         }
     }
 
@@ -42,7 +119,7 @@ impl World {
         let Some(at) = self.devices[n].at else {
             return;
         };
-        packet_of(&self.router, at, bytes, self.now);
+        packet_in(&self.router, at, self.devices[n].version, bytes, self.now);
     }
 
     pub(super) fn next_id(&mut self, n: usize) -> u16 {
@@ -53,6 +130,7 @@ impl World {
 
     pub(super) fn subscribe(&mut self, n: usize) {
         let id = self.next_id(n);
+        let v5 = self.devices[n].version == Version::V5;
         let mut filters = Vec::new();
         for _ in 0..self.rng.between(1, 2) {
             let filter = self.rng.pick(&FILTERS);
@@ -64,15 +142,19 @@ impl World {
                 qos: self
                     .rng
                     .pick(&[QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce]),
-                no_local: !shared && self.facts.properties && self.rng.chance(15),
+                no_local: v5 && !shared && self.facts.properties && self.rng.chance(15),
                 retain_as_published: false,
-                retain_handling: 2,
+                retain_handling: if v5 { self.rng.below(3) as u8 } else { 0 },
             };
             filters.push((filter.to_owned(), options));
         }
+        self.ask(n, id, filters);
+    }
+
+    pub(super) fn ask(&mut self, n: usize, id: u16, filters: Vec<(String, SubscribeOptions)>) {
         let mut bytes = Vec::new();
         let all = filters.iter().map(|(f, o)| (f.as_str(), *o));
-        encode_subscribe(Version::V5, id, None, all, &mut bytes);
+        encode_subscribe(self.devices[n].version, id, None, all, &mut bytes);
         tell!(
             self,
             "{n} subscribes {:?}",
@@ -98,7 +180,7 @@ impl World {
         let id = self.next_id(n);
         let mut bytes = Vec::new();
         encode_unsubscribe(
-            Version::V5,
+            self.devices[n].version,
             id,
             std::iter::once(filter.as_str()),
             &mut bytes,
@@ -119,40 +201,28 @@ impl World {
             QoS::AtMostOnce => 0,
             _ => self.next_id(n),
         };
-        self.oracle.published(n, number, topic, qos, self.now);
+        // One client for each topic, so that of two values the later is known.
+        let retain = TOPICS.iter().position(|t| *t == topic) == Some(n) && self.rng.chance(50);
+        self.oracle
+            .published(n, number, topic, qos, retain, self.now);
         if qos > QoS::AtMostOnce {
             self.devices[n].open.push((id, number, qos));
         }
-        tell!(self, "{n} publishes {number} on {topic} at {qos:?}");
-        self.send_publish(n, id, number, qos, topic, false);
+        tell!(
+            self,
+            "{n} publishes {number} on {topic} at {qos:?}{}",
+            if retain { ", retained" } else { "" }
+        );
+        self.send_publish(n, id, &message(topic, number, qos, retain), false);
     }
 
-    pub(super) fn send_publish(
-        &mut self,
-        n: usize,
-        id: u16,
-        number: u32,
-        qos: QoS,
-        topic: &str,
-        dup: bool,
-    ) {
-        let payload = number.to_string();
-        let message = crate::mqtt::Message::new(&crate::mqtt::MessageSpec {
-            topic,
-            properties: Properties::default(),
-            payload: payload.as_bytes(),
-            qos,
-            retain: false,
-            expires_at: u64::MAX,
-            strip_key: None,
-            account: None,
-        });
+    fn send_publish(&mut self, n: usize, id: u16, message: &crate::mqtt::Message, dup: bool) {
         let mut bytes = Vec::new();
         crate::mqtt::Delivery {
-            version: Version::V5,
+            version: self.devices[n].version,
             dup,
-            qos,
-            retain: false,
+            qos: message.qos(),
+            retain: message.retain(),
             packet_id: id,
             alias: crate::mqtt::Alias::None,
             message_expiry: None,
@@ -160,7 +230,7 @@ impl World {
             user_property: None,
             hidden: 0,
         }
-        .encode(&message, &mut bytes);
+        .encode(message, &mut bytes);
         self.send(n, &bytes);
     }
 
@@ -172,8 +242,9 @@ impl World {
         let mut out = Vec::new();
         self.router
             .take_output(at.session, at.generation, &mut out, self.now);
+        let version = self.devices[n].version;
         let decoder = Decoder {
-            version: Version::V5,
+            version,
             receiver: Receiver::Client,
             max: u32::MAX,
         };
@@ -212,7 +283,7 @@ impl World {
         }
         for (kind, id) in answers {
             let mut bytes = Vec::new();
-            encode_ack(Version::V5, kind, id, ReasonCode::SUCCESS, None, &mut bytes);
+            encode_ack(version, kind, id, ReasonCode::SUCCESS, None, &mut bytes);
             self.send(n, &bytes);
         }
     }
@@ -222,13 +293,15 @@ impl World {
         let number: u32 = text.parse().expect("a number of ours");
         tell!(
             self,
-            "{n} gets {number} at {:?}{}",
+            "{n} gets {number} at {:?}{}{}",
             p.qos,
-            if p.dup { " dup" } else { "" }
+            if p.dup { " dup" } else { "" },
+            if p.retain { " retained" } else { "" }
         );
         let got = Got {
             number,
             qos: p.qos,
+            retain: p.retain,
             at: self.now,
         };
         self.oracle.got(n, p.topic, got);

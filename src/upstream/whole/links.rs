@@ -146,6 +146,7 @@ impl World {
                         packet_max: u32::MAX,
                         identifiers: self.named,
                         keeps_retain: self.facts.keeps_retain,
+                        fetch_quiet: self.fetch_quiet,
                     };
                     self.router.core_facts(&self.facts, now);
                     if link.data && up.doubtful {

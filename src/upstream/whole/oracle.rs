@@ -34,6 +34,7 @@ fn chances<'a>(subs: impl Iterator<Item = &'a Sub>, message: &Message) -> usize 
 pub struct Got {
     pub number: u32,
     pub qos: QoS,
+    pub retain: bool,
     pub at: u64,
 }
 
@@ -42,6 +43,7 @@ struct Sub {
     filter: String,
     qos: QoS,
     no_local: bool,
+    handling: u8,
     asked_at: u64,
     granted_at: Option<u64>,
     ended_at: u64,
@@ -68,6 +70,8 @@ struct Message {
     from: usize,
     topic: String,
     qos: QoS,
+    retain: bool,
+    will: bool,
     at: u64,
     acknowledged_at: u64,
 }
@@ -76,6 +80,8 @@ struct Message {
 struct Client {
     subs: Vec<Sub>,
     got: Vec<(String, Got)>,
+    /// Retained messages, handed over for a subscription.
+    handed: Vec<(String, Got)>,
     cuts: Vec<u64>,
 }
 
@@ -181,6 +187,7 @@ impl Oracle {
                 filter: filter.clone(),
                 qos: options.qos,
                 no_local: options.no_local,
+                handling: options.retain_handling,
                 asked_at: now,
                 granted_at: None,
                 ended_at: u64::MAX,
@@ -246,15 +253,79 @@ impl Oracle {
         filters
     }
 
-    pub fn published(&mut self, from: usize, number: u32, topic: &str, qos: QoS, at: u64) {
+    pub fn published(
+        &mut self,
+        from: usize,
+        number: u32,
+        topic: &str,
+        qos: QoS,
+        retain: bool,
+        at: u64,
+    ) {
         let message = Message {
             from,
             topic: topic.to_owned(),
             qos,
+            retain,
+            will: false,
             at,
             acknowledged_at: u64::MAX,
         };
         self.messages.insert(number, message);
+    }
+
+    /// A will is published; nobody is told when the core has it. I16: not before, and once.
+    pub fn bids(&mut self, from: usize, number: u32, topic: &str, qos: QoS, at: u64) {
+        self.published(from, number, topic, qos, false, at);
+        if let Some(message) = self.messages.get_mut(&number) {
+            message.will = true;
+        }
+    }
+
+    pub fn is_retained(&self, number: u32) -> bool {
+        self.messages[&number].retain
+    }
+
+    /// A retained message that the core has: a client that asked at `since` has it.
+    pub fn has(&mut self, n: usize, topic: &str, payload: &str, since: u64) {
+        let client = &self.clients[n];
+        let asks = |s: &&Sub| !s.shared() && s.granted_at.is_some_and(|at| at >= since);
+        if !client.subs.iter().filter(asks).any(|s| s.matches(topic)) {
+            return;
+        }
+        let handed = client
+            .handed
+            .iter()
+            .filter(|(t, g)| t == topic && g.at >= since);
+        let last = handed.map(|(_, g)| g.number.to_string()).next_back();
+        if last.as_deref() != Some(payload) {
+            self.fault(format!(
+                "{n} was handed {last:?} of {topic}, and the core has {payload}"
+            ));
+        }
+    }
+
+    /// I6: it asked for retained messages, and has had none that is newer.
+    fn judge_handed(&self, n: usize, message: &Message, got: Got) -> Option<String> {
+        let client = &self.clients[n];
+        let asks = |s: &&Sub| s.handling < 2 && !s.shared() && s.matches(&message.topic);
+        if !message.retain {
+            return Some("as a retained one".to_owned());
+        }
+        if !client
+            .subs
+            .iter()
+            .filter(asks)
+            .any(|s| s.asked_at <= got.at)
+        {
+            return Some("retained, and asked for none".to_owned());
+        }
+        let before = client.got.iter().chain(&client.handed);
+        let before = before.filter(|(t, g)| *t == message.topic && self.is_retained(g.number));
+        let newest = before.map(|(_, g)| g.number).max();
+        newest
+            .filter(|newest| *newest > got.number && !self.twice(message))
+            .map(|newest| format!("retained, behind {newest}"))
     }
 
     pub fn acknowledged(&mut self, number: u32, reason: ReasonCode, now: u64) {
@@ -273,15 +344,21 @@ impl Oracle {
         let mut why = None;
         if message.topic != topic {
             why = Some(format!("on {topic}, and it was sent on {}", message.topic));
-        } else if got.qos > message.qos {
+        } else if got.qos > message.qos && !got.retain {
             why = Some(format!(
                 "at {:?}, and it was sent at {:?}",
                 got.qos, message.qos
             ));
+        } else if got.retain {
+            why = self.judge_handed(n, message, got);
         } else if !self.may(n, message, got.at) {
             why = Some("and asked for nothing like it, or not for its own".to_owned());
         }
-        self.clients[n].got.push((topic.to_owned(), got));
+        let client = &mut self.clients[n];
+        match got.retain {
+            true => client.handed.push((topic.to_owned(), got)),
+            false => client.got.push((topic.to_owned(), got)),
+        }
         if let Some(why) = why {
             self.fault(format!("{n} got {} {why}", got.number));
         }
@@ -357,8 +434,11 @@ impl Oracle {
     }
 
     /// All links and clients are back, and nothing is on its way any more.
-    pub fn settle(&mut self, _now: u64) {
+    pub fn settle(&mut self, now: u64) {
         let mut faults = Vec::new();
+        for will in self.messages.values_mut().filter(|m| m.will) {
+            will.acknowledged_at = now;
+        }
         for (number, message) in &self.messages {
             if message.qos > QoS::AtMostOnce && message.acknowledged_at == u64::MAX {
                 faults.push(format!("publish {number} was never acknowledged"));
@@ -461,7 +541,7 @@ impl Oracle {
         let mut last: BTreeMap<(usize, &str, u8, u8), u32> = BTreeMap::new();
         for (topic, got) in &client.got {
             let message = &self.messages[&got.number];
-            if self.twice(message) {
+            if self.twice(message) || message.will {
                 continue;
             }
             let key = (
