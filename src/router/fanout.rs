@@ -181,9 +181,9 @@ impl Router {
         let follows = self.retain_as_published();
         for arrived in batch.iter() {
             if !follows {
-                self.retained_doubtful(arrived);
+                self.retained_doubtful(arrived, now);
             } else if arrived.message.retain() {
-                self.retained_live(arrived);
+                self.retained_live(arrived, now);
             }
         }
         let mut tally = Tally::default();

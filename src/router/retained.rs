@@ -5,16 +5,19 @@
 //! the cache before it is fanned out: so a value older than one already delivered never follows it.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::BuildHasher;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use lru::LruCache;
+use smallvec::SmallVec;
 
 use crate::limits::Account;
 use crate::mqtt::{Message, QoS, ReasonCode};
 use crate::telemetry::metrics;
 
 use super::fanout::{Arrived, Tally};
+use super::trie::FilterTrie;
 use super::{Router, SessionRef};
 
 /// Bytes charged for a cached topic beside topic and message.
@@ -22,6 +25,13 @@ const TOPIC_OVERHEAD: usize = 96;
 
 /// Fetched messages that wait for the data links at most; more are handed on at once.
 const HELD_MAX: usize = 10_000;
+
+/// Topics on which other filters are ahead of a filter in the cache, at most.
+const AHEAD_MAX: usize = 10_000;
+
+/// For how long, milliseconds: longer than the data links are apart. A link that is away has its
+/// filters' caches emptied.
+const AHEAD_FOR: u64 = 5000;
 
 /// How long a SUBACK waits for the retained messages, milliseconds: a client that has it may
 /// publish, and what is older must not come after what it publishes.
@@ -63,9 +73,14 @@ enum State {
 #[derive(Debug)]
 struct Cached {
     state: State,
+    /// Its name among the known ones, once it is there.
+    name: Option<Arc<str>>,
     topics: HashMap<Box<str>, Message, RandomState>,
     /// Topics with a live RETAIN=1 message since the fetch began: the fetched one is older.
     live: HashSet<Box<str>, RandomState>,
+    /// What came live by another filter and not by this one since, by topic: until when it counts,
+    /// and a digest. Who has both filters is not to get what is older.
+    ahead: HashMap<Box<str>, (u64, u64), RandomState>,
     wants: Vec<Wants>,
     /// Fetched, until the data link has brought what came before: which link, which moment. A
     /// live message of the same topic may be on its way.
@@ -85,8 +100,10 @@ impl Cached {
     fn queued(wants: Vec<Wants>) -> Self {
         Self {
             state: State::Queued,
+            name: None,
             topics: HashMap::default(),
             live: HashSet::default(),
+            ahead: HashMap::default(),
             wants,
             held: Vec::new(),
             late: Vec::new(),
@@ -105,9 +122,8 @@ pub(super) struct Retained {
     /// Filters with messages that are held, and how many those are.
     holding: HashSet<u32, RandomState>,
     held: usize,
-    /// Fetched while the core does not hold them on a data link: what is live on their topics
-    /// comes by other filters.
-    loose: HashSet<u32, RandomState>,
+    /// The filters that are fetched, or were.
+    known: FilterTrie<u32>,
     /// Replies that wait, by filter, each until its deadline; and the deadlines in order.
     replies: HashMap<u32, Vec<(u64, Reply)>, RandomState>,
     reply_by: VecDeque<(u64, u32)>,
@@ -124,7 +140,7 @@ impl Retained {
             filters: HashMap::default(),
             holding: HashSet::default(),
             held: 0,
-            loose: HashSet::default(),
+            known: FilterTrie::new(),
             replies: HashMap::default(),
             reply_by: VecDeque::new(),
             complete: LruCache::unbounded_with_hasher(RandomState::default()),
@@ -139,9 +155,11 @@ impl Retained {
         if let Some(cached) = self.filters.remove(&number) {
             self.bytes -= cached.bytes;
             self.held -= cached.held.len();
+            if let Some(name) = &cached.name {
+                self.known.remove(name);
+            }
             self.holding.remove(&number);
         }
-        self.loose.remove(&number);
         self.complete.pop(&number);
     }
 
@@ -176,6 +194,36 @@ impl Retained {
             self.holding.remove(&number);
         }
         released
+    }
+
+    /// A live message is ahead of those filters that it did not come by.
+    fn ahead(&mut self, arrived: &Arrived, now: u64) {
+        if self.known.is_empty() {
+            return;
+        }
+        let topic = arrived.message.topic();
+        let mut others: SmallVec<[u32; 8]> = SmallVec::new();
+        self.known.for_each_match(topic, |n| others.push(n));
+        for number in others.iter().filter(|n| !arrived.filters.contains(n)) {
+            let Some(cached) = self.filters.get_mut(number) else {
+                continue;
+            };
+            let digest = cached.ahead.hasher().hash_one(arrived.message.payload());
+            cached.ahead.insert(topic.into(), (now + AHEAD_FOR, digest));
+            if cached.ahead.len() > AHEAD_MAX && cached.state == State::Complete {
+                self.drop_filter(*number);
+            }
+        }
+    }
+
+    /// Whether something newer may have reached a session that has other subscriptions on the topic.
+    fn is_ahead(&self, number: u32, message: &Message, now: u64) -> bool {
+        let ahead = self.filters.get(&number).map(|c| &c.ahead);
+        ahead.is_some_and(|ahead| {
+            let of_topic = ahead.get(message.topic());
+            let digest = || ahead.hasher().hash_one(message.payload());
+            of_topic.is_some_and(|(until, other)| *until > now && *other != digest())
+        })
     }
 
     fn put(&mut self, number: u32, message: &Message) {
@@ -235,14 +283,14 @@ impl Router {
             Some(cached) if cached.state == State::Complete => {
                 retained.complete.promote(&number);
                 let messages: Vec<Message> = self.cached(&retained, number, now);
-                self.hand_retained(number, &messages, &[wants], now);
+                self.hand_retained(&retained, number, &messages, &[wants], now);
             }
             Some(cached) if cached.state == State::Queued => want(&mut cached.wants, wants),
             Some(cached) if cached.overflow || cached.stale => want(&mut cached.late, wants),
             Some(cached) => {
                 want(&mut cached.wants, wants);
                 let messages = self.cached(&retained, number, now);
-                self.hand_retained(number, &messages, &[wants], now);
+                self.hand_retained(&retained, number, &messages, &[wants], now);
             }
             None => {
                 let queued = Cached::queued(vec![wants]);
@@ -311,21 +359,14 @@ impl Router {
         while taken.len() < max
             && let Some(number) = retained.queue.pop_front()
         {
-            let known = {
-                let table = self.table.read();
-                let source = table.get(table.source(number));
-                let active = source.is_some_and(|f| f.state == super::table::State::Active);
-                table.get(number).map(|f| (f.name.clone(), active))
-            };
-            if let Some((_, false)) = known {
-                retained.loose.insert(number);
-            }
-            let name = known.map(|(name, _)| name);
+            let name = self.table.read().get(number).map(|f| f.name.clone());
             let (Some(name), Some(cached)) = (name, retained.filters.get_mut(&number)) else {
                 retained.drop_filter(number);
                 continue;
             };
             cached.state = State::Fetching;
+            cached.name = Some(name.clone());
+            retained.known.insert(&name, number);
             taken.push((number, name));
         }
         metrics().retained_fetches.increment(taken.len() as u64);
@@ -389,7 +430,7 @@ impl Router {
         for message in &messages {
             retained.put(number, message);
         }
-        self.hand_retained(number, &messages, &wants, now);
+        self.hand_retained(retained, number, &messages, &wants, now);
     }
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
@@ -420,7 +461,6 @@ impl Router {
             let late = std::mem::take(&mut cached.late);
             if complete && !cached.overflow && !cached.stale {
                 cached.state = State::Complete;
-                retained.loose.remove(&number);
                 retained.complete.put(number, ());
                 continue;
             }
@@ -441,15 +481,14 @@ impl Router {
     }
 
     /// A live message with RETAIN: the cache follows before anyone gets it.
-    pub(super) fn retained_live(&self, arrived: &Arrived) {
+    pub(super) fn retained_live(&self, arrived: &Arrived, now: u64) {
         let mut retained = self.retained.lock();
-        if !retained.loose.is_empty() {
-            self.loose_live(&mut retained, arrived);
-        }
+        retained.ahead(arrived, now);
         for &number in &arrived.filters {
             let Some(cached) = retained.filters.get_mut(&number) else {
                 continue;
             };
+            cached.ahead.remove(arrived.message.topic());
             match cached.state {
                 State::Queued => continue,
                 State::Fetching => {
@@ -468,26 +507,11 @@ impl Router {
         }
     }
 
-    /// A live message on a topic of filters that the core does not hold yet.
-    fn loose_live(&self, retained: &mut Retained, arrived: &Arrived) {
-        let topic = arrived.message.topic();
-        let table = self.table.read();
-        let Retained { loose, filters, .. } = retained;
-        for number in loose.iter() {
-            let name = table.get(*number).map(|f| &f.name);
-            if let (Some(name), Some(cached)) = (name, filters.get_mut(number))
-                && cached.state == State::Fetching
-                && crate::mqtt::matches(name, topic)
-            {
-                cached.live.insert(topic.into());
-            }
-        }
-    }
-
     /// Without RETAIN on live messages (a 3.1.1 core) the cache cannot follow them: what is known
     /// of a topic that got a message is doubtful, and a fetched value must not follow it.
-    pub(super) fn retained_doubtful(&self, arrived: &Arrived) {
+    pub(super) fn retained_doubtful(&self, arrived: &Arrived, now: u64) {
         let mut retained = self.retained.lock();
+        retained.ahead(arrived, now);
         for &number in &arrived.filters {
             match retained.filters.get_mut(&number) {
                 Some(cached) if cached.state == State::Fetching => {
@@ -506,12 +530,7 @@ impl Router {
         for number in numbers {
             match retained.filters.get_mut(&number) {
                 Some(cached) if cached.state == State::Complete => retained.drop_filter(number),
-                Some(cached) => {
-                    cached.stale = true;
-                    if cached.state == State::Fetching {
-                        retained.loose.insert(number);
-                    }
-                }
+                Some(cached) => cached.stale = true,
                 None => {}
             }
         }
@@ -522,7 +541,14 @@ impl Router {
         self.retained.lock().bytes as u64
     }
 
-    fn hand_retained(&self, number: u32, messages: &[Message], wants: &[Wants], now: u64) {
+    fn hand_retained(
+        &self,
+        retained: &Retained,
+        number: u32,
+        messages: &[Message],
+        wants: &[Wants],
+        now: u64,
+    ) {
         let mut tally = Tally::default();
         for want in wants {
             let Some(shard) = self.shards.get(usize::from(want.session.shard)) else {
@@ -531,6 +557,11 @@ impl Router {
             let mut shard = shard.lock();
             for message in messages {
                 if message.payload().is_empty() {
+                    continue;
+                }
+                if retained.is_ahead(number, message, now)
+                    && shard.has_another(want.session, number, message.topic())
+                {
                     continue;
                 }
                 shard.hand(

@@ -10,7 +10,7 @@ use lru::LruCache;
 use slab::Slab;
 use smallvec::SmallVec;
 
-use crate::mqtt::{Message, QoS};
+use crate::mqtt::{Message, QoS, matches};
 use crate::session::{
     Delivered, ENTRY_BYTES, Ended, Offer, Session, SessionLimits, Subscription, senior,
 };
@@ -315,6 +315,13 @@ impl Shard {
         if let Some(s) = self.slots.get_mut(slot as usize) {
             s.listed = false;
         }
+    }
+
+    /// Whether a session gets a topic by a subscription on another filter as well.
+    pub fn has_another(&mut self, session: SessionRef, filter: u32, topic: &str) -> bool {
+        let subscriptions = self.get(session).map(|slot| slot.session.subscriptions());
+        let mut others = subscriptions.into_iter().flatten();
+        others.any(|s| s.filter != filter && s.active && !s.shared && matches(&s.name, topic))
     }
 
     /// Hands a retained message to one new subscription.
