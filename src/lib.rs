@@ -1,7 +1,8 @@
 //! Tidegate: an MQTT proxy that owns its clients' sessions.
 //!
 //! Imports point one way: `mqtt` ← `session` ← `router` ← { `client`, `upstream` } ← `runtime`.
-//! `transport` knows bytes only; `config`, `telemetry`, `limits` and `clock` are leaves.
+//! `transport` knows bytes only, `store` records only; `config`, `telemetry`, `limits` and `clock`
+//! are leaves.
 
 pub mod admin;
 pub mod auth;
@@ -14,6 +15,7 @@ pub mod mqtt;
 pub mod router;
 pub mod runtime;
 pub mod session;
+pub mod store;
 pub mod telemetry;
 pub mod transport;
 pub mod upstream;

@@ -38,6 +38,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::limits::Account;
 use crate::mqtt::QoS;
 use crate::session::{Effect, Session, SessionLimits};
+use crate::store::Store;
 use crate::telemetry::{DropReason, metrics};
 
 pub use connect::{Connect, Connected, Origin, Refused};
@@ -184,9 +185,10 @@ struct Core {
 }
 
 impl Router {
-    /// A router without sessions.
-    pub fn new(limits: SessionLimits, config: RouterConfig) -> Self {
-        let mut table = Table::new(config.data_links, config.shared_links);
+    /// A router without sessions, with the filters that `store` knows.
+    pub fn new(limits: SessionLimits, config: RouterConfig, store: &dyn Store) -> Self {
+        let numbers = store.identifiers();
+        let mut table = Table::new(numbers, config.data_links, config.shared_links);
         table.local_groups = config.local_groups;
         for root in &config.roots {
             table.add_root(root);

@@ -24,6 +24,7 @@ use crate::limits::Account;
 use crate::mqtt::overlaps;
 use crate::router::{Router, RouterConfig};
 use crate::session::{QueueFull, SessionLimits};
+use crate::store::{Memory, Store};
 use crate::telemetry::metrics;
 use crate::transport::{
     self, BindError, Bound, ClientTls, ConnectionCap, Drain, Handshakes, Kind, Limits, ListenSpec,
@@ -81,7 +82,9 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
     let stop_links = CancellationToken::new();
     let tasks = TaskTracker::new();
     let cap = Arc::new(ConnectionCap::new(connections));
-    let router = Arc::new(Router::new(session_limits(&config), router_config(&config)));
+    let store: Arc<dyn Store> = Arc::new(Memory);
+    let router = Router::new(session_limits(&config), router_config(&config), &*store);
+    let router = Arc::new(router);
     let clients = Arc::new(Clients {
         router: router.clone(),
         clock,
@@ -113,6 +116,7 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
                 embedded,
             },
             router: router.clone(),
+            store,
             clock,
             stop: stop_links.clone(),
             instance: getrandom::u64().unwrap_or_default() | 1,

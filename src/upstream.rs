@@ -32,6 +32,7 @@ use crate::clock::Clock;
 use crate::config;
 use crate::mqtt::QoS;
 use crate::router::Router;
+use crate::store::Store;
 use crate::telemetry::{self, metrics};
 use crate::transport::ClientTls;
 
@@ -224,6 +225,8 @@ pub struct Start {
     pub reach: Reach,
     /// The router.
     pub router: Arc<Router>,
+    /// What the links remember.
+    pub store: Arc<dyn Store>,
     /// The process's clock.
     pub clock: Clock,
     /// Tells the links to end.
@@ -261,7 +264,8 @@ impl Upstream {
             status
         };
         for n in 0..usize::from(shared.core.config.data_links) {
-            let machine = Data::new(shared.router.clone(), n, start.instance, probes.clone());
+            let (router, probes) = (shared.router.clone(), probes.clone());
+            let machine = Data::new(router, n, start.instance, probes, &*start.store);
             let wake = shared.router.data_wake(n).clone();
             tasks.spawn(driver::run(
                 shared.clone(),
@@ -273,7 +277,7 @@ impl Upstream {
         for n in 0..usize::from(shared.core.config.shared_links) {
             let link = shared.router.shared_link(n);
             let (router, probes) = (shared.router.clone(), probes.clone());
-            let machine = Data::new(router, link, start.instance, probes);
+            let machine = Data::new(router, link, start.instance, probes, &*start.store);
             let wake = shared.router.data_wake(link).clone();
             tasks.spawn(driver::run(
                 shared.clone(),

@@ -10,12 +10,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("clock", &[]),
     ("telemetry", &[]),
     ("config", &[]),
+    ("store", &[]),
     ("mqtt", &["limits"]),
     ("session", &["mqtt", "limits"]),
     ("transport", &["config"]),
     ("auth", &["mqtt", "config", "telemetry"]),
     ("admin", &["config", "telemetry"]),
-    ("router", &["session", "mqtt", "limits", "telemetry"]),
+    (
+        "router",
+        &["session", "store", "mqtt", "limits", "telemetry"],
+    ),
     (
         "client",
         &[
@@ -35,6 +39,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "router",
             "session",
+            "store",
             "mqtt",
             "transport",
             "config",
@@ -51,6 +56,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "upstream",
             "router",
             "session",
+            "store",
             "mqtt",
             "auth",
             "admin",

@@ -20,6 +20,9 @@ impl Table {
             filter.root = true;
             filter.wanted = QoS::ExactlyOnce;
             filter.state = State::Pending;
+            // One that is known from before has begun to linger.
+            let idle = std::mem::replace(&mut filter.idle_since, u64::MAX);
+            self.lingering.remove(&(idle, number));
         }
         self.roots.push(number);
     }

@@ -1,14 +1,14 @@
 //! The table of filters: which are held, for how many sessions, on which D link, and how far
 //! their SUBSCRIBE at the core has come.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
-use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
 use crate::mqtt::{QoS, ReasonCode, split_shared};
+use crate::store::Identifiers;
 
 use super::SessionRef;
 use super::lost::Lost;
@@ -90,6 +90,32 @@ pub(super) struct Filter {
 }
 
 impl Filter {
+    /// A filter that nothing was done for yet.
+    fn new(name: Arc<str>) -> Self {
+        Self {
+            shared: split_shared(&name).is_some(),
+            name,
+            root: false,
+            rooted: None,
+            groups: Vec::new(),
+            plain: None,
+            link: UNPLACED,
+            state: State::Absent,
+            held: false,
+            unconfirmed: false,
+            wanted: QoS::AtMostOnce,
+            sent: false,
+            asked: QoS::AtMostOnce,
+            granted: QoS::AtMostOnce,
+            upgrading: false,
+            mask: 0,
+            references: SmallVec::new(),
+            waiters: Vec::new(),
+            idle_since: u64::MAX,
+            unread: AtomicU32::new(0),
+        }
+    }
+
     /// The filter without its share name.
     pub fn topics(&self) -> &str {
         match self.shared {
@@ -127,11 +153,10 @@ const SUGGEST_AT: usize = 1000;
 pub(super) struct Table {
     /// Links before this one are D links, the others for shared subscriptions.
     data_links: usize,
+    /// By number; `None`: it means none.
     filters: Vec<Option<Filter>>,
-    by_name: HashMap<Arc<str>, u32, RandomState>,
-    free: Vec<u32>,
-    /// Numbers whose UNSUBSCRIBE was answered, with the time from which they may mean another filter.
-    tombstones: VecDeque<(u64, u32)>,
+    /// Which filter a number means, and when it may mean another.
+    numbers: Box<dyn Identifiers>,
     /// Filters nobody holds, longest idle first.
     pub lingering: BTreeSet<(u64, u32)>,
     /// For each D link, the filters to SUBSCRIBE and to UNSUBSCRIBE.
@@ -166,16 +191,26 @@ pub(super) struct Table {
 const TOMBSTONE: u64 = 10 * 60 * 1000;
 
 impl Table {
-    /// Tables for so many D links, and so many for shared subscriptions.
-    pub fn new(data_links: usize, shared_links: usize) -> Self {
+    /// Tables for so many D links, and so many for shared subscriptions. Filters that `numbers` knows
+    /// linger from the start.
+    pub fn new(numbers: Box<dyn Identifiers>, data_links: usize, shared_links: usize) -> Self {
         let links = data_links + shared_links;
+        let mut lingering = BTreeSet::new();
+        let mut filters = Vec::new();
+        for (number, name) in (0..).zip(numbers.load()) {
+            filters.push(name.map(|name| {
+                lingering.insert((0, number));
+                Filter {
+                    idle_since: 0,
+                    ..Filter::new(name)
+                }
+            }));
+        }
         Self {
             data_links,
-            filters: Vec::new(),
-            by_name: HashMap::default(),
-            free: Vec::new(),
-            tombstones: VecDeque::new(),
-            lingering: BTreeSet::new(),
+            filters,
+            numbers,
+            lingering,
             pending: vec![VecDeque::new(); links],
             leaving: vec![VecDeque::new(); links],
             tries: (0..links).map(|_| FilterTrie::new()).collect(),
@@ -202,12 +237,12 @@ impl Table {
 
     /// Filters known, held or lingering.
     pub fn len(&self) -> usize {
-        self.by_name.len()
+        self.numbers.count()
     }
 
     /// Whether a filter is known.
     pub fn knows(&self, name: &str) -> bool {
-        self.by_name.contains_key(name)
+        self.numbers.knows(name)
     }
 
     /// Whether a number meant a filter that is gone: what still comes for it is for nobody.
@@ -244,39 +279,12 @@ impl Table {
 
     /// The filter's number, new or known.
     pub fn intern(&mut self, name: &str) -> (u32, Arc<str>) {
-        if let Some(&number) = self.by_name.get(name)
-            && let Some(known) = self.get(number)
-        {
-            return (number, known.name.clone());
+        let (number, name) = self.numbers.number(name);
+        let at = number as usize;
+        if at >= self.filters.len() {
+            self.filters.resize_with(at + 1, || None);
         }
-        let name: Arc<str> = name.into();
-        let number = self.free.pop().unwrap_or(self.filters.len() as u32);
-        if number as usize == self.filters.len() {
-            self.filters.push(None);
-        }
-        self.filters[number as usize] = Some(Filter {
-            name: name.clone(),
-            shared: split_shared(&name).is_some(),
-            root: false,
-            rooted: None,
-            groups: Vec::new(),
-            plain: None,
-            link: UNPLACED,
-            state: State::Absent,
-            held: false,
-            unconfirmed: false,
-            wanted: QoS::AtMostOnce,
-            sent: false,
-            asked: QoS::AtMostOnce,
-            granted: QoS::AtMostOnce,
-            upgrading: false,
-            mask: 0,
-            references: SmallVec::new(),
-            waiters: Vec::new(),
-            idle_since: u64::MAX,
-            unread: AtomicU32::new(0),
-        });
-        self.by_name.insert(name.clone(), number);
+        self.filters[at].get_or_insert_with(|| Filter::new(name.clone()));
         (number, name)
     }
 
@@ -409,7 +417,7 @@ impl Table {
             return;
         };
         self.lost.remove(number);
-        self.by_name.remove(&filter.name);
+        self.numbers.release(&filter.name, now, now + TOMBSTONE);
         self.lingering.remove(&(filter.idle_since, number));
         if filter.rooted.is_some() && !filter.shared {
             self.rooted.remove(&filter.name);
@@ -421,13 +429,6 @@ impl Table {
             && self.identifiers == Some(false)
         {
             trie.remove(filter.topics());
-        }
-        self.tombstones.push_back((now + TOMBSTONE, number));
-        while let Some(&(at, rested)) = self.tombstones.front()
-            && at <= now
-        {
-            self.tombstones.pop_front();
-            self.free.push(rested);
         }
     }
 
@@ -457,5 +458,58 @@ impl Table {
                 false => f.granted.min(qos),
             });
         ReasonCode(granted as u8)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Memory, Store};
+
+    #[test]
+    fn what_the_store_knows_keeps_its_number() {
+        let mut numbers = Memory.identifiers();
+        for name in ["a", "b", "c"] {
+            numbers.number(name);
+        }
+        numbers.release("b", 0, TOMBSTONE);
+        let mut table = Table::new(numbers, 1, 1);
+        assert!(table.knows("a") && !table.knows("b"));
+        assert_eq!(table.get(2).map(|f| &*f.name), Some("c"));
+        assert!(table.is_tombstone(1), "late messages of it are for nobody");
+        assert_eq!(table.intern("c").0, 2);
+        assert_eq!(table.intern("b").0, 3, "its old number rests");
+        assert_eq!(table.len(), 3);
+    }
+
+    #[test]
+    fn what_the_store_knows_lingers_until_somebody_wants_it() {
+        let mut numbers = Memory.identifiers();
+        for name in ["a", "b", "root/#"] {
+            numbers.number(name);
+        }
+        let mut table = Table::new(numbers, 1, 1);
+        table.add_root("root/#");
+        table.reference(1, 0);
+        assert_eq!(table.lingering.iter().collect::<Vec<_>>(), [&(0, 0)]);
+        assert!(!table.get(0).is_some_and(Filter::is_wanted));
+        assert!(table.get(1).is_some_and(Filter::is_wanted));
+        assert!(table.get(2).is_some_and(Filter::is_wanted));
+    }
+
+    #[test]
+    fn a_buried_filter_is_forgotten_and_its_number_rests() {
+        let mut table = Table::new(Memory.identifiers(), 1, 1);
+        for name in ["a", "b"] {
+            table.intern(name);
+        }
+        table.bury(0, 5);
+        assert!(table.is_tombstone(0) && !table.knows("a"));
+        assert_eq!(table.intern("c").0, 2);
+        table.bury(1, 4 + TOMBSTONE);
+        assert_eq!(table.intern("d").0, 3);
+        table.bury(2, 5 + TOMBSTONE);
+        assert_eq!(table.intern("e").0, 0);
+        assert!(!table.is_tombstone(0));
     }
 }

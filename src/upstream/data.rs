@@ -15,6 +15,7 @@ use crate::mqtt::{
     Version, encode_ack, encode_subscribe, encode_unsubscribe,
 };
 use crate::router::{Arrived, Kept, Router};
+use crate::store::Store;
 use crate::telemetry::metrics;
 
 use super::RESERVED_KEY;
@@ -64,9 +65,15 @@ enum Request {
 }
 
 impl Data {
-    /// The machine of D link `link`.
+    /// The machine of D link `link`, with what `store` remembers of it.
     /// Messages below `probes` are of probes, and nobody's.
-    pub fn new(router: Arc<Router>, link: usize, instance: u64, probes: Arc<str>) -> Self {
+    pub fn new(
+        router: Arc<Router>,
+        link: usize,
+        instance: u64,
+        probes: Arc<str>,
+        store: &dyn Store,
+    ) -> Self {
         Self {
             router,
             link,
@@ -79,7 +86,7 @@ impl Data {
             last_id: 0,
             requests: HashMap::default(),
             received: HashSet::default(),
-            redelivery: Redelivery::default(),
+            redelivery: Redelivery::new(store.ring(link)),
             batch: Vec::new(),
             confirmed_at: 0,
             ping: false,
@@ -263,7 +270,7 @@ impl Machine for Data {
             self.redelivery.resumed();
         } else {
             self.received.clear();
-            self.redelivery = Redelivery::default();
+            self.redelivery.began_anew();
         }
         let first = !std::mem::replace(&mut self.connected_before, true);
         // Filters that the core may not have are subscribed again.

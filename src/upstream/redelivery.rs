@@ -4,80 +4,78 @@
 //! last. A message counts as redelivered only then, only in that order, and only until the first
 //! that is not among them; by packet identifier and content, never by DUP, which brokers forget.
 
-use std::collections::VecDeque;
-use std::hash::BuildHasher;
-
-use foldhash::fast::RandomState;
+use std::ops::Range;
 
 use crate::mqtt::Publish;
+use crate::store::{Received, Ring};
 
 /// Messages remembered: no core has more than 65,535 unacknowledged.
-const REMEMBERED: usize = 65_535;
+const REMEMBERED: u64 = 65_535;
 
-/// What was received last on one link, and perhaps not acknowledged in the core's eyes.
-#[derive(Debug, Default)]
+/// Tells, by what one link remembers, what is new from what is sent again.
+#[derive(Debug)]
 pub struct Redelivery {
-    received: VecDeque<(u16, u64)>,
-    /// How many were received before the front.
-    before: u64,
-    hasher: RandomState,
-    /// Of the remembered, how many may still be resent, counted from `resumed_at`; 0: none.
-    candidates: usize,
-    resumed_at: u64,
+    ring: Box<dyn Ring>,
+    /// Of the remembered, those that may still be resent.
+    candidates: Range<u64>,
 }
 
 impl Redelivery {
+    /// With what the ring remembers from before.
+    pub fn new(ring: Box<dyn Ring>) -> Self {
+        Self {
+            ring,
+            candidates: 0..0,
+        }
+    }
+
     /// The link came up with Session Present 1.
     pub fn resumed(&mut self) {
-        self.candidates = self.received.len();
-        self.resumed_at = self.before;
+        self.candidates = self.ring.positions();
+    }
+
+    /// The link came up with Session Present 0: the core resends nothing.
+    pub fn began_anew(&mut self) {
+        self.ring.clear();
+        self.candidates = 0..0;
     }
 
     /// Nothing is remembered.
     pub fn is_empty(&self) -> bool {
-        self.received.is_empty()
+        self.ring.positions().is_empty()
     }
 
     /// Names what has been received until now.
     pub fn mark(&self) -> u64 {
-        self.before + self.received.len() as u64
+        self.ring.positions().end
     }
 
     /// The core has the acknowledgements for all that had been received at `mark`.
     pub fn confirmed(&mut self, mark: u64) {
-        while self.before < mark && self.received.pop_front().is_some() {
-            self.before += 1;
-        }
-        let past = self.before.saturating_sub(self.resumed_at) as usize;
-        if past > 0 {
-            self.candidates = self.candidates.saturating_sub(past);
-            self.resumed_at = self.before;
-        }
+        self.ring.settle(mark);
+        let first = self.ring.positions().start;
+        self.candidates.start = self.candidates.start.max(first);
     }
 
     /// Whether this QoS 1 message is one that was received before the link was lost.
     pub fn seen(&mut self, publish: &Publish<'_>) -> bool {
-        let content = (publish.topic, publish.payload, publish.qos as u8);
-        let entry = (publish.packet_id, self.hasher.hash_one(content));
-        if self.candidates > 0 {
-            // Candidates are the oldest remembered; what came since the resume is behind them.
-            let from = self.resumed_at.saturating_sub(self.before) as usize;
-            let to = from + self.candidates;
-            let found = self.received.range(from..to).position(|e| *e == entry);
-            match found {
-                Some(skipped) => {
-                    self.candidates -= skipped + 1;
-                    self.resumed_at += skipped as u64 + 1;
-                    return true;
-                }
-                None => self.candidates = 0,
+        let qos = publish.qos as u8;
+        let received = Received {
+            packet_id: publish.packet_id,
+            digest: self.ring.digest(publish.topic, publish.payload, qos),
+        };
+        if !self.candidates.is_empty() {
+            if let Some(at) = self.ring.find(self.candidates.clone(), received) {
+                self.candidates.start = at + 1;
+                return true;
             }
+            self.candidates = 0..0;
         }
-        if self.received.len() >= REMEMBERED {
-            self.received.pop_front();
-            self.before += 1;
+        let held = self.ring.positions();
+        if held.end - held.start >= REMEMBERED {
+            self.ring.settle(held.start + 1);
         }
-        self.received.push_back(entry);
+        self.ring.remember(received);
         false
     }
 }
@@ -86,6 +84,11 @@ impl Redelivery {
 mod tests {
     use super::*;
     use crate::mqtt::QoS;
+    use crate::store::{Memory, Store};
+
+    fn redelivery() -> Redelivery {
+        Redelivery::new(Memory.ring(0))
+    }
 
     fn publish<'a>(id: u16, payload: &'a [u8]) -> Publish<'a> {
         Publish {
@@ -104,7 +107,7 @@ mod tests {
 
     #[test]
     fn what_was_received_is_recognised_in_order_without_dup() {
-        let mut r = Redelivery::default();
+        let mut r = redelivery();
         for id in 1..=5 {
             assert!(!r.seen(&publish(id, &[id as u8])));
         }
@@ -116,7 +119,7 @@ mod tests {
 
     #[test]
     fn an_identical_message_is_not_swallowed() {
-        let mut r = Redelivery::default();
+        let mut r = redelivery();
         assert!(!r.seen(&publish(1, b"on")));
         // The same identifier and content again, without a reconnect: a new message.
         assert!(!r.seen(&publish(1, b"on")));
@@ -130,7 +133,7 @@ mod tests {
 
     #[test]
     fn what_the_core_confirmed_is_never_swallowed() {
-        let mut r = Redelivery::default();
+        let mut r = redelivery();
         // A core that uses the lowest free identifier, and a payload that never changes.
         for _ in 0..100 {
             assert!(!r.seen(&publish(1, b"on")));
@@ -146,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_mark_taken_before_a_resume_ends_only_what_it_covers() {
-        let mut r = Redelivery::default();
+        let mut r = redelivery();
         r.seen(&publish(1, b"a"));
         let mark = r.mark();
         r.seen(&publish(2, b"b"));
@@ -158,11 +161,33 @@ mod tests {
 
     #[test]
     fn a_step_back_in_order_is_new() {
-        let mut r = Redelivery::default();
+        let mut r = redelivery();
         r.seen(&publish(1, b"a"));
         r.seen(&publish(2, b"b"));
         r.resumed();
         assert!(r.seen(&publish(2, b"b")));
         assert!(!r.seen(&publish(1, b"a")));
+    }
+
+    #[test]
+    fn nothing_is_recognised_once_the_core_began_anew() {
+        let mut r = redelivery();
+        r.seen(&publish(1, b"a"));
+        r.resumed();
+        r.began_anew();
+        assert!(r.is_empty());
+        assert!(!r.seen(&publish(1, b"a")));
+    }
+
+    #[test]
+    fn the_oldest_is_forgotten_when_all_identifiers_are_remembered() {
+        let mut r = redelivery();
+        for id in 0..=u16::MAX {
+            assert!(!r.seen(&publish(id, b"")));
+        }
+        assert_eq!(r.ring.positions(), 1..65_536);
+        r.resumed();
+        assert!(r.seen(&publish(1, b"")), "the oldest that is left");
+        assert!(!r.seen(&publish(0, b"")));
     }
 }

@@ -9,13 +9,14 @@ use crate::mqtt::{
 use crate::router::wake::Wake;
 use crate::router::{Connect, Connected, CoreFacts, Kept, Place, Router, RouterConfig};
 use crate::session::{ConnectionSpec, Effect, Policy, QueueFull, SessionLimits, Wanted};
+use crate::store::Memory;
 
 use super::RESERVED_KEY;
 use super::machine::Up;
 
 /// A router with one link of each kind, whose D link has come up.
 pub fn router() -> Arc<Router> {
-    let router = Arc::new(Router::new(limits(), config()));
+    let router = Arc::new(Router::new(limits(), config(), &Memory));
     router.core_facts(&facts(), 0);
     router.data_link_up(0, Kept::No, true, 0);
     router
@@ -88,7 +89,7 @@ pub fn facts() -> CoreFacts {
 
 /// A router of this make; the core is not heard of yet.
 pub fn router_of(config: RouterConfig) -> Arc<Router> {
-    Arc::new(Router::new(limits(), config))
+    Arc::new(Router::new(limits(), config, &Memory))
 }
 
 /// The topic of probes.

@@ -27,6 +27,7 @@ use crate::mqtt::{
 };
 use crate::router::{Connected, CoreFacts, Router, RouterConfig};
 use crate::session::Will;
+use crate::store::Memory;
 use crate::telemetry::LinkDownReason;
 use crate::upstream::embedded::EmbeddedOptions;
 use crate::upstream::embedded::stepped::{Ended, SteppedConn, SteppedCore};
@@ -145,7 +146,7 @@ impl World {
             });
         };
         for n in 0..=data_links {
-            let machine = Data::new(router.clone(), n, 1, PROBES.into());
+            let machine = Data::new(router.clone(), n, 1, PROBES.into(), &Memory);
             let name = if n < data_links {
                 format!("d{n}")
             } else {

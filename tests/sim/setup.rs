@@ -8,6 +8,7 @@ use tidegate::limits::Account;
 use tidegate::mqtt::{QoS, Version};
 use tidegate::router::{CoreFacts, Router, RouterConfig};
 use tidegate::session::{QueueFull, SessionLimits};
+use tidegate::store::Memory;
 
 use crate::core::{Copies, Core};
 use crate::device::{Device, Profile};
@@ -98,7 +99,7 @@ impl World {
         let expiry_max = limits.expiry_max;
         let tight =
             config.publishes_waiting < 1 << 20 || config.publishes_waiting_per_client < 1 << 20;
-        let router = Arc::new(Router::new(limits, config));
+        let router = Arc::new(Router::new(limits, config, &Memory));
         let facts = CoreFacts {
             identifiers: copies != Copies::Unnamed,
             properties: true,

@@ -13,6 +13,7 @@ use crate::mqtt::{
     Version, encode_subscribe, encode_unsubscribe, split_shared,
 };
 use crate::router::{Connected, CoreFacts, Router, RouterConfig};
+use crate::store::Memory;
 use crate::upstream::machine::{Machine, Up};
 use crate::upstream::testing::{PROBES, client, config, facts, packet_of, router_of, up};
 
@@ -124,7 +125,7 @@ impl Run {
         router.core_facts(&known, 0);
         let mut links = Vec::new();
         for number in 0..data_links + shared_links {
-            let mut machine = Data::new(router.clone(), number, 1, PROBES.into());
+            let mut machine = Data::new(router.clone(), number, 1, PROBES.into(), &Memory);
             let state = Up {
                 identifiers: named,
                 ..up(false, 65_535)

@@ -1,4 +1,5 @@
 use crate::mqtt::{Message, MessageSpec, Packet, Properties, Publish, QoS, ReasonCode, Suback};
+use crate::store::{Identifiers, Memory, Received, Ring, Store};
 use crate::upstream::machine::{LinkEnd, Machine};
 use crate::upstream::testing::{
     PROBES, ack, client, read, router, subscribe, subscribe_handling, up,
@@ -25,7 +26,7 @@ fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Pu
 #[test]
 fn acknowledgements_are_first_in_first_out() {
     let router = router();
-    let mut link = Data::new(router, 0, 1, PROBES.into());
+    let mut link = Data::new(router, 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
     link.up(&up(false, 100), 0, &mut out);
     for (id, qos) in [
@@ -51,7 +52,7 @@ fn acknowledgements_are_first_in_first_out() {
 fn a_redelivery_is_acknowledged_and_not_delivered_again() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Data::new(router.clone(), 0, 1, PROBES.into());
+    let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
     link.up(&up(false, 100), 0, &mut out);
     subscribe(&router, who, "t");
@@ -94,11 +95,47 @@ fn a_redelivery_is_acknowledged_and_not_delivered_again() {
     assert_eq!(delivered(), 1);
 }
 
+/// A store that remembers one message of link 1 from before.
+#[derive(Debug)]
+struct Before;
+
+impl Store for Before {
+    fn identifiers(&self) -> Box<dyn Identifiers> {
+        Memory.identifiers()
+    }
+
+    fn ring(&self, link: usize) -> Box<dyn Ring> {
+        let mut ring = Memory.ring(link);
+        if link == 1 {
+            let digest = ring.digest("t", b"one", 1);
+            ring.remember(Received {
+                packet_id: 5,
+                digest,
+            });
+        }
+        ring
+    }
+}
+
+/// I11: a link begins with what the store remembers of it, if the core kept its session.
+#[test]
+fn what_the_store_remembers_of_a_link_is_not_delivered_again() {
+    for (number, session_present, delivered) in [(1, true, 0), (1, false, 1), (0, true, 1)] {
+        let mut link = Data::new(router(), number, 1, PROBES.into(), &Before);
+        let mut out = Vec::new();
+        link.up(&up(session_present, 100), 0, &mut out);
+        let message = publish(5, QoS::AtLeastOnce, b"one", b"");
+        link.packet(&Packet::Publish(message), 0, &mut out)
+            .expect("it is expected");
+        assert_eq!(link.batch.len(), delivered, "{number} {session_present}");
+    }
+}
+
 /// QoS 2 is received once until its PUBREL, whatever the core repeats.
 #[test]
 fn qos_2_is_delivered_once_until_released() {
     let router = router();
-    let mut link = Data::new(router.clone(), 0, 1, PROBES.into());
+    let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
     link.up(&up(false, 100), 0, &mut out);
     for _ in 0..3 {
@@ -120,7 +157,7 @@ fn qos_2_is_delivered_once_until_released() {
 fn a_lost_session_is_subscribed_again() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Data::new(router.clone(), 0, 1, PROBES.into());
+    let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
     link.up(&up(false, 100), 0, &mut out);
     subscribe(&router, who, "t");
@@ -152,7 +189,7 @@ fn a_fetched_message_waits_for_what_the_data_link_carries() {
     for live in [true, false] {
         let router = router();
         let who = client(&router, "a");
-        let mut link = Data::new(router.clone(), 0, 1, PROBES.into());
+        let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
         let mut out = Vec::new();
         link.up(&up(false, 100), 0, &mut out);
         subscribe_handling(&router, who, "t", 0);

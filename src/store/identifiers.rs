@@ -1,0 +1,135 @@
+//! Which number means which filter. A number that is let go rests before it means another, since
+//! messages that carry it may still be on their way.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
+
+/// The filters' numbers. Times are in milliseconds of the process's clock.
+/// That clock begins anew with each process: who outlives one keeps how long a rest still is.
+pub trait Identifiers: Debug + Send + Sync {
+    /// Every number that was ever given, in order: its name, or `None` when it rests or is free.
+    fn load(&self) -> Vec<Option<Arc<str>>>;
+
+    /// The number of a name, known or given now; it is kept when this returns, for the core may be
+    /// told it next.
+    fn number(&mut self, name: &str) -> (u32, Arc<str>);
+
+    /// Forgets a name. Its number rests until `until`; those whose rest has ended at `now` are free.
+    /// An unknown name changes nothing.
+    fn release(&mut self, name: &str, now: u64, until: u64);
+
+    /// Whether a name has a number.
+    fn knows(&self, name: &str) -> bool;
+
+    /// How many names have one.
+    fn count(&self) -> usize;
+}
+
+/// Numbers that end with the process.
+#[derive(Debug, Default)]
+pub(super) struct InMemory {
+    by_name: HashMap<Arc<str>, u32, RandomState>,
+    /// The number after the largest that was given.
+    next: u32,
+    free: Vec<u32>,
+    /// Numbers that rest, with the time until which they do.
+    tombstones: VecDeque<(u64, u32)>,
+}
+
+impl Identifiers for InMemory {
+    fn load(&self) -> Vec<Option<Arc<str>>> {
+        let mut names = vec![None; self.next as usize];
+        for (name, number) in &self.by_name {
+            names[*number as usize] = Some(name.clone());
+        }
+        names
+    }
+
+    fn number(&mut self, name: &str) -> (u32, Arc<str>) {
+        if let Some((name, number)) = self.by_name.get_key_value(name) {
+            return (*number, name.clone());
+        }
+        let name: Arc<str> = name.into();
+        let number = self.free.pop().unwrap_or(self.next);
+        self.next = self.next.max(number + 1);
+        self.by_name.insert(name.clone(), number);
+        (number, name)
+    }
+
+    fn release(&mut self, name: &str, now: u64, until: u64) {
+        let Some(number) = self.by_name.remove(name) else {
+            return;
+        };
+        self.tombstones.push_back((until, number));
+        while let Some(&(at, rested)) = self.tombstones.front()
+            && at <= now
+        {
+            self.tombstones.pop_front();
+            self.free.push(rested);
+        }
+    }
+
+    fn knows(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
+    fn count(&self) -> usize {
+        self.by_name.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_keeps_its_number() {
+        let mut names = InMemory::default();
+        assert_eq!(names.number("a").0, 0);
+        assert_eq!(names.number("b").0, 1);
+        assert_eq!(names.number("a"), (0, "a".into()));
+        assert_eq!(names.count(), 2);
+        assert!(names.knows("b") && !names.knows("c"));
+    }
+
+    #[test]
+    fn a_number_rests_before_it_means_another_name() {
+        let mut names = InMemory::default();
+        for name in ["a", "b", "c", "d"] {
+            names.number(name);
+        }
+        names.release("a", 100, 200);
+        assert!(!names.knows("a"));
+        // Not even for the same name.
+        assert_eq!(names.number("a").0, 4);
+        names.release("b", 199, 299);
+        assert_eq!(names.number("e").0, 5);
+        names.release("c", 200, 300);
+        assert_eq!(names.number("f").0, 0, "its rest has ended");
+        assert_eq!(names.number("g").0, 6);
+    }
+
+    #[test]
+    fn an_unknown_name_leaves_everything_as_it_is() {
+        let mut names = InMemory::default();
+        names.number("a");
+        names.release("a", 0, 10);
+        names.release("a", 20, 30);
+        assert_eq!(names.number("b").0, 1);
+    }
+
+    #[test]
+    fn load_tells_names_and_numbers_that_mean_none() {
+        let mut names = InMemory::default();
+        assert!(names.load().is_empty());
+        for name in ["a", "b", "c"] {
+            names.number(name);
+        }
+        names.release("b", 0, 10);
+        names.release("c", 0, 10);
+        assert_eq!(names.load(), [Some("a".into()), None, None]);
+    }
+}

@@ -1,0 +1,154 @@
+//! What was received last on a data link and perhaps not acknowledged in the core's eyes.
+
+use std::collections::VecDeque;
+use std::fmt::Debug;
+use std::hash::BuildHasher;
+use std::ops::Range;
+
+use foldhash::fast::RandomState;
+
+/// One received message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// The core's packet identifier.
+    pub packet_id: u16,
+    /// What it said, by [`Ring::digest`].
+    pub digest: u64,
+}
+
+/// What one link remembers. Positions count the messages that it remembered, and never go back.
+/// Who remembers also settles: nothing is forgotten by itself.
+pub trait Ring: Debug + Send {
+    /// A digest of what a message says, the same as long as records of this ring are kept.
+    fn digest(&self, topic: &str, payload: &[u8], qos: u8) -> u64;
+
+    /// The positions of all that is remembered, those of before included.
+    fn positions(&self) -> Range<u64>;
+
+    /// Remembers one more. Called for each message: no lock, no wait.
+    fn remember(&mut self, received: Received);
+
+    /// The first position in `among` where this is remembered.
+    fn find(&self, among: Range<u64>, received: Received) -> Option<u64>;
+
+    /// Forgets all before position `mark`.
+    fn settle(&mut self, mark: u64);
+
+    /// Forgets all: the core has forgotten the link.
+    fn clear(&mut self);
+}
+
+/// A ring that ends with the process.
+#[derive(Debug, Default)]
+pub(super) struct InMemory {
+    received: VecDeque<Received>,
+    /// The position of the front.
+    first: u64,
+    hasher: RandomState,
+}
+
+impl Ring for InMemory {
+    fn digest(&self, topic: &str, payload: &[u8], qos: u8) -> u64 {
+        self.hasher.hash_one((topic, payload, qos))
+    }
+
+    fn positions(&self) -> Range<u64> {
+        self.first..self.first + self.received.len() as u64
+    }
+
+    fn remember(&mut self, received: Received) {
+        self.received.push_back(received);
+    }
+
+    fn find(&self, among: Range<u64>, received: Received) -> Option<u64> {
+        let held = self.positions();
+        let from = among.start.max(held.start);
+        let to = among.end.min(held.end);
+        if from >= to {
+            return None;
+        }
+        let range = (from - self.first) as usize..(to - self.first) as usize;
+        let at = self.received.range(range).position(|r| *r == received)?;
+        Some(from + at as u64)
+    }
+
+    fn settle(&mut self, mark: u64) {
+        while self.first < mark && self.received.pop_front().is_some() {
+            self.first += 1;
+        }
+    }
+
+    fn clear(&mut self) {
+        self.first = self.positions().end;
+        // Its room goes, too: up to a mebibyte for each link.
+        self.received = VecDeque::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn received(packet_id: u16) -> Received {
+        Received {
+            packet_id,
+            digest: 7,
+        }
+    }
+
+    fn ring(ids: &[u16]) -> InMemory {
+        let mut ring = InMemory::default();
+        for id in ids {
+            ring.remember(received(*id));
+        }
+        ring
+    }
+
+    #[test]
+    fn what_is_remembered_is_found_where_it_is_looked_for() {
+        let ring = ring(&[1, 2, 1]);
+        assert_eq!(ring.positions(), 0..3);
+        assert_eq!(ring.find(0..3, received(1)), Some(0));
+        assert_eq!(ring.find(1..3, received(1)), Some(2));
+        assert_eq!(ring.find(1..2, received(1)), None);
+        let other = Received {
+            packet_id: 1,
+            digest: 8,
+        };
+        assert_eq!(ring.find(0..3, other), None);
+    }
+
+    #[test]
+    fn settling_ends_what_is_before_the_mark() {
+        let mut ring = ring(&[1, 2, 3]);
+        ring.settle(2);
+        assert_eq!(ring.positions(), 2..3);
+        assert_eq!(ring.find(0..9, received(2)), None);
+        assert_eq!(ring.find(0..9, received(3)), Some(2));
+        // A mark of long ago, and one beyond the end.
+        ring.settle(1);
+        assert_eq!(ring.positions(), 2..3);
+        ring.settle(9);
+        assert_eq!(ring.positions(), 3..3);
+    }
+
+    #[test]
+    fn positions_go_on_after_a_clear() {
+        let mut ring = ring(&[1, 2]);
+        ring.clear();
+        assert_eq!(ring.positions(), 2..2);
+        ring.remember(received(3));
+        assert_eq!(ring.find(0..9, received(3)), Some(2));
+        assert_eq!(ring.find(0..9, received(1)), None);
+    }
+
+    #[test]
+    fn a_digest_tells_topic_payload_and_qos_apart() {
+        let ring = InMemory::default();
+        let digest = ring.digest("ab", b"c", 1);
+        assert_eq!(ring.digest("ab", b"c", 1), digest);
+        assert_ne!(ring.digest("a", b"bc", 1), digest);
+        assert_ne!(ring.digest("ab", b"d", 1), digest);
+        assert_ne!(ring.digest("ab", b"c", 2), digest);
+    }
+}
