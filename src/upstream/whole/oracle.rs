@@ -320,6 +320,11 @@ impl Oracle {
         {
             return Some("retained, and asked for none".to_owned());
         }
+        // A group's copies keep no order with others.
+        let shared = |s: &Sub| s.shared() && s.matches(&message.topic);
+        if client.subs.iter().any(shared) {
+            return None;
+        }
         let before = client.got.iter().chain(&client.handed);
         let before = before.filter(|(t, g)| *t == message.topic && self.is_retained(g.number));
         let newest = before.map(|(_, g)| g.number).max();
