@@ -35,6 +35,8 @@ pub struct Fetch {
     up: bool,
     version: Version,
     identifiers: bool,
+    /// At which it subscribes.
+    qos: QoS,
     /// Quiet time that ends a fetch, milliseconds.
     quiet: u64,
     last_id: u16,
@@ -72,6 +74,7 @@ impl Fetch {
             up: false,
             version: Version::V5,
             identifiers: true,
+            qos: QoS::AtMostOnce,
             quiet: 0,
             last_id: 0,
             jobs: Vec::new(),
@@ -122,13 +125,9 @@ impl Fetch {
         }
     }
 
-    /// A 3.1.1 core's window would cut a replay at QoS 1 or 2 short.
     fn options(&self) -> SubscribeOptions {
         SubscribeOptions {
-            qos: match self.version {
-                Version::V5 => self.router.maximum_qos(),
-                _ => QoS::AtMostOnce,
-            },
+            qos: self.qos,
             no_local: false,
             retain_as_published: false,
             retain_handling: 0,
@@ -150,9 +149,9 @@ impl Fetch {
             return;
         }
         // The stored QoS cannot be seen through a QoS 0 subscription: at least once is promised.
-        let qos = match self.version {
-            Version::V5 => p.qos,
-            _ => QoS::AtLeastOnce,
+        let qos = match self.qos {
+            QoS::AtMostOnce => QoS::AtLeastOnce,
+            _ => p.qos,
         };
         let message = Message::new(&MessageSpec {
             topic: p.topic,
@@ -215,6 +214,7 @@ impl Machine for Fetch {
         self.up = true;
         self.version = up.version;
         self.identifiers = up.identifiers;
+        self.qos = up.fetch_qos;
         self.quiet = up.fetch_quiet;
         self.start(now, out);
     }

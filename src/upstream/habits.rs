@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::mqtt::QoS;
+
 /// How the record came about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -152,6 +154,17 @@ const FETCH_QUIET_LATE: u64 = 3000;
 const FETCH_QUIET_MAX: u64 = 4000;
 
 impl Habits {
+    /// The QoS at which retained messages are fetched. What does not fit into a small window of the
+    /// core may be cut off; at QoS 0 nothing is, but the stored QoS is not seen.
+    pub fn fetch_qos(&self) -> QoS {
+        match self.window {
+            Some(window) if window >= WINDOW_PROBED => {
+                QoS::from_u8(self.maximum_qos).unwrap_or_default()
+            }
+            _ => QoS::AtMostOnce,
+        }
+    }
+
     /// How long to wait, in milliseconds, before a fetch that brings nothing more is over: four times
     /// what the probe saw, for the core has more to look through than then.
     pub fn fetch_quiet(&self) -> u64 {

@@ -268,6 +268,7 @@ fn accept(
         packet_max,
         identifiers: announced.identifiers,
         keeps_retain: v5,
+        fetch_qos: QoS::AtMostOnce,
         fetch_quiet: 0,
     };
     let facts = CoreFacts {

@@ -34,6 +34,7 @@ pub(super) async fn learn(core: &Core, server: usize, established: &mut Establis
     let (up, facts) = (&mut established.up, &mut established.facts);
     up.identifiers = habits.identifiers.usable();
     up.keeps_retain = habits.keeps_retain();
+    up.fetch_qos = habits.fetch_qos();
     up.fetch_quiet = habits.fetch_quiet();
     facts.identifiers = up.identifiers;
     facts.keeps_retain = up.keeps_retain;

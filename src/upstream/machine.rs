@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::mqtt::{Packet, ReasonCode, Version};
+use crate::mqtt::{Packet, QoS, ReasonCode, Version};
 use crate::telemetry::LinkDownReason;
 
 /// What the core said when a link came up.
@@ -22,6 +22,8 @@ pub struct Up {
     pub identifiers: bool,
     /// Live messages keep their RETAIN, and no replay comes between them.
     pub keeps_retain: bool,
+    /// The R link subscribes at this QoS.
+    pub fetch_qos: QoS,
     /// The R link is quiet for so long before a fetch is over, milliseconds.
     pub fetch_quiet: u64,
 }

@@ -105,6 +105,7 @@ pub fn up(session_present: bool, receive_maximum: u16) -> Up {
         packet_max: u32::MAX,
         identifiers: true,
         keeps_retain: true,
+        fetch_qos: QoS::ExactlyOnce,
         fetch_quiet: 100,
     }
 }

@@ -146,6 +146,10 @@ impl World {
                         packet_max: u32::MAX,
                         identifiers: self.named,
                         keeps_retain: self.facts.keeps_retain,
+                        fetch_qos: match self.windowed || link.version < Version::V5 {
+                            true => QoS::AtMostOnce,
+                            false => QoS::ExactlyOnce,
+                        },
                         fetch_quiet: self.fetch_quiet,
                     };
                     self.router.core_facts(&self.facts, now);
