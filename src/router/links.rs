@@ -7,6 +7,7 @@ use crate::mqtt::{QoS, ReasonCode};
 use crate::telemetry::metrics;
 
 use super::Router;
+use super::lost::Loss;
 use super::table::{State, UNPLACED, Waiter};
 use super::wake::Wake;
 
@@ -277,7 +278,11 @@ impl Router {
                         filter.upgrading = false;
                     }
                     if lost {
-                        table.lost.insert(number);
+                        let loss = match kept {
+                            Kept::Doubtful => Loss::Doubtful,
+                            _ => Loss::Sure,
+                        };
+                        table.lost.insert(number, loss);
                     }
                     table.pending[link].push_back(number);
                 } else if gone {

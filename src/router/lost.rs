@@ -1,22 +1,34 @@
 //! Filters that the core held and has lost with a link's session, until it holds them again.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use foldhash::fast::RandomState;
 use parking_lot::{RwLock, RwLockReadGuard};
 
-/// The numbers of lost filters; nearly always none.
+/// How sure it is that a filter is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loss {
+    /// Its session is gone.
+    Sure,
+    /// The core may have it still, and messages for it: they are not to be dropped for another's.
+    Doubtful,
+}
+
+/// The lost filters by number.
+pub(super) type Losses = HashMap<u32, Loss, RandomState>;
+
+/// The lost filters; nearly always none.
 #[derive(Debug, Default)]
 pub(super) struct Lost {
     count: AtomicUsize,
-    filters: RwLock<HashSet<u32, RandomState>>,
+    filters: RwLock<Losses>,
 }
 
 impl Lost {
-    pub fn insert(&self, filter: u32) {
+    pub fn insert(&self, filter: u32, loss: Loss) {
         let mut filters = self.filters.write();
-        filters.insert(filter);
+        filters.insert(filter, loss);
         self.count.store(filters.len(), Ordering::Release);
     }
 
@@ -35,7 +47,7 @@ impl Lost {
     }
 
     /// All of them, if there are any.
-    pub fn look(&self) -> Option<RwLockReadGuard<'_, HashSet<u32, RandomState>>> {
+    pub fn look(&self) -> Option<RwLockReadGuard<'_, Losses>> {
         (!self.is_empty()).then(|| self.filters.read())
     }
 }

@@ -18,7 +18,7 @@ use crate::session::{
 use super::SessionRef;
 use super::fanout::Tally;
 use super::leaving::Leavers;
-use super::lost::Lost;
+use super::lost::{Loss, Lost};
 use super::retained::Wants;
 use super::wake::Wake;
 
@@ -388,7 +388,8 @@ impl Shard {
             return;
         };
         let lost = lost.look();
-        let is_lost = |filter| lost.as_ref().is_some_and(|lost| lost.contains(&filter));
+        let loss_of = |filter| lost.as_ref().and_then(|lost| lost.get(&filter).copied());
+        let is_lost = |filter| loss_of(filter).is_some();
         tally.targets += members.len();
         for member in members {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
@@ -405,7 +406,14 @@ impl Shard {
             let mut retain = member.retain_as_published;
             let ids: &[u32] = if member.overlaps {
                 let subscriptions = slot.session.subscriptions();
-                match senior(subscriptions, message.topic(), own, is_lost, identifiers) {
+                let mut found = senior(subscriptions, message.topic(), own, is_lost, identifiers);
+                if found.is_some_and(|s| s.filter != filter)
+                    && loss_of(filter) == Some(Loss::Doubtful)
+                {
+                    let gone = |filter| loss_of(filter) == Some(Loss::Sure);
+                    found = senior(subscriptions, message.topic(), own, gone, identifiers);
+                }
+                match found {
                     Some(senior) if senior.filter == filter => {
                         qos = senior.qos;
                         retain = senior.retain;
@@ -449,7 +457,7 @@ impl Shard {
         tally: &mut Tally,
     ) {
         let lost = self.lost.look();
-        let is_lost = |filter| lost.as_ref().is_some_and(|lost| lost.contains(&filter));
+        let is_lost = |filter| lost.as_ref().is_some_and(|lost| lost.contains_key(&filter));
         let topic = message.topic();
         for at in self.leavers.of(filter) {
             let Some(slot) = self.slots.get_mut(at as usize) else {

@@ -400,8 +400,7 @@ impl Oracle {
         let forgot = |t: &u64| {
             message.at <= *t && (*t <= message.at + TRANSIT || message.acknowledged_at >= *t)
         };
-        let doubted = |t: &u64| message.at <= *t && *t <= message.at + TRANSIT;
-        self.forgot.iter().any(forgot) || self.doubts.iter().any(doubted)
+        self.forgot.iter().any(forgot)
     }
 
     /// Subscriptions whose change is not seen as one moment: those left while messages waited at the
