@@ -129,6 +129,10 @@ impl Inbound {
                     true => WillState::Cancelled,
                     false => WillState::Due(now + u64::from(will.delay.min(expiry)) * 1000),
                 };
+                // It is its client's own, for No Local.
+                if let WillState::Due(due) = will.state {
+                    self.by_key.insert(will.key.clone(), (device, due));
+                }
             }
         }
     }
@@ -147,6 +151,9 @@ impl Inbound {
                 WillState::Due(due) => WillState::Due(due.min(now)),
                 ref other => other.clone(),
             };
+            if let WillState::Due(due) = will.state {
+                self.by_key.insert(will.key.clone(), (device, due));
+            }
         }
     }
 
