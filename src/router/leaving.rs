@@ -177,6 +177,13 @@ impl Leavers {
         self.filters.get(&filter).cloned().unwrap_or_default()
     }
 
+    /// Whether a session may still be given a topic by a filter that it left.
+    pub fn brings(&self, slot: u32, topic: &str) -> bool {
+        let leaver = self.slots.get(&slot);
+        let mut left = leaver.into_iter().flat_map(|l| &l.filters);
+        left.any(|l| matches(&l.left.name, topic))
+    }
+
     /// Whether a copy is given that came by filter `via`, where the senior of those that the
     /// session keeps is `senior`. `None`: none of the left filters concerns it.
     pub fn gives(

@@ -317,8 +317,12 @@ impl Shard {
         }
     }
 
-    /// Whether a session gets a topic by a subscription on another filter as well.
+    /// Whether a session gets a topic by a subscription on another filter as well, be it one that it
+    /// has just left.
     pub fn has_another(&mut self, session: SessionRef, filter: u32, topic: &str) -> bool {
+        if self.leavers.brings(session.slot, topic) {
+            return true;
+        }
         let subscriptions = self.get(session).map(|slot| slot.session.subscriptions());
         let mut others = subscriptions.into_iter().flatten();
         others.any(|s| s.filter != filter && s.active && !s.shared && matches(&s.name, topic))
