@@ -20,6 +20,7 @@ mod publish;
 mod retained;
 mod roots;
 mod shard;
+mod suback;
 mod subscribe;
 mod table;
 mod tick;

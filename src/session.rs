@@ -9,6 +9,7 @@ mod entry;
 mod inbound;
 mod outbound;
 mod packets;
+mod senior;
 mod will;
 
 use std::sync::Arc;
@@ -23,7 +24,7 @@ pub use connection::{Connection, ConnectionSpec, Scope};
 pub use entry::{Offer, Orphan};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
-pub use packets::{Senior, senior};
+pub use senior::{Senior, senior};
 pub use will::Will;
 
 /// What to do when a session's queue is full.

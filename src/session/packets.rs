@@ -7,11 +7,12 @@ use std::sync::Arc;
 use crate::mqtt::{
     Ack, AckKind, Disconnect, Message, MessageSpec, Packet, Property, Publish, QoS, ReasonCode,
     Subscribe, Unsubscribe, Version, encode_ack, encode_pingresp, encode_suback, encode_unsuback,
-    has_discouraged, matches, overlaps, split_shared,
+    has_discouraged, matches, split_shared,
 };
 
 use super::connection::{Connection, PendingSubscribe, Scope};
 use super::inbound::{Answer, Arrival, Incoming};
+use super::senior::clash;
 use super::{Close, Effect, Left, Policy, Session, SessionLimits, Subscription, Wanted};
 
 impl Session {
@@ -531,69 +532,6 @@ pub(super) fn write_answer(connection: &mut Connection, answer: &Answer, reason:
     let version = connection.version;
     let out = connection.lane(answer.lane);
     encode_ack(version, kind, answer.packet_id, reason, None, out);
-}
-
-/// What a client gets of a message that several of its subscriptions may match.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Senior {
-    /// The filter whose copy it is.
-    pub filter: u32,
-    /// The highest QoS that a matching subscription was granted.
-    pub qos: QoS,
-    /// One of them wants RETAIN as published.
-    pub retain: bool,
-}
-
-/// The senior of a client's subscriptions that match `topic`: the one that the core granted first.
-/// Its copy is the one that the client gets, on any core, with all their identifiers. Granting
-/// another changes nothing for the messages that are under way, on whichever links. `None`: none of
-/// them is granted yet, so that which copies will come is not known.
-/// `lost` tells filters that the core has lost and not taken again. For an `own` publish of the
-/// client, those with No Local do not count.
-pub fn senior(
-    subscriptions: &[Subscription],
-    topic: &str,
-    own: bool,
-    lost: impl Fn(u32) -> bool,
-    identifiers: &mut Vec<u32>,
-) -> Option<Senior> {
-    let mut best: Option<(bool, Senior)> = None;
-    let mut retain = false;
-    identifiers.clear();
-    for s in subscriptions {
-        if s.shared || (own && s.options.no_local) || !matches(&s.name, topic) {
-            continue;
-        }
-        retain |= s.options.retain_as_published;
-        if s.identifier != 0 && !identifiers.contains(&s.identifier) {
-            identifiers.push(s.identifier);
-        }
-        if !s.active {
-            continue;
-        }
-        // What the core has lost counts only among its like.
-        let held = !lost(s.filter);
-        match &mut best {
-            Some((known, senior)) if *known == held => {
-                senior.qos = senior.qos.max(s.options.qos);
-            }
-            Some((true, _)) => {}
-            _ => {
-                let senior = Senior {
-                    filter: s.filter,
-                    qos: s.options.qos,
-                    retain: false,
-                };
-                best = Some((held, senior));
-            }
-        }
-    }
-    best.map(|(_, senior)| Senior { retain, ..senior })
-}
-
-/// Whether one message can be for both. Shared subscriptions are on their own.
-fn clash(a: &Subscription, b: &Subscription) -> bool {
-    (a.wild || b.wild) && !a.shared && !b.shared && overlaps(&a.name, &b.name)
 }
 
 /// SUBSCRIBEs of one client that may wait for the core.
