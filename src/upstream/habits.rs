@@ -146,11 +146,10 @@ pub struct Announced {
     pub retain_available: bool,
 }
 
-/// How long the R link is quiet before a fetch ends, milliseconds: at least, where the core was not
-/// seen, where it was slower than the probe waits, and at most.
+/// How long the R link is quiet before a fetch ends, milliseconds: at least, where no retained message
+/// was seen, and at most.
 const FETCH_QUIET: u64 = 100;
 const FETCH_QUIET_UNSEEN: u64 = 500;
-const FETCH_QUIET_LATE: u64 = 3000;
 const FETCH_QUIET_MAX: u64 = 4000;
 
 impl Habits {
@@ -170,7 +169,6 @@ impl Habits {
     pub fn fetch_quiet(&self) -> u64 {
         match self.retained_within {
             Some(ms) => (u64::from(ms) * 4).clamp(FETCH_QUIET, FETCH_QUIET_MAX),
-            None if self.source == Source::Probed && self.retain_available => FETCH_QUIET_LATE,
             None => FETCH_QUIET_UNSEEN,
         }
     }

@@ -237,7 +237,20 @@ where
         habits.retained_within = (all >= RETAINED).then(|| begun.elapsed().as_millis() as u32);
         habits.retained_wildcard = Some(all >= RETAINED);
         habits.retained_marker = (all > 0).then_some(before >= RETAINED);
+        if all == 0 {
+            habits.retained_within = self.retained_exact().await?;
+        }
         Ok(())
+    }
+
+    /// Brokers that have none for wildcards may have one for its topic: milliseconds until it came.
+    async fn retained_exact(&mut self) -> Result<Option<u32>, Cut> {
+        let begun = Instant::now();
+        self.subscribe("r/0", 0, 0, false, Some(4)).await?;
+        let until = begun + RETAINED_LATE;
+        while self.got.publishes.is_empty() && self.read_until(until).await? {}
+        let came = !std::mem::take(&mut self.got.publishes).is_empty();
+        Ok(came.then(|| begun.elapsed().as_millis() as u32))
     }
 
     async fn window(&mut self, habits: &mut Habits) -> Result<(), Cut> {
