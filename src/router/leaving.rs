@@ -16,10 +16,11 @@ use smallvec::SmallVec;
 use crate::mqtt::{Message, matches};
 use crate::session::Left;
 
-/// Filters of one session that are on their way out.
-const LEFT_MAX: usize = 64;
+/// Filters that are on their way out in one shard, each with the filters that it was senior to. Past it
+/// one goes at once.
+const LEFT_MAX: usize = 16 * 1024;
 
-/// Messages whose copies are counted for it.
+/// Messages whose copies are counted in one shard. Past it those of a session are counted anew.
 const COPIES_MAX: usize = 4096;
 
 /// Whose copies are given.
@@ -60,6 +61,10 @@ pub(super) struct Leavers {
     slots: HashMap<u32, Leaver, RandomState>,
     /// Slots that left a filter.
     filters: HashMap<u32, SmallVec<[u32; 2]>, RandomState>,
+    /// All left filters, with those that they were senior to.
+    left: usize,
+    /// Messages whose copies are counted.
+    copies: usize,
 }
 
 impl Leavers {
@@ -69,16 +74,18 @@ impl Leavers {
 
     /// A session left a filter. False: its reference is to be given back at once.
     pub fn leave(&mut self, slot: u32, left: &Left) -> bool {
-        let filters = &mut self.slots.entry(slot).or_default().filters;
-        if filters.len() >= LEFT_MAX {
+        let before = self.slots.get(&slot).map_or(0, |l| l.filters.len());
+        if self.left + left.senior_over.len() + before >= LEFT_MAX {
             return false;
         }
+        let filters = &mut self.slots.entry(slot).or_default().filters;
         let mut left = left.clone();
         // Those that went before it and were not senior to it were its juniors.
         let juniors = filters.iter().map(|l| &l.left);
         let juniors = juniors.filter(|l| !l.senior_over.contains(&left.filter));
         let juniors = juniors.filter(|l| l.filter != left.filter);
         left.senior_over.extend(juniors.map(|l| l.filter));
+        self.left += weight(&left);
         let slots = self.filters.entry(left.filter).or_default();
         if !slots.contains(&slot) {
             slots.push(slot);
@@ -105,7 +112,11 @@ impl Leavers {
         let Some(leaver) = self.slots.remove(&slot) else {
             return Vec::new();
         };
-        let filters = leaver.filters.iter().map(|l| l.left.filter);
+        self.copies -= leaver.copies.len();
+        let filters = leaver.filters.iter().map(|l| {
+            self.left -= weight(&l.left);
+            l.left.filter
+        });
         let filters: Vec<u32> = filters.collect();
         for filter in &filters {
             self.no_longer(*filter, slot);
@@ -159,10 +170,15 @@ impl Leavers {
                 continue;
             };
             let past = leaver.filters.extract_if(.., |l| l.step == Step::Over);
-            let past: Vec<u32> = past.map(|l| l.left.filter).collect();
+            let past = past.map(|l| {
+                self.left -= weight(&l.left);
+                l.left.filter
+            });
+            let past: Vec<u32> = past.collect();
             let there = |filter| leaver.filters.iter().any(|l| l.left.filter == filter);
             let no_longer: Vec<u32> = past.iter().copied().filter(|f| !there(*f)).collect();
             if leaver.filters.is_empty() {
+                self.copies -= leaver.copies.len();
                 self.slots.remove(&slot);
             }
             for filter in no_longer {
@@ -219,9 +235,15 @@ impl Leavers {
         if !concerned {
             return None;
         }
-        if leaver.copies.len() >= COPIES_MAX {
-            leaver.copies.clear();
+        if self.copies >= COPIES_MAX {
+            self.copies -= leaver.copies.len();
+            leaver.copies = HashMap::default();
+            if self.copies >= COPIES_MAX {
+                // Others have it all: as without counting, one may come twice.
+                return Some(counts && !blocked);
+            }
         }
+        let known = leaver.copies.len();
         let hasher = leaver.copies.hasher();
         let digest = hasher.hash_one((message.topic(), message.payload()));
         let copies = leaver.copies.entry(digest).or_default();
@@ -233,8 +255,13 @@ impl Leavers {
         copies.by[at].1 += 1;
         let given = counts && !blocked && copies.by[at].1 > copies.given;
         copies.given += u32::from(given);
+        self.copies += leaver.copies.len() - known;
         Some(given)
     }
+}
+
+fn weight(left: &Left) -> usize {
+    1 + left.senior_over.len()
 }
 
 #[cfg(test)]
@@ -375,13 +402,35 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_of_a_session_is_bounded() {
+    fn what_is_kept_is_bounded_and_given_back() {
         let mut leavers = left();
-        let more = (20..200).filter(|n| leavers.leave(7, &old(*n, "x", &[9])));
-        assert_eq!(more.count(), LEFT_MAX - 1);
+        // Each is senior to one, and to those that one left before.
+        let more = (20..2000).filter(|n| leavers.leave(7, &old(*n, "x", &[9])));
+        let more = more.count();
+        assert!((150..200).contains(&more), "{more}");
+        assert!(leavers.left <= LEFT_MAX);
+        assert!(!leavers.leave(8, &old(1, "a/#", &vec![9; LEFT_MAX - leavers.left])));
+        assert!(leavers.leave(8, &old(1, "a/#", &[9])));
         for n in 0..COPIES_MAX + 10 {
             gives(&mut leavers, 1, &n.to_string());
         }
-        assert!(leavers.slots[&7].copies.len() <= COPIES_MAX);
+        assert!(leavers.copies <= COPIES_MAX);
+        let counted: usize = leavers.slots.values().map(|l| l.copies.len()).sum();
+        assert_eq!(leavers.copies, counted);
+        assert_eq!(leavers.forget(7).len(), more + 1);
+        leavers.forget(8);
+        assert_eq!((leavers.left, leavers.copies), (0, 0));
+        assert!(leavers.is_empty() && leavers.filters.is_empty());
+    }
+
+    #[test]
+    fn where_others_count_all_copies_none_is_lost() {
+        let mut leavers = left();
+        assert!(leavers.leave(8, &old(1, "a/#", &[9])));
+        for n in 0..COPIES_MAX {
+            gives(&mut leavers, 1, &n.to_string());
+        }
+        let mut of_8 = |via| leavers.gives(8, via, 9, &message("x"), false, |_| false);
+        assert_eq!((of_8(1), of_8(9)), (Some(true), Some(false)));
     }
 }
