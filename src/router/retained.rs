@@ -4,34 +4,21 @@
 //! The mutex is held while a retained message is handed to its session, and a live one updates
 //! the cache before it is fanned out: so a value older than one already delivered never follows it.
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::hash::BuildHasher;
+mod cache;
+
+use std::collections::HashSet;
 use std::sync::Arc;
 
-use foldhash::fast::RandomState;
-use lru::LruCache;
-use smallvec::SmallVec;
-
-use crate::limits::Account;
 use crate::mqtt::{Message, QoS, ReasonCode};
 use crate::telemetry::metrics;
 
 use super::fanout::{Arrived, Tally};
-use super::trie::FilterTrie;
 use super::{Router, SessionRef};
-
-/// Bytes charged for a cached topic beside topic and message.
-const TOPIC_OVERHEAD: usize = 96;
+pub(super) use cache::Retained;
+use cache::{Cached, State, want};
 
 /// Fetched messages that wait for the data links at most; more are handed on at once.
 const HELD_MAX: usize = 10_000;
-
-/// Topics on which other filters are ahead of a filter in the cache, at most.
-const AHEAD_MAX: usize = 10_000;
-
-/// For how long, milliseconds: longer than the data links are apart. A link that is away has its
-/// filters' caches emptied.
-const AHEAD_FOR: u64 = 5000;
 
 /// How long a SUBACK waits for the retained messages, milliseconds: a client that has it may
 /// publish, and what is older must not come after what it publishes.
@@ -58,216 +45,6 @@ pub(super) struct Reply {
     pub packet_id: u16,
     pub index: u16,
     pub code: ReasonCode,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// In the queue for the R link.
-    Queued,
-    /// SUBSCRIBE sent on R.
-    Fetching,
-    /// All there is.
-    Complete,
-}
-
-#[derive(Debug)]
-struct Cached {
-    state: State,
-    /// Its name among the known ones, once it is there.
-    name: Option<Arc<str>>,
-    topics: HashMap<Box<str>, Message, RandomState>,
-    /// Topics with a live RETAIN=1 message since the fetch began: the fetched one is older.
-    live: HashSet<Box<str>, RandomState>,
-    /// What came live by another filter and not by this one since, by topic: until when it counts,
-    /// and a digest. Who has both filters is not to get what is older.
-    ahead: HashMap<Box<str>, (u64, u64), RandomState>,
-    wants: Vec<Wants>,
-    /// Fetched, until the data link has brought what came before: which link, which moment. A
-    /// live message of the same topic may be on its way.
-    held: Vec<(usize, u64, Message)>,
-    /// Came while the fetch was under way and what it brought is no longer there: next fetch.
-    late: Vec<Wants>,
-    bytes: usize,
-    /// The core has answered behind what it sent: few have more to come.
-    through: bool,
-    /// Larger than the cache: handed on, not kept.
-    overflow: bool,
-    /// D lost messages since the fetch began: not to be kept.
-    stale: bool,
-}
-
-impl Cached {
-    fn queued(wants: Vec<Wants>) -> Self {
-        Self {
-            state: State::Queued,
-            name: None,
-            topics: HashMap::default(),
-            live: HashSet::default(),
-            ahead: HashMap::default(),
-            wants,
-            held: Vec::new(),
-            late: Vec::new(),
-            bytes: 0,
-            through: false,
-            overflow: false,
-            stale: false,
-        }
-    }
-}
-
-/// The cache and the queue of fetches.
-#[derive(Debug)]
-pub(super) struct Retained {
-    filters: HashMap<u32, Cached, RandomState>,
-    /// Filters with messages that are held, and how many those are.
-    holding: HashSet<u32, RandomState>,
-    held: usize,
-    /// The filters that are fetched, or were.
-    known: FilterTrie<u32>,
-    /// Replies that wait, by filter, each until its deadline; and the deadlines in order.
-    replies: HashMap<u32, Vec<(u64, Reply)>, RandomState>,
-    reply_by: VecDeque<(u64, u32)>,
-    complete: LruCache<u32, (), RandomState>,
-    queue: VecDeque<u32>,
-    bytes: usize,
-    bytes_max: usize,
-    pub account: Arc<Account>,
-}
-
-impl Retained {
-    pub fn new(bytes_max: usize) -> Self {
-        Self {
-            filters: HashMap::default(),
-            holding: HashSet::default(),
-            held: 0,
-            known: FilterTrie::new(),
-            replies: HashMap::default(),
-            reply_by: VecDeque::new(),
-            complete: LruCache::unbounded_with_hasher(RandomState::default()),
-            queue: VecDeque::new(),
-            bytes: 0,
-            bytes_max,
-            account: Arc::new(Account::new()),
-        }
-    }
-
-    fn drop_filter(&mut self, number: u32) {
-        if let Some(cached) = self.filters.remove(&number) {
-            self.bytes -= cached.bytes;
-            self.held -= cached.held.len();
-            if let Some(name) = &cached.name {
-                self.known.remove(name);
-            }
-            self.holding.remove(&number);
-        }
-        self.complete.pop(&number);
-    }
-
-    /// The replies of a filter, once nothing that it waits for is missing.
-    fn replies_of(&mut self, number: u32) -> Vec<Reply> {
-        let waits = |c: &Cached| !(c.state == State::Complete || c.through && c.held.is_empty());
-        if self.replies.is_empty() || self.filters.get(&number).is_some_and(waits) {
-            return Vec::new();
-        }
-        let replies = self.replies.remove(&number).unwrap_or_default();
-        replies.into_iter().map(|(_, reply)| reply).collect()
-    }
-
-    fn hold(&mut self, number: u32, held: (usize, u64, Message)) {
-        if let Some(cached) = self.filters.get_mut(&number) {
-            cached.held.push(held);
-            self.holding.insert(number);
-            self.held += 1;
-        }
-    }
-
-    fn release(&mut self, number: u32, passed: impl Fn(usize, u64) -> bool) -> Vec<Message> {
-        let Some(cached) = self.filters.get_mut(&number) else {
-            return Vec::new();
-        };
-        let held = cached
-            .held
-            .extract_if(.., |(link, fence, _)| passed(*link, *fence));
-        let released: Vec<Message> = held.map(|(_, _, message)| message).collect();
-        self.held -= released.len();
-        if cached.held.is_empty() {
-            self.holding.remove(&number);
-        }
-        released
-    }
-
-    /// A live message is ahead of those filters that it did not come by.
-    fn ahead(&mut self, arrived: &Arrived, now: u64) {
-        if self.known.is_empty() {
-            return;
-        }
-        let topic = arrived.message.topic();
-        let mut others: SmallVec<[u32; 8]> = SmallVec::new();
-        self.known.for_each_match(topic, |n| others.push(n));
-        for number in others.iter().filter(|n| !arrived.filters.contains(n)) {
-            let Some(cached) = self.filters.get_mut(number) else {
-                continue;
-            };
-            let digest = cached.ahead.hasher().hash_one(arrived.message.payload());
-            cached.ahead.insert(topic.into(), (now + AHEAD_FOR, digest));
-            if cached.ahead.len() > AHEAD_MAX && cached.state == State::Complete {
-                self.drop_filter(*number);
-            }
-        }
-    }
-
-    /// Whether something newer may have reached a session that has other subscriptions on the topic.
-    fn is_ahead(&self, number: u32, message: &Message, now: u64) -> bool {
-        let ahead = self.filters.get(&number).map(|c| &c.ahead);
-        ahead.is_some_and(|ahead| {
-            let of_topic = ahead.get(message.topic());
-            let digest = || ahead.hasher().hash_one(message.payload());
-            of_topic.is_some_and(|(until, other)| *until > now && *other != digest())
-        })
-    }
-
-    fn put(&mut self, number: u32, message: &Message) {
-        let (bytes_max, account) = (self.bytes_max, self.account.clone());
-        let Some(cached) = self.filters.get_mut(&number) else {
-            return;
-        };
-        let cost = |m: &Message| m.size() + m.topic().len() + TOPIC_OVERHEAD;
-        if let Some(old) = cached.topics.remove(message.topic()) {
-            let freed = cost(&old);
-            cached.bytes -= freed;
-            self.bytes -= freed;
-        }
-        if message.payload().is_empty() || cached.overflow {
-            return;
-        }
-        let added = cost(message);
-        if cached.bytes + added > bytes_max {
-            cached.overflow = true;
-            self.bytes -= cached.bytes;
-            cached.bytes = 0;
-            cached.topics = HashMap::default();
-            return;
-        }
-        cached.bytes += added;
-        self.bytes += added;
-        cached
-            .topics
-            .insert(message.topic().into(), message.charged_to(&account));
-        while self.bytes > bytes_max {
-            let Some((oldest, ())) = self.complete.pop_lru() else {
-                break;
-            };
-            self.drop_filter(oldest);
-        }
-    }
-}
-
-/// Adds a wish; one of the same session takes the place of its earlier one.
-fn want(wants: &mut Vec<Wants>, new: Wants) {
-    match wants.iter_mut().find(|w| w.session == new.session) {
-        Some(known) => *known = new,
-        None => wants.push(new),
-    }
 }
 
 impl Router {
@@ -379,7 +156,7 @@ impl Router {
         let Some(cached) = retained.filters.get(&number) else {
             return;
         };
-        if cached.state != State::Fetching || cached.live.contains(message.topic()) {
+        if cached.state != State::Fetching || cached.live.contains(&retained.topic(message)) {
             return;
         }
         let link = {
@@ -424,7 +201,7 @@ impl Router {
         let Some(cached) = retained.filters.get(&number) else {
             return;
         };
-        let older = |m: &&Message| !cached.live.contains(m.topic());
+        let older = |m: &&Message| !cached.live.contains(&retained.topic(m));
         let messages: Vec<Message> = messages.iter().filter(older).cloned().collect();
         let wants = cached.wants.clone();
         for message in &messages {
@@ -484,15 +261,15 @@ impl Router {
     pub(super) fn retained_live(&self, arrived: &Arrived, now: u64) {
         let mut retained = self.retained.lock();
         retained.ahead(arrived, now);
+        let topic = retained.topic(&arrived.message);
         for &number in &arrived.filters {
             let Some(cached) = retained.filters.get_mut(&number) else {
                 continue;
             };
-            cached.ahead.remove(arrived.message.topic());
             match cached.state {
                 State::Queued => continue,
                 State::Fetching => {
-                    cached.live.insert(arrived.message.topic().into());
+                    cached.overtaken(topic);
                 }
                 State::Complete => {}
             }
@@ -512,10 +289,11 @@ impl Router {
     pub(super) fn retained_doubtful(&self, arrived: &Arrived, now: u64) {
         let mut retained = self.retained.lock();
         retained.ahead(arrived, now);
+        let topic = retained.topic(&arrived.message);
         for &number in &arrived.filters {
             match retained.filters.get_mut(&number) {
                 Some(cached) if cached.state == State::Fetching => {
-                    cached.live.insert(arrived.message.topic().into());
+                    cached.overtaken(topic);
                     cached.stale = true;
                 }
                 Some(cached) if cached.state == State::Complete => retained.drop_filter(number),
