@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use foldhash::fast::RandomState;
-use parking_lot::{RwLock, RwLockReadGuard};
+use parking_lot::RwLock;
 
 /// How sure it is that a filter is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,14 +15,12 @@ pub(super) enum Loss {
     Doubtful,
 }
 
-/// The lost filters by number.
-pub(super) type Losses = HashMap<u32, Loss, RandomState>;
-
 /// The lost filters; nearly always none.
 #[derive(Debug, Default)]
 pub(super) struct Lost {
     count: AtomicUsize,
-    filters: RwLock<Losses>,
+    /// By number.
+    filters: RwLock<HashMap<u32, Loss, RandomState>>,
 }
 
 impl Lost {
@@ -46,8 +44,9 @@ impl Lost {
         self.count.load(Ordering::Acquire) == 0
     }
 
-    /// All of them, if there are any.
-    pub fn look(&self) -> Option<RwLockReadGuard<'_, Losses>> {
-        (!self.is_empty()).then(|| self.filters.read())
+    /// Tells of each filter whether it is lost, as of now.
+    pub fn look(&self) -> impl Fn(u32) -> Option<Loss> {
+        let filters = (!self.is_empty()).then(|| self.filters.read());
+        move |filter| filters.as_ref()?.get(&filter).copied()
     }
 }

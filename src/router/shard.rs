@@ -391,8 +391,7 @@ impl Shard {
         let Some(members) = members.get(&filter) else {
             return;
         };
-        let lost = lost.look();
-        let loss_of = |filter| lost.as_ref().and_then(|lost| lost.get(&filter).copied());
+        let loss_of = lost.look();
         let is_lost = |filter| loss_of(filter).is_some();
         tally.targets += members.len();
         for member in members {
@@ -460,8 +459,8 @@ impl Shard {
         tag: u64,
         tally: &mut Tally,
     ) {
-        let lost = self.lost.look();
-        let is_lost = |filter| lost.as_ref().is_some_and(|lost| lost.contains_key(&filter));
+        let loss_of = self.lost.look();
+        let is_lost = |filter| loss_of(filter).is_some();
         let topic = message.topic();
         for at in self.leavers.of(filter) {
             let Some(slot) = self.slots.get_mut(at as usize) else {
