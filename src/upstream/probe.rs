@@ -247,7 +247,7 @@ where
     async fn retained_exact(&mut self) -> Result<Option<u32>, Cut> {
         let begun = Instant::now();
         self.subscribe("r/0", 0, 0, false, Some(4)).await?;
-        let until = begun + RETAINED_LATE;
+        let until = begun + QUIET_LATE;
         while self.got.publishes.is_empty() && self.read_until(until).await? {}
         let came = !std::mem::take(&mut self.got.publishes).is_empty();
         Ok(came.then(|| begun.elapsed().as_millis() as u32))
