@@ -317,8 +317,6 @@ impl World {
     /// I12, I13, I18: each filter that a client holds is at the core once, or its root is.
     fn at_core(&mut self) {
         let held = self.core.subscriptions();
-        let roots = &[] as &[String];
-        let _ = roots;
         for filter in self.oracle.filters() {
             let plain = crate::mqtt::split_shared(&filter).map_or(&*filter, |(_, f)| f);
             let covers = |name: &String| crate::mqtt::covers(name, plain) || *name == filter;
