@@ -115,7 +115,7 @@ impl Router {
             };
             let held = filter.state == State::Active || filter.held;
             // The answer to more, which somebody asked for, is this one's answer too.
-            let rising = filter.upgrading && filter.granted < options.qos;
+            let rising = filter.is_rising() && !filter.unconfirmed && filter.granted < options.qos;
             if held && filter.wanted >= options.qos && !rising {
                 let code = table.grant(number, options.qos);
                 let filter = table.get(source);
