@@ -17,6 +17,7 @@ mod local;
 mod lost;
 mod presence;
 mod publish;
+mod resync;
 mod retained;
 mod roots;
 mod shard;
@@ -108,6 +109,8 @@ pub struct RouterConfig {
     pub publishes_waiting_per_client: usize,
     /// The retained cache.
     pub retained_cache: usize,
+    /// After the core lost a filter its retained messages are fetched again, for all who have it.
+    pub retained_resync: bool,
     /// Budget of all sessions' queues.
     pub queues: u64,
     /// Budget of the output of all connections together.

@@ -437,6 +437,7 @@ fn router_config(config: &Config) -> RouterConfig {
         publishes_waiting: upstream.publishes_waiting,
         publishes_waiting_per_client: upstream.publishes_waiting_per_client as usize,
         retained_cache: upstream.retained_cache as usize,
+        retained_resync: upstream.retained_resync,
         queues: config.memory.queues,
         output: config.memory.max / 8,
         write_stall: ms(config.limits.write_stall),

@@ -150,6 +150,7 @@ impl Default for Upstream {
             publishes_waiting_per_client: 4 * MIB,
             publishes_waiting_v3_max: 1000,
             retained_cache: 64 * MIB,
+            retained_resync: true,
             tls: UpstreamTls::default(),
         }
     }

@@ -178,6 +178,9 @@ pub struct Upstream {
     /// Bytes of the retained cache.
     #[serde(deserialize_with = "size")]
     pub retained_cache: u64,
+    /// After the core lost a link's session, retained messages are fetched again, and what changed
+    /// goes to those who have subscribed to it.
+    pub retained_resync: bool,
     /// TLS toward `mqtts` servers.
     pub tls: UpstreamTls,
 }

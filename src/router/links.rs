@@ -302,6 +302,10 @@ impl Router {
         self.data[link].raise();
         // Even with the session kept, QoS 0 of the gap is gone, retained or not.
         let gap = !first && !session_present && !numbers.is_empty();
+        self.add_below(&mut numbers);
+        if session_present {
+            self.nothing_missed(&numbers);
+        }
         self.forget_retained(numbers.into_iter());
         if gap {
             metrics().upstream_gaps.increment(1);
@@ -325,11 +329,21 @@ impl Router {
     pub fn data_link_down(&self, link: usize) {
         self.data_up[link].store(false, Ordering::Release);
         self.data_lost.fetch_add(1, Ordering::AcqRel);
-        let numbers: Vec<u32> = {
+        let mut numbers: Vec<u32> = {
             let table = self.table.read();
             table.of_link(link as u8).map(|(n, _)| n).collect()
         };
+        self.add_below(&mut numbers);
+        self.retained_missed(&numbers);
         self.forget_retained(numbers.into_iter());
+    }
+
+    /// Adds the filters that are below those which are roots.
+    fn add_below(&self, numbers: &mut Vec<u32>) {
+        let table = self.table.read();
+        for at in 0..numbers.len() {
+            numbers.extend(table.below(numbers[at]));
+        }
     }
 
     /// Filters on D link `link`.

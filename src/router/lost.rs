@@ -30,14 +30,15 @@ impl Lost {
         self.count.store(filters.len(), Ordering::Release);
     }
 
-    /// The core has it again, or nobody wants it any more.
-    pub fn remove(&self, filter: u32) {
+    /// The core has it again, or nobody wants it any more. Whether it was lost.
+    pub fn remove(&self, filter: u32) -> bool {
         if self.is_empty() {
-            return;
+            return false;
         }
         let mut filters = self.filters.write();
-        filters.remove(&filter);
+        let lost = filters.remove(&filter).is_some();
         self.count.store(filters.len(), Ordering::Release);
+        lost
     }
 
     pub fn is_empty(&self) -> bool {

@@ -62,7 +62,14 @@ impl Router {
                 let messages: Vec<Message> = self.cached(&retained, number, now);
                 self.hand_retained(&retained, number, &messages, &[wants], now);
             }
-            Some(cached) if cached.state == State::Queued => want(&mut cached.wants, wants),
+            Some(cached) if cached.state == State::Queued => {
+                want(&mut cached.wants, wants);
+                if cached.resync {
+                    // It may have been for later.
+                    retained.queue.push_back(number);
+                    self.fetch.raise();
+                }
+            }
             Some(cached) if cached.overflow || cached.stale => want(&mut cached.late, wants),
             Some(cached) => {
                 want(&mut cached.wants, wants);
@@ -134,7 +141,7 @@ impl Router {
         let mut taken = Vec::new();
         let mut retained = self.retained.lock();
         while taken.len() < max
-            && let Some(number) = retained.queue.pop_front()
+            && let Some(number) = retained.next()
         {
             let name = self.table.read().get(number).map(|f| f.name.clone());
             let (Some(name), Some(cached)) = (name, retained.filters.get_mut(&number)) else {
@@ -203,9 +210,12 @@ impl Router {
         };
         let older = |m: &&Message| !cached.live.contains(&retained.topic(m));
         let messages: Vec<Message> = messages.iter().filter(older).cloned().collect();
-        let wants = cached.wants.clone();
+        let (wants, resync) = (cached.wants.clone(), cached.resync);
         for message in &messages {
             retained.put(number, message);
+        }
+        if resync {
+            self.hand_missed(retained, number, &messages, now);
         }
         self.hand_retained(retained, number, &messages, &wants, now);
     }
@@ -236,6 +246,14 @@ impl Router {
                 cached.wants = Vec::new();
             }
             let late = std::mem::take(&mut cached.late);
+            let resync = cached.resync && (!complete || cached.early);
+            if cached.resync && !resync {
+                cached.resync = false;
+                self.resynced(&mut retained, number);
+            }
+            let Some(cached) = retained.filters.get_mut(&number) else {
+                continue;
+            };
             if complete && !cached.overflow && !cached.stale {
                 cached.state = State::Complete;
                 retained.complete.put(number, ());
@@ -244,9 +262,11 @@ impl Router {
             let mut wants = std::mem::take(&mut cached.wants);
             wants.extend(late);
             retained.drop_filter(number);
-            if !wants.is_empty() {
+            if !wants.is_empty() || resync {
                 again = true;
-                retained.filters.insert(number, Cached::queued(wants));
+                let mut queued = Cached::queued(wants);
+                queued.resync = resync;
+                retained.filters.insert(number, queued);
                 retained.queue.push_back(number);
             }
         }
@@ -261,6 +281,7 @@ impl Router {
     pub(super) fn retained_live(&self, arrived: &Arrived, now: u64) {
         let mut retained = self.retained.lock();
         retained.ahead(arrived, now);
+        retained.learn(arrived);
         let topic = retained.topic(&arrived.message);
         for &number in &arrived.filters {
             let Some(cached) = retained.filters.get_mut(&number) else {
@@ -289,6 +310,7 @@ impl Router {
     pub(super) fn retained_doubtful(&self, arrived: &Arrived, now: u64) {
         let mut retained = self.retained.lock();
         retained.ahead(arrived, now);
+        retained.learn(arrived);
         let topic = retained.topic(&arrived.message);
         for &number in &arrived.filters {
             match retained.filters.get_mut(&number) {
@@ -312,6 +334,12 @@ impl Router {
                 None => {}
             }
         }
+    }
+
+    /// Filters whose retained messages are being fetched, or are to be.
+    pub fn retained_pending(&self) -> u64 {
+        let retained = self.retained.lock();
+        (retained.filters.len() - retained.complete.len()) as u64
     }
 
     /// Bytes in the retained cache.

@@ -53,6 +53,13 @@ impl Table {
         root.unwrap_or(number)
     }
 
+    /// The filters below `number`, if that is a root.
+    pub fn below(&self, number: u32) -> impl Iterator<Item = u32> {
+        let root = self.get(number).is_some_and(|filter| filter.root);
+        let all = if root { self.numbers() } else { 0..0 };
+        all.filter(move |n| self.get(*n).is_some_and(|f| f.rooted == Some(number)))
+    }
+
     /// Adds the filters below root `number` that match a topic.
     pub fn match_root(&self, number: u32, topic: &str, f: impl FnMut(u32)) {
         if self.get(number).is_some_and(|filter| filter.root) {

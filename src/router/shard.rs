@@ -401,7 +401,7 @@ impl Shard {
             let Some(mut qos) = member.qos else {
                 continue;
             };
-            let own = tag != 0 && tag == slot.session.tag;
+            let own = is_own(tag, slot);
             if member.no_local && own {
                 continue;
             }
@@ -466,7 +466,7 @@ impl Shard {
             let Some(slot) = self.slots.get_mut(at as usize) else {
                 continue;
             };
-            let own = tag != 0 && tag == slot.session.tag;
+            let own = is_own(tag, slot);
             let subscriptions = slot.session.subscriptions();
             let senior = senior(subscriptions, topic, own, is_lost, &mut self.identifiers);
             let Some(senior) = senior else {
@@ -493,6 +493,13 @@ impl Shard {
             self.output_bytes += charged.1;
         }
     }
+}
+
+/// The mark of a message of which it is not known who sent it: No Local hides it.
+pub(super) const ANYONES: u64 = u64::MAX;
+
+fn is_own(tag: u64, slot: &Slot) -> bool {
+    tag != 0 && (tag == slot.session.tag || tag == ANYONES)
 }
 
 /// Offers a message to one session; what its accounts change by.

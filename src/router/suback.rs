@@ -129,17 +129,18 @@ impl Router {
 
     /// The core's SUBACK for a filter, or our own word in its place.
     pub fn suback(&self, number: u32, code: ReasonCode, now: u64) {
-        let mut guessed = false;
+        let (mut guessed, regained);
         let (waiters, link, below) = {
             let mut table = self.table.write();
             let Some(filter) = table.get_mut(number) else {
                 return;
             };
             let upgrade = std::mem::take(&mut filter.upgrading);
-            table.lost.remove(number);
+            regained = table.lost.remove(number);
             let Some(filter) = table.get_mut(number) else {
                 return;
             };
+            guessed = false;
             match filter.state {
                 State::Subscribing => {}
                 State::Active if upgrade => {}
@@ -186,7 +187,11 @@ impl Router {
         }
         if !code.is_error() {
             // What the cache knows may be older than what was missed until now.
-            self.forget_retained(std::iter::once(number));
+            let inside: Vec<u32> = self.table.read().below(number).collect();
+            self.forget_retained(inside.into_iter().chain([number]));
+        }
+        if regained && !code.is_error() {
+            self.resync_retained(number);
         }
         if guessed {
             self.confirm(number, code);

@@ -277,6 +277,11 @@ impl Table {
             .filter(move |(_, f)| f.link == link)
     }
 
+    /// All numbers that there may be filters of.
+    pub fn numbers(&self) -> std::ops::Range<u32> {
+        0..self.filters.len() as u32
+    }
+
     /// The filter's number, new or known.
     pub fn intern(&mut self, name: &str) -> (u32, Arc<str>) {
         let (number, name) = self.numbers.number(name);

@@ -114,6 +114,8 @@ impl AdminView for View {
         m.publishes_waiting_bytes.set(waiting as f64);
         m.retained_cache_bytes
             .set(self.router.retained_bytes() as f64);
+        m.retained_fetches_pending
+            .set(self.router.retained_pending() as f64);
     }
 }
 

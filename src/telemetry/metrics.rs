@@ -194,6 +194,8 @@ metrics! {
     gauge retained_cache_bytes = "tidegate_retained_cache_bytes";
     #[doc = "Probes of what the core does, each over a connection of its own."]
     counter upstream_probes = "tidegate_upstream_probes_total";
+    #[doc = "Filters whose retained messages are being fetched, or are to be."]
+    gauge retained_fetches_pending = "tidegate_retained_fetches_pending";
     #[doc = "Fetches of retained messages from the core."]
     counter retained_fetches = "tidegate_retained_fetches_total";
     #[doc = "Filters subscribed at the core."]

@@ -66,6 +66,7 @@ pub fn config() -> RouterConfig {
         publishes_waiting: 64 * 1024 * 1024,
         publishes_waiting_per_client: 64 * 1024 * 1024,
         retained_cache: 1024 * 1024,
+        retained_resync: true,
         queues: 64 * 1024 * 1024,
         output: 64 * 1024 * 1024,
         write_stall: 60_000,

@@ -92,6 +92,8 @@ struct World {
     number: u32,
     /// Links are lost and the core restarts.
     stormy: bool,
+    /// Some publishes make the core close the connection.
+    poisonous: bool,
 }
 
 impl World {
@@ -164,6 +166,7 @@ impl World {
             Box::new(Fetch::new(router.clone(), PROBES.into())),
         );
         let stormy = rng.chance(70);
+        let poisonous = rng.chance(20);
         let devices = (0..4).map(|n| Device {
             id: format!("device-{n}"),
             version: match rng.chance(25) {
@@ -179,13 +182,13 @@ impl World {
         let devices: Vec<Device> = devices.collect();
         if tell {
             eprintln!(
-                "{habits:?} roots {roots:?} {data_links} data links, {publish_links} publish links, local groups {local_groups}, stormy {stormy}"
+                "{habits:?} roots {roots:?} {data_links} data links, {publish_links} publish links, local groups {local_groups}, stormy {stormy}, poisonous {poisonous}"
             );
         }
         Self {
             now: 0,
             oracle: Oracle::new(
-                devices.len(),
+                devices.iter().map(|d| d.version == Version::V5).collect(),
                 stormy,
                 data_links,
                 has(Habit::LowestQos),
@@ -204,6 +207,7 @@ impl World {
             devices,
             number: 0,
             stormy,
+            poisonous,
         }
     }
 
@@ -282,7 +286,14 @@ impl World {
             self.step();
         }
         self.ask_for_all();
-        self.oracle.settle(self.now);
+        let retained = self.core.retained();
+        let number = |payload: &[u8]| String::from_utf8_lossy(payload).parse().ok();
+        let mut retained: Vec<u32> = retained.iter().filter_map(|(_, p)| number(p)).collect();
+        if !self.facts.keeps_retain {
+            // Any later message of the topic counts as newer there.
+            retained.clear();
+        }
+        self.oracle.settle(self.now, &retained);
         self.at_core();
         match self.oracle.first_fault() {
             Some(fault) => Err(format!("at rest: {fault}")),

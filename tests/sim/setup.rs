@@ -75,6 +75,7 @@ impl World {
             publishes_waiting: rng.pick(&[2000, 1 << 20, 1 << 20]),
             publishes_waiting_per_client: rng.pick(&[1000, 1 << 20, 1 << 20]) as usize,
             retained_cache: rng.pick(&[100, 1 << 20]) as usize,
+            retained_resync: false,
             queues: if evicts { 3000 } else { 1 << 30 },
             output: 1 << 30,
             write_stall: 60_000,

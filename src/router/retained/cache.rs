@@ -12,6 +12,7 @@ use super::{Reply, Wants};
 use crate::limits::Account;
 use crate::mqtt::Message;
 use crate::router::fanout::Arrived;
+use crate::router::resync::Missed;
 use crate::router::trie::FilterTrie;
 
 /// Bytes charged for a cached topic beside topic and message.
@@ -61,6 +62,10 @@ pub(super) struct Cached {
     pub(super) overflow: bool,
     /// D lost messages since the fetch began: not to be kept.
     pub(super) stale: bool,
+    /// It is fetched for all who have it: the core had lost it.
+    pub(super) resync: bool,
+    /// And once more: it may have begun before the loss.
+    pub(super) early: bool,
 }
 
 impl Cached {
@@ -78,6 +83,8 @@ impl Cached {
             through: false,
             overflow: false,
             stale: false,
+            resync: false,
+            early: false,
         }
     }
 }
@@ -110,6 +117,10 @@ pub(in crate::router) struct Retained {
     pub(super) reply_by: VecDeque<(u64, u32)>,
     pub(super) complete: LruCache<u32, (), RandomState>,
     pub(super) queue: VecDeque<u32>,
+    /// Fetches that nobody waits for: behind the others.
+    pub(super) later: VecDeque<u32>,
+    /// What those know who have filters that are lost.
+    pub missed: Missed,
     pub(super) bytes: usize,
     pub(super) bytes_max: usize,
     pub account: Arc<Account>,
@@ -128,6 +139,8 @@ impl Retained {
             reply_by: VecDeque::new(),
             complete: LruCache::unbounded_with_hasher(RandomState::default()),
             queue: VecDeque::new(),
+            later: VecDeque::new(),
+            missed: Missed::default(),
             bytes: 0,
             bytes_max,
             account: Arc::new(Account::new()),
@@ -152,6 +165,47 @@ impl Retained {
             self.holding.remove(&number);
         }
         self.complete.pop(&number);
+    }
+
+    /// The link of a filter is away: who has it knows what the cache knows.
+    pub(in crate::router) fn miss(&mut self, number: u32) {
+        if let Some(cached) = self.filters.get(&number) {
+            self.missed.begin(number, cached.topics.values());
+        }
+    }
+
+    /// A filter is fetched for all who have it. All that is below a root is not kept.
+    pub(in crate::router) fn resync(&mut self, number: u32, root: bool) {
+        if let Some(cached) = self.filters.get(&number)
+            && cached.state == State::Complete
+        {
+            self.drop_filter(number);
+        }
+        match self.filters.get_mut(&number) {
+            Some(cached) => {
+                cached.early |= cached.state == State::Fetching;
+                cached.resync = true;
+            }
+            None => {
+                let mut queued = Cached::queued(Vec::new());
+                queued.resync = true;
+                queued.overflow = root;
+                self.filters.insert(number, queued);
+                self.later.push_back(number);
+            }
+        }
+    }
+
+    /// The next filter to be fetched.
+    pub(super) fn next(&mut self) -> Option<u32> {
+        loop {
+            let number = self.queue.pop_front().or_else(|| self.later.pop_front())?;
+            // One for which somebody came to wait is in both.
+            let cached = self.filters.get(&number);
+            if cached.is_some_and(|c| c.state == State::Queued) {
+                return Some(number);
+            }
+        }
     }
 
     /// The replies of a filter, once nothing that it waits for is missing.
@@ -226,7 +280,7 @@ impl Retained {
     }
 
     /// Whether something newer may have reached a session that has other subscriptions on the topic.
-    pub(super) fn is_ahead(&self, number: u32, message: &Message, now: u64) -> bool {
+    pub(in crate::router) fn is_ahead(&self, number: u32, message: &Message, now: u64) -> bool {
         let ahead = self.filters.get(&number).map(|c| &c.ahead);
         let Some(ahead) = ahead.filter(|ahead| !ahead.is_empty()) else {
             return false;

@@ -157,7 +157,7 @@ impl World {
         encode_subscribe(self.devices[n].version, id, None, all, &mut bytes);
         tell!(
             self,
-            "{n} subscribes {:?}",
+            "{n} subscribes {id} {:?}",
             filters.iter().map(|(f, o)| (f, o.qos)).collect::<Vec<_>>()
         );
         self.oracle.asks(n, &filters, self.now);
@@ -205,13 +205,22 @@ impl World {
         let retain = TOPICS.iter().position(|t| *t == topic) == Some(n) && self.rng.chance(50);
         self.oracle
             .published(n, number, topic, qos, retain, self.now);
+        let mut poison = false;
         if qos > QoS::AtMostOnce {
             self.devices[n].open.push((id, number, qos));
+            poison = self.poisonous && self.rng.chance(5);
+        }
+        if poison {
+            self.oracle.poisons(number);
         }
         tell!(
             self,
             "{n} publishes {number} on {topic} at {qos:?}{}",
-            if retain { ", retained" } else { "" }
+            match (poison, retain) {
+                (true, _) => ", poison",
+                (_, true) => ", retained",
+                _ => "",
+            }
         );
         self.send_publish(n, id, &message(topic, number, qos, retain), false);
     }
@@ -270,9 +279,10 @@ impl World {
                     let (_, filters) = asked.remove(at);
                     tell!(
                         self,
-                        "{n} is granted {:?} {:?}",
+                        "{n} is granted {:?} {:?} to {}",
                         filters.iter().map(|f| &f.0).collect::<Vec<_>>(),
-                        s.codes
+                        s.codes,
+                        s.packet_id
                     );
                     for ((filter, options), code) in filters.iter().zip(s.codes) {
                         self.oracle.granted(n, filter, options, *code, self.now);
@@ -318,6 +328,6 @@ impl World {
             return;
         };
         let (_, number, _) = open.remove(at);
-        self.oracle.acknowledged(number, reason, self.now);
+        self.oracle.acknowledged(n, number, reason, self.now);
     }
 }

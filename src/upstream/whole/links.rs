@@ -25,6 +25,26 @@ impl Pipe {
     }
 }
 
+/// Where a publish begins that the core cannot bear. Links write whole packets.
+fn poison_at(bytes: &[u8], version: Version, oracle: &Oracle) -> Option<usize> {
+    let decoder = Decoder {
+        version,
+        receiver: Receiver::Server,
+        max: u32::MAX,
+    };
+    let mut at = 0;
+    while let Ok(Some((packet, size))) = decoder.next(&bytes[at..]) {
+        if let Packet::Publish(p) = packet {
+            let number = String::from_utf8_lossy(p.payload).parse();
+            if number.is_ok_and(|n| oracle.is_poison(n)) {
+                return Some(at);
+            }
+        }
+        at += size;
+    }
+    None
+}
+
 /// One link and its connection.
 pub(super) struct SimLink {
     pub(super) name: String,
@@ -99,10 +119,18 @@ impl World {
         let Some(conn) = &mut self.links[n].conn else {
             return;
         };
-        let bytes = conn.to_core.take(now);
+        let mut bytes = conn.to_core.take(now);
+        let poison = poison_at(&bytes, self.links[n].version, &self.oracle);
+        bytes.truncate(poison.unwrap_or(bytes.len()));
+        let Some(conn) = &mut self.links[n].conn else {
+            return;
+        };
         let mut out = Vec::new();
         let ended = self.core.feed(&mut conn.core, &bytes, &mut out);
         conn.to_us.put(out, later);
+        if poison.is_some() {
+            return self.lose_for(n, &LinkEnd::closed());
+        }
         if let Err(ended) = ended {
             if let Ended::Refused(why) = &ended {
                 self.oracle
@@ -191,6 +219,15 @@ impl World {
 
     /// The connection of a link is lost, with what was on its way.
     pub(super) fn lose(&mut self, n: usize) {
+        // A network's doing, not the core's: no publish is to blame.
+        let end = LinkEnd {
+            reason: LinkDownReason::KeepAlive,
+            ..LinkEnd::closed()
+        };
+        self.lose_for(n, &end);
+    }
+
+    fn lose_for(&mut self, n: usize, end: &LinkEnd) {
         let again = self.now + self.rng.between(20, 400);
         let link = &mut self.links[n];
         let Some(conn) = link.conn.take() else {
@@ -200,12 +237,7 @@ impl World {
         link.unanswered |= !conn.up;
         self.core.drop_conn(&conn.core);
         if conn.up {
-            // A network's doing, not the core's: no publish is to blame.
-            let end = LinkEnd {
-                reason: LinkDownReason::KeepAlive,
-                ..LinkEnd::closed()
-            };
-            link.machine.down(&end, self.now);
+            link.machine.down(end, self.now);
         }
         self.oracle.lost_link(self.now, link.data, link.publishes);
         tell!(self, "{} is lost", self.links[n].name);

@@ -72,6 +72,8 @@ struct Message {
     qos: QoS,
     retain: bool,
     will: bool,
+    /// The core closes the connection for it: it reaches nobody, and its sender is told.
+    poison: bool,
     at: u64,
     acknowledged_at: u64,
 }
@@ -98,6 +100,8 @@ impl Client {
 pub struct Oracle {
     clients: Vec<Client>,
     messages: BTreeMap<u32, Message>,
+    /// By client: an MQTT 5 one is told reasons.
+    tells: Vec<bool>,
     stormy: bool,
     data_links: usize,
     lowers: bool,
@@ -113,14 +117,15 @@ impl Oracle {
     /// nobody at QoS 0 is lost: nothing can be promised of it. `windowed`: messages wait at the core
     /// behind a small window, while it answers PINGREQs at once.
     pub fn new(
-        clients: usize,
+        tells: Vec<bool>,
         stormy: bool,
         data_links: usize,
         lowers: bool,
         windowed: bool,
     ) -> Self {
         Self {
-            clients: (0..clients).map(|_| Client::default()).collect(),
+            clients: tells.iter().map(|_| Client::default()).collect(),
+            tells,
             messages: BTreeMap::new(),
             stormy,
             data_links,
@@ -268,6 +273,7 @@ impl Oracle {
             qos,
             retain,
             will: false,
+            poison: false,
             at,
             acknowledged_at: u64::MAX,
         };
@@ -280,6 +286,17 @@ impl Oracle {
         if let Some(message) = self.messages.get_mut(&number) {
             message.will = true;
         }
+    }
+
+    /// A message that the core cannot bear.
+    pub fn poisons(&mut self, number: u32) {
+        if let Some(message) = self.messages.get_mut(&number) {
+            message.poison = true;
+        }
+    }
+
+    pub fn is_poison(&self, number: u32) -> bool {
+        self.messages.get(&number).is_some_and(|m| m.poison)
     }
 
     pub fn is_retained(&self, number: u32) -> bool {
@@ -333,9 +350,12 @@ impl Oracle {
             .map(|newest| format!("retained, behind {newest}"))
     }
 
-    pub fn acknowledged(&mut self, number: u32, reason: ReasonCode, now: u64) {
-        if reason.is_error() {
-            self.fault(format!("publish {number} is refused: {reason:?}"));
+    pub fn acknowledged(&mut self, from: usize, number: u32, reason: ReasonCode, now: u64) {
+        let told = self.is_poison(number) && self.tells[from];
+        if reason.is_error() != told {
+            self.fault(format!(
+                "publish {number} of {from} is answered: {reason:?}"
+            ));
         }
         if let Some(message) = self.messages.get_mut(&number) {
             message.acknowledged_at = message.acknowledged_at.min(now);
@@ -347,9 +367,11 @@ impl Oracle {
             return self.fault(format!("{n} got {}, which nobody sent", got.number));
         };
         let mut why = None;
-        if message.topic != topic {
+        if message.poison {
+            why = Some("and the core cannot have had it".to_owned());
+        } else if message.topic != topic {
             why = Some(format!("on {topic}, and it was sent on {}", message.topic));
-        } else if got.qos > message.qos && !got.retain {
+        } else if got.qos > message.qos && !message.retain {
             why = Some(format!(
                 "at {:?}, and it was sent at {:?}",
                 got.qos, message.qos
@@ -390,7 +412,10 @@ impl Oracle {
                 && !(s.no_local && message.from == n)
                 && !self.clients[n].replaces(s)
         });
-        covered && message.qos > QoS::AtMostOnce && message.acknowledged_at < u64::MAX
+        covered
+            && !message.poison
+            && message.qos > QoS::AtMostOnce
+            && message.acknowledged_at < u64::MAX
     }
 
     fn excused(&self, message: &Message) -> bool {
@@ -420,8 +445,20 @@ impl Oracle {
         all().filter(|s| left(s) || toggled(s)).count()
     }
 
+    /// What is fetched again is kept from subscriptions with No Local.
+    fn hides_any(&self, n: usize, message: &Message) -> bool {
+        let subs = self.clients[n].subs.iter();
+        let mut live = subs.filter(|s| s.ended_at == u64::MAX && s.matches(&message.topic));
+        live.any(|s| s.no_local)
+    }
+
     /// Whether the core may have been sent it twice.
     fn twice(&self, message: &Message) -> bool {
+        // What is retained is fetched again after a loss, once the core is back and has the filters.
+        let lost = |t: &u64| message.at <= *t + 4 * TRANSIT;
+        if message.retain && (self.forgot.iter().any(lost) || self.doubts.iter().any(lost)) {
+            return true;
+        }
         let within = |t: &u64| message.at <= *t && *t <= message.acknowledged_at;
         // In doubt what came before comes again.
         let doubted = |t: &u64| message.at <= *t && *t <= message.at + 2 * TRANSIT;
@@ -438,7 +475,9 @@ impl Oracle {
     }
 
     /// All links and clients are back, and nothing is on its way any more.
-    pub fn settle(&mut self, now: u64) {
+    /// `retained`: the numbers of those that the core has retained: after a loss they are fetched
+    /// again, and whoever subscribed has them.
+    pub fn settle(&mut self, now: u64, retained: &[u32]) {
         let mut faults = Vec::new();
         for will in self.messages.values_mut().filter(|m| m.will) {
             will.acknowledged_at = now;
@@ -476,10 +515,14 @@ impl Oracle {
                 let chances = chances(client.subs.iter().filter(plain), message) + changing;
                 most += chances;
 
-                let must = self.must(n, message) && !self.excused(message) && changing == 0;
+                let fetched = retained.contains(number) && !self.lowers;
+                let must = self.must(n, message)
+                    && (!self.excused(message) || fetched && !self.hides_any(n, message))
+                    && changing == 0;
                 sure &= must == may;
                 least += usize::from(must);
-                if must && copies == 0 {
+                let handed = client.handed.iter().any(|(_, g)| g.number == *number);
+                if must && copies == 0 && !handed {
                     faults.push(format!("{n} misses {number}"));
                 }
                 if copies > chances + names.len() && !self.twice(message) {
