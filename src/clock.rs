@@ -1,6 +1,6 @@
 //! The process's clock: milliseconds since it started, monotonic.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Tells the time to everything that must not look at a clock itself.
 #[derive(Clone, Copy, Debug)]
@@ -20,5 +20,12 @@ impl Clock {
     /// Milliseconds since the clock was made.
     pub fn now(&self) -> u64 {
         self.start.elapsed().as_millis() as u64
+    }
+
+    /// Unix time when the clock was made, milliseconds, as the system has it now.
+    pub fn started_at(&self) -> u64 {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH);
+        let unix = unix.map_or(0, |d| d.as_millis() as u64);
+        unix.saturating_sub(self.now())
     }
 }

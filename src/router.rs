@@ -93,6 +93,8 @@ pub struct RouterConfig {
     pub publish_links_max: usize,
     /// Where clients' coming and going is told, `%c` being the client identifier; empty: nowhere.
     pub presence_topic: String,
+    /// Unix time when the clock was at zero, milliseconds.
+    pub started_at: u64,
     /// How long a filter that nobody holds stays subscribed.
     pub linger: u64,
     /// The same for filters with traffic that nobody reads, and at least when there are too many.
@@ -144,6 +146,8 @@ pub struct Router {
     data_up: Box<[AtomicBool]>,
     /// How often a data link was lost.
     data_lost: AtomicU64,
+    /// The time of the last presence that was told.
+    told: Mutex<u64>,
     fences: Box<[fence::Fence]>,
     /// Shards with sessions that wait for fences, having left a filter.
     leaving: AtomicU64,
@@ -212,6 +216,7 @@ impl Router {
             data: (0..links).map(|_| Arc::default()).collect(),
             data_up: (0..links).map(|_| AtomicBool::new(false)).collect(),
             data_lost: AtomicU64::new(0),
+            told: Mutex::new(0),
             fences: (0..links).map(|_| Default::default()).collect(),
             leaving: AtomicU64::new(0),
             groups: Mutex::default(),

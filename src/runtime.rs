@@ -83,7 +83,11 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
     let tasks = TaskTracker::new();
     let cap = Arc::new(ConnectionCap::new(connections));
     let store: Arc<dyn Store> = Arc::new(Memory);
-    let router = Router::new(session_limits(&config), router_config(&config), &*store);
+    let router = Router::new(
+        session_limits(&config),
+        router_config(&config, clock),
+        &*store,
+    );
     let router = Arc::new(router);
     let clients = Arc::new(Clients {
         router: router.clone(),
@@ -418,7 +422,7 @@ fn session_limits(config: &Config) -> SessionLimits {
     }
 }
 
-fn router_config(config: &Config) -> RouterConfig {
+fn router_config(config: &Config, clock: Clock) -> RouterConfig {
     let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     let upstream = &config.upstream;
     RouterConfig {
@@ -429,6 +433,7 @@ fn router_config(config: &Config) -> RouterConfig {
         publish_links: usize::from(upstream.publish_links.first),
         publish_links_max: usize::from(upstream.publish_links.max),
         presence_topic: config.session.presence_topic.clone(),
+        started_at: clock.started_at(),
         linger: ms(upstream.linger),
         linger_busy_min: ms(upstream.linger_busy_min),
         filters_lingering_max: upstream.filters_lingering_max as usize,

@@ -16,6 +16,8 @@ static UNFIT: RateLimited = RateLimited::new(std::time::Duration::from_secs(60))
 struct Presence<'a> {
     client_id: &'a str,
     online: bool,
+    /// Unix time, milliseconds; rises with each that this process tells.
+    at: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     listener: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -34,8 +36,10 @@ impl Router {
         place: Option<&Place>,
         now: u64,
     ) {
-        // It came back before its absence could be told.
-        if place.is_none() && self.session(client_id).is_some_and(|s| s.attached) {
+        // Held until it is handed over: what is true then is told, and the later one has the later time.
+        let mut told = self.told.lock();
+        // It came back before its absence could be told, or the reverse.
+        if place.is_some() != self.session(client_id).is_some_and(|s| s.attached) {
             return;
         }
         if client_id.contains(['+', '#', '/']) || has_discouraged(client_id) {
@@ -53,9 +57,11 @@ impl Router {
             metrics().messages_dropped[crate::telemetry::DropReason::UpstreamBudget].increment(1);
             return;
         }
+        *told = (*told + 1).max(self.config.started_at + now);
         let payload = serde_json::to_vec(&Presence {
             client_id,
             online: place.is_some(),
+            at: *told,
             listener: place.map(|p| &*p.listener),
             transport: place.map(|p| p.transport),
             address: place.map(|p| p.peer.ip().to_string()),

@@ -58,6 +58,7 @@ pub fn config() -> RouterConfig {
         publish_links: 1,
         publish_links_max: 1,
         presence_topic: String::new(),
+        started_at: 0,
         linger: 600_000,
         linger_busy_min: 60_000,
         filters_lingering_max: 1000,

@@ -36,6 +36,7 @@ def told(core, own_edge, client):
 def word(m) -> tuple[str, bool]:
     said = json.loads(m.payload)
     assert m.qos == 1 and not m.retain and m.topic.endswith("/" + said["client_id"])
+    assert abs(said["at"] / 1000 - time.time()) < 60
     return said["client_id"], said["online"]
 
 

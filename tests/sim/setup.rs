@@ -67,6 +67,7 @@ impl World {
             publish_links: 1,
             publish_links_max: 1,
             presence_topic: String::new(),
+            started_at: 0,
             linger: rng.pick(&[500, 20_000]),
             linger_busy_min: 500,
             filters_lingering_max: rng.pick(&[2, 100]) as usize,
