@@ -105,8 +105,12 @@ impl Authenticator {
 
     /// The principal of a client, or the reason code of its refusal:
     /// [`ReasonCode::BAD_USER_NAME_OR_PASSWORD`],
-    /// [`ReasonCode::CLIENT_IDENTIFIER_NOT_VALID`] or
-    /// [`ReasonCode::SERVER_UNAVAILABLE`].
+    /// [`ReasonCode::CLIENT_IDENTIFIER_NOT_VALID`],
+    /// [`ReasonCode::NOT_AUTHORIZED`] without a certificate that names it where
+    /// one is needed, or [`ReasonCode::SERVER_UNAVAILABLE`].
+    ///
+    /// `certificate` is the name in the client's certificate, which the
+    /// transport has verified.
     ///
     /// # Errors
     /// The reason code for CONNACK.
@@ -116,21 +120,26 @@ impl Authenticator {
         client_id: &str,
         username: Option<&str>,
         password: Option<&[u8]>,
+        certificate: Option<Arc<str>>,
     ) -> Result<Arc<str>, ReasonCode> {
-        match mode {
-            AuthMode::Anonymous => Ok(Arc::clone(&self.anonymous)),
+        let principal = match mode {
+            AuthMode::Anonymous => return Ok(Arc::clone(&self.anonymous)),
             AuthMode::File => {
                 let (Some(username), Some(password)) = (username, password) else {
                     return Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD);
                 };
-                let principal = self.password(username, password).await?;
-                match self.client_id {
-                    ClientIdRule::Username if client_id != &*principal => {
-                        Err(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID)
-                    }
-                    _ => Ok(principal),
-                }
+                self.password(username, password).await?
             }
+            // A certificate must not make its holder one of the nameless.
+            AuthMode::Mtls => certificate
+                .filter(|name| &**name != ANONYMOUS)
+                .ok_or(ReasonCode::NOT_AUTHORIZED)?,
+        };
+        match self.client_id {
+            ClientIdRule::Username if client_id != &*principal => {
+                Err(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID)
+            }
+            _ => Ok(principal),
         }
     }
 
@@ -229,7 +238,7 @@ mod tests {
     #[tokio::test]
     async fn passwords() {
         let setup = setup("passwords", ClientIdRule::Any);
-        let verify = |user, password| setup.0.verify(AuthMode::File, "c", user, password);
+        let verify = |user, password| setup.0.verify(AuthMode::File, "c", user, password, None);
         assert_eq!(
             verify(Some("alice"), Some(b"secret")).await,
             Ok("alice".into())
@@ -245,7 +254,7 @@ mod tests {
         let setup = setup("anonymous", ClientIdRule::Any);
         let answer = setup
             .0
-            .verify(AuthMode::Anonymous, "c", Some("alice"), Some(b"x"))
+            .verify(AuthMode::Anonymous, "c", Some("alice"), Some(b"x"), None)
             .await;
         assert_eq!(answer, Ok(ANONYMOUS.into()));
         assert_eq!(Identity::new(ANONYMOUS.into(), "c".into()).username, None);
@@ -257,7 +266,7 @@ mod tests {
         let verify = |id| {
             setup
                 .0
-                .verify(AuthMode::File, id, Some("alice"), Some(b"secret"))
+                .verify(AuthMode::File, id, Some("alice"), Some(b"secret"), None)
         };
         assert_eq!(verify("alice").await, Ok("alice".into()));
         for id in ["bob", ""] {
@@ -269,12 +278,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_certificate_names_its_holder() {
+        let setup = setup("certificate", ClientIdRule::Username);
+        let verify = |id, name: Option<&str>| {
+            let name = name.map(Arc::from);
+            // What CONNECT says of a user is not asked for.
+            let user = Some("alice");
+            setup.0.verify(AuthMode::Mtls, id, user, None, name)
+        };
+        assert_eq!(
+            verify("device7", Some("device7")).await,
+            Ok("device7".into())
+        );
+        let refused = verify("alice", Some("device7")).await;
+        assert_eq!(refused, Err(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID));
+        for nobody in [None, Some(ANONYMOUS)] {
+            assert_eq!(verify("c", nobody).await, Err(ReasonCode::NOT_AUTHORIZED));
+        }
+    }
+
+    #[tokio::test]
     async fn a_flap_costs_no_hashing() {
         let setup = setup("flap", ClientIdRule::Any);
         let verify = |password| {
             setup
                 .0
-                .verify(AuthMode::File, "c", Some("alice"), Some(password))
+                .verify(AuthMode::File, "c", Some("alice"), Some(password), None)
         };
         assert_eq!(verify(b"secret").await, Ok("alice".into()));
         assert_eq!(verify(b"wrong!").await, WRONG);
@@ -295,7 +324,7 @@ mod tests {
         let verify = |password| {
             setup
                 .0
-                .verify(AuthMode::File, "c", Some("alice"), Some(password))
+                .verify(AuthMode::File, "c", Some("alice"), Some(password), None)
         };
         assert_eq!(verify(b"secret").await, Ok("alice".into()));
         passwd::set(&setup.1, "alice", b"new").expect("written");

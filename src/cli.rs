@@ -47,13 +47,22 @@ impl Failure {
 /// Makes certificates for names in a directory; answers with the files.
 pub type MakeCerts<'a> = dyn Fn(&Path, &[String]) -> Result<Vec<PathBuf>, Failure> + 'a;
 
+/// What a configuration names, as far as it is good.
+#[derive(Clone, Debug, Default)]
+pub struct Findings {
+    /// A line for each certificate and revocation list, with its date.
+    pub certificates: Vec<String>,
+    /// What works, and should not stay as it is.
+    pub warnings: Vec<String>,
+}
+
 /// What the commands do that is not the command line's own work.
 pub struct Commands<'a> {
     /// Runs until it is told to end; the number is the cap on connections that
     /// the configuration and the open-file limit allow.
     pub run: &'a dyn Fn(Config, usize) -> Result<(), Failure>,
     /// Looks at what a configuration names, such as certificates.
-    pub check: &'a dyn Fn(&Config) -> Result<(), Failure>,
+    pub check: &'a dyn Fn(&Config) -> Result<Findings, Failure>,
     /// `tidegate certs`.
     pub certs: &'a MakeCerts<'a>,
     /// `tidegate probe`: what is seen of the core that a configuration names, as text.
@@ -181,9 +190,9 @@ fn run(file: Option<&Path>, commands: &Commands<'_>) -> Result<(), Failure> {
 fn check(file: Option<&Path>, commands: &Commands<'_>) -> Result<(), Failure> {
     let config = load(file)?;
     Authenticator::new(&config.auth).map_err(|e| Failure::new(EXIT_USAGE, e))?;
-    (commands.check)(&config)?;
+    let findings = (commands.check)(&config)?;
     let cap = files::connection_cap(&config, files::raise());
-    print(&check::report(&config, &cap))
+    print(&check::report(&config, &cap, &findings))
 }
 
 fn load(file: Option<&Path>) -> Result<Config, Failure> {

@@ -19,13 +19,13 @@ mod upstream;
 
 pub(crate) use check::is_loopback;
 pub use choices::{
-    Ack, AclMode, AuthMode, ClientIdRule, Durability, Habit, LogFormat, Probe, Protocol, QueueFull,
-    SenderProperty, SharedAt, SubscribeWhileAway, Transport,
+    Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, Habit,
+    LogFormat, Probe, Protocol, QueueFull, SenderProperty, SharedAt, SubscribeWhileAway, Transport,
 };
 pub use error::{Error, Problem};
 pub use types::{
-    AclAllow, AclRule, Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node,
-    PublishLinks, Server, Session, Store, Tls, Upstream, UpstreamTls,
+    AclAllow, AclRule, Admin, Auth, CertSource, ClientCertificates, Config, Drain, Limits,
+    Listener, Log, Memory, Node, PublishLinks, Server, Session, Store, Tls, Upstream, UpstreamTls,
 };
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use tidegate::cli::{self, Commands, EXIT_INTERNAL, EXIT_USAGE, Failure};
+use tidegate::cli::{self, Commands, EXIT_INTERNAL, EXIT_USAGE, Failure, Findings};
 use tidegate::config::Config;
 use tidegate::runtime;
 use tidegate::transport::selfsigned;
@@ -46,8 +46,12 @@ fn run(config: Config, connections: usize) -> Result<(), Failure> {
     result
 }
 
-fn check(config: &Config) -> Result<(), Failure> {
-    runtime::check(config).map_err(|e| Failure::new(e.exit_code(), e))
+fn check(config: &Config) -> Result<Findings, Failure> {
+    let checked = runtime::check(config).map_err(|e| Failure::new(e.exit_code(), e))?;
+    Ok(Findings {
+        certificates: checked.certificates,
+        warnings: checked.warnings,
+    })
 }
 
 fn probe(config: &Config) -> Result<String, Failure> {

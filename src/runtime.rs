@@ -1,5 +1,7 @@
 //! Wiring: configuration in, a running proxy out; signals, ticks, drain.
 
+mod certificates;
+mod dates;
 mod drain;
 mod events;
 mod hints;
@@ -19,7 +21,7 @@ use crate::admin;
 use crate::auth::{Acl, Authenticator};
 use crate::client::{Clients, Door, Rate};
 use crate::clock::Clock;
-use crate::config::{self, CertSource, Config, Server};
+use crate::config::{self, Config, Server};
 use crate::limits::Account;
 use crate::mqtt::overlaps;
 use crate::router::{Router, RouterConfig};
@@ -28,13 +30,13 @@ use crate::store::{Memory, Store};
 use crate::telemetry::metrics;
 use crate::transport::{
     self, BindError, Bound, ClientTls, ConnectionCap, Drain, Handshakes, Kind, Limits, ListenSpec,
-    ServerTls,
 };
 use crate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
 use crate::upstream::{RESERVED_KEY, Reach, Start, Upstream};
 
 pub use probe::probe;
 
+use certificates::Certificates;
 use events::Counted;
 use view::View;
 
@@ -77,6 +79,7 @@ struct Opened {
 /// [`StartError`]; nothing was served.
 pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
     let mut signals = drain::Signals::new()?;
+    let hangup = certificates::hangup()?;
     let clock = Clock::default();
     let stop_accepting = CancellationToken::new();
     let stop_links = CancellationToken::new();
@@ -103,11 +106,12 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
         sender_properties: config.upstream.sender_properties.clone(),
         draining: AtomicBool::new(false),
     });
-    check(&config)?;
+    named(&config)?;
+    let mut certificates = Certificates::load(&config)?;
     let tls = client_tls(&config)?;
     let embedded = embedded(&config);
     let limits = Arc::new(transport_limits(&config, cap.clone()));
-    let opened = open_listeners(&config, &limits)?;
+    let opened = open_listeners(&config, &mut certificates, &limits)?;
 
     // From here on nothing of the configuration can fail.
     let upstream = Upstream::start(
@@ -153,6 +157,7 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
         }
     });
     tasks.spawn(tick(router.clone(), clock, stop_links.clone()));
+    tasks.spawn(certificates.watch(hangup, stop_links.clone()));
     let drains: Vec<Drain> = opened.iter().map(|o| o.bound.drain()).collect();
     for Opened { listener, bound } in opened {
         serve(&tasks, &clients, &listener, bound, stop_accepting.clone());
@@ -237,8 +242,40 @@ async fn open_admin(config: &Config, view: Arc<View>) -> Result<admin::Server, S
 ///
 /// # Errors
 /// What a start would fail on.
-pub fn check(config: &Config) -> Result<(), StartError> {
-    certificates(config)?;
+pub fn check(config: &Config) -> Result<Checked, StartError> {
+    let certificates = Certificates::load(config)?;
+    named(config)?;
+    let now = std::time::SystemTime::now();
+    let mut checked = Checked::default();
+    for dated in certificates.dated() {
+        let (tls, what, place) = (&dated.tls, dated.what, dated.place());
+        let line = format!("{tls:<16} {what} until {}, {place}", dated.until());
+        checked.certificates.push(line);
+        if dated.near(now) != dates::Near::Far {
+            let warning = format!("[[tls]] \"{tls}\": {place}: {}", dated.say(now));
+            checked.warnings.push(warning);
+        }
+    }
+    for tls in config.tls.iter().filter(|tls| tls.key_log.is_some()) {
+        checked.warnings.push(format!(
+            "[[tls]] \"{}\": key_log is on: who has that file can read all connections",
+            tls.name
+        ));
+    }
+    Ok(checked)
+}
+
+/// What a configuration names, as far as it is good.
+#[derive(Clone, Debug, Default)]
+pub struct Checked {
+    /// A line for each certificate and revocation list, with its date.
+    pub certificates: Vec<String>,
+    /// What works, and should not stay as it is.
+    pub warnings: Vec<String>,
+}
+
+/// What a configuration names beside certificates.
+fn named(config: &Config) -> Result<(), StartError> {
     client_tls(config)?;
     roots(config)?;
     config
@@ -261,39 +298,20 @@ fn roots(config: &Config) -> Result<(), StartError> {
     Ok(())
 }
 
-fn certificates(config: &Config) -> Result<Vec<(&str, Arc<ServerTls>)>, StartError> {
-    let mut certificates = Vec::new();
-    for tls in &config.tls {
-        let loaded = match &tls.source {
-            CertSource::Files { cert, key } => ServerTls::load(cert, key),
-            CertSource::Throwaway => {
-                ServerTls::ephemeral(&["localhost".into(), "127.0.0.1".into(), "::1".into()])
-            }
-        };
-        let loaded = loaded
-            .map_err(|e| StartError::Config(format!("[[tls]] name = \"{}\": {e}", tls.name)))?;
-        certificates.push((tls.name.as_str(), Arc::new(loaded)));
-    }
-    Ok(certificates)
-}
-
-fn open_listeners(config: &Config, limits: &Arc<Limits>) -> Result<Vec<Opened>, StartError> {
-    let certificates = certificates(config)?;
+fn open_listeners(
+    config: &Config,
+    certificates: &mut Certificates,
+    limits: &Arc<Limits>,
+) -> Result<Vec<Opened>, StartError> {
     let mut opened = Vec::new();
     for listener in &config.listeners {
-        let tls = listener.tls.as_ref().and_then(|wanted| {
-            certificates
-                .iter()
-                .find(|(name, _)| *name == wanted.as_str())
-                .map(|(_, tls)| tls.clone())
-        });
         let spec = ListenSpec {
             name: listener.name.clone(),
             transport: kind(listener.transport),
             bind: listener.bind,
             path: listener.path.clone(),
             origins: listener.origins.clone(),
-            tls,
+            tls: certificates.serve(&listener.tls)?,
         };
         let bound = match transport::bind(spec.clone(), limits.clone()) {
             Err(BindError::AddrInUse { .. }) if config.source.is_none() => {

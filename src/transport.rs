@@ -5,7 +5,7 @@
 //! an ordered byte stream in both directions: lane 0 is the control lane and
 //! always there, lanes 1 to 15 are further QUIC streams that the client opened.
 //!
-//! Each foreign library is named in one place: rustls in `tls.rs`, quinn in
+//! Each foreign library is named in one place: rustls in `tls.rs` and `tls/`, quinn in
 //! `quic.rs`, tungstenite in `ws/`, rcgen in `selfsigned.rs`.
 
 pub mod dial;
@@ -29,7 +29,7 @@ use tokio::time::Instant;
 pub use limits::{Admit, ConnectionCap, Events, Handshakes, Limits, NoEvents, Permit};
 pub use listen::{BindError, Bound, Drain, bind};
 pub use stream::Stream;
-pub use tls::{ClientTls, ServerTls, TlsError};
+pub use tls::{ClientCertificate, ClientTls, Configs, Material, ServerTls, TlsError, Validity};
 
 /// What a listener speaks below MQTT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -100,7 +100,7 @@ pub struct ListenSpec {
     /// Origins that a browser may come from (`ws`, `wss`); empty means any. A
     /// request without an `Origin` header is no browser's and passes.
     pub origins: Vec<String>,
-    /// The certificate; needed by `tls`, `wss` and `quic`.
+    /// The certificates; needed by `tls`, `wss` and `quic`.
     pub tls: Option<Arc<ServerTls>>,
 }
 

@@ -2,8 +2,9 @@
 
 use std::fmt::Write as _;
 
+use super::Findings;
 use super::files::Cap;
-use crate::config::{AclMode, AuthMode, Config, Transport};
+use crate::config::{AclMode, AuthMode, ClientAuth, Config, Listener, Transport};
 use crate::telemetry::{Label as _, MemoryAccount};
 
 const KIB: u64 = 1 << 10;
@@ -65,7 +66,7 @@ pub fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
 }
 
 /// The report, several lines.
-pub(super) fn report(config: &Config, cap: &Cap) -> String {
+pub(super) fn report(config: &Config, cap: &Cap, findings: &Findings) -> String {
     let mut out = String::new();
     let mut say = |line: std::fmt::Arguments<'_>| {
         let _ = writeln!(out, "{line}");
@@ -79,9 +80,19 @@ pub(super) fn report(config: &Config, cap: &Cap) -> String {
         let auth = match listener.auth {
             AuthMode::Anonymous => "anonymous",
             AuthMode::File => "password file",
+            AuthMode::Mtls => "client certificate",
         };
+        let also = certificates_of(config, listener);
         let (name, transport, bind) = (&listener.name, listener.transport.name(), listener.bind);
-        say(format_args!("  {name:<16} {transport:<5} {bind}, {auth}"));
+        say(format_args!(
+            "  {name:<16} {transport:<5} {bind}, {auth}{also}"
+        ));
+    }
+    if !findings.certificates.is_empty() {
+        say(format_args!("certificates"));
+        for line in &findings.certificates {
+            say(format_args!("  {line}"));
+        }
     }
     let servers: Vec<String> = config
         .upstream
@@ -132,10 +143,21 @@ pub(super) fn report(config: &Config, cap: &Cap) -> String {
              upstream.publishes_waiting or limits.connections_max, or raise memory.max"
         ));
     }
-    if let Some(warning) = &cap.warning {
+    for warning in findings.warnings.iter().chain(&cap.warning) {
         say(format_args!("warning: {warning}"));
     }
     out
+}
+
+/// What a listener asks of its clients beside its `auth`.
+fn certificates_of(config: &Config, listener: &Listener) -> &'static str {
+    let first = listener.tls.first();
+    let tls = config.tls.iter().find(|t| Some(&t.name) == first);
+    match tls.and_then(|tls| tls.clients.as_ref()).map(|c| c.auth) {
+        Some(ClientAuth::Required) => ", certificate required",
+        Some(ClientAuth::Optional) => ", certificate optional",
+        None => "",
+    }
 }
 
 /// What an idle connection costs at most, as the benches hold it to.
@@ -187,11 +209,16 @@ mod tests {
 
     #[test]
     fn accounts_are_named_with_their_keys_and_summed() {
-        let report = report(&config(), &cap(10_000));
+        let findings = Findings {
+            certificates: vec!["default          certificate until then".to_owned()],
+            warnings: vec![],
+        };
+        let report = report(&config(), &cap(10_000), &findings);
         for line in [
             "built-in configuration: valid",
             "  quic             quic  127.0.0.1:14567, anonymous",
             "  embedded:",
+            "  default          certificate until then",
             "  queues                  2 GiB  memory.queues",
             "  publishes_waiting      64 MiB  upstream.publishes_waiting",
             "  connections         351.6 MiB  10000 connections, about 36 KiB each while idle",
@@ -208,7 +235,7 @@ mod tests {
     fn what_does_not_fit_is_warned_of() {
         let mut config = config();
         config.memory.max = 3 << 30;
-        let report = report(&config, &cap(100_000));
+        let report = report(&config, &cap(100_000), &Findings::default());
         assert!(report.contains("warning: these accounts"), "{report}");
     }
 

@@ -15,7 +15,7 @@ use crate::router::wake::Wake;
 use crate::router::{self, Place, Refused};
 use crate::session::{ConnectionSpec, Policy, Scope, Will};
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
-use crate::transport::{CloseHow, Closed, OutBuf, Stream};
+use crate::transport::{ClientCertificate, CloseHow, Closed, OutBuf, Stream};
 
 use super::connection::Opened;
 use super::scope::{owner, scope_of};
@@ -52,7 +52,8 @@ pub(super) async fn open(
     let mut input = Vec::new();
     let refusal = match timeout_at(deadline, read_connect(&mut stream, &mut input)).await {
         Ok(Ok(())) => {
-            let result = admit(clients, door, peer, &input).await;
+            let certificate = stream.take_certificate();
+            let result = admit(clients, door, peer, certificate, &input).await;
             match result {
                 Ok((mut opened, used)) => {
                     input.drain(..used);
@@ -182,6 +183,7 @@ async fn admit(
     clients: &Arc<Clients>,
     door: &Door,
     peer: SocketAddr,
+    certificate: Option<Box<ClientCertificate>>,
     input: &[u8],
 ) -> Result<(Opened, usize), Refusal> {
     let (connect, used) = match decode_connect(input, CONNECT_MAX) {
@@ -230,15 +232,32 @@ async fn admit(
         true => assigned_id().into(),
         false => connect.client_id.into(),
     };
+    let named = certificate.map(|certificate| certificate.name());
     let principal = clients
         .authenticator
-        .verify(door.auth, &client_id, connect.username, connect.password)
+        .verify(
+            door.auth,
+            &client_id,
+            connect.username,
+            connect.password,
+            named.clone().and_then(Result::ok),
+        )
         .await
         .map_err(|code| match code {
+            ReasonCode::NOT_AUTHORIZED => refuse(
+                RefusedReason::NotAuthorized,
+                code,
+                match named {
+                    None => "the client gave no certificate",
+                    Some(Err(why)) => why,
+                    Some(Ok(_)) => "the name in its certificate stands for clients without one",
+                },
+            ),
             ReasonCode::CLIENT_IDENTIFIER_NOT_VALID => refuse(
                 RefusedReason::ClientId,
                 code,
-                "auth.client_id = \"username\": the client identifier must be the user name",
+                "auth.client_id = \"username\": the client identifier must be the user name, or \
+                 the name in the certificate",
             ),
             ReasonCode::BAD_USER_NAME_OR_PASSWORD => refuse(
                 RefusedReason::BadCredentials,
@@ -251,8 +270,7 @@ async fn admit(
                 "too many passwords to verify at once",
             ),
         })?;
-    let mut identity = Identity::new(principal.clone(), client_id.clone());
-    identity.username = connect.username.map(Arc::from);
+    let identity = Identity::new(principal.clone(), client_id.clone());
     let scope = scope_of(clients, door, &identity, peer).map_err(|why| {
         refuse(
             RefusedReason::NotAuthorized,

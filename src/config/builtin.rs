@@ -26,6 +26,8 @@ pub(super) const MEMORY_QUEUES_PERCENT: u64 = 25;
 pub(super) const PUBLISH_LINKS_AUTO: PublishLinks = PublishLinks { first: 2, max: 8 };
 /// Node id where none is needed.
 pub(super) const NODE_ID_EMBEDDED: &str = "local";
+/// The `[[tls]]` that a listener uses where it names none.
+pub(super) const TLS_NAME: &str = "default";
 /// The request path of WebSocket listeners.
 pub(super) const WS_PATH: &str = "/mqtt";
 
@@ -40,10 +42,7 @@ impl Config {
                 id: NODE_ID_EMBEDDED.to_owned(),
                 ..Node::default()
             },
-            tls: vec![Tls {
-                name: "default".to_owned(),
-                source: CertSource::Throwaway,
-            }],
+            tls: vec![throwaway()],
             listeners: listeners(),
             upstream: Upstream::default(),
             session: Session::default(),
@@ -93,7 +92,10 @@ pub(super) fn listeners() -> Vec<Listener> {
         transport,
         bind: loopback(port),
         path: WS_PATH.to_owned(),
-        tls: transport.is_encrypted().then(|| "default".to_owned()),
+        tls: match transport.is_encrypted() {
+            true => vec![TLS_NAME.to_owned()],
+            false => Vec::new(),
+        },
         origins: Vec::new(),
         auth: AuthMode::Anonymous,
         mount: String::new(),
@@ -105,6 +107,16 @@ pub(super) fn listeners() -> Vec<Listener> {
         listener(Transport::Tls, 8883),
         listener(Transport::Quic, 14567),
     ]
+}
+
+/// The `[[tls]]` that is there where none is written.
+pub(super) fn throwaway() -> Tls {
+    Tls {
+        name: TLS_NAME.to_owned(),
+        source: CertSource::Throwaway,
+        clients: None,
+        key_log: None,
+    }
 }
 
 fn loopback(port: u16) -> SocketAddr {

@@ -1,5 +1,7 @@
 //! Rules that hold between values, and the ranges of each.
 
+mod tls;
+
 use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -9,7 +11,7 @@ use std::time::Duration;
 use super::choices::{AclMode, AuthMode, ClientIdRule, Transport};
 use super::document::Document;
 use super::error::Problem;
-use super::types::{CertSource, Config, Server};
+use super::types::{Config, Server};
 
 /// Largest MQTT packet: the largest remaining length and its header.
 const MQTT_PACKET_MAX: u32 = 268_435_455 + 5;
@@ -138,23 +140,6 @@ impl Check<'_, '_> {
         }
     }
 
-    fn tls(&mut self, config: &Config) {
-        for (i, tls) in config.tls.iter().enumerate() {
-            let key = format!("tls[{i}].name");
-            self.name(&key, &tls.name);
-            if config.tls[..i].iter().any(|t| t.name == tls.name) {
-                self.say(
-                    &key,
-                    format!("\"{}\" is already the name of another", tls.name),
-                );
-            }
-            if let CertSource::Files { cert, key } = &tls.source {
-                self.readable(&format!("tls[{i}].cert"), cert);
-                self.readable(&format!("tls[{i}].key"), key);
-            }
-        }
-    }
-
     fn listeners(&mut self, config: &Config) {
         if config.listeners.is_empty() {
             self.say("listeners", "empty; write at least one [[listeners]]");
@@ -191,44 +176,7 @@ impl Check<'_, '_> {
                 self.say(&key("mount"), why);
             }
             self.listener_tls(config, &key("tls"), i);
-            if listener.auth == AuthMode::File && config.auth.file.is_none() {
-                let message = "\"file\" needs auth.file, the path of a password file";
-                let named = self.doc.line(&key("auth")) != self.doc.line(&key("name"));
-                let key = if named {
-                    key("auth")
-                } else {
-                    "auth.mode".to_owned()
-                };
-                if !self.problems.iter().any(|p| p.key == key) {
-                    self.say(&key, message);
-                }
-            }
-        }
-    }
-
-    fn listener_tls(&mut self, config: &Config, key: &str, i: usize) {
-        let listener = &config.listeners[i];
-        let Some(name) = &listener.tls else { return };
-        match config.tls.iter().find(|t| t.name == *name) {
-            None => {
-                let known: Vec<_> = config.tls.iter().map(|t| t.name.as_str()).collect();
-                let known = known.join(", ");
-                self.say(
-                    key,
-                    format!("no [[tls]] is named \"{name}\"; there are: {known}"),
-                );
-            }
-            Some(tls) if tls.source == CertSource::Throwaway && !is_loopback(&listener.bind) => {
-                self.say(
-                    key,
-                    format!(
-                        "{} can be reached from other machines and needs a certificate: give \
-                         [[tls]] \"{name}\" a cert and a key (`tidegate certs` makes them)",
-                        listener.bind
-                    ),
-                );
-            }
-            Some(_) => {}
+            self.listener_auth(config, i);
         }
     }
 

@@ -241,12 +241,46 @@ pub enum AuthMode {
     Anonymous,
     /// User name and password of the password file.
     File,
+    /// The client certificate, verified in the TLS handshake.
+    Mtls,
 }
 
 choices!(AuthMode {
     "anonymous" => Anonymous,
     "file" => File,
-} not supported { "jwt", "mtls", "delegate", });
+    "mtls" => Mtls,
+} not supported { "jwt", "delegate", });
+
+/// Whether a client must have a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientAuth {
+    /// Without a valid one the handshake fails.
+    Required,
+    /// One that is given must be valid.
+    Optional,
+}
+
+choices!(ClientAuth {
+    "required" => Required,
+    "optional" => Optional,
+} not supported {});
+
+/// Which part of a client certificate is the client's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CertificateIdentity {
+    /// The subject's common name.
+    Cn,
+    /// The first DNS name among the subject's alternative names.
+    SanDns,
+    /// The first URI among them, such as a SPIFFE ID.
+    SanUri,
+}
+
+choices!(CertificateIdentity {
+    "cn" => Cn,
+    "san_dns" => SanDns,
+    "san_uri" => SanUri,
+} not supported {});
 
 /// Whether ACL rules hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,19 +4,20 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, IgnoredAny};
+use serde::de::{Deserializer, Error as _};
 
 use super::builtin::{
-    MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, WS_PATH, listeners,
+    MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, TLS_NAME, WS_PATH, listeners,
+    throwaway,
 };
-use super::choices::{AclMode, AuthMode, ClientIdRule, Transport};
+use super::choices::{AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Transport};
 use super::document::Document;
 use super::error::{Error, Problem};
 use super::types::{
-    AclAllow, AclRule, Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node,
-    Session, Store, Tls, Upstream,
+    AclAllow, AclRule, Admin, Auth, CertSource, ClientCertificates, Config, Drain, Limits,
+    Listener, Log, Memory, Node, Session, Store, Tls, Upstream,
 };
-use super::units::Share;
+use super::units::{OneOrMany, Share};
 use super::{check, machine};
 
 impl Config {
@@ -64,6 +65,11 @@ impl Config {
                 resolve(cert);
                 resolve(key);
             }
+            if let Some(clients) = &mut tls.clients {
+                resolve(&mut clients.ca);
+                clients.crl.iter_mut().for_each(resolve);
+            }
+            tls.key_log.iter_mut().for_each(resolve);
         }
         let upstream = &mut self.upstream;
         let optional = [
@@ -124,8 +130,12 @@ struct RawTls {
     name: String,
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
-    client_ca: Option<IgnoredAny>,
-    crl: Option<IgnoredAny>,
+    client_ca: Option<PathBuf>,
+    #[serde(default)]
+    crl: OneOrMany,
+    client_auth: Option<ClientAuth>,
+    identity: Option<CertificateIdentity>,
+    key_log: Option<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -135,7 +145,7 @@ struct RawListener {
     transport: Transport,
     bind: SocketAddr,
     path: Option<String>,
-    tls: Option<String>,
+    tls: Option<OneOrMany>,
     origins: Option<Vec<String>>,
     auth: Option<AuthMode>,
     #[serde(default)]
@@ -218,10 +228,7 @@ impl File {
             .map(|(i, raw)| raw.resolve(i, &mut say))
             .collect();
         if tls.is_empty() {
-            tls.push(Tls {
-                name: "default".to_owned(),
-                source: CertSource::Throwaway,
-            });
+            tls.push(throwaway());
         }
         let listeners = match self.listeners {
             None => listeners()
@@ -270,12 +277,24 @@ impl File {
 
 impl RawTls {
     fn resolve(self, i: usize, say: &mut impl FnMut(&str, String)) -> Tls {
-        for (key, value) in [("client_ca", &self.client_ca), ("crl", &self.crl)] {
-            if value.is_some() {
-                let message = "not supported by this version; remove it".to_owned();
-                say(&format!("tls[{i}].{key}"), message);
+        if self.client_ca.is_none() {
+            for (key, written) in [
+                ("crl", !self.crl.0.is_empty()),
+                ("client_auth", self.client_auth.is_some()),
+                ("identity", self.identity.is_some()),
+            ] {
+                if written {
+                    let message = "needs client_ca, the authorities that issue client certificates";
+                    say(&format!("tls[{i}].{key}"), message.to_owned());
+                }
             }
         }
+        let clients = self.client_ca.map(|ca| ClientCertificates {
+            ca,
+            crl: self.crl.0.into_iter().map(PathBuf::from).collect(),
+            auth: self.client_auth.unwrap_or(ClientAuth::Required),
+            identity: self.identity.unwrap_or(CertificateIdentity::Cn),
+        });
         let source = match (self.cert, self.key) {
             (Some(cert), Some(key)) => CertSource::Files { cert, key },
             (None, None) => CertSource::Throwaway,
@@ -288,6 +307,8 @@ impl RawTls {
         Tls {
             name: self.name,
             source,
+            clients,
+            key_log: self.key_log,
         }
     }
 }
@@ -322,9 +343,11 @@ impl RawListener {
             transport,
             bind: self.bind,
             path: self.path.unwrap_or_else(|| WS_PATH.to_owned()),
-            tls: transport
-                .is_encrypted()
-                .then(|| self.tls.unwrap_or_else(|| "default".to_owned())),
+            tls: match (transport.is_encrypted(), self.tls) {
+                (false, _) => Vec::new(),
+                (true, None) => vec![TLS_NAME.to_owned()],
+                (true, Some(names)) => names.0,
+            },
             origins: self.origins.unwrap_or_default(),
             auth: self.auth.unwrap_or(mode),
             mount: self.mount,

@@ -7,8 +7,8 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::choices::{
-    Ack, AclMode, AuthMode, ClientIdRule, Durability, Habit, LogFormat, Probe, Protocol, QueueFull,
-    SenderProperty, SharedAt, SubscribeWhileAway, Transport,
+    Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, Habit,
+    LogFormat, Probe, Protocol, QueueFull, SenderProperty, SharedAt, SubscribeWhileAway, Transport,
 };
 use super::units::{duration, duration_or_none, size, size32};
 use super::upstream::{publish_links, server_list};
@@ -65,6 +65,40 @@ pub struct Tls {
     pub name: String,
     /// Where the certificate comes from.
     pub source: CertSource,
+    /// Which client certificates are taken; `None`: none is asked for.
+    pub clients: Option<ClientCertificates>,
+    /// File that the secrets of every connection are appended to (the format
+    /// of `SSLKEYLOGFILE`), for debugging.
+    pub key_log: Option<PathBuf>,
+}
+
+impl Tls {
+    /// The files that certificates come from, in no order; a change of one is
+    /// a reason to load all again.
+    pub fn files(&self) -> impl Iterator<Item = &std::path::Path> {
+        let own = match &self.source {
+            CertSource::Files { cert, key } => vec![cert, key],
+            CertSource::Throwaway => vec![],
+        };
+        let clients = self.clients.iter();
+        own.into_iter()
+            .chain(clients.flat_map(|c| std::iter::once(&c.ca).chain(&c.crl)))
+            .map(PathBuf::as_path)
+    }
+}
+
+/// Which client certificates are taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientCertificates {
+    /// PEM file of the authorities that issue them.
+    pub ca: PathBuf,
+    /// PEM files of revocation lists; with one, there must be one that is not
+    /// past its date of each authority in a client's chain.
+    pub crl: Vec<PathBuf>,
+    /// Whether a client must have one.
+    pub auth: ClientAuth,
+    /// What in it is the client's name.
+    pub identity: CertificateIdentity,
 }
 
 /// Where a certificate comes from.
@@ -93,9 +127,9 @@ pub struct Listener {
     pub bind: SocketAddr,
     /// WebSocket request path, begins with `/`.
     pub path: String,
-    /// Name of a `[[tls]]` entry; `Some` exactly when the transport is
-    /// encrypted.
-    pub tls: Option<String>,
+    /// Names of `[[tls]]` entries, the default first; empty exactly when the
+    /// transport is not encrypted.
+    pub tls: Vec<String>,
     /// `Origin` values that a WebSocket request may carry; empty allows all.
     pub origins: Vec<String>,
     /// How clients of this listener are authenticated (`[auth] mode` unless

@@ -173,6 +173,36 @@ impl Written for Share {
     }
 }
 
+/// A text, or a list of texts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct OneOrMany(pub Vec<String>);
+
+impl<'de> serde::Deserialize<'de> for OneOrMany {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> serde::de::Visitor<'de> for Reader {
+            type Value = OneOrMany;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a string or a list of strings")
+            }
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<OneOrMany, E> {
+                Ok(OneOrMany(vec![text.to_owned()]))
+            }
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(
+                self,
+                mut seq: A,
+            ) -> Result<OneOrMany, A::Error> {
+                let mut list = Vec::new();
+                while let Some(text) = seq.next_element()? {
+                    list.push(text);
+                }
+                Ok(OneOrMany(list))
+            }
+        }
+        d.deserialize_any(Reader)
+    }
+}
+
 /// Names the values of an enum, and those that are known but not supported.
 macro_rules! choices {
     ($ty:ident { $( $text:literal => $variant:ident, )+ } not supported { $( $refused:literal, )* }) => {

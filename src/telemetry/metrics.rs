@@ -14,8 +14,8 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder
 
 pub use labels::{
     AcceptErrorReason, DisconnectReason, DropReason, HandshakeReason, HeldReason, Label,
-    LinkDownReason, MemoryAccount, Qos, RefusedReason, SessionEndReason, SessionState,
-    UpstreamTlsReason,
+    LinkDownReason, MemoryAccount, Qos, RefusedReason, ReloadResult, SessionEndReason,
+    SessionState, UpstreamTlsReason,
 };
 
 /// Bounds in seconds for acknowledgements and connects: a local hop to the
@@ -218,6 +218,8 @@ metrics! {
     counter accept_errors = "tidegate_accept_errors_total" by AcceptErrorReason;
     #[doc = "Connections that failed before their first MQTT packet, by reason."]
     counter handshakes_failed = "tidegate_handshakes_failed_total" by HandshakeReason;
+    #[doc = "Times that certificates, keys, client authorities and revocation lists were read again, by result."]
+    counter tls_reloads = "tidegate_tls_reloads_total" by ReloadResult;
     #[doc = "Wills published."]
     counter wills_published = "tidegate_wills_published_total";
     #[doc = "Wills that a resume or a normal end cancelled."]
@@ -241,6 +243,8 @@ const WINDOW_USED: &str = "tidegate_upstream_window_used";
 const WINDOW: &str = "tidegate_upstream_window";
 const LINK_CONNECTS: &str = "tidegate_upstream_connects_total";
 const LINK_DISCONNECTS: &str = "tidegate_upstream_disconnects_total";
+const TLS_CERTIFICATE: &str = "tidegate_tls_certificate_expiry_timestamp_seconds";
+const TLS_CRL: &str = "tidegate_tls_crl_expiry_timestamp_seconds";
 const REJECTED: &str = "tidegate_packets_rejected_total";
 const HEAP_BYTES: &str = "tidegate_heap_bytes";
 const BUILD_INFO: &str = "tidegate_build_info";
@@ -278,6 +282,16 @@ impl Metrics {
             window: gauge(&self.recorder, WINDOW, link.to_vec()),
             connects: counter(&self.recorder, LINK_CONNECTS, link.to_vec()),
             disconnects: family(&self.recorder, LINK_DISCONNECTS, &link, counter),
+        }
+    }
+
+    /// Shows when the certificate of a `[[tls]]` is past its date, and when the
+    /// first of its revocation lists is, in seconds since 1970.
+    pub fn tls_expiry(&self, name: &str, certificate: f64, crl: Option<f64>) {
+        let labels = || vec![KeyLabel::new("tls", name.to_owned())];
+        gauge(&self.recorder, TLS_CERTIFICATE, labels()).set(certificate);
+        if let Some(crl) = crl {
+            gauge(&self.recorder, TLS_CRL, labels()).set(crl);
         }
     }
 
@@ -343,6 +357,16 @@ impl Metrics {
                 "counter",
                 REJECTED,
                 "Packets of clients that broke a rule or a limit.",
+            ),
+            (
+                "gauge",
+                TLS_CERTIFICATE,
+                "When the certificate is past its date, in seconds since 1970.",
+            ),
+            (
+                "gauge",
+                TLS_CRL,
+                "When the first of the revocation lists is past its date, in seconds since 1970.",
             ),
             ("gauge", BUILD_INFO, "1, with the version as label."),
             (

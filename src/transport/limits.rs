@@ -196,6 +196,22 @@ pub struct NoEvents;
 
 impl Events for NoEvents {}
 
+/// What is wrong with a client's certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CertificateFault {
+    /// There is none.
+    Missing,
+    /// It is past its date, or its date is yet to come.
+    Expired,
+    /// It is on a revocation list.
+    Revoked,
+    /// None of the authorities issued it, or no list that is not past its date
+    /// says whether it is revoked.
+    Untrusted,
+    /// It is damaged, or not meant for this.
+    Other,
+}
+
 /// Why a transport handshake came to nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
@@ -211,6 +227,14 @@ pub enum HandshakeError {
     /// TLS failed.
     #[error("TLS: {0}")]
     Tls(String),
+    /// The client has no certificate, or not a good one.
+    #[error("client certificate: {why}")]
+    ClientCertificate {
+        /// What is wrong with it.
+        fault: CertificateFault,
+        /// The same in the library's words.
+        why: String,
+    },
     /// The client offered no application protocol that is served here (RFC
     /// 7301).
     #[error("no common application protocol (ALPN): \"{0}\" is needed")]
@@ -236,6 +260,13 @@ impl HandshakeError {
             Self::Stopped => "stopped",
             Self::Io(_) => "io",
             Self::Tls(_) => "tls",
+            Self::ClientCertificate { fault, .. } => match fault {
+                CertificateFault::Missing => "client_certificate_missing",
+                CertificateFault::Expired => "client_certificate_expired",
+                CertificateFault::Revoked => "client_certificate_revoked",
+                CertificateFault::Untrusted => "client_certificate_untrusted",
+                CertificateFault::Other => "client_certificate_other",
+            },
             Self::Alpn(_) => "alpn",
             Self::Http { status, .. } => match status {
                 400 => "http_400",

@@ -12,14 +12,12 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep, timeout_at};
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use pace::{Backoff, LogGate, accept_error_kind};
 
 use super::limits::{HandshakeError, Limits, Permit};
-use super::tls::{ALPN_HTTP, ALPN_MQTT, ServerTls};
+use super::tls::{self, ALPN_HTTP, ALPN_MQTT, ServerTls};
 use super::ws::{self, Ws};
 use super::{Accepted, CloseHow, Kind, ListenSpec, ListenerInfo, Stream, quic};
 
@@ -184,6 +182,10 @@ impl Listener {
         Instant::now() + self.limits.accept_deadline
     }
 
+    pub(super) fn tls(&self) -> Option<&Arc<ServerTls>> {
+        self.spec.tls.as_ref()
+    }
+
     /// A place under the connection limit.
     pub(super) fn admit(&self) -> Option<Permit> {
         let permit = Permit::take(&self.limits.connections);
@@ -252,13 +254,13 @@ impl Listener {
         let _place = self.limits.handshakes.place().await;
         match (self.info.kind, &self.spec.tls) {
             (Kind::Tls, Some(tls)) => {
-                let io = tls_accept(io, &tls.mqtt, ALPN_MQTT).await?;
-                Ok(Stream::tls(io, peer))
+                let (io, client) = tls::accept(io, tls, ALPN_MQTT).await?;
+                Ok(Stream::tls(io, peer).of(client))
             }
             (Kind::Ws, _) => Ok(Stream::ws(self.websocket(io).await?, peer)),
             (Kind::Wss, Some(tls)) => {
-                let io = tls_accept(io, &tls.http, ALPN_HTTP).await?;
-                Ok(Stream::wss(self.websocket(io).await?, peer))
+                let (io, client) = tls::accept(io, tls, ALPN_HTTP).await?;
+                Ok(Stream::wss(self.websocket(io).await?, peer).of(client))
             }
             _ => Ok(Stream::tcp(io, peer)),
         }
@@ -276,26 +278,6 @@ impl Listener {
             self.limits.message_max(),
         ))
     }
-}
-
-async fn tls_accept(
-    io: TcpStream,
-    config: &Arc<rustls::ServerConfig>,
-    alpn: &'static str,
-) -> Result<TlsStream<TcpStream>, HandshakeError> {
-    TlsAcceptor::from(Arc::clone(config))
-        .accept(io)
-        .await
-        .map_err(|error| {
-            let tls = error
-                .get_ref()
-                .and_then(|inner| inner.downcast_ref::<rustls::Error>());
-            match tls {
-                Some(rustls::Error::NoApplicationProtocol) => HandshakeError::Alpn(alpn),
-                Some(tls) => HandshakeError::Tls(tls.to_string()),
-                None => HandshakeError::Io(error),
-            }
-        })
 }
 
 async fn serve_tcp<H, F>(
@@ -388,7 +370,11 @@ fn bind_tcp(addr: SocketAddr) -> io::Result<(Bind, SocketAddr)> {
     Ok((Bind::Tcp(socket), addr))
 }
 
-fn bind_quic(addr: SocketAddr, tls: &ServerTls, limits: &Limits) -> io::Result<(Bind, SocketAddr)> {
+fn bind_quic(
+    addr: SocketAddr,
+    tls: &Arc<ServerTls>,
+    limits: &Limits,
+) -> io::Result<(Bind, SocketAddr)> {
     let server = quic::Server::new(UdpSocket::bind(addr)?, tls, limits)?;
     let addr = server.local_addr()?;
     Ok((Bind::Quic(server), addr))

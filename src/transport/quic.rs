@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use parking_lot::Mutex;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{
     Connection, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, Incoming, ServerConfig,
@@ -20,10 +21,10 @@ use quinn::{
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
-use super::limits::{HandshakeError, Limits};
+use super::limits::{CertificateFault, HandshakeError, Limits};
 use super::listen::{Listener, canonical};
-use super::tls::{ALPN_MQTT, ServerTls};
-use super::{CloseHow, Permit, Stream};
+use super::tls::{ALPN_MQTT, Configs, ServerTls, fault_of_alert};
+use super::{ClientCertificate, CloseHow, Permit, Stream};
 pub(super) use lanes::Quic;
 
 /// Streams that a client may have open, control and data together.
@@ -61,11 +62,16 @@ const ALERT_NO_ALPN: u8 = 120;
 #[derive(Clone, Debug)]
 pub(super) struct Server {
     endpoint: Endpoint,
+    current: Current,
 }
 
 impl Server {
     /// Must be called inside a tokio runtime.
-    pub(super) fn new(socket: UdpSocket, tls: &ServerTls, limits: &Limits) -> io::Result<Self> {
+    pub(super) fn new(
+        socket: UdpSocket,
+        tls: &Arc<ServerTls>,
+        limits: &Limits,
+    ) -> io::Result<Self> {
         for result in [
             socket2::SockRef::from(&socket).set_recv_buffer_size(SOCKET_BUFFER),
             socket2::SockRef::from(&socket).set_send_buffer_size(SOCKET_BUFFER),
@@ -74,13 +80,19 @@ impl Server {
                 tracing::debug!(%error, "UDP socket buffer left as it is");
             }
         }
+        let now = tls.current();
+        let config = server_config(&now, limits)?;
         let endpoint = Endpoint::new(
             EndpointConfig::default(),
-            Some(server_config(tls, limits)?),
+            Some(config.clone()),
             socket,
             Arc::new(TokioRuntime),
         )?;
-        Ok(Self { endpoint })
+        let current = Current {
+            tls: Arc::clone(tls),
+            made: Arc::new(Mutex::new((now, Arc::new(config)))),
+        };
+        Ok(Self { endpoint, current })
     }
 
     pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -103,13 +115,13 @@ impl Server {
             };
             let listener = Arc::clone(&listener);
             let handshake = Box::pin({
-                let stop = stop.clone();
+                let (stop, config) = (stop.clone(), self.current.config());
                 async move {
                     let peer = canonical(incoming.remote_address());
                     let deadline = listener.deadline();
-                    let connecting = connect(incoming, &listener, place);
+                    let connecting = connect(incoming, config, &listener, place);
                     let result = listener.bounded(deadline, &stop, connecting).await;
-                    let stream = result.map(|quic| Stream::quic(quic, peer));
+                    let stream = result.map(|(quic, client)| Stream::quic(quic, peer).of(client));
                     listener.finish(stream, peer, deadline, permit)
                 }
             });
@@ -178,20 +190,26 @@ fn admit(
 /// and so needs no place.
 async fn connect(
     incoming: Incoming,
+    config: Arc<ServerConfig>,
     listener: &Listener,
     place: OwnedSemaphorePermit,
-) -> Result<Quic, HandshakeError> {
+) -> Result<(Quic, Option<Box<ClientCertificate>>), HandshakeError> {
     let connection = incoming
-        .accept()
+        .accept_with(config)
         .map_err(handshake_error)?
         .await
         .map_err(handshake_error)?;
     drop(place);
+    let client = match listener.tls() {
+        Some(tls) => tls.identify_any(connection.peer_identity()),
+        None => Ok(None),
+    }
+    .inspect_err(|_| connection.close(code::CONTROL_GONE.into(), b"client certificate"))?;
     // If the deadline drops this future, the client learns why.
     let guard = CloseOnDrop(&connection);
     let control = connection.accept_bi().await.map_err(handshake_error)?;
     std::mem::forget(guard);
-    Ok(Quic::new(connection, control, listener))
+    Ok((Quic::new(connection, control, listener), client))
 }
 
 struct CloseOnDrop<'a>(&'a Connection);
@@ -203,8 +221,8 @@ impl Drop for CloseOnDrop<'_> {
     }
 }
 
-fn server_config(tls: &ServerTls, limits: &Limits) -> io::Result<ServerConfig> {
-    let crypto = QuicServerConfig::try_from(Arc::clone(&tls.quic)).map_err(io::Error::other)?;
+fn server_config(tls: &Configs, limits: &Limits) -> io::Result<ServerConfig> {
+    let crypto = QuicServerConfig::try_from(tls.quic()).map_err(io::Error::other)?;
     let mut config = ServerConfig::with_crypto(Arc::new(crypto));
     config
         .transport_config(Arc::new(transport_config(limits.quic_idle)?))
@@ -213,6 +231,37 @@ fn server_config(tls: &ServerTls, limits: &Limits) -> io::Result<ServerConfig> {
         .incoming_buffer_size(INCOMING_BYTES)
         .incoming_buffer_size_total(INCOMING_BYTES_ALL);
     Ok(config)
+}
+
+/// What a handshake begins with: the certificates of the listener as they are
+/// then. The endpoint itself keeps what it has from the start, such as the keys
+/// of its tokens.
+#[derive(Clone)]
+struct Current {
+    tls: Arc<ServerTls>,
+    made: Arc<Mutex<(Arc<Configs>, Arc<ServerConfig>)>>,
+}
+
+impl Current {
+    fn config(&self) -> Arc<ServerConfig> {
+        let now = self.tls.current();
+        let mut made = self.made.lock();
+        if !Arc::ptr_eq(&made.0, &now)
+            // Only a provider without QUIC's suite fails, and all have the same one.
+            && let Ok(crypto) = QuicServerConfig::try_from(now.quic())
+        {
+            let mut config = ServerConfig::clone(&made.1);
+            config.crypto = Arc::new(crypto);
+            *made = (now, Arc::new(config));
+        }
+        Arc::clone(&made.1)
+    }
+}
+
+impl std::fmt::Debug for Current {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Current")
+    }
 }
 
 /// The library's defaults allow a client 10 MB and more; these keep an idle
@@ -243,7 +292,13 @@ fn handshake_error(error: ConnectionError) -> HandshakeError {
         {
             HandshakeError::Alpn(ALPN_MQTT)
         }
-        ConnectionError::TransportError(e) => HandshakeError::Quic(e.to_string()),
+        ConnectionError::TransportError(e) => match certificate_fault(e.code) {
+            Some(fault) => HandshakeError::ClientCertificate {
+                fault,
+                why: e.reason,
+            },
+            None => HandshakeError::Quic(e.to_string()),
+        },
         // The peer's words are not for our log; its code is.
         ConnectionError::ApplicationClosed(close) => {
             HandshakeError::Quic(format!("closed by the peer with code {}", close.error_code))
@@ -253,6 +308,15 @@ fn handshake_error(error: ConnectionError) -> HandshakeError {
         }
         other => HandshakeError::Quic(other.to_string()),
     }
+}
+
+/// What is wrong with the client's certificate, if that is what the alert says
+/// that ended the handshake: of the alerts that a server sends, these have no
+/// other reason.
+fn certificate_fault(code: TransportErrorCode) -> Option<CertificateFault> {
+    (0..=u8::MAX)
+        .find(|alert| code == TransportErrorCode::crypto(*alert))
+        .and_then(fault_of_alert)
 }
 
 fn close_code(how: CloseHow) -> VarInt {

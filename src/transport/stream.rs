@@ -10,7 +10,7 @@ use tokio_rustls::server::TlsStream;
 use super::quic::Quic;
 use super::tcp::{self, Closing};
 use super::ws::Ws;
-use super::{CloseHow, Closed, Kind, OutBuf, Recv};
+use super::{ClientCertificate, CloseHow, Closed, Kind, OutBuf, Recv};
 
 /// The byte stream of one connection; see the methods. To be polled by one
 /// task only.
@@ -18,6 +18,8 @@ use super::{CloseHow, Closed, Kind, OutBuf, Recv};
 pub struct Stream {
     inner: Inner,
     peer: SocketAddr,
+    /// Boxed: few have one, and it is taken at CONNECT.
+    client: Option<Box<ClientCertificate>>,
 }
 
 /// An end found behind bytes, and how far a close has come.
@@ -62,6 +64,7 @@ impl Stream {
         Self {
             inner: Inner::Tcp(Plain::new(io)),
             peer,
+            client: None,
         }
     }
 
@@ -69,6 +72,7 @@ impl Stream {
         Self {
             inner: Inner::Tls(Box::new(Plain::new(io))),
             peer,
+            client: None,
         }
     }
 
@@ -76,6 +80,7 @@ impl Stream {
         Self {
             inner: Inner::Ws(Box::new(ws)),
             peer,
+            client: None,
         }
     }
 
@@ -83,6 +88,7 @@ impl Stream {
         Self {
             inner: Inner::Wss(Box::new(ws)),
             peer,
+            client: None,
         }
     }
 
@@ -90,7 +96,20 @@ impl Stream {
         Self {
             inner: Inner::Quic(Box::new(quic)),
             peer,
+            client: None,
         }
+    }
+
+    /// Says whose it is.
+    pub(super) fn of(mut self, client: Option<Box<ClientCertificate>>) -> Self {
+        self.client = client;
+        self
+    }
+
+    /// The client's certificate, if it gave one; it was verified. There is
+    /// none any more afterwards.
+    pub fn take_certificate(&mut self) -> Option<Box<ClientCertificate>> {
+        self.client.take()
     }
 
     /// An in-memory connection; it says it is TCP from 127.0.0.1:0.
@@ -98,6 +117,7 @@ impl Stream {
         Self {
             inner: Inner::Pipe(Box::new(Plain::new(io))),
             peer: (Ipv4Addr::LOCALHOST, 0).into(),
+            client: None,
         }
     }
 

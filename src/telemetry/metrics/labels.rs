@@ -227,6 +227,17 @@ labels! {
         Tls = "tls",
         /// No common ALPN protocol.
         Alpn = "alpn",
+        /// No client certificate, and one is required.
+        CertificateMissing = "client_certificate_missing",
+        /// A client certificate past its date, or before it.
+        CertificateExpired = "client_certificate_expired",
+        /// A client certificate on a revocation list.
+        CertificateRevoked = "client_certificate_revoked",
+        /// A client certificate of no authority in `client_ca`, or one of which
+        /// no valid list in `crl` tells.
+        CertificateUntrusted = "client_certificate_untrusted",
+        /// A client certificate that is wrong in another way.
+        CertificateOther = "client_certificate_other",
         /// QUIC failed.
         Quic = "quic",
         /// Not an acceptable WebSocket request.
@@ -291,6 +302,14 @@ labels! {
         Alpn = "alpn",
         /// None of the above.
         Other = "other",
+    }
+
+    /// How a reload ended.
+    ReloadResult as "result" {
+        /// What the files hold now holds.
+        Success = "success",
+        /// What held before still holds.
+        Failure = "failure",
     }
 
     /// What a memory budget is for.

@@ -186,6 +186,8 @@ fn used() -> Metrics {
     link.up.set(1.0);
     link.disconnects[LinkDownReason::KeepAlive].increment(2);
     metrics.messages_dropped[DropReason::Budget].increment(7);
+    metrics.tls_expiry("default", 1.8e9, Some(1.7e9));
+    metrics.tls_reloads[ReloadResult::Success].increment(1);
     metrics.messages_received.one(1);
     metrics.messages_received.one(9);
     metrics.sessions[SessionState::Detached].set(3.0);
@@ -237,6 +239,8 @@ fn the_exposition_is_strictly_legal_and_conventional() {
                     "qos",
                     "state",
                     "account",
+                    "result",
+                    "tls",
                     "code",
                     "version",
                     "le",
@@ -318,6 +322,7 @@ fn label_values_are_distinct() {
     distinct::<UpstreamTlsReason>();
     distinct::<MemoryAccount>();
     distinct::<AcceptErrorReason>();
+    distinct::<ReloadResult>();
 }
 
 /// The judge of Prometheus itself, where it is installed.

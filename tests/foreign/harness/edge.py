@@ -109,9 +109,9 @@ class Edge:
         self.service: Service | None = None
         self.listening: dict[str, Listening] = {}
 
-    def start(self, timeout: float = 20, ready: bool = True) -> "Edge":
+    def start(self, timeout: float = 20, ready: bool = True, env: dict | None = None) -> "Edge":
         assert BINARY.exists(), f"{BINARY} is not built: cargo build (or set TIDEGATE_BIN)"
-        self.service = Service("tidegate", [BINARY, "run", "--config", self.file], cwd=self.directory, log=self.directory / "tidegate.log")
+        self.service = Service("tidegate", [BINARY, "run", "--config", self.file], cwd=self.directory, env=env, log=self.directory / "tidegate.log")
         if ready:
             self.service.wait_line(r"^ready$", timeout, stream="out")
             self.listening = read_listening(self.service)

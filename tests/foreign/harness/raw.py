@@ -35,8 +35,7 @@ class Raw:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.upgrade = ""
         if transport in ("tls", "wss"):
-            context = ssl.create_default_context(cafile=str(ca))
-            self.sock = context.wrap_socket(self.sock, server_hostname="localhost")
+            self.sock = self._wrap(self.sock, ca)
         if transport in ("ws", "wss"):
             self._upgrade(port, path, subprotocol, headers)
 
@@ -96,6 +95,13 @@ class Raw:
     def __exit__(self, *_):
         self.close()
 
+    def _wrap(self, sock: socket.socket, ca) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=str(ca))
+        return context.wrap_socket(sock, server_hostname="localhost")
+
+    def _lost(self, error: Exception) -> None:
+        """For those who want to know how."""
+
     def _read(self, end: float) -> bytes:
         left = end - time.monotonic()
         if left <= 0:
@@ -106,6 +112,7 @@ class Raw:
         except (ConnectionError, ssl.SSLError) as error:
             if isinstance(error, ssl.SSLWantReadError):
                 return b""
+            self._lost(error)
             raise Closed from None
         except socket.timeout:
             raise TimeoutError("nothing came") from None

@@ -1,0 +1,160 @@
+//! Client certificates: which are taken, and whom they name.
+
+use std::sync::Arc;
+
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::{CertificateError, Error, RootCertStore};
+
+use super::x509::{self, Validity};
+use super::{TlsError, pem, provider};
+use crate::config::{CertificateIdentity, ClientAuth, ClientCertificates};
+use crate::transport::limits::{CertificateFault, HandshakeError};
+
+/// A client's certificate that was verified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientCertificate(Result<Arc<str>, &'static str>);
+
+impl ClientCertificate {
+    /// The name in it, as `identity` of the `[[tls]]` says.
+    ///
+    /// # Errors
+    /// Why it names nobody.
+    pub fn name(&self) -> Result<Arc<str>, &'static str> {
+        self.0.clone()
+    }
+}
+
+/// How the clients of a `[[tls]]` are verified.
+#[derive(Debug)]
+pub(super) struct Clients {
+    verifier: Arc<dyn ClientCertVerifier>,
+    required: bool,
+    identity: CertificateIdentity,
+    authorities: Vec<CertificateDer<'static>>,
+    crls: Vec<CertificateRevocationListDer<'static>>,
+    /// Of the revocation list that is past its date first.
+    pub(super) crl_validity: Option<Validity>,
+}
+
+impl Clients {
+    pub(super) fn load(from: &ClientCertificates) -> Result<Self, TlsError> {
+        let authorities = pem::certs(&from.ca)?;
+        let roots = Arc::new(pem::roots(&from.ca)?);
+        let required = from.auth == ClientAuth::Required;
+        let mut crls = Vec::new();
+        let mut crl_validity: Option<Validity> = None;
+        for file in &from.crl {
+            let bad = |reason: String| TlsError::BadCrl {
+                file: file.to_owned(),
+                reason,
+            };
+            let read = pem::crls(file)?;
+            verifier(&roots, &read, required).map_err(bad)?;
+            for crl in &read {
+                let validity = x509::crl_validity(crl).map_err(bad)?;
+                let earliest = [crl_validity, validity].into_iter().flatten();
+                crl_validity = earliest.min_by_key(|validity| validity.until);
+            }
+            crls.extend(read);
+        }
+        Ok(Self {
+            verifier: verifier(&roots, &crls, required).map_err(TlsError::Config)?,
+            required,
+            identity: from.identity,
+            authorities,
+            crls,
+            crl_validity,
+        })
+    }
+
+    pub(super) fn verifier(&self) -> Arc<dyn ClientCertVerifier> {
+        Arc::clone(&self.verifier)
+    }
+
+    /// Whether both accept the same certificates: then a ticket of one may be
+    /// taken by the other.
+    pub(super) fn accepts_as(&self, other: &Self) -> bool {
+        self.required == other.required
+            && self.authorities == other.authorities
+            && self.crls == other.crls
+    }
+
+    /// Whom the certificate of a connection names. `again`: it was not
+    /// verified in this handshake, but in the one whose ticket was resumed, or
+    /// by a verifier that has been replaced.
+    pub(super) fn identify(
+        &self,
+        chain: Option<&[CertificateDer<'static>]>,
+        again: bool,
+    ) -> Result<Option<Box<ClientCertificate>>, HandshakeError> {
+        let refused = |error: &Error| HandshakeError::ClientCertificate {
+            fault: fault(error).unwrap_or(CertificateFault::Other),
+            why: error.to_string(),
+        };
+        let Some((leaf, rest)) = chain.and_then(<[_]>::split_first) else {
+            return match self.required {
+                true => Err(refused(&Error::NoCertificatesPresented)),
+                false => Ok(None),
+            };
+        };
+        if again {
+            self.verifier
+                .verify_client_cert(leaf, rest, UnixTime::now())
+                .map_err(|error| refused(&error))?;
+        }
+        let name = x509::client_name(leaf, self.identity);
+        Ok(Some(Box::new(ClientCertificate(name))))
+    }
+}
+
+/// Every certificate of a chain must be on no list, and the lists must be there
+/// and not be past their dates, as nginx and HAProxy have it: a list that
+/// nobody renews must not let revoked clients in.
+fn verifier(
+    roots: &Arc<RootCertStore>,
+    crls: &[CertificateRevocationListDer<'static>],
+    required: bool,
+) -> Result<Arc<dyn ClientCertVerifier>, String> {
+    let builder = WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), provider())
+        .with_crls(crls.iter().cloned())
+        .enforce_revocation_expiration();
+    let builder = match required {
+        true => builder,
+        false => builder.allow_unauthenticated(),
+    };
+    builder.build().map_err(|error| error.to_string())
+}
+
+/// What is wrong with a client's certificate, if that is why a handshake failed.
+pub(super) fn fault(error: &Error) -> Option<CertificateFault> {
+    use CertificateError as E;
+    Some(match error {
+        Error::NoCertificatesPresented => CertificateFault::Missing,
+        Error::InvalidCertificate(error) => match error {
+            E::Expired | E::ExpiredContext { .. } => CertificateFault::Expired,
+            E::NotValidYet | E::NotValidYetContext { .. } => CertificateFault::Expired,
+            E::Revoked => CertificateFault::Revoked,
+            E::UnknownIssuer
+            | E::UnknownRevocationStatus
+            | E::ExpiredRevocationList
+            | E::ExpiredRevocationListContext { .. } => CertificateFault::Untrusted,
+            _ => CertificateFault::Other,
+        },
+        _ => return None,
+    })
+}
+
+/// The same from the alert that was sent (RFC 8446 section 6.2), where that is
+/// all that is known.
+pub(in crate::transport) fn fault_of_alert(alert: u8) -> Option<CertificateFault> {
+    Some(match alert {
+        116 => CertificateFault::Missing,
+        45 => CertificateFault::Expired,
+        44 => CertificateFault::Revoked,
+        48 => CertificateFault::Untrusted,
+        42 | 43 | 46 => CertificateFault::Other,
+        _ => return None,
+    })
+}

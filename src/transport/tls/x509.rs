@@ -1,0 +1,106 @@
+//! What is read from certificates and revocation lists beyond what the library
+//! that verifies them tells: dates and names.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use x509_parser::prelude::{
+    ASN1Time, CertificateRevocationList, FromDer, GeneralName, X509Certificate,
+};
+
+use crate::config::CertificateIdentity;
+
+/// Bytes of a name that a certificate may give a client.
+const NAME_MAX: usize = 512;
+
+/// From when to when something holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Validity {
+    /// The first instant.
+    pub from: SystemTime,
+    /// The last instant.
+    pub until: SystemTime,
+}
+
+impl Validity {
+    fn new(from: ASN1Time, until: ASN1Time) -> Self {
+        Self {
+            from: instant(from),
+            until: instant(until),
+        }
+    }
+}
+
+/// A date before 1970 is as good as 1970.
+fn instant(time: ASN1Time) -> SystemTime {
+    let seconds = u64::try_from(time.timestamp()).unwrap_or(0);
+    UNIX_EPOCH + Duration::from_secs(seconds)
+}
+
+/// The dates of a certificate, and the DNS names that it is for, in lower case.
+pub(super) fn facts(der: &[u8]) -> Result<(Validity, Vec<String>), String> {
+    let (_, cert) = X509Certificate::from_der(der).map_err(|error| error.to_string())?;
+    let validity = cert.validity();
+    let names = alternative_names(&cert)
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
+            _ => None,
+        })
+        .collect();
+    Ok((
+        Validity::new(validity.not_before, validity.not_after),
+        names,
+    ))
+}
+
+/// The dates of a revocation list; without a next one it holds for ever.
+pub(super) fn crl_validity(der: &[u8]) -> Result<Option<Validity>, String> {
+    let (_, crl) = CertificateRevocationList::from_der(der).map_err(|error| error.to_string())?;
+    let until = crl.next_update();
+    Ok(until.map(|until| Validity::new(crl.last_update(), until)))
+}
+
+/// The client that a verified certificate names, or why it names none.
+pub(super) fn client_name(
+    der: &[u8],
+    identity: CertificateIdentity,
+) -> Result<Arc<str>, &'static str> {
+    let (_, cert) = X509Certificate::from_der(der).map_err(|_| "the certificate cannot be read")?;
+    let first = |wanted: fn(&GeneralName<'_>) -> bool| {
+        let names = alternative_names(&cert).iter();
+        names.cloned().find(wanted)
+    };
+    let name = match identity {
+        CertificateIdentity::Cn => {
+            let mut all = cert.subject().iter_common_name();
+            let one = all.next().ok_or("its subject has no common name (CN)")?;
+            // Which of two is meant, two readers may see differently.
+            if all.next().is_some() {
+                return Err("its subject has more than one common name (CN)");
+            }
+            let text = one.as_str();
+            text.map_err(|_| "its common name (CN) is of an unknown string type")?
+                .to_owned()
+        }
+        CertificateIdentity::SanDns => match first(|n| matches!(n, GeneralName::DNSName(_))) {
+            Some(GeneralName::DNSName(name)) => name.to_owned(),
+            _ => return Err("it has no DNS name among its subject alternative names"),
+        },
+        CertificateIdentity::SanUri => match first(|n| matches!(n, GeneralName::URI(_))) {
+            Some(GeneralName::URI(name)) => name.to_owned(),
+            _ => return Err("it has no URI among its subject alternative names"),
+        },
+    };
+    match name.is_empty() || name.len() > NAME_MAX || name.contains(char::is_control) {
+        true => Err("its name is empty, longer than 512 bytes, or has control characters"),
+        false => Ok(name.into()),
+    }
+}
+
+fn alternative_names<'a>(cert: &'a X509Certificate<'_>) -> &'a [GeneralName<'a>] {
+    match cert.subject_alternative_name() {
+        Ok(Some(extension)) => &extension.value.general_names,
+        _ => &[],
+    }
+}
