@@ -14,7 +14,7 @@ use super::{ALPN_HTTP, ClientCertificate, ServerTls};
 use crate::transport::limits::HandshakeError;
 
 /// How long a client that is refused is given to read why.
-const GOODBYE: Duration = Duration::from_secs(1);
+const GOODBYE: Duration = Duration::from_millis(500);
 /// Bytes of it that are taken meanwhile.
 const GOODBYE_BYTES: u64 = 64 * 1024;
 

@@ -79,6 +79,8 @@ class Tls:
         """CONNECT, and a PINGREQ behind it: a ticket comes with the first bytes."""
         link = Link(self, ticket)
         try:
+            if link.alert:
+                raise raws.Closed  # in place of an answer to the upgrade
             connack = link.connect(client_id, **kwargs)
             if connack.reason == 0:
                 assert link.ping()
