@@ -222,8 +222,7 @@ impl Drop for CloseOnDrop<'_> {
 }
 
 fn server_config(tls: &Configs, limits: &Limits) -> io::Result<ServerConfig> {
-    let crypto = QuicServerConfig::try_from(tls.quic()).map_err(io::Error::other)?;
-    let mut config = ServerConfig::with_crypto(Arc::new(crypto));
+    let mut config = ServerConfig::with_crypto(crypto(tls)?);
     config
         .transport_config(Arc::new(transport_config(limits.quic_idle)?))
         .migration(true)
@@ -231,6 +230,11 @@ fn server_config(tls: &Configs, limits: &Limits) -> io::Result<ServerConfig> {
         .incoming_buffer_size(INCOMING_BYTES)
         .incoming_buffer_size_total(INCOMING_BYTES_ALL);
     Ok(config)
+}
+
+fn crypto(tls: &Configs) -> io::Result<Arc<QuicServerConfig>> {
+    let crypto = QuicServerConfig::try_from(tls.quic()).map_err(io::Error::other)?;
+    Ok(Arc::new(crypto))
 }
 
 /// What a handshake begins with: the certificates of the listener as they are
@@ -248,10 +252,10 @@ impl Current {
         let mut made = self.made.lock();
         if !Arc::ptr_eq(&made.0, &now)
             // Only a provider without QUIC's suite fails, and all have the same one.
-            && let Ok(crypto) = QuicServerConfig::try_from(now.quic())
+            && let Ok(crypto) = crypto(&now)
         {
             let mut config = ServerConfig::clone(&made.1);
-            config.crypto = Arc::new(crypto);
+            config.crypto = crypto;
             *made = (now, Arc::new(config));
         }
         Arc::clone(&made.1)

@@ -406,7 +406,7 @@ def test_a_list_past_its_date_lets_nobody_in(renewed):
     with pytest.raises(Refused) as refused:
         renewed.reach("tls", renewed.one).visit(fresh("id"))
     assert refused.value.alert == "unknown_ca"
-    renewed.reloaded("change", lambda: put(renewed.crl, renewed.people.crl()))
+    renewed.reloaded("SIGHUP", lambda: put(renewed.crl, renewed.people.crl()))
     assert renewed.reach("tls", renewed.one).visit(fresh("id")).connack.reason == 0
 
 

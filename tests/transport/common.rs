@@ -70,7 +70,7 @@ impl Server {
         let tls = Arc::new(
             ServerTls::ephemeral(&[LOCAL.to_owned(), "127.0.0.1".to_owned()]).expect("certificate"),
         );
-        let cert = CertificateDer::from(tls.leaf().to_vec());
+        let cert = CertificateDer::from(tls.leaf());
         let cap = Arc::new(ConnectionCap::new(1000));
         let mut spec = ListenSpec {
             name: format!("test-{kind}"),

@@ -1,7 +1,7 @@
 //! Files that are right and files that are not.
 
 use super::*;
-use crate::transport::selfsigned::tests::TempDir;
+use crate::transport::selfsigned::{self, tests::TempDir};
 
 fn names() -> Vec<String> {
     vec!["localhost".to_owned(), "127.0.0.1".to_owned()]
