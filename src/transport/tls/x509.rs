@@ -67,10 +67,7 @@ pub(super) fn client_name(
     identity: CertificateIdentity,
 ) -> Result<Arc<str>, &'static str> {
     let (_, cert) = X509Certificate::from_der(der).map_err(|_| "the certificate cannot be read")?;
-    let first = |wanted: fn(&GeneralName<'_>) -> bool| {
-        let names = alternative_names(&cert).iter();
-        names.cloned().find(wanted)
-    };
+    let mut names = alternative_names(&cert).iter();
     let name = match identity {
         CertificateIdentity::Cn => {
             let mut all = cert.subject().iter_common_name();
@@ -83,14 +80,18 @@ pub(super) fn client_name(
             text.map_err(|_| "its common name (CN) is of an unknown string type")?
                 .to_owned()
         }
-        CertificateIdentity::SanDns => match first(|n| matches!(n, GeneralName::DNSName(_))) {
-            Some(GeneralName::DNSName(name)) => name.to_owned(),
-            _ => return Err("it has no DNS name among its subject alternative names"),
-        },
-        CertificateIdentity::SanUri => match first(|n| matches!(n, GeneralName::URI(_))) {
-            Some(GeneralName::URI(name)) => name.to_owned(),
-            _ => return Err("it has no URI among its subject alternative names"),
-        },
+        CertificateIdentity::SanDns => names
+            .find_map(|name| match name {
+                GeneralName::DNSName(name) => Some((*name).to_owned()),
+                _ => None,
+            })
+            .ok_or("it has no DNS name among its subject alternative names")?,
+        CertificateIdentity::SanUri => names
+            .find_map(|name| match name {
+                GeneralName::URI(name) => Some((*name).to_owned()),
+                _ => None,
+            })
+            .ok_or("it has no URI among its subject alternative names")?,
     };
     match name.is_empty() || name.len() > NAME_MAX || name.contains(char::is_control) {
         true => Err("its name is empty, longer than 512 bytes, or has control characters"),
