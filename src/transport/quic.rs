@@ -3,6 +3,7 @@
 //! unidirectional one is allowed. There is no standard; this follows what
 //! deployed brokers and clients do.
 
+mod bidi;
 mod lanes;
 
 use std::future::Future;
@@ -25,6 +26,7 @@ use super::limits::{CertificateFault, HandshakeError, Limits};
 use super::listen::{Listener, canonical};
 use super::tls::{ALPN_MQTT, Configs, ServerTls, fault_of_alert};
 use super::{ClientCertificate, CloseHow, Permit, Stream};
+use bidi::{Bidi, Layer};
 pub(super) use lanes::Quic;
 
 /// Streams that a client may have open, control and data together.
@@ -207,9 +209,10 @@ async fn connect(
     .inspect_err(|_| connection.close(code::CONTROL_GONE.into(), b"client certificate"))?;
     // If the deadline drops this future, the client learns why.
     let guard = CloseOnDrop(&connection);
-    let control = connection.accept_bi().await.map_err(handshake_error)?;
+    let (send, recv) = connection.accept_bi().await.map_err(handshake_error)?;
     std::mem::forget(guard);
-    Ok((Quic::new(connection, control, listener), client))
+    let control = Bidi::new(send, recv, Layer::Plain);
+    Ok((Quic::new(connection, Layer::Plain, control, listener), client))
 }
 
 struct CloseOnDrop<'a>(&'a Connection);

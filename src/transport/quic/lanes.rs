@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, VarInt, WriteError};
 
+use super::bidi::{Bidi, Layer};
 use super::{LANES, LANES_MANY, close_code, code};
 use crate::transport::limits::Limits;
 use crate::transport::listen::{Listener, canonical};
@@ -17,9 +18,11 @@ use crate::transport::{CloseHow, Closed, ListenerInfo, OutBuf, Recv};
 /// A QUIC connection with its control stream.
 pub(in crate::transport) struct Quic {
     connection: Connection,
-    control: Lane,
+    /// What lies between QUIC's streams and the lanes.
+    layer: Layer,
+    control: Bidi,
     /// Lane n is at n - 1.
-    data: Vec<Option<Lane>>,
+    data: Vec<Option<Bidi>>,
     /// Waits for further streams, once they are wanted. Until then flow control
     /// and the stream limit bound what a client can leave there.
     accept: Option<BoxFuture<Result<(SendStream, RecvStream), ConnectionError>>>,
@@ -33,11 +36,6 @@ pub(in crate::transport) struct Quic {
 }
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + Sync>>;
-
-struct Lane {
-    send: SendStream,
-    recv: RecvStream,
-}
 
 enum Closing {
     Open,
@@ -63,13 +61,15 @@ impl Quic {
     /// `control` is the first stream that the client opened.
     pub(super) fn new(
         connection: Connection,
-        (send, recv): (SendStream, RecvStream),
+        layer: Layer,
+        control: Bidi,
         listener: &Listener,
     ) -> Self {
         Self {
             peer: canonical(connection.remote_address()),
             connection,
-            control: Lane { send, recv },
+            layer,
+            control,
             data: Vec::new(),
             accept: None,
             next: 0,
@@ -131,12 +131,13 @@ impl Quic {
             return Poll::Ready(Err(Closed::Lane(lane)));
         };
         while !out.is_empty() {
-            match ready!(Pin::new(&mut stream.send).poll_write(cx, out.rest())) {
+            match ready!(stream.poll_write(cx, out.rest())) {
                 Ok(n) => out.at += n,
                 Err(WriteError::ConnectionLost(error)) => return Poll::Ready(Err(lost(&error))),
                 Err(_) if lane != 0 => return Poll::Ready(Err(Closed::Lane(lane))),
                 Err(WriteError::Stopped(code)) => {
-                    let reason = format!("control stream stopped by the peer with code {code}");
+                    let code = self.layer.shown(code);
+                    let reason = format!("control stream stopped by the peer with {code}");
                     return Poll::Ready(Err(Closed::Reset(reason.into())));
                 }
                 Err(_) => return Poll::Ready(Err(Closed::Reset("control stream closed".into()))),
@@ -151,9 +152,7 @@ impl Quic {
             .checked_sub(1)
             .and_then(|i| self.data.get_mut(i));
         if let Some(mut lane) = slot.and_then(Option::take) {
-            // Both fail only if that direction has ended already.
-            let _ = lane.send.reset(code.into());
-            let _ = lane.recv.stop(code.into());
+            lane.abort(self.layer.code(code));
         }
     }
 
@@ -182,13 +181,7 @@ impl Quic {
     /// cannot any more.
     fn finish(&mut self) -> BoxFuture<()> {
         let lanes = std::iter::once(&mut self.control).chain(self.data.iter_mut().flatten());
-        let waits: Vec<_> = lanes
-            .map(|lane| {
-                // Fails only if it is finished or reset already.
-                let _ = lane.send.finish();
-                lane.send.stopped()
-            })
-            .collect();
+        let waits: Vec<_> = lanes.map(Bidi::finish).collect();
         Box::pin(async move {
             for wait in waits {
                 let _ = wait.await;
@@ -207,7 +200,7 @@ impl Quic {
                 return;
             };
             self.accept = Some(accept_bi(self.connection.clone()));
-            let lane = Some(Lane { send, recv });
+            let lane = Some(Bidi::new(send, recv, self.layer));
             if let Some(slot) = self.data.iter_mut().find(|slot| slot.is_none()) {
                 *slot = lane;
             } else if self.data.len() < LANES - 1 {
@@ -237,7 +230,7 @@ impl Quic {
             },
         };
         let read = with_scratch(|scratch| {
-            let read = stream.recv.poll_read(cx, scratch);
+            let read = stream.poll_read(cx, scratch);
             if let Poll::Ready(Ok(n)) = read {
                 buf.extend_from_slice(&scratch[..n]);
             }
@@ -254,7 +247,8 @@ impl Quic {
             Ok(_) => Closed::Eof,
             Err(ReadError::ConnectionLost(error)) => return Poll::Ready(Err(lost(&error))),
             Err(ReadError::Reset(code)) => {
-                Closed::Reset(format!("control stream reset by the peer with code {code}").into())
+                let code = self.layer.shown(code);
+                Closed::Reset(format!("control stream reset by the peer with {code}").into())
             }
             Err(_) => Closed::Reset("control stream closed".into()),
         };
@@ -279,7 +273,7 @@ impl Quic {
     }
 }
 
-fn lane_mut(data: &mut [Option<Lane>], lane: u8) -> Option<&mut Lane> {
+fn lane_mut(data: &mut [Option<Bidi>], lane: u8) -> Option<&mut Bidi> {
     data.get_mut(usize::from(lane).checked_sub(1)?)?.as_mut()
 }
 
