@@ -21,7 +21,7 @@ use crate::mqtt::QoS;
 use crate::router::Router;
 use crate::session::Policy;
 use crate::telemetry::ListenerMetrics;
-use crate::transport::Accepted;
+use crate::transport::{Accepted, Kind};
 
 /// What every connection needs.
 pub struct Clients {
@@ -60,13 +60,19 @@ pub struct Door {
     pub transport: &'static str,
     /// Its metrics.
     pub metrics: Arc<ListenerMetrics>,
+    /// The metrics of those that come over WebTransport.
+    pub webtransport: Option<Arc<ListenerMetrics>>,
     /// `mount`.
     pub mount: Arc<str>,
 }
 
 impl Clients {
     /// Serves one accepted connection to its end.
-    pub async fn serve(self: Arc<Self>, door: Door, accepted: Accepted) {
+    pub async fn serve(self: Arc<Self>, mut door: Door, accepted: Accepted) {
+        door.transport = accepted.stream.kind().as_str();
+        if let (Kind::WebTransport, Some(own)) = (accepted.stream.kind(), &door.webtransport) {
+            door.metrics = own.clone();
+        }
         door.metrics.connections.increment(1);
         door.metrics.connections_open.increment(1.0);
         let began = self.clock.now();

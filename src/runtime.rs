@@ -21,7 +21,7 @@ use crate::admin;
 use crate::auth::{Acl, Authenticator};
 use crate::client::{Clients, Door, Rate};
 use crate::clock::Clock;
-use crate::config::{self, Config, Server};
+use crate::config::{self, CertSource, Config, Server};
 use crate::limits::Account;
 use crate::mqtt::overlaps;
 use crate::router::{Router, RouterConfig};
@@ -143,6 +143,12 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
         .iter()
         .map(|o| hints::address(&o.listener, o.bound.local_addr()))
         .collect();
+    lines.extend(
+        opened
+            .iter()
+            .filter_map(|o| hints::webtransport(&o.listener, o.bound.local_addr())),
+    );
+    let throwaway = throwaway(&config, &opened);
     lines.push((
         "admin".into(),
         "http",
@@ -162,7 +168,7 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
     for Opened { listener, bound } in opened {
         serve(&tasks, &clients, &listener, bound, stop_accepting.clone());
     }
-    tell(&config, &lines);
+    tell(&config, &lines, &throwaway);
 
     signals.come().await;
     drain::drain(drain::Running {
@@ -192,6 +198,9 @@ fn serve(
         name: listener.name.as_str().into(),
         transport,
         metrics: Arc::new(metrics().listener(&listener.name, transport)),
+        webtransport: listener
+            .webtransport
+            .then(|| Arc::new(metrics().listener(&listener.name, Kind::WebTransport.as_str()))),
         mount: listener.mount.as_str().into(),
     };
     let clients = clients.clone();
@@ -199,15 +208,41 @@ fn serve(
     tasks.spawn(bound.serve(handler, stop));
 }
 
+/// The throw-away certificates that a page may have to name.
+fn throwaway(config: &Config, opened: &[Opened]) -> Vec<hints::Certificate> {
+    let thrown = config
+        .tls
+        .iter()
+        .filter(|tls| matches!(tls.source, CertSource::Throwaway));
+    let found = thrown.filter_map(|tls| {
+        let user = opened
+            .iter()
+            .find(|o| o.listener.webtransport && o.listener.tls.first() == Some(&tls.name))?;
+        let sha256 = user.bound.spec().tls.as_ref()?.leaf_sha256()?;
+        Some(hints::Certificate {
+            name: tls.name.clone(),
+            sha256: sha256.iter().map(|byte| format!("{byte:02x}")).collect(),
+        })
+    });
+    found.collect()
+}
+
 /// Tells every bound address on standard output, then `ready`.
-fn tell(config: &Config, lines: &[(String, &'static str, String)]) {
+fn tell(
+    config: &Config,
+    lines: &[(String, &'static str, String)],
+    certificates: &[hints::Certificate],
+) {
     let mut out = String::new();
     for (name, transport, url) in lines {
         out.push_str(&format!("listening {name} {transport} {url}\n"));
     }
+    for hints::Certificate { name, sha256 } in certificates {
+        out.push_str(&format!("certificate {name} sha256 {sha256}\n"));
+    }
     out.push_str("ready\n");
     if config.source.is_none() {
-        out.push_str(&hints::what_to_type(lines));
+        out.push_str(&hints::what_to_type(lines, certificates));
     }
     let mut stdout = std::io::stdout().lock();
     // A closed standard output is no reason not to serve.
@@ -312,6 +347,7 @@ fn open_listeners(
             path: listener.path.clone(),
             origins: listener.origins.clone(),
             tls: certificates.serve(&listener.tls)?,
+            webtransport: listener.webtransport,
         };
         let bound = match transport::bind(spec.clone(), limits.clone()) {
             Err(BindError::AddrInUse { .. }) if config.source.is_none() => {

@@ -1,12 +1,13 @@
 //! Byte transports: listeners and connections over TCP, TLS, WebSocket, secure
-//! WebSocket and QUIC, and the dialling side for links to a core.
+//! WebSocket, QUIC and WebTransport, and the dialling side for links to a core.
 //!
 //! This module knows bytes only. A [`Stream`] carries one or more *lanes*, each
 //! an ordered byte stream in both directions: lane 0 is the control lane and
-//! always there, lanes 1 to 15 are further QUIC streams that the client opened.
+//! always there, lanes 1 to 15 are further streams of QUIC or WebTransport that
+//! the client opened.
 //!
 //! Each foreign library is named in one place: rustls in `tls.rs` and `tls/`, quinn in
-//! `quic.rs`, tungstenite in `ws/`, rcgen in `selfsigned.rs`.
+//! `quic.rs` and `quic/`, tungstenite in `ws/`, rcgen in `selfsigned.rs`.
 
 pub mod dial;
 pub mod limits;
@@ -44,6 +45,9 @@ pub enum Kind {
     Wss,
     /// MQTT over QUIC (RFC 9000), ALPN `mqtt`.
     Quic,
+    /// MQTT over WebTransport over HTTP/3: connections, never a listener, of
+    /// which it is a part ([`ListenSpec::webtransport`]).
+    WebTransport,
 }
 
 impl Kind {
@@ -55,12 +59,16 @@ impl Kind {
             Self::Ws => "ws",
             Self::Wss => "wss",
             Self::Quic => "quic",
+            Self::WebTransport => "webtransport",
         }
     }
 
     /// Whether a listener of this kind needs a certificate.
     pub const fn needs_tls(self) -> bool {
-        matches!(self, Self::Tls | Self::Wss | Self::Quic)
+        matches!(
+            self,
+            Self::Tls | Self::Wss | Self::Quic | Self::WebTransport
+        )
     }
 }
 
@@ -95,13 +103,16 @@ pub struct ListenSpec {
     pub transport: Kind,
     /// The address to bind; port 0 takes a free one.
     pub bind: SocketAddr,
-    /// The request path of `ws` and `wss`; others get 404. Unused elsewhere.
+    /// The request path of `ws`, `wss` and WebTransport; others get 404. Unused
+    /// elsewhere.
     pub path: String,
-    /// Origins that a browser may come from (`ws`, `wss`); empty means any. A
+    /// Origins that a browser may come from (likewise); empty means any. A
     /// request without an `Origin` header is no browser's and passes.
     pub origins: Vec<String>,
     /// The certificates; needed by `tls`, `wss` and `quic`.
     pub tls: Option<Arc<ServerTls>>,
+    /// `quic`: browsers are served over WebTransport at the same port.
+    pub webtransport: bool,
 }
 
 /// Which listener a connection came in on.
@@ -244,6 +255,8 @@ mod tests {
         for kind in [Kind::Tcp, Kind::Tls, Kind::Ws, Kind::Wss, Kind::Quic] {
             assert_eq!(kind.to_string().parse(), Ok(kind));
         }
+        // No listener is one.
+        assert_eq!("webtransport".parse::<Kind>(), Err(UnknownKind));
         assert_eq!("TCP".parse::<Kind>(), Err(UnknownKind));
     }
 

@@ -28,7 +28,7 @@ pub(super) const PUBLISH_LINKS_AUTO: PublishLinks = PublishLinks { first: 2, max
 pub(super) const NODE_ID_EMBEDDED: &str = "local";
 /// The `[[tls]]` that a listener uses where it names none.
 pub(super) const TLS_NAME: &str = "default";
-/// The request path of WebSocket listeners.
+/// The request path of WebSocket and WebTransport.
 pub(super) const WS_PATH: &str = "/mqtt";
 
 impl Config {
@@ -97,6 +97,9 @@ pub(super) fn listeners() -> Vec<Listener> {
             false => Vec::new(),
         },
         origins: Vec::new(),
+        // To be seen at a first run; a configuration opens it by itself, since it
+        // lets in what a QUIC listener else keeps out: any web page's script.
+        webtransport: transport == Transport::Quic,
         auth: AuthMode::Anonymous,
         mount: String::new(),
     };

@@ -323,21 +323,23 @@ impl RawListener {
             );
             say(&format!("listeners[{i}].{key}"), message);
         };
-        if !transport.is_websocket() {
+        let webtransport = self.webtransport && transport == Transport::Quic;
+        if !transport.is_websocket() && !webtransport {
+            let only = "ws, wss, and quic with webtransport = true,";
             if self.path.is_some() {
-                unused("path", "ws and wss");
+                unused("path", only);
             }
             if self.origins.is_some() {
-                unused("origins", "ws and wss");
+                unused("origins", only);
             }
+        }
+        if self.webtransport && !webtransport {
+            unused("webtransport", "quic listeners");
         }
         if !transport.is_encrypted() && self.tls.is_some() {
             unused("tls", "tls, wss and quic");
         }
-        if self.webtransport {
-            let message = "true is not supported by this version; allowed: false".to_owned();
-            say(&format!("listeners[{i}].webtransport"), message);
-        }
+
         Listener {
             name: self.name.unwrap_or_else(|| transport.name().to_owned()),
             transport,
@@ -349,6 +351,7 @@ impl RawListener {
                 (true, Some(names)) => names.0,
             },
             origins: self.origins.unwrap_or_default(),
+            webtransport,
             auth: self.auth.unwrap_or(mode),
             mount: self.mount,
         }

@@ -449,10 +449,16 @@ const WRONG: &[(&str, usize, &str, &str)] = &[
         "not used by transport \"tcp\"",
     ),
     (
-        "[[listeners]]\ntransport = \"quic\"\nbind = \"127.0.0.1:1\"\nwebtransport = true\n",
+        "[[listeners]]\ntransport = \"wss\"\nbind = \"127.0.0.1:1\"\nwebtransport = true\n",
         4,
         "listeners[0].webtransport",
-        "not supported",
+        "not used by transport \"wss\"; only quic listeners use it",
+    ),
+    (
+        "[[listeners]]\ntransport = \"quic\"\nbind = \"127.0.0.1:1\"\norigins = [\"https://a.example\"]\n",
+        4,
+        "listeners[0].origins",
+        "quic with webtransport = true",
     ),
     (
         "[[listeners]]\ntransport = \"tls\"\nbind = \"127.0.0.1:1\"\ntls = \"x\"\n",

@@ -125,13 +125,16 @@ pub struct Listener {
     pub transport: Transport,
     /// Address; port 0 lets the system choose.
     pub bind: SocketAddr,
-    /// WebSocket request path, begins with `/`.
+    /// Request path of WebSocket and WebTransport, begins with `/`.
     pub path: String,
     /// Names of `[[tls]]` entries, the default first; empty exactly when the
     /// transport is not encrypted.
     pub tls: Vec<String>,
-    /// `Origin` values that a WebSocket request may carry; empty allows all.
+    /// `Origin` values that such a request may carry; empty allows all.
     pub origins: Vec<String>,
+    /// Whether browsers are served over WebTransport (HTTP/3) at the same
+    /// port; `quic` only.
+    pub webtransport: bool,
     /// How clients of this listener are authenticated (`[auth] mode` unless
     /// the listener says otherwise).
     pub auth: AuthMode,

@@ -38,6 +38,7 @@ impl Events for Counted {
             "http_404" => HandshakeReason::Path,
             "http_400" => HandshakeReason::Subprotocol,
             "quic" => HandshakeReason::Quic,
+            "webtransport" | "http_501" => HandshakeReason::WebTransport,
             "io" => HandshakeReason::Io,
             _ => HandshakeReason::WebSocket,
         };

@@ -25,8 +25,33 @@ pub(super) fn address(listener: &Listener, bound: SocketAddr) -> (String, &'stat
     )
 }
 
+/// The same for the WebTransport of a QUIC listener.
+pub(super) fn webtransport(
+    listener: &Listener,
+    bound: SocketAddr,
+) -> Option<(String, &'static str, String)> {
+    listener.webtransport.then(|| {
+        (
+            listener.name.clone(),
+            "webtransport",
+            format!("https://{bound}{}", listener.path),
+        )
+    })
+}
+
+/// What a page must know of a throw-away certificate to be let through by its browser.
+pub(super) struct Certificate {
+    /// The name of its `[[tls]]`.
+    pub name: String,
+    /// SHA-256, hexadecimal.
+    pub sha256: String,
+}
+
 /// Lines to copy, for the built-in configuration.
-pub(super) fn what_to_type(lines: &[(String, &'static str, String)]) -> String {
+pub(super) fn what_to_type(
+    lines: &[(String, &'static str, String)],
+    certificates: &[Certificate],
+) -> String {
     let find = |transport| {
         lines
             .iter()
@@ -60,6 +85,14 @@ pub(super) fn what_to_type(lines: &[(String, &'static str, String)]) -> String {
                 .rsplit_once(':')
                 .map_or("127.0.0.1", |(h, _)| h),
             quic.rsplit_once(':').map_or("14567", |(_, p)| p),
+        ));
+    }
+    if let (Some(url), Some(certificate)) = (find("webtransport"), certificates.first()) {
+        out.push_str(&format!(
+            "In a browser over WebTransport, with clients/mqtt-webtransport, from a page on this machine:\n  \
+             connect(mqtt, '{}', {{ webTransport: {{ url: '{url}', serverCertificateHashes: ['{}'] }} }})\n",
+            find("ws").unwrap_or_default(),
+            certificate.sha256,
         ));
     }
     out

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::ListenerInfo;
+use super::{Kind, ListenerInfo};
 
 /// The slack that a WebSocket message may have over the largest packet: one
 /// message may carry several packets [MQTT-6.0.0-2].
@@ -250,9 +250,20 @@ pub enum HandshakeError {
     /// QUIC failed.
     #[error("QUIC: {0}")]
     Quic(String),
+    /// The HTTP/3 part of WebTransport failed.
+    #[error("WebTransport: {0}")]
+    WebTransport(&'static str),
 }
 
 impl HandshakeError {
+    /// What was being spoken on a listener of this kind.
+    pub(super) const fn on(&self, listener: Kind) -> Kind {
+        match (listener, self) {
+            (Kind::Quic, Self::Http { .. } | Self::WebTransport(_)) => Kind::WebTransport,
+            (kind, _) => kind,
+        }
+    }
+
     /// A bounded name for a metric label.
     pub const fn label(&self) -> &'static str {
         match self {
@@ -275,9 +286,11 @@ impl HandshakeError {
                 405 => "http_405",
                 426 => "http_426",
                 431 => "http_431",
+                501 => "http_501",
                 _ => "http_other",
             },
             Self::Quic(_) => "quic",
+            Self::WebTransport(_) => "webtransport",
         }
     }
 }
@@ -333,6 +346,7 @@ mod tests {
             (HandshakeError::Alpn("mqtt"), "alpn"),
             (HandshakeError::Tls("any words".into()), "tls"),
             (HandshakeError::Quic("any words".into()), "quic"),
+            (HandshakeError::WebTransport("words"), "webtransport"),
             (http(426), "http_426"),
             (http(599), "http_other"),
         ] {

@@ -92,7 +92,7 @@ pub fn bind(spec: ListenSpec, limits: Arc<Limits>) -> Result<Bound, BindError> {
         });
     }
     let (socket, addr) = match (&spec.tls, spec.transport) {
-        (Some(tls), Kind::Quic) => bind_quic(spec.bind, tls, &limits),
+        (Some(tls), Kind::Quic | Kind::WebTransport) => bind_quic(&spec, tls, &limits),
         _ => bind_tcp(spec.bind),
     }
     .map_err(failed)?;
@@ -171,7 +171,7 @@ impl Drain {
 /// What the tasks of one listener share.
 #[derive(Debug)]
 pub(super) struct Listener {
-    spec: ListenSpec,
+    pub(super) spec: ListenSpec,
     pub(super) info: Arc<ListenerInfo>,
     pub(super) limits: Arc<Limits>,
     log: LogGate,
@@ -233,7 +233,7 @@ impl Listener {
                     .events
                     .handshake_failed(&self.info, error.label());
                 if let Some(suppressed) = self.log.pass(Instant::now()) {
-                    let (listener, transport) = (&self.info.name, self.info.kind);
+                    let (listener, transport) = (&self.info.name, error.on(self.info.kind));
                     tracing::info!(
                         listener, %transport, %peer, reason = error.label(), suppressed,
                         "handshake failed: {error}"
@@ -371,11 +371,12 @@ fn bind_tcp(addr: SocketAddr) -> io::Result<(Bind, SocketAddr)> {
 }
 
 fn bind_quic(
-    addr: SocketAddr,
+    spec: &ListenSpec,
     tls: &Arc<ServerTls>,
     limits: &Limits,
 ) -> io::Result<(Bind, SocketAddr)> {
-    let server = quic::Server::new(UdpSocket::bind(addr)?, tls, limits)?;
+    let socket = UdpSocket::bind(spec.bind)?;
+    let server = quic::Server::new(socket, tls, limits, spec.webtransport)?;
     let addr = server.local_addr()?;
     Ok((Bind::Quic(server), addr))
 }
@@ -414,6 +415,7 @@ mod tests {
             path: String::new(),
             origins: vec![],
             tls: None,
+            webtransport: false,
         };
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let limits = Arc::new(Limits::default());

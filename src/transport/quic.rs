@@ -1,10 +1,13 @@
 //! MQTT over QUIC, ALPN `mqtt`: the first stream that the client opens is
 //! lane 0, further ones are data lanes. We never open a stream, and no
 //! unidirectional one is allowed. There is no standard; this follows what
-//! deployed brokers and clients do.
+//! deployed brokers and clients do. On the same socket browsers are served over
+//! WebTransport, if the listener says so.
 
 mod bidi;
+mod capsules;
 mod lanes;
+mod webtransport;
 
 use std::future::Future;
 use std::io;
@@ -14,7 +17,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use parking_lot::Mutex;
-use quinn::crypto::rustls::QuicServerConfig;
+use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
 use quinn::{
     Connection, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, Incoming, ServerConfig,
     TokioRuntime, TransportConfig, TransportErrorCode, VarInt,
@@ -24,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::limits::{CertificateFault, HandshakeError, Limits};
 use super::listen::{Listener, canonical};
-use super::tls::{ALPN_MQTT, Configs, ServerTls, fault_of_alert};
+use super::tls::{ALPN_H3, ALPN_MQTT, Configs, ServerTls, fault_of_alert};
 use super::{ClientCertificate, CloseHow, Permit, Stream};
 use bidi::{Bidi, Layer};
 pub(super) use lanes::Quic;
@@ -73,6 +76,7 @@ impl Server {
         socket: UdpSocket,
         tls: &Arc<ServerTls>,
         limits: &Limits,
+        webtransport: bool,
     ) -> io::Result<Self> {
         for result in [
             socket2::SockRef::from(&socket).set_recv_buffer_size(SOCKET_BUFFER),
@@ -83,7 +87,7 @@ impl Server {
             }
         }
         let now = tls.current();
-        let config = server_config(&now, limits)?;
+        let config = server_config(&now, limits, webtransport)?;
         let endpoint = Endpoint::new(
             EndpointConfig::default(),
             Some(config.clone()),
@@ -92,6 +96,7 @@ impl Server {
         )?;
         let current = Current {
             tls: Arc::clone(tls),
+            webtransport,
             made: Arc::new(Mutex::new((now, Arc::new(config)))),
         };
         Ok(Self { endpoint, current })
@@ -159,7 +164,7 @@ impl Server {
     }
 
     pub(super) fn close(&self, how: CloseHow) {
-        self.endpoint.close(close_code(how), b"");
+        self.endpoint.close(close_code(how).into(), b"");
     }
 }
 
@@ -207,27 +212,55 @@ async fn connect(
         None => Ok(None),
     }
     .inspect_err(|_| connection.close(code::CONTROL_GONE.into(), b"client certificate"))?;
-    // If the deadline drops this future, the client learns why.
-    let guard = CloseOnDrop(&connection);
+    if is_http3(&connection) {
+        return Ok((webtransport::accept(connection, listener).await?, client));
+    }
+    let guard = CloseOnDrop {
+        connection: &connection,
+        code: code::CONTROL_GONE.into(),
+        why: "no control stream",
+    };
     let (send, recv) = connection.accept_bi().await.map_err(handshake_error)?;
     std::mem::forget(guard);
     let control = Bidi::new(send, recv, Layer::Plain);
-    Ok((Quic::new(connection, Layer::Plain, control, listener), client))
+    let quic = Quic::new(connection, Layer::Plain, control, None, listener);
+    Ok((quic, client))
 }
 
-struct CloseOnDrop<'a>(&'a Connection);
+/// If the deadline drops the future that has it, the client learns why.
+struct CloseOnDrop<'a> {
+    connection: &'a Connection,
+    code: VarInt,
+    why: &'static str,
+}
 
 impl Drop for CloseOnDrop<'_> {
     fn drop(&mut self) {
-        self.0
-            .close(code::CONTROL_GONE.into(), b"no control stream");
+        // Does nothing if it is closed already.
+        self.connection.close(self.code, self.why.as_bytes());
     }
 }
 
-fn server_config(tls: &Configs, limits: &Limits) -> io::Result<ServerConfig> {
-    let mut config = ServerConfig::with_crypto(crypto(tls)?);
+fn is_http3(connection: &Connection) -> bool {
+    connection
+        .handshake_data()
+        .and_then(|data| data.downcast::<HandshakeData>().ok())
+        .and_then(|data| data.protocol)
+        .is_some_and(|alpn| alpn == ALPN_H3.as_bytes())
+}
+
+fn server_config(tls: &Configs, limits: &Limits, webtransport: bool) -> io::Result<ServerConfig> {
+    let mut transport = transport_config(limits.quic_idle)?;
+    if webtransport {
+        // Before the handshake nobody knows what will be spoken, so all are
+        // allowed what browsers need; nothing is allocated for it.
+        transport
+            .max_concurrent_uni_streams(VarInt::from_u32(webtransport::UNI_STREAMS))
+            .datagram_receive_buffer_size(Some(webtransport::DATAGRAM_BYTES));
+    }
+    let mut config = ServerConfig::with_crypto(crypto(tls, webtransport)?);
     config
-        .transport_config(Arc::new(transport_config(limits.quic_idle)?))
+        .transport_config(Arc::new(transport))
         .migration(true)
         .max_incoming(INCOMING_MAX)
         .incoming_buffer_size(INCOMING_BYTES)
@@ -235,8 +268,12 @@ fn server_config(tls: &Configs, limits: &Limits) -> io::Result<ServerConfig> {
     Ok(config)
 }
 
-fn crypto(tls: &Configs) -> io::Result<Arc<QuicServerConfig>> {
-    let crypto = QuicServerConfig::try_from(tls.quic()).map_err(io::Error::other)?;
+fn crypto(tls: &Configs, webtransport: bool) -> io::Result<Arc<QuicServerConfig>> {
+    let tls = match webtransport {
+        false => tls.quic(),
+        true => tls.quic_and_http3(),
+    };
+    let crypto = QuicServerConfig::try_from(tls).map_err(io::Error::other)?;
     Ok(Arc::new(crypto))
 }
 
@@ -246,6 +283,7 @@ fn crypto(tls: &Configs) -> io::Result<Arc<QuicServerConfig>> {
 #[derive(Clone)]
 struct Current {
     tls: Arc<ServerTls>,
+    webtransport: bool,
     made: Arc<Mutex<(Arc<Configs>, Arc<ServerConfig>)>>,
 }
 
@@ -255,7 +293,7 @@ impl Current {
         let mut made = self.made.lock();
         if !Arc::ptr_eq(&made.0, &now)
             // Only a provider without QUIC's suite fails, and all have the same one.
-            && let Ok(crypto) = crypto(&now)
+            && let Ok(crypto) = crypto(&now, self.webtransport)
         {
             let mut config = ServerConfig::clone(&made.1);
             config.crypto = crypto;
@@ -326,10 +364,10 @@ fn certificate_fault(code: TransportErrorCode) -> Option<CertificateFault> {
         .and_then(fault_of_alert)
 }
 
-fn close_code(how: CloseHow) -> VarInt {
-    VarInt::from_u32(match how {
+fn close_code(how: CloseHow) -> u32 {
+    match how {
         CloseHow::Normal | CloseHow::GoingAway => code::NORMAL,
         CloseHow::Protocol => code::CONTROL_GONE,
         CloseHow::Overload => code::OVERLOAD,
-    })
+    }
 }

@@ -233,7 +233,7 @@ impl Stream {
             Inner::Tls(_) => Kind::Tls,
             Inner::Ws(_) => Kind::Ws,
             Inner::Wss(_) => Kind::Wss,
-            Inner::Quic(_) => Kind::Quic,
+            Inner::Quic(ref quic) => quic.kind(),
         }
     }
 }

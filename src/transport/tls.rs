@@ -35,6 +35,7 @@ pub use x509::Validity;
 /// Application protocols (RFC 7301).
 pub(super) const ALPN_MQTT: &str = "mqtt";
 pub(super) const ALPN_HTTP: &str = "http/1.1";
+pub(super) const ALPN_H3: &str = "h3";
 
 /// What is wrong with a certificate, a key or a setting of TLS.
 #[derive(Debug, thiserror::Error)]

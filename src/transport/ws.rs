@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::Control;
 use super::tcp::{self, Closing, READ_MAX, with_scratch};
 use super::{CloseHow, Closed, OutBuf};
 use frame::{Asked, Decoder, Fault, Stopped, code};
-pub(super) use handshake::accept;
+pub(super) use handshake::{accept, origin_allowed};
 
 /// A WebSocket whose handshake is done.
 #[derive(Debug)]

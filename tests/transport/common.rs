@@ -79,6 +79,7 @@ impl Server {
             path: "/mqtt".into(),
             origins: vec![],
             tls: Some(tls),
+            webtransport: false,
         };
         let mut limits = Limits {
             connections: Arc::clone(&cap) as _,

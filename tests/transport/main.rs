@@ -5,4 +5,5 @@ mod accept;
 mod common;
 mod dial;
 mod quic;
+mod webtransport;
 mod ws;

@@ -242,6 +242,8 @@ labels! {
         Quic = "quic",
         /// Not an acceptable WebSocket request.
         WebSocket = "websocket",
+        /// Not an acceptable WebTransport session.
+        WebTransport = "webtransport",
         /// A path that is not served.
         Path = "path",
         /// An origin that is not allowed.

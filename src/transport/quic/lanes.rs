@@ -9,17 +9,20 @@ use std::task::{Context, Poll, ready};
 use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, VarInt, WriteError};
 
 use super::bidi::{Bidi, Layer};
+use super::webtransport::Session;
 use super::{LANES, LANES_MANY, close_code, code};
 use crate::transport::limits::Limits;
 use crate::transport::listen::{Listener, canonical};
 use crate::transport::tcp::with_scratch;
-use crate::transport::{CloseHow, Closed, ListenerInfo, OutBuf, Recv};
+use crate::transport::{CloseHow, Closed, Kind, ListenerInfo, OutBuf, Recv};
 
 /// A QUIC connection with its control stream.
 pub(in crate::transport) struct Quic {
     connection: Connection,
     /// What lies between QUIC's streams and the lanes.
     layer: Layer,
+    /// Of WebTransport.
+    session: Option<Session>,
     control: Bidi,
     /// Lane n is at n - 1.
     data: Vec<Option<Bidi>>,
@@ -29,7 +32,8 @@ pub(in crate::transport) struct Quic {
     /// Where the next round over the lanes begins.
     next: usize,
     closing: Closing,
-    close_code: VarInt,
+    /// Not yet as the layer numbers it.
+    close_code: u32,
     peer: SocketAddr,
     info: Arc<ListenerInfo>,
     limits: Arc<Limits>,
@@ -53,7 +57,7 @@ impl std::fmt::Debug for Quic {
 impl Drop for Quic {
     fn drop(&mut self) {
         // Does nothing if it is closed already.
-        self.connection.close(self.close_code, b"");
+        self.connection.close(self.layer.code(self.close_code), b"");
     }
 }
 
@@ -63,20 +67,30 @@ impl Quic {
         connection: Connection,
         layer: Layer,
         control: Bidi,
+        session: Option<Session>,
         listener: &Listener,
     ) -> Self {
         Self {
             peer: canonical(connection.remote_address()),
             connection,
             layer,
+            session,
             control,
             data: Vec::new(),
             accept: None,
             next: 0,
             closing: Closing::Open,
-            close_code: VarInt::from_u32(code::NORMAL),
+            close_code: code::NORMAL,
             info: Arc::clone(&listener.info),
             limits: Arc::clone(&listener.limits),
+        }
+    }
+
+    /// What carries the lanes.
+    pub(in crate::transport) fn kind(&self) -> Kind {
+        match self.layer {
+            Layer::Plain => Kind::Quic,
+            Layer::WebTransport { .. } => Kind::WebTransport,
         }
     }
 
@@ -113,6 +127,11 @@ impl Quic {
                 Poll::Pending => {}
             }
         }
+        if let (None, Some(session)) = (&end, &mut self.session)
+            && let Poll::Ready(closed) = session.poll_over(cx, self.layer)
+        {
+            end = Some(closed);
+        }
         end.map_or(Poll::Pending, |closed| Poll::Ready(Err(closed)))
     }
 
@@ -133,7 +152,9 @@ impl Quic {
         while !out.is_empty() {
             match ready!(stream.poll_write(cx, out.rest())) {
                 Ok(n) => out.at += n,
-                Err(WriteError::ConnectionLost(error)) => return Poll::Ready(Err(lost(&error))),
+                Err(WriteError::ConnectionLost(error)) => {
+                    return Poll::Ready(Err(lost(&error, self.layer)));
+                }
                 Err(_) if lane != 0 => return Poll::Ready(Err(Closed::Lane(lane))),
                 Err(WriteError::Stopped(code)) => {
                     let code = self.layer.shown(code);
@@ -169,7 +190,7 @@ impl Quic {
                 }
                 Closing::Flushing(flushed) => {
                     ready!(flushed.as_mut().poll(cx));
-                    self.connection.close(self.close_code, b"");
+                    self.connection.close(self.layer.code(self.close_code), b"");
                     self.closing = Closing::Done;
                 }
                 Closing::Done => return Poll::Ready(()),
@@ -182,9 +203,14 @@ impl Quic {
     fn finish(&mut self) -> BoxFuture<()> {
         let lanes = std::iter::once(&mut self.control).chain(self.data.iter_mut().flatten());
         let waits: Vec<_> = lanes.map(Bidi::finish).collect();
+        let session = self.session.as_mut().map(|s| s.end(self.close_code));
         Box::pin(async move {
             for wait in waits {
-                let _ = wait.await;
+                wait.await;
+            }
+            // Behind the last byte: it ends all streams.
+            if let Some(session) = session {
+                session.await;
             }
         })
     }
@@ -209,7 +235,9 @@ impl Quic {
             // Else it is dropped, which stops and finishes it; but that cannot
             // be, because the stream limit counts the same streams.
             if self.data.len() + 1 == LANES_MANY {
-                let all = VarInt::from_u32(LANES as u32);
+                // A session's own stream is no lane.
+                let all = LANES + usize::from(self.session.is_some());
+                let all = VarInt::from_u32(all as u32);
                 self.connection.set_max_concurrent_bi_streams(all);
             }
         }
@@ -245,7 +273,9 @@ impl Quic {
                 }));
             }
             Ok(_) => Closed::Eof,
-            Err(ReadError::ConnectionLost(error)) => return Poll::Ready(Err(lost(&error))),
+            Err(ReadError::ConnectionLost(error)) => {
+                return Poll::Ready(Err(lost(&error, self.layer)));
+            }
             Err(ReadError::Reset(code)) => {
                 let code = self.layer.shown(code);
                 Closed::Reset(format!("control stream reset by the peer with {code}").into())
@@ -283,13 +313,14 @@ fn accept_bi(
     Box::pin(async move { connection.accept_bi().await })
 }
 
-fn lost(error: &ConnectionError) -> Closed {
+pub(super) fn lost(error: &ConnectionError, layer: Layer) -> Closed {
     match error {
-        ConnectionError::ApplicationClosed(close) if close.error_code == VarInt::from_u32(0) => {
+        ConnectionError::ApplicationClosed(close) if layer.is_normal(close.error_code) => {
             Closed::Eof
         }
         ConnectionError::ApplicationClosed(close) => {
-            Closed::Reset(format!("closed by the peer with code {}", close.error_code).into())
+            let code = layer.shown(close.error_code);
+            Closed::Reset(format!("closed by the peer with {code}").into())
         }
         ConnectionError::ConnectionClosed(close) => {
             Closed::Reset(format!("closed by the peer: {}", close.error_code).into())

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 use rustls::ServerConfig;
+use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::CertificateDer;
 use rustls::server::{ProducesTickets, WebPkiClientVerifier};
 
@@ -14,7 +15,8 @@ use super::clients::Clients;
 use super::key_log::KeyLogFile;
 use super::resolver::BySni;
 use super::{
-    ALPN_HTTP, ALPN_MQTT, ClientCertificate, Material, TlsError, config_error, provider, ticketer,
+    ALPN_H3, ALPN_HTTP, ALPN_MQTT, ClientCertificate, Material, TlsError, config_error, provider,
+    ticketer,
 };
 use crate::transport::limits::HandshakeError;
 
@@ -105,6 +107,14 @@ impl ServerTls {
         self.current().leaf.to_vec()
     }
 
+    /// SHA-256 of the server's own certificate: what a browser may be told to
+    /// trust (`serverCertificateHashes` of WebTransport).
+    pub fn leaf_sha256(&self) -> Option<Vec<u8>> {
+        let suite = aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13()?;
+        let hash = suite.common.hash_provider.hash(&self.current().leaf);
+        Some(hash.as_ref().to_vec())
+    }
+
     /// Makes what is to hold next, for [`ServerTls::install`].
     ///
     /// # Errors
@@ -151,6 +161,13 @@ impl Configs {
     /// What a QUIC handshake goes by.
     pub(in crate::transport) fn quic(&self) -> Arc<ServerConfig> {
         Arc::clone(&self.quic)
+    }
+
+    /// The same, and HTTP/3 for WebTransport where a client offers no `mqtt`.
+    pub(in crate::transport) fn quic_and_http3(&self) -> Arc<ServerConfig> {
+        let mut config = (*self.quic).clone();
+        config.alpn_protocols.push(ALPN_H3.as_bytes().to_vec());
+        Arc::new(config)
     }
 
     fn new(materials: &[Arc<Material>], before: Option<&Self>) -> Result<Self, TlsError> {

@@ -134,7 +134,8 @@ fn explain(error: &WsError) -> Refusal {
     Refusal::Http(status, reason)
 }
 
-fn origin_allowed(headers: &HeaderMap, origins: &[String]) -> bool {
+/// Whether a browser may come from where it says it does; others say nothing.
+pub(in crate::transport) fn origin_allowed(headers: &HeaderMap, origins: &[String]) -> bool {
     origins.is_empty()
         || headers.get_all(header::ORIGIN).iter().all(|origin| {
             origin

@@ -189,7 +189,8 @@ def read_listening(service: Service) -> dict[str, Listening]:
     for line in service.lines(stream="out"):
         if line.startswith("listening "):
             _, name, transport, url = line.split(" ", 3)
-            bound[name] = Listening(name, transport, url)
+            # A QUIC listener's WebTransport is told in a line of its own.
+            bound["webtransport" if transport == "webtransport" else name] = Listening(name, transport, url)
     return bound
 
 

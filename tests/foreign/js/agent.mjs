@@ -22,6 +22,8 @@ async function inNode() {
 
 async function inBrowser(executablePath, profile) {
   const { chromium } = await import('playwright-core')
+  const { bundled } = await import('./bundle.mjs')
+  const module = await bundled(join(here, '../../../clients/mqtt-webtransport/index.js'), 'browser')
   const types = { html: 'text/html', js: 'text/javascript', mjs: 'text/javascript' }
   const files = {
     '/': join(here, 'page.html'),
@@ -29,6 +31,7 @@ async function inBrowser(executablePath, profile) {
     '/mqtt.min.js': join(dirname(require.resolve('mqtt/package.json')), 'dist', 'mqtt.min.js'),
   }
   const server = createServer((request, response) => {
+    if (request.url === '/mqtt-webtransport.mjs') return response.writeHead(200, { 'content-type': 'text/javascript' }).end(module)
     const file = files[request.url]
     if (!file) return response.writeHead(404).end()
     response.writeHead(200, { 'content-type': types[file.split('.').pop()] }).end(readFileSync(file))

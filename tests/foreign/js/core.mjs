@@ -1,5 +1,5 @@
 // What both homes of MQTT.js share: named clients, commands in, events out.
-export function makeAgent(mqtt, say, prepare = (options) => options) {
+export function makeAgent(mqtt, say, prepare = (options) => options, webTransport) {
   const clients = new Map()
   const decode = (payload) => new TextDecoder().decode(payload)
   const failed = (client, what) => (error, result) =>
@@ -8,7 +8,10 @@ export function makeAgent(mqtt, say, prepare = (options) => options) {
 
   const actions = {
     connect({ client: name, url, options = {} }) {
-      const one = mqtt.connect(url, prepare(options))
+      const onTransport = (way, why) => say({ event: 'transport', client: name, way, why })
+      const one = options.webTransport
+        ? webTransport.connect(mqtt, url, { ...prepare(options), webTransport: { ...options.webTransport, onTransport } })
+        : mqtt.connect(url, prepare(options))
       clients.set(name, one)
       one.on('connect', (connack) => say({ event: 'connect', client: name, sessionPresent: connack.sessionPresent, assigned: connack.properties?.assignedClientIdentifier }))
       one.on('message', (topic, payload, packet) =>

@@ -1,0 +1,242 @@
+// MQTT.js over WebTransport: one bidirectional stream carries the bytes that a WebSocket would. Where
+// WebTransport is not to be had, MQTT.js' own stream (wss) takes over, for the same client and session.
+import { Duplex } from 'readable-stream'
+
+/** Milliseconds that WebTransport has to open; UDP that is blocked says nothing, it just stays silent. */
+const TIMEOUT = 3000
+/** Milliseconds for which what worked instead is used without asking again. */
+const RETRY_AFTER = 600_000
+/** Milliseconds given to the other side for ending in order. */
+const GOODBYE = 1000
+/** Bytes that wait on either side before the sender is slowed down. */
+const HIGH_WATER = 64 * 1024
+
+/** What is known of each URL, for all clients of the page. */
+const known = new Map()
+
+/**
+ * `mqtt.connect(url, options)`, with WebTransport tried first.
+ *
+ * @param mqtt MQTT.js
+ * @param url what MQTT.js would connect to, the way to fall back to
+ * @param options MQTT.js' options and `webTransport`: a URL or its settings, see index.d.ts
+ */
+export function connect(mqtt, url, options = {}) {
+  const { webTransport, ...rest } = options
+  const settings = settled(webTransport)
+  const client = mqtt.connect(url, { ...rest, manualConnect: true })
+  client.options.manualConnect = rest.manualConnect
+  client.streamBuilder = builder(settings, client.streamBuilder)
+  if (!rest.manualConnect) client.connect()
+  return client
+}
+
+/**
+ * A stream builder for `new mqtt.MqttClient(streamBuilder(...), options)`.
+ *
+ * @param webTransport as in `connect`
+ * @param fallback another stream builder; without one there is only WebTransport
+ */
+export function streamBuilder(webTransport, fallback) {
+  return builder(settled(webTransport), fallback)
+}
+
+function builder(settings, fallback) {
+  const { url, timeout, retryAfter, init, onTransport } = settings
+  const memory = known.get(url) ?? { avoidUntil: 0, suspect: false }
+  known.set(url, memory)
+
+  return (client) => {
+    // MQTT.js gives up a connection after connectTimeout; both ways have to fit.
+    const patience = Math.min(timeout, (client.options.connectTimeout || 30_000) / 2)
+    const instead = (why) => {
+      const stream = fallback(client)
+      memory.suspect = false
+      // Only a network that carries the other way has shown that it blocks this one.
+      once(client, stream, () => (memory.avoidUntil = Date.now() + retryAfter))
+      onTransport('fallback', why)
+      return stream
+    }
+    if (fallback) {
+      if (typeof globalThis.WebTransport !== 'function') return instead('no WebTransport here')
+      if (memory.suspect) return instead('the last connection over WebTransport came to nothing')
+      if (Date.now() < memory.avoidUntil) {
+        const stream = fallback(client)
+        onTransport('fallback', 'WebTransport failed a while ago')
+        return stream
+      }
+    }
+    const ways = async (signal) => {
+      try {
+        const side = await openWebTransport(url, init, patience, signal)
+        onTransport('webtransport')
+        // Open, but nothing ever came of it: the next one goes the other way.
+        let worked = false
+        once(client, stream, () => (worked = true))
+        stream.once('close', () => (memory.suspect = !worked))
+        return side
+      } catch (error) {
+        if (!fallback || signal.aborted) throw error
+        return sideOf(instead(String(error?.message ?? error)))
+      }
+    }
+    const stream = new LateStream(ways)
+    return stream
+  }
+}
+
+/** Calls `then` if the client gets its CONNACK on this stream. */
+function once(client, stream, then) {
+  client.once('connect', then)
+  stream.once('close', () => client.removeListener('connect', then))
+}
+
+/** A Duplex over a side that is yet to come: `{ read, write, finish, close }`. */
+class LateStream extends Duplex {
+  #abort = new AbortController()
+  #side
+  #goodbye
+
+  constructor(open) {
+    super({ allowHalfOpen: false, readableHighWaterMark: HIGH_WATER, writableHighWaterMark: HIGH_WATER })
+    // After this constructor, so that `open` can use the stream.
+    this.#side = Promise.resolve().then(() => open(this.#abort.signal))
+    this.#side.catch((error) => this.destroy(error))
+  }
+
+  // Called when there is demand, and again only after a push: what is not asked for stays on the wire.
+  _read() {
+    this.#side
+      .then((side) => side.read())
+      .then((bytes) => this.push(bytes))
+      .catch((error) => this.destroy(error))
+  }
+
+  _write(chunk, _encoding, done) {
+    this.#side.then((side) => side.write(chunk)).then(() => done(), done)
+  }
+
+  // MQTT.js writes a packet in many pieces.
+  _writev(chunks, done) {
+    const total = chunks.reduce((sum, { chunk }) => sum + chunk.length, 0)
+    const all = new Uint8Array(total)
+    let at = 0
+    for (const { chunk } of chunks) {
+      all.set(chunk, at)
+      at += chunk.length
+    }
+    this._write(all, 'buffer', done)
+  }
+
+  _final(done) {
+    this.#goodbye = setTimeout(() => this.destroy(), GOODBYE)
+    this.#side
+      .then((side) => side.finish())
+      // It has ended by itself.
+      .catch(() => {})
+      .then(() => done())
+  }
+
+  _destroy(error, done) {
+    clearTimeout(this.#goodbye)
+    this.#abort.abort()
+    this.#side.then((side) => side.close()).catch(() => {})
+    done(error)
+  }
+}
+
+async function openWebTransport(url, init, patience, signal) {
+  const transport = new globalThis.WebTransport(url, init)
+  // Each of these may fail at any time, and is looked at where it matters.
+  for (const one of [transport.ready, transport.closed]) one.catch(() => {})
+  let timer
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`no WebTransport within ${patience} ms`)), patience)
+    signal.addEventListener('abort', () => reject(new Error('given up')), { once: true })
+  })
+  try {
+    await Promise.race([transport.ready, late])
+    const stream = await Promise.race([transport.createBidirectionalStream(), late])
+    return side(transport, stream)
+  } catch (error) {
+    transport.close()
+    throw error
+  } finally {
+    clearTimeout(timer)
+    late.catch(() => {})
+  }
+}
+
+function side(transport, { readable, writable }) {
+  const reader = readable.getReader()
+  const writer = writable.getWriter()
+  writer.closed.catch(() => {})
+
+  // The session's end says more than the stream's, and follows it.
+  const ended = async (error) => {
+    let timer
+    const late = new Promise((done) => (timer = setTimeout(done, GOODBYE)))
+    const session = await Promise.race([transport.closed, late]).catch((e) => e)
+    clearTimeout(timer)
+    if (session?.closeCode) throw failure(`session closed with code ${session.closeCode}`, session)
+    if (error && session?.closeCode === undefined) throw error
+    return null
+  }
+  return {
+    async read() {
+      let got
+      try {
+        got = await reader.read()
+      } catch (error) {
+        return ended(error)
+      }
+      return got.done ? ended() : got.value
+    },
+    async write(chunk) {
+      // Flow control: resolves when there is room again.
+      await writer.ready
+      await writer.write(chunk)
+    },
+    finish: () => writer.close(),
+    close: () => transport.close(),
+  }
+}
+
+// MQTT.js emits `error` for what has a code, and reconnects silently after all else.
+function failure(message, { closeCode, reason }) {
+  return Object.assign(new Error(message), { code: 'ERR_WEBTRANSPORT_CLOSED', closeCode, reason })
+}
+
+/** A Duplex, MQTT.js' own, in the same shape. */
+function sideOf(stream) {
+  // Read and write say it as well.
+  stream.on('error', () => {})
+  const bytes = stream[Symbol.asyncIterator]()
+  return {
+    read: async () => {
+      const { done, value } = await bytes.next()
+      return done ? null : value
+    },
+    write: (chunk) => new Promise((done, failed) => stream.write(chunk, (error) => (error ? failed(error) : done()))),
+    finish: () => new Promise((done) => stream.end(done)),
+    close: () => stream.destroy(),
+  }
+}
+
+function settled(webTransport) {
+  const { url, timeout = TIMEOUT, retryAfter = RETRY_AFTER, onTransport = () => {}, serverCertificateHashes, ...more } =
+    typeof webTransport === 'string' || webTransport instanceof URL ? { url: webTransport } : (webTransport ?? {})
+  const parsed = new URL(url)
+  if (parsed.protocol !== 'https:' || parsed.hash) throw new TypeError(`not an https URL without fragment: ${url}`)
+  const init = { ...more, protocols: ['mqtt'] }
+  if (serverCertificateHashes) init.serverCertificateHashes = serverCertificateHashes.map(hash)
+  return { url: parsed.href, timeout, retryAfter, onTransport, init }
+}
+
+/** SHA-256 of a certificate, hexadecimal, or as the browser wants it. */
+function hash(given) {
+  if (typeof given !== 'string') return given
+  if (!/^([0-9a-f]{2}:?){32}$/i.test(given)) throw new TypeError(`not a SHA-256 in hexadecimal: ${given}`)
+  const digits = given.replaceAll(':', '').match(/../g)
+  return { algorithm: 'sha-256', value: Uint8Array.from(digits, (two) => Number.parseInt(two, 16)) }
+}

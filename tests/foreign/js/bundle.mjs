@@ -1,0 +1,22 @@
+// As a web app's own build does it: one file of a module and all that it imports.
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { build } from 'esbuild'
+
+const here = dirname(fileURLToPath(import.meta.url))
+
+export async function bundled(file, platform) {
+  const { outputFiles } = await build({
+    entryPoints: [file],
+    bundle: true,
+    format: 'esm',
+    platform,
+    // `require` of what Node has built in, in a module.
+    mainFields: platform === 'browser' ? ['browser', 'module', 'main'] : ['module', 'main'],
+    banner: platform === 'node' ? { js: "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url);" } : {},
+    nodePaths: [join(here, '../node_modules')],
+    write: false,
+    logLevel: 'error',
+  })
+  return outputFiles[0].text
+}
