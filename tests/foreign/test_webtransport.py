@@ -56,19 +56,10 @@ def wss(edge, way) -> Way:
 
 def page(edge, udp, wss, me, path="/mqtt", **webtransport) -> tuple[str, dict]:
     (printed,) = edge.service.grep(r"^certificate page sha256 ")
-    settings = {"url": f"https://127.0.0.1:{udp.port}{path}", "serverCertificateHashes": [printed.split()[-1]], "timeout": 1000} | webtransport
-    options = {"clientId": me, "clean": False, "resubscribe": False, "keepalive": 1, "reconnectPeriod": 50, "protocolVersion": 5,
+    settings = {"url": f"https://127.0.0.1:{udp.port}{path}", "serverCertificateHashes": [printed.split()[-1]], "timeout": 4000} | webtransport
+    options = {"clientId": me, "clean": False, "resubscribe": False, "keepalive": 2, "reconnectPeriod": 50, "protocolVersion": 5,
                "properties": {"sessionExpiryInterval": 300}, "webTransport": settings}
     return f"wss://localhost:{wss.port}{wss.path}", options
-
-
-def once_in_order(agent, me, since, prefix: str, count: int) -> None:
-    """What the cut took the acknowledgement of comes again, marked."""
-    agent.wait("message", me, since=since, payload=f"{prefix}-{count - 1}")
-    got = [m for m in agent.events("message", me, since) if m["payload"].startswith(f"{prefix}-")]
-    first = [m["payload"] for n, m in enumerate(got) if m["payload"] not in [o["payload"] for o in got[:n]]]
-    assert first == [f"{prefix}-{n}" for n in range(count)]
-    assert all(m["dup"] for n, m in enumerate(got) if m["payload"] in [o["payload"] for o in got[:n]])
 
 
 def test_the_module_by_itself(tmp_path):
@@ -83,7 +74,7 @@ def test_the_module_by_itself(tmp_path):
 def test_one_session_over_webtransport_and_wss(edge, core, client, browser, udp, wss):
     """Connect, subscribe, publish, be cut off, resume, be without UDP, come back: one session, nothing lost."""
     topic, me = fresh(), fresh("page")
-    url, options = page(edge, udp, wss, me, retryAfter=4000)
+    url, options = page(edge, udp, wss, me, retryAfter=3000)
     at = browser.do("connect", client=me, url=url, options=options)
     assert browser.wait("connect", me)["sessionPresent"] is False
     assert browser.wait("transport", me, since=at)["way"] == "webtransport"
@@ -112,37 +103,45 @@ def test_one_session_over_webtransport_and_wss(edge, core, client, browser, udp,
             other.publish(f"{topic}/in", f"{name}-{n}", 1 + n % 2)
         mend()
         assert browser.wait("connect", me, since=at)["sessionPresent"] is True
-        browser.wait("message", me, since=at, payload=f"{name}-3")
+        for n in range(5):
+            browser.wait("message", me, since=at, payload=f"{name}-{n}")
         for qos in (1, 2):
-            got = [m["payload"] for m in browser.events("message", me, at) if m["qos"] == qos and not m["dup"]]
-            assert got == [f"{name}-{n}" for n in range(5) if 1 + n % 2 == qos]
+            # What the cut took the acknowledgement of comes again, marked.
+            got = [m["payload"] for m in browser.events("message", me, at) if m["qos"] == qos]
+            first = [m for n, m in enumerate(got) if m not in got[:n]]
+            assert first == [f"{name}-{n}" for n in range(5) if 1 + n % 2 == qos]
+            assert qos == 1 or first == got
         assert core.connects(quiet_since) == [] and not [l for l in core.service.lines(quiet_since) if topic in l and "SUBSCRIBE" in l]
         return browser.events("transport", me, at)[-1]
 
-    # The network goes without a word; the relay itself goes.
+    # The network goes without a word, and comes back with another address.
     assert flap("silent", udp.cut)["way"] == "webtransport"
-    assert flap("killed", udp.kill, udp.revive)["way"] == "webtransport"
-    # UDP is blocked: the same session over wss.
-    went = flap("blocked", udp.unplug)
-    assert went["way"] == "fallback" and "1000 ms" in went["why"]
+    # The relay is gone, which the system says at once: the same session over wss.
+    went = flap("killed", udp.kill)
+    assert went["way"] == "fallback" and "ms" not in went["why"], went
     wait_until("the API to show it", lambda: edge.api(f"/api/v1/sessions/{me}")["transport"] == "wss")
     # What worked is remembered...
-    udp.plug()
+    udp.revive()
     assert flap("remembered", wss.cut)["why"] == "WebTransport failed a while ago"
+
     # ...for a while.
-    at = browser.mark()
     def back() -> bool:
+        at = browser.mark()
         wss.cut()
-        browser.wait("connect", me, since=browser.mark())
+        browser.wait("connect", me, since=at)
         return browser.events("transport", me, at)[-1]["way"] == "webtransport"
+
     wait_until("WebTransport again", back, 20, 0.5)
+    # UDP is blocked, which nobody says.
+    went = flap("blocked", udp.unplug)
+    assert went["way"] == "fallback" and "4000 ms" in went["why"], went
     at = browser.mark()
     other.publish(f"{topic}/in", "last", 2)
     browser.wait("message", me, since=at, payload="last")
     since = edge.mark()
     browser.do("end", client=me)
     browser.wait("ended", me)
-    assert 'transport="webtransport"' in edge.wait_log(rf"Connection ended.*client_id=.?{me}.*reason=normal |{me}.*reason=.?normal\b", since)
+    assert "reason=normal " in edge.wait_log(rf"Connection ended.*{me}", since)
 
 
 def test_refusals_lead_to_wss(edge, client, browser, udp, wss):
@@ -162,10 +161,20 @@ def test_refusals_lead_to_wss(edge, client, browser, udp, wss):
     finally:
         strict.close()
     me = fresh("page")
-    url, options = page(edge, udp, wss, me, timeout=5000)
+    url, options = page(edge, udp, wss, me)
     at = browser.do("connect", client=me, url=url, options=options | {"reconnectPeriod": 0})
     browser.wait("connect", me)
     assert browser.wait("transport", me, since=at)["way"] == "webtransport"
+    info = edge.api(f"/api/v1/sessions/{me}")
+    assert (info["listener"], info["transport"]) == ("quic", "webtransport")
+    # It says goodbye, and is heard; then once more, to be taken over.
+    since = edge.mark()
+    browser.do("end", client=me)
+    browser.wait("ended", me)
+    line = edge.wait_log(rf"Connection ended.*{me}", since)
+    assert 'transport="webtransport"' in line and "reason=normal " in line
+    at = browser.do("connect", client=me, url=url, options=options | {"reconnectPeriod": 0})
+    assert browser.wait("connect", me, since=at)["sessionPresent"] is True
     client(edge, "tcp", me, clean=False, expiry=300)
     assert browser.wait("disconnect", me, since=at)["reasonCode"] == 0x8E
     browser.wait("close", me, since=at)

@@ -6,10 +6,10 @@ import asyncio
 
 from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.h3.connection import H3Connection
-from aioquic.h3.events import HeadersReceived, WebTransportStreamDataReceived
+from aioquic.h3.events import HeadersReceived
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import QuicConnection
-from aioquic.quic.events import ConnectionTerminated, StreamReset
+from aioquic.quic.events import ConnectionTerminated, StreamDataReceived
 
 from . import wire
 from .process import PATIENCE
@@ -28,13 +28,12 @@ class Http3(QuicConnectionProtocol):
     def quic_event_received(self, event) -> None:
         if isinstance(event, ConnectionTerminated) and not self.ended.done():
             self.ended.set_result(event)
-        if isinstance(event, StreamReset) and event.stream_id in self.received:
-            self.received[event.stream_id].put_nowait(event)
+        # What comes back on a stream of its own aioquic takes for an answer of HTTP's.
+        if isinstance(event, StreamDataReceived) and event.stream_id in self.received:
+            return self.received[event.stream_id].put_nowait(event.data)
         for one in self.http.handle_event(event):
             if isinstance(one, HeadersReceived):
                 self.answers[one.stream_id].set_result(dict(one.headers))
-            elif isinstance(one, WebTransportStreamDataReceived):
-                self.received[one.stream_id].put_nowait(one.data)
 
     async def ask(self, method: str, path: str, end: bool = False, **headers: str) -> tuple[int, int]:
         """The stream and the status."""
