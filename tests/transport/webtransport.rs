@@ -360,12 +360,13 @@ async fn webtransport_handshakes_have_a_deadline() {
     let close_of_1 = proto::error_to_http3(1);
     for (stage, code) in [(0, 0x10a), (1, 0x10d), (2, 0x10d), (3, close_of_1)] {
         let (_endpoint, connection) = http3(&server).await;
-        let mut kept = Vec::new();
+        let (mut kept, mut unread) = (Vec::new(), Vec::new());
         if stage > 0 {
             kept.push(settings(&connection).await);
         }
         if stage > 1 {
-            let (mut tx, _rx) = connection.open_bi().await.expect("credit");
+            let (mut tx, rx) = connection.open_bi().await.expect("credit");
+            unread.push(rx);
             let mut bytes = Vec::new();
             request("/mqtt").encode(&mut bytes).expect("encodes");
             let whole = if stage == 2 {
@@ -379,7 +380,7 @@ async fn webtransport_handshakes_have_a_deadline() {
         assert_eq!(server.event().await, "failed deadline", "stage {stage}");
         assert_eq!(closed(&connection).await, code, "stage {stage}");
     }
-    // Its end is not waited for.
+    // One that is given up sooner is not waited for.
     let client = ask(&server, request("/mqtt")).await.expect("accepted");
     client.session.close(0, b"");
     let event = server.event().await;
