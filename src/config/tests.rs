@@ -158,6 +158,19 @@ fn values_are_typed_and_paths_are_resolved() {
 }
 
 #[test]
+fn webtransport_is_written_and_brings_path_and_origins() {
+    let quic = "[[listeners]]\ntransport = \"quic\"\nbind = \"127.0.0.1:1\"\n";
+    let config = parse(quic).expect("valid");
+    assert!(!config.listeners[0].webtransport);
+    let more = "webtransport = true\npath = \"/x\"\norigins = [\"https://a.example\"]\n";
+    let config = parse(&format!("{quic}{more}")).expect("valid");
+    let listener = &config.listeners[0];
+    assert!(listener.webtransport);
+    assert_eq!(listener.path, "/x");
+    assert_eq!(listener.origins, ["https://a.example"]);
+}
+
+#[test]
 fn a_listener_overrides_the_mode_of_authentication() {
     let passwd = std::env::temp_dir().join(format!("tidegate-mode-{}", std::process::id()));
     std::fs::write(&passwd, "").expect("file");

@@ -358,8 +358,9 @@ async fn webtransport_bounds_what_nobody_reads() {
 async fn webtransport_handshakes_have_a_deadline() {
     let mut server = serve();
     let close_of_1 = proto::error_to_http3(1);
+    let mut stages = Vec::new();
     for (stage, code) in [(0, 0x10a), (1, 0x10d), (2, 0x10d), (3, close_of_1)] {
-        let (_endpoint, connection) = http3(&server).await;
+        let (endpoint, connection) = http3(&server).await;
         let (mut kept, mut unread) = (Vec::new(), Vec::new());
         if stage > 0 {
             kept.push(settings(&connection).await);
@@ -369,16 +370,15 @@ async fn webtransport_handshakes_have_a_deadline() {
             unread.push(rx);
             let mut bytes = Vec::new();
             request("/mqtt").encode(&mut bytes).expect("encodes");
-            let whole = if stage == 2 {
-                bytes.len() - 1
-            } else {
-                bytes.len()
-            };
+            let whole = bytes.len() - usize::from(stage == 2);
             tx.write_all(&bytes[..whole]).await.expect("written");
             kept.push(tx);
         }
+        stages.push((stage, code, endpoint, connection, kept, unread));
+    }
+    for (stage, code, _endpoint, connection, ..) in &stages {
         assert_eq!(server.event().await, "failed deadline", "stage {stage}");
-        assert_eq!(closed(&connection).await, code, "stage {stage}");
+        assert_eq!(closed(connection).await, *code, "stage {stage}");
     }
     // One that is given up sooner is not waited for.
     let client = ask(&server, request("/mqtt")).await.expect("accepted");
