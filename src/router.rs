@@ -350,6 +350,19 @@ impl Router {
         Some(result)
     }
 
+    /// A client came to have another address, within its connection.
+    pub fn moved(&self, reference: SessionRef, generation: u64, origin: Arc<Place>) {
+        let Some(shard) = self.shards.get(usize::from(reference.shard)) else {
+            return;
+        };
+        let mut shard = shard.lock();
+        if let Some(slot) = shard.get(reference)
+            && slot.session.generation() == generation
+        {
+            slot.origin = Some(origin);
+        }
+    }
+
     /// Wakes a task at the next tick: it waits for room, or for a deadline.
     pub fn wake_soon(&self, wake: &Arc<Wake>) {
         if wake.queue_up() {
@@ -366,6 +379,20 @@ impl Router {
         empty: &mut Vec<u8>,
         now: u64,
     ) -> Option<Vec<(u8, Vec<u8>)>> {
+        self.take_lanes(reference, generation, (u16::MAX, 0), empty, now)
+    }
+
+    /// The same for a connection of several streams, some of which have not taken all of what they
+    /// were given: only for those that are set in `free`, while `held` bytes are still with the
+    /// others.
+    pub fn take_lanes(
+        &self,
+        reference: SessionRef,
+        generation: u64,
+        (free, held): (u16, usize),
+        empty: &mut Vec<u8>,
+        now: u64,
+    ) -> Option<Vec<(u8, Vec<u8>)>> {
         let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
         let slot = shard.get(reference)?;
         if slot.session.generation() != generation {
@@ -373,9 +400,14 @@ impl Router {
         }
         slot.woken = false;
         slot.session.pump(&self.limits, now);
-        let side = slot.session.connection()?.take_output(empty);
-        slot.taken_at = now;
-        slot.taken = empty.len() + side.iter().map(|(_, b)| b.len()).sum::<usize>();
+        let side = slot.session.connection()?.take_output(free, empty);
+        let mut taken = held + side.iter().map(|(_, b)| b.len()).sum::<usize>();
+        // What waits for one data stream is its task's to watch; control is the connection.
+        if free & 1 != 0 {
+            slot.taken_at = now;
+            taken += empty.len();
+        }
+        slot.taken = taken;
         self.shed(slot);
         shard.settle(reference.slot);
         self.charge_entries(&mut shard);
@@ -423,6 +455,6 @@ pub struct Place {
     pub transport: &'static str,
     /// It is a WebSocket.
     pub websocket: bool,
-    /// Its address at the start of the connection.
+    /// Its address now.
     pub peer: SocketAddr,
 }

@@ -146,8 +146,9 @@ pub struct Recv {
     pub lane: u8,
     /// How many bytes were appended; 0 only when a lane closed.
     pub bytes: usize,
-    /// The peer ended or reset this data lane; nothing more comes on it and
-    /// nothing more can be sent on it. Its number may be used again.
+    /// The peer ended this data lane in order: nothing more comes on it. What
+    /// it waits for can still be sent, until [`Stream::finish_lane`]; then its
+    /// number may be used again.
     pub lane_closed: bool,
 }
 
@@ -222,9 +223,9 @@ pub enum Closed {
     /// A WebSocket message is larger than the limit that holds now.
     #[error("message larger than the limit")]
     TooLarge,
-    /// Only this data lane is gone; the connection goes on. Bytes meant for it
-    /// that form whole packets may go out on the control lane.
-    #[error("data stream closed by the peer")]
+    /// Only this data lane is gone, in both directions; the connection goes on.
+    /// Its number may be used again.
+    #[error("data stream broken off by the peer")]
     Lane(u8),
     /// The operating system reported an error.
     #[error("{0}")]

@@ -1,7 +1,10 @@
 //! The life of a connection after CONNACK.
 
+mod streams;
+
 use std::cell::RefCell;
 use std::future::poll_fn;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -13,12 +16,13 @@ use crate::limits::Account;
 use crate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, Version, encode_disconnect};
 use crate::router::wake::Wake;
 use crate::router::{Place, SessionRef};
-use crate::session::Effect;
+use crate::session::{Close, Effect};
 use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
 use crate::transport::{CloseHow, Closed, OutBuf, Stream};
 
 use super::end::End;
 use super::{ClientPolicy, Clients};
+use streams::{Lane, allowed};
 
 /// How long a client is given to take what is left for it.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -67,8 +71,9 @@ struct Connection<'a> {
     packet_max: u32,
     wake: Arc<Wake>,
     identity: Box<Identity>,
+    place: Arc<Place>,
     out: OutBuf,
-    /// Output of QUIC data lanes, and incomplete packets of any lane.
+    /// Data streams on which something came.
     lanes: Vec<Lane<'a>>,
     /// The control lane's incomplete packet.
     partial: Partial<'a>,
@@ -84,12 +89,6 @@ struct Connection<'a> {
     qos0_at: u32,
     /// The P link of its publishes.
     publish_link: u8,
-}
-
-struct Lane<'a> {
-    number: u8,
-    out: OutBuf,
-    partial: Partial<'a>,
 }
 
 /// The bytes of a packet that is not complete, charged to the account of all such.
@@ -138,6 +137,7 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         packet_max: opened.packet_max,
         wake: opened.wake,
         identity: opened.identity,
+        place: opened.place,
         out: OutBuf::default(),
         lanes: Vec::new(),
         partial: Partial::default(),
@@ -148,7 +148,6 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         flushing: false,
         backlog: 0,
     };
-    let place = opened.place;
     let early = std::mem::take(&mut opened.input);
     let end = connection.received(0, &early).err();
     drop(early);
@@ -156,6 +155,12 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         Some(end) => end,
         None => poll_fn(|cx| connection.poll(cx)).await,
     };
+    if matches!(
+        end.label,
+        DisconnectReason::Normal | DisconnectReason::NormalWithWill
+    ) {
+        poll_fn(|cx| Poll::Ready(connection.read_on(cx))).await;
+    }
     connection.take_rest(&end);
     let session_ended = clients.router.disconnected(
         connection.session,
@@ -168,8 +173,8 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
     tracing::info!(
         client_id = clean(&connection.identity.client_id, 64),
         principal = clean(&connection.identity.principal, 64),
-        listener = &*place.listener,
-        transport = place.transport,
+        listener = &*connection.place.listener,
+        transport = connection.place.transport,
         peer = %connection.stream.peer_addr(),
         reason = %end.label,
         code = end.code.0,
@@ -190,6 +195,7 @@ impl<'a> Connection<'a> {
             // What cannot be sent now is sent with the next output.
             let _ = self.stream.poll_ping(cx);
         }
+        self.watch_lanes();
         // A busy connection gives the others their turn.
         for _ in 0..8 {
             if let Err(end) = self.poll_write(cx) {
@@ -208,17 +214,20 @@ impl<'a> Connection<'a> {
                 continue;
             }
             // A peer that sends and does not read gets no further answers.
-            if !self.out.is_empty() && self.backlog > BACKLOG_MAX {
+            if self.backlog > BACKLOG_MAX && self.free_lanes().1 > 0 {
                 return Poll::Pending;
             }
             match self.poll_read(cx) {
                 Poll::Ready(Ok(())) => self.fresh = true,
                 Poll::Ready(Err(end)) => return Poll::Ready(end),
                 Poll::Pending => {
-                    return match self.check_partial() {
-                        Ok(()) => Poll::Pending,
-                        Err(end) => Poll::Ready(end),
-                    };
+                    if let Err(end) = self.check_partial() {
+                        return Poll::Ready(end);
+                    }
+                    // A stream that was given up left something to do.
+                    if !self.fresh {
+                        return Poll::Pending;
+                    }
                 }
             }
         }
@@ -240,7 +249,9 @@ impl<'a> Connection<'a> {
                     Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
                     Poll::Pending => {
                         self.flushing = true;
-                        return Ok(());
+                        if self.lanes.is_empty() {
+                            return Ok(());
+                        }
                     }
                 }
             }
@@ -249,45 +260,26 @@ impl<'a> Connection<'a> {
                 return Ok(());
             }
             self.fresh = false;
-            self.backlog = 0;
             let now = self.clients.clock.now();
-            let taken = self.clients.router.take_output(
+            let free = self.free_lanes();
+            if free.1 == 0 {
+                self.backlog = 0;
+            }
+            let taken = self.clients.router.take_lanes(
                 self.session,
                 self.generation,
+                free,
                 &mut self.out.buf,
                 now,
             );
             let Some(side) = taken else {
                 return Err(self.replaced());
             };
-            for (number, bytes) in side {
-                self.lane(number).out.buf.extend_from_slice(&bytes);
-            }
-            if self.out.is_empty() && self.lanes.iter().all(|l| l.out.is_empty()) {
+            if side.is_empty() && (free.0 & 1 == 0 || self.out.is_empty()) {
                 return Ok(());
             }
+            self.give_lanes(side);
         }
-    }
-
-    fn poll_lanes(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
-        for i in 0..self.lanes.len() {
-            if self.lanes[i].out.is_empty() {
-                continue;
-            }
-            let lane = &mut self.lanes[i];
-            match self.stream.poll_send(cx, lane.number, &mut lane.out) {
-                Poll::Ready(Ok(())) | Poll::Pending => {}
-                Poll::Ready(Err(Closed::Lane(_))) => {
-                    // Whole packets stay valid on the control lane.
-                    if lane.out.at == 0 {
-                        self.out.buf.append(&mut lane.out.buf);
-                    }
-                    lane.out = OutBuf::default();
-                }
-                Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
-            }
-        }
-        Ok(())
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
@@ -297,15 +289,18 @@ impl<'a> Connection<'a> {
         let result = match polled {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Err(Closed::Lane(number))) => {
-                self.lanes.retain(|l| l.number != number);
+                self.lane_gone(number);
                 Poll::Ready(Ok(()))
             }
             Poll::Ready(Err(closed)) => Poll::Ready(Err(End::from_closed(closed))),
             Poll::Ready(Ok(recv)) => {
                 metrics().bytes_received.increment(recv.bytes as u64);
+                if let Some(peer) = self.stream.moved() {
+                    self.moved(peer);
+                }
                 let result = self.received(recv.lane, &scratch);
                 if recv.lane_closed {
-                    self.lanes.retain(|l| l.number != recv.lane);
+                    self.lane_closed(recv.lane);
                 }
                 Poll::Ready(result)
             }
@@ -314,8 +309,34 @@ impl<'a> Connection<'a> {
         result
     }
 
+    /// The client's address is another now.
+    fn moved(&mut self, peer: SocketAddr) {
+        tracing::info!(
+            client_id = clean(&self.identity.client_id, 64),
+            listener = &*self.place.listener,
+            transport = self.place.transport,
+            from = %self.place.peer,
+            %peer,
+            "Client's address changed"
+        );
+        let place = Place {
+            peer,
+            ..(*self.place).clone()
+        };
+        self.place = Arc::new(place);
+        let (router, place) = (&self.clients.router, self.place.clone());
+        router.moved(self.session, self.generation, place);
+    }
+
     /// Takes bytes of one lane.
     fn received(&mut self, lane: u8, bytes: &[u8]) -> Result<(), End> {
+        match self.take_in(lane, bytes) {
+            Ok(()) => Ok(()),
+            Err(end) => self.fault(lane, end),
+        }
+    }
+
+    fn take_in(&mut self, lane: u8, bytes: &[u8]) -> Result<(), End> {
         let mut partial = std::mem::take(match lane {
             0 => &mut self.partial,
             n => &mut self.lane(n).partial,
@@ -344,22 +365,30 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
-    /// Ends a connection whose packet takes too long; asks to be woken while one is incomplete.
-    fn check_partial(&self) -> Result<(), End> {
-        let partials = || self.lanes.iter().map(|l| &l.partial).chain([&self.partial]);
-        if partials().all(|p| p.bytes.is_empty()) {
+    /// Ends a connection, or a data stream, whose packet takes too long; asks to be woken while one
+    /// is incomplete.
+    fn check_partial(&mut self) -> Result<(), End> {
+        let all =
+            || (self.lanes.iter().map(|l| (l.number, &l.partial))).chain([(0, &self.partial)]);
+        if all().all(|(_, p)| p.bytes.is_empty()) {
             return Ok(());
         }
         let limit = self.clients.limits.packet_deadline.as_millis() as u64;
         let now = self.clients.clock.now();
-        if partials().any(|p| !p.bytes.is_empty() && p.since + limit <= now) {
-            return Err(End {
-                label: DisconnectReason::PacketDeadline,
-                ..End::quota("a packet was not complete within limits.packet_deadline")
-            });
-        }
+        let late = |(_, p): &(u8, &Partial<'_>)| !p.bytes.is_empty() && p.since + limit <= now;
+        let late = all().find(late).map(|(lane, _)| lane);
         self.clients.router.wake_soon(&self.wake);
-        Ok(())
+        match late {
+            None => Ok(()),
+            Some(lane) => {
+                let why = "a packet was not complete within limits.packet_deadline";
+                let end = End {
+                    label: DisconnectReason::PacketDeadline,
+                    ..End::quota(why)
+                };
+                self.fault(lane, end)
+            }
+        }
     }
 
     /// Works off the whole packets in `bytes`; returns how many bytes they were.
@@ -423,6 +452,13 @@ impl<'a> Connection<'a> {
                             break;
                         }
                     };
+                    if lane != 0 && !allowed(&packet) {
+                        end = Some(End::from_close(Close {
+                            reason: ReasonCode::PROTOCOL_ERROR,
+                            why: "a packet that belongs on the control stream",
+                        }));
+                        break;
+                    }
                     if let Packet::Publish(p) = &packet {
                         let v3 = self.version < Version::V5 && p.qos > QoS::AtMostOnce;
                         let waiting = session.publishes_waiting();
@@ -517,21 +553,6 @@ impl<'a> Connection<'a> {
                     connection.unread = lane.is_some();
                 }
             });
-    }
-
-    fn lane(&mut self, number: u8) -> &mut Lane<'a> {
-        let at = match self.lanes.iter().position(|l| l.number == number) {
-            Some(at) => at,
-            None => {
-                self.lanes.push(Lane {
-                    number,
-                    out: OutBuf::default(),
-                    partial: Partial::default(),
-                });
-                self.lanes.len() - 1
-            }
-        };
-        &mut self.lanes[at]
     }
 
     /// The session has another connection, or none: the wake says why.

@@ -224,6 +224,7 @@ impl Shard {
             retain: options.retain_as_published && message.retain(),
             ids: if identifier == 0 { &[] } else { &one },
             group: Some(number),
+            lane: slot.session.lane_of(number),
         };
         let outcome = slot.session.deliver(limits, now, &offer);
         let full = outcome == Delivered::EndSession;

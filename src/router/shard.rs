@@ -348,6 +348,7 @@ impl Shard {
         let one = [want.identifier];
         let ids: &[u32] = if want.identifier == 0 { &[] } else { &one };
         let qos = want.qos.min(message.qos());
+        let lane = slot.session.lane_of(filter);
         let outcome = slot.session.deliver(
             limits,
             now,
@@ -357,6 +358,7 @@ impl Shard {
                 retain: true,
                 ids,
                 group: None,
+                lane,
             },
         );
         tally.outcome(slot, outcome);
@@ -441,6 +443,7 @@ impl Shard {
                 retain: retain && message.retain(),
                 ids,
                 group: None,
+                lane: slot.session.lane_of(filter),
             };
             let charged = offer_to(slot, member.slot, limits, now, &offer, detached, tally);
             *entry_bytes += charged.0;
@@ -487,6 +490,7 @@ impl Shard {
                 retain: senior.retain && message.retain(),
                 ids: &self.identifiers,
                 group: None,
+                lane: slot.session.lane_of(senior.filter),
             };
             let charged = offer_to(slot, at, limits, now, &offer, &mut self.detached, tally);
             self.entry_bytes += charged.0;

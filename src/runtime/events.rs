@@ -45,7 +45,11 @@ impl Events for Counted {
         metrics().handshakes_failed[reason].increment(1);
     }
 
-    fn migrated(&self, listener: &ListenerInfo, from: SocketAddr, to: SocketAddr) {
-        tracing::debug!(listener = listener.name, %from, %to, "A client's address changed");
+    fn retry_sent(&self, _listener: &ListenerInfo) {
+        metrics().quic_retries.increment(1);
+    }
+
+    fn migrated(&self, _listener: &ListenerInfo, _from: SocketAddr, _to: SocketAddr) {
+        metrics().quic_migrations.increment(1);
     }
 }

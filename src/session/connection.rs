@@ -15,8 +15,16 @@ const ALIASES_OUT_MAX: u16 = 64;
 /// Bytes of the topics behind one client's aliases, in each direction.
 const ALIAS_BYTES_MAX: usize = 128 * 1024;
 
-/// Topics and their aliases toward the client; boxed, since few clients offer any.
-type AliasesOut = HashMap<Box<str>, u16, RandomState>;
+/// Bytes of output that may wait for a data stream.
+const LANE_BUFFER: usize = 16 * 1024;
+
+/// Topics and their aliases toward the client; boxed, since few clients offer any. Streams keep no
+/// order with each other, so an alias is used on the stream that defined it only.
+#[derive(Debug, Default)]
+struct AliasesOut {
+    table: HashMap<Box<str>, (u16, u8), RandomState>,
+    given: u16,
+}
 
 /// What sets a client's topics and publishes apart from those of others.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -65,15 +73,33 @@ pub struct Connection {
     pub(super) pending: Vec<PendingSubscribe>,
     output: Vec<u8>,
     side_output: Vec<(u8, Vec<u8>)>,
-    aliases_in: Vec<Option<Arc<str>>>,
+    /// Subscriptions made on data streams.
+    bound: Vec<Bound>,
+    /// Of each lane: a client may keep them for each stream apart.
+    aliases_in: Vec<Vec<Option<Arc<str>>>>,
     aliases_out: Option<Box<AliasesOut>>,
     alias_out_max: u16,
+}
+
+/// The lane of what nobody is told any more: its stream is gone.
+pub(super) const NOWHERE: u8 = u8::MAX;
+
+/// A subscription that was made on a data stream: its messages go there.
+#[derive(Debug)]
+struct Bound {
+    name: Box<str>,
+    /// The router's number of the filter; `u32::MAX`: not known yet.
+    filter: u32,
+    lane: u8,
 }
 
 /// A SUBSCRIBE whose filters are not all answered yet.
 #[derive(Debug)]
 pub(super) struct PendingSubscribe {
+    /// Names it to the router: its packet identifier, unless another stream has the same in use.
+    pub key: u16,
     pub packet_id: u16,
+    /// Where the SUBACK goes.
     pub lane: u8,
     pub waiting: u16,
     pub codes: Vec<u8>,
@@ -115,6 +141,7 @@ impl Connection {
             pending: Vec::new(),
             output: Vec::new(),
             side_output: Vec::new(),
+            bound: Vec::new(),
             aliases_in: Vec::new(),
             aliases_out: None,
             alias_out_max: spec.topic_alias_maximum.min(ALIASES_OUT_MAX),
@@ -146,40 +173,104 @@ impl Connection {
         !self.output.is_empty() || !self.side_output.is_empty()
     }
 
-    /// Exchanges the control lane's output with `empty`, and takes the other lanes'.
-    pub fn take_output(&mut self, empty: &mut Vec<u8>) -> Vec<(u8, Vec<u8>)> {
-        std::mem::swap(&mut self.output, empty);
-        std::mem::take(&mut self.side_output)
+    /// Takes the output of the lanes that are set in `free`: the control lane's in exchange for
+    /// `empty`.
+    pub fn take_output(&mut self, free: u16, empty: &mut Vec<u8>) -> Vec<(u8, Vec<u8>)> {
+        if free & 1 != 0 {
+            std::mem::swap(&mut self.output, empty);
+        }
+        if self.side_output.iter().all(|(l, _)| free & 1 << l != 0) {
+            return std::mem::take(&mut self.side_output);
+        }
+        let free = |side: &mut (u8, Vec<u8>)| free & 1 << side.0 != 0;
+        self.side_output.extract_if(.., free).collect()
     }
 
-    /// Room for another delivery before the output buffer's limit.
-    pub fn has_room(&self, limits: &SessionLimits) -> bool {
-        self.output.len() < limits.output_buffer.load(Ordering::Relaxed) && !self.closing
+    /// Room for another delivery on `lane` before its limit.
+    pub fn has_room(&self, limits: &SessionLimits, lane: u8) -> bool {
+        let limit = limits.output_buffer.load(Ordering::Relaxed);
+        !self.closing
+            && match lane {
+                0 => self.output.len() < limit,
+                lane => self.side_len(lane) < limit.min(LANE_BUFFER),
+            }
     }
 
-    /// Bytes of output that wait.
+    fn side_len(&self, lane: u8) -> usize {
+        let mut all = self.side_output.iter();
+        all.find(|(l, _)| *l == lane).map_or(0, |(_, b)| b.len())
+    }
+
+    /// Bytes of output that wait, on all lanes.
     pub fn output_len(&self) -> usize {
-        self.output.len()
+        self.output.len() + self.side_output.iter().map(|(_, b)| b.len()).sum::<usize>()
     }
 
-    /// Defines or uses a client's alias.
+    /// A subscription was made on `lane`: its messages go there from now on.
+    pub(super) fn bind(&mut self, name: &str, lane: u8) {
+        self.bound.retain(|b| *b.name != *name);
+        if lane != 0 {
+            let (name, filter) = (name.into(), u32::MAX);
+            self.bound.push(Bound { name, filter, lane });
+        }
+    }
+
+    /// The number of a filter is known.
+    pub(super) fn numbered(&mut self, name: &str, filter: u32) {
+        if let Some(bound) = self.bound.iter_mut().find(|b| *b.name == *name) {
+            bound.filter = filter;
+        }
+    }
+
+    /// The lane that a filter's messages go on.
+    pub(super) fn lane_of(&self, filter: u32) -> u8 {
+        let mut all = self.bound.iter();
+        all.find(|b| b.filter == filter).map_or(0, |b| b.lane)
+    }
+
+    /// Subscriptions of a data stream go on the control stream from now on.
+    pub(super) fn unbind(&mut self, lane: u8) {
+        self.bound.retain(|b| b.lane != lane);
+    }
+
+    /// A data stream is gone: nothing goes there any more, and its number may be used again.
+    pub(super) fn lane_ended(&mut self, lane: u8) {
+        self.unbind(lane);
+        self.side_output.retain(|(l, _)| *l != lane);
+        for pending in self.pending.iter_mut().filter(|p| p.lane == lane) {
+            pending.lane = NOWHERE;
+        }
+        if let Some(aliases) = self.aliases_in.get_mut(usize::from(lane)) {
+            *aliases = Vec::new();
+        }
+        if let Some(aliases) = &mut self.aliases_out {
+            aliases.table.retain(|_, (_, l)| *l != lane);
+        }
+    }
+
+    /// Defines or uses a client's alias on the stream `lane`.
     ///
     /// # Errors
     /// It was never defined, or the topics of all aliases together are too long to keep.
-    pub fn resolve_alias(&mut self, alias: u16, topic: &str) -> Result<Arc<str>, Close> {
+    pub fn resolve_alias(&mut self, lane: u8, alias: u16, topic: &str) -> Result<Arc<str>, Close> {
         let undefined = Close {
             reason: ReasonCode::PROTOCOL_ERROR,
             why: "a topic alias that was never defined",
         };
         let index = usize::from(alias).checked_sub(1).ok_or(undefined)?;
+        let lane = usize::from(lane);
         if topic.is_empty() {
-            let known = self.aliases_in.get(index).cloned().flatten();
-            return known.ok_or(undefined);
+            let known = self.aliases_in.get(lane).and_then(|a| a.get(index));
+            return known.cloned().flatten().ok_or(undefined);
         }
-        if self.aliases_in.len() <= index {
-            self.aliases_in.resize(index + 1, None);
+        if self.aliases_in.len() <= lane {
+            self.aliases_in.resize(lane + 1, Vec::new());
         }
-        let others: usize = self.aliases_in.iter().flatten().map(|t| t.len()).sum();
+        if self.aliases_in[lane].len() <= index {
+            self.aliases_in[lane].resize(index + 1, None);
+        }
+        let all = self.aliases_in.iter().flatten().flatten();
+        let others: usize = all.map(|t| t.len()).sum();
         if others + topic.len() > ALIAS_BYTES_MAX {
             return Err(Close {
                 reason: ReasonCode::QUOTA_EXCEEDED,
@@ -187,24 +278,27 @@ impl Connection {
             });
         }
         let topic: Arc<str> = topic.into();
-        self.aliases_in[index] = Some(topic.clone());
+        self.aliases_in[lane][index] = Some(topic.clone());
         Ok(topic)
     }
 
     /// The alias for a delivery on `topic`: first come, first served [MQTT-3.1.2-26].
-    pub fn alias_for(&mut self, topic: &str) -> Alias {
+    pub fn alias_for(&mut self, topic: &str, lane: u8) -> Alias {
         if self.alias_out_max == 0 {
             return Alias::None;
         }
-        let table = self.aliases_out.get_or_insert_default();
-        if let Some(alias) = table.get(topic) {
-            return Alias::Use(*alias);
+        let aliases = self.aliases_out.get_or_insert_default();
+        match aliases.table.get(topic) {
+            Some((alias, on)) if *on == lane => return Alias::Use(*alias),
+            Some(_) => return Alias::None,
+            None => {}
         }
-        let next = table.len() as u16 + 1;
-        if next > self.alias_out_max {
+        // Not used again after its stream: the client may know it still.
+        if aliases.given == self.alias_out_max {
             return Alias::None;
         }
-        table.insert(topic.into(), next);
-        Alias::Define(next)
+        aliases.given += 1;
+        aliases.table.insert(topic.into(), (aliases.given, lane));
+        Alias::Define(aliases.given)
     }
 }

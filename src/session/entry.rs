@@ -138,6 +138,8 @@ pub(super) struct Entry {
     pub qos: QoS,
     pub state: State,
     pub retain: bool,
+    /// The stream that it is to go on, or went on.
+    pub lane: u8,
 }
 
 impl Entry {
@@ -154,6 +156,7 @@ impl Entry {
             retain: self.retain,
             ids: sets.get(&self.ids),
             group: sets.group(self.ids),
+            lane: self.lane,
         })
     }
 
@@ -192,6 +195,8 @@ pub struct Offer<'a> {
     /// The filter's number, if the subscription is shared: what its client does not take goes to
     /// another member.
     pub group: Option<u32>,
+    /// The stream of its subscription, 0 being control; see [`Session::lane_of`](super::Session).
+    pub lane: u8,
 }
 
 /// A delivery of a shared subscription that another member is to get.
@@ -219,6 +224,7 @@ mod tests {
             qos: QoS::AtLeastOnce,
             state: State::Waiting,
             retain: false,
+            lane: 0,
         }
     }
 

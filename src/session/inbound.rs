@@ -11,13 +11,32 @@ use crate::mqtt::{QoS, ReasonCode};
 pub struct Token(pub u64);
 
 impl Token {
-    fn new(sequence: u64, packet_id: u16) -> Self {
-        Self(sequence << 16 | u64::from(packet_id))
+    fn new(sequence: u64, key: Key) -> Self {
+        Self(sequence << 24 | u64::from(key.0))
     }
 
     /// The client's packet identifier.
     pub fn packet_id(self) -> u16 {
         self.0 as u16
+    }
+
+    /// Where it came in first.
+    fn key(self) -> Key {
+        Key(self.0 as u32 & 0xFF_FFFF)
+    }
+}
+
+/// A stream and a packet identifier: clients may count identifiers on each stream apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key(u32);
+
+impl Key {
+    fn new(lane: u8, packet_id: u16) -> Self {
+        Self(u32::from(lane) << 16 | u32::from(packet_id))
+    }
+
+    fn lane(self) -> u8 {
+        (self.0 >> 16) as u8
     }
 }
 
@@ -70,6 +89,21 @@ enum State {
     Answered(QoS, ReasonCode),
     /// PUBREC sent, PUBREL awaited.
     Received,
+    /// A PUBREL came that means this one, or another of the same identifier on another stream.
+    Released,
+}
+
+impl State {
+    fn received(self) -> bool {
+        matches!(self, Self::Received | Self::Released)
+    }
+
+    fn is_of(self, publish: &Incoming) -> bool {
+        match self {
+            Self::Waiting(qos) | Self::Answered(qos, _) => qos == publish.qos,
+            Self::Received | Self::Released => publish.qos == QoS::ExactlyOnce,
+        }
+    }
 }
 
 /// An answer from the core, translated for the client.
@@ -86,7 +120,10 @@ pub struct Answer {
 /// The receiving half of a session.
 #[derive(Debug, Default)]
 pub struct Inbound {
-    entries: HashMap<u16, Entry, RandomState>,
+    entries: HashMap<Key, Entry, RandomState>,
+    /// Of data streams that are gone, with their connection or before it: known again on any stream
+    /// by DUP, identifier and content.
+    adrift: Vec<Entry>,
     /// Left by earlier sessions of a client that starts clean: joined by DUP, identifier, content.
     orphans: Vec<Entry>,
     sequence: u64,
@@ -95,12 +132,16 @@ pub struct Inbound {
     answered: usize,
     /// A new message came since the session began: what was to be sent again was.
     progressed: bool,
+    /// The client has published on data streams, which keep no order with each other.
+    sided: bool,
 }
 
 impl Inbound {
     /// Publishes of QoS 1 and 2 that the client may count as unanswered, and QoS 2 not released.
     pub fn open(&self) -> usize {
-        self.entries.len() - self.answered
+        let waits = |e: &&Entry| matches!(e.state, State::Waiting(_));
+        let adrift = self.adrift.iter().filter(waits).count();
+        self.entries.len() - self.answered + adrift
     }
 
     /// Publishes that wait for the core's answer.
@@ -108,53 +149,46 @@ impl Inbound {
         self.waiting
     }
 
+    /// Something that came on this stream has yet to be answered there.
+    pub fn busy(&self, lane: u8) -> bool {
+        let waits = |e: &Entry| e.lane == lane && matches!(e.state, State::Waiting(_));
+        self.waiting > 0 && self.entries.values().any(waits)
+    }
+
     /// Judges a publish of QoS 1 or 2; at most `open_max` may be open.
     pub fn arrive(&mut self, publish: &Incoming, open_max: usize) -> Arrival {
-        let id = publish.packet_id;
-        if let Some(entry) = self.entries.get_mut(&id) {
+        self.sided |= publish.lane != 0;
+        let key = Key::new(publish.lane, publish.packet_id);
+        if let Some(entry) = self.entries.get_mut(&key) {
             let same = entry.digest == publish.digest;
             let again = publish.dup || publish.qos == QoS::ExactlyOnce;
             match entry.state {
                 State::Waiting(q) if q == publish.qos && same && again => {
-                    entry.lane = publish.lane;
                     entry.here = true;
                     return Arrival::Joined;
                 }
                 State::Answered(q, reason) if q == publish.qos && same && again => {
-                    self.settle(id, q, reason);
+                    self.settle(key, q, reason);
                     return Arrival::Answered(reason);
                 }
-                State::Received if publish.qos == QoS::ExactlyOnce => return Arrival::Received,
-                // The identifier is used anew: what it meant before is over [MQTT-4.3.2-5].
-                _ => self.remove(id),
-            }
-        } else if publish.dup
-            && let Some(index) = self
-                .orphans
-                .iter()
-                .position(|o| o.token.packet_id() == id && o.digest == publish.digest)
-        {
-            let orphan = self.orphans.swap_remove(index);
-            let claimed = Entry {
-                lane: publish.lane,
-                here: true,
-                ..orphan
-            };
-            match orphan.state {
-                State::Waiting(q) if q == publish.qos => {
-                    self.waiting += 1;
-                    self.entries.insert(id, claimed);
-                    return Arrival::Joined;
-                }
-                State::Answered(q, reason) if q == publish.qos => {
-                    if q == QoS::ExactlyOnce && !reason.is_error() {
-                        let state = State::Received;
-                        self.entries.insert(id, Entry { state, ..claimed });
-                    }
-                    return Arrival::Answered(reason);
+                State::Received if publish.qos == QoS::ExactlyOnce && same => {
+                    return Arrival::Received;
                 }
                 _ => {}
             }
+        }
+        if publish.dup
+            && let Some(arrival) = self.again_elsewhere(publish, key)
+        {
+            return arrival;
+        }
+        if let Some(entry) = self.entries.get(&key) {
+            let received = entry.state.received() && publish.qos == QoS::ExactlyOnce;
+            if received && (publish.dup || !self.released_elsewhere(key)) {
+                return Arrival::Received;
+            }
+            // The identifier is used anew: what it meant before is over [MQTT-4.3.2-5].
+            self.remove(key);
         }
         if self.open() >= open_max {
             return Arrival::TooMany;
@@ -163,10 +197,10 @@ impl Inbound {
             self.progress();
         }
         self.sequence += 1;
-        let token = Token::new(self.sequence, id);
+        let token = Token::new(self.sequence, key);
         self.waiting += 1;
         self.entries.insert(
-            id,
+            key,
             Entry {
                 token,
                 lane: publish.lane,
@@ -178,18 +212,67 @@ impl Inbound {
         Arrival::New(token)
     }
 
+    /// A copy of what came on another stream, that one or its connection being gone, or of what an
+    /// ended session left.
+    fn again_elsewhere(&mut self, publish: &Incoming, key: Key) -> Option<Arrival> {
+        let same = |e: &Entry| {
+            e.token.packet_id() == publish.packet_id
+                && e.digest == publish.digest
+                && e.state.is_of(publish)
+        };
+        let control = Key::new(0, publish.packet_id);
+        let before = |e: &&Entry| key != control && !e.here && same(e);
+        let found = if let Some(at) = self.adrift.iter().position(same) {
+            self.adrift.swap_remove(at)
+        } else if self.entries.get(&control).filter(before).is_some() {
+            let entry = self.entries.remove(&control)?;
+            self.answered -= usize::from(matches!(entry.state, State::Answered(..)));
+            entry
+        } else if !self.entries.contains_key(&key) {
+            let at = self.orphans.iter().position(same)?;
+            let orphan = self.orphans.swap_remove(at);
+            self.waiting += usize::from(matches!(orphan.state, State::Waiting(_)));
+            orphan
+        } else {
+            return None;
+        };
+        self.keep_marks(publish.packet_id, found.state);
+        let mut claimed = Entry {
+            lane: publish.lane,
+            here: true,
+            ..found
+        };
+        let arrival = match found.state {
+            State::Waiting(_) => Arrival::Joined,
+            State::Answered(qos, reason) if qos == QoS::AtLeastOnce || reason.is_error() => {
+                return Some(Arrival::Answered(reason));
+            }
+            State::Answered(_, reason) => Arrival::Answered(reason),
+            State::Received | State::Released => Arrival::Received,
+        };
+        if arrival != Arrival::Joined {
+            claimed.state = State::Received;
+        }
+        if let Some(other) = self.entries.insert(key, claimed) {
+            self.answered -= usize::from(matches!(other.state, State::Answered(..)));
+            self.drift(other);
+        }
+        Some(arrival)
+    }
+
     /// The client goes on with new messages: it has sent again what it would.
     fn progress(&mut self) {
         self.progressed = true;
-        if self.answered > 0 {
+        // On one stream those would have come first.
+        if self.answered > 0 && !self.sided {
             self.entries
                 .retain(|_, e| !matches!(e.state, State::Answered(..)));
             self.answered = 0;
         }
     }
 
-    fn remove(&mut self, id: u16) {
-        match self.entries.remove(&id).map(|e| e.state) {
+    fn remove(&mut self, key: Key) {
+        match self.entries.remove(&key).map(|e| e.state) {
             Some(State::Waiting(_)) => self.waiting -= 1,
             Some(State::Answered(..)) => self.answered -= 1,
             _ => {}
@@ -197,16 +280,16 @@ impl Inbound {
     }
 
     /// An answer that the client is told now.
-    fn settle(&mut self, id: u16, qos: QoS, reason: ReasonCode) {
+    fn settle(&mut self, key: Key, qos: QoS, reason: ReasonCode) {
         if qos == QoS::ExactlyOnce && !reason.is_error() {
-            if let Some(entry) = self.entries.get_mut(&id) {
+            if let Some(entry) = self.entries.get_mut(&key) {
                 if matches!(entry.state, State::Answered(..)) {
                     self.answered -= 1;
                 }
                 entry.state = State::Received;
             }
         } else {
-            if let Some(entry) = self.entries.remove(&id)
+            if let Some(entry) = self.entries.remove(&key)
                 && matches!(entry.state, State::Answered(..))
             {
                 self.answered -= 1;
@@ -217,9 +300,8 @@ impl Inbound {
 
     /// The core's answer. `None`: nobody is to be told (away, or the identifier means another).
     pub fn answer(&mut self, token: Token, reason: ReasonCode, attached: bool) -> Option<Answer> {
-        let packet_id = token.packet_id();
-        if let Some(entry) = self.entries.get_mut(&packet_id)
-            && entry.token == token
+        if let Some(key) = self.find(token)
+            && let Some(entry) = self.entries.get_mut(&key)
             && let State::Waiting(qos) = entry.state
         {
             self.waiting -= 1;
@@ -230,35 +312,147 @@ impl Inbound {
                 self.answered += 1;
                 return None;
             }
-            self.settle(packet_id, qos, reason);
+            self.settle(key, qos, reason);
             return Some(Answer {
-                packet_id,
+                packet_id: token.packet_id(),
                 lane,
                 qos,
             });
         }
-        if let Some(orphan) = self.orphans.iter_mut().find(|o| o.token == token)
-            && let State::Waiting(qos) = orphan.state
+        for (entry, counted) in
+            (self.adrift.iter_mut().map(|e| (e, 1))).chain(self.orphans.iter_mut().map(|e| (e, 0)))
         {
-            orphan.state = State::Answered(qos, reason);
+            if entry.token == token
+                && let State::Waiting(qos) = entry.state
+            {
+                entry.state = State::Answered(qos, reason);
+                self.waiting -= counted;
+                break;
+            }
         }
         None
     }
 
-    /// The client's PUBREL. False: the identifier is unknown.
-    pub fn release(&mut self, packet_id: u16) -> bool {
-        let known = matches!(self.entries.get(&packet_id), Some(e) if e.state == State::Received);
-        if known {
-            self.entries.remove(&packet_id);
-            self.shrink();
+    /// Where a publish is: mostly still where it came in.
+    fn find(&self, token: Token) -> Option<Key> {
+        let key = token.key();
+        let at_first = self.entries.get(&key).is_some_and(|e| e.token == token);
+        if at_first || !self.sided {
+            return at_first.then_some(key);
         }
-        known
+        let mut all = self.entries.iter();
+        all.find(|(_, e)| e.token == token).map(|(key, _)| *key)
     }
 
-    /// The connection is gone.
+    /// The client's PUBREL, which may come on any stream. False: the identifier is unknown.
+    pub fn release(&mut self, lane: u8, packet_id: u16) -> bool {
+        let key = Key::new(lane, packet_id);
+        if self.entries.get(&key).is_some_and(|e| e.state.received()) {
+            let state = self
+                .entries
+                .remove(&key)
+                .map_or(State::Received, |e| e.state);
+            self.keep_marks(packet_id, state);
+            self.shrink();
+            return true;
+        }
+        if !self.sided {
+            return false;
+        }
+        // Of several it is not said which: each is known until as many have come.
+        let mut all = of_identifier(&mut self.entries, &mut self.adrift, packet_id);
+        let Some(one) = all.find(|e| e.state == State::Received) else {
+            return false;
+        };
+        one.state = State::Released;
+        let more = all.any(|e| e.state == State::Received);
+        drop(all);
+        if !more {
+            self.forget_released(packet_id);
+        }
+        true
+    }
+
+    /// Whether a PUBREL that came on another stream can have meant this one: a new message under the
+    /// identifier says so.
+    fn released_elsewhere(&mut self, key: Key) -> bool {
+        if self
+            .entries
+            .get(&key)
+            .is_some_and(|e| e.state == State::Released)
+        {
+            return true;
+        }
+        let id = key.0 as u16;
+        let mut all = of_identifier(&mut self.entries, &mut self.adrift, id);
+        let other = all.find(|e| e.state == State::Released);
+        // Then it did not mean the other.
+        other.map(|e| e.state = State::Received).is_some()
+    }
+
+    /// One of several with the same identifier is gone in state `state`: the PUBRELs that came count
+    /// for those that are left.
+    fn keep_marks(&mut self, packet_id: u16, state: State) {
+        if !self.sided || !state.received() {
+            return;
+        }
+        let mut all = of_identifier(&mut self.entries, &mut self.adrift, packet_id);
+        let mut more = false;
+        if let Some(one) = all.find(|e| e.state == State::Received) {
+            more = true;
+            if state == State::Released {
+                one.state = State::Released;
+                more = all.any(|e| e.state == State::Received);
+            }
+        }
+        drop(all);
+        if !more {
+            self.forget_released(packet_id);
+        }
+    }
+
+    fn forget_released(&mut self, packet_id: u16) {
+        let gone = |e: &Entry| e.token.packet_id() == packet_id && e.state == State::Released;
+        self.entries.retain(|_, e| !gone(e));
+        self.adrift.retain(|e| !gone(e));
+        self.shrink();
+    }
+
+    /// The connection is gone, and with it what its data streams were.
     pub fn detached(&mut self) {
         for entry in self.entries.values_mut() {
             entry.here = false;
+        }
+        self.set_adrift(|key| key.lane() != 0);
+    }
+
+    /// A data stream is gone.
+    pub fn lane_ended(&mut self, lane: u8) {
+        self.set_adrift(|key| key.lane() == lane);
+    }
+
+    fn set_adrift(&mut self, which: impl Fn(Key) -> bool) {
+        if !self.sided {
+            return;
+        }
+        let keys: Vec<Key> = self.entries.keys().copied().filter(|k| which(*k)).collect();
+        for key in keys {
+            if let Some(entry) = self.entries.remove(&key) {
+                self.answered -= usize::from(matches!(entry.state, State::Answered(..)));
+                self.drift(entry);
+            }
+        }
+        self.shrink();
+    }
+
+    fn drift(&mut self, entry: Entry) {
+        let here = false;
+        self.adrift.push(Entry { here, ..entry });
+        if self.adrift.len() > ADRIFT_MAX {
+            let settled = |e: &Entry| !matches!(e.state, State::Waiting(_));
+            if let Some(oldest) = self.adrift.iter().position(settled) {
+                self.adrift.remove(oldest);
+            }
         }
     }
 
@@ -266,7 +460,8 @@ impl Inbound {
     /// was away, is remembered.
     pub fn restart(&mut self) {
         let mut left: Vec<Entry> = self.entries.drain().map(|(_, e)| e).collect();
-        left.retain(|e| e.state != State::Received);
+        left.append(&mut self.adrift);
+        left.retain(|e| !e.state.received());
         if !self.progressed {
             left.append(&mut self.orphans);
         }
@@ -289,6 +484,19 @@ impl Inbound {
     }
 }
 
+/// QoS 2 publishes with an identifier that were received and are not released for sure.
+fn of_identifier<'a>(
+    entries: &'a mut HashMap<Key, Entry, RandomState>,
+    adrift: &'a mut [Entry],
+    packet_id: u16,
+) -> impl Iterator<Item = &'a mut Entry> {
+    // What is left of gone streams first: those that live can say it themselves.
+    let mine = move |e: &&mut Entry| e.token.packet_id() == packet_id && e.state.received();
+    adrift.iter_mut().chain(entries.values_mut()).filter(mine)
+}
+
+/// Publishes of gone data streams remembered for one client, beside those that the core has.
+const ADRIFT_MAX: usize = 1000;
 /// Publishes of ended sessions remembered for one client.
 const ORPHANS_MAX: usize = 1000;
 
@@ -429,7 +637,145 @@ mod tests {
             inbound.arrive(&publish(3, true, TWO, 1), 10),
             Arrival::Received
         );
-        assert!(inbound.release(3));
-        assert!(!inbound.release(3));
+        assert!(inbound.release(0, 3));
+        assert!(!inbound.release(0, 3));
+    }
+
+    fn on(lane: u8, packet_id: u16, dup: bool, digest: u64) -> Incoming {
+        Incoming {
+            lane,
+            ..publish(packet_id, dup, TWO, digest)
+        }
+    }
+
+    /// PUBREC is out.
+    fn received(inbound: &mut Inbound, lane: u8, packet_id: u16, digest: u64) {
+        match inbound.arrive(&on(lane, packet_id, false, digest), 10) {
+            Arrival::New(token) => {
+                let answer = inbound.answer(token, OK, true).expect("told");
+                assert_eq!((answer.lane, answer.packet_id), (lane, packet_id));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn streams_use_one_identifier_for_different_messages() {
+        let mut inbound = Inbound::default();
+        received(&mut inbound, 1, 1, 11);
+        received(&mut inbound, 2, 1, 22);
+        assert_eq!(inbound.open(), 2);
+        assert!(inbound.release(1, 1));
+        // Only that of its own stream.
+        let again = inbound.arrive(&on(2, 1, true, 22), 10);
+        assert_eq!(again, Arrival::Received);
+        assert!(inbound.release(2, 1));
+        assert_eq!(inbound.open(), 0);
+        assert!(!inbound.release(2, 1));
+    }
+
+    #[test]
+    fn a_release_may_come_on_any_stream() {
+        let mut inbound = Inbound::default();
+        received(&mut inbound, 3, 7, 1);
+        assert!(inbound.release(0, 7));
+        assert!(!inbound.release(3, 7));
+        received(&mut inbound, 3, 7, 2);
+        inbound.lane_ended(3);
+        assert!(inbound.release(5, 7));
+        assert_eq!(inbound.adrift.len(), 0);
+    }
+
+    #[test]
+    fn a_gone_stream_s_identifier_is_free_for_the_next_one_of_its_number() {
+        let mut inbound = Inbound::default();
+        received(&mut inbound, 1, 1, 11);
+        inbound.lane_ended(1);
+        received(&mut inbound, 1, 1, 22);
+        // The first is still known: its copy is no third message.
+        let again = inbound.arrive(&on(4, 1, true, 11), 10);
+        assert_eq!(again, Arrival::Received);
+    }
+
+    #[test]
+    fn after_a_resume_copies_are_known_on_whatever_stream() {
+        for (first, then) in [(1, 0), (1, 2), (0, 1), (0, 0), (1, 1)] {
+            let mut inbound = Inbound::default();
+            // One that the core has, one that it answered while the client was away, one of which
+            // the client may have PUBREC.
+            let mut tokens = Vec::new();
+            for (id, digest) in [(1, 11), (2, 22)] {
+                match inbound.arrive(&on(first, id, false, digest), 10) {
+                    Arrival::New(token) => tokens.push(token),
+                    other => panic!("{other:?}"),
+                }
+            }
+            received(&mut inbound, first, 3, 33);
+            inbound.detached();
+            assert_eq!(inbound.answer(tokens[1], OK, false), None);
+            let mut again = |id, digest| inbound.arrive(&on(then, id, true, digest), 10);
+            assert_eq!(again(1, 11), Arrival::Joined, "{first} {then}");
+            assert_eq!(again(2, 22), Arrival::Answered(OK), "{first} {then}");
+            assert_eq!(again(3, 33), Arrival::Received, "{first} {then}");
+            let answer = inbound.answer(tokens[0], OK, true).expect("told");
+            assert_eq!(answer.lane, then);
+            for id in 1..=3 {
+                assert!(inbound.release(then, id), "{first} {then} {id}");
+            }
+            assert_eq!((inbound.open(), inbound.waiting()), (0, 0));
+        }
+    }
+
+    #[test]
+    fn after_a_resume_a_new_message_on_one_stream_forgets_none_of_another() {
+        let mut inbound = Inbound::default();
+        let Arrival::New(token) = inbound.arrive(&on(1, 1, false, 11), 10) else {
+            panic!("new");
+        };
+        inbound.detached();
+        inbound.answer(token, OK, false);
+        received(&mut inbound, 2, 9, 99);
+        let again = inbound.arrive(&on(1, 1, true, 11), 10);
+        assert_eq!(again, Arrival::Answered(OK));
+    }
+
+    #[test]
+    fn a_release_that_may_mean_either_of_two_forgets_none_that_may_come_again() {
+        for order in [[11, 22], [22, 11]] {
+            let mut inbound = Inbound::default();
+            received(&mut inbound, 1, 1, order[0]);
+            received(&mut inbound, 2, 1, order[1]);
+            inbound.detached();
+            // The client has PUBREC for one, and not for the other.
+            assert!(inbound.release(0, 1));
+            let again = inbound.arrive(&on(0, 1, true, 22), 10);
+            assert_eq!(again, Arrival::Received);
+            assert!(inbound.release(0, 1));
+            assert_eq!((inbound.open(), inbound.adrift.len()), (0, 0));
+        }
+    }
+
+    #[test]
+    fn a_new_message_says_which_of_two_was_released() {
+        let mut inbound = Inbound::default();
+        received(&mut inbound, 1, 1, 11);
+        received(&mut inbound, 2, 1, 22);
+        assert!(inbound.release(0, 1));
+        received(&mut inbound, 2, 1, 33);
+        let again = inbound.arrive(&on(1, 1, true, 11), 10);
+        assert_eq!(again, Arrival::Received);
+        assert!(inbound.release(1, 1) && inbound.release(2, 1));
+        assert_eq!((inbound.open(), inbound.adrift.len()), (0, 0));
+    }
+
+    #[test]
+    fn what_gone_streams_left_is_bounded_and_costs_the_client_nothing() {
+        let mut inbound = Inbound::default();
+        for n in 0..2 * ADRIFT_MAX as u64 {
+            received(&mut inbound, 1, 1, n);
+            inbound.lane_ended(1);
+        }
+        assert_eq!(inbound.adrift.len(), ADRIFT_MAX);
+        assert_eq!(inbound.open(), 0);
     }
 }

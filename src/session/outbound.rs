@@ -114,9 +114,10 @@ impl Outbound {
             retain,
             ids,
             group,
+            lane,
         } = *offer;
         if let Some(connection) = connection {
-            let room = connection.has_room(limits);
+            let room = connection.has_room(limits, lane);
             if qos == QoS::AtMostOnce {
                 // QoS 0 passes a queue that waits for the window only, but not its own kind.
                 if room && self.queued_qos0 == 0 && self.resend_at >= self.inflight.len() {
@@ -146,6 +147,7 @@ impl Outbound {
                     qos,
                     state: State::Sent,
                     retain,
+                    lane,
                 });
                 self.resend_at = self.inflight.len();
                 return Delivered::Written(qos);
@@ -163,6 +165,7 @@ impl Outbound {
             retain,
             ids,
             group,
+            lane,
         } = *offer;
         let size = message.size();
         if size > limits.queue_bytes_max {
@@ -207,6 +210,7 @@ impl Outbound {
             qos,
             state: State::Waiting,
             retain,
+            lane,
         });
         Delivered::Queued
     }
@@ -215,10 +219,13 @@ impl Outbound {
     /// connection left unacknowledged, in order [MQTT-4.4.0-1] [MQTT-4.6.0-1], then the queue.
     pub fn pump(&mut self, connection: &mut Connection, limits: &SessionLimits, now: u64) {
         self.resend(connection, limits, now);
-        while self.resend_at >= self.inflight.len() && connection.has_room(limits) {
+        while self.resend_at >= self.inflight.len() {
             let Some(front) = self.queue.front() else {
                 break;
             };
+            if !connection.has_room(limits, front.lane) {
+                break;
+            }
             if front.is_over(limits, now) {
                 self.pop_queue();
                 self.shed.expired += 1;
@@ -262,7 +269,7 @@ impl Outbound {
         if std::mem::take(&mut self.releases_due) {
             self.release_again(connection);
         }
-        while self.resend_at < self.inflight.len() && connection.has_room(limits) {
+        while self.resend_at < self.inflight.len() && connection.has_room(limits, 0) {
             let window_open = self.window_used < connection.receive_maximum;
             let entry = &mut self.inflight[self.resend_at];
             if entry.state == State::Resend {
@@ -316,12 +323,14 @@ impl Outbound {
         self.complete(packet_id, |s| matches!(s, State::Sent | State::Resend))
     }
 
-    /// The client's PUBREC: the answer is PUBREL, whatever we know [MQTT-4.3.3-4]. False: unknown.
-    pub fn received(&mut self, packet_id: u16) -> bool {
+    /// The client's PUBREC: the answer is PUBREL, whatever we know [MQTT-4.3.3-4], on the stream
+    /// that it came on. False: unknown.
+    pub fn received(&mut self, packet_id: u16, lane: u8) -> bool {
         let Some(index) = self.find(packet_id) else {
             return false;
         };
         let entry = &mut self.inflight[index];
+        entry.lane = lane;
         match entry.state {
             State::Sent | State::Resend if entry.qos == QoS::ExactlyOnce => {
                 if entry.state == State::Resend {
@@ -409,11 +418,41 @@ impl Outbound {
             };
             self.releases_due |= entry.state == State::ReleaseAgain;
         }
+        for entry in self.inflight.iter_mut().chain(&mut self.queue) {
+            entry.lane = 0;
+        }
         if !limits.queue_qos0 && self.queued_qos0 > 0 {
             self.shed.qos0 += self.queued_qos0;
             self.queue.retain(|e| e.qos != QoS::AtMostOnce);
             self.queue_bytes = self.queue.iter().map(|e| e.size()).sum();
             self.queued_qos0 = 0;
+        }
+    }
+
+    /// What waits for a data stream goes on the control stream.
+    pub fn leave_lane(&mut self, lane: u8) {
+        for entry in self.queue.iter_mut().filter(|e| e.lane == lane) {
+            entry.lane = 0;
+        }
+    }
+
+    /// A data stream is gone: what was sent on it and is not acknowledged is sent again, on the
+    /// control stream, as if the connection had been lost.
+    pub fn lane_ended(&mut self, lane: u8) {
+        self.leave_lane(lane);
+        for (at, entry) in self.inflight.iter_mut().enumerate() {
+            if entry.lane != lane {
+                continue;
+            }
+            entry.lane = 0;
+            entry.state = match entry.state {
+                State::Sent => State::Resend,
+                State::Released => State::ReleaseAgain,
+                _ => continue,
+            };
+            self.window_used -= 1;
+            self.resend_at = self.resend_at.min(at);
+            self.releases_due |= entry.state == State::ReleaseAgain;
         }
     }
 
@@ -479,7 +518,7 @@ impl Outbound {
 
     /// Whether a new message of QoS 1 or 2 would be written at once.
     pub fn window_free(&self, connection: &Connection, limits: &SessionLimits) -> bool {
-        connection.has_room(limits) && self.window_open(connection, limits)
+        connection.has_room(limits, 0) && self.window_open(connection, limits)
     }
 
     /// Drops every waiting message; returns how many.
@@ -555,6 +594,7 @@ fn write_to(
         retain,
         ids,
         group: _,
+        lane,
     } = *offer;
     let message_expiry = match message.expires_at() {
         u64::MAX => None,
@@ -585,8 +625,8 @@ fn write_to(
     delivery.alias = Alias::Define(1);
     delivery.alias = match delivery.size(message) > connection.maximum_packet_size {
         true => Alias::None,
-        false => connection.alias_for(message.topic()),
+        false => connection.alias_for(message.topic(), lane),
     };
-    delivery.encode(message, connection.control());
+    delivery.encode(message, connection.lane(lane));
     true
 }

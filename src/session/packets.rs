@@ -10,7 +10,7 @@ use crate::mqtt::{
     has_discouraged, matches, split_shared,
 };
 
-use super::connection::{Connection, PendingSubscribe, Scope};
+use super::connection::{Connection, NOWHERE, PendingSubscribe, Scope};
 use super::inbound::{Answer, Arrival, Incoming};
 use super::senior::clash;
 use super::{Close, Effect, Left, Policy, Session, SessionLimits, Subscription, Wanted};
@@ -81,7 +81,7 @@ impl Session {
                     "a topic alias above our maximum [MQTT-3.3.2-9]",
                 ));
             }
-            aliased = connection.resolve_alias(alias, publish.topic)?;
+            aliased = connection.resolve_alias(lane, alias, publish.topic)?;
             topic = &aliased;
         }
         if topic.split('/').count() > limits.topic_levels_max {
@@ -205,7 +205,7 @@ impl Session {
             self.outbound.acknowledged(ack.packet_id, now);
             return Ok(());
         }
-        let reason = if self.outbound.received(ack.packet_id) {
+        let reason = if self.outbound.received(ack.packet_id, lane) {
             ReasonCode::SUCCESS
         } else {
             ReasonCode::PACKET_IDENTIFIER_NOT_FOUND
@@ -223,7 +223,7 @@ impl Session {
         let reason = if self
             .inbound
             .as_mut()
-            .is_some_and(|i| i.release(ack.packet_id))
+            .is_some_and(|i| i.release(lane, ack.packet_id))
         {
             ReasonCode::SUCCESS
         } else {
@@ -246,15 +246,16 @@ impl Session {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
-        if connection
-            .pending
-            .iter()
-            .any(|p| p.packet_id == subscribe.packet_id)
-        {
+        let id = subscribe.packet_id;
+        let pending = &connection.pending;
+        if pending.iter().any(|p| p.lane == lane && p.packet_id == id) {
             return Err(protocol(
                 "a packet identifier that is in use [MQTT-2.2.1-3]",
             ));
         }
+        let taken = |key: &u16| pending.iter().any(|p| p.key == *key);
+        let key = std::iter::once(id).chain(0..).find(|key| !taken(key));
+        let key = key.unwrap_or(id);
         let mut codes = Vec::new();
         let mut wanted: Vec<Wanted> = Vec::new();
         let mut fresh = 0;
@@ -299,24 +300,29 @@ impl Session {
                 });
             }
         }
+        for wanted in &wanted {
+            connection.bind(&wanted.filter, lane);
+        }
         connection.pending.push(PendingSubscribe {
-            packet_id: subscribe.packet_id,
+            key,
+            packet_id: id,
             lane,
             waiting: wanted.len() as u16,
             codes,
         });
         if wanted.is_empty() {
-            return self.finish_subscribe(subscribe.packet_id);
+            return self.finish_subscribe(key);
         }
         effects.push(Effect::Subscribe {
-            packet_id: subscribe.packet_id,
+            packet_id: key,
             identifier: subscribe.subscription_id.unwrap_or(0),
             wanted,
         });
         Ok(())
     }
 
-    /// The outcome for one filter of a SUBSCRIBE; the SUBACK goes out with the last.
+    /// The outcome for one filter of a SUBSCRIBE, named as in [`Effect::Subscribe`]; the SUBACK goes
+    /// out with the last.
     ///
     /// # Errors
     /// [`Close`]: MQTT 3.1 has no code for a refusal.
@@ -327,7 +333,7 @@ impl Session {
         code: ReasonCode,
     ) -> Result<(), Close> {
         let all = self.connection.iter_mut().flat_map(|c| &mut c.pending);
-        let Some(pending) = all.into_iter().find(|p| p.packet_id == packet_id) else {
+        let Some(pending) = all.into_iter().find(|p| p.key == packet_id) else {
             return Ok(());
         };
         if let Some(slot) = pending.codes.get_mut(usize::from(index)) {
@@ -340,11 +346,11 @@ impl Session {
         Ok(())
     }
 
-    fn finish_subscribe(&mut self, packet_id: u16) -> Result<(), Close> {
+    fn finish_subscribe(&mut self, key: u16) -> Result<(), Close> {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
-        let due = |p: &PendingSubscribe| p.packet_id == packet_id;
+        let due = |p: &PendingSubscribe| p.key == key;
         let Some(at) = connection.pending.iter().position(due) else {
             return Ok(());
         };
@@ -356,14 +362,20 @@ impl Session {
                 "a refused filter, which MQTT 3.1 cannot be told",
             ));
         }
+        if pending.lane == NOWHERE {
+            return Ok(());
+        }
         let out = connection.lane(pending.lane);
-        encode_suback(version, packet_id, &pending.codes, out);
+        encode_suback(version, pending.packet_id, &pending.codes, out);
         Ok(())
     }
 
     /// Puts a subscription in force, or replaces the one on the same filter [MQTT-3.8.4-3].
     /// Returns the one it replaced.
     pub fn add_subscription(&mut self, mut new: Subscription) -> Option<Subscription> {
+        if let Some(connection) = &mut self.connection {
+            connection.numbered(&new.name, new.filter);
+        }
         if let Some(old) = self
             .subscriptions
             .iter_mut()
@@ -409,6 +421,9 @@ impl Session {
     pub fn remove_subscription(&mut self, filter: u32) -> Option<Subscription> {
         let at = self.subscriptions.iter().position(|s| s.filter == filter)?;
         let removed = self.subscriptions.remove(at);
+        if let Some(connection) = &mut self.connection {
+            connection.bind(&removed.name, 0);
+        }
         if removed.overlaps {
             for i in 0..self.subscriptions.len() {
                 if !clash(&self.subscriptions[i], &removed) {

@@ -15,7 +15,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder
 pub use labels::{
     AcceptErrorReason, DisconnectReason, DropReason, HandshakeReason, HeldReason, Label,
     LinkDownReason, MemoryAccount, Qos, RefusedReason, ReloadResult, SessionEndReason,
-    SessionState, UpstreamTlsReason,
+    SessionState, StreamReason, UpstreamTlsReason,
 };
 
 /// Bounds in seconds for acknowledgements and connects: a local hop to the
@@ -220,6 +220,12 @@ metrics! {
     counter handshakes_failed = "tidegate_handshakes_failed_total" by HandshakeReason;
     #[doc = "Times that certificates, keys, client authorities and revocation lists were read again, by result."]
     counter tls_reloads = "tidegate_tls_reloads_total" by ReloadResult;
+    #[doc = "QUIC connections that went on from another address."]
+    counter quic_migrations = "tidegate_quic_migrations_total";
+    #[doc = "QUIC clients that were asked to prove their address: many handshakes were under way."]
+    counter quic_retries = "tidegate_quic_retries_total";
+    #[doc = "Data streams that were reset while their connection went on, by reason."]
+    counter quic_streams_reset = "tidegate_quic_streams_reset_total" by StreamReason;
     #[doc = "Wills published."]
     counter wills_published = "tidegate_wills_published_total";
     #[doc = "Wills that a resume or a normal end cancelled."]

@@ -127,7 +127,9 @@ impl Stream {
     /// Bytes that came before an end are always returned before it.
     ///
     /// # Errors
-    /// The connection's end. [`Stream::poll_close`] should follow.
+    /// [`Closed::Lane`] if the peer broke that lane off (RESET_STREAM or
+    /// STOP_SENDING); anything else is the connection's end, and
+    /// [`Stream::poll_close`] should follow.
     pub fn poll_recv(
         &mut self,
         cx: &mut Context<'_>,
@@ -215,6 +217,28 @@ impl Stream {
     pub fn reset_lane(&mut self, lane: u8, code: u32) {
         if let Inner::Quic(quic) = &mut self.inner {
             quic.reset_lane(lane, code);
+        }
+    }
+
+    /// Whether it may carry more than lane 0.
+    pub fn has_data_lanes(&self) -> bool {
+        matches!(self.inner, Inner::Quic(_))
+    }
+
+    /// Ends our direction of a QUIC data lane whose other one the peer has
+    /// ended: to be called once it has all its answers. Others are left alone.
+    pub fn finish_lane(&mut self, lane: u8) {
+        if let Inner::Quic(quic) = &mut self.inner {
+            quic.finish_lane(lane);
+        }
+    }
+
+    /// The peer's new address, if it changed since this was asked last (RFC
+    /// 9000 section 9); noticed when something is read.
+    pub fn moved(&mut self) -> Option<SocketAddr> {
+        match &mut self.inner {
+            Inner::Quic(quic) => quic.moved(),
+            _ => None,
         }
     }
 

@@ -37,6 +37,11 @@ async fn quic_data_lanes_wait_for_authentication() {
     data.finish().expect("open");
     let end = recv(&mut stream, &mut buf).await.expect("lane end");
     assert!(end.lane == 1 && end.bytes == 0 && end.lane_closed);
+    // What it waits for still comes.
+    send(&mut stream, 1, b"all").await.expect("sent");
+    soon(data_rx.read_exact(&mut ack)).await.expect("read");
+    assert_eq!(&ack, b"all");
+    stream.finish_lane(1);
     assert_eq!(soon(data_rx.read(&mut ack)).await.expect("FIN"), None);
     let gone = send(&mut stream, 1, b"late").await.expect_err("gone");
     assert!(matches!(gone, Closed::Lane(1)));
@@ -65,11 +70,15 @@ async fn quic_lanes_come_and_go_without_end() {
             for (i, (mut tx, mut rx)) in open.into_iter().enumerate() {
                 if i % 2 == round % 2 {
                     tx.finish().expect("open");
+                    let end = soon(rx.read_to_end(10)).await.expect("FIN");
+                    assert!(end.is_empty());
                 } else {
                     tx.reset(31u32.into()).expect("open");
+                    match soon(rx.read(&mut [0; 1])).await {
+                        Err(quinn::ReadError::Reset(code)) => assert_eq!(code, 31u32.into()),
+                        other => panic!("{other:?}"),
+                    }
                 }
-                let end = soon(rx.read_to_end(10)).await.expect("FIN");
-                assert!(end.is_empty() || end == b"ok");
             }
         }
         control.write_all(b"done").await.expect("written");
@@ -80,9 +89,18 @@ async fn quic_lanes_come_and_go_without_end() {
         let mut closed = 0;
         loop {
             buf.clear();
-            let got = recv(&mut stream, &mut buf).await.expect("goes on");
+            let got = match recv(&mut stream, &mut buf).await {
+                Err(Closed::Lane(_)) => {
+                    closed += 1;
+                    continue;
+                }
+                other => other.expect("goes on"),
+            };
             assert!(got.lane < 16);
-            closed += usize::from(got.lane_closed);
+            if got.lane_closed {
+                closed += 1;
+                stream.finish_lane(got.lane);
+            }
             if got.lane == 0 {
                 break;
             }
@@ -118,6 +136,29 @@ async fn quic_reset_lane_spares_the_connection() {
 }
 
 #[tokio::test]
+async fn quic_lane_that_the_client_stops_is_gone_at_once() {
+    let mut server = Server::start(Kind::Quic);
+    let (_endpoint, connection) = server.quic().await;
+    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
+    control.write_all(b"c").await.expect("written");
+    let mut stream = server.accept().await.stream;
+    stream.authenticated();
+    assert_eq!(recv_n(&mut stream, 1).await, b"c");
+    let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
+    data.write_all(b"x").await.expect("written");
+    let mut buf = Vec::new();
+    let got = recv(&mut stream, &mut buf).await.expect("data");
+    // Nothing of ours is under way on it.
+    data_rx.stop(7u32.into()).expect("open");
+    let gone = recv(&mut stream, &mut buf).await.expect_err("gone");
+    assert!(matches!(gone, Closed::Lane(n) if n == got.lane));
+    let stopped = soon(data.stopped()).await.expect("connection lives");
+    assert_eq!(stopped, Some(7u32.into()));
+    control.write_all(b"on").await.expect("written");
+    assert_eq!(recv_n(&mut stream, 2).await, b"on");
+}
+
+#[tokio::test]
 async fn quic_control_end_is_the_connections_end() {
     let mut server = Server::start(Kind::Quic);
     for reset in [false, true] {
@@ -132,6 +173,11 @@ async fn quic_control_end_is_the_connections_end() {
         } else {
             control.finish().expect("open");
             assert!(matches!(recv_end(&mut stream).await, Closed::Eof));
+        }
+        drop(stream);
+        match soon(connection.closed()).await {
+            quinn::ConnectionError::ApplicationClosed(c) => assert_eq!(c.error_code, 1u32.into()),
+            other => panic!("{other:?}"),
         }
     }
 }
@@ -207,6 +253,8 @@ async fn quic_migration_is_followed_and_counted() {
     assert_eq!(recv_n(&mut stream, 5).await, b"there");
     assert_eq!(server.event().await, "migrated");
     assert_eq!(stream.peer_addr(), endpoint.local_addr().expect("bound"));
+    assert_eq!(stream.moved(), endpoint.local_addr().ok());
+    assert_eq!(stream.moved(), None);
 }
 
 #[tokio::test]

@@ -79,6 +79,24 @@ labels! {
         Other = "other",
     }
 
+    /// Why we reset a data stream.
+    StreamReason as "reason" {
+        /// A malformed packet.
+        Malformed = "malformed",
+        /// A packet over `packet_max`.
+        TooLarge = "packet_too_large",
+        /// A packet that belongs on the control stream, or broke a rule.
+        Protocol = "protocol_error",
+        /// It ended in the middle of a packet.
+        Incomplete = "incomplete",
+        /// A packet did not end within `packet_deadline`.
+        PacketDeadline = "packet_deadline",
+        /// It took nothing for `write_stall`.
+        WriteStall = "write_stall",
+        /// A limit of ours.
+        Quota = "quota",
+    }
+
     /// Why a connection ended.
     DisconnectReason as "reason" {
         /// DISCONNECT 0x00.

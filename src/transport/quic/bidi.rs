@@ -7,7 +7,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
+use quinn::{ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError};
 use web_transport_proto::{Frame, VarInt as Number, error_from_http3, error_to_http3};
 
 /// H3_REQUEST_REJECTED (RFC 9114 section 8.1): the answer to a stream that is
@@ -135,6 +135,14 @@ impl Bidi {
         bytes: &[u8],
     ) -> Poll<Result<usize, WriteError>> {
         Pin::new(&mut self.send).poll_write(cx, bytes)
+    }
+
+    /// Resolves when the peer has acknowledged all, or wants nothing more
+    /// (STOP_SENDING, with its code).
+    pub(super) fn stopped(
+        &self,
+    ) -> impl Future<Output = Result<Option<VarInt>, StoppedError>> + Send + Sync + use<> {
+        self.send.stopped()
     }
 
     /// FIN; resolves when the peer has acknowledged all, or cannot any more.

@@ -6,7 +6,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, VarInt, WriteError};
+use quinn::{
+    Connection, ConnectionError, ReadError, RecvStream, SendStream, StoppedError, VarInt,
+    WriteError,
+};
 
 use super::bidi::{Bidi, Layer};
 use super::webtransport::Session;
@@ -25,7 +28,7 @@ pub(in crate::transport) struct Quic {
     session: Option<Session>,
     control: Bidi,
     /// Lane n is at n - 1.
-    data: Vec<Option<Bidi>>,
+    data: Vec<Option<DataLane>>,
     /// Waits for further streams, once they are wanted. Until then flow control
     /// and the stream limit bound what a client can leave there.
     accept: Option<BoxFuture<Result<(SendStream, RecvStream), ConnectionError>>>,
@@ -35,11 +38,45 @@ pub(in crate::transport) struct Quic {
     /// Not yet as the layer numbers it.
     close_code: u32,
     peer: SocketAddr,
+    /// The peer's address changed, and nobody has asked yet.
+    moved: bool,
     info: Arc<ListenerInfo>,
     limits: Arc<Limits>,
 }
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + Sync>>;
+
+/// A data stream. Its two directions end apart.
+struct DataLane {
+    lane: Bidi,
+    /// The peer's FIN was read; what it waits for is still sent.
+    ended: bool,
+    /// Resolves when the peer wants nothing more on it (STOP_SENDING).
+    stopped: Option<BoxFuture<Result<Option<VarInt>, StoppedError>>>,
+}
+
+impl DataLane {
+    fn new(lane: Bidi) -> Self {
+        Self {
+            stopped: Some(Box::pin(lane.stopped())),
+            lane,
+            ended: false,
+        }
+    }
+
+    fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<VarInt> {
+        let Some(stopped) = &mut self.stopped else {
+            return Poll::Pending;
+        };
+        let result = ready!(stopped.as_mut().poll(cx));
+        self.stopped = None;
+        match result {
+            Ok(Some(code)) => Poll::Ready(code),
+            // The connection is lost, which the lanes say.
+            _ => Poll::Pending,
+        }
+    }
+}
 
 enum Closing {
     Open,
@@ -81,6 +118,7 @@ impl Quic {
             next: 0,
             closing: Closing::Open,
             close_code: code::NORMAL,
+            moved: false,
             info: Arc::clone(&listener.info),
             limits: Arc::clone(&listener.limits),
         }
@@ -96,6 +134,11 @@ impl Quic {
 
     pub(in crate::transport) fn remote_address(&self) -> SocketAddr {
         canonical(self.connection.remote_address())
+    }
+
+    /// The peer's address, if it changed since this was asked last.
+    pub(in crate::transport) fn moved(&mut self) -> Option<SocketAddr> {
+        std::mem::take(&mut self.moved).then_some(self.peer)
     }
 
     pub(in crate::transport) fn authenticated(&mut self) {
@@ -119,6 +162,10 @@ impl Quic {
                     self.next = lane + 1;
                     self.note_migration();
                     return Poll::Ready(Ok(recv));
+                }
+                Poll::Ready(Err(Closed::Lane(number))) => {
+                    self.next = lane + 1;
+                    return Poll::Ready(Err(Closed::Lane(number)));
                 }
                 // Bytes that came before the end, on any lane, go first.
                 Poll::Ready(Err(closed)) => {
@@ -155,8 +202,16 @@ impl Quic {
                 Err(WriteError::ConnectionLost(error)) => {
                     return Poll::Ready(Err(lost(&error, self.layer)));
                 }
-                Err(_) if lane != 0 => return Poll::Ready(Err(Closed::Lane(lane))),
+                Err(error) if lane != 0 => {
+                    let code = match error {
+                        WriteError::Stopped(code) => code,
+                        _ => self.layer.code(code::NORMAL),
+                    };
+                    self.abort(lane, code);
+                    return Poll::Ready(Err(Closed::Lane(lane)));
+                }
                 Err(WriteError::Stopped(code)) => {
+                    self.close_code = code::CONTROL_GONE;
                     let code = self.layer.shown(code);
                     let reason = format!("control stream stopped by the peer with {code}");
                     return Poll::Ready(Err(Closed::Reset(reason.into())));
@@ -169,12 +224,25 @@ impl Quic {
     }
 
     pub(in crate::transport) fn reset_lane(&mut self, lane: u8, code: u32) {
-        let slot = usize::from(lane)
-            .checked_sub(1)
-            .and_then(|i| self.data.get_mut(i));
-        if let Some(mut lane) = slot.and_then(Option::take) {
-            lane.abort(self.layer.code(code));
+        self.abort(lane, self.layer.code(code));
+    }
+
+    /// FIN, where the peer has ended its direction and has all its answers.
+    pub(in crate::transport) fn finish_lane(&mut self, lane: u8) {
+        // What is dropped is finished, and stopped if it was not read to its end.
+        self.take(lane);
+    }
+
+    /// RESET_STREAM and STOP_SENDING with `code` as it is on the wire.
+    fn abort(&mut self, lane: u8, code: VarInt) {
+        if let Some(mut data) = self.take(lane) {
+            data.lane.abort(code);
         }
+    }
+
+    fn take(&mut self, lane: u8) -> Option<DataLane> {
+        let at = usize::from(lane).checked_sub(1)?;
+        self.data.get_mut(at)?.take()
     }
 
     pub(in crate::transport) fn poll_close(
@@ -201,7 +269,8 @@ impl Quic {
     /// FIN on every lane; resolves when the peer has acknowledged all, or
     /// cannot any more.
     fn finish(&mut self) -> BoxFuture<()> {
-        let lanes = std::iter::once(&mut self.control).chain(self.data.iter_mut().flatten());
+        let data = self.data.iter_mut().flatten().map(|data| &mut data.lane);
+        let lanes = std::iter::once(&mut self.control).chain(data);
         let waits: Vec<_> = lanes.map(Bidi::finish).collect();
         let session = self.session.as_mut().map(|s| s.end(self.close_code));
         Box::pin(async move {
@@ -226,7 +295,7 @@ impl Quic {
                 return;
             };
             self.accept = Some(accept_bi(self.connection.clone()));
-            let lane = Some(Bidi::new(send, recv, self.layer));
+            let lane = Some(DataLane::new(Bidi::new(send, recv, self.layer)));
             if let Some(slot) = self.data.iter_mut().find(|slot| slot.is_none()) {
                 *slot = lane;
             } else if self.data.len() < LANES - 1 {
@@ -252,10 +321,19 @@ impl Quic {
         let number = lane as u8;
         let stream = match lane.checked_sub(1) {
             None => &mut self.control,
-            Some(i) => match &mut self.data[i] {
-                Some(stream) => stream,
-                None => return Poll::Pending,
-            },
+            Some(i) => {
+                let Some(data) = &mut self.data[i] else {
+                    return Poll::Pending;
+                };
+                if let Poll::Ready(code) = data.poll_stopped(cx) {
+                    self.abort(number, code);
+                    return Poll::Ready(Err(Closed::Lane(number)));
+                }
+                if data.ended {
+                    return Poll::Pending;
+                }
+                &mut data.lane
+            }
         };
         let read = with_scratch(|scratch| {
             let read = stream.poll_read(cx, scratch);
@@ -264,47 +342,62 @@ impl Quic {
             }
             read
         });
-        let end = match ready!(read) {
-            Ok(bytes) if bytes > 0 => {
-                return Poll::Ready(Ok(Recv {
+        match ready!(read) {
+            Ok(bytes) if bytes > 0 => Poll::Ready(Ok(Recv {
+                lane: number,
+                bytes,
+                lane_closed: false,
+            })),
+            Err(ReadError::ConnectionLost(error)) => Poll::Ready(Err(lost(&error, self.layer))),
+            end if lane == 0 => {
+                self.close_code = code::CONTROL_GONE;
+                Poll::Ready(Err(control_end(end, self.layer)))
+            }
+            Ok(_) => {
+                if let Some(data) = &mut self.data[lane - 1] {
+                    data.ended = true;
+                }
+                Poll::Ready(Ok(Recv {
                     lane: number,
-                    bytes,
-                    lane_closed: false,
-                }));
+                    bytes: 0,
+                    lane_closed: true,
+                }))
             }
-            Ok(_) => Closed::Eof,
-            Err(ReadError::ConnectionLost(error)) => {
-                return Poll::Ready(Err(lost(&error, self.layer)));
+            Err(error) => {
+                let code = match error {
+                    ReadError::Reset(code) => code,
+                    _ => self.layer.code(code::NORMAL),
+                };
+                self.abort(number, code);
+                Poll::Ready(Err(Closed::Lane(number)))
             }
-            Err(ReadError::Reset(code)) => {
-                let code = self.layer.shown(code);
-                Closed::Reset(format!("control stream reset by the peer with {code}").into())
-            }
-            Err(_) => Closed::Reset("control stream closed".into()),
-        };
-        if lane == 0 {
-            return Poll::Ready(Err(end));
         }
-        // Dropping the lane sends our FIN.
-        self.data[lane - 1] = None;
-        Poll::Ready(Ok(Recv {
-            lane: number,
-            bytes: 0,
-            lane_closed: true,
-        }))
     }
 
     fn note_migration(&mut self) {
         let now = self.remote_address();
         if now != self.peer {
             let from = std::mem::replace(&mut self.peer, now);
+            self.moved = true;
             self.limits.events.migrated(&self.info, from, now);
         }
     }
 }
 
-fn lane_mut(data: &mut [Option<Bidi>], lane: u8) -> Option<&mut Bidi> {
-    data.get_mut(usize::from(lane).checked_sub(1)?)?.as_mut()
+fn lane_mut(data: &mut [Option<DataLane>], lane: u8) -> Option<&mut Bidi> {
+    let slot = data.get_mut(usize::from(lane).checked_sub(1)?)?;
+    slot.as_mut().map(|data| &mut data.lane)
+}
+
+fn control_end(end: Result<usize, ReadError>, layer: Layer) -> Closed {
+    match end {
+        Ok(_) => Closed::Eof,
+        Err(ReadError::Reset(code)) => {
+            let code = layer.shown(code);
+            Closed::Reset(format!("control stream reset by the peer with {code}").into())
+        }
+        Err(_) => Closed::Reset("control stream closed".into()),
+    }
 }
 
 fn accept_bi(
