@@ -6,6 +6,7 @@ mod drain;
 mod events;
 mod hints;
 mod probe;
+mod secret;
 mod view;
 
 use std::io::Write;
@@ -30,6 +31,7 @@ use crate::store::{Memory, Store};
 use crate::telemetry::metrics;
 use crate::transport::{
     self, BindError, Bound, ClientTls, ConnectionCap, Drain, Handshakes, Kind, Limits, ListenSpec,
+    QuicSecret,
 };
 use crate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
 use crate::upstream::{RESERVED_KEY, Reach, Start, Upstream};
@@ -110,7 +112,7 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
     let mut certificates = Certificates::load(&config)?;
     let tls = client_tls(&config)?;
     let embedded = embedded(&config);
-    let limits = Arc::new(transport_limits(&config, cap.clone()));
+    let limits = Arc::new(transport_limits(&config, cap.clone())?);
     let opened = open_listeners(&config, &mut certificates, &limits)?;
 
     // From here on nothing of the configuration can fail.
@@ -426,15 +428,26 @@ fn client_tls(config: &Config) -> Result<Option<ClientTls>, StartError> {
     .map_err(|e| StartError::Config(format!("[upstream.tls]: {e}")))
 }
 
-fn transport_limits(config: &Config, cap: Arc<ConnectionCap>) -> Limits {
-    Limits {
+fn transport_limits(config: &Config, cap: Arc<ConnectionCap>) -> Result<Limits, StartError> {
+    Ok(Limits {
         handshakes: Handshakes::new(config.limits.handshakes_max as usize),
         accept_deadline: config.limits.accept_deadline,
         frame_before_auth: 16 * 1024,
         packet_max: config.limits.packet_max as usize,
         connections: cap,
         events: Arc::new(Counted),
+        quic_secret: quic_secret(config)
+            .map_err(|e| StartError::Internal(format!("no randomness: {e}")))?,
         ..Limits::default()
+    })
+}
+
+/// Kept where there is a configuration, and somebody to use it.
+fn quic_secret(config: &Config) -> std::io::Result<QuicSecret> {
+    let wanted = |l: &config::Listener| l.transport == config::Transport::Quic;
+    match config.source.is_some() && config.listeners.iter().any(wanted) {
+        true => secret::load(&config.node.data_dir),
+        false => Ok(QuicSecret::random()?.0),
     }
 }
 

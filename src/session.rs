@@ -515,8 +515,8 @@ impl Session {
 
     /// Something that came on a data stream has yet to be answered there.
     pub fn lane_busy(&self, lane: u8) -> bool {
-        let subscribing = |c: &Connection| c.pending.iter().any(|p| p.lane == lane);
-        self.connection.as_deref().is_some_and(subscribing)
+        let connection = self.connection.as_deref();
+        connection.is_some_and(|c| c.lane_busy(lane))
             || self.inbound.as_ref().is_some_and(|i| i.busy(lane))
     }
 

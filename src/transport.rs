@@ -29,6 +29,7 @@ use tokio::time::Instant;
 
 pub use limits::{Admit, ConnectionCap, Events, Handshakes, Limits, NoEvents, Permit};
 pub use listen::{BindError, Bound, Drain, bind};
+pub use quic::QuicSecret;
 pub use stream::Stream;
 pub use tls::{ClientCertificate, ClientTls, Configs, Material, ServerTls, TlsError, Validity};
 

@@ -196,6 +196,11 @@ impl Connection {
             }
     }
 
+    /// A SUBACK is due on a data stream, or something waits to be taken for it.
+    pub(super) fn lane_busy(&self, lane: u8) -> bool {
+        self.side_len(lane) > 0 || self.pending.iter().any(|p| p.lane == lane)
+    }
+
     fn side_len(&self, lane: u8) -> usize {
         let mut all = self.side_output.iter();
         all.find(|(l, _)| *l == lane).map_or(0, |(_, b)| b.len())

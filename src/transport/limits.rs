@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::{Kind, ListenerInfo};
+use super::{Kind, ListenerInfo, QuicSecret};
 
 /// The slack that a WebSocket message may have over the largest packet: one
 /// message may carry several packets [MQTT-6.0.0-2].
@@ -30,6 +30,8 @@ pub struct Limits {
     pub packet_max: usize,
     /// QUIC's max_idle_timeout (RFC 9000 section 10.1).
     pub quic_idle: Duration,
+    /// What QUIC's keys come from.
+    pub quic_secret: QuicSecret,
     /// Asked for each connection before anything is spent on it.
     pub connections: Arc<dyn Admit>,
     /// Told what happens.
@@ -52,8 +54,8 @@ impl std::fmt::Debug for Limits {
 }
 
 impl Default for Limits {
-    /// 512 handshakes, 10 s, 16 KiB, 1 MiB, 15 min, 100 000 connections, no
-    /// events.
+    /// 512 handshakes, 10 s, 16 KiB, 1 MiB, 15 min, a secret that is none,
+    /// 100 000 connections, no events.
     fn default() -> Self {
         Self {
             handshakes: Handshakes::new(512),
@@ -61,6 +63,7 @@ impl Default for Limits {
             frame_before_auth: 16 * 1024,
             packet_max: 1024 * 1024,
             quic_idle: Duration::from_secs(15 * 60),
+            quic_secret: QuicSecret::new([0; QuicSecret::LEN]),
             connections: Arc::new(ConnectionCap::new(100_000)),
             events: Arc::new(NoEvents),
         }

@@ -376,7 +376,7 @@ fn bind_quic(
     limits: &Limits,
 ) -> io::Result<(Bind, SocketAddr)> {
     let socket = UdpSocket::bind(spec.bind)?;
-    let server = quic::Server::new(socket, tls, limits, spec.webtransport)?;
+    let server = quic::Server::new(socket, tls, limits, spec)?;
     let addr = server.local_addr()?;
     Ok((Bind::Quic(server), addr))
 }

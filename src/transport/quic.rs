@@ -6,6 +6,7 @@
 
 mod bidi;
 mod capsules;
+mod keys;
 mod lanes;
 mod webtransport;
 
@@ -28,8 +29,9 @@ use tokio_util::sync::CancellationToken;
 use super::limits::{CertificateFault, HandshakeError, Limits};
 use super::listen::{Listener, canonical};
 use super::tls::{ALPN_H3, ALPN_MQTT, Configs, ServerTls, fault_of_alert};
-use super::{ClientCertificate, CloseHow, Permit, Stream};
+use super::{ClientCertificate, CloseHow, ListenSpec, Permit, Stream};
 use bidi::{Bidi, Layer};
+pub use keys::QuicSecret;
 pub(super) use lanes::Quic;
 
 /// Streams that a client may have open, control and data together.
@@ -52,6 +54,10 @@ const INCOMING_BYTES_ALL: u64 = 16 * 1024 * 1024;
 /// The socket's buffers, bytes, as far as the system allows: all clients share
 /// them, and bursts are lost past them.
 const SOCKET_BUFFER: usize = 4 * 1024 * 1024;
+
+/// At most one stateless reset in this time: after a restart as many clients learn of it in a second
+/// as may connect again by default.
+const RESET_INTERVAL: Duration = Duration::from_micros(200);
 
 /// Application close codes; those of EMQX, so that clients' logs make sense.
 mod code {
@@ -76,8 +82,10 @@ impl Server {
         socket: UdpSocket,
         tls: &Arc<ServerTls>,
         limits: &Limits,
-        webtransport: bool,
+        spec: &ListenSpec,
     ) -> io::Result<Self> {
+        let keys = limits.quic_secret.keys(&spec.name);
+        let keys = keys.ok_or_else(|| io::Error::other("the QUIC keys cannot be derived"))?;
         for result in [
             socket2::SockRef::from(&socket).set_recv_buffer_size(SOCKET_BUFFER),
             socket2::SockRef::from(&socket).set_send_buffer_size(SOCKET_BUFFER),
@@ -86,17 +94,16 @@ impl Server {
                 tracing::debug!(%error, "UDP socket buffer left as it is");
             }
         }
+        let mut own = EndpointConfig::new(keys.reset);
+        own.cid_generator(|| Box::new(keys::RandomIds))
+            .min_reset_interval(RESET_INTERVAL);
         let now = tls.current();
-        let config = server_config(&now, limits, webtransport)?;
-        let endpoint = Endpoint::new(
-            EndpointConfig::default(),
-            Some(config.clone()),
-            socket,
-            Arc::new(TokioRuntime),
-        )?;
+        let mut config = server_config(&now, limits, spec.webtransport)?;
+        config.token_key(keys.token);
+        let endpoint = Endpoint::new(own, Some(config.clone()), socket, Arc::new(TokioRuntime))?;
         let current = Current {
             tls: Arc::clone(tls),
-            webtransport,
+            webtransport: spec.webtransport,
             made: Arc::new(Mutex::new((now, Arc::new(config)))),
         };
         Ok(Self { endpoint, current })

@@ -204,7 +204,7 @@ impl Run {
                     QoS::AtMostOnce => {}
                     QoS::AtLeastOnce => drop(outbound.acknowledged(id, 0)),
                     QoS::ExactlyOnce => {
-                        outbound.received(id);
+                        outbound.received(id, 0);
                         outbound.completed(id);
                     }
                 }
