@@ -14,5 +14,6 @@ pub mod metrics;
 pub mod process;
 pub mod quic;
 pub mod recorder;
+pub mod udp_relay;
 pub mod usage;
 pub mod wire;

@@ -17,6 +17,19 @@ from .loop import call, loop
 from .process import PATIENCE
 
 
+def configuration(ca, **more) -> QuicConfiguration:
+    made = QuicConfiguration(is_client=True, alpn_protocols=["mqtt"], server_name="localhost", idle_timeout=60, **more)
+    made.load_verify_locations(str(ca))
+    return made
+
+
+def first_flight(port: int, ca) -> list[bytes]:
+    """The datagrams that a client sends before it has heard anything."""
+    quic = QuicConnection(configuration=configuration(ca))
+    quic.connect(("127.0.0.1", port), now=0)
+    return [raw for raw, _ in quic.datagrams_to_send(now=0)]
+
+
 class Gone(Exception):
     """The stream or the connection has ended; `code` is the application's, `None` for a FIN."""
 
@@ -73,9 +86,7 @@ class Phone:
         self.stopped: dict[int, int] = {}
         self.closed: ConnectionTerminated | None = None
         self.handshake: HandshakeCompleted | None = None
-        configuration = QuicConfiguration(is_client=True, alpn_protocols=["mqtt"], server_name="localhost", idle_timeout=60, session_ticket=ticket, **(options or {}))
-        configuration.load_verify_locations(str(ca))
-        self.quic = QuicConnection(configuration=configuration, session_ticket_handler=on_ticket)
+        self.quic = QuicConnection(configuration=configuration(ca, session_ticket=ticket, **(options or {})), session_ticket_handler=on_ticket)
         self.protocol: _Protocol = call(self._dial(port, wait))
         if wait:
             self.wait("the handshake", lambda: self.handshake or self.closed)
