@@ -159,7 +159,11 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         end.label,
         DisconnectReason::Normal | DisconnectReason::NormalWithWill
     ) {
-        poll_fn(|cx| Poll::Ready(connection.read_on(cx))).await;
+        poll_fn(|cx| {
+            connection.read_on(cx);
+            Poll::Ready(())
+        })
+        .await;
     }
     connection.take_rest(&end);
     let session_ended = clients.router.disconnected(

@@ -81,7 +81,7 @@ def alone(own_edge):
 
 def test_half_open_connections(alone, full):
     """Initials from everywhere and never an answer: past half of the places the address has to be proved, which costs nothing to keep."""
-    edge, bystander = alone(limits={"handshakes_max": 40, "accept_deadline": "2s"})
+    edge, bystander = alone(limits={"handshakes_max": 40, "accept_deadline": "1s"})
     count = 1000 if full else 250
     flights = [first_flight(edge["quic"].port, edge.pki.ca) for _ in range(count)]
     socks = []
@@ -103,7 +103,7 @@ def test_half_open_connections(alone, full):
 
 def test_connections_without_a_stream(alone, full):
     """Handshakes that are done, and then nothing: closed at the deadline."""
-    edge, bystander = alone(limits={"accept_deadline": "2s"})
+    edge, bystander = alone(limits={"accept_deadline": "1s"})
     phones = [Phone(edge["quic"].port, edge.pki.ca) for _ in range(200 if full else 40)]
     for one in phones:
         one.wait("the close", lambda one=one: one.closed, 15)
@@ -168,7 +168,7 @@ def test_a_flood_of_streams(alone, full, how):
 
 def test_a_client_that_takes_no_answers(alone):
     """It publishes on a stream and never lets the acknowledgements in: it is not read from, and then its stream is reset."""
-    edge, bystander = alone(limits={"write_stall": "2s", "receive_max": 65535})
+    edge, bystander = alone(limits={"write_stall": "1s", "receive_max": 65535})
     with Phone(edge["quic"].port, edge.pki.ca, options={"max_stream_data": 1024}) as one:
         credit = one.quic._write_stream_limits
         one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == 4 else credit(stream=stream, **more)

@@ -319,6 +319,7 @@ fn label_values_are_distinct() {
     distinct::<HeldReason>();
     distinct::<HandshakeReason>();
     distinct::<LinkDownReason>();
+    distinct::<StreamReason>();
     distinct::<UpstreamTlsReason>();
     distinct::<MemoryAccount>();
     distinct::<AcceptErrorReason>();
