@@ -95,7 +95,8 @@ impl Server {
             }
         }
         let mut own = EndpointConfig::new(keys.reset);
-        own.cid_generator(|| Box::new(keys::RandomIds))
+        let ids = keys.ids;
+        own.cid_generator(move || Box::new(ids.clone()))
             .min_reset_interval(RESET_INTERVAL);
         let now = tls.current();
         let mut config = server_config(&now, limits, spec.webtransport)?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use aws_lc_rs::{hkdf, hmac};
 use quinn::crypto::{HandshakeTokenKey, HmacKey};
 use quinn::{ConnectionId, ConnectionIdGenerator};
+use quinn_proto::InvalidCid;
 
 /// What the keys of all QUIC listeners of a process come from.
 #[derive(Clone)]
@@ -41,14 +42,17 @@ impl QuicSecret {
     /// of another could end them (RFC 9000 section 21.11).
     pub(super) fn keys(&self, listener: &str) -> Option<Keys> {
         let prk = hkdf::Salt::new(hkdf::HKDF_SHA256, b"tidegate quic").extract(&self.0);
-        let mut reset = [0; Self::LEN];
-        prk.expand(&[b"reset", listener.as_bytes()], Whole)
-            .and_then(|okm| okm.fill(&mut reset))
-            .ok()?;
+        let mac = |what: &[u8]| {
+            let mut key = [0; Self::LEN];
+            let about = [what, listener.as_bytes()];
+            prk.expand(&about, Whole).ok()?.fill(&mut key).ok()?;
+            Some(hmac::Key::new(hmac::HMAC_SHA256, &key))
+        };
         let about = [b"token", listener.as_bytes()];
         let token = prk.expand(&about, hkdf::HKDF_SHA256).ok()?;
         Some(Keys {
-            reset: Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &reset)),
+            reset: Arc::new(mac(b"reset")?),
+            ids: Ids(mac(b"connection identifier")?),
             token: Arc::new(hkdf::Prk::from(token)),
         })
     }
@@ -66,24 +70,46 @@ impl hkdf::KeyType for Whole {
 pub(super) struct Keys {
     pub reset: Arc<dyn HmacKey>,
     pub token: Arc<dyn HandshakeTokenKey>,
+    pub ids: Ids,
 }
 
-/// Connection IDs of eight random bytes. The library's own carry a checksum by a key of the process,
-/// and packets of clients of an earlier one would be dropped without a word.
-pub(super) struct RandomIds;
+/// Connection identifiers: random bytes and a check, so that what no process of ours gave out is not
+/// answered. The library's own check is by a key of the process, and packets of clients of an
+/// earlier one would be dropped without a word.
+#[derive(Clone)]
+pub(super) struct Ids(hmac::Key);
 
-const ID_LEN: usize = 8;
+const RANDOM_LEN: usize = 5;
+const CHECK_LEN: usize = 3;
 
-impl ConnectionIdGenerator for RandomIds {
+impl Ids {
+    fn check(&self, random: &[u8]) -> [u8; CHECK_LEN] {
+        let tag = hmac::sign(&self.0, random);
+        let mut check = [0; CHECK_LEN];
+        check.copy_from_slice(&tag.as_ref()[..CHECK_LEN]);
+        check
+    }
+}
+
+impl ConnectionIdGenerator for Ids {
     fn generate_cid(&mut self) -> ConnectionId {
-        let mut id = [0; ID_LEN];
+        let mut id = [0; RANDOM_LEN + CHECK_LEN];
         // Without randomness identifiers collide, and the library asks for another.
-        let _ = getrandom::fill(&mut id);
+        let _ = getrandom::fill(&mut id[..RANDOM_LEN]);
+        let check = self.check(&id[..RANDOM_LEN]);
+        id[RANDOM_LEN..].copy_from_slice(&check);
         ConnectionId::new(&id)
     }
 
+    fn validate(&self, id: &ConnectionId) -> Result<(), InvalidCid> {
+        match id.split_at_checked(RANDOM_LEN) {
+            Some((random, check)) if check == self.check(random) => Ok(()),
+            _ => Err(InvalidCid),
+        }
+    }
+
     fn cid_len(&self) -> usize {
-        ID_LEN
+        RANDOM_LEN + CHECK_LEN
     }
 
     fn cid_lifetime(&self) -> Option<std::time::Duration> {
@@ -113,10 +139,14 @@ mod tests {
     }
 
     #[test]
-    fn identifiers_differ() {
-        let mut ids = RandomIds;
-        let first = ids.generate_cid();
-        assert_eq!(first.len(), ids.cid_len());
-        assert_ne!(first[..], ids.generate_cid()[..]);
+    fn identifiers_are_known_again_by_the_same_secret_only() {
+        let ids = |n| QuicSecret::new([n; 32]).keys("a").expect("derived").ids;
+        let id = ids(1).generate_cid();
+        assert_eq!(id.len(), ids(1).cid_len());
+        assert_ne!(id[..], ids(1).generate_cid()[..]);
+        assert!(ids(1).validate(&id).is_ok());
+        assert!(ids(2).validate(&id).is_err());
+        assert!(ids(1).validate(&ConnectionId::new(&id[..4])).is_err());
+        assert!(ids(1).validate(&ConnectionId::new(b"any junk")).is_err());
     }
 }
