@@ -1,0 +1,276 @@
+use super::*;
+
+fn publish(packet_id: u16, dup: bool, qos: QoS, digest: u64) -> Incoming {
+    Incoming {
+        packet_id,
+        lane: 0,
+        dup,
+        qos,
+        digest,
+    }
+}
+
+const ONE: QoS = QoS::AtLeastOnce;
+const TWO: QoS = QoS::ExactlyOnce;
+const OK: ReasonCode = ReasonCode::SUCCESS;
+
+fn new(inbound: &mut Inbound, id: u16, qos: QoS, digest: u64) -> Token {
+    match inbound.arrive(&publish(id, false, qos, digest), 10) {
+        Arrival::New(token) => token,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_copy_sent_again_joins_the_first_while_it_waits() {
+    let mut inbound = Inbound::default();
+    let token = new(&mut inbound, 7, ONE, 1);
+    inbound.detached();
+    assert_eq!(
+        inbound.arrive(&publish(7, true, ONE, 1), 10),
+        Arrival::Joined
+    );
+    assert!(inbound.answer(token, OK, true).is_some());
+    assert_eq!(inbound.open(), 0);
+}
+
+#[test]
+fn an_answer_that_came_before_the_copy_serves_it_and_only_it() {
+    for attached in [false, true] {
+        let mut inbound = Inbound::default();
+        let token = new(&mut inbound, 7, ONE, 1);
+        inbound.detached();
+        assert_eq!(inbound.answer(token, OK, attached), None);
+        let again = inbound.arrive(&publish(7, true, ONE, 1), 10);
+        assert_eq!(again, Arrival::Answered(OK));
+        // [MQTT-4.3.2-5]: from now on the identifier means a new message.
+        let next = inbound.arrive(&publish(7, true, ONE, 1), 10);
+        assert!(matches!(next, Arrival::New(_)));
+    }
+}
+
+#[test]
+fn another_message_under_the_same_identifier_is_not_joined() {
+    let mut inbound = Inbound::default();
+    let first = new(&mut inbound, 1, ONE, 1);
+    inbound.detached();
+    let second = new(&mut inbound, 1, ONE, 2);
+    assert_eq!(inbound.answer(first, OK, true), None);
+    assert!(inbound.answer(second, OK, true).is_some());
+}
+
+#[test]
+fn a_clean_start_joins_only_what_is_marked_and_equal() {
+    let mut inbound = Inbound::default();
+    let token = new(&mut inbound, 1, ONE, 1);
+    inbound.restart();
+    let other = inbound.arrive(&publish(1, true, ONE, 2), 10);
+    assert!(matches!(other, Arrival::New(_)));
+    let mut inbound = Inbound::default();
+    let again = new(&mut inbound, 1, ONE, 1);
+    assert_eq!(token, again);
+    inbound.restart();
+    assert_eq!(
+        inbound.arrive(&publish(1, true, ONE, 1), 10),
+        Arrival::Joined
+    );
+    assert!(inbound.answer(again, OK, true).is_some());
+    let mut inbound = Inbound::default();
+    new(&mut inbound, 1, ONE, 1);
+    inbound.restart();
+    let fresh = inbound.arrive(&publish(1, false, ONE, 1), 10);
+    assert!(
+        matches!(fresh, Arrival::New(_)),
+        "a legal identical message"
+    );
+}
+
+#[test]
+fn what_an_earlier_session_left_does_not_outlive_its_successor_s_progress() {
+    let mut inbound = Inbound::default();
+    let old = new(&mut inbound, 1, ONE, 1);
+    inbound.restart();
+    inbound.answer(old, OK, true);
+    let other = new(&mut inbound, 2, ONE, 2);
+    inbound.answer(other, OK, true);
+    inbound.restart();
+    let again = inbound.arrive(&publish(1, true, ONE, 1), 10);
+    assert!(matches!(again, Arrival::New(_)));
+}
+
+#[test]
+fn one_past_the_limit_is_refused_and_leaves_nothing() {
+    let mut inbound = Inbound::default();
+    for id in 1..=10 {
+        new(&mut inbound, id, ONE, 0);
+    }
+    assert_eq!(
+        inbound.arrive(&publish(11, false, ONE, 0), 10),
+        Arrival::TooMany
+    );
+    assert_eq!(inbound.open(), 10);
+    assert_eq!(inbound.waiting(), 10);
+}
+
+#[test]
+fn answers_while_away_do_not_count_against_the_client() {
+    let mut inbound = Inbound::default();
+    let tokens: Vec<Token> = (1..=10).map(|id| new(&mut inbound, id, ONE, 0)).collect();
+    inbound.detached();
+    for token in tokens {
+        inbound.answer(token, OK, false);
+    }
+    new(&mut inbound, 20, ONE, 0);
+    assert_eq!(inbound.open(), 1);
+}
+
+#[test]
+fn qos_2_is_received_once_until_released() {
+    let mut inbound = Inbound::default();
+    let token = new(&mut inbound, 3, TWO, 1);
+    assert!(inbound.answer(token, OK, true).is_some());
+    assert_eq!(
+        inbound.arrive(&publish(3, true, TWO, 1), 10),
+        Arrival::Received
+    );
+    assert!(inbound.release(0, 3));
+    assert!(!inbound.release(0, 3));
+}
+
+fn on(lane: u8, packet_id: u16, dup: bool, digest: u64) -> Incoming {
+    Incoming {
+        lane,
+        ..publish(packet_id, dup, TWO, digest)
+    }
+}
+
+/// PUBREC is out.
+fn received(inbound: &mut Inbound, lane: u8, packet_id: u16, digest: u64) {
+    match inbound.arrive(&on(lane, packet_id, false, digest), 10) {
+        Arrival::New(token) => {
+            let answer = inbound.answer(token, OK, true).expect("told");
+            assert_eq!((answer.lane, answer.packet_id), (lane, packet_id));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn streams_use_one_identifier_for_different_messages() {
+    let mut inbound = Inbound::default();
+    received(&mut inbound, 1, 1, 11);
+    received(&mut inbound, 2, 1, 22);
+    assert_eq!(inbound.open(), 2);
+    assert!(inbound.release(1, 1));
+    // Only that of its own stream.
+    let again = inbound.arrive(&on(2, 1, true, 22), 10);
+    assert_eq!(again, Arrival::Received);
+    assert!(inbound.release(2, 1));
+    assert_eq!(inbound.open(), 0);
+    assert!(!inbound.release(2, 1));
+}
+
+#[test]
+fn a_release_may_come_on_any_stream() {
+    let mut inbound = Inbound::default();
+    received(&mut inbound, 3, 7, 1);
+    assert!(inbound.release(0, 7));
+    assert!(!inbound.release(3, 7));
+    received(&mut inbound, 3, 7, 2);
+    inbound.lane_ended(3);
+    assert!(inbound.release(5, 7));
+    assert_eq!(inbound.adrift.len(), 0);
+}
+
+#[test]
+fn a_gone_stream_s_identifier_is_free_for_the_next_one_of_its_number() {
+    let mut inbound = Inbound::default();
+    received(&mut inbound, 1, 1, 11);
+    inbound.lane_ended(1);
+    received(&mut inbound, 1, 1, 22);
+    // The first is still known: its copy is no third message.
+    let again = inbound.arrive(&on(4, 1, true, 11), 10);
+    assert_eq!(again, Arrival::Received);
+}
+
+#[test]
+fn after_a_resume_copies_are_known_on_whatever_stream() {
+    for (first, then) in [(1, 0), (1, 2), (0, 1), (0, 0), (1, 1)] {
+        let mut inbound = Inbound::default();
+        // One that the core has, one that it answered while the client was away, one of which
+        // the client may have PUBREC.
+        let mut tokens = Vec::new();
+        for (id, digest) in [(1, 11), (2, 22)] {
+            match inbound.arrive(&on(first, id, false, digest), 10) {
+                Arrival::New(token) => tokens.push(token),
+                other => panic!("{other:?}"),
+            }
+        }
+        received(&mut inbound, first, 3, 33);
+        inbound.detached();
+        assert_eq!(inbound.answer(tokens[1], OK, false), None);
+        let mut again = |id, digest| inbound.arrive(&on(then, id, true, digest), 10);
+        assert_eq!(again(1, 11), Arrival::Joined, "{first} {then}");
+        assert_eq!(again(2, 22), Arrival::Answered(OK), "{first} {then}");
+        assert_eq!(again(3, 33), Arrival::Received, "{first} {then}");
+        let answer = inbound.answer(tokens[0], OK, true).expect("told");
+        assert_eq!(answer.lane, then);
+        for id in 1..=3 {
+            assert!(inbound.release(then, id), "{first} {then} {id}");
+        }
+        assert_eq!((inbound.open(), inbound.waiting()), (0, 0));
+    }
+}
+
+#[test]
+fn after_a_resume_a_new_message_on_one_stream_forgets_none_of_another() {
+    let mut inbound = Inbound::default();
+    let Arrival::New(token) = inbound.arrive(&on(1, 1, false, 11), 10) else {
+        panic!("new");
+    };
+    inbound.detached();
+    inbound.answer(token, OK, false);
+    received(&mut inbound, 2, 9, 99);
+    let again = inbound.arrive(&on(1, 1, true, 11), 10);
+    assert_eq!(again, Arrival::Answered(OK));
+}
+
+#[test]
+fn a_release_that_may_mean_either_of_two_forgets_none_that_may_come_again() {
+    for order in [[11, 22], [22, 11]] {
+        let mut inbound = Inbound::default();
+        received(&mut inbound, 1, 1, order[0]);
+        received(&mut inbound, 2, 1, order[1]);
+        inbound.detached();
+        // The client has PUBREC for one, and not for the other.
+        assert!(inbound.release(0, 1));
+        let again = inbound.arrive(&on(0, 1, true, 22), 10);
+        assert_eq!(again, Arrival::Received);
+        assert!(inbound.release(0, 1));
+        assert_eq!((inbound.open(), inbound.adrift.len()), (0, 0));
+    }
+}
+
+#[test]
+fn a_new_message_says_which_of_two_was_released() {
+    let mut inbound = Inbound::default();
+    received(&mut inbound, 1, 1, 11);
+    received(&mut inbound, 2, 1, 22);
+    assert!(inbound.release(0, 1));
+    received(&mut inbound, 2, 1, 33);
+    let again = inbound.arrive(&on(1, 1, true, 11), 10);
+    assert_eq!(again, Arrival::Received);
+    assert!(inbound.release(1, 1) && inbound.release(2, 1));
+    assert_eq!((inbound.open(), inbound.adrift.len()), (0, 0));
+}
+
+#[test]
+fn what_gone_streams_left_is_bounded_and_costs_the_client_nothing() {
+    let mut inbound = Inbound::default();
+    for n in 0..2 * ADRIFT_MAX as u64 {
+        received(&mut inbound, 1, 1, n);
+        inbound.lane_ended(1);
+    }
+    assert_eq!(inbound.adrift.len(), ADRIFT_MAX);
+    assert_eq!(inbound.open(), 0);
+}
