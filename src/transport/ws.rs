@@ -209,8 +209,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
                 CloseHow::Protocol => code::PROTOCOL,
                 CloseHow::Overload => code::TRY_LATER,
             };
-            let code = self.fault.map_or(of_how, |fault| fault.code);
-            frame::control_frame(Control::Close, &code.to_be_bytes(), &mut self.control);
+            // The reason is for those who write clients: a browser shows it.
+            let (code, reason) = match self.fault {
+                Some(fault) => (fault.code, fault.reason),
+                None => (of_how, ""),
+            };
+            let payload = [&code.to_be_bytes(), reason.as_bytes()].concat();
+            frame::control_frame(Control::Close, &payload, &mut self.control);
         }
         self.closing = ClosePhase::Sending;
     }

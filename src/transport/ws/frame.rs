@@ -22,6 +22,7 @@ pub(super) mod code {
     pub(in super::super) const NOT_UTF8: u16 = 1007;
     pub(in super::super) const TOO_BIG: u16 = 1009;
     pub(in super::super) const TRY_LATER: u16 = 1013;
+    pub(in super::super) const BAD_GATEWAY: u16 = 1014;
 }
 
 /// The peer broke the rules; `code` is what to close with.
@@ -264,14 +265,15 @@ fn end_control(control: Control, payload: Vec<u8>, asked: &mut Asked) -> Result<
                 [] => None,
                 [_] => return Err(fault(code::PROTOCOL, "close frame with half a code")),
                 [a, b, reason @ ..] => {
-                    let code = u16::from_be_bytes([*a, *b]);
-                    if !CloseCode::from(code).is_allowed() {
+                    let given = u16::from_be_bytes([*a, *b]);
+                    // 1014 was registered after tungstenite's table was made.
+                    if given != code::BAD_GATEWAY && !CloseCode::from(given).is_allowed() {
                         return Err(fault(code::PROTOCOL, "close code not allowed"));
                     }
                     if std::str::from_utf8(reason).is_err() {
                         return Err(fault(code::NOT_UTF8, "close reason is not UTF-8"));
                     }
-                    Some(code)
+                    Some(given)
                 }
             });
         }
