@@ -64,6 +64,8 @@ pub struct Door {
     pub webtransport: Option<Arc<ListenerMetrics>>,
     /// `mount`.
     pub mount: Arc<str>,
+    /// `ping_interval` of a WebSocket listener, milliseconds; 0: no pings.
+    pub ping_after: u64,
 }
 
 impl Clients {

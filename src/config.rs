@@ -17,10 +17,11 @@ mod types;
 mod units;
 mod upstream;
 
-pub(crate) use check::is_loopback;
+pub(crate) use check::{HEALTH_PATH, is_loopback};
 pub use choices::{
     Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, Habit,
-    LogFormat, Probe, Protocol, QueueFull, SenderProperty, SharedAt, SubscribeWhileAway, Transport,
+    LogFormat, Probe, Protocol, ProxyProtocol, QueueFull, RealIpHeader, SenderProperty, SharedAt,
+    SubscribeWhileAway, Transport,
 };
 pub use error::{Error, Problem};
 pub use types::{

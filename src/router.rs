@@ -401,13 +401,19 @@ impl Router {
         slot.woken = false;
         slot.session.pump(&self.limits, now);
         let side = slot.session.connection()?.take_output(free, empty);
-        let mut taken = held + side.iter().map(|(_, b)| b.len()).sum::<usize>();
+        let aside = side.iter().map(|(_, b)| b.len()).sum::<usize>();
+        let mut taken = held + aside;
         // What waits for one data stream is its task's to watch; control is the connection.
         if free & 1 != 0 {
             slot.taken_at = now;
             taken += empty.len();
         }
         slot.taken = taken;
+        if aside + empty.len() > 0
+            && let Some(wake) = &slot.wake
+        {
+            wake.sent(now);
+        }
         self.shed(slot);
         shard.settle(reference.slot);
         self.charge_entries(&mut shard);
@@ -453,8 +459,8 @@ pub struct Place {
     pub listener: Arc<str>,
     /// Transport name.
     pub transport: &'static str,
-    /// It is a WebSocket.
-    pub websocket: bool,
+    /// Silence after which its WebSocket is pinged, milliseconds; 0: never.
+    pub ping_after: u64,
     /// Its address now.
     pub peer: SocketAddr,
 }

@@ -31,7 +31,7 @@ use crate::store::{Memory, Store};
 use crate::telemetry::metrics;
 use crate::transport::{
     self, BindError, Bound, ClientTls, ConnectionCap, Drain, Handshakes, Kind, Limits, ListenSpec,
-    QuicSecret,
+    Proxies, QuicSecret,
 };
 use crate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
 use crate::upstream::{RESERVED_KEY, Reach, Start, Upstream};
@@ -204,6 +204,10 @@ fn serve(
             .webtransport
             .then(|| Arc::new(metrics().listener(&listener.name, Kind::WebTransport.as_str()))),
         mount: listener.mount.as_str().into(),
+        ping_after: match listener.ping_interval {
+            Some(after) if listener.transport.is_websocket() => after.as_millis() as u64,
+            _ => 0,
+        },
     };
     let clients = clients.clone();
     let handler = move |accepted| clients.clone().serve(door.clone(), accepted);
@@ -346,8 +350,13 @@ fn open_listeners(
             name: listener.name.clone(),
             transport: kind(listener.transport),
             bind: listener.bind,
-            path: listener.path.clone(),
+            paths: listener.paths.clone(),
             origins: listener.origins.clone(),
+            proxies: Proxies {
+                trusted: listener.trusted_proxies.clone(),
+                protocol: listener.proxy_protocol,
+                header: listener.real_ip_header,
+            },
             tls: certificates.serve(&listener.tls)?,
             webtransport: listener.webtransport,
         };

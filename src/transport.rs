@@ -10,8 +10,11 @@
 //! `quic.rs` and `quic/`, tungstenite in `ws/`, rcgen in `selfsigned.rs`.
 
 pub mod dial;
+mod forwarded;
+mod guess;
 pub mod limits;
 pub mod listen;
+mod proxy;
 mod quic;
 pub mod selfsigned;
 mod stream;
@@ -27,8 +30,10 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
+pub use guess::{Guess, looks_like};
 pub use limits::{Admit, ConnectionCap, Events, Handshakes, Limits, NoEvents, Permit};
 pub use listen::{BindError, Bound, Drain, bind};
+pub use proxy::Proxies;
 pub use quic::QuicSecret;
 pub use stream::Stream;
 pub use tls::{ClientCertificate, ClientTls, Configs, Material, ServerTls, TlsError, Validity};
@@ -104,12 +109,14 @@ pub struct ListenSpec {
     pub transport: Kind,
     /// The address to bind; port 0 takes a free one.
     pub bind: SocketAddr,
-    /// The request path of `ws`, `wss` and WebTransport; others get 404. Unused
+    /// The request paths of `ws`, `wss` and WebTransport; others get 404. Unused
     /// elsewhere.
-    pub path: String,
+    pub paths: Vec<String>,
     /// Origins that a browser may come from (likewise); empty means any. A
     /// request without an `Origin` header is no browser's and passes.
     pub origins: Vec<String>,
+    /// The proxies before it; QUIC has none.
+    pub proxies: Proxies,
     /// The certificates; needed by `tls`, `wss` and `quic`.
     pub tls: Option<Arc<ServerTls>>,
     /// `quic`: browsers are served over WebTransport at the same port.
@@ -130,7 +137,8 @@ pub struct ListenerInfo {
 pub struct Accepted {
     /// The byte stream.
     pub stream: Stream,
-    /// The peer's address when the connection was accepted.
+    /// The client's address when the connection was accepted: the peer's, or what
+    /// a trusted proxy told (then port 0 is one that was not told).
     pub peer: SocketAddr,
     /// The listener it came in on.
     pub listener: Arc<ListenerInfo>,

@@ -16,7 +16,7 @@ mod probe;
 mod publish;
 mod redelivery;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod whole;
 

@@ -15,7 +15,7 @@ use crate::router::wake::Wake;
 use crate::router::{self, Place, Refused};
 use crate::session::{ConnectionSpec, Policy, Scope, Will};
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
-use crate::transport::{ClientCertificate, CloseHow, Closed, OutBuf, Stream};
+use crate::transport::{ClientCertificate, CloseHow, Closed, Guess, OutBuf, Stream, looks_like};
 
 use super::connection::Opened;
 use super::scope::{owner, scope_of};
@@ -78,7 +78,13 @@ pub(super) async fn open(
         },
     };
     metrics().connects_refused[refusal.label].increment(1);
-    if let Some(suppressed) = REFUSALS.permit() {
+    // What balancers do to see whether the port is open.
+    let probed = refusal.label == RefusedReason::Closed
+        && input.is_empty()
+        && matches!(door.transport, "tcp" | "tls");
+    if probed {
+        tracing::debug!(listener = &*door.name, transport = door.transport, peer = %peer, "{}", refusal.why);
+    } else if let Some(suppressed) = REFUSALS.permit() {
         tracing::info!(
             client_id = refusal.client_id,
             listener = &*door.name,
@@ -131,20 +137,31 @@ async fn read_connect(stream: &mut Stream, input: &mut Vec<u8>) -> Result<(), Re
         client_id: String::new(),
     };
     loop {
-        match decode_connect(input, CONNECT_MAX) {
-            Ok(Some(_)) => return Ok(()),
-            Ok(None) => {}
-            Err(error) => {
+        let guess = looks_like(input).filter(|guess| *guess != Guess::Mqtt);
+        match (decode_connect(input, CONNECT_MAX), guess) {
+            (Ok(Some(_)), _) => return Ok(()),
+            (Ok(None), None) => {}
+            // Its first byte may pass for a packet that is not complete.
+            (Ok(None), Some(other)) => {
+                let (label, code) = (RefusedReason::Protocol, ReasonCode::PROTOCOL_ERROR);
+                let why = format!("no CONNECT; this looks like {other}");
+                return Err(refusal(label, code, why, None));
+            }
+            (Err(error), guess) => {
                 let label = match &error {
                     Error::TooLarge { .. } => RefusedReason::TooLarge,
                     Error::UnsupportedVersion { .. } => RefusedReason::Version,
                     Error::Protocol(_) => RefusedReason::Protocol,
                     _ => RefusedReason::Malformed,
                 };
+                let why = match guess {
+                    None => error.to_string(),
+                    Some(other) => format!("{error}; this looks like {other}"),
+                };
                 let code = error.reason_code();
                 // Only to something that is a CONNECT an answer means anything.
                 let answer = answerable(input);
-                return Err(refusal(label, code, error.to_string(), answer));
+                return Err(refusal(label, code, why, answer));
             }
         }
         let mut more = Vec::new();
@@ -309,7 +326,7 @@ async fn admit(
     let place = Arc::new(Place {
         listener: door.name.clone(),
         transport: door.transport,
-        websocket: door.transport.starts_with("ws"),
+        ping_after: door.ping_after,
         peer,
     });
     let router = &clients.router;

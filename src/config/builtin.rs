@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::choices::{
-    Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, QueueFull,
-    SharedAt, SubscribeWhileAway, Transport,
+    Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, ProxyProtocol,
+    QueueFull, RealIpHeader, SharedAt, SubscribeWhileAway, Transport,
 };
 use super::machine;
 use super::types::{
@@ -30,6 +30,8 @@ pub(super) const NODE_ID_EMBEDDED: &str = "local";
 pub(super) const TLS_NAME: &str = "default";
 /// The request path of WebSocket and WebTransport.
 pub(super) const WS_PATH: &str = "/mqtt";
+/// Below the minute after which nginx and most load balancers cut a silent connection.
+pub(super) const PING_INTERVAL: Duration = Duration::from_secs(45);
 
 impl Config {
     /// What holds without a file: loopback listeners of every transport, the
@@ -91,7 +93,7 @@ pub(super) fn listeners() -> Vec<Listener> {
         name: transport.name().to_owned(),
         transport,
         bind: loopback(port),
-        path: WS_PATH.to_owned(),
+        paths: vec![WS_PATH.to_owned()],
         tls: match transport.is_encrypted() {
             true => vec![TLS_NAME.to_owned()],
             false => Vec::new(),
@@ -102,6 +104,10 @@ pub(super) fn listeners() -> Vec<Listener> {
         webtransport: transport == Transport::Quic,
         auth: AuthMode::Anonymous,
         mount: String::new(),
+        trusted_proxies: Vec::new(),
+        proxy_protocol: ProxyProtocol::Off,
+        real_ip_header: RealIpHeader::XForwardedFor,
+        ping_interval: Some(PING_INTERVAL),
     };
     vec![
         listener(Transport::Tcp, 1883),

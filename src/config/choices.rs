@@ -51,6 +51,37 @@ impl Transport {
     }
 }
 
+/// Whether connections begin with a PROXY protocol header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    /// None does; one that does is closed.
+    Off,
+    /// Each does, version 1 or 2, and comes from one of `trusted_proxies`.
+    Required,
+}
+
+choices!(ProxyProtocol {
+    "off" => Off,
+    "required" => Required,
+} not supported {});
+
+/// Which header of a WebSocket request names the client, if a trusted proxy wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RealIpHeader {
+    /// `X-Forwarded-For`.
+    XForwardedFor,
+    /// `Forwarded` (RFC 7239).
+    Forwarded,
+    /// No header.
+    None,
+}
+
+choices!(RealIpHeader {
+    "X-Forwarded-For" => XForwardedFor,
+    "Forwarded" => Forwarded,
+    "none" => None,
+} not supported {});
+
 /// MQTT version spoken to the core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {

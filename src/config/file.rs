@@ -1,23 +1,27 @@
 //! From the file's text to the plain values.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
 use super::builtin::{
-    MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, TLS_NAME, WS_PATH, listeners,
-    throwaway,
+    MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, PING_INTERVAL, TLS_NAME, WS_PATH,
+    listeners, throwaway,
 };
-use super::choices::{AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Transport};
+use super::choices::{
+    AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, ProxyProtocol, RealIpHeader,
+    Transport,
+};
 use super::document::Document;
 use super::error::{Error, Problem};
 use super::types::{
     AclAllow, AclRule, Admin, Auth, CertSource, ClientCertificates, Config, Drain, Limits,
     Listener, Log, Memory, Node, Session, Store, Tls, Upstream,
 };
-use super::units::{OneOrMany, Share};
+use super::units::{OneOrMore, Share, SpanOrNone};
 use super::{check, machine};
 
 impl Config {
@@ -132,7 +136,7 @@ struct RawTls {
     key: Option<PathBuf>,
     client_ca: Option<PathBuf>,
     #[serde(default)]
-    crl: OneOrMany,
+    crl: OneOrMore,
     client_auth: Option<ClientAuth>,
     identity: Option<CertificateIdentity>,
     key_log: Option<PathBuf>,
@@ -144,12 +148,16 @@ struct RawListener {
     name: Option<String>,
     transport: Transport,
     bind: SocketAddr,
-    path: Option<String>,
-    tls: Option<OneOrMany>,
+    path: Option<OneOrMore>,
+    tls: Option<OneOrMore>,
     origins: Option<Vec<String>>,
     auth: Option<AuthMode>,
     #[serde(default)]
     mount: String,
+    trusted_proxies: Option<Vec<String>>,
+    proxy_protocol: Option<ProxyProtocol>,
+    real_ip_header: Option<RealIpHeader>,
+    ping_interval: Option<SpanOrNone>,
     #[serde(default)]
     webtransport: bool,
 }
@@ -324,13 +332,33 @@ impl RawListener {
             say(&format!("listeners[{i}].{key}"), message);
         };
         let webtransport = self.webtransport && transport == Transport::Quic;
-        if !transport.is_websocket() && !webtransport {
-            let only = "ws, wss, and quic with webtransport = true,";
-            if self.path.is_some() {
-                unused("path", only);
+        if !transport.is_websocket() {
+            if !webtransport {
+                let only = "ws, wss, and quic with webtransport = true,";
+                if self.path.is_some() {
+                    unused("path", only);
+                }
+                if self.origins.is_some() {
+                    unused("origins", only);
+                }
             }
-            if self.origins.is_some() {
-                unused("origins", only);
+            for (key, written) in [
+                ("real_ip_header", self.real_ip_header.is_some()),
+                ("ping_interval", self.ping_interval.is_some()),
+            ] {
+                if written {
+                    unused(key, "ws and wss");
+                }
+            }
+        }
+        if transport == Transport::Quic {
+            for (key, written) in [
+                ("trusted_proxies", self.trusted_proxies.is_some()),
+                ("proxy_protocol", self.proxy_protocol.is_some()),
+            ] {
+                if written {
+                    unused(key, "tcp, tls, ws and wss");
+                }
             }
         }
         if self.webtransport && !webtransport {
@@ -339,12 +367,20 @@ impl RawListener {
         if !transport.is_encrypted() && self.tls.is_some() {
             unused("tls", "tls, wss and quic");
         }
-
+        let mut trusted_proxies = Vec::new();
+        for (n, text) in self.trusted_proxies.iter().flatten().enumerate() {
+            match network(text) {
+                Ok(network) => trusted_proxies.push(network),
+                Err(why) => say(&format!("listeners[{i}].trusted_proxies[{n}]"), why),
+            }
+        }
         Listener {
             name: self.name.unwrap_or_else(|| transport.name().to_owned()),
             transport,
             bind: self.bind,
-            path: self.path.unwrap_or_else(|| WS_PATH.to_owned()),
+            paths: self
+                .path
+                .map_or_else(|| vec![WS_PATH.to_owned()], |paths| paths.0),
             tls: match (transport.is_encrypted(), self.tls) {
                 (false, _) => Vec::new(),
                 (true, None) => vec![TLS_NAME.to_owned()],
@@ -354,6 +390,27 @@ impl RawListener {
             webtransport,
             auth: self.auth.unwrap_or(mode),
             mount: self.mount,
+            trusted_proxies,
+            proxy_protocol: self.proxy_protocol.unwrap_or(ProxyProtocol::Off),
+            real_ip_header: self.real_ip_header.unwrap_or(RealIpHeader::XForwardedFor),
+            ping_interval: self.ping_interval.map_or(Some(PING_INTERVAL), |p| p.0),
         }
     }
+}
+
+/// A network, or one address.
+fn network(text: &str) -> Result<IpNet, String> {
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok(address.into());
+    }
+    let wrong =
+        || format!("{text:?} is no network; write it as \"10.0.0.0/8\" or \"2001:db8::/32\"");
+    let network: IpNet = text.parse().map_err(|_| wrong())?;
+    if network.trunc() != network {
+        return Err(format!(
+            "{text:?} has bits behind its prefix; did you mean \"{}\"?",
+            network.trunc()
+        ));
+    }
+    Ok(network)
 }

@@ -166,7 +166,7 @@ fn webtransport_is_written_and_brings_path_and_origins() {
     let config = parse(&format!("{quic}{more}")).expect("valid");
     let listener = &config.listeners[0];
     assert!(listener.webtransport);
-    assert_eq!(listener.path, "/x");
+    assert_eq!(listener.paths, ["/x"]);
     assert_eq!(listener.origins, ["https://a.example"]);
 }
 

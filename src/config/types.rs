@@ -4,11 +4,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::choices::{
     Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, Habit,
-    LogFormat, Probe, Protocol, QueueFull, SenderProperty, SharedAt, SubscribeWhileAway, Transport,
+    LogFormat, Probe, Protocol, ProxyProtocol, QueueFull, RealIpHeader, SenderProperty, SharedAt,
+    SubscribeWhileAway, Transport,
 };
 use super::units::{duration, duration_or_none, size, size32};
 use super::upstream::{publish_links, server_list};
@@ -125,8 +127,9 @@ pub struct Listener {
     pub transport: Transport,
     /// Address; port 0 lets the system choose.
     pub bind: SocketAddr,
-    /// Request path of WebSocket and WebTransport, begins with `/`.
-    pub path: String,
+    /// Request paths of WebSocket and WebTransport, each begins with `/`; never empty, the first is
+    /// told.
+    pub paths: Vec<String>,
     /// Names of `[[tls]]` entries, the default first; empty exactly when the
     /// transport is not encrypted.
     pub tls: Vec<String>,
@@ -141,6 +144,14 @@ pub struct Listener {
     /// What all topics of its clients begin with at the core, unseen by them; `%u` is the user
     /// name, `%c` the client id. Empty: nothing.
     pub mount: String,
+    /// Networks whose peers are proxies: what they say of a client's address is believed.
+    pub trusted_proxies: Vec<IpNet>,
+    /// Whether connections begin with a PROXY protocol header.
+    pub proxy_protocol: ProxyProtocol,
+    /// Which header of a WebSocket request names the client.
+    pub real_ip_header: RealIpHeader,
+    /// Silence after which a WebSocket is pinged; `None`: never.
+    pub ping_interval: Option<Duration>,
 }
 
 /// `[upstream]`: the core broker and the links to it.

@@ -10,6 +10,14 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span(pub Duration);
 
+/// A duration, or `"none"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SpanOrNone(pub Option<Duration>);
+
+/// One text, or a list of texts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct OneOrMore(pub Vec<String>);
+
 /// A size with its unit, such as `"1MiB"`; a bare number is bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Size(pub u64);
@@ -40,21 +48,7 @@ pub(super) fn duration<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::E
 pub(super) fn duration_or_none<'de, D: Deserializer<'de>>(
     d: D,
 ) -> Result<Option<Duration>, D::Error> {
-    struct OrNone;
-    impl Written for OrNone {
-        type Value = Option<Duration>;
-        const WHAT: &'static str = "a duration such as \"30s\", or \"none\"";
-        fn text(text: &str) -> Result<Self::Value, String> {
-            match text {
-                "none" => Ok(None),
-                _ => Span::text(text).map(|span| Some(span.0)),
-            }
-        }
-        fn number(number: i64) -> Result<Self::Value, String> {
-            Span::number(number).map(|span| Some(span.0))
-        }
-    }
-    d.deserialize_any(Read::<OrNone>(PhantomData))
+    SpanOrNone::deserialize(d).map(|span| span.0)
 }
 
 /// For `deserialize_with`: a size in bytes.
@@ -107,7 +101,29 @@ macro_rules! deserialize_written {
         }
     )+ };
 }
-deserialize_written!(Span, Size, Share);
+deserialize_written!(Span, SpanOrNone, Size, Share);
+
+impl<'de> Deserialize<'de> for OneOrMore {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Texts;
+        impl<'de> Visitor<'de> for Texts {
+            type Value = Vec<String>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a text, or a list of texts")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+                Ok(vec![text.to_owned()])
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
+                Vec::deserialize(de::value::SeqAccessDeserializer::new(list))
+            }
+        }
+        d.deserialize_any(Texts).map(Self)
+    }
+}
 
 impl Written for Span {
     type Value = Self;
@@ -121,6 +137,22 @@ impl Written for Span {
 
     fn number(number: i64) -> Result<Self, String> {
         Err(format!("{number} has no unit; write {}", Self::WHAT))
+    }
+}
+
+impl Written for SpanOrNone {
+    type Value = Self;
+    const WHAT: &'static str = "a duration such as \"30s\", or \"none\"";
+
+    fn text(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self(None)),
+            _ => Span::text(text).map(|span| Self(Some(span.0))),
+        }
+    }
+
+    fn number(number: i64) -> Result<Self, String> {
+        Span::number(number).map(|span| Self(Some(span.0)))
     }
 }
 
@@ -170,36 +202,6 @@ impl Written for Share {
 
     fn number(number: i64) -> Result<Self, String> {
         Size::number(number).map(|size| Self::Bytes(size.0))
-    }
-}
-
-/// A text, or a list of texts.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct OneOrMany(pub Vec<String>);
-
-impl<'de> serde::Deserialize<'de> for OneOrMany {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct Reader;
-        impl<'de> serde::de::Visitor<'de> for Reader {
-            type Value = OneOrMany;
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a string or a list of strings")
-            }
-            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<OneOrMany, E> {
-                Ok(OneOrMany(vec![text.to_owned()]))
-            }
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(
-                self,
-                mut seq: A,
-            ) -> Result<OneOrMany, A::Error> {
-                let mut list = Vec::new();
-                while let Some(text) = seq.next_element()? {
-                    list.push(text);
-                }
-                Ok(OneOrMany(list))
-            }
-        }
-        d.deserialize_any(Reader)
     }
 }
 

@@ -109,19 +109,18 @@ impl Router {
     }
 
     /// Asks for a WebSocket ping on connections that have been silent: proxies cut those that are.
+    /// Whether the client is still there is for its keep alive to say, and for TCP.
     pub fn ping_idle(&self, now: u64) {
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {
-                let idle = slot
-                    .session
-                    .connection_ref()
-                    .is_some_and(|c| c.last_seen + PING_AFTER <= now);
-                let ws = slot.origin.as_ref().is_some_and(|o| o.websocket);
-                if idle
-                    && ws
-                    && let Some(wake) = &slot.wake
-                {
-                    wake.ping();
+                let after = slot.origin.as_ref().map_or(0, |o| o.ping_after);
+                let (Some(connection), Some(wake)) = (slot.session.connection_ref(), &slot.wake)
+                else {
+                    continue;
+                };
+                let last = connection.last_seen.max(wake.sent_at());
+                if after > 0 && last + after <= now {
+                    wake.ping(now);
                 }
             }
         }
@@ -301,10 +300,6 @@ impl Router {
 /// Bytes of each connection's output under pressure.
 const PRESSED: usize = 2048;
 
-/// Silence after which a WebSocket is pinged, milliseconds: with the walk's interval well below
-/// the 60 s of common proxies.
-const PING_AFTER: u64 = 25_000;
-
 const KEEP_ALIVE: Close = Close {
     reason: ReasonCode::KEEP_ALIVE_TIMEOUT,
     why: "nothing came for one and a half times the keep alive [MQTT-3.1.2-22]",
@@ -315,3 +310,67 @@ pub const WRITE_STALL: Close = Close {
     reason: ReasonCode::QUOTA_EXCEEDED,
     why: "the socket took nothing for limits.write_stall",
 };
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use crate::mqtt::Version;
+    use crate::router::wake::Wake;
+    use crate::router::{Connect, Place};
+    use crate::session::ConnectionSpec;
+    use crate::upstream::testing;
+
+    #[test]
+    fn a_websocket_is_pinged_once_for_each_interval_of_silence() {
+        let router = testing::router();
+        let wakes = [45_000, 0].map(|ping_after| {
+            let wake = Arc::new(Wake::default());
+            let connect = Connect {
+                client_id: format!("{ping_after}").into(),
+                principal: "anonymous".into(),
+                clean_start: true,
+                expiry: 0,
+                spec: ConnectionSpec {
+                    version: Version::V5,
+                    receive_maximum: 1,
+                    maximum_packet_size: u32::MAX,
+                    topic_alias_maximum: 0,
+                    problem_information: true,
+                    keep_alive: 0,
+                    scope: None,
+                },
+                will: None,
+                wake: wake.clone(),
+                origin: Arc::new(Place {
+                    listener: "test".into(),
+                    transport: "ws",
+                    ping_after,
+                    peer: ([127, 0, 0, 1], 1).into(),
+                }),
+            };
+            let connected = router.connect(connect, 1000, |_, out| out.push(0));
+            (wake, connected.ok().map(|c| (c.session, c.generation)))
+        });
+        let [(pinged, session), (left_alone, _)] = &wakes;
+        let (session, generation) = session.expect("connected");
+        let walks = |from: u64, to: u64| {
+            let times = (from..=to).step_by(2000);
+            let pings = times.filter(|&now| {
+                router.ping_idle(now);
+                assert!(!left_alone.take_ping());
+                pinged.take_ping()
+            });
+            pings.collect::<Vec<_>>()
+        };
+        assert_eq!(walks(1000, 140_000), [47_000, 93_000, 139_000]);
+        // What is sent to it is no silence.
+        let mut out = Vec::new();
+        router.take_output(session, generation, &mut out, 150_000);
+        assert!(!out.is_empty());
+        assert_eq!(walks(150_000, 200_000), [196_000]);
+        // To look for output that is not there is.
+        router.take_output(session, generation, &mut Vec::new(), 200_000);
+        assert_eq!(walks(202_000, 245_000), [242_000]);
+    }
+}

@@ -1,6 +1,6 @@
 //! How the router reaches a task that sleeps on its socket.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Waker;
 
 use futures_util::task::AtomicWaker;
@@ -14,6 +14,8 @@ pub struct Wake {
     waker: AtomicWaker,
     raised: AtomicBool,
     ping: AtomicBool,
+    /// When something was last given to the task to be sent, milliseconds.
+    sent_at: AtomicU64,
     queued: AtomicBool,
     close: Mutex<Option<Close>>,
 }
@@ -51,7 +53,8 @@ impl Wake {
     }
 
     /// The transport is to be kept alive.
-    pub fn ping(&self) {
+    pub fn ping(&self, now: u64) {
+        self.sent(now);
         self.ping.store(true, Ordering::Release);
         self.raise();
     }
@@ -59,6 +62,16 @@ impl Wake {
     /// Whether a ping was asked for; asked for once.
     pub fn take_ping(&self) -> bool {
         self.ping.load(Ordering::Relaxed) && self.ping.swap(false, Ordering::AcqRel)
+    }
+
+    /// The task was given something to send.
+    pub(super) fn sent(&self, now: u64) {
+        self.sent_at.store(now, Ordering::Relaxed);
+    }
+
+    /// When it was given something last, a ping included; milliseconds.
+    pub(super) fn sent_at(&self) -> u64 {
+        self.sent_at.load(Ordering::Relaxed)
     }
 
     /// Why the connection is to end, if it is.

@@ -26,7 +26,8 @@ impl Events for Counted {
     fn handshake_failed(&self, _listener: &ListenerInfo, reason: &'static str) {
         let reason = match reason {
             "deadline" => HandshakeReason::Timeout,
-            "stopped" => HandshakeReason::Closed,
+            "stopped" | "closed" => HandshakeReason::Closed,
+            "proxy_protocol" => HandshakeReason::Proxy,
             "tls" => HandshakeReason::Tls,
             "alpn" => HandshakeReason::Alpn,
             "client_certificate_missing" => HandshakeReason::CertificateMissing,
@@ -36,13 +37,17 @@ impl Events for Counted {
             "client_certificate_other" => HandshakeReason::CertificateOther,
             "http_403" => HandshakeReason::Origin,
             "http_404" => HandshakeReason::Path,
-            "http_400" => HandshakeReason::Subprotocol,
+            "subprotocol" => HandshakeReason::Subprotocol,
             "quic" => HandshakeReason::Quic,
             "webtransport" | "http_501" => HandshakeReason::WebTransport,
             "io" => HandshakeReason::Io,
             _ => HandshakeReason::WebSocket,
         };
         metrics().handshakes_failed[reason].increment(1);
+    }
+
+    fn health_checked(&self, _listener: &ListenerInfo) {
+        metrics().health_checks.increment(1);
     }
 
     fn retry_sent(&self, _listener: &ListenerInfo) {

@@ -14,7 +14,7 @@ pub(super) fn address(listener: &Listener, bound: SocketAddr) -> (String, &'stat
         Transport::Quic => "quic",
     };
     let path = if listener.transport.is_websocket() {
-        listener.path.as_str()
+        listener.paths.first().map_or("", String::as_str)
     } else {
         ""
     };
@@ -30,11 +30,12 @@ pub(super) fn webtransport(
     listener: &Listener,
     bound: SocketAddr,
 ) -> Option<(String, &'static str, String)> {
+    let path = listener.paths.first().map_or("", String::as_str);
     listener.webtransport.then(|| {
         (
             listener.name.clone(),
             "webtransport",
-            format!("https://{bound}{}", listener.path),
+            format!("https://{bound}{path}"),
         )
     })
 }

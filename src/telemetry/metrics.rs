@@ -226,6 +226,8 @@ metrics! {
     counter quic_retries = "tidegate_quic_retries_total";
     #[doc = "Data streams that were reset while their connection went on, by reason."]
     counter quic_streams_reset = "tidegate_quic_streams_reset_total" by StreamReason;
+    #[doc = "Health checks answered on ws and wss listeners."]
+    counter health_checks = "tidegate_health_checks_total";
     #[doc = "Wills published."]
     counter wills_published = "tidegate_wills_published_total";
     #[doc = "Wills that a resume or a normal end cancelled."]

@@ -1,6 +1,7 @@
 //! The limits that hold before a client is known, and the hooks by which the
 //! runtime counts what happens here.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -187,6 +188,8 @@ pub trait Events: Send + Sync {
     fn refused(&self, _listener: &ListenerInfo, _reason: &'static str) {}
     /// A handshake failed; `reason` is [`HandshakeError::label`].
     fn handshake_failed(&self, _listener: &ListenerInfo, _reason: &'static str) {}
+    /// A load balancer asked whether a `ws` or `wss` listener is well.
+    fn health_checked(&self, _listener: &ListenerInfo) {}
     /// A QUIC client was asked to prove its address (RFC 9000 section 8.1.2).
     fn retry_sent(&self, _listener: &ListenerInfo) {}
     /// A QUIC client's address changed (RFC 9000 section 9).
@@ -242,14 +245,26 @@ pub enum HandshakeError {
     /// 7301).
     #[error("no common application protocol (ALPN): \"{0}\" is needed")]
     Alpn(&'static str),
+    /// The peer closed without a byte.
+    #[error("closed without a byte")]
+    Silent,
+    /// The PROXY protocol header is missing or wrong.
+    #[error("PROXY protocol: {0}")]
+    Proxy(&'static str),
     /// The HTTP request was answered with an error status.
     #[error("HTTP {status}: {reason}")]
     Http {
         /// The status sent.
         status: u16,
-        /// What was wrong with the request.
-        reason: &'static str,
+        /// What was wrong with the request; what the client wrote is escaped.
+        reason: Cow<'static, str>,
     },
+    /// The request offered no subprotocol that is served; answered with 400.
+    #[error("HTTP 400: none of the subprotocols \"mqtt\" and \"mqttv3.1\" offered")]
+    Subprotocol,
+    /// No failure: a health check was answered.
+    #[error("health check")]
+    Health,
     /// QUIC failed.
     #[error("QUIC: {0}")]
     Quic(String),
@@ -267,12 +282,24 @@ impl HandshakeError {
         }
     }
 
+    /// A failure before the first byte: some balancers end a port check with a reset.
+    pub(super) fn before_all(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::ConnectionReset => Self::Silent,
+            _ => Self::Io(error),
+        }
+    }
+
     /// A bounded name for a metric label.
     pub const fn label(&self) -> &'static str {
         match self {
             Self::Deadline => "deadline",
             Self::Stopped => "stopped",
             Self::Io(_) => "io",
+            Self::Silent => "closed",
+            Self::Proxy(_) => "proxy_protocol",
+            Self::Subprotocol => "subprotocol",
+            Self::Health => "health",
             Self::Tls(_) => "tls",
             Self::ClientCertificate { fault, .. } => match fault {
                 CertificateFault::Missing => "client_certificate_missing",
@@ -290,6 +317,7 @@ impl HandshakeError {
                 426 => "http_426",
                 431 => "http_431",
                 501 => "http_501",
+                505 => "http_505",
                 _ => "http_other",
             },
             Self::Quic(_) => "quic",
@@ -342,7 +370,7 @@ mod tests {
     fn handshake_errors_have_bounded_labels() {
         let http = |status| HandshakeError::Http {
             status,
-            reason: "x",
+            reason: "x".into(),
         };
         for (error, label) in [
             (HandshakeError::Deadline, "deadline"),

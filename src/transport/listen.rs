@@ -5,7 +5,7 @@ mod pace;
 
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener as StdTcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket};
 use std::sync::Arc;
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -16,10 +16,13 @@ use tokio_util::sync::CancellationToken;
 
 use pace::{Backoff, LogGate, accept_error_kind};
 
+use super::guess::looks_like;
 use super::limits::{HandshakeError, Limits, Permit};
+pub(super) use super::proxy::canonical;
 use super::tls::{self, ALPN_HTTP, ALPN_MQTT, ServerTls};
 use super::ws::{self, Ws};
 use super::{Accepted, CloseHow, Kind, ListenSpec, ListenerInfo, Stream, quic};
+use crate::config::ProxyProtocol;
 
 /// Connections that the system may hold before `accept`; it has its own cap.
 const BACKLOG: i32 = 4096;
@@ -228,10 +231,20 @@ impl Listener {
                 deadline,
                 permit,
             }),
+            Err(HandshakeError::Health) => {
+                self.limits.events.health_checked(&self.info);
+                None
+            }
             Err(error) => {
                 self.limits
                     .events
                     .handshake_failed(&self.info, error.label());
+                // What balancers do to see whether the port is open.
+                if matches!(error, HandshakeError::Silent) {
+                    let (listener, transport) = (&self.info.name, self.info.kind);
+                    tracing::debug!(listener, %transport, %peer, "{error}");
+                    return None;
+                }
                 if let Some(suppressed) = self.log.pass(Instant::now()) {
                     let (listener, transport) = (&self.info.name, error.on(self.info.kind));
                     tracing::info!(
@@ -244,33 +257,53 @@ impl Listener {
         }
     }
 
-    /// The handshake of everything that begins with TCP.
-    async fn upgrade(&self, io: TcpStream, peer: SocketAddr) -> Result<Stream, HandshakeError> {
+    /// The handshake of everything that begins with TCP; `peer` becomes the
+    /// client where a proxy tells of it.
+    async fn upgrade(
+        &self,
+        mut io: TcpStream,
+        peer: &mut SocketAddr,
+    ) -> Result<Stream, HandshakeError> {
+        self.spec.proxies.read(&mut io, peer).await?;
+        if self.info.kind == Kind::Tcp {
+            return Ok(Stream::tcp(io, *peer));
+        }
         // A client that says nothing holds no place. (`readable` may be ready
         // for no reason, and is for a fresh socket.)
-        if io.peek(&mut [0]).await.map_err(HandshakeError::Io)? == 0 {
-            return Err(HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()));
+        let mut first = [0; 16];
+        let seen = io
+            .peek(&mut first)
+            .await
+            .map_err(HandshakeError::before_all)?;
+        if seen == 0 {
+            return Err(HandshakeError::Silent);
         }
+        let not_tls = |error| match (error, looks_like(&first[..seen])) {
+            (HandshakeError::Tls(why), Some(other)) => {
+                HandshakeError::Tls(format!("{why}; this looks like {other}"))
+            }
+            (error, _) => error,
+        };
         let _place = self.limits.handshakes.place().await;
         match (self.info.kind, &self.spec.tls) {
             (Kind::Tls, Some(tls)) => {
-                let (io, client) = tls::accept(io, tls, ALPN_MQTT).await?;
-                Ok(Stream::tls(io, peer).of(client))
+                let (io, client) = tls::accept(io, tls, ALPN_MQTT).await.map_err(not_tls)?;
+                Ok(Stream::tls(io, *peer).of(client))
             }
-            (Kind::Ws, _) => Ok(Stream::ws(self.websocket(io).await?, peer)),
+            (Kind::Ws, _) => Ok(Stream::ws(self.websocket(io, peer).await?, *peer)),
             (Kind::Wss, Some(tls)) => {
-                let (io, client) = tls::accept(io, tls, ALPN_HTTP).await?;
-                Ok(Stream::wss(self.websocket(io).await?, peer).of(client))
+                let (io, client) = tls::accept(io, tls, ALPN_HTTP).await.map_err(not_tls)?;
+                Ok(Stream::wss(self.websocket(io, peer).await?, *peer).of(client))
             }
-            _ => Ok(Stream::tcp(io, peer)),
+            _ => Ok(Stream::tcp(io, *peer)),
         }
     }
 
-    async fn websocket<S>(&self, mut io: S) -> Result<Ws<S>, HandshakeError>
+    async fn websocket<S>(&self, mut io: S, peer: &mut SocketAddr) -> Result<Ws<S>, HandshakeError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let early = ws::accept(&mut io, &self.spec.path, &self.spec.origins).await?;
+        let early = ws::accept(&mut io, &self.spec, peer).await?;
         Ok(Ws::new(
             io,
             early,
@@ -333,7 +366,7 @@ fn start<H, F>(
     // Packets are written whole; waiting to fill a segment only costs latency.
     let _ = io.set_nodelay(true);
     let deadline = listener.deadline();
-    if listener.info.kind == Kind::Tcp {
+    if listener.info.kind == Kind::Tcp && listener.spec.proxies.protocol == ProxyProtocol::Off {
         let stream = Ok(Stream::tcp(io, peer));
         if let Some(accepted) = listener.finish(stream, peer, deadline, permit) {
             tokio::spawn(handler(accepted));
@@ -345,7 +378,8 @@ fn start<H, F>(
     let handshake = Box::pin({
         let (listener, stop) = (Arc::clone(listener), stop.clone());
         async move {
-            let upgrade = listener.upgrade(io, peer);
+            let mut peer = peer;
+            let upgrade = listener.upgrade(io, &mut peer);
             let result = listener.bounded(deadline, &stop, upgrade).await;
             listener.finish(result, peer, deadline, permit)
         }
@@ -381,30 +415,10 @@ fn bind_quic(
     Ok((Bind::Quic(server), addr))
 }
 
-/// An IPv4 client of a dual-stack socket by its IPv4 address.
-pub(super) fn canonical(addr: SocketAddr) -> SocketAddr {
-    match addr.ip().to_canonical() {
-        ip @ IpAddr::V4(_) => SocketAddr::new(ip, addr.port()),
-        // Unchanged, with its scope.
-        IpAddr::V6(_) => addr,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mapped_addresses_are_shown_as_ipv4() {
-        for (addr, shown) in [
-            ("[::ffff:192.0.2.7]:80", "192.0.2.7:80"),
-            ("192.0.2.7:80", "192.0.2.7:80"),
-            ("[2001:db8::1]:80", "[2001:db8::1]:80"),
-        ] {
-            let addr: SocketAddr = addr.parse().expect("an address");
-            assert_eq!(canonical(addr).to_string(), shown);
-        }
-    }
+    use crate::transport::Proxies;
 
     #[tokio::test]
     async fn bind_errors_are_told_apart() {
@@ -412,8 +426,9 @@ mod tests {
             name: "here".into(),
             transport,
             bind,
-            path: String::new(),
+            paths: vec![],
             origins: vec![],
+            proxies: Proxies::default(),
             tls: None,
             webtransport: false,
         };

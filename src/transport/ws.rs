@@ -4,6 +4,7 @@
 
 mod frame;
 mod handshake;
+mod request;
 
 use std::io::IoSlice;
 use std::pin::Pin;
@@ -15,7 +16,8 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::Control;
 use super::tcp::{self, Closing, READ_MAX, with_scratch};
 use super::{CloseHow, Closed, OutBuf};
 use frame::{Asked, Decoder, Fault, Stopped, code};
-pub(super) use handshake::{accept, origin_allowed};
+pub(super) use handshake::accept;
+pub(super) use request::stranger;
 
 /// A WebSocket whose handshake is done.
 #[derive(Debug)]

@@ -155,7 +155,7 @@ fn connect(
         origin: Arc::new(Place {
             listener: "test".into(),
             transport: "tcp",
-            websocket: false,
+            ping_after: 0,
             peer: ([127, 0, 0, 1], 1).into(),
         }),
     };

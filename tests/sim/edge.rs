@@ -166,7 +166,7 @@ impl Edge {
                     origin: Arc::new(Place {
                         listener: "sim".into(),
                         transport: "sim",
-                        websocket: false,
+                        ping_after: 0,
                         peer: ([127, 0, 0, 1], 1).into(),
                     }),
                 },

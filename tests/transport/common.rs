@@ -9,7 +9,7 @@ use futures_util::{SinkExt, StreamExt};
 use rustls::pki_types::{CertificateDer, ServerName};
 use tidegate::transport::{
     Accepted, CloseHow, Closed, ConnectionCap, Drain, Events, Kind, Limits, ListenSpec,
-    ListenerInfo, OutBuf, Recv, ServerTls, Stream, bind,
+    ListenerInfo, OutBuf, Proxies, Recv, ServerTls, Stream, bind,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -37,6 +37,9 @@ impl Events for Seen {
     }
     fn handshake_failed(&self, _: &ListenerInfo, reason: &'static str) {
         let _ = self.log.send(format!("failed {reason}"));
+    }
+    fn health_checked(&self, _: &ListenerInfo) {
+        let _ = self.log.send("health".into());
     }
     fn retry_sent(&self, _: &ListenerInfo) {
         let _ = self.log.send("retry".into());
@@ -76,8 +79,9 @@ impl Server {
             name: format!("test-{kind}"),
             transport: kind,
             bind: ([127, 0, 0, 1], 0).into(),
-            path: "/mqtt".into(),
+            paths: vec!["/mqtt".into()],
             origins: vec![],
+            proxies: Proxies::default(),
             tls: Some(tls),
             webtransport: false,
         };
@@ -138,9 +142,18 @@ impl Server {
         &self,
         alpn: &[&str],
     ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+        self.tls_on(self.tcp().await, alpn).await
+    }
+
+    /// On a connection on which something was said before.
+    pub async fn tls_on(
+        &self,
+        io: TcpStream,
+        alpn: &[&str],
+    ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
         let name = ServerName::try_from(LOCAL).expect("a name");
         TlsConnector::from(Arc::new(self.client_tls(alpn)))
-            .connect(name, self.tcp().await)
+            .connect(name, io)
             .await
     }
 

@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 
 use futures_util::{SinkExt, StreamExt};
+use tidegate::config::ProxyProtocol;
 use tidegate::transport::{CloseHow, Closed, Kind};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -25,10 +26,10 @@ async fn ws_refusals() {
     assert_eq!(server.event().await, "failed http_404");
     let none = websocket(server.tcp().await, "/mqtt", None).await;
     assert_eq!(status(none), 400);
-    assert_eq!(server.event().await, "failed http_400");
+    assert_eq!(server.event().await, "failed subprotocol");
     let other = websocket(server.tcp().await, "/mqtt", Some("amqp")).await;
     assert_eq!(status(other), 400);
-    assert_eq!(server.event().await, "failed http_400");
+    assert_eq!(server.event().await, "failed subprotocol");
 
     for (origin, good) in [
         ("https://good.example", true),
@@ -208,5 +209,80 @@ async fn ws_close_codes_are_ours() {
             Message::Close(Some(frame)) => assert_eq!(frame.code, code),
             other => panic!("{other:?}"),
         }
+    }
+}
+
+#[tokio::test]
+async fn health_checks_are_no_connections() {
+    let mut server = Server::start(Kind::Ws);
+    let mut plain = server.tcp().await;
+    plain
+        .write_all(b"GET /healthz HTTP/1.0\r\n\r\n")
+        .await
+        .expect("sent");
+    let mut answer = String::new();
+    soon(plain.read_to_string(&mut answer))
+        .await
+        .expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    drop(plain);
+    assert_eq!(server.event().await, "health");
+    // A port that is only opened and closed says so.
+    drop(server.tcp().await);
+    assert_eq!(server.event().await, "failed closed");
+    assert!(server.accepted.try_recv().is_err());
+    assert_eq!(server.cap.used(), 0);
+}
+
+#[tokio::test]
+async fn pings_that_nobody_reads_the_answers_to_take_no_memory() {
+    let mut server = Server::start(Kind::Ws);
+    let mut client = server.ws().await;
+    let mut stream = server.accept().await.stream;
+    // More than the sockets hold, of answers that stay where they are.
+    let flood = async {
+        for n in 0..200_000u32 {
+            let mut text = [b'.'; 125];
+            text[..4].copy_from_slice(&n.to_be_bytes());
+            let ping = Message::Ping(text.to_vec().into());
+            client.feed(ping).await.expect("the server goes on reading");
+        }
+        client.flush().await.expect("flushed");
+        client
+            .send(Message::Binary(b"end".to_vec().into()))
+            .await
+            .expect("sent");
+    };
+    let (got, ()) = tokio::join!(recv_n(&mut stream, 3), flood);
+    assert_eq!(got, b"end");
+}
+
+#[tokio::test]
+async fn a_required_proxy_header_names_the_client() {
+    for kind in [Kind::Tcp, Kind::Tls, Kind::Ws] {
+        let mut server = Server::with(kind, |spec, _| {
+            spec.proxies.protocol = ProxyProtocol::Required;
+            spec.proxies.trusted = vec!["127.0.0.0/8".parse().expect("a network")];
+        });
+        let mut plain = server.tcp().await;
+        plain
+            .write_all(b"PROXY TCP4 192.0.2.7 10.0.0.1 4660 80\r\n")
+            .await
+            .expect("sent");
+        match kind {
+            Kind::Ws => {
+                let _client = websocket(plain, "/mqtt", Some("mqtt")).await;
+            }
+            Kind::Tls => drop(server.tls_on(plain, &["mqtt"]).await.expect("handshake")),
+            _ => {}
+        }
+        let accepted = server.accept().await;
+        assert_eq!(accepted.peer.to_string(), "192.0.2.7:4660");
+        assert_eq!(accepted.stream.peer_addr(), accepted.peer);
+        drop(server.tcp().await);
+        assert_eq!(server.event().await, "failed closed");
+        let mut other = server.tcp().await;
+        other.write_all(b"GET / HTTP/1.1\r\n").await.expect("sent");
+        assert_eq!(server.event().await, "failed proxy_protocol");
     }
 }

@@ -268,6 +268,8 @@ labels! {
         Origin = "origin",
         /// No MQTT subprotocol.
         Subprotocol = "subprotocol",
+        /// No PROXY protocol header, a wrong one, or from an untrusted peer.
+        Proxy = "proxy_protocol",
         /// The deadline passed.
         Timeout = "timeout",
         /// `handshakes_max` or `connections_max`.

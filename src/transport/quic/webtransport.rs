@@ -19,7 +19,7 @@ use super::{CloseOnDrop, code, handshake_error};
 use crate::transport::limits::HandshakeError;
 use crate::transport::listen::Listener;
 use crate::transport::tcp::with_scratch;
-use crate::transport::ws::origin_allowed;
+use crate::transport::ws::stranger;
 use crate::transport::{Closed, ListenSpec};
 
 /// Unidirectional streams that a client may have: HTTP/3 control and QPACK's
@@ -240,10 +240,10 @@ fn judge(
     protocols: &[String],
     spec: &ListenSpec,
 ) -> Result<ConnectResponse, (StatusCode, &'static str)> {
-    if path != spec.path {
+    if !spec.paths.iter().any(|served| served == path) {
         return Err((StatusCode::NOT_FOUND, "wrong path"));
     }
-    if !origin_allowed(headers, &spec.origins) {
+    if stranger(headers, &spec.origins).is_some() {
         return Err((StatusCode::FORBIDDEN, "Origin not allowed"));
     }
     if protocols.is_empty() {
@@ -274,7 +274,7 @@ async fn refuse(
     connection.close(NO_ERROR, b"");
     HandshakeError::Http {
         status: status.as_u16(),
-        reason,
+        reason: reason.into(),
     }
 }
 
@@ -366,7 +366,8 @@ mod tests {
             name: "x".into(),
             transport: crate::transport::Kind::Quic,
             bind: ([127, 0, 0, 1], 0).into(),
-            path: "/mqtt".into(),
+            paths: vec!["/mqtt".into()],
+            proxies: crate::transport::Proxies::default(),
             origins: vec!["https://good.example".into()],
             tls: None,
             webtransport: true,
