@@ -14,7 +14,7 @@ import pytest
 from harness import wire
 from harness.names import fresh
 from harness.process import PATIENCE, wait_until
-from harness.raw import Raw
+from harness.raw import Raw, frame
 
 # One at a time: they measure memory and delay.
 pytestmark = pytest.mark.xdist_group("floods")
@@ -215,6 +215,37 @@ def test_attached_clients_that_do_not_read(own_core, own_edge, client, full):
     dropped = edge.metrics()
     assert dropped.sum("tidegate_messages_dropped_total", reason="budget|queue_full|queue_bytes") > 0, dropped.series("tidegate_messages_dropped_total")
     stalled.close()
+    edge.assert_sane()
+
+
+def test_websockets_that_do_not_read(own_core, own_edge):
+    """What a WebSocket is not read of waits in the session, under its budget, and not in frames; nor do answers to pings pile up."""
+    count, budget = 12, 8 * MIB
+    core = own_core(quiet=True)
+    edge = own_edge(core.url, ("tcp", "ws", "wss"), memory={"max": "2GiB", "queues": f"{budget}"}).start()
+    topic, payload, rounds = fresh(), b"y" * 65536, 150
+    stalled = [Raw(edge[t].port, t, ca=edge.pki.ca) for t in ("ws", "wss") for _ in range(count)]
+    for raw in stalled:
+        raw.connect(fresh("stalled"), keep_alive=0)
+        raw.subscribe((topic, 1))
+    before = edge.service.rss_bytes()
+    peak = Peak(edge)
+    flood(edge["tcp"].port, [topic], rounds, payload)
+    pings = b"".join(frame(b"%124d" % n, 9) for n in range(2000))
+    for _ in range(5):
+        stalled[0].send_bytes(pings)
+    now = peak.stop()
+    # Unbounded it would be three times as much, each client having copies of its own in its frames.
+    assert count * 2 * rounds * len(payload) > 3 * (budget + SLACK)
+    assert now["queue_bytes"] <= budget * 1.02 and now["rss"] - before <= budget + SLACK, now
+    # Who reads again gets whole packets, at the place where it was.
+    for raw in (stalled[0], stalled[-1]):
+        for _ in range(16):
+            packet = raw.recv()
+            assert (packet.kind, packet.payload) == (wire.PUBLISH, payload)
+            raw.send(wire.ack(wire.PUBACK, packet.packet_id))
+    for raw in stalled:
+        raw.close()
     edge.assert_sane()
 
 
