@@ -164,3 +164,26 @@ def test_a_page_with_the_defaults_of_mqttjs(edge, client, way, browser):
         assert publish_until_seen(browser, pub, me, f"{topic}/{n}", at)
     browser.do("end", client=me)
     browser.wait("ended", me)
+
+
+def test_what_a_page_learns_of_a_refusal(edge, own_edge, core, way, browser):
+    """From MQTT a reason code, from WebSocket a close code with words, from a refused handshake nothing but 1006."""
+    line = way(edge, "ws")
+    at = browser.do("socket", client="text", url=url(line), send="not MQTT")
+    assert browser.wait("open", "text", since=at)["extensions"] == ""
+    end = browser.wait("closed", "text", since=at)
+    assert (end["code"], end["wasClean"]) == (1003, True) and "binary" in end["reason"]
+    at = browser.do("socket", client="garbage", url=url(line), send=[0x30, 0x00])
+    assert browser.wait("closed", "garbage", since=at)["code"] == 1002
+    at = browser.do("socket", client="path", url=url(line) + "/elsewhere")
+    assert browser.wait("closed", "path", since=at)["code"] == 1006
+    at = browser.do("socket", client="offer", url=url(line), protocols=["chat"])
+    assert browser.wait("closed", "offer", since=at)["code"] == 1006
+    strict = own_edge(core.url, listeners=[{"name": "ws", "transport": "ws", "bind": "127.0.0.1:0", "origins": ["https://app.example"]}, {"name": "locked", "transport": "ws", "bind": "127.0.0.1:0", "auth": "file"}], auth={"file": "/dev/null"}).start()
+    at, since = browser.mark(), strict.mark()
+    browser.do("socket", client="origin", url=url(way(strict, "ws")))
+    assert browser.wait("closed", "origin", since=at)["code"] == 1006
+    strict.wait_log(r'HTTP 403: Origin .*"http://127.0.0.1:\d+\\?" is not in origins', since)
+    at = browser.do("connect", client="unknown", url=url(way(strict, "ws", "locked")), options={"protocolVersion": 5, "reconnectPeriod": 0, "username": "nobody", "password": "x"})
+    assert browser.wait("error", "unknown", since=at)["code"] == 0x86
+    browser.wait("close", "unknown", since=at)

@@ -24,15 +24,18 @@ class Closed(Exception):
 class Raw:
     """A byte stream with MQTT packets read off it."""
 
-    def __init__(self, port: int, transport: str = "tcp", *, ca=None, path: str = "/mqtt", version: int = 5, subprotocol: str | None = "mqtt", headers: str = "", timeout: float = 10):
+    def __init__(self, port: int, transport: str = "tcp", *, ca=None, path: str = "/mqtt", version: int = 5, subprotocol: str | None = "mqtt", headers: str = "", timeout: float = 10, source: str | None = None, preamble: bytes = b""):
+        """`source`: the address to come from; `preamble`: what is said before TLS or anything else."""
         self.version = version
         self.timeout = timeout * PATIENCE
         self.transport = transport
         self.buffer = bytearray()
         self.frames = bytearray()
         self.packets: list[wire.Packet] = []
-        self.sock = socket.create_connection(("127.0.0.1", port), self.timeout)
+        self.sock = socket.create_connection(("127.0.0.1", port), self.timeout, (source, 0) if source else None)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.address = "%s:%d" % self.sock.getsockname()
+        self.sock.sendall(preamble)
         self.upgrade = ""
         if transport in ("tls", "wss"):
             self.sock = self._wrap(self.sock, ca)

@@ -28,6 +28,15 @@ export function makeAgent(mqtt, say, prepare = (options) => options, webTranspor
     publish({ client: name, topic, payload, options = {} }) {
       clients.get(name).publish(topic, payload, options, failed(name, 'published'))
     },
+    // A bare WebSocket: what a page learns of its end.
+    socket({ client: name, url, protocols = ['mqtt'], send }) {
+      const one = new WebSocket(url, protocols)
+      one.onopen = () => {
+        say({ event: 'open', client: name, protocol: one.protocol, extensions: one.extensions })
+        if (send !== undefined) one.send(typeof send === 'string' ? send : new Uint8Array(send))
+      }
+      one.onclose = (end) => say({ event: 'closed', client: name, code: end.code, reason: end.reason, wasClean: end.wasClean })
+    },
     end({ client: name, force = false }) {
       clients.get(name).end(force, {}, () => say({ event: 'ended', client: name }))
     },
