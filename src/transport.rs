@@ -7,7 +7,8 @@
 //! the client opened.
 //!
 //! Each foreign library is named in one place: rustls in `tls.rs` and `tls/`, quinn in
-//! `quic.rs` and `quic/`, tungstenite in `ws/`, rcgen in `selfsigned.rs`.
+//! `quic.rs` and `quic/`, tungstenite in `ws/`, rcgen in `selfsigned.rs`, proxy-header in
+//! `proxy.rs`.
 
 pub mod dial;
 mod forwarded;
