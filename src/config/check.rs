@@ -1,5 +1,6 @@
 //! Rules that hold between values, and the ranges of each.
 
+mod listeners;
 mod tls;
 
 use std::fmt::Display;
@@ -8,10 +9,10 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
-use super::choices::{AclMode, AuthMode, ClientIdRule, ProxyProtocol, Transport};
+use super::choices::{AclMode, AuthMode, ClientIdRule, Transport};
 use super::document::Document;
 use super::error::Problem;
-use super::types::{Config, Listener, Server};
+use super::types::{Config, Server};
 
 /// Largest MQTT packet: the largest remaining length and its header.
 const MQTT_PACKET_MAX: u32 = 268_435_455 + 5;
@@ -181,40 +182,6 @@ impl Check<'_, '_> {
             }
             self.listener_tls(config, &key("tls"), i);
             self.listener_auth(config, i);
-        }
-    }
-
-    fn paths(&mut self, key: &str, paths: &[String]) {
-        if paths.is_empty() {
-            self.say(key, "empty; write at least one path, such as \"/mqtt\"");
-        }
-        for path in paths {
-            let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '?' | '#');
-            if !path.starts_with('/') || !path.chars().all(legal) {
-                let message = format!(
-                    "{path:?} must begin with / and have only ASCII without ?, # and spaces"
-                );
-                self.say(key, message);
-            } else if path == HEALTH_PATH {
-                let message = format!("{HEALTH_PATH} is where load balancers ask; take another");
-                self.say(key, message);
-            }
-        }
-    }
-
-    fn proxies(&mut self, protocol: &str, trusted: &str, listener: &Listener) {
-        let required = listener.proxy_protocol == ProxyProtocol::Required;
-        if required && listener.trusted_proxies.is_empty() {
-            let message = "\"required\" needs trusted_proxies, the networks that the proxies are \
-                           in, such as [\"10.0.0.0/8\"]";
-            self.say(protocol, message);
-        }
-        if !required && !listener.trusted_proxies.is_empty() && !listener.transport.is_websocket() {
-            let message = format!(
-                "transport \"{}\" learns a client's address by proxy_protocol = \"required\" only",
-                listener.transport.name()
-            );
-            self.say(trusted, message);
         }
     }
 
