@@ -43,8 +43,8 @@ class Nginx:
         file = directory / "nginx.conf"
         file.write_text(f"""
 daemon off;
-user root;
-worker_processes 1;
+# One process: no worker stays behind when it is killed.
+master_process off;
 pid {directory}/nginx.pid;
 error_log stderr info;
 events {{ worker_connections 64; }}
