@@ -429,7 +429,7 @@ const WRONG: &[(&str, usize, &str, &str)] = &[
         "[[tls]]\nname = \"default\"\ncrl = 7\n",
         3,
         "tls[0].crl",
-        "a string or a list of strings",
+        "a text, or a list of texts",
     ),
     (
         "[[tls]]\nname = \"default\"\ncert = \"b\"\n",

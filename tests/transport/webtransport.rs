@@ -110,6 +110,7 @@ async fn webtransport_lanes_are_those_of_quic() {
     data.finish().expect("open");
     let end = recv(&mut stream, &mut buf).await.expect("lane end");
     assert!(end.lane == 1 && end.bytes == 0 && end.lane_closed);
+    stream.finish_lane(1);
     assert_eq!(soon(data_rx.read(&mut answer)).await.expect("FIN"), None);
 
     // Large ones, both ways.
@@ -154,10 +155,14 @@ async fn webtransport_allows_15_data_streams_and_resets_one_alone() {
         Err(WriteError::Stopped(0x81)) => {}
         other => panic!("{other:?}"),
     }
-    // A client's reset is its lane's end.
+    // A client's reset is its lane's end, and is answered with the same code.
     open[0].0.reset(31).expect("open");
-    let got = recv(&mut stream, &mut Vec::new()).await.expect("goes on");
-    assert!(got.lane == 1 && got.lane_closed);
+    let gone = recv(&mut stream, &mut Vec::new()).await.expect_err("gone");
+    assert!(matches!(gone, Closed::Lane(1)));
+    match soon(open[0].1.read(&mut [0; 1])).await {
+        Err(ReadError::Reset(31)) => {}
+        other => panic!("{other:?}"),
+    }
     control.write_all(b"on").await.expect("written");
     assert_eq!(recv_n(&mut stream, 2).await, b"on");
 }
@@ -344,8 +349,8 @@ async fn webtransport_bounds_what_nobody_reads() {
         .await
         .expect("credit");
     tx.write_all(&headers(&GET)).await.expect("written");
-    let got = recv(&mut stream, &mut Vec::new()).await.expect("goes on");
-    assert!(got.lane == 1 && got.lane_closed && got.bytes == 0);
+    let gone = recv(&mut stream, &mut Vec::new()).await.expect_err("gone");
+    assert!(matches!(gone, Closed::Lane(1)));
     match soon(rx.read(&mut [0; 1])).await {
         Err(quinn::ReadError::Reset(code)) => assert_eq!(code, 0x10bu32.into()),
         other => panic!("{other:?}"),
