@@ -26,7 +26,7 @@ type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + 
 
 const PHONES: u32 = 6;
 /// From one to the next, round and round.
-const WAYS: [&str; 4] = ["quic", "wss", "tls", "ws"];
+const WAYS: [&str; 4] = ["quic", "wss", "webtransport", "tls"];
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Everything that a phone gets and says of one QoS is one stream.

@@ -33,6 +33,8 @@ pub enum Transport {
     Wss,
     /// QUIC, ALPN `mqtt`, one bidirectional stream.
     Quic,
+    /// WebTransport over HTTP/3, one bidirectional stream.
+    WebTransport,
 }
 
 impl Transport {
@@ -44,12 +46,13 @@ impl Transport {
             Self::Ws => "ws",
             Self::Wss => "wss",
             Self::Quic => "quic",
+            Self::WebTransport => "webtransport",
         }
     }
 }
 
-/// A server's address: `tcp://host:port`, `tls://`, `ws://host:port/path`, `wss://`, `quic://`
-/// (also `mqtt://` and `mqtts://`).
+/// A server's address: `tcp://host:port`, `tls://`, `ws://host:port/path`, `wss://`, `quic://`,
+/// `webtransport://` (also `mqtt://` and `mqtts://`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Url {
     /// The transport.
@@ -58,7 +61,7 @@ pub struct Url {
     pub host: String,
     /// Port.
     pub port: u16,
-    /// Path of ws and wss, `/mqtt` when the URL has none.
+    /// Path of ws, wss and WebTransport, `/mqtt` when the URL has none.
     pub path: String,
 }
 
@@ -73,6 +76,7 @@ impl FromStr for Url {
             "ws" => Transport::Ws,
             "wss" => Transport::Wss,
             "quic" | "mqtt+quic" => Transport::Quic,
+            "webtransport" | "https" => Transport::WebTransport,
             _ => return Err(format!("{text}: unknown scheme {scheme}")),
         };
         let (authority, path) = match rest.find('/') {
@@ -98,7 +102,7 @@ impl FromStr for Url {
 impl std::fmt::Display for Url {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let path = match self.transport {
-            Transport::Ws | Transport::Wss => self.path.as_str(),
+            Transport::Ws | Transport::Wss | Transport::WebTransport => self.path.as_str(),
             _ => "",
         };
         write!(
@@ -181,13 +185,33 @@ impl Dialer {
     /// # Errors
     /// The host does not resolve, or the QUIC configuration is refused.
     pub fn new(url: &Url, trust: &Trust) -> io::Result<Self> {
+        Self::build(url, trust, true)
+    }
+
+    /// The same, but without tickets: each TLS handshake is a full one.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn without_tickets(url: &Url, trust: &Trust) -> io::Result<Self> {
+        Self::build(url, trust, false)
+    }
+
+    fn build(url: &Url, trust: &Trust, tickets: bool) -> io::Result<Self> {
+        let config = |alpn: &[&str]| {
+            let mut config = trust.config(alpn);
+            if !tickets {
+                config.resumption = rustls::client::Resumption::disabled();
+            }
+            config
+        };
         let addr = std::net::ToSocketAddrs::to_socket_addrs(&(url.host.as_str(), url.port))?
             .next()
             .ok_or_else(|| io::Error::other(format!("{url}: no address")))?;
-        let tls = matches!(url.transport, Transport::Tls | Transport::Wss)
-            .then(|| Arc::new(trust.config(&[])));
+        let tls =
+            matches!(url.transport, Transport::Tls | Transport::Wss).then(|| Arc::new(config(&[])));
         let quic = match url.transport {
-            Transport::Quic => Some(QuicDialer::new(addr, &url.host, trust)?),
+            Transport::Quic => Some(QuicDialer::new(addr, &url.host, config(&["mqtt"]))?),
+            Transport::WebTransport => Some(QuicDialer::new(addr, &url.host, config(&["h3"]))?),
             _ => None,
         };
         Ok(Self {
@@ -212,6 +236,11 @@ impl Dialer {
     pub fn share_sockets(mut self, connections: usize) -> Self {
         self.quic = self.quic.map(|quic| quic.share(connections));
         self
+    }
+
+    /// The address behind the URL's host.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
     }
 
     /// Where this dialer connects.
@@ -240,6 +269,16 @@ impl Dialer {
                 Transport::Quic => {
                     let quic = self.quic.as_ref().expect("a quic URL makes a QUIC dialer");
                     Ok(Link::quic(quic.open().await?))
+                }
+                Transport::WebTransport => {
+                    let quic = self.quic.as_ref().expect("so does this one");
+                    let url = format!(
+                        "https://{}:{}{}",
+                        self.url.host,
+                        self.addr.port(),
+                        self.url.path
+                    );
+                    Ok(Link::webtransport(quic.open_session(&url).await?))
                 }
             }
         })

@@ -13,7 +13,7 @@ use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::{self, Message};
 
-use crate::quic::QuicStream;
+use crate::quic::{QuicStream, SessionStream};
 
 /// An open byte stream.
 #[derive(Debug)]
@@ -45,6 +45,7 @@ enum Io {
     Ws(Box<WebSocketStream<TcpStream>>),
     Wss(Box<WebSocketStream<TlsStream<TcpStream>>>),
     Quic(Box<QuicStream>),
+    WebTransport(Box<SessionStream>),
 }
 
 impl Link {
@@ -67,6 +68,10 @@ impl Link {
 
     pub(crate) fn quic(stream: QuicStream) -> Self {
         Self::new(Io::Quic(Box::new(stream)))
+    }
+
+    pub(crate) fn webtransport(stream: SessionStream) -> Self {
+        Self::new(Io::WebTransport(Box::new(stream)))
     }
 
     fn new(io: Io) -> Self {
@@ -131,8 +136,10 @@ impl Link {
     pub fn cut(self, how: Cut) -> Ghost {
         match (how, &self.io) {
             (Cut::Silent, Io::Quic(quic)) => quic.mute(),
+            (Cut::Silent, Io::WebTransport(session)) => session.mute(),
             (Cut::Silent, _) => return Ghost(Some(self)),
             (_, Io::Quic(quic)) => quic.close(),
+            (_, Io::WebTransport(session)) => session.close(),
             (Cut::Reset, _) => self.reset_on_drop(),
             (Cut::Close, _) => {}
         }
@@ -153,6 +160,12 @@ impl Link {
                 let _ = tokio::time::timeout(wait, q.send.stopped()).await;
                 q.close();
             }
+            Io::WebTransport(s) => {
+                let _ = s.send.finish();
+                let wait = std::time::Duration::from_secs(1);
+                let _ = tokio::time::timeout(wait, s.send.stopped()).await;
+                s.close();
+            }
         }
     }
 
@@ -171,7 +184,7 @@ impl Link {
             Io::Tls(s) => Some(s.get_ref().0),
             Io::Ws(s) => Some(s.get_ref()),
             Io::Wss(s) => Some(s.get_ref().get_ref().0),
-            Io::Quic(_) => None,
+            Io::Quic(_) | Io::WebTransport(_) => None,
         }
     }
 
@@ -187,6 +200,7 @@ impl Link {
             Io::Tcp(s) => poll_read(Pin::new(s), cx, into),
             Io::Tls(s) => poll_read(Pin::new(s.as_mut()), cx, into),
             Io::Quic(q) => poll_read(Pin::new(&mut q.recv), cx, into),
+            Io::WebTransport(s) => poll_read(Pin::new(&mut s.recv), cx, into),
             Io::Ws(s) => poll_message(s.as_mut(), cx, into),
             Io::Wss(s) => poll_message(s.as_mut(), cx, into),
         }
@@ -197,6 +211,7 @@ impl Link {
             Io::Tcp(s) => poll_write(Pin::new(s), cx, out),
             Io::Tls(s) => poll_write(Pin::new(s.as_mut()), cx, out),
             Io::Quic(q) => poll_write(Pin::new(&mut q.send), cx, out),
+            Io::WebTransport(s) => poll_write(Pin::new(&mut s.send), cx, out),
             Io::Ws(s) => poll_send(s.as_mut(), cx, out, &mut self.flushing),
             Io::Wss(s) => poll_send(s.as_mut(), cx, out, &mut self.flushing),
         }

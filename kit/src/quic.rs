@@ -11,9 +11,7 @@ use std::task::{Context, Poll};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, TokioRuntime, UdpPoller, VarInt};
 
-use crate::dial::Trust;
-
-/// Opens QUIC connections with ALPN `mqtt` and their first bidirectional stream.
+/// Opens QUIC connections and their first bidirectional stream.
 #[derive(Debug)]
 pub struct QuicDialer {
     addr: SocketAddr,
@@ -50,14 +48,35 @@ impl QuicStream {
     }
 }
 
+/// One WebTransport session and its control stream.
+#[derive(Debug)]
+pub struct SessionStream {
+    session: web_transport_quinn::Session,
+    pub(crate) send: web_transport_quinn::SendStream,
+    pub(crate) recv: web_transport_quinn::RecvStream,
+    socket: Socket,
+}
+
+impl SessionStream {
+    /// Sends and hears nothing from now on, without telling the server.
+    pub fn mute(&self) {
+        self.socket.muted.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends the session.
+    pub fn close(&self) {
+        self.session.close(0, b"");
+    }
+}
+
 impl QuicDialer {
     /// A dialer to one address with the certificate name to expect.
     ///
     /// # Errors
     /// The TLS configuration cannot be used for QUIC.
-    pub fn new(addr: SocketAddr, name: &str, trust: &Trust) -> io::Result<Self> {
-        let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(trust.config(&["mqtt"]))
-            .map_err(io::Error::other)?;
+    pub fn new(addr: SocketAddr, name: &str, tls: rustls::ClientConfig) -> io::Result<Self> {
+        let crypto =
+            quinn::crypto::rustls::QuicClientConfig::try_from(tls).map_err(io::Error::other)?;
         let mut transport = quinn::TransportConfig::default();
         transport
             .max_idle_timeout(None)
@@ -91,12 +110,7 @@ impl QuicDialer {
     /// # Errors
     /// The handshake failed.
     pub async fn open(&self) -> io::Result<QuicStream> {
-        let socket = self.socket()?;
-        let connecting = socket
-            .endpoint
-            .connect_with(self.config.clone(), self.addr, &self.name)
-            .map_err(io::Error::other)?;
-        let connection = connecting.await?;
+        let (connection, socket) = self.connect().await?;
         let (send, recv) = connection.open_bi().await?;
         Ok(QuicStream {
             connection,
@@ -104,6 +118,34 @@ impl QuicDialer {
             recv,
             socket,
         })
+    }
+
+    /// Connects, opens a WebTransport session at `url`, and in it a bidirectional stream.
+    ///
+    /// # Errors
+    /// A handshake failed, or the server refused the session.
+    pub async fn open_session(&self, url: &str) -> io::Result<SessionStream> {
+        let (connection, socket) = self.connect().await?;
+        let url: url::Url = url.parse().map_err(io::Error::other)?;
+        let request = web_transport_quinn::proto::ConnectRequest::new(url).with_protocol("mqtt");
+        let session = web_transport_quinn::Session::connect(connection, request);
+        let session = session.await.map_err(io::Error::other)?;
+        let (send, recv) = session.open_bi().await.map_err(io::Error::other)?;
+        Ok(SessionStream {
+            session,
+            send,
+            recv,
+            socket,
+        })
+    }
+
+    async fn connect(&self) -> io::Result<(quinn::Connection, Socket)> {
+        let socket = self.socket()?;
+        let connecting = socket
+            .endpoint
+            .connect_with(self.config.clone(), self.addr, &self.name)
+            .map_err(io::Error::other)?;
+        Ok((connecting.await?, socket))
     }
 
     fn socket(&self) -> io::Result<Socket> {

@@ -45,10 +45,14 @@ impl TidegateConfig {
         this
     }
 
-    /// Adds listeners, each named as its transport: `tcp`, `tls`, `ws`, `wss`, `quic`.
+    /// Adds listeners, each named as its transport: `tcp`, `tls`, `ws`, `wss`, `quic`, and
+    /// `webtransport`, which is one of QUIC that serves it.
     pub fn listen(mut self, transports: &[&str]) -> Self {
         for transport in transports {
-            self = self.listener(transport, transport, &[]);
+            self = match *transport {
+                "webtransport" => self.listener(transport, "quic", &["webtransport = true"]),
+                transport => self.listener(transport, transport, &[]),
+            };
         }
         self
     }
@@ -191,7 +195,10 @@ impl Tidegate {
     /// # Panics
     /// If there is none.
     pub fn url(&self, name: &str) -> Url {
-        let found = self.listening.iter().find(|l| l.name == name);
+        // Where one has several, the one that it is named for.
+        let mut all = self.listening.iter().filter(|l| l.name == name);
+        let found = all.clone().find(|l| l.transport == name);
+        let found = found.or_else(|| all.next());
         let found = found.unwrap_or_else(|| panic!("no listener {name}: {:?}", self.listening));
         let url: Url = found.url.parse().unwrap_or_else(|e| panic!("{e}"));
         // The certificate names both; a name also checks SNI.
