@@ -6,6 +6,7 @@ mod lab;
 mod memory;
 mod peace;
 mod ratios;
+mod transports;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -36,7 +37,8 @@ pub struct Args {
     #[arg(long, default_value_t = 5000)]
     pub connections: usize,
     /// Runs only these: fan-out-0, fan-out-1, pairs, paced, peace, memory-ws, memory-wss,
-    /// memory-quic, sessions, filters, fairness; repeat
+    /// memory-quic, memory-tcp, memory-tls, memory-webtransport, sessions, filters, fairness,
+    /// handshakes, deliveries, resume; repeat
     #[arg(long)]
     pub only: Vec<String>,
     /// Adds a profile and a count of system calls to the ratios (needs perf and strace)
@@ -60,7 +62,7 @@ pub fn main() -> ExitCode {
 fn run(args: &Args) -> io::Result<()> {
     let mut lab = Lab::new(args)?;
     type Bench = fn(&mut Lab) -> io::Result<()>;
-    let all: [(&str, Bench); 11] = [
+    let all: [(&str, Bench); 17] = [
         ("fan-out-0", |lab| ratios::fan_out(lab, 0, 0.25)),
         ("fan-out-1", |lab| ratios::fan_out(lab, 1, 0.20)),
         ("pairs", ratios::pairs),
@@ -75,9 +77,21 @@ fn run(args: &Args) -> io::Result<()> {
         ("memory-quic", |lab| {
             memory::connections(lab, "quic", (36_864.0, 30_720.0))
         }),
+        ("memory-tcp", |lab| {
+            memory::connections(lab, "tcp", (8192.0, 4096.0))
+        }),
+        ("memory-tls", |lab| {
+            memory::connections(lab, "tls", (16_384.0, 10_240.0))
+        }),
+        ("memory-webtransport", |lab| {
+            memory::connections(lab, "webtransport", (49_152.0, 36_864.0))
+        }),
         ("sessions", memory::sessions),
         ("filters", core_side::filters),
         ("fairness", core_side::fairness),
+        ("handshakes", transports::handshakes),
+        ("deliveries", transports::deliveries),
+        ("resume", transports::resume),
     ];
     for name in &args.only {
         if !all.iter().any(|(have, _)| have == name) {

@@ -16,4 +16,5 @@ pub mod quic;
 pub mod recorder;
 pub mod udp_relay;
 pub mod usage;
+pub mod weather;
 pub mod wire;
