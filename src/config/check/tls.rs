@@ -60,7 +60,7 @@ impl Check<'_, '_> {
             _ => return,
         };
         let key = |name: &str| format!("listeners[{i}].{name}");
-        let named = self.doc.line(&key("auth")) != self.doc.line(&key("name"));
+        let named = self.doc.line(&key("auth")) != self.doc.line(&format!("listeners[{i}]"));
         let key = match named {
             true => key("auth"),
             false => "auth.mode".to_owned(),
