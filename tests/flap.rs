@@ -54,7 +54,7 @@ fn run(transport: &str, clients: usize, flaps: usize, rate: f64, cuts: Vec<Cut>)
         rate: 200.0,
         aimed: 3,
         will_delay: 30,
-        ack_delay: Duration::from_millis(400),
+        ack_delay: Duration::from_millis(800),
         cuts,
         prefix: "flap".to_owned(),
         seed: from_env("FLAP_SEED", 0x7469_6465),

@@ -43,6 +43,16 @@ export function streamBuilder(webTransport, fallback) {
 
 function builder(settings, fallback) {
   const { url, timeout, retryAfter, init, onTransport } = settings
+  // What goes wrong in it is the app's, and no reason to try another way.
+  const tell = (...what) => {
+    try {
+      onTransport(...what)
+    } catch (error) {
+      queueMicrotask(() => {
+        throw error
+      })
+    }
+  }
   const memory = known.get(url) ?? { avoidUntil: 0, suspect: false }
   known.set(url, memory)
 
@@ -54,7 +64,7 @@ function builder(settings, fallback) {
       memory.suspect = false
       // Only a network that carries the other way has shown that it blocks this one.
       once(client, stream, () => (memory.avoidUntil = Date.now() + retryAfter))
-      onTransport('fallback', why)
+      tell('fallback', why)
       return stream
     }
     if (fallback) {
@@ -62,23 +72,24 @@ function builder(settings, fallback) {
       if (memory.suspect) return instead('the last connection over WebTransport came to nothing')
       if (Date.now() < memory.avoidUntil) {
         const stream = fallback(client)
-        onTransport('fallback', 'WebTransport failed a while ago')
+        tell('fallback', 'WebTransport failed a while ago')
         return stream
       }
     }
     const ways = async (signal) => {
+      let side
       try {
-        const side = await openWebTransport(url, init, patience, signal)
-        onTransport('webtransport')
-        // Open, but nothing ever came of it: the next one goes the other way.
-        let worked = false
-        once(client, stream, () => (worked = true))
-        stream.once('close', () => (memory.suspect = !worked))
-        return side
+        side = await openWebTransport(url, init, patience, signal)
       } catch (error) {
         if (!fallback || signal.aborted) throw error
         return sideOf(instead(String(error?.message ?? error)))
       }
+      tell('webtransport')
+      // Open, but nothing ever came of it: the next one goes the other way.
+      let worked = false
+      once(client, stream, () => (worked = true))
+      stream.once('close', () => (memory.suspect = !worked))
+      return side
     }
     const stream = new LateStream(ways)
     return stream
@@ -146,6 +157,7 @@ class LateStream extends Duplex {
 }
 
 async function openWebTransport(url, init, patience, signal) {
+  signal.throwIfAborted()
   const transport = new globalThis.WebTransport(url, init)
   // Each of these may fail at any time, and is looked at where it matters.
   for (const one of [transport.ready, transport.closed]) one.catch(() => {})
@@ -214,8 +226,14 @@ function sideOf(stream) {
   const bytes = stream[Symbol.asyncIterator]()
   return {
     read: async () => {
-      const { done, value } = await bytes.next()
-      return done ? null : value
+      try {
+        const { done, value } = await bytes.next()
+        return done ? null : value
+      } catch (error) {
+        // Closed without more words: an end like any other.
+        if (error?.code === 'ERR_STREAM_PREMATURE_CLOSE') return null
+        throw error
+      }
     },
     write: (chunk) => new Promise((done, failed) => stream.write(chunk, (error) => (error ? failed(error) : done()))),
     finish: () => new Promise((done) => stream.end(done)),

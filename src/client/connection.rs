@@ -581,11 +581,9 @@ impl<'a> Connection<'a> {
         let mut rest = Vec::new();
         let now = self.clients.clock.now();
         let router = &self.clients.router;
-        if router
-            .take_output(self.session, self.generation, &mut rest, now)
-            .is_some()
-        {
+        if let Some(side) = router.take_output(self.session, self.generation, &mut rest, now) {
             self.out.buf.append(&mut rest);
+            self.give_lanes(side);
         }
     }
 
@@ -604,6 +602,14 @@ impl<'a> Connection<'a> {
         {
             return;
         }
+        // What the data streams take at once.
+        poll_fn(|cx| {
+            for lane in &mut self.lanes {
+                let _ = self.stream.poll_send(cx, lane.number, &mut lane.out);
+            }
+            Poll::Ready(())
+        })
+        .await;
         poll_fn(|cx| self.stream.poll_close(cx, end.how)).await;
     }
 }

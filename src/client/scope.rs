@@ -57,7 +57,7 @@ pub(super) fn scope_of(
 /// Who a session belongs to: behind another mount the same client is another.
 pub(super) fn owner(principal: &Arc<str>, scope: Option<&Scope>) -> Arc<str> {
     match scope {
-        Some(scope) if !scope.mount.is_empty() => format!("{principal}@{}", scope.mount).into(),
+        Some(scope) if !scope.mount.is_empty() => format!("{principal}\0{}", scope.mount).into(),
         _ => principal.clone(),
     }
 }

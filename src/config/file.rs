@@ -392,7 +392,11 @@ impl RawListener {
             mount: self.mount,
             trusted_proxies,
             proxy_protocol: self.proxy_protocol.unwrap_or(ProxyProtocol::Off),
-            real_ip_header: self.real_ip_header.unwrap_or(RealIpHeader::XForwardedFor),
+            // Who passes a connection on as it is does not look at the headers in it.
+            real_ip_header: self.real_ip_header.unwrap_or(match self.proxy_protocol {
+                Some(ProxyProtocol::Required) => RealIpHeader::None,
+                _ => RealIpHeader::XForwardedFor,
+            }),
             ping_interval: self.ping_interval.map_or(Some(PING_INTERVAL), |p| p.0),
         }
     }
@@ -401,11 +405,16 @@ impl RawListener {
 /// A network, or one address.
 fn network(text: &str) -> Result<IpNet, String> {
     if let Ok(address) = text.parse::<IpAddr>() {
-        return Ok(address.into());
+        return Ok(address.to_canonical().into());
     }
     let wrong =
         || format!("{text:?} is no network; write it as \"10.0.0.0/8\" or \"2001:db8::/32\"");
     let network: IpNet = text.parse().map_err(|_| wrong())?;
+    if let IpNet::V6(mapped) = &network
+        && mapped.addr().to_ipv4_mapped().is_some()
+    {
+        return Err(format!("{text:?} is an IPv4 network; write it as one"));
+    }
     if network.trunc() != network {
         return Err(format!(
             "{text:?} has bits behind its prefix; did you mean \"{}\"?",

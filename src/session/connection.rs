@@ -220,6 +220,11 @@ impl Connection {
         }
     }
 
+    /// Filters that no subscription came of: those of earlier SUBSCRIBEs have their numbers by now.
+    pub(super) fn forget_refused(&mut self) {
+        self.bound.retain(|b| b.filter != u32::MAX);
+    }
+
     /// The number of a filter is known.
     pub(super) fn numbered(&mut self, name: &str, filter: u32) {
         if let Some(bound) = self.bound.iter_mut().find(|b| *b.name == *name) {

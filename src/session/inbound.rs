@@ -167,7 +167,10 @@ impl Inbound {
                     entry.here = true;
                     return Arrival::Joined;
                 }
-                State::Answered(q, reason) if q == publish.qos && same && again => {
+                // Over several streams an answer may be older than what goes by its identifier now.
+                State::Answered(q, reason)
+                    if q == publish.qos && same && (publish.dup || again && !self.sided) =>
+                {
                     self.settle(key, q, reason);
                     return Arrival::Answered(reason);
                 }

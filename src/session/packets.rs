@@ -300,6 +300,7 @@ impl Session {
                 });
             }
         }
+        connection.forget_refused();
         for wanted in &wanted {
             connection.bind(&wanted.filter, lane);
         }

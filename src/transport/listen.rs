@@ -284,15 +284,19 @@ impl Listener {
             }
             (error, _) => error,
         };
-        let _place = self.limits.handshakes.place().await;
+        // What costs little waits for nobody: health checks, too, get their answer.
+        if self.info.kind == Kind::Ws {
+            return Ok(Stream::ws(self.websocket(io, peer).await?, *peer));
+        }
+        let place = self.limits.handshakes.place().await;
         match (self.info.kind, &self.spec.tls) {
             (Kind::Tls, Some(tls)) => {
                 let (io, client) = tls::accept(io, tls, ALPN_MQTT).await.map_err(not_tls)?;
                 Ok(Stream::tls(io, *peer).of(client))
             }
-            (Kind::Ws, _) => Ok(Stream::ws(self.websocket(io, peer).await?, *peer)),
             (Kind::Wss, Some(tls)) => {
                 let (io, client) = tls::accept(io, tls, ALPN_HTTP).await.map_err(not_tls)?;
+                drop(place);
                 Ok(Stream::wss(self.websocket(io, peer).await?, *peer).of(client))
             }
             _ => Ok(Stream::tcp(io, *peer)),

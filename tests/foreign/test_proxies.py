@@ -28,6 +28,7 @@ def behind(tmp_path_factory, core, pki):
     trusted = {"trusted_proxies": [PROXY, "127.0.0.16/28"]}
     listeners = [listener(t, f"proxy-{t}", proxy_protocol="required", **trusted) for t in ("tcp", "tls", "ws", "wss")]
     listeners += [
+        listener("ws", "proxy-both", proxy_protocol="required", real_ip_header="X-Forwarded-For", **trusted),
         listener("ws", "xff", ping_interval="1s", **trusted),
         listener("ws", "silent", ping_interval="none", **trusted),
         listener("wss", "forwarded", real_ip_header="Forwarded", **trusted),
@@ -309,19 +310,22 @@ def test_a_header_that_nobody_asked_for(behind, name, header):
         ("forwarded", 'Forwarded: for=", for=198.51.100.7', PROXY, None),
         ("forwarded", "X-Forwarded-For: 198.51.100.7", PROXY, None),
         ("nobody", "X-Forwarded-For: 198.51.100.7", PROXY, None),
-        ("proxy-ws", "X-Forwarded-For: 198.51.100.7", PROXY, "192.0.2.1:99"),
+        ("proxy-both", "X-Forwarded-For: 198.51.100.7", PROXY, "192.0.2.1:99"),
     ],
 )
 def test_headers_of_a_request(behind, name, header, source, shown):
     transport = behind[name].transport
     # Behind both: the balancer's word is for the proxy behind it, whose word is believed if it is trusted.
-    preamble = line("192.0.2.1", 99) if name == "proxy-ws" else b""
+    preamble = line("192.0.2.1", 99) if name == "proxy-both" else b""
     with Raw(behind[name].port, transport, ca=behind.pki.ca, source=source, headers=f"{header}\r\n", preamble=preamble) as raw:
         assert raw.upgrade_status == 101, raw.upgrade
         connects_as(behind, raw, shown or raw.address)
-    if name == "proxy-ws":
+    if name == "proxy-both":
         with Raw(behind[name].port, transport, headers=f"{header}\r\n", preamble=line("127.0.0.20", 99)) as raw:
             connects_as(behind, raw, "198.51.100.7:0")
+        # Where nothing is said of headers, who passes a connection on as it is has not looked at them.
+        with Raw(behind["proxy-ws"].port, transport, headers=f"{header}\r\n", preamble=line("127.0.0.20", 99)) as raw:
+            connects_as(behind, raw, "127.0.0.20:99")
 
 
 # Plain HTTP on a port of WebSocket ------------------------------------------

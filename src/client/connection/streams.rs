@@ -26,8 +26,6 @@ pub(super) struct Lane<'a> {
     closed: bool,
     /// Since when it takes nothing of what waits for it, milliseconds; 0: it does.
     stuck_since: u64,
-    /// Its subscriptions' messages go on the control stream.
-    bypassed: bool,
 }
 
 /// What may travel on a data stream: types 3 to 11.
@@ -73,7 +71,6 @@ impl<'a> Connection<'a> {
                     partial: Partial::default(),
                     closed: false,
                     stuck_since: 0,
-                    bypassed: false,
                 });
                 self.lanes.len() - 1
             }
@@ -165,12 +162,12 @@ impl<'a> Connection<'a> {
         };
         let mut given_up = Vec::new();
         let mut around = Vec::new();
-        for lane in &mut self.lanes {
+        for lane in &self.lanes {
             let stuck = stuck(lane);
             if stuck >= write_stall {
                 given_up.push(lane.number);
-            } else if stuck >= PATIENCE.as_millis() as u64 && !lane.bypassed {
-                lane.bypassed = true;
+            } else if stuck >= PATIENCE.as_millis() as u64 {
+                // Again each time: it may have been subscribed on anew.
                 around.push(lane.number);
             }
         }
@@ -259,7 +256,8 @@ impl<'a> Connection<'a> {
                         break;
                     }
                 }
-                Poll::Ready(Ok(_) | Err(Closed::Lane(_))) => {}
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(Closed::Lane(number))) => self.lane_gone(number),
                 Poll::Ready(Err(_)) | Poll::Pending => break,
             }
         }

@@ -325,12 +325,8 @@ impl Quic {
                 let Some(data) = &mut self.data[i] else {
                     return Poll::Pending;
                 };
-                if let Poll::Ready(code) = data.poll_stopped(cx) {
-                    self.abort(number, code);
-                    return Poll::Ready(Err(Closed::Lane(number)));
-                }
                 if data.ended {
-                    return Poll::Pending;
+                    return self.poll_stopped(cx, lane);
                 }
                 &mut data.lane
             }
@@ -342,6 +338,10 @@ impl Quic {
             }
             read
         });
+        if read.is_pending() {
+            // Behind all that has come.
+            return self.poll_stopped(cx, lane);
+        }
         match ready!(read) {
             Ok(bytes) if bytes > 0 => Poll::Ready(Ok(Recv {
                 lane: number,
@@ -372,6 +372,17 @@ impl Quic {
                 Poll::Ready(Err(Closed::Lane(number)))
             }
         }
+    }
+
+    /// A data lane that the peer takes nothing more on is gone.
+    fn poll_stopped(&mut self, cx: &mut Context<'_>, lane: usize) -> Poll<Result<Recv, Closed>> {
+        let data = lane.checked_sub(1).and_then(|i| self.data[i].as_mut());
+        let Some(data) = data else {
+            return Poll::Pending;
+        };
+        let code = ready!(data.poll_stopped(cx));
+        self.abort(lane as u8, code);
+        Poll::Ready(Err(Closed::Lane(lane as u8)))
     }
 
     fn note_migration(&mut self) {

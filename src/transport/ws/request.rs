@@ -81,8 +81,9 @@ impl Head {
         let mut lines = [EMPTY_HEADER; LINES_MAX];
         let mut parsed = httparse::Request::new(&mut lines);
         match parsed.parse(bytes) {
-            Ok(Status::Complete(_)) => {}
-            Ok(Status::Partial) => return Err(malformed(bytes)),
+            // Behind a bare LF nothing must be left that a proxy has added.
+            Ok(Status::Complete(n)) if n == bytes.len() => {}
+            Ok(_) => return Err(malformed(bytes)),
             Err(ParseError::TooManyHeaders) => {
                 return Err(Refusal::new(431, "too many header lines"));
             }
