@@ -11,7 +11,8 @@ use tidegate_kit::dial::{Dialer, Trust, Url};
 use tidegate_kit::ledger::{Keeps, Ledger, Stamp, now_ns};
 use tidegate_kit::link::Cut;
 use tidegate_kit::process::{Tidegate, TidegateConfig};
-use tidegate_kit::udp_relay::{UdpRelay, Weather};
+use tidegate_kit::udp_relay::UdpRelay;
+use tidegate_kit::weather::Weather;
 use tidegate_kit::wire::{Ack, Connect, Packet, Publish};
 use tokio::time::{Instant, timeout};
 
@@ -231,6 +232,7 @@ async fn a_lossy_network_that_forgets_loses_nothing_and_doubles_nothing() {
         late: 0.1,
         by: Duration::from_millis(15),
         seed: SEED,
+        ..Weather::FAIR
     };
     let relay = UdpRelay::start(quic_addr(&server), weather)
         .await

@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod process;
 pub mod quic;
 pub mod recorder;
+pub mod tcp_relay;
 pub mod udp_relay;
 pub mod usage;
 pub mod weather;

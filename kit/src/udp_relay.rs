@@ -6,40 +6,19 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use tokio::net::UdpSocket;
+use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep_until};
+
+use crate::weather::{Chance, Weather};
 
 /// The largest datagram that is passed on, bytes.
 const DATAGRAM: usize = 2048;
 
-/// What befalls each datagram, in each direction.
-#[derive(Debug, Clone, Copy)]
-pub struct Weather {
-    /// The part of them that is lost.
-    pub loss: f64,
-    /// The part that comes twice.
-    pub duplicate: f64,
-    /// The part that comes later than those behind it.
-    pub late: f64,
-    /// How much later, at most.
-    pub by: Duration,
-    /// Repeats a run's choices, as far as the datagrams are the same.
-    pub seed: u64,
-}
-
-impl Weather {
-    /// Every datagram passes.
-    pub const FAIR: Self = Self {
-        loss: 0.0,
-        duplicate: 0.0,
-        late: 0.0,
-        by: Duration::ZERO,
-        seed: 1,
-    };
-}
+/// Datagrams that may be under way in one direction of a client; more are lost, as in a router.
+const WAITING: usize = 4096;
 
 /// A running relay; it ends when dropped.
 #[derive(Debug)]
@@ -54,17 +33,20 @@ struct Shared {
     front: UdpSocket,
     target: Mutex<SocketAddr>,
     weather: Mutex<Weather>,
-    random: AtomicU64,
+    chance: Chance,
     backs: Mutex<HashMap<SocketAddr, Back>>,
     lost: AtomicU64,
 }
 
-/// The socket that stands for one client toward the server.
+/// The way of one client to the server, by a socket of its own.
 #[derive(Debug, Clone)]
 struct Back {
-    socket: Arc<UdpSocket>,
+    up: Lane,
     task: AbortHandle,
 }
+
+/// One direction of one client: datagrams in their order, and when each arrives.
+type Lane = mpsc::Sender<(Instant, Vec<u8>)>;
 
 impl Drop for UdpRelay {
     fn drop(&mut self) {
@@ -84,7 +66,7 @@ impl UdpRelay {
             front,
             target: Mutex::new(target),
             weather: Mutex::new(weather),
-            random: AtomicU64::new(weather.seed),
+            chance: Chance::new(weather.seed),
             backs: Mutex::default(),
             lost: AtomicU64::new(0),
         });
@@ -131,17 +113,11 @@ impl Shared {
             let Ok((n, client)) = self.front.recv_from(&mut buffer).await else {
                 continue;
             };
-            let back = match self.back(client, &mut tasks).await {
-                Ok(back) => back.socket,
+            let up = match self.back(client, &mut tasks).await {
+                Ok(back) => back.up,
                 Err(_) => continue,
             };
-            for (after, datagram) in self.fate(&buffer[..n]) {
-                let back = back.clone();
-                pass(&mut tasks, after, async move {
-                    let _ = back.send(&datagram).await;
-                })
-                .await;
-            }
+            self.pass(&buffer[..n], &up);
             while tasks.try_join_next().is_some() {}
         }
     }
@@ -154,80 +130,114 @@ impl Shared {
         if let Some(back) = lock(&self.backs).get(&client) {
             return Ok(back.clone());
         }
-        let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await?);
+        let socket = UdpSocket::bind("127.0.0.1:0").await?;
         let target = *lock(&self.target);
         socket.connect(target).await?;
-        let task = tasks.spawn(self.clone().downward(socket.clone(), client));
-        let back = Back { socket, task };
+        let (up, going) = mpsc::channel(WAITING);
+        let task = tasks.spawn(self.clone().client(socket, going, client));
+        let back = Back { up, task };
         lock(&self.backs).insert(client, back.clone());
         Ok(back)
     }
 
-    async fn downward(self: Arc<Self>, back: Arc<UdpSocket>, client: SocketAddr) {
-        let mut buffer = vec![0; DATAGRAM];
-        let mut tasks = JoinSet::new();
-        loop {
-            let Ok(n) = back.recv(&mut buffer).await else {
-                // The server is not there: it may come.
-                sleep(Duration::from_millis(5)).await;
-                continue;
-            };
-            for (after, datagram) in self.fate(&buffer[..n]) {
-                let this = self.clone();
-                pass(&mut tasks, after, async move {
-                    let _ = this.front.send_to(&datagram, client).await;
-                })
-                .await;
+    /// Both directions of one client.
+    async fn client(
+        self: Arc<Self>,
+        back: UdpSocket,
+        going: mpsc::Receiver<(Instant, Vec<u8>)>,
+        client: SocketAddr,
+    ) {
+        let (down, coming) = mpsc::channel(WAITING);
+        let receiving = async {
+            let mut buffer = vec![0; DATAGRAM];
+            loop {
+                // A server that is not there may come.
+                if let Ok(n) = back.recv(&mut buffer).await {
+                    self.pass(&buffer[..n], &down);
+                }
             }
-            while tasks.try_join_next().is_some() {}
-        }
-    }
-
-    /// The copies of a datagram that are passed on, and when.
-    fn fate(&self, datagram: &[u8]) -> Vec<(Duration, Vec<u8>)> {
-        let weather = *lock(&self.weather);
-        if self.chance() < weather.loss {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-            return Vec::new();
-        }
-        let copies = 1 + usize::from(self.chance() < weather.duplicate);
-        let copy = |_| {
-            let late = self.chance() < weather.late;
-            let after = weather.by.mul_f64(if late { self.chance() } else { 0.0 });
-            (after, datagram.to_vec())
         };
-        (0..copies).map(copy).collect()
+        tokio::join!(
+            receiving,
+            deliver(going, &back, None),
+            deliver(coming, &self.front, Some(client)),
+        );
     }
 
-    /// From 0 to 1 (SplitMix64).
-    fn chance(&self) -> f64 {
-        const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
-        let mut z = self
-            .random
-            .fetch_add(STEP, Ordering::Relaxed)
-            .wrapping_add(STEP);
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    /// Sends a datagram's copies on their way.
+    fn pass(&self, datagram: &[u8], lane: &Lane) {
+        let weather = *lock(&self.weather);
+        if self.chance.next() < weather.loss {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let copies = 1 + usize::from(self.chance.next() < weather.duplicate);
+        for _ in 0..copies {
+            let due = Instant::now() + weather.delay;
+            let datagram = datagram.to_vec();
+            if self.chance.next() < weather.late {
+                let (lane, due) = (lane.clone(), due + weather.by.mul_f64(self.chance.next()));
+                tokio::spawn(async move {
+                    sleep_until(due).await;
+                    let _ = lane.try_send((due, datagram));
+                });
+            } else {
+                let _ = lane.try_send((due, datagram));
+            }
+        }
     }
 }
 
-/// At once, or by a task of its own.
-async fn pass(
-    tasks: &mut JoinSet<()>,
-    after: Duration,
-    send: impl Future<Output = ()> + Send + 'static,
+/// Sends what is due: to one, or to the peer of a connected socket.
+async fn deliver(
+    mut lane: mpsc::Receiver<(Instant, Vec<u8>)>,
+    socket: &UdpSocket,
+    to: Option<SocketAddr>,
 ) {
-    if after.is_zero() {
-        send.await;
-    } else {
-        tasks.spawn(async move {
-            sleep(after).await;
-            send.await;
-        });
+    while let Some((due, datagram)) = lane.recv().await {
+        sleep_until(due).await;
+        // Whoever is not there misses it.
+        let _ = match to {
+            Some(to) => socket.send_to(&datagram, to).await,
+            None => socket.send(&datagram).await,
+        };
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn datagrams_take_their_time_and_some_are_lost() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.expect("binds");
+        let weather = Weather {
+            delay: Duration::from_millis(5),
+            loss: 0.3,
+            seed: 7,
+            ..Weather::FAIR
+        };
+        let target = server.local_addr().expect("bound");
+        let relay = UdpRelay::start(target, weather).await.expect("starts");
+        let client = UdpSocket::bind("127.0.0.1:0").await.expect("binds");
+        let begun = Instant::now();
+        for n in 0..200u8 {
+            client.send_to(&[n], relay.addr()).await.expect("sent");
+        }
+        let mut came = Vec::new();
+        let mut datagram = [0; 4];
+        while came.len() + (relay.lost() as usize) < 200 {
+            server.recv(&mut datagram).await.expect("comes");
+            came.push(datagram[0]);
+        }
+        assert!(begun.elapsed() >= weather.delay);
+        assert!((30..90).contains(&relay.lost()), "{}", relay.lost());
+        assert!(came.is_sorted(), "none overtakes another");
+    }
 }

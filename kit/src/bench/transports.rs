@@ -8,8 +8,10 @@ use crate::client::Client;
 use crate::dial::{Dialer, Transport, Trust, Url};
 use crate::link::Cut;
 use crate::load::crowd::crowd;
+use crate::tcp_relay::TcpRelay;
+use crate::udp_relay::UdpRelay;
 use crate::usage::Usage;
-use crate::weather::{Network, Weather};
+use crate::weather::Weather;
 use crate::wire::Connect;
 
 /// Every way in, the plain one first.
@@ -131,9 +133,9 @@ pub(super) fn resume(lab: &mut Lab) -> io::Result<()> {
     let runtime = runtime()?;
     for way in WAYS {
         let mut row = format!("| {way} |");
-        for loss in [0, 10, 50] {
+        for percent in [0, 1, 5] {
             let url = pair.edge.url(way);
-            let mut took = runtime.block_on(cuts(url, loss))?;
+            let mut took = runtime.block_on(cuts(url, percent))?;
             took.sort();
             let at = |share: usize| took[(took.len() - 1) * share / 100].as_secs_f64() * 1e3;
             row += &format!(" {:.0} | {:.0} |", at(50), at(95));
@@ -144,22 +146,27 @@ pub(super) fn resume(lab: &mut Lab) -> io::Result<()> {
     Ok(())
 }
 
-async fn cuts(mut url: Url, loss: u32) -> io::Result<Vec<Duration>> {
+async fn cuts(mut url: Url, percent: u32) -> io::Result<Vec<Duration>> {
     let weather = Weather {
         delay: Duration::from_millis(10),
-        loss,
-        seed: 20_261_121,
+        loss: f64::from(percent) / 100.0,
+        ..Weather::FAIR
     };
     let server = Dialer::new(&url, &Trust::Anything)?.addr();
     let datagrams = matches!(url.transport, Transport::Quic | Transport::WebTransport);
-    let network = match datagrams {
-        true => Network::udp(server, weather).await?,
-        false => Network::tcp(server, weather).await?,
+    // Each ends with its scope.
+    let (udp, tcp);
+    let relay = if datagrams {
+        udp = UdpRelay::start(server, weather).await?;
+        udp.addr()
+    } else {
+        tcp = TcpRelay::start(server, weather).await?;
+        tcp.addr()
     };
-    url.host = network.addr().ip().to_string();
-    url.port = network.addr().port();
+    url.host = relay.ip().to_string();
+    url.port = relay.port();
     let dialer = Dialer::new(&url, &Trust::Anything)?;
-    let name = format!("cut-{}-{loss}", url.transport.name());
+    let name = format!("cut-{}-{percent}", url.transport.name());
     let connect = Connect::new(name.clone()).clean(false).expiry(300);
     let (mut client, _) = Client::connect(&dialer, &connect)
         .await

@@ -1,0 +1,156 @@
+//! A TCP relay in user space that emulates a network which delays and loses segments: without rights
+//! over the kernel there is no other way. One that is lost holds up all behind it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+
+use crate::weather::{Chance, Weather};
+
+/// Segments that may wait in one direction.
+const WAITING: usize = 4096;
+/// What one segment carries, bytes.
+const SEGMENT: usize = 1400;
+/// The shortest retransmission time-out of Linux.
+const RTO: Duration = Duration::from_millis(200);
+/// The first one, of a SYN (RFC 6298 section 2.1).
+const RTO_SYN: Duration = Duration::from_secs(1);
+
+/// A running relay; it ends when dropped.
+#[derive(Debug)]
+pub struct TcpRelay {
+    addr: SocketAddr,
+    _tasks: JoinSet<()>,
+}
+
+impl TcpRelay {
+    /// Relays from a free loopback port to `target`. Of the weather delay, loss and seed count: a lost
+    /// segment takes 200 ms longer, a lost SYN or its answer 1 s.
+    ///
+    /// # Errors
+    /// No port can be had.
+    pub async fn start(target: SocketAddr, weather: Weather) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let addr = listener.local_addr()?;
+        let network = Arc::new(Network {
+            weather,
+            chance: Chance::new(weather.seed),
+        });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(network.run(listener, target));
+        Ok(Self {
+            addr,
+            _tasks: tasks,
+        })
+    }
+
+    /// Where clients connect to.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+}
+
+#[derive(Debug)]
+struct Network {
+    weather: Weather,
+    chance: Chance,
+}
+
+impl Network {
+    async fn run(self: Arc<Self>, listener: TcpListener, target: SocketAddr) {
+        let mut connections = JoinSet::new();
+        while let Ok((client, _)) = listener.accept().await {
+            connections.spawn(self.clone().connection(client, target));
+            while connections.try_join_next().is_some() {}
+        }
+    }
+
+    async fn connection(self: Arc<Self>, client: TcpStream, target: SocketAddr) {
+        let Ok(server) = TcpStream::connect(target).await else {
+            return;
+        };
+        let _ = (client.set_nodelay(true), server.set_nodelay(true));
+        // The handshake that the kernel has just done on loopback.
+        let mut open = Instant::now() + 2 * self.weather.delay;
+        for _ in 0..2 {
+            if self.loses() {
+                open += RTO_SYN;
+            }
+        }
+        let (client_read, client_write) = client.into_split();
+        let (server_read, server_write) = server.into_split();
+        tokio::join!(
+            self.segments(client_read, server_write, open),
+            self.segments(server_read, client_write, open)
+        );
+    }
+
+    async fn segments(&self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf, open: Instant) {
+        let (queue, mut queued) = mpsc::channel::<(Instant, Vec<u8>)>(WAITING);
+        let writing = async move {
+            while let Some((due, segment)) = queued.recv().await {
+                sleep_until(due).await;
+                if to.write_all(&segment).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let reading = async move {
+            let mut segment = vec![0; SEGMENT];
+            let mut last = open;
+            while let Ok(n @ 1..) = from.read(&mut segment).await {
+                // None overtakes another, nor the handshake.
+                last = last.max(Instant::now() + self.weather.delay);
+                if self.loses() {
+                    last += RTO;
+                }
+                if queue.send((last, segment[..n].to_vec())).await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::join!(reading, writing);
+    }
+
+    fn loses(&self) -> bool {
+        self.chance.next() < self.weather.loss
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_arrives_whole_and_takes_its_time() {
+        let server = TcpListener::bind("127.0.0.1:0").await.expect("binds");
+        let weather = Weather {
+            delay: Duration::from_millis(5),
+            loss: 0.1,
+            ..Weather::FAIR
+        };
+        let target = server.local_addr().expect("bound");
+        let relay = TcpRelay::start(target, weather).await.expect("starts");
+        let sent: Vec<u8> = (0..20_000u32).map(|n| n as u8).collect();
+        let expected = sent.len();
+        let serve = tokio::spawn(async move {
+            let (mut stream, _) = server.accept().await.expect("accepts");
+            let mut got = vec![0; expected];
+            stream.read_exact(&mut got).await.expect("comes");
+            got
+        });
+        let begun = Instant::now();
+        let mut client = TcpStream::connect(relay.addr()).await.expect("connects");
+        client.write_all(&sent).await.expect("sent");
+        assert_eq!(serve.await.expect("no panic"), sent);
+        assert!(begun.elapsed() >= 2 * weather.delay);
+    }
+}
