@@ -5,7 +5,10 @@ import test, { beforeEach } from 'node:test'
 import { Duplex } from 'readable-stream'
 import { connect, streamBuilder } from '../../../clients/mqtt-webtransport/index.js'
 
-const tick = () => new Promise((done) => setTimeout(done, 5))
+/** All that can happen without time has happened: nothing here waits for anything but that, and timers. */
+const tick = async () => {
+  for (let turn = 0; turn < 3; turn++) await new Promise((done) => setImmediate(done))
+}
 let serial = 0
 let opened
 
@@ -60,9 +63,15 @@ function setup(settings = {}, fallback = true) {
   const client = new Client()
   const others = []
   const events = []
+  const came = new EventEmitter()
+  /** That so many streams of the other way were asked for. */
+  const asked = async (count) => {
+    while (others.length < count) await once(came, 'another')
+  }
   const other = () => {
     const [near, far] = pair()
     others.push(far)
+    came.emit('another')
     return near
   }
   const url = `https://edge.example/${serial++}`
@@ -73,7 +82,7 @@ function setup(settings = {}, fallback = true) {
     stream.on('error', (error) => events.push(['error', error.message, error.code]))
     return stream
   }
-  return { client, others, events, open }
+  return { client, others, asked, events, open }
 }
 
 /** `once` would take an error for an answer. */
@@ -130,7 +139,7 @@ test('bytes go both ways, and each side waits for the other', async () => {
   assert.ok(transport.pulls <= 3, `${transport.pulls} pulls without a reader`)
   const got = []
   stream.on('data', (bytes) => got.push(bytes))
-  while (got.reduce((sum, b) => sum + b.length, 0) < 4 * 32 * 1024) await tick()
+  while (got.reduce((sum, b) => sum + b.length, 0) < 4 * 32 * 1024) await once(stream, 'data')
   assert.deepEqual(Buffer.concat(got).subarray(-1), Buffer.from([3]))
   client.emit('connect')
   await gone(stream)
@@ -177,10 +186,10 @@ test('silence, a refusal and a browser without it lead the other way', async () 
   for (const [way, words] of [['silent', /within 40 ms/], ['fails', /refused/], ['missing', /no WebTransport here/]]) {
     FakeTransport.way = way
     if (way === 'missing') delete globalThis.WebTransport
-    const { open, others, events } = setup()
+    const { open, others, asked, events } = setup()
     const stream = open()
     stream.write('connect')
-    while (!others.length) await tick()
+    await asked(1)
     assert.equal(String((await once(others[0], 'data'))[0]), 'connect')
     others[0].write('connack')
     assert.equal(String((await once(stream, 'data'))[0]), 'connack')
@@ -196,17 +205,17 @@ test('silence, a refusal and a browser without it lead the other way', async () 
   }
 })
 
-test('what worked is remembered for a while, and only if it worked', async () => {
+test('what worked is remembered for a while, and only if it worked', async (t) => {
   FakeTransport.way = 'silent'
-  const { open, others, events, client } = setup()
+  const { open, others, asked, events, client } = setup()
   // The network is away altogether: nothing is learned.
   let stream = open()
-  while (!others.length) await tick()
+  await asked(1)
   await gone(stream)
   stream = open()
   await tick()
   assert.equal(opened.length, 2)
-  while (others.length < 2) await tick()
+  await asked(2)
   client.emit('connect')
   await gone(stream)
   // Now it is.
@@ -214,7 +223,8 @@ test('what worked is remembered for a while, and only if it worked', async () =>
   assert.equal(others.length, 3)
   assert.deepEqual(events.at(-1), ['fallback', 'WebTransport failed a while ago'])
   await gone(stream)
-  await new Promise((done) => setTimeout(done, 70))
+  const before = Date.now()
+  t.mock.method(Date, 'now', () => before + 70)
   FakeTransport.way = 'opens'
   stream = open()
   await tick()
