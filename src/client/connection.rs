@@ -1,5 +1,6 @@
 //! The life of a connection after CONNACK.
 
+mod partial;
 mod streams;
 
 use std::cell::RefCell;
@@ -12,7 +13,6 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::auth::Identity;
-use crate::limits::Account;
 use crate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, Version, encode_disconnect};
 use crate::router::wake::Wake;
 use crate::router::{Place, SessionRef};
@@ -22,12 +22,11 @@ use crate::transport::{CloseHow, Closed, OutBuf, Stream};
 
 use super::end::End;
 use super::{ClientPolicy, Clients};
+use partial::{KEEP, Partial};
 use streams::{Lane, allowed};
 
 /// How long a client is given to take what is left for it.
 const GOODBYE: Duration = Duration::from_secs(1);
-/// A partly received packet larger than this keeps its own buffer's capacity.
-const KEEP: usize = 4096;
 /// Output of the session beyond which a peer whose socket is full is not read from, bytes.
 const BACKLOG_MAX: usize = 64 * 1024;
 
@@ -89,38 +88,6 @@ struct Connection<'a> {
     qos0_at: u32,
     /// The P link of its publishes.
     publish_link: u8,
-}
-
-/// The bytes of a packet that is not complete, charged to the account of all such.
-#[derive(Default)]
-struct Partial<'a> {
-    bytes: Vec<u8>,
-    since: u64,
-    charged: usize,
-    account: Option<&'a Account>,
-}
-
-impl<'a> Partial<'a> {
-    fn settle(&mut self, account: &'a Account, progress: bool, now: u64) {
-        if self.bytes.is_empty() && self.bytes.capacity() > KEEP {
-            self.bytes = Vec::new();
-        }
-        if progress || self.charged == 0 {
-            self.since = now;
-        }
-        account.charge(self.bytes.len());
-        account.release(self.charged);
-        self.charged = self.bytes.len();
-        self.account = Some(account);
-    }
-}
-
-impl Drop for Partial<'_> {
-    fn drop(&mut self) {
-        if let Some(account) = self.account {
-            account.release(self.charged);
-        }
-    }
 }
 
 /// Serves the connection to its end.

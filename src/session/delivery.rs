@@ -1,0 +1,57 @@
+//! One PUBLISH toward the client.
+
+use crate::mqtt::{Alias, Delivery};
+
+use super::connection::Connection;
+use super::entry::Offer;
+
+/// Encodes one PUBLISH; false if it is larger than the client takes [MQTT-3.1.2-24].
+pub(super) fn write_to(
+    connection: &mut Connection,
+    now: u64,
+    offer: &Offer<'_>,
+    packet_id: u16,
+    dup: bool,
+) -> bool {
+    let Offer {
+        message,
+        qos,
+        retain,
+        ids,
+        group: _,
+        lane,
+    } = *offer;
+    let message_expiry = match message.expires_at() {
+        u64::MAX => None,
+        at => Some(at.saturating_sub(now).div_ceil(1000).min(u32::MAX as u64) as u32),
+    };
+    let mut delivery = Delivery {
+        version: connection.version,
+        dup,
+        qos,
+        retain,
+        packet_id,
+        alias: Alias::None,
+        message_expiry,
+        subscription_ids: ids,
+        user_property: None,
+        hidden: connection
+            .scope
+            .as_ref()
+            .map_or(0, |s| s.mount.len() as u16),
+    };
+    // The mount itself, which `#` below it matches as well, has no name there.
+    let hidden = usize::from(delivery.hidden);
+    let nameless = hidden > 0 && message.topic().len() <= hidden;
+    if nameless || delivery.size(message) > connection.maximum_packet_size {
+        return false;
+    }
+    // With its definition the packet is larger, by more than the property where a length grows.
+    delivery.alias = Alias::Define(1);
+    delivery.alias = match delivery.size(message) > connection.maximum_packet_size {
+        true => Alias::None,
+        false => connection.alias_for(message.topic(), lane),
+    };
+    delivery.encode(message, connection.lane(lane));
+    true
+}
