@@ -17,6 +17,7 @@ mod links;
 mod oracle;
 #[path = "../../tests/sim/rng.rs"]
 mod rng;
+mod seen;
 
 use std::sync::Arc;
 
@@ -39,8 +40,9 @@ use super::machine::{LinkEnd, Machine, Up};
 use super::publish::Publisher;
 use devices::Device;
 use links::SimLink;
-use oracle::{Got, Oracle};
+use oracle::Oracle;
 use rng::Rng;
+use seen::Got;
 
 /// A step of the clock, milliseconds.
 const STEP: u64 = 10;

@@ -89,9 +89,8 @@ impl World {
         let connected = kept_client_of(&self.router, &device.id, device.version, will, self.now);
         device.at = Some(connected);
         // Answers to what it asked on the last connection do not come any more.
-        let asked = std::mem::take(&mut device.asked);
+        device.asked.clear();
         let open = std::mem::take(&mut device.open);
-        self.oracle.connected(n, asked, &open, self.now);
         tell!(self, "{n} connects, its will {:?}", self.devices[n].will);
         // What was not acknowledged is sent again [MQTT-4.4.0-1].
         for (id, number, qos) in open {

@@ -239,7 +239,7 @@ impl World {
         if conn.up {
             link.machine.down(end, self.now);
         }
-        self.oracle.lost_link(self.now, link.data, link.publishes);
+        self.oracle.lost_link(self.now, link.publishes);
         tell!(self, "{} is lost", self.links[n].name);
     }
 

@@ -3,99 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use crate::mqtt::{QoS, ReasonCode, SubscribeOptions, matches, split_shared};
+use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
 
 use super::rng::Rng;
+use super::seen::{Client, Got, Message, Sub, chances};
 
 /// How long a message may be on its way through a core that forgets it, milliseconds.
 const TRANSIT: u64 = 1500;
-
-/// How many copies a client may get by plain subscriptions: one, however many overlap; one more for
-/// each that it asked for after it had left those before.
-fn chances<'a>(subs: impl Iterator<Item = &'a Sub>, message: &Message) -> usize {
-    let mut spans: Vec<(u64, u64)> = subs
-        .filter(|s| s.ended_at >= message.at)
-        .map(|s| (s.ended_at, s.asked_at))
-        .collect();
-    spans.sort_unstable();
-    let mut last_end = None;
-    let mut chances = 0;
-    for (ended_at, asked_at) in spans {
-        if last_end.is_none_or(|end| asked_at >= end) {
-            chances += 1;
-            last_end = Some(ended_at);
-        }
-    }
-    chances
-}
-
-/// A delivery.
-#[derive(Clone, Copy, Debug)]
-pub struct Got {
-    pub number: u32,
-    pub qos: QoS,
-    pub retain: bool,
-    pub at: u64,
-}
-
-#[derive(Debug)]
-struct Sub {
-    filter: String,
-    qos: QoS,
-    no_local: bool,
-    handling: u8,
-    asked_at: u64,
-    granted_at: Option<u64>,
-    ended_at: u64,
-}
-
-impl Sub {
-    fn shared(&self) -> bool {
-        split_shared(&self.filter).is_some()
-    }
-
-    /// A publish that was before the subscription is not marked as its client's own.
-    fn hides(&self, n: usize, message: &Message) -> bool {
-        self.no_local && message.from == n && self.asked_at < message.at
-    }
-
-    fn matches(&self, topic: &str) -> bool {
-        let plain = split_shared(&self.filter).map_or(&*self.filter, |(_, f)| f);
-        matches(plain, topic)
-    }
-}
-
-#[derive(Debug)]
-struct Message {
-    from: usize,
-    topic: String,
-    qos: QoS,
-    retain: bool,
-    will: bool,
-    /// The core closes the connection for it: it reaches nobody, and its sender is told.
-    poison: bool,
-    at: u64,
-    acknowledged_at: u64,
-}
-
-#[derive(Debug, Default)]
-struct Client {
-    subs: Vec<Sub>,
-    got: Vec<(String, Got)>,
-    /// Retained messages, handed over for a subscription.
-    handed: Vec<(String, Got)>,
-    cuts: Vec<u64>,
-}
-
-impl Client {
-    /// A subscription on the same filter is under way, that may be less.
-    fn replaces(&self, sub: &Sub) -> bool {
-        let pending = |o: &Sub| o.granted_at.is_none() && o.ended_at == u64::MAX;
-        self.subs
-            .iter()
-            .any(|o| o.filter == sub.filter && pending(o))
-    }
-}
 
 pub struct Oracle {
     clients: Vec<Client>,
@@ -154,7 +68,7 @@ impl Oracle {
             .expect("one of ours")
     }
 
-    pub fn lost_link(&mut self, now: u64, _data: bool, publishes: bool) {
+    pub fn lost_link(&mut self, now: u64, publishes: bool) {
         if publishes {
             self.publish_lost.push(now);
         }
@@ -174,16 +88,6 @@ impl Oracle {
 
     pub fn cut(&mut self, n: usize, now: u64) {
         self.clients[n].cuts.push(now);
-    }
-
-    /// Its earlier questions are not answered any more: what it asked for may hold or not.
-    pub fn connected(
-        &mut self,
-        _n: usize,
-        _asked: Vec<(u16, Vec<(String, SubscribeOptions)>)>,
-        _open: &[(u16, u32, QoS)],
-        _now: u64,
-    ) {
     }
 
     pub fn asks(&mut self, n: usize, filters: &[(String, SubscribeOptions)], now: u64) {
