@@ -200,9 +200,12 @@ async fn webtransport_requests_are_judged() {
     query.expect("accepted");
     // Those that were refused hold no place; of the accepted ones, one is gone.
     drop(client);
-    while server.cap.used() > 0 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    soon(async {
+        while server.cap.used() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
 }
 
 /// SETTINGS on a control stream, which must be kept.
