@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use rustls::RootCertStore;
+use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls_pki_types::pem::PemObject;
@@ -19,6 +20,7 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 
 use crate::link::Link;
 use crate::quic::QuicDialer;
+use crate::tickets::Tickets;
 
 /// A transport that carries MQTT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -175,6 +177,7 @@ pub struct Dialer {
     source: Option<IpAddr>,
     tls: Option<Arc<rustls::ClientConfig>>,
     quic: Option<QuicDialer>,
+    tickets: Option<Arc<Tickets>>,
     /// Read buffer of a ws connection in bytes.
     ws_buffer: usize,
 }
@@ -197,11 +200,13 @@ impl Dialer {
     }
 
     fn build(url: &Url, trust: &Trust, tickets: bool) -> io::Result<Self> {
+        let tickets = tickets.then(Tickets::new);
         let config = |alpn: &[&str]| {
             let mut config = trust.config(alpn);
-            if !tickets {
-                config.resumption = rustls::client::Resumption::disabled();
-            }
+            config.resumption = match &tickets {
+                Some(tickets) => Resumption::store(tickets.clone()),
+                None => Resumption::disabled(),
+            };
             config
         };
         let addr = std::net::ToSocketAddrs::to_socket_addrs(&(url.host.as_str(), url.port))?
@@ -220,6 +225,7 @@ impl Dialer {
             source: None,
             tls,
             quic,
+            tickets,
             ws_buffer: 8 * 1024,
         })
     }
@@ -236,6 +242,11 @@ impl Dialer {
     pub fn share_sockets(mut self, connections: usize) -> Self {
         self.quic = self.quic.map(|quic| quic.share(connections));
         self
+    }
+
+    /// TLS handshakes so far that had no ticket to offer though they might have: full ones.
+    pub fn without_ticket(&self) -> u64 {
+        self.tickets.as_ref().map_or(0, |t| t.missed())
     }
 
     /// The address behind the URL's host.

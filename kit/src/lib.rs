@@ -15,6 +15,7 @@ pub mod process;
 pub mod quic;
 pub mod recorder;
 pub mod tcp_relay;
+mod tickets;
 pub mod udp_relay;
 pub mod usage;
 pub mod weather;

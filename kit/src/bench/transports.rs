@@ -53,6 +53,7 @@ pub(super) fn handshakes(lab: &mut Lab) -> io::Result<()> {
             let mut each = Vec::new();
             for round in 0..=lab.args.rounds {
                 let count = if round == 0 { 2 * AT_ONCE } else { HANDSHAKES };
+                let full = dialer.without_ticket();
                 let before = Usage::of(pair.edge.pid())?.cpu();
                 runtime
                     .block_on(crowd(count, AT_ONCE, |n| connect(&dialer, n)))
@@ -60,6 +61,11 @@ pub(super) fn handshakes(lab: &mut Lab) -> io::Result<()> {
                 let spent = Usage::of(pair.edge.pid())?.cpu() - before;
                 // The first fetches tickets, and warms up.
                 if round > 0 {
+                    let full = dialer.without_ticket() - full;
+                    if full as usize > count / 50 {
+                        let what = format!("{way}: {full} handshakes had no ticket");
+                        return Err(io::Error::other(what));
+                    }
                     each.push(spent.as_secs_f64() * 1e6 / count as f64);
                 }
             }
