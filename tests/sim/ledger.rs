@@ -1,6 +1,6 @@
 //! What one session is owed, and what was written for it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use tidegate::mqtt::{Publish, QoS, SubscribeOptions, Version};
 
@@ -93,6 +93,8 @@ pub struct Ledger {
     inflight: Vec<Flight>,
     pub wants: Vec<Want>,
     pub subs: Vec<Sub>,
+    /// Filters that it unsubscribed from: what is on its way by one may come for another.
+    pub left: BTreeSet<String>,
     /// Retained messages that might have been live ones or replays.
     pub ambiguous: usize,
     mistaken: usize,

@@ -288,6 +288,9 @@ impl Oracle {
                     if matching(&sub.filter, &first.topic) {
                         let asked = sub.asked.iter().map(|a| (a.options, a.identifier));
                         let granted = sub.granted.iter().map(|(_, o, i)| (*o, *i));
+                        // It may come by the copy of one that was left meanwhile, its own being lost.
+                        let mut names = copies.iter().flat_map(|copy| &copy.filters);
+                        any |= names.any(|(_, name)| c.ledger.left.contains(&**name));
                         for (options, id) in asked.chain(granted) {
                             allowed.push(id);
                             retain_may |= options.retain_as_published && first.retain;

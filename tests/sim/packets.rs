@@ -96,6 +96,7 @@ impl Oracle {
             Packet::Unsubscribe(u) => {
                 let names: Vec<String> = u.filters().map(str::to_owned).collect();
                 c.ledger.subs.retain(|s| !names.contains(&s.filter));
+                c.ledger.left.extend(names.iter().cloned());
                 let ended = c.ledger.wants.iter_mut();
                 for want in ended.filter(|w| names.contains(&w.filter)) {
                     want.until = want.until.min(latest);

@@ -1,0 +1,210 @@
+//! What waits for a client behind its window, and what goes when that is too much.
+
+use std::collections::VecDeque;
+
+use super::entry::{Entry, State};
+use super::{DropReason, SessionLimits};
+use crate::mqtt::QoS;
+
+/// Retained messages of new subscriptions may wait beyond a session's limits, because they come all
+/// at once: so many of them, and so many bytes.
+const FETCHED_MAX: usize = 100_000;
+const FETCHED_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// The entries that wait, in the order of their sending.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    entries: VecDeque<Entry>,
+    bytes: usize,
+    qos0: u32,
+    /// Entries that are [`State::Fetched`], and their bytes.
+    fetched: usize,
+    fetched_bytes: usize,
+    /// So many at the front are known to be of those.
+    fetched_ahead: usize,
+}
+
+impl Queue {
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Bytes of the messages, each counted in full.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Entries of QoS 0.
+    pub fn qos0(&self) -> u32 {
+        self.qos0
+    }
+
+    pub fn front(&self) -> Option<&Entry> {
+        self.entries.front()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter()
+    }
+
+    /// For what does not change size, QoS or state.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
+        self.entries.iter_mut()
+    }
+
+    /// The limit that another message of `size` bytes would exceed. Fetched ones have their own: they
+    /// push out nothing, and nothing pushes them out.
+    pub fn full(&self, limits: &SessionLimits, size: usize, fetched: bool) -> Option<DropReason> {
+        let (messages, bytes, messages_max, bytes_max) = match fetched {
+            true => (
+                self.fetched,
+                self.fetched_bytes,
+                limits.queue_messages_max.max(FETCHED_MAX),
+                limits.queue_bytes_max.max(FETCHED_BYTES_MAX),
+            ),
+            false => (
+                self.entries.len() - self.fetched,
+                self.bytes - self.fetched_bytes,
+                limits.queue_messages_max,
+                limits.queue_bytes_max,
+            ),
+        };
+        if messages >= messages_max {
+            Some(DropReason::QueueFull)
+        } else if bytes + size > bytes_max {
+            Some(DropReason::QueueBytes)
+        } else {
+            None
+        }
+    }
+
+    pub fn push(&mut self, entry: Entry) {
+        self.bytes += entry.size();
+        self.qos0 += u32::from(entry.qos == QoS::AtMostOnce);
+        if entry.state == State::Fetched {
+            self.fetched += 1;
+            self.fetched_bytes += entry.size();
+        }
+        // A quarter more at a time: doubling would leave half of a long queue unused.
+        if self.entries.len() == self.entries.capacity() {
+            self.entries.reserve_exact((self.entries.len() / 4).max(4));
+        }
+        self.entries.push_back(entry);
+    }
+
+    pub fn pop(&mut self) -> Option<Entry> {
+        let entry = self.entries.pop_front()?;
+        self.fetched_ahead = self.fetched_ahead.saturating_sub(1);
+        self.left(&entry);
+        Some(entry)
+    }
+
+    /// Takes out the oldest that is not fetched.
+    pub fn pop_live(&mut self) -> Option<Entry> {
+        let mut rest = self.entries.range(self.fetched_ahead..);
+        self.fetched_ahead += rest.position(|e| e.state != State::Fetched)?;
+        let entry = self.entries.remove(self.fetched_ahead)?;
+        self.left(&entry);
+        Some(entry)
+    }
+
+    /// Keeps those for which `keep` is true.
+    pub fn retain(&mut self, mut keep: impl FnMut(&Entry) -> bool) {
+        let mut entries = std::mem::take(&mut self.entries);
+        entries.retain(|entry| {
+            let kept = keep(entry);
+            if !kept {
+                self.left(entry);
+            }
+            kept
+        });
+        self.entries = entries;
+        self.fetched_ahead = 0;
+    }
+
+    /// Gives memory back that a long queue needed.
+    pub fn shrink(&mut self) {
+        if self.entries.is_empty() && self.entries.capacity() > 64 {
+            self.entries = VecDeque::new();
+        }
+    }
+
+    fn left(&mut self, entry: &Entry) {
+        self.bytes -= entry.size();
+        self.qos0 -= u32::from(entry.qos == QoS::AtMostOnce);
+        if entry.state == State::Fetched {
+            self.fetched -= 1;
+            self.fetched_bytes -= entry.size();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mqtt::{Message, MessageSpec, Properties};
+    use crate::session::entry::Ids;
+
+    fn entry(number: u8, state: State) -> Entry {
+        let message = Message::new(&MessageSpec {
+            topic: "t",
+            properties: Properties::default(),
+            payload: &[number],
+            qos: QoS::AtLeastOnce,
+            retain: false,
+            expires_at: u64::MAX,
+            strip_key: None,
+            account: None,
+        });
+        Entry {
+            message: Some(message),
+            ids: Ids::default(),
+            at: 0,
+            packet_id: 0,
+            qos: QoS::AtLeastOnce,
+            state,
+            retain: false,
+            lane: 0,
+        }
+    }
+
+    fn numbers(queue: &Queue) -> Vec<u8> {
+        let payload = |e: &Entry| e.message.as_ref().map_or(0, |m| m.payload()[0]);
+        queue.iter().map(payload).collect()
+    }
+
+    #[test]
+    fn live_messages_push_out_the_oldest_of_their_own_kind() {
+        let mut queue = Queue::default();
+        let (fetched, live) = (State::Fetched, State::Waiting);
+        for (number, state) in [
+            (0, fetched),
+            (1, fetched),
+            (2, live),
+            (3, fetched),
+            (4, live),
+            (5, live),
+        ] {
+            queue.push(entry(number, state));
+        }
+        assert!(queue.pop_live().is_some());
+        assert_eq!(numbers(&queue), [0, 1, 3, 4, 5]);
+        assert!(queue.pop().is_some());
+        assert!(queue.pop_live().is_some());
+        assert_eq!(numbers(&queue), [1, 3, 5]);
+        queue.retain(|e| e.message.as_ref().is_some_and(|m| m.payload() != [1]));
+        assert!(queue.pop_live().is_some());
+        assert!(queue.pop_live().is_none());
+        assert_eq!(numbers(&queue), [3]);
+        assert_eq!((queue.fetched, queue.fetched_bytes), (1, queue.bytes()));
+        assert!(queue.pop().is_some());
+        assert_eq!(
+            (queue.fetched, queue.fetched_bytes, queue.bytes()),
+            (0, 0, 0)
+        );
+    }
+}
