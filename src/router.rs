@@ -61,10 +61,6 @@ use wake::Wake;
 /// Shards; at most 64, since a filter's shards are the bits of one word.
 const SHARDS: usize = 32;
 
-/// A session's queue while retained messages are handed to it: messages, and bytes.
-const RETAINED_QUEUE: usize = 100_000;
-const RETAINED_QUEUE_BYTES: usize = 16 * 1024 * 1024;
-
 /// Names a session in the router: where it is, and which one of those that were there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionRef {
@@ -129,8 +125,6 @@ pub struct RouterConfig {
 pub struct Router {
     /// The limits of every session.
     pub limits: SessionLimits,
-    /// The same with a longer queue: retained messages come all at once.
-    retained_limits: SessionLimits,
     config: RouterConfig,
     shards: Box<[Mutex<Shard>]>,
     table: RwLock<Table>,
@@ -240,11 +234,6 @@ impl Router {
             // 0 means "no mark".
             tags: AtomicU64::new(1),
             ticks: AtomicU64::new(0),
-            retained_limits: SessionLimits {
-                queue_messages_max: limits.queue_messages_max.max(RETAINED_QUEUE),
-                queue_bytes_max: limits.queue_bytes_max.max(RETAINED_QUEUE_BYTES),
-                ..limits.clone()
-            },
             limits,
             config,
         }
@@ -253,11 +242,6 @@ impl Router {
     /// The account that messages from the core are charged to.
     pub fn queue_account(&self) -> &Arc<Account> {
         &self.queue_account
-    }
-
-    /// The account that retained messages are charged to.
-    pub fn retained_account(&self) -> Arc<Account> {
-        self.retained.lock().account.clone()
     }
 
     /// Bytes that all queues hold: messages once, and their entries.

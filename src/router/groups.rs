@@ -225,6 +225,7 @@ impl Shard {
             ids: if identifier == 0 { &[] } else { &one },
             group: Some(number),
             lane: slot.session.lane_of(number),
+            fetched: false,
         };
         let outcome = slot.session.deliver(limits, now, &offer);
         let full = outcome == Delivered::EndSession;

@@ -359,6 +359,7 @@ impl Shard {
                 ids,
                 group: None,
                 lane,
+                fetched: true,
             },
         );
         tally.outcome(slot, outcome);
@@ -444,6 +445,7 @@ impl Shard {
                 ids,
                 group: None,
                 lane: slot.session.lane_of(filter),
+                fetched: tag == FETCHED,
             };
             let charged = offer_to(slot, member.slot, limits, now, &offer, detached, tally);
             *entry_bytes += charged.0;
@@ -491,6 +493,7 @@ impl Shard {
                 ids: &self.identifiers,
                 group: None,
                 lane: slot.session.lane_of(senior.filter),
+                fetched: tag == FETCHED,
             };
             let charged = offer_to(slot, at, limits, now, &offer, &mut self.detached, tally);
             self.entry_bytes += charged.0;
@@ -499,11 +502,11 @@ impl Shard {
     }
 }
 
-/// The mark of a message of which it is not known who sent it: No Local hides it.
-pub(super) const ANYONES: u64 = u64::MAX;
+/// The mark of a message that was fetched: it is not known who sent it, so No Local hides it.
+pub(super) const FETCHED: u64 = u64::MAX;
 
 fn is_own(tag: u64, slot: &Slot) -> bool {
-    tag != 0 && (tag == slot.session.tag || tag == ANYONES)
+    tag != 0 && (tag == slot.session.tag || tag == FETCHED)
 }
 
 /// Offers a message to one session; what its accounts change by.

@@ -20,6 +20,7 @@ pub(super) fn write_to(
         ids,
         group: _,
         lane,
+        fetched: _,
     } = *offer;
     let message_expiry = match message.expires_at() {
         u64::MAX => None,

@@ -157,6 +157,7 @@ impl Entry {
             ids: sets.get(&self.ids),
             group: sets.group(self.ids),
             lane: self.lane,
+            fetched: self.state == State::Fetched,
         })
     }
 
@@ -169,6 +170,8 @@ impl Entry {
 pub(super) enum State {
     /// Not sent yet.
     Waiting,
+    /// Not sent yet; a retained message that was fetched for a subscription.
+    Fetched,
     /// PUBLISH sent on this connection.
     Sent,
     /// PUBLISH sent on an earlier connection: again, with DUP, when the window allows.
@@ -197,6 +200,8 @@ pub struct Offer<'a> {
     pub group: Option<u32>,
     /// The stream of its subscription, 0 being control; see [`Session::lane_of`](super::Session).
     pub lane: u8,
+    /// It is a retained one that was fetched: it waits beside the limits of live ones.
+    pub fetched: bool,
 }
 
 /// A delivery of a shared subscription that another member is to get.

@@ -7,6 +7,7 @@ use crate::mqtt::{AckKind, QoS, ReasonCode, encode_ack};
 use super::connection::Connection;
 use super::delivery::write_to;
 use super::entry::{Entry, IdSets, Offer, Orphan, State};
+use super::queue::Queue;
 use super::{DropReason, QueueFull, SessionLimits};
 
 /// Bytes charged for each queued or in-flight entry beside its message: with what its queue
@@ -51,11 +52,9 @@ pub struct Outbound {
     /// In order of sending. Front is never `Done`; identifiers are allocated in ascending order,
     /// so an entry is found by its distance from the front's.
     inflight: VecDeque<Entry>,
-    queue: VecDeque<Entry>,
+    queue: Queue,
     sets: IdSets,
-    queue_bytes: usize,
     inflight_bytes: usize,
-    queued_qos0: u32,
     last_packet_id: u16,
     /// PUBLISH and PUBREL outstanding on the current connection.
     window_used: u16,
@@ -75,7 +74,7 @@ impl Outbound {
 
     /// Bytes of the messages waiting behind the window, each counted in full.
     pub fn queued_bytes(&self) -> usize {
-        self.queue_bytes
+        self.queue.bytes()
     }
 
     /// Bytes of the messages that the client has not acknowledged.
@@ -116,12 +115,13 @@ impl Outbound {
             ids,
             group,
             lane,
+            fetched: _,
         } = *offer;
         if let Some(connection) = connection {
             let room = connection.has_room(limits, lane);
             if qos == QoS::AtMostOnce {
                 // QoS 0 passes a queue that waits for the window only, but not its own kind.
-                if room && self.queued_qos0 == 0 && self.resend_at >= self.inflight.len() {
+                if room && self.queue.qos0() == 0 && self.resend_at >= self.inflight.len() {
                     return match write_to(connection, now, offer, 0, false) {
                         true => Delivered::Written(qos),
                         false => Delivered::Dropped(DropReason::TooLarge),
@@ -167,49 +167,39 @@ impl Outbound {
             ids,
             group,
             lane,
+            fetched,
         } = *offer;
         let size = message.size();
-        if size > limits.queue_bytes_max {
+        if !fetched && size > limits.queue_bytes_max {
             return Delivered::Dropped(DropReason::QueueBytes);
         }
-        while self.queue.len() >= limits.queue_messages_max
-            || self.queue_bytes + size > limits.queue_bytes_max
-        {
+        while let Some(reason) = self.queue.full(limits, size, fetched) {
             match limits.queue_full {
-                QueueFull::Newest => {
-                    let reason = if self.queue.len() >= limits.queue_messages_max {
-                        DropReason::QueueFull
-                    } else {
-                        DropReason::QueueBytes
-                    };
-                    return Delivered::Dropped(reason);
-                }
+                _ if fetched => return Delivered::Dropped(reason),
+                QueueFull::Newest => return Delivered::Dropped(reason),
                 QueueFull::EndSession => return Delivered::EndSession,
                 QueueFull::Oldest => {
-                    let many = self.queue.len() >= limits.queue_messages_max;
-                    if self.pop_queue().is_none() {
-                        return Delivered::Dropped(DropReason::QueueFull);
+                    if self.queue.pop_live().is_none() {
+                        return Delivered::Dropped(reason);
                     }
+                    let many = reason == DropReason::QueueFull;
                     self.shed.pushed_out += u32::from(many);
                     self.shed.pushed_out_bytes += u32::from(!many);
                 }
             }
         }
-        self.queue_bytes += size;
-        self.queued_qos0 += u32::from(qos == QoS::AtMostOnce);
-        // A quarter more at a time: doubling would leave half of a long queue unused.
-        if self.queue.len() == self.queue.capacity() {
-            self.queue.reserve_exact((self.queue.len() / 4).max(4));
-        }
-        let entries = self.inflight.iter().chain(&self.queue);
+        let entries = self.inflight.iter().chain(self.queue.iter());
         let ids = self.sets.keep(ids, group, entries);
-        self.queue.push_back(Entry {
+        self.queue.push(Entry {
             message: Some(message.clone()),
             ids,
             at: now as u32,
             packet_id: 0,
             qos,
-            state: State::Waiting,
+            state: match fetched {
+                true => State::Fetched,
+                false => State::Waiting,
+            },
             retain,
             lane,
         });
@@ -228,14 +218,14 @@ impl Outbound {
                 break;
             }
             if front.is_over(limits, now) {
-                self.pop_queue();
+                self.queue.pop();
                 self.shed.expired += 1;
                 continue;
             }
             if front.qos > QoS::AtMostOnce && !self.window_open(connection, limits) {
                 break;
             }
-            let Some(mut entry) = self.pop_queue() else {
+            let Some(mut entry) = self.queue.pop() else {
                 break;
             };
             let packet_id = match entry.qos {
@@ -261,9 +251,7 @@ impl Outbound {
                 self.resend_at = self.inflight.len();
             }
         }
-        if self.queue.is_empty() && self.queue.capacity() > 64 {
-            self.queue = VecDeque::new();
-        }
+        self.queue.shrink();
     }
 
     fn resend(&mut self, connection: &mut Connection, limits: &SessionLimits, now: u64) {
@@ -419,14 +407,12 @@ impl Outbound {
             };
             self.releases_due |= entry.state == State::ReleaseAgain;
         }
-        for entry in self.inflight.iter_mut().chain(&mut self.queue) {
+        for entry in self.inflight.iter_mut().chain(self.queue.iter_mut()) {
             entry.lane = 0;
         }
-        if !limits.queue_qos0 && self.queued_qos0 > 0 {
-            self.shed.qos0 += self.queued_qos0;
+        if !limits.queue_qos0 && self.queue.qos0() > 0 {
+            self.shed.qos0 += self.queue.qos0();
             self.queue.retain(|e| e.qos != QoS::AtMostOnce);
-            self.queue_bytes = self.queue.iter().map(|e| e.size()).sum();
-            self.queued_qos0 = 0;
         }
     }
 
@@ -504,17 +490,9 @@ impl Outbound {
             }
             _ => true,
         });
-        self.recount();
+        self.inflight_bytes = self.inflight.iter().map(|e| e.size()).sum();
         self.trim();
         orphans
-    }
-
-    /// Counts anew what waits, after entries were taken from the middle.
-    fn recount(&mut self) {
-        self.inflight_bytes = self.inflight.iter().map(|e| e.size()).sum();
-        self.queue_bytes = self.queue.iter().map(|e| e.size()).sum();
-        let zero = |e: &&Entry| e.qos == QoS::AtMostOnce;
-        self.queued_qos0 = self.queue.iter().filter(zero).count() as u32;
     }
 
     /// Whether a new message of QoS 1 or 2 would be written at once.
@@ -525,9 +503,7 @@ impl Outbound {
     /// Drops every waiting message; returns how many.
     pub fn drop_queue(&mut self) -> usize {
         let dropped = self.queue.len();
-        self.queue = VecDeque::new();
-        self.queue_bytes = 0;
-        self.queued_qos0 = 0;
+        self.queue = Queue::default();
         dropped
     }
 
@@ -546,22 +522,7 @@ impl Outbound {
             }
             true
         });
-        if expired + zero > 0 {
-            self.queue_bytes = self.queue.iter().map(|e| e.size()).sum();
-            self.queued_qos0 = self
-                .queue
-                .iter()
-                .filter(|e| e.qos == QoS::AtMostOnce)
-                .count() as u32;
-        }
         (expired, zero)
-    }
-
-    fn pop_queue(&mut self) -> Option<Entry> {
-        let entry = self.queue.pop_front()?;
-        self.queue_bytes -= entry.size();
-        self.queued_qos0 -= u32::from(entry.qos == QoS::AtMostOnce);
-        Some(entry)
     }
 
     /// Room in the client's Receive Maximum [MQTT-3.3.4-9] and in what we keep in flight for it.
