@@ -8,7 +8,7 @@ use crate::telemetry::metrics;
 
 use super::Router;
 use super::lost::Loss;
-use super::table::{State, UNPLACED, Waiter};
+use super::table::{State, Table, UNPLACED, Waiter};
 use super::wake::Wake;
 
 /// A filter to be subscribed at the core.
@@ -65,8 +65,9 @@ impl Router {
         core.retain_available
             .store(facts.retain_available, Ordering::Relaxed);
         core.packet_max.store(facts.packet_max, Ordering::Relaxed);
-        core.retain_as_published
-            .store(facts.keeps_retain, Ordering::Relaxed);
+        let kept_retain = core
+            .retain_as_published
+            .swap(facts.keeps_retain, Ordering::Relaxed);
         core.properties.store(facts.properties, Ordering::Relaxed);
         core.shared.store(facts.shared, Ordering::Relaxed);
         let mut refused: Vec<(u32, Vec<Waiter>, ReasonCode)> = Vec::new();
@@ -75,14 +76,15 @@ impl Router {
             true => QoS::AtMostOnce,
             false => facts.maximum_qos,
         };
-        if table.identifiers == Some(facts.identifiers) {
+        if table.identifiers == Some(facts.identifiers) && kept_retain == facts.keeps_retain {
             return false;
         }
         let changed = table.identifiers.is_some();
         if changed {
             tracing::error!(
                 identifiers = facts.identifiers,
-                "The core changed whether it has subscription identifiers; filters are placed anew"
+                retain_as_published = facts.keeps_retain,
+                "The core changed whether it has subscription identifiers, or whether live messages keep RETAIN; all filters are subscribed anew"
             );
         }
         table.identifiers = Some(facts.identifiers);
@@ -252,9 +254,13 @@ impl Router {
     pub fn data_link_up(&self, link: usize, kept: Kept, first: bool, now: u64) -> bool {
         let session_present = kept == Kept::Yes;
         self.data_up[link].store(true, Ordering::Release);
-        let mut numbers = Vec::new();
+        let (mut numbers, mut lost) = (Vec::new(), Vec::new());
         {
             let mut table = self.table.write();
+            if kept == Kept::No && !first {
+                self.doubt_those_away(&table);
+            }
+            let losses = table.lost.clone();
             let all: Vec<u32> = table.of_link(link as u8).map(|(n, _)| n).collect();
             table.pending[link].clear();
             table.leaving[link].clear();
@@ -271,18 +277,23 @@ impl Router {
                     State::Unsubscribing => filter.is_wanted(),
                 };
                 let gone = filter.state == State::Unsubscribing && !again;
+                if session_present && filter.state == State::Active {
+                    // The doubt of the time when it was away.
+                    losses.remove(number);
+                }
                 if again {
-                    let lost = filter.state == State::Active && !session_present;
-                    if filter.state != State::Active || lost {
+                    let is_lost = filter.state == State::Active && !session_present;
+                    if filter.state != State::Active || is_lost {
                         filter.state = State::Pending;
                         filter.upgrading = false;
                     }
-                    if lost {
+                    if is_lost {
+                        lost.push(number);
                         let loss = match kept {
                             Kept::Doubtful => Loss::Doubtful,
                             _ => Loss::Sure,
                         };
-                        table.lost.insert(number, loss);
+                        losses.insert(number, loss);
                     }
                     table.pending[link].push_back(number);
                 } else if gone {
@@ -305,12 +316,30 @@ impl Router {
         self.add_below(&mut numbers);
         if session_present {
             self.nothing_missed(&numbers);
+        } else {
+            self.add_below(&mut lost);
+            self.retained_lost(&lost);
         }
         self.forget_retained(numbers.into_iter());
         if gap {
             metrics().upstream_gaps.increment(1);
         }
         gap
+    }
+
+    /// The core has forgotten a link's session: those of links that are away it may have forgotten
+    /// too, and copies that come meanwhile by others' filters are not to be dropped for theirs.
+    fn doubt_those_away(&self, table: &Table) {
+        for (link, up) in self.data_up[..self.config.data_links].iter().enumerate() {
+            if up.load(Ordering::Acquire) {
+                continue;
+            }
+            for (number, filter) in table.of_link(link as u8) {
+                if filter.state == State::Active {
+                    table.lost.insert(number, Loss::Doubtful);
+                }
+            }
+        }
     }
 
     /// Whether every data link is up and has its filters again: what is published now is seen.

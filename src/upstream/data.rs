@@ -398,6 +398,8 @@ fn parse_tag(value: &str, instance: u64) -> Option<u64> {
 }
 
 #[cfg(test)]
+mod gaps;
+#[cfg(test)]
 mod mapping;
 #[cfg(test)]
 mod tests;

@@ -28,6 +28,17 @@ pub(crate) struct Known {
     habits: Arc<Habits>,
 }
 
+impl Known {
+    fn is_of(&self, server: usize, announced: &Announced) -> bool {
+        self.server == server && self.announced == *announced
+    }
+
+    /// Whether it is still the better record of the same core.
+    fn outlives(&self, server: usize, announced: &Announced, seen: &Habits) -> bool {
+        seen.source == Source::Partly && self.is_of(server, announced)
+    }
+}
+
 /// Gives a link that came up what is known of the core, probing it first if need be.
 pub(super) async fn learn(core: &Core, server: usize, established: &mut Established) {
     let habits = recall(core, server, &established.announced).await;
@@ -47,8 +58,7 @@ async fn recall(core: &Core, server: usize, announced: &Announced) -> Arc<Habits
     // Other links wait for the one that probes.
     let mut known = core.known.lock().await;
     if let Some(known) = &*known
-        && known.server == server
-        && known.announced == *announced
+        && known.is_of(server, announced)
         && known.at.elapsed() < GOOD_FOR
     {
         return known.habits.clone();
@@ -60,6 +70,13 @@ async fn recall(core: &Core, server: usize, announced: &Announced) -> Arc<Habits
             metrics().upstream_probes.increment(1);
             let habits = seen(core, address, announced).await;
             say(address, &habits);
+            // Filters are held by what was seen before: less is no news of the core, which may have
+            // been slow just now. The next link that comes up looks again.
+            if let Some(known) = &*known
+                && known.outlives(server, announced, &habits)
+            {
+                return known.habits.clone();
+            }
             habits
         }
     });
@@ -158,4 +175,37 @@ fn count(habits: &Habits) {
         ("retain_as_published", yes(habits.keeps_retain())),
         ("shared", word(&habits.shared)),
     ]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_probe_cut_short_is_no_news_of_a_core_that_is_known() {
+        let announced = Announced {
+            version_5: true,
+            identifiers: true,
+            shared: true,
+            receive_maximum: 100,
+            maximum_qos: 2,
+            maximum_packet_size: None,
+            retain_available: true,
+        };
+        let seen = |source| Habits::unseen(&announced, source);
+        let known = Known {
+            server: 1,
+            announced,
+            at: Instant::now(),
+            habits: Arc::new(seen(Source::Probed)),
+        };
+        assert!(known.outlives(1, &announced, &seen(Source::Partly)));
+        assert!(!known.outlives(1, &announced, &seen(Source::Probed)));
+        assert!(!known.outlives(0, &announced, &seen(Source::Partly)));
+        let other = Announced {
+            receive_maximum: 99,
+            ..announced
+        };
+        assert!(!known.outlives(1, &other, &seen(Source::Partly)));
+    }
 }
