@@ -11,6 +11,7 @@ mod inbound;
 mod lanes;
 mod outbound;
 mod packets;
+mod queue;
 mod senior;
 mod will;
 

@@ -13,7 +13,7 @@ use crate::mqtt::Message;
 use super::Router;
 use super::fanout::{Arrived, Tally};
 use super::retained::Retained;
-use super::shard::ANYONES;
+use super::shard::FETCHED;
 
 /// Topics whose values are remembered at most, all together; past it a value is taken for new.
 const KNOWN_MAX: usize = 200_000;
@@ -49,6 +49,16 @@ impl Missed {
         if let Some(known) = self.filters.remove(&number) {
             self.topics -= known.len();
         }
+    }
+
+    /// Nobody waits for what was missed any more.
+    pub fn clear(&mut self) {
+        self.filters.clear();
+        self.topics = 0;
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.filters.is_empty()
     }
 
     /// A message came for filters that have it now.
@@ -87,6 +97,28 @@ impl Router {
         if self.config.retained_resync && self.retain_available() {
             let mut retained = self.retained.lock();
             numbers.iter().for_each(|n| retained.miss(*n));
+        }
+    }
+
+    /// The core lost these filters: what they bring from now on is known, and nothing else but what
+    /// their caches had.
+    pub(super) fn retained_lost(&self, numbers: &[u32]) {
+        if self.config.retained_resync && self.retain_available() {
+            let mut retained = self.retained.lock();
+            for number in numbers {
+                retained.missed.begin(*number, [].iter());
+            }
+        }
+    }
+
+    /// Filters that were lost and not regained, nobody resyncs.
+    pub(super) fn forget_missed(&self) {
+        if self.retained.lock().missed.is_empty() || !self.data_settled() {
+            return;
+        }
+        let mut retained = self.retained.lock();
+        if !retained.resyncs() {
+            retained.missed.clear();
         }
     }
 
@@ -150,7 +182,7 @@ impl Router {
                     let index = mask.trailing_zeros() as usize;
                     mask &= mask - 1;
                     let mut shard = self.shards[index].lock();
-                    shard.fan_out(&self.limits, now, message, filter, ANYONES, &mut tally);
+                    shard.fan_out(&self.limits, now, message, filter, FETCHED, &mut tally);
                     let ended = std::mem::take(&mut tally.ended);
                     for (slot, _) in ended {
                         self.end_full_session(&mut shard, slot, now);

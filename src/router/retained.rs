@@ -5,20 +5,21 @@
 //! the cache before it is fanned out: so a value older than one already delivered never follows it.
 
 mod cache;
+mod handing;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::mqtt::{Message, QoS, ReasonCode};
 use crate::telemetry::metrics;
 
-use super::fanout::{Arrived, Tally};
+use super::fanout::Arrived;
 use super::{Router, SessionRef};
 pub(super) use cache::Retained;
-use cache::{Cached, State, want};
+use cache::{Cached, State, Wishes};
 
-/// Fetched messages that wait for the data links at most; more are handed on at once.
+/// Fetched messages that wait for the data links at most, and their bytes; more are handed on at once.
 const HELD_MAX: usize = 10_000;
+const HELD_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// How long a SUBACK waits for the retained messages, milliseconds: a client that has it may
 /// publish, and what is older must not come after what it publishes.
@@ -60,24 +61,26 @@ impl Router {
             Some(cached) if cached.state == State::Complete => {
                 retained.complete.promote(&number);
                 let messages: Vec<Message> = self.cached(&retained, number, now);
-                self.hand_retained(&retained, number, &messages, &[wants], now);
+                self.hand_retained(&retained, number, &messages, &wants, now);
             }
             Some(cached) if cached.state == State::Queued => {
-                want(&mut cached.wants, wants);
+                cached.wants.insert(wants.session, wants);
                 if cached.resync {
                     // It may have been for later.
                     retained.queue.push_back(number);
                     self.fetch.raise();
                 }
             }
-            Some(cached) if cached.overflow || cached.stale => want(&mut cached.late, wants),
+            Some(cached) if cached.overflow || cached.stale => {
+                cached.late.insert(wants.session, wants);
+            }
             Some(cached) => {
-                want(&mut cached.wants, wants);
+                cached.wants.insert(wants.session, wants);
                 let messages = self.cached(&retained, number, now);
-                self.hand_retained(&retained, number, &messages, &[wants], now);
+                self.hand_retained(&retained, number, &messages, &wants, now);
             }
             None => {
-                let queued = Cached::queued(vec![wants]);
+                let queued = Cached::queued(Wishes::from([(wants.session, wants)]));
                 retained.filters.insert(number, queued);
                 retained.queue.push_back(number);
                 self.fetch.raise();
@@ -95,7 +98,7 @@ impl Router {
     }
 
     /// Replies that have waited long enough.
-    pub(super) fn late_replies(&self, now: u64) {
+    fn late_replies(&self, now: u64) {
         let mut late = Vec::new();
         let mut retained = self.retained.lock();
         while let Some(&(deadline, number)) = retained.reply_by.front()
@@ -112,6 +115,13 @@ impl Router {
         }
         drop(retained);
         self.reply(&late);
+    }
+
+    /// Lets go what need not be kept any longer.
+    pub(super) fn tick_retained(&self, now: u64) {
+        self.late_replies(now);
+        self.late_fetches(now);
+        self.forget_missed();
     }
 
     /// The core has answered a PINGREQ behind the fetch of these filters: what it had is here.
@@ -144,10 +154,13 @@ impl Router {
             && let Some(number) = retained.next()
         {
             let name = self.table.read().get(number).map(|f| f.name.clone());
+            let away = self.source_is_away(number);
             let (Some(name), Some(cached)) = (name, retained.filters.get_mut(&number)) else {
                 retained.drop_filter(number);
                 continue;
             };
+            // What changes meanwhile is not seen.
+            cached.stale |= away;
             cached.state = State::Fetching;
             cached.name = Some(name.clone());
             retained.known.insert(&name, number);
@@ -166,114 +179,14 @@ impl Router {
         if cached.state != State::Fetching || cached.live.contains(&retained.topic(message)) {
             return;
         }
-        let link = {
-            let table = self.table.read();
-            let filter = table.get(table.source(number));
-            filter.map(|f| usize::from(f.link))
-        };
-        match link {
+        let room = retained.held < HELD_MAX && retained.held_bytes < HELD_BYTES_MAX;
+        match self.source_link(number) {
             // While the link is away too: what its session kept comes first.
-            Some(link) if link < self.config.data_links && retained.held < HELD_MAX => {
+            Some(link) if room => {
                 let fence = self.ask_fence(link);
                 retained.hold(number, (link, fence, message.clone()));
             }
             _ => self.hand_fetched(&mut retained, number, std::slice::from_ref(message), now),
-        }
-    }
-
-    /// Whether fetched messages wait for a data link.
-    pub(super) fn holds_fetched(&self) -> bool {
-        self.retained.lock().held > 0
-    }
-
-    /// Hands on what is held for a link and moment that `passed`.
-    pub(super) fn release_fetched(&self, passed: impl Fn(usize, u64) -> bool, now: u64) {
-        let mut retained = self.retained.lock();
-        if retained.held == 0 {
-            return;
-        }
-        let holding: Vec<u32> = retained.holding.iter().copied().collect();
-        let mut replies = Vec::new();
-        for number in holding {
-            let messages = retained.release(number, &passed);
-            self.hand_fetched(&mut retained, number, &messages, now);
-            replies.extend(retained.replies_of(number));
-        }
-        drop(retained);
-        self.reply(&replies);
-    }
-
-    /// Fetched messages reach cache and subscribers, but for topics that a live one reached since.
-    fn hand_fetched(&self, retained: &mut Retained, number: u32, messages: &[Message], now: u64) {
-        let Some(cached) = retained.filters.get(&number) else {
-            return;
-        };
-        let older = |m: &&Message| !cached.live.contains(&retained.topic(m));
-        let messages: Vec<Message> = messages.iter().filter(older).cloned().collect();
-        let (wants, resync) = (cached.wants.clone(), cached.resync);
-        for message in &messages {
-            retained.put(number, message);
-        }
-        if resync {
-            self.hand_missed(retained, number, &messages, now);
-        }
-        self.hand_retained(retained, number, &messages, &wants, now);
-    }
-
-    /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
-    pub fn fetch_ended(&self, numbers: &[u32], complete: bool, now: u64) {
-        let mut retained = self.retained.lock();
-        let mut again = false;
-        let mut replies = Vec::new();
-        for &number in numbers {
-            let held = retained.release(number, |_, _| true);
-            if complete {
-                self.hand_fetched(&mut retained, number, &held, now);
-            }
-            let Some(cached) = retained.filters.get_mut(&number) else {
-                continue;
-            };
-            if cached.state != State::Fetching {
-                continue;
-            }
-            cached.live = HashSet::default();
-            cached.through = true;
-            replies.extend(retained.replies_of(number));
-            let Some(cached) = retained.filters.get_mut(&number) else {
-                continue;
-            };
-            if complete {
-                cached.wants = Vec::new();
-            }
-            let late = std::mem::take(&mut cached.late);
-            let resync = cached.resync && (!complete || cached.early);
-            if cached.resync && !resync {
-                cached.resync = false;
-                self.resynced(&mut retained, number);
-            }
-            let Some(cached) = retained.filters.get_mut(&number) else {
-                continue;
-            };
-            if complete && !cached.overflow && !cached.stale {
-                cached.state = State::Complete;
-                retained.complete.put(number, ());
-                continue;
-            }
-            let mut wants = std::mem::take(&mut cached.wants);
-            wants.extend(late);
-            retained.drop_filter(number);
-            if !wants.is_empty() || resync {
-                again = true;
-                let mut queued = Cached::queued(wants);
-                queued.resync = resync;
-                retained.filters.insert(number, queued);
-                retained.queue.push_back(number);
-            }
-        }
-        drop(retained);
-        self.reply(&replies);
-        if again {
-            self.fetch.raise();
         }
     }
 
@@ -345,43 +258,5 @@ impl Router {
     /// Bytes in the retained cache.
     pub fn retained_bytes(&self) -> u64 {
         self.retained.lock().bytes as u64
-    }
-
-    fn hand_retained(
-        &self,
-        retained: &Retained,
-        number: u32,
-        messages: &[Message],
-        wants: &[Wants],
-        now: u64,
-    ) {
-        let mut tally = Tally::default();
-        for want in wants {
-            let Some(shard) = self.shards.get(usize::from(want.session.shard)) else {
-                continue;
-            };
-            let mut shard = shard.lock();
-            for message in messages {
-                if message.payload().is_empty() {
-                    continue;
-                }
-                if retained.is_ahead(number, message, now)
-                    && shard.has_another(want.session, number, message.topic())
-                {
-                    continue;
-                }
-                shard.hand(
-                    &self.retained_limits,
-                    now,
-                    message,
-                    number,
-                    want,
-                    &mut tally,
-                );
-            }
-            self.charge_entries(&mut shard);
-        }
-        tally.wake();
-        tally.flush();
     }
 }

@@ -31,7 +31,7 @@ impl Router {
         }
         self.tick_held(now);
         self.tick_left(now);
-        self.late_replies(now);
+        self.tick_retained(now);
         // Walks over all that linger: not at each tick.
         if self
             .ticks

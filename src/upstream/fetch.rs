@@ -68,7 +68,7 @@ impl Fetch {
     /// Messages below `probes` are of probes, and nobody's.
     pub fn new(router: Arc<Router>, probes: Arc<str>) -> Self {
         Self {
-            account: router.retained_account(),
+            account: router.queue_account().clone(),
             router,
             probes,
             up: false,

@@ -1,6 +1,6 @@
 //! What is known of filters' retained messages, and how far the fetch of each has come.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::hash::BuildHasher;
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 use super::{Reply, Wants};
 use crate::limits::Account;
 use crate::mqtt::Message;
+use crate::router::SessionRef;
 use crate::router::fanout::Arrived;
 use crate::router::resync::Missed;
 use crate::router::trie::FilterTrie;
@@ -38,6 +39,9 @@ pub(super) enum State {
     Complete,
 }
 
+/// By session: a later wish takes the place of an earlier one.
+pub(super) type Wishes = BTreeMap<SessionRef, Wants>;
+
 #[derive(Debug)]
 pub(super) struct Cached {
     pub(super) state: State,
@@ -49,12 +53,16 @@ pub(super) struct Cached {
     /// What came live by another filter and not by this one since, by the topic's digest: until when
     /// it counts, and a digest of what it says. Who has both filters is not to get what is older.
     pub(super) ahead: HashMap<u64, (u64, u64), RandomState>,
-    pub(super) wants: Vec<Wants>,
+    pub(super) wants: Wishes,
     /// Fetched, until the data link has brought what came before: which link, which moment. A
     /// live message of the same topic may be on its way.
     pub(super) held: Vec<(usize, u64, Message)>,
+    /// Those that hand on what was fetched just now.
+    pub(super) handing: u32,
+    /// The fetch is over, but for what is held or handed on: until when it may be held.
+    pub(super) ending: Option<u64>,
     /// Came while the fetch was under way and what it brought is no longer there: next fetch.
-    pub(super) late: Vec<Wants>,
+    pub(super) late: Wishes,
     pub(super) bytes: usize,
     /// The core has answered behind what it sent: few have more to come.
     pub(super) through: bool,
@@ -69,7 +77,7 @@ pub(super) struct Cached {
 }
 
 impl Cached {
-    pub(super) fn queued(wants: Vec<Wants>) -> Self {
+    pub(super) fn queued(wants: Wishes) -> Self {
         Self {
             state: State::Queued,
             name: None,
@@ -78,7 +86,9 @@ impl Cached {
             ahead: HashMap::default(),
             wants,
             held: Vec::new(),
-            late: Vec::new(),
+            handing: 0,
+            ending: None,
+            late: Wishes::new(),
             bytes: 0,
             through: false,
             overflow: false,
@@ -107,6 +117,7 @@ pub(in crate::router) struct Retained {
     /// Filters with messages that are held, and how many those are.
     pub(super) holding: HashSet<u32, RandomState>,
     pub(super) held: usize,
+    pub(super) held_bytes: usize,
     /// The filters that are fetched, or were.
     pub(super) known: FilterTrie<u32>,
     /// Topics on which others are ahead of them.
@@ -123,7 +134,8 @@ pub(in crate::router) struct Retained {
     pub missed: Missed,
     pub(super) bytes: usize,
     pub(super) bytes_max: usize,
-    pub account: Arc<Account>,
+    /// What the cache holds is charged to it, apart from the queues.
+    account: Arc<Account>,
 }
 
 impl Retained {
@@ -132,6 +144,7 @@ impl Retained {
             filters: HashMap::default(),
             holding: HashSet::default(),
             held: 0,
+            held_bytes: 0,
             known: FilterTrie::new(),
             ahead: 0,
             digests: RandomState::default(),
@@ -155,6 +168,7 @@ impl Retained {
         if let Some(cached) = self.filters.remove(&number) {
             self.bytes -= cached.bytes;
             self.held -= cached.held.len();
+            self.held_bytes -= cached.held.iter().map(|(_, _, m)| m.size()).sum::<usize>();
             self.ahead -= cached.ahead.len();
             // A number that came after it may mean the same filter.
             if let Some(name) = &cached.name
@@ -187,13 +201,18 @@ impl Retained {
                 cached.resync = true;
             }
             None => {
-                let mut queued = Cached::queued(Vec::new());
+                let mut queued = Cached::queued(Wishes::new());
                 queued.resync = true;
                 queued.overflow = root;
                 self.filters.insert(number, queued);
                 self.later.push_back(number);
             }
         }
+    }
+
+    /// Whether a filter is to be fetched for all who have it.
+    pub(in crate::router) fn resyncs(&self) -> bool {
+        self.filters.values().any(|c| c.resync)
     }
 
     /// The next filter to be fetched.
@@ -220,9 +239,10 @@ impl Retained {
 
     pub(super) fn hold(&mut self, number: u32, held: (usize, u64, Message)) {
         if let Some(cached) = self.filters.get_mut(&number) {
+            self.held += 1;
+            self.held_bytes += held.2.size();
             cached.held.push(held);
             self.holding.insert(number);
-            self.held += 1;
         }
     }
 
@@ -239,6 +259,7 @@ impl Retained {
             .extract_if(.., |(link, fence, _)| passed(*link, *fence));
         let released: Vec<Message> = held.map(|(_, _, message)| message).collect();
         self.held -= released.len();
+        self.held_bytes -= released.iter().map(Message::size).sum::<usize>();
         if cached.held.is_empty() {
             self.holding.remove(&number);
         }
@@ -307,10 +328,7 @@ impl Retained {
         }
         let added = cost(message);
         if cached.bytes + added > bytes_max {
-            cached.overflow = true;
-            self.bytes -= cached.bytes;
-            cached.bytes = 0;
-            cached.topics = HashMap::default();
+            self.spill(number);
             return;
         }
         cached.bytes += added;
@@ -319,19 +337,21 @@ impl Retained {
             .topics
             .insert(message.topic().into(), message.charged_to(&account));
         while self.bytes > bytes_max {
-            let Some((oldest, ())) = self.complete.pop_lru() else {
-                break;
-            };
-            self.drop_filter(oldest);
+            match self.complete.pop_lru() {
+                Some((oldest, ())) => self.drop_filter(oldest),
+                // All the others are being fetched too.
+                None => return self.spill(number),
+            }
         }
     }
-}
 
-/// Adds a wish; one of the same session takes the place of its earlier one.
-pub(super) fn want(wants: &mut Vec<Wants>, new: Wants) {
-    match wants.iter_mut().find(|w| w.session == new.session) {
-        Some(known) => *known = new,
-        None => wants.push(new),
+    /// A filter is handed on and not kept: there is no room for it.
+    fn spill(&mut self, number: u32) {
+        if let Some(cached) = self.filters.get_mut(&number) {
+            cached.overflow = true;
+            self.bytes -= std::mem::take(&mut cached.bytes);
+            cached.topics = HashMap::default();
+        }
     }
 }
 
@@ -361,7 +381,7 @@ mod tests {
     /// Filter 7, `a/#`, is complete in the cache.
     fn cache() -> Retained {
         let mut retained = Retained::new(1000);
-        let mut cached = Cached::queued(Vec::new());
+        let mut cached = Cached::queued(Wishes::new());
         cached.state = State::Complete;
         cached.name = Some("a/#".into());
         retained.known.insert("a/#", 7);
@@ -407,6 +427,24 @@ mod tests {
         retained.ahead(&arrived("a/more", &[9]), 0);
         assert!(retained.filters.is_empty() && retained.known.is_empty());
         assert_eq!(retained.ahead, 0);
+    }
+
+    #[test]
+    fn filters_that_are_fetched_at_once_share_one_bound() {
+        let mut retained = Retained::new(1000);
+        for number in 0..10 {
+            let mut cached = Cached::queued(Wishes::new());
+            cached.state = State::Fetching;
+            retained.filters.insert(number, cached);
+            for n in 0..3 {
+                retained.put(number, &arrived(&format!("a/{n}"), &[]).message);
+                assert!(retained.bytes <= 1000, "{}", retained.bytes);
+            }
+        }
+        let kept = retained.filters.values().filter(|c| !c.overflow).count();
+        assert!((1..10).contains(&kept), "{kept}");
+        let bytes: usize = retained.filters.values().map(|c| c.bytes).sum();
+        assert_eq!(bytes, retained.bytes);
     }
 
     #[test]
