@@ -13,6 +13,7 @@ mod outbound;
 mod packets;
 mod queue;
 mod senior;
+mod subscriptions;
 mod will;
 
 use std::sync::Arc;

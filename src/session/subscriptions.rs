@@ -1,0 +1,276 @@
+//! A session's subscriptions: SUBSCRIBE and UNSUBSCRIBE, and what is in force.
+
+use std::borrow::Cow;
+
+use crate::mqtt::{
+    ReasonCode, Subscribe, Unsubscribe, Version, encode_suback, encode_unsuback, has_discouraged,
+    split_shared,
+};
+
+use super::connection::{NOWHERE, PendingSubscribe};
+use super::packets::{close, protocol};
+use super::senior::clash;
+use super::{Close, Effect, Left, Policy, Session, SessionLimits, Subscription, Wanted};
+
+/// SUBSCRIBEs of one client that may wait for the core.
+const PENDING_MAX: usize = 100;
+
+impl Session {
+    pub(super) fn subscribe(
+        &mut self,
+        lane: u8,
+        subscribe: &Subscribe<'_>,
+        limits: &SessionLimits,
+        policy: &dyn Policy,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), Close> {
+        let Some(connection) = self.connection.as_deref_mut() else {
+            return Ok(());
+        };
+        let id = subscribe.packet_id;
+        let pending = &connection.pending;
+        if pending.iter().any(|p| p.lane == lane && p.packet_id == id) {
+            return Err(protocol(
+                "a packet identifier that is in use [MQTT-2.2.1-3]",
+            ));
+        }
+        let taken = |key: &u16| pending.iter().any(|p| p.key == *key);
+        let key = std::iter::once(id).chain(0..).find(|key| !taken(key));
+        let key = key.unwrap_or(id);
+        let mut codes = Vec::new();
+        let mut wanted: Vec<Wanted> = Vec::new();
+        let mut fresh = 0;
+        let mut bytes: usize = self.subscriptions.iter().map(|s| s.name.len()).sum();
+        for (index, (filter, options)) in subscribe.filters().enumerate() {
+            let scope = connection.scope.as_deref();
+            let whole = match scope.map(|s| s.filter(filter)) {
+                None => Some(Cow::Borrowed(filter)),
+                Some(whole) => whole.map(Cow::Owned),
+            };
+            let at_core = whole.as_deref().unwrap_or(filter);
+            let known = self.subscriptions.iter().any(|s| *s.name == *at_core);
+            let plain = split_shared(filter).map_or(filter, |(_, plain)| plain);
+            let refused = if connection.pending.len() >= PENDING_MAX {
+                Some(ReasonCode::QUOTA_EXCEEDED)
+            } else if whole.is_none()
+                || has_discouraged(filter)
+                || plain.split('/').count() > limits.topic_levels_max
+            {
+                Some(ReasonCode::TOPIC_FILTER_INVALID)
+            } else if !policy.may_subscribe(filter) {
+                Some(ReasonCode::NOT_AUTHORIZED)
+            } else if !known
+                && (self.subscriptions.len() + fresh >= limits.subscriptions_max
+                    || bytes + filter.len() > limits.filter_bytes_max)
+            {
+                Some(ReasonCode::QUOTA_EXCEEDED)
+            } else {
+                None
+            };
+            // Replaced by the answer of each filter that passed.
+            codes.push(refused.unwrap_or(ReasonCode::UNSPECIFIED_ERROR).0);
+            if refused.is_none() {
+                if !known {
+                    fresh += 1;
+                    bytes += filter.len();
+                }
+                wanted.push(Wanted {
+                    index: index as u16,
+                    filter: at_core.into(),
+                    options,
+                });
+            }
+        }
+        connection.forget_refused();
+        for wanted in &wanted {
+            connection.bind(&wanted.filter, lane);
+        }
+        connection.pending.push(PendingSubscribe {
+            key,
+            packet_id: id,
+            lane,
+            waiting: wanted.len() as u16,
+            codes,
+        });
+        if wanted.is_empty() {
+            return self.finish_subscribe(key);
+        }
+        effects.push(Effect::Subscribe {
+            packet_id: key,
+            identifier: subscribe.subscription_id.unwrap_or(0),
+            wanted,
+        });
+        Ok(())
+    }
+
+    /// The outcome for one filter of a SUBSCRIBE, named as in [`Effect::Subscribe`]; the SUBACK goes
+    /// out with the last.
+    ///
+    /// # Errors
+    /// [`Close`]: MQTT 3.1 has no code for a refusal.
+    pub fn subscribed(
+        &mut self,
+        packet_id: u16,
+        index: u16,
+        code: ReasonCode,
+    ) -> Result<(), Close> {
+        let all = self.connection.iter_mut().flat_map(|c| &mut c.pending);
+        let Some(pending) = all.into_iter().find(|p| p.key == packet_id) else {
+            return Ok(());
+        };
+        if let Some(slot) = pending.codes.get_mut(usize::from(index)) {
+            *slot = code.0;
+        }
+        pending.waiting = pending.waiting.saturating_sub(1);
+        if pending.waiting == 0 {
+            return self.finish_subscribe(packet_id);
+        }
+        Ok(())
+    }
+
+    fn finish_subscribe(&mut self, key: u16) -> Result<(), Close> {
+        let Some(connection) = self.connection.as_deref_mut() else {
+            return Ok(());
+        };
+        let due = |p: &PendingSubscribe| p.key == key;
+        let Some(at) = connection.pending.iter().position(due) else {
+            return Ok(());
+        };
+        let pending = connection.pending.swap_remove(at);
+        let version = connection.version;
+        if version == Version::V31 && pending.codes.iter().any(|c| *c >= 0x80) {
+            return Err(close(
+                ReasonCode::NOT_AUTHORIZED,
+                "a refused filter, which MQTT 3.1 cannot be told",
+            ));
+        }
+        if pending.lane == NOWHERE {
+            return Ok(());
+        }
+        let out = connection.lane(pending.lane);
+        encode_suback(version, pending.packet_id, &pending.codes, out);
+        Ok(())
+    }
+
+    /// Puts a subscription in force, or replaces the one on the same filter [MQTT-3.8.4-3].
+    /// Returns the one it replaced.
+    pub fn add_subscription(&mut self, mut new: Subscription) -> Option<Subscription> {
+        if let Some(connection) = &mut self.connection {
+            connection.numbered(&new.name, new.filter);
+        }
+        if let Some(old) = self
+            .subscriptions
+            .iter_mut()
+            .find(|s| s.filter == new.filter)
+        {
+            new.overlaps = old.overlaps;
+            new.active = old.active;
+            return Some(std::mem::replace(old, new));
+        }
+        for other in &mut self.subscriptions {
+            if clash(other, &new) {
+                other.overlaps = true;
+                new.overlaps = true;
+            }
+        }
+        // Most have one: room for four would be the larger part of a session.
+        if self.subscriptions.is_empty() {
+            self.subscriptions.reserve_exact(1);
+        }
+        self.subscriptions.push(new);
+        None
+    }
+
+    /// The core granted it: behind those that it granted before. Whether it had not until now.
+    pub fn activate_subscription(&mut self, filter: u32) -> bool {
+        let all = &mut self.subscriptions;
+        let Some(at) = all.iter().position(|s| s.filter == filter && !s.active) else {
+            return false;
+        };
+        let mut granted = all.remove(at);
+        granted.active = true;
+        let behind = all.iter().position(|s| !s.active).unwrap_or(all.len());
+        all.insert(behind, granted);
+        true
+    }
+
+    /// The subscription on a filter number.
+    pub fn subscription(&mut self, filter: u32) -> Option<&mut Subscription> {
+        self.subscriptions.iter_mut().find(|s| s.filter == filter)
+    }
+
+    /// Takes a subscription away.
+    pub fn remove_subscription(&mut self, filter: u32) -> Option<Subscription> {
+        let at = self.subscriptions.iter().position(|s| s.filter == filter)?;
+        let removed = self.subscriptions.remove(at);
+        if let Some(connection) = &mut self.connection {
+            connection.bind(&removed.name, 0);
+        }
+        if removed.overlaps {
+            for i in 0..self.subscriptions.len() {
+                if !clash(&self.subscriptions[i], &removed) {
+                    continue;
+                }
+                let still = (0..self.subscriptions.len())
+                    .any(|j| i != j && clash(&self.subscriptions[i], &self.subscriptions[j]));
+                self.subscriptions[i].overlaps = still;
+            }
+        }
+        Some(removed)
+    }
+
+    /// Takes a subscription away that its client gave up.
+    fn leave_subscription(&mut self, filter: u32) -> Option<Left> {
+        let all = &self.subscriptions;
+        let at = all.iter().position(|s| s.filter == filter)?;
+        let (left, younger) = (&all[at], &all[at + 1..]);
+        let mut senior_over = Vec::new();
+        if left.active && left.overlaps {
+            let over = younger.iter().filter(|s| s.active && clash(s, left));
+            senior_over.extend(over.map(|s| s.filter));
+        }
+        let left = self.remove_subscription(filter)?;
+        Some(Left {
+            filter,
+            name: left.name,
+            no_local: left.options.no_local,
+            senior_over,
+        })
+    }
+
+    pub(super) fn unsubscribe(
+        &mut self,
+        lane: u8,
+        unsubscribe: &Unsubscribe<'_>,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), Close> {
+        let mut codes = Vec::new();
+        let mut filters = Vec::new();
+        let scope = self.connection.as_ref().and_then(|c| c.scope.clone());
+        for filter in unsubscribe.filters() {
+            let whole = scope.as_ref().and_then(|s| s.filter(filter));
+            let at_core = whole.as_deref().unwrap_or(filter);
+            let number = self
+                .subscriptions
+                .iter()
+                .find(|s| *s.name == *at_core)
+                .map(|s| s.filter);
+            codes.push(match number {
+                Some(_) => ReasonCode::SUCCESS.0,
+                None => ReasonCode::NO_SUBSCRIPTION_EXISTED.0,
+            });
+            if let Some(number) = number {
+                filters.extend(self.leave_subscription(number));
+            }
+        }
+        if let Some(connection) = self.connection.as_deref_mut() {
+            let version = connection.version;
+            let out = connection.lane(lane);
+            encode_unsuback(version, unsubscribe.packet_id, &codes, out);
+        }
+        if !filters.is_empty() {
+            effects.push(Effect::Unsubscribe { filters });
+        }
+        Ok(())
+    }
+}
