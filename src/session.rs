@@ -204,8 +204,8 @@ pub struct Subscription {
     pub identifier: u32,
     /// Set once the core granted it: only then can it be the senior of overlapping ones.
     pub active: bool,
-    /// Another subscription of this session may match the same topic.
-    pub overlaps: bool,
+    /// How many other subscriptions of this session may match the same topic; kept by the session.
+    pub overlaps: u32,
     /// `$share/group/filter`: the router hands each message to one member.
     pub shared: bool,
     /// It has a wildcard: two filters without overlap only if they are one.

@@ -201,7 +201,7 @@ impl Shard {
             qos: s.active.then_some(s.options.qos),
             no_local: s.options.no_local,
             retain_as_published: s.options.retain_as_published,
-            overlaps: s.overlaps,
+            overlaps: s.overlaps > 0,
         };
         let members = self.members.entry(s.filter).or_default();
         match members.iter_mut().find(|m| m.slot == slot) {
@@ -229,7 +229,7 @@ impl Shard {
                 subscription.options.qos = granted;
                 member.qos = Some(granted);
             }
-            if newly_active && subscription.overlaps {
+            if newly_active && subscription.overlaps > 0 {
                 let reference = SessionRef {
                     shard,
                     slot: member.slot,

@@ -46,7 +46,7 @@ impl Router {
             let mut shard = self.shards[usize::from(session.shard)].lock();
             let session = &mut shard.get(session)?.session;
             let name = match session.subscription(number) {
-                Some(s) if s.overlaps => s.name.clone(),
+                Some(s) if s.overlaps > 0 => s.name.clone(),
                 _ => return None,
             };
             let all = session.subscriptions().iter();

@@ -91,7 +91,7 @@ impl Router {
                 asked: options.qos,
                 identifier,
                 active: false,
-                overlaps: false,
+                overlaps: 0,
                 shared,
                 wild: has_wildcard(&want.filter),
             };
@@ -237,7 +237,7 @@ impl Router {
             self.join_group(filter, session, tag);
             return Some((replaced, tag));
         }
-        if added.overlaps {
+        if added.overlaps > 0 {
             shard.rejoin(session.slot);
         } else {
             shard.join(session.slot, &added);

@@ -169,8 +169,8 @@ impl Session {
         }
         for other in &mut self.subscriptions {
             if clash(other, &new) {
-                other.overlaps = true;
-                new.overlaps = true;
+                other.overlaps += 1;
+                new.overlaps += 1;
             }
         }
         // Most have one: room for four would be the larger part of a session.
@@ -206,14 +206,14 @@ impl Session {
         if let Some(connection) = &mut self.connection {
             connection.bind(&removed.name, 0);
         }
-        if removed.overlaps {
-            for i in 0..self.subscriptions.len() {
-                if !clash(&self.subscriptions[i], &removed) {
-                    continue;
-                }
-                let still = (0..self.subscriptions.len())
-                    .any(|j| i != j && clash(&self.subscriptions[i], &self.subscriptions[j]));
-                self.subscriptions[i].overlaps = still;
+        let mut left = removed.overlaps;
+        for other in &mut self.subscriptions {
+            if left == 0 {
+                break;
+            }
+            if clash(other, &removed) {
+                other.overlaps -= 1;
+                left -= 1;
             }
         }
         Some(removed)
@@ -225,7 +225,7 @@ impl Session {
         let at = all.iter().position(|s| s.filter == filter)?;
         let (left, younger) = (&all[at], &all[at + 1..]);
         let mut senior_over = Vec::new();
-        if left.active && left.overlaps {
+        if left.active && left.overlaps > 0 {
             let over = younger.iter().filter(|s| s.active && clash(s, left));
             senior_over.extend(over.map(|s| s.filter));
         }
@@ -274,3 +274,6 @@ impl Session {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
