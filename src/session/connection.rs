@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use foldhash::fast::RandomState;
 
-use crate::mqtt::{Alias, ReasonCode, Version, split_shared};
+use crate::mqtt::{Alias, QoS, ReasonCode, Version, split_shared};
 
 use super::{Close, SessionLimits};
 
@@ -103,6 +103,17 @@ pub(super) struct PendingSubscribe {
     pub lane: u8,
     pub waiting: u16,
     pub codes: Vec<u8>,
+    /// Filters that it names more than once.
+    pub again: Vec<Again>,
+}
+
+/// A filter in a SUBSCRIBE that names it more than once: answered with the first.
+#[derive(Debug)]
+pub(super) struct Again {
+    pub index: u16,
+    pub first: u16,
+    /// It is granted no more than this.
+    pub asked: QoS,
 }
 
 /// What a CONNECT fixed for its connection.

@@ -1,19 +1,50 @@
 //! A session's subscriptions: SUBSCRIBE and UNSUBSCRIBE, and what is in force.
 
 use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
 
 use crate::mqtt::{
-    ReasonCode, Subscribe, Unsubscribe, Version, encode_suback, encode_unsuback, has_discouraged,
-    split_shared,
+    QoS, ReasonCode, Subscribe, SubscribeOptions, Unsubscribe, Version, encode_suback,
+    encode_unsuback, has_discouraged, split_shared,
 };
 
-use super::connection::{NOWHERE, PendingSubscribe};
+use super::connection::{Again, NOWHERE, PendingSubscribe};
 use super::packets::{close, protocol};
 use super::senior::clash;
 use super::{Close, Effect, Left, Policy, Session, SessionLimits, Subscription, Wanted};
 
 /// SUBSCRIBEs of one client that may wait for the core.
 const PENDING_MAX: usize = 100;
+
+/// Filters of one SUBSCRIBE that are looked at, the same one again included: those behind are
+/// refused.
+const FILTERS_MAX: usize = u16::MAX as usize;
+
+/// A filter that a SUBSCRIBE has named.
+struct Seen {
+    /// Its first place in the SUBSCRIBE.
+    index: u16,
+    /// Its place among those that passed.
+    wanted: Option<usize>,
+    /// The QoS that it was first named with, until it is named again.
+    asked: Option<QoS>,
+}
+
+/// A filter is named again in one SUBSCRIBE: as if it were another SUBSCRIBE [MQTT-3.8.4-5], so the
+/// later options hold, and what was there before it is replaced and not new.
+fn follow(options: &mut SubscribeOptions, later: SubscribeOptions) {
+    let retain_handling = match later.retain_handling {
+        0 => 0,
+        _ => options.retain_handling,
+    };
+    *options = SubscribeOptions {
+        retain_handling,
+        ..later
+    };
+}
 
 impl Session {
     pub(super) fn subscribe(
@@ -39,18 +70,44 @@ impl Session {
         let key = key.unwrap_or(id);
         let mut codes = Vec::new();
         let mut wanted: Vec<Wanted> = Vec::new();
+        let mut again = Vec::new();
+        let mut seen: HashMap<&str, Seen, RandomState> = HashMap::default();
+        let known = self.subscriptions.iter().map(|s| &*s.name);
+        let known: HashSet<&str, RandomState> = known.collect();
         let mut fresh = 0;
-        let mut bytes: usize = self.subscriptions.iter().map(|s| s.name.len()).sum();
+        let mut bytes: usize = known.iter().map(|name| name.len()).sum();
         for (index, (filter, options)) in subscribe.filters().enumerate() {
+            if index >= FILTERS_MAX {
+                codes.push(ReasonCode::QUOTA_EXCEEDED.0);
+                continue;
+            }
+            let index = index as u16;
+            if let Some(first) = seen.get_mut(filter) {
+                codes.push(codes[usize::from(first.index)]);
+                if let Some(at) = first.wanted {
+                    follow(&mut wanted[at].options, options);
+                    let own = first.asked.take().map(|qos| (first.index, qos));
+                    for (index, asked) in own.into_iter().chain([(index, options.qos)]) {
+                        again.push(Again {
+                            index,
+                            first: first.index,
+                            asked,
+                        });
+                    }
+                }
+                continue;
+            }
             let scope = connection.scope.as_deref();
             let whole = match scope.map(|s| s.filter(filter)) {
                 None => Some(Cow::Borrowed(filter)),
                 Some(whole) => whole.map(Cow::Owned),
             };
             let at_core = whole.as_deref().unwrap_or(filter);
-            let known = self.subscriptions.iter().any(|s| *s.name == *at_core);
+            let is_known = known.contains(at_core);
             let plain = split_shared(filter).map_or(filter, |(_, plain)| plain);
-            let refused = if connection.pending.len() >= PENDING_MAX {
+            let refused = if connection.pending.len() >= PENDING_MAX
+                || seen.len() >= limits.subscriptions_max
+            {
                 Some(ReasonCode::QUOTA_EXCEEDED)
             } else if whole.is_none()
                 || has_discouraged(filter)
@@ -59,8 +116,8 @@ impl Session {
                 Some(ReasonCode::TOPIC_FILTER_INVALID)
             } else if !policy.may_subscribe(filter) {
                 Some(ReasonCode::NOT_AUTHORIZED)
-            } else if !known
-                && (self.subscriptions.len() + fresh >= limits.subscriptions_max
+            } else if !is_known
+                && (known.len() + fresh >= limits.subscriptions_max
                     || bytes + filter.len() > limits.filter_bytes_max)
             {
                 Some(ReasonCode::QUOTA_EXCEEDED)
@@ -69,13 +126,20 @@ impl Session {
             };
             // Replaced by the answer of each filter that passed.
             codes.push(refused.unwrap_or(ReasonCode::UNSPECIFIED_ERROR).0);
-            if refused.is_none() {
-                if !known {
+            let passed = refused.is_none();
+            let first = Seen {
+                index,
+                wanted: passed.then_some(wanted.len()),
+                asked: Some(options.qos),
+            };
+            seen.insert(filter, first);
+            if passed {
+                if !is_known {
                     fresh += 1;
                     bytes += filter.len();
                 }
                 wanted.push(Wanted {
-                    index: index as u16,
+                    index,
                     filter: at_core.into(),
                     options,
                 });
@@ -89,8 +153,10 @@ impl Session {
             key,
             packet_id: id,
             lane,
+            // At most FILTERS_MAX.
             waiting: wanted.len() as u16,
             codes,
+            again,
         });
         if wanted.is_empty() {
             return self.finish_subscribe(key);
@@ -136,7 +202,18 @@ impl Session {
         let Some(at) = connection.pending.iter().position(due) else {
             return Ok(());
         };
-        let pending = connection.pending.swap_remove(at);
+        let mut pending = connection.pending.swap_remove(at);
+        // Behind its copies comes the first itself.
+        for again in pending.again.iter().rev() {
+            let code = pending.codes[usize::from(again.first)];
+            let granted = code < 0x80;
+            let code = if granted {
+                code.min(again.asked as u8)
+            } else {
+                code
+            };
+            pending.codes[usize::from(again.index)] = code;
+        }
         let version = connection.version;
         if version == Version::V31 && pending.codes.iter().any(|c| *c >= 0x80) {
             return Err(close(
@@ -247,14 +324,15 @@ impl Session {
         let mut codes = Vec::new();
         let mut filters = Vec::new();
         let scope = self.connection.as_ref().and_then(|c| c.scope.clone());
+        let numbers = self
+            .subscriptions
+            .iter()
+            .map(|s| (s.name.clone(), s.filter));
+        let mut numbers: HashMap<Arc<str>, u32, RandomState> = numbers.collect();
         for filter in unsubscribe.filters() {
             let whole = scope.as_ref().and_then(|s| s.filter(filter));
             let at_core = whole.as_deref().unwrap_or(filter);
-            let number = self
-                .subscriptions
-                .iter()
-                .find(|s| *s.name == *at_core)
-                .map(|s| s.filter);
+            let number = numbers.remove(at_core);
             codes.push(match number {
                 Some(_) => ReasonCode::SUCCESS.0,
                 None => ReasonCode::NO_SUBSCRIPTION_EXISTED.0,
