@@ -12,6 +12,7 @@ mod fence;
 mod groups;
 pub mod lanes;
 mod leaving;
+mod lingering;
 mod links;
 mod local;
 mod lost;

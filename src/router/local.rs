@@ -31,7 +31,7 @@ impl Table {
         }
         let idle = std::mem::replace(&mut filter.idle_since, u64::MAX);
         if idle != u64::MAX {
-            self.lingering.remove(&(idle, plain));
+            self.lingering.remove((idle, plain));
         }
         if let Some(group) = self.get_mut(number) {
             group.plain = Some(plain);
@@ -54,7 +54,12 @@ impl Table {
             && !filter.root
         {
             filter.idle_since = now;
-            self.lingering.insert((now, plain));
+            let (rooted, bytes) = (filter.rooted.is_some(), filter.name.len());
+            // Nothing of it is at the core, and a group has no retained messages.
+            if rooted {
+                self.left.push(plain);
+            }
+            self.lingering.insert((now, plain), bytes);
         }
     }
 }

@@ -22,7 +22,7 @@ impl Table {
             filter.state = State::Pending;
             // One that is known from before has begun to linger.
             let idle = std::mem::replace(&mut filter.idle_since, u64::MAX);
-            self.lingering.remove(&(idle, number));
+            self.lingering.remove((idle, number));
         }
         self.roots.push(number);
     }

@@ -14,7 +14,7 @@ use super::table::{State, UNPLACED, Waiter};
 use super::{Router, SessionRef, Wants};
 
 /// Filters known at once, held or lingering.
-const FILTERS_MAX: usize = 1_000_000;
+pub(super) const FILTERS_MAX: usize = 1_000_000;
 
 static OVERLAPPING: RateLimited = RateLimited::new(LINE_EVERY);
 static NO_LOCAL: RateLimited = RateLimited::new(LINE_EVERY);
@@ -271,7 +271,15 @@ impl Router {
     pub fn unsubscribe(&self, session: SessionRef, filters: &[Left], now: u64) {
         let gone = filters.iter().filter(|left| left.senior_over.is_empty());
         let gone: SmallVec<[u32; 8]> = gone.map(|left| left.filter).collect();
-        self.release(&gone, session.shard, now);
+        if !gone.is_empty() {
+            let limits = &self.limits;
+            let mut table = self.table.write();
+            for filter in &gone {
+                table.unreference(*filter, session.shard, now);
+                let (most, bytes) = (limits.subscriptions_max, limits.filter_bytes_max);
+                table.given_up(*filter, session, most, bytes);
+            }
+        }
         if gone.len() < filters.len() {
             self.await_leaving(session);
         }

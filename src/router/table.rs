@@ -11,6 +11,7 @@ use crate::mqtt::{QoS, ReasonCode, split_shared};
 use crate::store::Identifiers;
 
 use super::SessionRef;
+use super::lingering::Lingering;
 use super::lost::Lost;
 use super::trie::FilterTrie;
 
@@ -153,12 +154,12 @@ const SUGGEST_AT: usize = 1000;
 pub(super) struct Table {
     /// Links before this one are D links, the others for shared subscriptions.
     data_links: usize,
-    /// By number; `None`: it means none.
-    filters: Vec<Option<Filter>>,
+    /// By number; `None`: it means none, and costs no more than a word while it rests.
+    filters: Vec<Option<Box<Filter>>>,
     /// Which filter a number means, and when it may mean another.
     numbers: Box<dyn Identifiers>,
-    /// Filters nobody holds, longest idle first.
-    pub lingering: BTreeSet<(u64, u32)>,
+    /// Filters nobody holds.
+    pub lingering: Lingering,
     /// For each D link, the filters to SUBSCRIBE and to UNSUBSCRIBE.
     pub pending: Vec<VecDeque<u32>>,
     pub leaving: Vec<VecDeque<u32>>,
@@ -178,8 +179,9 @@ pub(super) struct Table {
     pub rooted: FilterTrie<u32>,
     /// Those of them with clients that wait for their root.
     pub rooted_waiting: BTreeSet<u32>,
-    /// Shared filters that nobody holds any more: they do not linger, for the core goes on sending
-    /// us what other members of the group could have.
+    /// Filters that leave at the next tick if nobody holds them: shared ones do not linger, for the
+    /// core goes on sending us what other members of the group could have; nor do those that are too
+    /// many of one client.
     pub left: Vec<u32>,
     /// Filters with waiters, by deadline.
     pub held: BTreeSet<(u64, u32)>,
@@ -195,15 +197,15 @@ impl Table {
     /// linger from the start.
     pub fn new(numbers: Box<dyn Identifiers>, data_links: usize, shared_links: usize) -> Self {
         let links = data_links + shared_links;
-        let mut lingering = BTreeSet::new();
+        let mut lingering = Lingering::default();
         let mut filters = Vec::new();
         for (number, name) in (0..).zip(numbers.load()) {
             filters.push(name.map(|name| {
-                lingering.insert((0, number));
-                Filter {
+                lingering.insert((0, number), name.len());
+                Box::new(Filter {
                     idle_since: 0,
                     ..Filter::new(name)
-                }
+                })
             }));
         }
         Self {
@@ -228,11 +230,11 @@ impl Table {
     }
 
     pub fn get(&self, number: u32) -> Option<&Filter> {
-        self.filters.get(number as usize)?.as_ref()
+        self.filters.get(number as usize)?.as_deref()
     }
 
     pub fn get_mut(&mut self, number: u32) -> Option<&mut Filter> {
-        self.filters.get_mut(number as usize)?.as_mut()
+        self.filters.get_mut(number as usize)?.as_deref_mut()
     }
 
     /// Filters known, held or lingering.
@@ -265,7 +267,7 @@ impl Table {
 
     /// All filters.
     pub fn all(&self) -> impl Iterator<Item = &Filter> {
-        self.filters.iter().flatten()
+        self.filters.iter().flatten().map(|f| &**f)
     }
 
     /// Numbers and filters of one link.
@@ -273,7 +275,7 @@ impl Table {
         self.filters
             .iter()
             .enumerate()
-            .filter_map(|(n, f)| Some((n as u32, f.as_ref()?)))
+            .filter_map(|(n, f)| Some((n as u32, f.as_deref()?)))
             .filter(move |(_, f)| f.link == link)
     }
 
@@ -289,7 +291,7 @@ impl Table {
         if at >= self.filters.len() {
             self.filters.resize_with(at + 1, || None);
         }
-        self.filters[at].get_or_insert_with(|| Filter::new(name.clone()));
+        self.filters[at].get_or_insert_with(|| Box::new(Filter::new(name.clone())));
         (number, name)
     }
 
@@ -360,7 +362,7 @@ impl Table {
         let idle = std::mem::replace(&mut filter.idle_since, u64::MAX);
         filter.unread.store(0, Ordering::Relaxed);
         if idle != u64::MAX {
-            self.lingering.remove(&(idle, number));
+            self.lingering.remove((idle, number));
         }
     }
 
@@ -382,11 +384,22 @@ impl Table {
             && !filter.root
         {
             filter.idle_since = now;
-            if filter.shared {
+            let (shared, bytes) = (filter.shared, filter.name.len());
+            if shared {
                 self.left.push(number);
             }
-            self.lingering.insert((now, number));
+            self.lingering.insert((now, number), bytes);
         }
+    }
+
+    /// It was this client's UNSUBSCRIBE after which nobody holds a filter, if that is so. Of those
+    /// that linger on its account, so many filters and bytes may; the oldest make room.
+    pub fn given_up(&mut self, number: u32, client: SessionRef, most: usize, bytes: usize) {
+        let Some(since) = self.get(number).map(|f| f.idle_since) else {
+            return;
+        };
+        let gone = (self.lingering).give_up((since, number), client, most, bytes);
+        self.left.extend(gone);
     }
 
     /// Queues the SUBSCRIBE, if it is not under way at this QoS.
@@ -423,7 +436,7 @@ impl Table {
         };
         self.lost.remove(number);
         self.numbers.release(&filter.name, now, now + TOMBSTONE);
-        self.lingering.remove(&(filter.idle_since, number));
+        self.lingering.remove((filter.idle_since, number));
         if filter.rooted.is_some() && !filter.shared {
             self.rooted.remove(&filter.name);
         }
@@ -496,7 +509,8 @@ mod tests {
         let mut table = Table::new(numbers, 1, 1);
         table.add_root("root/#");
         table.reference(1, 0);
-        assert_eq!(table.lingering.iter().collect::<Vec<_>>(), [&(0, 0)]);
+        let lingering: Vec<_> = table.lingering.behind(None).collect();
+        assert_eq!(lingering, [((0, 0), 1)]);
         assert!(!table.get(0).is_some_and(Filter::is_wanted));
         assert!(table.get(1).is_some_and(Filter::is_wanted));
         assert!(table.get(2).is_some_and(Filter::is_wanted));
@@ -516,5 +530,13 @@ mod tests {
         table.bury(2, 5 + TOMBSTONE);
         assert_eq!(table.intern("e").0, 0);
         assert!(!table.is_tombstone(0));
+    }
+
+    #[test]
+    fn a_number_that_rests_costs_a_word() {
+        assert_eq!(size_of::<Option<Box<Filter>>>(), size_of::<usize>());
+        let mut table = Table::new(Memory.identifiers(), 1, 1);
+        table.intern("a");
+        assert_eq!(size_of_val(&table.filters[0]), size_of::<usize>());
     }
 }

@@ -11,10 +11,21 @@ use crate::telemetry::metrics;
 
 use super::Router;
 use super::connect::Due;
+use super::lingering::{Idle, Overdue};
+use super::subscribe::FILTERS_MAX;
 use super::table::{State, Table};
 
 /// Unread messages on a lingering filter that make it busy.
 const BUSY: u32 = 100;
+
+/// Known filters beyond which those that linger make room whatever their age.
+const FILTERS_CROWDED: usize = FILTERS_MAX / 10 * 9;
+
+/// Bytes of the names of lingering filters; past it the oldest leave whatever their age.
+const LINGERING_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// Lingering filters that are looked at, or let go of, before the table's lock is given back.
+const CHUNK: usize = 4096;
 
 impl Router {
     /// To be called a few times a second.
@@ -213,53 +224,79 @@ impl Router {
             let since = table.get(number)?.idle_since;
             (since != u64::MAX).then_some((since, number))
         });
-        let idle: Vec<(u64, u32)> = idle.collect();
-        self.leave(table, idle, now);
+        let idle: Vec<Idle> = idle.collect();
+        let awaited = self.leave(table, &idle, now);
+        // Answered soon, and then due at a later tick.
+        self.table.write().left.extend(awaited);
     }
 
     /// Filters that nobody came back for.
     fn tick_linger(&self, now: u64) {
-        let table = self.table.write();
-        let too_many = table
-            .lingering
-            .len()
-            .saturating_sub(self.config.filters_lingering_max);
-        let busy_before = now.saturating_sub(self.config.linger_busy_min);
-        let idle_before = now.saturating_sub(self.config.linger);
-        let mut leaving = Vec::new();
-        for (n, &(since, number)) in table.lingering.iter().enumerate() {
-            if since > busy_before {
-                break;
+        let mut overdue = {
+            let table = self.table.read();
+            let lingering = &table.lingering;
+            // Those that are on their way out make room soon.
+            let leaving: usize = table.leaving.iter().map(|queue| queue.len()).sum();
+            Overdue {
+                idle_before: now.saturating_sub(self.config.linger),
+                busy_before: now.saturating_sub(self.config.linger_busy_min),
+                surplus: (lingering.len()).saturating_sub(self.config.filters_lingering_max),
+                urgent: table.len().saturating_sub(FILTERS_CROWDED + leaving),
+                urgent_bytes: lingering.bytes().saturating_sub(LINGERING_BYTES_MAX),
             }
-            let busy = || {
-                table
-                    .get(number)
-                    .is_some_and(|f| f.unread.load(Ordering::Relaxed) > BUSY)
-            };
-            if since <= idle_before || n < too_many || busy() {
-                leaving.push((since, number));
+        };
+        let mut leaving = Vec::new();
+        let mut last = None;
+        let mut more = true;
+        while more {
+            // Others have their turn in between.
+            let table = self.table.read();
+            more = false;
+            for ((since, number), bytes) in table.lingering.behind(last).take(CHUNK) {
+                let filter = table.get(number);
+                let busy = || filter.is_some_and(|f| f.unread.load(Ordering::Relaxed) > BUSY);
+                let leaves = overdue.next(since, bytes, busy);
+                more = leaves.is_some();
+                if leaves == Some(true) {
+                    leaving.push((since, number));
+                }
+                if !more {
+                    break;
+                }
+                last = Some((since, number));
             }
         }
-        self.leave(table, leaving, now);
+        for some in leaving.chunks(CHUNK) {
+            // Those that are awaited still linger, and are found again.
+            self.leave(self.table.write(), some, now);
+        }
     }
 
-    /// Lets go of filters, each idle since a moment.
-    fn leave(&self, mut table: RwLockWriteGuard<'_, Table>, leaving: Vec<(u64, u32)>, now: u64) {
+    /// Lets go of filters that are idle since a moment; returns those for which an answer is awaited.
+    fn leave(
+        &self,
+        mut table: RwLockWriteGuard<'_, Table>,
+        leaving: &[Idle],
+        now: u64,
+    ) -> Vec<u32> {
         let mut wake = 0u64;
         let mut forget = Vec::new();
-        for (since, number) in leaving {
+        let mut awaited = Vec::new();
+        for &(since, number) in leaving {
             let Some(filter) = table.get_mut(number) else {
-                table.lingering.remove(&(since, number));
+                table.lingering.remove((since, number));
                 continue;
             };
-            // Somebody still waits for an answer.
-            if !filter.waiters.is_empty() {
-                if filter.shared {
-                    table.left.push(number);
-                }
+            // Somebody came back for it.
+            if filter.idle_since != since {
                 continue;
             }
-            let (link, shared) = (filter.link, filter.shared);
+            // Somebody still waits for an answer.
+            if !filter.waiters.is_empty() {
+                awaited.push(number);
+                continue;
+            }
+            let link = filter.link;
             match filter.state {
                 // Also one that is to be subscribed again: the core may have it.
                 State::Active | State::Pending
@@ -269,7 +306,7 @@ impl Router {
                     filter.state = State::Unsubscribing;
                     // Who comes now waits for the next SUBSCRIBE.
                     filter.held = false;
-                    table.lingering.remove(&(since, number));
+                    table.lingering.remove((since, number));
                     table.leaving[usize::from(link)].push_back(number);
                     wake |= 1 << link;
                     forget.push(number);
@@ -278,12 +315,7 @@ impl Router {
                     table.bury(number, now);
                     forget.push(number);
                 }
-                // Answered soon, and then due at a later tick.
-                State::Subscribing | State::Unsubscribing => {
-                    if shared {
-                        table.left.push(number);
-                    }
-                }
+                State::Subscribing | State::Unsubscribing => awaited.push(number),
             }
         }
         drop(table);
@@ -294,6 +326,7 @@ impl Router {
                 data.raise();
             }
         }
+        awaited
     }
 }
 
