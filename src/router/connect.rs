@@ -164,6 +164,8 @@ impl Router {
         slot.taken = 0;
         slot.taken_at = now;
         let publish_link = slot.publish_link;
+        let shared = slot.session.subscriptions().iter().filter(|s| s.shared);
+        let shared: Vec<u32> = shared.map(|s| s.filter).collect();
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
@@ -171,6 +173,9 @@ impl Router {
         shard.settle(at);
         self.charge_entries(&mut shard);
         drop(shard);
+        if !shared.is_empty() {
+            self.members_came(&shared, reference);
+        }
         if attached.will_cancelled {
             metrics().wills_cancelled.increment(1);
         }

@@ -220,11 +220,15 @@ impl Router {
             return;
         }
         let left = std::mem::take(&mut table.left);
-        let idle = left.into_iter().filter_map(|number| {
-            let since = table.get(number)?.idle_since;
-            (since != u64::MAX).then_some((since, number))
-        });
-        let idle: Vec<Idle> = idle.collect();
+        let (mut idle, mut gone): (Vec<Idle>, Vec<u32>) = Default::default();
+        for number in left {
+            match table.get(number).map(|f| f.idle_since) {
+                None => gone.push(number),
+                Some(u64::MAX) => {}
+                Some(since) => idle.push((since, number)),
+            }
+        }
+        self.forget_groups(&gone);
         let awaited = self.leave(table, &idle, now);
         // Answered soon, and then due at a later tick.
         self.table.write().left.extend(awaited);
@@ -318,8 +322,8 @@ impl Router {
                 State::Subscribing | State::Unsubscribing => awaited.push(number),
             }
         }
-        drop(table);
         self.forget_groups(&forget);
+        drop(table);
         self.forget_retained(forget.into_iter());
         for (link, data) in self.data.iter().enumerate() {
             if wake & (1 << link) != 0 {
