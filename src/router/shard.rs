@@ -78,12 +78,40 @@ pub(super) struct Member {
     pub overlaps: bool,
 }
 
+/// The members of one filter, by slot: there may be tens of thousands.
+#[derive(Debug, Default)]
+pub(super) struct Members(SmallVec<[Member; 2]>);
+
+impl Members {
+    /// Puts one in line with its subscription.
+    fn join(&mut self, slot: u32, s: &Subscription) {
+        let member = Member {
+            slot,
+            identifier: s.identifier,
+            qos: s.active.then_some(s.options.qos),
+            no_local: s.options.no_local,
+            retain_as_published: s.options.retain_as_published,
+            overlaps: s.overlaps > 0,
+        };
+        match self.0.binary_search_by_key(&slot, |m| m.slot) {
+            Ok(at) => self.0[at] = member,
+            Err(at) => self.0.insert(at, member),
+        }
+    }
+
+    fn leave(&mut self, slot: u32) {
+        if let Ok(at) = self.0.binary_search_by_key(&slot, |m| m.slot) {
+            self.0.remove(at);
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Shard {
     pub number: u16,
     pub slots: Slab<Box<Slot>>,
     pub by_id: HashMap<Arc<str>, u32, RandomState>,
-    pub members: HashMap<u32, SmallVec<[Member; 2]>, RandomState>,
+    pub members: HashMap<u32, Members, RandomState>,
     /// Detached sessions, least recently connected last.
     pub detached: LruCache<u32, u64, RandomState>,
     timers: BTreeSet<(u64, u32)>,
@@ -195,19 +223,7 @@ impl Shard {
 
     /// Puts the members in line with one subscription of a session.
     pub fn join(&mut self, slot: u32, s: &Subscription) {
-        let member = Member {
-            slot,
-            identifier: s.identifier,
-            qos: s.active.then_some(s.options.qos),
-            no_local: s.options.no_local,
-            retain_as_published: s.options.retain_as_published,
-            overlaps: s.overlaps > 0,
-        };
-        let members = self.members.entry(s.filter).or_default();
-        match members.iter_mut().find(|m| m.slot == slot) {
-            Some(known) => *known = member,
-            None => members.push(member),
-        }
+        self.members.entry(s.filter).or_default().join(slot, s);
     }
 
     /// The core has a filter: the subscriptions on it that did not count yet do now.
@@ -216,7 +232,7 @@ impl Shard {
     pub fn confirm(&mut self, filter: u32, granted: QoS, newly: &mut Vec<(SessionRef, QoS)>) {
         let shard = self.number;
         let Self { slots, members, .. } = self;
-        for member in members.get_mut(&filter).into_iter().flatten() {
+        for member in members.get_mut(&filter).into_iter().flat_map(|m| &mut m.0) {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
                 continue;
             };
@@ -243,8 +259,8 @@ impl Shard {
     /// Takes a session out of a filter's members.
     pub fn leave(&mut self, slot: u32, filter: u32) {
         if let Some(members) = self.members.get_mut(&filter) {
-            members.retain(|m| m.slot != slot);
-            if members.is_empty() {
+            members.leave(slot);
+            if members.0.is_empty() {
                 self.members.remove(&filter);
             }
         }
@@ -252,13 +268,12 @@ impl Shard {
 
     /// Overlap marks may have changed for all of a session's subscriptions.
     pub fn rejoin(&mut self, slot: u32) {
-        let Some(s) = self.slots.get(slot as usize) else {
+        let Self { slots, members, .. } = self;
+        let Some(s) = slots.get(slot as usize) else {
             return;
         };
-        for s in s.session.subscriptions().to_vec() {
-            if !s.shared {
-                self.join(slot, &s);
-            }
+        for s in s.session.subscriptions().iter().filter(|s| !s.shared) {
+            members.entry(s.filter).or_default().join(slot, s);
         }
     }
 
@@ -391,7 +406,7 @@ impl Shard {
             leavers,
             ..
         } = self;
-        let Some(members) = members.get(&filter) else {
+        let Some(Members(members)) = members.get(&filter) else {
             return;
         };
         let loss_of = lost.look();
@@ -532,4 +547,46 @@ fn offer_to(
     }
     tally.outcome(slot, outcome);
     charged
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::mqtt::SubscribeOptions;
+
+    proptest! {
+        #[test]
+        fn members_are_in_order_whoever_comes_and_goes(
+            steps in prop::collection::vec((0..20u32, any::<bool>(), any::<u32>()), 0..80),
+        ) {
+            let mut members = Members::default();
+            let mut known = BTreeMap::new();
+            for (slot, joins, identifier) in steps {
+                if joins {
+                    let subscription = Subscription {
+                        filter: 1,
+                        name: "a".into(),
+                        options: SubscribeOptions::default(),
+                        asked: QoS::AtMostOnce,
+                        identifier,
+                        active: true,
+                        overlaps: 0,
+                        shared: false,
+                        wild: false,
+                    };
+                    members.join(slot, &subscription);
+                    known.insert(slot, identifier);
+                } else {
+                    members.leave(slot);
+                    known.remove(&slot);
+                }
+                let all = members.0.iter().map(|m| (m.slot, m.identifier));
+                prop_assert!(all.eq(known.iter().map(|(slot, id)| (*slot, *id))));
+            }
+        }
+    }
 }
