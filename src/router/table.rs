@@ -455,13 +455,16 @@ impl Table {
         let Some(filter) = self.get_mut(number) else {
             return Vec::new();
         };
-        let (waiters, others) = std::mem::take(&mut filter.waiters)
-            .into_iter()
-            .partition(|w| w.qos <= qos);
-        filter.waiters = others;
-        let waiters: Vec<Waiter> = waiters;
+        let all = std::mem::take(&mut filter.waiters).into_iter();
+        let (waiters, others): (Vec<Waiter>, Vec<Waiter>) = all.partition(|w| w.qos <= qos);
         for w in &waiters {
             self.held.remove(&(w.deadline, number));
+        }
+        // They may have the same deadlines.
+        let kept = others.iter().map(|w| (w.deadline, number));
+        self.held.extend(kept);
+        if let Some(filter) = self.get_mut(number) {
+            filter.waiters = others;
         }
         waiters
     }
@@ -530,6 +533,38 @@ mod tests {
         table.bury(2, 5 + TOMBSTONE);
         assert_eq!(table.intern("e").0, 0);
         assert!(!table.is_tombstone(0));
+    }
+
+    #[test]
+    fn who_waits_for_more_keeps_the_deadline_that_others_had_too() {
+        let waiter = |qos, deadline| Waiter {
+            session: SessionRef {
+                shard: 0,
+                slot: 0,
+                epoch: 0,
+            },
+            tag: 0,
+            generation: 0,
+            packet_id: 1,
+            index: 0,
+            qos,
+            deadline,
+            behind: None,
+            retained: false,
+        };
+        let waiters = [
+            waiter(QoS::AtLeastOnce, 10),
+            waiter(QoS::ExactlyOnce, 10),
+            waiter(QoS::AtLeastOnce, 20),
+        ];
+        let mut table = Table::new(Memory.identifiers(), 1, 1);
+        table.intern("a");
+        table.held.extend(waiters.iter().map(|w| (w.deadline, 0)));
+        table.get_mut(0).expect("known").waiters.extend(waiters);
+        assert_eq!(table.take_waiters(0, QoS::AtLeastOnce).len(), 2);
+        assert_eq!(table.held.iter().collect::<Vec<_>>(), [&(10, 0)]);
+        assert_eq!(table.take_waiters(0, QoS::ExactlyOnce).len(), 1);
+        assert!(table.held.is_empty());
     }
 
     #[test]
