@@ -30,10 +30,14 @@ const CHUNK: usize = 4096;
 impl Router {
     /// To be called a few times a second.
     pub fn tick(&self, now: u64) {
-        for due in std::mem::take(&mut *self.deferred.lock()) {
+        // Not in the loop's head: there the lock is held to the loop's end, and whoever holds a shard
+        // may wait for it.
+        let deferred = std::mem::take(&mut *self.deferred.lock());
+        for due in deferred {
             self.settle_due(due, now);
         }
-        for wake in std::mem::take(&mut *self.waiting_for_room.lock()) {
+        let waiting = std::mem::take(&mut *self.waiting_for_room.lock());
+        for wake in waiting {
             wake.unqueue();
         }
         self.tick_output();
@@ -351,12 +355,47 @@ pub const WRITE_STALL: Close = Close {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
-    use crate::mqtt::Version;
+    use super::*;
+    use crate::mqtt::{Message, MessageSpec, Properties, QoS, Version};
     use crate::router::wake::Wake;
     use crate::router::{Connect, Place};
     use crate::session::ConnectionSpec;
     use crate::upstream::testing;
+
+    #[test]
+    fn what_is_deferred_is_settled_without_its_lock() {
+        let router = testing::router();
+        let client = testing::client(&router, "c");
+        let will = Message::new(&MessageSpec {
+            topic: "t",
+            properties: Properties::default(),
+            payload: b"x",
+            qos: QoS::AtMostOnce,
+            retain: false,
+            expires_at: u64::MAX,
+            strip_key: None,
+            account: None,
+        });
+        router.defer(Due {
+            wills: vec![(client.session, 0, will)],
+            ..Due::default()
+        });
+        // Whoever has this lock may have something to defer; the will waits for it.
+        let shard = router.shards[usize::from(client.session.shard)].lock();
+        std::thread::scope(|scope| {
+            scope.spawn(|| router.tick(1));
+            loop {
+                let deferred = router.deferred.try_lock_for(Duration::from_secs(10));
+                if deferred.expect("it is free").is_empty() {
+                    break;
+                }
+                std::thread::yield_now();
+            }
+            drop(shard);
+        });
+    }
 
     #[test]
     fn a_websocket_is_pinged_once_for_each_interval_of_silence() {
