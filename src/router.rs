@@ -1,10 +1,9 @@
 //! The meeting point: clients' sessions on one side, filters and publishes toward the core on the
 //! other. No sockets, no clock: the time in milliseconds comes in with each call.
 //!
-//! Locks, in the order in which they may be nested: retained, then one shard; retained, then the
-//! Locks, in the order in which they may be nested: retained, then one shard; retained, then the
-//! table; groups, then one shard; any of them, then what is lost. Nothing else is nested, and
-//! none is held over an await.
+//! Locks, in the order in which they may be nested: what presence told, who evicts, or retained; the
+//! table; groups; one shard; and, each as the last, one link's lanes, what is deferred, what is lost, a
+//! wake's own. None is held over an await.
 mod budget;
 mod connect;
 mod fanout;
