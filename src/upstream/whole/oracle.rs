@@ -300,21 +300,43 @@ impl Oracle {
         self.clients[n].subs.iter().any(|s| {
             s.matches(&message.topic)
                 && s.asked_at <= then
+                && s.asked_at <= message.acknowledged_at.saturating_add(4 * TRANSIT)
                 && s.ended_at >= message.at
                 && !s.hides(n, message)
         })
     }
 
-    /// Whether a plain subscription that was granted before, and holds, brings it for sure.
+    /// Whether plain subscriptions on one filter bring it for sure: granted before, and held, or
+    /// replaced by each other, until it must have come.
     fn must(&self, n: usize, message: &Message) -> bool {
-        let subs = self.clients[n].subs.iter();
-        let mut sure = subs.filter(|s| !s.shared() && s.matches(&message.topic));
-        let covered = sure.any(|s| {
-            s.granted_at.is_some_and(|at| at < message.at)
-                && s.ended_at == u64::MAX
-                && s.qos > QoS::AtMostOnce
-                && !(s.no_local && message.from == n)
-                && !self.clients[n].replaces(s)
+        let client = &self.clients[n];
+        let until = message.acknowledged_at.saturating_add(2 * TRANSIT);
+        let sure = |s: &&Sub| {
+            let brings = s.qos > QoS::AtMostOnce && !(s.no_local && message.from == n);
+            !s.shared() && s.matches(&message.topic) && s.granted_at.is_some() && brings
+        };
+        let covered = client.subs.iter().filter(sure).any(|first| {
+            let mut held = match first.granted_at {
+                Some(at) if at < message.at => first.ended_at,
+                _ => return false,
+            };
+            // One that is less, or whose answer was lost, may hold from when it was asked for.
+            let less = |o: &Sub| {
+                o.filter == first.filter
+                    && !sure(&o)
+                    && o.asked_at <= until
+                    && o.ended_at >= message.at
+            };
+            if client.subs.iter().any(less) {
+                return false;
+            }
+            // Ascending in the time of their grant, each ends when the next is granted.
+            for next in client.subs.iter().filter(sure) {
+                if next.filter == first.filter && next.granted_at == Some(held) {
+                    held = next.ended_at;
+                }
+            }
+            held > until
         });
         covered
             && !message.poison
@@ -322,8 +344,9 @@ impl Oracle {
             && message.acknowledged_at < u64::MAX
     }
 
-    fn excused(&self, message: &Message) -> bool {
-        if self.lowers {
+    fn excused(&self, n: usize, message: &Message) -> bool {
+        // At QoS 0 nothing waits for who is away.
+        if self.lowers && (self.stormy || !self.clients[n].cuts.is_empty()) {
             return true;
         }
         let forgot = |t: &u64| {
@@ -358,8 +381,8 @@ impl Oracle {
 
     /// Whether the core may have been sent it twice.
     fn twice(&self, message: &Message) -> bool {
-        // What is retained is fetched again after a loss, once the core is back and has the filters.
-        let lost = |t: &u64| message.at <= *t + 4 * TRANSIT;
+        // What was retained before a loss is fetched again.
+        let lost = |t: &u64| message.at <= *t || message.acknowledged_at >= *t;
         if message.retain && (self.forgot.iter().any(lost) || self.doubts.iter().any(lost)) {
             return true;
         }
@@ -421,7 +444,7 @@ impl Oracle {
 
                 let fetched = retained.contains(number) && !self.lowers;
                 let must = self.must(n, message)
-                    && (!self.excused(message) || fetched && !self.hides_any(n, message))
+                    && (!self.excused(n, message) || fetched && !self.hides_any(n, message))
                     && changing == 0;
                 sure &= must == may;
                 least += usize::from(must);
@@ -485,14 +508,16 @@ impl Oracle {
     /// I3, I19: one publisher's messages on one topic at one QoS come in their order.
     fn disorder(&self, n: usize) -> Option<String> {
         let client = &self.clients[n];
-        let changed = client.subs.iter().any(|s| s.ended_at < u64::MAX);
-        if client.subs.iter().any(Sub::shared) || (changed && self.data_links > 1) {
-            return None;
-        }
+        // A group's copies keep no order with others, nor do those of filters on other links that came
+        // and went.
+        let ordered = |topic: &str| {
+            let mut subs = client.subs.iter().filter(|s| s.matches(topic));
+            !subs.any(|s| s.shared() || s.ended_at < u64::MAX && self.data_links > 1)
+        };
         let mut last: BTreeMap<(usize, &str, u8, u8), u32> = BTreeMap::new();
         for (topic, got) in &client.got {
             let message = &self.messages[&got.number];
-            if self.twice(message) || message.will {
+            if self.twice(message) || message.will || !ordered(topic) {
                 continue;
             }
             let key = (
