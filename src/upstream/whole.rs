@@ -256,7 +256,10 @@ impl World {
             83..=90 => self.cut(n),
             91..=97 if self.stormy => {
                 let link = self.rng.below(self.links.len() as u64) as usize;
-                self.lose(link);
+                match self.rng.chance(15) {
+                    true => self.forget(link),
+                    false => self.lose(link),
+                }
             }
             98..=99 if self.stormy && self.core_back_at.is_none() => self.restart_core(),
             _ => {}

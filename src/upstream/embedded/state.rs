@@ -360,7 +360,7 @@ impl State {
 
     /// Removes the session; a will that still waits is due at its end
     /// [MQTT-3.1.2-8].
-    fn end_session(&mut self, key: u32) {
+    pub(super) fn end_session(&mut self, key: u32) {
         self.set_deadlines(key, None, None);
         self.unsubscribe_all(key);
         self.publish_will(key);

@@ -97,6 +97,16 @@ impl SteppedCore {
         self.state.close(&conn.wire);
     }
 
+    /// The connection is lost, and its session with it.
+    pub fn forget(&mut self, conn: &SteppedConn) {
+        self.drop_conn(conn);
+        if let Some(up) = &conn.link.up
+            && self.state.sessions.contains(up.session as usize)
+        {
+            self.state.end_session(up.session);
+        }
+    }
+
     /// It ends, and begins again.
     pub fn stop(&mut self) {
         self.state.stop();

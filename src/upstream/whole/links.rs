@@ -227,6 +227,17 @@ impl World {
         self.lose_for(n, &end);
     }
 
+    /// The core ends a link's session, as an operator may have it do, or a short expiry.
+    pub(super) fn forget(&mut self, n: usize) {
+        let Some(conn) = self.links[n].conn.as_ref().filter(|conn| conn.up) else {
+            return;
+        };
+        self.core.forget(&conn.core);
+        tell!(self, "{} is forgotten", self.links[n].name);
+        self.oracle.forgets(self.now);
+        self.lose(n);
+    }
+
     fn lose_for(&mut self, n: usize, end: &LinkEnd) {
         let again = self.now + self.rng.between(20, 400);
         let link = &mut self.links[n];

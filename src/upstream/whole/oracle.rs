@@ -22,6 +22,8 @@ pub struct Oracle {
     windowed: bool,
     publish_lost: Vec<u64>,
     forgot: Vec<u64>,
+    /// When the core forgot one link's session.
+    forgets: Vec<u64>,
     doubts: Vec<u64>,
     faults: Vec<String>,
 }
@@ -47,6 +49,7 @@ impl Oracle {
             windowed,
             publish_lost: Vec::new(),
             forgot: Vec::new(),
+            forgets: Vec::new(),
             doubts: Vec::new(),
             faults: Vec::new(),
         }
@@ -78,6 +81,19 @@ impl Oracle {
         if !keep {
             self.forgot.push(now);
         }
+    }
+
+    /// Until that link is back nobody knows, and others go on publishing. Then copies by filters on
+    /// links that are away just now are in doubt.
+    pub fn forgets(&mut self, now: u64) {
+        self.forgot.push(now);
+        self.forgets.push(now);
+    }
+
+    /// Whether the core had forgotten a link's session when a message came, and the link was away.
+    fn unseen(&self, message: &Message) -> bool {
+        let about = |t: &u64| *t <= message.at && message.at <= *t + TRANSIT;
+        self.forgets.iter().any(about)
     }
 
     /// Whether a link's session was begun anew is not known: overlapping filters of several links may
@@ -352,7 +368,7 @@ impl Oracle {
         let forgot = |t: &u64| {
             message.at <= *t && (*t <= message.at + TRANSIT || message.acknowledged_at >= *t)
         };
-        self.forgot.iter().any(forgot)
+        self.forgot.iter().any(forgot) || self.unseen(message)
     }
 
     /// Subscriptions whose change is not seen as one moment: those left while messages waited at the
@@ -389,7 +405,7 @@ impl Oracle {
         let within = |t: &u64| message.at <= *t && *t <= message.acknowledged_at;
         // In doubt what came before comes again.
         let doubted = |t: &u64| message.at <= *t && *t <= message.at + 2 * TRANSIT;
-        if self.doubts.iter().any(doubted) {
+        if self.doubts.iter().any(doubted) || self.unseen(message) {
             return true;
         }
         let again = self.publish_lost.iter().any(within)
