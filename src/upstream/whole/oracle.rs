@@ -482,6 +482,7 @@ impl Oracle {
             if sure
                 && !self.stormy
                 && !self.lowers
+                && !message.poison
                 && message.qos > QoS::AtMostOnce
                 && all < least + stable
             {
