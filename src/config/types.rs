@@ -388,7 +388,8 @@ pub struct Limits {
     pub subscriptions_per_client_max: u32,
     /// Levels of a topic name or filter.
     pub topic_levels_max: u32,
-    /// Connections between accept and CONNECT at once.
+    /// TLS handshakes at once, and as many of QUIC; past half of them one
+    /// address (of IPv6 a /64) gets no more than an eighth.
     pub handshakes_max: u32,
     /// From accept to CONNECT.
     #[serde(deserialize_with = "duration")]

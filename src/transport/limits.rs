@@ -1,15 +1,17 @@
 //! The limits that hold before a client is known, and the hooks by which the
 //! runtime counts what happens here.
 
+mod handshakes;
+
 use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, SemaphorePermit};
-
 use super::{Kind, ListenerInfo, QuicSecret};
+pub use handshakes::Handshakes;
+pub(super) use handshakes::Place as HandshakePlace;
 
 /// The slack that a WebSocket message may have over the largest packet: one
 /// message may carry several packets [MQTT-6.0.0-2].
@@ -20,7 +22,7 @@ const MESSAGE_MIN: usize = 256 * 1024;
 /// Limits shared by all listeners.
 #[derive(Clone)]
 pub struct Limits {
-    /// Places for transport handshakes that run at the same time.
+    /// Places for TLS and QUIC handshakes that run at the same time.
     pub handshakes: Handshakes,
     /// From accept to a complete CONNECT.
     pub accept_deadline: Duration,
@@ -55,7 +57,7 @@ impl std::fmt::Debug for Limits {
 }
 
 impl Default for Limits {
-    /// 512 handshakes, 10 s, 16 KiB, 1 MiB, 15 min, a secret that is none,
+    /// 512 handshakes of each kind, 10 s, 16 KiB, 1 MiB, 15 min, a secret that is none,
     /// 100 000 connections, no events.
     fn default() -> Self {
         Self {
@@ -68,45 +70,6 @@ impl Default for Limits {
             connections: Arc::new(ConnectionCap::new(100_000)),
             events: Arc::new(NoEvents),
         }
-    }
-}
-
-/// A limit on handshakes that run at the same time, over all listeners.
-#[derive(Clone, Debug)]
-pub struct Handshakes {
-    places: Arc<Semaphore>,
-    max: usize,
-}
-
-impl Handshakes {
-    /// At most `max` at once; at least one.
-    pub fn new(max: usize) -> Self {
-        let max = max.clamp(1, Semaphore::MAX_PERMITS);
-        Self {
-            places: Arc::new(Semaphore::new(max)),
-            max,
-        }
-    }
-
-    /// How many run now.
-    pub fn running(&self) -> usize {
-        self.max.saturating_sub(self.places.available_permits())
-    }
-
-    /// More than half of the places are taken.
-    pub(super) fn pressed(&self) -> bool {
-        self.running() > self.max / 2
-    }
-
-    pub(super) async fn place(&self) -> SemaphorePermit<'_> {
-        self.places
-            .acquire()
-            .await
-            .expect("this semaphore is never closed")
-    }
-
-    pub(super) fn try_place(&self) -> Option<tokio::sync::OwnedSemaphorePermit> {
-        Arc::clone(&self.places).try_acquire_owned().ok()
     }
 }
 
@@ -353,17 +316,6 @@ mod tests {
         assert_eq!(limits.message_max(), (1 << 20) + (64 << 10));
         limits.packet_max = usize::MAX;
         assert_eq!(limits.message_max(), usize::MAX);
-    }
-
-    #[tokio::test]
-    async fn pressure_begins_past_half() {
-        let handshakes = Handshakes::new(4);
-        let held: Vec<_> = (0..2).filter_map(|_| handshakes.try_place()).collect();
-        assert!(!handshakes.pressed());
-        let third = handshakes.try_place();
-        assert!(handshakes.pressed());
-        drop((held, third));
-        assert_eq!(handshakes.running(), 0);
     }
 
     #[test]

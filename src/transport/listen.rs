@@ -288,15 +288,16 @@ impl Listener {
         if self.info.kind == Kind::Ws {
             return Ok(Stream::ws(self.websocket(io, peer).await?, *peer));
         }
-        let place = self.limits.handshakes.place().await;
+        let place = self.limits.handshakes.tls.place(*peer).await;
         match (self.info.kind, &self.spec.tls) {
             (Kind::Tls, Some(tls)) => {
-                let (io, client) = tls::accept(io, tls, ALPN_MQTT).await.map_err(not_tls)?;
+                let accepted = tls::accept(io, tls, ALPN_MQTT, place).await;
+                let (io, client) = accepted.map_err(not_tls)?;
                 Ok(Stream::tls(io, *peer).of(client))
             }
             (Kind::Wss, Some(tls)) => {
-                let (io, client) = tls::accept(io, tls, ALPN_HTTP).await.map_err(not_tls)?;
-                drop(place);
+                let accepted = tls::accept(io, tls, ALPN_HTTP, place).await;
+                let (io, client) = accepted.map_err(not_tls)?;
                 Ok(Stream::wss(self.websocket(io, peer).await?, *peer).of(client))
             }
             _ => Ok(Stream::tcp(io, *peer)),

@@ -23,10 +23,9 @@ use quinn::{
     Connection, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, Incoming, ServerConfig,
     TokioRuntime, TransportConfig, TransportErrorCode, VarInt,
 };
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
-use super::limits::{CertificateFault, HandshakeError, Limits};
+use super::limits::{CertificateFault, HandshakeError, HandshakePlace, Limits};
 use super::listen::{Listener, canonical};
 use super::tls::{ALPN_H3, ALPN_MQTT, Configs, ServerTls, fault_of_alert};
 use super::{ClientCertificate, CloseHow, ListenSpec, Permit, Stream};
@@ -178,18 +177,17 @@ impl Server {
 
 /// Turns away what there is no room for, and asks for proof of the address
 /// when many handshakes run: a spoofed source costs no more than one packet.
-fn admit(
-    incoming: Incoming,
-    listener: &Listener,
-) -> Option<(Incoming, Permit, OwnedSemaphorePermit)> {
+fn admit(incoming: Incoming, listener: &Listener) -> Option<(Incoming, Permit, HandshakePlace)> {
     let limits = &listener.limits;
-    if limits.handshakes.pressed() && incoming.may_retry() {
+    let places = &limits.handshakes.quic;
+    if places.pressed() && incoming.may_retry() {
         limits.events.retry_sent(&listener.info);
         // Only fails without may_retry.
         let _ = incoming.retry();
         return None;
     }
-    let Some(place) = limits.handshakes.try_place() else {
+    let from = canonical(incoming.remote_address());
+    let Some(place) = places.try_place(from) else {
         limits.events.refused(&listener.info, "handshakes_max");
         incoming.refuse();
         return None;
@@ -207,7 +205,7 @@ async fn connect(
     incoming: Incoming,
     config: Arc<ServerConfig>,
     listener: &Listener,
-    place: OwnedSemaphorePermit,
+    place: HandshakePlace,
 ) -> Result<(Quic, Option<Box<ClientCertificate>>), HandshakeError> {
     let connection = incoming
         .accept_with(config)

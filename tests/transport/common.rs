@@ -164,10 +164,13 @@ impl Server {
     }
 
     pub fn quic_endpoint(&self, alpn: &[&str]) -> quinn::Endpoint {
+        self.quic_endpoint_at([127, 0, 0, 1], alpn)
+    }
+
+    pub fn quic_endpoint_at(&self, ip: [u8; 4], alpn: &[&str]) -> quinn::Endpoint {
         use quinn::crypto::rustls::QuicClientConfig;
         let crypto = QuicClientConfig::try_from(self.client_tls(alpn)).expect("TLS 1.3");
-        let mut endpoint =
-            quinn::Endpoint::client(([127, 0, 0, 1], 0).into()).expect("client endpoint");
+        let mut endpoint = quinn::Endpoint::client((ip, 0).into()).expect("client endpoint");
         endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(crypto)));
         endpoint
     }

@@ -305,35 +305,88 @@ async fn quic_without_a_stream_ends_at_the_deadline() {
     }
 }
 
+/// Begins handshakes and leaves them at that.
+async fn half_said(
+    server: &Server,
+    handshakes: &Handshakes,
+    count: usize,
+) -> Vec<(quinn::Endpoint, quinn::Connecting)> {
+    let mut held = Vec::new();
+    for n in 1..=count {
+        // What the client says first, passed on by a socket that answers nothing.
+        let socket = tokio::net::UdpSocket::bind("127.0.0.1:0")
+            .await
+            .expect("binds");
+        let endpoint = server.quic_endpoint(&["mqtt"]);
+        let to = socket.local_addr().expect("bound");
+        let connecting = endpoint.connect(to, LOCAL).expect("starts");
+        let mut datagram = [0; 2048];
+        let size = soon(socket.recv(&mut datagram)).await.expect("its first");
+        let first = &datagram[..size];
+        socket.send_to(first, server.addr).await.expect("sent");
+        soon(async {
+            while handshakes.running() < n {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        held.push((endpoint, connecting));
+    }
+    held
+}
+
 #[tokio::test]
 async fn quic_asks_for_proof_of_address_under_pressure() {
-    // Two half-said TLS handshakes hold two places, of three and of two.
-    for places in [3, 2] {
-        let handshakes = Handshakes::new(places);
-        let busy = Server::with(Kind::Tls, |_, limits| {
-            limits.handshakes = handshakes.clone();
-        });
-        let mut stuck = Vec::new();
-        for _ in 0..2 {
-            let mut client = busy.tcp().await;
-            client.write_all(b"\x16\x03\x01").await.expect("written");
-            stuck.push(client);
-        }
-        while handshakes.running() < 2 {
-            tokio::task::yield_now().await;
-        }
-        let mut server = Server::with(Kind::Quic, |_, limits| {
-            limits.handshakes = handshakes.clone();
-        });
-        let endpoint = server.quic_endpoint(&["mqtt"]);
+    let handshakes = Handshakes::new(3);
+    let mut server = Server::with(Kind::Quic, |_, limits| {
+        limits.handshakes = handshakes.clone();
+    });
+    // Two of three places, and all that one address can have.
+    let _held = half_said(&server, &handshakes, 2).await;
+    for (from, served) in [([127, 0, 0, 1], false), ([127, 0, 0, 2], true)] {
+        let endpoint = server.quic_endpoint_at(from, &["mqtt"]);
         let connecting = endpoint.connect(server.addr, LOCAL).expect("starts");
         let connected = soon(connecting).await;
         assert_eq!(server.event().await, "retry");
-        if places == 3 {
+        if served {
             connected.expect("proved and served");
         } else {
             connected.expect_err("proved, but no place");
             assert_eq!(server.event().await, "refused handshakes_max");
         }
     }
+}
+
+#[tokio::test]
+async fn half_said_tls_handshakes_keep_out_nobody() {
+    let handshakes = Handshakes::new(8);
+    let start = |kind| {
+        Server::with(kind, |_, limits| {
+            limits.handshakes = handshakes.clone();
+        })
+    };
+    let (mut tls, mut quic) = (start(Kind::Tls), start(Kind::Quic));
+    let mut flood = Vec::new();
+    for _ in 0..100 {
+        let mut client = tls.tcp().await;
+        client.write_all(b"\x16\x03\x01").await.expect("written");
+        flood.push(client);
+    }
+    // Half of the places, and one for an address.
+    soon(async {
+        while handshakes.running() < 5 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let (_endpoint, connection) = quic.quic().await;
+    let (mut control, _rx) = connection.open_bi().await.expect("control");
+    control.write_all(b"x").await.expect("written");
+    quic.accept().await;
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.bind(([127, 0, 0, 2], 0).into()).expect("binds");
+    let other = socket.connect(tls.addr).await.expect("connects");
+    soon(tls.tls_on(other, &["mqtt"])).await.expect("served");
+    tls.accept().await;
+    assert_eq!(handshakes.running(), 5);
 }

@@ -11,18 +11,20 @@ use tokio_rustls::server::TlsStream;
 
 use super::clients::fault;
 use super::{ALPN_HTTP, ClientCertificate, ServerTls};
-use crate::transport::limits::HandshakeError;
+use crate::transport::limits::{HandshakeError, HandshakePlace};
 
 /// How long a client that is refused is given to read why.
 const GOODBYE: Duration = Duration::from_millis(500);
 /// Bytes of it that are taken meanwhile.
 const GOODBYE_BYTES: u64 = 64 * 1024;
 
-/// Runs the handshake; answers with who the client is, if it has a certificate.
+/// Runs the handshake, for which it has `place`; answers with who the client is,
+/// if it has a certificate.
 pub(in crate::transport) async fn accept<S>(
     io: S,
     tls: &ServerTls,
     alpn: &'static str,
+    place: HandshakePlace,
 ) -> Result<(TlsStream<S>, Option<Box<ClientCertificate>>), HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -33,7 +35,10 @@ where
         _ => &configs.mqtt,
     };
     let handshake = TlsAcceptor::from(config.clone()).accept(io).into_fallible();
-    let (error, stream) = match handshake.await {
+    let done = handshake.await;
+    // What is left to say to a refused client is no handshake.
+    drop(place);
+    let (error, stream) = match done {
         Ok(stream) => {
             let session = stream.get_ref().1;
             let resumed = session.handshake_kind() == Some(HandshakeKind::Resumed);
