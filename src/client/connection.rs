@@ -27,7 +27,7 @@ use streams::{Lane, allowed};
 
 /// How long a client is given to take what is left for it.
 const GOODBYE: Duration = Duration::from_secs(1);
-/// Output of the session beyond which a peer whose socket is full is not read from, bytes.
+/// Output of the session for a lane that takes none beyond which nothing is read from that lane, bytes.
 const BACKLOG_MAX: usize = 64 * 1024;
 
 /// A connection with its session.
@@ -82,8 +82,8 @@ struct Connection<'a> {
     fresh: bool,
     /// The transport has bytes that it could not pass on yet.
     flushing: bool,
-    /// Bytes of output in the session after the last packets.
-    backlog: usize,
+    /// Lanes for which the session had too much output after the last packets, as bits.
+    full: u16,
     /// When a publish of QoS 0 came last, seconds: it may still be on its way.
     qos0_at: u32,
     /// The P link of its publishes.
@@ -113,7 +113,7 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         qos0_at: 0,
         publish_link: opened.publish_link,
         flushing: false,
-        backlog: 0,
+        full: 0,
     };
     let early = std::mem::take(&mut opened.input);
     let end = connection.received(0, &early).err();
@@ -184,10 +184,12 @@ impl<'a> Connection<'a> {
                 self.fresh = true;
                 continue;
             }
-            // A peer that sends and does not read gets no further answers.
-            if self.backlog > BACKLOG_MAX && self.free_lanes().1 > 0 {
+            // Where a peer sends and does not read it gets no further answers.
+            let unread = self.full & !self.free_lanes().0;
+            if unread & 1 != 0 {
                 return Poll::Pending;
             }
+            self.stream.leave_unread(unread);
             match self.poll_read(cx) {
                 Poll::Ready(Ok(())) => self.fresh = true,
                 Poll::Ready(Err(end)) => return Poll::Ready(end),
@@ -233,9 +235,7 @@ impl<'a> Connection<'a> {
             self.fresh = false;
             let now = self.clients.clock.now();
             let free = self.free_lanes();
-            if free.1 == 0 {
-                self.backlog = 0;
-            }
+            self.full &= !free.0;
             let taken = self.clients.router.take_lanes(
                 self.session,
                 self.generation,
@@ -454,8 +454,10 @@ impl<'a> Connection<'a> {
                     }
                 }
                 session.pump(limits, now);
-                let output = session.connection_ref().map_or(0, |c| c.output_len());
-                (end, step, output)
+                let full = session
+                    .connection_ref()
+                    .map_or(0, |c| c.full_lanes(BACKLOG_MAX));
+                (end, step, full)
             },
         );
         let qos = [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce];
@@ -474,10 +476,10 @@ impl<'a> Connection<'a> {
             self.qos0_at = seconds;
         }
         self.execute(effects, now);
-        let Some((end, step, output)) = outcome else {
+        let Some((end, step, full)) = outcome else {
             return Err(self.replaced());
         };
-        self.backlog = output;
+        self.full = full;
         if let Some(end) = end {
             return Err(end);
         }

@@ -217,6 +217,13 @@ impl Connection {
         all.find(|(l, _)| *l == lane).map_or(0, |(_, b)| b.len())
     }
 
+    /// The lanes for which more than `max` bytes of output wait, as bits.
+    pub fn full_lanes(&self, max: usize) -> u16 {
+        let control = u16::from(self.output.len() > max);
+        let side = self.side_output.iter().filter(|(_, b)| b.len() > max);
+        side.fold(control, |full, (lane, _)| full | 1 << lane)
+    }
+
     /// Bytes of output that wait, on all lanes.
     pub fn output_len(&self) -> usize {
         self.output.len() + self.side_output.iter().map(|(_, b)| b.len()).sum::<usize>()

@@ -220,6 +220,15 @@ impl Stream {
         }
     }
 
+    /// Leaves the QUIC data lanes that are set in `lanes` unread, and reads the
+    /// others again from the next [`Stream::poll_recv`] on. Lane 0 and other
+    /// kinds are not concerned.
+    pub fn leave_unread(&mut self, lanes: u16) {
+        if let Inner::Quic(quic) = &mut self.inner {
+            quic.leave_unread(lanes);
+        }
+    }
+
     /// Whether it may carry more than lane 0.
     pub fn has_data_lanes(&self) -> bool {
         matches!(self.inner, Inner::Quic(_))

@@ -276,6 +276,29 @@ def test_a_stream_that_is_not_read_holds_up_no_other(edge, phone, client):
         pass
 
 
+@pytest.mark.parametrize("what", ("deliveries", "answers"))
+def test_what_waits_for_a_stream_that_is_not_read_leaves_the_others_read(edge, phone, client, what):
+    """Messages larger than all that may be encoded ahead: the client's packets on other streams still get their answers."""
+    slow, quick = fresh(), fresh()
+    one = phone(keep_alive=4, dial={"options": {"max_stream_data": 8192}})
+    credit = one.quic._write_stream_limits
+    one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == 4 else credit(stream=stream, **more)
+    one.subscribe(4, (slow, 1))
+    one.subscribe(8, (quick, 1))
+    pub = client(edge)
+    for n in range(2):
+        if what == "answers":
+            one.send(4, wire.unsubscribe(7 + n, *["a"] * 80_000))
+        else:
+            pub.publish(slow, "." * 100_000, qos=1)
+    pub.publish(quick, "quick", qos=1)
+    assert one.recv(8).payload == b"quick"
+    for n in range(3):
+        one.pinged()
+        one.send(8, wire.publish(fresh(), b"x", 1, 10 + n))
+        assert one.recv(8).kind == wire.PUBACK
+
+
 def test_a_stream_of_half_a_packet_holds_up_no_other(edge, phone):
     topic = fresh()
     one = phone()

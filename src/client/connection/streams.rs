@@ -247,6 +247,7 @@ impl<'a> Connection<'a> {
         if !self.stream.has_data_lanes() {
             return;
         }
+        self.stream.leave_unread(0);
         let mut scratch = SCRATCH.with(std::cell::RefCell::take);
         for _ in 0..LAST_READS {
             scratch.clear();

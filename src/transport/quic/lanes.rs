@@ -32,6 +32,8 @@ pub(in crate::transport) struct Quic {
     /// Waits for further streams, once they are wanted. Until then flow control
     /// and the stream limit bound what a client can leave there.
     accept: Option<BoxFuture<Result<(SendStream, RecvStream), ConnectionError>>>,
+    /// Data lanes that are not read, as bits.
+    unread: u16,
     /// Where the next round over the lanes begins.
     next: usize,
     closing: Closing,
@@ -115,6 +117,7 @@ impl Quic {
             control,
             data: Vec::new(),
             accept: None,
+            unread: 0,
             next: 0,
             closing: Closing::Open,
             close_code: code::NORMAL,
@@ -145,6 +148,10 @@ impl Quic {
         if self.accept.is_none() {
             self.accept = Some(accept_bi(self.connection.clone()));
         }
+    }
+
+    pub(in crate::transport) fn leave_unread(&mut self, lanes: u16) {
+        self.unread = lanes;
     }
 
     pub(in crate::transport) fn poll_recv(
@@ -325,7 +332,7 @@ impl Quic {
                 let Some(data) = &mut self.data[i] else {
                     return Poll::Pending;
                 };
-                if data.ended {
+                if data.ended || self.unread & 1 << lane != 0 {
                     return self.poll_stopped(cx, lane);
                 }
                 &mut data.lane

@@ -68,6 +68,10 @@ def subscribe(packet_id: int, *filters: tuple[str, int], version: int = 5, props
     return packet(SUBSCRIBE, body + b"".join(text(f) + bytes([options]) for f, options in filters), 2)
 
 
+def unsubscribe(packet_id: int, *filters: str) -> bytes:
+    return packet(UNSUBSCRIBE, struct.pack(">H", packet_id) + properties() + b"".join(map(text, filters)), 2)
+
+
 def ack(kind: int, packet_id: int) -> bytes:
     return packet(kind, struct.pack(">H", packet_id), 2 if kind == PUBREL else 0)
 
