@@ -6,6 +6,7 @@
 mod accept;
 mod connection;
 mod end;
+mod partial;
 mod scope;
 
 use std::sync::Arc;

@@ -8,8 +8,10 @@ use crate::config::{AclMode, AuthMode, ClientAuth, Config, Listener, Transport};
 use crate::telemetry::{Label as _, MemoryAccount};
 
 const KIB: u64 = 1 << 10;
-/// A connection before CONNECT: 16 KiB of bytes each way, a TLS handshake.
+/// A handshake of TLS or QUIC.
 const HANDSHAKE: u64 = 64 * KIB;
+/// What a QUIC client may leave unread before CONNECT.
+const STRANGER: u64 = 32 * KIB;
 
 /// What one account may hold at worst.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +38,15 @@ pub fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
         .map(|l| idle_bytes(l.transport))
         .max();
     let idle = idle.unwrap_or_default();
-    let handshakes = u64::from(config.limits.handshakes_max);
+    let has = |any: &[Transport]| config.listeners.iter().any(|l| any.contains(&l.transport));
+    let quic = has(&[Transport::Quic]);
+    // Each kind has as many places.
+    let kinds = u64::from(has(&[Transport::Tls, Transport::Wss])) + u64::from(quic);
+    let handshakes = kinds * u64::from(config.limits.handshakes_max);
+    let strangers = match quic {
+        true => format!(", with QUIC up to {} more before CONNECT", size(STRANGER)),
+        false => String::new(),
+    };
     vec![
         line(MemoryAccount::Queues, config.memory.queues, "memory.queues"),
         line(
@@ -52,13 +62,16 @@ pub fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
         line(
             MemoryAccount::Handshakes,
             handshakes * HANDSHAKE,
-            &format!("limits.handshakes_max, {} each", size(HANDSHAKE)),
+            &format!(
+                "limits.handshakes_max for each of TLS and QUIC, {} each",
+                size(HANDSHAKE)
+            ),
         ),
         line(
             MemoryAccount::Connections,
             connections as u64 * idle,
             &format!(
-                "{connections} connections, about {} each while idle",
+                "{connections} connections, about {} each while idle{strangers}",
                 size(idle)
             ),
         ),
@@ -221,8 +234,8 @@ mod tests {
             "  default          certificate until then",
             "  queues                  2 GiB  memory.queues",
             "  publishes_waiting      64 MiB  upstream.publishes_waiting",
-            "  connections         351.6 MiB  10000 connections, about 36 KiB each while idle",
-            "  sum                   2.5 GiB",
+            "  connections         351.6 MiB  10000 connections, about 36 KiB each while idle, with QUIC up to 32 KiB more before CONNECT",
+            "  sum                   2.6 GiB",
             "  total                   8 GiB  memory.max",
             "  10000 at once",
         ] {

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::auth::Identity;
+use crate::limits::Account;
 use crate::mqtt::{
     Connack, Connect, Error, Message, MessageSpec, QoS, ReasonCode, Version, decode_connect,
 };
@@ -18,6 +19,7 @@ use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
 use crate::transport::{ClientCertificate, CloseHow, Closed, Guess, OutBuf, Stream, looks_like};
 
 use super::connection::Opened;
+use super::partial::{KEEP, Partial};
 use super::scope::{owner, scope_of};
 use super::{ClientPolicy, Clients, Door};
 
@@ -49,8 +51,13 @@ pub(super) async fn open(
     deadline: Instant,
     began: u64,
 ) -> Option<Opened> {
-    let mut input = Vec::new();
-    let refusal = match timeout_at(deadline, read_connect(&mut stream, &mut input)).await {
+    let mut input = Partial::default();
+    let budget = (&clients.input, clients.input_max);
+    let read = read_connect(&mut stream, &mut input, budget);
+    let read = timeout_at(deadline, read).await;
+    // Gives back what it was charged for.
+    let mut input = std::mem::take(&mut input.bytes);
+    let refusal = match read {
         Ok(Ok(())) => {
             let certificate = stream.take_certificate();
             let result = admit(clients, door, peer, certificate, &input).await;
@@ -127,8 +134,12 @@ async fn refuse(stream: &mut Stream, refusal: &Refusal) {
     poll_fn(|cx| stream.poll_close(cx, how)).await;
 }
 
-/// Reads until the CONNECT is whole.
-async fn read_connect(stream: &mut Stream, input: &mut Vec<u8>) -> Result<(), Refusal> {
+/// Reads until the CONNECT is whole; `account` may hold `max` bytes.
+async fn read_connect<'a>(
+    stream: &mut Stream,
+    input: &mut Partial<'a>,
+    (account, max): (&'a Account, u64),
+) -> Result<(), Refusal> {
     let refusal = |label, code, why: String, answer| Refusal {
         label,
         code,
@@ -137,8 +148,9 @@ async fn read_connect(stream: &mut Stream, input: &mut Vec<u8>) -> Result<(), Re
         client_id: String::new(),
     };
     loop {
-        let guess = looks_like(input).filter(|guess| *guess != Guess::Mqtt);
-        match (decode_connect(input, CONNECT_MAX), guess) {
+        let bytes = &input.bytes;
+        let guess = looks_like(bytes).filter(|guess| *guess != Guess::Mqtt);
+        match (decode_connect(bytes, CONNECT_MAX), guess) {
             (Ok(Some(_)), _) => return Ok(()),
             (Ok(None), None) => {}
             // Its first byte may pass for a packet that is not complete.
@@ -160,13 +172,21 @@ async fn read_connect(stream: &mut Stream, input: &mut Vec<u8>) -> Result<(), Re
                 };
                 let code = error.reason_code();
                 // Only to something that is a CONNECT an answer means anything.
-                let answer = answerable(input);
+                let answer = answerable(bytes);
                 return Err(refusal(label, code, why, answer));
             }
         }
         let mut more = Vec::new();
         match poll_fn(|cx| stream.poll_recv(cx, &mut more)).await {
-            Ok(_) => input.append(&mut more),
+            Ok(_) => {
+                input.bytes.append(&mut more);
+                input.settle(account, false, 0);
+                if account.used() > max && input.bytes.len() > KEEP {
+                    let (label, code) = (RefusedReason::Memory, ReasonCode::QUOTA_EXCEEDED);
+                    let why = "incomplete packets of all clients use up their budget";
+                    return Err(refusal(label, code, why.into(), None));
+                }
+            }
             Err(closed) => {
                 let label = match closed {
                     Closed::TooLarge => RefusedReason::TooLarge,
@@ -521,4 +541,31 @@ fn assigned_id() -> String {
     let high = getrandom::u64().unwrap_or_default();
     let low = getrandom::u64().unwrap_or_default();
     format!("auto-{high:016x}{low:016x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    #[tokio::test]
+    async fn a_connect_is_charged_while_it_is_not_whole() {
+        let account = Account::new();
+        let (mut client, server) = tokio::io::duplex(64 * 1024);
+        let mut stream = Stream::pipe(server);
+        // Of 16,000 bytes.
+        let mut connect = vec![0x10, 0x80, 0x7d, 0, 4];
+        connect.extend_from_slice(b"MQTT\x05\x02\0\0");
+        connect.resize(6000, 0);
+        client.write_all(&connect).await.expect("written");
+        let mut input = Partial::default();
+        let mut read = Box::pin(read_connect(&mut stream, &mut input, (&account, 6000)));
+        assert!(futures_util::poll!(&mut read).is_pending());
+        assert_eq!(account.used(), 6000);
+        client.write_all(b"x").await.expect("written");
+        let refusal = read.await.expect_err("one more than there is room for");
+        assert_eq!(refusal.label, RefusedReason::Memory);
+        drop(input);
+        assert_eq!(account.used(), 0);
+    }
 }

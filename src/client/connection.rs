@@ -1,6 +1,5 @@
 //! The life of a connection after CONNACK.
 
-mod partial;
 mod streams;
 
 use std::cell::RefCell;
@@ -21,8 +20,8 @@ use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
 use crate::transport::{CloseHow, Closed, OutBuf, Stream};
 
 use super::end::End;
+use super::partial::{KEEP, Partial};
 use super::{ClientPolicy, Clients};
-use partial::{KEEP, Partial};
 use streams::{Lane, allowed};
 
 /// How long a client is given to take what is left for it.

@@ -43,6 +43,8 @@ const LANES_MANY: usize = 3;
 /// Flow control: what a client may send unread, bytes per stream and in all.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 128 * 1024;
+/// In all, until the client is known: a CONNECT, and as much on other streams.
+const STRANGER_WINDOW: u32 = 32 * 1024;
 /// What we send unacknowledged, bytes per connection.
 const SEND_WINDOW: u64 = 128 * 1024;
 /// Handshakes that wait for the accept loop, and the bytes kept for each and
@@ -323,7 +325,7 @@ fn transport_config(idle: Duration) -> io::Result<TransportConfig> {
         .max_concurrent_bidi_streams(VarInt::from_u32(LANES_AT_FIRST))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
-        .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
+        .receive_window(VarInt::from_u32(STRANGER_WINDOW))
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(None)

@@ -201,7 +201,7 @@ impl Stream {
 
     /// The client is known: the message limit of WebSocket rises from
     /// `frame_before_auth` to [`Limits::message_max`](super::Limits::message_max),
-    /// and data lanes of QUIC are read.
+    /// and data lanes of QUIC are read, and its client may send more unread.
     pub fn authenticated(&mut self) {
         match &mut self.inner {
             Inner::Ws(ws) => ws.authenticated(),

@@ -50,6 +50,33 @@ async fn quic_data_lanes_wait_for_authentication() {
 }
 
 #[tokio::test]
+async fn quic_strangers_may_leave_little_unread() {
+    use futures_util::FutureExt;
+    let mut server = Server::start(Kind::Quic);
+    let (_endpoint, connection) = server.quic().await;
+    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
+    let (mut data, _data_rx) = connection.open_bi().await.expect("data");
+    let more = pattern(128 * 1024);
+    let first = soon(control.write(&more)).await.expect("written");
+    assert_eq!(first, 32 * 1024);
+    assert!(data.write(&more).now_or_never().is_none());
+    let mut stream = server.accept().await.stream;
+    stream.authenticated();
+    soon(data.write_all(&more[..64 * 1024]))
+        .await
+        .expect("written");
+    soon(control.write_all(&more[first..64 * 1024]))
+        .await
+        .expect("written");
+    assert!(data.write(&more).now_or_never().is_none());
+    // All is there to be read.
+    let mut buf = Vec::new();
+    while buf.len() < 128 * 1024 {
+        recv(&mut stream, &mut buf).await.expect("bytes");
+    }
+}
+
+#[tokio::test]
 async fn quic_lanes_come_and_go_without_end() {
     let mut server = Server::start(Kind::Quic);
     let (_endpoint, connection) = server.quic().await;

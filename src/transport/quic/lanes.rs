@@ -13,7 +13,7 @@ use quinn::{
 
 use super::bidi::{Bidi, Layer};
 use super::webtransport::Session;
-use super::{LANES, LANES_MANY, close_code, code};
+use super::{CONNECTION_WINDOW, LANES, LANES_MANY, close_code, code};
 use crate::transport::limits::Limits;
 use crate::transport::listen::{Listener, canonical};
 use crate::transport::tcp::with_scratch;
@@ -146,6 +146,8 @@ impl Quic {
 
     pub(in crate::transport) fn authenticated(&mut self) {
         if self.accept.is_none() {
+            let window = VarInt::from_u32(CONNECTION_WINDOW);
+            self.connection.set_receive_window(window);
             self.accept = Some(accept_bi(self.connection.clone()));
         }
     }
