@@ -171,6 +171,16 @@ pub struct OutBuf {
     pub at: usize,
 }
 
+/// What has gone over a QUIC connection so far, for the question whether the
+/// network carries anything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Frames that the peer has to acknowledge, those sent again among them.
+    pub sent: u64,
+    /// Acknowledgements received.
+    pub acknowledged: u64,
+}
+
 /// A buffer that grew past this many bytes is given back once it is written.
 const OUT_KEEP: usize = 16 * 1024;
 

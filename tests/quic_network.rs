@@ -13,7 +13,7 @@ use tidegate_kit::link::Cut;
 use tidegate_kit::process::{Tidegate, TidegateConfig};
 use tidegate_kit::udp_relay::UdpRelay;
 use tidegate_kit::weather::Weather;
-use tidegate_kit::wire::{Ack, Connect, Packet, Publish};
+use tidegate_kit::wire::{Ack, Connect, Packet, Publish, Subscribe, Version, decode, encode};
 use tokio::time::{Instant, timeout};
 
 /// No test waits longer for what must come.
@@ -328,6 +328,74 @@ async fn a_nat_that_forgets_is_no_gap() {
         .wait_for_log("Client's address changed", SOON)
         .expect("logged");
     assert!(told.contains("device"), "{told}");
+}
+
+/// The next packet on a stream.
+async fn read(stream: &mut quinn::RecvStream, bytes: &mut Vec<u8>) -> Packet {
+    loop {
+        if let Some((packet, size)) = decode(Version::V5, bytes).expect("MQTT") {
+            bytes.drain(..size);
+            return packet;
+        }
+        let chunk = timeout(SOON, stream.read_chunk(64 * 1024, true)).await;
+        let chunk = chunk.expect("in time").expect("goes on").expect("no end");
+        bytes.extend_from_slice(&chunk.bytes);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_leaves_a_subscription_on_its_stream() {
+    let server = server();
+    let relay = UdpRelay::start(quic_addr(&server), Weather::FAIR)
+        .await
+        .expect("starts");
+    let (mut client, _) = Client::connect(&through(&relay, &server), &connect())
+        .await
+        .expect("connects");
+    let connection = client.link().as_quic().expect("QUIC").connection().clone();
+    let (mut tx, mut rx) = connection.open_bi().await.expect("a stream");
+    let mut bytes = Vec::new();
+    let subscribe = Packet::Subscribe(Subscribe {
+        id: 1,
+        filters: vec![("down".to_owned(), 1)],
+        ..Subscribe::default()
+    });
+    encode(&subscribe, Version::V5, &mut bytes);
+    tx.write_all(&bytes).await.expect("sent");
+    bytes.clear();
+    assert!(matches!(read(&mut rx, &mut bytes).await, Packet::SubAck(_)));
+
+    let (mut speaker, _) = Client::connect(&server.dialer("tcp"), &Connect::new("speaker"))
+        .await
+        .expect("connects");
+    relay.set_weather(Weather {
+        loss: 1.0,
+        ..Weather::FAIR
+    });
+    // More than may be under way.
+    const COUNT: u64 = 100;
+    let mut payload = vec![0; 4000];
+    for n in 1..=COUNT {
+        payload[..8].copy_from_slice(&n.to_be_bytes());
+        let sent = speaker.publish("down", payload.clone(), 1).await;
+        sent.expect("taken");
+    }
+    // It is the time that counts.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    relay.set_weather(Weather::FAIR);
+    payload[..8].copy_from_slice(&(COUNT + 1).to_be_bytes());
+    let sent = speaker.publish("down", payload, 1).await;
+    sent.expect("taken");
+    for n in 1..=COUNT + 1 {
+        match read(&mut rx, &mut bytes).await {
+            Packet::Publish(publish) => assert_eq!(publish.payload[..8], n.to_be_bytes()),
+            other => panic!("{other:?}"),
+        }
+    }
+    client.queue_raw(&[0xC0, 0x00]);
+    client.flush().await.expect("sent");
+    let next = client.next_within(SOON).await.expect("goes on");
+    assert_eq!(next, Some(Packet::PingResp), "nothing came on control");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -10,7 +10,7 @@ use tokio_rustls::server::TlsStream;
 use super::quic::Quic;
 use super::tcp::{self, Closing};
 use super::ws::Ws;
-use super::{ClientCertificate, CloseHow, Closed, Kind, OutBuf, Recv};
+use super::{ClientCertificate, CloseHow, Closed, Kind, OutBuf, Recv, Traffic};
 
 /// The byte stream of one connection; see the methods. To be polled by one
 /// task only.
@@ -217,6 +217,14 @@ impl Stream {
     pub fn reset_lane(&mut self, lane: u8, code: u32) {
         if let Inner::Quic(quic) = &mut self.inner {
             quic.reset_lane(lane, code);
+        }
+    }
+
+    /// What was sent and acknowledged; of other kinds than QUIC nothing is known.
+    pub fn traffic(&self) -> Traffic {
+        match &self.inner {
+            Inner::Quic(quic) => quic.traffic(),
+            _ => Traffic::default(),
         }
     }
 

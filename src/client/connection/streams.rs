@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use crate::mqtt::{Packet, ReasonCode};
 use crate::telemetry::{DisconnectReason, RateLimited, StreamReason, clean, metrics};
-use crate::transport::{CloseHow, Closed, OutBuf};
+use crate::transport::{CloseHow, Closed, OutBuf, Traffic};
 
 use super::{Connection, End, Partial, SCRATCH};
 
-/// How long a stream may take nothing before its subscriptions' messages go on the control stream.
+/// How long a stream may take nothing, while the network carries what is sent, before its
+/// subscriptions' messages go on the control stream.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Reads that follow a DISCONNECT: what came on data streams before it is not lost.
 const LAST_READS: usize = 256;
@@ -26,6 +27,37 @@ pub(super) struct Lane<'a> {
     closed: bool,
     /// Since when it takes nothing of what waits for it, milliseconds; 0: it does.
     stuck_since: u64,
+    stuck: Stuck,
+}
+
+/// How long a stream that is stuck is so by itself, and not for want of a network: in an outage
+/// nothing moves, and control would be no way around it.
+#[derive(Default)]
+struct Stuck {
+    /// The last look: when, milliseconds, and what had been sent and acknowledged.
+    last: Option<(u64, Traffic)>,
+    /// What was sent since the last acknowledgement.
+    unanswered: bool,
+    /// Milliseconds.
+    by_itself: u64,
+}
+
+impl Stuck {
+    /// Looks again; `control`: the control stream is stuck as well.
+    fn look(&mut self, now: u64, traffic: Traffic, control: bool) -> u64 {
+        if let Some((at, before)) = self.last {
+            if traffic.acknowledged > before.acknowledged {
+                self.unanswered = false;
+            } else if traffic.sent > before.sent {
+                self.unanswered = true;
+            }
+            if !self.unanswered && !control {
+                self.by_itself += now.saturating_sub(at);
+            }
+        }
+        self.last = Some((now, traffic));
+        self.by_itself
+    }
 }
 
 /// What may travel on a data stream: types 3 to 11.
@@ -71,6 +103,7 @@ impl<'a> Connection<'a> {
                     partial: Partial::default(),
                     closed: false,
                     stuck_since: 0,
+                    stuck: Stuck::default(),
                 });
                 self.lanes.len() - 1
             }
@@ -118,6 +151,7 @@ impl<'a> Connection<'a> {
                     Poll::Pending => {
                         if left < before || lane.stuck_since == 0 {
                             lane.stuck_since = self.clients.clock.now().max(1);
+                            lane.stuck = Stuck::default();
                         }
                         // For `watch_lanes`.
                         self.clients.router.wake_soon(&self.wake);
@@ -156,17 +190,14 @@ impl<'a> Connection<'a> {
         }
         let now = self.clients.clock.now();
         let write_stall = self.clients.limits.write_stall.as_millis() as u64;
-        let stuck = |l: &Lane<'_>| match l.stuck_since {
-            0 => 0,
-            since => now.saturating_sub(since),
-        };
+        let (traffic, control) = (self.stream.traffic(), self.flushing);
         let mut given_up = Vec::new();
         let mut around = Vec::new();
-        for lane in &self.lanes {
-            let stuck = stuck(lane);
-            if stuck >= write_stall {
+        for lane in self.lanes.iter_mut().filter(|l| l.stuck_since > 0) {
+            let by_itself = lane.stuck.look(now, traffic, control);
+            if now.saturating_sub(lane.stuck_since) >= write_stall {
                 given_up.push(lane.number);
-            } else if stuck >= PATIENCE.as_millis() as u64 {
+            } else if by_itself >= PATIENCE.as_millis() as u64 {
                 // Again each time: it may have been subscribed on anew.
                 around.push(lane.number);
             }
@@ -263,5 +294,37 @@ impl<'a> Connection<'a> {
             }
         }
         SCRATCH.with(|s| s.replace(scratch));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn traffic(sent: u64, acknowledged: u64) -> Traffic {
+        Traffic { sent, acknowledged }
+    }
+
+    #[test]
+    fn a_stream_that_is_not_read_is_stuck_by_itself() {
+        let mut stuck = Stuck::default();
+        assert_eq!(stuck.look(1000, traffic(10, 5), false), 0);
+        // Nothing is under way.
+        assert_eq!(stuck.look(1200, traffic(10, 5), false), 200);
+        // Other streams are busy.
+        assert_eq!(stuck.look(1400, traffic(90, 20), false), 400);
+        // Control is no way around.
+        assert_eq!(stuck.look(1600, traffic(90, 20), true), 400);
+    }
+
+    #[test]
+    fn an_outage_is_nothing_of_a_stream_s_own() {
+        let mut stuck = Stuck::default();
+        stuck.look(1000, traffic(10, 5), false);
+        assert_eq!(stuck.look(1200, traffic(11, 5), false), 0);
+        // The next attempt is later.
+        assert_eq!(stuck.look(9000, traffic(11, 5), false), 0);
+        assert_eq!(stuck.look(9200, traffic(12, 5), false), 0);
+        assert_eq!(stuck.look(9400, traffic(20, 6), false), 200);
     }
 }

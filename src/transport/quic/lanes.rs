@@ -17,7 +17,7 @@ use super::{CONNECTION_WINDOW, LANES, LANES_MANY, close_code, code};
 use crate::transport::limits::Limits;
 use crate::transport::listen::{Listener, canonical};
 use crate::transport::tcp::with_scratch;
-use crate::transport::{CloseHow, Closed, Kind, ListenerInfo, OutBuf, Recv};
+use crate::transport::{CloseHow, Closed, Kind, ListenerInfo, OutBuf, Recv, Traffic};
 
 /// A QUIC connection with its control stream.
 pub(in crate::transport) struct Quic {
@@ -142,6 +142,15 @@ impl Quic {
     /// The peer's address, if it changed since this was asked last.
     pub(in crate::transport) fn moved(&mut self) -> Option<SocketAddr> {
         std::mem::take(&mut self.moved).then_some(self.peer)
+    }
+
+    pub(in crate::transport) fn traffic(&self) -> Traffic {
+        let stats = self.connection.stats();
+        Traffic {
+            // Probes of a silent network are these two.
+            sent: stats.frame_tx.stream + stats.frame_tx.ping,
+            acknowledged: stats.frame_rx.acks,
+        }
     }
 
     pub(in crate::transport) fn authenticated(&mut self) {
