@@ -174,7 +174,8 @@ impl Inbound {
                     self.settle(key, q, reason);
                     return Arrival::Answered(reason);
                 }
-                State::Received if publish.qos == QoS::ExactlyOnce && same => {
+                // Without DUP it may be a new one, behind a PUBREL that came on another stream.
+                State::Received if publish.qos == QoS::ExactlyOnce && same && publish.dup => {
                     return Arrival::Received;
                 }
                 _ => {}

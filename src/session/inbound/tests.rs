@@ -265,6 +265,35 @@ fn a_new_message_says_which_of_two_was_released() {
 }
 
 #[test]
+fn a_new_message_that_looks_like_the_one_before_is_forwarded() {
+    // Which of the two is marked is chance.
+    for lane in [1, 2].repeat(16) {
+        let mut inbound = Inbound::default();
+        received(&mut inbound, 1, 1, 11);
+        received(&mut inbound, 2, 1, 11);
+        assert!(inbound.release(0, 1));
+        received(&mut inbound, lane, 1, 11);
+        // The other is open still.
+        let again = inbound.arrive(&on(3 - lane, 1, true, 11), 10);
+        assert_eq!(again, Arrival::Received);
+        assert!(inbound.release(1, 1) && inbound.release(2, 1));
+        assert_eq!((inbound.open(), inbound.adrift.len()), (0, 0));
+    }
+}
+
+#[test]
+fn without_a_release_the_same_again_is_a_copy_dup_or_not() {
+    for lane in [0, 1] {
+        let mut inbound = Inbound::default();
+        received(&mut inbound, lane, 1, 11);
+        for dup in [false, true] {
+            let again = inbound.arrive(&on(lane, 1, dup, 11), 10);
+            assert_eq!(again, Arrival::Received);
+        }
+    }
+}
+
+#[test]
 fn what_gone_streams_left_is_bounded_and_costs_the_client_nothing() {
     let mut inbound = Inbound::default();
     for n in 0..2 * ADRIFT_MAX as u64 {
