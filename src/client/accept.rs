@@ -20,7 +20,7 @@ use crate::transport::{ClientCertificate, CloseHow, Closed, Guess, OutBuf, Strea
 
 use super::connection::Opened;
 use super::partial::{KEEP, Partial};
-use super::scope::{owner, scope_of};
+use super::scope::{owner, room_for, scope_of};
 use super::{ClientPolicy, Clients, Door};
 
 /// The largest packet before a client is known, bytes.
@@ -352,10 +352,7 @@ async fn admit(
     let router = &clients.router;
     let maximum_qos = router.maximum_qos();
     // Room for what is added to each of its publishes.
-    let own = spec
-        .scope
-        .as_ref()
-        .map_or(0, |s| s.mount.len() + s.sender.len());
+    let own = room_for(clients, spec.scope.as_deref());
     let packet_max = router.packet_max().saturating_sub(own as u32).max(256);
     let response_wanted = Connack {
         session_present: false,

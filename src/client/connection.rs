@@ -21,6 +21,7 @@ use crate::transport::{CloseHow, Closed, OutBuf, Stream};
 
 use super::end::End;
 use super::partial::{KEEP, Partial};
+use super::scope::sender_moved;
 use super::{ClientPolicy, Clients};
 use streams::{Lane, allowed};
 
@@ -296,6 +297,12 @@ impl<'a> Connection<'a> {
         self.place = Arc::new(place);
         let (router, place) = (&self.clients.router, self.place.clone());
         router.moved(self.session, self.generation, place);
+        let listener = &self.place.listener;
+        if let Some(sender) = sender_moved(self.clients, listener, &self.identity, peer) {
+            router.with(self.session, self.generation, |session, _| {
+                session.connection().map(|c| c.set_sender(sender))
+            });
+        }
     }
 
     /// Takes bytes of one lane.

@@ -10,6 +10,9 @@ use crate::session::Scope;
 
 use super::{Clients, Door};
 
+/// Characters of the longest address; a moved client's may be longer than its first.
+const ADDRESS_MAX: usize = 39;
+
 /// The scope of a client that is who it says.
 ///
 /// # Errors
@@ -32,9 +35,23 @@ pub(super) fn scope_of(
         }
     };
     let mount = mount.filter(|m| !has_discouraged(m)).ok_or(UNFIT)?;
+    let sender = sender_of(&clients.sender_properties, &door.name, identity, peer);
+    Ok(Some(Arc::new(Scope {
+        mount: mount.into(),
+        sender,
+    })))
+}
+
+/// What each publish tells of its sender: raw user properties.
+fn sender_of(
+    wanted: &[SenderProperty],
+    listener: &str,
+    identity: &Identity,
+    peer: SocketAddr,
+) -> Box<[u8]> {
     let mut sender = Vec::new();
     let mut tell = |key, value: &str| Property::UserProperty(key, value).write(&mut sender);
-    for what in &clients.sender_properties {
+    for what in wanted {
         match what {
             // What a core may close the connection for does not go to it.
             SenderProperty::ClientId if has_discouraged(&identity.client_id) => {}
@@ -44,14 +61,30 @@ pub(super) fn scope_of(
                     tell("tidegate-user", user);
                 }
             }
-            SenderProperty::Listener => tell("tidegate-listener", &door.name),
+            SenderProperty::Listener => tell("tidegate-listener", listener),
             SenderProperty::Address => tell("tidegate-address", &peer.ip().to_string()),
         }
     }
-    Ok(Some(Arc::new(Scope {
-        mount: mount.into(),
-        sender: sender.into(),
-    })))
+    sender.into()
+}
+
+/// What publishes tell of a sender that is at another address now; `None`: nothing of addresses.
+pub(super) fn sender_moved(
+    clients: &Clients,
+    listener: &str,
+    identity: &Identity,
+    peer: SocketAddr,
+) -> Option<Box<[u8]>> {
+    let wanted = &clients.sender_properties;
+    let told = wanted.contains(&SenderProperty::Address);
+    told.then(|| sender_of(wanted, listener, identity, peer))
+}
+
+/// Bytes that are added to each publish of a client with this scope, at whatever address.
+pub(super) fn room_for(clients: &Clients, scope: Option<&Scope>) -> usize {
+    let told = clients.sender_properties.contains(&SenderProperty::Address);
+    let own = scope.map_or(0, |s| s.mount.len() + s.sender.len());
+    own + if told { ADDRESS_MAX } else { 0 }
 }
 
 /// Who a session belongs to: behind another mount the same client is another.

@@ -159,6 +159,14 @@ impl Connection {
         }
     }
 
+    /// What its publishes tell of their sender from now on, raw user properties.
+    pub fn set_sender(&mut self, sender: Box<[u8]>) {
+        if let Some(scope) = &mut self.scope {
+            let mount = scope.mount.clone();
+            *scope = Arc::new(Scope { mount, sender });
+        }
+    }
+
     /// The output of the control lane.
     pub fn control(&mut self) -> &mut Vec<u8> {
         &mut self.output

@@ -6,9 +6,10 @@ import subprocess
 
 import pytest
 
-from harness import links, paho
+from harness import links, paho, wire
 from harness.edge import BINARY, Edge, config, listener
 from harness.names import fresh
+from harness.phone import Phone
 from harness.process import run
 
 QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
@@ -24,7 +25,7 @@ def tenants(tmp_path_factory, core, pki):
     table = config(
         core.url,
         pki,
-        listeners=[listener("tcp", auth="file", mount="tenants/%u/"), listener("tcp", "whole"), listener("tcp", "devices", mount="devices/%c/")],
+        listeners=[listener("tcp", auth="file", mount="tenants/%u/"), listener("tcp", "whole"), listener("tcp", "devices", mount="devices/%c/"), listener("quic")],
         auth={"mode": "anonymous", "file": str(users), "acl": "open"},
         upstream={"servers": [core.url], "sender_properties": ["client_id", "username", "listener", "address"]} | QUICK,
     )
@@ -159,6 +160,27 @@ def test_publishes_tell_their_sender_to_the_core(at, core, tenants):
         assert "root" not in told and "tidegate:1.1" not in told
         # Other clients learn nothing by it.
         assert seen.next().props.UserProperty == [("k", "v"), ("tidegates", "fine")]
+    finally:
+        watcher.kill()
+        watcher.wait()
+
+
+def test_a_sender_that_moved_is_told_where_it_is(core, tenants):
+    topic = fresh()
+    watcher = subprocess.Popen(["stdbuf", "-oL", "mosquitto_sub", "-p", str(core.port), "-V", "5", "-t", topic, "-F", "%P", "-C", "2", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True)
+    try:
+        for line in watcher.stdout:
+            if "Subscribed" in line:
+                break
+        with Phone(tenants["quic"].port, tenants.pki.ca) as one:
+            one.connect(fresh("mobile"))
+            one.send(0, wire.publish(topic, b"x", 1, 1))
+            assert one.recv().kind == wire.PUBACK
+            one.move("127.0.0.2")
+            one.send(0, wire.publish(topic, b"x", 1, 2))
+            assert one.recv().kind == wire.PUBACK
+        told = [line for line in watcher.stdout.read().splitlines() if "tidegate-address" in line]
+        assert ["tidegate-address:127.0.0.1" in told[0], "tidegate-address:127.0.0.2" in told[1]] == [True, True], told
     finally:
         watcher.kill()
         watcher.wait()

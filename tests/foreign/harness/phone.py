@@ -156,18 +156,18 @@ class Phone:
         assert self.recv().kind == wire.PINGRESP
         return self
 
-    def move(self) -> int:
+    def move(self, host: str = "127.0.0.1") -> int:
         """Goes on from another port, with another connection identifier as RFC 9000 section 9.5 asks."""
-        return call(self._move(True))
+        return call(self._move(True, host))
 
     def rebind(self) -> int:
         """Goes on from another port and does not know it, as behind a NAT."""
         return call(self._move(False))
 
-    async def _move(self, knowing: bool) -> int:
+    async def _move(self, knowing: bool, host: str = "127.0.0.1") -> int:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.setblocking(False)
-        sock.bind(("127.0.0.1", 0))
+        sock.bind((host, 0))
         protocol, old = self.protocol, self.protocol._transport
 
         class Forward(asyncio.DatagramProtocol):
