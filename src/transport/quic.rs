@@ -137,8 +137,15 @@ impl Server {
                     let deadline = listener.deadline();
                     let connecting = connect(incoming, config, &listener, place);
                     let result = listener.bounded(deadline, &stop, connecting).await;
-                    let stream = result.map(|(quic, client)| Stream::quic(quic, peer).of(client));
-                    listener.finish(stream, peer, deadline, permit)
+                    match result {
+                        // It may have moved since its first datagram.
+                        Ok((quic, client)) => {
+                            let peer = quic.remote_address();
+                            let stream = Stream::quic(quic, peer).of(client);
+                            listener.finish(Ok(stream), peer, deadline, permit)
+                        }
+                        Err(error) => listener.finish(Err(error), peer, deadline, permit),
+                    }
                 }
             });
             let handler = handler.clone();

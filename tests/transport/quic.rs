@@ -285,6 +285,19 @@ async fn quic_migration_is_followed_and_counted() {
 }
 
 #[tokio::test]
+async fn quic_client_is_where_it_was_when_it_opened_its_first_stream() {
+    let mut server = Server::start(Kind::Quic);
+    let (endpoint, connection) = server.quic().await;
+    let socket = std::net::UdpSocket::bind("127.0.0.2:0").expect("binds");
+    endpoint.rebind(socket).expect("moves");
+    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
+    control.write_all(b"here").await.expect("written");
+    let accepted = server.accept().await;
+    assert_eq!(accepted.peer, endpoint.local_addr().expect("bound"));
+    assert_eq!(accepted.peer, accepted.stream.peer_addr());
+}
+
+#[tokio::test]
 async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
     let mut server = Server::start(Kind::Quic);
     let (_endpoint, connection) = server.quic().await;
