@@ -127,6 +127,8 @@ async fn refuse(stream: &mut Stream, refusal: &Refusal) {
         RefusedReason::Malformed | RefusedReason::Protocol | RefusedReason::TooLarge => {
             CloseHow::Protocol
         }
+        // The connection lives on without its control stream.
+        RefusedReason::Closed if stream.has_data_lanes() => CloseHow::Protocol,
         RefusedReason::Draining => CloseHow::GoingAway,
         RefusedReason::Rate | RefusedReason::Memory => CloseHow::Overload,
         _ => CloseHow::Normal,

@@ -203,6 +203,21 @@ def test_the_end_of_the_control_stream_is_the_connection_s(edge, phone, client, 
     assert watcher.next().text == "gone"
 
 
+@pytest.mark.parametrize("said", (b"", wire.connect("half")[:10]))
+def test_a_control_stream_that_ends_before_connect_is_code_1(edge, phone, said):
+    one = phone(connect=False)
+    one.send(0, said, end=True)
+    one.wait("the close", lambda: one.closed)
+    assert one.closed.error_code == 1
+
+
+def test_disconnect_with_fin_ends_with_code_0(edge, phone):
+    one = phone()
+    one.send(0, wire.BYE, end=True)
+    one.wait("the close", lambda: one.closed)
+    assert one.closed.error_code == 0
+
+
 def test_disconnect_ends_with_code_0_and_what_came_before_it_counts(edge, phone, client):
     topic = fresh()
     watcher = client(edge)
