@@ -1,8 +1,10 @@
 //! MQTT over QUIC, ALPN `mqtt`: the first stream that the client opens is
 //! lane 0, further ones are data lanes. We never open a stream, and no
-//! unidirectional one is allowed. There is no standard; this follows what
-//! deployed brokers and clients do. On the same socket browsers are served over
-//! WebTransport, if the listener says so.
+//! unidirectional one is read: none is allowed, or they are stopped. There is no
+//! standard; this follows what deployed brokers and clients do. On the same
+//! socket browsers are served over WebTransport, if the listener says so; then
+//! the handshake allows all clients what HTTP/3 needs, and datagrams of those
+//! that speak MQTT are dropped.
 
 mod bidi;
 mod capsules;
@@ -65,6 +67,8 @@ mod code {
     pub(super) const NORMAL: u32 = 0;
     pub(super) const CONTROL_GONE: u32 = 1;
     pub(super) const OVERLOAD: u32 = 2;
+    /// Of a stream: MQTT's reason code.
+    pub(super) const PROTOCOL_ERROR: u32 = 0x82;
 }
 
 /// The TLS alert no_application_protocol (RFC 7301 section 3.2).

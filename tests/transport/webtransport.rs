@@ -407,6 +407,25 @@ async fn webtransport_leaves_mqtt_over_quic_as_it_is() {
     let mut stream = server.accept().await.stream;
     assert_eq!(stream.kind(), Kind::Quic);
     assert_eq!(recv_n(&mut stream, 5).await, b"hello");
+    // What it says where nobody reads does not vanish unseen.
+    let mut strays = Vec::new();
+    while let Some(uni) = connection.open_uni().now_or_never() {
+        let mut uni = uni.expect("connection lives");
+        uni.write_all(b"unread").await.expect("written");
+        strays.push(uni);
+    }
+    assert_eq!(strays.len(), 3);
+    control.write_all(b"more").await.expect("written");
+    assert_eq!(recv_n(&mut stream, 4).await, b"more");
+    for uni in &mut strays {
+        let mut buf = Vec::new();
+        let stopped = tokio::select! {
+            stopped = soon(uni.stopped()) => stopped.expect("connection lives"),
+            got = recv(&mut stream, &mut buf) => panic!("{got:?}"),
+        };
+        assert_eq!(stopped, Some(0x82u32.into()));
+    }
+    assert!(connection.open_uni().now_or_never().is_none());
     // Without the key there is no HTTP/3 at all.
     let mut without = Server::start(Kind::Quic);
     let endpoint = without.quic_endpoint(&["h3"]);

@@ -34,6 +34,8 @@ pub(in crate::transport) struct Quic {
     accept: Option<BoxFuture<Result<(SendStream, RecvStream), ConnectionError>>>,
     /// Data lanes that are not read, as bits.
     unread: u16,
+    /// Waits for unidirectional streams, where they cannot be forbidden.
+    strays: Option<BoxFuture<Result<RecvStream, ConnectionError>>>,
     /// Where the next round over the lanes begins.
     next: usize,
     closing: Closing,
@@ -109,7 +111,13 @@ impl Quic {
         session: Option<Session>,
         listener: &Listener,
     ) -> Self {
+        // The handshake allowed for HTTP/3's.
+        let strays = listener.spec.webtransport && layer == Layer::Plain;
+        if strays {
+            connection.set_max_concurrent_uni_streams(VarInt::from_u32(0));
+        }
         Self {
+            strays: strays.then(|| accept_uni(connection.clone())),
             peer: canonical(connection.remote_address()),
             connection,
             layer,
@@ -170,6 +178,7 @@ impl Quic {
         cx: &mut Context<'_>,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<Recv, Closed>> {
+        self.poll_strays(cx);
         self.poll_accept(cx);
         let lanes = self.data.len() + 1;
         let mut end = None;
@@ -300,6 +309,19 @@ impl Quic {
                 session.await;
             }
         })
+    }
+
+    /// What a client says on a unidirectional stream nobody reads, so it is told.
+    fn poll_strays(&mut self, cx: &mut Context<'_>) {
+        while let Some(strays) = &mut self.strays
+            && let Poll::Ready(accepted) = strays.as_mut().poll(cx)
+        {
+            self.strays = accepted.ok().map(|mut stray| {
+                // Fails only if it has ended.
+                let _ = stray.stop(VarInt::from_u32(code::PROTOCOL_ERROR));
+                accept_uni(self.connection.clone())
+            });
+        }
     }
 
     fn poll_accept(&mut self, cx: &mut Context<'_>) {
@@ -433,6 +455,10 @@ fn accept_bi(
     connection: Connection,
 ) -> BoxFuture<Result<(SendStream, RecvStream), ConnectionError>> {
     Box::pin(async move { connection.accept_bi().await })
+}
+
+fn accept_uni(connection: Connection) -> BoxFuture<Result<RecvStream, ConnectionError>> {
+    Box::pin(async move { connection.accept_uni().await })
 }
 
 pub(super) fn lost(error: &ConnectionError, layer: Layer) -> Closed {
