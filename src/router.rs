@@ -383,6 +383,7 @@ impl Router {
             return None;
         }
         slot.woken = false;
+        slot.session.connection()?.lanes_free(free);
         slot.session.pump(&self.limits, now);
         let side = slot.session.connection()?.take_output(free, empty);
         let aside = side.iter().map(|(_, b)| b.len()).sum::<usize>();

@@ -15,7 +15,7 @@ const ALIASES_OUT_MAX: u16 = 64;
 /// Bytes of the topics behind one client's aliases, in each direction.
 const ALIAS_BYTES_MAX: usize = 128 * 1024;
 
-/// Bytes of output that may wait for a data stream.
+/// Bytes of output that may wait for a data stream, but for the last message.
 const LANE_BUFFER: usize = 16 * 1024;
 
 /// Topics and their aliases toward the client; boxed, since few clients offer any. Streams keep no
@@ -73,6 +73,8 @@ pub struct Connection {
     pub(super) pending: Vec<PendingSubscribe>,
     output: Vec<u8>,
     side_output: Vec<(u8, Vec<u8>)>,
+    /// Data streams whose connection's task has as much as may wait for one, as bits.
+    laden: u16,
     /// Subscriptions made on data streams.
     bound: Vec<Bound>,
     /// Of each lane: a client may keep them for each stream apart.
@@ -152,6 +154,7 @@ impl Connection {
             pending: Vec::new(),
             output: Vec::new(),
             side_output: Vec::new(),
+            laden: 0,
             bound: Vec::new(),
             aliases_in: Vec::new(),
             aliases_out: None,
@@ -192,26 +195,38 @@ impl Connection {
         !self.output.is_empty() || !self.side_output.is_empty()
     }
 
+    /// The lanes that are set in `free` have taken all that they were given.
+    pub fn lanes_free(&mut self, free: u16) {
+        self.laden &= !free;
+    }
+
     /// Takes the output of the lanes that are set in `free`: the control lane's in exchange for
     /// `empty`.
     pub fn take_output(&mut self, free: u16, empty: &mut Vec<u8>) -> Vec<(u8, Vec<u8>)> {
         if free & 1 != 0 {
             std::mem::swap(&mut self.output, empty);
         }
-        if self.side_output.iter().all(|(l, _)| free & 1 << l != 0) {
-            return std::mem::take(&mut self.side_output);
-        }
-        let free = |side: &mut (u8, Vec<u8>)| free & 1 << side.0 != 0;
-        self.side_output.extract_if(.., free).collect()
+        let taken = if self.side_output.iter().all(|(l, _)| free & 1 << l != 0) {
+            std::mem::take(&mut self.side_output)
+        } else {
+            let free = |side: &mut (u8, Vec<u8>)| free & 1 << side.0 != 0;
+            self.side_output.extract_if(.., free).collect()
+        };
+        let laden = taken.iter().filter(|(_, b)| b.len() >= LANE_BUFFER);
+        self.laden |= laden.fold(0, |all, (lane, _)| all | 1 << lane);
+        taken
     }
 
     /// Room for another delivery on `lane` before its limit.
     pub fn has_room(&self, limits: &SessionLimits, lane: u8) -> bool {
-        let limit = limits.output_buffer.load(Ordering::Relaxed);
+        self.has_room_of(limits.output_buffer.load(Ordering::Relaxed), lane)
+    }
+
+    fn has_room_of(&self, limit: usize, lane: u8) -> bool {
         !self.closing
             && match lane {
                 0 => self.output.len() < limit,
-                lane => self.side_len(lane) < limit.min(LANE_BUFFER),
+                lane => self.laden & 1 << lane == 0 && self.side_len(lane) < limit.min(LANE_BUFFER),
             }
     }
 
@@ -272,6 +287,7 @@ impl Connection {
     /// A data stream is gone: nothing goes there any more, and its number may be used again.
     pub(super) fn lane_ended(&mut self, lane: u8) {
         self.unbind(lane);
+        self.lanes_free(1 << lane);
         self.side_output.retain(|(l, _)| *l != lane);
         for pending in self.pending.iter_mut().filter(|p| p.lane == lane) {
             pending.lane = NOWHERE;
@@ -336,5 +352,52 @@ impl Connection {
         aliases.given += 1;
         aliases.table.insert(topic.into(), (aliases.given, lane));
         Alias::Define(aliases.given)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connection() -> Connection {
+        let spec = ConnectionSpec {
+            version: Version::V5,
+            receive_maximum: u16::MAX,
+            maximum_packet_size: u32::MAX,
+            topic_alias_maximum: 0,
+            problem_information: false,
+            keep_alive: 0,
+            scope: None,
+        };
+        Connection::new(1, &spec, 0)
+    }
+
+    #[test]
+    fn a_data_stream_has_no_room_until_a_large_message_is_written() {
+        let mut connection = connection();
+        let has_room = |c: &Connection, lane| c.has_room_of(1 << 20, lane);
+        for (size, room) in [(LANE_BUFFER - 1, true), (LANE_BUFFER, false)] {
+            connection.lane(4).extend(vec![0; size]);
+            assert_eq!(has_room(&connection, 4), room);
+            let taken = connection.take_output(u16::MAX, &mut Vec::new());
+            assert_eq!(taken.len(), 1);
+            // The others' messages are not its concern.
+            assert_eq!(has_room(&connection, 4), room);
+            assert!(has_room(&connection, 5) && has_room(&connection, 0));
+        }
+        connection.lanes_free(!(1 << 4));
+        assert!(!has_room(&connection, 4));
+        connection.lanes_free(1 << 4);
+        assert!(has_room(&connection, 4));
+    }
+
+    #[test]
+    fn lanes_with_too_much_output_are_told_apart() {
+        let mut connection = connection();
+        connection.lane(3).extend([0; 10]);
+        connection.lane(15).extend([0; 11]);
+        assert_eq!(connection.full_lanes(10), 1 << 15);
+        connection.control().extend([0; 11]);
+        assert_eq!(connection.full_lanes(10), 1 << 15 | 1);
     }
 }
