@@ -38,8 +38,9 @@ pub(super) use lanes::Quic;
 /// Streams that a client may have open, control and data together.
 const LANES: usize = 16;
 /// Those that it may open before it has shown that it uses several: the library
-/// keeps a place for each that is allowed.
-const LANES_AT_FIRST: u32 = 7;
+/// keeps a place for each that is allowed, in tables that double past 14, and
+/// announces no fewer than three more.
+const LANES_AT_FIRST: u32 = 13;
 /// Streams open at which all [`LANES`] are allowed.
 const LANES_MANY: usize = 3;
 /// Flow control: what a client may send unread, bytes per stream and in all.

@@ -303,7 +303,7 @@ async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
     let (_endpoint, connection) = server.quic().await;
     use futures_util::FutureExt;
     let mut open = Vec::new();
-    for _ in 0..7 {
+    for _ in 0..13 {
         open.push(soon(connection.open_bi()).await.expect("credit"));
     }
     // Credit came with the handshake, so "none yet" is "none".
