@@ -9,6 +9,7 @@ mod phone;
 #[path = "sim/rng.rs"]
 mod rng;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
@@ -27,6 +28,8 @@ type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + 
 const PHONES: u32 = 6;
 /// From one to the next, round and round.
 const WAYS: [&str; 4] = ["quic", "wss", "webtransport", "tls"];
+/// The last word.
+const LAST: &str = "hop/up/last";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Everything that a phone gets and says of one QoS is one stream.
@@ -87,6 +90,7 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
     let sent = backend.await??;
     // Everything comes to rest.
     let mut said = Vec::new();
+    let mut resent = Vec::new();
     for phone in &mut back {
         let number = phone.number;
         let rest = phone.rest(
@@ -97,8 +101,12 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
             .await
             .map_err(|_| format!("phone {number} still misses something: {phone:?}"))??;
         said.push(phone.said);
+        resent.push(std::mem::take(&mut phone.resent));
     }
-    let heard = timeout(PATIENCE, listener.hear(&said));
+    // Comes behind all that the phones said.
+    let (mut last, _) = Client::connect(&at_core, &Connect::new("hop-last")).await?;
+    last.publish(LAST, Vec::new(), 2).await?;
+    let heard = timeout(PATIENCE, listener.hear(&said, &resent));
     heard
         .await
         .map_err(|_| "what a phone said did not all reach the core")??;
@@ -148,13 +156,16 @@ impl Listener {
         Ok(Self { client })
     }
 
-    /// Until all of `said` is here, by phone the last of QoS 1 and of QoS 2.
-    async fn hear(mut self, said: &[[u64; 2]]) -> Result {
+    /// Until the last word is here: `said` by phone how much at QoS 1 and at QoS 2, and what of QoS 1
+    /// how often again.
+    async fn hear(mut self, said: &[[u64; 2]], resent: &[HashMap<u64, u64>]) -> Result {
         let mut last = vec![[0; 2]; said.len()];
-        while last != said {
+        let mut again = vec![HashMap::new(); said.len()];
+        loop {
             match self.client.next().await? {
+                Packet::Publish(publish) if publish.topic == LAST => break,
                 Packet::Publish(publish) => {
-                    heard(&mut last, &publish)?;
+                    heard(&mut last, &mut again, &publish)?;
                     self.client.acknowledge(&publish).await?;
                 }
                 Packet::PubRel(ack) => {
@@ -167,18 +178,32 @@ impl Listener {
                 other => return Err(format!("unexpected {other:?}").into()),
             }
         }
+        if last != said {
+            return Err(format!("{said:?} was said, and {last:?} came to the core").into());
+        }
+        for (phone, (again, resent)) in again.iter().zip(resent).enumerate() {
+            for (seq, times) in again {
+                let may = resent.get(seq).copied().unwrap_or_default();
+                if *times > may {
+                    let what = format!(
+                        "phone {phone} sent {seq} again {may} times, and the core got it {times} times"
+                    );
+                    return Err(what.into());
+                }
+            }
+        }
         Ok(())
     }
 }
 
-fn heard(last: &mut [[u64; 2]], publish: &Publish) -> Result {
+fn heard(last: &mut [[u64; 2]], again: &mut [HashMap<u64, u64>], publish: &Publish) -> Result {
     let stamp = Stamp::read(&publish.payload).ok_or("a foreign message")?;
-    let (phone, qos) = (stamp.stream / 2, publish.qos);
-    let at = &mut last[phone as usize][usize::from(qos - 1)];
+    let (phone, qos) = ((stamp.stream / 2) as usize, publish.qos);
+    let at = &mut last[phone][usize::from(qos - 1)];
     match stamp.seq {
         seq if seq == *at + 1 => *at = seq,
         // A phone that hopped before its PUBACK came sends it again, and it is as good as new.
-        seq if seq <= *at && qos == 1 => {}
+        seq if seq <= *at && qos == 1 => *again[phone].entry(seq).or_default() += 1,
         seq => {
             let what = format!("the core got {seq} of phone {phone} at QoS {qos}, behind {at}");
             return Err(what.into());

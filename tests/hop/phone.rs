@@ -1,6 +1,6 @@
 //! A client with one session that comes and goes over several transports.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +30,8 @@ pub struct Phone {
     pub rng: Rng,
     /// Messages that it has sent at QoS 1 and 2.
     pub said: [u64; 2],
+    /// Which of QoS 1 it has sent again, and how often.
+    pub resent: HashMap<u64, u64>,
     pub hops: usize,
     ways: Vec<Arc<Dialer>>,
     connect: Connect,
@@ -39,8 +41,9 @@ pub struct Phone {
     next_id: u16,
     /// The last that came, of QoS 1 and 2.
     last: [u64; 2],
-    /// It may come again: by the hop.
-    again: u64,
+    /// Those of QoS 1 that may come again, with whether they came on this connection: their PUBACK may
+    /// be lost with it.
+    unsure: HashMap<u64, bool>,
     /// QoS 2 deliveries without PUBREL.
     unreleased: HashSet<u16>,
 }
@@ -78,6 +81,7 @@ impl Phone {
             number,
             rng,
             said: [0; 2],
+            resent: HashMap::new(),
             hops: 0,
             ways,
             connect,
@@ -86,7 +90,7 @@ impl Phone {
             open: VecDeque::new(),
             next_id: 0,
             last: [0; 2],
-            again: 0,
+            unsure: HashMap::new(),
             unreleased: HashSet::new(),
         })
     }
@@ -114,6 +118,11 @@ impl Phone {
                 self.client()?.flush().await?;
             }
         }
+        // Now and then it knows that its PUBACKs came.
+        if self.rng.chance(33) {
+            self.client()?.ping().await?;
+            self.unsure.retain(|_, here| !*here);
+        }
         Ok(())
     }
 
@@ -135,10 +144,14 @@ impl Phone {
             return Err(format!("phone {}: its session is gone", self.number).into());
         }
         self.client = Some(client);
-        // What came before on this session may come again now, with DUP.
-        self.again = self.last[0];
+        for here in self.unsure.values_mut() {
+            *here = false;
+        }
         for at in 0..self.open.len() {
             let open = &self.open[at];
+            if open.qos == 1 {
+                *self.resent.entry(open.seq).or_default() += 1;
+            }
             let packet = match open.received {
                 true => Packet::PubRel(ack_of(open.id)),
                 false => Packet::Publish(self.message(open, true)),
@@ -250,8 +263,14 @@ impl Phone {
             return Err(wrong("not what was sent").into());
         }
         match qos {
-            1 if seq == last + 1 => self.last[0] = seq,
-            1 if seq <= self.again && publish.dup => {}
+            1 if seq == last + 1 => {
+                self.last[0] = seq;
+                self.unsure.insert(seq, true);
+            }
+            // Once on each connection.
+            1 if publish.dup && self.unsure.get(&seq) == Some(&false) => {
+                self.unsure.insert(seq, true);
+            }
             // Known by its identifier until PUBREL [MQTT-4.3.3-10].
             2 if self.unreleased.contains(&id) && publish.dup && seq <= last => {}
             2 if seq == last + 1 && !self.unreleased.contains(&id) => {
