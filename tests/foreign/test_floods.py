@@ -6,6 +6,7 @@ import fcntl
 import re
 import selectors
 import socket
+import ssl
 import threading
 import time
 
@@ -13,6 +14,7 @@ import pytest
 
 from harness import wire
 from harness.names import fresh
+from harness.phone import Phone
 from harness.process import PATIENCE, wait_until
 from harness.raw import Raw, frame
 
@@ -451,25 +453,59 @@ def test_other_policies_of_a_full_queue(own_core, own_edge, client, policy, expe
 
 
 def test_handshakes_are_limited_and_block_nobody(own_core, own_edge, client):
-    """Half-open connections up to the limit; a client with a session does not notice, and there is room again."""
+    """Half-said TLS handshakes of one address past all that it can have: others are served at once, and in time so is it."""
     core = own_core(quiet=True)
-    edge = own_edge(core.url, ("tcp", "tls", "ws", "wss"), limits={"handshakes_max": 50, "accept_deadline": "2s"}).start()
+    edge = own_edge(core.url, ("tcp", "tls", "wss", "quic"), limits={"handshakes_max": 40, "accept_deadline": "3s"}).start()
     here = client(edge)
     topic = fresh()
     here.subscribe(topic)
+
+    def served(way: str, address: str) -> bool:
+        context = ssl.create_default_context(cafile=edge.pki.ca)
+        with socket.create_connection(("127.0.0.1", edge[way].port), 0.5, (address, 0)) as sock:
+            try:
+                context.wrap_socket(sock, server_hostname="localhost").close()
+            except TimeoutError:
+                return False
+        return True
+
     held = []
     try:
-        for n in range(120):
-            held.append(socket.create_connection(("127.0.0.1", edge[("tcp", "tls", "ws", "wss")[n % 4]].port), 5))
+        for n in range(80):
+            held.append(socket.create_connection(("127.0.0.1", edge[("tls", "wss")[n % 2]].port), 5))
+            held[-1].sendall(b"\x16\x03\x01")
+        wait_until("all that it can have is taken", lambda: not served("tls", "127.0.0.1"), 2)
+        assert served("tls", "127.0.0.2") and served("wss", "127.0.0.2")
+        with Phone(edge["quic"].port, edge.pki.ca) as one:
+            one.connect(fresh("id"))
         for n in range(10):
             here.publish(topic, f"{n}")
             assert here.next().text == f"{n}"
-        edge.wait_metric("the limit is counted", lambda m: m.sum("tidegate_connects_refused_total", reason="handshakes_max|timeout") + m.sum("tidegate_handshakes_failed_total") > 0, 10)
-        late = wait_until("there is room again", lambda: try_connect(edge["tcp"].port), 10, 0.2)
-        assert late
+        edge.wait_metric("they end at the deadline", lambda m: m.sum("tidegate_handshakes_failed_total", reason="timeout") >= 80, 20)
+        assert served("tls", "127.0.0.1")
     finally:
         for sock in held:
             sock.close()
+
+
+@pytest.mark.parametrize("way", ("tls", "wss", "ws"))
+def test_one_byte_a_second_ends_at_the_deadline(own_core, own_edge, way):
+    """Not even who always says something keeps a handshake going."""
+    edge = own_edge(own_core(quiet=True).url, (way,), limits={"accept_deadline": "2s"}).start()
+    said = b"GET /mqtt HTTP/1.1\r\nHost: x\r\n" if way == "ws" else b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+    with socket.create_connection(("127.0.0.1", edge[way].port), 1) as sock:
+        begun = time.monotonic()
+        for byte in said:
+            try:
+                sock.send(bytes([byte]))
+                if not sock.recv(1):
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        assert 1 < time.monotonic() - begun < 5
+    edge.wait_metric("it is counted", lambda m: m.sum("tidegate_handshakes_failed_total", reason="timeout") == 1, 5)
 
 
 def try_connect(port: int) -> bool:
