@@ -100,24 +100,42 @@ async fn silent_clients_hold_up_nobody() {
 }
 
 #[tokio::test]
-async fn slow_handshakes_end_at_the_deadline() {
+async fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
+    const SLOW: usize = 20;
     for (kind, say) in [
         (Kind::Tls, &b""[..]),
         (Kind::Tls, b"\x16\x03\x01"),
         (Kind::Ws, b"GET /mqtt HTTP/1.1\r\n"),
         (Kind::Wss, b""),
+        (Kind::Wss, b"\x16\x03\x01"),
     ] {
         let mut server = Server::with(kind, |_, limits| {
-            limits.accept_deadline = Duration::from_millis(50);
+            limits.accept_deadline = Duration::from_secs(1);
         });
-        let mut client = server.tcp().await;
-        client.write_all(say).await.expect("written");
-        assert_eq!(server.event().await, "failed deadline");
-        // Closed or reset, either is an end.
-        assert!(matches!(
-            soon(client.read(&mut [0; 1])).await,
-            Ok(0) | Err(_)
-        ));
+        let mut slow = Vec::new();
+        for _ in 0..SLOW {
+            let mut client = server.tcp().await;
+            client.write_all(say).await.expect("written");
+            slow.push(client);
+        }
+        match kind {
+            Kind::Ws => drop(server.ws().await),
+            Kind::Tls => drop(server.tls(&[]).await.expect("handshake")),
+            _ => {
+                let tls = server.tls(&[]).await.expect("handshake");
+                let upgraded = websocket(tls, "/mqtt", Some("mqtt")).await;
+                drop(upgraded.expect("upgraded"));
+            }
+        }
+        server.accept().await;
+        for mut client in slow {
+            assert_eq!(server.event().await, "failed deadline");
+            // Closed or reset, either is an end.
+            assert!(matches!(
+                soon(client.read(&mut [0; 1])).await,
+                Ok(0) | Err(_)
+            ));
+        }
         assert_eq!(server.cap.used(), 0);
     }
 }
