@@ -1,5 +1,5 @@
-//! QUIC over networks as phones have them: a NAT that forgets, datagrams that are lost, doubled and
-//! late, and a server that was restarted.
+//! Networks as phones have them. QUIC: a NAT that forgets, datagrams that are lost, doubled and late,
+//! and a server that was restarted. TLS: a path that stalls.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -11,6 +11,7 @@ use tidegate_kit::dial::{Dialer, Trust, Url};
 use tidegate_kit::ledger::{Keeps, Ledger, Stamp, now_ns};
 use tidegate_kit::link::Cut;
 use tidegate_kit::process::{Tidegate, TidegateConfig};
+use tidegate_kit::tcp_relay::TcpRelay;
 use tidegate_kit::udp_relay::UdpRelay;
 use tidegate_kit::weather::Weather;
 use tidegate_kit::wire::{Ack, Connect, Packet, Publish, Subscribe, Version, decode, encode};
@@ -26,7 +27,7 @@ const SEED: u64 = 0x7175_6963;
 
 fn server() -> Tidegate {
     TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), "embedded:")
-        .listen(&["tcp", "quic"])
+        .listen(&["tcp", "quic", "tls"])
         .start()
         .expect("starts")
 }
@@ -37,9 +38,14 @@ fn quic_addr(server: &Tidegate) -> SocketAddr {
 
 /// To the server's QUIC listener, through the relay.
 fn through(relay: &UdpRelay, server: &Tidegate) -> Dialer {
+    at(relay.addr(), server, "quic")
+}
+
+/// To a listener of the server that is reached at another address.
+fn at(relay: SocketAddr, server: &Tidegate, way: &str) -> Dialer {
     let url = Url {
-        port: relay.addr().port(),
-        ..server.url("quic")
+        port: relay.port(),
+        ..server.url(way)
     };
     let trust = Trust::ca(&server.certs().ca).expect("certificates");
     Dialer::new(&url, &trust).expect("a loopback URL resolves")
@@ -328,6 +334,49 @@ async fn a_nat_that_forgets_is_no_gap() {
         .wait_for_log("Client's address changed", SOON)
         .expect("logged");
     assert!(told.contains("device"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tcp_path_that_stalls_loses_nothing_and_doubles_nothing() {
+    let server = server();
+    let target = ([127, 0, 0, 1], server.url("tls").port).into();
+    let relay = TcpRelay::start(target, Weather::FAIR)
+        .await
+        .expect("starts");
+    let mut device = Device::new(&at(relay.addr(), &server, "tls")).await;
+    let heard = listen(&server).await;
+    let speaking = speak(&server).await;
+    for part in 1..=3 {
+        while device.ledger.highest(2) < part * MESSAGES / 4 {
+            device.step().await;
+        }
+        relay.stall(true);
+        device.say();
+        // It is the time that counts: the server goes on for a while, and then cannot.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        if part == 2 {
+            // By another path, and the old connection never ends for the device.
+            device.flap(&server.dialer("tls")).await;
+        }
+        relay.stall(false);
+    }
+    timeout(SOON, async {
+        while !device.done() {
+            device.step().await;
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("{:?} {:?}", device.ledger, device.unanswered));
+    speaking.await.expect("spoke");
+    let [one, two] = timeout(SOON, heard).await.expect("in time").expect("heard");
+    let all: Vec<u64> = (1..=MESSAGES).collect();
+    assert_eq!(two, all);
+    let mut first = BTreeSet::new();
+    let order: Vec<u64> = one.into_iter().filter(|seq| first.insert(*seq)).collect();
+    assert_eq!(order, all);
+    let faults = &device.ledger.faults;
+    assert!(faults.is_empty(), "{faults:?}");
+    assert_eq!(device.ledger.fresh, 2 * MESSAGES);
 }
 
 /// The next packet on a stream.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
@@ -28,6 +28,7 @@ const RTO_SYN: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct TcpRelay {
     addr: SocketAddr,
+    network: Arc<Network>,
     _tasks: JoinSet<()>,
 }
 
@@ -43,11 +44,13 @@ impl TcpRelay {
         let network = Arc::new(Network {
             weather,
             chance: Chance::new(weather.seed),
+            stalled: watch::channel(false).0,
         });
         let mut tasks = JoinSet::new();
-        tasks.spawn(network.run(listener, target));
+        tasks.spawn(network.clone().run(listener, target));
         Ok(Self {
             addr,
+            network,
             _tasks: tasks,
         })
     }
@@ -56,12 +59,18 @@ impl TcpRelay {
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
+
+    /// Holds everything back that is under way, or lets it go on.
+    pub fn stall(&self, stalled: bool) {
+        self.network.stalled.send_replace(stalled);
+    }
 }
 
 #[derive(Debug)]
 struct Network {
     weather: Weather,
     chance: Chance,
+    stalled: watch::Sender<bool>,
 }
 
 impl Network {
@@ -95,9 +104,12 @@ impl Network {
 
     async fn segments(&self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf, open: Instant) {
         let (queue, mut queued) = mpsc::channel::<(Instant, Vec<u8>)>(WAITING);
+        let mut stalled = self.stalled.subscribe();
         let writing = async move {
             while let Some((due, segment)) = queued.recv().await {
                 sleep_until(due).await;
+                // Fails only when the relay ends.
+                let _ = stalled.wait_for(|stalled| !stalled).await;
                 if to.write_all(&segment).await.is_err() {
                     return;
                 }
