@@ -218,7 +218,8 @@ impl Leavers {
         for Leaving { left, step, .. } in &leaver.filters {
             if !left.senior_over.contains(&senior)
                 || (own && left.no_local)
-                || lost(left.filter)
+                // A copy that came by it shows that it was not.
+                || (left.filter != via && lost(left.filter))
                 || !matches(&left.name, message.topic())
             {
                 continue;
@@ -337,6 +338,16 @@ mod tests {
                 assert!(leavers.is_empty());
             }
         }
+    }
+
+    #[test]
+    fn what_comes_by_a_filter_that_was_thought_lost_is_given() {
+        let mut leavers = left();
+        // The kept one's copy came while nobody doubted.
+        assert!(!gives(&mut leavers, 9, "on"));
+        let lost = |filter| filter == 1;
+        let given = leavers.gives(7, 1, 9, &message("on"), false, lost);
+        assert_eq!(given, Some(true));
     }
 
     #[test]
