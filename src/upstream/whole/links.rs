@@ -143,6 +143,9 @@ impl World {
     pub(super) fn downward(&mut self, n: usize) {
         let (now, later) = (self.now, self.latency());
         let mut out = Vec::new();
+        let is_away = |l: &SimLink| l.begun && !l.conn.as_ref().is_some_and(|c| c.up);
+        let mut data = self.links.iter().filter(|l| l.name.starts_with('d'));
+        let others_away = data.any(|l| l.name != self.links[n].name && is_away(l));
         let link = &mut self.links[n];
         let Some(conn) = &mut link.conn else {
             return;
@@ -162,7 +165,7 @@ impl World {
                 Packet::Connack(c) => {
                     assert!(!c.reason.is_error(), "{:?}", c.reason);
                     conn.up = true;
-                    link.begun = true;
+                    let first = !std::mem::replace(&mut link.begun, true);
                     let up = Up {
                         version: link.version,
                         session_present: c.session_present && !link.retained,
@@ -180,8 +183,16 @@ impl World {
                         },
                         fetch_quiet: self.fetch_quiet,
                     };
+                    if self.tell {
+                        eprintln!(
+                            "{now:>7} {} is up, session kept {}",
+                            link.name, c.session_present
+                        );
+                    }
                     self.router.core_facts(&self.facts, now);
-                    if link.data && up.doubtful {
+                    // The core may have forgotten the others' sessions as well.
+                    let doubts = !first && !up.session_present && others_away;
+                    if link.data && (up.doubtful || doubts) {
                         self.oracle.in_doubt(now);
                     }
                     link.machine.up(&up, now, &mut out);
@@ -196,6 +207,14 @@ impl World {
                         .fault(format!("DISCONNECT {:?} on {}", d.reason, link.name));
                 }
                 other => {
+                    if let (true, Packet::Publish(p)) = (self.tell, &other) {
+                        let payload = String::from_utf8_lossy(p.payload);
+                        let ids: Vec<u32> = p.subscription_ids().collect();
+                        eprintln!(
+                            "{now:>7} {} brings {payload} at {:?} for {ids:?}",
+                            link.name, p.qos
+                        );
+                    }
                     if let Err(end) = link.machine.packet(&other, now, &mut out) {
                         self.oracle
                             .fault(format!("{} ends: {}", link.name, end.why));

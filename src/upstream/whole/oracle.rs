@@ -403,8 +403,8 @@ impl Oracle {
             return true;
         }
         let within = |t: &u64| message.at <= *t && *t <= message.acknowledged_at;
-        // In doubt what came before comes again.
-        let doubted = |t: &u64| message.at <= *t && *t <= message.at + 2 * TRANSIT;
+        // In doubt each copy counts, until all links are back.
+        let doubted = |t: &u64| message.at <= *t + TRANSIT && *t <= message.at + 2 * TRANSIT;
         if self.doubts.iter().any(doubted) || self.unseen(message) {
             return true;
         }
