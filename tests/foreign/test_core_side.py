@@ -30,7 +30,11 @@ def publish_until(pub, sub, topic: str, timeout: float = 15) -> None:
         nonlocal count
         pub.publish(topic, f"probe-{count}", 0)
         count += 1
-        return not sub.incoming.empty()
+        # Another message proves nothing of this publisher's link.
+        while not sub.incoming.empty():
+            if sub.incoming.get().topic == topic:
+                return True
+        return False
 
     wait_until(f"messages flow again on {topic}", once, timeout, 0.1)
     while not sub.incoming.empty():
