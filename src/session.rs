@@ -29,6 +29,7 @@ pub use entry::{Offer, Orphan};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
 pub use senior::{Senior, senior};
+pub use subscriptions::hides;
 pub use will::Will;
 
 /// What to do when a session's queue is full.
@@ -210,6 +211,8 @@ pub struct Subscription {
     pub shared: bool,
     /// It has a wildcard: two filters without overlap only if they are one.
     pub wild: bool,
+    /// Bytes of its client's mount, where what is below it begins with a wildcard; else 0.
+    pub wild_below: u16,
 }
 
 /// A session.

@@ -318,6 +318,9 @@ impl Shard {
         let Some(subscription) = slot.session.subscription(number) else {
             return false;
         };
+        if subscription.hides(message.topic()) {
+            return false;
+        }
         let identifier = subscription.identifier;
         let options = subscription.options;
         let qos: QoS = options.qos.min(message.qos());

@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 
 use crate::mqtt::{Message, QoS, matches};
 use crate::session::{
-    Delivered, ENTRY_BYTES, Ended, Offer, Session, SessionLimits, Subscription, senior,
+    Delivered, ENTRY_BYTES, Ended, Offer, Session, SessionLimits, Subscription, hides, senior,
 };
 
 use super::SessionRef;
@@ -76,6 +76,8 @@ pub(super) struct Member {
     pub no_local: bool,
     pub retain_as_published: bool,
     pub overlaps: bool,
+    /// See [`Subscription::wild_below`].
+    pub wild_below: u16,
 }
 
 /// The members of one filter, by slot: there may be tens of thousands.
@@ -92,6 +94,7 @@ impl Members {
             no_local: s.options.no_local,
             retain_as_published: s.options.retain_as_published,
             overlaps: s.overlaps > 0,
+            wild_below: s.wild_below,
         };
         match self.0.binary_search_by_key(&slot, |m| m.slot) {
             Ok(at) => self.0[at] = member,
@@ -340,7 +343,10 @@ impl Shard {
         }
         let subscriptions = self.get(session).map(|slot| slot.session.subscriptions());
         let mut others = subscriptions.into_iter().flatten();
-        others.any(|s| s.filter != filter && s.active && !s.shared && matches(&s.name, topic))
+        others.any(|s| {
+            let other = s.filter != filter && s.active && !s.shared;
+            other && matches(&s.name, topic) && !s.hides(topic)
+        })
     }
 
     /// Hands a retained message to one new subscription.
@@ -357,7 +363,9 @@ impl Shard {
             return;
         };
         // It may have unsubscribed meanwhile, or started anew.
-        if slot.session.tag != want.tag || slot.session.subscription(filter).is_none() {
+        let same = slot.session.tag == want.tag;
+        let subscription = slot.session.subscription(filter).filter(|_| same);
+        if subscription.is_none_or(|s| s.hides(message.topic())) {
             return;
         }
         let one = [want.identifier];
@@ -420,7 +428,7 @@ impl Shard {
                 continue;
             };
             let own = is_own(tag, slot);
-            if member.no_local && own {
+            if member.no_local && own || hides(member.wild_below, message.topic()) {
                 continue;
             }
             let one;
@@ -577,6 +585,7 @@ mod tests {
                         overlaps: 0,
                         shared: false,
                         wild: false,
+                        wild_below: 0,
                     };
                     members.join(slot, &subscription);
                     known.insert(slot, identifier);

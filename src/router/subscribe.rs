@@ -94,6 +94,7 @@ impl Router {
                 overlaps: 0,
                 shared,
                 wild: has_wildcard(&want.filter),
+                wild_below: 0,
             };
             let replaced = self.join(session, generation, subscription);
             let Some((replaced, tag)) = replaced else {
@@ -222,11 +223,20 @@ impl Router {
 
     /// Puts a subscription in force for its session. `None`: the connection is gone; else whether
     /// it replaced one on the same filter, and the session's mark.
-    fn join(&self, session: SessionRef, generation: u64, new: Subscription) -> Option<(bool, u64)> {
+    fn join(
+        &self,
+        session: SessionRef,
+        generation: u64,
+        mut new: Subscription,
+    ) -> Option<(bool, u64)> {
         let mut shard = self.shards[usize::from(session.shard)].lock();
         let slot = shard.get(session)?;
         if slot.session.generation() != generation || slot.session.is_ghost() {
             return None;
+        }
+        let scope = slot.session.connection_ref().and_then(|c| c.scope.as_ref());
+        if let Some(scope) = scope {
+            new.wild_below = Subscription::wild_below(&new.name, scope.mount.len());
         }
         let filter = new.filter;
         let replaced = slot.session.add_subscription(new).is_some();

@@ -32,7 +32,8 @@ pub fn senior(
     let mut retain = false;
     identifiers.clear();
     for s in subscriptions {
-        if s.shared || (own && s.options.no_local) || !matches(&s.name, topic) {
+        let hidden = (own && s.options.no_local) || s.hides(topic);
+        if s.shared || hidden || !matches(&s.name, topic) {
             continue;
         }
         retain |= s.options.retain_as_published;

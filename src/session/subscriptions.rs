@@ -46,6 +46,29 @@ fn follow(options: &mut SubscribeOptions, later: SubscribeOptions) {
     };
 }
 
+impl Subscription {
+    /// Where a filter that begins with `mount` begins with a wildcard below it.
+    pub fn wild_below(name: &str, mount: usize) -> u16 {
+        let plain = split_shared(name).map_or(name, |(_, plain)| plain);
+        match plain.as_bytes().get(mount) {
+            // A filter is no longer than 65,535 bytes.
+            Some(b'+' | b'#') => mount as u16,
+            _ => 0,
+        }
+    }
+
+    /// To its client the topic begins with `$`, and the filter with a wildcard: they do not match
+    /// [MQTT-4.7.2-1]. The core, which sees the mount before them, says that they do.
+    pub fn hides(&self, topic: &str) -> bool {
+        hides(self.wild_below, topic)
+    }
+}
+
+/// The same of a subscription's [`wild_below`](Subscription::wild_below).
+pub fn hides(wild_below: u16, topic: &str) -> bool {
+    wild_below > 0 && topic.as_bytes().get(usize::from(wild_below)) == Some(&b'$')
+}
+
 impl Session {
     pub(super) fn subscribe(
         &mut self,

@@ -90,6 +90,33 @@ def test_the_mount_itself_is_no_topic_of_its_tenant(at):
     assert alice.fence(alice, f"{topic}/end") == []
 
 
+def test_wildcards_below_a_mount_leave_out_topics_with_a_dollar(at):
+    """[MQTT-4.7.2-1]; the core, which sees the mount before the `$`, says otherwise."""
+    topic = fresh()
+    alice, whole = at("tcp", **as_user("alice")), at()
+    alice.publish(f"$kept/{topic}", "kept", retain=True)
+    wide, named, both = (at("tcp", **as_user("alice")) for _ in range(3))
+    wide.subscribe("#", f"+/{topic}")
+    named.subscribe(f"$kept/{topic}")
+    both.subscribe("#", f"$kept/{topic}")
+    whole.subscribe(f"tenants/alice/+/{topic}")
+    for one in (named, both, whole):
+        one.until("kept")
+    alice.publish(f"$kept/{topic}", "live")
+    for one in (named, both, whole):
+        one.until("live")
+    alice.publish(f"$kept/{topic}", "", retain=True)
+    end = f"{topic}/end"
+    assert [m.topic for m in wide.until_fence(alice, end) if m.topic.startswith("$")] == []
+    # A group below the mount does not match it either.
+    member, plain = at("tcp", **as_user("bob")), at("tcp", **as_user("bob"))
+    member.subscribe("$share/g/#")
+    plain.subscribe(f"$kept/{topic}")
+    plain.publish(f"$kept/{topic}", "group")
+    assert plain.next().text == "group"
+    assert [m for m in member.until_fence(plain, end) if m.text == "group"] == []
+
+
 def test_retained_messages_wills_and_groups_below_a_mount(at, tenants):
     topic = fresh()
     alice, whole = at("tcp", **as_user("alice")), at()

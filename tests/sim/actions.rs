@@ -57,7 +57,7 @@ impl World {
                     "the data link is lost for {time} ms, session kept {kept}"
                 );
                 self.core.lose_link(kept);
-                self.router.data_link_down(0);
+                self.router.data_link_down(0, self.now);
                 self.oracle.gone(self.now);
                 if !kept {
                     self.oracle.forgotten();

@@ -17,6 +17,7 @@ fn subscription(filter: u32, name: &str) -> Subscription {
         overlaps: 0,
         shared: name.starts_with("$share/"),
         wild: has_wildcard(name),
+        wild_below: 0,
     }
 }
 
