@@ -223,7 +223,10 @@ impl Router {
         if table.left.is_empty() {
             return;
         }
-        let left = std::mem::take(&mut table.left);
+        let mut left = std::mem::take(&mut table.left);
+        // One that came and went while an answer was awaited is there for each time.
+        left.sort_unstable();
+        left.dedup();
         let (mut idle, mut gone): (Vec<Idle>, Vec<u32>) = Default::default();
         for number in left {
             match table.get(number).map(|f| f.idle_since) {
