@@ -209,13 +209,15 @@ impl Router {
         }
         let mut wants = std::mem::take(&mut cached.wants);
         wants.append(&mut cached.late);
-        let overflow = cached.overflow;
+        let (overflow, handing) = (cached.overflow, cached.handing);
         retained.drop_filter(number);
         if wants.is_empty() && !resync {
             return false;
         }
         let mut queued = Cached::queued(wants);
         queued.resync = resync;
+        // They count down when they have the cache again.
+        queued.handing = handing;
         // All that is below a root is not kept.
         queued.overflow = resync && overflow;
         retained.filters.insert(number, queued);
