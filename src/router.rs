@@ -138,6 +138,8 @@ pub struct Router {
     /// Wakes each D link's task.
     data: Box<[Arc<Wake>]>,
     data_up: Box<[AtomicBool]>,
+    /// Until when the loss of a data link puts its filters in doubt, milliseconds.
+    doubted_until: Box<[AtomicU64]>,
     /// How often a data link was lost.
     data_lost: AtomicU64,
     /// The time of the last presence that was told.
@@ -209,6 +211,7 @@ impl Router {
                 .collect(),
             data: (0..links).map(|_| Arc::default()).collect(),
             data_up: (0..links).map(|_| AtomicBool::new(false)).collect(),
+            doubted_until: (0..links).map(|_| AtomicU64::new(0)).collect(),
             data_lost: AtomicU64::new(0),
             told: Mutex::new(0),
             fences: (0..links).map(|_| Default::default()).collect(),

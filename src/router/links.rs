@@ -55,6 +55,28 @@ pub enum Kept {
     Yes,
 }
 
+/// How long after the core forgot one link's session another's loss may have to do with it,
+/// milliseconds: a dead connection is found by an unanswered PINGREQ.
+const DOUBT: u64 = 30_000;
+
+/// Adds the filters that are below those which are roots.
+fn add_below(table: &Table, numbers: &mut Vec<u32>) {
+    for at in 0..numbers.len() {
+        numbers.extend(table.below(numbers[at]));
+    }
+}
+
+/// The core may have forgotten what it had on a link.
+fn doubt(link: usize, table: &Table) {
+    let held = table.of_link(link as u8);
+    let held = held.filter(|(_, filter)| filter.state == State::Active);
+    let mut numbers: Vec<u32> = held.map(|(number, _)| number).collect();
+    add_below(table, &mut numbers);
+    for number in numbers {
+        table.lost.insert(number, Loss::Doubtful);
+    }
+}
+
 impl Router {
     /// Takes up what a CONNACK said. Filters that wait for it are placed. True: filters were
     /// placed before under other facts, so all D links must begin anew.
@@ -104,10 +126,16 @@ impl Router {
             let Some(filter) = table.get_mut(number) else {
                 continue;
             };
+            // All links begin anew: the core has nothing that is to be left.
+            if filter.state == State::Unsubscribing && !filter.is_wanted() {
+                table.bury(number, now);
+                continue;
+            }
             filter.link = UNPLACED;
             if filter.shared && !facts.shared && !self.config.local_groups {
                 filter.state = State::Absent;
                 filter.held = false;
+                table.lost.remove(number);
                 let waiters = table.take_waiters(number, QoS::ExactlyOnce);
                 let code = ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
                 refused.push((number, waiters, code));
@@ -254,13 +282,13 @@ impl Router {
     pub fn data_link_up(&self, link: usize, kept: Kept, first: bool, now: u64) -> bool {
         let session_present = kept == Kept::Yes;
         self.data_up[link].store(true, Ordering::Release);
-        let (mut numbers, mut lost) = (Vec::new(), Vec::new());
+        self.doubted_until[link].store(0, Ordering::Release);
+        let (mut numbers, mut lost, mut had) = (Vec::new(), Vec::new(), Vec::new());
         {
             let mut table = self.table.write();
             if kept == Kept::No && !first {
-                self.doubt_those_away(&table);
+                self.doubt_others(link, &table, now);
             }
-            let losses = table.lost.clone();
             let all: Vec<u32> = table.of_link(link as u8).map(|(n, _)| n).collect();
             table.pending[link].clear();
             table.leaving[link].clear();
@@ -278,8 +306,7 @@ impl Router {
                 };
                 let gone = filter.state == State::Unsubscribing && !again;
                 if session_present && filter.state == State::Active {
-                    // The doubt of the time when it was away.
-                    losses.remove(number);
+                    had.push(number);
                 }
                 if again {
                     let is_lost = filter.state == State::Active && !session_present;
@@ -289,11 +316,6 @@ impl Router {
                     }
                     if is_lost {
                         lost.push(number);
-                        let loss = match kept {
-                            Kept::Doubtful => Loss::Doubtful,
-                            _ => Loss::Sure,
-                        };
-                        losses.insert(number, loss);
                     }
                     table.pending[link].push_back(number);
                 } else if gone {
@@ -305,6 +327,16 @@ impl Router {
                 }
                 numbers.push(number);
             }
+            // What is below a root is lost with it.
+            add_below(&table, &mut lost);
+            add_below(&table, &mut had);
+            let loss = match kept {
+                Kept::Doubtful => Loss::Doubtful,
+                _ => Loss::Sure,
+            };
+            lost.iter().for_each(|n| table.lost.insert(*n, loss));
+            // The doubt of the time when it was away.
+            table.lost.remove_all(&had);
         }
         // A PINGREQ of the lost connection is never answered.
         if self.awaits_fences() {
@@ -313,11 +345,10 @@ impl Router {
         self.data[link].raise();
         // Even with the session kept, QoS 0 of the gap is gone, retained or not.
         let gap = !first && !session_present && !numbers.is_empty();
-        self.add_below(&mut numbers);
+        add_below(&self.table.read(), &mut numbers);
         if session_present {
-            self.nothing_missed(&numbers);
+            self.nothing_missed(&had);
         } else {
-            self.add_below(&mut lost);
             self.retained_lost(&lost);
         }
         self.forget_retained(numbers.into_iter());
@@ -328,16 +359,14 @@ impl Router {
     }
 
     /// The core has forgotten a link's session: those of links that are away it may have forgotten
-    /// too, and copies that come meanwhile by others' filters are not to be dropped for theirs.
-    fn doubt_those_away(&self, table: &Table) {
-        for (link, up) in self.data_up[..self.config.data_links].iter().enumerate() {
-            if up.load(Ordering::Acquire) {
-                continue;
-            }
-            for (number, filter) in table.of_link(link as u8) {
-                if filter.state == State::Active {
-                    table.lost.insert(number, Loss::Doubtful);
-                }
+    /// too, and copies that come meanwhile by others' filters are not to be dropped for theirs. One
+    /// that seems to be there may be dead, and go away soon.
+    fn doubt_others(&self, link: usize, table: &Table, now: u64) {
+        for other in (0..self.config.data_links).filter(|n| *n != link) {
+            if self.data_up[other].load(Ordering::Acquire) {
+                self.doubted_until[other].store(now + DOUBT, Ordering::Release);
+            } else {
+                doubt(other, table);
             }
         }
     }
@@ -355,24 +384,19 @@ impl Router {
     }
 
     /// D link `link` is lost.
-    pub fn data_link_down(&self, link: usize) {
+    pub fn data_link_down(&self, link: usize, now: u64) {
         self.data_up[link].store(false, Ordering::Release);
         self.data_lost.fetch_add(1, Ordering::AcqRel);
         let mut numbers: Vec<u32> = {
-            let table = self.table.read();
+            let table = self.table.write();
+            if now < self.doubted_until[link].load(Ordering::Acquire) {
+                doubt(link, &table);
+            }
             table.of_link(link as u8).map(|(n, _)| n).collect()
         };
-        self.add_below(&mut numbers);
+        add_below(&self.table.read(), &mut numbers);
         self.retained_missed(&numbers);
         self.forget_retained(numbers.into_iter());
-    }
-
-    /// Adds the filters that are below those which are roots.
-    fn add_below(&self, numbers: &mut Vec<u32>) {
-        let table = self.table.read();
-        for at in 0..numbers.len() {
-            numbers.extend(table.below(numbers[at]));
-        }
     }
 
     /// Filters on D link `link`.

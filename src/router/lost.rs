@@ -41,6 +41,18 @@ impl Lost {
         lost
     }
 
+    /// The core has these all the same.
+    pub fn remove_all(&self, all: &[u32]) {
+        if self.is_empty() || all.is_empty() {
+            return;
+        }
+        let mut filters = self.filters.write();
+        for filter in all {
+            filters.remove(filter);
+        }
+        self.count.store(filters.len(), Ordering::Release);
+    }
+
     pub fn is_empty(&self) -> bool {
         self.count.load(Ordering::Acquire) == 0
     }

@@ -24,6 +24,8 @@ pub(super) struct Missed {
     filters: HashMap<u32, Known, RandomState>,
     /// Topics of all of them.
     topics: usize,
+    /// At the last look nothing was lost: how often links had been lost until then.
+    settled: Option<u64>,
     digests: RandomState,
 }
 
@@ -113,11 +115,16 @@ impl Router {
 
     /// Filters that were lost and not regained, nobody resyncs.
     pub(super) fn forget_missed(&self) {
-        if self.retained.lock().missed.is_empty() || !self.data_settled() {
+        if self.retained.lock().missed.is_empty() {
             return;
         }
+        let settled = self.data_settled().then(|| self.data_losses());
         let mut retained = self.retained.lock();
-        if !retained.resyncs() {
+        // Twice in a row, without a loss in between: a filter that is regained just now is about to
+        // be fetched.
+        let still = settled.is_some() && settled == retained.missed.settled;
+        retained.missed.settled = settled;
+        if still && !retained.resyncs() {
             retained.missed.clear();
         }
     }
@@ -132,7 +139,8 @@ impl Router {
     pub(super) fn resync_retained(&self, number: u32) {
         let (read, root) = {
             let table = self.table.read();
-            let read = |n: u32| table.get(n).is_some_and(|f| f.mask != 0);
+            // A group gets none, and whoever fetched for it would be a member of it.
+            let read = |n: u32| table.get(n).is_some_and(|f| f.mask != 0 && !f.shared);
             let root = table.get(number).is_some_and(|f| f.root);
             (read(number) || table.below(number).any(read), root)
         };

@@ -137,6 +137,10 @@ impl Router {
             };
             let upgrade = std::mem::take(&mut filter.upgrading);
             regained = table.lost.remove(number);
+            if regained {
+                let below: Vec<u32> = table.below(number).collect();
+                table.lost.remove_all(&below);
+            }
             let Some(filter) = table.get_mut(number) else {
                 return;
             };

@@ -359,7 +359,7 @@ impl Machine for Data {
         self.requests.clear();
         self.marks.clear();
         self.ping = false;
-        self.router.data_link_down(self.link);
+        self.router.data_link_down(self.link, now);
     }
 }
 

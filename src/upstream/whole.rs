@@ -92,6 +92,8 @@ struct World {
     devices: Vec<Device>,
     oracle: Oracle,
     number: u32,
+    /// The core has forgotten a data link's session, not long ago.
+    forgot: bool,
     /// Links are lost and the core restarts.
     stormy: bool,
     /// Some publishes make the core close the connection.
@@ -208,6 +210,7 @@ impl World {
             links,
             devices,
             number: 0,
+            forgot: false,
             stormy,
             poisonous,
         }

@@ -248,6 +248,99 @@ fn a_copy_is_not_dropped_for_a_filter_that_the_core_may_have_forgotten() {
     }
 }
 
+/// A link that seems to be there may be dead: its loss soon after counts as well.
+#[test]
+fn the_doubt_reaches_a_link_that_is_found_dead_later() {
+    let filters = ["t", "#", "+", "t/#", "+/#"];
+    let mut core = Core::new(2);
+    let mut place = |f| {
+        let one = client(&core.router, f);
+        core.subscribe(one, f, 2)
+    };
+    let links = filters.map(&mut place);
+    let who = client(&core.router, "a");
+    for filter in filters {
+        subscribe_handling(&core.router, who, filter, 2);
+    }
+    let other = links.iter().position(|l| *l != links[0]).expect("both");
+    let (senior, junior) = (links[0], links[other]);
+    core.falls(junior);
+    core.rises(junior, false);
+    core.brings(junior, other as u32, "1", false);
+    assert_eq!(core.got(who), "", "the senior's link is there");
+    core.falls(senior);
+    core.brings(junior, other as u32, "2", false);
+    assert_eq!(core.got(who), "2");
+}
+
+/// What a core that forgot all holds again is known from then on, even if the link flaps meanwhile.
+#[test]
+fn a_flap_before_the_answer_makes_nothing_known_new() {
+    let mut core = Core::new(1);
+    let who = client(&core.router, "a");
+    core.subscribe(who, "t", 0);
+    let (number, _) = core.router.next_fetches(1)[0].clone();
+    core.fetched(number, "1");
+    core.answers(0);
+    core.router.fetch_ended(&[number], true, 0);
+    assert_eq!(core.got(who), "1");
+    core.falls(0);
+    let link = &mut core.links[0];
+    link.up(&up(false, 100), 0, &mut Vec::new());
+    core.falls(0);
+    core.rises(0, true);
+    let (number, _) = core.router.next_fetches(1)[0].clone();
+    core.fetched(number, "1");
+    core.answers(0);
+    core.router.fetch_ended(&[number], true, 0);
+    assert_eq!(core.got(who), "", "it knows that one");
+}
+
+/// A group gets no retained messages, and a fetch for it would be a member of it.
+#[test]
+fn a_lost_group_is_not_fetched() {
+    let mut core = Core::new(1);
+    let shared = core.router.shared_link(0);
+    let link = Data::new(core.router.clone(), shared, 1, PROBES.into(), &Memory);
+    core.links.push(link);
+    core.rises(1, false);
+    let who = client(&core.router, "a");
+    core.subscribe(who, "$share/g/t", 0);
+    core.falls(1);
+    core.rises(1, false);
+    assert!(core.router.data_settled());
+    assert!(core.router.next_fetches(1).is_empty());
+}
+
+/// What was about to leave the core is not subscribed again when all begins anew.
+#[test]
+fn a_filter_that_nobody_holds_is_not_revived_by_other_facts() {
+    let mut core = Core::new(1);
+    let who = client(&core.router, "a");
+    core.subscribe(who, "t", 2);
+    core.falls(0);
+    let name = "t".to_owned();
+    let number = 0;
+    let left = [crate::session::Left {
+        filter: number,
+        name: name.as_str().into(),
+        no_local: false,
+        senior_over: Vec::new(),
+    }];
+    core.router
+        .with(who.session, 0, |s, _| s.remove_subscription(number));
+    core.router.unsubscribe(who.session, &left, 0);
+    core.router.tick(600_001);
+    let other = crate::router::CoreFacts {
+        identifiers: false,
+        ..facts()
+    };
+    assert!(core.router.core_facts(&other, 600_001));
+    let mut out = Vec::new();
+    core.links[0].up(&up(false, 100), 600_001, &mut out);
+    assert!(read(&mut out).is_empty());
+}
+
 /// Filters are subscribed with what is known of the core.
 #[test]
 fn another_word_on_retain_begins_all_links_anew() {

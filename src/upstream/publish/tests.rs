@@ -99,7 +99,7 @@ fn a_link_that_comes_back_waits_for_the_data_links() {
     let who = client(&router, "a");
     let mut link = Publisher::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    router.data_link_down(0);
+    router.data_link_down(0, 0);
     link.up(&up(false, 100), 1000, &mut out);
     publish(&router, who, 0);
     link.poll(1050, &mut out);
@@ -116,7 +116,7 @@ fn a_data_link_that_stays_away_does_not_hold_publishes_for_ever() {
     let who = client(&router, "a");
     let mut link = Publisher::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    router.data_link_down(0);
+    router.data_link_down(0, 0);
     link.up(&up(false, 100), 1000, &mut out);
     publish(&router, who, 0);
     link.poll(5999, &mut out);
@@ -159,7 +159,7 @@ fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize)
         }
         cuts += 1;
         if core_goes {
-            router.data_link_down(0);
+            router.data_link_down(0, 0);
             router.data_link_up(0, Kept::Yes, false, 0);
         }
         link.down(&LinkEnd::closed(), 0);

@@ -191,7 +191,9 @@ impl World {
                     }
                     self.router.core_facts(&self.facts, now);
                     // The core may have forgotten the others' sessions as well.
-                    let doubts = !first && !up.session_present && others_away;
+                    let forgotten = link.data && !first && !up.session_present;
+                    let doubts = forgotten && others_away;
+                    self.forgot |= forgotten;
                     if link.data && (up.doubtful || doubts) {
                         self.oracle.in_doubt(now);
                     }
@@ -270,6 +272,10 @@ impl World {
             link.machine.down(end, self.now);
         }
         self.oracle.lost_link(self.now, link.publishes);
+        if self.forgot && link.data {
+            // It may have been dead already when the core forgot another.
+            self.oracle.in_doubt(self.now);
+        }
         tell!(self, "{} is lost", self.links[n].name);
     }
 
