@@ -44,6 +44,10 @@ pub struct Clients {
     pub input: Account,
     /// The budget of `input`, bytes.
     pub input_max: u64,
+    /// The same for those of whom it is not known who they are: what they do is no client's loss.
+    pub strangers: Account,
+    /// The budget of `strangers`, bytes.
+    pub strangers_max: u64,
     /// What publishes tell of their sender.
     pub sender_properties: Vec<SenderProperty>,
     /// The process is ending: no new sessions.

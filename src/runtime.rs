@@ -105,6 +105,8 @@ pub async fn run(config: Config, connections: usize) -> Result<(), StartError> {
         rate: Rate::new(config.limits.connect_rate_max),
         input: Account::new(),
         input_max: config.memory.max / 8,
+        strangers: Account::new(),
+        strangers_max: config.memory.max / 16,
         sender_properties: config.upstream.sender_properties.clone(),
         draining: AtomicBool::new(false),
     });

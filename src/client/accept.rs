@@ -52,10 +52,9 @@ pub(super) async fn open(
     began: u64,
 ) -> Option<Opened> {
     let mut input = Partial::default();
-    let budget = (&clients.input, clients.input_max);
+    let budget = (&clients.strangers, clients.strangers_max);
     let read = read_connect(&mut stream, &mut input, budget);
     let read = timeout_at(deadline, read).await;
-    // Gives back what it was charged for.
     let mut input = std::mem::take(&mut input.bytes);
     let refusal = match read {
         Ok(Ok(())) => {
@@ -154,7 +153,14 @@ async fn read_connect<'a>(
         let guess = looks_like(bytes).filter(|guess| *guess != Guess::Mqtt);
         match (decode_connect(bytes, CONNECT_MAX), guess) {
             (Ok(Some(_)), _) => return Ok(()),
-            (Ok(None), None) => {}
+            (Ok(None), None) => {
+                input.settle(account, false, 0);
+                if account.used() > max && input.bytes.len() > KEEP {
+                    let (label, code) = (RefusedReason::Memory, ReasonCode::QUOTA_EXCEEDED);
+                    let why = "incomplete CONNECTs use up their budget";
+                    return Err(refusal(label, code, why.into(), None));
+                }
+            }
             // Its first byte may pass for a packet that is not complete.
             (Ok(None), Some(other)) => {
                 let (label, code) = (RefusedReason::Protocol, ReasonCode::PROTOCOL_ERROR);
@@ -182,12 +188,6 @@ async fn read_connect<'a>(
         match poll_fn(|cx| stream.poll_recv(cx, &mut more)).await {
             Ok(_) => {
                 input.bytes.append(&mut more);
-                input.settle(account, false, 0);
-                if account.used() > max && input.bytes.len() > KEEP {
-                    let (label, code) = (RefusedReason::Memory, ReasonCode::QUOTA_EXCEEDED);
-                    let why = "incomplete packets of all clients use up their budget";
-                    return Err(refusal(label, code, why.into(), None));
-                }
             }
             Err(closed) => {
                 let label = match closed {

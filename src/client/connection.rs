@@ -23,7 +23,7 @@ use super::end::End;
 use super::partial::{KEEP, Partial};
 use super::scope::sender_moved;
 use super::{ClientPolicy, Clients};
-use streams::{Lane, allowed};
+use streams::{Lane, Network, allowed};
 
 /// How long a client is given to take what is left for it.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -74,6 +74,8 @@ struct Connection<'a> {
     out: OutBuf,
     /// Data streams on which something came.
     lanes: Vec<Lane<'a>>,
+    /// While there are any.
+    network: Option<Box<Network>>,
     /// The control lane's incomplete packet.
     partial: Partial<'a>,
     /// The lane whose next packet has to wait: nothing is read meanwhile.
@@ -107,6 +109,7 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         place: opened.place,
         out: OutBuf::default(),
         lanes: Vec::new(),
+        network: None,
         partial: Partial::default(),
         held: None,
         fresh: true,
@@ -190,6 +193,9 @@ impl<'a> Connection<'a> {
                 return Poll::Pending;
             }
             self.stream.leave_unread(unread);
+            if unread != 0 {
+                self.wait_for_unread(unread);
+            }
             match self.poll_read(cx) {
                 Poll::Ready(Ok(())) => self.fresh = true,
                 Poll::Ready(Err(end)) => return Poll::Ready(end),
@@ -340,6 +346,16 @@ impl<'a> Connection<'a> {
             n => &mut self.lane(n).partial,
         } = partial;
         Ok(())
+    }
+
+    /// The rest of a packet may lie in streams that we do not read: its time stands still.
+    fn wait_for_unread(&mut self, unread: u16) {
+        let now = self.clients.clock.now();
+        for lane in &mut self.lanes {
+            if unread & (1 << lane.number) != 0 {
+                lane.partial.since = now;
+            }
+        }
     }
 
     /// Ends a connection, or a data stream, whose packet takes too long; asks to be woken while one

@@ -110,7 +110,7 @@ async fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
         (Kind::Wss, b"\x16\x03\x01"),
     ] {
         let mut server = Server::with(kind, |_, limits| {
-            limits.accept_deadline = Duration::from_secs(1);
+            limits.accept_deadline = Duration::from_secs(2);
         });
         let mut slow = Vec::new();
         for _ in 0..SLOW {

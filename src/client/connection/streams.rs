@@ -30,32 +30,49 @@ pub(super) struct Lane<'a> {
     stuck: Stuck,
 }
 
-/// How long a stream that is stuck is so by itself, and not for want of a network: in an outage
-/// nothing moves, and control would be no way around it.
+/// Whether the network carries what is sent: in an outage nothing moves, and control would be no way
+/// around a stream.
 #[derive(Default)]
-struct Stuck {
-    /// The last look: when, milliseconds, and what had been sent and acknowledged.
-    last: Option<(u64, Traffic)>,
-    /// What was sent since the last acknowledgement.
+pub(super) struct Network {
+    /// What had been sent and acknowledged at the last look.
+    last: Option<Traffic>,
+    /// Something was sent since the last acknowledgement.
     unanswered: bool,
-    /// Milliseconds.
-    by_itself: u64,
 }
 
-impl Stuck {
-    /// Looks again; `control`: the control stream is stuck as well.
-    fn look(&mut self, now: u64, traffic: Traffic, control: bool) -> u64 {
-        if let Some((at, before)) = self.last {
+impl Network {
+    /// Looks again. To be done at each write as well: what goes out after a stream is stuck may be
+    /// seconds away.
+    fn carries(&mut self, traffic: Traffic) -> bool {
+        if let Some(before) = self.last {
             if traffic.acknowledged > before.acknowledged {
                 self.unanswered = false;
             } else if traffic.sent > before.sent {
                 self.unanswered = true;
             }
-            if !self.unanswered && !control {
-                self.by_itself += now.saturating_sub(at);
-            }
         }
-        self.last = Some((now, traffic));
+        self.last = Some(traffic);
+        !self.unanswered
+    }
+}
+
+/// How long a stream that is stuck is so by itself, and not for want of a network.
+#[derive(Default)]
+struct Stuck {
+    /// The last look, milliseconds.
+    at: Option<u64>,
+    /// Milliseconds.
+    by_itself: u64,
+}
+
+impl Stuck {
+    /// Looks again; `others`: what others send goes through.
+    fn look(&mut self, now: u64, others: bool) -> u64 {
+        if let Some(at) = self.at.replace(now)
+            && others
+        {
+            self.by_itself += now.saturating_sub(at);
+        }
         self.by_itself
     }
 }
@@ -141,6 +158,8 @@ impl<'a> Connection<'a> {
             if !lane.out.is_empty() {
                 let before = lane.out.rest().len();
                 let sent = self.stream.poll_send(cx, number, &mut lane.out);
+                let network = self.network.get_or_insert_default();
+                network.carries(self.stream.traffic());
                 let left = lane.out.rest().len();
                 metrics().bytes_sent.increment((before - left) as u64);
                 match sent {
@@ -190,11 +209,12 @@ impl<'a> Connection<'a> {
         }
         let now = self.clients.clock.now();
         let write_stall = self.clients.limits.write_stall.as_millis() as u64;
-        let (traffic, control) = (self.stream.traffic(), self.flushing);
+        let network = self.network.get_or_insert_default();
+        let others = network.carries(self.stream.traffic()) && !self.flushing;
         let mut given_up = Vec::new();
         let mut around = Vec::new();
         for lane in self.lanes.iter_mut().filter(|l| l.stuck_since > 0) {
-            let by_itself = lane.stuck.look(now, traffic, control);
+            let by_itself = lane.stuck.look(now, others);
             if now.saturating_sub(lane.stuck_since) >= write_stall {
                 given_up.push(lane.number);
             } else if by_itself >= PATIENCE.as_millis() as u64 {
@@ -307,24 +327,33 @@ mod tests {
 
     #[test]
     fn a_stream_that_is_not_read_is_stuck_by_itself() {
-        let mut stuck = Stuck::default();
-        assert_eq!(stuck.look(1000, traffic(10, 5), false), 0);
+        let (mut network, mut stuck) = (Network::default(), Stuck::default());
+        let mut look = |now, sent, acknowledged| {
+            let others = network.carries(traffic(sent, acknowledged));
+            stuck.look(now, others)
+        };
+        assert_eq!(look(1000, 10, 5), 0);
         // Nothing is under way.
-        assert_eq!(stuck.look(1200, traffic(10, 5), false), 200);
+        assert_eq!(look(1200, 10, 5), 200);
         // Other streams are busy.
-        assert_eq!(stuck.look(1400, traffic(90, 20), false), 400);
-        // Control is no way around.
-        assert_eq!(stuck.look(1600, traffic(90, 20), true), 400);
+        assert_eq!(look(1400, 90, 20), 400);
+        assert_eq!(stuck.look(1600, false), 400);
     }
 
     #[test]
     fn an_outage_is_nothing_of_a_stream_s_own() {
-        let mut stuck = Stuck::default();
-        stuck.look(1000, traffic(10, 5), false);
-        assert_eq!(stuck.look(1200, traffic(11, 5), false), 0);
-        // The next attempt is later.
-        assert_eq!(stuck.look(9000, traffic(11, 5), false), 0);
-        assert_eq!(stuck.look(9200, traffic(12, 5), false), 0);
-        assert_eq!(stuck.look(9400, traffic(20, 6), false), 200);
+        let (mut network, mut stuck) = (Network::default(), Stuck::default());
+        // Written before the stream was stuck, when the outage had begun.
+        assert!(network.carries(traffic(10, 5)));
+        assert!(!network.carries(traffic(11, 5)));
+        let mut look = |now, sent, acknowledged| {
+            let others = network.carries(traffic(sent, acknowledged));
+            stuck.look(now, others)
+        };
+        // The next attempt is far away.
+        assert_eq!(look(1000, 11, 5), 0);
+        assert_eq!(look(9000, 11, 5), 0);
+        assert_eq!(look(9200, 12, 5), 0);
+        assert_eq!(look(9400, 20, 6), 200);
     }
 }
