@@ -28,8 +28,8 @@ pub fn senior(
     lost: impl Fn(u32) -> bool,
     identifiers: &mut Vec<u32>,
 ) -> Option<Senior> {
-    let mut best: Option<(bool, Senior)> = None;
-    let mut retain = false;
+    let mut best: Option<(bool, u32)> = None;
+    let (mut qos, mut retain) = (QoS::AtMostOnce, false);
     identifiers.clear();
     for s in subscriptions {
         let hidden = (own && s.options.no_local) || s.hides(topic);
@@ -43,24 +43,19 @@ pub fn senior(
         if !s.active {
             continue;
         }
-        // What the core has lost counts only among its like.
+        // Whichever copy it is, it counts for all of them.
+        qos = qos.max(s.options.qos);
+        // What the core has lost is senior only among its like.
         let held = !lost(s.filter);
-        match &mut best {
-            Some((known, senior)) if *known == held => {
-                senior.qos = senior.qos.max(s.options.qos);
-            }
-            Some((true, _)) => {}
-            _ => {
-                let senior = Senior {
-                    filter: s.filter,
-                    qos: s.options.qos,
-                    retain: false,
-                };
-                best = Some((held, senior));
-            }
+        if best.is_none_or(|(known, _)| held && !known) {
+            best = Some((held, s.filter));
         }
     }
-    best.map(|(_, senior)| Senior { retain, ..senior })
+    best.map(|(_, filter)| Senior {
+        filter,
+        qos,
+        retain,
+    })
 }
 
 /// Whether one message can be for both. Shared subscriptions are on their own.

@@ -254,3 +254,21 @@ fn no_more_filters_of_a_subscribe_are_judged_than_a_client_may_have() {
     assert_eq!(codes[..10], [0x87; 10]);
     assert_eq!(codes[10..], [0x97; 90]);
 }
+
+#[test]
+fn a_copy_has_the_qos_of_all_whichever_it_is() {
+    let mut subscriptions = [subscription(1, "a"), subscription(2, "a/#")];
+    for (s, qos) in subscriptions
+        .iter_mut()
+        .zip([QoS::AtMostOnce, QoS::AtLeastOnce])
+    {
+        s.active = true;
+        s.options.qos = qos;
+    }
+    for (lost, filter) in [(0, 1), (1, 2), (2, 1)] {
+        let is_lost = |number| number == lost;
+        let found = crate::session::senior(&subscriptions, "a", false, is_lost, &mut Vec::new());
+        let found = found.map(|s| (s.filter, s.qos));
+        assert_eq!(found, Some((filter, QoS::AtLeastOnce)), "lost: {lost}");
+    }
+}
