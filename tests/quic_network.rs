@@ -340,9 +340,9 @@ async fn a_nat_that_forgets_is_no_gap() {
 async fn a_tcp_path_that_stalls_loses_nothing_and_doubles_nothing() {
     let server = server();
     let target = ([127, 0, 0, 1], server.url("tls").port).into();
-    let relay = TcpRelay::start(target, Weather::FAIR)
-        .await
-        .expect("starts");
+    let start = async || TcpRelay::start(target, Weather::FAIR).await;
+    let mut relay = start().await.expect("starts");
+    let mut left = Vec::new();
     let mut device = Device::new(&at(relay.addr(), &server, "tls")).await;
     let heard = listen(&server).await;
     let speaking = speak(&server).await;
@@ -352,11 +352,15 @@ async fn a_tcp_path_that_stalls_loses_nothing_and_doubles_nothing() {
         }
         relay.stall(true);
         device.say();
-        // It is the time that counts: the server goes on for a while, and then cannot.
+        // It is the time that counts: nothing arrives meanwhile.
         tokio::time::sleep(Duration::from_millis(500)).await;
         if part == 2 {
             // By another path, and the old connection never ends for the device.
-            device.flap(&server.dialer("tls")).await;
+            left.push(std::mem::replace(
+                &mut relay,
+                start().await.expect("starts"),
+            ));
+            device.flap(&at(relay.addr(), &server, "tls")).await;
         }
         relay.stall(false);
     }

@@ -213,12 +213,19 @@ fn a_resync_tells_what_is_not_known() {
     assert_eq!(core.got(who), "2");
 }
 
-/// Two filters of a client overlap, on different links: a message that comes by one while the link
-/// of the other is away is kept back for the other's only while the core is sure to have that.
-#[test]
-fn a_copy_is_not_dropped_for_a_filter_that_the_core_may_have_forgotten() {
-    let filters = ["t", "#", "+", "t/#", "+/#"];
-    for lost in [false, true] {
+/// Two overlapping filters of a client, on different links.
+struct Overlapping {
+    core: Core,
+    who: Connected,
+    /// The senior's link; its number is 0.
+    senior: usize,
+    junior: usize,
+    junior_number: u32,
+}
+
+impl Overlapping {
+    fn new() -> Self {
+        let filters = ["t", "#", "+", "t/#", "+/#"];
         let mut core = Core::new(2);
         // Each is where the filter of one client alone is put.
         let mut place = |f| {
@@ -232,45 +239,55 @@ fn a_copy_is_not_dropped_for_a_filter_that_the_core_may_have_forgotten() {
         }
         // The first is senior; the other is the first one on another link.
         let other = links.iter().position(|l| *l != links[0]).expect("both");
-        let (senior, junior) = (links[0], links[other]);
-        core.falls(senior);
-        core.falls(junior);
-        core.rises(junior, !lost);
-        core.brings(junior, other as u32, "1", false);
+        Self {
+            core,
+            who,
+            senior: links[0],
+            junior: links[other],
+            junior_number: other as u32,
+        }
+    }
+
+    /// A message comes by the junior; what the client gets.
+    fn by_junior(&mut self, payload: &str) -> String {
+        let (junior, number) = (self.junior, self.junior_number);
+        self.core.brings(junior, number, payload, false);
+        self.core.got(self.who)
+    }
+
+    fn by_senior(&mut self, payload: &str) -> String {
+        self.core.brings(self.senior, 0, payload, false);
+        self.core.got(self.who)
+    }
+}
+
+/// A message that comes by one while the link of the other is away is kept back for the other's only
+/// while the core is sure to have that.
+#[test]
+fn a_copy_is_not_dropped_for_a_filter_that_the_core_may_have_forgotten() {
+    for lost in [false, true] {
+        let mut two = Overlapping::new();
+        two.core.falls(two.senior);
+        two.core.falls(two.junior);
+        two.core.rises(two.junior, !lost);
         let got = if lost { "1" } else { "" };
-        assert_eq!(core.got(who), got, "lost: {lost}");
+        assert_eq!(two.by_junior("1"), got, "lost: {lost}");
         // As it had its session all the time, the doubt is over.
-        core.rises(senior, true);
-        core.brings(junior, other as u32, "2", false);
-        assert_eq!(core.got(who), "");
-        core.brings(senior, 0, "2", false);
-        assert_eq!(core.got(who), "2");
+        two.core.rises(two.senior, true);
+        assert_eq!(two.by_junior("2"), "");
+        assert_eq!(two.by_senior("2"), "2");
     }
 }
 
 /// A link that seems to be there may be dead: its loss soon after counts as well.
 #[test]
 fn the_doubt_reaches_a_link_that_is_found_dead_later() {
-    let filters = ["t", "#", "+", "t/#", "+/#"];
-    let mut core = Core::new(2);
-    let mut place = |f| {
-        let one = client(&core.router, f);
-        core.subscribe(one, f, 2)
-    };
-    let links = filters.map(&mut place);
-    let who = client(&core.router, "a");
-    for filter in filters {
-        subscribe_handling(&core.router, who, filter, 2);
-    }
-    let other = links.iter().position(|l| *l != links[0]).expect("both");
-    let (senior, junior) = (links[0], links[other]);
-    core.falls(junior);
-    core.rises(junior, false);
-    core.brings(junior, other as u32, "1", false);
-    assert_eq!(core.got(who), "", "the senior's link is there");
-    core.falls(senior);
-    core.brings(junior, other as u32, "2", false);
-    assert_eq!(core.got(who), "2");
+    let mut two = Overlapping::new();
+    two.core.falls(two.junior);
+    two.core.rises(two.junior, false);
+    assert_eq!(two.by_junior("1"), "", "the senior's link is there");
+    two.core.falls(two.senior);
+    assert_eq!(two.by_junior("2"), "2");
 }
 
 /// What a core that forgot all holds again is known from then on, even if the link flaps meanwhile.
