@@ -19,7 +19,7 @@ use super::habits::{
 };
 
 /// Time for all of it.
-pub const PROBE_TIME: Duration = Duration::from_secs(3);
+pub const PROBE_TIME: Duration = Duration::from_secs(6);
 /// Nothing more comes once it was quiet for this long behind an answered PINGREQ...
 const QUIET: Duration = Duration::from_millis(20);
 /// ...or for this long, where what is missing may come on the broker's own time.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from harness.edge import tidegate
@@ -35,6 +37,15 @@ def test_the_record_of_mosquitto_is_shown_everywhere(own_core, own_edge, client)
     watcher.subscribe(("#", 1))
     watcher.publish(fresh(), "end")
     assert [m for m in watcher.until("end") if m.topic.startswith("tidegate/")] == [], "nothing is left of it"
+
+
+def test_a_mosquitto_as_it_comes_is_seen_whole(own_core):
+    """Each of its answers waits 40 ms for our acknowledgement: the probe has time for that."""
+    core = own_core(extra="set_tcp_nodelay false\n")
+    result = tidegate("probe", core.url)
+    record = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines() if "  " in line)
+    assert record["shared subscriptions"] == "alive", result.stdout
+    assert "missing" not in record, result.stdout
 
 
 def test_a_probe_that_runs_is_not_shown_to_clients(own_core, own_edge, client):
