@@ -1,5 +1,6 @@
 //! The life of a connection after CONNACK.
 
+mod farewell;
 mod streams;
 
 use std::cell::RefCell;
@@ -7,17 +8,14 @@ use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
-
-use tokio::time::timeout;
 
 use crate::auth::Identity;
-use crate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, Version, encode_disconnect};
+use crate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, Version};
 use crate::router::wake::Wake;
 use crate::router::{Place, SessionRef};
 use crate::session::{Close, Effect};
 use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
-use crate::transport::{CloseHow, Closed, OutBuf, Stream};
+use crate::transport::{Closed, OutBuf, Stream};
 
 use super::end::End;
 use super::partial::{KEEP, Partial};
@@ -25,8 +23,6 @@ use super::scope::sender_moved;
 use super::{ClientPolicy, Clients};
 use streams::{Lane, Network, allowed};
 
-/// How long a client is given to take what is left for it.
-const GOODBYE: Duration = Duration::from_secs(1);
 /// Output of the session for a lane that takes none beyond which nothing is read from that lane, bytes.
 const BACKLOG_MAX: usize = 64 * 1024;
 
@@ -156,7 +152,7 @@ pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
         "Connection ended: {}",
         end.why
     );
-    let _ = timeout(GOODBYE, Box::pin(connection.goodbye(&end))).await;
+    connection.goodbye(&end).await;
 }
 
 impl<'a> Connection<'a> {
@@ -548,59 +544,5 @@ impl<'a> Connection<'a> {
                     connection.unread = lane.is_some();
                 }
             });
-    }
-
-    /// The session has another connection, or none: the wake says why.
-    fn replaced(&self) -> End {
-        match self.wake.closing() {
-            Some(close) => End::from_close(close),
-            None => End {
-                label: DisconnectReason::SessionEnded,
-                code: ReasonCode::SESSION_TAKEN_OVER,
-                why: "the session was ended under the connection".into(),
-                normal: false,
-                how: CloseHow::Normal,
-            },
-        }
-    }
-
-    /// What the session wrote for this connection still goes out before its end is told.
-    fn take_rest(&mut self, end: &End) {
-        if matches!(end.label, DisconnectReason::Closed | DisconnectReason::Io) {
-            return;
-        }
-        let mut rest = Vec::new();
-        let now = self.clients.clock.now();
-        let router = &self.clients.router;
-        if let Some(side) = router.take_output(self.session, self.generation, &mut rest, now) {
-            self.out.buf.append(&mut rest);
-            self.give_lanes(side);
-        }
-    }
-
-    /// What is left in the output, DISCONNECT where one is due, and the transport's own end.
-    async fn goodbye(&mut self, end: &End) {
-        if matches!(end.label, DisconnectReason::Closed | DisconnectReason::Io) {
-            return;
-        }
-        if self.version == Version::V5 && end.code != ReasonCode::SUCCESS {
-            encode_disconnect(self.version, end.code, None, None, &mut self.out.buf);
-        }
-        if !self.out.is_empty()
-            && poll_fn(|cx| self.stream.poll_send(cx, 0, &mut self.out))
-                .await
-                .is_err()
-        {
-            return;
-        }
-        // What the data streams take at once.
-        poll_fn(|cx| {
-            for lane in &mut self.lanes {
-                let _ = self.stream.poll_send(cx, lane.number, &mut lane.out);
-            }
-            Poll::Ready(())
-        })
-        .await;
-        poll_fn(|cx| self.stream.poll_close(cx, end.how)).await;
     }
 }

@@ -1,0 +1,78 @@
+//! How a connection ends: what is left for the client still reaches it, then why it ended.
+
+use std::future::poll_fn;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::mqtt::{ReasonCode, Version, encode_disconnect};
+use crate::telemetry::DisconnectReason;
+use crate::transport::CloseHow;
+
+use super::{Connection, End};
+
+/// How long a client is given to take what is left for it.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+impl Connection<'_> {
+    /// The session has another connection, or none: the wake says why.
+    pub(super) fn replaced(&self) -> End {
+        match self.wake.closing() {
+            Some(close) => End::from_close(close),
+            None => End {
+                label: DisconnectReason::SessionEnded,
+                code: ReasonCode::SESSION_TAKEN_OVER,
+                why: "the session was ended under the connection".into(),
+                normal: false,
+                how: CloseHow::Normal,
+            },
+        }
+    }
+
+    /// What the session wrote for this connection still goes out before its end is told.
+    pub(super) fn take_rest(&mut self, end: &End) {
+        if matches!(end.label, DisconnectReason::Closed | DisconnectReason::Io) {
+            return;
+        }
+        let mut rest = Vec::new();
+        let now = self.clients.clock.now();
+        let router = &self.clients.router;
+        if let Some(side) = router.take_output(self.session, self.generation, &mut rest, now) {
+            self.out.buf.append(&mut rest);
+            self.give_lanes(side);
+        }
+    }
+
+    /// What is left in the output, DISCONNECT where one is due, and the transport's own end: as much
+    /// as the client takes in time.
+    pub(super) async fn goodbye(&mut self, end: &End) {
+        // Boxed: a connection's future does not keep its place free all the time.
+        let _ = timeout(GOODBYE, Box::pin(self.part(end))).await;
+    }
+
+    async fn part(&mut self, end: &End) {
+        if matches!(end.label, DisconnectReason::Closed | DisconnectReason::Io) {
+            return;
+        }
+        if self.version == Version::V5 && end.code != ReasonCode::SUCCESS {
+            encode_disconnect(self.version, end.code, None, None, &mut self.out.buf);
+        }
+        if !self.out.is_empty()
+            && poll_fn(|cx| self.stream.poll_send(cx, 0, &mut self.out))
+                .await
+                .is_err()
+        {
+            return;
+        }
+        // What the data streams take at once.
+        poll_fn(|cx| {
+            for lane in &mut self.lanes {
+                let _ = self.stream.poll_send(cx, lane.number, &mut lane.out);
+            }
+            Poll::Ready(())
+        })
+        .await;
+        poll_fn(|cx| self.stream.poll_close(cx, end.how)).await;
+    }
+}
