@@ -29,7 +29,7 @@ pub use entry::{Offer, Orphan};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
 pub use senior::{Senior, senior};
-pub use subscriptions::hides;
+pub use subscriptions::{Subscription, hides};
 pub use will::Will;
 
 /// What to do when a session's queue is full.
@@ -188,31 +188,6 @@ pub struct Close {
     pub reason: ReasonCode,
     /// For the log.
     pub why: &'static str,
-}
-
-/// A subscription of this session.
-#[derive(Clone, Debug)]
-pub struct Subscription {
-    /// The router's number of the filter.
-    pub filter: u32,
-    /// The topic filter; shared with the router's table.
-    pub name: Arc<str>,
-    /// Granted QoS and options.
-    pub options: SubscribeOptions,
-    /// QoS that the client asked for.
-    pub asked: QoS,
-    /// The client's Subscription Identifier; 0: none.
-    pub identifier: u32,
-    /// Set once the core granted it: only then can it be the senior of overlapping ones.
-    pub active: bool,
-    /// How many other subscriptions of this session may match the same topic; kept by the session.
-    pub overlaps: u32,
-    /// `$share/group/filter`: the router hands each message to one member.
-    pub shared: bool,
-    /// It has a wildcard: two filters without overlap only if they are one.
-    pub wild: bool,
-    /// Bytes of its client's mount, where what is below it begins with a wildcard; else 0.
-    pub wild_below: u16,
 }
 
 /// A session.

@@ -14,7 +14,7 @@ use crate::mqtt::{
 use super::connection::{Again, NOWHERE, PendingSubscribe};
 use super::packets::{close, protocol};
 use super::senior::clash;
-use super::{Close, Effect, Left, Policy, Session, SessionLimits, Subscription, Wanted};
+use super::{Close, Effect, Left, Policy, Session, SessionLimits, Wanted};
 
 /// SUBSCRIBEs of one client that may wait for the core.
 const PENDING_MAX: usize = 100;
@@ -44,6 +44,31 @@ fn follow(options: &mut SubscribeOptions, later: SubscribeOptions) {
         retain_handling,
         ..later
     };
+}
+
+/// A subscription of this session.
+#[derive(Clone, Debug)]
+pub struct Subscription {
+    /// The router's number of the filter.
+    pub filter: u32,
+    /// The topic filter; shared with the router's table.
+    pub name: Arc<str>,
+    /// Granted QoS and options.
+    pub options: SubscribeOptions,
+    /// QoS that the client asked for.
+    pub asked: QoS,
+    /// The client's Subscription Identifier; 0: none.
+    pub identifier: u32,
+    /// Set once the core granted it: only then can it be the senior of overlapping ones.
+    pub active: bool,
+    /// How many other subscriptions of this session may match the same topic; kept by the session.
+    pub overlaps: u32,
+    /// `$share/group/filter`: the router hands each message to one member.
+    pub shared: bool,
+    /// It has a wildcard: two filters without overlap only if they are one.
+    pub wild: bool,
+    /// Bytes of its client's mount, where what is below it begins with a wildcard; else 0.
+    pub wild_below: u16,
 }
 
 impl Subscription {
