@@ -15,6 +15,7 @@ mod lingering;
 mod links;
 mod local;
 mod lost;
+mod members;
 mod presence;
 mod publish;
 mod resync;

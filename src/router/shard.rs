@@ -8,7 +8,6 @@ use std::sync::Arc;
 use foldhash::fast::RandomState;
 use lru::LruCache;
 use slab::Slab;
-use smallvec::SmallVec;
 
 use crate::mqtt::{Message, QoS, matches};
 use crate::session::{
@@ -19,6 +18,7 @@ use super::SessionRef;
 use super::fanout::Tally;
 use super::leaving::Leavers;
 use super::lost::{Loss, Lost};
+use super::members::Members;
 use super::retained::Wants;
 use super::wake::Wake;
 
@@ -63,49 +63,6 @@ impl Slot {
         self.charged = entries;
         self.charged_output = output;
         more
-    }
-}
-
-/// One subscription, as the fan-out needs it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Member {
-    pub slot: u32,
-    pub identifier: u32,
-    /// As granted; `None`: not yet, and nothing is delivered.
-    pub qos: Option<QoS>,
-    pub no_local: bool,
-    pub retain_as_published: bool,
-    pub overlaps: bool,
-    /// See [`Subscription::wild_below`].
-    pub wild_below: u16,
-}
-
-/// The members of one filter, by slot: there may be tens of thousands.
-#[derive(Debug, Default)]
-pub(super) struct Members(SmallVec<[Member; 2]>);
-
-impl Members {
-    /// Puts one in line with its subscription.
-    fn join(&mut self, slot: u32, s: &Subscription) {
-        let member = Member {
-            slot,
-            identifier: s.identifier,
-            qos: s.active.then_some(s.options.qos),
-            no_local: s.options.no_local,
-            retain_as_published: s.options.retain_as_published,
-            overlaps: s.overlaps > 0,
-            wild_below: s.wild_below,
-        };
-        match self.0.binary_search_by_key(&slot, |m| m.slot) {
-            Ok(at) => self.0[at] = member,
-            Err(at) => self.0.insert(at, member),
-        }
-    }
-
-    fn leave(&mut self, slot: u32) {
-        if let Ok(at) = self.0.binary_search_by_key(&slot, |m| m.slot) {
-            self.0.remove(at);
-        }
     }
 }
 
@@ -235,7 +192,7 @@ impl Shard {
     pub fn confirm(&mut self, filter: u32, granted: QoS, newly: &mut Vec<(SessionRef, QoS)>) {
         let shard = self.number;
         let Self { slots, members, .. } = self;
-        for member in members.get_mut(&filter).into_iter().flat_map(|m| &mut m.0) {
+        for member in (members.get_mut(&filter).into_iter()).flat_map(Members::all_mut) {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
                 continue;
             };
@@ -263,7 +220,7 @@ impl Shard {
     pub fn leave(&mut self, slot: u32, filter: u32) {
         if let Some(members) = self.members.get_mut(&filter) {
             members.leave(slot);
-            if members.0.is_empty() {
+            if members.all().is_empty() {
                 self.members.remove(&filter);
             }
         }
@@ -414,7 +371,7 @@ impl Shard {
             leavers,
             ..
         } = self;
-        let Some(Members(members)) = members.get(&filter) else {
+        let Some(members) = members.get(&filter).map(Members::all) else {
             return;
         };
         let loss_of = lost.look();
@@ -555,47 +512,4 @@ fn offer_to(
     }
     tally.outcome(slot, outcome);
     charged
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::mqtt::SubscribeOptions;
-
-    proptest! {
-        #[test]
-        fn members_are_in_order_whoever_comes_and_goes(
-            steps in prop::collection::vec((0..20u32, any::<bool>(), any::<u32>()), 0..80),
-        ) {
-            let mut members = Members::default();
-            let mut known = BTreeMap::new();
-            for (slot, joins, identifier) in steps {
-                if joins {
-                    let subscription = Subscription {
-                        filter: 1,
-                        name: "a".into(),
-                        options: SubscribeOptions::default(),
-                        asked: QoS::AtMostOnce,
-                        identifier,
-                        active: true,
-                        overlaps: 0,
-                        shared: false,
-                        wild: false,
-                        wild_below: 0,
-                    };
-                    members.join(slot, &subscription);
-                    known.insert(slot, identifier);
-                } else {
-                    members.leave(slot);
-                    known.remove(&slot);
-                }
-                let all = members.0.iter().map(|m| (m.slot, m.identifier));
-                prop_assert!(all.eq(known.iter().map(|(slot, id)| (*slot, *id))));
-            }
-        }
-    }
 }
