@@ -79,8 +79,10 @@ impl Router {
             if shard.leavers.is_empty() {
                 self.leaving.fetch_and(!(1 << index), Ordering::SeqCst);
             }
+            let whose = |(slot, filter)| (shard.reference(slot), filter);
+            let gone: Vec<_> = gone.into_iter().map(whose).collect();
             drop(shard);
-            self.release(&gone, index, now);
+            self.give_up(&gone, now);
         }
     }
 }

@@ -134,12 +134,12 @@ impl Leavers {
     }
 
     /// A data link's PINGREQ was answered. Filters that came to the end of their last step are
-    /// forgotten and added to `gone`; the others get what `next` tells for each link.
+    /// forgotten and added to `gone`, each with its slot; the others get what `next` tells for each link.
     pub fn passed(
         &mut self,
         link: usize,
         number: u64,
-        gone: &mut Vec<u32>,
+        gone: &mut Vec<(u32, u32)>,
         mut next: impl FnMut() -> SmallVec<[u64; 4]>,
     ) {
         let mut over: Vec<u32> = Vec::new();
@@ -184,7 +184,7 @@ impl Leavers {
             for filter in no_longer {
                 self.no_longer(filter, slot);
             }
-            gone.extend(past);
+            gone.extend(past.into_iter().map(|filter| (slot, filter)));
         }
     }
 
@@ -313,7 +313,7 @@ mod tests {
             let next = || SmallVec::from_slice(&[number + 1, number + 1]);
             leavers.passed(link, number, &mut gone, next);
         }
-        gone
+        gone.into_iter().map(|(_, filter)| filter).collect()
     }
 
     #[test]

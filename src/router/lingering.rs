@@ -153,7 +153,7 @@ impl Overdue {
 mod tests {
     use super::*;
     use crate::mqtt::{SubscribeOptions, Version, encode_subscribe, encode_unsubscribe};
-    use crate::router::{Kept, Router};
+    use crate::router::{Connected, Kept, Router};
     use crate::upstream::testing;
 
     const CLIENT: SessionRef = SessionRef {
@@ -229,7 +229,12 @@ mod tests {
         assert_eq!(leaving(due(0, 0, 31), 0), [10, 20, 30, 40]);
     }
 
-    fn come_and_go(router: &Router, client: crate::router::Connected, filter: &str) {
+    fn come_and_go(router: &Router, client: Connected, filter: &str) {
+        come(router, client, filter);
+        go(router, client, &[filter]);
+    }
+
+    fn come(router: &Router, client: Connected, filter: &str) {
         let mut packet = Vec::new();
         let options = SubscribeOptions {
             retain_handling: 2,
@@ -238,13 +243,16 @@ mod tests {
         let filters = std::iter::once((filter, options));
         encode_subscribe(Version::V5, 1, None, filters, &mut packet);
         testing::packet_of(router, client, &packet, 1);
-        packet.clear();
-        encode_unsubscribe(Version::V5, 1, std::iter::once(filter), &mut packet);
+    }
+
+    fn go(router: &Router, client: Connected, filters: &[&str]) {
+        let mut packet = Vec::new();
+        encode_unsubscribe(Version::V5, 1, filters.iter().copied(), &mut packet);
         testing::packet_of(router, client, &packet, 1);
     }
 
-    #[test]
-    fn what_one_client_gave_up_leaves_no_more_than_it_may_have() {
+    /// A router that holds a root, `r/#`.
+    fn rooted() -> std::sync::Arc<Router> {
         let mut config = testing::config();
         config.roots.push("r/#".into());
         let router = testing::router_of(config);
@@ -253,6 +261,12 @@ mod tests {
         for wanted in router.next_subscribes(0, 10) {
             router.suback(wanted.number, crate::mqtt::ReasonCode(2), 0);
         }
+        router
+    }
+
+    #[test]
+    fn what_one_client_gave_up_leaves_no_more_than_it_may_have() {
+        let router = rooted();
         let (flood, other) = (
             testing::client(&router, "flood"),
             testing::client(&router, "other"),
@@ -266,6 +280,28 @@ mod tests {
         let table = router.table.read();
         assert_eq!((table.lingering.len(), table.len()), (most + 1, most + 2));
         assert!(table.knows("r/mine") && table.knows("r/999") && !table.knows("r/0"));
+    }
+
+    #[test]
+    fn filters_that_go_in_steps_are_on_the_account_too() {
+        let router = rooted();
+        let flood = testing::client(&router, "flood");
+        let most = router.limits.subscriptions_max;
+        for n in 0..most + 50 {
+            let (senior, junior) = (format!("r/{n}/#"), format!("r/{n}/+"));
+            come(&router, flood, &senior);
+            come(&router, flood, &junior);
+            go(&router, flood, &[&senior]);
+            assert!(router.fence_wanted(0), "it goes at once");
+            go(&router, flood, &[&junior]);
+            while router.fence_wanted(0) {
+                let number = router.fence_begins(0);
+                router.fence_passed(0, number, 1);
+            }
+        }
+        router.tick(1);
+        let table = router.table.read();
+        assert_eq!((table.lingering.len(), table.len()), (most, most + 1));
     }
 
     #[test]

@@ -280,18 +280,23 @@ impl Router {
     /// A client unsubscribed; its session and shard have forgotten the filters already.
     pub fn unsubscribe(&self, session: SessionRef, filters: &[Left], now: u64) {
         let gone = filters.iter().filter(|left| left.senior_over.is_empty());
-        let gone: SmallVec<[u32; 8]> = gone.map(|left| left.filter).collect();
-        if !gone.is_empty() {
-            let limits = &self.limits;
-            let mut table = self.table.write();
-            for filter in &gone {
-                table.unreference(*filter, session.shard, now);
-                let (most, bytes) = (limits.subscriptions_max, limits.filter_bytes_max);
-                table.given_up(*filter, session, most, bytes);
-            }
-        }
+        let gone: SmallVec<[_; 8]> = gone.map(|left| (session, left.filter)).collect();
+        self.give_up(&gone, now);
         if gone.len() < filters.len() {
             self.await_leaving(session);
+        }
+    }
+
+    /// Gives back references of clients that unsubscribed: what lingers of them is on their account.
+    pub(super) fn give_up(&self, gone: &[(SessionRef, u32)], now: u64) {
+        if gone.is_empty() {
+            return;
+        }
+        let (most, bytes) = (self.limits.subscriptions_max, self.limits.filter_bytes_max);
+        let mut table = self.table.write();
+        for (session, filter) in gone {
+            table.unreference(*filter, session.shard, now);
+            table.given_up(*filter, *session, most, bytes);
         }
     }
 
