@@ -359,7 +359,7 @@ fn open_listeners(
                 protocol: listener.proxy_protocol,
                 header: listener.real_ip_header,
             },
-            tls: certificates.serve(&listener.tls)?,
+            tls: certificates.serve(&listener.tls, listener.early_data)?,
             webtransport: listener.webtransport,
         };
         let bound = match transport::bind(spec.clone(), limits.clone()) {

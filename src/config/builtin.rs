@@ -102,6 +102,7 @@ pub(super) fn listeners() -> Vec<Listener> {
         // To be seen at a first run; a configuration opens it by itself, since it
         // lets in what a QUIC listener else keeps out: any web page's script.
         webtransport: transport == Transport::Quic,
+        early_data: false,
         auth: AuthMode::Anonymous,
         mount: String::new(),
         trusted_proxies: Vec::new(),

@@ -160,6 +160,8 @@ struct RawListener {
     ping_interval: Option<SpanOrNone>,
     #[serde(default)]
     webtransport: bool,
+    #[serde(default)]
+    early_data: bool,
 }
 
 #[derive(Deserialize)]
@@ -364,6 +366,9 @@ impl RawListener {
         if self.webtransport && !webtransport {
             unused("webtransport", "quic listeners");
         }
+        if self.early_data && transport != Transport::Quic {
+            unused("early_data", "quic listeners");
+        }
         if !transport.is_encrypted() && self.tls.is_some() {
             unused("tls", "tls, wss and quic");
         }
@@ -388,6 +393,7 @@ impl RawListener {
             },
             origins: self.origins.unwrap_or_default(),
             webtransport,
+            early_data: self.early_data && transport == Transport::Quic,
             auth: self.auth.unwrap_or(mode),
             mount: self.mount,
             trusted_proxies,

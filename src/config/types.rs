@@ -138,6 +138,9 @@ pub struct Listener {
     /// Whether browsers are served over WebTransport (HTTP/3) at the same
     /// port; `quic` only.
     pub webtransport: bool,
+    /// Whether what clients send in 0-RTT packets is taken, and kept until
+    /// their handshake is confirmed; `quic` only.
+    pub early_data: bool,
     /// How clients of this listener are authenticated (`[auth] mode` unless
     /// the listener says otherwise).
     pub auth: AuthMode,

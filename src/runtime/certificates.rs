@@ -87,15 +87,19 @@ impl Certificates {
         })
     }
 
-    /// What a listener with these `[[tls]]` serves; `None` if it has none.
-    pub(super) fn serve(&mut self, names: &[String]) -> Result<Option<Arc<ServerTls>>, StartError> {
+    /// What a listener with these `[[tls]]` serves, with early data or not; `None` if it has none.
+    pub(super) fn serve(
+        &mut self,
+        names: &[String],
+        early_data: bool,
+    ) -> Result<Option<Arc<ServerTls>>, StartError> {
         let place = |name: &String| self.entries.iter().position(|e| e.tls.name == *name);
         let places: Vec<usize> = names.iter().filter_map(place).collect();
         let Some(first) = places.first() else {
             return Ok(None);
         };
         let materials = pick(&places, &self.materials());
-        let tls = ServerTls::new(&materials)
+        let tls = ServerTls::new(&materials, early_data)
             .map_err(|error| failed(&self.entries[*first].tls, &error))?;
         let tls = Arc::new(tls);
         self.served.push((Arc::clone(&tls), places));

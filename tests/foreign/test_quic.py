@@ -176,49 +176,6 @@ def test_a_connection_from_another_network_resumes(edge, client):
         assert two.recv(0).payload == b"afterwards"
 
 
-def ticket(edge):
-    tickets = []
-    with Phone(edge["quic"].port, edge.pki.ca, on_ticket=tickets.append) as one:
-        one.connect(fresh("id"))
-        one.wait("a ticket", lambda: tickets)
-    return tickets[0]
-
-
-def test_a_ticket_resumes_in_one_round_trip_and_offers_no_early_data(edge):
-    given = ticket(edge)
-    assert not given.max_early_data_size
-    with Phone(edge["quic"].port, edge.pki.ca, ticket=given) as one:
-        assert one.handshake.session_resumed and not one.handshake.early_data_accepted
-        one.connect(fresh("id"))
-
-
-def test_early_data_is_not_executed_early_and_not_lost(edge, client):
-    """A client that sends CONNECT and PUBLISH in 0-RTT though nobody offered it, and then again no further than that: nothing is done. One that finishes is served, once."""
-    topic = fresh()
-    watcher = client(edge)
-    watcher.subscribe(topic)
-    given = ticket(edge)
-    given.max_early_data_size = 0xFFFFFFFF
-    flight = (
-        write(0, wire.connect(fresh("id")) + wire.publish(topic, b"early", 1, 1)),
-        write(4, wire.publish(topic, b"early too", 1, 2)),
-    )
-    stuck = Phone(edge["quic"].port, edge.pki.ca, ticket=given, wait=False)
-    # It hears nothing: its handshake never ends.
-    stuck.protocol.datagram_received = lambda *_: None
-    stuck.do(*flight)
-    assert [p for p in stuck.quic._loss.spaces[2].sent_packets.values()], "nothing went out early"
-    assert watcher.fence(client(edge), topic) == []
-    stuck.vanish()
-    with Phone(edge["quic"].port, edge.pki.ca, ticket=given, wait=False) as one:
-        one.do(*flight)
-        one.wait("the handshake", lambda: one.handshake)
-        assert not one.handshake.early_data_accepted
-        assert (one.recv(0).kind, one.recv(0).kind, one.recv(4).kind) == (wire.CONNACK, wire.PUBACK, wire.PUBACK)
-        got = [m.text for m in watcher.fence(client(edge), topic)]
-        assert sorted(got) == ["early", "early too"]
-
-
 def test_who_never_answers_gets_three_times_its_bytes_at_most(edge):
     """RFC 9000 section 8.1: whoever forges a source cannot aim more than that at it, repetitions after 1 and 3 s included."""
     flight = first_flight(edge["quic"].port, edge.pki.ca)

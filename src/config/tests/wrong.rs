@@ -285,6 +285,12 @@ const WRONG: &[(&str, usize, &str, &str)] = &[
         "not used by transport \"wss\"; only quic listeners use it",
     ),
     (
+        "[[listeners]]\ntransport = \"tls\"\nbind = \"127.0.0.1:1\"\nearly_data = true\n",
+        4,
+        "listeners[0].early_data",
+        "not used by transport \"tls\"; only quic listeners use it",
+    ),
+    (
         "[[listeners]]\ntransport = \"quic\"\nbind = \"127.0.0.1:1\"\norigins = [\"https://a.example\"]\n",
         4,
         "listeners[0].origins",

@@ -9,7 +9,9 @@ use parking_lot::RwLock;
 use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::CertificateDer;
-use rustls::server::{ProducesTickets, WebPkiClientVerifier};
+use rustls::server::{
+    ProducesTickets, ServerSessionMemoryCache, StoresServerSessions, WebPkiClientVerifier,
+};
 
 use super::clients::Clients;
 use super::key_log::KeyLogFile;
@@ -19,6 +21,10 @@ use super::{
     ticketer,
 };
 use crate::transport::limits::HandshakeError;
+
+/// Sessions of QUIC that may be resumed where early data is taken; some hundred
+/// bytes each, and a client's certificate.
+const EARLY_SESSIONS: usize = 8192;
 
 /// The certificates of a listener, ready for each transport.
 pub struct ServerTls {
@@ -46,14 +52,19 @@ struct Tickets {
     mqtt: Arc<dyn ProducesTickets>,
     http: Arc<dyn ProducesTickets>,
     quic: Arc<dyn ProducesTickets>,
+    /// In place of the tickets for QUIC where early data is taken: each is good
+    /// for one resumption, so early data cannot be taken twice (RFC 8446
+    /// section 8.1).
+    early: Option<Arc<dyn StoresServerSessions>>,
 }
 
 impl Tickets {
-    fn new() -> Result<Self, TlsError> {
+    fn new(early_data: bool) -> Result<Self, TlsError> {
         Ok(Self {
             mqtt: ticketer()?,
             http: ticketer()?,
             quic: ticketer()?,
+            early: early_data.then(|| ServerSessionMemoryCache::new(EARLY_SESSIONS) as _),
         })
     }
 }
@@ -74,13 +85,15 @@ impl ServerTls {
     /// A listener with these certificates; the first is the default. Which
     /// client certificates are taken and where keys are logged, the first says
     /// for all, because a client that names another server must not get in by
-    /// other rules.
+    /// other rules. With `early_data` what a QUIC client sends in 0-RTT packets
+    /// is taken (RFC 9001 section 4.6).
     ///
     /// # Errors
     /// When there is none, or a key log cannot be opened.
-    pub fn new(materials: &[Arc<Material>]) -> Result<Self, TlsError> {
+    pub fn new(materials: &[Arc<Material>], early_data: bool) -> Result<Self, TlsError> {
+        let configs = Configs::new(materials, None, early_data)?;
         Ok(Self {
-            current: RwLock::new(Arc::new(Configs::new(materials, None)?)),
+            current: RwLock::new(Arc::new(configs)),
         })
     }
 
@@ -90,7 +103,7 @@ impl ServerTls {
     /// Names the file and what is wrong with it, also if the two do not belong
     /// together.
     pub fn load(cert: &Path, key: &Path) -> Result<Self, TlsError> {
-        Self::new(&[Arc::new(Material::files(cert, key)?)])
+        Self::new(&[Arc::new(Material::files(cert, key)?)], false)
     }
 
     /// A throw-away certificate for `names` (DNS names and addresses) that is
@@ -99,7 +112,7 @@ impl ServerTls {
     /// # Errors
     /// [`TlsError::Generate`] if a name is not usable.
     pub fn ephemeral(names: &[String]) -> Result<Self, TlsError> {
-        Self::new(&[Arc::new(Material::ephemeral(names)?)])
+        Self::new(&[Arc::new(Material::ephemeral(names)?)], false)
     }
 
     /// The server's own certificate, the default one, DER.
@@ -120,7 +133,8 @@ impl ServerTls {
     /// # Errors
     /// As [`ServerTls::new`].
     pub fn prepare(&self, materials: &[Arc<Material>]) -> Result<Configs, TlsError> {
-        Configs::new(materials, Some(&self.current()))
+        let before = self.current();
+        Configs::new(materials, Some(&before), before.tickets.early.is_some())
     }
 
     /// From now on handshakes begin with `next`; connections are left alone.
@@ -170,7 +184,11 @@ impl Configs {
         Arc::new(config)
     }
 
-    fn new(materials: &[Arc<Material>], before: Option<&Self>) -> Result<Self, TlsError> {
+    fn new(
+        materials: &[Arc<Material>],
+        before: Option<&Self>,
+        early_data: bool,
+    ) -> Result<Self, TlsError> {
         let first = materials
             .first()
             .ok_or_else(|| TlsError::Config("no certificate".to_owned()))?;
@@ -180,7 +198,7 @@ impl Configs {
         let tickets = match (before.map(|b| (b, &b.clients)), &clients) {
             (Some((before, None)), None) => before.tickets.clone(),
             (Some((before, Some(old))), Some(new)) if old.accepts_as(new) => before.tickets.clone(),
-            _ => Tickets::new()?,
+            _ => Tickets::new(early_data)?,
         };
         let resolver = Arc::new(BySni::new(materials));
         let verifier = match &clients {
@@ -188,7 +206,7 @@ impl Configs {
             None => WebPkiClientVerifier::no_client_auth(),
         };
         let key_log = first.key_log.as_deref().map(KeyLogFile::open).transpose()?;
-        let config = |alpn: &str, only13: bool, tickets: &Arc<dyn ProducesTickets>| {
+        let config = |alpn: &str, only13: bool, tickets: Option<&Arc<dyn ProducesTickets>>| {
             let versions: &[_] = if only13 {
                 &[&rustls::version::TLS13]
             } else {
@@ -200,19 +218,27 @@ impl Configs {
                 .with_client_cert_verifier(Arc::clone(&verifier))
                 .with_cert_resolver(Arc::clone(&resolver) as _);
             config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
-            config.ticketer = Arc::clone(tickets);
+            if let Some(tickets) = tickets {
+                config.ticketer = Arc::clone(tickets);
+            }
             config.send_tls13_tickets = 1;
-            // No 0-RTT: a replayed CONNECT is a takeover.
-            config.max_early_data_size = 0;
             if let Some(key_log) = &key_log {
                 config.key_log = Arc::clone(key_log);
             }
-            Ok::<_, TlsError>(Arc::new(config))
+            Ok::<_, TlsError>(config)
         };
+        // The library takes early data only where it has no ticket keys.
+        let ticket_key = tickets.early.is_none().then_some(&tickets.quic);
+        let mut quic = config(ALPN_MQTT, true, ticket_key)?;
+        if let Some(sessions) = &tickets.early {
+            quic.session_storage = Arc::clone(sessions);
+            // QUIC bounds it by flow control and knows no other number (RFC 9001 section 4.6.1).
+            quic.max_early_data_size = u32::MAX;
+        }
         Ok(Self {
-            mqtt: config(ALPN_MQTT, false, &tickets.mqtt)?,
-            http: config(ALPN_HTTP, false, &tickets.http)?,
-            quic: config(ALPN_MQTT, true, &tickets.quic)?,
+            mqtt: Arc::new(config(ALPN_MQTT, false, Some(&tickets.mqtt))?),
+            http: Arc::new(config(ALPN_HTTP, false, Some(&tickets.http))?),
+            quic: Arc::new(quic),
             clients,
             tickets,
             leaf: first
