@@ -22,7 +22,7 @@ use crate::mqtt::QoS;
 use crate::router::Router;
 use crate::session::Policy;
 use crate::telemetry::ListenerMetrics;
-use crate::transport::{Accepted, Kind};
+use crate::transport::{Accepted, Kind, Life, Permit};
 
 /// What every connection needs.
 pub struct Clients {
@@ -74,33 +74,50 @@ pub struct Door {
 }
 
 impl Clients {
-    /// Serves one accepted connection to its end.
-    pub async fn serve(self: Arc<Self>, mut door: Door, accepted: Accepted) {
+    /// Takes the CONNECT of one accepted connection; what serves it then to its end.
+    pub async fn serve(self: Arc<Self>, mut door: Door, accepted: Accepted) -> Option<Life> {
         door.transport = accepted.stream.kind().as_str();
         if let (Kind::WebTransport, Some(own)) = (accepted.stream.kind(), &door.webtransport) {
             door.metrics = own.clone();
         }
-        door.metrics.connections.increment(1);
-        door.metrics.connections_open.increment(1.0);
+        let open = Open::new(&door.metrics, accepted.permit);
         let began = self.clock.now();
         let Accepted {
             stream,
             peer,
             deadline,
-            permit,
             ..
         } = accepted;
-        let opened = Box::pin(accept::open(&self, &door, stream, peer, deadline, began)).await;
-        if let Some(opened) = opened {
-            connection::run(&self, opened).await;
-        }
-        door.metrics.connections_open.decrement(1.0);
-        drop(permit);
+        let opened = accept::open(&self, &door, stream, peer, deadline, began).await;
+        opened.map(|opened| connection::serve(self, opened, open))
     }
 
     /// No new sessions from now on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
+    }
+}
+
+/// A connection is open as long as it has this.
+struct Open {
+    metrics: Arc<ListenerMetrics>,
+    _permit: Permit,
+}
+
+impl Open {
+    fn new(metrics: &Arc<ListenerMetrics>, permit: Permit) -> Self {
+        metrics.connections.increment(1);
+        metrics.connections_open.increment(1.0);
+        Self {
+            metrics: metrics.clone(),
+            _permit: permit,
+        }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.metrics.connections_open.decrement(1.0);
     }
 }
 

@@ -26,6 +26,7 @@ mod ws;
 use std::borrow::Cow;
 use std::fmt;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -132,6 +133,11 @@ pub struct ListenerInfo {
     /// What it speaks.
     pub kind: Kind,
 }
+
+/// What serves a client from the answer to its CONNECT on: it is there for all of
+/// a connection's life, so that it should be small. What begins a connection is
+/// large, and gone by then.
+pub type Life = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A connection whose transport handshake is done; no MQTT byte has been read.
 #[derive(Debug)]

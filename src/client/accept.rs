@@ -50,7 +50,7 @@ pub(super) async fn open(
     peer: SocketAddr,
     deadline: Instant,
     began: u64,
-) -> Option<Opened> {
+) -> Option<Box<Opened>> {
     let mut input = Partial::default();
     let budget = (&clients.strangers, clients.strangers_max);
     let read = read_connect(&mut stream, &mut input, budget);
@@ -224,7 +224,7 @@ async fn admit(
     peer: SocketAddr,
     certificate: Option<Box<ClientCertificate>>,
     input: &[u8],
-) -> Result<(Opened, usize), Refusal> {
+) -> Result<(Box<Opened>, usize), Refusal> {
     let (connect, used) = match decode_connect(input, CONNECT_MAX) {
         Ok(Some(decoded)) => decoded,
         // It decoded a moment ago.
@@ -418,7 +418,7 @@ async fn admit(
         "{event}"
     );
     Ok((
-        Opened {
+        Box::new(Opened {
             stream: None,
             input: Vec::new(),
             session: connected.session,
@@ -429,7 +429,7 @@ async fn admit(
             wake,
             identity: Box::new(identity),
             place,
-        },
+        }),
         used,
     ))
 }

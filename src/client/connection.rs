@@ -4,7 +4,7 @@ mod farewell;
 mod streams;
 
 use std::cell::RefCell;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -15,12 +15,12 @@ use crate::router::wake::Wake;
 use crate::router::{Place, SessionRef};
 use crate::session::{Close, Effect};
 use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
-use crate::transport::{Closed, OutBuf, Stream};
+use crate::transport::{Closed, Life, OutBuf, Stream};
 
 use super::end::End;
 use super::partial::{KEEP, Partial};
 use super::scope::sender_moved;
-use super::{ClientPolicy, Clients};
+use super::{ClientPolicy, Clients, Open};
 use streams::{Lane, Network, allowed};
 
 /// Output of the session for a lane that takes none beyond which nothing is read from that lane, bytes.
@@ -89,73 +89,54 @@ struct Connection<'a> {
 }
 
 /// Serves the connection to its end.
-pub(super) async fn run(clients: &Arc<Clients>, mut opened: Opened) {
-    let Some(stream) = opened.stream.take() else {
-        return;
-    };
-    let mut connection = Connection {
-        clients,
-        stream,
-        session: opened.session,
-        generation: opened.generation,
-        version: opened.version,
-        packet_max: opened.packet_max,
-        wake: opened.wake,
-        identity: opened.identity,
-        place: opened.place,
-        out: OutBuf::default(),
-        lanes: Vec::new(),
-        network: None,
-        partial: Partial::default(),
-        held: None,
-        fresh: true,
-        qos0_at: 0,
-        publish_link: opened.publish_link,
-        flushing: false,
-        full: 0,
-    };
-    let early = std::mem::take(&mut opened.input);
-    let end = connection.received(0, &early).err();
-    drop(early);
-    let end = match end {
-        Some(end) => end,
-        None => poll_fn(|cx| connection.poll(cx)).await,
-    };
-    if matches!(
-        end.label,
-        DisconnectReason::Normal | DisconnectReason::NormalWithWill
-    ) {
-        poll_fn(|cx| {
-            connection.read_on(cx);
-            Poll::Ready(())
-        })
-        .await;
-    }
-    connection.take_rest(&end);
-    let session_ended = clients.router.disconnected(
-        connection.session,
-        connection.generation,
-        // A drain fires no wills.
-        end.normal || end.label == DisconnectReason::Draining,
-        clients.clock.now(),
-    );
-    metrics().disconnects[end.label].increment(1);
-    tracing::info!(
-        client_id = clean(&connection.identity.client_id, 64),
-        principal = clean(&connection.identity.principal, 64),
-        listener = &*connection.place.listener,
-        transport = connection.place.transport,
-        peer = %connection.stream.peer_addr(),
-        reason = %end.label,
-        code = end.code.0,
-        session_ended,
-        "Connection ended: {}",
-        end.why
-    );
-    connection.goodbye(&end).await;
+pub(super) fn serve(clients: Arc<Clients>, opened: Box<Opened>, open: Open) -> Life {
+    Box::pin(async move {
+        let mut opened = opened;
+        let early = std::mem::take(&mut opened.input);
+        if let Some(mut connection) = Connection::new(&clients, opened) {
+            let end = connection.run(early).await;
+            // Boxed, and small while the connection lives.
+            Box::pin(connection.depart(end)).await;
+        }
+        drop(open);
+    })
 }
 
 impl<'a> Connection<'a> {
+    fn new(clients: &'a Clients, opened: Box<Opened>) -> Option<Self> {
+        let opened = *opened;
+        Some(Self {
+            clients,
+            stream: opened.stream?,
+            session: opened.session,
+            generation: opened.generation,
+            version: opened.version,
+            packet_max: opened.packet_max,
+            wake: opened.wake,
+            identity: opened.identity,
+            place: opened.place,
+            out: OutBuf::default(),
+            lanes: Vec::new(),
+            network: None,
+            partial: Partial::default(),
+            held: None,
+            fresh: true,
+            qos0_at: 0,
+            publish_link: opened.publish_link,
+            flushing: false,
+            full: 0,
+        })
+    }
+
+    /// Runs until something ends the connection; `early` is what came behind CONNECT.
+    fn run(&mut self, early: Vec<u8>) -> impl Future<Output = End> {
+        let mut end = self.received(0, &early).err();
+        poll_fn(move |cx| match end.take() {
+            Some(end) => Poll::Ready(end),
+            None => self.poll(cx),
+        })
+    }
+
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         self.fresh |= self.wake.take(cx.waker());
         if let Some(close) = self.wake.closing() {

@@ -3,7 +3,7 @@
 
 mod pace;
 
-use std::future::Future;
+use std::future::{Future, ready};
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket};
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use super::limits::{HandshakeError, Limits, Permit};
 pub(super) use super::proxy::canonical;
 use super::tls::{self, ALPN_HTTP, ALPN_MQTT, ServerTls};
 use super::ws::{self, Ws};
-use super::{Accepted, CloseHow, Kind, ListenSpec, ListenerInfo, Stream, quic};
+use super::{Accepted, CloseHow, Kind, Life, ListenSpec, ListenerInfo, Stream, quic};
 use crate::config::ProxyProtocol;
 
 /// Connections that the system may hold before `accept`; it has its own cap.
@@ -135,12 +135,13 @@ impl Bound {
     }
 
     /// Accepts connections, each in a task of its own that runs the handshake
-    /// and then `handler`. Returns when `stop` is cancelled: the socket is
-    /// closed, handshakes under way end, and handlers go on.
+    /// and then `handler`, and then what that returns. Returns when `stop` is
+    /// cancelled: the socket is closed, handshakes under way end, and handlers
+    /// go on.
     pub async fn serve<H, F>(self, handler: H, stop: CancellationToken)
     where
         H: Fn(Accepted) -> F + Clone + Send + Sync + 'static,
-        F: Future<Output = ()> + Send + 'static,
+        F: Future<Output = Option<Life>> + Send + 'static,
     {
         match self.socket {
             Bind::Tcp(socket) => serve_tcp(socket, self.listener, handler, stop).await,
@@ -325,7 +326,7 @@ async fn serve_tcp<H, F>(
     stop: CancellationToken,
 ) where
     H: Fn(Accepted) -> F + Clone + Send + Sync + 'static,
-    F: Future<Output = ()> + Send + 'static,
+    F: Future<Output = Option<Life>> + Send + 'static,
 {
     let mut backoff = Backoff::default();
     while let Some(accepted) = stop.run_until_cancelled(socket.accept()).await {
@@ -366,7 +367,7 @@ fn start<H, F>(
     stop: &CancellationToken,
 ) where
     H: Fn(Accepted) -> F + Send + 'static,
-    F: Future<Output = ()> + Send + 'static,
+    F: Future<Output = Option<Life>> + Send + 'static,
 {
     // Packets are written whole; waiting to fill a segment only costs latency.
     let _ = io.set_nodelay(true);
@@ -374,25 +375,38 @@ fn start<H, F>(
     if listener.info.kind == Kind::Tcp && listener.spec.proxies.protocol == ProxyProtocol::Off {
         let stream = Ok(Stream::tcp(io, peer));
         if let Some(accepted) = listener.finish(stream, peer, deadline, permit) {
-            tokio::spawn(handler(accepted));
+            spawn(ready(Some(accepted)), handler);
         }
         return;
     }
-    // Boxed and dropped before the handler runs: a task is as large as its
-    // largest state for all its life, and handshakes are large.
-    let handshake = Box::pin({
-        let (listener, stop) = (Arc::clone(listener), stop.clone());
-        async move {
-            let mut peer = peer;
-            let upgrade = listener.upgrade(io, &mut peer);
-            let result = listener.bounded(deadline, &stop, upgrade).await;
-            listener.finish(result, peer, deadline, permit)
-        }
+    let (listener, stop) = (Arc::clone(listener), stop.clone());
+    let handshake = async move {
+        let mut peer = peer;
+        let upgrade = listener.upgrade(io, &mut peer);
+        let result = listener.bounded(deadline, &stop, upgrade).await;
+        listener.finish(result, peer, deadline, permit)
+    };
+    spawn(handshake, handler);
+}
+
+/// Serves one connection in a task of its own.
+pub(super) fn spawn<H, F>(
+    handshake: impl Future<Output = Option<Accepted>> + Send + 'static,
+    handler: H,
+) where
+    H: Fn(Accepted) -> F + Send + 'static,
+    F: Future<Output = Option<Life>> + Send + 'static,
+{
+    // A task is as large as its largest state for all its life, and with all that
+    // leads there in it. So this one is two pointers.
+    let beginning = Box::pin(async move {
+        let accepted = handshake.await?;
+        handler(accepted).await
     });
     tokio::spawn(async move {
-        let accepted = handshake.await;
-        if let Some(accepted) = accepted {
-            handler(accepted).await;
+        let life = beginning.await;
+        if let Some(life) = life {
+            life.await;
         }
     });
 }

@@ -28,7 +28,7 @@ use quinn::{
 use tokio_util::sync::CancellationToken;
 
 use super::limits::{CertificateFault, HandshakeError, HandshakePlace, Limits};
-use super::listen::{Listener, canonical};
+use super::listen::{self, Listener, canonical};
 use super::tls::{ALPN_H3, ALPN_MQTT, Configs, ServerTls, fault_of_alert};
 use super::{ClientCertificate, CloseHow, ListenSpec, Permit, Stream};
 use bidi::{Bidi, Layer};
@@ -128,38 +128,30 @@ impl Server {
         stop: CancellationToken,
     ) where
         H: Fn(super::Accepted) -> F + Clone + Send + Sync + 'static,
-        F: Future<Output = ()> + Send + 'static,
+        F: Future<Output = Option<super::Life>> + Send + 'static,
     {
         while let Some(Some(incoming)) = stop.run_until_cancelled(self.endpoint.accept()).await {
             let Some((incoming, permit, place)) = admit(incoming, &listener) else {
                 continue;
             };
             let listener = Arc::clone(&listener);
-            let handshake = Box::pin({
-                let (stop, config) = (stop.clone(), self.current.config());
-                async move {
-                    let peer = canonical(incoming.remote_address());
-                    let deadline = listener.deadline();
-                    let connecting = connect(incoming, config, &listener, place);
-                    let result = listener.bounded(deadline, &stop, connecting).await;
-                    match result {
-                        // It may have moved since its first datagram.
-                        Ok((quic, client)) => {
-                            let peer = quic.remote_address();
-                            let stream = Stream::quic(quic, peer).of(client);
-                            listener.finish(Ok(stream), peer, deadline, permit)
-                        }
-                        Err(error) => listener.finish(Err(error), peer, deadline, permit),
+            let (stop, config) = (stop.clone(), self.current.config());
+            let handshake = async move {
+                let peer = canonical(incoming.remote_address());
+                let deadline = listener.deadline();
+                let connecting = connect(incoming, config, &listener, place);
+                let result = listener.bounded(deadline, &stop, connecting).await;
+                match result {
+                    // It may have moved since its first datagram.
+                    Ok((quic, client)) => {
+                        let peer = quic.remote_address();
+                        let stream = Stream::quic(quic, peer).of(client);
+                        listener.finish(Ok(stream), peer, deadline, permit)
                     }
+                    Err(error) => listener.finish(Err(error), peer, deadline, permit),
                 }
-            });
-            let handler = handler.clone();
-            tokio::spawn(async move {
-                let accepted = handshake.await;
-                if let Some(accepted) = accepted {
-                    handler(accepted).await;
-                }
-            });
+            };
+            listen::spawn(handshake, handler.clone());
         }
         // While others drain, newcomers are refused, not left to time out.
         tokio::spawn(async move {

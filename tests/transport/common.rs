@@ -98,6 +98,7 @@ impl Server {
             let send = send.clone();
             async move {
                 let _ = send.send(accepted);
+                None
             }
         };
         let served = tokio::spawn(bound.serve(handler, stop.clone()));

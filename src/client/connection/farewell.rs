@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::mqtt::{ReasonCode, Version, encode_disconnect};
-use crate::telemetry::DisconnectReason;
+use crate::telemetry::{DisconnectReason, clean, metrics};
 use crate::transport::CloseHow;
 
 use super::{Connection, End};
@@ -16,6 +16,42 @@ use super::{Connection, End};
 const GOODBYE: Duration = Duration::from_secs(1);
 
 impl Connection<'_> {
+    /// Ends the connection, at the router and at the client.
+    pub(super) async fn depart(mut self, end: End) {
+        if matches!(
+            end.label,
+            DisconnectReason::Normal | DisconnectReason::NormalWithWill
+        ) {
+            poll_fn(|cx| {
+                self.read_on(cx);
+                Poll::Ready(())
+            })
+            .await;
+        }
+        self.take_rest(&end);
+        let session_ended = self.clients.router.disconnected(
+            self.session,
+            self.generation,
+            // A drain fires no wills.
+            end.normal || end.label == DisconnectReason::Draining,
+            self.clients.clock.now(),
+        );
+        metrics().disconnects[end.label].increment(1);
+        tracing::info!(
+            client_id = clean(&self.identity.client_id, 64),
+            principal = clean(&self.identity.principal, 64),
+            listener = &*self.place.listener,
+            transport = self.place.transport,
+            peer = %self.stream.peer_addr(),
+            reason = %end.label,
+            code = end.code.0,
+            session_ended,
+            "Connection ended: {}",
+            end.why
+        );
+        let _ = timeout(GOODBYE, self.goodbye(&end)).await;
+    }
+
     /// The session has another connection, or none: the wake says why.
     pub(super) fn replaced(&self) -> End {
         match self.wake.closing() {
@@ -31,7 +67,7 @@ impl Connection<'_> {
     }
 
     /// What the session wrote for this connection still goes out before its end is told.
-    pub(super) fn take_rest(&mut self, end: &End) {
+    fn take_rest(&mut self, end: &End) {
         if matches!(end.label, DisconnectReason::Closed | DisconnectReason::Io) {
             return;
         }
@@ -44,14 +80,8 @@ impl Connection<'_> {
         }
     }
 
-    /// What is left in the output, DISCONNECT where one is due, and the transport's own end: as much
-    /// as the client takes in time.
-    pub(super) async fn goodbye(&mut self, end: &End) {
-        // Boxed: a connection's future does not keep its place free all the time.
-        let _ = timeout(GOODBYE, Box::pin(self.part(end))).await;
-    }
-
-    async fn part(&mut self, end: &End) {
+    /// What is left in the output, DISCONNECT where one is due, and the transport's own end.
+    async fn goodbye(&mut self, end: &End) {
         if matches!(end.label, DisconnectReason::Closed | DisconnectReason::Io) {
             return;
         }
