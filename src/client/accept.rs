@@ -18,7 +18,7 @@ use crate::session::{ConnectionSpec, Policy, Scope, Will};
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
 use crate::transport::{ClientCertificate, CloseHow, Closed, Guess, OutBuf, Stream, looks_like};
 
-use super::connection::Opened;
+use super::connection::{Admitted, Opened};
 use super::partial::{KEEP, Partial};
 use super::scope::{owner, room_for, scope_of};
 use super::{ClientPolicy, Clients, Door};
@@ -61,15 +61,17 @@ pub(super) async fn open(
             let certificate = stream.take_certificate();
             let result = admit(clients, door, peer, certificate, &input).await;
             match result {
-                Ok((mut opened, used)) => {
+                Ok((admitted, used)) => {
                     input.drain(..used);
                     metrics()
                         .connect_seconds
                         .record(clients.clock.now().saturating_sub(began) as f64 / 1000.0);
                     stream.authenticated();
-                    opened.stream = Some(stream);
-                    opened.input = input;
-                    return Some(opened);
+                    return Some(Box::new(Opened {
+                        stream,
+                        input,
+                        admitted,
+                    }));
                 }
                 Err(refusal) => refusal,
             }
@@ -224,7 +226,7 @@ async fn admit(
     peer: SocketAddr,
     certificate: Option<Box<ClientCertificate>>,
     input: &[u8],
-) -> Result<(Box<Opened>, usize), Refusal> {
+) -> Result<(Admitted, usize), Refusal> {
     let (connect, used) = match decode_connect(input, CONNECT_MAX) {
         Ok(Some(decoded)) => decoded,
         // It decoded a moment ago.
@@ -418,9 +420,7 @@ async fn admit(
         "{event}"
     );
     Ok((
-        Box::new(Opened {
-            stream: None,
-            input: Vec::new(),
+        Admitted {
             session: connected.session,
             generation: connected.generation,
             publish_link: connected.publish_link,
@@ -429,7 +429,7 @@ async fn admit(
             wake,
             identity: Box::new(identity),
             place,
-        }),
+        },
         used,
     ))
 }

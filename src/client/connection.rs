@@ -28,11 +28,14 @@ const BACKLOG_MAX: usize = 64 * 1024;
 
 /// A connection with its session.
 pub(super) struct Opened {
-    pub publish_link: u8,
-    /// Filled in by the CONNECT phase.
-    pub stream: Option<Stream>,
+    pub stream: Stream,
     /// Bytes that came behind CONNECT.
     pub input: Vec<u8>,
+    pub admitted: Admitted,
+}
+
+/// What came of a CONNECT.
+pub(super) struct Admitted {
     pub session: SessionRef,
     pub generation: u64,
     pub version: Version,
@@ -40,6 +43,8 @@ pub(super) struct Opened {
     pub wake: Arc<Wake>,
     pub identity: Box<Identity>,
     pub place: Arc<Place>,
+    /// The P link of its publishes.
+    pub publish_link: u8,
 }
 
 thread_local! {
@@ -93,28 +98,29 @@ pub(super) fn serve(clients: Arc<Clients>, opened: Box<Opened>, open: Open) -> L
     Box::pin(async move {
         let mut opened = opened;
         let early = std::mem::take(&mut opened.input);
-        if let Some(mut connection) = Connection::new(&clients, opened) {
-            let end = connection.run(early).await;
-            // Boxed, and small while the connection lives.
-            Box::pin(connection.depart(end)).await;
-        }
+        let mut connection = Connection::new(&clients, opened);
+        let end = connection.run(early).await;
+        // Boxed, and small while the connection lives.
+        Box::pin(connection.depart(end)).await;
         drop(open);
     })
 }
 
 impl<'a> Connection<'a> {
-    fn new(clients: &'a Clients, opened: Box<Opened>) -> Option<Self> {
-        let opened = *opened;
-        Some(Self {
+    fn new(clients: &'a Clients, opened: Box<Opened>) -> Self {
+        let Opened {
+            stream, admitted, ..
+        } = *opened;
+        Self {
             clients,
-            stream: opened.stream?,
-            session: opened.session,
-            generation: opened.generation,
-            version: opened.version,
-            packet_max: opened.packet_max,
-            wake: opened.wake,
-            identity: opened.identity,
-            place: opened.place,
+            stream,
+            session: admitted.session,
+            generation: admitted.generation,
+            version: admitted.version,
+            packet_max: admitted.packet_max,
+            wake: admitted.wake,
+            identity: admitted.identity,
+            place: admitted.place,
             out: OutBuf::default(),
             lanes: Vec::new(),
             network: None,
@@ -122,10 +128,10 @@ impl<'a> Connection<'a> {
             held: None,
             fresh: true,
             qos0_at: 0,
-            publish_link: opened.publish_link,
+            publish_link: admitted.publish_link,
             flushing: false,
             full: 0,
-        })
+        }
     }
 
     /// Runs until something ends the connection; `early` is what came behind CONNECT.

@@ -251,6 +251,9 @@ impl Session {
             return Ok(());
         };
         let mut pending = connection.pending.swap_remove(at);
+        if connection.pending.is_empty() {
+            connection.pending = Vec::new();
+        }
         // Behind its copies comes the first itself.
         for again in pending.again.iter().rev() {
             let code = pending.codes[usize::from(again.first)];
@@ -300,6 +303,10 @@ impl Session {
         }
         // Most have one: room for four would be the larger part of a session.
         if self.subscriptions.is_empty() {
+            self.subscriptions.reserve_exact(1);
+        }
+        if self.subscriptions.is_empty() {
+            // Many clients have one; the next makes room for four.
             self.subscriptions.reserve_exact(1);
         }
         self.subscriptions.push(new);

@@ -382,7 +382,7 @@ fn start<H, F>(
     let (listener, stop) = (Arc::clone(listener), stop.clone());
     let handshake = async move {
         let mut peer = peer;
-        let upgrade = listener.upgrade(io, &mut peer);
+        let upgrade = Box::pin(listener.upgrade(io, &mut peer));
         let result = listener.bounded(deadline, &stop, upgrade).await;
         listener.finish(result, peer, deadline, permit)
     };
@@ -397,8 +397,10 @@ pub(super) fn spawn<H, F>(
     H: Fn(Accepted) -> F + Send + 'static,
     F: Future<Output = Option<Life>> + Send + 'static,
 {
-    // A task is as large as its largest state for all its life, and with all that
-    // leads there in it. So this one is two pointers.
+    // A future is as large as its largest state for all its life, and keeps room for
+    // what was moved into the one it waits for. So these are in boxes, and the task
+    // is a few pointers.
+    let handshake = Box::pin(handshake);
     let beginning = Box::pin(async move {
         let accepted = handshake.await?;
         handler(accepted).await

@@ -139,7 +139,7 @@ impl Server {
             let handshake = async move {
                 let peer = canonical(incoming.remote_address());
                 let deadline = listener.deadline();
-                let connecting = connect(incoming, config, &listener, place);
+                let connecting = Box::pin(connect(incoming, config, &listener, place));
                 let result = listener.bounded(deadline, &stop, connecting).await;
                 match result {
                     // It may have moved since its first datagram.

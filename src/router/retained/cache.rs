@@ -77,8 +77,8 @@ pub(super) struct Cached {
 }
 
 impl Cached {
-    pub(super) fn queued(wants: Wishes) -> Self {
-        Self {
+    pub(super) fn queued(wants: Wishes) -> Box<Self> {
+        Box::new(Self {
             state: State::Queued,
             name: None,
             topics: HashMap::default(),
@@ -95,11 +95,21 @@ impl Cached {
             stale: false,
             resync: false,
             early: false,
-        }
+        })
     }
 }
 
 impl Cached {
+    /// More may come of it.
+    fn is_awaited(&self) -> bool {
+        !(self.state == State::Complete || self.through && self.held.is_empty())
+    }
+
+    /// All there is has come, and been handed on.
+    pub(super) fn is_over(&self) -> bool {
+        self.ending.is_some() && self.handing == 0 && self.held.is_empty()
+    }
+
     /// A live message came while it is fetched.
     pub(super) fn overtaken(&mut self, topic: u64) {
         if self.live.len() < LIVE_MAX {
@@ -113,7 +123,7 @@ impl Cached {
 /// The cache and the queue of fetches.
 #[derive(Debug)]
 pub(in crate::router) struct Retained {
-    pub(super) filters: HashMap<u32, Cached, RandomState>,
+    pub(super) filters: HashMap<u32, Box<Cached>, RandomState>,
     /// Filters with messages that are held, and how many those are.
     pub(super) holding: HashSet<u32, RandomState>,
     pub(super) held: usize,
@@ -229,8 +239,7 @@ impl Retained {
 
     /// The replies of a filter, once nothing that it waits for is missing.
     pub(super) fn replies_of(&mut self, number: u32) -> Vec<Reply> {
-        let waits = |c: &Cached| !(c.state == State::Complete || c.through && c.held.is_empty());
-        if self.replies.is_empty() || self.filters.get(&number).is_some_and(waits) {
+        if self.replies.is_empty() || self.filters.get(&number).is_some_and(|c| c.is_awaited()) {
             return Vec::new();
         }
         let replies = self.replies.remove(&number).unwrap_or_default();

@@ -172,8 +172,8 @@ impl Router {
 
     /// Ends a fetch that is complete, unless something of it is still held or handed on.
     fn end_if_over(&self, retained: &mut Retained, number: u32, replies: &mut Vec<Reply>) -> bool {
-        let over = |c: &Cached| c.ending.is_some() && c.handing == 0 && c.held.is_empty();
-        retained.filters.get(&number).is_some_and(over) && self.end(retained, number, true, replies)
+        retained.filters.get(&number).is_some_and(|c| c.is_over())
+            && self.end(retained, number, true, replies)
     }
 
     /// Whether the filter is to be fetched again.

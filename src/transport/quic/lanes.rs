@@ -25,7 +25,7 @@ pub(in crate::transport) struct Quic {
     /// What lies between QUIC's streams and the lanes.
     layer: Layer,
     /// Of WebTransport.
-    session: Option<Session>,
+    session: Option<Box<Session>>,
     control: Bidi,
     /// Lane n is at n - 1.
     data: Vec<Option<DataLane>>,
@@ -108,7 +108,7 @@ impl Quic {
         connection: Connection,
         layer: Layer,
         control: Bidi,
-        session: Option<Session>,
+        session: Option<Box<Session>>,
         listener: &Listener,
     ) -> Self {
         // The handshake allowed for HTTP/3's.

@@ -116,7 +116,7 @@ pub(super) async fn accept(
         connection,
         layer,
         control,
-        Some(session),
+        Some(Box::new(session)),
         listener,
     ))
 }
