@@ -81,6 +81,8 @@ struct Connection<'a> {
     partial: Partial<'a>,
     /// The lane whose next packet has to wait: nothing is read meanwhile.
     held: Option<u8>,
+    /// As the session knows it: something is left unread.
+    unread: bool,
     /// The session may have output that was not taken.
     fresh: bool,
     /// The transport has bytes that it could not pass on yet.
@@ -126,6 +128,7 @@ impl<'a> Connection<'a> {
             network: None,
             partial: Partial::default(),
             held: None,
+            unread: false,
             fresh: true,
             qos0_at: 0,
             publish_link: admitted.publish_link,
@@ -172,6 +175,7 @@ impl<'a> Connection<'a> {
             }
             // Where a peer sends and does not read it gets no further answers.
             let unread = self.full & !self.free_lanes().0;
+            self.tell_unread(unread != 0);
             if unread & 1 != 0 {
                 return Poll::Pending;
             }
@@ -524,11 +528,20 @@ impl<'a> Connection<'a> {
         if lane.is_some() {
             metrics().publishes_held_back[HeldReason::V3Unread].increment(1);
         }
+        self.tell_unread(lane.is_some());
+    }
+
+    /// Something that the client may have sent is left unread, or nothing is any more: as long as it
+    /// is, silence is not the client's.
+    fn tell_unread(&mut self, unread: bool) {
+        if std::mem::replace(&mut self.unread, unread) == unread {
+            return;
+        }
         self.clients
             .router
             .with(self.session, self.generation, |session, _| {
                 if let Some(connection) = session.connection() {
-                    connection.unread = lane.is_some();
+                    connection.unread = unread;
                 }
             });
     }

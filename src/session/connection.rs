@@ -63,7 +63,7 @@ pub struct Connection {
     pub keep_alive: u64,
     /// When the last packet came.
     pub last_seen: u64,
-    /// Its socket is left unread by us: its silence is not the client's.
+    /// Its socket, or one of its streams, is left unread by us: its silence is not the client's.
     pub unread: bool,
     /// The client was asked to go, and why: nothing more is written for it.
     pub closing: bool,

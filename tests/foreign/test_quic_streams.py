@@ -317,6 +317,28 @@ def test_what_waits_for_a_stream_that_is_not_read_leaves_the_others_read(edge, p
         assert one.recv(8).kind == wire.PUBACK
 
 
+def test_keep_alive_forgives_what_is_left_unread(edge, phone):
+    """Its packets on a stream whose answers it does not take wait unread: the silence is ours."""
+    one = phone(keep_alive=1, dial={"options": {"max_stream_data": 8192}})
+    credit = one.quic._write_stream_limits
+    one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == 4 else credit(stream=stream, **more)
+    for n in range(2):
+        one.send(4, wire.unsubscribe(7 + n, *["a"] * 80_000))
+    end = time.monotonic() + 4
+    n = 9
+    while time.monotonic() < end:
+        n += 1
+        one.send(4, wire.publish("t", b"x", 1, n))
+        time.sleep(0.25)
+    assert one.closed is None
+    # It takes them, and all has been waiting for that.
+    del one.quic._write_stream_limits
+    one.do(lambda quic: None)
+    assert [one.recv(4).kind for _ in range(2)] == [wire.UNSUBACK] * 2
+    assert [one.recv(4).packet_id for _ in range(10, n + 1)] == list(range(10, n + 1))
+    one.wait("its own silence ends it", lambda: one.closed, 5)
+
+
 def test_a_stream_of_half_a_packet_holds_up_no_other(edge, phone):
     topic = fresh()
     one = phone()
