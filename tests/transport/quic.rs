@@ -186,6 +186,44 @@ async fn quic_lane_that_the_client_stops_is_gone_at_once() {
 }
 
 #[tokio::test]
+async fn quic_watches_of_many_reset_lanes_are_bounded() {
+    let mut server = Server::start(Kind::Quic);
+    let (_endpoint, connection) = server.quic().await;
+    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
+    control.write_all(b"c").await.expect("written");
+    let mut stream = server.accept().await.stream;
+    stream.authenticated();
+    assert_eq!(recv_n(&mut stream, 1).await, b"c");
+    let mut buf = Vec::new();
+    for n in 0..1100 {
+        let (mut data, mut data_rx) = soon(connection.open_bi()).await.expect("a lane");
+        data.write_all(b"x").await.expect("written");
+        let got = recv(&mut stream, &mut buf).await.expect("data");
+        let idle =
+            poll_fn(|cx| std::task::Poll::Ready(stream.poll_recv(cx, &mut buf).is_pending())).await;
+        assert!(idle, "round {n}");
+        data.reset(31u32.into()).expect("open");
+        let gone = recv(&mut stream, &mut buf).await.expect_err("gone");
+        assert!(matches!(gone, Closed::Lane(n) if n == got.lane));
+        match soon(data_rx.read(&mut [0; 1])).await {
+            Err(quinn::ReadError::Reset(code)) => assert_eq!(code, 31u32.into()),
+            other => panic!("{other:?}"),
+        }
+    }
+    // From then on it is noticed when something is sent.
+    let (mut data, mut data_rx) = soon(connection.open_bi()).await.expect("a lane");
+    data.write_all(b"x").await.expect("written");
+    let got = recv(&mut stream, &mut buf).await.expect("data");
+    data_rx.stop(7u32.into()).expect("open");
+    control.write_all(b"on").await.expect("written");
+    assert_eq!(recv_n(&mut stream, 2).await, b"on");
+    let gone = send(&mut stream, got.lane, b"late")
+        .await
+        .expect_err("gone");
+    assert!(matches!(gone, Closed::Lane(n) if n == got.lane));
+}
+
+#[tokio::test]
 async fn quic_control_end_is_the_connections_end() {
     let mut server = Server::start(Kind::Quic);
     for reset in [false, true] {

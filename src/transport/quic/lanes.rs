@@ -41,12 +41,23 @@ pub(in crate::transport) struct Quic {
     closing: Closing,
     /// Not yet as the layer numbers it.
     close_code: u32,
+    /// How control ended, while other lanes are still read; how often they were since.
+    over: Option<(Closed, usize)>,
+    /// Lanes that were reset while they were watched.
+    watches_left: usize,
     peer: SocketAddr,
     /// The peer's address changed, and nobody has asked yet.
     moved: bool,
     info: Arc<ListenerInfo>,
     limits: Arc<Limits>,
 }
+
+/// Reads that follow the end of control: what came on data lanes before it is not lost.
+const LAST_READS: usize = 256;
+
+/// The library keeps some hundred bytes of a stream that is reset while it is watched, until the
+/// connection ends. Past so many none is watched.
+const WATCHES_MAX: usize = 1024;
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + Sync>>;
 
@@ -60,9 +71,11 @@ struct DataLane {
 }
 
 impl DataLane {
-    fn new(lane: Bidi) -> Self {
+    /// `watched`: that the peer wants nothing more on it is noticed at once, not when something is
+    /// sent.
+    fn new(lane: Bidi, watched: bool) -> Self {
         Self {
-            stopped: Some(Box::pin(lane.stopped())),
+            stopped: watched.then(|| Box::pin(lane.stopped()) as _),
             lane,
             ended: false,
         }
@@ -129,6 +142,8 @@ impl Quic {
             next: 0,
             closing: Closing::Open,
             close_code: code::NORMAL,
+            over: None,
+            watches_left: 0,
             moved: false,
             info: Arc::clone(&listener.info),
             limits: Arc::clone(&listener.limits),
@@ -178,12 +193,20 @@ impl Quic {
         cx: &mut Context<'_>,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<Recv, Closed>> {
+        if let Some((closed, _)) = self.over.take_if(|(_, reads)| *reads >= LAST_READS) {
+            return Poll::Ready(Err(closed));
+        }
         self.poll_strays(cx);
         self.poll_accept(cx);
         let lanes = self.data.len() + 1;
-        let mut end = None;
         for i in 0..lanes {
             let lane = (self.next + i) % lanes;
+            if lane == 0
+                && let Some((_, reads)) = &mut self.over
+            {
+                *reads += 1;
+                continue;
+            }
             match self.poll_lane(cx, lane, buf) {
                 Poll::Ready(Ok(recv)) => {
                     self.next = lane + 1;
@@ -196,17 +219,18 @@ impl Quic {
                 }
                 // Bytes that came before the end, on any lane, go first.
                 Poll::Ready(Err(closed)) => {
-                    end.get_or_insert(closed);
+                    self.over.get_or_insert((closed, 0));
                 }
                 Poll::Pending => {}
             }
         }
-        if let (None, Some(session)) = (&end, &mut self.session)
-            && let Poll::Ready(closed) = session.poll_over(cx, self.layer)
-        {
-            end = Some(closed);
+        if let Some((closed, _)) = self.over.take() {
+            return Poll::Ready(Err(closed));
         }
-        end.map_or(Poll::Pending, |closed| Poll::Ready(Err(closed)))
+        match &mut self.session {
+            Some(session) => session.poll_over(cx, self.layer).map(Err),
+            None => Poll::Pending,
+        }
     }
 
     pub(in crate::transport) fn poll_send(
@@ -264,6 +288,7 @@ impl Quic {
     fn abort(&mut self, lane: u8, code: VarInt) {
         if let Some(mut data) = self.take(lane) {
             data.lane.abort(code);
+            self.watches_left += usize::from(data.stopped.is_some());
         }
     }
 
@@ -335,7 +360,9 @@ impl Quic {
                 return;
             };
             self.accept = Some(accept_bi(self.connection.clone()));
-            let lane = Some(DataLane::new(Bidi::new(send, recv, self.layer)));
+            let watched = self.watches_left < WATCHES_MAX;
+            let lane = Bidi::new(send, recv, self.layer);
+            let lane = Some(DataLane::new(lane, watched));
             if let Some(slot) = self.data.iter_mut().find(|slot| slot.is_none()) {
                 *slot = lane;
             } else if self.data.len() < LANES - 1 {
