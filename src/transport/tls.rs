@@ -8,6 +8,7 @@
 
 mod accept;
 mod clients;
+mod early;
 mod key_log;
 mod material;
 mod pem;

@@ -9,11 +9,10 @@ use parking_lot::RwLock;
 use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::CertificateDer;
-use rustls::server::{
-    ProducesTickets, ServerSessionMemoryCache, StoresServerSessions, WebPkiClientVerifier,
-};
+use rustls::server::{ProducesTickets, WebPkiClientVerifier};
 
 use super::clients::Clients;
+use super::early::EarlySessions;
 use super::key_log::KeyLogFile;
 use super::resolver::BySni;
 use super::{
@@ -21,10 +20,6 @@ use super::{
     ticketer,
 };
 use crate::transport::limits::HandshakeError;
-
-/// Sessions of QUIC that may be resumed where early data is taken; some hundred
-/// bytes each, and a client's certificate.
-const EARLY_SESSIONS: usize = 8192;
 
 /// The certificates of a listener, ready for each transport.
 pub struct ServerTls {
@@ -52,10 +47,8 @@ struct Tickets {
     mqtt: Arc<dyn ProducesTickets>,
     http: Arc<dyn ProducesTickets>,
     quic: Arc<dyn ProducesTickets>,
-    /// In place of the tickets for QUIC where early data is taken: each is good
-    /// for one resumption, so early data cannot be taken twice (RFC 8446
-    /// section 8.1).
-    early: Option<Arc<dyn StoresServerSessions>>,
+    /// In place of the tickets for QUIC where early data is taken.
+    early: Option<Arc<EarlySessions>>,
 }
 
 impl Tickets {
@@ -64,7 +57,7 @@ impl Tickets {
             mqtt: ticketer()?,
             http: ticketer()?,
             quic: ticketer()?,
-            early: early_data.then(|| ServerSessionMemoryCache::new(EARLY_SESSIONS) as _),
+            early: early_data.then(Arc::default),
         })
     }
 }
@@ -139,7 +132,13 @@ impl ServerTls {
 
     /// From now on handshakes begin with `next`; connections are left alone.
     pub fn install(&self, next: Configs) {
-        *self.current.write() = Arc::new(next);
+        let next = Arc::new(next);
+        let before = std::mem::replace(&mut *self.current.write(), Arc::clone(&next));
+        if let (Some(old), Some(new)) = (&before.tickets.early, &next.tickets.early)
+            && !Arc::ptr_eq(old, new)
+        {
+            old.close();
+        }
     }
 
     pub(in crate::transport) fn current(&self) -> Arc<Configs> {
@@ -231,7 +230,7 @@ impl Configs {
         let ticket_key = tickets.early.is_none().then_some(&tickets.quic);
         let mut quic = config(ALPN_MQTT, true, ticket_key)?;
         if let Some(sessions) = &tickets.early {
-            quic.session_storage = Arc::clone(sessions);
+            quic.session_storage = Arc::clone(sessions) as _;
             // QUIC bounds it by flow control and knows no other number (RFC 9001 section 4.6.1).
             quic.max_early_data_size = u32::MAX;
         }
