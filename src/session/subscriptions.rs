@@ -20,7 +20,7 @@ use super::{Close, Effect, Left, Policy, Session, SessionLimits, Wanted};
 const PENDING_MAX: usize = 100;
 
 /// Filters of one SUBSCRIBE that are looked at, the same one again included: those behind are
-/// refused.
+/// refused. An UNSUBSCRIBE has no more.
 const FILTERS_MAX: usize = u16::MAX as usize;
 
 /// A filter that a SUBSCRIBE has named.
@@ -305,10 +305,6 @@ impl Session {
         if self.subscriptions.is_empty() {
             self.subscriptions.reserve_exact(1);
         }
-        if self.subscriptions.is_empty() {
-            // Many clients have one; the next makes room for four.
-            self.subscriptions.reserve_exact(1);
-        }
         self.subscriptions.push(new);
         None
     }
@@ -376,6 +372,12 @@ impl Session {
         unsubscribe: &Unsubscribe<'_>,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Close> {
+        if unsubscribe.filters().nth(FILTERS_MAX).is_some() {
+            return Err(close(
+                ReasonCode::QUOTA_EXCEEDED,
+                "an UNSUBSCRIBE of more than 65,535 filters",
+            ));
+        }
         let mut codes = Vec::new();
         let mut filters = Vec::new();
         let scope = self.connection.as_ref().and_then(|c| c.scope.clone());

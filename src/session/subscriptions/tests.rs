@@ -3,7 +3,7 @@ use std::cell::Cell;
 use proptest::prelude::*;
 
 use super::*;
-use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, has_wildcard};
+use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe, has_wildcard};
 use crate::session::{ConnectionSpec, QueueFull};
 
 fn subscription(filter: u32, name: &str) -> Subscription {
@@ -240,6 +240,30 @@ fn a_subscribe_with_more_filters_than_can_be_counted_is_answered_whole() {
     let granted = codes.iter().filter(|c| **c == 1).count();
     assert_eq!(granted, FILTERS_MAX);
     assert!(codes[FILTERS_MAX..].iter().all(|c| *c == 0x97));
+}
+
+#[test]
+fn an_unsubscribe_has_no_more_filters_than_can_be_counted() {
+    for (count, fits) in [(FILTERS_MAX, true), (FILTERS_MAX + 1, false)] {
+        let mut session = connected();
+        let mut packet = Vec::new();
+        encode_unsubscribe(Version::V5, 1, std::iter::repeat_n("a", count), &mut packet);
+        let decoder = Decoder {
+            version: Version::V5,
+            receiver: Receiver::Server,
+            max: u32::MAX,
+        };
+        let (packet, _) = decoder.next(&packet).expect("legal").expect("whole");
+        let (limits, policy) = (limits(10), Counting::default());
+        let taken = session.packet(0, &packet, &limits, &policy, 0, &mut Vec::new());
+        assert_eq!(
+            taken.map_err(|close| close.reason),
+            match fits {
+                true => Ok(()),
+                false => Err(ReasonCode::QUOTA_EXCEEDED),
+            }
+        );
+    }
 }
 
 #[test]
