@@ -25,6 +25,9 @@ use streams::{Lane, Network, allowed};
 
 /// Output of the session for a lane that takes none beyond which nothing is read from that lane, bytes.
 const BACKLOG_MAX: usize = 64 * 1024;
+/// Output that the data streams of one connection have not taken beyond which none of them is read,
+/// bytes: so much when all connections' is within its budget, [`BACKLOG_MAX`] when it is not.
+const HELD_MAX: usize = 4 * 1024 * 1024;
 
 /// A connection with its session.
 pub(super) struct Opened {
@@ -173,8 +176,7 @@ impl<'a> Connection<'a> {
                 self.fresh = true;
                 continue;
             }
-            // Where a peer sends and does not read it gets no further answers.
-            let unread = self.full & !self.free_lanes().0;
+            let unread = self.unread_lanes();
             self.tell_unread(unread != 0);
             if unread & 1 != 0 {
                 return Poll::Pending;
@@ -531,17 +533,40 @@ impl<'a> Connection<'a> {
         self.tell_unread(lane.is_some());
     }
 
+    /// Lanes that are left unread, as bits: where a peer sends and does not read it gets no further
+    /// answers.
+    fn unread_lanes(&self) -> u16 {
+        let (free, held) = self.free_lanes();
+        let held_max = match self.clients.router.output_pressed() {
+            true => BACKLOG_MAX,
+            false => HELD_MAX,
+        };
+        match held > held_max {
+            true => u16::MAX << 1 | self.full & !free,
+            false => self.full & !free,
+        }
+    }
+
     /// Something that the client may have sent is left unread, or nothing is any more: as long as it
     /// is, silence is not the client's.
     fn tell_unread(&mut self, unread: bool) {
         if std::mem::replace(&mut self.unread, unread) == unread {
             return;
         }
+        let now = self.clients.clock.now();
+        if !unread {
+            // What it said meanwhile may be on its way yet.
+            let lanes = self.lanes.iter_mut().map(|lane| &mut lane.partial);
+            for partial in lanes.chain([&mut self.partial]) {
+                partial.since = now;
+            }
+        }
         self.clients
             .router
             .with(self.session, self.generation, |session, _| {
                 if let Some(connection) = session.connection() {
                     connection.unread = unread;
+                    connection.last_seen = now;
                 }
             });
     }

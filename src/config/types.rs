@@ -400,7 +400,8 @@ pub struct Limits {
     /// From a packet's first byte to its last.
     #[serde(deserialize_with = "duration")]
     pub packet_deadline: Duration,
-    /// A socket that takes nothing for this long is closed.
+    /// A socket that takes nothing for this long is closed; for each 8 KiB that
+    /// wait for it it has a second more.
     #[serde(deserialize_with = "duration")]
     pub write_stall: Duration,
     /// Bytes encoded ahead of a socket, per connection.

@@ -105,7 +105,19 @@ impl Router {
         self.settle_due(due, now);
     }
 
-    /// Ends connections whose socket takes nothing; walks all sessions, so not at each tick.
+    /// By when `bytes` must be taken that are offered from `since` on, milliseconds. Who takes them
+    /// slowly but steadily may; a byte now and then is not enough.
+    pub fn stalled_at(&self, since: u64, bytes: usize) -> u64 {
+        let more = bytes as u64 * 1000 / SLOWEST;
+        since.saturating_add(self.config.write_stall + more)
+    }
+
+    /// The output of all connections is over its budget.
+    pub fn output_pressed(&self) -> bool {
+        self.limits.output_buffer.load(Ordering::Relaxed) != self.output_buffer
+    }
+
+    /// Ends connections whose socket takes too little; walks all sessions, so not at each tick.
     pub fn close_stalled(&self, now: u64) {
         for shard in &self.shards {
             let mut shard = shard.lock();
@@ -115,7 +127,7 @@ impl Router {
                         .session
                         .connection_ref()
                         .is_some_and(|c| c.has_output());
-                let stalled = waits && slot.taken_at.saturating_add(self.config.write_stall) < now;
+                let stalled = waits && self.stalled_at(slot.taken_at, slot.taken) < now;
                 if stalled && let Some(wake) = &slot.wake {
                     wake.close(WRITE_STALL);
                 }
@@ -341,6 +353,9 @@ impl Router {
     }
 }
 
+/// What a client takes of its output at least once that has waited for `limits.write_stall`, bytes a second.
+const SLOWEST: u64 = 8192;
+
 /// Bytes of each connection's output under pressure.
 const PRESSED: usize = 2048;
 
@@ -352,7 +367,7 @@ const KEEP_ALIVE: Close = Close {
 /// Ends a connection whose socket takes nothing.
 pub const WRITE_STALL: Close = Close {
     reason: ReasonCode::QUOTA_EXCEEDED,
-    why: "the socket took nothing for limits.write_stall",
+    why: "the socket took too little within limits.write_stall",
 };
 
 #[cfg(test)]
@@ -366,6 +381,22 @@ mod tests {
     use crate::router::{Connect, Place};
     use crate::session::ConnectionSpec;
     use crate::upstream::testing;
+
+    #[test]
+    fn who_takes_its_output_slowly_has_time_for_all_of_it() {
+        let router = testing::router();
+        let client = testing::client(&router, "c");
+        let mut shard = router.shards[usize::from(client.session.shard)].lock();
+        let slot = shard.get(client.session).expect("there");
+        let wake = Arc::new(Wake::default());
+        (slot.taken, slot.taken_at, slot.wake) = (1 << 20, 1000, Some(wake.clone()));
+        drop(shard);
+        let last = 1000 + router.config.write_stall + (1 << 20) * 1000 / SLOWEST;
+        router.close_stalled(last);
+        assert!(wake.closing().is_none());
+        router.close_stalled(last + 1);
+        assert_eq!(wake.closing(), Some(WRITE_STALL));
+    }
 
     #[test]
     fn what_is_deferred_is_settled_without_its_lock() {

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from aioquic.quic.connection import QuicConnectionId
+from aioquic.quic.packet import QuicFrameType
 
 from harness import wire
 from harness.names import fresh
@@ -190,6 +191,39 @@ def test_a_client_that_takes_no_answers(alone):
             time.sleep(0.01)
         one.wait("the stream is given up", lambda: 4 in one.ended or one.closed, 15)
         assert one.closed is None
+        one.pinged()
+    bystander.judge()
+
+
+def test_a_client_that_takes_a_byte_now_and_then(alone):
+    """That is no progress: its stream is reset as if it took nothing."""
+    edge, bystander = alone(limits={"write_stall": "1s"})
+    with Phone(edge["quic"].port, edge.pki.ca, options={"max_stream_data": 1024}) as one:
+        credit = one.quic._write_stream_limits
+        due = False
+
+        def drip(builder, space, stream):
+            nonlocal due
+            if stream.stream_id != 4:
+                return credit(builder=builder, space=space, stream=stream)
+            if not due:
+                return None
+            due = False
+            stream.max_stream_data_local += 1
+            frame = builder.start_frame(QuicFrameType.MAX_STREAM_DATA, capacity=17)
+            frame.push_uint_var(stream.stream_id)
+            frame.push_uint_var(stream.max_stream_data_local)
+
+        one.quic._write_stream_limits = drip
+        one.connect(fresh("id"))
+        one.send(4, wire.unsubscribe(7, *["a"] * 4000))
+        end = time.monotonic() + 15
+        while 4 not in one.ended and not one.closed and time.monotonic() < end:
+            due = True
+            one.pinged()
+            time.sleep(0.05)
+        assert 4 in one.ended and one.closed is None
+        assert len(one.buffers[4]) > 1024, "it took nothing"
         one.pinged()
     bystander.judge()
 

@@ -301,9 +301,9 @@ def test_what_waits_for_a_stream_that_is_not_read_leaves_the_others_read(edge, p
     one.subscribe(4, (slow, 1))
     one.subscribe(8, (quick, 1))
     pub = client(edge)
-    for n in range(2):
+    for n in range(3):
         if what == "answers":
-            one.send(4, wire.unsubscribe(7 + n, *["a"] * 80_000))
+            one.send(4, wire.unsubscribe(7 + n, *["a"] * 60_000))
         else:
             pub.publish(slow, "." * 100_000, qos=1)
     pub.publish(quick, "quick", qos=1)
@@ -322,10 +322,10 @@ def test_keep_alive_forgives_what_is_left_unread(edge, phone):
     one = phone(keep_alive=1, dial={"options": {"max_stream_data": 8192}})
     credit = one.quic._write_stream_limits
     one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == 4 else credit(stream=stream, **more)
-    for n in range(2):
-        one.send(4, wire.unsubscribe(7 + n, *["a"] * 80_000))
+    for n in range(3):
+        one.send(4, wire.unsubscribe(7 + n, *["a"] * 60_000))
     end = time.monotonic() + 4
-    n = 9
+    n = 10
     while time.monotonic() < end:
         n += 1
         one.send(4, wire.publish("t", b"x", 1, n))
@@ -334,9 +334,26 @@ def test_keep_alive_forgives_what_is_left_unread(edge, phone):
     # It takes them, and all has been waiting for that.
     del one.quic._write_stream_limits
     one.do(lambda quic: None)
-    assert [one.recv(4).kind for _ in range(2)] == [wire.UNSUBACK] * 2
-    assert [one.recv(4).packet_id for _ in range(10, n + 1)] == list(range(10, n + 1))
+    assert [one.recv(4).kind for _ in range(3)] == [wire.UNSUBACK] * 3
+    assert [one.recv(4).packet_id for _ in range(11, n + 1)] == list(range(11, n + 1))
     one.wait("its own silence ends it", lambda: one.closed, 5)
+
+
+def test_keep_alive_begins_anew_when_all_is_read_again(edge, phone):
+    """What it says when its stream moves again needs a moment to come."""
+    one = phone(keep_alive=2, dial={"options": {"max_stream_data": 8192}})
+    credit = one.quic._write_stream_limits
+    one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == 4 else credit(stream=stream, **more)
+    for n in range(3):
+        one.send(4, wire.unsubscribe(7 + n, *["a"] * 60_000))
+    # The deadline is after 3 s, and again after 6 s.
+    time.sleep(5)
+    del one.quic._write_stream_limits
+    one.do(lambda quic: None)
+    assert [one.recv(4).kind for _ in range(3)] == [wire.UNSUBACK] * 3
+    time.sleep(1.5)
+    assert one.closed is None
+    one.pinged()
 
 
 def test_a_stream_of_half_a_packet_holds_up_no_other(edge, phone):

@@ -25,8 +25,8 @@ pub(super) struct Lane<'a> {
     pub partial: Partial<'a>,
     /// The client ended its direction.
     closed: bool,
-    /// Since when it takes nothing of what waits for it, milliseconds; 0: it does.
-    stuck_since: u64,
+    /// By when it must have taken all that waits for it, milliseconds; 0: nothing does.
+    stuck_until: u64,
     stuck: Stuck,
 }
 
@@ -119,7 +119,7 @@ impl<'a> Connection<'a> {
                     out: OutBuf::default(),
                     partial: Partial::default(),
                     closed: false,
-                    stuck_since: 0,
+                    stuck_until: 0,
                     stuck: Stuck::default(),
                 });
                 self.lanes.len() - 1
@@ -164,12 +164,15 @@ impl<'a> Connection<'a> {
                 metrics().bytes_sent.increment((before - left) as u64);
                 match sent {
                     Poll::Ready(Ok(())) => {
-                        lane.stuck_since = 0;
+                        lane.stuck_until = 0;
                         self.fresh = true;
                     }
                     Poll::Pending => {
-                        if left < before || lane.stuck_since == 0 {
-                            lane.stuck_since = self.clients.clock.now().max(1);
+                        if lane.stuck_until == 0 {
+                            let now = self.clients.clock.now();
+                            lane.stuck_until = self.clients.router.stalled_at(now, before);
+                            lane.stuck = Stuck::default();
+                        } else if left < before {
                             lane.stuck = Stuck::default();
                         }
                         // For `watch_lanes`.
@@ -204,18 +207,17 @@ impl<'a> Connection<'a> {
 
     /// What does not move for a moment is gone around, what does not for long is given up.
     pub(super) fn watch_lanes(&mut self) {
-        if self.lanes.iter().all(|l| l.stuck_since == 0) {
+        if self.lanes.iter().all(|l| l.stuck_until == 0) {
             return;
         }
         let now = self.clients.clock.now();
-        let write_stall = self.clients.limits.write_stall.as_millis() as u64;
         let network = self.network.get_or_insert_default();
         let others = network.carries(self.stream.traffic()) && !self.flushing;
         let mut given_up = Vec::new();
         let mut around = Vec::new();
-        for lane in self.lanes.iter_mut().filter(|l| l.stuck_since > 0) {
+        for lane in self.lanes.iter_mut().filter(|l| l.stuck_until > 0) {
             let by_itself = lane.stuck.look(now, others);
-            if now.saturating_sub(lane.stuck_since) >= write_stall {
+            if now >= lane.stuck_until {
                 given_up.push(lane.number);
             } else if by_itself >= PATIENCE.as_millis() as u64 {
                 // Again each time: it may have been subscribed on anew.
@@ -224,7 +226,7 @@ impl<'a> Connection<'a> {
         }
         for number in given_up {
             let code = ReasonCode::QUOTA_EXCEEDED;
-            let why = "it took nothing for limits.write_stall";
+            let why = "it took too little within limits.write_stall";
             let end = fault(DisconnectReason::WriteStall, code, why);
             self.break_lane(number, StreamReason::WriteStall, &end);
         }

@@ -91,7 +91,7 @@ labels! {
         Incomplete = "incomplete",
         /// A packet did not end within `packet_deadline`.
         PacketDeadline = "packet_deadline",
-        /// It took nothing for `write_stall`.
+        /// It took too little within `write_stall`.
         WriteStall = "write_stall",
         /// A limit of ours.
         Quota = "quota",
@@ -125,7 +125,7 @@ labels! {
         Topic = "topic",
         /// A QoS or RETAIN that CONNACK excluded (0x9B, 0x9A).
         NotSupported = "not_supported",
-        /// The socket took nothing for `write_stall`.
+        /// The socket took too little within `write_stall`.
         WriteStall = "write_stall",
         /// A packet did not end within `packet_deadline`.
         PacketDeadline = "packet_deadline",
