@@ -246,6 +246,9 @@ pub enum Closed {
         /// (RFC 6455 section 7.4.1).
         ws_code: u16,
     },
+    /// The peer used up what one connection can have of something.
+    #[error("{0}")]
+    Quota(&'static str),
     /// A WebSocket message is larger than the limit that holds now.
     #[error("message larger than the limit")]
     TooLarge,

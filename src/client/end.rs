@@ -96,6 +96,7 @@ impl End {
                 ReasonCode::PACKET_TOO_LARGE,
                 CloseHow::Protocol,
             ),
+            Closed::Quota(_) => (D::Quota, ReasonCode::QUOTA_EXCEEDED, CloseHow::Overload),
             Closed::Violation { .. } => {
                 (D::Protocol, ReasonCode::PROTOCOL_ERROR, CloseHow::Protocol)
             }

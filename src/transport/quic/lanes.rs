@@ -41,7 +41,7 @@ pub(in crate::transport) struct Quic {
     closing: Closing,
     /// Not yet as the layer numbers it.
     close_code: u32,
-    /// How control ended, while other lanes are still read; how often they were since.
+    /// How control ended, while other lanes are still read; how often control was passed over since.
     over: Option<(Closed, usize)>,
     /// Lanes that were reset while they were watched.
     watches_left: usize,
@@ -52,12 +52,12 @@ pub(in crate::transport) struct Quic {
     limits: Arc<Limits>,
 }
 
-/// Reads that follow the end of control: what came on data lanes before it is not lost.
-const LAST_READS: usize = 256;
+/// Passes over the lanes that follow the end of control: what came on others before it is not lost.
+const LAST_PASSES: usize = 256;
 
 /// The library keeps some hundred bytes of a stream that is reset while it is watched, until the
-/// connection ends. Past so many none is watched.
-const WATCHES_MAX: usize = 1024;
+/// connection ends.
+const WATCHES_MAX: usize = 4096;
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + Sync>>;
 
@@ -68,16 +68,17 @@ struct DataLane {
     ended: bool,
     /// Resolves when the peer wants nothing more on it (STOP_SENDING).
     stopped: Option<BoxFuture<Result<Option<VarInt>, StoppedError>>>,
+    /// The library has been asked, and has not answered.
+    watched: bool,
 }
 
 impl DataLane {
-    /// `watched`: that the peer wants nothing more on it is noticed at once, not when something is
-    /// sent.
-    fn new(lane: Bidi, watched: bool) -> Self {
+    fn new(lane: Bidi) -> Self {
         Self {
-            stopped: watched.then(|| Box::pin(lane.stopped()) as _),
+            stopped: Some(Box::pin(lane.stopped())),
             lane,
             ended: false,
+            watched: false,
         }
     }
 
@@ -85,7 +86,9 @@ impl DataLane {
         let Some(stopped) = &mut self.stopped else {
             return Poll::Pending;
         };
-        let result = ready!(stopped.as_mut().poll(cx));
+        let polled = stopped.as_mut().poll(cx);
+        self.watched = polled.is_pending();
+        let result = ready!(polled);
         self.stopped = None;
         match result {
             Ok(Some(code)) => Poll::Ready(code),
@@ -193,18 +196,23 @@ impl Quic {
         cx: &mut Context<'_>,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<Recv, Closed>> {
-        if let Some((closed, _)) = self.over.take_if(|(_, reads)| *reads >= LAST_READS) {
+        if let Some((closed, _)) = self.over.take_if(|(_, passes)| *passes >= LAST_PASSES) {
             return Poll::Ready(Err(closed));
+        }
+        if self.watches_left >= WATCHES_MAX {
+            let why = "more data streams were reset than one connection can have";
+            return Poll::Ready(Err(Closed::Quota(why)));
         }
         self.poll_strays(cx);
         self.poll_accept(cx);
         let lanes = self.data.len() + 1;
+        let mut end = None;
         for i in 0..lanes {
             let lane = (self.next + i) % lanes;
             if lane == 0
-                && let Some((_, reads)) = &mut self.over
+                && let Some((_, passes)) = &mut self.over
             {
-                *reads += 1;
+                *passes += 1;
                 continue;
             }
             match self.poll_lane(cx, lane, buf) {
@@ -218,13 +226,15 @@ impl Quic {
                     return Poll::Ready(Err(Closed::Lane(number)));
                 }
                 // Bytes that came before the end, on any lane, go first.
+                Poll::Ready(Err(closed)) if lane == 0 => self.over = Some((closed, 0)),
+                // The connection is lost: what control has had of it is still read.
                 Poll::Ready(Err(closed)) => {
-                    self.over.get_or_insert((closed, 0));
+                    end.get_or_insert(closed);
                 }
                 Poll::Pending => {}
             }
         }
-        if let Some((closed, _)) = self.over.take() {
+        if let Some(closed) = self.over.take().map(|(closed, _)| closed).or(end) {
             return Poll::Ready(Err(closed));
         }
         match &mut self.session {
@@ -255,7 +265,10 @@ impl Quic {
                 }
                 Err(error) if lane != 0 => {
                     let code = match error {
-                        WriteError::Stopped(code) => code,
+                        WriteError::Stopped(code) => {
+                            self.unwatch(lane);
+                            code
+                        }
                         _ => self.layer.code(code::NORMAL),
                     };
                     self.abort(lane, code);
@@ -288,7 +301,16 @@ impl Quic {
     fn abort(&mut self, lane: u8, code: VarInt) {
         if let Some(mut data) = self.take(lane) {
             data.lane.abort(code);
-            self.watches_left += usize::from(data.stopped.is_some());
+            self.watches_left += usize::from(data.watched);
+        }
+    }
+
+    /// The library has told, to whoever asked.
+    fn unwatch(&mut self, lane: u8) {
+        let at = usize::from(lane).checked_sub(1);
+        let data = at.and_then(|at| self.data.get_mut(at)?.as_mut());
+        if let Some(data) = data {
+            data.watched = false;
         }
     }
 
@@ -360,9 +382,7 @@ impl Quic {
                 return;
             };
             self.accept = Some(accept_bi(self.connection.clone()));
-            let watched = self.watches_left < WATCHES_MAX;
-            let lane = Bidi::new(send, recv, self.layer);
-            let lane = Some(DataLane::new(lane, watched));
+            let lane = Some(DataLane::new(Bidi::new(send, recv, self.layer)));
             if let Some(slot) = self.data.iter_mut().find(|slot| slot.is_none()) {
                 *slot = lane;
             } else if self.data.len() < LANES - 1 {
