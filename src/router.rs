@@ -395,6 +395,7 @@ impl Router {
         // What waits for one data stream is its task's to watch; control is the connection.
         if free & 1 != 0 {
             slot.taken_at = now;
+            slot.offered = empty.len();
             taken += empty.len();
         }
         slot.taken = taken;

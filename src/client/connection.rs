@@ -84,8 +84,8 @@ struct Connection<'a> {
     partial: Partial<'a>,
     /// The lane whose next packet has to wait: nothing is read meanwhile.
     held: Option<u8>,
-    /// As the session knows it: something is left unread.
-    unread: bool,
+    /// Lanes that are left unread, as bits; the session knows whether there are any.
+    unread: u16,
     /// The session may have output that was not taken.
     fresh: bool,
     /// The transport has bytes that it could not pass on yet.
@@ -131,7 +131,7 @@ impl<'a> Connection<'a> {
             network: None,
             partial: Partial::default(),
             held: None,
-            unread: false,
+            unread: 0,
             fresh: true,
             qos0_at: 0,
             publish_link: admitted.publish_link,
@@ -177,7 +177,7 @@ impl<'a> Connection<'a> {
                 continue;
             }
             let unread = self.unread_lanes();
-            self.tell_unread(unread != 0);
+            self.tell_unread(unread);
             if unread & 1 != 0 {
                 return Poll::Pending;
             }
@@ -216,6 +216,9 @@ impl<'a> Connection<'a> {
                     }
                     Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
                     Poll::Pending => {
+                        if self.out.buf.len() - self.out.at < before {
+                            self.wake.moved(self.clients.clock.now());
+                        }
                         self.flushing = true;
                         if self.lanes.is_empty() {
                             return Ok(());
@@ -530,36 +533,43 @@ impl<'a> Connection<'a> {
         if lane.is_some() {
             metrics().publishes_held_back[HeldReason::V3Unread].increment(1);
         }
-        self.tell_unread(lane.is_some());
+        self.tell_unread(if lane.is_some() { u16::MAX } else { 0 });
     }
 
     /// Lanes that are left unread, as bits: where a peer sends and does not read it gets no further
     /// answers.
     fn unread_lanes(&self) -> u16 {
-        let (free, held) = self.free_lanes();
+        let full = self.full & !self.free_lanes().0;
+        let held: usize = self.lanes.iter().map(|l| l.out.rest().len()).sum();
         let held_max = match self.clients.router.output_pressed() {
             true => BACKLOG_MAX,
             false => HELD_MAX,
         };
         match held > held_max {
-            true => u16::MAX << 1 | self.full & !free,
-            false => self.full & !free,
+            true => u16::MAX << 1 | full,
+            false => full,
         }
     }
 
-    /// Something that the client may have sent is left unread, or nothing is any more: as long as it
-    /// is, silence is not the client's.
-    fn tell_unread(&mut self, unread: bool) {
-        if std::mem::replace(&mut self.unread, unread) == unread {
+    /// What the client may have sent on these lanes is left unread, as bits: as long as there are any,
+    /// silence is not the client's.
+    fn tell_unread(&mut self, lanes: u16) {
+        let before = std::mem::replace(&mut self.unread, lanes);
+        if before == lanes {
             return;
         }
         let now = self.clients.clock.now();
-        if !unread {
-            // What it said meanwhile may be on its way yet.
-            let lanes = self.lanes.iter_mut().map(|lane| &mut lane.partial);
-            for partial in lanes.chain([&mut self.partial]) {
-                partial.since = now;
-            }
+        // What it said meanwhile may be on its way yet.
+        let again = before & !lanes;
+        if again & 1 != 0 {
+            self.partial.since = now;
+        }
+        for lane in self.lanes.iter_mut().filter(|l| again & 1 << l.number != 0) {
+            lane.partial.since = now;
+        }
+        let unread = lanes != 0;
+        if unread == (before != 0) {
+            return;
         }
         self.clients
             .router

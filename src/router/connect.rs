@@ -162,6 +162,7 @@ impl Router {
         slot.origin = Some(connect.origin.clone());
         slot.woken = true;
         slot.taken = 0;
+        slot.offered = 0;
         slot.taken_at = now;
         let publish_link = slot.publish_link;
         let shared = slot.session.subscriptions().iter().filter(|s| s.shared);

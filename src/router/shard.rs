@@ -42,8 +42,9 @@ pub(super) struct Slot {
     charged: usize,
     /// Bytes of output that the connection's task took last, and has perhaps not written yet.
     pub taken: usize,
-    /// When it took output last, milliseconds.
+    /// When it took output of the control lane last, milliseconds, and how many bytes.
     pub taken_at: u64,
+    pub offered: usize,
     /// Bytes of output charged to the account.
     charged_output: usize,
 }
@@ -119,6 +120,7 @@ impl Shard {
             charged: 0,
             taken: 0,
             taken_at: 0,
+            offered: 0,
             charged_output: 0,
         })) as u32;
         self.by_id.insert(id, slot);

@@ -122,13 +122,13 @@ impl Router {
         for shard in &self.shards {
             let mut shard = shard.lock();
             for (_, slot) in shard.slots.iter_mut() {
-                let waits = slot.taken > 0
-                    || slot
-                        .session
-                        .connection_ref()
-                        .is_some_and(|c| c.has_output());
-                let stalled = waits && self.stalled_at(slot.taken_at, slot.taken) < now;
-                if stalled && let Some(wake) = &slot.wake {
+                let Some(wake) = &slot.wake else {
+                    continue;
+                };
+                let moved = slot.taken_at.max(wake.moved_at());
+                let stands = moved.saturating_add(self.config.write_stall) < now;
+                let drags = self.stalled_at(slot.taken_at, slot.offered) < now;
+                if slot.offered > 0 && (stands || drags) {
                     wake.close(WRITE_STALL);
                 }
             }
@@ -389,12 +389,29 @@ mod tests {
         let mut shard = router.shards[usize::from(client.session.shard)].lock();
         let slot = shard.get(client.session).expect("there");
         let wake = Arc::new(Wake::default());
-        (slot.taken, slot.taken_at, slot.wake) = (1 << 20, 1000, Some(wake.clone()));
+        (slot.offered, slot.taken_at, slot.wake) = (1 << 20, 1000, Some(wake.clone()));
         drop(shard);
         let last = 1000 + router.config.write_stall + (1 << 20) * 1000 / SLOWEST;
+        wake.moved(last - 5);
         router.close_stalled(last);
         assert!(wake.closing().is_none());
         router.close_stalled(last + 1);
+        assert_eq!(wake.closing(), Some(WRITE_STALL));
+    }
+
+    #[test]
+    fn who_takes_nothing_has_no_more_time_however_much_it_is() {
+        let router = testing::router();
+        let client = testing::client(&router, "c");
+        let mut shard = router.shards[usize::from(client.session.shard)].lock();
+        let slot = shard.get(client.session).expect("there");
+        let wake = Arc::new(Wake::default());
+        (slot.offered, slot.taken_at, slot.wake) = (1 << 20, 1000, Some(wake.clone()));
+        drop(shard);
+        wake.moved(2000);
+        router.close_stalled(2000 + router.config.write_stall);
+        assert!(wake.closing().is_none());
+        router.close_stalled(2001 + router.config.write_stall);
         assert_eq!(wake.closing(), Some(WRITE_STALL));
     }
 

@@ -16,6 +16,8 @@ pub struct Wake {
     ping: AtomicBool,
     /// When something was last given to the task to be sent, milliseconds.
     sent_at: AtomicU64,
+    /// When the transport last took a part of what it was offered, milliseconds.
+    moved_at: AtomicU64,
     queued: AtomicBool,
     close: Mutex<Option<Close>>,
 }
@@ -72,6 +74,16 @@ impl Wake {
     /// When it was given something last, a ping included; milliseconds.
     pub(super) fn sent_at(&self) -> u64 {
         self.sent_at.load(Ordering::Relaxed)
+    }
+
+    /// The transport took a part of what it was offered.
+    pub fn moved(&self, now: u64) {
+        self.moved_at.store(now, Ordering::Relaxed);
+    }
+
+    /// When it did last, milliseconds.
+    pub(super) fn moved_at(&self) -> u64 {
+        self.moved_at.load(Ordering::Relaxed)
     }
 
     /// Why the connection is to end, if it is.

@@ -27,6 +27,8 @@ pub(super) struct Lane<'a> {
     closed: bool,
     /// By when it must have taken all that waits for it, milliseconds; 0: nothing does.
     stuck_until: u64,
+    /// When it last took some of it.
+    moved_at: u64,
     stuck: Stuck,
 }
 
@@ -120,6 +122,7 @@ impl<'a> Connection<'a> {
                     partial: Partial::default(),
                     closed: false,
                     stuck_until: 0,
+                    moved_at: 0,
                     stuck: Stuck::default(),
                 });
                 self.lanes.len() - 1
@@ -152,6 +155,7 @@ impl<'a> Connection<'a> {
     /// Writes what the data streams take, and ends those that have got all.
     pub(super) fn poll_lanes(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
         let mut at = 0;
+        let held = self.free_lanes().1;
         while at < self.lanes.len() {
             let lane = &mut self.lanes[at];
             let number = lane.number;
@@ -168,12 +172,14 @@ impl<'a> Connection<'a> {
                         self.fresh = true;
                     }
                     Poll::Pending => {
+                        let now = self.clients.clock.now();
+                        if left < before || lane.stuck_until == 0 {
+                            lane.moved_at = now;
+                            lane.stuck = Stuck::default();
+                        }
                         if lane.stuck_until == 0 {
-                            let now = self.clients.clock.now();
-                            lane.stuck_until = self.clients.router.stalled_at(now, before);
-                            lane.stuck = Stuck::default();
-                        } else if left < before {
-                            lane.stuck = Stuck::default();
+                            // All share the way.
+                            lane.stuck_until = self.clients.router.stalled_at(now, held);
                         }
                         // For `watch_lanes`.
                         self.clients.router.wake_soon(&self.wake);
@@ -211,13 +217,19 @@ impl<'a> Connection<'a> {
             return;
         }
         let now = self.clients.clock.now();
+        let write_stall = self.clients.limits.write_stall.as_millis() as u64;
         let network = self.network.get_or_insert_default();
-        let others = network.carries(self.stream.traffic()) && !self.flushing;
+        let carries = network.carries(self.stream.traffic());
         let mut given_up = Vec::new();
         let mut around = Vec::new();
         for lane in self.lanes.iter_mut().filter(|l| l.stuck_until > 0) {
-            let by_itself = lane.stuck.look(now, others);
-            if now >= lane.stuck_until {
+            let since = now.saturating_sub(lane.stuck.at.unwrap_or(now));
+            let by_itself = lane.stuck.look(now, carries && !self.flushing);
+            if !carries {
+                // An outage is not its fault.
+                lane.stuck_until += since;
+            }
+            if now >= lane.stuck_until || now >= lane.moved_at + write_stall {
                 given_up.push(lane.number);
             } else if by_itself >= PATIENCE.as_millis() as u64 {
                 // Again each time: it may have been subscribed on anew.
