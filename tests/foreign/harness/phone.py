@@ -23,9 +23,9 @@ def configuration(ca, **more) -> QuicConfiguration:
     return made
 
 
-def first_flight(port: int, ca) -> list[bytes]:
+def first_flight(port: int, ca, **more) -> list[bytes]:
     """The datagrams that a client sends before it has heard anything."""
-    quic = QuicConnection(configuration=configuration(ca))
+    quic = QuicConnection(configuration=configuration(ca, **more))
     quic.connect(("127.0.0.1", port), now=0)
     return [raw for raw, _ in quic.datagrams_to_send(now=0)]
 
