@@ -186,7 +186,9 @@ impl Server {
 fn admit(incoming: Incoming, listener: &Listener) -> Option<(Incoming, Permit, HandshakePlace)> {
     let limits = &listener.limits;
     let places = &limits.handshakes.quic;
-    if places.pressed() && incoming.may_retry() {
+    // Who has proved it already, with a token of an earlier connection, need not again.
+    let proved = incoming.remote_address_validated();
+    if places.pressed() && !proved && incoming.may_retry() {
         limits.events.retry_sent(&listener.info);
         // Only fails without may_retry.
         let _ = incoming.retry();

@@ -454,6 +454,32 @@ async fn quic_asks_for_proof_of_address_under_pressure() {
 }
 
 #[tokio::test]
+async fn quic_asks_no_proof_of_who_has_given_it_before() {
+    let handshakes = Handshakes::new(3);
+    let mut server = Server::with(Kind::Quic, |_, limits| {
+        limits.handshakes = handshakes.clone();
+    });
+    let endpoint = server.quic_endpoint_at([127, 0, 0, 2], &["mqtt"]);
+    let mut held = Vec::new();
+    for pressed in [false, true] {
+        if pressed {
+            held = half_said(&server, &handshakes, 2).await;
+        }
+        let connecting = endpoint.connect(server.addr, LOCAL).expect("starts");
+        let connection = soon(connecting).await.expect("served");
+        let (mut control, mut control_rx) = connection.open_bi().await.expect("control");
+        control.write_all(b"x").await.expect("written");
+        let mut stream = server.accept().await.stream;
+        assert_eq!(recv_n(&mut stream, 1).await, b"x");
+        // Behind the tokens.
+        send(&mut stream, 0, b"y").await.expect("sent");
+        soon(control_rx.read_exact(&mut [0])).await.expect("read");
+        assert!(server.events.try_recv().is_err(), "pressed: {pressed}");
+    }
+    drop(held);
+}
+
+#[tokio::test]
 async fn half_said_tls_handshakes_keep_out_nobody() {
     let handshakes = Handshakes::new(8);
     let start = |kind| {
