@@ -382,17 +382,18 @@ mod tests {
     use crate::session::ConnectionSpec;
     use crate::upstream::testing;
 
-    #[test]
-    fn who_takes_its_output_slowly_has_time_for_all_of_it() {
-        let router = testing::router();
-        let client = testing::client(&router, "c");
+    /// A client that has been offered 1 MiB at 1 s, and last took some of it at `moved`.
+    fn offered(router: &Router, moved: u64) -> Arc<Wake> {
+        let client = testing::client(router, "c");
         let mut shard = router.shards[usize::from(client.session.shard)].lock();
         let slot = shard.get(client.session).expect("there");
         let wake = Arc::new(Wake::default());
         (slot.offered, slot.taken_at, slot.wake) = (1 << 20, 1000, Some(wake.clone()));
-        drop(shard);
-        let last = 1000 + router.config.write_stall + (1 << 20) * 1000 / SLOWEST;
-        wake.moved(last - 5);
+        wake.moved(moved);
+        wake
+    }
+
+    fn ends_after(router: &Router, wake: &Wake, last: u64) {
         router.close_stalled(last);
         assert!(wake.closing().is_none());
         router.close_stalled(last + 1);
@@ -400,19 +401,17 @@ mod tests {
     }
 
     #[test]
+    fn who_takes_its_output_slowly_has_time_for_all_of_it() {
+        let router = testing::router();
+        let last = 1000 + router.config.write_stall + (1 << 20) * 1000 / SLOWEST;
+        ends_after(&router, &offered(&router, last - 5), last);
+    }
+
+    #[test]
     fn who_takes_nothing_has_no_more_time_however_much_it_is() {
         let router = testing::router();
-        let client = testing::client(&router, "c");
-        let mut shard = router.shards[usize::from(client.session.shard)].lock();
-        let slot = shard.get(client.session).expect("there");
-        let wake = Arc::new(Wake::default());
-        (slot.offered, slot.taken_at, slot.wake) = (1 << 20, 1000, Some(wake.clone()));
-        drop(shard);
-        wake.moved(2000);
-        router.close_stalled(2000 + router.config.write_stall);
-        assert!(wake.closing().is_none());
-        router.close_stalled(2001 + router.config.write_stall);
-        assert_eq!(wake.closing(), Some(WRITE_STALL));
+        let last = 2000 + router.config.write_stall;
+        ends_after(&router, &offered(&router, 2000), last);
     }
 
     #[test]

@@ -271,13 +271,17 @@ def test_deliveries_fall_back_to_control_when_their_stream_ends(edge, phone, cli
     assert gone.value.code == (None if how == "fin" else 31)
 
 
+def no_credit(one: Phone, number: int) -> None:
+    """That stream is allowed no more than it is at first, until `_write_stream_limits` is deleted."""
+    credit = one.quic._write_stream_limits
+    one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == number else credit(stream=stream, **more)
+
+
 def test_a_stream_that_is_not_read_holds_up_no_other(edge, phone, client):
     """Its client's flow control is closed: after a moment its messages come on the control stream."""
     slow, quick = fresh(), fresh()
     one = phone(dial={"options": {"max_stream_data": 8192}})
-    # Stream 4 never gets credit for more.
-    credit = one.quic._write_stream_limits
-    one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == 4 else credit(stream=stream, **more)
+    no_credit(one, 4)
     one.subscribe(4, (slow, 1))
     one.subscribe(8, (quick, 1))
     pub = client(edge)
@@ -296,8 +300,7 @@ def test_what_waits_for_a_stream_that_is_not_read_leaves_the_others_read(edge, p
     """Messages larger than all that may be encoded ahead: the client's packets on other streams still get their answers."""
     slow, quick = fresh(), fresh()
     one = phone(keep_alive=4, dial={"options": {"max_stream_data": 8192}})
-    credit = one.quic._write_stream_limits
-    one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == 4 else credit(stream=stream, **more)
+    no_credit(one, 4)
     one.subscribe(4, (slow, 1))
     one.subscribe(8, (quick, 1))
     pub = client(edge)
@@ -320,8 +323,7 @@ def test_what_waits_for_a_stream_that_is_not_read_leaves_the_others_read(edge, p
 def test_keep_alive_forgives_what_is_left_unread(edge, phone):
     """Its packets on a stream whose answers it does not take wait unread: the silence is ours."""
     one = phone(keep_alive=1, dial={"options": {"max_stream_data": 8192}})
-    credit = one.quic._write_stream_limits
-    one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == 4 else credit(stream=stream, **more)
+    no_credit(one, 4)
     for n in range(3):
         one.send(4, wire.unsubscribe(7 + n, *["a"] * 60_000))
     end = time.monotonic() + 4
@@ -342,8 +344,7 @@ def test_keep_alive_forgives_what_is_left_unread(edge, phone):
 def test_keep_alive_begins_anew_when_all_is_read_again(edge, phone):
     """What it says when its stream moves again needs a moment to come."""
     one = phone(keep_alive=2, dial={"options": {"max_stream_data": 8192}})
-    credit = one.quic._write_stream_limits
-    one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == 4 else credit(stream=stream, **more)
+    no_credit(one, 4)
     for n in range(3):
         one.send(4, wire.unsubscribe(7 + n, *["a"] * 60_000))
     # The deadline is after 3 s, and again after 6 s.

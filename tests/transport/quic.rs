@@ -3,10 +3,28 @@
 use std::future::poll_fn;
 use std::time::Duration;
 
-use tidegate::transport::{CloseHow, Closed, Handshakes, Kind};
+use tidegate::transport::{CloseHow, Closed, Handshakes, Kind, Stream};
 use tokio::io::AsyncWriteExt;
 
 use crate::common::*;
+
+/// A client that may open data lanes.
+async fn begun(
+    server: &mut Server,
+) -> (
+    quinn::Endpoint,
+    quinn::Connection,
+    (quinn::SendStream, quinn::RecvStream),
+    Stream,
+) {
+    let (endpoint, connection) = server.quic().await;
+    let (mut control, control_rx) = connection.open_bi().await.expect("control");
+    control.write_all(b"c").await.expect("written");
+    let mut stream = server.accept().await.stream;
+    stream.authenticated();
+    assert_eq!(recv_n(&mut stream, 1).await, b"c");
+    (endpoint, connection, (control, control_rx), stream)
+}
 
 #[tokio::test]
 async fn quic_data_lanes_wait_for_authentication() {
@@ -141,12 +159,7 @@ async fn quic_lanes_come_and_go_without_end() {
 #[tokio::test]
 async fn quic_reset_lane_spares_the_connection() {
     let mut server = Server::start(Kind::Quic);
-    let (_endpoint, connection) = server.quic().await;
-    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
-    control.write_all(b"c").await.expect("written");
-    let mut stream = server.accept().await.stream;
-    stream.authenticated();
-    assert_eq!(recv_n(&mut stream, 1).await, b"c");
+    let (_endpoint, connection, (mut control, _control_rx), mut stream) = begun(&mut server).await;
     let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
     data.write_all(b"bad").await.expect("written");
     let mut buf = Vec::new();
@@ -165,12 +178,7 @@ async fn quic_reset_lane_spares_the_connection() {
 #[tokio::test]
 async fn quic_lane_that_the_client_stops_is_gone_at_once() {
     let mut server = Server::start(Kind::Quic);
-    let (_endpoint, connection) = server.quic().await;
-    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
-    control.write_all(b"c").await.expect("written");
-    let mut stream = server.accept().await.stream;
-    stream.authenticated();
-    assert_eq!(recv_n(&mut stream, 1).await, b"c");
+    let (_endpoint, connection, (mut control, _control_rx), mut stream) = begun(&mut server).await;
     let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
     data.write_all(b"x").await.expect("written");
     let mut buf = Vec::new();
@@ -188,12 +196,7 @@ async fn quic_lane_that_the_client_stops_is_gone_at_once() {
 #[tokio::test]
 async fn quic_watches_of_many_reset_lanes_are_bounded() {
     let mut server = Server::start(Kind::Quic);
-    let (_endpoint, connection) = server.quic().await;
-    let (mut control, _control_rx) = connection.open_bi().await.expect("control");
-    control.write_all(b"c").await.expect("written");
-    let mut stream = server.accept().await.stream;
-    stream.authenticated();
-    assert_eq!(recv_n(&mut stream, 1).await, b"c");
+    let (_endpoint, connection, (_control, _control_rx), mut stream) = begun(&mut server).await;
     let mut buf = Vec::new();
     for n in 0..4096 {
         let (mut data, mut data_rx) = soon(connection.open_bi()).await.expect("a lane");
