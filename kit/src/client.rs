@@ -351,6 +351,37 @@ impl Client {
         Ok(())
     }
 
+    /// Another stream of a QUIC connection or WebTransport session: a data stream.
+    ///
+    /// # Errors
+    /// The connection is lost, or has one stream only.
+    pub async fn open_stream(&self) -> Result<Self, ClientError> {
+        Ok(Self::over(self.link.open_stream().await?, self.version))
+    }
+
+    /// Ends the sending direction of a data stream with FIN, behind all that was flushed.
+    ///
+    /// # Errors
+    /// It has ended, or there are no streams.
+    pub fn finish(&mut self) -> io::Result<()> {
+        self.link.finish()
+    }
+
+    /// Ends the sending direction of a data stream with RESET_STREAM; what is queued is lost.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub fn reset(&mut self, code: u32) -> io::Result<()> {
+        self.out.clear();
+        self.link.reset(code)
+    }
+
+    /// Takes nothing more on a data stream (STOP_SENDING); resolves when the server takes nothing
+    /// more on it either.
+    pub fn stop(self, code: u32) -> impl Future<Output = ()> + Send + 'static {
+        self.link.stop(code)
+    }
+
     /// Breaks off without a word; see [`Cut`].
     pub fn cut(self, how: Cut) -> Ghost {
         self.link.cut(how)

@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod process;
 pub mod quic;
 pub mod recorder;
+pub mod streams;
 pub mod tcp_relay;
 mod tickets;
 pub mod udp_relay;

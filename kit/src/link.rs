@@ -169,6 +169,59 @@ impl Link {
         }
     }
 
+    /// Another bidirectional stream of the same QUIC connection or WebTransport session, once the
+    /// server allows for one more.
+    ///
+    /// # Errors
+    /// The connection is lost, or has one stream only.
+    pub async fn open_stream(&self) -> io::Result<Self> {
+        match &self.io {
+            Io::Quic(quic) => Ok(Self::quic(quic.open_stream().await?)),
+            Io::WebTransport(session) => Ok(Self::webtransport(session.open_stream().await?)),
+            _ => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// FIN on a stream of QUIC or WebTransport.
+    ///
+    /// # Errors
+    /// It has ended, or is none.
+    pub fn finish(&mut self) -> io::Result<()> {
+        match &mut self.io {
+            Io::Quic(quic) => Ok(quic.send.finish()?),
+            Io::WebTransport(session) => session.send.finish().map_err(io::Error::other),
+            _ => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// RESET_STREAM on a stream of QUIC or WebTransport.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub fn reset(&mut self, code: u32) -> io::Result<()> {
+        match &mut self.io {
+            Io::Quic(quic) => Ok(quic.send.reset(code.into())?),
+            Io::WebTransport(session) => session.send.reset(code).map_err(io::Error::other),
+            _ => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// STOP_SENDING on a stream of QUIC or WebTransport; resolves when the server has answered with
+    /// its own, or all that was sent has come there.
+    pub async fn stop(self, code: u32) {
+        match self.io {
+            Io::Quic(mut quic) => {
+                let _ = quic.recv.stop(code.into());
+                let _ = quic.send.stopped().await;
+            }
+            Io::WebTransport(mut session) => {
+                let _ = session.recv.stop(code);
+                let _ = session.send.stopped().await;
+            }
+            _ => {}
+        }
+    }
+
     /// The QUIC connection below, if this is one.
     pub fn as_quic(&self) -> Option<&QuicStream> {
         match &self.io {

@@ -22,7 +22,7 @@ pub struct QuicDialer {
     endpoint: Mutex<Option<(Socket, usize)>>,
 }
 
-/// One QUIC connection and its control stream.
+/// One QUIC connection and its control stream, or another of its streams.
 #[derive(Debug)]
 pub struct QuicStream {
     pub(crate) connection: quinn::Connection,
@@ -37,6 +37,16 @@ impl QuicStream {
         &self.connection
     }
 
+    pub(crate) async fn open_stream(&self) -> io::Result<Self> {
+        let (send, recv) = self.connection.open_bi().await?;
+        Ok(Self {
+            connection: self.connection.clone(),
+            send,
+            recv,
+            socket: self.socket.clone(),
+        })
+    }
+
     /// Sends and hears nothing from now on, without telling the server.
     pub fn mute(&self) {
         self.socket.muted.store(true, Ordering::Relaxed);
@@ -48,7 +58,7 @@ impl QuicStream {
     }
 }
 
-/// One WebTransport session and its control stream.
+/// One WebTransport session and its control stream, or another of its streams.
 #[derive(Debug)]
 pub struct SessionStream {
     session: web_transport_quinn::Session,
@@ -58,6 +68,16 @@ pub struct SessionStream {
 }
 
 impl SessionStream {
+    pub(crate) async fn open_stream(&self) -> io::Result<Self> {
+        let (send, recv) = self.session.open_bi().await.map_err(io::Error::other)?;
+        Ok(Self {
+            session: self.session.clone(),
+            send,
+            recv,
+            socket: self.socket.clone(),
+        })
+    }
+
     /// Sends and hears nothing from now on, without telling the server.
     pub fn mute(&self) {
         self.socket.muted.store(true, Ordering::Relaxed);
