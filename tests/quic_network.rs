@@ -1,6 +1,9 @@
 //! Networks as phones have them. QUIC: a NAT that forgets, datagrams that are lost, doubled and late,
 //! and a server that was restarted. TLS: a path that stalls.
 
+#[path = "quic_network/streams.rs"]
+mod streams;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
