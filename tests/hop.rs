@@ -1,6 +1,6 @@
 //! The same session everywhere: one client identifier hops from transport to transport in the middle of
-//! QoS 1 and QoS 2 traffic in both directions. Nothing is lost, nothing comes in another order, QoS 2
-//! comes once, and QoS 1 again only with DUP.
+//! QoS 1 and QoS 2 traffic in both directions, on data streams where the transport has them. Nothing is
+//! lost, nothing comes in another order, QoS 2 comes once, and QoS 1 again only with DUP.
 //!
 //! `TIDEGATE_FULL=1` hops ten times as often; `HOP_SEED` repeats the choices of another run.
 
@@ -112,9 +112,14 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
         .map_err(|_| "what a phone said did not all reach the core")??;
     let hopped: usize = back.iter().map(|p| p.hops).sum();
     let resumed = edge.metrics()?.sum("tidegate_flaps_absorbed_total", &[]);
-    println!("{hopped} hops, {resumed} resumed; {sent:?} down, {said:?} up");
+    let on_data: u64 = back.iter().map(|p| p.on_data).sum();
+    println!(
+        "{hopped} hops, {resumed} resumed; {sent:?} down, {on_data} on data streams, {said:?} up"
+    );
     assert_eq!(hopped, hops * PHONES as usize);
     assert!(resumed >= hopped as f64, "{resumed} of {hopped} resumed");
+    let unused = back.iter().filter(|p| p.on_data == 0).count();
+    assert_eq!(unused, 0, "phones without deliveries on data streams");
     Ok(())
 }
 

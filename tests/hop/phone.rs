@@ -1,17 +1,24 @@
-//! A client with one session that comes and goes over several transports.
+//! A client with one session that comes and goes over several transports. Where there are data streams
+//! it publishes on one and subscribes on another.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidegate_kit::client::Client;
-use tidegate_kit::dial::Dialer;
+use futures_util::FutureExt;
+use tidegate_kit::dial::{Dialer, Transport};
 use tidegate_kit::ledger::Stamp;
 use tidegate_kit::link::{Cut, Ghost};
-use tidegate_kit::wire::{Ack, Connect, Packet, Publish, Version};
+use tidegate_kit::streams::{CONTROL, Event, Streams};
+use tidegate_kit::wire::{Ack, Connect, Packet, Publish, Subscribe, Version};
+use tokio::time::timeout;
 
 use super::{Result, Rng, stream};
 
+/// The identifier of its SUBSCRIBEs: no publish has it.
+const SUBSCRIBE_ID: u16 = 60_001;
+/// No test waits longer for the next packet.
+const QUIET: Duration = Duration::from_secs(30);
 /// Publishes of its own that it has open at once.
 const OPEN_MAX: usize = 10;
 
@@ -25,6 +32,17 @@ struct Open {
     received: bool,
 }
 
+/// What the session sent on control, before the filter was subscribed on a data stream, goes first;
+/// but streams keep no order with each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Join {
+    /// Nothing has come on the data stream.
+    Apart,
+    /// PINGREQ is sent: PINGRESP comes behind all that is older on control.
+    Asked,
+    Done,
+}
+
 pub struct Phone {
     pub number: u32,
     pub rng: Rng,
@@ -33,9 +51,20 @@ pub struct Phone {
     /// Which of QoS 1 it has sent again, and how often.
     pub resent: HashMap<u64, u64>,
     pub hops: usize,
+    /// Deliveries that came on data streams.
+    pub on_data: u64,
     ways: Vec<Arc<Dialer>>,
     connect: Connect,
-    client: Option<Client>,
+    client: Option<Streams>,
+    /// The stream that it publishes on.
+    up: u32,
+    /// The stream that it subscribed on.
+    down: u32,
+    /// SUBACK is awaited there.
+    subscribing: bool,
+    join: Join,
+    /// What came on `down` before it may be taken.
+    held: VecDeque<Packet>,
     ghost: Option<Ghost>,
     open: VecDeque<Open>,
     next_id: u16,
@@ -71,31 +100,95 @@ impl Phone {
         if version == Version::V5 {
             connect = connect.expiry(3600);
         }
-        let (mut client, _) = Client::connect(&ways[0], &connect).await?;
-        let filter = format!("hop/{number}/#");
-        let codes = client.subscribe(&[&filter], 2).await?.codes;
-        if codes != [2] {
-            return Err(format!("SUBSCRIBE was answered {codes:?}").into());
-        }
-        Ok(Self {
+        let (client, _) = Streams::connect(&ways[0], &connect).await?;
+        let mut phone = Self {
             number,
             rng,
             said: [0; 2],
             resent: HashMap::new(),
             hops: 0,
+            on_data: 0,
             ways,
             connect,
             client: Some(client),
+            up: CONTROL,
+            down: CONTROL,
+            subscribing: false,
+            join: Join::Done,
+            held: VecDeque::new(),
             ghost: None,
             open: VecDeque::new(),
             next_id: 0,
             last: [0; 2],
             unsure: HashMap::new(),
             unreleased: HashSet::new(),
-        })
+        };
+        phone.branch_out(true).await?;
+        while phone.subscribing {
+            let next = timeout(QUIET, phone.next()).await;
+            let (stream, packet) = next.map_err(|_| "no SUBACK")??;
+            phone.take(stream, packet)?;
+        }
+        Ok(phone)
     }
 
-    fn client(&mut self) -> Result<&mut Client> {
+    /// On a new connection: opens data streams, if there can be any.
+    async fn branch_out(&mut self, subscribe: bool) -> Result {
+        let way = self.ways[self.hops % self.ways.len()].url().transport;
+        let several = matches!(way, Transport::Quic | Transport::WebTransport);
+        (self.up, self.down) = (CONTROL, CONTROL);
+        if several {
+            self.up = self.client()?.open().await?;
+            self.down = self.client()?.open().await?;
+        }
+        self.held.clear();
+        self.join = match several {
+            true => Join::Apart,
+            false => Join::Done,
+        };
+        self.subscribing = several || subscribe;
+        if self.subscribing {
+            let subscribe = Packet::Subscribe(Subscribe {
+                id: SUBSCRIBE_ID,
+                filters: vec![(format!("hop/{}/#", self.number), 2)],
+                ..Subscribe::default()
+            });
+            let down = self.down;
+            self.client()?.queue(down, &subscribe);
+        }
+        Ok(())
+    }
+
+    /// The next packet, and the stream that it came on.
+    async fn next(&mut self) -> Result<(u32, Packet)> {
+        loop {
+            if self.join == Join::Done
+                && let Some(packet) = self.held.pop_front()
+            {
+                return Ok((self.down, packet));
+            }
+            let (stream, event) = self.client()?.next().await?;
+            let Event::Packet(packet) = event else {
+                return Err(format!("phone {}: stream {stream} is gone", self.number).into());
+            };
+            if stream == CONTROL && packet == Packet::PingResp && self.join == Join::Asked {
+                self.join = Join::Done;
+            }
+            if stream == self.down && self.join == Join::Apart {
+                if !matches!(packet, Packet::Publish(_)) {
+                    return Ok((stream, packet));
+                }
+                self.join = Join::Asked;
+                self.client()?.queue(CONTROL, &Packet::PingReq);
+            }
+            if stream != self.down || self.join == Join::Done {
+                return Ok((stream, packet));
+            }
+            self.held.push_back(packet);
+        }
+    }
+
+    fn client(&mut self) -> Result<&mut Streams> {
         Ok(self
             .client
             .as_mut()
@@ -111,8 +204,9 @@ impl Phone {
             }
         }
         for _ in 0..packets {
-            let packet = self.client()?.next_within(Duration::from_secs(30)).await?;
-            self.take(packet.ok_or("nothing comes any more")?)?;
+            let next = timeout(QUIET, self.next()).await;
+            let (stream, packet) = next.map_err(|_| "nothing comes any more")??;
+            self.take(stream, packet)?;
             // Now and then it hops with answers unsent.
             if self.rng.chance(66) {
                 self.client()?.flush().await?;
@@ -120,7 +214,7 @@ impl Phone {
         }
         // Now and then it knows that its PUBACKs came.
         if self.rng.chance(33) {
-            self.client()?.ping().await?;
+            self.client()?.fence().await?;
             self.unsure.retain(|_, here| !*here);
         }
         Ok(())
@@ -138,12 +232,14 @@ impl Phone {
             self.ghost = Some(old.cut(how));
             None
         };
-        let (client, ack) = Client::connect(&way, &self.connect).await?;
+        let (client, ack) = Streams::connect(&way, &self.connect).await?;
         drop(taken_over);
         if !ack.session_present {
             return Err(format!("phone {}: its session is gone", self.number).into());
         }
         self.client = Some(client);
+        self.branch_out(false).await?;
+        let up = self.up;
         for here in self.unsure.values_mut() {
             *here = false;
         }
@@ -156,7 +252,7 @@ impl Phone {
                 true => Packet::PubRel(ack_of(open.id)),
                 false => Packet::Publish(self.message(open, true)),
             };
-            self.client()?.queue(&packet);
+            self.client()?.queue(up, &packet);
         }
         self.client()?.flush().await?;
         Ok(())
@@ -165,14 +261,15 @@ impl Phone {
     /// Takes what is still to come: `one` messages of QoS 1 and `two` of QoS 2 there are in all.
     pub async fn rest(&mut self, one: u64, two: u64) -> Result {
         while self.last != [one, two] || !self.open.is_empty() || !self.unreleased.is_empty() {
-            let packet = self.client()?.next().await?;
-            self.take(packet)?;
+            let (stream, packet) = self.next().await?;
+            self.take(stream, packet)?;
             self.client()?.flush().await?;
         }
         // Nothing else is on its way.
-        self.client()?.ping().await?;
-        while let Some(packet) = self.client()?.buffered()? {
-            self.take(packet)?;
+        self.client()?.fence().await?;
+        while let Some(next) = self.next().now_or_never() {
+            let (stream, packet) = next?;
+            self.take(stream, packet)?;
         }
         Ok(())
     }
@@ -192,7 +289,7 @@ impl Phone {
         let packet = Packet::Publish(self.message(&open, false));
         self.open.push_back(open);
         if let Some(client) = &mut self.client {
-            client.queue(&packet);
+            client.queue(self.up, &packet);
         }
     }
 
@@ -212,9 +309,33 @@ impl Phone {
         }
     }
 
-    fn take(&mut self, packet: Packet) -> Result {
+    fn take(&mut self, stream: u32, packet: Packet) -> Result {
+        let place = match packet {
+            // Of what an earlier connection left, or of the subscription.
+            Packet::Publish(_) | Packet::PubRel(_) => stream == self.down || stream == CONTROL,
+            Packet::PubAck(_) | Packet::PubRec(_) | Packet::PubComp(_) => stream == self.up,
+            Packet::SubAck(_) => stream == self.down,
+            _ => stream == CONTROL,
+        };
+        if !place {
+            let (number, up, down) = (self.number, self.up, self.down);
+            let what = format!(
+                "phone {number}: on stream {stream}, with publishes on {up} and the subscription on \
+                 {down}: {packet:?}"
+            );
+            return Err(what.into());
+        }
         let answer = match packet {
-            Packet::Publish(publish) => Some(self.got(&publish)?),
+            Packet::Publish(publish) => {
+                self.on_data += u64::from(stream != CONTROL);
+                Some(self.got(&publish)?)
+            }
+            Packet::SubAck(codes)
+                if self.subscribing && codes.id == SUBSCRIBE_ID && codes.codes == [2] =>
+            {
+                self.subscribing = false;
+                None
+            }
             Packet::PubRel(ack) => {
                 self.unreleased.remove(&ack.id);
                 Some(Packet::PubComp(ack_of(ack.id)))
@@ -237,7 +358,7 @@ impl Phone {
             other => return Err(format!("phone {}: unexpected {other:?}", self.number).into()),
         };
         if let (Some(answer), Some(client)) = (answer, &mut self.client) {
-            client.queue(&answer);
+            client.queue(stream, &answer);
         }
         Ok(())
     }
