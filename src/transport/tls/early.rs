@@ -2,6 +2,7 @@
 //! library takes it by no ticket that would carry all by itself (RFC 8446
 //! section 8.1), so here is what costs memory, and its bounds.
 
+use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
@@ -9,7 +10,7 @@ use parking_lot::Mutex;
 use rustls::server::StoresServerSessions;
 
 /// Sessions, and bytes of all: most take some hundred, and a client's certificate.
-const SESSIONS_MAX: usize = 8192;
+const SESSIONS_MAX: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
 const BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes of one. A client may present a chain of 64 KB.
 const SESSION_MAX: usize = 8 * 1024;
@@ -34,7 +35,7 @@ impl std::fmt::Debug for EarlySessions {
 impl Default for EarlySessions {
     fn default() -> Self {
         Self(Mutex::new(Kept {
-            sessions: LruCache::unbounded(),
+            sessions: LruCache::new(SESSIONS_MAX),
             bytes: 0,
             closed: false,
         }))
@@ -47,7 +48,7 @@ impl EarlySessions {
     pub(super) fn close(&self) {
         let mut kept = self.0.lock();
         kept.closed = true;
-        kept.sessions = LruCache::unbounded();
+        kept.sessions = LruCache::new(NonZeroUsize::MIN);
         kept.bytes = 0;
     }
 
@@ -64,15 +65,14 @@ impl EarlySessions {
         if kept.closed || bytes > SESSION_MAX {
             return false;
         }
-        if let Some((before, _)) = kept.sessions.pop(&key) {
-            kept.bytes -= key.len() + before.len();
-        }
-        kept.sessions.push(key, (session, now));
         kept.bytes += bytes;
-        while kept.sessions.len() > SESSIONS_MAX || kept.bytes > BYTES_MAX {
-            let Some((key, (session, _))) = kept.sessions.pop_lru() else {
-                break;
-            };
+        // What it replaces, or pushes out.
+        if let Some((key, (session, _))) = kept.sessions.push(key, (session, now)) {
+            kept.bytes -= key.len() + session.len();
+        }
+        while kept.bytes > BYTES_MAX
+            && let Some((key, (session, _))) = kept.sessions.pop_lru()
+        {
             kept.bytes -= key.len() + session.len();
         }
         true
@@ -128,10 +128,11 @@ mod tests {
     fn they_are_bounded_in_number_and_bytes_oldest_first() {
         let (sessions, now) = (EarlySessions::default(), Instant::now());
         assert!(!put(&sessions, 0, SESSION_MAX, now));
-        for n in 0..=SESSIONS_MAX as u32 {
+        let most = SESSIONS_MAX.get() as u32;
+        for n in 0..=most {
             assert!(put(&sessions, n, 100, now));
         }
-        assert!(!has(&sessions, 0) && has(&sessions, 1) && has(&sessions, SESSIONS_MAX as u32));
+        assert!(!has(&sessions, 0) && has(&sessions, 1) && has(&sessions, most));
         for n in 0..3000 {
             assert!(put(&sessions, n, SESSION_MAX - 4, now));
         }
