@@ -540,6 +540,9 @@ impl<'a> Connection<'a> {
     /// answers.
     fn unread_lanes(&self) -> u16 {
         let full = self.full & !self.free_lanes().0;
+        if self.lanes.is_empty() {
+            return full;
+        }
         let held: usize = self.lanes.iter().map(|l| l.out.rest().len()).sum();
         let held_max = match self.clients.router.output_pressed() {
             true => BACKLOG_MAX,
