@@ -1,4 +1,4 @@
-"""Which of MQTT's semantics hold through Tidegate before which broker; the README's table is this run's."""
+"""Which of MQTT's semantics hold through Tidegate in front of which broker. The table in the documents is made by this run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.edge import Edge, config
 from harness.names import fresh
 from harness.paho import publish_props
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "broker-compatibility.md"
 BEGIN, END = "<!-- brokers: begin -->", "<!-- brokers: end -->"
 QUICK = {"backoff_min": "20ms", "backoff_max": "200ms", "data_links": 4}
 
@@ -30,12 +30,12 @@ DEFAULT = ["embedded", "mosquitto", "mosquitto3"]
 TIER = list(NAMES) if os.environ.get("TIDEGATE_FULL") == "1" else DEFAULT
 # What a broker does not have cannot hold before it.
 MISSING = {
-    "mosquitto3": {"No Local": "refused", "RETAIN as published": "no", "user properties": "no", "message expiry at the core": "no"},
+    "mosquitto3": {"No Local": "refused", "RETAIN as published": "no", "user properties": "no", "message expiry at the broker": "no"},
     "rabbitmq": {
         "No Local": "refused",
         "RETAIN as published": "no",
         "user properties": "no",
-        "message expiry at the core": "no",
+        "message expiry at the broker": "no",
         "shared subscriptions": "refused",
         "retained, wildcard": "no",
         "QoS 2": "as QoS 1",
@@ -44,7 +44,7 @@ MISSING = {
         "No Local": "refused",
         "RETAIN as published": "no",
         "user properties": "no",
-        "message expiry at the core": "no",
+        "message expiry at the broker": "no",
         "shared subscriptions": "refused",
     },
     "rumqttd": {"RETAIN as published": "no"},
@@ -284,14 +284,14 @@ CHECKS = {
     "shared subscriptions": shared,
     "No Local": no_local,
     "user properties": user_properties,
-    "message expiry at the core": expiry,
+    "message expiry at the broker": expiry,
 }
 
 
 @pytest.mark.xdist_group("matrix")
 @pytest.mark.parametrize("name", TIER)
 def test_semantics_before(name, tmp_path, pki):
-    """Whatever it has, and the README's table says just that. TIDEGATE_WRITE_TABLE=1 writes the column."""
+    """The column of the table in the documents says exactly what was seen. TIDEGATE_WRITE_TABLE=1 writes the column."""
     bench = Bench(name, tmp_path, pki)
     try:
         seen = {}
@@ -309,8 +309,8 @@ def test_semantics_before(name, tmp_path, pki):
 
 
 def read_table() -> dict[str, dict[str, str]]:
-    """Column by column, as it is in the README."""
-    lines = README.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
+    """The table of the documents, column by column."""
+    lines = PAGE.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
     cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
     if not cells:
         return {}
@@ -322,6 +322,6 @@ def write_table(table: dict[str, dict[str, str]]) -> None:
     names = [name for name in NAMES if name in table]
     lines = ["| | " + " | ".join(NAMES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {what} | " + " | ".join(table[name].get(what, "") for name in names) + " |" for what in CHECKS]
-    text = README.read_text()
+    text = PAGE.read_text()
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")
+    PAGE.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")
