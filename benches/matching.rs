@@ -5,7 +5,7 @@
 
 use criterion::{BenchmarkId, Criterion};
 use std::hint::black_box;
-use tidegate::router::trie::FilterTrie;
+use tidegate::topics::FilterTrie;
 
 fn main() {
     let mut c = Criterion::default().configure_from_args();

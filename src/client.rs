@@ -15,13 +15,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 
 use crate::auth::{Acl, Authenticator, Identity};
+use crate::budget::Account;
 use crate::clock::Clock;
 use crate::config::{self, AuthMode, SenderProperty};
-use crate::limits::Account;
 use crate::mqtt::QoS;
 use crate::router::Router;
 use crate::session::Policy;
 use crate::telemetry::ListenerMetrics;
+use crate::time::Millis;
 use crate::transport::{Accepted, Kind, Life, Permit};
 
 /// What every connection needs.
@@ -140,7 +141,7 @@ impl Rate {
     }
 
     /// Takes one, if there is one at `now` (milliseconds).
-    pub fn take(&self, now: u64) -> bool {
+    pub fn take(&self, now: Millis) -> bool {
         let mut state = self.state.lock();
         let (left, at) = *state;
         let gained = now.saturating_sub(at) * self.per_second;

@@ -2,6 +2,8 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use crate::time::Millis;
+
 /// Tells the time to everything that must not look at a clock itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
@@ -18,12 +20,12 @@ impl Default for Clock {
 
 impl Clock {
     /// Milliseconds since the clock was made.
-    pub fn now(&self) -> u64 {
+    pub fn now(&self) -> Millis {
         self.start.elapsed().as_millis() as u64
     }
 
     /// Unix time when the clock was made, milliseconds, as the system has it now.
-    pub fn started_at(&self) -> u64 {
+    pub fn started_at(&self) -> Millis {
         let unix = SystemTime::now().duration_since(UNIX_EPOCH);
         let unix = unix.map_or(0, |d| d.as_millis() as u64);
         unix.saturating_sub(self.now())

@@ -12,7 +12,7 @@ mod choices;
 mod document;
 mod error;
 mod file;
-mod machine;
+mod host;
 mod types;
 mod units;
 mod upstream;

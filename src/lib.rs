@@ -6,16 +6,21 @@
 
 pub mod admin;
 pub mod auth;
+pub mod budget;
 pub mod cli;
 pub mod client;
 pub mod clock;
 pub mod config;
-pub mod limits;
+pub mod embedded;
 pub mod mqtt;
 pub mod router;
 pub mod runtime;
 pub mod session;
+#[cfg(test)]
+pub(crate) mod sim;
 pub mod store;
 pub mod telemetry;
+pub mod time;
+pub mod topics;
 pub mod transport;
 pub mod upstream;

@@ -20,7 +20,6 @@ mod read;
 mod reason;
 mod subscribe;
 mod text;
-mod topic;
 mod write;
 
 pub use acks::{Ack, AckKind, encode_ack, encode_pingreq, encode_pingresp};
@@ -39,9 +38,6 @@ pub use subscribe::{
     encode_unsuback, encode_unsubscribe,
 };
 pub use text::has_discouraged;
-pub use topic::{
-    covers, has_wildcard, matches, overlaps, split_shared, valid_filter, valid_topic_name,
-};
 
 /// A protocol version; the value is the protocol level of CONNECT.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]

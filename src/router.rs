@@ -4,74 +4,46 @@
 //! Locks, in the order in which they may be nested: what presence told, who evicts, or retained; the
 //! table; groups; one shard; and, each as the last, one link's lanes, what is deferred, what is lost, a
 //! wake's own. None is held over an await.
-mod budget;
-mod connect;
-mod fanout;
-mod fence;
-mod groups;
-pub mod lanes;
-mod leaving;
-mod lingering;
-mod links;
-mod local;
-mod lost;
-mod members;
-mod presence;
-mod publish;
-mod resync;
+mod barrier;
+mod delivery;
+mod filters;
+pub mod handle;
+pub mod publish;
 mod retained;
-mod roots;
-mod shard;
-mod suback;
-mod subscribe;
-mod table;
+mod sessions;
 mod tick;
-pub mod trie;
-mod view;
-pub mod wake;
+mod types;
 
 use std::hash::BuildHasher;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use foldhash::fast::FixedState;
 use parking_lot::{Mutex, RwLock};
 
-use crate::limits::Account;
+use crate::budget::Account;
 use crate::mqtt::QoS;
 use crate::session::{Effect, Session, SessionLimits};
 use crate::store::Store;
 use crate::telemetry::{DropReason, metrics};
+use crate::time::Millis;
 
-pub use connect::{Connect, Connected, Origin, Refused};
-pub use fanout::Arrived;
-pub use links::{CoreFacts, Kept, Wanted};
+pub use filters::links::{CoreFacts, Kept, Wanted};
 pub use publish::Answered;
-pub use retained::Wants;
+pub use sessions::connect::{Connect, Connected, Refused};
+pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
 pub use tick::WRITE_STALL;
-pub use view::{SessionInfo, SubscriptionInfo, Totals};
+pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
 
-use groups::Groups;
-use lanes::Lanes;
+use delivery::shared::Groups;
+use filters::table::Table;
+use handle::Wake;
+use publish::queue::Lanes;
 use retained::Retained;
-use shard::Shard;
-use table::Table;
-use wake::Wake;
+use sessions::shard::Shard;
 
 /// Shards; at most 64, since a filter's shards are the bits of one word.
 const SHARDS: usize = 32;
-
-/// Names a session in the router: where it is, and which one of those that were there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SessionRef {
-    /// The shard.
-    pub shard: u16,
-    /// The place in the shard.
-    pub slot: u32,
-    /// Which session in that place.
-    pub epoch: u32,
-}
 
 /// What the router is told at start; times in milliseconds, sizes in bytes.
 #[derive(Clone, Debug)]
@@ -145,7 +117,7 @@ pub struct Router {
     data_lost: AtomicU64,
     /// The time of the last presence that was told.
     told: Mutex<u64>,
-    fences: Box<[fence::Fence]>,
+    fences: Box<[barrier::Fence]>,
     /// Shards with sessions that wait for fences, having left a filter.
     leaving: AtomicU64,
     /// Wakes the R link's task.
@@ -158,7 +130,7 @@ pub struct Router {
     output_buffer: usize,
     evicting: Mutex<()>,
     /// What could not be settled under a shard's lock; at most one entry for each ended session.
-    deferred: Mutex<Vec<connect::Due>>,
+    deferred: Mutex<Vec<sessions::connect::Due>>,
     /// Tasks that wait for room among the publishes; at most one entry for each per tick.
     waiting_for_room: Mutex<Vec<Arc<Wake>>>,
     core: Core,
@@ -281,17 +253,18 @@ impl Router {
         self.limits.packet_max.min(core.saturating_sub(64))
     }
 
-    /// Works on a session under its shard's lock. `None`: it is gone, or `generation` is not its
+    /// Works on a session under its shard's lock. `None`: it is gone, or `connection_no` is not its
     /// current connection any more.
     pub fn with<R>(
         &self,
         reference: SessionRef,
-        generation: u64,
+        connection_no: u64,
         f: impl FnOnce(&mut Session, &SessionLimits) -> R,
     ) -> Option<R> {
         let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
         let slot = shard.get(reference)?;
-        if generation != 0 && (slot.session.generation() != generation || !slot.session.attached())
+        if connection_no != 0
+            && (slot.session.connection_no() != connection_no || !slot.session.attached())
         {
             return None;
         }
@@ -307,13 +280,13 @@ impl Router {
     pub fn feed<R>(
         &self,
         reference: SessionRef,
-        generation: u64,
+        connection_no: u64,
         effects: &mut Vec<Effect>,
         f: impl FnOnce(&mut Session, &SessionLimits, &mut Vec<Effect>) -> R,
     ) -> Option<R> {
         let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
         let slot = shard.get(reference)?;
-        if slot.session.generation() != generation || !slot.session.attached() {
+        if slot.session.connection_no() != connection_no || !slot.session.attached() {
             return None;
         }
         let result = f(&mut slot.session, &self.limits, effects);
@@ -339,13 +312,13 @@ impl Router {
     }
 
     /// A client came to have another address, within its connection.
-    pub fn moved(&self, reference: SessionRef, generation: u64, origin: Arc<Place>) {
+    pub fn moved(&self, reference: SessionRef, connection_no: u64, origin: Arc<Peer>) {
         let Some(shard) = self.shards.get(usize::from(reference.shard)) else {
             return;
         };
         let mut shard = shard.lock();
         if let Some(slot) = shard.get(reference)
-            && slot.session.generation() == generation
+            && slot.session.connection_no() == connection_no
         {
             slot.origin = Some(origin);
         }
@@ -363,11 +336,11 @@ impl Router {
     pub fn take_output(
         &self,
         reference: SessionRef,
-        generation: u64,
+        connection_no: u64,
         empty: &mut Vec<u8>,
-        now: u64,
+        now: Millis,
     ) -> Option<Vec<(u8, Vec<u8>)>> {
-        self.take_lanes(reference, generation, (u16::MAX, 0), empty, now)
+        self.take_lanes(reference, connection_no, (u16::MAX, 0), empty, now)
     }
 
     /// The same for a connection of several streams, some of which have not taken all of what they
@@ -376,14 +349,14 @@ impl Router {
     pub fn take_lanes(
         &self,
         reference: SessionRef,
-        generation: u64,
+        connection_no: u64,
         (free, held): (u16, usize),
         empty: &mut Vec<u8>,
-        now: u64,
+        now: Millis,
     ) -> Option<Vec<(u8, Vec<u8>)>> {
         let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
         let slot = shard.get(reference)?;
-        if slot.session.generation() != generation {
+        if slot.session.connection_no() != connection_no {
             return None;
         }
         slot.woken = false;
@@ -410,13 +383,13 @@ impl Router {
         Some(side)
     }
 
-    fn defer(&self, due: connect::Due) {
+    fn defer(&self, due: sessions::connect::Due) {
         self.deferred.lock().push(due);
     }
 
-    fn shed(&self, slot: &mut shard::Slot) {
+    fn shed(&self, slot: &mut sessions::shard::Slot) {
         if slot.session.outbound().shed != Default::default() {
-            let mut tally = fanout::Tally::default();
+            let mut tally = delivery::fanout::Tally::default();
             slot.session.gaps += tally.shed(slot.session.outbound_mut());
             tally.flush();
         }
@@ -440,17 +413,4 @@ impl Router {
     fn shard_of(&self, client_id: &str) -> usize {
         (self.hash(client_id) % SHARDS as u64) as usize
     }
-}
-
-/// Where a client is connected from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Listener name.
-    pub listener: Arc<str>,
-    /// Transport name.
-    pub transport: &'static str,
-    /// Silence after which its WebSocket is pinged, milliseconds; 0: never.
-    pub ping_after: u64,
-    /// Its address now.
-    pub peer: SocketAddr,
 }

@@ -20,20 +20,20 @@ use tokio_util::task::TaskTracker;
 
 use crate::admin;
 use crate::auth::{Acl, Authenticator};
+use crate::budget::Account;
 use crate::client::{Clients, Door, Rate};
 use crate::clock::Clock;
 use crate::config::{self, CertSource, Config, Server};
-use crate::limits::Account;
-use crate::mqtt::overlaps;
+use crate::embedded::{EmbeddedCore, EmbeddedOptions};
 use crate::router::{Router, RouterConfig};
 use crate::session::{QueueFull, SessionLimits};
 use crate::store::{Memory, Store};
 use crate::telemetry::metrics;
+use crate::topics::overlaps;
 use crate::transport::{
     self, BindError, Bound, ClientTls, ConnectionCap, Drain, Handshakes, Kind, Limits, ListenSpec,
     Proxies, QuicSecret,
 };
-use crate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
 use crate::upstream::{RESERVED_KEY, Reach, Start, Upstream};
 
 pub use probe::probe;

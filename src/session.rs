@@ -8,11 +8,11 @@ mod connection;
 mod delivery;
 mod entry;
 mod inbound;
-mod lanes;
 mod outbound;
+mod overlap;
 mod packets;
 mod queue;
-mod senior;
+mod streams;
 mod subscriptions;
 mod will;
 
@@ -21,14 +21,15 @@ use std::sync::atomic::AtomicUsize;
 
 use foldhash::fast::RandomState;
 
-use crate::limits::Account;
+use crate::budget::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
+use crate::time::Millis;
 
 pub use connection::{Connection, ConnectionSpec, Scope};
 pub use entry::{Offer, Orphan};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
-pub use senior::{Senior, senior};
+pub use overlap::{Senior, senior};
 pub use subscriptions::{Subscription, hides};
 pub use will::Will;
 
@@ -163,13 +164,13 @@ pub enum Effect {
     /// These filters lost their subscription.
     Unsubscribe {
         /// The filters.
-        filters: Vec<Left>,
+        filters: Vec<Unsubscribed>,
     },
 }
 
 /// A subscription that its client gave up.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Left {
+pub struct Unsubscribed {
     /// Number of the filter.
     pub filter: u32,
     /// The filter.
@@ -206,7 +207,7 @@ pub struct Session {
     /// Messages lost by a named limit since the session began.
     pub gaps: u64,
     connection: Option<Box<Connection>>,
-    generation: u64,
+    connection_no: u64,
     version: Version,
     ends_at: u64,
     /// Then other members get what this one was to have of its groups.
@@ -245,7 +246,7 @@ pub struct Ended {
 
 impl Session {
     /// A new session without a connection.
-    pub fn new(client_id: Arc<str>, principal: Arc<str>, tag: u64, now: u64) -> Self {
+    pub fn new(client_id: Arc<str>, principal: Arc<str>, tag: u64, now: Millis) -> Self {
         Self {
             client_id,
             principal,
@@ -254,7 +255,7 @@ impl Session {
             since: now,
             gaps: 0,
             connection: None,
-            generation: 0,
+            connection_no: 0,
             version: Version::V5,
             ends_at: u64::MAX,
             share_at: u64::MAX,
@@ -272,7 +273,7 @@ impl Session {
     /// Starts the session anew on the same client identifier [MQTT-3.1.2-4]. What the core still
     /// has of its publishes is remembered, so that a copy sent again is not forwarded twice.
     /// A client that is back within `grace` was never away: its will is dropped.
-    pub fn restart(&mut self, tag: u64, grace: u64, now: u64) -> Ended {
+    pub fn restart(&mut self, tag: u64, grace: u64, now: Millis) -> Ended {
         let back = grace > 0 && (self.connection.is_some() || now < self.since + grace);
         let mut ended = self.end();
         let will = self.will.take();
@@ -286,7 +287,7 @@ impl Session {
         ended
     }
 
-    /// Begins a connection; returns its generation. Unacknowledged messages of an earlier one are
+    /// Begins a connection; returns its connection_no. Unacknowledged messages of an earlier one are
     /// sent again by [`Session::pump`].
     pub fn attach(
         &mut self,
@@ -294,7 +295,7 @@ impl Session {
         expiry: u32,
         will: Option<Will>,
         limits: &SessionLimits,
-        now: u64,
+        now: Millis,
     ) -> Attached {
         let will_cancelled = self.will.take().is_some();
         self.ghost = false;
@@ -302,23 +303,23 @@ impl Session {
         if limits.presence {
             self.absent_at = u64::MAX;
         }
-        self.generation += 1;
+        self.connection_no += 1;
         self.expiry = expiry;
         self.version = spec.version;
         self.since = now;
         self.ends_at = u64::MAX;
         self.share_at = u64::MAX;
         self.will = will.map(Box::new);
-        self.connection = Some(Box::new(Connection::new(self.generation, spec, now)));
+        self.connection = Some(Box::new(Connection::new(self.connection_no, spec, now)));
         Attached {
-            generation: self.generation,
+            connection_no: self.connection_no,
             will_cancelled,
             news,
         }
     }
 
     /// Ends the connection. `normal`: DISCONNECT 0x00, which discards the will [MQTT-3.14.4-3].
-    pub fn detach(&mut self, limits: &SessionLimits, normal: bool, now: u64) -> Ended {
+    pub fn detach(&mut self, limits: &SessionLimits, normal: bool, now: Millis) -> Ended {
         self.connection = None;
         self.since = now;
         self.outbound.detached(limits);
@@ -405,7 +406,7 @@ impl Session {
     }
 
     /// What has come due: a will, or the session's end.
-    pub fn expire(&mut self, now: u64) -> Ended {
+    pub fn expire(&mut self, now: Millis) -> Ended {
         let mut ended = Ended::default();
         if self.connection.is_some() {
             return ended;
@@ -436,7 +437,7 @@ impl Session {
     }
 
     /// What a grace holds back of a session that another takes the place of.
-    pub fn give_up_grace(&mut self, now: u64) -> Ended {
+    pub fn give_up_grace(&mut self, now: Millis) -> Ended {
         Ended {
             will: self.will.take().map(|w| w.publish(now)),
             absent: std::mem::take(&mut self.absent_at) != 0,
@@ -445,7 +446,7 @@ impl Session {
     }
 
     /// When [`Session::expire`] or the keepalive next has something to do; `u64::MAX`: never.
-    pub fn deadline(&self) -> u64 {
+    pub fn deadline(&self) -> Millis {
         match &self.connection {
             Some(c) if c.keep_alive > 0 => c.last_seen + c.keep_alive,
             Some(_) => u64::MAX,
@@ -474,13 +475,13 @@ impl Session {
     }
 
     /// Offers a message. See [`Outbound::deliver`].
-    pub fn deliver(&mut self, limits: &SessionLimits, now: u64, offer: &Offer<'_>) -> Delivered {
+    pub fn deliver(&mut self, limits: &SessionLimits, now: Millis, offer: &Offer<'_>) -> Delivered {
         let connection = self.connection.as_deref_mut();
         self.outbound.deliver(connection, limits, now, offer)
     }
 
     /// Writes what has become possible to write.
-    pub fn pump(&mut self, limits: &SessionLimits, now: u64) {
+    pub fn pump(&mut self, limits: &SessionLimits, now: Millis) {
         if let Some(connection) = &mut self.connection {
             self.outbound.pump(connection, limits, now);
         }
@@ -502,8 +503,8 @@ impl Session {
     }
 
     /// Number of the latest connection.
-    pub fn generation(&self) -> u64 {
-        self.generation
+    pub fn connection_no(&self) -> u64 {
+        self.connection_no
     }
 
     /// Protocol version of the latest connection.
@@ -570,7 +571,7 @@ impl Session {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attached {
     /// Number of the connection.
-    pub generation: u64,
+    pub connection_no: u64,
     /// A delayed will was cancelled by this resume [MQTT-3.1.3-9].
     pub will_cancelled: bool,
     /// Tell that the client is here.

@@ -10,9 +10,9 @@
 //! `quic.rs` and `quic/`, tungstenite in `ws/`, rcgen in `selfsigned.rs`, proxy-header in
 //! `proxy.rs`.
 
+mod detect;
 pub mod dial;
 mod forwarded;
-mod guess;
 pub mod limits;
 pub mod listen;
 mod proxy;
@@ -32,7 +32,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-pub use guess::{Guess, looks_like};
+pub use detect::{Guess, looks_like};
 pub use limits::{Admit, ConnectionCap, Events, Handshakes, Limits, NoEvents, Permit};
 pub use listen::{BindError, Bound, Drain, bind};
 pub use proxy::Proxies;

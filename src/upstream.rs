@@ -4,21 +4,10 @@
 //! retained messages. Each link is a machine without I/O, driven by one task that dials,
 //! reconnects and moves bytes.
 
-mod data;
-mod driver;
-pub mod embedded;
-mod fetch;
-pub mod habits;
-mod handshake;
-mod learn;
-mod machine;
-mod probe;
-mod publish;
-mod redelivery;
-#[cfg(test)]
-pub(crate) mod testing;
-#[cfg(test)]
-mod whole;
+mod connect;
+pub(crate) mod link;
+pub mod profile;
+mod task;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -34,13 +23,14 @@ use crate::mqtt::QoS;
 use crate::router::Router;
 use crate::store::Store;
 use crate::telemetry::{self, metrics};
+use crate::time::Millis;
 use crate::transport::ClientTls;
 
-use data::Data;
-use embedded::EmbeddedCore;
-use fetch::Fetch;
-use habits::Habits;
-use publish::Publisher;
+use crate::embedded::EmbeddedCore;
+use link::data::Data;
+use link::publish::Publisher;
+use link::retained::Fetch;
+use profile::Habits;
 
 /// User properties with this key are ours: stripped from what clients send, and from what the
 /// core brings.
@@ -132,7 +122,7 @@ pub(crate) struct Core {
     /// It is known to speak MQTT 5.
     pub has_v5: AtomicBool,
     /// What is known of it; locked while it is probed.
-    pub known: tokio::sync::Mutex<Option<learn::Known>>,
+    pub known: tokio::sync::Mutex<Option<profile::cache::Known>>,
     /// The record that holds now, for those who look.
     pub habits: Arc<Mutex<Option<Arc<Habits>>>>,
 }
@@ -209,7 +199,7 @@ impl Core {
 /// # Errors
 /// Why it cannot be reached.
 pub async fn probe_once(reach: Reach) -> Result<Habits, String> {
-    learn::probe_once(&Core::new(reach)).await
+    profile::cache::probe_once(&Core::new(reach)).await
 }
 
 /// The running links.
@@ -267,19 +257,14 @@ impl Upstream {
             let (router, probes) = (shared.router.clone(), probes.clone());
             let machine = Data::new(router, n, start.instance, probes, &*start.store);
             let wake = shared.router.data_wake(n).clone();
-            tasks.spawn(driver::run(
-                shared.clone(),
-                add(Role::Data, n),
-                machine,
-                wake,
-            ));
+            tasks.spawn(task::run(shared.clone(), add(Role::Data, n), machine, wake));
         }
         for n in 0..usize::from(shared.core.config.shared_links) {
             let link = shared.router.shared_link(n);
             let (router, probes) = (shared.router.clone(), probes.clone());
             let machine = Data::new(router, link, start.instance, probes, &*start.store);
             let wake = shared.router.data_wake(link).clone();
-            tasks.spawn(driver::run(
+            tasks.spawn(task::run(
                 shared.clone(),
                 add(Role::Shared, n),
                 machine,
@@ -289,7 +274,7 @@ impl Upstream {
         for n in 0..usize::from(shared.core.config.publish_links.max) {
             let machine = Publisher::new(shared.router.clone(), n, start.instance);
             let wake = shared.router.publish_wake(n).clone();
-            tasks.spawn(driver::run(
+            tasks.spawn(task::run(
                 shared.clone(),
                 add(Role::Publish, n),
                 machine,
@@ -298,7 +283,7 @@ impl Upstream {
         }
         let machine = Fetch::new(shared.router.clone(), probes);
         let wake = shared.router.fetch_wake().clone();
-        tasks.spawn(driver::run(
+        tasks.spawn(task::run(
             shared.clone(),
             add(Role::Retained, 0),
             machine,
@@ -360,12 +345,12 @@ fn is_probe(topic: &str, probes: &str) -> bool {
 }
 
 /// When a message with this Message Expiry Interval (seconds) expires; `u64::MAX`: never.
-fn expires_at(expiry: Option<u32>, now: u64) -> u64 {
+fn expires_at(expiry: Option<u32>, now: Millis) -> u64 {
     expiry.map_or(u64::MAX, |s| now + u64::from(s) * 1000)
 }
 
 /// What is left of it, in seconds, rounded up.
-fn remaining(expires_at: u64, now: u64) -> Option<u32> {
+fn remaining(expires_at: u64, now: Millis) -> Option<u32> {
     (expires_at != u64::MAX).then(|| {
         let left = expires_at.saturating_sub(now).div_ceil(1000);
         u32::try_from(left).unwrap_or(u32::MAX)

@@ -16,6 +16,7 @@ mod topics;
 
 use proptest::prelude::*;
 use tidegate::mqtt::*;
+use tidegate::topics::{covers, matches, overlaps, valid_filter, valid_topic_name};
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..Default::default() })]

@@ -6,11 +6,12 @@
 #[allow(dead_code)]
 #[path = "../../src"]
 mod sources {
-    pub mod limits;
+    pub mod budget;
     pub mod mqtt;
+    pub mod topics;
 }
 
-pub use sources::{limits, mqtt};
+pub use sources::{budget, mqtt, topics};
 
 /// What stands before MQTT on the way in. Each function holds a property for any bytes.
 #[allow(dead_code)]

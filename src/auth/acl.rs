@@ -2,9 +2,9 @@
 
 use smallvec::SmallVec;
 
-use super::{ANONYMOUS, Identity};
+use crate::auth::{ANONYMOUS, Identity};
 use crate::config::{AclMode, AclRule};
-use crate::mqtt::{covers, matches, overlaps, split_shared};
+use crate::topics::{covers, matches, overlaps, split_shared};
 
 /// First level of the topics that Tidegate keeps for itself.
 pub const OWN_PREFIX: &str = "tidegate";

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use argon2::password_hash::{PasswordHash, PasswordHasher as _, PasswordVerifier as _, SaltString};
 use argon2::{Algorithm, Argon2, Params, Version};
 
-use super::ANONYMOUS;
+use crate::auth::ANONYMOUS;
 
 /// What is wrong with a password file, or with what is to be written to it.
 #[derive(Debug, thiserror::Error)]
@@ -103,7 +103,8 @@ pub fn set(path: &Path, user: &str, password: &[u8]) -> Result<(), Error> {
 /// # Errors
 /// When the password is longer than argon2 takes.
 pub fn hash(password: &[u8]) -> Result<String, Error> {
-    let salt = SaltString::encode_b64(&super::verified::random::<16>()).map_err(Error::Hash)?;
+    let salt =
+        SaltString::encode_b64(&crate::auth::verified::random::<16>()).map_err(Error::Hash)?;
     let argon = Argon2::new(Algorithm::Argon2id, Version::V0x13, Params::DEFAULT);
     let hash = argon.hash_password(password, &salt).map_err(Error::Hash)?;
     Ok(hash.to_string())

@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::Findings;
-use super::files::Cap;
+use crate::cli::Findings;
+use crate::cli::files::Cap;
 use crate::config::{AclMode, AuthMode, ClientAuth, Config, Listener, Transport};
 use crate::telemetry::{Label as _, MemoryAccount};
 

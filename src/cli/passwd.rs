@@ -5,8 +5,8 @@ use std::path::Path;
 
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 
-use super::{EXIT_INTERNAL, EXIT_USAGE, Failure};
 use crate::auth::passwd::{self, Error};
+use crate::cli::{EXIT_INTERNAL, EXIT_USAGE, Failure};
 
 /// Longest password: what CONNECT can carry [MQTT5 1.5.6].
 const PASSWORD_MAX: usize = 65535;

@@ -8,20 +8,20 @@ use std::sync::atomic::Ordering;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::auth::Identity;
-use crate::limits::Account;
+use crate::budget::Account;
 use crate::mqtt::{
     Connack, Connect, Error, Message, MessageSpec, QoS, ReasonCode, Version, decode_connect,
 };
-use crate::router::wake::Wake;
-use crate::router::{self, Place, Refused};
+use crate::router::handle::Wake;
+use crate::router::{self, Peer, Refused};
 use crate::session::{ConnectionSpec, Policy, Scope, Will};
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
 use crate::transport::{ClientCertificate, CloseHow, Closed, Guess, OutBuf, Stream, looks_like};
 
-use super::connection::{Admitted, Opened};
-use super::partial::{KEEP, Partial};
-use super::scope::{owner, room_for, scope_of};
-use super::{ClientPolicy, Clients, Door};
+use crate::client::connection::{Admitted, Opened};
+use crate::client::partial::{KEEP, Partial};
+use crate::client::scope::{owner, room_for, scope_of};
+use crate::client::{ClientPolicy, Clients, Door};
 
 /// The largest packet before a client is known, bytes.
 const CONNECT_MAX: u32 = 16 * 1024;
@@ -347,7 +347,7 @@ async fn admit(
         scope,
     };
     let wake = Arc::new(Wake::default());
-    let place = Arc::new(Place {
+    let place = Arc::new(Peer {
         listener: door.name.clone(),
         transport: door.transport,
         ping_after: door.ping_after,
@@ -422,7 +422,7 @@ async fn admit(
     Ok((
         Admitted {
             session: connected.session,
-            generation: connected.generation,
+            connection_no: connected.connection_no,
             publish_link: connected.publish_link,
             version,
             packet_max,

@@ -11,16 +11,17 @@ use std::task::{Context, Poll};
 
 use crate::auth::Identity;
 use crate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, Version};
-use crate::router::wake::Wake;
-use crate::router::{Place, SessionRef};
+use crate::router::handle::Wake;
+use crate::router::{Peer, SessionRef};
 use crate::session::{Close, Effect};
 use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
+use crate::time::Millis;
 use crate::transport::{Closed, Life, OutBuf, Stream};
 
-use super::end::End;
-use super::partial::{KEEP, Partial};
-use super::scope::sender_moved;
-use super::{ClientPolicy, Clients, Open};
+use crate::client::end::End;
+use crate::client::partial::{KEEP, Partial};
+use crate::client::scope::sender_moved;
+use crate::client::{ClientPolicy, Clients, Open};
 use streams::{Lane, Network, allowed};
 
 /// Output of the session for a lane that takes none beyond which nothing is read from that lane, bytes.
@@ -40,12 +41,12 @@ pub(super) struct Opened {
 /// What came of a CONNECT.
 pub(super) struct Admitted {
     pub session: SessionRef,
-    pub generation: u64,
+    pub connection_no: u64,
     pub version: Version,
     pub packet_max: u32,
     pub wake: Arc<Wake>,
     pub identity: Box<Identity>,
-    pub place: Arc<Place>,
+    pub place: Arc<Peer>,
     /// The P link of its publishes.
     pub publish_link: u8,
 }
@@ -69,12 +70,12 @@ struct Connection<'a> {
     clients: &'a Clients,
     stream: Stream,
     session: SessionRef,
-    generation: u64,
+    connection_no: u64,
     version: Version,
     packet_max: u32,
     wake: Arc<Wake>,
     identity: Box<Identity>,
-    place: Arc<Place>,
+    place: Arc<Peer>,
     out: OutBuf,
     /// Data streams on which something came.
     lanes: Vec<Lane<'a>>,
@@ -120,7 +121,7 @@ impl<'a> Connection<'a> {
             clients,
             stream,
             session: admitted.session,
-            generation: admitted.generation,
+            connection_no: admitted.connection_no,
             version: admitted.version,
             packet_max: admitted.packet_max,
             wake: admitted.wake,
@@ -236,7 +237,7 @@ impl<'a> Connection<'a> {
             self.full &= !free.0;
             let taken = self.clients.router.take_lanes(
                 self.session,
-                self.generation,
+                self.connection_no,
                 free,
                 &mut self.out.buf,
                 now,
@@ -288,16 +289,16 @@ impl<'a> Connection<'a> {
             %peer,
             "Client's address changed"
         );
-        let place = Place {
+        let place = Peer {
             peer,
             ..(*self.place).clone()
         };
         self.place = Arc::new(place);
         let (router, place) = (&self.clients.router, self.place.clone());
-        router.moved(self.session, self.generation, place);
+        router.moved(self.session, self.connection_no, place);
         let listener = &self.place.listener;
         if let Some(sender) = sender_moved(self.clients, listener, &self.identity, peer) {
-            router.with(self.session, self.generation, |session, _| {
+            router.with(self.session, self.connection_no, |session, _| {
                 session.connection().map(|c| c.set_sender(sender))
             });
         }
@@ -419,7 +420,7 @@ impl<'a> Connection<'a> {
         let mut idle = false;
         let outcome = clients.router.feed(
             self.session,
-            self.generation,
+            self.connection_no,
             &mut effects,
             |session, limits, effects| {
                 let mut end = None;
@@ -500,7 +501,7 @@ impl<'a> Connection<'a> {
         Ok(step)
     }
 
-    fn execute(&self, effects: Vec<Effect>, now: u64) {
+    fn execute(&self, effects: Vec<Effect>, now: Millis) {
         let router = &self.clients.router;
         for effect in effects {
             match effect {
@@ -513,7 +514,7 @@ impl<'a> Connection<'a> {
                     wanted,
                 } => router.subscribe(
                     self.session,
-                    self.generation,
+                    self.connection_no,
                     packet_id,
                     identifier,
                     &wanted,
@@ -576,7 +577,7 @@ impl<'a> Connection<'a> {
         }
         self.clients
             .router
-            .with(self.session, self.generation, |session, _| {
+            .with(self.session, self.connection_no, |session, _| {
                 if let Some(connection) = session.connection() {
                     connection.unread = unread;
                     connection.last_seen = now;

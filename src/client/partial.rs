@@ -1,6 +1,7 @@
 //! The bytes of a packet whose rest has not come.
 
-use crate::limits::Account;
+use crate::budget::Account;
+use crate::time::Millis;
 
 /// A partly received packet larger than this keeps its own buffer's capacity.
 pub(super) const KEEP: usize = 4096;
@@ -17,7 +18,7 @@ pub(super) struct Partial<'a> {
 
 impl<'a> Partial<'a> {
     /// Charges what is left after a read; `progress`: a packet was completed by it.
-    pub(super) fn settle(&mut self, account: &'a Account, progress: bool, now: u64) {
+    pub(super) fn settle(&mut self, account: &'a Account, progress: bool, now: Millis) {
         if self.bytes.is_empty() && self.bytes.capacity() > KEEP {
             self.bytes = Vec::new();
         }

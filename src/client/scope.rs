@@ -8,7 +8,7 @@ use crate::config::SenderProperty;
 use crate::mqtt::{Property, has_discouraged};
 use crate::session::Scope;
 
-use super::{Clients, Door};
+use crate::client::{Clients, Door};
 
 /// Characters of the longest address; a moved client's may be longer than its first.
 const ADDRESS_MAX: usize = 39;

@@ -4,12 +4,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::choices::{
+use crate::config::choices::{
     Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, ProxyProtocol,
     QueueFull, RealIpHeader, SharedAt, SubscribeWhileAway, Transport,
 };
-use super::machine;
-use super::types::{
+use crate::config::host;
+use crate::config::types::{
     Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, PublishLinks,
     Server, Session, Store, Tls, Upstream, UpstreamTls,
 };
@@ -37,7 +37,7 @@ impl Config {
     /// What holds without a file: loopback listeners of every transport, the
     /// embedded core, a throw-away certificate.
     pub fn builtin() -> Self {
-        let memory_max = machine::memory() / 100 * MEMORY_MAX_PERCENT;
+        let memory_max = host::memory() / 100 * MEMORY_MAX_PERCENT;
         let mut config = Self {
             source: None,
             node: Node {

@@ -9,10 +9,10 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
-use super::choices::{AclMode, AuthMode, ClientIdRule, Transport};
-use super::document::Document;
-use super::error::Problem;
-use super::types::{Config, Server};
+use crate::config::choices::{AclMode, AuthMode, ClientIdRule, Transport};
+use crate::config::document::Document;
+use crate::config::error::Problem;
+use crate::config::types::{Config, Server};
 
 /// Largest MQTT packet: the largest remaining length and its header.
 const MQTT_PACKET_MAX: u32 = 268_435_455 + 5;
@@ -497,7 +497,7 @@ impl Check<'_, '_> {
         for directive in config.log.level.split(',') {
             let level = directive.rsplit('=').next().unwrap_or(directive);
             if !LEVELS.contains(&level) {
-                let message = super::units::not_a_choice(level, &LEVELS, &[]);
+                let message = crate::config::units::not_a_choice(level, &LEVELS, &[]);
                 self.say("log.level", message);
             }
         }

@@ -1,6 +1,6 @@
 //! The values that are one of a few words.
 
-use super::units::choices;
+use crate::config::units::choices;
 
 /// How bytes travel between a client and a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

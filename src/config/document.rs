@@ -5,7 +5,7 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::error::{Problem, reword};
+use crate::config::error::{Problem, reword};
 
 /// A parsed TOML text.
 pub(super) struct Document<'a> {

@@ -7,22 +7,22 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
-use super::builtin::{
+use crate::config::builtin::{
     MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, PING_INTERVAL, TLS_NAME, WS_PATH,
     listeners, throwaway,
 };
-use super::choices::{
+use crate::config::choices::{
     AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, ProxyProtocol, RealIpHeader,
     Transport,
 };
-use super::document::Document;
-use super::error::{Error, Problem};
-use super::types::{
+use crate::config::document::Document;
+use crate::config::error::{Error, Problem};
+use crate::config::types::{
     AclAllow, AclRule, Admin, Auth, CertSource, ClientCertificates, Config, Drain, Limits,
     Listener, Log, Memory, Node, Session, Store, Tls, Upstream,
 };
-use super::units::{OneOrMore, Share, SpanOrNone};
-use super::{check, machine};
+use crate::config::units::{OneOrMore, Share, SpanOrNone};
+use crate::config::{check, host};
 
 impl Config {
     /// Reads and checks a file.
@@ -198,7 +198,7 @@ impl<'de> Deserialize<'de> for AclAllow {
                 "subscribe" => allow.subscribe = true,
                 other => {
                     let known = ["publish", "subscribe"];
-                    return Err(D::Error::custom(super::units::not_a_choice(
+                    return Err(D::Error::custom(crate::config::units::not_a_choice(
                         other,
                         &known,
                         &[],
@@ -255,7 +255,7 @@ impl File {
         if self.upstream.is_embedded() && node.id.is_empty() {
             NODE_ID_EMBEDDED.clone_into(&mut node.id);
         }
-        let max = self.memory.max.of(machine::memory());
+        let max = self.memory.max.of(host::memory());
         let mut config = Config {
             source: Some(path.to_owned()),
             node,

@@ -7,13 +7,13 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::choices::{
+use crate::config::choices::{
     Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, Habit,
     LogFormat, Probe, Protocol, ProxyProtocol, QueueFull, RealIpHeader, SenderProperty, SharedAt,
     SubscribeWhileAway, Transport,
 };
-use super::units::{duration, duration_or_none, size, size32};
-use super::upstream::{publish_links, server_list};
+use crate::config::units::{duration, duration_or_none, size, size32};
+use crate::config::upstream::{publish_links, server_list};
 
 /// The whole configuration, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -243,7 +243,7 @@ pub(super) fn not_a_choice(text: &str, allowed: &[&str], refused: &[&str]) -> St
             list(allowed)
         );
     }
-    let near = super::error::nearest(text, allowed.iter().copied());
+    let near = crate::config::error::nearest(text, allowed.iter().copied());
     let hint = near.map_or(String::new(), |n| format!("; did you mean \"{n}\"?"));
     format!("{text:?} is not allowed{hint} (allowed: {})", list(allowed))
 }

@@ -4,10 +4,10 @@ use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer};
 
-use super::builtin::{PUBLISH_LINKS_AUTO, WS_PATH};
-use super::choices::Habit;
-use super::types::{PublishLinks, Server};
-use super::units::{Read, Written};
+use crate::config::builtin::{PUBLISH_LINKS_AUTO, WS_PATH};
+use crate::config::choices::Habit;
+use crate::config::types::{PublishLinks, Server};
+use crate::config::units::{Read, Written};
 
 /// For `deserialize_with`: the list of servers.
 pub(super) fn server_list<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Server>, D::Error> {

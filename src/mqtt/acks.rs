@@ -1,10 +1,10 @@
 //! PUBACK, PUBREC, PUBREL, PUBCOMP (MQTT 5 §3.4 to §3.7) and the two pings.
 
-use super::head;
-use super::props::{self, Properties, Property};
-use super::read::Reader;
-use super::write::{put_head, put_u16};
-use super::{Error, ReasonCode, Version, reason};
+use crate::mqtt::head;
+use crate::mqtt::props::{self, Properties, Property};
+use crate::mqtt::read::Reader;
+use crate::mqtt::write::{put_head, put_u16};
+use crate::mqtt::{Error, ReasonCode, Version, reason};
 
 /// Which acknowledgement.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]

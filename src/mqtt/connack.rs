@@ -1,10 +1,10 @@
 //! CONNACK (MQTT 5 §3.2).
 
-use super::head;
-use super::props::{self, Properties, Property};
-use super::read::Reader;
-use super::write::put_head;
-use super::{Error, QoS, ReasonCode, Version, reason};
+use crate::mqtt::head;
+use crate::mqtt::props::{self, Properties, Property};
+use crate::mqtt::read::Reader;
+use crate::mqtt::write::put_head;
+use crate::mqtt::{Error, QoS, ReasonCode, Version, reason};
 
 /// A CONNACK. Absent properties mean what the specification says, not zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,10 +1,11 @@
 //! CONNECT (MQTT 5 §3.1; 3.1.1 §3.1; 3.1 §3.1).
 
-use super::head::{self, Head, read_varint};
-use super::props::{self, Properties, Property};
-use super::read::Reader;
-use super::write::{bytes_len, put_bytes, put_head, put_str, put_u16, str_len};
-use super::{Error, QoS, Version, valid_topic_name};
+use crate::mqtt::head::{self, Head, read_varint};
+use crate::mqtt::props::{self, Properties, Property};
+use crate::mqtt::read::Reader;
+use crate::mqtt::write::{bytes_len, put_bytes, put_head, put_str, put_u16, str_len};
+use crate::mqtt::{Error, QoS, Version};
+use crate::topics::valid_topic_name;
 
 /// A CONNECT. In 3.x the MQTT 5 fields have their defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -336,7 +337,7 @@ impl<'a> Will<'a> {
 
     fn put(&self, v5: bool, out: &mut Vec<u8>) {
         if v5 {
-            super::write::put_varint(self.block_len(), out);
+            crate::mqtt::write::put_varint(self.block_len(), out);
             for property in self.own().iter().flatten() {
                 property.write(out);
             }

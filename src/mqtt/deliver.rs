@@ -1,9 +1,9 @@
 //! How a receiver gets a message: a computed head, shared tails (MQTT 5 §3.3).
 
-use super::head::{MAX_REMAINING, PUBLISH, varint_len};
-use super::props::{MESSAGE_EXPIRY, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS, USER_PROPERTY};
-use super::write::{put_head, put_str, put_u16, put_u32, put_varint, str_len};
-use super::{Message, QoS, Version};
+use crate::mqtt::head::{MAX_REMAINING, PUBLISH, varint_len};
+use crate::mqtt::props::{MESSAGE_EXPIRY, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS, USER_PROPERTY};
+use crate::mqtt::write::{put_head, put_str, put_u16, put_u32, put_varint, str_len};
+use crate::mqtt::{Message, QoS, Version};
 
 /// The part of a PUBLISH that is one receiver's own.
 #[derive(Clone, Copy, Debug)]

@@ -1,10 +1,10 @@
 //! DISCONNECT and AUTH (MQTT 5 §3.14, §3.15).
 
-use super::head;
-use super::props::{self, Properties, Property};
-use super::read::Reader;
-use super::write::put_head;
-use super::{Error, ReasonCode, Receiver, Version, reason};
+use crate::mqtt::head;
+use crate::mqtt::props::{self, Properties, Property};
+use crate::mqtt::read::Reader;
+use crate::mqtt::write::put_head;
+use crate::mqtt::{Error, ReasonCode, Receiver, Version, reason};
 
 /// A DISCONNECT.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

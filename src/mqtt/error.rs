@@ -1,6 +1,6 @@
 //! Why bytes were refused.
 
-use super::ReasonCode;
+use crate::mqtt::ReasonCode;
 
 /// A refusal of received bytes. Every variant ends the connection (MQTT 5 §4.13).
 ///

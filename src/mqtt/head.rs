@@ -1,6 +1,6 @@
 //! The fixed header and the variable byte integer (MQTT 5 §2.1, §1.5.5).
 
-use super::{Error, Receiver, Version};
+use crate::mqtt::{Error, Receiver, Version};
 
 /// The largest remaining length, and the largest variable byte integer.
 pub const MAX_REMAINING: usize = 268_435_455;

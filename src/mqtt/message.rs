@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use triomphe::ThinArc;
 
-use crate::limits::Account;
+use crate::budget::Account;
 
-use super::props::forwarded;
-use super::text::cut;
-use super::{Properties, QoS};
+use crate::mqtt::props::forwarded;
+use crate::mqtt::text::cut;
+use crate::mqtt::{Properties, QoS};
 
 /// What a message is made of.
 #[derive(Clone, Debug)]

@@ -1,8 +1,8 @@
 //! MQTT 5 properties (§2.2.2): validated in one pass, kept raw, read again on demand.
 
-use super::read::Reader;
-use super::write::{bytes_len, put_bytes, put_str, put_u16, put_u32, put_varint, str_len};
-use super::{Error, QoS, head::varint_len};
+use crate::mqtt::read::Reader;
+use crate::mqtt::write::{bytes_len, put_bytes, put_str, put_u16, put_u32, put_varint, str_len};
+use crate::mqtt::{Error, QoS, head::varint_len};
 
 /// Properties that decoding has validated, without their length prefix.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -363,7 +363,7 @@ fn check(property: &Property<'_>) -> Result<(), Error> {
             Err(Error::Protocol("Subscription Identifier 0 (§3.8.2.1.2)"))
         }
         P::TopicAlias(0) => Err(Error::TopicAlias("alias 0 [MQTT-3.3.2-8]")),
-        P::ResponseTopic(topic) if !super::valid_topic_name(topic) => Err(Error::Protocol(
+        P::ResponseTopic(topic) if !crate::topics::valid_topic_name(topic) => Err(Error::Protocol(
             "Response Topic is empty or has wildcards [MQTT-3.3.2-14]",
         )),
         _ => Ok(()),

@@ -1,8 +1,8 @@
 //! PUBLISH (MQTT 5 §3.3), borrowed from the read buffer.
 
-use super::props::{self, Properties, Property};
-use super::read::Reader;
-use super::{Error, QoS, Receiver, Version, text};
+use crate::mqtt::props::{self, Properties, Property};
+use crate::mqtt::read::Reader;
+use crate::mqtt::{Error, QoS, Receiver, Version, text};
 
 /// A PUBLISH as received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,7 +106,7 @@ fn nameless(version: Version) -> Error {
 // One look at the bytes for all that a name may not have; which it was matters on refusal only.
 #[inline(always)]
 fn topic(bytes: &[u8]) -> Result<&str, Error> {
-    if text::has_nul_or_wildcard(bytes) {
+    if crate::topics::scan::has_nul_or_wildcard(bytes) {
         return Err(suspect(bytes));
     }
     std::str::from_utf8(bytes).map_err(|_| text::NOT_UTF8)

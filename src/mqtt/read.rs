@@ -1,8 +1,8 @@
 //! A cursor over a packet's body; nothing is copied.
 
-use super::Error;
-use super::head::read_varint;
-use super::text;
+use crate::mqtt::Error;
+use crate::mqtt::head::read_varint;
+use crate::mqtt::text;
 
 const SHORT: Error = Error::Malformed("packet ends inside a field");
 

@@ -1,10 +1,11 @@
 //! SUBSCRIBE, SUBACK, UNSUBSCRIBE, UNSUBACK (MQTT 5 §3.8 to §3.11).
 
-use super::head;
-use super::props::{self, Properties, Property};
-use super::read::Reader;
-use super::write::{put_head, put_str, put_u16, str_len};
-use super::{Error, QoS, Version, reason, split_shared, valid_filter};
+use crate::mqtt::head;
+use crate::mqtt::props::{self, Properties, Property};
+use crate::mqtt::read::Reader;
+use crate::mqtt::write::{put_head, put_str, put_u16, str_len};
+use crate::mqtt::{Error, QoS, Version, reason};
+use crate::topics::{split_shared, valid_filter};
 
 /// Subscription options (§3.8.3.1); in 3.x only the QoS.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]

@@ -1,9 +1,8 @@
 //! UTF-8 encoded strings (MQTT 5 §1.5.4).
 
-use super::Error;
-
-/// The longest string or binary field, in bytes.
-pub(crate) const MAX_FIELD: usize = u16::MAX as usize;
+use crate::mqtt::Error;
+use crate::topics::MAX_FIELD;
+use crate::topics::scan::{has_nul, scan, splat, zero_bytes};
 
 pub(crate) const NOT_UTF8: Error = Error::Malformed("string is not UTF-8 [MQTT-1.5.4-1]");
 
@@ -53,50 +52,6 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Error> {
     utf8(bytes).map(|_| ())
 }
 
-/// Whether U+0000, `+` or `#` is there: what no topic name may have.
-#[inline(always)]
-pub(crate) fn has_nul_or_wildcard(bytes: &[u8]) -> bool {
-    // `+` and `#` differ in one bit.
-    const BIT: u8 = b'+' ^ b'#';
-    const BOTH: u8 = b'+' | b'#';
-    scan(
-        bytes,
-        |word| zero_bytes(word) | zero_bytes((word | splat(BIT)) ^ splat(BOTH)),
-        |byte| byte == 0 || byte | BIT == BOTH,
-    )
-}
-
-#[inline(always)]
-fn has_nul(bytes: &[u8]) -> bool {
-    scan(bytes, zero_bytes, |byte| byte == 0)
-}
-
-// Whether any byte is found, eight at a time and without an early exit: what is looked for is
-// all but never there. `find` and `one` look for the same.
-#[inline(always)]
-fn scan(bytes: &[u8], find: impl Fn(u64) -> u64, one: impl Fn(u8) -> bool) -> bool {
-    let Some(last) = bytes.last_chunk() else {
-        return bytes.iter().fold(false, |found, &byte| found | one(byte));
-    };
-    let (words, _) = bytes.as_chunks();
-    let mut found = 0;
-    for word in words {
-        found |= find(u64::from_ne_bytes(*word));
-    }
-    // The rest, together with some that was looked at already.
-    found | find(u64::from_ne_bytes(*last)) != 0
-}
-
-const fn splat(byte: u8) -> u64 {
-    u64::from_ne_bytes([byte; 8])
-}
-
-/// Not zero if and only if a byte of `word` is zero.
-#[inline(always)]
-const fn zero_bytes(word: u64) -> u64 {
-    word.wrapping_sub(splat(0x01)) & !word & splat(0x80)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,25 +79,6 @@ mod tests {
             assert_eq!(check(bad), utf8(bad).map(|_| ()));
             let long = [b"abcdefghijkl", bad].concat();
             assert_eq!(check(&long), utf8(bad).map(|_| ()));
-        }
-    }
-
-    #[test]
-    fn bytes_are_found_wherever_they_are() {
-        for len in 0..40 {
-            for fill in (1..=u8::MAX).filter(|b| !b"+#".contains(b)) {
-                let bytes = vec![fill; len];
-                assert!(!has_nul(&bytes) && !has_nul_or_wildcard(&bytes));
-            }
-            let mut bytes = vec![0x80; len];
-            for at in 0..len {
-                for want in [0, b'+', b'#'] {
-                    bytes[at] = want;
-                    assert!(has_nul_or_wildcard(&bytes), "{want} at {at} of {len}");
-                    assert_eq!(has_nul(&bytes), want == 0);
-                }
-                bytes[at] = 0x80;
-            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! The pieces that every encoder appends; strings too long for a length prefix are cut.
 
-use super::head::{MAX_REMAINING, varint_len};
-use super::text::{cut, cut_bytes};
+use crate::mqtt::head::{MAX_REMAINING, varint_len};
+use crate::mqtt::text::{cut, cut_bytes};
 
 #[inline]
 pub(crate) fn put_varint(mut value: usize, out: &mut Vec<u8>) {

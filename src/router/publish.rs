@@ -1,20 +1,24 @@
 //! From the clients to the core: into the lane of a P link, and the answers back.
 
+pub mod queue;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::mqtt::{QoS, ReasonCode, Version};
 use crate::session::{Effect, Token};
 use crate::telemetry::{DropReason as DropCause, HeldReason, metrics};
+use crate::time::Millis;
 
-use super::lanes::{Lanes, Outgoing};
-use super::wake::Wake;
-use super::{Router, SessionRef};
+use crate::router::Router;
+use crate::router::handle::Wake;
+use crate::router::publish::queue::{Lanes, Outgoing};
+use crate::router::types::SessionRef;
 
 impl Router {
     /// Hands a publish to the client's P link. What cannot wait any more is answered 0x97, or at
     /// QoS 0 dropped, and counted.
-    pub fn publish(&self, session: SessionRef, publish_link: u8, effect: Effect, now: u64) {
+    pub fn publish(&self, session: SessionRef, publish_link: u8, effect: Effect, now: Millis) {
         let Effect::Publish {
             token,
             message,
@@ -165,7 +169,7 @@ impl Router {
     }
 
     /// The core's answers, for the clients that wait for them.
-    pub fn answered(&self, answers: &[Answered], now: u64) {
+    pub fn answered(&self, answers: &[Answered], now: Millis) {
         let mut wakes = Vec::new();
         for answer in answers {
             metrics()

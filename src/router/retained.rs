@@ -5,15 +5,18 @@
 //! the cache before it is fanned out: so a value older than one already delivered never follows it.
 
 mod cache;
-mod handing;
+mod release;
+pub(super) mod resync;
 
 use std::sync::Arc;
 
-use crate::mqtt::{Message, QoS, ReasonCode};
+use crate::mqtt::{Message, ReasonCode};
 use crate::telemetry::metrics;
+use crate::time::Millis;
 
-use super::fanout::Arrived;
-use super::{Router, SessionRef};
+use crate::router::Router;
+use crate::router::types::SessionRef;
+use crate::router::types::{Arrived, RetainedRequest};
 pub(super) use cache::Retained;
 use cache::{Cached, State, Wishes};
 
@@ -25,24 +28,11 @@ const HELD_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// publish, and what is older must not come after what it publishes.
 const SUBACK_WAIT: u64 = 100;
 
-/// A subscription that retained messages are wanted for.
-#[derive(Clone, Copy, Debug)]
-pub struct Wants {
-    /// Whose it is.
-    pub session: SessionRef,
-    /// The session's own mark.
-    pub tag: u64,
-    /// Granted QoS.
-    pub qos: QoS,
-    /// The client's Subscription Identifier; 0: none.
-    pub identifier: u32,
-}
-
 /// The outcome of one filter of a SUBSCRIBE, told behind its retained messages.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reply {
     pub session: SessionRef,
-    pub generation: u64,
+    pub connection_no: u64,
     pub packet_id: u16,
     pub index: u16,
     pub code: ReasonCode,
@@ -51,7 +41,13 @@ pub(super) struct Reply {
 impl Router {
     /// Sends the retained messages of a filter to one subscription: from the cache, or once they
     /// are fetched. `reply` follows them, but is not kept waiting for long.
-    pub(super) fn want_retained(&self, number: u32, wants: Wants, reply: Reply, now: u64) {
+    pub(super) fn want_retained(
+        &self,
+        number: u32,
+        wants: RetainedRequest,
+        reply: Reply,
+        now: Millis,
+    ) {
         let mut retained = self.retained.lock();
         let deadline = now + SUBACK_WAIT;
         let waiting = retained.replies.entry(number).or_default();
@@ -93,12 +89,17 @@ impl Router {
 
     fn reply(&self, replies: &[Reply]) {
         for r in replies {
-            self.answer_subscribe(r.session, r.generation, r.packet_id, &[(r.index, r.code)]);
+            self.answer_subscribe(
+                r.session,
+                r.connection_no,
+                r.packet_id,
+                &[(r.index, r.code)],
+            );
         }
     }
 
     /// Replies that have waited long enough.
-    fn late_replies(&self, now: u64) {
+    fn late_replies(&self, now: Millis) {
         let mut late = Vec::new();
         let mut retained = self.retained.lock();
         while let Some(&(deadline, number)) = retained.reply_by.front()
@@ -118,7 +119,7 @@ impl Router {
     }
 
     /// Lets go what need not be kept any longer.
-    pub(super) fn tick_retained(&self, now: u64) {
+    pub(super) fn tick_retained(&self, now: Millis) {
         self.late_replies(now);
         self.late_fetches(now);
         self.forget_missed();
@@ -138,7 +139,7 @@ impl Router {
         self.reply(&replies);
     }
 
-    fn cached(&self, retained: &Retained, number: u32, now: u64) -> Vec<Message> {
+    fn cached(&self, retained: &Retained, number: u32, now: Millis) -> Vec<Message> {
         let Some(cached) = retained.filters.get(&number) else {
             return Vec::new();
         };
@@ -171,7 +172,7 @@ impl Router {
     }
 
     /// A retained message that the R link brought for a filter.
-    pub fn fetched(&self, number: u32, message: &Message, now: u64) {
+    pub fn fetched(&self, number: u32, message: &Message, now: Millis) {
         let mut retained = self.retained.lock();
         let Some(cached) = retained.filters.get(&number) else {
             return;
@@ -191,7 +192,7 @@ impl Router {
     }
 
     /// A live message with RETAIN: the cache follows before anyone gets it.
-    pub(super) fn retained_live(&self, arrived: &Arrived, now: u64) {
+    pub(super) fn retained_live(&self, arrived: &Arrived, now: Millis) {
         let mut retained = self.retained.lock();
         retained.ahead(arrived, now);
         retained.learn(arrived);
@@ -220,7 +221,7 @@ impl Router {
 
     /// Without RETAIN on live messages (a 3.1.1 core) the cache cannot follow them: what is known
     /// of a topic that got a message is doubtful, and a fetched value must not follow it.
-    pub(super) fn retained_doubtful(&self, arrived: &Arrived, now: u64) {
+    pub(super) fn retained_doubtful(&self, arrived: &Arrived, now: Millis) {
         let mut retained = self.retained.lock();
         retained.ahead(arrived, now);
         retained.learn(arrived);

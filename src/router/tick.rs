@@ -8,12 +8,13 @@ use parking_lot::RwLockWriteGuard;
 use crate::mqtt::ReasonCode;
 use crate::session::Close;
 use crate::telemetry::metrics;
+use crate::time::Millis;
 
-use super::Router;
-use super::connect::Due;
-use super::lingering::{Idle, Overdue};
-use super::subscribe::FILTERS_MAX;
-use super::table::{State, Table};
+use crate::router::Router;
+use crate::router::filters::linger::{Idle, Overdue};
+use crate::router::filters::subscribe::FILTERS_MAX;
+use crate::router::filters::table::{State, Table};
+use crate::router::sessions::connect::Due;
 
 /// Unread messages on a lingering filter that make it busy.
 const BUSY: u32 = 100;
@@ -29,7 +30,7 @@ const CHUNK: usize = 4096;
 
 impl Router {
     /// To be called a few times a second.
-    pub fn tick(&self, now: u64) {
+    pub fn tick(&self, now: Millis) {
         // Not in the loop's head: there the lock is held to the loop's end, and whoever holds a shard
         // may wait for it.
         let deferred = std::mem::take(&mut *self.deferred.lock());
@@ -70,7 +71,7 @@ impl Router {
         }
     }
 
-    fn tick_shard(&self, number: usize, now: u64) {
+    fn tick_shard(&self, number: usize, now: Millis) {
         let mut due = Due {
             shard: number as u16,
             ..Due::default()
@@ -118,7 +119,7 @@ impl Router {
     }
 
     /// Ends connections whose socket takes too little; walks all sessions, so not at each tick.
-    pub fn close_stalled(&self, now: u64) {
+    pub fn close_stalled(&self, now: Millis) {
         for shard in &self.shards {
             let mut shard = shard.lock();
             for (_, slot) in shard.slots.iter_mut() {
@@ -137,7 +138,7 @@ impl Router {
 
     /// Asks for a WebSocket ping on connections that have been silent: proxies cut those that are.
     /// Whether the client is still there is for its keep alive to say, and for TCP.
-    pub fn ping_idle(&self, now: u64) {
+    pub fn ping_idle(&self, now: Millis) {
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {
                 let after = slot.origin.as_ref().map_or(0, |o| o.ping_after);
@@ -173,7 +174,7 @@ impl Router {
     }
 
     /// SUBSCRIBEs that have waited long enough for the core.
-    fn tick_held(&self, now: u64) {
+    fn tick_held(&self, now: Millis) {
         loop {
             let mut table = self.table.write();
             let Some(&(deadline, number)) = table.held.first() else {
@@ -230,7 +231,7 @@ impl Router {
     }
 
     /// Shared filters whose members are all gone.
-    fn tick_left(&self, now: u64) {
+    fn tick_left(&self, now: Millis) {
         let mut table = self.table.write();
         if table.left.is_empty() {
             return;
@@ -254,7 +255,7 @@ impl Router {
     }
 
     /// Filters that nobody came back for.
-    fn tick_linger(&self, now: u64) {
+    fn tick_linger(&self, now: Millis) {
         let mut overdue = {
             let table = self.table.read();
             let lingering = &table.lingering;
@@ -300,7 +301,7 @@ impl Router {
         &self,
         mut table: RwLockWriteGuard<'_, Table>,
         leaving: &[Idle],
-        now: u64,
+        now: Millis,
     ) -> Vec<u32> {
         let mut wake = 0u64;
         let mut forget = Vec::new();
@@ -377,10 +378,10 @@ mod tests {
 
     use super::*;
     use crate::mqtt::{Message, MessageSpec, Properties, QoS, Version};
-    use crate::router::wake::Wake;
-    use crate::router::{Connect, Place};
+    use crate::router::handle::Wake;
+    use crate::router::{Connect, Peer};
     use crate::session::ConnectionSpec;
-    use crate::upstream::testing;
+    use crate::sim::testing;
 
     /// A client that has been offered 1 MiB at 1 s, and last took some of it at `moved`.
     fn offered(router: &Router, moved: u64) -> Arc<Wake> {
@@ -468,7 +469,7 @@ mod tests {
                 },
                 will: None,
                 wake: wake.clone(),
-                origin: Arc::new(Place {
+                origin: Arc::new(Peer {
                     listener: "test".into(),
                     transport: "ws",
                     ping_after,
@@ -476,10 +477,10 @@ mod tests {
                 }),
             };
             let connected = router.connect(connect, 1000, |_, out| out.push(0));
-            (wake, connected.ok().map(|c| (c.session, c.generation)))
+            (wake, connected.ok().map(|c| (c.session, c.connection_no)))
         });
         let [(pinged, session), (left_alone, _)] = &wakes;
-        let (session, generation) = session.expect("connected");
+        let (session, connection_no) = session.expect("connected");
         let walks = |from: u64, to: u64| {
             let times = (from..=to).step_by(2000);
             let pings = times.filter(|&now| {
@@ -492,11 +493,11 @@ mod tests {
         assert_eq!(walks(1000, 140_000), [47_000, 93_000, 139_000]);
         // What is sent to it is no silence.
         let mut out = Vec::new();
-        router.take_output(session, generation, &mut out, 150_000);
+        router.take_output(session, connection_no, &mut out, 150_000);
         assert!(!out.is_empty());
         assert_eq!(walks(150_000, 200_000), [196_000]);
         // To look for output that is not there is.
-        router.take_output(session, generation, &mut Vec::new(), 200_000);
+        router.take_output(session, connection_no, &mut Vec::new(), 200_000);
         assert_eq!(walks(202_000, 245_000), [242_000]);
     }
 }

@@ -14,7 +14,7 @@ use crate::session::Close;
 use crate::transport::{CloseHow, ConnectionCap, Drain};
 use crate::upstream::Upstream;
 
-use super::StartError;
+use crate::runtime::StartError;
 
 /// The signals that ask the process to end.
 pub(super) struct Signals {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use crate::config::Config;
 use crate::upstream::{Reach, probe_once};
 
-use super::{StartError, client_tls, embedded, upstream_packet_max};
+use crate::runtime::{StartError, client_tls, embedded, upstream_packet_max};
 
 /// Probes the first server of a configuration.
 ///

@@ -6,9 +6,11 @@ use std::sync::atomic::Ordering;
 
 use foldhash::fast::RandomState;
 
-use crate::mqtt::{Alias, QoS, ReasonCode, Version, split_shared};
+use crate::mqtt::{Alias, QoS, ReasonCode, Version};
+use crate::time::Millis;
+use crate::topics::split_shared;
 
-use super::{Close, SessionLimits};
+use crate::session::{Close, SessionLimits};
 
 /// Aliases given toward one client at most, whatever it offers: each costs its topic's bytes.
 const ALIASES_OUT_MAX: u16 = 64;
@@ -50,7 +52,7 @@ impl Scope {
 #[derive(Debug)]
 pub struct Connection {
     /// Which connection of the session this is; a later one has a larger number.
-    pub generation: u64,
+    pub connection_no: u64,
     /// Protocol version of this connection.
     pub version: Version,
     /// The client's Receive Maximum.
@@ -139,9 +141,9 @@ pub struct ConnectionSpec {
 
 impl Connection {
     /// A connection that starts `now`.
-    pub fn new(generation: u64, spec: &ConnectionSpec, now: u64) -> Self {
+    pub fn new(connection_no: u64, spec: &ConnectionSpec, now: Millis) -> Self {
         Self {
-            generation,
+            connection_no,
             version: spec.version,
             receive_maximum: spec.receive_maximum,
             maximum_packet_size: spec.maximum_packet_size as usize,

@@ -1,14 +1,15 @@
 //! One PUBLISH toward the client.
 
 use crate::mqtt::{Alias, Delivery};
+use crate::time::Millis;
 
-use super::connection::Connection;
-use super::entry::Offer;
+use crate::session::connection::Connection;
+use crate::session::entry::Offer;
 
 /// Encodes one PUBLISH; false if it is larger than the client takes [MQTT-3.1.2-24].
 pub(super) fn write_to(
     connection: &mut Connection,
-    now: u64,
+    now: Millis,
     offer: &Offer<'_>,
     packet_id: u16,
     dup: bool,

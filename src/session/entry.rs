@@ -1,8 +1,9 @@
 //! One delivery of a message to one client: what a queue and a window are made of.
 
 use crate::mqtt::{Message, QoS};
+use crate::time::Millis;
 
-use super::SessionLimits;
+use crate::session::SessionLimits;
 
 /// The client's own Subscription Identifiers that go with one delivery: none, one, or the place
 /// of several in [`IdSets`]. An identifier has 28 bits (§1.5.5), so the top bit tells them apart.
@@ -144,7 +145,7 @@ pub(super) struct Entry {
 
 impl Entry {
     /// Past its Message Expiry, or too old for the queue.
-    pub fn is_over(&self, limits: &SessionLimits, now: u64) -> bool {
+    pub fn is_over(&self, limits: &SessionLimits, now: Millis) -> bool {
         let age = u64::from((now as u32).wrapping_sub(self.at));
         self.message.as_ref().is_none_or(|m| m.expires_at() <= now) || age >= limits.queue_age_max
     }
@@ -198,7 +199,7 @@ pub struct Offer<'a> {
     /// The filter's number, if the subscription is shared: what its client does not take goes to
     /// another member.
     pub group: Option<u32>,
-    /// The stream of its subscription, 0 being control; see [`Session::lane_of`](super::Session).
+    /// The stream of its subscription, 0 being control; see [`Session::lane_of`](crate::session::Session).
     pub lane: u8,
     /// It is a retained one that was fetched: it waits beside the limits of live ones.
     pub fetched: bool,

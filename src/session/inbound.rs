@@ -124,7 +124,7 @@ pub struct Inbound {
     /// Of data streams that are gone, with their connection or before it: known again on any stream
     /// by DUP, identifier and content.
     adrift: Vec<Entry>,
-    /// Left by earlier sessions of a client that starts clean: joined by DUP, identifier, content.
+    /// Unsubscribed by earlier sessions of a client that starts clean: joined by DUP, identifier, content.
     orphans: Vec<Entry>,
     sequence: u64,
     waiting: usize,

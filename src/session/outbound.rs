@@ -3,12 +3,13 @@
 use std::collections::VecDeque;
 
 use crate::mqtt::{AckKind, QoS, ReasonCode, encode_ack};
+use crate::time::Millis;
 
-use super::connection::Connection;
-use super::delivery::write_to;
-use super::entry::{Entry, IdSets, Offer, Orphan, State};
-use super::queue::Queue;
-use super::{DropReason, QueueFull, SessionLimits};
+use crate::session::connection::Connection;
+use crate::session::delivery::write_to;
+use crate::session::entry::{Entry, IdSets, Offer, Orphan, State};
+use crate::session::queue::Queue;
+use crate::session::{DropReason, QueueFull, SessionLimits};
 
 /// Bytes charged for each queued or in-flight entry beside its message: with what its queue
 /// reserves ahead and what the allocator loses.
@@ -105,7 +106,7 @@ impl Outbound {
         &mut self,
         connection: Option<&mut Connection>,
         limits: &SessionLimits,
-        now: u64,
+        now: Millis,
         offer: &Offer<'_>,
     ) -> Delivered {
         let Offer {
@@ -159,7 +160,7 @@ impl Outbound {
         self.enqueue(limits, now, offer)
     }
 
-    fn enqueue(&mut self, limits: &SessionLimits, now: u64, offer: &Offer<'_>) -> Delivered {
+    fn enqueue(&mut self, limits: &SessionLimits, now: Millis, offer: &Offer<'_>) -> Delivered {
         let Offer {
             message,
             qos,
@@ -208,7 +209,7 @@ impl Outbound {
 
     /// Writes what the window, the client and the output buffer allow: first what an earlier
     /// connection left unacknowledged, in order [MQTT-4.4.0-1] [MQTT-4.6.0-1], then the queue.
-    pub fn pump(&mut self, connection: &mut Connection, limits: &SessionLimits, now: u64) {
+    pub fn pump(&mut self, connection: &mut Connection, limits: &SessionLimits, now: Millis) {
         self.resend(connection, limits, now);
         while self.resend_at >= self.inflight.len() {
             let Some(front) = self.queue.front() else {
@@ -254,7 +255,7 @@ impl Outbound {
         self.queue.shrink();
     }
 
-    fn resend(&mut self, connection: &mut Connection, limits: &SessionLimits, now: u64) {
+    fn resend(&mut self, connection: &mut Connection, limits: &SessionLimits, now: Millis) {
         if std::mem::take(&mut self.releases_due) {
             self.release_again(connection);
         }
@@ -304,7 +305,7 @@ impl Outbound {
     }
 
     /// The client's PUBACK, or a PUBREC of 0x80 and above [MQTT-4.4.0-2]. False: unknown identifier.
-    pub fn acknowledged(&mut self, packet_id: u16, now: u64) -> bool {
+    pub fn acknowledged(&mut self, packet_id: u16, now: Millis) -> bool {
         if let Some(index) = self.find(packet_id) {
             let after = (now as u32).wrapping_sub(self.inflight[index].at);
             self.shed.acknowledged_after = Some(after);
@@ -509,7 +510,7 @@ impl Outbound {
 
     /// Drops waiting messages that are past their expiry, and QoS 0 where `qos0`; returns
     /// (expired, QoS 0 dropped).
-    pub fn purge(&mut self, limits: &SessionLimits, now: u64, qos0: bool) -> (usize, usize) {
+    pub fn purge(&mut self, limits: &SessionLimits, now: Millis, qos0: bool) -> (usize, usize) {
         let (mut expired, mut zero) = (0, 0);
         self.queue.retain(|e| {
             if e.is_over(limits, now) {

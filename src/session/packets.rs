@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use crate::mqtt::{
     Ack, AckKind, Disconnect, Message, MessageSpec, Packet, Property, Publish, QoS, ReasonCode,
-    Version, encode_ack, encode_pingresp, has_discouraged, matches,
+    Version, encode_ack, encode_pingresp, has_discouraged,
 };
+use crate::time::Millis;
+use crate::topics::matches;
 
-use super::connection::{Connection, Scope};
-use super::inbound::{Answer, Arrival, Incoming};
-use super::{Close, Effect, Policy, Session, SessionLimits, Subscription};
+use crate::session::connection::{Connection, Scope};
+use crate::session::inbound::{Answer, Arrival, Incoming};
+use crate::session::{Close, Effect, Policy, Session, SessionLimits, Subscription};
 
 impl Session {
     /// Takes one packet that arrived on `lane` (0: the control stream). What it asks of the router
@@ -25,7 +27,7 @@ impl Session {
         packet: &Packet<'_>,
         limits: &SessionLimits,
         policy: &dyn Policy,
-        now: u64,
+        now: Millis,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Close> {
         let Some(connection) = self.connection.as_deref_mut() else {
@@ -63,7 +65,7 @@ impl Session {
         publish: &Publish<'_>,
         limits: &SessionLimits,
         policy: &dyn Policy,
-        now: u64,
+        now: Millis,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Close> {
         let Some(connection) = self.connection.as_deref_mut() else {
@@ -194,7 +196,7 @@ impl Session {
         Ok(())
     }
 
-    fn pubrec(&mut self, lane: u8, ack: &Ack<'_>, now: u64) -> Result<(), Close> {
+    fn pubrec(&mut self, lane: u8, ack: &Ack<'_>, now: Millis) -> Result<(), Close> {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };

@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 
-use super::entry::{Entry, State};
-use super::{DropReason, SessionLimits};
 use crate::mqtt::QoS;
+use crate::session::entry::{Entry, State};
+use crate::session::{DropReason, SessionLimits};
 
 /// Retained messages of new subscriptions may wait beyond a session's limits, because they come all
 /// at once: so many of them, and so many bytes.

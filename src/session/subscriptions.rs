@@ -8,13 +8,14 @@ use foldhash::fast::RandomState;
 
 use crate::mqtt::{
     QoS, ReasonCode, Subscribe, SubscribeOptions, Unsubscribe, Version, encode_suback,
-    encode_unsuback, has_discouraged, split_shared,
+    encode_unsuback, has_discouraged,
 };
+use crate::topics::split_shared;
 
-use super::connection::{Again, NOWHERE, PendingSubscribe};
-use super::packets::{close, protocol};
-use super::senior::clash;
-use super::{Close, Effect, Left, Policy, Session, SessionLimits, Wanted};
+use crate::session::connection::{Again, NOWHERE, PendingSubscribe};
+use crate::session::overlap::clash;
+use crate::session::packets::{close, protocol};
+use crate::session::{Close, Effect, Policy, Session, SessionLimits, Unsubscribed, Wanted};
 
 /// SUBSCRIBEs of one client that may wait for the core.
 const PENDING_MAX: usize = 100;
@@ -348,7 +349,7 @@ impl Session {
     }
 
     /// Takes a subscription away that its client gave up.
-    fn leave_subscription(&mut self, filter: u32) -> Option<Left> {
+    fn leave_subscription(&mut self, filter: u32) -> Option<Unsubscribed> {
         let all = &self.subscriptions;
         let at = all.iter().position(|s| s.filter == filter)?;
         let (left, younger) = (&all[at], &all[at + 1..]);
@@ -358,7 +359,7 @@ impl Session {
             senior_over.extend(over.map(|s| s.filter));
         }
         let left = self.remove_subscription(filter)?;
-        Some(Left {
+        Some(Unsubscribed {
             filter,
             name: left.name,
             no_local: left.options.no_local,

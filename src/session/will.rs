@@ -1,6 +1,7 @@
 //! The Will Message of a session.
 
 use crate::mqtt::Message;
+use crate::time::Millis;
 
 /// A will and when it goes out [MQTT-3.1.2-8].
 #[derive(Clone, Debug)]
@@ -27,7 +28,7 @@ impl Will {
     }
 
     /// The message as it is published at `now`.
-    pub fn publish(self, now: u64) -> Message {
+    pub fn publish(self, now: Millis) -> Message {
         match self.message_expiry {
             None => self.message,
             Some(seconds) => self.message.expiring_at(now + u64::from(seconds) * 1000),

@@ -1,6 +1,7 @@
 //! Which number means which filter. A number that is let go rests before it means another, since
 //! messages that carry it may still be on their way.
 
+use crate::time::Millis;
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ pub trait Identifiers: Debug + Send + Sync {
 
     /// Forgets a name. Its number rests until `until`; those whose rest has ended at `now` are free.
     /// An unknown name changes nothing.
-    fn release(&mut self, name: &str, now: u64, until: u64);
+    fn release(&mut self, name: &str, now: Millis, until: u64);
 
     /// Whether a name has a number.
     fn knows(&self, name: &str) -> bool;
@@ -59,7 +60,7 @@ impl Identifiers for InMemory {
         (number, name)
     }
 
-    fn release(&mut self, name: &str, now: u64, until: u64) {
+    fn release(&mut self, name: &str, now: Millis, until: u64) {
         let Some(number) = self.by_name.remove(name) else {
             return;
         };

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::tls::{ClientTls, parse_name};
+use crate::transport::tls::{ClientTls, parse_name};
 use ws::WsBytes;
 
 /// Where to dial.

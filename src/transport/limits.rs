@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::{Kind, ListenerInfo, QuicSecret};
+use crate::transport::{Kind, ListenerInfo, QuicSecret};
 pub use handshakes::Handshakes;
 pub(super) use handshakes::Place as HandshakePlace;
 
@@ -27,7 +27,7 @@ pub struct Limits {
     /// From accept to a complete CONNECT.
     pub accept_deadline: Duration,
     /// Bytes that a WebSocket message may have before
-    /// [`Stream::authenticated`](super::Stream::authenticated).
+    /// [`Stream::authenticated`](crate::transport::Stream::authenticated).
     pub frame_before_auth: usize,
     /// Bytes of the largest MQTT packet after authentication.
     pub packet_max: usize,

@@ -16,13 +16,13 @@ use tokio_util::sync::CancellationToken;
 
 use pace::{Backoff, LogGate, accept_error_kind};
 
-use super::guess::looks_like;
-use super::limits::{HandshakeError, Limits, Permit};
-pub(super) use super::proxy::canonical;
-use super::tls::{self, ALPN_HTTP, ALPN_MQTT, ServerTls};
-use super::ws::{self, Ws};
-use super::{Accepted, CloseHow, Kind, Life, ListenSpec, ListenerInfo, Stream, quic};
 use crate::config::ProxyProtocol;
+use crate::transport::detect::looks_like;
+use crate::transport::limits::{HandshakeError, Limits, Permit};
+pub(super) use crate::transport::proxy::canonical;
+use crate::transport::tls::{self, ALPN_HTTP, ALPN_MQTT, ServerTls};
+use crate::transport::ws::{self, Ws};
+use crate::transport::{Accepted, CloseHow, Kind, Life, ListenSpec, ListenerInfo, Stream, quic};
 
 /// Connections that the system may hold before `accept`; it has its own cap.
 const BACKLOG: i32 = 4096;

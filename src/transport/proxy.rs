@@ -10,9 +10,9 @@ use ipnet::IpNet;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
-use super::forwarded;
-use super::limits::HandshakeError;
 use crate::config::{ProxyProtocol, RealIpHeader};
+use crate::transport::forwarded;
+use crate::transport::limits::HandshakeError;
 
 pub(super) use header::{LINE, SIGNATURE};
 use header::{Step, parse};

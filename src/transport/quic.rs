@@ -9,7 +9,7 @@
 mod bidi;
 mod capsules;
 mod keys;
-mod lanes;
+mod streams;
 mod webtransport;
 
 use std::future::Future;
@@ -27,13 +27,13 @@ use quinn::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::limits::{CertificateFault, HandshakeError, HandshakePlace, Limits};
-use super::listen::{self, Listener, canonical};
-use super::tls::{ALPN_H3, ALPN_MQTT, Configs, ServerTls, fault_of_alert};
-use super::{ClientCertificate, CloseHow, ListenSpec, Permit, Stream};
+use crate::transport::limits::{CertificateFault, HandshakeError, HandshakePlace, Limits};
+use crate::transport::listen::{self, Listener, canonical};
+use crate::transport::tls::{ALPN_H3, ALPN_MQTT, Configs, ServerTls, fault_of_alert};
+use crate::transport::{ClientCertificate, CloseHow, ListenSpec, Permit, Stream};
 use bidi::{Bidi, Layer};
 pub use keys::QuicSecret;
-pub(super) use lanes::Quic;
+pub(super) use streams::Quic;
 
 /// Streams that a client may have open, control and data together.
 const LANES: usize = 16;
@@ -127,8 +127,8 @@ impl Server {
         handler: H,
         stop: CancellationToken,
     ) where
-        H: Fn(super::Accepted) -> F + Clone + Send + Sync + 'static,
-        F: Future<Output = Option<super::Life>> + Send + 'static,
+        H: Fn(crate::transport::Accepted) -> F + Clone + Send + Sync + 'static,
+        F: Future<Output = Option<crate::transport::Life>> + Send + 'static,
     {
         while let Some(Some(incoming)) = stop.run_until_cancelled(self.endpoint.accept()).await {
             let Some((incoming, permit, place)) = admit(incoming, &listener) else {

@@ -12,7 +12,7 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-use super::TlsError;
+use crate::transport::TlsError;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// Clocks differ; validity begins this long ago.

@@ -7,10 +7,10 @@ use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
-use super::quic::Quic;
-use super::tcp::{self, Closing};
-use super::ws::Ws;
-use super::{ClientCertificate, CloseHow, Closed, Kind, OutBuf, Recv, Traffic};
+use crate::transport::quic::Quic;
+use crate::transport::tcp::{self, Closing};
+use crate::transport::ws::Ws;
+use crate::transport::{ClientCertificate, CloseHow, Closed, Kind, OutBuf, Recv, Traffic};
 
 /// The byte stream of one connection; see the methods. To be polled by one
 /// task only.
@@ -200,7 +200,7 @@ impl Stream {
     }
 
     /// The client is known: the message limit of WebSocket rises from
-    /// `frame_before_auth` to [`Limits::message_max`](super::Limits::message_max),
+    /// `frame_before_auth` to [`Limits::message_max`](crate::transport::Limits::message_max),
     /// and data lanes of QUIC are read, and its client may send more unread.
     pub fn authenticated(&mut self) {
         match &mut self.inner {

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{Closed, OutBuf};
+use crate::transport::{Closed, OutBuf};
 
 /// The most that one call reads, bytes.
 pub(super) const READ_MAX: usize = 64 * 1024;

@@ -13,8 +13,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::protocol::frame::coding::Control;
 
-use super::tcp::{self, Closing, READ_MAX, with_scratch};
-use super::{CloseHow, Closed, OutBuf};
+use crate::transport::tcp::{self, Closing, READ_MAX, with_scratch};
+use crate::transport::{CloseHow, Closed, OutBuf};
 use frame::{Asked, Decoder, Fault, Stopped, code};
 pub(super) use handshake::accept;
 pub(super) use request::stranger;

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
+use tidegate::embedded::EmbeddedCore;
 use tidegate::mqtt::{
     AckKind, Alias, Connect, Decoder, Delivery, Message, MessageSpec, Packet, Properties, QoS,
     ReasonCode, Receiver, SubscribeOptions, Version, encode_ack, encode_disconnect,
     encode_subscribe, encode_unsubscribe,
 };
-use tidegate::upstream::embedded::EmbeddedCore;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 pub const NEVER: u32 = u32::MAX;

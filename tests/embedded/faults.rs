@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use tidegate::embedded::{EmbeddedCore, EmbeddedOptions, Overlap, RefuseV5, Shared};
 use tidegate::mqtt::{AckKind, Connect, Packet, QoS, Version, Will};
-use tidegate::upstream::embedded::{EmbeddedCore, EmbeddedOptions, Overlap, RefuseV5, Shared};
 use tokio::io::AsyncReadExt;
 
 use crate::client::{Client, Got, Publish, kept, options, v5};

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
+use tidegate::embedded::{EmbeddedCore, EmbeddedOptions};
 use tidegate::mqtt::{
     AckKind, Alias, Connect, Delivery, Message, MessageSpec, Packet, Properties, QoS, ReasonCode,
     SubscribeOptions, Version, encode_ack, encode_disconnect, encode_pingreq, encode_subscribe,
     encode_unsubscribe,
 };
-use tidegate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::client::{Client, Got, kept, options, v5};

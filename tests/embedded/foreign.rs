@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidegate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
+use tidegate::embedded::{EmbeddedCore, EmbeddedOptions};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use tidegate::embedded::{EmbeddedCore, EmbeddedOptions};
 use tidegate::mqtt::{AckKind, Connect, Properties, QoS, ReasonCode, Version, Will};
-use tidegate::upstream::embedded::{EmbeddedCore, EmbeddedOptions};
 
 use crate::client::{Client, Got, kept, options, v5};
 

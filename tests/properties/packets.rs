@@ -2,6 +2,7 @@
 //! the same functions.
 
 use tidegate::mqtt::*;
+use tidegate::topics::{split_shared, valid_filter, valid_topic_name};
 
 /// Every version, as both roles.
 pub const DECODERS: [(Version, Receiver); 6] = [

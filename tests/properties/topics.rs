@@ -1,6 +1,6 @@
 //! What must hold for any topic names and filters.
 
-use tidegate::mqtt::*;
+use tidegate::topics::*;
 
 /// Relations between two filters and a name, any of which may be nonsense.
 pub fn relations(a: &str, b: &str, topic: &str) {

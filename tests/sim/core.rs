@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use tidegate::mqtt::{Message, MessageSpec, QoS, ReasonCode};
-use tidegate::router::lanes::Outgoing;
+use tidegate::router::publish::queue::Outgoing;
 use tidegate::router::{Answered, Arrived, Router};
+use tidegate::time::Millis;
 
 use crate::rng::Rng;
 
@@ -103,7 +104,7 @@ impl Core {
     }
 
     /// Takes what the router has for it, and works.
-    pub fn step(&mut self, router: &Router, rng: &mut Rng, now: u64) {
+    pub fn step(&mut self, router: &Router, rng: &mut Rng, now: Millis) {
         if self.away {
             return;
         }
@@ -171,7 +172,7 @@ impl Core {
     }
 
     /// The next item of the data link that is due.
-    pub fn next_item(&mut self, now: u64) -> Option<Item> {
+    pub fn next_item(&mut self, now: Millis) -> Option<Item> {
         if self.away || self.unlinked || self.down.front().is_none_or(|(at, _)| *at > now) {
             return None;
         }
@@ -179,7 +180,7 @@ impl Core {
     }
 
     /// A message of one of its other clients, or of ours.
-    pub fn route(&mut self, message: &Copy, rng: &mut Rng, now: u64) {
+    pub fn route(&mut self, message: &Copy, rng: &mut Rng, now: Millis) {
         if message.retain {
             if message.payload.is_empty() {
                 self.retained.remove(&message.topic);
@@ -226,7 +227,7 @@ impl Core {
         self.down.push_back((at, Item::Copies(copies)));
     }
 
-    fn request(&mut self, request: Request, rng: &mut Rng, now: u64) {
+    fn request(&mut self, request: Request, rng: &mut Rng, now: Millis) {
         let item = match request {
             Request::Subscribe(number, name, _) if matching_filter(self.refuses, &name) => {
                 Item::Suback(number, ReasonCode::NOT_AUTHORIZED)
@@ -253,7 +254,7 @@ impl Core {
         self.down.push_back((at, item));
     }
 
-    fn publish(&mut self, outgoing: Outgoing, rng: &mut Rng, now: u64) {
+    fn publish(&mut self, outgoing: Outgoing, rng: &mut Rng, now: Millis) {
         let m = &outgoing.message;
         let refused = m.topic().starts_with("refused/");
         if !refused {
@@ -289,7 +290,7 @@ impl Core {
     }
 
     /// A time after `now`, and not before what went before it on the same way.
-    fn at(&mut self, way: usize, rng: &mut Rng, now: u64) -> u64 {
+    fn at(&mut self, way: usize, rng: &mut Rng, now: Millis) -> u64 {
         let delay = match rng.below(10) {
             0..4 => 0,
             4..9 => rng.below(40),

@@ -7,6 +7,7 @@ use tidegate::mqtt::{
     AckKind, Connect, Decoder, Packet, QoS, ReasonCode, Receiver, SubscribeOptions, Version, Will,
     encode_ack, encode_disconnect, encode_pingreq, encode_subscribe, encode_unsubscribe,
 };
+use tidegate::time::Millis;
 
 use crate::rng::Rng;
 
@@ -130,7 +131,7 @@ impl Device {
     }
 
     /// Begins a connection; CONNECT is in the output.
-    pub fn connect(&mut self, link: u64, clean: bool, will: Option<&WillSpec>, now: u64) {
+    pub fn connect(&mut self, link: u64, clean: bool, will: Option<&WillSpec>, now: Millis) {
         self.lost();
         self.link = Some(link);
         self.last_sent = now;
@@ -213,7 +214,7 @@ impl Device {
     }
 
     /// What is to be sent now.
-    pub fn take_output(&mut self, now: u64, acks: bool) -> Vec<u8> {
+    pub fn take_output(&mut self, now: Millis, acks: bool) -> Vec<u8> {
         if acks {
             self.output.append(&mut self.acks);
         }

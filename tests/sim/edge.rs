@@ -7,9 +7,10 @@ use tidegate::mqtt::{
     Connack, Decoder, Message, MessageSpec, Packet, QoS, ReasonCode, Receiver, Version,
     decode_connect, encode_disconnect,
 };
-use tidegate::router::wake::Wake;
-use tidegate::router::{Connect, Place, Router, SessionRef};
+use tidegate::router::handle::Wake;
+use tidegate::router::{Connect, Peer, Router, SessionRef};
 use tidegate::session::{Close, ConnectionSpec, Effect, Policy, Will};
+use tidegate::time::Millis;
 
 use crate::oracle::{Oracle, key};
 
@@ -30,7 +31,7 @@ struct Open {
     /// One and a half times Keep Alive, milliseconds.
     patience: u64,
     session: SessionRef,
-    generation: u64,
+    connection_no: u64,
     version: Version,
 }
 
@@ -88,7 +89,7 @@ impl Edge {
         bytes: &[u8],
         router: &Router,
         oracle: &mut Oracle,
-        now: u64,
+        now: Millis,
     ) -> Result<(), String> {
         self.input.extend_from_slice(bytes);
         let input = std::mem::take(&mut self.input);
@@ -112,7 +113,7 @@ impl Edge {
         c: &tidegate::mqtt::Connect<'_>,
         router: &Router,
         oracle: &mut Oracle,
-        now: u64,
+        now: Millis,
     ) -> Result<(), String> {
         let version = c.version;
         let asked = match version {
@@ -163,7 +164,7 @@ impl Edge {
                     },
                     will,
                     wake: self.wake.clone(),
-                    origin: Arc::new(Place {
+                    origin: Arc::new(Peer {
                         listener: "sim".into(),
                         transport: "sim",
                         ping_after: 0,
@@ -191,7 +192,7 @@ impl Edge {
         self.open = Some(Open {
             patience: u64::from(c.keep_alive) * 1500,
             session: connected.session,
-            generation: connected.generation,
+            connection_no: connected.connection_no,
             version,
         });
         Ok(())
@@ -202,7 +203,7 @@ impl Edge {
         bytes: &[u8],
         router: &Router,
         oracle: &mut Oracle,
-        now: u64,
+        now: Millis,
     ) -> Result<usize, String> {
         let mut used = 0;
         while let Some((size, more)) = self.batch(&bytes[used..], router, oracle, now)? {
@@ -221,7 +222,7 @@ impl Edge {
         bytes: &[u8],
         router: &Router,
         oracle: &mut Oracle,
-        now: u64,
+        now: Millis,
     ) -> Result<Option<(usize, bool)>, String> {
         let Some(open) = &self.open else {
             return Ok(None);
@@ -236,7 +237,7 @@ impl Edge {
         let mut effects = Vec::new();
         let outcome = router.feed(
             open.session,
-            open.generation,
+            open.connection_no,
             &mut effects,
             |session, limits, effects| {
                 let mut close: Option<Close> = None;
@@ -283,7 +284,7 @@ impl Edge {
                     wanted,
                 } => router.subscribe(
                     open.session,
-                    open.generation,
+                    open.connection_no,
                     packet_id,
                     identifier,
                     &wanted,
@@ -309,7 +310,12 @@ impl Edge {
     }
 
     /// What the task does when it is woken, or its socket takes more.
-    pub fn poll(&mut self, router: &Router, oracle: &mut Oracle, now: u64) -> Result<(), String> {
+    pub fn poll(
+        &mut self,
+        router: &Router,
+        oracle: &mut Oracle,
+        now: Millis,
+    ) -> Result<(), String> {
         if self.ended.is_some() {
             return Ok(());
         }
@@ -348,7 +354,7 @@ impl Edge {
         };
         loop {
             let mut taken = Vec::new();
-            let side = router.take_output(open.session, open.generation, &mut taken, now);
+            let side = router.take_output(open.session, open.connection_no, &mut taken, now);
             match side {
                 None => {
                     return Err("the session has no connection, and its wake says nothing".into());
@@ -369,11 +375,16 @@ impl Edge {
     }
 
     /// What the session wrote and nobody took yet; before it is thrown away.
-    pub fn peek(&mut self, router: &Router, oracle: &mut Oracle, now: u64) -> Result<(), String> {
+    pub fn peek(
+        &mut self,
+        router: &Router,
+        oracle: &mut Oracle,
+        now: Millis,
+    ) -> Result<(), String> {
         let Some(open) = &self.open else {
             return Ok(());
         };
-        let left = router.with(open.session, open.generation, |s, _| {
+        let left = router.with(open.session, open.connection_no, |s, _| {
             s.connection().map(|c| c.control().clone())
         });
         match left.flatten() {
@@ -383,7 +394,7 @@ impl Edge {
     }
 
     /// The socket is gone.
-    pub fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: u64) -> Result<(), String> {
+    pub fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Result<(), String> {
         self.end(
             Close {
                 reason: ReasonCode::DISCONNECT_WITH_WILL_MESSAGE,
@@ -400,7 +411,7 @@ impl Edge {
         close: Close,
         router: &Router,
         oracle: &mut Oracle,
-        now: u64,
+        now: Millis,
     ) -> Result<(), String> {
         if self.ended.is_some() {
             return Ok(());
@@ -415,7 +426,7 @@ impl Edge {
             // The session is gone, with what it had written.
             oracle.inbound.answers_lost(self.device);
         }
-        router.disconnected(open.session, open.generation, normal, now);
+        router.disconnected(open.session, open.connection_no, normal, now);
         oracle.closed(self.device, self.link, normal, now);
         let polite = matches!(
             close.reason,

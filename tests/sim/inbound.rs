@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use tidegate::mqtt::{Publish, QoS, ReasonCode};
+use tidegate::time::Millis;
 
 use crate::oracle::{Checked, key};
 
@@ -108,7 +109,7 @@ impl Inbound {
     }
 
     /// The session goes on with a new connection: its will is cancelled [MQTT-3.1.3-9].
-    pub fn resumed(&mut self, device: usize, now: u64) {
+    pub fn resumed(&mut self, device: usize, now: Millis) {
         let Some(at) = self.publishers[device].will else {
             return;
         };
@@ -121,7 +122,7 @@ impl Inbound {
     }
 
     /// The connection ended; the session ends `expiry` seconds later.
-    pub fn closed(&mut self, device: usize, normal: bool, expiry: u32, now: u64) {
+    pub fn closed(&mut self, device: usize, normal: bool, expiry: u32, now: Millis) {
         if let Some(at) = self.publishers[device].will {
             let will = &mut self.wills[at];
             if will.state == WillState::Armed {
@@ -138,7 +139,7 @@ impl Inbound {
     }
 
     /// The session is over: its will is due now at the latest.
-    pub fn ended(&mut self, device: usize, now: u64) {
+    pub fn ended(&mut self, device: usize, now: Millis) {
         let p = &mut self.publishers[device];
         let session = p.session;
         let of_it = p.track.values_mut().filter(|t| t.session == session);
@@ -165,7 +166,7 @@ impl Inbound {
     }
 
     /// The session takes a PUBLISH.
-    pub fn publish(&mut self, device: usize, topic: &str, publish: &Publish<'_>, now: u64) {
+    pub fn publish(&mut self, device: usize, topic: &str, publish: &Publish<'_>, now: Millis) {
         let key = key(publish.payload);
         let p = &mut self.publishers[device];
         let id = publish.packet_id;
@@ -248,7 +249,7 @@ impl Inbound {
     }
 
     /// The core got a publish. `refused`: it will not route it.
-    pub fn forwarded(&mut self, payload: &[u8], qos: QoS, now: u64) -> Checked {
+    pub fn forwarded(&mut self, payload: &[u8], qos: QoS, now: Millis) -> Checked {
         let key = key(payload);
         if let Some(will) = self.wills.iter_mut().find(|w| w.key == key) {
             let before = std::mem::replace(&mut will.state, WillState::Fired);
@@ -308,7 +309,7 @@ impl Inbound {
     }
 
     /// At the very end: no will is left.
-    pub fn wills_settled(&self, now: u64) -> Checked {
+    pub fn wills_settled(&self, now: Millis) -> Checked {
         for will in &self.wills {
             if let WillState::Due(at) = will.state
                 && at <= now

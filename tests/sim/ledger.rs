@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use tidegate::mqtt::{Publish, QoS, SubscribeOptions, Version};
+use tidegate::time::Millis;
 
 /// One message that a session is to get, or may get.
 #[derive(Clone, Debug)]
@@ -349,7 +350,7 @@ impl Ledger {
     }
 
     /// Owed for sure and never written: all, and those without those that expired by `now`.
-    pub fn missing(&self, now: u64) -> (usize, usize, usize) {
+    pub fn missing(&self, now: Millis) -> (usize, usize, usize) {
         let left = || self.owed.iter().filter(|o| !o.written);
         // Sent twice by its publisher, a message is one key owed twice: what was written may have
         // been the one that was owed for sure.

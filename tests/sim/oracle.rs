@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use tidegate::mqtt::{QoS, SubscribeOptions, Version};
 use tidegate::router::Router;
+use tidegate::time::Millis;
 
 use crate::core::{Copy, matching};
 use crate::device::{Profile, Seen};
@@ -95,7 +96,7 @@ impl Oracle {
         clean: bool,
         asked: Option<u32>,
         will: Option<(String, u32, QoS)>,
-        now: u64,
+        now: Millis,
     ) {
         let rules = self.rules;
         let c = &mut self.clients[device];
@@ -142,7 +143,7 @@ impl Oracle {
     }
 
     /// A session is over.
-    pub fn ended(&mut self, device: usize, now: u64) {
+    pub fn ended(&mut self, device: usize, now: Millis) {
         let c = &mut self.clients[device];
         c.exists = false;
         c.attached = None;
@@ -153,7 +154,7 @@ impl Oracle {
     }
 
     /// The router was told that `link` ended.
-    pub fn closed(&mut self, device: usize, link: u64, normal: bool, now: u64) {
+    pub fn closed(&mut self, device: usize, link: u64, normal: bool, now: Millis) {
         let c = &mut self.clients[device];
         if c.attached != Some(link) {
             return;
@@ -170,7 +171,7 @@ impl Oracle {
     }
 
     /// The router had its tick.
-    pub fn ticked(&mut self, now: u64) {
+    pub fn ticked(&mut self, now: Millis) {
         for device in 0..self.clients.len() {
             let c = &self.clients[device];
             if c.exists && c.attached.is_none() && c.ends_at <= now {
@@ -180,7 +181,7 @@ impl Oracle {
     }
 
     /// With `queue_full = "end_session"` sessions end on their own.
-    pub fn look(&mut self, router: &Router, now: u64) -> Checked {
+    pub fn look(&mut self, router: &Router, now: Millis) -> Checked {
         for device in 0..self.clients.len() {
             let c = &self.clients[device];
             let there = router.session(&c.profile.id).is_some();
@@ -232,7 +233,7 @@ impl Oracle {
     }
 
     /// The core, or the data link, is away from now on, if it is not yet.
-    pub fn gone(&mut self, now: u64) {
+    pub fn gone(&mut self, now: Millis) {
         let (since, until) = self.away;
         let again = now < until.saturating_add(5000);
         self.away = (if again { since } else { now }, u64::MAX);
@@ -258,7 +259,7 @@ impl Oracle {
     }
 
     /// Copies of one message come in on the data link, all at once.
-    pub fn arrives(&mut self, copies: &[Copy], now: u64) {
+    pub fn arrives(&mut self, copies: &[Copy], now: Millis) {
         let Some(first) = copies.first() else {
             return;
         };
@@ -406,7 +407,7 @@ impl Oracle {
     }
 
     /// Everybody is connected and everything at rest: nothing may be missing but by a limit.
-    pub fn settled(&self, router: &Router, links: &[Option<u64>], now: u64) -> Checked {
+    pub fn settled(&self, router: &Router, links: &[Option<u64>], now: Millis) -> Checked {
         for (c, link) in self.clients.iter().zip(links) {
             if !c.exists {
                 continue;

@@ -1,13 +1,14 @@
 //! The oracle's view of packets: what a session took, and what it wrote.
 
 use tidegate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, SubscribeOptions, Version};
+use tidegate::time::Millis;
 
 use crate::ledger::{Ask, Ledger, Sub, Want};
 use crate::oracle::{Checked, Oracle, key};
 
 impl Oracle {
     /// A packet of the client was taken by its session.
-    pub fn took(&mut self, device: usize, packet: &Packet<'_>, now: u64) {
+    pub fn took(&mut self, device: usize, packet: &Packet<'_>, now: Millis) {
         let (grants, expiry_max) = (self.rules.grants, self.rules.expiry_max);
         let latest = self.latest;
         self.asks += 1;
@@ -113,7 +114,7 @@ impl Oracle {
     }
 
     /// Bytes that the router wrote for the connection.
-    pub fn wrote(&mut self, device: usize, link: u64, bytes: &[u8], now: u64) -> Checked {
+    pub fn wrote(&mut self, device: usize, link: u64, bytes: &[u8], now: Millis) -> Checked {
         let c = &self.clients[device];
         if c.attached != Some(link) {
             return Ok(());
@@ -160,7 +161,7 @@ impl Oracle {
         link: u64,
         version: Version,
         packet: &Packet<'_>,
-        now: u64,
+        now: Millis,
     ) -> Checked {
         let hold = self.rules.hold;
         let evicts = self.rules.evicts;
@@ -255,7 +256,7 @@ fn granted(
     hold: u64,
     guessed: bool,
     doubted: bool,
-    now: u64,
+    now: Millis,
 ) -> Checked {
     let Some(at) = ledger.subs.iter().position(|s| s.filter == name) else {
         return Ok(());

@@ -1,6 +1,7 @@
 //! One direction of a connection.
 
 use std::collections::VecDeque;
+use tidegate::time::Millis;
 
 use crate::rng::Rng;
 
@@ -12,7 +13,7 @@ pub struct Pipe {
 }
 
 impl Pipe {
-    pub fn send(&mut self, bytes: Vec<u8>, rng: &mut Rng, now: u64) {
+    pub fn send(&mut self, bytes: Vec<u8>, rng: &mut Rng, now: Millis) {
         if bytes.is_empty() {
             return;
         }
@@ -27,7 +28,7 @@ impl Pipe {
     }
 
     /// What arrives now: often not all of it, so that a cut may come at any byte.
-    pub fn receive(&mut self, rng: &mut Rng, now: u64) -> Vec<u8> {
+    pub fn receive(&mut self, rng: &mut Rng, now: Millis) -> Vec<u8> {
         let mut out = Vec::new();
         while self.chunks.front().is_some_and(|(at, _)| *at <= now) {
             let Some((_, chunk)) = self.chunks.front_mut() else {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
-use tidegate::limits::Account;
+use tidegate::budget::Account;
 use tidegate::mqtt::{QoS, Version};
 use tidegate::router::{CoreFacts, Router, RouterConfig};
 use tidegate::session::{QueueFull, SessionLimits};

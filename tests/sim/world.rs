@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tidegate::mqtt::{QoS, ReasonCode};
 use tidegate::router::Router;
+use tidegate::time::Millis;
 
 use crate::core::Core;
 use crate::device::{Device, Seen};
@@ -32,7 +33,7 @@ pub struct Fetch {
 
 pub struct World {
     pub rng: Rng,
-    pub now: u64,
+    pub now: Millis,
     pub router: Arc<Router>,
     pub core: Core,
     pub oracle: Oracle,

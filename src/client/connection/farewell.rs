@@ -10,7 +10,7 @@ use crate::mqtt::{ReasonCode, Version, encode_disconnect};
 use crate::telemetry::{DisconnectReason, clean, metrics};
 use crate::transport::CloseHow;
 
-use super::{Connection, End};
+use crate::client::connection::{Connection, End};
 
 /// How long a client is given to take what is left for it.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -31,7 +31,7 @@ impl Connection<'_> {
         self.take_rest(&end);
         let session_ended = self.clients.router.disconnected(
             self.session,
-            self.generation,
+            self.connection_no,
             // A drain fires no wills.
             end.normal || end.label == DisconnectReason::Draining,
             self.clients.clock.now(),
@@ -74,7 +74,7 @@ impl Connection<'_> {
         let mut rest = Vec::new();
         let now = self.clients.clock.now();
         let router = &self.clients.router;
-        if let Some(side) = router.take_output(self.session, self.generation, &mut rest, now) {
+        if let Some(side) = router.take_output(self.session, self.connection_no, &mut rest, now) {
             self.out.buf.append(&mut rest);
             self.give_lanes(side);
         }

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use crate::mqtt::{Packet, ReasonCode};
 use crate::telemetry::{DisconnectReason, RateLimited, StreamReason, clean, metrics};
+use crate::time::Millis;
 use crate::transport::{CloseHow, Closed, OutBuf, Traffic};
 
-use super::{Connection, End, Partial, SCRATCH};
+use crate::client::connection::{Connection, End, Partial, SCRATCH};
 
 /// How long a stream may take nothing, while the network carries what is sent, before its
 /// subscriptions' messages go on the control stream.
@@ -69,7 +70,7 @@ struct Stuck {
 
 impl Stuck {
     /// Looks again; `others`: what others send goes through.
-    fn look(&mut self, now: u64, others: bool) -> u64 {
+    fn look(&mut self, now: Millis, others: bool) -> u64 {
         if let Some(at) = self.at.replace(now)
             && others
         {
@@ -205,7 +206,7 @@ impl<'a> Connection<'a> {
         let busy = self
             .clients
             .router
-            .with(self.session, self.generation, |session, _| {
+            .with(self.session, self.connection_no, |session, _| {
                 session.lane_busy(number)
             });
         busy == Some(true)
@@ -301,7 +302,7 @@ impl<'a> Connection<'a> {
     fn on_session(&mut self, f: impl FnOnce(&mut crate::session::Session)) {
         self.clients
             .router
-            .with(self.session, self.generation, |session, _| f(session));
+            .with(self.session, self.connection_no, |session, _| f(session));
         // It may have something else to send now.
         self.fresh = true;
     }

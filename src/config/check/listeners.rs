@@ -1,6 +1,6 @@
 //! What a listener's paths and proxies may be.
 
-use super::{Check, HEALTH_PATH};
+use crate::config::check::{Check, HEALTH_PATH};
 use crate::config::choices::ProxyProtocol;
 use crate::config::types::Listener;
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Check, is_loopback};
+use crate::config::check::{Check, is_loopback};
 use crate::config::choices::AuthMode;
 use crate::config::types::{CertSource, Config, Tls};
 

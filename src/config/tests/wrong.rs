@@ -1,6 +1,6 @@
 //! A table of files that are wrong.
 
-use super::parse;
+use crate::config::tests::parse;
 
 /// Text, line, key, a part of the message.
 const WRONG: &[(&str, usize, &str, &str)] = &[

@@ -8,13 +8,14 @@ use foldhash::fast::RandomState;
 use lru::LruCache;
 use smallvec::SmallVec;
 
-use super::{Reply, Wants};
-use crate::limits::Account;
+use crate::budget::Account;
 use crate::mqtt::Message;
-use crate::router::SessionRef;
-use crate::router::fanout::Arrived;
-use crate::router::resync::Missed;
-use crate::router::trie::FilterTrie;
+use crate::router::retained::resync::Missed;
+use crate::router::retained::{Reply, RetainedRequest};
+use crate::router::types::Arrived;
+use crate::router::types::SessionRef;
+use crate::time::Millis;
+use crate::topics::FilterTrie;
 
 /// Bytes charged for a cached topic beside topic and message.
 const TOPIC_OVERHEAD: usize = 96;
@@ -40,7 +41,7 @@ pub(super) enum State {
 }
 
 /// By session: a later wish takes the place of an earlier one.
-pub(super) type Wishes = BTreeMap<SessionRef, Wants>;
+pub(super) type Wishes = BTreeMap<SessionRef, RetainedRequest>;
 
 #[derive(Debug)]
 pub(super) struct Cached {
@@ -276,7 +277,7 @@ impl Retained {
     }
 
     /// A live message is ahead of those filters that it did not come by, and not of the others.
-    pub(super) fn ahead(&mut self, arrived: &Arrived, now: u64) {
+    pub(super) fn ahead(&mut self, arrived: &Arrived, now: Millis) {
         if self.known.is_empty() {
             return;
         }
@@ -310,7 +311,7 @@ impl Retained {
     }
 
     /// Whether something newer may have reached a session that has other subscriptions on the topic.
-    pub(in crate::router) fn is_ahead(&self, number: u32, message: &Message, now: u64) -> bool {
+    pub(in crate::router) fn is_ahead(&self, number: u32, message: &Message, now: Millis) -> bool {
         let ahead = self.filters.get(&number).map(|c| &c.ahead);
         let Some(ahead) = ahead.filter(|ahead| !ahead.is_empty()) else {
             return false;

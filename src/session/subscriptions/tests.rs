@@ -3,8 +3,9 @@ use std::cell::Cell;
 use proptest::prelude::*;
 
 use super::*;
-use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe, has_wildcard};
+use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
 use crate::session::{ConnectionSpec, QueueFull};
+use crate::topics::has_wildcard;
 
 fn subscription(filter: u32, name: &str) -> Subscription {
     Subscription {

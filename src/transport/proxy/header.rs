@@ -11,9 +11,9 @@ const HEADER_MAX: usize = 4096;
 /// The most bytes of a version 1 header (section 2.1).
 const LINE_MAX: usize = 107;
 /// What version 2 begins with (section 2.2).
-pub(in super::super) const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
+pub(in crate::transport) const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 /// What version 1 begins with (section 2.1).
-pub(in super::super) const LINE: &[u8] = b"PROXY ";
+pub(in crate::transport) const LINE: &[u8] = b"PROXY ";
 
 /// How far a header is.
 #[derive(Debug, PartialEq, Eq)]

@@ -12,12 +12,12 @@ use tokio::time::timeout;
 use web_transport_proto::http::{HeaderMap, StatusCode};
 use web_transport_proto::{ConnectError, ConnectRequest, ConnectResponse, Settings, SettingsError};
 
-use super::bidi::{Bidi, Layer, NO_ERROR};
-use super::capsules::{self, Capsules, Seen};
-use super::lanes::{Quic, lost};
-use super::{CloseOnDrop, code, handshake_error};
 use crate::transport::limits::HandshakeError;
 use crate::transport::listen::Listener;
+use crate::transport::quic::bidi::{Bidi, Layer, NO_ERROR};
+use crate::transport::quic::capsules::{self, Capsules, Seen};
+use crate::transport::quic::streams::{Quic, lost};
+use crate::transport::quic::{CloseOnDrop, code, handshake_error};
 use crate::transport::tcp::with_scratch;
 use crate::transport::ws::stranger;
 use crate::transport::{Closed, ListenSpec};

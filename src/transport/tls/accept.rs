@@ -9,9 +9,9 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use super::clients::fault;
-use super::{ALPN_HTTP, ClientCertificate, ServerTls};
 use crate::transport::limits::{HandshakeError, HandshakePlace};
+use crate::transport::tls::clients::fault;
+use crate::transport::tls::{ALPN_HTTP, ClientCertificate, ServerTls};
 
 /// How long a client that is refused is given to read why.
 const GOODBYE: Duration = Duration::from_millis(500);

@@ -7,10 +7,10 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::{CertificateError, Error, RootCertStore};
 
-use super::x509::{self, Validity};
-use super::{TlsError, pem, provider};
 use crate::config::{CertificateIdentity, ClientAuth, ClientCertificates};
 use crate::transport::limits::{CertificateFault, HandshakeError};
+use crate::transport::tls::x509::{self, Validity};
+use crate::transport::tls::{TlsError, pem, provider};
 
 /// A client's certificate that was verified.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rustls::KeyLog;
 
-use super::TlsError;
+use crate::transport::tls::TlsError;
 
 /// A file in the format of `SSLKEYLOGFILE`.
 #[derive(Debug)]

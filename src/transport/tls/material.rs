@@ -6,11 +6,11 @@ use std::sync::Arc;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 
-use super::clients::Clients;
-use super::x509::{self, Validity};
-use super::{TlsError, certified_key, pem};
 use crate::config::{CertSource, Tls};
 use crate::transport::selfsigned;
+use crate::transport::tls::clients::Clients;
+use crate::transport::tls::x509::{self, Validity};
+use crate::transport::tls::{TlsError, certified_key, pem};
 
 /// For whom the throw-away certificate is.
 const LOOPBACK: [&str; 3] = ["localhost", "127.0.0.1", "::1"];

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use super::Material;
+use crate::transport::tls::Material;
 
 type Keys = Vec<Arc<CertifiedKey>>;
 

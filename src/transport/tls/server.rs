@@ -11,15 +11,15 @@ use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::CertificateDer;
 use rustls::server::{ProducesTickets, WebPkiClientVerifier};
 
-use super::clients::Clients;
-use super::early::EarlySessions;
-use super::key_log::KeyLogFile;
-use super::resolver::BySni;
-use super::{
+use crate::transport::limits::HandshakeError;
+use crate::transport::tls::clients::Clients;
+use crate::transport::tls::early::EarlySessions;
+use crate::transport::tls::key_log::KeyLogFile;
+use crate::transport::tls::resolver::BySni;
+use crate::transport::tls::{
     ALPN_H3, ALPN_HTTP, ALPN_MQTT, ClientCertificate, Material, TlsError, config_error, provider,
     ticketer,
 };
-use crate::transport::limits::HandshakeError;
 
 /// The certificates of a listener, ready for each transport.
 pub struct ServerTls {

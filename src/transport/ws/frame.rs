@@ -15,14 +15,14 @@ const CONTROL_MAX: usize = 125;
 
 /// Codes of RFC 6455 section 7.4.1.
 pub(super) mod code {
-    pub(in super::super) const NORMAL: u16 = 1000;
-    pub(in super::super) const GOING_AWAY: u16 = 1001;
-    pub(in super::super) const PROTOCOL: u16 = 1002;
-    pub(in super::super) const UNSUPPORTED: u16 = 1003;
-    pub(in super::super) const NOT_UTF8: u16 = 1007;
-    pub(in super::super) const TOO_BIG: u16 = 1009;
-    pub(in super::super) const TRY_LATER: u16 = 1013;
-    pub(in super::super) const BAD_GATEWAY: u16 = 1014;
+    pub(in crate::transport) const NORMAL: u16 = 1000;
+    pub(in crate::transport) const GOING_AWAY: u16 = 1001;
+    pub(in crate::transport) const PROTOCOL: u16 = 1002;
+    pub(in crate::transport) const UNSUPPORTED: u16 = 1003;
+    pub(in crate::transport) const NOT_UTF8: u16 = 1007;
+    pub(in crate::transport) const TOO_BIG: u16 = 1009;
+    pub(in crate::transport) const TRY_LATER: u16 = 1013;
+    pub(in crate::transport) const BAD_GATEWAY: u16 = 1014;
 }
 
 /// The peer broke the rules; `code` is what to close with.

@@ -9,10 +9,10 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
-use super::request::{Head, Refusal, Verdict, malformed};
 use crate::config::RealIpHeader;
 use crate::transport::ListenSpec;
 use crate::transport::limits::HandshakeError;
+use crate::transport::ws::request::{Head, Refusal, Verdict, malformed};
 
 /// The most bytes of a request; browsers send cookies along.
 const HEAD_MAX: usize = 16 * 1024;

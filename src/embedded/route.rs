@@ -1,0 +1,330 @@
+//! Subscriptions, fan-out and retained replay of an embedded core.
+
+use std::time::Duration;
+
+use smallvec::SmallVec;
+
+use crate::embedded::options::{Overlap, Shared};
+use crate::embedded::outbound::Queued;
+use crate::embedded::state::State;
+use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
+use crate::topics::split_shared;
+
+/// Replays that wait at once; past it one is sent without its delay.
+const LATE_MAX: usize = 100_000;
+/// In the place of a filter's key: a shared subscription, found by its name.
+const SHARED: u32 = u32::MAX;
+
+/// A filter that at least one session subscribes to.
+pub(crate) struct Filter {
+    name: Box<str>,
+    members: Vec<Member>,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct Member {
+    pub(crate) session: u32,
+    options: SubscribeOptions,
+    /// Subscription Identifier; 0: none.
+    id: u32,
+    /// It is in the queue for QoS 0 and in the other.
+    both: bool,
+}
+
+/// The retained messages of a subscription, to be sent later.
+pub(crate) struct LateReplay {
+    session: u32,
+    serial: u64,
+    filter: Box<str>,
+    qos: QoS,
+    id: u32,
+}
+
+/// One copy for one session.
+struct Copy {
+    session: u32,
+    /// Copies of one queue are one.
+    queue: u8,
+    qos: QoS,
+    retain: bool,
+    ids: SmallVec<[u32; 2]>,
+}
+
+impl State {
+    /// One filter of a SUBSCRIBE: its SUBACK code. Retained messages are
+    /// queued, or will be.
+    pub(crate) fn subscribe(
+        &mut self,
+        key: u32,
+        name: &str,
+        mut options: SubscribeOptions,
+        id: u32,
+    ) -> ReasonCode {
+        options.qos = options.qos.min(self.options.max_qos);
+        let id = if self.options.no_ids { 0 } else { id };
+        if let Some((group, filter)) = split_shared(name) {
+            if self.options.shared == Shared::Refused {
+                return ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
+            }
+            let session = key;
+            let member = Member {
+                session,
+                options,
+                id,
+                both: false,
+            };
+            self.shared.join(group, filter, member);
+            let known = &mut self.sessions[key as usize].subscriptions;
+            known.insert(name.into(), SHARED);
+            return ReasonCode(options.qos as u8);
+        }
+        let filter = match self.trie.get(name) {
+            Some(filter) => filter,
+            None => {
+                let filter = self.filters.insert(Filter {
+                    name: name.into(),
+                    members: Vec::new(),
+                }) as u32;
+                self.trie.insert(name, filter);
+                filter
+            }
+        };
+        let members = &mut self.filters[filter as usize].members;
+        let member = Member {
+            session: key,
+            options,
+            id,
+            both: false,
+        };
+        let old = members.iter_mut().find(|m| m.session == key);
+        let known = old.is_some();
+        match old {
+            // Replaced as a whole [MQTT-3.8.4-3].
+            Some(old) => {
+                let both = self.options.overlap == Overlap::TwoQueues
+                    && (old.both
+                        || (old.options.qos == QoS::AtMostOnce)
+                            != (options.qos == QoS::AtMostOnce));
+                *old = Member { both, ..member };
+            }
+            None => members.push(member),
+        }
+        let session = &mut self.sessions[key as usize];
+        let (version, serial) = (session.version, session.serial);
+        if !known {
+            session.subscriptions.insert(name.into(), filter);
+        }
+        let replay = match options.retain_handling {
+            _ if version != Version::V5 => true,
+            0 => true,
+            1 => !known,
+            _ => false,
+        };
+        if replay && self.options.retain_available {
+            let late = LateReplay {
+                session: key,
+                serial,
+                filter: name.into(),
+                qos: options.qos,
+                id,
+            };
+            self.plan_replay(late);
+        }
+        ReasonCode(options.qos as u8)
+    }
+
+    /// One filter of an UNSUBSCRIBE: whether it was subscribed.
+    pub(crate) fn unsubscribe(&mut self, key: u32, name: &str) -> bool {
+        let session = &mut self.sessions[key as usize];
+        let Some(filter) = session.subscriptions.remove(name) else {
+            return false;
+        };
+        self.leave(key, name, filter);
+        true
+    }
+
+    pub(crate) fn unsubscribe_all(&mut self, key: u32) {
+        let subscriptions = std::mem::take(&mut self.sessions[key as usize].subscriptions);
+        for (name, filter) in subscriptions {
+            self.leave(key, &name, filter);
+        }
+    }
+
+    /// Stores it if retained, and queues it for every session with a matching
+    /// subscription. Returns whether there was any. `origin` is the session
+    /// that published it.
+    pub(crate) fn publish(&mut self, origin: u32, message: &Message) -> bool {
+        self.counts.published += 1;
+        if message.retain() && self.options.retain_available {
+            let max = self.options.retained_bytes_max;
+            if !self.retained.set(message, max) {
+                self.counts.dropped_full += 1;
+            }
+        }
+        let mut matched: SmallVec<[u32; 16]> = SmallVec::new();
+        self.trie
+            .for_each_match(message.topic(), |filter| matched.push(filter));
+        let shared = self.offer_shared(message);
+        if matched.is_empty() {
+            return shared;
+        }
+        // A steady order of copies, whatever the shape of the trie.
+        matched.sort_unstable();
+        let live_retain = message.retain() && !self.options.no_rap;
+        let two_queues = self.options.overlap == Overlap::TwoQueues;
+        let mut copies: SmallVec<[Copy; 16]> = SmallVec::new();
+        for filter in matched {
+            for member in &self.filters[filter as usize].members {
+                let options = &member.options;
+                if options.no_local && member.session == origin {
+                    continue;
+                }
+                let copy = |qos: QoS| Copy {
+                    session: member.session,
+                    queue: u8::from(two_queues && qos > QoS::AtMostOnce),
+                    qos: message.qos().min(qos),
+                    retain: live_retain && options.retain_as_published,
+                    ids: id_list(member.id),
+                };
+                copies.push(copy(options.qos));
+                if member.both {
+                    copies.push(copy(match options.qos {
+                        QoS::AtMostOnce => QoS::AtLeastOnce,
+                        _ => QoS::AtMostOnce,
+                    }));
+                }
+            }
+        }
+        if self.options.overlap != Overlap::Many {
+            merge(&mut copies, self.options.overlap != Overlap::LowestQos);
+        }
+        for copy in copies {
+            let entry = Queued {
+                message: message.clone(),
+                ids: copy.ids,
+                qos: copy.qos,
+                retain: copy.retain,
+            };
+            self.offer(copy.session, entry);
+        }
+        true
+    }
+
+    pub(crate) fn replay_late(&mut self, late: &LateReplay) {
+        let still = self
+            .sessions
+            .get(late.session as usize)
+            .is_some_and(|s| s.serial == late.serial && s.subscriptions.contains_key(&late.filter));
+        if still {
+            self.replay(late);
+        }
+    }
+
+    fn plan_replay(&mut self, late: LateReplay) {
+        let delay = self.options.late_retained;
+        if delay == Duration::ZERO || self.late.len() >= LATE_MAX {
+            return self.replay(&late);
+        }
+        let at = self.now + delay.as_millis() as u64;
+        let serial = self.next_serial();
+        self.late.insert((at, serial), late);
+    }
+
+    fn replay(&mut self, to: &LateReplay) {
+        for message in self.retained.matching(&to.filter, self.now) {
+            let entry = Queued {
+                qos: message.qos().min(to.qos),
+                ids: id_list(to.id),
+                retain: true,
+                message,
+            };
+            self.offer(to.session, entry);
+        }
+    }
+
+    /// Queues one copy and sees to it that the connection is woken.
+    fn offer(&mut self, key: u32, entry: Queued) {
+        let Some(session) = self.sessions.get_mut(key as usize) else {
+            return;
+        };
+        // While away, QoS 0 is not kept.
+        if session.wire.is_none() && entry.qos == QoS::AtMostOnce {
+            return;
+        }
+        if !session.out.push(entry, &self.options) {
+            self.counts.dropped_full += 1;
+            return;
+        }
+        if !session.woken
+            && let Some(wire) = &session.wire
+        {
+            session.woken = true;
+            self.wakes.push(wire.clone());
+        }
+    }
+
+    /// A copy for one member of each group; whether there was any.
+    fn offer_shared(&mut self, message: &Message) -> bool {
+        if self.options.shared != Shared::Working {
+            return false;
+        }
+        let sessions = &self.sessions;
+        let connected = |key: u32| {
+            let session = sessions.get(key as usize);
+            session.is_some_and(|s| s.wire.is_some())
+        };
+        let picked = self.shared.pick(message.topic(), connected);
+        for member in &picked {
+            let entry = Queued {
+                message: message.clone(),
+                ids: id_list(member.id),
+                qos: message.qos().min(member.options.qos),
+                retain: message.retain() && member.options.retain_as_published,
+            };
+            self.offer(member.session, entry);
+        }
+        !picked.is_empty()
+    }
+
+    fn leave(&mut self, key: u32, name: &str, filter: u32) {
+        if let Some((group, filter)) = split_shared(name) {
+            self.shared.leave(group, filter, key);
+            return;
+        }
+        let entry = &mut self.filters[filter as usize];
+        entry.members.retain(|m| m.session != key);
+        if entry.members.is_empty() {
+            let entry = self.filters.remove(filter as usize);
+            self.trie.remove(&entry.name);
+        }
+    }
+}
+
+/// One copy for each queue of a session, in the place of its first.
+fn merge(copies: &mut SmallVec<[Copy; 16]>, highest: bool) {
+    if copies.len() < 2 {
+        return;
+    }
+    copies.sort_by_key(|c| (c.session, c.queue));
+    copies.dedup_by(|next, kept| {
+        if (next.session, next.queue) != (kept.session, kept.queue) {
+            return false;
+        }
+        kept.qos = if highest {
+            kept.qos.max(next.qos)
+        } else {
+            kept.qos.min(next.qos)
+        };
+        kept.retain |= next.retain;
+        kept.ids.append(&mut next.ids);
+        true
+    });
+}
+
+fn id_list(id: u32) -> SmallVec<[u32; 2]> {
+    if id == 0 {
+        SmallVec::new()
+    } else {
+        SmallVec::from_slice(&[id])
+    }
+}

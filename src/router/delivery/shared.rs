@@ -1,0 +1,529 @@
+//! Shared subscriptions (MQTT 5 §4.8.2): the core sends each message once, to us; here one
+//! member of the group gets it.
+
+use std::collections::HashMap;
+
+use foldhash::fast::RandomState;
+
+use crate::mqtt::{Message, QoS};
+use crate::session::{Delivered, Offer, Orphan, SessionLimits};
+use crate::telemetry::{DropReason as DropCause, metrics};
+use crate::time::Millis;
+
+use crate::router::Router;
+use crate::router::delivery::fanout::Tally;
+use crate::router::sessions::shard::Shard;
+use crate::router::types::SessionRef;
+
+/// The groups, by the number of their filter.
+#[derive(Debug, Default)]
+pub(in crate::router) struct Groups(HashMap<u32, Group, RandomState>);
+
+/// Connected members that are looked at for one that is free, and others for one that keeps the
+/// message: what a message costs does not grow with its group.
+const LOOK: usize = 128;
+
+#[derive(Debug, Default)]
+struct Group {
+    /// First those that were connected when they were looked at last, or came since.
+    members: Vec<Member>,
+    /// How many those are.
+    here: usize,
+    places: HashMap<SessionRef, usize, RandomState>,
+    /// Whose turn it is, among those that are here and among the others.
+    next: usize,
+    next_away: usize,
+    /// With that many members, those that are gone are looked for.
+    sweep_at: usize,
+}
+
+impl Group {
+    fn join(&mut self, session: SessionRef, tag: u64) {
+        match self.places.get(&session) {
+            Some(&at) => self.members[at].tag = tag,
+            None => {
+                self.places.insert(session, self.members.len());
+                self.members.push(Member { session, tag });
+            }
+        }
+        self.came(session);
+    }
+
+    /// A member is connected.
+    fn came(&mut self, session: SessionRef) {
+        if let Some(&at) = self.places.get(&session)
+            && at >= self.here
+        {
+            self.swap(at, self.here);
+            self.here += 1;
+        }
+    }
+
+    /// The member at a place among those that are here is not. Another has its place.
+    fn went(&mut self, at: usize) {
+        self.here -= 1;
+        self.swap(at, self.here);
+    }
+
+    fn remove(&mut self, mut at: usize) {
+        if at < self.here {
+            self.went(at);
+            at = self.here;
+        }
+        let last = self.members.len() - 1;
+        self.swap(at, last);
+        if let Some(gone) = self.members.pop() {
+            self.places.remove(&gone.session);
+        }
+    }
+
+    fn swap(&mut self, a: usize, b: usize) {
+        self.members.swap(a, b);
+        for at in [a, b] {
+            self.places.insert(self.members[at].session, at);
+        }
+    }
+
+    /// The turn of who comes behind a member.
+    fn pass(&mut self, session: SessionRef) {
+        match self.places.get(&session) {
+            Some(&at) if at < self.here => self.next = at + 1,
+            Some(&at) => self.next_away = at - self.here + 1,
+            None => {}
+        }
+    }
+}
+
+/// A session that joined; it may have left without a word.
+#[derive(Clone, Copy, Debug)]
+struct Member {
+    session: SessionRef,
+    /// The session's own mark: a clean start keeps its place.
+    tag: u64,
+}
+
+/// How well a member could take a message now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fit {
+    /// Not a member any more.
+    Gone,
+    /// Its client is away, and at QoS 0 nothing waits for it.
+    Deaf,
+    /// Its client is away: it waits in the queue.
+    Away,
+    /// Connected, and its window or output is full.
+    Busy,
+    /// It is written at once.
+    Free,
+}
+
+impl Router {
+    /// A session has subscribed to a group.
+    pub(in crate::router) fn join_group(&self, number: u32, session: SessionRef, tag: u64) {
+        let mut groups = self.groups.lock();
+        let group = groups.0.entry(number).or_default();
+        if group.members.len() >= group.sweep_at && !group.places.contains_key(&session) {
+            // Those that take a place have been looked at.
+            for at in (0..group.members.len()).rev() {
+                let member = group.members[at];
+                let shard = &self.shards[usize::from(member.session.shard)];
+                if fit(&mut shard.lock(), &member, number, None, &self.limits) == Fit::Gone {
+                    group.remove(at);
+                }
+            }
+            group.sweep_at = (2 * group.members.len()).max(16);
+        }
+        group.join(session, tag);
+    }
+
+    /// A session is connected again that has subscribed to these groups.
+    pub(in crate::router) fn members_came(&self, numbers: &[u32], session: SessionRef) {
+        let mut groups = self.groups.lock();
+        for number in numbers {
+            if let Some(group) = groups.0.get_mut(number) {
+                group.came(session);
+            }
+        }
+    }
+
+    /// Filters that are gone have no group. To be called while nobody can subscribe to them anew: who
+    /// does is in the next one.
+    pub(in crate::router) fn forget_groups(&self, numbers: &[u32]) {
+        if numbers.is_empty() {
+            return;
+        }
+        let mut groups = self.groups.lock();
+        for number in numbers {
+            groups.0.remove(number);
+        }
+    }
+
+    /// Gives a message to one member: the next in turn that is free, else the next that is
+    /// connected, else the next.
+    pub(in crate::router) fn share(
+        &self,
+        number: u32,
+        message: &Message,
+        now: Millis,
+        tally: &mut Tally,
+    ) {
+        let mut groups = self.groups.lock();
+        let Some(group) = groups.0.get_mut(&number) else {
+            metrics().messages_dropped[DropCause::NoReceiver].increment(1);
+            return;
+        };
+        let member = match self.share_here(group, number, message, now, tally) {
+            Ok(()) => return,
+            Err(busy) => busy.or_else(|| self.next_away(group, number, message.qos())),
+        };
+        match member {
+            Some(member) => {
+                group.pass(member.session);
+                let mut shard = self.shards[usize::from(member.session.shard)].lock();
+                self.hand_shared(&mut shard, &member, number, message, now, tally);
+            }
+            // All members are gone, and the core does not know yet.
+            None => metrics().messages_dropped[DropCause::NoReceiver].increment(1),
+        }
+    }
+
+    /// Gives a message to the next connected member that is free. Else the next connected one.
+    fn share_here(
+        &self,
+        group: &mut Group,
+        number: u32,
+        message: &Message,
+        now: Millis,
+        tally: &mut Tally,
+    ) -> Result<(), Option<Member>> {
+        let mut busy = None;
+        let mut looked = 0;
+        let mut at = group.next;
+        // Who is found gone or away is not looked at again.
+        while looked < group.here.min(LOOK) {
+            at = if at < group.here { at } else { 0 };
+            let member = group.members[at];
+            let mut shard = self.shards[usize::from(member.session.shard)].lock();
+            let qos = Some(message.qos());
+            match fit(&mut shard, &member, number, qos, &self.limits) {
+                Fit::Gone => group.remove(at),
+                Fit::Deaf | Fit::Away => group.went(at),
+                Fit::Busy => {
+                    busy = busy.or(Some(member));
+                    looked += 1;
+                    at += 1;
+                }
+                Fit::Free => {
+                    group.next = at + 1;
+                    self.hand_shared(&mut shard, &member, number, message, now, tally);
+                    return Ok(());
+                }
+            }
+        }
+        Err(busy)
+    }
+
+    /// The next member whose client is away: one that keeps the message, if there is one.
+    fn next_away(&self, group: &mut Group, number: u32, qos: QoS) -> Option<Member> {
+        let mut deaf = None;
+        let mut looked = 0;
+        let mut turn = group.next_away;
+        while looked < (group.members.len() - group.here).min(LOOK) {
+            turn = if group.here + turn < group.members.len() {
+                turn
+            } else {
+                0
+            };
+            let member = group.members[group.here + turn];
+            let mut shard = self.shards[usize::from(member.session.shard)].lock();
+            match fit(&mut shard, &member, number, Some(qos), &self.limits) {
+                Fit::Gone => group.remove(group.here + turn),
+                Fit::Deaf => {
+                    deaf = deaf.or(Some(member));
+                    looked += 1;
+                    turn += 1;
+                }
+                // It may have come just now.
+                Fit::Away | Fit::Busy | Fit::Free => return Some(member),
+            }
+        }
+        deaf
+    }
+
+    fn hand_shared(
+        &self,
+        shard: &mut Shard,
+        member: &Member,
+        number: u32,
+        message: &Message,
+        now: Millis,
+        tally: &mut Tally,
+    ) {
+        let full = shard.hand_shared(&self.limits, now, message, number, member.session, tally);
+        self.charge_entries(shard);
+        if full {
+            self.end_full_session(shard, member.session.slot, now);
+        }
+    }
+
+    /// Messages of members that ended, or are away for long, go to others.
+    pub(in crate::router) fn share_again(&self, orphans: Vec<Orphan>, now: Millis) {
+        if orphans.is_empty() {
+            return;
+        }
+        metrics().shared_redelivered.increment(orphans.len() as u64);
+        let mut tally = Tally::default();
+        for orphan in &orphans {
+            self.share(orphan.filter, &orphan.message, now, &mut tally);
+        }
+        tally.wake();
+        tally.flush();
+    }
+}
+
+/// `qos`: of the message that is to be given.
+fn fit(
+    shard: &mut Shard,
+    member: &Member,
+    number: u32,
+    qos: Option<QoS>,
+    limits: &SessionLimits,
+) -> Fit {
+    let Some(slot) = shard.get(member.session) else {
+        return Fit::Gone;
+    };
+    let session = &mut slot.session;
+    let granted = session.subscription(number).map(|s| s.options.qos);
+    let Some(granted) = granted.filter(|_| session.tag == member.tag && !session.is_ghost()) else {
+        return Fit::Gone;
+    };
+    let lost = granted == QoS::AtMostOnce && qos.is_some_and(|q| q > granted) && !limits.queue_qos0;
+    match (session.attached(), session.outbound().has_backlog()) {
+        (false, _) if lost => Fit::Deaf,
+        (false, _) => Fit::Away,
+        (true, true) => Fit::Busy,
+        (true, false) => match session.window_free(limits) {
+            true => Fit::Free,
+            false => Fit::Busy,
+        },
+    }
+}
+
+impl Shard {
+    /// Delivers to one member of a group. True: its queue is full, and the session is to end.
+    fn hand_shared(
+        &mut self,
+        limits: &SessionLimits,
+        now: Millis,
+        message: &Message,
+        number: u32,
+        session: SessionRef,
+        tally: &mut Tally,
+    ) -> bool {
+        let Some(slot) = self.get(session) else {
+            return false;
+        };
+        let Some(subscription) = slot.session.subscription(number) else {
+            return false;
+        };
+        if subscription.hides(message.topic()) {
+            return false;
+        }
+        let identifier = subscription.identifier;
+        let options = subscription.options;
+        let qos: QoS = options.qos.min(message.qos());
+        let one = [identifier];
+        let offer = Offer {
+            message,
+            qos,
+            retain: options.retain_as_published && message.retain(),
+            ids: if identifier == 0 { &[] } else { &one },
+            group: Some(number),
+            lane: slot.session.lane_of(number),
+            fetched: false,
+        };
+        let outcome = slot.session.deliver(limits, now, &offer);
+        let full = outcome == Delivered::EndSession;
+        tally.outcome(slot, outcome);
+        self.settle(session.slot);
+        full
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::mqtt::{MessageSpec, Properties, ReasonCode, Version};
+    use crate::router::Connected;
+    use crate::router::filters::table::State;
+    use crate::session::Unsubscribed;
+    use crate::sim::testing;
+
+    const FILTER: &str = "$share/g/t";
+
+    fn session(slot: u32) -> SessionRef {
+        SessionRef {
+            shard: 0,
+            slot,
+            slot_version: 1,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn members_keep_their_places(steps in prop::collection::vec((0..8u32, 0..4u8), 0..60)) {
+            let mut group = Group::default();
+            let mut here: Vec<u32> = Vec::new();
+            let mut all: Vec<u32> = Vec::new();
+            for (slot, step) in steps {
+                let at = group.places.get(&session(slot)).copied();
+                match step {
+                    0 => {
+                        group.join(session(slot), 1);
+                        here.push(slot);
+                        all.push(slot);
+                    }
+                    1 => {
+                        group.came(session(slot));
+                        here.extend(all.contains(&slot).then_some(slot));
+                    }
+                    2 => {
+                        if let Some(at) = at.filter(|at| *at < group.here) {
+                            group.went(at);
+                        }
+                        here.retain(|s| *s != slot);
+                    }
+                    _ => {
+                        if let Some(at) = at {
+                            group.remove(at);
+                        }
+                        here.retain(|s| *s != slot);
+                        all.retain(|s| *s != slot);
+                    }
+                }
+                for known in [&mut here, &mut all] {
+                    known.sort_unstable();
+                    known.dedup();
+                }
+                let mut slots: Vec<u32> = group.members.iter().map(|m| m.session.slot).collect();
+                let mut first = slots[..group.here].to_vec();
+                first.sort_unstable();
+                slots.sort_unstable();
+                prop_assert_eq!((&first, &slots), (&here, &all));
+                prop_assert_eq!(group.places.len(), all.len());
+                for (session, at) in &group.places {
+                    prop_assert_eq!(group.members[*at].session, *session);
+                }
+            }
+        }
+    }
+
+    /// A client that is in the group, and its number.
+    fn member(router: &Router, id: &str) -> (Connected, u32) {
+        let client = testing::kept_client_of(router, id, Version::V5, None, 1);
+        testing::subscribe(router, client, FILTER);
+        let number = router.table.write().intern(FILTER).0;
+        for wanted in router.next_subscribes(router.shared_link(0), 10) {
+            router.suback(wanted.number, ReasonCode(1), 1);
+        }
+        (client, number)
+    }
+
+    fn share(router: &Router, number: u32) {
+        let message = Message::new(&MessageSpec {
+            topic: "t",
+            properties: Properties::default(),
+            payload: b"x",
+            qos: QoS::AtLeastOnce,
+            retain: false,
+            expires_at: u64::MAX,
+            strip_key: None,
+            account: None,
+        });
+        router.share(number, &message, 1, &mut Tally::default());
+    }
+
+    /// Deliveries that a client has not acknowledged, or that wait for it.
+    fn has(router: &Router, id: &str) -> usize {
+        let session = router.session(id).expect("it is there");
+        session.in_flight + session.queue_messages
+    }
+
+    fn shared_router() -> Arc<Router> {
+        let router = testing::router();
+        router.data_link_up(1, crate::router::Kept::No, true, 0);
+        router
+    }
+
+    #[test]
+    fn members_that_are_away_are_not_looked_at_while_others_are_here() {
+        let router = shared_router();
+        let mut number = 0;
+        for n in 0..200 {
+            let (client, group) = member(&router, &format!("away{n}"));
+            router.disconnected(client.session, client.connection_no, true, 1);
+            number = group;
+        }
+        member(&router, "a");
+        let here = || router.groups.lock().0[&number].here;
+        share(&router, number);
+        share(&router, number);
+        assert_eq!((has(&router, "a"), here()), (2, 1));
+        testing::kept_client_of(&router, "away7", Version::V5, None, 1);
+        assert_eq!(here(), 2);
+        for _ in 0..8 {
+            share(&router, number);
+        }
+        assert_eq!((has(&router, "a"), has(&router, "away7")), (6, 4));
+    }
+
+    #[test]
+    fn members_that_are_away_get_messages_in_turn_when_nobody_is_here() {
+        let router = shared_router();
+        let clients = ["a", "b", "c"].map(|id| member(&router, id));
+        for (client, _) in clients {
+            router.disconnected(client.session, client.connection_no, true, 1);
+        }
+        for _ in 0..6 {
+            share(&router, clients[0].1);
+        }
+        assert_eq!(["a", "b", "c"].map(|id| has(&router, id)), [2, 2, 2]);
+    }
+
+    #[test]
+    fn a_group_is_gone_before_anybody_can_subscribe_anew() {
+        for _ in 0..20 {
+            let router = shared_router();
+            let (client, number) = member(&router, "a");
+            let left = Unsubscribed {
+                filter: number,
+                name: FILTER.into(),
+                no_local: false,
+                senior_over: Vec::new(),
+            };
+            router.with(client.session, 0, |s, _| s.remove_subscription(number));
+            router.unsubscribe(client.session, &[left], 1);
+            let mut groups = router.groups.lock();
+            std::thread::scope(|scope| {
+                scope.spawn(|| router.tick(1));
+                loop {
+                    let table = router.table.try_read();
+                    let state = table.as_ref().and_then(|t| Some(t.get(number)?.state));
+                    if state == Some(State::Unsubscribing) {
+                        break assert!(!groups.0.contains_key(&number));
+                    }
+                    let locked = table.is_none();
+                    drop(table);
+                    if locked {
+                        parking_lot::MutexGuard::unlocked(&mut groups, std::thread::yield_now);
+                    }
+                }
+                drop(groups);
+            });
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! Filters that nobody holds and the core still has: how many they are, how long, and whose they were.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
+
+use foldhash::fast::RandomState;
+
+use crate::router::types::SessionRef;
+
+/// When a filter began to linger, milliseconds, and its number.
+pub(in crate::router) type Idle = (u64, u32);
+
+/// The filters that linger.
+#[derive(Debug, Default)]
+pub(in crate::router) struct Lingering {
+    /// Longest idle first.
+    filters: BTreeMap<Idle, Entry>,
+    /// Of all their names.
+    bytes: usize,
+    /// Those that a client gave up, while it is its account that they are on.
+    given_up: HashMap<SessionRef, GivenUp, RandomState>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    /// Of its name.
+    bytes: usize,
+    by: Option<SessionRef>,
+}
+
+#[derive(Debug, Default)]
+struct GivenUp {
+    filters: BTreeSet<Idle>,
+    bytes: usize,
+}
+
+impl Lingering {
+    /// A filter whose name has so many bytes begins to linger.
+    pub fn insert(&mut self, idle: Idle, bytes: usize) {
+        let entry = Entry { bytes, by: None };
+        if let Some(known) = self.filters.insert(idle, entry) {
+            self.forget(idle, &known);
+        }
+        self.bytes += bytes;
+    }
+
+    /// A filter does not linger any more.
+    pub fn remove(&mut self, idle: Idle) {
+        if let Some(entry) = self.filters.remove(&idle) {
+            self.forget(idle, &entry);
+        }
+    }
+
+    fn forget(&mut self, idle: Idle, entry: &Entry) {
+        self.bytes -= entry.bytes;
+        let Some(by) = entry.by else {
+            return;
+        };
+        if let Some(own) = self.given_up.get_mut(&by) {
+            own.filters.remove(&idle);
+            own.bytes -= entry.bytes;
+            if own.filters.is_empty() {
+                self.given_up.remove(&by);
+            }
+        }
+    }
+
+    /// It was `client` that gave up a lingering filter. Past so many filters or bytes on its account
+    /// the oldest are taken off it, and returned.
+    pub fn give_up(
+        &mut self,
+        idle: Idle,
+        client: SessionRef,
+        most: usize,
+        bytes: usize,
+    ) -> Vec<u32> {
+        let mut gone = Vec::new();
+        let Some(entry) = self.filters.get_mut(&idle) else {
+            return gone;
+        };
+        if entry.by.is_some() {
+            return gone;
+        }
+        entry.by = Some(client);
+        let own = self.given_up.entry(client).or_default();
+        own.filters.insert(idle);
+        own.bytes += entry.bytes;
+        while (own.filters.len() > most || own.bytes > bytes)
+            && let Some(oldest) = own.filters.pop_first()
+        {
+            if let Some(entry) = self.filters.get_mut(&oldest) {
+                own.bytes -= entry.bytes;
+                entry.by = None;
+            }
+            gone.push(oldest.1);
+        }
+        if own.filters.is_empty() {
+            self.given_up.remove(&client);
+        }
+        gone
+    }
+
+    /// How many linger.
+    pub fn len(&self) -> usize {
+        self.filters.len()
+    }
+
+    /// Bytes of their names.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Those behind `last`, longest idle first, each with the bytes of its name.
+    pub fn behind(&self, last: Option<Idle>) -> impl Iterator<Item = (Idle, usize)> {
+        let from = last.map_or(Bound::Unbounded, Bound::Excluded);
+        let behind = self.filters.range((from, Bound::Unbounded));
+        behind.map(|(idle, entry)| (*idle, entry.bytes))
+    }
+}
+
+/// Says of lingering filters, from the longest idle on, which are to leave. Times in milliseconds.
+#[derive(Debug)]
+pub(in crate::router) struct Overdue {
+    /// Those that are idle since then leave.
+    pub idle_before: u64,
+    /// The same for busy ones and surplus ones.
+    pub busy_before: u64,
+    /// Filters that are too many.
+    pub surplus: usize,
+    /// Filters, and bytes of names, that leave whatever their age.
+    pub urgent: usize,
+    pub urgent_bytes: usize,
+}
+
+impl Overdue {
+    /// Whether the next one leaves. `None`: it does not, nor does any behind it.
+    pub fn next(&mut self, since: u64, bytes: usize, busy: impl FnOnce() -> bool) -> Option<bool> {
+        let urgent = self.urgent > 0 || self.urgent_bytes > 0;
+        if since > self.busy_before && !urgent {
+            return None;
+        }
+        let leaves = urgent || self.surplus > 0 || since <= self.idle_before || busy();
+        self.surplus = self.surplus.saturating_sub(1);
+        self.urgent = self.urgent.saturating_sub(1);
+        if leaves {
+            self.urgent_bytes = self.urgent_bytes.saturating_sub(bytes);
+        }
+        Some(leaves)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mqtt::{SubscribeOptions, Version, encode_subscribe, encode_unsubscribe};
+    use crate::router::{Connected, Kept, Router};
+    use crate::sim::testing;
+
+    const CLIENT: SessionRef = SessionRef {
+        shard: 1,
+        slot: 2,
+        slot_version: 3,
+    };
+
+    #[test]
+    fn what_lingers_of_one_client_is_bounded_oldest_first() {
+        let mut lingering = Lingering::default();
+        lingering.insert((1, 9), 10);
+        for number in 0..3 {
+            lingering.insert((2, number), 10);
+            assert!(lingering.give_up((2, number), CLIENT, 3, 100).is_empty());
+        }
+        lingering.insert((3, 7), 10);
+        assert_eq!(lingering.give_up((3, 7), CLIENT, 3, 100), [0]);
+        // Once: it is not on the account any more.
+        lingering.insert((4, 8), 10);
+        assert_eq!(lingering.give_up((4, 8), CLIENT, 3, 100), [1]);
+        // Who comes back for one makes room.
+        lingering.remove((3, 7));
+        lingering.insert((5, 7), 10);
+        assert!(lingering.give_up((5, 7), CLIENT, 3, 100).is_empty());
+        assert_eq!(lingering.len(), 6);
+    }
+
+    #[test]
+    fn the_bytes_of_one_client_are_bounded_too() {
+        let mut lingering = Lingering::default();
+        for number in 0..3 {
+            lingering.insert((0, number), 40);
+            let gone = lingering.give_up((0, number), CLIENT, 10, 100);
+            assert_eq!(gone.is_empty(), number < 2);
+        }
+        lingering.insert((1, 5), 1000);
+        assert_eq!(lingering.give_up((1, 5), CLIENT, 10, 100), [1, 2, 5]);
+        assert!(lingering.given_up.is_empty());
+        assert_eq!(lingering.bytes(), 1120);
+        for idle in [(0, 0), (0, 1), (0, 2), (1, 5), (1, 5)] {
+            lingering.remove(idle);
+        }
+        assert_eq!((lingering.len(), lingering.bytes()), (0, 0));
+    }
+
+    /// Which of filters of ten bytes leave that are idle since 10, 20, 30, 40.
+    fn leaving(mut due: Overdue, busy: u64) -> Vec<u64> {
+        let all = [10, 20, 30, 40].into_iter();
+        let judged = all.map_while(|since| Some((since, due.next(since, 10, || since == busy)?)));
+        judged
+            .filter(|(_, leaves)| *leaves)
+            .map(|(s, _)| s)
+            .collect()
+    }
+
+    #[test]
+    fn the_longest_idle_leave_and_under_pressure_whatever_their_age() {
+        let due = |surplus, urgent, urgent_bytes| Overdue {
+            idle_before: 10,
+            busy_before: 30,
+            surplus,
+            urgent,
+            urgent_bytes,
+        };
+        assert_eq!(leaving(due(0, 0, 0), 0), [10]);
+        assert_eq!(leaving(due(0, 0, 0), 30), [10, 30]);
+        assert_eq!(leaving(due(0, 0, 0), 40), [10]);
+        assert_eq!(leaving(due(2, 0, 0), 0), [10, 20]);
+        assert_eq!(leaving(due(9, 0, 0), 0), [10, 20, 30]);
+        assert_eq!(leaving(due(0, 9, 0), 0), [10, 20, 30, 40]);
+        assert_eq!(leaving(due(0, 0, 11), 0), [10, 20]);
+        assert_eq!(leaving(due(0, 0, 31), 0), [10, 20, 30, 40]);
+    }
+
+    fn come_and_go(router: &Router, client: Connected, filter: &str) {
+        come(router, client, filter);
+        go(router, client, &[filter]);
+    }
+
+    fn come(router: &Router, client: Connected, filter: &str) {
+        let mut packet = Vec::new();
+        let options = SubscribeOptions {
+            retain_handling: 2,
+            ..SubscribeOptions::default()
+        };
+        let filters = std::iter::once((filter, options));
+        encode_subscribe(Version::V5, 1, None, filters, &mut packet);
+        testing::packet_of(router, client, &packet, 1);
+    }
+
+    fn go(router: &Router, client: Connected, filters: &[&str]) {
+        let mut packet = Vec::new();
+        encode_unsubscribe(Version::V5, 1, filters.iter().copied(), &mut packet);
+        testing::packet_of(router, client, &packet, 1);
+    }
+
+    /// A router that holds a root, `r/#`.
+    fn rooted() -> std::sync::Arc<Router> {
+        let mut config = testing::config();
+        config.roots.push("r/#".into());
+        let router = testing::router_of(config);
+        router.core_facts(&testing::facts(), 0);
+        router.data_link_up(0, Kept::No, true, 0);
+        for wanted in router.next_subscribes(0, 10) {
+            router.suback(wanted.number, crate::mqtt::ReasonCode(2), 0);
+        }
+        router
+    }
+
+    #[test]
+    fn what_one_client_gave_up_leaves_no_more_than_it_may_have() {
+        let router = rooted();
+        let (flood, other) = (
+            testing::client(&router, "flood"),
+            testing::client(&router, "other"),
+        );
+        come_and_go(&router, other, "r/mine");
+        let most = router.limits.subscriptions_max;
+        for n in 0..10 * most {
+            come_and_go(&router, flood, &format!("r/{n}"));
+        }
+        router.tick(1);
+        let table = router.table.read();
+        assert_eq!((table.lingering.len(), table.len()), (most + 1, most + 2));
+        assert!(table.knows("r/mine") && table.knows("r/999") && !table.knows("r/0"));
+    }
+
+    #[test]
+    fn filters_that_go_in_steps_are_on_the_account_too() {
+        let router = rooted();
+        let flood = testing::client(&router, "flood");
+        let most = router.limits.subscriptions_max;
+        for n in 0..most + 50 {
+            let (senior, junior) = (format!("r/{n}/#"), format!("r/{n}/+"));
+            come(&router, flood, &senior);
+            come(&router, flood, &junior);
+            go(&router, flood, &[&senior]);
+            assert!(router.fence_wanted(0), "it goes at once");
+            go(&router, flood, &[&junior]);
+            while router.fence_wanted(0) {
+                let number = router.fence_begins(0);
+                router.fence_passed(0, number, 1);
+            }
+        }
+        router.tick(1);
+        let table = router.table.read();
+        assert_eq!((table.lingering.len(), table.len()), (most, most + 1));
+    }
+
+    #[test]
+    fn names_that_linger_leave_when_their_bytes_are_too_many() {
+        let router = testing::router();
+        let rest = "x".repeat(65_000);
+        {
+            let mut table = router.table.write();
+            for n in 0..1100 {
+                let (number, _) = table.intern(&format!("{n}{rest}"));
+                table.reference(number, 0);
+                table.unreference(number, 0, n);
+            }
+        }
+        router.tick(1100);
+        let table = router.table.read();
+        assert!(table.lingering.bytes() <= 64 * 1024 * 1024);
+        assert_eq!(table.lingering.len(), 1032);
+        assert!(!table.knows(&format!("0{rest}")) && table.knows(&format!("1099{rest}")));
+    }
+}

@@ -1,0 +1,352 @@
+//! The core's answers to our SUBSCRIBEs, and those of clients that wait for them.
+
+use smallvec::SmallVec;
+
+use crate::mqtt::{QoS, ReasonCode};
+use crate::session::Close;
+use crate::telemetry::{RateLimited, clean};
+use crate::time::Millis;
+use crate::topics::overlaps;
+
+use crate::router::Router;
+use crate::router::filters::subscribe::LINE_EVERY;
+use crate::router::filters::table::{State, Table, Waiter};
+use crate::router::retained::Reply;
+use crate::router::types::{RetainedRequest, SessionRef};
+
+static REFUSED: RateLimited = RateLimited::new(LINE_EVERY);
+
+fn filter_has_below(table: &Table, number: u32) -> bool {
+    table
+        .get(number)
+        .is_some_and(|f| f.root || !f.groups.is_empty())
+}
+
+fn refused(filter: &str, code: ReasonCode) {
+    if let Some(suppressed) = REFUSED.permit() {
+        tracing::warn!(
+            filter = %clean(filter, 256),
+            reason = code.name(),
+            suppressed,
+            "The core refused a filter"
+        );
+    }
+}
+
+impl Router {
+    /// Other subscriptions of the client that overlap this one bring its messages as well: the core
+    /// is to hold them at its QoS. The last for which that is not answered yet.
+    pub(in crate::router) fn raise_overlapping(
+        &self,
+        session: SessionRef,
+        number: u32,
+        qos: QoS,
+    ) -> Option<u32> {
+        if qos == QoS::AtMostOnce {
+            return None;
+        }
+        let others: Vec<u32> = {
+            let mut shard = self.shards[usize::from(session.shard)].lock();
+            let session = &mut shard.get(session)?.session;
+            let name = match session.subscription(number) {
+                Some(s) if s.overlaps > 0 => s.name.clone(),
+                _ => return None,
+            };
+            let all = session.subscriptions().iter();
+            let others = all.filter(|s| s.filter != number && s.active && !s.shared);
+            let others = others.filter(|s| overlaps(&s.name, &name));
+            others.map(|s| s.filter).collect()
+        };
+        let mut last = None;
+        let mut wake: SmallVec<[u8; 4]> = SmallVec::new();
+        let mut table = self.table.write();
+        for other in others {
+            let source = table.source(other);
+            let Some(filter) = table.get(source) else {
+                continue;
+            };
+            let link = filter.link;
+            if filter.wanted < qos && filter.state != State::Absent {
+                table.ask(source, qos);
+                wake.push(link);
+            }
+            let filter = table.get(source);
+            let waits = filter.is_some_and(|f| f.is_rising() && f.granted < qos);
+            // Answers come in order: behind the last there is nothing left to wait for.
+            last = waits.then_some(source).or(last);
+        }
+        drop(table);
+        for link in wake {
+            if let Some(data) = self.data.get(usize::from(link)) {
+                data.raise();
+            }
+        }
+        last
+    }
+
+    /// Lets a waiter wait for another filter of its client. False: there is nothing to wait for.
+    pub(in crate::router) fn wait_behind(&self, waiter: Waiter, on: u32) -> bool {
+        let mut table = self.table.write();
+        let Some(filter) = table.get_mut(on).filter(|f| f.is_rising()) else {
+            return false;
+        };
+        filter.waiters.push(waiter);
+        table.held.insert((waiter.deadline, on));
+        true
+    }
+
+    /// Writes the outcome of filters of one SUBSCRIBE.
+    pub(in crate::router) fn answer_subscribe(
+        &self,
+        session: SessionRef,
+        connection_no: u64,
+        packet_id: u16,
+        answers: &[(u16, ReasonCode)],
+    ) {
+        if answers.is_empty() {
+            return;
+        }
+        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let Some(slot) = shard.get(session) else {
+            return;
+        };
+        // Another connection's SUBSCRIBE may have the same packet identifier.
+        if slot.session.connection_no() != connection_no {
+            return;
+        }
+        let mut end: Option<Close> = None;
+        for (index, code) in answers {
+            if let Err(close) = slot.session.subscribed(packet_id, *index, *code) {
+                end = Some(close);
+            }
+        }
+        slot.woken = true;
+        if let Some(wake) = slot.wake.clone() {
+            drop(shard);
+            match end {
+                Some(close) => wake.close(close),
+                None => wake.raise(),
+            }
+        }
+    }
+
+    /// The core's SUBACK for a filter, or our own word in its place.
+    pub fn suback(&self, number: u32, code: ReasonCode, now: Millis) {
+        let (mut guessed, regained);
+        let (waiters, link, below) = {
+            let mut table = self.table.write();
+            let Some(filter) = table.get_mut(number) else {
+                return;
+            };
+            let upgrade = std::mem::take(&mut filter.upgrading);
+            regained = table.lost.remove(number);
+            if regained {
+                let below: Vec<u32> = table.below(number).collect();
+                table.lost.remove_all(&below);
+            }
+            let Some(filter) = table.get_mut(number) else {
+                return;
+            };
+            guessed = false;
+            match filter.state {
+                State::Subscribing => {}
+                State::Active if upgrade => {}
+                // An answer to what has been given up.
+                _ => return,
+            }
+            let mut qos = filter.asked;
+            let mut again = false;
+            if code.is_error() {
+                // The waiters of an upgrade go, those who hold the filter stay.
+                if filter.state == State::Subscribing {
+                    filter.state = State::Absent;
+                    filter.sent = false;
+                    filter.held = false;
+                }
+                qos = QoS::ExactlyOnce;
+                refused(&filter.name, code);
+            } else {
+                filter.state = State::Active;
+                filter.held = true;
+                filter.granted = QoS::from_u8(code.0).unwrap_or_default();
+                // Somebody asked for more meanwhile.
+                again = filter.wanted > filter.asked;
+                filter.upgrading = again;
+                guessed = filter.unconfirmed;
+                filter.unconfirmed &= again;
+            }
+            let link = usize::from(filter.link);
+            if again && let Some(pending) = table.pending.get_mut(link) {
+                pending.push_back(number);
+            }
+            let below = match !again && filter_has_below(&table, number) {
+                true => table.take_waiting(number),
+                false => Vec::new(),
+            };
+            (
+                table.take_waiters(number, qos),
+                again.then_some(link),
+                below,
+            )
+        };
+        if let Some(link) = link {
+            self.data[link].raise();
+        }
+        if !code.is_error() {
+            // What the cache knows may be older than what was missed until now.
+            let inside: Vec<u32> = self.table.read().below(number).collect();
+            self.forget_retained(inside.into_iter().chain([number]));
+        }
+        if regained && !code.is_error() {
+            self.resync_retained(number);
+        }
+        if guessed {
+            self.confirm(number, code);
+        }
+        self.settle_waiters(number, &waiters, code, true, now);
+        for number in below {
+            self.root_answered(number, code, now);
+        }
+    }
+
+    /// The core's word on the root of a filter that clients wait for.
+    fn root_answered(&self, number: u32, code: ReasonCode, now: Millis) {
+        let (waiters, guessed) = {
+            let mut table = self.table.write();
+            let waiters = table.take_waiters(number, QoS::ExactlyOnce);
+            let filter = table.get_mut(number);
+            let guessed = filter.map(|f| std::mem::take(&mut f.unconfirmed));
+            (waiters, guessed == Some(true))
+        };
+        if guessed && !code.is_error() {
+            self.confirm(number, code);
+        }
+        self.settle_waiters(number, &waiters, code, true, now);
+    }
+
+    /// The core has a filter at last that clients were granted without it.
+    fn confirm(&self, number: u32, code: ReasonCode) {
+        let mask = self.table.read().get(number).map_or(0, |f| f.mask);
+        let granted = QoS::from_u8(code.0).unwrap_or_default();
+        let shards = self.shards.iter().enumerate();
+        let mut newly = Vec::new();
+        for (_, shard) in shards.filter(|(index, _)| mask & (1 << index) != 0) {
+            shard.lock().confirm(number, granted, &mut newly);
+        }
+        for (session, qos) in newly {
+            self.raise_overlapping(session, number, qos);
+        }
+    }
+
+    /// Tells those who waited. A refusal takes their subscription away. Not `confirmed`: the core
+    /// has not said it.
+    pub(in crate::router) fn settle_waiters(
+        &self,
+        number: u32,
+        waiters: &[Waiter],
+        code: ReasonCode,
+        confirmed: bool,
+        now: Millis,
+    ) {
+        for waiter in waiters {
+            if !self.is_of(waiter) {
+                continue;
+            }
+            // Its own filter was granted before; what held it back is over, one way or another.
+            if let Some((own, granted)) = waiter.behind {
+                self.settle_waiter(own, waiter, granted, confirmed, now);
+                continue;
+            }
+            if code.is_error() {
+                let removed = {
+                    let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+                    let removed = match shard.get(waiter.session) {
+                        Some(slot) => slot.session.remove_subscription(number).is_some(),
+                        None => false,
+                    };
+                    if removed {
+                        shard.leave(waiter.session.slot, number);
+                    }
+                    removed
+                };
+                if removed {
+                    self.release(&[number], waiter.session.shard, now);
+                }
+                self.answer_subscribe(
+                    waiter.session,
+                    waiter.connection_no,
+                    waiter.packet_id,
+                    &[(waiter.index, code)],
+                );
+                continue;
+            }
+            let granted = ReasonCode(code.0.min(waiter.qos as u8));
+            if confirmed {
+                self.activate(waiter.session, number, waiter.qos, code);
+            }
+            self.settle_waiter(number, waiter, granted, confirmed, now);
+        }
+    }
+
+    /// Tells one that waited what it is granted, and gives it the retained messages; not before
+    /// its overlapping filters are held at this QoS.
+    fn settle_waiter(
+        &self,
+        number: u32,
+        waiter: &Waiter,
+        granted: ReasonCode,
+        confirmed: bool,
+        now: Millis,
+    ) {
+        let qos = QoS::from_u8(granted.0).unwrap_or_default();
+        if confirmed && waiter.deadline > now {
+            let behind = self.raise_overlapping(waiter.session, number, qos);
+            let waits = Waiter {
+                behind: Some((number, granted)),
+                qos,
+                ..*waiter
+            };
+            if behind.is_some_and(|on| self.wait_behind(waits, on)) {
+                return;
+            }
+        }
+        let identifier = {
+            let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+            let slot = shard.get(waiter.session).filter(|_| waiter.retained);
+            slot.and_then(|s| s.session.subscription(number))
+                .map(|s| s.identifier)
+        };
+        let Waiter {
+            session,
+            connection_no,
+            packet_id,
+            index,
+            ..
+        } = *waiter;
+        let Some(identifier) = identifier else {
+            self.answer_subscribe(session, connection_no, packet_id, &[(index, granted)]);
+            return;
+        };
+        let wants = RetainedRequest {
+            session,
+            tag: waiter.tag,
+            qos,
+            identifier,
+        };
+        let reply = Reply {
+            session,
+            connection_no,
+            packet_id,
+            index,
+            code: granted,
+        };
+        self.want_retained(number, wants, reply, now);
+    }
+
+    /// Whether the session that waits is still the same: a clean start keeps its place.
+    fn is_of(&self, waiter: &Waiter) -> bool {
+        let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+        let slot = shard.get(waiter.session);
+        slot.is_some_and(|s| s.session.tag == waiter.tag)
+    }
+}

@@ -1,0 +1,101 @@
+//! Who of a shard has subscribed to a filter, as the fan-out needs it.
+
+use smallvec::SmallVec;
+
+use crate::mqtt::QoS;
+use crate::session::Subscription;
+
+/// One subscription, as the fan-out needs it.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::router) struct Member {
+    pub slot: u32,
+    pub identifier: u32,
+    /// As granted; `None`: not yet, and nothing is delivered.
+    pub qos: Option<QoS>,
+    pub no_local: bool,
+    pub retain_as_published: bool,
+    pub overlaps: bool,
+    /// See [`Subscription::wild_below`].
+    pub wild_below: u16,
+}
+
+/// The members of one filter, by slot: there may be tens of thousands.
+#[derive(Debug, Default)]
+pub(in crate::router) struct Members(SmallVec<[Member; 2]>);
+
+impl Members {
+    /// Puts one in line with its subscription.
+    pub fn join(&mut self, slot: u32, s: &Subscription) {
+        let member = Member {
+            slot,
+            identifier: s.identifier,
+            qos: s.active.then_some(s.options.qos),
+            no_local: s.options.no_local,
+            retain_as_published: s.options.retain_as_published,
+            overlaps: s.overlaps > 0,
+            wild_below: s.wild_below,
+        };
+        match self.0.binary_search_by_key(&slot, |m| m.slot) {
+            Ok(at) => self.0[at] = member,
+            Err(at) => self.0.insert(at, member),
+        }
+    }
+
+    pub fn leave(&mut self, slot: u32) {
+        if let Ok(at) = self.0.binary_search_by_key(&slot, |m| m.slot) {
+            self.0.remove(at);
+        }
+    }
+
+    pub fn all(&self) -> &[Member] {
+        &self.0
+    }
+
+    /// Their slots stay as they are.
+    pub fn all_mut(&mut self) -> &mut [Member] {
+        &mut self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::mqtt::SubscribeOptions;
+
+    proptest! {
+        #[test]
+        fn members_are_in_order_whoever_comes_and_goes(
+            steps in prop::collection::vec((0..20u32, any::<bool>(), any::<u32>()), 0..80),
+        ) {
+            let mut members = Members::default();
+            let mut known = BTreeMap::new();
+            for (slot, joins, identifier) in steps {
+                if joins {
+                    let subscription = Subscription {
+                        filter: 1,
+                        name: "a".into(),
+                        options: SubscribeOptions::default(),
+                        asked: QoS::AtMostOnce,
+                        identifier,
+                        active: true,
+                        overlaps: 0,
+                        shared: false,
+                        wild: false,
+                        wild_below: 0,
+                    };
+                    members.join(slot, &subscription);
+                    known.insert(slot, identifier);
+                } else {
+                    members.leave(slot);
+                    known.remove(&slot);
+                }
+                let all = members.all().iter().map(|m| (m.slot, m.identifier));
+                prop_assert!(all.eq(known.iter().map(|(slot, id)| (*slot, *id))));
+            }
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What the admin API and the metrics show of the sessions.
+
+use std::sync::Arc;
+
+use crate::mqtt::{SubscribeOptions, Version};
+
+use crate::router::Router;
+use crate::router::sessions::shard::Slot;
+use crate::router::types::{Peer, SessionRef};
+
+/// One session, as it is now. Times in milliseconds of the process's clock.
+#[derive(Clone, Debug)]
+pub struct SessionInfo {
+    /// Client identifier.
+    pub client_id: Arc<str>,
+    /// Principal.
+    pub principal: Arc<str>,
+    /// Protocol version of the latest connection.
+    pub version: Version,
+    /// A client is connected.
+    pub attached: bool,
+    /// Where the latest connection came from.
+    pub origin: Option<Arc<Peer>>,
+    /// Start of the connection, or of the absence.
+    pub since: u64,
+    /// Session Expiry Interval, seconds.
+    pub expiry: u32,
+    /// Subscriptions.
+    pub subscriptions: Vec<SubscriptionInfo>,
+    /// Messages in the queue.
+    pub queue_messages: usize,
+    /// Bytes in the queue.
+    pub queue_bytes: usize,
+    /// Unacknowledged messages toward the client.
+    pub in_flight: usize,
+    /// Publishes of the client that wait for the core.
+    pub publishes_waiting: usize,
+    /// Messages lost by a named limit.
+    pub gaps: u64,
+}
+
+/// One subscription.
+#[derive(Clone, Debug)]
+pub struct SubscriptionInfo {
+    /// The topic filter.
+    pub filter: Arc<str>,
+    /// Its options, with the granted QoS.
+    pub options: SubscribeOptions,
+    /// The client's Subscription Identifier; 0: none.
+    pub identifier: u32,
+}
+
+/// Sums over all sessions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Sessions with a connection.
+    pub attached: usize,
+    /// Sessions without.
+    pub detached: usize,
+    /// Messages in queues.
+    pub queue_messages: usize,
+}
+
+impl Router {
+    /// Up to `limit` sessions in the order of client identifiers, after `after`.
+    pub fn sessions(&self, after: Option<&str>, limit: usize) -> Vec<SessionInfo> {
+        let mut ids: Vec<Arc<str>> = Vec::new();
+        for shard in &self.shards {
+            let shard = shard.lock();
+            let live = |slot: &u32| !shard.slots[*slot as usize].session.is_ghost();
+            let later = |id: &Arc<str>| after.is_none_or(|after| **id > *after);
+            let mut some: Vec<Arc<str>> = shard
+                .by_id
+                .iter()
+                .filter(|(id, slot)| later(id) && live(slot))
+                .map(|(id, _)| id.clone())
+                .collect();
+            some.sort_unstable();
+            some.truncate(limit);
+            ids.append(&mut some);
+        }
+        ids.sort_unstable();
+        ids.truncate(limit);
+        ids.iter().filter_map(|id| self.session(id)).collect()
+    }
+
+    /// The client identifier of a session.
+    pub fn client_id(&self, session: SessionRef) -> Option<Arc<str>> {
+        let mut shard = self.shards[usize::from(session.shard)].lock();
+        Some(shard.get(session)?.session.client_id.clone())
+    }
+
+    /// The session of a client identifier.
+    pub fn session(&self, client_id: &str) -> Option<SessionInfo> {
+        let shard = self.shards[self.shard_of(client_id)].lock();
+        let slot = shard.by_id.get(client_id)?;
+        let slot = &shard.slots[*slot as usize];
+        (!slot.session.is_ghost()).then(|| info(slot))
+    }
+
+    /// Sums over all sessions.
+    pub fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        for shard in &self.shards {
+            for (_, slot) in &shard.lock().slots {
+                if slot.session.is_ghost() {
+                    continue;
+                }
+                if slot.session.attached() {
+                    totals.attached += 1;
+                } else {
+                    totals.detached += 1;
+                }
+                totals.queue_messages += slot.session.outbound().queued();
+            }
+        }
+        totals
+    }
+}
+
+fn info(slot: &Slot) -> SessionInfo {
+    let session = &slot.session;
+    SessionInfo {
+        client_id: session.client_id.clone(),
+        principal: session.principal.clone(),
+        version: session.version(),
+        attached: session.attached(),
+        origin: slot.origin.clone(),
+        since: session.since,
+        expiry: session.expiry,
+        subscriptions: session
+            .subscriptions()
+            .iter()
+            .map(|s| SubscriptionInfo {
+                filter: s.name.clone(),
+                options: s.options,
+                identifier: s.identifier,
+            })
+            .collect(),
+        queue_messages: session.outbound().queued(),
+        queue_bytes: session.outbound().queued_bytes(),
+        in_flight: session.outbound().in_flight(),
+        publishes_waiting: session.publishes_waiting(),
+        gaps: session.gaps,
+    }
+}

@@ -1,0 +1,305 @@
+//! What the machines' tests share: a router, a core's view of the bytes, a client.
+
+use std::sync::Arc;
+
+use crate::mqtt::{
+    Decoder, Message, MessageSpec, Packet, Properties, QoS, ReasonCode, Receiver, SubscribeOptions,
+    Version,
+};
+use crate::router::handle::Wake;
+use crate::router::{Connect, Connected, CoreFacts, Kept, Peer, Router, RouterConfig};
+use crate::session::{ConnectionSpec, Effect, Policy, QueueFull, SessionLimits, Wanted};
+use crate::store::Memory;
+use crate::time::Millis;
+
+use crate::upstream::RESERVED_KEY;
+use crate::upstream::link::machine::Up;
+
+/// A router with one link of each kind, whose D link has come up.
+pub fn router() -> Arc<Router> {
+    let router = Arc::new(Router::new(limits(), config(), &Memory));
+    router.core_facts(&facts(), 0);
+    router.data_link_up(0, Kept::No, true, 0);
+    router
+}
+
+/// Limits that nothing reaches.
+fn limits() -> SessionLimits {
+    SessionLimits {
+        receive_max: 1000,
+        topic_alias_max: 0,
+        packet_max: 1024 * 1024,
+        queue_messages_max: 1000,
+        queue_bytes_max: 1024 * 1024,
+        queue_age_max: u64::MAX,
+        shared_redeliver_after: 30_000,
+        will_grace: 0,
+        presence: false,
+        queue_full: QueueFull::Oldest,
+        queue_qos0: false,
+        output_buffer: Arc::new((64 * 1024).into()),
+        subscriptions_max: 100,
+        filter_bytes_max: 64 * 1024,
+        topic_levels_max: 32,
+        v3_publishes_max: 1000,
+        expiry_max: u32::MAX,
+        publish_account: Arc::default(),
+        reserved_key: RESERVED_KEY,
+        hasher: Default::default(),
+    }
+}
+
+/// One link of each kind.
+pub fn config() -> RouterConfig {
+    RouterConfig {
+        data_links: 1,
+        shared_links: 1,
+        roots: Vec::new(),
+        local_groups: false,
+        publish_links: 1,
+        publish_links_max: 1,
+        presence_topic: String::new(),
+        started_at: 0,
+        linger: 600_000,
+        linger_busy_min: 60_000,
+        filters_lingering_max: 1000,
+        subscribe_hold: 10_000,
+        subscribe_accept: true,
+        publishes_waiting: 64 * 1024 * 1024,
+        publishes_waiting_per_client: 64 * 1024 * 1024,
+        retained_cache: 1024 * 1024,
+        retained_resync: true,
+        queues: 64 * 1024 * 1024,
+        output: 64 * 1024 * 1024,
+        write_stall: 60_000,
+        hash_seed: 1,
+    }
+}
+
+/// A core that can do everything.
+pub fn facts() -> CoreFacts {
+    CoreFacts {
+        identifiers: true,
+        properties: true,
+        keeps_retain: true,
+        shared: true,
+        replaces: true,
+        maximum_qos: QoS::ExactlyOnce,
+        retain_available: true,
+        packet_max: u32::MAX,
+    }
+}
+
+/// A router of this make; the core is not heard of yet.
+pub fn router_of(config: RouterConfig) -> Arc<Router> {
+    Arc::new(Router::new(limits(), config, &Memory))
+}
+
+/// The topic of probes.
+pub const PROBES: &str = "tidegate/probe";
+
+/// A link that came up.
+pub fn up(session_present: bool, receive_maximum: u16) -> Up {
+    Up {
+        version: Version::V5,
+        session_present,
+        doubtful: false,
+        receive_maximum,
+        packet_max: u32::MAX,
+        identifiers: true,
+        keeps_retain: true,
+        fetch_qos: QoS::ExactlyOnce,
+        fetch_quiet: 100,
+    }
+}
+
+/// A connected MQTT 5 client whose session ends with the connection.
+pub fn client(router: &Router, id: &str) -> Connected {
+    connect(router, id, Version::V5, None, true, 0)
+}
+
+/// A connected client of any version, whose session is kept, perhaps with a will.
+pub fn kept_client_of(
+    router: &Router,
+    id: &str,
+    version: Version,
+    will: Option<crate::session::Will>,
+    now: Millis,
+) -> Connected {
+    connect(router, id, version, will, false, now)
+}
+
+fn connect(
+    router: &Router,
+    id: &str,
+    version: Version,
+    will: Option<crate::session::Will>,
+    clean: bool,
+    now: Millis,
+) -> Connected {
+    let connect = Connect {
+        client_id: id.into(),
+        principal: "anonymous".into(),
+        clean_start: clean,
+        expiry: if clean { 0 } else { u32::MAX },
+        spec: ConnectionSpec {
+            version,
+            receive_maximum: u16::MAX,
+            maximum_packet_size: u32::MAX,
+            topic_alias_maximum: 0,
+            problem_information: true,
+            keep_alive: 0,
+            scope: None,
+        },
+        will,
+        wake: Arc::new(Wake::default()),
+        origin: Arc::new(Peer {
+            listener: "test".into(),
+            transport: "tcp",
+            ping_after: 0,
+            peer: ([127, 0, 0, 1], 1).into(),
+        }),
+    };
+    router
+        .connect(connect, now, |_, _| {})
+        .expect("nobody else has the identifier")
+}
+
+struct Open;
+
+impl Policy for Open {
+    fn may_publish(&self, _: &str) -> bool {
+        true
+    }
+
+    fn may_subscribe(&self, _: &str) -> bool {
+        true
+    }
+}
+
+/// One packet of a client: what it does to the session, and all that follows.
+pub fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: Millis) {
+    packet_in(router, client, Version::V5, bytes, now);
+}
+
+/// The same for a client of any version.
+pub fn packet_in(router: &Router, client: Connected, version: Version, bytes: &[u8], now: Millis) {
+    let decoder = Decoder {
+        version,
+        receiver: Receiver::Server,
+        max: u32::MAX,
+    };
+    let (packet, _) = decoder.next(bytes).expect("legal").expect("whole");
+    let (session, connection_no) = (client.session, client.connection_no);
+    let mut effects = Vec::new();
+    router
+        .feed(
+            session,
+            connection_no,
+            &mut effects,
+            |session, limits, effects| {
+                session
+                    .packet(0, &packet, limits, &Open, now, effects)
+                    .expect("it is allowed");
+            },
+        )
+        .expect("it is connected");
+    for effect in effects {
+        match effect {
+            Effect::Subscribe {
+                packet_id,
+                identifier,
+                wanted,
+            } => router.subscribe(session, connection_no, packet_id, identifier, &wanted, now),
+            Effect::Unsubscribe { filters } => {
+                router.unsubscribe(session, &filters, now);
+            }
+            Effect::Publish { .. } => {
+                router.publish(session, client.publish_link, effect, now);
+            }
+        }
+    }
+}
+
+/// Hands a QoS 1 publish to the client's lane.
+pub fn publish(router: &Router, client: Connected, number: u32) {
+    publish_at(router, client, number, QoS::AtLeastOnce);
+}
+
+/// Hands a publish of this QoS to the client's lane.
+pub fn publish_at(router: &Router, client: Connected, number: u32, qos: QoS) {
+    let message = Message::new(&MessageSpec {
+        topic: "t",
+        properties: Properties::default(),
+        payload: number.to_string().as_bytes(),
+        qos,
+        retain: false,
+        expires_at: u64::MAX,
+        strip_key: None,
+        account: None,
+    });
+    let effect = Effect::Publish {
+        token: None,
+        message,
+        tag: 0,
+    };
+    router.publish(client.session, client.publish_link, effect, 0);
+}
+
+/// Subscribes a client, without retained messages; the answer is the core's to give.
+pub fn subscribe(router: &Router, client: Connected, filter: &str) {
+    subscribe_handling(router, client, filter, 2);
+}
+
+/// Subscribes a client with this Retain Handling.
+pub fn subscribe_handling(router: &Router, client: Connected, filter: &str, retain_handling: u8) {
+    let wanted = Wanted {
+        index: 0,
+        filter: filter.into(),
+        options: SubscribeOptions {
+            qos: QoS::AtLeastOnce,
+            no_local: false,
+            retain_as_published: false,
+            retain_handling,
+        },
+    };
+    router.subscribe(client.session, client.connection_no, 1, 0, &[wanted], 0);
+}
+
+/// What the core reads: a word for each packet, and the packet identifier.
+pub fn read(out: &mut Vec<u8>) -> Vec<(String, u16)> {
+    let decoder = Decoder {
+        version: Version::V5,
+        receiver: Receiver::Server,
+        max: u32::MAX,
+    };
+    let mut seen = Vec::new();
+    let mut at = 0;
+    while let Some((packet, used)) = decoder.next(&out[at..]).expect("what we send is legal") {
+        at += used;
+        seen.push(match packet {
+            Packet::Publish(p) => {
+                let dup = if p.dup { " dup" } else { "" };
+                let text = String::from_utf8_lossy(p.payload);
+                (format!("publish {text}{dup}"), p.packet_id)
+            }
+            Packet::Puback(a) => ("puback".into(), a.packet_id),
+            Packet::Pubrec(a) => ("pubrec".into(), a.packet_id),
+            Packet::Pubrel(a) => ("pubrel".into(), a.packet_id),
+            Packet::Subscribe(s) => ("subscribe".into(), s.packet_id),
+            other => (format!("{other:?}"), 0),
+        });
+    }
+    assert_eq!(at, out.len(), "whole packets only");
+    out.clear();
+    seen
+}
+
+/// An acknowledgement without a reason.
+pub fn ack(packet_id: u16) -> crate::mqtt::Ack<'static> {
+    crate::mqtt::Ack {
+        packet_id,
+        reason: ReasonCode::SUCCESS,
+        properties: Properties::default(),
+    }
+}

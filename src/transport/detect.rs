@@ -1,0 +1,99 @@
+//! What bytes are that a listener does not expect, so that its log says more
+//! than that they are wrong.
+
+use std::fmt;
+
+use crate::transport::proxy::{LINE, SIGNATURE};
+
+/// What the first bytes of a connection are. `Display` says it for a log line,
+/// with what takes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guess {
+    /// A PROXY protocol header.
+    Proxy,
+    /// A TLS record.
+    Tls,
+    /// The preface of HTTP/2 (RFC 9113 section 3.4).
+    Http2,
+    /// A request of HTTP/1.
+    Http,
+    /// A CONNECT.
+    Mqtt,
+}
+
+impl fmt::Display for Guess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Proxy => {
+                "a PROXY protocol header, which this listener takes with \
+                 proxy_protocol = \"required\""
+            }
+            Self::Tls => "TLS, which transports tls and wss speak",
+            Self::Http2 => "HTTP/2 without TLS",
+            Self::Http => "plain HTTP, which transport ws speaks, and wss inside TLS",
+            Self::Mqtt => "MQTT alone, which transport tcp speaks, and tls inside TLS",
+        })
+    }
+}
+
+/// What the first bytes of a connection look like; `None`: nothing known.
+pub fn looks_like(bytes: &[u8]) -> Option<Guess> {
+    const METHODS: [&[u8]; 7] = [
+        b"GET ",
+        b"HEAD ",
+        b"POST ",
+        b"PUT ",
+        b"DELETE ",
+        b"OPTIONS ",
+        b"CONNECT ",
+    ];
+    let begins = |with: &[u8]| bytes.starts_with(with);
+    // The protocol's name follows a length of one to four bytes and one of two.
+    let named = || {
+        let names = (4..=7).filter_map(|at| bytes.get(at..));
+        names
+            .into_iter()
+            .any(|b| b.starts_with(b"MQTT") || b.starts_with(b"MQIs"))
+    };
+    if begins(LINE) || begins(&SIGNATURE) {
+        Some(Guess::Proxy)
+    } else if begins(b"\x16\x03") {
+        Some(Guess::Tls)
+    } else if begins(b"PRI * HTTP/2.0") {
+        Some(Guess::Http2)
+    } else if METHODS.into_iter().any(begins) {
+        Some(Guess::Http)
+    } else {
+        (bytes.first() == Some(&0x10) && named()).then_some(Guess::Mqtt)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_bytes_are_known() {
+        for (bytes, guess) in [
+            (&b"PROXY TCP4 1.2.3.4"[..], Guess::Proxy),
+            (b"\r\n\r\n\0\r\nQUIT\n\x21", Guess::Proxy),
+            (b"\x16\x03\x01\x02\x00\x01", Guess::Tls),
+            (b"PRI * HTTP/2.0\r\n\r\nSM", Guess::Http2),
+            (b"GET /mqtt HTTP/1.1\r\n", Guess::Http),
+            (b"\x10\x0c\0\x04MQTT\x04", Guess::Mqtt),
+            (b"\x10\x80\x01\0\x06MQIsdp", Guess::Mqtt),
+        ] {
+            assert_eq!(looks_like(bytes), Some(guess), "{bytes:02x?}");
+        }
+        for bytes in [
+            &b""[..],
+            b"\x10",
+            b"\xc0\0",
+            b"GETX",
+            b"\x17\x03\x03",
+            b"\r\n",
+        ] {
+            assert_eq!(looks_like(bytes), None, "{bytes:02x?}");
+        }
+    }
+}

@@ -1,0 +1,244 @@
+use crate::mqtt::{Message, MessageSpec, Packet, Properties, Publish, QoS, ReasonCode, Suback};
+mod gaps;
+mod placement;
+
+use crate::sim::testing::{PROBES, ack, client, read, router, subscribe, subscribe_handling, up};
+use crate::store::{Identifiers, Memory, Received, Ring, Store};
+use crate::upstream::link::machine::{LinkEnd, Machine};
+
+use crate::upstream::link::data::Data;
+
+fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Publish<'a> {
+    Publish {
+        dup: false,
+        qos,
+        retain: false,
+        topic: "t",
+        packet_id: id,
+        payload,
+        properties: Properties(properties),
+        message_expiry: None,
+        topic_alias: None,
+        has_subscription_ids: !properties.is_empty(),
+    }
+}
+
+/// I8: acknowledgements to the core are in the order of arrival, and wait for no client.
+#[test]
+fn acknowledgements_are_first_in_first_out() {
+    let router = router();
+    let mut link = Data::new(router, 0, 1, PROBES.into(), &Memory);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    for (id, qos) in [
+        (7, QoS::AtLeastOnce),
+        (3, QoS::ExactlyOnce),
+        (9, QoS::AtLeastOnce),
+        (1, QoS::ExactlyOnce),
+    ] {
+        link.packet(&Packet::Publish(publish(id, qos, b"x", b"")), 0, &mut out)
+            .expect("it is expected");
+    }
+    link.batch_ended(0, &mut out);
+    let order: Vec<(String, u16)> = read(&mut out);
+    let expected = [("puback", 7), ("pubrec", 3), ("puback", 9), ("pubrec", 1)];
+    assert_eq!(order.len(), expected.len());
+    for ((what, id), (word, number)) in order.iter().zip(expected) {
+        assert_eq!((what.as_str(), *id), (word, number));
+    }
+}
+
+/// I1, I11: one delivery for a message that the core sends again after a reconnect.
+#[test]
+fn a_redelivery_is_acknowledged_and_not_delivered_again() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    subscribe(&router, who, "t");
+    link.poll(0, &mut out);
+    let asked = read(&mut out);
+    assert_eq!(asked.len(), 1, "{asked:?}");
+    let suback = Suback {
+        packet_id: asked[0].1,
+        codes: &[1],
+        properties: Properties::default(),
+    };
+    link.packet(&Packet::Suback(suback), 0, &mut out)
+        .expect("it is expected");
+    let delivered = || {
+        let mut taken = Vec::new();
+        router
+            .take_output(who.session, who.connection_no, &mut taken, 0)
+            .expect("the client is connected");
+        taken.windows(3).filter(|w| w == b"one").count()
+    };
+    // Subscription Identifier 1.
+    let message = publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1]);
+    link.packet(&Packet::Publish(message), 0, &mut out)
+        .expect("it is expected");
+    link.batch_ended(0, &mut out);
+    assert_eq!(delivered(), 1);
+    link.down(&LinkEnd::closed(), 0);
+    link.up(&up(true, 100), 0, &mut out);
+    out.clear();
+    let message = publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1]);
+    link.packet(&Packet::Publish(message), 0, &mut out)
+        .expect("it is expected");
+    link.batch_ended(0, &mut out);
+    assert_eq!(delivered(), 0);
+    assert_eq!(read(&mut out), [("puback".to_owned(), 5)]);
+    // The same again without a reconnect is another message.
+    link.packet(&Packet::Publish(message), 0, &mut out)
+        .expect("it is expected");
+    link.batch_ended(0, &mut out);
+    assert_eq!(delivered(), 1);
+}
+
+/// A store that remembers one message of link 1 from before.
+#[derive(Debug)]
+struct Before;
+
+impl Store for Before {
+    fn identifiers(&self) -> Box<dyn Identifiers> {
+        Memory.identifiers()
+    }
+
+    fn ring(&self, link: usize) -> Box<dyn Ring> {
+        let mut ring = Memory.ring(link);
+        if link == 1 {
+            let digest = ring.digest("t", b"one", 1);
+            ring.remember(Received {
+                packet_id: 5,
+                digest,
+            });
+        }
+        ring
+    }
+}
+
+/// I11: a link begins with what the store remembers of it, if the core kept its session.
+#[test]
+fn what_the_store_remembers_of_a_link_is_not_delivered_again() {
+    for (number, session_present, delivered) in [(1, true, 0), (1, false, 1), (0, true, 1)] {
+        let mut link = Data::new(router(), number, 1, PROBES.into(), &Before);
+        let mut out = Vec::new();
+        link.up(&up(session_present, 100), 0, &mut out);
+        let message = publish(5, QoS::AtLeastOnce, b"one", b"");
+        link.packet(&Packet::Publish(message), 0, &mut out)
+            .expect("it is expected");
+        assert_eq!(link.batch.len(), delivered, "{number} {session_present}");
+    }
+}
+
+/// QoS 2 is received once until its PUBREL, whatever the core repeats.
+#[test]
+fn qos_2_is_delivered_once_until_released() {
+    let router = router();
+    let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    for _ in 0..3 {
+        let message = publish(5, QoS::ExactlyOnce, b"two", b"");
+        link.packet(&Packet::Publish(message), 0, &mut out)
+            .expect("it is expected");
+    }
+    assert_eq!(link.batch.len(), 1);
+    link.packet(&Packet::Pubrel(ack(5)), 0, &mut out)
+        .expect("it is expected");
+    let message = publish(5, QoS::ExactlyOnce, b"two", b"");
+    link.packet(&Packet::Publish(message), 0, &mut out)
+        .expect("it is expected");
+    assert_eq!(link.batch.len(), 2);
+}
+
+/// I18: after a lost session every filter is subscribed again.
+#[test]
+fn a_lost_session_is_subscribed_again() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    subscribe(&router, who, "t");
+    link.poll(0, &mut out);
+    let asked = read(&mut out);
+    let suback = Suback {
+        packet_id: asked[0].1,
+        codes: &[ReasonCode::GRANTED_QOS_1.0],
+        properties: Properties::default(),
+    };
+    link.packet(&Packet::Suback(suback), 0, &mut out)
+        .expect("it is expected");
+    link.down(&LinkEnd::closed(), 0);
+    assert!(!router.data_settled());
+    link.up(&up(true, 100), 0, &mut out);
+    assert!(read(&mut out).is_empty(), "the core has it still");
+    assert!(router.data_settled());
+    link.down(&LinkEnd::closed(), 0);
+    link.up(&up(false, 100), 0, &mut out);
+    let again = read(&mut out);
+    assert_eq!(again.len(), 1);
+    assert_eq!(again[0].0, "subscribe");
+    assert!(!router.data_settled(), "not before the core has it");
+}
+
+/// I2: what is fetched as retained and on its way as a live message is delivered once, live.
+#[test]
+fn a_fetched_message_waits_for_what_the_data_link_carries() {
+    for live in [true, false] {
+        let router = router();
+        let who = client(&router, "a");
+        let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+        let mut out = Vec::new();
+        link.up(&up(false, 100), 0, &mut out);
+        subscribe_handling(&router, who, "t", 0);
+        link.poll(0, &mut out);
+        let suback = Suback {
+            packet_id: read(&mut out)[0].1,
+            codes: &[1],
+            properties: Properties::default(),
+        };
+        link.packet(&Packet::Suback(suback), 0, &mut out)
+            .expect("it is expected");
+        let (number, _) = router.next_fetches(1)[0].clone();
+        let delivered = || {
+            let mut taken = Vec::new();
+            router
+                .take_output(who.session, who.connection_no, &mut taken, 0)
+                .expect("the client is connected");
+            let at = taken.windows(3).position(|w| w == b"one");
+            at.map(|_| taken[taken.iter().position(|b| b >> 4 == 3).unwrap_or(0)] & 1 == 1)
+        };
+        assert_eq!(delivered(), None);
+        let stored = Message::new(&MessageSpec {
+            topic: "t",
+            properties: Properties::default(),
+            payload: b"one",
+            qos: QoS::AtLeastOnce,
+            retain: true,
+            expires_at: u64::MAX,
+            strip_key: None,
+            account: None,
+        });
+        router.fetched(number, &stored, 0);
+        link.poll(0, &mut out);
+        assert!(link.wants_ping(), "the data link is asked");
+        if live {
+            let message = Publish {
+                retain: true,
+                ..publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1])
+            };
+            link.packet(&Packet::Publish(message), 0, &mut out)
+                .expect("it is expected");
+        }
+        assert_eq!(delivered(), None, "not before the answer");
+        link.ping_answered(0);
+        // RETAIN is set on a stored message only.
+        assert_eq!(delivered(), Some(!live));
+        assert_eq!(delivered(), None, "once");
+        router.fetch_ended(&[number], true, 0);
+        assert_eq!(delivered(), None, "once");
+    }
+}

@@ -1,0 +1,225 @@
+use crate::mqtt::{Packet, QoS};
+use crate::router::Kept;
+use crate::sim::testing::{ack, client, publish, publish_at, read, router, up};
+use crate::upstream::link::machine::{LinkEnd, Machine};
+
+use crate::upstream::link::publish::Publisher;
+
+fn payloads(out: &mut Vec<u8>) -> Vec<String> {
+    read(out).into_iter().map(|(what, _)| what).collect()
+}
+
+fn numbered(from: u32, to: u32, dup: bool) -> Vec<String> {
+    let dup = if dup { " dup" } else { "" };
+    (from..to).map(|n| format!("publish {n}{dup}")).collect()
+}
+
+/// I10: never more unacknowledged than the core's Receive Maximum.
+#[test]
+fn the_window_of_the_core_is_never_exceeded() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 3), 0, &mut out);
+    for n in 0..10 {
+        publish(&router, who, n);
+    }
+    link.poll(0, &mut out);
+    let first = read(&mut out);
+    assert_eq!(first.len(), 3);
+    assert_eq!(link.window(), (3, 3));
+    link.packet(&Packet::Puback(ack(first[1].1)), 0, &mut out)
+        .expect("it is expected");
+    link.batch_ended(0, &mut out);
+    assert_eq!(payloads(&mut out), numbered(3, 4, false));
+    link.poll(0, &mut out);
+    assert!(out.is_empty(), "one acknowledgement, one publish");
+}
+
+/// I10, I19: what was under way is sent again in order, within the window of the new connection.
+#[test]
+fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    for n in 0..10 {
+        publish(&router, who, n);
+    }
+    link.poll(0, &mut out);
+    assert_eq!(payloads(&mut out), numbered(0, 10, false));
+    link.down(&LinkEnd::closed(), 0);
+    publish(&router, who, 10);
+    link.up(&up(true, 4), 0, &mut out);
+    let again = read(&mut out);
+    let words: Vec<String> = again.iter().map(|(w, _)| w.clone()).collect();
+    assert_eq!(words, numbered(0, 4, true));
+    for (_, id) in &again {
+        link.packet(&Packet::Puback(ack(*id)), 0, &mut out)
+            .expect("it is expected");
+    }
+    link.batch_ended(0, &mut out);
+    let again = read(&mut out);
+    let words: Vec<String> = again.iter().map(|(w, _)| w.clone()).collect();
+    assert_eq!(words, numbered(4, 8, true), "the new one waits its turn");
+    for (_, id) in &again {
+        link.packet(&Packet::Puback(ack(*id)), 0, &mut out)
+            .expect("it is expected");
+    }
+    link.batch_ended(0, &mut out);
+    let mut rest = numbered(8, 10, true);
+    rest.extend(numbered(10, 11, false));
+    assert_eq!(payloads(&mut out), rest);
+}
+
+/// I19: the core lost the session; everything again, as new, in order.
+#[test]
+fn a_lost_session_makes_them_new() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 100), 0, &mut out);
+    for n in 0..5 {
+        publish(&router, who, n);
+    }
+    link.poll(0, &mut out);
+    out.clear();
+    link.down(&LinkEnd::closed(), 0);
+    link.up(&up(false, 100), 0, &mut out);
+    assert_eq!(payloads(&mut out), numbered(0, 5, false));
+}
+
+/// What is published before the data links have their filters again would reach nobody.
+#[test]
+fn a_link_that_comes_back_waits_for_the_data_links() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    router.data_link_down(0, 0);
+    link.up(&up(false, 100), 1000, &mut out);
+    publish(&router, who, 0);
+    link.poll(1050, &mut out);
+    assert!(out.is_empty());
+    router.data_link_up(0, Kept::Yes, false, 1100);
+    link.poll(1100, &mut out);
+    assert_eq!(payloads(&mut out), numbered(0, 1, false));
+}
+
+/// But not for ever.
+#[test]
+fn a_data_link_that_stays_away_does_not_hold_publishes_for_ever() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    router.data_link_down(0, 0);
+    link.up(&up(false, 100), 1000, &mut out);
+    publish(&router, who, 0);
+    link.poll(5999, &mut out);
+    assert!(out.is_empty());
+    link.poll(6000, &mut out);
+    assert_eq!(payloads(&mut out), numbered(0, 1, false));
+}
+
+/// The core ends the connection at publish `bad` each time; what is left when it does so no more.
+fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize) {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    for n in 0..publishes {
+        publish(&router, who, n);
+    }
+    let (mut taken, mut cuts) = (Vec::new(), 0);
+    loop {
+        link.up(&up(true, 10), 0, &mut out);
+        let cut = loop {
+            let sent = read(&mut out);
+            if sent.is_empty() {
+                break false;
+            }
+            let number = |what: &str| what.split(' ').nth(1).and_then(|n| n.parse().ok());
+            let at = sent.iter().position(|(w, _)| number(w) == Some(bad as u32));
+            // It takes what was before, and is gone before its answers are read.
+            if at.is_some() {
+                break true;
+            }
+            for (what, id) in sent {
+                taken.push(number(&what).expect("a number"));
+                let _ = link.packet(&Packet::Puback(ack(id)), 0, &mut out);
+            }
+            link.batch_ended(0, &mut out);
+        };
+        if !cut || cuts > 20 {
+            return (taken, cuts);
+        }
+        cuts += 1;
+        if core_goes {
+            router.data_link_down(0, 0);
+            router.data_link_up(0, Kept::Yes, false, 0);
+        }
+        link.down(&LinkEnd::closed(), 0);
+        out.clear();
+    }
+}
+
+#[test]
+fn a_publish_that_the_core_closes_the_link_for_is_taken_out() {
+    assert_eq!(until_found(0, 1, false), (vec![], 3), "twice, then alone");
+    let (taken, cuts) = until_found(3, 8, false);
+    assert_eq!(
+        taken,
+        [0, 1, 2, 4, 5, 6, 7],
+        "in order, and no other is lost"
+    );
+    assert_eq!(cuts, 3, "twice, then alone");
+}
+
+#[test]
+fn a_core_that_restarts_finds_no_fault_with_a_publish() {
+    assert_eq!(until_found(0, 1, true), (vec![], 21));
+}
+
+/// [MQTT-3.3.4-8], [MQTT-4.6.0-4], [MQTT-2.3.1-3] of 3.1.1: PUBRELs wait for no quota, go in the
+/// order of the PUBRECs, and what is sent again keeps its identifier.
+#[test]
+fn releases_wait_for_no_quota_and_keep_their_order() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.up(&up(false, 10), 0, &mut out);
+    for n in 0..6 {
+        publish_at(&router, who, n, QoS::ExactlyOnce);
+    }
+    link.poll(0, &mut out);
+    let sent = read(&mut out);
+    assert_eq!(sent.len(), 6);
+    // The first is not answered, the next three are.
+    let released: Vec<u16> = sent[1..4].iter().map(|(_, id)| *id).collect();
+    for id in &released {
+        link.packet(&Packet::Pubrec(ack(*id)), 0, &mut out)
+            .expect("it is expected");
+    }
+    let pubrels = |seen: &[(String, u16)]| -> Vec<u16> {
+        let all = seen.iter().filter(|(what, _)| what == "pubrel");
+        all.map(|(_, id)| *id).collect()
+    };
+    assert_eq!(pubrels(&read(&mut out)), released);
+    link.down(&LinkEnd::closed(), 0);
+    link.up(&up(true, 1), 0, &mut out);
+    let again = read(&mut out);
+    assert_eq!(pubrels(&again), released);
+    assert_eq!(again.len(), 3, "no publish beside them: {again:?}");
+    for id in released {
+        link.packet(&Packet::Pubcomp(ack(id)), 0, &mut out)
+            .expect("it is expected");
+    }
+    link.batch_ended(0, &mut out);
+    let first = read(&mut out);
+    assert_eq!(first, [("publish 0 dup".to_owned(), sent[0].1)]);
+}

@@ -1,0 +1,211 @@
+//! What is known of the core: probed once for all links, and again when its CONNACK changes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::time::{Instant, timeout};
+
+use crate::config::{Probe, Protocol, Server};
+use crate::mqtt::Version;
+use crate::telemetry::metrics;
+use crate::transport::dial::Dialed;
+
+use crate::upstream::Core;
+use crate::upstream::connect::{Attempt, Established, connect_probe};
+use crate::upstream::profile::probe::{PROBE_TIME, probe};
+use crate::upstream::profile::{Announced, Habits, Source};
+
+/// How long a record is good for while CONNACK says the same.
+const GOOD_FOR: Duration = Duration::from_secs(3600);
+
+/// The record and what it was made of.
+#[derive(Debug)]
+pub(crate) struct Known {
+    server: usize,
+    announced: Announced,
+    at: Instant,
+    habits: Arc<Habits>,
+}
+
+impl Known {
+    fn is_of(&self, server: usize, announced: &Announced) -> bool {
+        self.server == server && self.announced == *announced
+    }
+
+    /// Whether it is still the better record of the same core.
+    fn outlives(&self, server: usize, announced: &Announced, seen: &Habits) -> bool {
+        seen.source == Source::Partly && self.is_of(server, announced)
+    }
+}
+
+/// Gives a link that came up what is known of the core, probing it first if need be.
+pub(in crate::upstream) async fn learn(core: &Core, server: usize, established: &mut Established) {
+    let habits = recall(core, server, &established.announced).await;
+    let (up, facts) = (&mut established.up, &mut established.facts);
+    up.identifiers = habits.identifiers.usable();
+    up.keeps_retain = habits.keeps_retain();
+    up.fetch_qos = habits.fetch_qos();
+    up.fetch_quiet = habits.fetch_quiet();
+    facts.identifiers = up.identifiers;
+    facts.keeps_retain = up.keeps_retain;
+    facts.properties = habits.keeps_properties();
+    facts.shared = habits.shares();
+    facts.replaces = habits.replaces();
+}
+
+async fn recall(core: &Core, server: usize, announced: &Announced) -> Arc<Habits> {
+    // Other links wait for the one that probes.
+    let mut known = core.known.lock().await;
+    if let Some(known) = &*known
+        && known.is_of(server, announced)
+        && known.at.elapsed() < GOOD_FOR
+    {
+        return known.habits.clone();
+    }
+    let address = &core.config.servers[server];
+    let habits = Arc::new(match core.config.probe {
+        Probe::Off => Habits::unseen(announced, Source::Connack),
+        Probe::Auto => {
+            metrics().upstream_probes.increment(1);
+            let habits = seen(core, address, announced).await;
+            say(address, &habits);
+            // Filters are held by what was seen before: less is no news of the core, which may have
+            // been slow just now. The next link that comes up looks again.
+            if let Some(known) = &*known
+                && known.outlives(server, announced, &habits)
+            {
+                return known.habits.clone();
+            }
+            habits
+        }
+    });
+    count(&habits);
+    *core.habits.lock() = Some(habits.clone());
+    *known = Some(Known {
+        server,
+        announced: *announced,
+        at: Instant::now(),
+        habits: habits.clone(),
+    });
+    habits
+}
+
+/// Connects as a link would, and probes; for a person.
+///
+/// # Errors
+/// Why the core cannot be reached.
+pub(in crate::upstream) async fn probe_once(core: &Core) -> Result<Habits, String> {
+    let Some(server) = core.config.servers.first() else {
+        return Err("upstream.servers is empty".into());
+    };
+    let versions: &[Version] = match core.config.protocol {
+        Protocol::Auto => &[Version::V5, Version::V311],
+        Protocol::V5 => &[Version::V5],
+        Protocol::V311 => &[Version::V311],
+    };
+    let mut why = String::new();
+    for version in versions {
+        let connected = connect_probe(core, server, *version);
+        match timeout(core.config.connect_timeout, connected).await {
+            Ok(Ok(connected)) => return Ok(look(core, connected).await),
+            Ok(Err(Attempt::NoV5)) => why = "it does not speak MQTT 5".into(),
+            Ok(Err(Attempt::Failed(failed))) => return Err(failed.why),
+            Err(_) => return Err("no CONNACK within upstream.connect_timeout".into()),
+        }
+    }
+    Err(why)
+}
+
+type Connected = (Dialed, BytesMut, Announced);
+
+async fn look(core: &Core, (mut io, rest, announced): Connected) -> Habits {
+    let nonce = getrandom::u32().unwrap_or_default();
+    let topic = format!("{}/{}/{nonce:08x}", core.config.probe_topic, core.node);
+    probe(&mut io, &announced, &topic, rest).await
+}
+
+/// One probe, over a connection of its own.
+async fn seen(core: &Core, server: &Server, announced: &Announced) -> Habits {
+    let version = match announced.version_5 {
+        true => Version::V5,
+        false => Version::V311,
+    };
+    let why = match timeout(PROBE_TIME, connect_probe(core, server, version)).await {
+        Ok(Ok(connected)) => return look(core, connected).await,
+        Ok(Err(Attempt::Failed(failed))) => failed.why,
+        Ok(Err(Attempt::NoV5)) => "it does not speak MQTT 5 now".into(),
+        Err(_) => "no CONNACK for the probe's connection in time".into(),
+    };
+    let mut habits = Habits::unseen(announced, Source::Partly);
+    habits.missing.push(why);
+    habits
+}
+
+fn say(server: &Server, habits: &Habits) {
+    tracing::info!(
+        server = %server,
+        software = habits.software.as_deref(),
+        mapping = habits.mapping(),
+        identifiers = ?habits.identifiers,
+        copies = ?habits.copies,
+        replaces = ?habits.replaces,
+        retain_as_published = ?habits.retain_as_published,
+        shared = ?habits.shared,
+        window = ?habits.window,
+        "The core was probed"
+    );
+    for missing in &habits.missing {
+        tracing::warn!(
+            server = %server,
+            topic = "upstream.probe_topic",
+            "The probe of the core was cut short; what was not seen is assumed at its worst: {missing}"
+        );
+    }
+}
+
+fn count(habits: &Habits) {
+    let word = |v: &dyn std::fmt::Debug| format!("{v:?}").to_lowercase();
+    let yes = |v: bool| if v { "yes" } else { "no" }.to_owned();
+    metrics().core_info([
+        ("protocol", habits.protocol.to_owned()),
+        ("source", word(&habits.source)),
+        ("mapping", habits.mapping().to_owned()),
+        ("identifiers", word(&habits.identifiers)),
+        ("retain_as_published", yes(habits.keeps_retain())),
+        ("shared", word(&habits.shared)),
+    ]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_probe_cut_short_is_no_news_of_a_core_that_is_known() {
+        let announced = Announced {
+            version_5: true,
+            identifiers: true,
+            shared: true,
+            receive_maximum: 100,
+            maximum_qos: 2,
+            maximum_packet_size: None,
+            retain_available: true,
+        };
+        let seen = |source| Habits::unseen(&announced, source);
+        let known = Known {
+            server: 1,
+            announced,
+            at: Instant::now(),
+            habits: Arc::new(seen(Source::Probed)),
+        };
+        assert!(known.outlives(1, &announced, &seen(Source::Partly)));
+        assert!(!known.outlives(1, &announced, &seen(Source::Probed)));
+        assert!(!known.outlives(0, &announced, &seen(Source::Partly)));
+        let other = Announced {
+            receive_maximum: 99,
+            ..announced
+        };
+        assert!(!known.outlives(1, &other, &seen(Source::Partly)));
+    }
+}

@@ -1,0 +1,153 @@
+//! The probe against the embedded core, in each of its habits.
+
+use super::*;
+use crate::config::Habit;
+use crate::embedded::{EmbeddedCore, EmbeddedOptions};
+use crate::mqtt::Connect;
+
+async fn record(habits: &[Habit]) -> (Habits, EmbeddedCore) {
+    let core = EmbeddedCore::start(EmbeddedOptions::with_habits(habits));
+    let mut io = core.connect();
+    let v3 = habits.contains(&Habit::V311);
+    let version = if v3 { Version::V311 } else { Version::V5 };
+    let mut out = Vec::new();
+    Connect {
+        version,
+        clean_start: true,
+        client_id: "probe",
+        receive_maximum: Some(u16::MAX),
+        ..Connect::default()
+    }
+    .encode(&mut out);
+    io.write_all(&out).await.expect("a pipe");
+    let mut rest = BytesMut::new();
+    let decoder = Decoder {
+        version,
+        receiver: Receiver::Client,
+        max: 1024,
+    };
+    let announced = loop {
+        io.read_buf(&mut rest).await.expect("a pipe");
+        if let Some((Packet::Connack(c), used)) = decoder.next(&rest).expect("legal") {
+            let announced = Announced {
+                version_5: !v3,
+                identifiers: !v3 && c.subscription_ids_available.unwrap_or(true),
+                shared: c.shared_subscription_available.unwrap_or(true),
+                receive_maximum: c.receive_maximum.unwrap_or(u16::MAX),
+                maximum_qos: c.maximum_qos.map_or(2, |q| q as u8),
+                maximum_packet_size: c.maximum_packet_size,
+                retain_available: c.retain_available.unwrap_or(true),
+            };
+            let _ = rest.split_to(used);
+            break announced;
+        }
+    };
+    let habits = probe(&mut io, &announced, "tidegate/probe/t", rest).await;
+    (habits, core)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_polite_core() {
+    let (seen, core) = record(&[]).await;
+    assert_eq!(seen.source, Source::Probed, "{seen}");
+    assert_eq!(seen.copies, Some(Copies::Many));
+    assert_eq!(seen.overlap_qos, Some(OverlapQos::Each));
+    assert_eq!(seen.identifiers, Identifiers::Working);
+    assert_eq!(seen.shared, SharedSubscriptions::Alive);
+    assert_eq!(seen.window, Some(WINDOW_PROBED));
+    for yes in [
+        seen.retain_handling,
+        seen.replaces,
+        seen.retain_as_published,
+        seen.retained_wildcard,
+        seen.retained_marker,
+        seen.properties,
+    ] {
+        assert_eq!(yes, Some(true), "{seen}");
+    }
+    assert!(seen.keeps_retain() && seen.keeps_properties() && seen.shares());
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    assert_eq!(core.stats().retained, 0, "it cleans up");
+    assert_eq!(core.stats().sessions, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_habit_is_seen() {
+    let one = record(&[Habit::One]).await.0;
+    assert_eq!(one.copies, Some(Copies::One));
+    assert_eq!(one.overlap_qos, Some(OverlapQos::Highest));
+    assert_eq!(one.identifiers, Identifiers::Working);
+
+    let lowest = record(&[Habit::LowestQos]).await.0;
+    assert_eq!(lowest.overlap_qos, Some(OverlapQos::Lower));
+    assert_eq!(lowest.identifiers, Identifiers::Working);
+
+    let queues = record(&[Habit::TwoQueues, Habit::V311]).await.0;
+    assert_eq!(queues.copies, Some(Copies::Many));
+    assert_eq!(queues.replaces, Some(false));
+    assert!(!queues.replaces());
+
+    let nameless = record(&[Habit::NoIds]).await.0;
+    assert_eq!(nameless.identifiers, Identifiers::None);
+    assert_eq!(nameless.mapping(), "colour");
+
+    let small = record(&[Habit::SmallWindow]).await.0;
+    assert_eq!(small.window, Some(10));
+    assert_eq!(small.receive_maximum, 10);
+
+    let dead = record(&[Habit::DeadShared]).await.0;
+    assert_eq!(dead.shared, SharedSubscriptions::Dead);
+    assert!(!dead.shares());
+    let refused = record(&[Habit::NoShared]).await.0;
+    assert_eq!(refused.shared, SharedSubscriptions::Refused);
+
+    let forgetful = record(&[Habit::NoRap]).await.0;
+    assert_eq!(forgetful.retain_as_published, Some(false));
+    assert!(!forgetful.keeps_retain());
+
+    let late = record(&[Habit::LateRetained]).await.0;
+    assert_eq!(late.retained_marker, Some(false), "nothing came before it");
+    assert_eq!(late.retained_wildcard, Some(true));
+    assert!(
+        late.retained_within
+            .is_some_and(|ms| (300..500).contains(&ms))
+    );
+    assert!(late.fetch_quiet() >= 1200);
+    assert_eq!(late.source, Source::Probed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_old_core() {
+    let (seen, core) = record(&[Habit::V311]).await;
+    assert_eq!(seen.source, Source::Probed, "{seen}");
+    assert_eq!(seen.protocol, "3.1.1");
+    assert_eq!(seen.identifiers, Identifiers::None);
+    assert_eq!(seen.copies, Some(Copies::Many));
+    assert_eq!(seen.retained_marker, Some(true));
+    assert!(!seen.keeps_retain() && !seen.keeps_properties());
+    assert_eq!(core.stats().retained, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_core_that_says_nothing_is_assumed_at_its_worst() {
+    let (mut ours, theirs) = tokio::io::duplex(1 << 20);
+    let announced = Announced {
+        version_5: true,
+        identifiers: true,
+        shared: true,
+        receive_maximum: 20,
+        maximum_qos: 2,
+        maximum_packet_size: None,
+        retain_available: true,
+    };
+    let begun = Instant::now();
+    let seen = probe(&mut ours, &announced, "p", BytesMut::new()).await;
+    assert!(begun.elapsed() <= PROBE_TIME + Duration::from_secs(1));
+    assert_eq!(seen.source, Source::Partly);
+    assert_eq!(seen.identifiers, Identifiers::Assumed);
+    assert!(!seen.shares() && !seen.keeps_retain());
+    assert_eq!(seen.missing.len(), 1, "{seen}");
+    drop(theirs);
+    let seen = probe(&mut ours, &announced, "p", BytesMut::new()).await;
+    assert_eq!(seen.source, Source::Partly);
+}
