@@ -1,16 +1,16 @@
 import type { IClientOptions, MqttClient, StreamBuilder } from 'mqtt'
 
-/** How WebTransport is reached, and what to do when it is not. */
+/** Where the WebTransport listener is, and when to fall back. */
 export interface WebTransportSettings extends Omit<WebTransportOptions, 'serverCertificateHashes'> {
-  /** Such as `https://edge.example.com:14567/mqtt`. */
+  /** Address of the listener, such as `https://edge.example.com:14567/mqtt`. */
   url: string | URL
-  /** Milliseconds until the other way is taken. Default 3000. */
+  /** Milliseconds until the fallback is used. Default 3000. */
   timeout?: number
-  /** Milliseconds for which the other way is then taken at once. Default 600000. */
+  /** Milliseconds during which later connections use the fallback at once. Default 600000. */
   retryAfter?: number
-  /** SHA-256 of the server's certificate, hexadecimal, for one that no authority has signed. */
+  /** SHA-256 hashes of the server's certificate in hexadecimal, for a certificate that no authority has signed. */
   serverCertificateHashes?: (string | WebTransportHash)[]
-  /** Told of each connection which way it goes, and why not the first. */
+  /** Called for each connection with its transport, and with the reason for a fallback. */
   onTransport?: (way: 'webtransport' | 'fallback', why?: string) => void
 }
 
@@ -25,7 +25,7 @@ export function connect(
   options: ConnectOptions,
 ): MqttClient
 
-/** For `new MqttClient(streamBuilder(...), options)`; without `fallback` there is WebTransport only. */
+/** For `new MqttClient(streamBuilder(...), options)`. Without `fallback`, only WebTransport is used. */
 export function streamBuilder(
   webTransport: string | URL | WebTransportSettings,
   fallback?: StreamBuilder,

@@ -1,24 +1,24 @@
-// MQTT.js over WebTransport: one bidirectional stream carries the bytes that a WebSocket would. Where
-// WebTransport is not to be had, MQTT.js' own stream (wss) takes over, for the same client and session.
+// MQTT.js over WebTransport: one bidirectional stream carries the bytes that a WebSocket would carry. Where
+// WebTransport is not available, MQTT.js' own stream (wss) takes over, for the same client and session.
 import { Duplex } from 'readable-stream'
 
-/** Milliseconds that WebTransport has to open; UDP that is blocked says nothing, it just stays silent. */
-const TIMEOUT = 3000
-/** Milliseconds for which what worked instead is used without asking again. */
-const RETRY_AFTER = 600_000
-/** Milliseconds given to the other side for ending in order. */
-const GOODBYE = 1000
-/** Bytes that wait on either side before the sender is slowed down. */
-const HIGH_WATER = 64 * 1024
+/** Milliseconds for opening WebTransport. Where UDP is blocked there is no error, only silence. */
+const TIMEOUT_MS = 3000
+/** Milliseconds during which a fallback that worked is used without trying WebTransport again. */
+const RETRY_AFTER_MS = 600_000
+/** Milliseconds for an orderly end of the stream. */
+const CLOSE_MS = 1000
+/** Bytes that wait in each direction before the sender is slowed down. */
+const HIGH_WATER_BYTES = 64 * 1024
 
-/** What is known of each URL, for all clients of the page. */
+/** Earlier results for each URL, shared by all clients of the page. */
 const known = new Map()
 
 /**
  * `mqtt.connect(url, options)`, with WebTransport tried first.
  *
  * @param mqtt MQTT.js
- * @param url what MQTT.js would connect to, the way to fall back to
+ * @param url the address that MQTT.js would connect to, used as the fallback
  * @param options MQTT.js' options and `webTransport`: a URL or its settings, see index.d.ts
  */
 export function connect(mqtt, url, options = {}) {
@@ -35,7 +35,7 @@ export function connect(mqtt, url, options = {}) {
  * A stream builder for `new mqtt.MqttClient(streamBuilder(...), options)`.
  *
  * @param webTransport as in `connect`
- * @param fallback another stream builder; without one there is only WebTransport
+ * @param fallback another stream builder; without one, only WebTransport is used
  */
 export function streamBuilder(webTransport, fallback) {
   return builder(settled(webTransport), fallback)
@@ -43,7 +43,7 @@ export function streamBuilder(webTransport, fallback) {
 
 function builder(settings, fallback) {
   const { url, timeout, retryAfter, init, onTransport } = settings
-  // What goes wrong in it is the app's, and no reason to try another way.
+  // An error of the app's callback must not lead to a fallback.
   const tell = (...what) => {
     try {
       onTransport(...what)
@@ -57,12 +57,12 @@ function builder(settings, fallback) {
   known.set(url, memory)
 
   return (client) => {
-    // MQTT.js gives up a connection after connectTimeout; both ways have to fit.
+    // MQTT.js gives up a connection after connectTimeout; WebTransport and the fallback both have to fit.
     const patience = Math.min(timeout, (client.options.connectTimeout || 30_000) / 2)
     const instead = (why) => {
       const stream = fallback(client)
       memory.suspect = false
-      // Only a network that carries the other way has shown that it blocks this one.
+      // A fallback that gets a CONNACK shows that the network works and WebTransport is blocked.
       once(client, stream, () => (memory.avoidUntil = Date.now() + retryAfter))
       tell('fallback', why)
       return stream
@@ -85,7 +85,7 @@ function builder(settings, fallback) {
         return sideOf(instead(String(error?.message ?? error)))
       }
       tell('webtransport')
-      // Open, but nothing ever came of it: the next one goes the other way.
+      // If this connection opens and never gets a CONNACK, the next one uses the fallback.
       let worked = false
       once(client, stream, () => (worked = true))
       stream.once('close', () => (memory.suspect = !worked))
@@ -102,20 +102,20 @@ function once(client, stream, then) {
   stream.once('close', () => client.removeListener('connect', then))
 }
 
-/** A Duplex over a side that is yet to come: `{ read, write, finish, close }`. */
+/** A Duplex over a transport that is still being opened: `{ read, write, finish, close }`. */
 class LateStream extends Duplex {
   #abort = new AbortController()
   #side
-  #goodbye
+  #closing
 
   constructor(open) {
-    super({ allowHalfOpen: false, readableHighWaterMark: HIGH_WATER, writableHighWaterMark: HIGH_WATER })
-    // After this constructor, so that `open` can use the stream.
+    super({ allowHalfOpen: false, readableHighWaterMark: HIGH_WATER_BYTES, writableHighWaterMark: HIGH_WATER_BYTES })
+    // Runs after this constructor, so that `open` can use the stream.
     this.#side = Promise.resolve().then(() => open(this.#abort.signal))
     this.#side.catch((error) => this.destroy(error))
   }
 
-  // Called when there is demand, and again only after a push: what is not asked for stays on the wire.
+  // Called when there is demand, and again only after a push: other data stays on the wire.
   _read() {
     this.#side
       .then((side) => side.read())
@@ -140,16 +140,16 @@ class LateStream extends Duplex {
   }
 
   _final(done) {
-    this.#goodbye = setTimeout(() => this.destroy(), GOODBYE)
+    this.#closing = setTimeout(() => this.destroy(), CLOSE_MS)
     this.#side
       .then((side) => side.finish())
-      // It has ended by itself.
+      // The transport may have ended already.
       .catch(() => {})
       .then(() => done())
   }
 
   _destroy(error, done) {
-    clearTimeout(this.#goodbye)
+    clearTimeout(this.#closing)
     this.#abort.abort()
     this.#side.then((side) => side.close()).catch(() => {})
     done(error)
@@ -159,7 +159,7 @@ class LateStream extends Duplex {
 async function openWebTransport(url, init, patience, signal) {
   signal.throwIfAborted()
   const transport = new globalThis.WebTransport(url, init)
-  // Each of these may fail at any time, and is looked at where it matters.
+  // Both promises may reject at any time; the code that needs them handles that.
   for (const one of [transport.ready, transport.closed]) one.catch(() => {})
   let timer
   const late = new Promise((_, reject) => {
@@ -184,10 +184,10 @@ function side(transport, { readable, writable }) {
   const writer = writable.getWriter()
   writer.closed.catch(() => {})
 
-  // The session's end says more than the stream's, and follows it.
+  // The session closes after the stream, with a more precise reason.
   const ended = async (error) => {
     let timer
-    const late = new Promise((done) => (timer = setTimeout(done, GOODBYE)))
+    const late = new Promise((done) => (timer = setTimeout(done, CLOSE_MS)))
     const session = await Promise.race([transport.closed, late]).catch((e) => e)
     clearTimeout(timer)
     if (session?.closeCode) throw failure(`session closed with code ${session.closeCode}`, session)
@@ -214,14 +214,14 @@ function side(transport, { readable, writable }) {
   }
 }
 
-// MQTT.js emits `error` for what has a code, and reconnects silently after all else.
+// MQTT.js emits `error` for errors with a code, and reconnects silently after others.
 function failure(message, { closeCode, reason }) {
   return Object.assign(new Error(message), { code: 'ERR_WEBTRANSPORT_CLOSED', closeCode, reason })
 }
 
-/** A Duplex, MQTT.js' own, in the same shape. */
+/** Gives MQTT.js' own Duplex the same interface. */
 function sideOf(stream) {
-  // Read and write say it as well.
+  // Read and write report the error too.
   stream.on('error', () => {})
   const bytes = stream[Symbol.asyncIterator]()
   return {
@@ -230,7 +230,7 @@ function sideOf(stream) {
         const { done, value } = await bytes.next()
         return done ? null : value
       } catch (error) {
-        // Closed without more words: an end like any other.
+        // Closed without an error of its own: an ordinary end.
         if (error?.code === 'ERR_STREAM_PREMATURE_CLOSE') return null
         throw error
       }
@@ -242,7 +242,7 @@ function sideOf(stream) {
 }
 
 function settled(webTransport) {
-  const { url, timeout = TIMEOUT, retryAfter = RETRY_AFTER, onTransport = () => {}, serverCertificateHashes, ...more } =
+  const { url, timeout = TIMEOUT_MS, retryAfter = RETRY_AFTER_MS, onTransport = () => {}, serverCertificateHashes, ...more } =
     typeof webTransport === 'string' || webTransport instanceof URL ? { url: webTransport } : (webTransport ?? {})
   const parsed = new URL(url)
   if (parsed.protocol !== 'https:' || parsed.hash) throw new TypeError(`not an https URL without fragment: ${url}`)
@@ -251,7 +251,7 @@ function settled(webTransport) {
   return { url: parsed.href, timeout, retryAfter, onTransport, init }
 }
 
-/** SHA-256 of a certificate, hexadecimal, or as the browser wants it. */
+/** Turns a SHA-256 in hexadecimal into the object that the browser wants; other values pass unchanged. */
 function hash(given) {
   if (typeof given !== 'string') return given
   if (!/^([0-9a-f]{2}:?){32}$/i.test(given)) throw new TypeError(`not a SHA-256 in hexadecimal: ${given}`)

@@ -324,4 +324,4 @@ def write_table(table: dict[str, dict[str, str]]) -> None:
     lines += [f"| {what} | " + " | ".join(table[name].get(what, "") for name in names) + " |" for what in CHECKS]
     text = PAGE.read_text()
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")
+    PAGE.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{tail}")
