@@ -19,8 +19,8 @@ mod upstream;
 
 pub(crate) use check::{HEALTH_PATH, is_loopback};
 pub use choices::{
-    Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, Habit,
-    LogFormat, Probe, Protocol, ProxyProtocol, QueueFull, RealIpHeader, SenderProperty, SharedAt,
+    Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, LogFormat,
+    Probe, Protocol, ProxyProtocol, QueueFull, Quirk, RealIpHeader, SenderProperty, SharedAt,
     SubscribeWhileAway, Transport,
 };
 pub use error::{Error, Problem};

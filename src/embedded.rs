@@ -2,7 +2,7 @@
 //!
 //! Links speak to it as to any other core, MQTT 5, 3.1.1 or 3.1, through an
 //! in-memory pipe or a real port. It keeps everything in memory, has no
-//! authentication, and can be given the habits and faults of real brokers. It is no broker product.
+//! authentication, and can be given the quirks and faults of real brokers. It is no broker product.
 
 mod conn;
 mod inbound;
@@ -35,7 +35,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 ///
 /// It ends when the last handle and the last connection are gone.
 #[derive(Clone)]
-pub struct EmbeddedCore {
+pub struct EmbeddedBroker {
     inner: Arc<Inner>,
 }
 
@@ -73,17 +73,17 @@ pub struct EmbeddedStats {
     pub dropped_too_large: u64,
 }
 
-impl EmbeddedCore {
+impl EmbeddedBroker {
     /// Starts a core. Must be called inside a tokio runtime, which then runs
     /// its timers and connections.
-    pub fn start(options: EmbeddedOptions) -> EmbeddedCore {
+    pub fn start(options: EmbeddedOptions) -> EmbeddedBroker {
         let inner = Arc::new(Inner {
             base: Instant::now(),
             state: Mutex::new(State::new(options)),
             timer: Arc::new(Notify::new()),
         });
         tokio::spawn(run_timers(Arc::downgrade(&inner), inner.timer.clone()));
-        EmbeddedCore { inner }
+        EmbeddedBroker { inner }
     }
 
     /// Opens a connection; what is returned is the client's end. While the
@@ -115,15 +115,15 @@ impl EmbeddedCore {
     }
 
     /// Drops every connection without a word, as a crash does, and refuses new
-    /// ones until [`EmbeddedCore::restart`]. Wills are lost with the process
+    /// ones until [`EmbeddedBroker::restart`]. Wills are lost with the process
     /// that held them.
     pub fn stop(&self) {
         self.inner.with(&mut Vec::new(), State::stop);
     }
 
-    /// [`EmbeddedCore::stop`] and start again. `keep_sessions` false ends every
+    /// [`EmbeddedBroker::stop`] and start again. `keep_sessions` false ends every
     /// session; retained messages stay either way, see
-    /// [`EmbeddedCore::clear_retained`].
+    /// [`EmbeddedBroker::clear_retained`].
     pub fn restart(&self, keep_sessions: bool) {
         self.inner.with(&mut Vec::new(), |st| {
             st.stop();
@@ -137,7 +137,7 @@ impl EmbeddedCore {
         self.inner.with(&mut Vec::new(), |st| st.retained.clear());
     }
 
-    /// Changes the options. What a CONNACK announced stays as it was for the
+    /// Changes the options. What a CONNACK capabilities stays as it was for the
     /// connections that exist.
     pub fn set_options(&self, options: EmbeddedOptions) {
         self.inner.with(&mut Vec::new(), |st| st.options = options);
@@ -158,9 +158,9 @@ impl EmbeddedCore {
     }
 }
 
-impl std::fmt::Debug for EmbeddedCore {
+impl std::fmt::Debug for EmbeddedBroker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EmbeddedCore")
+        f.debug_struct("EmbeddedBroker")
             .field("stats", &self.stats())
             .finish()
     }

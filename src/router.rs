@@ -28,7 +28,7 @@ use crate::store::Store;
 use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
-pub use filters::links::{CoreFacts, Kept, Wanted};
+pub use filters::links::{BrokerFeatures, LinkSession, Wanted};
 pub use publish::Answered;
 pub use sessions::connect::{Connect, Connected, Refused};
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};

@@ -24,7 +24,7 @@ use crate::budget::Account;
 use crate::client::{Clients, Door, Rate};
 use crate::clock::Clock;
 use crate::config::{self, CertSource, Config, Server};
-use crate::embedded::{EmbeddedCore, EmbeddedOptions};
+use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
 use crate::router::{Router, RouterConfig};
 use crate::session::{QueueFull, SessionLimits};
 use crate::store::{Memory, Store};
@@ -408,11 +408,11 @@ fn kind(transport: config::Transport) -> Kind {
 }
 
 /// The in-process core, if that is what the configuration names.
-fn embedded(config: &Config) -> Option<EmbeddedCore> {
+fn embedded(config: &Config) -> Option<EmbeddedBroker> {
     match config.upstream.servers.first() {
-        Some(Server::Embedded(habits)) => {
-            let options = EmbeddedOptions::with_habits(habits);
-            Some(EmbeddedCore::start(options))
+        Some(Server::Embedded(quirks)) => {
+            let options = EmbeddedOptions::with_quirks(quirks);
+            Some(EmbeddedBroker::start(options))
         }
         _ => None,
     }

@@ -21,14 +21,14 @@ pub(crate) mod testing;
 
 use std::sync::Arc;
 
-use crate::config::Habit;
+use crate::config::Quirk;
 use crate::embedded::EmbeddedOptions;
-use crate::embedded::stepped::{Ended, SteppedConn, SteppedCore};
+use crate::embedded::stepped::{Ended, SteppedBroker, SteppedConnection};
 use crate::mqtt::{
     AckKind, Connect, Decoder, Packet, Properties, Publish, QoS, ReasonCode, Receiver,
     SubscribeOptions, Version, encode_ack, encode_pingreq, encode_subscribe, encode_unsubscribe,
 };
-use crate::router::{Connected, CoreFacts, Router, RouterConfig};
+use crate::router::{BrokerFeatures, Connected, Router, RouterConfig};
 use crate::session::Will;
 use crate::sim::testing::{PROBES, config, facts, kept_client_of, packet_in, router_of};
 use crate::store::Memory;
@@ -62,19 +62,19 @@ const FILTERS: [&str; 12] = [
     "$share/g/c",
     "$share/h/+/b",
 ];
-const CORES: [&[Habit]; 12] = [
+const CORES: [&[Quirk]; 12] = [
     &[],
-    &[Habit::One],
-    &[Habit::LowestQos],
-    &[Habit::NoIds],
-    &[Habit::NoIds, Habit::One],
-    &[Habit::Dup0],
-    &[Habit::SmallWindow],
-    &[Habit::DeadShared],
-    &[Habit::NoRap],
-    &[Habit::V311],
-    &[Habit::V311, Habit::TwoQueues],
-    &[Habit::LateRetained, Habit::SmallWindow, Habit::Dup0],
+    &[Quirk::One],
+    &[Quirk::LowestQos],
+    &[Quirk::NoIds],
+    &[Quirk::NoIds, Quirk::One],
+    &[Quirk::Dup0],
+    &[Quirk::SmallWindow],
+    &[Quirk::DeadShared],
+    &[Quirk::NoRap],
+    &[Quirk::V311],
+    &[Quirk::V311, Quirk::TwoQueues],
+    &[Quirk::LateRetained, Quirk::SmallWindow, Quirk::Dup0],
 ];
 const ROOTS: [&[&str]; 3] = [&[], &["a/#"], &["c/#", "b/#"]];
 
@@ -83,10 +83,10 @@ struct World {
     rng: Rng,
     tell: bool,
     router: Arc<Router>,
-    core: SteppedCore,
+    core: SteppedBroker,
     core_back_at: Option<(u64, bool)>,
     named: bool,
-    facts: CoreFacts,
+    facts: BrokerFeatures,
     windowed: bool,
     fetch_quiet: u64,
     links: Vec<SimLink>,
@@ -104,7 +104,7 @@ struct World {
 impl World {
     fn new(seed: u64, tell: bool) -> Self {
         let mut rng = Rng::new(seed);
-        let habits = rng.pick(&CORES);
+        let quirks = rng.pick(&CORES);
         let roots = if rng.chance(30) {
             rng.pick(&ROOTS)
         } else {
@@ -112,11 +112,11 @@ impl World {
         };
         let data_links = rng.between(1, 4) as usize;
         let publish_links = rng.between(1, 2) as usize;
-        let has = |habit: Habit| habits.contains(&habit);
-        let dead = has(Habit::DeadShared);
+        let has = |quirk: Quirk| quirks.contains(&quirk);
+        let dead = has(Quirk::DeadShared);
         let local_groups = dead && rng.chance(50);
-        let v5 = !has(Habit::V311);
-        let named = v5 && !has(Habit::NoIds);
+        let v5 = !has(Quirk::V311);
+        let named = v5 && !has(Quirk::NoIds);
         let router = router_of(RouterConfig {
             data_links,
             shared_links: 1,
@@ -128,12 +128,12 @@ impl World {
             linger_busy_min: 500,
             ..config()
         });
-        let facts = CoreFacts {
+        let facts = BrokerFeatures {
             identifiers: named,
             properties: v5,
-            keeps_retain: v5 && !has(Habit::NoRap),
+            keeps_retain: v5 && !has(Quirk::NoRap),
             shared: !dead,
-            replaces: !has(Habit::TwoQueues),
+            replaces: !has(Quirk::TwoQueues),
             ..facts()
         };
         let version = if v5 { Version::V5 } else { Version::V311 };
@@ -187,7 +187,7 @@ impl World {
         let devices: Vec<Device> = devices.collect();
         if tell {
             eprintln!(
-                "{habits:?} roots {roots:?} {data_links} data links, {publish_links} publish links, local groups {local_groups}, stormy {stormy}, poisonous {poisonous}"
+                "{quirks:?} roots {roots:?} {data_links} data links, {publish_links} publish links, local groups {local_groups}, stormy {stormy}, poisonous {poisonous}"
             );
         }
         Self {
@@ -196,18 +196,18 @@ impl World {
                 devices.iter().map(|d| d.version == Version::V5).collect(),
                 stormy,
                 data_links,
-                has(Habit::LowestQos),
-                has(Habit::SmallWindow),
+                has(Quirk::LowestQos),
+                has(Quirk::SmallWindow),
             ),
             rng,
             tell,
             router,
-            core: SteppedCore::new(EmbeddedOptions::with_habits(habits)),
+            core: SteppedBroker::new(EmbeddedOptions::with_quirks(quirks)),
             core_back_at: None,
             named,
             facts,
-            windowed: has(Habit::SmallWindow),
-            fetch_quiet: if has(Habit::LateRetained) { 1200 } else { 100 },
+            windowed: has(Quirk::SmallWindow),
+            fetch_quiet: if has(Quirk::LateRetained) { 1200 } else { 100 },
             links,
             devices,
             number: 0,

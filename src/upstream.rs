@@ -26,11 +26,11 @@ use crate::telemetry::{self, metrics};
 use crate::time::Millis;
 use crate::transport::ClientTls;
 
-use crate::embedded::EmbeddedCore;
+use crate::embedded::EmbeddedBroker;
 use link::data::Data;
 use link::publish::Publisher;
 use link::retained::Fetch;
-use profile::Habits;
+use profile::BrokerProfile;
 
 /// User properties with this key are ours: stripped from what clients send, and from what the
 /// core brings.
@@ -116,7 +116,7 @@ pub(crate) struct Core {
     pub node: String,
     pub packet_max: u32,
     pub tls: Option<ClientTls>,
-    pub embedded: Option<EmbeddedCore>,
+    pub embedded: Option<EmbeddedBroker>,
     /// It is known to speak MQTT 3.1.1 and not 5.
     pub no_v5: AtomicBool,
     /// It is known to speak MQTT 5.
@@ -124,7 +124,7 @@ pub(crate) struct Core {
     /// What is known of it; locked while it is probed.
     pub known: tokio::sync::Mutex<Option<profile::cache::Known>>,
     /// The record that holds now, for those who look.
-    pub habits: Arc<Mutex<Option<Arc<Habits>>>>,
+    pub profile: Arc<Mutex<Option<Arc<BrokerProfile>>>>,
 }
 
 /// What all links share.
@@ -175,7 +175,7 @@ pub struct Reach {
     /// TLS toward the core, where a server needs it.
     pub tls: Option<ClientTls>,
     /// The in-process core, if that is what `servers` names.
-    pub embedded: Option<EmbeddedCore>,
+    pub embedded: Option<EmbeddedBroker>,
 }
 
 impl Core {
@@ -189,7 +189,7 @@ impl Core {
             tls: reach.tls,
             embedded: reach.embedded,
             known: tokio::sync::Mutex::default(),
-            habits: Arc::default(),
+            profile: Arc::default(),
         }
     }
 }
@@ -198,7 +198,7 @@ impl Core {
 ///
 /// # Errors
 /// Why it cannot be reached.
-pub async fn probe_once(reach: Reach) -> Result<Habits, String> {
+pub async fn probe_once(reach: Reach) -> Result<BrokerProfile, String> {
     profile::cache::probe_once(&Core::new(reach)).await
 }
 
@@ -206,7 +206,7 @@ pub async fn probe_once(reach: Reach) -> Result<Habits, String> {
 #[derive(Debug, Clone)]
 pub struct Upstream {
     links: Arc<[Arc<LinkStatus>]>,
-    habits: Arc<Mutex<Option<Arc<Habits>>>>,
+    profile: Arc<Mutex<Option<Arc<BrokerProfile>>>>,
 }
 
 /// What [`Upstream::start`] needs.
@@ -237,7 +237,7 @@ impl Upstream {
             server: AtomicUsize::new(0),
             up: AtomicUsize::new(0),
         });
-        let habits = shared.core.habits.clone();
+        let profile = shared.core.profile.clone();
         let probes: Arc<str> = shared.core.config.probe_topic.as_str().into();
         let mut links = Vec::new();
         let mut add = |role: Role, number: usize| {
@@ -291,7 +291,7 @@ impl Upstream {
         ));
         Self {
             links: links.into(),
-            habits,
+            profile,
         }
     }
 
@@ -301,8 +301,8 @@ impl Upstream {
     }
 
     /// What is known of the core; `None` before the first link came up.
-    pub fn habits(&self) -> Option<Arc<Habits>> {
-        self.habits.lock().clone()
+    pub fn profile(&self) -> Option<Arc<BrokerProfile>> {
+        self.profile.lock().clone()
     }
 
     /// Publishes that the core has not acknowledged.

@@ -124,9 +124,9 @@ choices!(Probe {
     "off" => Off,
 } not supported {});
 
-/// A habit or fault of real brokers that the embedded core imitates.
+/// A quirk of real brokers, or a fault, that the embedded broker imitates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Habit {
+pub enum Quirk {
     /// A copy for each overlapping filter of a client, as the standard allows.
     Many,
     /// One copy with all identifiers, as the standard allows.
@@ -154,7 +154,7 @@ pub enum Habit {
     V311,
 }
 
-choices!(Habit {
+choices!(Quirk {
     "many" => Many,
     "one" => One,
     "no-ids" => NoIds,
@@ -169,7 +169,7 @@ choices!(Habit {
     "3.1.1" => V311,
 } not supported {});
 
-impl Habit {
+impl Quirk {
     /// The word in configuration.
     pub fn name(self) -> &'static str {
         match self {

@@ -8,8 +8,8 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::config::choices::{
-    Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, Habit,
-    LogFormat, Probe, Protocol, ProxyProtocol, QueueFull, RealIpHeader, SenderProperty, SharedAt,
+    Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, LogFormat,
+    Probe, Protocol, ProxyProtocol, QueueFull, Quirk, RealIpHeader, SenderProperty, SharedAt,
     SubscribeWhileAway, Transport,
 };
 use crate::config::units::{duration, duration_or_none, size, size32};
@@ -186,7 +186,7 @@ pub struct Upstream {
     pub roots: Vec<String>,
     /// When a client's publish is acknowledged.
     pub ack: Ack,
-    /// Whether the core's habits are probed or taken as its CONNACK says.
+    /// Whether the core's quirks are probed or taken as its CONNACK says.
     pub probe: Probe,
     /// The topic below which probes publish and subscribe; clients never see it.
     pub probe_topic: String,
@@ -248,9 +248,9 @@ pub struct PublishLinks {
 /// One core address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Server {
-    /// The in-process core, with habits of real brokers to imitate, for tests:
+    /// The in-process core, with quirks of real brokers to imitate, for tests:
     /// `embedded:no-ids,dup0`.
-    Embedded(Vec<Habit>),
+    Embedded(Vec<Quirk>),
     /// `mqtt://`, `mqtts://`, `ws://` or `wss://`.
     Remote {
         /// Whether TLS is spoken.
@@ -267,8 +267,8 @@ pub enum Server {
 impl std::fmt::Display for Server {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Embedded(habits) => {
-                let names: Vec<&str> = habits.iter().map(|h| h.name()).collect();
+            Self::Embedded(quirks) => {
+                let names: Vec<&str> = quirks.iter().map(|h| h.name()).collect();
                 write!(f, "embedded:{}", names.join(","))
             }
             Self::Remote {

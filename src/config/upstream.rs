@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use serde::de::{Deserialize, Deserializer};
 
 use crate::config::builtin::{PUBLISH_LINKS_AUTO, WS_PATH};
-use crate::config::choices::Habit;
+use crate::config::choices::Quirk;
 use crate::config::types::{PublishLinks, Server};
 use crate::config::units::{Read, Written};
 
@@ -59,12 +59,12 @@ impl Written for Server {
 
     fn text(text: &str) -> Result<Self, String> {
         let wrong = || format!("{text:?} is not {}", Self::WHAT);
-        if let Some(habits) = text.strip_prefix("embedded:") {
-            let words = habits.split(',').filter(|_| !habits.is_empty());
-            let habits: Result<Vec<Habit>, String> = words.map(Habit::text).collect();
-            return habits
+        if let Some(quirks) = text.strip_prefix("embedded:") {
+            let words = quirks.split(',').filter(|_| !quirks.is_empty());
+            let quirks: Result<Vec<Quirk>, String> = words.map(Quirk::text).collect();
+            return quirks
                 .map(Self::Embedded)
-                .map_err(|e| format!("{text:?}: a habit of the embedded core: {e}"));
+                .map_err(|e| format!("{text:?}: a quirk of the embedded broker: {e}"));
         }
         let (scheme, rest) = text.split_once("://").ok_or_else(wrong)?;
         let (tls, websocket, usual) = match scheme {

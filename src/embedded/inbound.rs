@@ -44,7 +44,7 @@ pub(crate) struct Up {
     /// Seconds; 0: off.
     pub(crate) keep_alive: u16,
     decoder: Decoder,
-    /// As announced; 65,535 if nothing was.
+    /// As capabilities; 65,535 if nothing was.
     receive_max: u16,
     aliases: Vec<Option<Box<str>>>,
 }

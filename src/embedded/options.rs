@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::config::Habit;
+use crate::config::Quirk;
 use crate::mqtt::QoS;
 
 /// What a client gets whose own subscriptions overlap on a message. The
@@ -48,7 +48,7 @@ pub enum Shared {
     Refused,
 }
 
-/// Limits and habits of an embedded core; the default is a well-behaved MQTT 5
+/// Limits and quirks of an embedded core; the default is a well-behaved MQTT 5
 /// broker.
 #[derive(Debug, Clone)]
 pub struct EmbeddedOptions {
@@ -71,7 +71,7 @@ pub struct EmbeddedOptions {
     /// ways, or the client's own Receive Maximum where that is smaller.
     pub small_window: Option<u16>,
     /// Largest packet taken, in bytes with its fixed header; CONNACK announces
-    /// it. None: what the protocol allows, not announced.
+    /// it. None: what the protocol allows, not capabilities.
     pub max_packet: Option<u32>,
     /// Maximum QoS; CONNACK announces it if below 2.
     pub max_qos: QoS,
@@ -95,23 +95,23 @@ pub struct EmbeddedOptions {
 }
 
 impl EmbeddedOptions {
-    /// A core with these habits.
-    pub fn with_habits(habits: &[Habit]) -> Self {
+    /// A core with these quirks.
+    pub fn with_quirks(quirks: &[Quirk]) -> Self {
         let mut options = Self::default();
-        for habit in habits {
-            match habit {
-                Habit::Many => options.overlap = Overlap::Many,
-                Habit::One => options.overlap = Overlap::One,
-                Habit::NoIds => options.no_ids = true,
-                Habit::LowestQos => options.overlap = Overlap::LowestQos,
-                Habit::TwoQueues => options.overlap = Overlap::TwoQueues,
-                Habit::LateRetained => options.late_retained = Duration::from_millis(300),
-                Habit::Dup0 => options.dup0 = true,
-                Habit::SmallWindow => options.small_window = Some(10),
-                Habit::DeadShared => options.shared = Shared::Dead,
-                Habit::NoShared => options.shared = Shared::Refused,
-                Habit::NoRap => options.no_rap = true,
-                Habit::V311 => options.refuse_v5 = RefuseV5::ReturnCode,
+        for quirk in quirks {
+            match quirk {
+                Quirk::Many => options.overlap = Overlap::Many,
+                Quirk::One => options.overlap = Overlap::One,
+                Quirk::NoIds => options.no_ids = true,
+                Quirk::LowestQos => options.overlap = Overlap::LowestQos,
+                Quirk::TwoQueues => options.overlap = Overlap::TwoQueues,
+                Quirk::LateRetained => options.late_retained = Duration::from_millis(300),
+                Quirk::Dup0 => options.dup0 = true,
+                Quirk::SmallWindow => options.small_window = Some(10),
+                Quirk::DeadShared => options.shared = Shared::Dead,
+                Quirk::NoShared => options.shared = Shared::Refused,
+                Quirk::NoRap => options.no_rap = true,
+                Quirk::V311 => options.refuse_v5 = RefuseV5::ReturnCode,
             }
         }
         options

@@ -8,12 +8,12 @@ use crate::embedded::state::{State, Wire};
 use crate::time::Millis;
 
 /// A core that does what it is told, when it is told.
-pub(crate) struct SteppedCore {
+pub(crate) struct SteppedBroker {
     state: State,
 }
 
 /// One connection to it.
-pub(crate) struct SteppedConn {
+pub(crate) struct SteppedConnection {
     wire: Arc<Wire>,
     link: Link,
     input: Vec<u8>,
@@ -28,7 +28,7 @@ pub(crate) enum Ended {
     Refused(String),
 }
 
-impl SteppedCore {
+impl SteppedBroker {
     pub fn new(options: EmbeddedOptions) -> Self {
         Self {
             state: State::new(options),
@@ -43,8 +43,8 @@ impl SteppedCore {
     }
 
     /// A new connection; none while it is stopped.
-    pub fn connect(&mut self) -> Option<SteppedConn> {
-        Some(SteppedConn {
+    pub fn connect(&mut self) -> Option<SteppedConnection> {
+        Some(SteppedConnection {
             wire: self.state.open()?,
             link: Link::default(),
             input: Vec::new(),
@@ -54,7 +54,7 @@ impl SteppedCore {
     /// Takes what came, and appends what it answers and has to send.
     pub fn feed(
         &mut self,
-        conn: &mut SteppedConn,
+        conn: &mut SteppedConnection,
         bytes: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(), Ended> {
@@ -89,7 +89,7 @@ impl SteppedCore {
     }
 
     /// The connection is lost, or over.
-    pub fn drop_conn(&mut self, conn: &SteppedConn) {
+    pub fn drop_conn(&mut self, conn: &SteppedConnection) {
         if let Some(up) = &conn.link.up
             && self.state.owns(up.session, &conn.wire)
         {
@@ -99,7 +99,7 @@ impl SteppedCore {
     }
 
     /// The connection is lost, and its session with it.
-    pub fn forget(&mut self, conn: &SteppedConn) {
+    pub fn forget(&mut self, conn: &SteppedConnection) {
         self.drop_conn(conn);
         if let Some(up) = &conn.link.up
             && self.state.sessions.contains(up.session as usize)

@@ -19,9 +19,9 @@ pub async fn probe(config: &Config) -> Result<String, StartError> {
         tls: client_tls(config)?,
         embedded: embedded(config),
     };
-    let habits = probe_once(reach).await.map_err(StartError::Temporary)?;
-    let mut text = habits.to_string();
-    let advice = habits.advice();
+    let profile = probe_once(reach).await.map_err(StartError::Temporary)?;
+    let mut text = profile.to_string();
+    let advice = profile.advice();
     if !advice.is_empty() {
         text.push_str("\nWorth a look in the core's settings:\n");
     }

@@ -60,8 +60,8 @@ impl AdminView for View {
     }
 
     fn core(&self) -> Option<serde_json::Value> {
-        let habits = self.upstream.habits()?;
-        serde_json::to_value(&*habits).ok()
+        let profile = self.upstream.profile()?;
+        serde_json::to_value(&*profile).ok()
     }
 
     fn links(&self) -> Vec<LinkView> {

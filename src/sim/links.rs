@@ -63,7 +63,7 @@ pub(crate) struct SimLink {
 }
 
 pub(crate) struct Conn {
-    pub(crate) core: SteppedConn,
+    pub(crate) core: SteppedConnection,
     pub(crate) to_core: Pipe,
     pub(crate) to_us: Pipe,
     pub(crate) input: Vec<u8>,
@@ -190,7 +190,7 @@ impl World {
                             link.name, c.session_present
                         );
                     }
-                    self.router.core_facts(&self.facts, now);
+                    self.router.set_broker_features(&self.facts, now);
                     // The core may have forgotten the others' sessions as well.
                     let forgotten = link.data && !first && !up.session_present;
                     let doubts = forgotten && others_away;

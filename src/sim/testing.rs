@@ -7,7 +7,7 @@ use crate::mqtt::{
     Version,
 };
 use crate::router::handle::Wake;
-use crate::router::{Connect, Connected, CoreFacts, Kept, Peer, Router, RouterConfig};
+use crate::router::{BrokerFeatures, Connect, Connected, LinkSession, Peer, Router, RouterConfig};
 use crate::session::{ConnectionSpec, Effect, Policy, QueueFull, SessionLimits, Wanted};
 use crate::store::Memory;
 use crate::time::Millis;
@@ -18,8 +18,8 @@ use crate::upstream::link::machine::Up;
 /// A router with one link of each kind, whose D link has come up.
 pub fn router() -> Arc<Router> {
     let router = Arc::new(Router::new(limits(), config(), &Memory));
-    router.core_facts(&facts(), 0);
-    router.data_link_up(0, Kept::No, true, 0);
+    router.set_broker_features(&facts(), 0);
+    router.data_link_up(0, LinkSession::New, true, 0);
     router
 }
 
@@ -77,8 +77,8 @@ pub fn config() -> RouterConfig {
 }
 
 /// A core that can do everything.
-pub fn facts() -> CoreFacts {
-    CoreFacts {
+pub fn facts() -> BrokerFeatures {
+    BrokerFeatures {
         identifiers: true,
         properties: true,
         keeps_retain: true,

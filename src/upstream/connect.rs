@@ -12,12 +12,12 @@ use crate::mqtt::{
     Connack, Connect, Decoder, Packet, Properties, QoS, ReasonCode, Receiver, Version,
     encode_disconnect,
 };
-use crate::router::CoreFacts;
+use crate::router::BrokerFeatures;
 use crate::telemetry::{LinkDownReason, UpstreamTlsReason, metrics};
 use crate::transport::dial::{DialError, DialTarget, Dialed, TlsFailure, dial};
 
 use crate::upstream::link::machine::Up;
-use crate::upstream::profile::Announced;
+use crate::upstream::profile::Capabilities;
 use crate::upstream::{Core, LinkStatus, Role, SESSION_EXPIRY};
 
 /// A 3.1.1 core does not say its window; brokers' defaults are 10 to 65,535.
@@ -27,8 +27,8 @@ const WINDOW_V3: u16 = 20;
 pub(super) struct Established {
     pub io: Dialed,
     pub up: Up,
-    pub facts: CoreFacts,
-    pub announced: Announced,
+    pub facts: BrokerFeatures,
+    pub capabilities: Capabilities,
     /// Bytes that came behind the CONNACK.
     pub rest: BytesMut,
     pub keep_alive: Duration,
@@ -164,12 +164,12 @@ async fn connect(
         accept(core, link, version, connack)
     };
     let (accepted, rest) = exchange(core, &mut io, &out, version, accepted).await?;
-    let (up, facts, announced, keep_alive) = accepted;
+    let (up, facts, capabilities, keep_alive) = accepted;
     Ok(Established {
         io,
         up,
         facts,
-        announced,
+        capabilities,
         rest,
         keep_alive,
     })
@@ -180,15 +180,15 @@ pub(super) async fn connect_probe(
     core: &Core,
     server: &Server,
     version: Version,
-) -> Result<(Dialed, BytesMut, Announced), Attempt> {
+) -> Result<(Dialed, BytesMut, Capabilities), Attempt> {
     let mut io = open(core, server).await?;
     let out = connect_packet(core, "probe", version, true, false)?;
     let accepted = |connack: &Connack<'_>| {
         judge(version, connack)?;
-        Ok(announced(version, connack))
+        Ok(capabilities(version, connack))
     };
-    let (announced, rest) = exchange(core, &mut io, &out, version, accepted).await?;
-    Ok((io, rest, announced))
+    let (capabilities, rest) = exchange(core, &mut io, &out, version, accepted).await?;
+    Ok((io, rest, capabilities))
 }
 
 /// Sends a CONNECT and reads up to the CONNACK; with what `accept` makes of it, the bytes that
@@ -247,41 +247,41 @@ fn accept(
     link: &LinkStatus,
     version: Version,
     connack: &Connack<'_>,
-) -> Result<(Up, CoreFacts, Announced, Duration), Attempt> {
+) -> Result<(Up, BrokerFeatures, Capabilities, Duration), Attempt> {
     judge(version, connack)?;
     if version == Version::V5 {
         core.has_v5.store(true, Ordering::Relaxed);
     }
-    let announced = announced(version, connack);
+    let capabilities = capabilities(version, connack);
     // 0 would leave a dead link unnoticed.
     let keep_alive = connack
         .server_keep_alive
         .filter(|s| *s > 0)
         .map_or(core.config.keepalive, |s| Duration::from_secs(s.into()));
-    let packet_max = announced.maximum_packet_size.unwrap_or(u32::MAX);
-    let v5 = announced.version_5;
+    let packet_max = capabilities.maximum_packet_size.unwrap_or(u32::MAX);
+    let v5 = capabilities.version_5;
     let up = Up {
         version,
         session_present: connack.session_present && link.role != Role::Retained,
         doubtful: false,
-        receive_maximum: announced.receive_maximum,
+        receive_maximum: capabilities.receive_maximum,
         packet_max,
-        identifiers: announced.identifiers,
+        identifiers: capabilities.identifiers,
         keeps_retain: v5,
         fetch_qos: QoS::AtMostOnce,
         fetch_quiet: 0,
     };
-    let facts = CoreFacts {
-        identifiers: announced.identifiers,
+    let facts = BrokerFeatures {
+        identifiers: capabilities.identifiers,
         properties: v5,
         keeps_retain: v5,
-        shared: announced.shared,
+        shared: capabilities.shared,
         replaces: true,
         maximum_qos: connack.maximum_qos.unwrap_or(QoS::ExactlyOnce),
-        retain_available: announced.retain_available,
+        retain_available: capabilities.retain_available,
         packet_max,
     };
-    Ok((up, facts, announced, keep_alive))
+    Ok((up, facts, capabilities, keep_alive))
 }
 
 /// Whether the core takes us.
@@ -295,9 +295,9 @@ fn judge(version: Version, connack: &Connack<'_>) -> Result<(), Attempt> {
     Err(refused(connack).into())
 }
 
-fn announced(version: Version, connack: &Connack<'_>) -> Announced {
+fn capabilities(version: Version, connack: &Connack<'_>) -> Capabilities {
     let v5 = version == Version::V5;
-    Announced {
+    Capabilities {
         version_5: v5,
         identifiers: v5 && connack.subscription_ids_available.unwrap_or(true),
         shared: connack.shared_subscription_available.unwrap_or(true),

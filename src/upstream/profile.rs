@@ -81,7 +81,7 @@ pub enum OverlapQos {
 
 /// The record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Habits {
+pub struct BrokerProfile {
     /// How it came about.
     pub source: Source,
     /// `5` or `3.1.1`.
@@ -132,7 +132,7 @@ pub const WINDOW_PROBED: u16 = 64;
 
 /// What CONNACK alone says, and the worst of the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Announced {
+pub struct Capabilities {
     /// MQTT 5.
     pub version_5: bool,
     /// Subscription Identifiers are not denied.
@@ -155,7 +155,7 @@ const FETCH_QUIET: u64 = 100;
 const FETCH_QUIET_UNSEEN: u64 = 500;
 const FETCH_QUIET_MAX: u64 = 4000;
 
-impl Habits {
+impl BrokerProfile {
     /// The QoS at which retained messages are fetched. What does not fit into a small window of the
     /// core may be cut off; at QoS 0 nothing is, but the stored QoS is not seen.
     pub fn fetch_qos(&self) -> QoS {
@@ -177,15 +177,15 @@ impl Habits {
     }
 
     /// Nothing seen yet.
-    pub fn unseen(announced: &Announced, source: Source) -> Self {
+    pub fn unseen(capabilities: &Capabilities, source: Source) -> Self {
         Self {
             source,
-            protocol: if announced.version_5 { "5" } else { "3.1.1" },
+            protocol: if capabilities.version_5 { "5" } else { "3.1.1" },
             software: None,
             copies: None,
             overlap_qos: None,
             replaces: None,
-            identifiers: match announced.identifiers {
+            identifiers: match capabilities.identifiers {
                 true => Identifiers::Assumed,
                 false => Identifiers::None,
             },
@@ -194,16 +194,16 @@ impl Habits {
             retained_wildcard: None,
             retained_marker: None,
             retained_within: None,
-            shared: match announced.shared {
+            shared: match capabilities.shared {
                 true => SharedSubscriptions::Assumed,
                 false => SharedSubscriptions::Refused,
             },
             properties: None,
             window: None,
-            receive_maximum: announced.receive_maximum,
-            maximum_qos: announced.maximum_qos,
-            maximum_packet_size: announced.maximum_packet_size,
-            retain_available: announced.retain_available,
+            receive_maximum: capabilities.receive_maximum,
+            maximum_qos: capabilities.maximum_qos,
+            maximum_packet_size: capabilities.maximum_packet_size,
+            retain_available: capabilities.retain_available,
             missing: Vec::new(),
         }
     }
@@ -309,7 +309,7 @@ fn seen(value: Option<bool>) -> &'static str {
     }
 }
 
-impl fmt::Display for Habits {
+impl fmt::Display for BrokerProfile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut line = |name: &str, value: &str| writeln!(f, "{name:<24} {value}");
         let word = |v: &dyn fmt::Debug| format!("{v:?}").to_lowercase();

@@ -151,7 +151,10 @@ fn came_up(shared: &Shared, link: &LinkStatus, up: &Established) {
         state.last_error = None;
         state.server.clone()
     };
-    if shared.router.core_facts(&up.facts, shared.clock.now()) {
+    if shared
+        .router
+        .set_broker_features(&up.facts, shared.clock.now())
+    {
         shared.placement.fetch_add(1, Ordering::AcqRel);
     }
     link.metrics().up.set(1.0);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidegate::embedded::EmbeddedCore;
+use tidegate::embedded::EmbeddedBroker;
 use tidegate::mqtt::{
     AckKind, Alias, Connect, Decoder, Delivery, Message, MessageSpec, Packet, Properties, QoS,
     ReasonCode, Receiver, SubscribeOptions, Version, encode_ack, encode_disconnect,
@@ -76,7 +76,7 @@ pub fn options(qos: u8) -> SubscribeOptions {
 
 impl Client {
     /// A connection without CONNECT.
-    pub fn open(core: &EmbeddedCore, version: Version) -> Client {
+    pub fn open(core: &EmbeddedBroker, version: Version) -> Client {
         let decoder = Decoder {
             version,
             receiver: Receiver::Client,
@@ -89,7 +89,7 @@ impl Client {
         }
     }
 
-    pub async fn try_connect(core: &EmbeddedCore, connect: &Connect<'_>) -> (Client, Got) {
+    pub async fn try_connect(core: &EmbeddedBroker, connect: &Connect<'_>) -> (Client, Got) {
         let mut client = Client::open(core, connect.version);
         client.send(|out| connect.encode(out)).await;
         let got = client.next().await;
@@ -97,7 +97,7 @@ impl Client {
     }
 
     /// Connects and expects success; the flag is Session Present.
-    pub async fn connect(core: &EmbeddedCore, connect: &Connect<'_>) -> (Client, bool) {
+    pub async fn connect(core: &EmbeddedBroker, connect: &Connect<'_>) -> (Client, bool) {
         let (client, got) = Client::try_connect(core, connect).await;
         match got {
             Got::Connack { present, reason: 0 } => (client, present),

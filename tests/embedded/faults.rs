@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidegate::embedded::{EmbeddedCore, EmbeddedOptions, Overlap, RefuseV5, Shared};
+use tidegate::embedded::{EmbeddedBroker, EmbeddedOptions, Overlap, RefuseV5, Shared};
 use tidegate::mqtt::{AckKind, Connect, Packet, QoS, Version, Will};
 use tokio::io::AsyncReadExt;
 
@@ -10,7 +10,7 @@ use crate::client::{Client, Got, Publish, kept, options, v5};
 
 /// What a client with overlapping subscriptions gets for one QoS 2 message.
 async fn overlapping(options_of_core: EmbeddedOptions) -> Vec<(u8, Vec<u32>)> {
-    let core = EmbeddedCore::start(options_of_core);
+    let core = EmbeddedBroker::start(options_of_core);
     let (mut sub, _) = Client::connect(&core, &v5("sub")).await;
     sub.subscribe(Some(1), &[("a/#", options(2))]).await;
     sub.subscribe(Some(2), &[("a/+", options(1))]).await;
@@ -52,7 +52,7 @@ async fn overlaps() {
 
 #[tokio::test(start_paused = true)]
 async fn connack_tells() {
-    let core = EmbeddedCore::start(EmbeddedOptions {
+    let core = EmbeddedBroker::start(EmbeddedOptions {
         no_ids: true,
         shared: Shared::Refused,
         small_window: Some(20),
@@ -119,7 +119,7 @@ async fn connack_tells() {
 
 #[tokio::test(start_paused = true)]
 async fn small_window() {
-    let core = EmbeddedCore::start(EmbeddedOptions {
+    let core = EmbeddedBroker::start(EmbeddedOptions {
         small_window: Some(2),
         ..EmbeddedOptions::default()
     });
@@ -156,7 +156,7 @@ async fn small_window() {
 
 #[tokio::test(start_paused = true)]
 async fn redelivery_without_dup() {
-    let core = EmbeddedCore::start(EmbeddedOptions {
+    let core = EmbeddedBroker::start(EmbeddedOptions {
         dup0: true,
         ..EmbeddedOptions::default()
     });
@@ -172,7 +172,7 @@ async fn redelivery_without_dup() {
 
 #[tokio::test(start_paused = true)]
 async fn late_retained() {
-    let core = EmbeddedCore::start(EmbeddedOptions {
+    let core = EmbeddedBroker::start(EmbeddedOptions {
         late_retained: Duration::from_millis(700),
         ..EmbeddedOptions::default()
     });
@@ -194,7 +194,7 @@ async fn mqtt_5_refused() {
         (RefuseV5::ReturnCode, &[0x20, 2, 0, 1][..]),
         (RefuseV5::ReasonCode, &[0x20, 3, 0, 0x84, 0][..]),
     ] {
-        let core = EmbeddedCore::start(EmbeddedOptions {
+        let core = EmbeddedBroker::start(EmbeddedOptions {
             refuse_v5,
             ..EmbeddedOptions::default()
         });
@@ -217,7 +217,7 @@ async fn mqtt_5_refused() {
 
 #[tokio::test(start_paused = true)]
 async fn limits_hold() {
-    let core = EmbeddedCore::start(EmbeddedOptions {
+    let core = EmbeddedBroker::start(EmbeddedOptions {
         queue_max: 3,
         retained_bytes_max: 400,
         sessions_max: 2,
@@ -258,7 +258,7 @@ async fn limits_hold() {
     let mut over = Client::open(&core, Version::V5);
     assert_eq!(over.next().await, Got::Closed);
 
-    let core = EmbeddedCore::start(EmbeddedOptions {
+    let core = EmbeddedBroker::start(EmbeddedOptions {
         queue_bytes_max: 1000,
         ..EmbeddedOptions::default()
     });
@@ -275,7 +275,7 @@ async fn limits_hold() {
 
 #[tokio::test(start_paused = true)]
 async fn options_can_change() {
-    let core = EmbeddedCore::start(EmbeddedOptions::default());
+    let core = EmbeddedBroker::start(EmbeddedOptions::default());
     let (mut c, _) = Client::connect(&core, &v5("c")).await;
     core.set_options(EmbeddedOptions {
         refuse_v5: RefuseV5::ReasonCode,
@@ -295,7 +295,7 @@ async fn options_can_change() {
 
 #[tokio::test(start_paused = true)]
 async fn shared_subscriptions() {
-    let core = EmbeddedCore::start(EmbeddedOptions::default());
+    let core = EmbeddedBroker::start(EmbeddedOptions::default());
     let mut members = Vec::new();
     for name in ["a", "b"] {
         let (mut member, _) = Client::connect(&core, &v5(name)).await;
@@ -331,7 +331,7 @@ async fn shared_subscriptions() {
         assert_eq!(members[0].publish_got().await.payload, n.to_string());
     }
 
-    let dead = EmbeddedCore::start(EmbeddedOptions {
+    let dead = EmbeddedBroker::start(EmbeddedOptions {
         shared: Shared::Dead,
         ..EmbeddedOptions::default()
     });

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidegate::embedded::{EmbeddedCore, EmbeddedOptions};
+use tidegate::embedded::{EmbeddedBroker, EmbeddedOptions};
 use tidegate::mqtt::{
     AckKind, Alias, Connect, Delivery, Message, MessageSpec, Packet, Properties, QoS, ReasonCode,
     SubscribeOptions, Version, encode_ack, encode_disconnect, encode_pingreq, encode_subscribe,
@@ -12,8 +12,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::client::{Client, Got, kept, options, v5};
 
-fn core() -> EmbeddedCore {
-    EmbeddedCore::start(EmbeddedOptions::default())
+fn core() -> EmbeddedBroker {
+    EmbeddedBroker::start(EmbeddedOptions::default())
 }
 
 #[tokio::test(start_paused = true)]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidegate::embedded::{EmbeddedCore, EmbeddedOptions};
+use tidegate::embedded::{EmbeddedBroker, EmbeddedOptions};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -10,8 +10,8 @@ use tokio::task::JoinHandle;
 const COUNT: usize = 300;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-async fn serve() -> (EmbeddedCore, u16) {
-    let core = EmbeddedCore::start(EmbeddedOptions::default());
+async fn serve() -> (EmbeddedBroker, u16) {
+    let core = EmbeddedBroker::start(EmbeddedOptions::default());
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let port = listener.local_addr().expect("bound").port();
     tokio::spawn(core.clone().serve_tcp(listener));
@@ -31,7 +31,7 @@ async fn until(events: &mut mpsc::Receiver<String>, wanted: &str) {
 }
 
 /// Every delivery has been acknowledged.
-async fn settled(core: &EmbeddedCore) {
+async fn settled(core: &EmbeddedBroker) {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     while core.stats().queued > 0 {
         assert!(tokio::time::Instant::now() < deadline, "{core:?}");

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use tidegate::embedded::{EmbeddedCore, EmbeddedOptions};
+use tidegate::embedded::{EmbeddedBroker, EmbeddedOptions};
 use tidegate::mqtt::{AckKind, Connect, Properties, QoS, ReasonCode, Version, Will};
 
 use crate::client::{Client, Got, kept, options, v5};
 
-fn core() -> EmbeddedCore {
-    EmbeddedCore::start(EmbeddedOptions::default())
+fn core() -> EmbeddedBroker {
+    EmbeddedBroker::start(EmbeddedOptions::default())
 }
 
 /// Publishes at QoS 1 and waits for the PUBACK.

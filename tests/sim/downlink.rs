@@ -19,8 +19,8 @@ impl World {
             self.core.unlinked = false;
             self.oracle.away.1 = self.now;
             let kept = match self.kept {
-                true => tidegate::router::Kept::Yes,
-                false => tidegate::router::Kept::No,
+                true => tidegate::router::LinkSession::Resumed,
+                false => tidegate::router::LinkSession::New,
             };
             self.router.data_link_up(0, kept, false, self.now);
         }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicUsize;
 
 use tidegate::budget::Account;
 use tidegate::mqtt::{QoS, Version};
-use tidegate::router::{CoreFacts, Router, RouterConfig};
+use tidegate::router::{BrokerFeatures, Router, RouterConfig};
 use tidegate::session::{QueueFull, SessionLimits};
 use tidegate::store::Memory;
 
@@ -102,7 +102,7 @@ impl World {
         let tight =
             config.publishes_waiting < 1 << 20 || config.publishes_waiting_per_client < 1 << 20;
         let router = Arc::new(Router::new(limits, config, &Memory));
-        let facts = CoreFacts {
+        let facts = BrokerFeatures {
             identifiers: copies != Copies::Unnamed,
             properties: true,
             keeps_retain: true,
@@ -112,8 +112,8 @@ impl World {
             retain_available: true,
             packet_max: u32::MAX,
         };
-        router.core_facts(&facts, 0);
-        router.data_link_up(0, tidegate::router::Kept::No, true, 0);
+        router.set_broker_features(&facts, 0);
+        router.data_link_up(0, tidegate::router::LinkSession::New, true, 0);
         router.publish_link_up(0, true);
         if trace {
             eprintln!("{rules:?}\n{:?}", router.limits);

@@ -455,7 +455,7 @@ mod tests {
 
     fn shared_router() -> Arc<Router> {
         let router = testing::router();
-        router.data_link_up(1, crate::router::Kept::No, true, 0);
+        router.data_link_up(1, crate::router::LinkSession::New, true, 0);
         router
     }
 

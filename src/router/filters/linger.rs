@@ -153,7 +153,7 @@ impl Overdue {
 mod tests {
     use super::*;
     use crate::mqtt::{SubscribeOptions, Version, encode_subscribe, encode_unsubscribe};
-    use crate::router::{Connected, Kept, Router};
+    use crate::router::{Connected, LinkSession, Router};
     use crate::sim::testing;
 
     const CLIENT: SessionRef = SessionRef {
@@ -256,8 +256,8 @@ mod tests {
         let mut config = testing::config();
         config.roots.push("r/#".into());
         let router = testing::router_of(config);
-        router.core_facts(&testing::facts(), 0);
-        router.data_link_up(0, Kept::No, true, 0);
+        router.set_broker_features(&testing::facts(), 0);
+        router.data_link_up(0, LinkSession::New, true, 0);
         for wanted in router.next_subscribes(0, 10) {
             router.suback(wanted.number, crate::mqtt::ReasonCode(2), 0);
         }

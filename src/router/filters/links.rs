@@ -23,9 +23,9 @@ pub struct Wanted {
     pub qos: QoS,
 }
 
-/// What a CONNACK of the core says of it.
+/// The part of the broker's profile that the router acts on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CoreFacts {
+pub struct BrokerFeatures {
     /// Subscription Identifiers are available.
     pub identifiers: bool,
     /// User properties reach the core's subscribers.
@@ -45,15 +45,15 @@ pub struct CoreFacts {
     pub packet_max: u32,
 }
 
-/// Whether the core kept a link's session.
+/// What the broker has of a link's session when the link has connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
-    /// It is a new one.
-    No,
-    /// It may be an empty one, begun by a CONNECT whose answer was lost.
+pub enum LinkSession {
+    /// The session is new and has no filters.
+    New,
+    /// An earlier CONNECT, whose answer was lost, may have begun the session: it may have no filters.
     Doubtful,
-    /// With all its filters.
-    Yes,
+    /// The broker kept the session with all its filters.
+    Resumed,
 }
 
 /// How long after the core forgot one link's session another's loss may have to do with it,
@@ -81,7 +81,7 @@ fn doubt(link: usize, table: &Table) {
 impl Router {
     /// Takes up what a CONNACK said. Filters that wait for it are placed. True: filters were
     /// placed before under other facts, so all D links must begin anew.
-    pub fn core_facts(&self, facts: &CoreFacts, now: Millis) -> bool {
+    pub fn set_broker_features(&self, facts: &BrokerFeatures, now: Millis) -> bool {
         let core = &self.core;
         core.maximum_qos
             .store(facts.maximum_qos as u8, Ordering::Relaxed);
@@ -280,14 +280,20 @@ impl Router {
 
     /// D link `link` is connected, and the core still has its filters, or not. Returns whether
     /// messages may have been missed.
-    pub fn data_link_up(&self, link: usize, kept: Kept, first: bool, now: Millis) -> bool {
-        let session_present = kept == Kept::Yes;
+    pub fn data_link_up(
+        &self,
+        link: usize,
+        session: LinkSession,
+        first: bool,
+        now: Millis,
+    ) -> bool {
+        let session_present = session == LinkSession::Resumed;
         self.data_up[link].store(true, Ordering::Release);
         self.doubted_until[link].store(0, Ordering::Release);
         let (mut numbers, mut lost, mut had) = (Vec::new(), Vec::new(), Vec::new());
         {
             let mut table = self.table.write();
-            if kept == Kept::No && !first {
+            if session == LinkSession::New && !first {
                 self.doubt_others(link, &table, now);
             }
             let all: Vec<u32> = table.of_link(link as u8).map(|(n, _)| n).collect();
@@ -297,7 +303,7 @@ impl Router {
                 let Some(filter) = table.get_mut(number) else {
                     continue;
                 };
-                filter.sent &= kept != Kept::No;
+                filter.sent &= session != LinkSession::New;
                 let again = match filter.state {
                     State::Absent => false,
                     State::Active => !session_present || filter.upgrading,
@@ -320,7 +326,7 @@ impl Router {
                     }
                     table.pending[link].push_back(number);
                 } else if gone {
-                    if kept != Kept::No {
+                    if session != LinkSession::New {
                         table.leaving[link].push_back(number);
                     } else {
                         table.bury(number, now);
@@ -331,8 +337,8 @@ impl Router {
             // What is below a root is lost with it.
             add_below(&table, &mut lost);
             add_below(&table, &mut had);
-            let loss = match kept {
-                Kept::Doubtful => Loss::Doubtful,
+            let loss = match session {
+                LinkSession::Doubtful => Loss::Doubtful,
                 _ => Loss::Sure,
             };
             lost.iter().for_each(|n| table.lost.insert(*n, loss));

@@ -14,7 +14,7 @@ use crate::mqtt::{
     AckKind, Message, MessageSpec, Packet, Property, Publish, QoS, ReasonCode, SubscribeOptions,
     Version, encode_ack, encode_subscribe, encode_unsubscribe,
 };
-use crate::router::{Arrived, Kept, Router};
+use crate::router::{Arrived, LinkSession, Router};
 use crate::store::Store;
 use crate::telemetry::metrics;
 use crate::time::Millis;
@@ -276,9 +276,9 @@ impl Machine for Data {
         let first = !std::mem::replace(&mut self.connected_before, true);
         // Filters that the core may not have are subscribed again.
         let kept = match (up.session_present, up.doubtful) {
-            (false, _) => Kept::No,
-            (true, true) => Kept::Doubtful,
-            (true, false) => Kept::Yes,
+            (false, _) => LinkSession::New,
+            (true, true) => LinkSession::Doubtful,
+            (true, false) => LinkSession::Resumed,
         };
         let gap = self.router.data_link_up(self.link, kept, first, now);
         if gap {

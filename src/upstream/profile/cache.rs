@@ -14,7 +14,7 @@ use crate::transport::dial::Dialed;
 use crate::upstream::Core;
 use crate::upstream::connect::{Attempt, Established, connect_probe};
 use crate::upstream::profile::probe::{PROBE_TIME, probe};
-use crate::upstream::profile::{Announced, Habits, Source};
+use crate::upstream::profile::{BrokerProfile, Capabilities, Source};
 
 /// How long a record is good for while CONNACK says the same.
 const GOOD_FOR: Duration = Duration::from_secs(3600);
@@ -23,79 +23,79 @@ const GOOD_FOR: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub(crate) struct Known {
     server: usize,
-    announced: Announced,
+    capabilities: Capabilities,
     at: Instant,
-    habits: Arc<Habits>,
+    profile: Arc<BrokerProfile>,
 }
 
 impl Known {
-    fn is_of(&self, server: usize, announced: &Announced) -> bool {
-        self.server == server && self.announced == *announced
+    fn is_of(&self, server: usize, capabilities: &Capabilities) -> bool {
+        self.server == server && self.capabilities == *capabilities
     }
 
     /// Whether it is still the better record of the same core.
-    fn outlives(&self, server: usize, announced: &Announced, seen: &Habits) -> bool {
-        seen.source == Source::Partly && self.is_of(server, announced)
+    fn outlives(&self, server: usize, capabilities: &Capabilities, seen: &BrokerProfile) -> bool {
+        seen.source == Source::Partly && self.is_of(server, capabilities)
     }
 }
 
 /// Gives a link that came up what is known of the core, probing it first if need be.
 pub(in crate::upstream) async fn learn(core: &Core, server: usize, established: &mut Established) {
-    let habits = recall(core, server, &established.announced).await;
+    let profile = recall(core, server, &established.capabilities).await;
     let (up, facts) = (&mut established.up, &mut established.facts);
-    up.identifiers = habits.identifiers.usable();
-    up.keeps_retain = habits.keeps_retain();
-    up.fetch_qos = habits.fetch_qos();
-    up.fetch_quiet = habits.fetch_quiet();
+    up.identifiers = profile.identifiers.usable();
+    up.keeps_retain = profile.keeps_retain();
+    up.fetch_qos = profile.fetch_qos();
+    up.fetch_quiet = profile.fetch_quiet();
     facts.identifiers = up.identifiers;
     facts.keeps_retain = up.keeps_retain;
-    facts.properties = habits.keeps_properties();
-    facts.shared = habits.shares();
-    facts.replaces = habits.replaces();
+    facts.properties = profile.keeps_properties();
+    facts.shared = profile.shares();
+    facts.replaces = profile.replaces();
 }
 
-async fn recall(core: &Core, server: usize, announced: &Announced) -> Arc<Habits> {
+async fn recall(core: &Core, server: usize, capabilities: &Capabilities) -> Arc<BrokerProfile> {
     // Other links wait for the one that probes.
     let mut known = core.known.lock().await;
     if let Some(known) = &*known
-        && known.is_of(server, announced)
+        && known.is_of(server, capabilities)
         && known.at.elapsed() < GOOD_FOR
     {
-        return known.habits.clone();
+        return known.profile.clone();
     }
     let address = &core.config.servers[server];
-    let habits = Arc::new(match core.config.probe {
-        Probe::Off => Habits::unseen(announced, Source::Connack),
+    let profile = Arc::new(match core.config.probe {
+        Probe::Off => BrokerProfile::unseen(capabilities, Source::Connack),
         Probe::Auto => {
             metrics().upstream_probes.increment(1);
-            let habits = seen(core, address, announced).await;
-            say(address, &habits);
+            let profile = seen(core, address, capabilities).await;
+            say(address, &profile);
             // Filters are held by what was seen before: less is no news of the core, which may have
             // been slow just now. The next link that comes up looks again.
             if let Some(known) = &*known
-                && known.outlives(server, announced, &habits)
+                && known.outlives(server, capabilities, &profile)
             {
-                return known.habits.clone();
+                return known.profile.clone();
             }
-            habits
+            profile
         }
     });
-    count(&habits);
-    *core.habits.lock() = Some(habits.clone());
+    count(&profile);
+    *core.profile.lock() = Some(profile.clone());
     *known = Some(Known {
         server,
-        announced: *announced,
+        capabilities: *capabilities,
         at: Instant::now(),
-        habits: habits.clone(),
+        profile: profile.clone(),
     });
-    habits
+    profile
 }
 
 /// Connects as a link would, and probes; for a person.
 ///
 /// # Errors
 /// Why the core cannot be reached.
-pub(in crate::upstream) async fn probe_once(core: &Core) -> Result<Habits, String> {
+pub(in crate::upstream) async fn probe_once(core: &Core) -> Result<BrokerProfile, String> {
     let Some(server) = core.config.servers.first() else {
         return Err("upstream.servers is empty".into());
     };
@@ -117,17 +117,17 @@ pub(in crate::upstream) async fn probe_once(core: &Core) -> Result<Habits, Strin
     Err(why)
 }
 
-type Connected = (Dialed, BytesMut, Announced);
+type Connected = (Dialed, BytesMut, Capabilities);
 
-async fn look(core: &Core, (mut io, rest, announced): Connected) -> Habits {
+async fn look(core: &Core, (mut io, rest, capabilities): Connected) -> BrokerProfile {
     let nonce = getrandom::u32().unwrap_or_default();
     let topic = format!("{}/{}/{nonce:08x}", core.config.probe_topic, core.node);
-    probe(&mut io, &announced, &topic, rest).await
+    probe(&mut io, &capabilities, &topic, rest).await
 }
 
 /// One probe, over a connection of its own.
-async fn seen(core: &Core, server: &Server, announced: &Announced) -> Habits {
-    let version = match announced.version_5 {
+async fn seen(core: &Core, server: &Server, capabilities: &Capabilities) -> BrokerProfile {
+    let version = match capabilities.version_5 {
         true => Version::V5,
         false => Version::V311,
     };
@@ -137,25 +137,25 @@ async fn seen(core: &Core, server: &Server, announced: &Announced) -> Habits {
         Ok(Err(Attempt::NoV5)) => "it does not speak MQTT 5 now".into(),
         Err(_) => "no CONNACK for the probe's connection in time".into(),
     };
-    let mut habits = Habits::unseen(announced, Source::Partly);
-    habits.missing.push(why);
-    habits
+    let mut profile = BrokerProfile::unseen(capabilities, Source::Partly);
+    profile.missing.push(why);
+    profile
 }
 
-fn say(server: &Server, habits: &Habits) {
+fn say(server: &Server, profile: &BrokerProfile) {
     tracing::info!(
         server = %server,
-        software = habits.software.as_deref(),
-        mapping = habits.mapping(),
-        identifiers = ?habits.identifiers,
-        copies = ?habits.copies,
-        replaces = ?habits.replaces,
-        retain_as_published = ?habits.retain_as_published,
-        shared = ?habits.shared,
-        window = ?habits.window,
+        software = profile.software.as_deref(),
+        mapping = profile.mapping(),
+        identifiers = ?profile.identifiers,
+        copies = ?profile.copies,
+        replaces = ?profile.replaces,
+        retain_as_published = ?profile.retain_as_published,
+        shared = ?profile.shared,
+        window = ?profile.window,
         "The core was probed"
     );
-    for missing in &habits.missing {
+    for missing in &profile.missing {
         tracing::warn!(
             server = %server,
             topic = "upstream.probe_topic",
@@ -164,16 +164,16 @@ fn say(server: &Server, habits: &Habits) {
     }
 }
 
-fn count(habits: &Habits) {
+fn count(profile: &BrokerProfile) {
     let word = |v: &dyn std::fmt::Debug| format!("{v:?}").to_lowercase();
     let yes = |v: bool| if v { "yes" } else { "no" }.to_owned();
     metrics().core_info([
-        ("protocol", habits.protocol.to_owned()),
-        ("source", word(&habits.source)),
-        ("mapping", habits.mapping().to_owned()),
-        ("identifiers", word(&habits.identifiers)),
-        ("retain_as_published", yes(habits.keeps_retain())),
-        ("shared", word(&habits.shared)),
+        ("protocol", profile.protocol.to_owned()),
+        ("source", word(&profile.source)),
+        ("mapping", profile.mapping().to_owned()),
+        ("identifiers", word(&profile.identifiers)),
+        ("retain_as_published", yes(profile.keeps_retain())),
+        ("shared", word(&profile.shared)),
     ]);
 }
 
@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_probe_cut_short_is_no_news_of_a_core_that_is_known() {
-        let announced = Announced {
+        let capabilities = Capabilities {
             version_5: true,
             identifiers: true,
             shared: true,
@@ -192,19 +192,19 @@ mod tests {
             maximum_packet_size: None,
             retain_available: true,
         };
-        let seen = |source| Habits::unseen(&announced, source);
+        let seen = |source| BrokerProfile::unseen(&capabilities, source);
         let known = Known {
             server: 1,
-            announced,
+            capabilities,
             at: Instant::now(),
-            habits: Arc::new(seen(Source::Probed)),
+            profile: Arc::new(seen(Source::Probed)),
         };
-        assert!(known.outlives(1, &announced, &seen(Source::Partly)));
-        assert!(!known.outlives(1, &announced, &seen(Source::Probed)));
-        assert!(!known.outlives(0, &announced, &seen(Source::Partly)));
-        let other = Announced {
+        assert!(known.outlives(1, &capabilities, &seen(Source::Partly)));
+        assert!(!known.outlives(1, &capabilities, &seen(Source::Probed)));
+        assert!(!known.outlives(0, &capabilities, &seen(Source::Partly)));
+        let other = Capabilities {
             receive_maximum: 99,
-            ..announced
+            ..capabilities
         };
         assert!(!known.outlives(1, &other, &seen(Source::Partly)));
     }

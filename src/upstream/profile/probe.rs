@@ -15,7 +15,8 @@ use crate::mqtt::{
 };
 
 use crate::upstream::profile::{
-    Announced, Copies, Habits, Identifiers, OverlapQos, SharedSubscriptions, Source, WINDOW_PROBED,
+    BrokerProfile, Capabilities, Copies, Identifiers, OverlapQos, SharedSubscriptions, Source,
+    WINDOW_PROBED,
 };
 
 /// Time for all of it.
@@ -44,20 +45,25 @@ impl From<std::io::Error> for Cut {
 
 /// Probes a core over a connection that its CONNACK has come on. `topic` is below the probes'
 /// own prefix, and nobody else's. Never fails: what was not seen is assumed at its worst.
-pub async fn probe<IO>(io: &mut IO, announced: &Announced, topic: &str, rest: BytesMut) -> Habits
+pub async fn probe<IO>(
+    io: &mut IO,
+    capabilities: &Capabilities,
+    topic: &str,
+    rest: BytesMut,
+) -> BrokerProfile
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let version = match announced.version_5 {
+    let version = match capabilities.version_5 {
         true => Version::V5,
         false => Version::V311,
     };
-    let mut habits = Habits::unseen(announced, Source::Probed);
+    let mut profile = BrokerProfile::unseen(capabilities, Source::Probed);
     let mut probe = Probe {
         io,
         version,
         topic,
-        announced,
+        capabilities,
         decoder: Decoder {
             version,
             receiver: Receiver::Client,
@@ -72,24 +78,24 @@ where
     };
     let mut step = "overlapping filters";
     let result = async {
-        probe.overlap(&mut habits).await?;
+        probe.overlap(&mut profile).await?;
         step = "a second SUBSCRIBE";
-        probe.replace(&mut habits).await?;
+        probe.replace(&mut profile).await?;
         step = "retained messages";
-        probe.retained(&mut habits).await?;
+        probe.retained(&mut profile).await?;
         step = "the send window";
-        probe.window(&mut habits).await?;
+        probe.window(&mut profile).await?;
         step = "cleaning up";
         probe.clean_up().await?;
         step = "shared subscriptions";
-        probe.shared(&mut habits).await?;
+        probe.shared(&mut profile).await?;
         step = "the core's version";
-        probe.software(&mut habits).await
+        probe.software(&mut profile).await
     }
     .await;
     if let Err(Cut(why)) = result {
-        habits.source = Source::Partly;
-        habits.missing.push(format!("{step}: {why}"));
+        profile.source = Source::Partly;
+        profile.missing.push(format!("{step}: {why}"));
     }
     let mut bye = Vec::new();
     encode_disconnect(version, ReasonCode::SUCCESS, None, None, &mut bye);
@@ -99,7 +105,7 @@ where
         io.shutdown().await
     })
     .await;
-    habits
+    profile
 }
 
 /// A PUBLISH that came.
@@ -124,7 +130,7 @@ struct Probe<'a, IO> {
     io: &'a mut IO,
     version: Version,
     topic: &'a str,
-    announced: &'a Announced,
+    capabilities: &'a Capabilities,
     decoder: Decoder,
     input: BytesMut,
     last_id: u16,
@@ -139,8 +145,8 @@ impl<IO> Probe<'_, IO>
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    async fn overlap(&mut self, habits: &mut Habits) -> Result<(), Cut> {
-        let one = self.announced.maximum_qos.min(1);
+    async fn overlap(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
+        let one = self.capabilities.maximum_qos.min(1);
         let filters = [("o/a", 0, 1), ("o/+", one, 2), ("o/#", one, 3)];
         for (name, qos, identifier) in filters {
             self.subscribe(name, qos, 2, true, Some(identifier)).await?;
@@ -156,8 +162,8 @@ where
             return Err(Cut("nothing came back".into()));
         }
         let alone = copies.len() == 1;
-        habits.copies = Some(if alone { Copies::One } else { Copies::Many });
-        habits.overlap_qos = Some(match copies.first() {
+        profile.copies = Some(if alone { Copies::One } else { Copies::Many });
+        profile.overlap_qos = Some(match copies.first() {
             Some(c) if alone && (c.qos as u8) < one => OverlapQos::Lower,
             _ if alone => OverlapQos::Highest,
             _ => OverlapQos::Each,
@@ -165,30 +171,30 @@ where
         if self.version < Version::V5 {
             return Ok(());
         }
-        if self.announced.identifiers {
-            habits.identifiers = match identified {
+        if self.capabilities.identifiers {
+            profile.identifiers = match identified {
                 true => Identifiers::Working,
                 false => Identifiers::Broken,
             };
         }
-        habits.properties = Some(copies.iter().all(|c| {
+        profile.properties = Some(copies.iter().all(|c| {
             let kept = c.properties.iter().map(|(k, v)| (k.as_str(), v.as_str()));
             kept.eq(PROPERTIES)
         }));
-        if !self.announced.retain_available {
+        if !self.capabilities.retain_available {
             return Ok(());
         }
-        habits.retain_as_published = Some(copies.iter().all(|c| c.retain));
+        profile.retain_as_published = Some(copies.iter().all(|c| c.retain));
         self.subscribe("o/a", 0, 2, true, Some(1)).await?;
         self.settle(QUIET).await?;
         let replays = std::mem::take(&mut self.got.publishes);
-        habits.retain_handling = Some(replays.is_empty());
+        profile.retain_handling = Some(replays.is_empty());
         Ok(())
     }
 
     /// A filter whose QoS is raised brings each message once.
-    async fn replace(&mut self, habits: &mut Habits) -> Result<(), Cut> {
-        if self.announced.maximum_qos == 0 {
+    async fn replace(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
+        if self.capabilities.maximum_qos == 0 {
             return Ok(());
         }
         for qos in [0, 1] {
@@ -197,7 +203,7 @@ where
         self.publish("q", b"once", 1, false).await?;
         self.settle(QUIET).await?;
         let copies = std::mem::take(&mut self.got.publishes);
-        habits.replaces = Some(matches!(&copies[..], [only] if only.qos == QoS::AtLeastOnce));
+        profile.replaces = Some(matches!(&copies[..], [only] if only.qos == QoS::AtLeastOnce));
         Ok(())
     }
 
@@ -209,11 +215,11 @@ where
         ids == [1, 2, 3]
     }
 
-    async fn retained(&mut self, habits: &mut Habits) -> Result<(), Cut> {
-        if !self.announced.retain_available {
+    async fn retained(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
+        if !self.capabilities.retain_available {
             return Ok(());
         }
-        let qos = self.announced.maximum_qos.min(1);
+        let qos = self.capabilities.maximum_qos.min(1);
         for n in 0..RETAINED {
             self.publish(&format!("r/{n}"), b"retained", qos, true)
                 .await?;
@@ -234,11 +240,11 @@ where
         let until = begun + RETAINED_LATE;
         while self.got.publishes.len() < RETAINED && self.read_until(until).await? {}
         let all = std::mem::take(&mut self.got.publishes).len();
-        habits.retained_within = (all >= RETAINED).then(|| begun.elapsed().as_millis() as u32);
-        habits.retained_wildcard = Some(all >= RETAINED);
-        habits.retained_marker = (all > 0).then_some(before >= RETAINED);
+        profile.retained_within = (all >= RETAINED).then(|| begun.elapsed().as_millis() as u32);
+        profile.retained_wildcard = Some(all >= RETAINED);
+        profile.retained_marker = (all > 0).then_some(before >= RETAINED);
         if all == 0 {
-            habits.retained_within = self.retained_exact().await?;
+            profile.retained_within = self.retained_exact().await?;
         }
         Ok(())
     }
@@ -253,8 +259,8 @@ where
         Ok(came.then(|| begun.elapsed().as_millis() as u32))
     }
 
-    async fn window(&mut self, habits: &mut Habits) -> Result<(), Cut> {
-        if self.announced.maximum_qos == 0 {
+    async fn window(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
+        if self.capabilities.maximum_qos == 0 {
             return Ok(());
         }
         self.subscribe("w", 1, 2, true, Some(5)).await?;
@@ -267,41 +273,41 @@ where
             self.quiet(QUIET_LATE).await?;
         }
         self.hold = false;
-        habits.window = u16::try_from(self.held.len()).ok();
+        profile.window = u16::try_from(self.held.len()).ok();
         self.acknowledge().await?;
         self.settle(QUIET).await?;
         self.got.publishes.clear();
         Ok(())
     }
 
-    async fn shared(&mut self, habits: &mut Habits) -> Result<(), Cut> {
-        if !self.announced.shared {
+    async fn shared(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
+        if !self.capabilities.shared {
             return Ok(());
         }
         // Until it is seen to work it does not.
-        habits.shared = SharedSubscriptions::Refused;
-        let qos = self.announced.maximum_qos.min(1);
+        profile.shared = SharedSubscriptions::Refused;
+        let qos = self.capabilities.maximum_qos.min(1);
         let name = format!("$share/tidegate-probe/{}/s", self.topic);
         let mut out = Vec::new();
         let id = self.encode_exact(&name, qos, 2, true, Some(6), &mut out);
         self.io.write_all(&out).await?;
         self.io.flush().await?;
         if let Err(Cut(why)) = self.granted(id).await {
-            habits.missing.push(format!("shared subscriptions: {why}"));
+            profile.missing.push(format!("shared subscriptions: {why}"));
             return Ok(());
         }
-        habits.shared = SharedSubscriptions::Dead;
+        profile.shared = SharedSubscriptions::Dead;
         self.publish("s", b"shared", qos, false).await?;
         let until = Instant::now() + QUIET_LATE;
         while self.got.publishes.is_empty() && self.read_until(until).await? {}
         if !self.got.publishes.is_empty() {
-            habits.shared = SharedSubscriptions::Alive;
+            profile.shared = SharedSubscriptions::Alive;
             self.got.publishes.clear();
         }
         Ok(())
     }
 
-    async fn software(&mut self, habits: &mut Habits) -> Result<(), Cut> {
+    async fn software(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
         let mut out = Vec::new();
         let id = self.encode_exact("$SYS/broker/version", 0, 0, false, None, &mut out);
         // A core may close the connection at this: nothing is lost then.
@@ -312,14 +318,14 @@ where
         while self.got.publishes.is_empty() && matches!(self.read_until(until).await, Ok(true)) {}
         if let Some(came) = self.got.publishes.pop() {
             let text = String::from_utf8_lossy(&came.payload);
-            habits.software = Some(crate::telemetry::clean(&text, 100).to_string());
+            profile.software = Some(crate::telemetry::clean(&text, 100).to_string());
         }
         Ok(())
     }
 
     /// Takes the retained messages away again.
     async fn clean_up(&mut self) -> Result<(), Cut> {
-        if !self.announced.retain_available {
+        if !self.capabilities.retain_available {
             return Ok(());
         }
         self.publish("o/a", b"", 0, true).await?;
@@ -376,7 +382,7 @@ where
             retain_as_published: as_published,
             retain_handling: handling,
         };
-        let identifier = identifier.filter(|_| self.announced.identifiers);
+        let identifier = identifier.filter(|_| self.capabilities.identifiers);
         encode_subscribe(
             self.version,
             id,

@@ -1,5 +1,5 @@
 use crate::mqtt::{Packet, QoS};
-use crate::router::Kept;
+use crate::router::LinkSession;
 use crate::sim::testing::{ack, client, publish, publish_at, read, router, up};
 use crate::upstream::link::machine::{LinkEnd, Machine};
 
@@ -104,7 +104,7 @@ fn a_link_that_comes_back_waits_for_the_data_links() {
     publish(&router, who, 0);
     link.poll(1050, &mut out);
     assert!(out.is_empty());
-    router.data_link_up(0, Kept::Yes, false, 1100);
+    router.data_link_up(0, LinkSession::Resumed, false, 1100);
     link.poll(1100, &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 1, false));
 }
@@ -160,7 +160,7 @@ fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize)
         cuts += 1;
         if core_goes {
             router.data_link_down(0, 0);
-            router.data_link_up(0, Kept::Yes, false, 0);
+            router.data_link_up(0, LinkSession::Resumed, false, 0);
         }
         link.down(&LinkEnd::closed(), 0);
         out.clear();

@@ -1,14 +1,14 @@
-//! The probe against the embedded core, in each of its habits.
+//! The probe against the embedded core, in each of its quirks.
 
 use super::*;
-use crate::config::Habit;
-use crate::embedded::{EmbeddedCore, EmbeddedOptions};
+use crate::config::Quirk;
+use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
 use crate::mqtt::Connect;
 
-async fn record(habits: &[Habit]) -> (Habits, EmbeddedCore) {
-    let core = EmbeddedCore::start(EmbeddedOptions::with_habits(habits));
+async fn record(quirks: &[Quirk]) -> (BrokerProfile, EmbeddedBroker) {
+    let core = EmbeddedBroker::start(EmbeddedOptions::with_quirks(quirks));
     let mut io = core.connect();
-    let v3 = habits.contains(&Habit::V311);
+    let v3 = quirks.contains(&Quirk::V311);
     let version = if v3 { Version::V311 } else { Version::V5 };
     let mut out = Vec::new();
     Connect {
@@ -26,10 +26,10 @@ async fn record(habits: &[Habit]) -> (Habits, EmbeddedCore) {
         receiver: Receiver::Client,
         max: 1024,
     };
-    let announced = loop {
+    let capabilities = loop {
         io.read_buf(&mut rest).await.expect("a pipe");
         if let Some((Packet::Connack(c), used)) = decoder.next(&rest).expect("legal") {
-            let announced = Announced {
+            let capabilities = Capabilities {
                 version_5: !v3,
                 identifiers: !v3 && c.subscription_ids_available.unwrap_or(true),
                 shared: c.shared_subscription_available.unwrap_or(true),
@@ -39,11 +39,11 @@ async fn record(habits: &[Habit]) -> (Habits, EmbeddedCore) {
                 retain_available: c.retain_available.unwrap_or(true),
             };
             let _ = rest.split_to(used);
-            break announced;
+            break capabilities;
         }
     };
-    let habits = probe(&mut io, &announced, "tidegate/probe/t", rest).await;
-    (habits, core)
+    let quirks = probe(&mut io, &capabilities, "tidegate/probe/t", rest).await;
+    (quirks, core)
 }
 
 #[tokio::test(start_paused = true)]
@@ -72,40 +72,40 @@ async fn a_polite_core() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_habit_is_seen() {
-    let one = record(&[Habit::One]).await.0;
+async fn each_quirk_is_seen() {
+    let one = record(&[Quirk::One]).await.0;
     assert_eq!(one.copies, Some(Copies::One));
     assert_eq!(one.overlap_qos, Some(OverlapQos::Highest));
     assert_eq!(one.identifiers, Identifiers::Working);
 
-    let lowest = record(&[Habit::LowestQos]).await.0;
+    let lowest = record(&[Quirk::LowestQos]).await.0;
     assert_eq!(lowest.overlap_qos, Some(OverlapQos::Lower));
     assert_eq!(lowest.identifiers, Identifiers::Working);
 
-    let queues = record(&[Habit::TwoQueues, Habit::V311]).await.0;
+    let queues = record(&[Quirk::TwoQueues, Quirk::V311]).await.0;
     assert_eq!(queues.copies, Some(Copies::Many));
     assert_eq!(queues.replaces, Some(false));
     assert!(!queues.replaces());
 
-    let nameless = record(&[Habit::NoIds]).await.0;
+    let nameless = record(&[Quirk::NoIds]).await.0;
     assert_eq!(nameless.identifiers, Identifiers::None);
     assert_eq!(nameless.mapping(), "colour");
 
-    let small = record(&[Habit::SmallWindow]).await.0;
+    let small = record(&[Quirk::SmallWindow]).await.0;
     assert_eq!(small.window, Some(10));
     assert_eq!(small.receive_maximum, 10);
 
-    let dead = record(&[Habit::DeadShared]).await.0;
+    let dead = record(&[Quirk::DeadShared]).await.0;
     assert_eq!(dead.shared, SharedSubscriptions::Dead);
     assert!(!dead.shares());
-    let refused = record(&[Habit::NoShared]).await.0;
+    let refused = record(&[Quirk::NoShared]).await.0;
     assert_eq!(refused.shared, SharedSubscriptions::Refused);
 
-    let forgetful = record(&[Habit::NoRap]).await.0;
+    let forgetful = record(&[Quirk::NoRap]).await.0;
     assert_eq!(forgetful.retain_as_published, Some(false));
     assert!(!forgetful.keeps_retain());
 
-    let late = record(&[Habit::LateRetained]).await.0;
+    let late = record(&[Quirk::LateRetained]).await.0;
     assert_eq!(late.retained_marker, Some(false), "nothing came before it");
     assert_eq!(late.retained_wildcard, Some(true));
     assert!(
@@ -118,7 +118,7 @@ async fn each_habit_is_seen() {
 
 #[tokio::test(start_paused = true)]
 async fn an_old_core() {
-    let (seen, core) = record(&[Habit::V311]).await;
+    let (seen, core) = record(&[Quirk::V311]).await;
     assert_eq!(seen.source, Source::Probed, "{seen}");
     assert_eq!(seen.protocol, "3.1.1");
     assert_eq!(seen.identifiers, Identifiers::None);
@@ -131,7 +131,7 @@ async fn an_old_core() {
 #[tokio::test(start_paused = true)]
 async fn a_core_that_says_nothing_is_assumed_at_its_worst() {
     let (mut ours, theirs) = tokio::io::duplex(1 << 20);
-    let announced = Announced {
+    let capabilities = Capabilities {
         version_5: true,
         identifiers: true,
         shared: true,
@@ -141,13 +141,13 @@ async fn a_core_that_says_nothing_is_assumed_at_its_worst() {
         retain_available: true,
     };
     let begun = Instant::now();
-    let seen = probe(&mut ours, &announced, "p", BytesMut::new()).await;
+    let seen = probe(&mut ours, &capabilities, "p", BytesMut::new()).await;
     assert!(begun.elapsed() <= PROBE_TIME + Duration::from_secs(1));
     assert_eq!(seen.source, Source::Partly);
     assert_eq!(seen.identifiers, Identifiers::Assumed);
     assert!(!seen.shares() && !seen.keeps_retain());
     assert_eq!(seen.missing.len(), 1, "{seen}");
     drop(theirs);
-    let seen = probe(&mut ours, &announced, "p", BytesMut::new()).await;
+    let seen = probe(&mut ours, &capabilities, "p", BytesMut::new()).await;
     assert_eq!(seen.source, Source::Partly);
 }

@@ -22,7 +22,7 @@ impl Core {
             data_links: links,
             ..config()
         });
-        router.core_facts(&facts(), 0);
+        router.set_broker_features(&facts(), 0);
         let link = |n| Data::new(router.clone(), n, 1, PROBES.into(), &Memory);
         let mut core = Self {
             links: (0..links).map(link).collect(),
@@ -346,11 +346,11 @@ fn a_filter_that_nobody_holds_is_not_revived_by_other_facts() {
         .with(who.session, 0, |s, _| s.remove_subscription(number));
     core.router.unsubscribe(who.session, &left, 0);
     core.router.tick(600_001);
-    let other = crate::router::CoreFacts {
+    let other = crate::router::BrokerFeatures {
         identifiers: false,
         ..facts()
     };
-    assert!(core.router.core_facts(&other, 600_001));
+    assert!(core.router.set_broker_features(&other, 600_001));
     let mut out = Vec::new();
     core.links[0].up(&up(false, 100), 600_001, &mut out);
     assert!(read(&mut out).is_empty());
@@ -362,13 +362,13 @@ fn another_word_on_retain_begins_all_links_anew() {
     let mut core = Core::new(1);
     let who = client(&core.router, "a");
     core.subscribe(who, "t", 2);
-    let other = crate::router::CoreFacts {
+    let other = crate::router::BrokerFeatures {
         keeps_retain: false,
         ..facts()
     };
-    assert!(!core.router.core_facts(&facts(), 0));
-    assert!(core.router.core_facts(&other, 0));
-    assert!(!core.router.core_facts(&other, 0));
+    assert!(!core.router.set_broker_features(&facts(), 0));
+    assert!(core.router.set_broker_features(&other, 0));
+    assert!(!core.router.set_broker_features(&other, 0));
     core.falls(0);
     let mut out = Vec::new();
     core.links[0].up(&up(false, 100), 0, &mut out);

@@ -12,7 +12,7 @@ use crate::mqtt::{
     Decoder, Packet, Properties, Publish, QoS, Receiver, Suback, SubscribeOptions, Unsuback,
     Version, encode_subscribe, encode_unsubscribe,
 };
-use crate::router::{Connected, CoreFacts, Router, RouterConfig};
+use crate::router::{BrokerFeatures, Connected, Router, RouterConfig};
 use crate::sim::testing::{PROBES, client, config, facts, packet_of, router_of, up};
 use crate::store::Memory;
 use crate::time::Millis;
@@ -119,12 +119,12 @@ impl Run {
             ..config()
         });
         let named = shape.named();
-        let known = CoreFacts {
+        let known = BrokerFeatures {
             identifiers: named,
             replaces: shape != Shape::Queues,
             ..facts()
         };
-        router.core_facts(&known, 0);
+        router.set_broker_features(&known, 0);
         let mut links = Vec::new();
         for number in 0..data_links + shared_links {
             let mut machine = Data::new(router.clone(), number, 1, PROBES.into(), &Memory);
