@@ -3,8 +3,8 @@
 
     scripts/reference.py            writes docs/configuration.md
     scripts/reference.py --check    writes nothing; fails when that page is stale, when docs/metrics.md lacks
-                                    a metric or a label value, when docs/dependencies.md lacks a crate, or
-                                    when a relative link is broken
+                                    a metric or a label value, when docs/dependencies.md lacks a crate, when
+                                    a source file is named that does not exist, or when a relative link is broken
 
 Needs Python 3.10 and nothing else.
 """
@@ -169,6 +169,17 @@ def dependencies() -> list[str]:
     return [f"docs/dependencies.md: {name} is missing" for name in names if f"`{name}`" not in page]
 
 
+def source_files() -> list[str]:
+    """Source files that documents name exist, below src/ or tests/ where no directory is named."""
+    bases = [ROOT, ROOT / "src", ROOT / "tests", ROOT / "tests" / "interop"]
+    problems = []
+    for page in [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for name in re.findall(r"`([\w./-]+\.(?:rs|py)|(?:src|tests|scripts|router|upstream|client|session)/[\w./-]*)`", page.read_text()):
+            if not any((base / name).exists() for base in bases):
+                problems.append(f"{page.relative_to(ROOT)}: {name} does not exist")
+    return problems
+
+
 def links() -> list[str]:
     """Relative links of all Markdown files lead to files of the repository."""
     listed = subprocess.run(
@@ -193,7 +204,7 @@ def links() -> list[str]:
 
 def main() -> int:
     if sys.argv[1:] == ["--check"]:
-        problems = stale_page() + metrics() + dependencies() + links()
+        problems = stale_page() + metrics() + dependencies() + source_files() + links()
         print("\n".join(problems) or "documents: in step with the repository")
         return 1 if problems else 0
     if sys.argv[1:]:
