@@ -37,7 +37,7 @@ pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
 
 use delivery::shared::Groups;
 use filters::table::Table;
-use handle::Wake;
+use handle::{ConnectionHandle, TaskWaker};
 use publish::queue::Lanes;
 use retained::Retained;
 use sessions::shard::Shard;
@@ -109,7 +109,7 @@ pub struct Router {
     /// P links that are dialled: one more while another is on its way.
     publish_wanted: AtomicU8,
     /// Wakes each D link's task.
-    data: Box<[Arc<Wake>]>,
+    data: Box<[Arc<TaskWaker>]>,
     data_up: Box<[AtomicBool]>,
     /// Until when the loss of a data link puts its filters in doubt, milliseconds.
     doubted_until: Box<[AtomicU64]>,
@@ -121,7 +121,7 @@ pub struct Router {
     /// Shards with sessions that wait for fences, having left a filter.
     leaving: AtomicU64,
     /// Wakes the R link's task.
-    fetch: Arc<Wake>,
+    fetch: Arc<TaskWaker>,
     /// Messages that came from the core and are alive in a queue.
     queue_account: Arc<Account>,
     entry_bytes: AtomicI64,
@@ -132,7 +132,7 @@ pub struct Router {
     /// What could not be settled under a shard's lock; at most one entry for each ended session.
     deferred: Mutex<Vec<sessions::connect::Due>>,
     /// Tasks that wait for room among the publishes; at most one entry for each per tick.
-    waiting_for_room: Mutex<Vec<Arc<Wake>>>,
+    waiting_for_room: Mutex<Vec<Arc<ConnectionHandle>>>,
     core: Core,
     hasher: FixedState,
     tags: AtomicU64,
@@ -143,7 +143,7 @@ pub struct Router {
 #[derive(Debug, Default)]
 struct PublishLane {
     lanes: Mutex<Lanes>,
-    wake: Arc<Wake>,
+    wake: Arc<TaskWaker>,
     up: AtomicBool,
 }
 
@@ -312,7 +312,7 @@ impl Router {
     }
 
     /// A client came to have another address, within its connection.
-    pub fn moved(&self, reference: SessionRef, connection_no: u64, origin: Arc<Peer>) {
+    pub fn moved(&self, reference: SessionRef, connection_no: u64, peer: Arc<Peer>) {
         let Some(shard) = self.shards.get(usize::from(reference.shard)) else {
             return;
         };
@@ -320,14 +320,14 @@ impl Router {
         if let Some(slot) = shard.get(reference)
             && slot.session.connection_no() == connection_no
         {
-            slot.origin = Some(origin);
+            slot.peer = Some(peer);
         }
     }
 
     /// Wakes a task at the next tick: it waits for room, or for a deadline.
-    pub fn wake_soon(&self, wake: &Arc<Wake>) {
-        if wake.queue_up() {
-            self.waiting_for_room.lock().push(wake.clone());
+    pub fn wake_soon(&self, handle: &Arc<ConnectionHandle>) {
+        if handle.queue_up() {
+            self.waiting_for_room.lock().push(handle.clone());
         }
     }
 
@@ -373,9 +373,9 @@ impl Router {
         }
         slot.taken = taken;
         if aside + empty.len() > 0
-            && let Some(wake) = &slot.wake
+            && let Some(handle) = &slot.handle
         {
-            wake.sent(now);
+            handle.sent(now);
         }
         self.shed(slot);
         shard.settle(reference.slot);

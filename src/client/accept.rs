@@ -12,7 +12,7 @@ use crate::budget::Account;
 use crate::mqtt::{
     Connack, Connect, Error, Message, MessageSpec, QoS, ReasonCode, Version, decode_connect,
 };
-use crate::router::handle::Wake;
+use crate::router::handle::ConnectionHandle;
 use crate::router::{self, Peer, Refused};
 use crate::session::{ConnectionSpec, Policy, Scope, Will};
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
@@ -346,12 +346,12 @@ async fn admit(
         keep_alive,
         scope,
     };
-    let wake = Arc::new(Wake::default());
+    let wake = Arc::new(ConnectionHandle::default());
     let place = Arc::new(Peer {
         listener: door.name.clone(),
         transport: door.transport,
         ping_after: door.ping_after,
-        peer,
+        address: peer,
     });
     let router = &clients.router;
     let maximum_qos = router.maximum_qos();
@@ -381,8 +381,8 @@ async fn admit(
                 expiry,
                 spec,
                 will,
-                wake: wake.clone(),
-                origin: place.clone(),
+                handle: wake.clone(),
+                peer: place.clone(),
             },
             clients.clock.now(),
             |present, out| {

@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 
 use crate::auth::Identity;
 use crate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, Version};
-use crate::router::handle::Wake;
+use crate::router::handle::ConnectionHandle;
 use crate::router::{Peer, SessionRef};
 use crate::session::{Close, Effect};
 use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
@@ -44,7 +44,7 @@ pub(super) struct Admitted {
     pub connection_no: u64,
     pub version: Version,
     pub packet_max: u32,
-    pub wake: Arc<Wake>,
+    pub wake: Arc<ConnectionHandle>,
     pub identity: Box<Identity>,
     pub place: Arc<Peer>,
     /// The P link of its publishes.
@@ -73,7 +73,7 @@ struct Connection<'a> {
     connection_no: u64,
     version: Version,
     packet_max: u32,
-    wake: Arc<Wake>,
+    wake: Arc<ConnectionHandle>,
     identity: Box<Identity>,
     place: Arc<Peer>,
     out: OutBuf,
@@ -285,12 +285,12 @@ impl<'a> Connection<'a> {
             client_id = clean(&self.identity.client_id, 64),
             listener = &*self.place.listener,
             transport = self.place.transport,
-            from = %self.place.peer,
+            from = %self.place.address,
             %peer,
             "Client's address changed"
         );
         let place = Peer {
-            peer,
+            address: peer,
             ..(*self.place).clone()
         };
         self.place = Arc::new(place);

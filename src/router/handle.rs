@@ -9,21 +9,14 @@ use parking_lot::Mutex;
 use crate::session::Close;
 use crate::time::Millis;
 
-/// The router's handle on one task: wake it, or tell it to end.
+/// Wakes one task, once for any number of reasons until it looks.
 #[derive(Debug, Default)]
-pub struct Wake {
+pub struct TaskWaker {
     waker: AtomicWaker,
     raised: AtomicBool,
-    ping: AtomicBool,
-    /// When something was last given to the task to be sent, milliseconds.
-    sent_at: AtomicU64,
-    /// When the transport last took a part of what it was offered, milliseconds.
-    moved_at: AtomicU64,
-    queued: AtomicBool,
-    close: Mutex<Option<Close>>,
 }
 
-impl Wake {
+impl TaskWaker {
     /// Something waits for the task.
     pub fn raise(&self) {
         if !self.raised.swap(true, Ordering::AcqRel) {
@@ -31,64 +24,95 @@ impl Wake {
         }
     }
 
-    /// Tells the task to end its connection; the first reason stays.
-    pub fn close(&self, close: Close) {
-        self.close.lock().get_or_insert(close);
-        self.raised.store(true, Ordering::Release);
-        self.waker.wake();
-    }
-
-    /// Called by the task at each poll: registers it, and says whether something waits.
+    /// Registers the task, which calls this at each poll. Returns whether something waits for it.
     pub fn take(&self, waker: &Waker) -> bool {
         self.waker.register(waker);
         self.raised.swap(false, Ordering::AcqRel)
     }
 
-    /// For a list of tasks to be woken later: whether it is not in it yet.
-    pub(super) fn queue_up(&self) -> bool {
-        !self.queued.swap(true, Ordering::AcqRel)
+    /// Wakes the task even if it has not looked since the last wake-up.
+    fn raise_again(&self) {
+        self.raised.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+}
+
+/// The router's handle on the task of one client's connection: wakes it, asks it for a ping or to
+/// end, and hears from it when its socket makes progress.
+#[derive(Debug, Default)]
+pub struct ConnectionHandle {
+    waker: TaskWaker,
+    ping: AtomicBool,
+    queued: AtomicBool,
+    /// When the task was last given output.
+    sent_at: AtomicU64,
+    /// When the transport last took a part of the output.
+    moved_at: AtomicU64,
+    close: Mutex<Option<Close>>,
+}
+
+impl ConnectionHandle {
+    /// Something waits for the task.
+    pub fn raise(&self) {
+        self.waker.raise();
     }
 
-    /// Out of that list.
-    pub(super) fn unqueue(&self) {
-        self.queued.store(false, Ordering::Release);
-        self.raise();
+    /// Registers the task, which calls this at each poll. Returns whether something waits for it.
+    pub fn take(&self, waker: &Waker) -> bool {
+        self.waker.take(waker)
     }
 
-    /// The transport is to be kept alive.
+    /// Tells the task to end its connection; the first reason stays.
+    pub fn close(&self, close: Close) {
+        self.close.lock().get_or_insert(close);
+        self.waker.raise_again();
+    }
+
+    /// Why the connection is to end, if it is.
+    pub fn closing(&self) -> Option<Close> {
+        *self.close.lock()
+    }
+
+    /// Asks for a ping that keeps the transport alive.
     pub fn ping(&self, now: Millis) {
         self.sent(now);
         self.ping.store(true, Ordering::Release);
         self.raise();
     }
 
-    /// Whether a ping was asked for; asked for once.
+    /// Whether a ping was asked for. Each request is returned once.
     pub fn take_ping(&self) -> bool {
         self.ping.load(Ordering::Relaxed) && self.ping.swap(false, Ordering::AcqRel)
     }
 
-    /// The task was given something to send.
-    pub(super) fn sent(&self, now: Millis) {
-        self.sent_at.store(now, Ordering::Relaxed);
-    }
-
-    /// When it was given something last, a ping included; milliseconds.
-    pub(super) fn sent_at(&self) -> u64 {
-        self.sent_at.load(Ordering::Relaxed)
-    }
-
-    /// The transport took a part of what it was offered.
+    /// Reports that the transport took a part of the output.
     pub fn moved(&self, now: Millis) {
         self.moved_at.store(now, Ordering::Relaxed);
     }
 
-    /// When it did last, milliseconds.
-    pub(super) fn moved_at(&self) -> u64 {
+    /// When the transport last took a part of the output.
+    pub(super) fn moved_at(&self) -> Millis {
         self.moved_at.load(Ordering::Relaxed)
     }
 
-    /// Why the connection is to end, if it is.
-    pub fn closing(&self) -> Option<Close> {
-        *self.close.lock()
+    /// The task was given output.
+    pub(super) fn sent(&self, now: Millis) {
+        self.sent_at.store(now, Ordering::Relaxed);
+    }
+
+    /// When the task was last given output, or asked for a ping.
+    pub(super) fn sent_at(&self) -> Millis {
+        self.sent_at.load(Ordering::Relaxed)
+    }
+
+    /// Marks the task as a member of the list of tasks to wake at the next tick. False: it was one.
+    pub(super) fn queue_up(&self) -> bool {
+        !self.queued.swap(true, Ordering::AcqRel)
+    }
+
+    /// Wakes the task, which the list of tasks to wake no longer holds.
+    pub(super) fn unqueue(&self) {
+        self.queued.store(false, Ordering::Release);
+        self.raise();
     }
 }

@@ -11,7 +11,7 @@ use crate::telemetry::{DropReason as DropCause, HeldReason, metrics};
 use crate::time::Millis;
 
 use crate::router::Router;
-use crate::router::handle::Wake;
+use crate::router::handle::TaskWaker;
 use crate::router::publish::queue::{Lanes, Outgoing};
 use crate::router::types::SessionRef;
 
@@ -155,7 +155,7 @@ impl Router {
     }
 
     /// Wakes P link `link`'s task.
-    pub fn publish_wake(&self, link: usize) -> &Arc<Wake> {
+    pub fn publish_wake(&self, link: usize) -> &Arc<TaskWaker> {
         &self.lanes[link].wake
     }
 
@@ -182,7 +182,7 @@ impl Router {
             slot.session.answered(answer.token, answer.reason);
             if slot.session.attached() && !slot.woken {
                 slot.woken = true;
-                wakes.extend(slot.wake.clone());
+                wakes.extend(slot.handle.clone());
             }
         }
         for wake in wakes {

@@ -91,9 +91,9 @@ impl Router {
                 connection.last_seen = now;
             }
             if s.session.deadline() <= now
-                && let Some(wake) = &s.wake
+                && let Some(handle) = &s.handle
             {
-                wake.close(KEEP_ALIVE);
+                handle.close(KEEP_ALIVE);
                 // Asked once; the task ends the connection.
                 if let Some(connection) = s.session.connection() {
                     connection.keep_alive = 0;
@@ -123,14 +123,14 @@ impl Router {
         for shard in &self.shards {
             let mut shard = shard.lock();
             for (_, slot) in shard.slots.iter_mut() {
-                let Some(wake) = &slot.wake else {
+                let Some(handle) = &slot.handle else {
                     continue;
                 };
-                let moved = slot.taken_at.max(wake.moved_at());
+                let moved = slot.taken_at.max(handle.moved_at());
                 let stands = moved.saturating_add(self.config.write_stall) < now;
                 let drags = self.stalled_at(slot.taken_at, slot.offered) < now;
                 if slot.offered > 0 && (stands || drags) {
-                    wake.close(WRITE_STALL);
+                    handle.close(WRITE_STALL);
                 }
             }
         }
@@ -141,14 +141,15 @@ impl Router {
     pub fn ping_idle(&self, now: Millis) {
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {
-                let after = slot.origin.as_ref().map_or(0, |o| o.ping_after);
-                let (Some(connection), Some(wake)) = (slot.session.connection_ref(), &slot.wake)
+                let after = slot.peer.as_ref().map_or(0, |o| o.ping_after);
+                let (Some(connection), Some(handle)) =
+                    (slot.session.connection_ref(), &slot.handle)
                 else {
                     continue;
                 };
-                let last = connection.last_seen.max(wake.sent_at());
+                let last = connection.last_seen.max(handle.sent_at());
                 if after > 0 && last + after <= now {
-                    wake.ping(now);
+                    handle.ping(now);
                 }
             }
         }
@@ -162,11 +163,11 @@ impl Router {
                 if left == 0 {
                     return;
                 }
-                if let Some(wake) = &slot.wake
+                if let Some(handle) = &slot.handle
                     && slot.session.attached()
-                    && wake.closing().is_none()
+                    && handle.closing().is_none()
                 {
-                    wake.close(close);
+                    handle.close(close);
                     left -= 1;
                 }
             }
@@ -378,23 +379,23 @@ mod tests {
 
     use super::*;
     use crate::mqtt::{Message, MessageSpec, Properties, QoS, Version};
-    use crate::router::handle::Wake;
+    use crate::router::handle::ConnectionHandle;
     use crate::router::{Connect, Peer};
     use crate::session::ConnectionSpec;
     use crate::sim::testing;
 
     /// A client that has been offered 1 MiB at 1 s, and last took some of it at `moved`.
-    fn offered(router: &Router, moved: u64) -> Arc<Wake> {
+    fn offered(router: &Router, moved: u64) -> Arc<ConnectionHandle> {
         let client = testing::client(router, "c");
         let mut shard = router.shards[usize::from(client.session.shard)].lock();
         let slot = shard.get(client.session).expect("there");
-        let wake = Arc::new(Wake::default());
-        (slot.offered, slot.taken_at, slot.wake) = (1 << 20, 1000, Some(wake.clone()));
+        let wake = Arc::new(ConnectionHandle::default());
+        (slot.offered, slot.taken_at, slot.handle) = (1 << 20, 1000, Some(wake.clone()));
         wake.moved(moved);
         wake
     }
 
-    fn ends_after(router: &Router, wake: &Wake, last: u64) {
+    fn ends_after(router: &Router, wake: &ConnectionHandle, last: u64) {
         router.close_stalled(last);
         assert!(wake.closing().is_none());
         router.close_stalled(last + 1);
@@ -452,7 +453,7 @@ mod tests {
     fn a_websocket_is_pinged_once_for_each_interval_of_silence() {
         let router = testing::router();
         let wakes = [45_000, 0].map(|ping_after| {
-            let wake = Arc::new(Wake::default());
+            let wake = Arc::new(ConnectionHandle::default());
             let connect = Connect {
                 client_id: format!("{ping_after}").into(),
                 principal: "anonymous".into(),
@@ -468,12 +469,12 @@ mod tests {
                     scope: None,
                 },
                 will: None,
-                wake: wake.clone(),
-                origin: Arc::new(Peer {
+                handle: wake.clone(),
+                peer: Arc::new(Peer {
                     listener: "test".into(),
                     transport: "ws",
                     ping_after,
-                    peer: ([127, 0, 0, 1], 1).into(),
+                    address: ([127, 0, 0, 1], 1).into(),
                 }),
             };
             let connected = router.connect(connect, 1000, |_, out| out.push(0));

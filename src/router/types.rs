@@ -18,7 +18,7 @@ pub struct SessionRef {
     pub slot_version: u32,
 }
 
-/// Where a client is connected from.
+/// The client's end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// Listener name.
@@ -27,8 +27,8 @@ pub struct Peer {
     pub transport: &'static str,
     /// Silence after which its WebSocket is pinged, milliseconds; 0: never.
     pub ping_after: u64,
-    /// Its address now.
-    pub peer: SocketAddr,
+    /// The client's address, which may change within a QUIC connection.
+    pub address: SocketAddr,
 }
 
 /// A message that came in on a D link, with the filters it came for.

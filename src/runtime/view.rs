@@ -121,7 +121,7 @@ impl AdminView for View {
 
 impl View {
     fn summary(&self, info: &SessionInfo) -> SessionSummary {
-        let origin = info.origin.as_deref();
+        let peer = info.peer.as_deref();
         let since = self.started + Duration::from_millis(info.since);
         let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
         SessionSummary {
@@ -133,9 +133,9 @@ impl View {
                 Version::V5 => "5",
             },
             attached: info.attached,
-            listener: origin.map(|o| o.listener.to_string()).unwrap_or_default(),
-            transport: origin.map_or("", |o| o.transport),
-            peer: origin.map(|o| o.peer.to_string()),
+            listener: peer.map(|o| o.listener.to_string()).unwrap_or_default(),
+            transport: peer.map_or("", |o| o.transport),
+            peer: peer.map(|o| o.address.to_string()),
             connected_since: info.attached.then_some(since.as_secs()),
             expiry_seconds: info.expiry,
             subscription_count: info.subscriptions.len(),

@@ -6,7 +6,7 @@ use crate::mqtt::{
     Decoder, Message, MessageSpec, Packet, Properties, QoS, ReasonCode, Receiver, SubscribeOptions,
     Version,
 };
-use crate::router::handle::Wake;
+use crate::router::handle::ConnectionHandle;
 use crate::router::{BrokerFeatures, Connect, Connected, LinkSession, Peer, Router, RouterConfig};
 use crate::session::{ConnectionSpec, Effect, Policy, QueueFull, SessionLimits, Wanted};
 use crate::store::Memory;
@@ -152,12 +152,12 @@ fn connect(
             scope: None,
         },
         will,
-        wake: Arc::new(Wake::default()),
-        origin: Arc::new(Peer {
+        handle: Arc::new(ConnectionHandle::default()),
+        peer: Arc::new(Peer {
             listener: "test".into(),
             transport: "tcp",
             ping_after: 0,
-            peer: ([127, 0, 0, 1], 1).into(),
+            address: ([127, 0, 0, 1], 1).into(),
         }),
     };
     router

@@ -15,7 +15,7 @@ use tokio_util::io::poll_read_buf;
 use crate::mqtt::{
     Decoder, Error, Packet, ReasonCode, Receiver, Version, encode_disconnect, encode_pingreq,
 };
-use crate::router::handle::Wake;
+use crate::router::handle::TaskWaker;
 use crate::telemetry::LinkDownReason;
 use crate::transport::dial::Dialed;
 
@@ -40,7 +40,7 @@ pub(super) async fn run<M: Machine>(
     shared: Arc<Shared>,
     link: Arc<LinkStatus>,
     mut machine: M,
-    wake: Arc<Wake>,
+    wake: Arc<TaskWaker>,
 ) {
     // The server that has this process's session of the link.
     let mut session_at: Option<usize> = None;
@@ -123,7 +123,7 @@ pub(super) async fn run<M: Machine>(
 }
 
 /// There is something for the link to do.
-async fn wanted(shared: &Shared, link: &LinkStatus, wake: &Wake) {
+async fn wanted(shared: &Shared, link: &LinkStatus, wake: &TaskWaker) {
     let router = &shared.router;
     let now = || match link.role {
         Role::Data | Role::Retained => true,
@@ -182,7 +182,7 @@ async fn serve<M: Machine>(
     shared: &Shared,
     link: &LinkStatus,
     machine: &mut M,
-    wake: &Wake,
+    wake: &TaskWaker,
     established: Established,
     (placement, server): (u64, usize),
 ) -> LinkEnd {

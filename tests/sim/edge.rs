@@ -7,7 +7,7 @@ use tidegate::mqtt::{
     Connack, Decoder, Message, MessageSpec, Packet, QoS, ReasonCode, Receiver, Version,
     decode_connect, encode_disconnect,
 };
-use tidegate::router::handle::Wake;
+use tidegate::router::handle::ConnectionHandle;
 use tidegate::router::{Connect, Peer, Router, SessionRef};
 use tidegate::session::{Close, ConnectionSpec, Effect, Policy, Will};
 use tidegate::time::Millis;
@@ -39,7 +39,7 @@ pub struct Edge {
     pub device: usize,
     pub link: u64,
     open: Option<Open>,
-    wake: Arc<Wake>,
+    wake: Arc<ConnectionHandle>,
     input: Vec<u8>,
     /// Taken from the session, on its way to the socket.
     pub output: Vec<u8>,
@@ -163,12 +163,12 @@ impl Edge {
                         scope: None,
                     },
                     will,
-                    wake: self.wake.clone(),
-                    origin: Arc::new(Peer {
+                    handle: self.wake.clone(),
+                    peer: Arc::new(Peer {
                         listener: "sim".into(),
                         transport: "sim",
                         ping_after: 0,
-                        peer: ([127, 0, 0, 1], 1).into(),
+                        address: ([127, 0, 0, 1], 1).into(),
                     }),
                 },
                 now,

@@ -11,7 +11,7 @@ use crate::time::Millis;
 
 use crate::router::Router;
 use crate::router::filters::table::Table;
-use crate::router::handle::Wake;
+use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::shard::Slot;
 use crate::router::types::Arrived;
 
@@ -23,7 +23,7 @@ const CHUNK: usize = 512;
 pub(in crate::router) struct Tally {
     pub targets: usize,
     pub delivered: [u64; 3],
-    pub wakes: Vec<Arc<Wake>>,
+    pub wakes: Vec<Arc<ConnectionHandle>>,
     pub ended: Vec<(u32, u32)>,
     dropped: [u64; 6],
 }
@@ -59,7 +59,7 @@ impl Tally {
                 self.delivered[qos as usize] += 1;
                 if !slot.woken {
                     slot.woken = true;
-                    self.wakes.extend(slot.wake.clone());
+                    self.wakes.extend(slot.handle.clone());
                 }
             }
             Delivered::Queued => {}

@@ -10,7 +10,7 @@ use crate::time::Millis;
 use crate::router::Router;
 use crate::router::filters::lost::Loss;
 use crate::router::filters::table::{State, Table, UNPLACED, Waiter};
-use crate::router::handle::Wake;
+use crate::router::handle::TaskWaker;
 
 /// A filter to be subscribed at the core.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -188,7 +188,7 @@ impl Router {
     }
 
     /// Wakes D link `link`'s task.
-    pub fn data_wake(&self, link: usize) -> &Arc<Wake> {
+    pub fn data_wake(&self, link: usize) -> &Arc<TaskWaker> {
         &self.data[link]
     }
 
@@ -198,7 +198,7 @@ impl Router {
     }
 
     /// Wakes the R link's task.
-    pub fn fetch_wake(&self) -> &Arc<Wake> {
+    pub fn fetch_wake(&self) -> &Arc<TaskWaker> {
         &self.fetch
     }
 

@@ -121,11 +121,11 @@ impl Router {
             }
         }
         slot.woken = true;
-        if let Some(wake) = slot.wake.clone() {
+        if let Some(handle) = slot.handle.clone() {
             drop(shard);
             match end {
-                Some(close) => wake.close(close),
-                None => wake.raise(),
+                Some(close) => handle.close(close),
+                None => handle.raise(),
             }
         }
     }

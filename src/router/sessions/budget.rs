@@ -144,8 +144,8 @@ impl Router {
                 };
                 let mut dropped = s.session.outbound_mut().drop_queue();
                 if !keep_in_flight && s.session.outbound().in_flight_bytes() > 0 {
-                    if let Some(wake) = &s.wake {
-                        wake.close(Close {
+                    if let Some(handle) = &s.handle {
+                        handle.close(Close {
                             reason: ReasonCode::QUOTA_EXCEEDED,
                             why: "the client does not acknowledge, and the queues' budget is used up",
                         });

@@ -9,7 +9,7 @@ use crate::telemetry::{DropReason as DropCause, SessionEndReason, metrics};
 use crate::time::Millis;
 
 use crate::router::Router;
-use crate::router::handle::Wake;
+use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::shard::Shard;
 use crate::router::types::{Peer, SessionRef};
 
@@ -32,9 +32,9 @@ pub struct Connect {
     /// The will.
     pub will: Option<Will>,
     /// Reaches the connection's task.
-    pub wake: Arc<Wake>,
+    pub handle: Arc<ConnectionHandle>,
     /// Where it comes from.
-    pub origin: Arc<Peer>,
+    pub peer: Arc<Peer>,
 }
 
 /// A session with its new connection.
@@ -87,8 +87,8 @@ impl Router {
             }
             if slot.session.attached() {
                 taken_over = true;
-                if let Some(wake) = slot.wake.take() {
-                    wake.close(TAKEN_OVER);
+                if let Some(handle) = slot.handle.take() {
+                    handle.close(TAKEN_OVER);
                 }
             }
             if foreign {
@@ -157,8 +157,8 @@ impl Router {
             &self.limits,
             now,
         );
-        slot.wake = Some(connect.wake);
-        slot.origin = Some(connect.origin.clone());
+        slot.handle = Some(connect.handle);
+        slot.peer = Some(connect.peer.clone());
         slot.woken = true;
         slot.taken = 0;
         slot.offered = 0;
@@ -194,8 +194,8 @@ impl Router {
             self.tell_presence(session, link, &client_id, None, now);
         }
         if attached.news {
-            let (id, origin) = (&connect.client_id, Some(&*connect.origin));
-            self.tell_presence(reference, publish_link, id, origin, now);
+            let (id, peer) = (&connect.client_id, Some(&*connect.peer));
+            self.tell_presence(reference, publish_link, id, peer, now);
         }
         Ok(Connected {
             session: reference,
@@ -289,8 +289,8 @@ impl Router {
         if s.session.is_ghost() {
             return;
         }
-        if let Some(wake) = s.wake.take() {
-            wake.close(Close {
+        if let Some(handle) = s.handle.take() {
+            handle.close(Close {
                 reason: ReasonCode::QUOTA_EXCEEDED,
                 why: "the session's queue is full (session.queue_full = \"end_session\")",
             });

@@ -66,7 +66,7 @@ impl Router {
             at: *told,
             listener: place.map(|p| &*p.listener),
             transport: place.map(|p| p.transport),
-            address: place.map(|p| p.peer.ip().to_string()),
+            address: place.map(|p| p.address.ip().to_string()),
         })
         // Strings and a truth value.
         .unwrap_or_default();

@@ -18,20 +18,19 @@ use crate::topics::matches;
 
 use crate::router::delivery::fanout::Tally;
 use crate::router::filters::lost::{Loss, Lost};
-use crate::router::handle::Wake;
+use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::handover::Leavers;
 use crate::router::sessions::members::Members;
-use crate::router::types::RetainedRequest;
-use crate::router::types::SessionRef;
+use crate::router::types::{Peer, RetainedRequest, SessionRef};
 
 /// A session and what the router keeps beside it.
 #[derive(Debug)]
 pub(in crate::router) struct Slot {
     pub slot_version: u32,
     pub session: Session,
-    pub wake: Option<Arc<Wake>>,
+    pub handle: Option<Arc<ConnectionHandle>>,
     /// Where the client came from; for the admin API and the log.
-    pub origin: Option<Arc<crate::router::Peer>>,
+    pub peer: Option<Arc<Peer>>,
     /// The wake-up for what waits in the output is under way.
     pub woken: bool,
     /// It is in the order of detached sessions.
@@ -113,8 +112,8 @@ impl Shard {
         let slot = self.slots.insert(Box::new(Slot {
             slot_version: self.slot_version,
             session,
-            wake: None,
-            origin: None,
+            handle: None,
+            peer: None,
             woken: false,
             listed: false,
             publish_link: 0,
@@ -266,7 +265,7 @@ impl Shard {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return Vec::new();
         };
-        s.wake = None;
+        s.handle = None;
         s.woken = false;
         if !ended.session {
             s.listed = true;

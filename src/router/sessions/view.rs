@@ -20,7 +20,7 @@ pub struct SessionInfo {
     /// A client is connected.
     pub attached: bool,
     /// Where the latest connection came from.
-    pub origin: Option<Arc<Peer>>,
+    pub peer: Option<Arc<Peer>>,
     /// Start of the connection, or of the absence.
     pub since: u64,
     /// Session Expiry Interval, seconds.
@@ -125,7 +125,7 @@ fn info(slot: &Slot) -> SessionInfo {
         principal: session.principal.clone(),
         version: session.version(),
         attached: session.attached(),
-        origin: slot.origin.clone(),
+        peer: slot.peer.clone(),
         since: session.since,
         expiry: session.expiry,
         subscriptions: session
