@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Compares Tidegate before mosquitto with mosquitto alone and appends the figures to benches/RESULTS.md.
+# Compares Tidegate in front of mosquitto with mosquitto alone, and appends the figures to benches/RESULTS.md.
 #
 #   scripts/bench.sh                      everything, about half an hour
 #   scripts/bench.sh --only pairs         one comparison; see --help for their names
 #   scripts/bench.sh --output FILE ...    another file
 #
-# Needs mosquitto (apt-get install mosquitto). Quiet machine, please: it measures processor time.
+# Needs mosquitto (apt-get install mosquitto) and a quiet machine, because it measures processor time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -f "${HOME-}/.cargo/env" ] && . "$HOME/.cargo/env"
