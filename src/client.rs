@@ -23,7 +23,7 @@ use crate::router::Router;
 use crate::session::Policy;
 use crate::telemetry::ListenerMetrics;
 use crate::time::Millis;
-use crate::transport::{Accepted, Kind, Life, Permit};
+use crate::transport::{Accepted, ConnectionTask, Kind, Permit};
 
 /// What every connection needs.
 pub struct Clients {
@@ -57,7 +57,7 @@ pub struct Clients {
 
 /// What the connections of one listener share.
 #[derive(Clone)]
-pub struct Door {
+pub struct ListenerContext {
     /// How its clients are authenticated.
     pub auth: AuthMode,
     /// The listener's name.
@@ -76,7 +76,11 @@ pub struct Door {
 
 impl Clients {
     /// Takes the CONNECT of one accepted connection; what serves it then to its end.
-    pub async fn serve(self: Arc<Self>, mut door: Door, accepted: Accepted) -> Option<Life> {
+    pub async fn serve(
+        self: Arc<Self>,
+        mut door: ListenerContext,
+        accepted: Accepted,
+    ) -> Option<ConnectionTask> {
         door.transport = accepted.stream.kind().as_str();
         if let (Kind::WebTransport, Some(own)) = (accepted.stream.kind(), &door.webtransport) {
             door.metrics = own.clone();

@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 use crate::admin;
 use crate::auth::{Acl, Authenticator};
 use crate::budget::Account;
-use crate::client::{Clients, Door, Rate};
+use crate::client::{Clients, ListenerContext, Rate};
 use crate::clock::Clock;
 use crate::config::{self, CertSource, Config, Server};
 use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
@@ -197,7 +197,7 @@ fn serve(
     stop: CancellationToken,
 ) {
     let transport = listener.transport.name();
-    let door = Door {
+    let door = ListenerContext {
         auth: listener.auth,
         name: listener.name.as_str().into(),
         transport,

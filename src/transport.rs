@@ -1,9 +1,9 @@
 //! Byte transports: listeners and connections over TCP, TLS, WebSocket, secure
 //! WebSocket, QUIC and WebTransport, and the dialling side for links to a core.
 //!
-//! This module knows bytes only. A [`Stream`] carries one or more *lanes*, each
-//! an ordered byte stream in both directions: lane 0 is the control lane and
-//! always there, lanes 1 to 15 are further streams of QUIC or WebTransport that
+//! This module knows bytes only. A [`Stream`] carries one or more *streams*, each
+//! an ordered byte stream in both directions: stream 0 is the control stream and
+//! always there, streams 1 to 15 are further streams of QUIC or WebTransport that
 //! the client opened.
 //!
 //! Each foreign library is named in one place: rustls in `tls.rs` and `tls/`, quinn in
@@ -32,7 +32,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-pub use detect::{Guess, looks_like};
+pub use detect::{Detected, detect};
 pub use limits::{Admit, ConnectionCap, Events, Handshakes, Limits, NoEvents, Permit};
 pub use listen::{BindError, Bound, Drain, bind};
 pub use proxy::Proxies;
@@ -137,7 +137,7 @@ pub struct ListenerInfo {
 /// What serves a client from the answer to its CONNECT on: it is there for all of
 /// a connection's life, so that it should be small. What begins a connection is
 /// large, and gone by then.
-pub type Life = Pin<Box<dyn Future<Output = ()> + Send>>;
+pub type ConnectionTask = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A connection whose transport handshake is done; no MQTT byte has been read.
 #[derive(Debug)]
@@ -158,17 +158,17 @@ pub struct Accepted {
 /// What one successful [`Stream::poll_recv`] brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recv {
-    /// The lane: 0 is control, 1 to 15 are QUIC data streams.
-    pub lane: u8,
-    /// How many bytes were appended; 0 only when a lane closed.
+    /// The stream: 0 is control, 1 to 15 are QUIC data streams.
+    pub stream: u8,
+    /// How many bytes were appended; 0 only when a stream closed.
     pub bytes: usize,
-    /// The peer ended this data lane in order: nothing more comes on it. What
-    /// it waits for can still be sent, until [`Stream::finish_lane`]; then its
+    /// The peer ended this data stream in order: nothing more comes on it. What
+    /// it waits for can still be sent, until [`Stream::finish_stream`]; then its
     /// number may be used again.
-    pub lane_closed: bool,
+    pub finished: bool,
 }
 
-/// Bytes on their way out on one lane.
+/// Bytes on their way out on one stream.
 #[derive(Debug, Default)]
 pub struct OutBuf {
     /// The bytes; new ones are appended at the end at any time.
@@ -226,7 +226,7 @@ pub enum CloseHow {
     GoingAway,
 }
 
-/// Why a connection (or one lane) carries no more bytes. `Display` is the
+/// Why a connection (or one stream) carries no more bytes. `Display` is the
 /// reason for a log line and holds no text chosen by the peer.
 #[derive(Debug, thiserror::Error)]
 pub enum Closed {
@@ -252,10 +252,10 @@ pub enum Closed {
     /// A WebSocket message is larger than the limit that holds now.
     #[error("message larger than the limit")]
     TooLarge,
-    /// Only this data lane is gone, in both directions; the connection goes on.
+    /// Only this data stream is gone, in both directions; the connection goes on.
     /// Its number may be used again.
     #[error("data stream broken off by the peer")]
-    Lane(u8),
+    StreamReset(u8),
     /// The operating system reported an error.
     #[error("{0}")]
     Io(std::io::Error),

@@ -16,12 +16,12 @@ use crate::router::handle::ConnectionHandle;
 use crate::router::{self, Peer, Refused};
 use crate::session::{ConnectionSpec, Policy, Scope, Will};
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
-use crate::transport::{ClientCertificate, CloseHow, Closed, Guess, OutBuf, Stream, looks_like};
+use crate::transport::{ClientCertificate, CloseHow, Closed, Detected, OutBuf, Stream, detect};
 
 use crate::client::connection::{Admitted, Opened};
 use crate::client::partial::{KEEP, Partial};
 use crate::client::scope::{owner, room_for, scope_of};
-use crate::client::{ClientPolicy, Clients, Door};
+use crate::client::{ClientPolicy, Clients, ListenerContext};
 
 /// The largest packet before a client is known, bytes.
 const CONNECT_MAX: u32 = 16 * 1024;
@@ -45,7 +45,7 @@ struct Refusal {
 /// Takes CONNECT, authenticates, and gives the client its session.
 pub(super) async fn open(
     clients: &Arc<Clients>,
-    door: &Door,
+    door: &ListenerContext,
     mut stream: Stream,
     peer: SocketAddr,
     deadline: Instant,
@@ -129,7 +129,7 @@ async fn refuse(stream: &mut Stream, refusal: &Refusal) {
             CloseHow::Protocol
         }
         // The connection lives on without its control stream.
-        RefusedReason::Closed if stream.has_data_lanes() => CloseHow::Protocol,
+        RefusedReason::Closed if stream.has_data_streams() => CloseHow::Protocol,
         RefusedReason::Draining => CloseHow::GoingAway,
         RefusedReason::Rate | RefusedReason::Memory => CloseHow::Overload,
         _ => CloseHow::Normal,
@@ -152,7 +152,7 @@ async fn read_connect<'a>(
     };
     loop {
         let bytes = &input.bytes;
-        let guess = looks_like(bytes).filter(|guess| *guess != Guess::Mqtt);
+        let guess = detect(bytes).filter(|guess| *guess != Detected::Mqtt);
         match (decode_connect(bytes, CONNECT_MAX), guess) {
             (Ok(Some(_)), _) => return Ok(()),
             (Ok(None), None) => {
@@ -222,7 +222,7 @@ fn answerable(input: &[u8]) -> Option<Version> {
 
 async fn admit(
     clients: &Arc<Clients>,
-    door: &Door,
+    door: &ListenerContext,
     peer: SocketAddr,
     certificate: Option<Box<ClientCertificate>>,
     input: &[u8],

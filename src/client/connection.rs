@@ -16,7 +16,7 @@ use crate::router::{Peer, SessionRef};
 use crate::session::{Close, Effect};
 use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
 use crate::time::Millis;
-use crate::transport::{Closed, Life, OutBuf, Stream};
+use crate::transport::{Closed, ConnectionTask, OutBuf, Stream};
 
 use crate::client::end::End;
 use crate::client::partial::{KEEP, Partial};
@@ -100,7 +100,7 @@ struct Connection<'a> {
 }
 
 /// Serves the connection to its end.
-pub(super) fn serve(clients: Arc<Clients>, opened: Box<Opened>, open: Open) -> Life {
+pub(super) fn serve(clients: Arc<Clients>, opened: Box<Opened>, open: Open) -> ConnectionTask {
     Box::pin(async move {
         let mut opened = opened;
         let early = std::mem::take(&mut opened.input);
@@ -182,7 +182,7 @@ impl<'a> Connection<'a> {
             if unread & 1 != 0 {
                 return Poll::Pending;
             }
-            self.stream.leave_unread(unread);
+            self.stream.pause_streams(unread);
             if unread != 0 {
                 self.wait_for_unread(unread);
             }
@@ -258,19 +258,19 @@ impl<'a> Connection<'a> {
         let polled = self.stream.poll_recv(cx, &mut scratch);
         let result = match polled {
             Poll::Pending => Poll::Pending,
-            Poll::Ready(Err(Closed::Lane(number))) => {
+            Poll::Ready(Err(Closed::StreamReset(number))) => {
                 self.lane_gone(number);
                 Poll::Ready(Ok(()))
             }
             Poll::Ready(Err(closed)) => Poll::Ready(Err(End::from_closed(closed))),
             Poll::Ready(Ok(recv)) => {
                 metrics().bytes_received.increment(recv.bytes as u64);
-                if let Some(peer) = self.stream.moved() {
+                if let Some(peer) = self.stream.take_new_peer() {
                     self.moved(peer);
                 }
-                let result = self.received(recv.lane, &scratch);
-                if recv.lane_closed {
-                    self.lane_closed(recv.lane);
+                let result = self.received(recv.stream, &scratch);
+                if recv.finished {
+                    self.lane_closed(recv.stream);
                 }
                 Poll::Ready(result)
             }

@@ -100,7 +100,9 @@ impl End {
             Closed::Violation { .. } => {
                 (D::Protocol, ReasonCode::PROTOCOL_ERROR, CloseHow::Protocol)
             }
-            Closed::Lane(_) | Closed::Io(_) => (D::Io, ReasonCode::SUCCESS, CloseHow::Normal),
+            Closed::StreamReset(_) | Closed::Io(_) => {
+                (D::Io, ReasonCode::SUCCESS, CloseHow::Normal)
+            }
         };
         Self {
             label,

@@ -8,7 +8,7 @@ use crate::config::SenderProperty;
 use crate::mqtt::{Property, has_discouraged};
 use crate::session::Scope;
 
-use crate::client::{Clients, Door};
+use crate::client::{Clients, ListenerContext};
 
 /// Characters of the longest address; a moved client's may be longer than its first.
 const ADDRESS_MAX: usize = 39;
@@ -19,7 +19,7 @@ const ADDRESS_MAX: usize = 39;
 /// Why its names cannot be part of a topic.
 pub(super) fn scope_of(
     clients: &Clients,
-    door: &Door,
+    door: &ListenerContext,
     identity: &Identity,
     peer: SocketAddr,
 ) -> Result<Option<Arc<Scope>>, &'static str> {

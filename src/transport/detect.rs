@@ -8,7 +8,7 @@ use crate::transport::proxy::{LINE, SIGNATURE};
 /// What the first bytes of a connection are. `Display` says it for a log line,
 /// with what takes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Guess {
+pub enum Detected {
     /// A PROXY protocol header.
     Proxy,
     /// A TLS record.
@@ -21,7 +21,7 @@ pub enum Guess {
     Mqtt,
 }
 
-impl fmt::Display for Guess {
+impl fmt::Display for Detected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Proxy => {
@@ -37,7 +37,7 @@ impl fmt::Display for Guess {
 }
 
 /// What the first bytes of a connection look like; `None`: nothing known.
-pub fn looks_like(bytes: &[u8]) -> Option<Guess> {
+pub fn detect(bytes: &[u8]) -> Option<Detected> {
     const METHODS: [&[u8]; 7] = [
         b"GET ",
         b"HEAD ",
@@ -56,15 +56,15 @@ pub fn looks_like(bytes: &[u8]) -> Option<Guess> {
             .any(|b| b.starts_with(b"MQTT") || b.starts_with(b"MQIs"))
     };
     if begins(LINE) || begins(&SIGNATURE) {
-        Some(Guess::Proxy)
+        Some(Detected::Proxy)
     } else if begins(b"\x16\x03") {
-        Some(Guess::Tls)
+        Some(Detected::Tls)
     } else if begins(b"PRI * HTTP/2.0") {
-        Some(Guess::Http2)
+        Some(Detected::Http2)
     } else if METHODS.into_iter().any(begins) {
-        Some(Guess::Http)
+        Some(Detected::Http)
     } else {
-        (bytes.first() == Some(&0x10) && named()).then_some(Guess::Mqtt)
+        (bytes.first() == Some(&0x10) && named()).then_some(Detected::Mqtt)
     }
 }
 
@@ -75,15 +75,15 @@ mod tests {
     #[test]
     fn first_bytes_are_known() {
         for (bytes, guess) in [
-            (&b"PROXY TCP4 1.2.3.4"[..], Guess::Proxy),
-            (b"\r\n\r\n\0\r\nQUIT\n\x21", Guess::Proxy),
-            (b"\x16\x03\x01\x02\x00\x01", Guess::Tls),
-            (b"PRI * HTTP/2.0\r\n\r\nSM", Guess::Http2),
-            (b"GET /mqtt HTTP/1.1\r\n", Guess::Http),
-            (b"\x10\x0c\0\x04MQTT\x04", Guess::Mqtt),
-            (b"\x10\x80\x01\0\x06MQIsdp", Guess::Mqtt),
+            (&b"PROXY TCP4 1.2.3.4"[..], Detected::Proxy),
+            (b"\r\n\r\n\0\r\nQUIT\n\x21", Detected::Proxy),
+            (b"\x16\x03\x01\x02\x00\x01", Detected::Tls),
+            (b"PRI * HTTP/2.0\r\n\r\nSM", Detected::Http2),
+            (b"GET /mqtt HTTP/1.1\r\n", Detected::Http),
+            (b"\x10\x0c\0\x04MQTT\x04", Detected::Mqtt),
+            (b"\x10\x80\x01\0\x06MQIsdp", Detected::Mqtt),
         ] {
-            assert_eq!(looks_like(bytes), Some(guess), "{bytes:02x?}");
+            assert_eq!(detect(bytes), Some(guess), "{bytes:02x?}");
         }
         for bytes in [
             &b""[..],
@@ -93,7 +93,7 @@ mod tests {
             b"\x17\x03\x03",
             b"\r\n",
         ] {
-            assert_eq!(looks_like(bytes), None, "{bytes:02x?}");
+            assert_eq!(detect(bytes), None, "{bytes:02x?}");
         }
     }
 }

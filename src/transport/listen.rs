@@ -17,12 +17,14 @@ use tokio_util::sync::CancellationToken;
 use pace::{Backoff, LogGate, accept_error_kind};
 
 use crate::config::ProxyProtocol;
-use crate::transport::detect::looks_like;
+use crate::transport::detect::detect;
 use crate::transport::limits::{HandshakeError, Limits, Permit};
 pub(super) use crate::transport::proxy::canonical;
 use crate::transport::tls::{self, ALPN_HTTP, ALPN_MQTT, ServerTls};
 use crate::transport::ws::{self, Ws};
-use crate::transport::{Accepted, CloseHow, Kind, Life, ListenSpec, ListenerInfo, Stream, quic};
+use crate::transport::{
+    Accepted, CloseHow, ConnectionTask, Kind, ListenSpec, ListenerInfo, Stream, quic,
+};
 
 /// Connections that the system may hold before `accept`; it has its own cap.
 const BACKLOG: i32 = 4096;
@@ -141,7 +143,7 @@ impl Bound {
     pub async fn serve<H, F>(self, handler: H, stop: CancellationToken)
     where
         H: Fn(Accepted) -> F + Clone + Send + Sync + 'static,
-        F: Future<Output = Option<Life>> + Send + 'static,
+        F: Future<Output = Option<ConnectionTask>> + Send + 'static,
     {
         match self.socket {
             Bind::Tcp(socket) => serve_tcp(socket, self.listener, handler, stop).await,
@@ -279,7 +281,7 @@ impl Listener {
         if seen == 0 {
             return Err(HandshakeError::Silent);
         }
-        let not_tls = |error| match (error, looks_like(&first[..seen])) {
+        let not_tls = |error| match (error, detect(&first[..seen])) {
             (HandshakeError::Tls(why), Some(other)) => {
                 HandshakeError::Tls(format!("{why}; this looks like {other}"))
             }
@@ -326,7 +328,7 @@ async fn serve_tcp<H, F>(
     stop: CancellationToken,
 ) where
     H: Fn(Accepted) -> F + Clone + Send + Sync + 'static,
-    F: Future<Output = Option<Life>> + Send + 'static,
+    F: Future<Output = Option<ConnectionTask>> + Send + 'static,
 {
     let mut backoff = Backoff::default();
     while let Some(accepted) = stop.run_until_cancelled(socket.accept()).await {
@@ -367,7 +369,7 @@ fn start<H, F>(
     stop: &CancellationToken,
 ) where
     H: Fn(Accepted) -> F + Send + 'static,
-    F: Future<Output = Option<Life>> + Send + 'static,
+    F: Future<Output = Option<ConnectionTask>> + Send + 'static,
 {
     // Packets are written whole; waiting to fill a segment only costs latency.
     let _ = io.set_nodelay(true);
@@ -395,7 +397,7 @@ pub(super) fn spawn<H, F>(
     handler: H,
 ) where
     H: Fn(Accepted) -> F + Send + 'static,
-    F: Future<Output = Option<Life>> + Send + 'static,
+    F: Future<Output = Option<ConnectionTask>> + Send + 'static,
 {
     // A future is as large as its largest state for all its life, and keeps room for
     // what was moved into the one it waits for. So these are in boxes, and the task

@@ -1,5 +1,5 @@
 //! MQTT over QUIC, ALPN `mqtt`: the first stream that the client opens is
-//! lane 0, further ones are data lanes. We never open a stream, and no
+//! stream 0, further ones are data streams. We never open a stream, and no
 //! unidirectional one is read: none is allowed, or they are stopped. There is no
 //! standard; this follows what deployed brokers and clients do. On the same
 //! socket browsers are served over WebTransport, if the listener says so; then
@@ -36,13 +36,13 @@ pub use keys::QuicSecret;
 pub(super) use streams::Quic;
 
 /// Streams that a client may have open, control and data together.
-const LANES: usize = 16;
+const STREAMS_MAX: usize = 16;
 /// Those that it may open before it has shown that it uses several: the library
 /// keeps a place for each that is allowed, in tables that double past 14, and
 /// announces no fewer than three more.
-const LANES_AT_FIRST: u32 = 13;
-/// Streams open at which all [`LANES`] are allowed.
-const LANES_MANY: usize = 3;
+const STREAMS_AT_FIRST: u32 = 13;
+/// Streams open at which all [`STREAMS_MAX`] are allowed.
+const STREAMS_MANY: usize = 3;
 /// Flow control: what a client may send unread, bytes per stream and in all.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 128 * 1024;
@@ -128,7 +128,7 @@ impl Server {
         stop: CancellationToken,
     ) where
         H: Fn(crate::transport::Accepted) -> F + Clone + Send + Sync + 'static,
-        F: Future<Output = Option<crate::transport::Life>> + Send + 'static,
+        F: Future<Output = Option<crate::transport::ConnectionTask>> + Send + 'static,
     {
         while let Some(Some(incoming)) = stop.run_until_cancelled(self.endpoint.accept()).await {
             let Some((incoming, permit, place)) = admit(incoming, &listener) else {
@@ -328,7 +328,7 @@ impl std::fmt::Debug for Current {
 fn transport_config(idle: Duration) -> io::Result<TransportConfig> {
     let mut config = TransportConfig::default();
     config
-        .max_concurrent_bidi_streams(VarInt::from_u32(LANES_AT_FIRST))
+        .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_AT_FIRST))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(STRANGER_WINDOW))

@@ -53,9 +53,9 @@ impl<S> Plain<S> {
 
 fn control(received: Result<usize, Closed>) -> Result<Recv, Closed> {
     received.map(|bytes| Recv {
-        lane: 0,
+        stream: 0,
         bytes,
-        lane_closed: false,
+        finished: false,
     })
 }
 
@@ -121,13 +121,13 @@ impl Stream {
         }
     }
 
-    /// Appends received bytes of one lane to `buf`, at most about 64 KiB.
+    /// Appends received bytes of one stream to `buf`, at most about 64 KiB.
     ///
     /// Cancel safe; while pending it holds no memory and `buf` is untouched.
     /// Bytes that came before an end are always returned before it.
     ///
     /// # Errors
-    /// [`Closed::Lane`] if the peer broke that lane off (RESET_STREAM or
+    /// [`Closed::StreamReset`] if the peer broke that stream off (RESET_STREAM or
     /// STOP_SENDING); anything else is the connection's end, and
     /// [`Stream::poll_close`] should follow.
     pub fn poll_recv(
@@ -145,21 +145,21 @@ impl Stream {
         }
     }
 
-    /// Hands `out` to the peer on `lane`; ready when all of it is written and
+    /// Hands `out` to the peer on `stream`; ready when all of it is written and
     /// flushed, and then `out` is empty. More may be appended to `out.buf`
     /// between calls; nothing may be removed.
     ///
     /// # Errors
-    /// [`Closed::Lane`] if only that lane is gone (what of `out` was not taken
+    /// [`Closed::StreamReset`] if only that stream is gone (what of `out` was not taken
     /// is still there); anything else is the connection's end.
     pub fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
-        lane: u8,
+        stream: u8,
         out: &mut OutBuf,
     ) -> Poll<Result<(), Closed>> {
-        if lane != 0 && !matches!(self.inner, Inner::Quic(_)) {
-            return Poll::Ready(Err(Closed::Lane(lane)));
+        if stream != 0 && !matches!(self.inner, Inner::Quic(_)) {
+            return Poll::Ready(Err(Closed::StreamReset(stream)));
         }
         match &mut self.inner {
             Inner::Tcp(p) => tcp::poll_send(&mut p.io, cx, out),
@@ -167,7 +167,7 @@ impl Stream {
             Inner::Pipe(p) => tcp::poll_send(&mut p.io, cx, out),
             Inner::Ws(ws) => ws.poll_send(cx, out),
             Inner::Wss(ws) => ws.poll_send(cx, out),
-            Inner::Quic(quic) => quic.poll_send(cx, lane, out),
+            Inner::Quic(quic) => quic.poll_send(cx, stream, out),
         }
     }
 
@@ -201,7 +201,7 @@ impl Stream {
 
     /// The client is known: the message limit of WebSocket rises from
     /// `frame_before_auth` to [`Limits::message_max`](crate::transport::Limits::message_max),
-    /// and data lanes of QUIC are read, and its client may send more unread.
+    /// and data streams of QUIC are read, and its client may send more unread.
     pub fn authenticated(&mut self) {
         match &mut self.inner {
             Inner::Ws(ws) => ws.authenticated(),
@@ -211,12 +211,12 @@ impl Stream {
         }
     }
 
-    /// Aborts one QUIC data lane in both directions (RESET_STREAM and
+    /// Aborts one QUIC data stream in both directions (RESET_STREAM and
     /// STOP_SENDING with `code`); the connection goes on. Lane 0 and other
     /// kinds are left alone.
-    pub fn reset_lane(&mut self, lane: u8, code: u32) {
+    pub fn reset_stream(&mut self, stream: u8, code: u32) {
         if let Inner::Quic(quic) = &mut self.inner {
-            quic.reset_lane(lane, code);
+            quic.reset_stream(stream, code);
         }
     }
 
@@ -228,33 +228,33 @@ impl Stream {
         }
     }
 
-    /// Leaves the QUIC data lanes that are set in `lanes` unread, and reads the
+    /// Leaves the QUIC data streams that are set in `streams` unread, and reads the
     /// others again from the next [`Stream::poll_recv`] on. Lane 0 and other
     /// kinds are not concerned.
-    pub fn leave_unread(&mut self, lanes: u16) {
+    pub fn pause_streams(&mut self, streams: u16) {
         if let Inner::Quic(quic) = &mut self.inner {
-            quic.leave_unread(lanes);
+            quic.pause_streams(streams);
         }
     }
 
-    /// Whether it may carry more than lane 0.
-    pub fn has_data_lanes(&self) -> bool {
+    /// Whether it may carry more than stream 0.
+    pub fn has_data_streams(&self) -> bool {
         matches!(self.inner, Inner::Quic(_))
     }
 
-    /// Ends our direction of a QUIC data lane whose other one the peer has
+    /// Ends our direction of a QUIC data stream whose other one the peer has
     /// ended: to be called once it has all its answers. Others are left alone.
-    pub fn finish_lane(&mut self, lane: u8) {
+    pub fn finish_stream(&mut self, stream: u8) {
         if let Inner::Quic(quic) = &mut self.inner {
-            quic.finish_lane(lane);
+            quic.finish_stream(stream);
         }
     }
 
     /// The peer's new address, if it changed since this was asked last (RFC
     /// 9000 section 9); noticed when something is read.
-    pub fn moved(&mut self) -> Option<SocketAddr> {
+    pub fn take_new_peer(&mut self) -> Option<SocketAddr> {
         match &mut self.inner {
-            Inner::Quic(quic) => quic.moved(),
+            Inner::Quic(quic) => quic.take_new_peer(),
             _ => None,
         }
     }

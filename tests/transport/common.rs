@@ -228,12 +228,12 @@ pub async fn recv(stream: &mut Stream, buf: &mut Vec<u8>) -> Result<Recv, Closed
     soon(poll_fn(|cx| stream.poll_recv(cx, buf))).await
 }
 
-/// Reads until `n` bytes have come, on lane 0.
+/// Reads until `n` bytes have come, on stream 0.
 pub async fn recv_n(stream: &mut Stream, n: usize) -> Vec<u8> {
     let mut buf = Vec::new();
     while buf.len() < n {
         let got = recv(stream, &mut buf).await.expect("bytes");
-        assert!(got.lane == 0 && got.bytes > 0 && !got.lane_closed);
+        assert!(got.stream == 0 && got.bytes > 0 && !got.finished);
     }
     buf
 }
@@ -245,12 +245,12 @@ pub async fn recv_end(stream: &mut Stream) -> Closed {
     end
 }
 
-pub async fn send(stream: &mut Stream, lane: u8, bytes: &[u8]) -> Result<(), Closed> {
+pub async fn send(stream: &mut Stream, number: u8, bytes: &[u8]) -> Result<(), Closed> {
     let mut out = OutBuf {
         buf: bytes.to_vec(),
         at: 0,
     };
-    soon(poll_fn(|cx| stream.poll_send(cx, lane, &mut out))).await?;
+    soon(poll_fn(|cx| stream.poll_send(cx, number, &mut out))).await?;
     assert!(out.is_empty());
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! QUIC: lanes, migration, close codes, pressure.
+//! QUIC: streams, migration, close codes, pressure.
 
 use std::future::poll_fn;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use tokio::io::AsyncWriteExt;
 
 use crate::common::*;
 
-/// A client that may open data lanes.
+/// A client that may open data streams.
 async fn begun(
     server: &mut Server,
 ) -> (
@@ -27,7 +27,7 @@ async fn begun(
 }
 
 #[tokio::test]
-async fn quic_data_lanes_wait_for_authentication() {
+async fn quic_data_streams_wait_for_authentication() {
     let mut server = Server::start(Kind::Quic);
     let (_endpoint, connection) = server.quic().await;
     let (mut control, _control_rx) = connection.open_bi().await.expect("control");
@@ -41,28 +41,28 @@ async fn quic_data_lanes_wait_for_authentication() {
         poll_fn(|cx| std::task::Poll::Ready(stream.poll_recv(cx, &mut buf).is_pending())).await;
     assert!(nothing, "data before authentication");
     stream.authenticated();
-    let got = recv(&mut stream, &mut buf).await.expect("the data lane");
-    assert_eq!((got.lane, got.bytes), (1, 5));
+    let got = recv(&mut stream, &mut buf).await.expect("the data stream");
+    assert_eq!((got.stream, got.bytes), (1, 5));
     assert_eq!(buf, b"early");
 
-    // Answers go back on the lane.
+    // Answers go back on the stream.
     send(&mut stream, 1, b"ack").await.expect("sent");
     let mut ack = [0; 3];
     soon(data_rx.read_exact(&mut ack)).await.expect("read");
     assert_eq!(&ack, b"ack");
 
-    // The client ends the lane: FIN back, and the connection lives.
+    // The client ends the stream: FIN back, and the connection lives.
     data.finish().expect("open");
-    let end = recv(&mut stream, &mut buf).await.expect("lane end");
-    assert!(end.lane == 1 && end.bytes == 0 && end.lane_closed);
+    let end = recv(&mut stream, &mut buf).await.expect("stream end");
+    assert!(end.stream == 1 && end.bytes == 0 && end.finished);
     // What it waits for still comes.
     send(&mut stream, 1, b"all").await.expect("sent");
     soon(data_rx.read_exact(&mut ack)).await.expect("read");
     assert_eq!(&ack, b"all");
-    stream.finish_lane(1);
+    stream.finish_stream(1);
     assert_eq!(soon(data_rx.read(&mut ack)).await.expect("FIN"), None);
     let gone = send(&mut stream, 1, b"late").await.expect_err("gone");
-    assert!(matches!(gone, Closed::Lane(1)));
+    assert!(matches!(gone, Closed::StreamReset(1)));
     control.write_all(b"more").await.expect("written");
     assert_eq!(recv_n(&mut stream, 4).await, b"more");
 }
@@ -95,7 +95,7 @@ async fn quic_strangers_may_leave_little_unread() {
 }
 
 #[tokio::test]
-async fn quic_lanes_come_and_go_without_end() {
+async fn quic_streams_come_and_go_without_end() {
     let mut server = Server::start(Kind::Quic);
     let (_endpoint, connection) = server.quic().await;
     let (mut control, mut control_rx) = connection.open_bi().await.expect("control");
@@ -135,18 +135,18 @@ async fn quic_lanes_come_and_go_without_end() {
         loop {
             buf.clear();
             let got = match recv(&mut stream, &mut buf).await {
-                Err(Closed::Lane(_)) => {
+                Err(Closed::StreamReset(_)) => {
                     closed += 1;
                     continue;
                 }
                 other => other.expect("goes on"),
             };
-            assert!(got.lane < 16);
-            if got.lane_closed {
+            assert!(got.stream < 16);
+            if got.finished {
                 closed += 1;
-                stream.finish_lane(got.lane);
+                stream.finish_stream(got.stream);
             }
-            if got.lane == 0 {
+            if got.stream == 0 {
                 break;
             }
         }
@@ -157,14 +157,14 @@ async fn quic_lanes_come_and_go_without_end() {
 }
 
 #[tokio::test]
-async fn quic_reset_lane_spares_the_connection() {
+async fn quic_reset_stream_spares_the_connection() {
     let mut server = Server::start(Kind::Quic);
     let (_endpoint, connection, (mut control, _control_rx), mut stream) = begun(&mut server).await;
     let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
     data.write_all(b"bad").await.expect("written");
     let mut buf = Vec::new();
     let got = recv(&mut stream, &mut buf).await.expect("data");
-    stream.reset_lane(got.lane, 0x81);
+    stream.reset_stream(got.stream, 0x81);
     match soon(data_rx.read(&mut [0; 1])).await {
         Err(quinn::ReadError::Reset(code)) => assert_eq!(code, 0x81u32.into()),
         other => panic!("{other:?}"),
@@ -176,7 +176,7 @@ async fn quic_reset_lane_spares_the_connection() {
 }
 
 #[tokio::test]
-async fn quic_lane_that_the_client_stops_is_gone_at_once() {
+async fn quic_stream_that_the_client_stops_is_gone_at_once() {
     let mut server = Server::start(Kind::Quic);
     let (_endpoint, connection, (mut control, _control_rx), mut stream) = begun(&mut server).await;
     let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
@@ -186,7 +186,7 @@ async fn quic_lane_that_the_client_stops_is_gone_at_once() {
     // Nothing of ours is under way on it.
     data_rx.stop(7u32.into()).expect("open");
     let gone = recv(&mut stream, &mut buf).await.expect_err("gone");
-    assert!(matches!(gone, Closed::Lane(n) if n == got.lane));
+    assert!(matches!(gone, Closed::StreamReset(n) if n == got.stream));
     let stopped = soon(data.stopped()).await.expect("connection lives");
     assert_eq!(stopped, Some(7u32.into()));
     control.write_all(b"on").await.expect("written");
@@ -194,12 +194,12 @@ async fn quic_lane_that_the_client_stops_is_gone_at_once() {
 }
 
 #[tokio::test]
-async fn quic_watches_of_many_reset_lanes_are_bounded() {
+async fn quic_watches_of_many_reset_streams_are_bounded() {
     let mut server = Server::start(Kind::Quic);
     let (_endpoint, connection, (_control, _control_rx), mut stream) = begun(&mut server).await;
     let mut buf = Vec::new();
     for n in 0..4096 {
-        let (mut data, mut data_rx) = soon(connection.open_bi()).await.expect("a lane");
+        let (mut data, mut data_rx) = soon(connection.open_bi()).await.expect("a stream");
         data.write_all(b"x").await.expect("written");
         let got = recv(&mut stream, &mut buf).await.expect("data");
         let idle =
@@ -207,7 +207,7 @@ async fn quic_watches_of_many_reset_lanes_are_bounded() {
         assert!(idle, "round {n}");
         data.reset(31u32.into()).expect("open");
         let gone = recv(&mut stream, &mut buf).await.expect_err("gone");
-        assert!(matches!(gone, Closed::Lane(n) if n == got.lane));
+        assert!(matches!(gone, Closed::StreamReset(n) if n == got.stream));
         match soon(data_rx.read(&mut [0; 1])).await {
             Err(quinn::ReadError::Reset(code)) => assert_eq!(code, 31u32.into()),
             other => panic!("{other:?}"),
@@ -242,7 +242,7 @@ async fn quic_control_end_is_the_connections_end() {
 }
 
 #[tokio::test]
-async fn quic_control_is_read_though_a_data_lane_is_the_first_to_say_that_all_is_lost() {
+async fn quic_control_is_read_though_a_data_stream_is_the_first_to_say_that_all_is_lost() {
     let mut server = Server::start(Kind::Quic);
     let (endpoint, connection) = server.quic().await;
     let (mut control, _control_rx) = connection.open_bi().await.expect("control");
@@ -255,7 +255,7 @@ async fn quic_control_is_read_though_a_data_lane_is_the_first_to_say_that_all_is
     while buf.len() < 2 {
         recv(&mut stream, &mut buf).await.expect("a byte");
     }
-    // Control was read last: the data lane is looked at first.
+    // Control was read last: the data stream is looked at first.
     control.write_all(b"on").await.expect("written");
     assert_eq!(recv_n(&mut stream, 2).await, b"on");
     control.write_all(b"disconnect").await.expect("written");
@@ -288,7 +288,7 @@ async fn quic_bytes_before_connection_close_are_read() {
     let end = loop {
         let mut buf = Vec::new();
         match recv(&mut stream, &mut buf).await {
-            Ok(got) if got.lane == 0 => control_got.extend(buf),
+            Ok(got) if got.stream == 0 => control_got.extend(buf),
             Ok(_) => data_got.extend(buf),
             Err(end) => break end,
         }
@@ -339,8 +339,8 @@ async fn quic_migration_is_followed_and_counted() {
     assert_eq!(recv_n(&mut stream, 5).await, b"there");
     assert_eq!(server.event().await, "migrated");
     assert_eq!(stream.peer_addr(), endpoint.local_addr().expect("bound"));
-    assert_eq!(stream.moved(), endpoint.local_addr().ok());
-    assert_eq!(stream.moved(), None);
+    assert_eq!(stream.take_new_peer(), endpoint.local_addr().ok());
+    assert_eq!(stream.take_new_peer(), None);
 }
 
 #[tokio::test]
@@ -377,7 +377,7 @@ async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
     }
     for _ in 0..2 {
         let got = recv(&mut stream, &mut Vec::new()).await.expect("a byte");
-        assert_ne!(got.lane, 0);
+        assert_ne!(got.stream, 0);
     }
     while open.len() < 16 {
         open.push(soon(connection.open_bi()).await.expect("credit"));

@@ -1,4 +1,4 @@
-//! WebTransport: what is accepted and what is not, lanes, ends.
+//! WebTransport: what is accepted and what is not, streams, ends.
 
 use std::future::poll_fn;
 use std::time::Duration;
@@ -77,7 +77,7 @@ async fn connected(
 }
 
 #[tokio::test]
-async fn webtransport_lanes_are_those_of_quic() {
+async fn webtransport_streams_are_those_of_quic() {
     let mut server = serve();
     let client = ask(&server, request("/mqtt")).await.expect("accepted");
     assert_eq!(client.session.protocol(), None);
@@ -92,8 +92,8 @@ async fn webtransport_lanes_are_those_of_quic() {
         poll_fn(|cx| std::task::Poll::Ready(stream.poll_recv(cx, &mut buf).is_pending())).await;
     assert!(nothing, "data before authentication");
     stream.authenticated();
-    let got = recv(&mut stream, &mut buf).await.expect("the data lane");
-    assert_eq!((got.lane, &buf[..]), (1, &b"early"[..]));
+    let got = recv(&mut stream, &mut buf).await.expect("the data stream");
+    assert_eq!((got.stream, &buf[..]), (1, &b"early"[..]));
 
     send(&mut stream, 1, b"ack").await.expect("sent");
     send(&mut stream, 0, b"connack").await.expect("sent");
@@ -108,9 +108,9 @@ async fn webtransport_lanes_are_those_of_quic() {
     assert_eq!(&answer, b"connack");
 
     data.finish().expect("open");
-    let end = recv(&mut stream, &mut buf).await.expect("lane end");
-    assert!(end.lane == 1 && end.bytes == 0 && end.lane_closed);
-    stream.finish_lane(1);
+    let end = recv(&mut stream, &mut buf).await.expect("stream end");
+    assert!(end.stream == 1 && end.bytes == 0 && end.finished);
+    stream.finish_stream(1);
     assert_eq!(soon(data_rx.read(&mut answer)).await.expect("FIN"), None);
 
     // Large ones, both ways.
@@ -142,10 +142,10 @@ async fn webtransport_allows_15_data_streams_and_resets_one_alone() {
         tx.write_all(&[n]).await.expect("written");
         open.push((tx, rx));
         let got = recv(&mut stream, &mut Vec::new()).await.expect("a byte");
-        assert_eq!((got.lane, got.bytes), (n + 1, 1));
+        assert_eq!((got.stream, got.bytes), (n + 1, 1));
     }
     assert!(client.session.open_bi().now_or_never().is_none());
-    stream.reset_lane(7, 0x81);
+    stream.reset_stream(7, 0x81);
     let (tx, rx) = &mut open[6];
     match soon(rx.read(&mut [0; 1])).await {
         Err(ReadError::Reset(0x81)) => {}
@@ -155,10 +155,10 @@ async fn webtransport_allows_15_data_streams_and_resets_one_alone() {
         Err(WriteError::Stopped(0x81)) => {}
         other => panic!("{other:?}"),
     }
-    // A client's reset is its lane's end, and is answered with the same code.
+    // A client's reset is its stream's end, and is answered with the same code.
     open[0].0.reset(31).expect("open");
     let gone = recv(&mut stream, &mut Vec::new()).await.expect_err("gone");
-    assert!(matches!(gone, Closed::Lane(1)));
+    assert!(matches!(gone, Closed::StreamReset(1)));
     match soon(open[0].1.read(&mut [0; 1])).await {
         Err(ReadError::Reset(31)) => {}
         other => panic!("{other:?}"),
@@ -351,7 +351,7 @@ async fn webtransport_bounds_what_nobody_reads() {
         .expect("credit");
     tx.write_all(&headers(&GET)).await.expect("written");
     let gone = recv(&mut stream, &mut Vec::new()).await.expect_err("gone");
-    assert!(matches!(gone, Closed::Lane(1)));
+    assert!(matches!(gone, Closed::StreamReset(1)));
     match soon(rx.read(&mut [0; 1])).await {
         Err(quinn::ReadError::Reset(code)) => assert_eq!(code, 0x10bu32.into()),
         other => panic!("{other:?}"),

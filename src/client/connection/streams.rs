@@ -185,7 +185,7 @@ impl<'a> Connection<'a> {
                         // For `watch_lanes`.
                         self.clients.router.wake_soon(&self.wake);
                     }
-                    Poll::Ready(Err(Closed::Lane(_))) => {
+                    Poll::Ready(Err(Closed::StreamReset(_))) => {
                         self.lane_gone(number);
                         continue;
                     }
@@ -193,7 +193,7 @@ impl<'a> Connection<'a> {
                 }
             }
             if self.lanes[at].closed && self.lanes[at].out.is_empty() && !self.lane_busy(number) {
-                self.stream.finish_lane(number);
+                self.stream.finish_stream(number);
                 self.lane_gone(number);
                 continue;
             }
@@ -295,7 +295,7 @@ impl<'a> Connection<'a> {
                 end.why
             );
         }
-        self.stream.reset_lane(number, end.code.0.into());
+        self.stream.reset_stream(number, end.code.0.into());
         self.lane_gone(number);
     }
 
@@ -310,21 +310,21 @@ impl<'a> Connection<'a> {
     /// Streams keep no order with each other: what came on data streams with or before the client's
     /// DISCONNECT still counts.
     pub(super) fn read_on(&mut self, cx: &mut Context<'_>) {
-        if !self.stream.has_data_lanes() {
+        if !self.stream.has_data_streams() {
             return;
         }
-        self.stream.leave_unread(0);
+        self.stream.pause_streams(0);
         let mut scratch = SCRATCH.with(std::cell::RefCell::take);
         for _ in 0..LAST_READS {
             scratch.clear();
             match self.stream.poll_recv(cx, &mut scratch) {
-                Poll::Ready(Ok(recv)) if recv.lane != 0 => {
-                    if self.received(recv.lane, &scratch).is_err() {
+                Poll::Ready(Ok(recv)) if recv.stream != 0 => {
+                    if self.received(recv.stream, &scratch).is_err() {
                         break;
                     }
                 }
                 Poll::Ready(Ok(_)) => {}
-                Poll::Ready(Err(Closed::Lane(number))) => self.lane_gone(number),
+                Poll::Ready(Err(Closed::StreamReset(number))) => self.lane_gone(number),
                 Poll::Ready(Err(_)) | Poll::Pending => break,
             }
         }

@@ -1,5 +1,5 @@
 //! One stream of the client with both its halves, and what lies between
-//! QUIC's streams and the lanes: nothing for ALPN `mqtt`; in WebTransport a
+//! QUIC's streams and the streams: nothing for ALPN `mqtt`; in WebTransport a
 //! few bytes at the beginning, and a numbering of the codes.
 
 use std::fmt;
@@ -16,7 +16,7 @@ const REQUEST_REJECTED: VarInt = VarInt::from_u32(0x010b);
 /// H3_NO_ERROR, by the same section.
 pub(super) const NO_ERROR: VarInt = VarInt::from_u32(0x0100);
 
-/// What lies between QUIC's streams and the lanes.
+/// What lies between QUIC's streams and the streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Layer {
     /// Nothing (ALPN `mqtt`).

@@ -1,4 +1,4 @@
-//! One QUIC connection as lanes: the control stream and the data streams.
+//! One QUIC connection as streams: the control stream and the data streams.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -15,33 +15,33 @@ use crate::transport::limits::Limits;
 use crate::transport::listen::{Listener, canonical};
 use crate::transport::quic::bidi::{Bidi, Layer};
 use crate::transport::quic::webtransport::Session;
-use crate::transport::quic::{CONNECTION_WINDOW, LANES, LANES_MANY, close_code, code};
+use crate::transport::quic::{CONNECTION_WINDOW, STREAMS_MANY, STREAMS_MAX, close_code, code};
 use crate::transport::tcp::with_scratch;
 use crate::transport::{CloseHow, Closed, Kind, ListenerInfo, OutBuf, Recv, Traffic};
 
 /// A QUIC connection with its control stream.
 pub(in crate::transport) struct Quic {
     connection: Connection,
-    /// What lies between QUIC's streams and the lanes.
+    /// What lies between QUIC's streams and the streams.
     layer: Layer,
     /// Of WebTransport.
     session: Option<Box<Session>>,
     control: Bidi,
     /// Lane n is at n - 1.
-    data: Vec<Option<DataLane>>,
+    data: Vec<Option<DataStream>>,
     /// Waits for further streams, once they are wanted. Until then flow control
     /// and the stream limit bound what a client can leave there.
     accept: Option<BoxFuture<Result<(SendStream, RecvStream), ConnectionError>>>,
-    /// Data lanes that are not read, as bits.
+    /// Data streams that are not read, as bits.
     unread: u16,
     /// Waits for unidirectional streams, where they cannot be forbidden.
     strays: Option<BoxFuture<Result<RecvStream, ConnectionError>>>,
-    /// Where the next round over the lanes begins.
+    /// Where the next round over the streams begins.
     next: usize,
     closing: Closing,
     /// Not yet as the layer numbers it.
     close_code: u32,
-    /// How control ended, while other lanes are still read; how often control was passed over since.
+    /// How control ended, while other streams are still read; how often control was passed over since.
     over: Option<(Closed, usize)>,
     /// Lanes that were reset while they were watched.
     watches_left: usize,
@@ -52,7 +52,7 @@ pub(in crate::transport) struct Quic {
     limits: Arc<Limits>,
 }
 
-/// Passes over the lanes that follow the end of control: what came on others before it is not lost.
+/// Passes over the streams that follow the end of control: what came on others before it is not lost.
 const LAST_PASSES: usize = 256;
 
 /// The library keeps some hundred bytes of a stream that is reset while it is watched, until the
@@ -62,8 +62,8 @@ const WATCHES_MAX: usize = 4096;
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + Sync>>;
 
 /// A data stream. Its two directions end apart.
-struct DataLane {
-    lane: Bidi,
+struct DataStream {
+    stream: Bidi,
     /// The peer's FIN was read; what it waits for is still sent.
     ended: bool,
     /// Resolves when the peer wants nothing more on it (STOP_SENDING).
@@ -72,11 +72,11 @@ struct DataLane {
     watched: bool,
 }
 
-impl DataLane {
-    fn new(lane: Bidi) -> Self {
+impl DataStream {
+    fn new(stream: Bidi) -> Self {
         Self {
-            stopped: Some(Box::pin(lane.stopped())),
-            lane,
+            stopped: Some(Box::pin(stream.stopped())),
+            stream,
             ended: false,
             watched: false,
         }
@@ -92,7 +92,7 @@ impl DataLane {
         self.stopped = None;
         match result {
             Ok(Some(code)) => Poll::Ready(code),
-            // The connection is lost, which the lanes say.
+            // The connection is lost, which the streams say.
             _ => Poll::Pending,
         }
     }
@@ -153,7 +153,7 @@ impl Quic {
         }
     }
 
-    /// What carries the lanes.
+    /// What carries the streams.
     pub(in crate::transport) fn kind(&self) -> Kind {
         match self.layer {
             Layer::Plain => Kind::Quic,
@@ -166,7 +166,7 @@ impl Quic {
     }
 
     /// The peer's address, if it changed since this was asked last.
-    pub(in crate::transport) fn moved(&mut self) -> Option<SocketAddr> {
+    pub(in crate::transport) fn take_new_peer(&mut self) -> Option<SocketAddr> {
         std::mem::take(&mut self.moved).then_some(self.peer)
     }
 
@@ -187,8 +187,8 @@ impl Quic {
         }
     }
 
-    pub(in crate::transport) fn leave_unread(&mut self, lanes: u16) {
-        self.unread = lanes;
+    pub(in crate::transport) fn pause_streams(&mut self, streams: u16) {
+        self.unread = streams;
     }
 
     pub(in crate::transport) fn poll_recv(
@@ -205,28 +205,28 @@ impl Quic {
         }
         self.poll_strays(cx);
         self.poll_accept(cx);
-        let lanes = self.data.len() + 1;
+        let streams = self.data.len() + 1;
         let mut end = None;
-        for i in 0..lanes {
-            let lane = (self.next + i) % lanes;
-            if lane == 0
+        for i in 0..streams {
+            let index = (self.next + i) % streams;
+            if index == 0
                 && let Some((_, passes)) = &mut self.over
             {
                 *passes += 1;
                 continue;
             }
-            match self.poll_lane(cx, lane, buf) {
+            match self.poll_stream(cx, index, buf) {
                 Poll::Ready(Ok(recv)) => {
-                    self.next = lane + 1;
+                    self.next = index + 1;
                     self.note_migration();
                     return Poll::Ready(Ok(recv));
                 }
-                Poll::Ready(Err(Closed::Lane(number))) => {
-                    self.next = lane + 1;
-                    return Poll::Ready(Err(Closed::Lane(number)));
+                Poll::Ready(Err(Closed::StreamReset(number))) => {
+                    self.next = index + 1;
+                    return Poll::Ready(Err(Closed::StreamReset(number)));
                 }
-                // Bytes that came before the end, on any lane, go first.
-                Poll::Ready(Err(closed)) if lane == 0 => self.over = Some((closed, 0)),
+                // Bytes that came before the end, on any stream, go first.
+                Poll::Ready(Err(closed)) if index == 0 => self.over = Some((closed, 0)),
                 // The connection is lost: what control has had of it is still read.
                 Poll::Ready(Err(closed)) => {
                     end.get_or_insert(closed);
@@ -246,16 +246,16 @@ impl Quic {
     pub(in crate::transport) fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
-        lane: u8,
+        number: u8,
         out: &mut OutBuf,
     ) -> Poll<Result<(), Closed>> {
-        let stream = if lane == 0 {
+        let stream = if number == 0 {
             Some(&mut self.control)
         } else {
-            lane_mut(&mut self.data, lane)
+            data_stream_mut(&mut self.data, number)
         };
         let Some(stream) = stream else {
-            return Poll::Ready(Err(Closed::Lane(lane)));
+            return Poll::Ready(Err(Closed::StreamReset(number)));
         };
         while !out.is_empty() {
             match ready!(stream.poll_write(cx, out.rest())) {
@@ -263,16 +263,16 @@ impl Quic {
                 Err(WriteError::ConnectionLost(error)) => {
                     return Poll::Ready(Err(lost(&error, self.layer)));
                 }
-                Err(error) if lane != 0 => {
+                Err(error) if number != 0 => {
                     let code = match error {
                         WriteError::Stopped(code) => {
-                            self.unwatch(lane);
+                            self.unwatch(number);
                             code
                         }
                         _ => self.layer.code(code::NORMAL),
                     };
-                    self.abort(lane, code);
-                    return Poll::Ready(Err(Closed::Lane(lane)));
+                    self.abort(number, code);
+                    return Poll::Ready(Err(Closed::StreamReset(number)));
                 }
                 Err(WriteError::Stopped(code)) => {
                     self.close_code = code::CONTROL_GONE;
@@ -287,35 +287,35 @@ impl Quic {
         Poll::Ready(Ok(()))
     }
 
-    pub(in crate::transport) fn reset_lane(&mut self, lane: u8, code: u32) {
-        self.abort(lane, self.layer.code(code));
+    pub(in crate::transport) fn reset_stream(&mut self, number: u8, code: u32) {
+        self.abort(number, self.layer.code(code));
     }
 
     /// FIN, where the peer has ended its direction and has all its answers.
-    pub(in crate::transport) fn finish_lane(&mut self, lane: u8) {
+    pub(in crate::transport) fn finish_stream(&mut self, number: u8) {
         // What is dropped is finished, and stopped if it was not read to its end.
-        self.take(lane);
+        self.take(number);
     }
 
     /// RESET_STREAM and STOP_SENDING with `code` as it is on the wire.
-    fn abort(&mut self, lane: u8, code: VarInt) {
-        if let Some(mut data) = self.take(lane) {
-            data.lane.abort(code);
+    fn abort(&mut self, number: u8, code: VarInt) {
+        if let Some(mut data) = self.take(number) {
+            data.stream.abort(code);
             self.watches_left += usize::from(data.watched);
         }
     }
 
     /// The library has told, to whoever asked.
-    fn unwatch(&mut self, lane: u8) {
-        let at = usize::from(lane).checked_sub(1);
+    fn unwatch(&mut self, number: u8) {
+        let at = usize::from(number).checked_sub(1);
         let data = at.and_then(|at| self.data.get_mut(at)?.as_mut());
         if let Some(data) = data {
             data.watched = false;
         }
     }
 
-    fn take(&mut self, lane: u8) -> Option<DataLane> {
-        let at = usize::from(lane).checked_sub(1)?;
+    fn take(&mut self, number: u8) -> Option<DataStream> {
+        let at = usize::from(number).checked_sub(1)?;
         self.data.get_mut(at)?.take()
     }
 
@@ -340,12 +340,12 @@ impl Quic {
         }
     }
 
-    /// FIN on every lane; resolves when the peer has acknowledged all, or
+    /// FIN on every stream; resolves when the peer has acknowledged all, or
     /// cannot any more.
     fn finish(&mut self) -> BoxFuture<()> {
-        let data = self.data.iter_mut().flatten().map(|data| &mut data.lane);
-        let lanes = std::iter::once(&mut self.control).chain(data);
-        let waits: Vec<_> = lanes.map(Bidi::finish).collect();
+        let data = self.data.iter_mut().flatten().map(|data| &mut data.stream);
+        let streams = std::iter::once(&mut self.control).chain(data);
+        let waits: Vec<_> = streams.map(Bidi::finish).collect();
         let session = self.session.as_mut().map(|s| s.end(self.close_code));
         Box::pin(async move {
             for wait in waits {
@@ -377,45 +377,45 @@ impl Quic {
                 return;
             };
             let Ok((send, recv)) = accepted else {
-                // The lanes say what happened to the connection.
+                // The streams say what happened to the connection.
                 self.accept = None;
                 return;
             };
             self.accept = Some(accept_bi(self.connection.clone()));
-            let lane = Some(DataLane::new(Bidi::new(send, recv, self.layer)));
+            let opened = Some(DataStream::new(Bidi::new(send, recv, self.layer)));
             if let Some(slot) = self.data.iter_mut().find(|slot| slot.is_none()) {
-                *slot = lane;
-            } else if self.data.len() < LANES - 1 {
-                self.data.push(lane);
+                *slot = opened;
+            } else if self.data.len() < STREAMS_MAX - 1 {
+                self.data.push(opened);
             }
             // Else it is dropped, which stops and finishes it; but that cannot
             // be, because the stream limit counts the same streams.
-            if self.data.len() + 1 == LANES_MANY {
-                // A session's own stream is no lane.
-                let all = LANES + usize::from(self.session.is_some());
+            if self.data.len() + 1 == STREAMS_MANY {
+                // A session's own stream is no stream.
+                let all = STREAMS_MAX + usize::from(self.session.is_some());
                 let all = VarInt::from_u32(all as u32);
                 self.connection.set_max_concurrent_bi_streams(all);
             }
         }
     }
 
-    fn poll_lane(
+    fn poll_stream(
         &mut self,
         cx: &mut Context<'_>,
-        lane: usize,
+        index: usize,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<Recv, Closed>> {
-        let number = lane as u8;
-        let stream = match lane.checked_sub(1) {
+        let number = index as u8;
+        let stream = match index.checked_sub(1) {
             None => &mut self.control,
             Some(i) => {
                 let Some(data) = &mut self.data[i] else {
                     return Poll::Pending;
                 };
-                if data.ended || self.unread & 1 << lane != 0 {
-                    return self.poll_stopped(cx, lane);
+                if data.ended || self.unread & 1 << index != 0 {
+                    return self.poll_stopped(cx, index);
                 }
-                &mut data.lane
+                &mut data.stream
             }
         };
         let read = with_scratch(|scratch| {
@@ -427,27 +427,27 @@ impl Quic {
         });
         if read.is_pending() {
             // Behind all that has come.
-            return self.poll_stopped(cx, lane);
+            return self.poll_stopped(cx, index);
         }
         match ready!(read) {
             Ok(bytes) if bytes > 0 => Poll::Ready(Ok(Recv {
-                lane: number,
+                stream: number,
                 bytes,
-                lane_closed: false,
+                finished: false,
             })),
             Err(ReadError::ConnectionLost(error)) => Poll::Ready(Err(lost(&error, self.layer))),
-            end if lane == 0 => {
+            end if index == 0 => {
                 self.close_code = code::CONTROL_GONE;
                 Poll::Ready(Err(control_end(end, self.layer)))
             }
             Ok(_) => {
-                if let Some(data) = &mut self.data[lane - 1] {
+                if let Some(data) = &mut self.data[index - 1] {
                     data.ended = true;
                 }
                 Poll::Ready(Ok(Recv {
-                    lane: number,
+                    stream: number,
                     bytes: 0,
-                    lane_closed: true,
+                    finished: true,
                 }))
             }
             Err(error) => {
@@ -456,20 +456,20 @@ impl Quic {
                     _ => self.layer.code(code::NORMAL),
                 };
                 self.abort(number, code);
-                Poll::Ready(Err(Closed::Lane(number)))
+                Poll::Ready(Err(Closed::StreamReset(number)))
             }
         }
     }
 
-    /// A data lane that the peer takes nothing more on is gone.
-    fn poll_stopped(&mut self, cx: &mut Context<'_>, lane: usize) -> Poll<Result<Recv, Closed>> {
-        let data = lane.checked_sub(1).and_then(|i| self.data[i].as_mut());
+    /// A data stream that the peer takes nothing more on is gone.
+    fn poll_stopped(&mut self, cx: &mut Context<'_>, index: usize) -> Poll<Result<Recv, Closed>> {
+        let data = index.checked_sub(1).and_then(|i| self.data[i].as_mut());
         let Some(data) = data else {
             return Poll::Pending;
         };
         let code = ready!(data.poll_stopped(cx));
-        self.abort(lane as u8, code);
-        Poll::Ready(Err(Closed::Lane(lane as u8)))
+        self.abort(index as u8, code);
+        Poll::Ready(Err(Closed::StreamReset(index as u8)))
     }
 
     fn note_migration(&mut self) {
@@ -482,9 +482,9 @@ impl Quic {
     }
 }
 
-fn lane_mut(data: &mut [Option<DataLane>], lane: u8) -> Option<&mut Bidi> {
-    let slot = data.get_mut(usize::from(lane).checked_sub(1)?)?;
-    slot.as_mut().map(|data| &mut data.lane)
+fn data_stream_mut(data: &mut [Option<DataStream>], number: u8) -> Option<&mut Bidi> {
+    let slot = data.get_mut(usize::from(number).checked_sub(1)?)?;
+    slot.as_mut().map(|data| &mut data.stream)
 }
 
 fn control_end(end: Result<usize, ReadError>, layer: Layer) -> Closed {

@@ -1,6 +1,6 @@
 //! WebTransport over HTTP/3 (draft-ietf-webtrans-http3) on a connection whose
 //! ALPN is `h3`: SETTINGS, one request that is judged like a WebSocket's, and
-//! then the session's streams are lanes as those of ALPN `mqtt` are. There is
+//! then the session's streams are streams as those of ALPN `mqtt` are. There is
 //! one session per connection, and HTTP is served no further than that.
 
 use std::future::poll_fn;
@@ -46,7 +46,7 @@ mod h3 {
     pub(super) const REQUEST_INCOMPLETE: u32 = 0x010d;
 }
 
-/// What a session needs beside its lanes.
+/// What a session needs beside its streams.
 pub(super) struct Session {
     send: Option<SendStream>,
     recv: RecvStream,

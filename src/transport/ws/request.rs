@@ -10,7 +10,7 @@ use tokio_tungstenite::tungstenite::http::{
 };
 
 use crate::config::HEALTH_PATH;
-use crate::transport::{Guess, ListenSpec, looks_like};
+use crate::transport::{Detected, ListenSpec, detect};
 
 /// The most header lines of a request.
 const LINES_MAX: usize = 100;
@@ -73,9 +73,9 @@ pub(super) struct Head {
 
 impl Head {
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, Refusal> {
-        let guess = looks_like(bytes);
+        let guess = detect(bytes);
         // Read as a request it would have an odd version.
-        if guess == Some(Guess::Proxy) {
+        if guess == Some(Detected::Proxy) {
             return Err(malformed(bytes));
         }
         let mut lines = [EMPTY_HEADER; LINES_MAX];
@@ -90,8 +90,8 @@ impl Head {
             Err(ParseError::Version) => {
                 let refusal = Refusal::new(505, "HTTP/1.1 is needed");
                 return Err(match guess {
-                    Some(Guess::Http2) => {
-                        refusal.logged(format!("not HTTP/1.1 but {}", Guess::Http2))
+                    Some(Detected::Http2) => {
+                        refusal.logged(format!("not HTTP/1.1 but {}", Detected::Http2))
                     }
                     _ => refusal,
                 });
@@ -248,8 +248,8 @@ fn accept(key: &HeaderValue) -> Option<Vec<u8>> {
 /// For what cannot be read as HTTP.
 pub(super) fn malformed(bytes: &[u8]) -> Refusal {
     let refusal = Refusal::new(400, "malformed request");
-    match looks_like(bytes) {
-        Some(Guess::Http) | None => refusal,
+    match detect(bytes) {
+        Some(Detected::Http) | None => refusal,
         Some(what) => refusal.logged(format!("no WebSocket request but {what}")),
     }
 }
