@@ -4,6 +4,7 @@
 //! Locks, in the order in which they may be nested: what presence told, who evicts, or retained; the
 //! table; groups; one shard; and, each as the last, one link's lanes, what is deferred, what is lost, a
 //! wake's own. None is held over an await.
+mod apply;
 mod barrier;
 mod delivery;
 mod filters;
@@ -28,8 +29,9 @@ use crate::store::Store;
 use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
+pub use apply::Caller;
 pub use filters::links::{BrokerFeatures, LinkSession, Wanted};
-pub use publish::Answered;
+pub use publish::{Answered, ClientPublish};
 pub use sessions::connect::{Connect, Connected, Refused};
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
 pub use tick::WRITE_STALL;

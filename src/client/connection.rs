@@ -12,10 +12,9 @@ use std::task::{Context, Poll};
 use crate::auth::Identity;
 use crate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, Version};
 use crate::router::handle::ConnectionHandle;
-use crate::router::{Peer, SessionRef};
+use crate::router::{Caller, Peer, SessionRef};
 use crate::session::{Close, Effect};
 use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
-use crate::time::Millis;
 use crate::transport::{Closed, ConnectionTask, OutBuf, Stream};
 
 use crate::client::end::End;
@@ -490,7 +489,12 @@ impl<'a> Connection<'a> {
         if counts[0] > 0 {
             self.qos0_at = seconds;
         }
-        self.execute(effects, now);
+        let caller = Caller {
+            session: self.session,
+            connection_no: self.connection_no,
+            publish_link: self.publish_link,
+        };
+        router.apply(caller, effects, now);
         let Some((end, step, full)) = outcome else {
             return Err(self.replaced());
         };
@@ -499,30 +503,6 @@ impl<'a> Connection<'a> {
             return Err(end);
         }
         Ok(step)
-    }
-
-    fn execute(&self, effects: Vec<Effect>, now: Millis) {
-        let router = &self.clients.router;
-        for effect in effects {
-            match effect {
-                Effect::Publish { .. } => {
-                    router.publish(self.session, self.publish_link, effect, now);
-                }
-                Effect::Subscribe {
-                    packet_id,
-                    identifier,
-                    wanted,
-                } => router.subscribe(
-                    self.session,
-                    self.connection_no,
-                    packet_id,
-                    identifier,
-                    &wanted,
-                    now,
-                ),
-                Effect::Unsubscribe { filters } => router.unsubscribe(self.session, &filters, now),
-            }
-        }
     }
 
     /// Leaves the socket unread, or reads it again.

@@ -5,8 +5,8 @@ pub mod queue;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::mqtt::{QoS, ReasonCode, Version};
-use crate::session::{Effect, Token};
+use crate::mqtt::{Message, QoS, ReasonCode, Version};
+use crate::session::Token;
 use crate::telemetry::{DropReason as DropCause, HeldReason, metrics};
 use crate::time::Millis;
 
@@ -18,16 +18,18 @@ use crate::router::types::SessionRef;
 impl Router {
     /// Hands a publish to the client's P link. What cannot wait any more is answered 0x97, or at
     /// QoS 0 dropped, and counted.
-    pub fn publish(&self, session: SessionRef, publish_link: u8, effect: Effect, now: Millis) {
-        let Effect::Publish {
+    pub fn publish(
+        &self,
+        session: SessionRef,
+        publish_link: u8,
+        publish: ClientPublish,
+        now: Millis,
+    ) {
+        let ClientPublish {
             token,
             message,
             tag,
-        } = effect
-        else {
-            return;
-        };
-
+        } = publish;
         let link = &self.lanes[usize::from(publish_link)];
         let away = !link.up.load(Ordering::Acquire);
         let mut lanes = link.lanes.lock();
@@ -198,6 +200,17 @@ impl Router {
 
 /// What a message takes beside its packet's bytes.
 const MESSAGE_OVERHEAD: u64 = 96;
+
+/// A publish of a client for the broker.
+#[derive(Debug)]
+pub struct ClientPublish {
+    /// Names the publish in the broker's answer; `None`: nobody waits for an answer.
+    pub token: Option<Token>,
+    /// The message to publish.
+    pub message: Message,
+    /// Not 0: the publisher has a No Local subscription that matches; the mark of its session.
+    pub tag: u64,
+}
 
 /// One answer of the core to a client's publish.
 #[derive(Clone, Copy, Debug)]

@@ -7,8 +7,11 @@ use crate::mqtt::{
     Version,
 };
 use crate::router::handle::ConnectionHandle;
-use crate::router::{BrokerFeatures, Connect, Connected, LinkSession, Peer, Router, RouterConfig};
-use crate::session::{ConnectionSpec, Effect, Policy, QueueFull, SessionLimits, Wanted};
+use crate::router::{
+    BrokerFeatures, Caller, ClientPublish, Connect, Connected, LinkSession, Peer, Router,
+    RouterConfig,
+};
+use crate::session::{ConnectionSpec, Policy, QueueFull, SessionLimits, Wanted};
 use crate::store::Memory;
 use crate::time::Millis;
 
@@ -204,21 +207,12 @@ pub fn packet_in(router: &Router, client: Connected, version: Version, bytes: &[
             },
         )
         .expect("it is connected");
-    for effect in effects {
-        match effect {
-            Effect::Subscribe {
-                packet_id,
-                identifier,
-                wanted,
-            } => router.subscribe(session, connection_no, packet_id, identifier, &wanted, now),
-            Effect::Unsubscribe { filters } => {
-                router.unsubscribe(session, &filters, now);
-            }
-            Effect::Publish { .. } => {
-                router.publish(session, client.publish_link, effect, now);
-            }
-        }
-    }
+    let caller = Caller {
+        session,
+        connection_no,
+        publish_link: client.publish_link,
+    };
+    router.apply(caller, effects, now);
 }
 
 /// Hands a QoS 1 publish to the client's lane.
@@ -238,12 +232,12 @@ pub fn publish_at(router: &Router, client: Connected, number: u32, qos: QoS) {
         strip_key: None,
         account: None,
     });
-    let effect = Effect::Publish {
+    let publish = ClientPublish {
         token: None,
         message,
         tag: 0,
     };
-    router.publish(client.session, client.publish_link, effect, 0);
+    router.publish(client.session, client.publish_link, publish, 0);
 }
 
 /// Subscribes a client, without retained messages; the answer is the core's to give.

@@ -8,8 +8,8 @@ use tidegate::mqtt::{
     decode_connect, encode_disconnect,
 };
 use tidegate::router::handle::ConnectionHandle;
-use tidegate::router::{Connect, Peer, Router, SessionRef};
-use tidegate::session::{Close, ConnectionSpec, Effect, Policy, Will};
+use tidegate::router::{Caller, Connect, Peer, Router, SessionRef};
+use tidegate::session::{Close, ConnectionSpec, Policy, Will};
 use tidegate::time::Millis;
 
 use crate::oracle::{Oracle, key};
@@ -275,24 +275,12 @@ impl Edge {
                 Ok((close, held, more))
             },
         );
-        for effect in effects {
-            match effect {
-                Effect::Publish { .. } => router.publish(open.session, 0, effect, now),
-                Effect::Subscribe {
-                    packet_id,
-                    identifier,
-                    wanted,
-                } => router.subscribe(
-                    open.session,
-                    open.connection_no,
-                    packet_id,
-                    identifier,
-                    &wanted,
-                    now,
-                ),
-                Effect::Unsubscribe { filters } => router.unsubscribe(open.session, &filters, now),
-            }
-        }
+        let caller = Caller {
+            session: open.session,
+            connection_no: open.connection_no,
+            publish_link: 0,
+        };
+        router.apply(caller, effects, now);
         if used > 0 && self.wake.closing().is_none() {
             self.last_in = now;
         }

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::mqtt::{Message, ReasonCode};
-use crate::session::{Close, ConnectionSpec, Effect, Ended, Orphan, Session, Will};
+use crate::session::{Close, ConnectionSpec, Ended, Orphan, Session, Will};
 use crate::telemetry::{DropReason as DropCause, SessionEndReason, metrics};
 use crate::time::Millis;
 
 use crate::router::Router;
 use crate::router::handle::ConnectionHandle;
+use crate::router::publish::ClientPublish;
 use crate::router::sessions::shard::Shard;
 use crate::router::types::{Peer, SessionRef};
 
@@ -343,7 +344,7 @@ impl Router {
         self.publish(
             session,
             link,
-            Effect::Publish {
+            ClientPublish {
                 token: None,
                 message: will,
                 tag,

@@ -3,11 +3,11 @@
 use serde::Serialize;
 
 use crate::mqtt::{Message, MessageSpec, Properties, QoS, has_discouraged};
-use crate::session::Effect;
 use crate::telemetry::{RateLimited, clean, metrics};
 use crate::time::Millis;
 
 use crate::router::Router;
+use crate::router::publish::ClientPublish;
 use crate::router::types::{Peer, SessionRef};
 
 /// Clients that cannot be named in a topic.
@@ -80,11 +80,11 @@ impl Router {
             strip_key: None,
             account: Some(account.clone()),
         });
-        let effect = Effect::Publish {
+        let publish = ClientPublish {
             token: None,
             message,
             tag: 0,
         };
-        self.publish(session, link, effect, now);
+        self.publish(session, link, publish, now);
     }
 }
