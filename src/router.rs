@@ -34,7 +34,6 @@ pub use filters::links::{BrokerFeatures, LinkSession, Wanted};
 pub use publish::{Answered, ClientPublish};
 pub use sessions::connect::{Connect, Connected, Refused};
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
-pub use tick::WRITE_STALL;
 pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
 
 use delivery::shared::Groups;

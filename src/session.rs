@@ -4,6 +4,7 @@
 //! [`Effect`]s for the router and deadlines come out. The router's shards own the sessions; the
 //! connection tasks feed them.
 
+mod close;
 mod connection;
 mod delivery;
 mod entry;
@@ -25,6 +26,7 @@ use crate::budget::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 use crate::time::Millis;
 
+pub use close::CloseReason;
 pub use connection::{Connection, ConnectionSpec, Scope};
 pub use entry::{Offer, Orphan};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
@@ -180,15 +182,6 @@ pub struct Unsubscribed {
     /// Filters of the client, granted later, that match some of the same messages: it was the
     /// copies of this one that the client got.
     pub senior_over: Vec<u32>,
-}
-
-/// The connection must end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Close {
-    /// Sent to an MQTT 5 client in DISCONNECT (but not 0x00, which the client sent).
-    pub reason: ReasonCode,
-    /// For the log.
-    pub why: &'static str,
 }
 
 /// A session.

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use crate::auth::Identity;
-use crate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, Version};
+use crate::mqtt::{Decoder, Packet, QoS, Receiver, Version};
 use crate::router::handle::ConnectionHandle;
 use crate::router::{Caller, Peer, SessionRef};
-use crate::session::{Close, Effect};
+use crate::session::{CloseReason, Effect};
 use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
 use crate::transport::{Closed, ConnectionTask, OutBuf, Stream};
 
@@ -438,10 +438,7 @@ impl<'a> Connection<'a> {
                         }
                     };
                     if lane != 0 && !allowed(&packet) {
-                        end = Some(End::from_close(Close {
-                            reason: ReasonCode::PROTOCOL_ERROR,
-                            why: "a packet that belongs on the control stream",
-                        }));
+                        end = Some(End::from_close(CloseReason::ControlStreamOnly));
                         break;
                     }
                     if let Packet::Publish(p) = &packet {

@@ -1,8 +1,7 @@
 //! Why a connection ends, and what is said of it: to the client, in the log, in the metrics.
 
 use crate::mqtt::{Error, ReasonCode};
-use crate::router::WRITE_STALL;
-use crate::session::Close;
+use crate::session::CloseReason;
 use crate::telemetry::{DisconnectReason, metrics};
 use crate::transport::{CloseHow, Closed};
 
@@ -28,41 +27,21 @@ impl End {
         }
     }
 
-    pub fn from_close(close: Close) -> Self {
-        use DisconnectReason as D;
-        let code = close.reason;
-        let (label, how) = match code {
-            ReasonCode::SUCCESS => (D::Normal, CloseHow::Normal),
-            ReasonCode::DISCONNECT_WITH_WILL_MESSAGE => (D::NormalWithWill, CloseHow::Normal),
-            ReasonCode::SESSION_TAKEN_OVER => (D::TakenOver, CloseHow::Normal),
-            ReasonCode::KEEP_ALIVE_TIMEOUT => (D::KeepAlive, CloseHow::Normal),
-            ReasonCode::SERVER_SHUTTING_DOWN => (D::Draining, CloseHow::GoingAway),
-            ReasonCode::RECEIVE_MAXIMUM_EXCEEDED => (D::ReceiveMaximum, CloseHow::Protocol),
-            ReasonCode::TOPIC_ALIAS_INVALID => (D::TopicAlias, CloseHow::Protocol),
-            ReasonCode::TOPIC_NAME_INVALID | ReasonCode::TOPIC_FILTER_INVALID => {
-                (D::Topic, CloseHow::Protocol)
-            }
-            ReasonCode::QOS_NOT_SUPPORTED | ReasonCode::RETAIN_NOT_SUPPORTED => {
-                (D::NotSupported, CloseHow::Protocol)
-            }
-            _ if close == WRITE_STALL => (D::WriteStall, CloseHow::Overload),
-            ReasonCode::QUOTA_EXCEEDED => (D::Quota, CloseHow::Overload),
-            ReasonCode::PROTOCOL_ERROR => (D::Protocol, CloseHow::Protocol),
-            _ => (D::Other, CloseHow::Normal),
-        };
-        let client_ended = matches!(label, D::Normal | D::NormalWithWill);
-        if !client_ended && how == CloseHow::Protocol {
+    /// The end that `reason` asks for; counts a packet that broke the protocol.
+    pub fn from_close(reason: CloseReason) -> Self {
+        let (label, how) = label_and_how(reason);
+        let code = reason.reason_code();
+        if !reason.by_client() && how == CloseHow::Protocol {
             metrics().packet_rejected(code.0, code.name());
         }
         Self {
             label,
-            code: if client_ended {
-                ReasonCode::SUCCESS
-            } else {
-                code
+            code: match reason.by_client() {
+                true => ReasonCode::SUCCESS,
+                false => code,
             },
-            why: close.why.into(),
-            normal: label == D::Normal,
+            why: reason.text().into(),
+            normal: reason.discards_will(),
             how,
         }
     }
@@ -111,5 +90,36 @@ impl End {
             normal: false,
             how,
         }
+    }
+}
+
+/// The metric's label for a close reason, and how the transport closes.
+fn label_and_how(reason: CloseReason) -> (DisconnectReason, CloseHow) {
+    use CloseReason as C;
+    use DisconnectReason as D;
+    match reason {
+        C::Disconnect => (D::Normal, CloseHow::Normal),
+        C::DisconnectWithWill => (D::NormalWithWill, CloseHow::Normal),
+        C::NotConnected
+        | C::SecondConnect
+        | C::AuthWithoutMethod
+        | C::ServerPacket
+        | C::ControlStreamOnly
+        | C::ExpirySetOnDisconnect
+        | C::PacketIdInUse
+        | C::TopicAliasUndefined => (D::Protocol, CloseHow::Protocol),
+        C::TopicAliasAboveMaximum => (D::TopicAlias, CloseHow::Protocol),
+        C::TopicLevels => (D::Topic, CloseHow::Protocol),
+        C::QosNotSupported | C::RetainNotSupported => (D::NotSupported, CloseHow::Protocol),
+        C::ReceiveMaximumExceeded => (D::ReceiveMaximum, CloseHow::Protocol),
+        C::SubscribeRefused => (D::Other, CloseHow::Normal),
+        C::KeepAlive => (D::KeepAlive, CloseHow::Normal),
+        C::WriteStall => (D::WriteStall, CloseHow::Overload),
+        C::TopicAliasBytes | C::UnsubscribeFilters | C::SessionQueueFull | C::QueueBudget => {
+            (D::Quota, CloseHow::Overload)
+        }
+        C::TakenOver => (D::TakenOver, CloseHow::Normal),
+        C::SessionEnded => (D::SessionEnded, CloseHow::Normal),
+        C::ShuttingDown => (D::Draining, CloseHow::GoingAway),
     }
 }

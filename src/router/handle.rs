@@ -6,7 +6,7 @@ use std::task::Waker;
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 
-use crate::session::Close;
+use crate::session::CloseReason;
 use crate::time::Millis;
 
 /// Wakes one task, once for any number of reasons until it looks.
@@ -48,7 +48,7 @@ pub struct ConnectionHandle {
     sent_at: AtomicU64,
     /// When the transport last took a part of the output.
     moved_at: AtomicU64,
-    close: Mutex<Option<Close>>,
+    close: Mutex<Option<CloseReason>>,
 }
 
 impl ConnectionHandle {
@@ -63,13 +63,13 @@ impl ConnectionHandle {
     }
 
     /// Tells the task to end its connection; the first reason stays.
-    pub fn close(&self, close: Close) {
-        self.close.lock().get_or_insert(close);
+    pub fn close(&self, reason: CloseReason) {
+        self.close.lock().get_or_insert(reason);
         self.waker.raise_again();
     }
 
     /// Why the connection is to end, if it is.
-    pub fn closing(&self) -> Option<Close> {
+    pub fn closing(&self) -> Option<CloseReason> {
         *self.close.lock()
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use parking_lot::RwLockWriteGuard;
 
 use crate::mqtt::ReasonCode;
-use crate::session::Close;
+use crate::session::CloseReason;
 use crate::telemetry::metrics;
 use crate::time::Millis;
 
@@ -93,7 +93,7 @@ impl Router {
             if s.session.deadline() <= now
                 && let Some(handle) = &s.handle
             {
-                handle.close(KEEP_ALIVE);
+                handle.close(CloseReason::KeepAlive);
                 // Asked once; the task ends the connection.
                 if let Some(connection) = s.session.connection() {
                     connection.keep_alive = 0;
@@ -130,7 +130,7 @@ impl Router {
                 let stands = moved.saturating_add(self.config.write_stall) < now;
                 let drags = self.stalled_at(slot.taken_at, slot.offered) < now;
                 if slot.offered > 0 && (stands || drags) {
-                    handle.close(WRITE_STALL);
+                    handle.close(CloseReason::WriteStall);
                 }
             }
         }
@@ -156,7 +156,7 @@ impl Router {
     }
 
     /// Asks up to `most` connections to end.
-    pub fn close_some(&self, close: Close, most: usize) {
+    pub fn close_some(&self, reason: CloseReason, most: usize) {
         let mut left = most;
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {
@@ -167,7 +167,7 @@ impl Router {
                     && slot.session.attached()
                     && handle.closing().is_none()
                 {
-                    handle.close(close);
+                    handle.close(reason);
                     left -= 1;
                 }
             }
@@ -361,17 +361,6 @@ const SLOWEST: u64 = 8192;
 /// Bytes of each connection's output under pressure.
 const PRESSED: usize = 2048;
 
-const KEEP_ALIVE: Close = Close {
-    reason: ReasonCode::KEEP_ALIVE_TIMEOUT,
-    why: "nothing came for one and a half times the keep alive [MQTT-3.1.2-22]",
-};
-
-/// Ends a connection whose socket takes nothing.
-pub const WRITE_STALL: Close = Close {
-    reason: ReasonCode::QUOTA_EXCEEDED,
-    why: "the socket took too little within limits.write_stall",
-};
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -399,7 +388,7 @@ mod tests {
         router.close_stalled(last);
         assert!(wake.closing().is_none());
         router.close_stalled(last + 1);
-        assert_eq!(wake.closing(), Some(WRITE_STALL));
+        assert_eq!(wake.closing(), Some(CloseReason::WriteStall));
     }
 
     #[test]

@@ -9,8 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::client::Clients;
-use crate::mqtt::ReasonCode;
-use crate::session::Close;
+use crate::session::CloseReason;
 use crate::transport::{CloseHow, ConnectionCap, Drain};
 use crate::upstream::Upstream;
 
@@ -76,7 +75,7 @@ pub(super) async fn drain(running: Running) {
     let steps = (running.grace / 2).as_millis() / STEP.as_millis();
     let per_step = TOLD_MIN.max(running.cap.used() / (steps.max(1) as usize) + 1);
     while running.cap.used() > 0 && Instant::now() < deadline {
-        router.close_some(SHUTTING_DOWN, per_step);
+        router.close_some(CloseReason::ShuttingDown, per_step);
         sleep(STEP).await;
     }
     // What clients were promised nothing for may still get its answer from the core.
@@ -102,8 +101,3 @@ pub(super) async fn drain(running: Running) {
         "Drained: with store.durability = \"memory\" these sessions and messages end with the process"
     );
 }
-
-const SHUTTING_DOWN: Close = Close {
-    reason: ReasonCode::SERVER_SHUTTING_DOWN,
-    why: "the process is ending",
-};

@@ -6,11 +6,11 @@ use std::sync::atomic::Ordering;
 
 use foldhash::fast::RandomState;
 
-use crate::mqtt::{Alias, QoS, ReasonCode, Version};
+use crate::mqtt::{Alias, QoS, Version};
 use crate::time::Millis;
 use crate::topics::split_shared;
 
-use crate::session::{Close, SessionLimits};
+use crate::session::{CloseReason, SessionLimits};
 
 /// Aliases given toward one client at most, whatever it offers: each costs its topic's bytes.
 const ALIASES_OUT_MAX: u16 = 64;
@@ -306,11 +306,13 @@ impl Connection {
     ///
     /// # Errors
     /// It was never defined, or the topics of all aliases together are too long to keep.
-    pub fn resolve_alias(&mut self, lane: u8, alias: u16, topic: &str) -> Result<Arc<str>, Close> {
-        let undefined = Close {
-            reason: ReasonCode::PROTOCOL_ERROR,
-            why: "a topic alias that was never defined",
-        };
+    pub fn resolve_alias(
+        &mut self,
+        lane: u8,
+        alias: u16,
+        topic: &str,
+    ) -> Result<Arc<str>, CloseReason> {
+        let undefined = CloseReason::TopicAliasUndefined;
         let index = usize::from(alias).checked_sub(1).ok_or(undefined)?;
         let lane = usize::from(lane);
         if topic.is_empty() {
@@ -326,10 +328,7 @@ impl Connection {
         let all = self.aliases_in.iter().flatten().flatten();
         let others: usize = all.map(|t| t.len()).sum();
         if others + topic.len() > ALIAS_BYTES_MAX {
-            return Err(Close {
-                reason: ReasonCode::QUOTA_EXCEEDED,
-                why: "the topics behind the client's aliases are too long to keep",
-            });
+            return Err(CloseReason::TopicAliasBytes);
         }
         let topic: Arc<str> = topic.into();
         self.aliases_in[lane][index] = Some(topic.clone());

@@ -12,7 +12,7 @@ use crate::topics::matches;
 
 use crate::session::connection::{Connection, Scope};
 use crate::session::inbound::{Answer, Arrival, Incoming};
-use crate::session::{Close, Effect, Policy, Session, SessionLimits, Subscription};
+use crate::session::{CloseReason, Effect, Policy, Session, SessionLimits, Subscription};
 
 impl Session {
     /// Takes one packet that arrived on `lane` (0: the control stream). What it asks of the router
@@ -20,7 +20,7 @@ impl Session {
     /// packet is judged, an [`Effect::Subscribe`] is to be carried out.
     ///
     /// # Errors
-    /// [`Close`]: the connection must end; `effects` so far stand.
+    /// [`CloseReason`]: the connection must end; `effects` so far stand.
     pub fn packet(
         &mut self,
         lane: u8,
@@ -29,9 +29,9 @@ impl Session {
         policy: &dyn Policy,
         now: Millis,
         effects: &mut Vec<Effect>,
-    ) -> Result<(), Close> {
+    ) -> Result<(), CloseReason> {
         let Some(connection) = self.connection.as_deref_mut() else {
-            return Err(protocol("the session has no connection"));
+            return Err(CloseReason::NotConnected);
         };
         connection.last_seen = now;
         match packet {
@@ -53,9 +53,9 @@ impl Session {
                 Ok(())
             }
             Packet::Disconnect(d) => self.disconnect(d, limits),
-            Packet::Connect(_) => Err(protocol("a second CONNECT [MQTT-3.1.0-2]")),
-            Packet::Auth(_) => Err(protocol("AUTH without an authentication method")),
-            _ => Err(protocol("a packet that only servers send")),
+            Packet::Connect(_) => Err(CloseReason::SecondConnect),
+            Packet::Auth(_) => Err(CloseReason::AuthWithoutMethod),
+            _ => Err(CloseReason::ServerPacket),
         }
     }
 
@@ -67,7 +67,7 @@ impl Session {
         policy: &dyn Policy,
         now: Millis,
         effects: &mut Vec<Effect>,
-    ) -> Result<(), Close> {
+    ) -> Result<(), CloseReason> {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
@@ -75,32 +75,20 @@ impl Session {
         let mut topic = publish.topic;
         if let Some(alias) = publish.topic_alias {
             if alias > limits.topic_alias_max {
-                return Err(close(
-                    ReasonCode::TOPIC_ALIAS_INVALID,
-                    "a topic alias above our maximum [MQTT-3.3.2-9]",
-                ));
+                return Err(CloseReason::TopicAliasAboveMaximum);
             }
             aliased = connection.resolve_alias(lane, alias, publish.topic)?;
             topic = &aliased;
         }
         if topic.split('/').count() > limits.topic_levels_max {
-            return Err(close(
-                ReasonCode::TOPIC_NAME_INVALID,
-                "a topic with more levels than limits.topic_levels_max",
-            ));
+            return Err(CloseReason::TopicLevels);
         }
         let v5 = connection.version == Version::V5;
         if v5 && publish.qos > policy.maximum_qos() {
-            return Err(close(
-                ReasonCode::QOS_NOT_SUPPORTED,
-                "a QoS above the announced maximum [MQTT-3.2.2-11]",
-            ));
+            return Err(CloseReason::QosNotSupported);
         }
         if v5 && publish.retain && !policy.retain_available() {
-            return Err(close(
-                ReasonCode::RETAIN_NOT_SUPPORTED,
-                "RETAIN where the core keeps none [MQTT-3.2.2-14]",
-            ));
+            return Err(CloseReason::RetainNotSupported);
         }
         let mut token = None;
         if publish.qos > QoS::AtMostOnce {
@@ -139,10 +127,7 @@ impl Session {
                     return Ok(());
                 }
                 Arrival::TooMany => {
-                    return Err(close(
-                        ReasonCode::RECEIVE_MAXIMUM_EXCEEDED,
-                        "more unanswered publishes than our Receive Maximum",
-                    ));
+                    return Err(CloseReason::ReceiveMaximumExceeded);
                 }
             }
         }
@@ -196,7 +181,7 @@ impl Session {
         Ok(())
     }
 
-    fn pubrec(&mut self, lane: u8, ack: &Ack<'_>, now: Millis) -> Result<(), Close> {
+    fn pubrec(&mut self, lane: u8, ack: &Ack<'_>, now: Millis) -> Result<(), CloseReason> {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
@@ -215,7 +200,7 @@ impl Session {
         Ok(())
     }
 
-    fn pubrel(&mut self, lane: u8, ack: &Ack<'_>) -> Result<(), Close> {
+    fn pubrel(&mut self, lane: u8, ack: &Ack<'_>) -> Result<(), CloseReason> {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
@@ -248,27 +233,21 @@ impl Session {
         &mut self,
         disconnect: &Disconnect<'_>,
         limits: &SessionLimits,
-    ) -> Result<(), Close> {
+    ) -> Result<(), CloseReason> {
         if let Some(expiry) = disconnect.session_expiry {
             if self.expiry == 0 && expiry != 0 {
-                return Err(protocol(
-                    "DISCONNECT sets an expiry that CONNECT had at zero",
-                ));
+                return Err(CloseReason::ExpirySetOnDisconnect);
             }
             self.expiry = expiry.min(limits.expiry_max);
         }
-        if disconnect.reason.0 == 0 && self.will.take().is_some() {
+        if disconnect.reason != ReasonCode::SUCCESS {
+            // The client's own reason (0x04 and above): the will goes out, nothing is sent back.
+            return Err(CloseReason::DisconnectWithWill);
+        }
+        if self.will.take().is_some() {
             self.will_discarded = true;
         }
-        Err(Close {
-            reason: if disconnect.reason.0 == 0 {
-                ReasonCode::SUCCESS
-            } else {
-                // The client's own reason (0x04 and above): the will goes out, nothing is sent back.
-                ReasonCode::DISCONNECT_WITH_WILL_MESSAGE
-            },
-            why: "DISCONNECT",
-        })
+        Err(CloseReason::Disconnect)
     }
 }
 
@@ -289,12 +268,4 @@ pub(super) fn write_answer(connection: &mut Connection, answer: &Answer, reason:
     let version = connection.version;
     let out = connection.lane(answer.lane);
     encode_ack(version, kind, answer.packet_id, reason, None, out);
-}
-
-pub(super) fn close(reason: ReasonCode, why: &'static str) -> Close {
-    Close { reason, why }
-}
-
-pub(super) fn protocol(why: &'static str) -> Close {
-    close(ReasonCode::PROTOCOL_ERROR, why)
 }

@@ -14,8 +14,7 @@ use crate::topics::split_shared;
 
 use crate::session::connection::{Again, NOWHERE, PendingSubscribe};
 use crate::session::overlap::clash;
-use crate::session::packets::{close, protocol};
-use crate::session::{Close, Effect, Policy, Session, SessionLimits, Unsubscribed, Wanted};
+use crate::session::{CloseReason, Effect, Policy, Session, SessionLimits, Unsubscribed, Wanted};
 
 /// SUBSCRIBEs of one client that may wait for the core.
 const PENDING_MAX: usize = 100;
@@ -103,16 +102,14 @@ impl Session {
         limits: &SessionLimits,
         policy: &dyn Policy,
         effects: &mut Vec<Effect>,
-    ) -> Result<(), Close> {
+    ) -> Result<(), CloseReason> {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
         let id = subscribe.packet_id;
         let pending = &connection.pending;
         if pending.iter().any(|p| p.lane == lane && p.packet_id == id) {
-            return Err(protocol(
-                "a packet identifier that is in use [MQTT-2.2.1-3]",
-            ));
+            return Err(CloseReason::PacketIdInUse);
         }
         let taken = |key: &u16| pending.iter().any(|p| p.key == *key);
         let key = std::iter::once(id).chain(0..).find(|key| !taken(key));
@@ -222,13 +219,13 @@ impl Session {
     /// out with the last.
     ///
     /// # Errors
-    /// [`Close`]: MQTT 3.1 has no code for a refusal.
+    /// [`CloseReason`]: MQTT 3.1 has no code for a refusal.
     pub fn subscribed(
         &mut self,
         packet_id: u16,
         index: u16,
         code: ReasonCode,
-    ) -> Result<(), Close> {
+    ) -> Result<(), CloseReason> {
         let all = self.connection.iter_mut().flat_map(|c| &mut c.pending);
         let Some(pending) = all.into_iter().find(|p| p.key == packet_id) else {
             return Ok(());
@@ -243,7 +240,7 @@ impl Session {
         Ok(())
     }
 
-    fn finish_subscribe(&mut self, key: u16) -> Result<(), Close> {
+    fn finish_subscribe(&mut self, key: u16) -> Result<(), CloseReason> {
         let Some(connection) = self.connection.as_deref_mut() else {
             return Ok(());
         };
@@ -268,10 +265,7 @@ impl Session {
         }
         let version = connection.version;
         if version == Version::V31 && pending.codes.iter().any(|c| *c >= 0x80) {
-            return Err(close(
-                ReasonCode::NOT_AUTHORIZED,
-                "a refused filter, which MQTT 3.1 cannot be told",
-            ));
+            return Err(CloseReason::SubscribeRefused);
         }
         if pending.lane == NOWHERE {
             return Ok(());
@@ -372,12 +366,9 @@ impl Session {
         lane: u8,
         unsubscribe: &Unsubscribe<'_>,
         effects: &mut Vec<Effect>,
-    ) -> Result<(), Close> {
+    ) -> Result<(), CloseReason> {
         if unsubscribe.filters().nth(FILTERS_MAX).is_some() {
-            return Err(close(
-                ReasonCode::QUOTA_EXCEEDED,
-                "an UNSUBSCRIBE of more than 65,535 filters",
-            ));
+            return Err(CloseReason::UnsubscribeFilters);
         }
         let mut codes = Vec::new();
         let mut filters = Vec::new();

@@ -9,7 +9,7 @@ use tidegate::mqtt::{
 };
 use tidegate::router::handle::ConnectionHandle;
 use tidegate::router::{Caller, Connect, Peer, Router, SessionRef};
-use tidegate::session::{Close, ConnectionSpec, Policy, Will};
+use tidegate::session::{CloseReason, ConnectionSpec, Policy, Will};
 use tidegate::time::Millis;
 
 use crate::oracle::{Oracle, key};
@@ -43,7 +43,7 @@ pub struct Edge {
     input: Vec<u8>,
     /// Taken from the session, on its way to the socket.
     pub output: Vec<u8>,
-    pub ended: Option<ReasonCode>,
+    pub ended: Option<CloseReason>,
     /// CONNACK is on its way.
     answered: bool,
     /// When the last packet came.
@@ -240,7 +240,7 @@ impl Edge {
             open.connection_no,
             &mut effects,
             |session, limits, effects| {
-                let mut close: Option<Close> = None;
+                let mut close: Option<CloseReason> = None;
                 let mut more = false;
                 let mut held = false;
                 while let Ok(Some((packet, size))) = decoder.next(&bytes[used..]) {
@@ -318,8 +318,8 @@ impl Edge {
             && open.patience > 0
         {
             let silence = now - self.last_in;
-            let closed = self.wake.closing().map(|c| c.reason);
-            let kept = closed == Some(ReasonCode::KEEP_ALIVE_TIMEOUT);
+            let closed = self.wake.closing();
+            let kept = closed == Some(CloseReason::KeepAlive);
             if kept && silence < open.patience || closed.is_none() && silence > open.patience + 600
             {
                 return Err(format!(
@@ -384,10 +384,8 @@ impl Edge {
     /// The socket is gone.
     pub fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Result<(), String> {
         self.end(
-            Close {
-                reason: ReasonCode::DISCONNECT_WITH_WILL_MESSAGE,
-                why: "eof",
-            },
+            // It has the same consequences as the client's own DISCONNECT.
+            CloseReason::DisconnectWithWill,
             router,
             oracle,
             now,
@@ -396,7 +394,7 @@ impl Edge {
 
     fn end(
         &mut self,
-        close: Close,
+        reason: CloseReason,
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
@@ -405,24 +403,26 @@ impl Edge {
             return Ok(());
         }
         self.peek(router, oracle, now)?;
-        self.ended = Some(close.reason);
+        self.ended = Some(reason);
         let Some(open) = &self.open else {
             return Ok(());
         };
-        let normal = close.reason == ReasonCode::SUCCESS;
-        if close.reason == ReasonCode::QUOTA_EXCEEDED {
+        let normal = reason.discards_will();
+        if reason.reason_code() == ReasonCode::QUOTA_EXCEEDED {
             // The session is gone, with what it had written.
             oracle.inbound.answers_lost(self.device);
         }
         router.disconnected(open.session, open.connection_no, normal, now);
         oracle.closed(self.device, self.link, normal, now);
-        let polite = matches!(
-            close.reason,
-            ReasonCode::SUCCESS | ReasonCode::DISCONNECT_WITH_WILL_MESSAGE
-        );
         // Nothing before CONNACK [MQTT-3.14.0-1].
-        if open.version == Version::V5 && !polite && self.answered {
-            encode_disconnect(open.version, close.reason, None, None, &mut self.output);
+        if open.version == Version::V5 && !reason.by_client() && self.answered {
+            encode_disconnect(
+                open.version,
+                reason.reason_code(),
+                None,
+                None,
+                &mut self.output,
+            );
         }
         self.input.clear();
         Ok(())

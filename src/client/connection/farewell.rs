@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::mqtt::{ReasonCode, Version, encode_disconnect};
+use crate::session::CloseReason;
 use crate::telemetry::{DisconnectReason, clean, metrics};
-use crate::transport::CloseHow;
 
 use crate::client::connection::{Connection, End};
 
@@ -54,16 +54,8 @@ impl Connection<'_> {
 
     /// The session has another connection, or none: the wake says why.
     pub(super) fn replaced(&self) -> End {
-        match self.wake.closing() {
-            Some(close) => End::from_close(close),
-            None => End {
-                label: DisconnectReason::SessionEnded,
-                code: ReasonCode::SESSION_TAKEN_OVER,
-                why: "the session was ended under the connection".into(),
-                normal: false,
-                how: CloseHow::Normal,
-            },
-        }
+        let reason = self.wake.closing();
+        End::from_close(reason.unwrap_or(CloseReason::SessionEnded))
     }
 
     /// What the session wrote for this connection still goes out before its end is told.

@@ -3,7 +3,7 @@
 use smallvec::SmallVec;
 
 use crate::mqtt::{QoS, ReasonCode};
-use crate::session::Close;
+use crate::session::CloseReason;
 use crate::telemetry::{RateLimited, clean};
 use crate::time::Millis;
 use crate::topics::overlaps;
@@ -114,7 +114,7 @@ impl Router {
         if slot.session.connection_no() != connection_no {
             return;
         }
-        let mut end: Option<Close> = None;
+        let mut end: Option<CloseReason> = None;
         for (index, code) in answers {
             if let Err(close) = slot.session.subscribed(packet_id, *index, *code) {
                 end = Some(close);

@@ -1,7 +1,6 @@
 //! The byte budget over every session's queue: what goes when it is exceeded, and in which order.
 
-use crate::mqtt::ReasonCode;
-use crate::session::Close;
+use crate::session::CloseReason;
 use crate::telemetry::{DropReason as DropCause, metrics};
 use crate::time::Millis;
 
@@ -145,10 +144,7 @@ impl Router {
                 let mut dropped = s.session.outbound_mut().drop_queue();
                 if !keep_in_flight && s.session.outbound().in_flight_bytes() > 0 {
                     if let Some(handle) = &s.handle {
-                        handle.close(Close {
-                            reason: ReasonCode::QUOTA_EXCEEDED,
-                            why: "the client does not acknowledge, and the queues' budget is used up",
-                        });
+                        handle.close(CloseReason::QueueBudget);
                     }
                     dropped += s.session.outbound_mut().evict();
                 }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::mqtt::{Message, ReasonCode};
-use crate::session::{Close, ConnectionSpec, Ended, Orphan, Session, Will};
+use crate::mqtt::Message;
+use crate::session::{CloseReason, ConnectionSpec, Ended, Orphan, Session, Will};
 use crate::telemetry::{DropReason as DropCause, SessionEndReason, metrics};
 use crate::time::Millis;
 
@@ -89,7 +89,7 @@ impl Router {
             if slot.session.attached() {
                 taken_over = true;
                 if let Some(handle) = slot.handle.take() {
-                    handle.close(TAKEN_OVER);
+                    handle.close(CloseReason::TakenOver);
                 }
             }
             if foreign {
@@ -291,10 +291,7 @@ impl Router {
             return;
         }
         if let Some(handle) = s.handle.take() {
-            handle.close(Close {
-                reason: ReasonCode::QUOTA_EXCEEDED,
-                why: "the session's queue is full (session.queue_full = \"end_session\")",
-            });
+            handle.close(CloseReason::SessionQueueFull);
         }
         metrics().sessions_ended[SessionEndReason::QueueFull].increment(1);
         s.session.expiry = 0;
@@ -380,8 +377,3 @@ pub(in crate::router) struct Due {
     pub news: Vec<(SessionRef, u8, Arc<str>)>,
     pub shard: u16,
 }
-
-const TAKEN_OVER: Close = Close {
-    reason: ReasonCode::SESSION_TAKEN_OVER,
-    why: "another connection has the session now",
-};

@@ -258,7 +258,7 @@ fn an_unsubscribe_has_no_more_filters_than_can_be_counted() {
         let (limits, policy) = (limits(10), Counting::default());
         let taken = session.packet(0, &packet, &limits, &policy, 0, &mut Vec::new());
         assert_eq!(
-            taken.map_err(|close| close.reason),
+            taken.map_err(|close| close.reason_code()),
             match fits {
                 true => Ok(()),
                 false => Err(ReasonCode::QUOTA_EXCEEDED),
