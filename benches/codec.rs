@@ -2,7 +2,7 @@
 //! 37 bytes, and writing it to many receivers. Times are for 1,000 packets in one buffer.
 //!
 //! `cargo bench --bench codec`; shorter: `-- --warm-up-time 0.5 --measurement-time 2`.
-//! Instruction counts: see `examples/codec_count.rs`. Allocations: `benches/codec_allocations.rs`.
+//! Instruction counts: see `benches/codec_count.rs`. Allocations: `benches/codec_allocations.rs`.
 
 #[path = "codec/workload.rs"]
 mod workload;

@@ -11,10 +11,10 @@ cd "$(dirname "$0")/.."
 [ -f "${HOME-}/.cargo/env" ] && . "$HOME/.cargo/env"
 
 ulimit -n "$(ulimit -Hn)" || true
-cargo build --release --locked --bin tidegate --example load --example bench_ratio
+cargo build --release --locked -p tidegate -p tidegate-kit --bin tidegate --bin load --bin bench_ratio
 
 output=(--output benches/RESULTS.md)
 for arg in "$@"; do
   case "$arg" in --output | --output=* | --help | -h) output=() ;; esac
 done
-exec target/release/examples/bench_ratio "${output[@]}" "$@"
+exec target/release/bench_ratio "${output[@]}" "$@"

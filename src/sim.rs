@@ -15,7 +15,6 @@ macro_rules! tell {
 mod devices;
 mod links;
 mod oracle;
-mod rng;
 mod seen;
 pub(crate) mod testing;
 
@@ -42,8 +41,8 @@ use crate::upstream::link::retained::Fetch;
 use devices::Device;
 use links::SimLink;
 use oracle::Oracle;
-use rng::Rng;
 use seen::Got;
+use tidegate_kit::rng::Rng;
 
 /// A step of the clock, milliseconds.
 const STEP: u64 = 10;

@@ -1,7 +1,7 @@
 #![no_main]
 //! Packets of a connection whose version is known.
 #[allow(dead_code)]
-#[path = "../../tests/properties/packets.rs"]
+#[path = "../../tests/codec/properties/packets.rs"]
 mod packets;
 
 use tidegate::mqtt::{Receiver, Version};

@@ -1,6 +1,6 @@
 #![no_main]
 //! Topic names and filters: three lines, two filters and a name.
-#[path = "../../tests/properties/topics.rs"]
+#[path = "../../tests/codec/properties/topics.rs"]
 mod topics;
 
 libfuzzer_sys::fuzz_target!(|data: &str| {

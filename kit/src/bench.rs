@@ -1,12 +1,12 @@
 //! The comparison of Tidegate before mosquitto with mosquitto alone: the same load on both in turn,
 //! and the medians of the ratios, written as markdown.
 
-mod core_side;
+mod broker_side;
 mod lab;
 mod memory;
-mod peace;
 mod ratios;
 mod transports;
+mod upstream_idle;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -36,7 +36,7 @@ pub struct Args {
     /// Connections and sessions of the memory figures
     #[arg(long, default_value_t = 5000)]
     pub connections: usize,
-    /// Runs only these: fan-out-0, fan-out-1, pairs, paced, peace, memory-ws, memory-wss,
+    /// Runs only these: fan-out-0, fan-out-1, pairs, paced, upstream-idle, memory-ws, memory-wss,
     /// memory-quic, memory-tcp, memory-tls, memory-webtransport, sessions, filters, fairness,
     /// handshakes, deliveries, resume; repeat
     #[arg(long)]
@@ -67,7 +67,7 @@ fn run(args: &Args) -> io::Result<()> {
         ("fan-out-1", |lab| ratios::fan_out(lab, 1, 0.20)),
         ("pairs", ratios::pairs),
         ("paced", ratios::paced),
-        ("peace", peace::peace),
+        ("upstream-idle", upstream_idle::upstream_idle),
         ("memory-ws", |lab| {
             memory::connections(lab, "ws", (8192.0, 4096.0))
         }),
@@ -87,8 +87,8 @@ fn run(args: &Args) -> io::Result<()> {
             memory::connections(lab, "webtransport", (49_152.0, 36_864.0))
         }),
         ("sessions", memory::sessions),
-        ("filters", core_side::filters),
-        ("fairness", core_side::fairness),
+        ("filters", broker_side::filters),
+        ("fairness", broker_side::fairness),
         ("handshakes", transports::handshakes),
         ("deliveries", transports::deliveries),
         ("resume", transports::resume),

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-use crate::weather::{Chance, Weather};
+use crate::netem::{Chance, Netem};
 
 /// Segments that may wait in one direction.
 const WAITING: usize = 4096;
@@ -33,17 +33,17 @@ pub struct TcpRelay {
 }
 
 impl TcpRelay {
-    /// Relays from a free loopback port to `target`. Of the weather delay, loss and seed count: a lost
+    /// Relays from a free loopback port to `target`. Of the netem delay, loss and seed count: a lost
     /// segment takes 200 ms longer, a lost SYN or its answer 1 s.
     ///
     /// # Errors
     /// No port can be had.
-    pub async fn start(target: SocketAddr, weather: Weather) -> io::Result<Self> {
+    pub async fn start(target: SocketAddr, netem: Netem) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let addr = listener.local_addr()?;
         let network = Arc::new(Network {
-            weather,
-            chance: Chance::new(weather.seed),
+            netem,
+            chance: Chance::new(netem.seed),
             stalled: watch::channel(false).0,
         });
         let mut tasks = JoinSet::new();
@@ -68,7 +68,7 @@ impl TcpRelay {
 
 #[derive(Debug)]
 struct Network {
-    weather: Weather,
+    netem: Netem,
     chance: Chance,
     stalled: watch::Sender<bool>,
 }
@@ -88,7 +88,7 @@ impl Network {
         };
         let _ = (client.set_nodelay(true), server.set_nodelay(true));
         // The handshake that the kernel has just done on loopback.
-        let mut open = Instant::now() + 2 * self.weather.delay;
+        let mut open = Instant::now() + 2 * self.netem.delay;
         for _ in 0..2 {
             if self.loses() {
                 open += RTO_SYN;
@@ -120,7 +120,7 @@ impl Network {
             let mut last = open;
             while let Ok(n @ 1..) = from.read(&mut segment).await {
                 // None overtakes another, nor the handshake.
-                last = last.max(Instant::now() + self.weather.delay);
+                last = last.max(Instant::now() + self.netem.delay);
                 if self.loses() {
                     last += RTO;
                 }
@@ -133,7 +133,7 @@ impl Network {
     }
 
     fn loses(&self) -> bool {
-        self.chance.next() < self.weather.loss
+        self.chance.next() < self.netem.loss
     }
 }
 
@@ -144,13 +144,13 @@ mod tests {
     #[tokio::test]
     async fn a_stream_arrives_whole_and_takes_its_time() {
         let server = TcpListener::bind("127.0.0.1:0").await.expect("binds");
-        let weather = Weather {
+        let netem = Netem {
             delay: Duration::from_millis(5),
             loss: 0.1,
-            ..Weather::FAIR
+            ..Netem::FAIR
         };
         let target = server.local_addr().expect("bound");
-        let relay = TcpRelay::start(target, weather).await.expect("starts");
+        let relay = TcpRelay::start(target, netem).await.expect("starts");
         let sent: Vec<u8> = (0..20_000u32).map(|n| n as u8).collect();
         let expected = sent.len();
         let serve = tokio::spawn(async move {
@@ -163,6 +163,6 @@ mod tests {
         let mut client = TcpStream::connect(relay.addr()).await.expect("connects");
         client.write_all(&sent).await.expect("sent");
         assert_eq!(serve.await.expect("no panic"), sent);
-        assert!(begun.elapsed() >= 2 * weather.delay);
+        assert!(begun.elapsed() >= 2 * netem.delay);
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep_until};
 
-use crate::weather::{Chance, Weather};
+use crate::netem::{Chance, Netem};
 
 /// The largest datagram that is passed on, bytes.
 const DATAGRAM: usize = 2048;
@@ -32,7 +32,7 @@ pub struct UdpRelay {
 struct Shared {
     front: UdpSocket,
     target: Mutex<SocketAddr>,
-    weather: Mutex<Weather>,
+    netem: Mutex<Netem>,
     chance: Chance,
     backs: Mutex<HashMap<SocketAddr, Back>>,
     lost: AtomicU64,
@@ -59,14 +59,14 @@ impl UdpRelay {
     ///
     /// # Errors
     /// No port can be had.
-    pub async fn start(target: SocketAddr, weather: Weather) -> io::Result<Self> {
+    pub async fn start(target: SocketAddr, netem: Netem) -> io::Result<Self> {
         let front = UdpSocket::bind("127.0.0.1:0").await?;
         let addr = front.local_addr()?;
         let shared = Arc::new(Shared {
             front,
             target: Mutex::new(target),
-            weather: Mutex::new(weather),
-            chance: Chance::new(weather.seed),
+            netem: Mutex::new(netem),
+            chance: Chance::new(netem.seed),
             backs: Mutex::default(),
             lost: AtomicU64::new(0),
         });
@@ -79,9 +79,9 @@ impl UdpRelay {
         self.addr
     }
 
-    /// From now on the weather is another.
-    pub fn set_weather(&self, weather: Weather) {
-        *lock(&self.shared.weather) = weather;
+    /// From now on the netem is another.
+    pub fn set_netem(&self, netem: Netem) {
+        *lock(&self.shared.netem) = netem;
     }
 
     /// From now on the server sees all clients at other ports.
@@ -166,17 +166,17 @@ impl Shared {
 
     /// Sends a datagram's copies on their way.
     fn pass(&self, datagram: &[u8], lane: &Lane) {
-        let weather = *lock(&self.weather);
-        if self.chance.next() < weather.loss {
+        let netem = *lock(&self.netem);
+        if self.chance.next() < netem.loss {
             self.lost.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        let copies = 1 + usize::from(self.chance.next() < weather.duplicate);
+        let copies = 1 + usize::from(self.chance.next() < netem.duplicate);
         for _ in 0..copies {
-            let due = Instant::now() + weather.delay;
+            let due = Instant::now() + netem.delay;
             let datagram = datagram.to_vec();
-            if self.chance.next() < weather.late {
-                let (lane, due) = (lane.clone(), due + weather.by.mul_f64(self.chance.next()));
+            if self.chance.next() < netem.late {
+                let (lane, due) = (lane.clone(), due + netem.by.mul_f64(self.chance.next()));
                 tokio::spawn(async move {
                     sleep_until(due).await;
                     let _ = lane.try_send((due, datagram));
@@ -217,14 +217,14 @@ mod tests {
     #[tokio::test]
     async fn datagrams_take_their_time_and_some_are_lost() {
         let server = UdpSocket::bind("127.0.0.1:0").await.expect("binds");
-        let weather = Weather {
+        let netem = Netem {
             delay: Duration::from_millis(5),
             loss: 0.3,
             seed: 7,
-            ..Weather::FAIR
+            ..Netem::FAIR
         };
         let target = server.local_addr().expect("bound");
-        let relay = UdpRelay::start(target, weather).await.expect("starts");
+        let relay = UdpRelay::start(target, netem).await.expect("starts");
         let client = UdpSocket::bind("127.0.0.1:0").await.expect("binds");
         let begun = Instant::now();
         for n in 0..200u8 {
@@ -236,7 +236,7 @@ mod tests {
             server.recv(&mut datagram).await.expect("comes");
             came.push(datagram[0]);
         }
-        assert!(begun.elapsed() >= weather.delay);
+        assert!(begun.elapsed() >= netem.delay);
         assert!((30..90).contains(&relay.lost()), "{}", relay.lost());
         assert!(came.is_sorted(), "none overtakes another");
     }

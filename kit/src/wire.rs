@@ -5,6 +5,7 @@
 
 mod decode;
 mod encode;
+mod fields;
 mod props;
 
 pub use decode::{Frame, PublishRef, ack_of, decode, frame};

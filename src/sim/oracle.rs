@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
 use crate::time::Millis;
 
-use crate::sim::rng::Rng;
 use crate::sim::seen::{Client, Got, Message, Sub, chances};
+use tidegate_kit::rng::Rng;
 
 /// How long a message may be on its way through a core that forgets it, milliseconds.
 const TRANSIT: u64 = 1500;

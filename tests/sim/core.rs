@@ -8,7 +8,7 @@ use tidegate::router::publish::queue::Outgoing;
 use tidegate::router::{Answered, Arrived, Router};
 use tidegate::time::Millis;
 
-use crate::rng::Rng;
+use tidegate_kit::rng::Rng;
 
 /// How the core shows overlapping filters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

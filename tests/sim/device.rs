@@ -9,7 +9,7 @@ use tidegate::mqtt::{
 };
 use tidegate::time::Millis;
 
-use crate::rng::Rng;
+use tidegate_kit::rng::Rng;
 
 /// What a device is like; fixed for a run.
 #[derive(Clone, Debug)]

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use tidegate::time::Millis;
 
-use crate::rng::Rng;
+use tidegate_kit::rng::Rng;
 
 #[derive(Default)]
 pub struct Pipe {

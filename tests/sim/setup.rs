@@ -13,8 +13,8 @@ use tidegate::store::Memory;
 use crate::core::{Copies, Core};
 use crate::device::{Device, Profile};
 use crate::oracle::{Oracle, Rules};
-use crate::rng::Rng;
 use crate::world::World;
+use tidegate_kit::rng::Rng;
 
 impl World {
     pub fn new(seed: u64, trace: bool) -> Self {

@@ -12,7 +12,7 @@ use crate::device::{Device, Seen};
 use crate::edge::Edge;
 use crate::oracle::{Checked, Oracle};
 use crate::pipe::Pipe;
-use crate::rng::Rng;
+use tidegate_kit::rng::Rng;
 
 pub struct Link {
     pub up: Pipe,

@@ -8,10 +8,10 @@ use crate::client::Client;
 use crate::dial::{Dialer, Transport, Trust, Url};
 use crate::link::Cut;
 use crate::load::crowd::crowd;
+use crate::netem::Netem;
 use crate::tcp_relay::TcpRelay;
 use crate::udp_relay::UdpRelay;
 use crate::usage::Usage;
-use crate::weather::Weather;
 use crate::wire::Connect;
 
 /// Every way in, the plain one first.
@@ -21,7 +21,7 @@ const WAYS: [&str; 6] = ["tcp", "tls", "ws", "wss", "quic", "webtransport"];
 const HANDSHAKES: usize = 1000;
 const AT_ONCE: usize = 8;
 
-/// Cuts of one way in one weather.
+/// Cuts of one way in one netem.
 const CUTS: usize = 60;
 
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
@@ -153,20 +153,20 @@ pub(super) fn resume(lab: &mut Lab) -> io::Result<()> {
 }
 
 async fn cuts(mut url: Url, percent: u32) -> io::Result<Vec<Duration>> {
-    let weather = Weather {
+    let netem = Netem {
         delay: Duration::from_millis(10),
         loss: f64::from(percent) / 100.0,
-        ..Weather::FAIR
+        ..Netem::FAIR
     };
     let server = Dialer::new(&url, &Trust::Anything)?.addr();
     let datagrams = matches!(url.transport, Transport::Quic | Transport::WebTransport);
     // Each ends with its scope.
     let (udp, tcp);
     let relay = if datagrams {
-        udp = UdpRelay::start(server, weather).await?;
+        udp = UdpRelay::start(server, netem).await?;
         udp.addr()
     } else {
-        tcp = TcpRelay::start(server, weather).await?;
+        tcp = TcpRelay::start(server, netem).await?;
         tcp.addr()
     };
     url.host = relay.ip().to_string();

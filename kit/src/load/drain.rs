@@ -11,7 +11,7 @@ use super::crowd::crowd;
 use super::histogram::Histogram;
 use super::peer::Peer;
 use super::report::{Moment, Report, round};
-use crate::ledger::{Keeps, Ledger, Stamp, now_ns};
+use crate::audit::{Audit, Keeps, Stamp, now_ns};
 use crate::link::Cut;
 use crate::wire::Connect;
 
@@ -74,11 +74,11 @@ pub async fn run(args: &DrainArgs) -> io::Result<Report> {
         async move {
             let begun = std::time::Instant::now();
             let (mut peer, _, _) = Peer::connect(dialer, &connect, None).await?;
-            let mut ledger = Ledger::new(Keeps::Everything);
-            while ledger.lost(k as u32, wanted) > 0 {
+            let mut audit = Audit::new(Keeps::Everything);
+            while audit.lost(k as u32, wanted) > 0 {
                 let turn = peer.turn(|publish| {
                     if let Some(stamp) = Stamp::read(publish.payload) {
-                        ledger.deliver(stamp, publish.dup, publish.id);
+                        audit.deliver(stamp, publish.dup, publish.id);
                     }
                 });
                 match timeout(STANDSTILL, turn).await {
@@ -88,9 +88,9 @@ pub async fn run(args: &DrainArgs) -> io::Result<Report> {
             }
             peer.disconnect().await;
             latency.record(u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX));
-            fresh.fetch_add(ledger.fresh, Relaxed);
-            lost.fetch_add(ledger.lost(k as u32, wanted), Relaxed);
-            faults.fetch_add(ledger.fault_counts.values().sum(), Relaxed);
+            fresh.fetch_add(audit.fresh, Relaxed);
+            lost.fetch_add(audit.lost(k as u32, wanted), Relaxed);
+            faults.fetch_add(audit.fault_counts.values().sum(), Relaxed);
             Ok::<_, crate::client::ClientError>(())
         }
     })

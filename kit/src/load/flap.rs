@@ -13,8 +13,8 @@ use super::crowd::crowd;
 use super::histogram::Histogram;
 use super::peer::Peer;
 use super::report::{Moment, Report, round};
+use crate::audit::{Audit, Keeps, Stamp, now_ns};
 use crate::dial::Dialer;
-use crate::ledger::{Keeps, Ledger, Stamp, now_ns};
 use crate::link::Cut;
 use crate::wire::Connect;
 
@@ -47,7 +47,7 @@ pub async fn run(args: &FlapArgs) -> io::Result<Report> {
             number: i,
             connect: connect(i),
             cut: Notify::new(),
-            ledger: Mutex::new(Ledger::new(Keeps::Everything)),
+            audit: Mutex::new(Audit::new(Keeps::Everything)),
         });
         let (dialers, shared) = (dialers.clone(), shared.clone());
         let away = Duration::from_millis(args.away);
@@ -99,7 +99,7 @@ pub async fn run(args: &FlapArgs) -> io::Result<Report> {
     let lost = || -> u64 {
         let of = |(k, n): (usize, &u64)| {
             clients[k]
-                .ledger
+                .audit
                 .lock()
                 .expect("bookkeeping does not panic")
                 .lost(k as u32, *n)
@@ -114,10 +114,10 @@ pub async fn run(args: &FlapArgs) -> io::Result<Report> {
     let (mut fresh, mut duplicates) = (0, 0);
     let mut faults = std::collections::BTreeMap::new();
     for client in &clients {
-        let ledger = client.ledger.lock().expect("bookkeeping does not panic");
-        fresh += ledger.fresh;
-        duplicates += ledger.duplicates;
-        for (name, n) in &ledger.fault_counts {
+        let audit = client.audit.lock().expect("bookkeeping does not panic");
+        fresh += audit.fresh;
+        duplicates += audit.duplicates;
+        for (name, n) in &audit.fault_counts {
             *faults.entry((*name).to_owned()).or_insert(0) += n;
         }
     }
@@ -158,7 +158,7 @@ struct Flapper {
     number: usize,
     connect: Connect,
     cut: Notify,
-    ledger: Mutex<Ledger>,
+    audit: Mutex<Audit>,
 }
 
 /// One client's life: deliveries until it is cut, then it comes back.
@@ -174,10 +174,10 @@ async fn live(
         let lost = tokio::select! {
             waited = peer.wait() => {
                 let now = now_ns();
-                let mut ledger = client.ledger.lock().expect("bookkeeping does not panic");
+                let mut audit = client.audit.lock().expect("bookkeeping does not panic");
                 waited.and_then(|()| peer.take(|publish| {
                     if let Some(stamp) = Stamp::read(publish.payload) {
-                        ledger.deliver(stamp, publish.dup, publish.id);
+                        audit.deliver(stamp, publish.dup, publish.id);
                         shared.latency.record(now.saturating_sub(stamp.sent_ns));
                     }
                 })).is_err()
@@ -214,7 +214,7 @@ async fn live(
             .reconnect
             .record(u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX));
         client
-            .ledger
+            .audit
             .lock()
             .expect("bookkeeping does not panic")
             .connected();

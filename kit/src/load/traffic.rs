@@ -12,7 +12,7 @@ use super::crowd::crowd;
 use super::histogram::Histogram;
 use super::peer::Peer;
 use super::report::{Moment, Report, round};
-use crate::ledger::{Keeps, Ledger, Stamp, now_ns};
+use crate::audit::{Audit, Keeps, Stamp, now_ns};
 use crate::wire::Connect;
 
 /// How long deliveries may stand still before what is missing counts as lost.
@@ -68,12 +68,12 @@ pub async fn run(
     })
     .await?;
 
-    let mut ledgers = Vec::new();
+    let mut audits = Vec::new();
     let mut listeners = Vec::new();
     for (peer, _, _) in listening {
-        let ledger = Arc::new(Mutex::new(Ledger::new(Keeps::Everything)));
-        ledgers.push(ledger.clone());
-        listeners.push(tokio::spawn(listen(peer, ledger, shared.clone())));
+        let audit = Arc::new(Mutex::new(Audit::new(Keeps::Everything)));
+        audits.push(audit.clone());
+        listeners.push(tokio::spawn(listen(peer, audit, shared.clone())));
     }
     let receivers = match shape {
         Shape::One | Shape::All => subscribers as f64,
@@ -92,7 +92,7 @@ pub async fn run(
             stream: i as u32,
             qos: common.qos,
             window: u64::from(args.window.min(receive_max)),
-            payload: vec![b'.'; common.payload.max(crate::ledger::STAMP_LEN)],
+            payload: vec![b'.'; common.payload.max(crate::audit::STAMP_LEN)],
             every,
             phase: i as f64 / publishers as f64,
             ahead: args.ahead,
@@ -115,7 +115,7 @@ pub async fn run(
         while !speakers.iter().all(tokio::task::JoinHandle::is_finished) {
             sleep(Duration::from_millis(1)).await;
         }
-        settle(&shared, ledgers.len(), shape).await;
+        settle(&shared, audits.len(), shape).await;
     }
     let (after, last) = (Moment::now(watched)?, shared.delivered.load(Relaxed));
     shared.stop.store(true, Relaxed);
@@ -123,7 +123,7 @@ pub async fn run(
     for speaker in speakers {
         unacknowledged += speaker.await.map_err(io::Error::other)?;
     }
-    settle(&shared, ledgers.len(), shape).await;
+    settle(&shared, audits.len(), shape).await;
     listeners.iter().for_each(tokio::task::JoinHandle::abort);
 
     let delivered = last - first;
@@ -142,7 +142,7 @@ pub async fn run(
         .put("published_in_all", shared.sent_in_all())
         .put("publishes_unacknowledged", unacknowledged)
         .put("publishes_refused", shared.refused.load(Relaxed));
-    tally(&mut report, &ledgers, &shared, shape);
+    tally(&mut report, &audits, &shared, shape);
     report
         .put(
             "errors",
@@ -154,22 +154,22 @@ pub async fn run(
 }
 
 /// Adds loss, duplicates and disorder over all receivers.
-fn tally(report: &mut Report, ledgers: &[Arc<Mutex<Ledger>>], shared: &Shared, shape: Shape) {
+fn tally(report: &mut Report, audits: &[Arc<Mutex<Audit>>], shared: &Shared, shape: Shape) {
     let (mut lost, mut marked, mut unmarked, mut disorder) = (0, 0, 0, 0);
-    for (i, ledger) in ledgers.iter().enumerate() {
-        let ledger = ledger.lock().expect("bookkeeping does not panic");
+    for (i, audit) in audits.iter().enumerate() {
+        let audit = audit.lock().expect("bookkeeping does not panic");
         let sent = |k: usize| shared.sent[k].load(Relaxed);
         lost += match shape {
             Shape::Own => {
                 let k = i % shared.sent.len();
-                ledger.lost(k as u32, sent(k))
+                audit.lost(k as u32, sent(k))
             }
             _ => (0..shared.sent.len())
-                .map(|k| ledger.lost(k as u32, sent(k)))
+                .map(|k| audit.lost(k as u32, sent(k)))
                 .sum(),
         };
-        let count = |name: &str| ledger.fault_counts.get(name).copied().unwrap_or(0);
-        marked += ledger.duplicates + count("redelivered without reason");
+        let count = |name: &str| audit.fault_counts.get(name).copied().unwrap_or(0);
+        marked += audit.duplicates + count("redelivered without reason");
         unmarked += count("duplicate without DUP");
         disorder += count("disorder");
     }
@@ -220,15 +220,15 @@ impl Shared {
     }
 }
 
-async fn listen(mut peer: Peer, ledger: Arc<Mutex<Ledger>>, shared: Arc<Shared>) {
+async fn listen(mut peer: Peer, audit: Arc<Mutex<Audit>>, shared: Arc<Shared>) {
     loop {
         let waited = peer.wait().await;
         let now = now_ns();
         let taken = waited.and_then(|()| {
-            let mut ledger = ledger.lock().expect("bookkeeping does not panic");
+            let mut audit = audit.lock().expect("bookkeeping does not panic");
             peer.take(|publish| {
                 if let Some(stamp) = Stamp::read(publish.payload) {
-                    ledger.deliver(stamp, publish.dup, publish.id);
+                    audit.deliver(stamp, publish.dup, publish.id);
                     shared.latency.record(now.saturating_sub(stamp.sent_ns));
                 }
             })

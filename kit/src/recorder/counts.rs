@@ -5,7 +5,7 @@ use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 
 use super::Toward;
-use crate::ledger::Stamp;
+use crate::audit::Stamp;
 use crate::wire::{Connect, Publish, TYPE_NAMES, kind};
 
 /// Second copies remembered in full.
@@ -208,9 +208,9 @@ pub struct Diff {
 }
 
 impl Diff {
-    /// Whether the core's peace held: no CONNECT, SUBSCRIBE, UNSUBSCRIBE or DISCONNECT, no second copy
+    /// Whether the broker was left in peace: no CONNECT, SUBSCRIBE, UNSUBSCRIBE or DISCONNECT, no second copy
     /// of a publish, nothing illegal.
-    pub fn is_peace(&self) -> bool {
+    pub fn is_quiet(&self) -> bool {
         let disturbing = [
             kind::CONNECT,
             kind::SUBSCRIBE,

@@ -1,5 +1,6 @@
 //! Bytes to packets.
 
+use super::fields::{Reader, error};
 use super::props::{self, Props};
 use super::{
     Ack, Codes, ConnAck, Connect, Packet, Publish, Reason, Subscribe, TYPE_NAMES, Unsubscribe,
@@ -104,7 +105,7 @@ impl<'a> PublishRef<'a> {
     /// # Errors
     /// As [`decode`].
     pub fn read(version: Version, frame: &Frame<'a>) -> Result<Self, WireError> {
-        let mut r = Reader::new(frame);
+        let mut r = Reader::new(TYPE_NAMES[usize::from(frame.kind())], frame.body);
         let mut this = Self::head(frame, &mut r)?;
         if version.is_v5() {
             let len = r.var()? as usize;
@@ -141,7 +142,7 @@ impl<'a> PublishRef<'a> {
 }
 
 fn packet(version: Version, frame: &Frame<'_>) -> Result<Packet, WireError> {
-    let mut r = Reader::new(frame);
+    let mut r = Reader::new(TYPE_NAMES[usize::from(frame.kind())], frame.body);
     let kind = frame.kind();
     let flags = frame.first & 15;
     let fixed = if matches!(kind, kind::PUBREL | kind::SUBSCRIBE | kind::UNSUBSCRIBE) {
@@ -165,7 +166,7 @@ fn packet(version: Version, frame: &Frame<'_>) -> Result<Packet, WireError> {
             if flags == 1 && code != 0 {
                 return Err(r.fault("Session Present with a refusal"));
             }
-            let props = r.props(version, kind)?;
+            let props = props_of(&mut r, version, kind)?;
             Packet::ConnAck(ConnAck {
                 session_present: flags == 1,
                 code,
@@ -178,7 +179,7 @@ fn packet(version: Version, frame: &Frame<'_>) -> Result<Packet, WireError> {
         kind::PUBREL => Packet::PubRel(ack(version, kind, &mut r)?),
         kind::PUBCOMP => Packet::PubComp(ack(version, kind, &mut r)?),
         kind::SUBSCRIBE => {
-            let (id, props) = (r.id()?, r.props(version, kind)?);
+            let (id, props) = (r.id()?, props_of(&mut r, version, kind)?);
             let mut filters = Vec::new();
             while !r.is_empty() {
                 filters.push((r.text()?.to_owned(), r.byte()?));
@@ -196,7 +197,7 @@ fn packet(version: Version, frame: &Frame<'_>) -> Result<Packet, WireError> {
             Packet::SubAck(codes)
         }
         kind::UNSUBSCRIBE => {
-            let (id, props) = (r.id()?, r.props(version, kind)?);
+            let (id, props) = (r.id()?, props_of(&mut r, version, kind)?);
             let mut filters = Vec::new();
             while !r.is_empty() {
                 filters.push(r.text()?.to_owned());
@@ -222,7 +223,7 @@ fn packet(version: Version, frame: &Frame<'_>) -> Result<Packet, WireError> {
     if r.is_empty() {
         Ok(packet)
     } else {
-        Err(r.fault(format!("{} bytes too many", r.left.len())))
+        Err(r.fault(format!("{} bytes too many", r.remaining())))
     }
 }
 
@@ -232,7 +233,7 @@ fn publish<'a>(
     r: &mut Reader<'a>,
 ) -> Result<Packet, WireError> {
     let head = PublishRef::head(frame, r)?;
-    let props = r.props(version, kind::PUBLISH)?;
+    let props = props_of(r, version, kind::PUBLISH)?;
     if head.topic.is_empty() && props.get(props::prop::TOPIC_ALIAS).is_none() {
         return Err(r.fault("no topic and no alias"));
     }
@@ -262,14 +263,14 @@ fn reason(version: Version, kind: u8, r: &mut Reader<'_>) -> Result<Reason, Wire
     if version.is_v5() && !r.is_empty() {
         reason.code = r.byte()?;
         if !r.is_empty() {
-            reason.props = r.props(version, kind)?;
+            reason.props = props_of(r, version, kind)?;
         }
     }
     Ok(reason)
 }
 
 fn codes(version: Version, kind: u8, r: &mut Reader<'_>) -> Result<Codes, WireError> {
-    let (id, props) = (r.id()?, r.props(version, kind)?);
+    let (id, props) = (r.id()?, props_of(r, version, kind)?);
     Ok(Codes {
         id,
         props,
@@ -290,11 +291,11 @@ fn connect(r: &mut Reader<'_>) -> Result<Connect, WireError> {
         return Err(r.fault("reserved connect flag"));
     }
     let keep_alive = r.two()?;
-    let props = r.props(version, kind::CONNECT)?;
+    let props = props_of(r, version, kind::CONNECT)?;
     let client_id = r.text()?.to_owned();
     let will = if flags & 4 != 0 {
         Some(Will {
-            props: r.props(version, props::WILL)?,
+            props: props_of(r, version, props::WILL)?,
             topic: r.text()?.to_owned(),
             payload: r.bytes()?.to_vec(),
             qos: flags >> 3 & 3,
@@ -328,109 +329,10 @@ fn connect(r: &mut Reader<'_>) -> Result<Connect, WireError> {
     })
 }
 
-/// A cursor over a packet's body.
-pub(super) struct Reader<'a> {
-    packet: &'static str,
-    left: &'a [u8],
-}
-
-impl<'a> Reader<'a> {
-    fn new(frame: &Frame<'a>) -> Self {
-        Self {
-            packet: TYPE_NAMES[usize::from(frame.kind())],
-            left: frame.body,
-        }
-    }
-
-    pub(super) fn fault(&self, what: impl Into<String>) -> WireError {
-        error(self.packet, what)
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.left.is_empty()
-    }
-
-    fn raw(&mut self, len: usize) -> Result<&'a [u8], WireError> {
-        if len > self.left.len() {
-            return Err(self.fault("it ends too early"));
-        }
-        let (head, rest) = self.left.split_at(len);
-        self.left = rest;
-        Ok(head)
-    }
-
-    pub(super) fn sub(&mut self, len: usize) -> Result<Reader<'a>, WireError> {
-        Ok(Reader {
-            packet: self.packet,
-            left: self.raw(len)?,
-        })
-    }
-
-    fn rest(&mut self) -> &'a [u8] {
-        std::mem::take(&mut self.left)
-    }
-
-    pub(super) fn byte(&mut self) -> Result<u8, WireError> {
-        Ok(self.raw(1)?[0])
-    }
-
-    pub(super) fn two(&mut self) -> Result<u16, WireError> {
-        let b = self.raw(2)?;
-        Ok(u16::from_be_bytes([b[0], b[1]]))
-    }
-
-    pub(super) fn four(&mut self) -> Result<u32, WireError> {
-        let b = self.raw(4)?;
-        Ok(u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
-    }
-
-    fn id(&mut self) -> Result<u16, WireError> {
-        match self.two()? {
-            0 => Err(self.fault("packet identifier 0")),
-            id => Ok(id),
-        }
-    }
-
-    pub(super) fn var(&mut self) -> Result<u32, WireError> {
-        let mut n = 0u32;
-        for i in 0..4 {
-            let byte = self.byte()?;
-            n |= u32::from(byte & 0x7F) << (7 * i);
-            if byte & 0x80 == 0 {
-                if i > 0 && byte == 0 {
-                    return Err(self.fault("a variable byte integer is not minimal"));
-                }
-                return Ok(n);
-            }
-        }
-        Err(self.fault("a variable byte integer is longer than four bytes"))
-    }
-
-    pub(super) fn bytes(&mut self) -> Result<&'a [u8], WireError> {
-        let len = usize::from(self.two()?);
-        self.raw(len)
-    }
-
-    pub(super) fn text(&mut self) -> Result<&'a str, WireError> {
-        let bytes = self.bytes()?;
-        match std::str::from_utf8(bytes) {
-            Ok(text) if !text.contains('\0') => Ok(text),
-            _ => Err(self.fault("a string is not legal UTF-8")),
-        }
-    }
-
-    fn props(&mut self, version: Version, packet: u8) -> Result<Props, WireError> {
-        if version.is_v5() {
-            props::take(self, packet)
-        } else {
-            Ok(Props::default())
-        }
-    }
-}
-
-fn error(packet: &'static str, what: impl Into<String>) -> WireError {
-    WireError {
-        packet,
-        what: what.into(),
+/// The properties of a packet; MQTT 3 has none.
+fn props_of(r: &mut Reader<'_>, version: Version, packet: u8) -> Result<Props, WireError> {
+    match version {
+        Version::V5 => props::take(r, packet),
+        _ => Ok(Props::default()),
     }
 }

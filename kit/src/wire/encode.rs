@@ -1,5 +1,6 @@
 //! Packets to bytes.
 
+use super::fields::{put_bytes, put_var};
 use super::props;
 use super::{Ack, Codes, Connect, Packet, Props, Version, kind};
 
@@ -107,26 +108,6 @@ pub fn put_ack(packet: u8, id: u16, out: &mut Vec<u8>) {
     let flags = if packet == kind::PUBREL { 2 } else { 0 };
     out.extend_from_slice(&[packet << 4 | flags, 2]);
     out.extend_from_slice(&id.to_be_bytes());
-}
-
-/// Appends a variable byte integer.
-pub(super) fn put_var(mut n: u32, out: &mut Vec<u8>) {
-    assert!(n < 1 << 28, "a variable byte integer ends at 268,435,455");
-    loop {
-        let byte = (n & 0x7F) as u8;
-        n >>= 7;
-        if n == 0 {
-            return out.push(byte);
-        }
-        out.push(byte | 0x80);
-    }
-}
-
-/// Appends a string or binary data with its two byte length.
-pub(super) fn put_bytes(bytes: &[u8], out: &mut Vec<u8>) {
-    let len = u16::try_from(bytes.len()).expect("strings of MQTT end at 65,535 bytes");
-    out.extend_from_slice(&len.to_be_bytes());
-    out.extend_from_slice(bytes);
 }
 
 fn put_connect(c: &Connect, body: &mut Vec<u8>) {

@@ -1,8 +1,7 @@
 //! MQTT 5 properties (MQTT 5 section 2.2.2).
 
 use super::WireError;
-use super::decode::Reader;
-use super::encode::{put_bytes, put_var};
+use super::fields::{Reader, put_bytes, put_var};
 
 /// Property identifiers.
 pub mod prop {

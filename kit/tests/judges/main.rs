@@ -1,0 +1,4 @@
+//! The judges are judged.
+
+mod client;
+mod wire;

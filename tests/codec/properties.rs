@@ -1,0 +1,4 @@
+//! What must hold for any bytes; the fuzz targets call the same functions.
+
+pub mod packets;
+pub mod topics;

@@ -1,0 +1,216 @@
+//! The same session everywhere: one client identifier hops from transport to transport in the middle of
+//! QoS 1 and QoS 2 traffic in both directions, on data streams where the transport has them. Nothing is
+//! lost, nothing comes in another order, QoS 2 comes once, and QoS 1 again only with DUP.
+//!
+//! `TIDEGATE_FULL=1` hops ten times as often; `HOP_SEED` repeats the choices of another run.
+
+mod phone;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+use phone::Phone;
+use tidegate_kit::audit::Stamp;
+use tidegate_kit::client::Client;
+use tidegate_kit::dial::Dialer;
+use tidegate_kit::process::{Mosquitto, TidegateConfig};
+use tidegate_kit::rng::Rng;
+use tidegate_kit::wire::{Ack, Connect, Packet, Publish, Version};
+use tokio::time::timeout;
+
+type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+const PHONES: u32 = 6;
+/// From one to the next, round and round.
+const WAYS: [&str; 4] = ["quic", "wss", "webtransport", "tls"];
+/// The last word.
+const LAST: &str = "hop/up/last";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Everything that a phone gets and says of one QoS is one stream.
+fn stream(phone: u32, qos: u8) -> u32 {
+    phone * 2 + u32::from(qos - 1)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Result {
+    let _machine = crate::beside_others().await;
+    let full = std::env::var_os("TIDEGATE_FULL").is_some();
+    let hops = if full { 600 } else { 60 };
+    let seed: u64 = match std::env::var("HOP_SEED") {
+        Ok(seed) => seed.parse()?,
+        Err(_) => 0x7469_6465,
+    };
+    println!("HOP_SEED={seed}");
+    let core = Mosquitto::start()?;
+    let edge = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &core.url())
+        .listen(&WAYS)
+        .start()?;
+    let ways: Vec<Arc<Dialer>> = WAYS.iter().map(|way| Arc::new(edge.dialer(way))).collect();
+    let at_core = Arc::new(Dialer::new(
+        &format!("tcp://{}", core.addr()).parse()?,
+        &tidegate_kit::dial::Trust::Anything,
+    )?);
+
+    let listener = Listener::connect(&at_core).await?;
+    let mut phones = Vec::new();
+    for number in 0..PHONES {
+        let version = if number % 3 == 2 {
+            Version::V311
+        } else {
+            Version::V5
+        };
+        let rng = Rng::new(seed + u64::from(number));
+        phones.push(Phone::connect(number, version, ways.clone(), rng).await?);
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let backend = tokio::spawn(speak(at_core.clone(), stop.clone()));
+    let phones: Vec<_> = phones
+        .into_iter()
+        .map(|mut phone| {
+            tokio::spawn(async move {
+                for _ in 0..hops {
+                    let packets = phone.rng.between(3, 30) as usize;
+                    phone.live(packets).await?;
+                    phone.hop().await?;
+                }
+                Ok::<_, Box<dyn std::error::Error + Send + Sync>>(phone)
+            })
+        })
+        .collect();
+    let mut back = Vec::new();
+    for phone in phones {
+        back.push(phone.await??);
+    }
+    stop.store(true, Relaxed);
+    let sent = backend.await??;
+    // Everything comes to rest.
+    let mut said = Vec::new();
+    let mut resent = Vec::new();
+    for phone in &mut back {
+        let number = phone.number;
+        let rest = phone.rest(
+            sent[stream(number, 1) as usize],
+            sent[stream(number, 2) as usize],
+        );
+        timeout(PATIENCE, rest)
+            .await
+            .map_err(|_| format!("phone {number} still misses something: {phone:?}"))??;
+        said.push(phone.said);
+        resent.push(std::mem::take(&mut phone.resent));
+    }
+    // Comes behind all that the phones said.
+    let (mut last, _) = Client::connect(&at_core, &Connect::new("hop-last")).await?;
+    last.publish(LAST, Vec::new(), 2).await?;
+    let heard = timeout(PATIENCE, listener.hear(&said, &resent));
+    heard
+        .await
+        .map_err(|_| "what a phone said did not all reach the core")??;
+    let hopped: usize = back.iter().map(|p| p.hops).sum();
+    let resumed = edge.metrics()?.sum("tidegate_flaps_absorbed_total", &[]);
+    let on_data: u64 = back.iter().map(|p| p.on_data).sum();
+    println!(
+        "{hopped} hops, {resumed} resumed; {sent:?} down, {on_data} on data streams, {said:?} up"
+    );
+    assert_eq!(hopped, hops * PHONES as usize);
+    assert!(resumed >= hopped as f64, "{resumed} of {hopped} resumed");
+    let unused = back.iter().filter(|p| p.on_data == 0).count();
+    assert_eq!(unused, 0, "phones without deliveries on data streams");
+    Ok(())
+}
+
+/// Publishes to all phones from the core's side, at QoS 1 and 2; how many of each stream.
+async fn speak(core: Arc<Dialer>, stop: Arc<AtomicBool>) -> Result<Vec<u64>> {
+    let (mut client, _) = Client::connect(&core, &Connect::new("hop-backend")).await?;
+    let mut sent = vec![0; 2 * PHONES as usize];
+    let mut pace = tokio::time::interval(Duration::from_millis(10));
+    while !stop.load(Relaxed) {
+        for phone in 0..PHONES {
+            for qos in [1, 2] {
+                let stream = stream(phone, qos);
+                let seq = &mut sent[stream as usize];
+                *seq += 1;
+                let stamp = Stamp {
+                    stream,
+                    seq: *seq,
+                    sent_ns: 0,
+                };
+                let topic = format!("hop/{phone}/{qos}");
+                client.publish(&topic, stamp.payload(32), qos).await?;
+            }
+        }
+        pace.tick().await;
+    }
+    Ok(sent)
+}
+
+/// Hears at the core what the phones say.
+struct Listener {
+    client: Client,
+}
+
+impl Listener {
+    async fn connect(core: &Dialer) -> Result<Self> {
+        let connect = Connect::new("hop-listener").receive_max(2000);
+        let (mut client, _) = Client::connect(core, &connect).await?;
+        client.subscribe(&["hop/up/#"], 2).await?;
+        Ok(Self { client })
+    }
+
+    /// Until the last word is here: `said` by phone how much at QoS 1 and at QoS 2, and what of QoS 1
+    /// how often again.
+    async fn hear(mut self, said: &[[u64; 2]], resent: &[HashMap<u64, u64>]) -> Result {
+        let mut last = vec![[0; 2]; said.len()];
+        let mut again = vec![HashMap::new(); said.len()];
+        loop {
+            match self.client.next().await? {
+                Packet::Publish(publish) if publish.topic == LAST => break,
+                Packet::Publish(publish) => {
+                    heard(&mut last, &mut again, &publish)?;
+                    self.client.acknowledge(&publish).await?;
+                }
+                Packet::PubRel(ack) => {
+                    let done = Ack {
+                        id: ack.id,
+                        ..Ack::default()
+                    };
+                    self.client.send(&Packet::PubComp(done)).await?;
+                }
+                other => return Err(format!("unexpected {other:?}").into()),
+            }
+        }
+        if last != said {
+            return Err(format!("{said:?} was said, and {last:?} came to the core").into());
+        }
+        for (phone, (again, resent)) in again.iter().zip(resent).enumerate() {
+            for (seq, times) in again {
+                let may = resent.get(seq).copied().unwrap_or_default();
+                if *times > may {
+                    let what = format!(
+                        "phone {phone} sent {seq} again {may} times, and the core got it {times} times"
+                    );
+                    return Err(what.into());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn heard(last: &mut [[u64; 2]], again: &mut [HashMap<u64, u64>], publish: &Publish) -> Result {
+    let stamp = Stamp::read(&publish.payload).ok_or("a foreign message")?;
+    let (phone, qos) = ((stamp.stream / 2) as usize, publish.qos);
+    let at = &mut last[phone][usize::from(qos - 1)];
+    match stamp.seq {
+        seq if seq == *at + 1 => *at = seq,
+        // A phone that hopped before its PUBACK came sends it again, and it is as good as new.
+        seq if seq <= *at && qos == 1 => *again[phone].entry(seq).or_default() += 1,
+        seq => {
+            let what = format!("the core got {seq} of phone {phone} at QoS {qos}, behind {at}");
+            return Err(what.into());
+        }
+    }
+    Ok(())
+}

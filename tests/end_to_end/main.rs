@@ -1,0 +1,22 @@
+//! The binary over real sockets, between real clients and a real mosquitto.
+
+mod flap;
+mod hop;
+mod quic_network;
+mod restart;
+mod rumqttc;
+
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// Tests with a whole fleet of clients would measure each other.
+static MACHINE: RwLock<()> = RwLock::const_new(());
+
+/// Held by a test that needs the machine for itself.
+fn alone() -> RwLockWriteGuard<'static, ()> {
+    MACHINE.blocking_write()
+}
+
+/// Held by a test that can run beside others of its kind.
+async fn beside_others() -> RwLockReadGuard<'static, ()> {
+    MACHINE.read().await
+}

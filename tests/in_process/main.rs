@@ -1,0 +1,4 @@
+//! Modules of the library over loopback or in virtual time, within this process.
+
+mod embedded;
+mod transport;

@@ -1,0 +1,4 @@
+//! What must hold of the repository itself.
+
+mod conformance;
+mod layering;
