@@ -25,6 +25,7 @@ use foldhash::fast::RandomState;
 use crate::budget::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 pub use close::CloseReason;
 pub use connection::{Connection, ConnectionSpec, Scope};
@@ -174,14 +175,14 @@ pub enum Effect {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unsubscribed {
     /// Number of the filter.
-    pub filter: u32,
+    pub filter: FilterId,
     /// The filter.
     pub name: Arc<str>,
     /// It had No Local.
     pub no_local: bool,
     /// Filters of the client, granted later, that match some of the same messages: it was the
     /// copies of this one that the client got.
-    pub senior_over: Vec<u32>,
+    pub senior_over: Vec<FilterId>,
 }
 
 /// A session.

@@ -1,12 +1,14 @@
 //! Topic names and topic filters: validity, matching, and an index of filters. Knows no packets.
 
 mod filter;
+mod id;
 pub(crate) mod scan;
 mod trie;
 
 pub use filter::{
     covers, has_wildcard, matches, overlaps, split_shared, valid_filter, valid_topic_name,
 };
+pub use id::FilterId;
 pub use trie::FilterTrie;
 
 /// The longest topic name or filter, in bytes: a two-byte length precedes it (MQTT 5 §1.5.4).

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use crate::mqtt::{Message, ReasonCode};
 use crate::telemetry::metrics;
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 use crate::router::Router;
 use crate::router::types::SessionRef;
@@ -43,7 +44,7 @@ impl Router {
     /// are fetched. `reply` follows them, but is not kept waiting for long.
     pub(super) fn want_retained(
         &self,
-        number: u32,
+        number: FilterId,
         wants: RetainedRequest,
         reply: Reply,
         now: Millis,
@@ -126,7 +127,7 @@ impl Router {
     }
 
     /// The core has answered a PINGREQ behind the fetch of these filters: what it had is here.
-    pub fn fetch_answered(&self, numbers: &[u32]) {
+    pub fn fetch_answered(&self, numbers: &[FilterId]) {
         let mut retained = self.retained.lock();
         let mut replies = Vec::new();
         for &number in numbers {
@@ -139,7 +140,7 @@ impl Router {
         self.reply(&replies);
     }
 
-    fn cached(&self, retained: &Retained, number: u32, now: Millis) -> Vec<Message> {
+    fn cached(&self, retained: &Retained, number: FilterId, now: Millis) -> Vec<Message> {
         let Some(cached) = retained.filters.get(&number) else {
             return Vec::new();
         };
@@ -148,7 +149,7 @@ impl Router {
     }
 
     /// Up to `max` filters whose fetch begins now, with their names.
-    pub fn next_fetches(&self, max: usize) -> Vec<(u32, Arc<str>)> {
+    pub fn next_fetches(&self, max: usize) -> Vec<(FilterId, Arc<str>)> {
         let mut taken = Vec::new();
         let mut retained = self.retained.lock();
         while taken.len() < max
@@ -172,7 +173,7 @@ impl Router {
     }
 
     /// A retained message that the R link brought for a filter.
-    pub fn fetched(&self, number: u32, message: &Message, now: Millis) {
+    pub fn fetched(&self, number: FilterId, message: &Message, now: Millis) {
         let mut retained = self.retained.lock();
         let Some(cached) = retained.filters.get(&number) else {
             return;
@@ -239,7 +240,7 @@ impl Router {
     }
 
     /// D lost messages for these filters, or no longer holds them.
-    pub(super) fn forget_retained(&self, numbers: impl Iterator<Item = u32>) {
+    pub(super) fn forget_retained(&self, numbers: impl Iterator<Item = FilterId>) {
         let mut retained = self.retained.lock();
         for number in numbers {
             match retained.filters.get_mut(&number) {

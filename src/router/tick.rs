@@ -9,6 +9,7 @@ use crate::mqtt::ReasonCode;
 use crate::session::CloseReason;
 use crate::telemetry::metrics;
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 use crate::router::Router;
 use crate::router::filters::linger::{Idle, Overdue};
@@ -241,7 +242,7 @@ impl Router {
         // One that came and went while an answer was awaited is there for each time.
         left.sort_unstable();
         left.dedup();
-        let (mut idle, mut gone): (Vec<Idle>, Vec<u32>) = Default::default();
+        let (mut idle, mut gone): (Vec<Idle>, Vec<FilterId>) = Default::default();
         for number in left {
             match table.get(number).map(|f| f.idle_since) {
                 None => gone.push(number),
@@ -303,7 +304,7 @@ impl Router {
         mut table: RwLockWriteGuard<'_, Table>,
         leaving: &[Idle],
         now: Millis,
-    ) -> Vec<u32> {
+    ) -> Vec<FilterId> {
         let mut wake = 0u64;
         let mut forget = Vec::new();
         let mut awaited = Vec::new();

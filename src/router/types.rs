@@ -6,6 +6,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::mqtt::{Message, QoS};
+use crate::topics::FilterId;
 
 /// Names a session in the router: where it is, and which one of those that were there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -37,7 +38,7 @@ pub struct Arrived {
     /// The message.
     pub message: Message,
     /// Numbers of the filters that it came for; empty: the core did not say.
-    pub filters: SmallVec<[u32; 2]>,
+    pub filters: SmallVec<[FilterId; 2]>,
     /// The D link that brought it.
     pub link: usize,
     /// The No Local mark of its publisher's session; 0: none.

@@ -8,7 +8,7 @@ use foldhash::fast::RandomState;
 
 use crate::mqtt::{Alias, QoS, Version};
 use crate::time::Millis;
-use crate::topics::split_shared;
+use crate::topics::{FilterId, split_shared};
 
 use crate::session::{CloseReason, SessionLimits};
 
@@ -92,8 +92,8 @@ pub(super) const NOWHERE: u8 = u8::MAX;
 #[derive(Debug)]
 struct Bound {
     name: Box<str>,
-    /// The router's number of the filter; `u32::MAX`: not known yet.
-    filter: u32,
+    /// The router's number of the filter; `None` until the router has taken the subscription.
+    filter: Option<FilterId>,
     lane: u8,
 }
 
@@ -258,27 +258,27 @@ impl Connection {
     pub(super) fn bind(&mut self, name: &str, lane: u8) {
         self.bound.retain(|b| *b.name != *name);
         if lane != 0 {
-            let (name, filter) = (name.into(), u32::MAX);
+            let (name, filter) = (name.into(), None);
             self.bound.push(Bound { name, filter, lane });
         }
     }
 
     /// Filters that no subscription came of: those of earlier SUBSCRIBEs have their numbers by now.
     pub(super) fn forget_refused(&mut self) {
-        self.bound.retain(|b| b.filter != u32::MAX);
+        self.bound.retain(|b| b.filter.is_some());
     }
 
     /// The number of a filter is known.
-    pub(super) fn numbered(&mut self, name: &str, filter: u32) {
+    pub(super) fn numbered(&mut self, name: &str, filter: FilterId) {
         if let Some(bound) = self.bound.iter_mut().find(|b| *b.name == *name) {
-            bound.filter = filter;
+            bound.filter = Some(filter);
         }
     }
 
     /// The lane that a filter's messages go on.
-    pub(super) fn lane_of(&self, filter: u32) -> u8 {
+    pub(super) fn lane_of(&self, filter: FilterId) -> u8 {
         let mut all = self.bound.iter();
-        all.find(|b| b.filter == filter).map_or(0, |b| b.lane)
+        all.find(|b| b.filter == Some(filter)).map_or(0, |b| b.lane)
     }
 
     /// Subscriptions of a data stream go on the control stream from now on.

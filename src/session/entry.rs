@@ -2,6 +2,7 @@
 
 use crate::mqtt::{Message, QoS};
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 use crate::session::SessionLimits;
 
@@ -20,7 +21,7 @@ pub(super) struct IdSets(Option<Box<Sets>>);
 struct Set {
     ids: Box<[u32]>,
     /// The delivery is of a shared subscription: the filter's number.
-    group: Option<u32>,
+    group: Option<FilterId>,
 }
 
 #[derive(Debug, Default)]
@@ -38,7 +39,7 @@ impl IdSets {
     pub fn keep<'a>(
         &mut self,
         ids: &[u32],
-        group: Option<u32>,
+        group: Option<FilterId>,
         entries: impl Iterator<Item = &'a Entry>,
     ) -> Ids {
         match (ids, group) {
@@ -58,7 +59,7 @@ impl IdSets {
     }
 
     /// The group of a delivery.
-    pub fn group(&self, ids: Ids) -> Option<u32> {
+    pub fn group(&self, ids: Ids) -> Option<FilterId> {
         let sets = self.0.as_ref().filter(|_| ids.0 & MANY != 0)?;
         sets.sets.get((ids.0 & !MANY) as usize)?.group
     }
@@ -84,7 +85,7 @@ impl Sets {
     fn place<'a>(
         &mut self,
         ids: &[u32],
-        group: Option<u32>,
+        group: Option<FilterId>,
         entries: impl Iterator<Item = &'a Entry>,
     ) -> u32 {
         // Messages of one topic follow each other, and have the same set.
@@ -198,7 +199,7 @@ pub struct Offer<'a> {
     pub ids: &'a [u32],
     /// The filter's number, if the subscription is shared: what its client does not take goes to
     /// another member.
-    pub group: Option<u32>,
+    pub group: Option<FilterId>,
     /// The stream of its subscription, 0 being control; see [`Session::lane_of`](crate::session::Session).
     pub lane: u8,
     /// It is a retained one that was fetched: it waits beside the limits of live ones.
@@ -209,7 +210,7 @@ pub struct Offer<'a> {
 #[derive(Clone, Debug)]
 pub struct Orphan {
     /// Number of the filter.
-    pub filter: u32,
+    pub filter: FilterId,
     /// The message.
     pub message: Message,
 }

@@ -1,7 +1,7 @@
 //! Overlapping subscriptions of one client: whose copy of a message it gets.
 
 use crate::mqtt::QoS;
-use crate::topics::{matches, overlaps};
+use crate::topics::{FilterId, matches, overlaps};
 
 use crate::session::Subscription;
 
@@ -9,7 +9,7 @@ use crate::session::Subscription;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Senior {
     /// The filter whose copy it is.
-    pub filter: u32,
+    pub filter: FilterId,
     /// The highest QoS that a matching subscription was granted.
     pub qos: QoS,
     /// One of them wants RETAIN as published.
@@ -26,10 +26,10 @@ pub fn senior(
     subscriptions: &[Subscription],
     topic: &str,
     own: bool,
-    lost: impl Fn(u32) -> bool,
+    lost: impl Fn(FilterId) -> bool,
     identifiers: &mut Vec<u32>,
 ) -> Option<Senior> {
-    let mut best: Option<(bool, u32)> = None;
+    let mut best: Option<(bool, FilterId)> = None;
     let (mut qos, mut retain) = (QoS::AtMostOnce, false);
     identifiers.clear();
     for s in subscriptions {

@@ -2,10 +2,11 @@
 //! go, and what becomes of what is under way on a stream that blocks or ends.
 
 use crate::session::Session;
+use crate::topics::FilterId;
 
 impl Session {
     /// The stream that a filter's messages go on: the one that subscribed, while it takes them.
-    pub fn lane_of(&self, filter: u32) -> u8 {
+    pub fn lane_of(&self, filter: FilterId) -> u8 {
         let connection = self.connection.as_deref();
         connection.map_or(0, |c| c.lane_of(filter))
     }

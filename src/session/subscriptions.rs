@@ -10,7 +10,7 @@ use crate::mqtt::{
     QoS, ReasonCode, Subscribe, SubscribeOptions, Unsubscribe, Version, encode_suback,
     encode_unsuback, has_discouraged,
 };
-use crate::topics::split_shared;
+use crate::topics::{FilterId, split_shared};
 
 use crate::session::connection::{Again, NOWHERE, PendingSubscribe};
 use crate::session::overlap::clash;
@@ -50,7 +50,7 @@ fn follow(options: &mut SubscribeOptions, later: SubscribeOptions) {
 #[derive(Clone, Debug)]
 pub struct Subscription {
     /// The router's number of the filter.
-    pub filter: u32,
+    pub filter: FilterId,
     /// The topic filter; shared with the router's table.
     pub name: Arc<str>,
     /// Granted QoS and options.
@@ -305,7 +305,7 @@ impl Session {
     }
 
     /// The core granted it: behind those that it granted before. Whether it had not until now.
-    pub fn activate_subscription(&mut self, filter: u32) -> bool {
+    pub fn activate_subscription(&mut self, filter: FilterId) -> bool {
         let all = &mut self.subscriptions;
         let Some(at) = all.iter().position(|s| s.filter == filter && !s.active) else {
             return false;
@@ -318,12 +318,12 @@ impl Session {
     }
 
     /// The subscription on a filter number.
-    pub fn subscription(&mut self, filter: u32) -> Option<&mut Subscription> {
+    pub fn subscription(&mut self, filter: FilterId) -> Option<&mut Subscription> {
         self.subscriptions.iter_mut().find(|s| s.filter == filter)
     }
 
     /// Takes a subscription away.
-    pub fn remove_subscription(&mut self, filter: u32) -> Option<Subscription> {
+    pub fn remove_subscription(&mut self, filter: FilterId) -> Option<Subscription> {
         let at = self.subscriptions.iter().position(|s| s.filter == filter)?;
         let removed = self.subscriptions.remove(at);
         if let Some(connection) = &mut self.connection {
@@ -343,7 +343,7 @@ impl Session {
     }
 
     /// Takes a subscription away that its client gave up.
-    fn leave_subscription(&mut self, filter: u32) -> Option<Unsubscribed> {
+    fn leave_subscription(&mut self, filter: FilterId) -> Option<Unsubscribed> {
         let all = &self.subscriptions;
         let at = all.iter().position(|s| s.filter == filter)?;
         let (left, younger) = (&all[at], &all[at + 1..]);
@@ -377,7 +377,7 @@ impl Session {
             .subscriptions
             .iter()
             .map(|s| (s.name.clone(), s.filter));
-        let mut numbers: HashMap<Arc<str>, u32, RandomState> = numbers.collect();
+        let mut numbers: HashMap<Arc<str>, FilterId, RandomState> = numbers.collect();
         for filter in unsubscribe.filters() {
             let whole = scope.as_ref().and_then(|s| s.filter(filter));
             let at_core = whole.as_deref().unwrap_or(filter);

@@ -2,6 +2,7 @@
 //! messages that carry it may still be on their way.
 
 use crate::time::Millis;
+use crate::topics::FilterId;
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ pub trait Identifiers: Debug + Send + Sync {
 
     /// The number of a name, known or given now; it is kept when this returns, for the core may be
     /// told it next.
-    fn number(&mut self, name: &str) -> (u32, Arc<str>);
+    fn number(&mut self, name: &str) -> (FilterId, Arc<str>);
 
     /// Forgets a name. Its number rests until `until`; those whose rest has ended at `now` are free.
     /// An unknown name changes nothing.
@@ -32,30 +33,30 @@ pub trait Identifiers: Debug + Send + Sync {
 /// Numbers that end with the process.
 #[derive(Debug, Default)]
 pub(super) struct InMemory {
-    by_name: HashMap<Arc<str>, u32, RandomState>,
+    by_name: HashMap<Arc<str>, FilterId, RandomState>,
     /// The number after the largest that was given.
     next: u32,
-    free: Vec<u32>,
+    free: Vec<FilterId>,
     /// Numbers that rest, with the time until which they do.
-    tombstones: VecDeque<(u64, u32)>,
+    tombstones: VecDeque<(u64, FilterId)>,
 }
 
 impl Identifiers for InMemory {
     fn load(&self) -> Vec<Option<Arc<str>>> {
         let mut names = vec![None; self.next as usize];
         for (name, number) in &self.by_name {
-            names[*number as usize] = Some(name.clone());
+            names[number.index()] = Some(name.clone());
         }
         names
     }
 
-    fn number(&mut self, name: &str) -> (u32, Arc<str>) {
+    fn number(&mut self, name: &str) -> (FilterId, Arc<str>) {
         if let Some((name, number)) = self.by_name.get_key_value(name) {
             return (*number, name.clone());
         }
         let name: Arc<str> = name.into();
-        let number = self.free.pop().unwrap_or(self.next);
-        self.next = self.next.max(number + 1);
+        let number = self.free.pop().unwrap_or(FilterId(self.next));
+        self.next = self.next.max(number.0 + 1);
         self.by_name.insert(name.clone(), number);
         (number, name)
     }
@@ -89,9 +90,9 @@ mod tests {
     #[test]
     fn a_name_keeps_its_number() {
         let mut names = InMemory::default();
-        assert_eq!(names.number("a").0, 0);
-        assert_eq!(names.number("b").0, 1);
-        assert_eq!(names.number("a"), (0, "a".into()));
+        assert_eq!(names.number("a").0, FilterId(0));
+        assert_eq!(names.number("b").0, FilterId(1));
+        assert_eq!(names.number("a"), (FilterId(0), "a".into()));
         assert_eq!(names.count(), 2);
         assert!(names.knows("b") && !names.knows("c"));
     }
@@ -105,12 +106,12 @@ mod tests {
         names.release("a", 100, 200);
         assert!(!names.knows("a"));
         // Not even for the same name.
-        assert_eq!(names.number("a").0, 4);
+        assert_eq!(names.number("a").0, FilterId(4));
         names.release("b", 199, 299);
-        assert_eq!(names.number("e").0, 5);
+        assert_eq!(names.number("e").0, FilterId(5));
         names.release("c", 200, 300);
-        assert_eq!(names.number("f").0, 0, "its rest has ended");
-        assert_eq!(names.number("g").0, 6);
+        assert_eq!(names.number("f").0, FilterId(0), "its rest has ended");
+        assert_eq!(names.number("g").0, FilterId(6));
     }
 
     #[test]
@@ -119,7 +120,7 @@ mod tests {
         names.number("a");
         names.release("a", 0, 10);
         names.release("a", 20, 30);
-        assert_eq!(names.number("b").0, 1);
+        assert_eq!(names.number("b").0, FilterId(1));
     }
 
     #[test]

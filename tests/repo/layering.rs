@@ -12,7 +12,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("topics", &[]),
     ("telemetry", &[]),
     ("config", &["topics"]),
-    ("store", &["time"]),
+    ("store", &["time", "topics"]),
     ("mqtt", &["budget", "topics"]),
     ("session", &["time", "mqtt", "topics", "budget"]),
     ("transport", &["config"]),

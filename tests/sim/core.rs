@@ -7,6 +7,7 @@ use tidegate::mqtt::{Message, MessageSpec, QoS, ReasonCode};
 use tidegate::router::publish::queue::Outgoing;
 use tidegate::router::{Answered, Arrived, Router};
 use tidegate::time::Millis;
+use tidegate::topics::FilterId;
 
 use tidegate_kit::rng::Rng;
 
@@ -23,8 +24,8 @@ pub enum Copies {
 
 /// What comes down the data link, in order.
 pub enum Item {
-    Suback(u32, ReasonCode),
-    Unsuback(u32),
+    Suback(FilterId, ReasonCode),
+    Unsuback(FilterId),
     Pingresp(u64),
     /// Copies of one message.
     Copies(Vec<Copy>),
@@ -32,7 +33,7 @@ pub enum Item {
 
 /// One copy, with the filters that it names or is for.
 pub struct Copy {
-    pub filters: Vec<(u32, String)>,
+    pub filters: Vec<(FilterId, String)>,
     pub topic: String,
     pub payload: Vec<u8>,
     pub qos: QoS,
@@ -44,8 +45,8 @@ pub struct Copy {
 }
 
 enum Request {
-    Subscribe(u32, String, QoS),
-    Unsubscribe(u32, String),
+    Subscribe(FilterId, String, QoS),
+    Unsubscribe(FilterId, String),
     Ping(u64),
 }
 
@@ -56,7 +57,7 @@ pub struct Core {
     pub away: bool,
     /// The data link is lost.
     pub unlinked: bool,
-    pub held: BTreeMap<String, (u32, QoS)>,
+    pub held: BTreeMap<String, (FilterId, QoS)>,
     /// Filters held, with the QoS asked for.
     asked: BTreeMap<String, QoS>,
     /// Refuses these.
@@ -189,7 +190,7 @@ impl Core {
                 self.retained.insert(message.topic.clone(), value);
             }
         }
-        let matching: Vec<(u32, String, QoS)> = self
+        let matching: Vec<(FilterId, String, QoS)> = self
             .held
             .iter()
             .filter(|(filter, _)| matching(filter, &message.topic))
@@ -198,7 +199,7 @@ impl Core {
         if matching.is_empty() {
             return;
         }
-        let copy = |filters: Vec<(u32, String)>, qos: QoS| Copy {
+        let copy = |filters: Vec<(FilterId, String)>, qos: QoS| Copy {
             filters,
             topic: message.topic.clone(),
             payload: message.payload.clone(),

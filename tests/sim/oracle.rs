@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use tidegate::mqtt::{QoS, SubscribeOptions, Version};
 use tidegate::router::Router;
 use tidegate::time::Millis;
+use tidegate::topics::FilterId;
 
 use crate::core::{Copy, matching};
 use crate::device::{Profile, Seen};
@@ -200,7 +201,7 @@ impl Oracle {
     }
 
     /// The core is to send a message: whoever was granted a matching filter must have it held.
-    pub fn routed(&self, topic: &str, held: &BTreeMap<String, (u32, QoS)>) -> Checked {
+    pub fn routed(&self, topic: &str, held: &BTreeMap<String, (FilterId, QoS)>) -> Checked {
         for c in &self.clients {
             for sub in &c.ledger.subs {
                 if sub.granted.is_some()

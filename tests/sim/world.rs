@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tidegate::mqtt::{QoS, ReasonCode};
 use tidegate::router::Router;
 use tidegate::time::Millis;
+use tidegate::topics::FilterId;
 
 use crate::core::Core;
 use crate::device::{Device, Seen};
@@ -26,7 +27,7 @@ pub struct Link {
 
 pub struct Fetch {
     pub at: u64,
-    pub number: u32,
+    pub number: FilterId,
     pub filter: String,
     pub found: Option<VecDeque<(String, Vec<u8>, QoS)>>,
 }

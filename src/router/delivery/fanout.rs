@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 use crate::session::{Delivered, DropReason, Outbound};
 use crate::telemetry::{DropReason as DropCause, Qos, metrics};
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 use crate::router::Router;
 use crate::router::filters::table::Table;
@@ -125,14 +126,14 @@ impl Router {
         }
         let mut masks: SmallVec<[u64; 64]> = SmallVec::new();
         let mut shares = false;
-        let mut local: SmallVec<[(usize, u32); 4]> = SmallVec::new();
+        let mut local: SmallVec<[(usize, FilterId); 4]> = SmallVec::new();
         let mut all = 0;
         {
             let table = self.table.read();
             let named = table.identifiers != Some(false);
             for (at, arrived) in batch.iter_mut().enumerate() {
                 let mut mask = 0;
-                let dead = |n: &u32| table.is_tombstone(*n);
+                let dead = |n: &FilterId| table.is_tombstone(*n);
                 if !arrived.filters.is_empty() && arrived.filters.iter().all(dead) {
                     arrived.filters.clear();
                     metrics().messages_dropped[DropCause::NoReceiver].increment(1);

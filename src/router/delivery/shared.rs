@@ -9,6 +9,7 @@ use crate::mqtt::{Message, QoS};
 use crate::session::{Delivered, Offer, Orphan, SessionLimits};
 use crate::telemetry::{DropReason as DropCause, metrics};
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 use crate::router::Router;
 use crate::router::delivery::fanout::Tally;
@@ -17,7 +18,7 @@ use crate::router::types::SessionRef;
 
 /// The groups, by the number of their filter.
 #[derive(Debug, Default)]
-pub(in crate::router) struct Groups(HashMap<u32, Group, RandomState>);
+pub(in crate::router) struct Groups(HashMap<FilterId, Group, RandomState>);
 
 /// Connected members that are looked at for one that is free, and others for one that keeps the
 /// message: what a message costs does not grow with its group.
@@ -119,7 +120,7 @@ enum Fit {
 
 impl Router {
     /// A session has subscribed to a group.
-    pub(in crate::router) fn join_group(&self, number: u32, session: SessionRef, tag: u64) {
+    pub(in crate::router) fn join_group(&self, number: FilterId, session: SessionRef, tag: u64) {
         let mut groups = self.groups.lock();
         let group = groups.0.entry(number).or_default();
         if group.members.len() >= group.sweep_at && !group.places.contains_key(&session) {
@@ -137,7 +138,7 @@ impl Router {
     }
 
     /// A session is connected again that has subscribed to these groups.
-    pub(in crate::router) fn members_came(&self, numbers: &[u32], session: SessionRef) {
+    pub(in crate::router) fn members_came(&self, numbers: &[FilterId], session: SessionRef) {
         let mut groups = self.groups.lock();
         for number in numbers {
             if let Some(group) = groups.0.get_mut(number) {
@@ -148,7 +149,7 @@ impl Router {
 
     /// Filters that are gone have no group. To be called while nobody can subscribe to them anew: who
     /// does is in the next one.
-    pub(in crate::router) fn forget_groups(&self, numbers: &[u32]) {
+    pub(in crate::router) fn forget_groups(&self, numbers: &[FilterId]) {
         if numbers.is_empty() {
             return;
         }
@@ -162,7 +163,7 @@ impl Router {
     /// connected, else the next.
     pub(in crate::router) fn share(
         &self,
-        number: u32,
+        number: FilterId,
         message: &Message,
         now: Millis,
         tally: &mut Tally,
@@ -191,7 +192,7 @@ impl Router {
     fn share_here(
         &self,
         group: &mut Group,
-        number: u32,
+        number: FilterId,
         message: &Message,
         now: Millis,
         tally: &mut Tally,
@@ -224,7 +225,7 @@ impl Router {
     }
 
     /// The next member whose client is away: one that keeps the message, if there is one.
-    fn next_away(&self, group: &mut Group, number: u32, qos: QoS) -> Option<Member> {
+    fn next_away(&self, group: &mut Group, number: FilterId, qos: QoS) -> Option<Member> {
         let mut deaf = None;
         let mut looked = 0;
         let mut turn = group.next_away;
@@ -254,7 +255,7 @@ impl Router {
         &self,
         shard: &mut Shard,
         member: &Member,
-        number: u32,
+        number: FilterId,
         message: &Message,
         now: Millis,
         tally: &mut Tally,
@@ -285,7 +286,7 @@ impl Router {
 fn fit(
     shard: &mut Shard,
     member: &Member,
-    number: u32,
+    number: FilterId,
     qos: Option<QoS>,
     limits: &SessionLimits,
 ) -> Fit {
@@ -316,7 +317,7 @@ impl Shard {
         limits: &SessionLimits,
         now: Millis,
         message: &Message,
-        number: u32,
+        number: FilterId,
         session: SessionRef,
         tally: &mut Tally,
     ) -> bool {
@@ -423,7 +424,7 @@ mod tests {
     }
 
     /// A client that is in the group, and its number.
-    fn member(router: &Router, id: &str) -> (Connected, u32) {
+    fn member(router: &Router, id: &str) -> (Connected, FilterId) {
         let client = testing::kept_client_of(router, id, Version::V5, None, 1);
         testing::subscribe(router, client, FILTER);
         let number = router.table.write().intern(FILTER).0;
@@ -433,7 +434,7 @@ mod tests {
         (client, number)
     }
 
-    fn share(router: &Router, number: u32) {
+    fn share(router: &Router, number: FilterId) {
         let message = Message::new(&MessageSpec {
             topic: "t",
             properties: Properties::default(),
@@ -462,7 +463,7 @@ mod tests {
     #[test]
     fn members_that_are_away_are_not_looked_at_while_others_are_here() {
         let router = shared_router();
-        let mut number = 0;
+        let mut number = FilterId(0);
         for n in 0..200 {
             let (client, group) = member(&router, &format!("away{n}"));
             router.disconnected(client.session, client.connection_no, true, 1);

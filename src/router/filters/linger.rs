@@ -6,9 +6,10 @@ use std::ops::Bound;
 use foldhash::fast::RandomState;
 
 use crate::router::types::SessionRef;
+use crate::topics::FilterId;
 
 /// When a filter began to linger, milliseconds, and its number.
-pub(in crate::router) type Idle = (u64, u32);
+pub(in crate::router) type Idle = (u64, FilterId);
 
 /// The filters that linger.
 #[derive(Debug, Default)]
@@ -73,7 +74,7 @@ impl Lingering {
         client: SessionRef,
         most: usize,
         bytes: usize,
-    ) -> Vec<u32> {
+    ) -> Vec<FilterId> {
         let mut gone = Vec::new();
         let Some(entry) = self.filters.get_mut(&idle) else {
             return gone;
@@ -165,20 +166,34 @@ mod tests {
     #[test]
     fn what_lingers_of_one_client_is_bounded_oldest_first() {
         let mut lingering = Lingering::default();
-        lingering.insert((1, 9), 10);
+        lingering.insert((1, FilterId(9)), 10);
         for number in 0..3 {
-            lingering.insert((2, number), 10);
-            assert!(lingering.give_up((2, number), CLIENT, 3, 100).is_empty());
+            lingering.insert((2, FilterId(number)), 10);
+            assert!(
+                lingering
+                    .give_up((2, FilterId(number)), CLIENT, 3, 100)
+                    .is_empty()
+            );
         }
-        lingering.insert((3, 7), 10);
-        assert_eq!(lingering.give_up((3, 7), CLIENT, 3, 100), [0]);
+        lingering.insert((3, FilterId(7)), 10);
+        assert_eq!(
+            lingering.give_up((3, FilterId(7)), CLIENT, 3, 100),
+            [FilterId(0)]
+        );
         // Once: it is not on the account any more.
-        lingering.insert((4, 8), 10);
-        assert_eq!(lingering.give_up((4, 8), CLIENT, 3, 100), [1]);
+        lingering.insert((4, FilterId(8)), 10);
+        assert_eq!(
+            lingering.give_up((4, FilterId(8)), CLIENT, 3, 100),
+            [FilterId(1)]
+        );
         // Who comes back for one makes room.
-        lingering.remove((3, 7));
-        lingering.insert((5, 7), 10);
-        assert!(lingering.give_up((5, 7), CLIENT, 3, 100).is_empty());
+        lingering.remove((3, FilterId(7)));
+        lingering.insert((5, FilterId(7)), 10);
+        assert!(
+            lingering
+                .give_up((5, FilterId(7)), CLIENT, 3, 100)
+                .is_empty()
+        );
         assert_eq!(lingering.len(), 6);
     }
 
@@ -186,16 +201,19 @@ mod tests {
     fn the_bytes_of_one_client_are_bounded_too() {
         let mut lingering = Lingering::default();
         for number in 0..3 {
-            lingering.insert((0, number), 40);
-            let gone = lingering.give_up((0, number), CLIENT, 10, 100);
+            lingering.insert((0, FilterId(number)), 40);
+            let gone = lingering.give_up((0, FilterId(number)), CLIENT, 10, 100);
             assert_eq!(gone.is_empty(), number < 2);
         }
-        lingering.insert((1, 5), 1000);
-        assert_eq!(lingering.give_up((1, 5), CLIENT, 10, 100), [1, 2, 5]);
+        lingering.insert((1, FilterId(5)), 1000);
+        assert_eq!(
+            lingering.give_up((1, FilterId(5)), CLIENT, 10, 100),
+            [1, 2, 5].map(FilterId)
+        );
         assert!(lingering.given_up.is_empty());
         assert_eq!(lingering.bytes(), 1120);
         for idle in [(0, 0), (0, 1), (0, 2), (1, 5), (1, 5)] {
-            lingering.remove(idle);
+            lingering.remove((idle.0, FilterId(idle.1)));
         }
         assert_eq!((lingering.len(), lingering.bytes()), (0, 0));
     }

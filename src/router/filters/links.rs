@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use crate::mqtt::{QoS, ReasonCode};
 use crate::telemetry::metrics;
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 use crate::router::Router;
 use crate::router::filters::lost::Loss;
@@ -16,7 +17,7 @@ use crate::router::handle::TaskWaker;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
     /// Its number; its Subscription Identifier is one more.
-    pub number: u32,
+    pub number: FilterId,
     /// The topic filter.
     pub name: Arc<str>,
     /// At this QoS.
@@ -61,7 +62,7 @@ pub enum LinkSession {
 const DOUBT: u64 = 30_000;
 
 /// Adds the filters that are below those which are roots.
-fn add_below(table: &Table, numbers: &mut Vec<u32>) {
+fn add_below(table: &Table, numbers: &mut Vec<FilterId>) {
     for at in 0..numbers.len() {
         numbers.extend(table.below(numbers[at]));
     }
@@ -71,7 +72,7 @@ fn add_below(table: &Table, numbers: &mut Vec<u32>) {
 fn doubt(link: usize, table: &Table) {
     let held = table.of_link(link as u8);
     let held = held.filter(|(_, filter)| filter.state == State::Active);
-    let mut numbers: Vec<u32> = held.map(|(number, _)| number).collect();
+    let mut numbers: Vec<FilterId> = held.map(|(number, _)| number).collect();
     add_below(table, &mut numbers);
     for number in numbers {
         table.lost.insert(number, Loss::Doubtful);
@@ -93,7 +94,7 @@ impl Router {
             .swap(facts.keeps_retain, Ordering::Relaxed);
         core.properties.store(facts.properties, Ordering::Relaxed);
         core.shared.store(facts.shared, Ordering::Relaxed);
-        let mut refused: Vec<(u32, Vec<Waiter>, ReasonCode)> = Vec::new();
+        let mut refused: Vec<(FilterId, Vec<Waiter>, ReasonCode)> = Vec::new();
         let mut table = self.table.write();
         table.floor = match facts.replaces {
             true => QoS::AtMostOnce,
@@ -115,7 +116,7 @@ impl Router {
         for trie in &mut table.tries {
             *trie = crate::topics::FilterTrie::new();
         }
-        let mut all: Vec<u32> = Vec::new();
+        let mut all: Vec<FilterId> = Vec::new();
         for link in (0..links as u8).chain([UNPLACED]) {
             all.extend(table.of_link(link).map(|(n, _)| n));
         }
@@ -235,7 +236,7 @@ impl Router {
     }
 
     /// Up to `max` filters whose UNSUBSCRIBE is to be sent on D link `link` now.
-    pub fn next_unsubscribes(&self, link: usize, max: usize) -> Vec<(u32, Arc<str>)> {
+    pub fn next_unsubscribes(&self, link: usize, max: usize) -> Vec<(FilterId, Arc<str>)> {
         let mut table = self.table.write();
         let mut taken = Vec::new();
         while taken.len() < max
@@ -254,7 +255,7 @@ impl Router {
     }
 
     /// The core's UNSUBACK for a filter. If somebody came back meanwhile it is subscribed again.
-    pub fn unsuback(&self, number: u32, now: Millis) {
+    pub fn unsuback(&self, number: FilterId, now: Millis) {
         let mut table = self.table.write();
         let Some(filter) = table.get_mut(number) else {
             return;
@@ -296,7 +297,7 @@ impl Router {
             if session == LinkSession::New && !first {
                 self.doubt_others(link, &table, now);
             }
-            let all: Vec<u32> = table.of_link(link as u8).map(|(n, _)| n).collect();
+            let all: Vec<FilterId> = table.of_link(link as u8).map(|(n, _)| n).collect();
             table.pending[link].clear();
             table.leaving[link].clear();
             for number in all {
@@ -394,7 +395,7 @@ impl Router {
     pub fn data_link_down(&self, link: usize, now: Millis) {
         self.data_up[link].store(false, Ordering::Release);
         self.data_lost.fetch_add(1, Ordering::AcqRel);
-        let mut numbers: Vec<u32> = {
+        let mut numbers: Vec<FilterId> = {
             let table = self.table.write();
             if now < self.doubted_until[link].load(Ordering::Acquire) {
                 doubt(link, &table);

@@ -5,13 +5,18 @@ use std::sync::Arc;
 
 use crate::router::filters::table::{ROOTED, State, Table};
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 impl Table {
     /// Hangs a group on its plain filter, which then is held as long as the group has members.
     ///
     /// # Errors
     /// The filter that the plain one would overlap on every link.
-    pub(in crate::router) fn take_local(&mut self, number: u32, hash: u64) -> Result<(), Arc<str>> {
+    pub(in crate::router) fn take_local(
+        &mut self,
+        number: FilterId,
+        hash: u64,
+    ) -> Result<(), Arc<str>> {
         let Some(topics) = self.get(number).map(|f| f.topics().to_owned()) else {
             return Ok(());
         };
@@ -45,7 +50,12 @@ impl Table {
     }
 
     /// A group is gone; its plain filter lingers if nobody else holds it.
-    pub(in crate::router) fn leave_local(&mut self, number: u32, plain: u32, now: Millis) {
+    pub(in crate::router) fn leave_local(
+        &mut self,
+        number: FilterId,
+        plain: FilterId,
+        now: Millis,
+    ) {
         let Some(filter) = self.get_mut(plain) else {
             return;
         };

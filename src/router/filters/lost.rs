@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use foldhash::fast::RandomState;
 use parking_lot::RwLock;
 
+use crate::topics::FilterId;
+
 /// How sure it is that a filter is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::router) enum Loss {
@@ -20,18 +22,18 @@ pub(in crate::router) enum Loss {
 pub(in crate::router) struct Lost {
     count: AtomicUsize,
     /// By number.
-    filters: RwLock<HashMap<u32, Loss, RandomState>>,
+    filters: RwLock<HashMap<FilterId, Loss, RandomState>>,
 }
 
 impl Lost {
-    pub fn insert(&self, filter: u32, loss: Loss) {
+    pub fn insert(&self, filter: FilterId, loss: Loss) {
         let mut filters = self.filters.write();
         filters.insert(filter, loss);
         self.count.store(filters.len(), Ordering::Release);
     }
 
     /// The core has it again, or nobody wants it any more. Whether it was lost.
-    pub fn remove(&self, filter: u32) -> bool {
+    pub fn remove(&self, filter: FilterId) -> bool {
         if self.is_empty() {
             return false;
         }
@@ -42,7 +44,7 @@ impl Lost {
     }
 
     /// The core has these all the same.
-    pub fn remove_all(&self, all: &[u32]) {
+    pub fn remove_all(&self, all: &[FilterId]) {
         if self.is_empty() || all.is_empty() {
             return;
         }
@@ -58,7 +60,7 @@ impl Lost {
     }
 
     /// Tells of each filter whether it is lost, as of now.
-    pub fn look(&self) -> impl Fn(u32) -> Option<Loss> {
+    pub fn look(&self) -> impl Fn(FilterId) -> Option<Loss> {
         let filters = (!self.is_empty()).then(|| self.filters.read());
         move |filter| filters.as_ref()?.get(&filter).copied()
     }

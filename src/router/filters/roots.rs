@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use crate::mqtt::QoS;
 use crate::telemetry::clean;
-use crate::topics::covers;
+use crate::topics::{FilterId, covers};
 
 use crate::router::filters::table::{ROOTED, State, Table};
 
@@ -29,12 +29,12 @@ impl Table {
     }
 
     /// Puts a filter below the root that it lies in, if there is one.
-    pub fn take_root(&mut self, number: u32) -> bool {
+    pub fn take_root(&mut self, number: FilterId) -> bool {
         let Some(filter) = self.get(number).filter(|f| !f.root && !f.shared) else {
             return false;
         };
         let name = filter.name.clone();
-        let inside = |root: &&u32| self.get(**root).is_some_and(|r| covers(&r.name, &name));
+        let inside = |root: &&FilterId| self.get(**root).is_some_and(|r| covers(&r.name, &name));
         let Some(root) = self.roots.iter().find(inside).copied() else {
             return false;
         };
@@ -49,20 +49,20 @@ impl Table {
     }
 
     /// The filter that stands for this one at the core: its root, or itself.
-    pub fn source(&self, number: u32) -> u32 {
+    pub fn source(&self, number: FilterId) -> FilterId {
         let root = self.get(number).and_then(|f| f.rooted);
         root.unwrap_or(number)
     }
 
     /// The filters below `number`, if that is a root.
-    pub fn below(&self, number: u32) -> impl Iterator<Item = u32> {
+    pub fn below(&self, number: FilterId) -> impl Iterator<Item = FilterId> {
         let root = self.get(number).is_some_and(|filter| filter.root);
-        let all = if root { self.numbers() } else { 0..0 };
+        let all = root.then(|| self.numbers()).into_iter().flatten();
         all.filter(move |n| self.get(*n).is_some_and(|f| f.rooted == Some(number)))
     }
 
     /// Adds the filters below root `number` that match a topic.
-    pub fn match_root(&self, number: u32, topic: &str, f: impl FnMut(u32)) {
+    pub fn match_root(&self, number: FilterId, topic: &str, f: impl FnMut(FilterId)) {
         if self.get(number).is_some_and(|filter| filter.root) {
             self.rooted.for_each_match(topic, f);
         }
@@ -125,13 +125,13 @@ impl Table {
     }
 
     /// Filters below a root with clients that wait for the core's word on it.
-    pub fn take_waiting(&mut self, root: u32) -> Vec<u32> {
+    pub fn take_waiting(&mut self, root: FilterId) -> Vec<FilterId> {
         if self.rooted_waiting.is_empty() {
             return Vec::new();
         }
         let all = std::mem::take(&mut self.rooted_waiting);
-        let of_it = |n: &u32| self.get(*n).is_some_and(|f| f.rooted == Some(root));
-        let (mine, others): (Vec<u32>, Vec<u32>) = all.into_iter().partition(of_it);
+        let of_it = |n: &FilterId| self.get(*n).is_some_and(|f| f.rooted == Some(root));
+        let (mine, others): (Vec<FilterId>, Vec<FilterId>) = all.into_iter().partition(of_it);
         self.rooted_waiting = others.into_iter().collect();
         mine
     }

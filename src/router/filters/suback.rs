@@ -6,7 +6,7 @@ use crate::mqtt::{QoS, ReasonCode};
 use crate::session::CloseReason;
 use crate::telemetry::{RateLimited, clean};
 use crate::time::Millis;
-use crate::topics::overlaps;
+use crate::topics::{FilterId, overlaps};
 
 use crate::router::Router;
 use crate::router::filters::subscribe::LINE_EVERY;
@@ -16,7 +16,7 @@ use crate::router::types::{RetainedRequest, SessionRef};
 
 static REFUSED: RateLimited = RateLimited::new(LINE_EVERY);
 
-fn filter_has_below(table: &Table, number: u32) -> bool {
+fn filter_has_below(table: &Table, number: FilterId) -> bool {
     table
         .get(number)
         .is_some_and(|f| f.root || !f.groups.is_empty())
@@ -39,13 +39,13 @@ impl Router {
     pub(in crate::router) fn raise_overlapping(
         &self,
         session: SessionRef,
-        number: u32,
+        number: FilterId,
         qos: QoS,
-    ) -> Option<u32> {
+    ) -> Option<FilterId> {
         if qos == QoS::AtMostOnce {
             return None;
         }
-        let others: Vec<u32> = {
+        let others: Vec<FilterId> = {
             let mut shard = self.shards[usize::from(session.shard)].lock();
             let session = &mut shard.get(session)?.session;
             let name = match session.subscription(number) {
@@ -85,7 +85,7 @@ impl Router {
     }
 
     /// Lets a waiter wait for another filter of its client. False: there is nothing to wait for.
-    pub(in crate::router) fn wait_behind(&self, waiter: Waiter, on: u32) -> bool {
+    pub(in crate::router) fn wait_behind(&self, waiter: Waiter, on: FilterId) -> bool {
         let mut table = self.table.write();
         let Some(filter) = table.get_mut(on).filter(|f| f.is_rising()) else {
             return false;
@@ -131,7 +131,7 @@ impl Router {
     }
 
     /// The core's SUBACK for a filter, or our own word in its place.
-    pub fn suback(&self, number: u32, code: ReasonCode, now: Millis) {
+    pub fn suback(&self, number: FilterId, code: ReasonCode, now: Millis) {
         let (mut guessed, regained);
         let (waiters, link, below) = {
             let mut table = self.table.write();
@@ -141,7 +141,7 @@ impl Router {
             let upgrade = std::mem::take(&mut filter.upgrading);
             regained = table.lost.remove(number);
             if regained {
-                let below: Vec<u32> = table.below(number).collect();
+                let below: Vec<FilterId> = table.below(number).collect();
                 table.lost.remove_all(&below);
             }
             let Some(filter) = table.get_mut(number) else {
@@ -194,7 +194,7 @@ impl Router {
         }
         if !code.is_error() {
             // What the cache knows may be older than what was missed until now.
-            let inside: Vec<u32> = self.table.read().below(number).collect();
+            let inside: Vec<FilterId> = self.table.read().below(number).collect();
             self.forget_retained(inside.into_iter().chain([number]));
         }
         if regained && !code.is_error() {
@@ -210,7 +210,7 @@ impl Router {
     }
 
     /// The core's word on the root of a filter that clients wait for.
-    fn root_answered(&self, number: u32, code: ReasonCode, now: Millis) {
+    fn root_answered(&self, number: FilterId, code: ReasonCode, now: Millis) {
         let (waiters, guessed) = {
             let mut table = self.table.write();
             let waiters = table.take_waiters(number, QoS::ExactlyOnce);
@@ -225,7 +225,7 @@ impl Router {
     }
 
     /// The core has a filter at last that clients were granted without it.
-    fn confirm(&self, number: u32, code: ReasonCode) {
+    fn confirm(&self, number: FilterId, code: ReasonCode) {
         let mask = self.table.read().get(number).map_or(0, |f| f.mask);
         let granted = QoS::from_u8(code.0).unwrap_or_default();
         let shards = self.shards.iter().enumerate();
@@ -242,7 +242,7 @@ impl Router {
     /// has not said it.
     pub(in crate::router) fn settle_waiters(
         &self,
-        number: u32,
+        number: FilterId,
         waiters: &[Waiter],
         code: ReasonCode,
         confirmed: bool,
@@ -292,7 +292,7 @@ impl Router {
     /// its overlapping filters are held at this QoS.
     fn settle_waiter(
         &self,
-        number: u32,
+        number: FilterId,
         waiter: &Waiter,
         granted: ReasonCode,
         confirmed: bool,

@@ -9,7 +9,7 @@ use crate::mqtt::{QoS, ReasonCode};
 use crate::session::{Subscription, Unsubscribed, Wanted};
 use crate::telemetry::{RateLimited, clean};
 use crate::time::Millis;
-use crate::topics::{has_wildcard, overlaps, split_shared};
+use crate::topics::{FilterId, has_wildcard, overlaps, split_shared};
 
 use crate::router::Router;
 use crate::router::filters::table::{State, UNPLACED, Waiter};
@@ -37,7 +37,7 @@ impl Router {
         now: Millis,
     ) {
         let mut answers: Vec<(u16, ReasonCode)> = Vec::new();
-        let mut granted: Vec<(u32, RetainedRequest, Reply)> = Vec::new();
+        let mut granted: Vec<(FilterId, RetainedRequest, Reply)> = Vec::new();
         for want in wanted {
             let options = want.options;
             if options.no_local && !self.properties_reach_core() {
@@ -198,7 +198,7 @@ impl Router {
     }
 
     /// The filters of a session that overlap a new one.
-    fn overlapping(&self, session: SessionRef, filter: &str) -> Vec<u32> {
+    fn overlapping(&self, session: SessionRef, filter: &str) -> Vec<FilterId> {
         if self.config.data_links < 2 {
             return Vec::new();
         }
@@ -263,7 +263,7 @@ impl Router {
     pub(in crate::router) fn activate(
         &self,
         session: SessionRef,
-        number: u32,
+        number: FilterId,
         asked: QoS,
         code: ReasonCode,
     ) {
@@ -297,7 +297,7 @@ impl Router {
     }
 
     /// Gives back references of clients that unsubscribed: what lingers of them is on their account.
-    pub(in crate::router) fn give_up(&self, gone: &[(SessionRef, u32)], now: Millis) {
+    pub(in crate::router) fn give_up(&self, gone: &[(SessionRef, FilterId)], now: Millis) {
         if gone.is_empty() {
             return;
         }
@@ -310,7 +310,7 @@ impl Router {
     }
 
     /// Gives references back.
-    pub(in crate::router) fn release(&self, filters: &[u32], shard: u16, now: Millis) {
+    pub(in crate::router) fn release(&self, filters: &[FilterId], shard: u16, now: Millis) {
         if filters.is_empty() {
             return;
         }

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use crate::mqtt::{QoS, ReasonCode};
 use crate::store::Identifiers;
 use crate::time::Millis;
-use crate::topics::split_shared;
+use crate::topics::{FilterId, split_shared};
 
 use crate::router::filters::linger::Lingering;
 use crate::router::filters::lost::Lost;
@@ -45,7 +45,7 @@ pub(in crate::router) struct Waiter {
     pub deadline: u64,
     /// The filter that it asked for, and what it was granted: it waits until an older overlapping
     /// one of the same client, whose copies it will get, is held at that QoS too.
-    pub behind: Option<(u32, ReasonCode)>,
+    pub behind: Option<(FilterId, ReasonCode)>,
     /// Retained messages are wanted after the grant.
     pub retained: bool,
 }
@@ -59,11 +59,11 @@ pub(in crate::router) struct Filter {
     /// Held for good, by configuration.
     pub root: bool,
     /// The root that it lies in: nothing of it is at the core.
-    pub rooted: Option<u32>,
+    pub rooted: Option<FilterId>,
     /// Groups of this node alone that get its messages.
-    pub groups: Vec<u32>,
+    pub groups: Vec<FilterId>,
     /// The filter that such a group hangs on.
-    pub plain: Option<u32>,
+    pub plain: Option<FilterId>,
     /// D link; `ROOTED` below a root; `UNPLACED` until the core's habits are known.
     pub link: u8,
     pub state: State,
@@ -163,10 +163,10 @@ pub(in crate::router) struct Table {
     /// Filters nobody holds.
     pub lingering: Lingering,
     /// For each D link, the filters to SUBSCRIBE and to UNSUBSCRIBE.
-    pub pending: Vec<VecDeque<u32>>,
-    pub leaving: Vec<VecDeque<u32>>,
+    pub pending: Vec<VecDeque<FilterId>>,
+    pub leaving: Vec<VecDeque<FilterId>>,
     /// For each D link without identifiers, its filters.
-    pub tries: Vec<FilterTrie<u32>>,
+    pub tries: Vec<FilterTrie<FilterId>>,
     /// Whether the core has working identifiers; `None`: never connected.
     pub identifiers: Option<bool>,
     /// With so many filters at the core a root is suggested.
@@ -176,17 +176,17 @@ pub(in crate::router) struct Table {
     /// Filters are held at this QoS at least.
     pub floor: QoS,
     /// The roots.
-    pub roots: Vec<u32>,
+    pub roots: Vec<FilterId>,
     /// All filters below roots.
-    pub rooted: FilterTrie<u32>,
+    pub rooted: FilterTrie<FilterId>,
     /// Those of them with clients that wait for their root.
-    pub rooted_waiting: BTreeSet<u32>,
+    pub rooted_waiting: BTreeSet<FilterId>,
     /// Filters that leave at the next tick if nobody holds them: shared ones do not linger, for the
     /// core goes on sending us what other members of the group could have; nor do those that are too
     /// many of one client.
-    pub left: Vec<u32>,
+    pub left: Vec<FilterId>,
     /// Filters with waiters, by deadline.
-    pub held: BTreeSet<(u64, u32)>,
+    pub held: BTreeSet<(u64, FilterId)>,
     /// Filters that were held before the core lost them, and are not again yet.
     pub lost: Arc<Lost>,
 }
@@ -201,7 +201,8 @@ impl Table {
         let links = data_links + shared_links;
         let mut lingering = Lingering::default();
         let mut filters = Vec::new();
-        for (number, name) in (0..).zip(numbers.load()) {
+        for (at, name) in numbers.load().into_iter().enumerate() {
+            let number = FilterId::from_index(at);
             filters.push(name.map(|name| {
                 lingering.insert((0, number), name.len());
                 Box::new(Filter {
@@ -231,12 +232,12 @@ impl Table {
         }
     }
 
-    pub fn get(&self, number: u32) -> Option<&Filter> {
-        self.filters.get(number as usize)?.as_deref()
+    pub fn get(&self, number: FilterId) -> Option<&Filter> {
+        self.filters.get(number.index())?.as_deref()
     }
 
-    pub fn get_mut(&mut self, number: u32) -> Option<&mut Filter> {
-        self.filters.get_mut(number as usize)?.as_deref_mut()
+    pub fn get_mut(&mut self, number: FilterId) -> Option<&mut Filter> {
+        self.filters.get_mut(number.index())?.as_deref_mut()
     }
 
     /// Filters known, held or lingering.
@@ -250,12 +251,12 @@ impl Table {
     }
 
     /// Whether a number meant a filter that is gone: what still comes for it is for nobody.
-    pub fn is_tombstone(&self, number: u32) -> bool {
-        matches!(self.filters.get(number as usize), Some(None))
+    pub fn is_tombstone(&self, number: FilterId) -> bool {
+        matches!(self.filters.get(number.index()), Some(None))
     }
 
     /// The filters of one link that match `topic`.
-    pub fn match_topic(&self, link: usize, topic: &str, mut f: impl FnMut(u32)) {
+    pub fn match_topic(&self, link: usize, topic: &str, mut f: impl FnMut(FilterId)) {
         if self.identifiers == Some(false) {
             self.tries[link].for_each_match(topic, f);
             return;
@@ -273,23 +274,23 @@ impl Table {
     }
 
     /// Numbers and filters of one link.
-    pub fn of_link(&self, link: u8) -> impl Iterator<Item = (u32, &Filter)> {
+    pub fn of_link(&self, link: u8) -> impl Iterator<Item = (FilterId, &Filter)> {
         self.filters
             .iter()
             .enumerate()
-            .filter_map(|(n, f)| Some((n as u32, f.as_deref()?)))
+            .filter_map(|(n, f)| Some((FilterId::from_index(n), f.as_deref()?)))
             .filter(move |(_, f)| f.link == link)
     }
 
     /// All numbers that there may be filters of.
-    pub fn numbers(&self) -> std::ops::Range<u32> {
-        0..self.filters.len() as u32
+    pub fn numbers(&self) -> impl Iterator<Item = FilterId> + use<> {
+        (0..self.filters.len()).map(FilterId::from_index)
     }
 
     /// The filter's number, new or known.
-    pub fn intern(&mut self, name: &str) -> (u32, Arc<str>) {
+    pub fn intern(&mut self, name: &str) -> (FilterId, Arc<str>) {
         let (number, name) = self.numbers.number(name);
-        let at = number as usize;
+        let at = number.index();
         if at >= self.filters.len() {
             self.filters.resize_with(at + 1, || None);
         }
@@ -300,7 +301,12 @@ impl Table {
     /// Chooses the D link. With identifiers that of one of `near`, which overlap it for the same
     /// client, so that their copies come in one order; else by hash. Without, the first on which the filter
     /// overlaps no other; the error names one it overlaps.
-    pub fn place(&mut self, number: u32, hash: u64, near: &[u32]) -> Result<(), Arc<str>> {
+    pub fn place(
+        &mut self,
+        number: FilterId,
+        hash: u64,
+        near: &[FilterId],
+    ) -> Result<(), Arc<str>> {
         let Some(filter) = self.get(number) else {
             return Ok(());
         };
@@ -352,7 +358,7 @@ impl Table {
     }
 
     /// One more subscription of a session in `shard`.
-    pub fn reference(&mut self, number: u32, shard: u16) {
+    pub fn reference(&mut self, number: FilterId, shard: u16) {
         let Some(filter) = self.get_mut(number) else {
             return;
         };
@@ -369,7 +375,7 @@ impl Table {
     }
 
     /// One less; the last begins the linger.
-    pub fn unreference(&mut self, number: u32, shard: u16, now: Millis) {
+    pub fn unreference(&mut self, number: FilterId, shard: u16, now: Millis) {
         let Some(filter) = self.get_mut(number) else {
             return;
         };
@@ -396,7 +402,7 @@ impl Table {
 
     /// It was this client's UNSUBSCRIBE after which nobody holds a filter, if that is so. Of those
     /// that linger on its account, so many filters and bytes may; the oldest make room.
-    pub fn given_up(&mut self, number: u32, client: SessionRef, most: usize, bytes: usize) {
+    pub fn given_up(&mut self, number: FilterId, client: SessionRef, most: usize, bytes: usize) {
         let Some(since) = self.get(number).map(|f| f.idle_since) else {
             return;
         };
@@ -405,7 +411,7 @@ impl Table {
     }
 
     /// Queues the SUBSCRIBE, if it is not under way at this QoS.
-    pub fn ask(&mut self, number: u32, qos: QoS) {
+    pub fn ask(&mut self, number: FilterId, qos: QoS) {
         let qos = qos.max(self.floor);
         let Some(filter) = self.get_mut(number) else {
             return;
@@ -432,8 +438,8 @@ impl Table {
     }
 
     /// Forgets a filter that is neither held nor at the core; its number rests.
-    pub fn bury(&mut self, number: u32, now: Millis) {
-        let Some(filter) = self.filters.get_mut(number as usize).and_then(Option::take) else {
+    pub fn bury(&mut self, number: FilterId, now: Millis) {
+        let Some(filter) = self.filters.get_mut(number.index()).and_then(Option::take) else {
             return;
         };
         self.lost.remove(number);
@@ -453,7 +459,7 @@ impl Table {
     }
 
     /// Those who wait on a filter for this QoS or less.
-    pub fn take_waiters(&mut self, number: u32, qos: QoS) -> Vec<Waiter> {
+    pub fn take_waiters(&mut self, number: FilterId, qos: QoS) -> Vec<Waiter> {
         let Some(filter) = self.get_mut(number) else {
             return Vec::new();
         };
@@ -472,7 +478,7 @@ impl Table {
     }
 
     /// What a client is granted that asked for `qos`.
-    pub fn grant(&self, number: u32, qos: QoS) -> ReasonCode {
+    pub fn grant(&self, number: FilterId, qos: QoS) -> ReasonCode {
         // Without the core's word, what it was asked for.
         let granted = self
             .get(self.source(number))
@@ -498,10 +504,13 @@ mod tests {
         numbers.release("b", 0, TOMBSTONE);
         let mut table = Table::new(numbers, 1, 1);
         assert!(table.knows("a") && !table.knows("b"));
-        assert_eq!(table.get(2).map(|f| &*f.name), Some("c"));
-        assert!(table.is_tombstone(1), "late messages of it are for nobody");
-        assert_eq!(table.intern("c").0, 2);
-        assert_eq!(table.intern("b").0, 3, "its old number rests");
+        assert_eq!(table.get(FilterId(2)).map(|f| &*f.name), Some("c"));
+        assert!(
+            table.is_tombstone(FilterId(1)),
+            "late messages of it are for nobody"
+        );
+        assert_eq!(table.intern("c").0, FilterId(2));
+        assert_eq!(table.intern("b").0, FilterId(3), "its old number rests");
         assert_eq!(table.len(), 3);
     }
 
@@ -513,12 +522,12 @@ mod tests {
         }
         let mut table = Table::new(numbers, 1, 1);
         table.add_root("root/#");
-        table.reference(1, 0);
+        table.reference(FilterId(1), 0);
         let lingering: Vec<_> = table.lingering.behind(None).collect();
-        assert_eq!(lingering, [((0, 0), 1)]);
-        assert!(!table.get(0).is_some_and(Filter::is_wanted));
-        assert!(table.get(1).is_some_and(Filter::is_wanted));
-        assert!(table.get(2).is_some_and(Filter::is_wanted));
+        assert_eq!(lingering, [((0, FilterId(0)), 1)]);
+        assert!(!table.get(FilterId(0)).is_some_and(Filter::is_wanted));
+        assert!(table.get(FilterId(1)).is_some_and(Filter::is_wanted));
+        assert!(table.get(FilterId(2)).is_some_and(Filter::is_wanted));
     }
 
     #[test]
@@ -527,14 +536,14 @@ mod tests {
         for name in ["a", "b"] {
             table.intern(name);
         }
-        table.bury(0, 5);
-        assert!(table.is_tombstone(0) && !table.knows("a"));
-        assert_eq!(table.intern("c").0, 2);
-        table.bury(1, 4 + TOMBSTONE);
-        assert_eq!(table.intern("d").0, 3);
-        table.bury(2, 5 + TOMBSTONE);
-        assert_eq!(table.intern("e").0, 0);
-        assert!(!table.is_tombstone(0));
+        table.bury(FilterId(0), 5);
+        assert!(table.is_tombstone(FilterId(0)) && !table.knows("a"));
+        assert_eq!(table.intern("c").0, FilterId(2));
+        table.bury(FilterId(1), 4 + TOMBSTONE);
+        assert_eq!(table.intern("d").0, FilterId(3));
+        table.bury(FilterId(2), 5 + TOMBSTONE);
+        assert_eq!(table.intern("e").0, FilterId(0));
+        assert!(!table.is_tombstone(FilterId(0)));
     }
 
     #[test]
@@ -561,11 +570,17 @@ mod tests {
         ];
         let mut table = Table::new(Memory.identifiers(), 1, 1);
         table.intern("a");
-        table.held.extend(waiters.iter().map(|w| (w.deadline, 0)));
-        table.get_mut(0).expect("known").waiters.extend(waiters);
-        assert_eq!(table.take_waiters(0, QoS::AtLeastOnce).len(), 2);
-        assert_eq!(table.held.iter().collect::<Vec<_>>(), [&(10, 0)]);
-        assert_eq!(table.take_waiters(0, QoS::ExactlyOnce).len(), 1);
+        table
+            .held
+            .extend(waiters.iter().map(|w| (w.deadline, FilterId(0))));
+        table
+            .get_mut(FilterId(0))
+            .expect("known")
+            .waiters
+            .extend(waiters);
+        assert_eq!(table.take_waiters(FilterId(0), QoS::AtLeastOnce).len(), 2);
+        assert_eq!(table.held.iter().collect::<Vec<_>>(), [&(10, FilterId(0))]);
+        assert_eq!(table.take_waiters(FilterId(0), QoS::ExactlyOnce).len(), 1);
         assert!(table.held.is_empty());
     }
 

@@ -15,7 +15,7 @@ use crate::router::retained::{Reply, RetainedRequest};
 use crate::router::types::Arrived;
 use crate::router::types::SessionRef;
 use crate::time::Millis;
-use crate::topics::FilterTrie;
+use crate::topics::{FilterId, FilterTrie};
 
 /// Bytes charged for a cached topic beside topic and message.
 const TOPIC_OVERHEAD: usize = 96;
@@ -124,23 +124,23 @@ impl Cached {
 /// The cache and the queue of fetches.
 #[derive(Debug)]
 pub(in crate::router) struct Retained {
-    pub(super) filters: HashMap<u32, Box<Cached>, RandomState>,
+    pub(super) filters: HashMap<FilterId, Box<Cached>, RandomState>,
     /// Filters with messages that are held, and how many those are.
-    pub(super) holding: HashSet<u32, RandomState>,
+    pub(super) holding: HashSet<FilterId, RandomState>,
     pub(super) held: usize,
     pub(super) held_bytes: usize,
     /// The filters that are fetched, or were.
-    pub(super) known: FilterTrie<u32>,
+    pub(super) known: FilterTrie<FilterId>,
     /// Topics on which others are ahead of them.
     pub(super) ahead: usize,
     pub(super) digests: RandomState,
     /// Replies that wait, by filter, each until its deadline; and the deadlines in order.
-    pub(super) replies: HashMap<u32, Vec<(u64, Reply)>, RandomState>,
-    pub(super) reply_by: VecDeque<(u64, u32)>,
-    pub(super) complete: LruCache<u32, (), RandomState>,
-    pub(super) queue: VecDeque<u32>,
+    pub(super) replies: HashMap<FilterId, Vec<(u64, Reply)>, RandomState>,
+    pub(super) reply_by: VecDeque<(u64, FilterId)>,
+    pub(super) complete: LruCache<FilterId, (), RandomState>,
+    pub(super) queue: VecDeque<FilterId>,
     /// Fetches that nobody waits for: behind the others.
-    pub(super) later: VecDeque<u32>,
+    pub(super) later: VecDeque<FilterId>,
     /// What those know who have filters that are lost.
     pub missed: Missed,
     pub(super) bytes: usize,
@@ -175,7 +175,7 @@ impl Retained {
         self.digests.hash_one(message.topic())
     }
 
-    pub(super) fn drop_filter(&mut self, number: u32) {
+    pub(super) fn drop_filter(&mut self, number: FilterId) {
         if let Some(cached) = self.filters.remove(&number) {
             self.bytes -= cached.bytes;
             self.held -= cached.held.len();
@@ -193,14 +193,14 @@ impl Retained {
     }
 
     /// The link of a filter is away: who has it knows what the cache knows.
-    pub(in crate::router) fn miss(&mut self, number: u32) {
+    pub(in crate::router) fn miss(&mut self, number: FilterId) {
         if let Some(cached) = self.filters.get(&number) {
             self.missed.begin(number, cached.topics.values());
         }
     }
 
     /// A filter is fetched for all who have it. All that is below a root is not kept.
-    pub(in crate::router) fn resync(&mut self, number: u32, root: bool) {
+    pub(in crate::router) fn resync(&mut self, number: FilterId, root: bool) {
         if let Some(cached) = self.filters.get(&number)
             && cached.state == State::Complete
         {
@@ -227,7 +227,7 @@ impl Retained {
     }
 
     /// The next filter to be fetched.
-    pub(super) fn next(&mut self) -> Option<u32> {
+    pub(super) fn next(&mut self) -> Option<FilterId> {
         loop {
             let number = self.queue.pop_front().or_else(|| self.later.pop_front())?;
             // One for which somebody came to wait is in both.
@@ -239,7 +239,7 @@ impl Retained {
     }
 
     /// The replies of a filter, once nothing that it waits for is missing.
-    pub(super) fn replies_of(&mut self, number: u32) -> Vec<Reply> {
+    pub(super) fn replies_of(&mut self, number: FilterId) -> Vec<Reply> {
         if self.replies.is_empty() || self.filters.get(&number).is_some_and(|c| c.is_awaited()) {
             return Vec::new();
         }
@@ -247,7 +247,7 @@ impl Retained {
         replies.into_iter().map(|(_, reply)| reply).collect()
     }
 
-    pub(super) fn hold(&mut self, number: u32, held: (usize, u64, Message)) {
+    pub(super) fn hold(&mut self, number: FilterId, held: (usize, u64, Message)) {
         if let Some(cached) = self.filters.get_mut(&number) {
             self.held += 1;
             self.held_bytes += held.2.size();
@@ -258,7 +258,7 @@ impl Retained {
 
     pub(super) fn release(
         &mut self,
-        number: u32,
+        number: FilterId,
         passed: impl Fn(usize, u64) -> bool,
     ) -> Vec<Message> {
         let Some(cached) = self.filters.get_mut(&number) else {
@@ -282,7 +282,7 @@ impl Retained {
             return;
         }
         let topic = arrived.message.topic();
-        let mut others: SmallVec<[u32; 8]> = SmallVec::new();
+        let mut others: SmallVec<[FilterId; 8]> = SmallVec::new();
         self.known.for_each_match(topic, |n| others.push(n));
         let topic = self.digests.hash_one(topic);
         let says = self.digests.hash_one(arrived.message.payload());
@@ -311,7 +311,12 @@ impl Retained {
     }
 
     /// Whether something newer may have reached a session that has other subscriptions on the topic.
-    pub(in crate::router) fn is_ahead(&self, number: u32, message: &Message, now: Millis) -> bool {
+    pub(in crate::router) fn is_ahead(
+        &self,
+        number: FilterId,
+        message: &Message,
+        now: Millis,
+    ) -> bool {
         let ahead = self.filters.get(&number).map(|c| &c.ahead);
         let Some(ahead) = ahead.filter(|ahead| !ahead.is_empty()) else {
             return false;
@@ -322,7 +327,7 @@ impl Retained {
         })
     }
 
-    pub(super) fn put(&mut self, number: u32, message: &Message) {
+    pub(super) fn put(&mut self, number: FilterId, message: &Message) {
         let (bytes_max, account) = (self.bytes_max, self.account.clone());
         let Some(cached) = self.filters.get_mut(&number) else {
             return;
@@ -356,7 +361,7 @@ impl Retained {
     }
 
     /// A filter is handed on and not kept: there is no room for it.
-    fn spill(&mut self, number: u32) {
+    fn spill(&mut self, number: FilterId) {
         if let Some(cached) = self.filters.get_mut(&number) {
             cached.overflow = true;
             self.bytes -= std::mem::take(&mut cached.bytes);
@@ -370,7 +375,7 @@ mod tests {
     use super::*;
     use crate::mqtt::{MessageSpec, Properties, QoS};
 
-    fn arrived(topic: &str, filters: &[u32]) -> Arrived {
+    fn arrived(topic: &str, filters: &[FilterId]) -> Arrived {
         Arrived {
             message: Message::new(&MessageSpec {
                 topic,
@@ -394,19 +399,22 @@ mod tests {
         let mut cached = Cached::queued(Wishes::new());
         cached.state = State::Complete;
         cached.name = Some("a/#".into());
-        retained.known.insert("a/#", 7);
-        retained.filters.insert(7, cached);
-        retained.complete.put(7, ());
+        retained.known.insert("a/#", FilterId(7));
+        retained.filters.insert(FilterId(7), cached);
+        retained.complete.put(FilterId(7), ());
         retained
     }
 
     #[test]
     fn another_filter_is_ahead_until_its_own_copy_comes_or_time_passes() {
         let mut retained = cache();
-        let older = arrived("a/b", &[7]).message.clone();
-        retained.ahead(&arrived("a/b", &[9]), 0);
-        assert!(!retained.is_ahead(7, &older, 0), "it says the same");
-        let mut newer = arrived("a/b", &[9]);
+        let older = arrived("a/b", &[FilterId(7)]).message.clone();
+        retained.ahead(&arrived("a/b", &[FilterId(9)]), 0);
+        assert!(
+            !retained.is_ahead(FilterId(7), &older, 0),
+            "it says the same"
+        );
+        let mut newer = arrived("a/b", &[FilterId(9)]);
         newer.message = Message::new(&MessageSpec {
             topic: "a/b",
             properties: Properties::default(),
@@ -418,11 +426,11 @@ mod tests {
             account: None,
         });
         retained.ahead(&newer, 0);
-        assert!(retained.is_ahead(7, &older, 0));
-        assert!(!retained.is_ahead(7, &older, AHEAD_FOR));
-        newer.filters = [7].as_slice().into();
+        assert!(retained.is_ahead(FilterId(7), &older, 0));
+        assert!(!retained.is_ahead(FilterId(7), &older, AHEAD_FOR));
+        newer.filters = [FilterId(7)].as_slice().into();
         retained.ahead(&newer, 0);
-        assert!(!retained.is_ahead(7, &older, 0));
+        assert!(!retained.is_ahead(FilterId(7), &older, 0));
         assert_eq!(retained.ahead, 0);
     }
 
@@ -430,11 +438,11 @@ mod tests {
     fn a_filter_that_others_are_too_far_ahead_of_is_forgotten() {
         let mut retained = cache();
         for n in 0..AHEAD_MAX {
-            retained.ahead(&arrived(&format!("a/{n}"), &[9]), 0);
+            retained.ahead(&arrived(&format!("a/{n}"), &[FilterId(9)]), 0);
         }
         assert_eq!(retained.ahead, AHEAD_MAX);
-        assert!(retained.filters.contains_key(&7));
-        retained.ahead(&arrived("a/more", &[9]), 0);
+        assert!(retained.filters.contains_key(&FilterId(7)));
+        retained.ahead(&arrived("a/more", &[FilterId(9)]), 0);
         assert!(retained.filters.is_empty() && retained.known.is_empty());
         assert_eq!(retained.ahead, 0);
     }
@@ -445,9 +453,9 @@ mod tests {
         for number in 0..10 {
             let mut cached = Cached::queued(Wishes::new());
             cached.state = State::Fetching;
-            retained.filters.insert(number, cached);
+            retained.filters.insert(FilterId(number), cached);
             for n in 0..3 {
-                retained.put(number, &arrived(&format!("a/{n}"), &[]).message);
+                retained.put(FilterId(number), &arrived(&format!("a/{n}"), &[]).message);
                 assert!(retained.bytes <= 1000, "{}", retained.bytes);
             }
         }
@@ -460,8 +468,8 @@ mod tests {
     #[test]
     fn a_forgotten_number_leaves_its_filter_to_the_next() {
         let mut retained = cache();
-        retained.known.insert("a/#", 8);
-        retained.drop_filter(7);
-        assert_eq!(retained.known.get("a/#"), Some(8));
+        retained.known.insert("a/#", FilterId(8));
+        retained.drop_filter(FilterId(7));
+        assert_eq!(retained.known.get("a/#"), Some(FilterId(8)));
     }
 }

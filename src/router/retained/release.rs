@@ -11,13 +11,14 @@ use crate::router::delivery::fanout::Tally;
 use crate::router::retained::cache::{Cached, Retained, State};
 use crate::router::retained::{Reply, RetainedRequest};
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 /// How long what was fetched may wait for a data link that is away, milliseconds.
 const HELD_FOR: u64 = 5000;
 
 impl Router {
     /// The data link that a filter's messages come by.
-    pub(super) fn source_link(&self, number: u32) -> Option<usize> {
+    pub(super) fn source_link(&self, number: FilterId) -> Option<usize> {
         let table = self.table.read();
         let filter = table.get(table.source(number))?;
         let link = usize::from(filter.link);
@@ -25,7 +26,7 @@ impl Router {
     }
 
     /// Whether what changes now is not seen at once.
-    pub(super) fn source_is_away(&self, number: u32) -> bool {
+    pub(super) fn source_is_away(&self, number: FilterId) -> bool {
         let link = self.source_link(number);
         link.is_some_and(|link| !self.data_up[link].load(Ordering::Acquire))
     }
@@ -45,7 +46,7 @@ impl Router {
         if retained.held == 0 {
             return;
         }
-        let mut holding: Vec<u32> = retained.holding.iter().copied().collect();
+        let mut holding: Vec<FilterId> = retained.holding.iter().copied().collect();
         holding.sort_unstable();
         self.release_of(retained, &holding, passed, now);
     }
@@ -53,11 +54,11 @@ impl Router {
     /// Fetches that have waited long enough for a data link.
     pub(super) fn late_fetches(&self, now: Millis) {
         let retained = self.retained.lock();
-        let late = |number: &u32| {
+        let late = |number: &FilterId| {
             let ending = retained.filters.get(number).and_then(|c| c.ending);
             ending.is_some_and(|until| until <= now)
         };
-        let mut late: Vec<u32> = retained.holding.iter().copied().filter(late).collect();
+        let mut late: Vec<FilterId> = retained.holding.iter().copied().filter(late).collect();
         late.sort_unstable();
         self.release_of(retained, &late, |_, _| true, now);
     }
@@ -65,7 +66,7 @@ impl Router {
     fn release_of(
         &self,
         mut retained: MutexGuard<'_, Retained>,
-        numbers: &[u32],
+        numbers: &[FilterId],
         passed: impl Fn(usize, u64) -> bool,
         now: Millis,
     ) {
@@ -88,7 +89,7 @@ impl Router {
     pub(super) fn hand_fetched(
         &self,
         retained: &mut MutexGuard<'_, Retained>,
-        number: u32,
+        number: FilterId,
         messages: &[Message],
         now: Millis,
     ) {
@@ -122,7 +123,7 @@ impl Router {
     pub(super) fn hand_retained(
         &self,
         retained: &Retained,
-        number: u32,
+        number: FilterId,
         messages: &[Message],
         want: &RetainedRequest,
         now: Millis,
@@ -150,7 +151,7 @@ impl Router {
     }
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
-    pub fn fetch_ended(&self, numbers: &[u32], complete: bool, now: Millis) {
+    pub fn fetch_ended(&self, numbers: &[FilterId], complete: bool, now: Millis) {
         let mut retained = self.retained.lock();
         let (mut replies, mut again) = (Vec::new(), false);
         for &number in numbers {
@@ -176,7 +177,12 @@ impl Router {
     }
 
     /// Ends a fetch that is complete, unless something of it is still held or handed on.
-    fn end_if_over(&self, retained: &mut Retained, number: u32, replies: &mut Vec<Reply>) -> bool {
+    fn end_if_over(
+        &self,
+        retained: &mut Retained,
+        number: FilterId,
+        replies: &mut Vec<Reply>,
+    ) -> bool {
         retained.filters.get(&number).is_some_and(|c| c.is_over())
             && self.end(retained, number, true, replies)
     }
@@ -185,7 +191,7 @@ impl Router {
     fn end(
         &self,
         retained: &mut Retained,
-        number: u32,
+        number: FilterId,
         complete: bool,
         replies: &mut Vec<Reply>,
     ) -> bool {
@@ -234,7 +240,7 @@ impl Router {
 /// Those of a filter's fetched messages that no live one has reached since.
 fn newest(
     retained: &Retained,
-    number: u32,
+    number: FilterId,
     messages: impl Iterator<Item = Message>,
 ) -> Vec<Message> {
     let cached = retained.filters.get(&number);

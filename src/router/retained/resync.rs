@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 
 use crate::mqtt::Message;
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 use crate::router::Router;
 use crate::router::delivery::fanout::Tally;
@@ -23,7 +24,7 @@ const KNOWN_MAX: usize = 200_000;
 /// What those who have a filter know of its topics, while it is lost and until it is fetched again.
 #[derive(Debug, Default)]
 pub(in crate::router) struct Missed {
-    filters: HashMap<u32, Known, RandomState>,
+    filters: HashMap<FilterId, Known, RandomState>,
     /// Topics of all of them.
     topics: usize,
     /// At the last look nothing was lost: how often links had been lost until then.
@@ -36,7 +37,7 @@ type Known = HashMap<u64, u64, RandomState>;
 
 impl Missed {
     /// The link of a filter is away; its cache had these.
-    pub fn begin<'a>(&mut self, number: u32, messages: impl Iterator<Item = &'a Message>) {
+    pub fn begin<'a>(&mut self, number: FilterId, messages: impl Iterator<Item = &'a Message>) {
         let known = self.filters.entry(number).or_default();
         for message in messages {
             if self.topics >= KNOWN_MAX {
@@ -49,7 +50,7 @@ impl Missed {
     }
 
     /// Nothing was missed, or all that was is told.
-    pub fn end(&mut self, number: u32) {
+    pub fn end(&mut self, number: FilterId) {
         if let Some(known) = self.filters.remove(&number) {
             self.topics -= known.len();
         }
@@ -66,7 +67,7 @@ impl Missed {
     }
 
     /// A message came for filters that have it now.
-    pub fn learn(&mut self, message: &Message, filters: &[u32]) {
+    pub fn learn(&mut self, message: &Message, filters: &[FilterId]) {
         if self.filters.is_empty() {
             return;
         }
@@ -76,7 +77,7 @@ impl Missed {
     }
 
     /// Whether those who have a filter do not know this yet; from now on they do.
-    pub fn is_new(&mut self, number: u32, message: &Message) -> bool {
+    pub fn is_new(&mut self, number: FilterId, message: &Message) -> bool {
         let Some(known) = self.filters.get_mut(&number) else {
             return true;
         };
@@ -97,7 +98,7 @@ impl Missed {
 
 impl Router {
     /// The link of these filters is away: what their caches know is what was told until now.
-    pub(in crate::router) fn retained_missed(&self, numbers: &[u32]) {
+    pub(in crate::router) fn retained_missed(&self, numbers: &[FilterId]) {
         if self.config.retained_resync && self.retain_available() {
             let mut retained = self.retained.lock();
             numbers.iter().for_each(|n| retained.miss(*n));
@@ -106,7 +107,7 @@ impl Router {
 
     /// The core lost these filters: what they bring from now on is known, and nothing else but what
     /// their caches had.
-    pub(in crate::router) fn retained_lost(&self, numbers: &[u32]) {
+    pub(in crate::router) fn retained_lost(&self, numbers: &[FilterId]) {
         if self.config.retained_resync && self.retain_available() {
             let mut retained = self.retained.lock();
             for number in numbers {
@@ -132,17 +133,17 @@ impl Router {
     }
 
     /// The core kept these filters: nothing was missed.
-    pub(in crate::router) fn nothing_missed(&self, numbers: &[u32]) {
+    pub(in crate::router) fn nothing_missed(&self, numbers: &[FilterId]) {
         let mut retained = self.retained.lock();
         numbers.iter().for_each(|n| retained.missed.end(*n));
     }
 
     /// The core has a filter again that it had lost: it is fetched for all who have it.
-    pub(in crate::router) fn resync_retained(&self, number: u32) {
+    pub(in crate::router) fn resync_retained(&self, number: FilterId) {
         let (read, root) = {
             let table = self.table.read();
             // A group gets none, and whoever fetched for it would be a member of it.
-            let read = |n: u32| table.get(n).is_some_and(|f| f.mask != 0 && !f.shared);
+            let read = |n: FilterId| table.get(n).is_some_and(|f| f.mask != 0 && !f.shared);
             let root = table.get(number).is_some_and(|f| f.root);
             (read(number) || table.below(number).any(read), root)
         };
@@ -155,7 +156,7 @@ impl Router {
     }
 
     /// All that was missed by a filter, and by those below it, is told.
-    pub(in crate::router) fn resynced(&self, retained: &mut Retained, number: u32) {
+    pub(in crate::router) fn resynced(&self, retained: &mut Retained, number: FilterId) {
         retained.missed.end(number);
         let table = self.table.read();
         table.below(number).for_each(|n| retained.missed.end(n));
@@ -166,16 +167,16 @@ impl Router {
     pub(in crate::router) fn hand_missed(
         &self,
         retained: &mut Retained,
-        number: u32,
+        number: FilterId,
         messages: &[Message],
         now: Millis,
     ) {
         let mut tally = Tally::default();
         for message in messages {
-            let mut filters: SmallVec<[(u32, u64); 4]> = SmallVec::new();
+            let mut filters: SmallVec<[(FilterId, u64); 4]> = SmallVec::new();
             {
                 let table = self.table.read();
-                let mut with_mask = |n: u32| {
+                let mut with_mask = |n: FilterId| {
                     filters.extend(table.get(n).map(|f| (n, f.mask)));
                 };
                 with_mask(number);
@@ -235,33 +236,36 @@ mod tests {
     fn what_changed_is_new_once() {
         let mut missed = Missed::default();
         let known = [message("a", "1"), message("b", "1")];
-        missed.begin(7, known.iter());
-        assert!(!missed.is_new(7, &message("a", "1")));
-        assert!(missed.is_new(7, &message("b", "2")));
-        assert!(!missed.is_new(7, &message("b", "2")));
-        assert!(missed.is_new(7, &message("c", "1")));
-        assert!(missed.is_new(8, &message("a", "1")), "nothing is known");
+        missed.begin(FilterId(7), known.iter());
+        assert!(!missed.is_new(FilterId(7), &message("a", "1")));
+        assert!(missed.is_new(FilterId(7), &message("b", "2")));
+        assert!(!missed.is_new(FilterId(7), &message("b", "2")));
+        assert!(missed.is_new(FilterId(7), &message("c", "1")));
+        assert!(
+            missed.is_new(FilterId(8), &message("a", "1")),
+            "nothing is known"
+        );
     }
 
     #[test]
     fn what_came_live_is_known() {
         let mut missed = Missed::default();
-        missed.begin(7, [].iter());
-        missed.learn(&message("a", "1"), &[7, 9]);
-        assert!(!missed.is_new(7, &message("a", "1")));
-        assert!(missed.is_new(9, &message("a", "1")));
+        missed.begin(FilterId(7), [].iter());
+        missed.learn(&message("a", "1"), &[FilterId(7), FilterId(9)]);
+        assert!(!missed.is_new(FilterId(7), &message("a", "1")));
+        assert!(missed.is_new(FilterId(9), &message("a", "1")));
     }
 
     #[test]
     fn what_is_remembered_is_bounded_and_given_back() {
         let mut missed = Missed::default();
-        missed.begin(7, [].iter());
+        missed.begin(FilterId(7), [].iter());
         for n in 0..KNOWN_MAX + 10 {
-            missed.learn(&message(&n.to_string(), "1"), &[7]);
+            missed.learn(&message(&n.to_string(), "1"), &[FilterId(7)]);
         }
         assert_eq!(missed.topics, KNOWN_MAX);
-        assert!(missed.is_new(7, &message(&KNOWN_MAX.to_string(), "1")));
-        missed.end(7);
+        assert!(missed.is_new(FilterId(7), &message(&KNOWN_MAX.to_string(), "1")));
+        missed.end(FilterId(7));
         assert_eq!((missed.topics, missed.filters.len()), (0, 0));
     }
 }

@@ -7,6 +7,7 @@ use crate::mqtt::Message;
 use crate::session::{CloseReason, ConnectionSpec, Ended, Orphan, Session, Will};
 use crate::telemetry::{DropReason as DropCause, SessionEndReason, metrics};
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 use crate::router::Router;
 use crate::router::handle::ConnectionHandle;
@@ -73,7 +74,7 @@ impl Router {
         connack: impl FnOnce(bool, &mut Vec<u8>),
     ) -> Result<Connected, Refused> {
         let mut wills: Vec<(SessionRef, u8, Message)> = Vec::new();
-        let mut released: Vec<u32> = Vec::new();
+        let mut released: Vec<FilterId> = Vec::new();
         let mut news: Vec<(SessionRef, u8, Arc<str>)> = Vec::new();
         let mut orphans = Vec::new();
         let number = self.shard_of(&connect.client_id);
@@ -166,7 +167,7 @@ impl Router {
         slot.taken_at = now;
         let publish_link = slot.publish_link;
         let shared = slot.session.subscriptions().iter().filter(|s| s.shared);
-        let shared: Vec<u32> = shared.map(|s| s.filter).collect();
+        let shared: Vec<FilterId> = shared.map(|s| s.filter).collect();
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
@@ -370,7 +371,7 @@ impl Router {
 /// What is left to do once a shard's lock is given back.
 #[derive(Debug, Default)]
 pub(in crate::router) struct Due {
-    pub filters: Vec<u32>,
+    pub filters: Vec<FilterId>,
     pub wills: Vec<(SessionRef, u8, Message)>,
     pub shared: Vec<Orphan>,
     /// Clients whose absence is to be told.

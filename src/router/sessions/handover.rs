@@ -15,7 +15,7 @@ use smallvec::SmallVec;
 
 use crate::mqtt::Message;
 use crate::session::Unsubscribed;
-use crate::topics::matches;
+use crate::topics::{FilterId, matches};
 
 /// Filters that are on their way out in one shard, each with the filters that it was senior to. Past it
 /// one goes at once.
@@ -45,7 +45,7 @@ struct Leaving {
 /// What came of one message.
 #[derive(Debug, Default)]
 struct Copies {
-    by: SmallVec<[(u32, u32); 2]>,
+    by: SmallVec<[(FilterId, u32); 2]>,
     given: u32,
 }
 
@@ -61,7 +61,7 @@ struct Leaver {
 pub(in crate::router) struct Leavers {
     slots: HashMap<u32, Leaver, RandomState>,
     /// Slots that left a filter.
-    filters: HashMap<u32, SmallVec<[u32; 2]>, RandomState>,
+    filters: HashMap<FilterId, SmallVec<[u32; 2]>, RandomState>,
     /// All left filters, with those that they were senior to.
     left: usize,
     /// Messages whose copies are counted.
@@ -109,7 +109,7 @@ impl Leavers {
     }
 
     /// The session ended: the filters whose references are given back.
-    pub fn forget(&mut self, slot: u32) -> Vec<u32> {
+    pub fn forget(&mut self, slot: u32) -> Vec<FilterId> {
         let Some(leaver) = self.slots.remove(&slot) else {
             return Vec::new();
         };
@@ -118,14 +118,14 @@ impl Leavers {
             self.left -= weight(&l.left);
             l.left.filter
         });
-        let filters: Vec<u32> = filters.collect();
+        let filters: Vec<FilterId> = filters.collect();
         for filter in &filters {
             self.no_longer(*filter, slot);
         }
         filters
     }
 
-    fn no_longer(&mut self, filter: u32, slot: u32) {
+    fn no_longer(&mut self, filter: FilterId, slot: u32) {
         if let Some(slots) = self.filters.get_mut(&filter) {
             slots.retain(|s| *s != slot);
             if slots.is_empty() {
@@ -140,7 +140,7 @@ impl Leavers {
         &mut self,
         link: usize,
         number: u64,
-        gone: &mut Vec<(u32, u32)>,
+        gone: &mut Vec<(u32, FilterId)>,
         mut next: impl FnMut() -> SmallVec<[u64; 4]>,
     ) {
         let mut over: Vec<u32> = Vec::new();
@@ -175,9 +175,9 @@ impl Leavers {
                 self.left -= weight(&l.left);
                 l.left.filter
             });
-            let past: Vec<u32> = past.collect();
+            let past: Vec<FilterId> = past.collect();
             let there = |filter| leaver.filters.iter().any(|l| l.left.filter == filter);
-            let no_longer: Vec<u32> = past.iter().copied().filter(|f| !there(*f)).collect();
+            let no_longer: Vec<FilterId> = past.iter().copied().filter(|f| !there(*f)).collect();
             if leaver.filters.is_empty() {
                 self.copies -= leaver.copies.len();
                 self.slots.remove(&slot);
@@ -190,7 +190,7 @@ impl Leavers {
     }
 
     /// The sessions that left a filter.
-    pub fn of(&self, filter: u32) -> SmallVec<[u32; 2]> {
+    pub fn of(&self, filter: FilterId) -> SmallVec<[u32; 2]> {
         self.filters.get(&filter).cloned().unwrap_or_default()
     }
 
@@ -206,11 +206,11 @@ impl Leavers {
     pub fn gives(
         &mut self,
         slot: u32,
-        via: u32,
-        senior: u32,
+        via: FilterId,
+        senior: FilterId,
         message: &Message,
         own: bool,
-        lost: impl Fn(u32) -> bool,
+        lost: impl Fn(FilterId) -> bool,
     ) -> Option<bool> {
         let leaver = self.slots.get_mut(&slot)?;
         let (mut concerned, mut blocked, mut counts) = (false, false, via == senior);
@@ -284,7 +284,7 @@ mod tests {
         })
     }
 
-    fn old(filter: u32, name: &str, senior_over: &[u32]) -> Unsubscribed {
+    fn old(filter: FilterId, name: &str, senior_over: &[FilterId]) -> Unsubscribed {
         Unsubscribed {
             filter,
             name: name.into(),
@@ -296,19 +296,19 @@ mod tests {
     /// Filter 1, which was senior to filter 9, is left.
     fn left() -> Leavers {
         let mut leavers = Leavers::default();
-        assert!(leavers.leave(7, &old(1, "a/#", &[9])));
+        assert!(leavers.leave(7, &old(FilterId(1), "a/#", &[FilterId(9)])));
         leavers.wait(7, &[1, 1]);
         leavers
     }
 
-    fn gives(leavers: &mut Leavers, via: u32, payload: &str) -> bool {
-        let given = leavers.gives(7, via, 9, &message(payload), false, |_| false);
+    fn gives(leavers: &mut Leavers, via: FilterId, payload: &str) -> bool {
+        let given = leavers.gives(7, via, FilterId(9), &message(payload), false, |_| false);
         // Without left filters the senior's copy is given.
-        given.unwrap_or(via == 9)
+        given.unwrap_or(via == FilterId(9))
     }
 
     /// Both data links' PINGREQs are answered.
-    fn step(leavers: &mut Leavers, number: u64) -> Vec<u32> {
+    fn step(leavers: &mut Leavers, number: u64) -> Vec<FilterId> {
         let mut gone = Vec::new();
         for link in 0..2 {
             let next = || SmallVec::from_slice(&[number + 1, number + 1]);
@@ -330,7 +330,7 @@ mod tests {
                         both.reverse();
                     }
                     for (_, via) in both.iter().filter(|(at, _)| *at == now) {
-                        given += u32::from(gives(&mut leavers, *via, "on"));
+                        given += u32::from(gives(&mut leavers, FilterId(*via), "on"));
                     }
                     let gone = step(&mut leavers, now + 1);
                     assert_eq!(gone.is_empty(), now < 2);
@@ -345,30 +345,30 @@ mod tests {
     fn what_comes_by_a_filter_that_was_thought_lost_is_given() {
         let mut leavers = left();
         // The kept one's copy came while nobody doubted.
-        assert!(!gives(&mut leavers, 9, "on"));
-        let lost = |filter| filter == 1;
-        let given = leavers.gives(7, 1, 9, &message("on"), false, lost);
+        assert!(!gives(&mut leavers, FilterId(9), "on"));
+        let lost = |filter| filter == FilterId(1);
+        let given = leavers.gives(7, FilterId(1), FilterId(9), &message("on"), false, lost);
         assert_eq!(given, Some(true));
     }
 
     #[test]
     fn a_second_filter_that_is_left_does_not_set_the_first_back() {
         let mut leavers = Leavers::default();
-        leavers.leave(7, &old(1, "a/#", &[5, 9]));
+        leavers.leave(7, &old(FilterId(1), "a/#", &[FilterId(5), FilterId(9)]));
         leavers.wait(7, &[1, 1]);
         step(&mut leavers, 1);
         step(&mut leavers, 2);
         // Its copies are not given any more; now those of the next go, too.
-        assert!(!gives(&mut leavers, 1, "x"));
-        leavers.leave(7, &old(5, "a/+", &[9]));
+        assert!(!gives(&mut leavers, FilterId(1), "x"));
+        leavers.leave(7, &old(FilterId(5), "a/+", &[FilterId(9)]));
         leavers.wait(7, &[3, 3]);
-        assert!(!gives(&mut leavers, 9, "x"));
-        assert!(gives(&mut leavers, 5, "x"));
-        assert_eq!(step(&mut leavers, 3), [1]);
+        assert!(!gives(&mut leavers, FilterId(9), "x"));
+        assert!(gives(&mut leavers, FilterId(5), "x"));
+        assert_eq!(step(&mut leavers, 3), [FilterId(1)]);
         assert!(step(&mut leavers, 4).is_empty());
-        assert!(gives(&mut leavers, 9, "y"));
-        assert!(!gives(&mut leavers, 5, "y"));
-        assert_eq!(step(&mut leavers, 5), [5]);
+        assert!(gives(&mut leavers, FilterId(9), "y"));
+        assert!(!gives(&mut leavers, FilterId(5), "y"));
+        assert_eq!(step(&mut leavers, 5), [FilterId(5)]);
     }
 
     #[test]
@@ -376,22 +376,23 @@ mod tests {
         let mut leavers = left();
         step(&mut leavers, 1);
         // Subscribed again as the junior of 9, the senior of 8, and left again.
-        assert!(leavers.leave(7, &old(1, "a/#", &[8])));
+        assert!(leavers.leave(7, &old(FilterId(1), "a/#", &[FilterId(8)])));
         leavers.wait(7, &[2, 2]);
-        let mut to = |senior| leavers.gives(7, 1, senior, &message("x"), false, |_| false);
-        assert_eq!((to(8), to(9)), (Some(true), Some(true)));
+        let mut to =
+            |senior| leavers.gives(7, FilterId(1), senior, &message("x"), false, |_| false);
+        assert_eq!((to(FilterId(8)), to(FilterId(9))), (Some(true), Some(true)));
         assert!(step(&mut leavers, 2).is_empty());
-        assert_eq!(step(&mut leavers, 3), [1]);
-        assert_eq!(leavers.of(1).as_slice(), [7]);
-        assert_eq!(step(&mut leavers, 4), [1]);
-        assert!(leavers.is_empty() && leavers.of(1).is_empty());
+        assert_eq!(step(&mut leavers, 3), [FilterId(1)]);
+        assert_eq!(leavers.of(FilterId(1)).as_slice(), [7]);
+        assert_eq!(step(&mut leavers, 4), [FilterId(1)]);
+        assert!(leavers.is_empty() && leavers.of(FilterId(1)).is_empty());
     }
 
     #[test]
     fn the_same_content_sent_twice_is_given_twice() {
         let mut leavers = left();
         step(&mut leavers, 1);
-        let given = [1, 1, 9, 9].map(|via| gives(&mut leavers, via, "on"));
+        let given = [1, 1, 9, 9].map(|via| gives(&mut leavers, FilterId(via), "on"));
         assert_eq!(given, [true, true, false, false]);
     }
 
@@ -400,31 +401,45 @@ mod tests {
         let mut leavers = left();
         let hidden = Unsubscribed {
             no_local: true,
-            ..old(2, "+/b", &[8])
+            ..old(FilterId(2), "+/b", &[FilterId(8)])
         };
         assert!(leavers.leave(7, &hidden));
-        let mut given =
-            |senior, own| leavers.gives(7, senior, senior, &message("x"), own, |lost| lost == 1);
-        assert_eq!(given(9, false), None, "what is lost brings nothing");
-        assert_eq!(given(7, false), None);
-        assert_eq!(given(8, true), None, "nor No Local one's own");
-        assert_eq!(given(8, false), Some(false));
-        assert_eq!(leavers.forget(7), [1, 2]);
-        assert!(leavers.is_empty() && leavers.of(1).is_empty());
+        let mut given = |senior, own| {
+            leavers.gives(7, senior, senior, &message("x"), own, |lost| {
+                lost == FilterId(1)
+            })
+        };
+        assert_eq!(
+            given(FilterId(9), false),
+            None,
+            "what is lost brings nothing"
+        );
+        assert_eq!(given(FilterId(7), false), None);
+        assert_eq!(given(FilterId(8), true), None, "nor No Local one's own");
+        assert_eq!(given(FilterId(8), false), Some(false));
+        assert_eq!(leavers.forget(7), [1, 2].map(FilterId));
+        assert!(leavers.is_empty() && leavers.of(FilterId(1)).is_empty());
     }
 
     #[test]
     fn what_is_kept_is_bounded_and_given_back() {
         let mut leavers = left();
         // Each is senior to one, and to those that one left before.
-        let more = (20..2000).filter(|n| leavers.leave(7, &old(*n, "x", &[9])));
+        let more = (20..2000).filter(|n| leavers.leave(7, &old(FilterId(*n), "x", &[FilterId(9)])));
         let more = more.count();
         assert!((150..200).contains(&more), "{more}");
         assert!(leavers.left <= LEFT_MAX);
-        assert!(!leavers.leave(8, &old(1, "a/#", &vec![9; LEFT_MAX - leavers.left])));
-        assert!(leavers.leave(8, &old(1, "a/#", &[9])));
+        assert!(!leavers.leave(
+            8,
+            &old(
+                FilterId(1),
+                "a/#",
+                &vec![FilterId(9); LEFT_MAX - leavers.left]
+            )
+        ));
+        assert!(leavers.leave(8, &old(FilterId(1), "a/#", &[FilterId(9)])));
         for n in 0..COPIES_MAX + 10 {
-            gives(&mut leavers, 1, &n.to_string());
+            gives(&mut leavers, FilterId(1), &n.to_string());
         }
         assert!(leavers.copies <= COPIES_MAX);
         let counted: usize = leavers.slots.values().map(|l| l.copies.len()).sum();
@@ -438,11 +453,14 @@ mod tests {
     #[test]
     fn where_others_count_all_copies_none_is_lost() {
         let mut leavers = left();
-        assert!(leavers.leave(8, &old(1, "a/#", &[9])));
+        assert!(leavers.leave(8, &old(FilterId(1), "a/#", &[FilterId(9)])));
         for n in 0..COPIES_MAX {
-            gives(&mut leavers, 1, &n.to_string());
+            gives(&mut leavers, FilterId(1), &n.to_string());
         }
-        let mut of_8 = |via| leavers.gives(8, via, 9, &message("x"), false, |_| false);
-        assert_eq!((of_8(1), of_8(9)), (Some(true), Some(false)));
+        let mut of_8 = |via| leavers.gives(8, via, FilterId(9), &message("x"), false, |_| false);
+        assert_eq!(
+            (of_8(FilterId(1)), of_8(FilterId(9))),
+            (Some(true), Some(false))
+        );
     }
 }

@@ -65,6 +65,7 @@ mod tests {
 
     use super::*;
     use crate::mqtt::SubscribeOptions;
+    use crate::topics::FilterId;
 
     proptest! {
         #[test]
@@ -76,7 +77,7 @@ mod tests {
             for (slot, joins, identifier) in steps {
                 if joins {
                     let subscription = Subscription {
-                        filter: 1,
+                        filter: FilterId(1),
                         name: "a".into(),
                         options: SubscribeOptions::default(),
                         asked: QoS::AtMostOnce,

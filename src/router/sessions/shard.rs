@@ -14,7 +14,7 @@ use crate::session::{
     Delivered, ENTRY_BYTES, Ended, Offer, Session, SessionLimits, Subscription, hides, senior,
 };
 use crate::time::Millis;
-use crate::topics::matches;
+use crate::topics::{FilterId, matches};
 
 use crate::router::delivery::fanout::Tally;
 use crate::router::filters::lost::{Loss, Lost};
@@ -73,7 +73,7 @@ pub(in crate::router) struct Shard {
     pub number: u16,
     pub slots: Slab<Box<Slot>>,
     pub by_id: HashMap<Arc<str>, u32, RandomState>,
-    pub members: HashMap<u32, Members, RandomState>,
+    pub members: HashMap<FilterId, Members, RandomState>,
     /// Detached sessions, least recently connected last.
     pub detached: LruCache<u32, u64, RandomState>,
     timers: BTreeSet<(u64, u32)>,
@@ -192,7 +192,7 @@ impl Shard {
     /// The core has a filter: the subscriptions on it that did not count yet do now.
     ///
     /// `newly`: sessions with overlapping filters whose subscription counts from here on.
-    pub fn confirm(&mut self, filter: u32, granted: QoS, newly: &mut Vec<(SessionRef, QoS)>) {
+    pub fn confirm(&mut self, filter: FilterId, granted: QoS, newly: &mut Vec<(SessionRef, QoS)>) {
         let shard = self.number;
         let Self { slots, members, .. } = self;
         for member in (members.get_mut(&filter).into_iter()).flat_map(Members::all_mut) {
@@ -220,7 +220,7 @@ impl Shard {
     }
 
     /// Takes a session out of a filter's members.
-    pub fn leave(&mut self, slot: u32, filter: u32) {
+    pub fn leave(&mut self, slot: u32, filter: FilterId) {
         if let Some(members) = self.members.get_mut(&filter) {
             members.leave(slot);
             if members.all().is_empty() {
@@ -241,7 +241,7 @@ impl Shard {
     }
 
     /// Takes all subscriptions of a session; returns their filters.
-    pub fn release(&mut self, slot: u32) -> Vec<u32> {
+    pub fn release(&mut self, slot: u32) -> Vec<FilterId> {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return Vec::new();
         };
@@ -261,7 +261,7 @@ impl Shard {
         ended: &Ended,
         now: Millis,
         ghost_until: u64,
-    ) -> Vec<u32> {
+    ) -> Vec<FilterId> {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return Vec::new();
         };
@@ -277,7 +277,7 @@ impl Shard {
     }
 
     /// A session ended: its filters; it stays as a ghost while that is of use.
-    pub fn finish(&mut self, slot: u32, ghost_until: u64) -> Vec<u32> {
+    pub fn finish(&mut self, slot: u32, ghost_until: u64) -> Vec<FilterId> {
         let filters = self.release(slot);
         self.detached.pop(&slot);
         match self.slots.get_mut(slot as usize) {
@@ -303,7 +303,7 @@ impl Shard {
 
     /// Whether a session gets a topic by a subscription on another filter as well, be it one that it
     /// has just left.
-    pub fn has_another(&mut self, session: SessionRef, filter: u32, topic: &str) -> bool {
+    pub fn has_another(&mut self, session: SessionRef, filter: FilterId, topic: &str) -> bool {
         if self.leavers.brings(session.slot, topic) {
             return true;
         }
@@ -321,7 +321,7 @@ impl Shard {
         limits: &SessionLimits,
         now: Millis,
         message: &Message,
-        filter: u32,
+        filter: FilterId,
         want: &RetainedRequest,
         tally: &mut Tally,
     ) {
@@ -362,7 +362,7 @@ impl Shard {
         limits: &SessionLimits,
         now: Millis,
         message: &Message,
-        filter: u32,
+        filter: FilterId,
         tag: u64,
         tally: &mut Tally,
     ) {
@@ -449,7 +449,7 @@ impl Shard {
         limits: &SessionLimits,
         now: Millis,
         message: &Message,
-        filter: u32,
+        filter: FilterId,
         tag: u64,
         tally: &mut Tally,
     ) {

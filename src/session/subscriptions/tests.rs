@@ -5,9 +5,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
 use crate::session::{ConnectionSpec, QueueFull};
-use crate::topics::has_wildcard;
+use crate::topics::{FilterId, has_wildcard};
 
-fn subscription(filter: u32, name: &str) -> Subscription {
+fn subscription(filter: FilterId, name: &str) -> Subscription {
     Subscription {
         filter,
         name: name.into(),
@@ -23,7 +23,7 @@ fn subscription(filter: u32, name: &str) -> Subscription {
 }
 
 /// Each subscription's number, and how many of the others clash with it.
-fn clashes(session: &Session) -> Vec<(u32, u32)> {
+fn clashes(session: &Session) -> Vec<(FilterId, u32)> {
     let all = session.subscriptions();
     let count = |s: &Subscription| {
         let others = all.iter().filter(|o| o.filter != s.filter);
@@ -55,10 +55,10 @@ proptest! {
         let mut session = Session::new("c".into(), "p".into(), 1, 0);
         for (filter, step) in steps {
             match step {
-                0 => drop(session.remove_subscription(filter)),
-                1 => drop(session.leave_subscription(filter)),
-                2 => drop(session.activate_subscription(filter)),
-                _ => drop(session.add_subscription(subscription(filter, NAMES[filter as usize]))),
+                0 => drop(session.remove_subscription(FilterId(filter))),
+                1 => drop(session.leave_subscription(FilterId(filter))),
+                2 => drop(session.activate_subscription(FilterId(filter))),
+                _ => drop(session.add_subscription(subscription(FilterId(filter), NAMES[filter as usize]))),
             }
             let counted = session.subscriptions().iter().map(|s| (s.filter, s.overlaps));
             prop_assert_eq!(counted.collect::<Vec<_>>(), clashes(&session));
@@ -230,7 +230,7 @@ fn retain_handling_of_a_filter_that_is_named_again() {
 #[test]
 fn a_subscribe_with_more_filters_than_can_be_counted_is_answered_whole() {
     let mut session = connected();
-    session.add_subscription(subscription(7, "#"));
+    session.add_subscription(subscription(FilterId(7), "#"));
     let mut filters = vec![("#", options(ONE, 0)); 70_000];
     filters.push(("a", options(ONE, 0)));
     let (wanted, asked) = subscribe(&mut session, &filters, &limits(10));
@@ -282,7 +282,10 @@ fn no_more_filters_of_a_subscribe_are_judged_than_a_client_may_have() {
 
 #[test]
 fn a_copy_has_the_qos_of_all_whichever_it_is() {
-    let mut subscriptions = [subscription(1, "a"), subscription(2, "a/#")];
+    let mut subscriptions = [
+        subscription(FilterId(1), "a"),
+        subscription(FilterId(2), "a/#"),
+    ];
     for (s, qos) in subscriptions
         .iter_mut()
         .zip([QoS::AtMostOnce, QoS::AtLeastOnce])
@@ -291,9 +294,13 @@ fn a_copy_has_the_qos_of_all_whichever_it_is() {
         s.options.qos = qos;
     }
     for (lost, filter) in [(0, 1), (1, 2), (2, 1)] {
-        let is_lost = |number| number == lost;
+        let is_lost = |number| number == FilterId(lost);
         let found = crate::session::senior(&subscriptions, "a", false, is_lost, &mut Vec::new());
         let found = found.map(|s| (s.filter, s.qos));
-        assert_eq!(found, Some((filter, QoS::AtLeastOnce)), "lost: {lost}");
+        assert_eq!(
+            found,
+            Some((FilterId(filter), QoS::AtLeastOnce)),
+            "lost: {lost}"
+        );
     }
 }

@@ -18,6 +18,7 @@ use crate::router::{Arrived, LinkSession, Router};
 use crate::store::Store;
 use crate::telemetry::metrics;
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 use crate::upstream::RESERVED_KEY;
 use crate::upstream::link::machine::{LinkEnd, Machine, Up};
@@ -61,8 +62,8 @@ pub struct Data {
 
 #[derive(Debug)]
 enum Request {
-    Subscribe(SmallVec<[u32; 1]>),
-    Unsubscribe(SmallVec<[u32; 1]>),
+    Subscribe(SmallVec<[FilterId; 1]>),
+    Unsubscribe(SmallVec<[FilterId; 1]>),
 }
 
 impl Data {
@@ -136,10 +137,10 @@ impl Data {
         if crate::upstream::is_probe(p.topic, &self.probes) {
             return Ok(());
         }
-        let mut filters: SmallVec<[u32; 2]> = SmallVec::new();
+        let mut filters: SmallVec<[FilterId; 2]> = SmallVec::new();
         if self.identifiers && p.has_subscription_ids {
             for identifier in p.subscription_ids() {
-                if let Some(number) = identifier.checked_sub(1)
+                if let Some(number) = FilterId::from_subscription_identifier(identifier)
                     && !filters.contains(&number)
                 {
                     filters.push(number);
@@ -225,7 +226,9 @@ impl Data {
                 let (these, others) = rest.split_at(count);
                 rest = others;
                 let id = self.free_id();
-                let identifier = self.identifiers.then(|| these[0].number + 1);
+                let identifier = self
+                    .identifiers
+                    .then(|| these[0].number.subscription_identifier());
                 encode_subscribe(
                     self.version,
                     id,

@@ -16,7 +16,7 @@ use crate::mqtt::{
 };
 use crate::router::Router;
 use crate::time::Millis;
-use crate::topics::matches;
+use crate::topics::{FilterId, matches};
 
 use crate::upstream::RESERVED_KEY;
 use crate::upstream::link::machine::{LinkEnd, Machine, Up};
@@ -57,7 +57,7 @@ pub struct Fetch {
 #[derive(Debug)]
 struct Job {
     id: u64,
-    filters: Vec<(u32, Arc<str>)>,
+    filters: Vec<(FilterId, Arc<str>)>,
     unanswered: usize,
     /// The PINGREQ was sent, or answered.
     pinged: bool,
@@ -105,7 +105,9 @@ impl Fetch {
                 let id = crate::upstream::next_id(&mut self.last_id, |id| {
                     requests.contains_key(&id) || leaving.contains(&id)
                 });
-                let identifier = self.identifiers.then(|| these[0].0 + 1);
+                let identifier = self
+                    .identifiers
+                    .then(|| these[0].0.subscription_identifier());
                 encode_subscribe(
                     self.version,
                     id,
@@ -165,9 +167,12 @@ impl Fetch {
             strip_key: Some(RESERVED_KEY),
             account: Some(self.account.clone()),
         });
-        let mut numbers: Vec<u32> = Vec::new();
+        let mut numbers: Vec<FilterId> = Vec::new();
         if self.identifiers {
-            numbers.extend(p.subscription_ids().filter_map(|i| i.checked_sub(1)));
+            numbers.extend(
+                p.subscription_ids()
+                    .filter_map(FilterId::from_subscription_identifier),
+            );
         }
         for job in &mut self.jobs {
             for (number, name) in &job.filters {
@@ -204,7 +209,7 @@ impl Fetch {
                 encode_unsubscribe(self.version, id, names, out);
                 self.leaving.push(id);
             }
-            let numbers: Vec<u32> = job.filters.iter().map(|(n, _)| *n).collect();
+            let numbers: Vec<FilterId> = job.filters.iter().map(|(n, _)| *n).collect();
             self.router
                 .fetch_ended(&numbers, !late || job.answered, now);
         }
@@ -285,7 +290,7 @@ impl Machine for Fetch {
             if let Some(job) = self.jobs.iter_mut().find(|j| j.id == id) {
                 job.answered = true;
                 job.last_data = now;
-                let numbers: Vec<u32> = job.filters.iter().map(|(n, _)| *n).collect();
+                let numbers: Vec<FilterId> = job.filters.iter().map(|(n, _)| *n).collect();
                 self.router.fetch_answered(&numbers);
             }
         }
@@ -298,7 +303,7 @@ impl Machine for Fetch {
         self.leaving.clear();
         self.to_ping.clear();
         for job in std::mem::take(&mut self.jobs) {
-            let numbers: Vec<u32> = job.filters.iter().map(|(n, _)| *n).collect();
+            let numbers: Vec<FilterId> = job.filters.iter().map(|(n, _)| *n).collect();
             self.router.fetch_ended(&numbers, false, now);
         }
     }

@@ -6,6 +6,7 @@ use crate::mqtt::{Message, MessageSpec, Packet, Properties, Publish, QoS, Suback
 use crate::router::{Connected, Router, RouterConfig};
 use crate::sim::testing::{PROBES, client, config, facts, read, router_of, subscribe_handling, up};
 use crate::store::Memory;
+use crate::topics::FilterId;
 use crate::upstream::link::machine::{LinkEnd, Machine};
 
 use crate::upstream::link::data::Data;
@@ -74,7 +75,7 @@ impl Core {
     }
 
     /// A retained message is fetched for a filter.
-    fn fetched(&self, number: u32, payload: &str) {
+    fn fetched(&self, number: FilterId, payload: &str) {
         let message = Message::new(&MessageSpec {
             topic: "t",
             properties: Properties::default(),
@@ -89,8 +90,8 @@ impl Core {
     }
 
     /// A QoS 1 message comes by a filter.
-    fn brings(&mut self, link: usize, number: u32, payload: &str, retain: bool) {
-        let identifier = [0x0B, number as u8 + 1];
+    fn brings(&mut self, link: usize, number: FilterId, payload: &str, retain: bool) {
+        let identifier = [0x0B, number.subscription_identifier() as u8];
         let publish = Publish {
             dup: false,
             qos: QoS::AtLeastOnce,
@@ -194,7 +195,7 @@ fn a_resync_tells_what_is_not_known() {
     core.subscribe(who, "t", 2);
     core.falls(0);
     core.rises(0, false);
-    core.brings(0, 0, "1", true);
+    core.brings(0, FilterId(0), "1", true);
     assert_eq!(core.got(who), "1");
     let (number, _) = core.router.next_fetches(1)[0].clone();
     core.fetched(number, "1");
@@ -218,7 +219,7 @@ struct Overlapping {
     /// The senior's link; its number is 0.
     senior: usize,
     junior: usize,
-    junior_number: u32,
+    junior_number: FilterId,
 }
 
 impl Overlapping {
@@ -242,7 +243,7 @@ impl Overlapping {
             who,
             senior: links[0],
             junior: links[other],
-            junior_number: other as u32,
+            junior_number: FilterId::from_index(other),
         }
     }
 
@@ -254,7 +255,7 @@ impl Overlapping {
     }
 
     fn by_senior(&mut self, payload: &str) -> String {
-        self.core.brings(self.senior, 0, payload, false);
+        self.core.brings(self.senior, FilterId(0), payload, false);
         self.core.got(self.who)
     }
 }
@@ -337,13 +338,14 @@ fn a_filter_that_nobody_holds_is_not_revived_by_other_facts() {
     let name = "t".to_owned();
     let number = 0;
     let left = [crate::session::Unsubscribed {
-        filter: number,
+        filter: FilterId(number),
         name: name.as_str().into(),
         no_local: false,
         senior_over: Vec::new(),
     }];
-    core.router
-        .with(who.session, 0, |s, _| s.remove_subscription(number));
+    core.router.with(who.session, 0, |s, _| {
+        s.remove_subscription(FilterId(number))
+    });
     core.router.unsubscribe(who.session, &left, 0);
     core.router.tick(600_001);
     let other = crate::router::BrokerFeatures {
