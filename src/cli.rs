@@ -94,8 +94,8 @@ enum Command {
     },
     /// Make a certificate authority and a server certificate
     Certs {
-        /// Directory for them
-        #[arg(long, value_name = "DIR")]
+        /// Directory for the files
+        #[arg(long, value_name = "DIR", default_value = "certs")]
         out: PathBuf,
         /// Name or address that clients connect to; may be repeated
         #[arg(long = "name", value_name = "NAME", default_values = ["localhost", "127.0.0.1", "::1"])]

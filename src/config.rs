@@ -18,16 +18,19 @@ mod units;
 mod upstream;
 
 pub(crate) use check::{HEALTH_PATH, is_loopback};
+#[cfg(feature = "sim")]
+pub use choices::Quirk;
 pub use choices::{
     Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, LogFormat,
-    Probe, Protocol, ProxyProtocol, QueueFull, Quirk, RealIpHeader, SenderProperty, SharedAt,
+    Probe, Protocol, ProxyProtocol, QueueFull, RealIpHeader, SenderProperty, SharedAt,
     SubscribeWhileAway, Transport,
 };
 pub use error::{Error, Problem};
 pub use types::{
     AclAllow, AclRule, Admin, Auth, CertSource, ClientCertificates, Config, Drain, Limits,
-    Listener, Log, Memory, Node, PublishLinks, Server, Session, Store, Tls, Upstream, UpstreamTls,
+    Listener, Log, Memory, Node, Session, Store, Tls, Upstream, UpstreamTls,
 };
+pub use upstream::{PublishLinks, Server};
 
 #[cfg(test)]
 mod tests;

@@ -72,7 +72,7 @@ pub struct RouterConfig {
     /// Filters that may linger.
     pub filters_lingering_max: usize,
     /// How long a SUBSCRIBE for a new filter waits for an absent core.
-    pub subscribe_hold: u64,
+    pub subscribe_wait: u64,
     /// After that it is granted, with a gap; else refused.
     pub subscribe_accept: bool,
     /// Budget of all publishes that wait for the core.

@@ -410,10 +410,13 @@ fn kind(transport: config::Transport) -> Kind {
 /// The in-process core, if that is what the configuration names.
 fn embedded(config: &Config) -> Option<EmbeddedBroker> {
     match config.upstream.servers.first() {
-        Some(Server::Embedded(quirks)) => {
+        #[cfg(feature = "sim")]
+        Some(Server::Embedded { quirks }) => {
             let options = EmbeddedOptions::with_quirks(quirks);
             Some(EmbeddedBroker::start(options))
         }
+        #[cfg(not(feature = "sim"))]
+        Some(Server::Embedded {}) => Some(EmbeddedBroker::start(EmbeddedOptions::default())),
         _ => None,
     }
 }
@@ -515,7 +518,7 @@ fn router_config(config: &Config, clock: Clock) -> RouterConfig {
         linger: ms(upstream.linger),
         linger_busy_min: ms(upstream.linger_busy_min),
         filters_lingering_max: upstream.filters_lingering_max as usize,
-        subscribe_hold: ms(upstream.subscribe_hold),
+        subscribe_wait: ms(upstream.subscribe_wait),
         subscribe_accept: upstream.subscribe_while_away == config::SubscribeWhileAway::Accept,
         publishes_waiting: upstream.publishes_waiting,
         publishes_waiting_per_client: upstream.publishes_waiting_per_client as usize,

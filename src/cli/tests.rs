@@ -45,8 +45,8 @@ fn commands_get_what_is_said() {
     assert_eq!(call(&probe).1, ["probe mqtt://core:1883 edge"]);
     let (result, calls) = call(&["certs", "--out", "d", "--name", "a", "--name", "b"]);
     assert_eq!((result, calls), (Ok(()), vec!["certs d a,b".to_owned()]));
-    let (_, calls) = call(&["certs", "--out", "d"]);
-    assert_eq!(calls, ["certs d localhost,127.0.0.1,::1"]);
+    let (_, calls) = call(&["certs"]);
+    assert_eq!(calls, ["certs certs localhost,127.0.0.1,::1"]);
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn ends_have_their_codes() {
         &[][..],
         &["fly"],
         &["run", "--confg", "x"],
-        &["certs"],
+        &["certs", "there"],
         &["probe"],
         &["probe", "http://core"],
         &["passwd", "file"],

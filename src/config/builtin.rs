@@ -10,9 +10,10 @@ use crate::config::choices::{
 };
 use crate::config::host;
 use crate::config::types::{
-    Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, PublishLinks,
-    Server, Session, Store, Tls, Upstream, UpstreamTls,
+    Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, Session, Store,
+    Tls, Upstream, UpstreamTls,
 };
+use crate::config::upstream::{PublishLinks, Server, WS_PATH};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -22,14 +23,10 @@ const GIB: u64 = 1 << 30;
 pub(super) const MEMORY_MAX_PERCENT: u64 = 80;
 /// Share of `memory.max` for the queues, in percent.
 pub(super) const MEMORY_QUEUES_PERCENT: u64 = 25;
-/// What `publish_links = "auto"` stands for.
-pub(super) const PUBLISH_LINKS_AUTO: PublishLinks = PublishLinks { first: 2, max: 8 };
 /// Node id where none is needed.
 pub(super) const NODE_ID_EMBEDDED: &str = "local";
 /// The `[[tls]]` that a listener uses where it names none.
 pub(super) const TLS_NAME: &str = "default";
-/// The request path of WebSocket and WebTransport.
-pub(super) const WS_PATH: &str = "/mqtt";
 /// Below the minute after which nginx and most load balancers cut a silent connection.
 pub(super) const PING_INTERVAL: Duration = Duration::from_secs(45);
 
@@ -145,15 +142,15 @@ impl Default for Node {
 impl Default for Upstream {
     fn default() -> Self {
         Self {
-            servers: vec![Server::Embedded(Vec::new())],
+            servers: vec![Server::embedded()],
             username: None,
             password_file: None,
             protocol: Protocol::Auto,
             client_id_prefix: "tidegate".to_owned(),
             data_links: 2,
-            publish_links: PUBLISH_LINKS_AUTO,
+            publish_links: PublishLinks::AUTO,
             shared_links: 1,
-            shared: SharedAt::Core,
+            shared: SharedAt::Broker,
             roots: Vec::new(),
             sender_properties: Vec::new(),
             ack: Ack::Upstream,
@@ -166,7 +163,7 @@ impl Default for Upstream {
             connect_timeout: Duration::from_secs(10),
             backoff_min: Duration::from_millis(50),
             backoff_max: Duration::from_secs(5),
-            subscribe_hold: Duration::from_secs(10),
+            subscribe_wait: Duration::from_secs(10),
             subscribe_while_away: SubscribeWhileAway::Accept,
             publishes_waiting: 64 * MIB,
             publishes_waiting_per_client: 4 * MIB,

@@ -12,7 +12,8 @@ use std::time::Duration;
 use crate::config::choices::{AclMode, AuthMode, ClientIdRule, Transport};
 use crate::config::document::Document;
 use crate::config::error::Problem;
-use crate::config::types::{Config, Server};
+use crate::config::types::Config;
+use crate::config::upstream::Server;
 
 /// Largest MQTT packet: the largest remaining length and its header.
 const MQTT_PACKET_MAX: u32 = 268_435_455 + 5;
@@ -190,7 +191,12 @@ impl Check<'_, '_> {
         if up.servers.is_empty() {
             self.say("upstream.servers", "empty; write at least one address");
         }
-        if up.servers.len() > 1 && up.servers.iter().any(|s| matches!(s, Server::Embedded(_))) {
+        if up.servers.len() > 1
+            && up
+                .servers
+                .iter()
+                .any(|s| matches!(s, Server::Embedded { .. }))
+        {
             self.say(
                 "upstream.servers",
                 "\"embedded:\" stands alone or not at all",
@@ -233,8 +239,8 @@ impl Check<'_, '_> {
             self.say("upstream.backoff_min", "longer than upstream.backoff_max");
         }
         self.range_time(
-            "upstream.subscribe_hold",
-            up.subscribe_hold,
+            "upstream.subscribe_wait",
+            up.subscribe_wait,
             Duration::ZERO..=HOUR,
         );
         let share = up.publishes_waiting_per_client;

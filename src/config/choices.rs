@@ -124,36 +124,39 @@ choices!(Probe {
     "off" => Off,
 } not supported {});
 
-/// A quirk of real brokers, or a fault, that the embedded broker imitates.
+/// A limit, habit or fault of a real broker that the embedded broker imitates, for tests.
+#[cfg(feature = "sim")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quirk {
-    /// A copy for each overlapping filter of a client, as the standard allows.
+    /// A client with overlapping filters gets a copy for each of them, as MQTT 5 §3.3.4 allows.
     Many,
-    /// One copy with all identifiers, as the standard allows.
+    /// A client with overlapping filters gets one copy with all identifiers, as MQTT 5 §3.3.4
+    /// allows.
     One,
-    /// No Subscription Identifiers.
+    /// CONNACK says that there are no Subscription Identifiers.
     NoIds,
-    /// One copy at the lowest QoS: a fault.
+    /// The one copy has the lowest QoS of the overlapping filters: a fault.
     LowestQos,
-    /// A copy from a queue for QoS 0 and one from a queue for the rest; a second SUBSCRIBE leaves
-    /// the filter in both: a fault.
+    /// A client gets a copy from a queue for QoS 0 and another from a queue for QoS 1 and 2; a
+    /// second SUBSCRIBE leaves the filter in both: a fault.
     TwoQueues,
-    /// Retained messages come long after SUBACK.
+    /// Retained messages are sent long after SUBACK.
     LateRetained,
-    /// Redeliveries without DUP: a fault.
+    /// Redeliveries have DUP 0: a fault.
     Dup0,
-    /// Receive Maximum 10, both ways.
+    /// Receive Maximum is 10 in both directions.
     SmallWindow,
-    /// Shared subscriptions are granted, and nothing ever comes: a fault.
+    /// Shared subscriptions are granted, but no message is delivered to them: a fault.
     DeadShared,
-    /// No shared subscriptions.
+    /// CONNACK says that there are no shared subscriptions.
     NoShared,
     /// RETAIN is never set on a live message: a fault.
     NoRap,
-    /// MQTT 5 is refused.
+    /// A CONNECT of MQTT 5 is refused.
     V311,
 }
 
+#[cfg(feature = "sim")]
 choices!(Quirk {
     "many" => Many,
     "one" => One,
@@ -169,8 +172,9 @@ choices!(Quirk {
     "3.1.1" => V311,
 } not supported {});
 
+#[cfg(feature = "sim")]
 impl Quirk {
-    /// The word in configuration.
+    /// The word after `embedded:` in configuration.
     pub fn name(self) -> &'static str {
         match self {
             Self::Many => "many",
@@ -192,14 +196,14 @@ impl Quirk {
 /// Who shares out the messages of shared subscriptions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SharedAt {
-    /// The core, among all its clients and Tidegates.
-    Core,
+    /// The broker, among all its clients and Tidegates.
+    Broker,
     /// This process, among its own clients.
     Local,
 }
 
 choices!(SharedAt {
-    "core" => Core,
+    "broker" => Broker,
     "local" => Local,
 } not supported {});
 

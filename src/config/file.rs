@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
 use crate::config::builtin::{
-    MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, PING_INTERVAL, TLS_NAME, WS_PATH,
+    MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, PING_INTERVAL, TLS_NAME,
     listeners, throwaway,
 };
 use crate::config::choices::{
@@ -22,6 +22,7 @@ use crate::config::types::{
     Listener, Log, Memory, Node, Session, Store, Tls, Upstream,
 };
 use crate::config::units::{OneOrMore, Share, SpanOrNone};
+use crate::config::upstream::WS_PATH;
 use crate::config::{check, host};
 
 impl Config {

@@ -9,11 +9,11 @@ use serde::Deserialize;
 
 use crate::config::choices::{
     Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, LogFormat,
-    Probe, Protocol, ProxyProtocol, QueueFull, Quirk, RealIpHeader, SenderProperty, SharedAt,
+    Probe, Protocol, ProxyProtocol, QueueFull, RealIpHeader, SenderProperty, SharedAt,
     SubscribeWhileAway, Transport,
 };
 use crate::config::units::{duration, duration_or_none, size, size32};
-use crate::config::upstream::{publish_links, server_list};
+use crate::config::upstream::{PublishLinks, Server};
 
 /// The whole configuration, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -162,7 +162,6 @@ pub struct Listener {
 #[serde(deny_unknown_fields, default)]
 pub struct Upstream {
     /// Tried in order; never empty; embedded only alone.
-    #[serde(deserialize_with = "server_list")]
     pub servers: Vec<Server>,
     /// User name of the links.
     pub username: Option<String>,
@@ -175,7 +174,6 @@ pub struct Upstream {
     /// Number of D links, 1 to 8.
     pub data_links: u8,
     /// Number of P links, 1 to 8; `auto` is 2 at first.
-    #[serde(deserialize_with = "publish_links")]
     pub publish_links: PublishLinks,
     /// Number of links for shared subscriptions, 1 to 4; opened when first asked for.
     pub shared_links: u8,
@@ -186,7 +184,7 @@ pub struct Upstream {
     pub roots: Vec<String>,
     /// When a client's publish is acknowledged.
     pub ack: Ack,
-    /// Whether the core's quirks are probed or taken as its CONNACK says.
+    /// Whether the core's habits are probed or taken as its CONNACK says.
     pub probe: Probe,
     /// The topic below which probes publish and subscribe; clients never see it.
     pub probe_topic: String,
@@ -214,7 +212,7 @@ pub struct Upstream {
     pub backoff_max: Duration,
     /// How long a client's SUBSCRIBE is held for an absent core.
     #[serde(deserialize_with = "duration")]
-    pub subscribe_hold: Duration,
+    pub subscribe_wait: Duration,
     /// What happens to it then.
     pub subscribe_while_away: SubscribeWhileAway,
     /// Bytes of all publishes that wait for the core.
@@ -236,68 +234,10 @@ pub struct Upstream {
     pub tls: UpstreamTls,
 }
 
-/// How many links publish.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PublishLinks {
-    /// From the start.
-    pub first: u8,
-    /// At most, while the core's windows are what limits.
-    pub max: u8,
-}
-
-/// One core address.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Server {
-    /// The in-process core, with quirks of real brokers to imitate, for tests:
-    /// `embedded:no-ids,dup0`.
-    Embedded(Vec<Quirk>),
-    /// `mqtt://`, `mqtts://`, `ws://` or `wss://`.
-    Remote {
-        /// Whether TLS is spoken.
-        tls: bool,
-        /// Host name or address (IPv6 without brackets).
-        host: String,
-        /// TCP port.
-        port: u16,
-        /// The WebSocket's path; `None`: no WebSocket.
-        path: Option<String>,
-    },
-}
-
-impl std::fmt::Display for Server {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Embedded(quirks) => {
-                let names: Vec<&str> = quirks.iter().map(|h| h.name()).collect();
-                write!(f, "embedded:{}", names.join(","))
-            }
-            Self::Remote {
-                tls,
-                host,
-                port,
-                path,
-            } => {
-                let scheme = match (path, tls) {
-                    (None, false) => "mqtt",
-                    (None, true) => "mqtts",
-                    (Some(_), false) => "ws",
-                    (Some(_), true) => "wss",
-                };
-                let path = path.as_deref().unwrap_or("");
-                if host.contains(':') {
-                    write!(f, "{scheme}://[{host}]:{port}{path}")
-                } else {
-                    write!(f, "{scheme}://{host}:{port}{path}")
-                }
-            }
-        }
-    }
-}
-
 impl Upstream {
     /// Whether the core is the in-process one.
     pub fn is_embedded(&self) -> bool {
-        matches!(self.servers.first(), Some(Server::Embedded(_)))
+        matches!(self.servers.first(), Some(Server::Embedded { .. }))
     }
 
     /// Reads the links' password, without the line end; read at each dial, so

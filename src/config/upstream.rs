@@ -1,42 +1,138 @@
-//! How the core's addresses and links are written.
+//! How the broker's addresses and the number of publish links are written.
 
+use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer};
 
-use crate::config::builtin::{PUBLISH_LINKS_AUTO, WS_PATH};
+#[cfg(feature = "sim")]
 use crate::config::choices::Quirk;
-use crate::config::types::{PublishLinks, Server};
 use crate::config::units::{Read, Written};
 
-/// For `deserialize_with`: the list of servers.
-pub(super) fn server_list<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Server>, D::Error> {
-    Vec::<Server>::deserialize(d)
+/// The request path of WebSocket and WebTransport where none is written.
+pub(super) const WS_PATH: &str = "/mqtt";
+
+/// How many links publish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PublishLinks {
+    /// Links from the start.
+    pub first: u8,
+    /// Most links, opened one by one while publishes wait for the broker's window.
+    pub max: u8,
 }
 
-/// For `deserialize_with`: `"auto"` or a number.
-pub(super) fn publish_links<'de, D: Deserializer<'de>>(d: D) -> Result<PublishLinks, D::Error> {
-    struct Links;
-    impl Written for Links {
-        type Value = PublishLinks;
-        const WHAT: &'static str = "\"auto\" or a number from 1 to 8";
-        fn text(text: &str) -> Result<PublishLinks, String> {
-            match text {
-                "auto" => Ok(PUBLISH_LINKS_AUTO),
-                _ => Err(format!("{text:?} is not {}", Self::WHAT)),
-            }
+impl PublishLinks {
+    /// The meaning of `publish_links = "auto"`.
+    pub(super) const AUTO: Self = Self { first: 2, max: 8 };
+}
+
+impl<'de> Deserialize<'de> for PublishLinks {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        d.deserialize_any(Read::<Self>(PhantomData))
+    }
+}
+
+impl Written for PublishLinks {
+    type Value = Self;
+    const WHAT: &'static str = "\"auto\" or a number from 1 to 8";
+
+    fn text(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::AUTO),
+            _ => Err(format!("{text:?} is not {}", Self::WHAT)),
         }
-        fn number(number: i64) -> Result<PublishLinks, String> {
-            match number {
-                1..=8 => Ok(PublishLinks {
-                    first: number as u8,
-                    max: number as u8,
-                }),
-                _ => Err(format!("{number} is not {}", Self::WHAT)),
+    }
+
+    fn number(number: i64) -> Result<Self, String> {
+        match number {
+            1..=8 => Ok(Self {
+                first: number as u8,
+                max: number as u8,
+            }),
+            _ => Err(format!("{number} is not {}", Self::WHAT)),
+        }
+    }
+}
+
+/// One address of the broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// `embedded:`, the in-process broker.
+    Embedded {
+        /// Limits and faults of real brokers to imitate, in tests: `embedded:no-ids,dup0`.
+        #[cfg(feature = "sim")]
+        quirks: Vec<Quirk>,
+    },
+    /// `mqtt://`, `mqtts://`, `ws://` or `wss://`.
+    Remote {
+        /// Whether TLS is spoken.
+        tls: bool,
+        /// Host name or address (IPv6 without brackets).
+        host: String,
+        /// TCP port.
+        port: u16,
+        /// The WebSocket's path; `None`: no WebSocket.
+        path: Option<String>,
+    },
+}
+
+impl Server {
+    /// The embedded broker without quirks.
+    pub fn embedded() -> Self {
+        Self::Embedded {
+            #[cfg(feature = "sim")]
+            quirks: Vec::new(),
+        }
+    }
+
+    #[cfg(feature = "sim")]
+    fn embedded_with(words: &str) -> Result<Self, String> {
+        let quirks: Result<Vec<Quirk>, String> = words.split(',').map(Quirk::text).collect();
+        quirks
+            .map(|quirks| Self::Embedded { quirks })
+            .map_err(|e| format!("\"embedded:{words}\": {e}"))
+    }
+
+    #[cfg(not(feature = "sim"))]
+    fn embedded_with(words: &str) -> Result<Self, String> {
+        Err(format!(
+            "\"embedded:{words}\": only builds with the feature \"sim\" can give the embedded \
+             broker faults; write \"embedded:\""
+        ))
+    }
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            #[cfg(feature = "sim")]
+            Self::Embedded { quirks } => {
+                let names: Vec<&str> = quirks.iter().map(|q| q.name()).collect();
+                write!(f, "embedded:{}", names.join(","))
+            }
+            #[cfg(not(feature = "sim"))]
+            Self::Embedded {} => f.write_str("embedded:"),
+            Self::Remote {
+                tls,
+                host,
+                port,
+                path,
+            } => {
+                let scheme = match (path, tls) {
+                    (None, false) => "mqtt",
+                    (None, true) => "mqtts",
+                    (Some(_), false) => "ws",
+                    (Some(_), true) => "wss",
+                };
+                let path = path.as_deref().unwrap_or("");
+                if host.contains(':') {
+                    write!(f, "{scheme}://[{host}]:{port}{path}")
+                } else {
+                    write!(f, "{scheme}://{host}:{port}{path}")
+                }
             }
         }
     }
-    d.deserialize_any(Read::<Links>(PhantomData))
 }
 
 impl<'de> Deserialize<'de> for Server {
@@ -59,12 +155,10 @@ impl Written for Server {
 
     fn text(text: &str) -> Result<Self, String> {
         let wrong = || format!("{text:?} is not {}", Self::WHAT);
-        if let Some(quirks) = text.strip_prefix("embedded:") {
-            let words = quirks.split(',').filter(|_| !quirks.is_empty());
-            let quirks: Result<Vec<Quirk>, String> = words.map(Quirk::text).collect();
-            return quirks
-                .map(Self::Embedded)
-                .map_err(|e| format!("{text:?}: a quirk of the embedded broker: {e}"));
+        match text.strip_prefix("embedded:") {
+            Some("") => return Ok(Self::embedded()),
+            Some(words) => return Self::embedded_with(words),
+            None => {}
         }
         let (scheme, rest) = text.split_once("://").ok_or_else(wrong)?;
         let (tls, websocket, usual) = match scheme {
@@ -159,7 +253,7 @@ mod tests {
         );
         assert_eq!(Server::text("mqtts://[::1]:7/"), remote(true, "::1", 7));
         assert_eq!(Server::text("mqtt://[::1]"), remote(false, "::1", 1883));
-        assert_eq!(Server::text("embedded:"), Ok(Server::Embedded(Vec::new())));
+        assert_eq!(Server::text("embedded:"), Ok(Server::embedded()));
         for wrong in [
             "core:1883",
             "http://core",
@@ -205,6 +299,7 @@ mod tests {
             "mqtt://core:1883",
             "mqtts://[::1]:8883",
             "embedded:",
+            #[cfg(feature = "sim")]
             "embedded:one,no-rap",
             "ws://core:80/mqtt",
             "wss://[::1]:443/a/b",

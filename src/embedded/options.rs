@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+#[cfg(feature = "sim")]
 use crate::config::Quirk;
 use crate::mqtt::QoS;
 
@@ -95,7 +96,8 @@ pub struct EmbeddedOptions {
 }
 
 impl EmbeddedOptions {
-    /// A core with these quirks.
+    /// An embedded broker with these quirks.
+    #[cfg(feature = "sim")]
     pub fn with_quirks(quirks: &[Quirk]) -> Self {
         let mut options = Self::default();
         for quirk in quirks {

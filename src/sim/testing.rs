@@ -66,7 +66,7 @@ pub fn config() -> RouterConfig {
         linger: 600_000,
         linger_busy_min: 60_000,
         filters_lingering_max: 1000,
-        subscribe_hold: 10_000,
+        subscribe_wait: 10_000,
         subscribe_accept: true,
         publishes_waiting: 64 * 1024 * 1024,
         publishes_waiting_per_client: 64 * 1024 * 1024,

@@ -363,7 +363,7 @@ fn connect_packet(
 
 async fn open(core: &Core, server: &Server) -> Result<Dialed, Failed> {
     let target = match server {
-        Server::Embedded(_) => {
+        Server::Embedded { .. } => {
             let Some(embedded) = &core.embedded else {
                 return Err(Failed::new(LinkDownReason::Connect, "no embedded core"));
             };

@@ -102,7 +102,7 @@ def test_nothing_acknowledged_is_lost_over_a_core_that_remembers(own_core, own_e
 def test_first_start_without_a_core(own_core, own_edge, client):
     core = own_core()
     core.stop()
-    edge = own_edge(core.url, upstream=upstream(core, subscribe_hold="1s")).start()
+    edge = own_edge(core.url, upstream=upstream(core, subscribe_wait="1s")).start()
     topic = fresh()
     one = client(edge)
     # Held for a while, then granted with a gap on record.
@@ -114,7 +114,7 @@ def test_first_start_without_a_core(own_core, own_edge, client):
 
 def test_subscribe_while_away_can_be_refused(own_core, own_edge, client):
     core = own_core()
-    edge = own_edge(core.url, upstream=upstream(core, subscribe_hold="500ms", subscribe_while_away="refuse")).start()
+    edge = own_edge(core.url, upstream=upstream(core, subscribe_wait="500ms", subscribe_while_away="refuse")).start()
     topic = fresh()
     one = client(edge)
     one.subscribe(f"{topic}/held")
@@ -203,7 +203,7 @@ def test_wrong_certificate_of_the_core(own_core, own_edge, client, tmp_path, wro
     other = certs.make(tmp_path / "other")
     core = own_core(tls=theirs)
     ca = other.ca if wrong == "ca" else theirs.ca
-    edge = own_edge(core.tls_url, upstream={"servers": [core.tls_url], "tls": {"ca": str(ca)}, "subscribe_hold": "500ms"} | QUICK).start()
+    edge = own_edge(core.tls_url, upstream={"servers": [core.tls_url], "tls": {"ca": str(ca)}, "subscribe_wait": "500ms"} | QUICK).start()
     line = edge.wait_log({"ca": r"(?i)unknown ?issuer|unknown ca|not trusted", "name": r"(?i)certificate.*(name|not valid for)", "date": r"(?i)expired"}[wrong])
     assert re.search(r"(?i)certificate|tls", line), line
     edge.wait_metric("a metric counts it", lambda m: any(v > 0 for n, labels, v in m.samples if re.search(r"upstream|link", n) and re.search(r"tls|certificate", f"{n} {labels}")))

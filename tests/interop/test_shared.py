@@ -206,7 +206,7 @@ def test_dead_groups_are_refused(habits, own_edge, client):
     assert four.subscribe((f"$share/g/{topic}", 1), expect=None) == [0x80]
 
 
-CORES = [(habits, "core") for habits in ("", "one", "no-ids", "small-window", "3.1.1", "lowest-qos")]
+CORES = [(habits, "broker") for habits in ("", "one", "no-ids", "small-window", "3.1.1", "lowest-qos")]
 # Shared out by us, whatever the core makes of groups.
 CORES += [(habits, "local") for habits in ("", "dead-shared", "no-shared", "no-ids,dead-shared", "3.1.1,two-queues")]
 

@@ -71,7 +71,7 @@ impl World {
             linger: rng.pick(&[500, 20_000]),
             linger_busy_min: 500,
             filters_lingering_max: rng.pick(&[2, 100]) as usize,
-            subscribe_hold: 10_000,
+            subscribe_wait: 10_000,
             subscribe_accept: true,
             publishes_waiting: rng.pick(&[2000, 1 << 20, 1 << 20]),
             publishes_waiting_per_client: rng.pick(&[1000, 1 << 20, 1 << 20]) as usize,
@@ -92,7 +92,7 @@ impl World {
         ]);
         let rules = Rules {
             grants,
-            hold: config.subscribe_hold,
+            hold: config.subscribe_wait,
             expiry_max: limits.expiry_max,
             expiry_v3: 120,
             evicts,

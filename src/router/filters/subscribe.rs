@@ -136,7 +136,7 @@ impl Router {
                     packet_id,
                     index: want.index,
                     qos,
-                    deadline: now + self.config.subscribe_hold,
+                    deadline: now + self.config.subscribe_wait,
                     behind: Some((number, code)),
                     retained,
                 };
@@ -164,7 +164,7 @@ impl Router {
                 }
                 continue;
             }
-            let deadline = now + self.config.subscribe_hold;
+            let deadline = now + self.config.subscribe_wait;
             let Some(filter) = table.get_mut(number) else {
                 continue;
             };
