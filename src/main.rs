@@ -1,11 +1,13 @@
 //! The `tidegate` command.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use tidegate::cli::{self, Commands, EXIT_INTERNAL, EXIT_USAGE, Failure, Findings};
-use tidegate::config::Config;
-use tidegate::runtime;
+use tidegate::cli::{self, Command, EXIT_INTERNAL, EXIT_TEMPORARY, EXIT_USAGE, Failure};
+use tidegate::config::{Config, LogFormat};
+use tidegate::runtime::{self, StartError};
+use tidegate::telemetry;
 use tidegate::transport::selfsigned;
 
 #[cfg(feature = "mimalloc")]
@@ -22,49 +24,67 @@ static ALLOCATOR: Allocator = Allocator;
 static ALLOCATOR: cap::Cap<Allocator> = cap::Cap::new(Allocator, usize::MAX);
 
 fn main() -> ExitCode {
-    cli::main(&Commands {
-        run: &run,
-        check: &check,
-        certs: &certs,
-        probe: &probe,
-    })
+    match cli::parse(std::env::args_os()).and_then(execute) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // If standard error is closed, the exit code is all that is left to say.
+            let _ = writeln!(std::io::stderr(), "{}", failure.message.trim_end());
+            ExitCode::from(failure.code)
+        }
+    }
 }
 
-fn run(config: Config, connections: usize) -> Result<(), Failure> {
+fn execute(command: Option<Command>) -> Result<(), Failure> {
+    match command {
+        Some(Command::Run { config }) => run(cli::load(config.as_deref())?),
+        Some(Command::Check { config }) => {
+            let config = cli::load(config.as_deref())?;
+            cli::print(&runtime::check(&config).map_err(failure)?)
+        }
+        Some(Command::Certs { out, names }) => certs(&out, &names),
+        Some(Command::Probe(arguments)) => probe(&arguments.config()?),
+        Some(Command::Passwd { file, user }) => cli::set_password(&file, &user),
+        None => Ok(()),
+    }
+}
+
+fn run(config: Config) -> Result<(), Failure> {
+    let json = config.log.format == LogFormat::Json;
+    telemetry::log::init(&config.log.level, json).map_err(|e| Failure::new(EXIT_USAGE, e))?;
     #[cfg(feature = "heap-metric")]
-    tidegate::telemetry::count_heap(|| ALLOCATOR.allocated());
+    telemetry::count_heap(|| ALLOCATOR.allocated());
     let tokio = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("tidegate")
         .build()
         .map_err(|e| Failure::new(EXIT_INTERNAL, format!("threads cannot be started: {e}")))?;
-    let result = tokio
-        .block_on(runtime::run(config, connections))
-        .map_err(|e| Failure::new(e.exit_code(), e));
-    // What did not end within the grace is not waited for.
+    let result = tokio.block_on(runtime::run(config)).map_err(failure);
+    // Tasks that have not ended within the grace period are not waited for.
     tokio.shutdown_background();
     result
 }
 
-fn check(config: &Config) -> Result<Findings, Failure> {
-    let checked = runtime::check(config).map_err(|e| Failure::new(e.exit_code(), e))?;
-    Ok(Findings {
-        certificates: checked.certificates,
-        warnings: checked.warnings,
-    })
-}
-
-fn probe(config: &Config) -> Result<String, Failure> {
+fn probe(config: &Config) -> Result<(), Failure> {
     let tokio = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| Failure::new(EXIT_INTERNAL, format!("no runtime: {e}")))?;
-    tokio
-        .block_on(runtime::probe(config))
-        .map_err(|e| Failure::new(e.exit_code(), e))
+    let report = tokio.block_on(runtime::probe(config)).map_err(failure)?;
+    cli::print(&report)
 }
 
-fn certs(out: &Path, names: &[String]) -> Result<Vec<std::path::PathBuf>, Failure> {
+fn certs(out: &Path, names: &[String]) -> Result<(), Failure> {
     let made = selfsigned::generate(out, names).map_err(|e| Failure::new(EXIT_USAGE, e))?;
-    Ok(vec![made.ca, made.ca_key, made.cert, made.key])
+    let files = [made.ca, made.ca_key, made.cert, made.key];
+    let lines: String = files.iter().map(|f| format!("{}\n", f.display())).collect();
+    cli::print(&lines)
+}
+
+fn failure(error: StartError) -> Failure {
+    let code = match error {
+        StartError::Config(_) => EXIT_USAGE,
+        StartError::Temporary(_) => EXIT_TEMPORARY,
+        StartError::Internal(_) => EXIT_INTERNAL,
+    };
+    Failure::new(code, error)
 }

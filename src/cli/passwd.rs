@@ -11,8 +11,12 @@ use crate::cli::{EXIT_INTERNAL, EXIT_USAGE, Failure};
 /// Longest password: what CONNECT can carry [MQTT5 1.5.6].
 const PASSWORD_MAX: usize = 65535;
 
-/// Reads a password and writes its hash.
-pub(super) fn run(file: &Path, user: &str) -> Result<(), Failure> {
+/// Reads a password from the terminal or standard input, and writes its hash to a password file.
+///
+/// # Errors
+/// [`EXIT_USAGE`] for a password or user name that is not allowed or a damaged file,
+/// [`EXIT_INTERNAL`] for a file that cannot be written.
+pub fn set_password(file: &Path, user: &str) -> Result<(), Failure> {
     let stdin = io::stdin();
     let password = if stdin.is_terminal() {
         ask(user)

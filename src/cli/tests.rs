@@ -1,90 +1,101 @@
-//! What is called with what, and how it ends.
-
-use std::cell::RefCell;
+//! The command that each command line names, and the exit code of a wrong one.
 
 use super::*;
 
-/// Dispatches with commands that note how they were called.
-fn call(arguments: &[&str]) -> (Result<(), Failure>, Vec<String>) {
-    let calls = RefCell::new(Vec::new());
-    let note = |text: String| calls.borrow_mut().push(text);
-    let commands = Commands {
-        run: &|config, connections| {
-            note(format!("run {} {}", config.node.id, connections > 0));
-            Err(Failure::new(EXIT_TEMPORARY, "taken"))
-        },
-        check: &|config| {
-            note(format!("check {}", config.node.id));
-            Ok(Findings::default())
-        },
-        certs: &|out, names| {
-            note(format!("certs {} {}", out.display(), names.join(",")));
-            Ok(vec![out.join("edge.pem")])
-        },
-        probe: &|config| {
-            let upstream = &config.upstream;
-            let user = upstream.username.as_deref().unwrap_or("nobody");
-            note(format!("probe {} {user}", upstream.servers[0]));
-            Ok(String::new())
-        },
-    };
+fn parse_words(arguments: &[&str]) -> Result<Option<Command>, Failure> {
     let words = std::iter::once("tidegate").chain(arguments.iter().copied());
-    let result = dispatch(words.map(OsString::from), &commands);
-    (result, calls.into_inner())
+    parse(words.map(OsString::from))
 }
 
-fn code(arguments: &[&str]) -> u8 {
-    call(arguments).0.map_or_else(|f| f.code, |()| 0)
+fn command(arguments: &[&str]) -> Command {
+    parse_words(arguments).expect("legal").expect("a command")
 }
 
-#[test]
-fn commands_get_what_is_said() {
-    assert_eq!(call(&["run"]).1, ["run local true"]);
-    assert_eq!(call(&["check"]).1, ["check local"]);
-    let probe = ["probe", "mqtt://core", "--username", "edge"];
-    assert_eq!(call(&probe).1, ["probe mqtt://core:1883 edge"]);
-    let (result, calls) = call(&["certs", "--out", "d", "--name", "a", "--name", "b"]);
-    assert_eq!((result, calls), (Ok(()), vec!["certs d a,b".to_owned()]));
-    let (_, calls) = call(&["certs"]);
-    assert_eq!(calls, ["certs certs localhost,127.0.0.1,::1"]);
+fn failure(arguments: &[&str]) -> Failure {
+    parse_words(arguments).expect_err("wrong")
 }
 
 #[test]
-fn ends_have_their_codes() {
+fn commands_have_their_arguments_and_defaults() {
+    assert_eq!(command(&["run"]), Command::Run { config: None });
+    let config = Some(PathBuf::from("t.toml"));
+    assert_eq!(
+        command(&["check", "--config", "t.toml"]),
+        Command::Check { config }
+    );
+    let certs = |out: &str, names: &[&str]| Command::Certs {
+        out: out.into(),
+        names: names.iter().map(ToString::to_string).collect(),
+    };
+    assert_eq!(
+        command(&["certs", "--out", "d", "--name", "a", "--name", "b"]),
+        certs("d", &["a", "b"])
+    );
+    assert_eq!(
+        command(&["certs"]),
+        certs("certs", &["localhost", "127.0.0.1", "::1"])
+    );
+    assert_eq!(
+        command(&["passwd", "users", "alice"]),
+        Command::Passwd {
+            file: "users".into(),
+            user: "alice".into()
+        }
+    );
+}
+
+#[test]
+fn arguments_of_probe_take_the_place_of_configured_values() {
+    let Command::Probe(arguments) = command(&["probe", "mqtt://broker", "--username", "edge"])
+    else {
+        panic!("not a probe");
+    };
+    let config = arguments.config().expect("legal");
+    assert_eq!(config.upstream.servers[0].to_string(), "mqtt://broker:1883");
+    assert_eq!(config.upstream.username.as_deref(), Some("edge"));
+}
+
+#[test]
+fn help_and_version_succeed_and_name_no_command() {
+    for words in [&["--help"][..], &["--version"], &["run", "--help"]] {
+        assert_eq!(parse_words(words), Ok(None), "{words:?}");
+    }
+}
+
+#[test]
+fn wrong_usage_has_its_exit_code() {
     for wrong in [
         &[][..],
         &["fly"],
         &["run", "--confg", "x"],
         &["certs", "there"],
         &["probe"],
-        &["probe", "http://core"],
+        &["probe", "http://broker"],
         &["passwd", "file"],
-        &["check", "--config", "/nonexistent/x.toml"],
     ] {
-        assert_eq!(code(wrong), EXIT_USAGE, "{wrong:?}");
+        assert_eq!(failure(wrong).code, EXIT_USAGE, "{wrong:?}");
     }
-    assert_eq!(code(&["run"]), EXIT_TEMPORARY);
-    assert_eq!(code(&["--help"]), 0);
-    assert_eq!(code(&["--version"]), 0);
-    assert_eq!(code(&["run", "--help"]), 0);
+    let missing = load(Some(Path::new("/nonexistent/x.toml"))).expect_err("not there");
+    assert_eq!(missing.code, EXIT_USAGE);
 }
 
 #[test]
 fn a_wrong_file_is_named_with_its_line() {
     let path = std::env::temp_dir().join(format!("tidegate-cli-{}.toml", std::process::id()));
     std::fs::write(&path, "[log]\nlevle = \"info\"\n").expect("written");
-    let text = path.to_str().expect("text");
-    let (result, calls) = call(&["run", "--config", text]);
+    let result = load(Some(&path));
     std::fs::remove_file(&path).expect("removed");
     let failure = result.expect_err("wrong");
     assert_eq!(failure.code, EXIT_USAGE);
-    let wanted = format!("{text}:2: log.levle: unknown key; did you mean `level`?");
+    let wanted = format!(
+        "{}:2: log.levle: unknown key; did you mean `level`?",
+        path.display()
+    );
     assert!(failure.message.starts_with(&wanted), "{failure}");
-    assert!(calls.is_empty());
 }
 
 #[test]
-fn a_usage_error_suggests() {
-    let failure = call(&["chek"]).0.expect_err("wrong");
+fn a_usage_error_suggests_the_nearest_command() {
+    let failure = failure(&["chek"]);
     assert!(failure.message.contains("'check'"), "{failure}");
 }

@@ -18,8 +18,8 @@ use crate::config::{CertSource, Config, Tls};
 use crate::telemetry::{ReloadResult, metrics};
 use crate::transport::{Material, ServerTls, TlsError};
 
-use crate::runtime::StartError;
 use crate::runtime::dates::{Dated, Said};
+use crate::runtime::error::StartError;
 
 /// How often the files are looked at. A change is taken up when a second look
 /// finds the same: certificate and key are seldom replaced in one step.

@@ -13,7 +13,7 @@ use crate::session::CloseReason;
 use crate::transport::{CloseHow, ConnectionCap, Drain};
 use crate::upstream::Upstream;
 
-use crate::runtime::StartError;
+use crate::runtime::error::StartError;
 
 /// The signals that ask the process to end.
 pub(super) struct Signals {
@@ -31,8 +31,8 @@ impl Signals {
         })
     }
 
-    /// Returns when one has come.
-    pub(super) async fn come(&mut self) {
+    /// Waits for one of them.
+    pub(super) async fn recv(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => tracing::info!("SIGTERM: draining"),
             _ = self.interrupt.recv() => tracing::info!("SIGINT: draining"),

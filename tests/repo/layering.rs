@@ -67,7 +67,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "clock",
         ],
     ),
-    ("cli", &["auth", "config", "telemetry"]),
+    ("cli", &["auth", "config"]),
     (
         "runtime",
         &[

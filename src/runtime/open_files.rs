@@ -1,11 +1,10 @@
-//! How many connections the open-file limit carries.
+//! The open-file limit, and the number of connections that it allows.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::{Config, Transport};
 
-/// Files that are no client connections: listeners, links, the admin side, the
-/// runtime's own.
+/// Files kept free for listeners, links, the admin side and the runtime.
 const OTHER_FILES: u64 = 192;
 
 /// The cap on connections.
@@ -15,8 +14,8 @@ pub(super) struct Cap {
     pub warning: Option<String>,
 }
 
-/// Raises the soft limit on open files to the hard one; answers with the limit
-/// that holds, `None` without one.
+/// Raises the soft limit on open files to the hard one, and returns the limit that holds then;
+/// `None`: there is no limit.
 pub(super) fn raise() -> Option<u64> {
     let limit = getrlimit(Resource::Nofile);
     let wanted = Rlimit {
@@ -29,23 +28,23 @@ pub(super) fn raise() -> Option<u64> {
     }
 }
 
-/// What a limit on open files leaves of `limits.connections_max`.
+/// The smaller of `limits.connections_max` and the number that a limit on open files allows.
 pub(super) fn connection_cap(config: &Config, files: Option<u64>) -> Cap {
     let wanted = u64::from(config.limits.connections_max);
-    // QUIC connections of a listener share its one socket.
-    let streams = config
+    // All QUIC connections of a listener share its one socket.
+    let has_tcp = config
         .listeners
         .iter()
         .any(|l| l.transport != Transport::Quic);
-    let carried = match files {
-        Some(files) if streams => files.saturating_sub(OTHER_FILES).max(1),
+    let allowed = match files {
+        Some(files) if has_tcp => files.saturating_sub(OTHER_FILES).max(1),
         _ => u64::MAX,
     };
-    let connections = usize::try_from(wanted.min(carried)).unwrap_or(usize::MAX);
-    let warning = (carried < wanted).then(|| {
+    let connections = usize::try_from(wanted.min(allowed)).unwrap_or(usize::MAX);
+    let warning = (allowed < wanted).then(|| {
         let need = wanted + OTHER_FILES;
         format!(
-            "The open-file limit carries {connections} connections, not limits.connections_max = \
+            "The open-file limit allows {connections} connections, not limits.connections_max = \
              {wanted}: raise it to {need} (systemd: LimitNOFILE={need}; docker: --ulimit \
              nofile={need}; shell, as root: ulimit -n {need}), or lower limits.connections_max"
         )
@@ -72,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_that_is_high_enough_says_nothing() {
+    fn a_limit_that_is_high_enough_has_no_warning() {
         let mut config = Config::builtin();
         for files in [None, Some(100_192), Some(1 << 40)] {
             let cap = connection_cap(&config, files);

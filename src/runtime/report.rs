@@ -1,32 +1,38 @@
-//! What `tidegate check` says of a valid configuration.
+//! The report of `tidegate check` on a valid configuration.
 
 use std::fmt::Write as _;
 
-use crate::cli::Findings;
-use crate::cli::files::Cap;
 use crate::config::{AclMode, AuthMode, ClientAuth, Config, Listener, Transport};
 use crate::telemetry::{Label as _, MemoryAccount};
 
-const KIB: u64 = 1 << 10;
-/// A handshake of TLS or QUIC.
-const HANDSHAKE: u64 = 64 * KIB;
-/// What a QUIC client may leave unread before CONNECT.
-const STRANGER: u64 = 32 * KIB;
+use crate::runtime::open_files::Cap;
 
-/// What one account may hold at worst.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PlanLine {
-    /// The account.
-    pub account: MemoryAccount,
-    /// Bytes.
-    pub bytes: u64,
-    /// The keys that set it.
-    pub from: String,
+const KIB: u64 = 1 << 10;
+/// Memory of one TLS or QUIC handshake.
+const HANDSHAKE_BYTES: u64 = 64 * KIB;
+/// Bytes that a QUIC client may have sent and we not read before its CONNECT.
+const UNAUTHENTICATED_BYTES: u64 = 32 * KIB;
+
+/// What was found in the files that a valid configuration names.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Findings {
+    /// A line for each certificate and revocation list, with its date.
+    pub(super) certificates: Vec<String>,
+    /// Things that work now and should be changed all the same.
+    pub(super) warnings: Vec<String>,
 }
 
-/// The memory that each account may hold at worst with so many connections;
-/// connections as they are while idle.
-pub fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
+/// The most memory that one account may use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct PlanLine {
+    account: MemoryAccount,
+    bytes: u64,
+    /// The keys that set the number, or how it was computed.
+    from: String,
+}
+
+/// The most memory that each account may use with so many connections, all of them idle.
+fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
     let line = |account, bytes, from: &str| PlanLine {
         account,
         bytes,
@@ -40,11 +46,14 @@ pub fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
     let idle = idle.unwrap_or_default();
     let has = |any: &[Transport]| config.listeners.iter().any(|l| any.contains(&l.transport));
     let quic = has(&[Transport::Quic]);
-    // Each kind has as many places.
+    // TLS and QUIC have `handshakes_max` places each.
     let kinds = u64::from(has(&[Transport::Tls, Transport::Wss])) + u64::from(quic);
     let handshakes = kinds * u64::from(config.limits.handshakes_max);
-    let strangers = match quic {
-        true => format!(", with QUIC up to {} more before CONNECT", size(STRANGER)),
+    let unauthenticated = match quic {
+        true => format!(
+            ", with QUIC up to {} more before CONNECT",
+            size(UNAUTHENTICATED_BYTES)
+        ),
         false => String::new(),
     };
     vec![
@@ -61,24 +70,24 @@ pub fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
         ),
         line(
             MemoryAccount::Handshakes,
-            handshakes * HANDSHAKE,
+            handshakes * HANDSHAKE_BYTES,
             &format!(
                 "limits.handshakes_max for each of TLS and QUIC, {} each",
-                size(HANDSHAKE)
+                size(HANDSHAKE_BYTES)
             ),
         ),
         line(
             MemoryAccount::Connections,
             connections as u64 * idle,
             &format!(
-                "{connections} connections, about {} each while idle{strangers}",
+                "{connections} connections, about {} each while idle{unauthenticated}",
                 size(idle)
             ),
         ),
     ]
 }
 
-/// The report, several lines.
+/// The whole report, for standard output.
 pub(super) fn report(config: &Config, cap: &Cap, findings: &Findings) -> String {
     let mut out = String::new();
     let mut say = |line: std::fmt::Arguments<'_>| {
@@ -113,7 +122,7 @@ pub(super) fn report(config: &Config, cap: &Cap, findings: &Findings) -> String 
         .iter()
         .map(ToString::to_string)
         .collect();
-    say(format_args!("core\n  {}", servers.join(", ")));
+    say(format_args!("broker\n  {}", servers.join(", ")));
     match config.auth.acl {
         AclMode::Open => say(format_args!("topics\n  open to every client")),
         AclMode::Rules => say(format_args!("topics\n  {} rules", config.acl.len())),
@@ -143,8 +152,8 @@ pub(super) fn report(config: &Config, cap: &Cap, findings: &Findings) -> String 
     ));
     let busy = u64::from(config.limits.packet_max) + u64::from(config.limits.output_buffer);
     say(format_args!(
-        "  what is left, {}, is for sessions, and for {} clients at once with a largest packet and \
-         a full output buffer ({} each)",
+        "  the rest, {}, is for sessions, and for {} clients at once with a largest packet and a \
+         full output buffer ({} each)",
         size(max.saturating_sub(sum)),
         (max.saturating_sub(sum) / busy).min(cap.connections as u64),
         size(busy),
@@ -162,7 +171,7 @@ pub(super) fn report(config: &Config, cap: &Cap, findings: &Findings) -> String 
     out
 }
 
-/// What a listener asks of its clients beside its `auth`.
+/// Whether a listener asks its clients for a certificate, for the end of its line.
 fn certificates_of(config: &Config, listener: &Listener) -> &'static str {
     let first = listener.tls.first();
     let tls = config.tls.iter().find(|t| Some(&t.name) == first);
@@ -173,7 +182,7 @@ fn certificates_of(config: &Config, listener: &Listener) -> &'static str {
     }
 }
 
-/// What an idle connection costs at most, as the benches hold it to.
+/// Most bytes of an idle connection; the benches check it.
 fn idle_bytes(transport: Transport) -> u64 {
     match transport {
         Transport::Tcp | Transport::Ws => 8 * KIB,
@@ -182,7 +191,7 @@ fn idle_bytes(transport: Transport) -> u64 {
     }
 }
 
-/// Bytes with a unit.
+/// A number of bytes with its unit.
 fn size(bytes: u64) -> String {
     let (mut value, mut unit) = (bytes as f64, "B");
     for larger in ["KiB", "MiB", "GiB", "TiB"] {
@@ -245,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_warned_of() {
+    fn a_plan_larger_than_the_memory_has_a_warning() {
         let mut config = config();
         config.memory.max = 3 << 30;
         let report = report(&config, &cap(100_000), &Findings::default());

@@ -1,0 +1,205 @@
+//! The configuration's values as the modules behind it want them.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use crate::auth::{Acl, Authenticator};
+use crate::budget::Account;
+use crate::client::{Clients, Rate};
+use crate::clock::Clock;
+use crate::config::{self, Config, Server};
+use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
+use crate::router::{Router, RouterConfig};
+use crate::session::{QueueFull, SessionLimits};
+use crate::store::Store;
+use crate::transport::{ClientTls, ConnectionCap, Handshakes, Kind, Limits, QuicSecret};
+use crate::upstream::{RESERVED_KEY, Reach};
+
+use crate::runtime::error::StartError;
+use crate::runtime::events::Counted;
+use crate::runtime::secret;
+
+/// Bytes that a WebSocket frame may have before CONNECT is accepted.
+const FRAME_BEFORE_AUTH_BYTES: usize = 16 * 1024;
+/// Bytes of subscriptions' filters that one session may hold.
+const FILTERS_PER_SESSION_BYTES: usize = 256 * 1024;
+/// Bytes that properties and a mount may add to a client's largest packet on its way to the broker.
+const UPSTREAM_PACKET_GROWTH_BYTES: u32 = 1024;
+
+pub(super) fn router(config: &Config, clock: Clock, store: &dyn Store) -> Router {
+    Router::new(session_limits(config), router_config(config, clock), store)
+}
+
+pub(super) fn clients(
+    config: &Config,
+    router: Arc<Router>,
+    clock: Clock,
+) -> Result<Clients, StartError> {
+    Ok(Clients {
+        router,
+        clock,
+        authenticator: authenticator(config)?,
+        acl: Acl::new(config.auth.acl, &config.acl),
+        session: config.session.clone(),
+        limits: config.limits.clone(),
+        rate: Rate::new(config.limits.connect_rate_max),
+        input: Account::new(),
+        input_max: config.memory.max / 8,
+        strangers: Account::new(),
+        strangers_max: config.memory.max / 16,
+        sender_properties: config.upstream.sender_properties.clone(),
+        draining: AtomicBool::new(false),
+    })
+}
+
+pub(super) fn authenticator(config: &Config) -> Result<Authenticator, StartError> {
+    Authenticator::new(&config.auth).map_err(|e| StartError::Config(format!("auth.file: {e}")))
+}
+
+/// Everything that is needed to dial the broker.
+pub(super) fn reach(config: &Config) -> Result<Reach, StartError> {
+    Ok(Reach {
+        config: config.upstream.clone(),
+        node: config.node.id.clone(),
+        packet_max: config
+            .limits
+            .packet_max
+            .saturating_add(UPSTREAM_PACKET_GROWTH_BYTES),
+        tls: client_tls(config)?,
+        embedded: embedded(config),
+    })
+}
+
+pub(super) fn client_tls(config: &Config) -> Result<Option<ClientTls>, StartError> {
+    let wanted = config
+        .upstream
+        .servers
+        .iter()
+        .any(|s| matches!(s, Server::Remote { tls: true, .. }));
+    if !wanted {
+        return Ok(None);
+    }
+    let tls = &config.upstream.tls;
+    ClientTls::load(
+        tls.ca.as_deref(),
+        tls.cert.as_deref(),
+        tls.key.as_deref(),
+        tls.server_name.clone(),
+        tls.alpn.clone(),
+    )
+    .map(Some)
+    .map_err(|e| StartError::Config(format!("[upstream.tls]: {e}")))
+}
+
+/// The embedded broker, if the configuration names it.
+fn embedded(config: &Config) -> Option<EmbeddedBroker> {
+    match config.upstream.servers.first() {
+        #[cfg(feature = "sim")]
+        Some(Server::Embedded { quirks }) => {
+            let options = EmbeddedOptions::with_quirks(quirks);
+            Some(EmbeddedBroker::start(options))
+        }
+        #[cfg(not(feature = "sim"))]
+        Some(Server::Embedded {}) => Some(EmbeddedBroker::start(EmbeddedOptions::default())),
+        _ => None,
+    }
+}
+
+pub(super) fn transport_limits(
+    config: &Config,
+    cap: Arc<ConnectionCap>,
+) -> Result<Limits, StartError> {
+    Ok(Limits {
+        handshakes: Handshakes::new(config.limits.handshakes_max as usize),
+        accept_deadline: config.limits.accept_deadline,
+        frame_before_auth: FRAME_BEFORE_AUTH_BYTES,
+        packet_max: config.limits.packet_max as usize,
+        connections: cap,
+        events: Arc::new(Counted),
+        quic_secret: quic_secret(config)
+            .map_err(|e| StartError::Internal(format!("no randomness: {e}")))?,
+        ..Limits::default()
+    })
+}
+
+/// The secret is kept in a file only for configured QUIC listeners; a first run writes no files.
+fn quic_secret(config: &Config) -> std::io::Result<QuicSecret> {
+    let wanted = |l: &config::Listener| l.transport == config::Transport::Quic;
+    match config.source.is_some() && config.listeners.iter().any(wanted) {
+        true => secret::load(&config.node.data_dir),
+        false => Ok(QuicSecret::random()?.0),
+    }
+}
+
+pub(super) fn kind(transport: config::Transport) -> Kind {
+    match transport {
+        config::Transport::Tcp => Kind::Tcp,
+        config::Transport::Tls => Kind::Tls,
+        config::Transport::Ws => Kind::Ws,
+        config::Transport::Wss => Kind::Wss,
+        config::Transport::Quic => Kind::Quic,
+    }
+}
+
+fn session_limits(config: &Config) -> SessionLimits {
+    let seconds = |d: Duration| u32::try_from(d.as_secs()).unwrap_or(u32::MAX);
+    SessionLimits {
+        receive_max: config.limits.receive_max,
+        topic_alias_max: config.limits.topic_alias_max,
+        packet_max: config.limits.packet_max,
+        queue_messages_max: config.session.queue_messages_max as usize,
+        queue_bytes_max: config.session.queue_bytes_max as usize,
+        queue_age_max: config
+            .session
+            .queue_age_max
+            .map_or(u64::MAX, |age| age.as_millis() as u64),
+        shared_redeliver_after: config.session.shared_redeliver_after.as_millis() as u64,
+        will_grace: config.session.will_grace.as_millis() as u64,
+        presence: !config.session.presence_topic.is_empty(),
+        queue_full: match config.session.queue_full {
+            config::QueueFull::Oldest => QueueFull::Oldest,
+            config::QueueFull::Newest => QueueFull::Newest,
+            config::QueueFull::EndSession => QueueFull::EndSession,
+        },
+        queue_qos0: config.session.queue_qos0,
+        output_buffer: Arc::new((config.limits.output_buffer as usize).into()),
+        filter_bytes_max: FILTERS_PER_SESSION_BYTES,
+        subscriptions_max: config.limits.subscriptions_per_client_max as usize,
+        topic_levels_max: config.limits.topic_levels_max as usize,
+        v3_publishes_max: config.upstream.publishes_waiting_v3_max as usize,
+        expiry_max: seconds(config.session.expiry_max),
+        publish_account: Arc::new(Account::new()),
+        reserved_key: RESERVED_KEY,
+        hasher: Default::default(),
+    }
+}
+
+fn router_config(config: &Config, clock: Clock) -> RouterConfig {
+    let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+    let upstream = &config.upstream;
+    RouterConfig {
+        data_links: usize::from(upstream.data_links),
+        shared_links: usize::from(upstream.shared_links),
+        local_groups: upstream.shared == config::SharedAt::Local,
+        roots: upstream.roots.clone(),
+        publish_links: usize::from(upstream.publish_links.first),
+        publish_links_max: usize::from(upstream.publish_links.max),
+        presence_topic: config.session.presence_topic.clone(),
+        started_at: clock.started_at(),
+        linger: ms(upstream.linger),
+        linger_busy_min: ms(upstream.linger_busy_min),
+        filters_lingering_max: upstream.filters_lingering_max as usize,
+        subscribe_wait: ms(upstream.subscribe_wait),
+        subscribe_accept: upstream.subscribe_while_away == config::SubscribeWhileAway::Accept,
+        publishes_waiting: upstream.publishes_waiting,
+        publishes_waiting_per_client: upstream.publishes_waiting_per_client as usize,
+        retained_cache: upstream.retained_cache as usize,
+        retained_resync: upstream.retained_resync,
+        queues: config.memory.queues,
+        output: config.memory.max / 8,
+        write_stall: ms(config.limits.write_stall),
+        // Without randomness the seed can be guessed; nothing else changes.
+        hash_seed: getrandom::u64().unwrap_or_default(),
+    }
+}
