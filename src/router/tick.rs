@@ -91,13 +91,13 @@ impl Router {
             {
                 connection.last_seen = now;
             }
-            if s.session.deadline() <= now
+            if s.session.deadline().is_some_and(|at| at <= now)
                 && let Some(handle) = &s.handle
             {
                 handle.close(CloseReason::KeepAlive);
                 // Asked once; the task ends the connection.
                 if let Some(connection) = s.session.connection() {
-                    connection.keep_alive = 0;
+                    connection.stop_keep_alive();
                 }
             }
             shard.settle(slot);

@@ -1,6 +1,7 @@
 //! What lives only as long as one network connection: limits, aliases, output, keepalive.
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -61,8 +62,8 @@ pub struct Connection {
     pub maximum_packet_size: usize,
     /// The client takes Reason Strings outside CONNACK and DISCONNECT [MQTT-3.1.2-29].
     pub problem_information: bool,
-    /// One and a half times Keep Alive in milliseconds; 0: none [MQTT-3.1.2-22].
-    pub keep_alive: u64,
+    /// One and a half times Keep Alive in milliseconds [MQTT-3.1.2-22].
+    keep_alive: Option<NonZeroU32>,
     /// When the last packet came.
     pub last_seen: u64,
     /// Its socket, or one of its streams, is left unread by us: its silence is not the client's.
@@ -148,7 +149,7 @@ impl Connection {
             receive_maximum: spec.receive_maximum,
             maximum_packet_size: spec.maximum_packet_size as usize,
             problem_information: spec.problem_information,
-            keep_alive: u64::from(spec.keep_alive) * 1500,
+            keep_alive: NonZeroU32::new(u32::from(spec.keep_alive) * 1500),
             last_seen: now,
             unread: false,
             closing: false,
@@ -170,6 +171,17 @@ impl Connection {
             let mount = scope.mount.clone();
             *scope = Arc::new(Scope { mount, sender });
         }
+    }
+
+    /// When the client's silence exceeds its Keep Alive, unless a packet arrives before.
+    pub fn silent_until(&self) -> Option<Millis> {
+        let keep_alive = self.keep_alive?;
+        Some(self.last_seen + Millis::from(keep_alive.get()))
+    }
+
+    /// Ends the watch over the client's silence: its end was asked for.
+    pub fn stop_keep_alive(&mut self) {
+        self.keep_alive = None;
     }
 
     /// The output of the control lane.

@@ -30,7 +30,7 @@ impl Session {
         now: Millis,
         effects: &mut Vec<Effect>,
     ) -> Result<(), CloseReason> {
-        let Some(connection) = self.connection.as_deref_mut() else {
+        let Some(connection) = self.phase.connection_mut() else {
             return Err(CloseReason::NotConnected);
         };
         connection.last_seen = now;
@@ -68,7 +68,7 @@ impl Session {
         now: Millis,
         effects: &mut Vec<Effect>,
     ) -> Result<(), CloseReason> {
-        let Some(connection) = self.connection.as_deref_mut() else {
+        let Some(connection) = self.phase.connection_mut() else {
             return Ok(());
         };
         let aliased: Arc<str>;
@@ -182,7 +182,7 @@ impl Session {
     }
 
     fn pubrec(&mut self, lane: u8, ack: &Ack<'_>, now: Millis) -> Result<(), CloseReason> {
-        let Some(connection) = self.connection.as_deref_mut() else {
+        let Some(connection) = self.phase.connection_mut() else {
             return Ok(());
         };
         if ack.reason.is_error() {
@@ -201,7 +201,7 @@ impl Session {
     }
 
     fn pubrel(&mut self, lane: u8, ack: &Ack<'_>) -> Result<(), CloseReason> {
-        let Some(connection) = self.connection.as_deref_mut() else {
+        let Some(connection) = self.phase.connection_mut() else {
             return Ok(());
         };
         let reason = if self
@@ -245,7 +245,7 @@ impl Session {
             return Err(CloseReason::DisconnectWithWill);
         }
         if self.will.take().is_some() {
-            self.will_discarded = true;
+            self.phase.discard_will();
         }
         Err(CloseReason::Disconnect)
     }

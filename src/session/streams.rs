@@ -7,13 +7,13 @@ use crate::topics::FilterId;
 impl Session {
     /// The stream that a filter's messages go on: the one that subscribed, while it takes them.
     pub fn lane_of(&self, filter: FilterId) -> u8 {
-        let connection = self.connection.as_deref();
+        let connection = self.phase.connection();
         connection.map_or(0, |c| c.lane_of(filter))
     }
 
     /// A data stream takes nothing: the messages of its subscriptions go on the control stream.
     pub fn lane_blocked(&mut self, lane: u8) {
-        if let Some(connection) = &mut self.connection {
+        if let Some(connection) = self.phase.connection_mut() {
             connection.unbind(lane);
         }
         self.outbound.leave_lane(lane);
@@ -29,7 +29,7 @@ impl Session {
 
     /// Something that came on a data stream has yet to be answered there.
     pub fn lane_busy(&self, lane: u8) -> bool {
-        let connection = self.connection.as_deref();
+        let connection = self.phase.connection();
         connection.is_some_and(|c| c.lane_busy(lane))
             || self.inbound.as_ref().is_some_and(|i| i.busy(lane))
     }
@@ -38,7 +38,7 @@ impl Session {
     /// answered when its client sends it again.
     pub fn lane_ended(&mut self, lane: u8) {
         self.lane_closed(lane);
-        if let Some(connection) = &mut self.connection {
+        if let Some(connection) = self.phase.connection_mut() {
             connection.lane_ended(lane);
         }
         if let Some(inbound) = &mut self.inbound {

@@ -103,7 +103,7 @@ impl Session {
         policy: &dyn Policy,
         effects: &mut Vec<Effect>,
     ) -> Result<(), CloseReason> {
-        let Some(connection) = self.connection.as_deref_mut() else {
+        let Some(connection) = self.phase.connection_mut() else {
             return Ok(());
         };
         let id = subscribe.packet_id;
@@ -226,7 +226,11 @@ impl Session {
         index: u16,
         code: ReasonCode,
     ) -> Result<(), CloseReason> {
-        let all = self.connection.iter_mut().flat_map(|c| &mut c.pending);
+        let all = self
+            .phase
+            .connection_mut()
+            .into_iter()
+            .flat_map(|c| &mut c.pending);
         let Some(pending) = all.into_iter().find(|p| p.key == packet_id) else {
             return Ok(());
         };
@@ -241,7 +245,7 @@ impl Session {
     }
 
     fn finish_subscribe(&mut self, key: u16) -> Result<(), CloseReason> {
-        let Some(connection) = self.connection.as_deref_mut() else {
+        let Some(connection) = self.phase.connection_mut() else {
             return Ok(());
         };
         let due = |p: &PendingSubscribe| p.key == key;
@@ -278,7 +282,7 @@ impl Session {
     /// Puts a subscription in force, or replaces the one on the same filter [MQTT-3.8.4-3].
     /// Returns the one it replaced.
     pub fn add_subscription(&mut self, mut new: Subscription) -> Option<Subscription> {
-        if let Some(connection) = &mut self.connection {
+        if let Some(connection) = self.phase.connection_mut() {
             connection.numbered(&new.name, new.filter);
         }
         if let Some(old) = self
@@ -326,7 +330,7 @@ impl Session {
     pub fn remove_subscription(&mut self, filter: FilterId) -> Option<Subscription> {
         let at = self.subscriptions.iter().position(|s| s.filter == filter)?;
         let removed = self.subscriptions.remove(at);
-        if let Some(connection) = &mut self.connection {
+        if let Some(connection) = self.phase.connection_mut() {
             connection.bind(&removed.name, 0);
         }
         let mut left = removed.overlaps;
@@ -372,7 +376,7 @@ impl Session {
         }
         let mut codes = Vec::new();
         let mut filters = Vec::new();
-        let scope = self.connection.as_ref().and_then(|c| c.scope.clone());
+        let scope = self.phase.connection().and_then(|c| c.scope.clone());
         let numbers = self
             .subscriptions
             .iter()
@@ -390,7 +394,7 @@ impl Session {
                 filters.extend(self.leave_subscription(number));
             }
         }
-        if let Some(connection) = self.connection.as_deref_mut() {
+        if let Some(connection) = self.phase.connection_mut() {
             let version = connection.version;
             let out = connection.lane(lane);
             encode_unsuback(version, unsubscribe.packet_id, &codes, out);

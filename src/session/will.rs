@@ -1,7 +1,7 @@
 //! The Will Message of a session.
 
 use crate::mqtt::Message;
-use crate::time::Millis;
+use crate::time::{Deadline, Millis};
 
 /// A will and when it goes out [MQTT-3.1.2-8].
 #[derive(Clone, Debug)]
@@ -12,8 +12,8 @@ pub struct Will {
     pub delay: u32,
     /// Message Expiry Interval in seconds, counted from the publication.
     pub message_expiry: Option<u32>,
-    /// When it is due; `u64::MAX` while the client is connected.
-    pub due_at: u64,
+    /// When it is due; `None` while the client is connected.
+    pub(super) due_at: Option<Deadline>,
 }
 
 impl Will {
@@ -23,7 +23,7 @@ impl Will {
             message,
             delay,
             message_expiry,
-            due_at: u64::MAX,
+            due_at: None,
         }
     }
 

@@ -295,7 +295,8 @@ fn fit(
     };
     let session = &mut slot.session;
     let granted = session.subscription(number).map(|s| s.options.qos);
-    let Some(granted) = granted.filter(|_| session.tag == member.tag && !session.is_ghost()) else {
+    let Some(granted) = granted.filter(|_| session.tag == member.tag && !session.is_closed())
+    else {
         return Fit::Gone;
     };
     let lost = granted == QoS::AtMostOnce && qos.is_some_and(|q| q > granted) && !limits.queue_qos0;

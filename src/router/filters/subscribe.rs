@@ -234,7 +234,7 @@ impl Router {
     ) -> Option<(bool, u64)> {
         let mut shard = self.shards[usize::from(session.shard)].lock();
         let slot = shard.get(session)?;
-        if slot.session.connection_no() != connection_no || slot.session.is_ghost() {
+        if slot.session.connection_no() != connection_no || slot.session.is_closed() {
             return None;
         }
         let scope = slot.session.connection_ref().and_then(|c| c.scope.as_ref());

@@ -16,7 +16,7 @@ use crate::router::sessions::shard::Shard;
 use crate::router::types::{Peer, SessionRef};
 
 /// How long publishes of an ended session are recognised when its client sends them again.
-const GHOST: u64 = 2 * 60 * 1000;
+const REMEMBER_CLOSED_MS: u64 = 2 * 60 * 1000;
 
 /// An authenticated CONNECT.
 #[derive(Debug)]
@@ -84,7 +84,7 @@ impl Router {
         if let Some(at) = known {
             let slot = &mut shard.slots[at as usize];
             let foreign = slot.session.principal != connect.principal;
-            if foreign && !slot.session.is_ghost() {
+            if foreign && !slot.session.is_closed() {
                 return Err(Refused::Principal);
             }
             if slot.session.attached() {
@@ -112,18 +112,18 @@ impl Router {
                 let reference = shard.reference(at);
                 let slot = &mut shard.slots[at as usize];
                 // A session without expiry ends with the connection that is taken from it.
-                let over = slot.session.is_ghost()
+                let over = slot.session.is_closed()
                     || connect.clean_start
                     || (taken_over && slot.session.expiry == 0);
                 present = !over;
                 if over {
-                    let was_ghost = slot.session.is_ghost();
+                    let was_closed = slot.session.is_closed();
                     let grace = self.limits.will_grace;
                     let ended = slot.session.restart(self.next_tag(), grace, now);
                     if ended.will_cancelled {
                         metrics().wills_cancelled.increment(1);
                     }
-                    if !was_ghost {
+                    if !was_closed {
                         metrics().sessions_ended[SessionEndReason::CleanStart].increment(1);
                         self.count_lost(&ended);
                     }
@@ -131,8 +131,6 @@ impl Router {
                     let link = slot.publish_link;
                     wills.extend(ended.will.map(|will| (reference, link, will)));
                     released = shard.release(at);
-                } else if taken_over {
-                    slot.session.detach_for_takeover(&self.limits);
                 }
                 at
             }
@@ -195,7 +193,7 @@ impl Router {
         for (session, link, client_id) in news {
             self.tell_presence(session, link, &client_id, None, now);
         }
-        if attached.news {
+        if attached.present {
             let (id, peer) = (&connect.client_id, Some(&*connect.peer));
             self.tell_presence(reference, publish_link, id, peer, now);
         }
@@ -229,7 +227,7 @@ impl Router {
         let link = slot.publish_link;
         let client_id = ended.absent.then(|| slot.session.client_id.clone());
         self.shed(slot);
-        let filters = shard.detached(reference.slot, &ended, now, now + GHOST);
+        let filters = shard.detached(reference.slot, &ended, now, now + REMEMBER_CLOSED_MS);
         self.charge_entries(&mut shard);
         drop(shard);
         self.release(&filters, reference.shard, now);
@@ -261,23 +259,22 @@ impl Router {
         let Some(s) = shard.get(reference) else {
             return;
         };
-        let ghost = s.session.is_ghost();
         let mut ended = s.session.expire(now);
         let link = s.publish_link;
         if ended.absent {
             due.news
                 .push((reference, link, s.session.client_id.clone()));
         }
-        let over = ghost && s.session.ends_at() <= now;
         due.shared.append(&mut ended.shared);
         due.wills
             .extend(ended.will.take().map(|will| (reference, link, will)));
-        if over {
+        if ended.forget {
             shard.remove(slot);
         } else if ended.session {
             metrics().sessions_ended[SessionEndReason::Expired].increment(1);
             self.count_lost(&ended);
-            due.filters.extend(shard.finish(slot, now + GHOST));
+            due.filters
+                .extend(shard.finish(slot, now + REMEMBER_CLOSED_MS));
         } else {
             shard.settle(slot);
         }
@@ -288,7 +285,7 @@ impl Router {
         let Some(s) = shard.slots.get_mut(slot as usize) else {
             return;
         };
-        if s.session.is_ghost() {
+        if s.session.is_closed() {
             return;
         }
         if let Some(handle) = s.handle.take() {
@@ -301,7 +298,7 @@ impl Router {
         let client_id = s.session.client_id.clone();
         self.count_lost(&ended);
         let reference = shard.reference(slot);
-        let filters = shard.detached(slot, &ended, now, now + GHOST);
+        let filters = shard.detached(slot, &ended, now, now + REMEMBER_CLOSED_MS);
         self.defer(Due {
             filters,
             wills: ended

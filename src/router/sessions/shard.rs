@@ -163,7 +163,7 @@ impl Shard {
         self.entry_bytes += entries;
         self.output_bytes += output;
         // Later deadlines are found when the earlier one fires.
-        let deadline = s.session.deadline();
+        let deadline = s.session.deadline().unwrap_or(u64::MAX);
         if deadline < s.armed {
             self.timers.remove(&(s.armed, slot));
             s.armed = deadline;
@@ -260,7 +260,7 @@ impl Shard {
         slot: u32,
         ended: &Ended,
         now: Millis,
-        ghost_until: u64,
+        remember_until: u64,
     ) -> Vec<FilterId> {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return Vec::new();
@@ -273,16 +273,16 @@ impl Shard {
             self.settle(slot);
             return Vec::new();
         }
-        self.finish(slot, ghost_until)
+        self.finish(slot, remember_until)
     }
 
-    /// A session ended: its filters; it stays as a ghost while that is of use.
-    pub fn finish(&mut self, slot: u32, ghost_until: u64) -> Vec<FilterId> {
+    /// A session ended: its filters; it is remembered while that is of use.
+    pub fn finish(&mut self, slot: u32, remember_until: u64) -> Vec<FilterId> {
         let filters = self.release(slot);
         self.detached.pop(&slot);
         match self.slots.get_mut(slot as usize) {
-            Some(s) if s.session.worth_keeping() => {
-                s.session.remember_until(ghost_until);
+            Some(s) if s.session.worth_remembering() => {
+                s.session.remember_until(remember_until);
                 self.settle(slot);
             }
             _ => {

@@ -67,7 +67,7 @@ impl Router {
         let mut ids: Vec<Arc<str>> = Vec::new();
         for shard in &self.shards {
             let shard = shard.lock();
-            let live = |slot: &u32| !shard.slots[*slot as usize].session.is_ghost();
+            let live = |slot: &u32| !shard.slots[*slot as usize].session.is_closed();
             let later = |id: &Arc<str>| after.is_none_or(|after| **id > *after);
             let mut some: Vec<Arc<str>> = shard
                 .by_id
@@ -95,7 +95,7 @@ impl Router {
         let shard = self.shards[self.shard_of(client_id)].lock();
         let slot = shard.by_id.get(client_id)?;
         let slot = &shard.slots[*slot as usize];
-        (!slot.session.is_ghost()).then(|| info(slot))
+        (!slot.session.is_closed()).then(|| info(slot))
     }
 
     /// Sums over all sessions.
@@ -103,7 +103,7 @@ impl Router {
         let mut totals = Totals::default();
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {
-                if slot.session.is_ghost() {
+                if slot.session.is_closed() {
                     continue;
                 }
                 if slot.session.attached() {

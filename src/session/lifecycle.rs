@@ -1,0 +1,241 @@
+//! How a session begins, loses its connection, gets another one and ends.
+
+use crate::mqtt::{Message, Version};
+use crate::time::{Deadline, Millis};
+
+use crate::session::connection::{Connection, ConnectionSpec};
+use crate::session::entry::Orphan;
+use crate::session::outbound::Outbound;
+use crate::session::will::Will;
+use crate::session::{Session, SessionLimits};
+
+/// What the caller has to do after a connection or session ended, or a deadline passed.
+#[derive(Debug, Default)]
+pub struct Ended {
+    /// Publish this will now.
+    pub will: Option<Message>,
+    /// A will was dropped unpublished: count it.
+    pub will_cancelled: bool,
+    /// The session is over: release its subscriptions.
+    pub session: bool,
+    /// The closed session need not be remembered any longer: remove it.
+    pub forget: bool,
+    /// Messages that end with the session.
+    pub messages: usize,
+    /// Deliveries of shared subscriptions that another member is to get.
+    pub shared: Vec<Orphan>,
+    /// Publish that the client is absent.
+    pub absent: bool,
+}
+
+/// The outcome of [`Session::attach`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Number of the connection.
+    pub connection_no: u64,
+    /// A will was cancelled: a delayed one by this resume [MQTT-3.1.3-9], or by a DISCONNECT on the
+    /// connection that this one replaces.
+    pub will_cancelled: bool,
+    /// Publish that the client is present.
+    pub present: bool,
+}
+
+impl Session {
+    /// Starts the session anew on the same client identifier [MQTT-3.1.2-4]; [`Session::attach`]
+    /// follows. The publishes that the broker still has are remembered, so that a copy that the
+    /// client sends again is not forwarded twice. The will of the old session is due
+    /// [MQTT-3.1.3-9], unless the client is back within `grace` milliseconds.
+    pub fn restart(&mut self, tag: u64, grace: u64, now: Millis) -> Ended {
+        let back = grace > 0 && (self.attached() || now < self.since + grace);
+        let mut ended = self.end();
+        let will = self.will.take();
+        match back {
+            true => ended.will_cancelled = will.is_some(),
+            false => ended.will = will.map(|w| w.publish(now)),
+        }
+        self.tag = tag;
+        self.gaps = 0;
+        ended
+    }
+
+    /// Begins a connection; one that is there is taken over, without a will. `expiry` is in seconds.
+    /// Unacknowledged messages of an earlier connection are sent again by [`Session::pump`].
+    pub fn attach(
+        &mut self,
+        spec: &ConnectionSpec,
+        expiry: u32,
+        will: Option<Will>,
+        limits: &SessionLimits,
+        now: Millis,
+    ) -> Attached {
+        if self.attached() {
+            self.forget_connection(limits);
+        }
+        let discarded = self.phase.take_will_discarded();
+        let will_cancelled = self.will.take().is_some() | discarded;
+        self.connection_no += 1;
+        self.expiry = expiry;
+        self.version = spec.version;
+        self.since = now;
+        self.will = will.map(Box::new);
+        let connection = Box::new(Connection::new(self.connection_no, spec, now));
+        Attached {
+            connection_no: self.connection_no,
+            will_cancelled,
+            present: self.phase.attach(connection, limits.presence),
+        }
+    }
+
+    /// Ends the connection. `normal`: DISCONNECT 0x00, which discards the will [MQTT-3.14.4-3].
+    pub fn detach(&mut self, limits: &SessionLimits, normal: bool, now: Millis) -> Ended {
+        self.since = now;
+        self.forget_connection(limits);
+        let grace = limits.will_grace;
+        let mut ended = Ended {
+            will_cancelled: self.phase.take_will_discarded(),
+            ..Ended::default()
+        };
+        if normal {
+            ended.will_cancelled |= self.will.take().is_some();
+        }
+        // A client that sends DISCONNECT does not flap.
+        ended.absent = self.phase.detach(if normal { 0 } else { grace }, now);
+        if self.expiry == 0 {
+            match self.will.as_deref_mut() {
+                Some(will) if grace > 0 => will.due_at = Some(Deadline::at(now + grace)),
+                _ => ended.will = self.will.take().map(|w| w.publish(now)),
+            }
+            let over = self.end();
+            ended.session = true;
+            ended.messages = over.messages;
+            ended.shared = over.shared;
+            return ended;
+        }
+        let has_shared = self.outbound.has_shared();
+        let share_at = now.saturating_add(limits.shared_redeliver_after);
+        let ends_at = now + u64::from(self.expiry) * 1000;
+        self.phase.wait_until(
+            (self.expiry != u32::MAX).then(|| Deadline::at(ends_at)),
+            has_shared.then(|| Deadline::at(share_at)),
+        );
+        match self.will.as_deref_mut() {
+            Some(will) if will.delay == 0 && grace == 0 => {
+                ended.will = self.will.take().map(|w| w.publish(now))
+            }
+            Some(will) => {
+                // Whichever comes first: the delay or the session's end.
+                let delay = u64::from(will.delay.min(self.expiry)) * 1000;
+                will.due_at = Some(Deadline::at(now + delay.max(grace)));
+            }
+            None => {}
+        }
+        ended
+    }
+
+    /// The packets that were under way on the connection are to be sent again on the next one.
+    fn forget_connection(&mut self, limits: &SessionLimits) {
+        self.outbound.detached(limits);
+        if let Some(inbound) = &mut self.inbound {
+            inbound.detached();
+        }
+    }
+
+    /// Ends the session's state. The will is left to the caller.
+    fn end(&mut self) -> Ended {
+        let shared = self.outbound.take_shared();
+        let messages = self.outbound.queued() + self.outbound.in_flight();
+        self.outbound = Outbound::default();
+        if let Some(inbound) = &mut self.inbound {
+            inbound.restart();
+        }
+        if let Some(connection) = self.phase.connection_mut() {
+            connection.pending = Vec::new();
+        }
+        self.phase.close();
+        Ended {
+            session: true,
+            messages,
+            shared,
+            ..Ended::default()
+        }
+    }
+
+    /// Carries out what is due by [`Session::deadline`] on a session without a connection.
+    pub fn expire(&mut self, now: Millis) -> Ended {
+        let mut ended = Ended::default();
+        if self.attached() {
+            return ended;
+        }
+        let passed = self.phase.expire(now);
+        // A will that a grace defers waits beyond the session's end.
+        let due = |will: &mut Box<Will>| will.due_at.is_some_and(|at| at.is_due(now));
+        let will = self.will.take_if(due).map(|w| w.publish(now));
+        if passed.share {
+            ended.shared = self.outbound.take_shared();
+        }
+        if passed.end {
+            let shared = std::mem::take(&mut ended.shared);
+            ended = self.end();
+            ended.shared.extend(shared);
+        }
+        Ended {
+            will,
+            absent: passed.absent,
+            forget: passed.forget,
+            ..ended
+        }
+    }
+
+    /// The will and the absence that a grace defers become due, because another principal takes
+    /// the place of this closed session.
+    pub fn give_up_grace(&mut self, now: Millis) -> Ended {
+        Ended {
+            will: self.will.take().map(|w| w.publish(now)),
+            absent: self.phase.take_absence(),
+            ..Ended::default()
+        }
+    }
+
+    /// When [`Session::expire`] next has something to do or, while a client is connected, its Keep
+    /// Alive runs out. `None`: never.
+    pub fn deadline(&self) -> Option<Millis> {
+        if let Some(connection) = self.connection_ref() {
+            return connection.silent_until();
+        }
+        let will = self.will.as_ref().and_then(|w| w.due_at);
+        let all = [will, self.phase.deadline()];
+        all.into_iter().flatten().min().map(Deadline::millis)
+    }
+
+    /// Whether the session is over: it is only remembered.
+    pub fn is_closed(&self) -> bool {
+        self.phase.is_closed()
+    }
+
+    /// A closed session is remembered until `at`; [`Session::expire`] then says to forget it.
+    pub fn remember_until(&mut self, at: Millis) {
+        self.phase.remember_until(at);
+    }
+
+    /// Whether a closed session is still of use: the broker has publishes of it, or a grace defers
+    /// its will or absence.
+    pub fn worth_remembering(&self) -> bool {
+        let publishes = self.inbound.as_ref().is_some_and(|i| i.has_orphans());
+        publishes || self.will.is_some() || self.phase.owes_absence()
+    }
+
+    /// Whether a client is connected.
+    pub fn attached(&self) -> bool {
+        self.phase.is_attached()
+    }
+
+    /// Number of the latest connection: each one's is larger than the one before it.
+    pub fn connection_no(&self) -> u64 {
+        self.connection_no
+    }
+
+    /// Protocol version of the latest connection.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+}
