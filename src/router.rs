@@ -136,7 +136,7 @@ pub struct Router {
     waiting_for_room: Mutex<Vec<Arc<ConnectionHandle>>>,
     core: Core,
     hasher: FixedState,
-    tags: AtomicU64,
+    incarnations: AtomicU64,
     ticks: AtomicU64,
 }
 
@@ -209,7 +209,7 @@ impl Router {
             },
             hasher: FixedState::with_seed(config.hash_seed),
             // 0 means "no mark".
-            tags: AtomicU64::new(1),
+            incarnations: AtomicU64::new(0),
             ticks: AtomicU64::new(0),
             limits,
             config,

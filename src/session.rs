@@ -10,6 +10,7 @@ mod delivery;
 mod effect;
 mod entry;
 mod inbound;
+mod incarnation;
 mod lifecycle;
 mod limits;
 mod outbound;
@@ -33,6 +34,7 @@ pub use connection::{Connection, ConnectionSpec, Scope};
 pub use effect::{Effect, Unsubscribed, Wanted};
 pub use entry::{Offer, Orphan};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
+pub use incarnation::Incarnation;
 pub use lifecycle::{Attached, Ended};
 pub use limits::{DropReason, Policy, QueueFull, SessionLimits};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
@@ -47,8 +49,8 @@ pub struct Session {
     pub client_id: Arc<str>,
     /// Who it belongs to.
     pub principal: Arc<str>,
-    /// Marks this session's own publishes for No Local; unique in the process.
-    pub tag: u64,
+    /// Which of the client identifier's sessions this is.
+    pub incarnation: Incarnation,
     /// Session Expiry Interval in seconds; `u32::MAX`: never.
     pub expiry: u32,
     /// When the current connection began, or the last one ended.
@@ -72,11 +74,16 @@ const _: () = assert!(size_of::<Session>() <= 152 + size_of::<Outbound>());
 
 impl Session {
     /// A new session without a connection.
-    pub fn new(client_id: Arc<str>, principal: Arc<str>, tag: u64, now: Millis) -> Self {
+    pub fn new(
+        client_id: Arc<str>,
+        principal: Arc<str>,
+        incarnation: Incarnation,
+        now: Millis,
+    ) -> Self {
         Self {
             client_id,
             principal,
-            tag,
+            incarnation,
             expiry: 0,
             since: now,
             gaps: 0,

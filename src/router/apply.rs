@@ -32,12 +32,12 @@ impl Router {
                 Effect::Publish {
                     token,
                     message,
-                    tag,
+                    origin_mark,
                 } => {
                     let publish = ClientPublish {
                         token,
                         message,
-                        tag,
+                        origin_mark,
                     };
                     self.publish(session, caller.publish_link, publish, now);
                 }

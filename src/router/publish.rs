@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::mqtt::{Message, QoS, ReasonCode, Version};
-use crate::session::Token;
+use crate::session::{Incarnation, Token};
 use crate::telemetry::{DropReason as DropCause, HeldReason, metrics};
 use crate::time::Millis;
 
@@ -28,7 +28,7 @@ impl Router {
         let ClientPublish {
             token,
             message,
-            tag,
+            origin_mark,
         } = publish;
         let link = &self.lanes[usize::from(publish_link)];
         let away = !link.up.load(Ordering::Acquire);
@@ -73,7 +73,7 @@ impl Router {
             session,
             token,
             message,
-            tag,
+            origin_mark,
             since: now,
         });
         drop(lanes);
@@ -209,7 +209,7 @@ pub struct ClientPublish {
     /// The message to publish.
     pub message: Message,
     /// Not 0: the publisher has a No Local subscription that matches; the mark of its session.
-    pub tag: u64,
+    pub origin_mark: Option<Incarnation>,
 }
 
 /// One answer of the core to a client's publish.

@@ -1,11 +1,13 @@
 //! Types that several of the router's modules share.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use crate::mqtt::{Message, QoS};
+use crate::session::Incarnation;
 use crate::topics::FilterId;
 
 /// Names a session in the router: where it is, and which one of those that were there.
@@ -41,8 +43,8 @@ pub struct Arrived {
     pub filters: SmallVec<[FilterId; 2]>,
     /// The D link that brought it.
     pub link: usize,
-    /// The No Local mark of its publisher's session; 0: none.
-    pub tag: u64,
+    /// The origin mark of the session that published it.
+    pub origin_mark: Option<Incarnation>,
 }
 
 /// A subscription that retained messages are wanted for.
@@ -50,10 +52,10 @@ pub struct Arrived {
 pub struct RetainedRequest {
     /// Whose it is.
     pub session: SessionRef,
-    /// The session's own mark.
-    pub tag: u64,
+    /// Which session it is, should another take its place.
+    pub incarnation: Incarnation,
     /// Granted QoS.
     pub qos: QoS,
-    /// The client's Subscription Identifier; 0: none.
-    pub identifier: u32,
+    /// The client's Subscription Identifier.
+    pub identifier: Option<NonZeroU32>,
 }

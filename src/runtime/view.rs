@@ -1,5 +1,6 @@
 //! What the admin side shows, from the running program.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -53,7 +54,7 @@ impl AdminView for View {
                     no_local: s.options.no_local,
                     retain_as_published: s.options.retain_as_published,
                     retain_handling: s.options.retain_handling,
-                    identifier: (s.identifier != 0).then_some(s.identifier),
+                    identifier: s.identifier.map(NonZeroU32::get),
                 })
                 .collect(),
         })

@@ -1,10 +1,12 @@
 //! What a session asks of the router.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::mqtt::{Message, SubscribeOptions};
 
 use crate::session::inbound::Token;
+use crate::session::incarnation::Incarnation;
 use crate::topics::FilterId;
 
 /// One filter of a SUBSCRIBE that passed the session's checks.
@@ -27,16 +29,17 @@ pub enum Effect {
         token: Option<Token>,
         /// What to publish.
         message: Message,
-        /// Not 0: the publisher has a No Local subscription that matches; the mark of its session.
-        tag: u64,
+        /// The mark by which the session knows its publish again, where it has a No Local
+        /// subscription that matches [MQTT-3.8.3-3].
+        origin_mark: Option<Incarnation>,
     },
     /// Add subscriptions; each answer comes back through [`Session::subscribed`].
     Subscribe {
         /// Names the SUBSCRIBE in the answers: its packet identifier, or another number where two
         /// streams have the same in use.
         packet_id: u16,
-        /// Its Subscription Identifier; 0: none.
-        identifier: u32,
+        /// Its Subscription Identifier.
+        identifier: Option<NonZeroU32>,
         /// The filters.
         wanted: Vec<Wanted>,
     },

@@ -5,6 +5,7 @@ use crate::time::{Deadline, Millis};
 
 use crate::session::connection::{Connection, ConnectionSpec};
 use crate::session::entry::Orphan;
+use crate::session::incarnation::Incarnation;
 use crate::session::outbound::Outbound;
 use crate::session::will::Will;
 use crate::session::{Session, SessionLimits};
@@ -45,7 +46,7 @@ impl Session {
     /// follows. The publishes that the broker still has are remembered, so that a copy that the
     /// client sends again is not forwarded twice. The will of the old session is due
     /// [MQTT-3.1.3-9], unless the client is back within `grace` milliseconds.
-    pub fn restart(&mut self, tag: u64, grace: u64, now: Millis) -> Ended {
+    pub fn restart(&mut self, incarnation: Incarnation, grace: u64, now: Millis) -> Ended {
         let back = grace > 0 && (self.attached() || now < self.since + grace);
         let mut ended = self.end();
         let will = self.will.take();
@@ -53,7 +54,7 @@ impl Session {
             true => ended.will_cancelled = will.is_some(),
             false => ended.will = will.map(|w| w.publish(now)),
         }
-        self.tag = tag;
+        self.incarnation = incarnation;
         self.gaps = 0;
         ended
     }

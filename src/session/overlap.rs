@@ -38,8 +38,10 @@ pub fn senior(
             continue;
         }
         retain |= s.options.retain_as_published;
-        if s.identifier != 0 && !identifiers.contains(&s.identifier) {
-            identifiers.push(s.identifier);
+        if let Some(identifier) = s.identifier
+            && !identifiers.contains(&identifier.get())
+        {
+            identifiers.push(identifier.get());
         }
         if !s.active {
             continue;

@@ -12,6 +12,7 @@ use crate::topics::matches;
 
 use crate::session::connection::{Connection, Scope};
 use crate::session::inbound::{Answer, Arrival, Incoming};
+use crate::session::incarnation::Incarnation;
 use crate::session::{CloseReason, Effect, Policy, Session, SessionLimits, Subscription};
 
 impl Session {
@@ -172,11 +173,11 @@ impl Session {
             account: Some(limits.publish_account.clone()),
         };
         let message = Message::mounted(&spec, &scope.mount, &scope.sender);
-        let tag = self.own_tag(message.topic());
+        let origin_mark = self.origin_mark(message.topic());
         effects.push(Effect::Publish {
             token,
             message,
-            tag,
+            origin_mark,
         });
         Ok(())
     }
@@ -219,14 +220,12 @@ impl Session {
         Ok(())
     }
 
-    /// The mark of what this client publishes on `topic`: its own, if a No Local subscription is to
-    /// know it again; else 0.
-    pub fn own_tag(&self, topic: &str) -> u64 {
+    /// The origin mark of a publish by this client on `topic`: only where a No Local subscription of
+    /// the client matches [MQTT-3.8.3-3].
+    pub fn origin_mark(&self, topic: &str) -> Option<Incarnation> {
         let hides = |s: &Subscription| s.options.no_local && matches(&s.name, topic);
-        match self.subscriptions.iter().any(hides) {
-            true => self.tag,
-            false => 0,
-        }
+        let hidden = self.subscriptions.iter().any(hides);
+        hidden.then_some(self.incarnation)
     }
 
     fn disconnect(

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
@@ -57,8 +58,8 @@ pub struct Subscription {
     pub options: SubscribeOptions,
     /// QoS that the client asked for.
     pub asked: QoS,
-    /// The client's Subscription Identifier; 0: none.
-    pub identifier: u32,
+    /// The client's Subscription Identifier.
+    pub identifier: Option<NonZeroU32>,
     /// Set once the core granted it: only then can it be the senior of overlapping ones.
     pub active: bool,
     /// How many other subscriptions of this session may match the same topic; kept by the session.
@@ -209,7 +210,7 @@ impl Session {
         }
         effects.push(Effect::Subscribe {
             packet_id: key,
-            identifier: subscribe.subscription_id.unwrap_or(0),
+            identifier: subscribe.subscription_id.and_then(NonZeroU32::new),
             wanted,
         });
         Ok(())

@@ -235,7 +235,7 @@ pub fn publish_at(router: &Router, client: Connected, number: u32, qos: QoS) {
     let publish = ClientPublish {
         token: None,
         message,
-        tag: 0,
+        origin_mark: None,
     };
     router.publish(client.session, client.publish_link, publish, 0);
 }
@@ -257,7 +257,7 @@ pub fn subscribe_handling(router: &Router, client: Connected, filter: &str, reta
             retain_handling,
         },
     };
-    router.subscribe(client.session, client.connection_no, 1, 0, &[wanted], 0);
+    router.subscribe(client.session, client.connection_no, 1, None, &[wanted], 0);
 }
 
 /// What the core reads: a word for each packet, and the packet identifier.

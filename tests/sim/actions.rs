@@ -209,7 +209,7 @@ impl World {
                     0 if !retain => self.now + self.rng.between(1, 15) * 1000,
                     _ => u64::MAX,
                 },
-                tag: 0,
+                origin_mark: None,
                 partial: false,
             };
             trace!(self, "the core takes {key} on {topic} at {:?}", copy.qos);

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use tidegate::mqtt::{Message, MessageSpec, QoS, ReasonCode};
 use tidegate::router::publish::queue::Outgoing;
 use tidegate::router::{Answered, Arrived, Router};
+use tidegate::session::Incarnation;
 use tidegate::time::Millis;
 use tidegate::topics::FilterId;
 
@@ -39,7 +40,7 @@ pub struct Copy {
     pub qos: QoS,
     pub retain: bool,
     pub expires_at: u64,
-    pub tag: u64,
+    pub origin_mark: Option<Incarnation>,
     /// Other copies of the message are lost.
     pub partial: bool,
 }
@@ -206,7 +207,7 @@ impl Core {
             qos: qos.min(message.qos),
             retain: message.retain,
             expires_at: message.expires_at,
-            tag: message.tag,
+            origin_mark: message.origin_mark,
             partial: false,
         };
         let copies = match self.copies {
@@ -266,7 +267,7 @@ impl Core {
                 qos: m.qos(),
                 retain: m.retain(),
                 expires_at: m.expires_at(),
-                tag: outgoing.tag,
+                origin_mark: outgoing.origin_mark,
                 partial: false,
             };
             self.route(&message, rng, now);
@@ -320,7 +321,7 @@ pub fn arrived(copy: &Copy, copies: Copies, router: &Router) -> Arrived {
             _ => copy.filters.iter().map(|(n, _)| *n).collect(),
         },
         link: 0,
-        tag: copy.tag,
+        origin_mark: copy.origin_mark,
     }
 }
 

@@ -13,7 +13,7 @@ use crate::topics::FilterId;
 use crate::router::Router;
 use crate::router::filters::table::Table;
 use crate::router::handle::ConnectionHandle;
-use crate::router::sessions::shard::Slot;
+use crate::router::sessions::shard::{Slot, Source};
 use crate::router::types::Arrived;
 
 /// Deliveries after which a shard's lock is offered to others.
@@ -202,7 +202,7 @@ impl Router {
                         now,
                         &arrived.message,
                         *filter,
-                        arrived.tag,
+                        Source::Live(arrived.origin_mark),
                         &mut tally,
                     );
                 }

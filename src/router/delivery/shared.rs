@@ -2,11 +2,12 @@
 //! member of the group gets it.
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 
 use foldhash::fast::RandomState;
 
 use crate::mqtt::{Message, QoS};
-use crate::session::{Delivered, Offer, Orphan, SessionLimits};
+use crate::session::{Delivered, Incarnation, Offer, Orphan, SessionLimits};
 use crate::telemetry::{DropReason as DropCause, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -39,12 +40,15 @@ struct Group {
 }
 
 impl Group {
-    fn join(&mut self, session: SessionRef, tag: u64) {
+    fn join(&mut self, session: SessionRef, incarnation: Incarnation) {
         match self.places.get(&session) {
-            Some(&at) => self.members[at].tag = tag,
+            Some(&at) => self.members[at].incarnation = incarnation,
             None => {
                 self.places.insert(session, self.members.len());
-                self.members.push(Member { session, tag });
+                self.members.push(Member {
+                    session,
+                    incarnation,
+                });
             }
         }
         self.came(session);
@@ -100,7 +104,7 @@ impl Group {
 struct Member {
     session: SessionRef,
     /// The session's own mark: a clean start keeps its place.
-    tag: u64,
+    incarnation: Incarnation,
 }
 
 /// How well a member could take a message now.
@@ -120,7 +124,12 @@ enum Fit {
 
 impl Router {
     /// A session has subscribed to a group.
-    pub(in crate::router) fn join_group(&self, number: FilterId, session: SessionRef, tag: u64) {
+    pub(in crate::router) fn join_group(
+        &self,
+        number: FilterId,
+        session: SessionRef,
+        incarnation: Incarnation,
+    ) {
         let mut groups = self.groups.lock();
         let group = groups.0.entry(number).or_default();
         if group.members.len() >= group.sweep_at && !group.places.contains_key(&session) {
@@ -134,7 +143,7 @@ impl Router {
             }
             group.sweep_at = (2 * group.members.len()).max(16);
         }
-        group.join(session, tag);
+        group.join(session, incarnation);
     }
 
     /// A session is connected again that has subscribed to these groups.
@@ -295,7 +304,8 @@ fn fit(
     };
     let session = &mut slot.session;
     let granted = session.subscription(number).map(|s| s.options.qos);
-    let Some(granted) = granted.filter(|_| session.tag == member.tag && !session.is_closed())
+    let Some(granted) =
+        granted.filter(|_| session.incarnation == member.incarnation && !session.is_closed())
     else {
         return Fit::Gone;
     };
@@ -331,15 +341,14 @@ impl Shard {
         if subscription.hides(message.topic()) {
             return false;
         }
-        let identifier = subscription.identifier;
+        let identifier = subscription.identifier.map(NonZeroU32::get);
         let options = subscription.options;
         let qos: QoS = options.qos.min(message.qos());
-        let one = [identifier];
         let offer = Offer {
             message,
             qos,
             retain: options.retain_as_published && message.retain(),
-            ids: if identifier == 0 { &[] } else { &one },
+            ids: identifier.as_slice(),
             group: Some(number),
             lane: slot.session.lane_of(number),
             fetched: false,
@@ -385,7 +394,7 @@ mod tests {
                 let at = group.places.get(&session(slot)).copied();
                 match step {
                     0 => {
-                        group.join(session(slot), 1);
+                        group.join(session(slot), Incarnation::nth(0));
                         here.push(slot);
                         all.push(slot);
                     }

@@ -329,7 +329,7 @@ impl Router {
         };
         let wants = RetainedRequest {
             session,
-            tag: waiter.tag,
+            incarnation: waiter.incarnation,
             qos,
             identifier,
         };
@@ -347,6 +347,6 @@ impl Router {
     fn is_of(&self, waiter: &Waiter) -> bool {
         let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
         let slot = shard.get(waiter.session);
-        slot.is_some_and(|s| s.session.tag == waiter.tag)
+        slot.is_some_and(|s| s.session.incarnation == waiter.incarnation)
     }
 }

@@ -1,12 +1,13 @@
 //! Subscriptions of clients become references to filters; the first makes a SUBSCRIBE at the
 //! core, the last begins its linger.
 
+use std::num::NonZeroU32;
 use std::sync::atomic::Ordering;
 
 use smallvec::SmallVec;
 
 use crate::mqtt::{QoS, ReasonCode};
-use crate::session::{Subscription, Unsubscribed, Wanted};
+use crate::session::{Incarnation, Subscription, Unsubscribed, Wanted};
 use crate::telemetry::{RateLimited, clean};
 use crate::time::Millis;
 use crate::topics::{FilterId, has_wildcard, overlaps, split_shared};
@@ -32,7 +33,7 @@ impl Router {
         session: SessionRef,
         connection_no: u64,
         packet_id: u16,
-        identifier: u32,
+        identifier: Option<NonZeroU32>,
         wanted: &[Wanted],
         now: Millis,
     ) {
@@ -100,7 +101,7 @@ impl Router {
                 wild_below: 0,
             };
             let replaced = self.join(session, connection_no, subscription);
-            let Some((replaced, tag)) = replaced else {
+            let Some((replaced, incarnation)) = replaced else {
                 // The connection is gone; so is the wish.
                 let mut table = self.table.write();
                 table.unreference(number, session.shard, now);
@@ -131,7 +132,7 @@ impl Router {
                 let qos = QoS::from_u8(code.0).unwrap_or_default();
                 let waiter = Waiter {
                     session,
-                    tag,
+                    incarnation,
                     connection_no,
                     packet_id,
                     index: want.index,
@@ -147,7 +148,7 @@ impl Router {
                 if retained {
                     let wants = RetainedRequest {
                         session,
-                        tag,
+                        incarnation,
                         qos: QoS::from_u8(code.0).unwrap_or_default(),
                         identifier,
                     };
@@ -170,7 +171,7 @@ impl Router {
             };
             filter.waiters.push(Waiter {
                 session,
-                tag,
+                incarnation,
                 connection_no,
                 packet_id,
                 index: want.index,
@@ -231,7 +232,7 @@ impl Router {
         session: SessionRef,
         connection_no: u64,
         mut new: Subscription,
-    ) -> Option<(bool, u64)> {
+    ) -> Option<(bool, Incarnation)> {
         let mut shard = self.shards[usize::from(session.shard)].lock();
         let slot = shard.get(session)?;
         if slot.session.connection_no() != connection_no || slot.session.is_closed() {
@@ -243,19 +244,19 @@ impl Router {
         }
         let filter = new.filter;
         let replaced = slot.session.add_subscription(new).is_some();
-        let tag = slot.session.tag;
+        let incarnation = slot.session.incarnation;
         let added = slot.session.subscription(filter).cloned()?;
         if added.shared {
             drop(shard);
-            self.join_group(filter, session, tag);
-            return Some((replaced, tag));
+            self.join_group(filter, session, incarnation);
+            return Some((replaced, incarnation));
         }
         if added.overlaps > 0 {
             shard.rejoin(session.slot);
         } else {
             shard.join(session.slot, &added);
         }
-        Some((replaced, tag))
+        Some((replaced, incarnation))
     }
 
     /// The core holds the filter at this QoS: the subscription counts from here on, at the QoS that

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use smallvec::SmallVec;
 
 use crate::mqtt::{QoS, ReasonCode};
+use crate::session::Incarnation;
 use crate::store::Identifiers;
 use crate::time::Millis;
 use crate::topics::{FilterId, split_shared};
@@ -36,8 +37,8 @@ pub(in crate::router) enum State {
 #[derive(Clone, Copy, Debug)]
 pub(in crate::router) struct Waiter {
     pub session: SessionRef,
-    /// The session's own mark.
-    pub tag: u64,
+    /// Which session it is, should another take its place.
+    pub incarnation: Incarnation,
     pub connection_no: u64,
     pub packet_id: u16,
     pub index: u16,
@@ -554,7 +555,7 @@ mod tests {
                 slot: 0,
                 slot_version: 0,
             },
-            tag: 0,
+            incarnation: Incarnation::nth(0),
             connection_no: 0,
             packet_id: 1,
             index: 0,

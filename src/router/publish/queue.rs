@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use foldhash::fast::RandomState;
 
 use crate::mqtt::Message;
-use crate::session::Token;
+use crate::session::{Incarnation, Token};
 
 use crate::router::types::SessionRef;
 
@@ -24,8 +24,8 @@ pub struct Outgoing {
     pub token: Option<Token>,
     /// What to publish.
     pub message: Message,
-    /// Not 0: mark it with this tag for No Local.
-    pub tag: u64,
+    /// The origin mark that it carries to the broker, for No Local.
+    pub origin_mark: Option<Incarnation>,
     /// When it was handed over, milliseconds.
     pub since: u64,
 }
@@ -132,7 +132,7 @@ mod tests {
                 strip_key: None,
                 account: None,
             }),
-            tag: 0,
+            origin_mark: None,
             since: 0,
         }
     }

@@ -389,7 +389,7 @@ mod tests {
             }),
             filters: filters.into(),
             link: 0,
-            tag: 0,
+            origin_mark: None,
         }
     }
 

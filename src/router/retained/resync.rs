@@ -15,7 +15,7 @@ use crate::topics::FilterId;
 use crate::router::Router;
 use crate::router::delivery::fanout::Tally;
 use crate::router::retained::Retained;
-use crate::router::sessions::shard::FETCHED;
+use crate::router::sessions::shard::Source;
 use crate::router::types::Arrived;
 
 /// Topics whose values are remembered at most, all together; past it a value is taken for new.
@@ -193,7 +193,14 @@ impl Router {
                     let index = mask.trailing_zeros() as usize;
                     mask &= mask - 1;
                     let mut shard = self.shards[index].lock();
-                    shard.fan_out(&self.limits, now, message, filter, FETCHED, &mut tally);
+                    shard.fan_out(
+                        &self.limits,
+                        now,
+                        message,
+                        filter,
+                        Source::Fetched,
+                        &mut tally,
+                    );
                     let ended = std::mem::take(&mut tally.ended);
                     for (slot, _) in ended {
                         self.end_full_session(&mut shard, slot, now);

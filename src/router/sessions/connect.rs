@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::mqtt::Message;
-use crate::session::{CloseReason, ConnectionSpec, Ended, Orphan, Session, Will};
+use crate::session::{CloseReason, ConnectionSpec, Ended, Incarnation, Orphan, Session, Will};
 use crate::telemetry::{DropReason as DropCause, SessionEndReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -119,7 +119,7 @@ impl Router {
                 if over {
                     let was_closed = slot.session.is_closed();
                     let grace = self.limits.will_grace;
-                    let ended = slot.session.restart(self.next_tag(), grace, now);
+                    let ended = slot.session.restart(self.next_incarnation(), grace, now);
                     if ended.will_cancelled {
                         metrics().wills_cancelled.increment(1);
                     }
@@ -139,7 +139,7 @@ impl Router {
                 let at = shard.insert(Session::new(
                     connect.client_id.clone(),
                     connect.principal.clone(),
-                    self.next_tag(),
+                    self.next_incarnation(),
                     now,
                 ));
                 let reference = shard.reference(at);
@@ -330,10 +330,10 @@ impl Router {
         }
         metrics().wills_published.increment(1);
         // No Local hides a client's will from it, as any other publish of its.
-        let tag = {
+        let origin_mark = {
             let mut shard = self.shards[usize::from(session.shard)].lock();
             let slot = shard.get(session);
-            slot.map_or(0, |slot| slot.session.own_tag(will.topic()))
+            slot.and_then(|slot| slot.session.origin_mark(will.topic()))
         };
         let will = will.charged_to(account);
         self.publish(
@@ -342,7 +342,7 @@ impl Router {
             ClientPublish {
                 token: None,
                 message: will,
-                tag,
+                origin_mark,
             },
             now,
         );
@@ -360,8 +360,8 @@ impl Router {
         }
     }
 
-    pub(in crate::router) fn next_tag(&self) -> u64 {
-        self.tags.fetch_add(1, Ordering::Relaxed)
+    pub(in crate::router) fn next_incarnation(&self) -> Incarnation {
+        Incarnation::nth(self.incarnations.fetch_add(1, Ordering::Relaxed))
     }
 }
 

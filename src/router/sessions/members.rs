@@ -1,6 +1,7 @@
 //! Who of a shard has subscribed to a filter, as the fan-out needs it.
 
 use smallvec::SmallVec;
+use std::num::NonZeroU32;
 
 use crate::mqtt::QoS;
 use crate::session::Subscription;
@@ -9,7 +10,7 @@ use crate::session::Subscription;
 #[derive(Clone, Copy, Debug)]
 pub(in crate::router) struct Member {
     pub slot: u32,
-    pub identifier: u32,
+    pub identifier: Option<NonZeroU32>,
     /// As granted; `None`: not yet, and nothing is delivered.
     pub qos: Option<QoS>,
     pub no_local: bool,
@@ -81,7 +82,7 @@ mod tests {
                         name: "a".into(),
                         options: SubscribeOptions::default(),
                         asked: QoS::AtMostOnce,
-                        identifier,
+                        identifier: NonZeroU32::new(identifier),
                         active: true,
                         overlaps: 0,
                         shared: false,
@@ -95,7 +96,7 @@ mod tests {
                     known.remove(&slot);
                 }
                 let all = members.all().iter().map(|m| (m.slot, m.identifier));
-                prop_assert!(all.eq(known.iter().map(|(slot, id)| (*slot, *id))));
+                prop_assert!(all.eq(known.iter().map(|(slot, id)| (*slot, NonZeroU32::new(*id)))));
             }
         }
     }

@@ -83,7 +83,7 @@ impl Router {
         let publish = ClientPublish {
             token: None,
             message,
-            tag: 0,
+            origin_mark: None,
         };
         self.publish(session, link, publish, now);
     }

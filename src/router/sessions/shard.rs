@@ -3,6 +3,7 @@
 //! A shard is only touched under its mutex, for a short time, never over an await.
 
 use std::collections::{BTreeSet, HashMap};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
@@ -11,7 +12,8 @@ use slab::Slab;
 
 use crate::mqtt::{Message, QoS};
 use crate::session::{
-    Delivered, ENTRY_BYTES, Ended, Offer, Session, SessionLimits, Subscription, hides, senior,
+    Delivered, ENTRY_BYTES, Ended, Incarnation, Offer, Session, SessionLimits, Subscription, hides,
+    senior,
 };
 use crate::time::Millis;
 use crate::topics::{FilterId, matches};
@@ -329,13 +331,12 @@ impl Shard {
             return;
         };
         // It may have unsubscribed meanwhile, or started anew.
-        let same = slot.session.tag == want.tag;
+        let same = slot.session.incarnation == want.incarnation;
         let subscription = slot.session.subscription(filter).filter(|_| same);
         if subscription.is_none_or(|s| s.hides(message.topic())) {
             return;
         }
-        let one = [want.identifier];
-        let ids: &[u32] = if want.identifier == 0 { &[] } else { &one };
+        let identifier = want.identifier.map(NonZeroU32::get);
         let qos = want.qos.min(message.qos());
         let lane = slot.session.lane_of(filter);
         let outcome = slot.session.deliver(
@@ -345,7 +346,7 @@ impl Shard {
                 message,
                 qos,
                 retain: true,
-                ids,
+                ids: identifier.as_slice(),
                 group: None,
                 lane,
                 fetched: true,
@@ -363,11 +364,11 @@ impl Shard {
         now: Millis,
         message: &Message,
         filter: FilterId,
-        tag: u64,
+        source: Source,
         tally: &mut Tally,
     ) {
         if !self.leavers.is_empty() {
-            self.fan_out_left(limits, now, message, filter, tag, tally);
+            self.fan_out_left(limits, now, message, filter, source, tally);
         }
         let Self {
             slots,
@@ -393,7 +394,7 @@ impl Shard {
             let Some(mut qos) = member.qos else {
                 continue;
             };
-            let own = is_own(tag, slot);
+            let own = source.is_own(&slot.session);
             if member.no_local && own || hides(member.wild_below, message.topic()) {
                 continue;
             }
@@ -416,11 +417,9 @@ impl Shard {
                     _ => continue,
                 }
                 identifiers
-            } else if member.identifier != 0 {
-                one = [member.identifier];
-                &one
             } else {
-                &[]
+                one = member.identifier.map(NonZeroU32::get);
+                one.as_slice()
             };
             if !leavers.is_empty()
                 && leavers.gives(member.slot, filter, filter, message, own, is_lost) == Some(false)
@@ -434,7 +433,7 @@ impl Shard {
                 ids,
                 group: None,
                 lane: slot.session.lane_of(filter),
-                fetched: tag == FETCHED,
+                fetched: source == Source::Fetched,
             };
             let charged = offer_to(slot, member.slot, limits, now, &offer, detached, tally);
             *entry_bytes += charged.0;
@@ -450,7 +449,7 @@ impl Shard {
         now: Millis,
         message: &Message,
         filter: FilterId,
-        tag: u64,
+        source: Source,
         tally: &mut Tally,
     ) {
         let loss_of = self.lost.look();
@@ -460,7 +459,7 @@ impl Shard {
             let Some(slot) = self.slots.get_mut(at as usize) else {
                 continue;
             };
-            let own = is_own(tag, slot);
+            let own = source.is_own(&slot.session);
             let subscriptions = slot.session.subscriptions();
             let senior = senior(subscriptions, topic, own, is_lost, &mut self.identifiers);
             let Some(senior) = senior else {
@@ -482,7 +481,7 @@ impl Shard {
                 ids: &self.identifiers,
                 group: None,
                 lane: slot.session.lane_of(senior.filter),
-                fetched: tag == FETCHED,
+                fetched: source == Source::Fetched,
             };
             let charged = offer_to(slot, at, limits, now, &offer, &mut self.detached, tally);
             self.entry_bytes += charged.0;
@@ -491,11 +490,23 @@ impl Shard {
     }
 }
 
-/// The mark of a message that was fetched: it is not known who sent it, so No Local hides it.
-pub(in crate::router) const FETCHED: u64 = u64::MAX;
+/// Where a message that is fanned out comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::router) enum Source {
+    /// From the broker as a live message, with the origin mark of its publisher.
+    Live(Option<Incarnation>),
+    /// A retained message that was fetched. Its publisher is unknown, so No Local hides it.
+    Fetched,
+}
 
-fn is_own(tag: u64, slot: &Slot) -> bool {
-    tag != 0 && (tag == slot.session.tag || tag == FETCHED)
+impl Source {
+    /// Whether No Local hides the message from `session`.
+    fn is_own(self, session: &Session) -> bool {
+        match self {
+            Self::Live(origin_mark) => origin_mark == Some(session.incarnation),
+            Self::Fetched => true,
+        }
+    }
 }
 
 /// Offers a message to one session; what its accounts change by.

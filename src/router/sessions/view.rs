@@ -1,5 +1,6 @@
 //! What the admin API and the metrics show of the sessions.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::mqtt::{SubscribeOptions, Version};
@@ -47,7 +48,7 @@ pub struct SubscriptionInfo {
     /// Its options, with the granted QoS.
     pub options: SubscribeOptions,
     /// The client's Subscription Identifier; 0: none.
-    pub identifier: u32,
+    pub identifier: Option<NonZeroU32>,
 }
 
 /// Sums over all sessions.

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
-use crate::session::{ConnectionSpec, QueueFull};
+use crate::session::{ConnectionSpec, Incarnation, QueueFull};
 use crate::topics::{FilterId, has_wildcard};
 
 fn subscription(filter: FilterId, name: &str) -> Subscription {
@@ -13,7 +13,7 @@ fn subscription(filter: FilterId, name: &str) -> Subscription {
         name: name.into(),
         options: SubscribeOptions::default(),
         asked: QoS::AtMostOnce,
-        identifier: 0,
+        identifier: None,
         active: false,
         overlaps: 0,
         shared: name.starts_with("$share/"),
@@ -52,7 +52,7 @@ proptest! {
     fn overlaps_are_counted_whatever_comes_and_goes(
         steps in prop::collection::vec((0..NAMES.len() as u32, 0..4u8), 0..60),
     ) {
-        let mut session = Session::new("c".into(), "p".into(), 1, 0);
+        let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), 0);
         for (filter, step) in steps {
             match step {
                 0 => drop(session.remove_subscription(FilterId(filter))),
@@ -107,7 +107,7 @@ impl Policy for Counting {
 }
 
 fn connected() -> Session {
-    let mut session = Session::new("c".into(), "p".into(), 1, 0);
+    let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), 0);
     let spec = ConnectionSpec {
         version: Version::V5,
         receive_maximum: 10,

@@ -15,6 +15,7 @@ use crate::mqtt::{
     Version, encode_ack, encode_subscribe, encode_unsubscribe,
 };
 use crate::router::{Arrived, LinkSession, Router};
+use crate::session::Incarnation;
 use crate::store::Store;
 use crate::telemetry::metrics;
 use crate::time::Millis;
@@ -40,7 +41,7 @@ const BYTES_IN_PACKET: usize = 8 * 1024;
 pub struct Data {
     router: Arc<Router>,
     link: usize,
-    /// Marks No Local tags as ours.
+    /// Tells our origin marks from those of other processes.
     instance: u64,
     probes: Arc<str>,
     version: Version,
@@ -161,7 +162,7 @@ impl Data {
             message,
             filters,
             link: self.link,
-            tag: own_tag(p, self.instance),
+            origin_mark: origin_mark(p, self.instance),
         });
         Ok(())
     }
@@ -383,27 +384,27 @@ fn options(qos: QoS, retain_as_published: bool) -> SubscribeOptions {
     }
 }
 
-/// The No Local mark, if it is of this process; 0: none.
-fn own_tag(publish: &Publish<'_>, instance: u64) -> u64 {
+/// The origin mark, if this process wrote it.
+fn origin_mark(publish: &Publish<'_>, instance: u64) -> Option<Incarnation> {
     if publish.properties.raw().len() < RESERVED_KEY.len() {
-        return 0;
+        return None;
     }
     for property in publish.properties.iter() {
         if let Property::UserProperty(key, value) = property
             && key == RESERVED_KEY
         {
-            return parse_tag(value, instance).unwrap_or(0);
+            return parse_mark(value, instance);
         }
     }
-    0
+    None
 }
 
-fn parse_tag(value: &str, instance: u64) -> Option<u64> {
-    let (of, tag) = value.split_once('.')?;
+fn parse_mark(value: &str, instance: u64) -> Option<Incarnation> {
+    let (of, mark) = value.split_once('.')?;
     if u64::from_str_radix(of, 16).ok()? != instance {
         return None;
     }
-    u64::from_str_radix(tag, 16).ok()
+    Incarnation::new(u64::from_str_radix(mark, 16).ok()?)
 }
 
 #[cfg(test)]

@@ -269,13 +269,9 @@ impl Publisher {
         out: &mut Vec<u8>,
     ) -> bool {
         let message = &outgoing.message;
-        let tag;
-        let user_property = if outgoing.tag != 0 && self.version == Version::V5 {
-            tag = format!("{:x}.{:x}", self.instance, outgoing.tag);
-            Some((RESERVED_KEY, &*tag))
-        } else {
-            None
-        };
+        let mark = outgoing.origin_mark.filter(|_| self.version == Version::V5);
+        let mark = mark.map(|mark| format!("{:x}.{:x}", self.instance, mark.get()));
+        let user_property = mark.as_deref().map(|mark| (RESERVED_KEY, mark));
         let delivery = Delivery {
             version: self.version,
             dup,
