@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod auth;
+pub(crate) mod backoff;
 pub mod budget;
 pub mod cli;
 pub mod client;

@@ -51,6 +51,17 @@ pub enum Version {
     V5 = 5,
 }
 
+impl Version {
+    /// The version as people write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::V31 => "3.1",
+            Self::V311 => "3.1.1",
+            Self::V5 => "5",
+        }
+    }
+}
+
 /// Quality of service (§4.3).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord, Default)]
 #[repr(u8)]

@@ -54,14 +54,14 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     let clients = Arc::new(convert::clients(&config, router.clone(), clock)?);
     check::validate_files(&config)?;
     let mut certificates = Certificates::load(&config)?;
-    let reach = convert::reach(&config)?;
+    let broker = convert::broker_access(&config)?;
     let cap = Arc::new(ConnectionCap::new(connections(&config)));
     let limits = Arc::new(convert::transport_limits(&config, cap.clone())?);
     let listeners = listeners::bind_all(&config, &mut certificates, &limits)?;
 
     let upstream = Upstream::start(
         Start {
-            reach,
+            broker,
             router: router.clone(),
             store,
             clock,

@@ -24,20 +24,23 @@ use crate::config::Quirk;
 use crate::embedded::EmbeddedOptions;
 use crate::embedded::stepped::{Ended, SteppedBroker, SteppedConnection};
 use crate::mqtt::{
-    AckKind, Connect, Decoder, Packet, Properties, Publish, QoS, ReasonCode, Receiver,
+    AckKind, Connack, Connect, Decoder, Packet, Properties, Publish, QoS, ReasonCode, Receiver,
     SubscribeOptions, Version, encode_ack, encode_pingreq, encode_subscribe, encode_unsubscribe,
 };
-use crate::router::{BrokerFeatures, Connected, Router, RouterConfig};
+use crate::router::{Connected, LinkSession, Router, RouterConfig};
 use crate::session::Will;
-use crate::sim::testing::{PROBES, config, facts, kept_client_of, packet_in, router_of};
+use crate::sim::testing::{PROBES, config, kept_client_of, packet_in, router_of};
 use crate::store::Memory;
-use crate::telemetry::LinkDownReason;
 use crate::time::Millis;
 
-use crate::upstream::link::data::Data;
-use crate::upstream::link::machine::{LinkEnd, Machine, Up};
-use crate::upstream::link::publish::Publisher;
-use crate::upstream::link::retained::Fetch;
+use crate::upstream::link::data::DataLink;
+use crate::upstream::link::end::LinkEnd;
+use crate::upstream::link::machine::{Handshake, Machine};
+use crate::upstream::link::publish::PublishLink;
+use crate::upstream::link::retained::RetainedLink;
+use crate::upstream::profile::{
+    BrokerProfile, Capabilities, Identifiers, Mapping, SharedSubscriptions, Source, WINDOW_PROBED,
+};
 use devices::Device;
 use links::SimLink;
 use oracle::Oracle;
@@ -84,10 +87,7 @@ struct World {
     router: Arc<Router>,
     core: SteppedBroker,
     core_back_at: Option<(u64, bool)>,
-    named: bool,
-    facts: BrokerFeatures,
-    windowed: bool,
-    fetch_quiet: u64,
+    profile: BrokerProfile,
     links: Vec<SimLink>,
     devices: Vec<Device>,
     oracle: Oracle,
@@ -115,7 +115,6 @@ impl World {
         let dead = has(Quirk::DeadShared);
         let local_groups = dead && rng.chance(50);
         let v5 = !has(Quirk::V311);
-        let named = v5 && !has(Quirk::NoIds);
         let router = router_of(RouterConfig {
             data_links,
             shared_links: 1,
@@ -127,15 +126,8 @@ impl World {
             linger_busy_min: 500,
             ..config()
         });
-        let facts = BrokerFeatures {
-            identifiers: named,
-            properties: v5,
-            keeps_retain: v5 && !has(Quirk::NoRap),
-            shared: !dead,
-            replaces: !has(Quirk::TwoQueues),
-            ..facts()
-        };
         let version = if v5 { Version::V5 } else { Version::V311 };
+        let profile = profile_of(version, quirks);
         let mut links: Vec<SimLink> = Vec::new();
         let mut add = |name: String, machine: Box<dyn Machine>| {
             let role = name.as_bytes()[0];
@@ -153,7 +145,7 @@ impl World {
             });
         };
         for n in 0..=data_links {
-            let machine = Data::new(router.clone(), n, 1, PROBES.into(), &Memory);
+            let machine = DataLink::new(router.clone(), n, 1, PROBES.into(), &Memory);
             let name = if n < data_links {
                 format!("d{n}")
             } else {
@@ -162,12 +154,12 @@ impl World {
             add(name, Box::new(machine));
         }
         for n in 0..publish_links {
-            let machine = Publisher::new(router.clone(), n, 1);
+            let machine = PublishLink::new(router.clone(), n, 1);
             add(format!("p{n}"), Box::new(machine));
         }
         add(
             "r0".into(),
-            Box::new(Fetch::new(router.clone(), PROBES.into())),
+            Box::new(RetainedLink::new(router.clone(), PROBES.into())),
         );
         let stormy = rng.chance(70);
         let poisonous = rng.chance(20);
@@ -203,10 +195,7 @@ impl World {
             router,
             core: SteppedBroker::new(EmbeddedOptions::with_quirks(quirks)),
             core_back_at: None,
-            named,
-            facts,
-            windowed: has(Quirk::SmallWindow),
-            fetch_quiet: if has(Quirk::LateRetained) { 1200 } else { 100 },
+            profile,
             links,
             devices,
             number: 0,
@@ -297,7 +286,7 @@ impl World {
         let retained = self.core.retained();
         let number = |payload: &[u8]| String::from_utf8_lossy(payload).parse().ok();
         let mut retained: Vec<u32> = retained.iter().filter_map(|(_, p)| number(p)).collect();
-        if !self.facts.keeps_retain {
+        if !self.profile.keeps_retain() {
             // Any later message of the topic counts as newer there.
             retained.clear();
         }
@@ -349,7 +338,7 @@ impl World {
                     .fault(format!("{filter} is at the core {times} times: {held:?}"));
             }
         }
-        if self.named {
+        if self.profile.mapping() == Mapping::Identifiers {
             return;
         }
         for (link, names) in held.iter().filter(|(link, _)| !link.contains("-r")) {
@@ -366,6 +355,39 @@ impl World {
             }
         }
     }
+}
+
+/// The profile that a probe finds of a broker with these quirks.
+fn profile_of(version: Version, quirks: &[Quirk]) -> BrokerProfile {
+    let v5 = version == Version::V5;
+    let has = |quirk: Quirk| quirks.contains(&quirk);
+    let capabilities = Capabilities::of(
+        version,
+        &Connack {
+            subscription_ids_available: has(Quirk::NoIds).then_some(false),
+            ..Connack::default()
+        },
+    );
+    let mut profile = BrokerProfile::unseen(&capabilities, Source::Probed);
+    let seen = &mut profile.quirks;
+    if seen.identifiers == Identifiers::Assumed {
+        seen.identifiers = Identifiers::Working;
+    }
+    seen.replaces = Some(!has(Quirk::TwoQueues));
+    seen.retain_handling = Some(v5);
+    seen.retain_as_published = Some(v5 && !has(Quirk::NoRap));
+    seen.retained_within = Some(if has(Quirk::LateRetained) { 300 } else { 10 });
+    seen.shared = match has(Quirk::DeadShared) {
+        true => SharedSubscriptions::Dead,
+        false => SharedSubscriptions::Alive,
+    };
+    seen.properties = Some(v5);
+    // Over 3.1.1, retained messages are fetched as from a broker whose window was not seen.
+    seen.window = match has(Quirk::SmallWindow) {
+        true => Some(10),
+        false => v5.then_some(WINDOW_PROBED),
+    };
+    profile
 }
 
 fn seeds() -> std::ops::Range<u64> {

@@ -14,7 +14,7 @@ use crate::router::{Router, RouterConfig};
 use crate::session::{QueueFull, SessionLimits};
 use crate::store::Store;
 use crate::transport::{ClientTls, ConnectionCap, Handshakes, Kind, Limits, QuicSecret};
-use crate::upstream::{RESERVED_KEY, Reach};
+use crate::upstream::{BrokerAccess, RESERVED_KEY};
 
 use crate::runtime::error::StartError;
 use crate::runtime::events::Counted;
@@ -58,8 +58,8 @@ pub(super) fn authenticator(config: &Config) -> Result<Authenticator, StartError
 }
 
 /// Everything that is needed to dial the broker.
-pub(super) fn reach(config: &Config) -> Result<Reach, StartError> {
-    Ok(Reach {
+pub(super) fn broker_access(config: &Config) -> Result<BrokerAccess, StartError> {
+    Ok(BrokerAccess {
         config: config.upstream.clone(),
         node: config.node.id.clone(),
         packet_max: config

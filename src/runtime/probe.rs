@@ -14,8 +14,8 @@ use crate::runtime::error::StartError;
 /// [`StartError::Config`] for TLS settings, [`StartError::Temporary`] for a broker that cannot be
 /// reached.
 pub async fn probe(config: &Config) -> Result<String, StartError> {
-    let reach = convert::reach(config)?;
-    let profile = probe_once(reach).await.map_err(StartError::Temporary)?;
+    let access = convert::broker_access(config)?;
+    let profile = probe_once(access).await.map_err(StartError::Temporary)?;
     let mut text = profile.to_string();
     let advice = profile.advice();
     if !advice.is_empty() {

@@ -9,7 +9,6 @@ use crate::admin::{
     AdminView, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView,
 };
 use crate::client::Clients;
-use crate::mqtt::Version;
 use crate::router::{Router, SessionInfo};
 use crate::telemetry::{SessionState, metrics};
 use crate::upstream::{Role, Upstream};
@@ -128,11 +127,7 @@ impl View {
         SessionSummary {
             client_id: info.client_id.to_string(),
             principal: info.principal.to_string(),
-            version: match info.version {
-                Version::V31 => "3.1",
-                Version::V311 => "3.1.1",
-                Version::V5 => "5",
-            },
+            version: info.version.name(),
             attached: info.attached,
             listener: peer.map(|o| o.listener.to_string()).unwrap_or_default(),
             transport: peer.map_or("", |o| o.transport),

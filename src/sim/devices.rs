@@ -141,7 +141,7 @@ impl World {
                 qos: self
                     .rng
                     .pick(&[QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce]),
-                no_local: v5 && !shared && self.facts.properties && self.rng.chance(15),
+                no_local: v5 && !shared && self.profile.keeps_properties() && self.rng.chance(15),
                 retain_as_published: false,
                 retain_handling: if v5 { self.rng.below(3) as u8 } else { 0 },
             };

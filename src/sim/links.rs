@@ -130,7 +130,7 @@ impl World {
         let ended = self.core.feed(&mut conn.core, &bytes, &mut out);
         conn.to_us.put(out, later);
         if poison.is_some() {
-            return self.lose_for(n, &LinkEnd::closed());
+            return self.lose_for(n, &LinkEnd::Closed);
         }
         if let Err(ended) = ended {
             if let Ended::Refused(why) = &ended {
@@ -167,38 +167,31 @@ impl World {
                     assert!(!c.reason.is_error(), "{:?}", c.reason);
                     conn.up = true;
                     let first = !std::mem::replace(&mut link.begun, true);
-                    let up = Up {
-                        version: link.version,
-                        session_present: c.session_present && !link.retained,
-                        doubtful: std::mem::take(&mut link.unanswered) && c.session_present,
-                        receive_maximum: match link.version {
-                            Version::V5 => c.receive_maximum.unwrap_or(u16::MAX),
-                            _ => 20,
-                        },
-                        packet_max: u32::MAX,
-                        identifiers: self.named,
-                        keeps_retain: self.facts.keeps_retain,
-                        fetch_qos: match self.windowed || link.version < Version::V5 {
-                            true => QoS::AtMostOnce,
-                            false => QoS::ExactlyOnce,
-                        },
-                        fetch_quiet: self.fetch_quiet,
+                    let present = c.session_present && !link.retained;
+                    let in_doubt = std::mem::take(&mut link.unanswered);
+                    let session = match (present, in_doubt) {
+                        (false, _) => LinkSession::New,
+                        (true, true) => LinkSession::Doubtful,
+                        (true, false) => LinkSession::Resumed,
                     };
+                    self.profile.capabilities = Capabilities::of(link.version, &c);
+                    let handshake = Handshake::new(session, &self.profile);
                     if self.tell {
                         eprintln!(
                             "{now:>7} {} is up, session kept {}",
                             link.name, c.session_present
                         );
                     }
-                    self.router.set_broker_features(&self.facts, now);
+                    self.router
+                        .set_broker_features(&self.profile.features(), now);
                     // The core may have forgotten the others' sessions as well.
-                    let forgotten = link.data && !first && !up.session_present;
+                    let forgotten = link.data && !first && !present;
                     let doubts = forgotten && others_away;
                     self.forgot |= forgotten;
-                    if link.data && (up.doubtful || doubts) {
+                    if link.data && (session == LinkSession::Doubtful || doubts) {
                         self.oracle.in_doubt(now);
                     }
-                    link.machine.up(&up, now, &mut out);
+                    link.machine.connected(&handshake, now, &mut out);
                 }
                 Packet::Pingresp => {
                     if conn.pings.pop_front() == Some(true) {
@@ -219,8 +212,7 @@ impl World {
                         );
                     }
                     if let Err(end) = link.machine.packet(&other, now, &mut out) {
-                        self.oracle
-                            .fault(format!("{} ends: {}", link.name, end.why));
+                        self.oracle.fault(format!("{} ends: {end}", link.name));
                     }
                 }
             }
@@ -242,11 +234,7 @@ impl World {
     /// The connection of a link is lost, with what was on its way.
     pub(crate) fn lose(&mut self, n: usize) {
         // A network's doing, not the core's: no publish is to blame.
-        let end = LinkEnd {
-            reason: LinkDownReason::KeepAlive,
-            ..LinkEnd::closed()
-        };
-        self.lose_for(n, &end);
+        self.lose_for(n, &LinkEnd::KeepAlive);
     }
 
     /// The core ends a link's session, as an operator may have it do, or a short expiry.
@@ -270,7 +258,7 @@ impl World {
         link.unanswered |= !conn.up;
         self.core.drop_conn(&conn.core);
         if conn.up {
-            link.machine.down(end, self.now);
+            link.machine.disconnected(end, self.now);
         }
         self.oracle.lost_link(self.now, link.publishes);
         if self.forgot && link.data {

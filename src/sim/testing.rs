@@ -16,7 +16,7 @@ use crate::store::Memory;
 use crate::time::Millis;
 
 use crate::upstream::RESERVED_KEY;
-use crate::upstream::link::machine::Up;
+use crate::upstream::link::machine::Handshake;
 
 /// A router with one link of each kind, whose D link has come up.
 pub fn router() -> Arc<Router> {
@@ -89,7 +89,7 @@ pub fn facts() -> BrokerFeatures {
         replaces: true,
         maximum_qos: QoS::ExactlyOnce,
         retain_available: true,
-        packet_max: u32::MAX,
+        packet_max: None,
     }
 }
 
@@ -101,14 +101,16 @@ pub fn router_of(config: RouterConfig) -> Arc<Router> {
 /// The topic of probes.
 pub const PROBES: &str = "tidegate/probe";
 
-/// A link that came up.
-pub fn up(session_present: bool, receive_maximum: u16) -> Up {
-    Up {
+/// A link has connected.
+pub fn up(session_present: bool, receive_maximum: u16) -> Handshake {
+    Handshake {
         version: Version::V5,
-        session_present,
-        doubtful: false,
+        session: match session_present {
+            true => LinkSession::Resumed,
+            false => LinkSession::New,
+        },
         receive_maximum,
-        packet_max: u32::MAX,
+        packet_max: None,
         identifiers: true,
         keeps_retain: true,
         fetch_qos: QoS::ExactlyOnce,

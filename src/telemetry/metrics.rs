@@ -107,7 +107,7 @@ macro_rules! metrics {
         pub struct Metrics {
             recorder: PrometheusRecorder,
             rejected: Box<[OnceLock<Counter>; 256]>,
-            core_info: parking_lot::Mutex<Option<Gauge>>,
+            broker_info: parking_lot::Mutex<Option<Gauge>>,
             $( $(#[doc = $help])+ pub $field: handle_type!($kind $($label)?), )+
         }
 
@@ -119,7 +119,7 @@ macro_rules! metrics {
                 let this = Self {
                     $( $field: handle!(&recorder, $kind, $name $(, $label)?), )+
                     rejected: Box::new([const { OnceLock::new() }; 256]),
-                    core_info: parking_lot::Mutex::new(None),
+                    broker_info: parking_lot::Mutex::new(None),
                     recorder,
                 };
                 this.describe_dynamic();
@@ -256,7 +256,7 @@ const TLS_CRL: &str = "tidegate_tls_crl_expiry_timestamp_seconds";
 const REJECTED: &str = "tidegate_packets_rejected_total";
 const HEAP_BYTES: &str = "tidegate_heap_bytes";
 const BUILD_INFO: &str = "tidegate_build_info";
-const CORE_INFO: &str = "tidegate_core_info";
+const BROKER_INFO: &str = "tidegate_broker_info";
 
 static HEAP: OnceLock<fn() -> usize> = OnceLock::new();
 
@@ -303,11 +303,11 @@ impl Metrics {
         }
     }
 
-    /// Shows what is known of the core from now on: names and values of labels, both bounded.
-    pub fn core_info<const N: usize>(&self, labels: [(&'static str, String); N]) {
+    /// Shows the broker's profile from now on: names and values of labels, both bounded.
+    pub fn broker_info<const N: usize>(&self, labels: [(&'static str, &'static str); N]) {
         let labels = labels.map(|(name, value)| KeyLabel::new(name, value));
-        let now = gauge(&self.recorder, CORE_INFO, labels.to_vec());
-        let mut shown = self.core_info.lock();
+        let now = gauge(&self.recorder, BROKER_INFO, labels.to_vec());
+        let mut shown = self.broker_info.lock();
         if let Some(before) = shown.replace(now.clone()) {
             before.set(0.0);
         }
@@ -379,7 +379,7 @@ impl Metrics {
             ("gauge", BUILD_INFO, "1, with the version as label."),
             (
                 "gauge",
-                CORE_INFO,
+                BROKER_INFO,
                 "1 for what is known of the core now, as labels; 0 for what was before.",
             ),
         ];

@@ -1,6 +1,6 @@
-//! Dialling the core and the exchange of CONNECT and CONNACK.
+//! Dialling the broker, and the exchange of CONNECT and CONNACK.
 
-use std::sync::atomic::Ordering;
+use std::io;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -9,347 +9,296 @@ use tokio::time::timeout;
 
 use crate::config::{Protocol, Server};
 use crate::mqtt::{
-    Connack, Connect, Decoder, Packet, Properties, QoS, ReasonCode, Receiver, Version,
+    Connack, Connect, Decoder, Error, Packet, Properties, ReasonCode, Receiver, Version,
     encode_disconnect,
 };
-use crate::router::BrokerFeatures;
-use crate::telemetry::{LinkDownReason, UpstreamTlsReason, metrics};
+use crate::telemetry::{LinkDownReason, UpstreamTlsReason, clean, metrics};
 use crate::transport::dial::{DialError, DialTarget, Dialed, TlsFailure, dial};
 
-use crate::upstream::link::machine::Up;
+use crate::upstream::broker::{Broker, V5Support};
 use crate::upstream::profile::Capabilities;
-use crate::upstream::{Core, LinkStatus, Role, SESSION_EXPIRY};
+use crate::upstream::status::{LinkStatus, Role};
 
-/// A 3.1.1 core does not say its window; brokers' defaults are 10 to 65,535.
-const WINDOW_V3: u16 = 20;
+/// How long a link's session outlives its connection at the broker.
+const SESSION_EXPIRY: Duration = Duration::from_secs(3600);
 
-/// A link that came up.
+/// Largest packet that is accepted before CONNACK.
+const CONNACK_MAX_BYTES: u32 = 64 * 1024;
+
+/// Reason String of a refusal that is logged, bytes.
+const REASON_STRING_MAX_BYTES: usize = 200;
+
+/// A 3.1.1 CONNACK with return code 1, "unacceptable protocol version". Old brokers answer an
+/// MQTT 5 CONNECT with it.
+const CONNACK_V3_VERSION_REFUSED: [u8; 4] = [0x20, 0x02, 0x00, 0x01];
+
+/// The link name in the client identifier of a probe.
+const PROBE_NAME: &str = "probe";
+
+/// Why a connection to the broker could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectError {
+    /// The server could not be dialled.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// `upstream.servers` names the embedded broker, and it does not run.
+    #[error("no embedded broker")]
+    NoEmbedded,
+    /// The file with the password cannot be read.
+    #[error("upstream.password_file cannot be read: {0}")]
+    Password(io::Error),
+    /// Reading or writing failed.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// CONNACK did not arrive in time.
+    #[error("no CONNACK within upstream.connect_timeout")]
+    Timeout,
+    /// The broker closed the connection before CONNACK.
+    #[error("the broker closed the connection before CONNACK")]
+    Closed,
+    /// The broker does not speak MQTT 5.
+    #[error("the broker refuses MQTT 5; upstream.protocol can be \"auto\" or \"3.1.1\"")]
+    V5Refused,
+    /// CONNACK refuses the connection.
+    #[error("the broker refused the connection: {}{}", .reason.name(), in_brackets(.text))]
+    Refused {
+        /// The reason code.
+        reason: ReasonCode,
+        /// The Reason String, cleaned and shortened.
+        text: Option<String>,
+    },
+    /// CONNACK says Session Present to Clean Start [MQTT-3.2.2-4].
+    #[error("the broker says Session Present to a connection with a clean session [MQTT-3.2.2-4]")]
+    SessionPresent,
+    /// Another packet arrived before CONNACK [MQTT-3.2.0-1].
+    #[error("the broker sent another packet before CONNACK")]
+    NotConnack,
+    /// The broker sent bytes that are not a legal packet.
+    #[error("{0}")]
+    Malformed(Error),
+}
+
+fn in_brackets(text: &Option<String>) -> String {
+    text.as_ref()
+        .map(|text| format!(" ({text})"))
+        .unwrap_or_default()
+}
+
+impl ConnectError {
+    /// The metric label.
+    pub fn label(&self) -> LinkDownReason {
+        match self {
+            Self::Dial(DialError::Timeout) | Self::Timeout => LinkDownReason::Timeout,
+            Self::Dial(DialError::Tls { .. }) => LinkDownReason::Tls,
+            Self::Dial(_) | Self::NoEmbedded | Self::Password(_) => LinkDownReason::Connect,
+            Self::Io(_) => LinkDownReason::Io,
+            Self::Closed => LinkDownReason::Closed,
+            Self::V5Refused | Self::Refused { .. } => LinkDownReason::Refused,
+            Self::SessionPresent | Self::NotConnack | Self::Malformed(_) => {
+                LinkDownReason::Protocol
+            }
+        }
+    }
+
+    /// Whether the broker may have begun a session for a CONNECT whose answer did not arrive.
+    pub fn may_have_begun_session(&self) -> bool {
+        use LinkDownReason::{Closed, Io, Protocol, Timeout};
+        matches!(self.label(), Closed | Io | Protocol | Timeout)
+    }
+}
+
+/// A connection that the broker has accepted.
 pub(super) struct Established {
     pub io: Dialed,
-    pub up: Up,
-    pub facts: BrokerFeatures,
     pub capabilities: Capabilities,
-    /// Bytes that came behind the CONNACK.
-    pub rest: BytesMut,
+    pub session_present: bool,
     pub keep_alive: Duration,
+    /// Bytes that arrived after CONNACK.
+    pub rest: BytesMut,
 }
 
-/// Why it did not.
-#[derive(Debug)]
-pub(super) struct Failed {
-    pub reason: LinkDownReason,
-    pub why: String,
-}
-
-impl Failed {
-    fn new(reason: LinkDownReason, why: impl Into<String>) -> Self {
-        Self {
-            reason,
-            why: why.into(),
-        }
-    }
-}
-
-/// Dials `server` and connects. `clean`: the process has not had this link's session before.
+/// Dials `server` and connects. `clean`: this process has not had the link's session before.
 pub(super) async fn establish(
-    core: &Core,
+    broker: &Broker,
     link: &LinkStatus,
     server: &Server,
     clean: bool,
-) -> Result<Established, Failed> {
-    let limit = core.config.connect_timeout;
+) -> Result<Established, ConnectError> {
     let attempt = async {
-        if core.no_v5.load(Ordering::Relaxed) {
-            return connect_v3(core, link, server, clean).await;
+        if broker.v5_support() == V5Support::Refused {
+            return begin(broker, link, server, Version::V311, clean).await;
         }
-        match begin(core, link, server, Version::V5, clean).await {
-            Err(Attempt::NoV5) if core.config.protocol == Protocol::Auto => {
-                let up = connect_v3(core, link, server, clean).await;
-                // A core that is just going away closes without a word, too.
-                if up.is_ok() && !core.no_v5.swap(true, Ordering::Relaxed) {
-                    tracing::info!(server = %server, "The core refuses MQTT 5; MQTT 3.1.1 is spoken");
+        match begin(broker, link, server, Version::V5, clean).await {
+            Err(ConnectError::V5Refused) if broker.access.config.protocol == Protocol::Auto => {
+                let connected = begin(broker, link, server, Version::V311, clean).await;
+                // A broker that is about to end closes a connection without an answer too, so only
+                // a 3.1.1 connection that is accepted shows that MQTT 5 is refused.
+                if connected.is_ok() && broker.v5_refused() {
+                    tracing::info!(server = %server, "The broker refuses MQTT 5; the links speak MQTT 3.1.1");
                 }
-                up
+                connected
             }
-            Err(Attempt::NoV5) => Err(Failed::new(
-                LinkDownReason::Refused,
-                "the core refuses MQTT 5, and upstream.protocol = \"5\"",
-            )),
-            Err(Attempt::Failed(failed)) => Err(failed),
-            Ok(up) => Ok(up),
+            other => other,
         }
     };
-    match timeout(limit, attempt).await {
+    match timeout(broker.access.config.connect_timeout, attempt).await {
         Ok(result) => result,
-        Err(_) => Err(Failed::new(
-            LinkDownReason::Timeout,
-            "no CONNACK within upstream.connect_timeout",
-        )),
+        Err(_) => Err(ConnectError::Timeout),
     }
 }
 
-/// Why one CONNECT did not lead to a connection.
-pub(super) enum Attempt {
-    /// The core does not speak MQTT 5.
-    NoV5,
-    /// Something else.
-    Failed(Failed),
-}
-
-impl From<Failed> for Attempt {
-    fn from(failed: Failed) -> Self {
-        Self::Failed(failed)
-    }
-}
-
-async fn connect_v3(
-    core: &Core,
-    link: &LinkStatus,
-    server: &Server,
-    clean: bool,
-) -> Result<Established, Failed> {
-    begin(core, link, server, Version::V311, clean)
-        .await
-        .map_err(|attempt| match attempt {
-            Attempt::NoV5 => Failed::new(
-                LinkDownReason::Refused,
-                "the core refuses MQTT 5 and MQTT 3.1.1",
-            ),
-            Attempt::Failed(failed) => failed,
-        })
-}
-
-/// A session that is to be kept but must begin empty takes two connections: in 3.1.1 there is no
-/// other way, and mosquitto 2.0 forgets over a restart what began with Clean Start, whatever its
-/// expiry.
+/// Connects a link. A session that is to be kept but must begin empty takes two connections: MQTT
+/// 3.1.1 has no other way, and mosquitto 2.0 forgets a session that began with Clean Start when it
+/// restarts, whatever its expiry.
 async fn begin(
-    core: &Core,
+    broker: &Broker,
     link: &LinkStatus,
     server: &Server,
     version: Version,
     clean: bool,
-) -> Result<Established, Attempt> {
+) -> Result<Established, ConnectError> {
     if clean && link.role != Role::Retained {
-        let mut first = connect(core, link, server, version, true).await?;
-        let mut bye = Vec::new();
-        encode_disconnect(version, ReasonCode::SUCCESS, None, None, &mut bye);
-        // The session is gone whether or not the core hears this.
-        let _ = first.io.write_all(&bye).await;
+        let mut first = connect(broker, link, server, version, true).await?;
+        let mut disconnect = Vec::new();
+        encode_disconnect(version, ReasonCode::SUCCESS, None, None, &mut disconnect);
+        // The session ends with this connection whether or not the broker reads the DISCONNECT.
+        let _ = first.io.write_all(&disconnect).await;
         let _ = first.io.shutdown().await;
     }
     let clean = link.role == Role::Retained;
-    connect(core, link, server, version, clean).await
+    connect(broker, link, server, version, clean).await
 }
 
 async fn connect(
-    core: &Core,
+    broker: &Broker,
     link: &LinkStatus,
     server: &Server,
     version: Version,
     clean: bool,
-) -> Result<Established, Attempt> {
-    let mut io = open(core, server).await?;
+) -> Result<Established, ConnectError> {
+    let mut io = dial_server(broker, server).await?;
     link.count_connect(&server.to_string());
-    let fresh = clean || link.role == Role::Retained;
-    let kept = !fresh;
-    let out = connect_packet(core, &link.name, version, fresh, kept)?;
-    let accepted = |connack: &Connack<'_>| {
-        if fresh && connack.session_present {
-            return Err(Failed::new(
-                LinkDownReason::Protocol,
-                "the core says Session Present to a connection that begins anew [MQTT-3.2.2-4]",
-            )
-            .into());
+    let packet = connect_packet(broker, &link.name, version, clean)?;
+    let accept = |connack: &Connack<'_>| {
+        if clean && connack.session_present {
+            return Err(ConnectError::SessionPresent);
         }
-        accept(core, link, version, connack)
+        accepted(version, connack)?;
+        if version == Version::V5 {
+            broker.v5_spoken();
+        }
+        // A Server Keep Alive of 0 would leave a dead link unnoticed.
+        let keep_alive = connack.server_keep_alive.filter(|seconds| *seconds > 0);
+        Ok((connack.session_present, keep_alive))
     };
-    let (accepted, rest) = exchange(core, &mut io, &out, version, accepted).await?;
-    let (up, facts, capabilities, keep_alive) = accepted;
+    let ((session_present, keep_alive), capabilities, rest) =
+        exchange(broker, &mut io, &packet, version, accept).await?;
     Ok(Established {
         io,
-        up,
-        facts,
         capabilities,
+        session_present,
+        keep_alive: keep_alive.map_or(broker.access.config.keepalive, |seconds| {
+            Duration::from_secs(seconds.into())
+        }),
         rest,
-        keep_alive,
     })
 }
 
-/// A connection for a probe of the core: clean, and gone with its end.
+/// Connects to probe the broker, with a session that ends with the connection.
+///
+/// Returns the connection, the bytes that arrived after CONNACK, and what CONNACK announced.
 pub(super) async fn connect_probe(
-    core: &Core,
+    broker: &Broker,
     server: &Server,
     version: Version,
-) -> Result<(Dialed, BytesMut, Capabilities), Attempt> {
-    let mut io = open(core, server).await?;
-    let out = connect_packet(core, "probe", version, true, false)?;
-    let accepted = |connack: &Connack<'_>| {
-        judge(version, connack)?;
-        Ok(capabilities(version, connack))
-    };
-    let (capabilities, rest) = exchange(core, &mut io, &out, version, accepted).await?;
+) -> Result<(Dialed, BytesMut, Capabilities), ConnectError> {
+    let mut io = dial_server(broker, server).await?;
+    let packet = connect_packet(broker, PROBE_NAME, version, true)?;
+    let accept = |connack: &Connack<'_>| accepted(version, connack);
+    let ((), capabilities, rest) = exchange(broker, &mut io, &packet, version, accept).await?;
     Ok((io, rest, capabilities))
 }
 
-/// Sends a CONNECT and reads up to the CONNACK; with what `accept` makes of it, the bytes that
-/// came behind it.
+/// Sends a CONNECT and reads up to the CONNACK. Returns what `accept` makes of it, the
+/// capabilities that it announces, and the bytes that arrived after it.
 async fn exchange<R>(
-    core: &Core,
+    broker: &Broker,
     io: &mut Dialed,
-    out: &[u8],
+    packet: &[u8],
     version: Version,
-    accept: impl FnOnce(&Connack<'_>) -> Result<R, Attempt>,
-) -> Result<(R, BytesMut), Attempt> {
-    let io_failed = |e: std::io::Error| Failed::new(LinkDownReason::Io, e.to_string());
-    io.write_all(out).await.map_err(io_failed)?;
-    io.flush().await.map_err(io_failed)?;
+    accept: impl FnOnce(&Connack<'_>) -> Result<R, ConnectError>,
+) -> Result<(R, Capabilities, BytesMut), ConnectError> {
+    io.write_all(packet).await?;
+    io.flush().await?;
     let decoder = Decoder {
         version,
         receiver: Receiver::Client,
-        max: 64 * 1024,
+        max: CONNACK_MAX_BYTES,
     };
     let mut buf = BytesMut::with_capacity(4096);
     loop {
-        if io.read_buf(&mut buf).await.map_err(io_failed)? == 0 {
-            // Some brokers close without a word on a protocol that they do not speak.
-            let unknown = !core.has_v5.load(Ordering::Relaxed);
-            if version == Version::V5 && buf.is_empty() && unknown {
-                return Err(Attempt::NoV5);
+        if io.read_buf(&mut buf).await? == 0 {
+            // Some brokers close the connection without an answer to a protocol that they do not
+            // speak.
+            let spoken = broker.v5_support() == V5Support::Spoken;
+            if version == Version::V5 && buf.is_empty() && !spoken {
+                return Err(ConnectError::V5Refused);
             }
-            return Err(Failed::new(
-                LinkDownReason::Closed,
-                "the core closed the connection before CONNACK",
-            )
-            .into());
+            return Err(ConnectError::Closed);
         }
-        // A 3.1.1 CONNACK in answer to an MQTT 5 CONNECT: "unacceptable protocol version".
-        if version == Version::V5 && buf.starts_with(&[0x20, 0x02, 0x00, 0x01]) {
-            return Err(Attempt::NoV5);
+        if version == Version::V5 && buf.starts_with(&CONNACK_V3_VERSION_REFUSED) {
+            return Err(ConnectError::V5Refused);
         }
-        let (accepted, used) = match decoder.next(&buf) {
+        let (accepted, capabilities, used) = match decoder.next(&buf) {
             Ok(None) => continue,
-            Ok(Some((Packet::Connack(connack), used))) => (accept(&connack)?, used),
-            Ok(Some(_)) => {
-                return Err(Failed::new(
-                    LinkDownReason::Protocol,
-                    "the core sent something else before CONNACK",
-                )
-                .into());
+            Ok(Some((Packet::Connack(connack), used))) => {
+                (accept(&connack)?, Capabilities::of(version, &connack), used)
             }
-            Err(e) => return Err(Failed::new(LinkDownReason::Protocol, e.to_string()).into()),
+            Ok(Some(_)) => return Err(ConnectError::NotConnack),
+            Err(error) => return Err(ConnectError::Malformed(error)),
         };
-        return Ok((accepted, buf.split_off(used)));
+        return Ok((accepted, capabilities, buf.split_off(used)));
     }
 }
 
-fn accept(
-    core: &Core,
-    link: &LinkStatus,
-    version: Version,
-    connack: &Connack<'_>,
-) -> Result<(Up, BrokerFeatures, Capabilities, Duration), Attempt> {
-    judge(version, connack)?;
-    if version == Version::V5 {
-        core.has_v5.store(true, Ordering::Relaxed);
-    }
-    let capabilities = capabilities(version, connack);
-    // 0 would leave a dead link unnoticed.
-    let keep_alive = connack
-        .server_keep_alive
-        .filter(|s| *s > 0)
-        .map_or(core.config.keepalive, |s| Duration::from_secs(s.into()));
-    let packet_max = capabilities.maximum_packet_size.unwrap_or(u32::MAX);
-    let v5 = capabilities.version_5;
-    let up = Up {
-        version,
-        session_present: connack.session_present && link.role != Role::Retained,
-        doubtful: false,
-        receive_maximum: capabilities.receive_maximum,
-        packet_max,
-        identifiers: capabilities.identifiers,
-        keeps_retain: v5,
-        fetch_qos: QoS::AtMostOnce,
-        fetch_quiet: 0,
-    };
-    let facts = BrokerFeatures {
-        identifiers: capabilities.identifiers,
-        properties: v5,
-        keeps_retain: v5,
-        shared: capabilities.shared,
-        replaces: true,
-        maximum_qos: connack.maximum_qos.unwrap_or(QoS::ExactlyOnce),
-        retain_available: capabilities.retain_available,
-        packet_max,
-    };
-    Ok((up, facts, capabilities, keep_alive))
-}
-
-/// Whether the core takes us.
-fn judge(version: Version, connack: &Connack<'_>) -> Result<(), Attempt> {
-    if !connack.reason.is_error() {
+/// `Err` if CONNACK refuses the connection.
+fn accepted(version: Version, connack: &Connack<'_>) -> Result<(), ConnectError> {
+    let reason = connack.reason;
+    if !reason.is_error() {
         return Ok(());
     }
-    if connack.reason == ReasonCode::UNSUPPORTED_PROTOCOL_VERSION && version == Version::V5 {
-        return Err(Attempt::NoV5);
+    if reason == ReasonCode::UNSUPPORTED_PROTOCOL_VERSION && version == Version::V5 {
+        return Err(ConnectError::V5Refused);
     }
-    Err(refused(connack).into())
+    let text = connack.reason_string;
+    Err(ConnectError::Refused {
+        reason,
+        text: text.map(|text| clean(text, REASON_STRING_MAX_BYTES).to_string()),
+    })
 }
 
-fn capabilities(version: Version, connack: &Connack<'_>) -> Capabilities {
-    let v5 = version == Version::V5;
-    Capabilities {
-        version_5: v5,
-        identifiers: v5 && connack.subscription_ids_available.unwrap_or(true),
-        shared: connack.shared_subscription_available.unwrap_or(true),
-        receive_maximum: match v5 {
-            true => connack.receive_maximum.unwrap_or(u16::MAX),
-            false => WINDOW_V3,
-        },
-        maximum_qos: connack.maximum_qos.unwrap_or(QoS::ExactlyOnce) as u8,
-        maximum_packet_size: connack.maximum_packet_size,
-        retain_available: connack.retain_available.unwrap_or(true),
-    }
-}
-
-fn refused(connack: &Connack<'_>) -> Failed {
-    let why = match connack.reason_string {
-        Some(why) => format!(" ({})", crate::telemetry::clean(why, 200)),
-        None => String::new(),
-    };
-    let reason = connack.reason.name();
-    Failed::new(
-        LinkDownReason::Refused,
-        format!("the core refused the connection: {reason}{why}"),
-    )
-}
-
+/// The CONNECT of the link (or probe) of this name. `clean`: with a session that begins and ends
+/// with the connection; otherwise with one that outlives it.
 fn connect_packet(
-    core: &Core,
+    broker: &Broker,
     name: &str,
     version: Version,
     clean: bool,
-    kept: bool,
-) -> Result<Vec<u8>, Failed> {
-    let config = &core.config;
-    let client_id = format!("{}-{}-{name}", config.client_id_prefix, core.node);
-    let password = config.read_password().map_err(|e| {
-        Failed::new(
-            LinkDownReason::Connect,
-            format!("upstream.password_file cannot be read: {e}"),
-        )
-    })?;
+) -> Result<Vec<u8>, ConnectError> {
+    let config = &broker.access.config;
+    let password = config.read_password().map_err(ConnectError::Password)?;
     let mut out = Vec::with_capacity(128);
     Connect {
         version,
         clean_start: clean,
         keep_alive: config.keepalive.as_secs() as u16,
-        client_id: &client_id,
+        client_id: &broker.client_id(name),
         will: None,
         username: config.username.as_deref(),
         password: password.as_deref(),
-        session_expiry: kept.then_some(SESSION_EXPIRY.as_secs() as u32),
+        session_expiry: (!clean).then_some(SESSION_EXPIRY.as_secs() as u32),
         receive_maximum: Some(u16::MAX),
-        maximum_packet_size: Some(core.packet_max),
+        maximum_packet_size: Some(broker.access.packet_max),
         topic_alias_maximum: 0,
         request_response_information: false,
         request_problem_information: true,
@@ -361,12 +310,11 @@ fn connect_packet(
     Ok(out)
 }
 
-async fn open(core: &Core, server: &Server) -> Result<Dialed, Failed> {
+async fn dial_server(broker: &Broker, server: &Server) -> Result<Dialed, ConnectError> {
+    let access = &broker.access;
     let target = match server {
         Server::Embedded { .. } => {
-            let Some(embedded) = &core.embedded else {
-                return Err(Failed::new(LinkDownReason::Connect, "no embedded core"));
-            };
+            let embedded = access.embedded.as_ref().ok_or(ConnectError::NoEmbedded)?;
             return Ok(Dialed::Pipe(embedded.connect()));
         }
         Server::Remote {
@@ -381,26 +329,19 @@ async fn open(core: &Core, server: &Server) -> Result<Dialed, Failed> {
             path: path.clone(),
         },
     };
-    dial(&target, core.tls.as_ref(), core.config.connect_timeout)
-        .await
-        .map_err(dial_failed)
+    let dialled = dial(&target, access.tls.as_ref(), access.config.connect_timeout).await;
+    if let Err(DialError::Tls { reason, .. }) = &dialled {
+        metrics().upstream_tls_errors[tls_label(*reason)].increment(1);
+    }
+    Ok(dialled?)
 }
 
-fn dial_failed(error: DialError) -> Failed {
-    let reason = match &error {
-        DialError::Timeout => LinkDownReason::Timeout,
-        DialError::Tls { reason, .. } => {
-            let label = match reason {
-                TlsFailure::UnknownCa => UpstreamTlsReason::UnknownIssuer,
-                TlsFailure::NameMismatch => UpstreamTlsReason::Name,
-                TlsFailure::Expired => UpstreamTlsReason::Expired,
-                TlsFailure::Refused => UpstreamTlsReason::ClientCertificate,
-                TlsFailure::Other => UpstreamTlsReason::Other,
-            };
-            metrics().upstream_tls_errors[label].increment(1);
-            LinkDownReason::Tls
-        }
-        _ => LinkDownReason::Connect,
-    };
-    Failed::new(reason, error.to_string())
+fn tls_label(failure: TlsFailure) -> UpstreamTlsReason {
+    match failure {
+        TlsFailure::UnknownCa => UpstreamTlsReason::UnknownIssuer,
+        TlsFailure::NameMismatch => UpstreamTlsReason::Name,
+        TlsFailure::Expired => UpstreamTlsReason::Expired,
+        TlsFailure::Refused => UpstreamTlsReason::ClientCertificate,
+        TlsFailure::Other => UpstreamTlsReason::Other,
+    }
 }

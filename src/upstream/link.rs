@@ -1,7 +1,9 @@
 //! The links as machines without I/O: one for each role, driven by the same task.
 
+pub(crate) mod common;
 pub(crate) mod data;
+pub(crate) mod end;
 pub(crate) mod machine;
 pub(crate) mod publish;
-pub(in crate::upstream) mod redelivery;
+mod redelivery;
 pub(crate) mod retained;

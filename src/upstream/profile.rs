@@ -1,356 +1,365 @@
-//! What a core does where the standard leaves room, or where it errs: the record of a probe.
+//! The broker's profile: its capabilities, as CONNACK announces them, and its quirks, as a probe
+//! shows them.
 
+pub(in crate::upstream) mod advice;
 pub(in crate::upstream) mod cache;
-pub(crate) mod probe;
+mod display;
+pub(in crate::upstream) mod probe;
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
-use crate::mqtt::QoS;
+use crate::mqtt::{Connack, QoS, Version};
+use crate::router::BrokerFeatures;
+use crate::time::Millis;
 
-/// How the record came about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+/// Receive Maximum that is assumed of a 3.1.1 broker, which cannot announce it. Brokers' defaults
+/// are 10 to 65,535.
+const RECEIVE_MAXIMUM_V3: u16 = 20;
+
+/// Messages that a probe publishes to see how many the broker sends without an acknowledgement.
+pub const WINDOW_PROBED: u16 = 64;
+
+/// A retained fetch ends once its link has been quiet for a time between these two.
+const FETCH_QUIET_MIN_MS: Millis = 100;
+const FETCH_QUIET_MAX_MS: Millis = 4000;
+/// The quiet time where the probe saw no retained message.
+const FETCH_QUIET_UNSEEN_MS: Millis = 500;
+
+/// Gives each value of an enum the word that logs, metrics, the admin API and people read.
+macro_rules! words {
+    ($type:ident { $($variant:ident => $word:literal),+ $(,)? }) => {
+        impl $type {
+            /// The word in logs, metric labels and the admin API.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $word,)+
+                }
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.name())
+            }
+        }
+
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.name())
+            }
+        }
+    };
+}
+
+/// How a profile came about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// The core was probed.
+    /// The broker was probed.
     Probed,
-    /// The core refused a part of the probe, or was too slow: what was not seen is assumed to be
-    /// at its worst.
+    /// The broker refused a part of the probe or was too slow. Every quirk that the probe did not
+    /// see is assumed to be at its worst.
     Partly,
-    /// The probe is turned off: what CONNACK says is believed.
+    /// The probe is turned off, and CONNACK is believed.
     Connack,
 }
 
-/// What a client gets whose filters overlap.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+words!(Source { Probed => "probed", Partly => "partly", Connack => "connack" });
+
+/// The copies of one message for a client whose filters overlap (MQTT 5 §3.3.4 allows both).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Copies {
     /// One copy for each filter.
     Many,
-    /// One copy.
+    /// One copy for all filters.
     One,
 }
 
-/// Subscription Identifiers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+words!(Copies { Many => "many", One => "one" });
+
+/// The state of Subscription Identifiers (MQTT 5 §3.8.2.1.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identifiers {
-    /// Each copy carries those of its filters.
+    /// Each copy carries the identifiers of its filters.
     Working,
-    /// Not seen, but CONNACK does not deny them.
+    /// CONNACK does not deny them, and no probe has seen them.
     Assumed,
-    /// None: MQTT 3.1.1, or CONNACK says so.
+    /// The broker has none: it speaks MQTT 3.1.1, or CONNACK denies them.
     None,
-    /// Offered, but missing or wrong.
+    /// The broker offers them, but they are missing or wrong.
     Broken,
 }
 
+words!(Identifiers {
+    Working => "working",
+    Assumed => "assumed",
+    None => "none",
+    Broken => "broken",
+});
+
 impl Identifiers {
-    /// Whether arriving messages can be told apart by them.
+    /// Whether an arriving message can be mapped to its filters by them.
     pub fn usable(self) -> bool {
         matches!(self, Self::Working | Self::Assumed)
     }
 }
 
-/// Shared subscriptions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+/// The state of shared subscriptions (MQTT 5 §4.8.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SharedSubscriptions {
-    /// A message came.
+    /// A message arrived through one.
     Alive,
-    /// Granted, and nothing came.
+    /// The broker granted one, and no message arrived.
     Dead,
-    /// Refused, by CONNACK or SUBACK.
+    /// CONNACK or SUBACK refused them.
     Refused,
-    /// Not probed; CONNACK does not deny them.
+    /// CONNACK does not deny them, and no probe has tried one.
     Assumed,
 }
 
-/// The QoS of copies for overlapping filters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+words!(SharedSubscriptions {
+    Alive => "alive",
+    Dead => "dead",
+    Refused => "refused",
+    Assumed => "assumed",
+});
+
+/// The QoS of the copies for overlapping filters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OverlapQos {
-    /// Each copy has its filter's.
+    /// Each copy has the QoS of its filter.
     Each,
-    /// The one copy has the highest, as [MQTT-3.3.4-2] asks.
+    /// The one copy has the highest QoS, as [MQTT-3.3.4-2] demands.
     Highest,
-    /// The one copy has less: QoS 1 may be lost.
+    /// The one copy has less than the highest QoS, so QoS 1 messages may be lost.
     Lower,
 }
 
-/// The record.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct BrokerProfile {
-    /// How it came about.
-    pub source: Source,
-    /// `5` or `3.1.1`.
-    pub protocol: &'static str,
-    /// What the core says it is, where it does (`$SYS/broker/version`).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub software: Option<String>,
-    /// Copies on overlap; `None`: not seen.
-    pub copies: Option<Copies>,
-    /// Their QoS; `None`: not seen.
-    pub overlap_qos: Option<OverlapQos>,
-    /// A second SUBSCRIBE for a filter, at another QoS, replaces the first; `None`: not seen.
-    pub replaces: Option<bool>,
-    /// Subscription Identifiers.
-    pub identifiers: Identifiers,
-    /// Retain Handling 2 keeps a subscription from bringing retained messages; `None`: not seen.
-    pub retain_handling: Option<bool>,
-    /// Live messages keep their RETAIN; `None`: not seen.
-    pub retain_as_published: Option<bool>,
-    /// Retained messages come for filters with wildcards; `None`: not seen.
-    pub retained_wildcard: Option<bool>,
-    /// A PINGREQ behind a SUBSCRIBE is answered behind its retained messages; `None`: not seen.
-    pub retained_marker: Option<bool>,
-    /// Milliseconds until all of the retained messages of a SUBSCRIBE had come; `None`: not seen.
-    pub retained_within: Option<u32>,
-    /// Shared subscriptions.
-    pub shared: SharedSubscriptions,
-    /// User properties arrive unchanged, in order; `None`: not seen.
-    pub properties: Option<bool>,
-    /// Messages that the core sends unacknowledged; `WINDOW_PROBED`: that many or more. `None`:
-    /// not seen.
-    pub window: Option<u16>,
-    /// Receive Maximum of CONNACK: messages that it takes unacknowledged.
+words!(OverlapQos { Each => "each", Highest => "highest", Lower => "lower" });
+
+/// How arriving messages are mapped to filters on the data links.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// By the Subscription Identifiers that a message carries.
+    Identifiers,
+    /// By topic; no link has two filters that overlap.
+    DisjointPlacement,
+}
+
+words!(Mapping {
+    Identifiers => "identifiers",
+    DisjointPlacement => "disjoint placement",
+});
+
+/// The capabilities that a broker announces in CONNACK (MQTT 5 §3.2.2.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// The protocol version of the connection.
+    #[serde(rename = "protocol", serialize_with = "version_name")]
+    pub version: Version,
+    /// Subscription Identifiers are not denied.
+    #[serde(skip)]
+    pub identifiers: bool,
+    /// Shared subscriptions are not denied.
+    #[serde(skip)]
+    pub shared: bool,
+    /// Receive Maximum: publishes that the broker takes without having acknowledged them.
     pub receive_maximum: u16,
     /// Maximum QoS.
-    pub maximum_qos: u8,
+    #[serde(serialize_with = "qos_number")]
+    pub maximum_qos: QoS,
     /// Maximum Packet Size, bytes; `None`: not limited.
     pub maximum_packet_size: Option<u32>,
     /// Retain Available.
     pub retain_available: bool,
-    /// What was refused or did not come in time.
+}
+
+impl Capabilities {
+    /// The capabilities that this CONNACK announces on a connection of this version.
+    pub fn of(version: Version, connack: &Connack<'_>) -> Self {
+        let v5 = version == Version::V5;
+        Self {
+            version,
+            identifiers: v5 && connack.subscription_ids_available.unwrap_or(true),
+            shared: connack.shared_subscription_available.unwrap_or(true),
+            receive_maximum: match v5 {
+                true => connack.receive_maximum.unwrap_or(u16::MAX),
+                false => RECEIVE_MAXIMUM_V3,
+            },
+            maximum_qos: connack.maximum_qos.unwrap_or(QoS::ExactlyOnce),
+            maximum_packet_size: connack.maximum_packet_size,
+            retain_available: connack.retain_available.unwrap_or(true),
+        }
+    }
+}
+
+/// The quirks of a broker: what it does where the standard leaves room, or where it errs. `None`
+/// means that no probe has seen it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Quirks {
+    /// Copies for overlapping filters.
+    pub copies: Option<Copies>,
+    /// The QoS of these copies.
+    pub overlap_qos: Option<OverlapQos>,
+    /// A second SUBSCRIBE for a filter, at another QoS, replaces the first [MQTT-3.8.4-3].
+    pub replaces: Option<bool>,
+    /// Subscription Identifiers.
+    pub identifiers: Identifiers,
+    /// Retain Handling 2 keeps a SUBSCRIBE from bringing retained messages.
+    pub retain_handling: Option<bool>,
+    /// Live messages keep their RETAIN flag.
+    pub retain_as_published: Option<bool>,
+    /// Filters with wildcards bring retained messages.
+    pub retained_wildcard: Option<bool>,
+    /// A PINGREQ that follows a SUBSCRIBE is answered after its retained messages.
+    pub retained_marker: Option<bool>,
+    /// Milliseconds until all retained messages of a SUBSCRIBE had arrived.
+    pub retained_within: Option<u32>,
+    /// Shared subscriptions.
+    pub shared: SharedSubscriptions,
+    /// User properties arrive unchanged and in order.
+    pub properties: Option<bool>,
+    /// Messages that the broker sends without an acknowledgement; `WINDOW_PROBED` stands for
+    /// itself and everything above.
+    pub window: Option<u16>,
+}
+
+/// The profile of a broker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BrokerProfile {
+    /// How the profile came about.
+    pub source: Source,
+    /// The name and version that the broker publishes (`$SYS/broker/version`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub software: Option<String>,
+    /// What CONNACK announced.
+    #[serde(flatten)]
+    pub capabilities: Capabilities,
+    /// What the probe saw.
+    #[serde(flatten)]
+    pub quirks: Quirks,
+    /// The steps of the probe that the broker refused or did not answer in time.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub missing: Vec<String>,
 }
 
-/// Messages sent to see the core's window.
-pub const WINDOW_PROBED: u16 = 64;
-
-/// What CONNACK alone says, and the worst of the rest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Capabilities {
-    /// MQTT 5.
-    pub version_5: bool,
-    /// Subscription Identifiers are not denied.
-    pub identifiers: bool,
-    /// Shared subscriptions are not denied.
-    pub shared: bool,
-    /// Receive Maximum.
-    pub receive_maximum: u16,
-    /// Maximum QoS.
-    pub maximum_qos: u8,
-    /// Maximum Packet Size.
-    pub maximum_packet_size: Option<u32>,
-    /// Retain Available.
-    pub retain_available: bool,
-}
-
-/// How long the R link is quiet before a fetch ends, milliseconds: at least, where no retained message
-/// was seen, and at most.
-const FETCH_QUIET: u64 = 100;
-const FETCH_QUIET_UNSEEN: u64 = 500;
-const FETCH_QUIET_MAX: u64 = 4000;
-
 impl BrokerProfile {
-    /// The QoS at which retained messages are fetched. What does not fit into a small window of the
-    /// core may be cut off; at QoS 0 nothing is, but the stored QoS is not seen.
-    pub fn fetch_qos(&self) -> QoS {
-        match self.window {
-            Some(window) if window >= WINDOW_PROBED => {
-                QoS::from_u8(self.maximum_qos).unwrap_or_default()
-            }
-            _ => QoS::AtMostOnce,
-        }
-    }
-
-    /// How long to wait, in milliseconds, before a fetch that brings nothing more is over: four times
-    /// what the probe saw, for the core has more to look through than then.
-    pub fn fetch_quiet(&self) -> u64 {
-        match self.retained_within {
-            Some(ms) => (u64::from(ms) * 4).clamp(FETCH_QUIET, FETCH_QUIET_MAX),
-            None => FETCH_QUIET_UNSEEN,
-        }
-    }
-
-    /// Nothing seen yet.
+    /// A profile of which only CONNACK is known.
     pub fn unseen(capabilities: &Capabilities, source: Source) -> Self {
         Self {
             source,
-            protocol: if capabilities.version_5 { "5" } else { "3.1.1" },
             software: None,
-            copies: None,
-            overlap_qos: None,
-            replaces: None,
-            identifiers: match capabilities.identifiers {
-                true => Identifiers::Assumed,
-                false => Identifiers::None,
+            capabilities: *capabilities,
+            quirks: Quirks {
+                copies: None,
+                overlap_qos: None,
+                replaces: None,
+                identifiers: match capabilities.identifiers {
+                    true => Identifiers::Assumed,
+                    false => Identifiers::None,
+                },
+                retain_handling: None,
+                retain_as_published: None,
+                retained_wildcard: None,
+                retained_marker: None,
+                retained_within: None,
+                shared: match capabilities.shared {
+                    true => SharedSubscriptions::Assumed,
+                    false => SharedSubscriptions::Refused,
+                },
+                properties: None,
+                window: None,
             },
-            retain_handling: None,
-            retain_as_published: None,
-            retained_wildcard: None,
-            retained_marker: None,
-            retained_within: None,
-            shared: match capabilities.shared {
-                true => SharedSubscriptions::Assumed,
-                false => SharedSubscriptions::Refused,
-            },
-            properties: None,
-            window: None,
-            receive_maximum: capabilities.receive_maximum,
-            maximum_qos: capabilities.maximum_qos,
-            maximum_packet_size: capabilities.maximum_packet_size,
-            retain_available: capabilities.retain_available,
             missing: Vec::new(),
         }
     }
 
+    /// The part that the router acts on.
+    pub fn features(&self) -> BrokerFeatures {
+        BrokerFeatures {
+            identifiers: self.quirks.identifiers.usable(),
+            properties: self.keeps_properties(),
+            keeps_retain: self.keeps_retain(),
+            shared: self.grants_shared(),
+            replaces: self.replaces(),
+            maximum_qos: self.capabilities.maximum_qos,
+            retain_available: self.capabilities.retain_available,
+            packet_max: self.capabilities.maximum_packet_size,
+        }
+    }
+
+    /// The QoS at which retained messages are fetched. A broker with a small send window may cut
+    /// off messages that do not fit into it; at QoS 0 it sends all of them, but their stored QoS
+    /// cannot be seen.
+    pub fn fetch_qos(&self) -> QoS {
+        match self.quirks.window {
+            Some(window) if window >= WINDOW_PROBED => self.capabilities.maximum_qos,
+            _ => QoS::AtMostOnce,
+        }
+    }
+
+    /// How long the retained link has to be quiet before a fetch is over, milliseconds: four times
+    /// as long as the probe's took, because the broker may have more retained messages to search
+    /// than it had then.
+    pub fn fetch_quiet(&self) -> Millis {
+        match self.quirks.retained_within {
+            Some(ms) => (Millis::from(ms) * 4).clamp(FETCH_QUIET_MIN_MS, FETCH_QUIET_MAX_MS),
+            None => FETCH_QUIET_UNSEEN_MS,
+        }
+    }
+
     /// Whether clients are granted shared subscriptions.
-    pub fn shares(&self) -> bool {
-        match self.shared {
+    pub fn grants_shared(&self) -> bool {
+        match self.quirks.shared {
             SharedSubscriptions::Alive => true,
             SharedSubscriptions::Assumed => self.source == Source::Connack,
             SharedSubscriptions::Dead | SharedSubscriptions::Refused => false,
         }
     }
 
-    /// Whether live messages can be trusted to keep their RETAIN.
+    /// Whether live messages can be trusted to keep their RETAIN flag.
     pub fn keeps_retain(&self) -> bool {
-        let v5 = self.protocol == "5";
+        let v5 = self.capabilities.version == Version::V5;
+        let quirks = &self.quirks;
         match self.source {
             Source::Connack => v5,
-            // A broker whose replays cannot be kept off would mix them with live messages.
+            // A broker that replays retained messages in spite of Retain Handling 2 would mix
+            // them with live ones.
             _ => {
-                v5 && self.retain_as_published == Some(true) && self.retain_handling != Some(false)
+                v5 && quirks.retain_as_published == Some(true)
+                    && quirks.retain_handling != Some(false)
             }
         }
     }
 
-    /// Whether the QoS of a filter that is held can be raised. Identifiers tell the copies of one
-    /// that was not replaced; without them they would reach clients twice.
+    /// Whether a second SUBSCRIBE can raise the QoS of a filter. If the broker keeps the old
+    /// subscription too, identifiers tell the copies apart; without them, clients would get both.
     pub fn replaces(&self) -> bool {
-        match self.replaces {
+        match self.quirks.replaces {
             Some(replaces) => replaces,
-            None => self.source == Source::Connack || self.identifiers.usable(),
+            None => self.source == Source::Connack || self.quirks.identifiers.usable(),
         }
     }
 
-    /// Whether user properties reach the core's subscribers.
+    /// Whether user properties reach the broker's subscribers.
     pub fn keeps_properties(&self) -> bool {
-        self.protocol == "5" && self.properties != Some(false)
+        self.capabilities.version == Version::V5 && self.quirks.properties != Some(false)
     }
 
-    /// In which way arriving messages are mapped to filters: `ids` or `colour`.
-    pub fn mapping(&self) -> &'static str {
-        match self.identifiers.usable() {
-            true => "ids",
-            false => "colour",
+    /// How arriving messages are mapped to filters.
+    pub fn mapping(&self) -> Mapping {
+        match self.quirks.identifiers.usable() {
+            true => Mapping::Identifiers,
+            false => Mapping::DisjointPlacement,
         }
-    }
-
-    /// Settings of the core that are worth raising, and what is lost without.
-    pub fn advice(&self) -> Vec<String> {
-        let mut advice = Vec::new();
-        let software = self.software.as_deref().unwrap_or("").to_lowercase();
-        let mosquitto = software.contains("mosquitto");
-        let mut add = |text: &str| advice.push(text.to_owned());
-        if self.window.is_some_and(|w| w < WINDOW_PROBED) {
-            match (mosquitto, self.protocol) {
-                (true, _) => add(
-                    "max_inflight_messages 65535 (mosquitto.conf): the core sends few messages at a time, and drops what does not fit its queue",
-                ),
-                _ => add(
-                    "the core's send window is small; raise it: mosquitto max_inflight_messages 65535, EMQX mqtt.max_inflight 65535, RabbitMQ mqtt.prefetch 1000, VerneMQ max_inflight_messages 0",
-                ),
-            }
-        }
-        if mosquitto || self.software.is_none() {
-            add(
-                "mosquitto: max_queued_messages 0 and max_queued_bytes 0 (or ample): what does not fit the queue of a link is dropped though its publisher was acknowledged",
-            );
-            add(
-                "mosquitto: persistence true, and persistent_client_expiration at least 1h: a restart then keeps the links' sessions",
-            );
-            add("mosquitto: set_tcp_nodelay true: lower latency under light load");
-        }
-        if self.software.is_none() {
-            add("EMQX: mqtt.max_mqueue_len infinity, mqtt.session_expiry_interval at least 1h");
-            add(
-                "HiveMQ: mqtt.queued-messages above 1000; VerneMQ: max_online_messages -1, max_offline_messages -1, topic_max_depth",
-            );
-            add(
-                "RabbitMQ: mqtt.prefetch 1000; no shared subscriptions, no retained messages for wildcards, QoS 2 becomes 1",
-            );
-            add("AWS IoT Core: upstream.roots, for 50 filters a connection; QoS 2 does not exist");
-        }
-        if self.receive_maximum < 100 {
-            add(&format!(
-                "the core takes {} unacknowledged publishes a connection; upstream.publish_links multiplies it",
-                self.receive_maximum
-            ));
-        }
-        if self.identifiers == Identifiers::None || self.identifiers == Identifiers::Broken {
-            add(
-                "without working Subscription Identifiers overlapping filters need links of their own: upstream.data_links 4 to 8, or upstream.roots",
-            );
-        }
-        advice
     }
 }
 
-fn seen(value: Option<bool>) -> &'static str {
-    match value {
-        Some(true) => "yes",
-        Some(false) => "no",
-        None => "not seen",
-    }
+fn version_name<S: Serializer>(version: &Version, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(version.name())
 }
 
-impl fmt::Display for BrokerProfile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut line = |name: &str, value: &str| writeln!(f, "{name:<24} {value}");
-        let word = |v: &dyn fmt::Debug| format!("{v:?}").to_lowercase();
-        line("software", self.software.as_deref().unwrap_or("not said"))?;
-        line("protocol", self.protocol)?;
-        line("identifiers", &word(&self.identifiers))?;
-        line("mapping", self.mapping())?;
-        match self.copies {
-            Some(copies) => line("copies on overlap", &word(&copies))?,
-            None => line("copies on overlap", "not seen")?,
-        }
-        match self.overlap_qos {
-            Some(qos) => line("QoS on overlap", &word(&qos))?,
-            None => line("QoS on overlap", "not seen")?,
-        }
-        line("resubscribe replaces", seen(self.replaces))?;
-        line("retain handling", seen(self.retain_handling))?;
-        line("retain as published", seen(self.retain_as_published))?;
-        line("retained for wildcards", seen(self.retained_wildcard))?;
-        line("retained end marker", seen(self.retained_marker))?;
-        match self.retained_within {
-            Some(ms) => line("retained came within", &format!("{ms} ms"))?,
-            None => line("retained came within", "not seen")?,
-        }
-        line("shared subscriptions", &word(&self.shared))?;
-        line("user properties", seen(self.properties))?;
-        match self.window {
-            Some(w) if w >= WINDOW_PROBED => line("send window", &format!("{w} or more"))?,
-            Some(w) => line("send window", &w.to_string())?,
-            None => line("send window", "not seen")?,
-        }
-        line("receive maximum", &self.receive_maximum.to_string())?;
-        line("maximum QoS", &self.maximum_qos.to_string())?;
-        match self.maximum_packet_size {
-            Some(size) => line("maximum packet", &format!("{size} bytes"))?,
-            None => line("maximum packet", "not limited")?,
-        }
-        line("retained messages", seen(Some(self.retain_available)))?;
-        for missing in &self.missing {
-            line("missing", missing)?;
-        }
-        Ok(())
-    }
+fn qos_number<S: Serializer>(qos: &QoS, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u8(*qos as u8)
 }

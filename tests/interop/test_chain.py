@@ -20,7 +20,7 @@ def test_a_core_behind_each_way(transport, own_edge, client, pki):
     if transport in ("wss", "tls"):
         upstream["tls"] = {"ca": str(pki.ca)}
     outer = own_edge(url, upstream=upstream).start()
-    line = outer.wait_log(r"The core was probed")
+    line = outer.wait_log(r"The broker was probed")
     assert outer.api("/api/v1/links")["core"]["source"] == "probed", line
     one, two = client(outer), client(outer)
     topic = fresh()
@@ -34,11 +34,11 @@ def test_a_core_behind_each_way(transport, own_edge, client, pki):
     two.publish(f"{topic}/s", "shared")
     assert one.next().text == "shared"
     inner.stop()
-    outer.wait_log(r"Link to the core (ended|is down)")
+    outer.wait_log(r"Link to the broker (ended|is down)")
     assert not one.ended.is_set() and not two.ended.is_set(), "clients feel nothing of it"
 
 
 def test_a_wrong_path_is_said(own_edge):
     inner = own_edge("embedded:", ("ws",), upstream={"servers": ["embedded:"]}).start()
     outer = own_edge("x", upstream={"servers": [f"ws://127.0.0.1:{inner['ws'].port}/nowhere"]} | QUICK).start()
-    assert "404" in outer.wait_log(r"Link to the core is down")
+    assert "404" in outer.wait_log(r"Link to the broker is down")

@@ -22,7 +22,7 @@ def before(own_core, own_edge):
     def make(extra: str = "", of_listener: str = "", **upstream):
         core = own_core(extra=extra, of_listener=of_listener)
         edge = own_edge(core.url, ("tcp",), upstream={"servers": [core.url]} | QUICK | upstream).start()
-        edge.wait_log(r"Link to the core is up")
+        edge.wait_log(r"Link to the broker is up")
         return core, edge
 
     return make
@@ -128,7 +128,7 @@ def test_a_core_that_says_session_present_to_a_new_session(own_edge):
     try:
         url = f"mqtt://127.0.0.1:{server.getsockname()[1]}"
         edge = own_edge(url, ("tcp",), upstream={"servers": [url], "probe": "off"} | QUICK).start()
-        edge.wait_log(r"Link to the core is down: the core says Session Present")
+        edge.wait_log(r"Link to the broker is down: the broker says Session Present")
     finally:
         server.close()
 

@@ -19,7 +19,7 @@ def test_a_publish_that_the_core_closes_the_link_for(own_core, own_edge, client)
     bad, good, old, sub = client(edge), client(edge), client(edge, version=4), client(edge)
     topic = fresh()
     sub.subscribe(f"{topic}/#")
-    wait_until("the core's record", lambda: edge.service.grep(r"The core was probed"))
+    wait_until("the core's record", lambda: edge.service.grep(r"The broker was probed"))
     mids = [good.publish(f"{topic}/good", f"before-{n}", wait=False) for n in range(20)]
     poison = [bad.publish(f"{topic}/bad", "x" * 5000, wait=False), old.publish(f"{topic}/old", "y" * 5000, wait=False)]
     mids += [good.publish(f"{topic}/good", f"after-{n}", wait=False) for n in range(20)]
@@ -34,7 +34,7 @@ def test_a_publish_that_the_core_closes_the_link_for(own_core, own_edge, client)
     assert list(dict.fromkeys(got)) == [f"before-{n}" for n in range(20)] + [f"after-{n}" for n in range(20)]
     bad.publish(f"{topic}/bad", "fine")
     assert sub.next().text == "fine"
-    assert len(edge.service.grep(r"A publish was taken out")) == 2
+    assert len(edge.service.grep(r"A publish was quarantined")) == 2
     assert edge.metrics().sum("tidegate_messages_dropped_total", reason="quarantined") == 2
     assert edge.metrics().sum("tidegate_upstream_link_disconnects_total", link="d0") == 0
 
@@ -83,7 +83,7 @@ def test_a_second_process_of_the_same_name_is_said(own_core, own_edge, core):
     said = lambda what: lambda: any(edge.service.grep(what) for edge in edges)
     wait_until("it is said", said(r"second Tidegate with this node.id\?"), 20)
     if core == "says why":
-        wait_until("it says why", said(r"Link to the core ended.*reason=taken_over"))
+        wait_until("it says why", said(r"Link to the broker ended.*reason=taken_over"))
 
 
 def test_publish_links_are_added_while_the_window_limits(own_core, own_edge, client):

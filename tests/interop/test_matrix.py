@@ -71,7 +71,7 @@ class Bench:
             url = self.core.url
         upstream["servers"] = [url]
         self.edge = Edge(directory / "edge", config(url, pki, ("tcp",), upstream=upstream), pki).start()
-        self.edge.wait_log(r"The core was probed", timeout=20)
+        self.edge.wait_log(r"The broker was probed", timeout=20)
         self.way = links.Way(self.edge, "tcp")
 
     def client(self, **kwargs) -> paho.Paho:

@@ -1,4 +1,4 @@
-"""What Tidegate finds out about a core, against mosquitto and the embedded core in its habits."""
+"""What Tidegate finds out about a broker, against mosquitto and the embedded broker with its quirks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def core_of(edge) -> dict:
 def test_the_record_of_mosquitto_is_shown_everywhere(own_core, own_edge, client):
     core = own_core()
     edge = own_edge(core.url, upstream={"servers": [core.url]} | QUICK).start()
-    line = edge.wait_log(r"The core was probed")
-    assert "mosquitto" in line and "ids" in line, line
+    line = edge.wait_log(r"The broker was probed")
+    assert "mosquitto" in line and "mapping=\"identifiers\"" in line, line
     record = core_of(edge)
     assert record["source"] == "probed", record
     assert record["identifiers"] == "working"
@@ -30,8 +30,8 @@ def test_the_record_of_mosquitto_is_shown_everywhere(own_core, own_edge, client)
     assert record["window"] == 64
     for yes in ("retain_handling", "retain_as_published", "retained_wildcard", "retained_marker", "properties"):
         assert record[yes] is True, (yes, record)
-    series = [labels for labels, value in edge.metrics().series("tidegate_core_info") if value == 1]
-    assert len(series) == 1 and series[0]["mapping"] == "ids", series
+    series = [labels for labels, value in edge.metrics().series("tidegate_broker_info") if value == 1]
+    assert len(series) == 1 and series[0]["mapping"] == "identifiers", series
     assert len(core.service.grep(r"New client connected .* as .*-probe ")) == 1, "one probe for all links"
     watcher = client(edge)
     watcher.subscribe(("#", 1))
@@ -62,10 +62,10 @@ def test_a_probe_that_runs_is_not_shown_to_clients(own_core, own_edge, client):
     assert [m.topic for m in watcher.until("end")] == []
 
 
-def test_an_old_mosquitto_is_mapped_by_colour(own_core, own_edge):
+def test_an_old_mosquitto_is_mapped_by_disjoint_placement(own_core, own_edge):
     core = own_core()
     edge = own_edge(core.url, upstream={"servers": [core.url], "protocol": "3.1.1"} | QUICK).start()
-    edge.wait_log(r"The core was probed")
+    edge.wait_log(r"The broker was probed")
     record = core_of(edge)
     assert record["protocol"] == "3.1.1" and record["identifiers"] == "none"
     # mosquitto 2.0: one copy, at the QoS of the filter that its tree has first.
@@ -96,14 +96,14 @@ def test_no_probe_if_it_is_off(own_core, own_edge):
     assert not core.service.grep(r"-probe ")
 
 
-@pytest.mark.parametrize("habits, shown", [
-    ("", {"shared subscriptions": "alive", "mapping": "ids"}),
-    ("no-ids,dead-shared", {"shared subscriptions": "dead", "mapping": "colour"}),
+@pytest.mark.parametrize("quirks, shown", [
+    ("", {"shared subscriptions": "alive", "mapping": "identifiers"}),
+    ("no-ids,dead-shared", {"shared subscriptions": "dead", "mapping": "disjoint placement"}),
     ("small-window,no-rap", {"send window": "10", "retain as published": "no"}),
-    ("3.1.1", {"protocol": "3.1.1", "mapping": "colour"}),
+    ("3.1.1", {"protocol": "3.1.1", "mapping": "disjoint placement"}),
 ])
-def test_the_command_prints_the_record(habits, shown):
-    result = tidegate("probe", f"embedded:{habits}")
+def test_the_command_prints_the_record(quirks, shown):
+    result = tidegate("probe", f"embedded:{quirks}")
     assert result.returncode == 0, result.stderr
     lines = {line[:24].strip(): line[24:].strip() for line in result.stdout.splitlines() if line[:24].strip()}
     for name, value in shown.items():

@@ -14,7 +14,7 @@ QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 def rooted(own_core, own_edge, topic: str, **upstream):
     core = own_core()
     edge = own_edge(core.url, upstream={"servers": [core.url], "roots": [f"{topic}/#"]} | QUICK | upstream).start()
-    edge.wait_log(r"Link to the core is up.*link=\"?d0")
+    edge.wait_log(r"Link to the broker is up.*link=\"?d0")
     return core, edge
 
 

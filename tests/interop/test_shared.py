@@ -195,10 +195,10 @@ def test_a_refusal_is_final(edge, client):
     assert other.until_fence(pub, topic) == []
 
 
-@pytest.mark.parametrize("habits", ["dead-shared", "no-shared"])
-def test_dead_groups_are_refused(habits, own_edge, client):
-    edge = own_edge("embedded:", upstream={"servers": [f"embedded:{habits}"]}).start()
-    edge.wait_log(r"The core was probed")
+@pytest.mark.parametrize("quirks", ["dead-shared", "no-shared"])
+def test_dead_groups_are_refused(quirks, own_edge, client):
+    edge = own_edge("embedded:", upstream={"servers": [f"embedded:{quirks}"]}).start()
+    edge.wait_log(r"The broker was probed")
     five, four = client(edge), client(edge, version=4)
     assert five.connack_props.SharedSubscriptionAvailable == 0
     topic = fresh()
@@ -206,15 +206,15 @@ def test_dead_groups_are_refused(habits, own_edge, client):
     assert four.subscribe((f"$share/g/{topic}", 1), expect=None) == [0x80]
 
 
-CORES = [(habits, "broker") for habits in ("", "one", "no-ids", "small-window", "3.1.1", "lowest-qos")]
+CORES = [(quirks, "broker") for quirks in ("", "one", "no-ids", "small-window", "3.1.1", "lowest-qos")]
 # Shared out by us, whatever the core makes of groups.
-CORES += [(habits, "local") for habits in ("", "dead-shared", "no-shared", "no-ids,dead-shared", "3.1.1,two-queues")]
+CORES += [(quirks, "local") for quirks in ("", "dead-shared", "no-shared", "no-ids,dead-shared", "3.1.1,two-queues")]
 
 
-@pytest.mark.parametrize(("habits", "shared"), CORES)
-def test_groups_before_each_core(habits, shared, own_edge, client):
-    edge = own_edge("embedded:", upstream={"servers": [f"embedded:{habits}"], "shared": shared}).start()
-    edge.wait_log(r"The core was probed")
+@pytest.mark.parametrize(("quirks", "shared"), CORES)
+def test_groups_before_each_core(quirks, shared, own_edge, client):
+    edge = own_edge("embedded:", upstream={"servers": [f"embedded:{quirks}"], "shared": shared}).start()
+    edge.wait_log(r"The broker was probed")
     topic = fresh()
     members = [client(edge) for _ in range(2)]
     for member in members:

@@ -19,7 +19,7 @@ def before(request, tmp_path_factory, pki, core):
     directory = tmp_path_factory.mktemp("versions")
     upstream = {"servers": [core.url], "protocol": request.param} | QUICK
     edge = Edge(directory, config(core.url, pki, ("tcp",), upstream=upstream), pki).start()
-    edge.wait_log(r"The core was probed")
+    edge.wait_log(r"The broker was probed")
     edge.core_version = request.param
     yield edge
     edge.assert_sane()

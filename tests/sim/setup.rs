@@ -110,7 +110,7 @@ impl World {
             replaces: true,
             maximum_qos: QoS::ExactlyOnce,
             retain_available: true,
-            packet_max: u32::MAX,
+            packet_max: None,
         };
         router.set_broker_features(&facts, 0);
         router.data_link_up(0, tidegate::router::LinkSession::New, true, 0);

@@ -42,8 +42,8 @@ pub struct BrokerFeatures {
     pub maximum_qos: QoS,
     /// Retain Available.
     pub retain_available: bool,
-    /// Maximum Packet Size in bytes; `u32::MAX`: none said.
-    pub packet_max: u32,
+    /// Maximum Packet Size, bytes; `None`: not limited.
+    pub packet_max: Option<u32>,
 }
 
 /// What the broker has of a link's session when the link has connected.
@@ -81,37 +81,39 @@ fn doubt(link: usize, table: &Table) {
 
 impl Router {
     /// Takes up what a CONNACK said. Filters that wait for it are placed. True: filters were
-    /// placed before under other facts, so all D links must begin anew.
-    pub fn set_broker_features(&self, facts: &BrokerFeatures, now: Millis) -> bool {
+    /// placed before under other features, so all D links must begin anew.
+    pub fn set_broker_features(&self, features: &BrokerFeatures, now: Millis) -> bool {
         let core = &self.core;
         core.maximum_qos
-            .store(facts.maximum_qos as u8, Ordering::Relaxed);
+            .store(features.maximum_qos as u8, Ordering::Relaxed);
         core.retain_available
-            .store(facts.retain_available, Ordering::Relaxed);
-        core.packet_max.store(facts.packet_max, Ordering::Relaxed);
+            .store(features.retain_available, Ordering::Relaxed);
+        let packet_max = features.packet_max.unwrap_or(u32::MAX);
+        core.packet_max.store(packet_max, Ordering::Relaxed);
         let kept_retain = core
             .retain_as_published
-            .swap(facts.keeps_retain, Ordering::Relaxed);
-        core.properties.store(facts.properties, Ordering::Relaxed);
-        core.shared.store(facts.shared, Ordering::Relaxed);
+            .swap(features.keeps_retain, Ordering::Relaxed);
+        core.properties
+            .store(features.properties, Ordering::Relaxed);
+        core.shared.store(features.shared, Ordering::Relaxed);
         let mut refused: Vec<(FilterId, Vec<Waiter>, ReasonCode)> = Vec::new();
         let mut table = self.table.write();
-        table.floor = match facts.replaces {
+        table.floor = match features.replaces {
             true => QoS::AtMostOnce,
-            false => facts.maximum_qos,
+            false => features.maximum_qos,
         };
-        if table.identifiers == Some(facts.identifiers) && kept_retain == facts.keeps_retain {
+        if table.identifiers == Some(features.identifiers) && kept_retain == features.keeps_retain {
             return false;
         }
         let changed = table.identifiers.is_some();
         if changed {
             tracing::error!(
-                identifiers = facts.identifiers,
-                retain_as_published = facts.keeps_retain,
+                identifiers = features.identifiers,
+                retain_as_published = features.keeps_retain,
                 "The core changed whether it has subscription identifiers, or whether live messages keep RETAIN; all filters are subscribed anew"
             );
         }
-        table.identifiers = Some(facts.identifiers);
+        table.identifiers = Some(features.identifiers);
         let links = table.pending.len();
         for trie in &mut table.tries {
             *trie = crate::topics::FilterTrie::new();
@@ -134,7 +136,7 @@ impl Router {
                 continue;
             }
             filter.link = UNPLACED;
-            if filter.shared && !facts.shared && !self.config.local_groups {
+            if filter.shared && !features.shared && !self.config.local_groups {
                 filter.state = State::Absent;
                 filter.held = false;
                 table.lost.remove(number);

@@ -1,7 +1,7 @@
-//! The D links' machine: filters out, messages in.
+//! The data link's machine: it subscribes filters and takes messages.
 //!
-//! It never publishes, and its reader never waits for a client: what arrives is put into the
-//! sessions at once, and acknowledged in the order of arrival.
+//! It never publishes, and reading never waits for a client: an arriving message is put into the
+//! sessions at once, and messages are acknowledged in the order of arrival.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -21,44 +21,60 @@ use crate::telemetry::metrics;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
-use crate::upstream::RESERVED_KEY;
-use crate::upstream::link::machine::{LinkEnd, Machine, Up};
+use crate::upstream::link::common::{
+    RESERVED_KEY, expires_at, in_packets, is_probe, next_id, qos_label, unsubscribe_bytes,
+};
+use crate::upstream::link::end::LinkEnd;
+use crate::upstream::link::machine::{Handshake, Machine};
 use crate::upstream::link::redelivery::Redelivery;
 
 /// SUBSCRIBE and UNSUBSCRIBE packets that may be unanswered.
 const REQUESTS_MAX: usize = 1000;
-/// Filters in one packet where the core has no identifiers: AWS IoT Core takes no more.
+/// Filters that are taken from the router at once.
+const FILTERS_AT_ONCE: usize = 200;
+/// Filters in one packet where the broker has no identifiers. AWS IoT Core takes no more.
 const FILTERS_IN_PACKET: usize = 8;
-/// Acknowledgements wait for nobody but the core itself.
+/// The least time between two writes. Only the broker itself waits for acknowledgements.
 const PACE: Duration = Duration::from_millis(2);
-/// How often the core is asked whether it has our acknowledgements, milliseconds.
-const CONFIRM_EVERY: u64 = 2000;
-/// Bytes of filters in one packet.
-const BYTES_IN_PACKET: usize = 8 * 1024;
+/// How often a PINGREQ asks whether the broker has the acknowledgements that were sent.
+const CONFIRM_EVERY_MS: Millis = 2000;
 
-/// A D link.
+/// A data link, or a shared link: the two differ in their filters only.
 #[derive(Debug)]
-pub struct Data {
+pub struct DataLink {
     router: Arc<Router>,
     link: usize,
     /// Tells our origin marks from those of other processes.
     instance: u64,
+    /// The topic that probes publish below.
     probes: Arc<str>,
     version: Version,
     identifiers: bool,
     keeps_retain: bool,
     connected_before: bool,
     last_id: u16,
+    /// SUBSCRIBE and UNSUBSCRIBE packets without an answer, by packet identifier.
     requests: HashMap<u16, Request, RandomState>,
-    /// QoS 2 received and not released: kept while the core keeps the session.
+    /// Packet identifiers of QoS 2 messages that were received and not released. They are kept as
+    /// long as the broker keeps the session.
     received: HashSet<u16, RandomState>,
     redelivery: Redelivery,
     batch: Vec<Arrived>,
-    /// When the last PINGREQ behind acknowledgements was asked for.
-    confirmed_at: u64,
+    /// When a PINGREQ last asked for the acknowledgements.
+    confirmed_at: Millis,
     ping: bool,
-    /// What had been received when each PINGREQ under way was sent, and its number.
-    marks: VecDeque<(u64, u64)>,
+    /// PINGREQs without an answer, in the order of sending.
+    barriers: VecDeque<Barrier>,
+}
+
+/// A PINGREQ without an answer. The answer shows that the broker has sent all earlier packets, and
+/// read all earlier acknowledgements.
+#[derive(Clone, Copy, Debug)]
+struct Barrier {
+    /// [`Redelivery::mark`] when it was sent.
+    received: u64,
+    /// The router's number for it.
+    number: u64,
 }
 
 #[derive(Debug)]
@@ -67,9 +83,9 @@ enum Request {
     Unsubscribe(SmallVec<[FilterId; 1]>),
 }
 
-impl Data {
-    /// The machine of D link `link`, with what `store` remembers of it.
-    /// Messages below `probes` are of probes, and nobody's.
+impl DataLink {
+    /// The machine of the router's link `link`. `store` has the packet identifiers that it received
+    /// before. Messages below the topic `probes` belong to probes, and reach no client.
     pub fn new(
         router: Arc<Router>,
         link: usize,
@@ -93,12 +109,12 @@ impl Data {
             batch: Vec::new(),
             confirmed_at: 0,
             ping: false,
-            marks: VecDeque::new(),
+            barriers: VecDeque::new(),
         }
     }
 
     fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) -> Result<(), LinkEnd> {
-        metrics().upstream_received[crate::upstream::qos_label(p.qos)].increment(1);
+        metrics().upstream_received[qos_label(p.qos)].increment(1);
         match p.qos {
             QoS::AtMostOnce => {}
             QoS::AtLeastOnce => {
@@ -131,11 +147,11 @@ impl Data {
             }
         }
         if !self.keeps_retain && p.retain {
-            // Without Retain Handling each SUBSCRIBE brings a replay; retained messages are
-            // fetched on R for those who want them.
+            // Without Retain Handling each SUBSCRIBE brings retained messages. They are fetched on
+            // the retained link for the clients that want them.
             return Ok(());
         }
-        if crate::upstream::is_probe(p.topic, &self.probes) {
+        if is_probe(p.topic, &self.probes) {
             return Ok(());
         }
         let mut filters: SmallVec<[FilterId; 2]> = SmallVec::new();
@@ -154,7 +170,7 @@ impl Data {
             payload: p.payload,
             qos: p.qos,
             retain: p.retain,
-            expires_at: crate::upstream::expires_at(p.message_expiry, now),
+            expires_at: expires_at(p.message_expiry, now),
             strip_key: Some(RESERVED_KEY),
             account: Some(self.router.queue_account().clone()),
         });
@@ -168,7 +184,7 @@ impl Data {
     }
 
     fn answered(&mut self, packet_id: u16, codes: &[u8], now: Millis) -> Result<(), LinkEnd> {
-        // What arrived before the answer was sent under the old state of things.
+        // Messages that arrived before the answer belong to the time before the request.
         self.flush(now);
         match self.requests.remove(&packet_id) {
             Some(Request::Subscribe(numbers)) => {
@@ -184,9 +200,7 @@ impl Data {
                 }
                 Ok(())
             }
-            None => Err(LinkEnd::protocol(format!(
-                "SUBACK or UNSUBACK for packet identifier {packet_id}, which is not in use"
-            ))),
+            None => Err(LinkEnd::UnknownRequest(packet_id)),
         }
     }
 
@@ -198,10 +212,11 @@ impl Data {
     }
 
     fn free_id(&mut self) -> u16 {
-        crate::upstream::next_id(&mut self.last_id, |id| self.requests.contains_key(&id))
+        next_id(&mut self.last_id, |id| self.requests.contains_key(&id))
     }
 
     fn subscribe(&mut self, out: &mut Vec<u8>) {
+        // An identifier names one filter, so that each filter has a packet of its own.
         let in_packet = if self.identifiers {
             1
         } else {
@@ -209,36 +224,21 @@ impl Data {
         };
         while self.requests.len() < REQUESTS_MAX {
             let room = REQUESTS_MAX - self.requests.len();
-            let wanted = self.router.next_subscribes(self.link, room.min(200));
+            let wanted = self
+                .router
+                .next_subscribes(self.link, room.min(FILTERS_AT_ONCE));
             if wanted.is_empty() {
                 return;
             }
-            let mut rest = &wanted[..];
-            while !rest.is_empty() {
-                let mut bytes = 0;
-                let mut count = 0;
-                for w in rest.iter().take(in_packet) {
-                    bytes += w.name.len();
-                    if count > 0 && bytes > BYTES_IN_PACKET {
-                        break;
-                    }
-                    count += 1;
-                }
-                let (these, others) = rest.split_at(count);
-                rest = others;
+            for these in in_packets(&wanted, in_packet, |w| w.name.len()) {
                 let id = self.free_id();
                 let identifier = self
                     .identifiers
                     .then(|| these[0].number.subscription_identifier());
-                encode_subscribe(
-                    self.version,
-                    id,
-                    identifier,
-                    these
-                        .iter()
-                        .map(|w| (&*w.name, options(w.qos, self.keeps_retain))),
-                    out,
-                );
+                let filters = these
+                    .iter()
+                    .map(|w| (&*w.name, options(w.qos, self.keeps_retain)));
+                encode_subscribe(self.version, id, identifier, filters, out);
                 let numbers = these.iter().map(|w| w.number).collect();
                 self.requests.insert(id, Request::Subscribe(numbers));
             }
@@ -247,11 +247,11 @@ impl Data {
 
     fn unsubscribe(&mut self, out: &mut Vec<u8>) {
         while self.requests.len() < REQUESTS_MAX {
-            let leaving = self.router.next_unsubscribes(self.link, FILTERS_IN_PACKET);
-            if leaving.is_empty() {
+            let filters = self.router.next_unsubscribes(self.link, FILTERS_IN_PACKET);
+            if filters.is_empty() {
                 return;
             }
-            for these in crate::upstream::by_bytes(&leaving, |(_, name)| name.len()) {
+            for these in in_packets(&filters, FILTERS_IN_PACKET, unsubscribe_bytes) {
                 let id = self.free_id();
                 encode_unsubscribe(self.version, id, these.iter().map(|(_, n)| &**n), out);
                 let numbers = these.iter().map(|(n, _)| *n).collect();
@@ -261,34 +261,27 @@ impl Data {
     }
 }
 
-impl Machine for Data {
-    fn up(&mut self, up: &Up, now: Millis, out: &mut Vec<u8>) {
-        self.version = up.version;
-        self.identifiers = up.identifiers;
-        self.keeps_retain = up.keeps_retain;
+impl Machine for DataLink {
+    fn connected(&mut self, handshake: &Handshake, now: Millis, out: &mut Vec<u8>) {
+        self.version = handshake.version;
+        self.identifiers = handshake.identifiers;
+        self.keeps_retain = handshake.keeps_retain;
         self.requests.clear();
-        if up.doubtful {
-            // Identifiers of another session mean nothing: in doubt it is delivered.
+        let session = handshake.session;
+        if session != LinkSession::Resumed {
+            // Packet identifiers of another session mean nothing: in doubt, a message is delivered.
             self.received.clear();
         }
-        if up.session_present {
-            self.redelivery.resumed();
-        } else {
-            self.received.clear();
-            self.redelivery.began_anew();
+        match session {
+            LinkSession::New => self.redelivery.began_anew(),
+            LinkSession::Doubtful | LinkSession::Resumed => self.redelivery.resumed(),
         }
         let first = !std::mem::replace(&mut self.connected_before, true);
-        // Filters that the core may not have are subscribed again.
-        let kept = match (up.session_present, up.doubtful) {
-            (false, _) => LinkSession::New,
-            (true, true) => LinkSession::Doubtful,
-            (true, false) => LinkSession::Resumed,
-        };
-        let gap = self.router.data_link_up(self.link, kept, first, now);
+        let gap = self.router.data_link_up(self.link, session, first, now);
         if gap {
             tracing::warn!(
                 link = self.link,
-                "The core lost this data link's session: its filters are subscribed again, messages of the gap are missed"
+                "The broker lost this data link's session: its filters are subscribed again, and messages of the gap are missed"
             );
         }
         self.poll(now, out);
@@ -316,9 +309,7 @@ impl Machine for Data {
             }
             Packet::Suback(s) => self.answered(s.packet_id, s.codes, now),
             Packet::Unsuback(u) => self.answered(u.packet_id, u.codes, now),
-            _ => Err(LinkEnd::protocol(
-                "a packet that a data link does not expect",
-            )),
+            _ => Err(LinkEnd::Unexpected("data")),
         }
     }
 
@@ -330,10 +321,10 @@ impl Machine for Data {
     fn poll(&mut self, now: Millis, out: &mut Vec<u8>) {
         self.subscribe(out);
         self.unsubscribe(out);
-        if !self.marks.is_empty() {
+        if !self.barriers.is_empty() {
             return;
         }
-        if !self.redelivery.is_empty() && self.confirmed_at + CONFIRM_EVERY <= now {
+        if !self.redelivery.is_empty() && self.confirmed_at + CONFIRM_EVERY_MS <= now {
             self.confirmed_at = now;
             self.ping = true;
         }
@@ -341,8 +332,8 @@ impl Machine for Data {
     }
 
     fn pace(&self) -> Option<Duration> {
-        // A core whose window may be small gets its acknowledgements at once.
-        let paced = self.identifiers && self.requests.is_empty() && self.marks.is_empty();
+        // A broker without identifiers may have a small window: it gets acknowledgements at once.
+        let paced = self.identifiers && self.requests.is_empty() && self.barriers.is_empty();
         paced.then_some(PACE)
     }
 
@@ -350,31 +341,34 @@ impl Machine for Data {
         let wanted = std::mem::take(&mut self.ping);
         if wanted {
             let number = self.router.fence_begins(self.link);
-            self.marks.push_back((self.redelivery.mark(), number));
+            self.barriers.push_back(Barrier {
+                received: self.redelivery.mark(),
+                number,
+            });
         }
         wanted
     }
 
     fn ping_answered(&mut self, now: Millis) {
-        // The core read our acknowledgements before it read the PINGREQ behind them.
-        if let Some((mark, number)) = self.marks.pop_front() {
-            self.redelivery.confirmed(mark);
+        // The broker read the acknowledgements before it read the PINGREQ that followed them.
+        if let Some(Barrier { received, number }) = self.barriers.pop_front() {
+            self.redelivery.confirmed(received);
             self.flush(now);
             self.router.fence_passed(self.link, number, now);
         }
     }
 
-    fn down(&mut self, _end: &LinkEnd, now: Millis) {
+    fn disconnected(&mut self, _end: &LinkEnd, now: Millis) {
         self.flush(now);
         self.requests.clear();
-        self.marks.clear();
+        self.barriers.clear();
         self.ping = false;
         self.router.data_link_down(self.link, now);
     }
 }
 
-/// Retain Handling 2 and Retain As Published from the first SUBSCRIBE; never No Local, which
-/// would hide every client's publishes from every other.
+/// Retain Handling 2 and Retain As Published hold from the first SUBSCRIBE on. No Local is never
+/// set, because it would hide every client's publishes from every other client.
 fn options(qos: QoS, retain_as_published: bool) -> SubscribeOptions {
     SubscribeOptions {
         qos,

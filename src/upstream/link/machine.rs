@@ -2,75 +2,61 @@
 
 use std::time::Duration;
 
-use crate::mqtt::{Packet, QoS, ReasonCode, Version};
-use crate::telemetry::LinkDownReason;
+use crate::mqtt::{Packet, QoS, Version};
+use crate::router::LinkSession;
 use crate::time::Millis;
 
-/// What the core said when a link came up.
+use crate::upstream::link::end::LinkEnd;
+use crate::upstream::profile::BrokerProfile;
+
+/// What a link machine learns when its link has connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Up {
-    /// The protocol of this connection.
+pub struct Handshake {
+    /// The protocol version of this connection.
     pub version: Version,
-    /// The core kept the link's session.
-    pub session_present: bool,
-    /// An earlier CONNECT may have begun that session, and its answer was lost: it may be empty.
-    pub doubtful: bool,
-    /// The core's Receive Maximum; 20 where a 3.1.1 core cannot say.
+    /// What the broker has of the link's session.
+    pub session: LinkSession,
+    /// The broker's Receive Maximum.
     pub receive_maximum: u16,
-    /// The core's Maximum Packet Size, bytes.
-    pub packet_max: u32,
-    /// The core has working Subscription Identifiers.
+    /// The broker's Maximum Packet Size, bytes; `None`: not limited.
+    pub packet_max: Option<u32>,
+    /// Subscription Identifiers can be used.
     pub identifiers: bool,
-    /// Live messages keep their RETAIN, and no replay comes between them.
+    /// Live messages keep their RETAIN flag, and no replay is mixed with them.
     pub keeps_retain: bool,
-    /// The R link subscribes at this QoS.
+    /// The QoS of the retained link's subscriptions.
     pub fetch_qos: QoS,
-    /// The R link is quiet for so long before a fetch is over, milliseconds.
-    pub fetch_quiet: u64,
+    /// How long the retained link has to be quiet before a fetch is over.
+    pub fetch_quiet: Millis,
 }
 
-/// Why a link ends.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LinkEnd {
-    /// For the metric.
-    pub reason: LinkDownReason,
-    /// Sent in DISCONNECT; SUCCESS: nothing is sent.
-    pub code: ReasonCode,
-    /// For the log.
-    pub why: String,
-}
-
-impl LinkEnd {
-    /// The core closed the connection.
-    pub fn closed() -> Self {
+impl Handshake {
+    /// The outcome of a connection to the broker of this profile.
+    pub fn new(session: LinkSession, profile: &BrokerProfile) -> Self {
+        let capabilities = &profile.capabilities;
         Self {
-            reason: LinkDownReason::Closed,
-            code: ReasonCode::SUCCESS,
-            why: "the core closed the connection".into(),
-        }
-    }
-
-    /// Whether the core may have ended it because of a packet that it was sent.
-    pub fn by_core(&self) -> bool {
-        use LinkDownReason::{Closed, Disconnect, Io};
-        matches!(self.reason, Closed | Disconnect | Io)
-    }
-
-    /// The core broke the protocol.
-    pub fn protocol(why: impl Into<String>) -> Self {
-        Self {
-            reason: LinkDownReason::Protocol,
-            code: ReasonCode::PROTOCOL_ERROR,
-            why: why.into(),
+            version: capabilities.version,
+            session,
+            receive_maximum: capabilities.receive_maximum,
+            packet_max: capabilities.maximum_packet_size,
+            identifiers: profile.quirks.identifiers.usable(),
+            keeps_retain: profile.keeps_retain(),
+            fetch_qos: profile.fetch_qos(),
+            fetch_quiet: profile.fetch_quiet(),
         }
     }
 }
 
-/// One link's own part. The driver feeds it packets and the time, and writes what it puts out.
+/// One link without its socket.
+///
+/// The link's task calls [`Machine::connected`] first, then [`Machine::packet`] for each packet and
+/// [`Machine::batch_ended`] once it has given all packets that had arrived, [`Machine::poll`] when
+/// the router wakes it or time has passed, and [`Machine::disconnected`] last. After each of these
+/// calls it asks [`Machine::wants_ping`], and writes what the machine appended to `out`.
 pub trait Machine: Send {
-    /// The link came up.
-    fn up(&mut self, up: &Up, now: Millis, out: &mut Vec<u8>);
-    /// A packet of the core, in order. PINGRESP and DISCONNECT are the driver's.
+    /// The link has connected.
+    fn connected(&mut self, handshake: &Handshake, now: Millis, out: &mut Vec<u8>);
+    /// The broker sent a packet. PINGRESP and DISCONNECT are for the task.
     ///
     /// # Errors
     /// The link must end.
@@ -85,18 +71,19 @@ pub trait Machine: Send {
     /// The router has something for the link, or time has passed.
     fn poll(&mut self, now: Millis, out: &mut Vec<u8>);
     /// The answer to a PINGREQ that the machine asked for by [`Machine::wants_ping`].
-    fn ping_answered(&mut self, _now: u64) {}
-    /// The machine wants a PINGREQ sent behind what it put out.
+    fn ping_answered(&mut self, _now: Millis) {}
+    /// Whether a PINGREQ is to follow the bytes that were put out. Asking takes the wish.
     fn wants_ping(&mut self) -> bool {
         false
     }
-    /// The link is lost.
-    fn down(&mut self, end: &LinkEnd, now: Millis);
-    /// The least time between two writes, so that one serves several packets. `None`: at once.
+    /// The connection has ended.
+    fn disconnected(&mut self, end: &LinkEnd, now: Millis);
+    /// The least time between two writes, so that one write serves several packets. `None`: write
+    /// at once.
     fn pace(&self) -> Option<Duration> {
         None
     }
-    /// Unacknowledged publishes and their limit, for the metrics.
+    /// Publishes without an acknowledgement and their limit, for the metrics.
     fn window(&self) -> (usize, usize) {
         (0, 0)
     }

@@ -1,4 +1,5 @@
-//! The P links' machine: clients' publishes out, in the core's window; its answers back.
+//! The publish link's machine: it sends clients' publishes within the broker's Receive Maximum, and
+//! brings back the broker's acknowledgements.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,102 +7,114 @@ use std::time::Duration;
 
 use crate::mqtt::{AckKind, Alias, Delivery, Packet, QoS, ReasonCode, Version, encode_ack};
 use crate::router::publish::queue::Outgoing;
-use crate::router::{Answered, Router};
+use crate::router::{Answered, LinkSession, Router};
 use crate::telemetry::{DropReason, clean, metrics};
 use crate::time::Millis;
 
-use crate::upstream::RESERVED_KEY;
-use crate::upstream::link::machine::{LinkEnd, Machine, Up};
+use crate::upstream::link::common::{RESERVED_KEY, qos_label, remaining_expiry};
+use crate::upstream::link::end::LinkEnd;
+use crate::upstream::link::machine::{Handshake, Machine};
 
-/// Bytes put out ahead of the socket.
-const OUTPUT: usize = 128 * 1024;
+/// With this much output waiting for the socket, no more publishes are taken from the queues.
+const OUTPUT_MAX_BYTES: usize = 128 * 1024;
 
-/// The least time between two writes: publishes of many clients share one. The first after a
-/// pause goes at once.
+/// The least time between two writes, so that publishes of many clients share one. The first write
+/// after a pause goes at once.
 const PACE: Duration = Duration::from_millis(1);
 
-/// A publish that was under way when the core ended so many connections of the link, and of no
-/// other link, is sent alone: if it is alone when that happens again, it is the reason.
-const SUSPECT: u8 = 2;
+/// A publish is a suspect once the broker has ended this many connections of the link, and of no
+/// other link, while the publish had no acknowledgement. Suspects are sent one at a time: a suspect
+/// that is alone on the link when this happens again is the reason (poison).
+const SUSPECT_AFTER: u8 = 2;
 
-/// How long publishes have waited for the window when another link is asked for, milliseconds.
-const GROWTH: u64 = 250;
+/// Publishes that wait for the window for this long ask for another link.
+const GROW_AFTER_MS: Millis = 250;
 
-/// How long a link that came up waits for the data links, milliseconds: a message that the core
-/// takes before they have their filters again reaches nobody.
-const PATIENCE: u64 = 5000;
+/// How long a link that has connected waits for the data links to have their filters again. A
+/// message that the broker takes before that reaches nobody.
+const DATA_LINKS_WAIT_MS: Millis = 5000;
 
-/// A P link.
+/// Publishes that may be in flight: fewer than there are packet identifiers, whatever the window.
+const IN_FLIGHT_MAX: usize = 65_000;
+
+/// A publish link.
 #[derive(Debug)]
-pub struct Publisher {
+pub struct PublishLink {
     router: Arc<Router>,
     link: usize,
+    /// Tells this process's No Local marks from those of others.
     instance: u64,
-    up: bool,
+    connected: bool,
     version: Version,
+    /// The broker's Receive Maximum.
     window: usize,
-    packet_max: usize,
+    /// The broker's Maximum Packet Size, bytes; `None`: not limited.
+    packet_max: Option<u32>,
     last_id: u16,
-    /// In order of sending; identifiers ascend, so an entry is found by its distance from the first.
+    /// In the order of sending. Packet identifiers ascend, so an entry is found by its distance
+    /// from the first.
     inflight: VecDeque<InFlight>,
-    /// Entries before this index need no second sending.
+    /// Entries before this index need not be sent again.
     resend_at: usize,
-    /// Sent on this connection and not done.
+    /// Publishes that were sent on this connection and are not done.
     open: usize,
+    /// Acknowledgements for the router.
     answers: Vec<Answered>,
-    /// The last connection was ended by the core.
+    /// The last connection ended in a way that a packet may have caused.
     cut: bool,
-    /// [`Router::data_losses`] when the last connection came up.
+    /// [`Router::data_losses`] when the link last connected.
     losses: u64,
     /// Since when publishes wait for the window.
-    full_since: Option<u64>,
-    /// Suspects that are sent one at a time, each alone on the link.
+    full_since: Option<Millis>,
+    /// Suspects in flight.
     suspects: usize,
-    /// Until then nothing new is sent before the data links have their filters again.
-    wait_until: u64,
+    /// Until then, nothing is sent unless the data links have their filters again.
+    wait_until: Option<Millis>,
 }
 
 #[derive(Debug)]
 struct InFlight {
     id: u16,
     state: State,
-    /// Connections that the core ended, and no other link's, while it was unacknowledged.
+    /// How many connections of this link alone the broker has ended while this publish had no
+    /// acknowledgement.
     deaths: u8,
     outgoing: Outgoing,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// PUBLISH sent on this connection.
+    /// PUBLISH was sent on this connection.
     Sent,
-    /// To be sent again, by the session that the core kept.
+    /// PUBLISH is to be sent again in the session that the broker kept.
     Resend,
-    /// To be sent as new: the core lost the session.
+    /// PUBLISH is to be sent as a new one, because the broker lost the session.
     Renew,
-    /// PUBREL sent on this connection.
+    /// PUBREL was sent on this connection.
     Released,
-    /// PUBREL to be sent again.
+    /// PUBREL is to be sent again.
     ReleaseAgain,
+    /// The broker has acknowledged it, or it was given up.
     Done,
 }
 
-impl Publisher {
-    /// The machine of P link `link`.
+impl PublishLink {
+    /// The machine of publish link `link`. `instance` is a number that no other process has.
     pub fn new(router: Arc<Router>, link: usize, instance: u64) -> Self {
         Self {
             router,
             link,
             instance,
-            up: false,
+            connected: false,
             version: Version::V5,
             window: 0,
-            packet_max: usize::MAX,
+            packet_max: None,
             last_id: 0,
             inflight: VecDeque::new(),
             resend_at: 0,
             open: 0,
             answers: Vec::new(),
-            wait_until: 0,
+            wait_until: None,
             cut: false,
             losses: 0,
             suspects: 0,
@@ -110,22 +123,23 @@ impl Publisher {
     }
 
     fn fill(&mut self, now: Millis, out: &mut Vec<u8>) {
-        if !self.up {
+        if !self.connected {
             return;
         }
-        if now < self.wait_until {
-            if !self.router.data_settled() {
-                return;
-            }
-            self.wait_until = 0;
+        if self.wait_until.is_some_and(|until| now < until) && !self.router.data_settled() {
+            return;
         }
+        self.wait_until = None;
         self.resend(now, out);
         if self.resend_at < self.inflight.len() {
             return;
         }
         let router = self.router.clone();
-        while out.len() < OUTPUT && self.open < self.room() && self.inflight.len() < 65_000 {
-            // A few at a time: clients wait for the same lock to hand over theirs.
+        while out.len() < OUTPUT_MAX_BYTES
+            && self.open < self.room()
+            && self.inflight.len() < IN_FLIGHT_MAX
+        {
+            // A few at a time, because clients wait for the same lock to queue theirs.
             let mut some: smallvec::SmallVec<[Outgoing; 16]> = smallvec::SmallVec::new();
             let room = (self.room() - self.open).min(16);
             router.lanes(self.link, |lanes| {
@@ -143,32 +157,32 @@ impl Publisher {
                 self.send(outgoing, now, out);
             }
         }
-        self.judge_window(now);
+        self.check_window(now);
     }
 
-    /// Where publishes have waited for the window for a while, another link brings one more.
-    fn judge_window(&mut self, now: Millis) {
+    /// Asks for another link, which has a window of its own, if publishes have waited for a while.
+    fn check_window(&mut self, now: Millis) {
         let full = self.open >= self.window && !self.router.lanes(self.link, |l| l.is_empty());
         let since = match full {
             true => *self.full_since.get_or_insert(now),
             false => return self.full_since = None,
         };
-        if now >= since + GROWTH {
+        if now >= since + GROW_AFTER_MS {
             self.full_since = None;
             if self.router.add_publish_link() {
                 tracing::info!(
                     link = self.link,
                     window = self.window,
-                    "A publish link is added: publishes wait for the core's window"
+                    "A publish link is added: publishes wait for the broker's window"
                 );
             }
         }
     }
 
-    /// First what was under way on the last connection, in order [MQTT-4.4.0-1] [MQTT-4.6.0-1],
-    /// within the window of this one.
+    /// Sends the publishes again that the last connection left without an acknowledgement, in their
+    /// order [MQTT-4.4.0-1] [MQTT-4.6.0-1], within the window of this connection.
     fn resend(&mut self, now: Millis, out: &mut Vec<u8>) {
-        while self.resend_at < self.inflight.len() && out.len() < OUTPUT {
+        while self.resend_at < self.inflight.len() && out.len() < OUTPUT_MAX_BYTES {
             let index = self.resend_at;
             match self.inflight[index].state {
                 State::Resend | State::Renew => {
@@ -184,7 +198,8 @@ impl Publisher {
         self.trim();
     }
 
-    /// PUBRELs wait for no quota [MQTT-3.3.4-8], and keep the order of the PUBRECs [MQTT-4.6.0-4].
+    /// Sends PUBRELs again. They need no send quota [MQTT-3.3.4-8], and keep the order of the PUBRECs
+    /// [MQTT-4.6.0-4].
     fn release_again(&mut self, out: &mut Vec<u8>) {
         for entry in &mut self.inflight {
             if entry.state == State::ReleaseAgain {
@@ -219,7 +234,7 @@ impl Publisher {
             since: outgoing.since,
         });
         self.answers.extend(answer);
-        if self.inflight[index].deaths >= SUSPECT {
+        if self.inflight[index].deaths >= SUSPECT_AFTER {
             self.suspects -= 1;
         }
         self.inflight[index].state = State::Done;
@@ -229,7 +244,7 @@ impl Publisher {
         let message = &outgoing.message;
         if message.expires_at() <= now {
             metrics().messages_dropped[DropReason::Expired].increment(1);
-            // To the publisher it is done: nobody is to see it any more.
+            // For its publisher it is done: an expired message reaches nobody.
             self.answer(&outgoing, ReasonCode::SUCCESS);
             return;
         }
@@ -243,7 +258,7 @@ impl Publisher {
             self.answer(&outgoing, ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR);
             return;
         }
-        metrics().upstream_publishes[crate::upstream::qos_label(qos)].increment(1);
+        metrics().upstream_publishes[qos_label(qos)].increment(1);
         if qos == QoS::AtMostOnce {
             self.answer(&outgoing, ReasonCode::SUCCESS);
             return;
@@ -276,16 +291,18 @@ impl Publisher {
             version: self.version,
             dup,
             qos,
-            // Of a 3.x client, that cannot be told [MQTT-3.2.2-14].
+            // A 3.x client cannot be told that the broker keeps no retained messages
+            // [MQTT-3.2.2-14].
             retain: message.retain() && self.router.retain_available(),
             packet_id: id,
             alias: Alias::None,
-            message_expiry: crate::upstream::remaining(message.expires_at(), now),
+            message_expiry: remaining_expiry(message.expires_at(), now),
             subscription_ids: &[],
             user_property,
             hidden: 0,
         };
-        if delivery.size(message) > self.packet_max {
+        let size = delivery.size(message);
+        if self.packet_max.is_some_and(|max| size > max as usize) {
             return false;
         }
         delivery.encode(message, out);
@@ -303,7 +320,8 @@ impl Publisher {
         }
     }
 
-    /// Ascending, never 0; free, since fewer are in flight than there are identifiers.
+    /// The next packet identifier: ascending, never 0, and free, because fewer publishes are in
+    /// flight than there are identifiers.
     fn next_id(&self) -> u16 {
         match self.last_id.wrapping_add(1) {
             0 => 1,
@@ -324,7 +342,7 @@ impl Publisher {
     fn done(&mut self, index: usize) {
         self.inflight[index].state = State::Done;
         self.open -= 1;
-        if self.inflight[index].deaths >= SUSPECT {
+        if self.inflight[index].deaths >= SUSPECT_AFTER {
             self.suspects -= 1;
         }
         self.trim();
@@ -372,16 +390,16 @@ impl Publisher {
         }
     }
 
-    /// How many may be open.
+    /// How many publishes may be open.
     fn room(&self) -> usize {
         if self.suspects > 0 { 1 } else { self.window }
     }
 
-    /// Before what was under way is sent again: finds the publish that the core ends the connection
-    /// for, lest it do so for ever.
+    /// Finds the publish that the broker ends the connection for, before publishes are sent again:
+    /// otherwise it would end every connection.
     fn find_poison(&mut self) {
         let losses = self.router.data_losses();
-        // A core that is gone, or restarts, takes the data links with it.
+        // A broker that ends or restarts takes the data links with it.
         let only_ours = self.cut && self.losses == losses;
         self.losses = losses;
         self.cut = false;
@@ -390,8 +408,8 @@ impl Publisher {
         let mut poison = None;
         for (index, entry) in self.inflight.iter_mut().enumerate() {
             if only_ours && entry.state == State::Sent {
-                // Sent alone, as a suspect: before that it may have been another's fault, of QoS 0 too.
-                if alone && entry.deaths >= SUSPECT {
+                // Until it was sent alone, another publish may have been the reason, even of QoS 0.
+                if alone && entry.deaths >= SUSPECT_AFTER {
                     poison = Some(index);
                 }
                 entry.deaths = entry.deaths.saturating_add(1);
@@ -412,7 +430,7 @@ impl Publisher {
             payload_bytes = message.payload().len(),
             qos = message.qos() as u8,
             link = self.link,
-            "A publish was taken out: the core closed the connection each time it was sent it"
+            "A publish was quarantined: the broker closed the connection each time it was sent"
         );
         metrics().messages_dropped[DropReason::Quarantined].increment(1);
         let (session, token, since) = (outgoing.session, outgoing.token, outgoing.since);
@@ -434,35 +452,41 @@ impl Publisher {
     }
 }
 
-impl Machine for Publisher {
-    fn up(&mut self, up: &Up, now: Millis, out: &mut Vec<u8>) {
+impl Machine for PublishLink {
+    fn connected(&mut self, handshake: &Handshake, now: Millis, out: &mut Vec<u8>) {
         self.find_poison();
-        self.up = true;
-        self.version = up.version;
-        self.window = usize::from(up.receive_maximum);
-        self.packet_max = up.packet_max as usize;
+        self.connected = true;
+        self.version = handshake.version;
+        self.window = usize::from(handshake.receive_maximum);
+        self.packet_max = handshake.packet_max;
         self.router.publish_link_up(self.link, true);
-        self.wait_until = now + PATIENCE;
+        self.wait_until = Some(now + DATA_LINKS_WAIT_MS);
+        let session_present = handshake.session != LinkSession::New;
         self.open = 0;
         self.resend_at = 0;
         for entry in &mut self.inflight {
-            entry.state = match (entry.state, up.session_present) {
+            entry.state = match (entry.state, session_present) {
                 (State::Done, _) => State::Done,
                 (State::Released | State::ReleaseAgain, true) => State::ReleaseAgain,
-                // The core took it over before it lost the session.
+                // The broker owned the message before it lost the session.
                 (State::Released | State::ReleaseAgain, false) => State::Done,
                 (State::Sent | State::Resend, true) => State::Resend,
                 (State::Sent | State::Resend, false) | (State::Renew, _) => State::Renew,
             };
         }
         let open = self.inflight.iter().filter(|e| e.state != State::Done);
-        self.suspects = open.filter(|e| e.deaths >= SUSPECT).count();
+        self.suspects = open.filter(|e| e.deaths >= SUSPECT_AFTER).count();
         self.trim();
         self.release_again(out);
         self.poll(now, out);
     }
 
-    fn packet(&mut self, packet: &Packet<'_>, _now: u64, out: &mut Vec<u8>) -> Result<(), LinkEnd> {
+    fn packet(
+        &mut self,
+        packet: &Packet<'_>,
+        _now: Millis,
+        out: &mut Vec<u8>,
+    ) -> Result<(), LinkEnd> {
         match packet {
             Packet::Puback(a) => self.acknowledged(a.packet_id, a.reason, QoS::AtLeastOnce),
             Packet::Pubrec(a) => {
@@ -486,9 +510,7 @@ impl Machine for Publisher {
                 }
             }
             _ => {
-                return Err(LinkEnd::protocol(
-                    "a packet that a publish link does not expect",
-                ));
+                return Err(LinkEnd::Unexpected("publish"));
             }
         }
         Ok(())
@@ -503,15 +525,15 @@ impl Machine for Publisher {
         self.flush(now);
     }
 
-    fn down(&mut self, end: &LinkEnd, now: Millis) {
-        self.up = false;
-        self.cut = end.by_core();
+    fn disconnected(&mut self, end: &LinkEnd, now: Millis) {
+        self.connected = false;
+        self.cut = end.may_be_for_a_packet();
         self.router.publish_link_up(self.link, false);
         self.flush(now);
     }
 
     fn pace(&self) -> Option<Duration> {
-        // A small window is better used at once: the core's answers are what limits then.
+        // With a small window the broker's answers are the limit, so publishes go at once.
         (self.open < self.window / 4).then_some(PACE)
     }
 

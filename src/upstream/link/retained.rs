@@ -1,8 +1,8 @@
-//! The R link's machine: fetches retained messages for filters, and lets go of them again.
+//! The retained link's machine: it fetches the retained messages of filters.
 //!
-//! Retain As Published is off here, so RETAIN is set on retained messages only. A fetch is over
-//! when a PINGREQ sent behind the SUBACKs is answered and the link has been quiet for a moment;
-//! no broker promises more.
+//! A fetch subscribes filters and unsubscribes them again. Retain As Published is off on this link,
+//! so RETAIN is set on retained messages only. A fetch is over when a PINGREQ that was sent after
+//! the SUBACKs is answered and the link has been quiet for a moment; no broker promises more.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -18,93 +18,118 @@ use crate::router::Router;
 use crate::time::Millis;
 use crate::topics::{FilterId, matches};
 
-use crate::upstream::RESERVED_KEY;
-use crate::upstream::link::machine::{LinkEnd, Machine, Up};
+use crate::upstream::link::common::{
+    RESERVED_KEY, expires_at, in_packets, is_probe, next_id, unsubscribe_bytes,
+};
+use crate::upstream::link::end::LinkEnd;
+use crate::upstream::link::machine::{Handshake, Machine};
 
 /// Fetches that run at once.
-const JOBS_MAX: usize = 8;
+const FETCHES_MAX: usize = 8;
 /// Filters of one fetch.
 const FILTERS_MAX: usize = 500;
-/// A fetch that gets no answer for this long is given up, milliseconds.
-const PATIENCE: u64 = 30_000;
+/// A fetch without an answer for this long is given up.
+const FETCH_TIMEOUT_MS: Millis = 30_000;
 
-/// The R link.
+/// The retained link.
 #[derive(Debug)]
-pub struct Fetch {
+pub struct RetainedLink {
     router: Arc<Router>,
     probes: Arc<str>,
     account: Arc<Account>,
-    up: bool,
+    connected: bool,
     version: Version,
     identifiers: bool,
-    /// At which it subscribes.
+    /// The QoS of the subscriptions.
     qos: QoS,
-    /// Quiet time that ends a fetch, milliseconds.
-    quiet: u64,
+    /// How long the link has to be quiet before a fetch is over.
+    quiet: Millis,
     last_id: u16,
-    jobs: Vec<Job>,
-    next_job: u64,
-    /// SUBSCRIBEs under way: which job.
+    fetches: Vec<Fetch>,
+    next_fetch: u64,
+    /// SUBSCRIBE packets without an answer: packet identifier to fetch.
     requests: HashMap<u16, u64, RandomState>,
-    /// Jobs that want a PINGREQ behind their SUBACKs.
+    /// Fetches whose SUBACKs have all arrived, and that want a PINGREQ.
     to_ping: Vec<u64>,
-    /// PINGREQs under way: the jobs that each was sent for.
+    /// PINGREQs without an answer: the fetches that each was sent for.
     pings: VecDeque<Vec<u64>>,
-    /// Identifiers of UNSUBSCRIBEs, whose answers nobody waits for.
-    leaving: Vec<u16>,
+    /// Packet identifiers of UNSUBSCRIBEs, whose answers nobody waits for.
+    unsubscribes: Vec<u16>,
 }
 
+/// A fetch that runs.
 #[derive(Debug)]
-struct Job {
+struct Fetch {
     id: u64,
+    /// Numbers and names of its filters.
     filters: Vec<(FilterId, Arc<str>)>,
+    /// SUBSCRIBE packets without an answer.
     unanswered: usize,
-    /// The PINGREQ was sent, or answered.
-    pinged: bool,
-    answered: bool,
-    last_data: u64,
+    phase: Phase,
+    /// When a message or an answer for it last arrived.
+    last_data: Millis,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// SUBACKs are missing.
+    Subscribing,
+    /// A PINGREQ is due, or has no answer yet.
+    Pinging,
+    /// The PINGREQ was answered: it is over after a quiet time.
+    Answered,
 }
 
 impl Fetch {
-    /// The machine.
-    /// Messages below `probes` are of probes, and nobody's.
+    fn numbers(&self) -> Vec<FilterId> {
+        self.filters.iter().map(|(number, _)| *number).collect()
+    }
+}
+
+impl RetainedLink {
+    /// The machine. Messages below the topic `probes` belong to probes, and reach no client.
     pub fn new(router: Arc<Router>, probes: Arc<str>) -> Self {
         Self {
             account: router.queue_account().clone(),
             router,
             probes,
-            up: false,
+            connected: false,
             version: Version::V5,
             identifiers: true,
             qos: QoS::AtMostOnce,
             quiet: 0,
             last_id: 0,
-            jobs: Vec::new(),
-            next_job: 1,
+            fetches: Vec::new(),
+            next_fetch: 1,
             requests: HashMap::default(),
             to_ping: Vec::new(),
             pings: VecDeque::new(),
-            leaving: Vec::new(),
+            unsubscribes: Vec::new(),
         }
     }
 
+    fn free_id(&mut self) -> u16 {
+        let (requests, unsubscribes) = (&self.requests, &self.unsubscribes);
+        next_id(&mut self.last_id, |id| {
+            requests.contains_key(&id) || unsubscribes.contains(&id)
+        })
+    }
+
     fn start(&mut self, now: Millis, out: &mut Vec<u8>) {
-        let jobs_max = if self.identifiers { JOBS_MAX } else { 1 };
-        while self.up && self.jobs.len() < jobs_max {
+        // Without identifiers, messages of two filters could not be told apart.
+        let fetches_max = if self.identifiers { FETCHES_MAX } else { 1 };
+        while self.connected && self.fetches.len() < fetches_max {
             let at_most = if self.identifiers { FILTERS_MAX } else { 1 };
             let filters = self.router.next_fetches(at_most);
             if filters.is_empty() {
                 return;
             }
-            let job = self.next_job;
-            self.next_job += 1;
+            let fetch = self.next_fetch;
+            self.next_fetch += 1;
             let in_packet = if self.identifiers { 1 } else { filters.len() };
             let mut unanswered = 0;
             for these in filters.chunks(in_packet) {
-                let (requests, leaving) = (&self.requests, &self.leaving);
-                let id = crate::upstream::next_id(&mut self.last_id, |id| {
-                    requests.contains_key(&id) || leaving.contains(&id)
-                });
+                let id = self.free_id();
                 let identifier = self
                     .identifiers
                     .then(|| these[0].0.subscription_identifier());
@@ -115,15 +140,14 @@ impl Fetch {
                     these.iter().map(|(_, name)| (&**name, self.options())),
                     out,
                 );
-                self.requests.insert(id, job);
+                self.requests.insert(id, fetch);
                 unanswered += 1;
             }
-            self.jobs.push(Job {
-                id: job,
+            self.fetches.push(Fetch {
+                id: fetch,
                 filters,
                 unanswered,
-                pinged: false,
-                answered: false,
+                phase: Phase::Subscribing,
                 last_data: now,
             });
         }
@@ -148,11 +172,11 @@ impl Fetch {
             let (version, id) = (self.version, p.packet_id);
             encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
         }
-        if !p.retain || crate::upstream::is_probe(p.topic, &self.probes) {
-            // Live; D brings it to those who want it.
+        if !p.retain || is_probe(p.topic, &self.probes) {
+            // A live message: a data link brings it to the clients that want it.
             return;
         }
-        // The stored QoS cannot be seen through a QoS 0 subscription: at least once is promised.
+        // A QoS 0 subscription does not show the stored QoS, so QoS 1 is promised.
         let qos = match self.qos {
             QoS::AtMostOnce => QoS::AtLeastOnce,
             _ => p.qos,
@@ -163,7 +187,7 @@ impl Fetch {
             payload: p.payload,
             qos,
             retain: true,
-            expires_at: crate::upstream::expires_at(p.message_expiry, now),
+            expires_at: expires_at(p.message_expiry, now),
             strip_key: Some(RESERVED_KEY),
             account: Some(self.account.clone()),
         });
@@ -174,14 +198,14 @@ impl Fetch {
                     .filter_map(FilterId::from_subscription_identifier),
             );
         }
-        for job in &mut self.jobs {
-            for (number, name) in &job.filters {
+        for fetch in &mut self.fetches {
+            for (number, name) in &fetch.filters {
                 let hit = match numbers.is_empty() {
                     true => matches(name, p.topic),
                     false => numbers.contains(number),
                 };
                 if hit {
-                    job.last_data = now;
+                    fetch.last_data = now;
                     self.router.fetched(*number, &message, now);
                 }
             }
@@ -190,39 +214,36 @@ impl Fetch {
 
     fn finish(&mut self, now: Millis, out: &mut Vec<u8>) {
         let mut at = 0;
-        while at < self.jobs.len() {
-            let job = &self.jobs[at];
-            let quiet = job.last_data + self.quiet <= now;
-            let late = job.last_data + PATIENCE <= now;
-            if !(job.answered && quiet || late) {
+        while at < self.fetches.len() {
+            let fetch = &self.fetches[at];
+            let answered = fetch.phase == Phase::Answered;
+            let quiet = fetch.last_data + self.quiet <= now;
+            let late = fetch.last_data + FETCH_TIMEOUT_MS <= now;
+            if !(answered && quiet || late) {
                 at += 1;
                 continue;
             }
-            let job = self.jobs.swap_remove(at);
-            self.requests.retain(|_, of| *of != job.id);
-            for these in crate::upstream::by_bytes(&job.filters, |(_, name)| name.len()) {
-                let (requests, leaving) = (&self.requests, &self.leaving);
-                let id = crate::upstream::next_id(&mut self.last_id, |id| {
-                    requests.contains_key(&id) || leaving.contains(&id)
-                });
+            let fetch = self.fetches.swap_remove(at);
+            self.requests.retain(|_, of| *of != fetch.id);
+            for these in in_packets(&fetch.filters, FILTERS_MAX, unsubscribe_bytes) {
+                let id = self.free_id();
                 let names = these.iter().map(|(_, name)| &**name);
                 encode_unsubscribe(self.version, id, names, out);
-                self.leaving.push(id);
+                self.unsubscribes.push(id);
             }
-            let numbers: Vec<FilterId> = job.filters.iter().map(|(n, _)| *n).collect();
             self.router
-                .fetch_ended(&numbers, !late || job.answered, now);
+                .fetch_ended(&fetch.numbers(), !late || answered, now);
         }
     }
 }
 
-impl Machine for Fetch {
-    fn up(&mut self, up: &Up, now: Millis, out: &mut Vec<u8>) {
-        self.up = true;
-        self.version = up.version;
-        self.identifiers = up.identifiers;
-        self.qos = up.fetch_qos;
-        self.quiet = up.fetch_quiet;
+impl Machine for RetainedLink {
+    fn connected(&mut self, handshake: &Handshake, now: Millis, out: &mut Vec<u8>) {
+        self.connected = true;
+        self.version = handshake.version;
+        self.identifiers = handshake.identifiers;
+        self.qos = handshake.fetch_qos;
+        self.quiet = handshake.fetch_quiet;
         self.start(now, out);
     }
 
@@ -246,23 +267,21 @@ impl Machine for Fetch {
                 );
             }
             Packet::Suback(s) => {
-                let Some(job) = self.requests.remove(&s.packet_id) else {
+                let Some(of) = self.requests.remove(&s.packet_id) else {
                     return Ok(());
                 };
-                if let Some(job) = self.jobs.iter_mut().find(|j| j.id == job) {
-                    job.unanswered -= 1;
-                    job.last_data = now;
-                    if job.unanswered == 0 && !job.pinged {
-                        job.pinged = true;
-                        self.to_ping.push(job.id);
+                if let Some(fetch) = self.fetches.iter_mut().find(|fetch| fetch.id == of) {
+                    fetch.unanswered -= 1;
+                    fetch.last_data = now;
+                    if fetch.unanswered == 0 {
+                        fetch.phase = Phase::Pinging;
+                        self.to_ping.push(fetch.id);
                     }
                 }
             }
-            Packet::Unsuback(u) => self.leaving.retain(|id| *id != u.packet_id),
+            Packet::Unsuback(u) => self.unsubscribes.retain(|id| *id != u.packet_id),
             _ => {
-                return Err(LinkEnd::protocol(
-                    "a packet that the retained link does not expect",
-                ));
+                return Err(LinkEnd::Unexpected("retained"));
             }
         }
         Ok(())
@@ -287,24 +306,22 @@ impl Machine for Fetch {
 
     fn ping_answered(&mut self, now: Millis) {
         for id in self.pings.pop_front().unwrap_or_default() {
-            if let Some(job) = self.jobs.iter_mut().find(|j| j.id == id) {
-                job.answered = true;
-                job.last_data = now;
-                let numbers: Vec<FilterId> = job.filters.iter().map(|(n, _)| *n).collect();
-                self.router.fetch_answered(&numbers);
+            if let Some(fetch) = self.fetches.iter_mut().find(|fetch| fetch.id == id) {
+                fetch.phase = Phase::Answered;
+                fetch.last_data = now;
+                self.router.fetch_answered(&fetch.numbers());
             }
         }
     }
 
-    fn down(&mut self, _end: &LinkEnd, now: Millis) {
-        self.up = false;
+    fn disconnected(&mut self, _end: &LinkEnd, now: Millis) {
+        self.connected = false;
         self.requests.clear();
         self.pings.clear();
-        self.leaving.clear();
+        self.unsubscribes.clear();
         self.to_ping.clear();
-        for job in std::mem::take(&mut self.jobs) {
-            let numbers: Vec<FilterId> = job.filters.iter().map(|(n, _)| *n).collect();
-            self.router.fetch_ended(&numbers, false, now);
+        for fetch in std::mem::take(&mut self.fetches) {
+            self.router.fetch_ended(&fetch.numbers(), false, now);
         }
     }
 }

@@ -1,211 +1,168 @@
-//! What is known of the core: probed once for all links, and again when its CONNACK changes.
+//! Profiles that were found out: one holds for all links until CONNACK changes or it is too old.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
-use tokio::time::{Instant, timeout};
+use parking_lot::Mutex;
+use tokio::time::Instant;
 
-use crate::config::{Probe, Protocol, Server};
-use crate::mqtt::Version;
 use crate::telemetry::metrics;
-use crate::transport::dial::Dialed;
 
-use crate::upstream::Core;
-use crate::upstream::connect::{Attempt, Established, connect_probe};
-use crate::upstream::profile::probe::{PROBE_TIME, probe};
 use crate::upstream::profile::{BrokerProfile, Capabilities, Source};
 
-/// How long a record is good for while CONNACK says the same.
+/// How long a profile is good for while CONNACK announces the same capabilities.
 const GOOD_FOR: Duration = Duration::from_secs(3600);
 
-/// The record and what it was made of.
+/// The profile that was found out last.
+#[derive(Debug, Default)]
+pub(in crate::upstream) struct ProfileCache {
+    /// Locked while the broker is probed, so that the other links wait for the result.
+    entry: tokio::sync::Mutex<Option<CachedProfile>>,
+    /// The profile of the entry, for readers that must not wait for a probe.
+    current: Arc<Mutex<Option<Arc<BrokerProfile>>>>,
+}
+
+/// A profile with the conditions that it was found out under.
 #[derive(Debug)]
-pub(crate) struct Known {
+struct CachedProfile {
     server: usize,
-    capabilities: Capabilities,
-    at: Instant,
+    found_at: Instant,
     profile: Arc<BrokerProfile>,
 }
 
-impl Known {
-    fn is_of(&self, server: usize, capabilities: &Capabilities) -> bool {
-        self.server == server && self.capabilities == *capabilities
+impl CachedProfile {
+    fn fits(&self, server: usize, capabilities: &Capabilities) -> bool {
+        self.server == server && self.profile.capabilities == *capabilities
     }
 
-    /// Whether it is still the better record of the same core.
-    fn outlives(&self, server: usize, capabilities: &Capabilities, seen: &BrokerProfile) -> bool {
-        seen.source == Source::Partly && self.is_of(server, capabilities)
+    /// Whether the cached profile says more of the same broker than a probe that was cut short.
+    fn outlives(&self, server: usize, found: &BrokerProfile) -> bool {
+        found.source == Source::Partly && self.fits(server, &found.capabilities)
     }
 }
 
-/// Gives a link that came up what is known of the core, probing it first if need be.
-pub(in crate::upstream) async fn learn(core: &Core, server: usize, established: &mut Established) {
-    let profile = recall(core, server, &established.capabilities).await;
-    let (up, facts) = (&mut established.up, &mut established.facts);
-    up.identifiers = profile.identifiers.usable();
-    up.keeps_retain = profile.keeps_retain();
-    up.fetch_qos = profile.fetch_qos();
-    up.fetch_quiet = profile.fetch_quiet();
-    facts.identifiers = up.identifiers;
-    facts.keeps_retain = up.keeps_retain;
-    facts.properties = profile.keeps_properties();
-    facts.shared = profile.shares();
-    facts.replaces = profile.replaces();
-}
-
-async fn recall(core: &Core, server: usize, capabilities: &Capabilities) -> Arc<BrokerProfile> {
-    // Other links wait for the one that probes.
-    let mut known = core.known.lock().await;
-    if let Some(known) = &*known
-        && known.is_of(server, capabilities)
-        && known.at.elapsed() < GOOD_FOR
+impl ProfileCache {
+    /// The profile of the broker at `server` (an index into `upstream.servers`) that announced
+    /// `capabilities`. `find` makes it if no cached profile fits. Calls wait for one another.
+    pub async fn get_or_find<F>(
+        &self,
+        server: usize,
+        capabilities: &Capabilities,
+        find: impl FnOnce() -> F,
+    ) -> Arc<BrokerProfile>
+    where
+        F: Future<Output = BrokerProfile>,
     {
-        return known.profile.clone();
-    }
-    let address = &core.config.servers[server];
-    let profile = Arc::new(match core.config.probe {
-        Probe::Off => BrokerProfile::unseen(capabilities, Source::Connack),
-        Probe::Auto => {
-            metrics().upstream_probes.increment(1);
-            let profile = seen(core, address, capabilities).await;
-            say(address, &profile);
-            // Filters are held by what was seen before: less is no news of the core, which may have
-            // been slow just now. The next link that comes up looks again.
-            if let Some(known) = &*known
-                && known.outlives(server, capabilities, &profile)
-            {
-                return known.profile.clone();
-            }
-            profile
+        let mut entry = self.entry.lock().await;
+        if let Some(cached) = &*entry
+            && cached.fits(server, capabilities)
+            && cached.found_at.elapsed() < GOOD_FOR
+        {
+            return cached.profile.clone();
         }
-    });
-    count(&profile);
-    *core.profile.lock() = Some(profile.clone());
-    *known = Some(Known {
-        server,
-        capabilities: *capabilities,
-        at: Instant::now(),
-        profile: profile.clone(),
-    });
-    profile
-}
-
-/// Connects as a link would, and probes; for a person.
-///
-/// # Errors
-/// Why the core cannot be reached.
-pub(in crate::upstream) async fn probe_once(core: &Core) -> Result<BrokerProfile, String> {
-    let Some(server) = core.config.servers.first() else {
-        return Err("upstream.servers is empty".into());
-    };
-    let versions: &[Version] = match core.config.protocol {
-        Protocol::Auto => &[Version::V5, Version::V311],
-        Protocol::V5 => &[Version::V5],
-        Protocol::V311 => &[Version::V311],
-    };
-    let mut why = String::new();
-    for version in versions {
-        let connected = connect_probe(core, server, *version);
-        match timeout(core.config.connect_timeout, connected).await {
-            Ok(Ok(connected)) => return Ok(look(core, connected).await),
-            Ok(Err(Attempt::NoV5)) => why = "it does not speak MQTT 5".into(),
-            Ok(Err(Attempt::Failed(failed))) => return Err(failed.why),
-            Err(_) => return Err("no CONNACK within upstream.connect_timeout".into()),
+        let found = find().await;
+        // Filters were placed by the cached profile. A probe that was cut short says nothing new
+        // of the broker, which may have been slow; the next link that connects probes again.
+        if let Some(cached) = &*entry
+            && cached.outlives(server, &found)
+        {
+            return cached.profile.clone();
         }
+        let profile = Arc::new(found);
+        show(&profile);
+        *self.current.lock() = Some(profile.clone());
+        *entry = Some(CachedProfile {
+            server,
+            found_at: Instant::now(),
+            profile: profile.clone(),
+        });
+        profile
     }
-    Err(why)
-}
 
-type Connected = (Dialed, BytesMut, Capabilities);
-
-async fn look(core: &Core, (mut io, rest, capabilities): Connected) -> BrokerProfile {
-    let nonce = getrandom::u32().unwrap_or_default();
-    let topic = format!("{}/{}/{nonce:08x}", core.config.probe_topic, core.node);
-    probe(&mut io, &capabilities, &topic, rest).await
-}
-
-/// One probe, over a connection of its own.
-async fn seen(core: &Core, server: &Server, capabilities: &Capabilities) -> BrokerProfile {
-    let version = match capabilities.version_5 {
-        true => Version::V5,
-        false => Version::V311,
-    };
-    let why = match timeout(PROBE_TIME, connect_probe(core, server, version)).await {
-        Ok(Ok(connected)) => return look(core, connected).await,
-        Ok(Err(Attempt::Failed(failed))) => failed.why,
-        Ok(Err(Attempt::NoV5)) => "it does not speak MQTT 5 now".into(),
-        Err(_) => "no CONNACK for the probe's connection in time".into(),
-    };
-    let mut profile = BrokerProfile::unseen(capabilities, Source::Partly);
-    profile.missing.push(why);
-    profile
-}
-
-fn say(server: &Server, profile: &BrokerProfile) {
-    tracing::info!(
-        server = %server,
-        software = profile.software.as_deref(),
-        mapping = profile.mapping(),
-        identifiers = ?profile.identifiers,
-        copies = ?profile.copies,
-        replaces = ?profile.replaces,
-        retain_as_published = ?profile.retain_as_published,
-        shared = ?profile.shared,
-        window = ?profile.window,
-        "The core was probed"
-    );
-    for missing in &profile.missing {
-        tracing::warn!(
-            server = %server,
-            topic = "upstream.probe_topic",
-            "The probe of the core was cut short; what was not seen is assumed at its worst: {missing}"
-        );
+    /// The present profile, for readers that must not wait; `None` before the first link connected.
+    pub fn current(&self) -> Arc<Mutex<Option<Arc<BrokerProfile>>>> {
+        self.current.clone()
     }
 }
 
-fn count(profile: &BrokerProfile) {
-    let word = |v: &dyn std::fmt::Debug| format!("{v:?}").to_lowercase();
-    let yes = |v: bool| if v { "yes" } else { "no" }.to_owned();
-    metrics().core_info([
-        ("protocol", profile.protocol.to_owned()),
-        ("source", word(&profile.source)),
-        ("mapping", profile.mapping().to_owned()),
-        ("identifiers", word(&profile.identifiers)),
-        ("retain_as_published", yes(profile.keeps_retain())),
-        ("shared", word(&profile.shared)),
+/// Sets the labels of `tidegate_broker_info`.
+fn show(profile: &BrokerProfile) {
+    let yes_or_no = |value: bool| if value { "yes" } else { "no" };
+    metrics().broker_info([
+        ("protocol", profile.capabilities.version.name()),
+        ("source", profile.source.name()),
+        ("mapping", profile.mapping().name()),
+        ("identifiers", profile.quirks.identifiers.name()),
+        ("retain_as_published", yes_or_no(profile.keeps_retain())),
+        ("shared", profile.quirks.shared.name()),
     ]);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mqtt::{QoS, Version};
 
-    #[test]
-    fn a_probe_cut_short_is_no_news_of_a_core_that_is_known() {
-        let capabilities = Capabilities {
-            version_5: true,
-            identifiers: true,
-            shared: true,
-            receive_maximum: 100,
-            maximum_qos: 2,
-            maximum_packet_size: None,
-            retain_available: true,
-        };
-        let seen = |source| BrokerProfile::unseen(&capabilities, source);
-        let known = Known {
-            server: 1,
-            capabilities,
-            at: Instant::now(),
-            profile: Arc::new(seen(Source::Probed)),
-        };
-        assert!(known.outlives(1, &capabilities, &seen(Source::Partly)));
-        assert!(!known.outlives(1, &capabilities, &seen(Source::Probed)));
-        assert!(!known.outlives(0, &capabilities, &seen(Source::Partly)));
+    const CAPABILITIES: Capabilities = Capabilities {
+        version: Version::V5,
+        identifiers: true,
+        shared: true,
+        receive_maximum: 100,
+        maximum_qos: QoS::ExactlyOnce,
+        maximum_packet_size: None,
+        retain_available: true,
+    };
+
+    /// The source of the profile that the cache gives if a probe ends as `found`.
+    async fn ask(
+        cache: &ProfileCache,
+        server: usize,
+        capabilities: &Capabilities,
+        found: Source,
+    ) -> Source {
+        let find = || async { BrokerProfile::unseen(capabilities, found) };
+        cache.get_or_find(server, capabilities, find).await.source
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_profile_holds_for_an_hour() {
+        let cache = ProfileCache::default();
+        assert!(cache.current().lock().is_none());
+        assert_eq!(
+            ask(&cache, 0, &CAPABILITIES, Source::Probed).await,
+            Source::Probed
+        );
+        assert_eq!(
+            ask(&cache, 0, &CAPABILITIES, Source::Connack).await,
+            Source::Probed
+        );
+        tokio::time::advance(GOOD_FOR).await;
+        assert_eq!(
+            ask(&cache, 0, &CAPABILITIES, Source::Connack).await,
+            Source::Connack
+        );
+        let current = cache.current().lock().clone();
+        assert_eq!(current.map(|profile| profile.source), Some(Source::Connack));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_cut_short_does_not_replace_the_profile_of_the_same_broker() {
+        let cache = ProfileCache::default();
         let other = Capabilities {
             receive_maximum: 99,
-            ..capabilities
+            ..CAPABILITIES
         };
-        assert!(!known.outlives(1, &other, &seen(Source::Partly)));
+        ask(&cache, 1, &CAPABILITIES, Source::Probed).await;
+        tokio::time::advance(GOOD_FOR).await;
+        assert_eq!(
+            ask(&cache, 1, &CAPABILITIES, Source::Partly).await,
+            Source::Probed
+        );
+        assert_eq!(ask(&cache, 1, &other, Source::Partly).await, Source::Partly);
+        ask(&cache, 1, &CAPABILITIES, Source::Probed).await;
+        assert_eq!(
+            ask(&cache, 0, &CAPABILITIES, Source::Partly).await,
+            Source::Partly
+        );
     }
 }

@@ -54,10 +54,7 @@ pub async fn probe<IO>(
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let version = match capabilities.version_5 {
-        true => Version::V5,
-        false => Version::V311,
-    };
+    let version = capabilities.version;
     let mut profile = BrokerProfile::unseen(capabilities, Source::Probed);
     let mut probe = Probe {
         io,
@@ -145,8 +142,12 @@ impl<IO> Probe<'_, IO>
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send,
 {
+    fn maximum_qos(&self) -> u8 {
+        self.capabilities.maximum_qos as u8
+    }
+
     async fn overlap(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
-        let one = self.capabilities.maximum_qos.min(1);
+        let one = self.maximum_qos().min(1);
         let filters = [("o/a", 0, 1), ("o/+", one, 2), ("o/#", one, 3)];
         for (name, qos, identifier) in filters {
             self.subscribe(name, qos, 2, true, Some(identifier)).await?;
@@ -162,8 +163,8 @@ where
             return Err(Cut("nothing came back".into()));
         }
         let alone = copies.len() == 1;
-        profile.copies = Some(if alone { Copies::One } else { Copies::Many });
-        profile.overlap_qos = Some(match copies.first() {
+        profile.quirks.copies = Some(if alone { Copies::One } else { Copies::Many });
+        profile.quirks.overlap_qos = Some(match copies.first() {
             Some(c) if alone && (c.qos as u8) < one => OverlapQos::Lower,
             _ if alone => OverlapQos::Highest,
             _ => OverlapQos::Each,
@@ -172,29 +173,29 @@ where
             return Ok(());
         }
         if self.capabilities.identifiers {
-            profile.identifiers = match identified {
+            profile.quirks.identifiers = match identified {
                 true => Identifiers::Working,
                 false => Identifiers::Broken,
             };
         }
-        profile.properties = Some(copies.iter().all(|c| {
+        profile.quirks.properties = Some(copies.iter().all(|c| {
             let kept = c.properties.iter().map(|(k, v)| (k.as_str(), v.as_str()));
             kept.eq(PROPERTIES)
         }));
         if !self.capabilities.retain_available {
             return Ok(());
         }
-        profile.retain_as_published = Some(copies.iter().all(|c| c.retain));
+        profile.quirks.retain_as_published = Some(copies.iter().all(|c| c.retain));
         self.subscribe("o/a", 0, 2, true, Some(1)).await?;
         self.settle(QUIET).await?;
         let replays = std::mem::take(&mut self.got.publishes);
-        profile.retain_handling = Some(replays.is_empty());
+        profile.quirks.retain_handling = Some(replays.is_empty());
         Ok(())
     }
 
     /// A filter whose QoS is raised brings each message once.
     async fn replace(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
-        if self.capabilities.maximum_qos == 0 {
+        if self.maximum_qos() == 0 {
             return Ok(());
         }
         for qos in [0, 1] {
@@ -203,7 +204,8 @@ where
         self.publish("q", b"once", 1, false).await?;
         self.settle(QUIET).await?;
         let copies = std::mem::take(&mut self.got.publishes);
-        profile.replaces = Some(matches!(&copies[..], [only] if only.qos == QoS::AtLeastOnce));
+        profile.quirks.replaces =
+            Some(matches!(&copies[..], [only] if only.qos == QoS::AtLeastOnce));
         Ok(())
     }
 
@@ -219,7 +221,7 @@ where
         if !self.capabilities.retain_available {
             return Ok(());
         }
-        let qos = self.capabilities.maximum_qos.min(1);
+        let qos = self.maximum_qos().min(1);
         for n in 0..RETAINED {
             self.publish(&format!("r/{n}"), b"retained", qos, true)
                 .await?;
@@ -240,11 +242,12 @@ where
         let until = begun + RETAINED_LATE;
         while self.got.publishes.len() < RETAINED && self.read_until(until).await? {}
         let all = std::mem::take(&mut self.got.publishes).len();
-        profile.retained_within = (all >= RETAINED).then(|| begun.elapsed().as_millis() as u32);
-        profile.retained_wildcard = Some(all >= RETAINED);
-        profile.retained_marker = (all > 0).then_some(before >= RETAINED);
+        profile.quirks.retained_within =
+            (all >= RETAINED).then(|| begun.elapsed().as_millis() as u32);
+        profile.quirks.retained_wildcard = Some(all >= RETAINED);
+        profile.quirks.retained_marker = (all > 0).then_some(before >= RETAINED);
         if all == 0 {
-            profile.retained_within = self.retained_exact().await?;
+            profile.quirks.retained_within = self.retained_exact().await?;
         }
         Ok(())
     }
@@ -260,7 +263,7 @@ where
     }
 
     async fn window(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
-        if self.capabilities.maximum_qos == 0 {
+        if self.maximum_qos() == 0 {
             return Ok(());
         }
         self.subscribe("w", 1, 2, true, Some(5)).await?;
@@ -273,7 +276,7 @@ where
             self.quiet(QUIET_LATE).await?;
         }
         self.hold = false;
-        profile.window = u16::try_from(self.held.len()).ok();
+        profile.quirks.window = u16::try_from(self.held.len()).ok();
         self.acknowledge().await?;
         self.settle(QUIET).await?;
         self.got.publishes.clear();
@@ -285,8 +288,8 @@ where
             return Ok(());
         }
         // Until it is seen to work it does not.
-        profile.shared = SharedSubscriptions::Refused;
-        let qos = self.capabilities.maximum_qos.min(1);
+        profile.quirks.shared = SharedSubscriptions::Refused;
+        let qos = self.maximum_qos().min(1);
         let name = format!("$share/tidegate-probe/{}/s", self.topic);
         let mut out = Vec::new();
         let id = self.encode_exact(&name, qos, 2, true, Some(6), &mut out);
@@ -296,12 +299,12 @@ where
             profile.missing.push(format!("shared subscriptions: {why}"));
             return Ok(());
         }
-        profile.shared = SharedSubscriptions::Dead;
+        profile.quirks.shared = SharedSubscriptions::Dead;
         self.publish("s", b"shared", qos, false).await?;
         let until = Instant::now() + QUIET_LATE;
         while self.got.publishes.is_empty() && self.read_until(until).await? {}
         if !self.got.publishes.is_empty() {
-            profile.shared = SharedSubscriptions::Alive;
+            profile.quirks.shared = SharedSubscriptions::Alive;
             self.got.publishes.clear();
         }
         Ok(())

@@ -4,9 +4,10 @@ mod placement;
 
 use crate::sim::testing::{PROBES, ack, client, read, router, subscribe, subscribe_handling, up};
 use crate::store::{Identifiers, Memory, Received, Ring, Store};
-use crate::upstream::link::machine::{LinkEnd, Machine};
+use crate::upstream::link::end::LinkEnd;
+use crate::upstream::link::machine::Machine;
 
-use crate::upstream::link::data::Data;
+use crate::upstream::link::data::DataLink;
 
 fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Publish<'a> {
     Publish {
@@ -27,9 +28,9 @@ fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Pu
 #[test]
 fn acknowledgements_are_first_in_first_out() {
     let router = router();
-    let mut link = Data::new(router, 0, 1, PROBES.into(), &Memory);
+    let mut link = DataLink::new(router, 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
-    link.up(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), 0, &mut out);
     for (id, qos) in [
         (7, QoS::AtLeastOnce),
         (3, QoS::ExactlyOnce),
@@ -53,9 +54,9 @@ fn acknowledgements_are_first_in_first_out() {
 fn a_redelivery_is_acknowledged_and_not_delivered_again() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
-    link.up(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), 0, &mut out);
     subscribe(&router, who, "t");
     link.poll(0, &mut out);
     let asked = read(&mut out);
@@ -80,8 +81,8 @@ fn a_redelivery_is_acknowledged_and_not_delivered_again() {
         .expect("it is expected");
     link.batch_ended(0, &mut out);
     assert_eq!(delivered(), 1);
-    link.down(&LinkEnd::closed(), 0);
-    link.up(&up(true, 100), 0, &mut out);
+    link.disconnected(&LinkEnd::Closed, 0);
+    link.connected(&up(true, 100), 0, &mut out);
     out.clear();
     let message = publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1]);
     link.packet(&Packet::Publish(message), 0, &mut out)
@@ -122,9 +123,9 @@ impl Store for Before {
 #[test]
 fn what_the_store_remembers_of_a_link_is_not_delivered_again() {
     for (number, session_present, delivered) in [(1, true, 0), (1, false, 1), (0, true, 1)] {
-        let mut link = Data::new(router(), number, 1, PROBES.into(), &Before);
+        let mut link = DataLink::new(router(), number, 1, PROBES.into(), &Before);
         let mut out = Vec::new();
-        link.up(&up(session_present, 100), 0, &mut out);
+        link.connected(&up(session_present, 100), 0, &mut out);
         let message = publish(5, QoS::AtLeastOnce, b"one", b"");
         link.packet(&Packet::Publish(message), 0, &mut out)
             .expect("it is expected");
@@ -136,9 +137,9 @@ fn what_the_store_remembers_of_a_link_is_not_delivered_again() {
 #[test]
 fn qos_2_is_delivered_once_until_released() {
     let router = router();
-    let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
-    link.up(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), 0, &mut out);
     for _ in 0..3 {
         let message = publish(5, QoS::ExactlyOnce, b"two", b"");
         link.packet(&Packet::Publish(message), 0, &mut out)
@@ -158,9 +159,9 @@ fn qos_2_is_delivered_once_until_released() {
 fn a_lost_session_is_subscribed_again() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
-    link.up(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), 0, &mut out);
     subscribe(&router, who, "t");
     link.poll(0, &mut out);
     let asked = read(&mut out);
@@ -171,13 +172,13 @@ fn a_lost_session_is_subscribed_again() {
     };
     link.packet(&Packet::Suback(suback), 0, &mut out)
         .expect("it is expected");
-    link.down(&LinkEnd::closed(), 0);
+    link.disconnected(&LinkEnd::Closed, 0);
     assert!(!router.data_settled());
-    link.up(&up(true, 100), 0, &mut out);
+    link.connected(&up(true, 100), 0, &mut out);
     assert!(read(&mut out).is_empty(), "the core has it still");
     assert!(router.data_settled());
-    link.down(&LinkEnd::closed(), 0);
-    link.up(&up(false, 100), 0, &mut out);
+    link.disconnected(&LinkEnd::Closed, 0);
+    link.connected(&up(false, 100), 0, &mut out);
     let again = read(&mut out);
     assert_eq!(again.len(), 1);
     assert_eq!(again[0].0, "subscribe");
@@ -190,9 +191,9 @@ fn a_fetched_message_waits_for_what_the_data_link_carries() {
     for live in [true, false] {
         let router = router();
         let who = client(&router, "a");
-        let mut link = Data::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+        let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
         let mut out = Vec::new();
-        link.up(&up(false, 100), 0, &mut out);
+        link.connected(&up(false, 100), 0, &mut out);
         subscribe_handling(&router, who, "t", 0);
         link.poll(0, &mut out);
         let suback = Suback {

@@ -1,9 +1,10 @@
 use crate::mqtt::{Packet, QoS};
 use crate::router::LinkSession;
 use crate::sim::testing::{ack, client, publish, publish_at, read, router, up};
-use crate::upstream::link::machine::{LinkEnd, Machine};
+use crate::upstream::link::end::LinkEnd;
+use crate::upstream::link::machine::Machine;
 
-use crate::upstream::link::publish::Publisher;
+use crate::upstream::link::publish::PublishLink;
 
 fn payloads(out: &mut Vec<u8>) -> Vec<String> {
     read(out).into_iter().map(|(what, _)| what).collect()
@@ -19,9 +20,9 @@ fn numbered(from: u32, to: u32, dup: bool) -> Vec<String> {
 fn the_window_of_the_core_is_never_exceeded() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    link.up(&up(false, 3), 0, &mut out);
+    link.connected(&up(false, 3), 0, &mut out);
     for n in 0..10 {
         publish(&router, who, n);
     }
@@ -42,17 +43,17 @@ fn the_window_of_the_core_is_never_exceeded() {
 fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    link.up(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), 0, &mut out);
     for n in 0..10 {
         publish(&router, who, n);
     }
     link.poll(0, &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 10, false));
-    link.down(&LinkEnd::closed(), 0);
+    link.disconnected(&LinkEnd::Closed, 0);
     publish(&router, who, 10);
-    link.up(&up(true, 4), 0, &mut out);
+    link.connected(&up(true, 4), 0, &mut out);
     let again = read(&mut out);
     let words: Vec<String> = again.iter().map(|(w, _)| w.clone()).collect();
     assert_eq!(words, numbered(0, 4, true));
@@ -79,16 +80,16 @@ fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
 fn a_lost_session_makes_them_new() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    link.up(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), 0, &mut out);
     for n in 0..5 {
         publish(&router, who, n);
     }
     link.poll(0, &mut out);
     out.clear();
-    link.down(&LinkEnd::closed(), 0);
-    link.up(&up(false, 100), 0, &mut out);
+    link.disconnected(&LinkEnd::Closed, 0);
+    link.connected(&up(false, 100), 0, &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 5, false));
 }
 
@@ -97,10 +98,10 @@ fn a_lost_session_makes_them_new() {
 fn a_link_that_comes_back_waits_for_the_data_links() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
     router.data_link_down(0, 0);
-    link.up(&up(false, 100), 1000, &mut out);
+    link.connected(&up(false, 100), 1000, &mut out);
     publish(&router, who, 0);
     link.poll(1050, &mut out);
     assert!(out.is_empty());
@@ -114,10 +115,10 @@ fn a_link_that_comes_back_waits_for_the_data_links() {
 fn a_data_link_that_stays_away_does_not_hold_publishes_for_ever() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
     router.data_link_down(0, 0);
-    link.up(&up(false, 100), 1000, &mut out);
+    link.connected(&up(false, 100), 1000, &mut out);
     publish(&router, who, 0);
     link.poll(5999, &mut out);
     assert!(out.is_empty());
@@ -129,14 +130,14 @@ fn a_data_link_that_stays_away_does_not_hold_publishes_for_ever() {
 fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize) {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
     for n in 0..publishes {
         publish(&router, who, n);
     }
     let (mut taken, mut cuts) = (Vec::new(), 0);
     loop {
-        link.up(&up(true, 10), 0, &mut out);
+        link.connected(&up(true, 10), 0, &mut out);
         let cut = loop {
             let sent = read(&mut out);
             if sent.is_empty() {
@@ -162,7 +163,7 @@ fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize)
             router.data_link_down(0, 0);
             router.data_link_up(0, LinkSession::Resumed, false, 0);
         }
-        link.down(&LinkEnd::closed(), 0);
+        link.disconnected(&LinkEnd::Closed, 0);
         out.clear();
     }
 }
@@ -190,9 +191,9 @@ fn a_core_that_restarts_finds_no_fault_with_a_publish() {
 fn releases_wait_for_no_quota_and_keep_their_order() {
     let router = router();
     let who = client(&router, "a");
-    let mut link = Publisher::new(router.clone(), 0, 1);
+    let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    link.up(&up(false, 10), 0, &mut out);
+    link.connected(&up(false, 10), 0, &mut out);
     for n in 0..6 {
         publish_at(&router, who, n, QoS::ExactlyOnce);
     }
@@ -210,8 +211,8 @@ fn releases_wait_for_no_quota_and_keep_their_order() {
         all.map(|(_, id)| *id).collect()
     };
     assert_eq!(pubrels(&read(&mut out)), released);
-    link.down(&LinkEnd::closed(), 0);
-    link.up(&up(true, 1), 0, &mut out);
+    link.disconnected(&LinkEnd::Closed, 0);
+    link.connected(&up(true, 1), 0, &mut out);
     let again = read(&mut out);
     assert_eq!(pubrels(&again), released);
     assert_eq!(again.len(), 3, "no publish beside them: {again:?}");

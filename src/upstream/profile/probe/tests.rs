@@ -4,6 +4,7 @@ use super::*;
 use crate::config::Quirk;
 use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
 use crate::mqtt::Connect;
+use crate::upstream::profile::Mapping;
 
 async fn record(quirks: &[Quirk]) -> (BrokerProfile, EmbeddedBroker) {
     let core = EmbeddedBroker::start(EmbeddedOptions::with_quirks(quirks));
@@ -29,15 +30,7 @@ async fn record(quirks: &[Quirk]) -> (BrokerProfile, EmbeddedBroker) {
     let capabilities = loop {
         io.read_buf(&mut rest).await.expect("a pipe");
         if let Some((Packet::Connack(c), used)) = decoder.next(&rest).expect("legal") {
-            let capabilities = Capabilities {
-                version_5: !v3,
-                identifiers: !v3 && c.subscription_ids_available.unwrap_or(true),
-                shared: c.shared_subscription_available.unwrap_or(true),
-                receive_maximum: c.receive_maximum.unwrap_or(u16::MAX),
-                maximum_qos: c.maximum_qos.map_or(2, |q| q as u8),
-                maximum_packet_size: c.maximum_packet_size,
-                retain_available: c.retain_available.unwrap_or(true),
-            };
+            let capabilities = Capabilities::of(version, &c);
             let _ = rest.split_to(used);
             break capabilities;
         }
@@ -50,22 +43,22 @@ async fn record(quirks: &[Quirk]) -> (BrokerProfile, EmbeddedBroker) {
 async fn a_polite_core() {
     let (seen, core) = record(&[]).await;
     assert_eq!(seen.source, Source::Probed, "{seen}");
-    assert_eq!(seen.copies, Some(Copies::Many));
-    assert_eq!(seen.overlap_qos, Some(OverlapQos::Each));
-    assert_eq!(seen.identifiers, Identifiers::Working);
-    assert_eq!(seen.shared, SharedSubscriptions::Alive);
-    assert_eq!(seen.window, Some(WINDOW_PROBED));
+    assert_eq!(seen.quirks.copies, Some(Copies::Many));
+    assert_eq!(seen.quirks.overlap_qos, Some(OverlapQos::Each));
+    assert_eq!(seen.quirks.identifiers, Identifiers::Working);
+    assert_eq!(seen.quirks.shared, SharedSubscriptions::Alive);
+    assert_eq!(seen.quirks.window, Some(WINDOW_PROBED));
     for yes in [
-        seen.retain_handling,
-        seen.replaces,
-        seen.retain_as_published,
-        seen.retained_wildcard,
-        seen.retained_marker,
-        seen.properties,
+        seen.quirks.retain_handling,
+        seen.quirks.replaces,
+        seen.quirks.retain_as_published,
+        seen.quirks.retained_wildcard,
+        seen.quirks.retained_marker,
+        seen.quirks.properties,
     ] {
         assert_eq!(yes, Some(true), "{seen}");
     }
-    assert!(seen.keeps_retain() && seen.keeps_properties() && seen.shares());
+    assert!(seen.keeps_retain() && seen.keeps_properties() && seen.grants_shared());
     tokio::time::sleep(Duration::from_millis(10)).await;
     assert_eq!(core.stats().retained, 0, "it cleans up");
     assert_eq!(core.stats().sessions, 0);
@@ -74,42 +67,47 @@ async fn a_polite_core() {
 #[tokio::test(start_paused = true)]
 async fn each_quirk_is_seen() {
     let one = record(&[Quirk::One]).await.0;
-    assert_eq!(one.copies, Some(Copies::One));
-    assert_eq!(one.overlap_qos, Some(OverlapQos::Highest));
-    assert_eq!(one.identifiers, Identifiers::Working);
+    assert_eq!(one.quirks.copies, Some(Copies::One));
+    assert_eq!(one.quirks.overlap_qos, Some(OverlapQos::Highest));
+    assert_eq!(one.quirks.identifiers, Identifiers::Working);
 
     let lowest = record(&[Quirk::LowestQos]).await.0;
-    assert_eq!(lowest.overlap_qos, Some(OverlapQos::Lower));
-    assert_eq!(lowest.identifiers, Identifiers::Working);
+    assert_eq!(lowest.quirks.overlap_qos, Some(OverlapQos::Lower));
+    assert_eq!(lowest.quirks.identifiers, Identifiers::Working);
 
     let queues = record(&[Quirk::TwoQueues, Quirk::V311]).await.0;
-    assert_eq!(queues.copies, Some(Copies::Many));
-    assert_eq!(queues.replaces, Some(false));
+    assert_eq!(queues.quirks.copies, Some(Copies::Many));
+    assert_eq!(queues.quirks.replaces, Some(false));
     assert!(!queues.replaces());
 
     let nameless = record(&[Quirk::NoIds]).await.0;
-    assert_eq!(nameless.identifiers, Identifiers::None);
-    assert_eq!(nameless.mapping(), "colour");
+    assert_eq!(nameless.quirks.identifiers, Identifiers::None);
+    assert_eq!(nameless.mapping(), Mapping::DisjointPlacement);
 
     let small = record(&[Quirk::SmallWindow]).await.0;
-    assert_eq!(small.window, Some(10));
-    assert_eq!(small.receive_maximum, 10);
+    assert_eq!(small.quirks.window, Some(10));
+    assert_eq!(small.capabilities.receive_maximum, 10);
 
     let dead = record(&[Quirk::DeadShared]).await.0;
-    assert_eq!(dead.shared, SharedSubscriptions::Dead);
-    assert!(!dead.shares());
+    assert_eq!(dead.quirks.shared, SharedSubscriptions::Dead);
+    assert!(!dead.grants_shared());
     let refused = record(&[Quirk::NoShared]).await.0;
-    assert_eq!(refused.shared, SharedSubscriptions::Refused);
+    assert_eq!(refused.quirks.shared, SharedSubscriptions::Refused);
 
     let forgetful = record(&[Quirk::NoRap]).await.0;
-    assert_eq!(forgetful.retain_as_published, Some(false));
+    assert_eq!(forgetful.quirks.retain_as_published, Some(false));
     assert!(!forgetful.keeps_retain());
 
     let late = record(&[Quirk::LateRetained]).await.0;
-    assert_eq!(late.retained_marker, Some(false), "nothing came before it");
-    assert_eq!(late.retained_wildcard, Some(true));
+    assert_eq!(
+        late.quirks.retained_marker,
+        Some(false),
+        "nothing came before it"
+    );
+    assert_eq!(late.quirks.retained_wildcard, Some(true));
     assert!(
-        late.retained_within
+        late.quirks
+            .retained_within
             .is_some_and(|ms| (300..500).contains(&ms))
     );
     assert!(late.fetch_quiet() >= 1200);
@@ -120,10 +118,10 @@ async fn each_quirk_is_seen() {
 async fn an_old_core() {
     let (seen, core) = record(&[Quirk::V311]).await;
     assert_eq!(seen.source, Source::Probed, "{seen}");
-    assert_eq!(seen.protocol, "3.1.1");
-    assert_eq!(seen.identifiers, Identifiers::None);
-    assert_eq!(seen.copies, Some(Copies::Many));
-    assert_eq!(seen.retained_marker, Some(true));
+    assert_eq!(seen.capabilities.version, Version::V311);
+    assert_eq!(seen.quirks.identifiers, Identifiers::None);
+    assert_eq!(seen.quirks.copies, Some(Copies::Many));
+    assert_eq!(seen.quirks.retained_marker, Some(true));
     assert!(!seen.keeps_retain() && !seen.keeps_properties());
     assert_eq!(core.stats().retained, 0);
 }
@@ -132,11 +130,11 @@ async fn an_old_core() {
 async fn a_core_that_says_nothing_is_assumed_at_its_worst() {
     let (mut ours, theirs) = tokio::io::duplex(1 << 20);
     let capabilities = Capabilities {
-        version_5: true,
+        version: Version::V5,
         identifiers: true,
         shared: true,
         receive_maximum: 20,
-        maximum_qos: 2,
+        maximum_qos: QoS::ExactlyOnce,
         maximum_packet_size: None,
         retain_available: true,
     };
@@ -144,8 +142,8 @@ async fn a_core_that_says_nothing_is_assumed_at_its_worst() {
     let seen = probe(&mut ours, &capabilities, "p", BytesMut::new()).await;
     assert!(begun.elapsed() <= PROBE_TIME + Duration::from_secs(1));
     assert_eq!(seen.source, Source::Partly);
-    assert_eq!(seen.identifiers, Identifiers::Assumed);
-    assert!(!seen.shares() && !seen.keeps_retain());
+    assert_eq!(seen.quirks.identifiers, Identifiers::Assumed);
+    assert!(!seen.grants_shared() && !seen.keeps_retain());
     assert_eq!(seen.missing.len(), 1, "{seen}");
     drop(theirs);
     let seen = probe(&mut ours, &capabilities, "p", BytesMut::new()).await;

@@ -7,14 +7,15 @@ use crate::router::{Connected, Router, RouterConfig};
 use crate::sim::testing::{PROBES, client, config, facts, read, router_of, subscribe_handling, up};
 use crate::store::Memory;
 use crate::topics::FilterId;
-use crate::upstream::link::machine::{LinkEnd, Machine};
+use crate::upstream::link::end::LinkEnd;
+use crate::upstream::link::machine::Machine;
 
-use crate::upstream::link::data::Data;
+use crate::upstream::link::data::DataLink;
 
 /// Data links to a core that grants what it is asked.
 struct Core {
     router: Arc<Router>,
-    links: Vec<Data>,
+    links: Vec<DataLink>,
 }
 
 impl Core {
@@ -24,7 +25,7 @@ impl Core {
             ..config()
         });
         router.set_broker_features(&facts(), 0);
-        let link = |n| Data::new(router.clone(), n, 1, PROBES.into(), &Memory);
+        let link = |n| DataLink::new(router.clone(), n, 1, PROBES.into(), &Memory);
         let mut core = Self {
             links: (0..links).map(link).collect(),
             router,
@@ -38,12 +39,12 @@ impl Core {
     /// A link comes up, and is granted what it asks for.
     fn rises(&mut self, link: usize, session_present: bool) {
         let mut out = Vec::new();
-        self.links[link].up(&up(session_present, 100), 0, &mut out);
+        self.links[link].connected(&up(session_present, 100), 0, &mut out);
         self.grant(link, out);
     }
 
     fn falls(&mut self, link: usize) {
-        self.links[link].down(&LinkEnd::closed(), 0);
+        self.links[link].disconnected(&LinkEnd::Closed, 0);
     }
 
     /// The client subscribes, and the core grants it on whatever link it is asked on: that link's.
@@ -302,7 +303,7 @@ fn a_flap_before_the_answer_makes_nothing_known_new() {
     assert_eq!(core.got(who), "1");
     core.falls(0);
     let link = &mut core.links[0];
-    link.up(&up(false, 100), 0, &mut Vec::new());
+    link.connected(&up(false, 100), 0, &mut Vec::new());
     core.falls(0);
     core.rises(0, true);
     let (number, _) = core.router.next_fetches(1)[0].clone();
@@ -317,7 +318,7 @@ fn a_flap_before_the_answer_makes_nothing_known_new() {
 fn a_lost_group_is_not_fetched() {
     let mut core = Core::new(1);
     let shared = core.router.shared_link(0);
-    let link = Data::new(core.router.clone(), shared, 1, PROBES.into(), &Memory);
+    let link = DataLink::new(core.router.clone(), shared, 1, PROBES.into(), &Memory);
     core.links.push(link);
     core.rises(1, false);
     let who = client(&core.router, "a");
@@ -354,7 +355,7 @@ fn a_filter_that_nobody_holds_is_not_revived_by_other_facts() {
     };
     assert!(core.router.set_broker_features(&other, 600_001));
     let mut out = Vec::new();
-    core.links[0].up(&up(false, 100), 600_001, &mut out);
+    core.links[0].connected(&up(false, 100), 600_001, &mut out);
     assert!(read(&mut out).is_empty());
 }
 
@@ -373,6 +374,6 @@ fn another_word_on_retain_begins_all_links_anew() {
     assert!(!core.router.set_broker_features(&other, 0));
     core.falls(0);
     let mut out = Vec::new();
-    core.links[0].up(&up(false, 100), 0, &mut out);
+    core.links[0].connected(&up(false, 100), 0, &mut out);
     assert_eq!(read(&mut out).len(), 1);
 }

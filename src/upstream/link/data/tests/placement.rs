@@ -17,9 +17,9 @@ use crate::sim::testing::{PROBES, client, config, facts, packet_of, router_of, u
 use crate::store::Memory;
 use crate::time::Millis;
 use crate::topics::split_shared;
-use crate::upstream::link::machine::{Machine, Up};
+use crate::upstream::link::machine::{Handshake, Machine};
 
-use crate::upstream::link::data::Data;
+use crate::upstream::link::data::DataLink;
 
 const CLIENTS: usize = 4;
 const FILTERS: [&str; 20] = [
@@ -87,7 +87,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 /// A link with what the core holds for it.
 struct Link {
-    machine: Data,
+    machine: DataLink,
     held: BTreeMap<String, (Option<u32>, QoS)>,
 }
 
@@ -127,13 +127,13 @@ impl Run {
         router.set_broker_features(&known, 0);
         let mut links = Vec::new();
         for number in 0..data_links + shared_links {
-            let mut machine = Data::new(router.clone(), number, 1, PROBES.into(), &Memory);
-            let state = Up {
+            let mut machine = DataLink::new(router.clone(), number, 1, PROBES.into(), &Memory);
+            let state = Handshake {
                 identifiers: named,
                 ..up(false, 65_535)
             };
             let mut out = Vec::new();
-            machine.up(&state, 0, &mut out);
+            machine.connected(&state, 0, &mut out);
             links.push(Link {
                 machine,
                 held: BTreeMap::new(),

@@ -1,0 +1,122 @@
+//! Finds out the broker's profile: from the cache, or by a probe on a connection of its own.
+
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use tokio::time::timeout;
+
+use crate::config::{Probe, Protocol, Server};
+use crate::mqtt::Version;
+use crate::telemetry::metrics;
+use crate::transport::dial::Dialed;
+
+use crate::upstream::broker::{Broker, BrokerAccess};
+use crate::upstream::connect::{ConnectError, connect_probe};
+use crate::upstream::profile::probe::{PROBE_TIME, probe};
+use crate::upstream::profile::{BrokerProfile, Capabilities, Source};
+
+/// The profile of the broker at the server of index `server`, which has just announced
+/// `capabilities`. Probes it if no cached profile fits.
+pub(super) async fn profile_of(
+    broker: &Broker,
+    server: usize,
+    capabilities: &Capabilities,
+) -> Arc<BrokerProfile> {
+    let config = &broker.access.config;
+    let find = || async {
+        match config.probe {
+            Probe::Off => BrokerProfile::unseen(capabilities, Source::Connack),
+            Probe::Auto => {
+                let address = &config.servers[server];
+                metrics().upstream_probes.increment(1);
+                let profile = probe_beside_link(broker, address, capabilities).await;
+                log(address, &profile);
+                profile
+            }
+        }
+    };
+    broker
+        .profiles
+        .get_or_find(server, capabilities, find)
+        .await
+}
+
+/// Probes the first server of a configuration, for a person.
+///
+/// # Errors
+/// Why the broker cannot be reached, as text.
+pub async fn probe_once(access: BrokerAccess) -> Result<BrokerProfile, String> {
+    let broker = Broker::new(access);
+    let config = &broker.access.config;
+    let Some(server) = config.servers.first() else {
+        return Err("upstream.servers is empty".into());
+    };
+    let versions: &[Version] = match config.protocol {
+        Protocol::Auto => &[Version::V5, Version::V311],
+        Protocol::V5 => &[Version::V5],
+        Protocol::V311 => &[Version::V311],
+    };
+    let mut refused = ConnectError::V5Refused;
+    for version in versions {
+        let connecting = connect_probe(&broker, server, *version);
+        let connected = timeout(config.connect_timeout, connecting).await;
+        match connected.unwrap_or(Err(ConnectError::Timeout)) {
+            Ok(connection) => return Ok(probe_over(&broker, connection).await),
+            Err(error @ ConnectError::V5Refused) => refused = error,
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    Err(refused.to_string())
+}
+
+/// Probes over a connection of its own, in the version that the links speak.
+async fn probe_beside_link(
+    broker: &Broker,
+    server: &Server,
+    capabilities: &Capabilities,
+) -> BrokerProfile {
+    let connecting = connect_probe(broker, server, capabilities.version);
+    let why = match timeout(PROBE_TIME, connecting).await {
+        Ok(Ok(connection)) => return probe_over(broker, connection).await,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "no CONNACK for the probe's connection in time".into(),
+    };
+    let mut profile = BrokerProfile::unseen(capabilities, Source::Partly);
+    profile.missing.push(why);
+    profile
+}
+
+async fn probe_over(
+    broker: &Broker,
+    (mut io, rest, capabilities): (Dialed, BytesMut, Capabilities),
+) -> BrokerProfile {
+    // Probes of several processes must not see each other's messages.
+    let nonce = getrandom::u32().unwrap_or_default();
+    let access = &broker.access;
+    let topic = format!("{}/{}/{nonce:08x}", access.config.probe_topic, access.node);
+    probe(&mut io, &capabilities, &topic, rest).await
+}
+
+fn log(server: &Server, profile: &BrokerProfile) {
+    let quirks = &profile.quirks;
+    tracing::info!(
+        server = %server,
+        software = profile.software.as_deref(),
+        protocol = profile.capabilities.version.name(),
+        mapping = profile.mapping().name(),
+        identifiers = quirks.identifiers.name(),
+        copies = quirks.copies.map(|copies| copies.name()),
+        replaces = quirks.replaces,
+        retain_as_published = quirks.retain_as_published,
+        shared = quirks.shared.name(),
+        window = quirks.window,
+        "The broker was probed"
+    );
+    for missing in &profile.missing {
+        tracing::warn!(
+            server = %server,
+            topic = "upstream.probe_topic",
+            "The probe of the broker was cut short; every quirk that it did not see is assumed at its worst: {missing}"
+        );
+    }
+}

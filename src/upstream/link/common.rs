@@ -1,0 +1,86 @@
+//! What the link machines share.
+
+use std::sync::Arc;
+
+use crate::mqtt::QoS;
+use crate::telemetry;
+use crate::time::Millis;
+use crate::topics::FilterId;
+
+/// User properties with this key are ours. They are stripped from clients' packets, and from
+/// messages of the broker.
+pub const RESERVED_KEY: &str = "tidegate";
+
+/// Bytes of filters in one SUBSCRIBE or UNSUBSCRIBE.
+const REQUEST_FILTER_BYTES: usize = 8 * 1024;
+
+/// Bytes that a filter costs in an UNSUBSCRIBE beside its text, rounded up.
+const FILTER_OVERHEAD_BYTES: usize = 4;
+
+/// The metric label of a QoS.
+pub(super) fn qos_label(qos: QoS) -> telemetry::Qos {
+    match qos {
+        QoS::AtMostOnce => telemetry::Qos::AtMostOnce,
+        QoS::AtLeastOnce => telemetry::Qos::AtLeastOnce,
+        QoS::ExactlyOnce => telemetry::Qos::ExactlyOnce,
+    }
+}
+
+/// Whether a topic lies below `probes`, where the probes of this node and of others publish.
+pub(super) fn is_probe(topic: &str, probes: &str) -> bool {
+    let rest = topic.strip_prefix(probes);
+    rest.is_some_and(|rest| rest.starts_with('/'))
+}
+
+/// When a message with this Message Expiry Interval (seconds) expires; `u64::MAX`: never.
+pub(super) fn expires_at(expiry: Option<u32>, now: Millis) -> Millis {
+    expiry.map_or(u64::MAX, |s| now + u64::from(s) * 1000)
+}
+
+/// The remaining Message Expiry Interval in seconds, rounded up; `None`: the message never expires.
+pub(super) fn remaining_expiry(expires_at: Millis, now: Millis) -> Option<u32> {
+    (expires_at != u64::MAX).then(|| {
+        let remaining = expires_at.saturating_sub(now).div_ceil(1000);
+        u32::try_from(remaining).unwrap_or(u32::MAX)
+    })
+}
+
+/// The next packet identifier after `last` that is not in use. Fewer than 65,535 must be in use.
+pub(super) fn next_id(last: &mut u16, in_use: impl Fn(u16) -> bool) -> u16 {
+    loop {
+        *last = last.wrapping_add(1);
+        if *last != 0 && !in_use(*last) {
+            return *last;
+        }
+    }
+}
+
+/// Cuts a list of filters into parts for one packet each, of at most `count_max` filters and
+/// `REQUEST_FILTER_BYTES` bytes. A filter that is larger makes a part of its own.
+pub(super) fn in_packets<T>(
+    all: &[T],
+    count_max: usize,
+    size: impl Fn(&T) -> usize,
+) -> impl Iterator<Item = &[T]> {
+    let mut rest = all;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let count = rest
+            .iter()
+            .take(count_max)
+            .take_while(|item| {
+                let first = bytes == 0;
+                bytes += size(item);
+                first || bytes <= REQUEST_FILTER_BYTES
+            })
+            .count();
+        let (these, others) = rest.split_at(count);
+        rest = others;
+        (!these.is_empty()).then_some(these)
+    })
+}
+
+/// Bytes of a filter in an UNSUBSCRIBE, rounded up.
+pub(super) fn unsubscribe_bytes((_, name): &(FilterId, Arc<str>)) -> usize {
+    name.len() + FILTER_OVERHEAD_BYTES
+}
