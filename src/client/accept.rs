@@ -92,7 +92,7 @@ pub(super) async fn open(
         && matches!(door.transport, "tcp" | "tls");
     if probed {
         tracing::debug!(listener = &*door.name, transport = door.transport, peer = %peer, "{}", refusal.why);
-    } else if let Some(suppressed) = REFUSALS.permit() {
+    } else if let Some(suppressed) = REFUSALS.permit(clients.clock.now()) {
         tracing::info!(
             client_id = refusal.client_id,
             listener = &*door.name,

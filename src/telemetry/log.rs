@@ -1,19 +1,21 @@
-//! The log: stderr, text or JSON, repeats counted instead of repeated.
+//! The log on standard error, as text or JSON. Repeated lines are counted instead of written.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tracing_subscriber::EnvFilter;
 
+use crate::time::Millis;
+
 /// Starts logging to stderr; later calls change nothing.
 ///
 /// # Errors
-/// When `level` is not a level or a list of filter directives.
+/// When `level` is neither a level nor a list of filter directives.
 pub fn init(level: &str, json: bool) -> Result<(), tracing_subscriber::filter::ParseError> {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::try_new(level)?)
         .with_writer(std::io::stderr);
-    // A logger that a test or an embedding program set up first stays.
+    // An error means that a test or an embedding program has set up a logger, which stays.
     let _ = if json {
         builder.json().flatten_event(true).try_init()
     } else {
@@ -24,31 +26,29 @@ pub fn init(level: &str, json: bool) -> Result<(), tracing_subscriber::filter::P
     Ok(())
 }
 
-/// Lets one line through per interval and counts the others.
+/// Permits one log line per interval and counts the others:
 ///
-/// ```
-/// # use tidegate::telemetry::RateLimited;
-/// # use std::time::Duration;
+/// ```text
 /// static FULL: RateLimited = RateLimited::new(Duration::from_secs(10));
-/// if let Some(suppressed) = FULL.permit() {
-///     tracing::warn!(suppressed, "a queue is full");
+/// if let Some(suppressed) = FULL.permit(now) {
+///     tracing::warn!(suppressed, "A queue is full");
 /// }
 /// ```
 pub struct RateLimited {
-    interval: Duration,
+    interval_ms: u64,
     state: Mutex<State>,
 }
 
 struct State {
-    last: Option<Instant>,
+    last: Option<Millis>,
     suppressed: u64,
 }
 
 impl RateLimited {
-    /// One line per `interval`.
+    /// Permits one line per `interval`.
     pub const fn new(interval: Duration) -> Self {
         Self {
-            interval,
+            interval_ms: interval.as_millis() as u64,
             state: Mutex::new(State {
                 last: None,
                 suppressed: 0,
@@ -56,15 +56,13 @@ impl RateLimited {
         }
     }
 
-    /// `Some(n)` when the line may be written: `n` were held back since the
-    /// last one.
-    pub fn permit(&self) -> Option<u64> {
-        self.permit_at(Instant::now())
-    }
-
-    fn permit_at(&self, now: Instant) -> Option<u64> {
+    /// `Some(n)` when the line may be written; `n` lines were suppressed since the last one.
+    pub fn permit(&self, now: Millis) -> Option<u64> {
         let mut state = self.state.lock();
-        if state.last.is_some_and(|last| now < last + self.interval) {
+        if let Some(last) = state.last
+            // Tests have several clocks, so `now` may be earlier than the last line.
+            && (last..last.saturating_add(self.interval_ms)).contains(&now)
+        {
             state.suppressed += 1;
             return None;
         }
@@ -73,7 +71,8 @@ impl RateLimited {
     }
 }
 
-/// A client's text fit for a log line: escaped, and cut to `max` characters.
+/// Makes a client's text fit for a log line: escapes control characters, and cuts the text to `max`
+/// characters.
 pub fn clean(text: &str, max: usize) -> String {
     let mut out = String::with_capacity(text.len().min(max));
     for (n, c) in text.chars().enumerate() {
@@ -81,7 +80,7 @@ pub fn clean(text: &str, max: usize) -> String {
             out.push('…');
             break;
         }
-        // Bidi and zero-width marks can make a line read as another.
+        // Bidirectional and zero-width marks can make one line look like another.
         if c.is_control()
             || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
         {
@@ -100,12 +99,13 @@ mod tests {
     #[test]
     fn repeats_are_counted() {
         let limited = RateLimited::new(Duration::from_secs(10));
-        let start = Instant::now();
-        assert_eq!(limited.permit_at(start), Some(0));
-        assert_eq!(limited.permit_at(start + Duration::from_secs(1)), None);
-        assert_eq!(limited.permit_at(start + Duration::from_secs(9)), None);
-        assert_eq!(limited.permit_at(start + Duration::from_secs(10)), Some(2));
-        assert_eq!(limited.permit_at(start + Duration::from_secs(20)), Some(0));
+        assert_eq!(limited.permit(500), Some(0));
+        assert_eq!(limited.permit(1_500), None);
+        assert_eq!(limited.permit(10_499), None);
+        assert_eq!(limited.permit(10_500), Some(2));
+        assert_eq!(limited.permit(20_500), Some(0));
+        // A clock that started later.
+        assert_eq!(limited.permit(0), Some(0));
     }
 
     #[test]
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_level_that_is_none_is_an_error() {
+    fn an_unknown_level_is_an_error() {
         assert!(init("tidegate=loud", false).is_err());
     }
 }

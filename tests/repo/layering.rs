@@ -11,7 +11,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("time", &[]),
     ("clock", &["time"]),
     ("topics", &[]),
-    ("telemetry", &[]),
+    ("telemetry", &["time"]),
     ("config", &["topics"]),
     ("store", &["time", "topics"]),
     ("mqtt", &["budget", "topics"]),

@@ -283,7 +283,7 @@ impl<'a> Connection<'a> {
 
     fn break_lane(&mut self, number: u8, reason: StreamReason, end: &End) {
         metrics().quic_streams_reset[reason].increment(1);
-        if let Some(suppressed) = RESETS.permit() {
+        if let Some(suppressed) = RESETS.permit(self.clients.clock.now()) {
             tracing::info!(
                 client_id = clean(&self.identity.client_id, 64),
                 listener = &*self.place.listener,

@@ -22,8 +22,8 @@ fn filter_has_below(table: &Table, number: FilterId) -> bool {
         .is_some_and(|f| f.root || !f.groups.is_empty())
 }
 
-fn refused(filter: &str, code: ReasonCode) {
-    if let Some(suppressed) = REFUSED.permit() {
+fn refused(filter: &str, code: ReasonCode, now: Millis) {
+    if let Some(suppressed) = REFUSED.permit(now) {
         tracing::warn!(
             filter = %clean(filter, 256),
             reason = code.name(),
@@ -164,7 +164,7 @@ impl Router {
                     filter.held = false;
                 }
                 qos = QoS::ExactlyOnce;
-                refused(&filter.name, code);
+                refused(&filter.name, code, now);
             } else {
                 filter.state = State::Active;
                 filter.held = true;

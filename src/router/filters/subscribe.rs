@@ -42,7 +42,7 @@ impl Router {
         for want in wanted {
             let options = want.options;
             if options.no_local && !self.properties_reach_core() {
-                if let Some(suppressed) = NO_LOCAL.permit() {
+                if let Some(suppressed) = NO_LOCAL.permit(now) {
                     tracing::warn!(
                     filter = %clean(&want.filter, 256),
                     suppressed,
@@ -74,7 +74,7 @@ impl Router {
                         table.bury(number, now);
                     }
                     drop(table);
-                    if let Some(suppressed) = OVERLAPPING.permit() {
+                    if let Some(suppressed) = OVERLAPPING.permit(now) {
                         tracing::warn!(
                         filter = %clean(&want.filter, 256),
                         overlaps = %clean(&other, 256),

@@ -45,7 +45,7 @@ impl Router {
             return;
         }
         if client_id.contains(['+', '#', '/']) || has_discouraged(client_id) {
-            if let Some(suppressed) = UNFIT.permit() {
+            if let Some(suppressed) = UNFIT.permit(now) {
                 tracing::warn!(
                     client_id = %clean(client_id, 256),
                     suppressed,
