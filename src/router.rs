@@ -300,8 +300,8 @@ impl Router {
             if let Effect::Unsubscribe { filters } = effect {
                 for left in filters {
                     shard.leave(reference.slot, left.filter);
-                    if !left.senior_over.is_empty() && !shard.leavers.leave(reference.slot, left) {
-                        left.senior_over.clear();
+                    if !left.primary_over.is_empty() && !shard.leavers.leave(reference.slot, left) {
+                        left.primary_over.clear();
                     }
                 }
                 shard.rejoin(reference.slot);
@@ -361,7 +361,7 @@ impl Router {
             return None;
         }
         slot.woken = false;
-        slot.session.connection()?.lanes_free(free);
+        slot.session.connection()?.streams_free(free);
         slot.session.pump(&self.limits, now);
         let side = slot.session.connection()?.take_output(free, empty);
         let aside = side.iter().map(|(_, b)| b.len()).sum::<usize>();

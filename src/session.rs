@@ -31,14 +31,14 @@ use crate::session::phase::Phase;
 
 pub use close::CloseReason;
 pub use connection::{Connection, ConnectionSpec, Scope};
-pub use effect::{Effect, Unsubscribed, Wanted};
-pub use entry::{Offer, Orphan};
+pub use effect::{Effect, SubscribeRequest, Unsubscribed};
+pub use entry::{Offer, Redelivery};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use incarnation::Incarnation;
 pub use lifecycle::{Attached, Ended};
 pub use limits::{DropReason, Policy, QueueFull, SessionLimits};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
-pub use overlap::{Senior, senior};
+pub use overlap::{Primary, primary};
 pub use subscriptions::{Subscription, hides};
 pub use will::Will;
 

@@ -467,7 +467,7 @@ impl<'a> Connection<'a> {
                 session.pump(limits, now);
                 let full = session
                     .connection_ref()
-                    .map_or(0, |c| c.full_lanes(BACKLOG_MAX));
+                    .map_or(0, |c| c.full_streams(BACKLOG_MAX));
                 (end, step, full)
             },
         );

@@ -74,7 +74,7 @@ impl Router {
     /// Whether a packet that arrived on a data stream has yet to be answered there.
     pub fn stream_busy(&self, session: SessionRef, connection_no: u64, stream: u8) -> bool {
         let busy = self.with(session, connection_no, |session, _| {
-            session.lane_busy(stream)
+            session.stream_busy(stream)
         });
         busy == Some(true)
     }
@@ -82,20 +82,22 @@ impl Router {
     /// A data stream takes no output: its subscriptions' messages go on the control stream.
     pub fn stream_blocked(&self, session: SessionRef, connection_no: u64, stream: u8) {
         self.on_stream(session, connection_no, |session| {
-            session.lane_blocked(stream)
+            session.stream_blocked(stream)
         });
     }
 
     /// The client ended its direction of a data stream. Answers still go there.
     pub fn stream_closed(&self, session: SessionRef, connection_no: u64, stream: u8) {
         self.on_stream(session, connection_no, |session| {
-            session.lane_closed(stream)
+            session.stream_closed(stream)
         });
     }
 
     /// A data stream ended in both directions.
     pub fn stream_ended(&self, session: SessionRef, connection_no: u64, stream: u8) {
-        self.on_stream(session, connection_no, |session| session.lane_ended(stream));
+        self.on_stream(session, connection_no, |session| {
+            session.stream_ended(stream)
+        });
     }
 
     fn on_stream(

@@ -19,7 +19,7 @@ const ALIASES_OUT_MAX: u16 = 64;
 const ALIAS_BYTES_MAX: usize = 128 * 1024;
 
 /// Bytes of output that may wait for a data stream, but for the last message.
-const LANE_BUFFER: usize = 16 * 1024;
+const STREAM_OUTPUT_MAX_BYTES: usize = 16 * 1024;
 
 /// Topics and their aliases toward the client; boxed, since few clients offer any. Streams keep no
 /// order with each other, so an alias is used on the stream that defined it only.
@@ -80,13 +80,13 @@ pub struct Connection {
     laden: u16,
     /// Subscriptions made on data streams.
     bound: Vec<Bound>,
-    /// Of each lane: a client may keep them for each stream apart.
+    /// Of each stream: a client may keep them for each stream apart.
     aliases_in: Vec<Vec<Option<Arc<str>>>>,
     aliases_out: Option<Box<AliasesOut>>,
     alias_out_max: u16,
 }
 
-/// The lane of what nobody is told any more: its stream is gone.
+/// The stream of what nobody is told any more: its stream is gone.
 pub(super) const NOWHERE: u8 = u8::MAX;
 
 /// A subscription that was made on a data stream: its messages go there.
@@ -95,7 +95,7 @@ struct Bound {
     name: Box<str>,
     /// The router's number of the filter; `None` until the router has taken the subscription.
     filter: Option<FilterId>,
-    lane: u8,
+    stream: u8,
 }
 
 /// A SUBSCRIBE whose filters are not all answered yet.
@@ -105,7 +105,7 @@ pub(super) struct PendingSubscribe {
     pub key: u16,
     pub packet_id: u16,
     /// Where the SUBACK goes.
-    pub lane: u8,
+    pub stream: u8,
     pub waiting: u16,
     pub codes: Vec<u8>,
     /// Filters that it names more than once.
@@ -184,20 +184,20 @@ impl Connection {
         self.keep_alive = None;
     }
 
-    /// The output of the control lane.
+    /// The output of the control stream.
     pub fn control(&mut self) -> &mut Vec<u8> {
         &mut self.output
     }
 
-    /// The output of `lane`: answers go where the packet came from.
-    pub fn lane(&mut self, lane: u8) -> &mut Vec<u8> {
-        if lane == 0 {
+    /// The output of `stream`: answers go where the packet came from.
+    pub fn output_on(&mut self, stream: u8) -> &mut Vec<u8> {
+        if stream == 0 {
             return &mut self.output;
         }
-        let index = match self.side_output.iter().position(|(l, _)| *l == lane) {
+        let index = match self.side_output.iter().position(|(l, _)| *l == stream) {
             Some(index) => index,
             None => {
-                self.side_output.push((lane, Vec::new()));
+                self.side_output.push((stream, Vec::new()));
                 self.side_output.len() - 1
             }
         };
@@ -209,12 +209,12 @@ impl Connection {
         !self.output.is_empty() || !self.side_output.is_empty()
     }
 
-    /// The lanes that are set in `free` have taken all that they were given.
-    pub fn lanes_free(&mut self, free: u16) {
+    /// The streams that are set in `free` have taken all that they were given.
+    pub fn streams_free(&mut self, free: u16) {
         self.laden &= !free;
     }
 
-    /// Takes the output of the lanes that are set in `free`: the control lane's in exchange for
+    /// Takes the output of the streams that are set in `free`: the control stream's in exchange for
     /// `empty`.
     pub fn take_output(&mut self, free: u16, empty: &mut Vec<u8>) -> Vec<(u8, Vec<u8>)> {
         if free & 1 != 0 {
@@ -226,52 +226,61 @@ impl Connection {
             let free = |side: &mut (u8, Vec<u8>)| free & 1 << side.0 != 0;
             self.side_output.extract_if(.., free).collect()
         };
-        let laden = taken.iter().filter(|(_, b)| b.len() >= LANE_BUFFER);
-        self.laden |= laden.fold(0, |all, (lane, _)| all | 1 << lane);
+        let laden = taken
+            .iter()
+            .filter(|(_, b)| b.len() >= STREAM_OUTPUT_MAX_BYTES);
+        self.laden |= laden.fold(0, |all, (stream, _)| all | 1 << stream);
         taken
     }
 
-    /// Room for another delivery on `lane` before its limit.
-    pub fn has_room(&self, limits: &SessionLimits, lane: u8) -> bool {
-        self.has_room_of(limits.output_buffer.load(Ordering::Relaxed), lane)
+    /// Room for another delivery on `stream` before its limit.
+    pub fn has_room(&self, limits: &SessionLimits, stream: u8) -> bool {
+        self.has_room_of(limits.output_buffer.load(Ordering::Relaxed), stream)
     }
 
-    fn has_room_of(&self, limit: usize, lane: u8) -> bool {
+    fn has_room_of(&self, limit: usize, stream: u8) -> bool {
         !self.closing
-            && match lane {
+            && match stream {
                 0 => self.output.len() < limit,
-                lane => self.laden & 1 << lane == 0 && self.side_len(lane) < limit.min(LANE_BUFFER),
+                stream => {
+                    self.laden & 1 << stream == 0
+                        && self.side_len(stream) < limit.min(STREAM_OUTPUT_MAX_BYTES)
+                }
             }
     }
 
     /// A SUBACK is due on a data stream, or something waits to be taken for it.
-    pub(super) fn lane_busy(&self, lane: u8) -> bool {
-        self.side_len(lane) > 0 || self.pending.iter().any(|p| p.lane == lane)
+    pub(super) fn stream_busy(&self, stream: u8) -> bool {
+        self.side_len(stream) > 0 || self.pending.iter().any(|p| p.stream == stream)
     }
 
-    fn side_len(&self, lane: u8) -> usize {
+    fn side_len(&self, stream: u8) -> usize {
         let mut all = self.side_output.iter();
-        all.find(|(l, _)| *l == lane).map_or(0, |(_, b)| b.len())
+        all.find(|(l, _)| *l == stream).map_or(0, |(_, b)| b.len())
     }
 
-    /// The lanes for which more than `max` bytes of output wait, as bits.
-    pub fn full_lanes(&self, max: usize) -> u16 {
+    /// The streams for which more than `max` bytes of output wait, as bits.
+    pub fn full_streams(&self, max: usize) -> u16 {
         let control = u16::from(self.output.len() > max);
         let side = self.side_output.iter().filter(|(_, b)| b.len() > max);
-        side.fold(control, |full, (lane, _)| full | 1 << lane)
+        side.fold(control, |full, (stream, _)| full | 1 << stream)
     }
 
-    /// Bytes of output that wait, on all lanes.
+    /// Bytes of output that wait, on all streams.
     pub fn output_len(&self) -> usize {
         self.output.len() + self.side_output.iter().map(|(_, b)| b.len()).sum::<usize>()
     }
 
-    /// A subscription was made on `lane`: its messages go there from now on.
-    pub(super) fn bind(&mut self, name: &str, lane: u8) {
+    /// A subscription was made on `stream`: its messages go there from now on.
+    pub(super) fn bind(&mut self, name: &str, stream: u8) {
         self.bound.retain(|b| *b.name != *name);
-        if lane != 0 {
+        if stream != 0 {
             let (name, filter) = (name.into(), None);
-            self.bound.push(Bound { name, filter, lane });
+            self.bound.push(Bound {
+                name,
+                filter,
+                stream,
+            });
         }
     }
 
@@ -287,55 +296,56 @@ impl Connection {
         }
     }
 
-    /// The lane that a filter's messages go on.
-    pub(super) fn lane_of(&self, filter: FilterId) -> u8 {
+    /// The stream that a filter's messages go on.
+    pub(super) fn stream_of(&self, filter: FilterId) -> u8 {
         let mut all = self.bound.iter();
-        all.find(|b| b.filter == Some(filter)).map_or(0, |b| b.lane)
+        all.find(|b| b.filter == Some(filter))
+            .map_or(0, |b| b.stream)
     }
 
     /// Subscriptions of a data stream go on the control stream from now on.
-    pub(super) fn unbind(&mut self, lane: u8) {
-        self.bound.retain(|b| b.lane != lane);
+    pub(super) fn unbind(&mut self, stream: u8) {
+        self.bound.retain(|b| b.stream != stream);
     }
 
     /// A data stream is gone: nothing goes there any more, and its number may be used again.
-    pub(super) fn lane_ended(&mut self, lane: u8) {
-        self.unbind(lane);
-        self.lanes_free(1 << lane);
-        self.side_output.retain(|(l, _)| *l != lane);
-        for pending in self.pending.iter_mut().filter(|p| p.lane == lane) {
-            pending.lane = NOWHERE;
+    pub(super) fn stream_ended(&mut self, stream: u8) {
+        self.unbind(stream);
+        self.streams_free(1 << stream);
+        self.side_output.retain(|(l, _)| *l != stream);
+        for pending in self.pending.iter_mut().filter(|p| p.stream == stream) {
+            pending.stream = NOWHERE;
         }
-        if let Some(aliases) = self.aliases_in.get_mut(usize::from(lane)) {
+        if let Some(aliases) = self.aliases_in.get_mut(usize::from(stream)) {
             *aliases = Vec::new();
         }
         if let Some(aliases) = &mut self.aliases_out {
-            aliases.table.retain(|_, (_, l)| *l != lane);
+            aliases.table.retain(|_, (_, l)| *l != stream);
         }
     }
 
-    /// Defines or uses a client's alias on the stream `lane`.
+    /// Defines or uses a client's alias on the stream `stream`.
     ///
     /// # Errors
     /// It was never defined, or the topics of all aliases together are too long to keep.
     pub fn resolve_alias(
         &mut self,
-        lane: u8,
+        stream: u8,
         alias: u16,
         topic: &str,
     ) -> Result<Arc<str>, CloseReason> {
         let undefined = CloseReason::TopicAliasUndefined;
         let index = usize::from(alias).checked_sub(1).ok_or(undefined)?;
-        let lane = usize::from(lane);
+        let stream = usize::from(stream);
         if topic.is_empty() {
-            let known = self.aliases_in.get(lane).and_then(|a| a.get(index));
+            let known = self.aliases_in.get(stream).and_then(|a| a.get(index));
             return known.cloned().flatten().ok_or(undefined);
         }
-        if self.aliases_in.len() <= lane {
-            self.aliases_in.resize(lane + 1, Vec::new());
+        if self.aliases_in.len() <= stream {
+            self.aliases_in.resize(stream + 1, Vec::new());
         }
-        if self.aliases_in[lane].len() <= index {
-            self.aliases_in[lane].resize(index + 1, None);
+        if self.aliases_in[stream].len() <= index {
+            self.aliases_in[stream].resize(index + 1, None);
         }
         let all = self.aliases_in.iter().flatten().flatten();
         let others: usize = all.map(|t| t.len()).sum();
@@ -343,18 +353,18 @@ impl Connection {
             return Err(CloseReason::TopicAliasBytes);
         }
         let topic: Arc<str> = topic.into();
-        self.aliases_in[lane][index] = Some(topic.clone());
+        self.aliases_in[stream][index] = Some(topic.clone());
         Ok(topic)
     }
 
     /// The alias for a delivery on `topic`: first come, first served [MQTT-3.1.2-26].
-    pub fn alias_for(&mut self, topic: &str, lane: u8) -> Alias {
+    pub fn alias_for(&mut self, topic: &str, stream: u8) -> Alias {
         if self.alias_out_max == 0 {
             return Alias::None;
         }
         let aliases = self.aliases_out.get_or_insert_default();
         match aliases.table.get(topic) {
-            Some((alias, on)) if *on == lane => return Alias::Use(*alias),
+            Some((alias, on)) if *on == stream => return Alias::Use(*alias),
             Some(_) => return Alias::None,
             None => {}
         }
@@ -363,7 +373,7 @@ impl Connection {
             return Alias::None;
         }
         aliases.given += 1;
-        aliases.table.insert(topic.into(), (aliases.given, lane));
+        aliases.table.insert(topic.into(), (aliases.given, stream));
         Alias::Define(aliases.given)
     }
 }
@@ -388,9 +398,12 @@ mod tests {
     #[test]
     fn a_data_stream_has_no_room_until_a_large_message_is_written() {
         let mut connection = connection();
-        let has_room = |c: &Connection, lane| c.has_room_of(1 << 20, lane);
-        for (size, room) in [(LANE_BUFFER - 1, true), (LANE_BUFFER, false)] {
-            connection.lane(4).extend(vec![0; size]);
+        let has_room = |c: &Connection, stream| c.has_room_of(1 << 20, stream);
+        for (size, room) in [
+            (STREAM_OUTPUT_MAX_BYTES - 1, true),
+            (STREAM_OUTPUT_MAX_BYTES, false),
+        ] {
+            connection.output_on(4).extend(vec![0; size]);
             assert_eq!(has_room(&connection, 4), room);
             let taken = connection.take_output(u16::MAX, &mut Vec::new());
             assert_eq!(taken.len(), 1);
@@ -398,19 +411,19 @@ mod tests {
             assert_eq!(has_room(&connection, 4), room);
             assert!(has_room(&connection, 5) && has_room(&connection, 0));
         }
-        connection.lanes_free(!(1 << 4));
+        connection.streams_free(!(1 << 4));
         assert!(!has_room(&connection, 4));
-        connection.lanes_free(1 << 4);
+        connection.streams_free(1 << 4);
         assert!(has_room(&connection, 4));
     }
 
     #[test]
-    fn lanes_with_too_much_output_are_told_apart() {
+    fn streams_with_too_much_output_are_told_apart() {
         let mut connection = connection();
-        connection.lane(3).extend([0; 10]);
-        connection.lane(15).extend([0; 11]);
-        assert_eq!(connection.full_lanes(10), 1 << 15);
+        connection.output_on(3).extend([0; 10]);
+        connection.output_on(15).extend([0; 11]);
+        assert_eq!(connection.full_streams(10), 1 << 15);
         connection.control().extend([0; 11]);
-        assert_eq!(connection.full_lanes(10), 1 << 15 | 1);
+        assert_eq!(connection.full_streams(10), 1 << 15 | 1);
     }
 }

@@ -20,7 +20,7 @@ pub(super) fn write_to(
         retain,
         ids,
         group: _,
-        lane,
+        stream,
         fetched: _,
     } = *offer;
     let message_expiry = match message.expires_at() {
@@ -52,8 +52,8 @@ pub(super) fn write_to(
     delivery.alias = Alias::Define(1);
     delivery.alias = match delivery.size(message) > connection.maximum_packet_size {
         true => Alias::None,
-        false => connection.alias_for(message.topic(), lane),
+        false => connection.alias_for(message.topic(), stream),
     };
-    delivery.encode(message, connection.lane(lane));
+    delivery.encode(message, connection.output_on(stream));
     true
 }

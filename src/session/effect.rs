@@ -11,7 +11,7 @@ use crate::topics::FilterId;
 
 /// One filter of a SUBSCRIBE that passed the session's checks.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
+pub struct SubscribeRequest {
     /// Its place in the SUBSCRIBE.
     pub index: u16,
     /// The topic filter.
@@ -41,7 +41,7 @@ pub enum Effect {
         /// Its Subscription Identifier.
         identifier: Option<NonZeroU32>,
         /// The filters.
-        wanted: Vec<Wanted>,
+        wanted: Vec<SubscribeRequest>,
     },
     /// These filters lost their subscription.
     Unsubscribe {
@@ -61,5 +61,5 @@ pub struct Unsubscribed {
     pub no_local: bool,
     /// Filters of the client, granted later, that match some of the same messages: it was the
     /// copies of this one that the client got.
-    pub senior_over: Vec<FilterId>,
+    pub primary_over: Vec<FilterId>,
 }

@@ -141,7 +141,7 @@ pub(super) struct Entry {
     pub state: State,
     pub retain: bool,
     /// The stream that it is to go on, or went on.
-    pub lane: u8,
+    pub stream: u8,
 }
 
 impl Entry {
@@ -158,7 +158,7 @@ impl Entry {
             retain: self.retain,
             ids: sets.get(&self.ids),
             group: sets.group(self.ids),
-            lane: self.lane,
+            stream: self.stream,
             fetched: self.state == State::Fetched,
         })
     }
@@ -200,15 +200,15 @@ pub struct Offer<'a> {
     /// The filter's number, if the subscription is shared: what its client does not take goes to
     /// another member.
     pub group: Option<FilterId>,
-    /// The stream of its subscription, 0 being control; see [`Session::lane_of`](crate::session::Session).
-    pub lane: u8,
+    /// The stream of its subscription, 0 being control; see [`Session::stream_of`](crate::session::Session).
+    pub stream: u8,
     /// It is a retained one that was fetched: it waits beside the limits of live ones.
     pub fetched: bool,
 }
 
 /// A delivery of a shared subscription that another member is to get.
 #[derive(Clone, Debug)]
-pub struct Orphan {
+pub struct Redelivery {
     /// Number of the filter.
     pub filter: FilterId,
     /// The message.
@@ -231,7 +231,7 @@ mod tests {
             qos: QoS::AtLeastOnce,
             state: State::Waiting,
             retain: false,
-            lane: 0,
+            stream: 0,
         }
     }
 

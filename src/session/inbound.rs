@@ -31,11 +31,11 @@ impl Token {
 struct Key(u32);
 
 impl Key {
-    fn new(lane: u8, packet_id: u16) -> Self {
-        Self(u32::from(lane) << 16 | u32::from(packet_id))
+    fn new(stream: u8, packet_id: u16) -> Self {
+        Self(u32::from(stream) << 16 | u32::from(packet_id))
     }
 
-    fn lane(self) -> u8 {
+    fn stream(self) -> u8 {
         (self.0 >> 16) as u8
     }
 }
@@ -46,7 +46,7 @@ pub struct Incoming {
     /// The client's packet identifier.
     pub packet_id: u16,
     /// Where it came in.
-    pub lane: u8,
+    pub stream: u8,
     /// DUP.
     pub dup: bool,
     /// 1 or 2.
@@ -73,7 +73,7 @@ pub enum Arrival {
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     token: Token,
-    lane: u8,
+    stream: u8,
     state: State,
     /// To recognise a copy, also after a clean start.
     digest: u64,
@@ -112,7 +112,7 @@ pub struct Answer {
     /// The client's packet identifier.
     pub packet_id: u16,
     /// Where the publish came in.
-    pub lane: u8,
+    pub stream: u8,
     /// Its QoS: 1 is answered by PUBACK, 2 by PUBREC.
     pub qos: QoS,
 }
@@ -150,15 +150,15 @@ impl Inbound {
     }
 
     /// Something that came on this stream has yet to be answered there.
-    pub fn busy(&self, lane: u8) -> bool {
-        let waits = |e: &Entry| e.lane == lane && matches!(e.state, State::Waiting(_));
+    pub fn busy(&self, stream: u8) -> bool {
+        let waits = |e: &Entry| e.stream == stream && matches!(e.state, State::Waiting(_));
         self.waiting > 0 && self.entries.values().any(waits)
     }
 
     /// Judges a publish of QoS 1 or 2; at most `open_max` may be open.
     pub fn arrive(&mut self, publish: &Incoming, open_max: usize) -> Arrival {
-        self.sided |= publish.lane != 0;
-        let key = Key::new(publish.lane, publish.packet_id);
+        self.sided |= publish.stream != 0;
+        let key = Key::new(publish.stream, publish.packet_id);
         if let Some(entry) = self.entries.get_mut(&key) {
             let same = entry.digest == publish.digest;
             let again = publish.dup || publish.qos == QoS::ExactlyOnce;
@@ -207,7 +207,7 @@ impl Inbound {
             key,
             Entry {
                 token,
-                lane: publish.lane,
+                stream: publish.stream,
                 state: State::Waiting(publish.qos),
                 digest: publish.digest,
                 here: true,
@@ -242,7 +242,7 @@ impl Inbound {
         };
         self.keep_marks(publish.packet_id, found.state);
         let mut claimed = Entry {
-            lane: publish.lane,
+            stream: publish.stream,
             here: true,
             ..found
         };
@@ -309,7 +309,7 @@ impl Inbound {
             && let State::Waiting(qos) = entry.state
         {
             self.waiting -= 1;
-            let lane = entry.lane;
+            let stream = entry.stream;
             if !attached || !entry.here {
                 // Told when the client sends its copy, which it has not done on this connection.
                 entry.state = State::Answered(qos, reason);
@@ -319,7 +319,7 @@ impl Inbound {
             self.settle(key, qos, reason);
             return Some(Answer {
                 packet_id: token.packet_id(),
-                lane,
+                stream,
                 qos,
             });
         }
@@ -349,8 +349,8 @@ impl Inbound {
     }
 
     /// The client's PUBREL, which may come on any stream. False: the identifier is unknown.
-    pub fn release(&mut self, lane: u8, packet_id: u16) -> bool {
-        let key = Key::new(lane, packet_id);
+    pub fn release(&mut self, stream: u8, packet_id: u16) -> bool {
+        let key = Key::new(stream, packet_id);
         if self.entries.get(&key).is_some_and(|e| e.state.received()) {
             let state = self
                 .entries
@@ -427,12 +427,12 @@ impl Inbound {
         for entry in self.entries.values_mut() {
             entry.here = false;
         }
-        self.set_adrift(|key| key.lane() != 0);
+        self.set_adrift(|key| key.stream() != 0);
     }
 
     /// A data stream is gone.
-    pub fn lane_ended(&mut self, lane: u8) {
-        self.set_adrift(|key| key.lane() == lane);
+    pub fn stream_ended(&mut self, stream: u8) {
+        self.set_adrift(|key| key.stream() == stream);
     }
 
     fn set_adrift(&mut self, which: impl Fn(Key) -> bool) {
@@ -477,7 +477,7 @@ impl Inbound {
     }
 
     /// Something of an ended session is still worth recognising.
-    pub fn has_orphans(&self) -> bool {
+    pub fn has_unclaimed(&self) -> bool {
         !self.orphans.is_empty()
     }
 

@@ -4,7 +4,7 @@ use crate::mqtt::{Message, Version};
 use crate::time::{Deadline, Millis};
 
 use crate::session::connection::{Connection, ConnectionSpec};
-use crate::session::entry::Orphan;
+use crate::session::entry::Redelivery;
 use crate::session::incarnation::Incarnation;
 use crate::session::outbound::Outbound;
 use crate::session::will::Will;
@@ -24,7 +24,7 @@ pub struct Ended {
     /// Messages that end with the session.
     pub messages: usize,
     /// Deliveries of shared subscriptions that another member is to get.
-    pub shared: Vec<Orphan>,
+    pub shared: Vec<Redelivery>,
     /// Publish that the client is absent.
     pub absent: bool,
 }
@@ -221,7 +221,7 @@ impl Session {
     /// Whether a closed session is still of use: the broker has publishes of it, or a grace defers
     /// its will or absence.
     pub fn worth_remembering(&self) -> bool {
-        let publishes = self.inbound.as_ref().is_some_and(|i| i.has_orphans());
+        let publishes = self.inbound.as_ref().is_some_and(|i| i.has_unclaimed());
         publishes || self.will.is_some() || self.phase.owes_absence()
     }
 

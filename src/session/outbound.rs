@@ -7,7 +7,7 @@ use crate::time::Millis;
 
 use crate::session::connection::Connection;
 use crate::session::delivery::write_to;
-use crate::session::entry::{Entry, IdSets, Offer, Orphan, State};
+use crate::session::entry::{Entry, IdSets, Offer, Redelivery, State};
 use crate::session::queue::Queue;
 use crate::session::{DropReason, QueueFull, SessionLimits};
 
@@ -115,11 +115,11 @@ impl Outbound {
             retain,
             ids,
             group,
-            lane,
+            stream,
             fetched: _,
         } = *offer;
         if let Some(connection) = connection {
-            let room = connection.has_room(limits, lane);
+            let room = connection.has_room(limits, stream);
             if qos == QoS::AtMostOnce {
                 // QoS 0 passes a queue that waits for the window only, but not its own kind.
                 if room && self.queue.qos0() == 0 && self.resend_at >= self.inflight.len() {
@@ -149,7 +149,7 @@ impl Outbound {
                     qos,
                     state: State::Sent,
                     retain,
-                    lane,
+                    stream,
                 });
                 self.resend_at = self.inflight.len();
                 return Delivered::Written(qos);
@@ -167,7 +167,7 @@ impl Outbound {
             retain,
             ids,
             group,
-            lane,
+            stream,
             fetched,
         } = *offer;
         let size = message.size();
@@ -202,7 +202,7 @@ impl Outbound {
                 false => State::Waiting,
             },
             retain,
-            lane,
+            stream,
         });
         Delivered::Queued
     }
@@ -215,7 +215,7 @@ impl Outbound {
             let Some(front) = self.queue.front() else {
                 break;
             };
-            if !connection.has_room(limits, front.lane) {
+            if !connection.has_room(limits, front.stream) {
                 break;
             }
             if front.is_over(limits, now) {
@@ -315,12 +315,12 @@ impl Outbound {
 
     /// The client's PUBREC: the answer is PUBREL, whatever we know [MQTT-4.3.3-4], on the stream
     /// that it came on. False: unknown.
-    pub fn received(&mut self, packet_id: u16, lane: u8) -> bool {
+    pub fn received(&mut self, packet_id: u16, stream: u8) -> bool {
         let Some(index) = self.find(packet_id) else {
             return false;
         };
         let entry = &mut self.inflight[index];
-        entry.lane = lane;
+        entry.stream = stream;
         match entry.state {
             State::Sent | State::Resend if entry.qos == QoS::ExactlyOnce => {
                 if entry.state == State::Resend {
@@ -409,7 +409,7 @@ impl Outbound {
             self.releases_due |= entry.state == State::ReleaseAgain;
         }
         for entry in self.inflight.iter_mut().chain(self.queue.iter_mut()) {
-            entry.lane = 0;
+            entry.stream = 0;
         }
         if !limits.queue_qos0 && self.queue.qos0() > 0 {
             self.shed.qos0 += self.queue.qos0();
@@ -418,21 +418,21 @@ impl Outbound {
     }
 
     /// What waits for a data stream goes on the control stream.
-    pub fn leave_lane(&mut self, lane: u8) {
-        for entry in self.queue.iter_mut().filter(|e| e.lane == lane) {
-            entry.lane = 0;
+    pub fn leave_stream(&mut self, stream: u8) {
+        for entry in self.queue.iter_mut().filter(|e| e.stream == stream) {
+            entry.stream = 0;
         }
     }
 
     /// A data stream is gone: what was sent on it and is not acknowledged is sent again, on the
     /// control stream, as if the connection had been lost.
-    pub fn lane_ended(&mut self, lane: u8) {
-        self.leave_lane(lane);
+    pub fn stream_ended(&mut self, stream: u8) {
+        self.leave_stream(stream);
         for (at, entry) in self.inflight.iter_mut().enumerate() {
-            if entry.lane != lane {
+            if entry.stream != stream {
                 continue;
             }
-            entry.lane = 0;
+            entry.stream = 0;
             entry.state = match entry.state {
                 State::Sent => State::Resend,
                 State::Released => State::ReleaseAgain,
@@ -464,7 +464,7 @@ impl Outbound {
 
     /// Takes out what another member of its group may have: what was never sent, and QoS 1 that
     /// was not acknowledged. QoS 2 under way stays [MQTT-4.8.2-4] [MQTT-4.8.2-5].
-    pub fn take_shared(&mut self) -> Vec<Orphan> {
+    pub fn take_shared(&mut self) -> Vec<Redelivery> {
         let mut orphans = Vec::new();
         if !self.sets.grouped() {
             return orphans;
@@ -480,13 +480,13 @@ impl Outbound {
                 && let Some(message) = entry.message.take()
             {
                 entry.state = State::Done;
-                orphans.push(Orphan { filter, message });
+                orphans.push(Redelivery { filter, message });
             }
         }
         queue.retain(|entry| match (sets.group(entry.ids), &entry.message) {
             (Some(filter), Some(message)) => {
                 let message = message.clone();
-                orphans.push(Orphan { filter, message });
+                orphans.push(Redelivery { filter, message });
                 false
             }
             _ => true,

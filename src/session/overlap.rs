@@ -7,7 +7,7 @@ use crate::session::Subscription;
 
 /// What a client gets of a message that several of its subscriptions may match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Senior {
+pub struct Primary {
     /// The filter whose copy it is.
     pub filter: FilterId,
     /// The highest QoS that a matching subscription was granted.
@@ -16,19 +16,19 @@ pub struct Senior {
     pub retain: bool,
 }
 
-/// The senior of a client's subscriptions that match `topic`: the one that the core granted first.
+/// The primary of a client's subscriptions that match `topic`: the one that the core granted first.
 /// Its copy is the one that the client gets, on any core, with all their identifiers. Granting
 /// another changes nothing for the messages that are under way, on whichever links. `None`: none of
 /// them is granted yet, so that which copies will come is not known.
 /// `lost` tells filters that the core has lost and not taken again. For an `own` publish of the
 /// client, those with No Local do not count.
-pub fn senior(
+pub fn primary(
     subscriptions: &[Subscription],
     topic: &str,
     own: bool,
     lost: impl Fn(FilterId) -> bool,
     identifiers: &mut Vec<u32>,
-) -> Option<Senior> {
+) -> Option<Primary> {
     let mut best: Option<(bool, FilterId)> = None;
     let (mut qos, mut retain) = (QoS::AtMostOnce, false);
     identifiers.clear();
@@ -48,13 +48,13 @@ pub fn senior(
         }
         // Whichever copy it is, it counts for all of them.
         qos = qos.max(s.options.qos);
-        // What the core has lost is senior only among its like.
+        // What the core has lost is primary only among its like.
         let held = !lost(s.filter);
         if best.is_none_or(|(known, _)| held && !known) {
             best = Some((held, s.filter));
         }
     }
-    best.map(|(_, filter)| Senior {
+    best.map(|(_, filter)| Primary {
         filter,
         qos,
         retain,

@@ -16,7 +16,7 @@ use crate::session::incarnation::Incarnation;
 use crate::session::{CloseReason, Effect, Policy, Session, SessionLimits, Subscription};
 
 impl Session {
-    /// Takes one packet that arrived on `lane` (0: the control stream). What it asks of the router
+    /// Takes one packet that arrived on `stream` (0: the control stream). What it asks of the router
     /// is appended to `effects`, in order. Subscriptions are the router's to add: before the next
     /// packet is judged, an [`Effect::Subscribe`] is to be carried out.
     ///
@@ -24,7 +24,7 @@ impl Session {
     /// [`CloseReason`]: the connection must end; `effects` so far stand.
     pub fn packet(
         &mut self,
-        lane: u8,
+        stream: u8,
         packet: &Packet<'_>,
         limits: &SessionLimits,
         policy: &dyn Policy,
@@ -36,21 +36,21 @@ impl Session {
         };
         connection.last_seen = now;
         match packet {
-            Packet::Publish(p) => self.publish(lane, p, limits, policy, now, effects),
+            Packet::Publish(p) => self.publish(stream, p, limits, policy, now, effects),
             Packet::Puback(a) => {
                 self.outbound.acknowledged(a.packet_id, now);
                 Ok(())
             }
-            Packet::Pubrec(a) => self.pubrec(lane, a, now),
-            Packet::Pubrel(a) => self.pubrel(lane, a),
+            Packet::Pubrec(a) => self.pubrec(stream, a, now),
+            Packet::Pubrel(a) => self.pubrel(stream, a),
             Packet::Pubcomp(a) => {
                 self.outbound.completed(a.packet_id);
                 Ok(())
             }
-            Packet::Subscribe(s) => self.subscribe(lane, s, limits, policy, effects),
-            Packet::Unsubscribe(u) => self.unsubscribe(lane, u, effects),
+            Packet::Subscribe(s) => self.subscribe(stream, s, limits, policy, effects),
+            Packet::Unsubscribe(u) => self.unsubscribe(stream, u, effects),
             Packet::Pingreq => {
-                encode_pingresp(connection.lane(lane));
+                encode_pingresp(connection.output_on(stream));
                 Ok(())
             }
             Packet::Disconnect(d) => self.disconnect(d, limits),
@@ -62,7 +62,7 @@ impl Session {
 
     fn publish(
         &mut self,
-        lane: u8,
+        stream: u8,
         publish: &Publish<'_>,
         limits: &SessionLimits,
         policy: &dyn Policy,
@@ -78,7 +78,7 @@ impl Session {
             if alias > limits.topic_alias_max {
                 return Err(CloseReason::TopicAliasAboveMaximum);
             }
-            aliased = connection.resolve_alias(lane, alias, publish.topic)?;
+            aliased = connection.resolve_alias(stream, alias, publish.topic)?;
             topic = &aliased;
         }
         if topic.split('/').count() > limits.topic_levels_max {
@@ -100,7 +100,7 @@ impl Session {
             };
             let incoming = Incoming {
                 packet_id: publish.packet_id,
-                lane,
+                stream,
                 dup: publish.dup,
                 qos: publish.qos,
                 digest: limits.hasher.hash_one((topic, publish.payload)),
@@ -115,14 +115,14 @@ impl Session {
                 Arrival::Answered(reason) => {
                     let answer = Answer {
                         packet_id: publish.packet_id,
-                        lane,
+                        stream,
                         qos: publish.qos,
                     };
                     write_answer(connection, &answer, reason);
                     return Ok(());
                 }
                 Arrival::Received => {
-                    let (version, out) = (connection.version, connection.lane(lane));
+                    let (version, out) = (connection.version, connection.output_on(stream));
                     let (kind, id) = (AckKind::Pubrec, publish.packet_id);
                     encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
                     return Ok(());
@@ -182,7 +182,7 @@ impl Session {
         Ok(())
     }
 
-    fn pubrec(&mut self, lane: u8, ack: &Ack<'_>, now: Millis) -> Result<(), CloseReason> {
+    fn pubrec(&mut self, stream: u8, ack: &Ack<'_>, now: Millis) -> Result<(), CloseReason> {
         let Some(connection) = self.phase.connection_mut() else {
             return Ok(());
         };
@@ -190,32 +190,32 @@ impl Session {
             self.outbound.acknowledged(ack.packet_id, now);
             return Ok(());
         }
-        let reason = if self.outbound.received(ack.packet_id, lane) {
+        let reason = if self.outbound.received(ack.packet_id, stream) {
             ReasonCode::SUCCESS
         } else {
             ReasonCode::PACKET_IDENTIFIER_NOT_FOUND
         };
         let version = connection.version;
-        let out = connection.lane(lane);
+        let out = connection.output_on(stream);
         encode_ack(version, AckKind::Pubrel, ack.packet_id, reason, None, out);
         Ok(())
     }
 
-    fn pubrel(&mut self, lane: u8, ack: &Ack<'_>) -> Result<(), CloseReason> {
+    fn pubrel(&mut self, stream: u8, ack: &Ack<'_>) -> Result<(), CloseReason> {
         let Some(connection) = self.phase.connection_mut() else {
             return Ok(());
         };
         let reason = if self
             .inbound
             .as_mut()
-            .is_some_and(|i| i.release(lane, ack.packet_id))
+            .is_some_and(|i| i.release(stream, ack.packet_id))
         {
             ReasonCode::SUCCESS
         } else {
             ReasonCode::PACKET_IDENTIFIER_NOT_FOUND
         };
         let version = connection.version;
-        let out = connection.lane(lane);
+        let out = connection.output_on(stream);
         encode_ack(version, AckKind::Pubcomp, ack.packet_id, reason, None, out);
         Ok(())
     }
@@ -265,6 +265,6 @@ pub(super) fn write_answer(connection: &mut Connection, answer: &Answer, reason:
         _ => AckKind::Puback,
     };
     let version = connection.version;
-    let out = connection.lane(answer.lane);
+    let out = connection.output_on(answer.stream);
     encode_ack(version, kind, answer.packet_id, reason, None, out);
 }

@@ -168,7 +168,7 @@ mod tests {
             qos: QoS::AtLeastOnce,
             state,
             retain: false,
-            lane: 0,
+            stream: 0,
         }
     }
 

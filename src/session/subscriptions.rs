@@ -15,7 +15,9 @@ use crate::topics::{FilterId, split_shared};
 
 use crate::session::connection::{Again, NOWHERE, PendingSubscribe};
 use crate::session::overlap::clash;
-use crate::session::{CloseReason, Effect, Policy, Session, SessionLimits, Unsubscribed, Wanted};
+use crate::session::{
+    CloseReason, Effect, Policy, Session, SessionLimits, SubscribeRequest, Unsubscribed,
+};
 
 /// SUBSCRIBEs of one client that may wait for the core.
 const PENDING_MAX: usize = 100;
@@ -98,7 +100,7 @@ pub fn hides(wild_below: u16, topic: &str) -> bool {
 impl Session {
     pub(super) fn subscribe(
         &mut self,
-        lane: u8,
+        stream: u8,
         subscribe: &Subscribe<'_>,
         limits: &SessionLimits,
         policy: &dyn Policy,
@@ -109,14 +111,17 @@ impl Session {
         };
         let id = subscribe.packet_id;
         let pending = &connection.pending;
-        if pending.iter().any(|p| p.lane == lane && p.packet_id == id) {
+        if pending
+            .iter()
+            .any(|p| p.stream == stream && p.packet_id == id)
+        {
             return Err(CloseReason::PacketIdInUse);
         }
         let taken = |key: &u16| pending.iter().any(|p| p.key == *key);
         let key = std::iter::once(id).chain(0..).find(|key| !taken(key));
         let key = key.unwrap_or(id);
         let mut codes = Vec::new();
-        let mut wanted: Vec<Wanted> = Vec::new();
+        let mut wanted: Vec<SubscribeRequest> = Vec::new();
         let mut again = Vec::new();
         let mut seen: HashMap<&str, Seen, RandomState> = HashMap::default();
         let known = self.subscriptions.iter().map(|s| &*s.name);
@@ -185,7 +190,7 @@ impl Session {
                     fresh += 1;
                     bytes += filter.len();
                 }
-                wanted.push(Wanted {
+                wanted.push(SubscribeRequest {
                     index,
                     filter: at_core.into(),
                     options,
@@ -194,12 +199,12 @@ impl Session {
         }
         connection.forget_refused();
         for wanted in &wanted {
-            connection.bind(&wanted.filter, lane);
+            connection.bind(&wanted.filter, stream);
         }
         connection.pending.push(PendingSubscribe {
             key,
             packet_id: id,
-            lane,
+            stream,
             // At most FILTERS_MAX.
             waiting: wanted.len() as u16,
             codes,
@@ -272,10 +277,10 @@ impl Session {
         if version == Version::V31 && pending.codes.iter().any(|c| *c >= 0x80) {
             return Err(CloseReason::SubscribeRefused);
         }
-        if pending.lane == NOWHERE {
+        if pending.stream == NOWHERE {
             return Ok(());
         }
-        let out = connection.lane(pending.lane);
+        let out = connection.output_on(pending.stream);
         encode_suback(version, pending.packet_id, &pending.codes, out);
         Ok(())
     }
@@ -352,23 +357,23 @@ impl Session {
         let all = &self.subscriptions;
         let at = all.iter().position(|s| s.filter == filter)?;
         let (left, younger) = (&all[at], &all[at + 1..]);
-        let mut senior_over = Vec::new();
+        let mut primary_over = Vec::new();
         if left.active && left.overlaps > 0 {
             let over = younger.iter().filter(|s| s.active && clash(s, left));
-            senior_over.extend(over.map(|s| s.filter));
+            primary_over.extend(over.map(|s| s.filter));
         }
         let left = self.remove_subscription(filter)?;
         Some(Unsubscribed {
             filter,
             name: left.name,
             no_local: left.options.no_local,
-            senior_over,
+            primary_over,
         })
     }
 
     pub(super) fn unsubscribe(
         &mut self,
-        lane: u8,
+        stream: u8,
         unsubscribe: &Unsubscribe<'_>,
         effects: &mut Vec<Effect>,
     ) -> Result<(), CloseReason> {
@@ -397,7 +402,7 @@ impl Session {
         }
         if let Some(connection) = self.phase.connection_mut() {
             let version = connection.version;
-            let out = connection.lane(lane);
+            let out = connection.output_on(stream);
             encode_unsuback(version, unsubscribe.packet_id, &codes, out);
         }
         if !filters.is_empty() {

@@ -11,7 +11,7 @@ use crate::router::{
     BrokerFeatures, Caller, ClientPublish, Connect, Connected, LinkSession, Peer, Router,
     RouterConfig,
 };
-use crate::session::{ConnectionSpec, Policy, QueueFull, SessionLimits, Wanted};
+use crate::session::{ConnectionSpec, Policy, QueueFull, SessionLimits, SubscribeRequest};
 use crate::store::Memory;
 use crate::time::Millis;
 
@@ -249,7 +249,7 @@ pub fn subscribe(router: &Router, client: Connected, filter: &str) {
 
 /// Subscribes a client with this Retain Handling.
 pub fn subscribe_handling(router: &Router, client: Connected, filter: &str, retain_handling: u8) {
-    let wanted = Wanted {
+    let wanted = SubscribeRequest {
         index: 0,
         filter: filter.into(),
         options: SubscribeOptions {

@@ -207,7 +207,7 @@ impl<'a> Connection<'a> {
             .clients
             .router
             .with(self.session, self.connection_no, |session, _| {
-                session.lane_busy(number)
+                session.stream_busy(number)
             });
         busy == Some(true)
     }
@@ -244,7 +244,7 @@ impl<'a> Connection<'a> {
             self.break_lane(number, StreamReason::WriteStall, &end);
         }
         for number in around {
-            self.on_session(|session| session.lane_blocked(number));
+            self.on_session(|session| session.stream_blocked(number));
         }
     }
 
@@ -260,7 +260,7 @@ impl<'a> Connection<'a> {
             return;
         }
         lane.closed = true;
-        self.on_session(|session| session.lane_closed(number));
+        self.on_session(|session| session.stream_closed(number));
     }
 
     /// A data stream is gone in both directions.
@@ -269,7 +269,7 @@ impl<'a> Connection<'a> {
         if self.held == Some(number) {
             self.hold(None);
         }
-        self.on_session(|session| session.lane_ended(number));
+        self.on_session(|session| session.stream_ended(number));
     }
 
     /// A fault of one stream is not the others': `end` comes back if it is the connection's.

@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use foldhash::fast::RandomState;
 
 use crate::mqtt::{Message, QoS};
-use crate::session::{Delivered, Incarnation, Offer, Orphan, SessionLimits};
+use crate::session::{Delivered, Incarnation, Offer, Redelivery, SessionLimits};
 use crate::telemetry::{DropReason as DropCause, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -277,14 +277,16 @@ impl Router {
     }
 
     /// Messages of members that ended, or are away for long, go to others.
-    pub(in crate::router) fn share_again(&self, orphans: Vec<Orphan>, now: Millis) {
-        if orphans.is_empty() {
+    pub(in crate::router) fn share_again(&self, redeliveries: Vec<Redelivery>, now: Millis) {
+        if redeliveries.is_empty() {
             return;
         }
-        metrics().shared_redelivered.increment(orphans.len() as u64);
+        metrics()
+            .shared_redelivered
+            .increment(redeliveries.len() as u64);
         let mut tally = Tally::default();
-        for orphan in &orphans {
-            self.share(orphan.filter, &orphan.message, now, &mut tally);
+        for redelivery in &redeliveries {
+            self.share(redelivery.filter, &redelivery.message, now, &mut tally);
         }
         tally.wake();
         tally.flush();
@@ -350,7 +352,7 @@ impl Shard {
             retain: options.retain_as_published && message.retain(),
             ids: identifier.as_slice(),
             group: Some(number),
-            lane: slot.session.lane_of(number),
+            stream: slot.session.stream_of(number),
             fetched: false,
         };
         let outcome = slot.session.deliver(limits, now, &offer);
@@ -514,7 +516,7 @@ mod tests {
                 filter: number,
                 name: FILTER.into(),
                 no_local: false,
-                senior_over: Vec::new(),
+                primary_over: Vec::new(),
             };
             router.with(client.session, 0, |s, _| s.remove_subscription(number));
             router.unsubscribe(client.session, &[left], 1);

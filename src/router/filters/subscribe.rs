@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use smallvec::SmallVec;
 
 use crate::mqtt::{QoS, ReasonCode};
-use crate::session::{Incarnation, Subscription, Unsubscribed, Wanted};
+use crate::session::{Incarnation, SubscribeRequest, Subscription, Unsubscribed};
 use crate::telemetry::{RateLimited, clean};
 use crate::time::Millis;
 use crate::topics::{FilterId, has_wildcard, overlaps, split_shared};
@@ -34,7 +34,7 @@ impl Router {
         connection_no: u64,
         packet_id: u16,
         identifier: Option<NonZeroU32>,
-        wanted: &[Wanted],
+        wanted: &[SubscribeRequest],
         now: Millis,
     ) {
         let mut answers: Vec<(u16, ReasonCode)> = Vec::new();
@@ -289,7 +289,7 @@ impl Router {
 
     /// A client unsubscribed; its session and shard have forgotten the filters already.
     pub fn unsubscribe(&self, session: SessionRef, filters: &[Unsubscribed], now: Millis) {
-        let gone = filters.iter().filter(|left| left.senior_over.is_empty());
+        let gone = filters.iter().filter(|left| left.primary_over.is_empty());
         let gone: SmallVec<[_; 8]> = gone.map(|left| (session, left.filter)).collect();
         self.give_up(&gone, now);
         if gone.len() < filters.len() {

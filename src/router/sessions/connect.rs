@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::mqtt::Message;
-use crate::session::{CloseReason, ConnectionSpec, Ended, Incarnation, Orphan, Session, Will};
+use crate::session::{CloseReason, ConnectionSpec, Ended, Incarnation, Redelivery, Session, Will};
 use crate::telemetry::{DropReason as DropCause, SessionEndReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -76,7 +76,7 @@ impl Router {
         let mut wills: Vec<(SessionRef, u8, Message)> = Vec::new();
         let mut released: Vec<FilterId> = Vec::new();
         let mut news: Vec<(SessionRef, u8, Arc<str>)> = Vec::new();
-        let mut orphans = Vec::new();
+        let mut redeliveries = Vec::new();
         let number = self.shard_of(&connect.client_id);
         let mut shard = self.shards[number].lock();
         let mut known = shard.by_id.get(&connect.client_id).copied();
@@ -127,7 +127,7 @@ impl Router {
                         metrics().sessions_ended[SessionEndReason::CleanStart].increment(1);
                         self.count_lost(&ended);
                     }
-                    orphans = ended.shared;
+                    redeliveries = ended.shared;
                     let link = slot.publish_link;
                     wills.extend(ended.will.map(|will| (reference, link, will)));
                     released = shard.release(at);
@@ -189,7 +189,7 @@ impl Router {
         for (session, link, will) in wills {
             self.publish_will(session, link, will, now);
         }
-        self.share_again(orphans, now);
+        self.share_again(redeliveries, now);
         for (session, link, client_id) in news {
             self.tell_presence(session, link, &client_id, None, now);
         }
@@ -370,7 +370,7 @@ impl Router {
 pub(in crate::router) struct Due {
     pub filters: Vec<FilterId>,
     pub wills: Vec<(SessionRef, u8, Message)>,
-    pub shared: Vec<Orphan>,
+    pub shared: Vec<Redelivery>,
     /// Clients whose absence is to be told.
     pub news: Vec<(SessionRef, u8, Arc<str>)>,
     pub shard: u16,

@@ -76,16 +76,16 @@ impl Leavers {
     /// A session left a filter. False: its reference is to be given back at once.
     pub fn leave(&mut self, slot: u32, left: &Unsubscribed) -> bool {
         let before = self.slots.get(&slot).map_or(0, |l| l.filters.len());
-        if self.left + left.senior_over.len() + before >= LEFT_MAX {
+        if self.left + left.primary_over.len() + before >= LEFT_MAX {
             return false;
         }
         let filters = &mut self.slots.entry(slot).or_default().filters;
         let mut left = left.clone();
         // Those that went before it and were not senior to it were its juniors.
         let juniors = filters.iter().map(|l| &l.left);
-        let juniors = juniors.filter(|l| !l.senior_over.contains(&left.filter));
+        let juniors = juniors.filter(|l| !l.primary_over.contains(&left.filter));
         let juniors = juniors.filter(|l| l.filter != left.filter);
-        left.senior_over.extend(juniors.map(|l| l.filter));
+        left.primary_over.extend(juniors.map(|l| l.filter));
         self.left += weight(&left);
         let slots = self.filters.entry(left.filter).or_default();
         if !slots.contains(&slot) {
@@ -217,7 +217,7 @@ impl Leavers {
         let mut left = leaver.filters.iter().map(|l| &l.left);
         let own_role = left.find(|l| l.filter == via);
         for Leaving { left, step, .. } in &leaver.filters {
-            if !left.senior_over.contains(&senior)
+            if !left.primary_over.contains(&senior)
                 || (own && left.no_local)
                 // A copy that came by it shows that it was not.
                 || (left.filter != via && lost(left.filter))
@@ -228,9 +228,9 @@ impl Leavers {
             concerned = true;
             if left.filter == via {
                 counts |= *step != Step::Kept;
-            } else if left.senior_over.contains(&via) {
+            } else if left.primary_over.contains(&via) {
                 // One that was subscribed again is the other's junior, too.
-                let junior = own_role.is_some_and(|own| own.senior_over.contains(&left.filter));
+                let junior = own_role.is_some_and(|own| own.primary_over.contains(&left.filter));
                 blocked |= *step == Step::Unsubscribed && !junior;
             }
         }
@@ -263,7 +263,7 @@ impl Leavers {
 }
 
 fn weight(left: &Unsubscribed) -> usize {
-    1 + left.senior_over.len()
+    1 + left.primary_over.len()
 }
 
 #[cfg(test)]
@@ -284,12 +284,12 @@ mod tests {
         })
     }
 
-    fn old(filter: FilterId, name: &str, senior_over: &[FilterId]) -> Unsubscribed {
+    fn old(filter: FilterId, name: &str, primary_over: &[FilterId]) -> Unsubscribed {
         Unsubscribed {
             filter,
             name: name.into(),
             no_local: false,
-            senior_over: senior_over.to_vec(),
+            primary_over: primary_over.to_vec(),
         }
     }
 

@@ -13,7 +13,7 @@ use slab::Slab;
 use crate::mqtt::{Message, QoS};
 use crate::session::{
     Delivered, ENTRY_BYTES, Ended, Incarnation, Offer, Session, SessionLimits, Subscription, hides,
-    senior,
+    primary,
 };
 use crate::time::Millis;
 use crate::topics::{FilterId, matches};
@@ -45,7 +45,7 @@ pub(in crate::router) struct Slot {
     charged: usize,
     /// Bytes of output that the connection's task took last, and has perhaps not written yet.
     pub taken: usize,
-    /// When it took output of the control lane last, milliseconds, and how many bytes.
+    /// When it took output of the control stream last, milliseconds, and how many bytes.
     pub taken_at: u64,
     pub offered: usize,
     /// Bytes of output charged to the account.
@@ -338,7 +338,7 @@ impl Shard {
         }
         let identifier = want.identifier.map(NonZeroU32::get);
         let qos = want.qos.min(message.qos());
-        let lane = slot.session.lane_of(filter);
+        let stream = slot.session.stream_of(filter);
         let outcome = slot.session.deliver(
             limits,
             now,
@@ -348,7 +348,7 @@ impl Shard {
                 retain: true,
                 ids: identifier.as_slice(),
                 group: None,
-                lane,
+                stream,
                 fetched: true,
             },
         );
@@ -402,17 +402,17 @@ impl Shard {
             let mut retain = member.retain_as_published;
             let ids: &[u32] = if member.overlaps {
                 let subscriptions = slot.session.subscriptions();
-                let mut found = senior(subscriptions, message.topic(), own, is_lost, identifiers);
+                let mut found = primary(subscriptions, message.topic(), own, is_lost, identifiers);
                 if found.is_some_and(|s| s.filter != filter)
                     && loss_of(filter) == Some(Loss::Doubtful)
                 {
                     let gone = |filter| loss_of(filter) == Some(Loss::Sure);
-                    found = senior(subscriptions, message.topic(), own, gone, identifiers);
+                    found = primary(subscriptions, message.topic(), own, gone, identifiers);
                 }
                 match found {
-                    Some(senior) if senior.filter == filter => {
-                        qos = senior.qos;
-                        retain = senior.retain;
+                    Some(primary) if primary.filter == filter => {
+                        qos = primary.qos;
+                        retain = primary.retain;
                     }
                     _ => continue,
                 }
@@ -432,7 +432,7 @@ impl Shard {
                 retain: retain && message.retain(),
                 ids,
                 group: None,
-                lane: slot.session.lane_of(filter),
+                stream: slot.session.stream_of(filter),
                 fetched: source == Source::Fetched,
             };
             let charged = offer_to(slot, member.slot, limits, now, &offer, detached, tally);
@@ -461,26 +461,26 @@ impl Shard {
             };
             let own = source.is_own(&slot.session);
             let subscriptions = slot.session.subscriptions();
-            let senior = senior(subscriptions, topic, own, is_lost, &mut self.identifiers);
-            let Some(senior) = senior else {
+            let primary = primary(subscriptions, topic, own, is_lost, &mut self.identifiers);
+            let Some(primary) = primary else {
                 continue;
             };
             // As one that is kept, its turn comes with the members.
-            if senior.filter == filter
+            if primary.filter == filter
                 || self
                     .leavers
-                    .gives(at, filter, senior.filter, message, own, is_lost)
+                    .gives(at, filter, primary.filter, message, own, is_lost)
                     != Some(true)
             {
                 continue;
             }
             let offer = Offer {
                 message,
-                qos: senior.qos.min(message.qos()),
-                retain: senior.retain && message.retain(),
+                qos: primary.qos.min(message.qos()),
+                retain: primary.retain && message.retain(),
                 ids: &self.identifiers,
                 group: None,
-                lane: slot.session.lane_of(senior.filter),
+                stream: slot.session.stream_of(primary.filter),
                 fetched: source == Source::Fetched,
             };
             let charged = offer_to(slot, at, limits, now, &offer, &mut self.detached, tally);

@@ -3,7 +3,7 @@ use super::*;
 fn publish(packet_id: u16, dup: bool, qos: QoS, digest: u64) -> Incoming {
     Incoming {
         packet_id,
-        lane: 0,
+        stream: 0,
         dup,
         qos,
         digest,
@@ -137,19 +137,19 @@ fn qos_2_is_received_once_until_released() {
     assert!(!inbound.release(0, 3));
 }
 
-fn on(lane: u8, packet_id: u16, dup: bool, digest: u64) -> Incoming {
+fn on(stream: u8, packet_id: u16, dup: bool, digest: u64) -> Incoming {
     Incoming {
-        lane,
+        stream,
         ..publish(packet_id, dup, TWO, digest)
     }
 }
 
 /// PUBREC is out.
-fn received(inbound: &mut Inbound, lane: u8, packet_id: u16, digest: u64) {
-    match inbound.arrive(&on(lane, packet_id, false, digest), 10) {
+fn received(inbound: &mut Inbound, stream: u8, packet_id: u16, digest: u64) {
+    match inbound.arrive(&on(stream, packet_id, false, digest), 10) {
         Arrival::New(token) => {
             let answer = inbound.answer(token, OK, true).expect("told");
-            assert_eq!((answer.lane, answer.packet_id), (lane, packet_id));
+            assert_eq!((answer.stream, answer.packet_id), (stream, packet_id));
         }
         other => panic!("{other:?}"),
     }
@@ -177,7 +177,7 @@ fn a_release_may_come_on_any_stream() {
     assert!(inbound.release(0, 7));
     assert!(!inbound.release(3, 7));
     received(&mut inbound, 3, 7, 2);
-    inbound.lane_ended(3);
+    inbound.stream_ended(3);
     assert!(inbound.release(5, 7));
     assert_eq!(inbound.adrift.len(), 0);
 }
@@ -186,7 +186,7 @@ fn a_release_may_come_on_any_stream() {
 fn a_gone_stream_s_identifier_is_free_for_the_next_one_of_its_number() {
     let mut inbound = Inbound::default();
     received(&mut inbound, 1, 1, 11);
-    inbound.lane_ended(1);
+    inbound.stream_ended(1);
     received(&mut inbound, 1, 1, 22);
     // The first is still known: its copy is no third message.
     let again = inbound.arrive(&on(4, 1, true, 11), 10);
@@ -214,7 +214,7 @@ fn after_a_resume_copies_are_known_on_whatever_stream() {
         assert_eq!(again(2, 22), Arrival::Answered(OK), "{first} {then}");
         assert_eq!(again(3, 33), Arrival::Received, "{first} {then}");
         let answer = inbound.answer(tokens[0], OK, true).expect("told");
-        assert_eq!(answer.lane, then);
+        assert_eq!(answer.stream, then);
         for id in 1..=3 {
             assert!(inbound.release(then, id), "{first} {then} {id}");
         }
@@ -267,14 +267,14 @@ fn a_new_message_says_which_of_two_was_released() {
 #[test]
 fn a_new_message_that_looks_like_the_one_before_is_forwarded() {
     // Which of the two is marked is chance.
-    for lane in [1, 2].repeat(16) {
+    for stream in [1, 2].repeat(16) {
         let mut inbound = Inbound::default();
         received(&mut inbound, 1, 1, 11);
         received(&mut inbound, 2, 1, 11);
         assert!(inbound.release(0, 1));
-        received(&mut inbound, lane, 1, 11);
+        received(&mut inbound, stream, 1, 11);
         // The other is open still.
-        let again = inbound.arrive(&on(3 - lane, 1, true, 11), 10);
+        let again = inbound.arrive(&on(3 - stream, 1, true, 11), 10);
         assert_eq!(again, Arrival::Received);
         assert!(inbound.release(1, 1) && inbound.release(2, 1));
         assert_eq!((inbound.open(), inbound.adrift.len()), (0, 0));
@@ -283,11 +283,11 @@ fn a_new_message_that_looks_like_the_one_before_is_forwarded() {
 
 #[test]
 fn without_a_release_the_same_again_is_a_copy_dup_or_not() {
-    for lane in [0, 1] {
+    for stream in [0, 1] {
         let mut inbound = Inbound::default();
-        received(&mut inbound, lane, 1, 11);
+        received(&mut inbound, stream, 1, 11);
         for dup in [false, true] {
-            let again = inbound.arrive(&on(lane, 1, dup, 11), 10);
+            let again = inbound.arrive(&on(stream, 1, dup, 11), 10);
             assert_eq!(again, Arrival::Received);
         }
     }
@@ -298,7 +298,7 @@ fn what_gone_streams_left_is_bounded_and_costs_the_client_nothing() {
     let mut inbound = Inbound::default();
     for n in 0..2 * ADRIFT_MAX as u64 {
         received(&mut inbound, 1, 1, n);
-        inbound.lane_ended(1);
+        inbound.stream_ended(1);
     }
     assert_eq!(inbound.adrift.len(), ADRIFT_MAX);
     assert_eq!(inbound.open(), 0);

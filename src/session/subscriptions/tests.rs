@@ -134,7 +134,7 @@ fn subscribe(
     session: &mut Session,
     filters: &[(&str, SubscribeOptions)],
     limits: &SessionLimits,
-) -> (Vec<Wanted>, usize) {
+) -> (Vec<SubscribeRequest>, usize) {
     let mut packet = Vec::new();
     encode_subscribe(Version::V5, 1, None, filters.iter().copied(), &mut packet);
     let decoder = Decoder {
@@ -295,7 +295,7 @@ fn a_copy_has_the_qos_of_all_whichever_it_is() {
     }
     for (lost, filter) in [(0, 1), (1, 2), (2, 1)] {
         let is_lost = |number| number == FilterId(lost);
-        let found = crate::session::senior(&subscriptions, "a", false, is_lost, &mut Vec::new());
+        let found = crate::session::primary(&subscriptions, "a", false, is_lost, &mut Vec::new());
         let found = found.map(|s| (s.filter, s.qos));
         assert_eq!(
             found,

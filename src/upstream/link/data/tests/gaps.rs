@@ -342,7 +342,7 @@ fn a_filter_that_nobody_holds_is_not_revived_by_other_facts() {
         filter: FilterId(number),
         name: name.as_str().into(),
         no_local: false,
-        senior_over: Vec::new(),
+        primary_over: Vec::new(),
     }];
     core.router.with(who.session, 0, |s, _| {
         s.remove_subscription(FilterId(number))
