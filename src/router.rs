@@ -30,7 +30,8 @@ use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
 pub use apply::Caller;
-pub use filters::links::{BrokerFeatures, LinkSession, Wanted};
+pub use filters::filter::LinkSession;
+pub use filters::links::{BrokerFeatures, Wanted};
 pub use publish::{Answered, ClientPublish};
 pub use sessions::connect::{Connect, Connected, Refused};
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};

@@ -1,5 +1,6 @@
 //! The filters that clients subscribe to, and what the broker has been asked and has said of each.
 
+pub(super) mod filter;
 pub(super) mod linger;
 pub(super) mod links;
 pub(super) mod local;

@@ -155,7 +155,7 @@ impl Router {
         while taken.len() < max
             && let Some(number) = retained.next()
         {
-            let name = self.table.read().get(number).map(|f| f.name.clone());
+            let name = self.table.read().get(number).map(|f| f.name().clone());
             let away = self.source_is_away(number);
             let (Some(name), Some(cached)) = (name, retained.filters.get_mut(&number)) else {
                 retained.drop_filter(number);

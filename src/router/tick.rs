@@ -5,16 +5,17 @@ use std::sync::atomic::Ordering;
 
 use parking_lot::RwLockWriteGuard;
 
-use crate::mqtt::ReasonCode;
+use crate::mqtt::{QoS, ReasonCode};
 use crate::session::CloseReason;
 use crate::telemetry::metrics;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::router::Router;
+use crate::router::filters::filter::{Filter, Release};
 use crate::router::filters::linger::{Idle, Overdue};
 use crate::router::filters::subscribe::FILTERS_MAX;
-use crate::router::filters::table::{State, Table};
+use crate::router::filters::table::Table;
 use crate::router::sessions::connect::Due;
 
 /// Unread messages on a lingering filter that make it busy.
@@ -179,36 +180,26 @@ impl Router {
     fn tick_held(&self, now: Millis) {
         loop {
             let mut table = self.table.write();
-            let Some(&(deadline, number)) = table.held.first() else {
+            let Some(&(deadline, number)) = table.deadlines.first() else {
                 return;
             };
             if deadline > now {
                 return;
             }
-            table.held.remove(&(deadline, number));
-            let mut late = Vec::new();
-            let mut granted = ReasonCode::GRANTED_QOS_2;
-            let mut confirmed = false;
+            table.deadlines.remove(&(deadline, number));
             let source = table.source(number);
-            let held = table.get(source).filter(|f| f.state == State::Active);
-            let active = held.map(|f| f.granted);
+            let active = table.get(source).filter(|f| f.is_active());
+            let active = active.map(Filter::granted);
+            let confirmed = active.is_some();
+            let granted = active.unwrap_or(QoS::ExactlyOnce);
+            let granted = ReasonCode(granted as u8);
+            let mut late = Vec::new();
             if let Some(filter) = table.get_mut(number) {
-                filter.waiters.retain(|w| {
-                    let keep = w.deadline > now;
-                    if !keep {
-                        late.push(*w);
-                    }
-                    keep
-                });
-                confirmed = active.is_some();
-                if let Some(qos) = active {
-                    granted = ReasonCode(qos as u8);
-                } else if self.config.subscribe_accept {
-                    filter.held = true;
-                    filter.granted = filter.wanted;
-                    filter.unconfirmed = true;
+                late = filter.take_late(now);
+                if !confirmed && self.config.subscribe_accept {
+                    filter.presume();
                     if source != number {
-                        table.rooted_waiting.insert(number);
+                        table.awaiting_root.insert(number);
                     }
                 }
             }
@@ -235,25 +226,25 @@ impl Router {
     /// Shared filters whose members are all gone.
     fn tick_left(&self, now: Millis) {
         let mut table = self.table.write();
-        if table.left.is_empty() {
+        if table.release_soon.is_empty() {
             return;
         }
-        let mut left = std::mem::take(&mut table.left);
-        // One that came and went while an answer was awaited is there for each time.
-        left.sort_unstable();
-        left.dedup();
+        let mut due = std::mem::take(&mut table.release_soon);
+        // A filter that was used and unsubscribed again is there for each time.
+        due.sort_unstable();
+        due.dedup();
         let (mut idle, mut gone): (Vec<Idle>, Vec<FilterId>) = Default::default();
-        for number in left {
-            match table.get(number).map(|f| f.idle_since) {
-                None => gone.push(number),
-                Some(u64::MAX) => {}
-                Some(since) => idle.push((since, number)),
+        for id in due {
+            match table.get(id).map(Filter::idle_since) {
+                None => gone.push(id),
+                Some(None) => {}
+                Some(Some(since)) => idle.push((since, id)),
             }
         }
         self.forget_groups(&gone);
         let awaited = self.leave(table, &idle, now);
         // Answered soon, and then due at a later tick.
-        self.table.write().left.extend(awaited);
+        self.table.write().release_soon.extend(awaited);
     }
 
     /// Filters that nobody came back for.
@@ -262,7 +253,11 @@ impl Router {
             let table = self.table.read();
             let lingering = &table.lingering;
             // Those that are on their way out make room soon.
-            let leaving: usize = table.leaving.iter().map(|queue| queue.len()).sum();
+            let leaving: usize = table
+                .unsubscribe_queue
+                .iter()
+                .map(|queue| queue.len())
+                .sum();
             Overdue {
                 idle_before: now.saturating_sub(self.config.linger),
                 busy_before: now.saturating_sub(self.config.linger_busy_min),
@@ -280,7 +275,7 @@ impl Router {
             more = false;
             for ((since, number), bytes) in table.lingering.behind(last).take(CHUNK) {
                 let filter = table.get(number);
-                let busy = || filter.is_some_and(|f| f.unread.load(Ordering::Relaxed) > BUSY);
+                let busy = || filter.is_some_and(|f| f.unread() > BUSY);
                 let leaves = overdue.next(since, bytes, busy);
                 more = leaves.is_some();
                 if leaves == Some(true) {
@@ -313,35 +308,22 @@ impl Router {
                 table.lingering.remove((since, number));
                 continue;
             };
-            // Somebody came back for it.
-            if filter.idle_since != since {
+            // It is in use again.
+            if filter.idle_since() != Some(since) {
                 continue;
             }
-            // Somebody still waits for an answer.
-            if !filter.waiters.is_empty() {
-                awaited.push(number);
-                continue;
-            }
-            let link = filter.link;
-            match filter.state {
-                // Also one that is to be subscribed again: the core may have it.
-                State::Active | State::Pending
-                    if usize::from(link) < self.data.len()
-                        && (filter.state == State::Active || filter.sent) =>
-                {
-                    filter.state = State::Unsubscribing;
-                    // Who comes now waits for the next SUBSCRIBE.
-                    filter.held = false;
+            match filter.release() {
+                Release::Unsubscribe(link) => {
                     table.lingering.remove((since, number));
-                    table.leaving[usize::from(link)].push_back(number);
+                    table.unsubscribe_queue[usize::from(link)].push_back(number);
                     wake |= 1 << link;
                     forget.push(number);
                 }
-                State::Active | State::Absent | State::Pending => {
-                    table.bury(number, now);
+                Release::Remove => {
+                    table.remove(number, now);
                     forget.push(number);
                 }
-                State::Subscribing | State::Unsubscribing => awaited.push(number),
+                Release::Later => awaited.push(number),
             }
         }
         self.forget_groups(&forget);

@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 
 use crate::mqtt::{Message, QoS};
 use crate::session::Incarnation;
+use crate::time::Millis;
 use crate::topics::FilterId;
 
 /// Names a session in the router: where it is, and which one of those that were there.
@@ -58,4 +59,28 @@ pub struct RetainedRequest {
     pub qos: QoS,
     /// The client's Subscription Identifier.
     pub identifier: Option<NonZeroU32>,
+}
+
+/// One filter of a client's SUBSCRIBE whose outcome is not told yet.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::router) struct PendingGrant {
+    /// The client's filter.
+    pub filter: FilterId,
+    /// The client's session, and which incarnation of it sent the SUBSCRIBE.
+    pub session: SessionRef,
+    pub incarnation: Incarnation,
+    /// The connection that sent the SUBSCRIBE; another one may use the same packet identifier.
+    pub connection_no: u64,
+    /// Names the SUBSCRIBE to the session, and `index` the filter in it.
+    pub packet_id: u16,
+    pub index: u16,
+    /// What the client asked for; once the filter is granted, what it is granted.
+    pub qos: QoS,
+    /// The filter is granted. The client is told once an older overlapping filter of it, whose
+    /// copies it will get, is granted at this QoS as well.
+    pub granted: bool,
+    /// Retained messages are to follow the grant.
+    pub retained: bool,
+    /// When the client gets an answer at the latest.
+    pub deadline: Millis,
 }

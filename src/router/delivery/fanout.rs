@@ -1,7 +1,6 @@
 //! From the core to the clients: one batch of arrived messages, shard by shard.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use smallvec::SmallVec;
 
@@ -156,10 +155,10 @@ impl Router {
                 }
                 for number in &arrived.filters {
                     if let Some(filter) = table.get(*number) {
-                        mask |= filter.mask;
-                        local.extend(filter.groups.iter().map(|g| (at, *g)));
-                        if filter.mask == 0 && filter.groups.is_empty() {
-                            filter.unread.fetch_add(1, Ordering::Relaxed);
+                        mask |= filter.mask();
+                        local.extend(filter.groups().iter().map(|g| (at, *g)));
+                        if filter.is_unused() {
+                            filter.count_unread();
                         }
                     }
                 }

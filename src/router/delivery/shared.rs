@@ -372,7 +372,7 @@ mod tests {
     use super::*;
     use crate::mqtt::{MessageSpec, Properties, ReasonCode, Version};
     use crate::router::Connected;
-    use crate::router::filters::table::State;
+    use crate::router::filters::filter::Phase;
     use crate::session::Unsubscribed;
     use crate::sim::testing;
 
@@ -525,8 +525,8 @@ mod tests {
                 scope.spawn(|| router.tick(1));
                 loop {
                     let table = router.table.try_read();
-                    let state = table.as_ref().and_then(|t| Some(t.get(number)?.state));
-                    if state == Some(State::Unsubscribing) {
+                    let state = table.as_ref().and_then(|t| Some(t.get(number)?.phase()));
+                    if state == Some(Phase::Unsubscribing) {
                         break assert!(!groups.0.contains_key(&number));
                     }
                     let locked = table.is_none();

@@ -1,4 +1,4 @@
-//! Filters that nobody holds and the core still has: how many they are, how long, and whose they were.
+//! Filters that nobody uses and that the broker still has: how many, since when, and on whose account.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
@@ -6,31 +6,33 @@ use std::ops::Bound;
 use foldhash::fast::RandomState;
 
 use crate::router::types::SessionRef;
+use crate::time::Millis;
 use crate::topics::FilterId;
 
 /// When a filter began to linger, milliseconds, and its number.
-pub(in crate::router) type Idle = (u64, FilterId);
+pub(in crate::router) type Idle = (Millis, FilterId);
 
 /// The filters that linger.
 #[derive(Debug, Default)]
 pub(in crate::router) struct Lingering {
     /// Longest idle first.
     filters: BTreeMap<Idle, Entry>,
-    /// Of all their names.
+    /// Bytes of all their names.
     bytes: usize,
-    /// Those that a client gave up, while it is its account that they are on.
-    given_up: HashMap<SessionRef, GivenUp, RandomState>,
+    /// Lingering filters charged to the client that unsubscribed from them.
+    accounts: HashMap<SessionRef, LingerAccount, RandomState>,
 }
 
 #[derive(Debug)]
 struct Entry {
-    /// Of its name.
+    /// Bytes of its name.
     bytes: usize,
-    by: Option<SessionRef>,
+    /// The client that it is charged to.
+    account: Option<SessionRef>,
 }
 
 #[derive(Debug, Default)]
-struct GivenUp {
+struct LingerAccount {
     filters: BTreeSet<Idle>,
     bytes: usize,
 }
@@ -38,7 +40,10 @@ struct GivenUp {
 impl Lingering {
     /// A filter whose name has so many bytes begins to linger.
     pub fn insert(&mut self, idle: Idle, bytes: usize) {
-        let entry = Entry { bytes, by: None };
+        let entry = Entry {
+            bytes,
+            account: None,
+        };
         if let Some(known) = self.filters.insert(idle, entry) {
             self.forget(idle, &known);
         }
@@ -54,36 +59,36 @@ impl Lingering {
 
     fn forget(&mut self, idle: Idle, entry: &Entry) {
         self.bytes -= entry.bytes;
-        let Some(by) = entry.by else {
+        let Some(client) = entry.account else {
             return;
         };
-        if let Some(own) = self.given_up.get_mut(&by) {
+        if let Some(own) = self.accounts.get_mut(&client) {
             own.filters.remove(&idle);
             own.bytes -= entry.bytes;
             if own.filters.is_empty() {
-                self.given_up.remove(&by);
+                self.accounts.remove(&client);
             }
         }
     }
 
-    /// It was `client` that gave up a lingering filter. Past so many filters or bytes on its account
-    /// the oldest are taken off it, and returned.
-    pub fn give_up(
+    /// Charges a lingering filter to `client`, which unsubscribed from it. Beyond so many filters or
+    /// bytes the oldest are taken off the account, and returned.
+    pub fn charge(
         &mut self,
         idle: Idle,
         client: SessionRef,
         most: usize,
         bytes: usize,
     ) -> Vec<FilterId> {
-        let mut gone = Vec::new();
+        let mut surplus = Vec::new();
         let Some(entry) = self.filters.get_mut(&idle) else {
-            return gone;
+            return surplus;
         };
-        if entry.by.is_some() {
-            return gone;
+        if entry.account.is_some() {
+            return surplus;
         }
-        entry.by = Some(client);
-        let own = self.given_up.entry(client).or_default();
+        entry.account = Some(client);
+        let own = self.accounts.entry(client).or_default();
         own.filters.insert(idle);
         own.bytes += entry.bytes;
         while (own.filters.len() > most || own.bytes > bytes)
@@ -91,17 +96,17 @@ impl Lingering {
         {
             if let Some(entry) = self.filters.get_mut(&oldest) {
                 own.bytes -= entry.bytes;
-                entry.by = None;
+                entry.account = None;
             }
-            gone.push(oldest.1);
+            surplus.push(oldest.1);
         }
         if own.filters.is_empty() {
-            self.given_up.remove(&client);
+            self.accounts.remove(&client);
         }
-        gone
+        surplus
     }
 
-    /// How many linger.
+    /// How many filters linger.
     pub fn len(&self) -> usize {
         self.filters.len()
     }
@@ -111,7 +116,7 @@ impl Lingering {
         self.bytes
     }
 
-    /// Those behind `last`, longest idle first, each with the bytes of its name.
+    /// The filters behind `last`, longest idle first, each with the bytes of its name.
     pub fn behind(&self, last: Option<Idle>) -> impl Iterator<Item = (Idle, usize)> {
         let from = last.map_or(Bound::Unbounded, Bound::Excluded);
         let behind = self.filters.range((from, Bound::Unbounded));
@@ -119,34 +124,40 @@ impl Lingering {
     }
 }
 
-/// Says of lingering filters, from the longest idle on, which are to leave. Times in milliseconds.
+/// Decides which lingering filters are released, from the longest idle on. Times in milliseconds.
 #[derive(Debug)]
 pub(in crate::router) struct Overdue {
-    /// Those that are idle since then leave.
-    pub idle_before: u64,
-    /// The same for busy ones and surplus ones.
-    pub busy_before: u64,
-    /// Filters that are too many.
+    /// Filters that are idle since then or longer are released.
+    pub idle_before: Millis,
+    /// Busy filters and surplus ones are released if they are idle since then or longer.
+    pub busy_before: Millis,
+    /// How many filters linger beyond the configured number.
     pub surplus: usize,
-    /// Filters, and bytes of names, that leave whatever their age.
+    /// How many filters are released whatever their age.
     pub urgent: usize,
+    /// How many bytes of names are released whatever their age.
     pub urgent_bytes: usize,
 }
 
 impl Overdue {
-    /// Whether the next one leaves. `None`: it does not, nor does any behind it.
-    pub fn next(&mut self, since: u64, bytes: usize, busy: impl FnOnce() -> bool) -> Option<bool> {
+    /// Whether the next filter is released. `None`: neither that one nor any behind it.
+    pub fn next(
+        &mut self,
+        since: Millis,
+        bytes: usize,
+        busy: impl FnOnce() -> bool,
+    ) -> Option<bool> {
         let urgent = self.urgent > 0 || self.urgent_bytes > 0;
         if since > self.busy_before && !urgent {
             return None;
         }
-        let leaves = urgent || self.surplus > 0 || since <= self.idle_before || busy();
+        let released = urgent || self.surplus > 0 || since <= self.idle_before || busy();
         self.surplus = self.surplus.saturating_sub(1);
         self.urgent = self.urgent.saturating_sub(1);
-        if leaves {
+        if released {
             self.urgent_bytes = self.urgent_bytes.saturating_sub(bytes);
         }
-        Some(leaves)
+        Some(released)
     }
 }
 
@@ -171,19 +182,19 @@ mod tests {
             lingering.insert((2, FilterId(number)), 10);
             assert!(
                 lingering
-                    .give_up((2, FilterId(number)), CLIENT, 3, 100)
+                    .charge((2, FilterId(number)), CLIENT, 3, 100)
                     .is_empty()
             );
         }
         lingering.insert((3, FilterId(7)), 10);
         assert_eq!(
-            lingering.give_up((3, FilterId(7)), CLIENT, 3, 100),
+            lingering.charge((3, FilterId(7)), CLIENT, 3, 100),
             [FilterId(0)]
         );
         // Once: it is not on the account any more.
         lingering.insert((4, FilterId(8)), 10);
         assert_eq!(
-            lingering.give_up((4, FilterId(8)), CLIENT, 3, 100),
+            lingering.charge((4, FilterId(8)), CLIENT, 3, 100),
             [FilterId(1)]
         );
         // Who comes back for one makes room.
@@ -191,7 +202,7 @@ mod tests {
         lingering.insert((5, FilterId(7)), 10);
         assert!(
             lingering
-                .give_up((5, FilterId(7)), CLIENT, 3, 100)
+                .charge((5, FilterId(7)), CLIENT, 3, 100)
                 .is_empty()
         );
         assert_eq!(lingering.len(), 6);
@@ -202,15 +213,15 @@ mod tests {
         let mut lingering = Lingering::default();
         for number in 0..3 {
             lingering.insert((0, FilterId(number)), 40);
-            let gone = lingering.give_up((0, FilterId(number)), CLIENT, 10, 100);
+            let gone = lingering.charge((0, FilterId(number)), CLIENT, 10, 100);
             assert_eq!(gone.is_empty(), number < 2);
         }
         lingering.insert((1, FilterId(5)), 1000);
         assert_eq!(
-            lingering.give_up((1, FilterId(5)), CLIENT, 10, 100),
+            lingering.charge((1, FilterId(5)), CLIENT, 10, 100),
             [1, 2, 5].map(FilterId)
         );
-        assert!(lingering.given_up.is_empty());
+        assert!(lingering.accounts.is_empty());
         assert_eq!(lingering.bytes(), 1120);
         for idle in [(0, 0), (0, 1), (0, 2), (1, 5), (1, 5)] {
             lingering.remove((idle.0, FilterId(idle.1)));

@@ -9,9 +9,11 @@ use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::router::Router;
+use crate::router::filters::filter::{LinkSession, Phase, Resumed, Unsubacked};
 use crate::router::filters::lost::Loss;
-use crate::router::filters::table::{State, Table, UNPLACED, Waiter};
+use crate::router::filters::table::Table;
 use crate::router::handle::TaskWaker;
+use crate::router::types::PendingGrant;
 
 /// A filter to be subscribed at the core.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,36 +48,17 @@ pub struct BrokerFeatures {
     pub packet_max: Option<u32>,
 }
 
-/// What the broker has of a link's session when the link has connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LinkSession {
-    /// The session is new and has no filters.
-    New,
-    /// An earlier CONNECT, whose answer was lost, may have begun the session: it may have no filters.
-    Doubtful,
-    /// The broker kept the session with all its filters.
-    Resumed,
-}
-
 /// How long after the core forgot one link's session another's loss may have to do with it,
 /// milliseconds: a dead connection is found by an unanswered PINGREQ.
 const DOUBT: u64 = 30_000;
 
-/// Adds the filters that are below those which are roots.
-fn add_below(table: &Table, numbers: &mut Vec<FilterId>) {
-    for at in 0..numbers.len() {
-        numbers.extend(table.below(numbers[at]));
-    }
-}
-
-/// The core may have forgotten what it had on a link.
+/// The broker may have forgotten the filters of a link.
 fn doubt(link: usize, table: &Table) {
-    let held = table.of_link(link as u8);
-    let held = held.filter(|(_, filter)| filter.state == State::Active);
-    let mut numbers: Vec<FilterId> = held.map(|(number, _)| number).collect();
-    add_below(table, &mut numbers);
-    for number in numbers {
-        table.lost.insert(number, Loss::Doubtful);
+    let active = table.of_link(link).filter(|(_, f)| f.is_active());
+    let mut ids: Vec<FilterId> = active.map(|(id, _)| id).collect();
+    table.add_below(&mut ids);
+    for id in ids {
+        table.lost.insert(id, Loss::Doubtful);
     }
 }
 
@@ -96,7 +79,7 @@ impl Router {
         core.properties
             .store(features.properties, Ordering::Relaxed);
         core.shared.store(features.shared, Ordering::Relaxed);
-        let mut refused: Vec<(FilterId, Vec<Waiter>, ReasonCode)> = Vec::new();
+        let mut refused: Vec<(FilterId, Vec<PendingGrant>, ReasonCode)> = Vec::new();
         let mut table = self.table.write();
         table.floor = match features.replaces {
             true => QoS::AtMostOnce,
@@ -114,61 +97,35 @@ impl Router {
             );
         }
         table.identifiers = Some(features.identifiers);
-        let links = table.pending.len();
-        for trie in &mut table.tries {
-            *trie = crate::topics::FilterTrie::new();
-        }
-        let mut all: Vec<FilterId> = Vec::new();
-        for link in (0..links as u8).chain([UNPLACED]) {
-            all.extend(table.of_link(link).map(|(n, _)| n));
-        }
-        all.sort_unstable();
-        for queue in &mut table.pending {
-            queue.clear();
-        }
-        for number in all {
-            let Some(filter) = table.get_mut(number) else {
+        for id in table.unplace_all() {
+            let Some(filter) = table.get_mut(id) else {
                 continue;
             };
-            // All links begin anew: the core has nothing that is to be left.
-            if filter.state == State::Unsubscribing && !filter.is_wanted() {
-                table.bury(number, now);
+            // All links begin anew: there is nothing to unsubscribe.
+            if filter.phase() == Phase::Unsubscribing && !filter.is_wanted() {
+                table.remove(id, now);
                 continue;
             }
-            filter.link = UNPLACED;
-            if filter.shared && !features.shared && !self.config.local_groups {
-                filter.state = State::Absent;
-                filter.held = false;
-                table.lost.remove(number);
-                let waiters = table.take_waiters(number, QoS::ExactlyOnce);
-                let code = ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
-                refused.push((number, waiters, code));
-                continue;
-            }
-            let name = filter.name.clone();
-            let wanted = filter.state != State::Absent;
-            let placed = table.place(number, self.hash(&name), &[]);
-            if let Err(other) = placed {
+            let name = filter.name().clone();
+            let code = if filter.is_shared() && !features.shared && !self.config.local_groups {
+                ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED
+            } else if let Err(other) = table.place(id, self.hash(&name), &[]) {
                 tracing::error!(
                     filter = %crate::telemetry::clean(&name, 256),
                     overlaps = %crate::telemetry::clean(&other, 256),
-                    "A filter cannot be served: the core has no working subscription identifiers, and it overlaps another on every data link"
+                    "A filter cannot be served: the broker has no working subscription identifiers, and the filter overlaps another on every data link"
                 );
-                if let Some(filter) = table.get_mut(number) {
-                    filter.state = State::Absent;
-                    filter.held = false;
-                    filter.upgrading = false;
-                }
-                table.lost.remove(number);
-                let waiters = table.take_waiters(number, QoS::ExactlyOnce);
-                refused.push((number, waiters, ReasonCode::QUOTA_EXCEEDED));
+                ReasonCode::QUOTA_EXCEEDED
+            } else {
+                table.queue_moved(id);
                 continue;
+            };
+            if let Some(filter) = table.get_mut(id) {
+                filter.unservable();
             }
-            if wanted && let Some(filter) = table.get_mut(number) {
-                filter.state = State::Pending;
-                let link = usize::from(filter.link);
-                table.pending[link].push_back(number);
-            }
+            table.lost.remove(id);
+            let grants = table.take_answered(id, QoS::ExactlyOnce);
+            refused.push((id, grants, code));
         }
         drop(table);
         for (number, waiters, code) in refused {
@@ -211,27 +168,16 @@ impl Router {
         let floor = table.floor;
         let mut taken = Vec::new();
         while taken.len() < max
-            && let Some(number) = table.pending[link].pop_front()
+            && let Some(number) = table.subscribe_queue[link].pop_front()
         {
             let Some(filter) = table.get_mut(number) else {
                 continue;
             };
-            let upgrade = filter.upgrading && filter.state == State::Active;
-            if filter.state != State::Pending && !upgrade {
+            let Some(qos) = filter.subscribe_sent(floor) else {
                 continue;
-            }
-            if !upgrade {
-                filter.state = State::Subscribing;
-                filter.upgrading = false;
-            }
-            filter.wanted = filter.wanted.max(floor);
-            filter.asked = filter.wanted;
-            filter.sent = true;
-            taken.push(Wanted {
-                number,
-                name: filter.name.clone(),
-                qos: filter.wanted,
-            });
+            };
+            let name = filter.name().clone();
+            taken.push(Wanted { number, name, qos });
         }
         metrics().upstream_subscribes.increment(taken.len() as u64);
         taken
@@ -242,12 +188,12 @@ impl Router {
         let mut table = self.table.write();
         let mut taken = Vec::new();
         while taken.len() < max
-            && let Some(number) = table.leaving[link].pop_front()
+            && let Some(id) = table.unsubscribe_queue[link].pop_front()
         {
-            if let Some(filter) = table.get(number)
-                && filter.state == State::Unsubscribing
+            if let Some(filter) = table.get(id)
+                && filter.phase() == Phase::Unsubscribing
             {
-                taken.push((number, filter.name.clone()));
+                taken.push((id, filter.name().clone()));
             }
         }
         metrics()
@@ -262,22 +208,21 @@ impl Router {
         let Some(filter) = table.get_mut(number) else {
             return;
         };
-        if filter.state != State::Unsubscribing {
-            return;
-        }
-        filter.state = State::Absent;
-        filter.held = false;
-        if filter.is_wanted() {
-            let (qos, link) = (filter.wanted, filter.link);
-            table.ask(number, qos);
-            drop(table);
-            if link != UNPLACED {
-                self.data[usize::from(link)].raise();
+        match filter.unsuback() {
+            Unsubacked::Stray => {}
+            Unsubacked::Again(qos) => {
+                let link = filter.link();
+                table.request(number, qos);
+                drop(table);
+                if let Some(link) = link {
+                    self.data[link].raise();
+                }
             }
-        } else {
-            table.bury(number, now);
-            drop(table);
-            self.forget_retained(std::iter::once(number));
+            Unsubacked::Remove => {
+                table.remove(number, now);
+                drop(table);
+                self.forget_retained(std::iter::once(number));
+            }
         }
     }
 
@@ -299,47 +244,32 @@ impl Router {
             if session == LinkSession::New && !first {
                 self.doubt_others(link, &table, now);
             }
-            let all: Vec<FilterId> = table.of_link(link as u8).map(|(n, _)| n).collect();
-            table.pending[link].clear();
-            table.leaving[link].clear();
-            for number in all {
-                let Some(filter) = table.get_mut(number) else {
+            let all: Vec<FilterId> = table.of_link(link).map(|(id, _)| id).collect();
+            table.subscribe_queue[link].clear();
+            table.unsubscribe_queue[link].clear();
+            for id in all {
+                let Some(filter) = table.get_mut(id) else {
                     continue;
                 };
-                filter.sent &= session != LinkSession::New;
-                let again = match filter.state {
-                    State::Absent => false,
-                    State::Active => !session_present || filter.upgrading,
-                    // What was under way when the link was lost: in doubt, and harmless to repeat.
-                    State::Pending | State::Subscribing => true,
-                    State::Unsubscribing => filter.is_wanted(),
-                };
-                let gone = filter.state == State::Unsubscribing && !again;
-                if session_present && filter.state == State::Active {
-                    had.push(number);
+                let resumed = filter.resume(session);
+                if session_present && filter.is_active() {
+                    had.push(id);
                 }
-                if again {
-                    let is_lost = filter.state == State::Active && !session_present;
-                    if filter.state != State::Active || is_lost {
-                        filter.state = State::Pending;
-                        filter.upgrading = false;
+                match resumed {
+                    Resumed::Rests => {}
+                    Resumed::Subscribe => table.subscribe_queue[link].push_back(id),
+                    Resumed::Regain => {
+                        lost.push(id);
+                        table.subscribe_queue[link].push_back(id);
                     }
-                    if is_lost {
-                        lost.push(number);
-                    }
-                    table.pending[link].push_back(number);
-                } else if gone {
-                    if session != LinkSession::New {
-                        table.leaving[link].push_back(number);
-                    } else {
-                        table.bury(number, now);
-                    }
+                    Resumed::Unsubscribe => table.unsubscribe_queue[link].push_back(id),
+                    Resumed::Remove => table.remove(id, now),
                 }
-                numbers.push(number);
+                numbers.push(id);
             }
-            // What is below a root is lost with it.
-            add_below(&table, &mut lost);
-            add_below(&table, &mut had);
+            // The filters below a root are lost with it.
+            table.add_below(&mut lost);
+            table.add_below(&mut had);
             let loss = match session {
                 LinkSession::Doubtful => Loss::Doubtful,
                 _ => Loss::Sure,
@@ -355,7 +285,7 @@ impl Router {
         self.data[link].raise();
         // Even with the session kept, QoS 0 of the gap is gone, retained or not.
         let gap = !first && !session_present && !numbers.is_empty();
-        add_below(&self.table.read(), &mut numbers);
+        self.table.read().add_below(&mut numbers);
         if session_present {
             self.nothing_missed(&had);
         } else {
@@ -402,9 +332,9 @@ impl Router {
             if now < self.doubted_until[link].load(Ordering::Acquire) {
                 doubt(link, &table);
             }
-            table.of_link(link as u8).map(|(n, _)| n).collect()
+            table.of_link(link).map(|(id, _)| id).collect()
         };
-        add_below(&self.table.read(), &mut numbers);
+        self.table.read().add_below(&mut numbers);
         self.retained_missed(&numbers);
         self.forget_retained(numbers.into_iter());
     }
@@ -413,8 +343,8 @@ impl Router {
     pub fn filters_on(&self, link: usize) -> usize {
         let table = self.table.read();
         table
-            .of_link(link as u8)
-            .filter(|(_, f)| f.state != State::Absent)
+            .of_link(link)
+            .filter(|(_, f)| f.phase() != Phase::Absent)
             .count()
     }
 }

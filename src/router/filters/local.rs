@@ -1,31 +1,27 @@
-//! Groups of shared subscriptions that exist at this node alone, for cores without working ones:
-//! the filter of the group is held like any other, and each of its messages goes to one member.
+//! Groups of shared subscribers that exist at this node alone, for brokers without working shared
+//! subscriptions. The group's plain filter is subscribed like any other, and each of its messages goes
+//! to one member.
 
 use std::sync::Arc;
 
-use crate::router::filters::table::{ROOTED, State, Table};
+use crate::router::filters::filter::Filter;
+use crate::router::filters::table::Table;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
 impl Table {
-    /// Hangs a group on its plain filter, which then is held as long as the group has members.
+    /// Adds a group to its plain filter, which is then in use as long as the group has members.
     ///
     /// # Errors
-    /// The filter that the plain one would overlap on every link.
-    pub(in crate::router) fn take_local(
-        &mut self,
-        number: FilterId,
-        hash: u64,
-    ) -> Result<(), Arc<str>> {
-        let Some(topics) = self.get(number).map(|f| f.topics().to_owned()) else {
+    /// The name of a filter that the plain one overlaps, if it overlaps one on every link.
+    pub(super) fn place_locally(&mut self, id: FilterId, hash: u64) -> Result<(), Arc<str>> {
+        let Some(topics) = self.get(id).map(|f| f.topics().to_owned()) else {
             return Ok(());
         };
         let (plain, _) = self.intern(&topics);
         if let Err(other) = self.place(plain, hash, &[]) {
-            let unused =
-                |f: &crate::router::filters::table::Filter| f.mask == 0 && f.groups.is_empty();
-            if self.get(plain).is_some_and(unused) {
-                self.bury(plain, 0);
+            if self.get(plain).is_some_and(Filter::is_unused) {
+                self.remove(plain, 0);
             }
             return Err(other);
         }
@@ -33,43 +29,25 @@ impl Table {
         let Some(filter) = self.get_mut(plain) else {
             return Ok(());
         };
-        if !filter.groups.contains(&number) {
-            filter.groups.push(number);
+        if let Some(since) = filter.add_group(id) {
+            self.lingering.remove((since, plain));
         }
-        let idle = std::mem::replace(&mut filter.idle_since, u64::MAX);
-        if idle != u64::MAX {
-            self.lingering.remove((idle, plain));
-        }
-        if let Some(group) = self.get_mut(number) {
-            group.plain = Some(plain);
-            group.rooted = Some(source);
-            group.link = ROOTED;
-            group.state = State::Active;
+        if let Some(group) = self.get_mut(id) {
+            group.place_locally(plain, source);
         }
         Ok(())
     }
 
-    /// A group is gone; its plain filter lingers if nobody else holds it.
-    pub(in crate::router) fn leave_local(
-        &mut self,
-        number: FilterId,
-        plain: FilterId,
-        now: Millis,
-    ) {
+    /// A group is gone; its plain filter lingers if nobody else uses it.
+    pub(super) fn remove_local(&mut self, id: FilterId, plain: FilterId, now: Millis) {
         let Some(filter) = self.get_mut(plain) else {
             return;
         };
-        filter.groups.retain(|g| *g != number);
-        if filter.mask == 0
-            && filter.groups.is_empty()
-            && filter.idle_since == u64::MAX
-            && !filter.root
-        {
-            filter.idle_since = now;
-            let (rooted, bytes) = (filter.rooted.is_some(), filter.name.len());
-            // Nothing of it is at the core, and a group has no retained messages.
-            if rooted {
-                self.left.push(plain);
+        if filter.remove_group(id, now) {
+            let (below_root, bytes) = (filter.source().is_some(), filter.name().len());
+            // The broker does not know it, and a group has no retained messages.
+            if below_root {
+                self.release_soon.push(plain);
             }
             self.lingering.insert((now, plain), bytes);
         }

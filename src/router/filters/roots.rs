@@ -1,101 +1,102 @@
-//! Roots: filters that the configuration holds at the core for good. A client's filter inside one
-//! costs the core nothing; which of them a message is for is found here.
+//! Roots: wildcard filters that the configuration keeps subscribed. A client's filter inside one costs
+//! the broker nothing; which of these filters a message is for is found here.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
-use crate::mqtt::QoS;
+use crate::router::filters::filter::Filter;
+use crate::router::filters::table::Table;
 use crate::telemetry::clean;
 use crate::topics::{FilterId, covers};
 
-use crate::router::filters::table::{ROOTED, State, Table};
-
-/// With more filters at the core no root is suggested any more.
+/// With more filters at the broker no root is suggested any more.
 const SUGGEST_UNTIL: usize = 100_000;
 
 impl Table {
-    /// Holds a root from the first connection of its link on.
+    /// Keeps a root subscribed from the first connection of its link on.
     pub fn add_root(&mut self, name: &str) {
-        let (number, _) = self.intern(name);
-        if let Some(filter) = self.get_mut(number) {
-            filter.root = true;
-            filter.wanted = QoS::ExactlyOnce;
-            filter.state = State::Pending;
-            // One that is known from before has begun to linger.
-            let idle = std::mem::replace(&mut filter.idle_since, u64::MAX);
-            self.lingering.remove((idle, number));
+        let (id, _) = self.intern(name);
+        // A root that is known from an earlier process has begun to linger.
+        if let Some(since) = self.get_mut(id).and_then(Filter::make_root) {
+            self.lingering.remove((since, id));
         }
-        self.roots.push(number);
+        self.roots.push(id);
     }
 
-    /// Puts a filter below the root that it lies in, if there is one.
-    pub fn take_root(&mut self, number: FilterId) -> bool {
-        let Some(filter) = self.get(number).filter(|f| !f.root && !f.shared) else {
+    /// Puts a filter below the root that it lies in. False: it lies in none.
+    pub(super) fn place_below_root(&mut self, id: FilterId) -> bool {
+        let placed = self.get(id).filter(|f| !f.is_root() && !f.is_shared());
+        let Some(name) = placed.map(|f| f.name().clone()) else {
             return false;
         };
-        let name = filter.name.clone();
-        let inside = |root: &&FilterId| self.get(**root).is_some_and(|r| covers(&r.name, &name));
+        let inside = |root: &&FilterId| self.get(**root).is_some_and(|r| covers(r.name(), &name));
         let Some(root) = self.roots.iter().find(inside).copied() else {
             return false;
         };
-        if let Some(filter) = self.get_mut(number) {
-            filter.rooted = Some(root);
-            filter.link = ROOTED;
-            // It is at the core as long as its root is.
-            filter.state = State::Active;
+        if let Some(filter) = self.get_mut(id) {
+            filter.place_below(root);
         }
-        self.rooted.insert(&name, number);
+        self.below_roots.insert(&name, id);
         true
     }
 
-    /// The filter that stands for this one at the core: its root, or itself.
-    pub fn source(&self, number: FilterId) -> FilterId {
-        let root = self.get(number).and_then(|f| f.rooted);
-        root.unwrap_or(number)
+    /// The filter whose subscription at the broker brings the messages of this one: its root, or the
+    /// filter itself.
+    pub fn source(&self, id: FilterId) -> FilterId {
+        self.get(id).and_then(Filter::source).unwrap_or(id)
     }
 
-    /// The filters below `number`, if that is a root.
-    pub fn below(&self, number: FilterId) -> impl Iterator<Item = FilterId> {
-        let root = self.get(number).is_some_and(|filter| filter.root);
-        let all = root.then(|| self.numbers()).into_iter().flatten();
-        all.filter(move |n| self.get(*n).is_some_and(|f| f.rooted == Some(number)))
+    /// The filters below `root`, and the local groups that hang on it; none if it is no root.
+    pub fn below(&self, root: FilterId) -> impl Iterator<Item = FilterId> {
+        let is_root = self.get(root).is_some_and(Filter::is_root);
+        let all = is_root.then(|| self.all()).into_iter().flatten();
+        all.filter(move |(_, f)| f.source() == Some(root))
+            .map(|(id, _)| id)
     }
 
-    /// Adds the filters below root `number` that match a topic.
-    pub fn match_root(&self, number: FilterId, topic: &str, f: impl FnMut(FilterId)) {
-        if self.get(number).is_some_and(|filter| filter.root) {
-            self.rooted.for_each_match(topic, f);
+    /// Adds the filters that are below those of `ids` which are roots.
+    pub fn add_below(&self, ids: &mut Vec<FilterId>) {
+        for at in 0..ids.len() {
+            ids.extend(self.below(ids[at]));
         }
     }
 
-    /// As filters at the core grow, says which root would spare it most of them.
+    /// The filters below `root` that match a topic; none if it is no root.
+    pub fn match_root(&self, root: FilterId, topic: &str, f: impl FnMut(FilterId)) {
+        if self.get(root).is_some_and(Filter::is_root) {
+            self.below_roots.for_each_match(topic, f);
+        }
+    }
+
+    /// Logs which root would spare the broker most of its filters, as their number grows.
     pub fn suggest_root(&self) {
-        let at_core = self.len().saturating_sub(self.rooted.len());
+        let at_broker = self.len().saturating_sub(self.below_roots.len());
         let known = self.suggest_at.load(Ordering::Relaxed);
-        // Beyond that it has been said often enough, and counting takes its time.
-        if at_core < known || known > SUGGEST_UNTIL {
+        // Then it has been logged often enough, and counting takes its time.
+        if at_broker < known || known > SUGGEST_UNTIL {
             return;
         }
-        self.suggest_at.store(at_core * 2, Ordering::Relaxed);
+        self.suggest_at.store(at_broker * 2, Ordering::Relaxed);
         let (root, filters) = self.best_root();
-        if filters * 2 < at_core {
+        if filters * 2 < at_broker {
             return;
         }
         tracing::warn!(
-            filters = at_core,
+            filters = at_broker,
             inside = filters,
-            "The core holds many filters: upstream.roots = [\"{}\"] would hold most of them as one, and bring all its messages here",
+            "The broker has many filters: upstream.roots = [\"{}\"] would replace most of them by one, and bring all its messages here",
             clean(&root, 256)
         );
     }
 
-    /// The narrowest filter `a/b/#` that most filters at the core lie in, and how many do.
+    /// The narrowest filter of the form `a/b/#` that most filters at the broker lie in, and how many do.
     fn best_root(&self) -> (String, usize) {
         let names = || {
             let own = self
                 .all()
-                .filter(|f| f.rooted.is_none() && !f.shared && !f.root);
-            own.map(|f| &*f.name)
+                .map(|(_, f)| f)
+                .filter(|f| f.source().is_none() && !f.is_shared() && !f.is_root());
+            own.map(|f| &**f.name())
         };
         let mut root = String::new();
         let mut inside = 0;
@@ -113,7 +114,7 @@ impl Table {
             let Some((level, count)) = next.into_iter().max_by_key(|(_, count)| *count) else {
                 break;
             };
-            // Narrower only while nearly all that it holds stays inside.
+            // A narrower root only while nearly all filters stay inside.
             if inside > 0 && count * 10 < inside * 9 {
                 break;
             }
@@ -124,15 +125,16 @@ impl Table {
         (root + "#", inside)
     }
 
-    /// Filters below a root with clients that wait for the core's word on it.
-    pub fn take_waiting(&mut self, root: FilterId) -> Vec<FilterId> {
-        if self.rooted_waiting.is_empty() {
+    /// Takes the filters below `root`, and the local groups of `root`, whose clients wait for its
+    /// SUBACK.
+    pub fn take_awaiting_root(&mut self, root: FilterId) -> Vec<FilterId> {
+        if self.awaiting_root.is_empty() {
             return Vec::new();
         }
-        let all = std::mem::take(&mut self.rooted_waiting);
-        let of_it = |n: &FilterId| self.get(*n).is_some_and(|f| f.rooted == Some(root));
-        let (mine, others): (Vec<FilterId>, Vec<FilterId>) = all.into_iter().partition(of_it);
-        self.rooted_waiting = others.into_iter().collect();
-        mine
+        let all = std::mem::take(&mut self.awaiting_root);
+        let below = |id: &FilterId| self.get(*id).is_some_and(|f| f.source() == Some(root));
+        let (below, others) = all.into_iter().partition::<Vec<_>, _>(below);
+        self.awaiting_root = others.into_iter().collect();
+        below
     }
 }

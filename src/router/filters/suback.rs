@@ -9,17 +9,18 @@ use crate::time::Millis;
 use crate::topics::{FilterId, overlaps};
 
 use crate::router::Router;
+use crate::router::filters::filter::{Phase, SubackOutcome};
 use crate::router::filters::subscribe::LINE_EVERY;
-use crate::router::filters::table::{State, Table, Waiter};
+use crate::router::filters::table::Table;
 use crate::router::retained::Reply;
-use crate::router::types::{RetainedRequest, SessionRef};
+use crate::router::types::{PendingGrant, RetainedRequest, SessionRef};
 
 static REFUSED: RateLimited = RateLimited::new(LINE_EVERY);
 
 fn filter_has_below(table: &Table, number: FilterId) -> bool {
     table
         .get(number)
-        .is_some_and(|f| f.root || !f.groups.is_empty())
+        .is_some_and(|f| f.is_root() || !f.groups().is_empty())
 }
 
 fn refused(filter: &str, code: ReasonCode, now: Millis) {
@@ -58,41 +59,38 @@ impl Router {
             others.map(|s| s.filter).collect()
         };
         let mut last = None;
-        let mut wake: SmallVec<[u8; 4]> = SmallVec::new();
+        let mut wake: SmallVec<[usize; 4]> = SmallVec::new();
         let mut table = self.table.write();
         for other in others {
             let source = table.source(other);
             let Some(filter) = table.get(source) else {
                 continue;
             };
-            let link = filter.link;
-            if filter.wanted < qos && filter.state != State::Absent {
-                table.ask(source, qos);
-                wake.push(link);
+            if filter.wanted() < qos && filter.phase() != Phase::Absent {
+                wake.extend(filter.link());
+                table.request(source, qos);
             }
             let filter = table.get(source);
-            let waits = filter.is_some_and(|f| f.is_rising() && f.granted < qos);
+            let waits = filter.is_some_and(|f| f.is_rising() && f.granted() < qos);
             // Answers come in order: behind the last there is nothing left to wait for.
             last = waits.then_some(source).or(last);
         }
         drop(table);
         for link in wake {
-            if let Some(data) = self.data.get(usize::from(link)) {
-                data.raise();
-            }
+            self.data[link].raise();
         }
         last
     }
 
-    /// Lets a waiter wait for another filter of its client. False: there is nothing to wait for.
-    pub(in crate::router) fn wait_behind(&self, waiter: Waiter, on: FilterId) -> bool {
+    /// Lets a client's SUBSCRIBE wait for the SUBACK of another filter of the client. False: that
+    /// filter has its answer.
+    pub(in crate::router) fn wait_behind(&self, grant: PendingGrant, on: FilterId) -> bool {
         let mut table = self.table.write();
-        let Some(filter) = table.get_mut(on).filter(|f| f.is_rising()) else {
-            return false;
-        };
-        filter.waiters.push(waiter);
-        table.held.insert((waiter.deadline, on));
-        true
+        let rising = table.get(on).is_some_and(|f| f.is_rising());
+        if rising {
+            table.await_suback(on, grant);
+        }
+        rising
     }
 
     /// Writes the outcome of filters of one SUBSCRIBE.
@@ -132,13 +130,10 @@ impl Router {
 
     /// The core's SUBACK for a filter, or our own word in its place.
     pub fn suback(&self, number: FilterId, code: ReasonCode, now: Millis) {
-        let (mut guessed, regained);
+        let mut guessed = false;
+        let regained;
         let (waiters, link, below) = {
             let mut table = self.table.write();
-            let Some(filter) = table.get_mut(number) else {
-                return;
-            };
-            let upgrade = std::mem::take(&mut filter.upgrading);
             regained = table.lost.remove(number);
             if regained {
                 let below: Vec<FilterId> = table.below(number).collect();
@@ -147,47 +142,26 @@ impl Router {
             let Some(filter) = table.get_mut(number) else {
                 return;
             };
-            guessed = false;
-            match filter.state {
-                State::Subscribing => {}
-                State::Active if upgrade => {}
-                // An answer to what has been given up.
-                _ => return,
-            }
-            let mut qos = filter.asked;
+            let mut qos = QoS::ExactlyOnce;
             let mut again = false;
-            if code.is_error() {
-                // The waiters of an upgrade go, those who hold the filter stay.
-                if filter.state == State::Subscribing {
-                    filter.state = State::Absent;
-                    filter.sent = false;
-                    filter.held = false;
-                }
-                qos = QoS::ExactlyOnce;
-                refused(&filter.name, code, now);
-            } else {
-                filter.state = State::Active;
-                filter.held = true;
-                filter.granted = QoS::from_u8(code.0).unwrap_or_default();
-                // Somebody asked for more meanwhile.
-                again = filter.wanted > filter.asked;
-                filter.upgrading = again;
-                guessed = filter.unconfirmed;
-                filter.unconfirmed &= again;
+            match filter.suback(code) {
+                SubackOutcome::Stray => return,
+                SubackOutcome::Refused => refused(filter.name(), code, now),
+                SubackOutcome::Granted {
+                    asked,
+                    again: more,
+                    presumed,
+                } => (qos, again, guessed) = (asked, more, presumed),
             }
-            let link = usize::from(filter.link);
-            if again && let Some(pending) = table.pending.get_mut(link) {
-                pending.push_back(number);
+            let link = filter.link().filter(|_| again);
+            if let Some(link) = link {
+                table.subscribe_queue[link].push_back(number);
             }
             let below = match !again && filter_has_below(&table, number) {
-                true => table.take_waiting(number),
+                true => table.take_awaiting_root(number),
                 false => Vec::new(),
             };
-            (
-                table.take_waiters(number, qos),
-                again.then_some(link),
-                below,
-            )
+            (table.take_answered(number, qos), link, below)
         };
         if let Some(link) = link {
             self.data[link].raise();
@@ -213,10 +187,9 @@ impl Router {
     fn root_answered(&self, number: FilterId, code: ReasonCode, now: Millis) {
         let (waiters, guessed) = {
             let mut table = self.table.write();
-            let waiters = table.take_waiters(number, QoS::ExactlyOnce);
+            let waiters = table.take_answered(number, QoS::ExactlyOnce);
             let filter = table.get_mut(number);
-            let guessed = filter.map(|f| std::mem::take(&mut f.unconfirmed));
-            (waiters, guessed == Some(true))
+            (waiters, filter.is_some_and(|f| f.root_answered()))
         };
         if guessed && !code.is_error() {
             self.confirm(number, code);
@@ -226,7 +199,7 @@ impl Router {
 
     /// The core has a filter at last that clients were granted without it.
     fn confirm(&self, number: FilterId, code: ReasonCode) {
-        let mask = self.table.read().get(number).map_or(0, |f| f.mask);
+        let mask = self.table.read().get(number).map_or(0, |f| f.mask());
         let granted = QoS::from_u8(code.0).unwrap_or_default();
         let shards = self.shards.iter().enumerate();
         let mut newly = Vec::new();
@@ -243,7 +216,7 @@ impl Router {
     pub(in crate::router) fn settle_waiters(
         &self,
         number: FilterId,
-        waiters: &[Waiter],
+        waiters: &[PendingGrant],
         code: ReasonCode,
         confirmed: bool,
         now: Millis,
@@ -253,8 +226,9 @@ impl Router {
                 continue;
             }
             // Its own filter was granted before; what held it back is over, one way or another.
-            if let Some((own, granted)) = waiter.behind {
-                self.settle_waiter(own, waiter, granted, confirmed, now);
+            if waiter.granted {
+                let granted = ReasonCode(waiter.qos as u8);
+                self.settle_waiter(waiter.filter, waiter, granted, confirmed, now);
                 continue;
             }
             if code.is_error() {
@@ -293,7 +267,7 @@ impl Router {
     fn settle_waiter(
         &self,
         number: FilterId,
-        waiter: &Waiter,
+        waiter: &PendingGrant,
         granted: ReasonCode,
         confirmed: bool,
         now: Millis,
@@ -301,8 +275,8 @@ impl Router {
         let qos = QoS::from_u8(granted.0).unwrap_or_default();
         if confirmed && waiter.deadline > now {
             let behind = self.raise_overlapping(waiter.session, number, qos);
-            let waits = Waiter {
-                behind: Some((number, granted)),
+            let waits = PendingGrant {
+                granted: true,
                 qos,
                 ..*waiter
             };
@@ -316,7 +290,7 @@ impl Router {
             slot.and_then(|s| s.session.subscription(number))
                 .map(|s| s.identifier)
         };
-        let Waiter {
+        let PendingGrant {
             session,
             connection_no,
             packet_id,
@@ -344,7 +318,7 @@ impl Router {
     }
 
     /// Whether the session that waits is still the same: a clean start keeps its place.
-    fn is_of(&self, waiter: &Waiter) -> bool {
+    fn is_of(&self, waiter: &PendingGrant) -> bool {
         let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
         let slot = shard.get(waiter.session);
         slot.is_some_and(|s| s.session.incarnation == waiter.incarnation)

@@ -13,9 +13,9 @@ use crate::time::Millis;
 use crate::topics::{FilterId, has_wildcard, overlaps, split_shared};
 
 use crate::router::Router;
-use crate::router::filters::table::{State, UNPLACED, Waiter};
+use crate::router::filters::filter::Filter;
 use crate::router::retained::Reply;
-use crate::router::types::{RetainedRequest, SessionRef};
+use crate::router::types::{PendingGrant, RetainedRequest, SessionRef};
 
 /// Filters known at once, held or lingering.
 pub(in crate::router) const FILTERS_MAX: usize = 1_000_000;
@@ -70,8 +70,8 @@ impl Router {
                 let mut table = self.table.write();
                 let (number, name) = table.intern(&want.filter);
                 if let Err(other) = table.place(number, self.hash(&want.filter), &near) {
-                    if table.get(number).is_some_and(|f| f.mask == 0) {
-                        table.bury(number, now);
+                    if table.get(number).is_some_and(|f| f.mask() == 0) {
+                        table.remove(number, now);
                     }
                     drop(table);
                     if let Some(suppressed) = OVERLAPPING.permit(now) {
@@ -118,38 +118,36 @@ impl Router {
             let Some(filter) = table.get(source) else {
                 continue;
             };
-            let held = filter.state == State::Active || filter.held;
-            // The answer to more, which somebody asked for, is this one's answer too.
-            let rising = filter.is_rising() && !filter.unconfirmed && filter.granted < options.qos;
-            if held && filter.wanted >= options.qos && !rising {
-                let code = table.grant(number, options.qos);
-                let filter = table.get(source);
-                let confirmed = filter.is_some_and(|f| f.state == State::Active || !f.unconfirmed);
+            let mut grant = PendingGrant {
+                filter: number,
+                session,
+                incarnation,
+                connection_no,
+                packet_id,
+                index: want.index,
+                qos: options.qos,
+                granted: false,
+                retained,
+                deadline: now + self.config.subscribe_wait,
+            };
+            if filter.grants(options.qos) {
+                let qos = filter.grant(options.qos);
+                let code = ReasonCode(qos as u8);
+                let confirmed = filter.is_confirmed();
                 drop(table);
                 if confirmed {
                     self.activate(session, number, options.qos, code);
                 }
-                let qos = QoS::from_u8(code.0).unwrap_or_default();
-                let waiter = Waiter {
-                    session,
-                    incarnation,
-                    connection_no,
-                    packet_id,
-                    index: want.index,
-                    qos,
-                    deadline: now + self.config.subscribe_wait,
-                    behind: Some((number, code)),
-                    retained,
-                };
+                (grant.qos, grant.granted) = (qos, true);
                 let behind = self.raise_overlapping(session, number, qos);
-                if behind.is_some_and(|on| self.wait_behind(waiter, on)) {
+                if behind.is_some_and(|on| self.wait_behind(grant, on)) {
                     continue;
                 }
                 if retained {
                     let wants = RetainedRequest {
                         session,
                         incarnation,
-                        qos: QoS::from_u8(code.0).unwrap_or_default(),
+                        qos,
                         identifier,
                     };
                     let reply = Reply {
@@ -165,31 +163,16 @@ impl Router {
                 }
                 continue;
             }
-            let deadline = now + self.config.subscribe_wait;
-            let Some(filter) = table.get_mut(number) else {
-                continue;
-            };
-            filter.waiters.push(Waiter {
-                session,
-                incarnation,
-                connection_no,
-                packet_id,
-                index: want.index,
-                qos: options.qos,
-                deadline,
-                behind: None,
-                retained,
-            });
-            table.held.insert((deadline, number));
+            table.await_suback(number, grant);
             if source != number {
-                table.rooted_waiting.insert(number);
+                table.awaiting_root.insert(number);
             }
-            // A root is held at the highest QoS.
-            table.ask(source, options.qos);
-            let link = table.get(source).map_or(UNPLACED, |f| f.link);
+            // A root is subscribed at the highest QoS.
+            table.request(source, options.qos);
+            let link = table.get(source).and_then(Filter::link);
             drop(table);
-            if link != UNPLACED {
-                self.data[usize::from(link)].raise();
+            if let Some(link) = link {
+                self.data[link].raise();
             }
         }
         self.answer_subscribe(session, connection_no, packet_id, &answers);
@@ -306,7 +289,7 @@ impl Router {
         let mut table = self.table.write();
         for (session, filter) in gone {
             table.unreference(*filter, session.shard, now);
-            table.given_up(*filter, *session, most, bytes);
+            table.charge(*filter, *session, most, bytes);
         }
     }
 

@@ -21,8 +21,7 @@ impl Router {
     pub(super) fn source_link(&self, number: FilterId) -> Option<usize> {
         let table = self.table.read();
         let filter = table.get(table.source(number))?;
-        let link = usize::from(filter.link);
-        (link < self.config.data_links).then_some(link)
+        filter.link().filter(|link| *link < self.config.data_links)
     }
 
     /// Whether what changes now is not seen at once.

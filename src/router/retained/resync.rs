@@ -143,8 +143,12 @@ impl Router {
         let (read, root) = {
             let table = self.table.read();
             // A group gets none, and whoever fetched for it would be a member of it.
-            let read = |n: FilterId| table.get(n).is_some_and(|f| f.mask != 0 && !f.shared);
-            let root = table.get(number).is_some_and(|f| f.root);
+            let read = |n: FilterId| {
+                table
+                    .get(n)
+                    .is_some_and(|f| f.mask() != 0 && !f.is_shared())
+            };
+            let root = table.get(number).is_some_and(|f| f.is_root());
             (read(number) || table.below(number).any(read), root)
         };
         if read && self.config.retained_resync && self.retain_available() {
@@ -177,7 +181,7 @@ impl Router {
             {
                 let table = self.table.read();
                 let mut with_mask = |n: FilterId| {
-                    filters.extend(table.get(n).map(|f| (n, f.mask)));
+                    filters.extend(table.get(n).map(|f| (n, f.mask())));
                 };
                 with_mask(number);
                 table.match_root(number, message.topic(), with_mask);
