@@ -7,7 +7,7 @@
 //! | `/readyz` | 200 while it takes clients, else 503 |
 //! | `/api/v1/sessions?limit=&after=` | sessions in the order of their ids |
 //! | `/api/v1/sessions/{id}` | one session with its subscriptions |
-//! | `/api/v1/links` | the links to the core |
+//! | `/api/v1/links` | the links to the broker |
 //!
 //! `/api` is answered on a loopback address only, and never holds a payload.
 
@@ -229,8 +229,8 @@ async fn session(State(shared): State<Shared>, Path(id): Path<String>) -> Respon
 
 #[derive(Serialize)]
 struct Links {
-    /// What is known of the core.
-    core: Option<serde_json::Value>,
+    /// What is known of the broker.
+    broker: Option<serde_json::Value>,
     links: Vec<LinkView>,
 }
 
@@ -238,8 +238,8 @@ async fn links(State(shared): State<Shared>) -> Response {
     work(move || {
         let mut links = shared.view.links();
         links.iter_mut().for_each(LinkView::cut);
-        let core = shared.view.core();
-        Json(Links { core, links }).into_response()
+        let broker = shared.view.broker();
+        Json(Links { broker, links }).into_response()
     })
     .await
 }

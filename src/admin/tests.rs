@@ -44,7 +44,7 @@ impl AdminView for Fake {
             }],
         })
     }
-    fn core(&self) -> Option<serde_json::Value> {
+    fn broker(&self) -> Option<serde_json::Value> {
         Some(serde_json::json!({ "mapping": "ids" }))
     }
 
@@ -149,7 +149,7 @@ async fn one_session_and_the_links() {
     assert_eq!(get(address, "/api/v1/other").await.0, 404);
     let (_, _, body) = get(address, "/api/v1/links").await;
     assert_eq!(json(&body)["links"][0]["name"], "d0");
-    assert_eq!(json(&body)["core"]["mapping"], "ids");
+    assert_eq!(json(&body)["broker"]["mapping"], "ids");
 }
 
 #[tokio::test]

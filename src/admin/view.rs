@@ -8,16 +8,16 @@ const TEXT_MAX: usize = 256;
 /// What the admin side asks of the running program. Called from threads that
 /// may block for milliseconds; no call may wait for a socket.
 pub trait AdminView: Send + Sync + 'static {
-    /// Whether clients are taken; not whether the core is there.
+    /// Whether clients are taken; not whether the broker is there.
     fn ready(&self) -> bool;
     /// At most `limit` sessions with an id behind `after`, by byte order of ids.
     fn sessions(&self, after: Option<&str>, limit: usize) -> SessionPage;
     /// One session.
     fn session(&self, id: &str) -> Option<SessionView>;
-    /// The links to the core.
+    /// The links to the broker.
     fn links(&self) -> Vec<LinkView>;
-    /// What is known of the core; `None` before the first link came up.
-    fn core(&self) -> Option<serde_json::Value>;
+    /// What is known of the broker; `None` before the first link came up.
+    fn broker(&self) -> Option<serde_json::Value>;
     /// Sets the gauges that are only worth setting when someone looks.
     fn before_scrape(&self);
 }
@@ -91,22 +91,22 @@ pub struct SubscriptionView {
     pub identifier: Option<u32>,
 }
 
-/// A link to the core.
+/// A link to the broker.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct LinkView {
     /// Name, as in metrics.
     pub name: String,
     /// What it is for.
     pub role: &'static str,
-    /// Address of the core that it speaks or last spoke to.
+    /// Address of the broker that it speaks or last spoke to.
     pub server: String,
     /// What it does now.
     pub state: &'static str,
     /// MQTT version; `None` before its first CONNACK.
     pub protocol: Option<&'static str>,
-    /// The core's Receive Maximum.
+    /// The broker's Receive Maximum.
     pub window: u32,
-    /// Publishes that the core has not acknowledged.
+    /// Publishes that the broker has not acknowledged.
     pub inflight: u32,
     /// Filters subscribed on it.
     pub filters: usize,

@@ -59,7 +59,7 @@ impl AdminView for View {
         })
     }
 
-    fn core(&self) -> Option<serde_json::Value> {
+    fn broker(&self) -> Option<serde_json::Value> {
         let profile = self.upstream.profile()?;
         serde_json::to_value(&*profile).ok()
     }

@@ -1,4 +1,4 @@
-"""Fixtures: a core and a binary shared by a test process, or a pair of one's own."""
+"""Fixtures: a broker and a binary shared by a test process, or a pair of one's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import certs, edge as edges, links, paho  # noqa: E402
-from harness.core import Core  # noqa: E402
+from harness.mosquitto import Mosquitto  # noqa: E402
 from harness.edge import Edge, config  # noqa: E402
 from harness.names import fresh  # noqa: E402
 
@@ -33,16 +33,16 @@ def pki(tmp_path_factory) -> certs.Pki:
 
 
 @pytest.fixture(scope="session")
-def core(tmp_path_factory):
-    """The shared core: never stopped by a test."""
-    one = Core(tmp_path_factory.mktemp("core")).start()
+def broker(tmp_path_factory):
+    """The shared broker: never stopped by a test."""
+    one = Mosquitto(tmp_path_factory.mktemp("broker")).start()
     yield one
     one.close()
 
 
 @pytest.fixture(scope="session")
-def shared_edge(tmp_path_factory, core, pki):
-    one = Edge(tmp_path_factory.mktemp("edge"), config(core.url, pki), pki).start()
+def shared_edge(tmp_path_factory, broker, pki):
+    one = Edge(tmp_path_factory.mktemp("edge"), config(broker.url, pki), pki).start()
     yield one
     one.assert_sane()
     one.close()
@@ -50,19 +50,19 @@ def shared_edge(tmp_path_factory, core, pki):
 
 @pytest.fixture
 def edge(shared_edge):
-    """The shared binary: every transport, anonymous, before the shared core."""
+    """The shared binary: every transport, anonymous, before the shared broker."""
     since = shared_edge.mark()
     yield shared_edge
     shared_edge.assert_sane(since)
 
 
 @pytest.fixture
-def own_core(tmp_path):
-    """Makes cores that a test may stop and start."""
+def own_broker(tmp_path):
+    """Makes brokers that a test may stop and start."""
     made = []
 
-    def make(**kwargs) -> Core:
-        one = Core(tmp_path / f"core{len(made)}", **kwargs)
+    def make(**kwargs) -> Mosquitto:
+        one = Mosquitto(tmp_path / f"broker{len(made)}", **kwargs)
         made.append(one)
         return one.start()
 
@@ -76,8 +76,8 @@ def own_edge(tmp_path, pki):
     """Makes binaries with a configuration of the test's own; not started."""
     made = []
 
-    def make(core_url: str, transports=("tcp",), **sections) -> Edge:
-        one = Edge(tmp_path / f"edge{len(made)}", config(core_url, pki, transports, **sections), pki)
+    def make(broker_url: str, transports=("tcp",), **sections) -> Edge:
+        one = Edge(tmp_path / f"edge{len(made)}", config(broker_url, pki, transports, **sections), pki)
         made.append(one)
         return one
 

@@ -23,7 +23,7 @@ def passwd(file, user: str, password: str):
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory, core, pki):
+def guarded(tmp_path_factory, broker, pki):
     from harness.edge import Edge, config
 
     directory = tmp_path_factory.mktemp("auth")
@@ -31,7 +31,7 @@ def guarded(tmp_path_factory, core, pki):
     for user, password in USERS.items():
         done = passwd(users, user, password)
         assert done.returncode == 0, done.stderr
-    table = config(core.url, pki, listeners=[listener("tcp"), listener("ws"), listener("tcp", "open", auth="anonymous")], auth={"mode": "file", "file": str(users), "acl": "rules"}, acl=RULES)
+    table = config(broker.url, pki, listeners=[listener("tcp"), listener("ws"), listener("tcp", "open", auth="anonymous")], auth={"mode": "file", "file": str(users), "acl": "rules"}, acl=RULES)
     edge = Edge(directory, table, pki).start()
     yield edge
     edge.assert_sane()

@@ -22,12 +22,12 @@ DEADLINE = 2.0
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory, core, pki):
+def target(tmp_path_factory, broker, pki):
     """Short deadlines, a small packet limit."""
     limits = {"packet_max": "64KiB", "accept_deadline": "2s", "packet_deadline": "2s", "receive_max": 10, "topic_alias_max": 5}
     # Noise has listeners of its own: lines about failed handshakes are limited per listener.
     listeners = [listener(t) for t in TRANSPORTS] + [listener(t, f"noise-{t}") for t in TRANSPORTS]
-    edge = Edge(tmp_path_factory.mktemp("bad"), config(core.url, pki, limits=limits, listeners=listeners), pki).start()
+    edge = Edge(tmp_path_factory.mktemp("bad"), config(broker.url, pki, limits=limits, listeners=listeners), pki).start()
     yield edge
     edge.assert_sane()
     edge.close()

@@ -1,4 +1,4 @@
-"""One Tidegate before another: the core is reached over WebSocket."""
+"""One Tidegate before another: the broker is reached over WebSocket."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
 
 @pytest.mark.parametrize("transport", ["ws", "wss", "tls", "tcp"])
-def test_a_core_behind_each_way(transport, own_edge, client, pki):
+def test_a_broker_behind_each_way(transport, own_edge, client, pki):
     inner = own_edge("embedded:", (transport,), upstream={"servers": ["embedded:"]}).start()
     port = inner[transport].port
     url = {"ws": "ws://localhost:{}/mqtt", "wss": "wss://localhost:{}/mqtt", "tls": "mqtts://localhost:{}", "tcp": "mqtt://localhost:{}"}[transport].format(port)
@@ -21,7 +21,7 @@ def test_a_core_behind_each_way(transport, own_edge, client, pki):
         upstream["tls"] = {"ca": str(pki.ca)}
     outer = own_edge(url, upstream=upstream).start()
     line = outer.wait_log(r"The broker was probed")
-    assert outer.api("/api/v1/links")["core"]["source"] == "probed", line
+    assert outer.api("/api/v1/links")["broker"]["source"] == "probed", line
     one, two = client(outer), client(outer)
     topic = fresh()
     one.subscribe((topic, 2), (f"$share/g/{topic}/s", 1))

@@ -16,14 +16,14 @@ QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
 
 @pytest.fixture
-def before(own_core, own_edge):
+def before(own_broker, own_edge):
     """An edge before a mosquitto with lines of its own."""
 
     def make(extra: str = "", of_listener: str = "", **upstream):
-        core = own_core(extra=extra, of_listener=of_listener)
-        edge = own_edge(core.url, ("tcp",), upstream={"servers": [core.url]} | QUICK | upstream).start()
+        broker = own_broker(extra=extra, of_listener=of_listener)
+        edge = own_edge(broker.url, ("tcp",), upstream={"servers": [broker.url]} | QUICK | upstream).start()
         edge.wait_log(r"Link to the broker is up")
-        return core, edge
+        return broker, edge
 
     return make
 
@@ -55,18 +55,18 @@ def test_will_retain(edge, client, retain, version):
 @pytest.mark.parametrize("protocol", ("5", "3.1.1"))
 def test_an_idle_link_pings_within_its_keep_alive(before, protocol):
     """[MQTT-3.1.2-20]; of 3.1.1 [MQTT-3.1.2-23]."""
-    core, edge = before(keepalive="1s", protocol=protocol)
-    since = core.mark()
+    broker, edge = before(keepalive="1s", protocol=protocol)
+    since = broker.mark()
     for link in ("d0", "d1", "p0", "p1", "r0"):
-        wait_until(f"{link} pings twice", lambda: len([l for l in core.received("PINGREQ", since) if l.endswith(f"-{link}")]) >= 2)
+        wait_until(f"{link} pings twice", lambda: len([l for l in broker.received("PINGREQ", since) if l.endswith(f"-{link}")]) >= 2)
     assert edge.metrics().sum("tidegate_upstream_link_disconnects_total") == 0
 
 
-def test_the_cores_keep_alive_overrides_ours(before):
+def test_the_brokers_keep_alive_overrides_ours(before):
     """[MQTT-3.1.2-21], [MQTT-3.2.2-21]: mosquitto says Server Keep Alive."""
-    core, edge = before("max_keepalive 10\n", keepalive="60s")
-    since = core.mark()
-    wait_until("d0 pings", lambda: [l for l in core.received("PINGREQ", since) if l.endswith("-d0")], 20)
+    broker, edge = before("max_keepalive 10\n", keepalive="60s")
+    since = broker.mark()
+    wait_until("d0 pings", lambda: [l for l in broker.received("PINGREQ", since) if l.endswith("-d0")], 20)
     assert edge.metrics().sum("tidegate_upstream_link_disconnects_total") == 0
 
 
@@ -106,7 +106,7 @@ def test_an_unknown_level_is_answered_with_return_code_1(edge):
         assert connack.kind == wire.CONNACK and connack.body[:2] == b"\x00\x01"
 
 
-def test_a_core_that_says_session_present_to_a_new_session(own_edge):
+def test_a_broker_that_says_session_present_to_a_new_session(own_edge):
     """[MQTT-3.2.2-4]: the link closes."""
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -133,7 +133,7 @@ def test_a_core_that_says_session_present_to_a_new_session(own_edge):
         server.close()
 
 
-def test_a_core_without_quality_two(before, client):
+def test_a_broker_without_quality_two(before, client):
     """[MQTT-3.2.2-9] to [MQTT-3.2.2-12]."""
     _, edge = before(of_listener="max_qos 1\n")
     one, old = client(edge), client(edge, version=4)
@@ -153,24 +153,24 @@ def test_a_core_without_quality_two(before, client):
     assert one.fence(one, topic) == []
 
 
-def test_a_core_without_retained_messages(before, client):
+def test_a_broker_without_retained_messages(before, client):
     """[MQTT-3.2.2-13], [MQTT-3.2.2-14]."""
-    core, edge = before("retain_available false\n")
+    broker, edge = before("retain_available false\n")
     one, old, topic = client(edge), client(edge, version=4), fresh()
     assert one.connack_props.RetainAvailable == 0
     one.subscribe(topic)
     # A 3.1.1 client cannot be told; its publish goes on without RETAIN.
     old.publish(topic, "old", retain=True)
     assert one.next().text == "old"
-    assert [l for l in core.received("PUBLISH") if topic in l and ", r0," in l]
-    assert not [l for l in core.received("PUBLISH") if topic in l and ", r1," in l]
+    assert [l for l in broker.received("PUBLISH") if topic in l and ", r0," in l]
+    assert not [l for l in broker.received("PUBLISH") if topic in l and ", r1," in l]
     refused = paho.Paho(links.Way(edge, "tcp"), fresh("w"), will={"topic": topic, "payload": "x", "retain": True}, connect=False)
     refused.connect(expect=0x9A)
     assert edge.metrics().sum("tidegate_upstream_link_disconnects_total") == 0
 
 
-def test_what_grows_above_the_cores_maximum_packet_size(before, client):
-    """[MQTT-3.2.2-15]: a 3.1.1 publish grows on its way to a 5 core by what No Local needs."""
+def test_what_grows_above_the_brokers_maximum_packet_size(before, client):
+    """[MQTT-3.2.2-15]: a 3.1.1 publish grows on its way to a 5 broker by what No Local needs."""
     _, edge = before("max_packet_size 2000\n")
     one, topic = client(edge), fresh()
     assert one.connack_props.MaximumPacketSize <= 2000
@@ -284,11 +284,11 @@ def test_the_newest_retained_message_counts_whatever_its_quality(edge, client):
 @pytest.mark.parametrize("protocol", ("5", "3.1.1"))
 def test_links_say_goodbye_last(before, protocol):
     """[MQTT-3.14.4-1], [MQTT-3.14.4-2] of 3.1.1: DISCONNECT is a link's last packet."""
-    core, edge = before(protocol=protocol)
-    since = core.mark()
+    broker, edge = before(protocol=protocol)
+    since = broker.mark()
     assert edge.stop() == 0
     links_of = ("d0", "d1", "p0", "p1", "r0")
-    wait_until("all said it", lambda: len([l for l in core.received("DISCONNECT", since) if l.endswith(tuple(f"-{n}" for n in links_of))]) == len(links_of))
+    wait_until("all said it", lambda: len([l for l in broker.received("DISCONNECT", since) if l.endswith(tuple(f"-{n}" for n in links_of))]) == len(links_of))
     for name in links_of:
-        mine = [l for l in core.service.grep(rf"Received \w+ from \S+-{name}\b", since)]
+        mine = [l for l in broker.service.grep(rf"Received \w+ from \S+-{name}\b", since)]
         assert "DISCONNECT" in mine[-1]

@@ -100,12 +100,12 @@ def flood(port: int, topics: list[str], rounds: int, payload: bytes, qos: int = 
     return sent
 
 
-def test_a_flood_to_detached_sessions(own_core, own_edge, full):
+def test_a_flood_to_detached_sessions(own_broker, own_edge, full):
     """Every session's queue could hold it, all together cannot: the least recently connected lose theirs first."""
     count = 10_000 if full else 400
     budget = 64 * MIB if full else 4 * MIB
-    core = own_core(quiet=True)
-    edge = own_edge(core.url, memory={"max": "2GiB", "queues": f"{budget}"}, limits={"connect_rate_max": 100_000}).start()
+    broker = own_broker(quiet=True)
+    edge = own_edge(broker.url, memory={"max": "2GiB", "queues": f"{budget}"}, limits={"connect_rate_max": 100_000}).start()
     port, base = edge["tcp"].port, fresh()
     names = [f"{base}-{n}" for n in range(count)]
     crowd = Crowd(port, names, expiry=3600)
@@ -181,12 +181,12 @@ class Peak:
         return self.most
 
 
-def test_attached_clients_that_do_not_read(own_core, own_edge, client, full):
+def test_attached_clients_that_do_not_read(own_broker, own_edge, client, full):
     """They fill their sockets and their queues, not the process; a reader beside them gets everything in time."""
     count = 1000 if full else 60
     budget = 16 * MIB
-    core = own_core(quiet=True)
-    edge = own_edge(core.url, memory={"max": "2GiB", "queues": f"{budget}"}, limits={"connect_rate_max": 100_000, "write_stall": "60s"}).start()
+    broker = own_broker(quiet=True)
+    edge = own_edge(broker.url, memory={"max": "2GiB", "queues": f"{budget}"}, limits={"connect_rate_max": 100_000, "write_stall": "60s"}).start()
     port, base = edge["tcp"].port, fresh()
     stalled = Crowd(port, [f"{base}-{n}" for n in range(count)], receive_maximum=65535, keep_alive=0)
     # Each also has a topic of its own, so that nothing is shared between the queues.
@@ -220,11 +220,11 @@ def test_attached_clients_that_do_not_read(own_core, own_edge, client, full):
     edge.assert_sane()
 
 
-def test_websockets_that_do_not_read(own_core, own_edge):
+def test_websockets_that_do_not_read(own_broker, own_edge):
     """What a WebSocket is not read of waits in the session, under its budget, and not in frames; nor do answers to pings pile up."""
     count, budget = 12, 8 * MIB
-    core = own_core(quiet=True)
-    edge = own_edge(core.url, ("tcp", "ws", "wss"), memory={"max": "2GiB", "queues": f"{budget}"}).start()
+    broker = own_broker(quiet=True)
+    edge = own_edge(broker.url, ("tcp", "ws", "wss"), memory={"max": "2GiB", "queues": f"{budget}"}).start()
     topic, payload, rounds = fresh(), b"y" * 65536, 150
     stalled = [Raw(edge[t].port, t, ca=edge.pki.ca) for t in ("ws", "wss") for _ in range(count)]
     for raw in stalled:
@@ -258,9 +258,9 @@ def reader_publish(port: int, topic: str, payload: bytes) -> None:
         assert raw.recv().kind == wire.PUBACK
 
 
-def test_a_socket_that_takes_nothing_is_closed(own_core, own_edge):
-    core = own_core(quiet=True)
-    edge = own_edge(core.url, limits={"write_stall": "1s"}).start()
+def test_a_socket_that_takes_nothing_is_closed(own_broker, own_edge):
+    broker = own_broker(quiet=True)
+    edge = own_edge(broker.url, limits={"write_stall": "1s"}).start()
     port, topic = edge["tcp"].port, fresh()
     crowd = Crowd(port, [fresh("stalled")], keep_alive=0)
     # QoS 0: nothing else than the socket holds it back.
@@ -271,19 +271,19 @@ def test_a_socket_that_takes_nothing_is_closed(own_core, own_edge):
 
 
 @pytest.mark.parametrize("version", (5, 4))
-def test_publishers_while_the_core_is_away(own_core, own_edge, client, version, full):
-    """What waits for the core has a budget; past it MQTT 5 hears 0x97, 3.1.1 waits unread, QoS 0 goes; nothing acknowledged is lost."""
+def test_publishers_while_the_broker_is_away(own_broker, own_edge, client, version, full):
+    """What waits for the broker has a budget; past it MQTT 5 hears 0x97, 3.1.1 waits unread, QoS 0 goes; nothing acknowledged is lost."""
     count = 1000 if full else 50
     budget = 4 * MIB
-    core = own_core(quiet=True)
-    up = {"servers": [core.url], "backoff_min": "50ms", "backoff_max": "200ms", "publishes_waiting": f"{budget}"}
+    broker = own_broker(quiet=True)
+    up = {"servers": [broker.url], "backoff_min": "50ms", "backoff_max": "200ms", "publishes_waiting": f"{budget}"}
     # The subscriber is slow and must lose nothing.
     roomy = {"queue_bytes_max": "512MiB", "queue_messages_max": 1_000_000}
-    edge = own_edge(core.url, upstream=up, session=roomy, memory={"max": "4GiB", "queues": "1GiB"}, limits={"connect_rate_max": 100_000, "receive_max": 64}).start()
+    edge = own_edge(broker.url, upstream=up, session=roomy, memory={"max": "4GiB", "queues": "1GiB"}, limits={"connect_rate_max": 100_000, "receive_max": 64}).start()
     port, base = edge["tcp"].port, fresh()
     sub = client(edge, "tcp", fresh("sub"), expiry=300)
     sub.subscribe((f"{base}/#", 1))
-    core.stop()
+    broker.stop()
     before = edge.service.rss_bytes()
     peak = Peak(edge)
     crowd = Crowd(port, [f"{base}-{n}" for n in range(count)], version=version, keep_alive=0)
@@ -303,7 +303,7 @@ def test_publishers_while_the_core_is_away(own_core, own_edge, client, version, 
     # 3.x sockets may be left unread past their limit, so only MQTT 5 must answer now.
     if version == 5:
         flooding.ping_all()
-    core.start()
+    broker.start()
     flooding.finish()
     now = peak.stop()
     assert now["publishes_waiting_bytes"] <= budget * 1.02, now
@@ -407,10 +407,10 @@ class Publishers:
             raise AssertionError(f"publisher {n} got {packet}")
 
 
-def test_per_session_limits(own_core, own_edge, client):
+def test_per_session_limits(own_broker, own_edge, client):
     """queue_messages_max and queue_bytes_max of one session: the oldest go, counted by reason."""
-    core = own_core(quiet=True)
-    edge = own_edge(core.url, session={"queue_messages_max": 10, "queue_bytes_max": "64KiB"}).start()
+    broker = own_broker(quiet=True)
+    edge = own_edge(broker.url, session={"queue_messages_max": 10, "queue_bytes_max": "64KiB"}).start()
     port, topic = edge["tcp"].port, fresh()
     me = fresh("id")
     one = client(edge, "tcp", me, expiry=300)
@@ -433,9 +433,9 @@ def test_per_session_limits(own_core, own_edge, client):
 
 
 @pytest.mark.parametrize("policy,expected", [("newest", [0, 1, 2]), ("end_session", None)])
-def test_other_policies_of_a_full_queue(own_core, own_edge, client, policy, expected):
-    core = own_core(quiet=True)
-    edge = own_edge(core.url, session={"queue_messages_max": 3, "queue_full": policy}).start()
+def test_other_policies_of_a_full_queue(own_broker, own_edge, client, policy, expected):
+    broker = own_broker(quiet=True)
+    edge = own_edge(broker.url, session={"queue_messages_max": 3, "queue_full": policy}).start()
     port, topic, me = edge["tcp"].port, fresh(), fresh("id")
     one = client(edge, "tcp", me, expiry=300)
     one.subscribe((topic, 1))
@@ -452,10 +452,10 @@ def test_other_policies_of_a_full_queue(own_core, own_edge, client, policy, expe
         assert come_back(port, me) == [b"%d" % n for n in expected]
 
 
-def test_handshakes_are_limited_and_block_nobody(own_core, own_edge, client):
+def test_handshakes_are_limited_and_block_nobody(own_broker, own_edge, client):
     """Half-said TLS handshakes of one address past all that it can have: others are served at once, and in time so is it."""
-    core = own_core(quiet=True)
-    edge = own_edge(core.url, ("tcp", "tls", "wss", "quic"), limits={"handshakes_max": 40, "accept_deadline": "3s"}).start()
+    broker = own_broker(quiet=True)
+    edge = own_edge(broker.url, ("tcp", "tls", "wss", "quic"), limits={"handshakes_max": 40, "accept_deadline": "3s"}).start()
     here = client(edge)
     topic = fresh()
     here.subscribe(topic)
@@ -489,9 +489,9 @@ def test_handshakes_are_limited_and_block_nobody(own_core, own_edge, client):
 
 
 @pytest.mark.parametrize("way", ("tls", "wss", "ws"))
-def test_one_byte_a_second_ends_at_the_deadline(own_core, own_edge, way):
+def test_one_byte_a_second_ends_at_the_deadline(own_broker, own_edge, way):
     """Not even who always says something keeps a handshake going."""
-    edge = own_edge(own_core(quiet=True).url, (way,), limits={"accept_deadline": "2s"}).start()
+    edge = own_edge(own_broker(quiet=True).url, (way,), limits={"accept_deadline": "2s"}).start()
     said = b"GET /mqtt HTTP/1.1\r\nHost: x\r\n" if way == "ws" else b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
     with socket.create_connection(("127.0.0.1", edge[way].port), 1) as sock:
         begun = time.monotonic()
@@ -516,9 +516,9 @@ def try_connect(port: int) -> bool:
         return False
 
 
-def test_connections_max(own_core, own_edge):
-    core = own_core(quiet=True)
-    edge = own_edge(core.url, limits={"connections_max": 5}).start()
+def test_connections_max(own_broker, own_edge):
+    broker = own_broker(quiet=True)
+    edge = own_edge(broker.url, limits={"connections_max": 5}).start()
     port = edge["tcp"].port
     held = [Raw(port) for _ in range(5)]
     for n, one in enumerate(held):

@@ -18,9 +18,9 @@ from harness.process import Service, run, wait_until
 from harness.raw import Closed, Raw
 
 
-def test_sigterm_drains(own_core, own_edge, client):
-    core = own_core()
-    edge = own_edge(core.url, TRANSPORTS).start()
+def test_sigterm_drains(own_broker, own_edge, client):
+    broker = own_broker()
+    edge = own_edge(broker.url, TRANSPORTS).start()
     topic = fresh()
     fives = [client(edge, t, fresh("id"), expiry=300) for t in TRANSPORTS]
     fours = [client(edge, t, fresh("id"), version=4) for t in TRANSPORTS]
@@ -43,23 +43,23 @@ def test_sigterm_drains(own_core, own_edge, client):
         socket.create_connection(("127.0.0.1", edge["tcp"].port), 1)
 
 
-def test_sigint_is_a_clean_end_too(own_core, own_edge):
-    edge = own_edge(own_core().url).start()
+def test_sigint_is_a_clean_end_too(own_broker, own_edge):
+    edge = own_edge(own_broker().url).start()
     assert edge.stop(signal.SIGINT) == 0
 
 
-def test_drain_has_a_deadline(own_core, own_edge, client):
+def test_drain_has_a_deadline(own_broker, own_edge, client):
     """A client that neither reads nor closes holds nothing up."""
-    edge = own_edge(own_core().url, drain={"grace": "1s"}).start()
+    edge = own_edge(own_broker().url, drain={"grace": "1s"}).start()
     with Raw(edge["tcp"].port) as raw:
         raw.connect(fresh("id"))
         assert edge.stop(timeout=8) == 0
 
 
-def test_drain_while_the_core_is_away(own_core, own_edge):
-    core = own_core()
-    core.stop()
-    edge = own_edge(core.url, drain={"grace": "1s"}).start()
+def test_drain_while_the_broker_is_away(own_broker, own_edge):
+    broker = own_broker()
+    broker.stop()
+    edge = own_edge(broker.url, drain={"grace": "1s"}).start()
     assert edge.stop(timeout=8) == 0
 
 
@@ -72,9 +72,9 @@ def test_every_bound_address_is_printed(edge):
     assert edge["wss"].url.endswith("/mqtt") and edge["quic"].url.startswith("quic://")
 
 
-def test_two_listeners_of_a_kind(own_core, own_edge, client, pki):
+def test_two_listeners_of_a_kind(own_broker, own_edge, client, pki):
     names = [listener("ws", "ws-one"), listener("ws", "ws-two", path="/other"), listener("quic", "q-one"), listener("quic", "q-two")]
-    edge = own_edge(own_core().url, listeners=names).start()
+    edge = own_edge(own_broker().url, listeners=names).start()
     topic = fresh()
     for one in ("ws-one", "ws-two", "q-one", "q-two"):
         me = client(edge, one.replace("-one", "").replace("-two", "").replace("q", "quic"), name=one)
@@ -121,7 +121,7 @@ WRONG = {
     "http upstream": (BASE.replace("mqtt://", "http://"), 9, ("servers",)),
     "no certificate off loopback": (BASE.replace('"tcp"\nbind = "127.0.0.1:0"', '"tls"\nbind = "0.0.0.0:0"', 1), None, ("tls",)),
     "rules beside an open acl": (BASE + "[[acl]]\nwho = \"*\"\nallow = [\"publish\"]\ntopics = [\"#\"]\n", None, ("acl",)),
-    "no node id with a real core": (BASE.replace('id = "edge-1"\n', ""), None, ("id",)),
+    "no node id with a real broker": (BASE.replace('id = "edge-1"\n', ""), None, ("id",)),
 }
 
 
@@ -160,14 +160,14 @@ def test_wrong_usage():
 
 
 @pytest.mark.parametrize("transport", ("tcp", "wss", "quic"))
-def test_a_taken_port(own_core, tmp_path, pki, transport):
+def test_a_taken_port(own_broker, tmp_path, pki, transport):
     kind = socket.SOCK_DGRAM if transport == "quic" else socket.SOCK_STREAM
     with socket.socket(socket.AF_INET, kind) as holder:
         holder.bind(("127.0.0.1", 0))
         if kind == socket.SOCK_STREAM:
             holder.listen()
         port = holder.getsockname()[1]
-        table = config(own_core().url, pki, (transport,))
+        table = config(own_broker().url, pki, (transport,))
         table["listeners"][0]["bind"] = f"127.0.0.1:{port}"
         file = tmp_path / "taken.toml"
         file.write_text(toml(table))
@@ -208,9 +208,9 @@ def test_check_says_when_files_are_few(tmp_path, pki):
     assert re.search(r"(?i)open-file limit.*LimitNOFILE", done.stdout + done.stderr), done.stdout + done.stderr
 
 
-def test_few_files_lower_the_cap_and_disturb_nobody(own_core, own_edge):
+def test_few_files_lower_the_cap_and_disturb_nobody(own_broker, own_edge):
     """A lower cap with one warning; a flood of connections leaves those that are in alone."""
-    edge = own_edge(own_core().url, limits={"connections_max": 100000})
+    edge = own_edge(own_broker().url, limits={"connections_max": 100000})
     edge.service = Service("tidegate", ["bash", "-c", f"ulimit -n 300 && exec {BINARY} run --config {edge.file}"], cwd=edge.directory)
     edge.service.wait_line("^ready$", 20, stream="out")
     edge.listening = read_listening(edge.service)
@@ -218,9 +218,9 @@ def test_few_files_lower_the_cap_and_disturb_nobody(own_core, own_edge):
     crowded(edge, 400)
 
 
-def test_no_file_left_at_accept(own_core, own_edge):
+def test_no_file_left_at_accept(own_broker, own_edge):
     """EMFILE itself: the limit is taken away under a running process."""
-    edge = own_edge(own_core().url).start()
+    edge = own_edge(own_broker().url).start()
     with Raw(edge["tcp"].port) as first:
         first.connect(fresh("first"))
     open_files = len(list(Path(f"/proc/{edge.service.pid}/fd").iterdir()))
@@ -261,14 +261,14 @@ def crowded(edge, count: int) -> None:
     edge.assert_sane()
 
 
-def test_certs_makes_what_run_and_clients_need(tmp_path, own_core, own_edge, client):
+def test_certs_makes_what_run_and_clients_need(tmp_path, own_broker, own_edge, client):
     done = tidegate("certs", "--out", tmp_path / "certs")
     assert done.returncode == 0, done.stderr
     made = certs.Pki(*(tmp_path / "certs" / f for f in ("ca.pem", "edge.pem", "edge.key")))
     assert all(f.exists() for f in (made.ca, made.cert, made.key))
     assert made.key.stat().st_mode & 0o077 == 0, "the key is readable by others"
     assert run(["openssl", "verify", "-CAfile", made.ca, made.cert]).returncode == 0
-    edge = own_edge(own_core().url, ("tls", "wss", "quic"), tls=[{"name": "default", "cert": str(made.cert), "key": str(made.key)}])
+    edge = own_edge(own_broker().url, ("tls", "wss", "quic"), tls=[{"name": "default", "cert": str(made.cert), "key": str(made.key)}])
     edge.pki = made
     edge.start()
     topic = fresh()
@@ -287,7 +287,7 @@ def test_certs_makes_what_run_and_clients_need(tmp_path, own_core, own_edge, cli
 # They take the default ports.
 @pytest.mark.xdist_group("defaults")
 def test_without_a_config(tmp_path):
-    """The first run: embedded core, loopback, a throw-away certificate, addresses and what to type next."""
+    """The first run: embedded broker, loopback, a throw-away certificate, addresses and what to type next."""
     service = Service("tidegate", [BINARY, "run"], cwd=tmp_path)
     try:
         service.wait_line("^ready$", 30, stream="out")
@@ -360,8 +360,8 @@ def test_a_line_that_is_printed_can_be_typed(tmp_path):
         assert service.stop() == 0
 
 
-def test_logs_as_json(own_core, own_edge):
-    edge = own_edge(own_core().url, log={"level": "info", "format": "json"}).start()
+def test_logs_as_json(own_broker, own_edge):
+    edge = own_edge(own_broker().url, log={"level": "info", "format": "json"}).start()
     me = fresh("id")
     with Raw(edge["tcp"].port) as raw:
         raw.connect(me)
@@ -371,8 +371,8 @@ def test_logs_as_json(own_core, own_edge):
         json.loads(line)
 
 
-def test_client_strings_are_escaped_in_logs(own_core, own_edge):
-    edge = own_edge(own_core().url).start()
+def test_client_strings_are_escaped_in_logs(own_broker, own_edge):
+    edge = own_edge(own_broker().url).start()
     with Raw(edge["tcp"].port) as raw:
         raw.connect("evil\n\x1b[31mFAKE LINE " + "x" * 3000)
     with Raw(edge["tcp"].port) as raw:

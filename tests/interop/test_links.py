@@ -11,15 +11,15 @@ from harness.process import wait_until
 QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
 
-def test_a_publish_that_the_core_closes_the_link_for(own_core, own_edge, client):
-    """An MQTT 3.1.1 core cannot announce its largest packet: it closes the connection."""
-    core = own_core(extra="max_packet_size 4000\n")
-    upstream = {"servers": [core.url], "protocol": "3.1.1", "publish_links": 1} | QUICK
-    edge = own_edge(core.url, ("tcp",), upstream=upstream).start()
+def test_a_publish_that_the_broker_closes_the_link_for(own_broker, own_edge, client):
+    """An MQTT 3.1.1 broker cannot announce its largest packet: it closes the connection."""
+    broker = own_broker(extra="max_packet_size 4000\n")
+    upstream = {"servers": [broker.url], "protocol": "3.1.1", "publish_links": 1} | QUICK
+    edge = own_edge(broker.url, ("tcp",), upstream=upstream).start()
     bad, good, old, sub = client(edge), client(edge), client(edge, version=4), client(edge)
     topic = fresh()
     sub.subscribe(f"{topic}/#")
-    wait_until("the core's record", lambda: edge.service.grep(r"The broker was probed"))
+    wait_until("the broker's record", lambda: edge.service.grep(r"The broker was probed"))
     mids = [good.publish(f"{topic}/good", f"before-{n}", wait=False) for n in range(20)]
     poison = [bad.publish(f"{topic}/bad", "x" * 5000, wait=False), old.publish(f"{topic}/old", "y" * 5000, wait=False)]
     mids += [good.publish(f"{topic}/good", f"after-{n}", wait=False) for n in range(20)]
@@ -43,13 +43,13 @@ def servers_of(edge) -> list[str]:
     return [link["server"] for link in edge.api("/api/v1/links")["links"] if link["state"] == "up"]
 
 
-def test_all_links_go_to_the_next_server_together(own_core, own_edge, client):
-    first, second = own_core(), own_core()
+def test_all_links_go_to_the_next_server_together(own_broker, own_edge, client):
+    first, second = own_broker(), own_broker()
     upstream = {"servers": [first.url, second.url]} | QUICK
     edge = own_edge(first.url, ("tcp",), upstream=upstream).start()
     one, pub, topic = client(edge), client(edge), fresh()
     one.subscribe(f"{topic}/#")
-    everywhere = lambda core: lambda: servers_of(edge) == [core.url] * 5
+    everywhere = lambda broker: lambda: servers_of(edge) == [broker.url] * 5
     wait_until("the links are at the first", everywhere(first))
     first.stop()
     wait_until("the links are at the second", everywhere(second))
@@ -69,27 +69,27 @@ def test_all_links_go_to_the_next_server_together(own_core, own_edge, client):
     assert not one.ended.is_set() and not pub.ended.is_set()
 
 
-@pytest.mark.parametrize("core", ("mosquitto", "mosquitto 3.1.1", "says why"))
-def test_a_second_process_of_the_same_name_is_said(own_core, own_edge, core):
-    if core == "says why":
+@pytest.mark.parametrize("broker", ("mosquitto", "mosquitto 3.1.1", "says why"))
+def test_a_second_process_of_the_same_name_is_said(own_broker, own_edge, broker):
+    if broker == "says why":
         # DISCONNECT with Session taken over: ours does that, mosquitto only closes.
         far = own_edge("embedded:", ("tcp",)).start()
         url = f"mqtt://127.0.0.1:{far['tcp'].port}"
     else:
-        url = own_core().url
-    upstream = {"servers": [url], "protocol": "3.1.1" if "3.1.1" in core else "5"} | QUICK
+        url = own_broker().url
+    upstream = {"servers": [url], "protocol": "3.1.1" if "3.1.1" in broker else "5"} | QUICK
     node = {"id": fresh("twin")}
     edges = [own_edge(url, ("tcp",), upstream=upstream, node=node).start() for _ in range(2)]
     said = lambda what: lambda: any(edge.service.grep(what) for edge in edges)
     wait_until("it is said", said(r"second Tidegate with this node.id\?"), 20)
-    if core == "says why":
+    if broker == "says why":
         wait_until("it says why", said(r"Link to the broker ended.*reason=taken_over"))
 
 
-def test_publish_links_are_added_while_the_window_limits(own_core, own_edge, client):
-    """A far core with a window of 20: 50 ms each way of 30 clients' publishes."""
-    core = own_core()
-    far = Cable(core.port, delay=0.05)
+def test_publish_links_are_added_while_the_window_limits(own_broker, own_edge, client):
+    """A far broker with a window of 20: 50 ms each way of 30 clients' publishes."""
+    broker = own_broker()
+    far = Cable(broker.port, delay=0.05)
     try:
         url = f"mqtt://127.0.0.1:{far.port}"
         edge = own_edge(url, ("tcp",), upstream={"servers": [url], "protocol": "3.1.1"} | QUICK).start()

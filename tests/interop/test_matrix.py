@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness import brokers, links, paho
-from harness.core import Core
+from harness.mosquitto import Mosquitto
 from harness.edge import Edge, config
 from harness.names import fresh
 from harness.paho import publish_props
@@ -59,16 +59,16 @@ class Bench:
         self.made: list = []
         upstream = dict(QUICK)
         if name == "embedded":
-            self.core, url = None, "embedded:"
+            self.broker, url = None, "embedded:"
         elif name in ("mosquitto", "mosquitto3"):
-            self.core = Core(directory / "core").start()
-            url = self.core.url
+            self.broker = Mosquitto(directory / "broker").start()
+            url = self.broker.url
             if name == "mosquitto3":
                 upstream["protocol"] = "3.1.1"
         else:
             kind = {"rabbitmq": brokers.RabbitMq, "aedes": brokers.Aedes, "rumqttd": brokers.Rumqttd}[name]
-            self.core = kind(directory / "core").start()
-            url = self.core.url
+            self.broker = kind(directory / "broker").start()
+            url = self.broker.url
         upstream["servers"] = [url]
         self.edge = Edge(directory / "edge", config(url, pki, ("tcp",), upstream=upstream), pki).start()
         self.edge.wait_log(r"The broker was probed", timeout=20)
@@ -84,8 +84,8 @@ class Bench:
             one.close()
         self.way.close()
         self.edge.close()
-        if self.core:
-            self.core.close()
+        if self.broker:
+            self.broker.close()
 
 
 def settled(pub, one, topic: str) -> list:

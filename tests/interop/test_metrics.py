@@ -52,9 +52,9 @@ def test_the_names_are_there_and_labels_are_bounded(edge, client):
     assert len(metrics.samples) < 2000
 
 
-def test_counts_are_true(own_core, own_edge, client, way):
-    core = own_core()
-    edge = own_edge(core.url, ("tcp", "ws")).start()
+def test_counts_are_true(own_broker, own_edge, client, way):
+    broker = own_broker()
+    edge = own_edge(broker.url, ("tcp", "ws")).start()
     topic, me = fresh(), fresh("id")
     line = way(edge, "ws")
     one = client(edge, client_id=me, via=line, expiry=300)
@@ -73,8 +73,8 @@ def test_counts_are_true(own_core, own_edge, client, way):
     assert metrics.sum("tidegate_flaps_absorbed_total") == 1
     assert metrics.sum("tidegate_messages_received_total", qos="1") == 4
     edge.wait_metric("four are delivered", lambda m: m.sum("tidegate_messages_delivered_total", qos="1") == 4)
-    # As many CONNECTs and SUBSCRIBEs as the core itself counts.
-    assert metrics.sum("tidegate_upstream_connects_total") == len(core.connects())
+    # As many CONNECTs and SUBSCRIBEs as the broker itself counts.
+    assert metrics.sum("tidegate_upstream_connects_total") == len(broker.connects())
     assert metrics.sum("tidegate_upstream_subscribes_total") >= 2
 
 
@@ -102,8 +102,8 @@ def test_sessions_api(edge, client):
     assert len(json.dumps(links)) > 20
 
 
-def test_sessions_api_pages(own_core, own_edge):
-    edge = own_edge(own_core().url).start()
+def test_sessions_api_pages(own_broker, own_edge):
+    edge = own_edge(own_broker().url).start()
     ids = {f"page-{n:03}" for n in range(25)}
     held = []
     for one in sorted(ids):

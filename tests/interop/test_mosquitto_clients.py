@@ -61,7 +61,7 @@ def test_retained_is_there_for_those_who_come_later(edge, sub, transport, versio
     pub(edge, transport, "-V", version, "-q", "1", "-r", "-t", f"{topic}/a", "-m", "kept")
     first = sub(edge, transport, "-V", version, "-q", "1", "-t", f"{topic}/#", subscribed=False)
     first.wait_line(rf"^GOT {topic}/a 1 1 kept$")
-    # A second one, while the first is still subscribed: the core sends no replay for a filter it knows.
+    # A second one, while the first is still subscribed: the broker sends no replay for a filter it knows.
     second = sub(edge, transport, "-V", version, "-q", "1", "-t", f"{topic}/#", subscribed=False)
     second.wait_line(rf"^GOT {topic}/a 1 1 kept$")
     # Live messages have no RETAIN flag, and nobody saw the other's replay.

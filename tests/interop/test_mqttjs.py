@@ -1,4 +1,4 @@
-"""MQTT.js in Node and in headless Chromium: its defaults flap, and the core hears nothing of it."""
+"""MQTT.js in Node and in headless Chromium: its defaults flap, and the broker hears nothing of it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def in_page(line, **more) -> dict:
 
 @pytest.mark.parametrize("version", (4, 5))
 @pytest.mark.parametrize("transport", ("tcp", "tls", "ws", "wss"))
-def test_defaults_with_clean_true_flap_and_resubscribe(edge, core, client, way, node, transport, version):
+def test_defaults_with_clean_true_flap_and_resubscribe(edge, broker, client, way, node, transport, version):
     topic, me = fresh(), fresh("js")
     line = way(edge, transport)
     node.do("connect", client=me, url=url(line), options=options(line, protocolVersion=version))
@@ -48,7 +48,7 @@ def test_defaults_with_clean_true_flap_and_resubscribe(edge, core, client, way, 
     pub = client(edge)
     pub.publish(f"{topic}/warm", "warm")
     node.wait("message", me, since=at, payload="warm")
-    quiet_since = core.mark()
+    quiet_since = broker.mark()
     for n in range(5):
         at = node.mark()
         line.cut()
@@ -57,10 +57,10 @@ def test_defaults_with_clean_true_flap_and_resubscribe(edge, core, client, way, 
         # MQTT.js subscribes again by itself and does not say when; what is published until then is its to lose.
         arrived = publish_until_seen(node, pub, me, f"{topic}/{n}", at)
         assert arrived
-    # The core's own log: five flaps were not one packet.
-    assert core.connects(quiet_since) == []
-    assert [l for l in core.service.lines(quiet_since) if topic in l and re.search(r"SUBSCRIBE", l)] == []
-    assert not [l for l in core.service.lines(quiet_since) if re.search(r"^\S* *" + re.escape(topic), l)]
+    # The broker's own log: five flaps were not one packet.
+    assert broker.connects(quiet_since) == []
+    assert [l for l in broker.service.lines(quiet_since) if topic in l and re.search(r"SUBSCRIBE", l)] == []
+    assert not [l for l in broker.service.lines(quiet_since) if re.search(r"^\S* *" + re.escape(topic), l)]
     node.do("end", client=me)
     node.wait("ended", me)
 
@@ -106,7 +106,7 @@ def test_sessions_in_node(edge, client, way, node, transport):
     node.wait("ended", me)
 
 
-def test_a_page_in_chromium_over_wss(edge, core, client, way, browser):
+def test_a_page_in_chromium_over_wss(edge, broker, client, way, browser):
     """Connects, subscribes, publishes, is cut off, resumes: nothing lost, in order, once."""
     topic, me = fresh(), fresh("page")
     line = way(edge, "wss")
@@ -122,7 +122,7 @@ def test_a_page_in_chromium_over_wss(edge, core, client, way, browser):
     got = other.next()
     assert got.payload.decode() == "from the page ☃" and got.props.ContentType == "text/plain"
     for flap in range(3):
-        at, quiet_since = browser.mark(), core.mark()
+        at, quiet_since = browser.mark(), broker.mark()
         line.line.unplug()
         browser.wait("close", me, since=at)
         for n in range(5):
@@ -135,7 +135,7 @@ def test_a_page_in_chromium_over_wss(edge, core, client, way, browser):
         first = [m["payload"] for n, m in enumerate(got) if m["payload"] not in [o["payload"] for o in got[:n]]]
         assert first == [f"{flap}-{n}" for n in range(5)]
         assert all(m["dup"] for n, m in enumerate(got) if m["payload"] in [o["payload"] for o in got[:n]])
-        assert core.connects(quiet_since) == [] and not [l for l in core.service.lines(quiet_since) if topic in l and "SUBSCRIBE" in l]
+        assert broker.connects(quiet_since) == [] and not [l for l in broker.service.lines(quiet_since) if topic in l and "SUBSCRIBE" in l]
     # The browser's own idea of being offline, for new connections as well.
     at = browser.do("offline", value=True)
     line.cut()
@@ -166,7 +166,7 @@ def test_a_page_with_the_defaults_of_mqttjs(edge, client, way, browser):
     browser.wait("ended", me)
 
 
-def test_what_a_page_learns_of_a_refusal(edge, own_edge, core, way, browser):
+def test_what_a_page_learns_of_a_refusal(edge, own_edge, broker, way, browser):
     """From MQTT a reason code, from WebSocket a close code with words, from a refused handshake nothing but 1006."""
     line = way(edge, "ws")
     at = browser.do("socket", client="text", url=url(line), send="not MQTT")
@@ -179,7 +179,7 @@ def test_what_a_page_learns_of_a_refusal(edge, own_edge, core, way, browser):
     assert browser.wait("closed", "path", since=at)["code"] == 1006
     at = browser.do("socket", client="offer", url=url(line), protocols=["chat"])
     assert browser.wait("closed", "offer", since=at)["code"] == 1006
-    strict = own_edge(core.url, listeners=[{"name": "ws", "transport": "ws", "bind": "127.0.0.1:0", "origins": ["https://app.example"]}, {"name": "locked", "transport": "ws", "bind": "127.0.0.1:0", "auth": "file"}], auth={"file": "/dev/null"}).start()
+    strict = own_edge(broker.url, listeners=[{"name": "ws", "transport": "ws", "bind": "127.0.0.1:0", "origins": ["https://app.example"]}, {"name": "locked", "transport": "ws", "bind": "127.0.0.1:0", "auth": "file"}], auth={"file": "/dev/null"}).start()
     at, since = browser.mark(), strict.mark()
     browser.do("socket", client="origin", url=url(way(strict, "ws")))
     assert browser.wait("closed", "origin", since=at)["code"] == 1006

@@ -1,4 +1,4 @@
-"""Clients' coming and going told to the core; flaps hidden."""
+"""Clients' coming and going told to the broker; flaps hidden."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from harness.names import fresh
 
 
 @pytest.fixture
-def told(core, own_edge, client):
+def told(broker, own_edge, client):
     """An edge that tells, and a client that listens to what it says."""
 
     def make(grace: str):
         base = fresh()
-        edge = own_edge(core.url, ("tcp",), session={"will_grace": grace, "presence_topic": f"{base}/%c"}).start()
+        edge = own_edge(broker.url, ("tcp",), session={"will_grace": grace, "presence_topic": f"{base}/%c"}).start()
         name = fresh("watcher")
         watcher = client(edge, client_id=name)
         watcher.subscribe(f"{base}/+")

@@ -23,7 +23,7 @@ DEADLINE = 2.0
 
 
 @pytest.fixture(scope="module")
-def behind(tmp_path_factory, core, pki):
+def behind(tmp_path_factory, broker, pki):
     """Listeners that believe 127.0.0.1 and 127.0.0.16/28; clients come from other addresses of loopback."""
     trusted = {"trusted_proxies": [PROXY, "127.0.0.16/28"]}
     listeners = [listener(t, f"proxy-{t}", proxy_protocol="required", **trusted) for t in ("tcp", "tls", "ws", "wss")]
@@ -36,8 +36,8 @@ def behind(tmp_path_factory, core, pki):
         listener("tcp", "plain"),
         listener("tls", "plain-tls"),
     ]
-    upstream = {"servers": [core.url], "sender_properties": ["address"]}
-    table = config(core.url, pki, listeners=listeners, upstream=upstream, limits={"accept_deadline": f"{DEADLINE:.0f}s"}, log={"level": "debug"})
+    upstream = {"servers": [broker.url], "sender_properties": ["address"]}
+    table = config(broker.url, pki, listeners=listeners, upstream=upstream, limits={"accept_deadline": f"{DEADLINE:.0f}s"}, log={"level": "debug"})
     edge = Edge(tmp_path_factory.mktemp("behind"), table, pki).start()
     yield edge
     edge.assert_sane()
@@ -125,9 +125,9 @@ def test_pings_keep_nginx_from_cutting_a_silent_client(behind, nginx):
         assert pinged.recv().kind == wire.PINGRESP
 
 
-def test_the_core_is_told_the_client_s_address(behind, haproxy, core):
+def test_the_broker_is_told_the_client_s_address(behind, haproxy, broker):
     topic = fresh()
-    watcher = subprocess.Popen(["stdbuf", "-oL", "mosquitto_sub", "-p", str(core.port), "-V", "5", "-t", topic, "-F", "%P", "-C", "1", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True)
+    watcher = subprocess.Popen(["stdbuf", "-oL", "mosquitto_sub", "-p", str(broker.port), "-V", "5", "-t", topic, "-F", "%P", "-C", "1", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True)
     try:
         next(line for line in watcher.stdout if "Subscribed" in line)
         with Raw(haproxy.ports["tcp"], source=CLIENT) as raw:

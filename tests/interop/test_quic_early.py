@@ -13,9 +13,9 @@ from harness.phone import Phone, write
 
 
 @pytest.fixture(scope="module")
-def _takes(tmp_path_factory, core, pki):
+def _takes(tmp_path_factory, broker, pki):
     listeners = [listener("tcp"), listener("quic", early_data=True, webtransport=True)]
-    one = Edge(tmp_path_factory.mktemp("early"), config(core.url, pki, listeners=listeners), pki).start()
+    one = Edge(tmp_path_factory.mktemp("early"), config(broker.url, pki, listeners=listeners), pki).start()
     yield one
     one.close()
 

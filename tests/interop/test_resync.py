@@ -1,4 +1,4 @@
-"""After the core lost a link's session: state that changed meanwhile reaches those who subscribed before."""
+"""After the broker lost a link's session: state that changed meanwhile reaches those who subscribed before."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from harness.cable import Cable
 from harness.names import fresh
 from harness.process import run, wait_until
-from test_core_side import QUICK
+from test_broker_side import QUICK
 
 
 @pytest.fixture
-def gap(own_core, own_edge, client):
-    """A core that forgets while the cable to it is out; what `change` publishes there is missed."""
-    core = own_core()
-    cable = Cable(core.port)
+def gap(own_broker, own_edge, client):
+    """A broker that forgets while the cable to it is out; what `change` publishes there is missed."""
+    broker = own_broker()
+    cable = Cable(broker.port)
 
     def begin(**upstream):
         url = f"mqtt://127.0.0.1:{cable.port}"
@@ -24,11 +24,11 @@ def gap(own_core, own_edge, client):
 
     def change(state: dict[str, str]) -> None:
         cable.unplug()
-        core.stop(signal.SIGKILL)
-        core.forget()
-        core.start()
+        broker.stop(signal.SIGKILL)
+        broker.forget()
+        broker.start()
         for topic, value in state.items():
-            run(["mosquitto_pub", "-p", str(core.port), "-q", "1", "-r", "-t", topic, "-m", value])
+            run(["mosquitto_pub", "-p", str(broker.port), "-q", "1", "-r", "-t", topic, "-m", value])
         cable.plug()
 
     yield begin, change
@@ -52,7 +52,7 @@ def test_what_changed_comes_and_what_did_not_does_not(gap, client, root):
     assert {m.topic: m.text for m in missed} == {f"{topic}/s/b": "2", f"{topic}/s/d": "1"}
     assert not any(m.retain for m in missed)
     assert one.until_fence(pub, f"{topic}/s/z") == []
-    # Who comes now gets it as the core has it: c is gone.
+    # Who comes now gets it as the broker has it: c is gone.
     two = client(edge)
     two.subscribe((f"{topic}/s/+", 1))
     now = {m.topic: m.text for m in two.take(3)}

@@ -1,4 +1,4 @@
-"""Roots: filters that are held for good, so that clients' filters inside cost the core nothing."""
+"""Roots: filters that are held for good, so that clients' filters inside cost the broker nothing."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from harness.process import wait_until
 QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
 
-def rooted(own_core, own_edge, topic: str, **upstream):
-    core = own_core()
-    edge = own_edge(core.url, upstream={"servers": [core.url], "roots": [f"{topic}/#"]} | QUICK | upstream).start()
+def rooted(own_broker, own_edge, topic: str, **upstream):
+    broker = own_broker()
+    edge = own_edge(broker.url, upstream={"servers": [broker.url], "roots": [f"{topic}/#"]} | QUICK | upstream).start()
     edge.wait_log(r"Link to the broker is up.*link=\"?d0")
-    return core, edge
+    return broker, edge
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-def test_filters_inside_a_root_cost_the_core_nothing(protocol, own_core, own_edge, client):
+def test_filters_inside_a_root_cost_the_broker_nothing(protocol, own_broker, own_edge, client):
     topic = fresh()
-    core, edge = rooted(own_core, own_edge, topic, protocol=protocol)
+    broker, edge = rooted(own_broker, own_edge, topic, protocol=protocol)
     clients = [client(edge) for _ in range(8)]
     pub = client(edge)
     clients[0].subscribe((f"{topic}/#", 1))
-    since = core.mark()
+    since = broker.mark()
     for n, one in enumerate(clients[1:], 1):
         one.subscribe((f"{topic}/dev/{n}", n % 3), (f"{topic}/+/all", 1))
     for n in range(1, 8):
@@ -38,14 +38,14 @@ def test_filters_inside_a_root_cost_the_core_nothing(protocol, own_core, own_edg
         assert everyone.text == "all"
         assert one.incoming.empty()
     assert [m.text for m in clients[0].take(8)] == [f"own{n}" for n in range(1, 8)] + ["all"]
-    subscribes = [line for line in core.received("SUBSCRIBE", since) if "-d" in line]
+    subscribes = [line for line in broker.received("SUBSCRIBE", since) if "-d" in line]
     assert subscribes == [], "the data links stay quiet"
 
 
-def test_overlap_with_filters_outside(own_core, own_edge, client):
+def test_overlap_with_filters_outside(own_broker, own_edge, client):
     """One copy for each client, whichever way its filters are held."""
     topic = fresh()
-    core, edge = rooted(own_core, own_edge, topic)
+    broker, edge = rooted(own_broker, own_edge, topic)
     one, pub = client(edge), client(edge)
     one.subscribe((f"{topic}/a", 0), identifier=1)
     one.subscribe(("+/a", 2), identifier=2)
@@ -62,9 +62,9 @@ def test_overlap_with_filters_outside(own_core, own_edge, client):
     assert (got.text, got.qos) == ("y", 1)
 
 
-def test_retained_messages_inside_a_root(own_core, own_edge, client):
+def test_retained_messages_inside_a_root(own_broker, own_edge, client):
     topic = fresh()
-    core, edge = rooted(own_core, own_edge, topic)
+    broker, edge = rooted(own_broker, own_edge, topic)
     pub = client(edge)
     for n in range(5):
         pub.publish(f"{topic}/r/{n}", f"kept{n}", retain=True)
@@ -76,15 +76,15 @@ def test_retained_messages_inside_a_root(own_core, own_edge, client):
         assert one.until_fence(pub, f"{topic}/r/x") == []
 
 
-def test_a_root_comes_back_with_the_core(own_core, own_edge, client):
+def test_a_root_comes_back_with_the_broker(own_broker, own_edge, client):
     topic = fresh()
-    core, edge = rooted(own_core, own_edge, topic)
+    broker, edge = rooted(own_broker, own_edge, topic)
     one, pub = client(edge), client(edge)
     one.subscribe((f"{topic}/a", 1))
-    core.stop()
-    core.forget()
+    broker.stop()
+    broker.forget()
     two = client(edge)
-    core.start()
+    broker.start()
 
     def comes() -> bool:
         pub.publish(f"{topic}/a", "again")
@@ -96,26 +96,26 @@ def test_a_root_comes_back_with_the_core(own_core, own_edge, client):
     assert two.next().text == "b"
 
 
-def test_who_subscribes_while_the_core_is_away_waits(own_core, own_edge, client):
+def test_who_subscribes_while_the_broker_is_away_waits(own_broker, own_edge, client):
     topic = fresh()
-    core = own_core()
-    core.stop()
-    edge = own_edge(core.url, upstream={"servers": [core.url], "roots": [f"{topic}/#"]} | QUICK).start()
+    broker = own_broker()
+    broker.stop()
+    edge = own_edge(broker.url, upstream={"servers": [broker.url], "roots": [f"{topic}/#"]} | QUICK).start()
     one = client(edge)
     _, mid = one.client.subscribe(f"{topic}/a", qos=1)
-    core.start()
+    broker.start()
     assert [r.value for r in one._wait_ack("subscribe", mid)] == [1]
     one.publish(f"{topic}/a", "x")
     assert one.next().text == "x"
 
 
 def test_a_refused_root_refuses_its_filters(own_edge, client):
-    """The core is a Tidegate with rules: mosquitto 2.0 grants what it will not deliver."""
+    """The broker is a Tidegate with rules: mosquitto 2.0 grants what it will not deliver."""
     rules = [{"who": "*", "allow": ["publish", "subscribe"], "topics": ["open/#", "probes/#"]}]
-    core = own_edge("embedded:", upstream={"servers": ["embedded:"]}, auth={"acl": "rules"}, acl=rules).start()
-    url = f"mqtt://127.0.0.1:{core['tcp'].port}"
+    broker = own_edge("embedded:", upstream={"servers": ["embedded:"]}, auth={"acl": "rules"}, acl=rules).start()
+    url = f"mqtt://127.0.0.1:{broker['tcp'].port}"
     edge = own_edge(url, upstream={"servers": [url], "roots": ["closed/#"], "probe_topic": "probes"} | QUICK).start()
-    edge.wait_log(r"The core refused a filter")
+    edge.wait_log(r"The broker refused a filter")
     one = client(edge)
     assert one.subscribe((f"closed/{fresh()}", 1), ("open/x", 1), expect=None) == [0x87, 1]
 

@@ -17,17 +17,17 @@ USERS = {"alice": "a", "bob": "b", "a/b": "c"}
 
 
 @pytest.fixture(scope="module")
-def tenants(tmp_path_factory, core, pki):
+def tenants(tmp_path_factory, broker, pki):
     directory = tmp_path_factory.mktemp("scope")
     users = directory / "users"
     for user, password in USERS.items():
         assert run([BINARY, "passwd", users, user], input=f"{password}\n").returncode == 0
     table = config(
-        core.url,
+        broker.url,
         pki,
         listeners=[listener("tcp", auth="file", mount="tenants/%u/"), listener("tcp", "whole"), listener("tcp", "devices", mount="devices/%c/"), listener("quic")],
         auth={"mode": "anonymous", "file": str(users), "acl": "open"},
-        upstream={"servers": [core.url], "sender_properties": ["client_id", "username", "listener", "address"]} | QUICK,
+        upstream={"servers": [broker.url], "sender_properties": ["client_id", "username", "listener", "address"]} | QUICK,
     )
     edge = Edge(directory, table, pki).start()
     yield edge
@@ -91,7 +91,7 @@ def test_the_mount_itself_is_no_topic_of_its_tenant(at):
 
 
 def test_wildcards_below_a_mount_leave_out_topics_with_a_dollar(at):
-    """[MQTT-4.7.2-1]; the core, which sees the mount before the `$`, says otherwise."""
+    """[MQTT-4.7.2-1]; the broker, which sees the mount before the `$`, says otherwise."""
     topic = fresh()
     alice, whole = at("tcp", **as_user("alice")), at()
     alice.publish(f"$kept/{topic}", "kept", retain=True)
@@ -167,10 +167,10 @@ def test_one_client_identifier_behind_two_mounts_is_two_owners(at):
     assert not first.ended.is_set()
 
 
-def test_publishes_tell_their_sender_to_the_core(at, core, tenants):
+def test_publishes_tell_their_sender_to_the_broker(at, broker, tenants):
     topic = fresh()
     watcher = subprocess.Popen(
-        ["stdbuf", "-oL", "mosquitto_sub", "-p", str(core.port), "-V", "5", "-t", f"tenants/alice/{topic}", "-F", "%P", "-C", "1", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True
+        ["stdbuf", "-oL", "mosquitto_sub", "-p", str(broker.port), "-V", "5", "-t", f"tenants/alice/{topic}", "-F", "%P", "-C", "1", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True
     )
     try:
         for line in watcher.stdout:
@@ -192,9 +192,9 @@ def test_publishes_tell_their_sender_to_the_core(at, core, tenants):
         watcher.wait()
 
 
-def test_a_sender_that_moved_is_told_where_it_is(core, tenants):
+def test_a_sender_that_moved_is_told_where_it_is(broker, tenants):
     topic = fresh()
-    watcher = subprocess.Popen(["stdbuf", "-oL", "mosquitto_sub", "-p", str(core.port), "-V", "5", "-t", topic, "-F", "%P", "-C", "2", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True)
+    watcher = subprocess.Popen(["stdbuf", "-oL", "mosquitto_sub", "-p", str(broker.port), "-V", "5", "-t", topic, "-F", "%P", "-C", "2", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True)
     try:
         for line in watcher.stdout:
             if "Subscribed" in line:

@@ -1,4 +1,4 @@
-"""Shared subscriptions: one member gets each message, whoever holds the group at the core."""
+"""Shared subscriptions: one member gets each message, whoever holds the group at the broker."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from harness.raw import Raw
 QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
 
-def before(core, own_edge, transports=("tcp",), session=None, **upstream):
-    sections = {"upstream": {"servers": [core.url]} | QUICK | upstream}
+def before(broker, own_edge, transports=("tcp",), session=None, **upstream):
+    sections = {"upstream": {"servers": [broker.url]} | QUICK | upstream}
     if session:
         sections["session"] = session
-    return own_edge(core.url, transports, **sections).start()
+    return own_edge(broker.url, transports, **sections).start()
 
 
 def drained(member) -> list:
@@ -61,39 +61,39 @@ def test_each_message_reaches_one_member(edge, client):
     assert all(m.props.SubscriptionIdentifier == [7] for m in got[0])
 
 
-def test_a_group_is_one_member_at_the_core(own_core, own_edge, client):
-    core = own_core()
-    edge = before(core, own_edge)
+def test_a_group_is_one_member_at_the_broker(own_broker, own_edge, client):
+    broker = own_broker()
+    edge = before(broker, own_edge)
     topic = fresh()
     members = [client(edge) for _ in range(4)]
     for member in members:
         member.subscribe((f"$share/g/{topic}", 1))
-    assert len(core.service.grep(rf"\$share/g/{topic} \(QoS")) == 1, "one SUBSCRIBE"
-    assert len(core.service.grep(r"as tidegate-[\w-]+-s0 ")) >= 1, "on a link of its own"
+    assert len(broker.service.grep(rf"\$share/g/{topic} \(QoS")) == 1, "one SUBSCRIBE"
+    assert len(broker.service.grep(r"as tidegate-[\w-]+-s0 ")) >= 1, "on a link of its own"
     links = {link["name"]: link for link in edge.api("/api/v1/links")["links"]}
     assert links["s0"]["role"] == "shared" and links["s0"]["filters"] == 1
-    # Outside, another consumer of the core's own is a member like us.
-    direct = client(core_way(core), via=core_way(core))
+    # Outside, another consumer of the broker's own is a member like us.
+    direct = client(broker_way(broker), via=broker_way(broker))
     direct.subscribe((f"$share/g/{topic}", 1))
     pub = client(edge)
     for n in range(40):
         pub.publish(topic, f"m{n}")
     wait_until("all came", lambda: sum(m.incoming.qsize() for m in members) + direct.incoming.qsize() >= 40)
-    assert direct.incoming.qsize() == 20, "the core balances between us and others"
-    since = core.mark()
+    assert direct.incoming.qsize() == 20, "the broker balances between us and others"
+    since = broker.mark()
     for member in members:
         member.unsubscribe(f"$share/g/{topic}")
-    wait_until("the group is left", lambda: core.service.grep(r"Received UNSUBSCRIBE from \S*-s0", since))
+    wait_until("the group is left", lambda: broker.service.grep(r"Received UNSUBSCRIBE from \S*-s0", since))
     for n in range(20):
         pub.publish(topic, f"late{n}")
     wait_until("the rest goes to the others", lambda: direct.incoming.qsize() >= 40)
 
 
-class core_way:
-    """The core itself, as a way for paho."""
+class broker_way:
+    """The broker itself, as a way for paho."""
 
-    def __init__(self, core):
-        self.port, self.transport, self.path, self.ca = core.port, "tcp", "", None
+    def __init__(self, broker):
+        self.port, self.transport, self.path, self.ca = broker.port, "tcp", "", None
 
     def cut(self) -> None: ...
 
@@ -156,8 +156,8 @@ def test_what_a_member_did_not_acknowledge_goes_to_another_at_its_end(edge, clie
     assert other.until_fence(pub, topic) == []
 
 
-def test_who_is_away_for_long_loses_its_part_to_others(own_core, own_edge, client, way):
-    edge = before(own_core(), own_edge, session={"shared_redeliver_after": "500ms"})
+def test_who_is_away_for_long_loses_its_part_to_others(own_broker, own_edge, client, way):
+    edge = before(own_broker(), own_edge, session={"shared_redeliver_after": "500ms"})
     topic = fresh()
     group = f"$share/g/{topic}"
     name, pub = fresh("away"), client(edge)
@@ -206,13 +206,13 @@ def test_dead_groups_are_refused(quirks, own_edge, client):
     assert four.subscribe((f"$share/g/{topic}", 1), expect=None) == [0x80]
 
 
-CORES = [(quirks, "broker") for quirks in ("", "one", "no-ids", "small-window", "3.1.1", "lowest-qos")]
-# Shared out by us, whatever the core makes of groups.
-CORES += [(quirks, "local") for quirks in ("", "dead-shared", "no-shared", "no-ids,dead-shared", "3.1.1,two-queues")]
+BROKERS = [(quirks, "broker") for quirks in ("", "one", "no-ids", "small-window", "3.1.1", "lowest-qos")]
+# Shared out by us, whatever the broker makes of groups.
+BROKERS += [(quirks, "local") for quirks in ("", "dead-shared", "no-shared", "no-ids,dead-shared", "3.1.1,two-queues")]
 
 
-@pytest.mark.parametrize(("quirks", "shared"), CORES)
-def test_groups_before_each_core(quirks, shared, own_edge, client):
+@pytest.mark.parametrize(("quirks", "shared"), BROKERS)
+def test_groups_before_each_broker(quirks, shared, own_edge, client):
     edge = own_edge("embedded:", upstream={"servers": [f"embedded:{quirks}"], "shared": shared}).start()
     edge.wait_log(r"The broker was probed")
     topic = fresh()
@@ -234,15 +234,15 @@ def test_groups_before_each_core(quirks, shared, own_edge, client):
     assert Counter(got) == Counter(sent)
 
 
-def test_a_group_is_there_again_after_the_core_lost_it(own_core, own_edge, client):
-    core = own_core()
-    edge = before(core, own_edge)
+def test_a_group_is_there_again_after_the_broker_lost_it(own_broker, own_edge, client):
+    broker = own_broker()
+    edge = before(broker, own_edge)
     topic = fresh()
     one = client(edge)
     one.subscribe((f"$share/g/{topic}", 1))
-    core.stop()
-    core.forget()
-    core.start()
+    broker.stop()
+    broker.forget()
+    broker.start()
     pub = client(edge)
 
     def comes() -> bool:

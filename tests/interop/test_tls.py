@@ -49,7 +49,7 @@ def leaves(people):
 
 
 @pytest.fixture(scope="module")
-def secure(home, servers, people, leaves, core):
+def secure(home, servers, people, leaves, broker):
     """Listeners by what they ask for: `tls`, `wss`, `quic` nothing; `mtls-*` a certificate; `maybe`; `both`; `uri`."""
     names = [servers.server("default"), servers.server("a", dns=("a.example",)), servers.server("wide", dns=("*.example",)), servers.server("rsa", kind="rsa")]
     put(home / "people.crl", people.crl(leaves["stolen"]))
@@ -64,7 +64,7 @@ def secure(home, servers, people, leaves, core):
     ]
     everyone = [e["name"] for e in entries[:4]]
     table = config(
-        core.url,
+        broker.url,
         servers.pki(names[0]),
         tls=entries,
         listeners=[listener(t, tls=everyone) for t in TRANSPORTS]
@@ -266,9 +266,9 @@ def test_the_key_log_has_what_the_client_has(secure, reach, leaves, home, tmp_pa
     secure.wait_log("WARN.*key_log is on.*required")
 
 
-def test_an_environment_variable_alone_logs_no_keys(tmp_path, core, servers):
+def test_an_environment_variable_alone_logs_no_keys(tmp_path, broker, servers):
     server = servers.server("plain")
-    edge = Edge(tmp_path / "edge", config(core.url, servers.pki(server), TRANSPORTS), servers.pki(server))
+    edge = Edge(tmp_path / "edge", config(broker.url, servers.pki(server), TRANSPORTS), servers.pki(server))
     edge.start(env={"SSLKEYLOGFILE": str(tmp_path / "keys.log")})
     for transport in TRANSPORTS:
         way_in(transport, edge[transport].port, servers.ca).visit(fresh("id")).close()
@@ -282,7 +282,7 @@ def test_an_environment_variable_alone_logs_no_keys(tmp_path, core, servers):
 class Renewed:
     """A binary whose files a test may change: one certificate, one authority, one revocation list."""
 
-    def __init__(self, directory, core, servers: Authority):
+    def __init__(self, directory, broker, servers: Authority):
         self.directory, self.servers = directory, servers
         directory.mkdir()
         self.people = Authority(directory, "people")
@@ -294,7 +294,7 @@ class Renewed:
         asks = tls | {"name": "asks", "client_ca": self.people.ca, "crl": self.crl}
         pki = Pki(servers.ca, self.cert, self.key)
         listeners = [listener(t) for t in TRANSPORTS] + [listener(t, f"mtls-{t}", tls="asks", auth="mtls") for t in TRANSPORTS]
-        self.edge = Edge(directory / "edge", config(core.url, pki, tls=[tls, asks], listeners=listeners), pki).start()
+        self.edge = Edge(directory / "edge", config(broker.url, pki, tls=[tls, asks], listeners=listeners), pki).start()
 
     def serve(self, name: str, **kwargs):
         leaf = self.servers.server(name, **kwargs)
@@ -319,8 +319,8 @@ class Renewed:
 
 
 @pytest.fixture
-def renewed(tmp_path, core, servers):
-    one = Renewed(tmp_path / "renewed", core, servers)
+def renewed(tmp_path, broker, servers):
+    one = Renewed(tmp_path / "renewed", broker, servers)
     yield one
     one.edge.assert_sane()
     one.edge.close()
@@ -410,7 +410,7 @@ def test_a_list_past_its_date_lets_nobody_in(renewed):
     assert renewed.reach("tls", renewed.one).visit(fresh("id")).connack.reason == 0
 
 
-def test_directories_that_are_swapped_as_kubernetes_does(tmp_path, core, servers):
+def test_directories_that_are_swapped_as_kubernetes_does(tmp_path, broker, servers):
     secret = tmp_path / "secret"
     secret.mkdir()
 
@@ -426,7 +426,7 @@ def test_directories_that_are_swapped_as_kubernetes_does(tmp_path, core, servers
     for file in ("tls.crt", "tls.key"):
         (secret / file).symlink_to(f"..data/{file}")
     pki = Pki(servers.ca, secret / "tls.crt", secret / "tls.key")
-    edge = Edge(tmp_path / "edge", config(core.url, pki, ("tls",)), pki).start()
+    edge = Edge(tmp_path / "edge", config(broker.url, pki, ("tls",)), pki).start()
     try:
         to = way_in("tls", edge["tls"].port, servers.ca)
         assert to.visit(fresh("id")).server == "k-first"
@@ -442,10 +442,10 @@ def test_directories_that_are_swapped_as_kubernetes_does(tmp_path, core, servers
 
 
 @pytest.mark.parametrize("days,said", [(2, "WARN.*the certificate expires in 1day 23h"), (9, "WARN.*the certificate expires in 8days 23h"), (-1, "ERROR.*the certificate expired")])
-def test_dates_are_shown(tmp_path, core, servers, days, said):
+def test_dates_are_shown(tmp_path, broker, servers, days, said):
     leaf = servers.server("dated", start=-90, days=days)
     pki = servers.pki(leaf)
-    edge = Edge(tmp_path / "edge", config(core.url, pki, ("tls",)), pki).start()
+    edge = Edge(tmp_path / "edge", config(broker.url, pki, ("tls",)), pki).start()
     try:
         edge.wait_log(said)
         shown = edge.metrics().series("tidegate_tls_certificate_expiry_timestamp_seconds")

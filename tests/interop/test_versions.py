@@ -1,4 +1,4 @@
-"""Each client version before each core version: what either has is there, and nothing breaks for want of the other."""
+"""Each client version before each broker version: what either has is there, and nothing breaks for want of the other."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pytest
 from harness.names import fresh
 
 QUICK = {"backoff_min": "20ms", "backoff_max": "200ms", "data_links": 4}
-CORES = ("5", "3.1.1")
+BROKERS = ("5", "3.1.1")
 
 
-@pytest.fixture(scope="module", params=CORES)
-def before(request, tmp_path_factory, pki, core):
+@pytest.fixture(scope="module", params=BROKERS)
+def before(request, tmp_path_factory, pki, broker):
     from harness.edge import Edge, config
 
     directory = tmp_path_factory.mktemp("versions")
-    upstream = {"servers": [core.url], "protocol": request.param} | QUICK
-    edge = Edge(directory, config(core.url, pki, ("tcp",), upstream=upstream), pki).start()
+    upstream = {"servers": [broker.url], "protocol": request.param} | QUICK
+    edge = Edge(directory, config(broker.url, pki, ("tcp",), upstream=upstream), pki).start()
     edge.wait_log(r"The broker was probed")
-    edge.core_version = request.param
+    edge.broker_version = request.param
     yield edge
     edge.assert_sane()
     edge.close()
@@ -52,19 +52,19 @@ def test_properties_of_a_5_client(before, client):
     )
     got = sub.next()
     assert got.text == "x" and old.next().text == "x"
-    if before.core_version == "5":
+    if before.broker_version == "5":
         assert got.props.UserProperty == pairs
         assert (got.props.ContentType, got.props.PayloadFormatIndicator, got.props.CorrelationData) == ("text/plain", 1, b"\x00\x01")
         assert got.props.ResponseTopic == f"{topic}/answer"
         assert 95 <= got.props.MessageExpiryInterval <= 100
     else:
-        # The core speaks 3.1.1: there is nothing that could carry them.
+        # The broker speaks 3.1.1: there is nothing that could carry them.
         assert not any(hasattr(got.props, name) for name in ("UserProperty", "ContentType", "CorrelationData", "ResponseTopic", "MessageExpiryInterval"))
 
 
 def test_request_and_response(before, client):
     topic = fresh()
-    # Where a 3.1.1 core drops the Response Topic, both know it.
+    # Where a 3.1.1 broker drops the Response Topic, both know it.
     known = f"{topic}/answer/me"
     asker, answerer = client(before), client(before)
     answerer.subscribe(f"{topic}/ask")
@@ -76,7 +76,7 @@ def test_request_and_response(before, client):
         answerer.publish(known, f"a{n}", CorrelationData=getattr(got.props, "CorrelationData", b"?"))
         back = asker.next()
         assert back.text == f"a{n}"
-        if before.core_version == "5":
+        if before.broker_version == "5":
             assert (got.props.ResponseTopic, back.props.CorrelationData) == (known, bytes([n]))
 
 
@@ -100,7 +100,7 @@ def test_several_identifiers_on_one_delivery(before, client):
 
 
 def test_expiry_counts_down_in_the_offline_queue(before, client):
-    """What waits here expires here, whatever the core knows of it."""
+    """What waits here expires here, whatever the broker knows of it."""
     name, topic, pub = fresh("x"), fresh(), client(before)
     one = client(before, client_id=name, expiry=300)
     one.subscribe(topic)
@@ -110,7 +110,7 @@ def test_expiry_counts_down_in_the_offline_queue(before, client):
     time.sleep(1.2)  # What is awaited is time itself.
     again = client(before, client_id=name, expiry=300, clean=False)
     got = [again.next().text]
-    if before.core_version != "5":
+    if before.broker_version != "5":
         # The interval was lost on the way.
         assert got == ["soon over"]
         got = [again.next().text]
@@ -118,7 +118,7 @@ def test_expiry_counts_down_in_the_offline_queue(before, client):
 
 
 def test_dollar_topics_are_no_clients_affair_by_default(before, client):
-    """`#` does not bring the core's own, and $SYS is refused where no rule names it."""
+    """`#` does not bring the broker's own, and $SYS is refused where no rule names it."""
     one, pub, topic = client(before), client(before), fresh()
     assert one.subscribe(("$SYS/#", 0), ("#", 0), ("+/broker/version", 0), expect=None) == [0x87, 0, 0]
     got = one.until_fence(pub, topic)

@@ -31,7 +31,7 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def edge(own_edge, core, pki):
+def edge(own_edge, broker, pki):
     """A certificate that a page may name by its hash for QUIC, one of an authority for the rest."""
     tls = [{"name": "default", "cert": str(pki.cert), "key": str(pki.key)}, {"name": "page"}]
     quic = [
@@ -39,7 +39,7 @@ def edge(own_edge, core, pki):
         listener("quic", "closed", tls="page", webtransport=True, path="/closed", origins=["https://app.example"]),
         listener("quic", "signed", webtransport=True),
     ]
-    return own_edge(core.url, tls=tls, listeners=[listener("tcp"), listener("wss"), *quic]).start()
+    return own_edge(broker.url, tls=tls, listeners=[listener("tcp"), listener("wss"), *quic]).start()
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_the_module_by_itself(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-def test_one_session_over_webtransport_and_wss(edge, core, client, browser, udp, wss):
+def test_one_session_over_webtransport_and_wss(edge, broker, client, browser, udp, wss):
     """Connect, subscribe, publish, be cut off, resume, be without UDP, come back: one session, nothing lost."""
     topic, me = fresh(), fresh("page")
     url, options = page(edge, udp, wss, me, retryAfter=3000)
@@ -96,7 +96,7 @@ def test_one_session_over_webtransport_and_wss(edge, core, client, browser, udp,
         assert browser.wait("message", me, since=at, qos=qos)["payload"] == f"{qos} {payload}"
 
     def flap(name: str, break_it, mend=lambda: None) -> dict:
-        at, quiet_since = browser.mark(), core.mark()
+        at, quiet_since = browser.mark(), broker.mark()
         break_it()
         browser.wait("close", me, since=at)
         for n in range(5):
@@ -111,7 +111,7 @@ def test_one_session_over_webtransport_and_wss(edge, core, client, browser, udp,
             first = [m for n, m in enumerate(got) if m not in got[:n]]
             assert first == [f"{name}-{n}" for n in range(5) if 1 + n % 2 == qos]
             assert qos == 1 or first == got
-        assert core.connects(quiet_since) == [] and not [l for l in core.service.lines(quiet_since) if topic in l and "SUBSCRIBE" in l]
+        assert broker.connects(quiet_since) == [] and not [l for l in broker.service.lines(quiet_since) if topic in l and "SUBSCRIBE" in l]
         return browser.events("transport", me, at)[-1]
 
     # The network goes without a word, and comes back with another address.

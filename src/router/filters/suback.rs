@@ -29,7 +29,7 @@ fn refused(filter: &str, code: ReasonCode, now: Millis) {
             filter = %clean(filter, 256),
             reason = code.name(),
             suppressed,
-            "The core refused a filter"
+            "The broker refused a filter"
         );
     }
 }

@@ -1,4 +1,4 @@
-"""Other brokers as the core, each unmodified and with its own defaults."""
+"""Other brokers as the broker, each unmodified and with its own defaults."""
 
 from __future__ import annotations
 

@@ -76,15 +76,15 @@ def listener(transport: str, name: str | None = None, **more) -> dict:
     return entry | more
 
 
-def config(core_url: str, pki: Pki, transports=TRANSPORTS, **sections) -> dict:
+def config(broker_url: str, pki: Pki, transports=TRANSPORTS, **sections) -> dict:
     """DESIGN's contract with every listener; `sections` are merged over it."""
     base = {
         "version": 1,
-        # Two with one id before the same core would take each other's links over.
+        # Two with one id before the same broker would take each other's links over.
         "node": {"id": f"edge-{os.getpid()}-{next(_serial)}", "data_dir": "data"},
         "tls": [{"name": "default", "cert": str(pki.cert), "key": str(pki.key)}],
         "listeners": [listener(t) for t in transports],
-        "upstream": {"servers": [core_url]},
+        "upstream": {"servers": [broker_url]},
         "auth": {"mode": "anonymous", "acl": "open"},
         "admin": {"bind": "127.0.0.1:0"},
         "log": {"level": "info"},

@@ -14,7 +14,7 @@ const commands = () => createInterface({ input: process.stdin })
 
 async function inNode() {
   const mqtt = require('mqtt')
-  const { makeAgent } = await import('./core.mjs')
+  const { makeAgent } = await import('./broker.mjs')
   const agent = makeAgent(mqtt, say, (options) => (options.caFile ? { ...options, ca: readFileSync(options.caFile) } : options))
   say({ event: 'up', node: process.version, mqttjs: require('mqtt/package.json').version })
   for await (const line of commands()) await agent(JSON.parse(line))
@@ -27,7 +27,7 @@ async function inBrowser(executablePath, profile) {
   const types = { html: 'text/html', js: 'text/javascript', mjs: 'text/javascript' }
   const files = {
     '/': join(here, 'page.html'),
-    '/core.mjs': join(here, 'core.mjs'),
+    '/broker.mjs': join(here, 'broker.mjs'),
     '/mqtt.min.js': join(dirname(require.resolve('mqtt/package.json')), 'dist', 'mqtt.min.js'),
   }
   const server = createServer((request, response) => {

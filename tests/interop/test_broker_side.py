@@ -1,4 +1,4 @@
-"""The core goes and comes, is restarted, is not who it says: clients feel as little as can be."""
+"""The broker goes and comes, is restarted, is not who it says: clients feel as little as can be."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from harness.raw import Raw
 QUICK = {"backoff_min": "50ms", "backoff_max": "200ms"}
 
 
-def upstream(core, **more) -> dict:
-    return {"servers": [core.url]} | QUICK | more
+def upstream(broker, **more) -> dict:
+    return {"servers": [broker.url]} | QUICK | more
 
 
 def publish_until(pub, sub, topic: str, timeout: float = 15) -> None:
@@ -42,9 +42,9 @@ def publish_until(pub, sub, topic: str, timeout: float = 15) -> None:
 
 
 @pytest.mark.parametrize("how", (signal.SIGTERM, signal.SIGKILL), ids=("remembers", "forgets"))
-def test_core_away_and_back(own_core, own_edge, client, how):
-    core = own_core()
-    edge = own_edge(core.url, ("tcp", "ws", "quic"), upstream=upstream(core)).start()
+def test_broker_away_and_back(own_broker, own_edge, client, how):
+    broker = own_broker()
+    edge = own_edge(broker.url, ("tcp", "ws", "quic"), upstream=upstream(broker)).start()
     topic = fresh()
     subs = [client(edge, t, fresh("id"), version=v, **({"expiry": 300} if v == 5 else {"clean": False})) for t, v in (("tcp", 5), ("ws", 4), ("quic", 5))]
     pub = client(edge)
@@ -52,9 +52,9 @@ def test_core_away_and_back(own_core, own_edge, client, how):
         one.subscribe(f"{topic}/#")
     pub.publish(f"{topic}/a", "before")
     assert all(one.next().text == "before" for one in subs)
-    core.stop(how)
+    broker.stop(how)
     if how == signal.SIGKILL:
-        core.forget()
+        broker.forget()
     # While it is away: everyone stays, is answered, and a publish waits.
     mids = [pub.publish(f"{topic}/a", f"away-{n}", 1, wait=False) for n in range(5)]
     with Raw(edge["tcp"].port) as raw:
@@ -62,10 +62,10 @@ def test_core_away_and_back(own_core, own_edge, client, how):
         raw.send(wire.PING)
         assert raw.recv().kind == wire.PINGRESP
     assert edge.http("/readyz")[0] == 200 and edge.http("/healthz")[0] == 200
-    core.start()
+    broker.start()
     for mid in mids:
         pub.wait_published(mid, 20)
-    # Subscribed before: what the core takes now arrives. Those that waited arrive too, unless the core
+    # Subscribed before: what the broker takes now arrives. Those that waited arrive too, unless the broker
     # had them before it knew our filters again (which is the recorded gap of one that forgets).
     publish_until(pub, subs[0], f"{topic}/a")
     for n in range(3):
@@ -79,10 +79,10 @@ def test_core_away_and_back(own_core, own_edge, client, how):
     assert not pub.ended.is_set()
 
 
-def test_nothing_acknowledged_is_lost_over_a_core_that_remembers(own_core, own_edge, client):
-    """QoS 1 both ways, the core restarted in the middle: each acknowledged publish arrives."""
-    core = own_core()
-    edge = own_edge(core.url, upstream=upstream(core)).start()
+def test_nothing_acknowledged_is_lost_over_a_broker_that_remembers(own_broker, own_edge, client):
+    """QoS 1 both ways, the broker restarted in the middle: each acknowledged publish arrives."""
+    broker = own_broker()
+    edge = own_edge(broker.url, upstream=upstream(broker)).start()
     topic = fresh()
     sub, pub = client(edge, "tcp", fresh("id"), expiry=300), client(edge, "tcp", fresh("id"), expiry=300)
     sub.subscribe((topic, 1))
@@ -90,8 +90,8 @@ def test_nothing_acknowledged_is_lost_over_a_core_that_remembers(own_core, own_e
     for n in range(60):
         mids.append(pub.publish(topic, f"{n}", 1, wait=False))
         if n == 30:
-            core.stop(signal.SIGTERM)
-            core.start()
+            broker.stop(signal.SIGTERM)
+            broker.start()
     for mid in mids:
         pub.wait_published(mid, 20)
     pub.publish(topic, "end", 1)
@@ -99,26 +99,26 @@ def test_nothing_acknowledged_is_lost_over_a_core_that_remembers(own_core, own_e
     assert [t for i, t in enumerate(got) if t not in got[:i]] == [f"{n}" for n in range(60)]
 
 
-def test_first_start_without_a_core(own_core, own_edge, client):
-    core = own_core()
-    core.stop()
-    edge = own_edge(core.url, upstream=upstream(core, subscribe_wait="1s")).start()
+def test_first_start_without_a_broker(own_broker, own_edge, client):
+    broker = own_broker()
+    broker.stop()
+    edge = own_edge(broker.url, upstream=upstream(broker, subscribe_wait="1s")).start()
     topic = fresh()
     one = client(edge)
     # Held for a while, then granted with a gap on record.
     one.subscribe(topic)
     assert edge.http("/readyz")[0] == 200
-    core.start()
+    broker.start()
     publish_until(one, one, topic)
 
 
-def test_subscribe_while_away_can_be_refused(own_core, own_edge, client):
-    core = own_core()
-    edge = own_edge(core.url, upstream=upstream(core, subscribe_wait="500ms", subscribe_while_away="refuse")).start()
+def test_subscribe_while_away_can_be_refused(own_broker, own_edge, client):
+    broker = own_broker()
+    edge = own_edge(broker.url, upstream=upstream(broker, subscribe_wait="500ms", subscribe_while_away="refuse")).start()
     topic = fresh()
     one = client(edge)
     one.subscribe(f"{topic}/held")
-    core.stop(signal.SIGKILL)
+    broker.stop(signal.SIGKILL)
     edge.wait_metric("no link is up", lambda m: m.series("tidegate_upstream_link_up") and m.sum("tidegate_upstream_link_up") == 0)
     (code,) = one.subscribe(f"{topic}/new", expect=None)
     assert code >= 0x80
@@ -126,21 +126,21 @@ def test_subscribe_while_away_can_be_refused(own_core, own_edge, client):
     one.subscribe(f"{topic}/held", expect=[1])
 
 
-def test_a_restarted_process_never_delivers_by_anothers_identifiers(own_core, own_edge, client):
-    """The core kept the old process's session and its identifiers; the new one asks for other filters."""
-    core = own_core()
-    edge = own_edge(core.url, upstream=upstream(core)).start()
+def test_a_restarted_process_never_delivers_by_anothers_identifiers(own_broker, own_edge, client):
+    """The broker kept the old process's session and its identifiers; the new one asks for other filters."""
+    broker = own_broker()
+    edge = own_edge(broker.url, upstream=upstream(broker)).start()
     base = fresh()
     old = client(edge, "tcp", fresh("id"), expiry=300)
     old.subscribe(*[f"{base}/old/{n}/#" for n in range(20)])
     stop = threading.Event()
-    flood = threading.Thread(target=flood_core, args=(core.port, base, stop), daemon=True)
+    flood = threading.Thread(target=flood_broker, args=(broker.port, base, stop), daemon=True)
     flood.start()
     try:
         old.take(50)
         for round_ in range(3):
             edge.stop(signal.SIGKILL)
-            # The core queues for the dead process's session meanwhile.
+            # The broker queues for the dead process's session meanwhile.
             edge.start()
             new = client(edge, "tcp", fresh("id"))
             mine = [f"{base}/new/{round_}/{n}/#" for n in range(20)]
@@ -157,8 +157,8 @@ def test_a_restarted_process_never_delivers_by_anothers_identifiers(own_core, ow
         flood.join(10)
 
 
-def flood_core(port: int, base: str, stop: threading.Event) -> None:
-    """Publishes straight at the core, to old and to new topics alike."""
+def flood_broker(port: int, base: str, stop: threading.Event) -> None:
+    """Publishes straight at the broker, to old and to new topics alike."""
     with Raw(port) as raw:
         raw.connect(fresh("flood"))
         count = 0
@@ -173,9 +173,9 @@ def flood_core(port: int, base: str, stop: threading.Event) -> None:
             stop.wait(0.02)
 
 
-def test_restart_answers_session_present_truthfully(own_core, own_edge, client):
-    core = own_core()
-    edge = own_edge(core.url, upstream=upstream(core)).start()
+def test_restart_answers_session_present_truthfully(own_broker, own_edge, client):
+    broker = own_broker()
+    edge = own_edge(broker.url, upstream=upstream(broker)).start()
     me = fresh("id")
     one = client(edge, "tcp", me, expiry=300)
     one.subscribe("x/#")
@@ -186,10 +186,10 @@ def test_restart_answers_session_present_truthfully(own_core, own_edge, client):
     assert not client(edge, "tcp", me, clean=False, expiry=300).session_present
 
 
-def test_over_tls_to_the_core(own_core, own_edge, client, tmp_path):
-    theirs = certs.make(tmp_path / "theirs", "core")
-    core = own_core(tls=theirs)
-    edge = own_edge(core.tls_url, upstream={"servers": [core.tls_url], "tls": {"ca": str(theirs.ca)}}).start()
+def test_over_tls_to_the_broker(own_broker, own_edge, client, tmp_path):
+    theirs = certs.make(tmp_path / "theirs", "broker")
+    broker = own_broker(tls=theirs)
+    edge = own_edge(broker.tls_url, upstream={"servers": [broker.tls_url], "tls": {"ca": str(theirs.ca)}}).start()
     topic = fresh()
     one = client(edge)
     one.subscribe(topic)
@@ -198,12 +198,12 @@ def test_over_tls_to_the_core(own_core, own_edge, client, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ("ca", "name", "date"))
-def test_wrong_certificate_of_the_core(own_core, own_edge, client, tmp_path, wrong):
-    theirs = certs.make(tmp_path / "theirs", "core", names="DNS:elsewhere.example" if wrong == "name" else "DNS:localhost,IP:127.0.0.1", days="-1" if wrong == "date" else "30")
+def test_wrong_certificate_of_the_broker(own_broker, own_edge, client, tmp_path, wrong):
+    theirs = certs.make(tmp_path / "theirs", "broker", names="DNS:elsewhere.example" if wrong == "name" else "DNS:localhost,IP:127.0.0.1", days="-1" if wrong == "date" else "30")
     other = certs.make(tmp_path / "other")
-    core = own_core(tls=theirs)
+    broker = own_broker(tls=theirs)
     ca = other.ca if wrong == "ca" else theirs.ca
-    edge = own_edge(core.tls_url, upstream={"servers": [core.tls_url], "tls": {"ca": str(ca)}, "subscribe_wait": "500ms"} | QUICK).start()
+    edge = own_edge(broker.tls_url, upstream={"servers": [broker.tls_url], "tls": {"ca": str(ca)}, "subscribe_wait": "500ms"} | QUICK).start()
     line = edge.wait_log({"ca": r"(?i)unknown ?issuer|unknown ca|not trusted", "name": r"(?i)certificate.*(name|not valid for)", "date": r"(?i)expired"}[wrong])
     assert re.search(r"(?i)certificate|tls", line), line
     edge.wait_metric("a metric counts it", lambda m: any(v > 0 for n, labels, v in m.samples if re.search(r"upstream|link", n) and re.search(r"tls|certificate", f"{n} {labels}")))
@@ -218,8 +218,8 @@ def test_wrong_certificate_of_the_core(own_core, own_edge, client, tmp_path, wro
     assert not one.ended.is_set()
 
 
-def test_the_second_server_is_tried(own_core, own_edge, client):
-    away, here = own_core(), own_core()
+def test_the_second_server_is_tried(own_broker, own_edge, client):
+    away, here = own_broker(), own_broker()
     away.stop()
     edge = own_edge(here.url, upstream={"servers": [away.url, here.url]} | QUICK).start()
     topic = fresh()
@@ -229,17 +229,17 @@ def test_the_second_server_is_tried(own_core, own_edge, client):
     assert one.next().text == "x"
 
 
-def test_a_core_with_a_password(own_core, own_edge, client, tmp_path):
+def test_a_broker_with_a_password(own_broker, own_edge, client, tmp_path):
     import subprocess
 
     passwords = tmp_path / "passwords"
     passwords.touch(0o600)
     subprocess.run(["mosquitto_passwd", "-b", str(passwords), "edge", "sesame"], check=True, capture_output=True)
-    core = own_core(extra=f"password_file {passwords}\n", anonymous=False)
+    broker = own_broker(extra=f"password_file {passwords}\n", anonymous=False)
     secret = tmp_path / "secret"
     secret.write_text("sesame\n")
     secret.chmod(0o600)
-    edge = own_edge(core.url, upstream=upstream(core, username="edge", password_file=str(secret))).start()
+    edge = own_edge(broker.url, upstream=upstream(broker, username="edge", password_file=str(secret))).start()
     topic = fresh()
     one = client(edge)
     one.subscribe(topic)
@@ -255,10 +255,10 @@ def test_a_core_with_a_password(own_core, own_edge, client, tmp_path):
     assert not two.ended.is_set()
 
 
-def test_flaps_cost_the_core_nothing(own_core, own_edge, client, way, full):
-    """Clients of each kind come and go; the core's log shows nothing but the publishes."""
-    core = own_core()
-    edge = own_edge(core.url, ("tcp", "ws"), upstream=upstream(core)).start()
+def test_flaps_cost_the_broker_nothing(own_broker, own_edge, client, way, full):
+    """Clients of each kind come and go; the broker's log shows nothing but the publishes."""
+    broker = own_broker()
+    edge = own_edge(broker.url, ("tcp", "ws"), upstream=upstream(broker)).start()
     topic = fresh()
     ways = {t: way(edge, t) for t in ("tcp", "ws")}
     kinds = [{"version": 5, "expiry": 300}, {"version": 4, "clean": False}, {"version": 4, "clean": True}, {"version": 5, "clean": True}]
@@ -274,8 +274,8 @@ def test_flaps_cost_the_core_nothing(own_core, own_edge, client, way, full):
     for one, _, _ in subs:
         assert one.next().text == "start"
     # What the subscribing itself brought about, fetches of retained messages too, is over.
-    quiet(core)
-    since = core.mark()
+    quiet(broker)
+    since = broker.mark()
     published = 1
     for flap in range(5):
         for line in ways.values():
@@ -299,38 +299,38 @@ def test_flaps_cost_the_core_nothing(own_core, own_edge, client, way, full):
             before |= {f"gap-{flap}", f"live-{flap}"}
             # The gap of a clean-session client is its own to lose.
             assert got == ([f"gap-{flap}"] if kind.get("clean") is not True else []), got
-    lines = core.service.lines(since)
-    assert not [l for l in lines if "New client connected" in l or "SUBSCRIBE" in l], "the core heard of a flap"
-    wait_until("the core's log has all", lambda: len(published_on_all(core, since, topic)) >= published - 1)
-    assert len(published_on_all(core, since, topic)) == published - 1
+    lines = broker.service.lines(since)
+    assert not [l for l in lines if "New client connected" in l or "SUBSCRIBE" in l], "the broker heard of a flap"
+    wait_until("the broker's log has all", lambda: len(published_on_all(broker, since, topic)) >= published - 1)
+    assert len(published_on_all(broker, since, topic)) == published - 1
     assert edge.metrics().sum("tidegate_flaps_absorbed_total") >= 5 * count // 2
 
 
-def published_on_all(core, since: int, topic: str) -> list[str]:
-    return core.service.grep(rf"Received PUBLISH from .*'{topic}/all'", since)
+def published_on_all(broker, since: int, topic: str) -> list[str]:
+    return broker.service.grep(rf"Received PUBLISH from .*'{topic}/all'", since)
 
 
-def quiet(core, still: float = 1.0) -> None:
-    """Waits until the core's log has stood still for a while."""
+def quiet(broker, still: float = 1.0) -> None:
+    """Waits until the broker's log has stood still for a while."""
     last, at = -1, 0.0
 
     def stands() -> bool:
         nonlocal last, at
-        if core.mark() != last:
-            last, at = core.mark(), time.monotonic()
+        if broker.mark() != last:
+            last, at = broker.mark(), time.monotonic()
         return time.monotonic() - at >= still
 
-    wait_until("the core is quiet", stands, 15, 0.1)
+    wait_until("the broker is quiet", stands, 15, 0.1)
 
 
-def test_a_resent_publish_does_not_reach_the_core_twice(own_core, own_edge, client):
-    """The publisher is cut before its PUBACK and sends again with DUP while the core is away."""
-    core = own_core()
-    edge = own_edge(core.url, upstream=upstream(core)).start()
+def test_a_resent_publish_does_not_reach_the_broker_twice(own_broker, own_edge, client):
+    """The publisher is cut before its PUBACK and sends again with DUP while the broker is away."""
+    broker = own_broker()
+    edge = own_edge(broker.url, upstream=upstream(broker)).start()
     topic, me = fresh(), fresh("id")
     sub, pub = client(edge), client(edge)
     sub.subscribe(f"{topic}/#")
-    core.stop(signal.SIGTERM)
+    broker.stop(signal.SIGTERM)
     with Raw(edge["tcp"].port) as raw:
         raw.connect(me, expiry=300)
         raw.send(wire.publish(f"{topic}/once", b"once", 1, 7) + wire.PING)
@@ -339,12 +339,12 @@ def test_a_resent_publish_does_not_reach_the_core_twice(own_core, own_edge, clie
     with Raw(edge["tcp"].port, timeout=20) as raw:
         assert raw.connect(me, clean=False, expiry=300).session_present
         raw.send(wire.publish(f"{topic}/once", b"once", 1, 7, dup=True))
-        core.start()
+        broker.start()
         answer = raw.recv()
         assert (answer.kind, answer.packet_id) == (wire.PUBACK, 7)
     publish_until(pub, sub, f"{topic}/probe")
-    wait_until("the core's log has the probe", lambda: [l for l in core.received("PUBLISH") if f"{topic}/probe" in l])
-    assert len([l for l in core.received("PUBLISH") if f"{topic}/once" in l]) == 1
+    wait_until("the broker's log has the probe", lambda: [l for l in broker.received("PUBLISH") if f"{topic}/probe" in l])
+    assert len([l for l in broker.received("PUBLISH") if f"{topic}/once" in l]) == 1
 
 
 # Legal MQTT, but Debian's mosquitto closes the connection on a discouraged code point.
@@ -363,10 +363,10 @@ POISON = {
 
 
 @pytest.mark.parametrize("what", POISON)
-def test_a_packet_the_core_punishes_is_its_senders_affair(own_core, own_edge, client, what):
+def test_a_packet_the_broker_punishes_is_its_senders_affair(own_broker, own_edge, client, what):
     """The links are shared: whatever a client sends, others' messages go on, and the sender is told."""
-    core = own_core()
-    edge = own_edge(core.url, upstream=upstream(core, data_links=1, publish_links=1)).start()
+    broker = own_broker()
+    edge = own_edge(broker.url, upstream=upstream(broker, data_links=1, publish_links=1)).start()
     topic = fresh()
     other = client(edge)
     other.subscribe(f"{topic}/other")
@@ -382,6 +382,6 @@ def test_a_packet_the_core_punishes_is_its_senders_affair(own_core, own_edge, cl
             answer = raw.recv()
             assert answer.kind in (wire.PUBACK, wire.SUBACK, wire.DISCONNECT), answer
             assert answer.kind != wire.DISCONNECT or answer.reason >= 0x80
-    wait_until("the core's log has the last", lambda: len([l for l in core.received("PUBLISH") if f"{topic}/other" in l]) == 20)
+    wait_until("the broker's log has the last", lambda: len([l for l in broker.received("PUBLISH") if f"{topic}/other" in l]) == 20)
     # A link may have been lost while finding out which packet it was, not again and again.
-    assert len(core.connects()) <= 3 + 4, core.connects()
+    assert len(broker.connects()) <= 3 + 4, broker.connects()

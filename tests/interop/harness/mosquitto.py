@@ -1,4 +1,4 @@
-"""Debian's mosquitto as the unmodified core broker."""
+"""Debian's mosquitto as the unmodified broker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log_dest stderr
 """
 
 
-class Core:
+class Mosquitto:
     """One mosquitto on a loopback port that stays the same over restarts."""
 
     def __init__(self, directory: Path, *, quiet: bool = False, tls=None, extra: str = "", of_listener: str = "", anonymous: bool = True):
@@ -49,7 +49,7 @@ class Core:
     def tls_url(self) -> str:
         return f"mqtts://127.0.0.1:{self.tls_port}"
 
-    def start(self) -> "Core":
+    def start(self) -> "Mosquitto":
         self.service = Service("mosquitto", ["mosquitto", "-c", self.config], log=self.directory / "mosquitto.log")
         wait_until("mosquitto takes connections", self._reachable)
         return self
@@ -70,7 +70,7 @@ class Core:
         return self.service.mark()
 
     def received(self, kind: str, since: int = 0) -> list[str]:
-        """Packets of that kind that arrived at the core, from its own log."""
+        """Packets of that kind that arrived at the broker, from its own log."""
         return self.service.grep(rf"Received {kind} from", since)
 
     def connects(self, since: int = 0) -> list[str]:
