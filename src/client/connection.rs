@@ -14,7 +14,7 @@ use crate::mqtt::{Decoder, Packet, QoS, Receiver, Version};
 use crate::router::handle::ConnectionHandle;
 use crate::router::{Caller, Peer, SessionRef};
 use crate::session::{CloseReason, Effect};
-use crate::telemetry::{DisconnectReason, HeldReason, Qos, clean, metrics};
+use crate::telemetry::{DeferReason, DisconnectReason, Qos, clean, metrics};
 use crate::transport::{Closed, ConnectionTask, OutBuf, Stream};
 
 use crate::client::end::End;
@@ -509,7 +509,7 @@ impl<'a> Connection<'a> {
             return;
         }
         if lane.is_some() {
-            metrics().publishes_held_back[HeldReason::V3Unread].increment(1);
+            metrics().publishes_deferred[DeferReason::V3Unread].increment(1);
         }
         self.tell_unread(if lane.is_some() { u16::MAX } else { 0 });
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use crate::mqtt::{Message, QoS, ReasonCode, Version};
 use crate::session::{Incarnation, Token};
-use crate::telemetry::{DropReason as DropCause, HeldReason, metrics};
+use crate::telemetry::{DeferReason, DropReason as DropCause, metrics};
 use crate::time::Millis;
 
 use crate::router::Router;
@@ -34,9 +34,9 @@ impl Router {
         let away = !link.up.load(Ordering::Acquire);
         let mut lanes = link.lanes.lock();
         let refused = if self.limits.publish_account.used() > self.config.publishes_waiting {
-            Some(HeldReason::Budget)
+            Some(DeferReason::Budget)
         } else if lanes.bytes_of(session) > self.config.publishes_waiting_per_client {
-            Some(HeldReason::ClientShare)
+            Some(DeferReason::ClientShare)
         } else {
             None
         };
@@ -53,7 +53,7 @@ impl Router {
         }
         if let (Some(held), Some(token)) = (refused, token) {
             drop(lanes);
-            metrics().publishes_held_back[held].increment(1);
+            metrics().publishes_deferred[held].increment(1);
             // A 3.x client was not read from before it came to this; what two of them pass at
             // once is kept.
             let answered = self.with(session, 0, |s, _| {

@@ -1,7 +1,7 @@
-//! What is counted, as handles: registered once, then one atomic each.
+//! The metrics, as handles: each is registered once, and counting is then one atomic operation.
 //!
-//! Names follow the Prometheus conventions (base units, `_total` on counters);
-//! labels are bounded: never a client id, never a topic.
+//! Names follow the Prometheus conventions: base units, and `_total` on counters. Labels have a
+//! bounded set of values, so no label holds a client identifier or a topic.
 
 mod labels;
 
@@ -13,64 +13,44 @@ use ::metrics::{Counter, Gauge, Histogram, Key, KeyName, Label as KeyLabel, Leve
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
 
 pub use labels::{
-    AcceptErrorReason, DisconnectReason, DropReason, HandshakeReason, HeldReason, Label,
+    AcceptErrorReason, DeferReason, DisconnectReason, DropReason, HandshakeReason, Label,
     LinkDownReason, MemoryAccount, Qos, RefusedReason, ReloadResult, SessionEndReason,
     SessionState, StreamReason, UpstreamTlsReason,
 };
 
-/// Bounds in seconds for acknowledgements and connects: a local hop to the
-/// point where a person gives up.
-const SECONDS: [f64; 14] = [
+/// Upper bounds of the histograms' buckets, from a local hop to the point where a person gives up.
+const BUCKETS_SECONDS: [f64; 14] = [
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
-/// How often [`upkeep`] drains the histograms.
-const UPKEEP: Duration = Duration::from_secs(5);
+/// How often [`upkeep`] empties the histograms' buffers.
+const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
-/// The process's metrics, made at first use.
+/// The metrics of the process, made at first use.
 pub fn metrics() -> &'static Metrics {
     static METRICS: OnceLock<Metrics> = OnceLock::new();
     METRICS.get_or_init(Metrics::new)
 }
 
-/// Keeps histograms small between scrapes; runs until dropped.
+/// Bounds the memory of histograms between scrapes. Runs until it is dropped.
 pub async fn upkeep() {
-    let mut every = tokio::time::interval(UPKEEP);
+    let mut every = tokio::time::interval(UPKEEP_EVERY);
     loop {
         every.tick().await;
         metrics().recorder.handle().run_upkeep();
     }
 }
 
-/// One metric with one bounded label: a handle per value.
+/// One metric with one bounded label, as a handle per value.
 #[derive(Debug)]
 pub struct Family<L: Label, H> {
     handles: Box<[H]>,
     label: std::marker::PhantomData<L>,
 }
 
-impl<L: Label, H> Family<L, H> {
-    /// The handle of one value.
-    pub fn at(&self, value: L) -> &H {
-        &self.handles[value.index()]
-    }
-}
-
 impl<L: Label, H> std::ops::Index<L> for Family<L, H> {
     type Output = H;
     fn index(&self, value: L) -> &H {
-        self.at(value)
-    }
-}
-
-/// Counters by QoS, indexed by its number.
-pub type ByQos = Family<Qos, Counter>;
-
-impl Family<Qos, Counter> {
-    /// Counts one for a QoS given as its number, 0 to 2.
-    pub fn one(&self, qos: u8) {
-        if let Some(counter) = self.handles.get(usize::from(qos)) {
-            counter.increment(1);
-        }
+        &self.handles[value.index()]
     }
 }
 
@@ -83,18 +63,18 @@ pub struct ListenerMetrics {
     pub connections: Counter,
 }
 
-/// The handles of one link to the core.
+/// The handles of one link to the broker.
 #[derive(Debug)]
 pub struct LinkMetrics {
-    /// 1 while CONNACK has been received and the link stands.
+    /// 1 from CONNACK until the end of the link, else 0.
     pub up: Gauge,
     /// Unacknowledged publishes.
     pub window_used: Gauge,
-    /// The core's Receive Maximum.
+    /// The broker's Receive Maximum.
     pub window: Gauge,
     /// CONNECTs sent.
     pub connects: Counter,
-    /// Ends, by reason.
+    /// Ends of the link, by reason.
     pub disconnects: Family<LinkDownReason, Counter>,
 }
 
@@ -103,7 +83,7 @@ macro_rules! metrics {
         $(#[doc = $help:literal])+
         $kind:ident $field:ident = $name:literal $( by $label:ty )? ;
     )+) => {
-        /// The handles. Each field's documentation is its help text.
+        /// The handles. The documentation of a field is the metric's help text.
         pub struct Metrics {
             recorder: PrometheusRecorder,
             rejected: Box<[OnceLock<Counter>; 256]>,
@@ -164,7 +144,7 @@ metrics! {
     gauge sessions = "tidegate_sessions" by SessionState;
     #[doc = "Sessions ended, by reason."]
     counter sessions_ended = "tidegate_sessions_ended_total" by SessionEndReason;
-    #[doc = "Connects that resumed a session, or came back before their filters left the core: the core saw nothing."]
+    #[doc = "Reconnects that the broker did not notice: the session or its filters at the broker were still there."]
     counter flaps_absorbed = "tidegate_flaps_absorbed_total";
     #[doc = "Connects that took over a session with a live connection."]
     counter takeovers = "tidegate_takeovers_total";
@@ -178,70 +158,80 @@ metrics! {
     counter bytes_sent = "tidegate_bytes_sent_total";
     #[doc = "Deliveries and publishes that were dropped, by reason."]
     counter messages_dropped = "tidegate_messages_dropped_total" by DropReason;
-    #[doc = "Publishes that had to wait or were answered Quota exceeded, by reason."]
-    counter publishes_held_back = "tidegate_publishes_held_back_total" by HeldReason;
-    #[doc = "Bytes that wait in the queues of all sessions."]
+    #[doc = "Publishes that had to wait, or were answered 0x97 (Quota exceeded), by reason."]
+    counter publishes_deferred = "tidegate_publishes_deferred_total" by DeferReason;
+    #[doc = "Bytes of messages in the queues of all sessions."]
     gauge queue_bytes = "tidegate_queue_bytes";
-    #[doc = "Messages that wait in the queues of all sessions."]
+    #[doc = "Messages in the queues of all sessions."]
     gauge queue_messages = "tidegate_queue_messages";
-    #[doc = "Bytes of publishes that wait for the core."]
+    #[doc = "Bytes of publishes that wait for the broker."]
     gauge publishes_waiting_bytes = "tidegate_publishes_waiting_bytes";
-    #[doc = "Publishes that wait for the core."]
+    #[doc = "Publishes that wait for the broker."]
     gauge publishes_waiting = "tidegate_publishes_waiting";
-    #[doc = "Messages of shared subscriptions given to another member: theirs ended, or was away for long."]
+    #[doc = "Messages of shared subscriptions given to another member, because the first one's session ended or was away for too long."]
     counter shared_redelivered = "tidegate_shared_redelivered_total";
     #[doc = "Bytes of the retained cache."]
     gauge retained_cache_bytes = "tidegate_retained_cache_bytes";
-    #[doc = "Probes of what the core does, each over a connection of its own."]
+    #[doc = "Probes of the broker, each over a connection of its own."]
     counter upstream_probes = "tidegate_upstream_probes_total";
-    #[doc = "Filters whose retained messages are being fetched, or are to be."]
+    #[doc = "Filters whose retained messages are being fetched or will be fetched."]
     gauge retained_fetches_pending = "tidegate_retained_fetches_pending";
-    #[doc = "Fetches of retained messages from the core."]
+    #[doc = "Fetches of retained messages from the broker."]
     counter retained_fetches = "tidegate_retained_fetches_total";
-    #[doc = "Filters subscribed at the core."]
+    #[doc = "Filters subscribed at the broker."]
     counter upstream_subscribes = "tidegate_upstream_subscribes_total";
-    #[doc = "Filters unsubscribed at the core."]
+    #[doc = "Filters unsubscribed at the broker."]
     counter upstream_unsubscribes = "tidegate_upstream_unsubscribes_total";
-    #[doc = "Publishes sent to the core."]
+    #[doc = "Publishes sent to the broker."]
     counter upstream_publishes = "tidegate_upstream_publishes_total" by Qos;
-    #[doc = "Publishes received from the core."]
+    #[doc = "Publishes received from the broker."]
     counter upstream_received = "tidegate_upstream_received_total" by Qos;
-    #[doc = "Times in which messages of the core may have been missed."]
+    #[doc = "Periods in which messages of the broker may have been missed."]
     counter upstream_gaps = "tidegate_upstream_gaps_total";
-    #[doc = "Publishes of the core with a subscription identifier that no filter has."]
+    #[doc = "Publishes of the broker with a subscription identifier that belongs to no filter."]
     counter upstream_unknown_subscription_ids = "tidegate_upstream_unknown_subscription_ids_total";
-    #[doc = "Publishes that the core sent again after a reconnect and that were not delivered again."]
+    #[doc = "Publishes that the broker sent again after a reconnect, and that were not delivered a second time."]
     counter upstream_redeliveries_suppressed = "tidegate_upstream_redeliveries_suppressed_total";
-    #[doc = "TLS failures toward the core, by reason."]
+    #[doc = "TLS failures toward the broker, by reason."]
     counter upstream_tls_errors = "tidegate_upstream_tls_errors_total" by UpstreamTlsReason;
     #[doc = "Errors when accepting connections, by reason."]
     counter accept_errors = "tidegate_accept_errors_total" by AcceptErrorReason;
     #[doc = "Connections that failed before their first MQTT packet, by reason."]
     counter handshakes_failed = "tidegate_handshakes_failed_total" by HandshakeReason;
-    #[doc = "Times that certificates, keys, client authorities and revocation lists were read again, by result."]
+    #[doc = "Reloads of certificates, keys, client authorities and revocation lists, by result."]
     counter tls_reloads = "tidegate_tls_reloads_total" by ReloadResult;
-    #[doc = "QUIC connections that went on from another address."]
+    #[doc = "QUIC connections that continued from another address."]
     counter quic_migrations = "tidegate_quic_migrations_total";
-    #[doc = "QUIC clients that were asked to prove their address: many handshakes were under way."]
+    #[doc = "QUIC clients that had to prove their address first, because many handshakes were under way."]
     counter quic_retries = "tidegate_quic_retries_total";
-    #[doc = "Data streams that were reset while their connection went on, by reason."]
+    #[doc = "Data streams that were reset while their connection continued, by reason."]
     counter quic_streams_reset = "tidegate_quic_streams_reset_total" by StreamReason;
     #[doc = "Health checks answered on ws and wss listeners."]
     counter health_checks = "tidegate_health_checks_total";
     #[doc = "Wills published."]
     counter wills_published = "tidegate_wills_published_total";
-    #[doc = "Wills that a resume or a normal end cancelled."]
+    #[doc = "Wills cancelled by a resumed session or a normal end."]
     counter wills_cancelled = "tidegate_wills_cancelled_total";
-    #[doc = "From a client's publish to its acknowledgement, in seconds."]
+    #[doc = "Time from a client's publish to its acknowledgement, in seconds."]
     histogram publish_ack_seconds = "tidegate_publish_ack_seconds";
-    #[doc = "From a delivery to the client's acknowledgement, in seconds."]
+    #[doc = "Time from a delivery to the client's acknowledgement, in seconds."]
     histogram delivery_ack_seconds = "tidegate_delivery_ack_seconds";
-    #[doc = "From accept to CONNACK, in seconds."]
+    #[doc = "Time from accept to CONNACK, in seconds."]
     histogram connect_seconds = "tidegate_connect_seconds";
     #[doc = "Bytes that each memory account may hold."]
     gauge memory_budget_bytes = "tidegate_memory_budget_bytes" by MemoryAccount;
-    #[doc = "Resident memory of the process in bytes, read at the scrape."]
+    #[doc = "User and system CPU time of the process, in whole seconds."]
+    counter process_cpu_seconds = "process_cpu_seconds_total";
+    #[doc = "Open file descriptors."]
+    gauge process_open_fds = "process_open_fds";
+    #[doc = "Limit on open file descriptors; 0 is no limit."]
+    gauge process_max_fds = "process_max_fds";
+    #[doc = "Start time of the process, in seconds since 1970."]
+    gauge process_start_time_seconds = "process_start_time_seconds";
+    #[doc = "Resident memory of the process, in bytes."]
     gauge process_resident_memory_bytes = "process_resident_memory_bytes";
+    #[doc = "Virtual memory of the process, in bytes."]
+    gauge process_virtual_memory_bytes = "process_virtual_memory_bytes";
 }
 
 const CONNECTIONS_OPEN: &str = "tidegate_connections_open";
@@ -260,14 +250,14 @@ const BROKER_INFO: &str = "tidegate_broker_info";
 
 static HEAP: OnceLock<fn() -> usize> = OnceLock::new();
 
-/// Shows what `live` returns, the live heap in bytes, as a gauge: for builds whose allocator counts.
+/// Shows `live`, the live heap in bytes, as a gauge, in builds whose allocator counts.
 pub fn count_heap(live: fn() -> usize) {
-    // The first one stays: there is one allocator.
+    // There is one allocator, so a second call changes nothing.
     let _ = HEAP.set(live);
 }
 
 impl Metrics {
-    /// The handles of a listener; the same series each time it is asked.
+    /// The handles of a listener. Each call with the same name returns the same series.
     pub fn listener(&self, name: &str, transport: &'static str) -> ListenerMetrics {
         let labels = || {
             vec![
@@ -281,7 +271,7 @@ impl Metrics {
         }
     }
 
-    /// The handles of a link; the same series each time it is asked.
+    /// The handles of a link. Each call with the same name returns the same series.
     pub fn link(&self, name: &str) -> LinkMetrics {
         let link = [KeyLabel::new("link", name.to_owned())];
         LinkMetrics {
@@ -293,8 +283,8 @@ impl Metrics {
         }
     }
 
-    /// Shows when the certificate of a `[[tls]]` is past its date, and when the
-    /// first of its revocation lists is, in seconds since 1970.
+    /// Shows when the certificate of a `[[tls]]` and the first of its revocation lists expire, in
+    /// seconds since 1970.
     pub fn tls_expiry(&self, name: &str, certificate: f64, crl: Option<f64>) {
         let labels = || vec![KeyLabel::new("tls", name.to_owned())];
         gauge(&self.recorder, TLS_CERTIFICATE, labels()).set(certificate);
@@ -303,7 +293,8 @@ impl Metrics {
         }
     }
 
-    /// Shows the broker's profile from now on: names and values of labels, both bounded.
+    /// Shows the present broker profile as labels, and the one before it as past. The names and
+    /// values must be bounded.
     pub fn broker_info<const N: usize>(&self, labels: [(&'static str, &'static str); N]) {
         let labels = labels.map(|(name, value)| KeyLabel::new(name, value));
         let now = gauge(&self.recorder, BROKER_INFO, labels.to_vec());
@@ -314,9 +305,8 @@ impl Metrics {
         now.set(1.0);
     }
 
-    /// Counts a packet answered with an MQTT 5 reason code, or one that a 3.x
-    /// client would have been answered; `name` is the code's name in the
-    /// specification.
+    /// Counts a packet that was answered with an MQTT 5 reason code, or a packet of a 3.x client
+    /// that would have been; `name` is the code's name in the specification.
     pub fn packet_rejected(&self, code: u8, name: &'static str) {
         self.rejected[usize::from(code)]
             .get_or_init(|| {
@@ -334,32 +324,54 @@ impl Metrics {
         if let Some(heap) = HEAP.get() {
             gauge(&self.recorder, HEAP_BYTES, Vec::new()).set(heap() as f64);
         }
-        if let Some(bytes) = resident_bytes() {
-            self.process_resident_memory_bytes.set(bytes as f64);
-        }
+        self.read_process();
         self.recorder.handle().render()
+    }
+
+    fn read_process(&self) {
+        let process = metrics_process::collector::collect();
+        if let Some(seconds) = process.cpu_seconds_total {
+            self.process_cpu_seconds.absolute(seconds as u64);
+        }
+        for (gauge, value) in [
+            (&self.process_open_fds, process.open_fds),
+            (&self.process_max_fds, process.max_fds),
+            (&self.process_start_time_seconds, process.start_time_seconds),
+            (
+                &self.process_resident_memory_bytes,
+                process.resident_memory_bytes,
+            ),
+            (
+                &self.process_virtual_memory_bytes,
+                process.virtual_memory_bytes,
+            ),
+        ] {
+            if let Some(value) = value {
+                gauge.set(value as f64);
+            }
+        }
     }
 
     fn describe_dynamic(&self) {
         let about = [
             ("gauge", CONNECTIONS_OPEN, "Client connections open now."),
             ("counter", CONNECTIONS, "Client connections accepted."),
-            ("gauge", LINK_UP, "1 while the link to the core stands."),
+            ("gauge", LINK_UP, "1 while the link to the broker is up."),
             (
                 "gauge",
                 WINDOW_USED,
-                "Publishes the core has not acknowledged.",
+                "Publishes that the broker has not acknowledged.",
             ),
-            ("gauge", WINDOW, "The core's Receive Maximum."),
+            ("gauge", WINDOW, "The broker's Receive Maximum."),
             (
                 "counter",
                 LINK_CONNECTS,
-                "CONNECT packets sent to the core.",
+                "CONNECT packets sent to the broker.",
             ),
             (
                 "counter",
                 LINK_DISCONNECTS,
-                "Ends of links to the core, by reason.",
+                "Ends of links to the broker, by reason.",
             ),
             (
                 "counter",
@@ -369,18 +381,18 @@ impl Metrics {
             (
                 "gauge",
                 TLS_CERTIFICATE,
-                "When the certificate is past its date, in seconds since 1970.",
+                "Expiry of the certificate, in seconds since 1970.",
             ),
             (
                 "gauge",
                 TLS_CRL,
-                "When the first of the revocation lists is past its date, in seconds since 1970.",
+                "Expiry of the first revocation list to expire, in seconds since 1970.",
             ),
             ("gauge", BUILD_INFO, "1, with the version as label."),
             (
                 "gauge",
                 BROKER_INFO,
-                "1 for what is known of the core now, as labels; 0 for what was before.",
+                "1 for the broker's present profile, as labels; 0 for earlier ones.",
             ),
         ];
         for (kind, name, help) in about {
@@ -399,11 +411,11 @@ impl Default for Metrics {
 
 static METADATA: Metadata<'static> = Metadata::new("tidegate", Level::INFO, None);
 
-/// Our own recorder instead of the global one: the handles are live from the
-/// first use, in any order of start, and a test has a set of its own.
+/// A recorder of our own instead of the global one: the handles work from their first use, in any
+/// order of start, and each test has its own set.
 fn recorder() -> PrometheusRecorder {
     PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &BUCKETS_SECONDS)
         .expect("the bounds are not empty")
         .build_recorder()
 }
@@ -440,14 +452,6 @@ fn family<L: Label, H>(
         handles: handles.collect(),
         label: std::marker::PhantomData,
     }
-}
-
-/// Resident bytes of this process; `None` where there is no `/proc`.
-fn resident_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }
 
 #[cfg(test)]

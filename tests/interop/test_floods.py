@@ -292,7 +292,7 @@ def test_publishers_while_the_broker_is_away(own_broker, own_edge, client, versi
     flooding = Publishers(crowd, base, each, payload, version)
     flooding.start()
     if version == 5:
-        edge.wait_metric("refusals are counted", lambda m: m.sum("tidegate_publishes_held_back_total", reason="client_share|budget") > 0, 30)
+        edge.wait_metric("refusals are counted", lambda m: m.sum("tidegate_publishes_deferred_total", reason="client_share|budget") > 0, 30)
     edge.wait_metric("what waits is counted", lambda m: m.sum("tidegate_publishes_waiting") > 0, 10)
     # QoS 0 over the budget is dropped and counted.
     flood(port, [f"{base}/zero"], 200, payload, qos=0)

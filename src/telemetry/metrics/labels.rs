@@ -1,6 +1,6 @@
-//! The bounded label values of the metrics, one enum per label.
+//! The values of the metrics' labels, one enum per label.
 
-/// A label with a fixed set of values.
+/// A label whose set of values is fixed.
 pub trait Label: Copy + 'static {
     /// The label's name in the exposition.
     const NAME: &'static str;
@@ -49,13 +49,13 @@ labels! {
         NotAuthorized = "not_authorized",
         /// The client id is not legal, or belongs to another principal.
         ClientId = "client_id",
-        /// An MQTT version we do not speak.
+        /// An MQTT version that we do not speak.
         Version = "unsupported_version",
         /// Extended authentication that we do not offer.
         AuthMethod = "bad_auth_method",
         /// A malformed CONNECT.
         Malformed = "malformed",
-        /// Something else than CONNECT came first, or a rule was broken.
+        /// The first packet was not CONNECT, or it broke a rule.
         Protocol = "protocol_error",
         /// CONNECT larger than allowed before authentication.
         TooLarge = "packet_too_large",
@@ -73,7 +73,7 @@ labels! {
         Memory = "memory",
         /// The process is ending.
         Draining = "draining",
-        /// The peer went before the answer.
+        /// The peer closed before the answer.
         Closed = "closed",
         /// None of the above.
         Other = "other",
@@ -85,15 +85,15 @@ labels! {
         Malformed = "malformed",
         /// A packet over `packet_max`.
         TooLarge = "packet_too_large",
-        /// A packet that belongs on the control stream, or broke a rule.
+        /// A packet that belongs on the control stream, or that broke a rule.
         Protocol = "protocol_error",
-        /// It ended in the middle of a packet.
+        /// The stream ended in the middle of a packet.
         Incomplete = "incomplete",
         /// A packet did not end within `packet_deadline`.
         PacketDeadline = "packet_deadline",
-        /// It took too little within `write_stall`.
+        /// The client read too little within `write_stall`.
         WriteStall = "write_stall",
-        /// A limit of ours.
+        /// The client exceeded one of our limits.
         Quota = "quota",
     }
 
@@ -107,7 +107,7 @@ labels! {
         Closed = "closed",
         /// The socket failed.
         Io = "io_error",
-        /// Nothing came for 1.5 keep alives.
+        /// The client sent nothing for 1.5 times its keep alive.
         KeepAlive = "keep_alive",
         /// Another connection has the session now (0x8E).
         TakenOver = "taken_over",
@@ -119,17 +119,17 @@ labels! {
         TooLarge = "packet_too_large",
         /// More unacknowledged publishes than Receive Maximum (0x93).
         ReceiveMaximum = "receive_maximum",
-        /// An alias that is not legal (0x94).
+        /// An illegal topic alias (0x94).
         TopicAlias = "topic_alias",
-        /// A topic name or filter that is not legal (0x90, 0x8F).
+        /// An illegal topic name or filter (0x90, 0x8F).
         Topic = "topic",
         /// A QoS or RETAIN that CONNACK excluded (0x9B, 0x9A).
         NotSupported = "not_supported",
-        /// The socket took too little within `write_stall`.
+        /// The client read too little within `write_stall`.
         WriteStall = "write_stall",
         /// A packet did not end within `packet_deadline`.
         PacketDeadline = "packet_deadline",
-        /// A limit of ours (0x97).
+        /// The client exceeded one of our limits (0x97).
         Quota = "quota",
         /// The session was ended under the connection.
         SessionEnded = "session_ended",
@@ -145,7 +145,7 @@ labels! {
     SessionEndReason as "reason" {
         /// A CONNECT with Clean Start.
         CleanStart = "clean_start",
-        /// Its connection closed and its expiry was 0.
+        /// Its connection closed, and its expiry was 0.
         NotKept = "not_kept",
         /// Its expiry passed.
         Expired = "expired",
@@ -161,9 +161,9 @@ labels! {
 
     /// Whether a session has a connection.
     SessionState as "state" {
-        /// It has.
+        /// It has a connection.
         Attached = "attached",
-        /// It has not.
+        /// It has no connection.
         Detached = "detached",
     }
 
@@ -177,7 +177,7 @@ labels! {
         ExactlyOnce = "2",
     }
 
-    /// Why a message did not reach a receiver, or the core.
+    /// Why a message did not reach a client or the broker.
     DropReason as "reason" {
         /// `queue_messages_max`.
         QueueFull = "queue_full",
@@ -185,7 +185,7 @@ labels! {
         QueueBytes = "queue_bytes",
         /// The budget of all queues.
         Budget = "budget",
-        /// Its message expiry passed while it waited.
+        /// Its message expiry interval passed while it waited.
         Expired = "expired",
         /// `queue_age_max`.
         Age = "age",
@@ -195,29 +195,29 @@ labels! {
         Qos0Slow = "qos0_slow",
         /// Larger than the receiver's Maximum Packet Size.
         TooLarge = "too_large",
-        /// It waited when its session ended.
+        /// Its session ended while it waited.
         SessionEnd = "session_end",
         /// No rule allows the publish.
         Acl = "acl",
-        /// QoS 0 over the budget of publishes that wait for the core.
+        /// QoS 0, and the budget of publishes that wait for the broker is used up.
         UpstreamBudget = "upstream_budget",
-        /// QoS 0 while the core is away.
+        /// QoS 0 while the broker is absent.
         UpstreamAwayQos0 = "upstream_away_qos0",
-        /// Legal for the client, but the core would punish it.
+        /// A legal publish for which the broker would close the link.
         UpstreamLimit = "upstream_limit",
-        /// The core refused it.
+        /// The broker refused it.
         UpstreamRefused = "upstream_refused",
-        /// A publish that the core closes the link for.
+        /// A publish for which the broker has closed the link before.
         Quarantined = "quarantined",
-        /// It came from the core and nobody holds its filter any more.
+        /// A message of the broker whose filter has no subscribers any more.
         NoReceiver = "no_receiver",
     }
 
-    /// Why a publish waits before it goes to the core.
-    HeldReason as "reason" {
+    /// Why a publish has to wait before it is sent to the broker.
+    DeferReason as "reason" {
         /// No link is up.
-        CoreAway = "core_away",
-        /// The core's Receive Maximum is used up.
+        BrokerAway = "broker_away",
+        /// The broker's Receive Maximum is used up.
         Window = "window",
         /// The client's share is used up: an MQTT 5 publish was answered 0x97.
         ClientShare = "client_share",
@@ -233,7 +233,7 @@ labels! {
         FileLimit = "file_limit",
         /// ENOMEM or ENOBUFS.
         Memory = "memory",
-        /// The peer went before it was accepted.
+        /// The peer closed before it was accepted.
         Aborted = "aborted",
         /// None of the above.
         Other = "other",
@@ -245,22 +245,22 @@ labels! {
         Tls = "tls",
         /// No common ALPN protocol.
         Alpn = "alpn",
-        /// No client certificate, and one is required.
+        /// The client sent no certificate, and one is required.
         CertificateMissing = "client_certificate_missing",
-        /// A client certificate past its date, or before it.
+        /// A client certificate that has expired or is not valid yet.
         CertificateExpired = "client_certificate_expired",
         /// A client certificate on a revocation list.
         CertificateRevoked = "client_certificate_revoked",
-        /// A client certificate of no authority in `client_ca`, or one of which
-        /// no valid list in `crl` tells.
+        /// A client certificate that no authority in `client_ca` issued, or whose authority has no
+        /// valid list in `crl`.
         CertificateUntrusted = "client_certificate_untrusted",
-        /// A client certificate that is wrong in another way.
+        /// Any other fault of a client certificate.
         CertificateOther = "client_certificate_other",
         /// QUIC failed.
         Quic = "quic",
-        /// Not an acceptable WebSocket request.
+        /// An unacceptable WebSocket request.
         WebSocket = "websocket",
-        /// Not an acceptable WebTransport session.
+        /// An unacceptable WebTransport session.
         WebTransport = "webtransport",
         /// A path that is not served.
         Path = "path",
@@ -280,7 +280,7 @@ labels! {
         Io = "io_error",
     }
 
-    /// Why a link to the core went down.
+    /// Why a link to the broker went down.
     LinkDownReason as "reason" {
         /// The address could not be reached.
         Connect = "connect",
@@ -290,35 +290,35 @@ labels! {
         Refused = "refused",
         /// No answer within `connect_timeout`.
         Timeout = "timeout",
-        /// The core closed the connection.
+        /// The broker closed the connection.
         Closed = "closed",
-        /// The core sent DISCONNECT.
+        /// The broker sent DISCONNECT.
         Disconnect = "disconnect",
         /// Another connection took the link's client identifier.
         TakenOver = "taken_over",
-        /// All links go to the next of `upstream.servers`.
+        /// All links move to the next of `upstream.servers`.
         Failover = "failover",
         /// The socket failed.
         Io = "io_error",
         /// No PINGRESP.
         KeepAlive = "keep_alive",
-        /// The core broke the protocol.
+        /// The broker broke the protocol.
         Protocol = "protocol_error",
         /// We closed it.
         Shutdown = "shutdown",
     }
 
-    /// What is wrong with the core's TLS.
+    /// Why TLS toward the broker failed.
     UpstreamTlsReason as "reason" {
-        /// No trusted root issued it.
+        /// No trusted root issued the certificate.
         UnknownIssuer = "unknown_issuer",
-        /// It names another host.
+        /// The certificate names another host.
         Name = "name",
-        /// It is past its date.
+        /// The certificate has expired.
         Expired = "expired",
-        /// Its date is yet to come.
+        /// The certificate is not valid yet.
         NotYetValid = "not_yet_valid",
-        /// The core wants another client certificate.
+        /// The broker did not accept our client certificate.
         ClientCertificate = "client_certificate",
         /// No common ALPN protocol.
         Alpn = "alpn",
@@ -328,9 +328,9 @@ labels! {
 
     /// How a reload ended.
     ReloadResult as "result" {
-        /// What the files hold now holds.
+        /// The content of the files is in use.
         Success = "success",
-        /// What held before still holds.
+        /// The files could not be used; the earlier content stays in use.
         Failure = "failure",
     }
 
@@ -342,9 +342,9 @@ labels! {
         Connections = "connections",
         /// Sessions and their subscriptions.
         Sessions = "sessions",
-        /// Messages that wait for clients.
+        /// Messages in the sessions' queues.
         Queues = "queues",
-        /// Publishes that wait for the core.
+        /// Publishes that wait for the broker.
         PublishesWaiting = "publishes_waiting",
         /// Retained messages kept for the next subscriber.
         RetainedCache = "retained_cache",
