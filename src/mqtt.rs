@@ -24,7 +24,7 @@ mod write;
 
 pub use acks::{Ack, AckKind, encode_ack, encode_pingreq, encode_pingresp};
 pub use connack::Connack;
-pub use connect::{Connect, Will, connect_version, decode_connect};
+pub use connect::{Connect, Will, decode_connect};
 pub use deliver::{Alias, Delivery, Image, MAX_PACKET};
 pub use disconnect::{Auth, Disconnect, encode_auth, encode_disconnect};
 pub use error::Error;

@@ -1,88 +1,88 @@
-//! What an embedded core does with the packets of one connection.
+//! The protocol of one connection to an embedded broker.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::embedded::options::{RefuseV5, Shared};
-use crate::embedded::state::{State, Wire};
+use crate::embedded::quirks::{RefuseV5, Shared};
+use crate::embedded::state::{ConnectionHandle, State};
 use crate::mqtt::{
     AckKind, Connack, Connect, Decoder, Disconnect, Error, MAX_PACKET, Message, MessageSpec,
-    Packet, Publish, QoS, ReasonCode, Receiver, Subscribe, Unsubscribe, Version, connect_version,
-    decode_connect, encode_ack, encode_disconnect, encode_pingresp, encode_suback, encode_unsuback,
+    Packet, Publish, QoS, ReasonCode, Receiver, Subscribe, Unsubscribe, Version, decode_connect,
+    encode_ack, encode_disconnect, encode_pingresp, encode_suback, encode_unsuback,
 };
 
-/// Bytes sent at once before a PINGREQ is answered.
-const PING_BYTES: usize = 8 * 1024 * 1024;
+/// Bytes of waiting packets that are sent before a PINGREQ is answered.
+const PING_OUTPUT_BYTES: usize = 8 * 1024 * 1024;
 
 /// How a connection ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
-    /// The client said DISCONNECT; whether its will is due.
+    /// The client sent DISCONNECT. `will` says whether its will is due.
     Disconnected { will: bool },
-    /// Our refusal, told to an MQTT 5 client; the will is due.
+    /// The broker ends it, and tells an MQTT 5 client the reason. The will is due.
     Refused(ReasonCode),
-    /// CONNECT was refused, and what there is to say has been encoded.
+    /// CONNECT was refused, and the answer has been encoded.
     NotConnected,
-    /// The session is another connection's now, or the core dropped this one.
+    /// The session belongs to another connection now, or the broker dropped this one.
     Superseded,
 }
 
 /// The protocol state of one connection, before and after CONNECT.
 #[derive(Default)]
-pub(crate) struct Link {
-    /// None before CONNECT.
-    pub(crate) up: Option<Up>,
-    /// PUBACK, PUBCOMP and refusing PUBREC packets in the output that is not
-    /// yet being written: what the client cannot have seen still uses our
-    /// Receive Maximum.
+pub(crate) struct Protocol {
+    /// `None` before CONNECT.
+    pub(crate) connected: Option<Connected>,
+    /// PUBACK, PUBCOMP and refusing PUBREC packets in the output that is not being written yet. The
+    /// client cannot have seen them, so their publishes still use the Receive Maximum.
     pub(crate) unseen_acks: usize,
 }
 
 /// A connection with a session.
-pub(crate) struct Up {
+pub(crate) struct Connected {
     pub(crate) session: u32,
     pub(crate) version: Version,
-    /// Seconds; 0: off.
-    pub(crate) keep_alive: u16,
+    /// Keep Alive; `None`: off.
+    pub(crate) keep_alive: Option<Duration>,
     decoder: Decoder,
-    /// As capabilities; 65,535 if nothing was.
+    /// The Receive Maximum that CONNACK announced, or 65,535.
     receive_max: u16,
     aliases: Vec<Option<Box<str>>>,
 }
 
-impl Link {
-    /// Takes all whole packets of `input` and appends the answers to `out`.
-    /// Returns the bytes consumed and how the connection ended, if it did.
+impl Protocol {
+    /// Takes all whole packets of `input` and appends the answers to `out`. Returns the bytes consumed,
+    /// and how the connection ended if it did.
     pub(crate) fn feed(
         &mut self,
         st: &mut State,
-        wire: &Arc<Wire>,
+        handle: &Arc<ConnectionHandle>,
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> (usize, Option<End>) {
         let mut at = 0;
-        if self.up.is_none() {
-            match self.connect(st, wire, input, out) {
+        if self.connected.is_none() {
+            match self.connect(st, handle, input, out) {
                 Ok(n) => at = n,
                 Err(end) => return (0, Some(end)),
             }
         }
-        let Some(up) = &mut self.up else {
+        let Some(connected) = &mut self.connected else {
             return (0, None);
         };
-        if !st.owns(up.session, wire) {
+        if !st.owns(connected.session, handle) {
             return (at, Some(End::Superseded));
         }
         loop {
-            match up.decoder.next(&input[at..]) {
+            match connected.decoder.next(&input[at..]) {
                 Ok(None) => return (at, None),
                 Ok(Some((packet, n))) => {
                     at += n;
-                    if let Err(end) = up.handle(st, packet, &mut self.unseen_acks, out) {
+                    if let Err(end) = connected.handle(st, packet, &mut self.unseen_acks, out) {
                         return (at, Some(end));
                     }
                 }
                 Err(error) => {
-                    tracing::debug!(%error, "the embedded core refuses a packet");
+                    tracing::debug!(%error, "the embedded broker refuses a packet");
                     return (at, Some(End::Refused(error.reason_code())));
                 }
             }
@@ -92,7 +92,7 @@ impl Link {
     fn connect(
         &mut self,
         st: &mut State,
-        wire: &Arc<Wire>,
+        handle: &Arc<ConnectionHandle>,
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<usize, End> {
@@ -115,18 +115,19 @@ impl Link {
         };
         let version = connect.version;
         if let Err(reason) = acceptable(st, &connect) {
-            let like = match st.options.refuse_v5 {
+            let like = match st.options.quirks().refuse_v5 {
                 RefuseV5::ReturnCode => Version::V311,
                 _ => version,
             };
             return Err(refused(like, reason, out));
         }
-        let attached = match st.attach(&connect, wire) {
+        let attached = match st.attach(&connect, handle) {
             Ok(attached) => attached,
             Err(reason) => return Err(refused(version, reason, out)),
         };
         let options = &st.options;
-        let receive_max = options.small_window.map(|w| w.max(1));
+        let quirks = options.quirks();
+        let receive_max = quirks.small_window.map(|w| w.max(1));
         let connack = Connack {
             session_present: attached.present,
             receive_maximum: receive_max,
@@ -135,8 +136,8 @@ impl Link {
             maximum_packet_size: options.max_packet,
             assigned_client_id: attached.assigned.as_deref(),
             topic_alias_maximum: Some(options.topic_alias_max),
-            subscription_ids_available: options.no_ids.then_some(false),
-            shared_subscription_available: (options.shared == Shared::Refused).then_some(false),
+            subscription_ids_available: quirks.no_ids.then_some(false),
+            shared_subscription_available: (quirks.shared == Shared::Refused).then_some(false),
             ..Connack::default()
         };
         connack.encode(version, out);
@@ -144,10 +145,11 @@ impl Link {
             Version::V5 => options.topic_alias_max,
             _ => 0,
         };
-        self.up = Some(Up {
+        self.connected = Some(Connected {
             session: attached.session,
             version,
-            keep_alive: connect.keep_alive,
+            keep_alive: (connect.keep_alive > 0)
+                .then(|| Duration::from_secs(connect.keep_alive.into())),
             decoder: Decoder {
                 version,
                 receiver: Receiver::Server,
@@ -160,7 +162,7 @@ impl Link {
     }
 }
 
-impl Up {
+impl Connected {
     fn handle(
         &mut self,
         st: &mut State,
@@ -214,8 +216,8 @@ impl Up {
             Packet::Subscribe(subscribe) => self.subscribe(st, &subscribe, out)?,
             Packet::Unsubscribe(unsubscribe) => self.unsubscribe(st, &unsubscribe, out),
             Packet::Pingreq => {
-                // Behind what came before it.
-                st.pump(key, out, PING_BYTES);
+                // The answer shows that all earlier messages were sent.
+                st.pump(key, out, PING_OUTPUT_BYTES);
                 encode_pingresp(out);
             }
             Packet::Disconnect(disconnect) => return Err(disconnected(st, key, &disconnect)),
@@ -244,7 +246,7 @@ impl Up {
         let topic = self.topic(publish)?;
         let received = &mut st.sessions[key as usize].received;
         if publish.qos == QoS::ExactlyOnce && received.contains(&publish.packet_id) {
-            // Sent again; it has been passed on [MQTT-4.3.3-10].
+            // It was sent again, and has been delivered already [MQTT-4.3.3-10].
             let (id, reason) = (publish.packet_id, ReasonCode::SUCCESS);
             encode_ack(version, AckKind::Pubrec, id, reason, None, out);
             return Ok(());
@@ -285,7 +287,7 @@ impl Up {
         Ok(())
     }
 
-    /// The topic of a PUBLISH, by alias if it has none (MQTT 5 §3.3.2.3.4).
+    /// The topic of a PUBLISH, which may be given by its alias (MQTT 5 §3.3.2.3.4).
     fn topic<'a>(&'a mut self, publish: &Publish<'a>) -> Result<&'a str, End> {
         let Some(alias) = publish.topic_alias else {
             return Ok(publish.topic);
@@ -310,7 +312,7 @@ impl Up {
         out: &mut Vec<u8>,
     ) -> Result<(), End> {
         st.counts.subscribes += 1;
-        let id = subscribe.subscription_id.unwrap_or(0);
+        let id = subscribe.subscription_id;
         let codes: Vec<u8> = subscribe
             .filters()
             .map(|(filter, options)| st.subscribe(self.session, filter, options, id).0)
@@ -336,9 +338,9 @@ impl Up {
     }
 }
 
-/// Appends the DISCONNECT that tells an MQTT 5 client why (§3.14); a 3.x client
-/// only sees the connection close.
-pub(crate) fn say_goodbye(version: Version, reason: ReasonCode, out: &mut Vec<u8>) {
+/// Appends the DISCONNECT that tells an MQTT 5 client the reason (§3.14). A 3.x client only sees the
+/// connection close.
+pub(crate) fn encode_end(version: Version, reason: ReasonCode, out: &mut Vec<u8>) {
     if version == Version::V5 {
         encode_disconnect(version, reason, None, None, out);
     }
@@ -347,7 +349,7 @@ pub(crate) fn say_goodbye(version: Version, reason: ReasonCode, out: &mut Vec<u8
 fn disconnected(st: &mut State, key: u32, disconnect: &Disconnect<'_>) -> End {
     let session = &mut st.sessions[key as usize];
     if let Some(expiry) = disconnect.session_expiry {
-        // It cannot be given life at its end (§3.14.2.2.2).
+        // DISCONNECT cannot keep a session that was to end with its connection (§3.14.2.2.2).
         if session.expiry == 0 && expiry != 0 {
             return End::Refused(ReasonCode::PROTOCOL_ERROR);
         }
@@ -358,10 +360,10 @@ fn disconnected(st: &mut State, key: u32, disconnect: &Disconnect<'_>) -> End {
     }
 }
 
-/// What of a CONNECT the options forbid.
+/// `Err` if the options forbid something that a CONNECT asks for.
 fn acceptable(st: &State, connect: &Connect<'_>) -> Result<(), ReasonCode> {
     let options = &st.options;
-    if connect.version == Version::V5 && options.refuse_v5 != RefuseV5::No {
+    if connect.version == Version::V5 && options.quirks().refuse_v5 != RefuseV5::No {
         return Err(ReasonCode::UNSUPPORTED_PROTOCOL_VERSION);
     }
     if connect.authentication_method.is_some() {
@@ -379,21 +381,46 @@ fn acceptable(st: &State, connect: &Connect<'_>) -> Result<(), ReasonCode> {
     Ok(())
 }
 
-/// Answers a first packet that is no CONNECT we can take, where the protocol
-/// has a form for it.
+/// Answers a first packet that is not an acceptable CONNECT, where the protocol has a form for it.
 fn refuse_bytes(error: &Error, input: &[u8], out: &mut Vec<u8>) {
     let version = match error {
-        // Newer than MQTT 5 or older than 3.1: the form of 3.1.1 is the one
-        // that every client reads.
+        // Newer than MQTT 5 or older than 3.1: every client reads the form of 3.1.1.
         Error::UnsupportedVersion { .. } => Version::V311,
-        _ => match connect_version(input) {
-            Some(Version::V5) => Version::V5,
-            _ => return,
-        },
+        _ if begins_v5(input) => Version::V5,
+        _ => return,
     };
     let connack = Connack {
         reason: error.reason_code(),
         ..Connack::default()
     };
     connack.encode(version, out);
+}
+
+/// Whether these bytes begin a CONNECT of MQTT 5, even one that does not decode.
+fn begins_v5(input: &[u8]) -> bool {
+    const CONNECT: u8 = 0x10;
+    const CONTINUED: u8 = 0x80;
+    let Some((&first, rest)) = input.split_first() else {
+        return false;
+    };
+    let last_length_byte = rest.iter().take(4).position(|byte| byte & CONTINUED == 0);
+    first & 0xF0 == CONNECT
+        && last_length_byte.is_some_and(|at| rest[at + 1..].starts_with(b"\0\x04MQTT\x05"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_of_a_connect_shows_before_the_rest_of_it() {
+        let connect = b"\x10\x0E\0\x04MQTT\x05\x02\0\x3C\0\0\x01c";
+        assert!(!begins_v5(&connect[..8]));
+        assert!(begins_v5(&connect[..9]));
+        assert!(begins_v5(b"\x10\x80\x01\0\x04MQTT\x05"));
+        assert!(!begins_v5(b"\x10\x0E\0\x04MQTT\x04"));
+        assert!(!begins_v5(b"\xC0\0"));
+        assert!(!begins_v5(b"\x10\xFF\xFF\xFF\xFF\0\x04MQTT\x05"));
+        assert!(!begins_v5(b""));
+    }
 }

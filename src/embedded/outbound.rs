@@ -1,19 +1,19 @@
-//! What waits for one client and what is under way to it.
+//! The messages that wait for one client, and those in flight to it.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
-use crate::embedded::EmbeddedStats;
 use crate::embedded::options::EmbeddedOptions;
+use crate::embedded::stats::EmbeddedStats;
 use crate::mqtt::{AckKind, Alias, Delivery, Message, QoS, ReasonCode, Version, encode_ack};
 use crate::time::Millis;
 
-/// Bytes of queue entry charged beside the message itself.
+/// Bytes of a queue entry that are charged beside the message itself.
 const ENTRY_BYTES: usize = size_of::<Queued>();
 
-/// One delivery that waits, or is unacknowledged.
+/// One delivery that waits or has no acknowledgement.
 pub(crate) struct Queued {
     pub(crate) message: Message,
     pub(crate) ids: SmallVec<[u32; 2]>,
@@ -21,8 +21,8 @@ pub(crate) struct Queued {
     pub(crate) retain: bool,
 }
 
-/// The sending half of a session (MQTT 5 §4.3, §4.4, §4.9): a bounded queue,
-/// then a window of unacknowledged packets kept in their order.
+/// The sending half of a session (MQTT 5 §4.3, §4.4, §4.9): a bounded queue, and then a window of
+/// packets without an acknowledgement, in their order.
 #[derive(Default)]
 pub(crate) struct Outbound {
     queue: VecDeque<Queued>,
@@ -32,15 +32,14 @@ pub(crate) struct Outbound {
     by_id: HashMap<u16, u64, RandomState>,
     next_seq: u64,
     next_id: u16,
-    /// In-flight entries from here up to `resend_end` are still to be sent
-    /// again on this connection.
+    /// Entries from here up to `resend_end` are still to be sent again on this connection.
     resend: u64,
     resend_end: u64,
-    /// PUBLISH packets sent on this connection that use the client's Receive
-    /// Maximum.
+    /// PUBLISH packets sent on this connection that use the client's Receive Maximum.
     outstanding: u16,
     window: u16,
-    max_packet: usize,
+    /// The client's Maximum Packet Size, bytes; `None`: not limited.
+    max_packet: Option<u32>,
     version: Option<Version>,
 }
 
@@ -49,7 +48,7 @@ struct Inflight {
     awaits: Awaits,
     /// Whether it uses the window of this connection.
     counted: bool,
-    /// None once PUBREC came.
+    /// `None` once PUBREC has arrived.
     entry: Option<Queued>,
 }
 
@@ -60,7 +59,7 @@ enum Awaits {
     Pubcomp,
 }
 
-/// An acknowledgement that does not fit the packet it names.
+/// An acknowledgement of the wrong kind for the packet that it names.
 pub(crate) struct WrongAck;
 
 impl Outbound {
@@ -68,7 +67,7 @@ impl Outbound {
     pub(crate) fn attach(&mut self, version: Version, window: u16, max_packet: Option<u32>) {
         self.version = Some(version);
         self.window = window.max(1);
-        self.max_packet = max_packet.map_or(usize::MAX, |m| m as usize);
+        self.max_packet = max_packet;
         self.outstanding = 0;
         self.resend = 0;
         self.resend_end = self.next_seq;
@@ -77,7 +76,7 @@ impl Outbound {
         }
     }
 
-    /// Adds a delivery; false if the queue is at its limit.
+    /// Adds a delivery. Returns false if the queue is at its limit.
     pub(crate) fn push(&mut self, entry: Queued, options: &EmbeddedOptions) -> bool {
         let bytes = entry.message.size() + ENTRY_BYTES;
         if self.queue.len() >= options.queue_max
@@ -95,8 +94,8 @@ impl Outbound {
         self.queue.len() + self.inflight.len()
     }
 
-    /// Appends what may be sent now until `out` holds `limit` bytes. True if
-    /// more could be sent at once.
+    /// Appends the packets that may be sent now, until `out` holds `limit` bytes. Returns whether more
+    /// could be sent at once. `dup0`: redeliveries have DUP 0.
     pub(crate) fn pump(
         &mut self,
         out: &mut Vec<u8>,
@@ -167,13 +166,13 @@ impl Outbound {
         false
     }
 
-    /// PUBACK. An unknown packet id is left alone: it can be of a session that
+    /// Takes a PUBACK. An unknown packet identifier is ignored, because it can belong to a session that
     /// has ended.
     pub(crate) fn puback(&mut self, id: u16) -> Result<(), WrongAck> {
         self.settle(id, Awaits::Puback)
     }
 
-    /// PUBREC: the reason of the PUBREL to send, if one is due.
+    /// Takes a PUBREC. Returns the reason code of the PUBREL to send, if one is due.
     pub(crate) fn pubrec(
         &mut self,
         id: u16,
@@ -197,7 +196,7 @@ impl Outbound {
         }
     }
 
-    /// PUBCOMP.
+    /// Takes a PUBCOMP.
     pub(crate) fn pubcomp(&mut self, id: u16) -> Result<(), WrongAck> {
         self.settle(id, Awaits::Pubcomp)
     }
@@ -237,12 +236,12 @@ impl Outbound {
         self.inflight.insert(self.next_seq, inflight);
         self.next_seq += 1;
         self.outstanding += 1;
-        // Only what an earlier connection sent is ever sent again on this one.
+        // A packet of this connection is never sent again on it.
         self.resend = self.next_seq;
         self.resend_end = self.next_seq;
     }
 
-    /// The caller has made sure that one is free.
+    /// The next free packet identifier. The caller has made sure that one is free.
     fn free_id(&mut self) -> u16 {
         loop {
             self.next_id = self.next_id.checked_add(1).unwrap_or(1);
@@ -253,14 +252,15 @@ impl Outbound {
     }
 }
 
-/// False, and nothing written, if the client's Maximum Packet Size forbids it.
+/// Appends a PUBLISH. Returns false, and appends nothing, if it exceeds the client's Maximum Packet
+/// Size.
 fn send(
     queued: &Queued,
     version: Version,
     id: u16,
     dup: bool,
     now: Millis,
-    max_packet: usize,
+    max_packet: Option<u32>,
     out: &mut Vec<u8>,
 ) -> bool {
     let expires_at = queued.message.expires_at();
@@ -271,14 +271,14 @@ fn send(
         retain: queued.retain,
         packet_id: id,
         alias: Alias::None,
-        // One that expired while in flight is completed all the same.
+        // A message that expires while it is in flight is completed all the same.
         message_expiry: (expires_at != u64::MAX)
             .then(|| expires_at.saturating_sub(now).div_ceil(1000).max(1) as u32),
         subscription_ids: &queued.ids,
         user_property: None,
         hidden: 0,
     };
-    if max_packet != usize::MAX && delivery.size(&queued.message) > max_packet {
+    if max_packet.is_some_and(|max| delivery.size(&queued.message) > max as usize) {
         return false;
     }
     delivery.encode(&queued.message, out);

@@ -1,49 +1,22 @@
-//! Subscriptions, fan-out and retained replay of an embedded core.
+//! Subscriptions, fan-out and retained messages of an embedded broker.
 
 use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use crate::embedded::options::{Overlap, Shared};
 use crate::embedded::outbound::Queued;
+use crate::embedded::quirks::{Overlap, Shared};
 use crate::embedded::state::State;
+use crate::embedded::subscription::{Filter, LateReplay, Member, Place};
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
 use crate::topics::split_shared;
 
-/// Replays that wait at once; past it one is sent without its delay.
-const LATE_MAX: usize = 100_000;
-/// In the place of a filter's key: a shared subscription, found by its name.
-const SHARED: u32 = u32::MAX;
-
-/// A filter that at least one session subscribes to.
-pub(crate) struct Filter {
-    name: Box<str>,
-    members: Vec<Member>,
-}
-
-#[derive(Clone, Copy)]
-pub(crate) struct Member {
-    pub(crate) session: u32,
-    options: SubscribeOptions,
-    /// Subscription Identifier; 0: none.
-    id: u32,
-    /// It is in the queue for QoS 0 and in the other.
-    both: bool,
-}
-
-/// The retained messages of a subscription, to be sent later.
-pub(crate) struct LateReplay {
-    session: u32,
-    serial: u64,
-    filter: Box<str>,
-    qos: QoS,
-    id: u32,
-}
-
-/// One copy for one session.
+/// Delayed replays that wait at once. Beyond it, one is sent without its delay.
+const LATE_REPLAYS_MAX: usize = 100_000;
+/// One copy of a message for one session.
 struct Copy {
     session: u32,
-    /// Copies of one queue are one.
+    /// Copies of a session that are in the same queue can be merged.
     queue: u8,
     qos: QoS,
     retain: bool,
@@ -51,19 +24,19 @@ struct Copy {
 }
 
 impl State {
-    /// One filter of a SUBSCRIBE: its SUBACK code. Retained messages are
-    /// queued, or will be.
+    /// Subscribes to one filter of a SUBSCRIBE, queues its retained messages or plans to, and
+    /// returns the SUBACK code.
     pub(crate) fn subscribe(
         &mut self,
         key: u32,
         name: &str,
         mut options: SubscribeOptions,
-        id: u32,
+        id: Option<u32>,
     ) -> ReasonCode {
         options.qos = options.qos.min(self.options.max_qos);
-        let id = if self.options.no_ids { 0 } else { id };
+        let id = id.filter(|_| !self.options.quirks().no_ids);
         if let Some((group, filter)) = split_shared(name) {
-            if self.options.shared == Shared::Refused {
+            if self.options.quirks().shared == Shared::Refused {
                 return ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
             }
             let session = key;
@@ -71,11 +44,11 @@ impl State {
                 session,
                 options,
                 id,
-                both: false,
+                both_queues: false,
             };
             self.shared.join(group, filter, member);
             let known = &mut self.sessions[key as usize].subscriptions;
-            known.insert(name.into(), SHARED);
+            known.insert(name.into(), Place::Group);
             return ReasonCode(options.qos as u8);
         }
         let filter = match self.trie.get(name) {
@@ -94,25 +67,30 @@ impl State {
             session: key,
             options,
             id,
-            both: false,
+            both_queues: false,
         };
         let old = members.iter_mut().find(|m| m.session == key);
         let known = old.is_some();
         match old {
             // Replaced as a whole [MQTT-3.8.4-3].
             Some(old) => {
-                let both = self.options.overlap == Overlap::TwoQueues
-                    && (old.both
+                let both_queues = self.options.quirks().overlap == Overlap::TwoQueues
+                    && (old.both_queues
                         || (old.options.qos == QoS::AtMostOnce)
                             != (options.qos == QoS::AtMostOnce));
-                *old = Member { both, ..member };
+                *old = Member {
+                    both_queues,
+                    ..member
+                };
             }
             None => members.push(member),
         }
         let session = &mut self.sessions[key as usize];
         let (version, serial) = (session.version, session.serial);
         if !known {
-            session.subscriptions.insert(name.into(), filter);
+            session
+                .subscriptions
+                .insert(name.into(), Place::Filter(filter));
         }
         let replay = match options.retain_handling {
             _ if version != Version::V5 => true,
@@ -133,26 +111,25 @@ impl State {
         ReasonCode(options.qos as u8)
     }
 
-    /// One filter of an UNSUBSCRIBE: whether it was subscribed.
+    /// Unsubscribes from one filter. Returns whether the session was subscribed to it.
     pub(crate) fn unsubscribe(&mut self, key: u32, name: &str) -> bool {
         let session = &mut self.sessions[key as usize];
-        let Some(filter) = session.subscriptions.remove(name) else {
+        let Some(place) = session.subscriptions.remove(name) else {
             return false;
         };
-        self.leave(key, name, filter);
+        self.leave(key, name, place);
         true
     }
 
     pub(crate) fn unsubscribe_all(&mut self, key: u32) {
         let subscriptions = std::mem::take(&mut self.sessions[key as usize].subscriptions);
-        for (name, filter) in subscriptions {
-            self.leave(key, &name, filter);
+        for (name, place) in subscriptions {
+            self.leave(key, &name, place);
         }
     }
 
-    /// Stores it if retained, and queues it for every session with a matching
-    /// subscription. Returns whether there was any. `origin` is the session
-    /// that published it.
+    /// Stores a message if it is retained, and queues it for each session with a matching
+    /// subscription. Returns whether there was any. `origin` is the session that published it.
     pub(crate) fn publish(&mut self, origin: u32, message: &Message) -> bool {
         self.counts.published += 1;
         if message.retain() && self.options.retain_available {
@@ -168,10 +145,11 @@ impl State {
         if matched.is_empty() {
             return shared;
         }
-        // A steady order of copies, whatever the shape of the trie.
+        // The order of copies must not depend on the shape of the trie.
         matched.sort_unstable();
-        let live_retain = message.retain() && !self.options.no_rap;
-        let two_queues = self.options.overlap == Overlap::TwoQueues;
+        let live_retain = message.retain() && !self.options.quirks().no_rap;
+        let overlap = self.options.quirks().overlap;
+        let two_queues = overlap == Overlap::TwoQueues;
         let mut copies: SmallVec<[Copy; 16]> = SmallVec::new();
         for filter in matched {
             for member in &self.filters[filter as usize].members {
@@ -187,7 +165,7 @@ impl State {
                     ids: id_list(member.id),
                 };
                 copies.push(copy(options.qos));
-                if member.both {
+                if member.both_queues {
                     copies.push(copy(match options.qos {
                         QoS::AtMostOnce => QoS::AtLeastOnce,
                         _ => QoS::AtMostOnce,
@@ -195,8 +173,8 @@ impl State {
                 }
             }
         }
-        if self.options.overlap != Overlap::Many {
-            merge(&mut copies, self.options.overlap != Overlap::LowestQos);
+        if overlap != Overlap::Many {
+            merge(&mut copies, overlap != Overlap::LowestQos);
         }
         for copy in copies {
             let entry = Queued {
@@ -210,6 +188,7 @@ impl State {
         true
     }
 
+    /// Sends a delayed replay, unless the subscription has ended.
     pub(crate) fn replay_late(&mut self, late: &LateReplay) {
         let still = self
             .sessions
@@ -221,8 +200,8 @@ impl State {
     }
 
     fn plan_replay(&mut self, late: LateReplay) {
-        let delay = self.options.late_retained;
-        if delay == Duration::ZERO || self.late.len() >= LATE_MAX {
+        let delay = self.options.quirks().late_retained;
+        if delay == Duration::ZERO || self.late.len() >= LATE_REPLAYS_MAX {
             return self.replay(&late);
         }
         let at = self.now + delay.as_millis() as u64;
@@ -242,13 +221,13 @@ impl State {
         }
     }
 
-    /// Queues one copy and sees to it that the connection is woken.
+    /// Queues one copy, and has the connection woken.
     fn offer(&mut self, key: u32, entry: Queued) {
         let Some(session) = self.sessions.get_mut(key as usize) else {
             return;
         };
-        // While away, QoS 0 is not kept.
-        if session.wire.is_none() && entry.qos == QoS::AtMostOnce {
+        // QoS 0 is not kept for a session without a connection.
+        if session.connection.is_none() && entry.qos == QoS::AtMostOnce {
             return;
         }
         if !session.out.push(entry, &self.options) {
@@ -256,22 +235,22 @@ impl State {
             return;
         }
         if !session.woken
-            && let Some(wire) = &session.wire
+            && let Some(connection) = &session.connection
         {
             session.woken = true;
-            self.wakes.push(wire.clone());
+            self.to_wake.push(connection.clone());
         }
     }
 
-    /// A copy for one member of each group; whether there was any.
+    /// Queues a copy for one member of each matching group. Returns whether there was any.
     fn offer_shared(&mut self, message: &Message) -> bool {
-        if self.options.shared != Shared::Working {
+        if self.options.quirks().shared != Shared::Working {
             return false;
         }
         let sessions = &self.sessions;
         let connected = |key: u32| {
             let session = sessions.get(key as usize);
-            session.is_some_and(|s| s.wire.is_some())
+            session.is_some_and(|s| s.connection.is_some())
         };
         let picked = self.shared.pick(message.topic(), connected);
         for member in &picked {
@@ -286,11 +265,14 @@ impl State {
         !picked.is_empty()
     }
 
-    fn leave(&mut self, key: u32, name: &str, filter: u32) {
-        if let Some((group, filter)) = split_shared(name) {
-            self.shared.leave(group, filter, key);
-            return;
-        }
+    fn leave(&mut self, key: u32, name: &str, place: Place) {
+        let filter = match (place, split_shared(name)) {
+            (Place::Filter(filter), _) => filter,
+            (Place::Group, Some((group, filter))) => {
+                return self.shared.leave(group, filter, key);
+            }
+            (Place::Group, None) => return,
+        };
         let entry = &mut self.filters[filter as usize];
         entry.members.retain(|m| m.session != key);
         if entry.members.is_empty() {
@@ -300,7 +282,7 @@ impl State {
     }
 }
 
-/// One copy for each queue of a session, in the place of its first.
+/// Leaves one copy for each queue of a session, at the place of its first.
 fn merge(copies: &mut SmallVec<[Copy; 16]>, highest: bool) {
     if copies.len() < 2 {
         return;
@@ -321,10 +303,6 @@ fn merge(copies: &mut SmallVec<[Copy; 16]>, highest: bool) {
     });
 }
 
-fn id_list(id: u32) -> SmallVec<[u32; 2]> {
-    if id == 0 {
-        SmallVec::new()
-    } else {
-        SmallVec::from_slice(&[id])
-    }
+fn id_list(id: Option<u32>) -> SmallVec<[u32; 2]> {
+    id.into_iter().collect()
 }

@@ -1,11 +1,11 @@
-//! Shared subscriptions of an embedded core (MQTT 5 §4.8.2).
+//! Shared subscriptions of an embedded broker (MQTT 5 §4.8.2).
 
 use slab::Slab;
 use smallvec::SmallVec;
 
 use crate::topics::FilterTrie;
 
-use crate::embedded::route::Member;
+use crate::embedded::subscription::Member;
 
 /// All groups, by the filter behind the share name.
 #[derive(Default)]
@@ -74,8 +74,8 @@ impl SharedGroups {
         }
     }
 
-    /// One member of each group whose filter matches: the next in turn, of those that are
-    /// `connected` if any is.
+    /// Picks one member of each group whose filter matches: the next in turn, and a `connected` one
+    /// if there is any.
     pub(crate) fn pick(
         &mut self,
         topic: &str,

@@ -1,31 +1,35 @@
-//! The embedded core without tasks and clocks: bytes and time in, bytes out, for simulations.
+//! The embedded broker without tasks and clocks: bytes and time in, bytes out, for simulations.
 
 use std::sync::Arc;
 
-use crate::embedded::inbound::{End, Link, say_goodbye};
+use crate::embedded::inbound::{End, Protocol, encode_end};
 use crate::embedded::options::EmbeddedOptions;
-use crate::embedded::state::{State, Wire};
+use crate::embedded::state::{ConnectionHandle, Session, State};
+use crate::mqtt::ReasonCode;
 use crate::time::Millis;
 
-/// A core that does what it is told, when it is told.
+/// Bytes that are taken from a session at once.
+const BATCH_BYTES: usize = 64 * 1024;
+
+/// A broker that acts only when it is called.
 pub(crate) struct SteppedBroker {
     state: State,
 }
 
 /// One connection to it.
 pub(crate) struct SteppedConnection {
-    wire: Arc<Wire>,
-    link: Link,
+    handle: Arc<ConnectionHandle>,
+    protocol: Protocol,
     input: Vec<u8>,
 }
 
-/// How the core ended a connection.
+/// How the broker ended a connection.
 #[derive(Debug)]
 pub(crate) enum Ended {
     /// The client asked for it, or another connection took its place.
     Quietly,
-    /// The client broke the protocol, or was refused.
-    Refused(String),
+    /// The client broke the protocol, or its CONNECT was refused.
+    Refused(Option<ReasonCode>),
 }
 
 impl SteppedBroker {
@@ -35,84 +39,85 @@ impl SteppedBroker {
         }
     }
 
-    /// Time passes.
+    /// Sets the time, and does what is due.
     pub fn at(&mut self, now: Millis) {
         self.state.now = now;
         self.state.fire_due();
-        self.state.wakes.clear();
+        self.state.to_wake.clear();
     }
 
-    /// A new connection; none while it is stopped.
+    /// Opens a connection; `None` while the broker is stopped.
     pub fn connect(&mut self) -> Option<SteppedConnection> {
         Some(SteppedConnection {
-            wire: self.state.open()?,
-            link: Link::default(),
+            handle: self.state.open()?,
+            protocol: Protocol::default(),
             input: Vec::new(),
         })
     }
 
-    /// Takes what came, and appends what it answers and has to send.
+    /// Takes bytes of a client, and appends the answers and all packets that may be sent.
     pub fn feed(
         &mut self,
-        conn: &mut SteppedConnection,
+        connection: &mut SteppedConnection,
         bytes: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(), Ended> {
-        if let Some(reason) = conn.wire.ended() {
+        if let Some(reason) = connection.handle.ended() {
             return Err(match reason {
-                Some(reason) => Ended::Refused(format!("{reason:?}")),
+                Some(reason) => Ended::Refused(Some(reason)),
                 None => Ended::Quietly,
             });
         }
-        conn.input.extend_from_slice(bytes);
-        let (used, end) = conn
-            .link
-            .feed(&mut self.state, &conn.wire, &conn.input, out);
-        conn.input.drain(..used);
+        connection.input.extend_from_slice(bytes);
+        let protocol = &mut connection.protocol;
+        let (used, end) =
+            protocol.feed(&mut self.state, &connection.handle, &connection.input, out);
+        connection.input.drain(..used);
         if let Some(end) = end {
-            if let (Some(up), End::Refused(reason)) = (&conn.link.up, &end) {
-                say_goodbye(up.version, *reason, out);
+            if let (Some(connected), End::Refused(reason)) = (&protocol.connected, &end) {
+                encode_end(connected.version, *reason, out);
             }
             return Err(match end {
                 End::Disconnected { .. } | End::Superseded => Ended::Quietly,
-                End::Refused(reason) => Ended::Refused(format!("{reason:?}")),
-                End::NotConnected => Ended::Refused("CONNECT".into()),
+                End::Refused(reason) => Ended::Refused(Some(reason)),
+                End::NotConnected => Ended::Refused(None),
             });
         }
-        if let Some(up) = &conn.link.up
-            && self.state.owns(up.session, &conn.wire)
+        if let Some(connected) = &protocol.connected
+            && self.state.owns(connected.session, &connection.handle)
         {
-            while self.state.pump(up.session, out, 64 * 1024) {}
-            conn.link.unseen_acks = 0;
+            while self.state.pump(connected.session, out, BATCH_BYTES) {}
+            protocol.unseen_acks = 0;
         }
         Ok(())
     }
 
-    /// The connection is lost, or over.
-    pub fn drop_conn(&mut self, conn: &SteppedConnection) {
-        if let Some(up) = &conn.link.up
-            && self.state.owns(up.session, &conn.wire)
+    /// Ends a connection, as if the network had lost it.
+    pub fn drop_connection(&mut self, connection: &SteppedConnection) {
+        if let Some(connected) = &connection.protocol.connected
+            && self.state.owns(connected.session, &connection.handle)
         {
-            self.state.detach(up.session, true);
+            self.state.detach(connected.session, true);
         }
-        self.state.close(&conn.wire);
+        self.state.close(&connection.handle);
     }
 
-    /// The connection is lost, and its session with it.
-    pub fn forget(&mut self, conn: &SteppedConnection) {
-        self.drop_conn(conn);
-        if let Some(up) = &conn.link.up
-            && self.state.sessions.contains(up.session as usize)
+    /// Ends a connection and its session.
+    pub fn forget(&mut self, connection: &SteppedConnection) {
+        self.drop_connection(connection);
+        if let Some(connected) = &connection.protocol.connected
+            && self.state.sessions.contains(connected.session as usize)
         {
-            self.state.end_session(up.session);
+            self.state.end_session(connected.session);
         }
     }
 
-    /// It ends, and begins again.
+    /// Stops the broker: all connections end.
     pub fn stop(&mut self) {
         self.state.stop();
     }
 
+    /// Starts the broker again.
     pub fn start(&mut self, keep_sessions: bool) {
         self.state.start(keep_sessions);
     }
@@ -121,19 +126,17 @@ impl SteppedBroker {
     pub fn retained(&mut self) -> Vec<(String, Vec<u8>)> {
         let now = self.state.now;
         let all = self.state.retained.matching("#", now);
-        let all = all.iter();
-        all.map(|m| (m.topic().to_owned(), m.payload().to_vec()))
+        all.iter()
+            .map(|m| (m.topic().to_owned(), m.payload().to_vec()))
             .collect()
     }
 
-    /// Sessions by client identifier, with their filters.
+    /// Client identifiers of all sessions, with their filters.
     pub fn subscriptions(&self) -> Vec<(String, Vec<String>)> {
+        let filters = |s: &Session| s.subscriptions.keys().map(|k| k.to_string()).collect();
         let sessions = self.state.sessions.iter();
-        let of = |s: &crate::embedded::state::Session| {
-            s.subscriptions.keys().map(|k| k.to_string()).collect()
-        };
         sessions
-            .map(|(_, s)| (s.client_id.to_string(), of(s)))
+            .map(|(_, s)| (s.client_id.to_string(), filters(s)))
             .collect()
     }
 }

@@ -127,17 +127,6 @@ pub fn decode_connect(buf: &[u8], max: u32) -> Result<Option<(Connect<'_>, usize
     Ok(Some((connect, head.len + head.remaining)))
 }
 
-/// The version that a CONNECT asks for, from its first bytes; None while they do not say, or
-/// name none that we speak. It picks the form of an answer to a CONNECT that does not decode.
-pub fn connect_version(buf: &[u8]) -> Option<Version> {
-    let (&first, rest) = buf.split_first()?;
-    let length = read_varint(rest).ok()??;
-    if first >> 4 != head::CONNECT {
-        return None;
-    }
-    protocol(&mut Reader(&rest[length.len..])).ok()
-}
-
 fn protocol(r: &mut Reader<'_>) -> Result<Version, Error> {
     let name = r.binary()?;
     let level = r.u8()?;
@@ -459,15 +448,6 @@ mod tests {
             ..read
         };
         assert_eq!(read, all);
-    }
-
-    #[test]
-    fn the_version_shows_before_the_rest() {
-        let whole = b"\x10\x0E\0\x04MQTT\x05\x02\0\x3C\0\0\x01c";
-        assert_eq!(connect_version(&whole[..8]), None);
-        assert_eq!(connect_version(&whole[..9]), Some(Version::V5));
-        assert_eq!(connect_version(b"\x10\x0E\0\x04MQTT\x06"), None);
-        assert_eq!(connect_version(b"\xC0\0"), None);
     }
 
     #[test]

@@ -133,9 +133,9 @@ impl World {
             return self.lose_for(n, &LinkEnd::Closed);
         }
         if let Err(ended) = ended {
-            if let Ended::Refused(why) = &ended {
+            if let Ended::Refused(reason) = &ended {
                 self.oracle
-                    .fault(format!("the core ended {}: {why}", self.links[n].name));
+                    .fault(format!("the core ended {}: {reason:?}", self.links[n].name));
             }
             self.lose(n);
         }
@@ -256,7 +256,7 @@ impl World {
         };
         link.redial_at = again;
         link.unanswered |= !conn.up;
-        self.core.drop_conn(&conn.core);
+        self.core.drop_connection(&conn.core);
         if conn.up {
             link.machine.disconnected(end, self.now);
         }

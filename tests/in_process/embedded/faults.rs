@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidegate::embedded::{EmbeddedBroker, EmbeddedOptions, Overlap, RefuseV5, Shared};
+use tidegate::embedded::{EmbeddedBroker, EmbeddedOptions, Overlap, Quirks, RefuseV5, Shared};
 use tidegate::mqtt::{AckKind, Connect, Packet, QoS, Version, Will};
 use tokio::io::AsyncReadExt;
 
@@ -36,8 +36,11 @@ async fn overlapping(options_of_core: EmbeddedOptions) -> Vec<(u8, Vec<u32>)> {
 #[tokio::test(start_paused = true)]
 async fn overlaps() {
     let with = |overlap, no_ids| EmbeddedOptions {
-        overlap,
-        no_ids,
+        quirks: Quirks {
+            overlap,
+            no_ids,
+            ..Quirks::default()
+        },
         ..EmbeddedOptions::default()
     };
     let each = vec![(0, vec![3]), (1, vec![2]), (2, vec![1])];
@@ -53,9 +56,12 @@ async fn overlaps() {
 #[tokio::test(start_paused = true)]
 async fn connack_tells() {
     let core = EmbeddedBroker::start(EmbeddedOptions {
-        no_ids: true,
-        shared: Shared::Refused,
-        small_window: Some(20),
+        quirks: Quirks {
+            no_ids: true,
+            shared: Shared::Refused,
+            small_window: Some(20),
+            ..Quirks::default()
+        },
         max_packet: Some(1000),
         max_qos: QoS::AtLeastOnce,
         retain_available: false,
@@ -120,7 +126,10 @@ async fn connack_tells() {
 #[tokio::test(start_paused = true)]
 async fn small_window() {
     let core = EmbeddedBroker::start(EmbeddedOptions {
-        small_window: Some(2),
+        quirks: Quirks {
+            small_window: Some(2),
+            ..Quirks::default()
+        },
         ..EmbeddedOptions::default()
     });
     let (mut sub, _) = Client::connect(&core, &v5("sub")).await;
@@ -157,7 +166,10 @@ async fn small_window() {
 #[tokio::test(start_paused = true)]
 async fn redelivery_without_dup() {
     let core = EmbeddedBroker::start(EmbeddedOptions {
-        dup0: true,
+        quirks: Quirks {
+            dup0: true,
+            ..Quirks::default()
+        },
         ..EmbeddedOptions::default()
     });
     let (mut sub, _) = Client::connect(&core, &kept("sub")).await;
@@ -173,7 +185,10 @@ async fn redelivery_without_dup() {
 #[tokio::test(start_paused = true)]
 async fn late_retained() {
     let core = EmbeddedBroker::start(EmbeddedOptions {
-        late_retained: Duration::from_millis(700),
+        quirks: Quirks {
+            late_retained: Duration::from_millis(700),
+            ..Quirks::default()
+        },
         ..EmbeddedOptions::default()
     });
     let (mut c, _) = Client::connect(&core, &v5("c")).await;
@@ -195,7 +210,10 @@ async fn mqtt_5_refused() {
         (RefuseV5::ReasonCode, &[0x20, 3, 0, 0x84, 0][..]),
     ] {
         let core = EmbeddedBroker::start(EmbeddedOptions {
-            refuse_v5,
+            quirks: Quirks {
+                refuse_v5,
+                ..Quirks::default()
+            },
             ..EmbeddedOptions::default()
         });
         let mut io = core.connect();
@@ -278,7 +296,10 @@ async fn options_can_change() {
     let core = EmbeddedBroker::start(EmbeddedOptions::default());
     let (mut c, _) = Client::connect(&core, &v5("c")).await;
     core.set_options(EmbeddedOptions {
-        refuse_v5: RefuseV5::ReasonCode,
+        quirks: Quirks {
+            refuse_v5: RefuseV5::ReasonCode,
+            ..Quirks::default()
+        },
         ..EmbeddedOptions::default()
     });
     c.publish("t", "x", 1, 1).await;
@@ -332,7 +353,10 @@ async fn shared_subscriptions() {
     }
 
     let dead = EmbeddedBroker::start(EmbeddedOptions {
-        shared: Shared::Dead,
+        quirks: Quirks {
+            shared: Shared::Dead,
+            ..Quirks::default()
+        },
         ..EmbeddedOptions::default()
     });
     let (mut sub, _) = Client::connect(&dead, &v5("s")).await;
