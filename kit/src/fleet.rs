@@ -43,7 +43,7 @@ pub struct Plan {
     pub aimed: usize,
     /// Will Delay in seconds of a tenth of the MQTT 5 third.
     pub will_delay: u32,
-    /// How long the core's acknowledgements are held back at least. Where the server cannot know of a
+    /// How long the broker's acknowledgements are held back at least. Where the server cannot know of a
     /// cut, or forgets the session with it, a client with open publishes is back before that.
     pub ack_delay: Duration,
     /// The ways in which clients vanish, chosen at random.
@@ -75,7 +75,7 @@ pub struct Fleet {
     shared: Arc<Shared>,
     members: Vec<Handle>,
     speakers: Vec<(mpsc::Sender<usize>, JoinHandle<io::Result<()>>)>,
-    /// Publishes of the clients, as a subscriber at the core sees them, and wills.
+    /// Publishes of the clients, as a subscriber at the broker sees them, and wills.
     watch: JoinHandle<()>,
     arrivals: Arc<Mutex<Arrivals>>,
     wills: Arc<Mutex<Vec<String>>>,
@@ -84,11 +84,11 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Connects a fleet through `edge`, with steady publishers through `edge` and at the `core` itself.
+    /// Connects a fleet through `edge`, with steady publishers through `edge` and at the `broker` itself.
     ///
     /// # Errors
     /// A client cannot connect or subscribe.
-    pub async fn gather(plan: Plan, edge: Arc<Dialer>, core: &Dialer) -> io::Result<Self> {
+    pub async fn gather(plan: Plan, edge: Arc<Dialer>, broker: &Dialer) -> io::Result<Self> {
         let streams = SPEAKERS * plan.topics();
         let seed = plan.seed;
         let shared = Arc::new(Shared {
@@ -104,7 +104,7 @@ impl Fleet {
         });
         let arrivals = Arc::new(Mutex::new(Arrivals::new()));
         let wills = Arc::new(Mutex::new(Vec::new()));
-        let watcher = watcher(core, &shared.plan.prefix)
+        let watcher = watcher(broker, &shared.plan.prefix)
             .await
             .map_err(io::Error::other)?;
         let watch = tokio::spawn(watch(
@@ -120,8 +120,12 @@ impl Fleet {
         .await?;
         let mut speakers = Vec::new();
         for number in 0..SPEAKERS {
-            // Most are backends at the core, one is a client like the fleet.
-            let dialer = if number + 1 < SPEAKERS { core } else { &*edge };
+            // Most are backends at the broker, one is a client like the fleet.
+            let dialer = if number + 1 < SPEAKERS {
+                broker
+            } else {
+                &*edge
+            };
             let speaker = Speaker::connect(number, dialer, shared.clone()).await?;
             let (aim, aimed) = mpsc::channel(1000);
             speakers.push((aim, tokio::spawn(speaker.speak(aimed))));
@@ -279,7 +283,7 @@ impl Fleet {
     }
 }
 
-/// The clients' publishes as a subscriber at the core sees them.
+/// The clients' publishes as a subscriber at the broker sees them.
 #[derive(Debug)]
 pub(crate) struct Arrivals {
     /// Of clients that send again until they are acknowledged.
@@ -371,12 +375,12 @@ impl Rng {
     }
 }
 
-/// A subscriber at the core itself: it sees what Tidegate publishes for its clients.
-async fn watcher(core: &Dialer, prefix: &str) -> Result<Client, ClientError> {
+/// A subscriber at the broker itself: it sees what Tidegate publishes for its clients.
+async fn watcher(broker: &Dialer, prefix: &str) -> Result<Client, ClientError> {
     let connect = Connect::new(format!("{prefix}-watcher"))
         .receive_max(2000)
         .keep_alive(0);
-    let (mut client, _) = Client::connect(core, &connect).await?;
+    let (mut client, _) = Client::connect(broker, &connect).await?;
     let (up, will) = (format!("{prefix}/up/#"), format!("{prefix}/will/#"));
     client.subscribe(&[&up, &will], 1).await?;
     Ok(client)
@@ -392,7 +396,7 @@ async fn watch(
         let publish = match client.next().await {
             Ok(Packet::Publish(publish)) => publish,
             Ok(_) => continue,
-            Err(e) => return shared.fault(format!("the watcher at the core: {e}")),
+            Err(e) => return shared.fault(format!("the watcher at the broker: {e}")),
         };
         if publish.topic.contains("/will/") {
             wills
@@ -406,7 +410,7 @@ async fn watch(
             audit.deliver(stamp, publish.dup, publish.id);
         }
         if let Err(e) = client.acknowledge(&publish).await {
-            return shared.fault(format!("the watcher at the core: {e}"));
+            return shared.fault(format!("the watcher at the broker: {e}"));
         }
     }
 }

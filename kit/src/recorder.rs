@@ -1,4 +1,4 @@
-//! A TCP relay that stands between Tidegate and its core and writes down what passes.
+//! A TCP relay that stands between Tidegate and its broker and writes down what passes.
 //!
 //! It reads MQTT in both directions, counts packets, remembers filters and publishes, and can be told
 //! to misbehave: to pause a direction, to delay acknowledgements, to cut every link, to refuse.
@@ -23,18 +23,18 @@ use relay::Shared;
 /// A direction through the recorder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Toward {
-    /// From Tidegate to the core.
-    Core,
-    /// From the core to Tidegate.
+    /// From Tidegate to the broker.
+    Broker,
+    /// From the broker to Tidegate.
     Tidegate,
 }
 
 /// How the relay behaves now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Behaviour {
-    paused_to_core: bool,
+    paused_to_broker: bool,
     paused_to_tidegate: bool,
-    /// How long PUBACK, PUBREC and PUBCOMP of the core are held back.
+    /// How long PUBACK, PUBREC and PUBCOMP of the broker are held back.
     ack_delay: Duration,
     refuse: bool,
     /// Links older than this generation are to end.
@@ -51,17 +51,17 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Listens on a free loopback port and relays to `core`.
+    /// Listens on a free loopback port and relays to `broker`.
     ///
     /// # Errors
     /// No port could be bound.
-    pub async fn start(core: SocketAddr) -> io::Result<Self> {
+    pub async fn start(broker: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let addr = listener.local_addr()?;
         let behaviour = watch::Sender::new(Behaviour::default());
         let counts = Arc::new(Mutex::new(Counts::default()));
         let shared = Shared {
-            core,
+            broker,
             behaviour: behaviour.subscribe(),
             counts: counts.clone(),
         };
@@ -95,12 +95,12 @@ impl Recorder {
     /// Holds a direction back, or lets it go on. What is held back is not counted as passed.
     pub fn pause(&self, toward: Toward, paused: bool) {
         self.behaviour.send_modify(|b| match toward {
-            Toward::Core => b.paused_to_core = paused,
+            Toward::Broker => b.paused_to_broker = paused,
             Toward::Tidegate => b.paused_to_tidegate = paused,
         });
     }
 
-    /// Delays the core's PUBACK, PUBREC and PUBCOMP. Order is kept, so what follows one waits too.
+    /// Delays the broker's PUBACK, PUBREC and PUBCOMP. Order is kept, so what follows one waits too.
     pub fn delay_acks(&self, delay: Duration) {
         self.behaviour.send_modify(|b| b.ack_delay = delay);
     }

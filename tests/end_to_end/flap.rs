@@ -1,4 +1,4 @@
-//! The flap test: clients vanish and come back, and the core notices nothing.
+//! The flap test: clients vanish and come back, and the broker notices nothing.
 //!
 //! A recorder stands between Tidegate and mosquitto. While the clients flap under live traffic it must
 //! see no CONNECT, no SUBSCRIBE, no UNSUBSCRIBE and no second copy of a publish; the clients must lose
@@ -17,7 +17,7 @@ use tidegate_kit::process::{MosquittoConfig, TidegateConfig, raise_open_files};
 use tidegate_kit::recorder::Recorder;
 
 #[test]
-fn a_fleet_over_ws_flaps_and_the_core_notices_nothing() {
+fn a_fleet_over_ws_flaps_and_the_broker_notices_nothing() {
     let full = std::env::var_os("TIDEGATE_FULL").is_some();
     let (clients, flaps, rate) = if full {
         (2000, 10_000, 150.0)
@@ -30,7 +30,7 @@ fn a_fleet_over_ws_flaps_and_the_core_notices_nothing() {
 }
 
 #[test]
-fn a_fleet_over_quic_flaps_and_the_core_notices_nothing() {
+fn a_fleet_over_quic_flaps_and_the_broker_notices_nothing() {
     let full = std::env::var_os("TIDEGATE_FULL").is_some();
     let (clients, flaps, rate) = if full {
         (200, 1000, 30.0)
@@ -76,14 +76,14 @@ fn run(transport: &str, clients: usize, flaps: usize, rate: f64, cuts: Vec<Cut>)
 async fn flap(transport: &str, plan: Plan) -> Result<(), String> {
     let text = |e: std::io::Error| e.to_string();
     let mut report = Vec::new();
-    // The core's window must not be what limits publishes while its acknowledgements are delayed:
+    // The broker's window must not be what limits publishes while its acknowledgements are delayed:
     // Tidegate would rightly open more links then.
-    let core = MosquittoConfig {
+    let broker = MosquittoConfig {
         max_inflight_messages: Some(2000),
         ..MosquittoConfig::default()
     };
-    let core = core.start().map_err(text)?;
-    let recorder = Recorder::start(core.addr()).await.map_err(text)?;
+    let broker = broker.start().map_err(text)?;
+    let recorder = Recorder::start(broker.addr()).await.map_err(text)?;
     recorder.watch(&format!("{}/", plan.prefix));
     recorder.delay_acks(plan.ack_delay);
     let tidegate = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &recorder.url())
@@ -91,12 +91,12 @@ async fn flap(transport: &str, plan: Plan) -> Result<(), String> {
         .start()
         .map_err(text)?;
     let edge = Arc::new(tidegate.dialer(transport));
-    let at_core = format!("tcp://{}", core.addr()).parse()?;
-    let at_core = Dialer::new(&at_core, &Trust::Anything).map_err(text)?;
+    let at_broker = format!("tcp://{}", broker.addr()).parse()?;
+    let at_broker = Dialer::new(&at_broker, &Trust::Anything).map_err(text)?;
 
     let start = Instant::now();
     let seed = plan.seed;
-    let mut fleet = Fleet::gather(plan.clone(), edge, &at_core)
+    let mut fleet = Fleet::gather(plan.clone(), edge, &at_broker)
         .await
         .map_err(text)?;
     report.push(format!("gathered after {:?}", start.elapsed()));
@@ -122,7 +122,7 @@ async fn flap(transport: &str, plan: Plan) -> Result<(), String> {
         faults.push("the clients' books are not in order".to_owned());
     }
     if !diff.is_quiet() {
-        faults.push("the core's peace was broken during the flaps".to_owned());
+        faults.push("the broker's peace was broken during the flaps".to_owned());
     }
     if verdict.flaps != plan.flaps as u64 {
         faults.push(format!(
@@ -136,7 +136,7 @@ async fn flap(transport: &str, plan: Plan) -> Result<(), String> {
         ));
     }
     report.push(verdict.to_string());
-    report.push(format!("the core during the flaps:\n{diff}"));
+    report.push(format!("the broker during the flaps:\n{diff}"));
     report.push(format!("tidegate_flaps_absorbed_total rose by {absorbed}"));
     report.push(format!("FLAP_SEED={seed}"));
     let report = report.join("\n");

@@ -44,17 +44,17 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
         Err(_) => 0x7469_6465,
     };
     println!("HOP_SEED={seed}");
-    let core = Mosquitto::start()?;
-    let edge = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &core.url())
+    let broker = Mosquitto::start()?;
+    let edge = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &broker.url())
         .listen(&WAYS)
         .start()?;
     let ways: Vec<Arc<Dialer>> = WAYS.iter().map(|way| Arc::new(edge.dialer(way))).collect();
-    let at_core = Arc::new(Dialer::new(
-        &format!("tcp://{}", core.addr()).parse()?,
+    let at_broker = Arc::new(Dialer::new(
+        &format!("tcp://{}", broker.addr()).parse()?,
         &tidegate_kit::dial::Trust::Anything,
     )?);
 
-    let listener = Listener::connect(&at_core).await?;
+    let listener = Listener::connect(&at_broker).await?;
     let mut phones = Vec::new();
     for number in 0..PHONES {
         let version = if number % 3 == 2 {
@@ -66,7 +66,7 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
         phones.push(Phone::connect(number, version, ways.clone(), rng).await?);
     }
     let stop = Arc::new(AtomicBool::new(false));
-    let backend = tokio::spawn(speak(at_core.clone(), stop.clone()));
+    let backend = tokio::spawn(speak(at_broker.clone(), stop.clone()));
     let phones: Vec<_> = phones
         .into_iter()
         .map(|mut phone| {
@@ -102,12 +102,12 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
         resent.push(std::mem::take(&mut phone.resent));
     }
     // Comes behind all that the phones said.
-    let (mut last, _) = Client::connect(&at_core, &Connect::new("hop-last")).await?;
+    let (mut last, _) = Client::connect(&at_broker, &Connect::new("hop-last")).await?;
     last.publish(LAST, Vec::new(), 2).await?;
     let heard = timeout(PATIENCE, listener.hear(&said, &resent));
     heard
         .await
-        .map_err(|_| "what a phone said did not all reach the core")??;
+        .map_err(|_| "what a phone said did not all reach the broker")??;
     let hopped: usize = back.iter().map(|p| p.hops).sum();
     let resumed = edge.metrics()?.sum("tidegate_flaps_absorbed_total", &[]);
     let on_data: u64 = back.iter().map(|p| p.on_data).sum();
@@ -121,9 +121,9 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
     Ok(())
 }
 
-/// Publishes to all phones from the core's side, at QoS 1 and 2; how many of each stream.
-async fn speak(core: Arc<Dialer>, stop: Arc<AtomicBool>) -> Result<Vec<u64>> {
-    let (mut client, _) = Client::connect(&core, &Connect::new("hop-backend")).await?;
+/// Publishes to all phones from the broker's side, at QoS 1 and 2; how many of each stream.
+async fn speak(broker: Arc<Dialer>, stop: Arc<AtomicBool>) -> Result<Vec<u64>> {
+    let (mut client, _) = Client::connect(&broker, &Connect::new("hop-backend")).await?;
     let mut sent = vec![0; 2 * PHONES as usize];
     let mut pace = tokio::time::interval(Duration::from_millis(10));
     while !stop.load(Relaxed) {
@@ -146,15 +146,15 @@ async fn speak(core: Arc<Dialer>, stop: Arc<AtomicBool>) -> Result<Vec<u64>> {
     Ok(sent)
 }
 
-/// Hears at the core what the phones say.
+/// Hears at the broker what the phones say.
 struct Listener {
     client: Client,
 }
 
 impl Listener {
-    async fn connect(core: &Dialer) -> Result<Self> {
+    async fn connect(broker: &Dialer) -> Result<Self> {
         let connect = Connect::new("hop-listener").receive_max(2000);
-        let (mut client, _) = Client::connect(core, &connect).await?;
+        let (mut client, _) = Client::connect(broker, &connect).await?;
         client.subscribe(&["hop/up/#"], 2).await?;
         Ok(Self { client })
     }
@@ -182,14 +182,14 @@ impl Listener {
             }
         }
         if last != said {
-            return Err(format!("{said:?} was said, and {last:?} came to the core").into());
+            return Err(format!("{said:?} was said, and {last:?} came to the broker").into());
         }
         for (phone, (again, resent)) in again.iter().zip(resent).enumerate() {
             for (seq, times) in again {
                 let may = resent.get(seq).copied().unwrap_or_default();
                 if *times > may {
                     let what = format!(
-                        "phone {phone} sent {seq} again {may} times, and the core got it {times} times"
+                        "phone {phone} sent {seq} again {may} times, and the broker got it {times} times"
                     );
                     return Err(what.into());
                 }
@@ -208,7 +208,7 @@ fn heard(last: &mut [[u64; 2]], again: &mut [HashMap<u64, u64>], publish: &Publi
         // A phone that hopped before its PUBACK came sends it again, and it is as good as new.
         seq if seq <= *at && qos == 1 => *again[phone].entry(seq).or_default() += 1,
         seq => {
-            let what = format!("the core got {seq} of phone {phone} at QoS {qos}, behind {at}");
+            let what = format!("the broker got {seq} of phone {phone} at QoS {qos}, behind {at}");
             return Err(what.into());
         }
     }

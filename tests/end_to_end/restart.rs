@@ -1,4 +1,4 @@
-//! The core is restarted under load, again and again, and no client is disconnected by it.
+//! The broker is restarted under load, again and again, and no client is disconnected by it.
 //!
 //! Ended by SIGTERM, a mosquitto that keeps its sessions loses no QoS 1 message that a publisher was
 //! acknowledged. Ended by SIGKILL it forgets; what is lost then is lost inside a recorded gap.
@@ -19,17 +19,17 @@ use tokio::task::JoinSet;
 
 /// Clients of one group hear all its publishers.
 const GROUP: usize = 10;
-/// How long before a core was killed a message may have been acknowledged that it had not passed on.
+/// How long before a broker was killed a message may have been acknowledged that it had not passed on.
 const ON_ITS_WAY: Duration = Duration::from_secs(1);
 
 #[test]
-fn a_core_that_remembers_loses_nothing_over_its_restarts() {
+fn a_broker_that_remembers_loses_nothing_over_its_restarts() {
     let (clients, restarts) = if full() { (1000, 50) } else { (100, 5) };
     run(clients, restarts, false);
 }
 
 #[test]
-fn what_a_core_forgets_lies_in_a_recorded_gap() {
+fn what_a_broker_forgets_lies_in_a_recorded_gap() {
     let (clients, restarts) = if full() { (1000, 5) } else { (100, 2) };
     run(clients, restarts, true);
 }
@@ -83,8 +83,8 @@ async fn restart(clients: usize, restarts: usize, kill: bool) -> Result<(), Stri
         max_inflight_messages: Some(65_535),
         ..MosquittoConfig::default()
     };
-    let mut core = config.start().map_err(text)?;
-    let tidegate = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &core.url())
+    let mut broker = config.start().map_err(text)?;
+    let tidegate = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &broker.url())
         .listen(&["tcp"])
         .set("upstream", "backoff_max", "\"200ms\"")
         .start()
@@ -104,12 +104,12 @@ async fn restart(clients: usize, restarts: usize, kill: bool) -> Result<(), Stri
         speakers.spawn(speak(dialer.clone(), number, books.clone()));
     }
     progress(&books, publishers).await?;
-    // Nanoseconds of the audit's clock: when the core was ended, and when all was as before.
+    // Nanoseconds of the audit's clock: when the broker was ended, and when all was as before.
     let mut away: Vec<(u64, u64)> = Vec::new();
     for _ in 0..restarts {
         let began = now_ns();
-        core.stop(kill).map_err(text)?;
-        core.start_again().map_err(text)?;
+        broker.stop(kill).map_err(text)?;
+        broker.start_again().map_err(text)?;
         progress(&books, publishers).await?;
         away.push((began, now_ns()));
     }
@@ -154,7 +154,7 @@ fn judge(
         }
     } else {
         if gaps > 0.0 {
-            faults.push(format!("{gaps} gaps, and the core kept its sessions"));
+            faults.push(format!("{gaps} gaps, and the broker kept its sessions"));
         }
         for (subscriber, stream, seq, _) in missing {
             faults.push(format!("subscriber {subscriber} misses {seq} of {stream}"));
@@ -262,7 +262,7 @@ async fn progress(books: &Books, publishers: usize) -> Result<(), String> {
 }
 
 /// Waits until all that was acknowledged has arrived; what has not: subscriber, publisher, number,
-/// time. What a core forgot never comes: there a second without news is the end.
+/// time. What a broker forgot never comes: there a second without news is the end.
 async fn settle(books: &Books, forgets: bool) -> Vec<(usize, u32, u64, u64)> {
     let mut deadline = Instant::now() + Duration::from_secs(if forgets { 1 } else { 20 });
     let mut before = usize::MAX;

@@ -14,19 +14,19 @@ const COUNT: usize = 200;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn start() -> (Mosquitto, Tidegate, u16) {
-    let core = Mosquitto::start().expect("mosquitto starts");
-    let edge = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &core.url())
+    let broker = Mosquitto::start().expect("mosquitto starts");
+    let edge = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &broker.url())
         .listen(&["tcp"])
         .start()
         .expect("tidegate starts");
     let port = edge.url("tcp").port;
-    (core, edge, port)
+    (broker, edge, port)
 }
 
 #[tokio::test]
 async fn a_3_1_1_session_survives_its_connection() {
     let _machine = crate::beside_others().await;
-    let (_core, _edge, port) = start();
+    let (_broker, _edge, port) = start();
     let options = |clean| {
         let mut options = MqttOptions::new("rumqttc-3", "127.0.0.1", port);
         options.set_clean_session(clean);
@@ -97,7 +97,7 @@ async fn a_3_1_1_session_survives_its_connection() {
 #[tokio::test]
 async fn mqtt_5_both_ways() {
     let _machine = crate::beside_others().await;
-    let (_core, _edge, port) = start();
+    let (_broker, _edge, port) = start();
     let (client, mut events): (Client5, Loop5) =
         Client5::new(Options5::new("rumqttc-5", "127.0.0.1", port), COUNT);
     client

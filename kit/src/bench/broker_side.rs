@@ -1,4 +1,4 @@
-//! The core's side: many filters, storms of SUBSCRIBE, and who gets how much of a small window.
+//! The broker's side: many filters, storms of SUBSCRIBE, and who gets how much of a small window.
 
 use std::io;
 use std::sync::Arc;
@@ -48,8 +48,8 @@ pub(super) fn filters(lab: &mut Lab) -> io::Result<()> {
         again.push(runtime.block_on(subscribe(&mut fleet))?.as_secs_f64());
         drop(fleet);
 
-        let core = lab.core()?;
-        let direct = Arc::new(at(&core.addr().to_string())?);
+        let broker = lab.broker()?;
+        let direct = Arc::new(at(&broker.addr().to_string())?);
         let mut fleet = runtime.block_on(gather(&direct, clients))?;
         alone.push(runtime.block_on(subscribe(&mut fleet))?.as_secs_f64());
         drop(fleet);
@@ -79,14 +79,14 @@ pub(super) fn filters(lab: &mut Lab) -> io::Result<()> {
     Ok(())
 }
 
-/// How long publishes of polite clients take while another floods a core with a window of 20.
+/// How long publishes of polite clients take while another floods a broker with a window of 20.
 pub(super) fn fairness(lab: &mut Lab) -> io::Result<()> {
     let runtime = runtime()?;
     let (mut calm, mut flooded, mut shares) = (vec![], vec![], vec![]);
     for _ in 0..lab.args.rounds.min(3) {
-        let core = MosquittoConfig::default().start()?;
+        let broker = MosquittoConfig::default().start()?;
         let edge = lab
-            .config(&["tcp"], &core.url())
+            .config(&["tcp"], &broker.url())
             .set("upstream", "protocol", "\"3.1.1\"")
             .set("upstream", "publish_links", "1")
             .start()?;

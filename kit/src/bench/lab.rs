@@ -20,22 +20,22 @@ pub(super) struct Lab {
     runs: u32,
 }
 
-/// Tidegate before a core of its own.
+/// Tidegate before a broker of its own.
 #[derive(Debug)]
 pub(super) struct Pair {
-    pub(super) core: Mosquitto,
+    pub(super) broker: Mosquitto,
     pub(super) edge: Tidegate,
 }
 
 impl Pair {
     /// The load tool's options for watching both.
     pub(super) fn watch(&self) -> Vec<String> {
-        let (edge, core) = (self.edge.pid(), self.core.pid());
+        let (edge, broker) = (self.edge.pid(), self.broker.pid());
         [
             "--pid".into(),
             format!("tidegate={edge}"),
             "--pid".into(),
-            format!("core={core}"),
+            format!("broker={broker}"),
         ]
         .into()
     }
@@ -68,8 +68,8 @@ impl Lab {
         })
     }
 
-    /// A core as all comparisons use it: no queue limit, a window that does not matter.
-    pub(super) fn core(&self) -> io::Result<Mosquitto> {
+    /// A broker as all comparisons use it: no queue limit, a window that does not matter.
+    pub(super) fn broker(&self) -> io::Result<Mosquitto> {
         let max_inflight_messages = Some(2000);
         MosquittoConfig {
             max_inflight_messages,
@@ -78,22 +78,22 @@ impl Lab {
         .start()
     }
 
-    /// Tidegate with these listeners before a fresh core.
+    /// Tidegate with these listeners before a fresh broker.
     pub(super) fn pair(&self, listeners: &[&str]) -> io::Result<Pair> {
-        let core = self.core()?;
-        let edge = self.edge(listeners, &core.url())?;
-        Ok(Pair { core, edge })
+        let broker = self.broker()?;
+        let edge = self.edge(listeners, &broker.url())?;
+        Ok(Pair { broker, edge })
     }
 
-    /// Tidegate with these listeners before a core's URL.
-    pub(super) fn edge(&self, listeners: &[&str], core: &str) -> io::Result<Tidegate> {
-        self.config(listeners, core).start()
+    /// Tidegate with these listeners before a broker's URL.
+    pub(super) fn edge(&self, listeners: &[&str], broker: &str) -> io::Result<Tidegate> {
+        self.config(listeners, broker).start()
     }
 
     /// The same, not started yet.
-    pub(super) fn config(&self, listeners: &[&str], core: &str) -> TidegateConfig {
+    pub(super) fn config(&self, listeners: &[&str], broker: &str) -> TidegateConfig {
         let level = "\"warn\"";
-        TidegateConfig::new(&self.tidegate, core)
+        TidegateConfig::new(&self.tidegate, broker)
             .listen(listeners)
             .set("log", "level", level)
             .set("limits", "connect_rate_max", "50000")
@@ -181,13 +181,13 @@ impl Lab {
             .lines()
             .find_map(|l| l.strip_prefix("model name"))
             .unwrap_or("?");
-        let cores = std::thread::available_parallelism().map_or(0, usize::from);
+        let brokers = std::thread::available_parallelism().map_or(0, usize::from);
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let args: Vec<_> = std::env::args().skip(1).collect();
         format!(
             "\n## Tidegate before mosquitto, against mosquitto alone\n\n\
              {} · commit {} · `scripts/bench.sh {}`\n\n\
-             {cores} × {} · Linux {} · {} · {} · load average at the start {}\n",
+             {brokers} × {} · Linux {} · {} · {} · load average at the start {}\n",
             output("date", &["-u", "+%Y-%m-%d %H:%M UTC"]),
             output("git", &["describe", "--always", "--dirty"]),
             args.join(" "),

@@ -15,7 +15,7 @@ pub(super) fn connections(
         "connect --connections {n} --base {} --qos 1",
         n / 5
     ));
-    let (mut tidegate, mut core, mut rate) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut tidegate, mut broker, mut rate) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..lab.args.rounds.min(3) {
         let pair = lab.pair(&[transport])?;
         let to = words(&format!("--url {}", pair.edge.url(transport)));
@@ -33,7 +33,7 @@ pub(super) fn connections(
                 .unwrap_or(f64::NAN)
         };
         tidegate.push(growth("tidegate"));
-        core.push(growth("core"));
+        broker.push(growth("broker"));
         rate.push(report["connections_per_s"].as_f64().unwrap_or(f64::NAN));
     }
     let bytes = median(&tidegate);
@@ -43,12 +43,12 @@ pub(super) fn connections(
     ));
     lab.say(&format!(
         "**{bytes:.0} bytes** of private memory each from {} to {n} connections (runs {}), wanted at most {bound:.0}: {}; \
-         better is {wanted:.0}: {}. Its core grew by {:.0} each. {:.0} connects and subscribes a second.\n",
+         better is {wanted:.0}: {}. Its broker grew by {:.0} each. {:.0} connects and subscribes a second.\n",
         n / 5,
         list(&tidegate),
         reached(bytes, bound),
         reached(bytes, wanted),
-        median(&core),
+        median(&broker),
         median(&rate),
     ));
     Ok(())

@@ -12,7 +12,7 @@ pub(super) fn fan_out(lab: &mut Lab, qos: u8, bound: f64) -> io::Result<()> {
     let load = words(&format!(
         "fan-out --qos {qos} --payload 64 --publishers 1 --subscribers 500"
     ));
-    let (alone, pair) = (lab.core()?, lab.pair(&["ws"])?);
+    let (alone, pair) = (lab.broker()?, lab.pair(&["ws"])?);
     let url = pair.edge.url("ws").to_string();
     let rounds = alternate(lab, &load, &alone, &pair, &url)?;
     let title = format!("Fan-out of 64 bytes to 500 subscribers, QoS {qos}, as fast as they go");
@@ -25,7 +25,7 @@ pub(super) fn fan_out(lab: &mut Lab, qos: u8, bound: f64) -> io::Result<()> {
     );
     row(lab, "mosquitto alone", &rounds.alone, "mosquitto");
     row(lab, "tidegate", &rounds.pair, "tidegate");
-    row(lab, "its core", &rounds.pair, "core");
+    row(lab, "its broker", &rounds.pair, "broker");
     let cpu = |r: &Value, p: &str| of(r, p, "cpu_ns_per_delivery");
     let ratio = rounds.ratio(|a, b| cpu(b, "tidegate") / cpu(a, "mosquitto"));
     lab.say(&format!(
@@ -51,7 +51,7 @@ pub(super) fn fan_out(lab: &mut Lab, qos: u8, bound: f64) -> io::Result<()> {
 /// 300 pairs on tcp at QoS 1, 5,000 messages a second together.
 pub(super) fn pairs(lab: &mut Lab) -> io::Result<()> {
     let load = words("pairs --qos 1 --payload 64 --publishers 300 --rate 5000");
-    let (alone, pair) = (lab.core()?, lab.pair(&["tcp"])?);
+    let (alone, pair) = (lab.broker()?, lab.pair(&["tcp"])?);
     let url = pair.edge.url("tcp").to_string();
     let rounds = alternate(lab, &load, &alone, &pair, &url)?;
     lab.say(&format!(
@@ -63,12 +63,12 @@ pub(super) fn pairs(lab: &mut Lab) -> io::Result<()> {
     );
     row(lab, "mosquitto alone", &rounds.alone, "mosquitto");
     row(lab, "tidegate", &rounds.pair, "tidegate");
-    row(lab, "its core", &rounds.pair, "core");
+    row(lab, "its broker", &rounds.pair, "broker");
     let cpu = |r: &Value, p: &str| of(r, p, "cpu_ns_per_delivery");
-    let both = |r: &Value| cpu(r, "tidegate") + cpu(r, "core");
+    let both = |r: &Value| cpu(r, "tidegate") + cpu(r, "broker");
     let ratio = rounds.ratio(|a, b| both(b) / cpu(a, "mosquitto"));
     lab.say(&format!(
-        "\nCPU of Tidegate and its core over mosquitto alone: **{:.2}** (rounds {}), wanted at most 1.6: {}\n",
+        "\nCPU of Tidegate and its broker over mosquitto alone: **{:.2}** (rounds {}), wanted at most 1.6: {}\n",
         median(&ratio),
         list(&ratio),
         reached(median(&ratio), 1.6)
@@ -79,7 +79,7 @@ pub(super) fn pairs(lab: &mut Lab) -> io::Result<()> {
 
 /// 100 pairs at 1,000 messages a second: the latency of a quiet day, over each transport.
 pub(super) fn paced(lab: &mut Lab) -> io::Result<()> {
-    let (alone, pair) = (lab.core()?, lab.pair(&["tcp", "ws", "wss", "quic"])?);
+    let (alone, pair) = (lab.broker()?, lab.pair(&["tcp", "ws", "wss", "quic"])?);
     let load = words("paced --qos 1 --payload 64 --publishers 100 --rate 1000");
     lab.say(&format!(
         "### Latency at 1,000 messages a second, QoS 1\n\n`load {}`\n",

@@ -1,4 +1,4 @@
-//! What 100 flaps a second cost the core: packets and bytes on the links, beside none.
+//! What 100 flaps a second cost the broker: packets and bytes on the links, beside none.
 
 use std::io;
 
@@ -12,14 +12,14 @@ pub(super) fn upstream_idle(lab: &mut Lab) -> io::Result<()> {
         .worker_threads(1)
         .enable_all()
         .build()?;
-    let core = lab.core()?;
-    let recorder = runtime.block_on(Recorder::start(core.addr()))?;
+    let broker = lab.broker()?;
+    let recorder = runtime.block_on(Recorder::start(broker.addr()))?;
     let edge = lab.edge(&["ws"], &recorder.url())?;
     let load = words("flap --qos 1 --payload 64 --connections 1000 --rate 500");
     let watch = words(&format!(
-        "--pid tidegate={} --pid core={}",
+        "--pid tidegate={} --pid broker={}",
         edge.pid(),
-        core.pid()
+        broker.pid()
     ));
     let to = words(&format!(
         "--url {} --seconds {}",
@@ -49,7 +49,7 @@ pub(super) fn upstream_idle(lab: &mut Lab) -> io::Result<()> {
         median(&stormy.iter().map(|(d, _)| pings(d) as f64).collect::<Vec<_>>()),
     ));
     lab.say(
-        "| | flaps | CONNECT | SUBSCRIBE | UNSUBSCRIBE | second copies | packets per message | bytes per message | core's CPU, s |\n|---|---|---|---|---|---|---|---|---|",
+        "| | flaps | CONNECT | SUBSCRIBE | UNSUBSCRIBE | second copies | packets per message | bytes per message | broker's CPU, s |\n|---|---|---|---|---|---|---|---|---|",
     );
     for (title, runs) in [("none", &calm), ("100 a second", &stormy)] {
         let all = |figure: &dyn Fn(&Diff, &serde_json::Value) -> f64| {
@@ -60,16 +60,20 @@ pub(super) fn upstream_idle(lab: &mut Lab) -> io::Result<()> {
                     .collect::<Vec<_>>(),
             )
         };
-        let packets = |k: u8| all(&|diff, _| diff.to_core[usize::from(k)] as f64);
+        let packets = |k: u8| all(&|diff, _| diff.to_broker[usize::from(k)] as f64);
         let flaps = all(&|_, r| r["flaps"].as_f64().unwrap_or(f64::NAN));
-        let per = |d: &Diff, n: u64| n as f64 / d.to_core[usize::from(kind::PUBLISH)] as f64;
-        let all_packets =
-            all(&|d, _| per(d, d.packets_to_core() + d.packets_to_tidegate() - pings(d)));
+        let per = |d: &Diff, n: u64| n as f64 / d.to_broker[usize::from(kind::PUBLISH)] as f64;
+        let all_packets = all(&|d, _| {
+            per(
+                d,
+                d.packets_to_broker() + d.packets_to_tidegate() - pings(d),
+            )
+        });
         // A PINGREQ or PINGRESP has two bytes.
-        let bytes = |d: &Diff| d.bytes_to_core + d.bytes_to_tidegate - 2 * pings(d);
+        let bytes = |d: &Diff| d.bytes_to_broker + d.bytes_to_tidegate - 2 * pings(d);
         let all_bytes = all(&|d, _| per(d, bytes(d)));
         let copies = all(&|d, _| d.second_copies as f64);
-        let cpu = all(&|_, r| super::lab::of(r, "core", "cpu_s"));
+        let cpu = all(&|_, r| super::lab::of(r, "broker", "cpu_s"));
         lab.say(&format!(
             "| {title} | {flaps:.0} | {:.0} | {:.0} | {:.0} | {copies:.0} | {all_packets:.4} | {all_bytes:.3} | {cpu:.2} |",
             packets(kind::CONNECT),
@@ -95,5 +99,5 @@ fn pings(diff: &Diff) -> u64 {
     let ping = |packets: &[u64; 16]| {
         packets[usize::from(kind::PINGREQ)] + packets[usize::from(kind::PINGRESP)]
     };
-    ping(&diff.to_core) + ping(&diff.to_tidegate)
+    ping(&diff.to_broker) + ping(&diff.to_tidegate)
 }

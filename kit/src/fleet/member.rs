@@ -288,7 +288,7 @@ impl Member {
 
     /// A PUBACK that is on its way when the connection breaks would leave the server certain that
     /// the exchange is over: a second copy would then be right [MQTT-4.3.2-5]. So a client only breaks
-    /// off with publishes whose PUBACK cannot have left the core yet.
+    /// off with publishes whose PUBACK cannot have left the broker yet.
     async fn wait_for_acknowledgements(&mut self, client: &mut Client) -> Result<(), ClientError> {
         let deadline = Instant::now() + PATIENCE;
         while !self.open.is_empty() {
@@ -332,7 +332,7 @@ impl Member {
             .await
     }
 
-    /// The same bytes each time, so that a second copy at the core shows itself.
+    /// The same bytes each time, so that a second copy at the broker shows itself.
     fn message(&self, id: u16, seq: u64, dup: bool) -> Publish {
         let plan = &self.shared.plan;
         let stamp = Stamp {

@@ -114,7 +114,7 @@ pub(super) fn judge(
             let missing = arrivals.of(tally.kind).lost(stream, tally.said);
             if missing > 0 {
                 v.faults.push(format!(
-                    "{name}: {missing} of its publishes never reached the core"
+                    "{name}: {missing} of its publishes never reached the broker"
                 ));
             }
             if tally.unacknowledged > 0 {
@@ -128,7 +128,7 @@ pub(super) fn judge(
     for (stream, seq, fault) in arrivals.kept.faults.iter().chain(&arrivals.clean.faults) {
         let client = stream.wrapping_sub(first);
         v.faults
-            .push(format!("at the core: client {client} seq {seq}: {fault}"));
+            .push(format!("at the broker: client {client} seq {seq}: {fault}"));
     }
     for will in wills {
         let client = will.rsplit('/').next().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Debian's mosquitto as the core, on a free loopback port.
+//! Debian's mosquitto as the broker, on a free loopback port.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use super::{START_PATIENCE, Server, TempDir, free_port};
 use crate::certs::Certs;
 
-/// What a core is started with. The default is an open, volatile one without queue limits.
+/// What a broker is started with. The default is an open, volatile one without queue limits.
 #[derive(Debug, Clone, Default)]
 pub struct MosquittoConfig {
     /// `max_queued_messages`; 0, the default here, is no limit.
@@ -29,13 +29,13 @@ pub struct MosquittoConfig {
 }
 
 impl MosquittoConfig {
-    /// Starts a core.
+    /// Starts a broker.
     ///
     /// # Errors
     /// mosquitto is not installed or does not start.
     pub fn start(&self) -> io::Result<Mosquitto> {
         let dir = TempDir::new("mosquitto")?;
-        let mut core = Mosquitto {
+        let mut broker = Mosquitto {
             dir,
             port: 0,
             config: self.clone(),
@@ -44,9 +44,9 @@ impl MosquittoConfig {
         // Another process may take the free port first; then the next one is tried.
         let mut last = None;
         for _ in 0..5 {
-            core.port = free_port()?;
-            match core.start_again() {
-                Ok(()) => return Ok(core),
+            broker.port = free_port()?;
+            match broker.start_again() {
+                Ok(()) => return Ok(broker),
                 Err(e) => last = Some(e),
             }
         }
@@ -54,7 +54,7 @@ impl MosquittoConfig {
     }
 }
 
-/// A running core, killed when dropped.
+/// A running broker, killed when dropped.
 #[derive(Debug)]
 pub struct Mosquitto {
     dir: TempDir,
@@ -64,7 +64,7 @@ pub struct Mosquitto {
 }
 
 impl Mosquitto {
-    /// Starts an open, volatile core without queue limits.
+    /// Starts an open, volatile broker without queue limits.
     ///
     /// # Errors
     /// As [`MosquittoConfig::start`].
@@ -97,7 +97,7 @@ impl Mosquitto {
     /// # Panics
     /// If it is stopped.
     pub fn pid(&self) -> u32 {
-        self.server.as_ref().expect("the core is running").pid()
+        self.server.as_ref().expect("the broker is running").pid()
     }
 
     /// Its log so far.

@@ -26,8 +26,8 @@ pub struct TidegateConfig {
 
 impl TidegateConfig {
     /// A configuration for the binary `bin` (`env!("CARGO_BIN_EXE_tidegate")` in a test) before
-    /// one core, such as `mqtt://127.0.0.1:1883` or `embedded:`. Without listeners so far.
-    pub fn new(bin: impl Into<PathBuf>, core: &str) -> Self {
+    /// one broker, such as `mqtt://127.0.0.1:1883` or `embedded:`. Without listeners so far.
+    pub fn new(bin: impl Into<PathBuf>, broker: &str) -> Self {
         let bin = bin.into();
         let mut this = Self {
             bin,
@@ -38,7 +38,7 @@ impl TidegateConfig {
         this.put("", "version", "1");
         this.put("node", "id", "\"kit\"");
         this.put("node", "data_dir", "\"data\"");
-        this.put("upstream", "servers", &format!("[\"{core}\"]"));
+        this.put("upstream", "servers", &format!("[\"{broker}\"]"));
         this.put("auth", "mode", "\"anonymous\"");
         this.put("auth", "acl", "\"open\"");
         this.put("admin", "bind", "\"127.0.0.1:0\"");

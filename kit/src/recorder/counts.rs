@@ -27,12 +27,12 @@ pub(super) struct Counts {
 /// What passed the recorder up to a moment.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
-    /// Packets toward the core by packet type number.
-    pub to_core: [u64; 16],
+    /// Packets toward the broker by packet type number.
+    pub to_broker: [u64; 16],
     /// Packets toward Tidegate by packet type number.
     pub to_tidegate: [u64; 16],
-    /// Bytes toward the core.
-    pub bytes_to_core: u64,
+    /// Bytes toward the broker.
+    pub bytes_to_broker: u64,
     /// Bytes toward Tidegate.
     pub bytes_to_tidegate: u64,
     /// Filters in SUBSCRIBE packets and how often each was sent.
@@ -41,11 +41,11 @@ pub struct Snapshot {
     pub unsubscribed: BTreeMap<String, u64>,
     /// Links by the order in which they connected.
     pub links: Vec<LinkInfo>,
-    /// Publishes toward the core whose topic and payload had passed before.
+    /// Publishes toward the broker whose topic and payload had passed before.
     pub second_copies: u64,
     /// The first of them.
     pub second_copies_seen: Vec<SecondCopy>,
-    /// Publishes toward the core by topic with its last level cut off, for reports.
+    /// Publishes toward the broker by topic with its last level cut off, for reports.
     pub published_below: BTreeMap<String, u64>,
     /// Packets that the recorder could not read, with their direction.
     pub illegal: Vec<String>,
@@ -62,7 +62,7 @@ pub struct LinkInfo {
     pub clean: bool,
 }
 
-/// A publish toward the core that had passed before.
+/// A publish toward the broker that had passed before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SecondCopy {
     /// Topic name.
@@ -92,7 +92,7 @@ impl Counts {
 
     pub(super) fn packet(&mut self, toward: Toward, kind: u8, bytes: usize) {
         let (packets, total) = match toward {
-            Toward::Core => (&mut self.now.to_core, &mut self.now.bytes_to_core),
+            Toward::Broker => (&mut self.now.to_broker, &mut self.now.bytes_to_broker),
             Toward::Tidegate => (&mut self.now.to_tidegate, &mut self.now.bytes_to_tidegate),
         };
         packets[usize::from(kind)] += 1;
@@ -168,9 +168,9 @@ impl Snapshot {
         };
         let copies = earlier.second_copies_seen.len();
         Diff {
-            to_core: minus(&self.to_core, &earlier.to_core),
+            to_broker: minus(&self.to_broker, &earlier.to_broker),
             to_tidegate: minus(&self.to_tidegate, &earlier.to_tidegate),
-            bytes_to_core: self.bytes_to_core - earlier.bytes_to_core,
+            bytes_to_broker: self.bytes_to_broker - earlier.bytes_to_broker,
             bytes_to_tidegate: self.bytes_to_tidegate - earlier.bytes_to_tidegate,
             subscribed: grown(&self.subscribed, &earlier.subscribed),
             unsubscribed: grown(&self.unsubscribed, &earlier.unsubscribed),
@@ -185,12 +185,12 @@ impl Snapshot {
 /// What passed between two snapshots.
 #[derive(Debug, Clone, Default)]
 pub struct Diff {
-    /// Packets toward the core by packet type number.
-    pub to_core: [u64; 16],
+    /// Packets toward the broker by packet type number.
+    pub to_broker: [u64; 16],
     /// Packets toward Tidegate by packet type number.
     pub to_tidegate: [u64; 16],
-    /// Bytes toward the core.
-    pub bytes_to_core: u64,
+    /// Bytes toward the broker.
+    pub bytes_to_broker: u64,
     /// Bytes toward Tidegate.
     pub bytes_to_tidegate: u64,
     /// Filters subscribed to.
@@ -219,14 +219,14 @@ impl Diff {
         ];
         disturbing
             .iter()
-            .all(|k| self.to_core[usize::from(*k)] == 0)
+            .all(|k| self.to_broker[usize::from(*k)] == 0)
             && self.second_copies == 0
             && self.illegal.is_empty()
     }
 
-    /// Packets toward the core in all.
-    pub fn packets_to_core(&self) -> u64 {
-        self.to_core.iter().sum()
+    /// Packets toward the broker in all.
+    pub fn packets_to_broker(&self) -> u64 {
+        self.to_broker.iter().sum()
     }
 
     /// Packets toward Tidegate in all.
@@ -250,9 +250,9 @@ impl fmt::Display for Diff {
         };
         writeln!(
             f,
-            "toward the core: {} ({} bytes)",
-            named(&self.to_core),
-            self.bytes_to_core
+            "toward the broker: {} ({} bytes)",
+            named(&self.to_broker),
+            self.bytes_to_broker
         )?;
         let bytes = self.bytes_to_tidegate;
         writeln!(

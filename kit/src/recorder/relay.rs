@@ -21,7 +21,7 @@ const BATCHES: usize = 4096;
 
 #[derive(Clone)]
 pub(super) struct Shared {
-    pub(super) core: SocketAddr,
+    pub(super) broker: SocketAddr,
     pub(super) behaviour: watch::Receiver<Behaviour>,
     pub(super) counts: Arc<Mutex<Counts>>,
 }
@@ -52,26 +52,26 @@ pub(super) async fn accept(listener: TcpListener, shared: Shared) {
 }
 
 async fn link(mut stream: TcpStream, mut shared: Shared) {
-    let Ok(mut core) = TcpStream::connect(shared.core).await else {
+    let Ok(mut broker) = TcpStream::connect(shared.broker).await else {
         let _ = stream.set_zero_linger();
         return;
     };
-    let _ = (stream.set_nodelay(true), core.set_nodelay(true));
+    let _ = (stream.set_nodelay(true), broker.set_nodelay(true));
     let generation = shared.behaviour.borrow_and_update().generation;
     let mut behaviour = shared.behaviour.clone();
     let cut = {
         let (from_tidegate, to_tidegate) = stream.split();
-        let (from_core, to_core) = core.split();
+        let (from_broker, to_broker) = broker.split();
         let opened = Mutex::new(None);
-        let up = direction(Toward::Core, from_tidegate, to_core, &shared, &opened);
-        let down = direction(Toward::Tidegate, from_core, to_tidegate, &shared, &opened);
+        let up = direction(Toward::Broker, from_tidegate, to_broker, &shared, &opened);
+        let down = direction(Toward::Tidegate, from_broker, to_tidegate, &shared, &opened);
         tokio::select! {
             _ = async { tokio::join!(up, down) } => false,
             _ = behaviour.wait_for(|b| b.generation > generation) => true,
         }
     };
     if cut {
-        let _ = (stream.set_zero_linger(), core.set_zero_linger());
+        let _ = (stream.set_zero_linger(), broker.set_zero_linger());
     }
 }
 
@@ -126,7 +126,7 @@ async fn write(
             sleep_until(due).await;
         }
         let paused = |b: &Behaviour| match toward {
-            Toward::Core => b.paused_to_core,
+            Toward::Broker => b.paused_to_broker,
             Toward::Tidegate => b.paused_to_tidegate,
         };
         if behaviour.wait_for(|b| !paused(b)).await.is_err() {
@@ -137,7 +137,7 @@ async fn write(
     to.shutdown().await
 }
 
-/// Counts the whole packets of a buffer. Returns their length and whether the core acknowledges
+/// Counts the whole packets of a buffer. Returns their length and whether the broker acknowledges
 /// publishes among them.
 fn count(
     toward: Toward,
@@ -179,7 +179,7 @@ fn inspect(
 ) -> Result<(), String> {
     let version = opened.as_ref().map_or(Version::V5, |o| o.version);
     let decoded = decode(version, &bytes[..f.len]).map_err(|e| e.to_string())?;
-    let Some((packet, _)) = decoded.filter(|_| toward == Toward::Core) else {
+    let Some((packet, _)) = decoded.filter(|_| toward == Toward::Broker) else {
         return Ok(());
     };
     match packet {

@@ -30,8 +30,8 @@ fn dialer(addr: SocketAddr) -> Dialer {
 
 #[tokio::test]
 async fn the_client_speaks_with_mosquitto_in_every_version() -> Result {
-    let core = Mosquitto::start()?;
-    let dialer = dialer(core.addr());
+    let broker = Mosquitto::start()?;
+    let dialer = dialer(broker.addr());
     for version in VERSIONS {
         let name = format!("v{}", version.level());
         let connect = |id: &str| Connect::new(format!("{name}-{id}")).version(version);
@@ -84,8 +84,8 @@ async fn the_client_speaks_with_mosquitto_in_every_version() -> Result {
 
 #[tokio::test]
 async fn a_reset_keeps_the_session_and_fires_the_will() -> Result {
-    let core = Mosquitto::start()?;
-    let dialer = dialer(core.addr());
+    let broker = Mosquitto::start()?;
+    let dialer = dialer(broker.addr());
     let (mut watcher, _) = Client::connect(&dialer, &Connect::new("watcher")).await?;
     watcher.subscribe(&["will"], 1).await?;
     let will = Will {
@@ -116,12 +116,12 @@ async fn a_reset_keeps_the_session_and_fires_the_will() -> Result {
 #[tokio::test]
 async fn refusals_and_passwords() -> Result {
     let login = Some(("edge".to_owned(), "secret".to_owned()));
-    let core = MosquittoConfig {
+    let broker = MosquittoConfig {
         login,
         ..MosquittoConfig::default()
     }
     .start()?;
-    let dialer = dialer(core.addr());
+    let dialer = dialer(broker.addr());
     let refused = Client::connect(&dialer, &Connect::new("a").login("edge", "wrong")).await;
     assert!(matches!(refused, Err(ClientError::Refused(ack)) if ack.code == 0x87));
     Client::connect(&dialer, &Connect::new("a").login("edge", "secret")).await?;
@@ -134,31 +134,31 @@ async fn mosquitto_keeps_its_sessions_over_a_restart() -> Result {
         persistence: true,
         ..MosquittoConfig::default()
     };
-    let mut core = config.start()?;
-    let dialer = dialer(core.addr());
+    let mut broker = config.start()?;
+    let dialer = dialer(broker.addr());
     let connect = Connect::new("phone").expiry(300).clean(false);
     Client::connect(&dialer, &connect)
         .await?
         .0
         .disconnect()
         .await?;
-    core.stop(false)?;
-    core.start_again()?;
+    broker.stop(false)?;
+    broker.start_again()?;
     assert!(Client::connect(&dialer, &connect).await?.1.session_present);
     Ok(())
 }
 
 #[tokio::test]
 async fn the_recorder_shows_what_a_flap_could_hide() -> Result {
-    let core = Mosquitto::start()?;
-    let recorder = Recorder::start(core.addr()).await?;
+    let broker = Mosquitto::start()?;
+    let recorder = Recorder::start(broker.addr()).await?;
     let dialer = dialer(recorder.addr());
     let (mut link, _) = Client::connect(&dialer, &Connect::new("link")).await?;
     link.subscribe(&["a/#"], 1).await?;
     link.publish("a/b", "one", 1).await?;
     link.ping().await?;
     let before = recorder.snapshot();
-    assert_eq!(before.to_core[usize::from(kind::CONNECT)], 1);
+    assert_eq!(before.to_broker[usize::from(kind::CONNECT)], 1);
     assert_eq!(
         (before.links[0].client_id.as_str(), before.links[0].level),
         ("link", 5)
@@ -169,7 +169,7 @@ async fn the_recorder_shows_what_a_flap_could_hide() -> Result {
     link.ping().await?;
     let quiet = recorder.snapshot().since(&before);
     assert!(quiet.is_quiet(), "{quiet}");
-    assert_eq!(quiet.to_core[usize::from(kind::PUBLISH)], 1);
+    assert_eq!(quiet.to_broker[usize::from(kind::PUBLISH)], 1);
 
     link.subscribe(&["c"], 0).await?;
     let diff = recorder.snapshot().since(&before);
@@ -210,8 +210,8 @@ async fn the_recorder_shows_what_a_flap_could_hide() -> Result {
 
 #[tokio::test]
 async fn the_recorder_delays_pauses_cuts_and_refuses() -> Result {
-    let core = Mosquitto::start()?;
-    let recorder = Recorder::start(core.addr()).await?;
+    let broker = Mosquitto::start()?;
+    let recorder = Recorder::start(broker.addr()).await?;
     let dialer = dialer(recorder.addr());
     let (mut link, _) = Client::connect(&dialer, &Connect::new("link")).await?;
     let delay = Duration::from_millis(150);
@@ -221,10 +221,10 @@ async fn the_recorder_delays_pauses_cuts_and_refuses() -> Result {
     assert!(start.elapsed() >= delay);
     recorder.delay_acks(Duration::ZERO);
 
-    recorder.pause(Toward::Core, true);
+    recorder.pause(Toward::Broker, true);
     link.send(&Packet::PingReq).await?;
     assert_eq!(link.next_within(Duration::from_millis(100)).await?, None);
-    recorder.pause(Toward::Core, false);
+    recorder.pause(Toward::Broker, false);
     assert_eq!(link.next().await?, Packet::PingResp);
 
     recorder.cut();
@@ -246,9 +246,9 @@ async fn the_recorder_delays_pauses_cuts_and_refuses() -> Result {
 
 #[tokio::test]
 async fn rumqttc_and_the_kit_understand_each_other() -> Result {
-    let core = Mosquitto::start()?;
-    let recorder = Recorder::start(core.addr()).await?;
-    let (mut ours, _) = Client::connect(&dialer(core.addr()), &Connect::new("ours")).await?;
+    let broker = Mosquitto::start()?;
+    let recorder = Recorder::start(broker.addr()).await?;
+    let (mut ours, _) = Client::connect(&dialer(broker.addr()), &Connect::new("ours")).await?;
     ours.subscribe(&["from/theirs"], 1).await?;
     let addr = recorder.addr();
     let options = rumqttc::v5::MqttOptions::new("theirs", addr.ip().to_string(), addr.port());
@@ -279,13 +279,13 @@ async fn rumqttc_and_the_kit_understand_each_other() -> Result {
 }
 
 #[tokio::test]
-async fn a_fleet_before_a_bare_core_shows_what_flaps_cost() -> Result {
-    let core = MosquittoConfig {
+async fn a_fleet_before_a_bare_broker_shows_what_flaps_cost() -> Result {
+    let broker = MosquittoConfig {
         max_inflight_messages: Some(500),
         ..MosquittoConfig::default()
     };
-    let core = core.start()?;
-    let recorder = Recorder::start(core.addr()).await?;
+    let broker = broker.start()?;
+    let recorder = Recorder::start(broker.addr()).await?;
     recorder.watch("fleet/");
     let plan = Plan {
         clients: 12,
@@ -302,7 +302,7 @@ async fn a_fleet_before_a_bare_core_shows_what_flaps_cost() -> Result {
     };
     recorder.delay_acks(plan.ack_delay);
     let edge = Arc::new(dialer(recorder.addr()));
-    let mut fleet = Fleet::gather(plan, edge, &dialer(core.addr())).await?;
+    let mut fleet = Fleet::gather(plan, edge, &dialer(broker.addr())).await?;
     fleet.warm_up().await;
     let before = recorder.snapshot();
     fleet.flap().await?;
@@ -312,12 +312,15 @@ async fn a_fleet_before_a_bare_core_shows_what_flaps_cost() -> Result {
     // mosquitto keeps its sessions well, but nothing shields it.
     assert_eq!(verdict.flaps, 60, "{verdict}");
     assert!(verdict.resumes > 0 && verdict.duplicates > 0, "{verdict}");
-    assert!(diff.to_core[usize::from(kind::CONNECT)] >= 60, "{diff}");
-    assert!(diff.to_core[usize::from(kind::SUBSCRIBE)] > 0, "{diff}");
+    assert!(diff.to_broker[usize::from(kind::CONNECT)] >= 60, "{diff}");
+    assert!(diff.to_broker[usize::from(kind::SUBSCRIBE)] > 0, "{diff}");
     assert!(diff.second_copies > 0 && !diff.is_quiet(), "{diff}");
     // Sent twice, a publish arrives twice, and the books show it.
     assert!(
-        verdict.faults.iter().any(|f| f.starts_with("at the core")),
+        verdict
+            .faults
+            .iter()
+            .any(|f| f.starts_with("at the broker")),
         "{verdict}"
     );
     assert!(
@@ -358,17 +361,17 @@ async fn exercise(url: &str, trust: &Trust) -> Result {
 
 #[tokio::test]
 async fn the_client_speaks_over_tcp_and_tls() -> Result {
-    let core = Mosquitto::start()?;
-    exercise(&format!("tcp://{}", core.addr()), &Trust::Anything).await?;
+    let broker = Mosquitto::start()?;
+    exercise(&format!("tcp://{}", broker.addr()), &Trust::Anything).await?;
     let dir = TempDir::new("certs")?;
     let certs = Certs::make(dir.path())?;
     let tls = Some(certs.clone());
-    let core = MosquittoConfig {
+    let broker = MosquittoConfig {
         tls,
         ..MosquittoConfig::default()
     }
     .start()?;
-    let url = format!("tls://localhost:{}", core.port());
+    let url = format!("tls://localhost:{}", broker.port());
     exercise(&url, &Trust::ca(&certs.ca)?).await?;
     // Another authority's client does not connect.
     let other = TempDir::new("certs")?;
@@ -380,26 +383,26 @@ async fn the_client_speaks_over_tcp_and_tls() -> Result {
 
 #[tokio::test]
 async fn the_client_speaks_over_ws() -> Result {
-    let core = Mosquitto::start()?;
+    let broker = Mosquitto::start()?;
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("ws://{}/mqtt", listener.local_addr()?);
-    tokio::spawn(ws_relay(listener, core.addr()));
+    tokio::spawn(ws_relay(listener, broker.addr()));
     exercise(&url, &Trust::Anything).await
 }
 
 #[tokio::test]
 async fn the_client_speaks_over_quic() -> Result {
-    let core = Mosquitto::start()?;
+    let broker = Mosquitto::start()?;
     let dir = TempDir::new("certs")?;
     let certs = Certs::make(dir.path())?;
     let endpoint = quic_endpoint(&certs)?;
     let url = format!("quic://localhost:{}", endpoint.local_addr()?.port());
-    tokio::spawn(quic_relay(endpoint, core.addr()));
+    tokio::spawn(quic_relay(endpoint, broker.addr()));
     exercise(&url, &Trust::ca(&certs.ca)?).await
 }
 
 #[allow(clippy::result_large_err)]
-async fn ws_relay(listener: TcpListener, core: SocketAddr) {
+async fn ws_relay(listener: TcpListener, broker: SocketAddr) {
     use tokio_tungstenite::tungstenite::Message;
     use tokio_tungstenite::tungstenite::handshake::server::{Request, Response};
     while let Ok((stream, _)) = listener.accept().await {
@@ -415,21 +418,21 @@ async fn ws_relay(listener: TcpListener, core: SocketAddr) {
             let Ok((mut to, mut from)) = socket.map(StreamExt::split) else {
                 return;
             };
-            let Ok((mut core_from, mut core_to)) =
-                TcpStream::connect(core).await.map(TcpStream::into_split)
+            let Ok((mut broker_from, mut broker_to)) =
+                TcpStream::connect(broker).await.map(TcpStream::into_split)
             else {
                 return;
             };
             let up = async {
                 while let Some(Ok(Message::Binary(bytes))) = from.next().await {
-                    if core_to.write_all(&bytes).await.is_err() {
+                    if broker_to.write_all(&bytes).await.is_err() {
                         return;
                     }
                 }
             };
             let down = async {
                 let mut buf = vec![0; 1000];
-                while let Ok(n @ 1..) = core_from.read(&mut buf).await {
+                while let Ok(n @ 1..) = broker_from.read(&mut buf).await {
                     let message = Message::Binary(buf[..n].to_vec().into());
                     if to.send(message).await.is_err() {
                         return;
@@ -457,7 +460,7 @@ fn quic_endpoint(certs: &Certs) -> Result<quinn::Endpoint> {
     Ok(quinn::Endpoint::server(config, "127.0.0.1:0".parse()?)?)
 }
 
-async fn quic_relay(endpoint: quinn::Endpoint, core: SocketAddr) {
+async fn quic_relay(endpoint: quinn::Endpoint, broker: SocketAddr) {
     while let Some(incoming) = endpoint.accept().await {
         tokio::spawn(async move {
             let Ok(connection) = incoming.await else {
@@ -466,14 +469,14 @@ async fn quic_relay(endpoint: quinn::Endpoint, core: SocketAddr) {
             let Ok((mut to, mut from)) = connection.accept_bi().await else {
                 return;
             };
-            let Ok((mut core_from, mut core_to)) =
-                TcpStream::connect(core).await.map(TcpStream::into_split)
+            let Ok((mut broker_from, mut broker_to)) =
+                TcpStream::connect(broker).await.map(TcpStream::into_split)
             else {
                 return;
             };
             tokio::select! {
-                _ = tokio::io::copy(&mut from, &mut core_to) => {}
-                _ = tokio::io::copy(&mut core_from, &mut to) => {}
+                _ = tokio::io::copy(&mut from, &mut broker_to) => {}
+                _ = tokio::io::copy(&mut broker_from, &mut to) => {}
             }
         });
     }
