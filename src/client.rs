@@ -70,8 +70,8 @@ pub struct ListenerContext {
     pub webtransport: Option<Arc<ListenerMetrics>>,
     /// `mount`.
     pub mount: Arc<str>,
-    /// `ping_interval` of a WebSocket listener, milliseconds; 0: no pings.
-    pub ping_after: u64,
+    /// `ping_interval` of a WebSocket listener, milliseconds; `None`: no pings.
+    pub ping_after: Option<u64>,
 }
 
 impl Clients {

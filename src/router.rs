@@ -1,166 +1,97 @@
-//! The meeting point: clients' sessions on one side, filters and publishes toward the core on the
-//! other. No sockets, no clock: the time in milliseconds comes in with each call.
+//! The meeting point: clients' sessions on one side, filters and publishes toward the broker on the
+//! other. It has no sockets and no clock: the time comes in with each call.
 //!
-//! Locks, in the order in which they may be nested: what presence told, who evicts, or retained; the
-//! table; groups; one shard; and, each as the last, one link's lanes, what is deferred, what is lost, a
-//! wake's own. None is held over an await.
+//! Each module in here has one owner of its state. An owner does not call its siblings; it works on
+//! the owners that come before it in the order of imports (`types`, `handle`, `sessions`, `publish`,
+//! `barrier`, `retained`, `filters`, `delivery`), and returns the actions that are left to take. The
+//! facade, [`Router`], takes them.
+//!
+//! # Locks
+//!
+//! A thread may take several of these locks, in this order:
+//!
+//! 1. one of: the time of the last presence, the permission to evict, the retained cache;
+//! 2. the table of filters;
+//! 3. the groups of shared subscriptions;
+//! 4. one shard of the sessions;
+//! 5. one of: the publish queues of a link, the deferred actions, the tasks that wait for room, the
+//!    lost filters, the close reason of a connection handle.
+//!
+//! No lock is held over an await, and none while a client or a link is waited for.
+
 mod apply;
 mod barrier;
+mod broker;
+mod config;
+mod connections;
 mod delivery;
 mod filters;
 pub mod handle;
+mod links;
+mod lost;
+mod presence;
 pub mod publish;
 mod retained;
 mod sessions;
+mod sources;
 mod tick;
 mod types;
 
 use std::hash::BuildHasher;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use foldhash::fast::FixedState;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 
-use crate::budget::Account;
-use crate::mqtt::QoS;
-use crate::session::{Effect, Session, SessionLimits};
+use crate::session::SessionLimits;
 use crate::store::Store;
-use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
 pub use apply::Caller;
+pub use broker::BrokerFeatures;
+pub use config::RouterConfig;
 pub use filters::filter::LinkSession;
-pub use filters::links::{BrokerFeatures, Wanted};
-pub use publish::{Answered, ClientPublish};
+pub use filters::links::Wanted;
+pub use publish::ClientPublish;
+pub use sessions::Answered;
 pub use sessions::connect::{Connect, Connected, Refused};
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
 pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
 
-use delivery::shared::Groups;
+use barrier::Barriers;
+use broker::BrokerLimits;
+use delivery::fanout::Routes;
+use delivery::shared::SharedGroups;
 use filters::table::Table;
-use handle::{ConnectionHandle, TaskWaker};
-use publish::queue::Lanes;
-use retained::Retained;
-use sessions::shard::Shard;
-
-/// Shards; at most 64, since a filter's shards are the bits of one word.
-const SHARDS: usize = 32;
-
-/// What the router is told at start; times in milliseconds, sizes in bytes.
-#[derive(Clone, Debug)]
-pub struct RouterConfig {
-    /// Number of D links, 1 to 8.
-    pub data_links: usize,
-    /// Number of links for shared subscriptions, 1 to 4.
-    pub shared_links: usize,
-    /// Shared subscriptions are shared out at this node: the core has none that work.
-    pub local_groups: bool,
-    /// Filters that are held for good, disjoint; clients' filters inside cost the core nothing.
-    pub roots: Vec<String>,
-    /// Number of P links at first, 1 to 8.
-    pub publish_links: usize,
-    /// To which it may grow while their windows are what limits.
-    pub publish_links_max: usize,
-    /// Where clients' coming and going is told, `%c` being the client identifier; empty: nowhere.
-    pub presence_topic: String,
-    /// Unix time when the clock was at zero, milliseconds.
-    pub started_at: u64,
-    /// How long a filter that nobody holds stays subscribed.
-    pub linger: u64,
-    /// The same for filters with traffic that nobody reads, and at least when there are too many.
-    pub linger_busy_min: u64,
-    /// Filters that may linger.
-    pub filters_lingering_max: usize,
-    /// How long a SUBSCRIBE for a new filter waits for an absent core.
-    pub subscribe_wait: u64,
-    /// After that it is granted, with a gap; else refused.
-    pub subscribe_accept: bool,
-    /// Budget of all publishes that wait for the core.
-    pub publishes_waiting: u64,
-    /// One client's share of it.
-    pub publishes_waiting_per_client: usize,
-    /// The retained cache.
-    pub retained_cache: usize,
-    /// After the core lost a filter its retained messages are fetched again, for all who have it.
-    pub retained_resync: bool,
-    /// Budget of all sessions' queues.
-    pub queues: u64,
-    /// Budget of the output of all connections together.
-    pub output: u64,
-    /// An entry of the output that nobody takes for this long ends its connection.
-    pub write_stall: u64,
-    /// Spreads sessions over shards and filters over links, so that nobody can aim at one; a
-    /// process's own.
-    pub hash_seed: u64,
-}
+use handle::TaskWaker;
+use presence::Presence;
+use publish::{PublishBudgets, Publishing};
+use retained::RetainedMessages;
+use sessions::tally::Tally;
+use sessions::{SessionActions, SessionBudgets, Sessions};
 
 /// The router. Shared by all tasks.
 #[derive(Debug)]
 pub struct Router {
-    /// The limits of every session.
-    pub limits: SessionLimits,
     config: RouterConfig,
-    shards: Box<[Mutex<Shard>]>,
+    broker: BrokerLimits,
+    sessions: Sessions,
+    publishing: Publishing,
+    presence: Presence,
+    barriers: Barriers,
+    retained: RetainedMessages,
+    groups: SharedGroups,
     table: RwLock<Table>,
-    retained: Mutex<Retained>,
-    groups: Mutex<Groups>,
-    lanes: Box<[PublishLane]>,
-    /// P links that sessions are spread over.
-    publish_links: AtomicU8,
-    /// P links that are dialled: one more while another is on its way.
-    publish_wanted: AtomicU8,
-    /// Wakes each D link's task.
+    /// Wakes each data link's and shared link's task.
     data: Box<[Arc<TaskWaker>]>,
     data_up: Box<[AtomicBool]>,
     /// Until when the loss of a data link puts its filters in doubt, milliseconds.
     doubted_until: Box<[AtomicU64]>,
     /// How often a data link was lost.
     data_lost: AtomicU64,
-    /// The time of the last presence that was told.
-    told: Mutex<u64>,
-    fences: Box<[barrier::Fence]>,
-    /// Shards with sessions that wait for fences, having left a filter.
-    leaving: AtomicU64,
-    /// Wakes the R link's task.
-    fetch: Arc<TaskWaker>,
-    /// Messages that came from the core and are alive in a queue.
-    queue_account: Arc<Account>,
-    entry_bytes: AtomicI64,
-    output_bytes: AtomicI64,
-    /// The limit of each connection's output while there is no pressure.
-    output_buffer: usize,
-    evicting: Mutex<()>,
-    /// What could not be settled under a shard's lock; at most one entry for each ended session.
-    deferred: Mutex<Vec<sessions::connect::Due>>,
-    /// Tasks that wait for room among the publishes; at most one entry for each per tick.
-    waiting_for_room: Mutex<Vec<Arc<ConnectionHandle>>>,
-    core: Core,
     hasher: FixedState,
-    incarnations: AtomicU64,
     ticks: AtomicU64,
-}
-
-/// What waits for one P link.
-#[derive(Debug, Default)]
-struct PublishLane {
-    lanes: Mutex<Lanes>,
-    wake: Arc<TaskWaker>,
-    up: AtomicBool,
-}
-
-/// What the core's last CONNACK said; limits that clients are held to.
-#[derive(Debug)]
-struct Core {
-    maximum_qos: AtomicU8,
-    retain_available: AtomicBool,
-    packet_max: AtomicU32,
-    /// Live messages keep their RETAIN (MQTT 5 with Retain As Published).
-    retain_as_published: AtomicBool,
-    /// User properties reach the core: No Local can be marked.
-    properties: AtomicBool,
-    /// Shared subscriptions work.
-    shared: AtomicBool,
 }
 
 impl Router {
@@ -173,246 +104,164 @@ impl Router {
             table.add_root(root);
         }
         let links = config.data_links + config.shared_links;
+        let data: Box<[Arc<TaskWaker>]> = (0..links).map(|_| Arc::default()).collect();
+        let publish_budgets = PublishBudgets {
+            bytes: config.publishes_waiting,
+            client_bytes: config.publishes_waiting_per_client,
+            v3_publishes: limits.v3_publishes_max,
+        };
+        let session_budgets = SessionBudgets {
+            queue_bytes: config.queues,
+            output_bytes: config.output,
+            write_stall: config.write_stall,
+        };
         Self {
-            shards: (0..SHARDS)
-                .map(|n| Mutex::new(Shard::new(n as u16, table.lost.clone())))
-                .collect(),
+            broker: BrokerLimits::new(),
+            publishing: Publishing::new(
+                config.publish_links,
+                config.publish_links_max,
+                publish_budgets,
+                limits.publish_account.clone(),
+            ),
+            sessions: Sessions::new(limits, session_budgets, config.hash_seed, &table.lost),
+            presence: Presence::new(config.presence_topic.clone(), config.started_at),
+            barriers: Barriers::new(&data, config.data_links),
+            retained: RetainedMessages::new(config.retained_cache),
+            groups: SharedGroups::default(),
             table: RwLock::new(table),
-            retained: Mutex::new(Retained::new(config.retained_cache)),
-            publish_links: AtomicU8::new(config.publish_links as u8),
-            publish_wanted: AtomicU8::new(config.publish_links as u8),
-            lanes: (0..config.publish_links_max)
-                .map(|_| PublishLane::default())
-                .collect(),
-            data: (0..links).map(|_| Arc::default()).collect(),
+            data,
             data_up: (0..links).map(|_| AtomicBool::new(false)).collect(),
             doubted_until: (0..links).map(|_| AtomicU64::new(0)).collect(),
             data_lost: AtomicU64::new(0),
-            told: Mutex::new(0),
-            fences: (0..links).map(|_| Default::default()).collect(),
-            leaving: AtomicU64::new(0),
-            groups: Mutex::default(),
-            fetch: Arc::default(),
-            queue_account: Arc::new(Account::new()),
-            entry_bytes: AtomicI64::new(0),
-            output_bytes: AtomicI64::new(0),
-            output_buffer: limits.output_buffer.load(Ordering::Relaxed),
-            evicting: Mutex::new(()),
-            deferred: Mutex::new(Vec::new()),
-            waiting_for_room: Mutex::new(Vec::new()),
-            core: Core {
-                maximum_qos: AtomicU8::new(2),
-                shared: AtomicBool::new(true),
-                retain_available: AtomicBool::new(true),
-                packet_max: AtomicU32::new(u32::MAX),
-                retain_as_published: AtomicBool::new(true),
-                properties: AtomicBool::new(true),
-            },
             hasher: FixedState::with_seed(config.hash_seed),
-            // 0 means "no mark".
-            incarnations: AtomicU64::new(0),
             ticks: AtomicU64::new(0),
-            limits,
             config,
         }
     }
 
-    /// The account that messages from the core are charged to.
-    pub fn queue_account(&self) -> &Arc<Account> {
-        &self.queue_account
-    }
-
-    /// Bytes that all queues hold: messages once, and their entries.
-    pub fn queue_used(&self) -> u64 {
-        let entries = self.entry_bytes.load(Ordering::Relaxed).max(0) as u64;
-        self.queue_account.used() + entries
-    }
-
-    /// Bytes of output that wait for sockets.
-    pub fn output_used(&self) -> u64 {
-        self.output_bytes.load(Ordering::Relaxed).max(0) as u64
-    }
-
-    /// The largest QoS that the core takes.
-    pub fn maximum_qos(&self) -> QoS {
-        QoS::from_u8(self.core.maximum_qos.load(Ordering::Relaxed)).unwrap_or(QoS::ExactlyOnce)
-    }
-
-    /// Whether clients are granted shared subscriptions.
-    pub fn shares(&self) -> bool {
-        self.config.local_groups || self.core.shared.load(Ordering::Relaxed)
-    }
-
-    /// Whether the core keeps retained messages.
-    pub fn retain_available(&self) -> bool {
-        self.core.retain_available.load(Ordering::Relaxed)
-    }
-
-    /// The smaller of our and the core's Maximum Packet Size, bytes. Room for what we add to a
-    /// forwarded packet is taken off the core's.
-    pub fn packet_max(&self) -> u32 {
-        let core = self.core.packet_max.load(Ordering::Relaxed);
-        self.limits.packet_max.min(core.saturating_sub(64))
-    }
-
-    /// Works on a session under its shard's lock. `None`: it is gone, or `connection_no` is not its
-    /// current connection any more.
-    pub fn with<R>(
+    /// Gives a client its session. `connack` writes the CONNACK, told Session Present, before
+    /// anything else can be written [MQTT-3.2.0-1].
+    ///
+    /// # Errors
+    /// [`Refused`]; nothing changed.
+    pub fn connect(
         &self,
-        reference: SessionRef,
-        connection_no: u64,
-        f: impl FnOnce(&mut Session, &SessionLimits) -> R,
-    ) -> Option<R> {
-        let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
-        let slot = shard.get(reference)?;
-        if connection_no != 0
-            && (slot.session.connection_no() != connection_no || !slot.session.attached())
-        {
-            return None;
+        connect: Connect,
+        now: Millis,
+        connack: impl FnOnce(bool, &mut Vec<u8>),
+    ) -> Result<Connected, Refused> {
+        let publish_link = |session| self.publishing.link_of(session);
+        let connected = self.sessions.connect(connect, now, publish_link, connack);
+        let (connected, actions) = connected?;
+        if !actions.groups.is_empty() {
+            self.groups.members_came(&actions.groups, connected.session);
         }
-        let result = f(&mut slot.session, &self.limits);
-        self.shed(slot);
-        shard.settle(reference.slot);
-        self.charge_entries(&mut shard);
-        Some(result)
+        self.settle(actions.session, now);
+        Ok(connected)
     }
 
-    /// Works on a session as [`Router::with`] does, for packets of its client. Members that its
-    /// UNSUBSCRIBEs end leave before the lock is given back: nothing follows an UNSUBACK.
-    pub fn feed<R>(
+    /// A connection ended. `normal`: by DISCONNECT 0x00, which discards the will. True if the
+    /// session ended with it.
+    pub fn disconnected(
         &self,
-        reference: SessionRef,
+        session: SessionRef,
         connection_no: u64,
-        effects: &mut Vec<Effect>,
-        f: impl FnOnce(&mut Session, &SessionLimits, &mut Vec<Effect>) -> R,
-    ) -> Option<R> {
-        let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
-        let slot = shard.get(reference)?;
-        if slot.session.connection_no() != connection_no || !slot.session.attached() {
-            return None;
+        normal: bool,
+        now: Millis,
+    ) -> bool {
+        let left = self
+            .sessions
+            .disconnected(session, connection_no, normal, now);
+        let Some((over, actions)) = left else {
+            return false;
+        };
+        self.settle(actions, now);
+        over
+    }
+
+    /// Takes the actions that a session's change has left to take.
+    fn settle(&self, actions: SessionActions, now: Millis) {
+        self.release(&actions.released, actions.shard, now);
+        for will in actions.wills {
+            self.publishing.publish_will(&self.sessions, will, now);
         }
-        let result = f(&mut slot.session, &self.limits, effects);
-        self.shed(slot);
-        let refused = std::mem::take(&mut slot.session.refused_publishes);
-        if refused > 0 {
-            metrics().messages_dropped[DropReason::Acl].increment(refused.into());
+        self.groups
+            .redeliver(&self.sessions, actions.redeliveries, now);
+        for change in &actions.presence_changes {
+            let qos = crate::mqtt::QoS::AtLeastOnce.min(self.broker.maximum_qos());
+            self.presence
+                .publish(&self.sessions, &self.publishing, change, qos, now);
         }
-        for effect in effects.iter_mut() {
-            if let Effect::Unsubscribe { filters } = effect {
-                for left in filters {
-                    shard.leave(reference.slot, left.filter);
-                    if !left.primary_over.is_empty() && !shard.leavers.leave(reference.slot, left) {
-                        left.primary_over.clear();
-                    }
-                }
-                shard.rejoin(reference.slot);
+    }
+
+    /// Delivers a batch in order. Bounded work per lock; never waits for a client.
+    pub fn fan_out(&self, batch: &mut [Arrived], now: Millis) {
+        if batch.is_empty() {
+            return;
+        }
+        let mut routes = Routes::default();
+        routes.find(&self.table.read(), self.config.data_links, batch);
+        let batch = &*batch;
+        let keeps_retain = self.broker.keeps_retain();
+        for arrived in batch {
+            if !keeps_retain {
+                self.retained.doubtful(arrived, now);
+            } else if arrived.message.retain() {
+                self.retained.live(arrived, now);
             }
         }
-        shard.settle(reference.slot);
-        self.charge_entries(&mut shard);
-        Some(result)
+        let mut tally = Tally::default();
+        if routes.shared {
+            for arrived in batch {
+                for filter in &arrived.filters {
+                    self.groups
+                        .share(&self.sessions, *filter, &arrived.message, now, &mut tally);
+                }
+            }
+            tally.wake();
+        }
+        for (at, group) in &routes.local_groups {
+            self.groups
+                .share(&self.sessions, *group, &batch[*at].message, now, &mut tally);
+        }
+        tally.wake();
+        for shard in routes.shards() {
+            let arrived = routes.of_shard(shard, batch);
+            self.sessions.fan_out(shard, arrived, now, &mut tally);
+        }
+        tally.flush();
+        self.sessions.enforce_budget(now);
     }
 
-    /// A client came to have another address, within its connection.
-    pub fn moved(&self, reference: SessionRef, connection_no: u64, peer: Arc<Peer>) {
-        let Some(shard) = self.shards.get(usize::from(reference.shard)) else {
-            return;
-        };
-        let mut shard = shard.lock();
-        if let Some(slot) = shard.get(reference)
-            && slot.session.connection_no() == connection_no
+    /// Lets time pass: to be called a few times a second.
+    pub fn tick(&self, now: Millis) {
+        for actions in self.sessions.take_deferred() {
+            self.settle(actions, now);
+        }
+        self.sessions.wake_waiting();
+        self.sessions.tick_output();
+        for shard in self.sessions.shards() {
+            let actions = self.sessions.tick(shard, now);
+            self.settle(actions, now);
+        }
+        self.tick_waiters(now);
+        self.tick_unsubscribed(now);
+        let replies = self.retained.tick(&self.sessions, self, now);
+        self.reply(&replies);
+        self.retained
+            .forget_missed(|| self.data_settled().then(|| self.data_losses()));
+        // It walks over all lingering filters, so not at each tick.
+        if self
+            .ticks
+            .fetch_add(1, Ordering::Relaxed)
+            .is_multiple_of(10)
         {
-            slot.peer = Some(peer);
-        }
-    }
-
-    /// Wakes a task at the next tick: it waits for room, or for a deadline.
-    pub fn wake_soon(&self, handle: &Arc<ConnectionHandle>) {
-        if handle.queue_up() {
-            self.waiting_for_room.lock().push(handle.clone());
-        }
-    }
-
-    /// Takes what waits for a connection's socket, after filling it up. `empty` is exchanged for
-    /// the control lane's bytes. `None`: the connection is not the session's any more.
-    pub fn take_output(
-        &self,
-        reference: SessionRef,
-        connection_no: u64,
-        empty: &mut Vec<u8>,
-        now: Millis,
-    ) -> Option<Vec<(u8, Vec<u8>)>> {
-        self.take_lanes(reference, connection_no, (u16::MAX, 0), empty, now)
-    }
-
-    /// The same for a connection of several streams, some of which have not taken all of what they
-    /// were given: only for those that are set in `free`, while `held` bytes are still with the
-    /// others.
-    pub fn take_lanes(
-        &self,
-        reference: SessionRef,
-        connection_no: u64,
-        (free, held): (u16, usize),
-        empty: &mut Vec<u8>,
-        now: Millis,
-    ) -> Option<Vec<(u8, Vec<u8>)>> {
-        let mut shard = self.shards.get(usize::from(reference.shard))?.lock();
-        let slot = shard.get(reference)?;
-        if slot.session.connection_no() != connection_no {
-            return None;
-        }
-        slot.woken = false;
-        slot.session.connection()?.streams_free(free);
-        slot.session.pump(&self.limits, now);
-        let side = slot.session.connection()?.take_output(free, empty);
-        let aside = side.iter().map(|(_, b)| b.len()).sum::<usize>();
-        let mut taken = held + aside;
-        // What waits for one data stream is its task's to watch; control is the connection.
-        if free & 1 != 0 {
-            slot.taken_at = now;
-            slot.offered = empty.len();
-            taken += empty.len();
-        }
-        slot.taken = taken;
-        if aside + empty.len() > 0
-            && let Some(handle) = &slot.handle
-        {
-            handle.sent(now);
-        }
-        self.shed(slot);
-        shard.settle(reference.slot);
-        self.charge_entries(&mut shard);
-        Some(side)
-    }
-
-    fn defer(&self, due: sessions::connect::Due) {
-        self.deferred.lock().push(due);
-    }
-
-    fn shed(&self, slot: &mut sessions::shard::Slot) {
-        if slot.session.outbound().shed != Default::default() {
-            let mut tally = delivery::fanout::Tally::default();
-            slot.session.gaps += tally.shed(slot.session.outbound_mut());
-            tally.flush();
-        }
-    }
-
-    fn charge_entries(&self, shard: &mut Shard) {
-        let delta = std::mem::take(&mut shard.entry_bytes);
-        if delta != 0 {
-            self.entry_bytes.fetch_add(delta, Ordering::Relaxed);
-        }
-        let delta = std::mem::take(&mut shard.output_bytes);
-        if delta != 0 {
-            self.output_bytes.fetch_add(delta, Ordering::Relaxed);
+            self.tick_linger(now);
+            self.table.read().suggest_root();
         }
     }
 
     fn hash(&self, text: &str) -> u64 {
         self.hasher.hash_one(text)
-    }
-
-    fn shard_of(&self, client_id: &str) -> usize {
-        (self.hash(client_id) % SHARDS as u64) as usize
     }
 }

@@ -77,21 +77,21 @@ impl Upstream {
         let data_link =
             |link| DataLink::new(router.clone(), link, instance, probes.clone(), &*store);
         for n in 0..usize::from(config.data_links) {
-            let wake = router.data_wake(n).clone();
+            let wake = router.data_waker(n).clone();
             spawn.link(Role::Data, n, data_link(n), wake);
         }
         for n in 0..usize::from(config.shared_links) {
             let link = router.shared_link(n);
-            let wake = router.data_wake(link).clone();
+            let wake = router.data_waker(link).clone();
             spawn.link(Role::Shared, n, data_link(link), wake);
         }
         for n in 0..usize::from(config.publish_links.max) {
             let machine = PublishLink::new(router.clone(), n, instance);
-            let wake = router.publish_wake(n).clone();
+            let wake = router.publish_waker(n).clone();
             spawn.link(Role::Publish, n, machine, wake);
         }
         let machine = RetainedLink::new(router.clone(), probes);
-        let wake = router.fetch_wake().clone();
+        let wake = router.retained_waker().clone();
         spawn.link(Role::Retained, 0, machine, wake);
         Self {
             links: spawn.links.into(),

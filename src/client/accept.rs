@@ -503,7 +503,7 @@ fn will_of(
         retain: will.retain,
         // Counted from its publication; see the session.
         expires_at: u64::MAX,
-        strip_key: Some(clients.router.limits.reserved_key),
+        strip_key: Some(clients.router.limits().reserved_key),
         account: None,
     };
     let message = Message::mounted(&spec, mount, sender);

@@ -1,90 +1,73 @@
-//! Whether a data link has brought all that the core had sent on it before some moment.
+//! Barriers: whether a data link has brought everything that the broker sent on it before some moment.
 //!
-//! A broker answers a PINGREQ behind what it sent before. So what the R link brought is older
-//! than nothing that a data link still carries, once a PINGREQ that was sent after it is answered.
+//! A broker answers a PINGREQ behind everything that it sent before. Once a PINGREQ that was sent on a
+//! data link after a retained fetch is answered, that link has delivered everything older than the
+//! fetched messages, so they can be released.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use smallvec::SmallVec;
 
-use crate::router::Router;
-use crate::router::types::SessionRef;
-use crate::time::Millis;
+use crate::router::handle::TaskWaker;
 
-/// Moments on one data link, as numbers of its PINGREQs.
-#[derive(Debug, Default)]
-pub(super) struct Fence {
-    begun: AtomicU64,
-    wanted: AtomicU64,
+/// The barriers of all data links and shared links.
+#[derive(Debug)]
+pub(super) struct Barriers {
+    links: Box<[Barrier]>,
+    /// Links before this one are data links.
+    data_links: usize,
 }
 
-impl Router {
-    /// Asks D link `link` for a PINGREQ; returns its number.
-    pub(super) fn ask_fence(&self, link: usize) -> u64 {
-        let fence = &self.fences[link];
+/// The barriers of one link, by the numbers of its PINGREQs.
+#[derive(Debug)]
+struct Barrier {
+    /// The PINGREQ that was sent last.
+    begun: AtomicU64,
+    /// The highest PINGREQ that somebody waits for.
+    wanted: AtomicU64,
+    /// Wakes the link's task.
+    waker: Arc<TaskWaker>,
+}
+
+impl Barriers {
+    /// Barriers on the links of these tasks, data links first.
+    pub fn new(wakers: &[Arc<TaskWaker>], data_links: usize) -> Self {
+        let barrier = |waker: &Arc<TaskWaker>| Barrier {
+            begun: AtomicU64::new(0),
+            wanted: AtomicU64::new(0),
+            waker: waker.clone(),
+        };
+        Self {
+            links: wakers.iter().map(barrier).collect(),
+            data_links,
+        }
+    }
+
+    /// Asks for a PINGREQ on a link. Returns its number.
+    pub fn ask(&self, link: usize) -> u64 {
+        let barrier = &self.links[link];
         // The next one: a PINGREQ that is under way may have been answered already.
-        let number = fence.begun.load(Ordering::SeqCst) + 1;
-        if fence.wanted.fetch_max(number, Ordering::SeqCst) < number {
-            self.data[link].raise();
+        let number = barrier.begun.load(Ordering::SeqCst) + 1;
+        if barrier.wanted.fetch_max(number, Ordering::SeqCst) < number {
+            barrier.waker.raise();
         }
         number
     }
 
-    /// Whether a PINGREQ is wanted on D link `link`.
-    pub fn fence_wanted(&self, link: usize) -> bool {
-        let fence = &self.fences[link];
-        fence.wanted.load(Ordering::SeqCst) > fence.begun.load(Ordering::SeqCst)
+    /// Asks for a PINGREQ on every data link. Returns their numbers, by link.
+    pub fn ask_all(&self) -> SmallVec<[u64; 4]> {
+        (0..self.data_links).map(|link| self.ask(link)).collect()
     }
 
-    /// A PINGREQ is about to be sent on D link `link`; its number.
-    pub fn fence_begins(&self, link: usize) -> u64 {
-        self.fences[link].begun.fetch_add(1, Ordering::SeqCst) + 1
+    /// Whether a PINGREQ is wanted on a link.
+    pub fn wanted(&self, link: usize) -> bool {
+        let barrier = &self.links[link];
+        barrier.wanted.load(Ordering::SeqCst) > barrier.begun.load(Ordering::SeqCst)
     }
 
-    /// PINGREQ `number` of D link `link` was answered, and all that came before is fanned out.
-    pub fn fence_passed(&self, link: usize, number: u64, now: Millis) {
-        self.release_fetched(|of, fence| of == link && fence <= number, now);
-        self.leavers_passed(link, number, now);
-    }
-
-    /// A session left filters that overlapping ones of it take over from, once every data link has
-    /// brought what is under way.
-    pub(super) fn await_leaving(&self, session: SessionRef) {
-        self.leaving.fetch_or(1 << session.shard, Ordering::SeqCst);
-        let fences: SmallVec<[u64; 4]> = self.all_fences();
-        let mut shard = self.shards[usize::from(session.shard)].lock();
-        if shard.get(session).is_some() {
-            shard.leavers.wait(session.slot, &fences);
-        }
-    }
-
-    /// Whether PINGREQs of a lost connection have to be sent again.
-    pub(super) fn awaits_fences(&self) -> bool {
-        self.holds_fetched() || self.leaving.load(Ordering::SeqCst) != 0
-    }
-
-    fn all_fences(&self) -> SmallVec<[u64; 4]> {
-        (0..self.config.data_links)
-            .map(|link| self.ask_fence(link))
-            .collect()
-    }
-
-    fn leavers_passed(&self, link: usize, number: u64, now: Millis) {
-        let mut mask = self.leaving.load(Ordering::SeqCst);
-        while mask != 0 {
-            let index = mask.trailing_zeros() as u16;
-            mask &= mask - 1;
-            let mut gone = Vec::new();
-            let mut shard = self.shards[usize::from(index)].lock();
-            let next = || self.all_fences();
-            shard.leavers.passed(link, number, &mut gone, next);
-            if shard.leavers.is_empty() {
-                self.leaving.fetch_and(!(1 << index), Ordering::SeqCst);
-            }
-            let whose = |(slot, filter)| (shard.reference(slot), filter);
-            let gone: Vec<_> = gone.into_iter().map(whose).collect();
-            drop(shard);
-            self.give_up(&gone, now);
-        }
+    /// A PINGREQ is about to be sent on a link. Returns its number.
+    pub fn begin(&self, link: usize) -> u64 {
+        self.links[link].begun.fetch_add(1, Ordering::SeqCst) + 1
     }
 }

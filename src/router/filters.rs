@@ -4,7 +4,6 @@ pub(super) mod filter;
 pub(super) mod linger;
 pub(super) mod links;
 pub(super) mod local;
-pub(super) mod lost;
 pub(super) mod roots;
 pub(super) mod suback;
 pub(super) mod subscribe;

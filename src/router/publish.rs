@@ -1,62 +1,120 @@
-//! From the clients to the core: into the lane of a P link, and the answers back.
+//! From the clients to the broker: into the queues of a publish link, and the answers back.
 
 pub mod queue;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use parking_lot::Mutex;
+
+use crate::budget::Account;
 use crate::mqtt::{Message, QoS, ReasonCode, Version};
 use crate::session::{Incarnation, Token};
-use crate::telemetry::{DeferReason, DropReason as DropCause, metrics};
+use crate::telemetry::{DeferReason, DropReason, metrics};
 use crate::time::Millis;
 
-use crate::router::Router;
 use crate::router::handle::TaskWaker;
-use crate::router::publish::queue::{Lanes, Outgoing};
+use crate::router::publish::queue::{Outgoing, PublishQueues};
+use crate::router::sessions::{DueWill, Sessions};
 use crate::router::types::SessionRef;
 
-impl Router {
-    /// Hands a publish to the client's P link. What cannot wait any more is answered 0x97, or at
-    /// QoS 0 dropped, and counted.
-    pub fn publish(
-        &self,
-        session: SessionRef,
-        publish_link: u8,
-        publish: ClientPublish,
-        now: Millis,
-    ) {
-        let ClientPublish {
-            token,
-            message,
-            origin_mark,
-        } = publish;
-        let link = &self.lanes[usize::from(publish_link)];
+/// Bytes that a message takes beside its packet.
+const MESSAGE_OVERHEAD_BYTES: u64 = 96;
+
+/// A publish of a client for the broker.
+#[derive(Debug)]
+pub struct ClientPublish {
+    /// Names the publish in the broker's answer; `None`: nobody waits for an answer.
+    pub token: Option<Token>,
+    /// The message to publish.
+    pub message: Message,
+    /// The origin mark that the message is to carry, if the publisher has a No Local subscription that
+    /// matches.
+    pub origin_mark: Option<Incarnation>,
+}
+
+/// The bounds of the publishes that wait for the broker.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PublishBudgets {
+    /// Bytes of all clients' publishes.
+    pub bytes: u64,
+    /// Bytes of one client's publishes.
+    pub client_bytes: usize,
+    /// Unanswered publishes of a 3.x client.
+    pub v3_publishes: usize,
+}
+
+/// The publishes that wait for the broker.
+#[derive(Debug)]
+pub(super) struct Publishing {
+    links: Box<[PublishLink]>,
+    /// Publish links that sessions are spread over.
+    used: AtomicU8,
+    /// Publish links that are dialled. At most one more than are used: the last one, which is used
+    /// from its first connection on.
+    wanted: AtomicU8,
+    budgets: PublishBudgets,
+    /// Charged for every message that a client brings in.
+    account: Arc<Account>,
+}
+
+/// One publish link, as the clients see it.
+#[derive(Debug, Default)]
+struct PublishLink {
+    queues: Mutex<PublishQueues>,
+    waker: Arc<TaskWaker>,
+    up: AtomicBool,
+}
+
+impl Publishing {
+    /// Begins with `links` publish links, which may grow to `links_max`.
+    pub fn new(
+        links: usize,
+        links_max: usize,
+        budgets: PublishBudgets,
+        account: Arc<Account>,
+    ) -> Self {
+        Self {
+            links: (0..links_max).map(|_| PublishLink::default()).collect(),
+            used: AtomicU8::new(links as u8),
+            wanted: AtomicU8::new(links as u8),
+            budgets,
+            account,
+        }
+    }
+
+    /// Hands a publish to the client's publish link. A publish that cannot wait any more is answered
+    /// 0x97, or at QoS 0 dropped, and counted.
+    pub fn publish(&self, sessions: &Sessions, publish_link: u8, outgoing: Outgoing) {
+        let link = &self.links[usize::from(publish_link)];
+        let session = outgoing.session;
         let away = !link.up.load(Ordering::Acquire);
-        let mut lanes = link.lanes.lock();
-        let refused = if self.limits.publish_account.used() > self.config.publishes_waiting {
+        let mut queues = link.queues.lock();
+        let refused = if self.account.used() > self.budgets.bytes {
             Some(DeferReason::Budget)
-        } else if lanes.bytes_of(session) > self.config.publishes_waiting_per_client {
+        } else if queues.bytes_of(session) > self.budgets.client_bytes {
             Some(DeferReason::ClientShare)
         } else {
             None
         };
-        let qos0 = message.qos() == QoS::AtMostOnce && token.is_none();
-        // QoS 0 does not wait for a core that is away; wills and retained values do.
+        let message = &outgoing.message;
+        let qos0 = message.qos() == QoS::AtMostOnce && outgoing.token.is_none();
+        // QoS 0 does not wait for a broker that is away; wills and retained values do.
         if qos0 && (refused.is_some() || (away && !message.retain())) {
-            drop(lanes);
-            let cause = match refused {
-                Some(_) => DropCause::UpstreamBudget,
-                None => DropCause::UpstreamAwayQos0,
+            drop(queues);
+            let reason = match refused {
+                Some(_) => DropReason::UpstreamBudget,
+                None => DropReason::UpstreamAwayQos0,
             };
-            metrics().messages_dropped[cause].increment(1);
+            metrics().messages_dropped[reason].increment(1);
             return;
         }
-        if let (Some(held), Some(token)) = (refused, token) {
-            drop(lanes);
-            metrics().publishes_deferred[held].increment(1);
+        if let (Some(reason), Some(token)) = (refused, outgoing.token) {
+            drop(queues);
+            metrics().publishes_deferred[reason].increment(1);
             // A 3.x client was not read from before it came to this; what two of them pass at
             // once is kept.
-            let answered = self.with(session, 0, |s, _| {
+            let answered = sessions.with(session, |s, _| {
                 let v5 = s.version() == Version::V5;
                 if v5 {
                     s.answered(token, ReasonCode::QUOTA_EXCEEDED);
@@ -66,161 +124,168 @@ impl Router {
             if answered != Some(false) {
                 return;
             }
-            lanes = link.lanes.lock();
+            queues = link.queues.lock();
         }
-        let first = lanes.is_empty();
-        lanes.push(Outgoing {
-            session,
-            token,
-            message,
-            origin_mark,
-            since: now,
-        });
-        drop(lanes);
+        let first = queues.is_empty();
+        queues.push(outgoing);
+        drop(queues);
         if first || !away {
-            link.wake.raise();
+            link.waker.raise();
         }
     }
 
-    /// Whether a 3.x client's next publish, of `size` bytes, has to wait in its socket: it cannot
-    /// be told to come again.
-    pub fn hold_publish(
+    /// Publishes a client's will.
+    pub fn publish_will(&self, sessions: &Sessions, due: DueWill, now: Millis) {
+        if !self.has_room() {
+            return;
+        }
+        metrics().wills_published.increment(1);
+        // A will is a publish by its own client, so No Local applies to it.
+        let mark = sessions.with(due.session, |s, _| s.origin_mark(due.will.topic()));
+        self.publish(
+            sessions,
+            due.publish_link,
+            Outgoing {
+                session: due.session,
+                token: None,
+                message: due.will.charged_to(&self.account),
+                origin_mark: mark.flatten(),
+                since: now,
+            },
+        );
+    }
+
+    /// Publishes a message of this node in the place of a client.
+    pub fn publish_own(
+        &self,
+        sessions: &Sessions,
+        session: SessionRef,
+        publish_link: u8,
+        message: Message,
+        now: Millis,
+    ) {
+        self.publish(
+            sessions,
+            publish_link,
+            Outgoing {
+                session,
+                token: None,
+                message,
+                origin_mark: None,
+                since: now,
+            },
+        );
+    }
+
+    /// Whether a publish that nobody waits for may be added. If not, it counts as dropped.
+    pub fn has_room(&self) -> bool {
+        let room = self.account.used() <= self.budgets.bytes;
+        if !room {
+            metrics().messages_dropped[DropReason::UpstreamBudget].increment(1);
+        }
+        room
+    }
+
+    /// The account that is charged for the messages that clients bring in.
+    pub fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
+    /// Whether a 3.x client's next publish, of `size` bytes, has to wait in its socket: such a client
+    /// cannot be told to come again. `unanswered` of its publishes wait for the broker.
+    pub fn defers(
         &self,
         session: SessionRef,
         publish_link: u8,
-        waiting: usize,
+        unanswered: usize,
         size: usize,
     ) -> bool {
-        let used = self.limits.publish_account.used();
-        if waiting >= self.limits.v3_publishes_max {
+        let used = self.account.used();
+        if unanswered >= self.budgets.v3_publishes {
             return true;
         }
-        // What other workers add in the same moment fits into what is kept free.
-        let budget = self.config.publishes_waiting;
+        // What other threads add in the same moment fits into what is kept free.
+        let budget = self.budgets.bytes;
         let free = (budget / 64).min(1024 * 1024);
-        if used > 0 && used + size as u64 + MESSAGE_OVERHEAD > budget - free {
+        if used > 0 && used + size as u64 + MESSAGE_OVERHEAD_BYTES > budget - free {
             return true;
         }
-        let link = &self.lanes[usize::from(publish_link)];
-        let bytes = link.lanes.lock().bytes_of(session);
-        bytes > 0 && bytes + size > self.config.publishes_waiting_per_client
+        let link = &self.links[usize::from(publish_link)];
+        let bytes = link.queues.lock().bytes_of(session);
+        bytes > 0 && bytes + size > self.budgets.client_bytes
     }
 
-    /// The P link that a session's publishes would begin on: the same for all of them, so that they
-    /// stay in order.
-    pub fn publish_link(&self, session: SessionRef) -> u8 {
-        let links = u32::from(self.publish_links.load(Ordering::Relaxed));
+    /// The publish link that a session's publishes would begin on: the same for all of them, so that
+    /// they stay in order.
+    pub fn link_of(&self, session: SessionRef) -> u8 {
+        let links = u32::from(self.used.load(Ordering::Relaxed));
         // Fewer than 256.
         (u32::from(session.shard).wrapping_add(session.slot) % links) as u8
     }
 
-    /// Moves a session to the P link that it would begin on now, if nothing of it waits for its old
-    /// one: to be called before what it has just sent is handed over. Returns the one that holds.
-    pub fn move_publishes(&self, session: SessionRef, from: u8) -> u8 {
-        let to = self.publish_link(session);
-        let mut shard = self.shards[usize::from(session.shard)].lock();
+    /// Moves a session to the publish link that it would begin on now, if none of its publishes waits
+    /// for its old one; to be called before its next publish is handed over. Returns the publish link
+    /// from here on.
+    pub fn move_session(&self, sessions: &Sessions, session: SessionRef, from: u8) -> u8 {
+        let to = self.link_of(session);
+        let mut shard = sessions.shard(session.shard);
         let Some(slot) = shard.get(session) else {
             return from;
         };
-        let idle = self.lanes[usize::from(from)].lanes.lock().bytes_of(session) == 0;
+        let idle = self.links[usize::from(from)]
+            .queues
+            .lock()
+            .bytes_of(session)
+            == 0;
         if idle {
             slot.publish_link = to;
         }
         slot.publish_link
     }
 
-    /// P links that are dialled.
-    pub fn publish_links_wanted(&self) -> usize {
-        usize::from(self.publish_wanted.load(Ordering::Acquire))
+    /// Publish links that are dialled.
+    pub fn links_wanted(&self) -> usize {
+        usize::from(self.wanted.load(Ordering::Acquire))
     }
 
-    /// Asks for another P link, once the last that was asked for is there. Whether there will be
-    /// one.
-    pub fn add_publish_link(&self) -> bool {
-        let links = self.publish_links.load(Ordering::Acquire);
-        if usize::from(links) >= self.lanes.len() {
+    /// Asks for another publish link, once the last that was asked for is there. Returns whether
+    /// there will be one.
+    pub fn add_link(&self) -> bool {
+        let used = self.used.load(Ordering::Acquire);
+        if usize::from(used) >= self.links.len() {
             return false;
         }
         let (order, lax) = (Ordering::AcqRel, Ordering::Relaxed);
-        let added = self
-            .publish_wanted
-            .compare_exchange(links, links + 1, order, lax);
+        let added = self.wanted.compare_exchange(used, used + 1, order, lax);
         if added.is_ok() {
-            self.lanes[usize::from(links)].wake.raise();
+            self.links[usize::from(used)].waker.raise();
         }
         added.is_ok()
     }
 
-    /// Works on what waits for P link `link`.
-    pub fn lanes<R>(&self, link: usize, f: impl FnOnce(&mut Lanes) -> R) -> R {
-        f(&mut self.lanes[link].lanes.lock())
-    }
-
-    /// Wakes P link `link`'s task.
-    pub fn publish_wake(&self, link: usize) -> &Arc<TaskWaker> {
-        &self.lanes[link].wake
-    }
-
-    /// P link `link` is connected, or not.
-    pub fn publish_link_up(&self, link: usize, up: bool) {
-        self.lanes[link].up.store(up, Ordering::Release);
-        // Links come up for the first time in the order of their numbers.
-        if up && self.publish_links.load(Ordering::Acquire) == link as u8 {
-            self.publish_links.store(link as u8 + 1, Ordering::Release);
+    /// Publish link `link` is connected, or not.
+    pub fn link_up(&self, link: usize, up: bool) {
+        self.links[link].up.store(up, Ordering::Release);
+        if up {
+            // Only the link that was asked for last can be the one behind those that are used.
+            let (order, lax) = (Ordering::AcqRel, Ordering::Relaxed);
+            let number = link as u8;
+            let _ = self.used.compare_exchange(number, number + 1, order, lax);
         }
     }
 
-    /// The core's answers, for the clients that wait for them.
-    pub fn answered(&self, answers: &[Answered], now: Millis) {
-        let mut wakes = Vec::new();
-        for answer in answers {
-            metrics()
-                .publish_ack_seconds
-                .record(now.saturating_sub(answer.since) as f64 / 1000.0);
-            let mut shard = self.shards[usize::from(answer.session.shard)].lock();
-            let Some(slot) = shard.get(answer.session) else {
-                continue;
-            };
-            slot.session.answered(answer.token, answer.reason);
-            if slot.session.attached() && !slot.woken {
-                slot.woken = true;
-                wakes.extend(slot.handle.clone());
-            }
-        }
-        for wake in wakes {
-            wake.raise();
-        }
+    /// Works on the publishes that wait for publish link `link`.
+    pub fn queues<R>(&self, link: usize, f: impl FnOnce(&mut PublishQueues) -> R) -> R {
+        f(&mut self.links[link].queues.lock())
     }
 
-    /// Publishes that wait for P links.
-    pub fn publishes_waiting(&self) -> usize {
-        self.lanes.iter().map(|l| l.lanes.lock().len()).sum()
+    /// Wakes the task of publish link `link`.
+    pub fn waker(&self, link: usize) -> &Arc<TaskWaker> {
+        &self.links[link].waker
     }
-}
 
-/// What a message takes beside its packet's bytes.
-const MESSAGE_OVERHEAD: u64 = 96;
-
-/// A publish of a client for the broker.
-#[derive(Debug)]
-pub struct ClientPublish {
-    /// Names the publish in the broker's answer; `None`: nobody waits for an answer.
-    pub token: Option<Token>,
-    /// The message to publish.
-    pub message: Message,
-    /// Not 0: the publisher has a No Local subscription that matches; the mark of its session.
-    pub origin_mark: Option<Incarnation>,
-}
-
-/// One answer of the core to a client's publish.
-#[derive(Clone, Copy, Debug)]
-pub struct Answered {
-    /// Whose publish it was.
-    pub session: SessionRef,
-    /// Which.
-    pub token: Token,
-    /// The core's reason code.
-    pub reason: ReasonCode,
-    /// When it was handed over, milliseconds.
-    pub since: u64,
+    /// Publishes that wait for publish links.
+    pub fn waiting(&self) -> usize {
+        self.links.iter().map(|l| l.queues.lock().len()).sum()
+    }
 }

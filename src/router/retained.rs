@@ -6,245 +6,271 @@
 
 mod cache;
 mod release;
-pub(super) mod resync;
+mod resync;
 
 use std::sync::Arc;
 
-use crate::mqtt::{Message, ReasonCode};
+use parking_lot::Mutex;
+
+use crate::mqtt::Message;
 use crate::telemetry::metrics;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
-use crate::router::Router;
-use crate::router::types::SessionRef;
-use crate::router::types::{Arrived, RetainedRequest};
-pub(super) use cache::Retained;
-use cache::{Cached, State, Wishes};
+use crate::router::barrier::Barriers;
+use crate::router::handle::TaskWaker;
+use crate::router::sessions::Sessions;
+use crate::router::types::{Arrived, Reply, RetainedRequest};
+use cache::{Buffered, Cache, Cached, Requests, State};
 
-/// Fetched messages that wait for the data links at most, and their bytes; more are handed on at once.
-const HELD_MAX: usize = 10_000;
-const HELD_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Fetched messages that wait for the data links; further ones are handed on at once.
+const BUFFERED_MAX: usize = 10_000;
 
-/// How long a SUBACK waits for the retained messages, milliseconds: a client that has it may
-/// publish, and what is older must not come after what it publishes.
-const SUBACK_WAIT: u64 = 100;
+/// Bytes of the fetched messages that wait for the data links.
+const BUFFERED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// The outcome of one filter of a SUBSCRIBE, told behind its retained messages.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Reply {
-    pub session: SessionRef,
-    pub connection_no: u64,
-    pub packet_id: u16,
-    pub index: u16,
-    pub code: ReasonCode,
+/// How long a SUBACK waits for the retained messages. A client that has its SUBACK may publish, and
+/// older messages must not follow its own.
+const SUBACK_WAIT_MS: Millis = 100;
+
+/// The retained messages: the cache, and the fetches by which the retained link fills it.
+#[derive(Debug)]
+pub(super) struct RetainedMessages {
+    cache: Mutex<Cache>,
+    /// Wakes the task of the retained link.
+    waker: Arc<TaskWaker>,
 }
 
-impl Router {
+/// The filters, as far as their retained messages have to know them.
+pub(super) trait Sources {
+    /// The name of a filter that is known.
+    fn name(&self, filter: FilterId) -> Option<Arc<str>>;
+    /// The data link that brings a filter's live messages.
+    fn data_link(&self, filter: FilterId) -> Option<usize>;
+    /// Whether that link is away, so that live messages are not seen at once.
+    fn is_away(&self, filter: FilterId) -> bool;
+    /// Calls `f` for the filter, and for the filters below it that match the topic, each with the
+    /// shards that may have members, as bits.
+    fn receivers(&self, filter: FilterId, topic: &str, f: &mut dyn FnMut(FilterId, u64));
+    /// Calls `f` for the filters below a root.
+    fn below(&self, root: FilterId, f: &mut dyn FnMut(FilterId));
+}
+
+impl RetainedMessages {
+    /// An empty cache of at most `bytes_max` bytes.
+    pub fn new(bytes_max: usize) -> Self {
+        Self {
+            cache: Mutex::new(Cache::new(bytes_max)),
+            waker: Arc::default(),
+        }
+    }
+
+    /// Wakes the task of the retained link.
+    pub fn waker(&self) -> &Arc<TaskWaker> {
+        &self.waker
+    }
+
     /// Sends the retained messages of a filter to one subscription: from the cache, or once they
-    /// are fetched. `reply` follows them, but is not kept waiting for long.
-    pub(super) fn want_retained(
+    /// are fetched. `reply` follows them, but is not kept waiting for long. Returns the replies to
+    /// send now.
+    pub fn request(
         &self,
-        number: FilterId,
-        wants: RetainedRequest,
+        sessions: &Sessions,
+        filter: FilterId,
+        request: RetainedRequest,
         reply: Reply,
         now: Millis,
-    ) {
-        let mut retained = self.retained.lock();
-        let deadline = now + SUBACK_WAIT;
-        let waiting = retained.replies.entry(number).or_default();
-        waiting.push((deadline, reply));
-        retained.reply_by.push_back((deadline, number));
-        match retained.filters.get_mut(&number) {
+    ) -> Vec<Reply> {
+        let mut cache = self.cache.lock();
+        let deadline = now + SUBACK_WAIT_MS;
+        cache
+            .replies
+            .entry(filter)
+            .or_default()
+            .push((deadline, reply));
+        cache.reply_by.push_back((deadline, filter));
+        match cache.filters.get_mut(&filter) {
             Some(cached) if cached.state == State::Complete => {
-                retained.complete.promote(&number);
-                let messages: Vec<Message> = self.cached(&retained, number, now);
-                self.hand_retained(&retained, number, &messages, &wants, now);
+                cache.complete.promote(&filter);
+                let messages = cache.messages(filter, now);
+                release::hand(sessions, &cache, filter, &messages, &request, now);
             }
             Some(cached) if cached.state == State::Queued => {
-                cached.wants.insert(wants.session, wants);
+                cached.requests.insert(request.session, request);
                 if cached.resync {
-                    // It may have been for later.
-                    retained.queue.push_back(number);
-                    self.fetch.raise();
+                    // It may be in the queue of fetches that nobody waits for.
+                    cache.queue.push_back(filter);
+                    self.waker.raise();
                 }
             }
             Some(cached) if cached.overflow || cached.stale => {
-                cached.late.insert(wants.session, wants);
+                cached.late.insert(request.session, request);
             }
             Some(cached) => {
-                cached.wants.insert(wants.session, wants);
-                let messages = self.cached(&retained, number, now);
-                self.hand_retained(&retained, number, &messages, &wants, now);
+                cached.requests.insert(request.session, request);
+                let messages = cache.messages(filter, now);
+                release::hand(sessions, &cache, filter, &messages, &request, now);
             }
             None => {
-                let queued = Cached::queued(Wishes::from([(wants.session, wants)]));
-                retained.filters.insert(number, queued);
-                retained.queue.push_back(number);
-                self.fetch.raise();
+                let queued = Cached::queued(Requests::from([(request.session, request)]));
+                cache.filters.insert(filter, queued);
+                cache.queue.push_back(filter);
+                self.waker.raise();
             }
         }
-        let replies = retained.replies_of(number);
-        drop(retained);
-        self.reply(&replies);
+        cache.replies_of(filter)
     }
 
-    fn reply(&self, replies: &[Reply]) {
-        for r in replies {
-            self.answer_subscribe(
-                r.session,
-                r.connection_no,
-                r.packet_id,
-                &[(r.index, r.code)],
-            );
-        }
+    /// Takes the replies that have waited long enough, and releases fetched messages that have. Returns
+    /// the replies to send now.
+    pub fn tick(&self, sessions: &Sessions, sources: &impl Sources, now: Millis) -> Vec<Reply> {
+        let mut replies = self.late_replies(now);
+        replies.extend(self.release_late(sessions, sources, now));
+        replies
     }
 
-    /// Replies that have waited long enough.
-    fn late_replies(&self, now: Millis) {
+    fn late_replies(&self, now: Millis) -> Vec<Reply> {
         let mut late = Vec::new();
-        let mut retained = self.retained.lock();
-        while let Some(&(deadline, number)) = retained.reply_by.front()
+        let mut cache = self.cache.lock();
+        while let Some(&(deadline, filter)) = cache.reply_by.front()
             && deadline <= now
         {
-            retained.reply_by.pop_front();
-            let Some(waiting) = retained.replies.get_mut(&number) else {
+            cache.reply_by.pop_front();
+            let Some(waiting) = cache.replies.get_mut(&filter) else {
                 continue;
             };
             late.extend(waiting.extract_if(.., |(at, _)| *at <= now).map(|(_, r)| r));
             if waiting.is_empty() {
-                retained.replies.remove(&number);
+                cache.replies.remove(&filter);
             }
         }
-        drop(retained);
-        self.reply(&late);
+        late
     }
 
-    /// Lets go what need not be kept any longer.
-    pub(super) fn tick_retained(&self, now: Millis) {
-        self.late_replies(now);
-        self.late_fetches(now);
-        self.forget_missed();
-    }
-
-    /// The core has answered a PINGREQ behind the fetch of these filters: what it had is here.
-    pub fn fetch_answered(&self, numbers: &[FilterId]) {
-        let mut retained = self.retained.lock();
+    /// The broker has answered a PINGREQ behind the fetch of these filters: the messages that it had
+    /// are here. Returns the replies to send now.
+    pub fn fetch_answered(&self, filters: &[FilterId]) -> Vec<Reply> {
+        let mut cache = self.cache.lock();
         let mut replies = Vec::new();
-        for &number in numbers {
-            if let Some(cached) = retained.filters.get_mut(&number) {
-                cached.through = cached.state == State::Fetching;
-                replies.extend(retained.replies_of(number));
+        for filter in filters {
+            if let Some(cached) = cache.filters.get_mut(filter) {
+                cached.answered = cached.state == State::Fetching;
+                replies.extend(cache.replies_of(*filter));
             }
         }
-        drop(retained);
-        self.reply(&replies);
-    }
-
-    fn cached(&self, retained: &Retained, number: FilterId, now: Millis) -> Vec<Message> {
-        let Some(cached) = retained.filters.get(&number) else {
-            return Vec::new();
-        };
-        let alive = cached.topics.values().filter(|m| m.expires_at() > now);
-        alive.cloned().collect()
+        replies
     }
 
     /// Up to `max` filters whose fetch begins now, with their names.
-    pub fn next_fetches(&self, max: usize) -> Vec<(FilterId, Arc<str>)> {
+    pub fn next_fetches(&self, sources: &impl Sources, max: usize) -> Vec<(FilterId, Arc<str>)> {
         let mut taken = Vec::new();
-        let mut retained = self.retained.lock();
+        let mut cache = self.cache.lock();
         while taken.len() < max
-            && let Some(number) = retained.next()
+            && let Some(filter) = cache.next()
         {
-            let name = self.table.read().get(number).map(|f| f.name().clone());
-            let away = self.source_is_away(number);
-            let (Some(name), Some(cached)) = (name, retained.filters.get_mut(&number)) else {
-                retained.drop_filter(number);
+            let name = sources.name(filter);
+            let away = sources.is_away(filter);
+            let (Some(name), Some(cached)) = (name, cache.filters.get_mut(&filter)) else {
+                cache.drop_filter(filter);
                 continue;
             };
-            // What changes meanwhile is not seen.
+            // Changes are not seen meanwhile.
             cached.stale |= away;
             cached.state = State::Fetching;
             cached.name = Some(name.clone());
-            retained.known.insert(&name, number);
-            taken.push((number, name));
+            cache.known.insert(&name, filter);
+            taken.push((filter, name));
         }
         metrics().retained_fetches.increment(taken.len() as u64);
         taken
     }
 
-    /// A retained message that the R link brought for a filter.
-    pub fn fetched(&self, number: FilterId, message: &Message, now: Millis) {
-        let mut retained = self.retained.lock();
-        let Some(cached) = retained.filters.get(&number) else {
+    /// The retained link brought a message for a filter.
+    pub fn fetched(
+        &self,
+        sessions: &Sessions,
+        barriers: &Barriers,
+        sources: &impl Sources,
+        filter: FilterId,
+        message: &Message,
+        now: Millis,
+    ) {
+        let mut cache = self.cache.lock();
+        let Some(cached) = cache.filters.get(&filter) else {
             return;
         };
-        if cached.state != State::Fetching || cached.live.contains(&retained.topic(message)) {
+        if cached.state != State::Fetching || cached.live.contains(&cache.topic(message)) {
             return;
         }
-        let room = retained.held < HELD_MAX && retained.held_bytes < HELD_BYTES_MAX;
-        match self.source_link(number) {
-            // While the link is away too: what its session kept comes first.
+        let room = cache.buffered < BUFFERED_MAX && cache.buffered_bytes < BUFFERED_BYTES_MAX;
+        match sources.data_link(filter) {
+            // While the link is away too: the messages that its session kept come first.
             Some(link) if room => {
-                let fence = self.ask_fence(link);
-                retained.hold(number, (link, fence, message.clone()));
+                let buffered = Buffered {
+                    link,
+                    barrier: barriers.ask(link),
+                    message: message.clone(),
+                };
+                cache.buffer(filter, buffered);
             }
-            _ => self.hand_fetched(&mut retained, number, std::slice::from_ref(message), now),
+            _ => {
+                let messages = std::slice::from_ref(message);
+                release::hand_fetched(sessions, sources, &mut cache, filter, messages, now);
+            }
         }
     }
 
     /// A live message with RETAIN: the cache follows before anyone gets it.
-    pub(super) fn retained_live(&self, arrived: &Arrived, now: Millis) {
-        let mut retained = self.retained.lock();
-        retained.ahead(arrived, now);
-        retained.learn(arrived);
-        let topic = retained.topic(&arrived.message);
-        for &number in &arrived.filters {
-            let Some(cached) = retained.filters.get_mut(&number) else {
+    pub fn live(&self, arrived: &Arrived, now: Millis) {
+        let mut cache = self.cache.lock();
+        cache.note_ahead(arrived, now);
+        cache.learn(arrived);
+        let topic = cache.topic(&arrived.message);
+        for filter in &arrived.filters {
+            let Some(cached) = cache.filters.get_mut(filter) else {
                 continue;
             };
             match cached.state {
                 State::Queued => continue,
-                State::Fetching => {
-                    cached.overtaken(topic);
-                }
+                State::Fetching => cached.overtaken(topic),
                 State::Complete => {}
             }
-            retained.put(number, &arrived.message);
-            let overflow = retained
+            cache.put(*filter, &arrived.message);
+            let overflow = cache
                 .filters
-                .get(&number)
+                .get(filter)
                 .is_some_and(|c| c.state == State::Complete && c.overflow);
             if overflow {
-                retained.drop_filter(number);
+                cache.drop_filter(*filter);
             }
         }
     }
 
-    /// Without RETAIN on live messages (a 3.1.1 core) the cache cannot follow them: what is known
-    /// of a topic that got a message is doubtful, and a fetched value must not follow it.
-    pub(super) fn retained_doubtful(&self, arrived: &Arrived, now: Millis) {
-        let mut retained = self.retained.lock();
-        retained.ahead(arrived, now);
-        retained.learn(arrived);
-        let topic = retained.topic(&arrived.message);
-        for &number in &arrived.filters {
-            match retained.filters.get_mut(&number) {
+    /// A live message of a broker that does not keep RETAIN on live messages (MQTT 3.1.1): the cache
+    /// cannot follow it. The cached value of its topic is doubtful, and a fetched one must not follow.
+    pub fn doubtful(&self, arrived: &Arrived, now: Millis) {
+        let mut cache = self.cache.lock();
+        cache.note_ahead(arrived, now);
+        cache.learn(arrived);
+        let topic = cache.topic(&arrived.message);
+        for filter in &arrived.filters {
+            match cache.filters.get_mut(filter) {
                 Some(cached) if cached.state == State::Fetching => {
                     cached.overtaken(topic);
                     cached.stale = true;
                 }
-                Some(cached) if cached.state == State::Complete => retained.drop_filter(number),
+                Some(cached) if cached.state == State::Complete => cache.drop_filter(*filter),
                 _ => {}
             }
         }
     }
 
-    /// D lost messages for these filters, or no longer holds them.
-    pub(super) fn forget_retained(&self, numbers: impl Iterator<Item = FilterId>) {
-        let mut retained = self.retained.lock();
-        for number in numbers {
-            match retained.filters.get_mut(&number) {
-                Some(cached) if cached.state == State::Complete => retained.drop_filter(number),
+    /// A data link lost messages for these filters, or the broker no longer has them.
+    pub fn forget(&self, filters: impl Iterator<Item = FilterId>) {
+        let mut cache = self.cache.lock();
+        for filter in filters {
+            match cache.filters.get_mut(&filter) {
+                Some(cached) if cached.state == State::Complete => cache.drop_filter(filter),
                 Some(cached) => cached.stale = true,
                 None => {}
             }
@@ -252,13 +278,13 @@ impl Router {
     }
 
     /// Filters whose retained messages are being fetched, or are to be.
-    pub fn retained_pending(&self) -> u64 {
-        let retained = self.retained.lock();
-        (retained.filters.len() - retained.complete.len()) as u64
+    pub fn pending(&self) -> u64 {
+        let cache = self.cache.lock();
+        (cache.filters.len() - cache.complete.len()) as u64
     }
 
-    /// Bytes in the retained cache.
-    pub fn retained_bytes(&self) -> u64 {
-        self.retained.lock().bytes as u64
+    /// Bytes in the cache.
+    pub fn bytes(&self) -> u64 {
+        self.cache.lock().bytes as u64
     }
 }

@@ -1,9 +1,441 @@
 //! The sessions: where each one is kept, and how connections come to them and leave them.
 
-pub(super) mod budget;
+mod budget;
 pub(super) mod connect;
-pub(super) mod handover;
-pub(super) mod members;
-pub(super) mod presence;
+mod expiry;
+pub(super) mod fan_out;
+mod handover;
+mod members;
 pub(super) mod shard;
+mod sockets;
+pub(super) mod tally;
 pub(super) mod view;
+
+use std::hash::BuildHasher;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+
+use foldhash::fast::FixedState;
+use parking_lot::{Mutex, MutexGuard};
+use smallvec::SmallVec;
+
+use crate::budget::Account;
+use crate::mqtt::{Message, ReasonCode};
+use crate::session::{CloseReason, Effect, Incarnation, Redelivery, Session, SessionLimits, Token};
+use crate::telemetry::{DropReason, metrics};
+use crate::time::Millis;
+use crate::topics::FilterId;
+
+use crate::router::handle::ConnectionHandle;
+use crate::router::lost::Lost;
+use crate::router::types::{Peer, SessionRef};
+use shard::{Shard, Slot};
+use tally::Tally;
+
+/// Shards; at most 64, since a filter's shards are the bits of one word.
+pub(super) const SHARDS: usize = 32;
+
+/// The bounds of all sessions together.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SessionBudgets {
+    /// Bytes of all queues.
+    pub queue_bytes: u64,
+    /// Bytes of the output of all connections.
+    pub output_bytes: u64,
+    /// An entry of the output that no socket takes for this long ends its connection.
+    pub write_stall: Millis,
+}
+
+/// All sessions, spread over shards.
+#[derive(Debug)]
+pub(super) struct Sessions {
+    limits: SessionLimits,
+    budgets: SessionBudgets,
+    shards: Box<[Mutex<Shard>]>,
+    /// Spreads client identifiers over the shards.
+    hasher: FixedState,
+    /// Sessions that were begun or started anew.
+    incarnations: AtomicU64,
+    /// Messages from the broker that are alive in a queue.
+    queue_account: Arc<Account>,
+    /// Bytes of the entries of all queues.
+    entry_bytes: AtomicI64,
+    /// Bytes of the output of all connections.
+    output_bytes: AtomicI64,
+    /// The limit of each connection's output while there is no pressure, bytes.
+    output_buffer: usize,
+    /// Held by the one caller that evicts.
+    evicting: Mutex<()>,
+    /// Actions that could not be taken under a shard's lock; at most one entry for each ended session.
+    deferred: Mutex<Vec<SessionActions>>,
+    /// Tasks that wait for room among the publishes; at most one entry for each per tick.
+    waiting_for_room: Mutex<Vec<Arc<ConnectionHandle>>>,
+    /// Shards with sessions whose handovers wait for barriers, as bits.
+    handovers: AtomicU64,
+}
+
+/// Actions that are left to take once a shard's lock is given back.
+#[derive(Debug, Default)]
+#[must_use]
+pub(super) struct SessionActions {
+    /// The shard of all the sessions.
+    pub shard: u16,
+    /// Subscriptions that ended, by their filter.
+    pub released: Vec<FilterId>,
+    /// Wills to publish.
+    pub wills: Vec<DueWill>,
+    /// Deliveries of shared subscriptions that other members are to get.
+    pub redeliveries: Vec<Redelivery>,
+    /// Changes of presence to publish.
+    pub presence_changes: Vec<PresenceChange>,
+}
+
+/// A will that is to be published.
+#[derive(Debug)]
+pub(super) struct DueWill {
+    pub session: SessionRef,
+    pub publish_link: u8,
+    pub will: Message,
+}
+
+/// A client that came or went.
+#[derive(Debug)]
+pub(super) struct PresenceChange {
+    pub session: SessionRef,
+    pub publish_link: u8,
+    pub client_id: Arc<str>,
+    /// The client's end of the new connection; `None` if the client went.
+    pub peer: Option<Arc<Peer>>,
+}
+
+/// One answer of the broker to a client's publish.
+#[derive(Clone, Copy, Debug)]
+pub struct Answered {
+    /// The publisher.
+    pub session: SessionRef,
+    /// Names the publish.
+    pub token: Token,
+    /// The broker's reason code.
+    pub reason: ReasonCode,
+    /// When the client handed the publish over.
+    pub since: Millis,
+}
+
+impl Sessions {
+    pub fn new(
+        limits: SessionLimits,
+        budgets: SessionBudgets,
+        hash_seed: u64,
+        lost: &Arc<Lost>,
+    ) -> Self {
+        Self {
+            shards: (0..SHARDS as u16)
+                .map(|n| Mutex::new(Shard::new(n, lost.clone())))
+                .collect(),
+            budgets,
+            hasher: FixedState::with_seed(hash_seed),
+            incarnations: AtomicU64::new(0),
+            queue_account: Arc::new(Account::new()),
+            entry_bytes: AtomicI64::new(0),
+            output_bytes: AtomicI64::new(0),
+            output_buffer: limits.output_buffer.load(Ordering::Relaxed),
+            evicting: Mutex::new(()),
+            deferred: Mutex::new(Vec::new()),
+            waiting_for_room: Mutex::new(Vec::new()),
+            handovers: AtomicU64::new(0),
+            limits,
+        }
+    }
+
+    pub fn limits(&self) -> &SessionLimits {
+        &self.limits
+    }
+
+    /// The account that messages from the broker are charged to.
+    pub fn queue_account(&self) -> &Arc<Account> {
+        &self.queue_account
+    }
+
+    /// Bytes that all queues hold: messages once, and their entries.
+    pub fn queue_used(&self) -> u64 {
+        let entries = self.entry_bytes.load(Ordering::Relaxed).max(0) as u64;
+        self.queue_account.used() + entries
+    }
+
+    /// Bytes of output that wait for sockets.
+    pub fn output_used(&self) -> u64 {
+        self.output_bytes.load(Ordering::Relaxed).max(0) as u64
+    }
+
+    /// Locks a shard.
+    pub fn shard(&self, number: u16) -> MutexGuard<'_, Shard> {
+        self.shards[usize::from(number)].lock()
+    }
+
+    fn shard_of(&self, client_id: &str) -> u16 {
+        (self.hasher.hash_one(client_id) % SHARDS as u64) as u16
+    }
+
+    fn next_incarnation(&self) -> Incarnation {
+        Incarnation::nth(self.incarnations.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Works on a session under its shard's lock. `None`: it is gone.
+    pub fn with<R>(
+        &self,
+        reference: SessionRef,
+        f: impl FnOnce(&mut Session, &SessionLimits) -> R,
+    ) -> Option<R> {
+        let mut shard = self.shard(reference.shard);
+        let slot = shard.get(reference)?;
+        let result = f(&mut slot.session, &self.limits);
+        shed(slot);
+        self.settle(&mut shard, reference.slot);
+        Some(result)
+    }
+
+    /// Works on a session under its shard's lock. `None`: `connection_no` is not its current
+    /// connection any more.
+    pub fn with_connection<R>(
+        &self,
+        reference: SessionRef,
+        connection_no: u64,
+        f: impl FnOnce(&mut Session, &SessionLimits) -> R,
+    ) -> Option<R> {
+        let mut shard = self.shard(reference.shard);
+        let slot = shard.connected(reference, connection_no)?;
+        let result = f(&mut slot.session, &self.limits);
+        shed(slot);
+        self.settle(&mut shard, reference.slot);
+        Some(result)
+    }
+
+    /// Works on a session under its shard's lock, for packets of its client. `None`:
+    /// `connection_no` is not its current connection any more. Members that its UNSUBSCRIBEs end
+    /// leave before the lock is given back: nothing follows an UNSUBACK.
+    pub fn feed<R>(
+        &self,
+        reference: SessionRef,
+        connection_no: u64,
+        effects: &mut Vec<Effect>,
+        f: impl FnOnce(&mut Session, &SessionLimits, &mut Vec<Effect>) -> R,
+    ) -> Option<R> {
+        let mut shard = self.shard(reference.shard);
+        let slot = shard.connected(reference, connection_no)?;
+        let result = f(&mut slot.session, &self.limits, effects);
+        shed(slot);
+        let refused = std::mem::take(&mut slot.session.refused_publishes);
+        if refused > 0 {
+            metrics().messages_dropped[DropReason::Acl].increment(refused.into());
+        }
+        for effect in effects.iter_mut() {
+            if let Effect::Unsubscribe { filters } = effect {
+                for gone in filters {
+                    shard.leave(reference.slot, gone.filter);
+                    let hands_over = !gone.primary_over.is_empty();
+                    if hands_over && !shard.handovers.begin(reference.slot, gone) {
+                        gone.primary_over.clear();
+                    }
+                }
+                shard.rejoin(reference.slot);
+            }
+        }
+        self.settle(&mut shard, reference.slot);
+        Some(result)
+    }
+
+    /// A client's address changed within its connection.
+    pub fn moved(&self, reference: SessionRef, connection_no: u64, peer: Arc<Peer>) {
+        let mut shard = self.shard(reference.shard);
+        if let Some(slot) = shard.get(reference)
+            && slot.session.connection_no() == connection_no
+        {
+            slot.peer = Some(peer);
+        }
+    }
+
+    /// Wakes a task at the next tick: it waits for room, or for a deadline.
+    pub fn wake_soon(&self, handle: &Arc<ConnectionHandle>) {
+        if handle.queue_up() {
+            self.waiting_for_room.lock().push(handle.clone());
+        }
+    }
+
+    /// Wakes the tasks that wait for the tick.
+    pub fn wake_waiting(&self) {
+        let waiting = std::mem::take(&mut *self.waiting_for_room.lock());
+        for handle in waiting {
+            handle.unqueue();
+        }
+    }
+
+    /// Fills up a connection's output and takes it. `empty` is exchanged for the bytes of the control
+    /// stream; the returned bytes are those of other streams, by number. Only the streams whose bit is
+    /// set in `free` are taken from; `unsent` bytes taken earlier are still with the others. `None`:
+    /// the connection is not the session's any more.
+    pub fn take_output(
+        &self,
+        reference: SessionRef,
+        connection_no: u64,
+        (free, unsent): (u16, usize),
+        empty: &mut Vec<u8>,
+        now: Millis,
+    ) -> Option<Vec<(u8, Vec<u8>)>> {
+        let mut shard = self.shard(reference.shard);
+        let slot = shard.get(reference)?;
+        if slot.session.connection_no() != connection_no {
+            return None;
+        }
+        slot.woken = false;
+        slot.session.connection()?.streams_free(free);
+        slot.session.pump(&self.limits, now);
+        let side = slot.session.connection()?.take_output(free, empty);
+        let aside = side.iter().map(|(_, b)| b.len()).sum::<usize>();
+        let mut taken = unsent + aside;
+        // The task watches each data stream itself; the control stream stands for the connection.
+        if free & 1 != 0 {
+            slot.taken_at = now;
+            slot.offered = empty.len();
+            taken += empty.len();
+        }
+        slot.taken = taken;
+        if aside + empty.len() > 0
+            && let Some(handle) = &slot.handle
+        {
+            handle.sent(now);
+        }
+        shed(slot);
+        self.settle(&mut shard, reference.slot);
+        Some(side)
+    }
+
+    /// Hands the broker's answers to the clients that wait for them.
+    pub fn answered(&self, answers: &[Answered], now: Millis) {
+        let mut wakes = Vec::new();
+        for answer in answers {
+            metrics()
+                .publish_ack_seconds
+                .record(now.saturating_sub(answer.since) as f64 / 1000.0);
+            let mut shard = self.shard(answer.session.shard);
+            let Some(slot) = shard.get(answer.session) else {
+                continue;
+            };
+            slot.session.answered(answer.token, answer.reason);
+            if slot.session.attached() && !slot.woken {
+                slot.woken = true;
+                wakes.extend(slot.handle.clone());
+            }
+        }
+        for handle in wakes {
+            handle.raise();
+        }
+    }
+
+    /// Writes the outcome of filters of one SUBSCRIBE: their places in it, and the reason codes.
+    pub fn answer_subscribe(
+        &self,
+        session: SessionRef,
+        connection_no: u64,
+        packet_id: u16,
+        answers: &[(u16, ReasonCode)],
+    ) {
+        if answers.is_empty() {
+            return;
+        }
+        let mut shard = self.shard(session.shard);
+        let Some(slot) = shard.get(session) else {
+            return;
+        };
+        // Another connection's SUBSCRIBE may have the same packet identifier.
+        if slot.session.connection_no() != connection_no {
+            return;
+        }
+        let mut end: Option<CloseReason> = None;
+        for (index, code) in answers {
+            if let Err(close) = slot.session.subscribed(packet_id, *index, *code) {
+                end = Some(close);
+            }
+        }
+        slot.woken = true;
+        if let Some(handle) = slot.handle.clone() {
+            drop(shard);
+            match end {
+                Some(close) => handle.close(close),
+                None => handle.raise(),
+            }
+        }
+    }
+
+    /// A session gave up filters that overlapping ones take over from, once every data link has
+    /// brought everything that is under way. The barriers asked for after this call are given to
+    /// [`await_barriers`](Self::await_barriers).
+    pub fn handover_begins(&self, session: SessionRef) {
+        self.handovers
+            .fetch_or(1 << session.shard, Ordering::SeqCst);
+    }
+
+    /// The handovers that a session began last wait for these barriers of the data links.
+    pub fn await_barriers(&self, session: SessionRef, barriers: &[u64]) {
+        let mut shard = self.shard(session.shard);
+        if shard.get(session).is_some() {
+            shard.handovers.wait(session.slot, barriers);
+        }
+    }
+
+    /// Whether handovers wait for barriers.
+    pub fn hands_over(&self) -> bool {
+        self.handovers.load(Ordering::SeqCst) != 0
+    }
+
+    /// Barrier `number` of a data link has passed. Handovers that need another round of barriers get
+    /// it from `next`. Returns the subscriptions whose handover is complete.
+    pub fn barrier_passed(
+        &self,
+        link: usize,
+        number: u64,
+        next: impl Fn() -> SmallVec<[u64; 4]>,
+    ) -> Vec<(SessionRef, FilterId)> {
+        let mut complete = Vec::new();
+        let mut mask = self.handovers.load(Ordering::SeqCst);
+        while mask != 0 {
+            let index = mask.trailing_zeros() as u16;
+            mask &= mask - 1;
+            let mut gone = Vec::new();
+            let mut shard = self.shard(index);
+            shard.handovers.passed(link, number, &mut gone, &next);
+            if shard.handovers.is_empty() {
+                self.handovers.fetch_and(!(1 << index), Ordering::SeqCst);
+            }
+            let whose = |(slot, filter)| (shard.reference(slot), filter);
+            complete.extend(gone.into_iter().map(whose));
+        }
+        complete
+    }
+
+    /// Brings a session's timer and the accounts in line after it was worked on.
+    fn settle(&self, shard: &mut Shard, at: u32) {
+        shard.settle(at);
+        self.charge(shard);
+    }
+
+    /// Adds a shard's changes to the accounts; to be called before its lock is given back.
+    pub fn charge(&self, shard: &mut Shard) {
+        let delta = std::mem::take(&mut shard.entry_bytes);
+        if delta != 0 {
+            self.entry_bytes.fetch_add(delta, Ordering::Relaxed);
+        }
+        let delta = std::mem::take(&mut shard.output_bytes);
+        if delta != 0 {
+            self.output_bytes.fetch_add(delta, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Counts the messages that a session let go of.
+fn shed(slot: &mut Slot) {
+    if slot.session.outbound().shed != Default::default() {
+        let mut tally = Tally::default();
+        slot.session.gaps += tally.shed(slot.session.outbound_mut());
+        tally.flush();
+    }
+}

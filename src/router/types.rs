@@ -6,19 +6,19 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::mqtt::{Message, QoS};
+use crate::mqtt::{Message, QoS, ReasonCode};
 use crate::session::Incarnation;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
-/// Names a session in the router: where it is, and which one of those that were there.
+/// Names a session in the router: its place, and its version among the sessions of that place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionRef {
-    /// The shard.
+    /// The number of the shard.
     pub shard: u16,
-    /// The place in the shard.
+    /// The slot in the shard.
     pub slot: u32,
-    /// Which session in that place.
+    /// Tells the session from earlier ones in the same slot.
     pub slot_version: u32,
 }
 
@@ -29,36 +29,46 @@ pub struct Peer {
     pub listener: Arc<str>,
     /// Transport name.
     pub transport: &'static str,
-    /// Silence after which its WebSocket is pinged, milliseconds; 0: never.
-    pub ping_after: u64,
+    /// Silence after which the connection's WebSocket is pinged; `None`: it is never pinged.
+    pub ping_after: Option<Millis>,
     /// The client's address, which may change within a QUIC connection.
     pub address: SocketAddr,
 }
 
-/// A message that came in on a D link, with the filters it came for.
+/// A message that the broker sent, with the filters that it came for.
 #[derive(Debug)]
 pub struct Arrived {
     /// The message.
     pub message: Message,
-    /// Numbers of the filters that it came for; empty: the core did not say.
+    /// The filters that it came for; empty if the broker did not say.
     pub filters: SmallVec<[FilterId; 2]>,
-    /// The D link that brought it.
+    /// The data link or shared link that brought it.
     pub link: usize,
-    /// The origin mark of the session that published it.
+    /// The origin mark of its publisher, for No Local.
     pub origin_mark: Option<Incarnation>,
 }
 
-/// A subscription that retained messages are wanted for.
+/// A request for the retained messages of a filter, for one subscription.
 #[derive(Clone, Copy, Debug)]
 pub struct RetainedRequest {
-    /// Whose it is.
+    /// The subscriber.
     pub session: SessionRef,
-    /// Which session it is, should another take its place.
+    /// The session's incarnation when it subscribed.
     pub incarnation: Incarnation,
     /// Granted QoS.
     pub qos: QoS,
     /// The client's Subscription Identifier.
     pub identifier: Option<NonZeroU32>,
+}
+
+/// The outcome of one filter of a SUBSCRIBE, to be answered behind the filter's retained messages.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reply {
+    pub session: SessionRef,
+    pub connection_no: u64,
+    pub packet_id: u16,
+    pub index: u16,
+    pub code: ReasonCode,
 }
 
 /// One filter of a client's SUBSCRIBE whose outcome is not told yet.

@@ -102,8 +102,8 @@ pub(super) fn serve(
             .then(|| Arc::new(metrics().listener(&listener.name, Kind::WebTransport.as_str()))),
         mount: listener.mount.as_str().into(),
         ping_after: match listener.ping_interval {
-            Some(after) if listener.transport.is_websocket() => after.as_millis() as u64,
-            _ => 0,
+            Some(after) if listener.transport.is_websocket() => Some(after.as_millis() as u64),
+            _ => None,
         },
     };
     let clients = clients.clone();

@@ -110,7 +110,7 @@ impl AdminView for View {
         m.queue_bytes.set(self.router.queue_used() as f64);
         m.publishes_waiting
             .set(self.router.publishes_waiting() as f64);
-        let waiting = self.router.limits.publish_account.used();
+        let waiting = self.router.limits().publish_account.used();
         m.publishes_waiting_bytes.set(waiting as f64);
         m.retained_cache_bytes
             .set(self.router.retained_bytes() as f64);

@@ -161,7 +161,7 @@ fn connect(
         peer: Arc::new(Peer {
             listener: "test".into(),
             transport: "tcp",
-            ping_after: 0,
+            ping_after: None,
             address: ([127, 0, 0, 1], 1).into(),
         }),
     };

@@ -121,14 +121,14 @@ impl Core {
                 self.requests
                     .push_back((at, Request::Unsubscribe(number, name.to_string())));
             }
-            if router.fence_wanted(0) {
+            if router.barrier_wanted(0) {
                 let at = self.at(0, rng, now);
                 self.requests
-                    .push_back((at, Request::Ping(router.fence_begins(0))));
+                    .push_back((at, Request::Ping(router.barrier_begins(0))));
             }
         }
         while self.publishes.len() < self.window {
-            let Some(outgoing) = router.lanes(0, |lanes| lanes.pop()) else {
+            let Some(outgoing) = router.publish_queues(0, |lanes| lanes.pop()) else {
                 break;
             };
             let at = self.at(1, rng, now);

@@ -84,7 +84,7 @@ impl World {
                 Item::Pingresp(number) => {
                     self.router.fan_out(&mut batch, self.now);
                     batch.clear();
-                    self.router.fence_passed(0, number, self.now);
+                    self.router.barrier_passed(0, number, self.now);
                 }
             }
         }

@@ -143,7 +143,7 @@ impl Edge {
             will_seen,
             now,
         );
-        let limits = &router.limits;
+        let limits = &router.limits();
         let (receive_max, aliases) = (limits.receive_max, limits.topic_alias_max);
         let mut told = false;
         let connected = router
@@ -167,7 +167,7 @@ impl Edge {
                     peer: Arc::new(Peer {
                         listener: "sim".into(),
                         transport: "sim",
-                        ping_after: 0,
+                        ping_after: None,
                         address: ([127, 0, 0, 1], 1).into(),
                     }),
                 },
@@ -230,7 +230,7 @@ impl Edge {
         let decoder = Decoder {
             version: open.version,
             receiver: Receiver::Server,
-            max: router.limits.packet_max,
+            max: router.limits().packet_max,
         };
         let (device, mut used) = (self.device, 0);
         let (version, reference) = (open.version, open.session);

@@ -116,7 +116,7 @@ impl World {
         router.data_link_up(0, tidegate::router::LinkSession::New, true, 0);
         router.publish_link_up(0, true);
         if trace {
-            eprintln!("{rules:?}\n{:?}", router.limits);
+            eprintln!("{rules:?}\n{:?}", router.limits());
             for p in &profiles {
                 eprintln!("{p:?}");
             }

@@ -370,7 +370,7 @@ impl World {
             ("publishes that wait", router.publishes_waiting()),
             (
                 "bytes of publishes",
-                router.limits.publish_account.used() as usize,
+                router.limits().publish_account.used() as usize,
             ),
             ("filters", router.filters_on(0)),
             ("filters at the core", self.core.held.len()),

@@ -1,25 +1,26 @@
-//! Shared subscriptions (MQTT 5 §4.8.2): the core sends each message once, to us; here one
+//! Shared subscriptions (MQTT 5 §4.8.2): the broker sends each message once, to us; here one
 //! member of the group gets it.
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
 
 use foldhash::fast::RandomState;
+use parking_lot::Mutex;
 
 use crate::mqtt::{Message, QoS};
 use crate::session::{Delivered, Incarnation, Offer, Redelivery, SessionLimits};
-use crate::telemetry::{DropReason as DropCause, metrics};
+use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
-use crate::router::Router;
-use crate::router::delivery::fanout::Tally;
+use crate::router::sessions::Sessions;
 use crate::router::sessions::shard::Shard;
+use crate::router::sessions::tally::Tally;
 use crate::router::types::SessionRef;
 
-/// The groups, by the number of their filter.
+/// The groups of shared subscriptions, by their filter.
 #[derive(Debug, Default)]
-pub(in crate::router) struct Groups(HashMap<FilterId, Group, RandomState>);
+pub(in crate::router) struct SharedGroups(Mutex<HashMap<FilterId, Group, RandomState>>);
 
 /// Connected members that are looked at for one that is free, and others for one that keeps the
 /// message: what a message costs does not grow with its group.
@@ -27,15 +28,16 @@ const LOOK: usize = 128;
 
 #[derive(Debug, Default)]
 struct Group {
-    /// First those that were connected when they were looked at last, or came since.
+    /// First the members that were connected when they were looked at last, or came since.
     members: Vec<Member>,
-    /// How many those are.
+    /// The number of connected members.
     here: usize,
     places: HashMap<SessionRef, usize, RandomState>,
-    /// Whose turn it is, among those that are here and among the others.
+    /// The turn among the connected members.
     next: usize,
+    /// The turn among the others.
     next_away: usize,
-    /// With that many members, those that are gone are looked for.
+    /// With that many members, the group is searched for members that are gone.
     sweep_at: usize,
 }
 
@@ -64,7 +66,7 @@ impl Group {
         }
     }
 
-    /// The member at a place among those that are here is not. Another has its place.
+    /// The connected member at a place is not connected any more. Another has its place.
     fn went(&mut self, at: usize) {
         self.here -= 1;
         self.swap(at, self.here);
@@ -89,7 +91,7 @@ impl Group {
         }
     }
 
-    /// The turn of who comes behind a member.
+    /// Gives the turn to the member behind this one.
     fn pass(&mut self, session: SessionRef) {
         match self.places.get(&session) {
             Some(&at) if at < self.here => self.next = at + 1,
@@ -99,11 +101,11 @@ impl Group {
     }
 }
 
-/// A session that joined; it may have left without a word.
+/// A session that joined. It may have unsubscribed since, or ended.
 #[derive(Clone, Copy, Debug)]
 struct Member {
     session: SessionRef,
-    /// The session's own mark: a clean start keeps its place.
+    /// The session's incarnation when it joined: a clean start keeps its place in the shard.
     incarnation: Incarnation,
 }
 
@@ -122,22 +124,25 @@ enum Fit {
     Free,
 }
 
-impl Router {
+impl SharedGroups {
     /// A session has subscribed to a group.
-    pub(in crate::router) fn join_group(
+    pub fn join(
         &self,
+        sessions: &Sessions,
         number: FilterId,
         session: SessionRef,
         incarnation: Incarnation,
     ) {
-        let mut groups = self.groups.lock();
-        let group = groups.0.entry(number).or_default();
+        let mut groups = self.0.lock();
+        let group = groups.entry(number).or_default();
         if group.members.len() >= group.sweep_at && !group.places.contains_key(&session) {
-            // Those that take a place have been looked at.
+            // Backwards: the members that take a place have been looked at.
             for at in (0..group.members.len()).rev() {
                 let member = group.members[at];
-                let shard = &self.shards[usize::from(member.session.shard)];
-                if fit(&mut shard.lock(), &member, number, None, &self.limits) == Fit::Gone {
+                let mut shard = sessions.shard(member.session.shard);
+                let fit = fit(&mut shard, &member, number, None, sessions.limits());
+                drop(shard);
+                if fit == Fit::Gone {
                     group.remove(at);
                 }
             }
@@ -147,137 +152,59 @@ impl Router {
     }
 
     /// A session is connected again that has subscribed to these groups.
-    pub(in crate::router) fn members_came(&self, numbers: &[FilterId], session: SessionRef) {
-        let mut groups = self.groups.lock();
+    pub fn members_came(&self, numbers: &[FilterId], session: SessionRef) {
+        let mut groups = self.0.lock();
         for number in numbers {
-            if let Some(group) = groups.0.get_mut(number) {
+            if let Some(group) = groups.get_mut(number) {
                 group.came(session);
             }
         }
     }
 
-    /// Filters that are gone have no group. To be called while nobody can subscribe to them anew: who
-    /// does is in the next one.
-    pub(in crate::router) fn forget_groups(&self, numbers: &[FilterId]) {
+    /// Forgets the groups of filters that are gone. To be called while the table of filters is locked, so
+    /// that a client that subscribes anew is in the next group.
+    pub fn forget(&self, numbers: &[FilterId]) {
         if numbers.is_empty() {
             return;
         }
-        let mut groups = self.groups.lock();
+        let mut groups = self.0.lock();
         for number in numbers {
-            groups.0.remove(number);
+            groups.remove(number);
         }
     }
 
     /// Gives a message to one member: the next in turn that is free, else the next that is
     /// connected, else the next.
-    pub(in crate::router) fn share(
+    pub fn share(
         &self,
+        sessions: &Sessions,
         number: FilterId,
         message: &Message,
         now: Millis,
         tally: &mut Tally,
     ) {
-        let mut groups = self.groups.lock();
-        let Some(group) = groups.0.get_mut(&number) else {
-            metrics().messages_dropped[DropCause::NoReceiver].increment(1);
+        let mut groups = self.0.lock();
+        let Some(group) = groups.get_mut(&number) else {
+            metrics().messages_dropped[DropReason::NoReceiver].increment(1);
             return;
         };
-        let member = match self.share_here(group, number, message, now, tally) {
+        let member = match share_connected(sessions, group, number, message, now, tally) {
             Ok(()) => return,
-            Err(busy) => busy.or_else(|| self.next_away(group, number, message.qos())),
+            Err(busy) => busy.or_else(|| next_away(sessions, group, number, message.qos())),
         };
         match member {
             Some(member) => {
                 group.pass(member.session);
-                let mut shard = self.shards[usize::from(member.session.shard)].lock();
-                self.hand_shared(&mut shard, &member, number, message, now, tally);
+                let mut shard = sessions.shard(member.session.shard);
+                hand(sessions, &mut shard, &member, number, message, now, tally);
             }
-            // All members are gone, and the core does not know yet.
-            None => metrics().messages_dropped[DropCause::NoReceiver].increment(1),
+            // All members are gone, and the broker does not know yet.
+            None => metrics().messages_dropped[DropReason::NoReceiver].increment(1),
         }
     }
 
-    /// Gives a message to the next connected member that is free. Else the next connected one.
-    fn share_here(
-        &self,
-        group: &mut Group,
-        number: FilterId,
-        message: &Message,
-        now: Millis,
-        tally: &mut Tally,
-    ) -> Result<(), Option<Member>> {
-        let mut busy = None;
-        let mut looked = 0;
-        let mut at = group.next;
-        // Who is found gone or away is not looked at again.
-        while looked < group.here.min(LOOK) {
-            at = if at < group.here { at } else { 0 };
-            let member = group.members[at];
-            let mut shard = self.shards[usize::from(member.session.shard)].lock();
-            let qos = Some(message.qos());
-            match fit(&mut shard, &member, number, qos, &self.limits) {
-                Fit::Gone => group.remove(at),
-                Fit::Deaf | Fit::Away => group.went(at),
-                Fit::Busy => {
-                    busy = busy.or(Some(member));
-                    looked += 1;
-                    at += 1;
-                }
-                Fit::Free => {
-                    group.next = at + 1;
-                    self.hand_shared(&mut shard, &member, number, message, now, tally);
-                    return Ok(());
-                }
-            }
-        }
-        Err(busy)
-    }
-
-    /// The next member whose client is away: one that keeps the message, if there is one.
-    fn next_away(&self, group: &mut Group, number: FilterId, qos: QoS) -> Option<Member> {
-        let mut deaf = None;
-        let mut looked = 0;
-        let mut turn = group.next_away;
-        while looked < (group.members.len() - group.here).min(LOOK) {
-            turn = if group.here + turn < group.members.len() {
-                turn
-            } else {
-                0
-            };
-            let member = group.members[group.here + turn];
-            let mut shard = self.shards[usize::from(member.session.shard)].lock();
-            match fit(&mut shard, &member, number, Some(qos), &self.limits) {
-                Fit::Gone => group.remove(group.here + turn),
-                Fit::Deaf => {
-                    deaf = deaf.or(Some(member));
-                    looked += 1;
-                    turn += 1;
-                }
-                // It may have come just now.
-                Fit::Away | Fit::Busy | Fit::Free => return Some(member),
-            }
-        }
-        deaf
-    }
-
-    fn hand_shared(
-        &self,
-        shard: &mut Shard,
-        member: &Member,
-        number: FilterId,
-        message: &Message,
-        now: Millis,
-        tally: &mut Tally,
-    ) {
-        let full = shard.hand_shared(&self.limits, now, message, number, member.session, tally);
-        self.charge_entries(shard);
-        if full {
-            self.end_full_session(shard, member.session.slot, now);
-        }
-    }
-
-    /// Messages of members that ended, or are away for long, go to others.
-    pub(in crate::router) fn share_again(&self, redeliveries: Vec<Redelivery>, now: Millis) {
+    /// Hands messages of members that ended, or are away for long, to others.
+    pub fn redeliver(&self, sessions: &Sessions, redeliveries: Vec<Redelivery>, now: Millis) {
         if redeliveries.is_empty() {
             return;
         }
@@ -285,15 +212,106 @@ impl Router {
             .shared_redelivered
             .increment(redeliveries.len() as u64);
         let mut tally = Tally::default();
-        for redelivery in &redeliveries {
-            self.share(redelivery.filter, &redelivery.message, now, &mut tally);
+        for delivery in &redeliveries {
+            let (filter, message) = (delivery.filter, &delivery.message);
+            self.share(sessions, filter, message, now, &mut tally);
         }
         tally.wake();
         tally.flush();
     }
 }
 
-/// `qos`: of the message that is to be given.
+/// Gives a message to the next connected member that is free.
+///
+/// # Errors
+/// The next connected member, if none is free.
+fn share_connected(
+    sessions: &Sessions,
+    group: &mut Group,
+    number: FilterId,
+    message: &Message,
+    now: Millis,
+    tally: &mut Tally,
+) -> Result<(), Option<Member>> {
+    let mut busy = None;
+    let mut looked = 0;
+    let mut at = group.next;
+    // Members that are found gone or away are not looked at again.
+    while looked < group.here.min(LOOK) {
+        at = if at < group.here { at } else { 0 };
+        let member = group.members[at];
+        let mut shard = sessions.shard(member.session.shard);
+        let qos = Some(message.qos());
+        match fit(&mut shard, &member, number, qos, sessions.limits()) {
+            Fit::Gone => group.remove(at),
+            Fit::Deaf | Fit::Away => group.went(at),
+            Fit::Busy => {
+                busy = busy.or(Some(member));
+                looked += 1;
+                at += 1;
+            }
+            Fit::Free => {
+                group.next = at + 1;
+                hand(sessions, &mut shard, &member, number, message, now, tally);
+                return Ok(());
+            }
+        }
+    }
+    Err(busy)
+}
+
+/// The next member whose client is away: one that keeps the message, if there is one.
+fn next_away(sessions: &Sessions, group: &mut Group, number: FilterId, qos: QoS) -> Option<Member> {
+    let mut deaf = None;
+    let mut looked = 0;
+    let mut turn = group.next_away;
+    while looked < (group.members.len() - group.here).min(LOOK) {
+        turn = if group.here + turn < group.members.len() {
+            turn
+        } else {
+            0
+        };
+        let member = group.members[group.here + turn];
+        let mut shard = sessions.shard(member.session.shard);
+        match fit(&mut shard, &member, number, Some(qos), sessions.limits()) {
+            Fit::Gone => group.remove(group.here + turn),
+            Fit::Deaf => {
+                deaf = deaf.or(Some(member));
+                looked += 1;
+                turn += 1;
+            }
+            // It may have come just now.
+            Fit::Away | Fit::Busy | Fit::Free => return Some(member),
+        }
+    }
+    deaf
+}
+
+/// Hands a message to one member.
+fn hand(
+    sessions: &Sessions,
+    shard: &mut Shard,
+    member: &Member,
+    number: FilterId,
+    message: &Message,
+    now: Millis,
+    tally: &mut Tally,
+) {
+    let full = shard.hand_shared(
+        sessions.limits(),
+        now,
+        message,
+        number,
+        member.session,
+        tally,
+    );
+    sessions.charge(shard);
+    if full {
+        sessions.end_full(shard, member.session.slot, now);
+    }
+}
+
+/// How well a member could take a message of this QoS now.
 fn fit(
     shard: &mut Shard,
     member: &Member,
@@ -371,8 +389,8 @@ mod tests {
 
     use super::*;
     use crate::mqtt::{MessageSpec, Properties, ReasonCode, Version};
-    use crate::router::Connected;
     use crate::router::filters::filter::Phase;
+    use crate::router::{Connected, Router};
     use crate::session::Unsubscribed;
     use crate::sim::testing;
 
@@ -457,7 +475,8 @@ mod tests {
             strip_key: None,
             account: None,
         });
-        router.share(number, &message, 1, &mut Tally::default());
+        let (groups, sessions) = (&router.groups, &router.sessions);
+        groups.share(sessions, number, &message, 1, &mut Tally::default());
     }
 
     /// Deliveries that a client has not acknowledged, or that wait for it.
@@ -482,7 +501,7 @@ mod tests {
             number = group;
         }
         member(&router, "a");
-        let here = || router.groups.lock().0[&number].here;
+        let here = || router.groups.0.lock()[&number].here;
         share(&router, number);
         share(&router, number);
         assert_eq!((has(&router, "a"), here()), (2, 1));
@@ -518,16 +537,18 @@ mod tests {
                 no_local: false,
                 primary_over: Vec::new(),
             };
-            router.with(client.session, 0, |s, _| s.remove_subscription(number));
+            router.with(client.session, client.connection_no, |s, _| {
+                s.remove_subscription(number)
+            });
             router.unsubscribe(client.session, &[left], 1);
-            let mut groups = router.groups.lock();
+            let mut groups = router.groups.0.lock();
             std::thread::scope(|scope| {
                 scope.spawn(|| router.tick(1));
                 loop {
                     let table = router.table.try_read();
                     let state = table.as_ref().and_then(|t| Some(t.get(number)?.phase()));
                     if state == Some(Phase::Unsubscribing) {
-                        break assert!(!groups.0.contains_key(&number));
+                        break assert!(!groups.contains_key(&number));
                     }
                     let locked = table.is_none();
                     drop(table);

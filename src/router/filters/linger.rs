@@ -301,7 +301,7 @@ mod tests {
             testing::client(&router, "other"),
         );
         come_and_go(&router, other, "r/mine");
-        let most = router.limits.subscriptions_max;
+        let most = router.limits().subscriptions_max;
         for n in 0..10 * most {
             come_and_go(&router, flood, &format!("r/{n}"));
         }
@@ -315,17 +315,17 @@ mod tests {
     fn filters_that_go_in_steps_are_on_the_account_too() {
         let router = rooted();
         let flood = testing::client(&router, "flood");
-        let most = router.limits.subscriptions_max;
+        let most = router.limits().subscriptions_max;
         for n in 0..most + 50 {
             let (senior, junior) = (format!("r/{n}/#"), format!("r/{n}/+"));
             come(&router, flood, &senior);
             come(&router, flood, &junior);
             go(&router, flood, &[&senior]);
-            assert!(router.fence_wanted(0), "it goes at once");
+            assert!(router.barrier_wanted(0), "it goes at once");
             go(&router, flood, &[&junior]);
-            while router.fence_wanted(0) {
-                let number = router.fence_begins(0);
-                router.fence_passed(0, number, 1);
+            while router.barrier_wanted(0) {
+                let number = router.barrier_begins(0);
+                router.barrier_passed(0, number, 1);
             }
         }
         router.tick(1);

@@ -9,10 +9,11 @@ use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::router::Router;
+use crate::router::broker::BrokerFeatures;
 use crate::router::filters::filter::{LinkSession, Phase, Resumed, Unsubacked};
-use crate::router::filters::lost::Loss;
 use crate::router::filters::table::Table;
 use crate::router::handle::TaskWaker;
+use crate::router::lost::Loss;
 use crate::router::types::PendingGrant;
 
 /// A filter to be subscribed at the core.
@@ -24,28 +25,6 @@ pub struct Wanted {
     pub name: Arc<str>,
     /// At this QoS.
     pub qos: QoS,
-}
-
-/// The part of the broker's profile that the router acts on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BrokerFeatures {
-    /// Subscription Identifiers are available.
-    pub identifiers: bool,
-    /// User properties reach the core's subscribers.
-    pub properties: bool,
-    /// Live messages keep RETAIN.
-    pub keeps_retain: bool,
-    /// Shared subscriptions work.
-    pub shared: bool,
-    /// A second SUBSCRIBE for a filter replaces the first [MQTT-3.8.4-3]. Where it does not, filters
-    /// are held at the Maximum QoS from the start.
-    pub replaces: bool,
-    /// Maximum QoS.
-    pub maximum_qos: QoS,
-    /// Retain Available.
-    pub retain_available: bool,
-    /// Maximum Packet Size, bytes; `None`: not limited.
-    pub packet_max: Option<u32>,
 }
 
 /// How long after the core forgot one link's session another's loss may have to do with it,
@@ -66,19 +45,7 @@ impl Router {
     /// Takes up what a CONNACK said. Filters that wait for it are placed. True: filters were
     /// placed before under other features, so all D links must begin anew.
     pub fn set_broker_features(&self, features: &BrokerFeatures, now: Millis) -> bool {
-        let core = &self.core;
-        core.maximum_qos
-            .store(features.maximum_qos as u8, Ordering::Relaxed);
-        core.retain_available
-            .store(features.retain_available, Ordering::Relaxed);
-        let packet_max = features.packet_max.unwrap_or(u32::MAX);
-        core.packet_max.store(packet_max, Ordering::Relaxed);
-        let kept_retain = core
-            .retain_as_published
-            .swap(features.keeps_retain, Ordering::Relaxed);
-        core.properties
-            .store(features.properties, Ordering::Relaxed);
-        core.shared.store(features.shared, Ordering::Relaxed);
+        let kept_retain = self.broker.set(features);
         let mut refused: Vec<(FilterId, Vec<PendingGrant>, ReasonCode)> = Vec::new();
         let mut table = self.table.write();
         table.floor = match features.replaces {
@@ -137,29 +104,14 @@ impl Router {
         changed
     }
 
-    /// Whether No Local can be marked.
-    pub(in crate::router) fn properties_reach_core(&self) -> bool {
-        self.core.properties.load(Ordering::Relaxed)
-    }
-
-    /// Whether live messages keep their RETAIN.
-    pub fn retain_as_published(&self) -> bool {
-        self.core.retain_as_published.load(Ordering::Relaxed)
-    }
-
     /// Wakes D link `link`'s task.
-    pub fn data_wake(&self, link: usize) -> &Arc<TaskWaker> {
+    pub fn data_waker(&self, link: usize) -> &Arc<TaskWaker> {
         &self.data[link]
     }
 
     /// The number among the D links of link `n` for shared subscriptions.
     pub fn shared_link(&self, n: usize) -> usize {
         self.config.data_links + n
-    }
-
-    /// Wakes the R link's task.
-    pub fn fetch_wake(&self) -> &Arc<TaskWaker> {
-        &self.fetch
     }
 
     /// Up to `max` filters whose SUBSCRIBE is to be sent on D link `link` now.
@@ -221,7 +173,7 @@ impl Router {
             Unsubacked::Remove => {
                 table.remove(number, now);
                 drop(table);
-                self.forget_retained(std::iter::once(number));
+                self.retained.forget(std::iter::once(number));
             }
         }
     }
@@ -279,19 +231,19 @@ impl Router {
             table.lost.remove_all(&had);
         }
         // A PINGREQ of the lost connection is never answered.
-        if self.awaits_fences() {
-            self.ask_fence(link);
+        if self.awaits_barriers() {
+            self.barriers.ask(link);
         }
         self.data[link].raise();
         // Even with the session kept, QoS 0 of the gap is gone, retained or not.
         let gap = !first && !session_present && !numbers.is_empty();
         self.table.read().add_below(&mut numbers);
         if session_present {
-            self.nothing_missed(&had);
-        } else {
-            self.retained_lost(&lost);
+            self.retained.nothing_missed(&had);
+        } else if self.resyncs() {
+            self.retained.filters_lost(&lost);
         }
-        self.forget_retained(numbers.into_iter());
+        self.retained.forget(numbers.into_iter());
         if gap {
             metrics().upstream_gaps.increment(1);
         }
@@ -335,8 +287,35 @@ impl Router {
             table.of_link(link).map(|(id, _)| id).collect()
         };
         self.table.read().add_below(&mut numbers);
-        self.retained_missed(&numbers);
-        self.forget_retained(numbers.into_iter());
+        if self.resyncs() {
+            self.retained.link_lost(&numbers);
+        }
+        self.retained.forget(numbers.into_iter());
+    }
+
+    /// Whether retained messages of lost filters are fetched again, for all subscribers.
+    pub(in crate::router) fn resyncs(&self) -> bool {
+        self.config.retained_resync && self.broker.retain_available()
+    }
+
+    /// The broker has a filter again that it had lost: its retained messages are fetched for all its
+    /// subscribers.
+    pub(in crate::router) fn resync_retained(&self, number: FilterId) {
+        let (read, root) = {
+            let table = self.table.read();
+            // A group gets none, and a fetch for it would become a member of it.
+            let read = |n: FilterId| {
+                let filter = table.get(n);
+                filter.is_some_and(|f| f.mask() != 0 && !f.is_shared())
+            };
+            let root = table.get(number).is_some_and(|f| f.is_root());
+            (read(number) || table.below(number).any(read), root)
+        };
+        if read && self.resyncs() {
+            self.retained.resync(number, root);
+        } else {
+            self.retained.skip_resync(self, number);
+        }
     }
 
     /// Filters on D link `link`.

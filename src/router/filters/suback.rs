@@ -3,7 +3,6 @@
 use smallvec::SmallVec;
 
 use crate::mqtt::{QoS, ReasonCode};
-use crate::session::CloseReason;
 use crate::telemetry::{RateLimited, clean};
 use crate::time::Millis;
 use crate::topics::{FilterId, overlaps};
@@ -12,8 +11,7 @@ use crate::router::Router;
 use crate::router::filters::filter::{Phase, SubackOutcome};
 use crate::router::filters::subscribe::LINE_EVERY;
 use crate::router::filters::table::Table;
-use crate::router::retained::Reply;
-use crate::router::types::{PendingGrant, RetainedRequest, SessionRef};
+use crate::router::types::{PendingGrant, Reply, RetainedRequest, SessionRef};
 
 static REFUSED: RateLimited = RateLimited::new(LINE_EVERY);
 
@@ -47,7 +45,7 @@ impl Router {
             return None;
         }
         let others: Vec<FilterId> = {
-            let mut shard = self.shards[usize::from(session.shard)].lock();
+            let mut shard = self.sessions.shard(session.shard);
             let session = &mut shard.get(session)?.session;
             let name = match session.subscription(number) {
                 Some(s) if s.overlaps > 0 => s.name.clone(),
@@ -93,41 +91,6 @@ impl Router {
         rising
     }
 
-    /// Writes the outcome of filters of one SUBSCRIBE.
-    pub(in crate::router) fn answer_subscribe(
-        &self,
-        session: SessionRef,
-        connection_no: u64,
-        packet_id: u16,
-        answers: &[(u16, ReasonCode)],
-    ) {
-        if answers.is_empty() {
-            return;
-        }
-        let mut shard = self.shards[usize::from(session.shard)].lock();
-        let Some(slot) = shard.get(session) else {
-            return;
-        };
-        // Another connection's SUBSCRIBE may have the same packet identifier.
-        if slot.session.connection_no() != connection_no {
-            return;
-        }
-        let mut end: Option<CloseReason> = None;
-        for (index, code) in answers {
-            if let Err(close) = slot.session.subscribed(packet_id, *index, *code) {
-                end = Some(close);
-            }
-        }
-        slot.woken = true;
-        if let Some(handle) = slot.handle.clone() {
-            drop(shard);
-            match end {
-                Some(close) => handle.close(close),
-                None => handle.raise(),
-            }
-        }
-    }
-
     /// The core's SUBACK for a filter, or our own word in its place.
     pub fn suback(&self, number: FilterId, code: ReasonCode, now: Millis) {
         let mut guessed = false;
@@ -169,7 +132,7 @@ impl Router {
         if !code.is_error() {
             // What the cache knows may be older than what was missed until now.
             let inside: Vec<FilterId> = self.table.read().below(number).collect();
-            self.forget_retained(inside.into_iter().chain([number]));
+            self.retained.forget(inside.into_iter().chain([number]));
         }
         if regained && !code.is_error() {
             self.resync_retained(number);
@@ -201,10 +164,10 @@ impl Router {
     fn confirm(&self, number: FilterId, code: ReasonCode) {
         let mask = self.table.read().get(number).map_or(0, |f| f.mask());
         let granted = QoS::from_u8(code.0).unwrap_or_default();
-        let shards = self.shards.iter().enumerate();
         let mut newly = Vec::new();
-        for (_, shard) in shards.filter(|(index, _)| mask & (1 << index) != 0) {
-            shard.lock().confirm(number, granted, &mut newly);
+        for shard in self.sessions.shards().filter(|n| mask & (1 << n) != 0) {
+            let mut shard = self.sessions.shard(shard);
+            shard.confirm(number, granted, &mut newly);
         }
         for (session, qos) in newly {
             self.raise_overlapping(session, number, qos);
@@ -233,7 +196,7 @@ impl Router {
             }
             if code.is_error() {
                 let removed = {
-                    let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+                    let mut shard = self.sessions.shard(waiter.session.shard);
                     let removed = match shard.get(waiter.session) {
                         Some(slot) => slot.session.remove_subscription(number).is_some(),
                         None => false,
@@ -246,7 +209,7 @@ impl Router {
                 if removed {
                     self.release(&[number], waiter.session.shard, now);
                 }
-                self.answer_subscribe(
+                self.sessions.answer_subscribe(
                     waiter.session,
                     waiter.connection_no,
                     waiter.packet_id,
@@ -285,7 +248,7 @@ impl Router {
             }
         }
         let identifier = {
-            let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+            let mut shard = self.sessions.shard(waiter.session.shard);
             let slot = shard.get(waiter.session).filter(|_| waiter.retained);
             slot.and_then(|s| s.session.subscription(number))
                 .map(|s| s.identifier)
@@ -298,7 +261,8 @@ impl Router {
             ..
         } = *waiter;
         let Some(identifier) = identifier else {
-            self.answer_subscribe(session, connection_no, packet_id, &[(index, granted)]);
+            self.sessions
+                .answer_subscribe(session, connection_no, packet_id, &[(index, granted)]);
             return;
         };
         let wants = RetainedRequest {
@@ -314,12 +278,12 @@ impl Router {
             index,
             code: granted,
         };
-        self.want_retained(number, wants, reply, now);
+        self.request_retained(number, wants, reply, now);
     }
 
     /// Whether the session that waits is still the same: a clean start keeps its place.
     fn is_of(&self, waiter: &PendingGrant) -> bool {
-        let mut shard = self.shards[usize::from(waiter.session.shard)].lock();
+        let mut shard = self.sessions.shard(waiter.session.shard);
         let slot = shard.get(waiter.session);
         slot.is_some_and(|s| s.session.incarnation == waiter.incarnation)
     }

@@ -2,7 +2,6 @@
 //! core, the last begins its linger.
 
 use std::num::NonZeroU32;
-use std::sync::atomic::Ordering;
 
 use smallvec::SmallVec;
 
@@ -14,8 +13,7 @@ use crate::topics::{FilterId, has_wildcard, overlaps, split_shared};
 
 use crate::router::Router;
 use crate::router::filters::filter::Filter;
-use crate::router::retained::Reply;
-use crate::router::types::{PendingGrant, RetainedRequest, SessionRef};
+use crate::router::types::{PendingGrant, Reply, RetainedRequest, SessionRef};
 
 /// Filters known at once, held or lingering.
 pub(in crate::router) const FILTERS_MAX: usize = 1_000_000;
@@ -41,7 +39,7 @@ impl Router {
         let mut granted: Vec<(FilterId, RetainedRequest, Reply)> = Vec::new();
         for want in wanted {
             let options = want.options;
-            if options.no_local && !self.properties_reach_core() {
+            if options.no_local && !self.broker.properties() {
                 if let Some(suppressed) = NO_LOCAL.permit(now) {
                     tracing::warn!(
                     filter = %clean(&want.filter, 256),
@@ -175,9 +173,10 @@ impl Router {
                 self.data[link].raise();
             }
         }
-        self.answer_subscribe(session, connection_no, packet_id, &answers);
+        self.sessions
+            .answer_subscribe(session, connection_no, packet_id, &answers);
         for (number, wants, reply) in granted {
-            self.want_retained(number, wants, reply, now);
+            self.request_retained(number, wants, reply, now);
         }
     }
 
@@ -186,7 +185,7 @@ impl Router {
         if self.config.data_links < 2 {
             return Vec::new();
         }
-        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let mut shard = self.sessions.shard(session.shard);
         let Some(slot) = shard.get(session) else {
             return Vec::new();
         };
@@ -200,8 +199,8 @@ impl Router {
 
     /// The core would not take its SUBSCRIBE, or there are more filters than are kept.
     fn too_long_or_many(&self, filter: &str) -> bool {
-        let core = self.core.packet_max.load(Ordering::Relaxed) as usize;
-        if filter.len() + 32 > core {
+        let packet_max = self.broker.packet_max() as usize;
+        if filter.len() + 32 > packet_max {
             return true;
         }
         let table = self.table.read();
@@ -216,7 +215,7 @@ impl Router {
         connection_no: u64,
         mut new: Subscription,
     ) -> Option<(bool, Incarnation)> {
-        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let mut shard = self.sessions.shard(session.shard);
         let slot = shard.get(session)?;
         if slot.session.connection_no() != connection_no || slot.session.is_closed() {
             return None;
@@ -231,7 +230,8 @@ impl Router {
         let added = slot.session.subscription(filter).cloned()?;
         if added.shared {
             drop(shard);
-            self.join_group(filter, session, incarnation);
+            self.groups
+                .join(&self.sessions, filter, session, incarnation);
             return Some((replaced, incarnation));
         }
         if added.overlaps > 0 {
@@ -251,7 +251,7 @@ impl Router {
         asked: QoS,
         code: ReasonCode,
     ) {
-        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let mut shard = self.sessions.shard(session.shard);
         let Some(slot) = shard.get(session) else {
             return;
         };
@@ -276,7 +276,7 @@ impl Router {
         let gone: SmallVec<[_; 8]> = gone.map(|left| (session, left.filter)).collect();
         self.give_up(&gone, now);
         if gone.len() < filters.len() {
-            self.await_leaving(session);
+            self.hand_over(session);
         }
     }
 
@@ -285,7 +285,10 @@ impl Router {
         if gone.is_empty() {
             return;
         }
-        let (most, bytes) = (self.limits.subscriptions_max, self.limits.filter_bytes_max);
+        let (most, bytes) = (
+            self.limits().subscriptions_max,
+            self.limits().filter_bytes_max,
+        );
         let mut table = self.table.write();
         for (session, filter) in gone {
             table.unreference(*filter, session.shard, now);

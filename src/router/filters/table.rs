@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicUsize;
 use crate::mqtt::QoS;
 use crate::router::filters::filter::{Filter, Placement};
 use crate::router::filters::linger::Lingering;
-use crate::router::filters::lost::Lost;
+use crate::router::lost::Lost;
 use crate::router::types::{PendingGrant, SessionRef};
 use crate::store::Identifiers;
 use crate::time::Millis;

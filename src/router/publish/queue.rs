@@ -1,4 +1,4 @@
-//! Publishes that wait for one P link: a lane for each client, served in deficit round robin.
+//! Publishes that wait for one publish link: a queue for each client, served in deficit round robin.
 //!
 //! One client's publishes leave in order; a flooding neighbour takes no more than its share of
 //! the link's window.
@@ -9,43 +9,63 @@ use foldhash::fast::RandomState;
 
 use crate::mqtt::Message;
 use crate::session::{Incarnation, Token};
+use crate::time::Millis;
 
+use crate::router::publish::ClientPublish;
 use crate::router::types::SessionRef;
 
-/// Bytes a lane may send in one turn.
-const QUANTUM: usize = 8 * 1024;
+/// Bytes that a queue may send in one turn.
+const QUANTUM_BYTES: usize = 8 * 1024;
 
-/// One publish on its way to the core.
+/// One publish on its way to the broker.
 #[derive(Debug)]
 pub struct Outgoing {
-    /// Whose it is.
+    /// The publisher.
     pub session: SessionRef,
-    /// Names it in the answer; none: nobody waits.
+    /// Names the publish in the answer; `None` if nobody waits for one.
     pub token: Option<Token>,
-    /// What to publish.
+    /// The message to publish.
     pub message: Message,
-    /// The origin mark that it carries to the broker, for No Local.
+    /// The origin mark that the message is to carry for No Local.
     pub origin_mark: Option<Incarnation>,
-    /// When it was handed over, milliseconds.
-    pub since: u64,
+    /// When the client handed it over.
+    pub since: Millis,
 }
 
-/// The lanes of one P link.
+impl Outgoing {
+    /// A publish that a client hands over now.
+    pub(in crate::router) fn of_client(
+        session: SessionRef,
+        publish: ClientPublish,
+        now: Millis,
+    ) -> Self {
+        Self {
+            session,
+            token: publish.token,
+            message: publish.message,
+            origin_mark: publish.origin_mark,
+            since: now,
+        }
+    }
+}
+
+/// The publish queues of one publish link.
 #[derive(Debug, Default)]
-pub struct Lanes {
-    lanes: HashMap<SessionRef, Lane, RandomState>,
+pub struct PublishQueues {
+    /// By publisher; none is empty.
+    queues: HashMap<SessionRef, PublishQueue, RandomState>,
     active: VecDeque<SessionRef>,
     messages: usize,
 }
 
 #[derive(Debug, Default)]
-struct Lane {
-    queue: VecDeque<Outgoing>,
+struct PublishQueue {
+    publishes: VecDeque<Outgoing>,
     bytes: usize,
     deficit: usize,
 }
 
-impl Lanes {
+impl PublishQueues {
     /// Publishes that wait.
     pub fn len(&self) -> usize {
         self.messages
@@ -58,17 +78,17 @@ impl Lanes {
 
     /// Bytes that wait for one client.
     pub fn bytes_of(&self, session: SessionRef) -> usize {
-        self.lanes.get(&session).map_or(0, |l| l.bytes)
+        self.queues.get(&session).map_or(0, |l| l.bytes)
     }
 
-    /// Adds a publish at the end of its client's lane.
+    /// Adds a publish at the end of its client's queue.
     pub fn push(&mut self, outgoing: Outgoing) {
-        let lane = self.lanes.entry(outgoing.session).or_default();
-        if lane.queue.is_empty() {
+        let queue = self.queues.entry(outgoing.session).or_default();
+        if queue.publishes.is_empty() {
             self.active.push_back(outgoing.session);
         }
-        lane.bytes += outgoing.message.size();
-        lane.queue.push_back(outgoing);
+        queue.bytes += outgoing.message.size();
+        queue.publishes.push_back(outgoing);
         self.messages += 1;
     }
 
@@ -76,28 +96,28 @@ impl Lanes {
     pub fn pop(&mut self) -> Option<Outgoing> {
         loop {
             let session = *self.active.front()?;
-            let Some(lane) = self.lanes.get_mut(&session) else {
+            let Some(queue) = self.queues.get_mut(&session) else {
                 self.active.pop_front();
                 continue;
             };
-            let Some(cost) = lane.queue.front().map(|o| o.message.size()) else {
+            let Some(cost) = queue.publishes.front().map(|o| o.message.size()) else {
                 self.active.pop_front();
-                self.lanes.remove(&session);
+                self.queues.remove(&session);
                 continue;
             };
-            if lane.deficit < cost {
-                lane.deficit += QUANTUM;
+            if queue.deficit < cost {
+                queue.deficit += QUANTUM_BYTES;
                 self.active.rotate_left(1);
-                if self.active.len() > 1 || lane.deficit < cost {
+                if self.active.len() > 1 || queue.deficit < cost {
                     continue;
                 }
             }
-            lane.deficit = lane.deficit.saturating_sub(cost);
-            let outgoing = lane.queue.pop_front()?;
-            lane.bytes -= cost;
+            queue.deficit = queue.deficit.saturating_sub(cost);
+            let outgoing = queue.publishes.pop_front()?;
+            queue.bytes -= cost;
             self.messages -= 1;
-            if lane.queue.is_empty() {
-                self.lanes.remove(&session);
+            if queue.publishes.is_empty() {
+                self.queues.remove(&session);
                 if self.active.front() == Some(&session) {
                     self.active.pop_front();
                 } else {
@@ -138,31 +158,31 @@ mod tests {
     }
 
     #[test]
-    fn a_lane_is_first_in_first_out() {
-        let mut lanes = Lanes::default();
+    fn a_publish_queue_is_first_in_first_out() {
+        let mut queues = PublishQueues::default();
         for n in 0..10u8 {
-            lanes.push(outgoing(1, &[n]));
+            queues.push(outgoing(1, &[n]));
         }
         for n in 0..10u8 {
-            assert_eq!(lanes.pop().map(|o| o.message.payload()[0]), Some(n));
+            assert_eq!(queues.pop().map(|o| o.message.payload()[0]), Some(n));
         }
-        assert!(lanes.pop().is_none() && lanes.is_empty());
+        assert!(queues.pop().is_none() && queues.is_empty());
     }
 
     #[test]
     fn a_flood_leaves_its_neighbours_their_turn() {
-        let mut lanes = Lanes::default();
+        let mut queues = PublishQueues::default();
         let big = vec![0u8; 4096];
         for _ in 0..1000 {
-            lanes.push(outgoing(1, &big));
+            queues.push(outgoing(1, &big));
         }
         for _ in 0..10 {
-            lanes.push(outgoing(2, b"x"));
+            queues.push(outgoing(2, b"x"));
         }
         let mut before = 0;
         let mut small = 0;
         while small < 10 {
-            match lanes.pop() {
+            match queues.pop() {
                 Some(o) if o.session.slot == 2 => small += 1,
                 Some(_) => before += 1,
                 None => break,
@@ -172,15 +192,15 @@ mod tests {
             before <= 8,
             "{before} of the flood went before its neighbour"
         );
-        assert_eq!(lanes.len(), 1000 - before);
+        assert_eq!(queues.len(), 1000 - before);
     }
 
     #[test]
     fn a_message_larger_than_the_quantum_still_leaves() {
-        let mut lanes = Lanes::default();
+        let mut queues = PublishQueues::default();
         let big = vec![0u8; 100 * 1024];
-        lanes.push(outgoing(1, &big));
-        lanes.push(outgoing(2, &big));
-        assert!(lanes.pop().is_some() && lanes.pop().is_some() && lanes.pop().is_none());
+        queues.push(outgoing(1, &big));
+        queues.push(outgoing(2, &big));
+        assert!(queues.pop().is_some() && queues.pop().is_some() && queues.pop().is_none());
     }
 }

@@ -1,6 +1,6 @@
-//! What is known of filters' retained messages, and how far the fetch of each has come.
+//! The cached retained messages of each filter, and the progress of each fetch.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::BuildHasher;
 use std::sync::Arc;
 
@@ -11,107 +11,121 @@ use smallvec::SmallVec;
 use crate::budget::Account;
 use crate::mqtt::Message;
 use crate::router::retained::resync::Missed;
-use crate::router::retained::{Reply, RetainedRequest};
-use crate::router::types::Arrived;
-use crate::router::types::SessionRef;
+use crate::router::types::{Arrived, Reply, RetainedRequest, SessionRef};
 use crate::time::Millis;
 use crate::topics::{FilterId, FilterTrie};
 
 /// Bytes charged for a cached topic beside topic and message.
-const TOPIC_OVERHEAD: usize = 96;
+const TOPIC_OVERHEAD_BYTES: usize = 96;
 
-/// Topics on which other filters are ahead of one that is known, at most, all together.
+/// Topics on which other filters are ahead, at most, of all known filters together.
 const AHEAD_MAX: usize = 100_000;
 
-/// Topics that live messages came on while a filter was fetched, at most.
+/// Topics of live messages that are remembered while one filter is fetched.
 const LIVE_MAX: usize = 100_000;
 
-/// For how long, milliseconds: longer than the data links are apart. A link that is away has its
-/// filters' caches emptied.
-const AHEAD_FOR: u64 = 5000;
+/// How long a filter counts as ahead of another: longer than the data links are apart. The caches of
+/// a link's filters are emptied when it is lost.
+const AHEAD_FOR_MS: Millis = 5000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// In the queue for the R link.
+    /// In the queue for the retained link.
     Queued,
-    /// SUBSCRIBE sent on R.
+    /// The retained link has sent its SUBSCRIBE.
     Fetching,
-    /// All there is.
+    /// Everything is cached.
     Complete,
 }
 
-/// By session: a later wish takes the place of an earlier one.
-pub(super) type Wishes = BTreeMap<SessionRef, RetainedRequest>;
+/// By session: a later request takes the place of an earlier one.
+pub(super) type Requests = BTreeMap<SessionRef, RetainedRequest>;
 
 #[derive(Debug)]
 pub(super) struct Cached {
     pub(super) state: State,
-    /// Its name among the known ones, once it is there.
+    /// The filter, once it is among the known ones.
     pub(super) name: Option<Arc<str>>,
     pub(super) topics: HashMap<Box<str>, Message, RandomState>,
-    /// Digests of topics with a live RETAIN=1 message since the fetch began: the fetched one is older.
+    /// Topics (hashed) with a live RETAIN=1 message since the fetch began: the fetched one is older.
     pub(super) live: HashSet<u64, RandomState>,
-    /// What came live by another filter and not by this one since, by the topic's digest: until when
-    /// it counts, and a digest of what it says. Who has both filters is not to get what is older.
-    pub(super) ahead: HashMap<u64, (u64, u64), RandomState>,
-    pub(super) wants: Wishes,
-    /// Fetched, until the data link has brought what came before: which link, which moment. A
-    /// live message of the same topic may be on its way.
-    pub(super) held: Vec<(usize, u64, Message)>,
-    /// Those that hand on what was fetched just now.
+    /// Topics (hashed) for which a newer live message arrived through another filter but not yet through
+    /// this one. Prevents a client with both filters from receiving the older value.
+    pub(super) ahead: HashMap<u64, Ahead, RandomState>,
+    pub(super) requests: Requests,
+    /// Fetched messages that wait for the data link: a live message of the same topic may be on its
+    /// way.
+    pub(super) buffered: Vec<Buffered>,
+    /// Callers that hand on fetched messages at the moment.
     pub(super) handing: u32,
-    /// The fetch is over, but for what is held or handed on: until when it may be held.
-    pub(super) ending: Option<u64>,
-    /// Came while the fetch was under way and what it brought is no longer there: next fetch.
-    pub(super) late: Wishes,
+    /// The fetch is over, but messages are still buffered or handed on. They may be buffered until then.
+    pub(super) ending: Option<Millis>,
+    /// Requests that came during the fetch, when its first messages were no longer there: they need
+    /// the next fetch.
+    pub(super) late: Requests,
     pub(super) bytes: usize,
-    /// The core has answered behind what it sent: few have more to come.
-    pub(super) through: bool,
+    /// The broker has answered a PINGREQ behind the retained messages: few brokers send more.
+    pub(super) answered: bool,
     /// Larger than the cache: handed on, not kept.
     pub(super) overflow: bool,
-    /// D lost messages since the fetch began: not to be kept.
+    /// A data link lost messages since the fetch began: not to be kept.
     pub(super) stale: bool,
-    /// It is fetched for all who have it: the core had lost it.
+    /// The broker had lost the filter: it is fetched for all its subscribers.
     pub(super) resync: bool,
-    /// And once more: it may have begun before the loss.
+    /// A resync needs another fetch, because this one may have begun before the loss.
     pub(super) early: bool,
 }
 
+/// A newer value of a topic, which another filter brought.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ahead {
+    until: Millis,
+    /// The payload, hashed.
+    payload: u64,
+}
+
+/// A fetched message that waits for a data link.
+#[derive(Debug)]
+pub(super) struct Buffered {
+    pub link: usize,
+    /// The barrier of the link behind which no older live message follows.
+    pub barrier: u64,
+    pub message: Message,
+}
+
 impl Cached {
-    pub(super) fn queued(wants: Wishes) -> Box<Self> {
+    pub(super) fn queued(requests: Requests) -> Box<Self> {
         Box::new(Self {
             state: State::Queued,
             name: None,
             topics: HashMap::default(),
             live: HashSet::default(),
             ahead: HashMap::default(),
-            wants,
-            held: Vec::new(),
+            requests,
+            buffered: Vec::new(),
             handing: 0,
             ending: None,
-            late: Wishes::new(),
+            late: Requests::new(),
             bytes: 0,
-            through: false,
+            answered: false,
             overflow: false,
             stale: false,
             resync: false,
             early: false,
         })
     }
-}
 
-impl Cached {
-    /// More may come of it.
+    /// More messages may come by the fetch.
     fn is_awaited(&self) -> bool {
-        !(self.state == State::Complete || self.through && self.held.is_empty())
+        !(self.state == State::Complete || self.answered && self.buffered.is_empty())
     }
 
-    /// All there is has come, and been handed on.
+    /// All messages have come, and been handed on.
     pub(super) fn is_over(&self) -> bool {
-        self.ending.is_some() && self.handing == 0 && self.held.is_empty()
+        self.ending.is_some() && self.handing == 0 && self.buffered.is_empty()
     }
 
-    /// A live message came while it is fetched.
+    /// A live message came during the fetch.
     pub(super) fn overtaken(&mut self, topic: u64) {
         if self.live.len() < LIVE_MAX {
             self.live.insert(topic);
@@ -123,42 +137,46 @@ impl Cached {
 
 /// The cache and the queue of fetches.
 #[derive(Debug)]
-pub(in crate::router) struct Retained {
+pub(super) struct Cache {
     pub(super) filters: HashMap<FilterId, Box<Cached>, RandomState>,
-    /// Filters with messages that are held, and how many those are.
-    pub(super) holding: HashSet<FilterId, RandomState>,
-    pub(super) held: usize,
-    pub(super) held_bytes: usize,
+    /// Filters with buffered messages.
+    pub(super) buffering: BTreeSet<FilterId>,
+    /// Buffered messages of all filters.
+    pub(super) buffered: usize,
+    pub(super) buffered_bytes: usize,
     /// The filters that are fetched, or were.
     pub(super) known: FilterTrie<FilterId>,
-    /// Topics on which others are ahead of them.
+    /// Topics on which other filters are ahead of the known ones.
     pub(super) ahead: usize,
-    pub(super) digests: RandomState,
-    /// Replies that wait, by filter, each until its deadline; and the deadlines in order.
-    pub(super) replies: HashMap<FilterId, Vec<(u64, Reply)>, RandomState>,
-    pub(super) reply_by: VecDeque<(u64, FilterId)>,
+    /// Hashes topics and payloads.
+    pub(super) hasher: RandomState,
+    /// Replies that wait, by filter, each until its deadline.
+    pub(super) replies: HashMap<FilterId, Vec<(Millis, Reply)>, RandomState>,
+    /// The deadlines of the replies, in order.
+    pub(super) reply_by: VecDeque<(Millis, FilterId)>,
     pub(super) complete: LruCache<FilterId, (), RandomState>,
+    /// Fetches that clients wait for.
     pub(super) queue: VecDeque<FilterId>,
-    /// Fetches that nobody waits for: behind the others.
+    /// Fetches that nobody waits for, behind the others.
     pub(super) later: VecDeque<FilterId>,
-    /// What those know who have filters that are lost.
-    pub missed: Missed,
+    /// The values that subscribers of lost filters know.
+    pub(super) missed: Missed,
     pub(super) bytes: usize,
     pub(super) bytes_max: usize,
-    /// What the cache holds is charged to it, apart from the queues.
+    /// Charged for the cached messages, apart from the queues.
     account: Arc<Account>,
 }
 
-impl Retained {
+impl Cache {
     pub fn new(bytes_max: usize) -> Self {
         Self {
             filters: HashMap::default(),
-            holding: HashSet::default(),
-            held: 0,
-            held_bytes: 0,
+            buffering: BTreeSet::new(),
+            buffered: 0,
+            buffered_bytes: 0,
             known: FilterTrie::new(),
             ahead: 0,
-            digests: RandomState::default(),
+            hasher: RandomState::default(),
             replies: HashMap::default(),
             reply_by: VecDeque::new(),
             complete: LruCache::unbounded_with_hasher(RandomState::default()),
@@ -171,15 +189,17 @@ impl Retained {
         }
     }
 
+    /// A message's topic, hashed.
     pub(super) fn topic(&self, message: &Message) -> u64 {
-        self.digests.hash_one(message.topic())
+        self.hasher.hash_one(message.topic())
     }
 
     pub(super) fn drop_filter(&mut self, number: FilterId) {
         if let Some(cached) = self.filters.remove(&number) {
             self.bytes -= cached.bytes;
-            self.held -= cached.held.len();
-            self.held_bytes -= cached.held.iter().map(|(_, _, m)| m.size()).sum::<usize>();
+            self.buffered -= cached.buffered.len();
+            let bytes = cached.buffered.iter().map(|b| b.message.size());
+            self.buffered_bytes -= bytes.sum::<usize>();
             self.ahead -= cached.ahead.len();
             // A number that came after it may mean the same filter.
             if let Some(name) = &cached.name
@@ -187,20 +207,20 @@ impl Retained {
             {
                 self.known.remove(name);
             }
-            self.holding.remove(&number);
+            self.buffering.remove(&number);
         }
         self.complete.pop(&number);
     }
 
-    /// The link of a filter is away: who has it knows what the cache knows.
-    pub(in crate::router) fn miss(&mut self, number: FilterId) {
+    /// The link of a filter is away: its subscribers know the values in the cache.
+    pub(super) fn miss(&mut self, number: FilterId) {
         if let Some(cached) = self.filters.get(&number) {
             self.missed.begin(number, cached.topics.values());
         }
     }
 
-    /// A filter is fetched for all who have it. All that is below a root is not kept.
-    pub(in crate::router) fn resync(&mut self, number: FilterId, root: bool) {
+    /// Queues a filter to be fetched for all its subscribers. The messages of a root are not kept.
+    pub(super) fn resync(&mut self, number: FilterId, root: bool) {
         if let Some(cached) = self.filters.get(&number)
             && cached.state == State::Complete
         {
@@ -212,7 +232,7 @@ impl Retained {
                 cached.resync = true;
             }
             None => {
-                let mut queued = Cached::queued(Wishes::new());
+                let mut queued = Cached::queued(Requests::new());
                 queued.resync = true;
                 queued.overflow = root;
                 self.filters.insert(number, queued);
@@ -221,16 +241,25 @@ impl Retained {
         }
     }
 
-    /// Whether a filter is to be fetched for all who have it.
-    pub(in crate::router) fn resyncs(&self) -> bool {
+    /// Whether some filter is to be fetched for all its subscribers.
+    pub(super) fn resyncs(&self) -> bool {
         self.filters.values().any(|c| c.resync)
+    }
+
+    /// The cached messages of a filter that have not expired.
+    pub(super) fn messages(&self, number: FilterId, now: Millis) -> Vec<Message> {
+        let Some(cached) = self.filters.get(&number) else {
+            return Vec::new();
+        };
+        let alive = cached.topics.values().filter(|m| m.expires_at() > now);
+        alive.cloned().collect()
     }
 
     /// The next filter to be fetched.
     pub(super) fn next(&mut self) -> Option<FilterId> {
         loop {
             let number = self.queue.pop_front().or_else(|| self.later.pop_front())?;
-            // One for which somebody came to wait is in both.
+            // A filter is in both queues if a client came to wait for it.
             let cached = self.filters.get(&number);
             if cached.is_some_and(|c| c.state == State::Queued) {
                 return Some(number);
@@ -238,7 +267,7 @@ impl Retained {
         }
     }
 
-    /// The replies of a filter, once nothing that it waits for is missing.
+    /// The replies of a filter, if no more messages are awaited for it.
     pub(super) fn replies_of(&mut self, number: FilterId) -> Vec<Reply> {
         if self.replies.is_empty() || self.filters.get(&number).is_some_and(|c| c.is_awaited()) {
             return Vec::new();
@@ -247,15 +276,17 @@ impl Retained {
         replies.into_iter().map(|(_, reply)| reply).collect()
     }
 
-    pub(super) fn hold(&mut self, number: FilterId, held: (usize, u64, Message)) {
+    /// Buffers a fetched message.
+    pub(super) fn buffer(&mut self, number: FilterId, buffered: Buffered) {
         if let Some(cached) = self.filters.get_mut(&number) {
-            self.held += 1;
-            self.held_bytes += held.2.size();
-            cached.held.push(held);
-            self.holding.insert(number);
+            self.buffered += 1;
+            self.buffered_bytes += buffered.message.size();
+            cached.buffered.push(buffered);
+            self.buffering.insert(number);
         }
     }
 
+    /// Takes the buffered messages of a filter for whose link and barrier `passed` is true.
     pub(super) fn release(
         &mut self,
         number: FilterId,
@@ -264,42 +295,39 @@ impl Retained {
         let Some(cached) = self.filters.get_mut(&number) else {
             return Vec::new();
         };
-        let held = cached
-            .held
-            .extract_if(.., |(link, fence, _)| passed(*link, *fence));
-        let released: Vec<Message> = held.map(|(_, _, message)| message).collect();
-        self.held -= released.len();
-        self.held_bytes -= released.iter().map(Message::size).sum::<usize>();
-        if cached.held.is_empty() {
-            self.holding.remove(&number);
+        let buffered = &mut cached.buffered;
+        let released = buffered.extract_if(.., |b| passed(b.link, b.barrier));
+        let released: Vec<Message> = released.map(|b| b.message).collect();
+        self.buffered -= released.len();
+        self.buffered_bytes -= released.iter().map(Message::size).sum::<usize>();
+        if cached.buffered.is_empty() {
+            self.buffering.remove(&number);
         }
         released
     }
 
-    /// A live message is ahead of those filters that it did not come by, and not of the others.
-    pub(super) fn ahead(&mut self, arrived: &Arrived, now: Millis) {
+    /// Notes that a live message is ahead of the filters that did not bring it, and not of the others.
+    pub(super) fn note_ahead(&mut self, arrived: &Arrived, now: Millis) {
         if self.known.is_empty() {
             return;
         }
         let topic = arrived.message.topic();
-        let mut others: SmallVec<[FilterId; 8]> = SmallVec::new();
-        self.known.for_each_match(topic, |n| others.push(n));
-        let topic = self.digests.hash_one(topic);
-        let says = self.digests.hash_one(arrived.message.payload());
-        for number in others {
+        let mut matching: SmallVec<[FilterId; 8]> = SmallVec::new();
+        self.known.for_each_match(topic, |n| matching.push(n));
+        let topic = self.hasher.hash_one(topic);
+        let payload = self.hasher.hash_one(arrived.message.payload());
+        for number in matching {
             let Some(cached) = self.filters.get_mut(&number) else {
                 continue;
             };
             if arrived.filters.contains(&number) {
                 self.ahead -= usize::from(cached.ahead.remove(&topic).is_some());
             } else if self.ahead < AHEAD_MAX {
-                let new = cached
-                    .ahead
-                    .insert(topic, (now + AHEAD_FOR, says))
-                    .is_none();
-                self.ahead += usize::from(new);
+                let until = now + AHEAD_FOR_MS;
+                let known = cached.ahead.insert(topic, Ahead { until, payload });
+                self.ahead += usize::from(known.is_none());
             } else {
-                // Not to be told any more: what is known of it goes, and is fetched when asked for.
+                // There is no room to note it: the cache is emptied, and fetched again when asked for.
                 self.ahead -= cached.ahead.len();
                 cached.ahead = HashMap::default();
                 cached.stale = true;
@@ -310,29 +338,25 @@ impl Retained {
         }
     }
 
-    /// Whether something newer may have reached a session that has other subscriptions on the topic.
-    pub(in crate::router) fn is_ahead(
-        &self,
-        number: FilterId,
-        message: &Message,
-        now: Millis,
-    ) -> bool {
+    /// Whether a newer value may have reached a session that has other subscriptions on the topic.
+    pub(super) fn is_ahead(&self, number: FilterId, message: &Message, now: Millis) -> bool {
         let ahead = self.filters.get(&number).map(|c| &c.ahead);
         let Some(ahead) = ahead.filter(|ahead| !ahead.is_empty()) else {
             return false;
         };
-        let of_topic = ahead.get(&self.digests.hash_one(message.topic()));
-        of_topic.is_some_and(|(until, says)| {
-            *until > now && *says != self.digests.hash_one(message.payload())
+        let of_topic = ahead.get(&self.topic(message));
+        of_topic.is_some_and(|ahead| {
+            ahead.until > now && ahead.payload != self.hasher.hash_one(message.payload())
         })
     }
 
+    /// Caches a message, or removes its topic if the payload is empty. Older filters make room.
     pub(super) fn put(&mut self, number: FilterId, message: &Message) {
         let (bytes_max, account) = (self.bytes_max, self.account.clone());
         let Some(cached) = self.filters.get_mut(&number) else {
             return;
         };
-        let cost = |m: &Message| m.size() + m.topic().len() + TOPIC_OVERHEAD;
+        let cost = |m: &Message| m.size() + m.topic().len() + TOPIC_OVERHEAD_BYTES;
         if let Some(old) = cached.topics.remove(message.topic()) {
             let freed = cost(&old);
             cached.bytes -= freed;
@@ -354,13 +378,13 @@ impl Retained {
         while self.bytes > bytes_max {
             match self.complete.pop_lru() {
                 Some((oldest, ())) => self.drop_filter(oldest),
-                // All the others are being fetched too.
+                // All other filters are being fetched too.
                 None => return self.spill(number),
             }
         }
     }
 
-    /// A filter is handed on and not kept: there is no room for it.
+    /// Gives up caching a filter that there is no room for; its messages are only handed on.
     fn spill(&mut self, number: FilterId) {
         if let Some(cached) = self.filters.get_mut(&number) {
             cached.overflow = true;
@@ -394,26 +418,23 @@ mod tests {
     }
 
     /// Filter 7, `a/#`, is complete in the cache.
-    fn cache() -> Retained {
-        let mut retained = Retained::new(1000);
-        let mut cached = Cached::queued(Wishes::new());
+    fn complete() -> Cache {
+        let mut cache = Cache::new(1000);
+        let mut cached = Cached::queued(Requests::new());
         cached.state = State::Complete;
         cached.name = Some("a/#".into());
-        retained.known.insert("a/#", FilterId(7));
-        retained.filters.insert(FilterId(7), cached);
-        retained.complete.put(FilterId(7), ());
-        retained
+        cache.known.insert("a/#", FilterId(7));
+        cache.filters.insert(FilterId(7), cached);
+        cache.complete.put(FilterId(7), ());
+        cache
     }
 
     #[test]
     fn another_filter_is_ahead_until_its_own_copy_comes_or_time_passes() {
-        let mut retained = cache();
+        let mut cache = complete();
         let older = arrived("a/b", &[FilterId(7)]).message.clone();
-        retained.ahead(&arrived("a/b", &[FilterId(9)]), 0);
-        assert!(
-            !retained.is_ahead(FilterId(7), &older, 0),
-            "it says the same"
-        );
+        cache.note_ahead(&arrived("a/b", &[FilterId(9)]), 0);
+        assert!(!cache.is_ahead(FilterId(7), &older, 0), "it says the same");
         let mut newer = arrived("a/b", &[FilterId(9)]);
         newer.message = Message::new(&MessageSpec {
             topic: "a/b",
@@ -425,51 +446,51 @@ mod tests {
             strip_key: None,
             account: None,
         });
-        retained.ahead(&newer, 0);
-        assert!(retained.is_ahead(FilterId(7), &older, 0));
-        assert!(!retained.is_ahead(FilterId(7), &older, AHEAD_FOR));
+        cache.note_ahead(&newer, 0);
+        assert!(cache.is_ahead(FilterId(7), &older, 0));
+        assert!(!cache.is_ahead(FilterId(7), &older, AHEAD_FOR_MS));
         newer.filters = [FilterId(7)].as_slice().into();
-        retained.ahead(&newer, 0);
-        assert!(!retained.is_ahead(FilterId(7), &older, 0));
-        assert_eq!(retained.ahead, 0);
+        cache.note_ahead(&newer, 0);
+        assert!(!cache.is_ahead(FilterId(7), &older, 0));
+        assert_eq!(cache.ahead, 0);
     }
 
     #[test]
     fn a_filter_that_others_are_too_far_ahead_of_is_forgotten() {
-        let mut retained = cache();
+        let mut cache = complete();
         for n in 0..AHEAD_MAX {
-            retained.ahead(&arrived(&format!("a/{n}"), &[FilterId(9)]), 0);
+            cache.note_ahead(&arrived(&format!("a/{n}"), &[FilterId(9)]), 0);
         }
-        assert_eq!(retained.ahead, AHEAD_MAX);
-        assert!(retained.filters.contains_key(&FilterId(7)));
-        retained.ahead(&arrived("a/more", &[FilterId(9)]), 0);
-        assert!(retained.filters.is_empty() && retained.known.is_empty());
-        assert_eq!(retained.ahead, 0);
+        assert_eq!(cache.ahead, AHEAD_MAX);
+        assert!(cache.filters.contains_key(&FilterId(7)));
+        cache.note_ahead(&arrived("a/more", &[FilterId(9)]), 0);
+        assert!(cache.filters.is_empty() && cache.known.is_empty());
+        assert_eq!(cache.ahead, 0);
     }
 
     #[test]
     fn filters_that_are_fetched_at_once_share_one_bound() {
-        let mut retained = Retained::new(1000);
+        let mut cache = Cache::new(1000);
         for number in 0..10 {
-            let mut cached = Cached::queued(Wishes::new());
+            let mut cached = Cached::queued(Requests::new());
             cached.state = State::Fetching;
-            retained.filters.insert(FilterId(number), cached);
+            cache.filters.insert(FilterId(number), cached);
             for n in 0..3 {
-                retained.put(FilterId(number), &arrived(&format!("a/{n}"), &[]).message);
-                assert!(retained.bytes <= 1000, "{}", retained.bytes);
+                cache.put(FilterId(number), &arrived(&format!("a/{n}"), &[]).message);
+                assert!(cache.bytes <= 1000, "{}", cache.bytes);
             }
         }
-        let kept = retained.filters.values().filter(|c| !c.overflow).count();
+        let kept = cache.filters.values().filter(|c| !c.overflow).count();
         assert!((1..10).contains(&kept), "{kept}");
-        let bytes: usize = retained.filters.values().map(|c| c.bytes).sum();
-        assert_eq!(bytes, retained.bytes);
+        let bytes: usize = cache.filters.values().map(|c| c.bytes).sum();
+        assert_eq!(bytes, cache.bytes);
     }
 
     #[test]
     fn a_forgotten_number_leaves_its_filter_to_the_next() {
-        let mut retained = cache();
-        retained.known.insert("a/#", FilterId(8));
-        retained.drop_filter(FilterId(7));
-        assert_eq!(retained.known.get("a/#"), Some(FilterId(8)));
+        let mut cache = complete();
+        cache.known.insert("a/#", FilterId(8));
+        cache.drop_filter(FilterId(7));
+        assert_eq!(cache.known.get("a/#"), Some(FilterId(8)));
     }
 }

@@ -1,248 +1,254 @@
-//! What was fetched goes to those who wait for it, once nothing older can follow it.
+//! Fetched messages go to the clients that asked for them, once no older message can follow.
 
 use std::collections::HashSet;
-use std::sync::atomic::Ordering;
 
 use parking_lot::MutexGuard;
 
 use crate::mqtt::Message;
-use crate::router::Router;
-use crate::router::delivery::fanout::Tally;
-use crate::router::retained::cache::{Cached, Retained, State};
-use crate::router::retained::{Reply, RetainedRequest};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
-/// How long what was fetched may wait for a data link that is away, milliseconds.
-const HELD_FOR: u64 = 5000;
+use crate::router::retained::cache::{Cache, Cached, State};
+use crate::router::retained::resync::hand_missed;
+use crate::router::retained::{RetainedMessages, Sources};
+use crate::router::sessions::Sessions;
+use crate::router::sessions::tally::Tally;
+use crate::router::types::{Reply, RetainedRequest};
 
-impl Router {
-    /// The data link that a filter's messages come by.
-    pub(super) fn source_link(&self, number: FilterId) -> Option<usize> {
-        let table = self.table.read();
-        let filter = table.get(table.source(number))?;
-        filter.link().filter(|link| *link < self.config.data_links)
-    }
+/// How long fetched messages may wait for a data link that is away.
+const BUFFERED_FOR_MS: Millis = 5000;
 
-    /// Whether what changes now is not seen at once.
-    pub(super) fn source_is_away(&self, number: FilterId) -> bool {
-        let link = self.source_link(number);
-        link.is_some_and(|link| !self.data_up[link].load(Ordering::Acquire))
-    }
-
+impl RetainedMessages {
     /// Whether fetched messages wait for a data link.
-    pub(in crate::router) fn holds_fetched(&self) -> bool {
-        self.retained.lock().held > 0
+    pub fn is_buffering(&self) -> bool {
+        self.cache.lock().buffered > 0
     }
 
-    /// Hands on what is held for a link and moment that `passed`.
-    pub(in crate::router) fn release_fetched(
+    /// A barrier of a data link has passed: hands on the messages that waited for it. Returns the
+    /// replies to send now.
+    pub fn barrier_passed(
         &self,
-        passed: impl Fn(usize, u64) -> bool,
+        sessions: &Sessions,
+        sources: &impl Sources,
+        link: usize,
+        number: u64,
         now: Millis,
-    ) {
-        let retained = self.retained.lock();
-        if retained.held == 0 {
-            return;
+    ) -> Vec<Reply> {
+        let cache = self.cache.lock();
+        if cache.buffered == 0 {
+            return Vec::new();
         }
-        let mut holding: Vec<FilterId> = retained.holding.iter().copied().collect();
-        holding.sort_unstable();
-        self.release_of(retained, &holding, passed, now);
+        let buffering: Vec<FilterId> = cache.buffering.iter().copied().collect();
+        let passed = |of: usize, barrier: u64| of == link && barrier <= number;
+        self.release(sessions, sources, cache, &buffering, passed, now)
     }
 
-    /// Fetches that have waited long enough for a data link.
-    pub(super) fn late_fetches(&self, now: Millis) {
-        let retained = self.retained.lock();
-        let late = |number: &FilterId| {
-            let ending = retained.filters.get(number).and_then(|c| c.ending);
+    /// Hands on messages that have waited long enough for a data link. Returns the replies to send
+    /// now.
+    pub(super) fn release_late(
+        &self,
+        sessions: &Sessions,
+        sources: &impl Sources,
+        now: Millis,
+    ) -> Vec<Reply> {
+        let cache = self.cache.lock();
+        let is_late = |filter: &FilterId| {
+            let ending = cache.filters.get(filter).and_then(|c| c.ending);
             ending.is_some_and(|until| until <= now)
         };
-        let mut late: Vec<FilterId> = retained.holding.iter().copied().filter(late).collect();
-        late.sort_unstable();
-        self.release_of(retained, &late, |_, _| true, now);
+        let late: Vec<FilterId> = cache.buffering.iter().copied().filter(is_late).collect();
+        self.release(sessions, sources, cache, &late, |_, _| true, now)
     }
 
-    fn release_of(
+    fn release(
         &self,
-        mut retained: MutexGuard<'_, Retained>,
-        numbers: &[FilterId],
+        sessions: &Sessions,
+        sources: &impl Sources,
+        mut cache: MutexGuard<'_, Cache>,
+        filters: &[FilterId],
         passed: impl Fn(usize, u64) -> bool,
         now: Millis,
-    ) {
+    ) -> Vec<Reply> {
         let (mut replies, mut again) = (Vec::new(), false);
-        for &number in numbers {
-            let messages = retained.release(number, &passed);
-            self.hand_fetched(&mut retained, number, &messages, now);
-            again |= self.end_if_over(&mut retained, number, &mut replies);
-            replies.extend(retained.replies_of(number));
+        for &filter in filters {
+            let messages = cache.release(filter, &passed);
+            hand_fetched(sessions, sources, &mut cache, filter, &messages, now);
+            again |= end_if_over(sources, &mut cache, filter, &mut replies);
+            replies.extend(cache.replies_of(filter));
         }
-        drop(retained);
-        self.reply(&replies);
+        drop(cache);
         if again {
-            self.fetch.raise();
+            self.waker.raise();
         }
+        replies
     }
 
-    /// Fetched messages reach cache and subscribers, but for topics that a live one reached since.
-    /// The cache is free for others in between: what they do is looked at again.
-    pub(super) fn hand_fetched(
+    /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again. Returns
+    /// the replies to send now.
+    pub fn fetch_ended(
         &self,
-        retained: &mut MutexGuard<'_, Retained>,
-        number: FilterId,
-        messages: &[Message],
+        sources: &impl Sources,
+        filters: &[FilterId],
+        complete: bool,
         now: Millis,
-    ) {
-        let mut messages = newest(retained, number, messages.iter().cloned());
-        let Some(cached) = retained.filters.get_mut(&number) else {
-            return;
-        };
-        if messages.is_empty() {
-            return;
-        }
-        let wants: Vec<RetainedRequest> = cached.wants.values().copied().collect();
-        let resync = cached.resync;
-        cached.handing += 1;
-        for message in &messages {
-            retained.put(number, message);
-        }
-        if resync {
-            self.hand_missed(retained, number, &messages, now);
-        }
-        for want in &wants {
-            self.hand_retained(retained, number, &messages, want, now);
-            MutexGuard::bump(retained);
-            messages = newest(retained, number, messages.into_iter());
-        }
-        if let Some(cached) = retained.filters.get_mut(&number) {
-            cached.handing -= 1;
-        }
-    }
-
-    /// Hands retained messages to one session.
-    pub(super) fn hand_retained(
-        &self,
-        retained: &Retained,
-        number: FilterId,
-        messages: &[Message],
-        want: &RetainedRequest,
-        now: Millis,
-    ) {
-        let Some(shard) = self.shards.get(usize::from(want.session.shard)) else {
-            return;
-        };
-        let mut tally = Tally::default();
-        let mut shard = shard.lock();
-        for message in messages {
-            if message.payload().is_empty() {
-                continue;
-            }
-            if retained.is_ahead(number, message, now)
-                && shard.has_another(want.session, number, message.topic())
-            {
-                continue;
-            }
-            shard.hand(&self.limits, now, message, number, want, &mut tally);
-        }
-        self.charge_entries(&mut shard);
-        drop(shard);
-        tally.wake();
-        tally.flush();
-    }
-
-    /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
-    pub fn fetch_ended(&self, numbers: &[FilterId], complete: bool, now: Millis) {
-        let mut retained = self.retained.lock();
+    ) -> Vec<Reply> {
+        let mut cache = self.cache.lock();
         let (mut replies, mut again) = (Vec::new(), false);
-        for &number in numbers {
-            let Some(cached) = retained.filters.get_mut(&number) else {
+        for &filter in filters {
+            let Some(cached) = cache.filters.get_mut(&filter) else {
                 continue;
             };
             if cached.state != State::Fetching {
                 continue;
             }
             if complete {
-                cached.ending = Some(now + HELD_FOR);
-                again |= self.end_if_over(&mut retained, number, &mut replies);
+                cached.ending = Some(now + BUFFERED_FOR_MS);
+                again |= end_if_over(sources, &mut cache, filter, &mut replies);
             } else {
-                drop(retained.release(number, |_, _| true));
-                again |= self.end(&mut retained, number, false, &mut replies);
+                drop(cache.release(filter, |_, _| true));
+                again |= end(sources, &mut cache, filter, false, &mut replies);
             }
         }
-        drop(retained);
-        self.reply(&replies);
+        drop(cache);
         if again {
-            self.fetch.raise();
+            self.waker.raise();
         }
-    }
-
-    /// Ends a fetch that is complete, unless something of it is still held or handed on.
-    fn end_if_over(
-        &self,
-        retained: &mut Retained,
-        number: FilterId,
-        replies: &mut Vec<Reply>,
-    ) -> bool {
-        retained.filters.get(&number).is_some_and(|c| c.is_over())
-            && self.end(retained, number, true, replies)
-    }
-
-    /// Whether the filter is to be fetched again.
-    fn end(
-        &self,
-        retained: &mut Retained,
-        number: FilterId,
-        complete: bool,
-        replies: &mut Vec<Reply>,
-    ) -> bool {
-        let Some(cached) = retained.filters.get_mut(&number) else {
-            return false;
-        };
-        cached.live = HashSet::default();
-        cached.through = true;
-        cached.ending = None;
-        if complete {
-            cached.wants.clear();
-        }
-        let resync = cached.resync && (!complete || cached.early);
-        if cached.resync && !resync {
-            cached.resync = false;
-            self.resynced(retained, number);
-        }
-        replies.extend(retained.replies_of(number));
-        let Some(cached) = retained.filters.get_mut(&number) else {
-            return false;
-        };
-        if complete && !cached.overflow && !cached.stale {
-            cached.state = State::Complete;
-            retained.complete.put(number, ());
-            return false;
-        }
-        let mut wants = std::mem::take(&mut cached.wants);
-        wants.append(&mut cached.late);
-        let (overflow, handing) = (cached.overflow, cached.handing);
-        retained.drop_filter(number);
-        if wants.is_empty() && !resync {
-            return false;
-        }
-        let mut queued = Cached::queued(wants);
-        queued.resync = resync;
-        // They count down when they have the cache again.
-        queued.handing = handing;
-        // All that is below a root is not kept.
-        queued.overflow = resync && overflow;
-        retained.filters.insert(number, queued);
-        retained.queue.push_back(number);
-        true
+        replies
     }
 }
 
-/// Those of a filter's fetched messages that no live one has reached since.
+/// Fetched messages reach the cache and the subscribers, except on topics that a live message reached
+/// since. The cache is free for others in between, so their changes are looked at again.
+pub(super) fn hand_fetched(
+    sessions: &Sessions,
+    sources: &impl Sources,
+    cache: &mut MutexGuard<'_, Cache>,
+    filter: FilterId,
+    messages: &[Message],
+    now: Millis,
+) {
+    let mut messages = newest(cache, filter, messages.iter().cloned());
+    let Some(cached) = cache.filters.get_mut(&filter) else {
+        return;
+    };
+    if messages.is_empty() {
+        return;
+    }
+    let requests: Vec<RetainedRequest> = cached.requests.values().copied().collect();
+    let resync = cached.resync;
+    cached.handing += 1;
+    for message in &messages {
+        cache.put(filter, message);
+    }
+    if resync {
+        hand_missed(sessions, sources, cache, filter, &messages, now);
+    }
+    for request in &requests {
+        hand(sessions, cache, filter, &messages, request, now);
+        MutexGuard::bump(cache);
+        messages = newest(cache, filter, messages.into_iter());
+    }
+    if let Some(cached) = cache.filters.get_mut(&filter) {
+        cached.handing -= 1;
+    }
+}
+
+/// Hands retained messages to one session.
+pub(super) fn hand(
+    sessions: &Sessions,
+    cache: &Cache,
+    filter: FilterId,
+    messages: &[Message],
+    request: &RetainedRequest,
+    now: Millis,
+) {
+    let mut tally = Tally::default();
+    let mut shard = sessions.shard(request.session.shard);
+    for message in messages {
+        if message.payload().is_empty() {
+            continue;
+        }
+        if cache.is_ahead(filter, message, now)
+            && shard.has_another(request.session, filter, message.topic())
+        {
+            continue;
+        }
+        shard.hand(sessions.limits(), now, message, filter, request, &mut tally);
+    }
+    sessions.charge(&mut shard);
+    drop(shard);
+    tally.wake();
+    tally.flush();
+}
+
+/// Ends a fetch that is complete, unless some of its messages are still buffered or handed on. Returns
+/// whether the filter is to be fetched again.
+fn end_if_over(
+    sources: &impl Sources,
+    cache: &mut Cache,
+    filter: FilterId,
+    replies: &mut Vec<Reply>,
+) -> bool {
+    cache.filters.get(&filter).is_some_and(|c| c.is_over())
+        && end(sources, cache, filter, true, replies)
+}
+
+/// Ends a fetch. Returns whether the filter is to be fetched again.
+fn end(
+    sources: &impl Sources,
+    cache: &mut Cache,
+    filter: FilterId,
+    complete: bool,
+    replies: &mut Vec<Reply>,
+) -> bool {
+    let Some(cached) = cache.filters.get_mut(&filter) else {
+        return false;
+    };
+    cached.live = HashSet::default();
+    cached.answered = true;
+    cached.ending = None;
+    if complete {
+        cached.requests.clear();
+    }
+    let resync = cached.resync && (!complete || cached.early);
+    if cached.resync && !resync {
+        cached.resync = false;
+        cache.resynced(sources, filter);
+    }
+    replies.extend(cache.replies_of(filter));
+    let Some(cached) = cache.filters.get_mut(&filter) else {
+        return false;
+    };
+    if complete && !cached.overflow && !cached.stale {
+        cached.state = State::Complete;
+        cache.complete.put(filter, ());
+        return false;
+    }
+    let mut requests = std::mem::take(&mut cached.requests);
+    requests.append(&mut cached.late);
+    let (overflow, handing) = (cached.overflow, cached.handing);
+    cache.drop_filter(filter);
+    if requests.is_empty() && !resync {
+        return false;
+    }
+    let mut queued = Cached::queued(requests);
+    queued.resync = resync;
+    // The callers that hand messages on count down when they have the cache again.
+    queued.handing = handing;
+    // The messages of a root are not kept.
+    queued.overflow = resync && overflow;
+    cache.filters.insert(filter, queued);
+    cache.queue.push_back(filter);
+    true
+}
+
+/// The fetched messages of a filter on whose topic no live message has come since.
 fn newest(
-    retained: &Retained,
-    number: FilterId,
+    cache: &Cache,
+    filter: FilterId,
     messages: impl Iterator<Item = Message>,
 ) -> Vec<Message> {
-    let cached = retained.filters.get(&number);
-    let newest = |m: &Message| cached.is_some_and(|c| !c.live.contains(&retained.topic(m)));
+    let cached = cache.filters.get(&filter);
+    let newest = |m: &Message| cached.is_some_and(|c| !c.live.contains(&cache.topic(m)));
     messages.filter(newest).collect()
 }

@@ -1,27 +1,52 @@
-//! The byte budget over every session's queue: what goes when it is exceeded, and in which order.
+//! The byte budgets over all queues and all output: which messages are dropped, and in which order,
+//! when the queues exceed theirs.
+
+use std::sync::atomic::Ordering;
 
 use crate::session::CloseReason;
-use crate::telemetry::{DropReason as DropCause, metrics};
+use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
-use crate::router::Router;
+use crate::router::sessions::Sessions;
 use crate::router::types::SessionRef;
 
-/// Bytes below the budget at which eviction starts: a batch from a D link is charged before it
+/// Bytes below the budget at which eviction starts: a batch from a data link is charged before it
 /// is handed out, and must still fit.
-const BATCH: u64 = 256 * 1024;
+const BATCH_BYTES: u64 = 256 * 1024;
 
-impl Router {
+/// Bytes of each connection's output under pressure.
+const PRESSED_OUTPUT_BYTES: usize = 2048;
+
+impl Sessions {
+    /// Keeps each connection's output short while the output of all is near its budget.
+    pub fn tick_output(&self) {
+        let used = self.output_used();
+        let now = self.limits.output_buffer.load(Ordering::Relaxed);
+        let limit = if used > self.budgets.output_bytes && now == self.output_buffer {
+            PRESSED_OUTPUT_BYTES
+        } else if used < self.budgets.output_bytes / 5 * 4 && now != self.output_buffer {
+            self.output_buffer
+        } else {
+            return;
+        };
+        self.limits.output_buffer.store(limit, Ordering::Relaxed);
+    }
+
+    /// The output of all connections is over its budget.
+    pub fn output_pressed(&self) -> bool {
+        self.limits.output_buffer.load(Ordering::Relaxed) != self.output_buffer
+    }
+
     /// Brings the queues under their budget: expired messages and QoS 0 first, then the queues of
     /// the least recently connected detached sessions, then the largest of attached clients.
-    /// One shard's lock at a time; one caller at a time, the others go on.
+    /// It locks one shard at a time. One caller evicts; the others go on.
     pub fn enforce_budget(&self, now: Millis) {
-        let queues = self.config.queues;
-        let limit = queues - BATCH.min(queues / 16);
+        let queues = self.budgets.queue_bytes;
+        let limit = queues - BATCH_BYTES.min(queues / 16);
         if self.queue_used() <= limit {
             return;
         }
-        let Some(_single) = self.evicting.try_lock() else {
+        let Some(_evicting) = self.evicting.try_lock() else {
             return;
         };
         // A little below, so that not every message evicts.
@@ -56,17 +81,17 @@ impl Router {
                 zero += z;
                 shard.settle(slot);
             }
-            self.charge_entries(&mut shard);
+            self.charge(&mut shard);
         }
-        metrics().messages_dropped[DropCause::Expired].increment(expired as u64);
-        metrics().messages_dropped[DropCause::Budget].increment(zero as u64);
+        metrics().messages_dropped[DropReason::Expired].increment(expired as u64);
+        metrics().messages_dropped[DropReason::Budget].increment(zero as u64);
     }
 
-    /// The shard whose least recently connected detached session with a queue is the oldest, and
-    /// since when the next shard's is detached.
-    fn oldest_detached(&self) -> Option<(usize, u64)> {
-        let mut best: Option<(u64, usize)> = None;
-        let mut next = u64::MAX;
+    /// The shard whose least recently connected detached session with a queue is the oldest, and the
+    /// time when the next shard's was left; if no other shard has one, the end of time.
+    fn oldest_detached(&self) -> Option<(usize, Millis)> {
+        let mut best: Option<(Millis, usize)> = None;
+        let mut next = Millis::MAX;
         for (index, shard) in self.shards.iter().enumerate() {
             let mut shard = shard.lock();
             while let Some((&slot, &since)) = shard.detached.peek_lru() {
@@ -92,7 +117,7 @@ impl Router {
         best.map(|(_, index)| (index, next))
     }
 
-    fn evict_oldest(&self, index: usize, until: u64, target: u64) {
+    fn evict_oldest(&self, index: usize, until: Millis, target: u64) {
         let mut shard = self.shards[index].lock();
         // A few per lock, unless the budget is met before.
         for _ in 0..16 {
@@ -108,9 +133,9 @@ impl Router {
             };
             let dropped = s.session.outbound_mut().evict();
             s.session.gaps += dropped as u64;
-            metrics().messages_dropped[DropCause::Budget].increment(dropped as u64);
+            metrics().messages_dropped[DropReason::Budget].increment(dropped as u64);
             shard.settle(slot);
-            self.charge_entries(&mut shard);
+            self.charge(&mut shard);
             if self.queue_used() <= target {
                 break;
             }
@@ -137,7 +162,7 @@ impl Router {
                 if self.queue_used() <= target {
                     return;
                 }
-                let mut shard = self.shards[usize::from(reference.shard)].lock();
+                let mut shard = self.shard(reference.shard);
                 let Some(s) = shard.get(*reference) else {
                     continue;
                 };
@@ -149,9 +174,9 @@ impl Router {
                     dropped += s.session.outbound_mut().evict();
                 }
                 s.session.gaps += dropped as u64;
-                metrics().messages_dropped[DropCause::Budget].increment(dropped as u64);
+                metrics().messages_dropped[DropReason::Budget].increment(dropped as u64);
                 shard.settle(reference.slot);
-                self.charge_entries(&mut shard);
+                self.charge(&mut shard);
             }
         }
     }

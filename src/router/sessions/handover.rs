@@ -1,13 +1,15 @@
-//! Filters that a client has just left while other subscriptions of it match the same messages.
+//! Handovers: filters that a client has just unsubscribed while other subscriptions of the client match
+//! the same messages.
 //!
-//! The copies of a left filter were those that its client got, so copies of the others were dropped.
-//! On several links the copies of one message come at different times: a message may have had its
-//! one copy given and have another to come, or have its other copy dropped and the one to come. So
-//! a filter goes in three steps, each until every data link has brought what the core had sent on
-//! it before: its copies are given as ever; then whichever copy comes first; then those of the
-//! others. Copies are told apart by their content, and counted.
+//! The unsubscribed filter was the primary one: the client got its copies, and the copies of the
+//! others were dropped. On several links the copies of one message come at different times. So one
+//! copy of a message may have been delivered while another is still to come, or one may have been
+//! dropped while the one to deliver is still to come. A handover therefore takes three steps, each
+//! until every data link has brought everything that the broker had sent on it before: first the
+//! copies of the unsubscribed filter are delivered, as before; then whichever copy comes first; then
+//! the copies of the other filters. Copies are recognised by their content, and counted.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::hash::BuildHasher;
 
 use foldhash::fast::RandomState;
@@ -17,106 +19,115 @@ use crate::mqtt::Message;
 use crate::session::Unsubscribed;
 use crate::topics::{FilterId, matches};
 
-/// Filters that are on their way out in one shard, each with the filters that it was senior to. Past it
-/// one goes at once.
-const LEFT_MAX: usize = 16 * 1024;
+/// The weight of all handovers of one shard: each counts one, and one for each filter that it was
+/// primary over. Past it a filter goes at once.
+const WEIGHT_MAX: usize = 16 * 1024;
 
-/// Messages whose copies are counted in one shard. Past it those of a session are counted anew.
+/// Messages whose copies are counted in one shard. Past it the counts of a session begin anew.
 const COPIES_MAX: usize = 4096;
 
-/// Whose copies are given.
+/// The copies that are delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
+    /// The copies of the unsubscribed filter.
     Unsubscribed,
+    /// Whichever copy comes first.
     Both,
-    Kept,
-    Over,
+    /// The copies of the remaining filters.
+    Remaining,
+    /// The handover is complete.
+    Complete,
 }
 
-/// A filter on its way out.
+/// One unsubscribed filter.
 #[derive(Debug)]
-struct Leaving {
-    left: Unsubscribed,
+struct Handover {
+    gone: Unsubscribed,
     step: Step,
-    /// For each data link the number of the PINGREQ that is waited for; 0: answered.
-    fences: SmallVec<[u64; 4]>,
+    /// For each data link the barrier that has not passed yet. Empty until barriers are asked for.
+    barriers: SmallVec<[Option<u64>; 4]>,
 }
 
-/// What came of one message.
+/// The copies of one message.
 #[derive(Debug, Default)]
 struct Copies {
+    /// The copies that came, by the filter that brought them.
     by: SmallVec<[(FilterId, u32); 2]>,
+    /// The copies that were delivered.
     given: u32,
 }
 
-/// The left filters of one session.
+/// The handovers of one session.
 #[derive(Debug, Default)]
-struct Leaver {
-    filters: Vec<Leaving>,
+struct OfSession {
+    handovers: Vec<Handover>,
+    /// By the hash of the message.
     copies: HashMap<u64, Copies, RandomState>,
 }
 
-/// Those of one shard.
+/// The handovers of one shard.
 #[derive(Debug, Default)]
-pub(in crate::router) struct Leavers {
-    slots: HashMap<u32, Leaver, RandomState>,
-    /// Slots that left a filter.
-    filters: HashMap<FilterId, SmallVec<[u32; 2]>, RandomState>,
-    /// All left filters, with those that they were senior to.
-    left: usize,
+pub(in crate::router) struct Handovers {
+    /// By slot.
+    sessions: BTreeMap<u32, OfSession>,
+    /// The slots with a handover from a filter.
+    slots: HashMap<FilterId, SmallVec<[u32; 2]>, RandomState>,
+    /// The weight of all handovers.
+    weight: usize,
     /// Messages whose copies are counted.
     copies: usize,
 }
 
-impl Leavers {
+impl Handovers {
     pub fn is_empty(&self) -> bool {
-        self.slots.is_empty()
+        self.sessions.is_empty()
     }
 
-    /// A session left a filter. False: its reference is to be given back at once.
-    pub fn leave(&mut self, slot: u32, left: &Unsubscribed) -> bool {
-        let before = self.slots.get(&slot).map_or(0, |l| l.filters.len());
-        if self.left + left.primary_over.len() + before >= LEFT_MAX {
+    /// A session unsubscribed a filter that was primary over others. False: there are too many
+    /// handovers, and its reference to the filter is to be given back at once.
+    pub fn begin(&mut self, slot: u32, gone: &Unsubscribed) -> bool {
+        let known = self.sessions.get(&slot).map_or(0, |s| s.handovers.len());
+        if self.weight + gone.primary_over.len() + known >= WEIGHT_MAX {
             return false;
         }
-        let filters = &mut self.slots.entry(slot).or_default().filters;
-        let mut left = left.clone();
-        // Those that went before it and were not senior to it were its juniors.
-        let juniors = filters.iter().map(|l| &l.left);
-        let juniors = juniors.filter(|l| !l.primary_over.contains(&left.filter));
-        let juniors = juniors.filter(|l| l.filter != left.filter);
-        left.primary_over.extend(juniors.map(|l| l.filter));
-        self.left += weight(&left);
-        let slots = self.filters.entry(left.filter).or_default();
+        let handovers = &mut self.sessions.entry(slot).or_default().handovers;
+        let mut gone = gone.clone();
+        // It was primary over filters that went before it and were not primary over it.
+        let earlier = handovers.iter().map(|h| &h.gone);
+        let earlier = earlier.filter(|e| !e.primary_over.contains(&gone.filter));
+        let earlier = earlier.filter(|e| e.filter != gone.filter);
+        gone.primary_over.extend(earlier.map(|e| e.filter));
+        self.weight += weight(&gone);
+        let slots = self.slots.entry(gone.filter).or_default();
         if !slots.contains(&slot) {
             slots.push(slot);
         }
-        filters.push(Leaving {
-            left,
+        handovers.push(Handover {
+            gone,
             step: Step::Unsubscribed,
-            fences: SmallVec::new(),
+            barriers: SmallVec::new(),
         });
         true
     }
 
-    /// What a session left last waits for these PINGREQs of the data links.
-    pub fn wait(&mut self, slot: u32, fences: &[u64]) {
-        let leaver = self.slots.get_mut(&slot);
-        let filters = leaver.into_iter().flat_map(|l| &mut l.filters);
-        for leaving in filters.filter(|l| l.fences.is_empty()) {
-            leaving.fences = fences.into();
+    /// The handovers that a session began last wait for these barriers of the data links.
+    pub fn wait(&mut self, slot: u32, barriers: &[u64]) {
+        let session = self.sessions.get_mut(&slot);
+        let handovers = session.into_iter().flat_map(|s| &mut s.handovers);
+        for handover in handovers.filter(|h| h.barriers.is_empty()) {
+            handover.barriers = barriers.iter().copied().map(Some).collect();
         }
     }
 
-    /// The session ended: the filters whose references are given back.
+    /// The session ended. Returns the filters whose references are given back.
     pub fn forget(&mut self, slot: u32) -> Vec<FilterId> {
-        let Some(leaver) = self.slots.remove(&slot) else {
+        let Some(session) = self.sessions.remove(&slot) else {
             return Vec::new();
         };
-        self.copies -= leaver.copies.len();
-        let filters = leaver.filters.iter().map(|l| {
-            self.left -= weight(&l.left);
-            l.left.filter
+        self.copies -= session.copies.len();
+        let filters = session.handovers.iter().map(|h| {
+            self.weight -= weight(&h.gone);
+            h.gone.filter
         });
         let filters: Vec<FilterId> = filters.collect();
         for filter in &filters {
@@ -126,129 +137,130 @@ impl Leavers {
     }
 
     fn no_longer(&mut self, filter: FilterId, slot: u32) {
-        if let Some(slots) = self.filters.get_mut(&filter) {
+        if let Some(slots) = self.slots.get_mut(&filter) {
             slots.retain(|s| *s != slot);
             if slots.is_empty() {
-                self.filters.remove(&filter);
+                self.slots.remove(&filter);
             }
         }
     }
 
-    /// A data link's PINGREQ was answered. Filters that came to the end of their last step are
-    /// forgotten and added to `gone`, each with its slot; the others get what `next` tells for each link.
+    /// A data link's barrier has passed. Complete handovers are forgotten and added to `complete`, each
+    /// by slot and filter; the others wait for the barriers that `next` asks for, one for each data link.
     pub fn passed(
         &mut self,
         link: usize,
         number: u64,
-        gone: &mut Vec<(u32, FilterId)>,
+        complete: &mut Vec<(u32, FilterId)>,
         mut next: impl FnMut() -> SmallVec<[u64; 4]>,
     ) {
         let mut over: Vec<u32> = Vec::new();
-        for (slot, leaver) in &mut self.slots {
-            for leaving in &mut leaver.filters {
-                match leaving.fences.get_mut(link) {
-                    Some(fence) if *fence <= number => *fence = 0,
+        for (slot, session) in &mut self.sessions {
+            for handover in &mut session.handovers {
+                match handover.barriers.get_mut(link) {
+                    Some(barrier) if barrier.is_none_or(|n| n <= number) => *barrier = None,
                     _ => continue,
                 }
-                if leaving.fences.iter().any(|fence| *fence > 0) {
+                if handover.barriers.iter().any(Option::is_some) {
                     continue;
                 }
-                leaving.step = match leaving.step {
+                handover.step = match handover.step {
                     Step::Unsubscribed => Step::Both,
-                    Step::Both => Step::Kept,
-                    Step::Kept | Step::Over => {
+                    Step::Both => Step::Remaining,
+                    Step::Remaining | Step::Complete => {
                         over.push(*slot);
-                        Step::Over
+                        Step::Complete
                     }
                 };
-                if leaving.step != Step::Over {
-                    leaving.fences = next();
+                if handover.step != Step::Complete {
+                    handover.barriers = next().into_iter().map(Some).collect();
                 }
             }
         }
         for slot in over {
-            let Some(leaver) = self.slots.get_mut(&slot) else {
+            let Some(session) = self.sessions.get_mut(&slot) else {
                 continue;
             };
-            let past = leaver.filters.extract_if(.., |l| l.step == Step::Over);
-            let past = past.map(|l| {
-                self.left -= weight(&l.left);
-                l.left.filter
+            let handovers = &mut session.handovers;
+            let past = handovers.extract_if(.., |h| h.step == Step::Complete);
+            let past = past.map(|h| {
+                self.weight -= weight(&h.gone);
+                h.gone.filter
             });
             let past: Vec<FilterId> = past.collect();
-            let there = |filter| leaver.filters.iter().any(|l| l.left.filter == filter);
+            let there = |filter| session.handovers.iter().any(|h| h.gone.filter == filter);
             let no_longer: Vec<FilterId> = past.iter().copied().filter(|f| !there(*f)).collect();
-            if leaver.filters.is_empty() {
-                self.copies -= leaver.copies.len();
-                self.slots.remove(&slot);
+            if session.handovers.is_empty() {
+                self.copies -= session.copies.len();
+                self.sessions.remove(&slot);
             }
             for filter in no_longer {
                 self.no_longer(filter, slot);
             }
-            gone.extend(past.into_iter().map(|filter| (slot, filter)));
+            complete.extend(past.into_iter().map(|filter| (slot, filter)));
         }
     }
 
-    /// The sessions that left a filter.
+    /// The slots with a handover from a filter.
     pub fn of(&self, filter: FilterId) -> SmallVec<[u32; 2]> {
-        self.filters.get(&filter).cloned().unwrap_or_default()
+        self.slots.get(&filter).cloned().unwrap_or_default()
     }
 
-    /// Whether a session may still be given a topic by a filter that it left.
+    /// Whether a session may still be given a topic by a filter that it unsubscribed.
     pub fn brings(&self, slot: u32, topic: &str) -> bool {
-        let leaver = self.slots.get(&slot);
-        let mut left = leaver.into_iter().flat_map(|l| &l.filters);
-        left.any(|l| matches(&l.left.name, topic))
+        let session = self.sessions.get(&slot);
+        let mut handovers = session.into_iter().flat_map(|s| &s.handovers);
+        handovers.any(|h| matches(&h.gone.name, topic))
     }
 
-    /// Whether a copy is given that came by filter `via`, where the senior of those that the
-    /// session keeps is `senior`. `None`: none of the left filters concerns it.
+    /// Whether the copy that came by filter `via` is delivered, where `primary` is the primary filter
+    /// among the remaining ones. `None`: no handover of the session concerns the message.
     pub fn gives(
         &mut self,
         slot: u32,
         via: FilterId,
-        senior: FilterId,
+        primary: FilterId,
         message: &Message,
         own: bool,
         lost: impl Fn(FilterId) -> bool,
     ) -> Option<bool> {
-        let leaver = self.slots.get_mut(&slot)?;
-        let (mut concerned, mut blocked, mut counts) = (false, false, via == senior);
-        let mut left = leaver.filters.iter().map(|l| &l.left);
-        let own_role = left.find(|l| l.filter == via);
-        for Leaving { left, step, .. } in &leaver.filters {
-            if !left.primary_over.contains(&senior)
-                || (own && left.no_local)
+        let session = self.sessions.get_mut(&slot)?;
+        let (mut concerned, mut blocked, mut counts) = (false, false, via == primary);
+        let mut all = session.handovers.iter().map(|h| &h.gone);
+        let own_role = all.find(|gone| gone.filter == via);
+        for Handover { gone, step, .. } in &session.handovers {
+            if !gone.primary_over.contains(&primary)
+                || (own && gone.no_local)
                 // A copy that came by it shows that it was not.
-                || (left.filter != via && lost(left.filter))
-                || !matches(&left.name, message.topic())
+                || (gone.filter != via && lost(gone.filter))
+                || !matches(&gone.name, message.topic())
             {
                 continue;
             }
             concerned = true;
-            if left.filter == via {
-                counts |= *step != Step::Kept;
-            } else if left.primary_over.contains(&via) {
-                // One that was subscribed again is the other's junior, too.
-                let junior = own_role.is_some_and(|own| own.primary_over.contains(&left.filter));
-                blocked |= *step == Step::Unsubscribed && !junior;
+            if gone.filter == via {
+                counts |= *step != Step::Remaining;
+            } else if gone.primary_over.contains(&via) {
+                // One that was subscribed again was the other's primary, too.
+                let both = own_role.is_some_and(|own| own.primary_over.contains(&gone.filter));
+                blocked |= *step == Step::Unsubscribed && !both;
             }
         }
         if !concerned {
             return None;
         }
         if self.copies >= COPIES_MAX {
-            self.copies -= leaver.copies.len();
-            leaver.copies = HashMap::default();
+            self.copies -= session.copies.len();
+            session.copies = HashMap::default();
             if self.copies >= COPIES_MAX {
-                // Others have it all: as without counting, one may come twice.
+                // The counts of others fill the table: as without counting, one may come twice.
                 return Some(counts && !blocked);
             }
         }
-        let known = leaver.copies.len();
-        let hasher = leaver.copies.hasher();
+        let known = session.copies.len();
+        let hasher = session.copies.hasher();
         let digest = hasher.hash_one((message.topic(), message.payload()));
-        let copies = leaver.copies.entry(digest).or_default();
+        let copies = session.copies.entry(digest).or_default();
         let at = copies.by.iter().position(|(f, _)| *f == via);
         let at = at.unwrap_or_else(|| {
             copies.by.push((via, 0));
@@ -257,13 +269,13 @@ impl Leavers {
         copies.by[at].1 += 1;
         let given = counts && !blocked && copies.by[at].1 > copies.given;
         copies.given += u32::from(given);
-        self.copies += leaver.copies.len() - known;
+        self.copies += session.copies.len() - known;
         Some(given)
     }
 }
 
-fn weight(left: &Unsubscribed) -> usize {
-    1 + left.primary_over.len()
+fn weight(gone: &Unsubscribed) -> usize {
+    1 + gone.primary_over.len()
 }
 
 #[cfg(test)]
@@ -284,7 +296,7 @@ mod tests {
         })
     }
 
-    fn old(filter: FilterId, name: &str, primary_over: &[FilterId]) -> Unsubscribed {
+    fn gone(filter: FilterId, name: &str, primary_over: &[FilterId]) -> Unsubscribed {
         Unsubscribed {
             filter,
             name: name.into(),
@@ -293,171 +305,176 @@ mod tests {
         }
     }
 
-    /// Filter 1, which was senior to filter 9, is left.
-    fn left() -> Leavers {
-        let mut leavers = Leavers::default();
-        assert!(leavers.leave(7, &old(FilterId(1), "a/#", &[FilterId(9)])));
-        leavers.wait(7, &[1, 1]);
-        leavers
+    /// Filter 1, which was primary over filter 9, is unsubscribed.
+    fn begun() -> Handovers {
+        let mut handovers = Handovers::default();
+        assert!(handovers.begin(7, &gone(FilterId(1), "a/#", &[FilterId(9)])));
+        handovers.wait(7, &[1, 1]);
+        handovers
     }
 
-    fn gives(leavers: &mut Leavers, via: FilterId, payload: &str) -> bool {
-        let given = leavers.gives(7, via, FilterId(9), &message(payload), false, |_| false);
-        // Without left filters the senior's copy is given.
+    fn gives(handovers: &mut Handovers, via: FilterId, payload: &str) -> bool {
+        let given = handovers.gives(7, via, FilterId(9), &message(payload), false, |_| false);
+        // Without handovers the copy of the primary filter is delivered.
         given.unwrap_or(via == FilterId(9))
     }
 
-    /// Both data links' PINGREQs are answered.
-    fn step(leavers: &mut Leavers, number: u64) -> Vec<FilterId> {
-        let mut gone = Vec::new();
+    /// The barriers of both data links pass.
+    fn step(handovers: &mut Handovers, number: u64) -> Vec<FilterId> {
+        let mut complete = Vec::new();
         for link in 0..2 {
             let next = || SmallVec::from_slice(&[number + 1, number + 1]);
-            leavers.passed(link, number, &mut gone, next);
+            handovers.passed(link, number, &mut complete, next);
         }
-        gone.into_iter().map(|(_, filter)| filter).collect()
+        complete.into_iter().map(|(_, filter)| filter).collect()
     }
 
     #[test]
-    fn a_message_is_given_once_wherever_its_copies_fall() {
-        // The step in which the copy of the left filter comes, and that of the kept one.
-        for (left_at, kept_at) in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2)] {
-            for left_first in [true, false] {
-                let mut leavers = left();
+    fn a_message_is_delivered_once_wherever_its_copies_fall() {
+        // The step in which the copy of the unsubscribed filter comes, and that of the remaining one.
+        for (gone_at, remaining_at) in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2)] {
+            for gone_first in [true, false] {
+                let mut handovers = begun();
                 let mut given = 0;
                 for now in 0..3 {
-                    let mut both = [(left_at, 1), (kept_at, 9)];
-                    if !left_first {
+                    let mut both = [(gone_at, 1), (remaining_at, 9)];
+                    if !gone_first {
                         both.reverse();
                     }
                     for (_, via) in both.iter().filter(|(at, _)| *at == now) {
-                        given += u32::from(gives(&mut leavers, FilterId(*via), "on"));
+                        given += u32::from(gives(&mut handovers, FilterId(*via), "on"));
                     }
-                    let gone = step(&mut leavers, now + 1);
-                    assert_eq!(gone.is_empty(), now < 2);
+                    let complete = step(&mut handovers, now + 1);
+                    assert_eq!(complete.is_empty(), now < 2);
                 }
-                assert_eq!(given, 1, "{left_at} {kept_at} {left_first}");
-                assert!(leavers.is_empty());
+                assert_eq!(given, 1, "{gone_at} {remaining_at} {gone_first}");
+                assert!(handovers.is_empty());
             }
         }
     }
 
     #[test]
-    fn what_comes_by_a_filter_that_was_thought_lost_is_given() {
-        let mut leavers = left();
-        // The kept one's copy came while nobody doubted.
-        assert!(!gives(&mut leavers, FilterId(9), "on"));
+    fn a_copy_by_a_filter_that_was_thought_lost_is_delivered() {
+        let mut handovers = begun();
+        // The copy of the remaining filter came while nothing was in doubt.
+        assert!(!gives(&mut handovers, FilterId(9), "on"));
         let lost = |filter| filter == FilterId(1);
-        let given = leavers.gives(7, FilterId(1), FilterId(9), &message("on"), false, lost);
+        let given = handovers.gives(7, FilterId(1), FilterId(9), &message("on"), false, lost);
         assert_eq!(given, Some(true));
     }
 
     #[test]
-    fn a_second_filter_that_is_left_does_not_set_the_first_back() {
-        let mut leavers = Leavers::default();
-        leavers.leave(7, &old(FilterId(1), "a/#", &[FilterId(5), FilterId(9)]));
-        leavers.wait(7, &[1, 1]);
-        step(&mut leavers, 1);
-        step(&mut leavers, 2);
-        // Its copies are not given any more; now those of the next go, too.
-        assert!(!gives(&mut leavers, FilterId(1), "x"));
-        leavers.leave(7, &old(FilterId(5), "a/+", &[FilterId(9)]));
-        leavers.wait(7, &[3, 3]);
-        assert!(!gives(&mut leavers, FilterId(9), "x"));
-        assert!(gives(&mut leavers, FilterId(5), "x"));
-        assert_eq!(step(&mut leavers, 3), [FilterId(1)]);
-        assert!(step(&mut leavers, 4).is_empty());
-        assert!(gives(&mut leavers, FilterId(9), "y"));
-        assert!(!gives(&mut leavers, FilterId(5), "y"));
-        assert_eq!(step(&mut leavers, 5), [FilterId(5)]);
+    fn a_second_handover_does_not_set_the_first_back() {
+        let mut handovers = Handovers::default();
+        handovers.begin(7, &gone(FilterId(1), "a/#", &[FilterId(5), FilterId(9)]));
+        handovers.wait(7, &[1, 1]);
+        step(&mut handovers, 1);
+        step(&mut handovers, 2);
+        // Its copies are not delivered any more; now the next filter goes, too.
+        assert!(!gives(&mut handovers, FilterId(1), "x"));
+        handovers.begin(7, &gone(FilterId(5), "a/+", &[FilterId(9)]));
+        handovers.wait(7, &[3, 3]);
+        assert!(!gives(&mut handovers, FilterId(9), "x"));
+        assert!(gives(&mut handovers, FilterId(5), "x"));
+        assert_eq!(step(&mut handovers, 3), [FilterId(1)]);
+        assert!(step(&mut handovers, 4).is_empty());
+        assert!(gives(&mut handovers, FilterId(9), "y"));
+        assert!(!gives(&mut handovers, FilterId(5), "y"));
+        assert_eq!(step(&mut handovers, 5), [FilterId(5)]);
     }
 
     #[test]
-    fn a_filter_left_twice_is_given_back_twice() {
-        let mut leavers = left();
-        step(&mut leavers, 1);
-        // Subscribed again as the junior of 9, the senior of 8, and left again.
-        assert!(leavers.leave(7, &old(FilterId(1), "a/#", &[FilterId(8)])));
-        leavers.wait(7, &[2, 2]);
+    fn a_filter_unsubscribed_twice_is_given_back_twice() {
+        let mut handovers = begun();
+        step(&mut handovers, 1);
+        // Subscribed again, primary over 8 only, and unsubscribed again.
+        assert!(handovers.begin(7, &gone(FilterId(1), "a/#", &[FilterId(8)])));
+        handovers.wait(7, &[2, 2]);
         let mut to =
-            |senior| leavers.gives(7, FilterId(1), senior, &message("x"), false, |_| false);
+            |primary| handovers.gives(7, FilterId(1), primary, &message("x"), false, |_| false);
         assert_eq!((to(FilterId(8)), to(FilterId(9))), (Some(true), Some(true)));
-        assert!(step(&mut leavers, 2).is_empty());
-        assert_eq!(step(&mut leavers, 3), [FilterId(1)]);
-        assert_eq!(leavers.of(FilterId(1)).as_slice(), [7]);
-        assert_eq!(step(&mut leavers, 4), [FilterId(1)]);
-        assert!(leavers.is_empty() && leavers.of(FilterId(1)).is_empty());
+        assert!(step(&mut handovers, 2).is_empty());
+        assert_eq!(step(&mut handovers, 3), [FilterId(1)]);
+        assert_eq!(handovers.of(FilterId(1)).as_slice(), [7]);
+        assert_eq!(step(&mut handovers, 4), [FilterId(1)]);
+        assert!(handovers.is_empty() && handovers.of(FilterId(1)).is_empty());
     }
 
     #[test]
-    fn the_same_content_sent_twice_is_given_twice() {
-        let mut leavers = left();
-        step(&mut leavers, 1);
-        let given = [1, 1, 9, 9].map(|via| gives(&mut leavers, FilterId(via), "on"));
+    fn the_same_content_sent_twice_is_delivered_twice() {
+        let mut handovers = begun();
+        step(&mut handovers, 1);
+        let given = [1, 1, 9, 9].map(|via| gives(&mut handovers, FilterId(via), "on"));
         assert_eq!(given, [true, true, false, false]);
     }
 
     #[test]
-    fn left_filters_concern_only_what_they_were_senior_to() {
-        let mut leavers = left();
+    fn a_handover_concerns_only_filters_that_it_was_primary_over() {
+        let mut handovers = begun();
         let hidden = Unsubscribed {
             no_local: true,
-            ..old(FilterId(2), "+/b", &[FilterId(8)])
+            ..gone(FilterId(2), "+/b", &[FilterId(8)])
         };
-        assert!(leavers.leave(7, &hidden));
-        let mut given = |senior, own| {
-            leavers.gives(7, senior, senior, &message("x"), own, |lost| {
+        assert!(handovers.begin(7, &hidden));
+        let mut given = |primary, own| {
+            handovers.gives(7, primary, primary, &message("x"), own, |lost| {
                 lost == FilterId(1)
             })
         };
         assert_eq!(
             given(FilterId(9), false),
             None,
-            "what is lost brings nothing"
+            "a lost filter brings nothing"
         );
         assert_eq!(given(FilterId(7), false), None);
-        assert_eq!(given(FilterId(8), true), None, "nor No Local one's own");
+        assert_eq!(
+            given(FilterId(8), true),
+            None,
+            "nor does a No Local filter bring own messages"
+        );
         assert_eq!(given(FilterId(8), false), Some(false));
-        assert_eq!(leavers.forget(7), [1, 2].map(FilterId));
-        assert!(leavers.is_empty() && leavers.of(FilterId(1)).is_empty());
+        assert_eq!(handovers.forget(7), [1, 2].map(FilterId));
+        assert!(handovers.is_empty() && handovers.of(FilterId(1)).is_empty());
     }
 
     #[test]
-    fn what_is_kept_is_bounded_and_given_back() {
-        let mut leavers = left();
-        // Each is senior to one, and to those that one left before.
-        let more = (20..2000).filter(|n| leavers.leave(7, &old(FilterId(*n), "x", &[FilterId(9)])));
+    fn handovers_are_bounded_and_given_back() {
+        let mut handovers = begun();
+        // Each is primary over one filter, and over those that went before it.
+        let more =
+            (20..2000).filter(|n| handovers.begin(7, &gone(FilterId(*n), "x", &[FilterId(9)])));
         let more = more.count();
         assert!((150..200).contains(&more), "{more}");
-        assert!(leavers.left <= LEFT_MAX);
-        assert!(!leavers.leave(
+        assert!(handovers.weight <= WEIGHT_MAX);
+        assert!(!handovers.begin(
             8,
-            &old(
+            &gone(
                 FilterId(1),
                 "a/#",
-                &vec![FilterId(9); LEFT_MAX - leavers.left]
+                &vec![FilterId(9); WEIGHT_MAX - handovers.weight]
             )
         ));
-        assert!(leavers.leave(8, &old(FilterId(1), "a/#", &[FilterId(9)])));
+        assert!(handovers.begin(8, &gone(FilterId(1), "a/#", &[FilterId(9)])));
         for n in 0..COPIES_MAX + 10 {
-            gives(&mut leavers, FilterId(1), &n.to_string());
+            gives(&mut handovers, FilterId(1), &n.to_string());
         }
-        assert!(leavers.copies <= COPIES_MAX);
-        let counted: usize = leavers.slots.values().map(|l| l.copies.len()).sum();
-        assert_eq!(leavers.copies, counted);
-        assert_eq!(leavers.forget(7).len(), more + 1);
-        leavers.forget(8);
-        assert_eq!((leavers.left, leavers.copies), (0, 0));
-        assert!(leavers.is_empty() && leavers.filters.is_empty());
+        assert!(handovers.copies <= COPIES_MAX);
+        let counted: usize = handovers.sessions.values().map(|l| l.copies.len()).sum();
+        assert_eq!(handovers.copies, counted);
+        assert_eq!(handovers.forget(7).len(), more + 1);
+        handovers.forget(8);
+        assert_eq!((handovers.weight, handovers.copies), (0, 0));
+        assert!(handovers.is_empty() && handovers.slots.is_empty());
     }
 
     #[test]
-    fn where_others_count_all_copies_none_is_lost() {
-        let mut leavers = left();
-        assert!(leavers.leave(8, &old(FilterId(1), "a/#", &[FilterId(9)])));
+    fn without_room_for_counts_no_message_is_lost() {
+        let mut handovers = begun();
+        assert!(handovers.begin(8, &gone(FilterId(1), "a/#", &[FilterId(9)])));
         for n in 0..COPIES_MAX {
-            gives(&mut leavers, FilterId(1), &n.to_string());
+            gives(&mut handovers, FilterId(1), &n.to_string());
         }
-        let mut of_8 = |via| leavers.gives(8, via, FilterId(9), &message("x"), false, |_| false);
+        let mut of_8 = |via| handovers.gives(8, via, FilterId(9), &message("x"), false, |_| false);
         assert_eq!(
             (of_8(FilterId(1)), of_8(FilterId(9))),
             (Some(true), Some(false))

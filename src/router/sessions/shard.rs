@@ -3,91 +3,94 @@
 //! A shard is only touched under its mutex, for a short time, never over an await.
 
 use std::collections::{BTreeSet, HashMap};
-use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use lru::LruCache;
 use slab::Slab;
 
-use crate::mqtt::{Message, QoS};
-use crate::session::{
-    Delivered, ENTRY_BYTES, Ended, Incarnation, Offer, Session, SessionLimits, Subscription, hides,
-    primary,
-};
+use crate::mqtt::QoS;
+use crate::session::{ENTRY_BYTES, Ended, Session, Subscription};
 use crate::time::Millis;
-use crate::topics::{FilterId, matches};
+use crate::topics::FilterId;
 
-use crate::router::delivery::fanout::Tally;
-use crate::router::filters::lost::{Loss, Lost};
 use crate::router::handle::ConnectionHandle;
-use crate::router::sessions::handover::Leavers;
+use crate::router::lost::Lost;
+use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
-use crate::router::types::{Peer, RetainedRequest, SessionRef};
+use crate::router::types::{Peer, SessionRef};
 
-/// A session and what the router keeps beside it.
+/// A session with the router's own data about it.
 #[derive(Debug)]
 pub(in crate::router) struct Slot {
     pub slot_version: u32,
     pub session: Session,
     pub handle: Option<Arc<ConnectionHandle>>,
-    /// Where the client came from; for the admin API and the log.
+    /// The client's end of the latest connection, for the admin API and the log.
     pub peer: Option<Arc<Peer>>,
-    /// The wake-up for what waits in the output is under way.
+    /// The connection's task has been woken and has not looked at its output since.
     pub woken: bool,
     /// It is in the order of detached sessions.
     pub listed: bool,
-    /// The P link of its publishes.
+    /// The publish link of its publishes.
     pub publish_link: u8,
-    /// The timer entry that stands for this session; `u64::MAX`: none.
-    armed: u64,
-    /// Entries charged to the account.
-    charged: usize,
+    /// The time of the session's entry among the timers.
+    armed: Option<Millis>,
+    /// Entries charged to the account of entries.
+    charged_entries: u32,
+    /// Bytes charged to the account of output.
+    charged_output_bytes: u32,
     /// Bytes of output that the connection's task took last, and has perhaps not written yet.
     pub taken: usize,
-    /// When it took output of the control stream last, milliseconds, and how many bytes.
-    pub taken_at: u64,
+    /// When the task last took output of the control stream.
+    pub taken_at: Millis,
+    /// The bytes of the control stream's output that it took then.
     pub offered: usize,
-    /// Bytes of output charged to the account.
-    charged_output: usize,
 }
 
 impl Slot {
-    /// What is to be added to the accounts of entries and of output, in bytes.
-    fn charge(&mut self) -> (i64, i64) {
-        let entries = self.session.outbound().entries();
+    /// Charges the session's entries and output. Returns what is to be added to the accounts, in
+    /// bytes.
+    pub(super) fn charge(&mut self) -> (i64, i64) {
+        // Both are bounded far below 4 GiB by the session's limits.
+        let entries = self.session.outbound().entries() as u32;
         let output = match self.session.connection_ref() {
-            Some(connection) => connection.output_len() + self.taken,
+            Some(connection) => (connection.output_len() + self.taken) as u32,
             None => 0,
         };
         let more = (
-            (entries as i64 - self.charged as i64) * ENTRY_BYTES as i64,
-            output as i64 - self.charged_output as i64,
+            (i64::from(entries) - i64::from(self.charged_entries)) * ENTRY_BYTES as i64,
+            i64::from(output) - i64::from(self.charged_output_bytes),
         );
-        self.charged = entries;
-        self.charged_output = output;
+        self.charged_entries = entries;
+        self.charged_output_bytes = output;
         more
     }
 }
+
+/// Detached sessions by slot, each with the time when it was left.
+pub(super) type Detached = LruCache<u32, Millis, RandomState>;
 
 #[derive(Debug)]
 pub(in crate::router) struct Shard {
     pub number: u16,
     pub slots: Slab<Box<Slot>>,
+    /// Slots by client identifier.
     pub by_id: HashMap<Arc<str>, u32, RandomState>,
     pub members: HashMap<FilterId, Members, RandomState>,
     /// Detached sessions, least recently connected last.
-    pub detached: LruCache<u32, u64, RandomState>,
-    timers: BTreeSet<(u64, u32)>,
+    pub detached: Detached,
+    timers: BTreeSet<(Millis, u32)>,
     slot_version: u32,
     /// Bytes of queue entries to add to the account when the lock is given back.
     pub entry_bytes: i64,
-    /// The same for output.
+    /// Bytes of output to add to the account when the lock is given back.
     pub output_bytes: i64,
-    identifiers: Vec<u32>,
-    lost: Arc<Lost>,
-    /// Filters that overlapping ones of the same session take over from.
-    pub leavers: Leavers,
+    /// Scratch space: the Subscription Identifiers of one delivery.
+    pub(super) identifiers: Vec<u32>,
+    pub(super) lost: Arc<Lost>,
+    /// Filters that sessions gave up, until overlapping ones have taken over from them.
+    pub handovers: Handovers,
 }
 
 impl Shard {
@@ -104,7 +107,7 @@ impl Shard {
             output_bytes: 0,
             identifiers: Vec::new(),
             lost,
-            leavers: Leavers::default(),
+            handovers: Handovers::default(),
         }
     }
 
@@ -119,12 +122,12 @@ impl Shard {
             woken: false,
             listed: false,
             publish_link: 0,
-            armed: u64::MAX,
-            charged: 0,
+            armed: None,
+            charged_entries: 0,
+            charged_output_bytes: 0,
             taken: 0,
             taken_at: 0,
             offered: 0,
-            charged_output: 0,
         })) as u32;
         self.by_id.insert(id, slot);
         slot
@@ -143,6 +146,12 @@ impl Shard {
         (slot.slot_version == reference.slot_version).then_some(&mut **slot)
     }
 
+    /// A session, if `connection_no` is its current connection.
+    pub fn connected(&mut self, reference: SessionRef, connection_no: u64) -> Option<&mut Slot> {
+        self.get(reference)
+            .filter(|s| s.session.connection_no() == connection_no && s.session.attached())
+    }
+
     /// Removes a session; its subscriptions must be gone.
     pub fn remove(&mut self, slot: u32) {
         if !self.slots.contains(slot as usize) {
@@ -151,9 +160,11 @@ impl Shard {
         let removed = self.slots.remove(slot as usize);
         self.by_id.remove(&removed.session.client_id);
         self.detached.pop(&slot);
-        self.timers.remove(&(removed.armed, slot));
-        self.entry_bytes -= (removed.charged * ENTRY_BYTES) as i64;
-        self.output_bytes -= removed.charged_output as i64;
+        if let Some(at) = removed.armed {
+            self.timers.remove(&(at, slot));
+        }
+        self.entry_bytes -= i64::from(removed.charged_entries) * ENTRY_BYTES as i64;
+        self.output_bytes -= i64::from(removed.charged_output_bytes);
     }
 
     /// Brings account and timer in line with the session after it was worked on.
@@ -165,10 +176,12 @@ impl Shard {
         self.entry_bytes += entries;
         self.output_bytes += output;
         // Later deadlines are found when the earlier one fires.
-        let deadline = s.session.deadline().unwrap_or(u64::MAX);
-        if deadline < s.armed {
-            self.timers.remove(&(s.armed, slot));
-            s.armed = deadline;
+        if let Some(deadline) = s.session.deadline()
+            && s.armed.is_none_or(|armed| deadline < armed)
+        {
+            if let Some(at) = s.armed.replace(deadline) {
+                self.timers.remove(&(at, slot));
+            }
             self.timers.insert((deadline, slot));
         }
     }
@@ -181,7 +194,7 @@ impl Shard {
         }
         self.timers.pop_first();
         if let Some(s) = self.slots.get_mut(slot as usize) {
-            s.armed = u64::MAX;
+            s.armed = None;
         }
         Some(slot)
     }
@@ -248,7 +261,7 @@ impl Shard {
             return Vec::new();
         };
         let taken = s.session.take_subscriptions();
-        let mut filters = self.leavers.forget(slot);
+        let mut filters = self.handovers.forget(slot);
         for s in taken {
             self.leave(slot, s.filter);
             filters.push(s.filter);
@@ -262,7 +275,7 @@ impl Shard {
         slot: u32,
         ended: &Ended,
         now: Millis,
-        remember_until: u64,
+        remember_until: Millis,
     ) -> Vec<FilterId> {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return Vec::new();
@@ -279,7 +292,7 @@ impl Shard {
     }
 
     /// A session ended: its filters; it is remembered while that is of use.
-    pub fn finish(&mut self, slot: u32, remember_until: u64) -> Vec<FilterId> {
+    pub fn finish(&mut self, slot: u32, remember_until: Millis) -> Vec<FilterId> {
         let filters = self.release(slot);
         self.detached.pop(&slot);
         match self.slots.get_mut(slot as usize) {
@@ -302,234 +315,4 @@ impl Shard {
             s.listed = false;
         }
     }
-
-    /// Whether a session gets a topic by a subscription on another filter as well, be it one that it
-    /// has just left.
-    pub fn has_another(&mut self, session: SessionRef, filter: FilterId, topic: &str) -> bool {
-        if self.leavers.brings(session.slot, topic) {
-            return true;
-        }
-        let subscriptions = self.get(session).map(|slot| slot.session.subscriptions());
-        let mut others = subscriptions.into_iter().flatten();
-        others.any(|s| {
-            let other = s.filter != filter && s.active && !s.shared;
-            other && matches(&s.name, topic) && !s.hides(topic)
-        })
-    }
-
-    /// Hands a retained message to one new subscription.
-    pub fn hand(
-        &mut self,
-        limits: &SessionLimits,
-        now: Millis,
-        message: &Message,
-        filter: FilterId,
-        want: &RetainedRequest,
-        tally: &mut Tally,
-    ) {
-        let Some(slot) = self.get(want.session) else {
-            return;
-        };
-        // It may have unsubscribed meanwhile, or started anew.
-        let same = slot.session.incarnation == want.incarnation;
-        let subscription = slot.session.subscription(filter).filter(|_| same);
-        if subscription.is_none_or(|s| s.hides(message.topic())) {
-            return;
-        }
-        let identifier = want.identifier.map(NonZeroU32::get);
-        let qos = want.qos.min(message.qos());
-        let stream = slot.session.stream_of(filter);
-        let outcome = slot.session.deliver(
-            limits,
-            now,
-            &Offer {
-                message,
-                qos,
-                retain: true,
-                ids: identifier.as_slice(),
-                group: None,
-                stream,
-                fetched: true,
-            },
-        );
-        tally.outcome(slot, outcome);
-        self.settle(want.session.slot);
-    }
-
-    /// Offers a message to the members of one filter. Sessions that came to have output are
-    /// added to `wakes`, sessions to be ended to `ended`.
-    pub fn fan_out(
-        &mut self,
-        limits: &SessionLimits,
-        now: Millis,
-        message: &Message,
-        filter: FilterId,
-        source: Source,
-        tally: &mut Tally,
-    ) {
-        if !self.leavers.is_empty() {
-            self.fan_out_left(limits, now, message, filter, source, tally);
-        }
-        let Self {
-            slots,
-            members,
-            identifiers,
-            entry_bytes,
-            output_bytes,
-            detached,
-            lost,
-            leavers,
-            ..
-        } = self;
-        let Some(members) = members.get(&filter).map(Members::all) else {
-            return;
-        };
-        let loss_of = lost.look();
-        let is_lost = |filter| loss_of(filter).is_some();
-        tally.targets += members.len();
-        for member in members {
-            let Some(slot) = slots.get_mut(member.slot as usize) else {
-                continue;
-            };
-            let Some(mut qos) = member.qos else {
-                continue;
-            };
-            let own = source.is_own(&slot.session);
-            if member.no_local && own || hides(member.wild_below, message.topic()) {
-                continue;
-            }
-            let one;
-            let mut retain = member.retain_as_published;
-            let ids: &[u32] = if member.overlaps {
-                let subscriptions = slot.session.subscriptions();
-                let mut found = primary(subscriptions, message.topic(), own, is_lost, identifiers);
-                if found.is_some_and(|s| s.filter != filter)
-                    && loss_of(filter) == Some(Loss::Doubtful)
-                {
-                    let gone = |filter| loss_of(filter) == Some(Loss::Sure);
-                    found = primary(subscriptions, message.topic(), own, gone, identifiers);
-                }
-                match found {
-                    Some(primary) if primary.filter == filter => {
-                        qos = primary.qos;
-                        retain = primary.retain;
-                    }
-                    _ => continue,
-                }
-                identifiers
-            } else {
-                one = member.identifier.map(NonZeroU32::get);
-                one.as_slice()
-            };
-            if !leavers.is_empty()
-                && leavers.gives(member.slot, filter, filter, message, own, is_lost) == Some(false)
-            {
-                continue;
-            }
-            let offer = Offer {
-                message,
-                qos: qos.min(message.qos()),
-                retain: retain && message.retain(),
-                ids,
-                group: None,
-                stream: slot.session.stream_of(filter),
-                fetched: source == Source::Fetched,
-            };
-            let charged = offer_to(slot, member.slot, limits, now, &offer, detached, tally);
-            *entry_bytes += charged.0;
-            *output_bytes += charged.1;
-        }
-    }
-
-    /// Offers a message to sessions that left the filter by which it came, and have others that
-    /// match it.
-    fn fan_out_left(
-        &mut self,
-        limits: &SessionLimits,
-        now: Millis,
-        message: &Message,
-        filter: FilterId,
-        source: Source,
-        tally: &mut Tally,
-    ) {
-        let loss_of = self.lost.look();
-        let is_lost = |filter| loss_of(filter).is_some();
-        let topic = message.topic();
-        for at in self.leavers.of(filter) {
-            let Some(slot) = self.slots.get_mut(at as usize) else {
-                continue;
-            };
-            let own = source.is_own(&slot.session);
-            let subscriptions = slot.session.subscriptions();
-            let primary = primary(subscriptions, topic, own, is_lost, &mut self.identifiers);
-            let Some(primary) = primary else {
-                continue;
-            };
-            // As one that is kept, its turn comes with the members.
-            if primary.filter == filter
-                || self
-                    .leavers
-                    .gives(at, filter, primary.filter, message, own, is_lost)
-                    != Some(true)
-            {
-                continue;
-            }
-            let offer = Offer {
-                message,
-                qos: primary.qos.min(message.qos()),
-                retain: primary.retain && message.retain(),
-                ids: &self.identifiers,
-                group: None,
-                stream: slot.session.stream_of(primary.filter),
-                fetched: source == Source::Fetched,
-            };
-            let charged = offer_to(slot, at, limits, now, &offer, &mut self.detached, tally);
-            self.entry_bytes += charged.0;
-            self.output_bytes += charged.1;
-        }
-    }
-}
-
-/// Where a message that is fanned out comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::router) enum Source {
-    /// From the broker as a live message, with the origin mark of its publisher.
-    Live(Option<Incarnation>),
-    /// A retained message that was fetched. Its publisher is unknown, so No Local hides it.
-    Fetched,
-}
-
-impl Source {
-    /// Whether No Local hides the message from `session`.
-    fn is_own(self, session: &Session) -> bool {
-        match self {
-            Self::Live(origin_mark) => origin_mark == Some(session.incarnation),
-            Self::Fetched => true,
-        }
-    }
-}
-
-/// Offers a message to one session; what its accounts change by.
-fn offer_to(
-    slot: &mut Slot,
-    at: u32,
-    limits: &SessionLimits,
-    now: Millis,
-    offer: &Offer<'_>,
-    detached: &mut LruCache<u32, u64, RandomState>,
-    tally: &mut Tally,
-) -> (i64, i64) {
-    let outcome = slot.session.deliver(limits, now, offer);
-    let charged = slot.charge();
-    if outcome == Delivered::Queued && !slot.listed && !slot.session.attached() {
-        // It left the order because it was the oldest, or had nothing: the oldest again.
-        slot.listed = true;
-        detached.put(at, slot.session.since);
-        detached.demote(&at);
-    }
-    if outcome == Delivered::EndSession {
-        tally.ended.push((at, slot.slot_version));
-    }
-    tally.outcome(slot, outcome);
-    charged
 }

@@ -1,15 +1,16 @@
-//! What the admin API and the metrics show of the sessions.
+//! The sessions as the admin API and the metrics show them.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::mqtt::{SubscribeOptions, Version};
+use crate::time::Millis;
 
-use crate::router::Router;
+use crate::router::sessions::Sessions;
 use crate::router::sessions::shard::Slot;
 use crate::router::types::{Peer, SessionRef};
 
-/// One session, as it is now. Times in milliseconds of the process's clock.
+/// One session, as it is now.
 #[derive(Clone, Debug)]
 pub struct SessionInfo {
     /// Client identifier.
@@ -20,10 +21,10 @@ pub struct SessionInfo {
     pub version: Version,
     /// A client is connected.
     pub attached: bool,
-    /// Where the latest connection came from.
+    /// The client's end of the latest connection.
     pub peer: Option<Arc<Peer>>,
-    /// Start of the connection, or of the absence.
-    pub since: u64,
+    /// Start of the connection, or of the absence, by the process's clock.
+    pub since: Millis,
     /// Session Expiry Interval, seconds.
     pub expiry: u32,
     /// Subscriptions.
@@ -34,7 +35,7 @@ pub struct SessionInfo {
     pub queue_bytes: usize,
     /// Unacknowledged messages toward the client.
     pub in_flight: usize,
-    /// Publishes of the client that wait for the core.
+    /// Publishes of the client that wait for the broker.
     pub publishes_waiting: usize,
     /// Messages lost by a named limit.
     pub gaps: u64,
@@ -62,9 +63,9 @@ pub struct Totals {
     pub queue_messages: usize,
 }
 
-impl Router {
+impl Sessions {
     /// Up to `limit` sessions in the order of client identifiers, after `after`.
-    pub fn sessions(&self, after: Option<&str>, limit: usize) -> Vec<SessionInfo> {
+    pub fn list(&self, after: Option<&str>, limit: usize) -> Vec<SessionInfo> {
         let mut ids: Vec<Arc<str>> = Vec::new();
         for shard in &self.shards {
             let shard = shard.lock();
@@ -82,21 +83,28 @@ impl Router {
         }
         ids.sort_unstable();
         ids.truncate(limit);
-        ids.iter().filter_map(|id| self.session(id)).collect()
+        ids.iter().filter_map(|id| self.find(id)).collect()
     }
 
     /// The client identifier of a session.
     pub fn client_id(&self, session: SessionRef) -> Option<Arc<str>> {
-        let mut shard = self.shards[usize::from(session.shard)].lock();
+        let mut shard = self.shard(session.shard);
         Some(shard.get(session)?.session.client_id.clone())
     }
 
     /// The session of a client identifier.
-    pub fn session(&self, client_id: &str) -> Option<SessionInfo> {
-        let shard = self.shards[self.shard_of(client_id)].lock();
+    pub fn find(&self, client_id: &str) -> Option<SessionInfo> {
+        let shard = self.shard(self.shard_of(client_id));
         let slot = shard.by_id.get(client_id)?;
         let slot = &shard.slots[*slot as usize];
         (!slot.session.is_closed()).then(|| info(slot))
+    }
+
+    /// Whether a client is connected.
+    pub fn is_attached(&self, client_id: &str) -> bool {
+        let shard = self.shard(self.shard_of(client_id));
+        let slot = shard.by_id.get(client_id);
+        slot.is_some_and(|slot| shard.slots[*slot as usize].session.attached())
     }
 
     /// Sums over all sessions.

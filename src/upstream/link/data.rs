@@ -328,7 +328,7 @@ impl Machine for DataLink {
             self.confirmed_at = now;
             self.ping = true;
         }
-        self.ping |= self.router.fence_wanted(self.link);
+        self.ping |= self.router.barrier_wanted(self.link);
     }
 
     fn pace(&self) -> Option<Duration> {
@@ -340,7 +340,7 @@ impl Machine for DataLink {
     fn wants_ping(&mut self) -> bool {
         let wanted = std::mem::take(&mut self.ping);
         if wanted {
-            let number = self.router.fence_begins(self.link);
+            let number = self.router.barrier_begins(self.link);
             self.barriers.push_back(Barrier {
                 received: self.redelivery.mark(),
                 number,
@@ -354,7 +354,7 @@ impl Machine for DataLink {
         if let Some(Barrier { received, number }) = self.barriers.pop_front() {
             self.redelivery.confirmed(received);
             self.flush(now);
-            self.router.fence_passed(self.link, number, now);
+            self.router.barrier_passed(self.link, number, now);
         }
     }
 

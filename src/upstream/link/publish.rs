@@ -142,7 +142,7 @@ impl PublishLink {
             // A few at a time, because clients wait for the same lock to queue theirs.
             let mut some: smallvec::SmallVec<[Outgoing; 16]> = smallvec::SmallVec::new();
             let room = (self.room() - self.open).min(16);
-            router.lanes(self.link, |lanes| {
+            router.publish_queues(self.link, |lanes| {
                 while some.len() < room
                     && let Some(outgoing) = lanes.pop()
                 {
@@ -162,7 +162,8 @@ impl PublishLink {
 
     /// Asks for another link, which has a window of its own, if publishes have waited for a while.
     fn check_window(&mut self, now: Millis) {
-        let full = self.open >= self.window && !self.router.lanes(self.link, |l| l.is_empty());
+        let full =
+            self.open >= self.window && !self.router.publish_queues(self.link, |l| l.is_empty());
         let since = match full {
             true => *self.full_since.get_or_insert(now),
             false => return self.full_since = None,

@@ -344,7 +344,7 @@ fn a_filter_that_nobody_holds_is_not_revived_by_other_facts() {
         no_local: false,
         primary_over: Vec::new(),
     }];
-    core.router.with(who.session, 0, |s, _| {
+    core.router.with(who.session, who.connection_no, |s, _| {
         s.remove_subscription(FilterId(number))
     });
     core.router.unsubscribe(who.session, &left, 0);

@@ -1,0 +1,96 @@
+//! The properties of the broker that the router acts on, and holds clients to.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+
+use crate::mqtt::QoS;
+
+/// The part of the broker's profile that the router acts on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BrokerFeatures {
+    /// Subscription Identifiers are available.
+    pub identifiers: bool,
+    /// User properties reach the broker's subscribers.
+    pub properties: bool,
+    /// Live messages keep RETAIN.
+    pub keeps_retain: bool,
+    /// Shared subscriptions work.
+    pub shared: bool,
+    /// A second SUBSCRIBE for a filter replaces the first [MQTT-3.8.4-3]. Where it does not, filters
+    /// are subscribed at the Maximum QoS from the start.
+    pub replaces: bool,
+    /// Maximum QoS.
+    pub maximum_qos: QoS,
+    /// Retain Available.
+    pub retain_available: bool,
+    /// Maximum Packet Size, bytes; `None` if the broker has none.
+    pub packet_max: Option<u32>,
+}
+
+/// The limits that clients are held to, as the broker's last CONNACK has them.
+#[derive(Debug)]
+pub(super) struct BrokerLimits {
+    maximum_qos: AtomicU8,
+    retain_available: AtomicBool,
+    /// Bytes; `u32::MAX`, which is more than the largest packet, if there is no limit.
+    packet_max: AtomicU32,
+    keeps_retain: AtomicBool,
+    properties: AtomicBool,
+    shared: AtomicBool,
+}
+
+impl BrokerLimits {
+    /// No limits, until the broker has been connected to.
+    pub fn new() -> Self {
+        Self {
+            maximum_qos: AtomicU8::new(QoS::ExactlyOnce as u8),
+            retain_available: AtomicBool::new(true),
+            packet_max: AtomicU32::new(u32::MAX),
+            keeps_retain: AtomicBool::new(true),
+            properties: AtomicBool::new(true),
+            shared: AtomicBool::new(true),
+        }
+    }
+
+    /// Takes over the properties of the broker. Returns whether live messages kept RETAIN before.
+    pub fn set(&self, features: &BrokerFeatures) -> bool {
+        let order = Ordering::Relaxed;
+        self.maximum_qos.store(features.maximum_qos as u8, order);
+        self.retain_available
+            .store(features.retain_available, order);
+        let packet_max = features.packet_max.unwrap_or(u32::MAX);
+        self.packet_max.store(packet_max, order);
+        self.properties.store(features.properties, order);
+        self.shared.store(features.shared, order);
+        self.keeps_retain.swap(features.keeps_retain, order)
+    }
+
+    /// The largest QoS that the broker accepts.
+    pub fn maximum_qos(&self) -> QoS {
+        QoS::from_u8(self.maximum_qos.load(Ordering::Relaxed)).unwrap_or(QoS::ExactlyOnce)
+    }
+
+    /// Whether the broker keeps retained messages.
+    pub fn retain_available(&self) -> bool {
+        self.retain_available.load(Ordering::Relaxed)
+    }
+
+    /// The largest packet that the broker accepts, bytes.
+    pub fn packet_max(&self) -> u32 {
+        self.packet_max.load(Ordering::Relaxed)
+    }
+
+    /// Whether live messages keep their RETAIN (MQTT 5 with Retain As Published).
+    pub fn keeps_retain(&self) -> bool {
+        self.keeps_retain.load(Ordering::Relaxed)
+    }
+
+    /// Whether user properties reach the broker's subscribers, so that No Local can be marked.
+    pub fn properties(&self) -> bool {
+        self.properties.load(Ordering::Relaxed)
+    }
+
+    /// Whether the broker's shared subscriptions work.
+    pub fn shared(&self) -> bool {
+        self.shared.load(Ordering::Relaxed)
+    }
+}

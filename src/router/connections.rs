@@ -1,0 +1,200 @@
+//! The calls of the clients' connections.
+
+use std::sync::Arc;
+
+use crate::budget::Account;
+use crate::mqtt::QoS;
+use crate::session::{CloseReason, Effect, Session, SessionLimits};
+use crate::time::Millis;
+
+use crate::router::handle::ConnectionHandle;
+use crate::router::publish::queue::Outgoing;
+use crate::router::{ClientPublish, Peer, Router, SessionInfo, SessionRef, Totals};
+
+impl Router {
+    /// The limits of every session.
+    pub fn limits(&self) -> &SessionLimits {
+        self.sessions.limits()
+    }
+
+    /// The account that messages from the broker are charged to.
+    pub fn queue_account(&self) -> &Arc<Account> {
+        self.sessions.queue_account()
+    }
+
+    /// Bytes that all queues hold: messages once, and their entries.
+    pub fn queue_used(&self) -> u64 {
+        self.sessions.queue_used()
+    }
+
+    /// Bytes of output that wait for sockets.
+    pub fn output_used(&self) -> u64 {
+        self.sessions.output_used()
+    }
+
+    /// Whether the output of all connections is over its budget.
+    pub fn output_pressed(&self) -> bool {
+        self.sessions.output_pressed()
+    }
+
+    /// The largest QoS that the broker accepts.
+    pub fn maximum_qos(&self) -> QoS {
+        self.broker.maximum_qos()
+    }
+
+    /// Whether clients are granted shared subscriptions.
+    pub fn shares(&self) -> bool {
+        self.config.local_groups || self.broker.shared()
+    }
+
+    /// Whether the broker keeps retained messages.
+    pub fn retain_available(&self) -> bool {
+        self.broker.retain_available()
+    }
+
+    /// The smaller of our and the broker's Maximum Packet Size, bytes. Room for the properties that we
+    /// add to a forwarded packet is taken off the broker's.
+    pub fn packet_max(&self) -> u32 {
+        let broker = self.broker.packet_max();
+        self.limits().packet_max.min(broker.saturating_sub(64))
+    }
+
+    /// Works on a session under its shard's lock. `None`: `connection_no` is not its current
+    /// connection any more.
+    pub fn with<R>(
+        &self,
+        session: SessionRef,
+        connection_no: u64,
+        f: impl FnOnce(&mut Session, &SessionLimits) -> R,
+    ) -> Option<R> {
+        self.sessions.with_connection(session, connection_no, f)
+    }
+
+    /// Works on a session under its shard's lock, for packets of its client. `None`:
+    /// `connection_no` is not its current connection any more. The effects are for
+    /// [`Router::apply`].
+    pub fn feed<R>(
+        &self,
+        session: SessionRef,
+        connection_no: u64,
+        effects: &mut Vec<Effect>,
+        f: impl FnOnce(&mut Session, &SessionLimits, &mut Vec<Effect>) -> R,
+    ) -> Option<R> {
+        self.sessions.feed(session, connection_no, effects, f)
+    }
+
+    /// A client's address changed within its connection.
+    pub fn moved(&self, session: SessionRef, connection_no: u64, peer: Arc<Peer>) {
+        self.sessions.moved(session, connection_no, peer);
+    }
+
+    /// Wakes a task at the next tick: it waits for room, or for a deadline.
+    pub fn wake_soon(&self, handle: &Arc<ConnectionHandle>) {
+        self.sessions.wake_soon(handle);
+    }
+
+    /// Fills up the output of a connection with one stream, and takes it. `empty` is exchanged for the
+    /// bytes. `None`: the connection is not the session's any more.
+    pub fn take_output(
+        &self,
+        session: SessionRef,
+        connection_no: u64,
+        empty: &mut Vec<u8>,
+        now: Millis,
+    ) -> Option<Vec<(u8, Vec<u8>)>> {
+        self.take_lanes(session, connection_no, (u16::MAX, 0), empty, now)
+    }
+
+    /// Fills up the output of a connection with several streams, and takes it. Some of them may not have
+    /// taken all of their earlier output: only the streams whose bit is set in `free` are taken from,
+    /// while `unsent` bytes are still with the others. `empty` is exchanged for the bytes of the control
+    /// stream; those of the others are returned, by number. `None`: the connection is not the
+    /// session's any more.
+    pub fn take_lanes(
+        &self,
+        session: SessionRef,
+        connection_no: u64,
+        (free, unsent): (u16, usize),
+        empty: &mut Vec<u8>,
+        now: Millis,
+    ) -> Option<Vec<(u8, Vec<u8>)>> {
+        self.sessions
+            .take_output(session, connection_no, (free, unsent), empty, now)
+    }
+
+    /// Hands a publish to the client's publish link. A publish that cannot wait any more is answered
+    /// 0x97, or at QoS 0 dropped, and counted.
+    pub fn publish(
+        &self,
+        session: SessionRef,
+        publish_link: u8,
+        publish: ClientPublish,
+        now: Millis,
+    ) {
+        let outgoing = Outgoing::of_client(session, publish, now);
+        self.publishing
+            .publish(&self.sessions, publish_link, outgoing);
+    }
+
+    /// Whether a 3.x client's next publish, of `size` bytes, has to wait in its socket: such a client
+    /// cannot be told to come again. `waiting` of its publishes wait for the broker.
+    pub fn hold_publish(
+        &self,
+        session: SessionRef,
+        publish_link: u8,
+        waiting: usize,
+        size: usize,
+    ) -> bool {
+        self.publishing.defers(session, publish_link, waiting, size)
+    }
+
+    /// The publish link that a session's publishes would begin on: the same for all of them, so that
+    /// they stay in order.
+    pub fn publish_link(&self, session: SessionRef) -> u8 {
+        self.publishing.link_of(session)
+    }
+
+    /// Moves a session to the publish link that it would begin on now, if none of its publishes waits
+    /// for its old one; to be called before its next publish is handed over. Returns the publish link
+    /// from here on.
+    pub fn move_publishes(&self, session: SessionRef, from: u8) -> u8 {
+        self.publishing.move_session(&self.sessions, session, from)
+    }
+
+    /// The time by which `bytes` that are offered to a socket from `since` on must be taken.
+    pub fn stalled_at(&self, since: Millis, bytes: usize) -> Millis {
+        self.sessions.stalled_at(since, bytes)
+    }
+
+    /// Ends connections whose socket takes too little. Walks over all sessions, so it is not called at
+    /// each tick.
+    pub fn close_stalled(&self, now: Millis) {
+        self.sessions.close_stalled(now);
+    }
+
+    /// Asks for a WebSocket ping on silent connections. Walks over all sessions, so it is not called at
+    /// each tick.
+    pub fn ping_idle(&self, now: Millis) {
+        self.sessions.ping_idle(now);
+    }
+
+    /// Asks up to `most` connections to end.
+    pub fn close_some(&self, reason: CloseReason, most: usize) {
+        self.sessions.close_some(reason, most);
+    }
+
+    /// Up to `limit` sessions in the order of client identifiers, after `after`.
+    pub fn sessions(&self, after: Option<&str>, limit: usize) -> Vec<SessionInfo> {
+        self.sessions.list(after, limit)
+    }
+
+    /// The session of a client identifier.
+    pub fn session(&self, client_id: &str) -> Option<SessionInfo> {
+        self.sessions.find(client_id)
+    }
+
+    /// Sums over all sessions.
+    pub fn totals(&self) -> Totals {
+        self.sessions.totals()
+    }
+}

@@ -1,0 +1,148 @@
+//! The calls of the publish links, of the retained link, and of the data links for their barriers.
+
+use std::sync::Arc;
+
+use crate::mqtt::Message;
+use crate::time::Millis;
+use crate::topics::FilterId;
+
+use crate::router::handle::TaskWaker;
+use crate::router::publish::queue::PublishQueues;
+use crate::router::types::{Reply, RetainedRequest};
+use crate::router::{Answered, Router, SessionRef};
+
+impl Router {
+    /// Publish links that are dialled.
+    pub fn publish_links_wanted(&self) -> usize {
+        self.publishing.links_wanted()
+    }
+
+    /// Asks for another publish link, once the last that was asked for is there. Returns whether
+    /// there will be one.
+    pub fn add_publish_link(&self) -> bool {
+        self.publishing.add_link()
+    }
+
+    /// Publish link `link` is connected, or not.
+    pub fn publish_link_up(&self, link: usize, up: bool) {
+        self.publishing.link_up(link, up);
+    }
+
+    /// Works on the publishes that wait for publish link `link`.
+    pub fn publish_queues<R>(&self, link: usize, f: impl FnOnce(&mut PublishQueues) -> R) -> R {
+        self.publishing.queues(link, f)
+    }
+
+    /// Wakes the task of publish link `link`.
+    pub fn publish_waker(&self, link: usize) -> &Arc<TaskWaker> {
+        self.publishing.waker(link)
+    }
+
+    /// Publishes that wait for publish links.
+    pub fn publishes_waiting(&self) -> usize {
+        self.publishing.waiting()
+    }
+
+    /// The broker's answers, for the clients that wait for them.
+    pub fn answered(&self, answers: &[Answered], now: Millis) {
+        self.sessions.answered(answers, now);
+    }
+
+    /// The client identifier of a session.
+    pub fn client_id(&self, session: SessionRef) -> Option<Arc<str>> {
+        self.sessions.client_id(session)
+    }
+
+    /// Wakes the retained link's task.
+    pub fn retained_waker(&self) -> &Arc<TaskWaker> {
+        self.retained.waker()
+    }
+
+    /// Up to `max` filters whose fetch begins now, with their names.
+    pub fn next_fetches(&self, max: usize) -> Vec<(FilterId, Arc<str>)> {
+        self.retained.next_fetches(self, max)
+    }
+
+    /// The retained link brought a message for a filter.
+    pub fn fetched(&self, filter: FilterId, message: &Message, now: Millis) {
+        let (sessions, barriers) = (&self.sessions, &self.barriers);
+        self.retained
+            .fetched(sessions, barriers, self, filter, message, now);
+    }
+
+    /// The broker has answered a PINGREQ behind the fetch of these filters: the messages that it had
+    /// are here.
+    pub fn fetch_answered(&self, filters: &[FilterId]) {
+        self.reply(&self.retained.fetch_answered(filters));
+    }
+
+    /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
+    pub fn fetch_ended(&self, filters: &[FilterId], complete: bool, now: Millis) {
+        self.reply(&self.retained.fetch_ended(self, filters, complete, now));
+    }
+
+    /// Filters whose retained messages are being fetched, or are to be.
+    pub fn retained_pending(&self) -> u64 {
+        self.retained.pending()
+    }
+
+    /// Bytes in the retained cache.
+    pub fn retained_bytes(&self) -> u64 {
+        self.retained.bytes()
+    }
+
+    /// Whether a PINGREQ is wanted on data link `link`.
+    pub fn barrier_wanted(&self, link: usize) -> bool {
+        self.barriers.wanted(link)
+    }
+
+    /// A PINGREQ is about to be sent on data link `link`. Returns its number.
+    pub fn barrier_begins(&self, link: usize) -> u64 {
+        self.barriers.begin(link)
+    }
+
+    /// PINGREQ `number` of data link `link` was answered, and all messages before it are fanned out.
+    pub fn barrier_passed(&self, link: usize, number: u64, now: Millis) {
+        let replies = self
+            .retained
+            .barrier_passed(&self.sessions, self, link, number, now);
+        self.reply(&replies);
+        let next = || self.barriers.ask_all();
+        let complete = self.sessions.barrier_passed(link, number, next);
+        self.give_up(&complete, now);
+    }
+
+    /// Whether PINGREQs of a lost connection have to be sent again.
+    pub(super) fn awaits_barriers(&self) -> bool {
+        self.retained.is_buffering() || self.sessions.hands_over()
+    }
+
+    /// A session gave up filters that overlapping ones of it take over from, once every data link has
+    /// brought everything that is under way.
+    pub(super) fn hand_over(&self, session: SessionRef) {
+        self.sessions.handover_begins(session);
+        let barriers = self.barriers.ask_all();
+        self.sessions.await_barriers(session, &barriers);
+    }
+
+    /// Sends the retained messages of a filter to one subscription, and then `reply`.
+    pub(super) fn request_retained(
+        &self,
+        filter: FilterId,
+        request: RetainedRequest,
+        reply: Reply,
+        now: Millis,
+    ) {
+        let sessions = &self.sessions;
+        let replies = self.retained.request(sessions, filter, request, reply, now);
+        self.reply(&replies);
+    }
+
+    pub(super) fn reply(&self, replies: &[Reply]) {
+        for r in replies {
+            let answer = [(r.index, r.code)];
+            self.sessions
+                .answer_subscribe(r.session, r.connection_no, r.packet_id, &answer);
+        }
+    }
+}

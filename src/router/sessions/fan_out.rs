@@ -1,0 +1,330 @@
+//! Deliveries to the sessions of one shard.
+
+use std::num::NonZeroU32;
+
+use parking_lot::MutexGuard;
+
+use crate::mqtt::Message;
+use crate::session::{
+    Delivered, Incarnation, Offer, Primary, Session, SessionLimits, Subscription, hides, primary,
+};
+use crate::time::Millis;
+use crate::topics::{FilterId, matches};
+
+use crate::router::lost::Loss;
+use crate::router::sessions::Sessions;
+use crate::router::sessions::members::Members;
+use crate::router::sessions::shard::{Detached, Shard, Slot};
+use crate::router::sessions::tally::Tally;
+use crate::router::types::{Arrived, RetainedRequest, SessionRef};
+
+/// The way by which a message came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::router) enum Source {
+    /// A live message, with the origin mark of its publisher.
+    Live(Option<Incarnation>),
+    /// A retained message that was fetched. Its publisher is unknown, so No Local hides it from all.
+    Fetched,
+}
+
+impl Source {
+    /// Whether No Local hides the message from `session`.
+    fn is_own(self, session: &Session) -> bool {
+        match self {
+            Self::Live(origin_mark) => origin_mark == Some(session.incarnation),
+            Self::Fetched => true,
+        }
+    }
+}
+
+/// Deliveries after which a shard's lock is offered to others.
+const CHUNK: usize = 512;
+
+impl Sessions {
+    /// Delivers the messages of a batch that a shard may have members for, in order. The shard's lock is
+    /// offered to others in between.
+    pub fn fan_out<'a>(
+        &self,
+        number: u16,
+        batch: impl Iterator<Item = &'a Arrived>,
+        now: Millis,
+        tally: &mut Tally,
+    ) {
+        let mut shard = self.shard(number);
+        for arrived in batch {
+            for filter in &arrived.filters {
+                let (message, source) = (&arrived.message, Source::Live(arrived.origin_mark));
+                shard.fan_out(&self.limits, now, message, *filter, source, tally);
+            }
+            if tally.targets >= CHUNK {
+                tally.targets = 0;
+                self.charge(&mut shard);
+                MutexGuard::unlocked_fair(&mut shard, || {
+                    tally.wake();
+                    self.enforce_budget(now);
+                });
+            }
+        }
+        let ended = std::mem::take(&mut tally.ended);
+        self.charge(&mut shard);
+        for (at, slot_version) in ended {
+            let slot = shard.slots.get(at as usize);
+            if slot.is_some_and(|s| s.slot_version == slot_version) {
+                self.end_full(&mut shard, at, now);
+            }
+        }
+        drop(shard);
+        tally.wake();
+    }
+
+    /// Delivers a message to the members of one filter in these shards, which are bits.
+    pub fn deliver_to_shards(
+        &self,
+        mut shards: u64,
+        message: &Message,
+        filter: FilterId,
+        source: Source,
+        now: Millis,
+        tally: &mut Tally,
+    ) {
+        while shards != 0 {
+            let number = shards.trailing_zeros() as u16;
+            shards &= shards - 1;
+            let mut shard = self.shard(number);
+            shard.fan_out(&self.limits, now, message, filter, source, tally);
+            let ended = std::mem::take(&mut tally.ended);
+            for (at, _) in ended {
+                self.end_full(&mut shard, at, now);
+            }
+            self.charge(&mut shard);
+        }
+    }
+}
+
+impl Shard {
+    /// Whether a session gets a topic by a subscription on another filter as well, be it one that it
+    /// has just given up.
+    pub fn has_another(&mut self, session: SessionRef, filter: FilterId, topic: &str) -> bool {
+        if self.handovers.brings(session.slot, topic) {
+            return true;
+        }
+        let subscriptions = self.get(session).map(|slot| slot.session.subscriptions());
+        let mut others = subscriptions.into_iter().flatten();
+        others.any(|s| {
+            let other = s.filter != filter && s.active && !s.shared;
+            other && matches(&s.name, topic) && !s.hides(topic)
+        })
+    }
+
+    /// Hands a retained message to one new subscription.
+    pub fn hand(
+        &mut self,
+        limits: &SessionLimits,
+        now: Millis,
+        message: &Message,
+        filter: FilterId,
+        request: &RetainedRequest,
+        tally: &mut Tally,
+    ) {
+        let Some(slot) = self.get(request.session) else {
+            return;
+        };
+        // It may have unsubscribed meanwhile, or started anew.
+        let same = slot.session.incarnation == request.incarnation;
+        let subscription = slot.session.subscription(filter).filter(|_| same);
+        if subscription.is_none_or(|s| s.hides(message.topic())) {
+            return;
+        }
+        let identifier = request.identifier.map(NonZeroU32::get);
+        let qos = request.qos.min(message.qos());
+        let stream = slot.session.stream_of(filter);
+        let outcome = slot.session.deliver(
+            limits,
+            now,
+            &Offer {
+                message,
+                qos,
+                retain: true,
+                ids: identifier.as_slice(),
+                group: None,
+                stream,
+                fetched: true,
+            },
+        );
+        tally.outcome(slot, outcome);
+        self.settle(request.session.slot);
+    }
+
+    /// Offers a message to the members of one filter. The connections to wake and the sessions to
+    /// end are added to `tally`.
+    pub fn fan_out(
+        &mut self,
+        limits: &SessionLimits,
+        now: Millis,
+        message: &Message,
+        filter: FilterId,
+        source: Source,
+        tally: &mut Tally,
+    ) {
+        if !self.handovers.is_empty() {
+            self.fan_out_unsubscribed(limits, now, message, filter, source, tally);
+        }
+        let Self {
+            slots,
+            members,
+            identifiers,
+            entry_bytes,
+            output_bytes,
+            detached,
+            lost,
+            handovers,
+            ..
+        } = self;
+        let Some(members) = members.get(&filter).map(Members::all) else {
+            return;
+        };
+        let loss_of = lost.look();
+        let is_lost = |filter| loss_of(filter).is_some();
+        tally.targets += members.len();
+        for member in members {
+            let Some(slot) = slots.get_mut(member.slot as usize) else {
+                continue;
+            };
+            let Some(mut qos) = member.qos else {
+                continue;
+            };
+            let own = source.is_own(&slot.session);
+            if member.no_local && own || hides(member.wild_below, message.topic()) {
+                continue;
+            }
+            let one;
+            let mut retain = member.retain_as_published;
+            let ids: &[u32] = if member.overlaps {
+                let subscriptions = slot.session.subscriptions();
+                let topic = message.topic();
+                let primary = primary_by(filter, subscriptions, topic, own, &loss_of, identifiers);
+                let Some(primary) = primary else {
+                    continue;
+                };
+                qos = primary.qos;
+                retain = primary.retain;
+                identifiers
+            } else {
+                one = member.identifier.map(NonZeroU32::get);
+                one.as_slice()
+            };
+            if !handovers.is_empty()
+                && handovers.gives(member.slot, filter, filter, message, own, is_lost)
+                    == Some(false)
+            {
+                continue;
+            }
+            let offer = Offer {
+                message,
+                qos: qos.min(message.qos()),
+                retain: retain && message.retain(),
+                ids,
+                group: None,
+                stream: slot.session.stream_of(filter),
+                fetched: source == Source::Fetched,
+            };
+            let charged = offer_to(slot, member.slot, limits, now, &offer, detached, tally);
+            *entry_bytes += charged.0;
+            *output_bytes += charged.1;
+        }
+    }
+
+    /// Offers a message to sessions that gave up the filter by which it came, and have others that
+    /// match it.
+    fn fan_out_unsubscribed(
+        &mut self,
+        limits: &SessionLimits,
+        now: Millis,
+        message: &Message,
+        filter: FilterId,
+        source: Source,
+        tally: &mut Tally,
+    ) {
+        let loss_of = self.lost.look();
+        let is_lost = |filter| loss_of(filter).is_some();
+        let topic = message.topic();
+        for at in self.handovers.of(filter) {
+            let Some(slot) = self.slots.get_mut(at as usize) else {
+                continue;
+            };
+            let own = source.is_own(&slot.session);
+            let subscriptions = slot.session.subscriptions();
+            let primary = primary(subscriptions, topic, own, is_lost, &mut self.identifiers);
+            let Some(primary) = primary else {
+                continue;
+            };
+            // A session that still has the filter gets its turn with the members.
+            if primary.filter == filter
+                || self
+                    .handovers
+                    .gives(at, filter, primary.filter, message, own, is_lost)
+                    != Some(true)
+            {
+                continue;
+            }
+            let offer = Offer {
+                message,
+                qos: primary.qos.min(message.qos()),
+                retain: primary.retain && message.retain(),
+                ids: &self.identifiers,
+                group: None,
+                stream: slot.session.stream_of(primary.filter),
+                fetched: source == Source::Fetched,
+            };
+            let charged = offer_to(slot, at, limits, now, &offer, &mut self.detached, tally);
+            self.entry_bytes += charged.0;
+            self.output_bytes += charged.1;
+        }
+    }
+}
+
+/// A session's primary subscription for a topic, if it is the one on `filter`: then the copy that
+/// came by `filter` is the one to deliver. `identifiers` becomes the Subscription Identifiers of all
+/// subscriptions that match.
+fn primary_by(
+    filter: FilterId,
+    subscriptions: &[Subscription],
+    topic: &str,
+    own: bool,
+    loss_of: &impl Fn(FilterId) -> Option<Loss>,
+    identifiers: &mut Vec<u32>,
+) -> Option<Primary> {
+    let is_lost = |filter| loss_of(filter).is_some();
+    let mut found = primary(subscriptions, topic, own, is_lost, identifiers);
+    if found.is_some_and(|s| s.filter != filter) && loss_of(filter) == Some(Loss::Doubtful) {
+        let is_gone = |filter| loss_of(filter) == Some(Loss::Sure);
+        found = primary(subscriptions, topic, own, is_gone, identifiers);
+    }
+    found.filter(|primary| primary.filter == filter)
+}
+
+/// Offers a message to one session. Returns the change of its accounts of entries and of output, in
+/// bytes.
+fn offer_to(
+    slot: &mut Slot,
+    at: u32,
+    limits: &SessionLimits,
+    now: Millis,
+    offer: &Offer<'_>,
+    detached: &mut Detached,
+    tally: &mut Tally,
+) -> (i64, i64) {
+    let outcome = slot.session.deliver(limits, now, offer);
+    let charged = slot.charge();
+    if outcome == Delivered::Queued && !slot.listed && !slot.session.attached() {
+        // It left the order because it was the oldest, or had nothing: the oldest again.
+        slot.listed = true;
+        detached.put(at, slot.session.since);
+        detached.demote(&at);
+    }
+    if outcome == Delivered::EndSession {
+        tally.ended.push((at, slot.slot_version));
+    }
+    tally.outcome(slot, outcome);
+    charged
+}

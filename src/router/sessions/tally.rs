@@ -1,0 +1,115 @@
+//! The outcome of a series of deliveries: counted here, and added to the metrics once per batch.
+
+use std::sync::Arc;
+
+use crate::session::{Delivered, DropReason, Outbound};
+use crate::telemetry::{DropReason as DropLabel, Label, Qos, metrics};
+
+use crate::router::handle::ConnectionHandle;
+use crate::router::sessions::shard::Slot;
+
+/// Messages that were not kept, counted by the label that the metrics have for the reason.
+#[derive(Debug, Default)]
+struct Dropped([u64; DropLabel::ALL.len()]);
+
+impl Dropped {
+    fn add(&mut self, label: DropLabel, count: impl Into<u64>) {
+        self.0[label.index()] += count.into();
+    }
+
+    fn flush(&mut self) {
+        for label in DropLabel::ALL {
+            let count = std::mem::take(&mut self.0[label.index()]);
+            if count > 0 {
+                metrics().messages_dropped[*label].increment(count);
+            }
+        }
+    }
+}
+
+fn label(reason: DropReason) -> DropLabel {
+    match reason {
+        DropReason::QueueFull => DropLabel::QueueFull,
+        DropReason::QueueBytes => DropLabel::QueueBytes,
+        DropReason::Qos0Offline => DropLabel::Qos0Offline,
+        DropReason::TooLarge => DropLabel::TooLarge,
+    }
+}
+
+/// The outcome of a series of deliveries.
+#[derive(Debug, Default)]
+pub(in crate::router) struct Tally {
+    /// Deliveries since the shard's lock was last offered to others.
+    pub targets: usize,
+    /// Sessions to be ended because their queue is full: slot and slot version.
+    pub ended: Vec<(u32, u32)>,
+    /// Deliveries written, by QoS.
+    delivered: [u64; 3],
+    wakes: Vec<Arc<ConnectionHandle>>,
+    dropped: Dropped,
+}
+
+impl Tally {
+    /// Counts the messages that a session let go of. Returns how many the client lost.
+    pub fn shed(&mut self, outbound: &mut Outbound) -> u64 {
+        let shed = std::mem::take(&mut outbound.shed);
+        self.dropped.add(DropLabel::TooLarge, shed.too_large);
+        self.dropped.add(DropLabel::QueueFull, shed.pushed_out);
+        self.dropped
+            .add(DropLabel::QueueBytes, shed.pushed_out_bytes);
+        self.dropped.add(DropLabel::Qos0Offline, shed.qos0);
+        self.dropped.add(DropLabel::Expired, shed.expired);
+        for (total, sent) in self.delivered.iter_mut().zip(shed.sent) {
+            *total += u64::from(sent);
+        }
+        if let Some(after) = shed.acknowledged_after {
+            let seconds = f64::from(after) / 1000.0;
+            metrics().delivery_ack_seconds.record(seconds);
+        }
+        let lost = shed.too_large + shed.pushed_out + shed.pushed_out_bytes + shed.expired;
+        u64::from(lost) + u64::from(shed.qos0)
+    }
+
+    /// Counts one delivery, and notes the connection to wake.
+    pub fn outcome(&mut self, slot: &mut Slot, outcome: Delivered) {
+        match outcome {
+            Delivered::Written(qos) => {
+                self.delivered[qos as usize] += 1;
+                if !slot.woken {
+                    slot.woken = true;
+                    self.wakes.extend(slot.handle.clone());
+                }
+            }
+            Delivered::Queued => {}
+            Delivered::Dropped(reason) => {
+                slot.session.gaps += 1;
+                self.dropped.add(label(reason), 1u64);
+            }
+            Delivered::EndSession => {}
+        }
+        if slot.session.outbound().shed != Default::default() {
+            slot.session.gaps += self.shed(slot.session.outbound_mut());
+        }
+    }
+
+    /// Wakes the connections that were noted.
+    pub fn wake(&mut self) {
+        for handle in self.wakes.drain(..) {
+            handle.raise();
+        }
+    }
+
+    /// Adds the counts to the metrics.
+    pub fn flush(&mut self) {
+        let m = metrics();
+        for (qos, count) in [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce]
+            .into_iter()
+            .zip(self.delivered.iter_mut())
+        {
+            if *count > 0 {
+                m.messages_delivered[qos].increment(std::mem::take(count));
+            }
+        }
+        self.dropped.flush();
+    }
+}
