@@ -4,6 +4,7 @@
 //! [`Effect`]s for the router and deadlines come out. The router's shards own the sessions; the
 //! connection tasks feed them.
 
+mod aliases;
 mod close;
 mod connection;
 mod delivery;
@@ -19,6 +20,7 @@ mod packets;
 mod phase;
 mod queue;
 mod streams;
+mod subscribe;
 mod subscriptions;
 mod will;
 

@@ -44,8 +44,15 @@ impl Router {
                 Effect::Subscribe {
                     packet_id,
                     identifier,
-                    wanted,
-                } => self.subscribe(session, connection_no, packet_id, identifier, &wanted, now),
+                    requests,
+                } => self.subscribe(
+                    session,
+                    connection_no,
+                    packet_id,
+                    identifier,
+                    &requests,
+                    now,
+                ),
                 Effect::Unsubscribe { filters } => self.unsubscribe(session, &filters, now),
             }
         }

@@ -1,45 +1,30 @@
-//! What lives only as long as one network connection: limits, aliases, output, keepalive.
+//! The state of a session that lasts as long as one network connection: limits, output, Keep Alive.
 
-use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use foldhash::fast::RandomState;
-
-use crate::mqtt::{Alias, QoS, Version};
+use crate::mqtt::{QoS, Version};
 use crate::time::Millis;
 use crate::topics::{FilterId, split_shared};
 
-use crate::session::{CloseReason, SessionLimits};
+use crate::session::SessionLimits;
+use crate::session::aliases::Aliases;
 
-/// Aliases given toward one client at most, whatever it offers: each costs its topic's bytes.
-const ALIASES_OUT_MAX: u16 = 64;
-/// Bytes of the topics behind one client's aliases, in each direction.
-const ALIAS_BYTES_MAX: usize = 128 * 1024;
-
-/// Bytes of output that may wait for a data stream, but for the last message.
+/// The output that may wait for a data stream before the last message is added.
 const STREAM_OUTPUT_MAX_BYTES: usize = 16 * 1024;
 
-/// Topics and their aliases toward the client; boxed, since few clients offer any. Streams keep no
-/// order with each other, so an alias is used on the stream that defined it only.
-#[derive(Debug, Default)]
-struct AliasesOut {
-    table: HashMap<Box<str>, (u16, u8), RandomState>,
-    given: u16,
-}
-
-/// What sets a client's topics and publishes apart from those of others.
+/// What sets a client's topics and publishes apart from those of other clients.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Scope {
-    /// All its topics and filters are below this at the core, and the client does not see it.
+    /// The prefix of all the client's topics and filters at the broker. The client does not see it.
     pub mount: Box<str>,
-    /// Raw user properties that each of its publishes carries to the core.
+    /// The raw user properties that each of the client's publishes carries to the broker.
     pub sender: Box<[u8]>,
 }
 
 impl Scope {
-    /// The filter that this one of the client's is at the core; `None`: it is too long.
+    /// The client's filter as the broker sees it. `None`: it is longer than MQTT allows.
     pub(super) fn filter(&self, filter: &str) -> Option<String> {
         let whole = match split_shared(filter) {
             None => format!("{}{filter}", self.mount),
@@ -52,7 +37,7 @@ impl Scope {
 /// The state of one connection of a session.
 #[derive(Debug)]
 pub struct Connection {
-    /// Which connection of the session this is; a later one has a larger number.
+    /// The number of the connection within its session; a later one has a larger number.
     pub connection_no: u64,
     /// Protocol version of this connection.
     pub version: Version,
@@ -60,40 +45,32 @@ pub struct Connection {
     pub receive_maximum: u16,
     /// The client's Maximum Packet Size in bytes.
     pub maximum_packet_size: usize,
-    /// The client takes Reason Strings outside CONNACK and DISCONNECT [MQTT-3.1.2-29].
-    pub problem_information: bool,
     /// One and a half times Keep Alive in milliseconds [MQTT-3.1.2-22].
     keep_alive: Option<NonZeroU32>,
-    /// When the last packet came.
-    pub last_seen: u64,
-    /// Its socket, or one of its streams, is left unread by us: its silence is not the client's.
+    /// When the last packet arrived.
+    pub last_seen: Millis,
+    /// We leave bytes of the client unread, so its silence says nothing.
     pub unread: bool,
-    /// The client was asked to go, and why: nothing more is written for it.
-    pub closing: bool,
-    /// What sets its client apart; `None`: nothing.
+    /// What sets the client apart. `None`: nothing does.
     pub scope: Option<Arc<Scope>>,
-    /// SUBSCRIBEs that wait for the core.
+    /// SUBSCRIBEs that wait for the broker.
     pub(super) pending: Vec<PendingSubscribe>,
+    /// Output for the control stream.
     output: Vec<u8>,
-    side_output: Vec<(u8, Vec<u8>)>,
-    /// Data streams whose connection's task has as much as may wait for one, as bits.
-    laden: u16,
+    /// Output for data streams.
+    data_output: Vec<(u8, Vec<u8>)>,
+    /// Data streams for which the connection's task holds as much output as may wait, as bits.
+    saturated: u16,
     /// Subscriptions made on data streams.
-    bound: Vec<Bound>,
-    /// Of each stream: a client may keep them for each stream apart.
-    aliases_in: Vec<Vec<Option<Arc<str>>>>,
-    aliases_out: Option<Box<AliasesOut>>,
-    alias_out_max: u16,
+    bindings: Vec<StreamBinding>,
+    pub(super) aliases: Aliases,
 }
-
-/// The stream of what nobody is told any more: its stream is gone.
-pub(super) const NOWHERE: u8 = u8::MAX;
 
 /// A subscription that was made on a data stream: its messages go there.
 #[derive(Debug)]
-struct Bound {
+struct StreamBinding {
     name: Box<str>,
-    /// The router's number of the filter; `None` until the router has taken the subscription.
+    /// The router's number of the filter. `None` until the router has taken the subscription.
     filter: Option<FilterId>,
     stream: u8,
 }
@@ -101,27 +78,29 @@ struct Bound {
 /// A SUBSCRIBE whose filters are not all answered yet.
 #[derive(Debug)]
 pub(super) struct PendingSubscribe {
-    /// Names it to the router: its packet identifier, unless another stream has the same in use.
+    /// Its name toward the router: the packet identifier, unless another stream has the same one in
+    /// use.
     pub key: u16,
     pub packet_id: u16,
-    /// Where the SUBACK goes.
-    pub stream: u8,
+    /// The stream of the SUBACK. `None`: it ended.
+    pub stream: Option<u8>,
+    /// Filters that are not answered.
     pub waiting: u16,
     pub codes: Vec<u8>,
-    /// Filters that it names more than once.
-    pub again: Vec<Again>,
+    /// Filters that the SUBSCRIBE names more than once.
+    pub repeated: Vec<RepeatedFilter>,
 }
 
-/// A filter in a SUBSCRIBE that names it more than once: answered with the first.
+/// A filter in a SUBSCRIBE that names it more than once. It is answered with its first place.
 #[derive(Debug)]
-pub(super) struct Again {
+pub(super) struct RepeatedFilter {
     pub index: u16,
     pub first: u16,
-    /// It is granted no more than this.
+    /// The most that this place is granted.
     pub asked: QoS,
 }
 
-/// What a CONNECT fixed for its connection.
+/// What a CONNECT fixes for its connection.
 #[derive(Clone, Debug)]
 pub struct ConnectionSpec {
     /// Protocol version.
@@ -134,9 +113,9 @@ pub struct ConnectionSpec {
     pub topic_alias_maximum: u16,
     /// Request Problem Information.
     pub problem_information: bool,
-    /// The Keep Alive in force, in seconds; 0: none.
+    /// The Keep Alive in force, in seconds; 0 as in the protocol: none.
     pub keep_alive: u16,
-    /// What sets the client apart; `None`: nothing.
+    /// What sets the client apart. `None`: nothing does.
     pub scope: Option<Arc<Scope>>,
 }
 
@@ -148,24 +127,20 @@ impl Connection {
             version: spec.version,
             receive_maximum: spec.receive_maximum,
             maximum_packet_size: spec.maximum_packet_size as usize,
-            problem_information: spec.problem_information,
             keep_alive: NonZeroU32::new(u32::from(spec.keep_alive) * 1500),
             last_seen: now,
             unread: false,
-            closing: false,
             scope: spec.scope.clone(),
             pending: Vec::new(),
             output: Vec::new(),
-            side_output: Vec::new(),
-            laden: 0,
-            bound: Vec::new(),
-            aliases_in: Vec::new(),
-            aliases_out: None,
-            alias_out_max: spec.topic_alias_maximum.min(ALIASES_OUT_MAX),
+            data_output: Vec::new(),
+            saturated: 0,
+            bindings: Vec::new(),
+            aliases: Aliases::new(spec.topic_alias_maximum),
         }
     }
 
-    /// What its publishes tell of their sender from now on, raw user properties.
+    /// Replaces the raw user properties that name the sender in each publish of the client.
     pub fn set_sender(&mut self, sender: Box<[u8]>) {
         if let Some(scope) = &mut self.scope {
             let mount = scope.mount.clone();
@@ -179,7 +154,7 @@ impl Connection {
         Some(self.last_seen + Millis::from(keep_alive.get()))
     }
 
-    /// Ends the watch over the client's silence: its end was asked for.
+    /// No longer watches the client's silence, because the connection was told to end.
     pub fn stop_keep_alive(&mut self) {
         self.keep_alive = None;
     }
@@ -189,192 +164,128 @@ impl Connection {
         &mut self.output
     }
 
-    /// The output of `stream`: answers go where the packet came from.
+    /// The output of a stream: a packet is answered where it arrived.
     pub fn output_on(&mut self, stream: u8) -> &mut Vec<u8> {
         if stream == 0 {
             return &mut self.output;
         }
-        let index = match self.side_output.iter().position(|(l, _)| *l == stream) {
+        let index = match self.data_output.iter().position(|(s, _)| *s == stream) {
             Some(index) => index,
             None => {
-                self.side_output.push((stream, Vec::new()));
-                self.side_output.len() - 1
+                self.data_output.push((stream, Vec::new()));
+                self.data_output.len() - 1
             }
         };
-        &mut self.side_output[index].1
+        &mut self.data_output[index].1
     }
 
-    /// Bytes wait to be taken by the connection's task.
-    pub fn has_output(&self) -> bool {
-        !self.output.is_empty() || !self.side_output.is_empty()
-    }
-
-    /// The streams that are set in `free` have taken all that they were given.
+    /// The data streams whose bits are set have sent all the output that was taken for them.
     pub fn streams_free(&mut self, free: u16) {
-        self.laden &= !free;
+        self.saturated &= !free;
     }
 
-    /// Takes the output of the streams that are set in `free`: the control stream's in exchange for
-    /// `empty`.
+    /// Takes the output of the streams whose bits are set: the control stream's is exchanged for
+    /// `empty`, the data streams' is returned. Data streams with a full buffer get no more messages
+    /// until [`Connection::streams_free`].
     pub fn take_output(&mut self, free: u16, empty: &mut Vec<u8>) -> Vec<(u8, Vec<u8>)> {
         if free & 1 != 0 {
             std::mem::swap(&mut self.output, empty);
         }
-        let taken = if self.side_output.iter().all(|(l, _)| free & 1 << l != 0) {
-            std::mem::take(&mut self.side_output)
+        let taken = if self.data_output.iter().all(|(s, _)| free & 1 << s != 0) {
+            std::mem::take(&mut self.data_output)
         } else {
-            let free = |side: &mut (u8, Vec<u8>)| free & 1 << side.0 != 0;
-            self.side_output.extract_if(.., free).collect()
+            let free = |output: &mut (u8, Vec<u8>)| free & 1 << output.0 != 0;
+            self.data_output.extract_if(.., free).collect()
         };
-        let laden = taken
-            .iter()
-            .filter(|(_, b)| b.len() >= STREAM_OUTPUT_MAX_BYTES);
-        self.laden |= laden.fold(0, |all, (stream, _)| all | 1 << stream);
+        let full = (taken.iter()).filter(|(_, bytes)| bytes.len() >= STREAM_OUTPUT_MAX_BYTES);
+        self.saturated |= full.fold(0, |all, (stream, _)| all | 1 << stream);
         taken
     }
 
-    /// Room for another delivery on `stream` before its limit.
+    /// Whether another delivery may be written for a stream.
     pub fn has_room(&self, limits: &SessionLimits, stream: u8) -> bool {
         self.has_room_of(limits.output_buffer.load(Ordering::Relaxed), stream)
     }
 
     fn has_room_of(&self, limit: usize, stream: u8) -> bool {
-        !self.closing
-            && match stream {
-                0 => self.output.len() < limit,
-                stream => {
-                    self.laden & 1 << stream == 0
-                        && self.side_len(stream) < limit.min(STREAM_OUTPUT_MAX_BYTES)
-                }
+        match stream {
+            0 => self.output.len() < limit,
+            stream => {
+                self.saturated & 1 << stream == 0
+                    && self.data_output_len(stream) < limit.min(STREAM_OUTPUT_MAX_BYTES)
             }
+        }
     }
 
-    /// A SUBACK is due on a data stream, or something waits to be taken for it.
+    /// Whether a SUBACK is due on a data stream, or output waits to be taken for it.
     pub(super) fn stream_busy(&self, stream: u8) -> bool {
-        self.side_len(stream) > 0 || self.pending.iter().any(|p| p.stream == stream)
+        let subscribing = |p: &PendingSubscribe| p.stream == Some(stream);
+        self.data_output_len(stream) > 0 || self.pending.iter().any(subscribing)
     }
 
-    fn side_len(&self, stream: u8) -> usize {
-        let mut all = self.side_output.iter();
-        all.find(|(l, _)| *l == stream).map_or(0, |(_, b)| b.len())
+    fn data_output_len(&self, stream: u8) -> usize {
+        let mut all = self.data_output.iter();
+        all.find(|(s, _)| *s == stream).map_or(0, |(_, b)| b.len())
     }
 
     /// The streams for which more than `max` bytes of output wait, as bits.
     pub fn full_streams(&self, max: usize) -> u16 {
         let control = u16::from(self.output.len() > max);
-        let side = self.side_output.iter().filter(|(_, b)| b.len() > max);
-        side.fold(control, |full, (stream, _)| full | 1 << stream)
+        let data = self.data_output.iter().filter(|(_, b)| b.len() > max);
+        data.fold(control, |full, (stream, _)| full | 1 << stream)
     }
 
     /// Bytes of output that wait, on all streams.
     pub fn output_len(&self) -> usize {
-        self.output.len() + self.side_output.iter().map(|(_, b)| b.len()).sum::<usize>()
+        self.output.len() + self.data_output.iter().map(|(_, b)| b.len()).sum::<usize>()
     }
 
-    /// A subscription was made on `stream`: its messages go there from now on.
+    /// A subscription was made on a stream: its messages go there from now on.
     pub(super) fn bind(&mut self, name: &str, stream: u8) {
-        self.bound.retain(|b| *b.name != *name);
+        self.bindings.retain(|b| *b.name != *name);
         if stream != 0 {
-            let (name, filter) = (name.into(), None);
-            self.bound.push(Bound {
+            let name = name.into();
+            self.bindings.push(StreamBinding {
                 name,
-                filter,
+                filter: None,
                 stream,
             });
         }
     }
 
-    /// Filters that no subscription came of: those of earlier SUBSCRIBEs have their numbers by now.
+    /// Forgets filters that were refused: those of earlier SUBSCRIBEs have their numbers by now.
     pub(super) fn forget_refused(&mut self) {
-        self.bound.retain(|b| b.filter.is_some());
+        self.bindings.retain(|b| b.filter.is_some());
     }
 
-    /// The number of a filter is known.
+    /// The router has taken a subscription, and its filter has a number.
     pub(super) fn numbered(&mut self, name: &str, filter: FilterId) {
-        if let Some(bound) = self.bound.iter_mut().find(|b| *b.name == *name) {
-            bound.filter = Some(filter);
+        if let Some(binding) = self.bindings.iter_mut().find(|b| *b.name == *name) {
+            binding.filter = Some(filter);
         }
     }
 
-    /// The stream that a filter's messages go on.
+    /// The stream for the messages of a filter.
     pub(super) fn stream_of(&self, filter: FilterId) -> u8 {
-        let mut all = self.bound.iter();
+        let mut all = self.bindings.iter();
         all.find(|b| b.filter == Some(filter))
             .map_or(0, |b| b.stream)
     }
 
-    /// Subscriptions of a data stream go on the control stream from now on.
+    /// The messages of a data stream's subscriptions go on the control stream from now on.
     pub(super) fn unbind(&mut self, stream: u8) {
-        self.bound.retain(|b| b.stream != stream);
+        self.bindings.retain(|b| b.stream != stream);
     }
 
-    /// A data stream is gone: nothing goes there any more, and its number may be used again.
+    /// A data stream ended: nothing more is written for it, and its number may be used again.
     pub(super) fn stream_ended(&mut self, stream: u8) {
         self.unbind(stream);
         self.streams_free(1 << stream);
-        self.side_output.retain(|(l, _)| *l != stream);
-        for pending in self.pending.iter_mut().filter(|p| p.stream == stream) {
-            pending.stream = NOWHERE;
+        self.data_output.retain(|(s, _)| *s != stream);
+        for pending in &mut self.pending {
+            pending.stream.take_if(|s| *s == stream);
         }
-        if let Some(aliases) = self.aliases_in.get_mut(usize::from(stream)) {
-            *aliases = Vec::new();
-        }
-        if let Some(aliases) = &mut self.aliases_out {
-            aliases.table.retain(|_, (_, l)| *l != stream);
-        }
-    }
-
-    /// Defines or uses a client's alias on the stream `stream`.
-    ///
-    /// # Errors
-    /// It was never defined, or the topics of all aliases together are too long to keep.
-    pub fn resolve_alias(
-        &mut self,
-        stream: u8,
-        alias: u16,
-        topic: &str,
-    ) -> Result<Arc<str>, CloseReason> {
-        let undefined = CloseReason::TopicAliasUndefined;
-        let index = usize::from(alias).checked_sub(1).ok_or(undefined)?;
-        let stream = usize::from(stream);
-        if topic.is_empty() {
-            let known = self.aliases_in.get(stream).and_then(|a| a.get(index));
-            return known.cloned().flatten().ok_or(undefined);
-        }
-        if self.aliases_in.len() <= stream {
-            self.aliases_in.resize(stream + 1, Vec::new());
-        }
-        if self.aliases_in[stream].len() <= index {
-            self.aliases_in[stream].resize(index + 1, None);
-        }
-        let all = self.aliases_in.iter().flatten().flatten();
-        let others: usize = all.map(|t| t.len()).sum();
-        if others + topic.len() > ALIAS_BYTES_MAX {
-            return Err(CloseReason::TopicAliasBytes);
-        }
-        let topic: Arc<str> = topic.into();
-        self.aliases_in[stream][index] = Some(topic.clone());
-        Ok(topic)
-    }
-
-    /// The alias for a delivery on `topic`: first come, first served [MQTT-3.1.2-26].
-    pub fn alias_for(&mut self, topic: &str, stream: u8) -> Alias {
-        if self.alias_out_max == 0 {
-            return Alias::None;
-        }
-        let aliases = self.aliases_out.get_or_insert_default();
-        match aliases.table.get(topic) {
-            Some((alias, on)) if *on == stream => return Alias::Use(*alias),
-            Some(_) => return Alias::None,
-            None => {}
-        }
-        // Not used again after its stream: the client may know it still.
-        if aliases.given == self.alias_out_max {
-            return Alias::None;
-        }
-        aliases.given += 1;
-        aliases.table.insert(topic.into(), (aliases.given, stream));
-        Alias::Define(aliases.given)
+        self.aliases.stream_ended(stream);
     }
 }
 
@@ -407,7 +318,7 @@ mod tests {
             assert_eq!(has_room(&connection, 4), room);
             let taken = connection.take_output(u16::MAX, &mut Vec::new());
             assert_eq!(taken.len(), 1);
-            // The others' messages are not its concern.
+            // Other streams' messages are not affected.
             assert_eq!(has_room(&connection, 4), room);
             assert!(has_room(&connection, 5) && has_room(&connection, 0));
         }

@@ -52,7 +52,7 @@ pub(super) fn write_to(
     delivery.alias = Alias::Define(1);
     delivery.alias = match delivery.size(message) > connection.maximum_packet_size {
         true => Alias::None,
-        false => connection.alias_for(message.topic(), stream),
+        false => connection.aliases.for_delivery(message.topic(), stream),
     };
     delivery.encode(message, connection.output_on(stream));
     true

@@ -41,7 +41,7 @@ pub enum Effect {
         /// Its Subscription Identifier.
         identifier: Option<NonZeroU32>,
         /// The filters.
-        wanted: Vec<SubscribeRequest>,
+        requests: Vec<SubscribeRequest>,
     },
     /// These filters lost their subscription.
     Unsubscribe {

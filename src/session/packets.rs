@@ -1,4 +1,4 @@
-//! What each packet from the client does to its session.
+//! The packets of the client, except SUBSCRIBE and UNSUBSCRIBE.
 
 use std::hash::BuildHasher;
 use std::sync::Arc;
@@ -11,17 +11,19 @@ use crate::time::Millis;
 use crate::topics::matches;
 
 use crate::session::connection::{Connection, Scope};
-use crate::session::inbound::{Answer, Arrival, Incoming};
+use crate::session::inbound::{Answer, Arrival, Incoming, Token};
 use crate::session::incarnation::Incarnation;
 use crate::session::{CloseReason, Effect, Policy, Session, SessionLimits, Subscription};
 
 impl Session {
-    /// Takes one packet that arrived on `stream` (0: the control stream). What it asks of the router
-    /// is appended to `effects`, in order. Subscriptions are the router's to add: before the next
-    /// packet is judged, an [`Effect::Subscribe`] is to be carried out.
+    /// Takes one packet that arrived on `stream` (0: the control stream), and appends what it asks
+    /// of the router to `effects`, in order. Call [`Session::pump`] after the last packet of a batch.
+    /// After a SUBSCRIBE, the effects must be carried out before the next packet is taken: the router
+    /// adds the subscriptions.
     ///
     /// # Errors
-    /// [`CloseReason`]: the connection must end; `effects` so far stand.
+    /// The connection must end for this reason. The effects appended so far are still to be carried
+    /// out.
     pub fn packet(
         &mut self,
         stream: u8,
@@ -78,97 +80,32 @@ impl Session {
             if alias > limits.topic_alias_max {
                 return Err(CloseReason::TopicAliasAboveMaximum);
             }
-            aliased = connection.resolve_alias(stream, alias, publish.topic)?;
+            aliased = connection.aliases.resolve(stream, alias, publish.topic)?;
             topic = &aliased;
         }
-        if topic.split('/').count() > limits.topic_levels_max {
-            return Err(CloseReason::TopicLevels);
-        }
-        let v5 = connection.version == Version::V5;
-        if v5 && publish.qos > policy.maximum_qos() {
-            return Err(CloseReason::QosNotSupported);
-        }
-        if v5 && publish.retain && !policy.retain_available() {
-            return Err(CloseReason::RetainNotSupported);
-        }
+        check_limits(publish, topic, connection.version, limits, policy)?;
         let mut token = None;
         if publish.qos > QoS::AtMostOnce {
-            let open_max = match connection.version {
-                Version::V5 => usize::from(limits.receive_max),
-                // Its socket is left unread before that.
-                _ => limits.v3_publishes_max * 4,
-            };
-            let incoming = Incoming {
-                packet_id: publish.packet_id,
-                stream,
-                dup: publish.dup,
-                qos: publish.qos,
-                digest: limits.hasher.hash_one((topic, publish.payload)),
-            };
-            match self
-                .inbound
-                .get_or_insert_default()
-                .arrive(&incoming, open_max)
-            {
-                Arrival::New(new) => token = Some(new),
-                Arrival::Joined => return Ok(()),
-                Arrival::Answered(reason) => {
-                    let answer = Answer {
-                        packet_id: publish.packet_id,
-                        stream,
-                        qos: publish.qos,
-                    };
-                    write_answer(connection, &answer, reason);
-                    return Ok(());
-                }
-                Arrival::Received => {
-                    let (version, out) = (connection.version, connection.output_on(stream));
-                    let (kind, id) = (AckKind::Pubrec, publish.packet_id);
-                    encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
-                    return Ok(());
-                }
-                Arrival::TooMany => {
-                    return Err(CloseReason::ReceiveMaximumExceeded);
-                }
+            token = self.arrive(stream, publish, topic, limits)?;
+            if token.is_none() {
+                return Ok(());
             }
         }
         let none = Scope::default();
-        let scope = connection.scope.clone();
+        let scope = self.phase.connection().and_then(|c| c.scope.clone());
         let scope = scope.as_deref().unwrap_or(&none);
-        let refused = if has_discouraged(topic) {
-            // Legal, but a core may close the connection that all share for it (§1.5.4).
-            Some(ReasonCode::TOPIC_NAME_INVALID)
-        } else if publish.properties.iter().any(|p| has_discouraged_text(&p)) {
-            Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR)
-        } else if scope.mount.len() + topic.len() > usize::from(u16::MAX) {
-            Some(ReasonCode::TOPIC_NAME_INVALID)
-        } else if !policy.may_publish(topic) {
-            Some(ReasonCode::NOT_AUTHORIZED)
-        } else {
-            None
-        };
-        if let Some(reason) = refused {
-            self.refused_publishes += 1;
-            // 3.x has no negative answer: acknowledged, and not forwarded.
-            if let Some(token) = token
-                && let Some(answer) = self
-                    .inbound
-                    .as_mut()
-                    .and_then(|i| i.answer(token, reason, true))
-            {
-                write_answer(connection, &answer, reason);
-            }
+        if let Some(reason) = refusal(publish, topic, scope, policy) {
+            self.refuse(token, reason);
             return Ok(());
         }
+        let expiry = publish.message_expiry;
         let spec = MessageSpec {
             topic,
             properties: publish.properties,
             payload: publish.payload,
             qos: publish.qos,
             retain: publish.retain,
-            expires_at: publish
-                .message_expiry
-                .map_or(u64::MAX, |s| now + u64::from(s) * 1000),
+            expires_at: expiry.map_or(u64::MAX, |s| now + u64::from(s) * 1000),
             strip_key: Some(limits.reserved_key),
             account: Some(limits.publish_account.clone()),
         };
@@ -180,6 +117,62 @@ impl Session {
             origin_mark,
         });
         Ok(())
+    }
+
+    /// A publish of QoS 1 or 2: its token if it is to be forwarded, `None` if it is one that we have
+    /// had before, which is answered here as far as it can be.
+    fn arrive(
+        &mut self,
+        stream: u8,
+        publish: &Publish<'_>,
+        topic: &str,
+        limits: &SessionLimits,
+    ) -> Result<Option<Token>, CloseReason> {
+        let Some(connection) = self.phase.connection_mut() else {
+            return Ok(None);
+        };
+        let open_max = match connection.version {
+            Version::V5 => usize::from(limits.receive_max),
+            // The client's socket is left unread well before.
+            _ => limits.v3_publishes_max * 4,
+        };
+        let incoming = Incoming {
+            packet_id: publish.packet_id,
+            stream,
+            dup: publish.dup,
+            qos: publish.qos,
+            digest: limits.hasher.hash_one((topic, publish.payload)),
+        };
+        let inbound = self.inbound.get_or_insert_default();
+        match inbound.arrive(&incoming, open_max) {
+            Arrival::New(token) => return Ok(Some(token)),
+            Arrival::Joined => {}
+            Arrival::Answered(reason) => {
+                let answer = Answer {
+                    packet_id: publish.packet_id,
+                    stream,
+                    qos: publish.qos,
+                };
+                write_answer(connection, &answer, reason);
+            }
+            Arrival::Received => {
+                let (version, out) = (connection.version, connection.output_on(stream));
+                let (kind, id) = (AckKind::Pubrec, publish.packet_id);
+                encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
+            }
+            Arrival::TooMany => return Err(CloseReason::ReceiveMaximumExceeded),
+        }
+        Ok(None)
+    }
+
+    /// A publish is not forwarded. MQTT 3 has no negative answer, so there it is acknowledged.
+    fn refuse(&mut self, token: Option<Token>, reason: ReasonCode) {
+        self.refused_publishes += 1;
+        let inbound = self.inbound.as_mut().zip(token);
+        let answer = inbound.and_then(|(inbound, token)| inbound.answer(token, reason, true));
+        if let (Some(answer), Some(connection)) = (answer, self.phase.connection_mut()) {
+            write_answer(connection, &answer, reason);
+        }
     }
 
     fn pubrec(&mut self, stream: u8, ack: &Ack<'_>, now: Millis) -> Result<(), CloseReason> {
@@ -250,6 +243,49 @@ impl Session {
     }
 }
 
+/// Whether the protocol and our limits allow a publish.
+fn check_limits(
+    publish: &Publish<'_>,
+    topic: &str,
+    version: Version,
+    limits: &SessionLimits,
+    policy: &dyn Policy,
+) -> Result<(), CloseReason> {
+    if topic.split('/').count() > limits.topic_levels_max {
+        return Err(CloseReason::TopicLevels);
+    }
+    let v5 = version == Version::V5;
+    if v5 && publish.qos > policy.maximum_qos() {
+        return Err(CloseReason::QosNotSupported);
+    }
+    if v5 && publish.retain && !policy.retain_available() {
+        return Err(CloseReason::RetainNotSupported);
+    }
+    Ok(())
+}
+
+/// Why a publish is acknowledged with an error, or with MQTT 3 not forwarded.
+fn refusal(
+    publish: &Publish<'_>,
+    topic: &str,
+    scope: &Scope,
+    policy: &dyn Policy,
+) -> Option<ReasonCode> {
+    // Discouraged characters are legal, but a broker may close the connection that all clients share
+    // because of them (§1.5.4).
+    if has_discouraged(topic) {
+        Some(ReasonCode::TOPIC_NAME_INVALID)
+    } else if publish.properties.iter().any(|p| has_discouraged_text(&p)) {
+        Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR)
+    } else if scope.mount.len() + topic.len() > usize::from(u16::MAX) {
+        Some(ReasonCode::TOPIC_NAME_INVALID)
+    } else if !policy.may_publish(topic) {
+        Some(ReasonCode::NOT_AUTHORIZED)
+    } else {
+        None
+    }
+}
+
 fn has_discouraged_text(property: &Property<'_>) -> bool {
     match property {
         Property::UserProperty(key, value) => has_discouraged(key) || has_discouraged(value),
@@ -258,7 +294,7 @@ fn has_discouraged_text(property: &Property<'_>) -> bool {
     }
 }
 
-/// PUBACK or PUBREC for a publish that the core answered.
+/// PUBACK or PUBREC for a publish that the broker answered.
 pub(super) fn write_answer(connection: &mut Connection, answer: &Answer, reason: ReasonCode) {
     let kind = match answer.qos {
         QoS::ExactlyOnce => AckKind::Pubrec,

@@ -1,11 +1,8 @@
-use std::cell::Cell;
-
 use proptest::prelude::*;
 
 use super::*;
-use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
-use crate::session::{ConnectionSpec, Incarnation, QueueFull};
-use crate::topics::{FilterId, has_wildcard};
+use crate::session::Incarnation;
+use crate::topics::has_wildcard;
 
 fn subscription(filter: FilterId, name: &str) -> Subscription {
     Subscription {
@@ -56,7 +53,7 @@ proptest! {
         for (filter, step) in steps {
             match step {
                 0 => drop(session.remove_subscription(FilterId(filter))),
-                1 => drop(session.leave_subscription(FilterId(filter))),
+                1 => drop(session.end_subscription(FilterId(filter))),
                 2 => drop(session.activate_subscription(FilterId(filter))),
                 _ => drop(session.add_subscription(subscription(FilterId(filter), NAMES[filter as usize]))),
             }
@@ -66,222 +63,8 @@ proptest! {
     }
 }
 
-fn limits(subscriptions_max: usize) -> SessionLimits {
-    SessionLimits {
-        receive_max: 10,
-        topic_alias_max: 0,
-        packet_max: 1024 * 1024,
-        queue_messages_max: 10,
-        queue_bytes_max: 1024,
-        queue_age_max: u64::MAX,
-        shared_redeliver_after: 0,
-        will_grace: 0,
-        presence: false,
-        queue_full: QueueFull::Oldest,
-        queue_qos0: false,
-        output_buffer: Arc::new(1024.into()),
-        subscriptions_max,
-        filter_bytes_max: 1024 * 1024,
-        topic_levels_max: 32,
-        v3_publishes_max: 10,
-        expiry_max: 0,
-        publish_account: Arc::default(),
-        reserved_key: "",
-        hasher: RandomState::default(),
-    }
-}
-
-/// Refuses what begins with "no", and counts how often it is asked.
-#[derive(Default)]
-struct Counting(Cell<usize>);
-
-impl Policy for Counting {
-    fn may_publish(&self, _: &str) -> bool {
-        true
-    }
-
-    fn may_subscribe(&self, filter: &str) -> bool {
-        self.0.set(self.0.get() + 1);
-        !filter.starts_with("no")
-    }
-}
-
-fn connected() -> Session {
-    let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), 0);
-    let spec = ConnectionSpec {
-        version: Version::V5,
-        receive_maximum: 10,
-        maximum_packet_size: u32::MAX,
-        topic_alias_maximum: 0,
-        problem_information: true,
-        keep_alive: 0,
-        scope: None,
-    };
-    session.attach(&spec, 0, None, &limits(0), 0);
-    session
-}
-
-fn options(qos: QoS, retain_handling: u8) -> SubscribeOptions {
-    SubscribeOptions {
-        qos,
-        retain_handling,
-        ..SubscribeOptions::default()
-    }
-}
-
-/// What a SUBSCRIBE asks of the router, and how often it asked the policy.
-fn subscribe(
-    session: &mut Session,
-    filters: &[(&str, SubscribeOptions)],
-    limits: &SessionLimits,
-) -> (Vec<SubscribeRequest>, usize) {
-    let mut packet = Vec::new();
-    encode_subscribe(Version::V5, 1, None, filters.iter().copied(), &mut packet);
-    let decoder = Decoder {
-        version: Version::V5,
-        receiver: Receiver::Server,
-        max: u32::MAX,
-    };
-    let (packet, _) = decoder.next(&packet).expect("legal").expect("whole");
-    let (mut effects, policy) = (Vec::new(), Counting::default());
-    let taken = session.packet(0, &packet, limits, &policy, 0, &mut effects);
-    taken.expect("it is allowed");
-    let wanted = match effects.pop() {
-        Some(Effect::Subscribe { wanted, .. }) => wanted,
-        _ => Vec::new(),
-    };
-    (wanted, policy.0.get())
-}
-
-/// The codes of the SUBACK that went out; none: it has not.
-fn codes(session: &mut Session) -> Vec<u8> {
-    let mut out = Vec::new();
-    session
-        .connection()
-        .expect("connected")
-        .take_output(1, &mut out);
-    let decoder = Decoder {
-        version: Version::V5,
-        receiver: Receiver::Client,
-        max: u32::MAX,
-    };
-    match decoder.next(&out).expect("legal") {
-        Some((Packet::Suback(suback), _)) => suback.codes.to_vec(),
-        None => Vec::new(),
-        Some((other, _)) => panic!("{other:?}"),
-    }
-}
-
-const ZERO: QoS = QoS::AtMostOnce;
-const ONE: QoS = QoS::AtLeastOnce;
-const TWO: QoS = QoS::ExactlyOnce;
-
 #[test]
-fn a_filter_that_is_named_again_is_wanted_once_and_answered_everywhere() {
-    let mut session = connected();
-    let filters = [
-        ("a", options(ZERO, 2)),
-        ("no", options(ONE, 2)),
-        ("a", options(TWO, 2)),
-        ("b", options(ONE, 2)),
-        ("no", options(ONE, 2)),
-        ("a", options(ONE, 2)),
-    ];
-    let (wanted, asked) = subscribe(&mut session, &filters, &limits(10));
-    let seen = wanted.iter().map(|w| (w.index, &*w.filter, w.options.qos));
-    assert_eq!(seen.collect::<Vec<_>>(), [(0, "a", ONE), (3, "b", ONE)]);
-    assert_eq!(asked, 3);
-    session.subscribed(1, 0, ReasonCode(1)).expect("told");
-    assert!(codes(&mut session).is_empty(), "b is not answered yet");
-    session.subscribed(1, 3, ReasonCode(1)).expect("told");
-    // None is granted more than it asked for.
-    assert_eq!(codes(&mut session), [0, 0x87, 1, 1, 0x87, 1]);
-}
-
-#[test]
-fn a_filter_that_is_named_again_and_refused_is_refused_everywhere() {
-    let mut session = connected();
-    let filters = [("a", options(ZERO, 0)), ("a", options(ONE, 0))];
-    subscribe(&mut session, &filters, &limits(10));
-    let refused = ReasonCode::QUOTA_EXCEEDED;
-    session.subscribed(1, 0, refused).expect("told");
-    assert_eq!(codes(&mut session), [0x97, 0x97]);
-}
-
-#[test]
-fn retain_handling_of_a_filter_that_is_named_again() {
-    // As if each were a SUBSCRIBE: 0 asks again, 1 only as the first, 2 never.
-    for (handlings, all) in [
-        ([0, 2], 0),
-        ([2, 0], 0),
-        ([1, 0], 0),
-        ([1, 2], 1),
-        ([1, 1], 1),
-        ([2, 1], 2),
-        ([2, 2], 2),
-    ] {
-        let filters = handlings.map(|handling| ("a", options(ONE, handling)));
-        let (wanted, _) = subscribe(&mut connected(), &filters, &limits(10));
-        let options = wanted.first().map(|w| w.options.retain_handling);
-        assert_eq!(options, Some(all), "{handlings:?}");
-    }
-}
-
-#[test]
-fn a_subscribe_with_more_filters_than_can_be_counted_is_answered_whole() {
-    let mut session = connected();
-    session.add_subscription(subscription(FilterId(7), "#"));
-    let mut filters = vec![("#", options(ONE, 0)); 70_000];
-    filters.push(("a", options(ONE, 0)));
-    let (wanted, asked) = subscribe(&mut session, &filters, &limits(10));
-    assert_eq!((wanted.len(), asked), (1, 1));
-    session.subscribed(1, 0, ReasonCode(1)).expect("told");
-    let codes = codes(&mut session);
-    assert_eq!(codes.len(), filters.len());
-    let granted = codes.iter().filter(|c| **c == 1).count();
-    assert_eq!(granted, FILTERS_MAX);
-    assert!(codes[FILTERS_MAX..].iter().all(|c| *c == 0x97));
-}
-
-#[test]
-fn an_unsubscribe_has_no_more_filters_than_can_be_counted() {
-    for (count, fits) in [(FILTERS_MAX, true), (FILTERS_MAX + 1, false)] {
-        let mut session = connected();
-        let mut packet = Vec::new();
-        encode_unsubscribe(Version::V5, 1, std::iter::repeat_n("a", count), &mut packet);
-        let decoder = Decoder {
-            version: Version::V5,
-            receiver: Receiver::Server,
-            max: u32::MAX,
-        };
-        let (packet, _) = decoder.next(&packet).expect("legal").expect("whole");
-        let (limits, policy) = (limits(10), Counting::default());
-        let taken = session.packet(0, &packet, &limits, &policy, 0, &mut Vec::new());
-        assert_eq!(
-            taken.map_err(|close| close.reason_code()),
-            match fits {
-                true => Ok(()),
-                false => Err(ReasonCode::QUOTA_EXCEEDED),
-            }
-        );
-    }
-}
-
-#[test]
-fn no_more_filters_of_a_subscribe_are_judged_than_a_client_may_have() {
-    let names: Vec<String> = (0..100).map(|n| format!("no/{n}")).collect();
-    let filters = names.iter().map(|n| (&**n, options(ONE, 0)));
-    let filters: Vec<_> = filters.collect();
-    let mut session = connected();
-    let (wanted, asked) = subscribe(&mut session, &filters, &limits(10));
-    assert_eq!((wanted.len(), asked), (0, 10));
-    let codes = codes(&mut session);
-    assert_eq!(codes[..10], [0x87; 10]);
-    assert_eq!(codes[10..], [0x97; 90]);
-}
-
-#[test]
-fn a_copy_has_the_qos_of_all_whichever_it_is() {
+fn the_primary_copy_has_the_highest_qos_of_all() {
     let mut subscriptions = [
         subscription(FilterId(1), "a"),
         subscription(FilterId(2), "a/#"),

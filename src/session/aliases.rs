@@ -1,0 +1,155 @@
+//! The topic aliases of one connection, in both directions (MQTT 5 §3.3.2.3.4).
+//!
+//! Streams keep no order with each other, so an alias is valid only on the stream that defined it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
+
+use crate::mqtt::Alias;
+
+use crate::session::CloseReason;
+
+/// The most aliases toward one client, whatever it accepts: each costs the bytes of its topic.
+const ALIASES_OUT_MAX: u16 = 64;
+/// The topics behind the aliases that one client defined.
+const TOPICS_MAX_BYTES: usize = 128 * 1024;
+
+/// The aliases of one connection.
+#[derive(Debug)]
+pub(super) struct Aliases {
+    /// The client's, by stream and by alias minus one.
+    inbound: Vec<Vec<Option<Arc<str>>>>,
+    /// Ours, boxed, because few clients accept any.
+    outbound: Option<Box<Outbound>>,
+    outbound_max: u16,
+}
+
+#[derive(Debug, Default)]
+struct Outbound {
+    /// The alias of each topic, and the stream that defined it.
+    table: HashMap<Box<str>, (u16, u8), RandomState>,
+    given: u16,
+}
+
+impl Aliases {
+    /// For a client with this Topic Alias Maximum.
+    pub fn new(topic_alias_maximum: u16) -> Self {
+        Self {
+            inbound: Vec::new(),
+            outbound: None,
+            outbound_max: topic_alias_maximum.min(ALIASES_OUT_MAX),
+        }
+    }
+
+    /// The topic of a PUBLISH that has an alias: defines the alias if `topic` is not empty.
+    ///
+    /// # Errors
+    /// The alias was never defined on this stream, or the topics of all aliases together are too
+    /// long to keep.
+    pub fn resolve(
+        &mut self,
+        stream: u8,
+        alias: u16,
+        topic: &str,
+    ) -> Result<Arc<str>, CloseReason> {
+        let undefined = CloseReason::TopicAliasUndefined;
+        let index = usize::from(alias).checked_sub(1).ok_or(undefined)?;
+        let stream = usize::from(stream);
+        if topic.is_empty() {
+            let known = self.inbound.get(stream).and_then(|a| a.get(index));
+            return known.cloned().flatten().ok_or(undefined);
+        }
+        if self.inbound.len() <= stream {
+            self.inbound.resize(stream + 1, Vec::new());
+        }
+        if self.inbound[stream].len() <= index {
+            self.inbound[stream].resize(index + 1, None);
+        }
+        let all = self.inbound.iter().flatten().flatten();
+        let others: usize = all.map(|t| t.len()).sum();
+        if others + topic.len() > TOPICS_MAX_BYTES {
+            return Err(CloseReason::TopicAliasBytes);
+        }
+        let topic: Arc<str> = topic.into();
+        self.inbound[stream][index] = Some(topic.clone());
+        Ok(topic)
+    }
+
+    /// The alias for a delivery of `topic` on a stream. Topics get aliases in the order of their
+    /// first delivery, up to the client's maximum [MQTT-3.1.2-26].
+    pub fn for_delivery(&mut self, topic: &str, stream: u8) -> Alias {
+        if self.outbound_max == 0 {
+            return Alias::None;
+        }
+        let aliases = self.outbound.get_or_insert_default();
+        match aliases.table.get(topic) {
+            Some((alias, on)) if *on == stream => return Alias::Use(*alias),
+            Some(_) => return Alias::None,
+            None => {}
+        }
+        // An alias is not reused after its stream ended, since the client may still know it.
+        if aliases.given == self.outbound_max {
+            return Alias::None;
+        }
+        aliases.given += 1;
+        aliases.table.insert(topic.into(), (aliases.given, stream));
+        Alias::Define(aliases.given)
+    }
+
+    /// A data stream ended, and its aliases with it.
+    pub fn stream_ended(&mut self, stream: u8) {
+        if let Some(aliases) = self.inbound.get_mut(usize::from(stream)) {
+            *aliases = Vec::new();
+        }
+        if let Some(aliases) = &mut self.outbound {
+            aliases.table.retain(|_, (_, on)| *on != stream);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alias_is_valid_on_its_own_stream_only() {
+        let mut aliases = Aliases::new(0);
+        let undefined = Err(CloseReason::TopicAliasUndefined);
+        assert_eq!(aliases.resolve(0, 0, "a"), undefined);
+        assert_eq!(aliases.resolve(0, 1, ""), undefined);
+        assert_eq!(aliases.resolve(0, 1, "a").as_deref(), Ok("a"));
+        assert_eq!(aliases.resolve(0, 1, "").as_deref(), Ok("a"));
+        assert_eq!(aliases.resolve(2, 1, ""), undefined);
+        assert_eq!(aliases.resolve(2, 1, "b").as_deref(), Ok("b"));
+        aliases.stream_ended(2);
+        assert_eq!(aliases.resolve(2, 1, ""), undefined);
+        assert_eq!(aliases.resolve(0, 1, "").as_deref(), Ok("a"));
+    }
+
+    #[test]
+    fn topics_behind_aliases_are_bounded_in_bytes() {
+        let mut aliases = Aliases::new(0);
+        let half = "x".repeat(TOPICS_MAX_BYTES / 2);
+        assert!(aliases.resolve(0, 1, &half).is_ok());
+        assert!(aliases.resolve(1, 1, &half).is_ok());
+        assert_eq!(
+            aliases.resolve(1, 2, "x"),
+            Err(CloseReason::TopicAliasBytes)
+        );
+    }
+
+    #[test]
+    fn deliveries_define_aliases_up_to_the_maximum() {
+        assert_eq!(Aliases::new(0).for_delivery("a", 0), Alias::None);
+        let mut aliases = Aliases::new(2);
+        assert_eq!(aliases.for_delivery("a", 0), Alias::Define(1));
+        assert_eq!(aliases.for_delivery("a", 0), Alias::Use(1));
+        assert_eq!(aliases.for_delivery("a", 3), Alias::None);
+        assert_eq!(aliases.for_delivery("b", 3), Alias::Define(2));
+        assert_eq!(aliases.for_delivery("c", 0), Alias::None);
+        aliases.stream_ended(3);
+        assert_eq!(aliases.for_delivery("b", 0), Alias::None);
+    }
+}

@@ -1,0 +1,314 @@
+//! SUBSCRIBE and UNSUBSCRIBE: a session checks the filters, and the router's answers become SUBACKs.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use foldhash::fast::RandomState;
+
+use crate::mqtt::{
+    QoS, ReasonCode, Subscribe, SubscribeOptions, Unsubscribe, Version, encode_suback,
+    encode_unsuback, has_discouraged,
+};
+use crate::topics::{FilterId, split_shared};
+
+use crate::session::connection::{PendingSubscribe, RepeatedFilter, Scope};
+use crate::session::{
+    CloseReason, Effect, Policy, Session, SessionLimits, SubscribeRequest, Subscription,
+};
+
+/// SUBSCRIBEs of one client that may wait for the broker.
+const PENDING_MAX: usize = 100;
+
+/// Filters of one SUBSCRIBE that are checked, repeated ones included; more are refused. An
+/// UNSUBSCRIBE with more ends the connection.
+const FILTERS_MAX: usize = u16::MAX as usize;
+
+/// A filter that the SUBSCRIBE has named.
+struct Seen {
+    /// Its first place in the SUBSCRIBE.
+    index: u16,
+    /// Its place among the requests. `None`: it was refused.
+    request: Option<usize>,
+    /// The QoS of its first place, until it is named again.
+    asked: Option<QoS>,
+}
+
+/// The filters of one SUBSCRIBE while they are checked.
+struct Check<'a> {
+    limits: &'a SessionLimits,
+    policy: &'a dyn Policy,
+    scope: Option<&'a Scope>,
+    /// Too many SUBSCRIBEs wait already.
+    too_many_pending: bool,
+    /// The filters of the session's subscriptions.
+    known: HashSet<&'a str, RandomState>,
+    /// The filters that this SUBSCRIBE adds to them.
+    added: usize,
+    /// The bytes of both.
+    bytes: usize,
+    seen: HashMap<&'a str, Seen, RandomState>,
+    /// The SUBACK's codes. Those of requests are replaced by the router's answers.
+    codes: Vec<u8>,
+    requests: Vec<SubscribeRequest>,
+    repeated: Vec<RepeatedFilter>,
+}
+
+impl<'a> Check<'a> {
+    /// Checks one filter of the SUBSCRIBE.
+    fn filter(&mut self, filter: &'a str, options: SubscribeOptions) {
+        if self.codes.len() >= FILTERS_MAX {
+            self.codes.push(ReasonCode::QUOTA_EXCEEDED.0);
+            return;
+        }
+        let index = self.codes.len() as u16;
+        if self.seen.contains_key(filter) {
+            self.repeat(index, filter, options);
+            return;
+        }
+        let whole = match self.scope.map(|s| s.filter(filter)) {
+            None => Some(Cow::Borrowed(filter)),
+            Some(whole) => whole.map(Cow::Owned),
+        };
+        let refused = self.refusal(filter, whole.as_deref());
+        self.codes
+            .push(refused.unwrap_or(ReasonCode::UNSPECIFIED_ERROR).0);
+        let request = whole.filter(|_| refused.is_none()).map(|whole| {
+            if !self.known.contains(&*whole) {
+                self.added += 1;
+                self.bytes += filter.len();
+            }
+            self.requests.push(SubscribeRequest {
+                index,
+                filter: whole.into(),
+                options,
+            });
+            self.requests.len() - 1
+        });
+        let seen = Seen {
+            index,
+            request,
+            asked: Some(options.qos),
+        };
+        self.seen.insert(filter, seen);
+    }
+
+    /// Why a filter is refused. `whole`: the filter at the broker, unless it is too long.
+    fn refusal(&self, filter: &str, whole: Option<&str>) -> Option<ReasonCode> {
+        let plain = split_shared(filter).map_or(filter, |(_, plain)| plain);
+        if self.too_many_pending || self.seen.len() >= self.limits.subscriptions_max {
+            return Some(ReasonCode::QUOTA_EXCEEDED);
+        }
+        let Some(whole) = whole else {
+            return Some(ReasonCode::TOPIC_FILTER_INVALID);
+        };
+        if has_discouraged(filter) || plain.split('/').count() > self.limits.topic_levels_max {
+            return Some(ReasonCode::TOPIC_FILTER_INVALID);
+        }
+        if !self.policy.may_subscribe(filter) {
+            return Some(ReasonCode::NOT_AUTHORIZED);
+        }
+        let full = self.known.len() + self.added >= self.limits.subscriptions_max
+            || self.bytes + filter.len() > self.limits.filter_bytes_max;
+        (full && !self.known.contains(whole)).then_some(ReasonCode::QUOTA_EXCEEDED)
+    }
+
+    /// The SUBSCRIBE names a filter again. This counts as another SUBSCRIBE [MQTT-3.8.4-5]: the later
+    /// options replace the earlier, and the subscription is not new any more.
+    fn repeat(&mut self, index: u16, filter: &str, options: SubscribeOptions) {
+        let Some(seen) = self.seen.get_mut(filter) else {
+            return;
+        };
+        self.codes.push(self.codes[usize::from(seen.index)]);
+        let Some(request) = seen.request else {
+            return;
+        };
+        let request = &mut self.requests[request].options;
+        *request = SubscribeOptions {
+            retain_handling: match options.retain_handling {
+                0 => 0,
+                _ => request.retain_handling,
+            },
+            ..options
+        };
+        let first = seen.index;
+        let own = seen.asked.take().map(|asked| (first, asked));
+        for (index, asked) in own.into_iter().chain([(index, options.qos)]) {
+            self.repeated.push(RepeatedFilter {
+                index,
+                first,
+                asked,
+            });
+        }
+    }
+}
+
+impl Session {
+    pub(super) fn subscribe(
+        &mut self,
+        stream: u8,
+        subscribe: &Subscribe<'_>,
+        limits: &SessionLimits,
+        policy: &dyn Policy,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), CloseReason> {
+        let Some(connection) = self.phase.connection_mut() else {
+            return Ok(());
+        };
+        let packet_id = subscribe.packet_id;
+        let pending = &connection.pending;
+        let same = |p: &PendingSubscribe| p.stream == Some(stream) && p.packet_id == packet_id;
+        if pending.iter().any(same) {
+            return Err(CloseReason::PacketIdInUse);
+        }
+        let free = |key: &u16| !pending.iter().any(|p| p.key == *key);
+        let key = std::iter::once(packet_id).chain(0..).find(free);
+        let key = key.unwrap_or(packet_id);
+        let known = self.subscriptions.iter().map(|s| &*s.name);
+        let known: HashSet<&str, RandomState> = known.collect();
+        let mut check = Check {
+            limits,
+            policy,
+            scope: connection.scope.as_deref(),
+            too_many_pending: pending.len() >= PENDING_MAX,
+            added: 0,
+            bytes: known.iter().map(|name| name.len()).sum(),
+            known,
+            seen: HashMap::default(),
+            codes: Vec::new(),
+            requests: Vec::new(),
+            repeated: Vec::new(),
+        };
+        for (filter, options) in subscribe.filters() {
+            check.filter(filter, options);
+        }
+        let Check {
+            codes,
+            requests,
+            repeated,
+            ..
+        } = check;
+        connection.forget_refused();
+        for request in &requests {
+            connection.bind(&request.filter, stream);
+        }
+        connection.pending.push(PendingSubscribe {
+            key,
+            packet_id,
+            stream: Some(stream),
+            // At most FILTERS_MAX.
+            waiting: requests.len() as u16,
+            codes,
+            repeated,
+        });
+        if requests.is_empty() {
+            return self.finish_subscribe(key);
+        }
+        effects.push(Effect::Subscribe {
+            packet_id: key,
+            identifier: subscribe.subscription_id.and_then(NonZeroU32::new),
+            requests,
+        });
+        Ok(())
+    }
+
+    /// The outcome for one filter of a SUBSCRIBE, named as in [`Effect::Subscribe`]. The SUBACK is
+    /// written with the last one.
+    ///
+    /// # Errors
+    /// [`CloseReason::SubscribeRefused`]: MQTT 3.1 has no code for a refusal.
+    pub fn subscribed(
+        &mut self,
+        packet_id: u16,
+        index: u16,
+        code: ReasonCode,
+    ) -> Result<(), CloseReason> {
+        let all = self.phase.connection_mut().map(|c| &mut c.pending);
+        let mut all = all.into_iter().flatten();
+        let Some(pending) = all.find(|p| p.key == packet_id) else {
+            return Ok(());
+        };
+        if let Some(slot) = pending.codes.get_mut(usize::from(index)) {
+            *slot = code.0;
+        }
+        pending.waiting = pending.waiting.saturating_sub(1);
+        if pending.waiting == 0 {
+            return self.finish_subscribe(packet_id);
+        }
+        Ok(())
+    }
+
+    fn finish_subscribe(&mut self, key: u16) -> Result<(), CloseReason> {
+        let Some(connection) = self.phase.connection_mut() else {
+            return Ok(());
+        };
+        let due = |p: &PendingSubscribe| p.key == key;
+        let Some(at) = connection.pending.iter().position(due) else {
+            return Ok(());
+        };
+        let mut pending = connection.pending.swap_remove(at);
+        if connection.pending.is_empty() {
+            connection.pending = Vec::new();
+        }
+        // The first place comes after its repetitions, since they take its code.
+        for repeated in pending.repeated.iter().rev() {
+            let code = pending.codes[usize::from(repeated.first)];
+            let granted = code < 0x80;
+            let code = match granted {
+                true => code.min(repeated.asked as u8),
+                false => code,
+            };
+            pending.codes[usize::from(repeated.index)] = code;
+        }
+        let version = connection.version;
+        if version == Version::V31 && pending.codes.iter().any(|c| *c >= 0x80) {
+            return Err(CloseReason::SubscribeRefused);
+        }
+        if let Some(stream) = pending.stream {
+            let out = connection.output_on(stream);
+            encode_suback(version, pending.packet_id, &pending.codes, out);
+        }
+        Ok(())
+    }
+
+    pub(super) fn unsubscribe(
+        &mut self,
+        stream: u8,
+        unsubscribe: &Unsubscribe<'_>,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), CloseReason> {
+        if unsubscribe.filters().nth(FILTERS_MAX).is_some() {
+            return Err(CloseReason::UnsubscribeFilters);
+        }
+        let mut codes = Vec::new();
+        let mut filters = Vec::new();
+        let scope = self.phase.connection().and_then(|c| c.scope.clone());
+        let known = |s: &Subscription| (s.name.clone(), s.filter);
+        let known = self.subscriptions.iter().map(known);
+        let mut known: HashMap<Arc<str>, FilterId, RandomState> = known.collect();
+        for filter in unsubscribe.filters() {
+            let whole = scope.as_ref().and_then(|s| s.filter(filter));
+            let number = known.remove(whole.as_deref().unwrap_or(filter));
+            codes.push(match number {
+                Some(_) => ReasonCode::SUCCESS.0,
+                None => ReasonCode::NO_SUBSCRIPTION_EXISTED.0,
+            });
+            if let Some(number) = number {
+                filters.extend(self.end_subscription(number));
+            }
+        }
+        if let Some(connection) = self.phase.connection_mut() {
+            let version = connection.version;
+            let out = connection.output_on(stream);
+            encode_unsuback(version, unsubscribe.packet_id, &codes, out);
+        }
+        if !filters.is_empty() {
+            effects.push(Effect::Unsubscribe { filters });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
