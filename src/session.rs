@@ -1,8 +1,8 @@
 //! One client's session: a state machine without I/O, clock or randomness.
 //!
-//! Packets, deliveries and the time come in; bytes for the client (in the connection's output),
-//! [`Effect`]s for the router and deadlines come out. The router's shards own the sessions; the
-//! connection tasks feed them.
+//! Packets, deliveries and the time go in. Bytes for the client (in the connection's output),
+//! [`Effect`]s for the router and deadlines come out. The router's shards own the sessions, and the
+//! connections' tasks drive them: [`Session`] states the contract between the two.
 
 mod aliases;
 mod close;
@@ -44,30 +44,60 @@ pub use overlap::{Primary, primary};
 pub use subscriptions::{Subscription, hides};
 pub use will::Will;
 
-/// A session.
+/// One client's session, with or without a connection.
+///
+/// It does nothing by itself. Its driver calls it, under the lock of its shard, in these ways:
+///
+/// - **Connections.** [`Session::attach`] begins a connection and takes over from the one that is
+///   there. The driver writes CONNACK into [`Connection::control`], then calls [`Session::pump`].
+///   [`Session::detach`] ends the connection. To begin the session anew, [`Session::restart`] is
+///   called before [`Session::attach`]. All but `attach` return an [`Ended`], which says what is left
+///   to do: wills, redeliveries, presence, and whether the session is over.
+/// - **Packets.** [`Session::packet`] takes one packet at a time, in the order of its stream, and
+///   appends [`Effect`]s. The driver carries them out in order, without the lock of the shard, before
+///   it hands over further packets: always after a SUBSCRIBE, else at the end of a batch. While
+///   [`Session::subscribing`] it hands over no PUBLISH, which would overtake the SUBSCRIBE on the way
+///   to the broker. An error means that the connection must end for that reason; the effects so far
+///   are still carried out.
+/// - **Answers.** Each [`Effect::Publish`] with a token is answered once through
+///   [`Session::answered`], and each request of an [`Effect::Subscribe`] through
+///   [`Session::subscribed`].
+/// - **Deliveries.** [`Session::deliver`] offers one message; it is written, queued or dropped.
+/// - **Output.** After packets, and after output was sent, [`Session::pump`] writes what the client's
+///   window and the buffers now allow. [`Connection::take_output`] then gives the bytes of the streams
+///   that can send. They are sent in this order, and exactly once: a session does not know when they
+///   leave, and a new connection gets unacknowledged messages anew. [`Connection::streams_free`] says
+///   that all bytes taken for a data stream are sent.
+/// - **Time.** At [`Session::deadline`] the driver calls [`Session::expire`] if no client is
+///   connected; if one is, its Keep Alive has run out. The deadline may move with every call.
+/// - **Streams.** [`Session::stream_blocked`], [`Session::stream_closed`] and
+///   [`Session::stream_ended`] say what became of a data stream.
+/// - **Counters.** The driver takes and counts [`Session::refused_publishes`] and
+///   [`Outbound::shed`].
 #[derive(Debug)]
 pub struct Session {
     /// The client identifier.
     pub client_id: Arc<str>,
-    /// Who it belongs to.
+    /// The authenticated identity that the session belongs to.
     pub principal: Arc<str>,
     /// Which of the client identifier's sessions this is.
     pub incarnation: Incarnation,
-    /// Session Expiry Interval in seconds; `u32::MAX`: never.
+    /// Session Expiry Interval in seconds; 0xFFFF_FFFF as in the protocol: the session never ends.
     pub expiry: u32,
     /// When the current connection began, or the last one ended.
-    pub since: u64,
+    pub since: Millis,
     /// Messages lost by a named limit since the session began.
     pub gaps: u64,
     phase: Phase,
     connection_no: u64,
     version: Version,
+    /// In the order of their grants; those without a grant come last.
     subscriptions: Vec<Subscription>,
     outbound: Outbound,
-    /// From the first publish of QoS 1 or 2 on: those who only listen have none.
+    /// Set from the first publish of QoS 1 or 2 on, since many clients never send one.
     inbound: Option<Box<Inbound>>,
     will: Option<Box<Will>>,
-    /// Publishes that were refused here; the caller takes and counts them.
+    /// Publishes that were refused and not forwarded. The driver takes and counts them.
     pub refused_publishes: u32,
 }
 
@@ -100,12 +130,13 @@ impl Session {
         }
     }
 
-    /// Takes the subscriptions out; the caller releases them.
+    /// Takes the subscriptions out. The caller releases them.
     pub fn take_subscriptions(&mut self) -> Vec<Subscription> {
         std::mem::take(&mut self.subscriptions)
     }
 
-    /// The core's answer to a publish of this client.
+    /// The broker's answer to a publish of this client. It is written if the client can use it on its
+    /// current connection, and else kept until the client sends the publish again.
     pub fn answered(&mut self, token: Token, reason: ReasonCode) {
         let attached = self.phase.is_attached();
         let inbound = self.inbound.as_mut();
@@ -117,13 +148,13 @@ impl Session {
         }
     }
 
-    /// Offers a message. See [`Outbound::deliver`].
+    /// Offers a message: it is written, queued or dropped. See [`Outbound::deliver`].
     pub fn deliver(&mut self, limits: &SessionLimits, now: Millis, offer: &Offer<'_>) -> Delivered {
         let connection = self.phase.connection_mut();
         self.outbound.deliver(connection, limits, now, offer)
     }
 
-    /// Writes what has become possible to write.
+    /// Writes the messages that the window and the output buffers allow now.
     pub fn pump(&mut self, limits: &SessionLimits, now: Millis) {
         if let Some(connection) = self.phase.connection_mut() {
             self.outbound.pump(connection, limits, now);
@@ -156,19 +187,19 @@ impl Session {
         &mut self.outbound
     }
 
-    /// The subscriptions: first those that the core granted, in that order.
+    /// The subscriptions: first those that the broker granted, in the order of the grants.
     pub fn subscriptions(&self) -> &[Subscription] {
         &self.subscriptions
     }
 
-    /// A SUBSCRIBE waits for the core: a publish behind it would overtake it there.
+    /// Whether a SUBSCRIBE waits for the broker. A publish behind it would overtake it there.
     pub fn subscribing(&self) -> bool {
         self.phase
             .connection()
             .is_some_and(|c| !c.pending.is_empty())
     }
 
-    /// Publishes of this client that wait for the core.
+    /// Publishes of this client that wait for the broker's answer.
     pub fn publishes_waiting(&self) -> usize {
         self.inbound.as_ref().map_or(0, |i| i.waiting())
     }

@@ -153,7 +153,7 @@ fn session_limits(config: &Config) -> SessionLimits {
         queue_age_max: config
             .session
             .queue_age_max
-            .map_or(u64::MAX, |age| age.as_millis() as u64),
+            .map(|age| age.as_millis() as u64),
         shared_redeliver_after: config.session.shared_redeliver_after.as_millis() as u64,
         will_grace: config.session.will_grace.as_millis() as u64,
         presence: !config.session.presence_topic.is_empty(),

@@ -4,62 +4,63 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::mqtt::{Message, SubscribeOptions};
+use crate::topics::FilterId;
 
 use crate::session::inbound::Token;
 use crate::session::incarnation::Incarnation;
-use crate::topics::FilterId;
 
 /// One filter of a SUBSCRIBE that passed the session's checks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SubscribeRequest {
     /// Its place in the SUBSCRIBE.
     pub index: u16,
-    /// The topic filter.
+    /// The topic filter, below the client's mount.
     pub filter: Box<str>,
-    /// What the client asked for.
+    /// The options that the client asked for.
     pub options: SubscribeOptions,
 }
 
-/// What a packet or the time asks of the router.
+/// What a packet asks of the router.
 #[derive(Debug)]
 pub enum Effect {
-    /// Forward to the core. No token: QoS 0, nobody waits for an answer.
+    /// Forward a publish to the broker.
     Publish {
-        /// Names the publish in the core's answer.
+        /// Names the publish in the broker's answer. `None`: QoS 0 or a will, which need no answer.
         token: Option<Token>,
-        /// What to publish.
+        /// The message.
         message: Message,
         /// The mark by which the session knows its publish again, where it has a No Local
         /// subscription that matches [MQTT-3.8.3-3].
         origin_mark: Option<Incarnation>,
     },
-    /// Add subscriptions; each answer comes back through [`Session::subscribed`].
+    /// Add subscriptions. Each request is answered through
+    /// [`Session::subscribed`](crate::session::Session::subscribed).
     Subscribe {
         /// Names the SUBSCRIBE in the answers: its packet identifier, or another number where two
-        /// streams have the same in use.
+        /// streams have the same one in use.
         packet_id: u16,
         /// Its Subscription Identifier.
         identifier: Option<NonZeroU32>,
         /// The filters.
         requests: Vec<SubscribeRequest>,
     },
-    /// These filters lost their subscription.
+    /// Release these subscriptions, which the session has ended.
     Unsubscribe {
-        /// The filters.
+        /// The subscriptions.
         filters: Vec<Unsubscribed>,
     },
 }
 
-/// A subscription that its client gave up.
+/// A subscription that its client ended by UNSUBSCRIBE.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unsubscribed {
-    /// Number of the filter.
+    /// The router's number of the filter.
     pub filter: FilterId,
     /// The filter.
     pub name: Arc<str>,
-    /// It had No Local.
+    /// The subscription had No Local.
     pub no_local: bool,
-    /// Filters of the client, granted later, that match some of the same messages: it was the
-    /// copies of this one that the client got.
+    /// Remaining filters of the client, granted later, that match some of the same messages. The
+    /// client got those messages as copies of this subscription.
     pub primary_over: Vec<FilterId>,
 }

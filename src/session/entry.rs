@@ -145,10 +145,11 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// Past its Message Expiry, or too old for the queue.
+    /// Whether the message is past its Message Expiry, or too old for the queue.
     pub fn is_over(&self, limits: &SessionLimits, now: Millis) -> bool {
-        let age = u64::from((now as u32).wrapping_sub(self.at));
-        self.message.as_ref().is_none_or(|m| m.expires_at() <= now) || age >= limits.queue_age_max
+        let age = Millis::from((now as u32).wrapping_sub(self.at));
+        self.message.as_ref().is_none_or(|m| m.expires_at() <= now)
+            || limits.queue_age_max.is_some_and(|max| age >= max)
     }
 
     pub fn offer<'a>(&'a self, sets: &'a IdSets) -> Option<Offer<'a>> {

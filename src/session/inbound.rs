@@ -1,4 +1,4 @@
-//! What comes from the client: publishes that wait for the core, and QoS 2 identifiers.
+//! The receiving half of a session: publishes that wait for the broker, and QoS 2 identifiers.
 
 use std::collections::HashMap;
 
@@ -6,7 +6,7 @@ use foldhash::fast::RandomState;
 
 use crate::mqtt::{QoS, ReasonCode};
 
-/// Names one publish of one session while the core has it: never reused within the session.
+/// Names one publish of one session toward the router. It is never reused within the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Token(pub u64);
 
@@ -20,13 +20,13 @@ impl Token {
         self.0 as u16
     }
 
-    /// Where it came in first.
+    /// The stream and identifier of its first copy.
     fn key(self) -> Key {
         Key(self.0 as u32 & 0xFF_FFFF)
     }
 }
 
-/// A stream and a packet identifier: clients may count identifiers on each stream apart.
+/// A stream and a packet identifier, since clients may number each stream separately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key(u32);
 
@@ -40,33 +40,34 @@ impl Key {
     }
 }
 
-/// A publish of QoS 1 or 2 as it came in.
+/// A publish of QoS 1 or 2 as it arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Incoming {
     /// The client's packet identifier.
     pub packet_id: u16,
-    /// Where it came in.
+    /// The stream on which it arrived.
     pub stream: u8,
     /// DUP.
     pub dup: bool,
     /// 1 or 2.
     pub qos: QoS,
-    /// Of topic and payload.
+    /// Digest of topic and payload.
     pub digest: u64,
 }
 
-/// What a publish with this identifier means now.
+/// What an arriving publish means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
     /// A new message: forward it.
     New(Token),
-    /// The first copy still waits for the core: the two are one.
+    /// A copy of a publish that waits for the broker: the broker's answer serves both.
     Joined,
-    /// The core answered this one while the client was away: answer it, do not forward it.
+    /// A copy of a publish that the broker answered while the client was away: answer it, and do not
+    /// forward it.
     Answered(ReasonCode),
-    /// QoS 2, received, not released: PUBREC again [MQTT-4.3.3-10].
+    /// A copy of a QoS 2 publish that is received and not released: PUBREC again [MQTT-4.3.3-10].
     Received,
-    /// New, and more than may be open; nothing was kept of it.
+    /// A new message beyond the number that may be open. Nothing was kept of it.
     TooMany,
 }
 
@@ -75,21 +76,21 @@ struct Entry {
     token: Token,
     stream: u8,
     state: State,
-    /// To recognise a copy, also after a clean start.
+    /// Recognises a copy, also after a clean start.
     digest: u64,
-    /// It came, or came again, on the current connection: only then an answer means something.
-    here: bool,
+    /// It arrived on the current connection, so the client expects an answer there.
+    current: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// At the core, or on its way there.
+    /// The broker has it, or it is on its way there.
     Waiting(QoS),
-    /// The core answered, and the client cannot have seen it.
+    /// The broker answered, and the client cannot have seen the answer.
     Answered(QoS, ReasonCode),
     /// PUBREC sent, PUBREL awaited.
     Received,
-    /// A PUBREL came that means this one, or another of the same identifier on another stream.
+    /// A PUBREL arrived that means this publish, or one with the same identifier on another stream.
     Released,
 }
 
@@ -106,14 +107,14 @@ impl State {
     }
 }
 
-/// An answer from the core, translated for the client.
+/// An answer from the broker, for the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// The client's packet identifier.
     pub packet_id: u16,
-    /// Where the publish came in.
+    /// The stream on which the publish arrived.
     pub stream: u8,
-    /// Its QoS: 1 is answered by PUBACK, 2 by PUBREC.
+    /// Its QoS: PUBACK answers 1, PUBREC answers 2.
     pub qos: QoS,
 }
 
@@ -121,35 +122,36 @@ pub struct Answer {
 #[derive(Debug, Default)]
 pub struct Inbound {
     entries: HashMap<Key, Entry, RandomState>,
-    /// Of data streams that are gone, with their connection or before it: known again on any stream
-    /// by DUP, identifier and content.
-    adrift: Vec<Entry>,
-    /// Unsubscribed by earlier sessions of a client that starts clean: joined by DUP, identifier, content.
-    orphans: Vec<Entry>,
+    /// Publishes whose stream has closed. A retransmission may arrive on any stream; it is matched by
+    /// DUP, packet identifier and content.
+    detached: Vec<Entry>,
+    /// Publishes of the client's earlier sessions, which began anew. A copy is matched in the same
+    /// way.
+    unclaimed: Vec<Entry>,
     sequence: u64,
     waiting: usize,
-    /// Of the entries, those that the core answered while the client was away.
+    /// The number of entries that the broker answered while the client was away.
     answered: usize,
-    /// A new message came since the session began: what was to be sent again was.
+    /// A new message arrived since the session began, so the client has sent its copies before it.
     progressed: bool,
     /// The client has published on data streams, which keep no order with each other.
-    sided: bool,
+    multi_stream: bool,
 }
 
 impl Inbound {
     /// Publishes of QoS 1 and 2 that the client may count as unanswered, and QoS 2 not released.
     pub fn open(&self) -> usize {
         let waits = |e: &&Entry| matches!(e.state, State::Waiting(_));
-        let adrift = self.adrift.iter().filter(waits).count();
-        self.entries.len() - self.answered + adrift
+        let detached = self.detached.iter().filter(waits).count();
+        self.entries.len() - self.answered + detached
     }
 
-    /// Publishes that wait for the core's answer.
+    /// Publishes that wait for the broker's answer.
     pub fn waiting(&self) -> usize {
         self.waiting
     }
 
-    /// Something that came on this stream has yet to be answered there.
+    /// Whether a publish that arrived on this stream has yet to be answered there.
     pub fn busy(&self, stream: u8) -> bool {
         let waits = |e: &Entry| e.stream == stream && matches!(e.state, State::Waiting(_));
         self.waiting > 0 && self.entries.values().any(waits)
@@ -157,24 +159,24 @@ impl Inbound {
 
     /// Judges a publish of QoS 1 or 2; at most `open_max` may be open.
     pub fn arrive(&mut self, publish: &Incoming, open_max: usize) -> Arrival {
-        self.sided |= publish.stream != 0;
+        self.multi_stream |= publish.stream != 0;
         let key = Key::new(publish.stream, publish.packet_id);
         if let Some(entry) = self.entries.get_mut(&key) {
             let same = entry.digest == publish.digest;
             let again = publish.dup || publish.qos == QoS::ExactlyOnce;
             match entry.state {
                 State::Waiting(q) if q == publish.qos && same && again => {
-                    entry.here = true;
+                    entry.current = true;
                     return Arrival::Joined;
                 }
-                // Over several streams an answer may be older than what goes by its identifier now.
+                // With several streams, the answer may belong to an earlier use of the identifier.
                 State::Answered(q, reason)
-                    if q == publish.qos && same && (publish.dup || again && !self.sided) =>
+                    if q == publish.qos && same && (publish.dup || again && !self.multi_stream) =>
                 {
                     self.settle(key, q, reason);
                     return Arrival::Answered(reason);
                 }
-                // Without DUP it may be a new one, behind a PUBREL that came on another stream.
+                // Without DUP it may be a new message, whose PUBREL arrived on another stream.
                 State::Received if publish.qos == QoS::ExactlyOnce && same && publish.dup => {
                     return Arrival::Received;
                 }
@@ -191,7 +193,7 @@ impl Inbound {
             if received && (publish.dup || !self.released_elsewhere(key)) {
                 return Arrival::Received;
             }
-            // The identifier is used anew: what it meant before is over [MQTT-4.3.2-5].
+            // The client uses the identifier for a new message [MQTT-4.3.2-5].
             self.remove(key);
         }
         if self.open() >= open_max {
@@ -210,14 +212,14 @@ impl Inbound {
                 stream: publish.stream,
                 state: State::Waiting(publish.qos),
                 digest: publish.digest,
-                here: true,
+                current: true,
             },
         );
         Arrival::New(token)
     }
 
-    /// A copy of what came on another stream, that one or its connection being gone, or of what an
-    /// ended session left.
+    /// A copy of a publish from another stream, if that stream or its connection ended, or from an
+    /// ended session.
     fn again_elsewhere(&mut self, publish: &Incoming, key: Key) -> Option<Arrival> {
         let same = |e: &Entry| {
             e.token.packet_id() == publish.packet_id
@@ -225,25 +227,25 @@ impl Inbound {
                 && e.state.is_of(publish)
         };
         let control = Key::new(0, publish.packet_id);
-        let before = |e: &&Entry| key != control && !e.here && same(e);
-        let found = if let Some(at) = self.adrift.iter().position(same) {
-            self.adrift.swap_remove(at)
+        let before = |e: &&Entry| key != control && !e.current && same(e);
+        let found = if let Some(at) = self.detached.iter().position(same) {
+            self.detached.swap_remove(at)
         } else if self.entries.get(&control).filter(before).is_some() {
             let entry = self.entries.remove(&control)?;
             self.answered -= usize::from(matches!(entry.state, State::Answered(..)));
             entry
         } else if !self.entries.contains_key(&key) {
-            let at = self.orphans.iter().position(same)?;
-            let orphan = self.orphans.swap_remove(at);
-            self.waiting += usize::from(matches!(orphan.state, State::Waiting(_)));
-            orphan
+            let at = self.unclaimed.iter().position(same)?;
+            let unclaimed = self.unclaimed.swap_remove(at);
+            self.waiting += usize::from(matches!(unclaimed.state, State::Waiting(_)));
+            unclaimed
         } else {
             return None;
         };
         self.keep_marks(publish.packet_id, found.state);
         let mut claimed = Entry {
             stream: publish.stream,
-            here: true,
+            current: true,
             ..found
         };
         let arrival = match found.state {
@@ -259,16 +261,16 @@ impl Inbound {
         }
         if let Some(other) = self.entries.insert(key, claimed) {
             self.answered -= usize::from(matches!(other.state, State::Answered(..)));
-            self.drift(other);
+            self.keep_detached(other);
         }
         Some(arrival)
     }
 
-    /// The client goes on with new messages: it has sent again what it would.
+    /// The client sends new messages, so it has sent its copies.
     fn progress(&mut self) {
         self.progressed = true;
-        // On one stream those would have come first.
-        if self.answered > 0 && !self.sided {
+        // On a single stream the copies would have arrived first.
+        if self.answered > 0 && !self.multi_stream {
             self.entries
                 .retain(|_, e| !matches!(e.state, State::Answered(..)));
             self.answered = 0;
@@ -283,7 +285,7 @@ impl Inbound {
         }
     }
 
-    /// An answer that the client is told now.
+    /// The client gets this answer now.
     fn settle(&mut self, key: Key, qos: QoS, reason: ReasonCode) {
         if qos == QoS::ExactlyOnce && !reason.is_error() {
             if let Some(entry) = self.entries.get_mut(&key) {
@@ -302,7 +304,8 @@ impl Inbound {
         }
     }
 
-    /// The core's answer. `None`: nobody is to be told (away, or the identifier means another).
+    /// The broker's answer. `None`: the client gets none now, because it is away or uses the identifier
+    /// for another message.
     pub fn answer(&mut self, token: Token, reason: ReasonCode, attached: bool) -> Option<Answer> {
         if let Some(key) = self.find(token)
             && let Some(entry) = self.entries.get_mut(&key)
@@ -310,8 +313,8 @@ impl Inbound {
         {
             self.waiting -= 1;
             let stream = entry.stream;
-            if !attached || !entry.here {
-                // Told when the client sends its copy, which it has not done on this connection.
+            if !attached || !entry.current {
+                // The client gets it for its copy, which it has not sent on this connection yet.
                 entry.state = State::Answered(qos, reason);
                 self.answered += 1;
                 return None;
@@ -323,8 +326,8 @@ impl Inbound {
                 qos,
             });
         }
-        for (entry, counted) in
-            (self.adrift.iter_mut().map(|e| (e, 1))).chain(self.orphans.iter_mut().map(|e| (e, 0)))
+        for (entry, counted) in (self.detached.iter_mut().map(|e| (e, 1)))
+            .chain(self.unclaimed.iter_mut().map(|e| (e, 0)))
         {
             if entry.token == token
                 && let State::Waiting(qos) = entry.state
@@ -337,18 +340,18 @@ impl Inbound {
         None
     }
 
-    /// Where a publish is: mostly still where it came in.
+    /// The entry of a publish, which is mostly still under the key of its arrival.
     fn find(&self, token: Token) -> Option<Key> {
         let key = token.key();
         let at_first = self.entries.get(&key).is_some_and(|e| e.token == token);
-        if at_first || !self.sided {
+        if at_first || !self.multi_stream {
             return at_first.then_some(key);
         }
         let mut all = self.entries.iter();
         all.find(|(_, e)| e.token == token).map(|(key, _)| *key)
     }
 
-    /// The client's PUBREL, which may come on any stream. False: the identifier is unknown.
+    /// The client's PUBREL, which may arrive on any stream. False: the identifier is unknown.
     pub fn release(&mut self, stream: u8, packet_id: u16) -> bool {
         let key = Key::new(stream, packet_id);
         if self.entries.get(&key).is_some_and(|e| e.state.received()) {
@@ -360,11 +363,12 @@ impl Inbound {
             self.shrink();
             return true;
         }
-        if !self.sided {
+        if !self.multi_stream {
             return false;
         }
-        // Of several it is not said which: each is known until as many have come.
-        let mut all = of_identifier(&mut self.entries, &mut self.adrift, packet_id);
+        // It does not say which of several publishes it means, so all of them stay known until as many
+        // PUBRELs have arrived.
+        let mut all = of_identifier(&mut self.entries, &mut self.detached, packet_id);
         let Some(one) = all.find(|e| e.state == State::Received) else {
             return false;
         };
@@ -377,8 +381,8 @@ impl Inbound {
         true
     }
 
-    /// Whether a PUBREL that came on another stream can have meant this one: a new message under the
-    /// identifier says so.
+    /// Whether a PUBREL on another stream can have meant this publish, given that the client now
+    /// sends a new message with its identifier.
     fn released_elsewhere(&mut self, key: Key) -> bool {
         if self
             .entries
@@ -388,19 +392,19 @@ impl Inbound {
             return true;
         }
         let id = key.0 as u16;
-        let mut all = of_identifier(&mut self.entries, &mut self.adrift, id);
+        let mut all = of_identifier(&mut self.entries, &mut self.detached, id);
         let other = all.find(|e| e.state == State::Released);
-        // Then it did not mean the other.
+        // Then the PUBREL did not mean the other publish.
         other.map(|e| e.state = State::Received).is_some()
     }
 
-    /// One of several with the same identifier is gone in state `state`: the PUBRELs that came count
-    /// for those that are left.
+    /// One of several publishes with the same identifier is removed from state `state`. The PUBRELs
+    /// that have arrived count for the remaining ones.
     fn keep_marks(&mut self, packet_id: u16, state: State) {
-        if !self.sided || !state.received() {
+        if !self.multi_stream || !state.received() {
             return;
         }
-        let mut all = of_identifier(&mut self.entries, &mut self.adrift, packet_id);
+        let mut all = of_identifier(&mut self.entries, &mut self.detached, packet_id);
         let mut more = false;
         if let Some(one) = all.find(|e| e.state == State::Received) {
             more = true;
@@ -418,67 +422,67 @@ impl Inbound {
     fn forget_released(&mut self, packet_id: u16) {
         let gone = |e: &Entry| e.token.packet_id() == packet_id && e.state == State::Released;
         self.entries.retain(|_, e| !gone(e));
-        self.adrift.retain(|e| !gone(e));
+        self.detached.retain(|e| !gone(e));
         self.shrink();
     }
 
-    /// The connection is gone, and with it what its data streams were.
-    pub fn detached(&mut self) {
+    /// The connection ended, and its data streams with it.
+    pub fn connection_ended(&mut self) {
         for entry in self.entries.values_mut() {
-            entry.here = false;
+            entry.current = false;
         }
-        self.set_adrift(|key| key.stream() != 0);
+        self.detach_where(|key| key.stream() != 0);
     }
 
-    /// A data stream is gone.
+    /// A data stream ended.
     pub fn stream_ended(&mut self, stream: u8) {
-        self.set_adrift(|key| key.stream() == stream);
+        self.detach_where(|key| key.stream() == stream);
     }
 
-    fn set_adrift(&mut self, which: impl Fn(Key) -> bool) {
-        if !self.sided {
+    fn detach_where(&mut self, which: impl Fn(Key) -> bool) {
+        if !self.multi_stream {
             return;
         }
         let keys: Vec<Key> = self.entries.keys().copied().filter(|k| which(*k)).collect();
         for key in keys {
             if let Some(entry) = self.entries.remove(&key) {
                 self.answered -= usize::from(matches!(entry.state, State::Answered(..)));
-                self.drift(entry);
+                self.keep_detached(entry);
             }
         }
         self.shrink();
     }
 
-    fn drift(&mut self, entry: Entry) {
-        let here = false;
-        self.adrift.push(Entry { here, ..entry });
-        if self.adrift.len() > ADRIFT_MAX {
+    fn keep_detached(&mut self, entry: Entry) {
+        let current = false;
+        self.detached.push(Entry { current, ..entry });
+        if self.detached.len() > DETACHED_MAX {
             let settled = |e: &Entry| !matches!(e.state, State::Waiting(_));
-            if let Some(oldest) = self.adrift.iter().position(settled) {
-                self.adrift.remove(oldest);
+            if let Some(oldest) = self.detached.iter().position(settled) {
+                self.detached.remove(oldest);
             }
         }
     }
 
-    /// A new session takes the place of this one: only what the core has, or had while the client
-    /// was away, is remembered.
+    /// The session begins anew. Its publishes that the broker has, or answered while the client was
+    /// away, are remembered.
     pub fn restart(&mut self) {
         let mut left: Vec<Entry> = self.entries.drain().map(|(_, e)| e).collect();
-        left.append(&mut self.adrift);
+        left.append(&mut self.detached);
         left.retain(|e| !e.state.received());
         if !self.progressed {
-            left.append(&mut self.orphans);
+            left.append(&mut self.unclaimed);
         }
-        left.truncate(ORPHANS_MAX);
-        self.orphans = left;
+        left.truncate(UNCLAIMED_MAX);
+        self.unclaimed = left;
         self.waiting = 0;
         self.answered = 0;
         self.progressed = false;
     }
 
-    /// Something of an ended session is still worth recognising.
+    /// Whether publishes of ended sessions are still to be recognised.
     pub fn has_unclaimed(&self) -> bool {
-        !self.orphans.is_empty()
+        !self.unclaimed.is_empty()
     }
 
     fn shrink(&mut self) {
@@ -488,21 +492,22 @@ impl Inbound {
     }
 }
 
-/// QoS 2 publishes with an identifier that were received and are not released for sure.
+/// QoS 2 publishes with this identifier that are received and not surely released.
 fn of_identifier<'a>(
     entries: &'a mut HashMap<Key, Entry, RandomState>,
-    adrift: &'a mut [Entry],
+    detached: &'a mut [Entry],
     packet_id: u16,
 ) -> impl Iterator<Item = &'a mut Entry> {
-    // What is left of gone streams first: those that live can say it themselves.
+    // Those of ended streams first: a live stream can send its own PUBREL.
     let mine = move |e: &&mut Entry| e.token.packet_id() == packet_id && e.state.received();
-    adrift.iter_mut().chain(entries.values_mut()).filter(mine)
+    detached.iter_mut().chain(entries.values_mut()).filter(mine)
 }
 
-/// Publishes of gone data streams remembered for one client, beside those that the core has.
-const ADRIFT_MAX: usize = 1000;
-/// Publishes of ended sessions remembered for one client.
-const ORPHANS_MAX: usize = 1000;
+/// Publishes of ended data streams that are remembered for one client, beside those that wait for
+/// the broker.
+const DETACHED_MAX: usize = 1000;
+/// Publishes of ended sessions that are remembered for one client.
+const UNCLAIMED_MAX: usize = 1000;
 
 #[cfg(test)]
 mod tests;

@@ -135,9 +135,9 @@ impl Session {
 
     /// The packets that were under way on the connection are to be sent again on the next one.
     fn forget_connection(&mut self, limits: &SessionLimits) {
-        self.outbound.detached(limits);
+        self.outbound.connection_ended(limits);
         if let Some(inbound) = &mut self.inbound {
-            inbound.detached();
+            inbound.connection_ended();
         }
     }
 

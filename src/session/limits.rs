@@ -7,6 +7,7 @@ use foldhash::fast::RandomState;
 
 use crate::budget::Account;
 use crate::mqtt::QoS;
+use crate::time::Millis;
 
 /// What to do when a session's queue is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -14,7 +15,7 @@ pub enum QueueFull {
     /// Drop the oldest waiting message.
     #[default]
     Oldest,
-    /// Drop the one that arrives.
+    /// Drop the message that arrives.
     Newest,
     /// End the session.
     EndSession,
@@ -33,34 +34,33 @@ pub enum DropReason {
     TooLarge,
 }
 
-/// The limits of a session; the same for all.
+/// The limits of a session. All sessions have the same.
 #[derive(Clone, Debug)]
 pub struct SessionLimits {
-    /// QoS 1 and 2 publishes of an MQTT 5 client that may be unanswered.
+    /// Our Receive Maximum: QoS 1 and 2 publishes of an MQTT 5 client that may be unanswered.
     pub receive_max: u16,
-    /// Aliases a client may define.
+    /// Our Topic Alias Maximum: aliases that a client may define.
     pub topic_alias_max: u16,
-    /// Largest packet taken from a client, bytes.
+    /// The largest packet taken from a client, in bytes.
     pub packet_max: u32,
-    /// Messages in a session's queue.
+    /// Messages that may wait in a session's queue.
     pub queue_messages_max: usize,
-    /// Bytes in a session's queue, and in flight.
+    /// Bytes that may wait in a session's queue, and that may be in flight.
     pub queue_bytes_max: usize,
-    /// Age in milliseconds at which a waiting message is dropped; `u64::MAX`: none.
-    pub queue_age_max: u64,
-    /// How long a session is away before others get its part of shared subscriptions,
-    /// milliseconds.
-    pub shared_redeliver_after: u64,
-    /// How long a client may be away before its will goes out and its absence is told, milliseconds.
-    pub will_grace: u64,
-    /// Clients' coming and going is told.
+    /// Age in milliseconds at which a waiting message is dropped. `None`: at none.
+    pub queue_age_max: Option<Millis>,
+    /// Milliseconds that a session may be away before other members of its groups get its share.
+    pub shared_redeliver_after: Millis,
+    /// Milliseconds that a client may be away before its will and its absence are published.
+    pub will_grace: Millis,
+    /// Publish the presence and absence of clients.
     pub presence: bool,
     /// Policy when the queue is full.
     pub queue_full: QueueFull,
-    /// Keep QoS 0 for clients that are away.
+    /// Keep QoS 0 messages for clients that are away.
     pub queue_qos0: bool,
-    /// Bytes of output that may wait for a connection's socket; less while all together are near
-    /// their budget.
+    /// Bytes of output that may wait for a connection's socket. The router lowers it while the output
+    /// of all connections is near its budget.
     pub output_buffer: Arc<AtomicUsize>,
     /// Subscriptions of one client.
     pub subscriptions_max: usize,
@@ -68,15 +68,16 @@ pub struct SessionLimits {
     pub filter_bytes_max: usize,
     /// Levels of a topic or filter.
     pub topic_levels_max: usize,
-    /// Unanswered publishes of a 3.x client before its socket is left unread.
+    /// Unanswered publishes of an MQTT 3 client before its socket is left unread.
     pub v3_publishes_max: usize,
-    /// Session Expiry Interval at most, seconds.
+    /// The longest Session Expiry Interval, in seconds.
     pub expiry_max: u32,
-    /// Charged for every message that a client brings in.
+    /// Charged for every message that a client publishes.
     pub publish_account: Arc<Account>,
-    /// User properties with this key are ours alone [MQTT-3.3.2-17]: stripped from clients.
+    /// Our own user property, which is stripped from clients' publishes: a client must not set an
+    /// origin mark.
     pub reserved_key: &'static str,
-    /// Keyed for the process: recognises copies of publishes.
+    /// Keyed for the process. Digests recognise copies of publishes.
     pub hasher: RandomState,
 }
 
@@ -87,17 +88,17 @@ impl SessionLimits {
     }
 }
 
-/// Who may publish and subscribe what; asked for one client.
+/// The permissions of one client, and what the broker supports.
 pub trait Policy {
     /// Whether the client may publish to `topic`.
     fn may_publish(&self, topic: &str) -> bool;
     /// Whether the client may subscribe to `filter`.
     fn may_subscribe(&self, filter: &str) -> bool;
-    /// The largest QoS that the core takes.
+    /// The largest QoS that the broker accepts.
     fn maximum_qos(&self) -> QoS {
         QoS::ExactlyOnce
     }
-    /// Whether the core keeps retained messages.
+    /// Whether the broker keeps retained messages.
     fn retain_available(&self) -> bool {
         true
     }

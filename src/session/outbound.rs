@@ -397,7 +397,7 @@ impl Outbound {
     }
 
     /// Forgets what belongs to the lost connection; what was sent is to be sent again.
-    pub fn detached(&mut self, limits: &SessionLimits) {
+    pub fn connection_ended(&mut self, limits: &SessionLimits) {
         self.window_used = 0;
         self.resend_at = 0;
         for entry in &mut self.inflight {
@@ -465,9 +465,9 @@ impl Outbound {
     /// Takes out what another member of its group may have: what was never sent, and QoS 1 that
     /// was not acknowledged. QoS 2 under way stays [MQTT-4.8.2-4] [MQTT-4.8.2-5].
     pub fn take_shared(&mut self) -> Vec<Redelivery> {
-        let mut orphans = Vec::new();
+        let mut unclaimed = Vec::new();
         if !self.sets.grouped() {
-            return orphans;
+            return unclaimed;
         }
         let Self {
             inflight,
@@ -480,20 +480,20 @@ impl Outbound {
                 && let Some(message) = entry.message.take()
             {
                 entry.state = State::Done;
-                orphans.push(Redelivery { filter, message });
+                unclaimed.push(Redelivery { filter, message });
             }
         }
         queue.retain(|entry| match (sets.group(entry.ids), &entry.message) {
             (Some(filter), Some(message)) => {
                 let message = message.clone();
-                orphans.push(Redelivery { filter, message });
+                unclaimed.push(Redelivery { filter, message });
                 false
             }
             _ => true,
         });
         self.inflight_bytes = self.inflight.iter().map(|e| e.size()).sum();
         self.trim();
-        orphans
+        unclaimed
     }
 
     /// Whether a new message of QoS 1 or 2 would be written at once.

@@ -34,7 +34,7 @@ fn limits() -> SessionLimits {
         packet_max: 1024 * 1024,
         queue_messages_max: 1000,
         queue_bytes_max: 1024 * 1024,
-        queue_age_max: u64::MAX,
+        queue_age_max: None,
         shared_redeliver_after: 30_000,
         will_grace: 0,
         presence: false,

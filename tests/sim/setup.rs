@@ -43,7 +43,7 @@ impl World {
                 10_000
             },
             queue_bytes_max: if rng.chance(10) { 2000 } else { 1 << 20 },
-            queue_age_max: u64::MAX,
+            queue_age_max: None,
             shared_redeliver_after: 30_000,
             will_grace: 0,
             presence: false,

@@ -25,7 +25,7 @@ fn new(inbound: &mut Inbound, id: u16, qos: QoS, digest: u64) -> Token {
 fn a_copy_sent_again_joins_the_first_while_it_waits() {
     let mut inbound = Inbound::default();
     let token = new(&mut inbound, 7, ONE, 1);
-    inbound.detached();
+    inbound.connection_ended();
     assert_eq!(
         inbound.arrive(&publish(7, true, ONE, 1), 10),
         Arrival::Joined
@@ -35,11 +35,11 @@ fn a_copy_sent_again_joins_the_first_while_it_waits() {
 }
 
 #[test]
-fn an_answer_that_came_before_the_copy_serves_it_and_only_it() {
+fn an_answer_from_before_the_copy_serves_only_the_copy() {
     for attached in [false, true] {
         let mut inbound = Inbound::default();
         let token = new(&mut inbound, 7, ONE, 1);
-        inbound.detached();
+        inbound.connection_ended();
         assert_eq!(inbound.answer(token, OK, attached), None);
         let again = inbound.arrive(&publish(7, true, ONE, 1), 10);
         assert_eq!(again, Arrival::Answered(OK));
@@ -53,14 +53,14 @@ fn an_answer_that_came_before_the_copy_serves_it_and_only_it() {
 fn another_message_under_the_same_identifier_is_not_joined() {
     let mut inbound = Inbound::default();
     let first = new(&mut inbound, 1, ONE, 1);
-    inbound.detached();
+    inbound.connection_ended();
     let second = new(&mut inbound, 1, ONE, 2);
     assert_eq!(inbound.answer(first, OK, true), None);
     assert!(inbound.answer(second, OK, true).is_some());
 }
 
 #[test]
-fn a_clean_start_joins_only_what_is_marked_and_equal() {
+fn after_a_clean_start_only_an_equal_publish_with_dup_joins() {
     let mut inbound = Inbound::default();
     let token = new(&mut inbound, 1, ONE, 1);
     inbound.restart();
@@ -86,7 +86,7 @@ fn a_clean_start_joins_only_what_is_marked_and_equal() {
 }
 
 #[test]
-fn what_an_earlier_session_left_does_not_outlive_its_successor_s_progress() {
+fn publishes_of_an_earlier_session_are_forgotten_once_the_next_one_progresses() {
     let mut inbound = Inbound::default();
     let old = new(&mut inbound, 1, ONE, 1);
     inbound.restart();
@@ -99,7 +99,7 @@ fn what_an_earlier_session_left_does_not_outlive_its_successor_s_progress() {
 }
 
 #[test]
-fn one_past_the_limit_is_refused_and_leaves_nothing() {
+fn a_publish_past_the_limit_is_refused_and_not_kept() {
     let mut inbound = Inbound::default();
     for id in 1..=10 {
         new(&mut inbound, id, ONE, 0);
@@ -116,7 +116,7 @@ fn one_past_the_limit_is_refused_and_leaves_nothing() {
 fn answers_while_away_do_not_count_against_the_client() {
     let mut inbound = Inbound::default();
     let tokens: Vec<Token> = (1..=10).map(|id| new(&mut inbound, id, ONE, 0)).collect();
-    inbound.detached();
+    inbound.connection_ended();
     for token in tokens {
         inbound.answer(token, OK, false);
     }
@@ -144,7 +144,7 @@ fn on(stream: u8, packet_id: u16, dup: bool, digest: u64) -> Incoming {
     }
 }
 
-/// PUBREC is out.
+/// A publish of QoS 2 whose PUBREC is sent.
 fn received(inbound: &mut Inbound, stream: u8, packet_id: u16, digest: u64) {
     match inbound.arrive(&on(stream, packet_id, false, digest), 10) {
         Arrival::New(token) => {
@@ -162,7 +162,7 @@ fn streams_use_one_identifier_for_different_messages() {
     received(&mut inbound, 2, 1, 22);
     assert_eq!(inbound.open(), 2);
     assert!(inbound.release(1, 1));
-    // Only that of its own stream.
+    // Only the publish of its own stream.
     let again = inbound.arrive(&on(2, 1, true, 22), 10);
     assert_eq!(again, Arrival::Received);
     assert!(inbound.release(2, 1));
@@ -179,26 +179,26 @@ fn a_release_may_come_on_any_stream() {
     received(&mut inbound, 3, 7, 2);
     inbound.stream_ended(3);
     assert!(inbound.release(5, 7));
-    assert_eq!(inbound.adrift.len(), 0);
+    assert_eq!(inbound.detached.len(), 0);
 }
 
 #[test]
-fn a_gone_stream_s_identifier_is_free_for_the_next_one_of_its_number() {
+fn an_ended_stream_s_identifiers_are_free_for_the_next_stream_of_its_number() {
     let mut inbound = Inbound::default();
     received(&mut inbound, 1, 1, 11);
     inbound.stream_ended(1);
     received(&mut inbound, 1, 1, 22);
-    // The first is still known: its copy is no third message.
+    // The first is still known, so its copy is not a third message.
     let again = inbound.arrive(&on(4, 1, true, 11), 10);
     assert_eq!(again, Arrival::Received);
 }
 
 #[test]
-fn after_a_resume_copies_are_known_on_whatever_stream() {
+fn after_a_resume_copies_are_recognised_on_any_stream() {
     for (first, then) in [(1, 0), (1, 2), (0, 1), (0, 0), (1, 1)] {
         let mut inbound = Inbound::default();
-        // One that the core has, one that it answered while the client was away, one of which
-        // the client may have PUBREC.
+        // The broker has the first and answered the second while the client was away; the client
+        // may have PUBREC for the third.
         let mut tokens = Vec::new();
         for (id, digest) in [(1, 11), (2, 22)] {
             match inbound.arrive(&on(first, id, false, digest), 10) {
@@ -207,7 +207,7 @@ fn after_a_resume_copies_are_known_on_whatever_stream() {
             }
         }
         received(&mut inbound, first, 3, 33);
-        inbound.detached();
+        inbound.connection_ended();
         assert_eq!(inbound.answer(tokens[1], OK, false), None);
         let mut again = |id, digest| inbound.arrive(&on(then, id, true, digest), 10);
         assert_eq!(again(1, 11), Arrival::Joined, "{first} {then}");
@@ -223,12 +223,12 @@ fn after_a_resume_copies_are_known_on_whatever_stream() {
 }
 
 #[test]
-fn after_a_resume_a_new_message_on_one_stream_forgets_none_of_another() {
+fn after_a_resume_a_new_message_on_one_stream_forgets_no_copy_of_another() {
     let mut inbound = Inbound::default();
     let Arrival::New(token) = inbound.arrive(&on(1, 1, false, 11), 10) else {
         panic!("new");
     };
-    inbound.detached();
+    inbound.connection_ended();
     inbound.answer(token, OK, false);
     received(&mut inbound, 2, 9, 99);
     let again = inbound.arrive(&on(1, 1, true, 11), 10);
@@ -236,18 +236,18 @@ fn after_a_resume_a_new_message_on_one_stream_forgets_none_of_another() {
 }
 
 #[test]
-fn a_release_that_may_mean_either_of_two_forgets_none_that_may_come_again() {
+fn an_ambiguous_release_forgets_no_publish_that_may_be_sent_again() {
     for order in [[11, 22], [22, 11]] {
         let mut inbound = Inbound::default();
         received(&mut inbound, 1, 1, order[0]);
         received(&mut inbound, 2, 1, order[1]);
-        inbound.detached();
+        inbound.connection_ended();
         // The client has PUBREC for one, and not for the other.
         assert!(inbound.release(0, 1));
         let again = inbound.arrive(&on(0, 1, true, 22), 10);
         assert_eq!(again, Arrival::Received);
         assert!(inbound.release(0, 1));
-        assert_eq!((inbound.open(), inbound.adrift.len()), (0, 0));
+        assert_eq!((inbound.open(), inbound.detached.len()), (0, 0));
     }
 }
 
@@ -261,28 +261,28 @@ fn a_new_message_says_which_of_two_was_released() {
     let again = inbound.arrive(&on(1, 1, true, 11), 10);
     assert_eq!(again, Arrival::Received);
     assert!(inbound.release(1, 1) && inbound.release(2, 1));
-    assert_eq!((inbound.open(), inbound.adrift.len()), (0, 0));
+    assert_eq!((inbound.open(), inbound.detached.len()), (0, 0));
 }
 
 #[test]
 fn a_new_message_that_looks_like_the_one_before_is_forwarded() {
-    // Which of the two is marked is chance.
+    // The PUBREL may have marked either.
     for stream in [1, 2].repeat(16) {
         let mut inbound = Inbound::default();
         received(&mut inbound, 1, 1, 11);
         received(&mut inbound, 2, 1, 11);
         assert!(inbound.release(0, 1));
         received(&mut inbound, stream, 1, 11);
-        // The other is open still.
+        // The other is still open.
         let again = inbound.arrive(&on(3 - stream, 1, true, 11), 10);
         assert_eq!(again, Arrival::Received);
         assert!(inbound.release(1, 1) && inbound.release(2, 1));
-        assert_eq!((inbound.open(), inbound.adrift.len()), (0, 0));
+        assert_eq!((inbound.open(), inbound.detached.len()), (0, 0));
     }
 }
 
 #[test]
-fn without_a_release_the_same_again_is_a_copy_dup_or_not() {
+fn without_a_release_an_equal_publish_is_a_copy_with_or_without_dup() {
     for stream in [0, 1] {
         let mut inbound = Inbound::default();
         received(&mut inbound, stream, 1, 11);
@@ -294,12 +294,12 @@ fn without_a_release_the_same_again_is_a_copy_dup_or_not() {
 }
 
 #[test]
-fn what_gone_streams_left_is_bounded_and_costs_the_client_nothing() {
+fn publishes_of_ended_streams_are_bounded_and_not_counted_against_the_client() {
     let mut inbound = Inbound::default();
-    for n in 0..2 * ADRIFT_MAX as u64 {
+    for n in 0..2 * DETACHED_MAX as u64 {
         received(&mut inbound, 1, 1, n);
         inbound.stream_ended(1);
     }
-    assert_eq!(inbound.adrift.len(), ADRIFT_MAX);
+    assert_eq!(inbound.detached.len(), DETACHED_MAX);
     assert_eq!(inbound.open(), 0);
 }

@@ -26,7 +26,7 @@ fn limits(subscriptions_max: usize) -> SessionLimits {
         packet_max: 1024 * 1024,
         queue_messages_max: 10,
         queue_bytes_max: 1024,
-        queue_age_max: u64::MAX,
+        queue_age_max: None,
         shared_redeliver_after: 0,
         will_grace: 0,
         presence: false,
