@@ -17,13 +17,13 @@ use parking_lot::Mutex;
 use crate::auth::{Acl, Authenticator, Identity};
 use crate::budget::Account;
 use crate::clock::Clock;
-use crate::config::{self, AuthMode, SenderProperty};
+use crate::config::{self, AuthMode, SenderProperty, Transport};
 use crate::mqtt::QoS;
 use crate::router::Router;
 use crate::session::Policy;
 use crate::telemetry::ListenerMetrics;
 use crate::time::Millis;
-use crate::transport::{Accepted, ConnectionTask, Kind, Permit};
+use crate::transport::{Accepted, ConnectionTask, Permit};
 
 /// What every connection needs.
 pub struct Clients {
@@ -81,8 +81,9 @@ impl Clients {
         mut door: ListenerContext,
         accepted: Accepted,
     ) -> Option<ConnectionTask> {
-        door.transport = accepted.stream.kind().as_str();
-        if let (Kind::WebTransport, Some(own)) = (accepted.stream.kind(), &door.webtransport) {
+        let transport = accepted.stream.transport();
+        door.transport = transport.name();
+        if let (Transport::WebTransport, Some(own)) = (transport, &door.webtransport) {
             door.metrics = own.clone();
         }
         let open = Open::new(&door.metrics, accepted.permit);

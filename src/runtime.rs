@@ -26,7 +26,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::store::{Memory, Store};
 use crate::telemetry::{self, MemoryAccount, metrics};
-use crate::transport::{ConnectionCap, Drain};
+use crate::transport::{Bound, ConnectionCap, Drain};
 use crate::upstream::{Start, Upstream};
 
 pub use check::check;
@@ -57,7 +57,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     let broker = convert::broker_access(&config)?;
     let cap = Arc::new(ConnectionCap::new(connections(&config)));
     let limits = Arc::new(convert::transport_limits(&config, cap.clone())?);
-    let listeners = listeners::bind_all(&config, &mut certificates, &limits)?;
+    let listeners = listeners::bind_all(&config, &mut certificates, &limits, clock)?;
 
     let upstream = Upstream::start(
         Start {
@@ -88,7 +88,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     });
     tasks.spawn(ticker::run(router, clock, stop_links.clone()));
     tasks.spawn(certificates.watch(hangup, stop_links.clone()));
-    let drains: Vec<Drain> = listeners.iter().map(|l| l.bound.drain()).collect();
+    let drains: Vec<Drain> = listeners.iter().map(Bound::drain).collect();
     for listener in listeners {
         listeners::serve(&tasks, &clients, listener, stop_accepting.clone());
     }

@@ -40,30 +40,30 @@ pub mod transport {
     mod quic {
         mod capsules;
 
-        use capsules::{Capsules, Seen};
+        use capsules::{Capsules, Found};
 
         /// However the bytes are cut, they come to the same.
         pub fn capsules(bytes: &[u8], step: usize) {
             let whole = Capsules::default().feed(bytes);
             let mut capsules = Capsules::default();
             let mut pieces = bytes.chunks(step).map(|piece| capsules.feed(piece));
-            let cut = pieces.find(|seen| *seen != Seen::Nothing);
-            assert_eq!(cut.unwrap_or(Seen::Nothing), whole);
+            let cut = pieces.find(|found| *found != Found::Nothing);
+            assert_eq!(cut.unwrap_or(Found::Nothing), whole);
         }
     }
     mod ws {
         mod frame;
 
-        use frame::{Asked, Decoder};
+        use frame::{Decoder, FrameError, Requests};
 
-        fn decode(bytes: &[u8], step: usize) -> (Vec<u8>, Asked, Option<u16>) {
+        fn decode(bytes: &[u8], step: usize) -> (Vec<u8>, Requests, Option<FrameError>) {
             let mut decoder = Decoder::new(1000);
-            let (mut out, mut asked) = (Vec::new(), Asked::default());
+            let (mut out, mut requests) = (Vec::new(), Requests::default());
             let mut input = bytes.to_vec();
             let fed = input
                 .chunks_mut(step)
-                .try_for_each(|piece| decoder.feed(piece, &mut out, &mut asked));
-            (out, asked, fed.err().map(|stopped| stopped.fault.code))
+                .try_for_each(|piece| decoder.feed(piece, &mut out, &mut requests));
+            (out, requests, fed.err().map(|stopped| stopped.fault))
         }
 
         /// However the bytes are cut, they come to the same, and to no more than came.

@@ -16,15 +16,16 @@ use crate::router::handle::ConnectionHandle;
 use crate::router::{self, Peer, Refused};
 use crate::session::{ConnectionSpec, Policy, Scope, Will};
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
-use crate::transport::{ClientCertificate, CloseHow, Closed, Detected, OutBuf, Stream, detect};
+use crate::transport::{
+    ClientCertificate, CloseHow, Closed, Detected, OutBuf, Stream,
+    UNAUTHENTICATED_PACKET_MAX_BYTES, detect,
+};
 
 use crate::client::connection::{Admitted, Opened};
 use crate::client::partial::{KEEP, Partial};
 use crate::client::scope::{owner, room_for, scope_of};
 use crate::client::{ClientPolicy, Clients, ListenerContext};
 
-/// The largest packet before a client is known, bytes.
-const CONNECT_MAX: u32 = 16 * 1024;
 /// Characters of a client's text in a log line.
 const LOGGED: usize = 64;
 /// How long a refused client is given to take its answer.
@@ -153,7 +154,10 @@ async fn read_connect<'a>(
     loop {
         let bytes = &input.bytes;
         let guess = detect(bytes).filter(|guess| *guess != Detected::Mqtt);
-        match (decode_connect(bytes, CONNECT_MAX), guess) {
+        match (
+            decode_connect(bytes, UNAUTHENTICATED_PACKET_MAX_BYTES),
+            guess,
+        ) {
             (Ok(Some(_)), _) => return Ok(()),
             (Ok(None), None) => {
                 input.settle(account, false, 0);
@@ -194,7 +198,7 @@ async fn read_connect<'a>(
             Err(closed) => {
                 let label = match closed {
                     Closed::TooLarge => RefusedReason::TooLarge,
-                    Closed::Violation { .. } => RefusedReason::Protocol,
+                    Closed::Violation(_) => RefusedReason::Protocol,
                     _ => RefusedReason::Closed,
                 };
                 let why = format!("{closed} before CONNECT was complete");
@@ -227,7 +231,7 @@ async fn admit(
     certificate: Option<Box<ClientCertificate>>,
     input: &[u8],
 ) -> Result<(Admitted, usize), Refusal> {
-    let (connect, used) = match decode_connect(input, CONNECT_MAX) {
+    let (connect, used) = match decode_connect(input, UNAUTHENTICATED_PACKET_MAX_BYTES) {
         Ok(Some(decoded)) => decoded,
         // It decoded a moment ago.
         _ => unreachable_connect()?,

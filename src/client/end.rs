@@ -75,10 +75,8 @@ impl End {
                 ReasonCode::PACKET_TOO_LARGE,
                 CloseHow::Protocol,
             ),
-            Closed::Quota(_) => (D::Quota, ReasonCode::QUOTA_EXCEEDED, CloseHow::Overload),
-            Closed::Violation { .. } => {
-                (D::Protocol, ReasonCode::PROTOCOL_ERROR, CloseHow::Protocol)
-            }
+            Closed::TooManyResets => (D::Quota, ReasonCode::QUOTA_EXCEEDED, CloseHow::Overload),
+            Closed::Violation(_) => (D::Protocol, ReasonCode::PROTOCOL_ERROR, CloseHow::Protocol),
             Closed::StreamReset(_) | Closed::Io(_) => {
                 (D::Io, ReasonCode::SUCCESS, CloseHow::Normal)
             }

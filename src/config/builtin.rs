@@ -84,28 +84,38 @@ impl Config {
     }
 }
 
+impl Listener {
+    /// A listener with the default of every other key.
+    pub fn new(transport: Transport, bind: SocketAddr) -> Self {
+        Self {
+            name: transport.name().to_owned(),
+            transport,
+            bind,
+            paths: vec![WS_PATH.to_owned()],
+            tls: match transport.is_encrypted() {
+                true => vec![TLS_NAME.to_owned()],
+                false => Vec::new(),
+            },
+            origins: Vec::new(),
+            webtransport: false,
+            early_data: false,
+            auth: AuthMode::Anonymous,
+            mount: String::new(),
+            trusted_proxies: Vec::new(),
+            proxy_protocol: ProxyProtocol::Off,
+            real_ip_header: RealIpHeader::XForwardedFor,
+            ping_interval: Some(PING_INTERVAL),
+        }
+    }
+}
+
 /// The built-in listeners, all on loopback.
 pub(super) fn listeners() -> Vec<Listener> {
     let listener = |transport: Transport, port| Listener {
-        name: transport.name().to_owned(),
-        transport,
-        bind: loopback(port),
-        paths: vec![WS_PATH.to_owned()],
-        tls: match transport.is_encrypted() {
-            true => vec![TLS_NAME.to_owned()],
-            false => Vec::new(),
-        },
-        origins: Vec::new(),
-        // To be seen at a first run; a configuration opens it by itself, since it
-        // lets in what a QUIC listener else keeps out: any web page's script.
+        // WebTransport is on for a first try. A configuration turns it on explicitly, since it opens
+        // a QUIC listener to the scripts of any web page.
         webtransport: transport == Transport::Quic,
-        early_data: false,
-        auth: AuthMode::Anonymous,
-        mount: String::new(),
-        trusted_proxies: Vec::new(),
-        proxy_protocol: ProxyProtocol::Off,
-        real_ip_header: RealIpHeader::XForwardedFor,
-        ping_interval: Some(PING_INTERVAL),
+        ..Listener::new(transport, loopback(port))
     };
     vec![
         listener(Transport::Tcp, 1883),

@@ -1,8 +1,13 @@
 //! The values that are one of a few words.
 
+use std::fmt;
+
 use crate::config::units::choices;
 
 /// How bytes travel between a client and a listener.
+///
+/// A listener is configured with any of these but `WebTransport`, which a `quic` listener serves at
+/// the same port if its `webtransport` is true.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Transport {
     /// Plain TCP.
@@ -15,6 +20,8 @@ pub enum Transport {
     Wss,
     /// QUIC, ALPN `mqtt`.
     Quic,
+    /// WebTransport over HTTP/3: a connection's transport, never a listener's.
+    WebTransport,
 }
 
 choices!(Transport {
@@ -26,28 +33,35 @@ choices!(Transport {
 } not supported {});
 
 impl Transport {
-    /// Every transport, in the order of their numbers (`t as usize`).
-    pub const ALL: [Self; 5] = [Self::Tcp, Self::Tls, Self::Ws, Self::Wss, Self::Quic];
-
     /// The name in configuration, logs and metrics.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
             Self::Tls => "tls",
             Self::Ws => "ws",
             Self::Wss => "wss",
             Self::Quic => "quic",
+            Self::WebTransport => "webtransport",
         }
     }
 
     /// Whether a certificate is needed.
-    pub fn is_encrypted(self) -> bool {
-        matches!(self, Self::Tls | Self::Wss | Self::Quic)
+    pub const fn is_encrypted(self) -> bool {
+        matches!(
+            self,
+            Self::Tls | Self::Wss | Self::Quic | Self::WebTransport
+        )
     }
 
     /// Whether it speaks WebSocket, and so has a path and origins.
-    pub fn is_websocket(self) -> bool {
+    pub const fn is_websocket(self) -> bool {
         matches!(self, Self::Ws | Self::Wss)
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 

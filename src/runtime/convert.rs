@@ -13,15 +13,12 @@ use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
 use crate::router::{Router, RouterConfig};
 use crate::session::{QueueFull, SessionLimits};
 use crate::store::Store;
-use crate::transport::{ClientTls, ConnectionCap, Handshakes, Kind, Limits, QuicSecret};
+use crate::transport::{ClientTls, ConnectionCap, Handshakes, Limits, QuicSecret};
 use crate::upstream::{BrokerAccess, RESERVED_KEY};
 
 use crate::runtime::error::StartError;
-use crate::runtime::events::Counted;
 use crate::runtime::secret;
 
-/// Bytes that a WebSocket frame may have before CONNECT is accepted.
-const FRAME_BEFORE_AUTH_BYTES: usize = 16 * 1024;
 /// Bytes of subscriptions' filters that one session may hold.
 const FILTERS_PER_SESSION_BYTES: usize = 256 * 1024;
 /// Bytes that properties and a mount may add to a client's largest packet on its way to the broker.
@@ -113,10 +110,8 @@ pub(super) fn transport_limits(
     Ok(Limits {
         handshakes: Handshakes::new(config.limits.handshakes_max as usize),
         accept_deadline: config.limits.accept_deadline,
-        frame_before_auth: FRAME_BEFORE_AUTH_BYTES,
         packet_max: config.limits.packet_max as usize,
         connections: cap,
-        events: Arc::new(Counted),
         quic_secret: quic_secret(config)
             .map_err(|e| StartError::Internal(format!("no randomness: {e}")))?,
         ..Limits::default()
@@ -129,16 +124,6 @@ fn quic_secret(config: &Config) -> std::io::Result<QuicSecret> {
     match config.source.is_some() && config.listeners.iter().any(wanted) {
         true => secret::load(&config.node.data_dir),
         false => Ok(QuicSecret::random()?.0),
-    }
-}
-
-pub(super) fn kind(transport: config::Transport) -> Kind {
-    match transport {
-        config::Transport::Tcp => Kind::Tcp,
-        config::Transport::Tls => Kind::Tls,
-        config::Transport::Ws => Kind::Ws,
-        config::Transport::Wss => Kind::Wss,
-        config::Transport::Quic => Kind::Quic,
     }
 }
 

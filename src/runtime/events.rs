@@ -1,85 +1,175 @@
-//! What the transports report, counted.
+//! The events of listeners, counted and logged.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
-use crate::telemetry::{AcceptErrorReason, HandshakeReason, metrics};
-use crate::transport::{Events, Kind, ListenerInfo};
+use crate::clock::Clock;
+use crate::config::{Listener, Transport};
+use crate::telemetry::{AcceptErrorReason, HandshakeReason, RateLimited, metrics};
+use crate::transport::{
+    AcceptError, CertificateFault, Events, HandshakeError, RefusalReason, RequestError,
+};
 
-/// Counts in the process's metrics.
-pub(super) struct Counted;
+/// Log lines of one kind per [`PERIOD`] and listener.
+const LINES_MAX: u32 = 10;
+const PERIOD: Duration = Duration::from_secs(10);
 
-impl Events for Counted {
-    fn accept_error(&self, _listener: &ListenerInfo, kind: &'static str) {
-        let reason = match kind {
-            "fd_limit" => AcceptErrorReason::FileLimit,
-            "memory" => AcceptErrorReason::Memory,
-            "aborted" => AcceptErrorReason::Aborted,
-            _ => AcceptErrorReason::Other,
-        };
+/// Counts the events of one listener in the process's metrics and logs them.
+pub(super) struct ListenerEvents {
+    name: String,
+    transport: Transport,
+    clock: Clock,
+    accept_log: RateLimited,
+    handshake_log: RateLimited,
+}
+
+impl ListenerEvents {
+    pub(super) fn new(listener: &Listener, clock: Clock) -> Self {
+        Self {
+            name: listener.name.clone(),
+            transport: listener.transport,
+            clock,
+            accept_log: RateLimited::burst(LINES_MAX, PERIOD),
+            handshake_log: RateLimited::burst(LINES_MAX, PERIOD),
+        }
+    }
+}
+
+impl Events for ListenerEvents {
+    fn accept_failed(&self, error: &AcceptError) {
+        let reason = accept_reason(error);
         metrics().accept_errors[reason].increment(1);
+        if let Some(suppressed) = self.accept_log.permit(self.clock.now()) {
+            let listener = &self.name;
+            tracing::warn!(listener, %reason, suppressed, "Accept failed: {error}");
+        }
     }
 
-    fn refused(&self, _listener: &ListenerInfo, _reason: &'static str) {
-        metrics().handshakes_failed[HandshakeReason::Limit].increment(1);
-    }
-
-    fn handshake_failed(&self, listener: &ListenerInfo, reason: &'static str) {
-        let reason = reason_of(listener.kind, reason);
+    fn refused(&self, reason: RefusalReason) {
+        let reason = match reason {
+            RefusalReason::Connections | RefusalReason::Handshakes => HandshakeReason::Limit,
+        };
         metrics().handshakes_failed[reason].increment(1);
     }
 
-    fn health_checked(&self, _listener: &ListenerInfo) {
+    fn handshake_failed(&self, peer: SocketAddr, error: &HandshakeError) {
+        let transport = error.transport(self.transport);
+        let reason = handshake_reason(transport, error);
+        metrics().handshakes_failed[reason].increment(1);
+        let listener = &self.name;
+        // Load balancers do this to see whether the port is open.
+        if matches!(error, HandshakeError::Silent) {
+            tracing::debug!(listener, %transport, %peer, "Handshake failed: {error}");
+        } else if let Some(suppressed) = self.handshake_log.permit(self.clock.now()) {
+            tracing::info!(
+                listener, %transport, %peer, %reason, suppressed,
+                "Handshake failed: {error}"
+            );
+        }
+    }
+
+    fn health_checked(&self) {
         metrics().health_checks.increment(1);
     }
 
-    fn retry_sent(&self, _listener: &ListenerInfo) {
+    fn retry_sent(&self) {
         metrics().quic_retries.increment(1);
     }
 
-    fn migrated(&self, _listener: &ListenerInfo, _from: SocketAddr, _to: SocketAddr) {
+    fn migrated(&self, _from: SocketAddr, _to: SocketAddr) {
         metrics().quic_migrations.increment(1);
     }
 }
 
-/// The label for a failure's name on a listener of this kind.
-fn reason_of(listener: Kind, reason: &str) -> HandshakeReason {
-    match reason {
-        "deadline" => HandshakeReason::Timeout,
-        "stopped" | "closed" => HandshakeReason::Closed,
-        "proxy_protocol" => HandshakeReason::Proxy,
-        "tls" => HandshakeReason::Tls,
-        "alpn" => HandshakeReason::Alpn,
-        "client_certificate_missing" => HandshakeReason::CertificateMissing,
-        "client_certificate_expired" => HandshakeReason::CertificateExpired,
-        "client_certificate_revoked" => HandshakeReason::CertificateRevoked,
-        "client_certificate_untrusted" => HandshakeReason::CertificateUntrusted,
-        "client_certificate_other" => HandshakeReason::CertificateOther,
-        "http_403" => HandshakeReason::Origin,
-        "http_404" => HandshakeReason::Path,
-        "subprotocol" => HandshakeReason::Subprotocol,
-        "quic" => HandshakeReason::Quic,
-        "webtransport" | "http_501" => HandshakeReason::WebTransport,
-        "io" => HandshakeReason::Io,
-        // HTTP's other refusals.
-        _ if listener == Kind::Quic => HandshakeReason::WebTransport,
-        _ => HandshakeReason::WebSocket,
+/// The metric's label for an error of `accept`.
+const fn accept_reason(error: &AcceptError) -> AcceptErrorReason {
+    match error {
+        AcceptError::FileLimit(_) => AcceptErrorReason::FileLimit,
+        AcceptError::Memory(_) => AcceptErrorReason::Memory,
+        AcceptError::Aborted(_) => AcceptErrorReason::Aborted,
+        AcceptError::Other(_) => AcceptErrorReason::Other,
+    }
+}
+
+/// The metric's label for a failed handshake of this transport.
+const fn handshake_reason(transport: Transport, error: &HandshakeError) -> HandshakeReason {
+    use HandshakeReason as R;
+    match error {
+        HandshakeError::Deadline => R::Timeout,
+        HandshakeError::Stopped | HandshakeError::Silent => R::Closed,
+        HandshakeError::Io(_) => R::Io,
+        HandshakeError::Tls { .. } => R::Tls,
+        HandshakeError::ClientCertificate { fault, .. } => match fault {
+            CertificateFault::Missing => R::CertificateMissing,
+            CertificateFault::Expired => R::CertificateExpired,
+            CertificateFault::Revoked => R::CertificateRevoked,
+            CertificateFault::Untrusted => R::CertificateUntrusted,
+            CertificateFault::Other => R::CertificateOther,
+        },
+        HandshakeError::Alpn(_) => R::Alpn,
+        HandshakeError::Proxy(_) => R::Proxy,
+        HandshakeError::Request(error) => request_reason(transport, error),
+        HandshakeError::Quic(_) => R::Quic,
+        HandshakeError::WebTransport(_) => R::WebTransport,
+    }
+}
+
+/// The metric's label for a refused request.
+const fn request_reason(transport: Transport, error: &RequestError) -> HandshakeReason {
+    use HandshakeReason as R;
+    use RequestError as E;
+    match error {
+        E::Path(_) | E::NotWebTransport => R::Path,
+        E::Origin(_) => R::Origin,
+        E::Subprotocol => R::Subprotocol,
+        E::ConnectProtocol | E::WebTransportProtocol => R::WebTransport,
+        E::Malformed(_)
+        | E::HeaderTooLarge
+        | E::TooManyLines
+        | E::Version(_)
+        | E::Http10
+        | E::UpgradeMethod
+        | E::HealthMethod
+        | E::Host
+        | E::NotWebSocket
+        | E::WebSocketVersion
+        | E::WebSocketKey => match transport {
+            Transport::Quic | Transport::WebTransport => R::WebTransport,
+            Transport::Tcp | Transport::Tls | Transport::Ws | Transport::Wss => R::WebSocket,
+        },
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::WebTransportError;
 
     #[test]
-    fn refusals_of_webtransport_are_its_own() {
-        for reason in ["http_400", "http_431", "http_501", "webtransport"] {
-            let label = reason_of(Kind::Quic, reason);
-            assert_eq!(label, HandshakeReason::WebTransport, "{reason}");
+    fn refused_requests_have_the_label_of_their_transport() {
+        let reason =
+            |listener, error: HandshakeError| handshake_reason(error.transport(listener), &error);
+        for error in [RequestError::Malformed(None), RequestError::HeaderTooLarge] {
+            let request = || HandshakeError::Request(error.clone());
+            let on_quic = reason(Transport::Quic, request());
+            assert_eq!(on_quic, HandshakeReason::WebTransport);
+            for listener in [Transport::Ws, Transport::Wss] {
+                assert_eq!(reason(listener, request()), HandshakeReason::WebSocket);
+            }
         }
-        for kind in [Kind::Ws, Kind::Wss] {
-            assert_eq!(reason_of(kind, "http_400"), HandshakeReason::WebSocket);
-        }
-        assert_eq!(reason_of(Kind::Quic, "http_404"), HandshakeReason::Path);
-        assert_eq!(reason_of(Kind::Quic, "quic"), HandshakeReason::Quic);
+        let path = HandshakeError::Request(RequestError::Path("/".into()));
+        assert_eq!(reason(Transport::Quic, path), HandshakeReason::Path);
+        let connect = HandshakeError::Request(RequestError::ConnectProtocol);
+        assert_eq!(
+            reason(Transport::Quic, connect),
+            HandshakeReason::WebTransport
+        );
+        let settings = HandshakeError::WebTransport(WebTransportError::Settings);
+        assert_eq!(
+            reason(Transport::Quic, settings),
+            HandshakeReason::WebTransport
+        );
+        let quic = HandshakeError::Quic("words".into());
+        assert_eq!(reason(Transport::Quic, quic), HandshakeReason::Quic);
     }
 }

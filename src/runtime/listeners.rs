@@ -6,19 +6,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::client::{Clients, ListenerContext};
-use crate::config::{self, Config};
+use crate::clock::Clock;
+use crate::config::{self, Config, Transport};
 use crate::telemetry::metrics;
-use crate::transport::{self, BindError, Bound, Kind, Limits, ListenSpec, Proxies};
+use crate::transport::{self, BindError, Bound, Limits};
 
 use crate::runtime::certificates::Certificates;
-use crate::runtime::convert;
 use crate::runtime::error::StartError;
-
-/// A listener that is bound and not served yet.
-pub(super) struct BoundListener {
-    pub(super) config: config::Listener,
-    pub(super) bound: Bound,
-}
+use crate::runtime::events::ListenerEvents;
 
 /// Binds all listeners.
 ///
@@ -29,46 +24,31 @@ pub(super) fn bind_all(
     config: &Config,
     certificates: &mut Certificates,
     limits: &Arc<Limits>,
-) -> Result<Vec<BoundListener>, StartError> {
+    clock: Clock,
+) -> Result<Vec<Bound>, StartError> {
     let mut all = Vec::new();
     for listener in &config.listeners {
-        let spec = ListenSpec {
-            name: listener.name.clone(),
-            transport: convert::kind(listener.transport),
-            bind: listener.bind,
-            paths: listener.paths.clone(),
-            origins: listener.origins.clone(),
-            proxies: Proxies {
-                trusted: listener.trusted_proxies.clone(),
-                protocol: listener.proxy_protocol,
-                header: listener.real_ip_header,
-            },
-            tls: certificates.serve(&listener.tls, listener.early_data)?,
-            webtransport: listener.webtransport,
+        let tls = certificates.serve(&listener.tls, listener.early_data)?;
+        let bind = |listener: config::Listener| {
+            let events = Arc::new(ListenerEvents::new(&listener, clock));
+            transport::bind(listener, tls.clone(), limits.clone(), events)
         };
-        all.push(BoundListener {
-            config: listener.clone(),
-            bound: bind(config, spec, limits)?,
-        });
+        let bound = match bind(listener.clone()) {
+            // A first run, without a configuration file, takes a free port where the default port is
+            // taken.
+            Err(BindError::AddrInUse { .. }) if config.source.is_none() => {
+                let mut free = listener.clone();
+                free.bind.set_port(0);
+                bind(free).inspect(|bound| {
+                    let port = bound.local_addr().port();
+                    warn_port_taken(&listener.name, listener.bind.port(), port);
+                })
+            }
+            other => other,
+        };
+        all.push(bound.map_err(|e| StartError::Temporary(e.to_string()))?);
     }
     Ok(all)
-}
-
-/// Binds one listener. A first run, without a configuration file, takes a free port where the
-/// default port is taken.
-fn bind(config: &Config, spec: ListenSpec, limits: &Arc<Limits>) -> Result<Bound, StartError> {
-    let failed = |e: BindError| StartError::Temporary(e.to_string());
-    match transport::bind(spec.clone(), limits.clone()) {
-        Err(BindError::AddrInUse { .. }) if config.source.is_none() => {
-            let (name, taken) = (spec.name.clone(), spec.bind.port());
-            let mut free = spec;
-            free.bind.set_port(0);
-            let bound = transport::bind(free, limits.clone()).map_err(failed)?;
-            warn_port_taken(&name, taken, bound.local_addr().port());
-            Ok(bound)
-        }
-        other => other.map_err(failed),
-    }
 }
 
 pub(super) fn warn_port_taken(listener: &str, taken: u16, port: u16) {
@@ -84,13 +64,10 @@ pub(super) fn warn_port_taken(listener: &str, taken: u16, port: u16) {
 pub(super) fn serve(
     tasks: &TaskTracker,
     clients: &Arc<Clients>,
-    listener: BoundListener,
+    bound: Bound,
     stop: CancellationToken,
 ) {
-    let BoundListener {
-        config: listener,
-        bound,
-    } = listener;
+    let listener = bound.listener();
     let transport = listener.transport.name();
     let context = ListenerContext {
         auth: listener.auth,
@@ -99,7 +76,7 @@ pub(super) fn serve(
         metrics: Arc::new(metrics().listener(&listener.name, transport)),
         webtransport: listener
             .webtransport
-            .then(|| Arc::new(metrics().listener(&listener.name, Kind::WebTransport.as_str()))),
+            .then(|| Arc::new(metrics().listener(&listener.name, Transport::WebTransport.name()))),
         mount: listener.mount.as_str().into(),
         ping_after: match listener.ping_interval {
             Some(after) if listener.transport.is_websocket() => Some(after.as_millis() as u64),

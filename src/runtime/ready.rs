@@ -3,9 +3,7 @@
 use std::io::Write as _;
 
 use crate::config::{CertSource, Config, Listener, Transport};
-use crate::transport::Kind;
-
-use crate::runtime::listeners::BoundListener;
+use crate::transport::Bound;
 
 /// A bound address.
 pub(super) struct Address {
@@ -33,11 +31,7 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    pub(super) fn new(
-        config: &Config,
-        listeners: &[BoundListener],
-        admin: std::net::SocketAddr,
-    ) -> Self {
+    pub(super) fn new(config: &Config, listeners: &[Bound], admin: std::net::SocketAddr) -> Self {
         let mut addresses: Vec<Address> = listeners.iter().map(address).collect();
         addresses.extend(listeners.iter().filter_map(webtransport));
         addresses.push(Address {
@@ -77,14 +71,15 @@ impl Ready {
     }
 }
 
-fn address(listener: &BoundListener) -> Address {
-    let BoundListener { config, bound } = listener;
+fn address(bound: &Bound) -> Address {
+    let config = bound.listener();
     let scheme = match config.transport {
         Transport::Tcp => "mqtt",
         Transport::Tls => "mqtts",
         Transport::Ws => "ws",
         Transport::Wss => "wss",
         Transport::Quic => "quic",
+        Transport::WebTransport => "https",
     };
     let path = match config.transport.is_websocket() {
         true => first_path(config),
@@ -98,11 +93,11 @@ fn address(listener: &BoundListener) -> Address {
 }
 
 /// The WebTransport address of a QUIC listener, if it serves browsers.
-fn webtransport(listener: &BoundListener) -> Option<Address> {
-    let BoundListener { config, bound } = listener;
+fn webtransport(bound: &Bound) -> Option<Address> {
+    let config = bound.listener();
     config.webtransport.then(|| Address {
         name: config.name.clone(),
-        transport: Kind::WebTransport.as_str(),
+        transport: Transport::WebTransport.name(),
         url: format!("https://{}{}", bound.local_addr(), first_path(config)),
     })
 }
@@ -112,16 +107,17 @@ fn first_path(listener: &Listener) -> &str {
 }
 
 /// The throw-away certificates of WebTransport listeners.
-fn throwaway(config: &Config, listeners: &[BoundListener]) -> Vec<Certificate> {
+fn throwaway(config: &Config, listeners: &[Bound]) -> Vec<Certificate> {
     let throwaway = config
         .tls
         .iter()
         .filter(|tls| matches!(tls.source, CertSource::Throwaway));
     let found = throwaway.filter_map(|tls| {
-        let user = listeners
-            .iter()
-            .find(|l| l.config.webtransport && l.config.tls.first() == Some(&tls.name))?;
-        let sha256 = user.bound.spec().tls.as_ref()?.leaf_sha256()?;
+        let user = listeners.iter().find(|bound| {
+            let listener = bound.listener();
+            listener.webtransport && listener.tls.first() == Some(&tls.name)
+        })?;
+        let sha256 = user.tls()?.leaf_sha256()?;
         Some(Certificate {
             name: tls.name.clone(),
             sha256: sha256.iter().map(|byte| format!("{byte:02x}")).collect(),

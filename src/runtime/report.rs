@@ -187,7 +187,7 @@ fn idle_bytes(transport: Transport) -> u64 {
     match transport {
         Transport::Tcp | Transport::Ws => 8 * KIB,
         Transport::Tls | Transport::Wss => 16 * KIB,
-        Transport::Quic => 36 * KIB,
+        Transport::Quic | Transport::WebTransport => 36 * KIB,
     }
 }
 

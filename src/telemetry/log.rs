@@ -26,7 +26,7 @@ pub fn init(level: &str, json: bool) -> Result<(), tracing_subscriber::filter::P
     Ok(())
 }
 
-/// Permits one log line per interval and counts the others:
+/// Permits one log line, or a burst of lines, per interval and counts the others:
 ///
 /// ```text
 /// static FULL: RateLimited = RateLimited::new(Duration::from_secs(10));
@@ -35,22 +35,32 @@ pub fn init(level: &str, json: bool) -> Result<(), tracing_subscriber::filter::P
 /// }
 /// ```
 pub struct RateLimited {
+    lines_max: u32,
     interval_ms: u64,
     state: Mutex<State>,
 }
 
 struct State {
-    last: Option<Millis>,
+    /// When the first line of the interval was written.
+    since: Option<Millis>,
+    lines: u32,
     suppressed: u64,
 }
 
 impl RateLimited {
     /// Permits one line per `interval`.
     pub const fn new(interval: Duration) -> Self {
+        Self::burst(1, interval)
+    }
+
+    /// Permits `lines_max` lines per `interval`, which begins with the first of them.
+    pub const fn burst(lines_max: u32, interval: Duration) -> Self {
         Self {
+            lines_max,
             interval_ms: interval.as_millis() as u64,
             state: Mutex::new(State {
-                last: None,
+                since: None,
+                lines: 0,
                 suppressed: 0,
             }),
         }
@@ -59,14 +69,19 @@ impl RateLimited {
     /// `Some(n)` when the line may be written; `n` lines were suppressed since the last one.
     pub fn permit(&self, now: Millis) -> Option<u64> {
         let mut state = self.state.lock();
-        if let Some(last) = state.last
-            // Tests have several clocks, so `now` may be earlier than the last line.
-            && (last..last.saturating_add(self.interval_ms)).contains(&now)
-        {
+        // Tests have several clocks, so `now` may be earlier than the first line.
+        let in_interval = state
+            .since
+            .is_some_and(|since| (since..since.saturating_add(self.interval_ms)).contains(&now));
+        if !in_interval {
+            state.since = Some(now);
+            state.lines = 0;
+        }
+        if state.lines >= self.lines_max {
             state.suppressed += 1;
             return None;
         }
-        state.last = Some(now);
+        state.lines += 1;
         Some(std::mem::take(&mut state.suppressed))
     }
 }
@@ -106,6 +121,16 @@ mod tests {
         assert_eq!(limited.permit(20_500), Some(0));
         // A clock that started later.
         assert_eq!(limited.permit(0), Some(0));
+    }
+
+    #[test]
+    fn a_burst_is_permitted_and_the_rest_counted() {
+        let limited = RateLimited::burst(10, Duration::from_secs(10));
+        let permitted: Vec<_> = (0..10).filter_map(|_| limited.permit(500)).collect();
+        assert_eq!(permitted, [0; 10]);
+        assert_eq!(limited.permit(500), None);
+        assert_eq!(limited.permit(10_499), None);
+        assert_eq!(limited.permit(10_500), Some(2));
     }
 
     #[test]

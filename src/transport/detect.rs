@@ -1,12 +1,11 @@
-//! What bytes are that a listener does not expect, so that its log says more
-//! than that they are wrong.
+//! Detecting the protocol of unexpected bytes, so that the log can name it.
 
 use std::fmt;
 
-use crate::transport::proxy::{LINE, SIGNATURE};
+use crate::transport::proxy::header::{LINE, SIGNATURE};
 
-/// What the first bytes of a connection are. `Display` says it for a log line,
-/// with what takes them.
+/// The protocol of a connection's first bytes. `Display` names it for a log line, with the setting
+/// that would accept it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Detected {
     /// A PROXY protocol header.
@@ -17,7 +16,7 @@ pub enum Detected {
     Http2,
     /// A request of HTTP/1.
     Http,
-    /// A CONNECT.
+    /// An MQTT CONNECT.
     Mqtt,
 }
 
@@ -36,7 +35,7 @@ impl fmt::Display for Detected {
     }
 }
 
-/// What the first bytes of a connection look like; `None`: nothing known.
+/// Detects the protocol of a connection's first bytes; `None` where it is unknown.
 pub fn detect(bytes: &[u8]) -> Option<Detected> {
     const METHODS: [&[u8]; 7] = [
         b"GET ",
@@ -48,7 +47,7 @@ pub fn detect(bytes: &[u8]) -> Option<Detected> {
         b"CONNECT ",
     ];
     let begins = |with: &[u8]| bytes.starts_with(with);
-    // The protocol's name follows a length of one to four bytes and one of two.
+    // The protocol name follows the Remaining Length of one to four bytes and its own length of two.
     let named = || {
         let names = (4..=7).filter_map(|at| bytes.get(at..));
         names
@@ -73,8 +72,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn first_bytes_are_known() {
-        for (bytes, guess) in [
+    fn first_bytes_are_detected() {
+        for (bytes, detected) in [
             (&b"PROXY TCP4 1.2.3.4"[..], Detected::Proxy),
             (b"\r\n\r\n\0\r\nQUIT\n\x21", Detected::Proxy),
             (b"\x16\x03\x01\x02\x00\x01", Detected::Tls),
@@ -83,7 +82,7 @@ mod tests {
             (b"\x10\x0c\0\x04MQTT\x04", Detected::Mqtt),
             (b"\x10\x80\x01\0\x06MQIsdp", Detected::Mqtt),
         ] {
-            assert_eq!(detect(bytes), Some(guess), "{bytes:02x?}");
+            assert_eq!(detect(bytes), Some(detected), "{bytes:02x?}");
         }
         for bytes in [
             &b""[..],

@@ -1,4 +1,4 @@
-//! Dialling a core: TCP, TLS or WebSocket, with errors that can be told apart.
+//! Dialling a broker over TCP, TLS or WebSocket, with typed errors.
 
 mod ws;
 
@@ -16,19 +16,19 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::transport::tls::{ClientTls, parse_name};
+use crate::transport::tls::client::{ClientTls, parse_name};
 use ws::WsBytes;
 
-/// Where to dial.
+/// The address of a broker, and how to reach it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DialTarget {
     /// A name or an address (IPv6 without brackets).
     pub host: String,
     /// The port.
     pub port: u16,
-    /// Over TLS; chain and name are verified.
+    /// Whether to use TLS. Chain and name are verified.
     pub tls: bool,
-    /// The path of a WebSocket; `None`: MQTT straight on the connection.
+    /// The path of a WebSocket; without one, MQTT runs directly on the connection.
     pub path: Option<String>,
 }
 
@@ -40,7 +40,7 @@ pub enum DialError {
     Resolve {
         /// The name.
         host: String,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
     /// Nothing listens there.
@@ -52,13 +52,12 @@ pub enum DialError {
     /// The TLS handshake failed.
     #[error("TLS: {reason}: {detail}")]
     Tls {
-        /// What kind of failure.
+        /// The kind of failure.
         reason: TlsFailure,
-        /// The library's words.
+        /// The reason in the library's words.
         detail: String,
     },
-    /// A TLS target without a TLS configuration, or with a host that is no
-    /// valid server name.
+    /// A TLS target has no TLS configuration, or its host is not a valid server name.
     #[error("TLS settings: {0}")]
     Settings(String),
     /// The WebSocket was refused.
@@ -69,12 +68,12 @@ pub enum DialError {
     Io {
         /// The address.
         addr: SocketAddr,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
 }
 
-/// What went wrong in a TLS handshake with a core.
+/// Why a TLS handshake with a broker failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlsFailure {
     /// The chain does not end at a root we trust.
@@ -83,7 +82,7 @@ pub enum TlsFailure {
     NameMismatch,
     /// The certificate is not valid today.
     Expired,
-    /// The core refused us, by alert; often a missing client certificate.
+    /// The broker refused us by an alert, often because of a missing client certificate.
     Refused,
     /// Something else.
     Other,
@@ -95,34 +94,13 @@ impl std::fmt::Display for TlsFailure {
             Self::UnknownCa => "certificate of an unknown CA",
             Self::NameMismatch => "certificate for another name",
             Self::Expired => "certificate not valid now",
-            Self::Refused => "refused by the core",
+            Self::Refused => "refused by the broker",
             Self::Other => "handshake failed",
         })
     }
 }
 
-impl DialError {
-    /// A bounded name for a metric label.
-    pub const fn label(&self) -> &'static str {
-        match self {
-            Self::Resolve { .. } => "resolve",
-            Self::Refused(_) => "refused",
-            Self::Timeout => "timeout",
-            Self::Tls { reason, .. } => match reason {
-                TlsFailure::UnknownCa => "tls_unknown_ca",
-                TlsFailure::NameMismatch => "tls_name_mismatch",
-                TlsFailure::Expired => "tls_expired",
-                TlsFailure::Refused => "tls_refused",
-                TlsFailure::Other => "tls_other",
-            },
-            Self::Settings(_) => "settings",
-            Self::WebSocket(_) => "websocket",
-            Self::Io { .. } => "io",
-        }
-    }
-}
-
-/// A connection to a core.
+/// A connection to a broker.
 #[derive(Debug)]
 pub enum Dialed {
     /// Plain TCP.
@@ -133,7 +111,7 @@ pub enum Dialed {
     Ws(Box<WsBytes<TcpStream>>),
     /// WebSocket over TLS.
     Wss(Box<WsBytes<TlsStream<TcpStream>>>),
-    /// In memory, to the embedded core or a test.
+    /// An in-memory connection to the embedded broker or to a test.
     Pipe(DuplexStream),
 }
 
@@ -172,7 +150,7 @@ pub async fn dial(
     let addr = io
         .peer_addr()
         .unwrap_or_else(|_| ([0, 0, 0, 0], *port).into());
-    // Boxed: the handshake's state is not carried by the link's task.
+    // Boxed, so that the link's task does not keep room for the handshake's state.
     let connecting = Box::pin(TlsConnector::from(tls.config.clone()).connect(name, io));
     let stream = match timeout_at(deadline, connecting).await {
         Ok(Ok(stream)) => stream,
@@ -199,12 +177,12 @@ async fn connect(host: &str, port: u16, deadline: Instant) -> Result<TcpStream, 
         .collect();
     let mut last = resolve_error(io::Error::other("no address"));
     for (i, addr) in addrs.iter().enumerate() {
-        // A black hole in front must not use up the others' time.
+        // An address that does not answer must leave time for the others.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = left / u32::try_from(addrs.len() - i).unwrap_or(u32::MAX);
         match timeout_at(Instant::now() + share, TcpStream::connect(addr)).await {
             Ok(Ok(io)) => {
-                // Only latency is lost without it.
+                // A failure only costs latency.
                 let _ = io.set_nodelay(true);
                 return Ok(io);
             }
@@ -352,38 +330,27 @@ mod tests {
 
     #[test]
     fn tls_failures_are_told_apart() {
-        for (error, label) in [
-            (
-                E::InvalidCertificate(CertificateError::Expired),
-                "tls_expired",
-            ),
-            (
-                E::InvalidCertificate(CertificateError::NotValidYet),
-                "tls_expired",
-            ),
-            (
-                E::InvalidCertificate(CertificateError::UnknownIssuer),
-                "tls_unknown_ca",
-            ),
-            (
-                E::InvalidCertificate(CertificateError::NotValidForName),
-                "tls_name_mismatch",
-            ),
-            (
-                E::InvalidCertificate(CertificateError::Revoked),
-                "tls_other",
-            ),
-            (
-                E::AlertReceived(AlertDescription::CertificateRequired),
-                "tls_refused",
-            ),
-            (E::NoApplicationProtocol, "tls_other"),
-        ] {
+        let failure = |error| {
             let error = io::Error::new(io::ErrorKind::InvalidData, error);
-            let dial = tls_error(([127, 0, 0, 1], 1).into(), error);
-            assert_eq!(dial.label(), label);
+            match tls_error(([127, 0, 0, 1], 1).into(), error) {
+                DialError::Tls { reason, .. } => Some(reason),
+                _ => None,
+            }
+        };
+        for (error, expected) in [
+            (CertificateError::Expired, TlsFailure::Expired),
+            (CertificateError::NotValidYet, TlsFailure::Expired),
+            (CertificateError::UnknownIssuer, TlsFailure::UnknownCa),
+            (CertificateError::NotValidForName, TlsFailure::NameMismatch),
+            (CertificateError::Revoked, TlsFailure::Other),
+        ] {
+            assert_eq!(failure(E::InvalidCertificate(error)), Some(expected));
         }
+        let alert = E::AlertReceived(AlertDescription::CertificateRequired);
+        assert_eq!(failure(alert), Some(TlsFailure::Refused));
+        assert_eq!(failure(E::NoApplicationProtocol), Some(TlsFailure::Other));
         let broken = io::Error::from(io::ErrorKind::ConnectionReset);
-        assert_eq!(tls_error(([127, 0, 0, 1], 1).into(), broken).label(), "io");
+        let broken = tls_error(([127, 0, 0, 1], 1).into(), broken);
+        assert!(matches!(broken, DialError::Io { .. }));
     }
 }

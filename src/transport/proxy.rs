@@ -1,128 +1,105 @@
-//! The client's address, as proxies tell it: whom to believe, and the header of
-//! the PROXY protocol at the front of a connection.
+//! The client's address behind proxies: which peers are believed, and the header of the PROXY
+//! protocol at the front of a connection.
 
-mod header;
+pub(super) mod header;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
-use ipnet::IpNet;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
-use crate::config::{ProxyProtocol, RealIpHeader};
+use crate::config::{Listener, ProxyProtocol, RealIpHeader};
+use crate::transport::error::HandshakeError;
 use crate::transport::forwarded;
-use crate::transport::limits::HandshakeError;
 
-pub(super) use header::{LINE, SIGNATURE};
+pub use header::ProxyError;
 use header::{Step, parse};
 
-/// Which proxies stand before a listener, and how they tell of their clients.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Proxies {
-    /// The networks that they are in.
-    pub trusted: Vec<IpNet>,
-    /// Whether connections begin with a PROXY protocol header.
-    pub protocol: ProxyProtocol,
-    /// The header of a WebSocket request that names the client.
-    pub header: RealIpHeader,
+/// The size of the buffer for a PROXY header at first; it grows to the length that the header states.
+const HEADER_BUFFER_BYTES: usize = 256;
+
+/// Whether `ip` is a proxy's.
+fn trusts(listener: &Listener, ip: IpAddr) -> bool {
+    let mut trusted = listener.trusted_proxies.iter();
+    trusted.any(|network| network.contains(&ip))
 }
 
-impl Default for Proxies {
-    /// No proxies.
-    fn default() -> Self {
-        Self {
-            trusted: Vec::new(),
-            protocol: ProxyProtocol::Off,
-            header: RealIpHeader::XForwardedFor,
+/// The client behind `peer` by the lines of the listener's `real_ip_header`: the nearest address that
+/// is not a proxy's. An element that does not name an address ends the search, since the client may
+/// have written everything before it.
+pub(super) fn client<'a>(
+    listener: &Listener,
+    peer: SocketAddr,
+    lines: impl Iterator<Item = &'a [u8]>,
+) -> SocketAddr {
+    if !trusts(listener, peer.ip()) {
+        return peer;
+    }
+    let hops = match listener.real_ip_header {
+        RealIpHeader::XForwardedFor => forwarded::x_forwarded_for(lines),
+        RealIpHeader::Forwarded => forwarded::forwarded(lines),
+        RealIpHeader::None => Vec::new(),
+    };
+    let mut client = peer;
+    for hop in hops.into_iter().rev() {
+        match hop {
+            Some(address) if trusts(listener, client.ip()) => client = canonical(address),
+            _ => break,
         }
     }
+    client
 }
 
-impl Proxies {
-    /// Whether `ip` is a proxy's.
-    pub fn trusts(&self, ip: IpAddr) -> bool {
-        self.trusted.iter().any(|network| network.contains(&ip))
+/// Reads the PROXY protocol header with which a connection begins, if the listener requires one, and
+/// no byte behind it. `peer` becomes the client's address.
+pub(super) async fn read_header(
+    listener: &Listener,
+    io: &mut TcpStream,
+    peer: &mut SocketAddr,
+) -> Result<(), HandshakeError> {
+    if listener.proxy_protocol == ProxyProtocol::Off {
+        return Ok(());
     }
-
-    /// The client behind `peer`, by the lines of the header that was chosen:
-    /// the nearest address that is no proxy's. What cannot be read ends the
-    /// search, since what is before it may be the client's invention.
-    pub(super) fn client<'a>(
-        &self,
-        peer: SocketAddr,
-        lines: impl Iterator<Item = &'a [u8]>,
-    ) -> SocketAddr {
-        if !self.trusts(peer.ip()) {
-            return peer;
-        }
-        let hops = match self.header {
-            RealIpHeader::XForwardedFor => forwarded::x_forwarded_for(lines),
-            RealIpHeader::Forwarded => forwarded::forwarded(lines),
-            RealIpHeader::None => Vec::new(),
+    if !trusts(listener, peer.ip()) {
+        return Err(HandshakeError::Proxy(ProxyError::UntrustedPeer));
+    }
+    let (mut header, mut have) = (vec![0; HEADER_BUFFER_BYTES], 0);
+    loop {
+        // Peeked at first: the bytes behind the header belong to the next layer.
+        let failed = match have {
+            0 => HandshakeError::before_first_byte,
+            _ => HandshakeError::Io,
         };
-        let mut client = peer;
-        for hop in hops.into_iter().rev() {
-            match hop {
-                Some(address) if self.trusts(client.ip()) => client = canonical(address),
-                _ => break,
-            }
+        let seen = io.peek(&mut header[have..]).await.map_err(failed)?;
+        if seen == 0 {
+            return Err(match have {
+                0 => HandshakeError::Silent,
+                _ => HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()),
+            });
         }
-        client
-    }
-
-    /// Reads the PROXY protocol header that a connection begins with, if one is
-    /// required, and no byte behind it; `peer` becomes the client.
-    pub(super) async fn read(
-        &self,
-        io: &mut TcpStream,
-        peer: &mut SocketAddr,
-    ) -> Result<(), HandshakeError> {
-        if self.protocol == ProxyProtocol::Off {
-            return Ok(());
-        }
-        if !self.trusts(peer.ip()) {
-            return Err(HandshakeError::Proxy(
-                "the peer is in none of trusted_proxies, and proxy_protocol is \"required\"",
-            ));
-        }
-        let (mut header, mut have) = (vec![0; 256], 0);
-        loop {
-            // Looked at first: what is behind the header is not ours to take.
-            let failed = match have {
-                0 => HandshakeError::before_all,
-                _ => HandshakeError::Io,
-            };
-            let seen = io.peek(&mut header[have..]).await.map_err(failed)?;
-            if seen == 0 {
-                return Err(match have {
-                    0 => HandshakeError::Silent,
-                    _ => HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()),
-                });
+        let step = parse(&header[..have + seen]).map_err(HandshakeError::Proxy)?;
+        let take = match &step {
+            Step::Done { length, .. } => length - have,
+            Step::More(_) => seen,
+        };
+        io.read_exact(&mut header[have..have + take])
+            .await
+            .map_err(HandshakeError::Io)?;
+        have += take;
+        match step {
+            Step::Done { client, .. } => {
+                // A health check of the proxy itself names no client.
+                *peer = client.map_or(*peer, canonical);
+                return Ok(());
             }
-            let step = parse(&header[..have + seen]).map_err(HandshakeError::Proxy)?;
-            let take = match &step {
-                Step::Done { length, .. } => length - have,
-                Step::More(_) => seen,
-            };
-            io.read_exact(&mut header[have..have + take])
-                .await
-                .map_err(HandshakeError::Io)?;
-            have += take;
-            match step {
-                Step::Done { client, .. } => {
-                    // A health check of the proxy itself comes from the proxy.
-                    *peer = client.map_or(*peer, canonical);
-                    return Ok(());
-                }
-                Step::More(wanted) if header.len() < wanted => header.resize(wanted, 0),
-                Step::More(_) => {}
-            }
+            Step::More(wanted) if header.len() < wanted => header.resize(wanted, 0),
+            Step::More(_) => {}
         }
     }
 }
 
-/// An IPv4 client of a dual-stack socket by its IPv4 address.
+/// The IPv4 address of an IPv4 peer of a dual-stack socket.
 pub(super) fn canonical(addr: SocketAddr) -> SocketAddr {
     match addr.ip().to_canonical() {
         ip @ IpAddr::V4(_) => SocketAddr::new(ip, addr.port()),
@@ -134,15 +111,14 @@ pub(super) fn canonical(addr: SocketAddr) -> SocketAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Transport;
 
-    fn behind(trusted: &[&str], header: RealIpHeader) -> Proxies {
-        Proxies {
-            trusted: trusted
-                .iter()
-                .map(|n| n.parse().expect("a network"))
-                .collect(),
-            protocol: ProxyProtocol::Off,
-            header,
+    fn behind(trusted: &[&str], header: RealIpHeader) -> Listener {
+        let networks = trusted.iter().map(|n| n.parse().expect("a network"));
+        Listener {
+            trusted_proxies: networks.collect(),
+            real_ip_header: header,
+            ..Listener::new(Transport::Ws, ([127, 0, 0, 1], 0).into())
         }
     }
 
@@ -159,17 +135,15 @@ mod tests {
     }
 
     #[test]
-    fn the_nearest_that_is_no_proxy_is_the_client() {
-        let proxies = behind(
-            &["10.0.0.0/8", "2001:db8:1::/48"],
-            RealIpHeader::XForwardedFor,
-        );
-        for (peer, lines, client) in [
+    fn the_nearest_address_that_is_not_a_proxy_is_the_client() {
+        let trusted = ["10.0.0.0/8", "2001:db8:1::/48"];
+        let listener = behind(&trusted, RealIpHeader::XForwardedFor);
+        for (peer, lines, expected) in [
             // Not a proxy: not believed.
             ("192.0.2.1:7", &["198.51.100.1"][..], "192.0.2.1:7"),
             ("10.0.0.1:7", &[], "10.0.0.1:7"),
             ("10.0.0.1:7", &["198.51.100.1"], "198.51.100.1:0"),
-            // What the client itself sent is further left.
+            // The elements that the client wrote are further left.
             (
                 "10.0.0.1:7",
                 &["203.0.113.9, 198.51.100.1"],
@@ -193,18 +167,19 @@ mod tests {
                 "[2001:db8:2::1]:99",
             ),
             ("10.0.0.1:7", &["::ffff:198.51.100.1"], "198.51.100.1:0"),
-            // Behind what cannot be read nothing is believed.
+            // Nothing is believed beyond an element that names no address.
             ("10.0.0.1:7", &["198.51.100.1, unknown"], "10.0.0.1:7"),
             ("10.0.0.1:7", &["198.51.100.1, x, 10.3.3.3"], "10.3.3.3:0"),
         ] {
             let peer = peer.parse().expect("an address");
-            let found = proxies.client(peer, lines.iter().map(|l| l.as_bytes()));
-            assert_eq!(found.to_string(), client, "{lines:?}");
+            let found = client(&listener, peer, lines.iter().map(|l| l.as_bytes()));
+            assert_eq!(found.to_string(), expected, "{lines:?}");
         }
         let one = || [&b"198.51.100.1"[..]].into_iter();
         let peer = "10.0.0.1:7".parse().expect("an address");
         let none = behind(&["10.0.0.0/8"], RealIpHeader::None);
-        assert_eq!(none.client(peer, one()), peer);
-        assert_eq!(Proxies::default().client(peer, one()), peer);
+        assert_eq!(client(&none, peer, one()), peer);
+        let untrusted = behind(&[], RealIpHeader::XForwardedFor);
+        assert_eq!(client(&untrusted, peer, one()), peer);
     }
 }

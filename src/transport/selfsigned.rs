@@ -1,5 +1,5 @@
-//! Certificates of our own making: a small CA with one server certificate in
-//! files, and a throw-away one in memory for a first run.
+//! Making certificates: a small CA with one server certificate in files, and a throw-away certificate in
+//! memory for a first run.
 
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,22 +12,22 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-use crate::transport::TlsError;
+use crate::transport::tls::error::TlsError;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-/// Clocks differ; validity begins this long ago.
+/// Validity begins this long before now, because clocks differ.
 const BACKDATE: Duration = Duration::from_secs(60 * 60);
-/// Browsers pin certificates by hash only if they live 14 days at most.
-const EPHEMERAL: Duration = Duration::from_secs(13 * 24 * 60 * 60);
+/// Browsers accept a certificate by its hash only if it is valid for at most 14 days.
+const EPHEMERAL_VALIDITY: Duration = Duration::from_secs(13 * 24 * 60 * 60);
 const LEAF_DAYS: u32 = 397;
 const CA_DAYS: u32 = 3650;
 
 /// The files that [`generate`] wrote.
 #[derive(Clone, Debug)]
 pub struct Generated {
-    /// `ca.pem`: what clients are to trust.
+    /// `ca.pem`: the authority that clients should trust.
     pub ca: PathBuf,
-    /// `ca.key`: for making further certificates; keep it away from servers.
+    /// `ca.key`: signs further certificates; keep it away from servers.
     pub ca_key: PathBuf,
     /// `edge.pem`: the server's chain.
     pub cert: PathBuf,
@@ -38,7 +38,7 @@ pub struct Generated {
 /// Why [`generate`] failed.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
-    /// A file is there already; nothing was written.
+    /// A file exists already; nothing was written.
     #[error("{}: exists already and is not overwritten", .0.display())]
     Exists(PathBuf),
     /// A file or the folder cannot be written.
@@ -46,7 +46,7 @@ pub enum GenerateError {
     Write {
         /// The file or folder.
         file: PathBuf,
-        /// Why.
+        /// The system's error.
         source: io::Error,
     },
     /// A name is not usable, or the library failed.
@@ -54,12 +54,11 @@ pub enum GenerateError {
     Tls(#[from] TlsError),
 }
 
-/// Makes a CA (10 years) and a server certificate (397 days, ECDSA P-256) for
-/// `names`, DNS names and addresses, and writes them to `out_dir`, which is
-/// made if needed. Keys get mode 0600.
+/// Makes a CA (10 years) and a server certificate (397 days, ECDSA P-256) for `names` (DNS names and
+/// addresses), and writes them to `out_dir`, which is created if needed. Keys get mode 0600.
 ///
 /// # Errors
-/// See [`GenerateError`]; existing files are never overwritten.
+/// See [`GenerateError`]. Existing files are never overwritten.
 pub fn generate(out_dir: &Path, names: &[String]) -> Result<Generated, GenerateError> {
     let files = Generated {
         ca: out_dir.join("ca.pem"),
@@ -97,7 +96,7 @@ pub(super) fn ephemeral(
 ) -> Result<(CertificateDer<'static>, PrivateKeyDer<'static>), TlsError> {
     let make = || -> Result<_, rcgen::Error> {
         let key = KeyPair::generate()?;
-        let cert = leaf_params(names, EPHEMERAL)?.self_signed(&key)?;
+        let cert = leaf_params(names, EPHEMERAL_VALIDITY)?.self_signed(&key)?;
         Ok((cert.der().clone(), key.serialize_der()))
     };
     let (cert, key) = make().map_err(|error| TlsError::Generate(error.to_string()))?;
@@ -173,7 +172,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// A folder that goes away with it.
+    /// A folder that is removed when this is dropped.
     pub(in crate::transport) struct TempDir(PathBuf);
 
     impl TempDir {

@@ -1,4 +1,4 @@
-//! One accepted connection, whatever carries it.
+//! One accepted connection over any transport.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::task::{Context, Poll};
@@ -7,30 +7,33 @@ use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
-use crate::transport::quic::Quic;
+use crate::config::Transport;
+use crate::transport::closed::Closed;
+use crate::transport::quic::streams::Quic;
 use crate::transport::tcp::{self, Closing};
+use crate::transport::tls::clients::ClientCertificate;
+use crate::transport::types::{CloseHow, OutBuf, Recv, Traffic};
 use crate::transport::ws::Ws;
-use crate::transport::{ClientCertificate, CloseHow, Closed, Kind, OutBuf, Recv, Traffic};
 
-/// The byte stream of one connection; see the methods. To be polled by one
-/// task only.
+/// The byte streams of one connection. Only one task may poll it.
 #[derive(Debug)]
 pub struct Stream {
     inner: Inner,
     peer: SocketAddr,
-    /// Boxed: few have one, and it is taken at CONNECT.
+    /// Boxed, because few clients have one and it is taken at CONNECT.
     client: Option<Box<ClientCertificate>>,
 }
 
-/// An end found behind bytes, and how far a close has come.
+/// A connection without framing.
 #[derive(Debug)]
 struct Plain<S> {
     io: S,
+    /// An end that was found behind bytes, for the next read.
     ended: Option<Closed>,
     closing: Closing,
 }
 
-// What is large is boxed, so that a task that holds a Stream stays small.
+// The large variants are boxed, so that a task that holds a Stream stays small.
 #[derive(Debug)]
 enum Inner {
     Tcp(Plain<TcpStream>),
@@ -51,7 +54,7 @@ impl<S> Plain<S> {
     }
 }
 
-fn control(received: Result<usize, Closed>) -> Result<Recv, Closed> {
+fn on_control(received: Result<usize, Closed>) -> Result<Recv, Closed> {
     received.map(|bytes| Recv {
         stream: 0,
         bytes,
@@ -100,19 +103,18 @@ impl Stream {
         }
     }
 
-    /// Says whose it is.
-    pub(super) fn of(mut self, client: Option<Box<ClientCertificate>>) -> Self {
+    /// Adds the client's verified certificate.
+    pub(super) fn with_certificate(mut self, client: Option<Box<ClientCertificate>>) -> Self {
         self.client = client;
         self
     }
 
-    /// The client's certificate, if it gave one; it was verified. There is
-    /// none any more afterwards.
+    /// Takes the client's verified certificate, if it gave one.
     pub fn take_certificate(&mut self) -> Option<Box<ClientCertificate>> {
         self.client.take()
     }
 
-    /// An in-memory connection; it says it is TCP from 127.0.0.1:0.
+    /// An in-memory connection, which reports TCP from 127.0.0.1:0.
     pub fn pipe(io: DuplexStream) -> Self {
         Self {
             inner: Inner::Pipe(Box::new(Plain::new(io))),
@@ -123,35 +125,33 @@ impl Stream {
 
     /// Appends received bytes of one stream to `buf`, at most about 64 KiB.
     ///
-    /// Cancel safe; while pending it holds no memory and `buf` is untouched.
-    /// Bytes that came before an end are always returned before it.
+    /// Cancel safe. While it is pending, it holds no memory and `buf` is unchanged. Bytes that were
+    /// received before an end are always returned before it.
     ///
     /// # Errors
-    /// [`Closed::StreamReset`] if the peer broke that stream off (RESET_STREAM or
-    /// STOP_SENDING); anything else is the connection's end, and
-    /// [`Stream::poll_close`] should follow.
+    /// [`Closed::StreamReset`] if the peer reset that data stream (RESET_STREAM or STOP_SENDING).
+    /// Any other error is the connection's end, and [`Stream::poll_close`] should follow.
     pub fn poll_recv(
         &mut self,
         cx: &mut Context<'_>,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<Recv, Closed>> {
         match &mut self.inner {
-            Inner::Tcp(p) => tcp::poll_recv(&mut p.io, cx, buf, &mut p.ended).map(control),
-            Inner::Tls(p) => tcp::poll_recv(&mut p.io, cx, buf, &mut p.ended).map(control),
-            Inner::Pipe(p) => tcp::poll_recv(&mut p.io, cx, buf, &mut p.ended).map(control),
-            Inner::Ws(ws) => ws.poll_recv(cx, buf).map(control),
-            Inner::Wss(ws) => ws.poll_recv(cx, buf).map(control),
+            Inner::Tcp(p) => tcp::poll_recv(&mut p.io, cx, buf, &mut p.ended).map(on_control),
+            Inner::Tls(p) => tcp::poll_recv(&mut p.io, cx, buf, &mut p.ended).map(on_control),
+            Inner::Pipe(p) => tcp::poll_recv(&mut p.io, cx, buf, &mut p.ended).map(on_control),
+            Inner::Ws(ws) => ws.poll_recv(cx, buf).map(on_control),
+            Inner::Wss(ws) => ws.poll_recv(cx, buf).map(on_control),
             Inner::Quic(quic) => quic.poll_recv(cx, buf),
         }
     }
 
-    /// Hands `out` to the peer on `stream`; ready when all of it is written and
-    /// flushed, and then `out` is empty. More may be appended to `out.buf`
-    /// between calls; nothing may be removed.
+    /// Sends `out` on the stream of this number. Ready when all bytes are written and flushed; then
+    /// `out` is empty. Between calls, bytes may be appended to `out.buf`, but not removed.
     ///
     /// # Errors
-    /// [`Closed::StreamReset`] if only that stream is gone (what of `out` was not taken
-    /// is still there); anything else is the connection's end.
+    /// [`Closed::StreamReset`] if only that data stream is gone; the bytes that were not taken are
+    /// still in `out`. Any other error is the connection's end.
     pub fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
@@ -171,10 +171,9 @@ impl Stream {
         }
     }
 
-    /// Ends the connection so that what was sent before arrives: WebSocket
-    /// close frame, TLS close_notify, TCP FIN; QUIC FIN, then CONNECTION_CLOSE
-    /// once the peer has all. Waits for the peer's end, so the caller bounds it
-    /// with a timeout; to drop the stream then is right.
+    /// Ends the connection so that all bytes that were sent before arrive: WebSocket close frame, TLS
+    /// close_notify, TCP FIN; QUIC FIN, then CONNECTION_CLOSE once the peer has everything. It waits
+    /// for the peer's end, so the caller bounds it with a timeout and then drops the stream.
     pub fn poll_close(&mut self, cx: &mut Context<'_>, how: CloseHow) -> Poll<()> {
         match &mut self.inner {
             Inner::Tcp(p) => tcp::poll_close(&mut p.io, cx, &mut p.closing),
@@ -186,8 +185,8 @@ impl Stream {
         }
     }
 
-    /// Sends a WebSocket ping, so that proxies between do not cut an idle
-    /// connection; the caller has the timer. Nothing happens elsewhere.
+    /// Sends a WebSocket ping, so that proxies in between do not cut an idle connection. The caller has
+    /// the timer. Other transports ignore it.
     ///
     /// # Errors
     /// The connection's end.
@@ -199,9 +198,9 @@ impl Stream {
         }
     }
 
-    /// The client is known: the message limit of WebSocket rises from
-    /// `frame_before_auth` to [`Limits::message_max`](crate::transport::Limits::message_max),
-    /// and data streams of QUIC are read, and its client may send more unread.
+    /// The client is authenticated: the limit of a WebSocket message rises to
+    /// [`Limits::message_max`](crate::transport::Limits::message_max), QUIC's data streams are read,
+    /// and a QUIC client may send more unread bytes.
     pub fn authenticated(&mut self) {
         match &mut self.inner {
             Inner::Ws(ws) => ws.authenticated(),
@@ -211,16 +210,15 @@ impl Stream {
         }
     }
 
-    /// Aborts one QUIC data stream in both directions (RESET_STREAM and
-    /// STOP_SENDING with `code`); the connection goes on. Lane 0 and other
-    /// kinds are left alone.
+    /// Aborts one data stream in both directions (RESET_STREAM and STOP_SENDING with `code`). The
+    /// connection goes on. The control stream and other transports are left alone.
     pub fn reset_stream(&mut self, stream: u8, code: u32) {
         if let Inner::Quic(quic) = &mut self.inner {
             quic.reset_stream(stream, code);
         }
     }
 
-    /// What was sent and acknowledged; of other kinds than QUIC nothing is known.
+    /// What was sent and acknowledged. Only QUIC counts it.
     pub fn traffic(&self) -> Traffic {
         match &self.inner {
             Inner::Quic(quic) => quic.traffic(),
@@ -228,30 +226,30 @@ impl Stream {
         }
     }
 
-    /// Leaves the QUIC data streams that are set in `streams` unread, and reads the
-    /// others again from the next [`Stream::poll_recv`] on. Lane 0 and other
-    /// kinds are not concerned.
+    /// Pauses reading of the data streams whose bits are set in `streams` (bit 1 is stream 1), and
+    /// resumes all others from the next [`Stream::poll_recv`] on. The control stream and other
+    /// transports are left alone.
     pub fn pause_streams(&mut self, streams: u16) {
         if let Inner::Quic(quic) = &mut self.inner {
             quic.pause_streams(streams);
         }
     }
 
-    /// Whether it may carry more than stream 0.
+    /// Whether the client can open data streams.
     pub fn has_data_streams(&self) -> bool {
         matches!(self.inner, Inner::Quic(_))
     }
 
-    /// Ends our direction of a QUIC data stream whose other one the peer has
-    /// ended: to be called once it has all its answers. Others are left alone.
+    /// Ends our direction of a data stream whose other direction the peer has ended. The caller calls
+    /// it once all answers are sent. Other streams are left alone.
     pub fn finish_stream(&mut self, stream: u8) {
         if let Inner::Quic(quic) = &mut self.inner {
             quic.finish_stream(stream);
         }
     }
 
-    /// The peer's new address, if it changed since this was asked last (RFC
-    /// 9000 section 9); noticed when something is read.
+    /// The peer's new address, if it changed since the last call (RFC 9000 section 9). A change is
+    /// noticed when something is read.
     pub fn take_new_peer(&mut self) -> Option<SocketAddr> {
         match &mut self.inner {
             Inner::Quic(quic) => quic.take_new_peer(),
@@ -267,14 +265,14 @@ impl Stream {
         }
     }
 
-    /// What carries it.
-    pub fn kind(&self) -> Kind {
+    /// The transport of this connection.
+    pub fn transport(&self) -> Transport {
         match self.inner {
-            Inner::Tcp(_) | Inner::Pipe(_) => Kind::Tcp,
-            Inner::Tls(_) => Kind::Tls,
-            Inner::Ws(_) => Kind::Ws,
-            Inner::Wss(_) => Kind::Wss,
-            Inner::Quic(ref quic) => quic.kind(),
+            Inner::Tcp(_) | Inner::Pipe(_) => Transport::Tcp,
+            Inner::Tls(_) => Transport::Tls,
+            Inner::Ws(_) => Transport::Ws,
+            Inner::Wss(_) => Transport::Wss,
+            Inner::Quic(ref quic) => quic.transport(),
         }
     }
 }

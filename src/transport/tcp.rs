@@ -1,5 +1,5 @@
-//! Plain byte streams: reading through a shared scratch buffer, writing from
-//! an [`OutBuf`], and a close that does not lose what was just sent.
+//! Plain byte streams: reading through a shared scratch buffer, writing from an [`OutBuf`], and a
+//! close that does not lose the last bytes that were sent.
 
 use std::cell::RefCell;
 use std::io;
@@ -8,19 +8,19 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::transport::{Closed, OutBuf};
+use crate::transport::closed::{Closed, ResetReason};
+use crate::transport::types::OutBuf;
 
-/// The most that one call reads, bytes.
-pub(super) const READ_MAX: usize = 64 * 1024;
+/// The most bytes that one call reads.
+pub(super) const READ_MAX_BYTES: usize = 64 * 1024;
 
 thread_local! {
-    // One per worker thread: an idle connection holds no read buffer, and a
-    // busy one grows its own by what really came.
-    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_MAX]);
+    // One per worker thread: an idle connection holds no read buffer, and the buffer of a busy one
+    // grows only by the bytes received.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_MAX_BYTES]);
 }
 
-/// Lends the thread's scratch buffer of [`READ_MAX`] bytes to `f`, which must
-/// not come back here.
+/// Lends the thread's scratch buffer of [`READ_MAX_BYTES`] to `f`, which must not call this again.
 pub(super) fn with_scratch<R>(f: impl FnOnce(&mut [u8]) -> R) -> R {
     SCRATCH.with_borrow_mut(|scratch| f(scratch))
 }
@@ -36,11 +36,10 @@ pub(super) fn poll_read<S: AsyncRead + Unpin>(
     Poll::Ready(Ok(read.filled().len()))
 }
 
-/// Appends what has come to `buf`; the number of bytes is never 0.
+/// Appends received bytes to `buf`. The number of bytes is never 0.
 ///
-/// Reads until nothing is left or [`READ_MAX`] is reached, because one read of
-/// a TLS stream brings one record at most. `ended` keeps an end that was found
-/// behind bytes for the next call.
+/// Reads until nothing is left or [`READ_MAX_BYTES`] is reached, because one read of a TLS stream
+/// returns at most one record. `ended` keeps an end that was found behind bytes for the next call.
 pub(super) fn poll_recv<S: AsyncRead + Unpin>(
     io: &mut S,
     cx: &mut Context<'_>,
@@ -52,7 +51,7 @@ pub(super) fn poll_recv<S: AsyncRead + Unpin>(
     }
     with_scratch(|scratch| {
         let mut total = 0;
-        while total < READ_MAX {
+        while total < READ_MAX_BYTES {
             match poll_read(io, cx, &mut scratch[total..]) {
                 Poll::Ready(Ok(0)) => *ended = Some(Closed::Eof),
                 Poll::Ready(Ok(n)) => {
@@ -84,7 +83,7 @@ pub(super) fn poll_send<S: AsyncWrite + Unpin>(
     while !out.is_empty() {
         let n = ready!(Pin::new(&mut *io).poll_write(cx, out.rest()))?;
         if n == 0 {
-            return Poll::Ready(Err(Closed::Reset("nothing can be written".into())));
+            return Poll::Ready(Err(Closed::Reset(ResetReason::NothingWritten)));
         }
         out.at += n;
     }
@@ -98,17 +97,16 @@ pub(super) fn poll_send<S: AsyncWrite + Unpin>(
 pub(super) enum Closing {
     #[default]
     Open,
-    /// Our half is closed; what the peer still sends is thrown away, because a
-    /// socket closed with unread bytes is reset, which can overtake and destroy
-    /// the last packet that we sent.
+    /// Our half is closed, and the peer's remaining bytes (so many so far) are discarded: a socket that
+    /// is closed with unread bytes sends a reset, which can destroy the last packet that we sent.
     Draining(usize),
     Done,
 }
 
-/// The most that is thrown away while the peer's end is awaited, bytes.
-const DRAIN_MAX: usize = 1024 * 1024;
+/// The most bytes that are discarded while the peer's end is awaited.
+const DRAIN_MAX_BYTES: usize = 1024 * 1024;
 
-/// Closes our half, then waits for the peer's end. Errors end it as well.
+/// Closes our half, then waits for the peer's end or an error.
 pub(super) fn poll_close<S: AsyncRead + AsyncWrite + Unpin>(
     io: &mut S,
     cx: &mut Context<'_>,
@@ -125,7 +123,7 @@ pub(super) fn poll_close<S: AsyncRead + AsyncWrite + Unpin>(
             Closing::Draining(drained) => {
                 let read = with_scratch(|scratch| poll_read(io, cx, scratch));
                 match ready!(read) {
-                    Ok(n) if n > 0 && *drained < DRAIN_MAX => *drained += n,
+                    Ok(n) if n > 0 && *drained < DRAIN_MAX_BYTES => *drained += n,
                     _ => *closing = Closing::Done,
                 }
             }
@@ -167,7 +165,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_partial_write_keeps_its_place() {
+    async fn a_partial_write_goes_on_where_it_stopped() {
         let (mut ours, mut theirs) = duplex(4);
         let mut out = OutBuf {
             buf: b"0123456789".to_vec(),
@@ -177,7 +175,7 @@ mod tests {
             poll_fn(|cx| Poll::Ready(poll_send(&mut ours, cx, &mut out).is_pending())).await;
         assert!(pending);
         assert_eq!(out.at, 4);
-        // More may be appended meanwhile.
+        // More bytes may be appended between calls.
         out.buf.extend_from_slice(b"ab");
         let mut got = [0; 12];
         let (sent, read) = tokio::join!(

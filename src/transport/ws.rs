@@ -1,43 +1,42 @@
-//! MQTT over WebSocket: a byte stream in binary messages [MQTT-6.0.0-1]. A
-//! packet may straddle messages, and a message may hold several packets
-//! [MQTT-6.0.0-2].
+//! MQTT over WebSocket: a byte stream in binary messages [MQTT-6.0.0-1]. A packet may straddle
+//! messages, and a message may hold several packets [MQTT-6.0.0-2].
 
-mod frame;
-mod handshake;
-mod request;
+pub(super) mod frame;
+pub(super) mod handshake;
+pub(super) mod request;
 
 use std::io::IoSlice;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_tungstenite::tungstenite::protocol::frame::coding::Control;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Control};
 
-use crate::transport::tcp::{self, Closing, READ_MAX, with_scratch};
-use crate::transport::{CloseHow, Closed, OutBuf};
-use frame::{Asked, Decoder, Fault, Stopped, code};
-pub(super) use handshake::accept;
-pub(super) use request::stranger;
+use crate::transport::closed::{Closed, ResetReason, Violation};
+use crate::transport::tcp::{self, Closing, READ_MAX_BYTES, with_scratch};
+use crate::transport::types::{CloseHow, OutBuf};
+pub use frame::FrameError;
+use frame::{Decoder, Requests, Stopped};
 
 /// A WebSocket whose handshake is done.
 #[derive(Debug)]
 pub(super) struct Ws<S> {
     io: S,
     decoder: Decoder,
-    /// Bytes read but not yet judged: what came behind the request, or behind
-    /// a message that was too large. Fed first.
+    /// Bytes that were read but not decoded yet, from behind the request or from a message that was too
+    /// large. They are decoded first.
     early: Vec<u8>,
-    asked: Asked,
-    /// An end found behind bytes, for the next call.
+    requests: Requests,
+    /// An end that was found behind bytes, for the next call.
     ended: Option<Closed>,
-    /// The rule that the peer broke; its code goes into the close frame.
-    fault: Option<Fault>,
-    /// Header of the data frame under way; its payload is the caller's buffer.
+    /// The rule that the peer broke. Its code goes into the close frame.
+    fault: Option<FrameError>,
+    /// The header of the data frame that is being sent. Its payload is the caller's buffer.
     head: [u8; 10],
     head_at: u8,
     head_len: u8,
     payload_left: usize,
-    /// Control frames on their way out, sent between data frames.
+    /// Control frames to send between data frames.
     control: Vec<u8>,
     control_at: usize,
     pinging: bool,
@@ -58,14 +57,14 @@ enum ClosePhase {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
-    /// Messages may have `limit_before` bytes until [`Ws::authenticated`], and
-    /// `limit_after` then.
+    /// A message may have `limit_before` bytes until [`Ws::authenticated`], and `limit_after` bytes
+    /// from then on.
     pub(super) fn new(io: S, early: Vec<u8>, limit_before: usize, limit_after: usize) -> Self {
         Self {
             io,
             decoder: Decoder::new(limit_before),
             early,
-            asked: Asked::default(),
+            requests: Requests::default(),
             ended: None,
             fault: None,
             head: [0; 10],
@@ -90,7 +89,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
         cx: &mut Context<'_>,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<usize, Closed>> {
-        if let Some(closed) = self.ended.take().or_else(|| self.over()) {
+        if let Some(closed) = self.ended.take().or_else(|| self.end()) {
             return Poll::Ready(Err(closed));
         }
         let before = buf.len();
@@ -98,9 +97,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
             let mut early = std::mem::take(&mut self.early);
             self.feed(&mut early, buf, before);
         }
-        while self.ended.is_none() && self.early.is_empty() && buf.len() - before < READ_MAX {
+        while self.ended.is_none() && self.early.is_empty() && buf.len() - before < READ_MAX_BYTES {
             let read = with_scratch(|scratch| {
-                let room = READ_MAX - (buf.len() - before);
+                let room = READ_MAX_BYTES - (buf.len() - before);
                 let read = tcp::poll_read(&mut self.io, cx, &mut scratch[..room]);
                 if let Poll::Ready(Ok(n)) = read {
                     self.feed(&mut scratch[..n], buf, before);
@@ -114,7 +113,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
                 Poll::Pending => break,
             }
         }
-        // Pongs go out here too: a client that only listens gets them.
+        // Pongs are sent here as well, so that a client that gets no messages gets its pongs.
         if (self.control_waits() || self.unflushed)
             && let Poll::Ready(Err(closed)) = self.poll_control(cx)
         {
@@ -152,7 +151,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
         self.poll_flush(cx)
     }
 
-    /// Queues one ping, unless one is on its way, and sends what is queued.
+    /// Queues a ping, unless one is queued already, and sends the queued control frames.
     pub(super) fn poll_ping(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Closed>> {
         if self.closing == ClosePhase::Open && !self.pinging {
             frame::control_frame(Control::Ping, b"", &mut self.control);
@@ -161,16 +160,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
         self.poll_control(cx)
     }
 
-    /// Sends the close frame, awaits the peer's, closes. A peer that does not
-    /// answer is the caller's timeout to end.
+    /// Sends the close frame, awaits the peer's, and closes. The caller has a timeout for a peer that
+    /// does not answer.
     pub(super) fn poll_close(&mut self, cx: &mut Context<'_>, how: CloseHow) -> Poll<()> {
         loop {
             match self.closing {
                 ClosePhase::Open => self.begin_close(how),
                 ClosePhase::Sending => {
                     let sent = ready!(self.poll_control(cx)).is_ok();
-                    // After a violation the input makes no sense any more.
-                    self.closing = if sent && self.fault.is_none() && self.asked.close.is_none() {
+                    // The input cannot be decoded after a violation.
+                    let awaiting = sent && self.fault.is_none() && self.requests.close.is_none();
+                    self.closing = if awaiting {
                         ClosePhase::Awaiting
                     } else {
                         ClosePhase::Ending(Closing::Open)
@@ -182,10 +182,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
                         self.closing = ClosePhase::Ending(Closing::Open);
                     }
                 }
-                // Both close frames are through, so nothing is in flight that a
-                // reset could destroy, and the server closes first (section
-                // 7.1.1).
-                ClosePhase::Ending(_) if self.asked.close.is_some() => {
+                // Both close frames have arrived, so no bytes are in flight that a reset could destroy,
+                // and the server closes first (section 7.1.1).
+                ClosePhase::Ending(_) if self.requests.close.is_some() => {
                     return Pin::new(&mut self.io).poll_shutdown(cx).map(drop);
                 }
                 ClosePhase::Ending(mut closing) => {
@@ -204,19 +203,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
             return;
         }
         // The peer's own close was answered when it was read.
-        if self.asked.close.is_none() {
-            let of_how = match how {
-                CloseHow::Normal => code::NORMAL,
-                CloseHow::GoingAway => code::GOING_AWAY,
-                CloseHow::Protocol => code::PROTOCOL,
-                CloseHow::Overload => code::TRY_LATER,
-            };
-            // The reason is for those who write clients: a browser shows it.
+        if self.requests.close.is_none() {
+            // The reason helps authors of clients: a browser shows it.
             let (code, reason) = match self.fault {
-                Some(fault) => (fault.code, fault.reason),
-                None => (of_how, ""),
+                Some(fault) => (fault.close_code(), fault.to_string()),
+                None => (close_code(how), String::new()),
             };
-            let payload = [&code.to_be_bytes(), reason.as_bytes()].concat();
+            let payload = [&u16::from(code).to_be_bytes(), reason.as_bytes()].concat();
             frame::control_frame(Control::Close, &payload, &mut self.control);
         }
         self.closing = ClosePhase::Sending;
@@ -224,38 +217,35 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
 
     /// `buf` had `before` bytes when this call to `poll_recv` began.
     fn feed(&mut self, input: &mut [u8], buf: &mut Vec<u8>, before: usize) {
-        if let Err(Stopped { fault, left }) = self.decoder.feed(input, buf, &mut self.asked) {
-            if fault.code == code::TOO_BIG && buf.len() > before {
-                // The caller may raise the limit when it has seen what came
-                // first, a CONNECT say; then this is judged anew.
-                self.early = input[input.len() - left..].to_vec();
+        if let Err(Stopped { fault, rest }) = self.decoder.feed(input, buf, &mut self.requests) {
+            if fault == FrameError::TooLarge && buf.len() > before {
+                // The caller may raise the limit once it has the bytes before this message, for
+                // example a CONNECT. Then the message is decoded again.
+                self.early = input[input.len() - rest..].to_vec();
                 return;
             }
             self.fault = Some(fault);
-            self.ended = self.over();
+            self.ended = self.end();
             return;
         }
-        if let Some(echo) = self.asked.close {
-            // Section 5.5.1: answered once, and not if we closed first.
+        if let Some(echo) = self.requests.close {
+            // A close frame is answered once, and not if we closed first (section 5.5.1).
             if self.closing == ClosePhase::Open {
                 let echo = echo.map(u16::to_be_bytes);
                 let payload = echo.as_ref().map_or(&[][..], |code| &code[..]);
-                self.asked.pong = None;
+                self.requests.pong = None;
                 frame::control_frame(Control::Close, payload, &mut self.control);
             }
             self.ended = Some(Closed::Eof);
         }
     }
 
-    /// The end that the peer's frames brought, if they did.
-    fn over(&self) -> Option<Closed> {
+    /// Why the peer's frames have ended the connection, if they have.
+    fn end(&self) -> Option<Closed> {
         match self.fault {
-            Some(fault) if fault.code == code::TOO_BIG => Some(Closed::TooLarge),
-            Some(fault) => Some(Closed::Violation {
-                reason: fault.reason,
-                ws_code: fault.code,
-            }),
-            None => self.asked.close.is_some().then_some(Closed::Eof),
+            Some(FrameError::TooLarge) => Some(Closed::TooLarge),
+            Some(fault) => Some(Closed::Violation(Violation::WebSocket(fault))),
+            None => self.requests.close.is_some().then_some(Closed::Eof),
         }
     }
 
@@ -264,13 +254,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
     }
 
     fn control_waits(&self) -> bool {
-        self.control_at < self.control.len() || self.asked.pong.is_some()
+        self.control_at < self.control.len() || self.requests.pong.is_some()
     }
 
-    /// Writes and flushes control frames, unless a data frame is under way.
+    /// Writes and flushes control frames, unless a data frame is being sent.
     fn poll_control(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Closed>> {
         if self.mid_frame() {
-            // poll_send goes on with them when the frame is done.
+            // poll_send sends them when the frame is done.
             return Poll::Pending;
         }
         ready!(self.poll_control_write(cx))?;
@@ -282,16 +272,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
             if self.control_at < self.control.len() {
                 let rest = &self.control[self.control_at..];
                 let n = ready!(Pin::new(&mut self.io).poll_write(cx, rest))?;
-                self.control_at += some(n)?;
+                self.control_at += not_zero(n)?;
                 self.unflushed = true;
-            } else if let Some(payload) = self.asked.pong.take() {
+            } else if let Some(payload) = self.requests.pong.take() {
                 self.control.clear();
                 self.control_at = 0;
                 if self.closing == ClosePhase::Open {
                     frame::control_frame(Control::Pong, &payload, &mut self.control);
                 }
             } else {
-                // Rarely needed, so nothing is kept.
+                // Control frames are rare, so their buffer is freed.
                 self.control = Vec::new();
                 self.control_at = 0;
                 self.pinging = false;
@@ -307,7 +297,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
             let rest = out.rest();
             let payload = &rest[..rest.len().min(self.payload_left)];
             let slices = [IoSlice::new(head), IoSlice::new(payload)];
-            let n = some(ready!(
+            let n = not_zero(ready!(
                 Pin::new(&mut self.io).poll_write_vectored(cx, &slices)
             )?)?;
             self.unflushed = true;
@@ -328,10 +318,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
     }
 }
 
-fn some(n: usize) -> Result<usize, Closed> {
+fn not_zero(n: usize) -> Result<usize, Closed> {
     if n == 0 {
-        Err(Closed::Reset("nothing can be written".into()))
+        Err(Closed::Reset(ResetReason::NothingWritten))
     } else {
         Ok(n)
+    }
+}
+
+const fn close_code(how: CloseHow) -> CloseCode {
+    match how {
+        CloseHow::Normal => CloseCode::Normal,
+        CloseHow::GoingAway => CloseCode::Away,
+        CloseHow::Protocol => CloseCode::Protocol,
+        CloseHow::Overload => CloseCode::Again,
     }
 }

@@ -227,7 +227,7 @@ def test_no_file_left_at_accept(own_broker, own_edge):
     assert run(["prlimit", "--pid", edge.service.pid, f"--nofile={open_files + 10}"]).returncode == 0
     crowded(edge, 60)
     edge.wait_metric("it is counted", lambda m: m.sum("tidegate_accept_errors_total", reason="file_limit") > 0)
-    assert 1 <= len(edge.service.grep("accept failed")) <= 20
+    assert 1 <= len(edge.service.grep("Accept failed")) <= 20
 
 
 def crowded(edge, count: int) -> None:

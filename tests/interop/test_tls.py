@@ -165,7 +165,7 @@ def test_without_a_good_one_nobody_gets_in(secure, reach, leaves, transport, who
             reach(transport, leaves.get(who), name).visit(fresh("id"))
         return refused.value.alert == alert
 
-    logged(secure, rf"handshake failed.*{name}.*127.0.0.1:.*client_certificate_{label}", attempt)
+    logged(secure, rf"Handshake failed.*{name}.*127.0.0.1:.*client_certificate_{label}", attempt)
     assert secure.metrics().sum(FAILED, reason=f"^client_certificate_{label}$") > before
 
 

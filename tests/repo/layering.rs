@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// Each module with the modules that it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("backoff", &[]),
     ("budget", &[]),
+    ("backoff", &[]),
     ("time", &[]),
     ("clock", &["time"]),
     ("topics", &[]),

@@ -1,4 +1,4 @@
-//! A WebSocket toward a core, as a stream of bytes [MQTT-6.0.0-1].
+//! A WebSocket to a broker, as a stream of bytes [MQTT-6.0.0-1].
 
 use std::io;
 use std::pin::Pin;
@@ -13,24 +13,24 @@ use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-/// Largest message taken, bytes: a core may put many packets into one.
-const MESSAGE_MAX: usize = 64 * 1024 * 1024;
-/// Bytes in one message of ours: brokers limit frames.
-const FRAME: usize = 16 * 1024;
+/// The largest message that is accepted; a broker may put many packets into one.
+const MESSAGE_MAX_BYTES: usize = 64 * 1024 * 1024;
+/// The largest message that we send, because brokers limit frames.
+const FRAME_BYTES: usize = 16 * 1024;
 
 /// MQTT in binary messages.
 #[derive(Debug)]
 pub struct WsBytes<S> {
     ws: WebSocketStream<S>,
     input: Bytes,
-    /// Something was handed to the WebSocket and is not on its way for sure.
+    /// Bytes were passed to the WebSocket and may not be flushed.
     unflushed: bool,
 }
 
-/// Asks for the WebSocket; `authority` as it stands in the URL.
+/// Upgrades a connection to a WebSocket. `authority` is host and port as in a URL.
 ///
 /// # Errors
-/// What the core answered instead.
+/// The broker's answer, or why there is none.
 pub(super) async fn upgrade<S>(
     io: S,
     secure: bool,
@@ -49,11 +49,11 @@ where
         .headers_mut()
         .insert("Sec-WebSocket-Protocol", protocol);
     let config = WebSocketConfig::default()
-        .max_message_size(Some(MESSAGE_MAX))
-        .max_frame_size(Some(MESSAGE_MAX));
+        .max_message_size(Some(MESSAGE_MAX_BYTES))
+        .max_frame_size(Some(MESSAGE_MAX_BYTES));
     let upgraded = tokio_tungstenite::client_async_with_config(request, io, Some(config)).await;
     let (ws, _) = upgraded.map_err(|e| match e {
-        Error::Http(response) => format!("the core answered HTTP {}", response.status()),
+        Error::Http(response) => format!("the broker answered HTTP {}", response.status()),
         other => other.to_string(),
     })?;
     Ok(WsBytes {
@@ -69,7 +69,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for WsBytes<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        // Who waits for an answer may have a request that is still here.
+        // The request whose answer is awaited may not be flushed yet.
         if self.unflushed
             && let Poll::Ready(flushed) = self.ws.poll_flush_unpin(cx)
         {
@@ -83,7 +83,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for WsBytes<S> {
                 }
                 Some(Ok(Message::Binary(bytes))) => self.input = bytes,
                 Some(Ok(Message::Text(_))) => {
-                    let why = "the core sent a text frame [MQTT-6.0.0-1]";
+                    let why = "the broker sent a text frame [MQTT-6.0.0-1]";
                     return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, why)));
                 }
                 Some(Ok(_)) => {}
@@ -104,7 +104,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for WsBytes<S> {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         ready!(self.ws.poll_ready_unpin(cx)).map_err(failed)?;
-        let part = &buf[..buf.len().min(FRAME)];
+        let part = &buf[..buf.len().min(FRAME_BYTES)];
         let message = Message::Binary(Bytes::copy_from_slice(part));
         self.ws.start_send_unpin(message).map_err(failed)?;
         self.unflushed = true;

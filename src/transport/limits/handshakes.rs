@@ -1,5 +1,4 @@
-//! Places for handshakes that run at the same time, so shared out that no
-//! network can keep all of them.
+//! Permits for handshakes that run at the same time, shared so that no network can take all of them.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -9,65 +8,65 @@ use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
-/// The part of all places that one network may have of the second half.
-const SHARE: usize = 8;
+/// One network may take this fraction of all permits from the second half.
+const SHARE_DIVISOR: usize = 8;
 
-/// A limit on handshakes that run at the same time, over all listeners: of TLS
-/// over TCP, and apart from that of QUIC.
+/// The limit on handshakes that run at the same time, over all listeners; TLS over TCP and QUIC have
+/// one each.
 #[derive(Clone, Debug)]
 pub struct Handshakes {
-    pub(in crate::transport) tls: Arc<Places>,
-    pub(in crate::transport) quic: Arc<Places>,
+    pub(in crate::transport) tls: Arc<HandshakePermits>,
+    pub(in crate::transport) quic: Arc<HandshakePermits>,
 }
 
 impl Handshakes {
-    /// At most `max` of each at once; at least one.
+    /// At most `max` handshakes of each kind at once; at least one.
     pub fn new(max: usize) -> Self {
         Self {
-            tls: Arc::new(Places::new(max)),
-            quic: Arc::new(Places::new(max)),
+            tls: Arc::new(HandshakePermits::new(max)),
+            quic: Arc::new(HandshakePermits::new(max)),
         }
     }
 
-    /// How many run now.
+    /// How many handshakes run now.
     pub fn running(&self) -> usize {
         self.tls.running() + self.quic.running()
     }
 }
 
-/// The places of one kind of handshake.
+/// The permits for one kind of handshake.
 #[derive(Debug)]
-pub(in crate::transport) struct Places {
+pub(in crate::transport) struct HandshakePermits {
     max: usize,
-    /// Half of all, for whoever comes.
+    /// The first half of the permits, for any client.
     common: Arc<Semaphore>,
-    /// The others, for networks that have not had their share of them.
+    /// The second half, of which each network may take its share.
     rest: Arc<Semaphore>,
-    /// Places in one network's share.
+    /// The number of permits in one network's share.
     share: usize,
     networks: Mutex<Networks>,
 }
 
-/// Networks that have places of the second half or wait for one, with how many
-/// do.
+/// The networks that have permits of the second half or wait for one, each with its remaining share
+/// and the number of its users.
 type Networks = HashMap<IpAddr, (Arc<Semaphore>, usize), RandomState>;
 
 /// Held while a handshake runs.
 #[derive(Debug)]
-pub(in crate::transport) struct Place {
+pub(in crate::transport) struct HandshakePermit {
     _permit: OwnedSemaphorePermit,
-    /// In this order: what is given back is counted before it is forgotten.
+    /// Dropped in this order, so that the permit is returned before its network is forgotten.
     _share: Option<(OwnedSemaphorePermit, Share)>,
 }
 
-impl Places {
+impl HandshakePermits {
     fn new(max: usize) -> Self {
         let max = max.clamp(1, Semaphore::MAX_PERMITS);
         Self {
             max,
             common: Arc::new(Semaphore::new(max / 2)),
             rest: Arc::new(Semaphore::new(max - max / 2)),
-            share: (max / SHARE).max(1),
+            share: (max / SHARE_DIVISOR).max(1),
             networks: Mutex::default(),
         }
     }
@@ -77,72 +76,78 @@ impl Places {
         self.max.saturating_sub(free)
     }
 
-    /// More than half of the places are taken.
+    /// Whether more than half of the permits are taken.
     pub(in crate::transport) fn pressed(&self) -> bool {
         self.running() > self.max / 2
     }
 
-    /// A place for a client at `from`, once there is one.
-    pub(in crate::transport) async fn place(self: &Arc<Self>, from: SocketAddr) -> Place {
-        if let Some(place) = self.try_place(from) {
-            return place;
+    /// Waits for a permit for a client at `from`.
+    pub(in crate::transport) async fn acquire(
+        self: &Arc<Self>,
+        from: SocketAddr,
+    ) -> HandshakePermit {
+        if let Some(permit) = self.try_acquire(from) {
+            return permit;
         }
         let of_share = async {
             let share = Share::of(self, from);
-            let own = acquired(Arc::clone(&share.places).acquire_owned().await);
+            let own = acquired(Arc::clone(&share.permits).acquire_owned().await);
             let permit = acquired(Arc::clone(&self.rest).acquire_owned().await);
-            Place {
+            HandshakePermit {
                 _permit: permit,
                 _share: Some((own, share)),
             }
         };
         tokio::select! {
-            permit = Arc::clone(&self.common).acquire_owned() => Place {
+            permit = Arc::clone(&self.common).acquire_owned() => HandshakePermit {
                 _permit: acquired(permit),
                 _share: None,
             },
-            place = of_share => place,
+            permit = of_share => permit,
         }
     }
 
-    /// The same, if there is one now.
-    pub(in crate::transport) fn try_place(self: &Arc<Self>, from: SocketAddr) -> Option<Place> {
+    /// A permit for a client at `from`, if one is free.
+    pub(in crate::transport) fn try_acquire(
+        self: &Arc<Self>,
+        from: SocketAddr,
+    ) -> Option<HandshakePermit> {
         if let Ok(permit) = Arc::clone(&self.common).try_acquire_owned() {
-            return Some(Place {
+            return Some(HandshakePermit {
                 _permit: permit,
                 _share: None,
             });
         }
         let share = Share::of(self, from);
-        let own = Arc::clone(&share.places).try_acquire_owned().ok()?;
+        let own = Arc::clone(&share.permits).try_acquire_owned().ok()?;
         let permit = Arc::clone(&self.rest).try_acquire_owned().ok()?;
-        Some(Place {
+        Some(HandshakePermit {
             _permit: permit,
             _share: Some((own, share)),
         })
     }
 }
 
-/// A network's share of the second half, known while somebody has or wants a
-/// place of it.
+/// A network's share of the second half. It exists while a client of the network has a permit of it
+/// or waits for one.
 #[derive(Debug)]
 struct Share {
-    of: Arc<Places>,
+    of: Arc<HandshakePermits>,
     network: IpAddr,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
 }
 
 impl Share {
-    fn of(all: &Arc<Places>, from: SocketAddr) -> Self {
+    fn of(all: &Arc<HandshakePermits>, from: SocketAddr) -> Self {
         let network = network(from.ip());
         let mut networks = all.networks.lock();
         let new = || (Arc::new(Semaphore::new(all.share)), 0);
-        let (places, users) = networks.entry(network).or_insert_with(new);
+        let (permits, users) = networks.entry(network).or_insert_with(new);
         *users += 1;
         Self {
             of: Arc::clone(all),
             network,
-            places: Arc::clone(places),
+            permits: Arc::clone(permits),
         }
     }
 }
@@ -159,7 +164,7 @@ impl Drop for Share {
     }
 }
 
-/// What one client can have addresses from: IPv6 is given out by /64.
+/// The network that one client can have addresses of: an IPv6 client usually has a /64.
 fn network(ip: IpAddr) -> IpAddr {
     match ip {
         IpAddr::V4(_) => ip,
@@ -184,7 +189,7 @@ mod tests {
     fn pressure_begins_past_half() {
         let handshakes = Handshakes::new(4);
         let from = at("192.0.2.1");
-        let take = || handshakes.quic.try_place(from);
+        let take = || handshakes.quic.try_acquire(from);
         let held = [take(), take()];
         assert!(!handshakes.quic.pressed());
         let third = take();
@@ -195,39 +200,39 @@ mod tests {
     }
 
     #[test]
-    fn one_network_leaves_places_for_the_others() {
-        let places = Arc::new(Places::new(16));
+    fn one_network_leaves_permits_for_the_others() {
+        let permits = Arc::new(HandshakePermits::new(16));
         let from = at("2001:db8:0:1::1");
-        let of = |from| std::iter::from_fn(|| places.try_place(from)).collect::<Vec<_>>();
-        // Half, and its share of the other half.
+        let of = |from| std::iter::from_fn(|| permits.try_acquire(from)).collect::<Vec<_>>();
+        // The first half, and its share of the second.
         let held = of(from);
         assert_eq!(held.len(), 8 + 2);
-        assert!(places.try_place(at("2001:db8:0:1:ffff::2")).is_none());
+        assert!(permits.try_acquire(at("2001:db8:0:1:ffff::2")).is_none());
         let others = ["2001:db8:0:2::1", "192.0.2.1", "192.0.2.2"].map(|ip| of(at(ip)));
         assert!(others.iter().all(|held| held.len() == 2));
-        assert!(places.try_place(at("192.0.2.3")).is_none());
+        assert!(permits.try_acquire(at("192.0.2.3")).is_none());
         drop((held, others));
-        assert_eq!((places.running(), places.networks.lock().len()), (0, 0));
+        assert_eq!((permits.running(), permits.networks.lock().len()), (0, 0));
         assert_eq!(of(from).len(), 8 + 2);
     }
 
     #[test]
-    fn those_who_wait_hold_up_no_other_network() {
-        let places = Arc::new(Places::new(16));
+    fn waiting_clients_do_not_delay_other_networks() {
+        let permits = Arc::new(HandshakePermits::new(16));
         let flood = at("192.0.2.1");
         let mut held = Vec::new();
         let mut waiting = Vec::new();
         for _ in 0..100 {
-            let mut place = Box::pin(places.place(flood));
-            match place.as_mut().now_or_never() {
-                Some(place) => held.push(place),
-                None => waiting.push(place),
+            let mut permit = Box::pin(permits.acquire(flood));
+            match permit.as_mut().now_or_never() {
+                Some(permit) => held.push(permit),
+                None => waiting.push(permit),
             }
         }
         assert_eq!(held.len(), 10);
-        let other = places.place(at("192.0.2.2")).now_or_never();
+        let other = permits.acquire(at("192.0.2.2")).now_or_never();
         assert!(other.is_some());
-        // In their turn, those too.
+        // The waiting clients get their turn.
         held.pop();
         let first = waiting[0].as_mut().now_or_never();
         assert!(first.is_some());
@@ -236,6 +241,6 @@ mod tests {
         let second = waiting[1].as_mut().now_or_never();
         assert!(second.is_some());
         drop((held, waiting, other, first, second));
-        assert_eq!((places.running(), places.networks.lock().len()), (0, 0));
+        assert_eq!((permits.running(), permits.networks.lock().len()), (0, 0));
     }
 }

@@ -1,37 +1,62 @@
-//! The header of the PROXY protocol, versions 1 and 2 (HAProxy's
-//! `proxy-protocol.txt`).
+//! The header of the PROXY protocol, versions 1 and 2 (HAProxy's `proxy-protocol.txt`).
 
 use std::net::SocketAddr;
 
 use proxy_header::{ParseConfig, Protocol, ProxyHeader};
 
-/// The most bytes of a version 2 header: addresses take 216 at most, the rest
-/// are TLVs, a client's certificate the largest of them.
-const HEADER_MAX: usize = 4096;
+/// The most bytes of a version 2 header. Addresses take at most 216; the others are TLVs, of which a
+/// client's certificate is the largest.
+const HEADER_MAX_BYTES: usize = 4096;
 /// The most bytes of a version 1 header (section 2.1).
-const LINE_MAX: usize = 107;
-/// What version 2 begins with (section 2.2).
+const LINE_MAX_BYTES: usize = 107;
+/// The first bytes of a version 2 header (section 2.2).
 pub(in crate::transport) const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
-/// What version 1 begins with (section 2.1).
+/// The first bytes of a version 1 header (section 2.1).
 pub(in crate::transport) const LINE: &[u8] = b"PROXY ";
 
-/// How far a header is.
+/// What is wrong with the front of a connection that must begin with a PROXY protocol header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProxyError {
+    /// The peer may not state its client's address.
+    #[error("the peer is in none of trusted_proxies, and proxy_protocol is \"required\"")]
+    UntrustedPeer,
+    /// The bytes are not a header.
+    #[error("no PROXY protocol header, and proxy_protocol is \"required\"")]
+    Missing,
+    /// A version 1 header that is too long.
+    #[error("PROXY line longer than 107 bytes")]
+    LineTooLong,
+    /// A version other than 1 and 2, or a command other than LOCAL and PROXY.
+    #[error("PROXY protocol header of an unknown version or command")]
+    UnknownVersion,
+    /// A version 2 header that is too large.
+    #[error("PROXY protocol header larger than 4 KiB")]
+    TooLarge,
+    /// The addresses or TLVs cannot be read.
+    #[error("malformed PROXY protocol header")]
+    Malformed,
+    /// The header is of UDP, and the connection is TCP.
+    #[error("PROXY protocol header of a datagram on a stream")]
+    Datagram,
+}
+
+/// How much of a header there is.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// All bytes so far belong to it, and it has so many at least.
+    /// All bytes so far belong to the header, which has at least this many.
     More(usize),
-    /// It is whole.
+    /// The header is complete.
     Done {
-        /// Its bytes.
+        /// The header's bytes.
         length: usize,
-        /// The client; `None`: it says nothing of one, as in a health check.
+        /// The client, where the header names one; a health check names none.
         client: Option<SocketAddr>,
     },
 }
 
-/// Looks for a header at the front of `input`. What cannot become one is told
-/// with the first byte that says so.
-pub(super) fn parse(input: &[u8]) -> Result<Step, &'static str> {
+/// Looks for a header at the front of `input`. An error is found at the first byte that cannot belong
+/// to a header.
+pub(super) fn parse(input: &[u8]) -> Result<Step, ProxyError> {
     let begins = |with: &[u8]| {
         let n = input.len().min(with.len());
         input[..n] == with[..n]
@@ -43,34 +68,34 @@ pub(super) fn parse(input: &[u8]) -> Result<Step, &'static str> {
         return binary(input);
     }
     if !begins(LINE) {
-        return Err("no PROXY protocol header, and proxy_protocol is \"required\"");
+        return Err(ProxyError::Missing);
     }
-    let line = &input[..input.len().min(LINE_MAX)];
+    let line = &input[..input.len().min(LINE_MAX_BYTES)];
     match line.windows(2).position(|two| two == b"\r\n") {
         Some(end) => address(&input[..end + 2]),
-        None if line.len() == LINE_MAX => Err("PROXY line longer than 107 bytes"),
-        None => Ok(Step::More(LINE_MAX)),
+        None if line.len() == LINE_MAX_BYTES => Err(ProxyError::LineTooLong),
+        None => Ok(Step::More(LINE_MAX_BYTES)),
     }
 }
 
-fn binary(input: &[u8]) -> Result<Step, &'static str> {
+fn binary(input: &[u8]) -> Result<Step, ProxyError> {
     let Some(command) = input.get(SIGNATURE.len()) else {
         return Ok(Step::More(16));
     };
     if !matches!(command, 0x20 | 0x21) {
-        return Err("PROXY protocol header of an unknown version or command");
+        return Err(ProxyError::UnknownVersion);
     }
     let Some([high, low]) = input.get(14..16) else {
         return Ok(Step::More(16));
     };
     let length = 16 + usize::from(u16::from_be_bytes([*high, *low]));
-    if length > HEADER_MAX {
-        return Err("PROXY protocol header larger than 4 KiB");
+    if length > HEADER_MAX_BYTES {
+        return Err(ProxyError::TooLarge);
     }
     if input.len() < length {
         return Ok(Step::More(length));
     }
-    // LOCAL: the rest is to be ignored whatever it says (section 2.2).
+    // LOCAL: the addresses must be ignored (section 2.2).
     if *command == 0x20 {
         return Ok(Step::Done {
             length,
@@ -80,17 +105,17 @@ fn binary(input: &[u8]) -> Result<Step, &'static str> {
     address(&input[..length])
 }
 
-/// The address in a header that is whole.
-fn address(header: &[u8]) -> Result<Step, &'static str> {
+/// The address in a complete header.
+fn address(header: &[u8]) -> Result<Step, ProxyError> {
     let Ok((parsed, length)) = ProxyHeader::parse(header, ParseConfig::default()) else {
-        return Err("malformed PROXY protocol header");
+        return Err(ProxyError::Malformed);
     };
     if length != header.len() {
-        return Err("malformed PROXY protocol header");
+        return Err(ProxyError::Malformed);
     }
     let client = match parsed.proxied_address() {
         Some(of) if of.protocol == Protocol::Datagram => {
-            return Err("PROXY protocol header of a datagram on a stream");
+            return Err(ProxyError::Datagram);
         }
         other => other.map(|of| of.source),
     };
@@ -106,7 +131,7 @@ mod tests {
 
     use super::*;
 
-    /// Version 2 with a body of one's own.
+    /// A version 2 header with the given body.
     fn v2(command: u8, family: u8, body: &[u8]) -> Vec<u8> {
         let mut header = SIGNATURE.to_vec();
         header.extend([command, family]);
@@ -131,11 +156,13 @@ mod tests {
         body
     }
 
-    /// At every place where it may be cut, whole, and with more behind it.
-    fn whole(header: &[u8]) -> Result<Option<SocketAddr>, &'static str> {
+    /// Parses every prefix of a header, the header, and the header with more bytes behind it.
+    fn parse_all(header: &[u8]) -> Result<Option<SocketAddr>, ProxyError> {
         for n in 0..header.len() {
             match parse(&header[..n])? {
-                Step::More(wanted) => assert!(wanted > n && wanted <= HEADER_MAX, "{n} of it"),
+                Step::More(wanted) => {
+                    assert!(wanted > n && wanted <= HEADER_MAX_BYTES, "{n} of it")
+                }
                 done => panic!("{done:?} after {n} bytes of {}", header.len()),
             }
         }
@@ -155,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_are_good() {
+    fn good_headers_are_read() {
         let four = Some("192.0.2.7:4660".parse().expect("an address"));
         let six = Some("[2001:db8::1]:4660".parse().expect("an address"));
         let unix = [1; 216];
@@ -172,17 +199,17 @@ mod tests {
             (v2(0x21, 0x00, b"whatever"), None),
             (v2(0x21, 0x31, &unix), None),
             (v2(0x20, 0x00, b""), None),
-            // What a LOCAL header says of addresses is not looked at.
+            // The addresses of a LOCAL header are ignored.
             (v2(0x20, 0x11, V4), None),
             (v2(0x20, 0x11, b"x"), None),
             (v2(0x20, 0xff, b"x"), None),
         ] {
-            assert_eq!(whole(&header), Ok(client), "{header:02x?}");
+            assert_eq!(parse_all(&header), Ok(client), "{header:02x?}");
         }
     }
 
     #[test]
-    fn headers_that_are_not() {
+    fn bad_headers_are_refused() {
         let long = format!("PROXY UNKNOWN {}\r\n", "x".repeat(100));
         for (header, part) in [
             (b"GET / HTTP/1.1\r\n".to_vec(), "no PROXY"),
@@ -210,14 +237,14 @@ mod tests {
             (v2(0x21, 0x11, &with_tlvs(V4.to_vec(), 4096 - 30)), "larger"),
             (v2(0x20, 0x00, &[0; 60_000]), "larger"),
         ] {
-            let why = parse(&header).expect_err("refused");
+            let why = parse(&header).expect_err("refused").to_string();
             assert!(why.contains(part), "{why} for {header:.40x?}");
         }
     }
 
     proptest! {
         #[test]
-        fn what_its_crate_writes_is_read(
+        fn headers_of_another_implementation_are_read(
             a in any::<[u8; 16]>(), four in any::<bool>(), port in any::<u16>(), line in any::<bool>(),
             id in prop::collection::vec(any::<u8>(), 0..128),
         ) {
@@ -234,11 +261,11 @@ mod tests {
                 header.append_tlv(Tlv::UniqueId(id.as_slice().into()));
                 header.encode_v2(&mut bytes).expect("it fits");
             }
-            prop_assert_eq!(whole(&bytes), Ok(Some(source)));
+            prop_assert_eq!(parse_all(&bytes), Ok(Some(source)));
         }
 
         #[test]
-        fn any_bytes_are_survived(
+        fn more_bytes_never_change_a_verdict(
             good in prop_oneof![
                 Just(b"PROXY TCP4 192.0.2.7 10.0.0.1 4660 80\r\n".to_vec()),
                 Just(v2(0x21, 0x11, &with_tlvs(V4.to_vec(), 5))),
@@ -255,7 +282,7 @@ mod tests {
                     input[at] = byte;
                 }
             }
-            // Whatever it is, more bytes change no verdict.
+            // More bytes never change a verdict.
             let last = parse(&input);
             for n in 0..input.len() {
                 match parse(&input[..n]) {

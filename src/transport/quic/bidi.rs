@@ -1,8 +1,6 @@
-//! One stream of the client with both its halves, and what lies between
-//! QUIC's streams and the streams: nothing for ALPN `mqtt`; in WebTransport a
-//! few bytes at the beginning, and a numbering of the codes.
+//! Both halves of one stream of a client, and the layer between QUIC and MQTT: none with ALPN `mqtt`;
+//! WebTransport adds a few bytes at the beginning of a stream, and numbers the codes anew.
 
-use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -10,39 +8,39 @@ use std::task::{Context, Poll, ready};
 use quinn::{ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError};
 use web_transport_proto::{Frame, VarInt as Number, error_from_http3, error_to_http3};
 
-/// H3_REQUEST_REJECTED (RFC 9114 section 8.1): the answer to a stream that is
-/// none of the session's.
+use crate::transport::closed::PeerCode;
+
+/// H3_REQUEST_REJECTED (RFC 9114 section 8.1): the answer to a stream that does not belong to the
+/// session.
 const REQUEST_REJECTED: VarInt = VarInt::from_u32(0x010b);
-/// H3_NO_ERROR, by the same section.
+/// H3_NO_ERROR (RFC 9114 section 8.1).
 pub(super) const NO_ERROR: VarInt = VarInt::from_u32(0x0100);
 
-/// What lies between QUIC's streams and the streams.
+/// The layer between QUIC and MQTT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Layer {
-    /// Nothing (ALPN `mqtt`).
+    /// None (ALPN `mqtt`).
     Plain,
     /// WebTransport over HTTP/3 (ALPN `h3`).
     WebTransport {
-        /// The number of the stream with the request; the session's streams
-        /// begin with it.
+        /// The identifier of the request's stream, with which the session's streams begin.
         session: u64,
     },
 }
 
 impl Layer {
-    /// The code on the wire for one of ours, in RESET_STREAM, STOP_SENDING and
-    /// CONNECTION_CLOSE.
+    /// The code on the wire for a code of ours, in RESET_STREAM, STOP_SENDING and CONNECTION_CLOSE.
     pub(super) fn code(self, ours: u32) -> VarInt {
         match self {
             Self::Plain => VarInt::from_u32(ours),
-            // All of these are below 2^47.
+            // All of these codes are below 2^47.
             Self::WebTransport { .. } => {
                 VarInt::from_u64(error_to_http3(ours)).unwrap_or(REQUEST_REJECTED)
             }
         }
     }
 
-    /// Whether the peer ended in peace.
+    /// Whether the code means an ordinary end.
     pub(super) fn is_normal(self, wire: VarInt) -> bool {
         match self {
             Self::Plain => wire == VarInt::from_u32(0),
@@ -50,56 +48,38 @@ impl Layer {
         }
     }
 
-    /// A code of the peer's, for a log line.
-    pub(super) fn shown(self, wire: VarInt) -> Code {
+    /// The meaning of a code that the peer sent.
+    pub(super) fn peer_code(self, wire: VarInt) -> PeerCode {
         match self {
-            Self::Plain => Code::Ours(wire.into_inner()),
+            Self::Plain => PeerCode::Application(wire.into_inner()),
             Self::WebTransport { .. } => match error_from_http3(wire.into_inner()) {
-                Some(code) => Code::Ours(code.into()),
-                None => Code::Http3(wire.into_inner()),
+                Some(code) => PeerCode::Application(code.into()),
+                None => PeerCode::Http3(wire.into_inner()),
             },
         }
     }
 }
 
-/// A code of the peer's.
-pub(super) enum Code {
-    /// Of the application.
-    Ours(u64),
-    /// Of HTTP/3 itself (RFC 9114 section 8.1).
-    Http3(u64),
-}
-
-impl fmt::Display for Code {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Ours(code) => write!(f, "code {code}"),
-            Self::Http3(code) => write!(f, "HTTP/3 code {code:#x}"),
-        }
-    }
-}
-
-/// One stream of the client, both halves.
+/// Both halves of one stream of a client.
 pub(super) struct Bidi {
     send: SendStream,
     recv: RecvStream,
-    head: Head,
+    head: StreamHead,
 }
 
 impl Bidi {
     pub(super) fn new(send: SendStream, recv: RecvStream, layer: Layer) -> Self {
         let head = match layer {
-            Layer::Plain => Head::Read,
-            Layer::WebTransport { session } => Head::Missing(Prefix::of(session)),
+            Layer::Plain => StreamHead::Read,
+            Layer::WebTransport { session } => StreamHead::Missing(Prefix::of(session)),
         };
         Self { send, recv, head }
     }
 
-    /// Up to `buf` bytes; 0 is the end of the stream.
+    /// Reads into `buf`; 0 bytes are the end of the stream.
     ///
     /// # Errors
-    /// `ClosedStream` also for one that is none of the session's; it is ended
-    /// then.
+    /// `ClosedStream` also for a stream that does not belong to the session, which is aborted.
     pub(super) fn poll_read(
         &mut self,
         cx: &mut Context<'_>,
@@ -109,9 +89,9 @@ impl Bidi {
         self.recv.poll_read(cx, buf)
     }
 
-    /// Reads what the layer has before the first byte.
+    /// Reads the bytes with which the layer begins a stream.
     pub(super) fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ReadError>> {
-        while let Head::Missing(prefix) = &mut self.head {
+        while let StreamHead::Missing(prefix) = &mut self.head {
             let mut byte = [0];
             let done = match ready!(self.recv.poll_read(cx, &mut byte))? {
                 0 => Err(()),
@@ -119,7 +99,7 @@ impl Bidi {
             };
             match done {
                 Ok(false) => {}
-                Ok(true) => self.head = Head::Read,
+                Ok(true) => self.head = StreamHead::Read,
                 Err(()) => {
                     self.abort(REQUEST_REJECTED);
                     return Poll::Ready(Err(ReadError::ClosedStream));
@@ -137,17 +117,17 @@ impl Bidi {
         Pin::new(&mut self.send).poll_write(cx, bytes)
     }
 
-    /// Resolves when the peer has acknowledged all, or wants nothing more
-    /// (STOP_SENDING, with its code).
+    /// Resolves when the peer has acknowledged everything, or reads no more (STOP_SENDING, with its
+    /// code).
     pub(super) fn stopped(
         &self,
     ) -> impl Future<Output = Result<Option<VarInt>, StoppedError>> + Send + Sync + use<> {
         self.send.stopped()
     }
 
-    /// FIN; resolves when the peer has acknowledged all, or cannot any more.
+    /// Sends FIN; resolves when the peer has acknowledged everything, or no longer can.
     pub(super) fn finish(&mut self) -> impl Future<Output = ()> + Send + Sync + use<> {
-        // Fails only if it is finished or reset already.
+        // Fails only if the stream is finished or reset already.
         let _ = self.send.finish();
         let stopped = self.send.stopped();
         async move {
@@ -155,22 +135,22 @@ impl Bidi {
         }
     }
 
-    /// Ends both directions with `code` as it is on the wire.
+    /// Ends both directions with `code`, which is the code on the wire.
     pub(super) fn abort(&mut self, code: VarInt) {
-        // Both fail only if that direction has ended already.
+        // Each fails only if that direction has ended already.
         let _ = self.send.reset(code);
         let _ = self.recv.stop(code);
     }
 }
 
-enum Head {
+enum StreamHead {
     Read,
     Missing(Prefix),
 }
 
-/// The beginning of a session's stream: its type and the session's number
-/// (draft-ietf-webtrans-http3 section 4.2), variable-length integers that need
-/// not be in their shortest form.
+/// The beginning of a session's stream: its type and the session's identifier
+/// (draft-ietf-webtrans-http3 section 4.2), as variable-length integers, which may be longer than
+/// needed.
 struct Prefix {
     session: u64,
     bytes: [u8; 8],
@@ -188,9 +168,9 @@ impl Prefix {
         }
     }
 
-    /// Whether it is whole, and an error as soon as it is another one.
+    /// Whether the prefix is complete; an error as soon as it is a different one.
     fn push(&mut self, byte: u8) -> Result<bool, ()> {
-        // A varint has eight bytes at most, and is taken below when it is whole.
+        // A varint has at most eight bytes, and is taken below when it is complete.
         self.bytes[usize::from(self.len)] = byte;
         self.len += 1;
         let mut bytes = &self.bytes[..usize::from(self.len)];
@@ -224,35 +204,35 @@ mod tests {
     }
 
     #[test]
-    fn the_beginning_of_a_stream() {
+    fn the_prefix_of_a_stream_is_recognized() {
         assert_eq!(push(0, &[0x40, 0x41, 0]), Ok(true));
         assert_eq!(push(4, &[0x40, 0x41, 4]), Ok(true));
         assert_eq!(push(100, &[0x40, 0x41, 0x40, 100]), Ok(true));
-        // Longer than needed, but the same numbers.
+        // The same numbers, longer than needed.
         let long = [0xc0, 0, 0, 0, 0, 0, 0, 0x41, 0xc0, 0, 0, 0, 0, 0, 0, 8];
         assert_eq!(push(8, &long), Ok(true));
         assert_eq!(push(8, &long[..15]), Ok(false));
-        // HEADERS: a request of its own; another session; another frame.
+        // HEADERS of another request; another session; another frame.
         assert_eq!(push(0, &[0x01]), Err(()));
         assert_eq!(push(0, &[0x40, 0x41, 4]), Err(()));
         assert_eq!(push(0, &[0x40, 0x42]), Err(()));
     }
 
     #[test]
-    fn codes_are_numbered_as_http3_wants_them() {
+    fn codes_are_mapped_into_the_range_of_http3() {
         let layer = Layer::WebTransport { session: 0 };
-        // The draft's own figures: the range's first, and the gap at each 0x1f + 0x21.
+        // The draft's example values.
         assert_eq!(layer.code(0).into_inner(), 0x52e4_a40f_a8db);
         assert_eq!(layer.code(u32::MAX).into_inner(), 0x52e5_ac98_3162);
         for code in [0, 1, 0x1d, 0x1e, 0x8e, u32::MAX] {
-            let text = layer.shown(layer.code(code)).to_string();
+            let text = layer.peer_code(layer.code(code)).to_string();
             assert_eq!(text, format!("code {code}"));
         }
-        assert_eq!(layer.shown(NO_ERROR).to_string(), "HTTP/3 code 0x100");
+        assert_eq!(layer.peer_code(NO_ERROR).to_string(), "HTTP/3 code 0x100");
         assert!(layer.is_normal(NO_ERROR) && layer.is_normal(layer.code(0)));
         assert!(!layer.is_normal(VarInt::from_u32(0)) && !layer.is_normal(layer.code(1)));
         assert_eq!(
-            Layer::Plain.shown(VarInt::from_u32(7)).to_string(),
+            Layer::Plain.peer_code(VarInt::from_u32(7)).to_string(),
             "code 7"
         );
         assert!(Layer::Plain.is_normal(VarInt::from_u32(0)));

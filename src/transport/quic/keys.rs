@@ -1,5 +1,5 @@
-//! The keys by which a restarted server is known again: for stateless resets (RFC 9000 section
-//! 10.3) and for address validation tokens (section 8.1).
+//! The keys that stay the same across restarts: those of stateless resets (RFC 9000 section 10.3) and
+//! of address validation tokens (section 8.1).
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use quinn::crypto::{HandshakeTokenKey, HmacKey};
 use quinn::{ConnectionId, ConnectionIdGenerator};
 use quinn_proto::InvalidCid;
 
-/// What the keys of all QUIC listeners of a process come from.
+/// The secret from which the keys of all QUIC listeners of a process are derived.
 #[derive(Clone)]
 pub struct QuicSecret([u8; Self::LEN]);
 
@@ -20,15 +20,15 @@ impl fmt::Debug for QuicSecret {
 }
 
 impl QuicSecret {
-    /// Its length, bytes.
+    /// The length, bytes.
     pub const LEN: usize = 32;
 
-    /// A secret that an earlier process has used.
+    /// The secret of an earlier process.
     pub const fn new(bytes: [u8; Self::LEN]) -> Self {
         Self(bytes)
     }
 
-    /// A new one; what it is made from is `bytes`, to be kept.
+    /// A new secret, and its bytes, which the caller keeps for the next process.
     ///
     /// # Errors
     /// The system has no randomness.
@@ -38,14 +38,14 @@ impl QuicSecret {
         Ok((Self(bytes), bytes))
     }
 
-    /// The keys of one listener. Another has others: who may ask one for a reset of the connections
-    /// of another could end them (RFC 9000 section 21.11).
+    /// The keys of one listener. Listeners must not share keys: a client of one could get resets for
+    /// connections of another and end them (RFC 9000 section 21.11).
     pub(super) fn keys(&self, listener: &str) -> Option<Keys> {
         let prk = hkdf::Salt::new(hkdf::HKDF_SHA256, b"tidegate quic").extract(&self.0);
         let mac = |what: &[u8]| {
             let mut key = [0; Self::LEN];
             let about = [what, listener.as_bytes()];
-            prk.expand(&about, Whole).ok()?.fill(&mut key).ok()?;
+            prk.expand(&about, SecretLength).ok()?.fill(&mut key).ok()?;
             Some(hmac::Key::new(hmac::HMAC_SHA256, &key))
         };
         let about = [b"token", listener.as_bytes()];
@@ -58,9 +58,9 @@ impl QuicSecret {
     }
 }
 
-struct Whole;
+struct SecretLength;
 
-impl hkdf::KeyType for Whole {
+impl hkdf::KeyType for SecretLength {
     fn len(&self) -> usize {
         QuicSecret::LEN
     }
@@ -73,43 +73,43 @@ pub(super) struct Keys {
     pub ids: Ids,
 }
 
-/// Connection identifiers: random bytes and a check, so that what no process of ours gave out is not
-/// answered. The library's own check is by a key of the process, and packets of clients of an
-/// earlier one would be dropped without a word.
+/// Connection identifiers: random bytes and a check, so that packets with any other identifier are not
+/// answered. The library's own check uses a key of the process, so it would silently drop the packets
+/// of an earlier process's clients.
 #[derive(Clone)]
 pub(super) struct Ids(hmac::Key);
 
-const RANDOM_LEN: usize = 5;
-const CHECK_LEN: usize = 3;
+const RANDOM_BYTES: usize = 5;
+const CHECK_BYTES: usize = 3;
 
 impl Ids {
-    fn check(&self, random: &[u8]) -> [u8; CHECK_LEN] {
+    fn check(&self, random: &[u8]) -> [u8; CHECK_BYTES] {
         let tag = hmac::sign(&self.0, random);
-        let mut check = [0; CHECK_LEN];
-        check.copy_from_slice(&tag.as_ref()[..CHECK_LEN]);
+        let mut check = [0; CHECK_BYTES];
+        check.copy_from_slice(&tag.as_ref()[..CHECK_BYTES]);
         check
     }
 }
 
 impl ConnectionIdGenerator for Ids {
     fn generate_cid(&mut self) -> ConnectionId {
-        let mut id = [0; RANDOM_LEN + CHECK_LEN];
-        // Without randomness identifiers collide, and the library asks for another.
-        let _ = getrandom::fill(&mut id[..RANDOM_LEN]);
-        let check = self.check(&id[..RANDOM_LEN]);
-        id[RANDOM_LEN..].copy_from_slice(&check);
+        let mut id = [0; RANDOM_BYTES + CHECK_BYTES];
+        // Without randomness identifiers collide, and the library asks for another one.
+        let _ = getrandom::fill(&mut id[..RANDOM_BYTES]);
+        let check = self.check(&id[..RANDOM_BYTES]);
+        id[RANDOM_BYTES..].copy_from_slice(&check);
         ConnectionId::new(&id)
     }
 
     fn validate(&self, id: &ConnectionId) -> Result<(), InvalidCid> {
-        match id.split_at_checked(RANDOM_LEN) {
+        match id.split_at_checked(RANDOM_BYTES) {
             Some((random, check)) if check == self.check(random) => Ok(()),
             _ => Err(InvalidCid),
         }
     }
 
     fn cid_len(&self) -> usize {
-        RANDOM_LEN + CHECK_LEN
+        RANDOM_BYTES + CHECK_BYTES
     }
 
     fn cid_lifetime(&self) -> Option<std::time::Duration> {
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_the_listener_s_and_the_secret_s() {
+    fn keys_depend_on_listener_and_secret() {
         let one = QuicSecret::new([1; 32]);
         let (other, bytes) = QuicSecret::random().expect("randomness");
         assert_eq!(sign(&one, "a"), sign(&QuicSecret::new([1; 32]), "a"));
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn identifiers_are_known_again_by_the_same_secret_only() {
+    fn identifiers_are_valid_for_the_same_secret_only() {
         let ids = |n| QuicSecret::new([n; 32]).keys("a").expect("derived").ids;
         let id = ids(1).generate_cid();
         assert_eq!(id.len(), ids(1).cid_len());

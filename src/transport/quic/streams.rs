@@ -1,6 +1,5 @@
-//! One QUIC connection as streams: the control stream and the data streams.
+//! One QUIC connection with its control stream and its data streams.
 
-use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,64 +10,67 @@ use quinn::{
     WriteError,
 };
 
-use crate::transport::limits::Limits;
-use crate::transport::listen::{Listener, canonical};
+use crate::config::Transport;
+use crate::transport::closed::{Closed, ResetReason};
+use crate::transport::events::Events;
+use crate::transport::listen::listener::Listener;
+use crate::transport::proxy::canonical;
 use crate::transport::quic::bidi::{Bidi, Layer};
-use crate::transport::quic::webtransport::Session;
-use crate::transport::quic::{CONNECTION_WINDOW, STREAMS_MANY, STREAMS_MAX, close_code, code};
+use crate::transport::quic::close::{CloseCode, UNI_STREAM_STOPPED, lost};
+use crate::transport::quic::session::Session;
+use crate::transport::quic::settings::{CONNECTION_WINDOW_BYTES, STREAMS_MANY, STREAMS_MAX};
 use crate::transport::tcp::with_scratch;
-use crate::transport::{CloseHow, Closed, Kind, ListenerInfo, OutBuf, Recv, Traffic};
+use crate::transport::types::{CloseHow, OutBuf, Recv, Traffic};
 
 /// A QUIC connection with its control stream.
 pub(in crate::transport) struct Quic {
     connection: Connection,
-    /// What lies between QUIC's streams and the streams.
     layer: Layer,
-    /// Of WebTransport.
+    /// Present with WebTransport.
     session: Option<Box<Session>>,
     control: Bidi,
-    /// Lane n is at n - 1.
+    /// Data stream n is at n - 1.
     data: Vec<Option<DataStream>>,
-    /// Waits for further streams, once they are wanted. Until then flow control
-    /// and the stream limit bound what a client can leave there.
+    /// Waits for further streams, once the client is authenticated. Until then flow control and the
+    /// stream limit bound the bytes that can wait.
     accept: Option<BoxFuture<Result<(SendStream, RecvStream), ConnectionError>>>,
-    /// Data streams that are not read, as bits.
-    unread: u16,
+    /// The data streams that are not read, as bits.
+    paused: u16,
     /// Waits for unidirectional streams, where they cannot be forbidden.
-    strays: Option<BoxFuture<Result<RecvStream, ConnectionError>>>,
-    /// Where the next round over the streams begins.
+    uni_streams: Option<BoxFuture<Result<RecvStream, ConnectionError>>>,
+    /// The stream with which the next round begins.
     next: usize,
     closing: Closing,
-    /// Not yet as the layer numbers it.
-    close_code: u32,
-    /// How control ended, while other streams are still read; how often control was passed over since.
-    over: Option<(Closed, usize)>,
-    /// Lanes that were reset while they were watched.
-    watches_left: usize,
+    close_code: CloseCode,
+    /// How the control stream ended while data streams are still read, and how often it has been
+    /// skipped since.
+    control_end: Option<(Closed, usize)>,
+    /// How many streams were reset while they were watched.
+    watched_resets: usize,
     peer: SocketAddr,
-    /// The peer's address changed, and nobody has asked yet.
-    moved: bool,
-    info: Arc<ListenerInfo>,
-    limits: Arc<Limits>,
+    /// The peer's address changed, and [`Quic::take_new_peer`] has not been called since.
+    peer_changed: bool,
+    events: Arc<dyn Events>,
 }
 
-/// Passes over the streams that follow the end of control: what came on others before it is not lost.
-const LAST_PASSES: usize = 256;
+/// How often a control stream that has ended is skipped, so that bytes which arrived before its end on
+/// data streams are read.
+const SKIPS_MAX: usize = 256;
 
 /// The library keeps some hundred bytes of a stream that is reset while it is watched, until the
 /// connection ends.
-const WATCHES_MAX: usize = 4096;
+const WATCHED_RESETS_MAX: usize = 4096;
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + Sync>>;
 
-/// A data stream. Its two directions end apart.
+/// A data stream. Its directions end independently.
 struct DataStream {
     stream: Bidi,
-    /// The peer's FIN was read; what it waits for is still sent.
-    ended: bool,
-    /// Resolves when the peer wants nothing more on it (STOP_SENDING).
+    /// The peer's FIN was read. Answers are still sent.
+    finished: bool,
+    /// Resolves when the peer reads no more (STOP_SENDING).
     stopped: Option<BoxFuture<Result<Option<VarInt>, StoppedError>>>,
-    /// The library has been asked, and has not answered.
+    /// The library was asked for the above and has not answered.
     watched: bool,
 }
 
@@ -77,7 +79,7 @@ impl DataStream {
         Self {
             stopped: Some(Box::pin(stream.stopped())),
             stream,
-            ended: false,
+            finished: false,
             watched: false,
         }
     }
@@ -92,7 +94,7 @@ impl DataStream {
         self.stopped = None;
         match result {
             Ok(Some(code)) => Poll::Ready(code),
-            // The connection is lost, which the streams say.
+            // The connection is lost, which reading reports.
             _ => Poll::Pending,
         }
     }
@@ -100,7 +102,7 @@ impl DataStream {
 
 enum Closing {
     Open,
-    /// Everything is sent, acknowledgements are awaited.
+    /// Everything is sent, and acknowledgements are awaited.
     Flushing(BoxFuture<()>),
     Done,
 }
@@ -113,8 +115,9 @@ impl std::fmt::Debug for Quic {
 
 impl Drop for Quic {
     fn drop(&mut self) {
-        // Does nothing if it is closed already.
-        self.connection.close(self.layer.code(self.close_code), b"");
+        // Does nothing if the connection is closed already.
+        self.connection
+            .close(self.layer.code(self.close_code.number()), b"");
     }
 }
 
@@ -127,13 +130,13 @@ impl Quic {
         session: Option<Box<Session>>,
         listener: &Listener,
     ) -> Self {
-        // The handshake allowed for HTTP/3's.
-        let strays = listener.spec.webtransport && layer == Layer::Plain;
-        if strays {
+        // The handshake allowed those of HTTP/3.
+        let stop_uni_streams = listener.config.webtransport && layer == Layer::Plain;
+        if stop_uni_streams {
             connection.set_max_concurrent_uni_streams(VarInt::from_u32(0));
         }
         Self {
-            strays: strays.then(|| accept_uni(connection.clone())),
+            uni_streams: stop_uni_streams.then(|| accept_uni(connection.clone())),
             peer: canonical(connection.remote_address()),
             connection,
             layer,
@@ -141,23 +144,21 @@ impl Quic {
             control,
             data: Vec::new(),
             accept: None,
-            unread: 0,
+            paused: 0,
             next: 0,
             closing: Closing::Open,
-            close_code: code::NORMAL,
-            over: None,
-            watches_left: 0,
-            moved: false,
-            info: Arc::clone(&listener.info),
-            limits: Arc::clone(&listener.limits),
+            close_code: CloseCode::Normal,
+            control_end: None,
+            watched_resets: 0,
+            peer_changed: false,
+            events: Arc::clone(&listener.events),
         }
     }
 
-    /// What carries the streams.
-    pub(in crate::transport) fn kind(&self) -> Kind {
+    pub(in crate::transport) fn transport(&self) -> Transport {
         match self.layer {
-            Layer::Plain => Kind::Quic,
-            Layer::WebTransport { .. } => Kind::WebTransport,
+            Layer::Plain => Transport::Quic,
+            Layer::WebTransport { .. } => Transport::WebTransport,
         }
     }
 
@@ -165,15 +166,15 @@ impl Quic {
         canonical(self.connection.remote_address())
     }
 
-    /// The peer's address, if it changed since this was asked last.
+    /// The peer's new address, if it changed since the last call.
     pub(in crate::transport) fn take_new_peer(&mut self) -> Option<SocketAddr> {
-        std::mem::take(&mut self.moved).then_some(self.peer)
+        std::mem::take(&mut self.peer_changed).then_some(self.peer)
     }
 
     pub(in crate::transport) fn traffic(&self) -> Traffic {
         let stats = self.connection.stats();
         Traffic {
-            // Probes of a silent network are these two.
+            // A silent network is probed with these two.
             sent: stats.frame_tx.stream + stats.frame_tx.ping,
             acknowledged: stats.frame_rx.acks,
         }
@@ -181,14 +182,14 @@ impl Quic {
 
     pub(in crate::transport) fn authenticated(&mut self) {
         if self.accept.is_none() {
-            let window = VarInt::from_u32(CONNECTION_WINDOW);
+            let window = VarInt::from_u32(CONNECTION_WINDOW_BYTES);
             self.connection.set_receive_window(window);
             self.accept = Some(accept_bi(self.connection.clone()));
         }
     }
 
     pub(in crate::transport) fn pause_streams(&mut self, streams: u16) {
-        self.unread = streams;
+        self.paused = streams;
     }
 
     pub(in crate::transport) fn poll_recv(
@@ -196,23 +197,23 @@ impl Quic {
         cx: &mut Context<'_>,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<Recv, Closed>> {
-        if let Some((closed, _)) = self.over.take_if(|(_, passes)| *passes >= LAST_PASSES) {
+        let skipped_out = |(_, skips): &mut (Closed, usize)| *skips >= SKIPS_MAX;
+        if let Some((closed, _)) = self.control_end.take_if(skipped_out) {
             return Poll::Ready(Err(closed));
         }
-        if self.watches_left >= WATCHES_MAX {
-            let why = "more data streams were reset than one connection can have";
-            return Poll::Ready(Err(Closed::Quota(why)));
+        if self.watched_resets >= WATCHED_RESETS_MAX {
+            return Poll::Ready(Err(Closed::TooManyResets));
         }
-        self.poll_strays(cx);
+        self.poll_uni_streams(cx);
         self.poll_accept(cx);
         let streams = self.data.len() + 1;
         let mut end = None;
         for i in 0..streams {
             let index = (self.next + i) % streams;
             if index == 0
-                && let Some((_, passes)) = &mut self.over
+                && let Some((_, skips)) = &mut self.control_end
             {
-                *passes += 1;
+                *skips += 1;
                 continue;
             }
             match self.poll_stream(cx, index, buf) {
@@ -225,20 +226,21 @@ impl Quic {
                     self.next = index + 1;
                     return Poll::Ready(Err(Closed::StreamReset(number)));
                 }
-                // Bytes that came before the end, on any stream, go first.
-                Poll::Ready(Err(closed)) if index == 0 => self.over = Some((closed, 0)),
-                // The connection is lost: what control has had of it is still read.
+                // Bytes that arrived before the end, on any stream, are returned first.
+                Poll::Ready(Err(closed)) if index == 0 => self.control_end = Some((closed, 0)),
+                // The connection is lost; the bytes of the control stream are still read.
                 Poll::Ready(Err(closed)) => {
                     end.get_or_insert(closed);
                 }
                 Poll::Pending => {}
             }
         }
-        if let Some(closed) = self.over.take().map(|(closed, _)| closed).or(end) {
+        let control_end = self.control_end.take().map(|(closed, _)| closed);
+        if let Some(closed) = control_end.or(end) {
             return Poll::Ready(Err(closed));
         }
         match &mut self.session {
-            Some(session) => session.poll_over(cx, self.layer).map(Err),
+            Some(session) => session.poll_end(cx, self.layer).map(Err),
             None => Poll::Pending,
         }
     }
@@ -269,18 +271,20 @@ impl Quic {
                             self.unwatch(number);
                             code
                         }
-                        _ => self.layer.code(code::NORMAL),
+                        _ => self.layer.code(CloseCode::Normal.number()),
                     };
                     self.abort(number, code);
                     return Poll::Ready(Err(Closed::StreamReset(number)));
                 }
                 Err(WriteError::Stopped(code)) => {
-                    self.close_code = code::CONTROL_GONE;
-                    let code = self.layer.shown(code);
-                    let reason = format!("control stream stopped by the peer with {code}");
-                    return Poll::Ready(Err(Closed::Reset(reason.into())));
+                    self.close_code = CloseCode::ControlGone;
+                    let code = self.layer.peer_code(code);
+                    let reason = ResetReason::ControlStreamStopped(code);
+                    return Poll::Ready(Err(Closed::Reset(reason)));
                 }
-                Err(_) => return Poll::Ready(Err(Closed::Reset("control stream closed".into()))),
+                Err(_) => {
+                    return Poll::Ready(Err(Closed::Reset(ResetReason::ControlStreamClosed)));
+                }
             }
         }
         out.reset();
@@ -291,21 +295,21 @@ impl Quic {
         self.abort(number, self.layer.code(code));
     }
 
-    /// FIN, where the peer has ended its direction and has all its answers.
+    /// Sends FIN on a stream whose other direction the peer has ended.
     pub(in crate::transport) fn finish_stream(&mut self, number: u8) {
-        // What is dropped is finished, and stopped if it was not read to its end.
+        // Dropping it finishes it, and stops it if it was not read to its end.
         self.take(number);
     }
 
-    /// RESET_STREAM and STOP_SENDING with `code` as it is on the wire.
+    /// Sends RESET_STREAM and STOP_SENDING with `code`, which is the code on the wire.
     fn abort(&mut self, number: u8, code: VarInt) {
         if let Some(mut data) = self.take(number) {
             data.stream.abort(code);
-            self.watches_left += usize::from(data.watched);
+            self.watched_resets += usize::from(data.watched);
         }
     }
 
-    /// The library has told, to whoever asked.
+    /// The library has answered the question whether the peer reads this stream.
     fn unwatch(&mut self, number: u8) {
         let at = usize::from(number).checked_sub(1);
         let data = at.and_then(|at| self.data.get_mut(at)?.as_mut());
@@ -327,12 +331,13 @@ impl Quic {
         loop {
             match &mut self.closing {
                 Closing::Open => {
-                    self.close_code = close_code(how);
+                    self.close_code = how.into();
                     self.closing = Closing::Flushing(self.finish());
                 }
                 Closing::Flushing(flushed) => {
                     ready!(flushed.as_mut().poll(cx));
-                    self.connection.close(self.layer.code(self.close_code), b"");
+                    let code = self.layer.code(self.close_code.number());
+                    self.connection.close(code, b"");
                     self.closing = Closing::Done;
                 }
                 Closing::Done => return Poll::Ready(()),
@@ -340,8 +345,8 @@ impl Quic {
         }
     }
 
-    /// FIN on every stream; resolves when the peer has acknowledged all, or
-    /// cannot any more.
+    /// Sends FIN on every stream; resolves when the peer has acknowledged everything, or no longer
+    /// can.
     fn finish(&mut self) -> BoxFuture<()> {
         let data = self.data.iter_mut().flatten().map(|data| &mut data.stream);
         let streams = std::iter::once(&mut self.control).chain(data);
@@ -351,21 +356,21 @@ impl Quic {
             for wait in waits {
                 wait.await;
             }
-            // Behind the last byte: it ends all streams.
+            // The end of the session ends all streams, so it follows their last byte.
             if let Some(session) = session {
                 session.await;
             }
         })
     }
 
-    /// What a client says on a unidirectional stream nobody reads, so it is told.
-    fn poll_strays(&mut self, cx: &mut Context<'_>) {
-        while let Some(strays) = &mut self.strays
-            && let Poll::Ready(accepted) = strays.as_mut().poll(cx)
+    /// Stops unidirectional streams, since their bytes are never read.
+    fn poll_uni_streams(&mut self, cx: &mut Context<'_>) {
+        while let Some(accept) = &mut self.uni_streams
+            && let Poll::Ready(accepted) = accept.as_mut().poll(cx)
         {
-            self.strays = accepted.ok().map(|mut stray| {
-                // Fails only if it has ended.
-                let _ = stray.stop(VarInt::from_u32(code::PROTOCOL_ERROR));
+            self.uni_streams = accepted.ok().map(|mut stream| {
+                // Fails only if the stream has ended.
+                let _ = stream.stop(UNI_STREAM_STOPPED);
                 accept_uni(self.connection.clone())
             });
         }
@@ -377,7 +382,7 @@ impl Quic {
                 return;
             };
             let Ok((send, recv)) = accepted else {
-                // The streams say what happened to the connection.
+                // The connection is lost, which reading reports.
                 self.accept = None;
                 return;
             };
@@ -388,10 +393,10 @@ impl Quic {
             } else if self.data.len() < STREAMS_MAX - 1 {
                 self.data.push(opened);
             }
-            // Else it is dropped, which stops and finishes it; but that cannot
-            // be, because the stream limit counts the same streams.
+            // There is always room, because the stream limit counts the same streams. Otherwise
+            // dropping the stream would stop and finish it.
             if self.data.len() + 1 == STREAMS_MANY {
-                // A session's own stream is no stream.
+                // The stream of a session's request counts as well.
                 let all = STREAMS_MAX + usize::from(self.session.is_some());
                 let all = VarInt::from_u32(all as u32);
                 self.connection.set_max_concurrent_bi_streams(all);
@@ -412,7 +417,7 @@ impl Quic {
                 let Some(data) = &mut self.data[i] else {
                     return Poll::Pending;
                 };
-                if data.ended || self.unread & 1 << index != 0 {
+                if data.finished || self.paused & 1 << index != 0 {
                     return self.poll_stopped(cx, index);
                 }
                 &mut data.stream
@@ -426,7 +431,7 @@ impl Quic {
             read
         });
         if read.is_pending() {
-            // Behind all that has come.
+            // All bytes that have arrived are read.
             return self.poll_stopped(cx, index);
         }
         match ready!(read) {
@@ -437,12 +442,12 @@ impl Quic {
             })),
             Err(ReadError::ConnectionLost(error)) => Poll::Ready(Err(lost(&error, self.layer))),
             end if index == 0 => {
-                self.close_code = code::CONTROL_GONE;
+                self.close_code = CloseCode::ControlGone;
                 Poll::Ready(Err(control_end(end, self.layer)))
             }
             Ok(_) => {
                 if let Some(data) = &mut self.data[index - 1] {
-                    data.ended = true;
+                    data.finished = true;
                 }
                 Poll::Ready(Ok(Recv {
                     stream: number,
@@ -453,7 +458,7 @@ impl Quic {
             Err(error) => {
                 let code = match error {
                     ReadError::Reset(code) => code,
-                    _ => self.layer.code(code::NORMAL),
+                    _ => self.layer.code(CloseCode::Normal.number()),
                 };
                 self.abort(number, code);
                 Poll::Ready(Err(Closed::StreamReset(number)))
@@ -461,7 +466,7 @@ impl Quic {
         }
     }
 
-    /// A data stream that the peer takes nothing more on is gone.
+    /// A data stream that the peer no longer reads is gone.
     fn poll_stopped(&mut self, cx: &mut Context<'_>, index: usize) -> Poll<Result<Recv, Closed>> {
         let data = index.checked_sub(1).and_then(|i| self.data[i].as_mut());
         let Some(data) = data else {
@@ -476,8 +481,8 @@ impl Quic {
         let now = self.remote_address();
         if now != self.peer {
             let from = std::mem::replace(&mut self.peer, now);
-            self.moved = true;
-            self.limits.events.migrated(&self.info, from, now);
+            self.peer_changed = true;
+            self.events.migrated(from, now);
         }
     }
 }
@@ -491,10 +496,9 @@ fn control_end(end: Result<usize, ReadError>, layer: Layer) -> Closed {
     match end {
         Ok(_) => Closed::Eof,
         Err(ReadError::Reset(code)) => {
-            let code = layer.shown(code);
-            Closed::Reset(format!("control stream reset by the peer with {code}").into())
+            Closed::Reset(ResetReason::ControlStreamReset(layer.peer_code(code)))
         }
-        Err(_) => Closed::Reset("control stream closed".into()),
+        Err(_) => Closed::Reset(ResetReason::ControlStreamClosed),
     }
 }
 
@@ -506,23 +510,4 @@ fn accept_bi(
 
 fn accept_uni(connection: Connection) -> BoxFuture<Result<RecvStream, ConnectionError>> {
     Box::pin(async move { connection.accept_uni().await })
-}
-
-pub(super) fn lost(error: &ConnectionError, layer: Layer) -> Closed {
-    match error {
-        ConnectionError::ApplicationClosed(close) if layer.is_normal(close.error_code) => {
-            Closed::Eof
-        }
-        ConnectionError::ApplicationClosed(close) => {
-            let code = layer.shown(close.error_code);
-            Closed::Reset(format!("closed by the peer with {code}").into())
-        }
-        ConnectionError::ConnectionClosed(close) => {
-            Closed::Reset(format!("closed by the peer: {}", close.error_code).into())
-        }
-        ConnectionError::TimedOut => Closed::Reset("idle timeout".into()),
-        ConnectionError::Reset => Closed::Reset("stateless reset".into()),
-        ConnectionError::LocallyClosed => Closed::Reset("closed locally".into()),
-        other => Closed::Reset(other.to_string().into()),
-    }
 }

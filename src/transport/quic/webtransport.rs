@@ -1,10 +1,8 @@
-//! WebTransport over HTTP/3 (draft-ietf-webtrans-http3) on a connection whose
-//! ALPN is `h3`: SETTINGS, one request that is judged like a WebSocket's, and
-//! then the session's streams are streams as those of ALPN `mqtt` are. There is
-//! one session per connection, and HTTP is served no further than that.
+//! The handshake of WebTransport over HTTP/3 (draft-ietf-webtrans-http3) on a connection whose ALPN is
+//! `h3`: SETTINGS, then one request, which is judged like a WebSocket's. The session's streams are then
+//! used like those of ALPN `mqtt`. There is one session per connection, and no other HTTP is served.
 
 use std::future::poll_fn;
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt};
@@ -12,30 +10,24 @@ use tokio::time::timeout;
 use web_transport_proto::http::{HeaderMap, StatusCode};
 use web_transport_proto::{ConnectError, ConnectRequest, ConnectResponse, Settings, SettingsError};
 
-use crate::transport::limits::HandshakeError;
-use crate::transport::listen::Listener;
+use crate::config;
+use crate::transport::error::{HandshakeError, RequestError, WebTransportError};
+use crate::transport::listen::listener::Listener;
 use crate::transport::quic::bidi::{Bidi, Layer, NO_ERROR};
-use crate::transport::quic::capsules::{self, Capsules, Seen};
-use crate::transport::quic::streams::{Quic, lost};
-use crate::transport::quic::{CloseOnDrop, code, handshake_error};
-use crate::transport::tcp::with_scratch;
-use crate::transport::ws::stranger;
-use crate::transport::{Closed, ListenSpec};
+use crate::transport::quic::close::{CloseCode, CloseOnDrop, handshake_error};
+use crate::transport::quic::session::{HttpStreams, Session};
+use crate::transport::quic::streams::Quic;
+use crate::transport::ws::request::{foreign_origin, shown};
 
-/// Unidirectional streams that a client may have: HTTP/3 control and QPACK's
-/// two (RFC 9114 section 6.2). Only the first is read, as far as its SETTINGS.
-pub(super) const UNI_STREAMS: u32 = 3;
-/// Bytes of datagrams, with what the library adds to each, that may lie unread;
-/// none are ever read. Browsers insist that they could be sent.
-pub(super) const DATAGRAM_BYTES: usize = 2048;
-/// The most bytes of SETTINGS and of a request; browsers send cookies along.
-const SETTINGS_MAX: usize = 4 * 1024;
-const REQUEST_MAX: usize = 16 * 1024;
-/// What is read at once.
-const CHUNK: usize = 4 * 1024;
+/// The most bytes of SETTINGS.
+const SETTINGS_MAX_BYTES: usize = 4 * 1024;
+/// The most bytes of a request; browsers send cookies along.
+const REQUEST_MAX_BYTES: usize = 16 * 1024;
+/// The most bytes that one read takes.
+const CHUNK_BYTES: usize = 4 * 1024;
 /// How long a refused client is given to take its answer.
 const LINGER: Duration = Duration::from_secs(1);
-/// The subprotocol, as of WebSocket [MQTT-6.0.0-3].
+/// The subprotocol, as with WebSocket [MQTT-6.0.0-3].
 const SUBPROTOCOL: &str = "mqtt";
 
 /// Codes of HTTP/3 (RFC 9114 section 8.1).
@@ -46,25 +38,8 @@ mod h3 {
     pub(super) const REQUEST_INCOMPLETE: u32 = 0x010d;
 }
 
-/// What a session needs beside its streams.
-pub(super) struct Session {
-    send: Option<SendStream>,
-    recv: RecvStream,
-    capsules: Capsules,
-    /// Found in the bytes behind the request.
-    seen: Seen,
-    /// HTTP/3 ends the connection when one of these is given up.
-    _http: Http,
-}
-
-struct Http {
-    _ours: SendStream,
-    _theirs: RecvStream,
-    _others: Vec<RecvStream>,
-}
-
-/// From the end of the TLS handshake to the session's first stream. The caller
-/// has a deadline; nothing is kept for a client beyond what it has sent.
+/// The handshake from the end of TLS to the session's first stream. The caller has a deadline. Memory
+/// is taken only for bytes that the client has sent.
 pub(super) async fn accept(
     connection: Connection,
     listener: &Listener,
@@ -77,38 +52,30 @@ pub(super) async fn accept(
     let http = settings(&connection).await?;
     (guard.code, guard.why) = (VarInt::from_u32(h3::REQUEST_INCOMPLETE), "no request");
     let (mut send, recv, request, rest) = request(&connection).await?;
-    let answer = match judge(
-        request.url.path(),
-        &request.headers,
-        &request.protocols,
-        &listener.spec,
-    ) {
+    let path = request.url.path();
+    let answer = match judge(path, &request.headers, &request.protocols, &listener.config) {
         Ok(answer) => answer,
-        Err(refusal) => return Err(refuse(&connection, send, refusal).await),
+        Err(error) => return Err(refuse(&connection, send, error).await),
     };
     let mut bytes = Vec::new();
-    // The answer is one of two, and both can be said.
+    // Encoding does not fail for the two possible answers.
     if answer.encode(&mut bytes).is_err() || send.write_all(&bytes).await.is_err() {
-        return Err(HandshakeError::WebTransport("the answer cannot be sent"));
+        return Err(HandshakeError::WebTransport(
+            WebTransportError::AnswerNotSent,
+        ));
     }
     let layer = Layer::WebTransport {
         session: VarInt::from(send.id()).into_inner(),
     };
-    let mut capsules = Capsules::default();
-    let mut session = Session {
-        send: Some(send),
-        recv,
-        seen: capsules.feed(&rest),
-        capsules,
-        _http: http,
-    };
-    (guard.code, guard.why) = (layer.code(code::CONTROL_GONE), "no control stream");
+    let mut session = Session::new(send, recv, &rest, http);
+    let control_gone = layer.code(CloseCode::ControlGone.number());
+    (guard.code, guard.why) = (control_gone, "no control stream");
     let control = tokio::select! {
         biased;
-        control = first(&connection, layer) => control?,
-        closed = poll_fn(|cx| session.poll_over(cx, layer)) => {
-            tracing::debug!(%closed, "WebTransport session without a stream");
-            return Err(HandshakeError::WebTransport("session ended before its first stream"));
+        control = first_stream(&connection, layer) => control?,
+        closed = poll_fn(|cx| session.poll_end(cx, layer)) => {
+            tracing::debug!(%closed, "WebTransport session ended before its first stream");
+            return Err(HandshakeError::WebTransport(WebTransportError::SessionEnded));
         }
     };
     std::mem::forget(guard);
@@ -121,15 +88,17 @@ pub(super) async fn accept(
     ))
 }
 
-/// Our SETTINGS out, the client's in.
-async fn settings(connection: &Connection) -> Result<Http, HandshakeError> {
+/// Sends our SETTINGS and reads the client's.
+async fn settings(connection: &Connection) -> Result<HttpStreams, HandshakeError> {
     let mut bytes = Vec::new();
     let mut settings = Settings::default();
     settings.enable_webtransport(1);
     settings.encode(&mut bytes);
     let mut ours = connection.open_uni().await.map_err(handshake_error)?;
     if ours.write_all(&bytes).await.is_err() {
-        return Err(HandshakeError::WebTransport("SETTINGS cannot be sent"));
+        return Err(HandshakeError::WebTransport(
+            WebTransportError::SettingsNotSent,
+        ));
     }
     let mut others = Vec::new();
     loop {
@@ -137,33 +106,32 @@ async fn settings(connection: &Connection) -> Result<Http, HandshakeError> {
         let mut bytes = Vec::new();
         loop {
             match Settings::decode(&mut &bytes[..]) {
-                // What they are does not matter: a client that asks for a
-                // session has what it needs for one.
+                // The values do not matter: a client that requests a session supports sessions.
                 Ok(_) => {
-                    return Ok(Http {
+                    return Ok(HttpStreams {
                         _ours: ours,
                         _theirs: theirs,
                         _others: others,
                     });
                 }
-                Err(SettingsError::UnexpectedEnd) if bytes.len() < SETTINGS_MAX => {
-                    more(connection, &mut theirs, &mut bytes).await?;
+                Err(SettingsError::UnexpectedEnd) if bytes.len() < SETTINGS_MAX_BYTES => {
+                    read_more(connection, &mut theirs, &mut bytes).await?;
                 }
-                // QPACK's, or one that we do not know. None is read.
+                // A stream of QPACK's or of an unknown type, which is not read.
                 Err(SettingsError::UnexpectedStreamType(_)) => {
                     others.push(theirs);
                     break;
                 }
                 Err(_) => {
-                    let why = "SETTINGS malformed or too large";
-                    return Err(fail(connection, h3::SETTINGS_ERROR, why));
+                    let error = WebTransportError::Settings;
+                    return Err(fail(connection, h3::SETTINGS_ERROR, error));
                 }
             }
         }
     }
 }
 
-/// The request with its stream, and what came behind it.
+/// Reads the request; returns it with its stream and the bytes behind it.
 async fn request(
     connection: &Connection,
 ) -> Result<(SendStream, RecvStream, ConnectRequest, Vec<u8>), HandshakeError> {
@@ -176,95 +144,83 @@ async fn request(
                 let rest = rest.to_vec();
                 return Ok((send, recv, request, rest));
             }
-            Err(ConnectError::UnexpectedEnd) if bytes.len() <= REQUEST_MAX => {
-                more(connection, &mut recv, &mut bytes).await?;
+            Err(ConnectError::UnexpectedEnd) if bytes.len() <= REQUEST_MAX_BYTES => {
+                read_more(connection, &mut recv, &mut bytes).await?;
             }
             Err(error) => {
-                let Some(refusal) = explain(&error) else {
-                    let why = "a frame that is no request";
-                    return Err(fail(connection, h3::FRAME_UNEXPECTED, why));
+                let Some(error) = request_error(&error) else {
+                    let error = WebTransportError::NotARequest;
+                    return Err(fail(connection, h3::FRAME_UNEXPECTED, error));
                 };
-                // What else it may send is of no interest.
+                // The rest of the stream is not read.
                 let _ = recv.stop(NO_ERROR);
-                return Err(refuse(connection, send, refusal).await);
+                return Err(refuse(connection, send, error).await);
             }
         }
     }
 }
 
-/// Appends what comes next.
-async fn more(
+/// Appends the next bytes of a stream.
+async fn read_more(
     connection: &Connection,
     recv: &mut RecvStream,
     bytes: &mut Vec<u8>,
 ) -> Result<(), HandshakeError> {
-    match recv.read_chunk(CHUNK, true).await {
+    match recv.read_chunk(CHUNK_BYTES, true).await {
         Ok(Some(chunk)) => {
             bytes.extend_from_slice(&chunk.bytes);
             Ok(())
         }
         Err(ReadError::ConnectionLost(error)) => Err(handshake_error(error)),
         _ => {
-            let why = "a stream of HTTP/3 ended too early";
-            Err(fail(connection, h3::REQUEST_INCOMPLETE, why))
+            let error = WebTransportError::StreamEnded;
+            Err(fail(connection, h3::REQUEST_INCOMPLETE, error))
         }
     }
 }
 
-/// A status for what is wrong with a request; none if it is none.
-fn explain(error: &ConnectError) -> Option<(StatusCode, &'static str)> {
+/// What is wrong with a request, or nothing where the frame is not a request.
+fn request_error(error: &ConnectError) -> Option<RequestError> {
     use ConnectError as E;
     Some(match error {
         E::UnexpectedFrame(_) | E::FrameTooLarge => return None,
-        E::FieldSectionTooLarge | E::UnexpectedEnd => (
-            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            "request header too large",
-        ),
-        E::WrongMethod(_) => (
-            StatusCode::NOT_FOUND,
-            "not a WebTransport request: nothing else is served over HTTP/3",
-        ),
-        // RFC 9220 section 3.
-        E::WrongProtocol(_) => (
-            StatusCode::NOT_IMPLEMENTED,
-            "CONNECT with a :protocol other than webtransport",
-        ),
-        _ => (StatusCode::BAD_REQUEST, "malformed request"),
+        E::FieldSectionTooLarge | E::UnexpectedEnd => RequestError::HeaderTooLarge,
+        E::WrongMethod(_) => RequestError::NotWebTransport,
+        E::WrongProtocol(_) => RequestError::ConnectProtocol,
+        _ => RequestError::Malformed(None),
     })
 }
 
-/// What to answer to a well-formed request.
+/// The answer to a well-formed request.
 fn judge(
     path: &str,
     headers: &HeaderMap,
     protocols: &[String],
-    spec: &ListenSpec,
-) -> Result<ConnectResponse, (StatusCode, &'static str)> {
-    if !spec.paths.iter().any(|served| served == path) {
-        return Err((StatusCode::NOT_FOUND, "wrong path"));
+    listener: &config::Listener,
+) -> Result<ConnectResponse, RequestError> {
+    if !listener.paths.iter().any(|served| served == path) {
+        return Err(RequestError::Path(shown(path)));
     }
-    if stranger(headers, &spec.origins).is_some() {
-        return Err((StatusCode::FORBIDDEN, "Origin not allowed"));
+    if let Some(origin) = foreign_origin(headers, &listener.origins) {
+        return Err(RequestError::Origin(origin));
     }
     if protocols.is_empty() {
         return Ok(ConnectResponse::OK);
     }
     if !protocols.iter().any(|p| p == SUBPROTOCOL) {
-        return Err((
-            StatusCode::BAD_REQUEST,
-            "WT-Available-Protocols must offer \"mqtt\"",
-        ));
+        return Err(RequestError::WebTransportProtocol);
     }
     Ok(ConnectResponse::OK.with_protocol(SUBPROTOCOL))
 }
 
-/// Answers and closes, once the client has the answer.
+/// Answers, and closes the connection once the client has the answer.
 async fn refuse(
     connection: &Connection,
     mut send: SendStream,
-    (status, reason): (StatusCode, &'static str),
+    error: RequestError,
 ) -> HandshakeError {
     let mut bytes = Vec::new();
+    let status = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::BAD_REQUEST);
     let answer = ConnectResponse::new(status);
     if answer.encode(&mut bytes).is_ok() && send.write_all(&bytes).await.is_ok() {
         // Fails only if the client wants no answer.
@@ -272,80 +228,25 @@ async fn refuse(
         let _ = timeout(LINGER, send.stopped()).await;
     }
     connection.close(NO_ERROR, b"");
-    HandshakeError::Http {
-        status: status.as_u16(),
-        reason: reason.into(),
-    }
+    HandshakeError::Request(error)
 }
 
-fn fail(connection: &Connection, code: u32, why: &'static str) -> HandshakeError {
-    connection.close(VarInt::from_u32(code), why.as_bytes());
-    HandshakeError::WebTransport(why)
+/// Closes the connection with a code of HTTP/3.
+fn fail(connection: &Connection, code: u32, error: WebTransportError) -> HandshakeError {
+    connection.close(VarInt::from_u32(code), error.to_string().as_bytes());
+    HandshakeError::WebTransport(error)
 }
 
-/// The session's first stream.
-async fn first(connection: &Connection, layer: Layer) -> Result<Bidi, HandshakeError> {
+/// Waits for the session's first stream.
+async fn first_stream(connection: &Connection, layer: Layer) -> Result<Bidi, HandshakeError> {
     loop {
         let (send, recv) = connection.accept_bi().await.map_err(handshake_error)?;
         let mut control = Bidi::new(send, recv, layer);
         match poll_fn(|cx| control.poll_head(cx)).await {
             Ok(()) => return Ok(control),
             Err(ReadError::ConnectionLost(error)) => return Err(handshake_error(error)),
-            // None of the session's, and answered so.
+            // The stream does not belong to the session, and was rejected.
             Err(_) => {}
-        }
-    }
-}
-
-impl Session {
-    /// Resolves when the peer has ended the session.
-    pub(super) fn poll_over(&mut self, cx: &mut Context<'_>, layer: Layer) -> Poll<Closed> {
-        loop {
-            match std::mem::replace(&mut self.seen, Seen::Nothing) {
-                Seen::Nothing => {}
-                Seen::Closed(0) => return Poll::Ready(Closed::Eof),
-                Seen::Closed(code) => {
-                    let reason = format!("session closed by the peer with code {code}");
-                    return Poll::Ready(Closed::Reset(reason.into()));
-                }
-                Seen::Broken(reason) => {
-                    return Poll::Ready(Closed::Violation { reason, ws_code: 0 });
-                }
-            }
-            let Self { recv, capsules, .. } = self;
-            let read = with_scratch(|scratch| {
-                recv.poll_read(cx, scratch)
-                    .map_ok(|n| (n, capsules.feed(&scratch[..n])))
-            });
-            match ready!(read) {
-                // Without a capsule it means the same as code 0.
-                Ok((0, _)) => return Poll::Ready(Closed::Eof),
-                Ok((_, seen)) => self.seen = seen,
-                Err(ReadError::ConnectionLost(error)) => {
-                    return Poll::Ready(lost(&error, layer));
-                }
-                Err(ReadError::Reset(code)) => {
-                    let reason = format!("session reset by the peer with {}", layer.shown(code));
-                    return Poll::Ready(Closed::Reset(reason.into()));
-                }
-                Err(_) => return Poll::Ready(Closed::Reset("session closed".into())),
-            }
-        }
-    }
-
-    /// Ends the session with `code`; resolves when the peer knows, or cannot
-    /// any more.
-    pub(super) fn end(&mut self, code: u32) -> impl Future<Output = ()> + Send + Sync + use<> {
-        let send = self.send.take();
-        async move {
-            let Some(mut send) = send else {
-                return;
-            };
-            if send.write_all(&capsules::close(code)).await.is_ok() {
-                // Fails only if the client has stopped it, and so knows.
-                let _ = send.finish();
-                let _ = send.stopped().await;
-            }
         }
     }
 }
@@ -362,19 +263,15 @@ mod tests {
             headers.append("origin", HeaderValue::from_static(origin));
         }
         let protocols: Vec<_> = protocols.iter().map(|p| (*p).to_owned()).collect();
-        let spec = ListenSpec {
-            name: "x".into(),
-            transport: crate::transport::Kind::Quic,
-            bind: ([127, 0, 0, 1], 0).into(),
+        let listener = config::Listener {
             paths: vec!["/mqtt".into()],
-            proxies: crate::transport::Proxies::default(),
             origins: vec!["https://good.example".into()],
-            tls: None,
             webtransport: true,
+            ..config::Listener::new(config::Transport::Quic, ([127, 0, 0, 1], 0).into())
         };
-        judge(path, &headers, &protocols, &spec)
+        judge(path, &headers, &protocols, &listener)
             .map(|answer| answer.protocol.is_some())
-            .map_err(|(status, _)| status.as_u16())
+            .map_err(|error| error.status())
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The server's handshake over TCP.
+//! The server's side of a TLS handshake over TCP.
 
 use std::io;
 use std::time::Duration;
@@ -9,22 +9,23 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::transport::limits::{HandshakeError, HandshakePlace};
-use crate::transport::tls::clients::fault;
-use crate::transport::tls::{ALPN_HTTP, ClientCertificate, ServerTls};
+use crate::transport::error::HandshakeError;
+use crate::transport::limits::HandshakePermit;
+use crate::transport::tls::clients::{ClientCertificate, fault};
+use crate::transport::tls::server::{ALPN_HTTP, ServerTls};
 
-/// How long a client that is refused is given to read why.
-const GOODBYE: Duration = Duration::from_millis(500);
-/// Bytes of it that are taken meanwhile.
-const GOODBYE_BYTES: u64 = 64 * 1024;
+/// How long a refused client is given to read the alert.
+const LINGER: Duration = Duration::from_millis(500);
+/// The most bytes of a refused client that are discarded meanwhile.
+const LINGER_MAX_BYTES: u64 = 64 * 1024;
 
-/// Runs the handshake, for which it has `place`; answers with who the client is,
-/// if it has a certificate.
+/// Runs the handshake, which has `permit`; returns the client's certificate with the stream, if the
+/// client gave one.
 pub(in crate::transport) async fn accept<S>(
     io: S,
     tls: &ServerTls,
     alpn: &'static str,
-    place: HandshakePlace,
+    permit: HandshakePermit,
 ) -> Result<(TlsStream<S>, Option<Box<ClientCertificate>>), HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -36,8 +37,8 @@ where
     };
     let handshake = TlsAcceptor::from(config.clone()).accept(io).into_fallible();
     let done = handshake.await;
-    // What is left to say to a refused client is no handshake.
-    drop(place);
+    // The handshake is done, also where a refused client still reads its alert.
+    drop(permit);
     let (error, stream) = match done {
         Ok(stream) => {
             let session = stream.get_ref().1;
@@ -45,7 +46,7 @@ where
             match tls.identify(session.peer_certificates(), &configs, resumed) {
                 Ok(client) => return Ok((stream, client)),
                 Err(error) => {
-                    goodbye(stream).await;
+                    linger(stream).await;
                     return Err(error);
                 }
             }
@@ -53,21 +54,21 @@ where
         Err((error, io)) => (failed(error, alpn), io),
     };
     if matches!(error, HandshakeError::ClientCertificate { .. }) {
-        goodbye(stream).await;
+        linger(stream).await;
     }
     Err(error)
 }
 
-/// In TLS 1.3 a client has sent its first packet before it can know that its
-/// certificate is refused. To close a socket with that unread resets the
-/// connection, and the alert may be lost with it.
-async fn goodbye<S: AsyncRead + AsyncWrite + Unpin>(mut io: S) {
+/// Ends the stream so that the alert arrives. A TLS 1.3 client sends its first packet before it can know
+/// that its certificate is refused; closing a socket with unread bytes resets the connection, and the
+/// alert may be lost.
+async fn linger<S: AsyncRead + AsyncWrite + Unpin>(mut io: S) {
     let end = async {
         io.shutdown().await?;
-        tokio::io::copy(&mut io.take(GOODBYE_BYTES), &mut tokio::io::sink()).await
+        tokio::io::copy(&mut io.take(LINGER_MAX_BYTES), &mut tokio::io::sink()).await
     };
-    // Whatever happens, it was the last word.
-    let _ = timeout(GOODBYE, end).await;
+    // The connection ends in any case.
+    let _ = timeout(LINGER, end).await;
 }
 
 fn failed(error: io::Error, alpn: &'static str) -> HandshakeError {
@@ -81,7 +82,10 @@ fn failed(error: io::Error, alpn: &'static str) -> HandshakeError {
                 fault,
                 why: tls.to_string(),
             },
-            None => HandshakeError::Tls(tls.to_string()),
+            None => HandshakeError::Tls {
+                reason: tls.to_string(),
+                detected: None,
+            },
         },
         None => HandshakeError::Io(error),
     }

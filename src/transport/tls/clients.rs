@@ -1,32 +1,34 @@
-//! Client certificates: which are taken, and whom they name.
+//! Client certificates: which are accepted, and which client they name.
 
 use std::sync::Arc;
 
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
-use rustls::{CertificateError, Error, RootCertStore};
+use rustls::{AlertDescription, CertificateError, Error, RootCertStore};
 
 use crate::config::{CertificateIdentity, ClientAuth, ClientCertificates};
-use crate::transport::limits::{CertificateFault, HandshakeError};
+use crate::transport::error::{CertificateFault, HandshakeError};
+use crate::transport::tls::error::TlsError;
+use crate::transport::tls::pem;
+use crate::transport::tls::provider::provider;
 use crate::transport::tls::x509::{self, Validity};
-use crate::transport::tls::{TlsError, pem, provider};
 
-/// A client's certificate that was verified.
+/// A verified client certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCertificate(Result<Arc<str>, &'static str>);
 
 impl ClientCertificate {
-    /// The name in it, as `identity` of the `[[tls]]` says.
+    /// The client's name in the certificate, by the `identity` of the `[[tls]]`.
     ///
     /// # Errors
-    /// Why it names nobody.
+    /// Why the certificate does not name a client.
     pub fn name(&self) -> Result<Arc<str>, &'static str> {
         self.0.clone()
     }
 }
 
-/// How the clients of a `[[tls]]` are verified.
+/// The verification of the clients of a `[[tls]]`.
 #[derive(Debug)]
 pub(super) struct Clients {
     verifier: Arc<dyn ClientCertVerifier>,
@@ -34,7 +36,7 @@ pub(super) struct Clients {
     identity: CertificateIdentity,
     authorities: Vec<CertificateDer<'static>>,
     crls: Vec<CertificateRevocationListDer<'static>>,
-    /// Of the revocation list that is past its date first.
+    /// The validity of the revocation list that expires first.
     pub(super) crl_validity: Option<Validity>,
 }
 
@@ -73,17 +75,15 @@ impl Clients {
         Arc::clone(&self.verifier)
     }
 
-    /// Whether both accept the same certificates: then a ticket of one may be
-    /// taken by the other.
+    /// Whether both accept the same certificates. Then each may accept the tickets of the other.
     pub(super) fn accepts_as(&self, other: &Self) -> bool {
         self.required == other.required
             && self.authorities == other.authorities
             && self.crls == other.crls
     }
 
-    /// Whom the certificate of a connection names. `again`: it was not
-    /// verified in this handshake, but in the one whose ticket was resumed, or
-    /// by a verifier that has been replaced.
+    /// The client that the certificate of a connection names. `again` verifies the certificate again,
+    /// because this handshake resumed an earlier one, or its verifier has been replaced.
     pub(super) fn identify(
         &self,
         chain: Option<&[CertificateDer<'static>]>,
@@ -109,9 +109,8 @@ impl Clients {
     }
 }
 
-/// Every certificate of a chain must be on no list, and the lists must be there
-/// and not be past their dates, as nginx and HAProxy have it: a list that
-/// nobody renews must not let revoked clients in.
+/// Every certificate of a chain is checked against the revocation lists, which must exist and be valid,
+/// as with nginx and HAProxy: a list that is not renewed must not let revoked clients in.
 fn verifier(
     roots: &Arc<RootCertStore>,
     crls: &[CertificateRevocationListDer<'static>],
@@ -127,7 +126,7 @@ fn verifier(
     builder.build().map_err(|error| error.to_string())
 }
 
-/// What is wrong with a client's certificate, if that is why a handshake failed.
+/// What is wrong with the client's certificate, if the handshake failed for that reason.
 pub(super) fn fault(error: &Error) -> Option<CertificateFault> {
     use CertificateError as E;
     Some(match error {
@@ -146,15 +145,20 @@ pub(super) fn fault(error: &Error) -> Option<CertificateFault> {
     })
 }
 
-/// The same from the alert that was sent (RFC 8446 section 6.2), where that is
-/// all that is known.
-pub(in crate::transport) fn fault_of_alert(alert: u8) -> Option<CertificateFault> {
+/// What is wrong with the client's certificate, if the alert that we sent says so (RFC 8446 section 6.2).
+/// QUIC's library reports only the alert.
+pub(in crate::transport) const fn fault_of_alert(
+    alert: AlertDescription,
+) -> Option<CertificateFault> {
+    use AlertDescription as A;
     Some(match alert {
-        116 => CertificateFault::Missing,
-        45 => CertificateFault::Expired,
-        44 => CertificateFault::Revoked,
-        48 => CertificateFault::Untrusted,
-        42 | 43 | 46 => CertificateFault::Other,
+        A::CertificateRequired => CertificateFault::Missing,
+        A::CertificateExpired => CertificateFault::Expired,
+        A::CertificateRevoked => CertificateFault::Revoked,
+        A::UnknownCA => CertificateFault::Untrusted,
+        A::BadCertificate | A::UnsupportedCertificate | A::CertificateUnknown => {
+            CertificateFault::Other
+        }
         _ => return None,
     })
 }

@@ -1,6 +1,6 @@
-//! The sessions that QUIC clients may resume where early data is taken. The TLS
-//! library takes it by no ticket that would carry all by itself (RFC 8446
-//! section 8.1), so here is what costs memory, and its bounds.
+//! The sessions that QUIC clients may resume where early data is accepted. The TLS library does not
+//! accept early data with self-contained tickets (RFC 8446 section 8.1), so these sessions take memory,
+//! which is bounded here.
 
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
@@ -9,15 +9,16 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use rustls::server::StoresServerSessions;
 
-/// Sessions, and bytes of all: most take some hundred, and a client's certificate.
+/// The most sessions. Most take some hundred bytes, and a client's certificate.
 const SESSIONS_MAX: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
-const BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Bytes of one. A client may present a chain of 64 KB.
-const SESSION_MAX: usize = 8 * 1024;
-/// As long as a ticket of other transports is good at most.
+/// The most bytes of all sessions.
+const TOTAL_MAX_BYTES: usize = 16 * 1024 * 1024;
+/// The most bytes of one session. A client may present a chain of 64 KB.
+const SESSION_MAX_BYTES: usize = 8 * 1024;
+/// The longest lifetime of a ticket of other transports.
 const LIFETIME: Duration = Duration::from_hours(12);
 
-/// Each is good for one resumption, so early data cannot be taken twice.
+/// Each session can be resumed once, so early data cannot be replayed.
 pub(super) struct EarlySessions(Mutex<Kept>);
 
 struct Kept {
@@ -43,8 +44,8 @@ impl Default for EarlySessions {
 }
 
 impl EarlySessions {
-    /// Nothing is kept from now on: others have taken its place. Connections that began with it
-    /// hold on to it for all their life.
+    /// Drops all sessions and keeps none from now on, because other rules hold. Connections that began
+    /// under the old rules keep a reference for as long as they live.
     pub(super) fn close(&self) {
         let mut kept = self.0.lock();
         kept.closed = true;
@@ -62,15 +63,15 @@ impl EarlySessions {
     fn put_at(&self, key: Vec<u8>, session: Vec<u8>, now: Instant) -> bool {
         let bytes = key.len() + session.len();
         let mut kept = self.0.lock();
-        if kept.closed || bytes > SESSION_MAX {
+        if kept.closed || bytes > SESSION_MAX_BYTES {
             return false;
         }
         kept.bytes += bytes;
-        // What it replaces, or pushes out.
+        // The session that it replaces or evicts.
         if let Some((key, (session, _))) = kept.sessions.push(key, (session, now)) {
             kept.bytes -= key.len() + session.len();
         }
-        while kept.bytes > BYTES_MAX
+        while kept.bytes > TOTAL_MAX_BYTES
             && let Some((key, (session, _))) = kept.sessions.pop_lru()
         {
             kept.bytes -= key.len() + session.len();
@@ -112,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn each_is_good_once_and_not_for_ever() {
+    fn each_session_is_resumed_once_and_expires() {
         let (sessions, now) = (EarlySessions::default(), Instant::now());
         assert!(
             put(&sessions, 1, 10, now) && put(&sessions, 1, 20, now) && put(&sessions, 2, 5, now)
@@ -125,26 +126,26 @@ mod tests {
     }
 
     #[test]
-    fn they_are_bounded_in_number_and_bytes_oldest_first() {
+    fn sessions_are_bounded_in_number_and_bytes_oldest_first() {
         let (sessions, now) = (EarlySessions::default(), Instant::now());
-        assert!(!put(&sessions, 0, SESSION_MAX, now));
+        assert!(!put(&sessions, 0, SESSION_MAX_BYTES, now));
         let most = SESSIONS_MAX.get() as u32;
         for n in 0..=most {
             assert!(put(&sessions, n, 100, now));
         }
         assert!(!has(&sessions, 0) && has(&sessions, 1) && has(&sessions, most));
         for n in 0..3000 {
-            assert!(put(&sessions, n, SESSION_MAX - 4, now));
+            assert!(put(&sessions, n, SESSION_MAX_BYTES - 4, now));
         }
         let kept = sessions.0.lock();
         assert_eq!(
             (kept.bytes, kept.sessions.len()),
-            (BYTES_MAX, BYTES_MAX / SESSION_MAX)
+            (TOTAL_MAX_BYTES, TOTAL_MAX_BYTES / SESSION_MAX_BYTES)
         );
     }
 
     #[test]
-    fn what_was_replaced_keeps_nothing() {
+    fn a_closed_store_keeps_nothing() {
         let (sessions, now) = (EarlySessions::default(), Instant::now());
         assert!(put(&sessions, 1, 10, now) && sessions.can_cache());
         sessions.close();

@@ -1,5 +1,5 @@
-//! The secrets of connections in a file, for a person who debugs with a packet
-//! analyser. On only where the configuration names a file.
+//! A file with the secrets of connections, for debugging with a packet analyser. It is written only if
+//! the configuration names a file.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -10,14 +10,14 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rustls::KeyLog;
 
-use crate::transport::tls::TlsError;
+use crate::transport::tls::error::TlsError;
 
 /// A file in the format of `SSLKEYLOGFILE`.
 #[derive(Debug)]
 pub(super) struct KeyLogFile(Mutex<File>);
 
 impl KeyLogFile {
-    /// Opens a file to append to; a new one is for its owner alone.
+    /// Opens a file to append to. A new file is readable by its owner only.
     pub(super) fn open(file: &Path) -> Result<Arc<dyn KeyLog>, TlsError> {
         let opened = OpenOptions::new()
             .append(true)
@@ -38,8 +38,7 @@ impl KeyLog for KeyLogFile {
     fn log(&self, label: &str, client_random: &[u8], secret: &[u8]) {
         let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
         let line = format!("{label} {} {}\n", hex(client_random), hex(secret));
-        // In one write, so that lines of several listeners do not mix. A full
-        // disk must not end connections.
+        // One write, so that lines of several listeners do not mix. A full disk must not end connections.
         let _ = self.0.lock().write_all(line.as_bytes());
     }
 }

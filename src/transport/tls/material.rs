@@ -1,4 +1,4 @@
-//! What the files of one `[[tls]]` hold, read and checked.
+//! The files of one `[[tls]]`, read and checked.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,13 +9,15 @@ use rustls::sign::CertifiedKey;
 use crate::config::{CertSource, Tls};
 use crate::transport::selfsigned;
 use crate::transport::tls::clients::Clients;
+use crate::transport::tls::error::TlsError;
+use crate::transport::tls::pem;
+use crate::transport::tls::provider::certified_key;
 use crate::transport::tls::x509::{self, Validity};
-use crate::transport::tls::{TlsError, certified_key, pem};
 
-/// For whom the throw-away certificate is.
+/// The names in the throw-away certificate.
 const LOOPBACK: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
 
-/// A certificate with its key, and which clients' certificates are taken.
+/// A certificate with its key, and the rules for client certificates.
 pub struct Material {
     pub(super) certified: Arc<CertifiedKey>,
     /// DNS names, in lower case; they may begin with `*.`.
@@ -32,12 +34,11 @@ impl std::fmt::Debug for Material {
 }
 
 impl Material {
-    /// Reads the files. `before` is what an earlier call gave: a throw-away
-    /// certificate is not made anew.
+    /// Reads the files. `before` is the result of an earlier call, whose throw-away certificate is kept.
     ///
     /// # Errors
-    /// Names the file and what is wrong with it, also if certificate and key
-    /// do not belong together.
+    /// The error names the file and what is wrong with it, also if certificate and key do not belong
+    /// together.
     pub fn load(tls: &Tls, before: Option<&Self>) -> Result<Self, TlsError> {
         let mut this = match (&tls.source, before) {
             (CertSource::Files { cert, key }, _) => Self::files(cert, key)?,
@@ -56,7 +57,7 @@ impl Material {
         Ok(this)
     }
 
-    /// A certificate and its key alone.
+    /// A certificate and its key, without client certificates.
     pub(super) fn files(cert: &Path, key: &Path) -> Result<Self, TlsError> {
         Self::from_parts(pem::certs(cert)?, pem::key(key)?, cert, key)
     }
@@ -75,11 +76,13 @@ impl Material {
         key: &Path,
     ) -> Result<Self, TlsError> {
         let certified = certified_key(chain, key_der, cert, key)?;
-        let (validity, names) = x509::facts(certified.cert.first().map_or(&[], |leaf| leaf))
-            .map_err(|reason| TlsError::BadCertificate {
-                file: cert.to_owned(),
-                reason,
-            })?;
+        let (validity, names) = x509::dates_and_names(
+            certified.cert.first().map_or(&[], |leaf| leaf),
+        )
+        .map_err(|reason| TlsError::BadCertificate {
+            file: cert.to_owned(),
+            reason,
+        })?;
         Ok(Self {
             certified: Arc::new(certified),
             names,
@@ -89,17 +92,17 @@ impl Material {
         })
     }
 
-    /// When the server's own certificate holds.
+    /// The validity of the server's own certificate.
     pub fn validity(&self) -> Validity {
         self.validity
     }
 
-    /// When the revocation lists hold: that of which the date passes first.
+    /// The validity of the revocation list that expires first.
     pub fn crl_validity(&self) -> Option<Validity> {
         self.clients.as_ref()?.crl_validity
     }
 
-    /// Whether a client would see no difference.
+    /// Whether clients cannot tell the two apart.
     pub fn is_same(&self, other: &Self) -> bool {
         let clients = match (&self.clients, &other.clients) {
             (Some(one), Some(two)) => one.accepts_as(two),

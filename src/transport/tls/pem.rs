@@ -1,4 +1,4 @@
-//! PEM files, read with errors that name the file and the fault.
+//! Reading PEM files, with errors that name the file and the fault.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use rustls::RootCertStore;
 use rustls::pki_types::pem::{Error as PemError, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 
-use crate::transport::tls::TlsError;
+use crate::transport::tls::error::TlsError;
 
 fn read(file: &Path) -> Result<Vec<u8>, TlsError> {
     std::fs::read(file).map_err(|source| TlsError::Read {

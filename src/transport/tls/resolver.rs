@@ -1,4 +1,4 @@
-//! Which certificate a client gets.
+//! Choosing the certificate for a client.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,20 +6,18 @@ use std::sync::Arc;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use crate::transport::tls::Material;
+use crate::transport::tls::material::Material;
 
 type Keys = Vec<Arc<CertifiedKey>>;
 
-/// Chooses by the name that the client asks for (SNI, RFC 6066 section 3)
-/// among the names that the certificates are for: a certificate with that
-/// name, then one with a wildcard for it, then the first of all. Among equals
-/// the first that has a key which the client can verify, so that an ECDSA and
-/// an RSA certificate can stand side by side.
+/// Chooses by the name that the client asks for (SNI, RFC 6066 section 3): a certificate with that name,
+/// then one with a wildcard that covers it, then the first of all. Among equals it takes the first whose
+/// key the client can verify, so that an ECDSA and an RSA certificate can be used together.
 #[derive(Debug)]
 pub(super) struct BySni {
     all: Keys,
     exact: HashMap<String, Keys>,
-    /// By what follows `*.`.
+    /// The key is the text after `*.`.
     wildcard: HashMap<String, Keys>,
 }
 
@@ -44,7 +42,7 @@ impl BySni {
         this
     }
 
-    /// All certificates, the best for that name first.
+    /// All certificates, the best match for the name first.
     fn order(&self, name: Option<&str>) -> impl Iterator<Item = &Arc<CertifiedKey>> {
         let name = name.map(str::to_ascii_lowercase).unwrap_or_default();
         let exact = self.exact.get(&name);
@@ -75,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_finds_its_certificate_and_the_first_is_for_the_rest() {
+    fn other_names_get_the_first_certificate() {
         let first = material(&["edge.example"]);
         let wide = material(&["*.example", "other.test"]);
         let exact = material(&["a.example"]);

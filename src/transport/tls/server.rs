@@ -1,5 +1,4 @@
-//! The TLS side of a listener, which can be given new certificates while it
-//! serves.
+//! The TLS settings of a listener, which can be given new certificates while it serves.
 
 use std::any::Any;
 use std::path::Path;
@@ -11,26 +10,32 @@ use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::CertificateDer;
 use rustls::server::{ProducesTickets, WebPkiClientVerifier};
 
-use crate::transport::limits::HandshakeError;
-use crate::transport::tls::clients::Clients;
+use crate::transport::error::HandshakeError;
+use crate::transport::tls::clients::{ClientCertificate, Clients};
 use crate::transport::tls::early::EarlySessions;
+use crate::transport::tls::error::{TlsError, config_error};
 use crate::transport::tls::key_log::KeyLogFile;
+use crate::transport::tls::material::Material;
+use crate::transport::tls::provider::{provider, ticketer};
 use crate::transport::tls::resolver::BySni;
-use crate::transport::tls::{
-    ALPN_H3, ALPN_HTTP, ALPN_MQTT, ClientCertificate, Material, TlsError, config_error, provider,
-    ticketer,
-};
+
+/// The application protocol of MQTT (RFC 7301).
+pub(in crate::transport) const ALPN_MQTT: &str = "mqtt";
+/// The application protocol of HTTP/1.1, which WebSocket begins with.
+pub(in crate::transport) const ALPN_HTTP: &str = "http/1.1";
+/// The application protocol of HTTP/3, which WebTransport begins with.
+pub(in crate::transport) const ALPN_H3: &str = "h3";
 
 /// The certificates of a listener, ready for each transport.
 pub struct ServerTls {
     current: RwLock<Arc<Configs>>,
 }
 
-/// What holds for the handshakes that begin now.
+/// The configurations of handshakes that begin at one time.
 pub struct Configs {
     /// For `tls` (ALPN `mqtt`). A client that offers no ALPN is served too.
     pub(super) mqtt: Arc<ServerConfig>,
-    /// For `wss` (ALPN `http/1.1`), likewise.
+    /// For `wss` (ALPN `http/1.1`). A client that offers no ALPN is served too.
     pub(super) http: Arc<ServerConfig>,
     /// For QUIC: TLS 1.3 only, ALPN `mqtt` required (RFC 9001 section 8.1).
     pub(super) quic: Arc<ServerConfig>,
@@ -39,15 +44,15 @@ pub struct Configs {
     leaf: CertificateDer<'static>,
 }
 
-/// Stateless resumption: no memory per client. One ticketer each, so that a
-/// ticket of one transport is never tried on another. Each changes its key by
-/// itself every six hours and takes what the key before made.
+/// Stateless resumption, which needs no memory per client. Each transport has its own ticketer, so that
+/// its tickets are never tried on another. A ticketer changes its key every six hours, and accepts the
+/// tickets of the previous key.
 #[derive(Clone)]
 struct Tickets {
     mqtt: Arc<dyn ProducesTickets>,
     http: Arc<dyn ProducesTickets>,
     quic: Arc<dyn ProducesTickets>,
-    /// In place of the tickets for QUIC where early data is taken.
+    /// In place of QUIC's tickets where early data is accepted.
     early: Option<Arc<EarlySessions>>,
 }
 
@@ -75,14 +80,13 @@ impl std::fmt::Debug for Configs {
 }
 
 impl ServerTls {
-    /// A listener with these certificates; the first is the default. Which
-    /// client certificates are taken and where keys are logged, the first says
-    /// for all, because a client that names another server must not get in by
-    /// other rules. With `early_data` what a QUIC client sends in 0-RTT packets
-    /// is taken (RFC 9001 section 4.6).
+    /// The settings of a listener with these certificates; the first is the default. The first one's
+    /// rules for client certificates and its key log hold for all, because a client that names another
+    /// server must not be accepted by other rules. With `early_data`, QUIC's 0-RTT packets are accepted
+    /// (RFC 9001 section 4.6).
     ///
     /// # Errors
-    /// When there is none, or a key log cannot be opened.
+    /// There is no certificate, or a key log cannot be opened.
     pub fn new(materials: &[Arc<Material>], early_data: bool) -> Result<Self, TlsError> {
         let configs = Configs::new(materials, None, early_data)?;
         Ok(Self {
@@ -93,14 +97,14 @@ impl ServerTls {
     /// Loads a PEM chain, the server's own certificate first, and its key.
     ///
     /// # Errors
-    /// Names the file and what is wrong with it, also if the two do not belong
+    /// The error names the file and what is wrong with it, also if certificate and key do not belong
     /// together.
     pub fn load(cert: &Path, key: &Path) -> Result<Self, TlsError> {
         Self::new(&[Arc::new(Material::files(cert, key)?)], false)
     }
 
-    /// A throw-away certificate for `names` (DNS names and addresses) that is
-    /// valid for less than 14 days and exists in memory only.
+    /// A throw-away certificate for `names` (DNS names and addresses) that is valid for less than 14
+    /// days and exists in memory only.
     ///
     /// # Errors
     /// [`TlsError::Generate`] if a name is not usable.
@@ -108,29 +112,28 @@ impl ServerTls {
         Self::new(&[Arc::new(Material::ephemeral(names)?)], false)
     }
 
-    /// The server's own certificate, the default one, DER.
+    /// The default server certificate, DER.
     pub fn leaf(&self) -> Vec<u8> {
         self.current().leaf.to_vec()
     }
 
-    /// SHA-256 of the server's own certificate: what a browser may be told to
-    /// trust (`serverCertificateHashes` of WebTransport).
+    /// SHA-256 of the default server certificate, for `serverCertificateHashes` of WebTransport.
     pub fn leaf_sha256(&self) -> Option<Vec<u8>> {
         let suite = aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13()?;
         let hash = suite.common.hash_provider.hash(&self.current().leaf);
         Some(hash.as_ref().to_vec())
     }
 
-    /// Makes what is to hold next, for [`ServerTls::install`].
+    /// Makes the next configurations, for [`ServerTls::install`].
     ///
     /// # Errors
-    /// As [`ServerTls::new`].
+    /// See [`ServerTls::new`].
     pub fn prepare(&self, materials: &[Arc<Material>]) -> Result<Configs, TlsError> {
         let before = self.current();
         Configs::new(materials, Some(&before), before.tickets.early.is_some())
     }
 
-    /// From now on handshakes begin with `next`; connections are left alone.
+    /// Lets handshakes begin with `next` from now on. Connections are left alone.
     pub fn install(&self, next: Configs) {
         let next = Arc::new(next);
         let before = std::mem::replace(&mut *self.current.write(), Arc::clone(&next));
@@ -145,7 +148,7 @@ impl ServerTls {
         Arc::clone(&self.current.read())
     }
 
-    /// Who a client is whose handshake began with `began` and is done.
+    /// The client's certificate after a handshake that began with `began`.
     pub(super) fn identify(
         &self,
         chain: Option<&[CertificateDer<'static>]>,
@@ -159,8 +162,8 @@ impl ServerTls {
         }
     }
 
-    /// The same for QUIC, whose library does not tell whether the handshake
-    /// was a resumption; `identity` is what it has of the peer.
+    /// The client's certificate after a handshake of QUIC, whose library does not report whether the
+    /// handshake was a resumption. `identity` is the library's value for the peer.
     pub(in crate::transport) fn identify_any(
         &self,
         identity: Option<Box<dyn Any>>,
@@ -171,12 +174,12 @@ impl ServerTls {
 }
 
 impl Configs {
-    /// What a QUIC handshake goes by.
+    /// The configuration of QUIC without HTTP/3.
     pub(in crate::transport) fn quic(&self) -> Arc<ServerConfig> {
         Arc::clone(&self.quic)
     }
 
-    /// The same, and HTTP/3 for WebTransport where a client offers no `mqtt`.
+    /// The configuration of QUIC with HTTP/3 for WebTransport, where a client does not offer `mqtt`.
     pub(in crate::transport) fn quic_and_http3(&self) -> Arc<ServerConfig> {
         let mut config = (*self.quic).clone();
         config.alpn_protocols.push(ALPN_H3.as_bytes().to_vec());
@@ -192,8 +195,8 @@ impl Configs {
             .first()
             .ok_or_else(|| TlsError::Config("no certificate".to_owned()))?;
         let clients = first.clients.clone();
-        // A ticket carries the client's certificate past its verification, so
-        // one that was made by other rules must not be taken.
+        // A resumed client's certificate is not verified by TLS, so a ticket that was made under other
+        // rules must not be accepted.
         let tickets = match (before.map(|b| (b, &b.clients)), &clients) {
             (Some((before, None)), None) => before.tickets.clone(),
             (Some((before, Some(old))), Some(new)) if old.accepts_as(new) => before.tickets.clone(),
@@ -226,12 +229,12 @@ impl Configs {
             }
             Ok::<_, TlsError>(config)
         };
-        // The library takes early data only where it has no ticket keys.
+        // The library accepts early data only if it has no ticket keys.
         let ticket_key = tickets.early.is_none().then_some(&tickets.quic);
         let mut quic = config(ALPN_MQTT, true, ticket_key)?;
         if let Some(sessions) = &tickets.early {
             quic.session_storage = Arc::clone(sessions) as _;
-            // QUIC bounds it by flow control and knows no other number (RFC 9001 section 4.6.1).
+            // QUIC bounds early data by flow control and allows no other number (RFC 9001 section 4.6.1).
             quic.max_early_data_size = u32::MAX;
         }
         Ok(Self {

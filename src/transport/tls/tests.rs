@@ -1,4 +1,6 @@
-//! Files that are right and files that are not.
+//! Good and bad files.
+
+use std::path::Path;
 
 use super::*;
 use crate::transport::selfsigned::{self, tests::TempDir};
@@ -19,7 +21,7 @@ fn generated_files_load_on_both_sides() {
         Some(&files.ca),
         Some(&files.cert),
         Some(&files.key),
-        Some("core.example".to_owned()),
+        Some("broker.example".to_owned()),
         vec!["mqtt".to_owned()],
     )
     .expect("client side loads");

@@ -1,5 +1,4 @@
-//! What is read from certificates and revocation lists beyond what the library
-//! that verifies them tells: dates and names.
+//! Dates and names in certificates and revocation lists, which the verifying library does not expose.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,10 +9,10 @@ use x509_parser::prelude::{
 
 use crate::config::CertificateIdentity;
 
-/// Bytes of a name that a certificate may give a client.
-const NAME_MAX: usize = 512;
+/// The most bytes of a client's name in its certificate.
+const NAME_MAX_BYTES: usize = 512;
 
-/// From when to when something holds.
+/// A time span of validity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Validity {
     /// The first instant.
@@ -31,14 +30,14 @@ impl Validity {
     }
 }
 
-/// A date before 1970 is as good as 1970.
+/// An earlier date than 1970 becomes 1970.
 fn instant(time: ASN1Time) -> SystemTime {
     let seconds = u64::try_from(time.timestamp()).unwrap_or(0);
     UNIX_EPOCH + Duration::from_secs(seconds)
 }
 
-/// The dates of a certificate, and the DNS names that it is for, in lower case.
-pub(super) fn facts(der: &[u8]) -> Result<(Validity, Vec<String>), String> {
+/// The dates of a certificate, and its DNS names in lower case.
+pub(super) fn dates_and_names(der: &[u8]) -> Result<(Validity, Vec<String>), String> {
     let (_, cert) = X509Certificate::from_der(der).map_err(|error| error.to_string())?;
     let validity = cert.validity();
     let names = alternative_names(&cert)
@@ -54,14 +53,14 @@ pub(super) fn facts(der: &[u8]) -> Result<(Validity, Vec<String>), String> {
     ))
 }
 
-/// The dates of a revocation list; without a next one it holds for ever.
+/// The dates of a revocation list. A list without a date of the next update never expires.
 pub(super) fn crl_validity(der: &[u8]) -> Result<Option<Validity>, String> {
     let (_, crl) = CertificateRevocationList::from_der(der).map_err(|error| error.to_string())?;
     let until = crl.next_update();
     Ok(until.map(|until| Validity::new(crl.last_update(), until)))
 }
 
-/// The client that a verified certificate names, or why it names none.
+/// The client that a verified certificate names, or why it does not name one.
 pub(super) fn client_name(
     der: &[u8],
     identity: CertificateIdentity,
@@ -72,7 +71,7 @@ pub(super) fn client_name(
         CertificateIdentity::Cn => {
             let mut all = cert.subject().iter_common_name();
             let one = all.next().ok_or("its subject has no common name (CN)")?;
-            // Which of two is meant, two readers may see differently.
+            // Two readers could choose different ones.
             if all.next().is_some() {
                 return Err("its subject has more than one common name (CN)");
             }
@@ -93,7 +92,7 @@ pub(super) fn client_name(
             })
             .ok_or("it has no URI among its subject alternative names")?,
     };
-    match name.is_empty() || name.len() > NAME_MAX || name.contains(char::is_control) {
+    match name.is_empty() || name.len() > NAME_MAX_BYTES || name.contains(char::is_control) {
         true => Err("its name is empty, longer than 512 bytes, or has control characters"),
         false => Ok(name.into()),
     }

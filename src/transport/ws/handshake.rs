@@ -1,6 +1,6 @@
-//! The opening handshake of a WebSocket (RFC 6455 section 4.2): the request is
-//! read, judged and answered. Whatever is no WebSocket gets an HTTP answer that
-//! says what was wrong, and the connection ends with it.
+//! The opening handshake of a WebSocket (RFC 6455 section 4.2): the request is read, judged and
+//! answered. Any other request gets an HTTP answer that says what is wrong with it, and the connection
+//! ends.
 
 use std::io;
 use std::net::SocketAddr;
@@ -9,107 +9,114 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
-use crate::config::RealIpHeader;
-use crate::transport::ListenSpec;
-use crate::transport::limits::HandshakeError;
-use crate::transport::ws::request::{Head, Refusal, Verdict, malformed};
+use crate::config::{Listener, RealIpHeader};
+use crate::transport::detect::detect;
+use crate::transport::error::{HandshakeError, RequestError};
+use crate::transport::proxy;
+use crate::transport::ws::request::{Head, Verdict};
 
 /// The most bytes of a request; browsers send cookies along.
-const HEAD_MAX: usize = 16 * 1024;
-/// The most bytes thrown away after an answer, and for how long, so that it is
-/// not overtaken by a reset.
-const LINGER_MAX: usize = 64 * 1024;
+const HEAD_MAX_BYTES: usize = 16 * 1024;
+/// The most bytes that are discarded after an answer, so that a reset does not destroy the answer.
+const LINGER_MAX_BYTES: usize = 64 * 1024;
+/// How long bytes are discarded after an answer.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// Serves one handshake; returns what the client sent behind its request.
-/// `peer` becomes the client where a trusted proxy tells of it.
+/// The answer to an accepted request.
+#[derive(Debug)]
+pub(in crate::transport) enum Answer {
+    /// The connection is a WebSocket now.
+    Upgraded {
+        /// The bytes that the client sent behind its request.
+        early: Vec<u8>,
+    },
+    /// A load balancer asked for the listener's health.
+    HealthCheck,
+}
+
+/// Serves one handshake. `peer` becomes the client's address where a trusted proxy names it.
 pub(in crate::transport) async fn accept<S>(
     io: &mut S,
-    spec: &ListenSpec,
+    listener: &Listener,
     peer: &mut SocketAddr,
-) -> Result<Vec<u8>, HandshakeError>
+) -> Result<Answer, HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let (head, rest) = match read_head(io).await.map_err(HandshakeError::Io)? {
-        Ok((bytes, rest)) => (Head::parse(&bytes), rest),
-        Err(refusal) => (Err(refusal), Vec::new()),
+    let (head, early) = match read_head(io).await.map_err(HandshakeError::Io)? {
+        Ok((bytes, early)) => (Head::parse(&bytes), early),
+        Err(error) => (Err(error), Vec::new()),
     };
-    let verdict = match head {
+    let (verdict, body) = match head {
         Ok(head) => {
-            *peer = client(&head, spec, *peer);
-            head.judge(spec)
+            *peer = client(&head, listener, *peer);
+            (head.judge(listener), !head.is_head())
         }
-        Err(refusal) => Verdict::Refused(refusal),
+        Err(error) => (Err(error), true),
     };
     match verdict {
-        Verdict::Upgrade(answer) => {
+        Ok(Verdict::Upgrade(answer)) => {
             io.write_all(&answer).await.map_err(HandshakeError::Io)?;
             io.flush().await.map_err(HandshakeError::Io)?;
-            Ok(rest)
+            Ok(Answer::Upgraded { early })
         }
-        // The verdict is what matters; the peer may be gone already.
-        Verdict::Healthy { body } => {
+        // The peer may be gone already, which does not change the result.
+        Ok(Verdict::Healthy) => {
             let _ = answer(io, 200, "", if body { "ok" } else { "" }).await;
-            Err(HandshakeError::Health)
+            Ok(Answer::HealthCheck)
         }
-        Verdict::Refused(refusal) => {
-            let extra = match refusal.status {
-                405 => format!("Allow: {}\r\n", refusal.allow),
+        Err(error) => {
+            let extra = match error {
+                RequestError::UpgradeMethod => "Allow: GET\r\n",
+                RequestError::HealthMethod => "Allow: GET, HEAD\r\n",
                 // RFC 9110 section 15.5.22, RFC 6455 section 4.2.2.
-                426 => "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n".to_owned(),
-                _ => String::new(),
+                _ if error.status() == 426 => "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+                _ => "",
             };
-            let body = if refusal.body { refusal.told } else { "" };
-            let _ = answer(io, refusal.status, &extra, body).await;
-            Err(match refusal.subprotocol {
-                true => HandshakeError::Subprotocol,
-                false => HandshakeError::Http {
-                    status: refusal.status,
-                    reason: refusal.logged,
-                },
-            })
+            let text = if body { error.answer() } else { "" };
+            let _ = answer(io, error.status(), extra, text).await;
+            Err(HandshakeError::Request(error))
         }
     }
 }
 
-fn client(head: &Head, spec: &ListenSpec, peer: SocketAddr) -> SocketAddr {
-    let name = match spec.proxies.header {
+fn client(head: &Head, listener: &Listener, peer: SocketAddr) -> SocketAddr {
+    let name = match listener.real_ip_header {
         RealIpHeader::XForwardedFor => "x-forwarded-for",
         RealIpHeader::Forwarded => "forwarded",
         RealIpHeader::None => return peer,
     };
     let lines = head.headers.get_all(name).into_iter();
-    spec.proxies.client(peer, lines.map(|line| line.as_bytes()))
+    proxy::client(listener, peer, lines.map(|line| line.as_bytes()))
 }
 
-/// Reads up to the empty line; also returns what came behind it.
+/// Reads up to the empty line; returns the request, and the bytes behind it.
 async fn read_head<S: AsyncRead + Unpin>(
     io: &mut S,
-) -> io::Result<Result<(Vec<u8>, Vec<u8>), Refusal>> {
+) -> io::Result<Result<(Vec<u8>, Vec<u8>), RequestError>> {
     let mut head = Vec::with_capacity(1024);
     loop {
-        // The end may straddle two reads; what was searched is not searched
-        // again, so that a request in small pieces costs no more than others.
+        // The end may straddle two reads. Searched bytes are not searched again, so that a request in
+        // small pieces costs no more than others.
         let from = head.len().saturating_sub(3);
         if io.read_buf(&mut head).await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // Something else altogether, say MQTT without WebSocket.
+        // Another protocol, for example MQTT without WebSocket.
         if !head[0].is_ascii_uppercase() {
-            return Ok(Err(malformed(&head)));
+            return Ok(Err(RequestError::malformed(detect(&head))));
         }
         if let Some(end) = head[from..].windows(4).position(|w| w == b"\r\n\r\n") {
             let rest = head.split_off(from + end + 4);
             return Ok(Ok((head, rest)));
         }
-        if head.len() >= HEAD_MAX {
-            return Ok(Err(Refusal::new(431, "request header too large")));
+        if head.len() >= HEAD_MAX_BYTES {
+            return Ok(Err(RequestError::HeaderTooLarge));
         }
     }
 }
 
-/// Answers and ends the connection: nothing but a handshake keeps it open.
+/// Answers, and ends the connection.
 async fn answer<S>(io: &mut S, status: u16, extra: &str, text: &str) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -145,7 +152,7 @@ where
     io.shutdown().await?;
     let drain = async {
         let (mut sink, mut total) = ([0; 512], 0);
-        while total < LINGER_MAX {
+        while total < LINGER_MAX_BYTES {
             match io.read(&mut sink).await? {
                 0 => break,
                 n => total += n,
@@ -161,38 +168,33 @@ mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
     use super::*;
-    use crate::transport::{Kind, Proxies};
+    use crate::config::Transport;
 
-    fn spec(origins: &[&str]) -> ListenSpec {
-        ListenSpec {
-            name: "here".into(),
-            transport: Kind::Ws,
-            bind: PEER,
+    fn listener(origins: &[&str]) -> Listener {
+        Listener {
             paths: vec!["/mqtt".into(), "/ws".into()],
             origins: origins.iter().map(|o| (*o).to_owned()).collect(),
-            proxies: Proxies::default(),
-            tls: None,
-            webtransport: false,
+            ..Listener::new(Transport::Ws, PEER)
         }
     }
 
     const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), 7);
 
-    async fn ask(request: &str, origins: &[&str]) -> (String, Result<Vec<u8>, HandshakeError>) {
-        let (answer, result, peer) = ask_at(request, &spec(origins)).await;
+    async fn ask(request: &str, origins: &[&str]) -> (String, Result<Answer, HandshakeError>) {
+        let (answer, result, peer) = ask_at(request, &listener(origins)).await;
         assert_eq!(peer, PEER);
         (answer, result)
     }
 
     async fn ask_at(
         request: &str,
-        spec: &ListenSpec,
-    ) -> (String, Result<Vec<u8>, HandshakeError>, SocketAddr) {
+        listener: &Listener,
+    ) -> (String, Result<Answer, HandshakeError>, SocketAddr) {
         let (mut client, mut server) = tokio::io::duplex(128 * 1024);
         client.write_all(request.as_bytes()).await.expect("room");
         client.shutdown().await.expect("half-close");
         let mut peer = PEER;
-        let result = accept(&mut server, spec, &mut peer).await;
+        let result = accept(&mut server, listener, &mut peer).await;
         drop(server);
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.expect("answer");
@@ -207,6 +209,13 @@ mod tests {
         )
     }
 
+    fn early(result: Result<Answer, HandshakeError>) -> Vec<u8> {
+        match result.expect("accepted") {
+            Answer::Upgraded { early } => early,
+            Answer::HealthCheck => panic!("not a health check"),
+        }
+    }
+
     const OFFER: &str = "Sec-WebSocket-Protocol: mqtt\r\n";
 
     #[tokio::test]
@@ -215,13 +224,13 @@ mod tests {
         assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
         assert!(answer.contains("s3pPLMBiTxaQ9kYGzzhZRbK+xOo="), "{answer}");
         assert!(answer.contains("sec-websocket-protocol: mqtt\r\n"));
-        assert_eq!(result.expect("accepted"), b"");
+        assert!(early(result).is_empty());
     }
 
     #[tokio::test]
     async fn bytes_behind_the_request_are_kept() {
         let (_, result) = ask(&(request("/mqtt", OFFER) + "early"), &[]).await;
-        assert_eq!(result.expect("accepted"), b"early");
+        assert_eq!(early(result), b"early");
     }
 
     #[tokio::test]
@@ -311,7 +320,7 @@ mod tests {
             ),
             ("A B\r\n\r\n".to_owned(), 400, "malformed"),
             (
-                format!("GET /mqtt{} HTTP/1.1\r\n", "x".repeat(HEAD_MAX)),
+                format!("GET /mqtt{} HTTP/1.1\r\n", "x".repeat(HEAD_MAX_BYTES)),
                 431,
                 "too large",
             ),
@@ -330,7 +339,8 @@ mod tests {
                 error.to_string().contains(part),
                 "{error} for {request:.80}"
             );
-            assert_eq!(error.label() == "subprotocol", part == "subprotocols");
+            let subprotocol = matches!(error, HandshakeError::Request(RequestError::Subprotocol));
+            assert_eq!(subprotocol, part == "subprotocols");
             if status == 426 {
                 assert!(answer.contains("\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"));
                 assert!(answer.contains("\r\nConnection: close, Upgrade\r\n"));
@@ -340,7 +350,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_client_wrote_is_escaped_and_short_in_the_log() {
+    async fn text_of_a_client_is_escaped_and_cut_in_the_log() {
         let origin = format!("{OFFER}Origin: \u{9b}{}\r\n", "x".repeat(5000));
         let (_, result) = ask(&request("/mqtt", &origin), &["https://good.example"]).await;
         let error = result.expect_err("refused").to_string();
@@ -348,7 +358,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn health_is_answered_to_whoever_asks() {
+    async fn health_checks_are_answered() {
         for (request, status, body) in [
             ("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 200, "ok\n"),
             ("GET /healthz?from=lb HTTP/1.0\r\n\r\n", 200, "ok\n"),
@@ -368,7 +378,7 @@ mod tests {
                 found.starts_with(body) && found.is_empty() == body.is_empty(),
                 "{answer}"
             );
-            assert_eq!(matches!(result, Err(HandshakeError::Health)), status == 200);
+            assert_eq!(matches!(result, Ok(Answer::HealthCheck)), status == 200);
         }
     }
 
@@ -383,14 +393,14 @@ mod tests {
             (RealIpHeader::Forwarded, "192.0.2.60:0"),
             (RealIpHeader::None, "10.0.0.1:7"),
         ] {
-            let mut spec = spec(&[]);
-            spec.proxies.header = header;
-            let (_, result, peer) = ask_at(&request("/mqtt", &headers), &spec).await;
+            let mut listener = listener(&[]);
+            listener.real_ip_header = header;
+            let (_, result, peer) = ask_at(&request("/mqtt", &headers), &listener).await;
             assert!(result.is_ok() && peer == PEER);
-            spec.proxies.trusted = vec!["10.0.0.0/8".parse().expect("a network")];
-            // Also where it is refused, for the log.
+            listener.trusted_proxies = vec!["10.0.0.0/8".parse().expect("a network")];
+            // The log of a refused request names the client as well.
             for path in ["/mqtt", "/other"] {
-                let (_, result, peer) = ask_at(&request(path, &headers), &spec).await;
+                let (_, result, peer) = ask_at(&request(path, &headers), &listener).await;
                 assert_eq!(result.is_ok(), path == "/mqtt");
                 assert_eq!(peer.to_string(), client);
             }
@@ -398,11 +408,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn origins() {
+    async fn only_listed_origins_are_accepted() {
         let list = ["https://good.example"];
         let good = format!("{OFFER}Origin: HTTPS://good.example\r\n");
         assert!(ask(&request("/mqtt", &good), &list).await.1.is_ok());
-        // No browser, no Origin.
+        // A client that is not a browser sends no Origin.
         assert!(ask(&request("/mqtt", OFFER), &list).await.1.is_ok());
         let two = format!("{good}Origin: https://evil.example\r\n");
         assert!(ask(&request("/mqtt", &two), &list).await.1.is_err());

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidegate::transport::{CloseHow, Closed, ConnectionCap, Handshakes, Kind, Stream};
+use tidegate::config::Transport;
+use tidegate::transport::{CloseHow, Closed, ConnectionCap, Handshakes, Stream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -11,61 +12,60 @@ use crate::transport::common::*;
 
 #[tokio::test]
 async fn tcp_echoes_and_half_closes() {
-    let mut server = Server::start(Kind::Tcp);
+    let mut server = Server::start(Transport::Tcp);
     let client = server.tcp().await;
     let local = client.local_addr().expect("bound");
     let accepted = server.accept().await;
     assert_eq!(accepted.peer, local);
     assert_eq!(accepted.stream.peer_addr(), local);
-    assert_eq!(accepted.stream.kind(), Kind::Tcp);
-    assert_eq!(accepted.listener.name, "test-tcp");
+    assert_eq!(accepted.stream.transport(), Transport::Tcp);
     tokio::join!(echo(accepted.stream), soon(exercise(client)));
 }
 
 #[tokio::test]
 async fn tls_echoes_with_and_without_alpn() {
-    let mut server = Server::start(Kind::Tls);
+    let mut server = Server::start(Transport::Tls);
     for alpn in [&["mqtt"][..], &[]] {
         let client = server.tls(alpn).await.expect("handshake");
         let accepted = server.accept().await;
-        assert_eq!(accepted.stream.kind(), Kind::Tls);
+        assert_eq!(accepted.stream.transport(), Transport::Tls);
         tokio::join!(echo(accepted.stream), soon(exercise(client)));
     }
 }
 
 #[tokio::test]
 async fn ws_echoes() {
-    let mut server = Server::start(Kind::Ws);
+    let mut server = Server::start(Transport::Ws);
     let client = server.ws().await;
     let mut accepted = server.accept().await;
-    assert_eq!(accepted.stream.kind(), Kind::Ws);
+    assert_eq!(accepted.stream.transport(), Transport::Ws);
     accepted.stream.authenticated();
     tokio::join!(echo(accepted.stream), soon(exercise_ws(client)));
 }
 
 #[tokio::test]
 async fn wss_echoes() {
-    let mut server = Server::start(Kind::Wss);
+    let mut server = Server::start(Transport::Wss);
     let tls = server.tls(&["http/1.1"]).await.expect("handshake");
     let client = websocket(tls, "/mqtt", Some("mqttv3.1"))
         .await
         .expect("upgraded");
     let mut accepted = server.accept().await;
-    assert_eq!(accepted.stream.kind(), Kind::Wss);
+    assert_eq!(accepted.stream.transport(), Transport::Wss);
     accepted.stream.authenticated();
     tokio::join!(echo(accepted.stream), soon(exercise_ws(client)));
 }
 
 #[tokio::test]
 async fn quic_echoes() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection) = server.quic().await;
     let (send, recv) = connection.open_bi().await.expect("a stream");
     let client = tokio::io::join(recv, send);
     let exercise = soon(exercise(client));
     let echo = async {
         let accepted = server.accept().await;
-        assert_eq!(accepted.stream.kind(), Kind::Quic);
+        assert_eq!(accepted.stream.transport(), Transport::Quic);
         echo(accepted.stream).await;
     };
     tokio::join!(echo, exercise);
@@ -77,20 +77,20 @@ async fn quic_echoes() {
 
 #[tokio::test]
 async fn silent_clients_hold_up_nobody() {
-    for kind in [Kind::Tls, Kind::Ws, Kind::Wss] {
+    for kind in [Transport::Tls, Transport::Ws, Transport::Wss] {
         // One place: whoever is silent must not even hold that.
         let mut server = Server::with(kind, |_, limits| limits.handshakes = Handshakes::new(1));
         let mut silent = Vec::new();
         for _ in 0..20 {
             silent.push(server.tcp().await);
         }
-        if kind == Kind::Ws {
+        if kind == Transport::Ws {
             let _client = server.ws().await;
             server.accept().await;
             continue;
         }
         let mut tls = server.tls(&[]).await.expect("handshake");
-        if kind == Kind::Wss {
+        if kind == Transport::Wss {
             websocket(&mut tls, "/mqtt", Some("mqtt"))
                 .await
                 .expect("upgraded");
@@ -103,11 +103,11 @@ async fn silent_clients_hold_up_nobody() {
 async fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
     const SLOW: usize = 20;
     for (kind, say) in [
-        (Kind::Tls, &b""[..]),
-        (Kind::Tls, b"\x16\x03\x01"),
-        (Kind::Ws, b"GET /mqtt HTTP/1.1\r\n"),
-        (Kind::Wss, b""),
-        (Kind::Wss, b"\x16\x03\x01"),
+        (Transport::Tls, &b""[..]),
+        (Transport::Tls, b"\x16\x03\x01"),
+        (Transport::Ws, b"GET /mqtt HTTP/1.1\r\n"),
+        (Transport::Wss, b""),
+        (Transport::Wss, b"\x16\x03\x01"),
     ] {
         let mut server = Server::with(kind, |_, limits| {
             limits.accept_deadline = Duration::from_secs(2);
@@ -119,8 +119,8 @@ async fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
             slow.push(client);
         }
         match kind {
-            Kind::Ws => drop(server.ws().await),
-            Kind::Tls => drop(server.tls(&[]).await.expect("handshake")),
+            Transport::Ws => drop(server.ws().await),
+            Transport::Tls => drop(server.tls(&[]).await.expect("handshake")),
             _ => {
                 let tls = server.tls(&[]).await.expect("handshake");
                 let upgraded = websocket(tls, "/mqtt", Some("mqtt")).await;
@@ -142,7 +142,7 @@ async fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
 
 #[tokio::test]
 async fn the_deadline_counts_from_accept() {
-    let mut server = Server::start(Kind::Ws);
+    let mut server = Server::start(Transport::Ws);
     let before = tokio::time::Instant::now();
     let _client = server.ws().await;
     let accepted = server.accept().await;
@@ -153,10 +153,10 @@ async fn the_deadline_counts_from_accept() {
 
 #[tokio::test]
 async fn connections_past_the_cap_are_refused() {
-    for kind in [Kind::Tcp, Kind::Quic] {
+    for kind in [Transport::Tcp, Transport::Quic] {
         let cap = Arc::new(ConnectionCap::new(1));
-        let mut server = Server::with(kind, |_, limits| limits.connections = Arc::clone(&cap) as _);
-        if kind == Kind::Tcp {
+        let mut server = Server::with(kind, |_, limits| limits.connections = Arc::clone(&cap));
+        if kind == Transport::Tcp {
             let _first = server.tcp().await;
             let held = server.accept().await;
             let mut second = server.tcp().await;
@@ -180,9 +180,9 @@ async fn connections_past_the_cap_are_refused() {
 
 #[tokio::test]
 async fn stop_closes_the_socket_and_keeps_connections() {
-    for kind in [Kind::Tcp, Kind::Quic] {
+    for kind in [Transport::Tcp, Transport::Quic] {
         let mut server = Server::start(kind);
-        if kind == Kind::Tcp {
+        if kind == Transport::Tcp {
             let client = server.tcp().await;
             let accepted = server.accept().await;
             server.stop.cancel();
@@ -215,7 +215,7 @@ async fn stop_closes_the_socket_and_keeps_connections() {
 
 #[tokio::test]
 async fn stop_ends_handshakes() {
-    let mut server = Server::start(Kind::Ws);
+    let mut server = Server::start(Transport::Ws);
     let mut client = server.tcp().await;
     client.write_all(b"GET /mqtt").await.expect("written");
     // Until it is admitted there is nothing to end.
@@ -229,11 +229,11 @@ async fn stop_ends_handshakes() {
 
 #[tokio::test]
 async fn wrong_alpn_is_refused_by_name() {
-    let mut server = Server::start(Kind::Tls);
+    let mut server = Server::start(Transport::Tls);
     server.tls(&["h2"]).await.expect_err("refused");
     assert_eq!(server.event().await, "failed alpn");
 
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     for alpn in [&["h3"][..], &[]] {
         let endpoint = server.quic_endpoint(alpn);
         let connecting = endpoint.connect(server.addr, LOCAL).expect("starts");
@@ -244,7 +244,7 @@ async fn wrong_alpn_is_refused_by_name() {
 
 #[tokio::test]
 async fn plain_text_on_a_tls_port_is_named() {
-    let mut server = Server::start(Kind::Tls);
+    let mut server = Server::start(Transport::Tls);
     let mut client = server.tcp().await;
     client.write_all(b"\x10\x0c\0\x04MQTT").await.expect("sent");
     assert_eq!(server.event().await, "failed tls");
@@ -252,7 +252,7 @@ async fn plain_text_on_a_tls_port_is_named() {
 
 #[tokio::test]
 async fn the_last_packet_survives_unread_input() {
-    let mut server = Server::start(Kind::Tcp);
+    let mut server = Server::start(Transport::Tcp);
     let mut client = server.tcp().await;
     let mut stream = server.accept().await.stream;
     // A flood that the server never reads; then the server says why and closes.
@@ -270,7 +270,7 @@ async fn the_last_packet_survives_unread_input() {
 
 #[tokio::test]
 async fn a_reset_is_named() {
-    let mut server = Server::start(Kind::Tcp);
+    let mut server = Server::start(Transport::Tcp);
     let client = server.tcp().await;
     let mut stream = server.accept().await.stream;
     socket2::SockRef::from(&client)

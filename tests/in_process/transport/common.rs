@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use rustls::pki_types::{CertificateDer, ServerName};
+use tidegate::config::{Listener, Transport};
 use tidegate::transport::{
-    Accepted, CloseHow, Closed, ConnectionCap, Drain, Events, Kind, Limits, ListenSpec,
-    ListenerInfo, OutBuf, Proxies, Recv, ServerTls, Stream, bind,
+    AcceptError, Accepted, CertificateFault, CloseHow, Closed, ConnectionCap, Drain, Events,
+    HandshakeError, Limits, OutBuf, Recv, RefusalReason, RequestError, ServerTls, Stream, bind,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -23,30 +24,63 @@ use tokio_util::sync::CancellationToken;
 
 pub const LOCAL: &str = "localhost";
 
-/// What the listener reported, and a way to wait for it.
-pub struct Seen {
+/// Turns the events of a listener into words and passes them on.
+struct Reports {
     log: mpsc::UnboundedSender<String>,
 }
 
-impl Events for Seen {
-    fn accept_error(&self, _: &ListenerInfo, kind: &'static str) {
-        let _ = self.log.send(format!("accept_error {kind}"));
+impl Reports {
+    fn send(&self, words: impl Into<String>) {
+        // The test may have ended.
+        let _ = self.log.send(words.into());
     }
-    fn refused(&self, _: &ListenerInfo, reason: &'static str) {
-        let _ = self.log.send(format!("refused {reason}"));
+}
+
+impl Events for Reports {
+    fn accept_failed(&self, error: &AcceptError) {
+        self.send(format!("accept failed: {error}"));
     }
-    fn handshake_failed(&self, _: &ListenerInfo, reason: &'static str) {
-        let _ = self.log.send(format!("failed {reason}"));
+    fn refused(&self, reason: RefusalReason) {
+        self.send(match reason {
+            RefusalReason::Connections => "refused connections_max",
+            RefusalReason::Handshakes => "refused handshakes_max",
+        });
     }
-    fn health_checked(&self, _: &ListenerInfo) {
-        let _ = self.log.send("health".into());
+    fn handshake_failed(&self, _: SocketAddr, error: &HandshakeError) {
+        self.send(format!("failed {}", kind_of(error)));
     }
-    fn retry_sent(&self, _: &ListenerInfo) {
-        let _ = self.log.send("retry".into());
+    fn health_checked(&self) {
+        self.send("health");
     }
-    fn migrated(&self, _: &ListenerInfo, from: SocketAddr, to: SocketAddr) {
+    fn retry_sent(&self) {
+        self.send("retry");
+    }
+    fn migrated(&self, from: SocketAddr, to: SocketAddr) {
         assert_ne!(from, to);
-        let _ = self.log.send("migrated".into());
+        self.send("migrated");
+    }
+}
+
+fn kind_of(error: &HandshakeError) -> String {
+    match error {
+        HandshakeError::Deadline => "deadline".into(),
+        HandshakeError::Stopped => "stopped".into(),
+        HandshakeError::Io(_) => "io".into(),
+        HandshakeError::Silent => "closed".into(),
+        HandshakeError::Tls { .. } => "tls".into(),
+        HandshakeError::ClientCertificate { fault, .. } => match fault {
+            CertificateFault::Missing => "certificate_missing".into(),
+            CertificateFault::Expired => "certificate_expired".into(),
+            CertificateFault::Revoked => "certificate_revoked".into(),
+            CertificateFault::Untrusted => "certificate_untrusted".into(),
+            CertificateFault::Other => "certificate_other".into(),
+        },
+        HandshakeError::Alpn(_) => "alpn".into(),
+        HandshakeError::Proxy(_) => "proxy_protocol".into(),
+        HandshakeError::Request(RequestError::Subprotocol) => "subprotocol".into(),
+        HandshakeError::Request(error) => format!("http_{}", error.status()),
+        HandshakeError::Quic(_) => "quic".into(),
+        HandshakeError::WebTransport(_) => "webtransport".into(),
     }
 }
 
@@ -62,36 +96,34 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn start(kind: Kind) -> Self {
-        Self::with(kind, |_, _| {})
+    pub fn start(transport: Transport) -> Self {
+        Self::with(transport, |_, _| {})
     }
 
     /// Accepted connections come out of `self.accepted`.
-    pub fn with(kind: Kind, change: impl FnOnce(&mut ListenSpec, &mut Limits)) -> Self {
+    pub fn with(transport: Transport, change: impl FnOnce(&mut Listener, &mut Limits)) -> Self {
+        let tls = ServerTls::ephemeral(&[LOCAL.to_owned(), "127.0.0.1".to_owned()]);
+        Self::with_tls(transport, tls.expect("certificate"), change)
+    }
+
+    pub fn with_tls(
+        transport: Transport,
+        tls: ServerTls,
+        change: impl FnOnce(&mut Listener, &mut Limits),
+    ) -> Self {
         let (log, events) = mpsc::unbounded_channel();
         let (send, accepted) = mpsc::unbounded_channel();
-        let tls = Arc::new(
-            ServerTls::ephemeral(&[LOCAL.to_owned(), "127.0.0.1".to_owned()]).expect("certificate"),
-        );
+        let tls = Arc::new(tls);
         let cert = CertificateDer::from(tls.leaf());
         let cap = Arc::new(ConnectionCap::new(1000));
-        let mut spec = ListenSpec {
-            name: format!("test-{kind}"),
-            transport: kind,
-            bind: ([127, 0, 0, 1], 0).into(),
-            paths: vec!["/mqtt".into()],
-            origins: vec![],
-            proxies: Proxies::default(),
-            tls: Some(tls),
-            webtransport: false,
-        };
+        let mut listener = Listener::new(transport, ([127, 0, 0, 1], 0).into());
         let mut limits = Limits {
-            connections: Arc::clone(&cap) as _,
-            events: Arc::new(Seen { log }),
+            connections: Arc::clone(&cap),
             ..Limits::default()
         };
-        change(&mut spec, &mut limits);
-        let bound = bind(spec, Arc::new(limits)).expect("binds");
+        change(&mut listener, &mut limits);
+        let reports = Arc::new(Reports { log });
+        let bound = bind(listener, Some(tls), Arc::new(limits), reports).expect("binds");
         let (addr, drain) = (bound.local_addr(), bound.drain());
         let stop = CancellationToken::new();
         let handler = move |accepted: Accepted| {

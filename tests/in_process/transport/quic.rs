@@ -3,7 +3,8 @@
 use std::future::poll_fn;
 use std::time::Duration;
 
-use tidegate::transport::{CloseHow, Closed, Handshakes, Kind, Stream};
+use tidegate::config::Transport;
+use tidegate::transport::{CloseHow, Closed, Handshakes, Stream};
 use tokio::io::AsyncWriteExt;
 
 use crate::transport::common::*;
@@ -28,7 +29,7 @@ async fn begun(
 
 #[tokio::test]
 async fn quic_data_streams_wait_for_authentication() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection) = server.quic().await;
     let (mut control, _control_rx) = connection.open_bi().await.expect("control");
     let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
@@ -70,7 +71,7 @@ async fn quic_data_streams_wait_for_authentication() {
 #[tokio::test]
 async fn quic_strangers_may_leave_little_unread() {
     use futures_util::FutureExt;
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection) = server.quic().await;
     let (mut control, _control_rx) = connection.open_bi().await.expect("control");
     let (mut data, _data_rx) = connection.open_bi().await.expect("data");
@@ -96,7 +97,7 @@ async fn quic_strangers_may_leave_little_unread() {
 
 #[tokio::test]
 async fn quic_streams_come_and_go_without_end() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection) = server.quic().await;
     let (mut control, mut control_rx) = connection.open_bi().await.expect("control");
     control.write_all(b"c").await.expect("written");
@@ -158,7 +159,7 @@ async fn quic_streams_come_and_go_without_end() {
 
 #[tokio::test]
 async fn quic_reset_stream_spares_the_connection() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection, (mut control, _control_rx), mut stream) = begun(&mut server).await;
     let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
     data.write_all(b"bad").await.expect("written");
@@ -177,7 +178,7 @@ async fn quic_reset_stream_spares_the_connection() {
 
 #[tokio::test]
 async fn quic_stream_that_the_client_stops_is_gone_at_once() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection, (mut control, _control_rx), mut stream) = begun(&mut server).await;
     let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
     data.write_all(b"x").await.expect("written");
@@ -195,7 +196,7 @@ async fn quic_stream_that_the_client_stops_is_gone_at_once() {
 
 #[tokio::test]
 async fn quic_watches_of_many_reset_streams_are_bounded() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection, (_control, _control_rx), mut stream) = begun(&mut server).await;
     let mut buf = Vec::new();
     for n in 0..4096 {
@@ -214,12 +215,12 @@ async fn quic_watches_of_many_reset_streams_are_bounded() {
         }
     }
     let end = recv(&mut stream, &mut buf).await.expect_err("enough");
-    assert!(matches!(end, Closed::Quota(_)), "{end}");
+    assert!(matches!(end, Closed::TooManyResets), "{end}");
 }
 
 #[tokio::test]
 async fn quic_control_end_is_the_connections_end() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     for reset in [false, true] {
         let (_endpoint, connection) = server.quic().await;
         let (mut control, _control_rx) = connection.open_bi().await.expect("control");
@@ -243,7 +244,7 @@ async fn quic_control_end_is_the_connections_end() {
 
 #[tokio::test]
 async fn quic_control_is_read_though_a_data_stream_is_the_first_to_say_that_all_is_lost() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (endpoint, connection) = server.quic().await;
     let (mut control, _control_rx) = connection.open_bi().await.expect("control");
     control.write_all(b"c").await.expect("written");
@@ -270,7 +271,7 @@ async fn quic_control_is_read_though_a_data_stream_is_the_first_to_say_that_all_
 
 #[tokio::test]
 async fn quic_bytes_before_connection_close_are_read() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (endpoint, connection) = server.quic().await;
     let (mut control, _control_rx) = connection.open_bi().await.expect("control");
     control.write_all(b"connect").await.expect("written");
@@ -305,7 +306,7 @@ async fn quic_close_codes_are_ours() {
         (CloseHow::Protocol, 1),
         (CloseHow::Overload, 2),
     ] {
-        let mut server = Server::start(Kind::Quic);
+        let mut server = Server::start(Transport::Quic);
         let (_endpoint, connection) = server.quic().await;
         let (mut control, mut control_rx) = connection.open_bi().await.expect("control");
         control.write_all(b"x").await.expect("written");
@@ -326,7 +327,7 @@ async fn quic_close_codes_are_ours() {
 
 #[tokio::test]
 async fn quic_migration_is_followed_and_counted() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (endpoint, connection) = server.quic().await;
     let (mut control, _control_rx) = connection.open_bi().await.expect("control");
     control.write_all(b"here").await.expect("written");
@@ -345,7 +346,7 @@ async fn quic_migration_is_followed_and_counted() {
 
 #[tokio::test]
 async fn quic_client_is_where_it_was_when_it_opened_its_first_stream() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (endpoint, connection) = server.quic().await;
     let socket = std::net::UdpSocket::bind("127.0.0.2:0").expect("binds");
     endpoint.rebind(socket).expect("moves");
@@ -358,7 +359,7 @@ async fn quic_client_is_where_it_was_when_it_opened_its_first_stream() {
 
 #[tokio::test]
 async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
-    let mut server = Server::start(Kind::Quic);
+    let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection) = server.quic().await;
     use futures_util::FutureExt;
     let mut open = Vec::new();
@@ -388,7 +389,7 @@ async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
 
 #[tokio::test]
 async fn quic_without_a_stream_ends_at_the_deadline() {
-    let mut server = Server::with(Kind::Quic, |_, limits| {
+    let mut server = Server::with(Transport::Quic, |_, limits| {
         limits.accept_deadline = Duration::from_secs(2);
     });
     let (_silent_endpoint, silent) = server.quic().await;
@@ -437,7 +438,7 @@ async fn half_said(
 #[tokio::test]
 async fn quic_asks_for_proof_of_address_under_pressure() {
     let handshakes = Handshakes::new(3);
-    let mut server = Server::with(Kind::Quic, |_, limits| {
+    let mut server = Server::with(Transport::Quic, |_, limits| {
         limits.handshakes = handshakes.clone();
     });
     // Two of three places, and all that one address can have.
@@ -459,7 +460,7 @@ async fn quic_asks_for_proof_of_address_under_pressure() {
 #[tokio::test]
 async fn quic_asks_no_proof_of_who_has_given_it_before() {
     let handshakes = Handshakes::new(3);
-    let mut server = Server::with(Kind::Quic, |_, limits| {
+    let mut server = Server::with(Transport::Quic, |_, limits| {
         limits.handshakes = handshakes.clone();
     });
     let endpoint = server.quic_endpoint_at([127, 0, 0, 2], &["mqtt"]);
@@ -490,7 +491,7 @@ async fn half_said_tls_handshakes_keep_out_nobody() {
             limits.handshakes = handshakes.clone();
         })
     };
-    let (mut tls, mut quic) = (start(Kind::Tls), start(Kind::Quic));
+    let (mut tls, mut quic) = (start(Transport::Tls), start(Transport::Quic));
     let mut flood = Vec::new();
     for _ in 0..100 {
         let mut client = tls.tcp().await;

@@ -4,7 +4,8 @@ use std::future::poll_fn;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tidegate::transport::{CloseHow, Closed, Kind, ListenSpec};
+use tidegate::config::{Listener, Transport};
+use tidegate::transport::{CloseHow, Closed};
 use web_transport_quinn::proto::{self, ConnectRequest, ConnectResponse, Settings};
 use web_transport_quinn::{
     ClientError, ConnectError, ReadError, RecvStream, SendStream, Session, SessionError,
@@ -17,11 +18,11 @@ fn serve() -> Server {
     serve_with(|_| {})
 }
 
-fn serve_with(change: impl FnOnce(&mut ListenSpec)) -> Server {
-    Server::with(Kind::Quic, |spec, limits| {
-        spec.webtransport = true;
+fn serve_with(change: impl FnOnce(&mut Listener)) -> Server {
+    Server::with(Transport::Quic, |listener, limits| {
+        listener.webtransport = true;
         limits.accept_deadline = Duration::from_secs(2);
-        change(spec);
+        change(listener);
     })
 }
 
@@ -69,9 +70,8 @@ async fn connected(
     let (mut tx, rx) = client.open().await;
     tx.write_all(b"x").await.expect("written");
     let accepted = server.accept().await;
-    assert_eq!(accepted.listener.kind, Kind::Quic);
     let mut stream = accepted.stream;
-    assert_eq!(stream.kind(), Kind::WebTransport);
+    assert_eq!(stream.transport(), Transport::WebTransport);
     assert_eq!(recv_n(&mut stream, 1).await, b"x");
     (client, (tx, rx), stream)
 }
@@ -178,7 +178,7 @@ fn status(result: Result<Client, ClientError>) -> u16 {
 
 #[tokio::test]
 async fn webtransport_requests_are_judged() {
-    let mut server = serve_with(|spec| spec.origins = vec!["https://good.example".into()]);
+    let mut server = serve_with(|listener| listener.origins = vec!["https://good.example".into()]);
     let origin = |value: &'static str| {
         let value = web_transport_quinn::http::HeaderValue::from_static(value);
         let name = web_transport_quinn::http::header::ORIGIN;
@@ -403,7 +403,7 @@ async fn webtransport_leaves_mqtt_over_quic_as_it_is() {
     let (mut control, _rx) = connection.open_bi().await.expect("a stream");
     control.write_all(b"hello").await.expect("written");
     let mut stream = server.accept().await.stream;
-    assert_eq!(stream.kind(), Kind::Quic);
+    assert_eq!(stream.transport(), Transport::Quic);
     assert_eq!(recv_n(&mut stream, 5).await, b"hello");
     // What it says where nobody reads does not vanish unseen.
     let mut strays = Vec::new();
@@ -425,7 +425,7 @@ async fn webtransport_leaves_mqtt_over_quic_as_it_is() {
     }
     assert!(connection.open_uni().now_or_never().is_none());
     // Without the key there is no HTTP/3 at all.
-    let mut without = Server::start(Kind::Quic);
+    let mut without = Server::start(Transport::Quic);
     let endpoint = without.quic_endpoint(&["h3"]);
     let connecting = endpoint.connect(without.addr, LOCAL).expect("starts");
     soon(connecting).await.expect_err("refused");

@@ -3,8 +3,8 @@
 use std::future::poll_fn;
 
 use futures_util::{SinkExt, StreamExt};
-use tidegate::config::ProxyProtocol;
-use tidegate::transport::{CloseHow, Closed, Kind};
+use tidegate::config::{ProxyProtocol, Transport};
+use tidegate::transport::{CloseHow, Closed, FrameError, Violation};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
@@ -18,8 +18,8 @@ use crate::transport::common::*;
 
 #[tokio::test]
 async fn ws_refusals() {
-    let mut server = Server::with(Kind::Ws, |spec, _| {
-        spec.origins = vec!["https://good.example".into()];
+    let mut server = Server::with(Transport::Ws, |listener, _| {
+        listener.origins = vec!["https://good.example".into()];
     });
     let wrong_path = websocket(server.tcp().await, "/other", Some("mqtt")).await;
     assert_eq!(status(wrong_path), 404);
@@ -72,7 +72,7 @@ async fn until_close(mut ws: WebSocketStream<TcpStream>) -> Option<CloseFrame> {
 
 #[tokio::test]
 async fn ws_text_is_1003() {
-    let mut server = Server::start(Kind::Ws);
+    let mut server = Server::start(Transport::Ws);
     let mut client = server.ws().await;
     let mut stream = server.accept().await.stream;
     client
@@ -83,7 +83,7 @@ async fn ws_text_is_1003() {
     // What came before is not lost.
     assert_eq!(recv_n(&mut stream, 5).await, b"first");
     match recv_end(&mut stream).await {
-        Closed::Violation { ws_code: 1003, .. } => {}
+        Closed::Violation(Violation::WebSocket(FrameError::Text)) => {}
         other => panic!("{other:?}"),
     }
     let (frame, ()) = tokio::join!(until_close(client), close(&mut stream, CloseHow::Normal));
@@ -92,7 +92,7 @@ async fn ws_text_is_1003() {
 
 #[tokio::test]
 async fn ws_message_limit_is_1009_and_rises_with_authentication() {
-    let mut server = Server::with(Kind::Ws, |_, limits| limits.packet_max = 300_000);
+    let mut server = Server::with(Transport::Ws, |_, limits| limits.packet_max = 300_000);
     let mut client = server.ws().await;
     let mut stream = server.accept().await.stream;
     for (size, authenticate) in [(16 * 1024, true), (300_000 + 64 * 1024, false)] {
@@ -137,7 +137,7 @@ async fn ws_message_limit_is_1009_and_rises_with_authentication() {
 
 #[tokio::test]
 async fn ws_packets_sent_before_connack_wait_for_the_higher_limit() {
-    let mut server = Server::start(Kind::Ws);
+    let mut server = Server::start(Transport::Ws);
     for authenticate in [true, false] {
         let mut client = server.ws().await;
         let mut stream = server.accept().await.stream;
@@ -163,7 +163,7 @@ async fn ws_packets_sent_before_connack_wait_for_the_higher_limit() {
 
 #[tokio::test]
 async fn ws_pings_are_answered_while_only_reading() {
-    let mut server = Server::start(Kind::Ws);
+    let mut server = Server::start(Transport::Ws);
     let mut client = server.ws().await;
     let mut stream = server.accept().await.stream;
     client
@@ -192,7 +192,7 @@ async fn ws_close_codes_are_ours() {
         (CloseHow::Protocol, CloseCode::Protocol),
         (CloseHow::Overload, CloseCode::Again),
     ] {
-        let mut server = Server::start(Kind::Ws);
+        let mut server = Server::start(Transport::Ws);
         let mut client = server.ws().await;
         let mut stream = server.accept().await.stream;
         send(&mut stream, 0, b"last packet").await.expect("sent");
@@ -214,7 +214,7 @@ async fn ws_close_codes_are_ours() {
 
 #[tokio::test]
 async fn health_checks_are_no_connections() {
-    let mut server = Server::start(Kind::Ws);
+    let mut server = Server::start(Transport::Ws);
     let mut plain = server.tcp().await;
     plain
         .write_all(b"GET /healthz HTTP/1.0\r\n\r\n")
@@ -236,7 +236,7 @@ async fn health_checks_are_no_connections() {
 
 #[tokio::test]
 async fn pings_that_nobody_reads_the_answers_to_take_no_memory() {
-    let mut server = Server::start(Kind::Ws);
+    let mut server = Server::start(Transport::Ws);
     let mut client = server.ws().await;
     let mut stream = server.accept().await.stream;
     // More than the sockets hold, of answers that stay where they are.
@@ -259,10 +259,10 @@ async fn pings_that_nobody_reads_the_answers_to_take_no_memory() {
 
 #[tokio::test]
 async fn a_required_proxy_header_names_the_client() {
-    for kind in [Kind::Tcp, Kind::Tls, Kind::Ws] {
-        let mut server = Server::with(kind, |spec, _| {
-            spec.proxies.protocol = ProxyProtocol::Required;
-            spec.proxies.trusted = vec!["127.0.0.0/8".parse().expect("a network")];
+    for kind in [Transport::Tcp, Transport::Tls, Transport::Ws] {
+        let mut server = Server::with(kind, |listener, _| {
+            listener.proxy_protocol = ProxyProtocol::Required;
+            listener.trusted_proxies = vec!["127.0.0.0/8".parse().expect("a network")];
         });
         let mut plain = server.tcp().await;
         plain
@@ -270,10 +270,10 @@ async fn a_required_proxy_header_names_the_client() {
             .await
             .expect("sent");
         match kind {
-            Kind::Ws => {
+            Transport::Ws => {
                 let _client = websocket(plain, "/mqtt", Some("mqtt")).await;
             }
-            Kind::Tls => drop(server.tls_on(plain, &["mqtt"]).await.expect("handshake")),
+            Transport::Tls => drop(server.tls_on(plain, &["mqtt"]).await.expect("handshake")),
             _ => {}
         }
         let accepted = server.accept().await;

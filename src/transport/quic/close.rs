@@ -1,0 +1,127 @@
+//! The ends of QUIC connections: the codes that we send, and the reasons that the library reports.
+
+use quinn::{Connection, ConnectionError, TransportErrorCode, VarInt};
+
+use crate::transport::closed::{Closed, ResetReason};
+use crate::transport::error::{CertificateFault, HandshakeError};
+use crate::transport::quic::bidi::Layer;
+use crate::transport::tls::ALPN_MQTT;
+use crate::transport::tls::clients::fault_of_alert;
+use crate::transport::types::CloseHow;
+
+/// Application codes that end a connection. They are EMQX's, so that clients' logs name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CloseCode {
+    Normal = 0,
+    /// The control stream is missing or ended first.
+    ControlGone = 1,
+    Overload = 2,
+}
+
+impl CloseCode {
+    /// The number on the wire where no layer lies above QUIC.
+    pub(super) const fn number(self) -> u32 {
+        self as u32
+    }
+}
+
+impl From<CloseHow> for CloseCode {
+    fn from(how: CloseHow) -> Self {
+        match how {
+            CloseHow::Normal | CloseHow::GoingAway => Self::Normal,
+            CloseHow::Protocol => Self::ControlGone,
+            CloseHow::Overload => Self::Overload,
+        }
+    }
+}
+
+/// The code that stops a unidirectional stream: MQTT's reason code for a protocol error.
+pub(super) const UNI_STREAM_STOPPED: VarInt = VarInt::from_u32(0x82);
+
+/// The TLS alert no_application_protocol (RFC 7301 section 3.2).
+const ALERT_NO_ALPN: u8 = 120;
+/// The first of the error codes that carry a TLS alert (RFC 9000 section 20.1).
+const CRYPTO_ERROR: u64 = 0x100;
+
+/// Closes the connection when it is dropped, so that a client learns why the deadline ended its
+/// handshake.
+pub(super) struct CloseOnDrop<'a> {
+    pub connection: &'a Connection,
+    pub code: VarInt,
+    pub why: &'static str,
+}
+
+impl Drop for CloseOnDrop<'_> {
+    fn drop(&mut self) {
+        // Does nothing if the connection is closed already.
+        self.connection.close(self.code, self.why.as_bytes());
+    }
+}
+
+/// Why a connection with this layer was lost.
+pub(super) fn lost(error: &ConnectionError, layer: Layer) -> Closed {
+    Closed::Reset(match error {
+        ConnectionError::ApplicationClosed(close) if layer.is_normal(close.error_code) => {
+            return Closed::Eof;
+        }
+        ConnectionError::ApplicationClosed(close) => {
+            ResetReason::ConnectionClosed(layer.peer_code(close.error_code))
+        }
+        ConnectionError::ConnectionClosed(close) => {
+            ResetReason::Quic(format!("closed by the peer: {}", close.error_code).into())
+        }
+        ConnectionError::TimedOut => ResetReason::IdleTimeout,
+        ConnectionError::Reset => ResetReason::StatelessReset,
+        ConnectionError::LocallyClosed => ResetReason::ClosedLocally,
+        other => ResetReason::Quic(other.to_string().into()),
+    })
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+pub(super) fn handshake_error(error: ConnectionError) -> HandshakeError {
+    match error {
+        ConnectionError::TransportError(e) => match alert(e.code) {
+            Some(ALERT_NO_ALPN) => HandshakeError::Alpn(ALPN_MQTT),
+            alert => match alert.and_then(certificate_fault) {
+                Some(fault) => HandshakeError::ClientCertificate {
+                    fault,
+                    why: e.reason,
+                },
+                None => HandshakeError::Quic(e.to_string()),
+            },
+        },
+        // The peer chose the words, so only its code is logged.
+        ConnectionError::ApplicationClosed(close) => {
+            HandshakeError::Quic(format!("closed by the peer with code {}", close.error_code))
+        }
+        ConnectionError::ConnectionClosed(close) => {
+            HandshakeError::Quic(format!("closed by the peer: {}", close.error_code))
+        }
+        other => HandshakeError::Quic(other.to_string()),
+    }
+}
+
+/// The TLS alert that ended a handshake, if one did.
+fn alert(code: TransportErrorCode) -> Option<u8> {
+    u8::try_from(u64::from(code).checked_sub(CRYPTO_ERROR)?).ok()
+}
+
+/// What is wrong with the client's certificate, if the alert says so: a server sends these alerts for
+/// no other reason.
+fn certificate_fault(alert: u8) -> Option<CertificateFault> {
+    fault_of_alert(alert.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alerts_are_found_in_error_codes() {
+        assert_eq!(alert(TransportErrorCode::crypto(0)), Some(0));
+        assert_eq!(alert(TransportErrorCode::crypto(255)), Some(255));
+        assert_eq!(alert(TransportErrorCode::PROTOCOL_VIOLATION), None);
+        assert_eq!(certificate_fault(44), Some(CertificateFault::Revoked));
+        assert_eq!(certificate_fault(ALERT_NO_ALPN), None);
+    }
+}
