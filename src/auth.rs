@@ -1,7 +1,7 @@
-//! Who a client is, and what it may do.
+//! Who a client is, and which topics it may use.
 //!
-//! A verified credential is remembered as a keyed digest, so that a client
-//! that flaps asks nobody and costs no hashing.
+//! A verified password is remembered as a keyed digest, so that a client that flaps costs no
+//! password hashing.
 
 mod acl;
 pub mod passwd;
@@ -22,24 +22,23 @@ pub(crate) use acl::expand;
 pub use acl::{Acl, OWN_PREFIX};
 use verified::{Digest, Recalled, Verified};
 
-/// The principal of every client that is not authenticated; no user can have
-/// this name.
+/// The principal of every anonymous client. No user can have this name.
 pub const ANONYMOUS: &str = "anonymous";
 
-/// A client as the rules see it.
+/// A client, as access rules see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// Who it is: what sessions belong to and what `who` of a rule names.
+    /// The owner of its sessions, and the name that `who` of a rule matches.
     pub principal: Arc<str>,
-    /// Its verified user name, `%u` in a rule; `None` when it is anonymous,
-    /// whatever its CONNECT said.
+    /// Its verified user name, `%u` in a rule; `None` for an anonymous client, even if its CONNECT
+    /// has a user name.
     pub username: Option<Arc<str>>,
-    /// Its client id, `%c` in a rule.
+    /// Its client identifier, `%c` in a rule.
     pub client_id: Arc<str>,
 }
 
 impl Identity {
-    /// The identity that a verified principal has with a client id.
+    /// The identity of a verified principal that uses a client identifier.
     pub fn new(principal: Arc<str>, client_id: Arc<str>) -> Self {
         let username = (&*principal != ANONYMOUS).then(|| Arc::clone(&principal));
         Self {
@@ -61,7 +60,7 @@ pub struct Authenticator {
     client_id: ClientIdRule,
     anonymous: Arc<str>,
     users: RwLock<Users>,
-    /// Bounds the threads, and with them the memory, that hashing takes.
+    /// Bounds the threads that hash passwords, and with them the memory: argon2 takes 19 MiB each.
     hashing: Arc<Semaphore>,
     verified: Mutex<Verified>,
 }
@@ -69,8 +68,8 @@ pub struct Authenticator {
 struct Users {
     /// User name to password hash.
     hashes: HashMap<String, Arc<str>>,
-    /// Verified in place of a user that is not there, so that the time of an
-    /// answer does not tell which names exist.
+    /// The hash of a random password, verified for an unknown user, so that the time of an answer
+    /// does not show which names exist.
     decoy: Arc<str>,
 }
 
@@ -78,7 +77,7 @@ impl Authenticator {
     /// Reads the password file, if one is configured.
     ///
     /// # Errors
-    /// When it cannot be read, or a line of it is wrong.
+    /// When the file cannot be read, or a line of it is wrong.
     pub fn new(auth: &Auth) -> Result<Self, passwd::Error> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
@@ -91,16 +90,20 @@ impl Authenticator {
         })
     }
 
-    /// Reads the password file again and forgets what was verified; on an
-    /// error nothing changes.
+    /// Reads the password file again, and forgets all verified passwords. Returns the number of
+    /// users, or `None` if no password file is configured. Blocks for a password hash.
     ///
     /// # Errors
-    /// As [`Authenticator::new`].
-    pub fn reload(&self) -> Result<(), passwd::Error> {
-        let users = Users::read(self.file.as_deref())?;
+    /// As [`Authenticator::new`]; the earlier passwords then stay in use.
+    pub fn reload(&self) -> Result<Option<usize>, passwd::Error> {
+        let Some(file) = self.file.as_deref() else {
+            return Ok(None);
+        };
+        let users = Users::read(Some(file))?;
+        let count = users.hashes.len();
         *self.users.write() = users;
         self.verified.lock().forget();
-        Ok(())
+        Ok(Some(count))
     }
 
     /// The principal of a client, or the reason code of its refusal:
@@ -130,7 +133,7 @@ impl Authenticator {
                 };
                 self.password(username, password).await?
             }
-            // A certificate must not make its holder one of the nameless.
+            // A certificate for "anonymous" must not give access to anonymous clients' sessions.
             AuthMode::Mtls => certificate
                 .filter(|name| &**name != ANONYMOUS)
                 .ok_or(ReasonCode::NOT_AUTHORIZED)?,
@@ -145,7 +148,7 @@ impl Authenticator {
 
     async fn password(&self, username: &str, password: &[u8]) -> Result<Arc<str>, ReasonCode> {
         let (hash, known) = self.users.read().hash(username);
-        // With the hash in it the digest ends with the password that it stands for.
+        // The digest contains the hash, so a changed password invalidates it.
         let digest = self
             .verified
             .lock()
@@ -157,13 +160,13 @@ impl Authenticator {
             .acquire_owned()
             .await
             .map_err(|_| ReasonCode::SERVER_UNAVAILABLE)?;
-        // Of many that wait with the same credential the first one has hashed.
+        // Another task may have verified the same password while this one waited.
         if let Some(answer) = self.recall(&digest) {
             return answer;
         }
         let secret = password.to_vec();
         let right = tokio::task::spawn_blocking(move || {
-            // Held by the thread, which outlives a caller that gives up.
+            // The thread keeps the permit, because it outlives a caller that gives up.
             let _permit = permit;
             passwd::verify(&hash, &secret)
         })
@@ -188,7 +191,6 @@ impl Authenticator {
 impl Users {
     fn read(file: Option<&std::path::Path>) -> Result<Self, passwd::Error> {
         let (hashes, decoy) = match file {
-            // A hash of nothing that anyone knows.
             Some(path) => (
                 passwd::read(path)?,
                 passwd::hash(&verified::random::<32>())?.into(),
@@ -211,7 +213,7 @@ mod tests {
     use super::*;
     use crate::config::AclMode;
 
-    /// An authenticator with one user, and its file, which goes with it.
+    /// An authenticator with one user, and its file, which is removed with it.
     struct Setup(Authenticator, PathBuf);
     impl Drop for Setup {
         fn drop(&mut self) {
@@ -250,7 +252,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn anonymous_asks_nothing() {
+    async fn anonymous_clients_need_no_password() {
         let setup = setup("anonymous", ClientIdRule::Any);
         let answer = setup
             .0
@@ -282,7 +284,7 @@ mod tests {
         let setup = setup("certificate", ClientIdRule::Username);
         let verify = |id, name: Option<&str>| {
             let name = name.map(Arc::from);
-            // What CONNECT says of a user is not asked for.
+            // The user name in CONNECT does not count.
             let user = Some("alice");
             setup.0.verify(AuthMode::Mtls, id, user, None, name)
         };
@@ -307,7 +309,7 @@ mod tests {
         };
         assert_eq!(verify(b"secret").await, Ok("alice".into()));
         assert_eq!(verify(b"wrong!").await, WRONG);
-        // Whoever hashed now would wait for ever.
+        // Without a permit, hashing would wait for ever.
         let _all = Arc::clone(&setup.0.hashing)
             .acquire_many_owned(setup.0.hashing.available_permits() as u32)
             .await
@@ -328,7 +330,7 @@ mod tests {
         };
         assert_eq!(verify(b"secret").await, Ok("alice".into()));
         passwd::set(&setup.1, "alice", b"new").expect("written");
-        setup.0.reload().expect("read");
+        assert_eq!(setup.0.reload().expect("read"), Some(1));
         assert_eq!(verify(b"secret").await, WRONG);
         assert_eq!(verify(b"new").await, Ok("alice".into()));
         std::fs::write(&setup.1, "broken").expect("written");

@@ -32,7 +32,7 @@ pub struct Clients {
     /// The process's clock.
     pub clock: Clock,
     /// Who clients are.
-    pub authenticator: Authenticator,
+    pub authenticator: Arc<Authenticator>,
     /// What they may do.
     pub acl: Acl,
     /// `[session]`.

@@ -11,6 +11,7 @@ mod listeners;
 mod open_files;
 mod probe;
 mod ready;
+mod reload;
 mod report;
 mod secret;
 mod ticker;
@@ -35,6 +36,7 @@ pub use probe::probe;
 
 use certificates::Certificates;
 use ready::Ready;
+use reload::Reload;
 use view::View;
 
 /// Runs until SIGTERM or SIGINT, drains, and returns.
@@ -43,7 +45,7 @@ use view::View;
 /// [`StartError`]; no client was served.
 pub async fn run(config: Config) -> Result<(), StartError> {
     let mut signals = drain::Signals::new()?;
-    let hangup = certificates::hangup()?;
+    let hangup = reload::hangup()?;
     let clock = Clock::default();
     let tasks = TaskTracker::new();
     let stop_accepting = CancellationToken::new();
@@ -87,7 +89,11 @@ pub async fn run(config: Config) -> Result<(), StartError> {
         upkeep.run_until_cancelled(telemetry::upkeep()).await;
     });
     tasks.spawn(ticker::run(router, clock, stop_links.clone()));
-    tasks.spawn(certificates.watch(hangup, stop_links.clone()));
+    let reload = Reload {
+        certificates,
+        authenticator: clients.authenticator.clone(),
+    };
+    tasks.spawn(reload.run(hangup, stop_links.clone()));
     let drains: Vec<Drain> = listeners.iter().map(Bound::drain).collect();
     for listener in listeners {
         listeners::serve(&tasks, &clients, listener, stop_accepting.clone());

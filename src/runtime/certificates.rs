@@ -1,40 +1,32 @@
-//! The certificates of all `[[tls]]`: read, given to the listeners, and read
-//! again when SIGHUP comes or a file has changed.
+//! The certificates of all `[[tls]]`: read, given to the listeners, and read again on request and
+//! when a file has changed.
 //!
-//! Files are looked at once a second. That sees a rename, a symbolic link that
-//! points elsewhere (Kubernetes) and a network file system alike; a watch of
-//! the kernel would have to follow each of them by its own rules.
+//! Files are compared with their earlier state once a second. This finds a rename, a symbolic link
+//! that points elsewhere (Kubernetes) and a change on a network file system alike; for a watch by
+//! the kernel, each of them would be a case of its own.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
-
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{MissedTickBehavior, interval};
-use tokio_util::sync::CancellationToken;
+use std::time::SystemTime;
 
 use crate::config::{CertSource, Config, Tls};
 use crate::telemetry::{ReloadResult, metrics};
 use crate::transport::{Material, ServerTls, TlsError};
 
-use crate::runtime::dates::{Dated, Said};
+use crate::runtime::dates::{Dated, ExpiryLog};
 use crate::runtime::error::StartError;
 
-/// How often the files are looked at. A change is taken up when a second look
-/// finds the same: certificate and key are seldom replaced in one step.
-const LOOK: Duration = Duration::from_secs(1);
-
-/// All certificates, and who serves them.
+/// All certificates, and the listeners that use them.
 pub(super) struct Certificates {
     entries: Vec<Entry>,
-    /// Each listener, with the places of its entries.
+    /// Each listener, with the indices of its entries.
     served: Vec<(Arc<ServerTls>, Vec<usize>)>,
-    /// How the files were when they were read last.
+    /// The state of the files when they were last read.
     read: Vec<Option<State>>,
-    /// How they were at the last look, if that was different.
+    /// Their state at the last look, if it was different from `read`.
     changed: Option<Vec<Option<State>>>,
-    said: Said,
+    reported: ExpiryLog,
 }
 
 struct Entry {
@@ -42,7 +34,7 @@ struct Entry {
     material: Arc<Material>,
 }
 
-/// What tells one state of a file from another; symbolic links are followed.
+/// Metadata that changes with a file's content. Symbolic links are followed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
     device: u64,
@@ -53,7 +45,7 @@ struct State {
 }
 
 impl State {
-    /// `None` for a file that is not there or may not be looked at.
+    /// `None` for a file that does not exist or whose metadata may not be read.
     fn of(file: &Path) -> Option<Self> {
         let meta = std::fs::metadata(file).ok()?;
         Some(Self {
@@ -67,7 +59,10 @@ impl State {
 }
 
 impl Certificates {
-    /// Reads everything.
+    /// Reads all files.
+    ///
+    /// # Errors
+    /// [`StartError::Config`] for the first file that cannot be used.
     pub(super) fn load(config: &Config) -> Result<Self, StartError> {
         let read = states(&config.tls);
         let mut entries = Vec::new();
@@ -83,11 +78,12 @@ impl Certificates {
             served: Vec::new(),
             read,
             changed: None,
-            said: Said::default(),
+            reported: ExpiryLog::default(),
         })
     }
 
-    /// What a listener with these `[[tls]]` serves, with early data or not; `None` if it has none.
+    /// The TLS settings of a listener with these `[[tls]]` entries, with or without early data;
+    /// `None` if it has no entry.
     pub(super) fn serve(
         &mut self,
         names: &[String],
@@ -106,7 +102,7 @@ impl Certificates {
         Ok(Some(tls))
     }
 
-    /// What has a date, for `tidegate check` and for the log.
+    /// Everything that expires, for `tidegate check` and for the log.
     pub(super) fn dated(&self) -> Vec<Dated> {
         let mut all = Vec::new();
         for Entry { tls, material } in &self.entries {
@@ -131,45 +127,21 @@ impl Certificates {
         all
     }
 
-    /// Reads again on SIGHUP and when files change, until told to stop.
-    pub(super) async fn watch(mut self, mut hangup: Signal, stop: CancellationToken) {
-        self.tell();
-        let mut ticks = interval(LOOK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            let asked = tokio::select! {
-                () = stop.cancelled() => return,
-                Some(()) = hangup.recv() => true,
-                _ = ticks.tick() => false,
-            };
-            // A file system that does not answer must hold up nothing else.
-            let look = tokio::task::spawn_blocking(move || {
-                self.look(asked);
-                self
-            });
-            match look.await {
-                Ok(again) => self = again,
-                Err(error) => {
-                    tracing::error!(%error, "Certificates are not read again any more");
-                    return;
-                }
-            }
-        }
-    }
-
-    fn look(&mut self, asked: bool) {
+    /// Compares the files with their earlier state. Reads them again if `asked`, or if this look and
+    /// the last one found the same change: certificate and key are seldom replaced in one step.
+    pub(super) fn look(&mut self, asked: bool) {
         let now = states(self.entries.iter().map(|entry| &entry.tls));
         let settled = self.changed.as_ref() == Some(&now);
         if asked || (now != self.read && settled) {
-            // Noted as it was before the files are read: what changes meanwhile
-            // is found at the next look.
+            // The state is from before the files are read, so that the next look finds a change
+            // that happens meanwhile.
             self.read = now;
             self.changed = None;
             self.reload(if asked { "SIGHUP" } else { "a file changed" });
         } else {
             self.changed = (now != self.read).then_some(now);
         }
-        self.said.look(&self.dated(), SystemTime::now());
+        self.reported.report(&self.dated(), SystemTime::now());
     }
 
     fn reload(&mut self, why: &'static str) {
@@ -181,21 +153,22 @@ impl Certificates {
                     false => changed.join(" "),
                 };
                 tracing::info!(why, changed, "Certificates were read again");
-                self.tell();
+                self.announce();
             }
             Err(error) => {
                 metrics().tls_reloads[ReloadResult::Failure].increment(1);
                 tracing::error!(
                     why,
                     %error,
-                    "Certificates could not be read again; all that held before still hold, until \
-                     a file changes or SIGHUP comes"
+                    "Certificates could not be read again; the earlier ones stay in use until a file \
+                     changes or SIGHUP comes"
                 );
             }
         }
     }
 
-    /// All or nothing; answers with the names of what is different.
+    /// Replaces all certificates, or none if one of them cannot be used. Returns the names of those
+    /// that changed.
     fn replace(&mut self) -> Result<Vec<String>, StartError> {
         let mut fresh = Vec::new();
         for Entry { tls, material } in &self.entries {
@@ -211,7 +184,7 @@ impl Certificates {
                 next.push((tls, configs.map_err(|e| failed(first, &e))?));
             }
         }
-        // From here on nothing can fail.
+        // From here on nothing fails.
         let changed = (0..fresh.len()).filter(differs);
         let changed = changed.map(|i| self.entries[i].tls.name.clone()).collect();
         for (tls, configs) in next {
@@ -223,8 +196,8 @@ impl Certificates {
         Ok(changed)
     }
 
-    /// Shows the dates, and what a person must not forget.
-    fn tell(&self) {
+    /// Updates the metrics of expiry dates, and warns of key logs.
+    pub(super) fn announce(&self) {
         for Entry { tls, material } in &self.entries {
             let seconds = |at: SystemTime| {
                 let since = at.duration_since(SystemTime::UNIX_EPOCH);
@@ -236,7 +209,7 @@ impl Certificates {
                 tracing::warn!(
                     tls = tls.name,
                     file = %file.display(),
-                    "key_log is on: who has this file can read all connections; for debugging only"
+                    "key_log is on: whoever has this file can read all connections; for debugging only"
                 );
             }
         }
@@ -246,11 +219,6 @@ impl Certificates {
         let materials = self.entries.iter().map(|entry| &entry.material);
         materials.cloned().collect()
     }
-}
-
-/// Takes SIGHUP over; before that it ends the process.
-pub(super) fn hangup() -> Result<Signal, StartError> {
-    signal(SignalKind::hangup()).map_err(|e| StartError::Internal(format!("signals: {e}")))
 }
 
 fn states<'a>(all: impl IntoIterator<Item = &'a Tls>) -> Vec<Option<State>> {

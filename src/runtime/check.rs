@@ -33,7 +33,7 @@ fn findings(config: &Config, certificates: &Certificates) -> Findings {
         let line = format!("{tls:<16} {what} until {}, {place}", dated.until());
         findings.certificates.push(line);
         if dated.near(now) != Near::Far {
-            let warning = format!("[[tls]] \"{tls}\": {place}: {}", dated.say(now));
+            let warning = format!("[[tls]] \"{tls}\": {place}: {}", dated.describe(now));
             findings.warnings.push(warning);
         }
     }

@@ -36,7 +36,7 @@ pub(super) fn clients(
     Ok(Clients {
         router,
         clock,
-        authenticator: authenticator(config)?,
+        authenticator: Arc::new(authenticator(config)?),
         acl: Acl::new(config.auth.acl, &config.acl),
         session: config.session.clone(),
         limits: config.limits.clone(),

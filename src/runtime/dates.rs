@@ -1,5 +1,4 @@
-//! Certificates and revocation lists that are close to their dates, or past
-//! them.
+//! Certificates and revocation lists that expire soon or have expired.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -9,26 +8,26 @@ use crate::transport::Validity;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// Something with a date.
+/// Something that expires.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Dated {
     /// The name of the `[[tls]]`.
     pub tls: String,
-    /// What it is.
+    /// `certificate` or `revocation list`.
     pub what: &'static str,
-    /// Where it is; `None` for what is in memory only.
+    /// Its file; `None` for a throw-away certificate, which is in memory only.
     pub file: Option<PathBuf>,
     pub validity: Validity,
 }
 
-/// How close a date is.
+/// How close the expiry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Near {
     Far,
-    /// 14 days are left, or a third of the whole time where that is less: what
-    /// is renewed as it should be is never as close.
+    /// 14 days remain, or a third of the validity where that is less. A certificate that is renewed
+    /// in time is never this close.
     Soon,
-    /// 3 days, or a tenth.
+    /// 3 days remain, or a tenth of the validity where that is less.
     Close,
     Past,
 }
@@ -36,13 +35,13 @@ pub(super) enum Near {
 impl Dated {
     pub(super) fn near(&self, now: SystemTime) -> Near {
         let Validity { from, until } = self.validity;
-        let Ok(left) = until.duration_since(now) else {
+        let Ok(remaining) = until.duration_since(now) else {
             return Near::Past;
         };
         let whole = until.duration_since(from).unwrap_or_default();
-        if left < (3 * DAY).min(whole / 10) {
+        if remaining < (3 * DAY).min(whole / 10) {
             Near::Close
-        } else if left < (14 * DAY).min(whole / 3) {
+        } else if remaining < (14 * DAY).min(whole / 3) {
             Near::Soon
         } else {
             Near::Far
@@ -50,7 +49,7 @@ impl Dated {
     }
 
     /// One line for a person, without the date itself.
-    pub(super) fn say(&self, now: SystemTime) -> String {
+    pub(super) fn describe(&self, now: SystemTime) -> String {
         let whole_hours = |d: Duration| {
             let hours = Duration::from_secs(d.as_secs() / 3600 * 3600);
             humantime::format_duration(hours).to_string()
@@ -61,7 +60,7 @@ impl Dated {
             _ => "every client certificate is refused",
         };
         match self.validity.until.duration_since(now) {
-            Ok(left) => format!("the {what} expires in {}", whole_hours(left)),
+            Ok(remaining) => format!("the {what} expires in {}", whole_hours(remaining)),
             Err(past) => format!(
                 "the {what} expired {} ago: {effect}",
                 whole_hours(past.duration())
@@ -69,7 +68,7 @@ impl Dated {
         }
     }
 
-    /// Where it is, in words.
+    /// The file's path, or words in its place.
     pub(super) fn place(&self) -> String {
         match &self.file {
             Some(file) => file.display().to_string(),
@@ -82,16 +81,17 @@ impl Dated {
     }
 }
 
-/// What has been said in the log, so that it is said once a day.
+/// The warnings that are in the log already, so that each is repeated once a day only.
 #[derive(Default)]
-pub(super) struct Said(HashMap<(String, &'static str), (Near, SystemTime)>);
+pub(super) struct ExpiryLog(HashMap<(String, &'static str), (Near, SystemTime)>);
 
-impl Said {
-    pub(super) fn look(&mut self, all: &[Dated], now: SystemTime) {
+impl ExpiryLog {
+    /// Logs the warnings that are due.
+    pub(super) fn report(&mut self, all: &[Dated], now: SystemTime) {
         for dated in all {
             if let Some(near) = self.due(dated, now) {
                 let (tls, until) = (&dated.tls, dated.until());
-                let (file, text) = (dated.place(), dated.say(now));
+                let (file, text) = (dated.place(), dated.describe(now));
                 match near {
                     Near::Past => tracing::error!(tls, file, until, "TLS: {text}"),
                     _ => tracing::warn!(tls, file, until, "TLS: {text}"),
@@ -100,7 +100,7 @@ impl Said {
         }
     }
 
-    /// How near it is, if that is to be said now.
+    /// How close the expiry is, if a line about it is due now.
     fn due(&mut self, dated: &Dated, now: SystemTime) -> Option<Near> {
         let key = (dated.tls.clone(), dated.what);
         let near = dated.near(now);
@@ -163,7 +163,7 @@ mod tests {
         let from = SystemTime::UNIX_EPOCH + 1000 * DAY;
         let one = dated(from, 365 * DAY);
         let at = |days: u32| from + days * DAY + DAY / 2;
-        let mut said = Said::default();
+        let mut said = ExpiryLog::default();
         assert_eq!(said.due(&one, at(300)), None);
         assert_eq!(said.due(&one, at(352)), Some(Near::Soon));
         assert_eq!(said.due(&one, at(352) + DAY / 4), None);
@@ -179,9 +179,9 @@ mod tests {
     fn it_is_said_in_words() {
         let from = SystemTime::UNIX_EPOCH;
         let one = dated(from, 365 * DAY);
-        let text = one.say(from + 360 * DAY - Duration::from_secs(61));
+        let text = one.describe(from + 360 * DAY - Duration::from_secs(61));
         assert_eq!(text, "the certificate expires in 5days");
-        let text = one.say(from + 366 * DAY);
+        let text = one.describe(from + 366 * DAY);
         assert_eq!(text, "the certificate expired 1day ago: clients refuse it");
     }
 }

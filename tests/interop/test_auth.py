@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from harness import wire
@@ -79,6 +81,29 @@ def test_wrong_ones(guarded, version, code, user, password):
         assert not password or f'"{password.decode()}"' not in line
         return
     raise AssertionError("never logged")
+
+
+def test_a_changed_password_holds_after_sighup(tmp_path, broker, own_edge, client):
+    users = tmp_path / "users"
+    assert passwd(users, "alice", "old").returncode == 0
+    edge = own_edge(broker.url, auth={"mode": "file", "file": str(users), "acl": "open"}).start()
+
+    def connects(password: bytes) -> bool:
+        with Raw(edge["tcp"].port) as raw:
+            return raw.connect(fresh("id"), user="alice", password=password).reason == 0
+
+    stays = client(edge, user="alice", password="old")
+    assert passwd(users, "alice", "new").returncode == 0
+    assert connects(b"old") and not connects(b"new")
+    since = edge.mark()
+    edge.service.kill(signal.SIGHUP)
+    edge.wait_log("INFO.*The password file was read again.*users=1", since)
+    assert connects(b"new") and not connects(b"old")
+    users.write_text("not a password file\n")
+    since = edge.mark()
+    edge.service.kill(signal.SIGHUP)
+    edge.wait_log("ERROR.*The password file could not be read again", since)
+    assert connects(b"new") and not stays.ended.is_set()
 
 
 def test_a_listener_may_say_otherwise(guarded):
