@@ -1,13 +1,14 @@
-//! One task per client connection: bytes to and from its session.
+//! One task per client connection.
 //!
-//! The CONNECT phase is a future of its own, boxed and dropped once it is over; what runs for the
-//! life of a connection is small.
+//! [`connect`] takes CONNECT and gives the client its session; its future is boxed, and dropped
+//! before the task of the connection begins. [`machine`] is the connection without its socket, and
+//! `task` moves bytes between the two.
 
-mod accept;
-mod connection;
+pub mod connect;
 mod end;
-mod partial;
+pub mod machine;
 mod scope;
+mod task;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,48 +26,49 @@ use crate::telemetry::ListenerMetrics;
 use crate::time::Millis;
 use crate::transport::{Accepted, ConnectionTask, Permit};
 
+pub use end::End;
+
 /// What every connection needs.
 pub struct Clients {
     /// The router.
     pub router: Arc<Router>,
     /// The process's clock.
     pub clock: Clock,
-    /// Who clients are.
+    /// Verifies who clients are.
     pub authenticator: Arc<Authenticator>,
-    /// What they may do.
+    /// What clients may do.
     pub acl: Acl,
     /// `[session]`.
     pub session: config::Session,
     /// `[limits]`.
     pub limits: config::Limits,
-    /// CONNECTs per second.
+    /// `limits.connect_rate_max`.
     pub rate: Rate,
-    /// Bytes of packets that are not complete yet, and their budget.
-    pub input: Account,
-    /// The budget of `input`, bytes.
-    pub input_max: u64,
-    /// The same for those of whom it is not known who they are: what they do is no client's loss.
-    pub strangers: Account,
-    /// The budget of `strangers`, bytes.
-    pub strangers_max: u64,
-    /// What publishes tell of their sender.
+    /// The limits of every connection after CONNACK.
+    pub machine_limits: machine::Limits,
+    /// Bytes of the incomplete packets of unauthenticated connections, kept apart so that a flood of
+    /// them cannot use up the budget of authenticated clients.
+    pub unauthenticated: Arc<Account>,
+    /// The budget of `unauthenticated`.
+    pub unauthenticated_max_bytes: u64,
+    /// The user properties that name the sender in each publish.
     pub sender_properties: Vec<SenderProperty>,
-    /// The process is ending: no new sessions.
+    /// The process is ending: clients get no new sessions.
     pub draining: AtomicBool,
 }
 
 /// What the connections of one listener share.
 #[derive(Clone)]
 pub struct ListenerContext {
-    /// How its clients are authenticated.
+    /// How the listener's clients are authenticated.
     pub auth: AuthMode,
     /// The listener's name.
     pub name: Arc<str>,
     /// The transport's name.
     pub transport: &'static str,
-    /// Its metrics.
+    /// The listener's metrics.
     pub metrics: Arc<ListenerMetrics>,
-    /// The metrics of those that come over WebTransport.
+    /// The metrics of its WebTransport connections.
     pub webtransport: Option<Arc<ListenerMetrics>>,
     /// `mount`.
     pub mount: Arc<str>,
@@ -75,42 +77,41 @@ pub struct ListenerContext {
 }
 
 impl Clients {
-    /// Takes the CONNECT of one accepted connection; what serves it then to its end.
+    /// Takes the CONNECT of one accepted connection. Returns the task that serves it to its end.
     pub async fn serve(
         self: Arc<Self>,
-        mut door: ListenerContext,
+        mut listener: ListenerContext,
         accepted: Accepted,
     ) -> Option<ConnectionTask> {
         let transport = accepted.stream.transport();
-        door.transport = transport.name();
-        if let (Transport::WebTransport, Some(own)) = (transport, &door.webtransport) {
-            door.metrics = own.clone();
+        listener.transport = transport.name();
+        if let (Transport::WebTransport, Some(own)) = (transport, &listener.webtransport) {
+            listener.metrics = own.clone();
         }
-        let open = Open::new(&door.metrics, accepted.permit);
-        let began = self.clock.now();
+        let guard = OpenGuard::new(&listener.metrics, accepted.permit);
         let Accepted {
             stream,
             peer,
             deadline,
             ..
         } = accepted;
-        let opened = accept::open(&self, &door, stream, peer, deadline, began).await;
-        opened.map(|opened| connection::serve(self, opened, open))
+        let accepted = connect::accept(&self, &listener, stream, peer, deadline).await;
+        accepted.map(|accepted| task::serve(self, accepted, guard))
     }
 
-    /// No new sessions from now on.
+    /// Gives clients no new sessions from now on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
     }
 }
 
-/// A connection is open as long as it has this.
-struct Open {
+/// Counts a connection as open until it is dropped.
+struct OpenGuard {
     metrics: Arc<ListenerMetrics>,
     _permit: Permit,
 }
 
-impl Open {
+impl OpenGuard {
     fn new(metrics: &Arc<ListenerMetrics>, permit: Permit) -> Self {
         metrics.connections.increment(1);
         metrics.connections_open.increment(1.0);
@@ -121,7 +122,7 @@ impl Open {
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenGuard {
     fn drop(&mut self) {
         self.metrics.connections_open.decrement(1.0);
     }
@@ -131,12 +132,12 @@ impl Drop for Open {
 #[derive(Debug)]
 pub struct Rate {
     per_second: u64,
-    /// Thousandths of an event, and when they were counted.
+    /// Thousandths of an event in reserve, and the time of the count.
     state: Mutex<(u64, u64)>,
 }
 
 impl Rate {
-    /// At most `per_second` in the long run.
+    /// A limit of `per_second` in the long run.
     pub fn new(per_second: u32) -> Self {
         let per_second = u64::from(per_second);
         Self {
@@ -145,18 +146,18 @@ impl Rate {
         }
     }
 
-    /// Takes one, if there is one at `now` (milliseconds).
+    /// Takes an event, if there is one in reserve.
     pub fn take(&self, now: Millis) -> bool {
         let mut state = self.state.lock();
-        let (left, at) = *state;
+        let (reserve, at) = *state;
         let gained = now.saturating_sub(at) * self.per_second;
-        let left = (left + gained).min(self.per_second * 1000);
-        *state = (left.saturating_sub(1000), now.max(at));
-        left >= 1000
+        let reserve = (reserve + gained).min(self.per_second * 1000);
+        *state = (reserve.saturating_sub(1000), now.max(at));
+        reserve >= 1000
     }
 }
 
-/// The session's questions, answered for one client.
+/// What one client may do.
 struct ClientPolicy<'a> {
     clients: &'a Clients,
     identity: &'a Identity,

@@ -19,19 +19,23 @@ mod seen;
 pub(crate) mod testing;
 
 use std::sync::Arc;
+use std::task::Waker;
 
+use crate::client::End;
+use crate::client::machine::Machine as ClientMachine;
 use crate::config::Quirk;
 use crate::embedded::EmbeddedOptions;
 use crate::embedded::stepped::{Ended, SteppedBroker, SteppedConnection};
 use crate::mqtt::{
-    AckKind, Connack, Connect, Decoder, Packet, Properties, Publish, QoS, ReasonCode, Receiver,
-    SubscribeOptions, Version, encode_ack, encode_pingreq, encode_subscribe, encode_unsubscribe,
+    self, AckKind, Connack, Connect, Decoder, Packet, Properties, Publish, QoS, ReasonCode,
+    Receiver, SubscribeOptions, Version, encode_ack, encode_pingreq, encode_subscribe,
+    encode_unsubscribe,
 };
-use crate::router::{Connected, LinkSession, Router, RouterConfig};
-use crate::session::Will;
-use crate::sim::testing::{PROBES, config, kept_client_of, packet_in, router_of};
+use crate::router::{LinkSession, Router, RouterConfig};
+use crate::sim::testing::{PROBES, admit, config, context, router_of};
 use crate::store::Memory;
 use crate::time::Millis;
+use crate::transport::Closed;
 
 use crate::upstream::link::data::DataLink;
 use crate::upstream::link::end::LinkEnd;
@@ -170,7 +174,7 @@ impl World {
                 false => Version::V5,
             },
             will: None,
-            at: None,
+            machine: None,
             last_id: 0,
             open: Vec::new(),
             asked: Vec::new(),
@@ -238,10 +242,12 @@ impl World {
 
     fn act(&mut self) {
         let n = self.rng.below(self.devices.len() as u64) as usize;
-        let connected = self.devices[n].at.is_some();
+        let connected = self.devices[n].machine.is_some();
         match self.rng.below(100) {
             0..=39 if !connected => self.connect(n),
             _ if !connected => {}
+            // The oracle learns of a request when it is sent, so none may wait behind another.
+            0..=82 if self.devices[n].is_paused() => {}
             0..=54 => self.publish(n),
             55..=74 => self.subscribe(n),
             75..=82 => self.unsubscribe(n),
@@ -275,7 +281,7 @@ impl World {
         // Everything comes to rest.
         self.stormy = false;
         for n in 0..self.devices.len() {
-            if self.devices[n].at.is_none() {
+            if self.devices[n].machine.is_none() {
                 self.connect(n);
             }
         }

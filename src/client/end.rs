@@ -1,4 +1,4 @@
-//! Why a connection ends, and what is said of it: to the client, in the log, in the metrics.
+//! Why a connection ends: what the client, the log and the metrics are told.
 
 use crate::mqtt::{Error, ReasonCode};
 use crate::session::CloseReason;
@@ -6,18 +6,34 @@ use crate::telemetry::{DisconnectReason, metrics};
 use crate::transport::{CloseHow, Closed};
 
 /// Why the connection ends.
-pub(super) struct End {
+#[derive(Debug)]
+pub struct End {
+    /// The label of the metric and of the log.
     pub label: DisconnectReason,
-    /// Sent to an MQTT 5 client; SUCCESS: nothing is sent.
+    /// Sent to an MQTT 5 client in DISCONNECT; SUCCESS: nothing is sent.
     pub code: ReasonCode,
+    /// For the log.
     pub why: std::borrow::Cow<'static, str>,
-    /// DISCONNECT 0x00: the will is discarded.
+    /// The client sent DISCONNECT 0x00: its will is discarded.
     pub normal: bool,
+    /// How the transport closes.
     pub how: CloseHow,
 }
 
 impl End {
-    pub fn quota(why: &'static str) -> Self {
+    /// Whether the connection is lost: nothing more can be sent.
+    pub fn is_lost(&self) -> bool {
+        matches!(self.label, DisconnectReason::Closed | DisconnectReason::Io)
+    }
+
+    /// Whether the client sent DISCONNECT.
+    pub fn is_by_client(&self) -> bool {
+        use DisconnectReason as D;
+        matches!(self.label, D::Normal | D::NormalWithWill)
+    }
+
+    /// A limit of ours is reached.
+    pub(super) fn quota(why: &'static str) -> Self {
         Self {
             label: DisconnectReason::Quota,
             code: ReasonCode::QUOTA_EXCEEDED,
@@ -46,7 +62,8 @@ impl End {
         }
     }
 
-    pub fn from_error(error: &Error) -> Self {
+    /// A packet that cannot be decoded.
+    pub(super) fn from_error(error: &Error) -> Self {
         use DisconnectReason as D;
         let code = error.reason_code();
         metrics().packet_rejected(code.0, code.name());
@@ -66,6 +83,7 @@ impl End {
         }
     }
 
+    /// The transport ended.
     pub fn from_closed(closed: Closed) -> Self {
         use DisconnectReason as D;
         let (label, code, how) = match &closed {

@@ -1,4 +1,5 @@
-//! What sets a client's topics and publishes apart: the listener's mount, the sender's properties.
+//! The scope that sets a client's topics and publishes apart: the listener's mount, and the user
+//! properties that name the sender.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,10 +11,10 @@ use crate::session::Scope;
 
 use crate::client::{Clients, ListenerContext};
 
-/// Characters of the longest address; a moved client's may be longer than its first.
-const ADDRESS_MAX: usize = 39;
+/// The longest address. A client may move to an address that is longer than its first.
+const ADDRESS_MAX_BYTES: usize = 39;
 
-/// The scope of a client that is who it says.
+/// The scope of an authenticated client.
 ///
 /// # Errors
 /// Why its names cannot be part of a topic.
@@ -42,7 +43,7 @@ pub(super) fn scope_of(
     })))
 }
 
-/// What each publish tells of its sender: raw user properties.
+/// The raw user properties that name the sender in each publish.
 fn sender_of(
     wanted: &[SenderProperty],
     listener: &str,
@@ -50,25 +51,25 @@ fn sender_of(
     peer: SocketAddr,
 ) -> Box<[u8]> {
     let mut sender = Vec::new();
-    let mut tell = |key, value: &str| Property::UserProperty(key, value).write(&mut sender);
+    let mut add = |key, value: &str| Property::UserProperty(key, value).write(&mut sender);
     for what in wanted {
         match what {
-            // What a core may close the connection for does not go to it.
+            // A broker may close the connection for such characters.
             SenderProperty::ClientId if has_discouraged(&identity.client_id) => {}
-            SenderProperty::ClientId => tell("tidegate-client-id", &identity.client_id),
+            SenderProperty::ClientId => add("tidegate-client-id", &identity.client_id),
             SenderProperty::Username => {
                 if let Some(user) = identity.verified_user().filter(|u| !has_discouraged(u)) {
-                    tell("tidegate-user", user);
+                    add("tidegate-user", user);
                 }
             }
-            SenderProperty::Listener => tell("tidegate-listener", listener),
-            SenderProperty::Address => tell("tidegate-address", &peer.ip().to_string()),
+            SenderProperty::Listener => add("tidegate-listener", listener),
+            SenderProperty::Address => add("tidegate-address", &peer.ip().to_string()),
         }
     }
     sender.into()
 }
 
-/// What publishes tell of a sender that is at another address now; `None`: nothing of addresses.
+/// The user properties that name a sender whose address has changed; `None`: they name no address.
 pub(super) fn sender_moved(
     clients: &Clients,
     listener: &str,
@@ -76,18 +77,20 @@ pub(super) fn sender_moved(
     peer: SocketAddr,
 ) -> Option<Box<[u8]>> {
     let wanted = &clients.sender_properties;
-    let told = wanted.contains(&SenderProperty::Address);
-    told.then(|| sender_of(wanted, listener, identity, peer))
+    let names_address = wanted.contains(&SenderProperty::Address);
+    names_address.then(|| sender_of(wanted, listener, identity, peer))
 }
 
-/// Bytes that are added to each publish of a client with this scope, at whatever address.
-pub(super) fn room_for(clients: &Clients, scope: Option<&Scope>) -> usize {
-    let told = clients.sender_properties.contains(&SenderProperty::Address);
+/// Bytes that are added to each publish of a client with this scope, at most, whatever its address.
+pub(super) fn added_bytes(clients: &Clients, scope: Option<&Scope>) -> u32 {
+    let names_address = clients.sender_properties.contains(&SenderProperty::Address);
     let own = scope.map_or(0, |s| s.mount.len() + s.sender.len());
-    own + if told { ADDRESS_MAX } else { 0 }
+    let address = if names_address { ADDRESS_MAX_BYTES } else { 0 };
+    // Mount and properties are each shorter than 64 KiB.
+    (own + address) as u32
 }
 
-/// Who a session belongs to: behind another mount the same client is another.
+/// Who a session belongs to. The same client identifier behind two mounts is two sessions.
 pub(super) fn owner(principal: &Arc<str>, scope: Option<&Scope>) -> Arc<str> {
     match scope {
         Some(scope) if !scope.mount.is_empty() => format!("{principal}\0{}", scope.mount).into(),

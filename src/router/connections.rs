@@ -102,7 +102,7 @@ impl Router {
         empty: &mut Vec<u8>,
         now: Millis,
     ) -> Option<Vec<(u8, Vec<u8>)>> {
-        self.take_lanes(session, connection_no, (u16::MAX, 0), empty, now)
+        self.take_streams(session, connection_no, (u16::MAX, 0), empty, now)
     }
 
     /// Fills up the output of a connection with several streams, and takes it. Some of them may not have
@@ -110,7 +110,7 @@ impl Router {
     /// while `unsent` bytes are still with the others. `empty` is exchanged for the bytes of the control
     /// stream; those of the others are returned, by number. `None`: the connection is not the
     /// session's any more.
-    pub fn take_lanes(
+    pub fn take_streams(
         &self,
         session: SessionRef,
         connection_no: u64,

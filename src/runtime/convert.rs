@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::auth::{Acl, Authenticator};
 use crate::budget::Account;
-use crate::client::{Clients, Rate};
+use crate::client::{Clients, Rate, machine};
 use crate::clock::Clock;
 use crate::config::{self, Config, Server};
 use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
@@ -41,10 +41,14 @@ pub(super) fn clients(
         session: config.session.clone(),
         limits: config.limits.clone(),
         rate: Rate::new(config.limits.connect_rate_max),
-        input: Account::new(),
-        input_max: config.memory.max / 8,
-        strangers: Account::new(),
-        strangers_max: config.memory.max / 16,
+        machine_limits: machine::Limits {
+            input: Arc::default(),
+            input_max_bytes: config.memory.max / 8,
+            packet_deadline: config.limits.packet_deadline.as_millis() as u64,
+            write_stall: config.limits.write_stall.as_millis() as u64,
+        },
+        unauthenticated: Arc::default(),
+        unauthenticated_max_bytes: config.memory.max / 16,
         sender_properties: config.upstream.sender_properties.clone(),
         draining: AtomicBool::new(false),
     })

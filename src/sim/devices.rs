@@ -7,11 +7,18 @@ pub(crate) struct Device {
     pub(crate) version: Version,
     /// Of the connection, or since it was cut.
     pub(crate) will: Option<Farewell>,
-    pub(crate) at: Option<Connected>,
+    pub(crate) machine: Option<ClientMachine>,
     pub(crate) last_id: u16,
     /// PUBLISH packets of its own that are not done: identifier, number, QoS.
     pub(crate) open: Vec<(u16, u32, QoS)>,
     pub(crate) asked: Vec<(u16, Vec<(String, SubscribeOptions)>)>,
+}
+
+impl Device {
+    /// Whether a publish waits for the answer to a SUBSCRIBE before it.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.machine.as_ref().is_some_and(ClientMachine::paused)
+    }
 }
 
 /// A will.
@@ -80,14 +87,31 @@ impl World {
 
     pub(crate) fn connect(&mut self, n: usize) {
         let farewell = self.new_will(n);
-        let will = farewell.map(|w| {
-            let message = message(w.topic, w.number, w.qos, false);
-            Will::new(message, (w.delay / 1000) as u32, None)
-        });
+        let payload = farewell.map(|w| w.number.to_string());
+        let will = farewell
+            .zip(payload.as_ref())
+            .map(|(w, payload)| mqtt::Will {
+                qos: w.qos,
+                retain: false,
+                topic: w.topic,
+                payload: payload.as_bytes(),
+                delay: (w.delay / 1000) as u32,
+                message_expiry: None,
+                properties: Properties::default(),
+            });
         let device = &mut self.devices[n];
         device.will = farewell;
-        let connected = kept_client_of(&self.router, &device.id, device.version, will, self.now);
-        device.at = Some(connected);
+        let v5 = device.version == Version::V5;
+        let connect = Connect {
+            version: device.version,
+            client_id: &device.id,
+            clean_start: false,
+            session_expiry: v5.then_some(u32::MAX),
+            will,
+            ..Connect::default()
+        };
+        let machine = admit(&self.router, &connect, self.now);
+        device.machine = Some(machine);
         // Answers to what it asked on the last connection do not come any more.
         device.asked.clear();
         let open = std::mem::take(&mut device.open);
@@ -102,9 +126,9 @@ impl World {
     }
 
     pub(crate) fn cut(&mut self, n: usize) {
-        if let Some(at) = self.devices[n].at.take() {
-            self.router
-                .disconnected(at.session, at.connection_no, false, self.now);
+        if let Some(machine) = self.devices[n].machine.take() {
+            let end = End::from_closed(Closed::Eof);
+            machine.ended(&self.router, &end, self.now);
             self.oracle.cut(n, self.now);
             tell!(self, "{n} is cut");
             if let Some(will) = &mut self.devices[n].will {
@@ -115,10 +139,11 @@ impl World {
     }
 
     pub(crate) fn send(&mut self, n: usize, bytes: &[u8]) {
-        let Some(at) = self.devices[n].at else {
-            return;
-        };
-        packet_in(&self.router, at, self.devices[n].version, bytes, self.now);
+        let cx = context(&self.router, self.now);
+        if let Some(machine) = &mut self.devices[n].machine {
+            let reset = machine.received(&cx, 0, bytes);
+            assert!(reset.expect("it is legal").is_none());
+        }
     }
 
     pub(crate) fn next_id(&mut self, n: usize) -> u16 {
@@ -244,12 +269,24 @@ impl World {
 
     /// What a device was written.
     pub(crate) fn read(&mut self, n: usize) {
-        let Some(at) = self.devices[n].at else {
+        let cx = context(&self.router, self.now);
+        let Some(machine) = &mut self.devices[n].machine else {
             return;
         };
+        machine.woken(Waker::noop()).expect("nothing ends it");
+        machine.resume(&cx).expect("it is legal");
+        if machine.paused() {
+            // Its acknowledgements would wait too, and a cut would lose them.
+            return;
+        }
         let mut out = Vec::new();
-        self.router
-            .take_output(at.session, at.connection_no, &mut out, self.now);
+        while machine
+            .transmit(&self.router, self.now)
+            .expect("it has the session")
+        {
+            out.append(&mut machine.output(0).buf);
+            machine.sent(0, true, self.now);
+        }
         let version = self.devices[n].version;
         let decoder = Decoder {
             version,

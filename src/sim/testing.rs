@@ -1,15 +1,16 @@
 //! What the machines' tests share: a router, a core's view of the bytes, a client.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
+use crate::client::connect::{Admission, Applicant};
+use crate::client::machine::{self, Machine};
 use crate::mqtt::{
-    Decoder, Message, MessageSpec, Packet, Properties, QoS, ReasonCode, Receiver, SubscribeOptions,
-    Version,
+    self, Alias, Decoder, Delivery, Message, MessageSpec, Packet, Properties, QoS, ReasonCode,
+    Receiver, SubscribeOptions, Version,
 };
 use crate::router::handle::ConnectionHandle;
 use crate::router::{
-    BrokerFeatures, Caller, ClientPublish, Connect, Connected, LinkSession, Peer, Router,
-    RouterConfig,
+    BrokerFeatures, ClientPublish, Connect, Connected, LinkSession, Peer, Router, RouterConfig,
 };
 use crate::session::{ConnectionSpec, Policy, QueueFull, SessionLimits, SubscribeRequest};
 use crate::store::Memory;
@@ -158,18 +159,23 @@ fn connect(
         },
         will,
         handle: Arc::new(ConnectionHandle::default()),
-        peer: Arc::new(Peer {
-            listener: "test".into(),
-            transport: "tcp",
-            ping_after: None,
-            address: ([127, 0, 0, 1], 1).into(),
-        }),
+        peer: peer(),
     };
     router
         .connect(connect, now, |_, _| {})
         .expect("nobody else has the identifier")
 }
 
+fn peer() -> Arc<Peer> {
+    Arc::new(Peer {
+        listener: "test".into(),
+        transport: "tcp",
+        ping_after: None,
+        address: ([127, 0, 0, 1], 1).into(),
+    })
+}
+
+/// A client that may do everything.
 struct Open;
 
 impl Policy for Open {
@@ -182,39 +188,93 @@ impl Policy for Open {
     }
 }
 
-/// One packet of a client: what it does to the session, and all that follows.
-pub fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: Millis) {
-    packet_in(router, client, Version::V5, bytes, now);
+static MACHINE_LIMITS: LazyLock<machine::Limits> = LazyLock::new(|| machine::Limits {
+    input: Arc::default(),
+    input_max_bytes: 64 * 1024 * 1024,
+    packet_deadline: 10_000,
+    write_stall: 60_000,
+});
+
+/// What a client's machine needs for one call; its client may do everything.
+pub fn context(router: &Router, now: Millis) -> machine::Context<'_> {
+    machine::Context {
+        router,
+        policy: &Open,
+        limits: &MACHINE_LIMITS,
+        now,
+    }
 }
 
-/// The same for a client of any version.
-pub fn packet_in(router: &Router, client: Connected, version: Version, bytes: &[u8], now: Millis) {
-    let decoder = Decoder {
+/// The machine of a client that has sent this CONNECT.
+pub fn admit(router: &Router, connect: &mqtt::Connect<'_>, now: Millis) -> Machine {
+    let admission = Admission {
+        router,
+        policy: &Open,
+        session: &Default::default(),
+        limits: &Default::default(),
+        now,
+    };
+    let applicant = Applicant {
+        client_id: connect.client_id.into(),
+        owner: "anonymous".into(),
+        scope: None,
+        added_bytes: 0,
+        peer: peer(),
+    };
+    let admitted = admission.admit(connect, applicant);
+    admitted.expect("nothing speaks against it").machine
+}
+
+/// The machine of a connected client whose session is kept.
+pub fn machine(router: &Router, id: &str, version: Version, now: Millis) -> Machine {
+    let connect = mqtt::Connect {
         version,
-        receiver: Receiver::Server,
-        max: u32::MAX,
+        client_id: id,
+        clean_start: false,
+        session_expiry: (version == Version::V5).then_some(u32::MAX),
+        ..mqtt::Connect::default()
     };
-    let (packet, _) = decoder.next(bytes).expect("legal").expect("whole");
-    let (session, connection_no) = (client.session, client.connection_no);
-    let mut effects = Vec::new();
-    router
-        .feed(
-            session,
-            connection_no,
-            &mut effects,
-            |session, limits, effects| {
-                session
-                    .packet(0, &packet, limits, &Open, now, effects)
-                    .expect("it is allowed");
-            },
-        )
-        .expect("it is connected");
-    let caller = Caller {
-        session,
-        connection_no,
-        publish_link: client.publish_link,
-    };
-    router.apply(caller, effects, now);
+    admit(router, &connect, now)
+}
+
+/// Packets of an MQTT 5 client, and everything that follows from them.
+pub fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: Millis) {
+    let mut machine = Machine::new(&client, Arc::default(), Version::V5, u32::MAX, now);
+    let reset = machine.received(&context(router, now), 0, bytes);
+    assert!(reset.expect("it is legal").is_none());
+    assert!(!machine.paused() && machine.deadline().is_none());
+}
+
+/// A PUBLISH as a client writes it, on the topic `t`; its payload is a number.
+pub fn publish_packet(version: Version, packet_id: u16, number: u32, qos: QoS) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    Delivery {
+        version,
+        dup: false,
+        qos,
+        retain: false,
+        packet_id,
+        alias: Alias::None,
+        message_expiry: None,
+        subscription_ids: &[],
+        user_property: None,
+        hidden: 0,
+    }
+    .encode(&numbered(number, qos), &mut bytes);
+    bytes
+}
+
+fn numbered(number: u32, qos: QoS) -> Message {
+    Message::new(&MessageSpec {
+        topic: "t",
+        properties: Properties::default(),
+        payload: number.to_string().as_bytes(),
+        qos,
+        retain: false,
+        expires_at: u64::MAX,
+        strip_key: None,
+        account: None,
+    })
 }
 
 /// Hands a QoS 1 publish to the client's lane.
@@ -224,19 +284,9 @@ pub fn publish(router: &Router, client: Connected, number: u32) {
 
 /// Hands a publish of this QoS to the client's lane.
 pub fn publish_at(router: &Router, client: Connected, number: u32, qos: QoS) {
-    let message = Message::new(&MessageSpec {
-        topic: "t",
-        properties: Properties::default(),
-        payload: number.to_string().as_bytes(),
-        qos,
-        retain: false,
-        expires_at: u64::MAX,
-        strip_key: None,
-        account: None,
-    });
     let publish = ClientPublish {
         token: None,
-        message,
+        message: numbered(number, qos),
         origin_mark: None,
     };
     router.publish(client.session, client.publish_link, publish, 0);

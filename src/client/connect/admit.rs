@@ -1,0 +1,221 @@
+//! Gives an authenticated client its session. Pure: simulations admit their clients here too.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config;
+use crate::mqtt::{Connack, Connect, Message, MessageSpec, QoS, ReasonCode, Version};
+use crate::router::handle::ConnectionHandle;
+use crate::router::{self, Peer, Refused, Router};
+use crate::session::{ConnectionSpec, Policy, Scope, Will};
+use crate::telemetry::RefusedReason;
+use crate::time::Millis;
+
+use crate::client::connect::Refusal;
+use crate::client::machine::Machine;
+
+/// The least Maximum Packet Size that is announced, bytes.
+const PACKET_MAX_MIN_BYTES: u32 = 256;
+
+/// What decides about a client's session.
+#[derive(Clone, Copy)]
+pub struct Admission<'a> {
+    /// The router that owns the sessions.
+    pub router: &'a Router,
+    /// What the client may do.
+    pub policy: &'a dyn Policy,
+    /// `[session]`.
+    pub session: &'a config::Session,
+    /// `[limits]`.
+    pub limits: &'a config::Limits,
+    /// The time of the CONNECT.
+    pub now: Millis,
+}
+
+/// An authenticated client that has sent CONNECT.
+#[derive(Clone, Debug)]
+pub struct Applicant {
+    /// The client identifier, assigned if the client sent none.
+    pub client_id: Arc<str>,
+    /// Who the session belongs to.
+    pub owner: Arc<str>,
+    /// What sets the client's topics and publishes apart; `None`: nothing.
+    pub scope: Option<Arc<Scope>>,
+    /// Bytes that the scope adds to each of the client's publishes, at most.
+    pub added_bytes: u32,
+    /// Where the client is connected from.
+    pub peer: Arc<Peer>,
+}
+
+/// A client that has its session. CONNACK is in the session's output.
+#[derive(Debug)]
+pub struct Admitted {
+    /// The connection.
+    pub machine: Machine,
+    /// Session Present [MQTT-3.2.2-3].
+    pub present: bool,
+    /// A live connection of the same session was ended.
+    pub taken_over: bool,
+    /// Session Expiry Interval in force.
+    pub expiry_seconds: u32,
+    /// Keep Alive in force; 0: none.
+    pub keep_alive_seconds: u16,
+}
+
+impl Admission<'_> {
+    /// Judges the will, settles the limits of the connection, and takes the session from the router.
+    ///
+    /// # Errors
+    /// The client is refused, and nothing changed.
+    pub fn admit(&self, connect: &Connect<'_>, applicant: Applicant) -> Result<Admitted, Refusal> {
+        let will = self.will(connect, applicant.scope.as_deref())?;
+        let version = connect.version;
+        let asked = match version {
+            Version::V5 => connect.session_expiry.unwrap_or(0),
+            _ if connect.clean_start => 0,
+            _ => whole_seconds(self.session.expiry_v3),
+        };
+        let expiry = asked.min(whole_seconds(self.session.expiry_max));
+        let keep_alive = self.keep_alive(connect);
+        // Room for the bytes that are added to each publish.
+        let packet_max = self.router.packet_max();
+        let packet_max = packet_max.saturating_sub(applicant.added_bytes);
+        let packet_max = packet_max.max(PACKET_MAX_MIN_BYTES);
+        let maximum_qos = self.router.maximum_qos();
+        let client_id = applicant.client_id;
+        let connack = Connack {
+            session_present: false,
+            reason: ReasonCode::SUCCESS,
+            session_expiry: (version == Version::V5 && expiry != asked).then_some(expiry),
+            receive_maximum: Some(self.limits.receive_max),
+            maximum_qos: (maximum_qos < QoS::ExactlyOnce).then_some(maximum_qos),
+            retain_available: (!self.router.retain_available()).then_some(false),
+            maximum_packet_size: Some(packet_max),
+            assigned_client_id: connect.client_id.is_empty().then_some(&*client_id),
+            topic_alias_maximum: Some(self.limits.topic_alias_max),
+            shared_subscription_available: (!self.router.shares()).then_some(false),
+            server_keep_alive: (keep_alive != connect.keep_alive).then_some(keep_alive),
+            ..Connack::default()
+        };
+        let handle = Arc::new(ConnectionHandle::default());
+        let request = router::Connect {
+            client_id: client_id.clone(),
+            principal: applicant.owner,
+            clean_start: connect.clean_start,
+            expiry,
+            spec: ConnectionSpec {
+                version,
+                receive_maximum: connect.receive_maximum.unwrap_or(u16::MAX),
+                maximum_packet_size: connect.maximum_packet_size.unwrap_or(u32::MAX),
+                topic_alias_maximum: connect.topic_alias_maximum,
+                problem_information: connect.request_problem_information,
+                keep_alive,
+                scope: applicant.scope,
+            },
+            will,
+            handle: handle.clone(),
+            peer: applicant.peer,
+        };
+        let connected = self.router.connect(request, self.now, |present, out| {
+            let session_present = present;
+            Connack {
+                session_present,
+                ..connack
+            }
+            .encode(version, out);
+        });
+        let connected = connected.map_err(|Refused::Principal| {
+            Refusal::new(
+                RefusedReason::ClientId,
+                ReasonCode::CLIENT_IDENTIFIER_NOT_VALID,
+                "the client identifier's session belongs to another principal",
+            )
+        })?;
+        Ok(Admitted {
+            machine: Machine::new(&connected, handle, version, packet_max, self.now),
+            present: connected.present,
+            taken_over: connected.taken_over,
+            expiry_seconds: expiry,
+            keep_alive_seconds: keep_alive,
+        })
+    }
+
+    /// The will, judged as the publish that it will be.
+    fn will(&self, connect: &Connect<'_>, scope: Option<&Scope>) -> Result<Option<Will>, Refusal> {
+        let Some(will) = &connect.will else {
+            return Ok(None);
+        };
+        let policy = self.policy;
+        if will.qos > policy.maximum_qos() {
+            return Err(Refusal::new(
+                RefusedReason::Will,
+                ReasonCode::QOS_NOT_SUPPORTED,
+                "the will's QoS is above the broker's maximum [MQTT-3.2.2-12]",
+            ));
+        }
+        if will.retain && !policy.retain_available() {
+            return Err(Refusal::new(
+                RefusedReason::Will,
+                ReasonCode::RETAIN_NOT_SUPPORTED,
+                "a retained will where the broker keeps none [MQTT-3.2.2-13]",
+            ));
+        }
+        if will.topic.split('/').count() > self.limits.topic_levels_max as usize {
+            return Err(Refusal::new(
+                RefusedReason::Will,
+                ReasonCode::TOPIC_NAME_INVALID,
+                "the will's topic has more levels than limits.topic_levels_max",
+            ));
+        }
+        if !policy.may_publish(will.topic) {
+            return Err(Refusal::new(
+                RefusedReason::NotAuthorized,
+                ReasonCode::NOT_AUTHORIZED,
+                "no rule allows the will's topic",
+            ));
+        }
+        let (mount, sender) = scope.map_or(("", &[][..]), |s| (&*s.mount, &*s.sender));
+        if mount.len() + will.topic.len() > usize::from(u16::MAX) {
+            return Err(Refusal::new(
+                RefusedReason::Will,
+                ReasonCode::TOPIC_NAME_INVALID,
+                "the will's topic is too long below the listener's mount",
+            ));
+        }
+        let spec = MessageSpec {
+            topic: will.topic,
+            properties: will.properties,
+            payload: will.payload,
+            qos: will.qos,
+            retain: will.retain,
+            // The expiry counts from the will's publication; see the session.
+            expires_at: u64::MAX,
+            strip_key: Some(self.router.limits().reserved_key),
+            account: None,
+        };
+        let message = Message::mounted(&spec, mount, sender);
+        Ok(Some(Will::new(message, will.delay, will.message_expiry)))
+    }
+
+    /// The Keep Alive in force, in seconds: the client's, or ours where it may be overridden.
+    fn keep_alive(&self, connect: &Connect<'_>) -> u16 {
+        let asked = connect.keep_alive;
+        if connect.version < Version::V5 {
+            return asked;
+        }
+        let seconds = |limit: Option<Duration>| limit.map(|d| d.as_secs() as u16);
+        let max = seconds(self.session.keepalive_max);
+        let granted = match asked {
+            0 => seconds(self.session.keepalive_default).or(max).unwrap_or(0),
+            asked => asked,
+        };
+        max.map_or(granted, |max| match granted {
+            0 => max,
+            granted => granted.min(max),
+        })
+    }
+}
+
+fn whole_seconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,130 @@
+//! Reads CONNECT.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+
+use crate::budget::Account;
+use crate::mqtt::{Error, ReasonCode, Version, decode_connect};
+use crate::telemetry::RefusedReason;
+use crate::transport::{Closed, Detected, Stream, UNAUTHENTICATED_PACKET_MAX_BYTES, detect};
+
+use crate::client::connect::Refusal;
+use crate::client::machine::{KEEP_BYTES, ReadBuffer};
+
+/// Reads until the CONNECT is complete. `account`, the account of all incomplete CONNECTs, may hold
+/// `max_bytes`.
+///
+/// # Errors
+/// The connection is refused.
+pub(super) async fn read_connect(
+    stream: &mut Stream,
+    input: &mut ReadBuffer,
+    (account, max_bytes): (&Arc<Account>, u64),
+) -> Result<(), Refusal> {
+    loop {
+        if is_complete(&input.bytes)? {
+            return Ok(());
+        }
+        // The deadline is that of the whole CONNECT phase.
+        input.settle(account, false, 0);
+        if account.used() > max_bytes && input.bytes.len() > KEEP_BYTES {
+            return Err(Refusal::new(
+                RefusedReason::Memory,
+                ReasonCode::QUOTA_EXCEEDED,
+                "incomplete CONNECTs use up their budget",
+            ));
+        }
+        let mut more = Vec::new();
+        match poll_fn(|cx| stream.poll_recv(cx, &mut more)).await {
+            Ok(_) => input.bytes.append(&mut more),
+            Err(closed) => {
+                let label = match closed {
+                    Closed::TooLarge => RefusedReason::TooLarge,
+                    Closed::Violation(_) => RefusedReason::Protocol,
+                    _ => RefusedReason::Closed,
+                };
+                let why = format!("{closed} before CONNECT was complete");
+                return Err(Refusal::new(label, ReasonCode::SUCCESS, why));
+            }
+        }
+    }
+}
+
+/// Whether the bytes begin with a whole CONNECT.
+fn is_complete(bytes: &[u8]) -> Result<bool, Refusal> {
+    let other = detect(bytes).filter(|detected| *detected != Detected::Mqtt);
+    match (
+        decode_connect(bytes, UNAUTHENTICATED_PACKET_MAX_BYTES),
+        other,
+    ) {
+        (Ok(Some(_)), _) => Ok(true),
+        (Ok(None), None) => Ok(false),
+        // The first byte of another protocol may pass for an incomplete packet.
+        (Ok(None), Some(other)) => Err(Refusal::new(
+            RefusedReason::Protocol,
+            ReasonCode::PROTOCOL_ERROR,
+            format!("no CONNECT; this looks like {other}"),
+        )),
+        (Err(error), other) => {
+            let label = match &error {
+                Error::TooLarge { .. } => RefusedReason::TooLarge,
+                Error::UnsupportedVersion { .. } => RefusedReason::Version,
+                Error::Protocol(_) => RefusedReason::Protocol,
+                _ => RefusedReason::Malformed,
+            };
+            let why = match other {
+                None => error.to_string(),
+                Some(other) => format!("{error}; this looks like {other}"),
+            };
+            Err(Refusal {
+                // Only a client that sent a CONNECT can read an answer.
+                answer: answerable(bytes),
+                ..Refusal::new(label, error.reason_code(), why)
+            })
+        }
+    }
+}
+
+/// The version in which a faulty CONNECT can be answered. A server of 3.1.1 closes the connection of
+/// a malformed one without an answer [MQTT-3.1.4-1], but says that it does not know a version
+/// [MQTT-3.1.2-2].
+fn answerable(input: &[u8]) -> Option<Version> {
+    if input.first() != Some(&0x10) {
+        return None;
+    }
+    // The protocol name is within the first bytes, whatever the length field's size.
+    let name = input.windows(4).take(8).position(|w| w == b"MQTT")?;
+    match input.get(name + 4) {
+        Some(4) => None,
+        Some(level) if *level >= 5 => Some(Version::V5),
+        Some(_) => Some(Version::V311),
+        None => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    #[tokio::test]
+    async fn a_connect_is_charged_while_it_is_not_whole() {
+        let account = Arc::new(Account::new());
+        let (mut client, server) = tokio::io::duplex(64 * 1024);
+        let mut stream = Stream::pipe(server);
+        // Of 16,000 bytes.
+        let mut connect = vec![0x10, 0x80, 0x7d, 0, 4];
+        connect.extend_from_slice(b"MQTT\x05\x02\0\0");
+        connect.resize(6000, 0);
+        client.write_all(&connect).await.expect("written");
+        let mut input = ReadBuffer::default();
+        let mut read = Box::pin(read_connect(&mut stream, &mut input, (&account, 6000)));
+        assert!(futures_util::poll!(&mut read).is_pending());
+        assert_eq!(account.used(), 6000);
+        client.write_all(b"x").await.expect("written");
+        let refusal = read.await.expect_err("one more than there is room for");
+        assert_eq!(refusal.label, RefusedReason::Memory);
+        drop(input);
+        assert_eq!(account.used(), 0);
+    }
+}

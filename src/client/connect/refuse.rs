@@ -1,0 +1,132 @@
+//! The answer to a client that gets no session.
+
+use std::borrow::Cow;
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::mqtt::{Connack, Connect, ReasonCode, Version};
+use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
+use crate::time::Millis;
+use crate::transport::{CloseHow, OutBuf, Stream};
+
+use crate::client::ListenerContext;
+use crate::client::connect::LOGGED_CHARS;
+
+/// How long a refused client is given to take its answer.
+const CLOSE_WAIT: Duration = Duration::from_secs(1);
+
+static REFUSALS: RateLimited = RateLimited::new(Duration::from_millis(20));
+
+/// Why a connection gets no session.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The label of the metric and of the log.
+    pub label: RefusedReason,
+    /// The reason code of CONNACK.
+    pub code: ReasonCode,
+    /// For the log.
+    pub why: Cow<'static, str>,
+    /// The version in which CONNACK is written; `None`: the client could not read an answer.
+    pub(super) answer: Option<Version>,
+    /// For the log.
+    pub(super) client_id: String,
+}
+
+impl Refusal {
+    /// A refusal without an answer.
+    pub(super) fn new(
+        label: RefusedReason,
+        code: ReasonCode,
+        why: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self {
+            label,
+            code,
+            why: why.into(),
+            answer: None,
+            client_id: String::new(),
+        }
+    }
+
+    /// The refusal as the answer to this CONNECT.
+    pub(super) fn answering(self, connect: &Connect<'_>) -> Self {
+        Self {
+            answer: Some(connect.version),
+            client_id: clean(connect.client_id, LOGGED_CHARS),
+            ..self
+        }
+    }
+
+    fn how(&self, has_data_streams: bool) -> CloseHow {
+        match self.label {
+            RefusedReason::Malformed | RefusedReason::Protocol | RefusedReason::TooLarge => {
+                CloseHow::Protocol
+            }
+            // The client's end of the control stream does not end the connection.
+            RefusedReason::Closed if has_data_streams => CloseHow::Protocol,
+            RefusedReason::Draining => CloseHow::GoingAway,
+            RefusedReason::Rate | RefusedReason::Memory => CloseHow::Overload,
+            _ => CloseHow::Normal,
+        }
+    }
+}
+
+/// Counts, logs and answers a refusal, and closes the connection. `empty`: no byte arrived.
+pub(super) async fn refuse(
+    stream: &mut Stream,
+    listener: &ListenerContext,
+    peer: SocketAddr,
+    refusal: &Refusal,
+    empty: bool,
+    now: Millis,
+) {
+    metrics().connects_refused[refusal.label].increment(1);
+    // Balancers connect and close to see whether the port is open.
+    let probed = refusal.label == RefusedReason::Closed
+        && empty
+        && matches!(listener.transport, "tcp" | "tls");
+    if probed {
+        tracing::debug!(
+            listener = &*listener.name,
+            transport = listener.transport,
+            peer = %peer,
+            "{}",
+            refusal.why
+        );
+    } else if let Some(suppressed) = REFUSALS.permit(now) {
+        tracing::info!(
+            client_id = refusal.client_id,
+            listener = &*listener.name,
+            transport = listener.transport,
+            peer = %peer,
+            code = refusal.code.0,
+            reason = %refusal.label,
+            suppressed,
+            "Connection refused: {}",
+            refusal.why
+        );
+    }
+    let _ = timeout(CLOSE_WAIT, answer(stream, refusal)).await;
+}
+
+async fn answer(stream: &mut Stream, refusal: &Refusal) {
+    if let Some(version) = refusal.answer {
+        let mut out = OutBuf::default();
+        Connack {
+            reason: refusal.code,
+            ..Connack::default()
+        }
+        .encode(version, &mut out.buf);
+        if poll_fn(|cx| stream.poll_send(cx, 0, &mut out))
+            .await
+            .is_err()
+        {
+            return;
+        }
+    }
+    let how = refusal.how(stream.has_data_streams());
+    poll_fn(|cx| stream.poll_close(cx, how)).await;
+}

@@ -1,0 +1,359 @@
+//! One client's connection without its socket.
+//!
+//! Bytes, streams and time go in; output, the connection's end and a deadline come out. The machine
+//! has no clock, no socket and no randomness. It lives between CONNACK and the connection's end, in
+//! the task that owns the socket or in a simulation.
+
+mod input;
+mod read_buffer;
+mod streams;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::task::Waker;
+
+use crate::budget::Account;
+use crate::mqtt::{ReasonCode, Version, encode_disconnect};
+use crate::router::handle::ConnectionHandle;
+use crate::router::{Caller, Connected, Router, SessionRef};
+use crate::session::{CloseReason, Policy};
+use crate::telemetry::DisconnectReason;
+use crate::time::Millis;
+use crate::transport::OutBuf;
+
+use crate::client::end::End;
+pub(in crate::client) use read_buffer::{KEEP_BYTES, ReadBuffer};
+pub use streams::StreamReset;
+use streams::{DataStream, Network};
+
+/// While the session has more output than this for a stream that takes none, nothing is read from
+/// that stream.
+const BACKLOG_MAX_BYTES: usize = 64 * 1024;
+/// While the data streams of one connection have not taken this much output, none of them is read;
+/// [`BACKLOG_MAX_BYTES`] while the output of all connections is over its budget.
+const STREAMS_OUTPUT_MAX_BYTES: usize = 4 * 1024 * 1024;
+
+/// The limits of every connection.
+#[derive(Debug)]
+pub struct Limits {
+    /// Bytes of the incomplete packets of all connections.
+    pub input: Arc<Account>,
+    /// The budget of `input`.
+    pub input_max_bytes: u64,
+    /// The time from a packet's first byte to its last.
+    pub packet_deadline: Millis,
+    /// The time in which a stream must take a part of its output.
+    pub write_stall: Millis,
+}
+
+/// What a machine borrows for the time of one call.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// The router that owns the session.
+    pub router: &'a Router,
+    /// What the client may do.
+    pub policy: &'a dyn Policy,
+    /// The limits of every connection.
+    pub limits: &'a Limits,
+    /// The time of the call.
+    pub now: Millis,
+}
+
+/// A connection between CONNACK and its end.
+///
+/// After each wake-up the driver calls, in this order: [`Machine::woken`]; [`Machine::watch`]; then,
+/// until nothing happens any more, [`Machine::transmit`] while there is output that the transport
+/// takes, [`Machine::resume`] if the machine is [`Machine::paused`], and [`Machine::received`] with
+/// bytes of the streams that [`Machine::unread`] does not name. When there are no more bytes to
+/// read it calls [`Machine::expired`]. While there is a [`Machine::deadline`], or the machine is
+/// paused, it asks the router for a wake-up at the next tick. At the end it calls
+/// [`Machine::ended`].
+#[derive(Debug)]
+pub struct Machine {
+    handle: Arc<ConnectionHandle>,
+    session: SessionRef,
+    connection_no: u64,
+    version: Version,
+    packet_max_bytes: u32,
+    /// The publish link of the session's publishes.
+    publish_link: u8,
+    /// When the last publish of QoS 0 arrived, or the connection began: a publish of QoS 0 may still
+    /// be on its way to the broker. Seconds, to keep an idle connection small.
+    qos0_at_seconds: u32,
+    /// The incomplete packet of the control stream.
+    input: ReadBuffer,
+    /// Output for the control stream.
+    output: OutBuf,
+    /// The data streams that were used.
+    streams: Vec<DataStream>,
+    /// Whether the network carries anything, once a data stream had output.
+    network: Option<Box<Network>>,
+    /// The stream whose next packet has to wait. Nothing is read meanwhile.
+    paused: Option<u8>,
+    /// The streams that are left unread, as bits. The session knows whether there are any.
+    unread: u16,
+    /// The streams for which the session had too much output after their last packets, as bits.
+    full: u16,
+    /// The session may have output that was not taken.
+    stale: bool,
+    /// The transport has not passed on all bytes of the control stream.
+    blocked: bool,
+    /// The session's CONNACK was taken.
+    greeted: bool,
+}
+
+/// What is left of a connection that ended: the last output, and the session's fate.
+#[derive(Debug)]
+pub struct Remains {
+    /// The last output of the control stream.
+    pub output: OutBuf,
+    /// The last output of the data streams, with their numbers.
+    pub streams: Vec<(u8, OutBuf)>,
+    /// Whether the session ended with the connection.
+    pub session_ended: bool,
+}
+
+impl Machine {
+    /// The machine of a connection that the router has just given its session. `packet_max_bytes`
+    /// is the Maximum Packet Size that CONNACK announced.
+    pub fn new(
+        connected: &Connected,
+        handle: Arc<ConnectionHandle>,
+        version: Version,
+        packet_max_bytes: u32,
+        now: Millis,
+    ) -> Self {
+        Self {
+            handle,
+            session: connected.session,
+            connection_no: connected.connection_no,
+            version,
+            packet_max_bytes,
+            publish_link: connected.publish_link,
+            qos0_at_seconds: seconds(now),
+            input: ReadBuffer::default(),
+            output: OutBuf::default(),
+            streams: Vec::new(),
+            network: None,
+            paused: None,
+            unread: 0,
+            full: 0,
+            stale: true,
+            blocked: false,
+            greeted: false,
+        }
+    }
+
+    /// The router's handle on this connection.
+    pub fn handle(&self) -> &Arc<ConnectionHandle> {
+        &self.handle
+    }
+
+    /// The connection, as the router knows it.
+    pub fn caller(&self) -> Caller {
+        Caller {
+            session: self.session,
+            connection_no: self.connection_no,
+            publish_link: self.publish_link,
+        }
+    }
+
+    /// To be called after a wake-up, with the waker for the next one.
+    ///
+    /// # Errors
+    /// The router asked the connection to end.
+    pub fn woken(&mut self, waker: &Waker) -> Result<(), End> {
+        self.stale |= self.handle.take(waker);
+        match self.handle.closing() {
+            Some(close) => Err(End::from_close(close)),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a packet that has arrived must wait: for the answer to a SUBSCRIBE before it, or for
+    /// room among the publishes that wait for the broker. Nothing is to be read meanwhile.
+    pub fn paused(&self) -> bool {
+        self.paused.is_some()
+    }
+
+    /// Tries again to take the packets that had to wait.
+    ///
+    /// # Errors
+    /// The connection must end.
+    pub fn resume(&mut self, cx: &Context<'_>) -> Result<Option<StreamReset>, End> {
+        match self.paused {
+            Some(stream) => self.received(cx, stream, &[]),
+            None => Ok(None),
+        }
+    }
+
+    /// The streams that must be left unread now, as bits: a client that sends and does not read gets
+    /// no further answers. With the control stream all of them are.
+    pub fn unread(&mut self, cx: &Context<'_>) -> u16 {
+        let full = self.full & !self.free_streams().0;
+        let unread = if full & 1 != 0 {
+            u16::MAX
+        } else if self.streams.is_empty() {
+            full
+        } else {
+            let waiting: usize = self.streams.iter().map(DataStream::waiting).sum();
+            let max = match cx.router.output_pressed() {
+                true => BACKLOG_MAX_BYTES,
+                false => STREAMS_OUTPUT_MAX_BYTES,
+            };
+            if waiting > max { !1 } else { full }
+        };
+        self.set_unread(cx, unread);
+        unread
+    }
+
+    /// Tells the session whether anything is left unread: as long as there is, silence is not the
+    /// client's.
+    fn set_unread(&mut self, cx: &Context<'_>, streams: u16) {
+        let before = std::mem::replace(&mut self.unread, streams);
+        if before == streams {
+            return;
+        }
+        // The rest of a packet may be among the bytes that were not read.
+        let again = before & !streams;
+        let deadline = cx.now + cx.limits.packet_deadline;
+        if again & 1 != 0 {
+            self.input.deadline = deadline;
+        }
+        for stream in self.streams.iter_mut() {
+            if again & 1 << stream.number != 0 {
+                stream.input.deadline = deadline;
+            }
+        }
+        let unread = streams != 0;
+        if unread != (before != 0) {
+            let (session, connection_no) = (self.session, self.connection_no);
+            cx.router.set_unread(session, connection_no, unread, cx.now);
+        }
+    }
+
+    /// Fills the output of the streams that have taken all of theirs with what the session has for
+    /// them. Returns whether there is new output.
+    ///
+    /// # Errors
+    /// The session has another connection, or none.
+    pub fn transmit(&mut self, router: &Router, now: Millis) -> Result<bool, End> {
+        if !std::mem::take(&mut self.stale) {
+            return Ok(false);
+        }
+        let free = self.free_streams();
+        self.full &= !free.0;
+        let (session, connection_no) = (self.session, self.connection_no);
+        let output = &mut self.output.buf;
+        let taken = router.take_streams(session, connection_no, free, output, now);
+        let Some(taken) = taken else {
+            return Err(self.replaced());
+        };
+        let control = free.0 & 1 != 0;
+        self.greeted |= control;
+        let any = !taken.is_empty() || (control && !self.output.is_empty());
+        self.append(taken);
+        Ok(any)
+    }
+
+    /// The output of a stream; 0 is the control stream.
+    pub fn output(&mut self, stream: u8) -> &mut OutBuf {
+        match stream {
+            0 => &mut self.output,
+            stream => &mut self.stream(stream).output,
+        }
+    }
+
+    /// Whether the transport is to be offered the control stream's output: there are bytes, or it
+    /// has not passed on earlier ones.
+    pub fn wants_to_send(&self) -> bool {
+        !self.output.is_empty() || self.blocked
+    }
+
+    /// Reports that the transport was offered the control stream's output, `offered` bytes, and
+    /// whether it has passed on all of it.
+    pub fn sent(&mut self, offered: usize, done: bool, now: Millis) {
+        self.blocked = !done;
+        if done {
+            self.stale = true;
+        } else if self.output.rest().len() < offered {
+            self.handle.moved(now);
+        }
+    }
+
+    /// When an incomplete packet or a blocked stream is due, if there is one: [`Machine::watch`] and
+    /// [`Machine::expired`] are to be called at each of the router's ticks until then.
+    pub fn deadline(&self) -> Option<Millis> {
+        let input = self.read_buffers().map(|(_, input)| input.deadline);
+        let blocked = self.streams.iter().filter_map(DataStream::blocked_until);
+        input.chain(blocked).min()
+    }
+
+    /// Ends the connection, or a data stream, whose packet is not complete at its deadline. To be
+    /// called when all bytes that have arrived are taken.
+    ///
+    /// # Errors
+    /// The connection must end.
+    pub fn expired(&mut self, cx: &Context<'_>) -> Result<Option<StreamReset>, End> {
+        let late = |(_, input): &(u8, &ReadBuffer)| input.is_late(cx.now);
+        let late = self.read_buffers().find(late).map(|(stream, _)| stream);
+        match late {
+            None => Ok(None),
+            Some(stream) => self.fault(
+                cx,
+                stream,
+                End {
+                    label: DisconnectReason::PacketDeadline,
+                    ..End::quota("a packet was not complete within limits.packet_deadline")
+                },
+            ),
+        }
+    }
+
+    /// The incomplete packets of the streams that are read.
+    fn read_buffers(&self) -> impl Iterator<Item = (u8, &ReadBuffer)> {
+        let streams = self.streams.iter().map(|s| (s.number, &s.input));
+        let all = streams.chain([(0, &self.input)]);
+        all.filter(|(stream, input)| !input.bytes.is_empty() && self.unread & 1 << stream == 0)
+    }
+
+    /// Ends the connection at the router. The rest of the session's output, and DISCONNECT where one
+    /// is due, are in [`Remains`].
+    pub fn ended(mut self, router: &Router, end: &End, now: Millis) -> Remains {
+        let (session, connection_no) = (self.session, self.connection_no);
+        if !end.is_lost() {
+            let mut rest = Vec::new();
+            if let Some(taken) = router.take_output(session, connection_no, &mut rest, now) {
+                self.greeted = true;
+                self.output.buf.append(&mut rest);
+                self.append(taken);
+            }
+        }
+        // A drain publishes no wills.
+        let normal = end.normal || end.label == DisconnectReason::Draining;
+        let session_ended = router.disconnected(session, connection_no, normal, now);
+        // Nothing goes before CONNACK [MQTT-3.2.0-1].
+        let says_why = self.version == Version::V5 && end.code != ReasonCode::SUCCESS;
+        if says_why && self.greeted && !end.is_lost() {
+            encode_disconnect(self.version, end.code, None, None, &mut self.output.buf);
+        }
+        Remains {
+            output: self.output,
+            streams: (self.streams.into_iter())
+                .map(|stream| (stream.number, stream.output))
+                .collect(),
+            session_ended,
+        }
+    }
+
+    /// The session has another connection, or none: the handle says why.
+    fn replaced(&self) -> End {
+        let reason = self.handle.closing();
+        End::from_close(reason.unwrap_or(CloseReason::SessionEnded))
+    }
+}
+
+fn seconds(now: Millis) -> u32 {
+    (now / 1000) as u32
+}

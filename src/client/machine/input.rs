@@ -1,0 +1,246 @@
+//! The packet loop: bytes of a stream in, the session's state and effects for the router out.
+
+use crate::mqtt::{Decoder, Packet, QoS, Receiver, Version};
+use crate::session::{CloseReason, Effect, Session, SessionLimits};
+use crate::telemetry::{DeferReason, Qos, metrics};
+
+use crate::client::end::End;
+use crate::client::machine::streams::{StreamReset, may_travel_on_data_stream};
+use crate::client::machine::{
+    BACKLOG_MAX_BYTES, Context, KEEP_BYTES, Machine, ReadBuffer, seconds,
+};
+
+/// How long a publish of QoS 0, which nobody acknowledges, may be on its way to the broker.
+const QOS0_UNDER_WAY_SECONDS: u32 = 2;
+
+/// How far the packets of one read were taken.
+enum Step {
+    /// Up to a SUBSCRIBE: the next packet is judged once the subscription is made.
+    Again,
+    /// Up to an incomplete packet, or to the end.
+    Done,
+    /// Up to a publish that has to wait for the broker.
+    Paused,
+}
+
+/// The packets that the session takes at once, under its shard's lock.
+struct Batch<'a> {
+    stream: u8,
+    bytes: &'a [u8],
+    /// How many of the bytes were taken.
+    used: usize,
+    version: Version,
+    packet_max_bytes: u32,
+    /// Publishes by QoS.
+    publishes: [u64; 3],
+}
+
+/// What a batch left behind.
+struct Outcome {
+    result: Result<Step, End>,
+    /// None of the session's publishes waited for the broker before the batch.
+    idle: bool,
+    /// The streams for which the session has too much output, as bits.
+    full: u16,
+}
+
+impl Machine {
+    /// Takes bytes that arrived on a stream; 0 is the control stream. A fault of a data stream comes
+    /// back as its reset, which is the caller's to carry out.
+    ///
+    /// # Errors
+    /// The connection must end.
+    pub fn received(
+        &mut self,
+        cx: &Context<'_>,
+        stream: u8,
+        bytes: &[u8],
+    ) -> Result<Option<StreamReset>, End> {
+        // The session may have answers.
+        self.stale = true;
+        match self.take_bytes(cx, stream, bytes) {
+            Ok(()) => Ok(None),
+            Err(end) => self.fault(cx, stream, end),
+        }
+    }
+
+    fn take_bytes(&mut self, cx: &Context<'_>, stream: u8, bytes: &[u8]) -> Result<(), End> {
+        let mut input = std::mem::take(self.read_buffer(stream));
+        let used = if input.bytes.is_empty() {
+            let used = self.take_packets(cx, stream, bytes)?;
+            input.bytes.extend_from_slice(&bytes[used..]);
+            used
+        } else {
+            input.bytes.extend_from_slice(bytes);
+            let used = self.take_packets(cx, stream, &input.bytes)?;
+            input.bytes.drain(..used);
+            used
+        };
+        let limits = cx.limits;
+        let deadline = cx.now + limits.packet_deadline;
+        input.settle(&limits.input, used > 0, deadline);
+        if limits.input.used() > limits.input_max_bytes && input.bytes.len() > KEEP_BYTES {
+            return Err(End::quota(
+                "incomplete packets of all clients use up their budget",
+            ));
+        }
+        *self.read_buffer(stream) = input;
+        Ok(())
+    }
+
+    fn read_buffer(&mut self, stream: u8) -> &mut ReadBuffer {
+        match stream {
+            0 => &mut self.input,
+            stream => &mut self.stream(stream).input,
+        }
+    }
+
+    /// Takes the complete packets at the start of `bytes`; returns their length.
+    fn take_packets(&mut self, cx: &Context<'_>, stream: u8, bytes: &[u8]) -> Result<usize, End> {
+        let mut used = 0;
+        let mut paused = None;
+        while used < bytes.len() {
+            let (step, taken) = self.take_batch(cx, stream, &bytes[used..])?;
+            used += taken;
+            match step {
+                Step::Again => {}
+                Step::Done => break,
+                Step::Paused => {
+                    paused = Some(stream);
+                    break;
+                }
+            }
+        }
+        self.pause(cx, paused);
+        Ok(used)
+    }
+
+    /// Takes packets up to the first SUBSCRIBE, and carries out their effects.
+    fn take_batch(
+        &mut self,
+        cx: &Context<'_>,
+        stream: u8,
+        bytes: &[u8],
+    ) -> Result<(Step, usize), End> {
+        let mut effects: Vec<Effect> = Vec::new();
+        let mut batch = Batch {
+            stream,
+            bytes,
+            used: 0,
+            version: self.version,
+            packet_max_bytes: self.packet_max_bytes,
+            publishes: [0; 3],
+        };
+        let (session, connection_no) = (self.session, self.connection_no);
+        let outcome = cx.router.feed(
+            session,
+            connection_no,
+            &mut effects,
+            |session, limits, effects| {
+                let idle = session.publishes_waiting() == 0;
+                let result = batch.run(self, cx, session, limits, effects);
+                session.pump(limits, cx.now);
+                let connection = session.connection_ref();
+                let full = connection.map_or(0, |c| c.full_streams(BACKLOG_MAX_BYTES));
+                Outcome { result, idle, full }
+            },
+        );
+        batch.count();
+        let idle = outcome.as_ref().is_some_and(|outcome| outcome.idle);
+        self.choose_publish_link(cx, idle, batch.publishes[0] > 0);
+        cx.router.apply(self.caller(), effects, cx.now);
+        let Some(outcome) = outcome else {
+            return Err(self.replaced());
+        };
+        self.full = outcome.full;
+        Ok((outcome.result?, batch.used))
+    }
+
+    /// Moves the session to the publish link that it would begin on now, while none of its publishes
+    /// is on the way to the broker: they stay in order.
+    fn choose_publish_link(&mut self, cx: &Context<'_>, idle: bool, qos0: bool) {
+        let now = seconds(cx.now);
+        let moves = idle && cx.router.publish_link(self.session) != self.publish_link;
+        if moves && now.saturating_sub(self.qos0_at_seconds) > QOS0_UNDER_WAY_SECONDS {
+            self.publish_link = cx.router.move_publishes(self.session, self.publish_link);
+        }
+        if qos0 {
+            self.qos0_at_seconds = now;
+        }
+    }
+
+    /// Leaves the client unread, or reads it again.
+    fn pause(&mut self, cx: &Context<'_>, stream: Option<u8>) {
+        let before = std::mem::replace(&mut self.paused, stream);
+        if before.is_some() == stream.is_some() {
+            return;
+        }
+        if stream.is_some() {
+            metrics().publishes_deferred[DeferReason::V3Unread].increment(1);
+        }
+        self.set_unread(cx, if stream.is_some() { u16::MAX } else { 0 });
+    }
+
+    /// Forgets that a packet of this stream has to wait: the stream is gone.
+    pub(super) fn forget_pause(&mut self, cx: &Context<'_>, stream: u8) {
+        if self.paused == Some(stream) {
+            self.pause(cx, None);
+        }
+    }
+}
+
+impl Batch<'_> {
+    /// Gives the session packets until one of them has to wait or has consequences for the next.
+    fn run(
+        &mut self,
+        machine: &Machine,
+        cx: &Context<'_>,
+        session: &mut Session,
+        limits: &SessionLimits,
+        effects: &mut Vec<Effect>,
+    ) -> Result<Step, End> {
+        let decoder = Decoder {
+            version: self.version,
+            receiver: Receiver::Server,
+            max: self.packet_max_bytes,
+        };
+        loop {
+            let next = decoder.next(&self.bytes[self.used..]);
+            let Some((packet, size)) = next.map_err(|error| End::from_error(&error))? else {
+                return Ok(Step::Done);
+            };
+            if self.stream != 0 && !may_travel_on_data_stream(&packet) {
+                return Err(End::from_close(CloseReason::ControlStreamOnly));
+            }
+            if let Packet::Publish(p) = &packet {
+                let waiting = session.publishes_waiting();
+                // A 3.x client cannot be told to send a publish again later.
+                let v3 = self.version < Version::V5 && p.qos > QoS::AtMostOnce;
+                let full = || {
+                    let (session, link) = (machine.session, machine.publish_link);
+                    cx.router.hold_publish(session, link, waiting, size)
+                };
+                if session.subscribing() || (v3 && full()) {
+                    return Ok(Step::Paused);
+                }
+                self.publishes[p.qos as usize] += 1;
+            }
+            self.used += size;
+            session
+                .packet(self.stream, &packet, limits, cx.policy, cx.now, effects)
+                .map_err(End::from_close)?;
+            if matches!(packet, Packet::Subscribe(_)) {
+                return Ok(Step::Again);
+            }
+        }
+    }
+
+    fn count(&self) {
+        let qos = [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce];
+        for (qos, count) in qos.into_iter().zip(self.publishes) {
+            if count > 0 {
+                metrics().messages_received[qos].increment(count);
+            }
+        }
+    }
+}

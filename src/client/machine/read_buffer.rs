@@ -1,0 +1,81 @@
+//! The bytes of a packet whose rest has not arrived.
+
+use std::sync::Arc;
+
+use crate::budget::Account;
+use crate::time::Millis;
+
+/// Up to this size an incomplete packet is taken even when the account is full, and an empty buffer
+/// keeps its allocation.
+pub(in crate::client) const KEEP_BYTES: usize = 4096;
+
+/// The bytes of an incomplete packet, charged to the account of all such bytes.
+#[derive(Debug, Default)]
+pub(in crate::client) struct ReadBuffer {
+    pub bytes: Vec<u8>,
+    /// When the packet must be complete; means something only while there are bytes.
+    pub deadline: Millis,
+    charged_bytes: usize,
+    account: Option<Arc<Account>>,
+}
+
+impl ReadBuffer {
+    /// Charges the bytes that a read left. A packet that begins with them has to be complete at
+    /// `deadline`; `progress` says that the read completed the packet before it.
+    pub fn settle(&mut self, account: &Arc<Account>, progress: bool, deadline: Millis) {
+        if self.bytes.is_empty() && self.bytes.capacity() > KEEP_BYTES {
+            self.bytes = Vec::new();
+        }
+        if progress || self.charged_bytes == 0 {
+            self.deadline = deadline;
+        }
+        if self.bytes.len() != self.charged_bytes {
+            account.charge(self.bytes.len());
+            account.release(self.charged_bytes);
+            self.charged_bytes = self.bytes.len();
+            self.account.get_or_insert_with(|| account.clone());
+        }
+    }
+
+    /// Whether the packet is incomplete at its deadline.
+    pub fn is_late(&self, now: Millis) -> bool {
+        !self.bytes.is_empty() && self.deadline <= now
+    }
+}
+
+impl Drop for ReadBuffer {
+    fn drop(&mut self) {
+        if let Some(account) = &self.account {
+            account.release(self.charged_bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_incomplete_packet_is_charged_until_it_is_complete() {
+        let account = Arc::new(Account::new());
+        let mut buffer = ReadBuffer::default();
+        buffer.bytes.extend([1; 5]);
+        buffer.settle(&account, false, 100);
+        assert_eq!((account.used(), buffer.is_late(99)), (5, false));
+        // More of the same packet moves no deadline.
+        buffer.bytes.extend([1; 5]);
+        buffer.settle(&account, false, 200);
+        assert_eq!((account.used(), buffer.is_late(100)), (10, true));
+        // The next packet has its own.
+        buffer.bytes.truncate(1);
+        buffer.settle(&account, true, 300);
+        assert_eq!((account.used(), buffer.is_late(299)), (1, false));
+        buffer.bytes.clear();
+        buffer.settle(&account, true, 400);
+        assert_eq!((account.used(), buffer.is_late(500)), (0, false));
+        buffer.bytes.push(1);
+        buffer.settle(&account, false, 500);
+        drop(buffer);
+        assert_eq!(account.used(), 0);
+    }
+}

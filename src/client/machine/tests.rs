@@ -1,0 +1,277 @@
+use super::*;
+use crate::mqtt::{
+    Ack, AckKind, Packet, Properties, QoS, Receiver, SubscribeOptions, encode_pingreq,
+    encode_subscribe,
+};
+use crate::router::RouterConfig;
+use crate::session::Policy;
+use crate::sim::testing::{config, facts, kept_client_of, machine, publish_packet, router_of};
+use crate::telemetry::StreamReason;
+
+struct Open;
+
+impl Policy for Open {
+    fn may_publish(&self, _: &str) -> bool {
+        true
+    }
+
+    fn may_subscribe(&self, _: &str) -> bool {
+        true
+    }
+}
+
+/// A machine with its router, at a time of its own.
+struct Rig {
+    router: Arc<Router>,
+    limits: Limits,
+    machine: Machine,
+    now: Millis,
+}
+
+impl Rig {
+    fn new() -> Self {
+        Self::of(config())
+    }
+
+    fn of(config: RouterConfig) -> Self {
+        let router = router_of(config);
+        router.set_broker_features(&facts(), 0);
+        router.data_link_up(0, crate::router::LinkSession::New, true, 0);
+        let machine = machine(&router, "client", Version::V5, 0);
+        Self {
+            router,
+            limits: limits(),
+            machine,
+            now: 0,
+        }
+    }
+
+    fn on<R>(&mut self, call: impl FnOnce(&mut Machine, &Context<'_>) -> R) -> R {
+        let cx = Context {
+            router: &self.router,
+            policy: &Open,
+            limits: &self.limits,
+            now: self.now,
+        };
+        call(&mut self.machine, &cx)
+    }
+
+    fn received(&mut self, stream: u8, bytes: &[u8]) -> Result<Option<StreamReset>, End> {
+        self.on(|machine, cx| machine.received(cx, stream, bytes))
+    }
+
+    /// Takes the output of all streams, as a transport does that takes everything.
+    fn take(&mut self) -> Vec<u8> {
+        let mut all = Vec::new();
+        while self
+            .machine
+            .transmit(&self.router, self.now)
+            .expect("it has the session")
+        {
+            all.append(&mut self.machine.output(0).buf);
+            self.machine.sent(0, true, self.now);
+        }
+        all
+    }
+}
+
+fn limits() -> Limits {
+    Limits {
+        input: Arc::default(),
+        input_max_bytes: 1 << 20,
+        packet_deadline: 1000,
+        write_stall: 60_000,
+    }
+}
+
+fn subscribe(filter: &str) -> Vec<u8> {
+    let mut packet = Vec::new();
+    let options = SubscribeOptions {
+        // Retained messages would be waited for.
+        retain_handling: 2,
+        ..SubscribeOptions::default()
+    };
+    let filters = std::iter::once((filter, options));
+    encode_subscribe(Version::V5, 1, None, filters, &mut packet);
+    packet
+}
+
+fn publish(number: u32, qos: QoS) -> Vec<u8> {
+    publish_packet(Version::V5, number as u16, number, qos)
+}
+
+#[test]
+fn an_incomplete_packet_ends_the_connection_at_its_deadline() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.machine.deadline(), None);
+    let packet = publish(1, QoS::AtLeastOnce);
+    rig.received(0, &packet[..3]).expect("it may go on");
+    assert_eq!(rig.machine.deadline(), Some(1000));
+    rig.now = 999;
+    rig.on(Machine::expired).expect("it has a millisecond yet");
+    rig.now = 1000;
+    let end = rig.on(Machine::expired).expect_err("it is late");
+    assert_eq!(end.label, DisconnectReason::PacketDeadline);
+}
+
+#[test]
+fn an_incomplete_packet_on_a_data_stream_ends_that_stream() {
+    let mut rig = Rig::new();
+    let packet = publish(1, QoS::AtLeastOnce);
+    rig.received(3, &packet[..3]).expect("it may go on");
+    rig.now = 1000;
+    let reset = rig
+        .on(Machine::expired)
+        .expect("the connection goes on")
+        .expect("its stream does not");
+    let (stream, reason) = (reset.stream, reset.reason);
+    assert_eq!((stream, reason), (3, StreamReason::PacketDeadline));
+    assert_eq!((rig.machine.streams(), rig.machine.deadline()), (0, None));
+    assert_eq!(rig.limits.input.used(), 0);
+}
+
+#[test]
+fn a_publish_behind_a_subscribe_waits_for_its_answer() {
+    let mut rig = Rig::new();
+    let bytes = [subscribe("a"), publish(1, QoS::AtLeastOnce)].concat();
+    rig.received(0, &bytes).expect("it is legal");
+    assert!(rig.machine.paused());
+    rig.on(Machine::resume).expect("it waits");
+    assert!(rig.machine.paused());
+    assert_eq!(rig.router.publishes_waiting(), 0);
+    let wanted = rig.router.next_subscribes(0, 10);
+    rig.router.suback(wanted[0].number, ReasonCode(0), 0);
+    // Time stands still for a packet that we do not read.
+    rig.now = 5000;
+    rig.on(Machine::resume).expect("it goes on");
+    assert!(!rig.machine.paused());
+    assert_eq!(rig.router.publishes_waiting(), 1);
+    rig.on(Machine::expired).expect("nothing is incomplete");
+}
+
+#[test]
+fn a_packet_of_the_control_stream_resets_a_data_stream() {
+    let mut rig = Rig::new();
+    let mut ping = Vec::new();
+    encode_pingreq(&mut ping);
+    let reset = rig.received(2, &ping).expect("the connection goes on");
+    let reset = reset.expect("the stream does not");
+    assert_eq!(reset.reason, StreamReason::Protocol);
+    rig.received(0, &ping).expect("it belongs there");
+    assert!(rig.take().ends_with(&[0xD0, 0]));
+}
+
+#[test]
+fn a_client_that_reads_nothing_is_left_unread() {
+    let mut rig = Rig::new();
+    assert!(rig.machine.transmit(&rig.router, 0).expect("CONNACK"));
+    let offered = rig.machine.output(0).rest().len();
+    rig.machine.sent(offered, false, 0);
+    let pings: Vec<u8> = [0xC0, 0].repeat(BACKLOG_MAX_BYTES / 2);
+    rig.received(0, &pings).expect("it is legal");
+    assert_eq!(rig.on(Machine::unread), 0);
+    rig.received(0, &[0xC0, 0, 0xC0]).expect("it is legal");
+    assert_eq!(rig.on(Machine::unread), u16::MAX);
+    assert_eq!(rig.machine.deadline(), None, "its time stands still");
+    rig.now = 5000;
+    rig.machine.output(0).buf.clear();
+    rig.machine.sent(0, true, 5000);
+    rig.take();
+    assert_eq!(rig.on(Machine::unread), 0);
+    assert_eq!(rig.machine.deadline(), Some(6000));
+}
+
+#[test]
+fn nothing_goes_before_connack() {
+    let mut rig = Rig::new();
+    kept_client_of(&rig.router, "client", Version::V5, None, 0);
+    let end = rig.machine.woken(Waker::noop()).expect_err("taken over");
+    assert_eq!(end.code, ReasonCode::SESSION_TAKEN_OVER);
+    let remains = rig.machine.ended(&rig.router, &end, 0);
+    assert!(remains.output.is_empty());
+}
+
+#[test]
+fn a_client_is_told_why_its_connection_ends() {
+    let mut rig = Rig::new();
+    rig.take();
+    let end = rig
+        .received(0, &[0xF0, 0])
+        .expect_err("AUTH is not offered");
+    let remains = rig.machine.ended(&rig.router, &end, 0);
+    let decoder = crate::mqtt::Decoder {
+        version: Version::V5,
+        receiver: Receiver::Client,
+        max: u32::MAX,
+    };
+    let packet = decoder.next(remains.output.rest());
+    let told = matches!(packet, Ok(Some((Packet::Disconnect(d), _))) if d.reason == end.code);
+    assert!(told, "{packet:?}");
+}
+
+#[test]
+fn a_client_moves_to_another_publish_link_once_nothing_is_on_the_way() {
+    let mut rig = Rig::of(RouterConfig {
+        publish_links_max: 2,
+        ..config()
+    });
+    rig.router.publish_link_up(0, true);
+    // One of two clients begins on the new link.
+    let other = machine(&rig.router, "another", Version::V5, 0);
+    assert!(rig.router.add_publish_link());
+    rig.router.publish_link_up(1, true);
+    if rig.router.publish_link(rig.machine.session) == 0 {
+        rig.machine = other;
+    }
+    assert_eq!(rig.router.publish_link(rig.machine.session), 1);
+    rig.now = 3000;
+    rig.received(0, &publish(1, QoS::AtMostOnce))
+        .expect("legal");
+    assert_eq!(rig.machine.publish_link, 1, "nothing was on the way");
+    rig.machine.publish_link = 0;
+    rig.now = 5000;
+    rig.received(0, &publish(2, QoS::AtLeastOnce))
+        .expect("legal");
+    assert_eq!(rig.machine.publish_link, 0, "QoS 0 may be on the way");
+    rig.now = 9000;
+    rig.received(0, &publish(3, QoS::AtLeastOnce))
+        .expect("legal");
+    assert_eq!(rig.machine.publish_link, 0, "QoS 1 is on the way");
+}
+
+#[test]
+fn a_stream_that_its_client_ended_is_finished_once_it_has_its_answers() {
+    let mut rig = Rig::new();
+    let packet = publish(7, QoS::AtLeastOnce);
+    rig.received(4, &packet).expect("it is legal");
+    assert!(rig.on(|m, cx| m.stream_closed(cx, 4)).is_none());
+    assert!(!rig.on(|m, cx| m.finish(cx, 4)), "PUBACK is due");
+    let outgoing = rig
+        .router
+        .publish_queues(0, |queues| queues.pop())
+        .expect("it waits");
+    let answer = crate::router::Answered {
+        session: outgoing.session,
+        token: outgoing.token.expect("QoS 1 has one"),
+        reason: ReasonCode::SUCCESS,
+        since: 0,
+    };
+    rig.router.answered(&[answer], 0);
+    assert!(rig.machine.transmit(&rig.router, 0).expect("PUBACK"));
+    let mut puback = Vec::new();
+    let ack = Ack {
+        packet_id: 7,
+        reason: ReasonCode::SUCCESS,
+        properties: Properties::default(),
+    };
+    let (kind, id) = (AckKind::Puback, ack.packet_id);
+    crate::mqtt::encode_ack(Version::V5, kind, id, ack.reason, None, &mut puback);
+    assert_eq!(std::mem::take(&mut rig.machine.output(4).buf), puback);
+    assert!(rig.on(|m, cx| m.finish(cx, 4)));
+    assert_eq!(rig.machine.streams(), 0);
+}
+
+#[test]
+fn an_idle_machine_is_small() {
+    assert!(size_of::<Machine>() <= 160, "{}", size_of::<Machine>());
+}

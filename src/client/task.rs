@@ -1,0 +1,305 @@
+//! The task of a connection after CONNACK: it owns the socket, and moves bytes between the socket and
+//! the [`Machine`].
+
+mod close;
+
+use std::cell::RefCell;
+use std::future::{Future, poll_fn};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::task::{self, Poll};
+use std::time::Duration;
+
+use crate::auth::Identity;
+use crate::router::Peer;
+use crate::telemetry::{RateLimited, clean, metrics};
+use crate::transport::{Closed, ConnectionTask, Stream};
+
+use crate::client::connect::{AcceptedConnection, AcceptedSession};
+use crate::client::end::End;
+use crate::client::machine::{self, Machine, StreamReset};
+use crate::client::scope::sender_moved;
+use crate::client::{ClientPolicy, Clients, OpenGuard};
+
+/// Rounds of writing and reading before a busy connection gives the others their turn.
+const ROUNDS_MAX: usize = 8;
+
+static RESETS: RateLimited = RateLimited::new(Duration::from_millis(20));
+
+thread_local! {
+    // One read buffer per worker: an idle connection has none.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+struct Task<'a> {
+    clients: &'a Clients,
+    socket: Stream,
+    identity: Box<Identity>,
+    peer: Arc<Peer>,
+    machine: Machine,
+}
+
+/// Serves the connection to its end.
+pub(super) fn serve(
+    clients: Arc<Clients>,
+    accepted: Box<AcceptedConnection>,
+    guard: OpenGuard,
+) -> ConnectionTask {
+    Box::pin(async move {
+        let mut accepted = accepted;
+        let early = std::mem::take(&mut accepted.input);
+        let mut task = Task::new(&clients, accepted);
+        let end = task.run(early).await;
+        // Boxed, so that the task is small while the connection lives.
+        Box::pin(task.close(end)).await;
+        drop(guard);
+    })
+}
+
+/// What the machine borrows of the process and of its client.
+fn with_context<R>(
+    clients: &Clients,
+    identity: &Identity,
+    call: impl FnOnce(&machine::Context<'_>) -> R,
+) -> R {
+    call(&machine::Context {
+        router: &clients.router,
+        policy: &ClientPolicy { clients, identity },
+        limits: &clients.machine_limits,
+        now: clients.clock.now(),
+    })
+}
+
+impl<'a> Task<'a> {
+    fn new(clients: &'a Clients, accepted: Box<AcceptedConnection>) -> Self {
+        let AcceptedConnection {
+            stream, session, ..
+        } = *accepted;
+        let AcceptedSession {
+            machine,
+            identity,
+            peer,
+        } = session;
+        Self {
+            clients,
+            socket: stream,
+            identity,
+            peer,
+            machine,
+        }
+    }
+
+    /// Calls the machine with its context.
+    fn on_machine<R>(&mut self, call: impl FnOnce(&mut Machine, &machine::Context<'_>) -> R) -> R {
+        let machine = &mut self.machine;
+        with_context(self.clients, &self.identity, |cx| call(machine, cx))
+    }
+
+    /// Runs until something ends the connection; `early` are the bytes that arrived with CONNECT.
+    fn run(&mut self, early: Vec<u8>) -> impl Future<Output = End> {
+        let mut end = self.received(0, &early).err();
+        poll_fn(move |cx| match end.take() {
+            Some(end) => Poll::Ready(end),
+            None => self.poll(cx),
+        })
+    }
+
+    fn poll(&mut self, cx: &mut task::Context<'_>) -> Poll<End> {
+        let polled = match self.make_progress(cx) {
+            Ok(polled) => polled,
+            Err(end) => return Poll::Ready(end),
+        };
+        if self.machine.paused() || self.machine.deadline().is_some() {
+            // The broker's answers wake a paused client too; the tick is its second chance.
+            self.clients.router.wake_soon(self.machine.handle());
+        }
+        match polled {
+            Poll::Ready(()) => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Writes and reads. Ready: there may be more to do at once.
+    fn make_progress(&mut self, cx: &mut task::Context<'_>) -> Result<Poll<()>, End> {
+        self.machine.woken(cx.waker())?;
+        if self.machine.handle().take_ping() {
+            // A ping that cannot be sent now is sent with the next output.
+            let _ = self.socket.poll_ping(cx);
+        }
+        let traffic = self.socket.traffic();
+        for reset in self.on_machine(|machine, cx| machine.watch(cx, traffic)) {
+            self.reset(&reset);
+        }
+        for _ in 0..ROUNDS_MAX {
+            self.poll_write(cx)?;
+            if self.machine.paused() {
+                let reset = self.on_machine(Machine::resume)?;
+                self.reset_if(reset);
+                if self.machine.paused() {
+                    return Ok(Poll::Pending);
+                }
+                continue;
+            }
+            let unread = self.on_machine(Machine::unread);
+            if unread == u16::MAX {
+                return Ok(Poll::Pending);
+            }
+            self.socket.pause_streams(unread);
+            match self.poll_read(cx) {
+                Poll::Ready(result) => result?,
+                Poll::Pending => {
+                    let reset = self.on_machine(Machine::expired)?;
+                    if reset.is_none() {
+                        return Ok(Poll::Pending);
+                    }
+                    self.reset_if(reset);
+                }
+            }
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    /// Writes until nothing is left or the socket takes no more.
+    fn poll_write(&mut self, cx: &mut task::Context<'_>) -> Result<(), End> {
+        loop {
+            if self.machine.wants_to_send() {
+                let output = self.machine.output(0);
+                let offered = output.rest().len();
+                let sent = self.socket.poll_send(cx, 0, output);
+                metrics()
+                    .bytes_sent
+                    .increment((offered - output.rest().len()) as u64);
+                let done = match sent {
+                    Poll::Ready(Ok(())) => true,
+                    Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
+                    Poll::Pending => false,
+                };
+                self.machine.sent(offered, done, self.clients.clock.now());
+                if !done && self.machine.streams() == 0 {
+                    return Ok(());
+                }
+            }
+            self.poll_streams(cx)?;
+            let now = self.clients.clock.now();
+            if !self.machine.transmit(&self.clients.router, now)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Writes the output of the data streams, and ends those that have sent all.
+    fn poll_streams(&mut self, cx: &mut task::Context<'_>) -> Result<(), End> {
+        let streams = self.machine.streams();
+        for number in (1..16).filter(|n| streams & 1 << n != 0) {
+            let output = self.machine.output(number);
+            if !output.is_empty() {
+                let offered = output.rest().len();
+                let sent = self.socket.poll_send(cx, number, output);
+                metrics()
+                    .bytes_sent
+                    .increment((offered - output.rest().len()) as u64);
+                let done = match sent {
+                    Poll::Ready(Ok(())) => true,
+                    Poll::Pending => false,
+                    Poll::Ready(Err(Closed::StreamReset(_))) => {
+                        self.on_machine(|machine, cx| machine.stream_ended(cx, number));
+                        continue;
+                    }
+                    Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
+                };
+                let traffic = self.socket.traffic();
+                self.on_machine(|m, cx| m.stream_sent(cx, number, offered, done, traffic));
+            }
+            if self.on_machine(|machine, cx| machine.finish(cx, number)) {
+                self.socket.finish_stream(number);
+            }
+        }
+        Ok(())
+    }
+
+    fn poll_read(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), End>> {
+        let mut scratch = SCRATCH.with(RefCell::take);
+        scratch.clear();
+        let polled = self.socket.poll_recv(cx, &mut scratch);
+        let result = match polled {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Err(Closed::StreamReset(number))) => {
+                self.on_machine(|machine, cx| machine.stream_ended(cx, number));
+                Poll::Ready(Ok(()))
+            }
+            Poll::Ready(Err(closed)) => Poll::Ready(Err(End::from_closed(closed))),
+            Poll::Ready(Ok(recv)) => {
+                metrics().bytes_received.increment(recv.bytes as u64);
+                if let Some(address) = self.socket.take_new_peer() {
+                    self.moved(address);
+                }
+                let result = self.received(recv.stream, &scratch);
+                if recv.finished {
+                    let number = recv.stream;
+                    let reset = self.on_machine(|machine, cx| machine.stream_closed(cx, number));
+                    self.reset_if(reset);
+                }
+                Poll::Ready(result)
+            }
+        };
+        SCRATCH.with(|s| s.replace(scratch));
+        result
+    }
+
+    /// Gives the machine bytes of one stream.
+    fn received(&mut self, stream: u8, bytes: &[u8]) -> Result<(), End> {
+        let reset = self.on_machine(|machine, cx| machine.received(cx, stream, bytes))?;
+        self.reset_if(reset);
+        Ok(())
+    }
+
+    fn reset_if(&mut self, reset: Option<StreamReset>) {
+        if let Some(reset) = reset {
+            self.reset(&reset);
+        }
+    }
+
+    /// Aborts a data stream whose own fault has ended it.
+    fn reset(&mut self, reset: &StreamReset) {
+        if let Some(suppressed) = RESETS.permit(self.clients.clock.now()) {
+            tracing::info!(
+                client_id = clean(&self.identity.client_id, 64),
+                listener = &*self.peer.listener,
+                peer = %self.socket.peer_addr(),
+                reason = %reset.reason,
+                code = reset.code.0,
+                suppressed,
+                "Data stream reset: {}",
+                reset.why
+            );
+        }
+        self.socket.reset_stream(reset.stream, reset.code.0.into());
+    }
+
+    /// The client's address has changed.
+    fn moved(&mut self, address: SocketAddr) {
+        tracing::info!(
+            client_id = clean(&self.identity.client_id, 64),
+            listener = &*self.peer.listener,
+            transport = self.peer.transport,
+            from = %self.peer.address,
+            peer = %address,
+            "Client's address changed"
+        );
+        let peer = Peer {
+            address,
+            ..(*self.peer).clone()
+        };
+        self.peer = Arc::new(peer);
+        let router = &self.clients.router;
+        let caller = self.machine.caller();
+        router.moved(caller.session, caller.connection_no, self.peer.clone());
+        let listener = &self.peer.listener;
+        if let Some(sender) = sender_moved(self.clients, listener, &self.identity, address) {
+            router.set_sender(caller.session, caller.connection_no, sender);
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! How a connection ends: the rest of its output still reaches the client, then the reason.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::task::{self, Poll};
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::client::end::End;
+use crate::client::machine::Remains;
+use crate::client::task::{SCRATCH, Task};
+use crate::telemetry::{clean, metrics};
+use crate::transport::{CloseHow, Closed, Stream};
+
+/// How long a client is given to take the rest of its output.
+const CLOSE_WAIT: Duration = Duration::from_secs(1);
+/// Reads that follow a DISCONNECT: bytes that arrived on data streams before it are not lost.
+const LAST_READS_MAX: usize = 256;
+
+impl Task<'_> {
+    /// Ends the connection, at the router and at the client.
+    pub(super) async fn close(mut self, end: End) {
+        if end.is_by_client() {
+            poll_fn(|cx| {
+                self.read_data_streams(cx);
+                Poll::Ready(())
+            })
+            .await;
+        }
+        let Self {
+            clients,
+            mut socket,
+            identity,
+            peer,
+            machine,
+        } = self;
+        let remains = machine.ended(&clients.router, &end, clients.clock.now());
+        metrics().disconnects[end.label].increment(1);
+        tracing::info!(
+            client_id = clean(&identity.client_id, 64),
+            principal = clean(&identity.principal, 64),
+            listener = &*peer.listener,
+            transport = peer.transport,
+            peer = %socket.peer_addr(),
+            reason = %end.label,
+            code = end.code.0,
+            session_ended = remains.session_ended,
+            "Connection ended: {}",
+            end.why
+        );
+        if !end.is_lost() {
+            let _ = timeout(CLOSE_WAIT, send_rest(&mut socket, remains, end.how)).await;
+        }
+    }
+
+    /// Streams keep no order with each other: packets that arrived on data streams with or before
+    /// the client's DISCONNECT still count.
+    fn read_data_streams(&mut self, cx: &mut task::Context<'_>) {
+        if !self.socket.has_data_streams() {
+            return;
+        }
+        self.socket.pause_streams(0);
+        let mut scratch = SCRATCH.with(RefCell::take);
+        for _ in 0..LAST_READS_MAX {
+            scratch.clear();
+            match self.socket.poll_recv(cx, &mut scratch) {
+                Poll::Ready(Ok(recv)) if recv.stream != 0 => {
+                    if self.received(recv.stream, &scratch).is_err() {
+                        break;
+                    }
+                }
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(Closed::StreamReset(number))) => {
+                    self.on_machine(|machine, cx| machine.stream_ended(cx, number));
+                }
+                Poll::Ready(Err(_)) | Poll::Pending => break,
+            }
+        }
+        SCRATCH.with(|s| s.replace(scratch));
+    }
+}
+
+/// Sends the last output, and closes the transport.
+async fn send_rest(socket: &mut Stream, mut remains: Remains, how: CloseHow) {
+    let output = &mut remains.output;
+    if !output.is_empty() && poll_fn(|cx| socket.poll_send(cx, 0, output)).await.is_err() {
+        return;
+    }
+    // The data streams get what they take at once.
+    poll_fn(|cx| {
+        for (number, output) in &mut remains.streams {
+            let _ = socket.poll_send(cx, *number, output);
+        }
+        Poll::Ready(())
+    })
+    .await;
+    poll_fn(|cx| socket.poll_close(cx, how)).await;
+}
