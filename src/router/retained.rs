@@ -5,6 +5,7 @@
 //! the cache before it is fanned out: so a value older than one already delivered never follows it.
 
 mod cache;
+mod missed;
 mod release;
 mod resync;
 

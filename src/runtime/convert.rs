@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use foldhash::fast::FixedState;
+
 use crate::auth::{Acl, Authenticator};
 use crate::budget::Account;
 use crate::client::{Clients, Rate, machine};
@@ -160,7 +162,7 @@ fn session_limits(config: &Config) -> SessionLimits {
         expiry_max: seconds(config.session.expiry_max),
         publish_account: Arc::new(Account::new()),
         reserved_key: RESERVED_KEY,
-        hasher: Default::default(),
+        hasher: FixedState::with_seed(getrandom::u64().unwrap_or_default()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use foldhash::fast::RandomState;
+use foldhash::fast::FixedState;
 
 use crate::mqtt::{QoS, ReasonCode};
 
@@ -119,9 +119,11 @@ pub struct Answer {
 }
 
 /// The receiving half of a session.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Inbound {
-    entries: HashMap<Key, Entry, RandomState>,
+    /// Keyed from the configured seed, because the order decides which of several publishes with one
+    /// packet identifier a PUBREL means.
+    entries: HashMap<Key, Entry, FixedState>,
     /// Publishes whose stream has closed. A retransmission may arrive on any stream; it is matched by
     /// DUP, packet identifier and content.
     detached: Vec<Entry>,
@@ -139,6 +141,20 @@ pub struct Inbound {
 }
 
 impl Inbound {
+    /// The receiving half of a new session.
+    pub fn new(hasher: FixedState) -> Self {
+        Self {
+            entries: HashMap::with_hasher(hasher),
+            detached: Vec::new(),
+            unclaimed: Vec::new(),
+            sequence: 0,
+            waiting: 0,
+            answered: 0,
+            progressed: false,
+            multi_stream: false,
+        }
+    }
+
     /// Publishes of QoS 1 and 2 that the client may count as unanswered, and QoS 2 not released.
     pub fn open(&self) -> usize {
         let waits = |e: &&Entry| matches!(e.state, State::Waiting(_));
@@ -487,14 +503,14 @@ impl Inbound {
 
     fn shrink(&mut self) {
         if self.entries.is_empty() && self.entries.capacity() > 16 {
-            self.entries = HashMap::default();
+            self.entries = HashMap::with_hasher(self.entries.hasher().clone());
         }
     }
 }
 
 /// QoS 2 publishes with this identifier that are received and not surely released.
 fn of_identifier<'a>(
-    entries: &'a mut HashMap<Key, Entry, RandomState>,
+    entries: &'a mut HashMap<Key, Entry, FixedState>,
     detached: &'a mut [Entry],
     packet_id: u16,
 ) -> impl Iterator<Item = &'a mut Entry> {

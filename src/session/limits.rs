@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
-use foldhash::fast::RandomState;
+use foldhash::fast::FixedState;
 
 use crate::budget::Account;
 use crate::mqtt::QoS;
@@ -77,8 +77,9 @@ pub struct SessionLimits {
     /// Our own user property, which is stripped from clients' publishes: a client must not set an
     /// origin mark.
     pub reserved_key: &'static str,
-    /// Keyed for the process. Digests recognise copies of publishes.
-    pub hasher: RandomState,
+    /// Hashes contents, to recognise copies of publishes, and packet identifiers. Its seed is random in
+    /// each process, and the same in each run of a simulation.
+    pub hasher: FixedState,
 }
 
 impl SessionLimits {

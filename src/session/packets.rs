@@ -11,7 +11,7 @@ use crate::time::Millis;
 use crate::topics::matches;
 
 use crate::session::connection::{Connection, Scope};
-use crate::session::inbound::{Answer, Arrival, Incoming, Token};
+use crate::session::inbound::{Answer, Arrival, Inbound, Incoming, Token};
 use crate::session::incarnation::Incarnation;
 use crate::session::{CloseReason, Effect, Policy, Session, SessionLimits, Subscription};
 
@@ -143,7 +143,9 @@ impl Session {
             qos: publish.qos,
             digest: limits.hasher.hash_one((topic, publish.payload)),
         };
-        let inbound = self.inbound.get_or_insert_default();
+        let inbound = self
+            .inbound
+            .get_or_insert_with(|| Box::new(Inbound::new(limits.hasher.clone())));
         match inbound.arrive(&incoming, open_max) {
             Arrival::New(token) => return Ok(Some(token)),
             Arrival::Joined => {}

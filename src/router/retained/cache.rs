@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use crate::budget::Account;
 use crate::mqtt::Message;
-use crate::router::retained::resync::Missed;
+use crate::router::retained::missed::Missed;
 use crate::router::types::{Arrived, Reply, RetainedRequest, SessionRef};
 use crate::time::Millis;
 use crate::topics::{FilterId, FilterTrie};
@@ -46,7 +46,8 @@ pub(super) struct Cached {
     pub(super) state: State,
     /// The filter, once it is among the known ones.
     pub(super) name: Option<Arc<str>>,
-    pub(super) topics: HashMap<Box<str>, Message, RandomState>,
+    /// The last message of each topic; ordered, so that clients get them in the same order each time.
+    pub(super) topics: BTreeMap<Box<str>, Message>,
     /// Topics (hashed) with a live RETAIN=1 message since the fetch began: the fetched one is older.
     pub(super) live: HashSet<u64, RandomState>,
     /// Topics (hashed) for which a newer live message arrived through another filter but not yet through
@@ -98,7 +99,7 @@ impl Cached {
         Box::new(Self {
             state: State::Queued,
             name: None,
-            topics: HashMap::default(),
+            topics: BTreeMap::new(),
             live: HashSet::default(),
             ahead: HashMap::default(),
             requests,
@@ -389,7 +390,7 @@ impl Cache {
         if let Some(cached) = self.filters.get_mut(&number) {
             cached.overflow = true;
             self.bytes -= std::mem::take(&mut cached.bytes);
-            cached.topics = HashMap::default();
+            cached.topics = BTreeMap::new();
         }
     }
 }

@@ -10,10 +10,12 @@ use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::router::handle::ConnectionHandle;
-use crate::router::sessions::expiry::REMEMBER_CLOSED_MS;
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::{DueWill, PresenceChange, SessionActions, Sessions, shed};
 use crate::router::types::{Peer, SessionRef};
+
+/// How long publishes of a closed session are recognised when its client sends them again.
+pub(super) const REMEMBER_CLOSED_MS: Millis = 2 * 60 * 1000;
 
 /// An authenticated CONNECT.
 #[derive(Debug)]

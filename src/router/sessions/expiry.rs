@@ -4,12 +4,9 @@ use crate::session::CloseReason;
 use crate::telemetry::{SessionEndReason, metrics};
 use crate::time::Millis;
 
-use crate::router::sessions::connect::{count_lost, leave};
+use crate::router::sessions::connect::{REMEMBER_CLOSED_MS, count_lost, leave};
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::{DueWill, PresenceChange, SHARDS, SessionActions, Sessions};
-
-/// How long publishes of a closed session are recognised when its client sends them again.
-pub(super) const REMEMBER_CLOSED_MS: Millis = 2 * 60 * 1000;
 
 impl Sessions {
     /// The numbers of all shards.

@@ -1,6 +1,8 @@
 use std::cell::Cell;
 
 use super::*;
+use foldhash::fast::FixedState;
+
 use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
 use crate::session::{ConnectionSpec, Incarnation, QueueFull};
 
@@ -40,7 +42,7 @@ fn limits(subscriptions_max: usize) -> SessionLimits {
         expiry_max: 0,
         publish_account: Arc::default(),
         reserved_key: "",
-        hasher: RandomState::default(),
+        hasher: FixedState::default(),
     }
 }
 
