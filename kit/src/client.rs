@@ -8,7 +8,7 @@ use thiserror::Error;
 use tokio::time::timeout;
 
 use crate::dial::Dialer;
-use crate::link::{Cut, Ghost, Link};
+use crate::link::{Abandoned, Cut, Link};
 use crate::wire::{
     Ack, Codes, ConnAck, Connect, Packet, Publish, Reason, Subscribe, Unsubscribe, Version,
     WireError, decode, encode, kind, put_ack,
@@ -383,7 +383,7 @@ impl Client {
     }
 
     /// Breaks off without a word; see [`Cut`].
-    pub fn cut(self, how: Cut) -> Ghost {
+    pub fn cut(self, how: Cut) -> Abandoned {
         self.link.cut(how)
     }
 

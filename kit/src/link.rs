@@ -34,9 +34,9 @@ pub enum Cut {
     Silent,
 }
 
-/// What is left of a silent client; dropping it releases its socket.
+/// The socket of a client that went silent; dropping it closes the socket.
 #[derive(Debug)]
-pub struct Ghost(#[allow(dead_code)] Option<Link>);
+pub struct Abandoned(#[allow(dead_code)] Option<Link>);
 
 #[derive(Debug)]
 enum Io {
@@ -131,19 +131,19 @@ impl Link {
         .await
     }
 
-    /// Breaks the link off. A silent cut leaves a ghost, which the caller keeps for as long as the
-    /// server is to be left in the dark.
-    pub fn cut(self, how: Cut) -> Ghost {
+    /// Breaks the link off. A silent cut leaves an open socket, which the caller keeps for as long as the
+    /// server is to notice nothing.
+    pub fn cut(self, how: Cut) -> Abandoned {
         match (how, &self.io) {
             (Cut::Silent, Io::Quic(quic)) => quic.mute(),
             (Cut::Silent, Io::WebTransport(session)) => session.mute(),
-            (Cut::Silent, _) => return Ghost(Some(self)),
+            (Cut::Silent, _) => return Abandoned(Some(self)),
             (_, Io::Quic(quic)) => quic.close(),
             (_, Io::WebTransport(session)) => session.close(),
             (Cut::Reset, _) => self.reset_on_drop(),
             (Cut::Close, _) => {}
         }
-        Ghost(None)
+        Abandoned(None)
     }
 
     /// Ends the link in good manners: a WebSocket close, a TLS close, a FIN.

@@ -1,22 +1,24 @@
-//! How a network in user space treats packets, and the choice of which.
+//! How the relays treat packets: delay, loss, duplicates, reordering. Like Linux' netem, in user space.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// What befalls each packet, in each direction.
+use crate::rng::Rng;
+
+/// The treatment of each packet, in each direction.
 #[derive(Debug, Clone, Copy)]
 pub struct Netem {
-    /// How long it is on its way.
+    /// The time that a packet takes.
     pub delay: Duration,
-    /// The part of them that is lost.
+    /// The fraction of packets that is lost, 0 to 1.
     pub loss: f64,
-    /// The part that comes twice.
+    /// The fraction of packets that arrives twice.
     pub duplicate: f64,
-    /// The part that comes later than those behind it.
+    /// The fraction of packets that arrives after its successors.
     pub late: f64,
-    /// How much later, at most.
+    /// The longest extra time of such a packet.
     pub by: Duration,
-    /// Repeats a run's choices, as far as the packets are the same.
+    /// The same seed makes the same choices for the same packets.
     pub seed: u64,
 }
 
@@ -32,21 +34,18 @@ impl Netem {
     };
 }
 
-/// The only source of chance of a relay.
+/// The chance of a relay, shared by its tasks.
 #[derive(Debug)]
-pub(crate) struct Chance(AtomicU64);
+pub(crate) struct Chance(Mutex<Rng>);
 
 impl Chance {
     pub(crate) fn new(seed: u64) -> Self {
-        Self(AtomicU64::new(seed))
+        Self(Mutex::new(Rng::new(seed)))
     }
 
-    /// From 0 to 1 (SplitMix64).
+    /// From 0 to 1.
     pub(crate) fn next(&self) -> f64 {
-        const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
-        let mut z = self.0.fetch_add(STEP, Ordering::Relaxed).wrapping_add(STEP);
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+        let mut rng = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        rng.fraction()
     }
 }

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use crate::client::{Client, ClientError};
 use crate::dial::Dialer;
-use crate::link::{Cut, Ghost};
+use crate::link::{Abandoned, Cut};
 use crate::wire::{ConnAck, Connect, Packet};
 
 /// The number of the control stream.
@@ -179,11 +179,11 @@ impl Streams {
     ///
     /// # Errors
     /// The connection or a stream is lost.
-    pub async fn fence(&mut self) -> Result<(), ClientError> {
+    pub async fn barrier(&mut self) -> Result<(), ClientError> {
         for (_, data) in &mut self.data {
             if let Data::Open(client) = data {
                 // PINGREQ belongs on the control stream.
-                client.unsubscribe(&["fence"]).await?;
+                client.unsubscribe(&["marker"]).await?;
             }
         }
         self.control.ping().await
@@ -228,7 +228,7 @@ impl Streams {
     }
 
     /// Breaks the connection off without a word.
-    pub fn cut(self, how: Cut) -> Ghost {
+    pub fn cut(self, how: Cut) -> Abandoned {
         // Before the data streams are dropped, which would finish them.
         self.control.cut(how)
     }

@@ -41,12 +41,12 @@ struct Shared {
 /// The way of one client to the server, by a socket of its own.
 #[derive(Debug, Clone)]
 struct Back {
-    up: Lane,
+    up: Direction,
     task: AbortHandle,
 }
 
 /// One direction of one client: datagrams in their order, and when each arrives.
-type Lane = mpsc::Sender<(Instant, Vec<u8>)>;
+type Direction = mpsc::Sender<(Instant, Vec<u8>)>;
 
 impl Drop for UdpRelay {
     fn drop(&mut self) {
@@ -79,7 +79,7 @@ impl UdpRelay {
         self.addr
     }
 
-    /// From now on the netem is another.
+    /// Treats packets in another way from now on.
     pub fn set_netem(&self, netem: Netem) {
         *lock(&self.shared.netem) = netem;
     }
@@ -165,7 +165,7 @@ impl Shared {
     }
 
     /// Sends a datagram's copies on their way.
-    fn pass(&self, datagram: &[u8], lane: &Lane) {
+    fn pass(&self, datagram: &[u8], queue: &Direction) {
         let netem = *lock(&self.netem);
         if self.chance.next() < netem.loss {
             self.lost.fetch_add(1, Ordering::Relaxed);
@@ -176,13 +176,13 @@ impl Shared {
             let due = Instant::now() + netem.delay;
             let datagram = datagram.to_vec();
             if self.chance.next() < netem.late {
-                let (lane, due) = (lane.clone(), due + netem.by.mul_f64(self.chance.next()));
+                let (queue, due) = (queue.clone(), due + netem.by.mul_f64(self.chance.next()));
                 tokio::spawn(async move {
                     sleep_until(due).await;
-                    let _ = lane.try_send((due, datagram));
+                    let _ = queue.try_send((due, datagram));
                 });
             } else {
-                let _ = lane.try_send((due, datagram));
+                let _ = queue.try_send((due, datagram));
             }
         }
     }
@@ -190,11 +190,11 @@ impl Shared {
 
 /// Sends what is due: to one, or to the peer of a connected socket.
 async fn deliver(
-    mut lane: mpsc::Receiver<(Instant, Vec<u8>)>,
+    mut queue: mpsc::Receiver<(Instant, Vec<u8>)>,
     socket: &UdpSocket,
     to: Option<SocketAddr>,
 ) {
-    while let Some((due, datagram)) = lane.recv().await {
+    while let Some((due, datagram)) = queue.recv().await {
         sleep_until(due).await;
         // Whoever is not there misses it.
         let _ = match to {

@@ -133,7 +133,7 @@ def test_publishes(guarded, client):
     bob.publish("public/x", "no", expect=0x87)
     bob.publish("own/bob/x", "yes")
     bob.publish("device/device9", "yes")
-    assert alice.fence(alice, "fleet/end") == []
+    assert alice.until_marker(alice, "fleet/end") == []
     assert not bob.ended.is_set()
 
 
@@ -142,7 +142,7 @@ def test_three_one_one_publishes_are_acknowledged_and_dropped(guarded, client):
     alice.subscribe("fleet/#")
     bob = client(guarded, version=4, user="bob", password=USERS["bob"])
     bob.publish("fleet/a", "no")
-    assert alice.fence(alice, "fleet/end") == []
+    assert alice.until_marker(alice, "fleet/end") == []
     bob.subscribe(("fleet/#", 1), ("own/bob/#", 1), expect=[0x80, 1])
 
 

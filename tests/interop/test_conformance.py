@@ -49,7 +49,7 @@ def test_will_retain(edge, client, retain, version):
         assert (got.text, got.retain) == ("gone", True)
         watcher.publish(topic, "", retain=True)
     else:
-        assert late.fence(watcher, topic) == []
+        assert late.until_marker(watcher, topic) == []
 
 
 @pytest.mark.parametrize("protocol", ("5", "3.1.1"))
@@ -88,7 +88,7 @@ def test_nothing_behind_a_refused_connect_is_processed(edge, client, version):
         raw.send(wire.connect("" if version == 4 else fresh("x"), version=version, **method) + wire.publish(topic, b"no", version=version))
         packets, _ = raw.wait_closed()
         assert len(packets) == 1 and packets[0].kind == wire.CONNACK and packets[0].body[1] != 0
-    assert watcher.fence(watcher, topic) == []
+    assert watcher.until_marker(watcher, topic) == []
 
 
 def test_a_malformed_connect_of_3_1_1_gets_no_connack(edge):
@@ -150,7 +150,7 @@ def test_a_broker_without_quality_two(before, client):
         assert packets[-1].kind == wire.DISCONNECT and packets[-1].body[0] == 0x9B
     refused = paho.Paho(links.Way(edge, "tcp"), fresh("w"), will={"topic": topic, "payload": "x", "qos": 2}, connect=False)
     refused.connect(expect=0x9B)
-    assert one.fence(one, topic) == []
+    assert one.until_marker(one, topic) == []
 
 
 def test_a_broker_without_retained_messages(before, client):
@@ -266,7 +266,7 @@ def test_quality_two_of_a_group_dies_with_its_members_session(edge, client):
         other.subscribe((f"$share/g/{topic}", 2))
     pub.publish(topic, "next", qos=2)
     assert other.next().text == "next"
-    assert other.fence(pub, topic) == []
+    assert other.until_marker(pub, topic) == []
 
 
 def test_the_newest_retained_message_counts_whatever_its_quality(edge, client):

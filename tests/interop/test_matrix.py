@@ -89,7 +89,7 @@ class Bench:
 
 
 def settled(pub, one, topic: str) -> list:
-    return [m for m in one.until_fence(pub, topic)]
+    return [m for m in one.until_own_marker(pub, topic)]
 
 
 def qos(level: int):

@@ -31,7 +31,7 @@ def test_three_qos_in_order(edge, client, transport, version):
         mine = [m for m in got if m.topic == f"{topic}/{qos}"]
         assert [m.text for m in mine] == [f"{n}" for n in range(40)]
         assert {m.qos for m in mine} == {qos} and not any(m.dup or m.retain for m in mine)
-    assert sub.fence(pub, f"{topic}/end") == []
+    assert sub.until_marker(pub, f"{topic}/end") == []
 
 
 @each_transport
@@ -62,7 +62,7 @@ def test_message_expiry_is_counted_down_and_expired_messages_go(edge, client, wa
     time.sleep(2.2)
     back = client(edge, client_id=me, clean=False, expiry=300)
     assert back.session_present
-    (only,) = back.fence(pub, topic)
+    (only,) = back.until_marker(pub, topic)
     assert only.text == "long" and 50 <= only.props.MessageExpiryInterval <= 58
 
 
@@ -131,11 +131,11 @@ def test_retained_and_none(edge, client, version):
     # Where there is none, none comes, at the first asking and at the second.
     for one in (first, second):
         one.subscribe(f"{topic}/none/+")
-        assert one.until_fence(pub, f"{topic}/b") == []
+        assert one.until_own_marker(pub, f"{topic}/b") == []
     # Another's fetch is not seen: `first` gets nothing when `second` asks again.
     second.subscribe(f"{topic}/#")
-    assert [m.text for m in second.until_fence(pub, f"{topic}/b")] == ["kept"]
-    first.until_fence(pub, f"{topic}/b")
+    assert [m.text for m in second.until_own_marker(pub, f"{topic}/b")] == ["kept"]
+    first.until_own_marker(pub, f"{topic}/b")
     pub.publish(f"{topic}/a", "", 1, retain=True)
 
 
@@ -146,7 +146,7 @@ def test_retain_handling(edge, client, handling, first, again):
     pub.publish(topic, "kept", 1, retain=True)
     for expected in (first, again):
         sub.subscribe(topic, retainHandling=handling)
-        assert [m.text for m in sub.fence(pub, topic)] == ["kept"] * expected
+        assert [m.text for m in sub.until_marker(pub, topic)] == ["kept"] * expected
 
 
 def test_retain_as_published(edge, client):
@@ -171,7 +171,7 @@ def test_no_local(edge, client):
     # An identical message of another is not one's own.
     me.publish(topic, "same")
     other.publish(topic, "same")
-    assert [m.text for m in me.fence(other, topic)] == ["same"]
+    assert [m.text for m in me.until_marker(other, topic)] == ["same"]
 
 
 @pytest.mark.parametrize("version", (4, 5))
@@ -185,7 +185,7 @@ def test_overlapping_filters_give_one_copy_at_the_highest_qos(edge, client, vers
     got = sub.take(10)
     assert [(m.text, m.qos) for m in got] == [(f"{n}", 2) for n in range(10)]
     assert [(m.text, m.qos) for m in other.take(10)] == [(f"{n}", 1) for n in range(10)]
-    assert sub.fence(pub, f"{topic}/a", 2) == [] and [m.text for m in other.incoming.queue][1:] == []
+    assert sub.until_marker(pub, f"{topic}/a", 2) == [] and [m.text for m in other.incoming.queue][1:] == []
 
 
 def test_subscription_identifiers_are_the_clients_own(edge, client):
@@ -215,7 +215,7 @@ def test_takeover(edge, client, first, second):
     watcher.publish(f"{topic}/mine", "x")
     assert new.next().text == "x"
     # The session goes on, but the old connection ended without DISCONNECT and with a will delay of 0.
-    got = [m.text for m in watcher.until_fence(watcher, f"{topic}/end")]
+    got = [m.text for m in watcher.until_own_marker(watcher, f"{topic}/end")]
     assert got in (["x"], ["gone", "x"], ["x", "gone"])
 
 
@@ -349,7 +349,7 @@ def test_quality_two_across_a_cut(edge, client, way, transport):
         pub.wait_published(mid)
     sub.reconnect()
     assert sub.session_present
-    rest = sub.fence(pub, topic, 2)
+    rest = sub.until_marker(pub, topic, 2)
     assert [m.text for m in got + rest] == [f"{n}" for n in range(200)]
 
 
@@ -364,14 +364,14 @@ def test_will_with_delay_cancelled_by_resume(edge, client, way):
     back = client(edge, client_id=me, clean=False, expiry=300)
     assert back.session_present
     time.sleep(2.5)
-    assert watcher.fence(watcher, f"{topic}/end") == []
+    assert watcher.until_marker(watcher, f"{topic}/end") == []
     # And one that nobody cancels fires, once.
     with Raw(edge["tcp"].port) as raw:
         raw.send(will_connect(fresh("id"), f"{topic}/will", 1))
         assert raw.recv().reason == 0
         raw.reset()
     assert watcher.next().text == "gone"
-    assert watcher.fence(watcher, f"{topic}/end") == []
+    assert watcher.until_marker(watcher, f"{topic}/end") == []
 
 
 def will_connect(me: str, topic: str, delay: int) -> bytes:

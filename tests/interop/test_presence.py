@@ -22,7 +22,7 @@ def told(broker, own_edge, client):
         watcher = client(edge, client_id=name)
         watcher.subscribe(f"{base}/+")
         # Its own coming is told before anybody can listen, or just after.
-        assert [m for m in watcher.fence(watcher, f"{base}/fence") if word(m) != (name, True)] == []
+        assert [m for m in watcher.until_marker(watcher, f"{base}/marker") if word(m) != (name, True)] == []
         way = links.Way(edge, "tcp")
         made.append(way)
         return edge, watcher, way, base
@@ -70,8 +70,8 @@ def test_a_short_flap_is_hidden(told, client, kind):
         way.cut()
         one.abandon()
         one = paho.Paho(way, name, will=will, **how)
-    assert watcher.fence(watcher, f"{base}/fence") == []
-    assert wills.fence(wills, topic) == []
+    assert watcher.until_marker(watcher, f"{base}/marker") == []
+    assert wills.until_marker(wills, topic) == []
     # One that stays away is told once, with its will.
     began = time.monotonic()
     way.cut()
@@ -79,12 +79,12 @@ def test_a_short_flap_is_hidden(told, client, kind):
     assert wills.next().text == "gone"
     assert word(watcher.next()) == (name, False)
     assert time.monotonic() - began > 1.9
-    # Who says goodbye does not flap.
+    # A client that sends DISCONNECT does not flap.
     one = paho.Paho(way, name, will=will, **how)
     assert word(watcher.next()) == (name, True)
     one.close()
     assert word(watcher.next()) == (name, False)
-    assert wills.fence(wills, topic) == []
+    assert wills.until_marker(wills, topic) == []
 
 
 def test_a_session_that_ends_within_the_grace_keeps_its_will_until_then(told, client):
@@ -98,7 +98,7 @@ def test_a_session_that_ends_within_the_grace_keeps_its_will_until_then(told, cl
     one.abandon()
     time.sleep(1.5)  # What is awaited is time itself: the session ends, the grace goes on.
     one = paho.Paho(way, name, will=will, expiry=1)
-    assert wills.fence(wills, topic) == []
+    assert wills.until_marker(wills, topic) == []
     way.cut()
     one.abandon()
     assert wills.next().text == "gone"

@@ -122,7 +122,7 @@ def test_many_handshakes_that_lead_nowhere(edge, client):
 
 
 def test_a_connection_from_another_network_resumes(edge, client):
-    """The first one hears and says nothing any more, and never said goodbye."""
+    """The first one hears and says nothing any more, and never sent DISCONNECT."""
     topic, me = fresh(), fresh("id")
     one = Phone(edge["quic"].port, edge.pki.ca)
     one.connect(me, clean=False, expiry=300)

@@ -66,7 +66,7 @@ def served(edge, given, topic: str, sent: list[bytes] | None = None):
 
 
 def texts(watcher, client, topic: str) -> list[str]:
-    return sorted(m.text for m in watcher.fence(client, topic))
+    return sorted(m.text for m in watcher.until_marker(client, topic))
 
 
 def test_a_ticket_resumes_in_one_round_trip_and_offers_no_early_data(edge):
@@ -84,7 +84,7 @@ def test_early_data_that_nobody_offered_is_not_executed_and_not_lost(edge, clien
     given = ticket(edge)
     given.max_early_data_size = 0xFFFFFFFF
     unfinished(edge, given, topic)
-    assert watcher.fence(client(edge), topic) == []
+    assert watcher.until_marker(client(edge), topic) == []
     assert not served(edge, given, topic).early_data_accepted
     assert texts(watcher, client(edge), topic) == ["early", "early too"]
 
@@ -96,7 +96,7 @@ def test_early_data_that_is_taken_waits_for_the_handshake(takes, client):
     given = ticket(takes)
     assert given.max_early_data_size == 0xFFFFFFFF
     unfinished(takes, given, topic)
-    assert watcher.fence(client(takes), topic) == []
+    assert watcher.until_marker(client(takes), topic) == []
     # The ticket is used up, and its early data is refused: the client sends it again.
     again = served(takes, given, topic)
     assert not again.session_resumed and not again.early_data_accepted
@@ -121,4 +121,4 @@ def test_a_first_flight_that_is_sent_again_does_nothing(takes, client):
     # The server has read them all by the time that it has served another.
     with Phone(takes["quic"].port, takes.pki.ca) as other:
         other.connect(fresh("id"))
-    assert watcher.fence(client(takes), topic) == []
+    assert watcher.until_marker(client(takes), topic) == []

@@ -105,7 +105,7 @@ def test_two_streams_use_one_identifier_at_once(edge, phone, client):
     # PUBREL may come on any stream.
     one.send(0, wire.ack(wire.PUBREL, 1))
     assert one.recv(0).reason == 0
-    got = [m.text for m in watcher.fence(client(edge), topic, 2)]
+    got = [m.text for m in watcher.until_marker(client(edge), topic, 2)]
     assert sorted(got) == ["next", "of 4", "of 8"]
 
 
@@ -130,7 +130,7 @@ def test_qos_2_is_taken_up_on_any_stream_of_the_next_connection(edge, phone, cli
     assert two.recv(dup_on).kind == wire.PUBCOMP
     two.send(12, wire.publish(topic, b"c", 2, 1, dup=True))
     assert two.recv(12).kind == wire.PUBREC
-    got = [m.text for m in watcher.fence(client(edge), topic, 2)]
+    got = [m.text for m in watcher.until_marker(client(edge), topic, 2)]
     assert sorted(got) == ["a", "b", "c"]
 
 
@@ -484,6 +484,6 @@ def test_nanomq_is_served_without_loss(edge, client):
         one.pinged()
         one.leave()
         edge.wait_metric("it is gone", lambda m: edge.api(f"/api/v1/sessions/{me}")["attached"] is False)
-    got = [m.payload for m in watcher.fence(pub, f"{topic}/up", 2)]
+    got = [m.payload for m in watcher.until_marker(pub, f"{topic}/up", 2)]
     assert sorted(got) == sorted(up)
     edge.assert_sane()

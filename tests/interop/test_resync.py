@@ -51,13 +51,13 @@ def test_what_changed_comes_and_what_did_not_does_not(gap, client, root):
     missed = one.take(2, 20)
     assert {m.topic: m.text for m in missed} == {f"{topic}/s/b": "2", f"{topic}/s/d": "1"}
     assert not any(m.retain for m in missed)
-    assert one.until_fence(pub, f"{topic}/s/z") == []
+    assert one.until_own_marker(pub, f"{topic}/s/z") == []
     # Who comes now gets it as the broker has it: c is gone.
     two = client(edge)
     two.subscribe((f"{topic}/s/+", 1))
     now = {m.topic: m.text for m in two.take(3)}
     assert now == {f"{topic}/s/a": "1", f"{topic}/s/b": "2", f"{topic}/s/d": "1"}
-    assert two.until_fence(pub, f"{topic}/s/z") == []
+    assert two.until_own_marker(pub, f"{topic}/s/z") == []
 
 
 def test_it_can_be_turned_off(gap, client):
@@ -76,5 +76,5 @@ def test_it_can_be_turned_off(gap, client):
         return "probe" in came
 
     wait_until("messages flow again", again, 20, 0.1)
-    came += [m.text for m in one.until_fence(pub, f"{topic}/a")]
+    came += [m.text for m in one.until_own_marker(pub, f"{topic}/a")]
     assert "2" not in came

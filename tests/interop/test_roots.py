@@ -55,7 +55,7 @@ def test_overlap_with_filters_outside(own_broker, own_edge, client):
     got = one.next()
     assert (got.text, got.qos) == ("x", 2)
     assert sorted(got.props.SubscriptionIdentifier) == [1, 2, 3, 4]
-    assert one.until_fence(pub, f"{topic}/a", 2) == []
+    assert one.until_own_marker(pub, f"{topic}/a", 2) == []
     one.unsubscribe("+/a")
     pub.publish(f"{topic}/a", "y", qos=2)
     got = one.next()
@@ -73,7 +73,7 @@ def test_retained_messages_inside_a_root(own_broker, own_edge, client):
         one.subscribe((f"{topic}/r/+", 1))
         got = one.take(5)
         assert sorted(m.text for m in got) == [f"kept{n}" for n in range(5)] and all(m.retain for m in got)
-        assert one.until_fence(pub, f"{topic}/r/x") == []
+        assert one.until_own_marker(pub, f"{topic}/r/x") == []
 
 
 def test_a_root_comes_back_with_the_broker(own_broker, own_edge, client):

@@ -70,13 +70,13 @@ def test_a_tenant_sees_its_topics_and_no_other(at, version):
     whole.publish(f"tenants/bob/{topic}/y", "for bob")
     got = bob.next()
     assert (got.topic, got.text) == (f"{topic}/y", "for bob")
-    assert alice.fence(alice, f"{topic}/end") == []
+    assert alice.until_marker(alice, f"{topic}/end") == []
     # What is asked for is left by the same name.
     alice.unsubscribe(f"{topic}/#")
     alice.unsubscribe("#")
     alice.subscribe(f"{topic}/end")
     alice.publish(f"{topic}/x", "nobody's")
-    assert alice.fence(alice, f"{topic}/end") == []
+    assert alice.until_marker(alice, f"{topic}/end") == []
 
 
 def test_the_mount_itself_is_no_topic_of_its_tenant(at):
@@ -87,7 +87,7 @@ def test_the_mount_itself_is_no_topic_of_its_tenant(at):
     whole.publish("tenants/alice", "nameless")
     whole.publish(f"tenants/alice/{topic}", "named")
     assert alice.next().topic == topic
-    assert alice.fence(alice, f"{topic}/end") == []
+    assert alice.until_marker(alice, f"{topic}/end") == []
 
 
 def test_wildcards_below_a_mount_leave_out_topics_with_a_dollar(at):
@@ -107,14 +107,14 @@ def test_wildcards_below_a_mount_leave_out_topics_with_a_dollar(at):
         one.until("live")
     alice.publish(f"$kept/{topic}", "", retain=True)
     end = f"{topic}/end"
-    assert [m.topic for m in wide.until_fence(alice, end) if m.topic.startswith("$")] == []
+    assert [m.topic for m in wide.until_own_marker(alice, end) if m.topic.startswith("$")] == []
     # A group below the mount does not match it either.
     member, plain = at("tcp", **as_user("bob")), at("tcp", **as_user("bob"))
     member.subscribe("$share/g/#")
     plain.subscribe(f"$kept/{topic}")
     plain.publish(f"$kept/{topic}", "group")
     assert plain.next().text == "group"
-    assert [m for m in member.until_fence(plain, end) if m.text == "group"] == []
+    assert [m for m in member.until_own_marker(plain, end) if m.text == "group"] == []
 
 
 def test_retained_messages_wills_and_groups_below_a_mount(at, tenants):

@@ -21,16 +21,16 @@ def test_leave_over_one_come_back_over_another(edge, client, way, leave, back):
     pub.publish(topic, "before")
     assert one.next().text == "before"
     # The first message proves nothing about its PUBACK; a second one is answered after it.
-    assert one.fence(pub, topic) == []
+    assert one.until_marker(pub, topic) == []
     line.cut()
     one.abandon()
     for n in range(5):
         pub.publish(topic, f"m{n}", 1)
     again = client(edge, back, me, clean=False, expiry=300)
     assert again.session_present
-    got = again.fence(pub, topic)
+    got = again.until_marker(pub, topic)
     # What came before the cut may come again, marked: its PUBACK can have been lost with the line.
-    fresh_ones = [m for m in got if not (m.dup and (m.text == "before" or m.payload.startswith(b"fence-")))]
+    fresh_ones = [m for m in got if not (m.dup and (m.text == "before" or m.payload.startswith(b"marker-")))]
     assert [m.text for m in fresh_ones] == [f"m{n}" for n in range(5)]
     assert {m.topic for m in got} == {topic}
     # And the session is whole: live messages follow.
@@ -53,7 +53,7 @@ def test_three_one_one_with_clean_session_off(edge, client, way, transport, vers
     again = client(edge, transport, me, version=version, clean=False)
     # 3.1 has no Session Present: its CONNACK's first byte is always 0.
     assert again.session_present == (version == 4)
-    assert [m.text for m in again.fence(pub, topic)] == [f"m{n}" for n in range(5)]
+    assert [m.text for m in again.until_marker(pub, topic)] == [f"m{n}" for n in range(5)]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -71,7 +71,7 @@ def test_unacknowledged_come_again_with_dup_in_order(edge, client, way, transpor
     one.abandon()
     pub.publish(topic, "m5")
     again = client(edge, transport, me, clean=False, expiry=300)
-    got = again.fence(pub, topic)
+    got = again.until_marker(pub, topic)
     assert [m.text for m in got] == [f"m{n}" for n in range(6)]
     # The last was in nobody's hands, unless the line's end was not yet known (QUIC).
     assert [m.dup for m in got][:5] == [True] * 5
@@ -95,4 +95,4 @@ def test_publisher_flaps_and_each_message_arrives_once(edge, client, way, transp
             pub.wait_published(mid)
     got = sub.take(90)
     assert [m.text for m in got] == [f"{n}" for n in range(90)]
-    assert sub.fence(client(edge), topic, 2) == []
+    assert sub.until_marker(client(edge), topic, 2) == []

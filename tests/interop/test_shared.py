@@ -50,9 +50,9 @@ def test_each_message_reaches_one_member(edge, client):
         return sum(map(len, got)) >= len(sent)
 
     wait_until("the members have all", all_there)
-    watcher.fence(pub, f"{topic}/x")
+    watcher.until_marker(pub, f"{topic}/x")
     all_there()
-    texts = [m.text for of in got for m in of if not m.text.startswith("fence")]
+    texts = [m.text for of in got for m in of if not m.text.startswith("marker")]
     assert Counter(texts) == Counter(sent), "each once"
     assert all(len(of) >= 15 for of in got), [len(of) for of in got]
     for of in got:
@@ -110,7 +110,7 @@ def test_nothing_retained_comes_and_plain_copies_stay_apart(edge, client):
     pub.publish(topic, "live")
     got = sorted(one.next().props.SubscriptionIdentifier for _ in range(2))
     assert got == [[2], [3]], "one copy for each"
-    assert [m.text for m in one.until_fence(pub, topic)] == []
+    assert [m.text for m in one.until_own_marker(pub, topic)] == []
 
 
 def test_who_is_connected_comes_before_who_is_away(edge, client, way):
@@ -153,7 +153,7 @@ def test_what_a_member_did_not_acknowledge_goes_to_another_at_its_end(edge, clie
     line.cut()
     # Without expiry the session ends with its connection.
     assert sorted(m.text for m in other.take(4)) == ["m0", "m1", "m2", "m3"]
-    assert other.until_fence(pub, topic) == []
+    assert other.until_own_marker(pub, topic) == []
 
 
 def test_who_is_away_for_long_loses_its_part_to_others(own_broker, own_edge, client, way):
@@ -192,7 +192,7 @@ def test_a_refusal_is_final(edge, client):
         raw.send(wire.packet(wire.PUBACK, packet.packet_id.to_bytes(2, "big") + b"\x83\x00"))
         raw.send(wire.packet(wire.DISCONNECT, b"\x00\x00"))
         raw.wait_closed()
-    assert other.until_fence(pub, topic) == []
+    assert other.until_own_marker(pub, topic) == []
 
 
 @pytest.mark.parametrize("quirks", ["dead-shared", "no-shared"])

@@ -44,7 +44,7 @@ def leaves(people):
     known["late"] = people.client("late", start=-9, days=-1)
     return known | {
         "spiffe": people.client("spiffe", cn="", uris=("spiffe://fleet/one",)),
-        "stranger": Authority(people.directory, "strangers").client("stranger"),
+        "untrusted": Authority(people.directory, "others").client("untrusted"),
     }
 
 
@@ -150,7 +150,7 @@ REFUSED = [
     (None, "certificate_required", "missing"),
     ("late", "certificate_expired", "expired"),
     ("stolen", "certificate_revoked", "revoked"),
-    ("stranger", "unknown_ca", "untrusted"),
+    ("untrusted", "unknown_ca", "untrusted"),
 ]
 
 
@@ -170,7 +170,7 @@ def test_without_a_good_one_nobody_gets_in(secure, reach, leaves, transport, who
 
 
 def test_tls_1_2_says_so_within_the_handshake(reach, leaves):
-    for who, alert in [("late", "certificate_expired"), ("stolen", "certificate_revoked"), ("stranger", "unknown_ca")]:
+    for who, alert in [("late", "certificate_expired"), ("stolen", "certificate_revoked"), ("untrusted", "unknown_ca")]:
         with pytest.raises(Refused) as refused:
             reach("tls", leaves[who], "mtls-tls", version=ssl.TLSVersion.TLSv1_2).visit(fresh("id"))
         assert refused.value.alert == alert

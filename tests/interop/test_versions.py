@@ -121,5 +121,5 @@ def test_dollar_topics_are_no_clients_affair_by_default(before, client):
     """`#` does not bring the broker's own, and $SYS is refused where no rule names it."""
     one, pub, topic = client(before), client(before), fresh()
     assert one.subscribe(("$SYS/#", 0), ("#", 0), ("+/broker/version", 0), expect=None) == [0x87, 0, 0]
-    got = one.until_fence(pub, topic)
+    got = one.until_own_marker(pub, topic)
     assert not [m for m in got if m.topic.startswith("$")]

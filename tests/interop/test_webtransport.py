@@ -170,7 +170,7 @@ def test_refusals_lead_to_wss(edge, client, browser, udp, wss):
     assert browser.wait("transport", me, since=at)["way"] == "webtransport"
     info = edge.api(f"/api/v1/sessions/{me}")
     assert (info["listener"], info["transport"]) == ("quic", "webtransport")
-    # It says goodbye, and is heard; then once more, to be taken over.
+    # It sends DISCONNECT, and is heard; then once more, to be taken over.
     since = edge.mark()
     browser.do("end", client=me)
     browser.wait("ended", me)

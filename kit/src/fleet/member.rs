@@ -227,10 +227,10 @@ impl Member {
                         self.say(&mut client).await?;
                     }
                     sleep(lingers).await;
-                    let ghost = client.cut(how);
+                    let abandoned = client.cut(how);
                     sleep(away).await;
                     client = self.arrive(false).await?;
-                    drop(ghost);
+                    drop(abandoned);
                     self.shared.flaps.fetch_add(1, Relaxed);
                     self.busy.store(false, Relaxed);
                 }

@@ -6,7 +6,7 @@ use bytes::{Buf, BytesMut};
 
 use crate::client::{Client, ClientError};
 use crate::dial::Dialer;
-use crate::link::{Cut, Ghost, Link};
+use crate::link::{Abandoned, Cut, Link};
 use crate::wire::{Connect, PublishRef, Version, ack_of, frame, kind, put_ack, put_publish};
 
 /// One connection of a load.
@@ -133,7 +133,7 @@ impl Peer {
     }
 
     /// Breaks off.
-    pub fn cut(self, how: Cut) -> Ghost {
+    pub fn cut(self, how: Cut) -> Abandoned {
         self.link.cut(how)
     }
 

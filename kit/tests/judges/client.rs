@@ -349,11 +349,11 @@ async fn exercise(url: &str, trust: &Trust) -> Result {
         assert_eq!(got.payload, payload, "{url}");
         phone.acknowledge(&got).await?;
         phone.ping().await?;
-        let ghost = phone.cut(cut);
+        let abandoned = phone.cut(cut);
         let ack;
         (phone, ack) = Client::connect(&dialer, &connect).await?;
         assert!(ack.session_present, "{url} {cut:?}");
-        drop(ghost);
+        drop(abandoned);
     }
     phone.disconnect().await?;
     Ok(())

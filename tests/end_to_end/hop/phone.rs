@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tidegate_kit::audit::Stamp;
 use tidegate_kit::dial::{Dialer, Transport};
-use tidegate_kit::link::{Cut, Ghost};
+use tidegate_kit::link::{Abandoned, Cut};
 use tidegate_kit::streams::{CONTROL, Event, Streams};
 use tidegate_kit::wire::{Ack, Connect, Packet, Publish, Subscribe, Version};
 use tokio::time::timeout;
@@ -65,7 +65,7 @@ pub struct Phone {
     join: Join,
     /// What came on `down` before it may be taken.
     held: VecDeque<Packet>,
-    ghost: Option<Ghost>,
+    abandoned: Option<Abandoned>,
     open: VecDeque<Open>,
     next_id: u16,
     /// The last that came, of QoS 1 and 2.
@@ -116,7 +116,7 @@ impl Phone {
             subscribing: false,
             join: Join::Done,
             held: VecDeque::new(),
-            ghost: None,
+            abandoned: None,
             open: VecDeque::new(),
             next_id: 0,
             last: [0; 2],
@@ -214,7 +214,7 @@ impl Phone {
         }
         // Now and then it knows that its PUBACKs came.
         if self.rng.chance(33) {
-            self.client()?.fence().await?;
+            self.client()?.barrier().await?;
             self.unsure.retain(|_, here| !*here);
         }
         Ok(())
@@ -229,7 +229,7 @@ impl Phone {
             Some(old)
         } else {
             let how = self.rng.pick(&[Cut::Reset, Cut::Close, Cut::Silent]);
-            self.ghost = Some(old.cut(how));
+            self.abandoned = Some(old.cut(how));
             None
         };
         let (client, ack) = Streams::connect(&way, &self.connect).await?;
@@ -266,7 +266,7 @@ impl Phone {
             self.client()?.flush().await?;
         }
         // Nothing else is on its way.
-        self.client()?.fence().await?;
+        self.client()?.barrier().await?;
         while let Some(next) = self.next().now_or_never() {
             let (stream, packet) = next?;
             self.take(stream, packet)?;

@@ -154,21 +154,21 @@ class Paho:
         return [self.next(timeout) for _ in range(count)]
 
     def until(self, payload: str, timeout: float = 10) -> list[Message]:
-        """Everything that comes before the message with that payload, which is taken too."""
+        """All messages before the one with that payload, which is consumed too."""
         got = []
         while (message := self.next(timeout)).payload != payload.encode():
             got.append(message)
         return got
 
-    def fence(self, publisher: "Paho", topic: str, qos: int = 1) -> list[Message]:
-        """What came before a marker that is published now: proves that nothing else is on its way."""
-        marker = f"fence-{next(_serial)}"
+    def until_marker(self, publisher: "Paho", topic: str, qos: int = 1) -> list[Message]:
+        """The messages before a marker that is published now. After it no earlier message can follow."""
+        marker = f"marker-{next(_serial)}"
         publisher.publish(topic, marker, qos)
         return self.until(marker)
 
-    def until_fence(self, publisher: "Paho", topic: str, qos: int = 1) -> list[Message]:
-        """`fence`, but markers of others are left out."""
-        return [m for m in self.fence(publisher, topic, qos) if not m.payload.startswith(b"fence-")]
+    def until_own_marker(self, publisher: "Paho", topic: str, qos: int = 1) -> list[Message]:
+        """As `until_marker`, without the markers of other clients."""
+        return [m for m in self.until_marker(publisher, topic, qos) if not m.payload.startswith(b"marker-")]
 
     def wait_ended(self, timeout: float = 10) -> int:
         assert self.ended.wait(timeout * PATIENCE), f"still connected after {timeout} s"

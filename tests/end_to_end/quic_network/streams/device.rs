@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tidegate_kit::audit::Stamp;
 use tidegate_kit::dial::Dialer;
-use tidegate_kit::link::{Cut, Ghost};
+use tidegate_kit::link::{Abandoned, Cut};
 use tidegate_kit::streams::{CONTROL, Event, Streams};
 use tidegate_kit::wire::{Connect, Packet, Publish, Subscribe, Unsubscribe};
 
@@ -94,14 +94,14 @@ pub struct Device {
     world: Arc<World>,
     rng: Rng,
     streams: Streams,
-    ghost: Option<Ghost>,
+    abandoned: Option<Abandoned>,
     flows: Vec<Flow>,
     filters: Vec<Filter>,
     /// Streams that it has ended and that are not gone.
     ended: BTreeSet<u32>,
     deliveries: Deliveries,
     /// UNSUBSCRIBEs that are not answered, and their streams: PINGREQ belongs on control.
-    fences: HashMap<u16, u32>,
+    markers: HashMap<u16, u32>,
     /// PINGREQs of this connection, and their answers.
     pings: u64,
     pongs: u64,
@@ -136,12 +136,12 @@ impl Device {
             world,
             rng,
             streams,
-            ghost: None,
+            abandoned: None,
             flows: (0..FLOWS).map(|_| Flow::default()).collect(),
             filters: (0..FLOWS).map(|_| Filter::default()).collect(),
             ended: BTreeSet::new(),
             deliveries: Deliveries::default(),
-            fences: HashMap::new(),
+            markers: HashMap::new(),
             pings: 0,
             pongs: 0,
             last_id: 0,
@@ -205,16 +205,16 @@ impl Device {
             let id = self.new_id();
             let unsubscribe = Unsubscribe {
                 id,
-                filters: vec!["fence".to_owned()],
+                filters: vec!["marker".to_owned()],
                 ..Unsubscribe::default()
             };
             let unsubscribe = Packet::Unsubscribe(unsubscribe);
             self.streams.queue(stream, &unsubscribe);
-            self.fences.insert(id, stream);
+            self.markers.insert(id, stream);
         }
         self.ping();
         let pings = self.pings;
-        while !self.fences.is_empty() || self.pongs < pings {
+        while !self.markers.is_empty() || self.pongs < pings {
             self.step().await?;
         }
         self.deliveries.gapless(&last).map_err(Into::into)
@@ -301,7 +301,7 @@ impl Device {
             let id = self.last_id;
             let publishes = self.flows.iter().flat_map(|f| &f.open).any(|o| o.id == id);
             let asked = self.filters.iter().any(|f| f.asked == Some(id));
-            if !publishes && !asked && !self.fences.contains_key(&id) {
+            if !publishes && !asked && !self.markers.contains_key(&id) {
                 return id;
             }
         }
@@ -458,7 +458,7 @@ impl Device {
                 }
             }
             Packet::UnsubAck(ref codes) => {
-                if self.fences.remove(&codes.id) != Some(stream) {
+                if self.markers.remove(&codes.id) != Some(stream) {
                     return wrong("not what was asked for", &packet);
                 }
             }
@@ -551,7 +551,7 @@ impl Device {
             return Err("its session is gone".into());
         }
         let how = self.rng.pick(&[Cut::Silent, Cut::Reset]);
-        self.ghost = Some(std::mem::replace(&mut self.streams, streams).cut(how));
+        self.abandoned = Some(std::mem::replace(&mut self.streams, streams).cut(how));
         for filter in &mut self.filters {
             filter.asked = None;
         }
