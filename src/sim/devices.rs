@@ -1,16 +1,18 @@
-//! The clients of the simulation: they ask, publish and acknowledge, and vanish.
+//! The clients of the simulation: they subscribe, publish, acknowledge, and lose their connections.
 
 use super::*;
 
+/// A client.
 pub(crate) struct Device {
     pub(crate) id: String,
     pub(crate) version: Version,
-    /// Of the connection, or since it was cut.
-    pub(crate) will: Option<Farewell>,
+    /// The will of the connection, or of the one that was cut.
+    pub(crate) will: Option<SimWill>,
     pub(crate) machine: Option<ClientMachine>,
     pub(crate) last_id: u16,
-    /// PUBLISH packets of its own that are not done: identifier, number, QoS.
+    /// Its publishes without an acknowledgement: packet identifier, number, QoS.
     pub(crate) open: Vec<(u16, u32, QoS)>,
+    /// SUBSCRIBE packets without an answer: packet identifier, filters.
     pub(crate) asked: Vec<(u16, Vec<(String, SubscribeOptions)>)>,
 }
 
@@ -23,14 +25,13 @@ impl Device {
 
 /// A will.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Farewell {
+pub(crate) struct SimWill {
     pub(crate) number: u32,
     pub(crate) topic: &'static str,
     pub(crate) qos: QoS,
-    /// Milliseconds.
-    pub(crate) delay: u64,
-    /// Cut off: when it is published.
-    pub(crate) due: Option<u64>,
+    pub(crate) delay: Millis,
+    /// When it is published, once the connection was cut.
+    pub(crate) due: Option<Millis>,
 }
 
 fn message(topic: &str, number: u32, qos: QoS, retain: bool) -> crate::mqtt::Message {
@@ -47,32 +48,30 @@ fn message(topic: &str, number: u32, qos: QoS, retain: bool) -> crate::mqtt::Mes
 }
 
 impl World {
-    /// Wills whose time has come.
-    pub(crate) fn bid_farewell(&mut self) {
+    /// Tells the oracle of the wills that are due.
+    pub(crate) fn publish_due_wills(&mut self) {
         for n in 0..self.devices.len() {
             let will = self.devices[n].will;
             let due = will.filter(|w| w.due.is_some_and(|due| due <= self.now));
             if let Some(will) = due {
                 self.devices[n].will = None;
-                tell!(
+                trace!(
                     self,
-                    "the will {} of {n} on {} is due",
-                    will.number,
-                    will.topic
+                    "the will {} of {n} on {} is due", will.number, will.topic
                 );
                 self.oracle
-                    .bids(n, will.number, will.topic, will.qos, self.now);
+                    .will_published(n, will.number, will.topic, will.qos, self.now);
             }
         }
     }
 
-    fn new_will(&mut self, n: usize) -> Option<Farewell> {
+    fn new_will(&mut self, n: usize) -> Option<SimWill> {
         if !self.rng.chance(40) {
             return None;
         }
         self.number += 1;
         let delay = self.rng.pick(&[0, 1000]);
-        Some(Farewell {
+        Some(SimWill {
             number: self.number,
             topic: self.rng.pick(&TOPICS),
             qos: self.rng.pick(&[QoS::AtLeastOnce, QoS::ExactlyOnce]),
@@ -86,9 +85,9 @@ impl World {
     }
 
     pub(crate) fn connect(&mut self, n: usize) {
-        let farewell = self.new_will(n);
-        let payload = farewell.map(|w| w.number.to_string());
-        let will = farewell
+        let sim_will = self.new_will(n);
+        let payload = sim_will.map(|w| w.number.to_string());
+        let will = sim_will
             .zip(payload.as_ref())
             .map(|(w, payload)| mqtt::Will {
                 qos: w.qos,
@@ -100,7 +99,7 @@ impl World {
                 properties: Properties::default(),
             });
         let device = &mut self.devices[n];
-        device.will = farewell;
+        device.will = sim_will;
         let v5 = device.version == Version::V5;
         let connect = Connect {
             version: device.version,
@@ -112,11 +111,11 @@ impl World {
         };
         let machine = admit(&self.router, &connect, self.now);
         device.machine = Some(machine);
-        // Answers to what it asked on the last connection do not come any more.
+        // Answers to the SUBSCRIBEs of the last connection do not arrive any more.
         device.asked.clear();
         let open = std::mem::take(&mut device.open);
-        tell!(self, "{n} connects, its will {:?}", self.devices[n].will);
-        // What was not acknowledged is sent again [MQTT-4.4.0-1].
+        trace!(self, "{n} connects, its will {:?}", self.devices[n].will);
+        // Publishes without an acknowledgement are sent again [MQTT-4.4.0-1].
         for (id, number, qos) in open {
             self.devices[n].open.push((id, number, qos));
             let topic = self.oracle.topic_of(number);
@@ -130,11 +129,11 @@ impl World {
             let end = End::from_closed(Closed::Eof);
             machine.ended(&self.router, &end, self.now);
             self.oracle.cut(n, self.now);
-            tell!(self, "{n} is cut");
+            trace!(self, "{n} is cut");
             if let Some(will) = &mut self.devices[n].will {
                 will.due = Some(self.now + will.delay);
             }
-            self.bid_farewell();
+            self.publish_due_wills();
         }
     }
 
@@ -179,12 +178,12 @@ impl World {
         let mut bytes = Vec::new();
         let all = filters.iter().map(|(f, o)| (f.as_str(), *o));
         encode_subscribe(self.devices[n].version, id, None, all, &mut bytes);
-        tell!(
+        trace!(
             self,
             "{n} subscribes {id} {:?}",
             filters.iter().map(|(f, o)| (f, o.qos)).collect::<Vec<_>>()
         );
-        self.oracle.asks(n, &filters, self.now);
+        self.oracle.subscribes(n, &filters, self.now);
         self.devices[n].asked.push((id, filters));
         self.send(n, &bytes);
     }
@@ -193,7 +192,7 @@ impl World {
         let Some(filter) = self.oracle.any_filter(n, &mut self.rng) else {
             return;
         };
-        // One that waits for its answer would be answered after it.
+        // A SUBSCRIBE without an answer would be answered after the UNSUBSCRIBE.
         if self.devices[n]
             .asked
             .iter()
@@ -209,8 +208,8 @@ impl World {
             std::iter::once(filter.as_str()),
             &mut bytes,
         );
-        tell!(self, "{n} unsubscribes {filter}");
-        self.oracle.leaves(n, &filter, self.now);
+        trace!(self, "{n} unsubscribes {filter}");
+        self.oracle.unsubscribes(n, &filter, self.now);
         self.send(n, &bytes);
     }
 
@@ -225,7 +224,7 @@ impl World {
             QoS::AtMostOnce => 0,
             _ => self.next_id(n),
         };
-        // One client for each topic, so that of two values the later is known.
+        // Only one client publishes retained messages on each topic, so that their order is known.
         let retain = TOPICS.iter().position(|t| *t == topic) == Some(n) && self.rng.chance(50);
         self.oracle
             .published(n, number, topic, qos, retain, self.now);
@@ -235,9 +234,9 @@ impl World {
             poison = self.poisonous && self.rng.chance(5);
         }
         if poison {
-            self.oracle.poisons(number);
+            self.oracle.set_poison(number);
         }
-        tell!(
+        trace!(
             self,
             "{n} publishes {number} on {topic} at {qos:?}{}",
             match (poison, retain) {
@@ -267,7 +266,7 @@ impl World {
         self.send(n, &bytes);
     }
 
-    /// What a device was written.
+    /// A client reads its output, and answers it.
     pub(crate) fn read(&mut self, n: usize) {
         let cx = context(&self.router, self.now);
         let Some(machine) = &mut self.devices[n].machine else {
@@ -276,7 +275,7 @@ impl World {
         machine.woken(Waker::noop()).expect("nothing ends it");
         machine.resume(&cx).expect("it is legal");
         if machine.paused() {
-            // Its acknowledgements would wait too, and a cut would lose them.
+            // Its acknowledgements would wait too, and be lost with the connection.
             return;
         }
         let mut out = Vec::new();
@@ -287,6 +286,8 @@ impl World {
             out.append(&mut machine.output(0).buf);
             machine.sent(0, true, self.now);
         }
+        self.trace
+            .bytes(self.now, "router", &self.devices[n].id, &out);
         let version = self.devices[n].version;
         let decoder = Decoder {
             version,
@@ -313,7 +314,7 @@ impl World {
                         continue;
                     };
                     let (_, filters) = asked.remove(at);
-                    tell!(
+                    trace!(
                         self,
                         "{n} is granted {:?} {:?} to {}",
                         filters.iter().map(|f| &f.0).collect::<Vec<_>>(),
@@ -337,7 +338,7 @@ impl World {
     pub(crate) fn got(&mut self, n: usize, p: &Publish<'_>, answers: &mut Vec<(AckKind, u16)>) {
         let text = String::from_utf8_lossy(p.payload);
         let number: u32 = text.parse().expect("a number of ours");
-        tell!(
+        trace!(
             self,
             "{n} gets {number} at {:?}{}{}",
             p.qos,
@@ -350,7 +351,7 @@ impl World {
             retain: p.retain,
             at: self.now,
         };
-        self.oracle.got(n, p.topic, got);
+        self.oracle.received(n, p.topic, got);
         match p.qos {
             QoS::AtMostOnce => {}
             QoS::AtLeastOnce => answers.push((AckKind::Puback, p.packet_id)),

@@ -7,10 +7,10 @@ use super::*;
 
 /// Bytes on their way, in order.
 #[derive(Default)]
-pub(crate) struct Pipe(VecDeque<(u64, Vec<u8>)>);
+pub(crate) struct Pipe(VecDeque<(Millis, Vec<u8>)>);
 
 impl Pipe {
-    pub(crate) fn put(&mut self, bytes: Vec<u8>, at: u64) {
+    pub(crate) fn put(&mut self, bytes: Vec<u8>, at: Millis) {
         if !bytes.is_empty() {
             let at = at.max(self.0.back().map_or(0, |(last, _)| *last));
             self.0.push_back((at, bytes));
@@ -26,7 +26,8 @@ impl Pipe {
     }
 }
 
-/// Where a publish begins that the core cannot bear. Links write whole packets.
+/// Where a poison publish begins, for which the broker closes the connection. Links write whole
+/// packets.
 fn poison_at(bytes: &[u8], version: Version, oracle: &Oracle) -> Option<usize> {
     let decoder = Decoder {
         version,
@@ -54,18 +55,18 @@ pub(crate) struct SimLink {
     pub(crate) retained: bool,
     pub(crate) publishes: bool,
     pub(crate) version: Version,
-    /// The core has a session of this process.
+    /// The broker has had a session of this link and this process.
     pub(crate) begun: bool,
-    /// A CONNECT was not answered.
+    /// A CONNECT has not been answered.
     pub(crate) unanswered: bool,
-    pub(crate) redial_at: u64,
+    pub(crate) redial_at: Millis,
     pub(crate) conn: Option<Conn>,
 }
 
 pub(crate) struct Conn {
-    pub(crate) core: SteppedConnection,
-    pub(crate) to_core: Pipe,
-    pub(crate) to_us: Pipe,
+    pub(crate) broker: SteppedConnection,
+    pub(crate) to_broker: Pipe,
+    pub(crate) to_link: Pipe,
     pub(crate) input: Vec<u8>,
     pub(crate) up: bool,
     pub(crate) pings: VecDeque<bool>,
@@ -74,10 +75,10 @@ pub(crate) struct Conn {
 impl World {
     pub(crate) fn dial(&mut self, n: usize) {
         let link = &mut self.links[n];
-        if link.conn.is_some() || link.redial_at > self.now || self.core_back_at.is_some() {
+        if link.conn.is_some() || link.redial_at > self.now || self.broker_back_at.is_some() {
             return;
         }
-        let Some(core) = self.core.connect() else {
+        let Some(broker) = self.broker.connect() else {
             return;
         };
         let mut bytes = Vec::new();
@@ -91,7 +92,8 @@ impl World {
             ..Connect::default()
         }
         .encode(&mut bytes);
-        // As a process begins each link, with a session that it may keep.
+        // In 3.1.1 a session that is kept begins with Clean Session 0. The first connection of a
+        // process, which ends an old session, is left out: there is none.
         let clean_v3 = link.version < Version::V5 && !link.begun && kept;
         if clean_v3 {
             bytes.clear();
@@ -103,45 +105,48 @@ impl World {
             }
             .encode(&mut bytes);
         }
-        let mut to_core = Pipe::default();
-        to_core.put(bytes, self.now);
+        let mut to_broker = Pipe::default();
+        to_broker.put(bytes, self.now);
         link.conn = Some(Conn {
-            core,
-            to_core,
-            to_us: Pipe::default(),
+            broker,
+            to_broker,
+            to_link: Pipe::default(),
             input: Vec::new(),
             up: false,
             pings: VecDeque::new(),
         });
     }
 
-    pub(crate) fn upward(&mut self, n: usize) {
+    /// Bytes of a link reach the broker, and it answers.
+    pub(crate) fn broker_reads(&mut self, n: usize) {
         let (now, later) = (self.now, self.latency());
-        let Some(conn) = &mut self.links[n].conn else {
+        let link = &mut self.links[n];
+        let Some(conn) = &mut link.conn else {
             return;
         };
-        let mut bytes = conn.to_core.take(now);
-        let poison = poison_at(&bytes, self.links[n].version, &self.oracle);
+        let mut bytes = conn.to_broker.take(now);
+        let poison = poison_at(&bytes, link.version, &self.oracle);
         bytes.truncate(poison.unwrap_or(bytes.len()));
-        let Some(conn) = &mut self.links[n].conn else {
-            return;
-        };
         let mut out = Vec::new();
-        let ended = self.core.feed(&mut conn.core, &bytes, &mut out);
-        conn.to_us.put(out, later);
+        let ended = self.broker.feed(&mut conn.broker, &bytes, &mut out);
+        self.trace.bytes(now, "broker", &link.name, &out);
+        conn.to_link.put(out, later);
         if poison.is_some() {
             return self.lose_for(n, &LinkEnd::Closed);
         }
         if let Err(ended) = ended {
             if let Ended::Refused(reason) = &ended {
-                self.oracle
-                    .fault(format!("the core ended {}: {reason:?}", self.links[n].name));
+                self.oracle.fault(format!(
+                    "the broker ended {}: {reason:?}",
+                    self.links[n].name
+                ));
             }
             self.lose(n);
         }
     }
 
-    pub(crate) fn downward(&mut self, n: usize) {
+    /// Bytes of the broker reach a link, and its machine answers.
+    pub(crate) fn link_reads(&mut self, n: usize) {
         let (now, later) = (self.now, self.latency());
         let mut out = Vec::new();
         let is_away = |l: &SimLink| l.begun && !l.conn.as_ref().is_some_and(|c| c.up);
@@ -151,7 +156,7 @@ impl World {
         let Some(conn) = &mut link.conn else {
             return;
         };
-        conn.input.extend(conn.to_us.take(now));
+        conn.input.extend(conn.to_link.take(now));
         let decoder = Decoder {
             version: link.version,
             receiver: Receiver::Client,
@@ -176,18 +181,16 @@ impl World {
                     };
                     self.profile.capabilities = Capabilities::of(link.version, &c);
                     let handshake = Handshake::new(session, &self.profile);
-                    if self.tell {
-                        eprintln!(
-                            "{now:>7} {} is up, session kept {}",
-                            link.name, c.session_present
-                        );
-                    }
+                    trace!(
+                        self,
+                        "{} is connected, session kept {}", link.name, c.session_present
+                    );
                     self.router
                         .set_broker_features(&self.profile.features(), now);
-                    // The core may have forgotten the others' sessions as well.
-                    let forgotten = link.data && !first && !present;
-                    let doubts = forgotten && others_away;
-                    self.forgot |= forgotten;
+                    // The broker may have lost the other links' sessions as well.
+                    let session_lost = link.data && !first && !present;
+                    let doubts = session_lost && others_away;
+                    self.session_lost |= session_lost;
                     if link.data && (session == LinkSession::Doubtful || doubts) {
                         self.oracle.in_doubt(now);
                     }
@@ -203,12 +206,14 @@ impl World {
                         .fault(format!("DISCONNECT {:?} on {}", d.reason, link.name));
                 }
                 other => {
-                    if let (true, Packet::Publish(p)) = (self.tell, &other) {
-                        let payload = String::from_utf8_lossy(p.payload);
-                        let ids: Vec<u32> = p.subscription_ids().collect();
-                        eprintln!(
-                            "{now:>7} {} brings {payload} at {:?} for {ids:?}",
-                            link.name, p.qos
+                    if let Packet::Publish(p) = &other {
+                        trace!(
+                            self,
+                            "{} brings {} at {:?} for {:?}",
+                            link.name,
+                            String::from_utf8_lossy(p.payload),
+                            p.qos,
+                            p.subscription_ids().collect::<Vec<_>>()
                         );
                     }
                     if let Err(end) = link.machine.packet(&other, now, &mut out) {
@@ -228,23 +233,24 @@ impl World {
                 conn.pings.push_back(true);
             }
         }
-        conn.to_core.put(out, later);
+        self.trace.bytes(now, &link.name, "broker", &out);
+        conn.to_broker.put(out, later);
     }
 
     /// The connection of a link is lost, with what was on its way.
     pub(crate) fn lose(&mut self, n: usize) {
-        // A network's doing, not the core's: no publish is to blame.
+        // The network ended it, and not the broker, so no publish is to blame.
         self.lose_for(n, &LinkEnd::KeepAlive);
     }
 
-    /// The core ends a link's session, as an operator may have it do, or a short expiry.
+    /// The broker ends a link's session, as on an operator's command or after a short expiry.
     pub(crate) fn forget(&mut self, n: usize) {
         let Some(conn) = self.links[n].conn.as_ref().filter(|conn| conn.up) else {
             return;
         };
-        self.core.forget(&conn.core);
-        tell!(self, "{} is forgotten", self.links[n].name);
-        self.oracle.forgets(self.now);
+        self.broker.forget(&conn.broker);
+        trace!(self, "{}'s session is lost", self.links[n].name);
+        self.oracle.link_session_lost(self.now);
         self.lose(n);
     }
 
@@ -256,27 +262,29 @@ impl World {
         };
         link.redial_at = again;
         link.unanswered |= !conn.up;
-        self.core.drop_connection(&conn.core);
+        self.broker.drop_connection(&conn.broker);
         if conn.up {
             link.machine.disconnected(end, self.now);
         }
-        self.oracle.lost_link(self.now, link.publishes);
-        if self.forgot && link.data {
-            // It may have been dead already when the core forgot another.
+        if link.publishes {
+            self.oracle.publish_link_lost(self.now);
+        }
+        if self.session_lost && link.data {
+            // The connection may have been dead already when the broker lost another link's session.
             self.oracle.in_doubt(self.now);
         }
-        tell!(self, "{} is lost", self.links[n].name);
+        trace!(self, "{} is lost", self.links[n].name);
     }
 
-    pub(crate) fn restart_core(&mut self) {
+    pub(crate) fn restart_broker(&mut self) {
         let keep = self.rng.chance(60);
         let back = self.now + self.rng.between(50, 800);
-        tell!(self, "the core ends, and will keep its sessions: {keep}");
-        self.core.stop();
+        trace!(self, "the broker stops, and will keep its sessions: {keep}");
+        self.broker.stop();
         for n in 0..self.links.len() {
             self.lose(n);
         }
-        self.core_back_at = Some((back, keep));
+        self.broker_back_at = Some((back, keep));
         self.oracle.restarted(self.now, keep);
     }
 }

@@ -1,61 +1,59 @@
-//! Knows what clients asked for, what they were told, and what befell the links; judges what each
-//! client got.
+//! Judges what each client received. The oracle knows only what clients asked for and were told, and
+//! what happened to links and broker.
 
 use std::collections::BTreeMap;
 
 use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
 use crate::time::Millis;
 
-use crate::sim::seen::{Client, Got, Message, Sub, chances};
+use crate::sim::seen::{Client, Got, Message, Sub, TRANSIT_MS, chances};
 use tidegate_kit::rng::Rng;
 
-/// How long a message may be on its way through a core that forgets it, milliseconds.
-const TRANSIT: u64 = 1500;
+/// The conditions of a run, which decide what can be promised.
+pub struct Conditions {
+    /// Whether each client speaks MQTT 5. Only such a client is told the reason of a refusal.
+    pub clients_v5: Vec<bool>,
+    /// Links are lost, and the broker restarts.
+    pub stormy: bool,
+    pub data_links: usize,
+    /// The broker sends one copy for overlapping filters, at the lowest QoS. At QoS 0 it keeps no
+    /// message for a link that is away, so nothing can be promised then.
+    pub lowest_qos: bool,
+    /// Messages wait at the broker behind a small window, while it answers PINGREQs at once.
+    pub small_window: bool,
+}
 
 pub struct Oracle {
     clients: Vec<Client>,
     messages: BTreeMap<u32, Message>,
-    /// By client: an MQTT 5 one is told reasons.
-    tells: Vec<bool>,
-    stormy: bool,
-    data_links: usize,
-    lowers: bool,
-    windowed: bool,
-    publish_lost: Vec<u64>,
-    forgot: Vec<u64>,
-    /// When the core forgot one link's session.
-    forgets: Vec<u64>,
-    doubts: Vec<u64>,
+    conditions: Conditions,
+    /// When the connection of a publish link was lost.
+    publish_links_lost: Vec<Millis>,
+    /// When the broker lost sessions: all of them at a restart, or one link's.
+    sessions_lost: Vec<Millis>,
+    /// When the broker lost one link's session.
+    link_sessions_lost: Vec<Millis>,
+    /// When it was not known whether a link's session had begun anew.
+    doubts: Vec<Millis>,
     faults: Vec<String>,
 }
 
 impl Oracle {
-    /// `lowers`: the core's one copy for overlapping filters has the lowest QoS, and what waits for
-    /// nobody at QoS 0 is lost: nothing can be promised of it. `windowed`: messages wait at the core
-    /// behind a small window, while it answers PINGREQs at once.
-    pub fn new(
-        tells: Vec<bool>,
-        stormy: bool,
-        data_links: usize,
-        lowers: bool,
-        windowed: bool,
-    ) -> Self {
+    pub fn new(conditions: Conditions) -> Self {
+        let clients = conditions.clients_v5.iter();
         Self {
-            clients: tells.iter().map(|_| Client::default()).collect(),
-            tells,
+            clients: clients.map(|_| Client::default()).collect(),
+            conditions,
             messages: BTreeMap::new(),
-            stormy,
-            data_links,
-            lowers,
-            windowed,
-            publish_lost: Vec::new(),
-            forgot: Vec::new(),
-            forgets: Vec::new(),
+            publish_links_lost: Vec::new(),
+            sessions_lost: Vec::new(),
+            link_sessions_lost: Vec::new(),
             doubts: Vec::new(),
             faults: Vec::new(),
         }
     }
 
+    /// Notes that a promise was broken.
     pub fn fault(&mut self, what: String) {
         self.faults.push(what);
     }
@@ -64,6 +62,7 @@ impl Oracle {
         self.faults.first().cloned()
     }
 
+    /// The topic of one of our messages.
     pub fn topic_of(&self, number: u32) -> &'static str {
         let topic = &self.messages[&number].topic;
         crate::sim::TOPICS
@@ -72,42 +71,45 @@ impl Oracle {
             .expect("one of ours")
     }
 
-    pub fn lost_link(&mut self, now: Millis, publishes: bool) {
-        if publishes {
-            self.publish_lost.push(now);
-        }
+    /// A publish link has lost its connection.
+    pub fn publish_link_lost(&mut self, now: Millis) {
+        self.publish_links_lost.push(now);
     }
 
+    /// The broker has stopped, and keeps its sessions or not.
     pub fn restarted(&mut self, now: Millis, keep: bool) {
         if !keep {
-            self.forgot.push(now);
+            self.sessions_lost.push(now);
         }
     }
 
-    /// Until that link is back nobody knows, and others go on publishing. Then copies by filters on
-    /// links that are away just now are in doubt.
-    pub fn forgets(&mut self, now: Millis) {
-        self.forgot.push(now);
-        self.forgets.push(now);
+    /// The broker has lost one link's session. Until that link connects again nobody knows it, and
+    /// clients go on publishing. Copies through filters of links that are away are in doubt then.
+    pub fn link_session_lost(&mut self, now: Millis) {
+        self.sessions_lost.push(now);
+        self.link_sessions_lost.push(now);
     }
 
-    /// Whether the core had forgotten a link's session when a message came, and the link was away.
+    /// Whether the broker had lost a link's session when the message was published, and the link had
+    /// not connected again.
     fn unseen(&self, message: &Message) -> bool {
-        let about = |t: &u64| *t <= message.at && message.at <= *t + TRANSIT;
-        self.forgets.iter().any(about)
+        let about = |t: &Millis| *t <= message.at && message.at <= *t + TRANSIT_MS;
+        self.link_sessions_lost.iter().any(about)
     }
 
-    /// Whether a link's session was begun anew is not known: overlapping filters of several links may
-    /// lose a copy.
+    /// It is not known whether a link's session has begun anew. A client whose overlapping filters are
+    /// on several links may lose a copy.
     pub fn in_doubt(&mut self, now: Millis) {
         self.doubts.push(now);
     }
 
+    /// A client has lost its connection.
     pub fn cut(&mut self, n: usize, now: Millis) {
         self.clients[n].cuts.push(now);
     }
 
-    pub fn asks(&mut self, n: usize, filters: &[(String, SubscribeOptions)], now: Millis) {
+    /// A client has sent SUBSCRIBE.
+    pub fn subscribes(&mut self, n: usize, filters: &[(String, SubscribeOptions)], now: Millis) {
         for (filter, options) in filters {
             self.clients[n].subs.push(Sub {
                 filter: filter.clone(),
@@ -116,11 +118,12 @@ impl Oracle {
                 handling: options.retain_handling,
                 asked_at: now,
                 granted_at: None,
-                ended_at: u64::MAX,
+                ended_at: None,
             });
         }
     }
 
+    /// A client has received the answer to one filter of a SUBSCRIBE.
     pub fn granted(
         &mut self,
         n: usize,
@@ -130,7 +133,7 @@ impl Oracle {
         now: Millis,
     ) {
         let subs = &mut self.clients[n].subs;
-        let same = |s: &Sub| s.filter == filter && s.ended_at == u64::MAX;
+        let same = |s: &Sub| s.filter == filter && s.ended_at.is_none();
         let Some(at) = subs.iter().position(|s| {
             same(s)
                 && s.granted_at.is_none()
@@ -139,46 +142,46 @@ impl Oracle {
             return;
         };
         if code >= 0x80 {
-            // A refusal ends what there was on that filter.
+            // A refusal ends the subscription that the client had on this filter.
             for s in subs[..=at].iter_mut().filter(|s| same(s)) {
-                s.ended_at = now;
+                s.ended_at = Some(now);
             }
             return;
         }
         for s in subs[..at].iter_mut().filter(|s| same(s)) {
-            s.ended_at = now;
+            s.ended_at = Some(now);
         }
         subs[at].granted_at = Some(now);
         subs[at].qos = subs[at].qos.min(QoS::from_u8(code).unwrap_or_default());
     }
 
-    pub fn leaves(&mut self, n: usize, filter: &str, now: Millis) {
+    /// A client has sent UNSUBSCRIBE.
+    pub fn unsubscribes(&mut self, n: usize, filter: &str, now: Millis) {
         for s in &mut self.clients[n].subs {
-            if s.filter == filter && s.ended_at == u64::MAX {
-                s.ended_at = now;
+            if s.filter == filter && s.ended_at.is_none() {
+                s.ended_at = Some(now);
             }
         }
     }
 
+    /// One of the filters that a client subscribes to.
     pub fn any_filter(&self, n: usize, rng: &mut Rng) -> Option<String> {
-        let held = self.clients[n]
-            .subs
-            .iter()
-            .filter(|s| s.ended_at == u64::MAX);
-        let held: Vec<&str> = held.map(|s| &*s.filter).collect();
-        (!held.is_empty()).then(|| rng.pick(&held).to_owned())
+        let live = self.clients[n].subs.iter().filter(|s| s.ended_at.is_none());
+        let filters: Vec<&str> = live.map(|s| &*s.filter).collect();
+        (!filters.is_empty()).then(|| rng.pick(&filters).to_owned())
     }
 
-    /// Filters that some client was granted and still holds.
+    /// The filters that clients were granted and still subscribe to, in order.
     pub fn filters(&self) -> Vec<String> {
         let all = self.clients.iter().flat_map(|c| &c.subs);
-        let held = all.filter(|s| s.ended_at == u64::MAX && s.granted_at.is_some());
-        let mut filters: Vec<String> = held.map(|s| s.filter.clone()).collect();
+        let live = all.filter(|s| s.ended_at.is_none() && s.granted_at.is_some());
+        let mut filters: Vec<String> = live.map(|s| s.filter.clone()).collect();
         filters.sort();
         filters.dedup();
         filters
     }
 
+    /// A client has published a message.
     pub fn published(
         &mut self,
         from: usize,
@@ -186,7 +189,7 @@ impl Oracle {
         topic: &str,
         qos: QoS,
         retain: bool,
-        at: u64,
+        at: Millis,
     ) {
         let message = Message {
             from,
@@ -196,21 +199,22 @@ impl Oracle {
             will: false,
             poison: false,
             at,
-            acknowledged_at: u64::MAX,
+            acknowledged_at: None,
         };
         self.messages.insert(number, message);
     }
 
-    /// A will is published; nobody is told when the core has it. I16: not before, and once.
-    pub fn bids(&mut self, from: usize, number: u32, topic: &str, qos: QoS, at: u64) {
+    /// A will has been published. Nobody is told when the broker has it. I16: it is published once, and
+    /// not earlier.
+    pub fn will_published(&mut self, from: usize, number: u32, topic: &str, qos: QoS, at: Millis) {
         self.published(from, number, topic, qos, false, at);
         if let Some(message) = self.messages.get_mut(&number) {
             message.will = true;
         }
     }
 
-    /// A message that the core cannot bear.
-    pub fn poisons(&mut self, number: u32) {
+    /// Marks a message for which the broker closes the connection.
+    pub fn set_poison(&mut self, number: u32) {
         if let Some(message) = self.messages.get_mut(&number) {
             message.poison = true;
         }
@@ -224,8 +228,9 @@ impl Oracle {
         self.messages[&number].retain
     }
 
-    /// A retained message that the core has: a client that asked at `since` has it.
-    pub fn has(&mut self, n: usize, topic: &str, payload: &str, since: u64) {
+    /// The broker has this retained message: a client that has subscribed since then must have
+    /// received it.
+    pub fn has_retained(&mut self, n: usize, topic: &str, payload: &str, since: Millis) {
         let client = &self.clients[n];
         let asks = |s: &&Sub| !s.shared() && s.granted_at.is_some_and(|at| at >= since);
         if !client.subs.iter().filter(asks).any(|s| s.matches(topic)) {
@@ -238,13 +243,13 @@ impl Oracle {
         let last = handed.map(|(_, g)| g.number.to_string()).next_back();
         if last.as_deref() != Some(payload) {
             self.fault(format!(
-                "{n} was handed {last:?} of {topic}, and the core has {payload}"
+                "{n} was handed {last:?} of {topic}, and the broker has {payload}"
             ));
         }
     }
 
-    /// I6: it asked for retained messages, and has had none that is newer.
-    fn judge_handed(&self, n: usize, message: &Message, got: Got) -> Option<String> {
+    /// I6: the client asked for retained messages, and has received no newer one.
+    fn judge_retained(&self, n: usize, message: &Message, got: Got) -> Option<String> {
         let client = &self.clients[n];
         let asks = |s: &&Sub| s.handling < 2 && !s.shared() && s.matches(&message.topic);
         if !message.retain {
@@ -258,13 +263,13 @@ impl Oracle {
         {
             return Some("retained, and asked for none".to_owned());
         }
-        // A group's copies keep no order with others.
+        // The copies of a shared subscription keep no order with others.
         let shared = |s: &Sub| s.shared() && s.matches(&message.topic);
         if client.subs.iter().any(shared) {
             return None;
         }
-        // Behind a small window the core answers PINGREQs before it has sent what came earlier.
-        if self.windowed {
+        // Behind a small window, the broker answers a PINGREQ before it has sent earlier messages.
+        if self.conditions.small_window {
             return None;
         }
         let before = client.got.iter().chain(&client.handed);
@@ -275,25 +280,27 @@ impl Oracle {
             .map(|newest| format!("retained, behind {newest}"))
     }
 
+    /// A client has received the acknowledgement of its publish.
     pub fn acknowledged(&mut self, from: usize, number: u32, reason: ReasonCode, now: Millis) {
-        let told = self.is_poison(number) && self.tells[from];
+        let told = self.is_poison(number) && self.conditions.clients_v5[from];
         if reason.is_error() != told {
             self.fault(format!(
                 "publish {number} of {from} is answered: {reason:?}"
             ));
         }
         if let Some(message) = self.messages.get_mut(&number) {
-            message.acknowledged_at = message.acknowledged_at.min(now);
+            message.acknowledged_at.get_or_insert(now);
         }
     }
 
-    pub fn got(&mut self, n: usize, topic: &str, got: Got) {
+    /// A client has received a message.
+    pub fn received(&mut self, n: usize, topic: &str, got: Got) {
         let Some(message) = self.messages.get(&got.number) else {
             return self.fault(format!("{n} got {}, which nobody sent", got.number));
         };
         let mut why = None;
         if message.poison {
-            why = Some("and the core cannot have had it".to_owned());
+            why = Some("and the broker cannot have taken it".to_owned());
         } else if message.topic != topic {
             why = Some(format!("on {topic}, and it was sent on {}", message.topic));
         } else if got.qos > message.qos && !message.retain {
@@ -302,7 +309,7 @@ impl Oracle {
                 got.qos, message.qos
             ));
         } else if got.retain {
-            why = self.judge_handed(n, message, got);
+            why = self.judge_retained(n, message, got);
         } else if !self.may(n, message, got.at) {
             why = Some("and asked for nothing like it, or not for its own".to_owned());
         }
@@ -316,129 +323,131 @@ impl Oracle {
         }
     }
 
-    /// Whether it asked for such a message between its publication and then (I1, I5, I14).
-    fn may(&self, n: usize, message: &Message, then: u64) -> bool {
+    /// Whether the client was subscribed to the message's topic at some time between the publication
+    /// and `then` (I1, I5, I14).
+    fn may(&self, n: usize, message: &Message, then: Millis) -> bool {
         self.clients[n].subs.iter().any(|s| {
             s.matches(&message.topic)
                 && s.asked_at <= then
-                && s.asked_at <= message.acknowledged_at.saturating_add(4 * TRANSIT)
-                && s.ended_at >= message.at
+                && s.asked_at <= message.acknowledged_by(4 * TRANSIT_MS)
+                && s.lives_at(message.at)
                 && !s.hides(n, message)
         })
     }
 
-    /// Whether plain subscriptions on one filter bring it for sure: granted before, and held, or
-    /// replaced by each other, until it must have come.
+    /// Whether plain subscriptions to one filter must bring the message: one was granted before it, and
+    /// that one or its replacements lasted until the message must have arrived.
     fn must(&self, n: usize, message: &Message) -> bool {
         let client = &self.clients[n];
-        let until = message.acknowledged_at.saturating_add(2 * TRANSIT);
+        let until = message.acknowledged_by(2 * TRANSIT_MS);
         let sure = |s: &&Sub| {
             let brings = s.qos > QoS::AtMostOnce && !(s.no_local && message.from == n);
             !s.shared() && s.matches(&message.topic) && s.granted_at.is_some() && brings
         };
         let covered = client.subs.iter().filter(sure).any(|first| {
-            let mut held = match first.granted_at {
+            let mut lasts = match first.granted_at {
                 Some(at) if at < message.at => first.ended_at,
                 _ => return false,
             };
-            // One that is less, or whose answer was lost, may hold from when it was asked for.
+            // A lesser subscription, or one whose answer was lost, may count from its SUBSCRIBE on.
             let less = |o: &Sub| {
                 o.filter == first.filter
                     && !sure(&o)
                     && o.asked_at <= until
-                    && o.ended_at >= message.at
+                    && o.lives_at(message.at)
             };
             if client.subs.iter().any(less) {
                 return false;
             }
-            // Ascending in the time of their grant, each ends when the next is granted.
+            // They ascend in the time of their grant, and each ends when the next one is granted.
             for next in client.subs.iter().filter(sure) {
-                if next.filter == first.filter && next.granted_at == Some(held) {
-                    held = next.ended_at;
+                if next.filter == first.filter && lasts.is_some() && next.granted_at == lasts {
+                    lasts = next.ended_at;
                 }
             }
-            held > until
+            lasts.is_none_or(|end| end > until)
         });
         covered
             && !message.poison
             && message.qos > QoS::AtMostOnce
-            && message.acknowledged_at < u64::MAX
+            && message.acknowledged_at.is_some()
     }
 
+    /// Whether the message may be missing, because the broker lost it.
     fn excused(&self, n: usize, message: &Message) -> bool {
-        // At QoS 0 nothing waits for who is away.
-        if self.lowers && (self.stormy || !self.clients[n].cuts.is_empty()) {
+        // At QoS 0 the broker keeps nothing for a link that is away, nor do we for a client.
+        if self.conditions.lowest_qos
+            && (self.conditions.stormy || !self.clients[n].cuts.is_empty())
+        {
             return true;
         }
-        let forgot = |t: &u64| {
-            message.at <= *t && (*t <= message.at + TRANSIT || message.acknowledged_at >= *t)
-        };
-        self.forgot.iter().any(forgot) || self.unseen(message)
+        let lost =
+            |t: &Millis| message.at <= *t && (*t <= message.at + TRANSIT_MS || message.open_at(*t));
+        self.sessions_lost.iter().any(lost) || self.unseen(message)
     }
 
-    /// Subscriptions whose change is not seen as one moment: those left while messages waited at the
-    /// core behind a window, and, for a client's own, those whose No Local changed.
+    /// How many subscriptions changed without a definite moment: those that ended while messages waited
+    /// at the broker behind a window, and, for a client's own messages, those whose No Local changed.
     fn changing(&self, n: usize, message: &Message) -> usize {
         let all = || {
             let subs = self.clients[n].subs.iter();
             subs.filter(|s| !s.shared() && s.matches(&message.topic))
         };
-        let left = |s: &&Sub| {
-            let about = s.ended_at < u64::MAX && s.ended_at + 2 * TRANSIT >= message.at;
-            self.windowed && about
-        };
+        let ended = |s: &&Sub| self.conditions.small_window && s.ended_about(message.at);
         let toggled = |s: &&Sub| {
             message.from == n && all().any(|o| o.filter == s.filter && o.no_local != s.no_local)
         };
-        all().filter(|s| left(s) || toggled(s)).count()
+        all().filter(|s| ended(s) || toggled(s)).count()
     }
 
-    /// What is fetched again is kept from subscriptions with No Local.
+    /// Whether a subscription with No Local keeps the message away when it is fetched again.
     fn hides_any(&self, n: usize, message: &Message) -> bool {
         let subs = self.clients[n].subs.iter();
-        let mut live = subs.filter(|s| s.ended_at == u64::MAX && s.matches(&message.topic));
+        let mut live = subs.filter(|s| s.ended_at.is_none() && s.matches(&message.topic));
         live.any(|s| s.no_local)
     }
 
-    /// The copy of a filter that was just left was the one that counted, and its link was forgotten.
-    fn leaving(&self, n: usize, message: &Message) -> bool {
-        let just = |s: &Sub| s.ended_at < u64::MAX && s.ended_at + 2 * TRANSIT >= message.at;
+    /// Whether the copy that counted may have been that of a subscription that had just ended, on a link
+    /// whose session was lost.
+    fn just_ended(&self, n: usize, message: &Message) -> bool {
+        let just = |s: &Sub| s.ended_about(message.at);
         let mut subs = self.clients[n].subs.iter();
         self.unseen(message) && subs.any(|s| s.matches(&message.topic) && just(s))
     }
 
-    /// Whether the core may have been sent it twice.
+    /// Whether a client may receive the message twice.
     fn twice(&self, message: &Message) -> bool {
-        // What was retained before a loss is fetched again.
-        let lost = |t: &u64| message.at <= *t || message.acknowledged_at >= *t;
-        if message.retain && (self.forgot.iter().any(lost) || self.doubts.iter().any(lost)) {
+        // Messages that were retained before a loss are fetched again.
+        let lost = |t: &Millis| message.at <= *t || message.open_at(*t);
+        if message.retain && (self.sessions_lost.iter().any(lost) || self.doubts.iter().any(lost)) {
             return true;
         }
-        let within = |t: &u64| message.at <= *t && *t <= message.acknowledged_at;
-        // In doubt each copy counts, until all links are back.
-        let doubted = |t: &u64| message.at <= *t + TRANSIT && *t <= message.at + 2 * TRANSIT;
+        let within = |t: &Millis| message.at <= *t && message.open_at(*t);
+        // In doubt, every copy is delivered until all links have connected again.
+        let doubted =
+            |t: &Millis| message.at <= *t + TRANSIT_MS && *t <= message.at + 2 * TRANSIT_MS;
         if self.doubts.iter().any(doubted) || self.unseen(message) {
             return true;
         }
-        let again = self.publish_lost.iter().any(within)
+        let again = self.publish_links_lost.iter().any(within)
             || self.clients[message.from].cuts.iter().any(within);
         match message.qos {
             QoS::AtMostOnce => false,
             QoS::AtLeastOnce => again,
-            QoS::ExactlyOnce => again && self.forgot.iter().any(within),
+            QoS::ExactlyOnce => again && self.sessions_lost.iter().any(within),
         }
     }
 
-    /// All links and clients are back, and nothing is on its way any more.
-    /// `retained`: the numbers of those that the core has retained: after a loss they are fetched
-    /// again, and whoever subscribed has them.
+    /// Judges the whole run, once all links and clients are connected and nothing is in flight.
+    /// `retained`: the numbers of the messages that the broker has retained. After a loss they are
+    /// fetched again, so that all subscribers have them.
     pub fn settle(&mut self, now: Millis, retained: &[u32]) {
         let mut faults = Vec::new();
         for will in self.messages.values_mut().filter(|m| m.will) {
-            will.acknowledged_at = now;
+            will.acknowledged_at = Some(now);
         }
         for (number, message) in &self.messages {
-            if message.qos > QoS::AtMostOnce && message.acknowledged_at == u64::MAX {
+            if message.qos > QoS::AtMostOnce && message.acknowledged_at.is_none() {
                 faults.push(format!("publish {number} was never acknowledged"));
             }
             let (mut least, mut most, mut all) = (0, 0, 0);
@@ -455,13 +464,13 @@ impl Oracle {
                     .subs
                     .iter()
                     .filter(plain)
-                    .any(|s| s.ended_at >= message.at && !s.hides(n, message));
+                    .any(|s| s.lives_at(message.at) && !s.hides(n, message));
                 let groups = client
                     .subs
                     .iter()
                     .filter(|s| s.shared() && s.matches(&message.topic));
                 let mut names: Vec<&str> = groups
-                    .filter(|s| s.ended_at >= message.at)
+                    .filter(|s| s.lives_at(message.at))
                     .map(|s| &*s.filter)
                     .collect();
                 names.sort_unstable();
@@ -470,10 +479,10 @@ impl Oracle {
                 let chances = chances(client.subs.iter().filter(plain), message) + changing;
                 most += chances;
 
-                let fetched = retained.contains(number) && !self.lowers;
+                let fetched = retained.contains(number) && !self.conditions.lowest_qos;
                 let must = self.must(n, message)
                     && (!self.excused(n, message)
-                        || fetched && !self.hides_any(n, message) && !self.leaving(n, message))
+                        || fetched && !self.hides_any(n, message) && !self.just_ended(n, message))
                     && changing == 0;
                 sure &= must == may;
                 least += usize::from(must);
@@ -493,8 +502,8 @@ impl Oracle {
                 ));
             }
             if sure
-                && !self.stormy
-                && !self.lowers
+                && !self.conditions.stormy
+                && !self.conditions.lowest_qos
                 && !message.poison
                 && message.qos > QoS::AtMostOnce
                 && all < least + stable
@@ -510,44 +519,44 @@ impl Oracle {
         self.faults.extend(faults);
     }
 
-    /// Groups that have a member for sure, and that may have one.
+    /// How many groups certainly have a member, and how many may have one.
     fn groups(&self, message: &Message) -> (usize, usize) {
         let mut groups: BTreeMap<&str, bool> = BTreeMap::new();
         for client in &self.clients {
             for sub in &client.subs {
-                if !sub.shared() || !sub.matches(&message.topic) || sub.ended_at < message.at {
+                if !sub.shared() || !sub.matches(&message.topic) || !sub.lives_at(message.at) {
                     continue;
                 }
                 let stable = sub.granted_at.is_some_and(|at| at < message.at)
-                    && sub.ended_at == u64::MAX
+                    && sub.ended_at.is_none()
                     && sub.qos > QoS::AtMostOnce
                     && !client.replaces(sub);
                 *groups.entry(&sub.filter).or_default() |= stable;
             }
         }
         let stable = groups.values().filter(|s| **s).count();
-        // A member that left while it was to get one: another may have got it as well.
+        // If a member left while the message was on its way to it, another one may have received it too.
         let others = self.clients.iter().flat_map(|c| &c.subs);
         let left = others.filter(|s| s.shared() && s.matches(&message.topic));
         let left = left
-            .filter(|s| s.ended_at >= message.at && s.ended_at < u64::MAX)
+            .filter(|s| s.ended_at.is_some_and(|end| end >= message.at))
             .count();
         (stable, groups.len() + left)
     }
 
-    /// I3, I19: one publisher's messages on one topic at one QoS come in their order.
+    /// I3, I19: one publisher's messages on one topic at one QoS arrive in their order.
     fn disorder(&self, n: usize) -> Option<String> {
         let client = &self.clients[n];
-        // A group's copies keep no order with others, nor do those of filters on other links that came
-        // and went.
+        // The copies of a shared subscription keep no order with others, nor do the copies of filters on
+        // several links while subscriptions end.
         let ordered = |topic: &str| {
             let mut subs = client.subs.iter().filter(|s| s.matches(topic));
-            !subs.any(|s| s.shared() || s.ended_at < u64::MAX && self.data_links > 1)
+            !subs.any(|s| s.shared() || s.ended_at.is_some() && self.conditions.data_links > 1)
         };
         let mut last: BTreeMap<(usize, &str, u8, u8), u32> = BTreeMap::new();
         for (topic, got) in &client.got {
             let message = &self.messages[&got.number];
-            // Its own ones come by other filters, from the moment that one of them has No Local.
+            // The client's own messages come through other filters once one of them has No Local.
             let own =
                 message.from == n && client.subs.iter().any(|s| s.no_local && s.matches(topic));
             if self.twice(message) || message.will || own || !ordered(topic) {
@@ -561,7 +570,10 @@ impl Oracle {
             );
             let before = last.insert(key, got.number).unwrap_or(0);
             if before > got.number {
-                return Some(format!("{n} got {} behind {before} on {topic}", got.number));
+                return Some(format!(
+                    "{n} received {} after {before} on {topic}",
+                    got.number
+                ));
             }
         }
         None

@@ -1,14 +1,18 @@
-//! What the oracle has seen of clients: what they asked for, sent and got.
+//! The oracle's record of clients: their subscriptions, the messages they sent and received.
 
 use crate::mqtt::QoS;
+use crate::time::Millis;
 use crate::topics::{matches, split_shared};
 
-/// How many copies a client may get by plain subscriptions: one, however many overlap; one more for
-/// each that it asked for after it had left those before.
+/// How long a message may take through a broker that loses sessions.
+pub const TRANSIT_MS: Millis = 1500;
+
+/// How many copies of a message a client may receive through plain subscriptions: one for all that
+/// overlap in time, and one more for each that began after the ones before had ended.
 pub fn chances<'a>(subs: impl Iterator<Item = &'a Sub>, message: &Message) -> usize {
-    let mut spans: Vec<(u64, u64)> = subs
-        .filter(|s| s.ended_at >= message.at)
-        .map(|s| (s.ended_at, s.asked_at))
+    let mut spans: Vec<(Millis, Millis)> = subs
+        .filter(|s| s.lives_at(message.at))
+        .map(|s| (s.ended_at.unwrap_or(Millis::MAX), s.asked_at))
         .collect();
     spans.sort_unstable();
     let mut last_end = None;
@@ -22,24 +26,26 @@ pub fn chances<'a>(subs: impl Iterator<Item = &'a Sub>, message: &Message) -> us
     chances
 }
 
-/// A delivery.
+/// A message that a client received.
 #[derive(Clone, Copy, Debug)]
 pub struct Got {
     pub number: u32,
     pub qos: QoS,
     pub retain: bool,
-    pub at: u64,
+    pub at: Millis,
 }
 
+/// A subscription of a client.
 #[derive(Debug)]
 pub struct Sub {
     pub filter: String,
     pub qos: QoS,
     pub no_local: bool,
+    /// Retain Handling.
     pub handling: u8,
-    pub asked_at: u64,
-    pub granted_at: Option<u64>,
-    pub ended_at: u64,
+    pub asked_at: Millis,
+    pub granted_at: Option<Millis>,
+    pub ended_at: Option<Millis>,
 }
 
 impl Sub {
@@ -47,7 +53,17 @@ impl Sub {
         split_shared(&self.filter).is_some()
     }
 
-    /// A publish that was before the subscription is not marked as its client's own.
+    /// Whether the subscription existed at this time or later.
+    pub fn lives_at(&self, at: Millis) -> bool {
+        self.ended_at.is_none_or(|end| end >= at)
+    }
+
+    /// Whether the subscription ended at about this time or later.
+    pub fn ended_about(&self, at: Millis) -> bool {
+        self.ended_at.is_some_and(|end| end + 2 * TRANSIT_MS >= at)
+    }
+
+    /// Whether No Local hides the message. A publish from before the subscription has no origin mark.
     pub fn hides(&self, n: usize, message: &Message) -> bool {
         self.no_local && message.from == n && self.asked_at < message.at
     }
@@ -58,6 +74,7 @@ impl Sub {
     }
 }
 
+/// A message that a client published.
 #[derive(Debug)]
 pub struct Message {
     pub from: usize,
@@ -65,25 +82,39 @@ pub struct Message {
     pub qos: QoS,
     pub retain: bool,
     pub will: bool,
-    /// The core closes the connection for it: it reaches nobody, and its sender is told.
+    /// The broker closes the connection that brings it. It reaches nobody, and its sender is told.
     pub poison: bool,
-    pub at: u64,
-    pub acknowledged_at: u64,
+    pub at: Millis,
+    pub acknowledged_at: Option<Millis>,
 }
 
+impl Message {
+    /// This long after the acknowledgement; never, if there was none.
+    pub fn acknowledged_by(&self, after: Millis) -> Millis {
+        self.acknowledged_at
+            .map_or(Millis::MAX, |at| at.saturating_add(after))
+    }
+
+    /// Whether the message had no acknowledgement before this time.
+    pub fn open_at(&self, at: Millis) -> bool {
+        self.acknowledged_at.is_none_or(|done| done >= at)
+    }
+}
+
+/// A client.
 #[derive(Debug, Default)]
 pub struct Client {
     pub subs: Vec<Sub>,
     pub got: Vec<(String, Got)>,
-    /// Retained messages, handed over for a subscription.
+    /// Retained messages that it received for a subscription.
     pub handed: Vec<(String, Got)>,
-    pub cuts: Vec<u64>,
+    pub cuts: Vec<Millis>,
 }
 
 impl Client {
-    /// A subscription on the same filter is under way, that may be less.
+    /// Whether a SUBSCRIBE for the same filter has no answer yet. It may ask for less.
     pub fn replaces(&self, sub: &Sub) -> bool {
-        let pending = |o: &Sub| o.granted_at.is_none() && o.ended_at == u64::MAX;
+        let pending = |o: &Sub| o.granted_at.is_none() && o.ended_at.is_none();
         self.subs
             .iter()
             .any(|o| o.filter == sub.filter && pending(o))
