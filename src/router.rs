@@ -34,6 +34,8 @@ pub mod publish;
 mod retained;
 mod sessions;
 mod sources;
+#[cfg(test)]
+pub(crate) mod testing;
 mod tick;
 mod types;
 

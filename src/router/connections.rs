@@ -138,7 +138,7 @@ impl Router {
 
     /// Whether a 3.x client's next publish, of `size` bytes, has to wait in its socket: such a client
     /// cannot be told to come again. `waiting` of its publishes wait for the broker.
-    pub fn hold_publish(
+    pub fn defers_publish(
         &self,
         session: SessionRef,
         publish_link: u8,

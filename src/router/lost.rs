@@ -1,4 +1,4 @@
-//! Filters that the core held and has lost with a link's session, until it holds them again.
+//! Filters that the broker lost with a link's session, until it has granted them again.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,9 +11,9 @@ use crate::topics::FilterId;
 /// How sure it is that a filter is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::router) enum Loss {
-    /// Its session is gone.
+    /// The link's session is gone.
     Sure,
-    /// The core may have it still, and messages for it: they are not to be dropped for another's.
+    /// The broker may still have the filter, and messages for it, whose copies must not be dropped.
     Doubtful,
 }
 
@@ -21,7 +21,6 @@ pub(in crate::router) enum Loss {
 #[derive(Debug, Default)]
 pub(in crate::router) struct Lost {
     count: AtomicUsize,
-    /// By number.
     filters: RwLock<HashMap<FilterId, Loss, RandomState>>,
 }
 
@@ -32,7 +31,7 @@ impl Lost {
         self.count.store(filters.len(), Ordering::Release);
     }
 
-    /// The core has it again, or nobody wants it any more. Whether it was lost.
+    /// The broker has a filter again, or nobody wants it any more. Returns whether it was lost.
     pub fn remove(&self, filter: FilterId) -> bool {
         if self.is_empty() {
             return false;
@@ -43,7 +42,7 @@ impl Lost {
         lost
     }
 
-    /// The core has these all the same.
+    /// The broker has these filters after all.
     pub fn remove_all(&self, all: &[FilterId]) {
         if self.is_empty() || all.is_empty() {
             return;
@@ -59,7 +58,7 @@ impl Lost {
         self.count.load(Ordering::Acquire) == 0
     }
 
-    /// Tells of each filter whether it is lost, as of now.
+    /// A function that tells whether a filter is lost at this moment.
     pub fn look(&self) -> impl Fn(FilterId) -> Option<Loss> {
         let filters = (!self.is_empty()).then(|| self.filters.read());
         move |filter| filters.as_ref()?.get(&filter).copied()

@@ -128,7 +128,7 @@ impl Core {
             }
         }
         while self.publishes.len() < self.window {
-            let Some(outgoing) = router.publish_queues(0, |lanes| lanes.pop()) else {
+            let Some(outgoing) = router.publish_queues(0, |queues| queues.pop()) else {
                 break;
             };
             let at = self.at(1, rng, now);

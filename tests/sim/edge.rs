@@ -248,7 +248,7 @@ impl Edge {
                         let v3 = version < Version::V5 && p.qos as u8 > 0;
                         let waiting = session.publishes_waiting();
                         held = session.subscribing()
-                            || (v3 && router.hold_publish(reference, 0, waiting, size));
+                            || (v3 && router.defers_publish(reference, 0, waiting, size));
                         if held {
                             break;
                         }

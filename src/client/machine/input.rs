@@ -218,7 +218,7 @@ impl Batch<'_> {
                 let v3 = self.version < Version::V5 && p.qos > QoS::AtMostOnce;
                 let full = || {
                     let (session, link) = (machine.session, machine.publish_link);
-                    cx.router.hold_publish(session, link, waiting, size)
+                    cx.router.defers_publish(session, link, waiting, size)
                 };
                 if session.subscribing() || (v3 && full()) {
                     return Ok(Step::Paused);

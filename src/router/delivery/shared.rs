@@ -390,9 +390,9 @@ mod tests {
     use super::*;
     use crate::mqtt::{MessageSpec, Properties, ReasonCode, Version};
     use crate::router::filters::filter::Phase;
+    use crate::router::testing;
     use crate::router::{Connected, Router};
     use crate::session::Unsubscribed;
-    use crate::sim::testing;
 
     const FILTER: &str = "$share/g/t";
 

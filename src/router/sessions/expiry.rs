@@ -122,7 +122,7 @@ mod tests {
 
     use super::*;
     use crate::mqtt::{Message, MessageSpec, Properties, QoS};
-    use crate::sim::testing;
+    use crate::router::testing;
 
     #[test]
     fn deferred_actions_are_taken_without_the_lock_of_their_list() {

@@ -1,4 +1,4 @@
-//! Who of a shard has subscribed to a filter, as the fan-out needs it.
+//! The sessions of a shard that have subscribed to a filter, in the form that the fan-out needs.
 
 use smallvec::SmallVec;
 use std::num::NonZeroU32;
@@ -6,12 +6,12 @@ use std::num::NonZeroU32;
 use crate::mqtt::QoS;
 use crate::session::Subscription;
 
-/// One subscription, as the fan-out needs it.
+/// One subscription, in the form that the fan-out needs.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::router) struct Member {
     pub slot: u32,
     pub identifier: Option<NonZeroU32>,
-    /// As granted; `None`: not yet, and nothing is delivered.
+    /// The granted QoS; `None` if nothing is delivered, because the filter is not granted yet.
     pub qos: Option<QoS>,
     pub no_local: bool,
     pub retain_as_published: bool,
@@ -25,7 +25,7 @@ pub(in crate::router) struct Member {
 pub(in crate::router) struct Members(SmallVec<[Member; 2]>);
 
 impl Members {
-    /// Puts one in line with its subscription.
+    /// Brings a member in line with its subscription.
     pub fn join(&mut self, slot: u32, s: &Subscription) {
         let member = Member {
             slot,
@@ -52,7 +52,7 @@ impl Members {
         &self.0
     }
 
-    /// Their slots stay as they are.
+    /// All members; the caller must not change their slots.
     pub fn all_mut(&mut self) -> &mut [Member] {
         &mut self.0
     }

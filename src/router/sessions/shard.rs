@@ -204,7 +204,7 @@ impl Shard {
         self.members.entry(s.filter).or_default().join(slot, s);
     }
 
-    /// The core has a filter: the subscriptions on it that did not count yet do now.
+    /// The broker has granted a filter: the subscriptions on it that did not count yet do now.
     ///
     /// `newly`: sessions with overlapping filters whose subscription counts from here on.
     pub fn confirm(&mut self, filter: FilterId, granted: QoS, newly: &mut Vec<(SessionRef, QoS)>) {

@@ -80,9 +80,9 @@ mod tests {
     use super::*;
     use crate::mqtt::Version;
     use crate::router::handle::ConnectionHandle;
+    use crate::router::testing;
     use crate::router::{Connect, Peer, Router};
     use crate::session::ConnectionSpec;
-    use crate::sim::testing;
 
     /// A client that has been offered 1 MiB at 1 s, and last took some of it at `moved`.
     fn offered(router: &Router, moved: u64) -> Arc<ConnectionHandle> {

@@ -142,9 +142,9 @@ impl PublishLink {
             // A few at a time, because clients wait for the same lock to queue theirs.
             let mut some: smallvec::SmallVec<[Outgoing; 16]> = smallvec::SmallVec::new();
             let room = (self.room() - self.open).min(16);
-            router.publish_queues(self.link, |lanes| {
+            router.publish_queues(self.link, |queues| {
                 while some.len() < room
-                    && let Some(outgoing) = lanes.pop()
+                    && let Some(outgoing) = queues.pop()
                 {
                     some.push(outgoing);
                 }

@@ -1,0 +1,198 @@
+//! Helpers of the tests of the router and of everything above it: a router, and its clients.
+
+use std::sync::Arc;
+
+use crate::mqtt::{Message, MessageSpec, Properties, QoS, SubscribeOptions, Version};
+use crate::router::handle::ConnectionHandle;
+use crate::router::{
+    BrokerFeatures, ClientPublish, Connect, Connected, LinkSession, Peer, Router, RouterConfig,
+};
+use crate::session::{ConnectionSpec, QueueFull, SessionLimits, SubscribeRequest, Will};
+use crate::store::Memory;
+use crate::time::Millis;
+
+/// A router with one link of each kind, whose data link has come up.
+pub fn router() -> Arc<Router> {
+    let router = Arc::new(Router::new(limits(), config(), &Memory));
+    router.set_broker_features(&facts(), 0);
+    router.data_link_up(0, LinkSession::New, true, 0);
+    router
+}
+
+/// Limits that nothing reaches.
+fn limits() -> SessionLimits {
+    SessionLimits {
+        receive_max: 1000,
+        topic_alias_max: 0,
+        packet_max: 1024 * 1024,
+        queue_messages_max: 1000,
+        queue_bytes_max: 1024 * 1024,
+        queue_age_max: None,
+        shared_redeliver_after: 30_000,
+        will_grace: 0,
+        presence: false,
+        queue_full: QueueFull::Oldest,
+        queue_qos0: false,
+        output_buffer: Arc::new((64 * 1024).into()),
+        subscriptions_max: 100,
+        filter_bytes_max: 64 * 1024,
+        topic_levels_max: 32,
+        v3_publishes_max: 1000,
+        expiry_max: u32::MAX,
+        publish_account: Arc::default(),
+        reserved_key: "tidegate",
+        hasher: Default::default(),
+    }
+}
+
+/// One link of each kind.
+pub fn config() -> RouterConfig {
+    RouterConfig {
+        data_links: 1,
+        shared_links: 1,
+        roots: Vec::new(),
+        local_groups: false,
+        publish_links: 1,
+        publish_links_max: 1,
+        presence_topic: String::new(),
+        started_at: 0,
+        linger: 600_000,
+        linger_busy_min: 60_000,
+        filters_lingering_max: 1000,
+        subscribe_wait: 10_000,
+        subscribe_accept: true,
+        publishes_waiting: 64 * 1024 * 1024,
+        publishes_waiting_per_client: 64 * 1024 * 1024,
+        retained_cache: 1024 * 1024,
+        retained_resync: true,
+        queues: 64 * 1024 * 1024,
+        output: 64 * 1024 * 1024,
+        write_stall: 60_000,
+        hash_seed: 1,
+    }
+}
+
+/// A broker that can do everything.
+pub fn facts() -> BrokerFeatures {
+    BrokerFeatures {
+        identifiers: true,
+        properties: true,
+        keeps_retain: true,
+        shared: true,
+        replaces: true,
+        maximum_qos: QoS::ExactlyOnce,
+        retain_available: true,
+        packet_max: None,
+    }
+}
+
+/// A router with this configuration, which has not heard of the broker yet.
+pub fn router_of(config: RouterConfig) -> Arc<Router> {
+    Arc::new(Router::new(limits(), config, &Memory))
+}
+
+/// A connected MQTT 5 client whose session ends with the connection.
+pub fn client(router: &Router, id: &str) -> Connected {
+    connect(router, id, Version::V5, None, true, 0)
+}
+
+/// A connected client of any version, whose session is kept, perhaps with a will.
+pub fn kept_client_of(
+    router: &Router,
+    id: &str,
+    version: Version,
+    will: Option<Will>,
+    now: Millis,
+) -> Connected {
+    connect(router, id, version, will, false, now)
+}
+
+fn connect(
+    router: &Router,
+    id: &str,
+    version: Version,
+    will: Option<Will>,
+    clean: bool,
+    now: Millis,
+) -> Connected {
+    let connect = Connect {
+        client_id: id.into(),
+        principal: "anonymous".into(),
+        clean_start: clean,
+        expiry: if clean { 0 } else { u32::MAX },
+        spec: ConnectionSpec {
+            version,
+            receive_maximum: u16::MAX,
+            maximum_packet_size: u32::MAX,
+            topic_alias_maximum: 0,
+            problem_information: true,
+            keep_alive: 0,
+            scope: None,
+        },
+        will,
+        handle: Arc::new(ConnectionHandle::default()),
+        peer: peer(),
+    };
+    router
+        .connect(connect, now, |_, _| {})
+        .expect("nobody else has the identifier")
+}
+
+/// The far end of a TCP connection.
+pub(crate) fn peer() -> Arc<Peer> {
+    Arc::new(Peer {
+        listener: "test".into(),
+        transport: "tcp",
+        ping_after: None,
+        address: ([127, 0, 0, 1], 1).into(),
+    })
+}
+
+/// A message on the topic `t` whose payload is a number.
+pub(crate) fn numbered(number: u32, qos: QoS) -> Message {
+    Message::new(&MessageSpec {
+        topic: "t",
+        properties: Properties::default(),
+        payload: number.to_string().as_bytes(),
+        qos,
+        retain: false,
+        expires_at: u64::MAX,
+        strip_key: None,
+        account: None,
+    })
+}
+
+/// Hands a QoS 1 publish to the client's publish queue.
+pub fn publish(router: &Router, client: Connected, number: u32) {
+    publish_at(router, client, number, QoS::AtLeastOnce);
+}
+
+/// Hands a publish of this QoS to the client's publish queue.
+pub fn publish_at(router: &Router, client: Connected, number: u32, qos: QoS) {
+    let publish = ClientPublish {
+        token: None,
+        message: numbered(number, qos),
+        origin_mark: None,
+    };
+    router.publish(client.session, client.publish_link, publish, 0);
+}
+
+/// Subscribes a client, without retained messages. The broker has yet to answer.
+pub fn subscribe(router: &Router, client: Connected, filter: &str) {
+    subscribe_handling(router, client, filter, 2);
+}
+
+/// Subscribes a client with this Retain Handling.
+pub fn subscribe_handling(router: &Router, client: Connected, filter: &str, retain_handling: u8) {
+    let wanted = SubscribeRequest {
+        index: 0,
+        filter: filter.into(),
+        options: SubscribeOptions {
+            qos: QoS::AtLeastOnce,
+            no_local: false,
+            retain_as_published: false,
+            retain_handling,
+        },
+    };
+    router.subscribe(client.session, client.connection_no, 1, None, &[wanted], 0);
+}
