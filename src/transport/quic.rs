@@ -206,7 +206,8 @@ async fn connect(
     let (send, recv) = connection.accept_bi().await.map_err(handshake_error)?;
     std::mem::forget(guard);
     let control = Bidi::new(send, recv, Layer::Plain);
-    let quic = Quic::new(connection, Layer::Plain, control, None, listener);
+    let (http3, events) = (listener.config.webtransport, Arc::clone(&listener.events));
+    let quic = Quic::new(connection, Layer::Plain, control, None, http3, events);
     Ok((quic, client))
 }
 

@@ -13,7 +13,6 @@ use quinn::{
 use crate::config::Transport;
 use crate::transport::closed::{Closed, ResetReason};
 use crate::transport::events::Events;
-use crate::transport::listen::listener::Listener;
 use crate::transport::proxy::canonical;
 use crate::transport::quic::bidi::{Bidi, Layer};
 use crate::transport::quic::close::{CloseCode, UNI_STREAM_STOPPED, lost};
@@ -122,16 +121,17 @@ impl Drop for Quic {
 }
 
 impl Quic {
-    /// `control` is the first stream that the client opened.
+    /// `control` is the first stream that the client opened. `http3` says whether the handshake allowed
+    /// the unidirectional streams of HTTP/3.
     pub(super) fn new(
         connection: Connection,
         layer: Layer,
         control: Bidi,
         session: Option<Box<Session>>,
-        listener: &Listener,
+        http3: bool,
+        events: Arc<dyn Events>,
     ) -> Self {
-        // The handshake allowed those of HTTP/3.
-        let stop_uni_streams = listener.config.webtransport && layer == Layer::Plain;
+        let stop_uni_streams = http3 && layer == Layer::Plain;
         if stop_uni_streams {
             connection.set_max_concurrent_uni_streams(VarInt::from_u32(0));
         }
@@ -151,7 +151,7 @@ impl Quic {
             control_end: None,
             watched_resets: 0,
             peer_changed: false,
-            events: Arc::clone(&listener.events),
+            events,
         }
     }
 

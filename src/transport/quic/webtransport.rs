@@ -3,6 +3,7 @@
 //! used like those of ALPN `mqtt`. There is one session per connection, and no other HTTP is served.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt};
@@ -79,12 +80,14 @@ pub(super) async fn accept(
         }
     };
     std::mem::forget(guard);
+    let events = Arc::clone(&listener.events);
     Ok(Quic::new(
         connection,
         layer,
         control,
         Some(Box::new(session)),
-        listener,
+        true,
+        events,
     ))
 }
 
