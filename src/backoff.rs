@@ -22,6 +22,12 @@ impl Backoff {
         }
     }
 
+    /// The waits between failed accepts of a listener: to try again at once would only burn a core until
+    /// descriptors or memory are free.
+    pub const fn for_accept() -> Self {
+        Self::new(Duration::from_millis(50), Duration::from_secs(1))
+    }
+
     /// Counts a failure, and returns how long to wait before the next attempt.
     pub fn next_wait(&mut self) -> Duration {
         self.failures += 1;

@@ -25,10 +25,11 @@ pub(crate) mod stepped;
 mod subscription;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
 use tokio::net::TcpListener;
+
+use crate::backoff::Backoff;
 
 pub use options::EmbeddedOptions;
 #[cfg(feature = "sim")]
@@ -40,8 +41,6 @@ use state::State;
 
 /// Bytes that the in-memory pipe of a connection holds in each direction.
 const PIPE_BYTES: usize = 256 * 1024;
-/// Pause after an accept that failed, for instance for want of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A running embedded broker. Clones are handles to the same one.
 ///
@@ -70,9 +69,11 @@ impl EmbeddedBroker {
 
     /// Accepts connections on `listener` until the future is dropped. Accepted connections go on.
     pub async fn serve_tcp(self, listener: TcpListener) {
+        let mut backoff = Backoff::for_accept();
         loop {
             match listener.accept().await {
                 Ok((stream, peer)) => {
+                    backoff.reset();
                     // Batches are written whole, so Nagle's algorithm could only delay them.
                     if let Err(error) = stream.set_nodelay(true) {
                         tracing::debug!(%peer, %error, "TCP_NODELAY refused");
@@ -81,7 +82,7 @@ impl EmbeddedBroker {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the embedded broker could not accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    tokio::time::sleep(backoff.next_wait()).await;
                 }
             }
         }

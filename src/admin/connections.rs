@@ -13,8 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep};
 
-/// Pause after an accept that failed, for instance for want of descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+use crate::backoff::Backoff;
 
 /// The listener.
 pub(super) struct Bounded {
@@ -42,6 +41,7 @@ impl Listener for Bounded {
     async fn accept(&mut self) -> (Connection, SocketAddr) {
         let permit = Arc::clone(&self.free).acquire_owned().await;
         let permit = permit.expect("the semaphore is never closed");
+        let mut backoff = Backoff::for_accept();
         loop {
             match self.listener.accept().await {
                 Ok((stream, peer)) => {
@@ -49,7 +49,7 @@ impl Listener for Bounded {
                 }
                 Err(error) => {
                     tracing::debug!(%error, "the admin side cannot accept");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    tokio::time::sleep(backoff.next_wait()).await;
                 }
             }
         }

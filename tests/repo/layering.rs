@@ -18,7 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("session", &["time", "mqtt", "topics", "budget"]),
     ("transport", &["backoff", "config"]),
     ("auth", &["mqtt", "topics", "config", "telemetry"]),
-    ("admin", &["config", "telemetry"]),
+    ("admin", &["backoff", "config", "telemetry"]),
     (
         "router",
         &[
@@ -32,7 +32,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("embedded", &["time", "mqtt", "topics", "config"]),
+    ("embedded", &["backoff", "time", "mqtt", "topics", "config"]),
     (
         "client",
         &[

@@ -4,7 +4,6 @@ use std::future::ready;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -24,10 +23,6 @@ use crate::transport::tls::accept::accept as accept_tls;
 use crate::transport::tls::{ALPN_HTTP, ALPN_MQTT};
 use crate::transport::ws::Ws;
 use crate::transport::ws::handshake::{self, Answer};
-
-/// The waits between failed accepts. To try again at once would only burn a core until descriptors
-/// or memory are free.
-const ACCEPT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
 
 impl From<io::Error> for AcceptError {
     fn from(error: io::Error) -> Self {
@@ -64,7 +59,7 @@ pub(super) async fn serve_tcp<H, F>(
     H: Fn(Accepted) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Option<ConnectionTask>> + Send + 'static,
 {
-    let mut backoff = ACCEPT_BACKOFF;
+    let mut backoff = Backoff::for_accept();
     while let Some(accepted) = stop.run_until_cancelled(socket.accept()).await {
         match accepted.map_err(AcceptError::from) {
             Ok((io, peer)) => {
