@@ -1,9 +1,11 @@
 #![no_main]
 //! Packets of a connection whose version is known.
-#[allow(dead_code)]
-#[path = "../../tests/codec/properties/packets.rs"]
-mod packets;
 
 use tidegate::mqtt::{Receiver, Version};
+use tidegate::properties::packets;
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| packets::stream(Version::V311, Receiver::Client, data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| packets::stream(
+    Version::V311,
+    Receiver::Client,
+    data
+));

@@ -1,7 +1,7 @@
 #![no_main]
 //! Topic names and filters: three lines, two filters and a name.
-#[path = "../../tests/codec/properties/topics.rs"]
-mod topics;
+
+use tidegate::properties::topics;
 
 libfuzzer_sys::fuzz_target!(|data: &str| {
     let mut lines = data.splitn(3, '\n');

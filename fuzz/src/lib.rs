@@ -1,9 +1,16 @@
-//! The parsers alone, under the crate's own name, so that the targets and the shared properties
-//! find `tidegate::mqtt`. The crate itself would bring TLS and QUIC into every fuzz build.
+//! The parsers alone, under the crate's own name, and the properties that they must have.
+//!
+//! The files of the crate are included by their paths, here and nowhere else. A dependency on the crate
+//! would bring TLS, QUIC and their C code into every fuzz build, with sanitizers, and would need the
+//! parsers of the transports to be public. The included parsers use nothing else of the crate.
+
+extern crate self as tidegate;
 
 // Inline modules, so that each file finds its own modules beside it.
-// What they offer to the rest of the crate is not all used.
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    reason = "the rest of the crate is not here to use all of it"
+)]
 #[path = "../../src"]
 mod sources {
     pub mod budget;
@@ -13,8 +20,19 @@ mod sources {
 
 pub use sources::{budget, mqtt, topics};
 
-/// What stands before MQTT on the way in. Each function holds a property for any bytes.
-#[allow(dead_code)]
+/// The properties that the tests of the codec hold too.
+#[allow(dead_code, reason = "the tests use more of them")]
+#[path = "../../tests/codec/properties"]
+pub mod properties {
+    pub mod packets;
+    pub mod topics;
+}
+
+/// The parsers that see a client's bytes before MQTT does. Each function holds a property for any bytes.
+#[allow(
+    dead_code,
+    reason = "the rest of the crate is not here to use all of it"
+)]
 #[path = "../../src/transport"]
 pub mod transport {
     mod forwarded;
@@ -23,7 +41,7 @@ pub mod transport {
 
         use header::{Step, parse};
 
-        /// More bytes change no verdict.
+        /// More bytes never change a verdict.
         pub fn header(input: &[u8]) {
             let last = parse(input);
             for n in 0..input.len() {
@@ -42,7 +60,7 @@ pub mod transport {
 
         use capsules::{Capsules, Found};
 
-        /// However the bytes are cut, they come to the same.
+        /// Any way to cut the bytes gives the same result.
         pub fn capsules(bytes: &[u8], step: usize) {
             let whole = Capsules::default().feed(bytes);
             let mut capsules = Capsules::default();
@@ -66,7 +84,7 @@ pub mod transport {
             (out, requests, fed.err().map(|stopped| stopped.fault))
         }
 
-        /// However the bytes are cut, they come to the same, and to no more than came.
+        /// Any way to cut the bytes gives the same result, and no more bytes than were received.
         pub fn frames(bytes: &[u8], step: usize) {
             let whole = decode(bytes, usize::MAX);
             assert!(whole.0.len() <= bytes.len());
@@ -78,16 +96,25 @@ pub mod transport {
     pub use quic::capsules;
     pub use ws::frames;
 
-    /// What a client sends, `line`, does not change what its proxy adds.
-    pub fn hops(line: &[u8]) {
-        let mut forged = line.to_vec();
-        forged.extend_from_slice(b", for=192.0.2.7");
-        let last = forwarded::forwarded([forged.as_slice()].into_iter()).pop();
-        let told = std::net::SocketAddr::from(([192, 0, 2, 7], 0));
-        assert!(last.is_none_or(|hop| hop == Some(told)));
-        let mut forged = line.to_vec();
-        forged.extend_from_slice(b", 192.0.2.7");
+    /// The bytes that a client sends do not change the hop that its proxy adds, whether they stand before
+    /// it or in a quoted value of it.
+    pub fn hops(client: &[u8]) {
+        let added = Some(Some(std::net::SocketAddr::from(([192, 0, 2, 7], 0))));
+        let last = |lines: &[u8]| forwarded::forwarded([lines].into_iter()).pop();
+        let before = last(&[client, b", for=192.0.2.7"].concat());
+        assert!(before.is_none() || before == added);
+        let mut quoted = b"for=192.0.2.7;host=\"".to_vec();
+        for byte in client {
+            if matches!(byte, b'"' | b'\\') {
+                quoted.push(b'\\');
+            }
+            quoted.push(*byte);
+        }
+        quoted.push(b'"');
+        let quoted = last(&quoted);
+        assert!(quoted.is_none() || quoted == added);
+        let forged = [client, b", 192.0.2.7"].concat();
         let last = forwarded::x_forwarded_for([forged.as_slice()].into_iter()).pop();
-        assert_eq!(last, Some(Some(told)));
+        assert_eq!(last, added);
     }
 }

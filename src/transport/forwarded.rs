@@ -1,6 +1,6 @@
-//! What `X-Forwarded-For` and `Forwarded` (RFC 7239) say of where a request
-//! came from: one hop for each proxy, the nearest last; `None` is one that
-//! does not name an address.
+//! The headers `X-Forwarded-For` and `Forwarded` (RFC 7239), in which each proxy states the address from
+//! which it got a request. A line gives one hop for each proxy, the nearest last; `None` is a hop without
+//! an address.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -12,7 +12,7 @@ pub(super) fn x_forwarded_for<'a>(
     for line in lines {
         for item in line.split(|byte| *byte == b',') {
             let item = item.trim_ascii();
-            // An empty element is none (RFC 9110 section 5.6.1.2).
+            // Empty elements do not count (RFC 9110 section 5.6.1.2).
             if !item.is_empty() {
                 hops.push(std::str::from_utf8(item).ok().and_then(node));
             }
@@ -21,8 +21,8 @@ pub(super) fn x_forwarded_for<'a>(
     hops
 }
 
-/// The hops of `Forwarded` lines; none at all if a line is malformed, because
-/// then a client may have begun a quote that swallows what its proxy added.
+/// The hops of `Forwarded` lines. There are none at all if a line is malformed, because a client may have
+/// begun a quoted string that swallows the element of its proxy.
 pub(super) fn forwarded<'a>(lines: impl Iterator<Item = &'a [u8]>) -> Vec<Option<SocketAddr>> {
     let mut hops = Vec::new();
     for line in lines {
@@ -37,7 +37,7 @@ pub(super) fn forwarded<'a>(lines: impl Iterator<Item = &'a [u8]>) -> Vec<Option
 /// The elements of one `Forwarded` line (RFC 7239 section 4).
 fn elements(line: &str) -> Option<Vec<Option<SocketAddr>>> {
     let (mut hops, mut rest) = (Vec::new(), line);
-    // Of the element under way: whether it has pairs, and what `for` says.
+    // The element that is being read: whether it has pairs, and the address of its `for`.
     let (mut pairs, mut whose) = (false, None);
     loop {
         rest = rest.trim_start_matches([' ', '\t']);
@@ -61,7 +61,7 @@ fn elements(line: &str) -> Option<Vec<Option<SocketAddr>>> {
     }
 }
 
-/// A name, its value without quotes, and what is behind it.
+/// A name, its value without quotes, and the text after them.
 fn pair(text: &str) -> Option<(&str, String, &str)> {
     let is_token = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);
     let name = &text[..text.find(|c| !is_token(c)).unwrap_or(text.len())];
@@ -86,8 +86,8 @@ fn pair(text: &str) -> Option<(&str, String, &str)> {
     None
 }
 
-/// An address with or without a port; 0 stands for a port that is not told.
-/// `unknown` and made-up names (RFC 7239 section 6) are none.
+/// An address with or without a port; without one, the port is 0. `unknown` and obfuscated names (RFC
+/// 7239 section 6) are not addresses.
 fn node(text: &str) -> Option<SocketAddr> {
     if let Ok(ip) = text.parse::<IpAddr>() {
         return Some(SocketAddr::new(ip, 0));
@@ -105,7 +105,7 @@ fn node(text: &str) -> Option<SocketAddr> {
             (IpAddr::V4(text[..at].parse().ok()?), &text[at..])
         }
     };
-    // A port may be made up as well.
+    // A port may be obfuscated as well.
     (port.is_empty() || port.starts_with(":_")).then(|| SocketAddr::new(ip, 0))
 }
 
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn x_forwarded_for_as_proxies_write_it() {
+    fn x_forwarded_for_is_read_as_proxies_write_it() {
         for (line, hops) in [
             ("192.0.2.1", &["192.0.2.1:0"][..]),
             (
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn forwarded_as_rfc_7239_has_it() {
+    fn forwarded_is_read_by_rfc_7239() {
         for (line, hops) in [
             ("for=\"_gazonk\"", &["-"][..]),
             (
@@ -174,7 +174,12 @@ mod tests {
             ("for=192.0.2.1:80", &["192.0.2.1:80"]),
             (", ;for=192.0.2.1;,", &["192.0.2.1:0"]),
             ("", &[]),
-            // What is malformed says nothing at all.
+            // The proxy quotes a Host that its client chose.
+            (
+                "for=192.0.2.60;host=\"x,for=198.51.100.1\"",
+                &["192.0.2.60:0"],
+            ),
+            // A malformed line has no hops.
             ("for=\", for=192.0.2.1", &[]),
             ("for=\"x, for=\"[2001:db8::1]\"", &[]),
             ("for, for=192.0.2.1", &[]),
@@ -195,7 +200,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_line_is_survived(line in prop::collection::vec(
+        fn any_line_can_be_read(line in prop::collection::vec(
             prop_oneof![prop::sample::select(b"for=\"\\,;:[]. _1a\t".to_vec()), any::<u8>()], 0..60,
         )) {
             forwarded([line.as_slice()].into_iter());
@@ -203,18 +208,23 @@ mod tests {
         }
 
         #[test]
-        fn what_a_proxy_adds_is_what_counts(
+        fn a_client_does_not_change_the_hop_of_its_proxy(
             sent in prop::collection::vec(
                 prop::sample::select(b"for=\"\\,;:[]. _1a\t".to_vec()), 0..40,
             ),
             a in any::<[u8; 16]>(),
         ) {
-            // Whatever a client sends, the last hop is what its proxy wrote, or there is none.
+            // The last hop is the one that the proxy wrote, or there is none.
             let ip = IpAddr::from(a);
-            let mut line = sent;
-            line.extend(format!(", for=\"[{ip}]\"").bytes());
-            let last = forwarded([line.as_slice()].into_iter()).pop();
-            prop_assert!(last.is_none_or(|hop| hop == Some(SocketAddr::new(ip, 0))), "{last:?}");
+            let hop = Some(SocketAddr::new(ip, 0));
+            let added = format!("for=\"[{ip}]\"");
+            let before = [&*sent, b", ", added.as_bytes()].concat();
+            let last = forwarded([before.as_slice()].into_iter()).pop();
+            prop_assert!(last.is_none_or(|last| last == hop), "{last:?}");
+            let quoted = String::from_utf8_lossy(&sent).replace('\\', "\\\\").replace('"', "\\\"");
+            let quoted = format!("{added};host=\"{quoted}\"");
+            let last = forwarded([quoted.as_bytes()].into_iter()).pop();
+            prop_assert_eq!(last, Some(hop));
         }
     }
 }
