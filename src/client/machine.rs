@@ -177,6 +177,16 @@ impl Machine {
         self.paused.is_some()
     }
 
+    /// Bytes of a stream that arrived and whose packets were not taken: they are incomplete, or have
+    /// to wait.
+    pub fn untaken(&self, stream: u8) -> usize {
+        let mut streams = self.streams.iter().filter(|s| s.number == stream);
+        match stream {
+            0 => self.input.bytes.len(),
+            _ => streams.next().map_or(0, |s| s.input.bytes.len()),
+        }
+    }
+
     /// Tries again to take the packets that had to wait.
     ///
     /// # Errors

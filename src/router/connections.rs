@@ -73,7 +73,7 @@ impl Router {
     /// Works on a session under its shard's lock, for packets of its client. `None`:
     /// `connection_no` is not its current connection any more. The effects are for
     /// [`Router::apply`].
-    pub fn feed<R>(
+    pub(crate) fn feed<R>(
         &self,
         session: SessionRef,
         connection_no: u64,
@@ -110,7 +110,7 @@ impl Router {
     /// while `unsent` bytes are still with the others. `empty` is exchanged for the bytes of the control
     /// stream; those of the others are returned, by number. `None`: the connection is not the
     /// session's any more.
-    pub fn take_streams(
+    pub(crate) fn take_streams(
         &self,
         session: SessionRef,
         connection_no: u64,
@@ -138,7 +138,7 @@ impl Router {
 
     /// Whether a 3.x client's next publish, of `size` bytes, has to wait in its socket: such a client
     /// cannot be told to come again. `waiting` of its publishes wait for the broker.
-    pub fn defers_publish(
+    pub(crate) fn defers_publish(
         &self,
         session: SessionRef,
         publish_link: u8,
@@ -157,7 +157,7 @@ impl Router {
     /// Moves a session to the publish link that it would begin on now, if none of its publishes waits
     /// for its old one; to be called before its next publish is handed over. Returns the publish link
     /// from here on.
-    pub fn move_publishes(&self, session: SessionRef, from: u8) -> u8 {
+    pub(crate) fn move_publishes(&self, session: SessionRef, from: u8) -> u8 {
         self.publishing.move_session(&self.sessions, session, from)
     }
 

@@ -1,18 +1,34 @@
-//! The server's end of one connection: what the connection task does, without sockets.
+//! The server's end of one connection: the machine that ships, with pipes instead of a socket.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, LazyLock};
 use std::task::Waker;
+use std::time::Duration;
 
-use tidegate::mqtt::{
-    Connack, Decoder, Message, MessageSpec, Packet, QoS, ReasonCode, Receiver, Version,
-    decode_connect, encode_disconnect,
-};
-use tidegate::router::handle::ConnectionHandle;
-use tidegate::router::{Caller, Connect, Peer, Router, SessionRef};
-use tidegate::session::{CloseReason, ConnectionSpec, Policy, Will};
+use tidegate::client::End;
+use tidegate::client::connect::{Admission, Applicant};
+use tidegate::client::machine::{Context, Limits, Machine, StreamReset};
+use tidegate::config;
+use tidegate::mqtt::{Connect, Decoder, Packet, QoS, Receiver, Version, decode_connect};
+use tidegate::router::{Peer, Router};
+use tidegate::session::Policy;
+use tidegate::telemetry::DisconnectReason;
 use tidegate::time::Millis;
+use tidegate::transport::{Closed, Traffic};
 
-use crate::oracle::{Oracle, key};
+use crate::oracle::{Checked, Oracle, key};
+
+/// From a packet's first byte to its last.
+const PACKET_DEADLINE: Millis = 10_000;
+/// The longest time between two looks at a deadline.
+const LATE_MAX: Millis = 600;
+
+static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
+    input: Arc::default(),
+    input_max_bytes: 1 << 30,
+    packet_deadline: PACKET_DEADLINE,
+    write_stall: 60_000,
+});
 
 /// Everything is allowed, but for publishes below `deny/`.
 struct Allowed;
@@ -27,29 +43,47 @@ impl Policy for Allowed {
     }
 }
 
-struct Open {
-    /// One and a half times Keep Alive, milliseconds.
-    patience: u64,
-    session: SessionRef,
-    connection_no: u64,
-    version: Version,
+/// What a call of the machine needs.
+fn context(router: &Router, now: Millis) -> Context<'_> {
+    Context {
+        router,
+        policy: &Allowed,
+        limits: &LIMITS,
+        now,
+    }
+}
+
+/// One stream of the connection, as the oracle sees it.
+#[derive(Default)]
+struct Judged {
+    /// Bytes that the machine was given, from the first packet on that it has not taken.
+    input: Vec<u8>,
+    /// Since when those bytes are there, or their packets are read again.
+    since: Millis,
+    /// Bytes of the machine's output that the oracle has seen.
+    output: usize,
 }
 
 pub struct Edge {
     pub device: usize,
     pub link: u64,
-    open: Option<Open>,
-    wake: Arc<ConnectionHandle>,
+    machine: Option<Machine>,
+    version: Version,
+    /// One and a half times Keep Alive, milliseconds; 0: none.
+    patience: Millis,
+    /// An incomplete CONNECT.
     input: Vec<u8>,
-    /// Taken from the session, on its way to the socket.
-    pub output: Vec<u8>,
-    pub ended: Option<CloseReason>,
-    /// CONNACK is on its way.
-    answered: bool,
-    /// When the last packet came.
-    last_in: u64,
-    /// A 3.x client with too much under way: not read from.
-    pub held: bool,
+    streams: BTreeMap<u8, Judged>,
+    /// Bytes on their way to the socket, by stream.
+    pub output: BTreeMap<u8, Vec<u8>>,
+    pub ended: Option<DisconnectReason>,
+    /// When the last packet was taken.
+    last_in: Millis,
+    /// The streams that are left unread, as bits.
+    pub unread: u16,
+    /// Streams that the machine wants to be reset.
+    pub resets: Vec<StreamReset>,
+    traffic: Traffic,
 }
 
 impl Edge {
@@ -57,374 +91,422 @@ impl Edge {
         Self {
             device,
             link,
-            open: None,
-            wake: Arc::default(),
+            machine: None,
+            version: Version::V5,
+            patience: 0,
             input: Vec::new(),
-            output: Vec::new(),
+            streams: BTreeMap::new(),
+            output: BTreeMap::new(),
             ended: None,
-            answered: false,
             last_in: 0,
-            held: false,
+            unread: 0,
+            resets: Vec::new(),
+            traffic: Traffic::default(),
         }
     }
 
     /// Its state, for a report.
     pub fn state(&self) -> String {
-        let (held, input, output) = (self.held, self.input.len(), self.output.len());
+        let paused = self.is_paused();
+        let (unread, ended) = (self.unread, self.ended);
         format!(
-            "link {} held {held} input {input} output {output} ended {:?}",
-            self.link, self.ended
+            "link {} paused {paused} unread {unread:b} output {:?} ended {ended:?}",
+            self.link, self.output
         )
+    }
+
+    /// Whether nothing is to be read for now.
+    pub fn is_paused(&self) -> bool {
+        self.machine.as_ref().is_some_and(Machine::paused)
+    }
+
+    /// Whether all output has left.
+    pub fn has_sent_all(&self) -> bool {
+        self.output.values().all(Vec::is_empty)
     }
 
     /// Whether these bytes make its CONNECT whole.
     pub fn completes(&self, bytes: &[u8]) -> bool {
         let all = [&self.input, bytes].concat();
-        self.open.is_none() && matches!(decode_connect(&all, 16 * 1024), Ok(Some(_)))
+        let first = self.machine.is_none() && self.ended.is_none();
+        first && matches!(decode_connect(&all, 16 * 1024), Ok(Some(_)))
     }
 
-    /// Bytes came.
+    /// Bytes arrived on a stream.
     pub fn receive(
         &mut self,
+        stream: u8,
         bytes: &[u8],
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
-    ) -> Result<(), String> {
+    ) -> Checked {
+        if self.ended.is_some() {
+            return Ok(());
+        }
+        if self.machine.is_some() {
+            return self.packets(stream, bytes, router, oracle, now);
+        }
         self.input.extend_from_slice(bytes);
         let input = std::mem::take(&mut self.input);
-        let mut used = 0;
-        if self.open.is_none() {
-            let decoded = decode_connect(&input, 16 * 1024).map_err(|e| e.to_string())?;
-            let Some((connect, size)) = decoded else {
-                self.input = input;
-                return Ok(());
-            };
-            used = size;
-            self.connect(&connect, router, oracle, now)?;
-        }
-        used += self.packets(&input[used..], router, oracle, now)?;
-        self.input = input[used..].to_vec();
-        Ok(())
+        let decoded = decode_connect(&input, 16 * 1024).map_err(|e| e.to_string())?;
+        let Some((connect, size)) = decoded else {
+            self.input = input;
+            return Ok(());
+        };
+        self.connect(&connect, router, oracle, now)?;
+        self.packets(0, &input[size..], router, oracle, now)
     }
 
     fn connect(
         &mut self,
-        c: &tidegate::mqtt::Connect<'_>,
+        connect: &Connect<'_>,
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
-    ) -> Result<(), String> {
-        let version = c.version;
-        let asked = match version {
-            Version::V5 => c.session_expiry.unwrap_or(0),
-            _ if c.clean_start => 0,
-            _ => oracle.rules.expiry_v3,
-        };
-        let will = c.will.map(|w| {
-            let message = Message::new(&MessageSpec {
-                topic: w.topic,
-                properties: w.properties,
-                payload: w.payload,
-                qos: w.qos,
-                retain: w.retain,
-                expires_at: u64::MAX,
-                strip_key: None,
-                account: None,
-            });
-            Will::new(message, w.delay, w.message_expiry)
-        });
-        let will_seen = c.will.map(|w| (key(w.payload), w.delay, w.qos));
-        oracle.connecting(
-            self.device,
-            self.link,
-            c.clean_start,
-            c.session_expiry,
-            will_seen,
+    ) -> Checked {
+        let will = connect.will.map(|w| (key(w.payload), w.delay, w.qos));
+        let (device, link, clean) = (self.device, self.link, connect.clean_start);
+        oracle.connecting(device, link, clean, connect.session_expiry, will, now);
+        let seconds = |n: u32| Duration::from_secs(n.into());
+        let limits = router.limits();
+        let admission = Admission {
+            router,
+            policy: &Allowed,
+            session: &config::Session {
+                expiry_v3: seconds(oracle.rules.expiry_v3),
+                expiry_max: seconds(limits.expiry_max),
+                ..config::Session::default()
+            },
+            limits: &config::Limits {
+                receive_max: limits.receive_max,
+                topic_alias_max: limits.topic_alias_max,
+                ..config::Limits::default()
+            },
             now,
-        );
-        let limits = &router.limits();
-        let (receive_max, aliases) = (limits.receive_max, limits.topic_alias_max);
-        let mut told = false;
-        let connected = router
-            .connect(
-                Connect {
-                    client_id: c.client_id.into(),
-                    principal: "someone".into(),
-                    clean_start: c.clean_start,
-                    expiry: asked.min(limits.expiry_max),
-                    spec: ConnectionSpec {
-                        version,
-                        receive_maximum: c.receive_maximum.unwrap_or(u16::MAX),
-                        maximum_packet_size: c.maximum_packet_size.unwrap_or(u32::MAX),
-                        topic_alias_maximum: c.topic_alias_maximum,
-                        problem_information: c.request_problem_information,
-                        keep_alive: c.keep_alive,
-                        scope: None,
-                    },
-                    will,
-                    handle: self.wake.clone(),
-                    peer: Arc::new(Peer {
-                        listener: "sim".into(),
-                        transport: "sim",
-                        ping_after: None,
-                        address: ([127, 0, 0, 1], 1).into(),
-                    }),
-                },
-                now,
-                |present, out| {
-                    told = present;
-                    Connack {
-                        session_present: present,
-                        receive_maximum: Some(receive_max),
-                        topic_alias_maximum: Some(aliases),
-                        ..Connack::default()
-                    }
-                    .encode(version, out);
-                },
-            )
-            .map_err(|e| format!("{e:?}"))?;
-        if told != connected.present {
-            return Err("CONNACK says another Session Present than the router".into());
-        }
-        oracle.connected(self.device, connected.present)?;
+        };
+        let applicant = Applicant {
+            client_id: connect.client_id.into(),
+            owner: "someone".into(),
+            scope: None,
+            added_bytes: 0,
+            peer: Arc::new(Peer {
+                listener: "sim".into(),
+                transport: "sim",
+                ping_after: None,
+                address: ([127, 0, 0, 1], 1).into(),
+            }),
+        };
+        let admitted = admission.admit(connect, applicant);
+        let admitted = admitted.map_err(|refusal| format!("{refusal:?}"))?;
+        oracle.connected(self.device, admitted.present)?;
         self.last_in = now;
-        self.open = Some(Open {
-            patience: u64::from(c.keep_alive) * 1500,
-            session: connected.session,
-            connection_no: connected.connection_no,
-            version,
-        });
+        self.version = connect.version;
+        self.patience = u64::from(admitted.keep_alive_seconds) * 1500;
+        self.machine = Some(admitted.machine);
         Ok(())
     }
 
+    /// Gives the machine bytes of one stream.
     fn packets(
         &mut self,
+        stream: u8,
         bytes: &[u8],
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
-    ) -> Result<usize, String> {
-        let mut used = 0;
-        while let Some((size, more)) = self.batch(&bytes[used..], router, oracle, now)? {
-            used += size;
-            if !more {
-                return Ok(used);
-            }
+    ) -> Checked {
+        let Some(machine) = &mut self.machine else {
+            return Ok(());
+        };
+        let judged = self.streams.entry(stream).or_default();
+        if judged.input.is_empty() {
+            judged.since = now;
         }
-        Ok(bytes.len())
+        judged.input.extend_from_slice(bytes);
+        let result = machine.received(&context(router, now), stream, bytes);
+        self.judge_taken(result, router, oracle, now)
     }
 
-    /// Works off packets up to a SUBSCRIBE. Returns the bytes used, and whether there is more;
-    /// `None`: the connection is over.
-    fn batch(
+    /// Tells the oracle which packets the machine took.
+    fn judge_taken(
         &mut self,
-        bytes: &[u8],
+        result: Result<Option<StreamReset>, End>,
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
-    ) -> Result<Option<(usize, bool)>, String> {
-        let Some(open) = &self.open else {
-            return Ok(None);
+    ) -> Checked {
+        let Some(machine) = &self.machine else {
+            return Ok(());
         };
         let decoder = Decoder {
-            version: open.version,
+            version: self.version,
             receiver: Receiver::Server,
-            max: router.limits().packet_max,
+            max: u32::MAX,
         };
-        let (device, mut used) = (self.device, 0);
-        let (version, reference) = (open.version, open.session);
-        let mut effects = Vec::new();
-        let outcome = router.feed(
-            open.session,
-            open.connection_no,
-            &mut effects,
-            |session, limits, effects| {
-                let mut close: Option<CloseReason> = None;
-                let mut more = false;
-                let mut held = false;
-                while let Ok(Some((packet, size))) = decoder.next(&bytes[used..]) {
-                    if let Packet::Publish(p) = &packet {
-                        let v3 = version < Version::V5 && p.qos as u8 > 0;
-                        let waiting = session.publishes_waiting();
-                        held = session.subscribing()
-                            || (v3 && router.defers_publish(reference, 0, waiting, size));
-                        if held {
-                            break;
-                        }
-                    }
-                    used += size;
-                    oracle.took(device, &packet, now);
-                    if let Err(end) = session.packet(0, &packet, limits, &Allowed, now, effects) {
-                        if !matches!(packet, Packet::Disconnect(_)) {
-                            let what = crate::packets::short(&packet);
-                            return Err(format!("{what} ends the connection: {end:?}"));
-                        }
-                        close = Some(end);
-                        break;
-                    }
-                    if matches!(packet, Packet::Subscribe(_)) {
-                        more = true;
-                        break;
-                    }
+        for (stream, judged) in &mut self.streams {
+            let took = match &result {
+                Ok(_) => judged.input.len() - machine.untaken(*stream),
+                Err(end) if end.is_by_client() && *stream == 0 => judged.input.len(),
+                // The connection has no session any more.
+                Err(_) => 0,
+            };
+            let mut at = 0;
+            while at < took {
+                let next = decoder.next(&judged.input[at..took]);
+                let Some((packet, size)) = next.map_err(|e| e.to_string())? else {
+                    return Err("the machine took a part of a packet".into());
+                };
+                at += size;
+                oracle.took(self.device, &packet, now);
+                if matches!(packet, Packet::Disconnect(_)) {
+                    break;
                 }
-                session.pump(limits, now);
-                if let Some(connection) = session.connection() {
-                    connection.unread = held;
+            }
+            judged.input.drain(..at);
+            if at > 0 {
+                judged.since = now;
+                // The router may have asked for the end before that.
+                if machine.handle().closing().is_none() {
+                    self.last_in = now;
                 }
-                Ok((close, held, more))
-            },
-        );
-        let caller = Caller {
-            session: open.session,
-            connection_no: open.connection_no,
-            publish_link: 0,
-        };
-        router.apply(caller, effects, now);
-        if used > 0 && self.wake.closing().is_none() {
-            self.last_in = now;
+            }
         }
-        let Some(outcome) = outcome else {
-            // Taken over; the wake tells.
-            return Ok(None);
-        };
-        let (close, held, more) = outcome?;
-        self.held = held;
-        if let Some(close) = close {
-            self.end(close, router, oracle, now)?;
-            return Ok(None);
+        match result {
+            Ok(reset) => {
+                self.resets.extend(reset);
+                Ok(())
+            }
+            Err(end) => self.end(end, router, oracle, now),
         }
-        Ok(Some((used, more)))
     }
 
-    /// What the task does when it is woken, or its socket takes more.
+    /// The packets on these streams have their time anew, since they were not read.
+    fn restart_deadlines(&mut self, streams: u16, now: Millis) {
+        for (number, judged) in &mut self.streams {
+            if streams & 1 << *number != 0 {
+                judged.since = now;
+            }
+        }
+    }
+
+    /// What the task does when it is woken, or its socket takes more. `room` are the streams that
+    /// take output, as bits.
     pub fn poll(
         &mut self,
+        room: u16,
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
-    ) -> Result<(), String> {
-        if self.ended.is_some() {
-            return Ok(());
-        }
-        if self.open.is_none() {
-            return Ok(());
-        }
-        self.wake.take(Waker::noop());
-        if self.held {
-            self.last_in = now;
-        }
-        if let Some(open) = &self.open
-            && open.patience > 0
-        {
-            let silence = now - self.last_in;
-            let closed = self.wake.closing();
-            let kept = closed == Some(CloseReason::KeepAlive);
-            if kept && silence < open.patience || closed.is_none() && silence > open.patience + 600
-            {
-                return Err(format!(
-                    "silent for {silence} of {} ms, closed: {closed:?} [MQTT-3.1.2-22]",
-                    open.patience
-                ));
-            }
-        }
-        if let Some(close) = self.wake.closing() {
-            return self.end(close, router, oracle, now);
-        }
-        if self.held {
-            self.receive(&[], router, oracle, now)?;
-            if self.ended.is_some() {
-                return Ok(());
-            }
-        }
-        let Some(open) = &self.open else {
+    ) -> Checked {
+        let Some(machine) = &mut self.machine else {
             return Ok(());
         };
+        if machine.paused() || self.unread != 0 {
+            self.last_in = now;
+        }
+        let woken = machine.woken(Waker::noop());
+        self.judge_silence(woken.as_ref().err(), now)?;
+        if let Err(end) = woken {
+            return self.end(end, router, oracle, now);
+        }
+        let cx = context(router, now);
+        let Some(machine) = &mut self.machine else {
+            return Ok(());
+        };
+        self.resets.extend(machine.watch(&cx, self.traffic));
+        if machine.paused() {
+            let result = machine.resume(&cx);
+            self.restart_deadlines(u16::MAX, now);
+            self.judge_taken(result, router, oracle, now)?;
+        }
         loop {
-            let mut taken = Vec::new();
-            let side = router.take_output(open.session, open.connection_no, &mut taken, now);
-            match side {
-                None => {
-                    return Err("the session has no connection, and its wake says nothing".into());
-                }
-                Some(side) if !side.is_empty() => return Err("output on another lane".into()),
-                Some(_) => {}
-            }
-            oracle.wrote(self.device, self.link, &taken, now)?;
-            if taken.is_empty() {
+            self.send(room, router, now);
+            let Some(machine) = &mut self.machine else {
                 return Ok(());
+            };
+            match machine.transmit(router, now) {
+                Ok(true) => self.judge_output(oracle, now)?,
+                Ok(false) => break,
+                Err(end) => return self.end(end, router, oracle, now),
             }
-            self.answered = true;
-            self.output.append(&mut taken);
-            if self.output.len() > 4096 {
-                return Ok(());
+        }
+        if let Some(machine) = &mut self.machine
+            && !machine.paused()
+        {
+            let before = std::mem::replace(&mut self.unread, machine.unread(&cx));
+            self.restart_deadlines(before & !self.unread, now);
+        }
+        Ok(())
+    }
+
+    /// A client's silence ends its connection at one and a half times Keep Alive.
+    fn judge_silence(&self, end: Option<&End>, now: Millis) -> Checked {
+        let silence = now - self.last_in;
+        let kept = end.is_some_and(|end| end.label == DisconnectReason::KeepAlive);
+        let early = kept && silence < self.patience;
+        let late = end.is_none() && self.patience > 0 && silence > self.patience + LATE_MAX;
+        match early || late {
+            false => Ok(()),
+            true => Err(format!(
+                "silent for {silence} of {} ms, closed: {end:?} [MQTT-3.1.2-22]",
+                self.patience
+            )),
+        }
+    }
+
+    /// Offers the output to the pipes.
+    fn send(&mut self, room: u16, router: &Router, now: Millis) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let streams = machine.streams() | 1;
+        for stream in (0..16).filter(|n| streams & 1 << n != 0) {
+            let output = machine.output(stream);
+            let offered = output.rest().len();
+            let done = room & 1 << stream != 0;
+            if offered > 0 && done {
+                self.traffic.sent += 1;
+                self.traffic.acknowledged += 1;
+                let taken = self.output.entry(stream).or_default();
+                taken.append(&mut output.buf);
+                self.streams.entry(stream).or_default().output = 0;
             }
+            if stream == 0 && machine.wants_to_send() | (offered > 0) {
+                machine.sent(offered, done, now);
+            } else if offered > 0 {
+                let cx = context(router, now);
+                machine.stream_sent(&cx, stream, offered, done, self.traffic);
+            }
+        }
+    }
+
+    /// Shows the oracle what the session wrote.
+    fn judge_output(&mut self, oracle: &mut Oracle, now: Millis) -> Checked {
+        let Some(machine) = &mut self.machine else {
+            return Ok(());
+        };
+        let streams = machine.streams() | 1;
+        for stream in (0..16).filter(|n| streams & 1 << n != 0) {
+            let judged = &mut self.streams.entry(stream).or_default().output;
+            let output = machine.output(stream).rest();
+            oracle.wrote(self.device, self.link, &output[*judged..], now)?;
+            *judged = output.len();
+        }
+        Ok(())
+    }
+
+    /// All bytes that have arrived are read: no packet may be incomplete for too long.
+    pub fn expire(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+        let Some(machine) = &mut self.machine else {
+            return Ok(());
+        };
+        if machine.paused() {
+            return Ok(());
+        }
+        match machine.expired(&context(router, now)) {
+            Ok(None) => self.judge_incomplete(now),
+            Ok(Some(reset)) => {
+                self.judge_late(reset.stream, now)?;
+                self.resets.push(reset);
+                Ok(())
+            }
+            Err(end) => {
+                self.judge_late(0, now)?;
+                self.end(end, router, oracle, now)
+            }
+        }
+    }
+
+    fn judge_incomplete(&self, now: Millis) -> Checked {
+        let mut streams = self.streams.iter();
+        let late = streams.find(|(number, judged)| {
+            let read = self.unread & 1 << **number == 0;
+            read && !judged.input.is_empty() && now > judged.since + PACKET_DEADLINE + LATE_MAX
+        });
+        match late {
+            None => Ok(()),
+            Some((stream, judged)) => Err(format!(
+                "a packet on stream {stream} is incomplete since {} ms",
+                judged.since
+            )),
+        }
+    }
+
+    fn judge_late(&self, stream: u8, now: Millis) -> Checked {
+        let since = self.streams.get(&stream).map_or(now, |j| j.since);
+        match now >= since + PACKET_DEADLINE {
+            true => Ok(()),
+            false => Err(format!("a packet since {since} ms is said to be late")),
         }
     }
 
     /// What the session wrote and nobody took yet; before it is thrown away.
-    pub fn peek(
-        &mut self,
-        router: &Router,
-        oracle: &mut Oracle,
-        now: Millis,
-    ) -> Result<(), String> {
-        let Some(open) = &self.open else {
+    pub fn peek(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+        let Some(machine) = &self.machine else {
             return Ok(());
         };
-        let left = router.with(open.session, open.connection_no, |s, _| {
+        let caller = machine.caller();
+        let rest = router.with(caller.session, caller.connection_no, |s, _| {
             s.connection().map(|c| c.control().clone())
         });
-        match left.flatten() {
+        match rest.flatten() {
             Some(bytes) => oracle.wrote(self.device, self.link, &bytes, now),
             None => Ok(()),
         }
     }
 
     /// The socket is gone.
-    pub fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Result<(), String> {
-        self.end(
-            // It has the same consequences as the client's own DISCONNECT.
-            CloseReason::DisconnectWithWill,
-            router,
-            oracle,
-            now,
-        )
+    pub fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+        let end = End::from_closed(Closed::Eof);
+        if self.machine.is_none() {
+            self.ended.get_or_insert(end.label);
+        }
+        self.end(end, router, oracle, now)
     }
 
-    fn end(
-        &mut self,
-        reason: CloseReason,
-        router: &Router,
-        oracle: &mut Oracle,
-        now: Millis,
-    ) -> Result<(), String> {
-        if self.ended.is_some() {
+    fn end(&mut self, end: End, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+        use DisconnectReason as D;
+        if self.machine.is_none() {
             return Ok(());
         }
-        self.peek(router, oracle, now)?;
-        self.ended = Some(reason);
-        let Some(open) = &self.open else {
+        // A 3.1 client can be told of a refused filter in no other way.
+        let refused = end.label == D::Other && self.version == Version::V31;
+        if !refused
+            && !matches!(
+                end.label,
+                D::Normal
+                    | D::NormalWithWill
+                    | D::Closed
+                    | D::KeepAlive
+                    | D::TakenOver
+                    | D::SessionEnded
+                    | D::Quota
+                    | D::PacketDeadline
+            )
+        {
+            return Err(format!("the connection ends: {end:?}"));
+        }
+        if end.is_lost() {
+            self.peek(router, oracle, now)?;
+        }
+        let Some(machine) = self.machine.take() else {
             return Ok(());
         };
-        let normal = reason.discards_will();
-        if reason.reason_code() == ReasonCode::QUOTA_EXCEEDED {
+        self.ended = Some(end.label);
+        if end.label == D::Quota {
             // The session is gone, with what it had written.
             oracle.inbound.answers_lost(self.device);
         }
-        router.disconnected(open.session, open.connection_no, normal, now);
-        oracle.closed(self.device, self.link, normal, now);
-        // Nothing before CONNACK [MQTT-3.14.0-1].
-        if open.version == Version::V5 && !reason.by_client() && self.answered {
-            encode_disconnect(
-                open.version,
-                reason.reason_code(),
-                None,
-                None,
-                &mut self.output,
-            );
+        let remains = machine.ended(router, &end, now);
+        let streams = remains.streams.into_iter();
+        for (stream, output) in streams.chain([(0, remains.output)]) {
+            let judged = self.streams.get(&stream).map_or(0, |j| j.output);
+            let rest = output.rest();
+            oracle.wrote(self.device, self.link, &rest[judged..], now)?;
+            self.output.entry(stream).or_default().extend(rest);
         }
-        self.input.clear();
+        oracle.closed(self.device, self.link, end.normal, now);
         Ok(())
     }
 }

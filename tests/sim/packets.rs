@@ -195,6 +195,13 @@ impl Oracle {
                 self.delivered += 1;
                 Ok(())
             }
+            // MQTT 3.1 has no Session Present.
+            Packet::Connack(c) if version != Version::V31 => {
+                match c.session_present == self.clients[device].expected_present {
+                    true => Ok(()),
+                    false => Err("another Session Present than the router's [MQTT-3.2.2-3]".into()),
+                }
+            }
             Packet::Pubrel(a) if a.reason == ReasonCode::SUCCESS && !evicts => {
                 c.ledger.released(a.packet_id)
             }

@@ -27,6 +27,11 @@ impl Pipe {
         self.chunks.push_back((self.last, bytes));
     }
 
+    /// Whether nothing more has arrived now.
+    pub fn is_read(&self, now: Millis) -> bool {
+        self.chunks.front().is_none_or(|(at, _)| *at > now)
+    }
+
     /// What arrives now: often not all of it, so that a cut may come at any byte.
     pub fn receive(&mut self, rng: &mut Rng, now: Millis) -> Vec<u8> {
         let mut out = Vec::new();

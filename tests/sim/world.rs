@@ -181,7 +181,7 @@ impl World {
             };
             self.link_works(number, &mut link)?;
             let over = link.edge.ended.is_some()
-                && (link.down.chunks.is_empty() && link.edge.output.is_empty()
+                && (link.down.chunks.is_empty() && link.edge.has_sent_all()
                     || self.devices[link.edge.device].link != Some(number));
             if over {
                 if self.devices[link.edge.device].link == Some(number) {
@@ -196,7 +196,7 @@ impl World {
 
     fn link_works(&mut self, number: u64, link: &mut Link) -> Checked {
         let n = link.edge.device;
-        if link.edge.ended.is_none() && !link.edge.held {
+        if link.edge.ended.is_none() && !link.edge.is_paused() && link.edge.unread == 0 {
             let bytes = link.up.receive(&mut self.rng, self.now);
             if link.edge.completes(&bytes) {
                 // So that a session whose time has come is not there any more.
@@ -207,7 +207,10 @@ impl World {
                 }
             }
             link.edge
-                .receive(&bytes, &self.router, &mut self.oracle, self.now)?;
+                .receive(0, &bytes, &self.router, &mut self.oracle, self.now)?;
+            if link.up.is_read(self.now) {
+                link.edge.expire(&self.router, &mut self.oracle, self.now)?;
+            }
         }
         if link.eof_at.is_some_and(|at| at <= self.now) && link.edge.ended.is_none() {
             trace!(self, "link {number} of {n} ends");
@@ -273,11 +276,10 @@ impl World {
     fn edges_work(&mut self) -> Checked {
         for link in self.links.values_mut() {
             // A socket takes only so much.
-            if link.down.bytes + link.edge.output.len() < 2000 || self.quiet {
-                link.edge.poll(&self.router, &mut self.oracle, self.now)?;
-            }
-            if !link.edge.output.is_empty() && link.down.bytes < 2000 {
-                let bytes = std::mem::take(&mut link.edge.output);
+            let room = u16::from(link.down.bytes < 2000 || self.quiet);
+            link.edge
+                .poll(room, &self.router, &mut self.oracle, self.now)?;
+            for bytes in std::mem::take(&mut link.edge.output).into_values() {
                 link.down.send(bytes, &mut self.rng, self.now);
             }
         }
@@ -304,7 +306,7 @@ impl World {
                     .iter()
                     .all(|d| d.link.is_none() || d.connected && d.idle() && d.requests() == 0)
                 && self.links.values().all(|l| {
-                    l.up.chunks.is_empty() && l.down.chunks.is_empty() && l.edge.output.is_empty()
+                    l.up.chunks.is_empty() && l.down.chunks.is_empty() && l.edge.has_sent_all()
                 })
                 && (0..self.devices.len())
                     .all(|n| self.devices[n].link.is_some() || !self.wants_back(n));
