@@ -1,6 +1,12 @@
 //! Heap allocations per packet, ours and others'. Apart from `codec`, because counting slows the
 //! ones that allocate. `cargo bench --bench codec_allocations`; fails when ours are not 0.
 
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "results are printed"
+)]
+
 #[path = "codec/workload.rs"]
 mod workload;
 

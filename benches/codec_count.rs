@@ -9,6 +9,12 @@
 //! "v5 with 2 properties"; a round is 1,000 packets. Valgrind prints `Collected`; take away what
 //! `none` gives for the same rounds, and divide by 1,000 times the rounds.
 
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "results are printed"
+)]
+
 #[path = "codec/workload.rs"]
 mod workload;
 

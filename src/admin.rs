@@ -261,4 +261,8 @@ fn problem(status: StatusCode, error: &'static str) -> Response {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a test's server ends with its runtime"
+)]
 mod tests;

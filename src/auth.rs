@@ -10,10 +10,10 @@ mod verified;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 use crate::config::{Auth, AuthMode, ClientIdRule};
 use crate::mqtt::ReasonCode;
@@ -195,7 +195,7 @@ impl Users {
                 passwd::read(path)?,
                 passwd::hash(&verified::random::<32>())?.into(),
             ),
-            None => (HashMap::new(), "".into()),
+            None => (HashMap::default(), "".into()),
         };
         Ok(Self { hashes, decoy })
     }

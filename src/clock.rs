@@ -1,16 +1,17 @@
-//! The process's clock: milliseconds since it started, monotonic.
+//! The process's monotonic clock, in milliseconds since it started.
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::time::Millis;
 
-/// Tells the time to everything that must not look at a clock itself.
+/// The source of all times that pure code is given.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     start: Instant,
 }
 
 impl Default for Clock {
+    #[expect(clippy::disallowed_methods, reason = "this is the clock")]
     fn default() -> Self {
         Self {
             start: Instant::now(),

@@ -127,6 +127,7 @@ impl EmbeddedBroker {
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         if let Some(handle) = self.with(State::open) {
+            #[expect(clippy::disallowed_methods, reason = "it ends with its pipe or socket")]
             tokio::spawn(connection::run(self.state.clone(), handle, stream));
         }
     }

@@ -1,5 +1,5 @@
 //! What the codec's benches and its counting example run.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each of the benches uses a part of it")]
 
 use mqtt_protocol_core::mqtt;
 use std::hint::black_box;

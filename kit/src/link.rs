@@ -36,7 +36,7 @@ pub enum Cut {
 
 /// The socket of a client that went silent; dropping it closes the socket.
 #[derive(Debug)]
-pub struct Abandoned(#[allow(dead_code)] Option<Link>);
+pub struct Abandoned(#[allow(dead_code, reason = "kept for its drop")] Option<Link>);
 
 #[derive(Debug)]
 enum Io {

@@ -47,7 +47,8 @@ pub enum Error {
 /// When the file cannot be read, or a line of it is wrong.
 pub fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
     let text = std::fs::read_to_string(path).map_err(|source| io(path, source))?;
-    let mut users = HashMap::new();
+    // The names come from outside, so the standard library's keyed hasher is right here.
+    let mut users = HashMap::default();
     for (i, line) in text.lines().enumerate() {
         let wrong = |message: String| Error::Line {
             path: path.to_owned(),

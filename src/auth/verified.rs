@@ -2,12 +2,13 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use blake2::Blake2bMac;
 use blake2::digest::consts::U32;
 use blake2::digest::{KeyInit, Mac};
 use lru::LruCache;
+use tokio::time::Instant;
 
 /// How long a right credential is remembered.
 const RIGHT_FOR: Duration = Duration::from_secs(3600);

@@ -231,7 +231,7 @@ impl Machine {
         if again & 1 != 0 {
             self.input.deadline = deadline;
         }
-        for stream in self.streams.iter_mut() {
+        for stream in &mut self.streams {
             if again & 1 << stream.number != 0 {
                 stream.input.deadline = deadline;
             }

@@ -84,7 +84,7 @@ impl<'a> Document<'a> {
 
 /// Fills in the path of the innermost key or value that covers the offset.
 fn find_key(table: &DeTable<'_>, at: usize, prefix: &str, best: &mut String) {
-    for (key, value) in table.iter() {
+    for (key, value) in table {
         let path = match prefix {
             "" => key.get_ref().to_string(),
             _ => format!("{prefix}.{}", key.get_ref()),

@@ -225,9 +225,10 @@ impl Connection {
             st.close(handle);
         });
         // The state may have ended the connection while this task waited for the lock.
-        let reason = match (end, handle.ended()) {
-            (Some(End::Refused(reason)), _) | (Some(End::Superseded), Some(Some(reason))) => reason,
-            _ => return,
+        let ((Some(End::Refused(reason)), _) | (Some(End::Superseded), Some(Some(reason)))) =
+            (end, handle.ended())
+        else {
+            return;
         };
         if let Some(connected) = &protocol.connected {
             encode_end(connected.version, reason, out);

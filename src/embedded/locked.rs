@@ -27,6 +27,7 @@ impl LockedState {
             state: Mutex::new(State::new(options)),
             timer: Arc::new(Notify::new()),
         });
+        #[expect(clippy::disallowed_methods, reason = "it ends with the broker")]
         tokio::spawn(run_timers(Arc::downgrade(&locked), locked.timer.clone()));
         locked
     }

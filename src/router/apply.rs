@@ -89,21 +89,21 @@ impl Router {
     /// A data stream takes no output: its subscriptions' messages go on the control stream.
     pub fn stream_blocked(&self, session: SessionRef, connection_no: u64, stream: u8) {
         self.on_stream(session, connection_no, |session| {
-            session.stream_blocked(stream)
+            session.stream_blocked(stream);
         });
     }
 
     /// The client ended its direction of a data stream. Answers still go there.
     pub fn stream_closed(&self, session: SessionRef, connection_no: u64, stream: u8) {
         self.on_stream(session, connection_no, |session| {
-            session.stream_closed(stream)
+            session.stream_closed(stream);
         });
     }
 
     /// A data stream ended in both directions.
     pub fn stream_ended(&self, session: SessionRef, connection_no: u64, stream: u8) {
         self.on_stream(session, connection_no, |session| {
-            session.stream_ended(stream)
+            session.stream_ended(stream);
         });
     }
 

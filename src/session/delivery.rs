@@ -25,7 +25,11 @@ pub(super) fn write_to(
     } = *offer;
     let message_expiry = match message.expires_at() {
         u64::MAX => None,
-        at => Some(at.saturating_sub(now).div_ceil(1000).min(u32::MAX as u64) as u32),
+        at => Some(
+            at.saturating_sub(now)
+                .div_ceil(1000)
+                .min(u64::from(u32::MAX)) as u32,
+        ),
     };
     let mut delivery = Delivery {
         version: connection.version,

@@ -121,7 +121,7 @@ impl Session {
         );
         match self.will.as_deref_mut() {
             Some(will) if will.delay == 0 && grace == 0 => {
-                ended.will = self.will.take().map(|w| w.publish(now))
+                ended.will = self.will.take().map(|w| w.publish(now));
             }
             Some(will) => {
                 // Whichever comes first: the delay or the session's end.

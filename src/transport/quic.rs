@@ -123,6 +123,7 @@ impl Server {
             spawn(handshake, handler.clone());
         }
         // While connections drain, new clients are refused rather than left to time out.
+        #[expect(clippy::disallowed_methods, reason = "it ends with the endpoint")]
         tokio::spawn(async move {
             let refuse = async {
                 while let Some(incoming) = self.endpoint.accept().await {

@@ -1,5 +1,13 @@
 //! The binary over real sockets, between real clients and a real mosquitto.
 
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "tests spawn tasks, share state with threads, read clocks and print"
+)]
+
 mod flap;
 mod hop;
 mod quic_network;

@@ -142,9 +142,8 @@ impl Device {
     /// Says what it may, and deals with one packet.
     async fn step(&mut self) {
         self.say();
-        let packet = match self.client.next_within(SOON).await.expect("goes on") {
-            Some(packet) => packet,
-            None => panic!("nothing comes: {:?}", self.audit),
+        let Some(packet) = self.client.next_within(SOON).await.expect("goes on") else {
+            panic!("nothing comes: {:?}", self.audit);
         };
         let ack = |id| Ack {
             id,
@@ -192,7 +191,7 @@ impl Device {
 }
 
 /// Publishes what the device is to get, on a calm network.
-async fn speak(server: &Tidegate) -> tokio::task::JoinHandle<()> {
+fn speak(server: &Tidegate) -> tokio::task::JoinHandle<()> {
     let dialer = server.dialer("tcp");
     tokio::spawn(async move {
         let (mut client, _) = Client::connect(&dialer, &Connect::new("speaker"))
@@ -249,7 +248,7 @@ async fn a_lossy_network_that_forgets_loses_nothing_and_doubles_nothing() {
     let dialer = through(&relay, &server);
     let mut device = Device::new(&dialer).await;
     let heard = listen(&server).await;
-    let speaking = speak(&server).await;
+    let speaking = speak(&server);
     let quarter = MESSAGES / 4;
     for part in 1..=3 {
         while device.audit.highest(2) < part * quarter {
@@ -307,7 +306,7 @@ async fn a_nat_that_forgets_is_no_gap() {
         .expect("starts");
     let mut device = Device::new(&through(&relay, &server)).await;
     let heard = listen(&server).await;
-    let speaking = speak(&server).await;
+    let speaking = speak(&server);
     for part in 1..=3 {
         while device.audit.highest(2) < part * MESSAGES / 4 {
             device.step().await;
@@ -342,7 +341,7 @@ async fn a_tcp_path_that_stalls_loses_nothing_and_doubles_nothing() {
     let mut left = Vec::new();
     let mut device = Device::new(&at(relay.addr(), &server, "tls")).await;
     let heard = listen(&server).await;
-    let speaking = speak(&server).await;
+    let speaking = speak(&server);
     for part in 1..=3 {
         while device.audit.highest(2) < part * MESSAGES / 4 {
             device.step().await;

@@ -1,7 +1,7 @@
 //! The tables in `conformance/`: each statement of the standards has a test that is there, or a
 //! reason why it has none.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -28,7 +28,7 @@ fn judge(table: &str, statements: usize) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let text =
         fs::read_to_string(root.join("conformance").join(table)).expect("the table is there");
-    let mut sources: HashMap<String, String> = HashMap::new();
+    let mut sources: BTreeMap<String, String> = BTreeMap::new();
     let mut seen = BTreeSet::new();
     let mut faults = Vec::new();
     for line in text.lines().skip(1) {

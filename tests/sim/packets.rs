@@ -31,11 +31,11 @@ impl Oracle {
             }
             Packet::Puback(a) => {
                 c.ledger
-                    .acknowledged(&mut c.window, a.packet_id, QoS::AtLeastOnce)
+                    .acknowledged(&mut c.window, a.packet_id, QoS::AtLeastOnce);
             }
             Packet::Pubcomp(a) => {
                 c.ledger
-                    .acknowledged(&mut c.window, a.packet_id, QoS::ExactlyOnce)
+                    .acknowledged(&mut c.window, a.packet_id, QoS::ExactlyOnce);
             }
             Packet::Pubrec(a) => c.ledger.received(a.packet_id),
             Packet::Pubrel(a) => self.inbound.released(device, a.packet_id),
@@ -252,7 +252,10 @@ impl Oracle {
     }
 }
 
-#[allow(clippy::too_many_arguments)]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "one call for each thing that the oracle compares"
+)]
 fn granted(
     ledger: &mut Ledger,
     link: u64,

@@ -80,7 +80,7 @@ pub struct Common {
 #[derive(Debug, Clone, Args)]
 pub struct TrafficArgs {
     #[command(flatten)]
-    #[allow(missing_docs)]
+    #[allow(missing_docs, reason = "clap takes its help from the flattened fields")]
     pub common: Common,
     /// Publishers (fan-out 1, fan-in 100, pairs and paced 100)
     #[arg(long)]
@@ -112,7 +112,7 @@ pub struct TrafficArgs {
 #[derive(Debug, Clone, Args)]
 pub struct ConnectArgs {
     #[command(flatten)]
-    #[allow(missing_docs)]
+    #[allow(missing_docs, reason = "clap takes its help from the flattened fields")]
     pub common: Common,
     /// Connections in all
     #[arg(long, default_value_t = 5000)]
@@ -144,7 +144,7 @@ pub struct ConnectArgs {
 #[derive(Debug, Clone, Args)]
 pub struct FlapArgs {
     #[command(flatten)]
-    #[allow(missing_docs)]
+    #[allow(missing_docs, reason = "clap takes its help from the flattened fields")]
     pub common: Common,
     /// Clients
     #[arg(long, default_value_t = 1000)]
@@ -170,7 +170,7 @@ pub struct FlapArgs {
 #[derive(Debug, Clone, Args)]
 pub struct DrainArgs {
     #[command(flatten)]
-    #[allow(missing_docs)]
+    #[allow(missing_docs, reason = "clap takes its help from the flattened fields")]
     pub common: Common,
     /// Sessions in all
     #[arg(long, default_value_t = 5000)]

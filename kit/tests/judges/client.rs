@@ -401,7 +401,10 @@ async fn the_client_speaks_over_quic() -> Result {
     exercise(&url, &Trust::ca(&certs.ca)?).await
 }
 
-#[allow(clippy::result_large_err)]
+#[allow(
+    clippy::result_large_err,
+    reason = "the type is of tungstenite's callback"
+)]
 async fn ws_relay(listener: TcpListener, broker: SocketAddr) {
     use tokio_tungstenite::tungstenite::Message;
     use tokio_tungstenite::tungstenite::handshake::server::{Request, Response};

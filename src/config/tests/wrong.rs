@@ -442,9 +442,8 @@ const WRONG: &[(&str, usize, &str, &str)] = &[
 #[test]
 fn what_is_wrong_is_named_with_line_key_and_remedy() {
     for (text, line, key, part) in WRONG {
-        let problems = match parse(text) {
-            Ok(_) => panic!("accepted:\n{text}"),
-            Err(problems) => problems,
+        let Err(problems) = parse(text) else {
+            panic!("accepted:\n{text}");
         };
         let found = problems
             .iter()

@@ -1,7 +1,7 @@
 //! Roots: wildcard filters that the configuration keeps subscribed. A client's filter inside one costs
 //! the broker nothing; which of these filters a message is for is found here.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use crate::router::filters::filter::Filter;
@@ -101,7 +101,7 @@ impl Table {
         let mut root = String::new();
         let mut inside = 0;
         loop {
-            let mut next: HashMap<&str, usize> = HashMap::new();
+            let mut next: BTreeMap<&str, usize> = BTreeMap::new();
             for name in names() {
                 let level = name
                     .strip_prefix(&root)

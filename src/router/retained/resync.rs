@@ -80,7 +80,7 @@ pub(super) fn hand_missed(
     for message in messages {
         let mut filters: SmallVec<[(FilterId, u64); 4]> = SmallVec::new();
         sources.receivers(filter, message.topic(), &mut |f, mask| {
-            filters.push((f, mask))
+            filters.push((f, mask));
         });
         for (filter, mask) in filters {
             if !cache.missed.is_new(filter, message)

@@ -121,6 +121,10 @@ pub(in crate::transport) fn spawn<H, F>(
         let accepted = handshake.await?;
         handler(accepted).await
     });
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the drain waits for the connection's permit"
+    )]
     tokio::spawn(async move {
         let task = beginning.await;
         if let Some(task) = task {

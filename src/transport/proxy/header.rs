@@ -161,7 +161,7 @@ mod tests {
         for n in 0..header.len() {
             match parse(&header[..n])? {
                 Step::More(wanted) => {
-                    assert!(wanted > n && wanted <= HEADER_MAX_BYTES, "{n} of it")
+                    assert!(wanted > n && wanted <= HEADER_MAX_BYTES, "{n} of it");
                 }
                 done => panic!("{done:?} after {n} bytes of {}", header.len()),
             }

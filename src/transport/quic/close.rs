@@ -77,7 +77,6 @@ pub(super) fn lost(error: &ConnectionError, layer: Layer) -> Closed {
     })
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 pub(super) fn handshake_error(error: ConnectionError) -> HandshakeError {
     match error {
         ConnectionError::TransportError(e) => match alert(e.code) {

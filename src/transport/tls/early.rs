@@ -3,11 +3,12 @@
 //! which is bounded here.
 
 use std::num::NonZeroUsize;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lru::LruCache;
 use parking_lot::Mutex;
 use rustls::server::StoresServerSessions;
+use tokio::time::Instant;
 
 /// The most sessions. Most take some hundred bytes, and a client's certificate.
 const SESSIONS_MAX: NonZeroUsize = NonZeroUsize::new(8192).unwrap();

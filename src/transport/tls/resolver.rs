@@ -25,8 +25,8 @@ impl BySni {
     pub(super) fn new(materials: &[Arc<Material>]) -> Self {
         let mut this = Self {
             all: Vec::new(),
-            exact: HashMap::new(),
-            wildcard: HashMap::new(),
+            exact: HashMap::default(),
+            wildcard: HashMap::default(),
         };
         for material in materials {
             this.all.push(Arc::clone(&material.certified));
