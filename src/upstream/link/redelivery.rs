@@ -1,27 +1,28 @@
-//! Which QoS 1 messages the core sends a second time after a reconnect.
+//! Recognises the QoS 1 messages that the broker sends a second time after a reconnect.
 //!
-//! The core resends, in order, what it has no acknowledgement for: some of what we acknowledged
-//! last. A message counts as redelivered only then, only in that order, and only until the first
-//! that is not among them; by packet identifier and content, never by DUP, which brokers forget.
+//! The broker resends, in order, the messages whose acknowledgement it did not receive: some of the
+//! last ones that were acknowledged. A message counts as redelivered only after a reconnect, only in
+//! that order, and only up to the first message that is not among them. Packet identifier and content
+//! decide, and never DUP, which brokers forget to set.
 
 use std::ops::Range;
 
 use crate::mqtt::Publish;
 use crate::store::{Received, Ring};
 
-/// Messages remembered: no core has more than 65,535 unacknowledged.
-const REMEMBERED: u64 = 65_535;
+/// Messages that are remembered. No broker has more than 65,535 without an acknowledgement.
+const REMEMBERED_MAX: u64 = 65_535;
 
-/// Tells, by what one link remembers, what is new from what is sent again.
+/// The QoS 1 messages that one link has received, to tell new ones from redeliveries.
 #[derive(Debug)]
 pub struct Redelivery {
     ring: Box<dyn Ring>,
-    /// Of the remembered, those that may still be resent.
+    /// Positions in the ring of the messages that the broker may still resend.
     candidates: Range<u64>,
 }
 
 impl Redelivery {
-    /// With what the ring remembers from before.
+    /// `ring` holds the messages that were received before.
     pub fn new(ring: Box<dyn Ring>) -> Self {
         Self {
             ring,
@@ -29,35 +30,35 @@ impl Redelivery {
         }
     }
 
-    /// The link came up with Session Present 1.
+    /// The link has connected with Session Present 1.
     pub fn resumed(&mut self) {
         self.candidates = self.ring.positions();
     }
 
-    /// The link came up with Session Present 0: the core resends nothing.
+    /// The link has connected with Session Present 0: the broker resends nothing.
     pub fn began_anew(&mut self) {
         self.ring.clear();
         self.candidates = 0..0;
     }
 
-    /// Nothing is remembered.
+    /// Whether no message is remembered.
     pub fn is_empty(&self) -> bool {
         self.ring.positions().is_empty()
     }
 
-    /// Names what has been received until now.
+    /// The position after the last message that was received.
     pub fn mark(&self) -> u64 {
         self.ring.positions().end
     }
 
-    /// The core has the acknowledgements for all that had been received at `mark`.
+    /// The broker has the acknowledgements of all messages before the position `mark`.
     pub fn confirmed(&mut self, mark: u64) {
         self.ring.settle(mark);
         let first = self.ring.positions().start;
         self.candidates.start = self.candidates.start.max(first);
     }
 
-    /// Whether this QoS 1 message is one that was received before the link was lost.
+    /// Whether this QoS 1 message was received before the link was lost. A new one is remembered.
     pub fn seen(&mut self, publish: &Publish<'_>) -> bool {
         let qos = publish.qos as u8;
         let received = Received {
@@ -71,9 +72,9 @@ impl Redelivery {
             }
             self.candidates = 0..0;
         }
-        let held = self.ring.positions();
-        if held.end - held.start >= REMEMBERED {
-            self.ring.settle(held.start + 1);
+        let remembered = self.ring.positions();
+        if remembered.end - remembered.start >= REMEMBERED_MAX {
+            self.ring.settle(remembered.start + 1);
         }
         self.ring.remember(received);
         false
@@ -106,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_received_is_recognised_in_order_without_dup() {
+    fn redeliveries_are_recognised_in_order_without_dup() {
         let mut r = redelivery();
         for id in 1..=5 {
             assert!(!r.seen(&publish(id, &[id as u8])));
@@ -126,15 +127,15 @@ mod tests {
         r.resumed();
         assert!(
             !r.seen(&publish(2, b"other")),
-            "the first that differs ends it"
+            "the first message that differs ends it"
         );
         assert!(!r.seen(&publish(1, b"on")));
     }
 
     #[test]
-    fn what_the_core_confirmed_is_never_swallowed() {
+    fn a_message_like_a_confirmed_one_is_not_swallowed() {
         let mut r = redelivery();
-        // A core that uses the lowest free identifier, and a payload that never changes.
+        // The broker uses the lowest free identifier, and the payload never changes.
         for _ in 0..100 {
             assert!(!r.seen(&publish(1, b"on")));
             let mark = r.mark();
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_taken_before_a_resume_ends_only_what_it_covers() {
+    fn a_mark_confirms_only_the_messages_before_it() {
         let mut r = redelivery();
         r.seen(&publish(1, b"a"));
         let mark = r.mark();
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_back_in_order_is_new() {
+    fn a_message_out_of_order_is_new() {
         let mut r = redelivery();
         r.seen(&publish(1, b"a"));
         r.seen(&publish(2, b"b"));
@@ -170,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_recognised_once_the_core_began_anew() {
+    fn nothing_is_recognised_in_a_new_session() {
         let mut r = redelivery();
         r.seen(&publish(1, b"a"));
         r.resumed();
@@ -180,14 +181,14 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_is_forgotten_when_all_identifiers_are_remembered() {
+    fn the_oldest_message_is_forgotten_when_all_identifiers_are_remembered() {
         let mut r = redelivery();
         for id in 0..=u16::MAX {
             assert!(!r.seen(&publish(id, b"")));
         }
         assert_eq!(r.ring.positions(), 1..65_536);
         r.resumed();
-        assert!(r.seen(&publish(1, b"")), "the oldest that is left");
+        assert!(r.seen(&publish(1, b"")), "the oldest remaining message");
         assert!(!r.seen(&publish(0, b"")));
     }
 }

@@ -1,50 +1,38 @@
-//! The self-probe: a few messages of our own through the core show what it does where brokers
-//! differ. It has a connection and topics of its own, cleans up, and is bounded in time.
+//! The probe: a few messages of our own, sent through the broker, show its quirks. The probe has a
+//! connection and topics of its own, cleans up, and is bounded in time.
 
-use std::collections::HashSet;
+mod connection;
+
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::time::{Instant, timeout_at};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Instant;
 
-use crate::mqtt::{
-    AckKind, Alias, Decoder, Delivery, Message, MessageSpec, Packet, Properties, Property, QoS,
-    ReasonCode, Receiver, SubscribeOptions, Version, encode_ack, encode_disconnect, encode_pingreq,
-    encode_subscribe,
-};
+use crate::mqtt::{QoS, Version};
 
 use crate::upstream::profile::{
-    BrokerProfile, Capabilities, Copies, Identifiers, OverlapQos, SharedSubscriptions, Source,
-    WINDOW_PROBED,
+    BrokerProfile, Capabilities, Copies, Identifiers, OverlapQos, Quirks, SharedSubscriptions,
+    Source, WINDOW_PROBED,
 };
+use connection::{Arrived, Interrupted, PROPERTIES, ProbeConnection, Subscription};
 
-/// Time for all of it.
+/// Time for the whole probe.
 pub const PROBE_TIME: Duration = Duration::from_secs(6);
-/// Nothing more comes once it was quiet for this long behind an answered PINGREQ...
+/// Once a PINGREQ is answered, nothing more arrives after this much quiet.
 const QUIET: Duration = Duration::from_millis(20);
-/// ...or for this long, where what is missing may come on the broker's own time.
+/// The quiet that is waited for where missing messages may arrive later than the PINGRESP.
 const QUIET_LATE: Duration = Duration::from_millis(300);
-/// Retained messages are waited for that long: some brokers look for them after the SUBACK.
+/// How long retained messages are waited for. Some brokers look for them after the SUBACK.
 const RETAINED_LATE: Duration = Duration::from_secs(1);
 /// Retained messages that are published.
 const RETAINED: usize = 16;
-/// How long they outlive a probe that was cut off, seconds.
-const EXPIRY: u32 = 60;
-/// User properties as published.
-const PROPERTIES: [(&str, &str); 3] = [("a", "1"), ("b", "2"), ("a", "3")];
+/// Bytes of the broker's name and version that are kept.
+const SOFTWARE_MAX_BYTES: usize = 100;
 
-/// Why a step did not come to its end.
-struct Cut(String);
-
-impl From<std::io::Error> for Cut {
-    fn from(error: std::io::Error) -> Self {
-        Self(error.to_string())
-    }
-}
-
-/// Probes a core over a connection that its CONNACK has come on. `topic` is below the probes'
-/// own prefix, and nobody else's. Never fails: what was not seen is assumed at its worst.
+/// Probes a broker over a connection that CONNACK has arrived on. `topic` lies below the probes'
+/// prefix and belongs to this probe alone. A probe never fails: every quirk that it does not see is
+/// assumed to be at its worst.
 pub async fn probe<IO>(
     io: &mut IO,
     capabilities: &Capabilities,
@@ -54,522 +42,263 @@ pub async fn probe<IO>(
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let version = capabilities.version;
     let mut profile = BrokerProfile::unseen(capabilities, Source::Probed);
     let mut probe = Probe {
-        io,
-        version,
-        topic,
         capabilities,
-        decoder: Decoder {
-            version,
-            receiver: Receiver::Client,
-            max: 1024 * 1024,
-        },
-        input: rest,
-        last_id: 0,
-        hold: false,
-        held: Vec::new(),
-        got: Got::default(),
-        deadline: Instant::now() + PROBE_TIME,
+        connection: ProbeConnection::new(
+            io,
+            capabilities.version,
+            topic,
+            capabilities.identifiers,
+            rest,
+            Instant::now() + PROBE_TIME,
+        ),
     };
     let mut step = "overlapping filters";
+    let quirks = &mut profile.quirks;
     let result = async {
-        probe.overlap(&mut profile).await?;
+        probe.overlap(quirks).await?;
         step = "a second SUBSCRIBE";
-        probe.replace(&mut profile).await?;
+        probe.replace(quirks).await?;
         step = "retained messages";
-        probe.retained(&mut profile).await?;
+        probe.retained(quirks).await?;
         step = "the send window";
-        probe.window(&mut profile).await?;
+        probe.window(quirks).await?;
         step = "cleaning up";
         probe.clean_up().await?;
         step = "shared subscriptions";
-        probe.shared(&mut profile).await?;
-        step = "the core's version";
-        probe.software(&mut profile).await
+        if let Some(why) = probe.shared(quirks).await? {
+            profile.missing.push(format!("shared subscriptions: {why}"));
+        }
+        step = "the broker's version";
+        profile.software = probe.software().await?;
+        Ok(())
     }
     .await;
-    if let Err(Cut(why)) = result {
+    if let Err(Interrupted(why)) = result {
         profile.source = Source::Partly;
         profile.missing.push(format!("{step}: {why}"));
     }
-    let mut bye = Vec::new();
-    encode_disconnect(version, ReasonCode::SUCCESS, None, None, &mut bye);
-    // The session is clean: it ends with the connection either way.
-    let _ = tokio::time::timeout(Duration::from_millis(500), async {
-        io.write_all(&bye).await?;
-        io.shutdown().await
-    })
-    .await;
+    probe.connection.close().await;
     profile
 }
 
-/// A PUBLISH that came.
-struct Came {
-    payload: Vec<u8>,
-    qos: QoS,
-    retain: bool,
-    ids: Vec<u32>,
-    properties: Vec<(String, String)>,
-}
-
-/// What came and was not looked at yet.
-#[derive(Default)]
-struct Got {
-    publishes: Vec<Came>,
-    subacks: Vec<(u16, Vec<u8>)>,
-    acknowledged: HashSet<u16>,
-    pings: usize,
-}
-
 struct Probe<'a, IO> {
-    io: &'a mut IO,
-    version: Version,
-    topic: &'a str,
     capabilities: &'a Capabilities,
-    decoder: Decoder,
-    input: BytesMut,
-    last_id: u16,
-    /// PUBLISH packets are not acknowledged for now.
-    hold: bool,
-    held: Vec<u16>,
-    got: Got,
-    deadline: Instant,
+    connection: ProbeConnection<'a, IO>,
 }
 
 impl<IO> Probe<'_, IO>
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    fn maximum_qos(&self) -> u8 {
-        self.capabilities.maximum_qos as u8
+    /// QoS 1, or 0 if the broker has no more.
+    fn qos(&self) -> QoS {
+        self.capabilities.maximum_qos.min(QoS::AtLeastOnce)
     }
 
-    async fn overlap(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
-        let one = self.maximum_qos().min(1);
-        let filters = [("o/a", 0, 1), ("o/+", one, 2), ("o/#", one, 3)];
-        for (name, qos, identifier) in filters {
-            self.subscribe(name, qos, 2, true, Some(identifier)).await?;
+    /// One message for three overlapping filters shows the copies, their QoS, their identifiers and
+    /// properties, and whether they keep RETAIN.
+    async fn overlap(&mut self, quirks: &mut Quirks) -> Result<(), Interrupted> {
+        let qos = self.qos();
+        let exact = Subscription::live("o/a", QoS::AtMostOnce, 1);
+        let connection = &mut self.connection;
+        connection.subscribe(exact).await?;
+        for (filter, identifier) in [("o/+", 2), ("o/#", 3)] {
+            let subscription = Subscription::live(filter, qos, identifier);
+            connection.subscribe(subscription).await?;
         }
-        self.publish("o/a", b"overlap", one, true).await?;
-        self.settle(QUIET).await?;
-        if !self.all_came() {
-            self.quiet(QUIET_LATE).await?;
+        connection.publish("o/a", b"overlap", qos, true).await?;
+        connection.settle(QUIET).await?;
+        if !each_identified_once(&connection.arrived) {
+            connection.quiet(QUIET_LATE).await?;
         }
-        let identified = self.all_came();
-        let copies = std::mem::take(&mut self.got.publishes);
-        if copies.is_empty() {
-            return Err(Cut("nothing came back".into()));
-        }
+        let copies = std::mem::take(&mut connection.arrived);
+        let Some(first) = copies.first() else {
+            return Err(Interrupted("nothing came back".into()));
+        };
         let alone = copies.len() == 1;
-        profile.quirks.copies = Some(if alone { Copies::One } else { Copies::Many });
-        profile.quirks.overlap_qos = Some(match copies.first() {
-            Some(c) if alone && (c.qos as u8) < one => OverlapQos::Lower,
-            _ if alone => OverlapQos::Highest,
-            _ => OverlapQos::Each,
+        quirks.copies = Some(if alone { Copies::One } else { Copies::Many });
+        quirks.overlap_qos = Some(match alone {
+            true if first.qos < qos => OverlapQos::Lower,
+            true => OverlapQos::Highest,
+            false => OverlapQos::Each,
         });
-        if self.version < Version::V5 {
+        if self.capabilities.version < Version::V5 {
             return Ok(());
         }
         if self.capabilities.identifiers {
-            profile.quirks.identifiers = match identified {
+            quirks.identifiers = match each_identified_once(&copies) {
                 true => Identifiers::Working,
                 false => Identifiers::Broken,
             };
         }
-        profile.quirks.properties = Some(copies.iter().all(|c| {
-            let kept = c.properties.iter().map(|(k, v)| (k.as_str(), v.as_str()));
-            kept.eq(PROPERTIES)
+        quirks.properties = Some(copies.iter().all(|c| {
+            let arrived = c.properties.iter().map(|(k, v)| (k.as_str(), v.as_str()));
+            arrived.eq(PROPERTIES)
         }));
         if !self.capabilities.retain_available {
             return Ok(());
         }
-        profile.quirks.retain_as_published = Some(copies.iter().all(|c| c.retain));
-        self.subscribe("o/a", 0, 2, true, Some(1)).await?;
-        self.settle(QUIET).await?;
-        let replays = std::mem::take(&mut self.got.publishes);
-        profile.quirks.retain_handling = Some(replays.is_empty());
+        quirks.retain_as_published = Some(copies.iter().all(|c| c.retain));
+        self.connection.subscribe(exact).await?;
+        self.connection.settle(QUIET).await?;
+        let replays = std::mem::take(&mut self.connection.arrived);
+        quirks.retain_handling = Some(replays.is_empty());
         Ok(())
     }
 
-    /// A filter whose QoS is raised brings each message once.
-    async fn replace(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
-        if self.maximum_qos() == 0 {
+    /// A second SUBSCRIBE raises a filter's QoS. A broker that replaces the first one sends a single
+    /// copy, at the new QoS.
+    async fn replace(&mut self, quirks: &mut Quirks) -> Result<(), Interrupted> {
+        if self.qos() == QoS::AtMostOnce {
             return Ok(());
         }
-        for qos in [0, 1] {
-            self.subscribe("q", qos, 2, true, Some(1)).await?;
+        let connection = &mut self.connection;
+        for qos in [QoS::AtMostOnce, QoS::AtLeastOnce] {
+            let subscription = Subscription::live("q", qos, 1);
+            connection.subscribe(subscription).await?;
         }
-        self.publish("q", b"once", 1, false).await?;
-        self.settle(QUIET).await?;
-        let copies = std::mem::take(&mut self.got.publishes);
-        profile.quirks.replaces =
-            Some(matches!(&copies[..], [only] if only.qos == QoS::AtLeastOnce));
+        let qos = QoS::AtLeastOnce;
+        connection.publish("q", b"once", qos, false).await?;
+        connection.settle(QUIET).await?;
+        let copies = std::mem::take(&mut connection.arrived);
+        quirks.replaces = Some(matches!(&copies[..], [only] if only.qos == qos));
         Ok(())
     }
 
-    /// Each of the three filters is named once.
-    fn all_came(&self) -> bool {
-        let came = self.got.publishes.iter().flat_map(|c| &c.ids);
-        let mut ids: Vec<u32> = came.copied().collect();
-        ids.sort_unstable();
-        ids == [1, 2, 3]
-    }
-
-    async fn retained(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
+    /// A filter with a wildcard, and a PINGREQ after it, show how retained messages arrive.
+    async fn retained(&mut self, quirks: &mut Quirks) -> Result<(), Interrupted> {
         if !self.capabilities.retain_available {
             return Ok(());
         }
-        let qos = self.maximum_qos().min(1);
+        let qos = self.qos();
+        let connection = &mut self.connection;
         for n in 0..RETAINED {
-            self.publish(&format!("r/{n}"), b"retained", qos, true)
+            let topic = format!("r/{n}");
+            connection.publish(&topic, b"retained", qos, true).await?;
+        }
+        let begun = Instant::now();
+        let subscription = Subscription::retained("r/#", Some(4));
+        let before = connection.subscribe_and_ping(subscription).await?;
+        connection.wait_for(RETAINED, begun + RETAINED_LATE).await?;
+        let all = std::mem::take(&mut connection.arrived).len();
+        quirks.retained_within = (all >= RETAINED).then(|| begun.elapsed().as_millis() as u32);
+        quirks.retained_wildcard = Some(all >= RETAINED);
+        quirks.retained_marker = (all > 0).then_some(before >= RETAINED);
+        if all == 0 {
+            quirks.retained_within = self.retained_exact().await?;
+        }
+        Ok(())
+    }
+
+    /// A broker that sends no retained messages for wildcards may send one for its exact topic.
+    /// Returns the milliseconds until it arrived.
+    async fn retained_exact(&mut self) -> Result<Option<u32>, Interrupted> {
+        let begun = Instant::now();
+        let connection = &mut self.connection;
+        connection
+            .subscribe(Subscription::retained("r/0", Some(4)))
+            .await?;
+        connection.wait_for(1, begun + QUIET_LATE).await?;
+        let arrived = std::mem::take(&mut connection.arrived);
+        Ok((!arrived.is_empty()).then(|| begun.elapsed().as_millis() as u32))
+    }
+
+    /// Messages without an acknowledgement show how many the broker sends.
+    async fn window(&mut self, quirks: &mut Quirks) -> Result<(), Interrupted> {
+        if self.qos() == QoS::AtMostOnce {
+            return Ok(());
+        }
+        let qos = QoS::AtLeastOnce;
+        let connection = &mut self.connection;
+        connection
+            .subscribe(Subscription::live("w", qos, 5))
+            .await?;
+        connection.keep_unacknowledged = true;
+        for _ in 0..WINDOW_PROBED {
+            connection.publish("w", b"window", qos, false).await?;
+        }
+        connection.settle(QUIET).await?;
+        if connection.unacknowledged.len() < usize::from(WINDOW_PROBED) {
+            connection.quiet(QUIET_LATE).await?;
+        }
+        connection.keep_unacknowledged = false;
+        quirks.window = u16::try_from(connection.unacknowledged.len()).ok();
+        connection.acknowledge().await?;
+        connection.settle(QUIET).await?;
+        connection.arrived.clear();
+        Ok(())
+    }
+
+    /// A message through a shared subscription shows whether they work. Returns why the broker
+    /// refused to grant one, if it did.
+    async fn shared(&mut self, quirks: &mut Quirks) -> Result<Option<String>, Interrupted> {
+        if !self.capabilities.shared {
+            return Ok(None);
+        }
+        // The state if the probe ends before the next step.
+        quirks.shared = SharedSubscriptions::Refused;
+        let qos = self.qos();
+        let connection = &mut self.connection;
+        let filter = format!("$share/tidegate-probe/{}", connection.below("s"));
+        let subscription = Subscription::live(&filter, qos, 6);
+        let id = connection.send_subscribe(&subscription).await?;
+        if let Err(Interrupted(why)) = connection.granted(id).await {
+            return Ok(Some(why));
+        }
+        quirks.shared = SharedSubscriptions::Dead;
+        connection.publish("s", b"shared", qos, false).await?;
+        connection.wait_for(1, Instant::now() + QUIET_LATE).await?;
+        if !std::mem::take(&mut connection.arrived).is_empty() {
+            quirks.shared = SharedSubscriptions::Alive;
+        }
+        Ok(None)
+    }
+
+    /// The broker's name and version. A broker may close the connection at this SUBSCRIBE; nothing is
+    /// lost then.
+    async fn software(&mut self) -> Result<Option<String>, Interrupted> {
+        let connection = &mut self.connection;
+        let subscription = Subscription::retained("$SYS/broker/version", None);
+        let Ok(id) = connection.send_subscribe(&subscription).await else {
+            return Ok(None);
+        };
+        if connection.granted(id).await.is_err() {
+            return Ok(None);
+        }
+        // An error means that the broker has closed the connection.
+        let _ = connection.wait_for(1, Instant::now() + QUIET).await;
+        Ok(connection.arrived.pop().map(|arrived| {
+            let text = String::from_utf8_lossy(&arrived.payload);
+            crate::telemetry::clean(&text, SOFTWARE_MAX_BYTES).to_string()
+        }))
+    }
+
+    /// Removes the retained messages.
+    async fn clean_up(&mut self) -> Result<(), Interrupted> {
+        if !self.capabilities.retain_available {
+            return Ok(());
+        }
+        let connection = &mut self.connection;
+        let qos = QoS::AtMostOnce;
+        connection.publish("o/a", b"", qos, true).await?;
+        for n in 0..RETAINED {
+            connection
+                .publish(&format!("r/{n}"), b"", qos, true)
                 .await?;
         }
-        let begun = Instant::now();
-        // The marker goes out with the SUBSCRIBE.
-        let mut out = Vec::new();
-        let id = self.encode_subscribe("r/#", 0, 0, false, Some(4), &mut out);
-        encode_pingreq(&mut out);
-        self.got.pings = 0;
-        self.io.write_all(&out).await?;
-        self.io.flush().await?;
-        while self.got.pings == 0 {
-            self.read().await?;
-        }
-        let before = self.got.publishes.len();
-        self.granted(id).await?;
-        let until = begun + RETAINED_LATE;
-        while self.got.publishes.len() < RETAINED && self.read_until(until).await? {}
-        let all = std::mem::take(&mut self.got.publishes).len();
-        profile.quirks.retained_within =
-            (all >= RETAINED).then(|| begun.elapsed().as_millis() as u32);
-        profile.quirks.retained_wildcard = Some(all >= RETAINED);
-        profile.quirks.retained_marker = (all > 0).then_some(before >= RETAINED);
-        if all == 0 {
-            profile.quirks.retained_within = self.retained_exact().await?;
-        }
+        connection.settle(Duration::ZERO).await?;
+        connection.arrived.clear();
         Ok(())
     }
+}
 
-    /// Brokers that have none for wildcards may have one for its topic: milliseconds until it came.
-    async fn retained_exact(&mut self) -> Result<Option<u32>, Cut> {
-        let begun = Instant::now();
-        self.subscribe("r/0", 0, 0, false, Some(4)).await?;
-        let until = begun + QUIET_LATE;
-        while self.got.publishes.is_empty() && self.read_until(until).await? {}
-        let came = !std::mem::take(&mut self.got.publishes).is_empty();
-        Ok(came.then(|| begun.elapsed().as_millis() as u32))
-    }
-
-    async fn window(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
-        if self.maximum_qos() == 0 {
-            return Ok(());
-        }
-        self.subscribe("w", 1, 2, true, Some(5)).await?;
-        self.hold = true;
-        for _ in 0..WINDOW_PROBED {
-            self.publish("w", b"window", 1, false).await?;
-        }
-        self.settle(QUIET).await?;
-        if self.held.len() < usize::from(WINDOW_PROBED) {
-            self.quiet(QUIET_LATE).await?;
-        }
-        self.hold = false;
-        profile.quirks.window = u16::try_from(self.held.len()).ok();
-        self.acknowledge().await?;
-        self.settle(QUIET).await?;
-        self.got.publishes.clear();
-        Ok(())
-    }
-
-    async fn shared(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
-        if !self.capabilities.shared {
-            return Ok(());
-        }
-        // Until it is seen to work it does not.
-        profile.quirks.shared = SharedSubscriptions::Refused;
-        let qos = self.maximum_qos().min(1);
-        let name = format!("$share/tidegate-probe/{}/s", self.topic);
-        let mut out = Vec::new();
-        let id = self.encode_exact(&name, qos, 2, true, Some(6), &mut out);
-        self.io.write_all(&out).await?;
-        self.io.flush().await?;
-        if let Err(Cut(why)) = self.granted(id).await {
-            profile.missing.push(format!("shared subscriptions: {why}"));
-            return Ok(());
-        }
-        profile.quirks.shared = SharedSubscriptions::Dead;
-        self.publish("s", b"shared", qos, false).await?;
-        let until = Instant::now() + QUIET_LATE;
-        while self.got.publishes.is_empty() && self.read_until(until).await? {}
-        if !self.got.publishes.is_empty() {
-            profile.quirks.shared = SharedSubscriptions::Alive;
-            self.got.publishes.clear();
-        }
-        Ok(())
-    }
-
-    async fn software(&mut self, profile: &mut BrokerProfile) -> Result<(), Cut> {
-        let mut out = Vec::new();
-        let id = self.encode_exact("$SYS/broker/version", 0, 0, false, None, &mut out);
-        // A core may close the connection at this: nothing is lost then.
-        if self.io.write_all(&out).await.is_err() || self.granted(id).await.is_err() {
-            return Ok(());
-        }
-        let until = Instant::now() + QUIET;
-        while self.got.publishes.is_empty() && matches!(self.read_until(until).await, Ok(true)) {}
-        if let Some(came) = self.got.publishes.pop() {
-            let text = String::from_utf8_lossy(&came.payload);
-            profile.software = Some(crate::telemetry::clean(&text, 100).to_string());
-        }
-        Ok(())
-    }
-
-    /// Takes the retained messages away again.
-    async fn clean_up(&mut self) -> Result<(), Cut> {
-        if !self.capabilities.retain_available {
-            return Ok(());
-        }
-        self.publish("o/a", b"", 0, true).await?;
-        for n in 0..RETAINED {
-            self.publish(&format!("r/{n}"), b"", 0, true).await?;
-        }
-        self.settle(Duration::ZERO).await?;
-        self.got.publishes.clear();
-        Ok(())
-    }
-
-    /// Subscribes below the probe's topic; `Err` if it is refused.
-    async fn subscribe(
-        &mut self,
-        name: &str,
-        qos: u8,
-        handling: u8,
-        as_published: bool,
-        identifier: Option<u32>,
-    ) -> Result<(), Cut> {
-        let mut out = Vec::new();
-        let id = self.encode_subscribe(name, qos, handling, as_published, identifier, &mut out);
-        self.io.write_all(&out).await?;
-        self.io.flush().await?;
-        self.granted(id).await
-    }
-
-    fn encode_subscribe(
-        &mut self,
-        name: &str,
-        qos: u8,
-        handling: u8,
-        as_published: bool,
-        identifier: Option<u32>,
-        out: &mut Vec<u8>,
-    ) -> u16 {
-        let filter = format!("{}/{name}", self.topic);
-        self.encode_exact(&filter, qos, handling, as_published, identifier, out)
-    }
-
-    fn encode_exact(
-        &mut self,
-        filter: &str,
-        qos: u8,
-        handling: u8,
-        as_published: bool,
-        identifier: Option<u32>,
-        out: &mut Vec<u8>,
-    ) -> u16 {
-        let id = self.next_id();
-        let options = SubscribeOptions {
-            qos: QoS::from_u8(qos).unwrap_or_default(),
-            no_local: false,
-            retain_as_published: as_published,
-            retain_handling: handling,
-        };
-        let identifier = identifier.filter(|_| self.capabilities.identifiers);
-        encode_subscribe(
-            self.version,
-            id,
-            identifier,
-            [(filter, options)].into_iter(),
-            out,
-        );
-        id
-    }
-
-    async fn granted(&mut self, id: u16) -> Result<(), Cut> {
-        loop {
-            let known = self.got.subacks.iter().position(|(of, _)| *of == id);
-            if let Some(at) = known {
-                let (_, codes) = self.got.subacks.swap_remove(at);
-                return match codes.first() {
-                    Some(code) if *code < 0x80 => Ok(()),
-                    Some(code) => Err(Cut(format!("SUBSCRIBE refused with 0x{code:02X}"))),
-                    None => Err(Cut("SUBACK without a code".into())),
-                };
-            }
-            self.read().await?;
-        }
-    }
-
-    /// Publishes below the probe's topic, within the core's Receive Maximum.
-    async fn publish(
-        &mut self,
-        name: &str,
-        payload: &[u8],
-        qos: u8,
-        retain: bool,
-    ) -> Result<(), Cut> {
-        let qos = QoS::from_u8(qos).unwrap_or_default();
-        let mut properties = Vec::new();
-        let v5 = self.version == Version::V5;
-        if v5 {
-            for (key, value) in PROPERTIES {
-                Property::UserProperty(key, value).write(&mut properties);
-            }
-        }
-        let message = Message::new(&MessageSpec {
-            topic: &format!("{}/{name}", self.topic),
-            properties: Properties::own(&properties),
-            payload,
-            qos,
-            retain,
-            expires_at: u64::MAX,
-            strip_key: None,
-            account: None,
-        });
-        let packet_id = match qos {
-            QoS::AtMostOnce => 0,
-            _ => self.next_id(),
-        };
-        let delivery = Delivery {
-            version: self.version,
-            dup: false,
-            qos,
-            retain,
-            packet_id,
-            alias: Alias::None,
-            subscription_ids: &[],
-            message_expiry: (v5 && retain).then_some(EXPIRY),
-            user_property: None,
-            hidden: 0,
-        };
-        let mut out = Vec::new();
-        delivery.encode(&message, &mut out);
-        self.io.write_all(&out).await?;
-        self.io.flush().await?;
-        // One at a time keeps within any Receive Maximum.
-        while qos > QoS::AtMostOnce && !self.got.acknowledged.remove(&packet_id) {
-            self.read().await?;
-        }
-        Ok(())
-    }
-
-    /// Waits until a PINGREQ is answered and it was quiet for a while.
-    async fn settle(&mut self, quiet: Duration) -> Result<(), Cut> {
-        let mut out = Vec::new();
-        encode_pingreq(&mut out);
-        self.got.pings = 0;
-        self.io.write_all(&out).await?;
-        self.io.flush().await?;
-        while self.got.pings == 0 {
-            self.read().await?;
-        }
-        self.quiet(quiet).await
-    }
-
-    async fn quiet(&mut self, time: Duration) -> Result<(), Cut> {
-        while self.read_until(Instant::now() + time).await? {}
-        Ok(())
-    }
-
-    /// Reads once; `Err` at the deadline of the probe.
-    async fn read(&mut self) -> Result<(), Cut> {
-        match self.read_until(self.deadline).await? {
-            true => Ok(()),
-            false => Err(Cut("no answer in time".into())),
-        }
-    }
-
-    /// Reads once; false: nothing came until then.
-    async fn read_until(&mut self, until: Instant) -> Result<bool, Cut> {
-        if self.take()? {
-            return Ok(true);
-        }
-        let until = until.min(self.deadline);
-        match timeout_at(until, self.io.read_buf(&mut self.input)).await {
-            Err(_) => return Ok(false),
-            Ok(Ok(0)) => return Err(Cut("the core closed the connection".into())),
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return Err(error.into()),
-        }
-        self.take()?;
-        self.acknowledge().await?;
-        Ok(true)
-    }
-
-    /// PUBACK for what came, unless it is held back. Nothing is subscribed above QoS 1.
-    async fn acknowledge(&mut self) -> Result<(), Cut> {
-        if self.hold || self.held.is_empty() {
-            return Ok(());
-        }
-        let mut out = Vec::new();
-        for id in std::mem::take(&mut self.held) {
-            let (version, done) = (self.version, ReasonCode::SUCCESS);
-            encode_ack(version, AckKind::Puback, id, done, None, &mut out);
-        }
-        self.io.write_all(&out).await?;
-        self.io.flush().await?;
-        Ok(())
-    }
-
-    fn next_id(&mut self) -> u16 {
-        self.last_id += 1;
-        self.last_id
-    }
-
-    /// Takes the packets that are there; whether there was one.
-    fn take(&mut self) -> Result<bool, Cut> {
-        let mut some = false;
-        loop {
-            let (packet, used) = match self.decoder.next(&self.input) {
-                Ok(Some(next)) => next,
-                Ok(None) => return Ok(some),
-                Err(e) => return Err(Cut(format!("a packet that is not legal: {e}"))),
-            };
-            some = true;
-            match packet {
-                Packet::Publish(p) => {
-                    if p.qos > QoS::AtMostOnce {
-                        self.held.push(p.packet_id);
-                    }
-                    let properties = p.properties.user_properties();
-                    self.got.publishes.push(Came {
-                        payload: p.payload.to_vec(),
-                        qos: p.qos,
-                        retain: p.retain,
-                        ids: p.subscription_ids().collect(),
-                        properties: properties.map(|(k, v)| (k.into(), v.into())).collect(),
-                    });
-                }
-                Packet::Suback(s) => self.got.subacks.push((s.packet_id, s.codes.to_vec())),
-                Packet::Puback(a) => {
-                    if a.reason.is_error() {
-                        return Err(Cut(format!("PUBLISH refused: {}", a.reason.name())));
-                    }
-                    self.got.acknowledged.insert(a.packet_id);
-                }
-                Packet::Pingresp => self.got.pings += 1,
-                Packet::Disconnect(d) => {
-                    return Err(Cut(format!(
-                        "the core sent DISCONNECT: {}",
-                        d.reason.name()
-                    )));
-                }
-                _ => {}
-            }
-            let _ = self.input.split_to(used);
-        }
-    }
+/// Whether the copies name each of the three overlapping filters once.
+fn each_identified_once(copies: &[Arrived]) -> bool {
+    let mut ids: Vec<u32> = copies.iter().flat_map(|c| c.ids.iter().copied()).collect();
+    ids.sort_unstable();
+    ids == [1, 2, 3]
 }
 
 #[cfg(test)]

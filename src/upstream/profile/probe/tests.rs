@@ -1,14 +1,16 @@
-//! The probe against the embedded core, in each of its quirks.
+//! The probe against the embedded broker, with each of its quirks.
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 use crate::config::Quirk;
 use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
-use crate::mqtt::Connect;
+use crate::mqtt::{Connect, Decoder, Packet, Receiver};
 use crate::upstream::profile::Mapping;
 
 async fn record(quirks: &[Quirk]) -> (BrokerProfile, EmbeddedBroker) {
-    let core = EmbeddedBroker::start(EmbeddedOptions::with_quirks(quirks));
-    let mut io = core.connect();
+    let broker = EmbeddedBroker::start(EmbeddedOptions::with_quirks(quirks));
+    let mut io = broker.connect();
     let v3 = quirks.contains(&Quirk::V311);
     let version = if v3 { Version::V311 } else { Version::V5 };
     let mut out = Vec::new();
@@ -36,12 +38,12 @@ async fn record(quirks: &[Quirk]) -> (BrokerProfile, EmbeddedBroker) {
         }
     };
     let quirks = probe(&mut io, &capabilities, "tidegate/probe/t", rest).await;
-    (quirks, core)
+    (quirks, broker)
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_polite_core() {
-    let (seen, core) = record(&[]).await;
+async fn a_broker_without_quirks() {
+    let (seen, broker) = record(&[]).await;
     assert_eq!(seen.source, Source::Probed, "{seen}");
     assert_eq!(seen.quirks.copies, Some(Copies::Many));
     assert_eq!(seen.quirks.overlap_qos, Some(OverlapQos::Each));
@@ -60,8 +62,8 @@ async fn a_polite_core() {
     }
     assert!(seen.keeps_retain() && seen.keeps_properties() && seen.grants_shared());
     tokio::time::sleep(Duration::from_millis(10)).await;
-    assert_eq!(core.stats().retained, 0, "it cleans up");
-    assert_eq!(core.stats().sessions, 0);
+    assert_eq!(broker.stats().retained, 0, "it cleans up");
+    assert_eq!(broker.stats().sessions, 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -115,19 +117,19 @@ async fn each_quirk_is_seen() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_old_core() {
-    let (seen, core) = record(&[Quirk::V311]).await;
+async fn a_broker_of_mqtt_3_1_1() {
+    let (seen, broker) = record(&[Quirk::V311]).await;
     assert_eq!(seen.source, Source::Probed, "{seen}");
     assert_eq!(seen.capabilities.version, Version::V311);
     assert_eq!(seen.quirks.identifiers, Identifiers::None);
     assert_eq!(seen.quirks.copies, Some(Copies::Many));
     assert_eq!(seen.quirks.retained_marker, Some(true));
     assert!(!seen.keeps_retain() && !seen.keeps_properties());
-    assert_eq!(core.stats().retained, 0);
+    assert_eq!(broker.stats().retained, 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_core_that_says_nothing_is_assumed_at_its_worst() {
+async fn a_silent_broker_is_assumed_at_its_worst() {
     let (mut ours, theirs) = tokio::io::duplex(1 << 20);
     let capabilities = Capabilities {
         version: Version::V5,
