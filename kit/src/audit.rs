@@ -8,14 +8,14 @@ use std::time::Instant;
 /// Bytes that a stamp takes at the beginning of a payload.
 pub const STAMP_LEN: usize = 20;
 
-/// What every payload of the kit begins with.
+/// The bytes at the beginning of every payload of the kit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     /// Number of the stream: one publisher and topic.
     pub stream: u32,
     /// Sequence number in the stream, from 1.
     pub seq: u64,
-    /// When it was sent, in nanoseconds of [`now_ns`].
+    /// The time of sending, in nanoseconds of [`now_ns`].
     pub sent_ns: u64,
 }
 
@@ -55,7 +55,7 @@ pub fn now_ns() -> u64 {
         .expect("a process does not live for 584 years")
 }
 
-/// What the receiver may miss.
+/// The losses that a receiver's kind of session allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Keeps {
     /// Its session outlives its connections: nothing may be missing.
@@ -69,23 +69,24 @@ pub enum Keeps {
 /// A delivery that breaks the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
-    /// It came twice, and the second copy had no DUP.
+    /// The message came twice, and the second copy had no DUP.
     UnmarkedDuplicate,
-    /// It came after a later one on the same connection.
+    /// The message came after a later one on the same connection.
     Disorder {
-        /// The sequence number that came just before it.
+        /// The sequence number that came just before this one.
         after: u64,
     },
-    /// A second copy on one and the same connection, or to a session that had no first one.
+    /// A second copy came on the same connection, or to a session that had received no first copy.
     Redelivered,
     /// The redelivery has another packet identifier than the first delivery.
     OtherPacketId {
-        /// The first one.
+        /// The packet identifier of the first delivery.
         first: u16,
     },
-    /// Sequence numbers are missing before it. They may still come, as a later disorder.
+    /// Sequence numbers before this message are missing. They may still come, and then count as
+    /// disorder.
     Gap {
-        /// How many.
+        /// The number of missing messages.
         missing: u64,
     },
 }
@@ -102,7 +103,7 @@ impl fmt::Display for Fault {
     }
 }
 
-/// What one receiver got.
+/// Everything that one receiver got.
 #[derive(Debug)]
 pub struct Audit {
     keeps: Keeps,
@@ -118,7 +119,7 @@ pub struct Audit {
     pub fault_counts: BTreeMap<&'static str, u64>,
 }
 
-/// Faults a audit keeps in full.
+/// Faults that an audit keeps in full.
 pub const FAULTS_KEPT: usize = 16;
 
 /// How many packet identifiers of late deliveries a stream remembers.
@@ -130,7 +131,7 @@ struct Stream {
     next: u64,
     /// Numbers below `next` that were never seen.
     missing: BTreeSet<u64>,
-    /// The last number on the connection named beside it.
+    /// The last sequence number on a connection, and the number of that connection.
     last: (u64, u64),
     /// The packet identifiers of the last deliveries.
     ids: std::collections::VecDeque<(u64, u16)>,
@@ -158,7 +159,8 @@ impl Audit {
     /// Enters one delivery: its stamp, DUP flag and packet identifier (0 for QoS 0).
     pub fn deliver(&mut self, stamp: Stamp, dup: bool, id: u16) {
         let connection = self.connection;
-        // The first number of a stream is 1; a session that keeps everything was there for it.
+        // The first number of a stream is 1. A session that keeps everything existed before it was
+        // sent.
         let start = match self.keeps {
             Keeps::Everything => 1,
             Keeps::WhileConnected | Keeps::Order => stamp.seq,
@@ -184,7 +186,7 @@ impl Audit {
             };
             if missing > 0 && !allowed {
                 faults.push(Fault::Gap { missing });
-                // Bounded: a gap larger than this is beyond telling apart from loss.
+                // Bounded: a larger gap cannot be told apart from loss.
                 stream
                     .missing
                     .extend(stream.next..stamp.seq.min(stream.next + 10_000));
@@ -220,7 +222,7 @@ impl Audit {
         }
     }
 
-    /// The highest sequence number seen of a stream, 0 for none.
+    /// The highest sequence number seen of a stream, or 0 before the first message.
     pub fn highest(&self, stream: u32) -> u64 {
         self.streams.get(&stream).map_or(0, |s| s.next - 1)
     }
@@ -282,7 +284,7 @@ mod tests {
         audit.connected();
         audit.deliver(at(3), true, 3);
         audit.deliver(at(4), true, 4);
-        // Sent to the old socket, never arrived there.
+        // The server sent this delivery to the old socket, where it never arrived.
         audit.deliver(at(5), true, 5);
         audit.deliver(at(6), false, 6);
         assert_eq!((audit.fresh, audit.duplicates), (6, 2));

@@ -17,7 +17,7 @@ pub struct Certs {
 }
 
 impl Certs {
-    /// Makes new ones in a folder: `ca.pem`, `server.pem`, `server.key`.
+    /// Makes new certificates in a folder: `ca.pem`, `server.pem`, `server.key`.
     ///
     /// # Errors
     /// A file cannot be written.
@@ -25,7 +25,7 @@ impl Certs {
         Self::make_for(dir, &["localhost", "127.0.0.1", "::1"])
     }
 
-    /// The same for other names.
+    /// Makes new certificates for the given names.
     ///
     /// # Errors
     /// As [`make`](Self::make).

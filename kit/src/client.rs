@@ -1,4 +1,5 @@
-//! An MQTT client for tests: it sends what it is told, decodes what comes, and hides nothing.
+//! An MQTT client for tests: it sends the packets that a test gives it, decodes every packet that
+//! arrives, and hides none.
 
 use std::io;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use crate::wire::{
 /// How long one answer may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What can go wrong for a test client.
+/// The errors of a test client.
 #[derive(Debug, Error)]
 pub enum ClientError {
     /// The transport failed.
@@ -32,15 +33,15 @@ pub enum ClientError {
     /// The server refused the connection.
     #[error("refused with code {:#04x}", .0.code)]
     Refused(ConnAck),
-    /// Nothing came in time.
+    /// No packet came in time.
     #[error("no {0} within the time allowed")]
     Timeout(&'static str),
-    /// Another packet came than the one waited for.
+    /// The client waited for one packet, and another came.
     #[error("waited for {wanted}, got {got:?}")]
     Unexpected {
-        /// What was waited for.
+        /// The expected packet.
         wanted: &'static str,
-        /// What came.
+        /// The packet that came.
         got: Box<Packet>,
     },
 }
@@ -54,7 +55,7 @@ pub struct Client {
     out: BytesMut,
     scratch: Vec<u8>,
     last_id: u16,
-    /// Packets that came while something else was waited for, oldest first.
+    /// Packets that came while the client waited for another, oldest first.
     aside: std::collections::VecDeque<Packet>,
 }
 
@@ -85,7 +86,7 @@ impl Client {
         .map_err(|_| ClientError::Timeout("CONNACK"))?
     }
 
-    /// A client over an open link that has sent nothing yet.
+    /// A client over an open link; it has not sent CONNECT yet.
     pub fn over(link: Link, version: Version) -> Self {
         Self {
             link,
@@ -98,7 +99,8 @@ impl Client {
         }
     }
 
-    /// The link and the bytes already read from it, for a caller with a faster loop of its own.
+    /// Takes the client apart into its link and the bytes already read from it, for a caller with a
+    /// faster loop of its own.
     pub fn into_parts(self) -> (Link, BytesMut) {
         (self.link, self.received)
     }
@@ -119,7 +121,8 @@ impl Client {
         self.last_id
     }
 
-    /// Sends one packet. Reads meanwhile, so that a full link in both directions cannot hang it.
+    /// Sends one packet. The client reads meanwhile, so that a link that is full in both directions
+    /// cannot block it.
     ///
     /// # Errors
     /// The transport failed.
@@ -165,7 +168,7 @@ impl Client {
         self.fresh().await
     }
 
-    /// The next packet, or none if nothing comes within `wait`.
+    /// The next packet, or `None` if none comes within `wait`.
     ///
     /// # Errors
     /// As [`next`](Self::next).
@@ -362,12 +365,12 @@ impl Client {
     /// Ends the sending direction of a data stream with FIN, behind all that was flushed.
     ///
     /// # Errors
-    /// It has ended, or there are no streams.
+    /// The stream has ended, or the transport has no streams.
     pub fn finish(&mut self) -> io::Result<()> {
         self.link.finish()
     }
 
-    /// Ends the sending direction of a data stream with RESET_STREAM; what is queued is lost.
+    /// Ends the sending direction of a data stream with RESET_STREAM; bytes still queued are lost.
     ///
     /// # Errors
     /// As [`finish`](Self::finish).
@@ -376,18 +379,18 @@ impl Client {
         self.link.reset(code)
     }
 
-    /// Takes nothing more on a data stream (STOP_SENDING); resolves when the server takes nothing
-    /// more on it either.
+    /// Refuses further data on a data stream (STOP_SENDING); resolves when the server refuses
+    /// further data on it too.
     pub fn stop(self, code: u32) -> impl Future<Output = ()> + Send + 'static {
         self.link.stop(code)
     }
 
-    /// Breaks off without a word; see [`Cut`].
+    /// Breaks the connection off without DISCONNECT; see [`Cut`].
     pub fn cut(self, how: Cut) -> Abandoned {
         self.link.cut(how)
     }
 
-    /// Waits for a packet; others that come first are kept for [`next`](Self::next).
+    /// Waits for a packet; other packets that come first are kept for [`next`](Self::next).
     async fn wait_for(
         &mut self,
         name: &'static str,

@@ -1,4 +1,4 @@
-//! Where to connect, whom to trust, and how a byte stream is opened over each transport.
+//! Addresses, trusted certificates, and the opening of a byte stream over each transport.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -120,10 +120,10 @@ impl std::fmt::Display for Url {
 /// Which server certificates are accepted.
 #[derive(Debug, Clone, Default)]
 pub enum Trust {
-    /// Any: for loads against a throw-away certificate.
+    /// All certificates, for loads against a throw-away certificate.
     #[default]
     Anything,
-    /// The chains that end in one of these.
+    /// Chains that end in one of these.
     Roots(Arc<RootCertStore>),
 }
 
@@ -191,7 +191,7 @@ impl Dialer {
         Self::build(url, trust, true)
     }
 
-    /// The same, but without tickets: each TLS handshake is a full one.
+    /// A dialer without tickets: each of its TLS handshakes is a full one.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -237,14 +237,15 @@ impl Dialer {
         self
     }
 
-    /// QUIC only: puts up to `connections` on one UDP socket. The default, 1, is a socket each, which
-    /// is what [`Cut::Silent`](crate::link::Cut::Silent) needs.
+    /// QUIC only: puts up to `connections` on one UDP socket. The default, 1, gives each connection
+    /// its own socket, as [`Cut::Silent`](crate::link::Cut::Silent) requires.
     pub fn share_sockets(mut self, connections: usize) -> Self {
         self.quic = self.quic.map(|quic| quic.share(connections));
         self
     }
 
-    /// TLS handshakes so far that had no ticket to offer though they might have: full ones.
+    /// Full TLS handshakes so far: the dialer had no ticket to offer although it could have had
+    /// one.
     pub fn without_ticket(&self) -> u64 {
         self.tickets.as_ref().map_or(0, |t| t.missed())
     }
@@ -254,7 +255,7 @@ impl Dialer {
         self.addr
     }
 
-    /// Where this dialer connects.
+    /// The URL that this dialer connects to.
     pub fn url(&self) -> &Url {
         &self.url
     }

@@ -1,5 +1,6 @@
-//! A fleet of clients that vanish and come back under live traffic, and everything that must hold
-//! meanwhile: nothing lost, nothing out of order, duplicates only with DUP and only after a resume.
+//! A fleet of clients that vanish and come back under live traffic, and the promises that must hold
+//! meanwhile: no message is lost or out of order, and duplicates come only with DUP and only after
+//! a resume.
 
 mod member;
 mod speaker;
@@ -37,14 +38,16 @@ pub struct Plan {
     pub flaps: usize,
     /// Flaps a second together.
     pub flap_rate: f64,
-    /// Messages a second from steady publishers, besides those aimed at clients that vanish.
+    /// Messages a second from steady publishers, in addition to messages aimed at clients that
+    /// vanish.
     pub rate: f64,
     /// Messages aimed at a client around the moment when it vanishes.
     pub aimed: usize,
-    /// Will Delay in seconds of a tenth of the MQTT 5 third.
+    /// Will Delay in seconds. A tenth of the clients with MQTT 5 sessions have such a will.
     pub will_delay: u32,
-    /// How long the broker's acknowledgements are held back at least. Where the server cannot know of a
-    /// cut, or forgets the session with it, a client with open publishes is back before that.
+    /// The least time by which the broker's acknowledgements are delayed. Where the server cannot
+    /// notice a cut, or forgets the session with it, a client with open publishes comes back before
+    /// that time.
     pub ack_delay: Duration,
     /// The ways in which clients vanish, chosen at random.
     pub cuts: Vec<Cut>,
@@ -54,7 +57,7 @@ pub struct Plan {
     pub seed: u64,
 }
 
-/// What the tasks of a fleet share.
+/// The state that the tasks of a fleet share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     plan: Plan,
@@ -120,7 +123,7 @@ impl Fleet {
         .await?;
         let mut speakers = Vec::new();
         for number in 0..SPEAKERS {
-            // Most are backends at the broker, one is a client like the fleet.
+            // Most publishers are backends at the broker; one is a client like those of the fleet.
             let dialer = if number + 1 < SPEAKERS {
                 broker
             } else {
@@ -171,7 +174,8 @@ impl Fleet {
             let i = self.idle_member();
             let member = &self.members[i];
             let how = plan.cuts[self.rng.below(plan.cuts.len())];
-            // Mostly short, sometimes long, sometimes at once, as mobile networks do it.
+            // Most absences are short, some are long and some are none at all, as on mobile
+            // networks.
             let away = match self.rng.below(10) {
                 0..3 => 0,
                 3..9 => self.rng.below(200),
@@ -217,7 +221,8 @@ impl Fleet {
         Ok(())
     }
 
-    /// Ends the steady publishers and waits until everything has arrived that must, or `wait` is over.
+    /// Ends the steady publishers and waits until everything that must arrive has arrived, or
+    /// `wait` is over.
     pub async fn come_to_rest(&mut self, wait: Duration) {
         self.shared.speakers_stop.store(true, Relaxed);
         for (aim, speaker) in self.speakers.drain(..) {
@@ -234,8 +239,8 @@ impl Fleet {
         }
     }
 
-    /// Waits until a will that a flap had released would have fired, disconnects everyone in good
-    /// manners, and judges.
+    /// Waits until a will that a flap had released would have fired, disconnects every client with
+    /// DISCONNECT, and judges.
     pub async fn judge(self) -> Verdict {
         if let Some(first) = self.will_flapped {
             let delay = Duration::from_secs(u64::from(self.shared.plan.will_delay) + 1);
@@ -247,7 +252,7 @@ impl Fleet {
         })
         .await
         .expect("no future above fails");
-        // A will of an orderly end would come at once.
+        // A server that publishes wills after DISCONNECT would do so at once.
         sleep(Duration::from_millis(500)).await;
         self.watch.abort();
         let arrivals = self.arrivals.lock().expect("bookkeeping does not panic");
@@ -255,7 +260,7 @@ impl Fleet {
         verdict::judge(&self.shared, &tallies, &arrivals, &wills)
     }
 
-    /// How many flaps ended with the session present.
+    /// The number of flaps after which the session was present.
     pub fn resumes(&self) -> u64 {
         self.shared.resumes.load(Relaxed)
     }
@@ -272,7 +277,7 @@ impl Fleet {
         })
     }
 
-    /// A client that is not away; they are chosen at random.
+    /// A client that is connected, chosen at random.
     fn idle_member(&mut self) -> usize {
         let n = self.members.len();
         let from = self.rng.below(n);
@@ -286,9 +291,9 @@ impl Fleet {
 /// The clients' publishes as a subscriber at the broker sees them.
 #[derive(Debug)]
 pub(crate) struct Arrivals {
-    /// Of clients that send again until they are acknowledged.
+    /// Publishes of clients that send them again until they are acknowledged.
     kept: Audit,
-    /// Of clients whose publishes may die with their connections.
+    /// Publishes of clients that do not send them again: they may be lost with their connections.
     clean: Audit,
 }
 
@@ -320,7 +325,7 @@ impl Arrivals {
     }
 }
 
-/// Steady publishers; each is a stream of its own on each topic.
+/// The steady publishers; each is a stream of its own on each topic.
 const SPEAKERS: usize = 4;
 
 impl Plan {
@@ -362,7 +367,7 @@ impl Shared {
     }
 }
 
-/// xorshift64*: the choices are to be repeatable, not unpredictable.
+/// xorshift64*: the choices must be repeatable, not unpredictable.
 #[derive(Debug, Clone)]
 pub(crate) struct Rng(u64);
 
@@ -375,7 +380,7 @@ impl Rng {
     }
 }
 
-/// A subscriber at the broker itself: it sees what Tidegate publishes for its clients.
+/// A subscriber at the broker itself: it sees the publishes that Tidegate forwards for its clients.
 async fn watcher(broker: &Dialer, prefix: &str) -> Result<Client, ClientError> {
     let connect = Connect::new(format!("{prefix}-watcher"))
         .receive_max(2000)

@@ -1,4 +1,4 @@
-//! Judges for Tidegate: what the tests and the benches use to drive it and to watch it.
+//! Judges for Tidegate: the tools with which tests and benchmarks drive and observe it.
 //!
 //! Nothing here shares code with the `tidegate` crate, so a mistake in its codec cannot hide itself.
 

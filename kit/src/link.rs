@@ -19,18 +19,18 @@ use crate::quic::{QuicStream, SessionStream};
 #[derive(Debug)]
 pub struct Link {
     io: Io,
-    /// ws and wss: a message was handed over and is not flushed.
+    /// ws and wss: a message was handed over and has not been flushed.
     flushing: bool,
 }
 
-/// How a client vanishes.
+/// The ways in which a client vanishes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cut {
-    /// TCP: RST. QUIC: CONNECTION_CLOSE. Never a DISCONNECT, never a WebSocket close.
+    /// TCP: RST. QUIC: CONNECTION_CLOSE. The client never sends DISCONNECT or a WebSocket close.
     Reset,
     /// TCP: FIN. QUIC: as `Reset`.
     Close,
-    /// Nothing is sent and nothing is heard any more; the server has to find out by itself.
+    /// The client sends and receives nothing any more; the server has to detect that by itself.
     Silent,
 }
 
@@ -81,9 +81,9 @@ impl Link {
         }
     }
 
-    /// Writes all of `out` and meanwhile reads into `into`; returns as soon as bytes came or, when
-    /// there was something to write, as soon as it is written. Cancel safe: what is not yet written
-    /// stays in `out`. Returns the number of bytes read, and false once the peer has ended the stream.
+    /// Writes all of `out` and meanwhile reads into `into`. Returns as soon as bytes came or, if
+    /// `out` was not empty, as soon as it is written. Cancel safe: unwritten bytes stay in `out`.
+    /// Returns the number of bytes read, and false once the peer has ended the stream.
     ///
     /// # Errors
     /// The transport failed.
@@ -131,8 +131,8 @@ impl Link {
         .await
     }
 
-    /// Breaks the link off. A silent cut leaves an open socket, which the caller keeps for as long as the
-    /// server is to notice nothing.
+    /// Breaks the link off. A silent cut leaves an open socket; the caller keeps it for as long as
+    /// the server must not notice the cut.
     pub fn cut(self, how: Cut) -> Abandoned {
         match (how, &self.io) {
             (Cut::Silent, Io::Quic(quic)) => quic.mute(),
@@ -146,7 +146,7 @@ impl Link {
         Abandoned(None)
     }
 
-    /// Ends the link in good manners: a WebSocket close, a TLS close, a FIN.
+    /// Ends the link in order: a WebSocket close, a TLS close, a FIN.
     pub async fn close(mut self) {
         match &mut self.io {
             Io::Tcp(s) => drop(tokio::io::AsyncWriteExt::shutdown(s).await),
@@ -185,7 +185,7 @@ impl Link {
     /// FIN on a stream of QUIC or WebTransport.
     ///
     /// # Errors
-    /// It has ended, or is none.
+    /// The stream has ended, or the link is not one of QUIC or WebTransport.
     pub fn finish(&mut self) -> io::Result<()> {
         match &mut self.io {
             Io::Quic(quic) => Ok(quic.send.finish()?),
@@ -207,7 +207,7 @@ impl Link {
     }
 
     /// STOP_SENDING on a stream of QUIC or WebTransport; resolves when the server has answered with
-    /// its own, or all that was sent has come there.
+    /// its own, or has received all data sent on the stream.
     pub async fn stop(self, code: u32) {
         match self.io {
             Io::Quic(mut quic) => {
@@ -222,7 +222,7 @@ impl Link {
         }
     }
 
-    /// The QUIC connection below, if this is one.
+    /// The QUIC connection below, if the link uses QUIC.
     pub fn as_quic(&self) -> Option<&QuicStream> {
         match &self.io {
             Io::Quic(quic) => Some(quic),
@@ -230,7 +230,7 @@ impl Link {
         }
     }
 
-    /// The TCP socket below, if there is one.
+    /// The TCP socket below, if the link uses TCP.
     pub fn as_tcp(&self) -> Option<&TcpStream> {
         match &self.io {
             Io::Tcp(s) => Some(s),
@@ -243,7 +243,7 @@ impl Link {
 
     fn reset_on_drop(&self) {
         if let Some(socket) = self.as_tcp() {
-            // The drop that follows then sends RST and throws unsent bytes away.
+            // Dropping the socket then sends RST and discards unsent bytes.
             let _ = socket.set_zero_linger();
         }
     }
@@ -313,7 +313,7 @@ where
 {
     let mut read = 0;
     loop {
-        // Everything that is already here is taken in one go.
+        // Everything that has already arrived is taken in one go.
         match Pin::new(&mut *socket).poll_next(cx) {
             Poll::Ready(Some(Ok(Message::Binary(bytes)))) => {
                 read += bytes.len();

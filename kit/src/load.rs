@@ -1,4 +1,4 @@
-//! The load tool: loads of several shapes over every transport, and what they cost the servers.
+//! The load tool: loads of several shapes over every transport, and their cost to the servers.
 
 pub mod args;
 pub mod connect;
@@ -29,7 +29,7 @@ pub fn main() -> ExitCode {
         .build()
         .expect("a runtime starts on a healthy system");
     let outcome = runtime.block_on(run(&cli.load));
-    // Thousands of connections are not worth an orderly end.
+    // Thousands of connections are dropped without DISCONNECT: an orderly end would take too long.
     runtime.shutdown_background();
     match outcome {
         Ok(report) => {

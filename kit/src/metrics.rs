@@ -151,7 +151,7 @@ impl Metrics {
         Ok(this)
     }
 
-    /// The sum over all samples of a name whose labels include all of these.
+    /// The sum over all samples of a name whose labels include all given labels.
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let matches = |s: &&Sample| {
             s.name == name
@@ -162,7 +162,7 @@ impl Metrics {
         self.samples.iter().filter(matches).map(|s| s.value).sum()
     }
 
-    /// Whether there is any sample of a name.
+    /// Whether the scrape has a sample with this name.
     pub fn has(&self, name: &str) -> bool {
         self.samples.iter().any(|s| s.name == name)
     }
@@ -259,7 +259,7 @@ fn sample(line: &str) -> Result<Sample, String> {
     })
 }
 
-/// A label value up to its closing quote, and what follows.
+/// Splits a label value at its closing quote from the text that follows.
 fn quoted(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut chars = text.char_indices();

@@ -16,9 +16,9 @@ pub struct Netem {
     pub duplicate: f64,
     /// The fraction of packets that arrives after its successors.
     pub late: f64,
-    /// The longest extra time of such a packet.
+    /// The longest extra delay of a reordered packet.
     pub by: Duration,
-    /// The same seed makes the same choices for the same packets.
+    /// The seed: equal seeds treat equal packets in the same way.
     pub seed: u64,
 }
 
@@ -34,7 +34,7 @@ impl Netem {
     };
 }
 
-/// The chance of a relay, shared by its tasks.
+/// The random generator of a relay, shared by its tasks.
 #[derive(Debug)]
 pub(crate) struct Chance(Mutex<Rng>);
 
@@ -43,7 +43,7 @@ impl Chance {
         Self(Mutex::new(Rng::new(seed)))
     }
 
-    /// From 0 to 1.
+    /// A random number from 0 to 1.
     pub(crate) fn next(&self) -> f64 {
         let mut rng = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         rng.fraction()

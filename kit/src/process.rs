@@ -48,7 +48,7 @@ impl TempDir {
 
 impl Drop for TempDir {
     fn drop(&mut self) {
-        // TIDEGATE_KEEP=1 leaves configurations and logs for a look after a failure.
+        // TIDEGATE_KEEP=1 keeps configurations and logs for inspection after a failure.
         if std::env::var_os("TIDEGATE_KEEP").is_none() {
             let _ = std::fs::remove_dir_all(&self.0);
         }
@@ -66,7 +66,7 @@ pub fn free_port() -> io::Result<u16> {
 /// Waits until a TCP address accepts.
 ///
 /// # Errors
-/// It did not within `wait`.
+/// The address did not accept a connection within `wait`.
 pub fn wait_until_it_accepts(addr: SocketAddr, wait: Duration) -> io::Result<()> {
     let deadline = Instant::now() + wait;
     loop {
@@ -95,7 +95,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Takes a child whose standard error, if piped, is its log.
+    /// Takes a child; its standard error, if piped, is its log.
     pub(crate) fn new(mut child: Child, name: &'static str) -> Self {
         let log = Arc::new(Mutex::new(Vec::new()));
         if let Some(stderr) = child.stderr.take() {

@@ -1,4 +1,4 @@
-//! QUIC connections that can fall silent, as a phone does that loses its network.
+//! QUIC connections that can fall silent, like a phone that loses its network.
 
 use std::fmt;
 use std::io::{self, IoSliceMut};
@@ -225,7 +225,7 @@ impl Socket {
     }
 }
 
-/// A socket that swallows what it sends and forgets what it receives once muted.
+/// A socket that, once muted, drops every datagram in both directions.
 #[derive(Debug)]
 struct Mutable {
     inner: Arc<dyn AsyncUdpSocket>,

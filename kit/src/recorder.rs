@@ -1,7 +1,8 @@
-//! A TCP relay that stands between Tidegate and its broker and writes down what passes.
+//! A TCP relay that stands between Tidegate and its broker and records the packets that pass.
 //!
-//! It reads MQTT in both directions, counts packets, remembers filters and publishes, and can be told
-//! to misbehave: to pause a direction, to delay acknowledgements, to cut every link, to refuse.
+//! The relay reads MQTT in both directions, counts packets and remembers filters and publishes. A
+//! test can make it misbehave: pause a direction, delay acknowledgements, cut every link, refuse
+//! links.
 
 mod counts;
 mod relay;
@@ -34,7 +35,7 @@ pub enum Toward {
 pub(crate) struct Behaviour {
     paused_to_broker: bool,
     paused_to_tidegate: bool,
-    /// How long PUBACK, PUBREC and PUBCOMP of the broker are held back.
+    /// The delay of the broker's PUBACK, PUBREC and PUBCOMP.
     ack_delay: Duration,
     refuse: bool,
     /// Links older than this generation are to end.
@@ -74,17 +75,17 @@ impl Recorder {
         })
     }
 
-    /// Where Tidegate is to connect.
+    /// The address to which Tidegate connects.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// The same as an `mqtt://` URL.
+    /// The relay's address as an `mqtt://` URL.
     pub fn url(&self) -> String {
         format!("mqtt://{}", self.addr)
     }
 
-    /// What has passed so far.
+    /// The counts up to now.
     pub fn snapshot(&self) -> Snapshot {
         self.counts
             .lock()
@@ -92,7 +93,7 @@ impl Recorder {
             .snapshot()
     }
 
-    /// Holds a direction back, or lets it go on. What is held back is not counted as passed.
+    /// Pauses a direction or resumes it. Paused packets do not count as passed.
     pub fn pause(&self, toward: Toward, paused: bool) {
         self.behaviour.send_modify(|b| match toward {
             Toward::Broker => b.paused_to_broker = paused,
@@ -100,7 +101,8 @@ impl Recorder {
         });
     }
 
-    /// Delays the broker's PUBACK, PUBREC and PUBCOMP. Order is kept, so what follows one waits too.
+    /// Delays the broker's PUBACK, PUBREC and PUBCOMP. Order is kept, so packets behind a delayed
+    /// one wait too.
     pub fn delay_acks(&self, delay: Duration) {
         self.behaviour.send_modify(|b| b.ack_delay = delay);
     }
@@ -110,13 +112,13 @@ impl Recorder {
         self.behaviour.send_modify(|b| b.generation += 1);
     }
 
-    /// Refuses new links (they are reset at once) or takes them again.
+    /// Refuses new links (they are reset at once) or accepts them again.
     pub fn refuse(&self, refuse: bool) {
         self.behaviour.send_modify(|b| b.refuse = refuse);
     }
 
-    /// Looks for second copies only among topics that begin with `prefix` (at first: all topics), so
-    /// that what Tidegate sends of its own accord is not mistaken for one.
+    /// Looks for second copies only among topics that begin with `prefix` (initially all topics),
+    /// so that Tidegate's own publishes, such as probes, are not mistaken for second copies.
     pub fn watch(&self, prefix: &str) {
         self.counts
             .lock()

@@ -1,11 +1,11 @@
-//! The only source of chance of a seeded test: the same seed gives the same run.
+//! The only source of randomness of a seeded test: the same seed gives the same run.
 
 /// SplitMix64, a small generator with a state of eight bytes.
 #[derive(Debug)]
 pub struct Rng(u64);
 
 impl Rng {
-    /// A generator whose numbers follow from `seed` alone.
+    /// A generator that depends on `seed` alone.
     pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03)
     }
@@ -32,12 +32,12 @@ impl Rng {
         low + self.below(high - low + 1)
     }
 
-    /// True in `percent` of a hundred cases.
+    /// Returns true with a probability of `percent` in a hundred.
     pub fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
-    /// A number from 0 to 1, without 1.
+    /// A number from 0 (included) to 1 (excluded).
     pub fn fraction(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }

@@ -17,29 +17,29 @@ use crate::wire::{ConnAck, Connect, Packet};
 /// The number of the control stream.
 pub const CONTROL: u32 = 0;
 
-/// A connection with its control stream and any number of data streams; those that were opened are
+/// A connection with its control stream and any number of data streams. The opened streams are
 /// numbered from 1, and no number is used twice.
 #[derive(Debug)]
 pub struct Streams {
     control: Client,
     data: Vec<(u32, Data)>,
     opened: u32,
-    /// Where the next round over the streams begins.
+    /// The stream at which the next round begins.
     turn: usize,
 }
 
-/// What comes on a stream.
+/// An event on a stream.
 #[derive(Debug)]
 pub enum Event {
     /// A packet.
     Packet(Packet),
-    /// Nothing more comes on this data stream, and the server takes nothing more on it.
+    /// The data stream has ended in both directions.
     Gone,
 }
 
 enum Data {
     Open(Box<Client>),
-    /// Nothing more is taken on it; resolves when the server wants nothing more either.
+    /// Refuses further data on a stream; resolves when the server refuses further data too.
     Stopped(Pin<Box<dyn Future<Output = ()> + Send>>),
 }
 
@@ -57,7 +57,7 @@ impl Data {
         match self {
             Self::Open(client) => pin!(client.next()).poll(cx).map(|next| match next {
                 Ok(packet) => Ok(Event::Packet(packet)),
-                // The connection's end is told by the control stream.
+                // The control stream reports the end of the connection.
                 Err(ClientError::Closed | ClientError::Io(_)) => Ok(Event::Gone),
                 Err(error) => Err(error),
             }),
@@ -85,8 +85,8 @@ impl Streams {
         Ok((streams, ack))
     }
 
-    /// Opens a data stream, once the server allows for one more. It is there for the server when
-    /// something is sent on it.
+    /// Opens a data stream, once the server allows for one more. The server sees the stream when
+    /// the first bytes are sent on it.
     ///
     /// # Errors
     /// The connection is lost, or has one stream only.
@@ -108,28 +108,28 @@ impl Streams {
         }
     }
 
-    /// Puts a packet into a stream's output buffer; it is lost where the stream has ended.
+    /// Puts a packet into a stream's output buffer; the packet is lost if the stream has ended.
     pub fn queue(&mut self, number: u32, packet: &Packet) {
         if let Some(client) = self.on(number) {
             client.queue(packet);
         }
     }
 
-    /// Sends what is queued on all streams.
+    /// Sends the queued packets of all streams.
     ///
     /// # Errors
     /// The connection is lost.
     pub async fn flush(&mut self) -> Result<(), ClientError> {
         for (_, data) in &mut self.data {
             if let Data::Open(client) = data {
-                // Its end is an event.
+                // The end of a stream is an event, not an error.
                 let _ = client.flush().await;
             }
         }
         self.control.flush().await
     }
 
-    /// What comes next on any stream; sends meanwhile what is queued. Cancel safe.
+    /// The next event on any stream; meanwhile sends queued packets. Cancel safe.
     ///
     /// # Errors
     /// The connection is lost, or an illegal packet came.
@@ -160,7 +160,7 @@ impl Streams {
         .await
     }
 
-    /// The same, or none if nothing comes within `wait`.
+    /// The next event on any stream, or `None` if none comes within `wait`.
     ///
     /// # Errors
     /// As [`next`](Self::next).
@@ -174,8 +174,8 @@ impl Streams {
         }
     }
 
-    /// Waits until the server has read everything that was sent on all open streams, and has what it
-    /// sent before its answer here; that is kept for [`next`](Self::next).
+    /// Waits until the server has read all packets sent on all open streams, and the packets that
+    /// the server sent before its answer have arrived; those are kept for [`next`](Self::next).
     ///
     /// # Errors
     /// The connection or a stream is lost.
@@ -189,7 +189,8 @@ impl Streams {
         self.control.ping().await
     }
 
-    /// Sends what is queued on a data stream, and FIN; what the server still has for it comes.
+    /// Sends a data stream's queued packets and FIN; packets that the server still sends on the
+    /// stream arrive.
     ///
     /// # Errors
     /// The stream is gone.
@@ -199,8 +200,8 @@ impl Streams {
         Ok(client.finish()?)
     }
 
-    /// RESET_STREAM on a data stream. The other direction is left open, and shows by its end when the
-    /// server knows.
+    /// RESET_STREAM on a data stream. The other direction is left open; its end shows that the
+    /// server has noticed.
     ///
     /// # Errors
     /// The stream is gone.
@@ -208,8 +209,8 @@ impl Streams {
         Ok(self.data_stream(number)?.reset(code)?)
     }
 
-    /// STOP_SENDING on a data stream, whose other direction is left open until the server wants
-    /// nothing more on it.
+    /// STOP_SENDING on a data stream. The other direction is left open until the server refuses
+    /// further data on it.
     ///
     /// # Errors
     /// The stream is gone.
@@ -227,9 +228,9 @@ impl Streams {
         Ok(())
     }
 
-    /// Breaks the connection off without a word.
+    /// Breaks the connection off without DISCONNECT.
     pub fn cut(self, how: Cut) -> Abandoned {
-        // Before the data streams are dropped, which would finish them.
+        // The connection is cut before the data streams are dropped, since dropping finishes them.
         self.control.cut(how)
     }
 

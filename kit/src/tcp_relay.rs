@@ -1,5 +1,5 @@
-//! A TCP relay in user space that emulates a network which delays and loses segments: without rights
-//! over the kernel there is no other way. One that is lost holds up all behind it.
+//! A TCP relay in user space that emulates a network which delays and loses segments; kernel
+//! emulation needs rights that tests do not have. A lost segment delays all segments behind it.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,11 +17,11 @@ use crate::netem::{Chance, Netem};
 
 /// Segments that may wait in one direction.
 const WAITING: usize = 4096;
-/// What one segment carries, bytes.
+/// The payload of a segment, in bytes.
 const SEGMENT: usize = 1400;
 /// The shortest retransmission time-out of Linux.
 const RTO: Duration = Duration::from_millis(200);
-/// The first one, of a SYN (RFC 6298 section 2.1).
+/// The first retransmission time-out, of a SYN (RFC 6298 section 2.1).
 const RTO_SYN: Duration = Duration::from_secs(1);
 
 /// A running relay; it ends when dropped.
@@ -33,11 +33,11 @@ pub struct TcpRelay {
 }
 
 impl TcpRelay {
-    /// Relays from a free loopback port to `target`. Of the netem delay, loss and seed count: a lost
-    /// segment takes 200 ms longer, a lost SYN or its answer 1 s.
+    /// Relays from a free loopback port to `target`. Only delay, loss and seed of the netem apply:
+    /// a lost segment takes 200 ms longer, a lost SYN or its answer 1 s.
     ///
     /// # Errors
-    /// No port can be had.
+    /// No port is free.
     pub async fn start(target: SocketAddr, netem: Netem) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let addr = listener.local_addr()?;
@@ -55,12 +55,12 @@ impl TcpRelay {
         })
     }
 
-    /// Where clients connect to.
+    /// The address to which clients connect.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// Holds everything back that is under way, or lets it go on.
+    /// Pauses all segments that are under way, or resumes them.
     pub fn stall(&self, stalled: bool) {
         self.network.stalled.send_replace(stalled);
     }
@@ -87,7 +87,7 @@ impl Network {
             return;
         };
         let _ = (client.set_nodelay(true), server.set_nodelay(true));
-        // The handshake that the kernel has just done on loopback.
+        // The kernel has just done the handshake on loopback; emulate its delay here.
         let mut open = Instant::now() + 2 * self.netem.delay;
         for _ in 0..2 {
             if self.loses() {
@@ -119,7 +119,7 @@ impl Network {
             let mut segment = vec![0; SEGMENT];
             let mut last = open;
             while let Ok(n @ 1..) = from.read(&mut segment).await {
-                // None overtakes another, nor the handshake.
+                // No segment overtakes another, nor the handshake.
                 last = last.max(Instant::now() + self.netem.delay);
                 if self.loses() {
                     last += RTO;

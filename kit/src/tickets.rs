@@ -9,10 +9,10 @@ use rustls::client::{
 };
 use rustls::pki_types::ServerName;
 
-/// Server names whose tickets are kept; a dialer has one.
+/// The number of server names for which tickets are kept; a dialer uses one name.
 const NAMES: usize = 4;
 
-/// Keeps tickets in memory and counts the handshakes that had none to offer.
+/// Keeps tickets in memory and counts the handshakes that had no ticket to offer.
 #[derive(Debug)]
 pub(crate) struct Tickets {
     kept: Arc<ClientSessionMemoryCache>,
@@ -27,7 +27,7 @@ impl Tickets {
         })
     }
 
-    /// Handshakes that had no ticket to offer, and so were full ones.
+    /// The number of full handshakes: no ticket was available.
     pub(crate) fn missed(&self) -> u64 {
         self.missed.load(Ordering::Relaxed)
     }

@@ -1,5 +1,5 @@
-//! A UDP relay in user space between QUIC clients and their server: it loses, doubles and reorders
-//! datagrams by a seed, and changes the port that the server sees, as a NAT does.
+//! A UDP relay in user space between QUIC clients and their server: it loses, duplicates and
+//! reorders datagrams by a seed, and changes the port that the server sees, as a NAT does.
 
 use std::collections::HashMap;
 use std::io;
@@ -38,7 +38,7 @@ struct Shared {
     lost: AtomicU64,
 }
 
-/// The way of one client to the server, by a socket of its own.
+/// The path of one client to the server, over a socket of its own.
 #[derive(Debug, Clone)]
 struct Back {
     up: Direction,
@@ -58,7 +58,7 @@ impl UdpRelay {
     /// Relays from a free loopback port to `target`.
     ///
     /// # Errors
-    /// No port can be had.
+    /// No port is free.
     pub async fn start(target: SocketAddr, netem: Netem) -> io::Result<Self> {
         let front = UdpSocket::bind("127.0.0.1:0").await?;
         let addr = front.local_addr()?;
@@ -74,24 +74,24 @@ impl UdpRelay {
         Ok(Self { addr, shared, task })
     }
 
-    /// Where clients send to.
+    /// The address to which clients send.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// Treats packets in another way from now on.
+    /// Changes the treatment of packets from now on.
     pub fn set_netem(&self, netem: Netem) {
         *lock(&self.shared.netem) = netem;
     }
 
-    /// From now on the server sees all clients at other ports.
+    /// Gives all clients new ports toward the server from now on.
     pub fn rebind(&self) {
         for (_, back) in lock(&self.shared.backs).drain() {
             back.task.abort();
         }
     }
 
-    /// From now on the server is another; clients' ports toward it are new.
+    /// Relays to another server from now on; clients get new ports toward it.
     pub fn lead_to(&self, target: SocketAddr) {
         *lock(&self.shared.target) = target;
         self.rebind();
@@ -106,10 +106,10 @@ impl UdpRelay {
 impl Shared {
     async fn run(self: Arc<Self>) {
         let mut buffer = vec![0; DATAGRAM];
-        // Ends with this task.
+        // The sockets end with this task.
         let mut tasks = JoinSet::new();
         loop {
-            // A client that is gone is told by ICMP, and that is no end.
+            // ICMP reports a client that is gone; the relay goes on.
             let Ok((n, client)) = self.front.recv_from(&mut buffer).await else {
                 continue;
             };
@@ -151,7 +151,7 @@ impl Shared {
         let receiving = async {
             let mut buffer = vec![0; DATAGRAM];
             loop {
-                // A server that is not there may come.
+                // The server may not have started yet.
                 if let Ok(n) = back.recv(&mut buffer).await {
                     self.pass(&buffer[..n], &down);
                 }
@@ -188,7 +188,7 @@ impl Shared {
     }
 }
 
-/// Sends what is due: to one, or to the peer of a connected socket.
+/// Sends datagrams that are due: to an address, or to the peer of a connected socket.
 async fn deliver(
     mut queue: mpsc::Receiver<(Instant, Vec<u8>)>,
     socket: &UdpSocket,
@@ -196,7 +196,7 @@ async fn deliver(
 ) {
     while let Some((due, datagram)) = queue.recv().await {
         sleep_until(due).await;
-        // Whoever is not there misses it.
+        // A receiver that has gone misses the datagram.
         let _ = match to {
             Some(to) => socket.send_to(&datagram, to).await,
             None => socket.send(&datagram).await,

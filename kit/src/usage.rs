@@ -1,4 +1,4 @@
-//! What a process uses, read from `/proc`.
+//! The resource usage of a process, read from `/proc`.
 
 use std::io;
 use std::time::Duration;
@@ -18,12 +18,12 @@ pub struct Usage {
     pub open_files: u64,
     /// Threads.
     pub threads: u64,
-    /// Voluntary context switches of all threads: how often one went to sleep and was woken.
+    /// Voluntary context switches of all threads: the number of times that a thread went to sleep.
     pub wakes: u64,
 }
 
 impl Usage {
-    /// Reads them all.
+    /// Reads the usage of a process.
     ///
     /// # Errors
     /// The process is gone or belongs to someone else.
@@ -50,7 +50,7 @@ impl Usage {
         })
     }
 
-    /// Processor time in all.
+    /// Processor time in user mode and in the kernel together.
     pub fn cpu(&self) -> Duration {
         self.user + self.system
     }

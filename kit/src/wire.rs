@@ -1,7 +1,8 @@
 //! A small MQTT codec of the kit's own: versions 3.1, 3.1.1 and 5, both directions.
 //!
-//! It is written for judging, not for speed: [`decode`] builds an owned [`Packet`] and refuses what
-//! the specifications forbid. Loads read deliveries with the borrowed [`PublishRef`] instead.
+//! The codec is written for judging, not for speed: [`decode`] builds an owned [`Packet`] and
+//! refuses packets that the specifications forbid. Loads read deliveries with the borrowed
+//! [`PublishRef`] instead.
 
 mod decode;
 mod encode;
@@ -35,7 +36,7 @@ impl Version {
         }
     }
 
-    /// The version of a protocol level byte, or none for a level unknown here.
+    /// The version of a protocol level byte, or `None` for an unknown level.
     pub fn from_level(level: u8) -> Option<Self> {
         match level {
             3 => Some(Self::V31),
@@ -51,13 +52,13 @@ impl Version {
     }
 }
 
-/// Why bytes are not a legal packet.
+/// The reason why bytes are not a legal packet.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{packet}: {what}")]
 pub struct WireError {
     /// The packet type's name, or `frame` for an error of the fixed header.
     pub packet: &'static str,
-    /// What is wrong.
+    /// A description of the fault.
     pub what: String,
 }
 
@@ -139,7 +140,7 @@ pub struct Connect {
     pub client_id: String,
     /// Clean Start (5) or Clean Session (3.x).
     pub clean: bool,
-    /// Keep Alive in seconds, 0 for none.
+    /// Keep Alive in seconds; 0 turns it off.
     pub keep_alive: u16,
     /// Properties (5 only).
     pub props: Props,
@@ -152,7 +153,7 @@ pub struct Connect {
 }
 
 impl Connect {
-    /// A clean MQTT 5 CONNECT with a Keep Alive of 60 s and nothing else.
+    /// A clean MQTT 5 CONNECT with a Keep Alive of 60 s and no further field.
     pub fn new(client_id: impl Into<String>) -> Self {
         Self {
             version: Version::V5,
@@ -166,44 +167,44 @@ impl Connect {
         }
     }
 
-    /// The same with another protocol version.
+    /// Sets the protocol version.
     pub fn version(mut self, version: Version) -> Self {
         self.version = version;
         self
     }
 
-    /// The same with Clean Start (Clean Session) set or not.
+    /// Sets Clean Start (Clean Session).
     pub fn clean(mut self, clean: bool) -> Self {
         self.clean = clean;
         self
     }
 
-    /// The same with a Session Expiry Interval in seconds (5 only).
+    /// Sets the Session Expiry Interval in seconds (5 only).
     pub fn expiry(mut self, seconds: u32) -> Self {
         self.props.set(prop::SESSION_EXPIRY, Value::Four(seconds));
         self
     }
 
-    /// The same with a Receive Maximum (5 only).
+    /// Sets the Receive Maximum (5 only).
     pub fn receive_max(mut self, packets: u16) -> Self {
         self.props.set(prop::RECEIVE_MAX, Value::Two(packets));
         self
     }
 
-    /// The same with a Keep Alive in seconds.
+    /// Sets the Keep Alive in seconds.
     pub fn keep_alive(mut self, seconds: u16) -> Self {
         self.keep_alive = seconds;
         self
     }
 
-    /// The same with user name and password.
+    /// Sets user name and password.
     pub fn login(mut self, user: impl Into<String>, password: impl Into<Vec<u8>>) -> Self {
         self.username = Some(user.into());
         self.password = Some(password.into());
         self
     }
 
-    /// The same with a will.
+    /// Sets the will.
     pub fn will(mut self, will: Will) -> Self {
         self.will = Some(will);
         self

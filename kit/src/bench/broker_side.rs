@@ -1,4 +1,5 @@
-//! The broker's side: many filters, storms of SUBSCRIBE, and who gets how much of a small window.
+//! The broker's side: many filters, storms of SUBSCRIBE, and the shares of clients in a small
+//! window.
 
 use std::io;
 use std::sync::Arc;
@@ -24,7 +25,8 @@ const POLITE: usize = 50;
 /// Publishes that the flood keeps under way.
 const FLOOD: usize = 64;
 
-/// 100,000 filters of 200 clients, held for the first time, and asked for again at once by all.
+/// The load: 200 clients subscribe to 100,000 filters for the first time, then all ask for them
+/// again at once.
 pub(super) fn filters(lab: &mut Lab) -> io::Result<()> {
     let clients = 200;
     let all = clients * FILTERS_EACH;
@@ -40,7 +42,7 @@ pub(super) fn filters(lab: &mut Lab) -> io::Result<()> {
         let after = Usage::of(pair.edge.pid())?;
         bytes.push((after.private.saturating_sub(before.private)) as f64 / all as f64);
         cpu.push((after.cpu() - before.cpu()).as_secs_f64() * 1e6 / all as f64);
-        // The fetches of retained messages come to their end; then all flap at once, with clean
+        // Retained messages are fetched to the end first; then all clients flap at once, with clean
         // sessions.
         std::thread::sleep(Duration::from_secs(4));
         drop(fleet);
@@ -79,7 +81,8 @@ pub(super) fn filters(lab: &mut Lab) -> io::Result<()> {
     Ok(())
 }
 
-/// How long publishes of polite clients take while another floods a broker with a window of 20.
+/// The time that publishes of polite clients take while another client floods a broker with a
+/// window of 20.
 pub(super) fn fairness(lab: &mut Lab) -> io::Result<()> {
     let runtime = runtime()?;
     let (mut calm, mut flooded, mut shares) = (vec![], vec![], vec![]);
@@ -142,7 +145,8 @@ async fn gather(dialer: &Arc<Dialer>, clients: usize) -> io::Result<Vec<Client>>
     Ok(fleet)
 }
 
-/// All at once; the time to the last SUBACK. The clients stay.
+/// Subscribes all clients at once and returns the time to the last SUBACK. The clients stay
+/// connected.
 async fn subscribe(fleet: &mut Vec<Client>) -> io::Result<Duration> {
     let began = Instant::now();
     let mut tasks = JoinSet::new();
@@ -167,7 +171,7 @@ async fn subscribe(fleet: &mut Vec<Client>) -> io::Result<Duration> {
     Ok(began.elapsed())
 }
 
-/// p50 and p99 in nanoseconds, and the flood's messages a second.
+/// p50 and p99 of the polite publishers in nanoseconds, and the flood's messages a second.
 async fn polite(edge: &Tidegate, time: Duration, flood: bool) -> io::Result<(f64, f64, f64)> {
     let dialer = Arc::new(edge.dialer("tcp"));
     let seen = Arc::new(Histogram::default());
@@ -181,7 +185,7 @@ async fn polite(edge: &Tidegate, time: Duration, flood: bool) -> io::Result<(f64
             let (mut client, _) = Client::connect(&dialer, &connect)
                 .await
                 .map_err(io::Error::other)?;
-            // Not in step.
+            // A start at different times keeps the publishers out of step.
             tokio::time::sleep(Duration::from_millis(2 * n as u64)).await;
             let mut pace = tokio::time::interval(Duration::from_millis(100));
             while !stop.load(Ordering::Relaxed) {

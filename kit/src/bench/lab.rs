@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::Args;
 use crate::process::{Mosquitto, MosquittoConfig, TempDir, Tidegate, TidegateConfig};
 
-/// What all comparisons share.
+/// The settings and figures that all comparisons share.
 #[derive(Debug)]
 pub(super) struct Lab {
     tidegate: PathBuf,
@@ -28,7 +28,7 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    /// The load tool's options for watching both.
+    /// The load tool's options for watching both processes.
     pub(super) fn watch(&self) -> Vec<String> {
         let (edge, broker) = (self.edge.pid(), self.broker.pid());
         [
@@ -90,7 +90,7 @@ impl Lab {
         self.config(listeners, broker).start()
     }
 
-    /// The same, not started yet.
+    /// The configuration of a Tidegate with these listeners before a broker's URL, not started yet.
     pub(super) fn config(&self, listeners: &[&str], broker: &str) -> TidegateConfig {
         let level = "\"warn\"";
         TidegateConfig::new(&self.tidegate, broker)
@@ -122,7 +122,7 @@ impl Lab {
             )));
         };
         if !output.status.success() {
-            // A figure with losses is not a figure.
+            // A run that lost messages gives no valid figure.
             return Err(io::Error::other(format!(
                 "load {}: {report}",
                 args.join(" ")
@@ -131,8 +131,8 @@ impl Lab {
         Ok(report)
     }
 
-    /// Where a process spends its time, and which system calls it makes, each while the load tool runs
-    /// once more; empty unless asked for.
+    /// Profiles a process and counts its system calls, each while the load tool runs once more.
+    /// Returns an empty text unless the caller asked for it.
     pub(super) fn profile(&mut self, pid: u32, load: &[String], to: &str) -> io::Result<String> {
         if !self.args.profile {
             return Ok(String::new());
@@ -164,7 +164,7 @@ impl Lab {
         &self.text
     }
 
-    /// The command and the machine.
+    /// The command and the machine, for the head of the report.
     pub(super) fn heading(&self) -> String {
         let output = |program: &str, args: &[&str]| {
             let output = Command::new(program).args(args).output();
@@ -203,7 +203,7 @@ impl Lab {
 /// perf or strace watching a running process.
 struct Observer {
     child: Child,
-    /// Where perf writes; strace has none.
+    /// The file that perf writes; strace writes none.
     data: Option<TempDir>,
 }
 
@@ -234,7 +234,7 @@ impl Observer {
         Ok(Self { child, data })
     }
 
-    /// Stops watching; returns the most of what was seen.
+    /// Stops watching; returns the head of the output.
     fn finish(&mut self) -> io::Result<String> {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         kill_process(pid.ok_or(io::ErrorKind::InvalidInput)?, Signal::INT)?;
@@ -280,7 +280,7 @@ pub(super) fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-/// The median; the mean of the middle two for an even number, NaN for none.
+/// The median: the mean of the middle two for an even number, NaN for an empty list.
 pub(super) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);

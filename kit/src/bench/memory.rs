@@ -1,4 +1,4 @@
-//! What a connection, a detached session and a queued message cost in private memory.
+//! The private memory of a connection, a detached session and a queued message.
 
 use std::io;
 
@@ -85,7 +85,7 @@ pub(super) fn sessions(lab: &mut Lab) -> io::Result<()> {
         apart.push(grown.as_f64().unwrap_or(f64::NAN));
     }
     lab.say(&format!(
-        "### Memory of what is away\n\n`load {}`\n",
+        "### Memory of detached sessions\n\n`load {}`\n",
         load.join(" ")
     ));
     let (each, entry) = (median(&session), median(&reference));

@@ -34,8 +34,8 @@ pub(super) fn fan_out(lab: &mut Lab, qos: u8, bound: f64) -> io::Result<()> {
         list(&ratio),
         reached(median(&ratio), bound)
     ));
-    // The batches that the figure above lives on come from publishers that run ahead; with few messages
-    // under way at a time there is less to put into one write.
+    // Publishers that run ahead give the figure above its large batches; with few messages under
+    // way at a time, each write carries less.
     let mut few = load.clone();
     few.extend(words("--ahead 8"));
     let rounds = alternate(lab, &few, &alone, &pair, &url)?;
@@ -77,7 +77,7 @@ pub(super) fn pairs(lab: &mut Lab) -> io::Result<()> {
     profile(lab, &load, &pair, &url)
 }
 
-/// 100 pairs at 1,000 messages a second: the latency of a quiet day, over each transport.
+/// 100 pairs at 1,000 messages a second: the latency of a moderate load, over each transport.
 pub(super) fn paced(lab: &mut Lab) -> io::Result<()> {
     let (alone, pair) = (lab.broker()?, lab.pair(&["tcp", "ws", "wss", "quic"])?);
     let load = words("paced --qos 1 --payload 64 --publishers 100 --rate 1000");
@@ -113,7 +113,7 @@ impl Rounds {
     }
 }
 
-/// A, B, A, B: whatever the machine does meanwhile falls on both.
+/// The order A, B, A, B spreads other work on the machine over both.
 fn alternate(
     lab: &mut Lab,
     load: &[String],

@@ -1,4 +1,4 @@
-//! The ways in, side by side: handshakes, deliveries, and the way back after a cut.
+//! The transports side by side: handshakes, deliveries, and the time to return after a cut.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -14,14 +14,14 @@ use crate::udp_relay::UdpRelay;
 use crate::usage::Usage;
 use crate::wire::Connect;
 
-/// Every way in, the plain one first.
+/// Every transport, the plain one first.
 const WAYS: [&str; 6] = ["tcp", "tls", "ws", "wss", "quic", "webtransport"];
 
 /// Connections of one round of handshakes, and how many at once.
 const HANDSHAKES: usize = 1000;
 const AT_ONCE: usize = 8;
 
-/// Cuts of one way in one netem.
+/// Cuts per transport and network condition.
 const CUTS: usize = 60;
 
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
@@ -59,7 +59,7 @@ pub(super) fn handshakes(lab: &mut Lab) -> io::Result<()> {
                     .block_on(crowd(count, AT_ONCE, |n| connect(&dialer, n)))
                     .map_err(io::Error::other)?;
                 let spent = Usage::of(pair.edge.pid())?.cpu() - before;
-                // The first fetches tickets, and warms up.
+                // The first run fetches tickets and warms up.
                 if round > 0 {
                     let full = dialer.without_ticket() - full;
                     if full as usize > count / 50 {
@@ -85,7 +85,7 @@ async fn connect(dialer: &Dialer, n: usize) -> Result<(), crate::client::ClientE
     client.disconnect().await
 }
 
-/// Processor time of a delivery on each way over that on plain TCP.
+/// Processor time of a delivery on each transport, relative to plain TCP.
 pub(super) fn deliveries(lab: &mut Lab) -> io::Result<()> {
     let load = words("fan-out --qos 1 --payload 64 --publishers 1 --subscribers 100 --ahead 8");
     lab.say(&format!(
@@ -160,7 +160,7 @@ async fn cuts(mut url: Url, percent: u32) -> io::Result<Vec<Duration>> {
     };
     let server = Dialer::new(&url, &Trust::Anything)?.addr();
     let datagrams = matches!(url.transport, Transport::Quic | Transport::WebTransport);
-    // Each ends with its scope.
+    // Each server ends with its scope.
     let (udp, tcp);
     let relay = if datagrams {
         udp = UdpRelay::start(server, netem).await?;

@@ -1,4 +1,5 @@
-//! What 100 flaps a second cost the broker: packets and bytes on the links, beside none.
+//! The cost of 100 flaps a second to the broker: packets and bytes on the links, compared with no
+//! flaps.
 
 use std::io;
 
@@ -94,7 +95,7 @@ pub(super) fn upstream_idle(lab: &mut Lab) -> io::Result<()> {
     Ok(())
 }
 
-/// PINGREQ and PINGRESP packets: they go by the clock, not by the load.
+/// PINGREQ and PINGRESP packets: their number depends on time, not on the load.
 fn pings(diff: &Diff) -> u64 {
     let ping = |packets: &[u64; 16]| {
         packets[usize::from(kind::PINGREQ)] + packets[usize::from(kind::PINGRESP)]

@@ -15,18 +15,19 @@ use crate::dial::Dialer;
 use crate::link::Cut;
 use crate::wire::{Ack, Connect, Packet, Props, Publish, Value, Version, Will, prop};
 
-/// What sort of session a client has.
+/// The kinds of session in a fleet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// MQTT 5 with Session Expiry, and perhaps a delayed will.
     Expiry {
-        /// Whether it has one.
+        /// Whether the client has a will.
         will: bool,
     },
     /// 3.1.1 with Clean Session 0.
     Kept311,
-    /// A clean session that subscribes again at each connect. With MQTT 5 it also sends again what was
-    /// not acknowledged, as MQTT.js does with its defaults; with 3.1.1 it forgets it.
+    /// A clean session that subscribes again at each connect. With MQTT 5 the client also sends its
+    /// unacknowledged publishes again, as MQTT.js does with its defaults; with 3.1.1 it forgets
+    /// them.
     Clean(Version),
 }
 
@@ -47,18 +48,18 @@ impl Kind {
         !matches!(self, Self::Clean(_))
     }
 
-    /// Whether a publish without acknowledgement is sent again on the next connection.
+    /// Whether the client sends an unacknowledged publish again on the next connection.
     pub fn resends(self) -> bool {
         self != Self::Clean(Version::V311)
     }
 
-    /// Whether it has a will.
+    /// Whether the client has a will.
     pub fn has_will(self) -> bool {
         matches!(self, Self::Expiry { will: true })
     }
 }
 
-/// What a client has seen and done.
+/// The record of one client's run.
 #[derive(Debug)]
 pub struct Tally {
     /// Its number in the fleet.
@@ -69,7 +70,7 @@ pub struct Tally {
     pub audit: Audit,
     /// Messages it has published, each counted once.
     pub said: u64,
-    /// Of them those without an acknowledgement now.
+    /// The number of those messages that are not acknowledged yet.
     pub unacknowledged: usize,
 }
 
@@ -84,7 +85,7 @@ pub(super) enum Command {
         lingers: Duration,
         away: Duration,
     },
-    /// Disconnect in good manners.
+    /// Disconnect with DISCONNECT.
     Finish(oneshot::Sender<()>),
 }
 
@@ -102,7 +103,7 @@ impl Handle {
     /// Ends the client and returns its tally.
     pub(super) async fn finish(&self) -> Arc<Mutex<Tally>> {
         let (done, wait) = oneshot::channel();
-        // A client that has already ended has left its reason among the faults.
+        // A client that has already ended has left its reason in the faults.
         let _ = self.commands.send(Command::Finish(done)).await;
         let _ = tokio::time::timeout(Duration::from_secs(20), wait).await;
         self.tally.clone()
@@ -120,7 +121,7 @@ pub(super) struct Member {
     busy: Arc<AtomicBool>,
     /// Own publishes without an acknowledgement: packet identifier and sequence number.
     open: VecDeque<(u16, u64)>,
-    /// Deliveries whose acknowledgement is held back for a while.
+    /// Deliveries whose acknowledgement the client delays.
     held: Vec<u16>,
     next_id: u16,
     rng: Rng,
@@ -179,7 +180,7 @@ impl Member {
         }
     }
 
-    /// Connects, subscribes, and lives on as a task.
+    /// Connects, subscribes, and continues as a task.
     pub(super) async fn join(mut self) -> Result<Handle, ClientError> {
         let client = self.arrive(true).await?;
         let (commands, orders) = mpsc::channel(4);
@@ -248,8 +249,9 @@ impl Member {
         }
     }
 
-    /// Connects and does what this sort of client does then: a kept session must be there and gets the
-    /// open publishes again, a clean one must not be and subscribes again.
+    /// Connects and checks Session Present. A kept session must be present, and the client sends
+    /// its open publishes again; a clean session must not be present, and the client subscribes
+    /// again.
     async fn arrive(&mut self, first: bool) -> Result<Client, ClientError> {
         let connected = self.connect_patiently().await;
         let (mut client, ack) = connected?;
@@ -286,9 +288,9 @@ impl Member {
         Ok(client)
     }
 
-    /// A PUBACK that is on its way when the connection breaks would leave the server certain that
-    /// the exchange is over: a second copy would then be right [MQTT-4.3.2-5]. So a client only breaks
-    /// off with publishes whose PUBACK cannot have left the broker yet.
+    /// If a PUBACK is on its way when the connection breaks, the server is certain that the
+    /// exchange is over, and forwarding a second copy is right [MQTT-4.3.2-5]. So a client breaks
+    /// off only while the PUBACKs of its publishes cannot have left the broker yet.
     async fn wait_for_acknowledgements(&mut self, client: &mut Client) -> Result<(), ClientError> {
         let deadline = Instant::now() + PATIENCE;
         while !self.open.is_empty() {
@@ -332,7 +334,7 @@ impl Member {
             .await
     }
 
-    /// The same bytes each time, so that a second copy at the broker shows itself.
+    /// The bytes are the same each time, so that a second copy at the broker can be recognised.
     fn message(&self, id: u16, seq: u64, dup: bool) -> Publish {
         let plan = &self.shared.plan;
         let stamp = Stamp {
@@ -364,8 +366,8 @@ impl Member {
                 }
                 self.tally(|tally| tally.audit.deliver(stamp, publish.dup, publish.id));
                 self.held.push(publish.id);
-                // Some acknowledgements are held back until the next delivery, so that a flap finds
-                // open ones; the order stays that of arrival.
+                // The client delays some acknowledgements until the next delivery, so that a flap
+                // finds open deliveries. The order stays that of arrival.
                 if self.rng.below(3) > 0 || self.held.len() > 20 {
                     self.acknowledge(client);
                 }

@@ -14,7 +14,7 @@ use crate::dial::Dialer;
 use crate::load::peer::Peer;
 use crate::wire::Connect;
 
-/// Publishes that may wait for their acknowledgement.
+/// Publishes that may be unacknowledged at a time.
 const WINDOW: u64 = 50;
 
 pub(super) struct Speaker {
@@ -45,8 +45,8 @@ impl Speaker {
         })
     }
 
-    /// Publishes to all topics in turn at its share of the planned rate, and at once to aimed ones,
-    /// until told to stop; then waits for the last acknowledgement.
+    /// Publishes to all topics in turn at its share of the planned rate, and at once to aimed
+    /// topics, until the fleet stops it; then waits for the last acknowledgement.
     pub(super) async fn speak(mut self, mut aimed: mpsc::Receiver<usize>) -> io::Result<()> {
         let shared = self.shared.clone();
         let topics = shared.plan.topics();

@@ -1,4 +1,4 @@
-//! What the fleet's books say at the end.
+//! The judgement over a fleet at the end of its run.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,15 +10,15 @@ use super::{Arrivals, SPEAKERS, Shared, Tally};
 /// The judgement over a fleet.
 #[derive(Debug, Clone, Default)]
 pub struct Verdict {
-    /// Everything that must not be, in words; empty for a pass.
+    /// Every broken promise, in words; empty for a pass.
     pub faults: Vec<String>,
-    /// The clients named in them, each once.
+    /// The clients that these faults name, each once.
     pub clients: Vec<usize>,
     /// Flaps that were completed.
     pub flaps: u64,
-    /// Of them those with the session present.
+    /// The number of those flaps after which the session was present.
     pub resumes: u64,
-    /// Connects that had to be tried again.
+    /// Connects that the client had to try again.
     pub retries: u64,
     /// Deliveries to kept sessions and to clean ones, each counted once.
     pub deliveries: [u64; 2],
@@ -60,7 +60,7 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// Messages that a client should have and has not.
+/// Messages that a client should have received and did not.
 pub(super) fn lost(shared: &Shared, tally: &Tally) -> u64 {
     let plan = &shared.plan;
     let of = |speaker: usize| {
@@ -136,7 +136,7 @@ pub(super) fn judge(
             .push(format!("the will of client {client} fired: {will}"));
     }
     for fault in &v.faults {
-        // Every fault of one client begins in the same way.
+        // All faults of one client begin with the same words.
         let number = fault
             .split("client ")
             .nth(1)

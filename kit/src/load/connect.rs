@@ -100,7 +100,7 @@ pub async fn run(args: &ConnectArgs) -> io::Result<Report> {
     Ok(report)
 }
 
-/// Stays connected; what comes is answered.
+/// Stays connected and answers every packet that comes.
 async fn idle(mut peer: Peer, ended: Arc<AtomicU64>) {
     while peer.turn(|_| {}).await.is_ok() {}
     ended.fetch_add(1, Relaxed);

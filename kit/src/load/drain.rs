@@ -15,7 +15,7 @@ use crate::audit::{Audit, Keeps, Stamp, now_ns};
 use crate::link::Cut;
 use crate::wire::Connect;
 
-/// How long a drain may stand still.
+/// The longest time that a drain may make no progress.
 const STANDSTILL: Duration = Duration::from_secs(5);
 
 /// Runs the load.
@@ -37,7 +37,7 @@ pub async fn run(args: &DrainArgs) -> io::Result<Report> {
             connect
         }
     };
-    // Few connections are open at any time, so that their memory is reused and does not blur that
+    // Few connections are open at any time, so that their memory is reused and does not hide that
     // of the sessions.
     let detach = |i: usize| {
         let (dialer, connect, topic) = (&dialers[i % dialers.len()], connect(i), topic(i % topics));
@@ -130,7 +130,7 @@ pub async fn run(args: &DrainArgs) -> io::Result<Report> {
     Ok(report)
 }
 
-/// Publishes the messages, topics in turn; returns how many each topic got.
+/// Publishes the messages, topics in turn; returns the number of messages per topic.
 async fn fill(args: &DrainArgs, topic: &impl Fn(usize) -> String) -> io::Result<Vec<u64>> {
     let common = &args.common;
     let topics = args.topics.max(1);

@@ -161,7 +161,7 @@ struct Flapper {
     audit: Mutex<Audit>,
 }
 
-/// One client's life: deliveries until it is cut, then it comes back.
+/// Runs one client: it takes deliveries until its connection is cut, and then comes back.
 async fn live(
     client: Arc<Flapper>,
     mut peer: Peer,
@@ -191,7 +191,7 @@ async fn live(
         sleep(away).await;
         let begun = std::time::Instant::now();
         peer = loop {
-            // Several URLs: it comes back over another transport than it left.
+            // With several URLs, the client comes back over another transport.
             turn_of_dialer += 1;
             let dialer = &dialers[turn_of_dialer % dialers.len()];
             match Peer::connect(dialer, &client.connect, None).await {
@@ -221,7 +221,7 @@ async fn live(
     }
 }
 
-/// Publishes to the clients' topics in turn; returns how many each topic got.
+/// Publishes to the clients' topics in turn; returns the number of messages per topic.
 async fn speak(
     mut peer: Peer,
     topics: Vec<(u32, String)>,

@@ -18,16 +18,16 @@ pub struct Peer {
     out: BytesMut,
     scratch: Vec<u8>,
     last_id: u16,
-    /// Bytes came with the handshake.
+    /// Whether bytes came with the handshake.
     unread: bool,
 }
 
-/// What one turn of the loop brought.
+/// The events of one turn of the loop.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Turn {
     /// Own publishes that the server has completed: PUBACK or PUBCOMP.
     pub completed: u32,
-    /// Of them those with a reason code of an error.
+    /// The number of those publishes that the server answered with an error.
     pub refused: u32,
     /// Deliveries.
     pub delivered: u32,
@@ -83,17 +83,17 @@ impl Peer {
         self.out.extend_from_slice(&self.scratch);
     }
 
-    /// Bytes that wait to be written.
+    /// The number of bytes that wait to be written.
     pub fn waiting(&self) -> usize {
         self.out.len()
     }
 
-    /// Sends what waits and waits for bytes; returns when either has happened. Cancel safe.
+    /// Writes queued bytes and waits for bytes; returns when either has happened. Cancel safe.
     ///
     /// # Errors
     /// The transport failed or ended.
     pub async fn wait(&mut self) -> io::Result<()> {
-        // A resumed session's first deliveries may have come together with CONNACK.
+        // The first deliveries of a resumed session may have come together with CONNACK.
         if std::mem::take(&mut self.unread) {
             return Ok(());
         }
@@ -106,7 +106,7 @@ impl Peer {
     /// [`wait`](Self::wait), then [`take`](Self::take). Cancel safe.
     ///
     /// # Errors
-    /// As both.
+    /// The errors of [`wait`](Self::wait) and [`take`](Self::take).
     pub async fn turn(&mut self, deliver: impl FnMut(&PublishRef<'_>)) -> io::Result<Turn> {
         self.wait().await?;
         self.take(deliver)

@@ -1,4 +1,4 @@
-//! What a load says at its end: one line of JSON and a table for people.
+//! The report at the end of a load: one line of JSON and a table for people.
 
 use std::io;
 use std::time::Duration;
@@ -95,7 +95,8 @@ impl Report {
         )
     }
 
-    /// Adds what each process used between two moments, `per` unit of work done in between.
+    /// Adds the processor time and context switches of each process between two moments, `per` unit
+    /// of work done in between.
     pub fn processes(
         &mut self,
         watched: &[Watched],
@@ -130,7 +131,7 @@ impl Report {
         self.put("load_tool", row("load tool", &from.own, &to.own))
     }
 
-    /// Adds how much the private memory of each process grew from one moment to another, per unit.
+    /// Adds the growth of each process's private memory from one moment to another, per unit.
     pub fn growth(
         &mut self,
         name: &str,

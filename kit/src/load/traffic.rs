@@ -1,4 +1,5 @@
-//! fan-out, fan-in, pairs and paced: publishers and subscribers on the same loop, in other numbers.
+//! fan-out, fan-in, pairs and paced: the same loop with different numbers of publishers and
+//! subscribers.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -15,20 +16,20 @@ use super::report::{Moment, Report, round};
 use crate::audit::{Audit, Keeps, Stamp, now_ns};
 use crate::wire::Connect;
 
-/// How long deliveries may stand still before what is missing counts as lost.
+/// Undelivered messages count as lost once deliveries have stood still for this long.
 const STANDSTILL: Duration = Duration::from_secs(3);
 
-/// Messages that a publisher puts into one write at most.
+/// The largest number of messages that a publisher puts into one write.
 const BATCH: u64 = 64;
 
-/// Who gets whose messages.
+/// The assignment of topics to publishers and subscribers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
-    /// All publishers use one topic, all subscribers have it.
+    /// All publishers use one topic, and all subscribers subscribe to it.
     One,
-    /// Each publisher has a topic, all subscribers have all by a wildcard.
+    /// Each publisher has a topic, and all subscribers subscribe to all of them by a wildcard.
     All,
-    /// Each publisher has a topic, subscribers take them in turn.
+    /// Each publisher has a topic, and each subscriber subscribes to one, in turn.
     Own,
 }
 
@@ -180,13 +181,13 @@ fn tally(report: &mut Report, audits: &[Arc<Mutex<Audit>>], shared: &Shared, sha
         .put("disorder", disorder);
 }
 
-/// What all tasks of a run share.
+/// The state that all tasks of a run share.
 struct Shared {
     delivered: AtomicU64,
     /// Messages sent by stream.
     sent: Vec<AtomicU64>,
     total: AtomicU64,
-    /// Deliveries given up, so that losses at QoS 0 do not stop the publishers.
+    /// Deliveries counted as lost, so that losses at QoS 0 do not stop the publishers.
     written_off: AtomicU64,
     refused: AtomicU64,
     stop: AtomicBool,
@@ -244,7 +245,7 @@ async fn listen(mut peer: Peer, audit: Arc<Mutex<Audit>>, shared: Arc<Shared>) {
     }
 }
 
-/// Waits until all that was sent is delivered, or deliveries stand still.
+/// Waits until all sent messages are delivered, or deliveries stand still.
 async fn settle(shared: &Shared, subscribers: usize, shape: Shape) {
     let streams = shared.sent.len();
     let expected: u64 = match shape {
@@ -271,9 +272,10 @@ struct Speaker {
     qos: u8,
     window: u64,
     payload: Vec<u8>,
-    /// Time between two messages; none is as fast as they go.
+    /// Time between two messages; `None` is as fast as the publisher can go.
     every: Option<Duration>,
-    /// Where in that time it begins, 0 to 1, so that publishers do not all speak at once.
+    /// The fraction of that time, 0 to 1, after which the publisher begins, so that publishers do
+    /// not all start at once.
     phase: f64,
     ahead: u64,
     receivers: f64,
@@ -287,7 +289,7 @@ impl Speaker {
         let shared = self.shared.clone();
         let mut in_flight = 0;
         let result = self.run(&mut in_flight).await;
-        // What is in flight is given some time, whoever stopped the run.
+        // In-flight messages get some time to be acknowledged, however the run was stopped.
         let deadline = Instant::now() + STANDSTILL;
         let mut result = result;
         while result.is_ok() && in_flight > 0 && Instant::now() < deadline {
@@ -333,7 +335,7 @@ impl Speaker {
                 .min(BATCH)
                 .min(self.messages - shared.sent_in_all());
             if n == 0 {
-                // Woken by an acknowledgement, by the clock, or soon.
+                // An acknowledgement, the clock or a short timeout wakes the publisher.
                 let soon = Instant::now() + Duration::from_millis(1);
                 let until = match self.every {
                     Some(_) if wanted == 0 => due.min(Instant::now() + Duration::from_millis(250)),
@@ -369,8 +371,9 @@ impl Speaker {
         let sent = &self.shared.sent[self.stream as usize];
         let seq = sent.fetch_add(1, Relaxed) + 1;
         self.shared.total.fetch_add(1, Relaxed);
-        // A message that is late because the server pushes back counts from when it was due; the
-        // timer's own millisecond is not the server's fault.
+        // The latency of a message that is late because the server pushes back counts from the time
+        // when it was due. The timer's resolution of a millisecond does not count against the
+        // server.
         let late = Instant::now().saturating_duration_since(due);
         let late = if self.every.is_some() && late > Duration::from_millis(3) {
             u64::try_from(late.as_nanos()).unwrap_or(u64::MAX)
@@ -387,7 +390,7 @@ impl Speaker {
         self.peer.publish(&self.topic, &self.payload, self.qos);
     }
 
-    /// How many messages may be sent now without running too far ahead of the deliveries.
+    /// The number of messages that may be sent now without running too far ahead of the deliveries.
     fn room(&self, stuck: &mut (u64, Instant)) -> u64 {
         let shared = &self.shared;
         let delivered = shared.delivered.load(Relaxed);

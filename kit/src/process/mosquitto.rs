@@ -11,18 +11,18 @@ use rustix::process::Signal;
 use super::{START_PATIENCE, Server, TempDir, free_port};
 use crate::certs::Certs;
 
-/// What a broker is started with. The default is an open, volatile one without queue limits.
+/// The configuration of a broker. The default is open and volatile, and has no queue limit.
 #[derive(Debug, Clone, Default)]
 pub struct MosquittoConfig {
-    /// `max_queued_messages`; 0, the default here, is no limit.
+    /// `max_queued_messages`; 0, the default here, means no limit.
     pub max_queued_messages: u32,
-    /// `max_inflight_messages`, also its Receive Maximum; none leaves mosquitto's 20.
+    /// `max_inflight_messages`, also its Receive Maximum; `None` leaves mosquitto's 20.
     pub max_inflight_messages: Option<u32>,
     /// Keeps sessions and retained messages over a stop and start.
     pub persistence: bool,
     /// Allows only this user name and password.
     pub login: Option<(String, String)>,
-    /// Serves TLS with these instead of plain TCP.
+    /// Serves TLS with these certificates instead of plain TCP.
     pub tls: Option<Certs>,
     /// Further lines of its configuration.
     pub extra: Vec<String>,
@@ -92,10 +92,10 @@ impl Mosquitto {
         format!("{scheme}://127.0.0.1:{}", self.port)
     }
 
-    /// Its process id.
+    /// The broker's process id.
     ///
     /// # Panics
-    /// If it is stopped.
+    /// If the broker is stopped.
     pub fn pid(&self) -> u32 {
         self.server.as_ref().expect("the broker is running").pid()
     }
@@ -105,10 +105,10 @@ impl Mosquitto {
         self.server.as_ref().map(Server::log).unwrap_or_default()
     }
 
-    /// Ends it: at once, or with SIGTERM so that it saves what it is to keep.
+    /// Ends the broker: at once, or with SIGTERM so that it saves its persistent state.
     ///
     /// # Errors
-    /// It does not end.
+    /// The broker does not end.
     pub fn stop(&mut self, at_once: bool) -> io::Result<()> {
         let Some(mut server) = self.server.take() else {
             return Ok(());
@@ -120,10 +120,10 @@ impl Mosquitto {
         Ok(())
     }
 
-    /// Starts it on the same port and with the same folder as before.
+    /// Starts the broker on the same port and with the same folder as before.
     ///
     /// # Errors
-    /// It does not start.
+    /// The broker does not start.
     pub fn start_again(&mut self) -> io::Result<()> {
         let path = self.dir.path().join("mosquitto.conf");
         std::fs::write(&path, self.text()?)?;

@@ -14,8 +14,8 @@ use crate::certs::Certs;
 use crate::dial::{Dialer, Trust, Url};
 use crate::metrics::Metrics;
 
-/// What a Tidegate is started with: a node id, listeners on free loopback ports, an open ACL and
-/// the admin listener, over which [`set`](Self::set) writes further keys.
+/// The configuration of a Tidegate: a node id, listeners on free loopback ports, an open ACL and
+/// the admin listener. [`set`](Self::set) adds further keys.
 #[derive(Debug, Clone)]
 pub struct TidegateConfig {
     bin: PathBuf,
@@ -25,8 +25,8 @@ pub struct TidegateConfig {
 }
 
 impl TidegateConfig {
-    /// A configuration for the binary `bin` (`env!("CARGO_BIN_EXE_tidegate")` in a test) before
-    /// one broker, such as `mqtt://127.0.0.1:1883` or `embedded:`. Without listeners so far.
+    /// A configuration for the binary `bin` (`env!("CARGO_BIN_EXE_tidegate")` in a test) before one
+    /// broker, such as `mqtt://127.0.0.1:1883` or `embedded:`. It has no listeners yet.
     pub fn new(bin: impl Into<PathBuf>, broker: &str) -> Self {
         let bin = bin.into();
         let mut this = Self {
@@ -45,8 +45,8 @@ impl TidegateConfig {
         this
     }
 
-    /// Adds listeners, each named as its transport: `tcp`, `tls`, `ws`, `wss`, `quic`, and
-    /// `webtransport`, which is one of QUIC that serves it.
+    /// Adds listeners, each named like its transport: `tcp`, `tls`, `ws`, `wss`, `quic`, and
+    /// `webtransport`, which is a QUIC listener that serves WebTransport.
     pub fn listen(mut self, transports: &[&str]) -> Self {
         for transport in transports {
             self = match *transport {
@@ -77,10 +77,10 @@ impl TidegateConfig {
         self
     }
 
-    /// Starts it and waits until it says that it is ready.
+    /// Starts Tidegate and waits until it prints that it is ready.
     ///
     /// # Errors
-    /// It ends or is not ready in time; the error holds its log.
+    /// Tidegate ends or is not ready in time; the error holds its log.
     pub fn start(&self) -> io::Result<Tidegate> {
         let dir = TempDir::new("edge")?;
         let certs = Certs::make(dir.path())?;
@@ -185,7 +185,7 @@ impl Tidegate {
         &self.certs
     }
 
-    /// What it listens on.
+    /// The addresses on which it listens.
     pub fn listening(&self) -> &[Listening] {
         &self.listening
     }
@@ -193,15 +193,15 @@ impl Tidegate {
     /// The URL of the listener with this name.
     ///
     /// # Panics
-    /// If there is none.
+    /// If no listener has this name.
     pub fn url(&self, name: &str) -> Url {
-        // Where one has several, the one that it is named for.
+        // A listener may have several URLs; take the one of the transport in its name.
         let mut all = self.listening.iter().filter(|l| l.name == name);
         let found = all.clone().find(|l| l.transport == name);
         let found = found.or_else(|| all.next());
         let found = found.unwrap_or_else(|| panic!("no listener {name}: {:?}", self.listening));
         let url: Url = found.url.parse().unwrap_or_else(|e| panic!("{e}"));
-        // The certificate names both; a name also checks SNI.
+        // The certificate covers the name and the address; connecting by name also checks SNI.
         let host = if self.secure(name) {
             "localhost".to_owned()
         } else {
@@ -213,7 +213,7 @@ impl Tidegate {
     /// A dialer to the listener with this name that trusts its certificate.
     ///
     /// # Panics
-    /// If there is none.
+    /// If no listener has this name.
     pub fn dialer(&self, name: &str) -> Dialer {
         let trust = Trust::ca(&self.certs.ca).expect("the certificates were just made");
         Dialer::new(&self.url(name), &trust).expect("a loopback URL resolves")
@@ -222,7 +222,7 @@ impl Tidegate {
     /// The address of the admin listener.
     ///
     /// # Panics
-    /// If there is none.
+    /// If the configuration has no admin listener.
     pub fn admin(&self) -> SocketAddr {
         let found = self.listening.iter().find(|l| l.name == "admin");
         let url = &found.expect("the configuration has an admin listener").url;
@@ -250,7 +250,7 @@ impl Tidegate {
     /// Waits until a line of its log contains `text` and returns it.
     ///
     /// # Errors
-    /// None does within `wait`.
+    /// No line contains `text` within `wait`.
     pub fn wait_for_log(&self, text: &str, wait: Duration) -> io::Result<String> {
         let deadline = Instant::now() + wait;
         loop {
@@ -264,10 +264,10 @@ impl Tidegate {
         }
     }
 
-    /// Asks it to end (SIGTERM) and waits for its exit status.
+    /// Asks Tidegate to end (SIGTERM) and waits for its exit status.
     ///
     /// # Errors
-    /// It does not end in time.
+    /// Tidegate does not end in time.
     pub fn stop(&mut self) -> io::Result<(ExitStatus, Vec<String>)> {
         let mut server = self.server.take().ok_or(io::ErrorKind::NotFound)?;
         server.signal(Signal::TERM)?;
@@ -275,12 +275,12 @@ impl Tidegate {
         Ok((status, server.log()))
     }
 
-    /// Kills it.
+    /// Kills Tidegate.
     pub fn kill(&mut self) {
         self.server = None;
     }
 
-    /// Starts it again with the same configuration; free ports are chosen anew.
+    /// Starts Tidegate again with the same configuration, on newly chosen free ports.
     ///
     /// # Errors
     /// As [`TidegateConfig::start`].
@@ -299,7 +299,7 @@ impl Tidegate {
             .take()
             .expect("stdout was piped above");
         let (lines, printed) = mpsc::channel();
-        // The thread also keeps the pipe open and empty for as long as the process lives.
+        // The thread also keeps the pipe open and empty while the process lives.
         std::thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
                 let _ = lines.send(line);

@@ -1,4 +1,4 @@
-//! What the recorder counts, and how two moments of it compare.
+//! The recorder's counts, and the difference between two snapshots of them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -20,11 +20,11 @@ pub(super) struct Counts {
     /// Keyed twice, so that 128 bits of digest make a chance collision impossible in practice.
     keys: [RandomState; 2],
     published: HashMap<(u64, u64), u32>,
-    /// Only topics that begin so are remembered; a link's own probes may well repeat themselves.
+    /// Only topics that begin with this prefix are remembered; a link's own probes may repeat.
     watched: String,
 }
 
-/// What passed the recorder up to a moment.
+/// The counts of the recorder up to a moment.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     /// Packets toward the broker by packet type number.
@@ -41,9 +41,9 @@ pub struct Snapshot {
     pub unsubscribed: BTreeMap<String, u64>,
     /// Links by the order in which they connected.
     pub links: Vec<LinkInfo>,
-    /// Publishes toward the broker whose topic and payload had passed before.
+    /// The number of publishes toward the broker whose topic and payload had already passed.
     pub second_copies: u64,
-    /// The first of them.
+    /// The first of those publishes.
     pub second_copies_seen: Vec<SecondCopy>,
     /// Publishes toward the broker by topic with its last level cut off, for reports.
     pub published_below: BTreeMap<String, u64>,
@@ -62,7 +62,7 @@ pub struct LinkInfo {
     pub clean: bool,
 }
 
-/// A publish toward the broker that had passed before.
+/// A publish toward the broker that had already passed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SecondCopy {
     /// Topic name.
@@ -157,7 +157,7 @@ impl Counts {
 }
 
 impl Snapshot {
-    /// What came after `earlier`.
+    /// The counts since `earlier`.
     pub fn since(&self, earlier: &Self) -> Diff {
         let minus = |new: &[u64; 16], old: &[u64; 16]| std::array::from_fn(|i| new[i] - old[i]);
         let grown = |new: &BTreeMap<String, u64>, old: &BTreeMap<String, u64>| {
@@ -182,7 +182,7 @@ impl Snapshot {
     }
 }
 
-/// What passed between two snapshots.
+/// The counts between two snapshots.
 #[derive(Debug, Clone, Default)]
 pub struct Diff {
     /// Packets toward the broker by packet type number.
@@ -199,17 +199,17 @@ pub struct Diff {
     pub unsubscribed: BTreeMap<String, u64>,
     /// Links that connected.
     pub links: Vec<LinkInfo>,
-    /// Publishes that had passed before.
+    /// The number of publishes that had already passed.
     pub second_copies: u64,
-    /// The first of them.
+    /// The first of those publishes.
     pub second_copies_seen: Vec<SecondCopy>,
     /// Packets that could not be read.
     pub illegal: Vec<String>,
 }
 
 impl Diff {
-    /// Whether the broker was left in peace: no CONNECT, SUBSCRIBE, UNSUBSCRIBE or DISCONNECT, no second copy
-    /// of a publish, nothing illegal.
+    /// Whether the broker noticed nothing: no CONNECT, SUBSCRIBE, UNSUBSCRIBE or DISCONNECT, no
+    /// second copy of a publish, no illegal packet.
     pub fn is_quiet(&self) -> bool {
         let disturbing = [
             kind::CONNECT,

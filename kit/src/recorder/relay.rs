@@ -1,4 +1,4 @@
-//! The moving of bytes.
+//! The relay's reading, delaying and writing of bytes.
 
 use std::collections::HashMap;
 use std::io;
@@ -26,7 +26,7 @@ pub(super) struct Shared {
     pub(super) counts: Arc<Mutex<Counts>>,
 }
 
-/// What both directions of a link know of it, from its CONNECT.
+/// The facts about a link that both directions need, from its CONNECT.
 #[derive(Debug)]
 struct Opened {
     version: Version,
@@ -137,7 +137,7 @@ async fn write(
     to.shutdown().await
 }
 
-/// Counts the whole packets of a buffer. Returns their length and whether the broker acknowledges
+/// Counts the whole packets of a buffer. Returns their length, and whether the broker acknowledges
 /// publishes among them.
 fn count(
     toward: Toward,
@@ -161,7 +161,7 @@ fn count(
             }
             Ok(None) => return (at, acks),
             Err(e) => {
-                // Not MQTT any more: pass it on as it is and say so.
+                // These bytes are not MQTT: pass them on unchanged and record the fault.
                 counts.illegal(format!("{toward:?}: {e}"));
                 return (buf.len(), acks);
             }
@@ -169,7 +169,7 @@ fn count(
     }
 }
 
-/// Every packet is decoded in full: what passes here must be legal in both directions.
+/// Every packet is decoded in full: packets must be legal in both directions.
 fn inspect(
     toward: Toward,
     f: &Frame<'_>,

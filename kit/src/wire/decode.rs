@@ -12,7 +12,7 @@ use super::{
 pub struct Frame<'a> {
     /// The first byte: packet type and flags.
     pub first: u8,
-    /// What follows the fixed header.
+    /// The bytes after the fixed header.
     pub body: &'a [u8],
     /// Length of the whole packet in bytes.
     pub len: usize,
@@ -25,7 +25,7 @@ impl Frame<'_> {
     }
 }
 
-/// Cuts the first packet out of a stream; none when more bytes are needed.
+/// Cuts the first packet out of a stream; returns `None` when more bytes are needed.
 ///
 /// # Errors
 /// A remaining length of more than four bytes.
@@ -57,11 +57,11 @@ pub fn frame(bytes: &[u8]) -> Result<Option<Frame<'_>>, WireError> {
     ))
 }
 
-/// Decodes the first packet of a stream and says how many bytes it took; none when more are needed.
-/// CONNECT is read by the version it names itself.
+/// Decodes the first packet of a stream and returns it with its length in bytes, or `None` when
+/// more bytes are needed. CONNECT is read by the version that it names itself.
 ///
 /// # Errors
-/// What the specification of `version` forbids.
+/// The packet breaks the specification of `version`.
 pub fn decode(version: Version, bytes: &[u8]) -> Result<Option<(Packet, usize)>, WireError> {
     match frame(bytes)? {
         None => Ok(None),
@@ -69,8 +69,8 @@ pub fn decode(version: Version, bytes: &[u8]) -> Result<Option<(Packet, usize)>,
     }
 }
 
-/// The packet identifier and reason code of a PUBACK, PUBREC, PUBREL or PUBCOMP frame, or of a SUBACK
-/// or UNSUBACK frame with code 0; none if it is too short.
+/// The packet identifier and reason code of a PUBACK, PUBREC, PUBREL or PUBCOMP frame, or of a
+/// SUBACK or UNSUBACK frame with code 0; `None` if the frame is too short.
 pub fn ack_of(frame: &Frame<'_>) -> Option<(u16, u8)> {
     let id = u16::from_be_bytes([*frame.body.first()?, *frame.body.get(1)?]);
     let acks = matches!(frame.kind(), kind::PUBACK..=kind::PUBCOMP);
@@ -150,7 +150,7 @@ fn packet(version: Version, frame: &Frame<'_>) -> Result<Packet, WireError> {
     } else {
         0
     };
-    // 3.1 lets PUBREL, SUBSCRIBE and UNSUBSCRIBE carry DUP.
+    // MQTT 3.1 lets PUBREL, SUBSCRIBE and UNSUBSCRIBE carry DUP.
     let dup_of_31 = version == Version::V31 && fixed == 2 && flags == 10;
     if kind != kind::PUBLISH && flags != fixed && !dup_of_31 {
         return Err(r.fault(format!("reserved flags {flags:#x}")));

@@ -4,7 +4,7 @@ use super::fields::{put_bytes, put_var};
 use super::props;
 use super::{Ack, Codes, Connect, Packet, Props, Version, kind};
 
-/// Appends one packet as `version` writes it.
+/// Appends one packet in the format of `version`.
 ///
 /// # Panics
 /// If a string is longer than 65,535 bytes or a packet longer than 268,435,455.
@@ -75,7 +75,7 @@ pub fn encode(packet: &Packet, version: Version, out: &mut Vec<u8>) {
     out.extend_from_slice(&body);
 }
 
-/// Appends a PUBLISH without properties, the form that loads send.
+/// Appends a PUBLISH without properties, as loads send it.
 ///
 /// # Panics
 /// As [`encode`].
@@ -164,7 +164,7 @@ fn codes(c: &Codes, version: Version, with_codes: bool, body: &mut Vec<u8>) -> u
     0
 }
 
-/// The property length may be left out when there are none.
+/// The property length may be omitted when the packet has no properties.
 fn tail(props: &Props, body: &mut Vec<u8>) {
     if !props.is_empty() {
         props::put(props, body);

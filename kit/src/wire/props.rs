@@ -134,13 +134,13 @@ impl Props {
         self.0.push((id, value));
     }
 
-    /// The same properties and one more.
+    /// Returns the same properties and one more.
     pub fn with(mut self, id: u8, value: Value) -> Self {
         self.0.push((id, value));
         self
     }
 
-    /// Whether there are none.
+    /// Whether the list is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

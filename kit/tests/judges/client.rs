@@ -1,5 +1,5 @@
-//! The judges are judged: the kit's client, recorder and process helpers against mosquitto,
-//! rumqttc and small relays for the transports that mosquitto does not speak.
+//! Tests of the judges: the kit's client, recorder and process helpers against mosquitto, rumqttc
+//! and small relays for the transports that mosquitto does not speak.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -114,7 +114,7 @@ async fn a_reset_keeps_the_session_and_fires_the_will() -> Result {
 }
 
 #[tokio::test]
-async fn refusals_and_passwords() -> Result {
+async fn the_client_reports_a_refusal_and_logs_in_with_a_password() -> Result {
     let login = Some(("edge".to_owned(), "secret".to_owned()));
     let broker = MosquittoConfig {
         login,
@@ -149,7 +149,7 @@ async fn mosquitto_keeps_its_sessions_over_a_restart() -> Result {
 }
 
 #[tokio::test]
-async fn the_recorder_shows_what_a_flap_could_hide() -> Result {
+async fn the_recorder_counts_every_change_that_a_flap_could_cause() -> Result {
     let broker = Mosquitto::start()?;
     let recorder = Recorder::start(broker.addr()).await?;
     let dialer = dialer(recorder.addr());
@@ -279,7 +279,7 @@ async fn rumqttc_and_the_kit_understand_each_other() -> Result {
 }
 
 #[tokio::test]
-async fn a_fleet_before_a_bare_broker_shows_what_flaps_cost() -> Result {
+async fn a_fleet_without_a_proxy_finds_the_faults_that_flaps_cause() -> Result {
     let broker = MosquittoConfig {
         max_inflight_messages: Some(500),
         ..MosquittoConfig::default()
@@ -309,13 +309,13 @@ async fn a_fleet_before_a_bare_broker_shows_what_flaps_cost() -> Result {
     fleet.come_to_rest(Duration::from_secs(10)).await;
     let diff = recorder.snapshot().since(&before);
     let verdict = fleet.judge().await;
-    // mosquitto keeps its sessions well, but nothing shields it.
+    // mosquitto keeps its sessions, but no proxy shields it from the flaps.
     assert_eq!(verdict.flaps, 60, "{verdict}");
     assert!(verdict.resumes > 0 && verdict.duplicates > 0, "{verdict}");
     assert!(diff.to_broker[usize::from(kind::CONNECT)] >= 60, "{diff}");
     assert!(diff.to_broker[usize::from(kind::SUBSCRIBE)] > 0, "{diff}");
     assert!(diff.second_copies > 0 && !diff.is_quiet(), "{diff}");
-    // Sent twice, a publish arrives twice, and the books show it.
+    // A publish that is sent twice arrives twice, and the audit shows it.
     assert!(
         verdict
             .faults
@@ -373,7 +373,7 @@ async fn the_client_speaks_over_tcp_and_tls() -> Result {
     .start()?;
     let url = format!("tls://localhost:{}", broker.port());
     exercise(&url, &Trust::ca(&certs.ca)?).await?;
-    // Another authority's client does not connect.
+    // A client that trusts another authority does not connect.
     let other = TempDir::new("certs")?;
     let wrong = Trust::ca(&Certs::make(other.path())?.ca)?;
     let refused = Dialer::new(&url.parse()?, &wrong)?.open().await;

@@ -1,4 +1,4 @@
-//! The judges are judged.
+//! Tests of the judges.
 
 mod client;
 mod wire;
