@@ -36,7 +36,7 @@ fn decode(c: &mut Criterion, case: Case) {
         );
     });
     group.bench_function("mqtt-protocol-core", |b| {
-        b.iter(|| workload::core(case, black_box(&stream)));
+        b.iter(|| workload::protocol_core(case, black_box(&stream)));
     });
     group.finish();
 }

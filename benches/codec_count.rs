@@ -1,11 +1,11 @@
-//! Instruction counts of the codec, which a busy machine does not bend as it does times.
+//! Instruction counts of the codec. Unlike times, they do not depend on the load of the machine.
 //!
 //! ```text
 //! cargo bench --bench codec_count --no-run
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null \
 //!     <the path that it prints> <what> <case> [rounds]
 //! ```
-//! `what`: ours, rmqtt, core, encode, image, message, none; `case`: v3.1.1, v5,
+//! `what`: ours, rmqtt, protocol-core, encode, image, message, none; `case`: v3.1.1, v5,
 //! "v5 with 2 properties"; a round is 1,000 packets. Valgrind prints `Collected`; take away what
 //! `none` gives for the same rounds, and divide by 1,000 times the rounds.
 
@@ -24,7 +24,7 @@ use tidegate::mqtt::{Delivery, Image};
 use workload::{Case, PACKETS};
 
 fn main() -> ExitCode {
-    // `cargo bench` runs every bench without a question to it.
+    // `cargo bench` runs every bench without arguments: do nothing then.
     let args: Vec<String> = std::env::args()
         .skip(1)
         .filter(|a| a != "--bench")
@@ -47,14 +47,14 @@ fn main() -> ExitCode {
     let image = Image::new(&delivery, &message);
     let mut out = Vec::with_capacity(stream.len() * 2);
     for _ in 0..rounds {
-        // All of them pay for this copy, so that it falls out of the difference.
+        // Every variant makes this copy, so the difference to `none` does not contain it.
         let mut buf = bytes::BytesMut::from(&stream[..]);
         out.clear();
         match what {
             "none" => drop(black_box(&buf)),
             "ours" => workload::ours(case, black_box(&buf)),
             "rmqtt" => workload::rmqtt(case, &mut buf),
-            "core" => workload::core(case, black_box(&buf)),
+            "protocol-core" => workload::protocol_core(case, black_box(&buf)),
             "encode" => (1..=PACKETS as u16).for_each(|packet_id| {
                 Delivery {
                     packet_id,
@@ -76,7 +76,7 @@ fn main() -> ExitCode {
 
 fn usage() -> ExitCode {
     eprintln!(
-        "codec_count <ours|rmqtt|core|encode|image|message|none> <v3.1.1|v5|v5 with 2 properties> [rounds]"
+        "codec_count <ours|rmqtt|protocol-core|encode|image|message|none> <v3.1.1|v5|v5 with 2 properties> [rounds]"
     );
     ExitCode::from(64)
 }

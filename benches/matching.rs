@@ -1,5 +1,5 @@
-//! What a message costs to match as filters that do not match it grow from 100 to 1,000,000: two
-//! filters match, the others are one device's each.
+//! The cost of matching a message while the number of other filters grows from 100 to 1,000,000:
+//! two filters match, and each other filter belongs to one device.
 //!
 //! `cargo bench --bench matching`; shorter: `-- --warm-up-time 0.5 --measurement-time 2`.
 

@@ -1,4 +1,4 @@
-//! What the codec's benches and its counting example run.
+//! The work that the codec's benchmarks and `codec_count` run.
 #![allow(dead_code, reason = "each of the benches uses a part of it")]
 
 use mqtt_protocol_core::mqtt;
@@ -11,7 +11,7 @@ pub const PACKETS: usize = 1000;
 
 const TOPIC: &str = "plant/7/line/12/robot/0042/joint/3/pos";
 
-/// What the PUBLISH looks like.
+/// The kinds of PUBLISH.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Case {
     V311,
@@ -95,8 +95,8 @@ pub fn rmqtt(case: Case, buf: &mut bytes::BytesMut) {
     assert_eq!(seen, PACKETS);
 }
 
-/// The parser alone: its framing is replaced by the least that will do.
-pub fn core(case: Case, mut buf: &[u8]) {
+/// The parser alone: the simplest possible framing replaces its own.
+pub fn protocol_core(case: Case, mut buf: &[u8]) {
     let mut seen = 0;
     while let [first, low, high, ..] = *buf {
         let len = usize::from(low & 127) | usize::from(high) << 7;
@@ -114,7 +114,7 @@ pub fn core(case: Case, mut buf: &[u8]) {
     assert_eq!(seen, PACKETS);
 }
 
-/// The message that a frame carries.
+/// The message of a frame's PUBLISH.
 pub fn message(case: Case, frame: &[u8]) -> Message {
     let decoder = Decoder {
         version: case.version(),
@@ -136,7 +136,7 @@ pub fn message(case: Case, frame: &[u8]) -> Message {
     })
 }
 
-/// How a receiver of the case gets it.
+/// The delivery options of a receiver in this case.
 pub fn delivery(case: Case) -> Delivery<'static> {
     let expiry = (case == Case::V5Properties).then_some(3600);
     Delivery {

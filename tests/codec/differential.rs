@@ -1,8 +1,8 @@
-//! Against two foreign codecs. Where they and we differ, the specification decides; each such
-//! case names its statement.
+//! Comparison with two independent codecs. Where they differ from ours, the specification decides,
+//! and each such case names its statement.
 
 use crate::frames;
-use crate::oracles::{Opinion, core, for_role, rmqtt};
+use crate::oracles::{Opinion, for_role, protocol_core, rmqtt};
 use crate::properties::packets;
 use proptest::prelude::*;
 use tidegate::mqtt::*;
@@ -10,28 +10,28 @@ use tidegate::mqtt::*;
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1024, failure_persistence: None, ..Default::default() })]
 
-    /// What we write, both oracles read as we meant it.
+    /// Both oracles read the frames that we write as we meant them.
     #[test]
-    fn what_we_write_they_read_alike((version, receiver, frame) in frames::any_frame()) {
+    fn both_oracles_read_our_frames_alike((version, receiver, frame) in frames::any_frame()) {
         let decoder = Decoder { version, receiver, max: u32::MAX };
         let (packet, _) = decoder.next(&frame).expect("legal").expect("whole");
         let written = packets::encode(&packet, version);
-        // Properties that we never write are read all the same.
+        // The frame itself may carry properties that we never write; it must be read alike, too.
         for bytes in written.iter().chain([&frame]) {
             read_alike(version, receiver, bytes, rmqtt(version, bytes), "rmqtt", rmqtt_differs);
-            read_alike(version, receiver, bytes, core(version, bytes), "core", core_differs);
+            read_alike(version, receiver, bytes, protocol_core(version, bytes), "protocol-core", protocol_core_differs);
         }
     }
 
-    /// What both oracles refuse, we refuse.
+    /// We refuse every frame that both oracles refuse.
     #[test]
-    fn what_both_refuse_we_refuse((version, receiver, frame) in frames::spoiled()) {
+    fn frames_that_both_oracles_refuse_are_refused((version, receiver, frame) in frames::spoiled()) {
         let decoder = Decoder { version, receiver, max: u32::MAX };
         if let Ok(Some((packet, taken))) = decoder.next(&frame)
             && taken == frame.len()
             && for_role(receiver, frame[0])
         {
-            let refused = rmqtt(version, &frame).refused() && core(version, &frame).refused();
+            let refused = rmqtt(version, &frame).refused() && protocol_core(version, &frame).refused();
             prop_assert!(!refused || both_wrong(&packet), "{:02X?} as {:?}", frame, packet);
         }
     }
@@ -65,27 +65,27 @@ fn read_alike(
             assert_eq!(
                 canon(&theirs),
                 canon(&ours),
-                "{who} read {frame:02X?} otherwise"
+                "{who} read {frame:02X?} differently"
             );
         }
     }
 }
 
-// Legal frames that rmqtt-codec refuses or writes wrong.
+// Legal frames that rmqtt-codec refuses or writes wrongly.
 fn rmqtt_differs(packet: &Packet<'_>) -> bool {
     match packet {
-        // [MQTT-3.1.3-6]: an empty identifier is for the server to answer, with 0x02 in 3.1.1
+        // [MQTT-3.1.3-6]: the server answers an empty identifier, with 0x02 in 3.1.1
         // ([MQTT-3.1.3-8]); rmqtt-codec refuses the packet itself.
         Packet::Connect(c) => c.client_id.is_empty() && !c.clean_start,
-        // §3.15.2.1: bare success has no property length; rmqtt-codec writes one, and by
-        // §3.15.2.2.2 properties without a method are an error.
+        // §3.15.2.1: a success without properties omits the property length. rmqtt-codec writes
+        // one, and by §3.15.2.2.2 properties without a method are an error.
         Packet::Auth(a) => a.method.is_none(),
         _ => false,
     }
 }
 
 // Legal frames that mqtt-protocol-core refuses.
-fn core_differs(packet: &Packet<'_>) -> bool {
+fn protocol_core_differs(packet: &Packet<'_>) -> bool {
     match packet {
         // §3.1.2.9: MQTT 5 allows a password without a user name.
         Packet::Connect(c) => c.password.is_some() && c.username.is_none(),
@@ -93,16 +93,16 @@ fn core_differs(packet: &Packet<'_>) -> bool {
     }
 }
 
-// Legal frames that both refuse: each for its own reason of the two above, or
-// [MQTT-3.1.2-2] of 3.1.1, the answer `20 02 00 01` to a CONNECT of MQTT 5.
+// Legal frames that both oracles refuse: each for its reason above, or [MQTT-3.1.2-2] of 3.1.1, the
+// answer `20 02 00 01` to a CONNECT of MQTT 5.
 fn both_wrong(packet: &Packet<'_>) -> bool {
     let old_server = matches!(packet, Packet::Connack(c)
         if c.reason == ReasonCode::UNSUPPORTED_PROTOCOL_VERSION && c.properties.is_empty());
-    old_server || (rmqtt_differs(packet) && core_differs(packet))
+    old_server || (rmqtt_differs(packet) && protocol_core_differs(packet))
 }
 
-/// A packet in a form that does not depend on the order of its properties (§2.2.2.2: of no
-/// significance but for user properties), nor on properties that say what their absence says.
+/// A packet in a canonical form: properties are sorted, since their order has no significance
+/// except for user properties (§2.2.2.2), and properties with their default value are left out.
 fn canon(packet: &Packet<'_>) -> String {
     let own = sorted(packets::properties_of(packet));
     match packet {

@@ -37,7 +37,8 @@ pub fn any_frame() -> BoxedStrategy<(Version, Receiver, Vec<u8>)> {
         .boxed()
 }
 
-/// The same, then spoiled: bytes changed, cut out, put in; the length is mostly made right again.
+/// A legal frame, then spoiled: bytes changed, removed, inserted; the remaining length is mostly
+/// corrected.
 pub fn spoiled() -> BoxedStrategy<(Version, Receiver, Vec<u8>)> {
     let change = (any::<prop::sample::Index>(), 0..4u8, any::<u8>());
     (any_frame(), vec(change, 1..4), prop::bool::weighted(0.9))
@@ -59,7 +60,7 @@ pub fn spoiled() -> BoxedStrategy<(Version, Receiver, Vec<u8>)> {
         .boxed()
 }
 
-// Everything after what looks like the fixed header.
+// Everything after the apparent fixed header.
 fn body(bytes: &[u8]) -> Option<&[u8]> {
     let len = bytes.get(1..)?.iter().take(4).position(|b| b & 0x80 == 0)? + 1;
     bytes.get(1 + len..)
@@ -172,7 +173,7 @@ fn property(id: u8) -> BoxedStrategy<Vec<u8>> {
     value.prop_map(move |v| [vec![id], v].concat()).boxed()
 }
 
-// Any of `once`, any number of `many`, in any order, with the length.
+// Any of `once`, any number of `many`, in any order, preceded by the length.
 fn properties(
     once: &'static [u8],
     many: &'static [u8],
@@ -180,7 +181,7 @@ fn properties(
 ) -> BoxedStrategy<Vec<u8>> {
     (subsequence(once, 0..=once.len()), vec(select(many), 0..4))
         .prop_map(move |(mut ids, more)| {
-            // Authentication data only beside its method.
+            // Authentication Data is legal only together with Authentication Method.
             let method = if ids.contains(&0x16) {
                 &[0x15][..]
             } else {
@@ -201,7 +202,7 @@ fn properties(
         .boxed()
 }
 
-// In 3.x there is no such field at all.
+// MQTT 3.x has no property field.
 fn properties_if(v5: bool, once: &'static [u8], many: &'static [u8]) -> BoxedStrategy<Vec<u8>> {
     if v5 {
         properties(once, many, &[])
@@ -327,7 +328,7 @@ pub fn subscribe(version: Version) -> BoxedStrategy<Vec<u8>> {
     });
     let entry =
         (filter(), options.clone()).prop_map(|(f, options)| [field(f), vec![options]].concat());
-    // No Local is not for shared subscriptions.
+    // No Local is illegal on shared subscriptions.
     let shared =
         (shared(), options).prop_map(|(f, options)| [field(f), vec![options & !4]].concat());
     let entries = vec(prop_oneof![3 => entry, 1 => shared], 1..5);

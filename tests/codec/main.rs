@@ -1,4 +1,4 @@
-//! The codec from outside: properties over any bytes, legal frames, spoiled frames, two foreign
+//! The codec from outside: properties over any bytes, legal frames, spoiled frames, two independent
 //! codecs, and a table of frames named by the statement that judges them.
 
 mod differential;
@@ -14,7 +14,7 @@ use tidegate::topics::{covers, matches, overlaps, valid_filter, valid_topic_name
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..Default::default() })]
 
-    /// Legal frames decode, whole and byte by byte, and go round.
+    /// Legal frames decode at once and byte by byte, and survive encoding and decoding.
     #[test]
     fn legal_frames_pass((version, receiver, frame) in frames::any_frame()) {
         let decoder = Decoder { version, receiver, max: u32::MAX };
@@ -45,25 +45,25 @@ proptest! {
         properties::packets::stream(version, receiver, &bytes[..cut.index(bytes.len())]);
     }
 
-    /// Spoiled frames keep every property, whatever they are judged.
+    /// Spoiled frames keep every property, whether they are accepted or refused.
     #[test]
-    fn spoiled_frames_do_no_harm((version, receiver, frame) in frames::spoiled()) {
+    fn spoiled_frames_keep_every_property((version, receiver, frame) in frames::spoiled()) {
         properties::packets::stream(version, receiver, &frame);
         properties::packets::first(&frame);
     }
 
     /// Any bytes at all.
     #[test]
-    fn any_bytes_do_no_harm(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn any_bytes_keep_every_property(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         for (version, receiver) in properties::packets::DECODERS {
             properties::packets::stream(version, receiver, &bytes);
         }
         properties::packets::first(&bytes);
     }
 
-    /// Bytes behind a plausible fixed header, so that the bodies are reached.
+    /// Bytes behind a plausible fixed header, so that decoding reaches the packet's body.
     #[test]
-    fn any_bodies_do_no_harm(
+    fn any_bodies_keep_every_property(
         kind in 0..16u8,
         flags in prop_oneof![Just(0u8), Just(2), 0..16u8],
         body in prop::collection::vec(prop_oneof![3 => 0..6u8, 2 => any::<u8>()], 0..40),
@@ -81,14 +81,14 @@ proptest! {
     }
 
     #[test]
-    fn any_text_is_judged_as_topic(a in "[a/+#$]{0,8}|\\PC{0,9}", b in "[a/+#$]{0,8}", t in "[a/$]{0,6}") {
+    fn any_text_keeps_the_topic_properties(a in "[a/+#$]{0,8}|\\PC{0,9}", b in "[a/+#$]{0,8}", t in "[a/$]{0,6}") {
         properties::topics::relations(&a, &b, &t);
         properties::topics::relations(&b, &a, &format!("$share/{t}"));
     }
 }
 
 /// `overlaps` and `covers` are exact: every pair of small filters, against all names that could
-/// tell them apart.
+/// distinguish them.
 #[test]
 fn relations_are_exact() {
     let words = |levels: &[&str], depth: usize| {

@@ -1,11 +1,11 @@
-//! Two codecs that others wrote, asked for their opinion of a frame.
+//! Two independent codecs that judge a frame.
 
 use bytes::BytesMut;
 use mqtt_protocol_core::mqtt;
 use tidegate::mqtt::{Receiver, Version};
 use tokio_util::codec::{Decoder, Encoder};
 
-/// What an oracle makes of a frame.
+/// An oracle's judgement of a frame.
 #[derive(Debug)]
 pub enum Opinion {
     Refused,
@@ -21,7 +21,7 @@ impl Opinion {
     }
 }
 
-/// rmqtt-codec; it does not know which role it has.
+/// rmqtt-codec; the codec does not know in which role it decodes.
 pub fn rmqtt(version: Version, frame: &[u8]) -> Opinion {
     let mut bytes = BytesMut::from(frame);
     let mut out = BytesMut::new();
@@ -30,11 +30,11 @@ pub fn rmqtt(version: Version, frame: &[u8]) -> Opinion {
         let Ok(Some((packet, _))) = codec.decode(&mut bytes) else {
             return Opinion::Refused;
         };
-        // A fresh one: a decoded CONNECT makes the codec leave properties out.
+        // Encode with a new codec: after decoding a CONNECT, the codec leaves properties out.
         let mut writer = rmqtt_codec::v5::Codec::default();
         writer
             .encode(packet, &mut out)
-            .expect("what it read it can write");
+            .expect("a packet that it decoded can be encoded");
     } else {
         let mut codec = rmqtt_codec::v3::Codec::default();
         let Ok(Some((packet, _))) = codec.decode(&mut bytes) else {
@@ -42,13 +42,13 @@ pub fn rmqtt(version: Version, frame: &[u8]) -> Opinion {
         };
         codec
             .encode(packet, &mut out)
-            .expect("what it read it can write");
+            .expect("a packet that it decoded can be encoded");
         if version == Version::V31 && out[0] == 0x10 {
-            // It reads `MQIsdp` 3 but writes `MQIsdp` 4, which no specification knows.
+            // The codec reads `MQIsdp` 3 but writes `MQIsdp` 4, which no specification knows.
             let level = out
                 .windows(7)
                 .position(|w| w == b"MQIsdp\x04")
-                .expect("its CONNECT")
+                .expect("its CONNECT has this name")
                 + 6;
             out[level] = 3;
         }
@@ -56,8 +56,8 @@ pub fn rmqtt(version: Version, frame: &[u8]) -> Opinion {
     Opinion::Taken(out.to_vec())
 }
 
-/// mqtt-protocol-core, its parsers without the connection's state.
-pub fn core(version: Version, frame: &[u8]) -> Opinion {
+/// mqtt-protocol-core: its parsers without the state of a connection.
+pub fn protocol_core(version: Version, frame: &[u8]) -> Opinion {
     if version == Version::V31 {
         return Opinion::None;
     }
@@ -117,7 +117,7 @@ pub fn core(version: Version, frame: &[u8]) -> Opinion {
     }
 }
 
-/// Packets that only the other role sends; neither oracle judges that at this level.
+/// Whether the receiver's peer may send this packet; neither oracle judges that at this level.
 pub fn for_role(receiver: Receiver, first: u8) -> bool {
     match first >> 4 {
         1 | 8 | 10 | 12 => receiver == Receiver::Server,
@@ -126,7 +126,7 @@ pub fn for_role(receiver: Receiver, first: u8) -> bool {
     }
 }
 
-// The parsers want a body; a frame that is not exactly one packet is nothing to judge.
+// Cuts the body out for the parsers; a frame that is not exactly one packet has none.
 fn open(frame: &[u8]) -> Option<(u8, &[u8])> {
     let (&first, rest) = frame.split_first()?;
     let mut len = 0usize;

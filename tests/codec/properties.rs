@@ -1,4 +1,4 @@
-//! What must hold for any bytes; the fuzz targets call the same functions.
+//! Properties that must hold for any bytes; the fuzz targets call the same functions.
 
 pub mod packets;
 pub mod topics;

@@ -1,5 +1,5 @@
-//! Frames by the statement that judges them. A verdict of 0 is "legal", else it is the reason
-//! code that refuses (in 3.x the code is for the log only).
+//! Frames by the statement that judges them. A verdict of 0 means "legal"; otherwise it is the
+//! reason code of the refusal (in 3.x the code is for the log only).
 
 use crate::frames::packet;
 use tidegate::mqtt::Receiver::{Client, Server};
@@ -15,7 +15,7 @@ const FILTER: u8 = 0x8F;
 const NAME: u8 = 0x90;
 const ALIAS: u8 = 0x94;
 
-/// First byte and body; the length is put between.
+/// First byte and body; the test inserts the length between them.
 #[rustfmt::skip] // one row, one line
 const BODIES: &[Row] = &[
     // PUBLISH
@@ -266,7 +266,7 @@ fn connects_are_judged() {
     }
 }
 
-/// Fixed headers, where the length itself is the matter.
+/// Fixed headers whose length field is the subject.
 #[test]
 fn lengths_are_judged() {
     let next = |version, bytes: &[u8]| {
@@ -281,15 +281,15 @@ fn lengths_are_judged() {
             Err(e) => Err(e.reason_code().0),
         }
     };
-    // MQTT-1.5.5-1 binds in 5; 3.x (2.2.3) does not say it.
+    // [MQTT-1.5.5-1] demands the shortest form in MQTT 5; 3.x (2.2.3) does not.
     assert_eq!(next(V5, &[0xC0, 0x80, 0x00]), Err(MALFORMED));
     assert_eq!(next(V311, &[0xC0, 0x80, 0x00]), Ok(3));
     assert_eq!(next(V31, &[0xC0, 0x80, 0x80, 0x80, 0x00]), Ok(5));
-    // 2.1.4, 2.2.3: never more than four bytes.
+    // 2.1.4, 2.2.3: the length never has more than four bytes.
     assert_eq!(next(V311, &[0xC0, 0x80, 0x80, 0x80, 0x80]), Err(MALFORMED));
     assert_eq!(next(V5, &[0x30, 0xFF, 0xFF, 0xFF, 0xFF]), Err(MALFORMED));
     assert_eq!(next(V5, &[0x30, 0xFF, 0xFF, 0xFF]), Err(0));
-    // 3.1.2.11.4: the bound is judged before the body is there, the header counted in.
+    // 3.1.2.11.4: the bound includes the header and is judged before the body has arrived.
     assert_eq!(next(V5, &[0x30, 0xFF, 0xFF, 0xFF, 0x7F]), Err(0x95));
     assert_eq!(next(V5, &[0x30, 0xFD, 0xFF, 0x3F]), Err(0x95));
     assert_eq!(next(V5, &[0x30, 0xFC, 0xFF, 0x3F]), Err(0));
@@ -303,7 +303,7 @@ fn lengths_are_judged() {
         Ok(Some((_, taken))) => Ok(taken),
         Err(e) => Err(e.reason_code().0),
     };
-    // MQTT-3.1.0-1: CONNECT comes first; HTTP, TLS and the like are seen at once.
+    // MQTT-3.1.0-1: CONNECT comes first; HTTP, TLS and the like are recognised at once.
     assert_eq!(first(b"G", 100), Err(PROTOCOL));
     assert_eq!(first(&[0x16, 0x03], 100), Err(MALFORMED));
     assert_eq!(first(&[0xC0, 0x00], 100), Err(PROTOCOL));

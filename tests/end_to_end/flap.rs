@@ -24,7 +24,7 @@ fn a_fleet_over_ws_flaps_and_the_broker_notices_nothing() {
     } else {
         (300, 1500, 60.0)
     };
-    // Mostly RST; now and then a FIN without DISCONNECT, or a connection that just falls silent.
+    // Mostly RST; now and then a FIN without DISCONNECT, or a connection that falls silent.
     let cuts = vec![Cut::Reset, Cut::Reset, Cut::Reset, Cut::Close, Cut::Silent];
     run("ws", clients, flaps, rate, cuts);
 }
@@ -76,8 +76,8 @@ fn run(transport: &str, clients: usize, flaps: usize, rate: f64, cuts: Vec<Cut>)
 async fn flap(transport: &str, plan: Plan) -> Result<(), String> {
     let text = |e: std::io::Error| e.to_string();
     let mut report = Vec::new();
-    // The broker's window must not be what limits publishes while its acknowledgements are delayed:
-    // Tidegate would rightly open more links then.
+    // The broker's window must not limit publishes while its acknowledgements are delayed: Tidegate
+    // would rightly open more links then.
     let broker = MosquittoConfig {
         max_inflight_messages: Some(2000),
         ..MosquittoConfig::default()
@@ -119,10 +119,10 @@ async fn flap(transport: &str, plan: Plan) -> Result<(), String> {
         faults.push(e);
     }
     if !verdict.is_good() {
-        faults.push("the clients' books are not in order".to_owned());
+        faults.push("clients lost, reordered or duplicated messages".to_owned());
     }
     if !diff.is_quiet() {
-        faults.push("the broker's peace was broken during the flaps".to_owned());
+        faults.push("the broker noticed the flaps".to_owned());
     }
     if verdict.flaps != plan.flaps as u64 {
         faults.push(format!(
@@ -132,7 +132,7 @@ async fn flap(transport: &str, plan: Plan) -> Result<(), String> {
     }
     if absorbed < resumes as f64 {
         faults.push(format!(
-            "tidegate_flaps_absorbed_total rose by {absorbed}, {resumes} resumed"
+            "tidegate_flaps_absorbed_total rose by {absorbed}, but {resumes} clients resumed"
         ));
     }
     report.push(verdict.to_string());
@@ -154,7 +154,7 @@ async fn flap(transport: &str, plan: Plan) -> Result<(), String> {
     ))
 }
 
-/// What Tidegate's log says of the clients with faults.
+/// The lines of Tidegate's log about the clients with faults.
 fn about(log: &[String], verdict: &Verdict, prefix: &str) -> String {
     let mut text = String::new();
     for client in verdict.clients.iter().take(3) {

@@ -1,6 +1,6 @@
-//! The same session everywhere: one client identifier hops from transport to transport in the middle of
-//! QoS 1 and QoS 2 traffic in both directions, on data streams where the transport has them. Nothing is
-//! lost, nothing comes in another order, QoS 2 comes once, and QoS 1 again only with DUP.
+//! One client identifier keeps its session while it hops from transport to transport in the middle
+//! of QoS 1 and QoS 2 traffic in both directions, on data streams where the transport has them. No
+//! message is lost or out of order, QoS 2 arrives once, and QoS 1 arrives again only with DUP.
 //!
 //! `TIDEGATE_FULL=1` hops ten times as often; `HOP_SEED` repeats the choices of another run.
 
@@ -23,13 +23,13 @@ use tokio::time::timeout;
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 const PHONES: u32 = 6;
-/// From one to the next, round and round.
+/// The transports in the order in which a phone uses them, again and again.
 const WAYS: [&str; 4] = ["quic", "wss", "webtransport", "tls"];
-/// The last word.
+/// The topic of the message that ends the run.
 const LAST: &str = "hop/up/last";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Everything that a phone gets and says of one QoS is one stream.
+/// The number of the stream of all messages of one QoS to or from a phone.
 fn stream(phone: u32, qos: u8) -> u32 {
     phone * 2 + u32::from(qos - 1)
 }
@@ -86,7 +86,7 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
     }
     stop.store(true, Relaxed);
     let sent = backend.await??;
-    // Everything comes to rest.
+    // Wait until every phone has received and sent everything.
     let mut said = Vec::new();
     let mut resent = Vec::new();
     for phone in &mut back {
@@ -101,13 +101,13 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
         said.push(phone.said);
         resent.push(std::mem::take(&mut phone.resent));
     }
-    // Comes behind all that the phones said.
+    // This message arrives after all publishes of the phones.
     let (mut last, _) = Client::connect(&at_broker, &Connect::new("hop-last")).await?;
     last.publish(LAST, Vec::new(), 2).await?;
     let heard = timeout(PATIENCE, listener.hear(&said, &resent));
     heard
         .await
-        .map_err(|_| "what a phone said did not all reach the broker")??;
+        .map_err(|_| "not all publishes of the phones reached the broker")??;
     let hopped: usize = back.iter().map(|p| p.hops).sum();
     let resumed = edge.metrics()?.sum("tidegate_flaps_absorbed_total", &[]);
     let on_data: u64 = back.iter().map(|p| p.on_data).sum();
@@ -115,13 +115,20 @@ async fn a_session_hops_from_transport_to_transport_and_nothing_is_lost() -> Res
         "{hopped} hops, {resumed} resumed; {sent:?} down, {on_data} on data streams, {said:?} up"
     );
     assert_eq!(hopped, hops * PHONES as usize);
-    assert!(resumed >= hopped as f64, "{resumed} of {hopped} resumed");
+    assert!(
+        resumed >= hopped as f64,
+        "only {resumed} of {hopped} hops resumed the session"
+    );
     let unused = back.iter().filter(|p| p.on_data == 0).count();
-    assert_eq!(unused, 0, "phones without deliveries on data streams");
+    assert_eq!(
+        unused, 0,
+        "{unused} phones got no delivery on a data stream"
+    );
     Ok(())
 }
 
-/// Publishes to all phones from the broker's side, at QoS 1 and 2; how many of each stream.
+/// Publishes to all phones from the broker's side, at QoS 1 and 2. Returns the number of messages
+/// by stream.
 async fn speak(broker: Arc<Dialer>, stop: Arc<AtomicBool>) -> Result<Vec<u64>> {
     let (mut client, _) = Client::connect(&broker, &Connect::new("hop-backend")).await?;
     let mut sent = vec![0; 2 * PHONES as usize];
@@ -146,7 +153,7 @@ async fn speak(broker: Arc<Dialer>, stop: Arc<AtomicBool>) -> Result<Vec<u64>> {
     Ok(sent)
 }
 
-/// Hears at the broker what the phones say.
+/// A subscriber at the broker that receives the phones' publishes.
 struct Listener {
     client: Client,
 }
@@ -159,8 +166,8 @@ impl Listener {
         Ok(Self { client })
     }
 
-    /// Until the last word is here: `said` by phone how much at QoS 1 and at QoS 2, and what of QoS 1
-    /// how often again.
+    /// Receives until the last message. `said` has each phone's number of messages at QoS 1 and 2;
+    /// `resent` has, by phone, the QoS 1 messages that it sent again and how often.
     async fn hear(mut self, said: &[[u64; 2]], resent: &[HashMap<u64, u64>]) -> Result {
         let mut last = vec![[0; 2]; said.len()];
         let mut again = vec![HashMap::new(); said.len()];
@@ -182,7 +189,10 @@ impl Listener {
             }
         }
         if last != said {
-            return Err(format!("{said:?} was said, and {last:?} came to the broker").into());
+            return Err(format!(
+                "the phones sent {said:?} messages, and {last:?} reached the broker"
+            )
+            .into());
         }
         for (phone, (again, resent)) in again.iter().zip(resent).enumerate() {
             for (seq, times) in again {
@@ -200,12 +210,13 @@ impl Listener {
 }
 
 fn heard(last: &mut [[u64; 2]], again: &mut [HashMap<u64, u64>], publish: &Publish) -> Result {
-    let stamp = Stamp::read(&publish.payload).ok_or("a foreign message")?;
+    let stamp = Stamp::read(&publish.payload).ok_or("the payload has no stamp")?;
     let (phone, qos) = ((stamp.stream / 2) as usize, publish.qos);
     let at = &mut last[phone][usize::from(qos - 1)];
     match stamp.seq {
         seq if seq == *at + 1 => *at = seq,
-        // A phone that hopped before its PUBACK came sends it again, and it is as good as new.
+        // A phone that hops before its PUBACK arrives sends the message again, and Tidegate may
+        // publish both.
         seq if seq <= *at && qos == 1 => *again[phone].entry(seq).or_default() += 1,
         seq => {
             let what = format!("the broker got {seq} of phone {phone} at QoS {qos}, behind {at}");

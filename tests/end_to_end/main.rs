@@ -16,15 +16,15 @@ mod rumqttc;
 
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Tests with a whole fleet of clients would measure each other.
+/// Lets tests with a whole fleet of clients run alone: they would disturb each other's timing.
 static MACHINE: RwLock<()> = RwLock::const_new(());
 
-/// Held by a test that needs the machine for itself.
+/// Returns the guard of a test that needs the machine for itself.
 fn alone() -> RwLockWriteGuard<'static, ()> {
     MACHINE.blocking_write()
 }
 
-/// Held by a test that can run beside others of its kind.
+/// Returns the guard of a test that can run beside others of its kind.
 async fn beside_others() -> RwLockReadGuard<'static, ()> {
     MACHINE.read().await
 }

@@ -1,5 +1,5 @@
-//! Networks as phones have them. QUIC: a NAT that forgets, datagrams that are lost, doubled and late,
-//! and a server that was restarted. TLS: a path that stalls.
+//! Networks as phones have them. QUIC: a NAT that forgets its mapping, lost, duplicated and late
+//! datagrams, and a restarted server. TLS: a path that stalls.
 
 mod streams;
 
@@ -19,11 +19,11 @@ use tidegate_kit::udp_relay::UdpRelay;
 use tidegate_kit::wire::{Ack, Connect, Packet, Publish, Subscribe, Version, decode, encode};
 use tokio::time::{Instant, timeout};
 
-/// No test waits longer for what must come.
+/// The test fails if an expected packet takes longer than this.
 const SOON: Duration = Duration::from_secs(60);
 /// Messages in each direction at each QoS.
 const MESSAGES: u64 = 150;
-/// Publishes of the device that may be unanswered.
+/// Publishes of the device that may be unanswered at once.
 const WINDOW: usize = 20;
 const SEED: u64 = 0x7175_6963;
 
@@ -38,12 +38,12 @@ fn quic_addr(server: &Tidegate) -> SocketAddr {
     ([127, 0, 0, 1], server.url("quic").port).into()
 }
 
-/// To the server's QUIC listener, through the relay.
+/// A dialer to the server's QUIC listener, through the relay.
 fn through(relay: &UdpRelay, server: &Tidegate) -> Dialer {
     at(relay.addr(), server, "quic")
 }
 
-/// To a listener of the server that is reached at another address.
+/// A dialer to a listener of the server that is reached at another address.
 fn at(relay: SocketAddr, server: &Tidegate, way: &str) -> Dialer {
     let url = Url {
         port: relay.port(),
@@ -61,9 +61,9 @@ fn connect() -> Connect {
 struct Device {
     client: Client,
     audit: Audit,
-    /// QoS 2 deliveries that are not released.
+    /// QoS 2 deliveries that have not been released.
     received: BTreeSet<u16>,
-    /// What is to be sent again after a resume, in order.
+    /// Packets to send again after a resume, in order.
     unanswered: BTreeMap<u64, Packet>,
     sent: [u64; 2],
     order: u64,
@@ -86,7 +86,7 @@ impl Device {
         }
     }
 
-    /// Falls silent, and resumes over a new connection.
+    /// Resumes over a new connection; the old one falls silent.
     async fn flap(&mut self, dialer: &Dialer) {
         let (client, ack) = Client::connect(dialer, &connect()).await.expect("connects");
         assert!(ack.session_present);
@@ -126,7 +126,7 @@ impl Device {
         }
     }
 
-    /// Of the session, not of the connection.
+    /// The next packet identifier, by the session's count and not by the connection's.
     fn client_id(&self) -> u16 {
         (self.order % 60_000) as u16 + 1
     }
@@ -139,11 +139,11 @@ impl Device {
         });
     }
 
-    /// Says what it may, and deals with one packet.
+    /// Sends what the window allows, and handles one packet.
     async fn step(&mut self) {
         self.say();
         let Some(packet) = self.client.next_within(SOON).await.expect("goes on") else {
-            panic!("nothing comes: {:?}", self.audit);
+            panic!("no packet arrives: {:?}", self.audit);
         };
         let ack = |id| Ack {
             id,
@@ -158,7 +158,7 @@ impl Device {
                     return;
                 }
                 if self.received.insert(publish.id) {
-                    // Exactly once: a second one counts as such, whatever it is marked with.
+                    // Exactly once: a second delivery counts as a duplicate, whatever its DUP flag.
                     self.audit.deliver(stamp, false, publish.id);
                 }
                 self.client.queue(&Packet::PubRec(ack(publish.id)));
@@ -190,7 +190,7 @@ impl Device {
     }
 }
 
-/// Publishes what the device is to get, on a calm network.
+/// Publishes the device's messages over an undisturbed network.
 fn speak(server: &Tidegate) -> tokio::task::JoinHandle<()> {
     let dialer = server.dialer("tcp");
     tokio::spawn(async move {
@@ -212,7 +212,7 @@ fn speak(server: &Tidegate) -> tokio::task::JoinHandle<()> {
     })
 }
 
-/// Hears what the device publishes; by QoS, in order.
+/// Receives the device's publishes; returns their sequence numbers by QoS, in order.
 async fn listen(server: &Tidegate) -> tokio::task::JoinHandle<[Vec<u64>; 2]> {
     let dialer = server.dialer("tcp");
     let (mut client, _) = Client::connect(&dialer, &Connect::new("listener"))
@@ -231,7 +231,7 @@ async fn listen(server: &Tidegate) -> tokio::task::JoinHandle<[Vec<u64>; 2]> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lossy_network_that_forgets_loses_nothing_and_doubles_nothing() {
+async fn a_lossy_network_with_address_changes_loses_and_duplicates_no_message() {
     let _machine = crate::beside_others().await;
     let server = server();
     let netem = Netem {
@@ -279,7 +279,7 @@ async fn a_lossy_network_that_forgets_loses_nothing_and_doubles_nothing() {
         (1..=MESSAGES).collect::<Vec<_>>(),
         "QoS 2 is exactly once, in order"
     );
-    // What was unanswered when the device fell silent may come again at QoS 1.
+    // Publishes that were unanswered when the device fell silent may come again at QoS 1.
     let mut first = BTreeSet::new();
     let order: Vec<u64> = one
         .iter()
@@ -292,13 +292,13 @@ async fn a_lossy_network_that_forgets_loses_nothing_and_doubles_nothing() {
         "{} came again",
         one.len() - order.len()
     );
-    assert!(relay.lost() > 10, "the netem was fair");
+    assert!(relay.lost() > 10, "the relay lost too few datagrams");
     let metrics = server.metrics().expect("metrics");
     assert!(metrics.sum("tidegate_quic_migrations_total", &[]) >= 2.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_nat_that_forgets_is_no_gap() {
+async fn a_nat_that_forgets_its_mapping_causes_no_gap() {
     let _machine = crate::beside_others().await;
     let server = server();
     let relay = UdpRelay::start(quic_addr(&server), Netem::FAIR)
@@ -321,7 +321,7 @@ async fn a_nat_that_forgets_is_no_gap() {
     assert_eq!(heard.await.expect("heard"), [all.clone(), all]);
     assert!(device.audit.faults.is_empty(), "{:?}", device.audit.faults);
     let metrics = server.metrics().expect("metrics");
-    // On loopback the server may not read between two changes.
+    // On loopback the server may read no datagram between two changes.
     let migrations = metrics.sum("tidegate_quic_migrations_total", &[]);
     assert!((2.0..=3.0).contains(&migrations), "{migrations}");
     assert_eq!(metrics.sum("tidegate_flaps_absorbed_total", &[]), 0.0);
@@ -332,7 +332,7 @@ async fn a_nat_that_forgets_is_no_gap() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_tcp_path_that_stalls_loses_nothing_and_doubles_nothing() {
+async fn a_stalling_tcp_path_loses_and_duplicates_no_message() {
     let _machine = crate::beside_others().await;
     let server = server();
     let target = ([127, 0, 0, 1], server.url("tls").port).into();
@@ -348,10 +348,10 @@ async fn a_tcp_path_that_stalls_loses_nothing_and_doubles_nothing() {
         }
         relay.stall(true);
         device.say();
-        // It is the time that counts: nothing arrives meanwhile.
+        // The length of the stall is the condition under test: no packet arrives meanwhile.
         tokio::time::sleep(Duration::from_millis(500)).await;
         if part == 2 {
-            // By another path, and the old connection never ends for the device.
+            // The device resumes over another path, and its old connection never ends.
             left.push(std::mem::replace(
                 &mut relay,
                 start().await.expect("starts"),
@@ -422,7 +422,7 @@ async fn an_outage_leaves_a_subscription_on_its_stream() {
         loss: 1.0,
         ..Netem::FAIR
     });
-    // More than may be under way.
+    // Publish more messages than may be under way.
     const COUNT: u64 = 100;
     let mut payload = vec![0; 4000];
     for n in 1..=COUNT {
@@ -430,7 +430,7 @@ async fn an_outage_leaves_a_subscription_on_its_stream() {
         let sent = speaker.publish("down", payload.clone(), 1).await;
         sent.expect("taken");
     }
-    // It is the time that counts.
+    // The length of the outage is the condition under test.
     tokio::time::sleep(Duration::from_secs(3)).await;
     relay.set_netem(Netem::FAIR);
     payload[..8].copy_from_slice(&(COUNT + 1).to_be_bytes());
@@ -445,11 +445,15 @@ async fn an_outage_leaves_a_subscription_on_its_stream() {
     client.queue_raw(&[0xC0, 0x00]);
     client.flush().await.expect("sent");
     let next = client.next_within(SOON).await.expect("goes on");
-    assert_eq!(next, Some(Packet::PingResp), "nothing came on control");
+    assert_eq!(
+        next,
+        Some(Packet::PingResp),
+        "a delivery came on the control stream"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_of_a_restarted_server_learn_of_it_at_once() {
+async fn clients_of_a_restarted_server_notice_the_restart_at_once() {
     let _machine = crate::beside_others().await;
     let mut server = server();
     let key = server.dir().join("data/quic.key");
@@ -473,7 +477,7 @@ async fn clients_of_a_restarted_server_learn_of_it_at_once() {
     let began = Instant::now();
     client.queue_raw(&[0xC0, 0x00]);
     client.flush().await.expect("sent");
-    // It has no idle time-out of its own.
+    // The client has no idle time-out of its own.
     let end = timeout(SOON, connection.closed())
         .await
         .expect("it learns of it");

@@ -1,7 +1,8 @@
 //! The broker is restarted under load, again and again, and no client is disconnected by it.
 //!
-//! Ended by SIGTERM, a mosquitto that keeps its sessions loses no QoS 1 message that a publisher was
-//! acknowledged. Ended by SIGKILL it forgets; what is lost then is lost inside a recorded gap.
+//! After SIGTERM, a mosquitto that keeps its sessions loses no QoS 1 message that was acknowledged
+//! to its publisher. After SIGKILL it forgets its sessions; messages are lost only inside a
+//! recorded gap.
 //!
 //! `TIDEGATE_FULL=1` runs the full counts.
 
@@ -17,19 +18,19 @@ use tidegate_kit::process::{MosquittoConfig, Tidegate, TidegateConfig, raise_ope
 use tidegate_kit::wire::{Connect, Packet};
 use tokio::task::JoinSet;
 
-/// Clients of one group hear all its publishers.
+/// The number of publishers in a group; each client of the group receives from all of them.
 const GROUP: usize = 10;
-/// How long before a broker was killed a message may have been acknowledged that it had not passed on.
+/// A message acknowledged up to this long before a kill may not have been passed on by the broker.
 const ON_ITS_WAY: Duration = Duration::from_secs(1);
 
 #[test]
-fn a_broker_that_remembers_loses_nothing_over_its_restarts() {
+fn a_broker_with_persistence_loses_no_message_over_its_restarts() {
     let (clients, restarts) = if full() { (1000, 50) } else { (100, 5) };
     run(clients, restarts, false);
 }
 
 #[test]
-fn what_a_broker_forgets_lies_in_a_recorded_gap() {
+fn messages_that_a_killed_broker_loses_lie_in_a_recorded_gap() {
     let (clients, restarts) = if full() { (1000, 5) } else { (100, 2) };
     run(clients, restarts, true);
 }
@@ -50,27 +51,30 @@ fn run(clients: usize, restarts: usize, kill: bool) {
     let outcome = runtime.block_on(async {
         tokio::time::timeout(limit, restart(clients, restarts, kill))
             .await
-            .unwrap_or_else(|_| Err(format!("it did not end within {limit:?}")))
+            .unwrap_or_else(|_| Err(format!("the test did not end within {limit:?}")))
     });
     runtime.shutdown_background();
     outcome.unwrap_or_else(|what| panic!("{what}"));
 }
 
-/// What the clients have in common.
+/// The state that the clients share.
 #[derive(Default)]
 struct Books {
     stop: AtomicBool,
     acknowledged: AtomicU64,
     /// Sequence number and time of each acknowledged message, by publisher.
     sent: Mutex<HashMap<u32, Vec<(u64, u64)>>>,
-    /// What each subscriber got, by publisher.
+    /// The sequence numbers that each subscriber got, by publisher.
     got: Vec<Mutex<HashMap<u32, HashSet<u64>>>>,
     faults: Mutex<Vec<String>>,
 }
 
 impl Books {
     fn fault(&self, what: String) {
-        self.faults.lock().expect("no panic holds it").push(what);
+        self.faults
+            .lock()
+            .expect("no thread panicked with the lock")
+            .push(what);
     }
 }
 
@@ -104,7 +108,7 @@ async fn restart(clients: usize, restarts: usize, kill: bool) -> Result<(), Stri
         speakers.spawn(speak(dialer.clone(), number, books.clone()));
     }
     progress(&books, publishers).await?;
-    // Nanoseconds of the audit's clock: when the broker was ended, and when all was as before.
+    // By restart, the times of its begin and of the recovery, in nanoseconds of the audit's clock.
     let mut away: Vec<(u64, u64)> = Vec::new();
     for _ in 0..restarts {
         let began = now_ns();
@@ -120,7 +124,7 @@ async fn restart(clients: usize, restarts: usize, kill: bool) -> Result<(), Stri
     judge(&books, &tidegate, &missing, &away, kill)
 }
 
-/// The clients are still there, and have lost nothing that they must not.
+/// Checks that no client failed and that messages are missing only where the broker may lose them.
 fn judge(
     books: &Books,
     tidegate: &Tidegate,
@@ -128,7 +132,12 @@ fn judge(
     away: &[(u64, u64)],
     kill: bool,
 ) -> Result<(), String> {
-    let mut faults = std::mem::take(&mut *books.faults.lock().expect("no panic holds it"));
+    let mut faults = std::mem::take(
+        &mut *books
+            .faults
+            .lock()
+            .expect("no thread panicked with the lock"),
+    );
     let metrics = tidegate.metrics().map_err(|e| e.to_string())?;
     let gaps = metrics.sum("tidegate_upstream_gaps_total", &[]);
     let said = tidegate.log();
@@ -139,7 +148,7 @@ fn judge(
     if kill {
         if (gaps as usize) < away.len() || said < away.len() {
             faults.push(format!(
-                "{gaps} gaps are counted and {said} said, of {}",
+                "{gaps} gaps are counted and {said} logged, of {}",
                 away.len()
             ));
         }
@@ -148,16 +157,20 @@ fn judge(
         for (subscriber, stream, seq, at) in missing {
             if !inside(*at) {
                 faults.push(format!(
-                    "subscriber {subscriber} misses {seq} of {stream}, outside any gap"
+                    "subscriber {subscriber} misses message {seq} of stream {stream}, outside any gap"
                 ));
             }
         }
     } else {
         if gaps > 0.0 {
-            faults.push(format!("{gaps} gaps, and the broker kept its sessions"));
+            faults.push(format!(
+                "{gaps} gaps are counted although the broker kept its sessions"
+            ));
         }
         for (subscriber, stream, seq, _) in missing {
-            faults.push(format!("subscriber {subscriber} misses {seq} of {stream}"));
+            faults.push(format!(
+                "subscriber {subscriber} misses message {seq} of stream {stream}"
+            ));
         }
     }
     println!(
@@ -192,7 +205,7 @@ async fn listen(mut client: Client, number: usize, books: Arc<Books>) {
     loop {
         let packet = match client.next_within(Duration::from_secs(20)).await {
             Ok(Some(packet)) => packet,
-            // Quiet: the keepalive is ours to mind.
+            // A quiet connection: this test sends PINGREQ itself.
             Ok(None) => match client.ping().await {
                 Ok(()) => continue,
                 Err(e) => return books.fault(format!("listener {number}: {e}")),
@@ -203,10 +216,14 @@ async fn listen(mut client: Client, number: usize, books: Arc<Books>) {
             continue;
         };
         let Some(stamp) = Stamp::read(&publish.payload) else {
-            return books.fault(format!("listener {number}: a payload of somebody else"));
+            return books.fault(format!(
+                "listener {number}: a payload without the right stamp"
+            ));
         };
         {
-            let mut got = books.got[number].lock().expect("no panic holds it");
+            let mut got = books.got[number]
+                .lock()
+                .expect("no thread panicked with the lock");
             got.entry(stamp.stream).or_default().insert(stamp.seq);
         }
         if let Err(e) = client.acknowledge(&publish).await {
@@ -243,7 +260,7 @@ async fn speak(dialer: Arc<Dialer>, number: usize, books: Arc<Books>) {
             Err(e) => return books.fault(format!("speaker {number}: {e}")),
         }
         books.acknowledged.fetch_add(1, Ordering::Relaxed);
-        let mut sent = books.sent.lock().expect("no panic holds it");
+        let mut sent = books.sent.lock().expect("no thread panicked with the lock");
         sent.entry(stream).or_default().push((seq, sent_ns));
     }
 }
@@ -254,15 +271,16 @@ async fn progress(books: &Books, publishers: usize) -> Result<(), String> {
     let deadline = Instant::now() + Duration::from_secs(20);
     while books.acknowledged.load(Ordering::Relaxed) < wanted {
         if Instant::now() > deadline {
-            return Err("publishes are not acknowledged any more".to_owned());
+            return Err("the broker stopped acknowledging publishes".to_owned());
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     Ok(())
 }
 
-/// Waits until all that was acknowledged has arrived; what has not: subscriber, publisher, number,
-/// time. What a broker forgot never comes: there a second without news is the end.
+/// Waits until all acknowledged messages have arrived. Returns the missing ones: subscriber,
+/// publisher, sequence number, time. Messages that a broker forgot never arrive; then a second
+/// without progress ends the wait.
 async fn settle(books: &Books, forgets: bool) -> Vec<(usize, u32, u64, u64)> {
     let mut deadline = Instant::now() + Duration::from_secs(if forgets { 1 } else { 20 });
     let mut before = usize::MAX;
@@ -280,10 +298,10 @@ async fn settle(books: &Books, forgets: bool) -> Vec<(usize, u32, u64, u64)> {
 }
 
 fn missing(books: &Books) -> Vec<(usize, u32, u64, u64)> {
-    let sent = books.sent.lock().expect("no panic holds it");
+    let sent = books.sent.lock().expect("no thread panicked with the lock");
     let mut missing = Vec::new();
     for (number, got) in books.got.iter().enumerate() {
-        let got = got.lock().expect("no panic holds it");
+        let got = got.lock().expect("no thread panicked with the lock");
         for (stream, all) in sent.iter() {
             if *stream as usize % GROUP != number % GROUP {
                 continue;

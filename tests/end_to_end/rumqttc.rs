@@ -1,4 +1,4 @@
-//! rumqttc, a client that we did not write, before the binary with mosquitto behind it.
+//! rumqttc, an independent client, in front of the binary with mosquitto behind it.
 
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ async fn a_3_1_1_session_survives_its_connection() {
         }
     };
     within(until_subscribed).await;
-    // Dropped without DISCONNECT.
+    // The connection is dropped without DISCONNECT.
     drop(events);
     drop(client);
 

@@ -1,5 +1,5 @@
-//! The tables in `conformance/`: each statement of the standards has a test that is there, or a
-//! reason why it has none.
+//! The tables in `conformance/`: each statement of the standards names existing tests, or a reason
+//! why it has none.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -1,4 +1,4 @@
-//! Imports point one way: what each module may name of the others.
+//! Imports point one way: the modules that each module may name.
 
 use std::collections::BTreeSet;
 use std::fs;

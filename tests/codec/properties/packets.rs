@@ -1,5 +1,5 @@
-//! What must hold for any bytes that reach a decoder. The fuzz targets and the stable tests call
-//! the same functions.
+//! Properties that must hold for any bytes that reach a decoder. The fuzz targets and the stable
+//! tests call the same functions.
 
 use tidegate::mqtt::*;
 use tidegate::topics::{split_shared, valid_filter, valid_topic_name};
@@ -61,8 +61,8 @@ pub fn first(buf: &[u8]) {
     }
 }
 
-/// Bytes that come one by one give nothing until the last one, then what they give at once; an
-/// error may come earlier, but is the same.
+/// Bytes that come one by one give no packet until the last one, and then the same packet as all
+/// bytes at once. An error may come earlier, but must be the same.
 fn split<'a, T: PartialEq + std::fmt::Debug>(
     buf: &'a [u8],
     decode: impl Fn(&'a [u8]) -> Result<Option<(T, usize)>, Error>,
@@ -72,7 +72,7 @@ fn split<'a, T: PartialEq + std::fmt::Debug>(
         Ok(Some((_, taken))) => *taken,
         _ => buf.len(),
     };
-    // Long packets: every cut near both ends, some between.
+    // For long packets: every cut near both ends, some between.
     let cuts = (0..end).filter(|&cut| cut < 64 || end - cut < 64 || cut % 997 == 0);
     for cut in cuts {
         match decode(&buf[..cut]) {
@@ -108,7 +108,7 @@ fn bound(version: Version, receiver: Receiver, buf: &[u8]) {
     );
 }
 
-/// Every accessor yields what decoding promised.
+/// Every accessor yields values that decoding has promised.
 fn read_all(packet: &Packet<'_>) {
     let properties = properties_of(packet);
     let listed: usize = properties.iter().map(|_| 1).sum();
@@ -150,8 +150,8 @@ fn read_all(packet: &Packet<'_>) {
     }
 }
 
-/// What was decoded, encoded again and decoded again, is the same but for the properties that
-/// the encoder leaves out.
+/// A packet that is encoded and decoded again is the same, except for properties that the encoder
+/// leaves out.
 fn round_trip(packet: &Packet<'_>, version: Version, receiver: Receiver) {
     let Some(bytes) = encode(packet, version) else {
         return;
@@ -169,7 +169,7 @@ fn round_trip(packet: &Packet<'_>, version: Version, receiver: Receiver) {
     assert_eq!(bare(again), bare(packet.clone()));
 }
 
-/// Our own encoding of a packet; None where the crate has no need to write that packet whole.
+/// Our own encoding of a packet; `None` where the crate never writes that packet whole.
 pub fn encode(packet: &Packet<'_>, version: Version) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     let out_ref = &mut out;
@@ -312,7 +312,7 @@ fn message(publish: &Publish<'_>, strip_key: Option<&str>) -> Message {
     })
 }
 
-/// A stored message holds what was published, and every delivery of it decodes to that.
+/// A stored message equals the published one, and every delivery of it decodes to the same.
 fn deliver(publish: &Publish<'_>) {
     let strip = publish
         .properties
@@ -340,7 +340,7 @@ fn delivered(
     strip: Option<&str>,
 ) {
     if publish.topic.is_empty() {
-        // A delivery needs the name that the alias stood for.
+        // A delivery needs the topic name behind the alias.
         return;
     }
     let delivery = Delivery {

@@ -1,10 +1,10 @@
-//! What must hold for any topic names and filters.
+//! Properties that must hold for any topic names and filters.
 
 use tidegate::topics::*;
 
-/// Relations between two filters and a name, any of which may be nonsense.
+/// Relations between two filters and a name, any of them possibly invalid.
 pub fn relations(a: &str, b: &str, topic: &str) {
-    // None of these may panic, whatever comes in.
+    // None of these functions may panic, whatever the input.
     let _ = (
         matches(a, topic),
         overlaps(a, b),
@@ -28,7 +28,7 @@ pub fn relations(a: &str, b: &str, topic: &str) {
     assert_eq!(overlaps(a, b), overlaps(b, a));
     assert!(
         !covers(a, b) || overlaps(a, b),
-        "{a} covers {b} and does not meet it"
+        "{a} covers {b} but does not overlap it"
     );
     if valid_topic_name(topic) {
         let (in_a, in_b) = (matches(a, topic), matches(b, topic));
@@ -45,7 +45,7 @@ pub fn relations(a: &str, b: &str, topic: &str) {
     }
 }
 
-/// A valid filter that is no shared subscription.
+/// Whether the text is a valid filter and not a shared subscription.
 fn plain(filter: &str) -> bool {
     valid_filter(filter) && !filter.starts_with("$share/")
 }

@@ -1,5 +1,5 @@
-//! A client with one session that comes and goes over several transports. Where there are data streams
-//! it publishes on one and subscribes on another.
+//! A client with one session that comes and goes over several transports. On transports with data
+//! streams it publishes on one and subscribes on another.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -15,30 +15,31 @@ use tokio::time::timeout;
 
 use super::{Result, Rng, stream};
 
-/// The identifier of its SUBSCRIBEs: no publish has it.
+/// The packet identifier of the phone's SUBSCRIBEs; its publishes never use it.
 const SUBSCRIBE_ID: u16 = 60_001;
-/// No test waits longer for the next packet.
+/// The test fails if a phone waits longer than this for a packet.
 const QUIET: Duration = Duration::from_secs(30);
-/// Publishes of its own that it has open at once.
+/// The phone's own publishes that may be open at once.
 const OPEN_MAX: usize = 10;
 
-/// A publish of its own that is not done.
+/// One of the phone's publishes, not yet completed.
 #[derive(Debug)]
 struct Open {
     id: u16,
     qos: u8,
     seq: u64,
-    /// PUBREC is here.
+    /// Whether PUBREC has arrived.
     received: bool,
 }
 
-/// What the session sent on control, before the filter was subscribed on a data stream, goes first;
-/// but streams keep no order with each other.
+/// The way from deliveries on the control stream to deliveries on the data stream. Messages that
+/// the session sent on control before the SUBSCRIBE on a data stream come first in order, but
+/// streams are not ordered among each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Join {
-    /// Nothing has come on the data stream.
+    /// No delivery has come on the data stream yet.
     Apart,
-    /// PINGREQ is sent: PINGRESP comes behind all that is older on control.
+    /// PINGREQ has been sent; PINGRESP arrives after all older packets on control.
     Asked,
     Done,
 }
@@ -46,9 +47,9 @@ enum Join {
 pub struct Phone {
     pub number: u32,
     pub rng: Rng,
-    /// Messages that it has sent at QoS 1 and 2.
+    /// The number of messages that the phone has sent at QoS 1 and 2.
     pub said: [u64; 2],
-    /// Which of QoS 1 it has sent again, and how often.
+    /// The QoS 1 messages that the phone has sent again, and how often.
     pub resent: HashMap<u64, u64>,
     pub hops: usize,
     /// Deliveries that came on data streams.
@@ -56,22 +57,22 @@ pub struct Phone {
     ways: Vec<Arc<Dialer>>,
     connect: Connect,
     client: Option<Streams>,
-    /// The stream that it publishes on.
+    /// The stream on which the phone publishes.
     up: u32,
-    /// The stream that it subscribed on.
+    /// The stream on which the phone subscribed.
     down: u32,
-    /// SUBACK is awaited there.
+    /// Whether SUBACK is awaited on that stream.
     subscribing: bool,
     join: Join,
-    /// What came on `down` before it may be taken.
+    /// Packets that came on `down` and must wait for older packets on control.
     held: VecDeque<Packet>,
     abandoned: Option<Abandoned>,
     open: VecDeque<Open>,
     next_id: u16,
-    /// The last that came, of QoS 1 and 2.
+    /// The last sequence numbers received at QoS 1 and 2.
     last: [u64; 2],
-    /// Those of QoS 1 that may come again, with whether they came on this connection: their PUBACK may
-    /// be lost with it.
+    /// QoS 1 messages that may come again because their PUBACK may be lost, and whether each has
+    /// come on this connection.
     unsure: HashMap<u64, bool>,
     /// QoS 2 deliveries without PUBREL.
     unreleased: HashSet<u16>,
@@ -132,7 +133,7 @@ impl Phone {
         Ok(phone)
     }
 
-    /// On a new connection: opens data streams, if there can be any.
+    /// Opens data streams on a new connection, if the transport has them.
     async fn branch_out(&mut self, subscribe: bool) -> Result {
         let way = self.ways[self.hops % self.ways.len()].url().transport;
         let several = matches!(way, Transport::Quic | Transport::WebTransport);
@@ -159,7 +160,7 @@ impl Phone {
         Ok(())
     }
 
-    /// The next packet, and the stream that it came on.
+    /// The next packet and the stream on which it came.
     async fn next(&mut self) -> Result<(u32, Packet)> {
         loop {
             if self.join == Join::Done
@@ -189,30 +190,27 @@ impl Phone {
     }
 
     fn client(&mut self) -> Result<&mut Streams> {
-        Ok(self
-            .client
-            .as_mut()
-            .ok_or("it is between two connections")?)
+        Ok(self.client.as_mut().ok_or("the phone has no connection")?)
     }
 
-    /// Says something, and takes `packets` of what comes.
+    /// Publishes some messages and takes `packets` packets.
     pub async fn live(&mut self, packets: usize) -> Result {
         for _ in 0..self.rng.below(4) {
             if self.open.len() < OPEN_MAX {
-                self.say();
+                self.publish();
                 self.client()?.flush().await?;
             }
         }
         for _ in 0..packets {
             let next = timeout(QUIET, self.next()).await;
-            let (stream, packet) = next.map_err(|_| "nothing comes any more")??;
+            let (stream, packet) = next.map_err(|_| "no packet arrives any more")??;
             self.take(stream, packet)?;
-            // Now and then it hops with answers unsent.
+            // Sometimes the answers stay unsent until the next hop.
             if self.rng.chance(66) {
                 self.client()?.flush().await?;
             }
         }
-        // Now and then it knows that its PUBACKs came.
+        // Sometimes the phone waits until the server has received its PUBACKs.
         if self.rng.chance(33) {
             self.client()?.barrier().await?;
             self.unsure.retain(|_, here| !*here);
@@ -220,11 +218,12 @@ impl Phone {
         Ok(())
     }
 
-    /// Vanishes, and comes back by the next way; or comes by that while the old one still stands.
+    /// Vanishes and comes back over the next transport, or takes the session over while the old
+    /// connection still stands.
     pub async fn hop(&mut self) -> Result {
         self.hops += 1;
         let way = self.ways[self.hops % self.ways.len()].clone();
-        let old = self.client.take().ok_or("it is between two connections")?;
+        let old = self.client.take().ok_or("the phone has no connection")?;
         let taken_over = if self.rng.chance(25) {
             Some(old)
         } else {
@@ -235,7 +234,7 @@ impl Phone {
         let (client, ack) = Streams::connect(&way, &self.connect).await?;
         drop(taken_over);
         if !ack.session_present {
-            return Err(format!("phone {}: its session is gone", self.number).into());
+            return Err(format!("phone {}: the session was not present", self.number).into());
         }
         self.client = Some(client);
         self.branch_out(false).await?;
@@ -258,14 +257,15 @@ impl Phone {
         Ok(())
     }
 
-    /// Takes what is still to come: `one` messages of QoS 1 and `two` of QoS 2 there are in all.
+    /// Takes the remaining messages: the phone must receive `one` messages of QoS 1 and `two` of
+    /// QoS 2 in total.
     pub async fn rest(&mut self, one: u64, two: u64) -> Result {
         while self.last != [one, two] || !self.open.is_empty() || !self.unreleased.is_empty() {
             let (stream, packet) = self.next().await?;
             self.take(stream, packet)?;
             self.client()?.flush().await?;
         }
-        // Nothing else is on its way.
+        // After this barrier no other packet is on its way.
         self.client()?.barrier().await?;
         while let Some(next) = self.next().now_or_never() {
             let (stream, packet) = next?;
@@ -274,7 +274,7 @@ impl Phone {
         Ok(())
     }
 
-    fn say(&mut self) {
+    fn publish(&mut self) {
         let qos = 1 + self.rng.below(2) as u8;
         let seq = &mut self.said[usize::from(qos - 1)];
         *seq += 1;
@@ -311,7 +311,7 @@ impl Phone {
 
     fn take(&mut self, stream: u32, packet: Packet) -> Result {
         let place = match packet {
-            // Of what an earlier connection left, or of the subscription.
+            // Control may carry deliveries of an earlier connection.
             Packet::Publish(_) | Packet::PubRel(_) => stream == self.down || stream == CONTROL,
             Packet::PubAck(_) | Packet::PubRec(_) | Packet::PubComp(_) => stream == self.up,
             Packet::SubAck(_) => stream == self.down,
@@ -342,14 +342,14 @@ impl Phone {
             }
             Packet::PubRec(ack) if ack.code < 0x80 => {
                 let open = self.open.iter_mut().find(|o| o.id == ack.id && o.qos == 2);
-                open.ok_or("PUBREC for nothing")?.received = true;
+                open.ok_or("a PUBREC for no open publish")?.received = true;
                 Some(Packet::PubRel(ack_of(ack.id)))
             }
             Packet::PubAck(ack) if ack.code < 0x80 => {
                 self.done(ack.id, 1)?;
                 None
             }
-            // 0x92: it was done before the hop, and the word on it was lost.
+            // 0x92: the exchange was complete before the hop, and its PUBCOMP was lost.
             Packet::PubComp(ack) if matches!(ack.code, 0 | 0x92) => {
                 self.done(ack.id, 2)?;
                 None
@@ -365,13 +365,14 @@ impl Phone {
 
     fn done(&mut self, id: u16, qos: u8) -> Result {
         let at = self.open.iter().position(|o| o.id == id && o.qos == qos);
-        self.open.remove(at.ok_or("an acknowledgement of nothing")?);
+        self.open
+            .remove(at.ok_or("an acknowledgement for no open publish")?);
         Ok(())
     }
 
-    /// One delivery, and its answer.
+    /// Checks one delivery and returns its answer.
     fn got(&mut self, publish: &Publish) -> Result<Packet> {
-        let stamp = Stamp::read(&publish.payload).ok_or("a foreign message")?;
+        let stamp = Stamp::read(&publish.payload).ok_or("the payload has no stamp")?;
         let (seq, qos, id) = (stamp.seq, publish.qos, publish.id);
         let last = self.last[usize::from(qos.max(1) - 1)];
         let wrong = |what: &str| {
@@ -381,24 +382,24 @@ impl Phone {
             )
         };
         if qos == 0 || stamp.stream != stream(self.number, qos) || publish.retain {
-            return Err(wrong("not what was sent").into());
+            return Err(wrong("the message differs from the published one").into());
         }
         match qos {
             1 if seq == last + 1 => {
                 self.last[0] = seq;
                 self.unsure.insert(seq, true);
             }
-            // Once on each connection.
+            // A redelivery may come once on each connection.
             1 if publish.dup && self.unsure.get(&seq) == Some(&false) => {
                 self.unsure.insert(seq, true);
             }
-            // Known by its identifier until PUBREL [MQTT-4.3.3-10].
+            // Until PUBREL, the packet identifier marks a redelivery [MQTT-4.3.3-10].
             2 if self.unreleased.contains(&id) && publish.dup && seq <= last => {}
             2 if seq == last + 1 && !self.unreleased.contains(&id) => {
                 self.unreleased.insert(id);
                 self.last[1] = seq;
             }
-            _ => return Err(wrong("not its turn").into()),
+            _ => return Err(wrong("the message is out of order or duplicated").into()),
         }
         Ok(match qos {
             1 => Packet::PubAck(ack_of(id)),

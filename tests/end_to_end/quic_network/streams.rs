@@ -28,12 +28,12 @@ use verdict::Heard;
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 const DEVICES: u32 = 3;
-/// Of a device: as many flows of publishes, and as many filters, each on a stream.
+/// The number of publishing flows of a device, and of its filters; each has a stream.
 const FLOWS: usize = 3;
-/// The last word.
+/// The topic of the message that ends the run.
 const LAST: &str = "up/last";
 
-/// The number of a flow: its messages of one QoS, in one direction, are in order.
+/// The number of a flow. A flow's messages, of one QoS in one direction, are in order.
 fn flow_of(device: u32, flow: usize, qos: u8) -> u32 {
     (device * FLOWS as u32 + flow as u32) * 2 + u32::from(qos - 1)
 }
@@ -47,27 +47,27 @@ fn flows(devices: std::ops::Range<u32>) -> std::ops::Range<u32> {
     devices.start * each..devices.end * each
 }
 
-/// Deliveries that may be under way or queued: what waits when its stream ends comes on control, and
-/// it is the others that are tested.
+/// Deliveries that may be under way or queued. Messages still queued when their stream ends come on
+/// the control stream, while this test is about data streams.
 const AHEAD: usize = 60;
 
-/// What the devices share.
+/// The state that the devices share.
 struct World {
-    /// Whoever connects holds it for reading: a handshake survives no change of address.
+    /// A connecting device holds this lock for reading: a handshake does not survive a change of
+    /// address.
     network: RwLock<UdpRelay>,
-    /// What may be published to them; each new delivery adds one.
+    /// A permit for each message that may be published to the devices; each new delivery adds one.
     pace: Semaphore,
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn data_streams_on_a_lossy_network_lose_nothing_and_double_nothing() -> Result {
+async fn data_streams_on_a_lossy_network_lose_and_duplicate_no_message() -> Result {
     let _machine = crate::beside_others().await;
     over("quic").await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn webtransport_s_data_streams_on_a_lossy_network_lose_nothing_and_double_nothing() -> Result
-{
+async fn webtransport_streams_on_a_lossy_network_lose_and_duplicate_no_message() -> Result {
     let _machine = crate::beside_others().await;
     over("webtransport").await
 }
@@ -109,12 +109,12 @@ async fn over(way: &str) -> Result {
         running.spawn(device?.run());
     }
     let speaking = tokio::spawn(speak(server.dialer("tcp"), count, world.clone()));
-    let mut all = device::Told::default();
+    let mut all = device::Report::default();
     while let Some(device) = running.join_next().await {
         all.add(device??);
     }
     speaking.await??;
-    // Comes behind all that the devices said.
+    // This message arrives after all publishes of the devices.
     let (mut last, _) = Client::connect(&server.dialer("tcp"), &Connect::new("last")).await?;
     last.publish(LAST, Vec::new(), 2).await?;
     let heard = timeout(super::SOON, heard).await???;
@@ -128,17 +128,23 @@ async fn over(way: &str) -> Result {
          {resent} publishes again",
         all.ends, all.on_data, all.on_control, all.again
     );
-    assert!(world.network.read().await.lost() > 10, "the netem was fair");
+    assert!(
+        world.network.read().await.lost() > 10,
+        "the relay lost too few datagrams"
+    );
     assert!(migrations >= 2.0, "{migrations}");
     assert!(all.ends.iter().all(|times| *times > 0), "{:?}", all.ends);
     let resumed = metrics.sum("tidegate_flaps_absorbed_total", &[]);
-    assert!(resumed >= all.ends[device::CUT] as f64, "{resumed} resumed");
-    // It is the data streams that are tested.
+    assert!(
+        resumed >= all.ends[device::CUT] as f64,
+        "only {resumed} connections resumed the session"
+    );
+    // Most deliveries must use data streams, which this test is about.
     assert!(all.on_data > all.on_control, "{all:?}");
     Ok(())
 }
 
-/// Publishes to all devices, on a calm network.
+/// Publishes to all devices, over an undisturbed network.
 async fn speak(dialer: Dialer, count: u64, world: Arc<World>) -> Result {
     let (mut client, _) = Client::connect(&dialer, &Connect::new("speaker")).await?;
     for seq in 1..=count {
@@ -164,7 +170,7 @@ async fn listener(server: &Tidegate) -> Result<Client> {
     Ok(client)
 }
 
-/// What the devices publish, up to the last word.
+/// Receives the devices' publishes up to the last message.
 async fn hear(mut client: Client) -> Result<Heard> {
     let mut heard = Heard::default();
     loop {

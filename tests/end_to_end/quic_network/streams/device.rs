@@ -1,5 +1,5 @@
-//! A client with one session that publishes and subscribes on several streams, ends them and loses
-//! its connections.
+//! A client with one session that publishes and subscribes on several streams, ends streams and
+//! loses its connections.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -15,13 +15,13 @@ use super::verdict::Deliveries;
 use super::{FLOWS, Resent, Result, World, ack_of, flow_of, flows};
 use tidegate_kit::rng::Rng;
 
-/// Publishes of a flow that may be unanswered.
+/// Publishes of a flow that may be unanswered at once.
 const WINDOW: usize = 8;
-/// Packet identifiers, so that each is soon used again, and on another stream.
+/// The number of packet identifiers: few, so that each is soon used again, and on another stream.
 const IDS: u16 = 100;
-/// Deliveries that may be unanswered.
+/// Deliveries that may be unanswered at once.
 const RECEIVE_MAX: u16 = 12;
-/// Silence behind which it says that it is there.
+/// The device sends PINGREQ after this time without a packet.
 const KEEP_ALIVE: Duration = Duration::from_millis(200);
 
 const FINISH: usize = 0;
@@ -29,10 +29,10 @@ const RESET: usize = 1;
 const STOP: usize = 2;
 pub const CUT: usize = 3;
 
-/// What a device tells at its end.
+/// A device's report at its end.
 #[derive(Debug, Default)]
-pub struct Told {
-    /// How often it ended something, by the way it did.
+pub struct Report {
+    /// The number of streams and connections that it ended, by the way of ending.
     pub ends: [u64; 4],
     /// The publishes of QoS 1 that it sent again, and how often.
     pub resent: Resent,
@@ -41,7 +41,7 @@ pub struct Told {
     pub again: u64,
 }
 
-impl Told {
+impl Report {
     pub fn add(&mut self, other: Self) {
         for (all, its) in self.ends.iter_mut().zip(other.ends) {
             *all += its;
@@ -53,17 +53,17 @@ impl Told {
     }
 }
 
-/// A publish of its own that is not done.
+/// One of the device's publishes, not yet completed.
 #[derive(Debug)]
 struct Open {
     id: u16,
     qos: u8,
     seq: u64,
-    /// Where it, or its PUBREL, was sent last: there the answer comes.
+    /// The stream on which the publish, or its PUBREL, was sent last: the answer comes there.
     on: u32,
-    /// PUBREC is here.
+    /// Whether PUBREC has arrived.
     received: bool,
-    /// Sent more than once.
+    /// Whether the publish was sent more than once.
     again: bool,
 }
 
@@ -71,18 +71,18 @@ struct Open {
 #[derive(Debug, Default)]
 struct Flow {
     stream: u32,
-    /// The stream was ended, and is to be seen gone before another carries on: streams keep no order
-    /// with each other.
+    /// The stream was ended, and the server must confirm that before another stream carries on:
+    /// streams are not ordered among each other.
     waits: bool,
     sent: [u64; 2],
     open: VecDeque<Open>,
 }
 
-/// A subscription, and the stream that it was made on.
+/// A subscription, and the stream on which it was made.
 #[derive(Debug, Default)]
 struct Filter {
     stream: u32,
-    /// The SUBSCRIBE that is not answered.
+    /// The packet identifier of the unanswered SUBSCRIBE.
     asked: Option<u16>,
 }
 
@@ -97,20 +97,21 @@ pub struct Device {
     abandoned: Option<Abandoned>,
     flows: Vec<Flow>,
     filters: Vec<Filter>,
-    /// Streams that it has ended and that are not gone.
+    /// Streams that the device has ended and the server has not.
     ended: BTreeSet<u32>,
     deliveries: Deliveries,
-    /// UNSUBSCRIBEs that are not answered, and their streams: PINGREQ belongs on control.
+    /// Unanswered UNSUBSCRIBEs by packet identifier, with their streams. They serve as barriers,
+    /// since PINGREQ belongs on the control stream.
     markers: HashMap<u16, u32>,
     /// PINGREQs of this connection, and their answers.
     pings: u64,
     pongs: u64,
     last_id: u16,
-    /// Until it ends something.
+    /// The number of packets until the device ends a stream or its connection.
     packets: u64,
-    /// For how long nothing has come but answers to that it is there.
+    /// The time during which the server has sent only PINGRESPs.
     silent: Duration,
-    told: Told,
+    report: Report,
 }
 
 fn connect(number: u32) -> Connect {
@@ -147,7 +148,7 @@ impl Device {
             last_id: 0,
             packets: 50,
             silent: Duration::ZERO,
-            told: Told::default(),
+            report: Report::default(),
         };
         device.begin().await?;
         while device.filters.iter().any(|f| f.asked.is_some()) {
@@ -156,20 +157,20 @@ impl Device {
         Ok(device)
     }
 
-    /// Until everything has come and gone; what is left undone is told.
-    pub async fn run(mut self) -> Result<Told> {
+    /// Runs until all messages have come and gone; an error lists the missing ones.
+    pub async fn run(mut self) -> Result<Report> {
         match self.live().await {
             Ok(()) => {
-                self.told.on_data = self.deliveries.on_data;
-                self.told.on_control = self.deliveries.on_control;
-                self.told.again = self.deliveries.again;
-                Ok(self.told)
+                self.report.on_data = self.deliveries.on_data;
+                self.report.on_control = self.deliveries.on_control;
+                self.report.again = self.deliveries.again;
+                Ok(self.report)
             }
             Err(error) => {
                 let missing = flows(self.number..self.number + 1)
                     .map(|flow| (flow, self.deliveries.missing(flow, self.count)));
                 let missing: Vec<_> = missing.collect();
-                let (number, ends) = (self.number, self.told.ends);
+                let (number, ends) = (self.number, self.report.ends);
                 let (flows, ended) = (&self.flows, &self.ended);
                 Err(format!(
                     "device {number} after {ends:?}: {error}; misses {missing:?}; {flows:?}; {:?}; \
@@ -189,17 +190,17 @@ impl Device {
                 self.packets = self.rng.between(20, 80);
             }
         }
-        // Nothing else is on its way.
+        // After this no other packet is on its way.
         self.settle().await
     }
 
-    /// Takes all that the server has sent. What an ended stream took with it is among that: it goes
-    /// before what is newer.
+    /// Takes all packets that the server has sent. Messages lost with an ended stream come again,
+    /// and come before newer ones.
     async fn settle(&mut self) -> Result {
         while !self.ended.is_empty() {
             self.step().await?;
         }
-        // What is sent from now on may overtake what is queued.
+        // Messages sent from now on may overtake queued ones.
         let last = self.deliveries.last();
         for stream in self.data_streams() {
             let id = self.new_id();
@@ -228,14 +229,14 @@ impl Device {
             && self.deliveries.complete(all, self.count)
     }
 
-    /// A new connection: everything is sent again, and subscribed, on streams of it.
+    /// Begins on a new connection: sends all open publishes again and subscribes, on new streams.
     async fn begin(&mut self) -> Result {
         self.deliveries.connected();
         self.ended.clear();
         (self.pings, self.pongs) = (0, 0);
         for flow in 0..FLOWS {
             let Flow { stream, open, .. } = &mut self.flows[flow];
-            // What went another way is lost as well.
+            // Packets sent on the control stream are lost as well.
             open.iter_mut().for_each(|open| open.on = *stream);
             self.carry_on(flow).await?;
         }
@@ -245,7 +246,7 @@ impl Device {
         Ok(())
     }
 
-    /// A flow goes on, on a stream of its own, with what is unanswered.
+    /// Continues a flow on a new stream: sends its unanswered packets again.
     async fn carry_on(&mut self, flow: usize) -> Result {
         let before = self.flows[flow].stream;
         let stream = self.streams.open().await?;
@@ -254,13 +255,13 @@ impl Device {
         for at in 0..self.flows[flow].open.len() {
             let open = &mut self.flows[flow].open[at];
             if open.on != before {
-                // PUBREL went another way, and is on it still.
+                // PUBREL was sent on another stream and is still on its way there.
                 continue;
             }
             (open.on, open.again) = (stream, true);
             if open.qos == 1 {
                 let message = (flow_of(self.number, flow, 1), open.seq);
-                *self.told.resent.entry(message).or_default() += 1;
+                *self.report.resent.entry(message).or_default() += 1;
             }
             let open = &self.flows[flow].open[at];
             let packet = match open.received {
@@ -272,7 +273,7 @@ impl Device {
         Ok(())
     }
 
-    /// Subscribes, on a stream of its own or on one that publishes go on.
+    /// Subscribes, on a new stream or on the stream of a publishing flow.
     async fn subscribe(&mut self, filter: usize) -> Result {
         let lent = &self.flows[self.rng.below(FLOWS as u64) as usize];
         let stream = match !lent.waits && self.rng.chance(50) {
@@ -294,7 +295,8 @@ impl Device {
         Ok(())
     }
 
-    /// Of all streams together, as clients with one table have them.
+    /// A packet identifier that is unused on all streams, as from a client with one table of
+    /// identifiers.
     fn new_id(&mut self) -> u16 {
         loop {
             self.last_id = self.last_id % IDS + 1;
@@ -349,15 +351,15 @@ impl Device {
         }
     }
 
-    /// Says what it may, and takes one thing that comes.
+    /// Sends what the windows allow, and handles one event.
     async fn step(&mut self) -> Result {
         self.say();
         let Some((stream, event)) = self.streams.next_within(KEEP_ALIVE).await? else {
-            // Only what it sends tells the server where it is.
+            // The server learns a client's new address only from packets that the client sends.
             self.ping();
             self.silent += KEEP_ALIVE;
             return match self.silent > super::super::SOON {
-                true => Err("nothing comes any more".into()),
+                true => Err("no packet arrives any more".into()),
                 false => Ok(()),
             };
         };
@@ -373,7 +375,7 @@ impl Device {
         self.streams.queue(CONTROL, &Packet::PingReq);
     }
 
-    /// Those that it has not ended.
+    /// Data streams that the device has not ended.
     fn data_streams(&mut self) -> Vec<u32> {
         let used = self.flows.iter().map(|f| f.stream);
         let used = used.chain(self.filters.iter().map(|f| f.stream));
@@ -398,10 +400,10 @@ impl Device {
                 if self.deliveries.take(stream, &publish)? {
                     let fresh = self.deliveries.fresh - fresh;
                     self.world.pace.add_permits(fresh);
-                    let stamp = Stamp::read(&publish.payload).ok_or("a foreign message")?;
+                    let stamp = Stamp::read(&publish.payload).ok_or("the payload has no stamp")?;
                     let filter = &self.filters[stamp.stream as usize / 2 % FLOWS];
                     if stream != CONTROL && stream != filter.stream {
-                        return wrong("it was not subscribed here", &publish);
+                        return wrong("the filter was not subscribed on this stream", &publish);
                     }
                     let answer = match publish.qos {
                         1 => Packet::PubAck(ack_of(publish.id)),
@@ -412,7 +414,8 @@ impl Device {
             }
             Packet::PubRel(ack) => {
                 self.deliveries.released(ack.id);
-                // Where it can answer no more, PUBREL comes again on another.
+                // On an ended stream the device can send no answer; PUBREL comes again on another
+                // stream.
                 if !self.ended.contains(&stream) {
                     let answer = Packet::PubComp(ack_of(ack.id));
                     self.streams.queue(stream, &answer);
@@ -422,7 +425,7 @@ impl Device {
                 let elsewhere = self.ended.contains(&stream);
                 let on_control = elsewhere && self.rng.chance(50);
                 let Some(open) = self.find(ack.id, 2).filter(|open| open.on == stream) else {
-                    return wrong("nothing waits for it here", &packet);
+                    return wrong("no publish waits for it on this stream", &packet);
                 };
                 open.received = true;
                 if on_control {
@@ -436,17 +439,17 @@ impl Device {
             Packet::PubAck(ref ack) if ack.code < 0x80 => {
                 match self.find(ack.id, 1).map(|open| open.on) {
                     Some(on) if on == stream => self.answered(ack.id),
-                    _ => return wrong("nothing waits for it here", &packet),
+                    _ => return wrong("no publish waits for it on this stream", &packet),
                 }
             }
             Packet::PubComp(ref ack) if matches!(ack.code, 0 | 0x92) => {
                 match self.find(ack.id, 2) {
                     Some(open) if open.on == stream && open.received => {
                         if ack.code != 0 && !open.again {
-                            return wrong("it was released once", &packet);
+                            return wrong("the publish had been released only once", &packet);
                         }
                     }
-                    _ => return wrong("nothing waits for it here", &packet),
+                    _ => return wrong("no publish waits for it on this stream", &packet),
                 }
                 self.answered(ack.id);
             }
@@ -454,12 +457,12 @@ impl Device {
                 let asked = |f: &&mut Filter| f.asked == Some(codes.id) && f.stream == stream;
                 match self.filters.iter_mut().find(asked) {
                     Some(filter) if codes.codes == [2] => filter.asked = None,
-                    _ => return wrong("not what was asked for", &packet),
+                    _ => return wrong("it does not answer a request on this stream", &packet),
                 }
             }
             Packet::UnsubAck(ref codes) => {
                 if self.markers.remove(&codes.id) != Some(stream) {
-                    return wrong("not what was asked for", &packet);
+                    return wrong("it does not answer a request on this stream", &packet);
                 }
             }
             Packet::PingResp if stream == CONTROL => self.pongs += 1,
@@ -479,7 +482,8 @@ impl Device {
         }
     }
 
-    /// The server knows that a stream was ended: what it carried goes another way.
+    /// The server has noticed the end of a stream: its flow and its filter continue on other
+    /// streams.
     async fn gone(&mut self, stream: u32) -> Result {
         if !self.ended.remove(&stream) {
             return Err(format!("stream {stream} was ended by the server").into());
@@ -493,7 +497,7 @@ impl Device {
             if self.filters[filter].stream == stream {
                 // The SUBSCRIBE may be lost with its stream.
                 self.filters[filter].asked = None;
-                // Some stay on control for a while.
+                // Some filters stay on control for a while.
                 if self.rng.chance(75) {
                     self.subscribe(filter).await?;
                 }
@@ -503,9 +507,9 @@ impl Device {
     }
 
     async fn disturb(&mut self) -> Result {
-        let ends = self.told.ends.iter().sum::<u64>();
-        let what = ends as usize % self.told.ends.len();
-        self.told.ends[what] += 1;
+        let ends = self.report.ends.iter().sum::<u64>();
+        let what = ends as usize % self.report.ends.len();
+        self.report.ends[what] += 1;
         if self.number == 0 && ends % 2 == 1 {
             self.world.network.write().await.rebind();
         }
@@ -531,7 +535,7 @@ impl Device {
         for flow in self.flows.iter_mut().filter(|f| f.stream == stream) {
             flow.waits = true;
         }
-        // Those that were left on control.
+        // Subscribe again to filters that stayed on control.
         for filter in 0..FLOWS {
             let on = self.filters[filter].stream;
             if self.streams.on(on).is_none() && !self.ended.contains(&on) {
@@ -541,14 +545,14 @@ impl Device {
         Ok(())
     }
 
-    /// Loses its connection, or leaves it, and resumes over another.
+    /// Takes the session over on a new connection and breaks the old one off.
     async fn flap(&mut self) -> Result {
         let world = self.world.clone();
         let connecting = world.network.read().await;
         let (streams, ack) = Streams::connect(&self.dialer, &connect(self.number)).await?;
         drop(connecting);
         if !ack.session_present {
-            return Err("its session is gone".into());
+            return Err("the session was not present".into());
         }
         let how = self.rng.pick(&[Cut::Silent, Cut::Reset]);
         self.abandoned = Some(std::mem::replace(&mut self.streams, streams).cut(how));

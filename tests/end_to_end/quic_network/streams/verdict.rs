@@ -1,5 +1,5 @@
-//! What may come to a client that has several streams: of its deliveries, and at the listener of its
-//! publishes.
+//! The rules for messages on several streams: deliveries to a client, and a client's publishes at a
+//! listener.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -7,28 +7,28 @@ use tidegate_kit::audit::Stamp;
 use tidegate_kit::streams::CONTROL;
 use tidegate_kit::wire::Publish;
 
-/// One delivery of a message: the connection and the stream that it came on.
+/// The connection and the stream of one delivery.
 type Place = (u32, u32);
 
-/// What a client got.
+/// The messages that a client got.
 #[derive(Default)]
 pub struct Deliveries {
-    /// Number of the connection.
+    /// The number of the connection.
     pub connection: u32,
-    /// By flow, the messages that came and where the last copy did.
+    /// By flow, the sequence numbers of the messages that came, with the place of the last copy.
     flows: HashMap<u32, BTreeMap<u64, Place>>,
-    /// By place and flow, the last message: streams keep no order with each other.
+    /// The last message by place and flow: streams are not ordered among each other.
     last: HashMap<(Place, u32), u64>,
-    /// QoS 2 deliveries that are not released.
+    /// QoS 2 deliveries that have not been released.
     unreleased: HashMap<u16, (u32, u64)>,
-    /// Streams of this connection that the client has ended, or the server.
+    /// Streams of this connection that the client or the server has ended.
     ended: BTreeSet<u32>,
-    /// Messages that came.
+    /// The number of distinct messages that came.
     pub fresh: usize,
-    /// Deliveries on data streams, and on control.
+    /// The numbers of deliveries on data streams and on control.
     pub on_data: u64,
     pub on_control: u64,
-    /// Copies that came again, as they must.
+    /// The number of legal second copies.
     pub again: u64,
 }
 
@@ -38,19 +38,21 @@ impl Deliveries {
         self.ended.clear();
     }
 
-    /// The client acknowledges nothing more on this stream.
+    /// Notes that the client acknowledges no further delivery on this stream.
     pub fn ended(&mut self, stream: u32) {
         self.ended.insert(stream);
     }
 
-    /// Something was lost on the way to the client, so that DUP may stand on what it never saw.
+    /// Whether a packet may have been lost on the way to the client, so that a message which it
+    /// never saw may carry DUP.
     fn may_miss(&self) -> bool {
         self.connection > 1 || !self.ended.is_empty()
     }
 
-    /// Judges a delivery; false: it is left alone, and comes again.
+    /// Judges a delivery. Returns false if the client ignores it, because its stream has ended and
+    /// it comes again.
     pub fn take(&mut self, stream: u32, publish: &Publish) -> Result<bool, String> {
-        let stamp = Stamp::read(&publish.payload).ok_or("a foreign message")?;
+        let stamp = Stamp::read(&publish.payload).ok_or("the payload has no stamp")?;
         let (flow, seq, place) = (stamp.stream, stamp.seq, (self.connection, stream));
         let wrong = |what: &str| {
             let (qos, id, dup) = (publish.qos, publish.id, publish.dup);
@@ -59,7 +61,7 @@ impl Deliveries {
             ))
         };
         if publish.qos != super::qos_of(flow) || publish.retain {
-            return wrong("not as it was published");
+            return wrong("QoS or RETAIN differ from the publish");
         }
         if self.ended.contains(&stream) {
             return Ok(false);
@@ -76,27 +78,29 @@ impl Deliveries {
         let before = self.flows.entry(flow).or_default().insert(seq, place);
         if publish.qos == 2 {
             match self.unreleased.insert(publish.id, (flow, seq)) {
-                // Known by its identifier until PUBREL.
-                Some(known) if known != (flow, seq) => return wrong("its identifier is in use"),
-                Some(_) if !publish.dup => return wrong("again without DUP"),
+                // Until PUBREL, the packet identifier names the message.
+                Some(known) if known != (flow, seq) => {
+                    return wrong("another message still uses the packet identifier");
+                }
+                Some(_) if !publish.dup => return wrong("a second copy without DUP"),
                 Some(_) => {}
-                None if before.is_some() => return wrong("twice"),
+                None if before.is_some() => return wrong("a second delivery after PUBREL"),
                 None => {}
             }
         }
         let Some((connection, on)) = before else {
             self.fresh += 1;
             return match publish.dup && !self.may_miss() {
-                true => wrong("DUP, and it was never sent before"),
+                true => wrong("DUP on the first delivery, with no connection or stream lost"),
                 false => Ok(true),
             };
         };
         self.again += 1;
         if !publish.dup {
-            return wrong("again without DUP");
+            return wrong("a second copy without DUP");
         }
         if connection == self.connection && !self.ended.contains(&on) {
-            return wrong("again, and its stream lives");
+            return wrong("a second copy although the stream of the first is alive");
         }
         Ok(true)
     }
@@ -105,13 +109,13 @@ impl Deliveries {
         self.unreleased.remove(&id);
     }
 
-    /// All of `flows` is here, up to `count`, and released.
+    /// Whether all messages of `flows` up to `count` have come and been released.
     pub fn complete(&self, flows: impl IntoIterator<Item = u32>, count: u64) -> bool {
         let whole = |flow| self.flows.get(&flow).map_or(0, |f| f.len()) as u64 == count;
         self.unreleased.is_empty() && flows.into_iter().all(whole)
     }
 
-    /// The last of each flow.
+    /// The last sequence number by flow.
     pub fn last(&self) -> HashMap<u32, u64> {
         let last = |here: &BTreeMap<u64, Place>| here.last_key_value().map_or(0, |(seq, _)| *seq);
         self.flows
@@ -120,21 +124,21 @@ impl Deliveries {
             .collect()
     }
 
-    /// Of each flow everything up to `last` is here.
+    /// Checks that each flow's messages up to `last` have come.
     pub fn gapless(&self, last: &HashMap<u32, u64>) -> Result<(), String> {
         for (flow, last) in last {
             let missing = self.missing(*flow, *last);
             if !missing.is_empty() {
                 let connection = self.connection;
                 return Err(format!(
-                    "of flow {flow} up to {last} {missing:?} did not come on connection {connection}"
+                    "flow {flow} up to {last}: {missing:?} did not arrive by connection {connection}"
                 ));
             }
         }
         Ok(())
     }
 
-    /// The first of what is still to come, for the eye.
+    /// The first five missing messages, for an error text.
     pub fn missing(&self, flow: u32, count: u64) -> Vec<u64> {
         let here = self.flows.get(&flow);
         let missing = |seq: &u64| here.is_none_or(|h| !h.contains_key(seq));
@@ -142,7 +146,7 @@ impl Deliveries {
     }
 }
 
-/// What a listener heard of all clients' publishes.
+/// The publishes of all clients that a listener received.
 #[derive(Default)]
 pub struct Heard {
     last: HashMap<u32, u64>,
@@ -150,9 +154,9 @@ pub struct Heard {
 }
 
 impl Heard {
-    /// Each flow is in order; only QoS 1 may come again.
+    /// Checks that each flow is in order; only QoS 1 may come again.
     pub fn take(&mut self, publish: &Publish) -> Result<(), String> {
-        let stamp = Stamp::read(&publish.payload).ok_or("a foreign message")?;
+        let stamp = Stamp::read(&publish.payload).ok_or("the payload has no stamp")?;
         let last = self.last.entry(stamp.stream).or_default();
         match stamp.seq {
             seq if seq == *last + 1 => *last = seq,
@@ -161,13 +165,14 @@ impl Heard {
             }
             seq => {
                 let flow = stamp.stream;
-                return Err(format!("{seq} of flow {flow} was heard behind {last}"));
+                return Err(format!("message {seq} of flow {flow} arrived after {last}"));
             }
         }
         Ok(())
     }
 
-    /// At the end: `count` of each flow, and no message more often than it was sent.
+    /// Checks at the end that `count` messages of each flow came, and none more often than it was
+    /// sent.
     pub fn judge(
         &self,
         flows: impl IntoIterator<Item = u32>,
@@ -177,14 +182,16 @@ impl Heard {
         for flow in flows {
             let last = self.last.get(&flow).copied().unwrap_or_default();
             if last != count {
-                return Err(format!("of flow {flow} {last} messages were heard"));
+                return Err(format!(
+                    "{last} messages of flow {flow} arrived, not {count}"
+                ));
             }
         }
         for (message, times) in &self.again {
             let may = resent.get(message).copied().unwrap_or_default();
             if *times > may {
                 return Err(format!(
-                    "{message:?} was sent {may} times again and heard {times} times again"
+                    "{message:?} was sent again {may} times and arrived again {times} times"
                 ));
             }
         }
