@@ -24,6 +24,7 @@ mod barrier;
 mod broker;
 mod config;
 mod connections;
+mod data_links;
 mod delivery;
 mod filters;
 pub mod handle;
@@ -33,18 +34,14 @@ mod presence;
 pub mod publish;
 mod retained;
 mod sessions;
-mod sources;
+mod suback;
+mod subscribe;
 #[cfg(test)]
 pub(crate) mod testing;
-mod tick;
 mod types;
 
-use std::hash::BuildHasher;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-use foldhash::fast::FixedState;
-use parking_lot::RwLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::session::SessionLimits;
 use crate::store::Store;
@@ -54,7 +51,7 @@ pub use apply::Caller;
 pub use broker::BrokerFeatures;
 pub use config::RouterConfig;
 pub use filters::filter::LinkSession;
-pub use filters::links::Wanted;
+pub use filters::links::UpstreamSubscribe;
 pub use publish::ClientPublish;
 pub use sessions::Answered;
 pub use sessions::connect::{Connect, Connected, Refused};
@@ -65,7 +62,7 @@ use barrier::Barriers;
 use broker::BrokerLimits;
 use delivery::fanout::Routes;
 use delivery::shared::SharedGroups;
-use filters::table::Table;
+use filters::{Filters, FiltersConfig};
 use handle::TaskWaker;
 use presence::Presence;
 use publish::{PublishBudgets, Publishing};
@@ -84,27 +81,27 @@ pub struct Router {
     barriers: Barriers,
     retained: RetainedMessages,
     groups: SharedGroups,
-    table: RwLock<Table>,
+    filters: Filters,
     /// Wakes each data link's and shared link's task.
     data: Box<[Arc<TaskWaker>]>,
-    data_up: Box<[AtomicBool]>,
-    /// Until when the loss of a data link puts its filters in doubt, milliseconds.
-    doubted_until: Box<[AtomicU64]>,
-    /// How often a data link was lost.
-    data_lost: AtomicU64,
-    hasher: FixedState,
     ticks: AtomicU64,
 }
 
 impl Router {
     /// A router without sessions, with the filters that `store` knows.
     pub fn new(limits: SessionLimits, config: RouterConfig, store: &dyn Store) -> Self {
-        let numbers = store.identifiers();
-        let mut table = Table::new(numbers, config.data_links, config.shared_links);
-        table.local_groups = config.local_groups;
-        for root in &config.roots {
-            table.add_root(root);
-        }
+        let filters = FiltersConfig {
+            data_links: config.data_links,
+            shared_links: config.shared_links,
+            local_groups: config.local_groups,
+            linger: config.linger,
+            linger_busy_min: config.linger_busy_min,
+            lingering_max: config.filters_lingering_max,
+            client_lingering_max: limits.subscriptions_max,
+            client_lingering_bytes_max: limits.filter_bytes_max,
+            hash_seed: config.hash_seed,
+        };
+        let filters = Filters::new(filters, &config.roots, store.identifiers());
         let links = config.data_links + config.shared_links;
         let data: Box<[Arc<TaskWaker>]> = (0..links).map(|_| Arc::default()).collect();
         let publish_budgets = PublishBudgets {
@@ -125,17 +122,13 @@ impl Router {
                 publish_budgets,
                 limits.publish_account.clone(),
             ),
-            sessions: Sessions::new(limits, session_budgets, config.hash_seed, &table.lost),
+            sessions: Sessions::new(limits, session_budgets, config.hash_seed, filters.lost()),
             presence: Presence::new(config.presence_topic.clone(), config.started_at),
             barriers: Barriers::new(&data, config.data_links),
             retained: RetainedMessages::new(config.retained_cache),
             groups: SharedGroups::default(),
-            table: RwLock::new(table),
+            filters,
             data,
-            data_up: (0..links).map(|_| AtomicBool::new(false)).collect(),
-            doubted_until: (0..links).map(|_| AtomicU64::new(0)).collect(),
-            data_lost: AtomicU64::new(0),
-            hasher: FixedState::with_seed(config.hash_seed),
             ticks: AtomicU64::new(0),
             config,
         }
@@ -183,7 +176,7 @@ impl Router {
 
     /// Takes the actions that a session's change has left to take.
     fn settle(&self, actions: SessionActions, now: Millis) {
-        self.release(&actions.released, actions.shard, now);
+        self.filters.release(&actions.released, actions.shard, now);
         for will in actions.wills {
             self.publishing.publish_will(&self.sessions, will, now);
         }
@@ -202,7 +195,7 @@ impl Router {
             return;
         }
         let mut routes = Routes::default();
-        routes.find(&self.table.read(), self.config.data_links, batch);
+        routes.find(&self.filters.read(), self.config.data_links, batch);
         let batch = &*batch;
         let keeps_retain = self.broker.keeps_retain();
         for arrived in batch {
@@ -246,10 +239,10 @@ impl Router {
             let actions = self.sessions.tick(shard, now);
             self.settle(actions, now);
         }
-        self.tick_waiters(now);
+        self.tick_late(now);
         self.tick_unsubscribed(now);
-        let replies = self.retained.tick(&self.sessions, self, now);
-        self.reply(&replies);
+        let granted = self.retained.tick(&self.sessions, &self.filters, now);
+        self.tell_granted(&granted);
         self.retained
             .forget_missed(|| self.data_settled().then(|| self.data_losses()));
         // It walks over all lingering filters, so not at each tick.
@@ -259,11 +252,7 @@ impl Router {
             .is_multiple_of(10)
         {
             self.tick_linger(now);
-            self.table.read().suggest_root();
+            self.filters.read().suggest_root();
         }
-    }
-
-    fn hash(&self, text: &str) -> u64 {
-        self.hasher.hash_one(text)
     }
 }

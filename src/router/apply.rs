@@ -26,7 +26,6 @@ impl Router {
     /// Carries out the effects of a session's packets, in order. To be called after
     /// [`Router::feed`], and before the next packet of the client is judged.
     pub fn apply(&self, caller: Caller, effects: Vec<Effect>, now: Millis) {
-        let (session, connection_no) = (caller.session, caller.connection_no);
         for effect in effects {
             match effect {
                 Effect::Publish {
@@ -39,21 +38,14 @@ impl Router {
                         message,
                         origin_mark,
                     };
-                    self.publish(session, caller.publish_link, publish, now);
+                    self.publish(caller.session, caller.publish_link, publish, now);
                 }
                 Effect::Subscribe {
                     packet_id,
                     identifier,
                     requests,
-                } => self.subscribe(
-                    session,
-                    connection_no,
-                    packet_id,
-                    identifier,
-                    &requests,
-                    now,
-                ),
-                Effect::Unsubscribe { filters } => self.unsubscribe(session, &filters, now),
+                } => self.subscribe(caller, packet_id, identifier, &requests, now),
+                Effect::Unsubscribe { filters } => self.unsubscribe(caller.session, &filters, now),
             }
         }
     }

@@ -1,10 +1,112 @@
-//! The filters that clients subscribe to, and what the broker has been asked and has said of each.
+//! The filters that clients subscribe to, and their state at the broker.
+//!
+//! [`Filters`] owns them. Each of its methods takes the table's lock once and returns the actions
+//! that are left to the router; none of them calls a module beside this one.
 
+pub(super) mod actions;
 pub(super) mod filter;
-pub(super) mod linger;
+mod linger;
 pub(super) mod links;
-pub(super) mod local;
-pub(super) mod roots;
-pub(super) mod suback;
+mod local;
+mod release;
+mod roots;
+mod sources;
+mod suback;
 pub(super) mod subscribe;
 pub(super) mod table;
+
+use std::hash::BuildHasher;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Duration;
+
+use foldhash::fast::FixedState;
+use parking_lot::{RwLock, RwLockReadGuard};
+
+use crate::router::lost::Lost;
+use crate::store::Identifiers;
+use crate::time::Millis;
+use table::Table;
+
+/// Repeats of a log line are counted, and not written, for this long.
+pub(super) const LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Filters that are known at once at most, in use or lingering.
+pub(super) const FILTERS_MAX: usize = 1_000_000;
+
+/// The configuration of the filters.
+#[derive(Clone, Debug)]
+pub(super) struct FiltersConfig {
+    /// Number of data links.
+    pub data_links: usize,
+    /// Number of links for shared subscriptions.
+    pub shared_links: usize,
+    /// Messages of shared subscriptions are distributed at this node.
+    pub local_groups: bool,
+    /// How long a filter without subscribers stays subscribed.
+    pub linger: Millis,
+    /// How long a busy or surplus filter without subscribers stays subscribed at least.
+    pub linger_busy_min: Millis,
+    /// Filters that may linger.
+    pub lingering_max: usize,
+    /// Filters that may linger on one client's account, and bytes of their names.
+    pub client_lingering_max: usize,
+    pub client_lingering_bytes_max: usize,
+    /// Spreads filters over links, so that nobody can aim at one.
+    pub hash_seed: u64,
+}
+
+/// All filters, and the state of the links that carry them.
+#[derive(Debug)]
+pub(super) struct Filters {
+    config: FiltersConfig,
+    table: RwLock<Table>,
+    /// Filters that the broker has lost; shared with the shards, which ask for every delivery to
+    /// overlapping subscriptions.
+    lost: Arc<Lost>,
+    /// For each data and shared link, whether it is connected.
+    up: Box<[AtomicBool]>,
+    /// How often a link was lost.
+    losses: AtomicU64,
+    hasher: FixedState,
+}
+
+impl Filters {
+    /// The filters that `numbers` knows, which linger, and the `roots`.
+    pub fn new(config: FiltersConfig, roots: &[String], numbers: Box<dyn Identifiers>) -> Self {
+        let links = config.data_links + config.shared_links;
+        let mut table = Table::new(numbers, config.data_links, config.shared_links);
+        table.local_groups = config.local_groups;
+        for root in roots {
+            table.add_root(root);
+        }
+        Self {
+            lost: table.lost.clone(),
+            table: RwLock::new(table),
+            up: (0..links).map(|_| AtomicBool::new(false)).collect(),
+            losses: AtomicU64::new(0),
+            hasher: FixedState::with_seed(config.hash_seed),
+            config,
+        }
+    }
+
+    /// The filters that the broker has lost.
+    pub fn lost(&self) -> &Arc<Lost> {
+        &self.lost
+    }
+
+    /// Locks the table for reading.
+    pub fn read(&self) -> RwLockReadGuard<'_, Table> {
+        self.table.read()
+    }
+
+    /// The table with its lock.
+    #[cfg(test)]
+    pub fn table(&self) -> &RwLock<Table> {
+        &self.table
+    }
+
+    fn hash(&self, name: &str) -> u64 {
+        self.hasher.hash_one(name)
+    }
+}

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::mqtt::Message;
+use crate::mqtt::{Message, ReasonCode};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::router::handle::TaskWaker;
 use crate::router::publish::queue::PublishQueues;
-use crate::router::types::{Reply, RetainedRequest};
+use crate::router::types::{PendingGrant, RetainedRequest};
 use crate::router::{Answered, Router, SessionRef};
 
 impl Router {
@@ -60,25 +60,29 @@ impl Router {
 
     /// Up to `max` filters whose fetch begins now, with their names.
     pub fn next_fetches(&self, max: usize) -> Vec<(FilterId, Arc<str>)> {
-        self.retained.next_fetches(self, max)
+        self.retained.next_fetches(&self.filters, max)
     }
 
     /// The retained link brought a message for a filter.
     pub fn fetched(&self, filter: FilterId, message: &Message, now: Millis) {
         let (sessions, barriers) = (&self.sessions, &self.barriers);
         self.retained
-            .fetched(sessions, barriers, self, filter, message, now);
+            .fetched(sessions, barriers, &self.filters, filter, message, now);
     }
 
     /// The broker has answered a PINGREQ behind the fetch of these filters: the messages that it had
     /// are here.
     pub fn fetch_answered(&self, filters: &[FilterId]) {
-        self.reply(&self.retained.fetch_answered(filters));
+        self.tell_granted(&self.retained.fetch_answered(filters));
     }
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
     pub fn fetch_ended(&self, filters: &[FilterId], complete: bool, now: Millis) {
-        self.reply(&self.retained.fetch_ended(self, filters, complete, now));
+        self.tell_granted(
+            &self
+                .retained
+                .fetch_ended(&self.filters, filters, complete, now),
+        );
     }
 
     /// Filters whose retained messages are being fetched, or are to be.
@@ -103,13 +107,13 @@ impl Router {
 
     /// PINGREQ `number` of data link `link` was answered, and all messages before it are fanned out.
     pub fn barrier_passed(&self, link: usize, number: u64, now: Millis) {
-        let replies = self
-            .retained
-            .barrier_passed(&self.sessions, self, link, number, now);
-        self.reply(&replies);
+        let granted =
+            self.retained
+                .barrier_passed(&self.sessions, &self.filters, link, number, now);
+        self.tell_granted(&granted);
         let next = || self.barriers.ask_all();
         let complete = self.sessions.barrier_passed(link, number, next);
-        self.give_up(&complete, now);
+        self.filters.unsubscribed(&complete, now);
     }
 
     /// Whether PINGREQs of a lost connection have to be sent again.
@@ -125,24 +129,24 @@ impl Router {
         self.sessions.await_barriers(session, &barriers);
     }
 
-    /// Sends the retained messages of a filter to one subscription, and then `reply`.
+    /// Sends the retained messages of a filter to one subscription, and tells the client of the grant
+    /// behind them.
     pub(super) fn request_retained(
         &self,
-        filter: FilterId,
         request: RetainedRequest,
-        reply: Reply,
+        grant: PendingGrant,
         now: Millis,
     ) {
         let sessions = &self.sessions;
-        let replies = self.retained.request(sessions, filter, request, reply, now);
-        self.reply(&replies);
+        let granted = (self.retained).request(sessions, grant.filter, request, grant, now);
+        self.tell_granted(&granted);
     }
 
-    pub(super) fn reply(&self, replies: &[Reply]) {
-        for r in replies {
-            let answer = [(r.index, r.code)];
-            self.sessions
-                .answer_subscribe(r.session, r.connection_no, r.packet_id, &answer);
+    /// Tells clients of grants that are complete.
+    pub(super) fn tell_granted(&self, grants: &[PendingGrant]) {
+        for grant in grants {
+            let code = ReasonCode(grant.qos as u8);
+            self.sessions.answer(&grant.subscribe, code);
         }
     }
 }

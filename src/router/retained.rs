@@ -21,7 +21,7 @@ use crate::topics::FilterId;
 use crate::router::barrier::Barriers;
 use crate::router::handle::TaskWaker;
 use crate::router::sessions::Sessions;
-use crate::router::types::{Arrived, Reply, RetainedRequest};
+use crate::router::types::{Arrived, PendingGrant, RetainedRequest};
 use cache::{Buffered, Cache, Cached, Requests, State};
 
 /// Fetched messages that wait for the data links; further ones are handed on at once.
@@ -79,9 +79,9 @@ impl RetainedMessages {
         sessions: &Sessions,
         filter: FilterId,
         request: RetainedRequest,
-        reply: Reply,
+        reply: PendingGrant,
         now: Millis,
-    ) -> Vec<Reply> {
+    ) -> Vec<PendingGrant> {
         let mut cache = self.cache.lock();
         let deadline = now + SUBACK_WAIT_MS;
         cache
@@ -124,13 +124,18 @@ impl RetainedMessages {
 
     /// Takes the replies that have waited long enough, and releases fetched messages that have. Returns
     /// the replies to send now.
-    pub fn tick(&self, sessions: &Sessions, sources: &impl Sources, now: Millis) -> Vec<Reply> {
+    pub fn tick(
+        &self,
+        sessions: &Sessions,
+        sources: &impl Sources,
+        now: Millis,
+    ) -> Vec<PendingGrant> {
         let mut replies = self.late_replies(now);
         replies.extend(self.release_late(sessions, sources, now));
         replies
     }
 
-    fn late_replies(&self, now: Millis) -> Vec<Reply> {
+    fn late_replies(&self, now: Millis) -> Vec<PendingGrant> {
         let mut late = Vec::new();
         let mut cache = self.cache.lock();
         while let Some(&(deadline, filter)) = cache.reply_by.front()
@@ -150,7 +155,7 @@ impl RetainedMessages {
 
     /// The broker has answered a PINGREQ behind the fetch of these filters: the messages that it had
     /// are here. Returns the replies to send now.
-    pub fn fetch_answered(&self, filters: &[FilterId]) -> Vec<Reply> {
+    pub fn fetch_answered(&self, filters: &[FilterId]) -> Vec<PendingGrant> {
         let mut cache = self.cache.lock();
         let mut replies = Vec::new();
         for filter in filters {

@@ -8,6 +8,7 @@ mod handover;
 mod members;
 pub(super) mod shard;
 mod sockets;
+pub(super) mod subscriptions;
 pub(super) mod tally;
 pub(super) mod view;
 
@@ -21,7 +22,7 @@ use smallvec::SmallVec;
 
 use crate::budget::Account;
 use crate::mqtt::{Message, ReasonCode};
-use crate::session::{CloseReason, Effect, Incarnation, Redelivery, Session, SessionLimits, Token};
+use crate::session::{Effect, Incarnation, Redelivery, Session, SessionLimits, Token};
 use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -328,41 +329,6 @@ impl Sessions {
         }
         for handle in wakes {
             handle.raise();
-        }
-    }
-
-    /// Writes the outcome of filters of one SUBSCRIBE: their places in it, and the reason codes.
-    pub fn answer_subscribe(
-        &self,
-        session: SessionRef,
-        connection_no: u64,
-        packet_id: u16,
-        answers: &[(u16, ReasonCode)],
-    ) {
-        if answers.is_empty() {
-            return;
-        }
-        let mut shard = self.shard(session.shard);
-        let Some(slot) = shard.get(session) else {
-            return;
-        };
-        // Another connection's SUBSCRIBE may have the same packet identifier.
-        if slot.session.connection_no() != connection_no {
-            return;
-        }
-        let mut end: Option<CloseReason> = None;
-        for (index, code) in answers {
-            if let Err(close) = slot.session.subscribed(packet_id, *index, *code) {
-                end = Some(close);
-            }
-        }
-        slot.woken = true;
-        if let Some(handle) = slot.handle.clone() {
-            drop(shard);
-            match end {
-                Some(close) => handle.close(close),
-                None => handle.raise(),
-            }
         }
     }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use crate::mqtt::{Message, MessageSpec, Properties, QoS, SubscribeOptions, Version};
 use crate::router::handle::ConnectionHandle;
 use crate::router::{
-    BrokerFeatures, ClientPublish, Connect, Connected, LinkSession, Peer, Router, RouterConfig,
+    BrokerFeatures, Caller, ClientPublish, Connect, Connected, LinkSession, Peer, Router,
+    RouterConfig,
 };
 use crate::session::{ConnectionSpec, QueueFull, SessionLimits, SubscribeRequest, Will};
 use crate::store::Memory;
@@ -194,5 +195,10 @@ pub fn subscribe_handling(router: &Router, client: Connected, filter: &str, reta
             retain_handling,
         },
     };
-    router.subscribe(client.session, client.connection_no, 1, None, &[wanted], 0);
+    let caller = Caller {
+        session: client.session,
+        connection_no: client.connection_no,
+        publish_link: client.publish_link,
+    };
+    router.subscribe(caller, 1, None, &[wanted], 0);
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::mqtt::{Message, QoS, ReasonCode};
+use crate::mqtt::{Message, QoS};
 use crate::session::Incarnation;
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -61,35 +61,51 @@ pub struct RetainedRequest {
     pub identifier: Option<NonZeroU32>,
 }
 
-/// The outcome of one filter of a SUBSCRIBE, to be answered behind the filter's retained messages.
+/// Names one filter of a client's SUBSCRIBE.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Reply {
+pub(super) struct SubscribeRef {
     pub session: SessionRef,
-    pub connection_no: u64,
-    pub packet_id: u16,
-    pub index: u16,
-    pub code: ReasonCode,
-}
-
-/// One filter of a client's SUBSCRIBE whose outcome is not told yet.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::router) struct PendingGrant {
-    /// The client's filter.
-    pub filter: FilterId,
-    /// The client's session, and which incarnation of it sent the SUBSCRIBE.
-    pub session: SessionRef,
-    pub incarnation: Incarnation,
     /// The connection that sent the SUBSCRIBE; another one may use the same packet identifier.
     pub connection_no: u64,
-    /// Names the SUBSCRIBE to the session, and `index` the filter in it.
+    /// Names the SUBSCRIBE to the session.
     pub packet_id: u16,
+    /// The filter's place in the SUBSCRIBE.
     pub index: u16,
-    /// What the client asked for; once the filter is granted, what it is granted.
+}
+
+/// A client's subscriptions that overlap one filter.
+#[derive(Debug, Default)]
+pub(super) struct OverlappingFilters {
+    pub all: Vec<FilterId>,
+    /// Those that are granted.
+    pub active: Vec<FilterId>,
+}
+
+/// A filter is granted to a client at once.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Grant {
+    pub qos: QoS,
+    /// The broker has granted it, so the subscription counts at once.
+    pub confirmed: bool,
+    /// The client's overlapping filter that has to be granted at this QoS as well before the client
+    /// is told.
+    pub behind: Option<FilterId>,
+}
+
+/// One filter of a client's SUBSCRIBE whose outcome the client has not been told yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PendingGrant {
+    pub subscribe: SubscribeRef,
+    /// The client's filter.
+    pub filter: FilterId,
+    /// Which incarnation of the session sent the SUBSCRIBE.
+    pub incarnation: Incarnation,
+    /// The QoS that the client asked for; once the filter is granted, the QoS that it is granted.
     pub qos: QoS,
     /// The filter is granted. The client is told once an older overlapping filter of it, whose
-    /// copies it will get, is granted at this QoS as well.
+    /// copies it will get, is granted at this QoS as well, and once the retained messages are sent.
     pub granted: bool,
-    /// Retained messages are to follow the grant.
+    /// Retained messages are to be sent before the client is told of the grant.
     pub retained: bool,
     /// When the client gets an answer at the latest.
     pub deadline: Millis,

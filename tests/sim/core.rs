@@ -114,7 +114,7 @@ impl Core {
             for w in router.next_subscribes(0, 8) {
                 let at = self.at(0, rng, now);
                 self.requests
-                    .push_back((at, Request::Subscribe(w.number, w.name.to_string(), w.qos)));
+                    .push_back((at, Request::Subscribe(w.filter, w.name.to_string(), w.qos)));
             }
             for (number, name) in router.next_unsubscribes(0, 8) {
                 let at = self.at(0, rng, now);

@@ -140,7 +140,7 @@ fn a_publish_behind_a_subscribe_waits_for_its_answer() {
     assert!(rig.machine.paused());
     assert_eq!(rig.router.publishes_waiting(), 0);
     let wanted = rig.router.next_subscribes(0, 10);
-    rig.router.suback(wanted[0].number, ReasonCode(0), 0);
+    rig.router.suback(wanted[0].filter, ReasonCode(0), 0);
     // Time stands still for a packet that we do not read.
     rig.now = 5000;
     rig.on(Machine::resume).expect("it goes on");

@@ -457,9 +457,9 @@ mod tests {
     fn member(router: &Router, id: &str) -> (Connected, FilterId) {
         let client = testing::kept_client_of(router, id, Version::V5, None, 1);
         testing::subscribe(router, client, FILTER);
-        let number = router.table.write().intern(FILTER).0;
+        let number = router.filters.table().write().intern(FILTER).0;
         for wanted in router.next_subscribes(router.shared_link(0), 10) {
-            router.suback(wanted.number, ReasonCode(1), 1);
+            router.suback(wanted.filter, ReasonCode(1), 1);
         }
         (client, number)
     }
@@ -545,7 +545,7 @@ mod tests {
             std::thread::scope(|scope| {
                 scope.spawn(|| router.tick(1));
                 loop {
-                    let table = router.table.try_read();
+                    let table = router.filters.table().try_read();
                     let state = table.as_ref().and_then(|t| Some(t.get(number)?.phase()));
                     if state == Some(Phase::Unsubscribing) {
                         break assert!(!groups.contains_key(&number));

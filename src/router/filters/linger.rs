@@ -288,7 +288,7 @@ mod tests {
         router.set_broker_features(&testing::facts(), 0);
         router.data_link_up(0, LinkSession::New, true, 0);
         for wanted in router.next_subscribes(0, 10) {
-            router.suback(wanted.number, crate::mqtt::ReasonCode(2), 0);
+            router.suback(wanted.filter, crate::mqtt::ReasonCode(2), 0);
         }
         router
     }
@@ -306,7 +306,7 @@ mod tests {
             come_and_go(&router, flood, &format!("r/{n}"));
         }
         router.tick(1);
-        let table = router.table.read();
+        let table = router.filters.table.read();
         assert_eq!((table.lingering.len(), table.len()), (most + 1, most + 2));
         assert!(table.knows("r/mine") && table.knows("r/999") && !table.knows("r/0"));
     }
@@ -329,7 +329,7 @@ mod tests {
             }
         }
         router.tick(1);
-        let table = router.table.read();
+        let table = router.filters.table.read();
         assert_eq!((table.lingering.len(), table.len()), (most, most + 1));
     }
 
@@ -338,7 +338,7 @@ mod tests {
         let router = testing::router();
         let rest = "x".repeat(65_000);
         {
-            let mut table = router.table.write();
+            let mut table = router.filters.table.write();
             for n in 0..1100 {
                 let (number, _) = table.intern(&format!("{n}{rest}"));
                 table.reference(number, 0);
@@ -346,7 +346,7 @@ mod tests {
             }
         }
         router.tick(1100);
-        let table = router.table.read();
+        let table = router.filters.table.read();
         assert!(table.lingering.bytes() <= 64 * 1024 * 1024);
         assert_eq!(table.lingering.len(), 1032);
         assert!(!table.knows(&format!("0{rest}")) && table.knows(&format!("1099{rest}")));

@@ -54,6 +54,8 @@ pub(in crate::router) struct Table {
     /// linger, because the broker goes on sending us messages that other members of the group could
     /// have; nor do those beyond a client's share of the lingering filters.
     pub release_soon: Vec<FilterId>,
+    /// For each link, until when its loss puts its filters in doubt.
+    pub doubted_until: Vec<Option<Millis>>,
     /// Filters with clients that wait for a SUBACK, by the deadlines of their grants.
     pub deadlines: BTreeSet<(Millis, FilterId)>,
     /// Filters that the broker had granted and has lost, until it grants them again.
@@ -89,6 +91,7 @@ impl Table {
             below_roots: FilterTrie::new(),
             awaiting_root: BTreeSet::new(),
             release_soon: Vec::new(),
+            doubted_until: vec![None; links],
             deadlines: BTreeSet::new(),
             lost: Arc::default(),
         }
@@ -334,6 +337,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::router::types::SubscribeRef;
     use crate::session::Incarnation;
     use crate::store::{Memory, Store};
 
@@ -391,16 +395,18 @@ mod tests {
     #[test]
     fn a_grant_that_waits_for_more_keeps_a_deadline_that_others_had_too() {
         let grant = |qos, deadline| PendingGrant {
-            filter: FilterId(0),
-            session: SessionRef {
-                shard: 0,
-                slot: 0,
-                slot_version: 0,
+            subscribe: SubscribeRef {
+                session: SessionRef {
+                    shard: 0,
+                    slot: 0,
+                    slot_version: 0,
+                },
+                connection_no: 0,
+                packet_id: 1,
+                index: 0,
             },
+            filter: FilterId(0),
             incarnation: Incarnation::nth(0),
-            connection_no: 0,
-            packet_id: 1,
-            index: 0,
             qos,
             granted: false,
             retained: false,

@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 use crate::budget::Account;
 use crate::mqtt::Message;
 use crate::router::retained::missed::Missed;
-use crate::router::types::{Arrived, Reply, RetainedRequest, SessionRef};
+use crate::router::types::{Arrived, PendingGrant, RetainedRequest, SessionRef};
 use crate::time::Millis;
 use crate::topics::{FilterId, FilterTrie};
 
@@ -152,7 +152,7 @@ pub(super) struct Cache {
     /// Hashes topics and payloads.
     pub(super) hasher: RandomState,
     /// Replies that wait, by filter, each until its deadline.
-    pub(super) replies: HashMap<FilterId, Vec<(Millis, Reply)>, RandomState>,
+    pub(super) replies: HashMap<FilterId, Vec<(Millis, PendingGrant)>, RandomState>,
     /// The deadlines of the replies, in order.
     pub(super) reply_by: VecDeque<(Millis, FilterId)>,
     pub(super) complete: LruCache<FilterId, (), RandomState>,
@@ -269,7 +269,7 @@ impl Cache {
     }
 
     /// The replies of a filter, if no more messages are awaited for it.
-    pub(super) fn replies_of(&mut self, number: FilterId) -> Vec<Reply> {
+    pub(super) fn replies_of(&mut self, number: FilterId) -> Vec<PendingGrant> {
         if self.replies.is_empty() || self.filters.get(&number).is_some_and(|c| c.is_awaited()) {
             return Vec::new();
         }

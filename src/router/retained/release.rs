@@ -13,7 +13,7 @@ use crate::router::retained::resync::hand_missed;
 use crate::router::retained::{RetainedMessages, Sources};
 use crate::router::sessions::Sessions;
 use crate::router::sessions::tally::Tally;
-use crate::router::types::{Reply, RetainedRequest};
+use crate::router::types::{PendingGrant, RetainedRequest};
 
 /// How long fetched messages may wait for a data link that is away.
 const BUFFERED_FOR_MS: Millis = 5000;
@@ -33,7 +33,7 @@ impl RetainedMessages {
         link: usize,
         number: u64,
         now: Millis,
-    ) -> Vec<Reply> {
+    ) -> Vec<PendingGrant> {
         let cache = self.cache.lock();
         if cache.buffered == 0 {
             return Vec::new();
@@ -50,7 +50,7 @@ impl RetainedMessages {
         sessions: &Sessions,
         sources: &impl Sources,
         now: Millis,
-    ) -> Vec<Reply> {
+    ) -> Vec<PendingGrant> {
         let cache = self.cache.lock();
         let is_late = |filter: &FilterId| {
             let ending = cache.filters.get(filter).and_then(|c| c.ending);
@@ -68,7 +68,7 @@ impl RetainedMessages {
         filters: &[FilterId],
         passed: impl Fn(usize, u64) -> bool,
         now: Millis,
-    ) -> Vec<Reply> {
+    ) -> Vec<PendingGrant> {
         let (mut replies, mut again) = (Vec::new(), false);
         for &filter in filters {
             let messages = cache.release(filter, &passed);
@@ -91,7 +91,7 @@ impl RetainedMessages {
         filters: &[FilterId],
         complete: bool,
         now: Millis,
-    ) -> Vec<Reply> {
+    ) -> Vec<PendingGrant> {
         let mut cache = self.cache.lock();
         let (mut replies, mut again) = (Vec::new(), false);
         for &filter in filters {
@@ -187,7 +187,7 @@ fn end_if_over(
     sources: &impl Sources,
     cache: &mut Cache,
     filter: FilterId,
-    replies: &mut Vec<Reply>,
+    replies: &mut Vec<PendingGrant>,
 ) -> bool {
     cache.filters.get(&filter).is_some_and(|c| c.is_over())
         && end(sources, cache, filter, true, replies)
@@ -199,7 +199,7 @@ fn end(
     cache: &mut Cache,
     filter: FilterId,
     complete: bool,
-    replies: &mut Vec<Reply>,
+    replies: &mut Vec<PendingGrant>,
 ) -> bool {
     let Some(cached) = cache.filters.get_mut(&filter) else {
         return false;

@@ -9,8 +9,7 @@ use foldhash::fast::RandomState;
 use lru::LruCache;
 use slab::Slab;
 
-use crate::mqtt::QoS;
-use crate::session::{ENTRY_BYTES, Ended, Session, Subscription};
+use crate::session::{ENTRY_BYTES, Ended, Session};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -197,41 +196,6 @@ impl Shard {
             s.armed = None;
         }
         Some(slot)
-    }
-
-    /// Puts the members in line with one subscription of a session.
-    pub fn join(&mut self, slot: u32, s: &Subscription) {
-        self.members.entry(s.filter).or_default().join(slot, s);
-    }
-
-    /// The broker has granted a filter: the subscriptions on it that did not count yet do now.
-    ///
-    /// `newly`: sessions with overlapping filters whose subscription counts from here on.
-    pub fn confirm(&mut self, filter: FilterId, granted: QoS, newly: &mut Vec<(SessionRef, QoS)>) {
-        let shard = self.number;
-        let Self { slots, members, .. } = self;
-        for member in (members.get_mut(&filter).into_iter()).flat_map(Members::all_mut) {
-            let Some(slot) = slots.get_mut(member.slot as usize) else {
-                continue;
-            };
-            let newly_active = slot.session.activate_subscription(filter);
-            let Some(subscription) = slot.session.subscription(filter) else {
-                continue;
-            };
-            let granted = subscription.asked.min(granted);
-            if newly_active || subscription.options.qos < granted {
-                subscription.options.qos = granted;
-                member.qos = Some(granted);
-            }
-            if newly_active && subscription.overlaps > 0 {
-                let reference = SessionRef {
-                    shard,
-                    slot: member.slot,
-                    slot_version: slot.slot_version,
-                };
-                newly.push((reference, granted));
-            }
-        }
     }
 
     /// Takes a session out of a filter's members.

@@ -234,12 +234,12 @@ impl DataLink {
                 let id = self.free_id();
                 let identifier = self
                     .identifiers
-                    .then(|| these[0].number.subscription_identifier());
+                    .then(|| these[0].filter.subscription_identifier());
                 let filters = these
                     .iter()
                     .map(|w| (&*w.name, options(w.qos, self.keeps_retain)));
                 encode_subscribe(self.version, id, identifier, filters, out);
-                let numbers = these.iter().map(|w| w.number).collect();
+                let numbers = these.iter().map(|w| w.filter).collect();
                 self.requests.insert(id, Request::Subscribe(numbers));
             }
         }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::router::types::SessionRef;
+use crate::router::types::{SessionRef, SubscribeRef};
 use crate::session::Incarnation;
 
 const GROUP: FilterId = FilterId(9);
@@ -33,16 +33,18 @@ fn code(qos: QoS) -> ReasonCode {
 
 fn grant(qos: QoS, deadline: Millis) -> PendingGrant {
     PendingGrant {
-        filter: FilterId(0),
-        session: SessionRef {
-            shard: 0,
-            slot: 0,
-            slot_version: 0,
+        subscribe: SubscribeRef {
+            session: SessionRef {
+                shard: 0,
+                slot: 0,
+                slot_version: 0,
+            },
+            connection_no: 1,
+            packet_id: 1,
+            index: 0,
         },
+        filter: FilterId(0),
         incarnation: Incarnation::nth(1),
-        connection_no: 1,
-        packet_id: 1,
-        index: 0,
         qos,
         granted: false,
         retained: false,

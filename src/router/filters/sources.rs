@@ -1,34 +1,32 @@
 //! The filters, as far as their retained messages have to know them.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
+use crate::router::filters::Filters;
+use crate::router::filters::filter::Filter;
+use crate::router::retained::Sources;
 use crate::topics::FilterId;
 
-use crate::router::Router;
-use crate::router::retained::Sources;
-
-impl Sources for Router {
+impl Sources for Filters {
     fn name(&self, filter: FilterId) -> Option<Arc<str>> {
         self.table.read().get(filter).map(|f| f.name().clone())
     }
 
     fn data_link(&self, filter: FilterId) -> Option<usize> {
         let table = self.table.read();
-        let source = table.get(table.source(filter))?;
-        source.link().filter(|link| *link < self.config.data_links)
+        let link = table.get(table.source(filter)).and_then(Filter::link);
+        link.filter(|link| *link < self.config.data_links)
     }
 
     fn is_away(&self, filter: FilterId) -> bool {
-        let link = self.data_link(filter);
-        link.is_some_and(|link| !self.data_up[link].load(Ordering::Acquire))
+        self.data_link(filter).is_some_and(|link| !self.is_up(link))
     }
 
     fn receivers(&self, filter: FilterId, topic: &str, f: &mut dyn FnMut(FilterId, u64)) {
         let table = self.table.read();
-        let mut with_mask = |n: FilterId| {
-            if let Some(filter) = table.get(n) {
-                f(n, filter.mask());
+        let mut with_mask = |id: FilterId| {
+            if let Some(filter) = table.get(id) {
+                f(id, filter.mask());
             }
         };
         with_mask(filter);

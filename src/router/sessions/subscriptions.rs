@@ -1,0 +1,351 @@
+//! The sessions' part of SUBSCRIBE: subscriptions join their session and begin to count, and clients
+//! are answered. Each method takes the lock of the session's shard once.
+
+use std::sync::Arc;
+
+use crate::mqtt::{QoS, ReasonCode};
+use crate::session::{CloseReason, Incarnation, Session, Subscription};
+use crate::topics::{FilterId, has_wildcard, overlaps};
+
+use crate::router::handle::ConnectionHandle;
+use crate::router::sessions::Sessions;
+use crate::router::sessions::members::Members;
+use crate::router::sessions::shard::{Shard, Slot};
+use crate::router::types::{
+    Grant, OverlappingFilters, PendingGrant, RetainedRequest, SubscribeRef,
+};
+
+/// A subscription that has joined its session.
+#[derive(Debug)]
+pub(in crate::router) struct Joined {
+    pub incarnation: Incarnation,
+    /// It replaced a subscription on the same filter.
+    pub replaced: bool,
+    /// Retained messages are to follow the grant.
+    pub retained: bool,
+    /// Overlapping subscriptions that became active since the filter was admitted.
+    pub late: Vec<FilterId>,
+    /// The client has been answered.
+    pub answered: bool,
+}
+
+/// A filter that was granted to a client.
+#[derive(Debug)]
+pub(in crate::router) struct Granted {
+    /// The client's active subscriptions that overlap it, if they have to be raised.
+    pub overlapping: Vec<FilterId>,
+    /// The request for its retained messages, if they are to follow.
+    pub retained: Option<RetainedRequest>,
+    /// The client has been answered.
+    pub answered: bool,
+}
+
+/// A subscription that counts from now on, and overlaps others of its session.
+#[derive(Debug)]
+pub(in crate::router) struct NewlyActive {
+    pub qos: QoS,
+    /// The client's other active subscriptions that overlap it.
+    pub overlapping: Vec<FilterId>,
+}
+
+/// A task to be woken once the shard's lock is given back.
+struct Waking {
+    handle: Arc<ConnectionHandle>,
+    end: Option<CloseReason>,
+}
+
+impl Waking {
+    fn wake(self) {
+        match self.end {
+            Some(reason) => self.handle.close(reason),
+            None => self.handle.raise(),
+        }
+    }
+}
+
+impl Sessions {
+    /// The subscriptions of a session that overlap a filter which it subscribes to. `None`: the
+    /// connection is gone.
+    pub fn overlapping(
+        &self,
+        subscribe: &SubscribeRef,
+        filter: &str,
+    ) -> Option<OverlappingFilters> {
+        let mut shard = self.shard(subscribe.session.shard);
+        let slot = shard.subscriber(subscribe)?;
+        let wild = has_wildcard(filter);
+        let all = slot.session.subscriptions().iter();
+        let all = all.filter(|s| !s.shared && (s.wild || wild) && *s.name != *filter);
+        let mut found = OverlappingFilters::default();
+        for s in all.filter(|s| overlaps(&s.name, filter)) {
+            found.all.push(s.filter);
+            if s.active {
+                found.active.push(s.filter);
+            }
+        }
+        Some(found)
+    }
+
+    /// Puts a subscription in force for its session. If it has a confirmed grant it is active at once;
+    /// if nothing else has to come first, the client is answered. `raised` are the overlapping
+    /// subscriptions from before. `None`: the connection is gone.
+    pub fn join(
+        &self,
+        subscribe: &SubscribeRef,
+        mut new: Subscription,
+        grant: Option<Grant>,
+        raised: &OverlappingFilters,
+    ) -> Option<Joined> {
+        let at = subscribe.session.slot;
+        let mut shard = self.shard(subscribe.session.shard);
+        let slot = shard.subscriber(subscribe)?;
+        let scope = slot.session.connection_ref().and_then(|c| c.scope.as_ref());
+        if let Some(scope) = scope {
+            new.wild_below = Subscription::wild_below(&new.name, scope.mount.len());
+        }
+        let (filter, options, shared) = (new.filter, new.options, new.shared);
+        let replaced = slot.session.add_subscription(new).is_some();
+        let mut late = Vec::new();
+        if let Some(grant) = grant {
+            if grant.confirmed {
+                activate(&mut slot.session, filter, options.qos, grant.qos);
+            }
+            late = active_overlapping(&slot.session, filter, grant.qos);
+            late.retain(|id| !raised.active.contains(id));
+        }
+        // A shared subscription gets no retained messages (MQTT 5 §4.8.2).
+        let retained = !shared
+            && (options.retain_handling == 0 || (options.retain_handling == 1 && !replaced));
+        let mut joined = Joined {
+            incarnation: slot.session.incarnation,
+            replaced,
+            retained,
+            late,
+            answered: false,
+        };
+        // A member of a group is answered once it has joined the group.
+        let complete = grant.filter(|g| g.behind.is_none());
+        let complete = complete.filter(|_| !shared && !retained && joined.late.is_empty());
+        let waking = complete.and_then(|grant| {
+            joined.answered = true;
+            let answer = (subscribe.index, ReasonCode(grant.qos as u8));
+            answer_to(slot, subscribe.packet_id, &[answer])
+        });
+        if !shared {
+            shard.rejoin_with(at, filter);
+        }
+        drop(shard);
+        if let Some(waking) = waking {
+            waking.wake();
+        }
+        Some(joined)
+    }
+
+    /// A client's filter is granted: by the broker at QoS `active`, and then the subscription counts
+    /// from here on, or in its place. The client is answered, unless overlapping subscriptions have to
+    /// be raised first, with `raise`, or retained messages have to be sent. `None`: another session has
+    /// taken the place of this one.
+    pub fn grant(
+        &self,
+        grant: &PendingGrant,
+        active: Option<(QoS, QoS)>,
+        raise: bool,
+    ) -> Option<Granted> {
+        let subscribe = &grant.subscribe;
+        let at = subscribe.session.slot;
+        let mut shard = self.shard(subscribe.session.shard);
+        let slot = shard.incarnation(grant)?;
+        if let Some((asked, granted)) = active {
+            activate(&mut slot.session, grant.filter, asked, granted);
+        }
+        let overlapping = match raise {
+            true => active_overlapping(&slot.session, grant.filter, grant.qos),
+            false => Vec::new(),
+        };
+        let subscription = slot.session.subscription(grant.filter);
+        let retained = subscription.filter(|_| grant.retained);
+        let retained = retained.map(|s| RetainedRequest {
+            session: subscribe.session,
+            incarnation: grant.incarnation,
+            qos: grant.qos,
+            identifier: s.identifier,
+        });
+        let answered = overlapping.is_empty() && retained.is_none();
+        let mut waking = None;
+        if answered && slot.session.connection_no() == subscribe.connection_no {
+            let answer = (subscribe.index, ReasonCode(grant.qos as u8));
+            waking = answer_to(slot, subscribe.packet_id, &[answer]);
+        }
+        if active.is_some() {
+            shard.update_member(at, grant.filter);
+        }
+        drop(shard);
+        if let Some(waking) = waking {
+            waking.wake();
+        }
+        Some(Granted {
+            overlapping,
+            retained,
+            answered,
+        })
+    }
+
+    /// A client's filter is refused: its subscription goes, and the client is answered. Whether there
+    /// was a subscription.
+    pub fn refuse(&self, grant: &PendingGrant, code: ReasonCode) -> bool {
+        let subscribe = &grant.subscribe;
+        let mut shard = self.shard(subscribe.session.shard);
+        let Some(slot) = shard.incarnation(grant) else {
+            return false;
+        };
+        let removed = slot.session.remove_subscription(grant.filter).is_some();
+        let mut waking = None;
+        if slot.session.connection_no() == subscribe.connection_no {
+            waking = answer_to(slot, subscribe.packet_id, &[(subscribe.index, code)]);
+        }
+        if removed {
+            shard.leave(subscribe.session.slot, grant.filter);
+        }
+        drop(shard);
+        if let Some(waking) = waking {
+            waking.wake();
+        }
+        removed
+    }
+
+    /// Writes the outcome of one filter of a SUBSCRIBE.
+    pub fn answer(&self, subscribe: &SubscribeRef, code: ReasonCode) {
+        self.answer_all(subscribe, &[(subscribe.index, code)]);
+    }
+
+    /// Writes the outcome of filters of one SUBSCRIBE: their places in it, and the reason codes.
+    pub fn answer_all(&self, subscribe: &SubscribeRef, answers: &[(u16, ReasonCode)]) {
+        if answers.is_empty() {
+            return;
+        }
+        let mut shard = self.shard(subscribe.session.shard);
+        let slot = shard.get(subscribe.session);
+        // Another connection's SUBSCRIBE may have the same packet identifier.
+        let slot = slot.filter(|s| s.session.connection_no() == subscribe.connection_no);
+        let waking = slot.and_then(|slot| answer_to(slot, subscribe.packet_id, answers));
+        drop(shard);
+        if let Some(waking) = waking {
+            waking.wake();
+        }
+    }
+
+    /// The broker has confirmed a filter that was granted without its answer: the subscriptions on it
+    /// in the shards of `mask` count from now on. Returns those that overlap others.
+    pub fn confirm(&self, filter: FilterId, mask: u64, granted: QoS) -> Vec<NewlyActive> {
+        let mut newly = Vec::new();
+        for number in self.shards().filter(|n| mask & (1 << n) != 0) {
+            self.shard(number).confirm(filter, granted, &mut newly);
+        }
+        newly
+    }
+}
+
+impl Shard {
+    /// The session of a SUBSCRIBE, if the connection that sent it is its current one.
+    fn subscriber(&mut self, subscribe: &SubscribeRef) -> Option<&mut Slot> {
+        let slot = self.get(subscribe.session)?;
+        let current = slot.session.connection_no() == subscribe.connection_no;
+        (current && !slot.session.is_closed()).then_some(slot)
+    }
+
+    /// The session of a grant, unless a clean start has put another in its place.
+    fn incarnation(&mut self, grant: &PendingGrant) -> Option<&mut Slot> {
+        self.get(grant.subscribe.session)
+            .filter(|slot| slot.session.incarnation == grant.incarnation)
+    }
+
+    /// Puts the members in line with a new subscription of a session, and with the others if their
+    /// overlap marks have changed.
+    fn rejoin_with(&mut self, slot: u32, filter: FilterId) {
+        let Some(s) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        let overlaps = s.session.subscription(filter).map(|s| s.overlaps > 0);
+        match overlaps {
+            Some(true) => self.rejoin(slot),
+            Some(false) => self.update_member(slot, filter),
+            None => {}
+        }
+    }
+
+    /// Puts the members in line with one subscription of a session.
+    fn update_member(&mut self, slot: u32, filter: FilterId) {
+        let Self { slots, members, .. } = self;
+        let s = slots.get_mut(slot as usize);
+        let subscription = s.and_then(|s| s.session.subscription(filter));
+        if let Some(subscription) = subscription.filter(|s| !s.shared) {
+            members.entry(filter).or_default().join(slot, subscription);
+        }
+    }
+
+    fn confirm(&mut self, filter: FilterId, granted: QoS, newly: &mut Vec<NewlyActive>) {
+        let Self { slots, members, .. } = self;
+        for member in (members.get_mut(&filter).into_iter()).flat_map(Members::all_mut) {
+            let Some(slot) = slots.get_mut(member.slot as usize) else {
+                continue;
+            };
+            let newly_active = slot.session.activate_subscription(filter);
+            let Some(subscription) = slot.session.subscription(filter) else {
+                continue;
+            };
+            let qos = subscription.asked.min(granted);
+            if newly_active || subscription.options.qos < qos {
+                subscription.options.qos = qos;
+                member.qos = Some(qos);
+            }
+            let overlapping = match newly_active {
+                true => active_overlapping(&slot.session, filter, qos),
+                false => Vec::new(),
+            };
+            if !overlapping.is_empty() {
+                newly.push(NewlyActive { qos, overlapping });
+            }
+        }
+    }
+}
+
+/// The broker has granted a filter: the subscription counts from here on, at the QoS that was asked
+/// for last. A client that asked for `asked` was told no more than `granted`.
+fn activate(session: &mut Session, filter: FilterId, asked: QoS, granted: QoS) {
+    session.activate_subscription(filter);
+    let Some(subscription) = session.subscription(filter) else {
+        return;
+    };
+    if subscription.asked == asked {
+        subscription.asked = asked.min(granted);
+    }
+    subscription.options.qos = subscription.asked.min(granted);
+}
+
+/// The active subscriptions of a session that overlap the one on `filter`, if messages of that one may
+/// come above QoS 0.
+fn active_overlapping(session: &Session, filter: FilterId, qos: QoS) -> Vec<FilterId> {
+    let all = session.subscriptions();
+    let own = all.iter().find(|s| s.filter == filter && s.overlaps > 0);
+    let Some(own) = own.filter(|_| qos > QoS::AtMostOnce) else {
+        return Vec::new();
+    };
+    let others = all
+        .iter()
+        .filter(|s| s.filter != filter && s.active && !s.shared);
+    let others = others.filter(|s| overlaps(&s.name, &own.name));
+    others.map(|s| s.filter).collect()
+}
+
+/// Writes the outcome of filters of a SUBSCRIBE into the connection's output.
+fn answer_to(slot: &mut Slot, packet_id: u16, answers: &[(u16, ReasonCode)]) -> Option<Waking> {
+    let mut end = None;
+    for (index, code) in answers {
+        if let Err(reason) = slot.session.subscribed(packet_id, *index, *code) {
+            end = Some(reason);
+        }
+    }
+    slot.woken = true;
+    let handle = slot.handle.clone()?;
+    Some(Waking { handle, end })
+}

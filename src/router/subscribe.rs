@@ -1,0 +1,242 @@
+//! SUBSCRIBE and UNSUBSCRIBE of a client.
+//!
+//! Each filter of a SUBSCRIBE takes these steps; a step works under one lock and gives it back:
+//!
+//! 1. Shard of the session: find the client's subscriptions that overlap the filter. They decide which
+//!    link is best for a new filter, and whose QoS has to rise with this one's.
+//! 2. Table of filters: find or add the filter, place it on a link, and count the session's reference.
+//!    If the broker has granted the filter, the client is granted it at once, and its overlapping
+//!    subscriptions are raised to the QoS.
+//! 3. Shard of the session: the subscription joins its session. With a grant it is active from here on,
+//!    and the client is answered.
+//! 4. Table of filters: without a grant, ask the broker, and let the SUBSCRIBE wait for the SUBACK. With
+//!    a grant this step only happens if there is something to do: the subscription replaced another, or
+//!    an overlapping one has yet to be raised.
+//!
+//! So a filter takes the lock of the shard and the lock of the table at most twice each. Three outcomes
+//! continue elsewhere: retained messages are handed over in `retained`, and the answer follows them; a
+//! SUBSCRIBE whose filter was answered between two steps continues in `suback`, as if it had waited;
+//! and a member of a shared subscription joins its group between steps 3 and 4, and is answered after
+//! that.
+
+use std::num::NonZeroU32;
+
+use smallvec::SmallVec;
+
+use crate::mqtt::ReasonCode;
+use crate::session::{SubscribeRequest, Subscription, Unsubscribed};
+use crate::telemetry::{RateLimited, clean};
+use crate::time::Millis;
+use crate::topics::{FilterId, has_wildcard, split_shared};
+
+use crate::router::filters::LOG_INTERVAL;
+use crate::router::filters::subscribe::{Admitted, Next, Refusal};
+use crate::router::sessions::subscriptions::Joined;
+use crate::router::types::{
+    OverlappingFilters, PendingGrant, RetainedRequest, SessionRef, SubscribeRef,
+};
+use crate::router::{Caller, Router};
+
+static OVERLAPPING: RateLimited = RateLimited::new(LOG_INTERVAL);
+static NO_LOCAL: RateLimited = RateLimited::new(LOG_INTERVAL);
+
+/// Bytes of a SUBSCRIBE to the broker beside its filter, at most.
+const SUBSCRIBE_OVERHEAD_BYTES: usize = 32;
+
+impl Router {
+    /// Adds the subscriptions of one SUBSCRIBE, which its session names by `packet_id`. Filters that the
+    /// broker has granted are granted at once; for others the answer follows the broker's.
+    pub fn subscribe(
+        &self,
+        caller: Caller,
+        packet_id: u16,
+        identifier: Option<NonZeroU32>,
+        requests: &[SubscribeRequest],
+        now: Millis,
+    ) {
+        let subscribe = |index| SubscribeRef {
+            session: caller.session,
+            connection_no: caller.connection_no,
+            packet_id,
+            index,
+        };
+        let mut answers: Vec<(u16, ReasonCode)> = Vec::new();
+        let mut before_answer: Vec<PendingGrant> = Vec::new();
+        for request in requests {
+            match self.subscribe_to(subscribe(request.index), identifier, request, now) {
+                Err(code) => answers.push((request.index, code)),
+                Ok(None) => {}
+                Ok(Some(grant)) if grant.retained => before_answer.push(grant),
+                Ok(Some(grant)) => answers.push((request.index, ReasonCode(grant.qos as u8))),
+            }
+        }
+        self.sessions.answer_all(&subscribe(0), &answers);
+        for grant in before_answer {
+            let request = RetainedRequest {
+                session: caller.session,
+                incarnation: grant.incarnation,
+                qos: grant.qos,
+                identifier,
+            };
+            self.request_retained(request, grant, now);
+        }
+    }
+
+    /// Subscribes to one filter. Returns the grant, if the client is still to be told of it.
+    ///
+    /// # Errors
+    /// The code of a refusal.
+    fn subscribe_to(
+        &self,
+        subscribe: SubscribeRef,
+        identifier: Option<NonZeroU32>,
+        request: &SubscribeRequest,
+        now: Millis,
+    ) -> Result<Option<PendingGrant>, ReasonCode> {
+        let shared = split_shared(&request.filter).is_some();
+        self.check(request, shared, now)?;
+        let overlapping = match shared {
+            true => Some(OverlappingFilters::default()),
+            false => self.sessions.overlapping(&subscribe, &request.filter),
+        };
+        let Some(overlapping) = overlapping else {
+            return Ok(None);
+        };
+        let admitted = self.admit(&subscribe, request, &overlapping, now)?;
+        let filter = admitted.filter;
+        let subscription = Subscription {
+            filter,
+            name: admitted.name.clone(),
+            options: request.options,
+            asked: request.options.qos,
+            identifier,
+            active: false,
+            overlaps: 0,
+            shared,
+            wild: has_wildcard(&request.filter),
+            wild_below: 0,
+        };
+        let (sessions, grant) = (&self.sessions, admitted.grant);
+        let joined = sessions.join(&subscribe, subscription, grant, &overlapping);
+        let Some(joined) = joined else {
+            // The connection is gone, and nobody wants the filter any more.
+            let shard = subscribe.session.shard;
+            self.filters.release(&[filter], shard, now);
+            return Ok(None);
+        };
+        if shared {
+            let (session, incarnation) = (subscribe.session, joined.incarnation);
+            self.groups.join(sessions, filter, session, incarnation);
+        }
+        let pending = PendingGrant {
+            subscribe,
+            filter,
+            incarnation: joined.incarnation,
+            qos: grant.map_or(request.options.qos, |g| g.qos),
+            granted: grant.is_some(),
+            retained: joined.retained,
+            deadline: now + self.config.subscribe_wait,
+        };
+        Ok(self.settle_join(pending, &admitted, &joined, now))
+    }
+
+    /// Refuses filters that the broker cannot have.
+    fn check(
+        &self,
+        request: &SubscribeRequest,
+        shared: bool,
+        now: Millis,
+    ) -> Result<(), ReasonCode> {
+        if request.options.no_local && !self.broker.properties() {
+            if let Some(suppressed) = NO_LOCAL.permit(now) {
+                tracing::warn!(
+                    filter = %clean(&request.filter, 256),
+                    suppressed,
+                    "A No Local subscription was refused: the broker speaks MQTT 3.1.1, so a client's own publishes cannot be told apart"
+                );
+            }
+            return Err(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR);
+        }
+        let bytes = request.filter.len() + SUBSCRIBE_OVERHEAD_BYTES;
+        if bytes > self.broker.packet_max() as usize {
+            return Err(ReasonCode::QUOTA_EXCEEDED);
+        }
+        if shared && !self.shares() {
+            return Err(ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED);
+        }
+        Ok(())
+    }
+
+    fn admit(
+        &self,
+        subscribe: &SubscribeRef,
+        request: &SubscribeRequest,
+        overlapping: &OverlappingFilters,
+        now: Millis,
+    ) -> Result<Admitted, ReasonCode> {
+        let (qos, shard) = (request.options.qos, subscribe.session.shard);
+        let admitted = self
+            .filters
+            .admit(&request.filter, qos, shard, overlapping, now);
+        match admitted {
+            Ok(admitted) => {
+                self.wake_links(admitted.wake);
+                Ok(admitted)
+            }
+            Err(refusal) => {
+                if let Refusal::Overlaps(other) = refusal
+                    && let Some(suppressed) = OVERLAPPING.permit(now)
+                {
+                    tracing::warn!(
+                        filter = %clean(&request.filter, 256),
+                        overlaps = %clean(&other, 256),
+                        suppressed,
+                        "A SUBSCRIBE was refused: the broker has no working subscription identifiers, and the filter overlaps another one on every data link"
+                    );
+                }
+                Err(ReasonCode::QUOTA_EXCEEDED)
+            }
+        }
+    }
+
+    /// Takes the last step with a subscription that has joined its session. Returns the grant, if the
+    /// client is still to be told of it.
+    fn settle_join(
+        &self,
+        pending: PendingGrant,
+        admitted: &Admitted,
+        joined: &Joined,
+        now: Millis,
+    ) -> Option<PendingGrant> {
+        let grant = admitted.grant;
+        let complete = grant.is_some_and(|g| g.confirmed && g.behind.is_none());
+        if !complete || joined.replaced || !joined.late.is_empty() {
+            let (replaced, late) = (joined.replaced, &joined.late);
+            let settled = self.filters.joined(&pending, grant, replaced, late, now);
+            self.wake_links(settled.wake);
+            if let Some(confirmed) = settled.confirmed {
+                self.confirm(confirmed);
+            }
+            match settled.next {
+                Next::Await => return None,
+                Next::Answered(answered) => {
+                    self.settle_answered(answered, now);
+                    return None;
+                }
+                Next::Answer => {}
+            }
+        }
+        (!joined.answered).then_some(pending)
+    }
+
+    /// A client unsubscribed; its session and shard have forgotten the filters already.
+    pub fn unsubscribe(&self, session: SessionRef, filters: &[Unsubscribed], now: Millis) {
+        let gone = filters.iter().filter(|u| u.primary_over.is_empty());
+        let gone: SmallVec<[(SessionRef, FilterId); 8]> =
+            gone.map(|u| (session, u.filter)).collect();
+        self.filters.unsubscribed(&gone, now);
+        if gone.len() < filters.len() {
+            self.hand_over(session);
+        }
+    }
+}
