@@ -46,7 +46,7 @@ impl World {
                 self.core.away = true;
                 self.oracle.gone(self.now);
                 self.oracle.inbound.core_was_away = true;
-                self.router.publish_link_up(0, false);
+                self.publish_links_up(false);
                 self.core_back_at = self.now + time;
             }
             90..91 if !self.core.away && !self.core.unlinked => {
@@ -65,7 +65,26 @@ impl World {
                 self.relinked_at = self.now + time;
                 self.kept = kept;
             }
+            91..93 if !self.core.away => self.add_publish_link(),
+            93..94 if connected => {
+                self.flush(n, true);
+                if let Some(link) = self.devices[n].link.and_then(|l| self.links.get_mut(&l))
+                    && link.up.stop()
+                {
+                    trace!(self, "{n} stops in the middle of a packet");
+                }
+            }
             _ => {}
+        }
+    }
+
+    /// The router gets another publish link, if it may: clients move to it when nothing of theirs is
+    /// on the way.
+    fn add_publish_link(&mut self) {
+        if self.router.add_publish_link() {
+            trace!(self, "there is another publish link");
+            self.router.publish_link_up(self.publish_links, true);
+            self.publish_links += 1;
         }
     }
 
@@ -98,7 +117,7 @@ impl World {
         );
     }
 
-    fn cut(&mut self, n: usize) {
+    pub fn cut(&mut self, n: usize) {
         let Some(link) = self.devices[n].link else {
             return;
         };

@@ -51,6 +51,13 @@ enum Request {
     Ping(u64),
 }
 
+/// One publish link. Its publishes stay in order.
+#[derive(Default)]
+struct PublishWay {
+    under_way: VecDeque<(u64, Outgoing)>,
+    last_at: u64,
+}
+
 pub struct Core {
     pub copies: Copies,
     /// The largest QoS that it grants.
@@ -64,7 +71,8 @@ pub struct Core {
     /// Refuses these.
     pub refuses: &'static str,
     requests: VecDeque<(u64, Request)>,
-    publishes: VecDeque<(u64, Outgoing)>,
+    /// The publishes that each publish link brings.
+    publishes: Vec<PublishWay>,
     window: usize,
     answers: VecDeque<(u64, Answered)>,
     down: VecDeque<(u64, Item)>,
@@ -77,7 +85,7 @@ pub struct Core {
 }
 
 impl Core {
-    pub fn new(copies: Copies, grants: QoS, window: usize) -> Self {
+    pub fn new(copies: Copies, grants: QoS, window: usize, publish_links: usize) -> Self {
         Self {
             copies,
             grants,
@@ -87,7 +95,7 @@ impl Core {
             asked: BTreeMap::new(),
             refuses: "no/#",
             requests: VecDeque::new(),
-            publishes: VecDeque::new(),
+            publishes: (0..publish_links).map(|_| PublishWay::default()).collect(),
             window,
             answers: VecDeque::new(),
             down: VecDeque::new(),
@@ -100,7 +108,7 @@ impl Core {
 
     pub fn idle(&self) -> bool {
         self.requests.is_empty()
-            && self.publishes.is_empty()
+            && self.publishes.iter().all(|way| way.under_way.is_empty())
             && self.answers.is_empty()
             && self.down.is_empty()
     }
@@ -127,21 +135,26 @@ impl Core {
                     .push_back((at, Request::Ping(router.barrier_begins(0))));
             }
         }
-        while self.publishes.len() < self.window {
-            let Some(outgoing) = router.publish_queues(0, |queues| queues.pop()) else {
-                break;
-            };
-            let at = self.at(1, rng, now);
-            self.publishes.push_back((at, outgoing));
+        for (link, way) in self.publishes.iter_mut().enumerate() {
+            while way.under_way.len() < self.window {
+                let Some(outgoing) = router.publish_queues(link, |queues| queues.pop()) else {
+                    break;
+                };
+                way.last_at = way.last_at.max(now + delay(rng));
+                way.under_way.push_back((way.last_at, outgoing));
+            }
         }
         while self.requests.front().is_some_and(|(at, _)| *at <= now) {
             if let Some((_, request)) = self.requests.pop_front() {
                 self.request(request, rng, now);
             }
         }
-        while self.publishes.front().is_some_and(|(at, _)| *at <= now) {
-            if let Some((_, outgoing)) = self.publishes.pop_front() {
-                self.publish(outgoing, rng, now);
+        for link in 0..self.publishes.len() {
+            let due = |(at, _): &(u64, Outgoing)| *at <= now;
+            while self.publishes[link].under_way.front().is_some_and(due) {
+                if let Some((_, outgoing)) = self.publishes[link].under_way.pop_front() {
+                    self.publish(outgoing, rng, now);
+                }
             }
         }
         let mut due = Vec::new();
@@ -293,13 +306,17 @@ impl Core {
 
     /// A time after `now`, and not before what went before it on the same way.
     fn at(&mut self, way: usize, rng: &mut Rng, now: Millis) -> u64 {
-        let delay = match rng.below(10) {
-            0..4 => 0,
-            4..9 => rng.below(40),
-            _ => rng.below(1500),
-        };
-        self.last_at[way] = self.last_at[way].max(now + delay);
+        self.last_at[way] = self.last_at[way].max(now + delay(rng));
         self.last_at[way]
+    }
+}
+
+/// How long something is under way.
+fn delay(rng: &mut Rng) -> u64 {
+    match rng.below(10) {
+        0..4 => 0,
+        4..9 => rng.below(40),
+        _ => rng.below(1500),
     }
 }
 

@@ -7,12 +7,19 @@ use crate::oracle::Checked;
 use crate::world::{Fetch, World, trace};
 
 impl World {
+    /// The publish links that exist come up, or go down.
+    pub fn publish_links_up(&self, up: bool) {
+        for link in 0..self.publish_links {
+            self.router.publish_link_up(link, up);
+        }
+    }
+
     pub fn core_works(&mut self) -> Checked {
         if self.core.away && self.now >= self.core_back_at {
             trace!(self, "the core is back");
             self.core.away = false;
             self.oracle.away.1 = self.now;
-            self.router.publish_link_up(0, true);
+            self.publish_links_up(true);
         }
         if self.core.unlinked && !self.core.away && self.now >= self.relinked_at {
             trace!(self, "the data link is back");

@@ -10,11 +10,13 @@ pub struct Pipe {
     pub chunks: VecDeque<(u64, Vec<u8>)>,
     pub last: u64,
     pub bytes: usize,
+    /// The sender sends nothing more.
+    pub stopped: bool,
 }
 
 impl Pipe {
     pub fn send(&mut self, bytes: Vec<u8>, rng: &mut Rng, now: Millis) {
-        if bytes.is_empty() {
+        if bytes.is_empty() || self.stopped {
             return;
         }
         let delay = match rng.below(8) {
@@ -25,6 +27,18 @@ impl Pipe {
         self.last = self.last.max(now + delay);
         self.bytes += bytes.len();
         self.chunks.push_back((self.last, bytes));
+    }
+
+    /// Cuts off the end of the last packet on the way, and everything after it. Whether there was one.
+    pub fn stop(&mut self) -> bool {
+        let Some((_, chunk)) = self.chunks.back_mut() else {
+            return false;
+        };
+        if chunk.pop().is_some() {
+            self.bytes -= 1;
+        }
+        self.stopped = true;
+        true
     }
 
     /// Whether nothing more has arrived now.

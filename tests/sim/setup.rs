@@ -59,13 +59,15 @@ impl World {
             reserved_key: "tidegate-sim",
             hasher: Default::default(),
         };
+        let publish_links = rng.between(1, 2) as usize;
+        let publish_links_max = publish_links + rng.below(3) as usize;
         let config = RouterConfig {
             data_links: 1,
             shared_links: 1,
             roots: Vec::new(),
             local_groups: false,
-            publish_links: 1,
-            publish_links_max: 1,
+            publish_links,
+            publish_links_max,
             presence_topic: String::new(),
             started_at: 0,
             linger: rng.pick(&[500, 20_000]),
@@ -114,7 +116,9 @@ impl World {
         };
         router.set_broker_features(&facts, 0);
         router.data_link_up(0, tidegate::router::LinkSession::New, true, 0);
-        router.publish_link_up(0, true);
+        for link in 0..publish_links {
+            router.publish_link_up(link, true);
+        }
         if trace {
             eprintln!("{rules:?}\n{:?}", router.limits());
             for p in &profiles {
@@ -127,7 +131,7 @@ impl World {
         oracle.inbound.tight = tight;
         oracle.trace = trace;
         Self {
-            core: Core::new(copies, grants, window),
+            core: Core::new(copies, grants, window, publish_links_max),
             oracle,
             sequence: vec![0; devices],
             devices: profiles.into_iter().map(Device::new).collect(),
@@ -145,6 +149,7 @@ impl World {
             expiry_max,
             forwarded: 0,
             ticked: 0,
+            publish_links,
             relinked_at: 0,
             kept: true,
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tidegate::mqtt::{QoS, ReasonCode};
 use tidegate::router::Router;
+use tidegate::telemetry::DisconnectReason;
 use tidegate::time::Millis;
 use tidegate::topics::FilterId;
 
@@ -51,6 +52,8 @@ pub struct World {
     pub expiry_max: u32,
     pub forwarded: u64,
     pub ticked: u64,
+    /// Publish links that have come up.
+    pub publish_links: usize,
     /// When the data link is back, and whether the core kept its session.
     pub relinked_at: u64,
     pub kept: bool,
@@ -246,7 +249,7 @@ impl World {
                 }
                 self.oracle.seen(n, &seen)?;
                 if let Seen::Disconnect(reason) = seen {
-                    self.dismissed(n, reason)?;
+                    self.dismissed(n, reason, link.edge.ended)?;
                     self.devices[n].lost();
                     break;
                 }
@@ -256,9 +259,12 @@ impl World {
     }
 
     /// A DISCONNECT of the server is for a reason that this run has.
-    fn dismissed(&self, n: usize, reason: ReasonCode) -> Checked {
+    fn dismissed(&self, n: usize, reason: ReasonCode, ended: Option<DisconnectReason>) -> Checked {
         let fine = match reason {
-            ReasonCode::QUOTA_EXCEEDED => self.oracle.rules.ends_full || self.oracle.rules.evicts,
+            ReasonCode::QUOTA_EXCEEDED => {
+                let late = ended == Some(DisconnectReason::PacketDeadline);
+                late || self.oracle.rules.ends_full || self.oracle.rules.evicts
+            }
             // Its own earlier CONNECT came late, and took the session away.
             ReasonCode::SESSION_TAKEN_OVER => {
                 self.oracle.clients[n].attached != self.devices[n].link
@@ -294,6 +300,13 @@ impl World {
         self.relinked_at = 0;
         for link in self.links.values_mut() {
             link.stalled = false;
+        }
+        // A device that has stopped in the middle of a packet sends nothing more.
+        for n in 0..self.devices.len() {
+            let link = self.devices[n].link.and_then(|l| self.links.get(&l));
+            if link.is_some_and(|l| l.up.stopped) {
+                self.cut(n);
+            }
         }
         let mut calm = 0;
         for _ in 0..5000 {
