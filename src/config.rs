@@ -6,6 +6,7 @@
 //!
 //! [`Duration`]: std::time::Duration
 
+mod address;
 mod builtin;
 mod check;
 mod choices;
@@ -17,7 +18,7 @@ mod types;
 mod units;
 mod upstream;
 
-pub(crate) use check::{HEALTH_PATH, is_loopback};
+pub(crate) use address::{HEALTH_PATH, is_loopback};
 #[cfg(feature = "sim")]
 pub use choices::Quirk;
 pub use choices::{

@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::config::address::WS_PATH;
 use crate::config::choices::{
     Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, ProxyProtocol,
     QueueFull, RealIpHeader, SharedAt, SubscribeWhileAway, Transport,
@@ -13,7 +14,7 @@ use crate::config::types::{
     Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, Session, Store,
     Tls, Upstream, UpstreamTls,
 };
-use crate::config::upstream::{PublishLinks, Server, WS_PATH};
+use crate::config::upstream::{PublishLinks, Server};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;

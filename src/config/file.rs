@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
+use crate::config::address::WS_PATH;
 use crate::config::builtin::{
     MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, PING_INTERVAL, TLS_NAME,
     listeners, throwaway,
@@ -22,7 +23,6 @@ use crate::config::types::{
     Listener, Log, Memory, Node, Session, Store, Tls, Upstream,
 };
 use crate::config::units::{OneOrMore, Share, SpanOrNone};
-use crate::config::upstream::WS_PATH;
 use crate::config::{check, host};
 
 impl Config {

@@ -5,12 +5,10 @@ use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer};
 
+use crate::config::address::WS_PATH;
 #[cfg(feature = "sim")]
 use crate::config::choices::Quirk;
 use crate::config::units::{Read, Written};
-
-/// The request path of WebSocket and WebTransport where none is written.
-pub(super) const WS_PATH: &str = "/mqtt";
 
 /// How many links publish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,54 @@
-//! What a listener's paths and proxies may be.
+//! Rules for `[[listeners]]`.
 
-use crate::config::check::{Check, HEALTH_PATH};
-use crate::config::choices::ProxyProtocol;
-use crate::config::types::Listener;
+use crate::config::address::HEALTH_PATH;
+use crate::config::check::checker::{Checker, HOUR, SECOND};
+use crate::config::choices::{AuthMode, ProxyProtocol, Transport};
+use crate::config::types::{Config, Listener};
 
-impl Check<'_, '_> {
-    pub(super) fn paths(&mut self, key: &str, paths: &[String]) {
+impl Checker<'_, '_> {
+    pub(super) fn listeners(&mut self, config: &Config) {
+        if config.listeners.is_empty() {
+            self.say("listeners", "empty; write at least one [[listeners]]");
+        }
+        for (i, listener) in config.listeners.iter().enumerate() {
+            let key = |name: &str| format!("listeners[{i}].{name}");
+            self.name(&key("name"), &listener.name);
+            let before = &config.listeners[..i];
+            if before.iter().any(|l| l.name == listener.name) {
+                let message = format!("\"{}\" is already the name of another", listener.name);
+                self.say(&key("name"), message);
+            }
+            let udp = |t: Transport| t == Transport::Quic;
+            let taken = before.iter().find(|l| {
+                l.bind == listener.bind
+                    && l.bind.port() != 0
+                    && udp(l.transport) == udp(listener.transport)
+            });
+            if let Some(other) = taken {
+                let message = format!("{} is already bound by \"{}\"", listener.bind, other.name);
+                self.say(&key("bind"), message);
+            }
+            self.paths(&key("path"), &listener.paths);
+            for origin in &listener.origins {
+                if !origin.contains("://") || origin.ends_with('/') {
+                    let message =
+                        format!("{origin:?} is no origin; write it as \"https://app.example.com\"");
+                    self.say(&key("origins"), message);
+                }
+            }
+            self.proxies(&key("proxy_protocol"), &key("trusted_proxies"), listener);
+            if let Some(interval) = listener.ping_interval {
+                self.range_time(&key("ping_interval"), interval, SECOND..=HOUR);
+            }
+            if let Err(why) = check_mount(&listener.mount, listener.auth) {
+                self.say(&key("mount"), why);
+            }
+            self.listener_tls(config, &key("tls"), i);
+            self.listener_auth(config, i);
+        }
+    }
+
+    fn paths(&mut self, key: &str, paths: &[String]) {
         if paths.is_empty() {
             self.say(key, "empty; write at least one path, such as \"/mqtt\"");
         }
@@ -23,7 +66,7 @@ impl Check<'_, '_> {
         }
     }
 
-    pub(super) fn proxies(&mut self, protocol: &str, trusted: &str, listener: &Listener) {
+    fn proxies(&mut self, protocol: &str, trusted: &str, listener: &Listener) {
         let required = listener.proxy_protocol == ProxyProtocol::Required;
         if required && listener.trusted_proxies.is_empty() {
             let message = "\"required\" needs trusted_proxies, the networks that the proxies are \
@@ -38,4 +81,25 @@ impl Check<'_, '_> {
             self.say(trusted, message);
         }
     }
+}
+
+/// Whether a mount can be the prefix of a topic.
+fn check_mount(mount: &str, auth: AuthMode) -> Result<(), &'static str> {
+    if mount.is_empty() {
+        return Ok(());
+    }
+    if !mount.ends_with('/') || mount.len() > 1024 {
+        return Err("must end with / and have at most 1024 bytes, such as \"tenants/%u/\"");
+    }
+    if mount.contains(['+', '#', '\0']) || mount.starts_with('$') {
+        return Err("must have no wildcard and not begin with $");
+    }
+    let names = mount.split('%').skip(1);
+    if !names.into_iter().all(|n| n.starts_with(['u', 'c'])) {
+        return Err("after % only u (user name) and c (client id) are known");
+    }
+    if mount.contains("%u") && auth == AuthMode::Anonymous {
+        return Err("%u needs a user name, and this listener's clients are anonymous");
+    }
+    Ok(())
 }

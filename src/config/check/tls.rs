@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use crate::config::check::{Check, is_loopback};
+use crate::config::address::is_loopback;
+use crate::config::check::checker::Checker;
 use crate::config::choices::AuthMode;
 use crate::config::types::{CertSource, Config, Tls};
 
-impl Check<'_, '_> {
+impl Checker<'_, '_> {
     pub(super) fn tls(&mut self, config: &Config) {
         for (i, tls) in config.tls.iter().enumerate() {
             let key = format!("tls[{i}].name");
