@@ -4,8 +4,4 @@
 use tidegate::mqtt::{Receiver, Version};
 use tidegate::properties::packets;
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| packets::stream(
-    Version::V31,
-    Receiver::Server,
-    data
-));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| packets::stream(Version::V31, Receiver::Server, data));

@@ -178,8 +178,8 @@ async fn connect(host: &str, port: u16, deadline: Instant) -> Result<TcpStream, 
     let mut last = resolve_error(io::Error::other("no address"));
     for (i, addr) in addrs.iter().enumerate() {
         // An address that does not answer must leave time for the others.
-        let left = deadline.saturating_duration_since(Instant::now());
-        let share = left / u32::try_from(addrs.len() - i).unwrap_or(u32::MAX);
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        let share = remaining / u32::try_from(addrs.len() - i).unwrap_or(u32::MAX);
         match timeout_at(Instant::now() + share, TcpStream::connect(addr)).await {
             Ok(Ok(io)) => {
                 // A failure only costs latency.

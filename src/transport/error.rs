@@ -76,7 +76,7 @@ pub enum HandshakeError {
     ClientCertificate {
         /// What is wrong with it.
         fault: CertificateFault,
-        /// The same in the library's words.
+        /// The reason in the library's words.
         why: String,
     },
     /// The client offered no application protocol that is served here (RFC 7301).
@@ -177,7 +177,7 @@ impl RequestError {
         }
     }
 
-    /// The reason as the client is told it, without any text of the client's.
+    /// The reason for the client, which repeats no text of the client's.
     pub(super) const fn answer(&self) -> &'static str {
         match self {
             Self::Malformed(_) => "malformed request",

@@ -1,5 +1,5 @@
-//! The byte transports over loopback, with clients that are not ours:
-//! tungstenite, tokio-rustls and quinn in their client roles, and raw sockets.
+//! The byte transports over loopback, with independent clients: tungstenite, tokio-rustls and quinn in
+//! their client roles, and raw sockets.
 
 mod accept;
 mod common;

@@ -190,12 +190,12 @@ mod tests {
         let handshakes = Handshakes::new(4);
         let from = at("192.0.2.1");
         let take = || handshakes.quic.try_acquire(from);
-        let held = [take(), take()];
+        let kept = [take(), take()];
         assert!(!handshakes.quic.pressed());
         let third = take();
         assert!(handshakes.quic.pressed() && !handshakes.tls.pressed());
         assert_eq!(handshakes.running(), 3);
-        drop((held, third));
+        drop((kept, third));
         assert_eq!(handshakes.running(), 0);
     }
 
@@ -205,13 +205,13 @@ mod tests {
         let from = at("2001:db8:0:1::1");
         let of = |from| std::iter::from_fn(|| permits.try_acquire(from)).collect::<Vec<_>>();
         // The first half, and its share of the second.
-        let held = of(from);
-        assert_eq!(held.len(), 8 + 2);
+        let kept = of(from);
+        assert_eq!(kept.len(), 8 + 2);
         assert!(permits.try_acquire(at("2001:db8:0:1:ffff::2")).is_none());
         let others = ["2001:db8:0:2::1", "192.0.2.1", "192.0.2.2"].map(|ip| of(at(ip)));
-        assert!(others.iter().all(|held| held.len() == 2));
+        assert!(others.iter().all(|kept| kept.len() == 2));
         assert!(permits.try_acquire(at("192.0.2.3")).is_none());
-        drop((held, others));
+        drop((kept, others));
         assert_eq!((permits.running(), permits.networks.lock().len()), (0, 0));
         assert_eq!(of(from).len(), 8 + 2);
     }
@@ -220,27 +220,27 @@ mod tests {
     fn waiting_clients_do_not_delay_other_networks() {
         let permits = Arc::new(HandshakePermits::new(16));
         let flood = at("192.0.2.1");
-        let mut held = Vec::new();
+        let mut kept = Vec::new();
         let mut waiting = Vec::new();
         for _ in 0..100 {
             let mut permit = Box::pin(permits.acquire(flood));
             match permit.as_mut().now_or_never() {
-                Some(permit) => held.push(permit),
+                Some(permit) => kept.push(permit),
                 None => waiting.push(permit),
             }
         }
-        assert_eq!(held.len(), 10);
+        assert_eq!(kept.len(), 10);
         let other = permits.acquire(at("192.0.2.2")).now_or_never();
         assert!(other.is_some());
         // The waiting clients get their turn.
-        held.pop();
+        kept.pop();
         let first = waiting[0].as_mut().now_or_never();
         assert!(first.is_some());
         assert!(waiting[1].as_mut().now_or_never().is_none());
-        held.swap_remove(0);
+        kept.swap_remove(0);
         let second = waiting[1].as_mut().now_or_never();
         assert!(second.is_some());
-        drop((held, waiting, other, first, second));
+        drop((kept, waiting, other, first, second));
         assert_eq!((permits.running(), permits.networks.lock().len()), (0, 0));
     }
 }

@@ -1,4 +1,4 @@
-//! Every kind of listener: bytes there and back, accepting, deadlines, ends.
+//! Listeners of every transport: bytes in both directions, accepting, deadlines, ends.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -76,9 +76,9 @@ async fn quic_echoes() {
 }
 
 #[tokio::test]
-async fn silent_clients_hold_up_nobody() {
+async fn silent_clients_take_no_handshake_permit() {
     for kind in [Transport::Tls, Transport::Ws, Transport::Wss] {
-        // One place: whoever is silent must not even hold that.
+        // There is one permit, and a silent client must not take it.
         let mut server = Server::with(kind, |_, limits| limits.handshakes = Handshakes::new(1));
         let mut silent = Vec::new();
         for _ in 0..20 {
@@ -100,7 +100,7 @@ async fn silent_clients_hold_up_nobody() {
 }
 
 #[tokio::test]
-async fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
+async fn slow_handshakes_end_at_the_deadline_and_delay_no_other_client() {
     const SLOW: usize = 20;
     for (kind, say) in [
         (Transport::Tls, &b""[..]),
@@ -130,7 +130,7 @@ async fn slow_handshakes_end_at_the_deadline_and_hold_up_nobody() {
         server.accept().await;
         for mut client in slow {
             assert_eq!(server.event().await, "failed deadline");
-            // Closed or reset, either is an end.
+            // The connection may be closed or reset.
             assert!(matches!(
                 soon(client.read(&mut [0; 1])).await,
                 Ok(0) | Err(_)
@@ -158,14 +158,14 @@ async fn connections_past_the_cap_are_refused() {
         let mut server = Server::with(kind, |_, limits| limits.connections = Arc::clone(&cap));
         if kind == Transport::Tcp {
             let _first = server.tcp().await;
-            let held = server.accept().await;
+            let kept = server.accept().await;
             let mut second = server.tcp().await;
             assert_eq!(server.event().await, "refused connections_max");
             assert!(matches!(
                 soon(second.read(&mut [0; 1])).await,
                 Ok(0) | Err(_)
             ));
-            drop(held);
+            drop(kept);
             let _third = server.tcp().await;
             server.accept().await;
         } else {
@@ -218,7 +218,7 @@ async fn stop_ends_handshakes() {
     let mut server = Server::start(Transport::Ws);
     let mut client = server.tcp().await;
     client.write_all(b"GET /mqtt").await.expect("written");
-    // Until it is admitted there is nothing to end.
+    // The handshake begins when the connection is admitted.
     while server.cap.used() == 0 {
         tokio::task::yield_now().await;
     }
@@ -255,7 +255,7 @@ async fn the_last_packet_survives_unread_input() {
     let mut server = Server::start(Transport::Tcp);
     let mut client = server.tcp().await;
     let mut stream = server.accept().await.stream;
-    // A flood that the server never reads; then the server says why and closes.
+    // The server never reads the flood, sends a last packet, and closes.
     client.write_all(&pattern(100_000)).await.expect("sent");
     send(&mut stream, 0, b"because").await.expect("sent");
     let reading = async {

@@ -178,7 +178,7 @@ impl Server {
         self.tls_on(self.tcp().await, alpn).await
     }
 
-    /// On a connection on which something was said before.
+    /// A TLS handshake on a connection that may have carried other bytes before.
     pub async fn tls_on(
         &self,
         io: TcpStream,
@@ -215,7 +215,7 @@ impl Server {
     }
 }
 
-/// No test waits longer than this for what must come.
+/// Waits for something that must happen, but not for long.
 pub async fn soon<F: Future>(f: F) -> F::Output {
     tokio::time::timeout(Duration::from_secs(20), f)
         .await
@@ -260,7 +260,7 @@ pub async fn recv(stream: &mut Stream, buf: &mut Vec<u8>) -> Result<Recv, Closed
     soon(poll_fn(|cx| stream.poll_recv(cx, buf))).await
 }
 
-/// Reads until `n` bytes have come, on stream 0.
+/// Reads `n` bytes of the control stream.
 pub async fn recv_n(stream: &mut Stream, n: usize) -> Vec<u8> {
     let mut buf = Vec::new();
     while buf.len() < n {
@@ -295,7 +295,7 @@ pub fn pattern(n: usize) -> Vec<u8> {
     (0..n).map(|i| (i % 251) as u8).collect()
 }
 
-/// Sends everything it reads back, until the end.
+/// Sends all received bytes back, until the end.
 pub async fn echo(mut stream: Stream) {
     let mut out = OutBuf::default();
     while recv(&mut stream, &mut out.buf).await.is_ok() {
@@ -306,7 +306,7 @@ pub async fn echo(mut stream: Stream) {
     close(&mut stream, CloseHow::Normal).await;
 }
 
-/// Large and small messages there and back, then the client's end.
+/// Sends large and small messages and reads them back, then ends the client's direction.
 pub async fn exercise<S: AsyncRead + AsyncWrite + Unpin>(io: S) {
     let (mut read, mut write) = tokio::io::split(io);
     for size in [1, 100, 70_000, 1_500_000, 3] {

@@ -9,8 +9,8 @@ use tokio::io::AsyncWriteExt;
 
 use crate::transport::common::*;
 
-/// A client that may open data streams.
-async fn begun(
+/// An authenticated client, which may open data streams.
+async fn connect_client(
     server: &mut Server,
 ) -> (
     quinn::Endpoint,
@@ -46,17 +46,17 @@ async fn quic_data_streams_wait_for_authentication() {
     assert_eq!((got.stream, got.bytes), (1, 5));
     assert_eq!(buf, b"early");
 
-    // Answers go back on the stream.
+    // Answers are sent on the same stream.
     send(&mut stream, 1, b"ack").await.expect("sent");
     let mut ack = [0; 3];
     soon(data_rx.read_exact(&mut ack)).await.expect("read");
     assert_eq!(&ack, b"ack");
 
-    // The client ends the stream: FIN back, and the connection lives.
+    // The client ends its direction; the connection goes on.
     data.finish().expect("open");
     let end = recv(&mut stream, &mut buf).await.expect("stream end");
     assert!(end.stream == 1 && end.bytes == 0 && end.finished);
-    // What it waits for still comes.
+    // Answers are still sent.
     send(&mut stream, 1, b"all").await.expect("sent");
     soon(data_rx.read_exact(&mut ack)).await.expect("read");
     assert_eq!(&ack, b"all");
@@ -69,7 +69,7 @@ async fn quic_data_streams_wait_for_authentication() {
 }
 
 #[tokio::test]
-async fn quic_strangers_may_leave_little_unread() {
+async fn quic_unauthenticated_clients_have_a_small_window() {
     use futures_util::FutureExt;
     let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection) = server.quic().await;
@@ -88,7 +88,7 @@ async fn quic_strangers_may_leave_little_unread() {
         .await
         .expect("written");
     assert!(data.write(&more).now_or_never().is_none());
-    // All is there to be read.
+    // All bytes can be read.
     let mut buf = Vec::new();
     while buf.len() < 128 * 1024 {
         recv(&mut stream, &mut buf).await.expect("bytes");
@@ -96,7 +96,7 @@ async fn quic_strangers_may_leave_little_unread() {
 }
 
 #[tokio::test]
-async fn quic_streams_come_and_go_without_end() {
+async fn quic_stream_numbers_are_used_again() {
     let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection) = server.quic().await;
     let (mut control, mut control_rx) = connection.open_bi().await.expect("control");
@@ -106,7 +106,7 @@ async fn quic_streams_come_and_go_without_end() {
     stream.authenticated();
     let client = async {
         for round in 0..5 {
-            // 15 at once are allowed beside control.
+            // 15 data streams are allowed at once.
             let mut open = Vec::new();
             for _ in 0..15 {
                 let (mut tx, rx) = soon(connection.open_bi()).await.expect("credit");
@@ -160,7 +160,8 @@ async fn quic_streams_come_and_go_without_end() {
 #[tokio::test]
 async fn quic_reset_stream_spares_the_connection() {
     let mut server = Server::start(Transport::Quic);
-    let (_endpoint, connection, (mut control, _control_rx), mut stream) = begun(&mut server).await;
+    let (_endpoint, connection, (mut control, _control_rx), mut stream) =
+        connect_client(&mut server).await;
     let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
     data.write_all(b"bad").await.expect("written");
     let mut buf = Vec::new();
@@ -177,14 +178,15 @@ async fn quic_reset_stream_spares_the_connection() {
 }
 
 #[tokio::test]
-async fn quic_stream_that_the_client_stops_is_gone_at_once() {
+async fn quic_stream_that_the_client_stops_is_reset_at_once() {
     let mut server = Server::start(Transport::Quic);
-    let (_endpoint, connection, (mut control, _control_rx), mut stream) = begun(&mut server).await;
+    let (_endpoint, connection, (mut control, _control_rx), mut stream) =
+        connect_client(&mut server).await;
     let (mut data, mut data_rx) = connection.open_bi().await.expect("data");
     data.write_all(b"x").await.expect("written");
     let mut buf = Vec::new();
     let got = recv(&mut stream, &mut buf).await.expect("data");
-    // Nothing of ours is under way on it.
+    // No bytes of ours are in flight on the stream.
     data_rx.stop(7u32.into()).expect("open");
     let gone = recv(&mut stream, &mut buf).await.expect_err("gone");
     assert!(matches!(gone, Closed::StreamReset(n) if n == got.stream));
@@ -195,9 +197,10 @@ async fn quic_stream_that_the_client_stops_is_gone_at_once() {
 }
 
 #[tokio::test]
-async fn quic_watches_of_many_reset_streams_are_bounded() {
+async fn quic_resets_of_watched_streams_are_limited() {
     let mut server = Server::start(Transport::Quic);
-    let (_endpoint, connection, (_control, _control_rx), mut stream) = begun(&mut server).await;
+    let (_endpoint, connection, (_control, _control_rx), mut stream) =
+        connect_client(&mut server).await;
     let mut buf = Vec::new();
     for n in 0..4096 {
         let (mut data, mut data_rx) = soon(connection.open_bi()).await.expect("a stream");
@@ -243,7 +246,7 @@ async fn quic_control_end_is_the_connections_end() {
 }
 
 #[tokio::test]
-async fn quic_control_is_read_though_a_data_stream_is_the_first_to_say_that_all_is_lost() {
+async fn quic_control_stream_is_read_after_a_data_stream_has_reported_the_end() {
     let mut server = Server::start(Transport::Quic);
     let (endpoint, connection) = server.quic().await;
     let (mut control, _control_rx) = connection.open_bi().await.expect("control");
@@ -256,7 +259,7 @@ async fn quic_control_is_read_though_a_data_stream_is_the_first_to_say_that_all_
     while buf.len() < 2 {
         recv(&mut stream, &mut buf).await.expect("a byte");
     }
-    // Control was read last: the data stream is looked at first.
+    // The control stream was read last, so the data stream is read first.
     control.write_all(b"on").await.expect("written");
     assert_eq!(recv_n(&mut stream, 2).await, b"on");
     control.write_all(b"disconnect").await.expect("written");
@@ -281,7 +284,7 @@ async fn quic_bytes_before_connection_close_are_read() {
     data.write_all(b"publish").await.expect("written");
     control.write_all(b"disconnect").await.expect("written");
     control.finish().expect("open");
-    // All is acknowledged by the server's socket, nothing read by us.
+    // The server's socket has acknowledged everything, and nothing has been read.
     soon(control.stopped()).await.expect("delivered");
     connection.close(0u32.into(), b"");
     soon(endpoint.wait_idle()).await;
@@ -345,7 +348,7 @@ async fn quic_migration_is_followed_and_counted() {
 }
 
 #[tokio::test]
-async fn quic_client_is_where_it_was_when_it_opened_its_first_stream() {
+async fn quic_peer_is_the_address_that_opened_the_first_stream() {
     let mut server = Server::start(Transport::Quic);
     let (endpoint, connection) = server.quic().await;
     let socket = std::net::UdpSocket::bind("127.0.0.2:0").expect("binds");
@@ -366,13 +369,13 @@ async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
     for _ in 0..13 {
         open.push(soon(connection.open_bi()).await.expect("credit"));
     }
-    // Credit came with the handshake, so "none yet" is "none".
+    // The handshake brings the credit, so more will not follow.
     assert!(connection.open_bi().now_or_never().is_none());
     open[0].0.write_all(b"x").await.expect("written");
     let mut stream = server.accept().await.stream;
     assert_eq!(recv_n(&mut stream, 1).await, b"x");
     stream.authenticated();
-    // Who uses several is allowed all.
+    // A client that uses several streams is allowed all of them.
     for (send, _) in &mut open[1..3] {
         send.write_all(b"y").await.expect("written");
     }
@@ -393,7 +396,7 @@ async fn quic_without_a_stream_ends_at_the_deadline() {
         limits.accept_deadline = Duration::from_secs(2);
     });
     let (_silent_endpoint, silent) = server.quic().await;
-    // Meanwhile another is served.
+    // Another client is served meanwhile.
     let (_endpoint, connection) = server.quic().await;
     let (mut send, _recv) = connection.open_bi().await.expect("a stream");
     send.write_all(b"hello").await.expect("written");
@@ -405,15 +408,15 @@ async fn quic_without_a_stream_ends_at_the_deadline() {
     }
 }
 
-/// Begins handshakes and leaves them at that.
-async fn half_said(
+/// Begins handshakes and does not go on with them.
+async fn unfinished_handshakes(
     server: &Server,
     handshakes: &Handshakes,
     count: usize,
 ) -> Vec<(quinn::Endpoint, quinn::Connecting)> {
-    let mut held = Vec::new();
+    let mut kept = Vec::new();
     for n in 1..=count {
-        // What the client says first, passed on by a socket that answers nothing.
+        // The client's first datagram, forwarded by a socket that returns no answer.
         let socket = tokio::net::UdpSocket::bind("127.0.0.1:0")
             .await
             .expect("binds");
@@ -430,9 +433,9 @@ async fn half_said(
             }
         })
         .await;
-        held.push((endpoint, connecting));
+        kept.push((endpoint, connecting));
     }
-    held
+    kept
 }
 
 #[tokio::test]
@@ -441,8 +444,8 @@ async fn quic_asks_for_proof_of_address_under_pressure() {
     let mut server = Server::with(Transport::Quic, |_, limits| {
         limits.handshakes = handshakes.clone();
     });
-    // Two of three places, and all that one address can have.
-    let _held = half_said(&server, &handshakes, 2).await;
+    // Two of three permits, which are all that one address can have.
+    let _held = unfinished_handshakes(&server, &handshakes, 2).await;
     for (from, served) in [([127, 0, 0, 1], false), ([127, 0, 0, 2], true)] {
         let endpoint = server.quic_endpoint_at(from, &["mqtt"]);
         let connecting = endpoint.connect(server.addr, LOCAL).expect("starts");
@@ -451,23 +454,23 @@ async fn quic_asks_for_proof_of_address_under_pressure() {
         if served {
             connected.expect("proved and served");
         } else {
-            connected.expect_err("proved, but no place");
+            connected.expect_err("proved, but without a permit");
             assert_eq!(server.event().await, "refused handshakes_max");
         }
     }
 }
 
 #[tokio::test]
-async fn quic_asks_no_proof_of_who_has_given_it_before() {
+async fn quic_accepts_a_token_as_proof_of_address() {
     let handshakes = Handshakes::new(3);
     let mut server = Server::with(Transport::Quic, |_, limits| {
         limits.handshakes = handshakes.clone();
     });
     let endpoint = server.quic_endpoint_at([127, 0, 0, 2], &["mqtt"]);
-    let mut held = Vec::new();
+    let mut kept = Vec::new();
     for pressed in [false, true] {
         if pressed {
-            held = half_said(&server, &handshakes, 2).await;
+            kept = unfinished_handshakes(&server, &handshakes, 2).await;
         }
         let connecting = endpoint.connect(server.addr, LOCAL).expect("starts");
         let connection = soon(connecting).await.expect("served");
@@ -475,16 +478,16 @@ async fn quic_asks_no_proof_of_who_has_given_it_before() {
         control.write_all(b"x").await.expect("written");
         let mut stream = server.accept().await.stream;
         assert_eq!(recv_n(&mut stream, 1).await, b"x");
-        // Behind the tokens.
+        // The tokens are sent before this.
         send(&mut stream, 0, b"y").await.expect("sent");
         soon(control_rx.read_exact(&mut [0])).await.expect("read");
         assert!(server.events.try_recv().is_err(), "pressed: {pressed}");
     }
-    drop(held);
+    drop(kept);
 }
 
 #[tokio::test]
-async fn half_said_tls_handshakes_keep_out_nobody() {
+async fn unfinished_tls_handshakes_leave_permits_for_others() {
     let handshakes = Handshakes::new(8);
     let start = |kind| {
         Server::with(kind, |_, limits| {
@@ -498,7 +501,7 @@ async fn half_said_tls_handshakes_keep_out_nobody() {
         client.write_all(b"\x16\x03\x01").await.expect("written");
         flood.push(client);
     }
-    // Half of the places, and one for an address.
+    // Half of the permits, and one for the address.
     soon(async {
         while handshakes.running() < 5 {
             tokio::task::yield_now().await;

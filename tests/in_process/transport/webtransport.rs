@@ -1,4 +1,4 @@
-//! WebTransport: what is accepted and what is not, streams, ends.
+//! WebTransport: accepted and refused requests, streams, ends.
 
 use std::future::poll_fn;
 use std::time::Duration;
@@ -38,7 +38,7 @@ async fn http3(server: &Server) -> (quinn::Endpoint, quinn::Connection) {
     (endpoint, soon(connecting).await.expect("connects"))
 }
 
-async fn ask(server: &Server, request: ConnectRequest) -> Result<Client, ClientError> {
+async fn open_session(server: &Server, request: ConnectRequest) -> Result<Client, ClientError> {
     let (endpoint, connection) = http3(server).await;
     let session = soon(Session::connect(connection, request)).await?;
     Ok(Client {
@@ -66,7 +66,9 @@ async fn connected(
     (SendStream, RecvStream),
     tidegate::transport::Stream,
 ) {
-    let client = ask(server, request("/mqtt")).await.expect("accepted");
+    let client = open_session(server, request("/mqtt"))
+        .await
+        .expect("accepted");
     let (mut tx, rx) = client.open().await;
     tx.write_all(b"x").await.expect("written");
     let accepted = server.accept().await;
@@ -79,7 +81,9 @@ async fn connected(
 #[tokio::test]
 async fn webtransport_streams_are_those_of_quic() {
     let mut server = serve();
-    let client = ask(&server, request("/mqtt")).await.expect("accepted");
+    let client = open_session(&server, request("/mqtt"))
+        .await
+        .expect("accepted");
     assert_eq!(client.session.protocol(), None);
     let (mut control, mut control_rx) = client.open().await;
     let (mut data, mut data_rx) = client.open().await;
@@ -113,7 +117,7 @@ async fn webtransport_streams_are_those_of_quic() {
     stream.finish_stream(1);
     assert_eq!(soon(data_rx.read(&mut answer)).await.expect("FIN"), None);
 
-    // Large ones, both ways.
+    // Large messages in both directions.
     let sent = pattern(300_000);
     let (echoed, ()) = tokio::join!(
         async {
@@ -155,7 +159,7 @@ async fn webtransport_allows_15_data_streams_and_resets_one_alone() {
         Err(WriteError::Stopped(0x81)) => {}
         other => panic!("{other:?}"),
     }
-    // A client's reset is its stream's end, and is answered with the same code.
+    // A client's reset ends its stream, and is answered with the same code.
     open[0].0.reset(31).expect("open");
     let gone = recv(&mut stream, &mut Vec::new()).await.expect_err("gone");
     assert!(matches!(gone, Closed::StreamReset(1)));
@@ -190,15 +194,15 @@ async fn webtransport_requests_are_judged() {
         (origin("https://evil.example"), 403),
         (request("/mqtt").with_protocol("amqp"), 400),
     ] {
-        assert_eq!(status(ask(&server, request).await), expected);
+        assert_eq!(status(open_session(&server, request).await), expected);
         assert_eq!(server.event().await, format!("failed http_{expected}"));
     }
     let all = origin("https://good.example").with_protocols(["x".to_owned(), "mqtt".to_owned()]);
-    let client = ask(&server, all).await.expect("accepted");
+    let client = open_session(&server, all).await.expect("accepted");
     assert_eq!(client.session.protocol(), Some("mqtt"));
-    let query = ask(&server, request("/mqtt?token=1")).await;
+    let query = open_session(&server, request("/mqtt?token=1")).await;
     query.expect("accepted");
-    // None of all these is a client yet, or ever will be, and none holds a place.
+    // None of these sessions opened a stream, and none keeps a permit.
     drop(client);
     for _ in 0..2 {
         assert_eq!(server.event().await, "failed webtransport");
@@ -240,7 +244,7 @@ async fn closed(connection: &quinn::Connection) -> u64 {
 #[tokio::test]
 async fn webtransport_ports_answer_plain_http() {
     let mut server = serve();
-    // CONNECT with a :protocol of its own, written out.
+    // CONNECT with another :protocol, as literals.
     let mut connect = vec![0xcf, 0xd7, 0xc1, 0x27, 0x02];
     connect.extend_from_slice(b":protocol");
     connect.extend_from_slice(b"\x09websocket");
@@ -258,7 +262,7 @@ async fn webtransport_ports_answer_plain_http() {
         assert_eq!(closed(&connection).await, 0x100, "H3_NO_ERROR");
         assert_eq!(server.event().await, format!("failed http_{expected}"));
     }
-    // Too large a header, and no request at all.
+    // A header that is too large, and a frame that is not a request.
     for (bytes, code) in [(&b"\x01\x80\x00\x50\x00"[..], 0x100), (b"\x00\x01x", 0x105)] {
         let (_endpoint, connection) = http3(&server).await;
         let _control = settings(&connection).await;
@@ -271,7 +275,7 @@ async fn webtransport_ports_answer_plain_http() {
 }
 
 #[tokio::test]
-async fn webtransport_tells_the_client_how_it_ended() {
+async fn webtransport_close_codes_reach_the_client() {
     for (how, expected) in [
         (CloseHow::Normal, 0),
         (CloseHow::Protocol, 1),
@@ -296,7 +300,7 @@ async fn webtransport_tells_the_client_how_it_ended() {
 }
 
 #[tokio::test]
-async fn webtransport_ends_when_the_client_says_so() {
+async fn webtransport_ends_when_the_client_closes_it() {
     let mut server = serve();
     for (code, words) in [(0, "closed by the peer"), (7, "code 7")] {
         let (client, (mut control, _rx), mut stream) = connected(&mut server).await;
@@ -310,7 +314,7 @@ async fn webtransport_ends_when_the_client_says_so() {
         assert!(text.contains(words) || matches!(end, Closed::Eof), "{text}");
         assert!(!text.contains("words"), "{text}");
     }
-    // The session alone ends, or is torn down with the connection.
+    // The client ends only the session, or the connection with it.
     for (code, words) in [(0, "closed by the peer"), (7, "code 7")] {
         let (client, _control, mut stream) = connected(&mut server).await;
         client.session.close(code, b"bye");
@@ -327,11 +331,11 @@ async fn webtransport_ends_when_the_client_says_so() {
 }
 
 #[tokio::test]
-async fn webtransport_bounds_what_nobody_reads() {
+async fn webtransport_bounds_unread_streams_and_datagrams() {
     let mut server = serve();
     let (client, (mut control, _rx), mut stream) = connected(&mut server).await;
     stream.authenticated();
-    // Beside the client's control stream two more may be opened, and no third.
+    // Besides HTTP/3's control stream, two more may be opened.
     let mut stray = Vec::new();
     for _ in 0..2 {
         let mut uni = soon(client.session.open_uni()).await.expect("credit");
@@ -345,7 +349,7 @@ async fn webtransport_bounds_what_nobody_reads() {
             .send_datagram(vec![7; 1000].into())
             .expect("fits");
     }
-    // A request of its own among the session's streams.
+    // Another request among the session's streams.
     let (mut tx, mut rx) = quinn::Connection::open_bi(&client.session)
         .await
         .expect("credit");
@@ -386,8 +390,10 @@ async fn webtransport_handshakes_have_a_deadline() {
         assert_eq!(server.event().await, "failed deadline", "stage {stage}");
         assert_eq!(closed(connection).await, *code, "stage {stage}");
     }
-    // One that is given up sooner is not waited for.
-    let client = ask(&server, request("/mqtt")).await.expect("accepted");
+    // A session that the client closes earlier fails at once.
+    let client = open_session(&server, request("/mqtt"))
+        .await
+        .expect("accepted");
     client.session.close(0, b"");
     let event = server.event().await;
     assert!(
@@ -397,7 +403,7 @@ async fn webtransport_handshakes_have_a_deadline() {
 }
 
 #[tokio::test]
-async fn webtransport_leaves_mqtt_over_quic_as_it_is() {
+async fn webtransport_listeners_serve_mqtt_over_quic() {
     let mut server = serve();
     let (_endpoint, connection) = server.quic().await;
     let (mut control, _rx) = connection.open_bi().await.expect("a stream");
@@ -405,7 +411,7 @@ async fn webtransport_leaves_mqtt_over_quic_as_it_is() {
     let mut stream = server.accept().await.stream;
     assert_eq!(stream.transport(), Transport::Quic);
     assert_eq!(recv_n(&mut stream, 5).await, b"hello");
-    // What it says where nobody reads does not vanish unseen.
+    // Unidirectional streams, which are never read, are stopped.
     let mut strays = Vec::new();
     while let Some(uni) = connection.open_uni().now_or_never() {
         let mut uni = uni.expect("connection lives");
@@ -424,7 +430,7 @@ async fn webtransport_leaves_mqtt_over_quic_as_it_is() {
         assert_eq!(stopped, Some(0x82u32.into()));
     }
     assert!(connection.open_uni().now_or_never().is_none());
-    // Without the key there is no HTTP/3 at all.
+    // Without `webtransport` there is no HTTP/3.
     let mut without = Server::start(Transport::Quic);
     let endpoint = without.quic_endpoint(&["h3"]);
     let connecting = endpoint.connect(without.addr, LOCAL).expect("starts");

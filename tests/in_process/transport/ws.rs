@@ -60,7 +60,7 @@ async fn ws_refusals() {
     assert!(answer.starts_with("HTTP/1.1 426 "), "{answer}");
 }
 
-/// The close frame that comes; then the client's socket is dropped.
+/// Waits for the close frame, then drops the client's socket.
 async fn until_close(mut ws: WebSocketStream<TcpStream>) -> Option<CloseFrame> {
     loop {
         if let Message::Close(frame) = soon(ws.next()).await.expect("a close frame").expect("good")
@@ -80,7 +80,7 @@ async fn ws_text_is_1003() {
         .await
         .expect("sent");
     client.send(Message::text("no")).await.expect("sent");
-    // What came before is not lost.
+    // The bytes before it are not lost.
     assert_eq!(recv_n(&mut stream, 5).await, b"first");
     match recv_end(&mut stream).await {
         Closed::Violation(Violation::WebSocket(FrameError::Text)) => {}
@@ -113,7 +113,7 @@ async fn ws_message_limit_is_1009_and_rises_with_authentication() {
         .expect("fed");
     let (_, end) = tokio::join!(
         async {
-            // The server stops reading, so this need not end.
+            // The server stops reading, so this may never finish.
             tokio::select! {
                 biased;
                 _ = client.flush() => {}
@@ -176,7 +176,7 @@ async fn ws_pings_are_answered_while_only_reading() {
         end = recv(&mut stream, &mut buf) => panic!("{end:?}"),
     };
     assert_eq!(pong, Message::Pong(b"are you there".to_vec().into()));
-    // Ours reach the client, which answers by itself.
+    // Our pings reach the client, whose library answers.
     soon(poll_fn(|cx| stream.poll_ping(cx)))
         .await
         .expect("sent");
@@ -200,7 +200,7 @@ async fn ws_close_codes_are_ours() {
             let last = soon(client.next()).await.expect("a message").expect("good");
             assert_eq!(last, Message::Binary(b"last packet".to_vec().into()));
             let close = soon(client.next()).await.expect("a message").expect("good");
-            // Drives the answer and sees the end of the socket.
+            // Sends the answer and waits for the end of the socket.
             assert!(soon(client.next()).await.is_none());
             close
         };
@@ -213,7 +213,7 @@ async fn ws_close_codes_are_ours() {
 }
 
 #[tokio::test]
-async fn health_checks_are_no_connections() {
+async fn health_checks_are_not_accepted_as_connections() {
     let mut server = Server::start(Transport::Ws);
     let mut plain = server.tcp().await;
     plain
@@ -227,7 +227,7 @@ async fn health_checks_are_no_connections() {
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     drop(plain);
     assert_eq!(server.event().await, "health");
-    // A port that is only opened and closed says so.
+    // A connection that is only opened and closed is reported.
     drop(server.tcp().await);
     assert_eq!(server.event().await, "failed closed");
     assert!(server.accepted.try_recv().is_err());
@@ -235,11 +235,11 @@ async fn health_checks_are_no_connections() {
 }
 
 #[tokio::test]
-async fn pings_that_nobody_reads_the_answers_to_take_no_memory() {
+async fn unread_answers_to_pings_take_no_memory() {
     let mut server = Server::start(Transport::Ws);
     let mut client = server.ws().await;
     let mut stream = server.accept().await.stream;
-    // More than the sockets hold, of answers that stay where they are.
+    // The answers are more than the sockets can hold.
     let flood = async {
         for n in 0..200_000u32 {
             let mut text = [b'.'; 125];
