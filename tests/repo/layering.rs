@@ -55,6 +55,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "upstream",
         &[
             "time",
+            "flow",
             "topics",
             "router",
             "session",
