@@ -1,27 +1,28 @@
-//! Overlapping subscriptions of one client: whose copy of a message it gets.
+//! Overlapping subscriptions of one client: which of them is the primary one, whose copy of a message
+//! the client gets.
 
 use crate::mqtt::QoS;
-use crate::topics::{FilterId, matches, overlaps};
+use crate::topics::{FilterId, matches};
 
 use crate::session::Subscription;
 
-/// What a client gets of a message that several of its subscriptions may match.
+/// The delivery to a client of a message that several of its subscriptions may match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Primary {
-    /// The filter whose copy it is.
+    /// The filter whose copy is delivered.
     pub filter: FilterId,
     /// The highest QoS that a matching subscription was granted.
     pub qos: QoS,
-    /// One of them wants RETAIN as published.
+    /// A matching subscription wants RETAIN as published.
     pub retain: bool,
 }
 
-/// The primary of a client's subscriptions that match `topic`: the one that the core granted first.
-/// Its copy is the one that the client gets, on any core, with all their identifiers. Granting
-/// another changes nothing for the messages that are under way, on whichever links. `None`: none of
-/// them is granted yet, so that which copies will come is not known.
-/// `lost` tells filters that the core has lost and not taken again. For an `own` publish of the
-/// client, those with No Local do not count.
+/// The primary of a client's subscriptions that match `topic`: the one that the broker granted first.
+/// The client gets its copy, with the identifiers of all of them, whatever the broker. A later grant
+/// changes nothing for the messages that are under way, on whichever links. `None`: no matching
+/// subscription is granted yet, so it is not known which copies will come.
+/// `lost` tells whether the broker has lost a filter and not granted it again. Subscriptions with No
+/// Local do not count for an `own` publish of the client.
 pub fn primary(
     subscriptions: &[Subscription],
     topic: &str,
@@ -46,12 +47,12 @@ pub fn primary(
         if !s.active {
             continue;
         }
-        // Whichever copy it is, it counts for all of them.
+        // The copy stands for all matching subscriptions, whichever it is.
         qos = qos.max(s.options.qos);
-        // What the core has lost is primary only among its like.
-        let held = !lost(s.filter);
-        if best.is_none_or(|(known, _)| held && !known) {
-            best = Some((held, s.filter));
+        // A lost filter is primary only if all the others are lost too.
+        let working = !lost(s.filter);
+        if best.is_none_or(|(known, _)| working && !known) {
+            best = Some((working, s.filter));
         }
     }
     best.map(|(_, filter)| Primary {
@@ -59,9 +60,4 @@ pub fn primary(
         qos,
         retain,
     })
-}
-
-/// Whether one message can be for both. Shared subscriptions are on their own.
-pub(super) fn clash(a: &Subscription, b: &Subscription) -> bool {
-    (a.wild || b.wild) && !a.shared && !b.shared && overlaps(&a.name, &b.name)
 }

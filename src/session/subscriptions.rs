@@ -4,9 +4,8 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::mqtt::{QoS, SubscribeOptions};
-use crate::topics::{FilterId, split_shared};
+use crate::topics::{FilterId, overlaps, split_shared};
 
-use crate::session::overlap::clash;
 use crate::session::{Session, Unsubscribed};
 
 /// A subscription of this session.
@@ -52,6 +51,13 @@ impl Subscription {
     pub fn hides(&self, topic: &str) -> bool {
         hides(self.wild_below, topic)
     }
+
+    /// Whether one message can be for both subscriptions of a client. Shared subscriptions get their
+    /// messages apart from the others.
+    fn overlaps_with(&self, other: &Self) -> bool {
+        let wild = self.wild || other.wild;
+        wild && !self.shared && !other.shared && overlaps(&self.name, &other.name)
+    }
 }
 
 /// [`Subscription::hides`] for a subscription with this [`Subscription::wild_below`].
@@ -73,7 +79,7 @@ impl Session {
             return Some(std::mem::replace(old, new));
         }
         for other in &mut self.subscriptions {
-            if clash(other, &new) {
+            if other.overlaps_with(&new) {
                 other.overlaps += 1;
                 new.overlaps += 1;
             }
@@ -117,7 +123,7 @@ impl Session {
             if remaining == 0 {
                 break;
             }
-            if clash(other, &removed) {
+            if other.overlaps_with(&removed) {
                 other.overlaps -= 1;
                 remaining -= 1;
             }
@@ -132,7 +138,7 @@ impl Session {
         let (ended, later) = (&all[at], &all[at + 1..]);
         let mut primary_over = Vec::new();
         if ended.active && ended.overlaps > 0 {
-            let over = later.iter().filter(|s| s.active && clash(s, ended));
+            let over = later.iter().filter(|s| s.active && s.overlaps_with(ended));
             primary_over.extend(over.map(|s| s.filter));
         }
         let ended = self.remove_subscription(filter)?;

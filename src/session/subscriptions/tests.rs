@@ -19,12 +19,12 @@ fn subscription(filter: FilterId, name: &str) -> Subscription {
     }
 }
 
-/// Each subscription's number, and how many of the others clash with it.
-fn clashes(session: &Session) -> Vec<(FilterId, u32)> {
+/// Each subscription's number, and how many of the others overlap it.
+fn overlap_counts(session: &Session) -> Vec<(FilterId, u32)> {
     let all = session.subscriptions();
     let count = |s: &Subscription| {
         let others = all.iter().filter(|o| o.filter != s.filter);
-        others.filter(|o| clash(s, o)).count() as u32
+        others.filter(|o| s.overlaps_with(o)).count() as u32
     };
     all.iter().map(|s| (s.filter, count(s))).collect()
 }
@@ -58,7 +58,7 @@ proptest! {
                 _ => drop(session.add_subscription(subscription(FilterId(filter), NAMES[filter as usize]))),
             }
             let counted = session.subscriptions().iter().map(|s| (s.filter, s.overlaps));
-            prop_assert_eq!(counted.collect::<Vec<_>>(), clashes(&session));
+            prop_assert_eq!(counted.collect::<Vec<_>>(), overlap_counts(&session));
         }
     }
 }
