@@ -483,7 +483,7 @@ fn one_seed_gives_one_trace() {
         lines_traced += first.lines().count();
     }
     assert!(
-        lines_traced > 500 * SEEDS_TRACED,
+        lines_traced > 500 * SEEDS_TRACED.min(seeds().count()),
         "the runs are hardly runs"
     );
 }
