@@ -76,29 +76,29 @@ pub fn options(qos: u8) -> SubscribeOptions {
 
 impl Client {
     /// A connection without CONNECT.
-    pub fn open(core: &EmbeddedBroker, version: Version) -> Client {
+    pub fn open(broker: &EmbeddedBroker, version: Version) -> Client {
         let decoder = Decoder {
             version,
             receiver: Receiver::Client,
             max: 1 << 24,
         };
         Client {
-            io: core.connect(),
+            io: broker.connect(),
             buf: Vec::new(),
             decoder,
         }
     }
 
-    pub async fn try_connect(core: &EmbeddedBroker, connect: &Connect<'_>) -> (Client, Got) {
-        let mut client = Client::open(core, connect.version);
+    pub async fn try_connect(broker: &EmbeddedBroker, connect: &Connect<'_>) -> (Client, Got) {
+        let mut client = Client::open(broker, connect.version);
         client.send(|out| connect.encode(out)).await;
         let got = client.next().await;
         (client, got)
     }
 
     /// Connects and expects success; the flag is Session Present.
-    pub async fn connect(core: &EmbeddedBroker, connect: &Connect<'_>) -> (Client, bool) {
-        let (client, got) = Client::try_connect(core, connect).await;
+    pub async fn connect(broker: &EmbeddedBroker, connect: &Connect<'_>) -> (Client, bool) {
+        let (client, got) = Client::try_connect(broker, connect).await;
         match got {
             Got::Connack { present, reason: 0 } => (client, present),
             other => panic!("{other:?}"),

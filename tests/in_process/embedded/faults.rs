@@ -1,4 +1,4 @@
-//! The habits and faults that options give the core, and its limits.
+//! The quirks and faults that the embedded broker can be given, and its limits.
 
 use std::time::Duration;
 
@@ -9,15 +9,15 @@ use tokio::io::AsyncReadExt;
 use crate::embedded::client::{Client, Got, Publish, kept, options, v5};
 
 /// What a client with overlapping subscriptions gets for one QoS 2 message.
-async fn overlapping(options_of_core: EmbeddedOptions) -> Vec<(u8, Vec<u32>)> {
-    let core = EmbeddedBroker::start(options_of_core);
-    let (mut sub, _) = Client::connect(&core, &v5("sub")).await;
+async fn overlapping(broker_options: EmbeddedOptions) -> Vec<(u8, Vec<u32>)> {
+    let broker = EmbeddedBroker::start(broker_options);
+    let (mut sub, _) = Client::connect(&broker, &v5("sub")).await;
     sub.subscribe(Some(1), &[("a/#", options(2))]).await;
     sub.subscribe(Some(2), &[("a/+", options(1))]).await;
     sub.subscribe(Some(3), &[("a/b", options(0))]).await;
-    let (mut other, _) = Client::connect(&core, &v5("other")).await;
+    let (mut other, _) = Client::connect(&broker, &v5("other")).await;
     other.subscribe(Some(9), &[("+/b", options(0))]).await;
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     publisher.publish("a/b", "x", 2, 1).await;
     assert_eq!(other.publish_got().await.qos, 0);
     other.quiet().await;
@@ -55,7 +55,7 @@ async fn overlaps() {
 
 #[tokio::test(start_paused = true)]
 async fn connack_tells() {
-    let core = EmbeddedBroker::start(EmbeddedOptions {
+    let broker = EmbeddedBroker::start(EmbeddedOptions {
         quirks: Quirks {
             no_ids: true,
             shared: Shared::Refused,
@@ -68,7 +68,7 @@ async fn connack_tells() {
         topic_alias_max: 3,
         ..EmbeddedOptions::default()
     });
-    let mut client = Client::open(&core, Version::V5);
+    let mut client = Client::open(&broker, Version::V5);
     client.send(|out| v5("c").encode(out)).await;
     let seen = client
         .next_with(|packet| {
@@ -92,10 +92,10 @@ async fn connack_tells() {
     client.retain("t", "x").await;
     assert_eq!(client.next().await, Got::Disconnect(0x9A));
 
-    let (mut client, _) = Client::connect(&core, &v5("c")).await;
+    let (mut client, _) = Client::connect(&broker, &v5("c")).await;
     client.publish("t", "x", 2, 1).await;
     assert_eq!(client.next().await, Got::Disconnect(0x9B));
-    let (mut client, _) = Client::connect(&core, &v5("c")).await;
+    let (mut client, _) = Client::connect(&broker, &v5("c")).await;
     client.publish("t", &"x".repeat(1000), 1, 1).await;
     assert_eq!(client.next().await, Got::Disconnect(0x95));
     for (qos, retain, code) in [
@@ -112,7 +112,7 @@ async fn connack_tells() {
             will: Some(will),
             ..v5("w")
         };
-        let (_, got) = Client::try_connect(&core, &connect).await;
+        let (_, got) = Client::try_connect(&broker, &connect).await;
         assert_eq!(
             got,
             Got::Connack {
@@ -125,16 +125,16 @@ async fn connack_tells() {
 
 #[tokio::test(start_paused = true)]
 async fn small_window() {
-    let core = EmbeddedBroker::start(EmbeddedOptions {
+    let broker = EmbeddedBroker::start(EmbeddedOptions {
         quirks: Quirks {
             small_window: Some(2),
             ..Quirks::default()
         },
         ..EmbeddedOptions::default()
     });
-    let (mut sub, _) = Client::connect(&core, &v5("sub")).await;
+    let (mut sub, _) = Client::connect(&broker, &v5("sub")).await;
     sub.subscribe(None, &[("t", options(1))]).await;
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     for id in 1..=4 {
         publisher.publish("t", "x", 1, id).await;
         assert_eq!(publisher.next().await, Got::Ack(AckKind::Puback, id, 0));
@@ -153,7 +153,7 @@ async fn small_window() {
     }
     publisher.publish("t", "z", 2, 3).await;
     assert_eq!(publisher.next().await, Got::Disconnect(0x93));
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     for id in 1..=3 {
         publisher.publish("t", "burst", 1, id).await;
     }
@@ -165,33 +165,33 @@ async fn small_window() {
 
 #[tokio::test(start_paused = true)]
 async fn redelivery_without_dup() {
-    let core = EmbeddedBroker::start(EmbeddedOptions {
+    let broker = EmbeddedBroker::start(EmbeddedOptions {
         quirks: Quirks {
             dup0: true,
             ..Quirks::default()
         },
         ..EmbeddedOptions::default()
     });
-    let (mut sub, _) = Client::connect(&core, &kept("sub")).await;
+    let (mut sub, _) = Client::connect(&broker, &kept("sub")).await;
     sub.subscribe(None, &[("t", options(1))]).await;
     sub.publish("t", "x", 1, 1).await;
     assert_eq!(sub.next().await, Got::Ack(AckKind::Puback, 1, 0));
     let first = sub.publish_got().await;
     drop(sub);
-    let (mut sub, _) = Client::connect(&core, &kept("sub")).await;
+    let (mut sub, _) = Client::connect(&broker, &kept("sub")).await;
     assert_eq!(sub.publish_got().await, first);
 }
 
 #[tokio::test(start_paused = true)]
 async fn late_retained() {
-    let core = EmbeddedBroker::start(EmbeddedOptions {
+    let broker = EmbeddedBroker::start(EmbeddedOptions {
         quirks: Quirks {
             late_retained: Duration::from_millis(700),
             ..Quirks::default()
         },
         ..EmbeddedOptions::default()
     });
-    let (mut c, _) = Client::connect(&core, &v5("c")).await;
+    let (mut c, _) = Client::connect(&broker, &v5("c")).await;
     c.retain("r", "old").await;
     let from = tokio::time::Instant::now();
     c.subscribe(None, &[("r", options(0)), ("#", options(0))])
@@ -209,14 +209,14 @@ async fn mqtt_5_refused() {
         (RefuseV5::ReturnCode, &[0x20, 2, 0, 1][..]),
         (RefuseV5::ReasonCode, &[0x20, 3, 0, 0x84, 0][..]),
     ] {
-        let core = EmbeddedBroker::start(EmbeddedOptions {
+        let broker = EmbeddedBroker::start(EmbeddedOptions {
             quirks: Quirks {
                 refuse_v5,
                 ..Quirks::default()
             },
             ..EmbeddedOptions::default()
         });
-        let mut io = core.connect();
+        let mut io = broker.connect();
         let mut bytes = Vec::new();
         v5("c").encode(&mut bytes);
         tokio::io::AsyncWriteExt::write_all(&mut io, &bytes)
@@ -229,35 +229,38 @@ async fn mqtt_5_refused() {
             version: Version::V311,
             ..v5("c")
         };
-        Client::connect(&core, &old).await;
+        Client::connect(&broker, &old).await;
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn limits_hold() {
-    let core = EmbeddedBroker::start(EmbeddedOptions {
+    let broker = EmbeddedBroker::start(EmbeddedOptions {
         queue_max: 3,
         retained_bytes_max: 400,
         sessions_max: 2,
         connections_max: 3,
         ..EmbeddedOptions::default()
     });
-    let (mut sub, _) = Client::connect(&core, &kept("sub")).await;
+    let (mut sub, _) = Client::connect(&broker, &kept("sub")).await;
     sub.subscribe(None, &[("t", options(1))]).await;
     drop(sub);
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     for id in 1..=5 {
         publisher.publish("t", &id.to_string(), 1, id).await;
         assert_eq!(publisher.next().await, Got::Ack(AckKind::Puback, id, 0));
     }
-    assert_eq!((core.stats().queued, core.stats().dropped_full), (3, 2));
+    assert_eq!((broker.stats().queued, broker.stats().dropped_full), (3, 2));
     publisher.retain("r", &"x".repeat(200)).await;
     publisher.retain("r", &"y".repeat(500)).await;
     publisher.quiet().await;
     // The stale one is not kept in place of the one that has no room.
-    assert_eq!((core.stats().retained, core.stats().dropped_full), (0, 3));
+    assert_eq!(
+        (broker.stats().retained, broker.stats().dropped_full),
+        (0, 3)
+    );
 
-    let (third, got) = Client::try_connect(&core, &v5("third")).await;
+    let (third, got) = Client::try_connect(&broker, &v5("third")).await;
     assert_eq!(
         got,
         Got::Connack {
@@ -266,36 +269,36 @@ async fn limits_hold() {
         }
     );
     drop(third);
-    let (mut sub, present) = Client::connect(&core, &kept("sub")).await;
+    let (mut sub, present) = Client::connect(&broker, &kept("sub")).await;
     assert!(present);
     for wanted in ["1", "2", "3"] {
         assert_eq!(sub.publish_got().await.payload, wanted);
     }
     sub.quiet().await;
-    let _idle = core.connect();
-    let mut over = Client::open(&core, Version::V5);
+    let _idle = broker.connect();
+    let mut over = Client::open(&broker, Version::V5);
     assert_eq!(over.next().await, Got::Closed);
 
-    let core = EmbeddedBroker::start(EmbeddedOptions {
+    let broker = EmbeddedBroker::start(EmbeddedOptions {
         queue_bytes_max: 1000,
         ..EmbeddedOptions::default()
     });
-    let (mut sub, _) = Client::connect(&core, &kept("sub")).await;
+    let (mut sub, _) = Client::connect(&broker, &kept("sub")).await;
     sub.subscribe(None, &[("t", options(1))]).await;
     drop(sub);
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     for id in 1..=5 {
         publisher.publish("t", &"x".repeat(300), 1, id).await;
         publisher.next().await;
     }
-    assert_eq!((core.stats().queued, core.stats().dropped_full), (2, 3));
+    assert_eq!((broker.stats().queued, broker.stats().dropped_full), (2, 3));
 }
 
 #[tokio::test(start_paused = true)]
 async fn options_can_change() {
-    let core = EmbeddedBroker::start(EmbeddedOptions::default());
-    let (mut c, _) = Client::connect(&core, &v5("c")).await;
-    core.set_options(EmbeddedOptions {
+    let broker = EmbeddedBroker::start(EmbeddedOptions::default());
+    let (mut c, _) = Client::connect(&broker, &v5("c")).await;
+    broker.set_options(EmbeddedOptions {
         quirks: Quirks {
             refuse_v5: RefuseV5::ReasonCode,
             ..Quirks::default()
@@ -304,7 +307,7 @@ async fn options_can_change() {
     });
     c.publish("t", "x", 1, 1).await;
     assert_eq!(c.next().await, Got::Ack(AckKind::Puback, 1, 0x10));
-    let (_, got) = Client::try_connect(&core, &v5("d")).await;
+    let (_, got) = Client::try_connect(&broker, &v5("d")).await;
     assert_eq!(
         got,
         Got::Connack {
@@ -316,19 +319,19 @@ async fn options_can_change() {
 
 #[tokio::test(start_paused = true)]
 async fn shared_subscriptions() {
-    let core = EmbeddedBroker::start(EmbeddedOptions::default());
+    let broker = EmbeddedBroker::start(EmbeddedOptions::default());
     let mut members = Vec::new();
     for name in ["a", "b"] {
-        let (mut member, _) = Client::connect(&core, &v5(name)).await;
+        let (mut member, _) = Client::connect(&broker, &v5(name)).await;
         let suback = member
             .subscribe(Some(9), &[("$share/g/t/+", options(1))])
             .await;
         assert_eq!(suback, [1]);
         members.push(member);
     }
-    let (mut other, _) = Client::connect(&core, &v5("other")).await;
+    let (mut other, _) = Client::connect(&broker, &v5("other")).await;
     other.subscribe(None, &[("$share/h/t/#", options(0))]).await;
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     for n in 1..=4 {
         publisher.publish("t/x", &n.to_string(), 1, n).await;
         publisher.next().await;

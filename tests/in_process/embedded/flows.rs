@@ -12,19 +12,19 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::embedded::client::{Client, Got, kept, options, v5};
 
-fn core() -> EmbeddedBroker {
+fn broker() -> EmbeddedBroker {
     EmbeddedBroker::start(EmbeddedOptions::default())
 }
 
 #[tokio::test(start_paused = true)]
 async fn every_qos_both_ways() {
-    let core = core();
-    let (mut sub, _) = Client::connect(&core, &v5("sub")).await;
+    let broker = broker();
+    let (mut sub, _) = Client::connect(&broker, &v5("sub")).await;
     let codes = sub
         .subscribe(Some(268_435_455), &[("a/+", options(2)), ("b", options(1))])
         .await;
     assert_eq!(codes, [2, 1]);
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
 
     publisher.publish("a/0", "zero", 0, 0).await;
     let got = sub.publish_got().await;
@@ -70,7 +70,7 @@ async fn every_qos_both_ways() {
     publisher.publish("a/0", "late", 0, 0).await;
     sub.quiet().await;
 
-    let stats = core.stats();
+    let stats = broker.stats();
     assert_eq!(
         (stats.connects, stats.connections, stats.sessions),
         (2, 2, 2)
@@ -83,9 +83,9 @@ async fn every_qos_both_ways() {
 
 #[tokio::test(start_paused = true)]
 async fn options_of_a_subscription() {
-    let core = core();
-    let (mut a, _) = Client::connect(&core, &v5("a")).await;
-    let (mut b, _) = Client::connect(&core, &v5("b")).await;
+    let broker = broker();
+    let (mut a, _) = Client::connect(&broker, &v5("a")).await;
+    let (mut b, _) = Client::connect(&broker, &v5("b")).await;
     let own = SubscribeOptions {
         no_local: true,
         retain_as_published: true,
@@ -104,12 +104,12 @@ async fn options_of_a_subscription() {
 
 #[tokio::test(start_paused = true)]
 async fn properties_and_expiry_travel() {
-    let core = core();
-    let (mut keeper, _) = Client::connect(&core, &kept("keeper")).await;
+    let broker = broker();
+    let (mut keeper, _) = Client::connect(&broker, &kept("keeper")).await;
     keeper.subscribe(None, &[("t/#", options(1))]).await;
     drop(keeper);
     tokio::time::sleep(Duration::from_millis(1)).await;
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     for (id, expiry) in [(1, 5), (2, 60)] {
         let delivery = Delivery {
             message_expiry: Some(expiry),
@@ -120,19 +120,19 @@ async fn properties_and_expiry_travel() {
         assert_eq!(publisher.next().await, Got::Ack(AckKind::Puback, id, 0));
     }
     tokio::time::sleep(Duration::from_secs(10)).await;
-    let (mut keeper, present) = Client::connect(&core, &kept("keeper")).await;
+    let (mut keeper, present) = Client::connect(&broker, &kept("keeper")).await;
     assert!(present);
     let got = keeper.publish_got().await;
     assert_eq!(got.expiry, Some(50));
     assert_eq!(got.user, [("k".to_owned(), "v".to_owned())]);
     keeper.quiet().await;
-    assert_eq!(core.stats().dropped_expired, 1);
+    assert_eq!(broker.stats().dropped_expired, 1);
 }
 
 #[tokio::test(start_paused = true)]
 async fn retained_messages() {
-    let core = core();
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let broker = broker();
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     publisher.retain("r/1", "one").await;
     publisher.retain("r/2", "two").await;
     publisher.retain("$r/3", "hidden").await;
@@ -143,9 +143,9 @@ async fn retained_messages() {
     };
     publisher.publish_as(brief, "r/brief", "b").await;
     publisher.quiet().await;
-    assert_eq!(core.stats().retained, 4);
+    assert_eq!(broker.stats().retained, 4);
 
-    let (mut sub, _) = Client::connect(&core, &v5("sub")).await;
+    let (mut sub, _) = Client::connect(&broker, &v5("sub")).await;
     sub.subscribe(Some(5), &[("#", options(2))]).await;
     let mut found = Vec::new();
     for _ in 0..3 {
@@ -172,17 +172,17 @@ async fn retained_messages() {
     assert_eq!(sub.publish_got().await.payload, "one");
     sub.quiet().await;
     // r/1 and $r/3; the expired one went with the last look.
-    assert_eq!(core.stats().retained, 2);
-    core.clear_retained();
+    assert_eq!(broker.stats().retained, 2);
+    broker.clear_retained();
     sub.subscribe(None, &[("r/1", handling(0))]).await;
     sub.quiet().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_clients_limits_hold() {
-    let core = core();
+    let broker = broker();
     let (mut sub, _) = Client::connect(
-        &core,
+        &broker,
         &Connect {
             receive_maximum: Some(2),
             maximum_packet_size: Some(40),
@@ -191,7 +191,7 @@ async fn the_clients_limits_hold() {
     )
     .await;
     sub.subscribe(None, &[("t", options(1))]).await;
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     publisher.publish("t", &"x".repeat(60), 1, 9).await;
     assert_eq!(publisher.next().await, Got::Ack(AckKind::Puback, 9, 0));
     for id in 1..=5 {
@@ -214,15 +214,15 @@ async fn the_clients_limits_hold() {
     sub.ack(AckKind::Puback, third.id).await;
     assert_eq!(sub.publish_got().await.payload, "4");
     assert_eq!(sub.publish_got().await.payload, "5");
-    assert_eq!(core.stats().dropped_too_large, 1);
+    assert_eq!(broker.stats().dropped_too_large, 1);
 }
 
 #[tokio::test(start_paused = true)]
 async fn topic_aliases() {
-    let core = core();
-    let (mut sub, _) = Client::connect(&core, &v5("sub")).await;
+    let broker = broker();
+    let (mut sub, _) = Client::connect(&broker, &v5("sub")).await;
     sub.subscribe(None, &[("t/#", options(0))]).await;
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     let by = |alias| Delivery {
         alias,
         ..publisher.delivery(0, 0)
@@ -244,19 +244,19 @@ async fn topic_aliases() {
     publisher.publish_as(above, "t/3", "e").await;
     assert_eq!(publisher.next().await, Got::Disconnect(0x94));
     assert_eq!(publisher.next().await, Got::Closed);
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     publisher.publish_as(used, "-", "f").await;
     assert_eq!(publisher.next().await, Got::Disconnect(0x82));
 }
 
 #[tokio::test(start_paused = true)]
 async fn keep_alive_and_silence() {
-    let core = core();
+    let broker = broker();
     let connect = Connect {
         keep_alive: 2,
         ..v5("c")
     };
-    let (mut client, _) = Client::connect(&core, &connect).await;
+    let (mut client, _) = Client::connect(&broker, &connect).await;
     for _ in 0..5 {
         tokio::time::sleep(Duration::from_millis(2900)).await;
         client.send(encode_pingreq).await;
@@ -267,7 +267,7 @@ async fn keep_alive_and_silence() {
     let waited = from.elapsed();
     assert!((Duration::from_secs(3)..Duration::from_millis(3200)).contains(&waited));
 
-    let mut silent = Client::open(&core, Version::V5);
+    let mut silent = Client::open(&broker, Version::V5);
     let from = tokio::time::Instant::now();
     silent.send(|out| out.push(0x10)).await;
     tokio::time::sleep(Duration::from_secs(9)).await;
@@ -278,22 +278,22 @@ async fn keep_alive_and_silence() {
 
 #[tokio::test(start_paused = true)]
 async fn three_dot_x() {
-    let core = core();
+    let broker = broker();
     let old = |version| Connect {
         version,
         clean_start: false,
         client_id: "old",
         ..Connect::default()
     };
-    let (mut sub, present) = Client::connect(&core, &old(Version::V31)).await;
+    let (mut sub, present) = Client::connect(&broker, &old(Version::V31)).await;
     assert!(!present);
     assert_eq!(sub.subscribe(None, &[("t", options(2))]).await, [2]);
     drop(sub);
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
     publisher.publish("t", "kept", 1, 1).await;
     assert_eq!(publisher.next().await, Got::Ack(AckKind::Puback, 1, 0));
     tokio::time::sleep(Duration::from_secs(1_000_000)).await;
-    let (mut sub, present) = Client::connect(&core, &old(Version::V311)).await;
+    let (mut sub, present) = Client::connect(&broker, &old(Version::V311)).await;
     assert!(present);
     let got = sub.publish_got().await;
     assert_eq!(
@@ -311,7 +311,7 @@ async fn three_dot_x() {
         client_id: "",
         ..old(Version::V311)
     };
-    let (_, got) = Client::try_connect(&core, &nameless).await;
+    let (_, got) = Client::try_connect(&broker, &nameless).await;
     assert_eq!(
         got,
         Got::Connack {
@@ -323,8 +323,8 @@ async fn three_dot_x() {
 
 #[tokio::test(start_paused = true)]
 async fn an_assigned_client_id_is_returned() {
-    let core = core();
-    let mut client = Client::open(&core, Version::V5);
+    let broker = broker();
+    let mut client = Client::open(&broker, Version::V5);
     client.send(|out| v5("").encode(out)).await;
     let id = client
         .next_with(|packet| match packet {
@@ -337,17 +337,17 @@ async fn an_assigned_client_id_is_returned() {
 
 #[tokio::test(start_paused = true)]
 async fn bad_input_is_refused() {
-    let core = core();
+    let broker = broker();
     for bytes in [
         &b"GET / HTTP/1.1\r\n\r\n"[..],
         &[0xC0, 0],
         &[0x10, 0xFF, 0xFF, 0xFF, 0xFF, 1],
     ] {
-        let mut client = Client::open(&core, Version::V311);
+        let mut client = Client::open(&broker, Version::V311);
         client.send(|out| out.extend_from_slice(bytes)).await;
         assert_eq!(client.next().await, Got::Closed);
     }
-    let mut future = Client::open(&core, Version::V311);
+    let mut future = Client::open(&broker, Version::V311);
     future
         .send(|out| out.extend_from_slice(b"\x10\x0D\x00\x04MQTT\x06\x02\x00\x00\x00\x00\x00"))
         .await;
@@ -359,10 +359,10 @@ async fn bad_input_is_refused() {
         }
     );
 
-    let (mut twice, _) = Client::connect(&core, &v5("twice")).await;
+    let (mut twice, _) = Client::connect(&broker, &v5("twice")).await;
     twice.send(|out| v5("twice").encode(out)).await;
     assert_eq!(twice.next().await, Got::Disconnect(0x82));
-    let (mut odd, _) = Client::connect(&core, &v5("odd")).await;
+    let (mut odd, _) = Client::connect(&broker, &v5("odd")).await;
     odd.send(|out| out.extend_from_slice(&[0x62, 0x01, 0x00]))
         .await;
     assert_eq!(odd.next().await, Got::Disconnect(0x81));
@@ -370,7 +370,7 @@ async fn bad_input_is_refused() {
         authentication_method: Some("SCRAM"),
         ..v5("m")
     };
-    let (_, got) = Client::try_connect(&core, &method).await;
+    let (_, got) = Client::try_connect(&broker, &method).await;
     assert_eq!(
         got,
         Got::Connack {
@@ -379,14 +379,14 @@ async fn bad_input_is_refused() {
         }
     );
     tokio::time::sleep(Duration::from_secs(2)).await;
-    assert_eq!(core.stats().connections, 0);
+    assert_eq!(broker.stats().connections, 0);
 }
 
-/// Whole conversations with some of their bytes changed: the core answers,
+/// Whole conversations with some of their bytes changed: the broker answers,
 /// refuses or waits, and serves the next client.
 #[tokio::test(start_paused = true)]
 async fn no_bytes_hurt() {
-    let core = core();
+    let broker = broker();
     let mut random = 0x2545_F491_4F6C_DD1Du64;
     let mut below = move |n: usize| {
         random ^= random << 13;
@@ -445,7 +445,7 @@ async fn no_bytes_hurt() {
             bytes[at] = below(256) as u8;
         }
         bytes.truncate(bytes.len() - below(2) * below(40));
-        let mut io = core.connect();
+        let mut io = broker.connect();
         for piece in bytes.chunks(1 + below(50)) {
             if io.write_all(piece).await.is_err() {
                 break;
@@ -455,11 +455,11 @@ async fn no_bytes_hurt() {
         let wait = io.read_to_end(&mut answer);
         let _ = tokio::time::timeout(Duration::from_millis(5), wait).await;
     }
-    let (mut client, _) = Client::connect(&core, &v5("after")).await;
+    let (mut client, _) = Client::connect(&broker, &v5("after")).await;
     client.publish("z", "x", 1, 1).await;
     assert_eq!(client.next().await, Got::Ack(AckKind::Puback, 1, 0x10));
     tokio::time::sleep(Duration::from_secs(100)).await;
-    assert_eq!(core.stats().connections, 1);
+    assert_eq!(broker.stats().connections, 1);
 }
 
 /// Many tasks on real threads: no wake-up is lost.
@@ -467,7 +467,7 @@ async fn no_bytes_hurt() {
 async fn every_message_reaches_everyone() {
     const COUNT: u16 = 1000;
     const CLIENTS: usize = 4;
-    let core = core();
+    let broker = broker();
     let mut readers = Vec::new();
     for n in 0..CLIENTS {
         let id = format!("sub{n}");
@@ -475,7 +475,7 @@ async fn every_message_reaches_everyone() {
             receive_maximum: Some(7),
             ..v5(&id)
         };
-        let (mut sub, _) = Client::connect(&core, &connect).await;
+        let (mut sub, _) = Client::connect(&broker, &connect).await;
         sub.subscribe(None, &[("t/#", options(1))]).await;
         readers.push(tokio::spawn(async move {
             let mut last = [0; CLIENTS];
@@ -489,9 +489,9 @@ async fn every_message_reaches_everyone() {
         }));
     }
     for n in 0..CLIENTS {
-        let core = core.clone();
+        let broker = broker.clone();
         readers.push(tokio::spawn(async move {
-            let (mut publisher, _) = Client::connect(&core, &v5(&format!("pub{n}"))).await;
+            let (mut publisher, _) = Client::connect(&broker, &v5(&format!("pub{n}"))).await;
             for id in 1..=COUNT {
                 publisher
                     .publish(&format!("t/{n}"), &id.to_string(), 1, id)

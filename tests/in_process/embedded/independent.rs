@@ -1,4 +1,4 @@
-//! The core behind a real port, with a client that we did not write.
+//! The broker behind a real port, with a client that we did not write.
 
 use std::time::Duration;
 
@@ -11,11 +11,11 @@ const COUNT: usize = 300;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn serve() -> (EmbeddedBroker, u16) {
-    let core = EmbeddedBroker::start(EmbeddedOptions::default());
+    let broker = EmbeddedBroker::start(EmbeddedOptions::default());
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let port = listener.local_addr().expect("bound").port();
-    tokio::spawn(core.clone().serve_tcp(listener));
-    (core, port)
+    tokio::spawn(broker.clone().serve_tcp(listener));
+    (broker, port)
 }
 
 /// What came, as text, and a word for each acknowledgement that a test awaits.
@@ -31,10 +31,10 @@ async fn until(events: &mut mpsc::Receiver<String>, wanted: &str) {
 }
 
 /// Every delivery has been acknowledged.
-async fn settled(core: &EmbeddedBroker) {
+async fn settled(broker: &EmbeddedBroker) {
     let deadline = tokio::time::Instant::now() + PATIENCE;
-    while core.stats().queued > 0 {
-        assert!(tokio::time::Instant::now() < deadline, "{core:?}");
+    while broker.stats().queued > 0 {
+        assert!(tokio::time::Instant::now() < deadline, "{broker:?}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -81,7 +81,7 @@ mod v3 {
 
     #[tokio::test]
     async fn publishes_subscribes_and_resumes() {
-        let (core, port) = serve().await;
+        let (broker, port) = serve().await;
         let (sub, events) = client("sub", port, false);
         let (mut got, task) = run(events);
         assert_eq!(next(&mut got).await, "up false");
@@ -107,7 +107,7 @@ mod v3 {
         }
         // Away, unannounced; the messages of the gap wait. This client forgets
         // its state, so nothing may be open.
-        settled(&core).await;
+        settled(&broker).await;
         task.abort();
         let _ = task.await;
         for n in 0..COUNT {
@@ -131,7 +131,7 @@ mod v3 {
         for n in 0..COUNT {
             assert_eq!(next(&mut got).await, format!("n/1 1 {n}"));
         }
-        let stats = core.stats();
+        let stats = broker.stats();
         assert_eq!((stats.sessions, stats.dropped_full), (2, 0));
     }
 
@@ -217,7 +217,7 @@ mod v5 {
 
     #[tokio::test]
     async fn identifiers_properties_and_resume() {
-        let (core, port) = serve().await;
+        let (broker, port) = serve().await;
         let (sub, events) = client("sub", port, true);
         let (mut got, task) = run(events);
         for (filter, id) in [("a/#", 1), ("a/b", 200)] {
@@ -250,7 +250,7 @@ mod v5 {
         );
         until(&mut acks, "puback").await;
 
-        settled(&core).await;
+        settled(&broker).await;
         task.abort();
         let _ = task.await;
         for n in 0..COUNT {
@@ -267,6 +267,6 @@ mod v5 {
         for n in 0..COUNT {
             assert_eq!(next(&mut got).await, format!("a/c {n} [1] None []"));
         }
-        settled(&core).await;
+        settled(&broker).await;
     }
 }

@@ -7,7 +7,7 @@ use tidegate::mqtt::{AckKind, Connect, Properties, QoS, ReasonCode, Version, Wil
 
 use crate::embedded::client::{Client, Got, kept, options, v5};
 
-fn core() -> EmbeddedBroker {
+fn broker() -> EmbeddedBroker {
     EmbeddedBroker::start(EmbeddedOptions::default())
 }
 
@@ -22,9 +22,9 @@ async fn put(publisher: &mut Client, topic: &str, payload: &str) {
 
 #[tokio::test(start_paused = true)]
 async fn resumes_in_order() {
-    let core = core();
-    let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
-    let (mut sub, _) = Client::connect(&core, &kept("sub")).await;
+    let broker = broker();
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
+    let (mut sub, _) = Client::connect(&broker, &kept("sub")).await;
     sub.subscribe(Some(3), &[("t/1", options(1)), ("t/2", options(2))])
         .await;
     put(&mut publisher, "t/1", "a").await;
@@ -41,7 +41,7 @@ async fn resumes_in_order() {
     publisher.publish("t/1", "unkept", 0, 0).await;
     publisher.quiet().await;
 
-    let (mut sub, present) = Client::connect(&core, &kept("sub")).await;
+    let (mut sub, present) = Client::connect(&broker, &kept("sub")).await;
     assert!(present);
     let again = sub.publish_got().await;
     assert_eq!(
@@ -62,7 +62,7 @@ async fn resumes_in_order() {
     }
     sub.ack(AckKind::Pubcomp, b.id).await;
     sub.quiet().await;
-    assert_eq!(core.stats().queued, 0);
+    assert_eq!(broker.stats().queued, 0);
 
     // Over a smaller window, what is unacknowledged waits for its turn.
     for payload in ["e", "f", "g"] {
@@ -74,7 +74,7 @@ async fn resumes_in_order() {
         receive_maximum: Some(1),
         ..kept("sub")
     };
-    let (mut sub, _) = Client::connect(&core, &narrow).await;
+    let (mut sub, _) = Client::connect(&broker, &narrow).await;
     for payload in ["e", "f", "g"] {
         let got = sub.publish_got().await;
         assert_eq!((got.payload.as_str(), got.dup), (payload, true));
@@ -85,21 +85,21 @@ async fn resumes_in_order() {
 
 #[tokio::test(start_paused = true)]
 async fn sessions_begin_and_end() {
-    let core = core();
+    let broker = broker();
     let short = Connect {
         session_expiry: Some(10),
         ..kept("s")
     };
-    let (client, present) = Client::connect(&core, &short).await;
+    let (client, present) = Client::connect(&broker, &short).await;
     assert!(!present);
     drop(client);
     tokio::time::sleep(Duration::from_secs(9)).await;
-    let (client, present) = Client::connect(&core, &short).await;
+    let (client, present) = Client::connect(&broker, &short).await;
     assert!(present);
     drop(client);
     tokio::time::sleep(Duration::from_secs(11)).await;
-    assert_eq!(core.stats().sessions, 0);
-    let (client, present) = Client::connect(&core, &short).await;
+    assert_eq!(broker.stats().sessions, 0);
+    let (client, present) = Client::connect(&broker, &short).await;
     assert!(!present);
     // DISCONNECT can lengthen it …
     assert_eq!(
@@ -107,43 +107,46 @@ async fn sessions_begin_and_end() {
         Got::Closed
     );
     tokio::time::sleep(Duration::from_secs(50)).await;
-    let (client, present) = Client::connect(&core, &short).await;
+    let (client, present) = Client::connect(&broker, &short).await;
     assert!(present);
     // … or end it.
     assert_eq!(
         client.disconnect(ReasonCode::SUCCESS, Some(0)).await,
         Got::Closed
     );
-    assert_eq!(core.stats().sessions, 0);
-    let (client, _) = Client::connect(&core, &v5("s")).await;
+    assert_eq!(broker.stats().sessions, 0);
+    let (client, _) = Client::connect(&broker, &v5("s")).await;
     let end = client.disconnect(ReasonCode::SUCCESS, Some(5)).await;
     assert_eq!(end, Got::Disconnect(0x82));
 
-    let (mut client, _) = Client::connect(&core, &kept("s")).await;
+    let (mut client, _) = Client::connect(&broker, &kept("s")).await;
     client.subscribe(None, &[("t", options(0))]).await;
     drop(client);
     let clean = Connect {
         clean_start: true,
         ..kept("s")
     };
-    let (_client, present) = Client::connect(&core, &clean).await;
+    let (_client, present) = Client::connect(&broker, &clean).await;
     assert!(!present);
-    assert_eq!(core.stats().subscriptions, 0);
+    assert_eq!(broker.stats().subscriptions, 0);
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_newest_connection_wins() {
-    let core = core();
-    let (mut old, _) = Client::connect(&core, &kept("same")).await;
+    let broker = broker();
+    let (mut old, _) = Client::connect(&broker, &kept("same")).await;
     old.subscribe(None, &[("t", options(1))]).await;
-    let (mut new, present) = Client::connect(&core, &kept("same")).await;
+    let (mut new, present) = Client::connect(&broker, &kept("same")).await;
     assert!(present);
     assert_eq!(old.next().await, Got::Disconnect(0x8E));
     assert_eq!(old.next().await, Got::Closed);
     new.publish("t", "self", 1, 1).await;
     assert_eq!(new.next().await, Got::Ack(AckKind::Puback, 1, 0));
     assert_eq!(new.publish_got().await.payload, "self");
-    assert_eq!((core.stats().connections, core.stats().sessions), (1, 1));
+    assert_eq!(
+        (broker.stats().connections, broker.stats().sessions),
+        (1, 1)
+    );
 }
 
 fn with_will<'a>(connect: Connect<'a>, delay: u32) -> Connect<'a> {
@@ -163,33 +166,33 @@ fn with_will<'a>(connect: Connect<'a>, delay: u32) -> Connect<'a> {
 
 #[tokio::test(start_paused = true)]
 async fn wills() {
-    let core = core();
-    let (mut watch, _) = Client::connect(&core, &v5("watch")).await;
+    let broker = broker();
+    let (mut watch, _) = Client::connect(&broker, &v5("watch")).await;
     watch.subscribe(None, &[("will", options(0))]).await;
 
     // The connection is lost.
-    let (client, _) = Client::connect(&core, &with_will(v5("c"), 0)).await;
+    let (client, _) = Client::connect(&broker, &with_will(v5("c"), 0)).await;
     drop(client);
     assert_eq!(watch.publish_got().await.payload, "gone");
-    assert_eq!(core.stats().retained, 1);
+    assert_eq!(broker.stats().retained, 1);
 
     // DISCONNECT drops it, unless it asks for it.
-    let (client, _) = Client::connect(&core, &with_will(v5("c"), 0)).await;
+    let (client, _) = Client::connect(&broker, &with_will(v5("c"), 0)).await;
     client
         .disconnect(ReasonCode::NORMAL_DISCONNECTION, None)
         .await;
     watch.quiet().await;
-    let (client, _) = Client::connect(&core, &with_will(v5("c"), 0)).await;
+    let (client, _) = Client::connect(&broker, &with_will(v5("c"), 0)).await;
     client
         .disconnect(ReasonCode::DISCONNECT_WITH_WILL_MESSAGE, None)
         .await;
     assert_eq!(watch.publish_got().await.payload, "gone");
 
     // Delayed, and cancelled by a resume in time.
-    let (client, _) = Client::connect(&core, &with_will(kept("c"), 30)).await;
+    let (client, _) = Client::connect(&broker, &with_will(kept("c"), 30)).await;
     drop(client);
     tokio::time::sleep(Duration::from_secs(29)).await;
-    let (client, _) = Client::connect(&core, &with_will(kept("c"), 30)).await;
+    let (client, _) = Client::connect(&broker, &with_will(kept("c"), 30)).await;
     tokio::time::sleep(Duration::from_secs(100)).await;
     watch.quiet().await;
     drop(client);
@@ -203,25 +206,25 @@ async fn wills() {
         session_expiry: Some(5),
         ..with_will(kept("c"), 30)
     };
-    let (client, _) = Client::connect(&core, &brief).await;
+    let (client, _) = Client::connect(&broker, &brief).await;
     drop(client);
     let from = tokio::time::Instant::now();
     assert_eq!(watch.publish_got().await.payload, "gone");
     assert_eq!(from.elapsed().as_secs(), 5);
 
     // Nor does the end by a clean start.
-    let (client, _) = Client::connect(&core, &with_will(kept("c"), 30)).await;
+    let (client, _) = Client::connect(&broker, &with_will(kept("c"), 30)).await;
     drop(client);
     let clean = Connect {
         clean_start: true,
         ..kept("c")
     };
-    let (_client, _) = Client::connect(&core, &clean).await;
+    let (_client, _) = Client::connect(&broker, &clean).await;
     assert_eq!(watch.publish_got().await.payload, "gone");
 
     // Takeover: without a delay it is due, though the session goes on.
-    let (_old, _) = Client::connect(&core, &with_will(kept("d"), 0)).await;
-    let (_new, present) = Client::connect(&core, &kept("d")).await;
+    let (_old, _) = Client::connect(&broker, &with_will(kept("d"), 0)).await;
+    let (_new, present) = Client::connect(&broker, &kept("d")).await;
     assert!(present);
     assert_eq!(watch.publish_got().await.payload, "gone");
     watch.quiet().await;
@@ -229,33 +232,33 @@ async fn wills() {
 
 #[tokio::test(start_paused = true)]
 async fn stop_and_restart() {
-    let core = core();
-    let (mut publisher, _) = Client::connect(&core, &with_will(v5("pub"), 0)).await;
-    let (mut sub, _) = Client::connect(&core, &kept("sub")).await;
+    let broker = broker();
+    let (mut publisher, _) = Client::connect(&broker, &with_will(v5("pub"), 0)).await;
+    let (mut sub, _) = Client::connect(&broker, &kept("sub")).await;
     sub.subscribe(None, &[("#", options(1))]).await;
     publisher.retain("r", "kept").await;
     put(&mut publisher, "t", "inflight").await;
     assert_eq!(sub.publish_got().await.payload, "kept");
     let first = sub.publish_got().await;
 
-    core.stop();
+    broker.stop();
     assert_eq!(sub.next().await, Got::Closed);
     assert_eq!(publisher.next().await, Got::Closed);
-    let mut refused = Client::open(&core, Version::V5);
+    let mut refused = Client::open(&broker, Version::V5);
     assert_eq!(refused.next().await, Got::Closed);
-    core.restart(true);
+    broker.restart(true);
 
-    let (mut sub, present) = Client::connect(&core, &kept("sub")).await;
+    let (mut sub, present) = Client::connect(&broker, &kept("sub")).await;
     assert!(present);
     let again = sub.publish_got().await;
     assert_eq!((again.id, again.dup), (first.id, true));
     // A clean session does not survive, and a crash fires no will.
     sub.quiet().await;
-    assert_eq!(core.stats().sessions, 1);
+    assert_eq!(broker.stats().sessions, 1);
 
-    core.restart(false);
+    broker.restart(false);
     assert_eq!(sub.next().await, Got::Closed);
-    let (mut sub, present) = Client::connect(&core, &kept("sub")).await;
+    let (mut sub, present) = Client::connect(&broker, &kept("sub")).await;
     assert!(!present);
     sub.subscribe(None, &[("#", options(1))]).await;
     assert_eq!(sub.publish_got().await.payload, "kept");
@@ -263,9 +266,9 @@ async fn stop_and_restart() {
 
 #[tokio::test(start_paused = true)]
 async fn a_core_ends_with_its_last_handle() {
-    let core = core();
-    let (mut client, _) = Client::connect(&core, &v5("c")).await;
-    drop(core);
+    let broker = broker();
+    let (mut client, _) = Client::connect(&broker, &v5("c")).await;
+    drop(broker);
     // The connection keeps it.
     client.publish("t", "x", 1, 1).await;
     assert_eq!(client.next().await, Got::Ack(AckKind::Puback, 1, 0x10));
@@ -284,7 +287,7 @@ async fn a_core_ends_with_its_last_handle() {
 #[tokio::test(start_paused = true)]
 async fn cuts_lose_nothing() {
     for seed in 1..=30u64 {
-        let core = core();
+        let broker = broker();
         let mut random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
         let mut below = move |n: u64| {
             random ^= random << 13;
@@ -292,12 +295,12 @@ async fn cuts_lose_nothing() {
             random ^= random << 17;
             random % n
         };
-        let (mut publisher, _) = Client::connect(&core, &v5("pub")).await;
+        let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
         let window = Connect {
             receive_maximum: Some(1 + below(8) as u16),
             ..kept("sub")
         };
-        let (mut sub, _) = Client::connect(&core, &window).await;
+        let (mut sub, _) = Client::connect(&broker, &window).await;
         sub.subscribe(Some(1), &[("one", options(1)), ("two", options(2))])
             .await;
         const COUNT: usize = 100;
@@ -306,7 +309,7 @@ async fn cuts_lose_nothing() {
         let mut twos: Vec<usize> = Vec::new();
         // Packet ids of QoS 2 received and not released, as a receiver keeps them.
         let mut held: Vec<u16> = Vec::new();
-        while core.stats().queued > 0 || sent < COUNT {
+        while broker.stats().queued > 0 || sent < COUNT {
             for _ in 0..below(10) {
                 if sent < COUNT {
                     let payload = sent.to_string();
@@ -359,7 +362,7 @@ async fn cuts_lose_nothing() {
             }
             if below(2) == 0 {
                 drop(sub);
-                let (next, present) = Client::connect(&core, &window).await;
+                let (next, present) = Client::connect(&broker, &window).await;
                 assert!(present);
                 sub = next;
             }

@@ -24,7 +24,7 @@ fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Pu
     }
 }
 
-/// I8: acknowledgements to the core are in the order of arrival, and wait for no client.
+/// I8: acknowledgements to the broker are in the order of arrival, and wait for no client.
 #[test]
 fn acknowledgements_are_first_in_first_out() {
     let router = router();
@@ -49,7 +49,7 @@ fn acknowledgements_are_first_in_first_out() {
     }
 }
 
-/// I1, I11: one delivery for a message that the core sends again after a reconnect.
+/// I1, I11: one delivery for a message that the broker sends again after a reconnect.
 #[test]
 fn a_redelivery_is_acknowledged_and_not_delivered_again() {
     let router = router();
@@ -90,7 +90,7 @@ fn a_redelivery_is_acknowledged_and_not_delivered_again() {
     link.batch_ended(0, &mut out);
     assert_eq!(delivered(), 0);
     assert_eq!(read(&mut out), [("puback".to_owned(), 5)]);
-    // The same again without a reconnect is another message.
+    // An identical message without a reconnect is another message.
     link.packet(&Packet::Publish(message), 0, &mut out)
         .expect("it is expected");
     link.batch_ended(0, &mut out);
@@ -119,7 +119,7 @@ impl Store for Before {
     }
 }
 
-/// I11: a link begins with what the store remembers of it, if the core kept its session.
+/// I11: a link begins with the messages that the store remembers, if the broker kept its session.
 #[test]
 fn what_the_store_remembers_of_a_link_is_not_delivered_again() {
     for (number, session_present, delivered) in [(1, true, 0), (1, false, 1), (0, true, 1)] {
@@ -133,7 +133,7 @@ fn what_the_store_remembers_of_a_link_is_not_delivered_again() {
     }
 }
 
-/// QoS 2 is received once until its PUBREL, whatever the core repeats.
+/// A QoS 2 message is received once until its PUBREL, however often the broker repeats it.
 #[test]
 fn qos_2_is_delivered_once_until_released() {
     let router = router();
@@ -175,17 +175,17 @@ fn a_lost_session_is_subscribed_again() {
     link.disconnected(&LinkEnd::Closed, 0);
     assert!(!router.data_settled());
     link.connected(&up(true, 100), 0, &mut out);
-    assert!(read(&mut out).is_empty(), "the core has it still");
+    assert!(read(&mut out).is_empty(), "the broker has it still");
     assert!(router.data_settled());
     link.disconnected(&LinkEnd::Closed, 0);
     link.connected(&up(false, 100), 0, &mut out);
     let again = read(&mut out);
     assert_eq!(again.len(), 1);
     assert_eq!(again[0].0, "subscribe");
-    assert!(!router.data_settled(), "not before the core has it");
+    assert!(!router.data_settled(), "not before the broker has it");
 }
 
-/// I2: what is fetched as retained and on its way as a live message is delivered once, live.
+/// I2: a message that is fetched as retained while it is in flight as a live one is delivered once, live.
 #[test]
 fn a_fetched_message_waits_for_what_the_data_link_carries() {
     for live in [true, false] {

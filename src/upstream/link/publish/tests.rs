@@ -15,9 +15,9 @@ fn numbered(from: u32, to: u32, dup: bool) -> Vec<String> {
     (from..to).map(|n| format!("publish {n}{dup}")).collect()
 }
 
-/// I10: never more unacknowledged than the core's Receive Maximum.
+/// I10: publishes without an acknowledgement never exceed the broker's Receive Maximum.
 #[test]
-fn the_window_of_the_core_is_never_exceeded() {
+fn the_window_of_the_broker_is_never_exceeded() {
     let router = router();
     let who = client(&router, "a");
     let mut link = PublishLink::new(router.clone(), 0, 1);
@@ -38,7 +38,7 @@ fn the_window_of_the_core_is_never_exceeded() {
     assert!(out.is_empty(), "one acknowledgement, one publish");
 }
 
-/// I10, I19: what was under way is sent again in order, within the window of the new connection.
+/// I10, I19: publishes in flight are sent again in order, within the window of the new connection.
 #[test]
 fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
     let router = router();
@@ -75,7 +75,7 @@ fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
     assert_eq!(payloads(&mut out), rest);
 }
 
-/// I19: the core lost the session; everything again, as new, in order.
+/// I19: if the broker lost the session, all publishes are sent as new ones, in order.
 #[test]
 fn a_lost_session_makes_them_new() {
     let router = router();
@@ -93,7 +93,7 @@ fn a_lost_session_makes_them_new() {
     assert_eq!(payloads(&mut out), numbered(0, 5, false));
 }
 
-/// What is published before the data links have their filters again would reach nobody.
+/// A message that is published before the data links have their filters again would reach nobody.
 #[test]
 fn a_link_that_comes_back_waits_for_the_data_links() {
     let router = router();
@@ -110,7 +110,7 @@ fn a_link_that_comes_back_waits_for_the_data_links() {
     assert_eq!(payloads(&mut out), numbered(0, 1, false));
 }
 
-/// But not for ever.
+/// The wait for the data links ends.
 #[test]
 fn a_data_link_that_stays_away_does_not_hold_publishes_for_ever() {
     let router = router();
@@ -126,8 +126,9 @@ fn a_data_link_that_stays_away_does_not_hold_publishes_for_ever() {
     assert_eq!(payloads(&mut out), numbered(0, 1, false));
 }
 
-/// The core ends the connection at publish `bad` each time; what is left when it does so no more.
-fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize) {
+/// The broker ends the connection at publish `bad` each time. Returns the remaining publishes once it
+/// no longer does.
+fn until_found(bad: usize, publishes: u32, broker_restarts: bool) -> (Vec<u32>, usize) {
     let router = router();
     let who = client(&router, "a");
     let mut link = PublishLink::new(router.clone(), 0, 1);
@@ -145,7 +146,7 @@ fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize)
             }
             let number = |what: &str| what.split(' ').nth(1).and_then(|n| n.parse().ok());
             let at = sent.iter().position(|(w, _)| number(w) == Some(bad as u32));
-            // It takes what was before, and is gone before its answers are read.
+            // It takes the publishes before that one, and closes before its answers are read.
             if at.is_some() {
                 break true;
             }
@@ -159,7 +160,7 @@ fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize)
             return (taken, cuts);
         }
         cuts += 1;
-        if core_goes {
+        if broker_restarts {
             router.data_link_down(0, 0);
             router.data_link_up(0, LinkSession::Resumed, false, 0);
         }
@@ -169,7 +170,7 @@ fn until_found(bad: usize, publishes: u32, core_goes: bool) -> (Vec<u32>, usize)
 }
 
 #[test]
-fn a_publish_that_the_core_closes_the_link_for_is_taken_out() {
+fn a_publish_that_the_broker_closes_the_link_for_is_quarantined() {
     assert_eq!(until_found(0, 1, false), (vec![], 3), "twice, then alone");
     let (taken, cuts) = until_found(3, 8, false);
     assert_eq!(
@@ -181,7 +182,7 @@ fn a_publish_that_the_core_closes_the_link_for_is_taken_out() {
 }
 
 #[test]
-fn a_core_that_restarts_finds_no_fault_with_a_publish() {
+fn a_restart_of_the_broker_quarantines_no_publish() {
     assert_eq!(until_found(0, 1, true), (vec![], 21));
 }
 

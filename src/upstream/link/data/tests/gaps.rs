@@ -1,4 +1,4 @@
-//! What befalls retained messages and overlapping filters while links are away.
+//! Retained messages and overlapping filters while links are away.
 
 use std::sync::Arc;
 
@@ -12,13 +12,13 @@ use crate::upstream::link::machine::Machine;
 
 use crate::upstream::link::data::DataLink;
 
-/// Data links to a core that grants what it is asked.
-struct Core {
+/// Data links to a broker that grants every SUBSCRIBE.
+struct Broker {
     router: Arc<Router>,
     links: Vec<DataLink>,
 }
 
-impl Core {
+impl Broker {
     fn new(links: usize) -> Self {
         let router = router_of(RouterConfig {
             data_links: links,
@@ -26,34 +26,34 @@ impl Core {
         });
         router.set_broker_features(&facts(), 0);
         let link = |n| DataLink::new(router.clone(), n, 1, PROBES.into(), &Memory);
-        let mut core = Self {
+        let mut broker = Self {
             links: (0..links).map(link).collect(),
             router,
         };
         for n in 0..links {
-            core.rises(n, false);
+            broker.connects(n, false);
         }
-        core
+        broker
     }
 
-    /// A link comes up, and is granted what it asks for.
-    fn rises(&mut self, link: usize, session_present: bool) {
+    /// A link connects, and its SUBSCRIBEs are granted.
+    fn connects(&mut self, link: usize, session_present: bool) {
         let mut out = Vec::new();
         self.links[link].connected(&up(session_present, 100), 0, &mut out);
         self.grant(link, out);
     }
 
-    fn falls(&mut self, link: usize) {
+    fn disconnects(&mut self, link: usize) {
         self.links[link].disconnected(&LinkEnd::Closed, 0);
     }
 
-    /// The client subscribes, and the core grants it on whatever link it is asked on: that link's.
+    /// The client subscribes, and the broker grants it. Returns the link that has the filter.
     fn subscribe(&mut self, who: Connected, filter: &str, retain_handling: u8) -> usize {
         subscribe_handling(&self.router, who, filter, retain_handling);
-        let granted = |core: &mut Self, link: usize| {
+        let granted = |broker: &mut Self, link: usize| {
             let mut out = Vec::new();
-            core.links[link].poll(0, &mut out);
-            core.grant(link, out)
+            broker.links[link].poll(0, &mut out);
+            broker.grant(link, out)
         };
         let link = (0..self.links.len()).find(|link| granted(self, *link));
         link.expect("one link is asked")
@@ -75,7 +75,7 @@ impl Core {
         !asked.is_empty()
     }
 
-    /// A retained message is fetched for a filter.
+    /// The retained link brings a message for a filter.
     fn fetched(&self, number: FilterId, payload: &str) {
         let message = Message::new(&MessageSpec {
             topic: "t",
@@ -90,7 +90,7 @@ impl Core {
         self.router.fetched(number, &message, 0);
     }
 
-    /// A QoS 1 message comes by a filter.
+    /// A data link brings a QoS 1 message for a filter.
     fn brings(&mut self, link: usize, number: FilterId, payload: &str, retain: bool) {
         let identifier = [0x0B, number.subscription_identifier() as u8];
         let publish = Publish {
@@ -120,7 +120,7 @@ impl Core {
         }
     }
 
-    /// What a client gets now: payloads, for those that are a digit.
+    /// The payloads that a client receives now, each of one digit.
     fn got(&self, who: Connected) -> String {
         let mut taken = Vec::new();
         self.router
@@ -138,84 +138,84 @@ impl Core {
     }
 }
 
-/// I6: a fetch that is over while the data link is away may have missed what changed since.
+/// I6: a fetch that ends while the data link is away may have missed later changes.
 #[test]
 fn a_fetch_while_the_data_link_is_away_is_handed_on_behind_it_and_not_kept() {
-    let mut core = Core::new(1);
-    let first = client(&core.router, "first");
-    core.subscribe(first, "t", 2);
-    core.falls(0);
-    let who = client(&core.router, "a");
-    subscribe_handling(&core.router, who, "t", 0);
-    let (number, _) = core.router.next_fetches(1)[0].clone();
-    core.fetched(number, "2");
-    core.router.fetch_answered(&[number]);
-    core.router.fetch_ended(&[number], true, 0);
+    let mut broker = Broker::new(1);
+    let first = client(&broker.router, "first");
+    broker.subscribe(first, "t", 2);
+    broker.disconnects(0);
+    let who = client(&broker.router, "a");
+    subscribe_handling(&broker.router, who, "t", 0);
+    let (number, _) = broker.router.next_fetches(1)[0].clone();
+    broker.fetched(number, "2");
+    broker.router.fetch_answered(&[number]);
+    broker.router.fetch_ended(&[number], true, 0);
     assert_eq!(
-        core.got(who),
+        broker.got(who),
         "",
         "what the link's session kept comes first"
     );
-    core.rises(0, true);
-    core.brings(0, number, "1", false);
-    assert_eq!(core.got(who), "1");
-    core.answers(0);
-    assert_eq!(core.got(who), "2");
-    let other = client(&core.router, "b");
-    subscribe_handling(&core.router, other, "t", 0);
-    assert_eq!(core.router.next_fetches(1).len(), 1, "it is fetched anew");
+    broker.connects(0, true);
+    broker.brings(0, number, "1", false);
+    assert_eq!(broker.got(who), "1");
+    broker.answers(0);
+    assert_eq!(broker.got(who), "2");
+    let other = client(&broker.router, "b");
+    subscribe_handling(&broker.router, other, "t", 0);
+    assert_eq!(broker.router.next_fetches(1).len(), 1, "it is fetched anew");
 }
 
-/// It waits no longer than some seconds.
+/// Fetched messages wait for the data link for some seconds only.
 #[test]
 fn a_data_link_that_stays_away_keeps_no_fetch() {
-    let mut core = Core::new(1);
-    let first = client(&core.router, "first");
-    core.subscribe(first, "t", 2);
-    core.falls(0);
-    let who = client(&core.router, "a");
-    subscribe_handling(&core.router, who, "t", 0);
-    let (number, _) = core.router.next_fetches(1)[0].clone();
-    core.fetched(number, "2");
-    core.router.fetch_ended(&[number], true, 0);
-    core.router.tick(4_999);
-    assert_eq!(core.got(who), "");
-    core.router.tick(5_000);
-    assert_eq!(core.got(who), "2");
-    assert_eq!(core.router.retained_pending(), 0);
-    let other = client(&core.router, "b");
-    subscribe_handling(&core.router, other, "t", 0);
-    assert_eq!(core.router.next_fetches(1).len(), 1, "it is not kept");
+    let mut broker = Broker::new(1);
+    let first = client(&broker.router, "first");
+    broker.subscribe(first, "t", 2);
+    broker.disconnects(0);
+    let who = client(&broker.router, "a");
+    subscribe_handling(&broker.router, who, "t", 0);
+    let (number, _) = broker.router.next_fetches(1)[0].clone();
+    broker.fetched(number, "2");
+    broker.router.fetch_ended(&[number], true, 0);
+    broker.router.tick(4_999);
+    assert_eq!(broker.got(who), "");
+    broker.router.tick(5_000);
+    assert_eq!(broker.got(who), "2");
+    assert_eq!(broker.router.retained_pending(), 0);
+    let other = client(&broker.router, "b");
+    subscribe_handling(&broker.router, other, "t", 0);
+    assert_eq!(broker.router.next_fetches(1).len(), 1, "it is not kept");
 }
 
-/// What came live after the core had a lost filter again is not told once more.
+/// A resync does not deliver messages that arrived live after the broker had a lost filter again.
 #[test]
-fn a_resync_tells_what_is_not_known() {
-    let mut core = Core::new(1);
-    let who = client(&core.router, "a");
-    core.subscribe(who, "t", 2);
-    core.falls(0);
-    core.rises(0, false);
-    core.brings(0, FilterId(0), "1", true);
-    assert_eq!(core.got(who), "1");
-    let (number, _) = core.router.next_fetches(1)[0].clone();
-    core.fetched(number, "1");
-    core.answers(0);
-    core.router.fetch_ended(&[number], true, 0);
-    assert_eq!(core.got(who), "");
-    // Once more, and nothing comes before it is fetched.
-    core.falls(0);
-    core.rises(0, false);
-    let (number, _) = core.router.next_fetches(1)[0].clone();
-    core.fetched(number, "2");
-    core.answers(0);
-    core.router.fetch_ended(&[number], true, 0);
-    assert_eq!(core.got(who), "2");
+fn a_resync_delivers_only_messages_that_are_not_known() {
+    let mut broker = Broker::new(1);
+    let who = client(&broker.router, "a");
+    broker.subscribe(who, "t", 2);
+    broker.disconnects(0);
+    broker.connects(0, false);
+    broker.brings(0, FilterId(0), "1", true);
+    assert_eq!(broker.got(who), "1");
+    let (number, _) = broker.router.next_fetches(1)[0].clone();
+    broker.fetched(number, "1");
+    broker.answers(0);
+    broker.router.fetch_ended(&[number], true, 0);
+    assert_eq!(broker.got(who), "");
+    // Once more, and now no live message arrives before the fetch.
+    broker.disconnects(0);
+    broker.connects(0, false);
+    let (number, _) = broker.router.next_fetches(1)[0].clone();
+    broker.fetched(number, "2");
+    broker.answers(0);
+    broker.router.fetch_ended(&[number], true, 0);
+    assert_eq!(broker.got(who), "2");
 }
 
 /// Two overlapping filters of a client, on different links.
 struct Overlapping {
-    core: Core,
+    broker: Broker,
     who: Connected,
     /// The senior's link; its number is 0.
     senior: usize,
@@ -226,21 +226,21 @@ struct Overlapping {
 impl Overlapping {
     fn new() -> Self {
         let filters = ["t", "#", "+", "t/#", "+/#"];
-        let mut core = Core::new(2);
+        let mut broker = Broker::new(2);
         // Each is where the filter of one client alone is put.
         let mut place = |f| {
-            let one = client(&core.router, f);
-            core.subscribe(one, f, 2)
+            let one = client(&broker.router, f);
+            broker.subscribe(one, f, 2)
         };
         let links = filters.map(&mut place);
-        let who = client(&core.router, "a");
+        let who = client(&broker.router, "a");
         for filter in filters {
-            subscribe_handling(&core.router, who, filter, 2);
+            subscribe_handling(&broker.router, who, filter, 2);
         }
         // The first is senior; the other is the first one on another link.
         let other = links.iter().position(|l| *l != links[0]).expect("both");
         Self {
-            core,
+            broker,
             who,
             senior: links[0],
             junior: links[other],
@@ -251,91 +251,91 @@ impl Overlapping {
     /// A message comes by the junior; what the client gets.
     fn by_junior(&mut self, payload: &str) -> String {
         let (junior, number) = (self.junior, self.junior_number);
-        self.core.brings(junior, number, payload, false);
-        self.core.got(self.who)
+        self.broker.brings(junior, number, payload, false);
+        self.broker.got(self.who)
     }
 
     fn by_senior(&mut self, payload: &str) -> String {
-        self.core.brings(self.senior, FilterId(0), payload, false);
-        self.core.got(self.who)
+        self.broker.brings(self.senior, FilterId(0), payload, false);
+        self.broker.got(self.who)
     }
 }
 
-/// A message that comes by one while the link of the other is away is kept back for the other's only
-/// while the core is sure to have that.
+/// A message that arrives through one filter while the other's link is away is dropped in favour of the
+/// other's copy only while the broker certainly has the other filter.
 #[test]
-fn a_copy_is_not_dropped_for_a_filter_that_the_core_may_have_forgotten() {
+fn a_copy_is_not_dropped_for_a_filter_that_the_broker_may_have_lost() {
     for lost in [false, true] {
         let mut two = Overlapping::new();
-        two.core.falls(two.senior);
-        two.core.falls(two.junior);
-        two.core.rises(two.junior, !lost);
+        two.broker.disconnects(two.senior);
+        two.broker.disconnects(two.junior);
+        two.broker.connects(two.junior, !lost);
         let got = if lost { "1" } else { "" };
         assert_eq!(two.by_junior("1"), got, "lost: {lost}");
-        // As it had its session all the time, the doubt is over.
-        two.core.rises(two.senior, true);
+        // The broker kept the link's session, so the doubt is over.
+        two.broker.connects(two.senior, true);
         assert_eq!(two.by_junior("2"), "");
         assert_eq!(two.by_senior("2"), "2");
     }
 }
 
-/// A link that seems to be there may be dead: its loss soon after counts as well.
+/// A link that seems connected may be dead: a loss soon afterwards counts as well.
 #[test]
 fn the_doubt_reaches_a_link_that_is_found_dead_later() {
     let mut two = Overlapping::new();
-    two.core.falls(two.junior);
-    two.core.rises(two.junior, false);
+    two.broker.disconnects(two.junior);
+    two.broker.connects(two.junior, false);
     assert_eq!(two.by_junior("1"), "", "the senior's link is there");
-    two.core.falls(two.senior);
+    two.broker.disconnects(two.senior);
     assert_eq!(two.by_junior("2"), "2");
 }
 
-/// What a core that forgot all holds again is known from then on, even if the link flaps meanwhile.
+/// After a broker has lost everything, the filters that it has again are known, even if the link flaps.
 #[test]
 fn a_flap_before_the_answer_makes_nothing_known_new() {
-    let mut core = Core::new(1);
-    let who = client(&core.router, "a");
-    core.subscribe(who, "t", 0);
-    let (number, _) = core.router.next_fetches(1)[0].clone();
-    core.fetched(number, "1");
-    core.answers(0);
-    core.router.fetch_ended(&[number], true, 0);
-    assert_eq!(core.got(who), "1");
-    core.falls(0);
-    let link = &mut core.links[0];
+    let mut broker = Broker::new(1);
+    let who = client(&broker.router, "a");
+    broker.subscribe(who, "t", 0);
+    let (number, _) = broker.router.next_fetches(1)[0].clone();
+    broker.fetched(number, "1");
+    broker.answers(0);
+    broker.router.fetch_ended(&[number], true, 0);
+    assert_eq!(broker.got(who), "1");
+    broker.disconnects(0);
+    let link = &mut broker.links[0];
     link.connected(&up(false, 100), 0, &mut Vec::new());
-    core.falls(0);
-    core.rises(0, true);
-    let (number, _) = core.router.next_fetches(1)[0].clone();
-    core.fetched(number, "1");
-    core.answers(0);
-    core.router.fetch_ended(&[number], true, 0);
-    assert_eq!(core.got(who), "", "it knows that one");
+    broker.disconnects(0);
+    broker.connects(0, true);
+    let (number, _) = broker.router.next_fetches(1)[0].clone();
+    broker.fetched(number, "1");
+    broker.answers(0);
+    broker.router.fetch_ended(&[number], true, 0);
+    assert_eq!(broker.got(who), "", "it knows that one");
 }
 
-/// A group gets no retained messages, and a fetch for it would be a member of it.
+/// A shared subscription gets no retained messages, and a fetch for it would be a member of its group.
 #[test]
 fn a_lost_group_is_not_fetched() {
-    let mut core = Core::new(1);
-    let shared = core.router.shared_link(0);
-    let link = DataLink::new(core.router.clone(), shared, 1, PROBES.into(), &Memory);
-    core.links.push(link);
-    core.rises(1, false);
-    let who = client(&core.router, "a");
-    core.subscribe(who, "$share/g/t", 0);
-    core.falls(1);
-    core.rises(1, false);
-    assert!(core.router.data_settled());
-    assert!(core.router.next_fetches(1).is_empty());
+    let mut broker = Broker::new(1);
+    let shared = broker.router.shared_link(0);
+    let link = DataLink::new(broker.router.clone(), shared, 1, PROBES.into(), &Memory);
+    broker.links.push(link);
+    broker.connects(1, false);
+    let who = client(&broker.router, "a");
+    broker.subscribe(who, "$share/g/t", 0);
+    broker.disconnects(1);
+    broker.connects(1, false);
+    assert!(broker.router.data_settled());
+    assert!(broker.router.next_fetches(1).is_empty());
 }
 
-/// What was about to leave the core is not subscribed again when all begins anew.
+/// A filter that was about to be unsubscribed is not subscribed again when all links begin anew.
 #[test]
-fn a_filter_that_nobody_holds_is_not_revived_by_other_facts() {
-    let mut core = Core::new(1);
-    let who = client(&core.router, "a");
-    core.subscribe(who, "t", 2);
-    core.falls(0);
+fn a_filter_without_subscribers_is_not_revived_by_other_features() {
+    let mut broker = Broker::new(1);
+    let who = client(&broker.router, "a");
+    broker.subscribe(who, "t", 2);
+    broker.disconnects(0);
     let name = "t".to_owned();
     let number = 0;
     let left = [crate::session::Unsubscribed {
@@ -344,36 +344,36 @@ fn a_filter_that_nobody_holds_is_not_revived_by_other_facts() {
         no_local: false,
         primary_over: Vec::new(),
     }];
-    core.router.with(who.session, who.connection_no, |s, _| {
+    broker.router.with(who.session, who.connection_no, |s, _| {
         s.remove_subscription(FilterId(number))
     });
-    core.router.unsubscribe(who.session, &left, 0);
-    core.router.tick(600_001);
+    broker.router.unsubscribe(who.session, &left, 0);
+    broker.router.tick(600_001);
     let other = crate::router::BrokerFeatures {
         identifiers: false,
         ..facts()
     };
-    assert!(core.router.set_broker_features(&other, 600_001));
+    assert!(broker.router.set_broker_features(&other, 600_001));
     let mut out = Vec::new();
-    core.links[0].connected(&up(false, 100), 600_001, &mut out);
+    broker.links[0].connected(&up(false, 100), 600_001, &mut out);
     assert!(read(&mut out).is_empty());
 }
 
-/// Filters are subscribed with what is known of the core.
+/// The options of SUBSCRIBE follow the broker's profile.
 #[test]
-fn another_word_on_retain_begins_all_links_anew() {
-    let mut core = Core::new(1);
-    let who = client(&core.router, "a");
-    core.subscribe(who, "t", 2);
+fn all_links_begin_anew_if_the_broker_keeps_retain_no_longer() {
+    let mut broker = Broker::new(1);
+    let who = client(&broker.router, "a");
+    broker.subscribe(who, "t", 2);
     let other = crate::router::BrokerFeatures {
         keeps_retain: false,
         ..facts()
     };
-    assert!(!core.router.set_broker_features(&facts(), 0));
-    assert!(core.router.set_broker_features(&other, 0));
-    assert!(!core.router.set_broker_features(&other, 0));
-    core.falls(0);
+    assert!(!broker.router.set_broker_features(&facts(), 0));
+    assert!(broker.router.set_broker_features(&other, 0));
+    assert!(!broker.router.set_broker_features(&other, 0));
+    broker.disconnects(0);
     let mut out = Vec::new();
-    core.links[0].connected(&up(false, 100), 0, &mut out);
+    broker.links[0].connected(&up(false, 100), 0, &mut out);
     assert_eq!(read(&mut out).len(), 1);
 }

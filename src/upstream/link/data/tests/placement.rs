@@ -1,5 +1,5 @@
-//! Whoever subscribes to what, before whatever core: each message reaches each client once, and
-//! one member of each group. The judge matches topics by brute force.
+//! Random subscriptions and publishes with brokers of every kind: each message reaches each client
+//! once, and one member of each group. The check matches topics by brute force.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -47,15 +47,15 @@ const FILTERS: [&str; 20] = [
 const TOPICS: [&str; 8] = ["a", "b", "a/b", "b/b", "c/x", "c/y", "a/b/c", "c/x/y"];
 const ROOTS: [&[&str]; 4] = [&[], &["c/#"], &["a/#", "c/+"], &["+/x", "b"]];
 
-/// How the core shows overlapping filters of one link.
+/// How the broker sends a message for overlapping filters of one link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shape {
     Many,
     One,
     Lowest,
-    /// MQTT 3.1.1, one copy at the lowest QoS: only filters that never overlap save it.
+    /// MQTT 3.1.1, one copy at the lowest QoS: filters must never overlap on a link.
     Nameless,
-    /// The same, and a second SUBSCRIBE leaves a copy at the first's QoS.
+    /// As `Nameless`, and a second SUBSCRIBE leaves another copy at the QoS of the first.
     Queues,
 }
 
@@ -85,7 +85,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     )
 }
 
-/// A link with what the core holds for it.
+/// A link with the filters that the broker has for it.
 struct Link {
     machine: DataLink,
     held: BTreeMap<String, (Option<u32>, QoS)>,
@@ -139,7 +139,7 @@ impl Run {
                 held: BTreeMap::new(),
             });
             let last = links.len() - 1;
-            core_reads(&mut links[last], shape, &out, 0);
+            broker_reads(&mut links[last], shape, &out, 0);
         }
         let clients = (0..CLIENTS)
             .map(|n| client(&router, &format!("c{n}")))
@@ -156,7 +156,7 @@ impl Run {
         }
     }
 
-    /// Lets everything settle: requests to the core, its answers, what lingers.
+    /// Lets everything settle: requests to the broker, its answers, lingering filters.
     fn settle(&mut self) {
         for _ in 0..4 {
             self.now += 10;
@@ -166,7 +166,7 @@ impl Run {
             for link in &mut self.links {
                 let mut out = Vec::new();
                 link.machine.poll(self.now, &mut out);
-                core_reads(link, self.shape, &out, self.now);
+                broker_reads(link, self.shape, &out, self.now);
             }
         }
     }
@@ -175,7 +175,7 @@ impl Run {
         packet_of(&self.router, self.clients[client], bytes, self.now);
     }
 
-    /// What a client was written: SUBACK codes, and the messages.
+    /// The SUBACK codes and the messages that a client has received.
     fn seen(&mut self, client: usize) -> (Vec<u8>, Vec<(u32, QoS)>) {
         let who = self.clients[client];
         let mut out = Vec::new();
@@ -291,10 +291,10 @@ impl Run {
                 link.machine.batch_ended(self.now, &mut out);
             }
         }
-        self.judge(topic, qos);
+        self.check(topic, qos);
     }
 
-    fn judge(&mut self, topic: &str, qos: QoS) {
+    fn check(&mut self, topic: &str, qos: QoS) {
         let number = self.number;
         let mut groups: BTreeMap<String, (usize, usize)> = BTreeMap::new();
         for client in 0..CLIENTS {
@@ -343,7 +343,7 @@ impl Run {
         );
     }
 
-    /// I13.
+    /// I13: no link has two filters that overlap.
     fn nothing_overlaps(&self) {
         for (n, link) in self.links.iter().enumerate() {
             for topic in TOPICS {
@@ -361,8 +361,8 @@ impl Run {
     }
 }
 
-/// The core answers what a link wrote.
-fn core_reads(link: &mut Link, shape: Shape, bytes: &[u8], now: Millis) {
+/// The broker answers the packets of a link.
+fn broker_reads(link: &mut Link, shape: Shape, bytes: &[u8], now: Millis) {
     let decoder = Decoder {
         version: Version::V5,
         receiver: Receiver::Server,
@@ -410,12 +410,12 @@ fn core_reads(link: &mut Link, shape: Shape, bytes: &[u8], now: Millis) {
         }
         link.machine.batch_ended(now, &mut out);
         if !out.is_empty() {
-            core_reads(link, shape, &out, now);
+            broker_reads(link, shape, &out, now);
         }
     }
 }
 
-/// The copies that the core sends one link: identifiers and QoS of each.
+/// The copies that the broker sends one link: identifiers and QoS of each.
 fn copies(
     held: &BTreeMap<String, (Option<u32>, QoS)>,
     shape: Shape,
@@ -444,7 +444,7 @@ fn copies(
     made
 }
 
-/// §4.7 by the book, apart from the program's own matching.
+/// Topic matching straight from §4.7, independent of the program's own.
 fn brute(filter: &str, topic: &str) -> bool {
     let topic: Vec<&str> = topic.split('/').collect();
     let filter: Vec<&str> = filter.split('/').collect();
