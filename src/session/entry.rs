@@ -1,35 +1,33 @@
-//! One delivery of a message to one client: the entries of a session's queue and window.
+//! One delivery of a message to one client: what a queue and a window are made of.
 
-use crate::flow::{InFlight, Stage};
 use crate::mqtt::{Message, QoS};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::session::SessionLimits;
 
-/// The client's Subscription Identifiers for one delivery, in 4 bytes: none (0), one, or the index of
-/// several in [`IdSets`]. An identifier has 28 bits and is not 0 (§1.5.5, §3.8.2.1.2), so the top bit
-/// marks an index.
+/// The client's own Subscription Identifiers that go with one delivery: none, one, or the place
+/// of several in [`IdSets`]. An identifier has 28 bits (§1.5.5), so the top bit tells them apart.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Ids(u32);
 
 const MANY: u32 = 1 << 31;
 
-/// Sets of several identifiers. They are rare, so entries do not have room for them.
+/// Sets of several identifiers: rare, so entries do not carry them.
 #[derive(Debug, Default)]
 pub(super) struct IdSets(Option<Box<Sets>>);
 
 #[derive(Debug, Default)]
 struct Set {
     ids: Box<[u32]>,
-    /// The filter of a shared subscription, if the delivery is for one.
+    /// The delivery is of a shared subscription: the filter's number.
     group: Option<FilterId>,
 }
 
 #[derive(Debug, Default)]
 struct Sets {
     sets: Vec<Set>,
-    /// A set has or had a group.
+    /// Some have a group.
     grouped: bool,
     free: Vec<u32>,
     last: u32,
@@ -37,7 +35,7 @@ struct Sets {
 }
 
 impl IdSets {
-    /// Keeps `ids` and the group for as long as one of `entries` refers to them.
+    /// Keeps `ids` and the group for as long as one of `entries` has them.
     pub fn keep<'a>(
         &mut self,
         ids: &[u32],
@@ -66,7 +64,7 @@ impl IdSets {
         sets.sets.get((ids.0 & !MANY) as usize)?.group
     }
 
-    /// The identifiers that `ids` stands for.
+    /// What `ids` stands for.
     pub fn get<'a>(&'a self, ids: &'a Ids) -> &'a [u32] {
         match (ids.0, &self.0) {
             (0, _) => &[],
@@ -77,7 +75,7 @@ impl IdSets {
         }
     }
 
-    /// No entry remains.
+    /// No entry is left.
     pub fn clear(&mut self) {
         self.0 = None;
     }
@@ -90,7 +88,7 @@ impl Sets {
         group: Option<FilterId>,
         entries: impl Iterator<Item = &'a Entry>,
     ) -> u32 {
-        // Messages of one topic often follow each other, and have the same set.
+        // Messages of one topic follow each other, and have the same set.
         if self
             .sets
             .get(self.last as usize)
@@ -116,7 +114,7 @@ impl Sets {
         self.last
     }
 
-    /// Frees the sets that no entry refers to any more.
+    /// Finds what no entry refers to any more.
     fn sweep<'a>(&mut self, entries: impl Iterator<Item = &'a Entry>) {
         let mut used = vec![false; self.sets.len()];
         for entry in entries.filter(|e| e.ids.0 & MANY != 0) {
@@ -133,16 +131,16 @@ impl Sets {
 /// One delivery of a message to this client, waiting or in flight.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// `None` once the client has the message.
+    /// Gone once the client has the message.
     pub message: Option<Message>,
     pub ids: Ids,
-    /// When it was queued, later when it was sent: the low 32 bits of the time in milliseconds.
+    /// When it was queued, then when it was sent: milliseconds of the clock, cut to 32 bits.
     pub at: u32,
     pub packet_id: u16,
     pub qos: QoS,
     pub state: State,
     pub retain: bool,
-    /// The stream on which it is to be sent, or was sent.
+    /// The stream that it is to go on, or went on.
     pub stream: u8,
 }
 
@@ -171,58 +169,48 @@ impl Entry {
     }
 }
 
-impl InFlight for Entry {
-    fn packet_id(&self) -> u16 {
-        self.packet_id
-    }
-
-    fn stage(&self) -> Stage {
-        match self.state {
-            State::InFlight(stage) => stage,
-            // A waiting entry is never in a window.
-            State::Waiting | State::Fetched => Stage::Done,
-        }
-    }
-
-    fn set_stage(&mut self, stage: Stage) {
-        self.state = State::InFlight(stage);
-    }
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     /// Not sent yet.
     Waiting,
     /// Not sent yet; a retained message that was fetched for a subscription.
     Fetched,
-    /// Sent, and in the window.
-    InFlight(Stage),
+    /// PUBLISH sent on this connection.
+    Sent,
+    /// PUBLISH sent on an earlier connection: again, with DUP, when the window allows.
+    Resend,
+    /// PUBREC received, PUBREL sent on this connection.
+    Released,
+    /// PUBREC received on an earlier connection: PUBREL again.
+    ReleaseAgain,
+    /// Complete; stands until all before it are.
+    Done,
 }
 
-/// A message as one client gets it.
+/// A message as one client is to see it.
 #[derive(Clone, Copy, Debug)]
 pub struct Offer<'a> {
     /// The message.
     pub message: &'a Message,
-    /// The smaller of the message's and the subscription's QoS.
+    /// The smaller of its and the subscription's QoS.
     pub qos: QoS,
-    /// The RETAIN flag for this client.
+    /// RETAIN for this client.
     pub retain: bool,
     /// The client's own Subscription Identifiers.
     pub ids: &'a [u32],
-    /// The filter, if the subscription is shared: another member gets the message if this client does
-    /// not take it.
+    /// The filter's number, if the subscription is shared: what its client does not take goes to
+    /// another member.
     pub group: Option<FilterId>,
-    /// The stream of its subscription; 0 is the control stream.
+    /// The stream of its subscription, 0 being control; see [`Session::stream_of`](crate::session::Session).
     pub stream: u8,
-    /// It is a retained message that was fetched; such messages have queue limits of their own.
+    /// It is a retained one that was fetched: it waits beside the limits of live ones.
     pub fetched: bool,
 }
 
 /// A delivery of a shared subscription that another member is to get.
 #[derive(Clone, Debug)]
 pub struct Redelivery {
-    /// The filter.
+    /// Number of the filter.
     pub filter: FilterId,
     /// The message.
     pub message: Message,
@@ -232,7 +220,7 @@ pub struct Redelivery {
 mod tests {
     use super::*;
 
-    // The memory of queues is in these.
+    // Queues are made of these.
     const _: () = assert!(size_of::<Entry>() == 24);
 
     fn entry(ids: Ids) -> Entry {

@@ -486,7 +486,8 @@ impl Inbound {
         let mut left: Vec<Entry> = self.entries.drain().map(|(_, e)| e).collect();
         left.append(&mut self.detached);
         left.retain(|e| !e.state.received());
-        if !self.progressed {
+        // With several streams a new message may overtake the copies.
+        if !self.progressed || self.multi_stream {
             left.append(&mut self.unclaimed);
         }
         left.truncate(UNCLAIMED_MAX);

@@ -137,6 +137,20 @@ fn qos_2_is_received_once_until_released() {
     assert!(!inbound.release(0, 3));
 }
 
+#[test]
+fn a_new_message_on_a_data_stream_may_overtake_the_copies_of_an_earlier_session() {
+    let mut inbound = Inbound::new(FixedState::default());
+    let old = new(&mut inbound, 1, TWO, 1);
+    inbound.restart();
+    inbound.arrive(&on(2, 2, false, 2), 10);
+    inbound.answer(old, OK, true);
+    inbound.restart();
+    assert_eq!(
+        inbound.arrive(&publish(1, true, TWO, 1), 10),
+        Arrival::Answered(OK)
+    );
+}
+
 fn on(stream: u8, packet_id: u16, dup: bool, digest: u64) -> Incoming {
     Incoming {
         stream,
