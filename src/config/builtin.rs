@@ -1,4 +1,4 @@
-//! The defaults: the value of each key that a file leaves out.
+//! The defaults: each value that holds where the file does not speak.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -20,20 +20,20 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// `memory.max`: share of the machine's (or control group's) memory, in percent.
+/// Share of the machine's (or cgroup's) memory, in percent.
 pub(super) const MEMORY_MAX_PERCENT: u64 = 80;
-/// `memory.queues`: share of `memory.max`, in percent.
+/// Share of `memory.max` for the queues, in percent.
 pub(super) const MEMORY_QUEUES_PERCENT: u64 = 25;
-/// `node.id` with the embedded broker, which needs none.
+/// Node id where none is needed.
 pub(super) const NODE_ID_EMBEDDED: &str = "local";
-/// The name of the `[[tls]]` of a listener that names none.
+/// The `[[tls]]` that a listener uses where it names none.
 pub(super) const TLS_NAME: &str = "default";
-/// Less than the 60 seconds after which nginx and most load balancers cut a silent connection.
+/// Below the minute after which nginx and most load balancers cut a silent connection.
 pub(super) const PING_INTERVAL: Duration = Duration::from_secs(45);
 
 impl Config {
-    /// The configuration without a file: loopback listeners of every transport, the embedded broker,
-    /// and a throw-away certificate.
+    /// What holds without a file: loopback listeners of every transport, the
+    /// embedded core, a throw-away certificate.
     pub fn builtin() -> Self {
         let memory_max = host::memory() / 100 * MEMORY_MAX_PERCENT;
         let mut config = Self {
@@ -67,8 +67,8 @@ impl Config {
         config
     }
 
-    /// Shrinks the default budgets of a small machine to an eighth of `memory.max` each. Values that
-    /// the file writes stay.
+    /// On a small machine the default budgets shrink to an eighth of
+    /// `memory.max` each; what the file writes stays.
     pub(super) fn fit_small_memory(&mut self, written: impl Fn(&str) -> bool) {
         let most = self.memory.max / 8;
         let up = &mut self.upstream;
@@ -127,7 +127,7 @@ pub(super) fn listeners() -> Vec<Listener> {
     ]
 }
 
-/// The only `[[tls]]` of a file that has none.
+/// The `[[tls]]` that is there where none is written.
 pub(super) fn throwaway() -> Tls {
     Tls {
         name: TLS_NAME.to_owned(),

@@ -1,4 +1,4 @@
-//! Values that are one of a few words.
+//! The values that are one of a few words.
 
 use std::fmt;
 
@@ -68,10 +68,9 @@ impl fmt::Display for Transport {
 /// Whether connections begin with a PROXY protocol header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyProtocol {
-    /// No connection begins with a header; one that does is closed.
+    /// None does; one that does is closed.
     Off,
-    /// Each connection begins with a header of version 1 or 2, and comes from one of
-    /// `trusted_proxies`.
+    /// Each does, version 1 or 2, and comes from one of `trusted_proxies`.
     Required,
 }
 
@@ -80,7 +79,7 @@ choices!(ProxyProtocol {
     "required" => Required,
 } not supported {});
 
-/// The header in which a trusted proxy states the client's address.
+/// Which header of a WebSocket request names the client, if a trusted proxy wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RealIpHeader {
     /// `X-Forwarded-For`.
@@ -97,10 +96,10 @@ choices!(RealIpHeader {
     "none" => None,
 } not supported {});
 
-/// The MQTT version of the links.
+/// MQTT version spoken to the core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// 5, or 3.1.1 where the broker does not have 5.
+    /// 5, and 3.1.1 where the core has no 5.
     Auto,
     /// 5 only.
     V5,
@@ -117,7 +116,7 @@ choices!(Protocol {
 /// When a client's publish is acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ack {
-    /// When the broker has acknowledged it.
+    /// When the core has acknowledged it.
     Upstream,
 }
 
@@ -125,12 +124,12 @@ choices!(Ack {
     "upstream" => Upstream,
 } not supported { "local", });
 
-/// Whether the broker is probed for its quirks.
+/// Whether the core's habits are probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// When a link comes up and its CONNACK is different from the known one.
+    /// When a link comes up and its CONNACK says something new.
     Auto,
-    /// Never; the broker's CONNACK alone counts.
+    /// Never: what CONNACK says is taken for true.
     Off,
 }
 
@@ -208,7 +207,7 @@ impl Quirk {
     }
 }
 
-/// The side that distributes the messages of shared subscriptions.
+/// Who shares out the messages of shared subscriptions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SharedAt {
     /// The broker, among all its clients and Tidegates.
@@ -222,7 +221,7 @@ choices!(SharedAt {
     "local" => Local,
 } not supported {});
 
-/// A user property that names the sender of a publish.
+/// What a user property tells of a publish's sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SenderProperty {
     /// `tidegate-client-id`.
@@ -242,7 +241,7 @@ choices!(SenderProperty {
     "address" => Address,
 } not supported {});
 
-/// The answer to a SUBSCRIBE when the broker stays absent.
+/// What becomes of a new filter when the core stays away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SubscribeWhileAway {
     /// Granted, with a recorded gap.
@@ -256,7 +255,7 @@ choices!(SubscribeWhileAway {
     "refuse" => Refuse,
 } not supported {});
 
-/// What is dropped when a session's queue is full.
+/// What goes when a session's queue is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QueueFull {
     /// The oldest message.
@@ -287,11 +286,11 @@ choices!(Durability {
 /// How clients are authenticated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AuthMode {
-    /// They are not authenticated; all have the principal `anonymous`.
+    /// Not at all; the principal of all is `anonymous`.
     Anonymous,
-    /// By user name and password, with the password file.
+    /// User name and password of the password file.
     File,
-    /// By the client certificate, which the TLS handshake verifies.
+    /// The client certificate, verified in the TLS handshake.
     Mtls,
 }
 
@@ -304,9 +303,9 @@ choices!(AuthMode {
 /// Whether a client must have a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClientAuth {
-    /// A handshake without a valid certificate fails.
+    /// Without a valid one the handshake fails.
     Required,
-    /// A client may have no certificate; a certificate that it has must be valid.
+    /// One that is given must be valid.
     Optional,
 }
 
@@ -315,14 +314,14 @@ choices!(ClientAuth {
     "optional" => Optional,
 } not supported {});
 
-/// The part of a client certificate that is the client's name.
+/// Which part of a client certificate is the client's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CertificateIdentity {
     /// The subject's common name.
     Cn,
     /// The first DNS name among the subject's alternative names.
     SanDns,
-    /// The first URI among the subject's alternative names, such as a SPIFFE ID.
+    /// The first URI among them, such as a SPIFFE ID.
     SanUri,
 }
 
@@ -332,12 +331,12 @@ choices!(CertificateIdentity {
     "san_uri" => SanUri,
 } not supported {});
 
-/// Whether access rules apply.
+/// Whether ACL rules hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AclMode {
-    /// All topics are allowed except `$SYS` and our own prefix.
+    /// Every topic but `$SYS` and our own prefix.
     Open,
-    /// Only topics that a rule allows.
+    /// What a rule allows.
     Rules,
 }
 
@@ -346,12 +345,12 @@ choices!(AclMode {
     "rules" => Rules,
 } not supported {});
 
-/// The client identifiers that a principal may use.
+/// Which client ids a principal may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClientIdRule {
-    /// Any client identifier.
+    /// Any.
     Any,
-    /// Only its own user name.
+    /// Its user name and no other.
     Username,
 }
 

@@ -1,4 +1,4 @@
-//! A TOML text with the line of each key.
+//! A TOML text with its places: which key stands where.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! Mistakes in a configuration file, with the remedy.
+//! What is wrong with a configuration file, said so that it can be put right.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,27 +12,28 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// The system's error.
+        /// What the system says.
         source: std::io::Error,
     },
-    /// The file has mistakes.
+    /// The file says something that is not allowed.
     #[error("{}", lines(path, problems))]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// All mistakes, in the order of the file; at least one.
+        /// All that was found, in the order of the file; never empty.
         problems: Vec<Problem>,
     },
 }
 
-/// One mistake.
+/// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Line in the file, from 1.
     pub line: usize,
-    /// The key with its tables, such as `listeners[0].bind`; empty where the file is not TOML.
+    /// The key with its tables, such as `listeners[0].bind`; empty where the
+    /// file is no TOML.
     pub key: String,
-    /// The mistake, and what is allowed.
+    /// What is wrong, and what is allowed.
     pub message: String,
 }
 
@@ -53,7 +54,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Turns serde's `unknown field` into a suggestion. Other messages stay as they are.
+/// Rewords serde's `unknown field` into what to do; other messages as they are.
 pub(super) fn reword(message: &str) -> String {
     let Some(rest) = message.strip_prefix("unknown field `") else {
         return message.trim_end().to_owned();
@@ -68,7 +69,7 @@ pub(super) fn reword(message: &str) -> String {
     out
 }
 
-/// The candidate that was most likely meant, if one is near enough.
+/// The candidate that a person most likely meant.
 pub(super) fn nearest<'a>(
     word: &str,
     candidates: impl Iterator<Item = &'a str>,

@@ -1,4 +1,4 @@
-//! The configuration as plain values, for the rest of the program.
+//! The plain values that the rest of the program reads.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,28 +18,28 @@ use crate::config::upstream::{PublishLinks, Server};
 /// The whole configuration, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The file; `None` for the built-in configuration, with which a free port may replace a default
-    /// port that is taken.
+    /// The file that it was read from; `None` for the built-in defaults, with
+    /// which a taken port may be replaced by a free one.
     pub source: Option<PathBuf>,
     /// This process.
     pub node: Node,
     /// Certificates, by name.
     pub tls: Vec<Tls>,
-    /// The listeners; at least one, with unique names.
+    /// Where clients connect; never empty, names are unique.
     pub listeners: Vec<Listener>,
-    /// The broker and the links to it.
+    /// The core broker and the links to it.
     pub upstream: Upstream,
     /// Sessions and their queues.
     pub session: Session,
-    /// Limits of one client and of all together.
+    /// What one client, or all together, may ask for.
     pub limits: Limits,
     /// Memory accounts, resolved to bytes.
     pub memory: Memory,
-    /// Where sessions are stored.
+    /// What outlives the process.
     pub store: Store,
-    /// How clients are authenticated.
+    /// Who a client is.
     pub auth: Auth,
-    /// The access rules, of which the first match decides; empty unless `auth.acl` is
+    /// What a client may do, first match decides; empty unless `auth.acl` is
     /// [`AclMode::Rules`].
     pub acl: Vec<AclRule>,
     /// The HTTP side: metrics, health, read-only JSON.
@@ -54,9 +54,9 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Node {
-    /// Stable name of this process; part of the links' client identifiers.
+    /// Stable name of this process; part of the upstream client ids.
     pub id: String,
-    /// Directory for state that must outlive the process.
+    /// Directory for what must outlive the process.
     pub data_dir: PathBuf,
 }
 
@@ -67,7 +67,7 @@ pub struct Tls {
     pub name: String,
     /// Where the certificate comes from.
     pub source: CertSource,
-    /// Which client certificates are accepted; `None`: clients are not asked for one.
+    /// Which client certificates are taken; `None`: none is asked for.
     pub clients: Option<ClientCertificates>,
     /// File that the secrets of every connection are appended to (the format
     /// of `SSLKEYLOGFILE`), for debugging.
@@ -75,7 +75,8 @@ pub struct Tls {
 }
 
 impl Tls {
-    /// The files of this entry, in no order. When one of them changes, all are read again.
+    /// The files that certificates come from, in no order; a change of one is
+    /// a reason to load all again.
     pub fn files(&self) -> impl Iterator<Item = &std::path::Path> {
         let own = match &self.source {
             CertSource::Files { cert, key } => vec![cert, key],
@@ -88,17 +89,17 @@ impl Tls {
     }
 }
 
-/// Which client certificates are accepted.
+/// Which client certificates are taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCertificates {
     /// PEM file of the authorities that issue them.
     pub ca: PathBuf,
-    /// PEM files of revocation lists. If there is any, each authority in a client's chain needs a list
-    /// that has not expired.
+    /// PEM files of revocation lists; with one, there must be one that is not
+    /// past its date of each authority in a client's chain.
     pub crl: Vec<PathBuf>,
-    /// Whether a client must have a certificate.
+    /// Whether a client must have one.
     pub auth: ClientAuth,
-    /// The part of the certificate that is the client's name.
+    /// What in it is the client's name.
     pub identity: CertificateIdentity,
 }
 
@@ -112,8 +113,8 @@ pub enum CertSource {
         /// Private key.
         key: PathBuf,
     },
-    /// Made at each start for `localhost` and never written: for development, on loopback listeners
-    /// only.
+    /// Made at start for `localhost`, gone at the end: for development, on
+    /// loopback listeners only.
     Throwaway,
 }
 
@@ -122,78 +123,80 @@ pub enum CertSource {
 pub struct Listener {
     /// Label in logs and metrics; unique.
     pub name: String,
-    /// Its transport.
+    /// What is spoken there.
     pub transport: Transport,
     /// Address; port 0 lets the system choose.
     pub bind: SocketAddr,
-    /// Request paths of WebSocket and WebTransport, at least one, each beginning with `/`. The first
-    /// is shown to users.
+    /// Request paths of WebSocket and WebTransport, each begins with `/`; never empty, the first is
+    /// told.
     pub paths: Vec<String>,
-    /// Names of `[[tls]]` entries, the default first; empty if and only if the transport is not
-    /// encrypted.
+    /// Names of `[[tls]]` entries, the default first; empty exactly when the
+    /// transport is not encrypted.
     pub tls: Vec<String>,
-    /// Allowed `Origin` values of WebSocket and WebTransport requests; empty allows all.
+    /// `Origin` values that such a request may carry; empty allows all.
     pub origins: Vec<String>,
-    /// Whether browsers are served over WebTransport (HTTP/3) at the same port; `quic` only.
+    /// Whether browsers are served over WebTransport (HTTP/3) at the same
+    /// port; `quic` only.
     pub webtransport: bool,
-    /// Whether data in 0-RTT packets is accepted, and kept until the handshake is confirmed; `quic`
-    /// only.
+    /// Whether what clients send in 0-RTT packets is taken, and kept until
+    /// their handshake is confirmed; `quic` only.
     pub early_data: bool,
-    /// How clients of this listener are authenticated.
+    /// How clients of this listener are authenticated (`[auth] mode` unless
+    /// the listener says otherwise).
     pub auth: AuthMode,
-    /// Prefix of all topics of its clients at the broker, which clients do not see; `%u` is the user
-    /// name, `%c` the client identifier. May be empty.
+    /// What all topics of its clients begin with at the core, unseen by them; `%u` is the user
+    /// name, `%c` the client id. Empty: nothing.
     pub mount: String,
-    /// Networks of proxies that may state a client's address.
+    /// Networks whose peers are proxies: what they say of a client's address is believed.
     pub trusted_proxies: Vec<IpNet>,
     /// Whether connections begin with a PROXY protocol header.
     pub proxy_protocol: ProxyProtocol,
-    /// The header of a WebSocket request that states the client's address.
+    /// Which header of a WebSocket request names the client.
     pub real_ip_header: RealIpHeader,
     /// Silence after which a WebSocket is pinged; `None`: never.
     pub ping_interval: Option<Duration>,
 }
 
-/// `[upstream]`: the broker and the links to it.
+/// `[upstream]`: the core broker and the links to it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Upstream {
-    /// The broker's addresses, tried in order; at least one. The embedded broker stands alone.
+    /// Tried in order; never empty; embedded only alone.
     pub servers: Vec<Server>,
     /// User name of the links.
     pub username: Option<String>,
     /// File that holds the links' password; see [`Upstream::read_password`].
     pub password_file: Option<PathBuf>,
-    /// MQTT version of the links.
+    /// MQTT version spoken to the core.
     pub protocol: Protocol,
-    /// First part of the links' client identifiers.
+    /// First part of the links' client ids.
     pub client_id_prefix: String,
-    /// Number of data links, 1 to 8.
+    /// Number of D links, 1 to 8.
     pub data_links: u8,
-    /// Number of publish links, 1 to 8.
+    /// Number of P links, 1 to 8; `auto` is 2 at first.
     pub publish_links: PublishLinks,
-    /// Number of shared links, 1 to 4; opened when a client first asks for a shared subscription.
+    /// Number of links for shared subscriptions, 1 to 4; opened when first asked for.
     pub shared_links: u8,
-    /// The side that distributes the messages of shared subscriptions.
+    /// Who shares out the messages of shared subscriptions.
     pub shared: SharedAt,
-    /// Disjoint wildcard filters that stay subscribed. A client's filter inside one costs the broker
-    /// nothing.
+    /// Filters subscribed for good, disjoint; clients' filters inside them cost
+    /// the core nothing.
     pub roots: Vec<String>,
     /// When a client's publish is acknowledged.
     pub ack: Ack,
-    /// Whether the broker is probed, or its CONNACK alone counts.
+    /// Whether the core's habits are probed or taken as its CONNACK says.
     pub probe: Probe,
-    /// Topic prefix under which probes publish and subscribe; clients never see it.
+    /// The topic below which probes publish and subscribe; clients never see it.
     pub probe_topic: String,
-    /// User properties that name a publish's sender to the broker's subscribers.
+    /// What user properties tell the core's subscribers of a publish's sender.
     pub sender_properties: Vec<SenderProperty>,
-    /// How long a filter without subscribers stays subscribed at the broker.
+    /// How long a filter that nobody holds any more stays subscribed.
     #[serde(deserialize_with = "duration")]
     pub linger: Duration,
-    /// The shortest such time, for filters whose traffic nobody reads and when too many linger.
+    /// The shortest such time under pressure or with traffic nobody reads.
     #[serde(deserialize_with = "duration")]
     pub linger_busy_min: Duration,
-    /// Filters that may linger at once; beyond it the oldest are unsubscribed.
+    /// How many filters may linger at once; past it the oldest go.
     pub filters_lingering_max: u32,
     /// Keep alive of the links, whole seconds, 1 to 65535.
     #[serde(deserialize_with = "duration")]
@@ -207,38 +210,38 @@ pub struct Upstream {
     /// Longest wait before a reconnect.
     #[serde(deserialize_with = "duration")]
     pub backoff_max: Duration,
-    /// How long a client's SUBSCRIBE waits for an absent broker.
+    /// How long a client's SUBSCRIBE is held for an absent core.
     #[serde(deserialize_with = "duration")]
     pub subscribe_wait: Duration,
-    /// The answer after that time.
+    /// What happens to it then.
     pub subscribe_while_away: SubscribeWhileAway,
-    /// Bytes of all publishes that wait for the broker.
+    /// Bytes of all publishes that wait for the core.
     #[serde(deserialize_with = "size")]
     pub publishes_waiting: u64,
-    /// Bytes of one client's publishes that wait for the broker.
+    /// Bytes of one client's publishes that wait for the core.
     #[serde(deserialize_with = "size")]
     pub publishes_waiting_per_client: u64,
-    /// Publishes of one 3.x client that may wait for the broker; beyond it the client's socket is not
-    /// read.
+    /// Messages of one 3.x client that may wait for the core; past it its
+    /// socket is left unread.
     pub publishes_waiting_v3_max: u32,
     /// Bytes of the retained cache.
     #[serde(deserialize_with = "size")]
     pub retained_cache: u64,
-    /// Whether retained messages are fetched again after the broker lost a link's session; messages
-    /// that changed are sent to their subscribers.
+    /// After the core lost a link's session, retained messages are fetched again, and what changed
+    /// goes to those who have subscribed to it.
     pub retained_resync: bool,
     /// TLS toward `mqtts` servers.
     pub tls: UpstreamTls,
 }
 
 impl Upstream {
-    /// Whether the broker is the embedded one.
+    /// Whether the core is the in-process one.
     pub fn is_embedded(&self) -> bool {
         matches!(self.servers.first(), Some(Server::Embedded { .. }))
     }
 
-    /// Reads the links' password, without the line end. Called at each dial, so that a new secret is
-    /// used.
+    /// Reads the links' password, without the line end; read at each dial, so
+    /// that a rotated secret is taken up.
     ///
     /// # Errors
     /// When `password_file` is set and cannot be read.
@@ -298,7 +301,7 @@ pub struct Session {
     /// How long a client may be away before its will goes out and its absence is told.
     #[serde(deserialize_with = "duration")]
     pub will_grace: Duration,
-    /// Topic of the messages that tell when a client comes or goes; `%c` is its client identifier.
+    /// Topic on which the core is told that a client comes or goes, `%c` being its id.
     pub presence_topic: String,
     /// Longest keep alive granted; a longer or absent one is answered with
     /// Server Keep Alive. Whole seconds, 1 to 65535.
@@ -313,7 +316,7 @@ pub struct Session {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Largest packet accepted, in bytes, fixed header included.
+    /// Largest packet taken, in bytes, fixed header included.
     #[serde(deserialize_with = "size32")]
     pub packet_max: u32,
     /// Connections at once.
@@ -328,17 +331,17 @@ pub struct Limits {
     pub subscriptions_per_client_max: u32,
     /// Levels of a topic name or filter.
     pub topic_levels_max: u32,
-    /// TLS handshakes at once, and as many of QUIC. When half of the places are taken, one address
-    /// (IPv6: one /64) may hold an eighth of them.
+    /// TLS handshakes at once, and as many of QUIC; past half of them one
+    /// address (of IPv6 a /64) gets no more than an eighth.
     pub handshakes_max: u32,
-    /// Time from accept to a complete CONNECT.
+    /// From accept to CONNECT.
     #[serde(deserialize_with = "duration")]
     pub accept_deadline: Duration,
-    /// Time from a packet's first byte to its last.
+    /// From a packet's first byte to its last.
     #[serde(deserialize_with = "duration")]
     pub packet_deadline: Duration,
-    /// A socket that takes no bytes for this long is closed; for each 8 KiB that wait for it, it has a
-    /// second more.
+    /// A socket that takes nothing for this long is closed; for each 8 KiB that
+    /// wait for it it has a second more.
     #[serde(deserialize_with = "duration")]
     pub write_stall: Duration,
     /// Bytes encoded ahead of a socket, per connection.
@@ -349,9 +352,9 @@ pub struct Limits {
 /// `[memory]`, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// Bytes of all accounts together.
+    /// All accounts together.
     pub max: u64,
-    /// Bytes of all sessions' queues together.
+    /// All sessions' queues together.
     pub queues: u64,
 }
 
@@ -359,7 +362,7 @@ pub struct Memory {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Store {
-    /// Where sessions are stored.
+    /// Where sessions live.
     pub durability: Durability,
     /// Bytes on disk.
     #[serde(deserialize_with = "size")]
@@ -369,13 +372,13 @@ pub struct Store {
 /// `[auth]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Auth {
-    /// How clients are authenticated on listeners without a mode of their own.
+    /// How clients are authenticated where the listener does not say.
     pub mode: AuthMode,
     /// Password file; `Some` when any listener uses [`AuthMode::File`].
     pub file: Option<PathBuf>,
-    /// Whether access rules apply.
+    /// Whether rules hold.
     pub acl: AclMode,
-    /// The client identifiers that a principal may use.
+    /// Which client ids a principal may use.
     pub client_id: ClientIdRule,
 }
 
@@ -385,18 +388,18 @@ pub struct Auth {
 pub struct AclRule {
     /// A principal, or a pattern in which `*` stands for any text.
     pub who: String,
-    /// The actions that are allowed; all others are denied.
+    /// What is allowed; what is not named is denied.
     pub allow: AclAllow,
-    /// Topic filters, with `%c` for the client identifier and `%u` for the user name.
+    /// Topic filters, with `%c` for the client id and `%u` for the user name.
     pub topics: Vec<String>,
 }
 
-/// The actions that an access rule allows.
+/// What an ACL rule allows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AclAllow {
-    /// Whether clients may publish.
+    /// To publish.
     pub publish: bool,
-    /// Whether clients may subscribe.
+    /// To subscribe.
     pub subscribe: bool,
 }
 
@@ -406,7 +409,7 @@ pub struct AclAllow {
 pub struct Admin {
     /// Address of `/metrics`, `/healthz`, `/readyz` and `/api`.
     pub bind: SocketAddr,
-    /// Whether `/api` is served; on loopback only.
+    /// Whether `/api` is served, which it only is on loopback.
     pub api: bool,
 }
 
@@ -416,7 +419,7 @@ pub struct Admin {
 pub struct Log {
     /// A level, or filter directives such as `info,tidegate::upstream=debug`.
     pub level: String,
-    /// The format of a line.
+    /// How a line looks.
     pub format: LogFormat,
 }
 
@@ -424,7 +427,7 @@ pub struct Log {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Drain {
-    /// Longest time from SIGTERM to the end of the process.
+    /// From SIGTERM to the end, at most.
     #[serde(deserialize_with = "duration")]
     pub grace: Duration,
 }

@@ -78,8 +78,7 @@ impl<'a> Ack<'a> {
     }
 }
 
-/// Appends an acknowledgement: four bytes in MQTT 3, and in MQTT 5 where the code is success and there
-/// is no reason string.
+/// Appends an acknowledgement: four bytes in 3.x, and in 5 where there is nothing to say.
 #[inline]
 pub fn encode_ack(
     version: Version,

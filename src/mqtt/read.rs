@@ -23,7 +23,7 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    /// The rest of the body.
+    /// Everything that is left.
     #[inline]
     pub(crate) fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
@@ -91,7 +91,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Checks that no bytes follow the last field.
+    /// Nothing may follow the last field.
     #[inline]
     pub(crate) fn end(&self) -> Result<(), Error> {
         if self.is_empty() {

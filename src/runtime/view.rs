@@ -1,4 +1,4 @@
-//! The view of the running program for the admin side.
+//! What the admin side shows, from the running program.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;

@@ -15,8 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &["topics"]),
     ("store", &["time", "topics"]),
     ("mqtt", &["budget", "topics"]),
-    ("flow", &[]),
-    ("session", &["time", "mqtt", "topics", "budget", "flow"]),
+    ("session", &["time", "mqtt", "topics", "budget"]),
     ("transport", &["backoff", "config"]),
     ("auth", &["mqtt", "topics", "config", "telemetry"]),
     ("admin", &["backoff", "config", "telemetry"]),
@@ -55,7 +54,6 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "upstream",
         &[
             "time",
-            "flow",
             "topics",
             "router",
             "session",

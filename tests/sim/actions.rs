@@ -27,7 +27,8 @@ impl World {
                 let count = self.rng.between(1, 2);
                 let filters: Vec<&str> = (0..count).map(|_| self.rng.pick(&FILTERS)).collect();
                 trace!(self, "{n} unsubscribes {filters:?}");
-                self.devices[n].unsubscribe(&filters);
+                let stream = self.devices[n].any_stream(&mut self.rng);
+                self.devices[n].unsubscribe(&filters, stream);
             }
             70..78 => self.cut(n),
             78..82 => {
@@ -66,6 +67,7 @@ impl World {
                 self.kept = kept;
             }
             91..93 if !self.core.away => self.add_publish_link(),
+            94..97 if connected => self.change_stream(n),
             93..94 if connected => {
                 self.flush(n, true);
                 if let Some(link) = self.devices[n].link.and_then(|l| self.links.get_mut(&l))
@@ -75,6 +77,36 @@ impl World {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// A device ends, resets, leaves unread or reads one of its data streams.
+    fn change_stream(&mut self, n: usize) {
+        let Some(stream) = self.devices[n].open_stream(&mut self.rng) else {
+            return;
+        };
+        self.flush(n, true);
+        let device = &mut self.devices[n];
+        let Some(link) = device.link.and_then(|l| self.links.get_mut(&l)) else {
+            return;
+        };
+        let side = link.sides.entry(stream).or_default();
+        match self.rng.below(3) {
+            0 if device.end_stream(stream) => {
+                trace!(self, "{n} ends stream {stream}");
+                side.ended = Some(false);
+            }
+            1 => {
+                trace!(self, "{n} resets stream {stream}");
+                device.reset_stream(stream);
+                side.up = Pipe::default();
+                side.down = Pipe::default();
+                side.reset_at = Some(self.now + self.rng.below(300));
+            }
+            _ => {
+                side.stalled = !side.stalled;
+                trace!(self, "{n} leaves stream {stream} unread: {}", side.stalled);
+            }
         }
     }
 
@@ -108,6 +140,7 @@ impl World {
         self.links.insert(
             link,
             Box::new(Link {
+                sides: Default::default(),
                 up: Pipe::default(),
                 down: Pipe::default(),
                 edge: Edge::new(n, link),
@@ -257,11 +290,13 @@ impl World {
         }
         let id = (v5 && self.rng.chance(50)).then(|| self.rng.between(1, 300) as u32);
         trace!(self, "{n} subscribes {filters:?} id {id:?}");
-        self.devices[n].subscribe(&filters, id);
+        let stream = self.devices[n].any_stream(&mut self.rng);
+        trace!(self, "on stream {stream}");
+        self.devices[n].subscribe(&filters, id, stream);
         if self.rng.chance(10) {
             let gone = filters[0].0;
             trace!(self, "{n} unsubscribes {gone} at once");
-            self.devices[n].unsubscribe(&[gone]);
+            self.devices[n].unsubscribe(&[gone], stream);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The model client: what a device does by the specification, with a state of its own. It shares
 //! the codec with the program under test, and nothing else.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use tidegate::mqtt::{
     AckKind, Connect, Decoder, Packet, QoS, ReasonCode, Receiver, SubscribeOptions, Version, Will,
@@ -30,6 +30,8 @@ pub struct Profile {
     pub counts_anew: bool,
     /// Its acknowledgements are late.
     pub lazy: bool,
+    /// Data streams that it uses at most, beside the control stream.
+    pub streams: u8,
 }
 
 /// An application message that the device publishes.
@@ -48,6 +50,7 @@ struct InFlight {
     message: Outgoing,
     /// PUBREC came: PUBREL is what is sent again.
     released: bool,
+    stream: u8,
 }
 
 /// The will of the next connection.
@@ -79,6 +82,18 @@ pub enum Seen {
     Disconnect(ReasonCode),
 }
 
+/// One stream of its connection; 0 is the control stream.
+#[derive(Default)]
+struct Io {
+    input: Vec<u8>,
+    output: Vec<u8>,
+    acks: Vec<u8>,
+    aliases_out: Vec<String>,
+    aliases_in: HashMap<u16, String>,
+    /// It sends nothing more there.
+    ended: bool,
+}
+
 pub struct Device {
     pub profile: Profile,
     pub connected: bool,
@@ -89,17 +104,15 @@ pub struct Device {
     inflight: Vec<InFlight>,
     waiting: VecDeque<Outgoing>,
     received: BTreeSet<u16>,
-    /// Packet identifiers of SUBSCRIBE and UNSUBSCRIBE under way.
-    requests: BTreeSet<u16>,
+    /// Packet identifiers of SUBSCRIBE and UNSUBSCRIBE under way, with their streams.
+    requests: BTreeMap<u16, u8>,
     last_id: u16,
-    input: Vec<u8>,
-    output: Vec<u8>,
-    acks: Vec<u8>,
+    io: BTreeMap<u8, Io>,
+    /// Streams that it has reset and of which the server has not heard yet.
+    resetting: BTreeSet<u8>,
     /// The server's Receive Maximum and Topic Alias Maximum.
     quota: usize,
     server_aliases: u16,
-    aliases_out: Vec<String>,
-    aliases_in: HashMap<u16, String>,
     trust: bool,
 }
 
@@ -117,15 +130,12 @@ impl Device {
             inflight: Vec::new(),
             waiting: VecDeque::new(),
             received: BTreeSet::new(),
-            requests: BTreeSet::new(),
+            requests: BTreeMap::new(),
             last_id: 0,
-            input: Vec::new(),
-            output: Vec::new(),
-            acks: Vec::new(),
+            io: BTreeMap::new(),
+            resetting: BTreeSet::new(),
             quota: 0,
             server_aliases: 0,
-            aliases_out: Vec::new(),
-            aliases_in: HashMap::new(),
             trust: false,
         }
     }
@@ -158,18 +168,17 @@ impl Device {
             }),
             ..Connect::default()
         };
-        connect.encode(&mut self.output);
+        let mut bytes = Vec::new();
+        connect.encode(&mut bytes);
+        self.io(0).output = bytes;
     }
 
     /// The connection is gone.
     pub fn lost(&mut self) {
         self.link = None;
         self.connected = false;
-        self.input.clear();
-        self.output.clear();
-        self.acks.clear();
-        self.aliases_in.clear();
-        self.aliases_out.clear();
+        self.io.clear();
+        self.resetting.clear();
         self.requests.clear();
         if self.profile.counts_anew {
             self.last_id = 0;
@@ -182,51 +191,131 @@ impl Device {
         self.send_waiting(rng);
     }
 
-    pub fn subscribe(&mut self, filters: &[(&str, SubscribeOptions)], id: Option<u32>) {
+    pub fn subscribe(&mut self, filters: &[(&str, SubscribeOptions)], id: Option<u32>, stream: u8) {
         let packet_id = self.free_id();
-        self.requests.insert(packet_id);
+        self.requests.insert(packet_id, stream);
+        let version = self.profile.version;
         encode_subscribe(
-            self.profile.version,
+            version,
             packet_id,
             id,
             filters.iter().copied(),
-            &mut self.output,
+            &mut self.io(stream).output,
         );
     }
 
-    pub fn unsubscribe(&mut self, filters: &[&str]) {
+    pub fn unsubscribe(&mut self, filters: &[&str], stream: u8) {
         let packet_id = self.free_id();
-        self.requests.insert(packet_id);
+        self.requests.insert(packet_id, stream);
+        let version = self.profile.version;
         encode_unsubscribe(
-            self.profile.version,
+            version,
             packet_id,
             filters.iter().copied(),
-            &mut self.output,
+            &mut self.io(stream).output,
         );
     }
 
     pub fn disconnect(&mut self, reason: ReasonCode, expiry: Option<u32>) {
-        encode_disconnect(self.profile.version, reason, expiry, None, &mut self.output);
+        let version = self.profile.version;
+        encode_disconnect(version, reason, expiry, None, &mut self.io(0).output);
     }
 
     pub fn ping(&mut self) {
-        encode_pingreq(&mut self.output);
+        encode_pingreq(&mut self.io(0).output);
     }
 
-    /// What is to be sent now.
-    pub fn take_output(&mut self, now: Millis, acks: bool) -> Vec<u8> {
-        if acks {
-            self.output.append(&mut self.acks);
+    fn io(&mut self, stream: u8) -> &mut Io {
+        self.io.entry(stream).or_default()
+    }
+
+    /// The stream for something new: any that it may send on.
+    pub fn any_stream(&mut self, rng: &mut Rng) -> u8 {
+        if self.profile.streams == 0 || !self.connected {
+            return 0;
         }
-        if !self.output.is_empty() {
-            self.last_sent = now;
+        let stream = rng.below(u64::from(self.profile.streams) + 1) as u8;
+        let ended = self.io.get(&stream).is_some_and(|io| io.ended);
+        match ended || self.resetting.contains(&stream) {
+            true => 0,
+            false => stream,
         }
-        std::mem::take(&mut self.output)
+    }
+
+    /// A data stream that is in use and that it may end.
+    pub fn open_stream(&self, rng: &mut Rng) -> Option<u8> {
+        let open = self.io.iter().filter(|(n, io)| **n != 0 && !io.ended);
+        let open: Vec<u8> = open.map(|(n, _)| *n).collect();
+        (!open.is_empty()).then(|| rng.pick(&open))
+    }
+
+    /// Ends its direction of a stream. It must not, while it has a message of QoS 2 under way there.
+    pub fn end_stream(&mut self, stream: u8) -> bool {
+        let mut inflight = self.inflight.iter();
+        if inflight.any(|f| f.stream == stream && f.message.qos == QoS::ExactlyOnce) {
+            return false;
+        }
+        let io = self.io(stream);
+        io.ended = true;
+        io.acks.clear();
+        true
+    }
+
+    /// Aborts a stream in both directions. What it had there is sent again once the server knows.
+    pub fn reset_stream(&mut self, stream: u8) {
+        self.io.remove(&stream);
+        self.resetting.insert(stream);
+        self.requests.retain(|_, on| *on != stream);
+    }
+
+    /// A stream is gone, and the server knows.
+    pub fn stream_gone(&mut self, stream: u8, rng: &mut Rng) {
+        self.reset_stream(stream);
+        self.resetting.remove(&stream);
+        for at in 0..self.inflight.len() {
+            if self.inflight[at].stream == stream {
+                self.inflight[at].stream = 0;
+                self.again(at, rng);
+            }
+        }
+    }
+
+    /// Sends one of its publishes again, on the control stream.
+    fn again(&mut self, at: usize, rng: &mut Rng) {
+        let InFlight {
+            packet_id,
+            message,
+            released,
+            ..
+        } = self.inflight[at].clone();
+        if released {
+            let version = self.profile.version;
+            let (kind, code) = (AckKind::Pubrel, ReasonCode::SUCCESS);
+            encode_ack(version, kind, packet_id, code, None, &mut self.io(0).output);
+        } else {
+            self.write(&message, packet_id, true, 0, rng);
+        }
+    }
+
+    /// What is to be sent now, by stream.
+    pub fn take_output(&mut self, now: Millis, acks: bool) -> Vec<(u8, Vec<u8>)> {
+        let mut all = Vec::new();
+        for (stream, io) in &mut self.io {
+            if acks {
+                io.output.append(&mut io.acks);
+            }
+            if !io.output.is_empty() {
+                self.last_sent = now;
+                all.push((*stream, std::mem::take(&mut io.output)));
+            }
+        }
+        all
     }
 
     /// Nothing of its own is under way.
     pub fn idle(&self) -> bool {
-        self.inflight.is_empty() && self.waiting.is_empty() && self.acks.is_empty()
+        let acks = self.io.values().all(|io| io.acks.is_empty());
+        self.inflight.is_empty() && self.waiting.is_empty() && acks
     }
 
     pub fn waiting(&self) -> usize {
@@ -241,9 +330,10 @@ impl Device {
     ///
     /// # Errors
     /// What the server did wrong.
-    pub fn receive(&mut self, bytes: &[u8], rng: &mut Rng) -> Result<(), String> {
-        self.input.extend_from_slice(bytes);
-        let input = std::mem::take(&mut self.input);
+    pub fn receive(&mut self, stream: u8, bytes: &[u8], rng: &mut Rng) -> Result<(), String> {
+        let io = self.io(stream);
+        io.input.extend_from_slice(bytes);
+        let input = std::mem::take(&mut io.input);
         let decoder = Decoder {
             version: self.profile.version,
             receiver: Receiver::Client,
@@ -254,22 +344,31 @@ impl Device {
             match decoder.next(&input[at..]) {
                 Ok(Some((packet, size))) => {
                     at += size;
-                    self.packet(&packet, rng)?;
+                    self.packet(stream, &packet, rng)?;
                 }
                 Ok(None) => break,
                 Err(error) => return Err(format!("the server's bytes do not decode: {error}")),
             }
         }
-        self.input = input[at..].to_vec();
+        self.io(stream).input = input[at..].to_vec();
         Ok(())
     }
 
-    fn packet(&mut self, packet: &Packet<'_>, rng: &mut Rng) -> Result<(), String> {
+    fn packet(&mut self, stream: u8, packet: &Packet<'_>, rng: &mut Rng) -> Result<(), String> {
         if !self.connected && !matches!(packet, Packet::Connack(_)) {
             return Err(format!("before CONNACK came {packet:?} [MQTT-3.2.0-1]"));
         }
         let version = self.profile.version;
+        let ended = self.io(stream).ended;
         match packet {
+            // They come again on the control stream, where they can be acknowledged.
+            Packet::Publish(p) if ended && p.qos > QoS::AtMostOnce => {
+                if let Some(alias) = p.topic_alias.filter(|_| !p.topic.is_empty()) {
+                    let known = &mut self.io(stream).aliases_in;
+                    known.insert(alias, p.topic.to_owned());
+                }
+            }
+            Packet::Pubrel(_) if ended => {}
             Packet::Connack(c) => {
                 if self.connected {
                     return Err("a second CONNACK [MQTT-3.2.0-2]".into());
@@ -295,13 +394,13 @@ impl Device {
                         return Err("an alias above our maximum [MQTT-3.1.2-26]".into());
                     }
                     Some(alias) if p.topic.is_empty() => {
-                        let known = self.aliases_in.get(&alias);
+                        let known = self.io(stream).aliases_in.get(&alias);
                         known
                             .ok_or("an alias never defined [MQTT-3.3.2-7]")?
                             .clone()
                     }
                     Some(alias) => {
-                        self.aliases_in.insert(alias, p.topic.to_owned());
+                        self.io(stream).aliases_in.insert(alias, p.topic.to_owned());
                         p.topic.to_owned()
                     }
                 };
@@ -309,10 +408,10 @@ impl Device {
                 match p.qos {
                     QoS::AtMostOnce if p.dup => return Err("DUP at QoS 0 [MQTT-3.3.1-2]".into()),
                     QoS::AtMostOnce => {}
-                    QoS::AtLeastOnce => self.ack(AckKind::Puback, p.packet_id),
+                    QoS::AtLeastOnce => self.ack(stream, AckKind::Puback, p.packet_id),
                     QoS::ExactlyOnce => {
                         fresh = self.received.insert(p.packet_id);
-                        self.ack(AckKind::Pubrec, p.packet_id);
+                        self.ack(stream, AckKind::Pubrec, p.packet_id);
                     }
                 }
                 self.seen.push(Seen::Message {
@@ -339,7 +438,7 @@ impl Device {
                     .find(|f| f.packet_id == a.packet_id);
                 let known = known.ok_or_else(|| format!("PUBREC for unknown {}", a.packet_id))?;
                 known.released = true;
-                self.ack(AckKind::Pubrel, a.packet_id);
+                self.ack(stream, AckKind::Pubrel, a.packet_id);
             }
             Packet::Pubcomp(a) => {
                 self.done(a.packet_id, QoS::ExactlyOnce)?;
@@ -347,15 +446,15 @@ impl Device {
             }
             Packet::Pubrel(a) => {
                 self.received.remove(&a.packet_id);
-                self.ack(AckKind::Pubcomp, a.packet_id);
+                self.ack(stream, AckKind::Pubcomp, a.packet_id);
             }
             Packet::Suback(s) => {
-                if !self.requests.remove(&s.packet_id) {
+                if self.requests.remove(&s.packet_id) != Some(stream) {
                     return Err(format!("SUBACK for {}, not asked for", s.packet_id));
                 }
             }
             Packet::Unsuback(u) => {
-                if !self.requests.remove(&u.packet_id) {
+                if self.requests.remove(&u.packet_id) != Some(stream) {
                     return Err(format!("UNSUBACK for {}, not asked for", u.packet_id));
                 }
             }
@@ -377,25 +476,9 @@ impl Device {
                 self.inflight.clear();
             }
         }
-        for i in 0..self.inflight.len() {
-            let InFlight {
-                packet_id,
-                message,
-                released,
-            } = self.inflight[i].clone();
-            if released {
-                let version = self.profile.version;
-                encode_ack(
-                    version,
-                    AckKind::Pubrel,
-                    packet_id,
-                    ReasonCode::SUCCESS,
-                    None,
-                    &mut self.output,
-                );
-            } else {
-                self.write(&message, packet_id, true, rng);
-            }
+        for at in 0..self.inflight.len() {
+            self.inflight[at].stream = 0;
+            self.again(at, rng);
         }
         self.send_waiting(rng);
     }
@@ -412,15 +495,17 @@ impl Device {
                 return;
             };
             let mut packet_id = 0;
+            let stream = self.any_stream(rng);
             if message.qos > QoS::AtMostOnce {
                 packet_id = self.free_id();
                 self.inflight.push(InFlight {
                     packet_id,
                     message: message.clone(),
                     released: false,
+                    stream,
                 });
             }
-            self.write(&message, packet_id, false, rng);
+            self.write(&message, packet_id, false, stream, rng);
         }
     }
 
@@ -434,7 +519,7 @@ impl Device {
         Ok(())
     }
 
-    fn ack(&mut self, kind: AckKind, packet_id: u16) {
+    fn ack(&mut self, stream: u8, kind: AckKind, packet_id: u16) {
         let version = self.profile.version;
         encode_ack(
             version,
@@ -442,7 +527,7 @@ impl Device {
             packet_id,
             ReasonCode::SUCCESS,
             None,
-            &mut self.acks,
+            &mut self.io(stream).acks,
         );
     }
 
@@ -451,31 +536,33 @@ impl Device {
             // A small space, so that identifiers come round often.
             self.last_id = self.last_id % 200 + 1;
             let id = self.last_id;
-            if !self.requests.contains(&id) && self.inflight.iter().all(|f| f.packet_id != id) {
+            if !self.requests.contains_key(&id) && self.inflight.iter().all(|f| f.packet_id != id) {
                 return id;
             }
         }
     }
 
-    fn write(&mut self, m: &Outgoing, packet_id: u16, dup: bool, rng: &mut Rng) {
+    fn write(&mut self, m: &Outgoing, packet_id: u16, dup: bool, stream: u8, rng: &mut Rng) {
+        let (version, server_aliases) = (self.profile.version, self.server_aliases);
+        let io = self.io(stream);
         let mut body = Vec::new();
         let mut topic = m.topic.as_str();
         let mut properties = Vec::new();
-        if self.profile.version == Version::V5 {
+        if version == Version::V5 {
             if let Some(seconds) = m.expiry {
                 properties.push(0x02);
                 properties.extend_from_slice(&seconds.to_be_bytes());
             }
-            let known = self.aliases_out.iter().position(|t| *t == m.topic);
+            let known = io.aliases_out.iter().position(|t| *t == m.topic);
             let mut alias = None;
             if let Some(index) = known {
                 alias = Some(index + 1);
                 if rng.chance(80) {
                     topic = "";
                 }
-            } else if self.aliases_out.len() < usize::from(self.server_aliases) && rng.chance(60) {
-                self.aliases_out.push(m.topic.clone());
-                alias = Some(self.aliases_out.len());
+            } else if io.aliases_out.len() < usize::from(server_aliases) && rng.chance(60) {
+                io.aliases_out.push(m.topic.clone());
+                alias = Some(io.aliases_out.len());
             }
             if let Some(alias) = alias {
                 properties.push(0x23);
@@ -487,23 +574,23 @@ impl Device {
         if m.qos > QoS::AtMostOnce {
             body.extend_from_slice(&packet_id.to_be_bytes());
         }
-        if self.profile.version == Version::V5 {
+        if version == Version::V5 {
             assert!(properties.len() < 128);
             body.push(properties.len() as u8);
             body.extend_from_slice(&properties);
         }
         body.extend_from_slice(&m.payload);
         let flags = u8::from(dup) << 3 | (m.qos as u8) << 1 | u8::from(m.retain);
-        self.output.push(0x30 | flags);
+        io.output.push(0x30 | flags);
         let mut length = body.len();
         loop {
             let byte = (length % 128) as u8;
             length /= 128;
-            self.output.push(byte | if length > 0 { 0x80 } else { 0 });
+            io.output.push(byte | if length > 0 { 0x80 } else { 0 });
             if length == 0 {
                 break;
             }
         }
-        self.output.extend_from_slice(&body);
+        io.output.extend_from_slice(&body);
     }
 }

@@ -62,6 +62,8 @@ struct Judged {
     since: Millis,
     /// Bytes of the machine's output that the oracle has seen.
     output: usize,
+    /// Bytes of the session's output that the oracle has seen ahead of their time.
+    ahead: usize,
 }
 
 pub struct Edge {
@@ -83,6 +85,8 @@ pub struct Edge {
     pub unread: u16,
     /// Streams that the machine wants to be reset.
     pub resets: Vec<StreamReset>,
+    /// Streams of which the server has ended its direction too.
+    pub finished: Vec<u8>,
     traffic: Traffic,
 }
 
@@ -101,6 +105,7 @@ impl Edge {
             last_in: 0,
             unread: 0,
             resets: Vec::new(),
+            finished: Vec::new(),
             traffic: Traffic::default(),
         }
     }
@@ -258,7 +263,7 @@ impl Edge {
                     return Err("the machine took a part of a packet".into());
                 };
                 at += size;
-                oracle.took(self.device, &packet, now);
+                oracle.took(self.device, *stream, &packet, now);
                 if matches!(packet, Packet::Disconnect(_)) {
                     break;
                 }
@@ -274,7 +279,7 @@ impl Edge {
         }
         match result {
             Ok(reset) => {
-                self.resets.extend(reset);
+                self.reset(reset, oracle);
                 Ok(())
             }
             Err(end) => self.end(end, router, oracle, now),
@@ -310,11 +315,17 @@ impl Edge {
         if let Err(end) = woken {
             return self.end(end, router, oracle, now);
         }
+        // A stream that is given up takes its output with it.
+        self.peek(router, oracle, now)?;
         let cx = context(router, now);
         let Some(machine) = &mut self.machine else {
             return Ok(());
         };
-        self.resets.extend(machine.watch(&cx, self.traffic));
+        let resets = machine.watch(&cx, self.traffic);
+        self.reset(resets, oracle);
+        let Some(machine) = &mut self.machine else {
+            return Ok(());
+        };
         if machine.paused() {
             let result = machine.resume(&cx);
             self.restart_deadlines(u16::MAX, now);
@@ -331,6 +342,7 @@ impl Edge {
                 Err(end) => return self.end(end, router, oracle, now),
             }
         }
+        self.finish(router, oracle, now);
         if let Some(machine) = &mut self.machine
             && !machine.paused()
         {
@@ -388,10 +400,15 @@ impl Edge {
         };
         let streams = machine.streams() | 1;
         for stream in (0..16).filter(|n| streams & 1 << n != 0) {
-            let judged = &mut self.streams.entry(stream).or_default().output;
+            let judged = self.streams.entry(stream).or_default();
             let output = machine.output(stream).rest();
-            oracle.wrote(self.device, self.link, &output[*judged..], now)?;
-            *judged = output.len();
+            let fresh = &output[judged.output..];
+            let fresh = &fresh[judged.ahead.min(fresh.len())..];
+            oracle.wrote(self.device, self.link, stream, fresh, now)?;
+            if judged.output < output.len() {
+                judged.ahead = 0;
+            }
+            judged.output = output.len();
         }
         Ok(())
     }
@@ -408,7 +425,7 @@ impl Edge {
             Ok(None) => self.judge_incomplete(now),
             Ok(Some(reset)) => {
                 self.judge_late(reset.stream, now)?;
-                self.resets.push(reset);
+                self.reset([reset], oracle);
                 Ok(())
             }
             Err(end) => {
@@ -441,19 +458,106 @@ impl Edge {
         }
     }
 
-    /// What the session wrote and nobody took yet; before it is thrown away.
-    pub fn peek(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+    /// Ends our direction of streams that their client has ended.
+    fn finish(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let streams = machine.streams();
+        for stream in (1..16).filter(|n| streams & 1 << n != 0) {
+            if machine.finish(&context(router, now), stream) {
+                oracle.stream_ended(self.device, self.link, stream);
+                self.streams.remove(&stream);
+                self.finished.push(stream);
+            }
+        }
+    }
+
+    /// Whether the machine takes bytes of data streams.
+    pub fn is_open(&self) -> bool {
+        self.machine.is_some()
+    }
+
+    /// The client ended its direction of a data stream.
+    pub fn stream_closed(
+        &mut self,
+        stream: u8,
+        router: &Router,
+        oracle: &mut Oracle,
+        now: Millis,
+    ) -> Checked {
+        self.look_ahead(stream, router, oracle, now)?;
+        if let Some(machine) = &mut self.machine {
+            let reset = machine.stream_closed(&context(router, now), stream);
+            if reset.is_some() {
+                return Err("a stream ended in the middle of a packet".into());
+            }
+            oracle.stream_closed(self.device, self.link, stream);
+        }
+        Ok(())
+    }
+
+    /// The machine has ended data streams; the device has yet to hear of it.
+    fn reset(&mut self, resets: impl IntoIterator<Item = StreamReset>, oracle: &mut Oracle) {
+        for reset in resets {
+            oracle.stream_ended(self.device, self.link, reset.stream);
+            self.streams.remove(&reset.stream);
+            self.output.remove(&reset.stream);
+            self.resets.push(reset);
+        }
+    }
+
+    /// The client broke a data stream off.
+    pub fn stream_ended(
+        &mut self,
+        stream: u8,
+        router: &Router,
+        oracle: &mut Oracle,
+        now: Millis,
+    ) -> Checked {
+        self.look_ahead(stream, router, oracle, now)?;
+        if let Some(machine) = &mut self.machine {
+            machine.stream_ended(&context(router, now), stream);
+            oracle.stream_ended(self.device, self.link, stream);
+            self.streams.remove(&stream);
+            self.output.remove(&stream);
+        }
+        Ok(())
+    }
+
+    /// Shows the oracle what the session wrote for a data stream and the machine did not take yet.
+    fn look_ahead(
+        &mut self,
+        stream: u8,
+        router: &Router,
+        oracle: &mut Oracle,
+        now: Millis,
+    ) -> Checked {
         let Some(machine) = &self.machine else {
             return Ok(());
         };
         let caller = machine.caller();
         let rest = router.with(caller.session, caller.connection_no, |s, _| {
-            s.connection().map(|c| c.control().clone())
+            let writes = stream == 0 || s.stream_busy(stream);
+            let connection = s.connection().filter(|_| writes);
+            connection.map(|c| c.output_on(stream).clone())
         });
-        match rest.flatten() {
-            Some(bytes) => oracle.wrote(self.device, self.link, &bytes, now),
-            None => Ok(()),
+        let judged = self.streams.entry(stream).or_default();
+        if let Some(bytes) = rest.flatten() {
+            let fresh = &bytes[judged.ahead..];
+            oracle.wrote(self.device, self.link, stream, fresh, now)?;
+            judged.ahead = bytes.len();
         }
+        Ok(())
+    }
+
+    /// What the session wrote and nobody took yet; before it is thrown away.
+    pub fn peek(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+        let streams: Vec<u8> = self.streams.keys().copied().chain([0]).collect();
+        for stream in streams {
+            self.look_ahead(stream, router, oracle, now)?;
+        }
+        Ok(())
     }
 
     /// The socket is gone.
@@ -501,9 +605,11 @@ impl Edge {
         let remains = machine.ended(router, &end, now);
         let streams = remains.streams.into_iter();
         for (stream, output) in streams.chain([(0, remains.output)]) {
-            let judged = self.streams.get(&stream).map_or(0, |j| j.output);
+            let judged = self.streams.entry(stream).or_default();
             let rest = output.rest();
-            oracle.wrote(self.device, self.link, &rest[judged..], now)?;
+            let fresh = &rest[judged.output..];
+            let fresh = &fresh[judged.ahead.min(fresh.len())..];
+            oracle.wrote(self.device, self.link, stream, fresh, now)?;
             self.output.entry(stream).or_default().extend(rest);
         }
         oracle.closed(self.device, self.link, end.normal, now);

@@ -15,6 +15,8 @@ struct Logical {
     key: String,
     qos: QoS,
     acknowledged: bool,
+    /// The stream whose order it keeps; `None`: it was sent again, perhaps on another.
+    stream: Option<u8>,
     /// Answered with a refusal, or to be refused by the core, which 3.x does not say.
     refused: bool,
 }
@@ -23,6 +25,8 @@ struct Logical {
 struct Track {
     logical: usize,
     answered: bool,
+    /// Where it came in last.
+    stream: u8,
     /// PUBREL came: the identifier is free [MQTT-4.3.3-12].
     released: bool,
     session: u64,
@@ -52,8 +56,8 @@ struct Publisher {
     track: HashMap<u16, Track>,
     session: u64,
     will: Option<usize>,
-    /// The latest of its unique messages that went to the core.
-    last: u64,
+    /// The latest of its unique messages that went to the core, for each stream.
+    last: HashMap<u8, u64>,
 }
 
 #[derive(Default)]
@@ -166,7 +170,14 @@ impl Inbound {
     }
 
     /// The session takes a PUBLISH.
-    pub fn publish(&mut self, device: usize, topic: &str, publish: &Publish<'_>, now: Millis) {
+    pub fn publish(
+        &mut self,
+        device: usize,
+        stream: u8,
+        topic: &str,
+        publish: &Publish<'_>,
+        now: Millis,
+    ) {
         let key = key(publish.payload);
         let p = &mut self.publishers[device];
         let id = publish.packet_id;
@@ -186,6 +197,10 @@ impl Inbound {
             let refused = p.published[track.logical].refused;
             let free = publish.qos == QoS::AtLeastOnce || other_session || refused;
             let new = track.answered && free;
+            if track.stream != stream {
+                p.published[track.logical].stream = None;
+            }
+            track.stream = stream;
             track.session = p.session;
             track.ended_at = u64::MAX - REMEMBERED;
             if forgotten || new {
@@ -205,12 +220,15 @@ impl Inbound {
             key,
             qos: publish.qos,
             acknowledged: false,
+            // One that was lost with its stream, or with a connection, comes late.
+            stream: (!publish.dup).then_some(stream),
             refused: refused || topic.starts_with("refused/"),
         });
         if publish.qos > QoS::AtMostOnce {
             let track = Track {
                 logical: p.published.len() - 1,
                 answered: false,
+                stream,
                 released: false,
                 session: p.session,
                 ended_at: u64::MAX - REMEMBERED,
@@ -227,12 +245,23 @@ impl Inbound {
     }
 
     /// PUBACK or PUBREC was written.
-    pub fn answered(&mut self, device: usize, id: u16, qos: QoS, reason: ReasonCode) -> Checked {
+    pub fn answered(
+        &mut self,
+        device: usize,
+        stream: u8,
+        id: u16,
+        qos: QoS,
+        reason: ReasonCode,
+    ) -> Checked {
         let p = &mut self.publishers[device];
         let Some(track) = p.track.get_mut(&id) else {
             return Err("it answers nothing [MQTT-2.2.1-5]".into());
         };
         track.answered = true;
+        if track.stream != stream {
+            let on = track.stream;
+            return Err(format!("it answers on stream {stream} what came on {on}"));
+        }
         let logical = &mut p.published[track.logical];
         if logical.qos != qos {
             return Err(format!(
@@ -280,7 +309,11 @@ impl Inbound {
             return Err(format!("{key} has {qos:?} at the core"));
         }
         // One that was refused for want of room, and is sent again, comes late.
-        if count.forwarded == 1 && sent.is_some_and(|l| !l.refused) {
+        let stream = sent.filter(|l| !l.refused).and_then(|l| l.stream);
+        if count.forwarded == 1
+            && let Some(stream) = stream
+        {
+            let last = p.last.entry(stream).or_default();
             // Nobody can know when a publish of QoS 0 has arrived: on another link, one that waited
             // long for its own may be overtaken.
             let at = |n: u64| {
@@ -288,11 +321,11 @@ impl Inbound {
                     .get(&format!("d{device}.{n}"))
                     .map_or(0, |k| k.1)
             };
-            let waited = qos == QoS::AtMostOnce && at(number) + 2000 <= at(p.last);
-            if number <= p.last && !waited {
-                return Err(format!("{key} after {}: out of order (I19)", p.last));
+            let waited = qos == QoS::AtMostOnce && at(number) + 2000 <= at(*last);
+            if number <= *last && !waited {
+                return Err(format!("{key} after {last}: out of order (I19)"));
             }
-            p.last = p.last.max(number);
+            *last = number.max(*last);
         }
         Ok(())
     }

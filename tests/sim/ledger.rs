@@ -29,6 +29,9 @@ pub struct Owed {
 #[derive(Clone, Debug)]
 struct Flight {
     packet_id: u16,
+    /// Where it was written first, and last.
+    first: u8,
+    stream: u8,
     key: String,
     qos: QoS,
     released: bool,
@@ -52,9 +55,12 @@ pub struct Want {
 pub struct Window {
     pub receive_max: usize,
     pub open: HashSet<u16>,
-    /// How many of those in flight at the start of the connection were sent again.
-    resent: usize,
-    to_resend: Vec<u16>,
+    /// Of those in flight at the start of the connection: the ones that were sent again.
+    resent: BTreeSet<u16>,
+    /// In order, with the streams whose order they keep.
+    to_resend: Vec<(u16, u8)>,
+    /// Sent again because their stream has ended, in any order with others.
+    again: BTreeSet<u16>,
     /// An eviction may take what is in flight.
     pub evicts: bool,
 }
@@ -89,8 +95,9 @@ pub struct Ask {
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     pub owed: Vec<Owed>,
-    /// For QoS 0, and for QoS 1 and 2: the next entry that may be written.
-    next: [usize; 2],
+    /// For QoS 0, and for QoS 1 and 2, on each stream: the next entry that may be written. Streams
+    /// keep no order with each other.
+    next: HashMap<(usize, u8), usize>,
     inflight: Vec<Flight>,
     pub wants: Vec<Want>,
     pub subs: Vec<Sub>,
@@ -138,13 +145,14 @@ impl Ledger {
         Window {
             receive_max,
             open: HashSet::new(),
-            resent: 0,
+            resent: BTreeSet::new(),
             evicts: false,
+            again: BTreeSet::new(),
             to_resend: self
                 .inflight
                 .iter()
                 .filter(|f| !f.released)
-                .map(|f| f.packet_id)
+                .map(|f| (f.packet_id, f.first))
                 .collect(),
         }
     }
@@ -154,18 +162,20 @@ impl Ledger {
         &mut self,
         w: &mut Window,
         version: Version,
+        stream: u8,
         topic: &str,
         key: &str,
         p: &Publish<'_>,
     ) -> Result<(), String> {
         if p.dup {
-            return self.again(w, key, p);
+            return self.again(w, stream, key, p);
         }
         if p.qos > QoS::AtMostOnce {
-            if w.resent < w.to_resend.len() && !w.evicts {
+            if !w.evicts {
                 let unreceived = |f: &Flight, id: u16| f.packet_id == id && !f.released;
                 let open = |id: &&u16| self.inflight.iter().any(|f| unreceived(f, **id));
-                if let Some(id) = w.to_resend[w.resent..].iter().find(open) {
+                let mut waiting = w.to_resend.iter().map(|(id, _)| id);
+                if let Some(id) = waiting.find(|id| open(id) && !w.resent.contains(id)) {
                     return Err(format!(
                         "a new PUBLISH before {id} is sent again [MQTT-4.6.0-1]"
                     ));
@@ -182,6 +192,8 @@ impl Ledger {
             }
             self.inflight.push(Flight {
                 packet_id: p.packet_id,
+                first: stream,
+                stream,
                 key: key.to_owned(),
                 qos: p.qos,
                 released: false,
@@ -201,7 +213,7 @@ impl Ledger {
             return Err("an expired message is sent [MQTT-3.3.2-5]".into());
         }
         let class = usize::from(p.qos > QoS::AtMostOnce);
-        let from = self.next[class];
+        let from = self.next.get(&(class, stream)).copied().unwrap_or(0);
         // A publisher may have sent it twice: the first that it can be.
         let candidates = self.owed.iter().enumerate().skip(from);
         let candidates = candidates.filter(|(_, o)| !o.written && o.key == key);
@@ -237,7 +249,7 @@ impl Ledger {
         };
         let owed = &mut self.owed[at];
         owed.written = true;
-        self.next[class] = at + 1;
+        self.next.insert((class, stream), at + 1);
         if owed.retained {
             let newest = (topic.to_owned(), class > 0);
             let newest = self.events.entry(newest).or_default();
@@ -297,9 +309,24 @@ impl Ledger {
         Ok(())
     }
 
-    fn again(&mut self, w: &mut Window, key: &str, p: &Publish<'_>) -> Result<(), String> {
+    /// A stream has ended: what was written on it and is not acknowledged is sent again.
+    pub fn stream_closed(&mut self, w: &mut Window, stream: u8) {
+        let open = self.inflight.iter().filter(|f| f.stream == stream);
+        w.again.extend(open.map(|f| f.packet_id));
+    }
+
+    fn again(
+        &mut self,
+        w: &mut Window,
+        stream: u8,
+        key: &str,
+        p: &Publish<'_>,
+    ) -> Result<(), String> {
         let id = p.packet_id;
-        let Some(flight) = self.inflight.iter().find(|f| f.packet_id == id) else {
+        if stream != 0 {
+            return Err(format!("DUP for {id} on a data stream"));
+        }
+        let Some(flight) = self.inflight.iter_mut().find(|f| f.packet_id == id) else {
             return Err(format!("DUP for {id}, which was never sent [MQTT-3.3.1-3]"));
         };
         if flight.released {
@@ -310,10 +337,20 @@ impl Ledger {
         if flight.key != key || flight.qos != p.qos || !same {
             return Err(format!("DUP {id} is another message"));
         }
-        let place = w.to_resend.iter().position(|i| *i == id);
-        match place {
-            Some(at) if at >= w.resent => w.resent = at + 1,
-            _ => {
+        flight.stream = stream;
+        if w.again.remove(&id) {
+            return Ok(());
+        }
+        let mut expected = w.to_resend.iter();
+        let Some((_, first)) = expected.by_ref().find(|(i, _)| *i == id) else {
+            return Err(format!("{id} is sent again, and was not sent before"));
+        };
+        let later = |(i, on): &(u16, u8)| on == first && w.resent.contains(i);
+        match w.resent.contains(&id) || expected.any(later) {
+            false => {
+                w.resent.insert(id);
+            }
+            true => {
                 return Err(format!(
                     "{id} is sent again out of order or twice [MQTT-4.4.0-1]"
                 ));

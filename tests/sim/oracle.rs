@@ -36,9 +36,13 @@ pub struct Client {
     pub ends_at: u64,
     pub ledger: Ledger,
     pub window: Window,
-    pub aliases: HashMap<u16, String>,
-    pub requests: HashMap<u16, (bool, Vec<String>)>,
-    pub aliases_in: HashMap<u16, String>,
+    /// Topics by stream and alias.
+    pub aliases: HashMap<(u8, u16), String>,
+    /// By packet identifier: the stream, whether it is a SUBSCRIBE, and the filters.
+    pub requests: HashMap<u16, (u8, bool, Vec<String>)>,
+    pub aliases_in: HashMap<(u8, u16), String>,
+    /// Data streams on which filters were asked for.
+    pub bound: BTreeSet<(u8, String)>,
     pub expected_present: bool,
     pub seen: HashMap<String, usize>,
     pub sessions: u64,
@@ -72,6 +76,7 @@ impl Oracle {
             aliases: HashMap::new(),
             requests: HashMap::new(),
             aliases_in: HashMap::new(),
+            bound: BTreeSet::new(),
             expected_present: false,
             seen: HashMap::new(),
             sessions: 0,
@@ -123,6 +128,7 @@ impl Oracle {
         c.aliases.clear();
         c.aliases_in.clear();
         c.requests.clear();
+        c.bound.clear();
         let receive_max = match c.profile.version {
             Version::V5 => c.profile.receive_max.map_or(65_535, usize::from),
             _ => 65_535,
@@ -168,6 +174,27 @@ impl Oracle {
             self.ended(device, now);
         } else if expiry != u32::MAX {
             c.ends_at = now + u64::from(expiry) * 1000;
+        }
+    }
+
+    /// A data stream of the current connection has ended, at least in the client's direction: what
+    /// the client has not acknowledged there is sent again.
+    pub fn stream_closed(&mut self, device: usize, link: u64, stream: u8) {
+        let c = &mut self.clients[device];
+        if c.attached == Some(link) {
+            c.ledger.stream_closed(&mut c.window, stream);
+        }
+    }
+
+    /// A data stream has ended in both directions.
+    pub fn stream_ended(&mut self, device: usize, link: u64, stream: u8) {
+        self.stream_closed(device, link, stream);
+        let c = &mut self.clients[device];
+        if c.attached == Some(link) {
+            c.aliases.retain(|(on, _), _| *on != stream);
+            c.aliases_in.retain(|(on, _), _| *on != stream);
+            c.requests.retain(|_, (on, ..)| *on != stream);
+            c.bound.retain(|(on, _)| *on != stream);
         }
     }
 

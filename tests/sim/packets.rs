@@ -8,7 +8,7 @@ use crate::oracle::{Checked, Oracle, key};
 
 impl Oracle {
     /// A packet of the client was taken by its session.
-    pub fn took(&mut self, device: usize, packet: &Packet<'_>, now: Millis) {
+    pub fn took(&mut self, device: usize, stream: u8, packet: &Packet<'_>, now: Millis) {
         let (grants, expiry_max) = (self.rules.grants, self.rules.expiry_max);
         let latest = self.latest;
         self.asks += 1;
@@ -19,15 +19,19 @@ impl Oracle {
         };
         match packet {
             Packet::Publish(p) => {
+                if self.trace {
+                    let id = &c.profile.id;
+                    eprintln!("         {id} on {stream}, link {link}: {}", short(packet));
+                }
                 let topic = match p.topic_alias {
-                    Some(alias) if p.topic.is_empty() => c.aliases_in[&alias].clone(),
+                    Some(alias) if p.topic.is_empty() => c.aliases_in[&(stream, alias)].clone(),
                     Some(alias) => {
-                        c.aliases_in.insert(alias, p.topic.to_owned());
+                        c.aliases_in.insert((stream, alias), p.topic.to_owned());
                         p.topic.to_owned()
                     }
                     None => p.topic.to_owned(),
                 };
-                self.inbound.publish(device, &topic, p, now);
+                self.inbound.publish(device, stream, &topic, p, now);
             }
             Packet::Puback(a) => {
                 c.ledger
@@ -43,6 +47,7 @@ impl Oracle {
                 let mut names = Vec::new();
                 for (index, (filter, options)) in s.filters().enumerate() {
                     names.push(filter.to_owned());
+                    c.bound.insert((stream, filter.to_owned()));
                     let options = SubscribeOptions {
                         qos: options.qos.min(grants),
                         ..options
@@ -92,7 +97,7 @@ impl Oracle {
                         }),
                     }
                 }
-                c.requests.insert(s.packet_id, (true, names));
+                c.requests.insert(s.packet_id, (stream, true, names));
             }
             Packet::Unsubscribe(u) => {
                 let names: Vec<String> = u.filters().map(str::to_owned).collect();
@@ -102,7 +107,7 @@ impl Oracle {
                 for want in ended.filter(|w| names.contains(&w.filter)) {
                     want.until = want.until.min(latest);
                 }
-                c.requests.insert(u.packet_id, (false, names));
+                c.requests.insert(u.packet_id, (stream, false, names));
             }
             Packet::Disconnect(d) => {
                 if let Some(expiry) = d.session_expiry {
@@ -114,7 +119,14 @@ impl Oracle {
     }
 
     /// Bytes that the router wrote for the connection.
-    pub fn wrote(&mut self, device: usize, link: u64, bytes: &[u8], now: Millis) -> Checked {
+    pub fn wrote(
+        &mut self,
+        device: usize,
+        link: u64,
+        stream: u8,
+        bytes: &[u8],
+        now: Millis,
+    ) -> Checked {
         let c = &self.clients[device];
         if c.attached != Some(link) {
             return Ok(());
@@ -140,7 +152,7 @@ impl Oracle {
                     "{size} bytes, Maximum Packet Size is less [MQTT-3.1.2-24]: {packet:?}"
                 ));
             }
-            self.packet(device, link, version, &packet, now)
+            self.packet(device, link, version, stream, &packet, now)
                 .map_err(|e| {
                     format!(
                         "to {}: {}: {e}",
@@ -160,6 +172,7 @@ impl Oracle {
         device: usize,
         link: u64,
         version: Version,
+        stream: u8,
         packet: &Packet<'_>,
         now: Millis,
     ) -> Checked {
@@ -182,16 +195,23 @@ impl Oracle {
         match packet {
             Packet::Publish(p) => {
                 let topic = match p.topic_alias {
-                    Some(alias) if p.topic.is_empty() => c.aliases.get(&alias).cloned(),
+                    Some(alias) if p.topic.is_empty() => c.aliases.get(&(stream, alias)).cloned(),
                     Some(alias) => {
-                        c.aliases.insert(alias, p.topic.to_owned());
+                        c.aliases.insert((stream, alias), p.topic.to_owned());
                         Some(p.topic.to_owned())
                     }
                     None => Some(p.topic.to_owned()),
                 };
                 let topic = topic.ok_or("an undefined alias")?;
+                let asked = |(on, filter): &(u8, String)| {
+                    *on == stream && crate::core::matching(filter, &topic)
+                };
+                if stream != 0 && !c.bound.iter().any(asked) {
+                    return Err(format!("nobody subscribed to it on stream {stream}"));
+                }
                 let key = key(p.payload);
-                c.ledger.wrote(&mut c.window, version, &topic, &key, p)?;
+                c.ledger
+                    .wrote(&mut c.window, version, stream, &topic, &key, p)?;
                 self.delivered += 1;
                 Ok(())
             }
@@ -206,20 +226,29 @@ impl Oracle {
                 c.ledger.released(a.packet_id)
             }
             Packet::Puback(a) => {
+                if self.trace {
+                    eprintln!(
+                        "         {} is written {packet:?} on {stream}",
+                        c.profile.id
+                    );
+                }
                 self.inbound
-                    .answered(device, a.packet_id, QoS::AtLeastOnce, a.reason)
+                    .answered(device, stream, a.packet_id, QoS::AtLeastOnce, a.reason)
             }
             Packet::Pubrec(a) => {
                 self.inbound
-                    .answered(device, a.packet_id, QoS::ExactlyOnce, a.reason)
+                    .answered(device, stream, a.packet_id, QoS::ExactlyOnce, a.reason)
             }
             Packet::Suback(s) => {
                 if self.trace {
                     eprintln!("         {} is written {packet:?}", c.profile.id);
                 }
-                let Some((true, names)) = c.requests.remove(&s.packet_id) else {
+                let Some((on, true, names)) = c.requests.remove(&s.packet_id) else {
                     return Err("SUBACK without a SUBSCRIBE [MQTT-3.8.4-2]".into());
                 };
+                if on != stream {
+                    return Err(format!("SUBACK on stream {stream}, SUBSCRIBE was on {on}"));
+                }
                 if names.len() != s.codes.len() {
                     return Err("SUBACK has another number of codes [MQTT-3.8.4-6]".into());
                 }
@@ -244,7 +273,7 @@ impl Oracle {
                 Ok(())
             }
             Packet::Unsuback(u) => match c.requests.remove(&u.packet_id) {
-                Some((false, _)) => Ok(()),
+                Some((on, false, _)) if on == stream => Ok(()),
                 _ => Err("UNSUBACK without an UNSUBSCRIBE [MQTT-3.10.4-5]".into()),
             },
             _ => Ok(()),

@@ -181,5 +181,10 @@ fn profile(n: usize, rng: &mut Rng) -> Profile {
         stubborn: rng.chance(40),
         counts_anew: rng.chance(50),
         lazy: rng.chance(30),
+        streams: if v5 && rng.chance(40) {
+            rng.between(1, 3) as u8
+        } else {
+            0
+        },
     }
 }

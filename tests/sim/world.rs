@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tidegate::mqtt::{QoS, ReasonCode};
 use tidegate::router::Router;
-use tidegate::telemetry::DisconnectReason;
+use tidegate::telemetry::{DisconnectReason, StreamReason};
 use tidegate::time::Millis;
 use tidegate::topics::FilterId;
 
@@ -16,7 +16,24 @@ use crate::oracle::{Checked, Oracle};
 use crate::pipe::Pipe;
 use tidegate_kit::rng::Rng;
 
+/// A data stream between a device and the server.
+#[derive(Default)]
+pub struct Side {
+    pub up: Pipe,
+    pub down: Pipe,
+    /// The device reads nothing of it.
+    pub stalled: bool,
+    /// The device has ended its direction; whether the server knows.
+    pub ended: Option<bool>,
+    /// The device has reset it: when the server learns of that.
+    pub reset_at: Option<u64>,
+    /// The server has ended its direction too.
+    pub finished: bool,
+}
+
 pub struct Link {
+    /// The data streams.
+    pub sides: BTreeMap<u8, Side>,
     pub up: Pipe,
     pub down: Pipe,
     pub edge: Edge,
@@ -147,9 +164,15 @@ impl World {
         let Some(link) = self.devices[n].link else {
             return;
         };
-        let bytes = self.devices[n].take_output(self.now, acks);
+        let output = self.devices[n].take_output(self.now, acks);
         if let Some(l) = self.links.get_mut(&link) {
-            l.up.send(bytes, &mut self.rng, self.now);
+            for (stream, bytes) in output {
+                let pipe = match stream {
+                    0 => &mut l.up,
+                    n => &mut l.sides.entry(n).or_default().up,
+                };
+                pipe.send(bytes, &mut self.rng, self.now);
+            }
         }
     }
 
@@ -215,6 +238,7 @@ impl World {
                 link.edge.expire(&self.router, &mut self.oracle, self.now)?;
             }
         }
+        self.sides_work(n, link)?;
         if link.eof_at.is_some_and(|at| at <= self.now) && link.edge.ended.is_none() {
             trace!(self, "link {number} of {n} ends");
             link.edge.eof(&self.router, &mut self.oracle, self.now)?;
@@ -222,13 +246,24 @@ impl World {
         let current = self.devices[n].link == Some(number);
         if !current {
             link.down.chunks.clear();
+            link.sides
+                .values_mut()
+                .for_each(|s| s.down = Pipe::default());
             link.edge.output.clear();
         } else if !link.stalled || self.quiet {
             let bytes = link.down.receive(&mut self.rng, self.now);
             let device = &mut self.devices[n];
             device
-                .receive(&bytes, &mut self.rng)
+                .receive(0, &bytes, &mut self.rng)
                 .map_err(|e| format!("device {n}: {e}"))?;
+            for (stream, side) in &mut link.sides {
+                if device.connected && !side.stalled && side.reset_at.is_none() {
+                    let bytes = side.down.receive(&mut self.rng, self.now);
+                    device
+                        .receive(*stream, &bytes, &mut self.rng)
+                        .map_err(|e| format!("device {n}, stream {stream}: {e}"))?;
+                }
+            }
             for seen in std::mem::take(&mut device.seen) {
                 if self.trace {
                     match &seen {
@@ -258,6 +293,63 @@ impl World {
         Ok(())
     }
 
+    /// The data streams of a connection, which keep no order with each other.
+    fn sides_work(&mut self, n: usize, link: &mut Link) -> Checked {
+        let current = self.devices[n].link == Some(link.edge.link);
+        let numbers: Vec<u8> = link.sides.keys().copied().collect();
+        for number in numbers {
+            let Some(side) = link.sides.get_mut(&number) else {
+                continue;
+            };
+            let readable = link.edge.is_open()
+                && !link.edge.is_paused()
+                && link.edge.unread & 1 << number == 0
+                && side.reset_at.is_none();
+            if readable && side.ended != Some(true) {
+                let bytes = side.up.receive(&mut self.rng, self.now);
+                link.edge
+                    .receive(number, &bytes, &self.router, &mut self.oracle, self.now)?;
+                if side.ended == Some(false)
+                    && side.up.chunks.is_empty()
+                    && link.edge.is_open()
+                    && !link.edge.is_paused()
+                {
+                    side.ended = Some(true);
+                    link.edge
+                        .stream_closed(number, &self.router, &mut self.oracle, self.now)?;
+                }
+            }
+            let gone = side.reset_at.is_some_and(|at| at <= self.now);
+            if gone {
+                link.edge
+                    .stream_ended(number, &self.router, &mut self.oracle, self.now)?;
+            }
+            let finished = side.finished && side.down.chunks.is_empty();
+            if gone || finished {
+                link.sides.remove(&number);
+                if current {
+                    trace!(self, "stream {number} of {n} is gone");
+                    self.devices[n].stream_gone(number, &mut self.rng);
+                }
+            }
+        }
+        for number in std::mem::take(&mut link.edge.finished) {
+            link.sides.entry(number).or_default().finished = true;
+        }
+        for reset in std::mem::take(&mut link.edge.resets) {
+            let stream = reset.stream;
+            if reset.reason != StreamReason::WriteStall {
+                return Err(format!("a stream is reset: {reset:?}"));
+            }
+            trace!(self, "the server resets stream {stream} of {n}");
+            link.sides.remove(&stream);
+            if current {
+                self.devices[n].stream_gone(stream, &mut self.rng);
+            }
+        }
+        Ok(())
+    }
+
     /// A DISCONNECT of the server is for a reason that this run has.
     fn dismissed(&self, n: usize, reason: ReasonCode, ended: Option<DisconnectReason>) -> Checked {
         let fine = match reason {
@@ -282,11 +374,19 @@ impl World {
     fn edges_work(&mut self) -> Checked {
         for link in self.links.values_mut() {
             // A socket takes only so much.
-            let room = u16::from(link.down.bytes < 2000 || self.quiet);
+            let mut room = u16::MAX - u16::from(link.down.bytes >= 2000 && !self.quiet);
+            for (stream, side) in &link.sides {
+                let full = side.down.bytes >= 2000 && !self.quiet;
+                room &= !(u16::from(full) << stream);
+            }
             link.edge
                 .poll(room, &self.router, &mut self.oracle, self.now)?;
-            for bytes in std::mem::take(&mut link.edge.output).into_values() {
-                link.down.send(bytes, &mut self.rng, self.now);
+            for (stream, bytes) in std::mem::take(&mut link.edge.output) {
+                let pipe = match stream {
+                    0 => &mut link.down,
+                    n => &mut link.sides.entry(n).or_default().down,
+                };
+                pipe.send(bytes, &mut self.rng, self.now);
             }
         }
         Ok(())
@@ -300,6 +400,7 @@ impl World {
         self.relinked_at = 0;
         for link in self.links.values_mut() {
             link.stalled = false;
+            link.sides.values_mut().for_each(|s| s.stalled = false);
         }
         // A device that has stopped in the middle of a packet sends nothing more.
         for n in 0..self.devices.len() {
@@ -319,7 +420,12 @@ impl World {
                     .iter()
                     .all(|d| d.link.is_none() || d.connected && d.idle() && d.requests() == 0)
                 && self.links.values().all(|l| {
-                    l.up.chunks.is_empty() && l.down.chunks.is_empty() && l.edge.has_sent_all()
+                    let mut sides = l.sides.values();
+                    let empty = |s: &Side| s.up.chunks.is_empty() && s.down.chunks.is_empty();
+                    l.up.chunks.is_empty()
+                        && l.down.chunks.is_empty()
+                        && l.edge.has_sent_all()
+                        && sides.all(empty)
                 })
                 && (0..self.devices.len())
                     .all(|n| self.devices[n].link.is_some() || !self.wants_back(n));
