@@ -45,7 +45,6 @@ fn write(c: &mut Criterion, case: Case) {
     let frame = workload::frame(case);
     let message = workload::message(case, &frame);
     let delivery = workload::delivery(case);
-    let image = Image::new(&delivery, &message);
     let mut out = Vec::with_capacity(frame.len() * PACKETS * 2);
     let mut group = c.benchmark_group(format!("write/{}", case.name()));
     group.throughput(Throughput::Elements(PACKETS as u64));
@@ -58,14 +57,6 @@ fn write(c: &mut Criterion, case: Case) {
                     ..delivery
                 }
                 .encode(black_box(&message), &mut out);
-            }
-        });
-    });
-    group.bench_function("Image::write", |b| {
-        b.iter(|| {
-            out.clear();
-            for id in 1..=PACKETS as u16 {
-                black_box(&image).write(id, &mut out);
             }
         });
     });

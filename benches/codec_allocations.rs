@@ -12,7 +12,7 @@
 mod workload;
 
 use allocation_counter::measure;
-use tidegate::mqtt::{Delivery, Image};
+use tidegate::mqtt::Delivery;
 use workload::{Case, PACKETS};
 
 fn main() {
@@ -38,7 +38,6 @@ fn main() {
 
         let message = workload::message(case, &stream);
         let delivery = workload::delivery(case);
-        let image = Image::new(&delivery, &message);
         let mut out = Vec::with_capacity(stream.len() * 4);
         let written = measure(|| {
             for packet_id in 1..=PACKETS as u16 {
@@ -47,7 +46,6 @@ fn main() {
                     ..delivery
                 }
                 .encode(&message, &mut out);
-                image.write(packet_id, &mut out);
             }
         });
         assert_eq!(written.count_total, 0, "writing allocates");

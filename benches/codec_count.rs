@@ -5,7 +5,7 @@
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null \
 //!     <the path that it prints> <what> <case> [rounds]
 //! ```
-//! `what`: ours, rmqtt, protocol-core, encode, image, message, none; `case`: v3.1.1, v5,
+//! `what`: ours, rmqtt, protocol-core, encode, message, none; `case`: v3.1.1, v5,
 //! "v5 with 2 properties"; a round is 1,000 packets. Valgrind prints `Collected`; take away what
 //! `none` gives for the same rounds, and divide by 1,000 times the rounds.
 
@@ -20,7 +20,7 @@ mod workload;
 
 use std::hint::black_box;
 use std::process::ExitCode;
-use tidegate::mqtt::{Delivery, Image};
+use tidegate::mqtt::Delivery;
 use workload::{Case, PACKETS};
 
 fn main() -> ExitCode {
@@ -44,7 +44,6 @@ fn main() -> ExitCode {
     let stream = workload::stream(case);
     let message = workload::message(case, &stream);
     let delivery = workload::delivery(case);
-    let image = Image::new(&delivery, &message);
     let mut out = Vec::with_capacity(stream.len() * 2);
     for _ in 0..rounds {
         // Every variant makes this copy, so the difference to `none` does not contain it.
@@ -62,7 +61,6 @@ fn main() -> ExitCode {
                 }
                 .encode(black_box(&message), &mut out);
             }),
-            "image" => (1..=PACKETS as u16).for_each(|id| black_box(&image).write(id, &mut out)),
             "message" => (0..PACKETS).for_each(|_| {
                 drop(black_box(workload::message(case, black_box(&stream))));
             }),
@@ -76,7 +74,7 @@ fn main() -> ExitCode {
 
 fn usage() -> ExitCode {
     eprintln!(
-        "codec_count <ours|rmqtt|protocol-core|encode|image|message|none> <v3.1.1|v5|v5 with 2 properties> [rounds]"
+        "codec_count <ours|rmqtt|protocol-core|encode|message|none> <v3.1.1|v5|v5 with 2 properties> [rounds]"
     );
     ExitCode::from(64)
 }

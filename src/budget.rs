@@ -1,4 +1,4 @@
-//! Byte accounts: what a bounded store has in use, shared by those who add and those who release.
+//! Byte accounts: the bytes that a bounded part of the process has in use.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -9,7 +9,7 @@ pub struct Account {
 }
 
 impl Account {
-    /// An account with nothing in use.
+    /// An account with no bytes in use.
     pub const fn new() -> Self {
         Self {
             bytes: AtomicI64::new(0),

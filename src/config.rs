@@ -1,8 +1,7 @@
 //! The configuration: one TOML file, strictly read into plain typed values.
 //!
-//! What is wrong with a file is said with file, line, key and remedy; nothing
-//! is accepted and ignored. Sizes are bytes, times are [`Duration`]s, paths are
-//! resolved against the file.
+//! A mistake in a file is reported with file, line, key and remedy, and no key is ignored. Sizes are
+//! bytes, times are [`Duration`]s, and paths are resolved against the file's directory.
 //!
 //! [`Duration`]: std::time::Duration
 

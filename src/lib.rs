@@ -13,6 +13,7 @@ pub mod client;
 pub mod clock;
 pub mod config;
 pub mod embedded;
+pub(crate) mod flow;
 pub mod mqtt;
 pub mod router;
 pub mod runtime;

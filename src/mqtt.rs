@@ -1,9 +1,9 @@
-//! The wire: strict, borrowed decoding and allocation-free encoding of MQTT 5, 3.1.1 and 3.1,
+//! The wire format: strict, borrowed decoding and allocation-free encoding of MQTT 5, 3.1.1 and 3.1, in
 //! both roles. No I/O, no clock, no sessions.
 //!
-//! Every rule that the bytes of one packet can show is judged here; what needs the state of a
-//! connection (a second CONNECT, an alias above the maximum, an unknown packet identifier) is the
-//! session's. `[MQTT-x.y.z-n]` names a statement of the specification (of MQTT 5 unless said),
+//! This module checks every rule that the bytes of one packet can show. Rules that need the state of a
+//! connection (a second CONNECT, an alias above the maximum, an unknown packet identifier) belong to
+//! the session. `[MQTT-x.y.z-n]` names a statement of the specification (of MQTT 5 unless said),
 //! `§` a section of it.
 
 mod acks;
@@ -25,10 +25,10 @@ mod write;
 pub use acks::{Ack, AckKind, encode_ack, encode_pingreq, encode_pingresp};
 pub use connack::Connack;
 pub use connect::{Connect, Will, decode_connect};
-pub use deliver::{Alias, Delivery, Image, MAX_PACKET};
+pub use deliver::{Alias, Delivery, MAX_PACKET_BYTES};
 pub use disconnect::{Auth, Disconnect, encode_auth, encode_disconnect};
 pub use error::Error;
-pub use head::MAX_REMAINING;
+pub use head::MAX_REMAINING_BYTES;
 pub use message::{Message, MessageSpec};
 pub use props::{Properties, Property};
 pub use publish::Publish;
@@ -87,7 +87,7 @@ impl QoS {
     }
 }
 
-/// Who we are; it decides which packet types are legal.
+/// Our role, which decides the legal packet types.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum Receiver {
     /// The peer is a client.
@@ -134,11 +134,11 @@ pub enum Packet<'a> {
 /// Decodes the packets of a connection whose version is known.
 #[derive(Clone, Copy, Debug)]
 pub struct Decoder {
-    /// What the peer speaks.
+    /// The connection's protocol version.
     pub version: Version,
-    /// Who we are.
+    /// Our role.
     pub receiver: Receiver,
-    /// Largest packet taken, in bytes, fixed header included.
+    /// The largest packet that is accepted, in bytes, fixed header included.
     pub max: u32,
 }
 

@@ -29,6 +29,8 @@ mod delivery;
 mod filters;
 pub mod handle;
 mod links;
+#[cfg(test)]
+mod locks;
 mod lost;
 mod presence;
 pub mod publish;

@@ -1,10 +1,9 @@
-//! What a process that keeps its state over a restart would have to find again: which number means
-//! which filter, and what the core may send a second time. Records only; what follows from them is
-//! the router's and the links' affair.
+//! The records that a process needs again after a restart: the numbers of filters, and the messages
+//! that the broker may send a second time. The router and the links decide what follows from them.
 //!
-//! Whoever works with records holds them alone and changes them by `&mut self`: no lock here.
-//! No operation fails. What cannot be written must go on from memory, and be said by other means: a
-//! client must not lose its SUBSCRIBE to a full disk.
+//! Each kind of record has one owner, which changes it through `&mut self`, so there is no lock here.
+//! No operation fails: if a record cannot be written, work goes on from memory and the failure is
+//! reported by other means, because a full disk must not cost a client its SUBSCRIBE.
 
 mod identifiers;
 mod redelivery;
@@ -16,15 +15,15 @@ pub use redelivery::{Received, Ring};
 
 /// Where records are kept.
 pub trait Store: Debug + Send + Sync {
-    /// The filters' numbers, with those of before; the router takes them once, at its start.
+    /// The numbers of filters, with those of earlier processes. The router takes them once, at its start.
     fn identifiers(&self) -> Box<dyn Identifiers>;
 
-    /// What was received on data link `link`, with what was before; the link takes it once, at its
-    /// start.
+    /// The messages received on data link `link`, with those of earlier processes. The link takes them
+    /// once, at its start.
     fn ring(&self, link: usize) -> Box<dyn Ring>;
 }
 
-/// Keeps records as long as their holder: each holder begins with none.
+/// Keeps records in memory: each owner begins without any.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Memory;
 

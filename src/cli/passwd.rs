@@ -8,8 +8,8 @@ use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr
 use crate::auth::passwd::{self, Error};
 use crate::cli::{EXIT_INTERNAL, EXIT_USAGE, Failure};
 
-/// Longest password: what CONNECT can carry [MQTT5 1.5.6].
-const PASSWORD_MAX: usize = 65535;
+/// Longest password that CONNECT can carry (MQTT 5 §1.5.6).
+const PASSWORD_MAX_BYTES: usize = 65535;
 
 /// Reads a password from the terminal or standard input, and writes its hash to a password file.
 ///
@@ -40,7 +40,7 @@ fn store(file: &Path, user: &str, password: &[u8]) -> Result<(), Failure> {
     })
 }
 
-/// Asks twice, without showing what is typed.
+/// Asks twice, without echo.
 fn ask(user: &str) -> io::Result<Vec<u8>> {
     let hidden = Hidden::new()?;
     let mut answers = Vec::new();
@@ -60,7 +60,7 @@ fn ask(user: &str) -> io::Result<Vec<u8>> {
 /// The first line without its end.
 fn first_line(input: &mut impl BufRead) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
-    let mut limited = io::Read::take(input, PASSWORD_MAX as u64 + 2);
+    let mut limited = io::Read::take(input, PASSWORD_MAX_BYTES as u64 + 2);
     limited.read_until(b'\n', &mut line)?;
     if line.last() == Some(&b'\n') {
         line.pop();
@@ -68,7 +68,7 @@ fn first_line(input: &mut impl BufRead) -> io::Result<Vec<u8>> {
             line.pop();
         }
     }
-    if line.len() > PASSWORD_MAX {
+    if line.len() > PASSWORD_MAX_BYTES {
         return Err(io::Error::other("longer than 65535 bytes"));
     }
     Ok(line)
@@ -105,9 +105,12 @@ mod tests {
         assert_eq!(line(b"secret\r\n").unwrap(), b"secret");
         assert_eq!(line(b" a b ").unwrap(), b" a b ");
         assert_eq!(line(b"").unwrap(), b"");
-        assert_eq!(line(&[b'x'; PASSWORD_MAX]).unwrap().len(), PASSWORD_MAX);
-        assert!(line(&[b'x'; PASSWORD_MAX + 1]).is_err());
-        assert!(line(&[b'x'; PASSWORD_MAX * 3]).is_err());
+        assert_eq!(
+            line(&[b'x'; PASSWORD_MAX_BYTES]).unwrap().len(),
+            PASSWORD_MAX_BYTES
+        );
+        assert!(line(&[b'x'; PASSWORD_MAX_BYTES + 1]).is_err());
+        assert!(line(&[b'x'; PASSWORD_MAX_BYTES * 3]).is_err());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::time::Duration;
 use crate::auth::Identity;
 use crate::router::Peer;
 use crate::telemetry::{RateLimited, clean, metrics};
+use crate::time::Millis;
 use crate::transport::{Closed, ConnectionTask, Stream};
 
 use crate::client::connect::{AcceptedConnection, AcceptedSession};
@@ -37,6 +38,8 @@ struct Task<'a> {
     identity: Box<Identity>,
     peer: Arc<Peer>,
     machine: Machine,
+    /// The time of the last wake-up: the clock is read once for all that a wake-up brings.
+    now: Millis,
 }
 
 /// Serves the connection to its end.
@@ -60,13 +63,14 @@ pub(super) fn serve(
 fn with_context<R>(
     clients: &Clients,
     identity: &Identity,
+    now: Millis,
     call: impl FnOnce(&machine::Context<'_>) -> R,
 ) -> R {
     call(&machine::Context {
         router: &clients.router,
         policy: &ClientPolicy { clients, identity },
         limits: &clients.machine_limits,
-        now: clients.clock.now(),
+        now,
     })
 }
 
@@ -86,13 +90,16 @@ impl<'a> Task<'a> {
             identity,
             peer,
             machine,
+            now: clients.clock.now(),
         }
     }
 
     /// Calls the machine with its context.
     fn on_machine<R>(&mut self, call: impl FnOnce(&mut Machine, &machine::Context<'_>) -> R) -> R {
         let machine = &mut self.machine;
-        with_context(self.clients, &self.identity, |cx| call(machine, cx))
+        with_context(self.clients, &self.identity, self.now, |cx| {
+            call(machine, cx)
+        })
     }
 
     /// Runs until something ends the connection; `early` are the bytes that arrived with CONNECT.
@@ -105,6 +112,7 @@ impl<'a> Task<'a> {
     }
 
     fn poll(&mut self, cx: &mut task::Context<'_>) -> Poll<End> {
+        self.now = self.clients.clock.now();
         let polled = match self.make_progress(cx) {
             Ok(polled) => polled,
             Err(end) => return Poll::Ready(end),
@@ -129,9 +137,11 @@ impl<'a> Task<'a> {
             // A ping that cannot be sent now is sent with the next output.
             let _ = self.socket.poll_ping(cx);
         }
-        let traffic = self.socket.traffic();
-        for reset in self.on_machine(|machine, cx| machine.watch(cx, traffic)) {
-            self.reset(&reset);
+        if self.machine.has_blocked_streams() {
+            let traffic = self.socket.traffic();
+            for reset in self.on_machine(|machine, cx| machine.watch(cx, traffic)) {
+                self.reset(&reset);
+            }
         }
         for _ in 0..ROUNDS_MAX {
             self.poll_write(cx)?;
@@ -177,14 +187,15 @@ impl<'a> Task<'a> {
                     Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
                     Poll::Pending => false,
                 };
-                self.machine.sent(offered, done, self.clients.clock.now());
-                if !done && self.machine.streams() == 0 {
+                self.machine.sent(offered, done, self.now);
+                if !done && !self.machine.has_streams() {
                     return Ok(());
                 }
             }
-            self.poll_streams(cx)?;
-            let now = self.clients.clock.now();
-            if !self.machine.transmit(&self.clients.router, now)? {
+            if self.machine.has_streams() {
+                self.poll_streams(cx)?;
+            }
+            if !self.machine.transmit(&self.clients.router, self.now)? {
                 return Ok(());
             }
         }
@@ -264,7 +275,7 @@ impl<'a> Task<'a> {
 
     /// Aborts a data stream whose own fault has ended it.
     fn reset(&mut self, reset: &StreamReset) {
-        if let Some(suppressed) = RESETS.permit(self.clients.clock.now()) {
+        if let Some(suppressed) = RESETS.permit(self.now) {
             tracing::info!(
                 client_id = clean(&self.identity.client_id, 64),
                 listener = &*self.peer.listener,

@@ -1,4 +1,4 @@
-//! The defaults: each value that holds where the file does not speak.
+//! The defaults: the value of each key that a file leaves out.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -20,20 +20,20 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// Share of the machine's (or cgroup's) memory, in percent.
+/// `memory.max`: share of the machine's (or control group's) memory, in percent.
 pub(super) const MEMORY_MAX_PERCENT: u64 = 80;
-/// Share of `memory.max` for the queues, in percent.
+/// `memory.queues`: share of `memory.max`, in percent.
 pub(super) const MEMORY_QUEUES_PERCENT: u64 = 25;
-/// Node id where none is needed.
+/// `node.id` with the embedded broker, which needs none.
 pub(super) const NODE_ID_EMBEDDED: &str = "local";
-/// The `[[tls]]` that a listener uses where it names none.
+/// The name of the `[[tls]]` of a listener that names none.
 pub(super) const TLS_NAME: &str = "default";
-/// Below the minute after which nginx and most load balancers cut a silent connection.
+/// Less than the 60 seconds after which nginx and most load balancers cut a silent connection.
 pub(super) const PING_INTERVAL: Duration = Duration::from_secs(45);
 
 impl Config {
-    /// What holds without a file: loopback listeners of every transport, the
-    /// embedded core, a throw-away certificate.
+    /// The configuration without a file: loopback listeners of every transport, the embedded broker,
+    /// and a throw-away certificate.
     pub fn builtin() -> Self {
         let memory_max = host::memory() / 100 * MEMORY_MAX_PERCENT;
         let mut config = Self {
@@ -67,8 +67,8 @@ impl Config {
         config
     }
 
-    /// On a small machine the default budgets shrink to an eighth of
-    /// `memory.max` each; what the file writes stays.
+    /// Shrinks the default budgets of a small machine to an eighth of `memory.max` each. Values that
+    /// the file writes stay.
     pub(super) fn fit_small_memory(&mut self, written: impl Fn(&str) -> bool) {
         let most = self.memory.max / 8;
         let up = &mut self.upstream;
@@ -127,7 +127,7 @@ pub(super) fn listeners() -> Vec<Listener> {
     ]
 }
 
-/// The `[[tls]]` that is there where none is written.
+/// The only `[[tls]]` of a file that has none.
 pub(super) fn throwaway() -> Tls {
     Tls {
         name: TLS_NAME.to_owned(),

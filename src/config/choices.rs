@@ -1,4 +1,4 @@
-//! The values that are one of a few words.
+//! Values that are one of a few words.
 
 use std::fmt;
 
@@ -68,9 +68,10 @@ impl fmt::Display for Transport {
 /// Whether connections begin with a PROXY protocol header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyProtocol {
-    /// None does; one that does is closed.
+    /// No connection begins with a header; one that does is closed.
     Off,
-    /// Each does, version 1 or 2, and comes from one of `trusted_proxies`.
+    /// Each connection begins with a header of version 1 or 2, and comes from one of
+    /// `trusted_proxies`.
     Required,
 }
 
@@ -79,7 +80,7 @@ choices!(ProxyProtocol {
     "required" => Required,
 } not supported {});
 
-/// Which header of a WebSocket request names the client, if a trusted proxy wrote it.
+/// The header in which a trusted proxy states the client's address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RealIpHeader {
     /// `X-Forwarded-For`.
@@ -96,10 +97,10 @@ choices!(RealIpHeader {
     "none" => None,
 } not supported {});
 
-/// MQTT version spoken to the core.
+/// The MQTT version of the links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// 5, and 3.1.1 where the core has no 5.
+    /// 5, or 3.1.1 where the broker does not have 5.
     Auto,
     /// 5 only.
     V5,
@@ -116,7 +117,7 @@ choices!(Protocol {
 /// When a client's publish is acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ack {
-    /// When the core has acknowledged it.
+    /// When the broker has acknowledged it.
     Upstream,
 }
 
@@ -124,12 +125,12 @@ choices!(Ack {
     "upstream" => Upstream,
 } not supported { "local", });
 
-/// Whether the core's habits are probed.
+/// Whether the broker is probed for its quirks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// When a link comes up and its CONNACK says something new.
+    /// When a link comes up and its CONNACK is different from the known one.
     Auto,
-    /// Never: what CONNACK says is taken for true.
+    /// Never; the broker's CONNACK alone counts.
     Off,
 }
 
@@ -207,7 +208,7 @@ impl Quirk {
     }
 }
 
-/// Who shares out the messages of shared subscriptions.
+/// The side that distributes the messages of shared subscriptions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SharedAt {
     /// The broker, among all its clients and Tidegates.
@@ -221,7 +222,7 @@ choices!(SharedAt {
     "local" => Local,
 } not supported {});
 
-/// What a user property tells of a publish's sender.
+/// A user property that names the sender of a publish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SenderProperty {
     /// `tidegate-client-id`.
@@ -241,7 +242,7 @@ choices!(SenderProperty {
     "address" => Address,
 } not supported {});
 
-/// What becomes of a new filter when the core stays away.
+/// The answer to a SUBSCRIBE when the broker stays absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SubscribeWhileAway {
     /// Granted, with a recorded gap.
@@ -255,7 +256,7 @@ choices!(SubscribeWhileAway {
     "refuse" => Refuse,
 } not supported {});
 
-/// What goes when a session's queue is full.
+/// What is dropped when a session's queue is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QueueFull {
     /// The oldest message.
@@ -286,11 +287,11 @@ choices!(Durability {
 /// How clients are authenticated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AuthMode {
-    /// Not at all; the principal of all is `anonymous`.
+    /// They are not authenticated; all have the principal `anonymous`.
     Anonymous,
-    /// User name and password of the password file.
+    /// By user name and password, with the password file.
     File,
-    /// The client certificate, verified in the TLS handshake.
+    /// By the client certificate, which the TLS handshake verifies.
     Mtls,
 }
 
@@ -303,9 +304,9 @@ choices!(AuthMode {
 /// Whether a client must have a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClientAuth {
-    /// Without a valid one the handshake fails.
+    /// A handshake without a valid certificate fails.
     Required,
-    /// One that is given must be valid.
+    /// A client may have no certificate; a certificate that it has must be valid.
     Optional,
 }
 
@@ -314,14 +315,14 @@ choices!(ClientAuth {
     "optional" => Optional,
 } not supported {});
 
-/// Which part of a client certificate is the client's name.
+/// The part of a client certificate that is the client's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CertificateIdentity {
     /// The subject's common name.
     Cn,
     /// The first DNS name among the subject's alternative names.
     SanDns,
-    /// The first URI among them, such as a SPIFFE ID.
+    /// The first URI among the subject's alternative names, such as a SPIFFE ID.
     SanUri,
 }
 
@@ -331,12 +332,12 @@ choices!(CertificateIdentity {
     "san_uri" => SanUri,
 } not supported {});
 
-/// Whether ACL rules hold.
+/// Whether access rules apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AclMode {
-    /// Every topic but `$SYS` and our own prefix.
+    /// All topics are allowed except `$SYS` and our own prefix.
     Open,
-    /// What a rule allows.
+    /// Only topics that a rule allows.
     Rules,
 }
 
@@ -345,12 +346,12 @@ choices!(AclMode {
     "rules" => Rules,
 } not supported {});
 
-/// Which client ids a principal may use.
+/// The client identifiers that a principal may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClientIdRule {
-    /// Any.
+    /// Any client identifier.
     Any,
-    /// Its user name and no other.
+    /// Only its own user name.
     Username,
 }
 

@@ -1,4 +1,4 @@
-//! A TOML text with its places: which key stands where.
+//! A TOML text with the line of each key.
 
 use std::ops::Range;
 

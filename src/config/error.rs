@@ -1,4 +1,4 @@
-//! What is wrong with a configuration file, said so that it can be put right.
+//! Mistakes in a configuration file, with the remedy.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,28 +12,27 @@ pub enum Error {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The file says something that is not allowed.
+    /// The file has mistakes.
     #[error("{}", lines(path, problems))]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// All that was found, in the order of the file; never empty.
+        /// All mistakes, in the order of the file; at least one.
         problems: Vec<Problem>,
     },
 }
 
-/// One thing that is wrong.
+/// One mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Line in the file, from 1.
     pub line: usize,
-    /// The key with its tables, such as `listeners[0].bind`; empty where the
-    /// file is no TOML.
+    /// The key with its tables, such as `listeners[0].bind`; empty where the file is not TOML.
     pub key: String,
-    /// What is wrong, and what is allowed.
+    /// The mistake, and what is allowed.
     pub message: String,
 }
 
@@ -54,7 +53,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Rewords serde's `unknown field` into what to do; other messages as they are.
+/// Turns serde's `unknown field` into a suggestion. Other messages stay as they are.
 pub(super) fn reword(message: &str) -> String {
     let Some(rest) = message.strip_prefix("unknown field `") else {
         return message.trim_end().to_owned();
@@ -69,7 +68,7 @@ pub(super) fn reword(message: &str) -> String {
     out
 }
 
-/// The candidate that a person most likely meant.
+/// The candidate that was most likely meant, if one is near enough.
 pub(super) fn nearest<'a>(
     word: &str,
     candidates: impl Iterator<Item = &'a str>,

@@ -1,4 +1,4 @@
-//! From the file's text to the plain values.
+//! From the text of a file to plain values.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ impl Config {
     /// Reads and checks a file.
     ///
     /// # Errors
-    /// When it cannot be read, or with all that is wrong in it.
+    /// When the file cannot be read, or all mistakes in it.
     pub fn load(path: &Path) -> Result<Self, Error> {
         let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
             path: path.to_owned(),
@@ -38,11 +38,11 @@ impl Config {
         Self::parse(&text, path)
     }
 
-    /// Reads and checks a text; `path` is what errors name and what relative
-    /// paths resolve against.
+    /// Reads and checks a text. Errors name `path`, and relative paths are resolved against its
+    /// directory.
     ///
     /// # Errors
-    /// With all that is wrong in it.
+    /// All mistakes in the text.
     pub fn parse(text: &str, path: &Path) -> Result<Self, Error> {
         let invalid = |problems| Error::Invalid {
             path: path.to_owned(),
@@ -88,7 +88,7 @@ impl Config {
     }
 }
 
-/// The file as it is written.
+/// A file, as it is written.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct File {
@@ -399,7 +399,8 @@ impl RawListener {
             mount: self.mount,
             trusted_proxies,
             proxy_protocol: self.proxy_protocol.unwrap_or(ProxyProtocol::Off),
-            // Who passes a connection on as it is does not look at the headers in it.
+            // A proxy that sends a PROXY header passes the request on as it is, so a header in it is
+            // the client's own.
             real_ip_header: self.real_ip_header.unwrap_or(match self.proxy_protocol {
                 Some(ProxyProtocol::Required) => RealIpHeader::None,
                 _ => RealIpHeader::XForwardedFor,

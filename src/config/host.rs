@@ -1,11 +1,11 @@
-//! How much memory there is: the smallest of the machine's and what the
-//! process's control groups (v2, v1) leave it.
+//! The memory of the host: the smaller of the machine's memory and the limits of the process's
+//! control groups (v2, v1). No crate walks the ancestors of a control group.
 
 use std::fs;
 use std::path::Path;
 
-/// Where the kernel says neither; enough to run, too little to hurt.
-const MEMORY_UNKNOWN: u64 = 1 << 30;
+/// Assumed where the kernel shows neither: enough to run, and not too much for a small machine.
+const MEMORY_UNKNOWN_BYTES: u64 = 1 << 30;
 
 /// Bytes of memory that this process may use.
 pub fn memory() -> u64 {
@@ -22,7 +22,7 @@ fn memory_at(root: &Path) -> u64 {
     match (machine, group) {
         (Some(a), Some(b)) => a.min(b),
         (Some(a), None) | (None, Some(a)) => a,
-        (None, None) => MEMORY_UNKNOWN,
+        (None, None) => MEMORY_UNKNOWN_BYTES,
     }
 }
 
@@ -53,8 +53,8 @@ fn cgroup_limit(root: &Path, memberships: &str) -> Option<u64> {
 
 fn smallest_upward(mount: &Path, group: &str, file: &str) -> Option<u64> {
     let group = Path::new(group.trim_start_matches('/'));
-    // Inside a container the path may name a group that is not mounted; the
-    // mount's own root then holds the limit.
+    // Inside a container the path may name a group that is not mounted. The limit is then at the
+    // root of the mount.
     group
         .ancestors()
         .filter_map(|dir| fs::read_to_string(mount.join(dir).join(file)).ok())
@@ -66,7 +66,7 @@ fn smallest_upward(mount: &Path, group: &str, file: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// A directory that goes with the test.
+    /// A directory that is removed with the test.
     struct Tree(std::path::PathBuf);
     impl Tree {
         fn new(name: &str, files: &[(&str, &str)]) -> Self {
@@ -139,6 +139,6 @@ mod tests {
     #[test]
     fn nothing_known() {
         let tree = Tree::new("mem9", &[("x", "")]);
-        assert_eq!(memory_at(&tree.0), MEMORY_UNKNOWN);
+        assert_eq!(memory_at(&tree.0), MEMORY_UNKNOWN_BYTES);
     }
 }

@@ -1,4 +1,4 @@
-//! The plain values that the rest of the program reads.
+//! The configuration as plain values, for the rest of the program.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,28 +18,28 @@ use crate::config::upstream::{PublishLinks, Server};
 /// The whole configuration, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The file that it was read from; `None` for the built-in defaults, with
-    /// which a taken port may be replaced by a free one.
+    /// The file; `None` for the built-in configuration, with which a free port may replace a default
+    /// port that is taken.
     pub source: Option<PathBuf>,
     /// This process.
     pub node: Node,
     /// Certificates, by name.
     pub tls: Vec<Tls>,
-    /// Where clients connect; never empty, names are unique.
+    /// The listeners; at least one, with unique names.
     pub listeners: Vec<Listener>,
-    /// The core broker and the links to it.
+    /// The broker and the links to it.
     pub upstream: Upstream,
     /// Sessions and their queues.
     pub session: Session,
-    /// What one client, or all together, may ask for.
+    /// Limits of one client and of all together.
     pub limits: Limits,
     /// Memory accounts, resolved to bytes.
     pub memory: Memory,
-    /// What outlives the process.
+    /// Where sessions are stored.
     pub store: Store,
-    /// Who a client is.
+    /// How clients are authenticated.
     pub auth: Auth,
-    /// What a client may do, first match decides; empty unless `auth.acl` is
+    /// The access rules, of which the first match decides; empty unless `auth.acl` is
     /// [`AclMode::Rules`].
     pub acl: Vec<AclRule>,
     /// The HTTP side: metrics, health, read-only JSON.
@@ -54,9 +54,9 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Node {
-    /// Stable name of this process; part of the upstream client ids.
+    /// Stable name of this process; part of the links' client identifiers.
     pub id: String,
-    /// Directory for what must outlive the process.
+    /// Directory for state that must outlive the process.
     pub data_dir: PathBuf,
 }
 
@@ -67,7 +67,7 @@ pub struct Tls {
     pub name: String,
     /// Where the certificate comes from.
     pub source: CertSource,
-    /// Which client certificates are taken; `None`: none is asked for.
+    /// Which client certificates are accepted; `None`: clients are not asked for one.
     pub clients: Option<ClientCertificates>,
     /// File that the secrets of every connection are appended to (the format
     /// of `SSLKEYLOGFILE`), for debugging.
@@ -75,8 +75,7 @@ pub struct Tls {
 }
 
 impl Tls {
-    /// The files that certificates come from, in no order; a change of one is
-    /// a reason to load all again.
+    /// The files of this entry, in no order. When one of them changes, all are read again.
     pub fn files(&self) -> impl Iterator<Item = &std::path::Path> {
         let own = match &self.source {
             CertSource::Files { cert, key } => vec![cert, key],
@@ -89,17 +88,17 @@ impl Tls {
     }
 }
 
-/// Which client certificates are taken.
+/// Which client certificates are accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCertificates {
     /// PEM file of the authorities that issue them.
     pub ca: PathBuf,
-    /// PEM files of revocation lists; with one, there must be one that is not
-    /// past its date of each authority in a client's chain.
+    /// PEM files of revocation lists. If there is any, each authority in a client's chain needs a list
+    /// that has not expired.
     pub crl: Vec<PathBuf>,
-    /// Whether a client must have one.
+    /// Whether a client must have a certificate.
     pub auth: ClientAuth,
-    /// What in it is the client's name.
+    /// The part of the certificate that is the client's name.
     pub identity: CertificateIdentity,
 }
 
@@ -113,8 +112,8 @@ pub enum CertSource {
         /// Private key.
         key: PathBuf,
     },
-    /// Made at start for `localhost`, gone at the end: for development, on
-    /// loopback listeners only.
+    /// Made at each start for `localhost` and never written: for development, on loopback listeners
+    /// only.
     Throwaway,
 }
 
@@ -123,80 +122,78 @@ pub enum CertSource {
 pub struct Listener {
     /// Label in logs and metrics; unique.
     pub name: String,
-    /// What is spoken there.
+    /// Its transport.
     pub transport: Transport,
     /// Address; port 0 lets the system choose.
     pub bind: SocketAddr,
-    /// Request paths of WebSocket and WebTransport, each begins with `/`; never empty, the first is
-    /// told.
+    /// Request paths of WebSocket and WebTransport, at least one, each beginning with `/`. The first
+    /// is shown to users.
     pub paths: Vec<String>,
-    /// Names of `[[tls]]` entries, the default first; empty exactly when the
-    /// transport is not encrypted.
+    /// Names of `[[tls]]` entries, the default first; empty if and only if the transport is not
+    /// encrypted.
     pub tls: Vec<String>,
-    /// `Origin` values that such a request may carry; empty allows all.
+    /// Allowed `Origin` values of WebSocket and WebTransport requests; empty allows all.
     pub origins: Vec<String>,
-    /// Whether browsers are served over WebTransport (HTTP/3) at the same
-    /// port; `quic` only.
+    /// Whether browsers are served over WebTransport (HTTP/3) at the same port; `quic` only.
     pub webtransport: bool,
-    /// Whether what clients send in 0-RTT packets is taken, and kept until
-    /// their handshake is confirmed; `quic` only.
+    /// Whether data in 0-RTT packets is accepted, and kept until the handshake is confirmed; `quic`
+    /// only.
     pub early_data: bool,
-    /// How clients of this listener are authenticated (`[auth] mode` unless
-    /// the listener says otherwise).
+    /// How clients of this listener are authenticated.
     pub auth: AuthMode,
-    /// What all topics of its clients begin with at the core, unseen by them; `%u` is the user
-    /// name, `%c` the client id. Empty: nothing.
+    /// Prefix of all topics of its clients at the broker, which clients do not see; `%u` is the user
+    /// name, `%c` the client identifier. May be empty.
     pub mount: String,
-    /// Networks whose peers are proxies: what they say of a client's address is believed.
+    /// Networks of proxies that may state a client's address.
     pub trusted_proxies: Vec<IpNet>,
     /// Whether connections begin with a PROXY protocol header.
     pub proxy_protocol: ProxyProtocol,
-    /// Which header of a WebSocket request names the client.
+    /// The header of a WebSocket request that states the client's address.
     pub real_ip_header: RealIpHeader,
     /// Silence after which a WebSocket is pinged; `None`: never.
     pub ping_interval: Option<Duration>,
 }
 
-/// `[upstream]`: the core broker and the links to it.
+/// `[upstream]`: the broker and the links to it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Upstream {
-    /// Tried in order; never empty; embedded only alone.
+    /// The broker's addresses, tried in order; at least one. The embedded broker stands alone.
     pub servers: Vec<Server>,
     /// User name of the links.
     pub username: Option<String>,
     /// File that holds the links' password; see [`Upstream::read_password`].
     pub password_file: Option<PathBuf>,
-    /// MQTT version spoken to the core.
+    /// MQTT version of the links.
     pub protocol: Protocol,
-    /// First part of the links' client ids.
+    /// First part of the links' client identifiers.
     pub client_id_prefix: String,
-    /// Number of D links, 1 to 8.
+    /// Number of data links, 1 to 8.
     pub data_links: u8,
-    /// Number of P links, 1 to 8; `auto` is 2 at first.
+    /// Number of publish links, 1 to 8.
     pub publish_links: PublishLinks,
-    /// Number of links for shared subscriptions, 1 to 4; opened when first asked for.
+    /// Number of shared links, 1 to 4; opened when a client first asks for a shared subscription.
     pub shared_links: u8,
-    /// Who shares out the messages of shared subscriptions.
+    /// The side that distributes the messages of shared subscriptions.
     pub shared: SharedAt,
-    /// Filters subscribed for good, disjoint; clients' filters inside them cost
-    /// the core nothing.
+    /// Disjoint wildcard filters that stay subscribed. A client's filter inside one costs the broker
+    /// nothing.
     pub roots: Vec<String>,
     /// When a client's publish is acknowledged.
     pub ack: Ack,
-    /// Whether the core's habits are probed or taken as its CONNACK says.
+    /// Whether the broker is probed, or its CONNACK alone counts.
     pub probe: Probe,
-    /// The topic below which probes publish and subscribe; clients never see it.
+    /// Topic prefix under which probes publish and subscribe; clients never see it.
     pub probe_topic: String,
-    /// What user properties tell the core's subscribers of a publish's sender.
+    /// User properties that name a publish's sender to the broker's subscribers.
     pub sender_properties: Vec<SenderProperty>,
-    /// How long a filter that nobody holds any more stays subscribed.
+    /// How long a filter without subscribers stays subscribed at the broker.
     #[serde(deserialize_with = "duration")]
     pub linger: Duration,
-    /// The shortest such time under pressure or with traffic nobody reads.
+    /// The shortest such time, for filters whose traffic nobody reads and when too many linger.
     #[serde(deserialize_with = "duration")]
     pub linger_busy_min: Duration,
-    /// How many filters may linger at once; past it the oldest go.
+    /// Filters that may linger at once; beyond it the oldest are unsubscribed.
     pub filters_lingering_max: u32,
     /// Keep alive of the links, whole seconds, 1 to 65535.
     #[serde(deserialize_with = "duration")]
@@ -210,38 +207,38 @@ pub struct Upstream {
     /// Longest wait before a reconnect.
     #[serde(deserialize_with = "duration")]
     pub backoff_max: Duration,
-    /// How long a client's SUBSCRIBE is held for an absent core.
+    /// How long a client's SUBSCRIBE waits for an absent broker.
     #[serde(deserialize_with = "duration")]
     pub subscribe_wait: Duration,
-    /// What happens to it then.
+    /// The answer after that time.
     pub subscribe_while_away: SubscribeWhileAway,
-    /// Bytes of all publishes that wait for the core.
+    /// Bytes of all publishes that wait for the broker.
     #[serde(deserialize_with = "size")]
     pub publishes_waiting: u64,
-    /// Bytes of one client's publishes that wait for the core.
+    /// Bytes of one client's publishes that wait for the broker.
     #[serde(deserialize_with = "size")]
     pub publishes_waiting_per_client: u64,
-    /// Messages of one 3.x client that may wait for the core; past it its
-    /// socket is left unread.
+    /// Publishes of one 3.x client that may wait for the broker; beyond it the client's socket is not
+    /// read.
     pub publishes_waiting_v3_max: u32,
     /// Bytes of the retained cache.
     #[serde(deserialize_with = "size")]
     pub retained_cache: u64,
-    /// After the core lost a link's session, retained messages are fetched again, and what changed
-    /// goes to those who have subscribed to it.
+    /// Whether retained messages are fetched again after the broker lost a link's session; messages
+    /// that changed are sent to their subscribers.
     pub retained_resync: bool,
     /// TLS toward `mqtts` servers.
     pub tls: UpstreamTls,
 }
 
 impl Upstream {
-    /// Whether the core is the in-process one.
+    /// Whether the broker is the embedded one.
     pub fn is_embedded(&self) -> bool {
         matches!(self.servers.first(), Some(Server::Embedded { .. }))
     }
 
-    /// Reads the links' password, without the line end; read at each dial, so
-    /// that a rotated secret is taken up.
+    /// Reads the links' password, without the line end. Called at each dial, so that a new secret is
+    /// used.
     ///
     /// # Errors
     /// When `password_file` is set and cannot be read.
@@ -301,7 +298,7 @@ pub struct Session {
     /// How long a client may be away before its will goes out and its absence is told.
     #[serde(deserialize_with = "duration")]
     pub will_grace: Duration,
-    /// Topic on which the core is told that a client comes or goes, `%c` being its id.
+    /// Topic of the messages that tell when a client comes or goes; `%c` is its client identifier.
     pub presence_topic: String,
     /// Longest keep alive granted; a longer or absent one is answered with
     /// Server Keep Alive. Whole seconds, 1 to 65535.
@@ -316,7 +313,7 @@ pub struct Session {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Largest packet taken, in bytes, fixed header included.
+    /// Largest packet accepted, in bytes, fixed header included.
     #[serde(deserialize_with = "size32")]
     pub packet_max: u32,
     /// Connections at once.
@@ -331,17 +328,17 @@ pub struct Limits {
     pub subscriptions_per_client_max: u32,
     /// Levels of a topic name or filter.
     pub topic_levels_max: u32,
-    /// TLS handshakes at once, and as many of QUIC; past half of them one
-    /// address (of IPv6 a /64) gets no more than an eighth.
+    /// TLS handshakes at once, and as many of QUIC. When half of the places are taken, one address
+    /// (IPv6: one /64) may hold an eighth of them.
     pub handshakes_max: u32,
-    /// From accept to CONNECT.
+    /// Time from accept to a complete CONNECT.
     #[serde(deserialize_with = "duration")]
     pub accept_deadline: Duration,
-    /// From a packet's first byte to its last.
+    /// Time from a packet's first byte to its last.
     #[serde(deserialize_with = "duration")]
     pub packet_deadline: Duration,
-    /// A socket that takes nothing for this long is closed; for each 8 KiB that
-    /// wait for it it has a second more.
+    /// A socket that takes no bytes for this long is closed; for each 8 KiB that wait for it, it has a
+    /// second more.
     #[serde(deserialize_with = "duration")]
     pub write_stall: Duration,
     /// Bytes encoded ahead of a socket, per connection.
@@ -352,9 +349,9 @@ pub struct Limits {
 /// `[memory]`, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// All accounts together.
+    /// Bytes of all accounts together.
     pub max: u64,
-    /// All sessions' queues together.
+    /// Bytes of all sessions' queues together.
     pub queues: u64,
 }
 
@@ -362,7 +359,7 @@ pub struct Memory {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Store {
-    /// Where sessions live.
+    /// Where sessions are stored.
     pub durability: Durability,
     /// Bytes on disk.
     #[serde(deserialize_with = "size")]
@@ -372,13 +369,13 @@ pub struct Store {
 /// `[auth]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Auth {
-    /// How clients are authenticated where the listener does not say.
+    /// How clients are authenticated on listeners without a mode of their own.
     pub mode: AuthMode,
     /// Password file; `Some` when any listener uses [`AuthMode::File`].
     pub file: Option<PathBuf>,
-    /// Whether rules hold.
+    /// Whether access rules apply.
     pub acl: AclMode,
-    /// Which client ids a principal may use.
+    /// The client identifiers that a principal may use.
     pub client_id: ClientIdRule,
 }
 
@@ -388,18 +385,18 @@ pub struct Auth {
 pub struct AclRule {
     /// A principal, or a pattern in which `*` stands for any text.
     pub who: String,
-    /// What is allowed; what is not named is denied.
+    /// The actions that are allowed; all others are denied.
     pub allow: AclAllow,
-    /// Topic filters, with `%c` for the client id and `%u` for the user name.
+    /// Topic filters, with `%c` for the client identifier and `%u` for the user name.
     pub topics: Vec<String>,
 }
 
-/// What an ACL rule allows.
+/// The actions that an access rule allows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AclAllow {
-    /// To publish.
+    /// Whether clients may publish.
     pub publish: bool,
-    /// To subscribe.
+    /// Whether clients may subscribe.
     pub subscribe: bool,
 }
 
@@ -409,7 +406,7 @@ pub struct AclAllow {
 pub struct Admin {
     /// Address of `/metrics`, `/healthz`, `/readyz` and `/api`.
     pub bind: SocketAddr,
-    /// Whether `/api` is served, which it only is on loopback.
+    /// Whether `/api` is served; on loopback only.
     pub api: bool,
 }
 
@@ -419,7 +416,7 @@ pub struct Admin {
 pub struct Log {
     /// A level, or filter directives such as `info,tidegate::upstream=debug`.
     pub level: String,
-    /// How a line looks.
+    /// The format of a line.
     pub format: LogFormat,
 }
 
@@ -427,7 +424,7 @@ pub struct Log {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Drain {
-    /// From SIGTERM to the end, at most.
+    /// Longest time from SIGTERM to the end of the process.
     #[serde(deserialize_with = "duration")]
     pub grace: Duration,
 }

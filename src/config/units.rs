@@ -1,4 +1,4 @@
-//! How values are written: durations, sizes, shares, choices.
+//! The notation of values: durations, sizes, shares, choices.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -62,10 +62,10 @@ pub(super) fn size32<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
     u32::try_from(size).map_err(|_| de::Error::custom("too large: must be below 4GiB"))
 }
 
-/// A value that is written as a text or a number.
+/// A value that is written as a string or a number.
 pub(super) trait Written {
     type Value;
-    /// What is allowed.
+    /// What is allowed, for error messages.
     const WHAT: &'static str;
     fn text(text: &str) -> Result<Self::Value, String>;
     fn number(number: i64) -> Result<Self::Value, String> {
@@ -205,7 +205,7 @@ impl Written for Share {
     }
 }
 
-/// Names the values of an enum, and those that are known but not supported.
+/// Names the values of an enum, and words that are known but not supported.
 macro_rules! choices {
     ($ty:ident { $( $text:literal => $variant:ident, )+ } not supported { $( $refused:literal, )* }) => {
         impl $crate::config::units::Written for $ty {
@@ -231,7 +231,7 @@ macro_rules! choices {
 }
 pub(super) use choices;
 
-/// The message for a text that is none of the allowed ones.
+/// The message for a word that is not allowed.
 pub(super) fn not_a_choice(text: &str, allowed: &[&str], refused: &[&str]) -> String {
     let list = |names: &[&str]| {
         let quoted: Vec<String> = names.iter().map(|n| format!("\"{n}\"")).collect();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::embedded::quirks::{RefuseV5, Shared};
 use crate::embedded::state::{ConnectionHandle, State};
 use crate::mqtt::{
-    AckKind, Connack, Connect, Decoder, Disconnect, Error, MAX_PACKET, Message, MessageSpec,
+    AckKind, Connack, Connect, Decoder, Disconnect, Error, MAX_PACKET_BYTES, Message, MessageSpec,
     Packet, Publish, QoS, ReasonCode, Receiver, Subscribe, Unsubscribe, Version, decode_connect,
     encode_ack, encode_disconnect, encode_pingresp, encode_suback, encode_unsuback,
 };
@@ -96,7 +96,7 @@ impl Protocol {
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<usize, End> {
-        let max = st.options.max_packet.unwrap_or(MAX_PACKET as u32);
+        let max = st.options.max_packet.unwrap_or(MAX_PACKET_BYTES as u32);
         let (connect, n) = match decode_connect(input, max) {
             Ok(None) => return Ok(0),
             Ok(Some(found)) => found,

@@ -78,7 +78,8 @@ impl<'a> Ack<'a> {
     }
 }
 
-/// Appends an acknowledgement: four bytes in 3.x, and in 5 where there is nothing to say.
+/// Appends an acknowledgement: four bytes in MQTT 3, and in MQTT 5 where the code is success and there
+/// is no reason string.
 #[inline]
 pub fn encode_ack(
     version: Version,

@@ -88,11 +88,11 @@ impl Default for Connect<'_> {
 }
 
 /// Decodes the first packet of a connection, whose version is not yet known (server side).
-/// None = needs more bytes; else the packet and the bytes it took. `max` bounds the whole
-/// packet and is judged before its body is there.
+/// Returns the packet and its length, or `None` if it is not complete. `max` bounds the whole packet in
+/// bytes and is checked before the body has arrived.
 ///
 /// # Errors
-/// Anything that is no well-formed CONNECT of a known version ([MQTT-3.1.0-1], [MQTT-3.1.4-1]).
+/// The bytes are not a well-formed CONNECT of a known version ([MQTT-3.1.0-1], [MQTT-3.1.4-1]).
 pub fn decode_connect(buf: &[u8], max: u32) -> Result<Option<(Connect<'_>, usize)>, Error> {
     let Some((&first, rest)) = buf.split_first() else {
         return Ok(None);
@@ -217,8 +217,8 @@ impl<'a> Connect<'a> {
         Ok(())
     }
 
-    /// Appends the packet (client role). The fields are written, `properties` is not; of the
-    /// will's properties, those that belong to its message.
+    /// Appends the packet (client role). The fields are written, but not `properties`; of the will's
+    /// properties, only those of its message are written.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let v5 = self.version == Version::V5;
         let own = if v5 { self.block() } else { [None; 8] };

@@ -1,6 +1,6 @@
-//! How a receiver gets a message: a computed head, shared tails (MQTT 5 §3.3).
+//! A PUBLISH toward one receiver: a computed head before the message's shared bytes (MQTT 5 §3.3).
 
-use crate::mqtt::head::{MAX_REMAINING, PUBLISH, varint_len};
+use crate::mqtt::head::{MAX_REMAINING_BYTES, PUBLISH, varint_len};
 use crate::mqtt::props::{MESSAGE_EXPIRY, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS, USER_PROPERTY};
 use crate::mqtt::write::{put_head, put_str, put_u16, put_u32, put_varint, str_len};
 use crate::mqtt::{Message, QoS, Version};
@@ -8,42 +8,43 @@ use crate::mqtt::{Message, QoS, Version};
 /// The part of a PUBLISH that is one receiver's own.
 #[derive(Clone, Copy, Debug)]
 pub struct Delivery<'a> {
-    /// What the receiver speaks; 3.x gets no properties.
+    /// The receiver's protocol version. Only MQTT 5 has properties.
     pub version: Version,
-    /// This very packet was sent before ([MQTT-3.3.1-3]); ignored at QoS 0 ([MQTT-3.3.1-2]).
+    /// The packet was sent before ([MQTT-3.3.1-3]); ignored at QoS 0 ([MQTT-3.3.1-2]).
     pub dup: bool,
     /// Granted QoS, at most the message's own.
     pub qos: QoS,
-    /// RETAIN as this receiver sees it.
+    /// RETAIN for this receiver.
     pub retain: bool,
-    /// Not 0 above QoS 0; left out at QoS 0 ([MQTT-2.2.1-2]).
+    /// Not 0 above QoS 0; omitted at QoS 0 ([MQTT-2.2.1-2]).
     pub packet_id: u16,
     /// Topic alias (MQTT 5).
     pub alias: Alias,
-    /// Seconds left ([MQTT-3.3.2-6]).
+    /// Remaining seconds ([MQTT-3.3.2-6]).
     pub message_expiry: Option<u32>,
     /// The receiver's own identifiers ([MQTT-3.3.4-4]).
     pub subscription_ids: &'a [u32],
-    /// One user property more, before the message's own.
+    /// A user property to be added before the message's own.
     pub user_property: Option<(&'a str, &'a str)>,
-    /// Bytes at the start of the topic that the receiver does not see.
+    /// Bytes to be cut from the start of the topic.
     pub hidden: u16,
 }
 
-/// What stands for the topic.
+/// How the packet names the topic.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Alias {
     /// The topic, without an alias.
     #[default]
     None,
-    /// Topic and alias: from now on the alias will do.
+    /// Topic and alias: the alias alone is enough from now on.
     Define(u16),
     /// The alias alone; the topic is empty.
     Use(u16),
 }
 
 impl Delivery<'_> {
-    /// Bytes of the whole packet. Over 268,435,460 there is none, and `encode` writes nothing.
+    /// Bytes of the whole packet. Above [`MAX_PACKET_BYTES`] there is no such packet, and `encode`
+    /// writes nothing.
     pub fn size(&self, m: &Message) -> usize {
         let len = self.layout(m).remaining;
         1 + varint_len(len) + len
@@ -52,13 +53,6 @@ impl Delivery<'_> {
     /// Appends the PUBLISH.
     #[inline]
     pub fn encode(&self, m: &Message, out: &mut Vec<u8>) {
-        self.write(m, out);
-    }
-
-    // Returns where the packet identifier is, counted from the start of the packet.
-    #[inline]
-    fn write(&self, m: &Message, out: &mut Vec<u8>) -> Option<usize> {
-        let start = out.len();
         let layout = self.layout(m);
         let qos0 = self.qos == QoS::AtMostOnce;
         let first = PUBLISH << 4
@@ -66,7 +60,7 @@ impl Delivery<'_> {
             | (self.qos as u8) << 1
             | u8::from(self.retain);
         if !put_head(first, layout.remaining, out) {
-            return None;
+            return;
         }
         match self.alias {
             Alias::Use(_) if self.version == Version::V5 => put_u16(0, out),
@@ -78,7 +72,6 @@ impl Delivery<'_> {
                 out.extend_from_slice(seen);
             }
         }
-        let at = out.len() - start;
         if !qos0 {
             put_u16(self.packet_id, out);
         }
@@ -90,7 +83,6 @@ impl Delivery<'_> {
                 out.extend_from_slice(m.tail());
             }
         }
-        (!qos0).then_some(at)
     }
 
     #[inline]
@@ -160,49 +152,8 @@ struct Layout {
     properties: Option<usize>,
 }
 
-/// A finished PUBLISH that one fan-out copies to many receivers; only the packet identifier
-/// differs. Made for one fan-out and dropped with it.
-#[derive(Clone, Debug)]
-pub struct Image {
-    bytes: Vec<u8>,
-    packet_id_at: Option<usize>,
-}
-
-impl Image {
-    /// Encodes once; `d.packet_id` is a placeholder.
-    pub fn new(d: &Delivery<'_>, m: &Message) -> Image {
-        let mut bytes = Vec::new();
-        let packet_id_at = d.write(m, &mut bytes);
-        Image {
-            bytes,
-            packet_id_at,
-        }
-    }
-
-    /// Appends a copy with this packet identifier, which QoS 0 ignores.
-    #[inline]
-    pub fn write(&self, packet_id: u16, out: &mut Vec<u8>) {
-        let start = out.len();
-        out.extend_from_slice(&self.bytes);
-        if let Some(at) = self.packet_id_at {
-            out[start + at..start + at + 2].copy_from_slice(&packet_id.to_be_bytes());
-        }
-    }
-
-    /// Bytes of the whole packet.
-    #[inline]
-    pub fn len(&self) -> usize {
-        self.bytes.len()
-    }
-
-    /// True when the message was too large for any packet.
-    pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
-    }
-}
-
-/// The largest packet that can be, fixed header included, in bytes.
-pub const MAX_PACKET: usize = MAX_REMAINING + 5;
+/// The largest packet that MQTT allows, fixed header included.
+pub const MAX_PACKET_BYTES: usize = MAX_REMAINING_BYTES + 5;
 
 #[cfg(test)]
 mod tests {
@@ -298,28 +249,5 @@ mod tests {
     #[test]
     fn qos_0_never_has_dup() {
         assert_eq!(bytes(Delivery { dup: true, ..PLAIN })[0], 0x30);
-    }
-
-    #[test]
-    fn an_image_differs_in_its_identifier_only() {
-        for qos in [QoS::AtMostOnce, QoS::AtLeastOnce] {
-            let d = Delivery {
-                version: Version::V5,
-                qos,
-                ..PLAIN
-            };
-            let (m, mut out) = (message(), vec![1, 2, 3]);
-            let image = Image::new(
-                &Delivery {
-                    packet_id: 0xFFFF,
-                    ..d
-                },
-                &m,
-            );
-            image.write(0x0102, &mut out);
-            assert_eq!(out[3..], bytes(d));
-            assert_eq!(image.len(), out.len() - 3);
-            assert!(!image.is_empty());
-        }
     }
 }

@@ -105,7 +105,7 @@ impl<'a> Auth<'a> {
     }
 }
 
-/// Appends a DISCONNECT; `E0 00` in 3.x, and in 5 where there is nothing to say.
+/// Appends a DISCONNECT: `E0 00` in MQTT 3, and in MQTT 5 where no field has to be written.
 pub fn encode_disconnect(
     version: Version,
     reason: ReasonCode,

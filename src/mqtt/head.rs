@@ -3,7 +3,7 @@
 use crate::mqtt::{Error, Receiver, Version};
 
 /// The largest remaining length, and the largest variable byte integer.
-pub const MAX_REMAINING: usize = 268_435_455;
+pub const MAX_REMAINING_BYTES: usize = 268_435_455;
 
 pub(crate) const CONNECT: u8 = 1;
 pub(crate) const CONNACK: u8 = 2;
@@ -40,7 +40,7 @@ impl Varint {
 /// Reads a variable byte integer; None = needs more bytes. Minimality is the caller's to judge.
 #[inline(always)]
 pub(crate) fn read_varint(buf: &[u8]) -> Result<Option<Varint>, Error> {
-    // Most lengths take one byte or two, and nothing else is in the way of those.
+    // Most lengths take one or two bytes, so those cases come first.
     match *buf {
         [a, ..] if a < 0x80 => Ok(Some(Varint {
             value: u32::from(a),
@@ -92,7 +92,7 @@ pub(crate) struct Head {
 }
 
 impl Head {
-    /// None = needs more bytes. Flags, role and size are judged with what is there.
+    /// `None`: more bytes are needed. Flags, role and size are checked as soon as their bytes are there.
     #[inline(always)]
     pub(crate) fn read(
         buf: &[u8],

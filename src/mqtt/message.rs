@@ -10,12 +10,12 @@ use crate::mqtt::props::forwarded;
 use crate::mqtt::text::cut;
 use crate::mqtt::{Properties, QoS};
 
-/// What a message is made of.
+/// The parts of a message.
 #[derive(Clone, Debug)]
 pub struct MessageSpec<'a> {
     /// A valid topic name.
     pub topic: &'a str,
-    /// As received; only what travels with the message is kept (§3.3.2.3).
+    /// As received. Only properties that travel with the message are kept (§3.3.2.3).
     pub properties: Properties<'a>,
     /// Application message.
     pub payload: &'a [u8],
@@ -23,9 +23,9 @@ pub struct MessageSpec<'a> {
     pub qos: QoS,
     /// RETAIN as received.
     pub retain: bool,
-    /// Milliseconds on the process clock; `u64::MAX`: never.
+    /// When it expires, in milliseconds of the process's clock; `u64::MAX`: never.
     pub expires_at: u64,
-    /// User properties of this name are left out, and those that begin with it and `-`.
+    /// User properties with this key, or with a key that begins with it and `-`, are removed.
     pub strip_key: Option<&'a str>,
     /// Charged with [`Message::size`] for as long as the message lives.
     pub account: Option<Arc<Account>>,
@@ -46,7 +46,7 @@ struct Head {
     _charge: Option<Charge>,
 }
 
-/// Gives back what the message was charged when its last reference goes.
+/// Releases the message's charge with its last reference.
 struct Charge {
     account: Arc<Account>,
     bytes: usize,
@@ -75,15 +75,15 @@ fn size_of_body(len: usize) -> usize {
 }
 
 impl Message {
-    /// Copies what `spec` borrows. Keeps payload format indicator, content type, response topic,
+    /// Copies the parts of `spec`. Keeps payload format indicator, content type, response topic,
     /// correlation data and user properties, in order ([MQTT-3.3.2-4], [MQTT-3.3.2-15] to
     /// [MQTT-3.3.2-18], [MQTT-3.3.2-20]).
     pub fn new(spec: &MessageSpec<'_>) -> Message {
         Self::mounted(spec, "", &[])
     }
 
-    /// The same, on a topic that begins with `mount` and goes on with that of `spec`, both together
-    /// at most 65,535 bytes, and with raw properties `more` behind its own.
+    /// [`Message::new`] with `mount` before the topic of `spec`, both together at most 65,535 bytes, and
+    /// with the raw properties `more` after its own.
     pub fn mounted(spec: &MessageSpec<'_>, mount: &str, more: &[u8]) -> Message {
         let topic = cut(spec.topic);
         let topic_len = mount.len() + topic.len();
@@ -141,7 +141,7 @@ impl Message {
         self.0.header.header.retain
     }
 
-    /// Milliseconds on the process clock; `u64::MAX`: never.
+    /// When it expires, in milliseconds of the process's clock; `u64::MAX`: never.
     pub fn expires_at(&self) -> u64 {
         self.0.header.header.expires_at
     }
@@ -151,7 +151,7 @@ impl Message {
         size_of_body(self.0.slice.len())
     }
 
-    /// A copy with another expiry, charged to nobody.
+    /// A copy with another expiry, charged to no account.
     pub fn expiring_at(&self, expires_at: u64) -> Message {
         Message::new(&MessageSpec {
             topic: self.topic(),

@@ -262,7 +262,7 @@ pub(crate) const ON_PUBLISH_BY_SERVER: Allowed = Allowed {
     once: ON_PUBLISH_BY_CLIENT.once,
     many: 1 << USER_PROPERTY | 1 << SUBSCRIPTION_IDENTIFIER,
 };
-/// What an application message keeps on its way (§3.3.2.3).
+/// The properties that travel with an application message (§3.3.2.3).
 pub(crate) const FORWARDED: Allowed = allow(&[0x01, 0x03, 0x08, 0x09]);
 /// PUBACK, PUBREC, PUBREL, PUBCOMP, SUBACK, UNSUBACK.
 pub(crate) const ON_ACK: Allowed = allow(&[0x1F]);
@@ -428,8 +428,8 @@ pub(crate) fn maximum_qos(v: u8) -> QoS {
     }
 }
 
-/// The bytes of each property that a message keeps on its way (§3.3.2.3), in order; user
-/// properties named `strip`, or that and `-` and more, are left out.
+/// The bytes of each property that travels with a message (§3.3.2.3), in order. User properties with
+/// the key `strip`, or a key that begins with it and `-`, are omitted.
 #[inline]
 pub(crate) fn forwarded<'a>(
     properties: Properties<'a>,

@@ -23,7 +23,7 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    /// Everything that is left.
+    /// The rest of the body.
     #[inline]
     pub(crate) fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
@@ -91,7 +91,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Nothing may follow the last field.
+    /// Checks that no bytes follow the last field.
     #[inline]
     pub(crate) fn end(&self) -> Result<(), Error> {
         if self.is_empty() {

@@ -1,6 +1,6 @@
 //! Reason codes (MQTT 5 §2.4) and the 3.x return codes that they map to.
 
-/// A one byte reason code. Any byte can be held; decoding lets only listed ones pass.
+/// A reason code of one byte. The type can hold any byte; decoding accepts only listed codes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct ReasonCode(pub u8);
 

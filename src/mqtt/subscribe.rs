@@ -302,7 +302,7 @@ fn subscription<'a>(
     Ok((filter, SubscribeOptions::read(r.u8()?, version)?))
 }
 
-// `$share` is judged in 3.x as well: such a filter goes on to a core that speaks 5.
+// `$share` is checked in MQTT 3 as well, because such a filter goes to a broker that speaks MQTT 5.
 fn check_filter(filter: &str) -> Result<(), Error> {
     if valid_filter(filter) {
         Ok(())

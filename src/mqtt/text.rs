@@ -7,8 +7,8 @@ use crate::topics::scan::{has_nul, scan, splat, zero_bytes};
 pub(crate) const NOT_UTF8: Error = Error::Malformed("string is not UTF-8 [MQTT-1.5.4-1]");
 
 /// Whether a string has a control character or a Unicode non-character. They are legal, but
-/// §1.5.4 lets a receiver treat them as malformed, and some servers close the connection for it:
-/// what goes on to a server by a connection that others share had better have none.
+/// §1.5.4 lets a receiver treat them as malformed, and some brokers close the connection because of
+/// them. They must not reach a broker on a connection that clients share.
 pub fn has_discouraged(text: &str) -> bool {
     // The C1 controls and all non-characters are above ASCII.
     let suspect = |b: u8| !(0x20..0x7F).contains(&b);
@@ -21,24 +21,25 @@ pub fn has_discouraged(text: &str) -> bool {
 /// Checks [MQTT-1.5.4-1] and [MQTT-1.5.4-2]. A BOM is data and stays ([MQTT-1.5.4-3]).
 #[inline]
 pub(crate) fn utf8(bytes: &[u8]) -> Result<&str, Error> {
-    // U+0000 is the byte 0 and nothing else in UTF-8.
+    // In UTF-8 the byte 0 occurs only as U+0000.
     if has_nul(bytes) {
         return Err(Error::Malformed("string with U+0000 [MQTT-1.5.4-2]"));
     }
     std::str::from_utf8(bytes).map_err(|_| NOT_UTF8)
 }
 
-/// Cuts a string of our own to what a length prefix can say, at a character boundary.
+/// Cuts one of our own strings to the largest length that a prefix can state, at a character
+/// boundary.
 pub(crate) fn cut(s: &str) -> &str {
     &s[..s.floor_char_boundary(MAX_FIELD)]
 }
 
-/// Cuts binary data of our own to what a length prefix can say.
+/// Cuts our own binary data to the largest length that a prefix can state.
 pub(crate) fn cut_bytes(b: &[u8]) -> &[u8] {
     &b[..b.len().min(MAX_FIELD)]
 }
 
-/// The same, when the string itself is not wanted: plain ASCII needs no second look.
+/// Checks a string as [`utf8`] does, without returning it: plain ASCII needs no second pass.
 #[inline]
 pub(crate) fn check(bytes: &[u8]) -> Result<(), Error> {
     let plain = !scan(

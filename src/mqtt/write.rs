@@ -1,11 +1,11 @@
 //! The pieces that every encoder appends; strings too long for a length prefix are cut.
 
-use crate::mqtt::head::{MAX_REMAINING, varint_len};
+use crate::mqtt::head::{MAX_REMAINING_BYTES, varint_len};
 use crate::mqtt::text::{cut, cut_bytes};
 
 #[inline]
 pub(crate) fn put_varint(mut value: usize, out: &mut Vec<u8>) {
-    debug_assert!(value <= MAX_REMAINING);
+    debug_assert!(value <= MAX_REMAINING_BYTES);
     while value > 0x7F {
         out.push(value as u8 | 0x80);
         value >>= 7;
@@ -48,11 +48,11 @@ pub(crate) fn bytes_len(b: &[u8]) -> usize {
 }
 
 /// First byte and remaining length; makes room for the whole packet at once.
-/// False, and nothing written, when no packet can be that long.
+/// False, with nothing written, if no packet can be that long.
 #[inline]
 #[must_use]
 pub(crate) fn put_head(first: u8, remaining: usize, out: &mut Vec<u8>) -> bool {
-    if remaining > MAX_REMAINING {
+    if remaining > MAX_REMAINING_BYTES {
         return false;
     }
     out.reserve(1 + varint_len(remaining) + remaining);
@@ -71,7 +71,7 @@ mod tests {
         assert!(put_head(0x30, 300, &mut out));
         assert_eq!(out, [0x30, 0xAC, 0x02]);
         assert!(out.capacity() >= 303);
-        assert!(!put_head(0x30, MAX_REMAINING + 1, &mut out));
+        assert!(!put_head(0x30, MAX_REMAINING_BYTES + 1, &mut out));
         assert_eq!(out.len(), 3);
     }
 

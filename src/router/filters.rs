@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use foldhash::fast::FixedState;
-use parking_lot::{RwLock, RwLockReadGuard};
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::router::lost::Lost;
 use crate::store::Identifiers;
@@ -97,7 +97,16 @@ impl Filters {
 
     /// Locks the table for reading.
     pub fn read(&self) -> RwLockReadGuard<'_, Table> {
+        #[cfg(test)]
+        crate::router::locks::count(crate::router::locks::Lock::Table);
         self.table.read()
+    }
+
+    /// Locks the table for writing.
+    fn write(&self) -> RwLockWriteGuard<'_, Table> {
+        #[cfg(test)]
+        crate::router::locks::count(crate::router::locks::Lock::Table);
+        self.table.write()
     }
 
     /// The table with its lock.

@@ -170,6 +170,8 @@ impl Sessions {
 
     /// Locks a shard.
     pub fn shard(&self, number: u16) -> MutexGuard<'_, Shard> {
+        #[cfg(test)]
+        crate::router::locks::count(crate::router::locks::Lock::Shard);
         self.shards[usize::from(number)].lock()
     }
 

@@ -240,3 +240,64 @@ impl Router {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mqtt::{QoS, SubscribeOptions};
+    use crate::router::Connected;
+    use crate::router::locks;
+    use crate::router::testing;
+
+    /// How often the locks of the shard and of the table are taken for this SUBSCRIBE.
+    fn locks_of(router: &Router, client: Connected, filter: &str, qos: QoS) -> (usize, usize) {
+        let request = SubscribeRequest {
+            index: 0,
+            filter: filter.into(),
+            options: SubscribeOptions {
+                qos,
+                retain_handling: 2,
+                ..SubscribeOptions::default()
+            },
+        };
+        let caller = Caller {
+            session: client.session,
+            connection_no: client.connection_no,
+            publish_link: client.publish_link,
+        };
+        locks::taken_by(|| router.subscribe(caller, 1, None, &[request], 0))
+    }
+
+    fn grant_all(router: &Router) {
+        for link in 0..2 {
+            for wanted in router.next_subscribes(link, 10) {
+                router.suback(wanted.filter, ReasonCode(wanted.qos as u8), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_filter_takes_the_locks_of_shard_and_table_at_most_twice_each() {
+        let router = testing::router();
+        let [a, b] = ["a", "b"].map(|id| testing::client(&router, id));
+        let qos = QoS::AtLeastOnce;
+        assert_eq!(locks_of(&router, a, "x/+", qos), (2, 2), "it is new");
+        grant_all(&router);
+        assert_eq!(locks_of(&router, b, "x/+", qos), (2, 1), "it is granted");
+        assert_eq!(locks_of(&router, b, "x/+", qos), (2, 2), "it is replaced");
+        assert_eq!(locks_of(&router, a, "x/1", qos), (2, 2));
+        grant_all(&router);
+        assert_eq!(
+            locks_of(&router, b, "x/1", qos),
+            (2, 1),
+            "it overlaps another"
+        );
+        let higher = QoS::ExactlyOnce;
+        assert_eq!(locks_of(&router, a, "x/#", higher), (2, 2));
+        grant_all(&router);
+        let behind = locks_of(&router, b, "x/#", higher);
+        assert_eq!(behind, (2, 2), "it waits for an overlapping one");
+        let shared = locks_of(&router, a, "$share/g/x", qos);
+        assert_eq!(shared, (1, 2), "it joins a group");
+    }
+}

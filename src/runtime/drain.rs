@@ -1,4 +1,5 @@
-//! The end of the process: nobody new, everybody told, what is under way finished, in time.
+//! The end of the process: no new clients, connected clients are told, and pending publishes are
+//! answered, all within the grace period.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,14 +16,14 @@ use crate::upstream::Upstream;
 
 use crate::runtime::error::StartError;
 
-/// The signals that ask the process to end.
+/// The signals that end the process.
 pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
-    /// Takes them over; before that they end the process at once.
+    /// Takes the signals over; before that, they end the process at once.
     pub(super) fn new() -> Result<Self, StartError> {
         let failed = |e: std::io::Error| StartError::Internal(format!("signals: {e}"));
         Ok(Self {
@@ -40,7 +41,7 @@ impl Signals {
     }
 }
 
-/// What a drain ends.
+/// Everything that a drain ends.
 pub(super) struct Running {
     pub grace: Duration,
     pub clients: Arc<Clients>,
@@ -52,12 +53,13 @@ pub(super) struct Running {
     pub tasks: TaskTracker,
 }
 
-/// How often the state of a drain is looked at.
+/// Pause between two looks at the state of a drain.
 const STEP: Duration = Duration::from_millis(20);
-/// Clients told per step: a herd that reconnects elsewhere comes paced.
-const TOLD_MIN: usize = 200;
+/// Fewest clients that are told in one step. Telling all at once would send them to the other nodes
+/// at once.
+const TOLD_PER_STEP_MIN: usize = 200;
 
-/// Ends everything within the grace.
+/// Ends everything within the grace period.
 pub(super) async fn drain(running: Running) {
     let began = Instant::now();
     let deadline = began + running.grace;
@@ -71,14 +73,14 @@ pub(super) async fn drain(running: Running) {
         grace_ms = running.grace.as_millis() as u64,
         "Draining: no new connections; clients are told"
     );
-    // Half of the grace to tell, the rest to finish.
+    // Half of the grace period is for telling clients, the rest for pending publishes.
     let steps = (running.grace / 2).as_millis() / STEP.as_millis();
-    let per_step = TOLD_MIN.max(running.cap.used() / (steps.max(1) as usize) + 1);
+    let per_step = TOLD_PER_STEP_MIN.max(running.cap.used() / (steps.max(1) as usize) + 1);
     while running.cap.used() > 0 && Instant::now() < deadline {
         router.close_some(CloseReason::ShuttingDown, per_step);
         sleep(STEP).await;
     }
-    // What clients were promised nothing for may still get its answer from the core.
+    // Give unacknowledged publishes the rest of the grace period to be answered.
     while router.publishes_waiting() + running.upstream.in_flight() > 0 && Instant::now() < deadline
     {
         sleep(STEP).await;
@@ -90,7 +92,7 @@ pub(super) async fn drain(running: Running) {
     running.tasks.close();
     let last = deadline.max(Instant::now() + Duration::from_secs(2));
     if timeout_at(last, running.tasks.wait()).await.is_err() {
-        tracing::warn!("Not everything ended within the grace");
+        tracing::warn!("Not all tasks ended within the grace period");
     }
     let totals = router.totals();
     tracing::info!(

@@ -11,12 +11,12 @@ use crate::transport::QuicSecret;
 
 /// The file's name in the directory.
 const NAME: &str = "quic.key";
-/// What its one line begins with; then the secret and a check sum, in hexadecimal.
+/// The first word of its one line. The secret and a check sum follow, in hexadecimal.
 const HEAD: &str = "tidegate-quic-key-1";
-const CHECK_LEN: usize = 4;
+const CHECK_SUM_BYTES: usize = 4;
 
-/// What was used before, or from now on. Without it the process serves as well, but clients of an
-/// earlier one find out by their idle time-out only that it is gone.
+/// Reads the secret of an earlier process, or makes a new one. Without the earlier secret, clients of
+/// that process notice only by their idle time-out that it is gone.
 pub(super) fn load(dir: &Path) -> io::Result<QuicSecret> {
     let file = dir.join(NAME);
     match read(&file) {
@@ -72,7 +72,7 @@ fn read(file: &Path) -> io::Result<Result<QuicSecret, &'static str>> {
 fn parse(text: &str) -> Result<QuicSecret, &'static str> {
     let mut words = text.split_whitespace();
     if words.next() != Some(HEAD) {
-        return Err("it does not begin as one does");
+        return Err("its first word is wrong");
     }
     let mut bytes = || words.next().and_then(unhex).unwrap_or_default();
     let (secret, check_sum) = (bytes(), bytes());
@@ -83,7 +83,7 @@ fn parse(text: &str) -> Result<QuicSecret, &'static str> {
     }
 }
 
-/// Into a file of its own first, so that no half of one is ever there.
+/// Writes a new file and renames it, so that a reader never sees half of a secret.
 fn write(dir: &Path, file: &Path, secret: &[u8]) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     let line = format!("{HEAD} {} {}\n", hex(secret), hex(&check(secret)));
@@ -110,7 +110,7 @@ fn write_new(file: &Path, line: &str) -> io::Result<()> {
 
 fn check(secret: &[u8]) -> Vec<u8> {
     let sum = blake2::Blake2s256::digest(secret);
-    sum[..CHECK_LEN].to_vec()
+    sum[..CHECK_SUM_BYTES].to_vec()
 }
 
 fn hex(bytes: &[u8]) -> String {

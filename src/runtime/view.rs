@@ -1,4 +1,4 @@
-//! What the admin side shows, from the running program.
+//! The view of the running program for the admin side.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;

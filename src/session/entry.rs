@@ -1,33 +1,35 @@
-//! One delivery of a message to one client: what a queue and a window are made of.
+//! One delivery of a message to one client: the entries of a session's queue and window.
 
+use crate::flow::{InFlight, Stage};
 use crate::mqtt::{Message, QoS};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::session::SessionLimits;
 
-/// The client's own Subscription Identifiers that go with one delivery: none, one, or the place
-/// of several in [`IdSets`]. An identifier has 28 bits (§1.5.5), so the top bit tells them apart.
+/// The client's Subscription Identifiers for one delivery, in 4 bytes: none (0), one, or the index of
+/// several in [`IdSets`]. An identifier has 28 bits and is not 0 (§1.5.5, §3.8.2.1.2), so the top bit
+/// marks an index.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Ids(u32);
 
 const MANY: u32 = 1 << 31;
 
-/// Sets of several identifiers: rare, so entries do not carry them.
+/// Sets of several identifiers. They are rare, so entries do not have room for them.
 #[derive(Debug, Default)]
 pub(super) struct IdSets(Option<Box<Sets>>);
 
 #[derive(Debug, Default)]
 struct Set {
     ids: Box<[u32]>,
-    /// The delivery is of a shared subscription: the filter's number.
+    /// The filter of a shared subscription, if the delivery is for one.
     group: Option<FilterId>,
 }
 
 #[derive(Debug, Default)]
 struct Sets {
     sets: Vec<Set>,
-    /// Some have a group.
+    /// A set has or had a group.
     grouped: bool,
     free: Vec<u32>,
     last: u32,
@@ -35,7 +37,7 @@ struct Sets {
 }
 
 impl IdSets {
-    /// Keeps `ids` and the group for as long as one of `entries` has them.
+    /// Keeps `ids` and the group for as long as one of `entries` refers to them.
     pub fn keep<'a>(
         &mut self,
         ids: &[u32],
@@ -64,7 +66,7 @@ impl IdSets {
         sets.sets.get((ids.0 & !MANY) as usize)?.group
     }
 
-    /// What `ids` stands for.
+    /// The identifiers that `ids` stands for.
     pub fn get<'a>(&'a self, ids: &'a Ids) -> &'a [u32] {
         match (ids.0, &self.0) {
             (0, _) => &[],
@@ -75,7 +77,7 @@ impl IdSets {
         }
     }
 
-    /// No entry is left.
+    /// No entry remains.
     pub fn clear(&mut self) {
         self.0 = None;
     }
@@ -88,7 +90,7 @@ impl Sets {
         group: Option<FilterId>,
         entries: impl Iterator<Item = &'a Entry>,
     ) -> u32 {
-        // Messages of one topic follow each other, and have the same set.
+        // Messages of one topic often follow each other, and have the same set.
         if self
             .sets
             .get(self.last as usize)
@@ -114,7 +116,7 @@ impl Sets {
         self.last
     }
 
-    /// Finds what no entry refers to any more.
+    /// Frees the sets that no entry refers to any more.
     fn sweep<'a>(&mut self, entries: impl Iterator<Item = &'a Entry>) {
         let mut used = vec![false; self.sets.len()];
         for entry in entries.filter(|e| e.ids.0 & MANY != 0) {
@@ -131,16 +133,16 @@ impl Sets {
 /// One delivery of a message to this client, waiting or in flight.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// Gone once the client has the message.
+    /// `None` once the client has the message.
     pub message: Option<Message>,
     pub ids: Ids,
-    /// When it was queued, then when it was sent: milliseconds of the clock, cut to 32 bits.
+    /// When it was queued, later when it was sent: the low 32 bits of the time in milliseconds.
     pub at: u32,
     pub packet_id: u16,
     pub qos: QoS,
     pub state: State,
     pub retain: bool,
-    /// The stream that it is to go on, or went on.
+    /// The stream on which it is to be sent, or was sent.
     pub stream: u8,
 }
 
@@ -169,48 +171,58 @@ impl Entry {
     }
 }
 
+impl InFlight for Entry {
+    fn packet_id(&self) -> u16 {
+        self.packet_id
+    }
+
+    fn stage(&self) -> Stage {
+        match self.state {
+            State::InFlight(stage) => stage,
+            // A waiting entry is never in a window.
+            State::Waiting | State::Fetched => Stage::Done,
+        }
+    }
+
+    fn set_stage(&mut self, stage: Stage) {
+        self.state = State::InFlight(stage);
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     /// Not sent yet.
     Waiting,
     /// Not sent yet; a retained message that was fetched for a subscription.
     Fetched,
-    /// PUBLISH sent on this connection.
-    Sent,
-    /// PUBLISH sent on an earlier connection: again, with DUP, when the window allows.
-    Resend,
-    /// PUBREC received, PUBREL sent on this connection.
-    Released,
-    /// PUBREC received on an earlier connection: PUBREL again.
-    ReleaseAgain,
-    /// Complete; stands until all before it are.
-    Done,
+    /// Sent, and in the window.
+    InFlight(Stage),
 }
 
-/// A message as one client is to see it.
+/// A message as one client gets it.
 #[derive(Clone, Copy, Debug)]
 pub struct Offer<'a> {
     /// The message.
     pub message: &'a Message,
-    /// The smaller of its and the subscription's QoS.
+    /// The smaller of the message's and the subscription's QoS.
     pub qos: QoS,
-    /// RETAIN for this client.
+    /// The RETAIN flag for this client.
     pub retain: bool,
     /// The client's own Subscription Identifiers.
     pub ids: &'a [u32],
-    /// The filter's number, if the subscription is shared: what its client does not take goes to
-    /// another member.
+    /// The filter, if the subscription is shared: another member gets the message if this client does
+    /// not take it.
     pub group: Option<FilterId>,
-    /// The stream of its subscription, 0 being control; see [`Session::stream_of`](crate::session::Session).
+    /// The stream of its subscription; 0 is the control stream.
     pub stream: u8,
-    /// It is a retained one that was fetched: it waits beside the limits of live ones.
+    /// It is a retained message that was fetched; such messages have queue limits of their own.
     pub fetched: bool,
 }
 
 /// A delivery of a shared subscription that another member is to get.
 #[derive(Clone, Debug)]
 pub struct Redelivery {
-    /// Number of the filter.
+    /// The filter.
     pub filter: FilterId,
     /// The message.
     pub message: Message,
@@ -220,7 +232,7 @@ pub struct Redelivery {
 mod tests {
     use super::*;
 
-    // Queues are made of these.
+    // The memory of queues is in these.
     const _: () = assert!(size_of::<Entry>() == 24);
 
     fn entry(ids: Ids) -> Entry {

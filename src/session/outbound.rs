@@ -1,7 +1,6 @@
-//! What goes to the client: the in-flight window and the queue behind it.
+//! The sending half of a session: the window of messages in flight, and the queue behind it.
 
-use std::collections::VecDeque;
-
+use crate::flow::{InFlight, Stage, Window};
 use crate::mqtt::{AckKind, QoS, ReasonCode, encode_ack};
 use crate::time::Millis;
 
@@ -11,8 +10,8 @@ use crate::session::entry::{Entry, IdSets, Offer, Redelivery, State};
 use crate::session::queue::Queue;
 use crate::session::{DropReason, QueueFull, SessionLimits};
 
-/// Bytes charged for each queued or in-flight entry beside its message: with what its queue
-/// reserves ahead and what the allocator loses.
+/// Bytes charged for each queued or in-flight entry beside its message, with a share for the memory
+/// that queues reserve ahead and the allocator loses.
 pub const ENTRY_BYTES: usize = size_of::<Entry>() * 3 / 2;
 
 /// The result of offering one message to a session.
@@ -20,50 +19,41 @@ pub const ENTRY_BYTES: usize = size_of::<Entry>() * 3 / 2;
 pub enum Delivered {
     /// Bytes were added to the connection's output.
     Written(QoS),
-    /// Waits in the queue.
+    /// The message waits in the queue.
     Queued,
-    /// Not kept, for this reason.
+    /// The message was not kept, for this reason.
     Dropped(DropReason),
     /// The queue is full and `queue_full = "end_session"`.
     EndSession,
 }
 
-/// What happened while the queue was worked on, for the metrics.
+/// Messages that left the queue since the driver last took these counts, for the metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Shed {
     /// Messages whose expiry passed while they waited.
     pub expired: u32,
     /// Messages larger than the client's Maximum Packet Size.
     pub too_large: u32,
-    /// Messages pushed out by newer ones, for their number.
+    /// Messages dropped for newer ones, because of `queue_messages_max`.
     pub pushed_out: u32,
-    /// Messages pushed out by newer ones, for their bytes.
+    /// Messages dropped for newer ones, because of `queue_bytes_max`.
     pub pushed_out_bytes: u32,
-    /// QoS 0 that waited for a client that left.
+    /// QoS 0 messages that waited when their client disconnected.
     pub qos0: u32,
-    /// Messages written from the queue, or again, by QoS.
+    /// Messages written from the queue or sent again, by QoS.
     pub sent: [u32; 3],
     /// A sample of the time from a delivery to its acknowledgement, milliseconds.
     pub acknowledged_after: Option<u32>,
 }
 
-/// The sending half of a session: packet identifiers, window, queue.
+/// The sending half of a session.
 #[derive(Debug, Default)]
 pub struct Outbound {
-    /// In order of sending. Front is never `Done`; identifiers are allocated in ascending order,
-    /// so an entry is found by its distance from the front's.
-    inflight: VecDeque<Entry>,
+    window: Window<Entry>,
     queue: Queue,
     sets: IdSets,
     inflight_bytes: usize,
-    last_packet_id: u16,
-    /// PUBLISH and PUBREL outstanding on the current connection.
-    window_used: u16,
-    /// Entries before this index need no second sending on this connection.
-    resend_at: usize,
-    /// PUBRELs are to be sent again on this connection.
-    releases_due: bool,
-    /// What was let go; the caller takes it and counts it.
+    /// Counts, which the driver takes.
     pub shed: Shed,
 }
 
@@ -83,25 +73,24 @@ impl Outbound {
         self.inflight_bytes
     }
 
-    /// Messages sent and not completely acknowledged.
+    /// Messages that are sent and not completely acknowledged.
     pub fn in_flight(&self) -> usize {
-        self.inflight
-            .iter()
-            .filter(|e| e.state != State::Done)
-            .count()
+        let unacknowledged = |e: &&Entry| e.stage() != Stage::Done;
+        self.window.iter().filter(unacknowledged).count()
     }
 
-    /// Entries held, waiting or in flight: what the entry account is charged for.
+    /// Entries, waiting or in flight, for which the entry account is charged.
     pub fn entries(&self) -> usize {
-        self.inflight.len() + self.queue.len()
+        self.window.len() + self.queue.len()
     }
 
-    /// Whether a pump could write something once there is room.
+    /// Whether [`Outbound::pump`] could write something once there is room.
     pub fn has_backlog(&self) -> bool {
-        !self.queue.is_empty() || self.resend_at < self.inflight.len()
+        !self.queue.is_empty() || self.window.has_resends()
     }
 
-    /// Offers one message.
+    /// Offers one message: writes it if the window and the output have room and nothing waits before
+    /// it, else queues it.
     pub fn deliver(
         &mut self,
         connection: Option<&mut Connection>,
@@ -121,8 +110,8 @@ impl Outbound {
         if let Some(connection) = connection {
             let room = connection.has_room(limits, stream);
             if qos == QoS::AtMostOnce {
-                // QoS 0 passes a queue that waits for the window only, but not its own kind.
-                if room && self.queue.qos0() == 0 && self.resend_at >= self.inflight.len() {
+                // QoS 0 overtakes messages that wait for the window, but not other QoS 0.
+                if room && self.queue.qos0() == 0 && !self.window.has_resends() {
                     return match write_to(connection, now, offer, 0, false) {
                         true => Delivered::Written(qos),
                         false => Delivered::Dropped(DropReason::TooLarge),
@@ -130,28 +119,25 @@ impl Outbound {
                 }
             } else if room
                 && self.queue.is_empty()
-                && self.resend_at >= self.inflight.len()
+                && !self.window.has_resends()
                 && self.window_open(connection, limits)
             {
-                let packet_id = self.next_packet_id();
+                let packet_id = self.window.next_id();
                 if !write_to(connection, now, offer, packet_id, false) {
                     return Delivered::Dropped(DropReason::TooLarge);
                 }
-                self.last_packet_id = packet_id;
-                self.window_used += 1;
                 self.inflight_bytes += message.size();
-                let ids = self.sets.keep(ids, group, self.inflight.iter());
-                self.inflight.push_back(Entry {
+                let ids = self.sets.keep(ids, group, self.window.iter());
+                self.window.push(Entry {
                     message: Some(message.clone()),
                     ids,
                     at: now as u32,
                     packet_id,
                     qos,
-                    state: State::Sent,
+                    state: State::InFlight(Stage::Sent),
                     retain,
                     stream,
                 });
-                self.resend_at = self.inflight.len();
                 return Delivered::Written(qos);
             }
         } else if qos == QoS::AtMostOnce && !limits.queue_qos0 {
@@ -189,7 +175,7 @@ impl Outbound {
                 }
             }
         }
-        let entries = self.inflight.iter().chain(self.queue.iter());
+        let entries = self.window.iter().chain(self.queue.iter());
         let ids = self.sets.keep(ids, group, entries);
         self.queue.push(Entry {
             message: Some(message.clone()),
@@ -207,11 +193,11 @@ impl Outbound {
         Delivered::Queued
     }
 
-    /// Writes what the window, the client and the output buffer allow: first what an earlier
-    /// connection left unacknowledged, in order [MQTT-4.4.0-1] [MQTT-4.6.0-1], then the queue.
+    /// Writes what the window, the client and the output buffer allow: first the unacknowledged
+    /// messages of an earlier connection, in order [MQTT-4.4.0-1] [MQTT-4.6.0-1], then the queue.
     pub fn pump(&mut self, connection: &mut Connection, limits: &SessionLimits, now: Millis) {
         self.resend(connection, limits, now);
-        while self.resend_at >= self.inflight.len() {
+        while !self.window.has_resends() {
             let Some(front) = self.queue.front() else {
                 break;
             };
@@ -231,7 +217,7 @@ impl Outbound {
             };
             let packet_id = match entry.qos {
                 QoS::AtMostOnce => 0,
-                _ => self.next_packet_id(),
+                _ => self.window.next_id(),
             };
             let written = entry
                 .offer(&self.sets)
@@ -243,172 +229,116 @@ impl Outbound {
             self.shed.sent[entry.qos as usize] += 1;
             if packet_id != 0 {
                 entry.at = now as u32;
-                self.last_packet_id = packet_id;
-                self.window_used += 1;
                 self.inflight_bytes += entry.size();
                 entry.packet_id = packet_id;
-                entry.state = State::Sent;
-                self.inflight.push_back(entry);
-                self.resend_at = self.inflight.len();
+                entry.state = State::InFlight(Stage::Sent);
+                self.window.push(entry);
             }
         }
         self.queue.shrink();
     }
 
     fn resend(&mut self, connection: &mut Connection, limits: &SessionLimits, now: Millis) {
-        if std::mem::take(&mut self.releases_due) {
-            self.release_again(connection);
-        }
-        while self.resend_at < self.inflight.len() && connection.has_room(limits, 0) {
-            let window_open = self.window_used < connection.receive_maximum;
-            let entry = &mut self.inflight[self.resend_at];
-            if entry.state == State::Resend {
-                if !window_open {
-                    return;
-                }
-                let written = entry
-                    .offer(&self.sets)
-                    .is_some_and(|offer| write_to(connection, now, &offer, entry.packet_id, true));
-                if written {
-                    self.shed.sent[entry.qos as usize] += 1;
-                    entry.at = now as u32;
-                    entry.state = State::Sent;
-                    self.window_used += 1;
-                } else {
-                    entry.state = State::Done;
-                    self.inflight_bytes -= entry.size();
-                    entry.message = None;
-                    self.shed.too_large += 1;
-                }
+        let version = connection.version;
+        self.window.release_again(|packet_id| {
+            let (kind, code) = (AckKind::Pubrel, ReasonCode::SUCCESS);
+            encode_ack(version, kind, packet_id, code, None, connection.control());
+        });
+        while connection.has_room(limits, 0)
+            && let Some(index) = self.window.next_resend()
+        {
+            if self.window.open() >= connection.receive_maximum {
+                return;
             }
-            self.resend_at += 1;
-        }
-        self.trim();
-    }
-
-    /// PUBRELs do not wait for the window [MQTT-3.3.4-10], nor behind a PUBLISH that does.
-    fn release_again(&mut self, connection: &mut Connection) {
-        for entry in &mut self.inflight {
-            if entry.state == State::ReleaseAgain {
-                encode_ack(
-                    connection.version,
-                    AckKind::Pubrel,
-                    entry.packet_id,
-                    ReasonCode::SUCCESS,
-                    None,
-                    connection.control(),
-                );
-                entry.state = State::Released;
-                self.window_used += 1;
-            }
-        }
-    }
-
-    /// The client's PUBACK, or a PUBREC of 0x80 and above [MQTT-4.4.0-2]. False: unknown identifier.
-    pub fn acknowledged(&mut self, packet_id: u16, now: Millis) -> bool {
-        if let Some(index) = self.find(packet_id) {
-            let after = (now as u32).wrapping_sub(self.inflight[index].at);
-            self.shed.acknowledged_after = Some(after);
-        }
-        self.complete(packet_id, |s| matches!(s, State::Sent | State::Resend))
-    }
-
-    /// The client's PUBREC: the answer is PUBREL, whatever we know [MQTT-4.3.3-4], on the stream
-    /// that it came on. False: unknown.
-    pub fn received(&mut self, packet_id: u16, stream: u8) -> bool {
-        let Some(index) = self.find(packet_id) else {
-            return false;
-        };
-        let entry = &mut self.inflight[index];
-        entry.stream = stream;
-        match entry.state {
-            State::Sent | State::Resend if entry.qos == QoS::ExactlyOnce => {
-                if entry.state == State::Resend {
-                    self.window_used += 1;
-                }
-                entry.state = State::Released;
-                // The client has it [MQTT-4.3.3-6]: only the identifier is still of use.
+            let entry = self.window.get_mut(index);
+            let written = entry
+                .offer(&self.sets)
+                .is_some_and(|offer| write_to(connection, now, &offer, entry.packet_id, true));
+            if written {
+                self.shed.sent[entry.qos as usize] += 1;
+                entry.at = now as u32;
+                self.window.resent(index);
+            } else {
                 self.inflight_bytes -= entry.size();
                 entry.message = None;
+                self.window.finish_resend(index);
+                self.shed.too_large += 1;
+            }
+        }
+        self.tidy();
+    }
+
+    /// The client's PUBACK, or a PUBREC of 0x80 and above [MQTT-4.4.0-2].
+    pub fn acknowledged(&mut self, packet_id: u16, now: Millis) {
+        let Some(index) = self.window.find(packet_id) else {
+            return;
+        };
+        let entry = self.window.get(index);
+        let after = (now as u32).wrapping_sub(entry.at);
+        self.shed.acknowledged_after = Some(after);
+        if matches!(entry.stage(), Stage::Sent | Stage::Resend) {
+            self.finish(index);
+        }
+    }
+
+    /// The client's PUBREC: the answer is PUBREL, whatever we know [MQTT-4.3.3-4], on the stream on
+    /// which it arrived. False: the identifier is unknown.
+    pub fn received(&mut self, packet_id: u16, stream: u8) -> bool {
+        let Some(index) = self.window.find(packet_id) else {
+            return false;
+        };
+        let entry = self.window.get_mut(index);
+        entry.stream = stream;
+        match entry.stage() {
+            Stage::Sent | Stage::Resend if entry.qos == QoS::ExactlyOnce => {
+                // The client has the message [MQTT-4.3.3-6]: only the identifier is still of use.
+                self.inflight_bytes -= entry.size();
+                entry.message = None;
+                self.window.release(index);
                 true
             }
-            State::Released => true,
-            State::ReleaseAgain => {
-                self.window_used += 1;
-                entry.state = State::Released;
+            Stage::Released => true,
+            Stage::ReleaseAgain => {
+                self.window.release(index);
                 true
             }
             _ => false,
         }
     }
 
-    /// The client's PUBCOMP. False: unknown identifier.
-    pub fn completed(&mut self, packet_id: u16) -> bool {
-        self.complete(packet_id, |s| {
-            matches!(s, State::Released | State::ReleaseAgain)
-        })
+    /// The client's PUBCOMP.
+    pub fn completed(&mut self, packet_id: u16) {
+        if let Some(index) = self.window.find(packet_id) {
+            let stage = self.window.get(index).stage();
+            if matches!(stage, Stage::Released | Stage::ReleaseAgain) {
+                self.finish(index);
+            }
+        }
     }
 
-    fn complete(&mut self, packet_id: u16, expected: impl Fn(State) -> bool) -> bool {
-        let Some(index) = self.find(packet_id) else {
-            return false;
-        };
-        let entry = &mut self.inflight[index];
-        if !expected(entry.state) {
-            return false;
-        }
-        let counted = matches!(entry.state, State::Sent | State::Released);
-        entry.state = State::Done;
+    fn finish(&mut self, index: usize) {
+        let entry = self.window.get_mut(index);
         self.inflight_bytes -= entry.size();
         entry.message = None;
-        self.window_used -= u16::from(counted);
-        self.trim();
-        true
+        self.window.finish(index);
+        self.tidy();
     }
 
-    fn trim(&mut self) {
-        while self
-            .inflight
-            .front()
-            .is_some_and(|e| e.state == State::Done)
-        {
-            self.inflight.pop_front();
-            self.resend_at = self.resend_at.saturating_sub(1);
-        }
-        if self.inflight.is_empty() {
-            self.resend_at = 0;
+    /// Gives memory back that an empty window does not need.
+    fn tidy(&mut self) {
+        if self.window.is_empty() {
+            self.window.shrink(64);
             if self.queue.is_empty() {
                 self.sets.clear();
             }
-            if self.inflight.capacity() > 64 {
-                self.inflight = VecDeque::new();
-            }
         }
     }
 
-    fn find(&self, packet_id: u16) -> Option<usize> {
-        let first = self.inflight.front()?.packet_id;
-        let distance = |id: u16| id.wrapping_sub(first);
-        let index = self
-            .inflight
-            .binary_search_by_key(&distance(packet_id), |e| distance(e.packet_id))
-            .ok()?;
-        (self.inflight[index].state != State::Done).then_some(index)
-    }
-
-    /// Forgets what belongs to the lost connection; what was sent is to be sent again.
+    /// The connection ended: everything unacknowledged is to be sent again, on the control stream of
+    /// the next one.
     pub fn connection_ended(&mut self, limits: &SessionLimits) {
-        self.window_used = 0;
-        self.resend_at = 0;
-        for entry in &mut self.inflight {
-            entry.state = match entry.state {
-                State::Sent => State::Resend,
-                State::Released => State::ReleaseAgain,
-                other => other,
-            };
-            self.releases_due |= entry.state == State::ReleaseAgain;
-        }
-        for entry in self.inflight.iter_mut().chain(self.queue.iter_mut()) {
+        self.window.connection_ended(|entry| entry.stream = 0);
+        for entry in self.queue.iter_mut() {
             entry.stream = 0;
         }
         if !limits.queue_qos0 && self.queue.qos0() > 0 {
@@ -417,83 +347,77 @@ impl Outbound {
         }
     }
 
-    /// What waits for a data stream goes on the control stream.
+    /// Messages that wait for a data stream go on the control stream.
     pub fn leave_stream(&mut self, stream: u8) {
         for entry in self.queue.iter_mut().filter(|e| e.stream == stream) {
             entry.stream = 0;
         }
     }
 
-    /// A data stream is gone: what was sent on it and is not acknowledged is sent again, on the
-    /// control stream, as if the connection had been lost.
+    /// A data stream ended: the unacknowledged messages that were sent on it are sent again on the
+    /// control stream, as after a lost connection.
     pub fn stream_ended(&mut self, stream: u8) {
         self.leave_stream(stream);
-        for (at, entry) in self.inflight.iter_mut().enumerate() {
-            if entry.stream != stream {
-                continue;
+        self.window.unsend(|entry| {
+            let lost = entry.stream == stream;
+            if lost {
+                entry.stream = 0;
             }
-            entry.stream = 0;
-            entry.state = match entry.state {
-                State::Sent => State::Resend,
-                State::Released => State::ReleaseAgain,
-                _ => continue,
-            };
-            self.window_used -= 1;
-            self.resend_at = self.resend_at.min(at);
-            self.releases_due |= entry.state == State::ReleaseAgain;
-        }
+            lost
+        });
     }
 
     /// Drops every waiting message and every unacknowledged PUBLISH; returns how many messages.
-    /// For a detached session only: identifiers in PUBREL state stay.
+    /// Identifiers that wait for PUBCOMP stay. For a session whose connection ended or will end.
     pub fn evict(&mut self) -> usize {
         let mut dropped = self.drop_queue();
-        let before = self.inflight.len();
-        self.inflight
-            .retain(|e| matches!(e.state, State::Released | State::ReleaseAgain));
-        dropped += before - self.inflight.len();
-        self.inflight_bytes = self.inflight.iter().map(|e| e.size()).sum();
-        self.resend_at = 0;
+        let before = self.window.len();
+        self.window
+            .retain(|e| matches!(e.stage(), Stage::Released | Stage::ReleaseAgain));
+        dropped += before - self.window.len();
+        self.inflight_bytes = self.window.iter().map(Entry::size).sum();
         dropped
     }
 
-    /// Whether deliveries of shared subscriptions may be among what waits.
+    /// Whether deliveries of shared subscriptions may be among the entries.
     pub fn has_shared(&self) -> bool {
         self.sets.grouped()
     }
 
-    /// Takes out what another member of its group may have: what was never sent, and QoS 1 that
-    /// was not acknowledged. QoS 2 under way stays [MQTT-4.8.2-4] [MQTT-4.8.2-5].
+    /// Takes out the shared deliveries that another member may get: those never sent, and QoS 1
+    /// without an acknowledgement. QoS 2 in flight stays [MQTT-4.8.2-4] [MQTT-4.8.2-5].
     pub fn take_shared(&mut self) -> Vec<Redelivery> {
-        let mut unclaimed = Vec::new();
+        let mut redeliveries = Vec::new();
         if !self.sets.grouped() {
-            return unclaimed;
+            return redeliveries;
         }
         let Self {
-            inflight,
+            window,
             queue,
             sets,
             ..
         } = self;
-        for entry in inflight.iter_mut().filter(|e| e.qos == QoS::AtLeastOnce) {
-            if let Some(filter) = sets.group(entry.ids)
+        window.finish_where(|entry| {
+            if entry.qos == QoS::AtLeastOnce
+                && let Some(filter) = sets.group(entry.ids)
                 && let Some(message) = entry.message.take()
             {
-                entry.state = State::Done;
-                unclaimed.push(Redelivery { filter, message });
+                redeliveries.push(Redelivery { filter, message });
+                return true;
             }
-        }
+            false
+        });
         queue.retain(|entry| match (sets.group(entry.ids), &entry.message) {
             (Some(filter), Some(message)) => {
                 let message = message.clone();
-                unclaimed.push(Redelivery { filter, message });
+                redeliveries.push(Redelivery { filter, message });
                 false
             }
             _ => true,
         });
-        self.inflight_bytes = self.inflight.iter().map(|e| e.size()).sum();
-        self.trim();
-        unclaimed
+        self.inflight_bytes = self.window.iter().map(Entry::size).sum();
+        self.tidy();
+        redeliveries
     }
 
     /// Whether a new message of QoS 1 or 2 would be written at once.
@@ -528,17 +452,8 @@ impl Outbound {
 
     /// Room in the client's Receive Maximum [MQTT-3.3.4-9] and in what we keep in flight for it.
     fn window_open(&self, connection: &Connection, limits: &SessionLimits) -> bool {
-        self.window_used < connection.receive_maximum
-            && self.inflight.len() < limits.in_flight_max()
-            && (self.inflight_bytes < limits.queue_bytes_max)
-    }
-
-    /// The next identifier in ascending order, never 0 [MQTT-2.2.1-4]. It is free: entries in
-    /// flight are fewer than identifiers and hold a contiguous run behind it.
-    fn next_packet_id(&self) -> u16 {
-        match self.last_packet_id.wrapping_add(1) {
-            0 => 1,
-            id => id,
-        }
+        self.window.open() < connection.receive_maximum
+            && self.window.len() < limits.in_flight_max()
+            && self.inflight_bytes < limits.queue_bytes_max
     }
 }

@@ -1,5 +1,5 @@
-//! Which number means which filter. A number that is let go rests before it means another, since
-//! messages that carry it may still be on their way.
+//! The numbers of filters. A number rests after its release before another filter gets it, since
+//! messages with it may still be on their way.
 
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -9,24 +9,24 @@ use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 
-/// The filters' numbers. Times are in milliseconds of the process's clock.
-/// That clock begins anew with each process: who outlives one keeps how long a rest still is.
+/// The numbers of filters. Times are in milliseconds of the process's clock, which begins anew with each
+/// process; an implementation that outlives the process must keep the remaining time of a rest.
 pub trait Identifiers: Debug + Send + Sync {
     /// Every number that was ever given, in order: its name, or `None` when it rests or is free.
     fn load(&self) -> Vec<Option<Arc<str>>>;
 
-    /// The number of a name, known or given now; it is kept when this returns, for the core may be
-    /// told it next.
+    /// The number of a name, a known or a new one. It is recorded when this returns, because it may be
+    /// sent to the broker next.
     fn number(&mut self, name: &str) -> (FilterId, Arc<str>);
 
-    /// Forgets a name. Its number rests until `until`; those whose rest has ended at `now` are free.
-    /// An unknown name changes nothing.
+    /// Forgets a name. Its number rests until `until`; numbers whose rest has ended at `now` become free.
+    /// An unknown name has no effect.
     fn release(&mut self, name: &str, now: Millis, until: u64);
 
     /// Whether a name has a number.
     fn knows(&self, name: &str) -> bool;
 
-    /// How many names have one.
+    /// How many names have a number.
     fn count(&self) -> usize;
 }
 

@@ -1,4 +1,5 @@
-//! What was received last on a data link and perhaps not acknowledged in the core's eyes.
+//! The last messages received on a data link, which the broker may consider unacknowledged and send
+//! again.
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
@@ -10,31 +11,31 @@ use foldhash::fast::RandomState;
 /// One received message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
-    /// The core's packet identifier.
+    /// The broker's packet identifier.
     pub packet_id: u16,
-    /// What it said, by [`Ring::digest`].
+    /// The digest of the message, by [`Ring::digest`].
     pub digest: u64,
 }
 
-/// What one link remembers. Positions count the messages that it remembered, and never go back.
-/// Who remembers also settles: nothing is forgotten by itself.
+/// The messages that one link remembers. Positions count them and never go back. The ring forgets no
+/// message by itself: its owner settles them.
 pub trait Ring: Debug + Send {
-    /// A digest of what a message says, the same as long as records of this ring are kept.
+    /// A digest of a message's content, stable for as long as records of this ring are kept.
     fn digest(&self, topic: &str, payload: &[u8], qos: u8) -> u64;
 
-    /// The positions of all that is remembered, those of before included.
+    /// The positions of all remembered messages, those of earlier processes included.
     fn positions(&self) -> Range<u64>;
 
-    /// Remembers one more. Called for each message: no lock, no wait.
+    /// Remembers another message. It is called for each message, so it takes no lock and does not wait.
     fn remember(&mut self, received: Received);
 
-    /// The first position in `among` where this is remembered.
+    /// The first position in `among` of this message.
     fn find(&self, among: Range<u64>, received: Received) -> Option<u64>;
 
-    /// Forgets all before position `mark`.
+    /// Forgets the messages before position `mark`.
     fn settle(&mut self, mark: u64);
 
-    /// Forgets all: the core has forgotten the link.
+    /// Forgets all messages, because the broker has lost the link's session.
     fn clear(&mut self);
 }
 

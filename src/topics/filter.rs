@@ -26,7 +26,7 @@ pub fn has_wildcard(filter: &str) -> bool {
     filter.bytes().any(|b| b == b'+' || b == b'#')
 }
 
-/// Splits `$share/group/filter`. None when it is no shared subscription, or a broken one
+/// Splits `$share/group/filter` into group and filter. `None`: not a valid shared subscription
 /// ([MQTT-4.8.2-1], [MQTT-4.8.2-2]).
 pub fn split_shared(filter: &str) -> Option<(&str, &str)> {
     let (group, rest) = filter.strip_prefix(SHARE)?.split_once('/')?;

@@ -20,7 +20,7 @@ pub(crate) fn has_nul(bytes: &[u8]) -> bool {
 }
 
 /// Whether any byte is found, eight at a time and without an early exit, because such bytes are
-/// rare. `find` looks for the same bytes in a word as `one` does in a byte.
+/// rare. `find` marks in a word the bytes for which `one` is true.
 #[inline(always)]
 pub(crate) fn scan(bytes: &[u8], find: impl Fn(u64) -> u64, one: impl Fn(u8) -> bool) -> bool {
     let Some(last) = bytes.last_chunk() else {

@@ -4,8 +4,8 @@
 //! Levels are interned once, edges live in one flat table keyed by
 //! `(parent, level)`, and nodes in one arena, so a stored filter costs a few
 //! tens of bytes beside its new level strings. A match walks only the nodes
-//! whose whole prefix matches the topic: filters that do not match cost
-//! nothing.
+//! whose whole prefix matches the topic, so filters that do not match add no
+//! cost.
 
 use std::collections::HashMap;
 
@@ -27,7 +27,7 @@ const SHRINK_FLOOR: usize = 1024;
 ///
 /// Filters are expected to be valid and without a `$share/group/` prefix;
 /// their depth is bounded by the caller. An invalid filter never panics, it
-/// only matches nothing or like its literal levels.
+/// only matches no topic, or those that equal its literal levels.
 #[derive(Debug, Clone)]
 pub struct FilterTrie<T> {
     nodes: Vec<Node<T>>,
@@ -39,7 +39,7 @@ pub struct FilterTrie<T> {
 }
 
 impl<T: Copy> FilterTrie<T> {
-    /// An empty set; allocates next to nothing.
+    /// An empty set, which allocates two nodes.
     pub fn new() -> Self {
         FilterTrie {
             nodes: vec![Node::new(NONE, NONE), Node::new(NONE, NONE)],
@@ -179,7 +179,7 @@ impl<T: Copy> FilterTrie<T> {
                     siblings: true,
                 });
             }
-            // A stored `…/#` takes all that can follow, and nothing too.
+            // A stored `…/#` matches any further levels, and its own prefix too.
             if n != empty_multi && node.multi.is_some_and(&mut f) {
                 return true;
             }
@@ -297,7 +297,7 @@ impl<T: Copy> FilterTrie<T> {
         at
     }
 
-    /// Frees `node` and its ancestors as far as nothing needs them. `path` is
+    /// Frees `node` and its ancestors while they are unused. `path` is
     /// the path of `node`, read from its end for the level names.
     fn prune(&mut self, mut node: u32, path: Option<&str>) {
         let mut levels = path.into_iter().flat_map(|p| p.rsplit('/'));

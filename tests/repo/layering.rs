@@ -15,7 +15,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &["topics"]),
     ("store", &["time", "topics"]),
     ("mqtt", &["budget", "topics"]),
-    ("session", &["time", "mqtt", "topics", "budget"]),
+    ("flow", &[]),
+    ("session", &["time", "mqtt", "topics", "budget", "flow"]),
     ("transport", &["backoff", "config"]),
     ("auth", &["mqtt", "topics", "config", "telemetry"]),
     ("admin", &["backoff", "config", "telemetry"]),
@@ -54,6 +55,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "upstream",
         &[
             "time",
+            "flow",
             "topics",
             "router",
             "session",

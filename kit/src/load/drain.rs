@@ -12,6 +12,7 @@ use super::histogram::Histogram;
 use super::peer::Peer;
 use super::report::{Moment, Report, round};
 use crate::audit::{Audit, Keeps, Stamp, now_ns};
+use crate::client::ClientError;
 use crate::link::Cut;
 use crate::wire::Connect;
 
@@ -45,7 +46,7 @@ pub async fn run(args: &DrainArgs) -> io::Result<Report> {
             let qos = common.qos.max(1);
             let (peer, _, _) = Peer::connect(dialer, &connect, Some((&topic, qos))).await?;
             peer.cut(Cut::Close);
-            Ok::<_, crate::client::ClientError>(())
+            Ok::<_, ClientError>(())
         }
     };
     let settle = Duration::from_secs_f64(args.settle);
@@ -74,24 +75,13 @@ pub async fn run(args: &DrainArgs) -> io::Result<Report> {
         async move {
             let begun = std::time::Instant::now();
             let (mut peer, _, _) = Peer::connect(dialer, &connect, None).await?;
-            let mut audit = Audit::new(Keeps::Everything);
-            while audit.lost(k as u32, wanted) > 0 {
-                let turn = peer.turn(|publish| {
-                    if let Some(stamp) = Stamp::read(publish.payload) {
-                        audit.deliver(stamp, publish.dup, publish.id);
-                    }
-                });
-                match timeout(STANDSTILL, turn).await {
-                    Ok(turn) => drop(turn?),
-                    Err(_) => break,
-                }
-            }
+            let audit = receive(&mut peer, k as u32, wanted).await?;
             peer.disconnect().await;
             latency.record(u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX));
             fresh.fetch_add(audit.fresh, Relaxed);
             lost.fetch_add(audit.lost(k as u32, wanted), Relaxed);
             faults.fetch_add(audit.fault_counts.values().sum(), Relaxed);
-            Ok::<_, crate::client::ClientError>(())
+            Ok::<_, ClientError>(())
         }
     })
     .await?;
@@ -128,6 +118,23 @@ pub async fn run(args: &DrainArgs) -> io::Result<Report> {
         )
         .processes(watched, (&full, &drained), ("delivery", fresh));
     Ok(report)
+}
+
+/// Receives until all of a topic's messages are there, or none comes for [`STANDSTILL`].
+async fn receive(peer: &mut Peer, topic: u32, wanted: u64) -> Result<Audit, ClientError> {
+    let mut audit = Audit::new(Keeps::Everything);
+    while audit.lost(topic, wanted) > 0 {
+        let turn = peer.turn(|publish| {
+            if let Some(stamp) = Stamp::read(publish.payload) {
+                audit.deliver(stamp, publish.dup, publish.id);
+            }
+        });
+        match timeout(STANDSTILL, turn).await {
+            Ok(turn) => drop(turn?),
+            Err(_) => break,
+        }
+    }
+    Ok(audit)
 }
 
 /// Publishes the messages, topics in turn; returns the number of messages per topic.

@@ -1,11 +1,13 @@
 //! flap: clients vanish and come back under live traffic.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::args::FlapArgs;
@@ -55,25 +57,7 @@ pub async fn run(args: &FlapArgs) -> io::Result<Report> {
         clients.push(client);
     }
 
-    let sources = common.publish_dialers()?;
-    let mut speakers = Vec::new();
-    for i in 0..args.publishers.max(1) {
-        let connect = Connect::new(format!("{prefix}-p{i}")).keep_alive(0);
-        let (peer, _, window) = Peer::connect(&sources[i % sources.len()], &connect, None)
-            .await
-            .map_err(io::Error::other)?;
-        let topics = (i..args.connections).step_by(args.publishers.max(1));
-        let topics: Vec<_> = topics.map(|k| (k as u32, topic(k))).collect();
-        let every = Duration::from_secs_f64(args.publishers.max(1) as f64 / args.rate.max(0.001));
-        let shape = (common.qos, common.payload, u64::from(window.min(64)));
-        speakers.push(tokio::spawn(speak(
-            peer,
-            topics,
-            every,
-            shape,
-            shared.clone(),
-        )));
-    }
+    let speakers = speakers(args, &prefix, &topic, &shared).await?;
 
     sleep(Duration::from_secs(1)).await;
     let before = Moment::now(&common.watched)?;
@@ -96,31 +80,13 @@ pub async fn run(args: &FlapArgs) -> io::Result<Report> {
             sent[k as usize] = n;
         }
     }
-    let lost = || -> u64 {
-        let of = |(k, n): (usize, &u64)| {
-            clients[k]
-                .audit
-                .lock()
-                .expect("bookkeeping does not panic")
-                .lost(k as u32, *n)
-        };
-        sent.iter().enumerate().map(of).sum()
-    };
+    let lost = || lost(&clients, &sent);
     let deadline = Instant::now() + Duration::from_secs(10);
     while lost() > 0 && Instant::now() < deadline {
         sleep(Duration::from_millis(50)).await;
     }
 
-    let (mut fresh, mut duplicates) = (0, 0);
-    let mut faults = std::collections::BTreeMap::new();
-    for client in &clients {
-        let audit = client.audit.lock().expect("bookkeeping does not panic");
-        fresh += audit.fresh;
-        duplicates += audit.duplicates;
-        for (name, n) in &audit.fault_counts {
-            *faults.entry((*name).to_owned()).or_insert(0) += n;
-        }
-    }
+    let arrived = arrived(&clients);
     let mut report = Report::new("flap");
     report
         .put("transport", common.transports())
@@ -134,14 +100,78 @@ pub async fn run(args: &FlapArgs) -> io::Result<Report> {
         .put("session_absent", shared.absent.load(Relaxed))
         .put("connects_failed", shared.failed.load(Relaxed))
         .put("published_in_all", sent.iter().sum::<u64>())
-        .put("deliveries", fresh)
+        .put("deliveries", arrived.fresh)
         .put("lost", lost())
-        .put("duplicates_with_dup", duplicates)
-        .put("faults", serde_json::json!(faults))
+        .put("duplicates_with_dup", arrived.duplicates)
+        .put("faults", serde_json::json!(arrived.faults))
         .latency("reconnect", &shared.reconnect)
         .latency("latency", &shared.latency)
         .processes(&common.watched, (&before, &after), ("flap", flaps));
     Ok(report)
+}
+
+type Speaking = JoinHandle<io::Result<Vec<(u32, u64)>>>;
+
+/// Starts the publishers; each has a part of the topics.
+async fn speakers(
+    args: &FlapArgs,
+    prefix: &str,
+    topic: &impl Fn(usize) -> String,
+    shared: &Arc<Shared>,
+) -> io::Result<Vec<Speaking>> {
+    let common = &args.common;
+    let sources = common.publish_dialers()?;
+    let mut speakers = Vec::new();
+    for i in 0..args.publishers.max(1) {
+        let connect = Connect::new(format!("{prefix}-p{i}")).keep_alive(0);
+        let (peer, _, window) = Peer::connect(&sources[i % sources.len()], &connect, None)
+            .await
+            .map_err(io::Error::other)?;
+        let topics = (i..args.connections).step_by(args.publishers.max(1));
+        let topics: Vec<_> = topics.map(|k| (k as u32, topic(k))).collect();
+        let every = Duration::from_secs_f64(args.publishers.max(1) as f64 / args.rate.max(0.001));
+        let shape = (common.qos, common.payload, u64::from(window.min(64)));
+        speakers.push(tokio::spawn(speak(
+            peer,
+            topics,
+            every,
+            shape,
+            shared.clone(),
+        )));
+    }
+    Ok(speakers)
+}
+
+/// Messages that were sent and have not arrived; `sent` is by topic.
+fn lost(clients: &[Arc<Flapper>], sent: &[u64]) -> u64 {
+    let of = |(k, n): (usize, &u64)| {
+        let audit = clients[k].audit.lock();
+        audit
+            .expect("bookkeeping does not panic")
+            .lost(k as u32, *n)
+    };
+    sent.iter().enumerate().map(of).sum()
+}
+
+/// What arrived at all clients together.
+#[derive(Default)]
+struct Arrived {
+    fresh: u64,
+    duplicates: u64,
+    faults: BTreeMap<String, u64>,
+}
+
+fn arrived(clients: &[Arc<Flapper>]) -> Arrived {
+    let mut all = Arrived::default();
+    for client in clients {
+        let audit = client.audit.lock().expect("bookkeeping does not panic");
+        all.fresh += audit.fresh;
+        all.duplicates += audit.duplicates;
+        for (name, n) in &audit.fault_counts {
+            *all.faults.entry((*name).to_owned()).or_default() += n;
+        }
+    }
+    all
 }
 
 #[derive(Debug, Default)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::args::TrafficArgs;
+use super::args::{Common, TrafficArgs};
 use super::crowd::crowd;
 use super::histogram::Histogram;
 use super::peer::Peer;
@@ -31,6 +31,16 @@ pub enum Shape {
     All,
     /// Each publisher has a topic, and each subscriber subscribes to one, in turn.
     Own,
+}
+
+impl Shape {
+    /// Subscribers that get a message of one publisher, on average.
+    fn receivers(self, subscribers: usize, publishers: usize) -> f64 {
+        match self {
+            Self::One | Self::All => subscribers as f64,
+            Self::Own => subscribers as f64 / publishers as f64,
+        }
+    }
 }
 
 /// Runs one of the four loads; `defaults` are publishers, subscribers and rate.
@@ -76,10 +86,7 @@ pub async fn run(
         audits.push(audit.clone());
         listeners.push(tokio::spawn(listen(peer, audit, shared.clone())));
     }
-    let receivers = match shape {
-        Shape::One | Shape::All => subscribers as f64,
-        Shape::Own => subscribers as f64 / publishers as f64,
-    };
+    let receivers = shape.receivers(subscribers, publishers);
     let mut speakers = Vec::new();
     for (i, (peer, _, receive_max)) in speaking.into_iter().enumerate() {
         let topic = match shape {
@@ -122,36 +129,67 @@ pub async fn run(
     shared.stop.store(true, Relaxed);
     let mut unacknowledged = 0;
     for speaker in speakers {
-        unacknowledged += speaker.await.map_err(io::Error::other)?;
+        unacknowledged += speaker.await?;
     }
     settle(&shared, audits.len(), shape).await;
     listeners.iter().for_each(tokio::task::JoinHandle::abort);
 
-    let delivered = last - first;
-    let seconds = after.since(&before).as_secs_f64();
-    let mut report = Report::new(name);
-    report
-        .put("transport", common.transports())
-        .put("publishers", publishers)
-        .put("subscribers", subscribers)
-        .put("qos", common.qos)
-        .put("payload_bytes", common.payload)
-        .put("rate_asked", rate)
-        .put("seconds", round(seconds, 2))
-        .put("deliveries", delivered)
-        .put("deliveries_per_s", round(delivered as f64 / seconds, 0))
-        .put("published_in_all", shared.sent_in_all())
-        .put("publishes_unacknowledged", unacknowledged)
-        .put("publishes_refused", shared.refused.load(Relaxed));
+    let measured = Measured {
+        publishers,
+        subscribers,
+        rate,
+        delivered: last - first,
+        unacknowledged,
+        moments: (before, after),
+    };
+    let mut report = measured.report(name, common, &shared);
     tally(&mut report, &audits, &shared, shape);
-    report
-        .put(
-            "errors",
-            shared.errors.lock().expect("a push does not panic").clone(),
-        )
-        .latency("latency", &shared.latency)
-        .processes(watched, (&before, &after), ("delivery", delivered));
     Ok(report)
+}
+
+/// The figures of one run.
+struct Measured {
+    publishers: usize,
+    subscribers: usize,
+    rate: f64,
+    delivered: u64,
+    unacknowledged: u64,
+    moments: (Moment, Moment),
+}
+
+impl Measured {
+    fn report(&self, name: &str, common: &Common, shared: &Shared) -> Report {
+        let (before, after) = &self.moments;
+        let seconds = after.since(before).as_secs_f64();
+        let mut report = Report::new(name);
+        report
+            .put("transport", common.transports())
+            .put("publishers", self.publishers)
+            .put("subscribers", self.subscribers)
+            .put("qos", common.qos)
+            .put("payload_bytes", common.payload)
+            .put("rate_asked", self.rate)
+            .put("seconds", round(seconds, 2))
+            .put("deliveries", self.delivered)
+            .put(
+                "deliveries_per_s",
+                round(self.delivered as f64 / seconds, 0),
+            )
+            .put("published_in_all", shared.sent_in_all())
+            .put("publishes_unacknowledged", self.unacknowledged)
+            .put("publishes_refused", shared.refused.load(Relaxed))
+            .put(
+                "errors",
+                shared.errors.lock().expect("a push does not panic").clone(),
+            )
+            .latency("latency", &shared.latency)
+            .processes(
+                &common.watched,
+                (before, after),
+                ("delivery", self.delivered),
+            );
+        report
+    }
 }
 
 /// Adds loss, duplicates and disorder over all receivers.

@@ -143,6 +143,17 @@ impl Machine {
         self.streams.iter().fold(0, |all, s| all | 1 << s.number)
     }
 
+    /// Whether a data stream was used and is not forgotten.
+    pub fn has_streams(&self) -> bool {
+        !self.streams.is_empty()
+    }
+
+    /// Whether the transport has not taken all output of a data stream: [`Machine::watch`] looks
+    /// after it.
+    pub fn has_blocked_streams(&self) -> bool {
+        self.streams.iter().any(|s| s.blocked.is_some())
+    }
+
     pub(super) fn stream(&mut self, number: u8) -> &mut DataStream {
         let at = match self.streams.iter().position(|s| s.number == number) {
             Some(at) => at,

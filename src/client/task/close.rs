@@ -34,8 +34,9 @@ impl Task<'_> {
             identity,
             peer,
             machine,
+            now,
         } = self;
-        let remains = machine.ended(&clients.router, &end, clients.clock.now());
+        let remains = machine.ended(&clients.router, &end, now);
         metrics().disconnects[end.label].increment(1);
         tracing::info!(
             client_id = clean(&identity.client_id, 64),

@@ -175,7 +175,7 @@ mod tests {
     };
 
     #[test]
-    fn what_lingers_of_one_client_is_bounded_oldest_first() {
+    fn the_lingering_filters_of_one_client_are_bounded_oldest_first() {
         let mut lingering = Lingering::default();
         lingering.insert((1, FilterId(9)), 10);
         for number in 0..3 {
@@ -191,13 +191,13 @@ mod tests {
             lingering.charge((3, FilterId(7)), CLIENT, 3, 100),
             [FilterId(0)]
         );
-        // Once: it is not on the account any more.
+        // The oldest is off the account, so the next one follows.
         lingering.insert((4, FilterId(8)), 10);
         assert_eq!(
             lingering.charge((4, FilterId(8)), CLIENT, 3, 100),
             [FilterId(1)]
         );
-        // Who comes back for one makes room.
+        // A filter that is used again makes room.
         lingering.remove((3, FilterId(7)));
         lingering.insert((5, FilterId(7)), 10);
         assert!(
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_of_one_client_are_bounded_too() {
+    fn the_bytes_of_one_clients_lingering_filters_are_bounded_too() {
         let mut lingering = Lingering::default();
         for number in 0..3 {
             lingering.insert((0, FilterId(number)), 40);
@@ -229,8 +229,8 @@ mod tests {
         assert_eq!((lingering.len(), lingering.bytes()), (0, 0));
     }
 
-    /// Which of filters of ten bytes leave that are idle since 10, 20, 30, 40.
-    fn leaving(mut due: Overdue, busy: u64) -> Vec<u64> {
+    /// The filters that are released of four that are idle since 10, 20, 30 and 40, with names of ten bytes.
+    fn released(mut due: Overdue, busy: u64) -> Vec<u64> {
         let all = [10, 20, 30, 40].into_iter();
         let judged = all.map_while(|since| Some((since, due.next(since, 10, || since == busy)?)));
         judged
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_idle_leave_and_under_pressure_whatever_their_age() {
+    fn the_longest_idle_are_released_and_under_pressure_whatever_their_age() {
         let due = |surplus, urgent, urgent_bytes| Overdue {
             idle_before: 10,
             busy_before: 30,
@@ -248,22 +248,22 @@ mod tests {
             urgent,
             urgent_bytes,
         };
-        assert_eq!(leaving(due(0, 0, 0), 0), [10]);
-        assert_eq!(leaving(due(0, 0, 0), 30), [10, 30]);
-        assert_eq!(leaving(due(0, 0, 0), 40), [10]);
-        assert_eq!(leaving(due(2, 0, 0), 0), [10, 20]);
-        assert_eq!(leaving(due(9, 0, 0), 0), [10, 20, 30]);
-        assert_eq!(leaving(due(0, 9, 0), 0), [10, 20, 30, 40]);
-        assert_eq!(leaving(due(0, 0, 11), 0), [10, 20]);
-        assert_eq!(leaving(due(0, 0, 31), 0), [10, 20, 30, 40]);
+        assert_eq!(released(due(0, 0, 0), 0), [10]);
+        assert_eq!(released(due(0, 0, 0), 30), [10, 30]);
+        assert_eq!(released(due(0, 0, 0), 40), [10]);
+        assert_eq!(released(due(2, 0, 0), 0), [10, 20]);
+        assert_eq!(released(due(9, 0, 0), 0), [10, 20, 30]);
+        assert_eq!(released(due(0, 9, 0), 0), [10, 20, 30, 40]);
+        assert_eq!(released(due(0, 0, 11), 0), [10, 20]);
+        assert_eq!(released(due(0, 0, 31), 0), [10, 20, 30, 40]);
     }
 
-    fn come_and_go(router: &Router, client: Connected, filter: &str) {
-        come(router, client, filter);
-        go(router, client, &[filter]);
+    fn subscribe_and_unsubscribe(router: &Router, client: Connected, filter: &str) {
+        subscribe(router, client, filter);
+        unsubscribe(router, client, &[filter]);
     }
 
-    fn come(router: &Router, client: Connected, filter: &str) {
+    fn subscribe(router: &Router, client: Connected, filter: &str) {
         let mut packet = Vec::new();
         let options = SubscribeOptions {
             retain_handling: 2,
@@ -274,13 +274,13 @@ mod tests {
         testing::packet_of(router, client, &packet, 1);
     }
 
-    fn go(router: &Router, client: Connected, filters: &[&str]) {
+    fn unsubscribe(router: &Router, client: Connected, filters: &[&str]) {
         let mut packet = Vec::new();
         encode_unsubscribe(Version::V5, 1, filters.iter().copied(), &mut packet);
         testing::packet_of(router, client, &packet, 1);
     }
 
-    /// A router that holds a root, `r/#`.
+    /// A router with the root `r/#`.
     fn rooted() -> std::sync::Arc<Router> {
         let mut config = testing::config();
         config.roots.push("r/#".into());
@@ -294,16 +294,16 @@ mod tests {
     }
 
     #[test]
-    fn what_one_client_gave_up_leaves_no_more_than_it_may_have() {
+    fn a_client_that_subscribes_and_unsubscribes_leaves_a_bounded_number_of_filters() {
         let router = rooted();
         let (flood, other) = (
             testing::client(&router, "flood"),
             testing::client(&router, "other"),
         );
-        come_and_go(&router, other, "r/mine");
+        subscribe_and_unsubscribe(&router, other, "r/mine");
         let most = router.limits().subscriptions_max;
         for n in 0..10 * most {
-            come_and_go(&router, flood, &format!("r/{n}"));
+            subscribe_and_unsubscribe(&router, flood, &format!("r/{n}"));
         }
         router.tick(1);
         let table = router.filters.table.read();
@@ -312,17 +312,17 @@ mod tests {
     }
 
     #[test]
-    fn filters_that_go_in_steps_are_on_the_account_too() {
+    fn filters_that_were_handed_over_are_on_the_account_too() {
         let router = rooted();
         let flood = testing::client(&router, "flood");
         let most = router.limits().subscriptions_max;
         for n in 0..most + 50 {
-            let (senior, junior) = (format!("r/{n}/#"), format!("r/{n}/+"));
-            come(&router, flood, &senior);
-            come(&router, flood, &junior);
-            go(&router, flood, &[&senior]);
-            assert!(router.barrier_wanted(0), "it goes at once");
-            go(&router, flood, &[&junior]);
+            let (primary, other) = (format!("r/{n}/#"), format!("r/{n}/+"));
+            subscribe(&router, flood, &primary);
+            subscribe(&router, flood, &other);
+            unsubscribe(&router, flood, &[&primary]);
+            assert!(router.barrier_wanted(0), "it is given back at once");
+            unsubscribe(&router, flood, &[&other]);
             while router.barrier_wanted(0) {
                 let number = router.barrier_begins(0);
                 router.barrier_passed(0, number, 1);
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_linger_leave_when_their_bytes_are_too_many() {
+    fn lingering_filters_are_released_when_the_bytes_of_their_names_are_too_many() {
         let router = testing::router();
         let rest = "x".repeat(65_000);
         {

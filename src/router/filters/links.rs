@@ -60,7 +60,7 @@ impl Filters {
         retain_changed: bool,
         now: Millis,
     ) -> Option<Placed> {
-        let mut table = self.table.write();
+        let mut table = self.write();
         table.floor = match features.replaces {
             true => QoS::AtMostOnce,
             false => features.maximum_qos,
@@ -115,7 +115,7 @@ impl Filters {
 
     /// Up to `max` filters whose SUBSCRIBE is to be sent on `link` now.
     pub fn next_subscribes(&self, link: usize, max: usize) -> Vec<UpstreamSubscribe> {
-        let mut table = self.table.write();
+        let mut table = self.write();
         let floor = table.floor;
         let mut taken = Vec::new();
         while taken.len() < max
@@ -138,7 +138,7 @@ impl Filters {
 
     /// Up to `max` filters whose UNSUBSCRIBE is to be sent on `link` now.
     pub fn next_unsubscribes(&self, link: usize, max: usize) -> Vec<(FilterId, Arc<str>)> {
-        let mut table = self.table.write();
+        let mut table = self.write();
         let mut taken = Vec::new();
         while taken.len() < max
             && let Some(id) = table.unsubscribe_queue[link].pop_front()
@@ -160,7 +160,7 @@ impl Filters {
         let resumed = session == LinkSession::Resumed;
         let mut up = LinkUp::default();
         self.up[link].store(true, Ordering::Release);
-        let mut table = self.table.write();
+        let mut table = self.write();
         table.doubted_until[link] = None;
         if session == LinkSession::New && !first {
             self.doubt_others(link, &mut table, now);
@@ -222,7 +222,7 @@ impl Filters {
     pub fn link_down(&self, link: usize, now: Millis) -> Vec<FilterId> {
         self.up[link].store(false, Ordering::Release);
         self.losses.fetch_add(1, Ordering::AcqRel);
-        let table = self.table.write();
+        let table = self.write();
         if table.doubted_until[link].is_some_and(|until| now < until) {
             table.doubt(link);
         }
@@ -250,7 +250,7 @@ impl Filters {
 
     /// Filters on a link.
     pub fn count_on(&self, link: usize) -> usize {
-        let table = self.table.read();
+        let table = self.read();
         let there = table
             .of_link(link)
             .filter(|(_, f)| f.phase() != Phase::Absent);

@@ -25,7 +25,7 @@ impl Filters {
     /// client's share. `forget_groups` is called with the filters that are gone while nobody can
     /// subscribe to them anew: whoever subscribes later is in a new group.
     pub fn release_due(&self, now: Millis, forget_groups: impl FnOnce(&[FilterId])) -> Released {
-        let mut table = self.table.write();
+        let mut table = self.write();
         if table.release_soon.is_empty() {
             return Released::default();
         }
@@ -58,7 +58,7 @@ impl Filters {
         let mut released = Vec::new();
         for some in self.overdue(now).chunks(CHUNK) {
             // A filter whose answer is awaited still lingers, and is found again.
-            let mut table = self.table.write();
+            let mut table = self.write();
             released.push(table.release_all(some, now, &forget_groups, false));
         }
         released
@@ -67,7 +67,7 @@ impl Filters {
     /// The lingering filters whose time is over, longest idle first.
     fn overdue(&self, now: Millis) -> Vec<Idle> {
         let mut overdue = {
-            let table = self.table.read();
+            let table = self.read();
             let lingering = &table.lingering;
             // Filters that are being unsubscribed make room soon.
             let leaving: usize = table.unsubscribe_queue.iter().map(|q| q.len()).sum();
@@ -83,7 +83,7 @@ impl Filters {
         let mut last = None;
         loop {
             // Others have their turn in between.
-            let table = self.table.read();
+            let table = self.read();
             let before = last;
             for ((since, id), bytes) in table.lingering.behind(last).take(CHUNK) {
                 let busy = || table.get(id).is_some_and(|f| f.unread() > BUSY);

@@ -9,11 +9,11 @@ use crate::topics::FilterId;
 
 impl Sources for Filters {
     fn name(&self, filter: FilterId) -> Option<Arc<str>> {
-        self.table.read().get(filter).map(|f| f.name().clone())
+        self.read().get(filter).map(|f| f.name().clone())
     }
 
     fn data_link(&self, filter: FilterId) -> Option<usize> {
-        let table = self.table.read();
+        let table = self.read();
         let link = table.get(table.source(filter)).and_then(Filter::link);
         link.filter(|link| *link < self.config.data_links)
     }
@@ -23,7 +23,7 @@ impl Sources for Filters {
     }
 
     fn receivers(&self, filter: FilterId, topic: &str, f: &mut dyn FnMut(FilterId, u64)) {
-        let table = self.table.read();
+        let table = self.read();
         let mut with_mask = |id: FilterId| {
             if let Some(filter) = table.get(id) {
                 f(id, filter.mask());
@@ -34,6 +34,6 @@ impl Sources for Filters {
     }
 
     fn below(&self, root: FilterId, f: &mut dyn FnMut(FilterId)) {
-        self.table.read().below(root).for_each(f);
+        self.read().below(root).for_each(f);
     }
 }

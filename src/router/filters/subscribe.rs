@@ -69,7 +69,7 @@ impl Filters {
         now: Millis,
     ) -> Result<Admitted, Refusal> {
         let hash = self.hash(name);
-        let mut table = self.table.write();
+        let mut table = self.write();
         if table.len() >= FILTERS_MAX && !table.knows(name) {
             return Err(Refusal::TooMany);
         }
@@ -110,7 +110,7 @@ impl Filters {
     ) -> Settled {
         let (id, shard) = (grant.filter, grant.subscribe.session.shard);
         let mut wake = LinkSet::default();
-        let mut table = self.table.write();
+        let mut table = self.write();
         if replaced {
             table.unreference(id, shard, now);
         }
@@ -168,7 +168,7 @@ impl Filters {
         grant: Option<PendingGrant>,
     ) -> (bool, LinkSet) {
         let mut wake = LinkSet::default();
-        let mut table = self.table.write();
+        let mut table = self.write();
         let behind = table.raise(overlapping, qos, &mut wake);
         let waits = match (behind, grant) {
             (Some(on), Some(grant)) => table.await_rising(on, grant),
@@ -182,7 +182,7 @@ impl Filters {
         if filters.is_empty() {
             return;
         }
-        let mut table = self.table.write();
+        let mut table = self.write();
         for filter in filters {
             table.unreference(*filter, shard, now);
         }
@@ -196,7 +196,7 @@ impl Filters {
         }
         let most = self.config.client_lingering_max;
         let bytes = self.config.client_lingering_bytes_max;
-        let mut table = self.table.write();
+        let mut table = self.write();
         for (session, filter) in gone {
             table.unreference(*filter, session.shard, now);
             table.charge(*filter, *session, most, bytes);

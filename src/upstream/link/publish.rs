@@ -1,10 +1,10 @@
 //! The publish link's machine: it sends clients' publishes within the broker's Receive Maximum, and
 //! brings back the broker's acknowledgements.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::flow::{self, Stage, Window};
 use crate::mqtt::{AckKind, Alias, Delivery, Packet, QoS, ReasonCode, Version, encode_ack};
 use crate::router::publish::queue::Outgoing;
 use crate::router::{Answered, LinkSession, Router};
@@ -47,17 +47,10 @@ pub struct PublishLink {
     connected: bool,
     version: Version,
     /// The broker's Receive Maximum.
-    window: usize,
+    receive_maximum: usize,
     /// The broker's Maximum Packet Size, bytes; `None`: not limited.
     packet_max: Option<u32>,
-    last_id: u16,
-    /// In the order of sending. Packet identifiers ascend, so an entry is found by its distance
-    /// from the first.
-    inflight: VecDeque<InFlight>,
-    /// Entries before this index need not be sent again.
-    resend_at: usize,
-    /// Publishes that were sent on this connection and are not done.
-    open: usize,
+    window: Window<InFlight>,
     /// Acknowledgements for the router.
     answers: Vec<Answered>,
     /// The last connection ended in a way that a packet may have caused.
@@ -75,27 +68,34 @@ pub struct PublishLink {
 #[derive(Debug)]
 struct InFlight {
     id: u16,
-    state: State,
+    stage: Stage,
+    /// PUBLISH is to be sent again as a new one, because the broker lost the session.
+    renew: bool,
     /// How many connections of this link alone the broker has ended while this publish had no
     /// acknowledgement.
     deaths: u8,
     outgoing: Outgoing,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// PUBLISH was sent on this connection.
-    Sent,
-    /// PUBLISH is to be sent again in the session that the broker kept.
-    Resend,
-    /// PUBLISH is to be sent as a new one, because the broker lost the session.
-    Renew,
-    /// PUBREL was sent on this connection.
-    Released,
-    /// PUBREL is to be sent again.
-    ReleaseAgain,
-    /// The broker has acknowledged it, or it was given up.
-    Done,
+impl InFlight {
+    /// Whether the publish is unacknowledged and one of those that are sent one at a time.
+    fn is_suspect(&self) -> bool {
+        self.stage != Stage::Done && self.deaths >= SUSPECT_AFTER
+    }
+}
+
+impl flow::InFlight for InFlight {
+    fn packet_id(&self) -> u16 {
+        self.id
+    }
+
+    fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    fn set_stage(&mut self, stage: Stage) {
+        self.stage = stage;
+    }
 }
 
 impl PublishLink {
@@ -107,12 +107,9 @@ impl PublishLink {
             instance,
             connected: false,
             version: Version::V5,
-            window: 0,
+            receive_maximum: 0,
             packet_max: None,
-            last_id: 0,
-            inflight: VecDeque::new(),
-            resend_at: 0,
-            open: 0,
+            window: Window::default(),
             answers: Vec::new(),
             wait_until: None,
             cut: false,
@@ -131,17 +128,17 @@ impl PublishLink {
         }
         self.wait_until = None;
         self.resend(now, out);
-        if self.resend_at < self.inflight.len() {
+        if self.window.has_resends() {
             return;
         }
         let router = self.router.clone();
         while out.len() < OUTPUT_MAX_BYTES
-            && self.open < self.room()
-            && self.inflight.len() < IN_FLIGHT_MAX
+            && self.open() < self.room()
+            && self.window.len() < IN_FLIGHT_MAX
         {
             // A few at a time, because clients wait for the same lock to queue theirs.
             let mut some: smallvec::SmallVec<[Outgoing; 16]> = smallvec::SmallVec::new();
-            let room = (self.room() - self.open).min(16);
+            let room = (self.room() - self.open()).min(16);
             router.publish_queues(self.link, |queues| {
                 while some.len() < room
                     && let Some(outgoing) = queues.pop()
@@ -162,8 +159,8 @@ impl PublishLink {
 
     /// Asks for another link, which has a window of its own, if publishes have waited for a while.
     fn check_window(&mut self, now: Millis) {
-        let full =
-            self.open >= self.window && !self.router.publish_queues(self.link, |l| l.is_empty());
+        let full = self.open() >= self.receive_maximum
+            && !self.router.publish_queues(self.link, |l| l.is_empty());
         let since = match full {
             true => *self.full_since.get_or_insert(now),
             false => return self.full_since = None,
@@ -173,7 +170,7 @@ impl PublishLink {
             if self.router.add_publish_link() {
                 tracing::info!(
                     link = self.link,
-                    window = self.window,
+                    window = self.receive_maximum,
                     "A publish link is added: publishes wait for the broker's window"
                 );
             }
@@ -183,62 +180,41 @@ impl PublishLink {
     /// Sends the publishes again that the last connection left without an acknowledgement, in their
     /// order [MQTT-4.4.0-1] [MQTT-4.6.0-1], within the window of this connection.
     fn resend(&mut self, now: Millis, out: &mut Vec<u8>) {
-        while self.resend_at < self.inflight.len() && out.len() < OUTPUT_MAX_BYTES {
-            let index = self.resend_at;
-            match self.inflight[index].state {
-                State::Resend | State::Renew => {
-                    if self.open >= self.room() {
-                        return;
-                    }
-                    self.send_again(index, now, out);
-                }
-                State::Sent | State::Released | State::ReleaseAgain | State::Done => {}
+        while out.len() < OUTPUT_MAX_BYTES
+            && let Some(index) = self.window.next_resend()
+        {
+            if self.open() >= self.room() {
+                return;
             }
-            self.resend_at += 1;
+            self.send_again(index, now, out);
         }
-        self.trim();
     }
 
-    /// Sends PUBRELs again. They need no send quota [MQTT-3.3.4-8], and keep the order of the PUBRECs
-    /// [MQTT-4.6.0-4].
+    /// Sends PUBRELs again.
     fn release_again(&mut self, out: &mut Vec<u8>) {
-        for entry in &mut self.inflight {
-            if entry.state == State::ReleaseAgain {
-                let code = ReasonCode::SUCCESS;
-                encode_ack(self.version, AckKind::Pubrel, entry.id, code, None, out);
-                entry.state = State::Released;
-                self.open += 1;
-            }
-        }
+        let (version, code) = (self.version, ReasonCode::SUCCESS);
+        self.window
+            .release_again(|id| encode_ack(version, AckKind::Pubrel, id, code, None, out));
     }
 
     fn send_again(&mut self, index: usize, now: Millis, out: &mut Vec<u8>) {
-        let entry = &self.inflight[index];
+        let entry = self.window.get(index);
         let qos = entry.outgoing.message.qos().min(self.router.maximum_qos());
-        let dup = entry.state == State::Resend && qos > QoS::AtMostOnce;
+        let dup = !entry.renew && qos > QoS::AtMostOnce;
         let id = if qos == QoS::AtMostOnce { 0 } else { entry.id };
-        let written = self.write(&self.inflight[index].outgoing, qos, id, dup, now, out);
+        let written = self.write(&entry.outgoing, qos, id, dup, now, out);
         if written && qos > QoS::AtMostOnce {
-            self.inflight[index].state = State::Sent;
-            self.open += 1;
+            self.window.get_mut(index).renew = false;
+            self.window.resent(index);
             return;
         }
         let reason = match written {
             true => ReasonCode::SUCCESS,
             false => ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR,
         };
-        let outgoing = &self.inflight[index].outgoing;
-        let answer = outgoing.token.map(|token| Answered {
-            session: outgoing.session,
-            token,
-            reason,
-            since: outgoing.since,
-        });
-        self.answers.extend(answer);
-        if self.inflight[index].deaths >= SUSPECT_AFTER {
-            self.suspects -= 1;
-        }
-        self.inflight[index].state = State::Done;
+        self.answers.extend(answer(&entry.outgoing, reason));
+        self.suspects -= usize::from(entry.is_suspect());
+        self.window.finish_resend(index);
     }
 
     fn send(&mut self, outgoing: Outgoing, now: Millis, out: &mut Vec<u8>) {
@@ -246,33 +222,32 @@ impl PublishLink {
         if message.expires_at() <= now {
             metrics().messages_dropped[DropReason::Expired].increment(1);
             // For its publisher it is done: an expired message reaches nobody.
-            self.answer(&outgoing, ReasonCode::SUCCESS);
+            self.answers.extend(answer(&outgoing, ReasonCode::SUCCESS));
             return;
         }
         let qos = message.qos().min(self.router.maximum_qos());
         let id = match qos {
             QoS::AtMostOnce => 0,
-            _ => self.next_id(),
+            _ => self.window.next_id(),
         };
         if !self.write(&outgoing, qos, id, false, now, out) {
             metrics().messages_dropped[DropReason::UpstreamLimit].increment(1);
-            self.answer(&outgoing, ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR);
+            let reason = ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR;
+            self.answers.extend(answer(&outgoing, reason));
             return;
         }
         metrics().upstream_publishes[qos_label(qos)].increment(1);
         if qos == QoS::AtMostOnce {
-            self.answer(&outgoing, ReasonCode::SUCCESS);
+            self.answers.extend(answer(&outgoing, ReasonCode::SUCCESS));
             return;
         }
-        self.last_id = id;
-        self.open += 1;
-        self.inflight.push_back(InFlight {
+        self.window.push(InFlight {
             id,
-            state: State::Sent,
+            stage: Stage::Sent,
+            renew: false,
             deaths: 0,
             outgoing,
         });
-        self.resend_at = self.inflight.len();
     }
 
     fn write(
@@ -310,82 +285,30 @@ impl PublishLink {
         true
     }
 
-    fn answer(&mut self, outgoing: &Outgoing, reason: ReasonCode) {
-        if let Some(token) = outgoing.token {
-            self.answers.push(Answered {
-                session: outgoing.session,
-                token,
-                reason,
-                since: outgoing.since,
-            });
-        }
-    }
-
-    /// The next packet identifier: ascending, never 0, and free, because fewer publishes are in
-    /// flight than there are identifiers.
-    fn next_id(&self) -> u16 {
-        match self.last_id.wrapping_add(1) {
-            0 => 1,
-            id => id,
-        }
-    }
-
-    fn find(&self, id: u16) -> Option<usize> {
-        let first = self.inflight.front()?.id;
-        let distance = |id: u16| id.wrapping_sub(first);
-        let index = self
-            .inflight
-            .binary_search_by_key(&distance(id), |e| distance(e.id))
-            .ok()?;
-        (self.inflight[index].state != State::Done).then_some(index)
+    /// The packets that are outstanding on this connection.
+    fn open(&self) -> usize {
+        usize::from(self.window.open())
     }
 
     fn done(&mut self, index: usize) {
-        self.inflight[index].state = State::Done;
-        self.open -= 1;
-        if self.inflight[index].deaths >= SUSPECT_AFTER {
-            self.suspects -= 1;
-        }
-        self.trim();
-    }
-
-    fn trim(&mut self) {
-        while self
-            .inflight
-            .front()
-            .is_some_and(|e| e.state == State::Done)
-        {
-            self.inflight.pop_front();
-            self.resend_at = self.resend_at.saturating_sub(1);
-        }
+        self.suspects -= usize::from(self.window.get(index).is_suspect());
+        self.window.finish(index);
     }
 
     fn acknowledged(&mut self, id: u16, reason: ReasonCode, qos: QoS) {
-        let Some(index) = self.find(id) else {
+        let Some(index) = self.window.find(id) else {
             return;
         };
-        let entry = &self.inflight[index];
-        if entry.state != State::Sent || entry.outgoing.message.qos() < qos {
+        let entry = self.window.get(index);
+        if entry.stage != Stage::Sent || entry.outgoing.message.qos() < qos {
             return;
         }
         if reason.is_error() {
             metrics().messages_dropped[DropReason::UpstreamRefused].increment(1);
         }
-        let (session, token, since) = (
-            entry.outgoing.session,
-            entry.outgoing.token,
-            entry.outgoing.since,
-        );
-        if let Some(token) = token {
-            self.answers.push(Answered {
-                session,
-                token,
-                reason,
-                since,
-            });
-        }
+        self.answers.extend(answer(&entry.outgoing, reason));
         if qos == QoS::ExactlyOnce && !reason.is_error() {
-            self.inflight[index].state = State::Released;
+            self.window.release(index);
         } else {
             self.done(index);
         }
@@ -393,7 +316,11 @@ impl PublishLink {
 
     /// How many publishes may be open.
     fn room(&self) -> usize {
-        if self.suspects > 0 { 1 } else { self.window }
+        if self.suspects > 0 {
+            1
+        } else {
+            self.receive_maximum
+        }
     }
 
     /// Finds the publish that the broker ends the connection for, before publishes are sent again:
@@ -404,11 +331,11 @@ impl PublishLink {
         let only_ours = self.cut && self.losses == losses;
         self.losses = losses;
         self.cut = false;
-        let sent = self.inflight.iter().filter(|e| e.state == State::Sent);
+        let sent = self.window.iter().filter(|e| e.stage == Stage::Sent);
         let alone = sent.count() == 1;
         let mut poison = None;
-        for (index, entry) in self.inflight.iter_mut().enumerate() {
-            if only_ours && entry.state == State::Sent {
+        for (index, entry) in self.window.iter_mut().enumerate() {
+            if only_ours && entry.stage == Stage::Sent {
                 // Until it was sent alone, another publish may have been the reason, even of QoS 0.
                 if alone && entry.deaths >= SUSPECT_AFTER {
                     poison = Some(index);
@@ -422,7 +349,7 @@ impl PublishLink {
     }
 
     fn quarantine(&mut self, index: usize) {
-        let outgoing = &self.inflight[index].outgoing;
+        let outgoing = &self.window.get(index).outgoing;
         let client = self.router.client_id(outgoing.session);
         let message = &outgoing.message;
         tracing::error!(
@@ -434,15 +361,9 @@ impl PublishLink {
             "A publish was quarantined: the broker closed the connection each time it was sent"
         );
         metrics().messages_dropped[DropReason::Quarantined].increment(1);
-        let (session, token, since) = (outgoing.session, outgoing.token, outgoing.since);
         let reason = ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR;
-        self.answers.extend(token.map(|token| Answered {
-            session,
-            token,
-            reason,
-            since,
-        }));
-        self.inflight[index].state = State::Done;
+        self.answers.extend(answer(outgoing, reason));
+        self.window.finish(index);
     }
 
     fn flush(&mut self, now: Millis) {
@@ -458,26 +379,22 @@ impl Machine for PublishLink {
         self.find_poison();
         self.connected = true;
         self.version = handshake.version;
-        self.window = usize::from(handshake.receive_maximum);
+        self.receive_maximum = usize::from(handshake.receive_maximum);
         self.packet_max = handshake.packet_max;
         self.router.publish_link_up(self.link, true);
         self.wait_until = Some(now + DATA_LINKS_WAIT_MS);
         let session_present = handshake.session != LinkSession::New;
-        self.open = 0;
-        self.resend_at = 0;
-        for entry in &mut self.inflight {
-            entry.state = match (entry.state, session_present) {
-                (State::Done, _) => State::Done,
-                (State::Released | State::ReleaseAgain, true) => State::ReleaseAgain,
-                // The broker owned the message before it lost the session.
-                (State::Released | State::ReleaseAgain, false) => State::Done,
-                (State::Sent | State::Resend, true) => State::Resend,
-                (State::Sent | State::Resend, false) | (State::Renew, _) => State::Renew,
-            };
+        self.window.connection_ended(|_| {});
+        if !session_present {
+            // The broker owned released messages before it lost the session.
+            self.window
+                .finish_where(|entry| entry.stage == Stage::ReleaseAgain);
+            for entry in self.window.iter_mut() {
+                entry.renew = true;
+            }
         }
-        let open = self.inflight.iter().filter(|e| e.state != State::Done);
-        self.suspects = open.filter(|e| e.deaths >= SUSPECT_AFTER).count();
-        self.trim();
+        let suspects = self.window.iter().filter(|entry| entry.is_suspect());
+        self.suspects = suspects.count();
         self.release_again(out);
         self.poll(now, out);
     }
@@ -504,8 +421,8 @@ impl Machine for PublishLink {
                 }
             }
             Packet::Pubcomp(a) => {
-                if let Some(index) = self.find(a.packet_id)
-                    && self.inflight[index].state == State::Released
+                if let Some(index) = self.window.find(a.packet_id)
+                    && self.window.get(index).stage == Stage::Released
                 {
                     self.done(index);
                 }
@@ -535,12 +452,22 @@ impl Machine for PublishLink {
 
     fn pace(&self) -> Option<Duration> {
         // With a small window the broker's answers are the limit, so publishes go at once.
-        (self.open < self.window / 4).then_some(PACE)
+        (self.open() < self.receive_maximum / 4).then_some(PACE)
     }
 
     fn window(&self) -> (usize, usize) {
-        (self.open, self.window)
+        (self.open(), self.receive_maximum)
     }
+}
+
+/// The answer to a publish, if its client waits for one.
+fn answer(outgoing: &Outgoing, reason: ReasonCode) -> Option<Answered> {
+    Some(Answered {
+        session: outgoing.session,
+        token: outgoing.token?,
+        reason,
+        since: outgoing.since,
+    })
 }
 
 #[cfg(test)]

@@ -360,17 +360,6 @@ fn delivered(
     let bytes = &bytes[1..];
     assert_eq!(delivery.size(message), bytes.len());
 
-    let mut copy = vec![0xBB];
-    let image = Image::new(
-        &Delivery {
-            packet_id: 1,
-            ..delivery
-        },
-        message,
-    );
-    image.write(0x1234, &mut copy);
-    assert_eq!((&copy[1..], image.len()), (bytes, bytes.len()));
-
     let decoder = Decoder {
         version,
         receiver: Receiver::Client,
