@@ -46,7 +46,7 @@ impl Table {
         self.get(id).and_then(Filter::source).unwrap_or(id)
     }
 
-    /// The filters below `root`, and the local groups that hang on it; none if it is no root.
+    /// The filters below `root`, and the local groups that hang on it; none if `root` is not a root.
     pub fn below(&self, root: FilterId) -> impl Iterator<Item = FilterId> {
         let is_root = self.get(root).is_some_and(Filter::is_root);
         let all = is_root.then(|| self.all()).into_iter().flatten();
@@ -61,7 +61,7 @@ impl Table {
         }
     }
 
-    /// The filters below `root` that match a topic; none if it is no root.
+    /// The filters below `root` that match a topic; none if `root` is not a root.
     pub fn match_root(&self, root: FilterId, topic: &str, f: impl FnMut(FilterId)) {
         if self.get(root).is_some_and(Filter::is_root) {
             self.below_roots.for_each_match(topic, f);

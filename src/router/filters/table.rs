@@ -29,37 +29,37 @@ pub(in crate::router) struct Table {
     /// Which filter a number means, and when it may mean another.
     numbers: Box<dyn Identifiers>,
     /// Filters that nobody uses.
-    pub lingering: Lingering,
+    pub(super) lingering: Lingering,
     /// For each link, the filters to SUBSCRIBE.
-    pub subscribe_queue: Vec<VecDeque<FilterId>>,
+    pub(super) subscribe_queue: Vec<VecDeque<FilterId>>,
     /// For each link, the filters to UNSUBSCRIBE.
-    pub unsubscribe_queue: Vec<VecDeque<FilterId>>,
+    pub(super) unsubscribe_queue: Vec<VecDeque<FilterId>>,
     /// For each link, its filters; in use only when the broker has no Subscription Identifiers.
-    pub tries: Vec<FilterTrie<FilterId>>,
+    pub(super) tries: Vec<FilterTrie<FilterId>>,
     /// Whether the broker has working Subscription Identifiers; `None`: it was never connected.
     pub identifiers: Option<bool>,
     /// With so many filters at the broker a root is suggested.
-    pub suggest_at: AtomicUsize,
+    pub(super) suggest_at: AtomicUsize,
     /// Shared subscriptions are shared out at this node.
-    pub local_groups: bool,
+    pub(super) local_groups: bool,
     /// Filters are subscribed at this QoS at least.
-    pub floor: QoS,
+    pub(super) floor: QoS,
     /// The roots: wildcard filters of the configuration that cover clients' filters.
     pub roots: Vec<FilterId>,
     /// All filters below roots.
-    pub below_roots: FilterTrie<FilterId>,
+    pub(super) below_roots: FilterTrie<FilterId>,
     /// Those filters below roots, and local groups, whose clients wait for the root's SUBACK.
-    pub awaiting_root: BTreeSet<FilterId>,
+    pub(super) awaiting_root: BTreeSet<FilterId>,
     /// Filters that are released at the next tick if nobody uses them then. Shared ones do not
     /// linger, because the broker goes on sending us messages that other members of the group could
     /// have; nor do those beyond a client's share of the lingering filters.
-    pub release_soon: Vec<FilterId>,
+    pub(super) release_soon: Vec<FilterId>,
     /// For each link, until when its loss puts its filters in doubt.
-    pub doubted_until: Vec<Option<Millis>>,
+    pub(super) doubted_until: Vec<Option<Millis>>,
     /// Filters with clients that wait for a SUBACK, by the deadlines of their grants.
-    pub deadlines: BTreeSet<(Millis, FilterId)>,
+    pub(super) deadlines: BTreeSet<(Millis, FilterId)>,
     /// Filters that the broker had granted and has lost, until it grants them again.
-    pub lost: Arc<Lost>,
+    pub(super) lost: Arc<Lost>,
 }
 
 impl Table {

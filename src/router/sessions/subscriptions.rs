@@ -235,7 +235,7 @@ impl Sessions {
     }
 
     /// The broker has confirmed a filter that was granted without its answer: the subscriptions on it
-    /// in the shards of `mask` count from now on. Returns those that overlap others.
+    /// in the shards of `mask` count from now on. Returns the subscriptions that overlap others.
     pub fn confirm(&self, filter: FilterId, mask: u64, granted: QoS) -> Vec<NewlyActive> {
         let mut newly = Vec::new();
         for number in self.shards().filter(|n| mask & (1 << n) != 0) {

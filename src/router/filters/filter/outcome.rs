@@ -7,7 +7,7 @@ use crate::mqtt::QoS;
 pub(in crate::router) enum SubackOutcome {
     /// It answers a SUBSCRIBE that nobody waits for any more.
     Stray,
-    /// The broker refused. All clients that wait get this answer; those that have the filter keep
+    /// The broker refused. All clients that wait get this answer; clients that have the filter keep
     /// it.
     Refused,
     /// The broker granted.
