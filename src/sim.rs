@@ -142,39 +142,7 @@ impl World {
         });
         let version = if v5 { Version::V5 } else { Version::V311 };
         let profile = profile_of(version, quirks);
-        let mut links: Vec<SimLink> = Vec::new();
-        let mut add = |name: String, machine: Box<dyn Machine>| {
-            let role = name.as_bytes()[0];
-            links.push(SimLink {
-                name,
-                machine,
-                data: matches!(role, b'd' | b's'),
-                retained: role == b'r',
-                publishes: role == b'p',
-                version,
-                begun: false,
-                unanswered: false,
-                redial_at: 0,
-                conn: None,
-            });
-        };
-        for n in 0..=data_links {
-            let machine = DataLink::new(router.clone(), n, 1, PROBES.into(), &Memory);
-            let name = if n < data_links {
-                format!("d{n}")
-            } else {
-                "s0".into()
-            };
-            add(name, Box::new(machine));
-        }
-        for n in 0..publish_links {
-            let machine = PublishLink::new(router.clone(), n, 1);
-            add(format!("p{n}"), Box::new(machine));
-        }
-        add(
-            "r0".into(),
-            Box::new(RetainedLink::new(router.clone(), PROBES.into())),
-        );
+        let links = links_of(&router, version, data_links, publish_links);
         let stormy = rng.chance(70);
         let poisonous = rng.chance(20);
         let devices = (0..4).map(|n| Device {
@@ -373,6 +341,47 @@ impl World {
             }
         }
     }
+}
+
+/// All links of a run: data links, one shared link, publish links, the retained link.
+fn links_of(
+    router: &Arc<Router>,
+    version: Version,
+    data_links: usize,
+    publish_links: usize,
+) -> Vec<SimLink> {
+    let mut links: Vec<SimLink> = Vec::new();
+    let mut add = |name: String, machine: Box<dyn Machine>| {
+        let role = name.as_bytes()[0];
+        links.push(SimLink {
+            name,
+            machine,
+            data: matches!(role, b'd' | b's'),
+            retained: role == b'r',
+            publishes: role == b'p',
+            version,
+            begun: false,
+            unanswered: false,
+            redial_at: 0,
+            conn: None,
+        });
+    };
+    for n in 0..=data_links {
+        let machine = DataLink::new(router.clone(), n, 1, PROBES.into(), &Memory);
+        let name = if n < data_links {
+            format!("d{n}")
+        } else {
+            "s0".into()
+        };
+        add(name, Box::new(machine));
+    }
+    for n in 0..publish_links {
+        let machine = PublishLink::new(router.clone(), n, 1);
+        add(format!("p{n}"), Box::new(machine));
+    }
+    let machine = RetainedLink::new(router.clone(), PROBES.into());
+    add("r0".into(), Box::new(machine));
+    links
 }
 
 /// The profile that a probe finds of a broker with these quirks.
