@@ -18,8 +18,8 @@ use tokio::time::Instant;
 use crate::config::{Auth, AuthMode, ClientIdRule};
 use crate::mqtt::ReasonCode;
 
+pub use acl::Acl;
 pub(crate) use acl::expand;
-pub use acl::{Acl, OWN_PREFIX};
 use verified::{Digest, Recalled, Verified};
 
 /// The principal of every anonymous client. No user can have this name.

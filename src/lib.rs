@@ -1,16 +1,16 @@
 //! Tidegate: an MQTT proxy that owns its clients' sessions.
 //!
 //! Imports point one way: `mqtt` ← `session` ← `router` ← { `client`, `upstream` } ← `runtime`.
-//! `transport` knows bytes only, `store` records only; `config`, `telemetry`, `limits` and `clock`
+//! `transport` knows bytes only, `store` records only; `config`, `telemetry`, `budget` and `clock`
 //! are leaves.
 
-pub mod admin;
-pub mod auth;
+pub(crate) mod admin;
+pub(crate) mod auth;
 pub(crate) mod backoff;
 pub mod budget;
 pub mod cli;
 pub mod client;
-pub mod clock;
+pub(crate) mod clock;
 pub mod config;
 pub mod embedded;
 pub(crate) mod flow;
@@ -25,4 +25,4 @@ pub mod telemetry;
 pub mod time;
 pub mod topics;
 pub mod transport;
-pub mod upstream;
+pub(crate) mod upstream;

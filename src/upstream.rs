@@ -29,7 +29,7 @@ use crate::store::Store;
 pub use broker::BrokerAccess;
 pub use discover::probe_once;
 pub use link::common::RESERVED_KEY;
-pub use status::{LinkState, LinkStatus, Role};
+pub use status::{LinkStatus, Role};
 
 use broker::LinkContext;
 use link::data::DataLink;
