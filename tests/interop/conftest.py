@@ -1,4 +1,4 @@
-"""Fixtures: a broker and a binary shared by a test process, or a pair of one's own."""
+"""Fixtures: a broker and a binary that a test process shares, or a pair for one test."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def own_edge(tmp_path, pki):
 
 @pytest.fixture
 def way(request):
-    """Makes ways to listeners, closed at the end of the test."""
+    """Makes relayed paths to listeners and closes them at the end of the test."""
     made = []
 
     def make(edge: Edge, transport: str = "tcp", name: str | None = None) -> links.Way:

@@ -56,7 +56,7 @@ def test_passwd_keeps_only_digests(tmp_path):
 
 @pytest.mark.parametrize("transport", ("tcp", "ws"))
 @pytest.mark.parametrize("user", USERS)
-def test_right_passwords(guarded, client, transport, user):
+def test_a_right_password_connects(guarded, client, transport, user):
     one = client(guarded, transport, user=user, password=USERS[user])
     one.subscribe(f"own/{user}/#")
     one.publish(f"own/{user}/a", "x")
@@ -65,7 +65,7 @@ def test_right_passwords(guarded, client, transport, user):
 
 @pytest.mark.parametrize("version,code", [(5, {0x86, 0x87}), (4, {4, 5}), (3, {4, 5})])
 @pytest.mark.parametrize("user,password", [("alice", b"wrong"), ("alice", b""), ("nobody", b"x"), ("alice", None), (None, None)])
-def test_wrong_ones(guarded, version, code, user, password):
+def test_a_wrong_password_is_refused_and_logged(guarded, version, code, user, password):
     for _ in range(20):
         me = fresh("id")[-20:]
         with Raw(guarded["tcp"].port, version=version) as raw:
@@ -106,18 +106,18 @@ def test_a_changed_password_holds_after_sighup(tmp_path, broker, own_edge, clien
     assert connects(b"new") and not stays.ended.is_set()
 
 
-def test_a_listener_may_say_otherwise(guarded):
+def test_a_listener_may_allow_anonymous_clients(guarded):
     with Raw(guarded["open"].port) as raw:
         assert raw.connect(fresh("id")).reason == 0
 
 
-def test_filters_must_lie_wholly_inside(guarded, client):
+def test_a_filter_is_granted_only_if_a_rule_covers_it_wholly(guarded, client):
     one = client(guarded, client_id="device7", user="alice", password=USERS["alice"])
     one.subscribe(("fleet/#", 1), ("fleet/+/a", 1), ("shared/7/x", 1), ("shared/+/x", 1), ("own/alice/#", 1), ("public/news", 1), ("device/device7", 1))
     one.subscribe(("#", 1), ("+/a", 1), ("shared/#", 1), ("shared/7/y", 1), ("own/bob/#", 1), ("own/+/#", 1), ("own/#", 1), ("device/other", 1), ("$SYS/#", 1), expect=[0x87] * 9)
 
 
-def test_publishes(guarded, client):
+def test_publishes_need_a_rule(guarded, client):
     alice = client(guarded, client_id="device8", user="alice", password=USERS["alice"])
     bob = client(guarded, client_id="device9", user="bob", password=USERS["bob"])
     alice.subscribe("fleet/#")
@@ -125,7 +125,7 @@ def test_publishes(guarded, client):
     assert alice.next().text == "yes"
     bob.publish("fleet/a", "no", expect=0x87)
     bob.publish("fleet/a", "no", 0)
-    # QoS 2 by hand: paho goes on with PUBREL after a PUBREC that refuses.
+    # This QoS 2 exchange is hand-made: paho sends PUBREL even after a PUBREC with an error.
     with Raw(guarded["tcp"].port) as raw:
         raw.connect(fresh("id"), user="bob", password=USERS["bob"].encode())
         answer = raw.send(wire.publish("fleet/a", b"no", 2, 1)).recv()
@@ -137,7 +137,7 @@ def test_publishes(guarded, client):
     assert not bob.ended.is_set()
 
 
-def test_three_one_one_publishes_are_acknowledged_and_dropped(guarded, client):
+def test_denied_publishes_of_3_1_1_are_acknowledged_and_dropped(guarded, client):
     alice = client(guarded, user="alice", password=USERS["alice"])
     alice.subscribe("fleet/#")
     bob = client(guarded, version=4, user="bob", password=USERS["bob"])

@@ -1,4 +1,4 @@
-"""Bytes that no client library would send: each its reason code, its log line, and nobody else disturbed."""
+"""Bytes that no client library would send: each gets its reason code and log line, and other clients are not disturbed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DEADLINE = 2.0
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory, broker, pki):
-    """Short deadlines, a small packet limit."""
+    """A binary with short deadlines and a small packet limit."""
     limits = {"packet_max": "64KiB", "accept_deadline": "2s", "packet_deadline": "2s", "receive_max": 10, "topic_alias_max": 5}
-    # Noise has listeners of its own: lines about failed handshakes are limited per listener.
+    # The noise tests have their own listeners, because lines about failed handshakes are limited per listener.
     listeners = [listener(t) for t in TRANSPORTS] + [listener(t, f"noise-{t}") for t in TRANSPORTS]
     edge = Edge(tmp_path_factory.mktemp("bad"), config(broker.url, pki, limits=limits, listeners=listeners), pki).start()
     yield edge
@@ -35,7 +35,7 @@ def target(tmp_path_factory, broker, pki):
 
 @pytest.fixture(scope="module")
 def bystanders(target):
-    """Clients of other transports that must not notice."""
+    """Clients on other transports that must not notice anything."""
     topic = fresh("bystander")
     ways = [Way(target, t) for t in ("tcp", "ws", "quic")]
     clients = [Paho(w, fresh("bystander"), keepalive=5) for w in ways]
@@ -62,12 +62,12 @@ def nobody_else_is_disturbed(target, bystanders):
 
 
 def with_code(me: str, code: int) -> str:
-    """A log line that names the client and the reason code, in whatever order."""
+    """A log line that names the client and the reason code, in any order."""
     return rf"(?=.*{me})(?=.*(?:0x{code:02x}|code=\"?{code})\b).*"
 
 
 def until_logged(target: Edge, attempt) -> None:
-    """Lines about refusals are limited in rate: the same again until one gets through.
+    """Repeats an attempt until its log line appears, because lines about refusals are limited in rate.
 
     `attempt` does it once and gives the pattern of its own line.
     """
@@ -88,7 +88,7 @@ def peer(raw: Raw) -> str:
 
 LONG = b"\x00\x05" + b"hello"
 AFTER_CONNECT = {
-    # what is sent -> the reason codes that name it
+    # The sent bytes -> the reason codes that fit them.
     "second CONNECT": (wire.connect("again"), {0x82}),
     "oversized, by its header alone": (b"\x30" + wire.varint(PACKET_MAX + 1), {0x95}),
     "the largest length there is": (b"\x30\xff\xff\xff\x7f", {0x95}),
@@ -141,7 +141,7 @@ AFTER_CONNECT = {
 
 
 @pytest.mark.parametrize("what", AFTER_CONNECT)
-def test_after_connect(target, what):
+def test_a_bad_packet_after_connect_gets_its_reason_code(target, what):
     raw_bytes, codes = AFTER_CONNECT[what]
     me = fresh("bad")
     with Raw(target["tcp"].port) as raw:
@@ -174,7 +174,7 @@ def test_the_reason_code_gets_through_on_every_transport(target, transport):
 
 
 @pytest.mark.parametrize("what", ["second CONNECT", "wildcard # in a topic", "bad UTF-8 in a topic", "QoS 3", "reserved flags of PINGREQ", "the largest length there is"])
-def test_three_one_one_is_just_closed(target, what):
+def test_a_bad_packet_of_3_1_1_closes_the_connection(target, what):
     me = fresh("bad")
     bad = {
         "second CONNECT": wire.connect("again", version=4),
@@ -197,7 +197,7 @@ def connect_with(name=b"MQTT", level=5, flags=2, body=b"\x00\x3c\x00\x00\x04abcd
 
 
 BAD_CONNECTS = {
-    # what -> (bytes, reason codes of a CONNACK; an empty set: none must come)
+    # name -> (bytes, reason codes of a CONNACK; an empty set: no CONNACK may come)
     "PINGREQ first": (wire.PING, set()),
     "PUBLISH first": (wire.publish("a", b"x"), set()),
     "SUBSCRIBE first": (wire.subscribe(1, ("a", 0)), set()),
@@ -223,14 +223,14 @@ BAD_CONNECTS = {
 
 
 @pytest.mark.parametrize("what", BAD_CONNECTS)
-def test_bad_connect(target, what):
+def test_a_bad_connect_gets_its_reason_code(target, what):
     raw_bytes, codes = BAD_CONNECTS[what]
 
     def attempt() -> str:
         with Raw(target["tcp"].port) as raw:
             raw.send(raw_bytes)
             packets, _ = raw.wait_closed()
-            # MQTT 5 lets a server close without a CONNACK on a malformed CONNECT; a code, if any, must be the right one.
+            # MQTT 5 lets a server close without a CONNACK after a malformed CONNECT; if a code comes, it must be the right one.
             assert len(packets) <= 1 and all(p.kind == wire.CONNACK and p.reason in codes for p in packets), packets
             if what in ("version 6", "an authentication method we have not", "reserved CONNECT flag", "Receive Maximum 0"):
                 assert packets, "no CONNACK"
@@ -239,7 +239,7 @@ def test_bad_connect(target, what):
     until_logged(target, attempt)
 
 
-def test_an_unknown_level_of_three_one_one_is_refused_in_its_own_words(target):
+def test_an_unknown_protocol_level_is_refused_with_return_code_1(target):
     with Raw(target["tcp"].port, version=4) as raw:
         raw.send(connect_with(level=2, body=b"\x00\x3c\x00\x04abcd"))
         packets, _ = raw.wait_closed()
@@ -247,7 +247,7 @@ def test_an_unknown_level_of_three_one_one_is_refused_in_its_own_words(target):
 
 
 @pytest.mark.parametrize("transport", ("tcp", "tls", "ws", "wss", "quic"))
-def test_silence_until_the_accept_deadline(target, transport):
+def test_a_silent_client_is_closed_at_the_accept_deadline(target, transport):
     """From accept to CONNECT there is one deadline, wherever the peer stops."""
     began, since = time.monotonic(), target.mark()
     if transport == "quic":
@@ -283,7 +283,7 @@ def drain(sock) -> bytes:
     return got
 
 
-def test_a_connect_that_never_ends(target):
+def test_an_unfinished_connect_is_closed_at_the_accept_deadline(target):
     with Raw(target["tcp"].port) as raw:
         began = time.monotonic()
         raw.send(wire.connect("slow")[:10])
@@ -306,8 +306,8 @@ def test_a_trickle_does_not_move_the_deadline(target):
         assert time.monotonic() - began <= DEADLINE * 2.5
 
 
-def test_a_packet_that_never_ends(target):
-    """After authentication a packet begun has its own deadline; a client that is quiet between packets has not."""
+def test_an_unfinished_packet_has_a_deadline(target):
+    """After authentication an unfinished packet has a deadline; silence between packets has none."""
     me = fresh("bad")
     with Raw(target["tcp"].port) as raw, Raw(target["tcp"].port) as quiet:
         quiet.connect(fresh("quiet"))
@@ -322,7 +322,7 @@ def test_a_packet_that_never_ends(target):
         assert quiet.recv().kind == wire.PINGRESP
 
 
-def test_truncated_by_the_end_of_the_connection(target):
+def test_a_truncated_packet_at_the_end_of_the_connection_disturbs_no_client(target):
     me = fresh("bad")
     since = target.mark()
     with Raw(target["tcp"].port) as raw:
@@ -335,7 +335,7 @@ def test_truncated_by_the_end_of_the_connection(target):
 
 
 @pytest.mark.parametrize("transport", ("ws", "wss"))
-def test_text_frames(target, transport):
+def test_text_frames_close_the_websocket(target, transport):
     me = fresh("bad")
     with Raw(target[transport].port, transport, ca=target.pki.ca) as raw:
         since = target.mark()
@@ -356,7 +356,7 @@ def test_text_frames(target, transport):
 
 
 @pytest.mark.parametrize("offer,status", [("mqtt", 101), ("mqttv3.1", 101), ("chat, mqtt", 101), ("chat", 400), (None, 400), ("MQTT5", 400)])
-def test_subprotocols(target, offer, status):
+def test_subprotocols_are_negotiated(target, offer, status):
     with Raw(target["ws"].port, "ws", subprotocol=offer) as raw:
         since, address = target.mark(), peer(raw)
         if status == 101:
@@ -372,12 +372,12 @@ def test_subprotocols(target, offer, status):
             target.wait_log(address, since)
 
 
-def test_another_path(target):
+def test_an_unknown_path_is_refused(target):
     with Raw(target["ws"].port, "ws", path="/elsewhere") as raw:
         assert raw.upgrade_status == 404, raw.upgrade
 
 
-def test_plain_http_on_ws(target):
+def test_plain_http_on_a_websocket_port_is_answered(target):
     with socket.create_connection(("127.0.0.1", target["ws"].port)) as sock:
         sock.settimeout(10)
         sock.sendall(b"GET /mqtt HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -385,7 +385,7 @@ def test_plain_http_on_ws(target):
         assert answer == b"" or answer.startswith((b"HTTP/1.1 4",)), answer
 
 
-def test_a_request_head_without_end(target):
+def test_a_request_head_without_end_is_limited(target):
     with socket.create_connection(("127.0.0.1", target["ws"].port)) as sock:
         sock.settimeout(10)
         began = time.monotonic()
@@ -410,7 +410,7 @@ BAD_FRAMES = {
 
 
 @pytest.mark.parametrize("what", BAD_FRAMES)
-def test_bad_frames(target, what):
+def test_bad_frames_close_the_websocket(target, what):
     raw_bytes, codes = BAD_FRAMES[what]
     me = fresh("bad")
     with Raw(target["ws"].port, "ws") as raw:
@@ -452,7 +452,7 @@ def test_a_message_of_many_legal_packets_may_be_large(target):
 
 
 @pytest.mark.parametrize("alpn", [["h3"], ["mqttx"], ["MQTT"], None])
-def test_wrong_alpn(target, alpn):
+def test_a_wrong_alpn_is_refused(target, alpn):
     since = target.mark()
     with pytest.raises(ConnectionError) as refused:
         call(dial(target["quic"].port, target.pki.ca, alpn))
@@ -461,12 +461,12 @@ def test_wrong_alpn(target, alpn):
     target.wait_log(r"127\.0\.0\.1:\d+", since)
 
 
-def test_garbage_datagrams(target):
+def test_garbage_datagrams_are_ignored(target):
     noise = random.Random(7)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _ in range(300):
             sock.sendto(noise.randbytes(noise.randrange(1, 1400)), ("127.0.0.1", target["noise-quic"].port))
-        # An Initial of a version we have not is answered with those we have; nothing else matters here.
+        # An Initial of an unknown version is answered with the known versions; nothing else matters here.
         sock.sendto(b"\xc0\x0a\x0a\x0a\x0a\x08" + noise.randbytes(8) + b"\x08" + noise.randbytes(8) + b"\x00" * 1200, ("127.0.0.1", target["noise-quic"].port))
         sock.settimeout(5)
         answer, _ = sock.recvfrom(2000)
@@ -478,7 +478,7 @@ def test_garbage_datagrams(target):
 
 @pytest.mark.parametrize("transport", ("tcp", "tls", "ws", "wss"))
 @pytest.mark.parametrize("seed", range(10))
-def test_noise(target, transport, seed):
+def test_random_bytes_disturb_no_client(target, transport, seed):
     noise = random.Random(seed)
     with socket.create_connection(("127.0.0.1", target[f"noise-{transport}"].port)) as sock:
         sock.settimeout(10)
@@ -491,7 +491,7 @@ def test_noise(target, transport, seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_noise_after_connect(target, seed):
+def test_random_bytes_after_connect_disturb_no_client(target, seed):
     """Valid packets with some bytes changed."""
     noise = random.Random(1000 + seed)
     for _ in range(10):
@@ -505,5 +505,5 @@ def test_noise_after_connect(target, seed):
             try:
                 raw.wait_closed(3)
             except TimeoutError:
-                # A changed length can swallow the DISCONNECT: then the packet has a deadline.
+                # A changed length can swallow the DISCONNECT; then the packet's deadline closes the connection.
                 pass

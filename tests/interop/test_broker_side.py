@@ -1,4 +1,4 @@
-"""The broker goes and comes, is restarted, is not who it says: clients feel as little as can be."""
+"""The broker goes and comes back, restarts, or shows a wrong certificate: clients notice as little as possible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.names import fresh
 from harness.process import wait_until
 from harness.raw import Raw
 
-# Quick to notice and to come back, so that a test does not wait.
+# Short times to notice an outage and to come back, so that a test does not wait.
 QUICK = {"backoff_min": "50ms", "backoff_max": "200ms"}
 
 
@@ -23,14 +23,14 @@ def upstream(broker, **more) -> dict:
 
 
 def publish_until(pub, sub, topic: str, timeout: float = 15) -> None:
-    """Publishes until one arrives: when links are back is the binary's affair."""
+    """Publishes until one message arrives, because a client cannot see when the links are back."""
     count = 0
 
     def once() -> bool:
         nonlocal count
         pub.publish(topic, f"probe-{count}", 0)
         count += 1
-        # Another message proves nothing of this publisher's link.
+        # A message of another publisher proves nothing about this publisher's link.
         while not sub.incoming.empty():
             if sub.incoming.get().topic == topic:
                 return True
@@ -42,7 +42,7 @@ def publish_until(pub, sub, topic: str, timeout: float = 15) -> None:
 
 
 @pytest.mark.parametrize("how", (signal.SIGTERM, signal.SIGKILL), ids=("remembers", "forgets"))
-def test_broker_away_and_back(own_broker, own_edge, client, how):
+def test_clients_stay_while_the_broker_is_away(own_broker, own_edge, client, how):
     broker = own_broker()
     edge = own_edge(broker.url, ("tcp", "ws", "quic"), upstream=upstream(broker)).start()
     topic = fresh()
@@ -55,7 +55,7 @@ def test_broker_away_and_back(own_broker, own_edge, client, how):
     broker.stop(how)
     if how == signal.SIGKILL:
         broker.forget()
-    # While it is away: everyone stays, is answered, and a publish waits.
+    # While the broker is away, all clients stay connected and are answered, and a publish waits.
     mids = [pub.publish(f"{topic}/a", f"away-{n}", 1, wait=False) for n in range(5)]
     with Raw(edge["tcp"].port) as raw:
         assert raw.connect(fresh("new")).reason == 0
@@ -65,8 +65,8 @@ def test_broker_away_and_back(own_broker, own_edge, client, how):
     broker.start()
     for mid in mids:
         pub.wait_published(mid, 20)
-    # Subscribed before: what the broker takes now arrives. Those that waited arrive too, unless the broker
-    # had them before it knew our filters again (which is the recorded gap of one that forgets).
+    # The subscriptions are older, so messages that the broker takes now arrive. Waiting messages arrive too, unless the broker
+    # got them before it knew the filters again (the recorded gap of a broker that forgets).
     publish_until(pub, subs[0], f"{topic}/a")
     for n in range(3):
         pub.publish(f"{topic}/b", f"after-{n}")
@@ -99,13 +99,13 @@ def test_nothing_acknowledged_is_lost_over_a_broker_that_remembers(own_broker, o
     assert [t for i, t in enumerate(got) if t not in got[:i]] == [f"{n}" for n in range(60)]
 
 
-def test_first_start_without_a_broker(own_broker, own_edge, client):
+def test_tidegate_starts_without_a_broker(own_broker, own_edge, client):
     broker = own_broker()
     broker.stop()
     edge = own_edge(broker.url, upstream=upstream(broker, subscribe_wait="1s")).start()
     topic = fresh()
     one = client(edge)
-    # Held for a while, then granted with a gap on record.
+    # The SUBSCRIBE waits for a while and is then granted, and a gap is recorded.
     one.subscribe(topic)
     assert edge.http("/readyz")[0] == 200
     broker.start()
@@ -122,7 +122,7 @@ def test_subscribe_while_away_can_be_refused(own_broker, own_edge, client):
     edge.wait_metric("no link is up", lambda m: m.series("tidegate_upstream_link_up") and m.sum("tidegate_upstream_link_up") == 0)
     (code,) = one.subscribe(f"{topic}/new", expect=None)
     assert code >= 0x80
-    # A filter already held is granted at once.
+    # A filter that was granted before is granted at once.
     one.subscribe(f"{topic}/held", expect=[1])
 
 
@@ -149,7 +149,7 @@ def test_a_restarted_process_never_delivers_by_anothers_identifiers(own_broker, 
             allowed = re.compile(rf"^{re.escape(base)}/new/{round_}/")
             foreign = [m.topic for m in seen if not allowed.match(m.topic)]
             assert not foreign, foreign[:5]
-            # Each message is under a filter of the client's own, and not twice.
+            # Each message matches one of the client's own filters and comes once.
             assert len({(m.topic, m.payload) for m in seen}) == len(seen)
             new.close()
     finally:
@@ -158,7 +158,7 @@ def test_a_restarted_process_never_delivers_by_anothers_identifiers(own_broker, 
 
 
 def flood_broker(port: int, base: str, stop: threading.Event) -> None:
-    """Publishes straight at the broker, to old and to new topics alike."""
+    """Publishes directly at the broker, to old and to new topics."""
     with Raw(port) as raw:
         raw.connect(fresh("flood"))
         count = 0
@@ -186,7 +186,7 @@ def test_restart_answers_session_present_truthfully(own_broker, own_edge, client
     assert not client(edge, "tcp", me, clean=False, expiry=300).session_present
 
 
-def test_over_tls_to_the_broker(own_broker, own_edge, client, tmp_path):
+def test_links_use_tls_to_the_broker(own_broker, own_edge, client, tmp_path):
     theirs = certs.make(tmp_path / "theirs", "broker")
     broker = own_broker(tls=theirs)
     edge = own_edge(broker.tls_url, upstream={"servers": [broker.tls_url], "tls": {"ca": str(theirs.ca)}}).start()
@@ -198,7 +198,7 @@ def test_over_tls_to_the_broker(own_broker, own_edge, client, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ("ca", "name", "date"))
-def test_wrong_certificate_of_the_broker(own_broker, own_edge, client, tmp_path, wrong):
+def test_a_wrong_certificate_of_the_broker_is_logged_and_clients_stay(own_broker, own_edge, client, tmp_path, wrong):
     theirs = certs.make(tmp_path / "theirs", "broker", names="DNS:elsewhere.example" if wrong == "name" else "DNS:localhost,IP:127.0.0.1", days="-1" if wrong == "date" else "30")
     other = certs.make(tmp_path / "other")
     broker = own_broker(tls=theirs)
@@ -207,7 +207,7 @@ def test_wrong_certificate_of_the_broker(own_broker, own_edge, client, tmp_path,
     line = edge.wait_log({"ca": r"(?i)unknown ?issuer|unknown ca|not trusted", "name": r"(?i)certificate.*(name|not valid for)", "date": r"(?i)expired"}[wrong])
     assert re.search(r"(?i)certificate|tls", line), line
     edge.wait_metric("a metric counts it", lambda m: any(v > 0 for n, labels, v in m.samples if re.search(r"upstream|link", n) and re.search(r"tls|certificate", f"{n} {labels}")))
-    # Clients do not feel it: they connect, subscribe, are answered.
+    # Clients do not notice the fault: they connect, subscribe and are answered.
     topic = fresh()
     one = client(edge)
     one.subscribe(topic)
@@ -229,7 +229,7 @@ def test_the_second_server_is_tried(own_broker, own_edge, client):
     assert one.next().text == "x"
 
 
-def test_a_broker_with_a_password(own_broker, own_edge, client, tmp_path):
+def test_links_log_in_with_a_password(own_broker, own_edge, client, tmp_path):
     import subprocess
 
     passwords = tmp_path / "passwords"
@@ -245,7 +245,7 @@ def test_a_broker_with_a_password(own_broker, own_edge, client, tmp_path):
     one.subscribe(topic)
     one.publish(topic, "x")
     assert one.next().text == "x"
-    # Wrong: said in the log, and clients stay.
+    # A wrong password appears in the log, and clients stay connected.
     secret.write_text("wrong\n")
     edge.stop()
     one.abandon()
@@ -273,7 +273,7 @@ def test_flaps_cost_the_broker_nothing(own_broker, own_edge, client, way, full):
     pub.publish(f"{topic}/all", "start")
     for one, _, _ in subs:
         assert one.next().text == "start"
-    # What the subscribing itself brought about, fetches of retained messages too, is over.
+    # The effects of subscribing, fetches of retained messages among them, are over.
     quiet(broker)
     since = broker.mark()
     published = 1
@@ -293,14 +293,14 @@ def test_flaps_cost_the_broker_nothing(own_broker, own_edge, client, way, full):
         pub.publish(f"{topic}/all", f"live-{flap}")
         published += 2
         for one, kind, before in subs:
-            # What was not acknowledged when the line was cut comes again, and says so; the
+            # Messages that were not acknowledged before the cut come again with DUP; the
             # acknowledgement may be lost in several cuts, one after the other.
             got = [m.text for m in one.until(f"live-{flap}") if not (m.dup and m.text in before)]
             before |= {f"gap-{flap}", f"live-{flap}"}
-            # The gap of a clean-session client is its own to lose.
+            # A client with a clean session loses the messages of the gap.
             assert got == ([f"gap-{flap}"] if kind.get("clean") is not True else []), got
     lines = broker.service.lines(since)
-    assert not [l for l in lines if "New client connected" in l or "SUBSCRIBE" in l], "the broker heard of a flap"
+    assert not [l for l in lines if "New client connected" in l or "SUBSCRIBE" in l], "the broker noticed a flap"
     wait_until("the broker's log has all", lambda: len(published_on_all(broker, since, topic)) >= published - 1)
     assert len(published_on_all(broker, since, topic)) == published - 1
     assert edge.metrics().sum("tidegate_flaps_absorbed_total") >= 5 * count // 2
@@ -363,8 +363,8 @@ POISON = {
 
 
 @pytest.mark.parametrize("what", POISON)
-def test_a_packet_the_broker_punishes_is_its_senders_affair(own_broker, own_edge, client, what):
-    """The links are shared: whatever a client sends, others' messages go on, and the sender is told."""
+def test_a_packet_that_the_broker_punishes_affects_only_its_sender(own_broker, own_edge, client, what):
+    """The links are shared: whatever a client sends, other clients' messages go on, and the sender gets an answer."""
     broker = own_broker()
     edge = own_edge(broker.url, upstream=upstream(broker, data_links=1, publish_links=1)).start()
     topic = fresh()
@@ -377,11 +377,11 @@ def test_a_packet_the_broker_punishes_is_its_senders_affair(own_broker, own_edge
         for n in range(20):
             other.publish(f"{topic}/other", f"{n}")
             assert other.next().text == f"{n}"
-        # Told: by an acknowledgement of whatever reason, or by a DISCONNECT that says why.
+        # The answer is an acknowledgement with any reason code, or a DISCONNECT with a reason.
         if answered:
             answer = raw.recv()
             assert answer.kind in (wire.PUBACK, wire.SUBACK, wire.DISCONNECT), answer
             assert answer.kind != wire.DISCONNECT or answer.reason >= 0x80
     wait_until("the broker's log has the last", lambda: len([l for l in broker.received("PUBLISH") if f"{topic}/other" in l]) == 20)
-    # A link may have been lost while finding out which packet it was, not again and again.
+    # A link may have been lost while Tidegate found the packet, but not again and again.
     assert len(broker.connects()) <= 3 + 4, broker.connects()

@@ -1,4 +1,4 @@
-"""One Tidegate before another: the broker is reached over WebSocket."""
+"""One Tidegate before another: links over WebSocket to the broker."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
 
 @pytest.mark.parametrize("transport", ["ws", "wss", "tls", "tcp"])
-def test_a_broker_behind_each_way(transport, own_edge, client, pki):
+def test_a_broker_behind_each_transport(transport, own_edge, client, pki):
     inner = own_edge("embedded:", (transport,), upstream={"servers": ["embedded:"]}).start()
     port = inner[transport].port
     url = {"ws": "ws://localhost:{}/mqtt", "wss": "wss://localhost:{}/mqtt", "tls": "mqtts://localhost:{}", "tcp": "mqtt://localhost:{}"}[transport].format(port)
-    # The inner one hides what is below its own probes' topic.
+    # The inner Tidegate hides messages below the topic of its own probes.
     upstream = {"servers": [url], "probe_topic": "outer/probe"} | QUICK
     if transport in ("wss", "tls"):
         upstream["tls"] = {"ca": str(pki.ca)}
@@ -35,10 +35,10 @@ def test_a_broker_behind_each_way(transport, own_edge, client, pki):
     assert one.next().text == "shared"
     inner.stop()
     outer.wait_log(r"Link to the broker (ended|is down)")
-    assert not one.ended.is_set() and not two.ended.is_set(), "clients feel nothing of it"
+    assert not one.ended.is_set() and not two.ended.is_set(), "a client was disconnected"
 
 
-def test_a_wrong_path_is_said(own_edge):
+def test_a_wrong_path_is_logged(own_edge):
     inner = own_edge("embedded:", ("ws",), upstream={"servers": ["embedded:"]}).start()
     outer = own_edge("x", upstream={"servers": [f"ws://127.0.0.1:{inner['ws'].port}/nowhere"]} | QUICK).start()
     assert "404" in outer.wait_log(r"Link to the broker is down")

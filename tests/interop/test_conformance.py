@@ -1,4 +1,4 @@
-"""Statements of the standards that no other test is about; each names its own."""
+"""Statements of the standards that no other test covers; each test names its statement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
 @pytest.fixture
 def before(own_broker, own_edge):
-    """An edge before a mosquitto with lines of its own."""
+    """A Tidegate before a mosquitto with additional configuration lines."""
 
     def make(extra: str = "", of_listener: str = "", **upstream):
         broker = own_broker(extra=extra, of_listener=of_listener)
@@ -30,7 +30,7 @@ def before(own_broker, own_edge):
 
 @pytest.mark.parametrize("retain", (False, True))
 @pytest.mark.parametrize("version", (5, 4))
-def test_will_retain(edge, client, retain, version):
+def test_a_will_is_retained_if_it_says_so(edge, client, retain, version):
     """[MQTT-3.1.2-14] and -15; of 3.1.1 [MQTT-3.1.2-16] and -17."""
     topic, watcher = fresh(), client(edge)
     watcher.subscribe(topic)
@@ -63,7 +63,7 @@ def test_an_idle_link_pings_within_its_keep_alive(before, protocol):
 
 
 def test_the_brokers_keep_alive_overrides_ours(before):
-    """[MQTT-3.1.2-21], [MQTT-3.2.2-21]: mosquitto says Server Keep Alive."""
+    """[MQTT-3.1.2-21], [MQTT-3.2.2-21]: mosquitto sends Server Keep Alive."""
     broker, edge = before("max_keepalive 10\n", keepalive="60s")
     since = broker.mark()
     wait_until("d0 pings", lambda: [l for l in broker.received("PINGREQ", since) if l.endswith("-d0")], 20)
@@ -72,7 +72,7 @@ def test_the_brokers_keep_alive_overrides_ours(before):
 
 @pytest.mark.parametrize("version", (5, 4))
 @pytest.mark.parametrize("name", ("a", "0", "Z", "0123456789abcdefghijklm", "nopqrstuvwxyzABCDEFGHIJ", "KLMNOPQRSTUVWXYZ0123456"))
-def test_client_identifiers_of_letters_and_digits(edge, version, name):
+def test_client_identifiers_of_letters_and_digits_are_accepted(edge, version, name):
     """[MQTT-3.1.3-5]."""
     with Raw(edge["tcp"].port, version=version) as raw:
         assert raw.connect(name).reason == 0
@@ -106,7 +106,7 @@ def test_an_unknown_level_is_answered_with_return_code_1(edge):
         assert connack.kind == wire.CONNACK and connack.body[:2] == b"\x00\x01"
 
 
-def test_a_broker_that_says_session_present_to_a_new_session(own_edge):
+def test_a_broker_with_session_present_for_a_new_session_loses_the_link(own_edge):
     """[MQTT-3.2.2-4]: the link closes."""
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -133,7 +133,7 @@ def test_a_broker_that_says_session_present_to_a_new_session(own_edge):
         server.close()
 
 
-def test_a_broker_without_quality_two(before, client):
+def test_a_broker_without_qos_2_gets_qos_1(before, client):
     """[MQTT-3.2.2-9] to [MQTT-3.2.2-12]."""
     _, edge = before(of_listener="max_qos 1\n")
     one, old = client(edge), client(edge, version=4)
@@ -153,13 +153,13 @@ def test_a_broker_without_quality_two(before, client):
     assert one.until_marker(one, topic) == []
 
 
-def test_a_broker_without_retained_messages(before, client):
+def test_a_broker_without_retained_messages_gets_no_retain_flag(before, client):
     """[MQTT-3.2.2-13], [MQTT-3.2.2-14]."""
     broker, edge = before("retain_available false\n")
     one, old, topic = client(edge), client(edge, version=4), fresh()
     assert one.connack_props.RetainAvailable == 0
     one.subscribe(topic)
-    # A 3.1.1 client cannot be told; its publish goes on without RETAIN.
+    # A 3.1.1 client cannot be answered with a reason; its publish is forwarded without RETAIN.
     old.publish(topic, "old", retain=True)
     assert one.next().text == "old"
     assert [l for l in broker.received("PUBLISH") if topic in l and ", r0," in l]
@@ -169,7 +169,7 @@ def test_a_broker_without_retained_messages(before, client):
     assert edge.metrics().sum("tidegate_upstream_link_disconnects_total") == 0
 
 
-def test_what_grows_above_the_brokers_maximum_packet_size(before, client):
+def test_a_publish_that_grows_above_the_brokers_maximum_packet_size_is_not_sent(before, client):
     """[MQTT-3.2.2-15]: a 3.1.1 publish grows on its way to a 5 broker by what No Local needs."""
     _, edge = before("max_packet_size 2000\n")
     one, topic = client(edge), fresh()
@@ -217,7 +217,7 @@ def test_our_disconnect_has_no_session_expiry_interval(edge):
 
 
 @pytest.mark.parametrize("qos", (1, 2))
-def test_what_a_client_refused_does_not_come_again(edge, client, qos):
+def test_a_delivery_that_a_client_refused_does_not_come_again(edge, client, qos):
     """[MQTT-4.4.0-2]."""
     name, topic, pub = fresh("x"), fresh(), client(edge)
     with Raw(edge["tcp"].port) as raw:
@@ -235,7 +235,7 @@ def test_what_a_client_refused_does_not_come_again(edge, client, qos):
         assert raw.recv().payload == b"next"
 
 
-def test_members_of_a_group_get_their_own_quality(edge, client):
+def test_members_of_a_group_get_their_own_qos(edge, client):
     """[MQTT-4.8.2-3]."""
     topic, pub = fresh(), client(edge)
     members = {level: client(edge) for level in (0, 1)}
@@ -255,7 +255,7 @@ def test_members_of_a_group_get_their_own_quality(edge, client):
     assert all(m.qos == level for level, all_of in got.items() for m in all_of) and all(got.values())
 
 
-def test_quality_two_of_a_group_dies_with_its_members_session(edge, client):
+def test_a_qos_2_delivery_of_a_group_ends_with_its_members_session(edge, client):
     """[MQTT-4.8.2-5]."""
     topic, pub, other = fresh(), client(edge), client(edge)
     with Raw(edge["tcp"].port) as raw:
@@ -269,7 +269,7 @@ def test_quality_two_of_a_group_dies_with_its_members_session(edge, client):
     assert other.until_marker(pub, topic) == []
 
 
-def test_the_newest_retained_message_counts_whatever_its_quality(edge, client):
+def test_the_newest_retained_message_counts_whatever_its_qos(edge, client):
     """[MQTT-3.3.1-7] of 3.1.1."""
     topic, pub = fresh(), client(edge, version=4)
     pub.publish(topic, "first", 1, retain=True)
@@ -282,7 +282,7 @@ def test_the_newest_retained_message_counts_whatever_its_quality(edge, client):
 
 
 @pytest.mark.parametrize("protocol", ("5", "3.1.1"))
-def test_links_say_goodbye_last(before, protocol):
+def test_a_links_last_packet_is_disconnect(before, protocol):
     """[MQTT-3.14.4-1], [MQTT-3.14.4-2] of 3.1.1: DISCONNECT is a link's last packet."""
     broker, edge = before(protocol=protocol)
     since = broker.mark()

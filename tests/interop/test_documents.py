@@ -15,7 +15,7 @@ EXAMPLES = [
     for page in PAGES
     for n, text in enumerate(re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.M | re.S), 1)
 ]
-# An example shows a part of a configuration, and names files of the reader's.
+# An example shows a part of a configuration and names files of the reader.
 LACKS = [
     "cannot be read",
     "no [[tls]] is named",

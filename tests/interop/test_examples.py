@@ -1,4 +1,4 @@
-"""The programs in examples/, run as a newcomer runs them."""
+"""The programs in examples/, started as a newcomer starts them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def run(*command: str, **more) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_python_example_tells_its_story(edge):
+def test_the_python_example_prints_its_steps(edge):
     lines = run(sys.executable, str(ROOT / "examples" / "flap.py"), "127.0.0.1", str(edge["tcp"].port))
     assert [line.removeprefix("phone: ") for line in lines if line.startswith("phone")][-4:] == STORY
 
 
-def test_the_node_example_tells_its_story(edge, tmp_path):
-    # Beside the modules that it imports, as `npm install mqtt` puts them.
+def test_the_node_example_prints_its_steps(edge, tmp_path):
+    # The program lies beside the modules that it imports, as `npm install mqtt` puts them.
     shutil.copy(ROOT / "examples" / "flap.mjs", tmp_path)
     (tmp_path / "node_modules").symlink_to(MODULES)
     lines = run("node", str(tmp_path / "flap.mjs"), f"ws://127.0.0.1:{edge['ws'].port}/mqtt")

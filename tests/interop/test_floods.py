@@ -1,4 +1,4 @@
-"""Floods: memory stays under its budgets, the metrics say what went, and who behaves gets all."""
+"""Floods: memory stays under its budgets, the metrics count dropped messages, and clients that behave get all messages."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from harness.phone import Phone
 from harness.process import PATIENCE, wait_until
 from harness.raw import Raw, frame
 
-# One at a time: they measure memory and delay.
+# These tests run one at a time: they measure memory and delay.
 pytestmark = pytest.mark.xdist_group("floods")
 
 MIB = 1 << 20
-# Allocator slack, tables of sessions and connections: what growth may exceed the named budgets by.
+# Memory may exceed the named budgets by this: allocator slack, tables of sessions and connections.
 SLACK = 48 * MIB
 
 
 def high_socket() -> socket.socket:
-    """A socket whose number is out of the way: paho waits with select(), which ends at 1,024."""
+    """A socket with a high descriptor: paho waits with select(), which ends at 1,024."""
     low = socket.socket()
     high = socket.socket(fileno=fcntl.fcntl(low.fileno(), fcntl.F_DUPFD_CLOEXEC, 1024))
     low.close()
@@ -46,7 +46,7 @@ class Crowd:
             for one in names[first : first + window]:
                 sock = high_socket()
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                # Small, so that a client that does not read is soon felt.
+                # A small buffer, so that the server soon notices a client that does not read.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
                 sock.connect(("127.0.0.1", port))
                 sock.sendall(wire.connect(one, version=version, **connect))
@@ -100,8 +100,8 @@ def flood(port: int, topics: list[str], rounds: int, payload: bytes, qos: int = 
     return sent
 
 
-def test_a_flood_to_detached_sessions(own_broker, own_edge, full):
-    """Every session's queue could hold it, all together cannot: the least recently connected lose theirs first."""
+def test_a_flood_to_detached_sessions_stays_under_the_budget(own_broker, own_edge, full):
+    """Each session's queue could hold the flood, all together cannot: the least recently connected sessions lose their messages first."""
     count = 10_000 if full else 400
     budget = 64 * MIB if full else 4 * MIB
     broker = own_broker(quiet=True)
@@ -129,7 +129,7 @@ def test_a_flood_to_detached_sessions(own_broker, own_edge, full):
     assert dropped >= sent * 0.5 and waiting + dropped == sent, (sent, waiting, dropped)
     assert waiting >= budget * 0.7 / len(payload), "much less kept than the budget allows"
     assert edge.service.rss_bytes() - before <= budget + SLACK
-    # Those that connected last have kept theirs; the first have not.
+    # Clients that connected last have kept their messages; the first have not.
     last = [len(come_back(port, one)) for one in names[-20:]]
     first = [len(come_back(port, one)) for one in names[:20]]
     assert sum(last) >= 0.9 * 20 * rounds, f"the last connected kept {last} of {rounds} each, the first {first}"
@@ -143,7 +143,7 @@ def come_back(port: int, me: str) -> list[bytes]:
         got = []
         raw.send(wire.PING)
         quiet = False
-        # Deliveries come in windows; a PINGRESP after an acknowledged window says that there is no more.
+        # Deliveries come in windows; a PINGRESP after an acknowledged window shows that the queue is empty.
         while True:
             packet = raw.recv()
             if packet.kind == wire.PUBLISH:
@@ -181,8 +181,8 @@ class Peak:
         return self.most
 
 
-def test_attached_clients_that_do_not_read(own_broker, own_edge, client, full):
-    """They fill their sockets and their queues, not the process; a reader beside them gets everything in time."""
+def test_attached_clients_that_do_not_read_stay_under_the_budget(own_broker, own_edge, client, full):
+    """Their messages fill sockets and queues, not the process; a client that reads gets everything in time."""
     count = 1000 if full else 60
     budget = 16 * MIB
     broker = own_broker(quiet=True)
@@ -211,7 +211,7 @@ def test_attached_clients_that_do_not_read(own_broker, own_edge, client, full):
     assert not worker.is_alive()
     now = peak.stop()
     assert now["queue_bytes"] <= budget * 1.02, now
-    # Beside the queues: what is encoded ahead of each socket.
+    # Beside the queues, each socket has some bytes encoded ahead.
     assert now["rss"] - before <= budget + count * 128 * 1024 + SLACK, now
     assert sorted(latency)[len(latency) // 2] < 0.5 * PATIENCE, latency
     dropped = edge.metrics()
@@ -220,8 +220,8 @@ def test_attached_clients_that_do_not_read(own_broker, own_edge, client, full):
     edge.assert_sane()
 
 
-def test_websockets_that_do_not_read(own_broker, own_edge):
-    """What a WebSocket is not read of waits in the session, under its budget, and not in frames; nor do answers to pings pile up."""
+def test_websockets_that_do_not_read_stay_under_the_budget(own_broker, own_edge):
+    """Unread messages of a WebSocket wait in the session, under its budget, and not in frames; answers to pings do not pile up."""
     count, budget = 12, 8 * MIB
     broker = own_broker(quiet=True)
     edge = own_edge(broker.url, ("tcp", "ws", "wss"), memory={"max": "2GiB", "queues": f"{budget}"}).start()
@@ -237,10 +237,10 @@ def test_websockets_that_do_not_read(own_broker, own_edge):
     for _ in range(5):
         stalled[0].send_bytes(pings)
     now = peak.stop()
-    # Unbounded it would be three times as much, each client having copies of its own in its frames.
+    # Without a bound it would be three times as much, since each client's frames are copies of their own.
     assert count * 2 * rounds * len(payload) > 3 * (budget + SLACK)
     assert now["queue_bytes"] <= budget * 1.02 and now["rss"] - before <= budget + SLACK, now
-    # Who reads again gets whole packets, at the place where it was.
+    # A client that reads again gets whole packets, from where it stopped.
     for raw in (stalled[0], stalled[-1]):
         for _ in range(16):
             packet = raw.recv()
@@ -263,7 +263,7 @@ def test_a_socket_that_takes_nothing_is_closed(own_broker, own_edge):
     edge = own_edge(broker.url, limits={"write_stall": "1s"}).start()
     port, topic = edge["tcp"].port, fresh()
     crowd = Crowd(port, [fresh("stalled")], keep_alive=0)
-    # QoS 0: nothing else than the socket holds it back.
+    # At QoS 0 only the socket limits deliveries.
     crowd.each(lambda n: wire.subscribe(1, (topic, 0)))
     flood(port, [topic], 1500, b"z" * 16384)
     edge.wait_metric("it is closed", lambda m: m.sum("tidegate_disconnects_total", reason="write_stall") >= 1, 15)
@@ -271,8 +271,8 @@ def test_a_socket_that_takes_nothing_is_closed(own_broker, own_edge):
 
 
 @pytest.mark.parametrize("version", (5, 4))
-def test_publishers_while_the_broker_is_away(own_broker, own_edge, client, version, full):
-    """What waits for the broker has a budget; past it MQTT 5 hears 0x97, 3.1.1 waits unread, QoS 0 goes; nothing acknowledged is lost."""
+def test_publishes_while_the_broker_is_away_stay_under_the_budget(own_broker, own_edge, client, version, full):
+    """Publishes that wait for the broker have a budget. Beyond it, MQTT 5 clients get 0x97, 3.1.1 clients are not read, QoS 0 is dropped, and no acknowledged message is lost."""
     count = 1000 if full else 50
     budget = 4 * MIB
     broker = own_broker(quiet=True)
@@ -298,7 +298,7 @@ def test_publishers_while_the_broker_is_away(own_broker, own_edge, client, versi
     flood(port, [f"{base}/zero"], 200, payload, qos=0)
     metrics = edge.wait_metric("QoS 0 is counted", lambda m: m if m.sum("tidegate_messages_dropped_total", reason="upstream") > 0 else None, 10)
     assert metrics.sum("tidegate_publishes_waiting_bytes") <= budget
-    # Nobody is disconnected, everyone's pings are answered.
+    # All clients stay connected, and their pings are answered.
     assert not sub.ended.is_set()
     # 3.x sockets may be left unread past their limit, so only MQTT 5 must answer now.
     if version == 5:
@@ -317,12 +317,12 @@ def test_publishers_while_the_broker_is_away(own_broker, own_edge, client, versi
     # Everything that was acknowledged arrives, once, each client's in order.
     sub_publish = client(edge)
     got = [(m.topic, m.payload[:8]) for m in sub.until_marker(sub_publish, f"{base}/end") if not m.topic.endswith("/zero")]
-    assert sorted(set(got)) == sorted(got), "some came twice"
+    assert sorted(set(got)) == sorted(got), "some messages came twice"
     assert set(got) >= accepted, f"{len(accepted - set(got))} acknowledged messages are lost"
     per = {}
     for topic, head in got:
         per.setdefault(topic, []).append(head)
-    assert all(v == sorted(v) for v in per.values()), "out of order"
+    assert all(v == sorted(v) for v in per.values()), "messages of one client came out of order"
     crowd.close()
     edge.assert_sane()
 
@@ -407,8 +407,8 @@ class Publishers:
             raise AssertionError(f"publisher {n} got {packet}")
 
 
-def test_per_session_limits(own_broker, own_edge, client):
-    """queue_messages_max and queue_bytes_max of one session: the oldest go, counted by reason."""
+def test_a_sessions_queue_limits_drop_the_oldest_messages(own_broker, own_edge, client):
+    """queue_messages_max and queue_bytes_max of one session: the oldest messages are dropped and counted by reason."""
     broker = own_broker(quiet=True)
     edge = own_edge(broker.url, session={"queue_messages_max": 10, "queue_bytes_max": "64KiB"}).start()
     port, topic = edge["tcp"].port, fresh()
@@ -433,7 +433,7 @@ def test_per_session_limits(own_broker, own_edge, client):
 
 
 @pytest.mark.parametrize("policy,expected", [("newest", [0, 1, 2]), ("end_session", None)])
-def test_other_policies_of_a_full_queue(own_broker, own_edge, client, policy, expected):
+def test_a_full_queue_follows_its_policy(own_broker, own_edge, client, policy, expected):
     broker = own_broker(quiet=True)
     edge = own_edge(broker.url, session={"queue_messages_max": 3, "queue_full": policy}).start()
     port, topic, me = edge["tcp"].port, fresh(), fresh("id")
@@ -453,7 +453,7 @@ def test_other_policies_of_a_full_queue(own_broker, own_edge, client, policy, ex
 
 
 def test_handshakes_are_limited_and_block_nobody(own_broker, own_edge, client):
-    """Half-said TLS handshakes of one address past all that it can have: others are served at once, and in time so is it."""
+    """One address opens more TLS handshakes than it may have and finishes none: other addresses are served at once, and later this one, too."""
     broker = own_broker(quiet=True)
     edge = own_edge(broker.url, ("tcp", "tls", "wss", "quic"), limits={"handshakes_max": 40, "accept_deadline": "3s"}).start()
     here = client(edge)
@@ -490,7 +490,7 @@ def test_handshakes_are_limited_and_block_nobody(own_broker, own_edge, client):
 
 @pytest.mark.parametrize("way", ("tls", "wss", "ws"))
 def test_one_byte_a_second_ends_at_the_deadline(own_broker, own_edge, way):
-    """Not even who always says something keeps a handshake going."""
+    """A client that keeps sending does not extend the handshake's deadline."""
     edge = own_edge(own_broker(quiet=True).url, (way,), limits={"accept_deadline": "2s"}).start()
     said = b"GET /mqtt HTTP/1.1\r\nHost: x\r\n" if way == "ws" else b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
     with socket.create_connection(("127.0.0.1", edge[way].port), 1) as sock:
@@ -516,7 +516,7 @@ def try_connect(port: int) -> bool:
         return False
 
 
-def test_connections_max(own_broker, own_edge):
+def test_connections_beyond_connections_max_are_refused(own_broker, own_edge):
     broker = own_broker(quiet=True)
     edge = own_edge(broker.url, limits={"connections_max": 5}).start()
     port = edge["tcp"].port

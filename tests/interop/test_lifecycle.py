@@ -1,4 +1,4 @@
-"""Starting, refusing to start, stopping, and the other commands."""
+"""The binary starts, refuses to start, stops, and runs its other commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.process import Service, run, wait_until
 from harness.raw import Closed, Raw
 
 
-def test_sigterm_drains(own_broker, own_edge, client):
+def test_sigterm_drains_connections(own_broker, own_edge, client):
     broker = own_broker()
     edge = own_edge(broker.url, TRANSPORTS).start()
     topic = fresh()
@@ -36,7 +36,7 @@ def test_sigterm_drains(own_broker, own_edge, client):
     for one in fours:
         one.wait_ended()
     assert edge.service.wait_exit() == 0
-    # In memory mode it says what ends with the process.
+    # In memory mode the log names the sessions that end with the process.
     said = edge.service.text(since, "err")
     assert re.search(r"session", said) and re.search(r"\b7\b", said), said
     with pytest.raises(OSError):
@@ -49,7 +49,7 @@ def test_sigint_is_a_clean_end_too(own_broker, own_edge):
 
 
 def test_drain_has_a_deadline(own_broker, own_edge, client):
-    """A client that neither reads nor closes holds nothing up."""
+    """A client that neither reads nor closes does not delay the end."""
     edge = own_edge(own_broker().url, drain={"grace": "1s"}).start()
     with Raw(edge["tcp"].port) as raw:
         raw.connect(fresh("id"))
@@ -72,7 +72,7 @@ def test_every_bound_address_is_printed(edge):
     assert edge["wss"].url.endswith("/mqtt") and edge["quic"].url.startswith("quic://")
 
 
-def test_two_listeners_of_a_kind(own_broker, own_edge, client, pki):
+def test_two_listeners_of_one_transport_both_serve(own_broker, own_edge, client, pki):
     names = [listener("ws", "ws-one"), listener("ws", "ws-two", path="/other"), listener("quic", "q-one"), listener("quic", "q-two")]
     edge = own_edge(own_broker().url, listeners=names).start()
     topic = fresh()
@@ -99,7 +99,7 @@ acl = "open"
 [admin]
 bind = "127.0.0.1:0"
 """
-# What is wrong -> (text, the line it is on, what the message must name).
+# The fault -> (text, its line, the words that the message must contain).
 WRONG = {
     "not TOML": (BASE + "x = = 1\n", 14, ()),
     "unknown key": (BASE + "[limits]\npacket_maxx = 1\n", 15, ("packet_maxx", "packet_max")),
@@ -127,7 +127,7 @@ WRONG = {
 
 @pytest.mark.parametrize("command", ("run", "check"))
 @pytest.mark.parametrize("what", WRONG)
-def test_configuration_errors(tmp_path, what, command):
+def test_configuration_errors_name_the_line(tmp_path, what, command):
     text, line, names = WRONG[what]
     file = tmp_path / "wrong.toml"
     file.write_text(text)
@@ -147,12 +147,12 @@ def test_inert_values_are_accepted(tmp_path):
     assert tidegate("check", "--config", file).returncode == 0
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_configuration_exits_with_64(tmp_path):
     done = tidegate("run", "--config", tmp_path / "none.toml")
     assert done.returncode == 64 and "none.toml" in done.stderr
 
 
-def test_wrong_usage():
+def test_wrong_usage_exits_with_64():
     assert tidegate("run", "--no-such-flag").returncode == 64
     assert tidegate("no-such-command").returncode == 64
     assert tidegate("--help").returncode == 0
@@ -160,7 +160,7 @@ def test_wrong_usage():
 
 
 @pytest.mark.parametrize("transport", ("tcp", "wss", "quic"))
-def test_a_taken_port(own_broker, tmp_path, pki, transport):
+def test_a_taken_port_is_named(own_broker, tmp_path, pki, transport):
     kind = socket.SOCK_DGRAM if transport == "quic" else socket.SOCK_STREAM
     with socket.socket(socket.AF_INET, kind) as holder:
         holder.bind(("127.0.0.1", 0))
@@ -176,7 +176,7 @@ def test_a_taken_port(own_broker, tmp_path, pki, transport):
         assert str(port) in done.stderr, done.stderr
 
 
-def test_an_open_acl_must_be_said_off_loopback(tmp_path, pki):
+def test_an_open_acl_beyond_loopback_must_be_explicit(tmp_path, pki):
     table = config("mqtt://127.0.0.1:1", pki, ("tcp",), auth={"mode": "anonymous"})
     del table["auth"]["acl"]
     table["listeners"][0]["bind"] = "0.0.0.0:0"
@@ -189,7 +189,7 @@ def test_an_open_acl_must_be_said_off_loopback(tmp_path, pki):
     assert tidegate("check", "--config", file).returncode == 0
 
 
-def test_check_says_what_it_would_cost(tmp_path, pki):
+def test_check_prints_memory_and_connections(tmp_path, pki):
     file = tmp_path / "good.toml"
     file.write_text(toml(config("mqtt://127.0.0.1:1", pki)))
     done = tidegate("check", "--config", file)
@@ -197,7 +197,7 @@ def test_check_says_what_it_would_cost(tmp_path, pki):
     assert re.search(r"(?i)memory", done.stdout) and re.search(r"(?i)connections", done.stdout), done.stdout
 
 
-def test_check_says_when_files_are_few(tmp_path, pki):
+def test_check_warns_about_a_low_open_file_limit(tmp_path, pki):
     file = tmp_path / "good.toml"
     file.write_text(toml(config("mqtt://127.0.0.1:1", pki, limits={"connections_max": 100000})))
     done = run(["bash", "-c", f"ulimit -n 1024 && exec {BINARY} check --config {file}"])
@@ -208,8 +208,8 @@ def test_check_says_when_files_are_few(tmp_path, pki):
     assert re.search(r"(?i)open-file limit.*LimitNOFILE", done.stdout + done.stderr), done.stdout + done.stderr
 
 
-def test_few_files_lower_the_cap_and_disturb_nobody(own_broker, own_edge):
-    """A lower cap with one warning; a flood of connections leaves those that are in alone."""
+def test_a_low_open_file_limit_lowers_the_cap_and_disturbs_no_client(own_broker, own_edge):
+    """The cap is lower, with one warning; a flood of connections does not disturb connected clients."""
     edge = own_edge(own_broker().url, limits={"connections_max": 100000})
     edge.service = Service("tidegate", ["bash", "-c", f"ulimit -n 300 && exec {BINARY} run --config {edge.file}"], cwd=edge.directory)
     edge.service.wait_line("^ready$", 20, stream="out")
@@ -218,8 +218,8 @@ def test_few_files_lower_the_cap_and_disturb_nobody(own_broker, own_edge):
     crowded(edge, 400)
 
 
-def test_no_file_left_at_accept(own_broker, own_edge):
-    """EMFILE itself: the limit is taken away under a running process."""
+def test_accept_survives_emfile(own_broker, own_edge):
+    """EMFILE itself: the limit of a running process is lowered."""
     edge = own_edge(own_broker().url).start()
     with Raw(edge["tcp"].port) as first:
         first.connect(fresh("first"))
@@ -231,7 +231,7 @@ def test_no_file_left_at_accept(own_broker, own_edge):
 
 
 def crowded(edge, count: int) -> None:
-    """So many connections come that not all can be taken; one that is in does not notice, and later there is room."""
+    """More connections come than can be accepted; a connected client does not notice, and later there is room."""
     with Raw(edge["tcp"].port) as old:
         old.connect(fresh("old"))
         many = []
@@ -261,7 +261,7 @@ def crowded(edge, count: int) -> None:
     edge.assert_sane()
 
 
-def test_certs_makes_what_run_and_clients_need(tmp_path, own_broker, own_edge, client):
+def test_certs_makes_files_that_run_and_clients_accept(tmp_path, own_broker, own_edge, client):
     done = tidegate("certs", "--out", tmp_path / "certs")
     assert done.returncode == 0, done.stderr
     made = certs.Pki(*(tmp_path / "certs" / f for f in ("ca.pem", "edge.pem", "edge.key")))
@@ -278,16 +278,16 @@ def test_certs_makes_what_run_and_clients_need(tmp_path, own_broker, own_edge, c
         one.publish(topic, transport)
         assert one.next().text == transport
         one.close()
-    # Existing files are not overwritten without a word.
+    # Existing files are not overwritten silently.
     before = made.cert.read_bytes()
     again = tidegate("certs", "--out", tmp_path / "certs")
     assert again.returncode != 0 or made.cert.read_bytes() == before, "overwritten"
 
 
-# They take the default ports.
+# These tests use the default ports.
 @pytest.mark.xdist_group("defaults")
-def test_without_a_config(tmp_path):
-    """The first run: embedded broker, loopback, a throw-away certificate, addresses and what to type next."""
+def test_the_first_run_needs_no_configuration(tmp_path):
+    """The first run: embedded broker, loopback, a throw-away certificate, addresses and the next commands to type."""
     service = Service("tidegate", [BINARY, "run"], cwd=tmp_path)
     try:
         service.wait_line("^ready$", 30, stream="out")
@@ -303,8 +303,8 @@ def test_without_a_config(tmp_path):
         assert run(["mosquitto_pub", "-p", str(tcp.port), "-t", topic, "-q", "1", "-m", "hello"]).returncode == 0
         assert sub.wait_exit() == 0
         assert "hello" in sub.lines(stream="out")
-        # A second one finds the default ports taken, by the first or by us: free ones are chosen,
-        # and that is said.
+        # A second process finds the default ports taken, by the first or by the test: it chooses free ones
+        # and says so.
         taken = [hold(port) for port in (1883, 8083) if port not in {e.port for e in said.values()}]
         second = Service("tidegate", [BINARY, "run"], cwd=tmp_path)
         try:
@@ -321,7 +321,7 @@ def test_without_a_config(tmp_path):
 
 
 def hold(port: int) -> socket.socket:
-    """Takes a port once whoever has it lets go."""
+    """Takes a port as soon as its owner has released it."""
     one = socket.socket()
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
@@ -337,10 +337,10 @@ def hold(port: int) -> socket.socket:
     return one
 
 
-# They take the default ports.
+# These tests use the default ports.
 @pytest.mark.xdist_group("defaults")
 def test_a_line_that_is_printed_can_be_typed(tmp_path):
-    """The mosquitto_sub line of the first run, taken as it is."""
+    """The mosquitto_sub line of the first run works unchanged."""
     service = Service("tidegate", [BINARY, "run"], cwd=tmp_path)
     try:
         service.wait_line("^ready$", 30, stream="out")
@@ -360,7 +360,7 @@ def test_a_line_that_is_printed_can_be_typed(tmp_path):
         assert service.stop() == 0
 
 
-def test_logs_as_json(own_broker, own_edge):
+def test_logs_can_be_json(own_broker, own_edge):
     edge = own_edge(own_broker().url, log={"level": "info", "format": "json"}).start()
     me = fresh("id")
     with Raw(edge["tcp"].port) as raw:
@@ -382,7 +382,7 @@ def test_client_strings_are_escaped_in_logs(own_broker, own_edge):
         assert not line.startswith("FAKE") and "\x1b[31mFAKE" not in line and len(line) < 2000, line[:200]
 
 
-def test_one_line_for_each_event(edge, client, way):
+def test_each_event_logs_one_line(edge, client, way):
     me = fresh("id")
     line = way(edge, "ws")
     since = edge.mark()
@@ -393,7 +393,7 @@ def test_one_line_for_each_event(edge, client, way):
     three = client(edge, "wss", me, clean=False, expiry=300)
     three.close()
     two.abandon()
-    # The last of them, with all that came before.
+    # The last line, and all lines before it.
     edge.wait_log(rf'Connection ended.*{me}.*listener="wss"', since)
     lines = edge.service.grep(me, since, "err")
     assert 5 <= len(lines) <= 12, "\n".join(lines)

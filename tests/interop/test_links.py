@@ -1,4 +1,4 @@
-"""What one link meets is nobody else's trouble: poison, failover, another of the same name."""
+"""Trouble on one link does not affect other clients: poison publishes, failover, a second node of the same name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.process import wait_until
 QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
 
-def test_a_publish_that_the_broker_closes_the_link_for(own_broker, own_edge, client):
+def test_a_publish_that_makes_the_broker_close_the_link_is_quarantined(own_broker, own_edge, client):
     """An MQTT 3.1.1 broker cannot announce its largest packet: it closes the connection."""
     broker = own_broker(extra="max_packet_size 4000\n")
     upstream = {"servers": [broker.url], "protocol": "3.1.1", "publish_links": 1} | QUICK
@@ -25,7 +25,7 @@ def test_a_publish_that_the_broker_closes_the_link_for(own_broker, own_edge, cli
     mids += [good.publish(f"{topic}/good", f"after-{n}", wait=False) for n in range(20)]
     for mid in mids:
         good.wait_published(mid)
-    # MQTT 5 is told; for 3.1.1 an acknowledgement is all there is.
+    # An MQTT 5 client gets a reason code; a 3.1.1 client gets just an acknowledgement.
     assert bad.wait_published(poison[0]) == 0x83
     old.wait_published(poison[1])
     got = []
@@ -55,7 +55,7 @@ def test_all_links_go_to_the_next_server_together(own_broker, own_edge, client):
     wait_until("the links are at the second", everywhere(second))
     pub.publish(f"{topic}/a", "over the second")
     assert one.next().text == "over the second"
-    # A server that is back is no reason to leave one that serves.
+    # The links stay at a server that serves, even when the first is back.
     first.start()
     pub.publish(f"{topic}/a", "still")
     assert one.next().text == "still"
@@ -70,9 +70,9 @@ def test_all_links_go_to_the_next_server_together(own_broker, own_edge, client):
 
 
 @pytest.mark.parametrize("broker", ("mosquitto", "mosquitto 3.1.1", "says why"))
-def test_a_second_process_of_the_same_name_is_said(own_broker, own_edge, broker):
+def test_a_second_process_of_the_same_name_is_logged(own_broker, own_edge, broker):
     if broker == "says why":
-        # DISCONNECT with Session taken over: ours does that, mosquitto only closes.
+        # Tidegate sends DISCONNECT with Session taken over; mosquitto only closes the connection.
         far = own_edge("embedded:", ("tcp",)).start()
         url = f"mqtt://127.0.0.1:{far['tcp'].port}"
     else:
@@ -87,7 +87,7 @@ def test_a_second_process_of_the_same_name_is_said(own_broker, own_edge, broker)
 
 
 def test_publish_links_are_added_while_the_window_limits(own_broker, own_edge, client):
-    """A far broker with a window of 20: 50 ms each way of 30 clients' publishes."""
+    """30 clients publish to a distant broker, 50 ms away in each direction, with a window of 20."""
     broker = own_broker()
     far = Cable(broker.port, delay=0.05)
     try:
@@ -97,7 +97,7 @@ def test_publish_links_are_added_while_the_window_limits(own_broker, own_edge, c
         wait_until("two links", lambda: len(up()) == 2)
         idle = [link for link in edge.api("/api/v1/links")["links"] if link["state"] == "idle"]
         assert {link["name"] for link in idle} == {"s0"} | {f"p{n}" for n in range(2, 8)}
-        # One that is not needed yet is not one that is down.
+        # A link that is not needed yet does not count as down.
         assert {labels["link"] for labels, _ in edge.metrics().series("tidegate_upstream_link_up")} == {"d0", "d1", "p0", "p1", "r0"}
         topic = fresh()
         sub = client(edge)
@@ -114,7 +114,7 @@ def test_publish_links_are_added_while_the_window_limits(own_broker, own_edge, c
             return len(up()) > 3
 
         wait_until("more links", more, 60, 0)
-        # What was idle moves over, and each client's order holds.
+        # Idle clients move to the new link, and each client's order holds.
         seen: dict[str, int] = {}
         for m in sub.take(sent * 30, 30):
             assert int(m.text) >= seen.get(m.topic, 0)

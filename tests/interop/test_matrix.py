@@ -1,4 +1,4 @@
-"""Which of MQTT's semantics hold through Tidegate in front of which broker. The table in the documents is made by this run."""
+"""Checks which of MQTT's semantics hold through Tidegate before each broker. The run makes the table in the documents."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = {
 }
 DEFAULT = ["embedded", "mosquitto", "mosquitto3"]
 TIER = list(NAMES) if os.environ.get("TIDEGATE_FULL") == "1" else DEFAULT
-# What a broker does not have cannot hold before it.
+# Semantics that a broker lacks cannot hold before it.
 MISSING = {
     "mosquitto3": {"No Local": "refused", "RETAIN as published": "no", "user properties": "no", "message expiry at the broker": "no"},
     "rabbitmq": {
@@ -52,7 +52,7 @@ MISSING = {
 
 
 class Bench:
-    """One Tidegate before one broker, with clients to try things."""
+    """One Tidegate before one broker, with clients for the checks."""
 
     def __init__(self, name: str, directory: Path, pki):
         self.name = name
@@ -231,7 +231,7 @@ def expiry(bench: Bench) -> str:
 
 
 def resumed(bench: Bench) -> str:
-    """A client that was away gets what came, in order, once."""
+    """A client that was away gets the messages of that time, in order, once."""
     name, pub, topic = fresh("r"), bench.client(), fresh()
     one = bench.client(client_id=name, expiry=300)
     one.subscribe((topic, 1))
@@ -290,8 +290,8 @@ CHECKS = {
 
 @pytest.mark.xdist_group("matrix")
 @pytest.mark.parametrize("name", TIER)
-def test_semantics_before(name, tmp_path, pki):
-    """The column of the table in the documents says exactly what was seen. TIDEGATE_WRITE_TABLE=1 writes the column."""
+def test_semantics_before_each_broker_match_the_documents(name, tmp_path, pki):
+    """The column of the table in the documents equals the results of this run. TIDEGATE_WRITE_TABLE=1 writes the column."""
     bench = Bench(name, tmp_path, pki)
     try:
         seen = {}

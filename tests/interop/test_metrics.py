@@ -1,4 +1,4 @@
-"""The admin listener: a scrape that Prometheus' own tool finds nothing wrong with, health, and the read-only API."""
+"""The admin listener: a scrape that Prometheus' own tool accepts, health, and the read-only API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPECTED = {
 }
 
 
-def test_promtool_has_no_complaint(edge, client):
+def test_promtool_accepts_the_scrape(edge, client):
     topic = fresh()
     for transport in ("tcp", "wss", "quic"):
         one = client(edge, transport)
@@ -37,7 +37,7 @@ def test_promtool_has_no_complaint(edge, client):
     assert done.returncode == 0 and done.stdout + done.stderr == "", done.stdout + done.stderr
 
 
-def test_the_names_are_there_and_labels_are_bounded(edge, client):
+def test_metrics_exist_and_their_labels_are_bounded(edge, client):
     client_id, topic = fresh("secretclient"), fresh("secrettopic")
     one = client(edge, "ws", client_id)
     one.subscribe(topic)
@@ -52,7 +52,7 @@ def test_the_names_are_there_and_labels_are_bounded(edge, client):
     assert len(metrics.samples) < 2000
 
 
-def test_counts_are_true(own_broker, own_edge, client, way):
+def test_counters_match_the_traffic(own_broker, own_edge, client, way):
     broker = own_broker()
     edge = own_edge(broker.url, ("tcp", "ws")).start()
     topic, me = fresh(), fresh("id")
@@ -73,18 +73,18 @@ def test_counts_are_true(own_broker, own_edge, client, way):
     assert metrics.sum("tidegate_flaps_absorbed_total") == 1
     assert metrics.sum("tidegate_messages_received_total", qos="1") == 4
     edge.wait_metric("four are delivered", lambda m: m.sum("tidegate_messages_delivered_total", qos="1") == 4)
-    # As many CONNECTs and SUBSCRIBEs as the broker itself counts.
+    # The counts of CONNECT and SUBSCRIBE equal those of the broker itself.
     assert metrics.sum("tidegate_upstream_connects_total") == len(broker.connects())
     assert metrics.sum("tidegate_upstream_subscribes_total") >= 2
 
 
-def test_health(edge):
+def test_health_and_readiness_answer(edge):
     assert edge.http("/healthz")[0] == 200
     assert edge.http("/readyz")[0] == 200
     assert edge.http("/nothing")[0] == 404
 
 
-def test_sessions_api(edge, client):
+def test_the_sessions_api_shows_no_payload(edge, client):
     ids = sorted(fresh("api") for _ in range(5))
     made = [client(edge, "ws", one, expiry=300) for one in ids]
     topic = fresh()
@@ -102,7 +102,7 @@ def test_sessions_api(edge, client):
     assert len(json.dumps(links)) > 20
 
 
-def test_sessions_api_pages(own_broker, own_edge):
+def test_the_sessions_api_is_paged(own_broker, own_edge):
     edge = own_edge(own_broker().url).start()
     ids = {f"page-{n:03}" for n in range(25)}
     held = []

@@ -1,4 +1,4 @@
-"""mosquitto_sub and mosquitto_pub, as a user would type them."""
+"""mosquitto_sub and mosquitto_pub, called as a user would type them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sub():
 
 
 @pytest.mark.parametrize("transport,version", list(itertools.product(WIRES, VERSIONS)))
-def test_every_qos_each_way(edge, sub, transport, version):
+def test_every_qos_arrives_in_both_directions(edge, sub, transport, version):
     topic = fresh()
     one = sub(edge, transport, "-V", version, "-q", "2", "-t", f"{topic}/#", "-C", "6")
     for qos in (0, 1, 2):
@@ -56,20 +56,20 @@ def test_every_qos_each_way(edge, sub, transport, version):
 
 
 @pytest.mark.parametrize("transport,version", [("tcp", "mqttv31"), ("tcp", "mqttv311"), ("tls", "mqttv5")])
-def test_retained_is_there_for_those_who_come_later(edge, sub, transport, version):
+def test_later_subscribers_get_retained_messages(edge, sub, transport, version):
     topic = fresh()
     pub(edge, transport, "-V", version, "-q", "1", "-r", "-t", f"{topic}/a", "-m", "kept")
     first = sub(edge, transport, "-V", version, "-q", "1", "-t", f"{topic}/#", subscribed=False)
     first.wait_line(rf"^GOT {topic}/a 1 1 kept$")
-    # A second one, while the first is still subscribed: the broker sends no replay for a filter it knows.
+    # A second client subscribes while the first is still subscribed: the broker sends no replay for a filter it knows.
     second = sub(edge, transport, "-V", version, "-q", "1", "-t", f"{topic}/#", subscribed=False)
     second.wait_line(rf"^GOT {topic}/a 1 1 kept$")
-    # Live messages have no RETAIN flag, and nobody saw the other's replay.
+    # Live messages have no RETAIN flag, and neither client saw the other's replay.
     pub(edge, transport, "-V", version, "-q", "1", "-r", "-t", f"{topic}/a", "-m", "new")
     for one in (first, second):
         one.wait_line(rf"^GOT {topic}/a 1 0 new$")
         assert len(one.grep("^GOT")) == 2
-    # An empty payload takes it away.
+    # An empty payload removes the retained message.
     pub(edge, transport, "-V", version, "-q", "1", "-r", "-t", f"{topic}/a", "-n")
     third = sub(edge, transport, "-V", version, "-q", "1", "-t", f"{topic}/#")
     pub(edge, transport, "-V", version, "-q", "1", "-t", f"{topic}/b", "-m", "end")
@@ -78,7 +78,7 @@ def test_retained_is_there_for_those_who_come_later(edge, sub, transport, versio
 
 
 @pytest.mark.parametrize("transport,version", list(itertools.product(WIRES, VERSIONS)))
-def test_will_when_killed_none_when_leaving(edge, sub, transport, version):
+def test_a_killed_client_leaves_a_will_and_a_disconnecting_one_does_not(edge, sub, transport, version):
     topic = fresh()
     watcher = sub(edge, transport, "-V", version, "-q", "1", "-t", f"{topic}/will/#")
 
@@ -106,7 +106,7 @@ def test_will_when_killed_none_when_leaving(edge, sub, transport, version):
 
 
 @pytest.mark.parametrize("transport,version", [("tcp", "mqttv311"), ("tls", "mqttv5"), ("tcp", "mqttv31")])
-def test_session_kept_between_two_runs(edge, sub, transport, version):
+def test_a_session_lasts_between_two_runs(edge, sub, transport, version):
     topic, me = fresh(), fresh("id")[-20:]
     keep = ["-V", version, "-i", me, "-c", "-q", "1", "-t", topic] + (["-x", "300"] if version == "mqttv5" else [])
     first = sub(edge, transport, *keep)
@@ -119,7 +119,7 @@ def test_session_kept_between_two_runs(edge, sub, transport, version):
     assert [line.split()[-1] for line in again.grep("^GOT")] == [f"m{n}" for n in range(5)]
 
 
-def test_large_payload(edge, sub, tmp_path):
+def test_a_large_payload_arrives_whole(edge, sub, tmp_path):
     topic = fresh()
     file = tmp_path / "large"
     file.write_text("x" * 900_000)

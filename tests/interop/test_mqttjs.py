@@ -1,4 +1,4 @@
-"""MQTT.js in Node and in headless Chromium: its defaults flap, and the broker hears nothing of it."""
+"""MQTT.js in Node and in headless Chromium: it flaps with its defaults, and the broker does not notice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.js import Agent, chromium, url
 from harness.names import fresh
 from harness.process import wait_until
 
-# One browser and one Node for all of them.
+# All tests share one browser and one Node.
 pytestmark = pytest.mark.xdist_group("js")
 
 
@@ -54,10 +54,10 @@ def test_defaults_with_clean_true_flap_and_resubscribe(edge, broker, client, way
         line.cut()
         node.wait("close", me, since=at)
         node.wait("connect", me, since=at)
-        # MQTT.js subscribes again by itself and does not say when; what is published until then is its to lose.
+        # MQTT.js subscribes again by itself and does not report it; it may lose messages published before.
         arrived = publish_until_seen(node, pub, me, f"{topic}/{n}", at)
         assert arrived
-    # The broker's own log: five flaps were not one packet.
+    # By the broker's own log, five flaps caused not a single packet.
     assert broker.connects(quiet_since) == []
     assert [l for l in broker.service.lines(quiet_since) if topic in l and re.search(r"SUBSCRIBE", l)] == []
     assert not [l for l in broker.service.lines(quiet_since) if re.search(r"^\S* *" + re.escape(topic), l)]
@@ -78,7 +78,7 @@ def publish_until_seen(node, pub, me, topic, at) -> bool:
 
 
 @pytest.mark.parametrize("transport", ("tcp", "ws", "wss"))
-def test_sessions_in_node(edge, client, way, node, transport):
+def test_sessions_resume_in_node(edge, client, way, node, transport):
     topic, me = fresh(), fresh("js")
     line = way(edge, transport)
     session = options(line, clientId=me, clean=False, resubscribe=False, properties={"sessionExpiryInterval": 300})
@@ -106,8 +106,8 @@ def test_sessions_in_node(edge, client, way, node, transport):
     node.wait("ended", me)
 
 
-def test_a_page_in_chromium_over_wss(edge, broker, client, way, browser):
-    """Connects, subscribes, publishes, is cut off, resumes: nothing lost, in order, once."""
+def test_a_page_in_chromium_resumes_over_wss(edge, broker, client, way, browser):
+    """The page connects, subscribes, publishes, is cut off and resumes: every message arrives once, in order."""
     topic, me = fresh(), fresh("page")
     line = way(edge, "wss")
     session = in_page(line, clientId=me, clean=False, resubscribe=False, properties={"sessionExpiryInterval": 300})
@@ -130,13 +130,13 @@ def test_a_page_in_chromium_over_wss(edge, broker, client, way, browser):
         line.line.plug()
         assert browser.wait("connect", me, since=at)["sessionPresent"] is True
         browser.wait("message", me, since=at, payload=f"{flap}-4")
-        # What the cut took the acknowledgement of comes again, marked.
+        # Messages with an acknowledgement lost in the cut come again with DUP.
         got = [m for m in browser.events("message", me, at) if m["payload"].startswith(f"{flap}-")]
         first = [m["payload"] for n, m in enumerate(got) if m["payload"] not in [o["payload"] for o in got[:n]]]
         assert first == [f"{flap}-{n}" for n in range(5)]
         assert all(m["dup"] for n, m in enumerate(got) if m["payload"] in [o["payload"] for o in got[:n]])
         assert broker.connects(quiet_since) == [] and not [l for l in broker.service.lines(quiet_since) if topic in l and "SUBSCRIBE" in l]
-    # The browser's own idea of being offline, for new connections as well.
+    # The browser's own offline mode also blocks new connections.
     at = browser.do("offline", value=True)
     line.cut()
     browser.wait("close", me, since=at)
@@ -148,8 +148,8 @@ def test_a_page_in_chromium_over_wss(edge, broker, client, way, browser):
     browser.wait("ended", me)
 
 
-def test_a_page_with_the_defaults_of_mqttjs(edge, client, way, browser):
-    """clean: true, a client id of its own making, MQTT 3.1.1, subscribing again by itself; over ws."""
+def test_a_page_with_the_defaults_of_mqttjs_flaps_and_resubscribes(edge, client, way, browser):
+    """The defaults are clean: true, a generated client id and MQTT 3.1.1; MQTT.js subscribes again by itself, over ws."""
     topic, me = fresh(), fresh("page")
     line = way(edge, "ws")
     browser.do("connect", client=me, url=url(line), options={"reconnectPeriod": 50})
@@ -166,8 +166,8 @@ def test_a_page_with_the_defaults_of_mqttjs(edge, client, way, browser):
     browser.wait("ended", me)
 
 
-def test_what_a_page_learns_of_a_refusal(edge, own_edge, broker, way, browser):
-    """From MQTT a reason code, from WebSocket a close code with words, from a refused handshake nothing but 1006."""
+def test_a_page_learns_the_reason_of_a_refusal(edge, own_edge, broker, way, browser):
+    """A page gets a reason code from MQTT, a close code with text from WebSocket, and only 1006 from a refused handshake."""
     line = way(edge, "ws")
     at = browser.do("socket", client="text", url=url(line), send="not MQTT")
     assert browser.wait("open", "text", since=at)["extensions"] == ""

@@ -1,4 +1,4 @@
-"""paho-mqtt: MQTT 5 features end to end, over every transport that has bytes."""
+"""paho-mqtt: MQTT 5 features end to end, over every transport."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 
 @each_transport
 @pytest.mark.parametrize("version", (4, 5))
-def test_three_qos_in_order(edge, client, transport, version):
+def test_messages_of_each_qos_arrive_in_order(edge, client, transport, version):
     topic = fresh()
     sub, pub = client(edge, transport, version=version), client(edge, transport, version=version)
     sub.subscribe((f"{topic}/#", 2))
@@ -48,7 +48,7 @@ def test_properties_round_trip(edge, client, transport):
     assert not hasattr(got.props, "SubscriptionIdentifier") and not hasattr(got.props, "TopicAlias")
 
 
-def test_message_expiry_is_counted_down_and_expired_messages_go(edge, client, way):
+def test_message_expiry_counts_down_and_expired_messages_are_dropped(edge, client, way):
     topic, me = fresh(), fresh("id")
     line = way(edge)
     sub = client(edge, via=line, client_id=me, expiry=300)
@@ -58,7 +58,7 @@ def test_message_expiry_is_counted_down_and_expired_messages_go(edge, client, wa
     pub = client(edge)
     pub.publish(topic, "short", 1, MessageExpiryInterval=1)
     pub.publish(topic, "long", 1, MessageExpiryInterval=60)
-    # Real time has to pass here: expiry is in whole seconds.
+    # Real time must pass here, because expiry is in whole seconds.
     time.sleep(2.2)
     back = client(edge, client_id=me, clean=False, expiry=300)
     assert back.session_present
@@ -66,8 +66,8 @@ def test_message_expiry_is_counted_down_and_expired_messages_go(edge, client, wa
     assert only.text == "long" and 50 <= only.props.MessageExpiryInterval <= 58
 
 
-def test_topic_aliases_from_the_client(edge, client):
-    """paho sends none by itself: this speaks them by hand and reads what comes out with paho."""
+def test_topic_aliases_from_the_client_are_resolved(edge, client):
+    """paho never sends topic aliases, so the test sends hand-made packets and receives with paho."""
     topic = fresh()
     sub = client(edge)
     sub.subscribe(f"{topic}/#")
@@ -83,7 +83,7 @@ def test_topic_aliases_from_the_client(edge, client):
     assert not any(hasattr(m.props, "TopicAlias") for m in got)
 
 
-def test_topic_aliases_to_the_client(edge, client):
+def test_topic_aliases_to_the_client_name_the_right_topics(edge, client):
     """Within the client's maximum the server may use them; each message's topic must be right all the same."""
     topic = fresh()
     pub = client(edge)
@@ -114,12 +114,12 @@ def alias_of(packet) -> int | None:
     at = 2 + int.from_bytes(raw[:2], "big") + (2 if packet.qos else 0)
     size, at = wire.read_varint(raw, at)
     props = raw[at : at + size]
-    # Only an alias can be there: the publisher sets no property.
+    # The only possible property is an alias, since the publisher sets none.
     return int.from_bytes(props[1:3], "big") if props[:1] == b"\x23" else None
 
 
 @pytest.mark.parametrize("version", (4, 5))
-def test_retained_and_none(edge, client, version):
+def test_a_retained_message_comes_only_where_there_is_one(edge, client, version):
     topic = fresh()
     pub = client(edge, version=version)
     pub.publish(f"{topic}/a", "kept", 1, retain=True)
@@ -128,11 +128,11 @@ def test_retained_and_none(edge, client, version):
         one.subscribe(f"{topic}/#")
         got = one.next()
         assert (got.text, got.retain, got.topic) == ("kept", True, f"{topic}/a")
-    # Where there is none, none comes, at the first asking and at the second.
+    # A topic without a retained message yields none, at the first and at the second SUBSCRIBE.
     for one in (first, second):
         one.subscribe(f"{topic}/none/+")
         assert one.until_own_marker(pub, f"{topic}/b") == []
-    # Another's fetch is not seen: `first` gets nothing when `second` asks again.
+    # A client does not see another's fetch: `first` gets no message when `second` subscribes again.
     second.subscribe(f"{topic}/#")
     assert [m.text for m in second.until_own_marker(pub, f"{topic}/b")] == ["kept"]
     first.until_own_marker(pub, f"{topic}/b")
@@ -140,7 +140,7 @@ def test_retained_and_none(edge, client, version):
 
 
 @pytest.mark.parametrize("handling,first,again", [(0, 1, 1), (1, 1, 0), (2, 0, 0)])
-def test_retain_handling(edge, client, handling, first, again):
+def test_retain_handling_is_obeyed(edge, client, handling, first, again):
     topic = fresh()
     pub, sub = client(edge), client(edge)
     pub.publish(topic, "kept", 1, retain=True)
@@ -149,7 +149,7 @@ def test_retain_handling(edge, client, handling, first, again):
         assert [m.text for m in sub.until_marker(pub, topic)] == ["kept"] * expected
 
 
-def test_retain_as_published(edge, client):
+def test_retain_as_published_is_obeyed(edge, client):
     topic = fresh()
     pub, plain, asis = client(edge), client(edge), client(edge)
     plain.subscribe(topic)
@@ -161,14 +161,14 @@ def test_retain_as_published(edge, client):
     pub.publish(topic, "", 1, retain=True)
 
 
-def test_no_local(edge, client):
+def test_no_local_hides_the_clients_own_messages(edge, client):
     topic = fresh()
     me, other = client(edge), client(edge)
     me.subscribe(topic, noLocal=True)
     me.publish(topic, "mine")
     other.publish(topic, "theirs")
     assert me.next().text == "theirs"
-    # An identical message of another is not one's own.
+    # An identical message of another client is not the client's own.
     me.publish(topic, "same")
     other.publish(topic, "same")
     assert [m.text for m in me.until_marker(other, topic)] == ["same"]
@@ -203,7 +203,7 @@ def test_subscription_identifiers_are_the_clients_own(edge, client):
 
 
 @pytest.mark.parametrize("first,second", [("tcp", "wss"), ("ws", "tcp"), ("quic", "ws"), ("tls", "quic"), ("wss", "wss")])
-def test_takeover(edge, client, first, second):
+def test_a_second_connection_takes_the_session_over(edge, client, first, second):
     me, topic = fresh("id"), fresh()
     old = client(edge, first, me, expiry=300, will={"topic": f"{topic}/will", "payload": "gone", "qos": 1})
     watcher = client(edge)
@@ -219,7 +219,7 @@ def test_takeover(edge, client, first, second):
     assert got in (["x"], ["gone", "x"], ["x", "gone"])
 
 
-def test_keepalive_timeout(edge, client):
+def test_a_silent_client_is_closed_after_its_keep_alive(edge, client):
     with Raw(edge["tcp"].port) as raw:
         since = edge.mark()
         me = fresh("id")
@@ -239,7 +239,7 @@ def test_pings_keep_a_quiet_client(edge, client):
 
 
 @each_transport
-def test_assigned_client_id(edge, client, transport):
+def test_the_server_assigns_a_client_id(edge, client, transport):
     one, two = client(edge, transport, ""), client(edge, transport, "")
     ids = [c.connack_props.AssignedClientIdentifier for c in (one, two)]
     assert all(ids) and ids[0] != ids[1]
@@ -247,7 +247,7 @@ def test_assigned_client_id(edge, client, transport):
     assert not hasattr(given.connack_props, "AssignedClientIdentifier")
 
 
-def test_empty_client_id_of_3_1_1(edge):
+def test_an_empty_client_id_of_3_1_1_needs_a_clean_session(edge):
     with Raw(edge["tcp"].port, version=4) as raw:
         assert raw.connect("", clean=True).reason == 0
     with Raw(edge["tcp"].port, version=4) as raw:
@@ -256,7 +256,7 @@ def test_empty_client_id_of_3_1_1(edge):
 
 
 @pytest.mark.parametrize("version", (4, 5))
-def test_session_present_is_true_to_fact(edge, client, version):
+def test_session_present_tells_the_truth(edge, client, version):
     me = fresh("id")
     keep = {"version": version} | ({"expiry": 300} if version == 5 else {})
 
@@ -267,7 +267,7 @@ def test_session_present_is_true_to_fact(edge, client, version):
         return one.session_present
 
     def left() -> None:
-        # DISCONNECT and the next CONNECT come on two connections: nothing orders them.
+        # DISCONNECT and the next CONNECT come on two connections, so their order is not fixed.
         def away() -> bool:
             status, body = edge.http(f"/api/v1/sessions/{me}")
             return status == 404 or not json.loads(body)["attached"]
@@ -303,7 +303,7 @@ def test_session_present_outlives_only_its_expiry(edge, client):
     assert not client(edge, client_id=me, clean=False, expiry=1).session_present
 
 
-def test_receive_maximum_is_kept(edge, client):
+def test_the_clients_receive_maximum_is_obeyed(edge, client):
     topic = fresh()
     pub = client(edge)
     with Raw(edge["tcp"].port) as raw:
@@ -323,7 +323,7 @@ def test_receive_maximum_is_kept(edge, client):
         assert seen == [f"{n}" for n in range(10)]
 
 
-def test_maximum_packet_size_of_the_client(edge, client):
+def test_the_clients_maximum_packet_size_is_obeyed(edge, client):
     topic = fresh()
     small, normal, pub = client(edge, packet_maximum=200), client(edge), client(edge)
     for one in (small, normal):
@@ -335,8 +335,8 @@ def test_maximum_packet_size_of_the_client(edge, client):
 
 
 @each_transport
-def test_quality_two_across_a_cut(edge, client, way, transport):
-    """A subscriber that is cut in the middle of many QoS 2 messages gets each once."""
+def test_qos_2_messages_arrive_once_across_a_cut(edge, client, way, transport):
+    """A subscriber that is cut in the middle of many QoS 2 messages gets each message once."""
     topic, me = fresh(), fresh("id")
     line = way(edge, transport)
     sub = client(edge, transport, me, via=line, expiry=300)
@@ -353,7 +353,7 @@ def test_quality_two_across_a_cut(edge, client, way, transport):
     assert [m.text for m in got + rest] == [f"{n}" for n in range(200)]
 
 
-def test_will_with_delay_cancelled_by_resume(edge, client, way):
+def test_a_resume_cancels_a_delayed_will(edge, client, way):
     topic, me = fresh(), fresh("id")
     watcher = client(edge)
     watcher.subscribe(f"{topic}/#")
@@ -365,7 +365,7 @@ def test_will_with_delay_cancelled_by_resume(edge, client, way):
     assert back.session_present
     time.sleep(2.5)
     assert watcher.until_marker(watcher, f"{topic}/end") == []
-    # And one that nobody cancels fires, once.
+    # A will that is not cancelled fires once.
     with Raw(edge["tcp"].port) as raw:
         raw.send(will_connect(fresh("id"), f"{topic}/will", 1))
         assert raw.recv().reason == 0
@@ -380,7 +380,7 @@ def will_connect(me: str, topic: str, delay: int) -> bytes:
     return wire.packet(wire.CONNECT, body)
 
 
-def test_unsubscribe(edge, client):
+def test_unsubscribe_ends_deliveries(edge, client):
     topic = fresh()
     sub, other, pub = client(edge), client(edge), client(edge)
     for one in (sub, other):

@@ -1,4 +1,4 @@
-"""Clients' coming and going told to the broker; flaps hidden."""
+"""Tidegate publishes clients' presence to the broker and hides flaps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.names import fresh
 
 @pytest.fixture
 def told(broker, own_edge, client):
-    """An edge that tells, and a client that listens to what it says."""
+    """A Tidegate that publishes presence, and a client that receives it."""
 
     def make(grace: str):
         base = fresh()
@@ -21,7 +21,7 @@ def told(broker, own_edge, client):
         name = fresh("watcher")
         watcher = client(edge, client_id=name)
         watcher.subscribe(f"{base}/+")
-        # Its own coming is told before anybody can listen, or just after.
+        # The watcher's own arrival is published just before or just after it subscribes.
         assert [m for m in watcher.until_marker(watcher, f"{base}/marker") if word(m) != (name, True)] == []
         way = links.Way(edge, "tcp")
         made.append(way)
@@ -41,7 +41,7 @@ def word(m) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("expiry", (0, 300))
-def test_each_coming_and_going_is_told(told, expiry):
+def test_each_arrival_and_departure_is_published(told, expiry):
     _, watcher, way, _ = told("0s")
     name = fresh("phone")
     one = paho.Paho(way, name, expiry=expiry)
@@ -72,7 +72,7 @@ def test_a_short_flap_is_hidden(told, client, kind):
         one = paho.Paho(way, name, will=will, **how)
     assert watcher.until_marker(watcher, f"{base}/marker") == []
     assert wills.until_marker(wills, topic) == []
-    # One that stays away is told once, with its will.
+    # The absence of a client that stays away is published once, with its will.
     began = time.monotonic()
     way.cut()
     one.abandon()
@@ -96,7 +96,7 @@ def test_a_session_that_ends_within_the_grace_keeps_its_will_until_then(told, cl
     one = paho.Paho(way, name, will=will, expiry=1)
     way.cut()
     one.abandon()
-    time.sleep(1.5)  # What is awaited is time itself: the session ends, the grace goes on.
+    time.sleep(1.5)  # Real time must pass: the session ends, the grace period goes on.
     one = paho.Paho(way, name, will=will, expiry=1)
     assert wills.until_marker(wills, topic) == []
     way.cut()
@@ -104,7 +104,7 @@ def test_a_session_that_ends_within_the_grace_keeps_its_will_until_then(told, cl
     assert wills.next().text == "gone"
 
 
-def test_a_name_that_cannot_be_part_of_a_topic_is_not_told(told):
+def test_a_name_that_cannot_be_part_of_a_topic_is_not_published(told):
     edge, watcher, way, _ = told("0s")
     paho.Paho(way, "a/b").close()
     name = fresh("phone")

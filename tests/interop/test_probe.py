@@ -1,4 +1,4 @@
-"""What Tidegate finds out about a broker, against mosquitto and the embedded broker with its quirks."""
+"""The probe's record of a broker, for mosquitto and for the embedded broker with its quirks."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_the_record_of_mosquitto_is_shown_everywhere(own_broker, own_edge, clien
     watcher = client(edge)
     watcher.subscribe(("#", 1))
     watcher.publish(fresh(), "end")
-    assert [m for m in watcher.until("end") if m.topic.startswith("tidegate/")] == [], "nothing is left of it"
+    assert [m for m in watcher.until("end") if m.topic.startswith("tidegate/")] == [], "a message of the probe was left behind"
 
 
-def test_a_mosquitto_as_it_comes_is_seen_whole(own_broker):
-    """Each of its answers waits 40 ms for our acknowledgement: the probe has time for that."""
+def test_the_record_of_an_unconfigured_mosquitto_is_complete(own_broker):
+    """Each of mosquitto's answers waits 40 ms for a TCP acknowledgement; the probe allows for that time."""
     broker = own_broker(extra="set_tcp_nodelay false\n")
     result = tidegate("probe", broker.url)
     record = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines() if "  " in line)
@@ -57,7 +57,7 @@ def test_a_probe_that_runs_is_not_shown_to_clients(own_broker, own_edge, client)
     direct = broker.mark()
     result = tidegate("probe", broker.url)
     assert result.returncode == 0, result.stderr
-    assert broker.service.grep(r"Received PUBLISH .*'tidegate/probe/", direct), "it went through the broker"
+    assert broker.service.grep(r"Received PUBLISH .*'tidegate/probe/", direct), "the probe did not pass through the broker"
     watcher.publish(fresh(), "end")
     assert [m.topic for m in watcher.until("end")] == []
 
@@ -72,7 +72,7 @@ def test_an_old_mosquitto_is_mapped_by_disjoint_placement(own_broker, own_edge):
     assert record["copies"] == "one" and record["overlap_qos"] == "lower", record
 
 
-def test_a_denied_probe_leads_to_the_worst_record(own_broker, own_edge, tmp_path, client):
+def test_a_denied_probe_leads_to_the_most_careful_record(own_broker, own_edge, tmp_path, client):
     acl = tmp_path / "acl"
     acl.write_text("pattern readwrite open/#\ntopic readwrite open/#\n")
     broker = own_broker(extra=f"acl_file {acl}\n")
@@ -88,7 +88,7 @@ def test_a_denied_probe_leads_to_the_worst_record(own_broker, own_edge, tmp_path
     assert one.next().text == "it works"
 
 
-def test_no_probe_if_it_is_off(own_broker, own_edge):
+def test_a_probe_that_is_off_is_not_sent(own_broker, own_edge):
     broker = own_broker()
     edge = own_edge(broker.url, upstream={"servers": [broker.url], "probe": "off"} | QUICK).start()
     edge.wait_metric("a link is up", lambda m: m.sum("tidegate_upstream_link_up") >= 1)

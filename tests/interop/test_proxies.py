@@ -1,4 +1,4 @@
-"""Behind nginx, HAProxy and headers by hand: the client's address, silence, health checks."""
+"""Tidegate behind nginx, HAProxy and hand-made headers: the client's address, silence, health checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEADLINE = 2.0
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory, broker, pki):
-    """Listeners that believe 127.0.0.1 and 127.0.0.16/28; clients come from other addresses of loopback."""
+    """Listeners that trust 127.0.0.1 and 127.0.0.16/28; clients come from other addresses of loopback."""
     trusted = {"trusted_proxies": [PROXY, "127.0.0.16/28"]}
     listeners = [listener(t, f"proxy-{t}", proxy_protocol="required", **trusted) for t in ("tcp", "tls", "ws", "wss")]
     listeners += [
@@ -70,11 +70,11 @@ def nginx(tmp_path_factory, behind):
 
 
 def connects_as(edge: Edge, raw: Raw, address: str) -> None:
-    """In the log at its begin and end, and in the API between."""
+    """Checks the address in the log at the begin and end of a connection, and in the API between."""
     me, since, shown = fresh("id"), edge.mark(), re.escape(address)
     assert raw.connect(me, expiry=0).reason == 0
     edge.wait_log(rf"Client connected.*client_id=\"?{me}\b.* peer={shown}\b", since)
-    # A port that was not told is not shown as one.
+    # Without a port in the header, the log shows none.
     assert edge.api(f"/api/v1/sessions/{me}")["peer"] == address
     raw.send(wire.BYE)
     raw.wait_closed()
@@ -85,13 +85,13 @@ def connects_as(edge: Edge, raw: Raw, address: str) -> None:
 
 
 @pytest.mark.parametrize("name", ("tcp", "tls", "ws", "wss"))
-def test_haproxy_with_the_proxy_protocol(behind, haproxy, name):
+def test_haproxy_passes_the_address_by_the_proxy_protocol(behind, haproxy, name):
     with Raw(haproxy.ports[name], name, ca=behind.pki.ca, source=CLIENT) as raw:
         connects_as(behind, raw, raw.address)
 
 
-def test_haproxy_with_x_forwarded_for(behind, haproxy):
-    """It adds a line of its own: what the client wrote comes before it."""
+def test_haproxy_passes_the_address_by_x_forwarded_for(behind, haproxy):
+    """HAProxy adds a header line of its own, after the client's."""
     with Raw(haproxy.ports["xff"], "ws", source=CLIENT, headers="X-Forwarded-For: 203.0.113.9\r\n") as raw:
         connects_as(behind, raw, f"{CLIENT}:0")
 
@@ -104,8 +104,8 @@ def test_haproxy_finds_it_healthy_and_the_log_stays_quiet(behind, haproxy):
     assert behind.service.grep(r"INFO.*(Handshake failed|Connection refused)", since) == []
 
 
-def test_nginx_with_x_forwarded_for(behind, nginx):
-    """It joins what the client wrote and what it knows in one line."""
+def test_nginx_passes_the_address_by_x_forwarded_for(behind, nginx):
+    """nginx appends the address to the client's own header line."""
     with Raw(nginx.port, "ws", source=CLIENT, headers="X-Forwarded-For: 203.0.113.9\r\nForwarded: for=203.0.113.9\r\n") as raw:
         connects_as(behind, raw, f"{CLIENT}:0")
 
@@ -116,7 +116,7 @@ def test_pings_keep_nginx_from_cutting_a_silent_client(behind, nginx):
             raw.connect(fresh("quiet"), keep_alive=0)
         began = time.monotonic()
         with pytest.raises(TimeoutError):
-            # Answers pings by itself, and gets nothing else.
+            # The client answers pings by itself and gets no other packet.
             pinged.recv(4.5)
         with pytest.raises(Closed):
             silent.recv(5)
@@ -125,7 +125,7 @@ def test_pings_keep_nginx_from_cutting_a_silent_client(behind, nginx):
         assert pinged.recv().kind == wire.PINGRESP
 
 
-def test_the_broker_is_told_the_client_s_address(behind, haproxy, broker):
+def test_the_broker_receives_the_clients_address(behind, haproxy, broker):
     topic = fresh()
     watcher = subprocess.Popen(["stdbuf", "-oL", "mosquitto_sub", "-p", str(broker.port), "-V", "5", "-t", topic, "-F", "%P", "-C", "1", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True)
     try:
@@ -140,10 +140,10 @@ def test_the_broker_is_told_the_client_s_address(behind, haproxy, broker):
         watcher.wait()
 
 
-# Headers by hand ------------------------------------------------------------
+# Hand-made headers ------------------------------------------------------------
 
 GOOD = {
-    # what -> (bytes, the address that is shown; None: the proxy's own)
+    # name -> (bytes, the shown address; None: the proxy's own)
     "version 1, IPv4": (line("198.51.100.7", 4711), "198.51.100.7:4711"),
     "version 1, IPv6": (line("2001:db8::7", 4711, "::1"), "[2001:db8::7]:4711"),
     "version 1, unknown": (b"PROXY UNKNOWN\r\n", None),
@@ -161,7 +161,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("what", GOOD)
-def test_a_header(behind, what):
+def test_a_header_shows_the_clients_address(behind, what):
     header, address = GOOD[what]
     with Raw(behind["proxy-tcp"].port, preamble=header) as raw:
         connects_as(behind, raw, address or raw.address)
@@ -169,7 +169,7 @@ def test_a_header(behind, what):
 
 @pytest.mark.parametrize("transport", ("tcp", "tls", "ws", "wss"))
 @pytest.mark.parametrize("header", (line("198.51.100.7", 4711), binary("198.51.100.7", 4711, tlvs=tlv(2, b"edge.example"))), ids=("v1", "v2"))
-def test_a_header_byte_by_byte_and_one_with_all_behind_it(behind, transport, header):
+def test_a_header_may_come_byte_by_byte_or_with_the_first_packets(behind, transport, header):
     port, ca = behind[f"proxy-{transport}"].port, behind.pki.ca
     with Raw(port, transport, ca=ca, preamble=header) as raw:
         connects_as(behind, raw, "198.51.100.7:4711")
@@ -181,7 +181,7 @@ def test_a_header_byte_by_byte_and_one_with_all_behind_it(behind, transport, hea
 
 
 class Slow:
-    """A way in that says the header byte by byte and passes on the rest."""
+    """A relay that sends the header byte by byte and passes the rest on."""
 
     def __init__(self, target: int, header: bytes):
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -215,7 +215,7 @@ class Slow:
 
 
 BAD = {
-    # what -> (bytes, what the log says)
+    # name -> (bytes, the text in the log)
     "none": (wire.connect("x"), "no PROXY protocol header"),
     "none but HTTP": (b"GET /healthz HTTP/1.1\r\n\r\n", "no PROXY protocol header"),
     "a line without end": (b"PROXY TCP4 " + b"1" * 200, "longer than 107"),
@@ -257,19 +257,19 @@ def refused(edge: Edge, name: str, say: bytes, pattern: str, source: str | None 
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_header_that_is_none(behind, what):
+def test_a_broken_header_is_refused(behind, what):
     say, pattern = BAD[what]
     refused(behind, "proxy-tcp", say, pattern)
 
 
-def test_a_stranger_is_turned_away(behind):
+def test_a_header_from_an_untrusted_address_is_refused(behind):
     refused(behind, "proxy-tcp", line("198.51.100.7", 1), "in none of trusted_proxies", STRANGER)
     with Raw(behind["proxy-tcp"].port, source="127.0.0.17", preamble=line("198.51.100.7", 4711)) as raw:
         connects_as(behind, raw, "198.51.100.7:4711")
 
 
 def test_a_header_has_the_accept_deadline(behind):
-    """Wherever it stops: nothing, half a line, half of version 2, nothing behind it."""
+    """The deadline holds wherever the header stops: before it, after half a line, after half of version 2, or behind it."""
     began = time.monotonic()
     slow = [Raw(behind["proxy-tcp"].port, preamble=say) for say in (b"", b"PROXY TCP4 198.51.100.7 1", binary("198.51.100.7", 1)[:20], line("198.51.100.7", 1))]
     for raw in slow:
@@ -279,10 +279,10 @@ def test_a_header_has_the_accept_deadline(behind):
 
 @pytest.mark.parametrize("header", (line("198.51.100.7", 1), binary("198.51.100.7", 1)), ids=("v1", "v2"))
 @pytest.mark.parametrize("name", ("plain", "plain-tls", "nobody"))
-def test_a_header_that_nobody_asked_for(behind, name, header):
+def test_an_unexpected_header_is_refused(behind, name, header):
     def attempt() -> str:
         with Raw(behind[name].port) as raw:
-            # What comes behind it in earnest.
+            # The bytes that follow the header.
             raw.send(header + b"GET /mqtt HTTP/1.1\r\nHost: x\r\n\r\n")
             try:
                 raw.wait_closed()
@@ -294,7 +294,7 @@ def test_a_header_that_nobody_asked_for(behind, name, header):
     assert 'proxy_protocol = "required"' in said.replace("\\", "")
 
 
-# HTTP headers by hand -------------------------------------------------------
+# Hand-made HTTP headers -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,9 +313,9 @@ def test_a_header_that_nobody_asked_for(behind, name, header):
         ("proxy-both", "X-Forwarded-For: 198.51.100.7", PROXY, "192.0.2.1:99"),
     ],
 )
-def test_headers_of_a_request(behind, name, header, source, shown):
+def test_headers_of_a_request_show_the_clients_address(behind, name, header, source, shown):
     transport = behind[name].transport
-    # Behind both: the balancer's word is for the proxy behind it, whose word is believed if it is trusted.
+    # Behind both: the balancer names the proxy behind it, and a trusted proxy's header names the client.
     preamble = line("192.0.2.1", 99) if name == "proxy-both" else b""
     with Raw(behind[name].port, transport, ca=behind.pki.ca, source=source, headers=f"{header}\r\n", preamble=preamble) as raw:
         assert raw.upgrade_status == 101, raw.upgrade
@@ -323,7 +323,7 @@ def test_headers_of_a_request(behind, name, header, source, shown):
     if name == "proxy-both":
         with Raw(behind[name].port, transport, headers=f"{header}\r\n", preamble=line("127.0.0.20", 99)) as raw:
             connects_as(behind, raw, "198.51.100.7:0")
-        # Where nothing is said of headers, who passes a connection on as it is has not looked at them.
+        # A proxy that passes connections on unchanged has not checked headers, so they count only where the configuration says so.
         with Raw(behind["proxy-ws"].port, transport, headers=f"{header}\r\n", preamble=line("127.0.0.20", 99)) as raw:
             connects_as(behind, raw, "127.0.0.20:99")
 
@@ -331,7 +331,7 @@ def test_headers_of_a_request(behind, name, header, source, shown):
 # Plain HTTP on a port of WebSocket ------------------------------------------
 
 REQUESTS = {
-    # what -> (request, status line, lines that must be there, what the log says; None: nothing at all)
+    # name -> (request, status line, required lines, the text in the log; None: no line at all)
     "health": ("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", "200 OK", [], None),
     "health over HTTP/1.0": ("GET /healthz HTTP/1.0\r\n\r\n", "200 OK", [], None),
     "HEAD of health": ("HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n", "200 OK", [], None),
@@ -349,7 +349,7 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("what", REQUESTS)
-def test_plain_http(edge, what):
+def test_plain_http_requests_are_answered(edge, what):
     request, status, lines, logged = REQUESTS[what]
 
     def attempt() -> str:
@@ -368,7 +368,7 @@ def test_plain_http(edge, what):
     if logged is not None:
         until_logged(edge, logged, attempt)
         return
-    # Told to nobody: the next line of the log is of another connection.
+    # The request is not logged: the next line of the log is about another connection.
     since, address = edge.mark(), attempt()
     with Raw(edge["ws"].port, "ws") as raw:
         raw.connect(me := fresh("next"))
@@ -395,7 +395,7 @@ def test_health_inside_tls_and_http_on_it_outside(edge):
         until_logged(edge, seen, attempt)
 
 
-def test_several_paths(behind):
+def test_several_paths_are_served(behind):
     for path, status in (("/mqtt", 101), ("/", 101), ("/ws", 404)):
         with Raw(behind["nobody"].port, "ws", path=path) as raw:
             assert raw.upgrade_status == status, path

@@ -1,4 +1,4 @@
-"""QUIC as aioquic speaks it: several streams, a changed address, a resumed ticket, ways to end."""
+"""QUIC with aioquic: several streams, a changed address, a resumed ticket, ways to end."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_a_second_stream_does_not_hang(relay):
         raw.connect(fresh("id"))
         raw.subscribe((topic, 1))
         (answer,) = call(exchange(*relay.second_stream(), wire.publish(topic, b"over the second", 1, 9)))
-        # Acknowledged on the stream of arrival, delivered on the one that subscribed.
+        # The server acknowledges on the stream of arrival and delivers on the stream of the subscription.
         assert (answer.kind, answer.packet_id) == (wire.PUBACK, 9)
         assert raw.recv().payload == b"over the second"
 
 
-def test_five_streams_at_once(relay, edge, client):
-    """What a NanoMQ client opens: subscriptions on one, publishes on others. Every one is answered, on whatever stream."""
+def test_five_streams_at_once_are_served(relay, edge, client):
+    """A NanoMQ client subscribes on one stream and publishes on others. Every packet is answered, on any stream."""
     topic = fresh()
     with Raw(relay.port) as raw:
         raw.connect(fresh("id"))
@@ -66,7 +66,7 @@ def test_five_streams_at_once(relay, edge, client):
         for n, (_, writer) in enumerate(streams[2:]):
             loop().call_soon_threadsafe(writer.write, wire.publish(topic, b"%d" % n, 1, 10 + n))
         wait_until("PUBACKs", lambda: {p.packet_id for p in answers if p.kind == wire.PUBACK} == {10, 11})
-        # An abandoned stream in the middle of a packet holds nothing up.
+        # A stream abandoned in the middle of a packet delays no other stream.
         loop().call_soon_threadsafe(streams[1][1].write, wire.publish(topic, b"never ends")[:5])
         client(edge).publish(topic, "from elsewhere")
         raw.send(wire.PING)
@@ -74,7 +74,7 @@ def test_five_streams_at_once(relay, edge, client):
 
 
 def test_the_address_may_change(relay):
-    """A NAT that forgets: the same connection from another port."""
+    """A NAT forgets its mapping: the same connection comes from another port."""
     with Raw(relay.port) as raw:
         raw.connect(fresh("id"))
         relay.rebind()
@@ -105,8 +105,8 @@ def test_ends_without_disconnect_fire_the_will(edge, client, how):
     assert watcher.next().text == "gone"
 
 
-def test_many_handshakes_that_lead_nowhere(edge, client):
-    """Clients that vanish in the middle: others come in as before."""
+def test_many_unfinished_handshakes_block_no_client(edge, client):
+    """Clients vanish in the middle of the handshake; others connect as before."""
 
     async def vanish_many():
         protocols = await asyncio.gather(*(dial(edge["quic"].port, edge.pki.ca, ["mqtt"]) for _ in range(20)))
@@ -122,7 +122,7 @@ def test_many_handshakes_that_lead_nowhere(edge, client):
 
 
 def test_a_connection_from_another_network_resumes(edge, client):
-    """The first one hears and says nothing any more, and never sent DISCONNECT."""
+    """The first connection falls silent and never sends DISCONNECT."""
     topic, me = fresh(), fresh("id")
     one = Phone(edge["quic"].port, edge.pki.ca)
     one.connect(me, clean=False, expiry=300)
@@ -131,7 +131,7 @@ def test_a_connection_from_another_network_resumes(edge, client):
     client(edge).publish(topic, "meanwhile")
     with Phone(edge["quic"].port, edge.pki.ca) as two:
         assert two.connect(me, clean=False, expiry=300).session_present
-        # The stream that subscribed went with its connection.
+        # The stream of the subscription ended with its connection.
         got = two.recv(0)
         assert got.payload == b"meanwhile"
         two.send(0, wire.ack(wire.PUBACK, got.packet_id))

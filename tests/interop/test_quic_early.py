@@ -1,4 +1,4 @@
-"""Tickets and 0-RTT: whatever comes early, nothing is done before the handshake is confirmed, and nothing twice."""
+"""Tickets and 0-RTT: early packets take effect only after the handshake is confirmed, and never twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _takes(tmp_path_factory, broker, pki):
 
 @pytest.fixture
 def takes(_takes):
-    """It takes early data."""
+    """A binary that accepts early data."""
     since = _takes.mark()
     yield _takes
     _takes.assert_sane(since)
@@ -49,12 +49,12 @@ def unfinished(edge, given, topic: str) -> None:
     stuck = Phone(edge["quic"].port, edge.pki.ca, ticket=given, wait=False)
     stuck.protocol.datagram_received = lambda *_: None
     stuck.do(*flight(topic))
-    assert [p for p in stuck.quic._loss.spaces[2].sent_packets.values()], "nothing went out early"
+    assert [p for p in stuck.quic._loss.spaces[2].sent_packets.values()], "the client sent no early data"
     stuck.vanish()
 
 
 def served(edge, given, topic: str, sent: list[bytes] | None = None):
-    """One that sends the same and finishes; what came of its handshake."""
+    """A client that sends the same first flight and finishes; returns the outcome of its handshake."""
     with Phone(edge["quic"].port, edge.pki.ca, ticket=given, wait=False) as one:
         if sent is not None:
             transport, send = one.protocol._transport, one.protocol._transport.sendto
@@ -77,7 +77,7 @@ def test_a_ticket_resumes_in_one_round_trip_and_offers_no_early_data(edge):
         one.connect(fresh("id"))
 
 
-def test_early_data_that_nobody_offered_is_not_executed_and_not_lost(edge, client):
+def test_early_data_without_an_offer_is_not_executed_and_not_lost(edge, client):
     topic = fresh()
     watcher = client(edge)
     watcher.subscribe(topic)
@@ -89,7 +89,7 @@ def test_early_data_that_nobody_offered_is_not_executed_and_not_lost(edge, clien
     assert texts(watcher, client(edge), topic) == ["early", "early too"]
 
 
-def test_early_data_that_is_taken_waits_for_the_handshake(takes, client):
+def test_accepted_early_data_waits_for_the_handshake(takes, client):
     topic = fresh()
     watcher = client(takes)
     watcher.subscribe(topic)
@@ -97,7 +97,7 @@ def test_early_data_that_is_taken_waits_for_the_handshake(takes, client):
     assert given.max_early_data_size == 0xFFFFFFFF
     unfinished(takes, given, topic)
     assert watcher.until_marker(client(takes), topic) == []
-    # The ticket is used up, and its early data is refused: the client sends it again.
+    # The ticket has been used, so its early data is refused and the client sends it again.
     again = served(takes, given, topic)
     assert not again.session_resumed and not again.early_data_accepted
     assert texts(watcher, client(takes), topic) == ["early", "early too"]
@@ -106,8 +106,8 @@ def test_early_data_that_is_taken_waits_for_the_handshake(takes, client):
     assert texts(watcher, client(takes), topic) == ["early", "early too"]
 
 
-def test_a_first_flight_that_is_sent_again_does_nothing(takes, client):
-    """RFC 9001 section 9.2: whoever recorded it can send it, from anywhere, as often as he likes."""
+def test_a_replayed_first_flight_has_no_effect(takes, client):
+    """RFC 9001 section 9.2: an attacker who recorded a first flight can send it from anywhere, any number of times."""
     topic = fresh()
     watcher = client(takes)
     watcher.subscribe(topic)

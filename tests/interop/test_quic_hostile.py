@@ -1,4 +1,4 @@
-"""QUIC peers that mean harm: others keep their service and their latency, memory stays bounded, and it is counted."""
+"""Hostile QUIC peers: other clients keep their service and their latency, memory stays bounded, and the metrics count the attacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.names import fresh
 from harness.phone import Gone, Phone, first_flight, write
 from harness.process import PATIENCE, wait_until
 
-# One at a time: they measure memory and delay.
+# These tests run one at a time: they measure memory and delay.
 pytestmark = pytest.mark.xdist_group("floods")
 
 MIB = 1 << 20
@@ -51,7 +51,7 @@ class Bystander:
             self.error = error
 
     def judge(self) -> None:
-        """It was served all the time, a newcomer is too, and nothing much was kept."""
+        """Asserts that the bystander was served all the time, that a new client is served, and that memory did not grow much."""
         served = len(self.took)
         wait_until("it is still served", lambda: self.error or len(self.took) > served + 3)
         self._stop.set()
@@ -80,8 +80,8 @@ def alone(own_edge):
     yield make
 
 
-def test_a_thousand_half_open_connections(alone):
-    """Initials from everywhere and never an answer: past half of the places the address has to be proved, which costs nothing to keep."""
+def test_a_thousand_half_open_connections_block_no_client(alone):
+    """Initials come from many addresses, and none is continued: when half of the places are taken, clients must prove their address, which needs no memory."""
     edge, bystander = alone(limits={"handshakes_max": 40, "accept_deadline": "2s"})
     count, socks = 1000, []
     for _ in range(100):
@@ -92,7 +92,7 @@ def test_a_thousand_half_open_connections(alone):
         for raw in flight:
             socks[n % len(socks)].send(raw)
     edge.wait_metric("they are asked for proof", lambda m: m.sum("tidegate_quic_retries_total") >= count - 40, 20)
-    # Meanwhile one that proves its address gets in.
+    # Meanwhile a client that proves its address gets in.
     with Phone(edge["quic"].port, edge.pki.ca) as one:
         one.connect(fresh("id"))
     edge.wait_metric("the stuck ones time out", lambda m: m.sum("tidegate_handshakes_failed_total", reason="timeout") > 0, 20)
@@ -101,8 +101,8 @@ def test_a_thousand_half_open_connections(alone):
         sock.close()
 
 
-def test_connections_without_a_stream(alone, full):
-    """Handshakes that are done, and then nothing: closed at the deadline."""
+def test_connections_without_a_stream_are_closed(alone, full):
+    """Connections that finish the handshake and then fall silent are closed at the deadline."""
     edge, bystander = alone(limits={"accept_deadline": "1s"})
     phones = [Phone(edge["quic"].port, edge.pki.ca) for _ in range(200 if full else 40)]
     for one in phones:
@@ -112,8 +112,8 @@ def test_connections_without_a_stream(alone, full):
 
 
 @pytest.mark.parametrize("stream", (0, 8))
-def test_one_byte_at_a_time(alone, stream):
-    """A packet that never ends: a data stream is reset, a control stream is the connection's end."""
+def test_an_endless_packet_is_cut_off(alone, stream):
+    """A packet never ends: on a data stream the stream is reset, on the control stream the connection ends."""
     edge, bystander = alone(limits={"packet_deadline": "1s"})
     with Phone(edge["quic"].port, edge.pki.ca) as one:
         one.connect(fresh("id"))
@@ -128,7 +128,7 @@ def test_one_byte_at_a_time(alone, stream):
             try:
                 one.send(stream, raw[at : at + 1])
             except RuntimeError:
-                # The stream was ended since it was looked at.
+                # The stream has ended since the check.
                 break
             time.sleep(0.05)
         one.wait("the end", over)
@@ -144,8 +144,8 @@ def test_one_byte_at_a_time(alone, stream):
 
 
 @pytest.mark.parametrize("how", ("fin", "reset", "fault", "bind"))
-def test_a_flood_of_streams(alone, full, how):
-    """As many as flow control lets in, each ended at once: with FIN, with RESET, for a fault, with subscriptions made on them."""
+def test_a_flood_of_streams_keeps_memory_bounded(alone, full, how):
+    """As many streams as flow control allows, each ended at once: with FIN, with RESET, by a fault, or with subscriptions on it."""
     edge, bystander = alone()
     topic = fresh()
     with Phone(edge["quic"].port, edge.pki.ca) as one:
@@ -160,7 +160,7 @@ def test_a_flood_of_streams(alone, full, how):
                 steps = [write(stream, wire.subscribe(1, (f"{topic}/{stream % 40}", 1)), True)]
             else:
                 steps = [write(stream, wire.publish(topic, b"x")[:9]), lambda q, s=stream: q.reset_stream(s, 31)]
-            # Not faster than it is given credit.
+            # The client opens no more streams than its credit allows.
             wait_until("credit", lambda: one.closed or one.quic._remote_max_streams_bidi > stream // 4, 20, 0.001)
             one.do(*steps)
         last = streams[-1]
@@ -170,8 +170,8 @@ def test_a_flood_of_streams(alone, full, how):
     bystander.judge()
 
 
-def test_a_client_that_takes_no_answers(alone):
-    """It publishes on a stream and never lets the acknowledgements in: it is not read from, and then its stream is reset."""
+def test_a_client_that_takes_no_answers_loses_its_stream(alone):
+    """A client publishes on a stream and never accepts the acknowledgements: the server stops reading the stream and then resets it."""
     edge, bystander = alone(limits={"write_stall": "1s", "receive_max": 65535})
     with Phone(edge["quic"].port, edge.pki.ca, options={"max_stream_data": 1024}) as one:
         credit = one.quic._write_stream_limits
@@ -187,7 +187,7 @@ def test_a_client_that_takes_no_answers(alone):
                 n = n % 60000 + 1
                 packets.append(wire.publish(topic, b"x", 1, n))
             send = write(4, b"".join(packets))
-            # It may be told to stop until it comes to that.
+            # STOP_SENDING may come before the reset.
             one.do(lambda quic, send=send: None if 4 in one.stopped else send(quic))
             time.sleep(0.01)
         one.wait("the stream is given up", lambda: 4 in one.ended or one.closed, 15)
@@ -196,8 +196,8 @@ def test_a_client_that_takes_no_answers(alone):
     bystander.judge()
 
 
-def test_a_client_that_takes_a_byte_now_and_then(alone):
-    """That is no progress: its stream is reset as if it took nothing."""
+def test_a_client_that_takes_a_byte_now_and_then_loses_its_stream(alone):
+    """A byte now and then does not count as progress: the stream is reset as if the client took none."""
     edge, bystander = alone(limits={"write_stall": "1s"})
     with Phone(edge["quic"].port, edge.pki.ca, options={"max_stream_data": 1024}) as one:
         credit = one.quic._write_stream_limits
@@ -224,12 +224,12 @@ def test_a_client_that_takes_a_byte_now_and_then(alone):
             one.pinged()
             time.sleep(0.05)
         assert 4 in one.ended and one.closed is None
-        assert len(one.buffers[4]) > 1024, "it took nothing"
+        assert len(one.buffers[4]) > 1024, "the client took no bytes"
         one.pinged()
     bystander.judge()
 
 
-def test_connection_identifiers_retired_without_end(alone, full):
+def test_endlessly_retired_connection_identifiers_keep_memory_bounded(alone, full):
     edge, bystander = alone()
     with Phone(edge["quic"].port, edge.pki.ca) as one:
         one.connect(fresh("id"))
@@ -239,7 +239,7 @@ def test_connection_identifiers_retired_without_end(alone, full):
     bystander.judge()
 
 
-def test_connection_identifiers_offered_past_the_limit(alone):
+def test_too_many_offered_connection_identifiers_end_the_connection(alone):
     edge, bystander = alone()
     with Phone(edge["quic"].port, edge.pki.ca) as one:
         one.connect(fresh("id"))
@@ -256,8 +256,8 @@ def test_connection_identifiers_offered_past_the_limit(alone):
     bystander.judge()
 
 
-def test_a_client_beyond_its_credit(alone):
-    """It sends more than flow control allows."""
+def test_a_client_beyond_its_credit_loses_its_connection(alone):
+    """A client that sends more than flow control allows loses its connection."""
     edge, bystander = alone()
     with Phone(edge["quic"].port, edge.pki.ca) as one:
         one.connect(fresh("id"))

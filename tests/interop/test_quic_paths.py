@@ -1,4 +1,4 @@
-"""Addresses of QUIC clients: they are validated before much is sent there (RFC 9000 sections 8 and 9), and what shows one outlives a restart."""
+"""Addresses of QUIC clients: the server validates an address before it sends much there (RFC 9000 sections 8 and 9), and tokens outlive a restart."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from harness.phone import Phone, first_flight
 from harness.pki import Authority
 from harness.process import PATIENCE, free_port, wait_until
 
-# Another network: there the server starts from scratch and gives a validation 3 s; for another port of the same one it
-# keeps what it knows of the way, and that makes tenths of a second.
+# Another network: there the server starts from scratch and allows 3 s for a validation. For another port of the same network it
+# keeps its measurements of the path, and a validation takes tenths of a second.
 OTHER = "127.0.0.2"
 MESSAGES = 20
 SIZE = 10_000
@@ -26,12 +26,12 @@ DATAGRAM = 1200
 
 
 class Line:
-    """A phone's socket: all that passes is counted, and where the phone's datagrams go is in our hands."""
+    """A phone's socket: it counts all datagrams, and the test decides where they go."""
 
     def __init__(self, phone: Phone, validations=lambda: 1):
         self.under = phone.protocol._transport
         self.sent = self.got = 0
-        # Datagrams that came though three times as much as was sent had come already, as (got, sent).
+        # Datagrams beyond three times the sent bytes, as (got, sent).
         self.over: list[tuple[int, int]] = []
         self.way = self.out
         phone.protocol._transport = self
@@ -41,8 +41,8 @@ class Line:
             had, sent = self.got, self.sent
             self.got += len(raw)
             receive(raw, addr)
-            # The library looks before each datagram whether there is room for a byte of it, and if a validation has failed,
-            # which is a matter of seconds, begins to count anew.
+            # The library checks before each datagram whether there is room for one byte of it. If a validation has failed,
+            # which takes seconds, it begins to count anew.
             if had >= 3 * sent + DATAGRAM * (validations() - 1):
                 self.over.append((had, sent))
 
@@ -63,7 +63,7 @@ class Line:
 
 
 class Answers:
-    """What a phone answers to PATH_CHALLENGE; it may be kept back."""
+    """Whether a phone answers PATH_CHALLENGE; the test may keep the answer back."""
 
     def __init__(self, phone: Phone, keep: bool = False):
         self.phone, self.keep = phone, keep
@@ -83,7 +83,7 @@ class Answers:
 
 
 class Elsewhere:
-    """An address that answers nothing, from which somebody sends on what a phone has sent."""
+    """A silent address from which somebody forwards a phone's datagrams."""
 
     def __init__(self, port: int, host: str = OTHER):
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -106,12 +106,12 @@ class Elsewhere:
         return True
 
     def hear_out(self, patience: float) -> None:
-        """Till nothing has come for so long."""
+        """Waits until no datagram has come for that long."""
         while self.hear(patience):
             pass
 
     def check(self, more: int = 0) -> None:
-        """It got three times of what came from it, and `more`, at most, and the rest of the last datagram."""
+        """Asserts that the address got at most three times its sent bytes, `more`, and the rest of the last datagram."""
         assert self.got - self.last < 3 * (self.sent + more), (self.got, self.sent, more)
 
     def __enter__(self):
@@ -122,7 +122,7 @@ class Elsewhere:
 
 
 def pass_on(one: Phone, line: Line, via: Elsewhere, raw: bytes, then=None) -> None:
-    """What the phone says on stream 8 comes from elsewhere; what it says afterwards is lost."""
+    """Sends the phone's bytes on stream 8 from elsewhere; later datagrams of the phone are lost."""
     before, was = via.sent, line.way
 
     def once(datagram: bytes, addr) -> None:
@@ -142,7 +142,7 @@ def payload(n: int) -> bytes:
 
 
 def moved(one: Phone, knowing: bool) -> tuple[Line, Answers]:
-    """To the other network, its new socket in hand before anything is sent there."""
+    """Moves the phone to the other network, and returns its new socket before a datagram is sent there."""
 
     async def run():
         await one._move(knowing, OTHER)
@@ -169,7 +169,7 @@ def all_come_once(one: Phone, pub, topic: str) -> None:
 
 @pytest.fixture
 def phone(edge):
-    """It has a subscription on the control stream, to which what waits on another one is moved after a second."""
+    """A phone with a subscription on the control stream; messages that wait on another stream move there after a second."""
     made = []
 
     def make(topic: str) -> Phone:
@@ -191,8 +191,8 @@ def elsewhere(edge):
 
 
 @pytest.mark.parametrize("knowing", (True, False), ids=("move", "rebind"))
-def test_who_moves_gets_little_until_it_has_answered_the_challenge(edge, client, phone, knowing):
-    """It acknowledges what comes and says that it is there, but only PATH_RESPONSE opens the way for what waits."""
+def test_a_client_that_moves_gets_little_until_it_has_answered_the_challenge(edge, client, phone, knowing):
+    """The client acknowledges datagrams and sends PINGREQ, but only PATH_RESPONSE opens the path for waiting messages."""
     topic = fresh()
     pub = client(edge)
     one = phone(topic)
@@ -210,8 +210,8 @@ def test_who_moves_gets_little_until_it_has_answered_the_challenge(edge, client,
 
 
 @pytest.mark.parametrize("host", ("127.0.0.1", OTHER))
-def test_who_moves_is_challenged_at_once(edge, client, phone, host):
-    """On every change of address, and each time by another challenge; then it is served."""
+def test_a_client_that_moves_is_challenged_at_once(edge, client, phone, host):
+    """Every change of address is challenged anew; then the client is served."""
     topic = fresh()
     pub = client(edge)
     one = phone(topic)
@@ -227,7 +227,7 @@ def test_who_moves_is_challenged_at_once(edge, client, phone, host):
 
 
 def unheard(one: Phone, pub, topic: str, pause: float) -> Line:
-    """In the middle of a delivery the phone is not heard any more; the server repeats itself less and less often."""
+    """The phone falls silent in the middle of a delivery; the server repeats its datagrams less and less often."""
     line = Line(one)
     line.way = line.lost
     publish_all(pub, topic)
@@ -237,8 +237,8 @@ def unheard(one: Phone, pub, topic: str, pause: float) -> Line:
 
 
 @pytest.mark.parametrize("host", ("127.0.0.1", OTHER))
-def test_who_moves_after_an_outage_is_served_soon(edge, client, phone, host):
-    """Whatever the server was waiting for on the old way, and however long it would have waited."""
+def test_a_client_that_moves_after_an_outage_is_served_soon(edge, client, phone, host):
+    """The client is served soon, whatever the server was waiting for on the old path, and for however long."""
     topic = fresh()
     pub = client(edge)
     one = phone(topic)
@@ -251,7 +251,7 @@ def test_who_moves_after_an_outage_is_served_soon(edge, client, phone, host):
 
 
 def test_an_address_that_never_answers_gets_little_and_the_client_goes_on(edge, client, phone, elsewhere):
-    """RFC 9000 sections 9.3.1 and 9.3.2: what waits is not sent to whoever sent on a client's packets, and afterwards comes to the client, once."""
+    """RFC 9000 sections 9.3.1 and 9.3.2: waiting messages are not sent to an attacker who forwards a client's packets; afterwards they come to the client, once."""
     topic = fresh()
     pub = client(edge)
     one = phone(topic)
@@ -265,7 +265,7 @@ def test_an_address_that_never_answers_gets_little_and_the_client_goes_on(edge, 
         elsewhere.check()
         pass_on(one, line, elsewhere, wire.publish(topic + "/none", bytes(size)))
     elsewhere.hear_out(0.5)
-    # The server has given up on the way there and sends where the client was heard last, before it is heard again.
+    # The server has given that path up and sends to the client's last address, before the client sends again.
     wait_until("its old address is served", lambda: line.got > before + DATAGRAM)
     line.way = line.out
     one.send(0, wire.PING)
@@ -274,8 +274,8 @@ def test_an_address_that_never_answers_gets_little_and_the_client_goes_on(edge, 
     elsewhere.check()
 
 
-def test_what_was_under_way_goes_on_after_a_failed_validation(edge, client, phone):
-    """The same from another port of the client's own network, in the middle of a delivery: given up within tenths of a second."""
+def test_a_delivery_goes_on_after_a_failed_validation(edge, client, phone):
+    """Packets come from another port of the client's own network in the middle of a delivery: the server gives that path up within tenths of a second."""
     topic = fresh()
     pub = client(edge)
     one = phone(topic)
@@ -295,8 +295,8 @@ def test_what_was_under_way_goes_on_after_a_failed_validation(edge, client, phon
 
 
 @pytest.mark.parametrize("host", ("127.0.0.1", OTHER))
-def test_a_client_that_is_still_there_is_served_on(edge, client, phone, host):
-    """RFC 9000 section 9.3.3: its old address is challenged too, and what it says there ends the matter, before the validation would fail."""
+def test_a_client_at_its_old_address_is_still_served(edge, client, phone, host):
+    """RFC 9000 section 9.3.3: the server challenges the old address, too, and the client's answer from there ends the attack before the validation would fail."""
     topic = fresh()
     pub = client(edge)
     one = phone(topic)
@@ -308,17 +308,17 @@ def test_a_client_that_is_still_there_is_served_on(edge, client, phone, host):
         all_come_once(one, pub, topic)
         assert answers.seen
         other.hear_out(0.01)
-        # The library counts for it what comes from the client's address meanwhile.
+        # Meanwhile the library counts datagrams from the client's address for the new one.
         assert other.got < MESSAGES * SIZE / 4, (other.sent, other.got)
     assert time.monotonic() - began < 3 * PATIENCE
 
 
-def test_the_answer_of_the_old_address_brings_little_to_the_new_one(edge, client, phone, elsewhere):
-    """RFC 9000 section 9.3.1 wants that it brings nothing; the library counts what comes from any address, and no more than that."""
+def test_an_answer_from_the_old_address_raises_the_new_ones_limit_little(edge, client, phone, elsewhere):
+    """RFC 9000 section 9.3.1 demands that the answer raises no limit; the library counts bytes from any address, and no more than that."""
     topic = fresh()
     one = phone(topic)
     line, answers = Line(one), Answers(one)
-    # An acknowledgement with the answer would end the matter.
+    # An acknowledgement with the answer would end the attack.
     wait_until("nothing is left to acknowledge", lambda: one.quic._spaces[Epoch.ONE_RTT].ack_at is None)
     one.quic._ack_delay = 5 * PATIENCE
 
@@ -334,8 +334,8 @@ def test_the_answer_of_the_old_address_brings_little_to_the_new_one(edge, client
     elsewhere.check(line.sent)
 
 
-def test_a_client_that_comes_back_from_an_outage_loses_nothing(edge, client, phone, elsewhere):
-    """One packet by another network, whose validation fails; then it is back where it was, and the library may be waiting for its old way yet."""
+def test_a_client_that_comes_back_from_an_outage_loses_no_message(edge, client, phone, elsewhere):
+    """One packet comes from another network, and its validation fails; then the client is back at its old address, while the library may still wait for the old path."""
     topic = fresh()
     pub = client(edge)
     one = phone(topic)
@@ -350,8 +350,8 @@ def test_a_client_that_comes_back_from_an_outage_loses_nothing(edge, client, pho
     all_come_once(one, pub, topic)
 
 
-def test_a_client_moves_without_identifiers_to_spare(edge):
-    """It gives the server none, and has used up the server's: as behind a NAT, it is served all the same."""
+def test_a_client_without_spare_identifiers_can_move(edge):
+    """The client offers no identifiers and has used up the server's: it is served nevertheless, as behind a NAT."""
     one = Phone(edge["quic"].port, edge.pki.ca, wait=False)
     one.quic._replenish_connection_ids = lambda: None
     one.do().wait("the handshake", lambda: one.handshake)
@@ -370,7 +370,7 @@ def peer_of(edge, client_id: str) -> int:
 
 @pytest.mark.parametrize("how", ("move", "rebind"))
 def test_a_moved_client_goes_on_and_is_shown_where_it_is(edge, client, how):
-    """With another connection identifier as a phone that changes networks, and without as behind a NAT."""
+    """With another connection identifier, like a phone that changes networks, and without one, as behind a NAT."""
     topic, me = fresh(), fresh("id")
     watcher, pub = client(edge), client(edge)
     watcher.subscribe(f"{topic}/up")
@@ -393,14 +393,14 @@ def test_a_moved_client_goes_on_and_is_shown_where_it_is(edge, client, how):
         assert edge.metrics().sum("tidegate_quic_migrations_total") == before + 3
         line = edge.wait_log(rf"Client's address changed.*{me}|{me}.*Client's address changed", mark)
         assert "peer=127.0.0.1:" in line
-        # The path is validated: the server has challenged it, and heard the answer.
+        # The path is validated: the server has challenged it and received the answer.
         one.pinged()
         assert one.closed is None
     edge.wait_log(rf"Connection ended.*{me}.*peer=127.0.0.1:{one.port}|{me}.*peer=127.0.0.1:{one.port}.*Connection ended", mark)
 
 
-def test_who_never_answers_gets_three_times_its_bytes_at_most(edge):
-    """RFC 9000 section 8.1: whoever forges a source cannot aim more than that at it, repetitions after 1 and 3 s included."""
+def test_a_silent_address_gets_at_most_three_times_its_bytes(edge):
+    """RFC 9000 section 8.1: an attacker who forges a source address can aim no more bytes at it, repetitions after 1 and 3 s included."""
     flight = first_flight(edge["quic"].port, edge.pki.ca)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(("127.0.0.1", edge["quic"].port))
@@ -413,12 +413,12 @@ def test_who_never_answers_gets_three_times_its_bytes_at_most(edge):
                 got += last
             except TimeoutError:
                 break
-    # The library looks before each datagram whether there is room for a byte of it.
+    # The library checks before each datagram whether there is room for one byte of it.
     assert 0 < got - last < 3 * sent, (sent, got)
 
 
 def pressed(edge, held: list[socket.socket]) -> None:
-    """Handshakes that nobody goes on with, from another network, till the server asks for proof."""
+    """Opens unfinished handshakes from another network until the server demands proof of addresses."""
 
     def asked() -> bool:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -436,7 +436,7 @@ def retries(edge) -> float:
 
 
 def restart(edge, kept: bool) -> None:
-    """As after a crash; its secrets are kept, or lost."""
+    """Restarts the binary as after a crash; its secrets are kept or lost."""
     edge.stop(signal.SIGKILL)
     if not kept:
         text = edge.file.read_text()
@@ -459,7 +459,7 @@ def at_a_fixed_port(**more) -> list[dict]:
 
 @pytest.mark.parametrize("kept", (True, False), ids=("kept", "lost"))
 def test_the_token_of_a_retry_outlives_a_restart(own_edge, held, kept):
-    """RFC 9000 section 17.2.5.2: a client takes one Retry, so a second one would be the end. With other secrets there is one, so this can fail."""
+    """RFC 9000 section 17.2.5.2: a client accepts one Retry, so a second one would end the connection. With other secrets a second one comes, which shows that this test can fail."""
     edge = own_edge("embedded:", listeners=at_a_fixed_port(), limits={"handshakes_max": 4}).start()
     pressed(edge, held)
     asked, waiting = [], []
@@ -490,9 +490,9 @@ def test_the_token_of_a_retry_outlives_a_restart(own_edge, held, kept):
 
 
 def test_the_tokens_of_a_connection_outlive_a_restart_and_are_good_once(tmp_path, own_edge):
-    """NEW_TOKEN: who shows one is believed to be where it says, and so gets more than three times what it has sent, at once."""
+    """NEW_TOKEN: a client with a token has proved its address, and so gets more than three times its sent bytes at once."""
     authority = Authority(tmp_path)
-    # More than three datagrams of certificate.
+    # The certificate takes more than three datagrams.
     leaf = authority.server("edge", dns=("localhost", *(f"{n}.{'long' * 10}.example" for n in range(120))))
     tls = [{"name": "default", "cert": str(leaf.cert), "key": str(leaf.key)}]
     edge = own_edge("embedded:", listeners=at_a_fixed_port(), tls=tls).start()

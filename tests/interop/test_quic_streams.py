@@ -1,4 +1,4 @@
-"""Several streams of one QUIC connection: what travels where, whose fault ends what, and how clients in the field use them."""
+"""Several streams of one QUIC connection: the stream of each packet, the effect of faults, and the habits of clients in the field."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def resets(edge, reason: str) -> float:
 
 
 def test_early_streams_wait_for_connect(edge, phone, client):
-    """Data streams may come first; nothing on them is done before CONNECT is accepted, and then all of it."""
+    """Data streams may come first; their packets take effect only after CONNECT is accepted, and then all of them."""
     topic = fresh()
     watcher = client(edge)
     watcher.subscribe(topic)
@@ -53,7 +53,7 @@ def test_early_streams_wait_for_connect(edge, phone, client):
     assert (one.recv(4).kind, one.recv(8).kind) == (wire.PUBACK, wire.SUBACK)
 
 
-def test_acknowledged_where_it_came_and_delivered_where_it_was_subscribed(edge, phone, client):
+def test_publishes_are_acknowledged_and_delivered_on_their_own_streams(edge, phone, client):
     a, b = fresh(), fresh()
     one = phone()
     one.subscribe(4, (a, 2), packet_id=1)
@@ -63,7 +63,7 @@ def test_acknowledged_where_it_came_and_delivered_where_it_was_subscribed(edge, 
     pub.publish(b, "for 8", qos=1)
     first, second = one.recv(4), one.recv(8)
     assert (first.payload, second.payload) == (b"for 4", b"for 8")
-    # Identifiers are the connection's: legal for clients with one table, and with one for each stream.
+    # Packet identifiers belong to the connection: that suits clients with one table, and with a table for each stream.
     assert first.packet_id != second.packet_id
     one.send(8, wire.ack(wire.PUBACK, second.packet_id))
     one.send(4, wire.ack(wire.PUBREC, first.packet_id))
@@ -76,14 +76,14 @@ def test_acknowledged_where_it_came_and_delivered_where_it_was_subscribed(edge, 
     assert one.recv(12).kind == wire.PUBCOMP
     assert one.recv(8).payload == b"own"
     one.pinged()
-    # Asked for again on the control stream, it comes there.
+    # After a new SUBSCRIBE on the control stream, messages come there.
     one.subscribe(0, (a, 1), packet_id=9)
     pub.publish(a, "for 0")
     assert one.recv(0).payload == b"for 0"
 
 
-def test_two_streams_use_one_identifier_at_once(edge, phone, client):
-    """Two different QoS 2 messages, both with identifier 1: both arrive, once, whatever is sent again."""
+def test_two_streams_may_use_one_identifier_at_once(edge, phone, client):
+    """Two different QoS 2 messages have identifier 1: both arrive once, whatever the client sends again."""
     topic = fresh()
     watcher = client(edge)
     watcher.subscribe((topic, 2))
@@ -92,14 +92,14 @@ def test_two_streams_use_one_identifier_at_once(edge, phone, client):
         one.send(stream, wire.publish(topic, b"of %d" % stream, 2, 1))
     for stream in (4, 8):
         assert (one.recv(stream).kind, one.packets[stream]) == (wire.PUBREC, [])
-    # Sent again on its own stream: the same message.
+    # A copy on the same stream is the same message.
     one.send(4, wire.publish(topic, b"of 4", 2, 1, dup=True))
     assert one.recv(4).kind == wire.PUBREC
     for stream in (8, 4):
         one.send(stream, wire.ack(wire.PUBREL, 1))
         completed = one.recv(stream)
         assert (completed.kind, completed.reason) == (wire.PUBCOMP, 0)
-    # Free again.
+    # The identifier is free again.
     one.send(4, wire.publish(topic, b"next", 2, 1))
     assert one.recv(4).kind == wire.PUBREC
     # PUBREL may come on any stream.
@@ -110,13 +110,13 @@ def test_two_streams_use_one_identifier_at_once(edge, phone, client):
 
 
 @pytest.mark.parametrize("dup_on,release_on", [(0, 0), (0, 4), (4, 0), (8, 4)])
-def test_qos_2_is_taken_up_on_any_stream_of_the_next_connection(edge, phone, client, dup_on, release_on):
-    """Gone in the middle: what is repeated on whatever stream is known, nothing is lost, nothing comes twice."""
+def test_qos_2_continues_on_any_stream_of_the_next_connection(edge, phone, client, dup_on, release_on):
+    """The connection ends in the middle of the exchange: copies are recognised on any stream, and each message arrives once."""
     topic, me = fresh(), fresh("id")
     watcher = client(edge)
     watcher.subscribe((topic, 2))
     one = phone(client_id=me, clean=False, expiry=300)
-    # Both have PUBREC for us; the client knows of one, and of a third we know nothing.
+    # The server has sent PUBREC for two messages; the client has received one, and the server has not seen a third message.
     one.send(4, wire.publish(topic, b"a", 2, 1)).send(8, wire.publish(topic, b"b", 2, 1))
     assert (one.recv(4).kind, one.recv(8).kind) == (wire.PUBREC, wire.PUBREC)
     one.vanish()
@@ -159,13 +159,13 @@ def test_a_fault_ends_its_stream_only(edge, phone, name):
     assert gone.value.code and (code is None or gone.value.code == code), gone.value
     one.wait("STOP_SENDING", lambda: one.stopped.get(8) == gone.value.code)
     edge.wait_metric("it is counted", lambda m: m.sum("tidegate_quic_streams_reset_total", reason=reason) > before)
-    # Others and the control stream go on.
+    # Other streams and the control stream go on.
     one.pinged().send(12, wire.publish(topic, b"goes on", 1, 3))
     assert one.recv(12).kind == wire.PUBACK
     assert one.recv(4).payload == b"goes on"
 
 
-def test_half_a_packet_at_the_end_of_a_stream(edge, phone):
+def test_half_a_packet_at_the_end_of_a_stream_is_a_fault(edge, phone):
     one = phone()
     before = resets(edge, "incomplete")
     one.send(4, wire.publish("t", b"never ends", 1, 1)[:-3], end=True)
@@ -198,7 +198,7 @@ def test_the_end_of_the_control_stream_is_the_connection_s(edge, phone, client, 
     else:
         one.reset(0, 5)
     one.wait("the close", lambda: one.closed)
-    # EMQX's: the control stream is gone.
+    # As EMQX does: the control stream has ended.
     assert one.closed.error_code == 1
     assert watcher.next().text == "gone"
 
@@ -218,12 +218,12 @@ def test_disconnect_with_fin_ends_with_code_0(edge, phone):
     assert one.closed.error_code == 0
 
 
-def test_disconnect_ends_with_code_0_and_what_came_before_it_counts(edge, phone, client):
+def test_disconnect_ends_with_code_0_and_earlier_packets_count(edge, phone, client):
     topic = fresh()
     watcher = client(edge)
     watcher.subscribe(topic)
     one = phone()
-    # One flight: streams keep no order with each other.
+    # One flight: streams are not ordered among each other.
     one.do(
         write(0, wire.BYE),
         write(4, wire.publish(topic, b"last")),
@@ -235,7 +235,7 @@ def test_disconnect_ends_with_code_0_and_what_came_before_it_counts(edge, phone,
 
 
 def test_answers_still_come_on_a_stream_that_the_client_ended(edge, phone, client):
-    """PUBLISH and FIN in one: PUBACK, then FIN back."""
+    """PUBLISH and FIN come together: the server answers with PUBACK and FIN."""
     one = phone()
     one.send(4, wire.publish(fresh(), b"x", 1, 1) + wire.subscribe(2, (fresh(), 1)), end=True)
     assert {one.recv(4).kind, one.recv(4).kind} == {wire.PUBACK, wire.SUBACK}
@@ -247,7 +247,7 @@ def test_answers_still_come_on_a_stream_that_the_client_ended(edge, phone, clien
 
 @pytest.mark.parametrize("how", ("fin", "reset", "stop"))
 def test_deliveries_fall_back_to_control_when_their_stream_ends(edge, phone, client, how):
-    """What was not acknowledged on it comes again with DUP, what follows comes once."""
+    """Unacknowledged messages of the stream come again with DUP; later messages come once."""
     topic = fresh()
     one = phone()
     one.subscribe(4, (topic, 1))
@@ -272,12 +272,12 @@ def test_deliveries_fall_back_to_control_when_their_stream_ends(edge, phone, cli
 
 
 def no_credit(one: Phone, number: int) -> None:
-    """That stream is allowed no more than it is at first, until `_write_stream_limits` is deleted."""
+    """Keeps the stream at its initial flow control limit, until `_write_stream_limits` is deleted."""
     credit = one.quic._write_stream_limits
     one.quic._write_stream_limits = lambda stream, **more: None if stream.stream_id == number else credit(stream=stream, **more)
 
 
-def test_a_stream_that_is_not_read_holds_up_no_other(edge, phone, client):
+def test_an_unread_stream_delays_no_other(edge, phone, client):
     """Its client's flow control is closed: after a moment its messages come on the control stream."""
     slow, quick = fresh(), fresh()
     one = phone(dial={"options": {"max_stream_data": 8192}})
@@ -296,8 +296,8 @@ def test_a_stream_that_is_not_read_holds_up_no_other(edge, phone, client):
 
 
 @pytest.mark.parametrize("what", ("deliveries", "answers"))
-def test_what_waits_for_a_stream_that_is_not_read_leaves_the_others_read(edge, phone, client, what):
-    """Messages larger than all that may be encoded ahead: the client's packets on other streams still get their answers."""
+def test_messages_for_an_unread_stream_leave_the_other_streams_served(edge, phone, client, what):
+    """Messages exceed the bytes that may be encoded ahead: the client's packets on other streams still get their answers."""
     slow, quick = fresh(), fresh()
     one = phone(keep_alive=4, dial={"options": {"max_stream_data": 8192}})
     no_credit(one, 4)
@@ -313,15 +313,15 @@ def test_what_waits_for_a_stream_that_is_not_read_leaves_the_others_read(edge, p
     assert one.recv(8).payload == b"quick"
     for n in range(3):
         one.send(0, wire.PING)
-        # After a moment what waits for stream 4 comes here.
+        # After a moment the messages that wait for stream 4 come here.
         while one.recv(0).kind != wire.PINGRESP:
             pass
         one.send(8, wire.publish(fresh(), b"x", 1, 10 + n))
         assert one.recv(8).kind == wire.PUBACK
 
 
-def test_keep_alive_forgives_what_is_left_unread(edge, phone):
-    """Its packets on a stream whose answers it does not take wait unread: the silence is ours."""
+def test_keep_alive_ignores_time_in_which_packets_wait_unread(edge, phone):
+    """The client's packets on a stream with untaken answers wait unread, so the silence is the server's doing."""
     one = phone(keep_alive=1, dial={"options": {"max_stream_data": 8192}})
     no_credit(one, 4)
     for n in range(3):
@@ -333,7 +333,7 @@ def test_keep_alive_forgives_what_is_left_unread(edge, phone):
         one.send(4, wire.publish("t", b"x", 1, n))
         time.sleep(0.25)
     assert one.closed is None
-    # It takes them, and all has been waiting for that.
+    # The client takes them; all its packets have been waiting for that.
     del one.quic._write_stream_limits
     one.do(lambda quic: None)
     assert [one.recv(4).kind for _ in range(3)] == [wire.UNSUBACK] * 3
@@ -342,7 +342,7 @@ def test_keep_alive_forgives_what_is_left_unread(edge, phone):
 
 
 def test_keep_alive_begins_anew_when_all_is_read_again(edge, phone):
-    """What it says when its stream moves again needs a moment to come."""
+    """After the stream moves again, the client's packets need a moment to arrive."""
     one = phone(keep_alive=2, dial={"options": {"max_stream_data": 8192}})
     no_credit(one, 4)
     for n in range(3):
@@ -357,7 +357,7 @@ def test_keep_alive_begins_anew_when_all_is_read_again(edge, phone):
     one.pinged()
 
 
-def test_a_stream_of_half_a_packet_holds_up_no_other(edge, phone):
+def test_a_stream_of_half_a_packet_delays_no_other(edge, phone):
     topic = fresh()
     one = phone()
     one.send(4, wire.publish(topic, b"slow" * 100, 1, 1)[:20])
@@ -380,8 +380,8 @@ def test_keep_alive_counts_packets_of_all_streams(edge, phone):
     one.wait("silence ends it", lambda: one.closed, 5)
 
 
-def test_sixteen_streams(edge, phone):
-    """Control and fifteen more, silent ones among them."""
+def test_sixteen_streams_are_served(edge, phone):
+    """Control and fifteen more streams, silent ones among them."""
     topic = fresh()
     one = phone()
     streams = [4 * n for n in range(1, 16)]
@@ -412,7 +412,7 @@ def test_aliases_belong_to_their_stream(edge, phone, client):
 
 
 class NanoMq(Phone):
-    """Opens five streams at once, asks on one of two, publishes on one of two others, by chance; answers where it was asked."""
+    """Opens five streams at once, subscribes on one of two, publishes on one of two others, by chance, and answers on the stream of the delivery."""
 
     def __init__(self, seed: int, *args):
         super().__init__(*args)
@@ -433,7 +433,7 @@ class NanoMq(Phone):
         self.send(self.chance.choice((12, 16)), wire.publish(topic, payload, qos, self.id() if qos else 0))
 
     def work(self, done) -> None:
-        """Answers what comes on any stream until `done`."""
+        """Answers packets on all streams until `done`."""
 
         def step():
             for stream, packets in self.packets.items():
@@ -455,7 +455,7 @@ class NanoMq(Phone):
                 self.acked.add(packet.packet_id)
 
     def leave(self) -> None:
-        """No DISCONNECT; the streams are reset with NNG_ECONNSHUT, and the connection is closed."""
+        """Ends without DISCONNECT: the streams are reset with NNG_ECONNSHUT, and the connection is closed."""
         self.do(*(lambda q, s=s: q.reset_stream(s, 31) for s in (4, 8, 12, 16)))
         self.close(0)
 
@@ -478,9 +478,9 @@ def test_nanomq_is_served_without_loss(edge, client):
             down.append(b"%d/%d" % (visit, n))
             pub.publish(f"{topic}/down", down[-1], qos=n % 3)
         one.work(lambda: len(one.got) >= 30 and len(one.acked) == 1 + 20)
-        # In order where all came on one stream.
+        # Messages of one stream are in order.
         assert one.got == down[-30:]
-        # QoS 0 is not answered: it has to be under way before the end.
+        # QoS 0 is not answered, so its messages must be under way before the end.
         one.pinged()
         one.leave()
         edge.wait_metric("it is gone", lambda m: edge.api(f"/api/v1/sessions/{me}")["attached"] is False)

@@ -1,4 +1,4 @@
-"""After the broker lost a link's session: state that changed meanwhile reaches those who subscribed before."""
+"""After the broker lost a link's session, state that changed meanwhile reaches earlier subscribers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from test_broker_side import QUICK
 
 @pytest.fixture
 def gap(own_broker, own_edge, client):
-    """A broker that forgets while the cable to it is out; what `change` publishes there is missed."""
+    """A broker that forgets its sessions while the cable to it is cut, so that messages published by `change` are missed."""
     broker = own_broker()
     cable = Cable(broker.port)
 
@@ -36,7 +36,7 @@ def gap(own_broker, own_edge, client):
 
 
 @pytest.mark.parametrize("root", (False, True), ids=("filter", "root"))
-def test_what_changed_comes_and_what_did_not_does_not(gap, client, root):
+def test_changed_retained_messages_come_and_unchanged_ones_do_not(gap, client, root):
     begin, change = gap
     topic = fresh()
     edge = begin(**({"roots": [f"{topic}/#"]} if root else {}))
@@ -52,7 +52,7 @@ def test_what_changed_comes_and_what_did_not_does_not(gap, client, root):
     assert {m.topic: m.text for m in missed} == {f"{topic}/s/b": "2", f"{topic}/s/d": "1"}
     assert not any(m.retain for m in missed)
     assert one.until_own_marker(pub, f"{topic}/s/z") == []
-    # Who comes now gets it as the broker has it: c is gone.
+    # A new subscriber gets the broker's present state: c is gone.
     two = client(edge)
     two.subscribe((f"{topic}/s/+", 1))
     now = {m.topic: m.text for m in two.take(3)}
@@ -60,7 +60,7 @@ def test_what_changed_comes_and_what_did_not_does_not(gap, client, root):
     assert two.until_own_marker(pub, f"{topic}/s/z") == []
 
 
-def test_it_can_be_turned_off(gap, client):
+def test_resync_can_be_turned_off(gap, client):
     begin, change = gap
     topic = fresh()
     edge = begin(retained_resync=False)

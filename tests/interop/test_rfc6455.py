@@ -19,7 +19,7 @@ KIB = 1024
 
 
 class Say:
-    """Packets that are told apart when they come back."""
+    """Packets that can be distinguished when they come back."""
 
     def __init__(self, topic: str):
         self.topic = topic
@@ -48,9 +48,9 @@ class Case:
     section: str
     steps: Callable[[Say], list[bytes]]
     pongs: tuple[bytes, ...] = ()
-    """Payloads that must come back, in order; others may come before them."""
+    """Payloads that must come back in order; other payloads may come before them."""
     code: int = 0
-    """0: all is well, and everything said comes back."""
+    """The expected close code; 0 means no fault, and everything sent comes back."""
     chop: int = 0
 
 
@@ -67,7 +67,7 @@ def bad(number: str, section: str, steps: Callable[[Say], list[bytes]], code: in
     CASES[number] = Case(section, lambda say: [*steps(say), say.behind()], (), code, chop)
 
 
-# 1 Framing: text is refused, binary comes through at every size that its header is written otherwise for.
+# 1 Framing: text is refused, binary comes through at every size with another form of header.
 for n, size in enumerate((0, 125, 126, 127, 128, 65535, 65536), 1):
     bad(f"1.1.{n}", "5.6, [MQTT-6.0.0-1]", lambda say, size=size: [frame(TEXT, b"*" * size)], 1003)
 good("1.2.1", "5.6", lambda say: [frame(BINARY, b"")])
@@ -139,7 +139,7 @@ bad("6.1.2", "5.6, [MQTT-6.0.0-1]", lambda say: [frame(TEXT, fin=False), frame(C
 bad("6.4.2", "5.6, [MQTT-6.0.0-1]", lambda say: [frame(TEXT, b"\xce\xba\xf4", fin=False) + frame(CONTINUE, b"\x90\x80")], 1003, chop=1)
 bad("6.9.1 text inside a binary message", "5.4", lambda say: [frame(BINARY, say()[:50], fin=False), frame(TEXT, b"x")])
 
-# 7 Close: the code comes back, and nothing behind it is looked at.
+# 7 Close: the code comes back, and bytes behind the close frame are ignored.
 bad("7.1.2", "5.5.1", lambda say: [close(1000) + close(1001)], 1000)
 bad("7.1.3", "5.5.1", lambda say: [close(1000) + frame(PING, b"too late")], 1000)
 bad("7.1.4", "5.5.1", lambda say: [close(1000) + frame(TEXT, b"too late")], 1000)
@@ -172,12 +172,12 @@ good("9.9.1 many pings between many messages", "5.5.3", lambda say: [b"".join(fr
 bad("9.10.1 a message over the limit", "7.4.1", lambda say: [frame(BINARY, b"", length=(1024 + 64) * KIB + 1)], 1009)
 bad("9.10.2 fragments over the limit", "7.4.1", lambda say: [frame(BINARY, b"\x32", fin=False), *(frame(CONTINUE, b"", fin=False) for _ in range(10)), frame(CONTINUE, b"", length=(1024 + 64) * KIB)], 1009)
 
-# 10 Fragmentation by whatever is between.
+# 10 Fragmentation by other frames in between.
 good("10.1.1", "5.4", lambda say: fragments(say(64 * KIB), 1300))
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_case(edge, number):
+def test_a_case_of_autobahn_passes(edge, number):
     case = CASES[number]
     with Peer(edge["ws"].port) as peer:
         say = Say(connect(peer))
@@ -186,14 +186,14 @@ def test_case(edge, number):
         if case.code:
             outcome = watch(peer, lambda o: False)
             assert outcome.code == case.code, (case.section, outcome)
-            # What came before the end may come back, what came behind it not.
+            # Packets before the end may come back, packets behind it may not.
             assert outcome.payloads == say.sent[: len(outcome.payloads)], case.section
             return
         outcome = watch(peer, lambda o: o.payloads == say.sent and o.pongs[-1:] == list(case.pongs[-1:]))
         assert outcome.close is None, (case.section, outcome)
         assert outcome.payloads == say.sent
         assert [p for p in outcome.pongs if p not in case.pongs and not p.startswith((b"ping ", b"one")) and not p.isdigit()] == []
-        # It is still of use, and ends well.
+        # The connection still works and ends in order.
         peer.send(frame(BINARY, wire.PING))
         assert watch(peer, lambda o: o.packets).packets[0].kind == wire.PINGRESP
         peer.send(close(1000))
@@ -202,7 +202,7 @@ def test_case(edge, number):
 
 
 def connect(peer: Peer) -> str:
-    """Up to a subscription; returns its topic."""
+    """Connects and subscribes; returns the topic."""
     topic = f"rfc/{fresh()}"
     peer.send(frame(BINARY, wire.connect(fresh("ws"))))
     assert watch(peer, lambda o: o.packets).packets[0].reason == 0

@@ -1,4 +1,4 @@
-"""Roots: filters that are held for good, so that clients' filters inside cost the broker nothing."""
+"""Roots: permanent filters, so that clients' filters inside them cost the broker nothing."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def test_filters_inside_a_root_cost_the_broker_nothing(protocol, own_broker, own
         pub.publish(f"{topic}/dev/{n}", f"own{n}", qos=2)
     pub.publish(f"{topic}/x/all", "all")
     for n, one in enumerate(clients[1:], 1):
-        # paho hands a QoS 2 message over with its PUBREL: what came behind it may be there before.
+        # paho hands a QoS 2 message over at its PUBREL, so a later message may appear before it.
         own, everyone = sorted((one.next(), one.next()), key=lambda m: m.text == "all")
         assert (own.text, own.qos) == (f"own{n}", n % 3)
         assert everyone.text == "all"
         assert one.incoming.empty()
     assert [m.text for m in clients[0].take(8)] == [f"own{n}" for n in range(1, 8)] + ["all"]
     subscribes = [line for line in broker.received("SUBSCRIBE", since) if "-d" in line]
-    assert subscribes == [], "the data links stay quiet"
+    assert subscribes == [], "a data link sent SUBSCRIBE"
 
 
-def test_overlap_with_filters_outside(own_broker, own_edge, client):
-    """One copy for each client, whichever way its filters are held."""
+def test_overlapping_filters_inside_and_outside_a_root_give_one_copy(own_broker, own_edge, client):
+    """Each client gets one copy, by a root or by filters of its own."""
     topic = fresh()
     broker, edge = rooted(own_broker, own_edge, topic)
     one, pub = client(edge), client(edge)
@@ -62,7 +62,7 @@ def test_overlap_with_filters_outside(own_broker, own_edge, client):
     assert (got.text, got.qos) == ("y", 1)
 
 
-def test_retained_messages_inside_a_root(own_broker, own_edge, client):
+def test_retained_messages_inside_a_root_come_once(own_broker, own_edge, client):
     topic = fresh()
     broker, edge = rooted(own_broker, own_edge, topic)
     pub = client(edge)
@@ -96,7 +96,7 @@ def test_a_root_comes_back_with_the_broker(own_broker, own_edge, client):
     assert two.next().text == "b"
 
 
-def test_who_subscribes_while_the_broker_is_away_waits(own_broker, own_edge, client):
+def test_a_subscribe_while_the_broker_is_away_waits(own_broker, own_edge, client):
     topic = fresh()
     broker = own_broker()
     broker.stop()

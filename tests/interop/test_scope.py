@@ -1,4 +1,4 @@
-"""Mount points, and what publishes tell of their sender."""
+"""Mount points, and publishes that name their sender."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_tenant_sees_its_topics_and_no_other(at, version):
     got = bob.next()
     assert (got.topic, got.text) == (f"{topic}/y", "for bob")
     assert alice.until_marker(alice, f"{topic}/end") == []
-    # What is asked for is left by the same name.
+    # A client unsubscribes by the same name as it subscribed.
     alice.unsubscribe(f"{topic}/#")
     alice.unsubscribe("#")
     alice.subscribe(f"{topic}/end")
@@ -79,8 +79,8 @@ def test_a_tenant_sees_its_topics_and_no_other(at, version):
     assert alice.until_marker(alice, f"{topic}/end") == []
 
 
-def test_the_mount_itself_is_no_topic_of_its_tenant(at):
-    """`#` below it matches it as well [MQTT-4.7.1-2], and it has no name there."""
+def test_a_tenant_cannot_see_its_mount_as_a_topic(at):
+    """A tenant's `#` would match the mount as well [MQTT-4.7.1-2], but the mount has no name below itself."""
     topic = fresh()
     alice, whole = at("tcp", **as_user("alice")), at()
     alice.subscribe("#")
@@ -91,7 +91,7 @@ def test_the_mount_itself_is_no_topic_of_its_tenant(at):
 
 
 def test_wildcards_below_a_mount_leave_out_topics_with_a_dollar(at):
-    """[MQTT-4.7.2-1]; the broker, which sees the mount before the `$`, says otherwise."""
+    """[MQTT-4.7.2-1]; the broker sees the mount before the `$` and would deliver such topics."""
     topic = fresh()
     alice, whole = at("tcp", **as_user("alice")), at()
     alice.publish(f"$kept/{topic}", "kept", retain=True)
@@ -117,7 +117,7 @@ def test_wildcards_below_a_mount_leave_out_topics_with_a_dollar(at):
     assert [m for m in member.until_own_marker(plain, end) if m.text == "group"] == []
 
 
-def test_retained_messages_wills_and_groups_below_a_mount(at, tenants):
+def test_retained_messages_wills_and_groups_work_below_a_mount(at, tenants):
     topic = fresh()
     alice, whole = at("tcp", **as_user("alice")), at()
     alice.publish(f"{topic}/kept", "kept", retain=True)
@@ -143,7 +143,7 @@ def test_retained_messages_wills_and_groups_below_a_mount(at, tenants):
     assert (got.topic, got.text) == (f"{topic}/job", "work")
 
 
-def test_topic_aliases_and_offline_queues_below_a_mount(at):
+def test_topic_aliases_and_offline_queues_work_below_a_mount(at):
     name, topic = fresh("q"), fresh()
     one, whole = at("tcp", name, expiry=300, **as_user("alice")), at()
     one.subscribe(f"{topic}/#")
@@ -155,7 +155,7 @@ def test_topic_aliases_and_offline_queues_below_a_mount(at):
     assert [(m.topic, m.text) for m in again.take(5)] == [(f"{topic}/same", f"m{n}") for n in range(5)]
 
 
-def test_names_that_cannot_be_part_of_a_topic(at):
+def test_names_that_cannot_be_part_of_a_topic_are_refused(at):
     assert at("tcp", version=5, expect=0x87, **as_user("a/b")) is not None
     assert at("devices", "a+b", expect=0x87) is not None
 
@@ -167,7 +167,7 @@ def test_one_client_identifier_behind_two_mounts_is_two_owners(at):
     assert not first.ended.is_set()
 
 
-def test_publishes_tell_their_sender_to_the_broker(at, broker, tenants):
+def test_publishes_name_their_sender_to_the_broker(at, broker, tenants):
     topic = fresh()
     watcher = subprocess.Popen(
         ["stdbuf", "-oL", "mosquitto_sub", "-p", str(broker.port), "-V", "5", "-t", f"tenants/alice/{topic}", "-F", "%P", "-C", "1", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True
@@ -179,20 +179,20 @@ def test_publishes_tell_their_sender_to_the_broker(at, broker, tenants):
         name = fresh("sender")
         alice, seen = at("tcp", name, **as_user("alice")), at()
         seen.subscribe(f"tenants/alice/{topic}")
-        # What pretends to be from us is not passed on.
+        # Properties that pretend to be Tidegate's are not passed on.
         alice.publish(topic, "x", UserProperty=[("k", "v"), ("tidegate-user", "root"), ("tidegate", "1.1"), ("tidegates", "fine")])
         told = [line for line in watcher.stdout.read().splitlines() if "tidegate-user" in line][0]
         for part in ("k:v", "tidegates:fine", f"tidegate-client-id:{name}", "tidegate-user:alice", "tidegate-listener:tcp", "tidegate-address:127.0.0.1"):
             assert part in told, told
         assert "root" not in told and "tidegate:1.1" not in told
-        # Other clients learn nothing by it.
+        # Other clients do not see these properties.
         assert seen.next().props.UserProperty == [("k", "v"), ("tidegates", "fine")]
     finally:
         watcher.kill()
         watcher.wait()
 
 
-def test_a_sender_that_moved_is_told_where_it_is(broker, tenants):
+def test_a_sender_that_moved_is_named_with_its_new_address(broker, tenants):
     topic = fresh()
     watcher = subprocess.Popen(["stdbuf", "-oL", "mosquitto_sub", "-p", str(broker.port), "-V", "5", "-t", topic, "-F", "%P", "-C", "2", "-W", "20", "-d"], stdout=subprocess.PIPE, text=True)
     try:
@@ -222,7 +222,7 @@ def test_a_sender_that_moved_is_told_where_it_is(broker, tenants):
         ({"mount": "a/%u/", "auth": "anonymous"}, "user name"),
     ],
 )
-def test_a_mount_that_is_none(tmp_path, pki, entry, says):
+def test_an_invalid_mount_is_refused(tmp_path, pki, entry, says):
     import re
 
     from harness.edge import tidegate, toml

@@ -1,4 +1,4 @@
-"""The main promise: break off over one transport, come back over another, nothing is missing."""
+"""The main promise: a client breaks off over one transport, comes back over another, and misses no message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.names import fresh
 
 
 @pytest.mark.parametrize("leave,back", list(itertools.product(TRANSPORTS, TRANSPORTS)))
-def test_leave_over_one_come_back_over_another(edge, client, way, leave, back):
+def test_a_session_moves_from_one_transport_to_another(edge, client, way, leave, back):
     topic, me = fresh(), fresh("id")
     line = way(edge, leave)
     pub = client(edge)
@@ -20,7 +20,7 @@ def test_leave_over_one_come_back_over_another(edge, client, way, leave, back):
     one.subscribe((topic, 1))
     pub.publish(topic, "before")
     assert one.next().text == "before"
-    # The first message proves nothing about its PUBACK; a second one is answered after it.
+    # The first message proves nothing about its PUBACK; the second is answered after it.
     assert one.until_marker(pub, topic) == []
     line.cut()
     one.abandon()
@@ -29,18 +29,18 @@ def test_leave_over_one_come_back_over_another(edge, client, way, leave, back):
     again = client(edge, back, me, clean=False, expiry=300)
     assert again.session_present
     got = again.until_marker(pub, topic)
-    # What came before the cut may come again, marked: its PUBACK can have been lost with the line.
+    # Messages from before the cut may come again with DUP, since their PUBACK may be lost with the connection.
     fresh_ones = [m for m in got if not (m.dup and (m.text == "before" or m.payload.startswith(b"marker-")))]
     assert [m.text for m in fresh_ones] == [f"m{n}" for n in range(5)]
     assert {m.topic for m in got} == {topic}
-    # And the session is whole: live messages follow.
+    # The session is complete: live messages follow.
     pub.publish(topic, "after")
     assert again.next().text == "after"
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("version", (3, 4))
-def test_three_one_one_with_clean_session_off(edge, client, way, transport, version):
+def test_a_session_of_3_1_1_resumes(edge, client, way, transport, version):
     topic, me = fresh(), fresh("i")[-20:]
     line = way(edge, transport)
     pub = client(edge)
@@ -57,7 +57,7 @@ def test_three_one_one_with_clean_session_off(edge, client, way, transport, vers
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_unacknowledged_come_again_with_dup_in_order(edge, client, way, transport):
+def test_unacknowledged_messages_come_again_with_dup_in_order(edge, client, way, transport):
     topic, me = fresh(), fresh("id")
     line = way(edge, transport)
     pub = client(edge)
@@ -73,19 +73,19 @@ def test_unacknowledged_come_again_with_dup_in_order(edge, client, way, transpor
     again = client(edge, transport, me, clean=False, expiry=300)
     got = again.until_marker(pub, topic)
     assert [m.text for m in got] == [f"m{n}" for n in range(6)]
-    # The last was in nobody's hands, unless the line's end was not yet known (QUIC).
+    # The last message had not been sent before, unless the server did not yet know of the cut (QUIC).
     assert [m.dup for m in got][:5] == [True] * 5
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_publisher_flaps_and_each_message_arrives_once(edge, client, way, transport):
-    """A QoS 2 publisher that is cut and sends again: no copy too many, none missing, in order."""
+def test_a_publisher_flaps_and_each_message_arrives_once(edge, client, way, transport):
+    """A QoS 2 publisher is cut and sends again: every message arrives once, in order."""
     topic, me = fresh(), fresh("id")
     sub = client(edge)
     sub.subscribe((topic, 2))
     line = way(edge, transport)
     pub = client(edge, transport, me, via=line, expiry=300)
-    # At most 15 at a time: on a resume paho forgets its own limit and sends all it has.
+    # At most 15 at a time: on a resume paho forgets its own limit and sends all its messages.
     for first in range(0, 90, 15):
         mids = [pub.publish(topic, f"{n}", 2, wait=False) for n in range(first, first + 15)]
         line.cut()

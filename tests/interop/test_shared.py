@@ -1,4 +1,4 @@
-"""Shared subscriptions: one member gets each message, whoever holds the group at the broker."""
+"""Shared subscriptions: one member gets each message, whether the broker or Tidegate distributes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def drained(member) -> list:
 
 
 def test_each_message_reaches_one_member(edge, client):
-    """Three versions, one group; a plain subscriber beside it gets all."""
+    """Three protocol versions share one group; a plain subscriber beside it gets all messages."""
     topic = fresh()
     group = f"$share/workers/{topic}/#"
     members = [client(edge, transport, version=version) for transport, version in (("tcp", 5), ("ws", 4), ("wss", 5))]
@@ -53,11 +53,11 @@ def test_each_message_reaches_one_member(edge, client):
     watcher.until_marker(pub, f"{topic}/x")
     all_there()
     texts = [m.text for of in got for m in of if not m.text.startswith("marker")]
-    assert Counter(texts) == Counter(sent), "each once"
+    assert Counter(texts) == Counter(sent), "a message was lost or came twice"
     assert all(len(of) >= 15 for of in got), [len(of) for of in got]
     for of in got:
         numbers = [int(m.text[1:]) for m in of if m.text.startswith("m")]
-        assert numbers == sorted(numbers), "in order for each member"
+        assert numbers == sorted(numbers), "a member got messages out of order"
     assert all(m.props.SubscriptionIdentifier == [7] for m in got[0])
 
 
@@ -68,18 +68,18 @@ def test_a_group_is_one_member_at_the_broker(own_broker, own_edge, client):
     members = [client(edge) for _ in range(4)]
     for member in members:
         member.subscribe((f"$share/g/{topic}", 1))
-    assert len(broker.service.grep(rf"\$share/g/{topic} \(QoS")) == 1, "one SUBSCRIBE"
-    assert len(broker.service.grep(r"as tidegate-[\w-]+-s0 ")) >= 1, "on a link of its own"
+    assert len(broker.service.grep(rf"\$share/g/{topic} \(QoS")) == 1, "not exactly one SUBSCRIBE for the group"
+    assert len(broker.service.grep(r"as tidegate-[\w-]+-s0 ")) >= 1, "the group has no link of its own"
     links = {link["name"]: link for link in edge.api("/api/v1/links")["links"]}
     assert links["s0"]["role"] == "shared" and links["s0"]["filters"] == 1
-    # Outside, another consumer of the broker's own is a member like us.
+    # Another consumer at the broker itself is a member like Tidegate.
     direct = client(broker_way(broker), via=broker_way(broker))
     direct.subscribe((f"$share/g/{topic}", 1))
     pub = client(edge)
     for n in range(40):
         pub.publish(topic, f"m{n}")
     wait_until("all came", lambda: sum(m.incoming.qsize() for m in members) + direct.incoming.qsize() >= 40)
-    assert direct.incoming.qsize() == 20, "the broker balances between us and others"
+    assert direct.incoming.qsize() == 20, "the broker does not balance between Tidegate and others"
     since = broker.mark()
     for member in members:
         member.unsubscribe(f"$share/g/{topic}")
@@ -90,7 +90,7 @@ def test_a_group_is_one_member_at_the_broker(own_broker, own_edge, client):
 
 
 class broker_way:
-    """The broker itself, as a way for paho."""
+    """The broker itself, as a path for paho."""
 
     def __init__(self, broker):
         self.port, self.transport, self.path, self.ca = broker.port, "tcp", "", None
@@ -100,7 +100,7 @@ class broker_way:
     def close(self) -> None: ...
 
 
-def test_nothing_retained_comes_and_plain_copies_stay_apart(edge, client):
+def test_groups_get_no_retained_messages_and_plain_subscriptions_get_their_own_copies(edge, client):
     topic = fresh()
     pub = client(edge)
     pub.publish(topic, "kept", retain=True)
@@ -109,11 +109,11 @@ def test_nothing_retained_comes_and_plain_copies_stay_apart(edge, client):
     one.subscribe((topic, 1), identifier=3, retainHandling=2)
     pub.publish(topic, "live")
     got = sorted(one.next().props.SubscriptionIdentifier for _ in range(2))
-    assert got == [[2], [3]], "one copy for each"
+    assert got == [[2], [3]], "a subscriber did not get exactly one copy"
     assert [m.text for m in one.until_own_marker(pub, topic)] == []
 
 
-def test_who_is_connected_comes_before_who_is_away(edge, client, way):
+def test_connected_members_come_before_absent_ones(edge, client, way):
     topic = fresh()
     group = f"$share/g/{topic}"
     line = way(edge)
@@ -130,7 +130,7 @@ def test_who_is_connected_comes_before_who_is_away(edge, client, way):
     here.close()
     pub.publish(topic, "waits")
     away.reconnect()
-    assert away.session_present and away.next().text == "waits", "the last member's queue keeps it"
+    assert away.session_present and away.next().text == "waits", "the last member's queue lost the message"
 
 
 def edge_gone(edge, one) -> None:
@@ -138,7 +138,7 @@ def edge_gone(edge, one) -> None:
     wait_until("the session is detached", lambda: not edge.api(f"/api/v1/sessions/{name}")["attached"])
 
 
-def test_what_a_member_did_not_acknowledge_goes_to_another_at_its_end(edge, client, way):
+def test_unacknowledged_messages_of_an_ended_member_go_to_another(edge, client, way):
     topic = fresh()
     group = f"$share/g/{topic}"
     line = way(edge)
@@ -147,7 +147,7 @@ def test_what_a_member_did_not_acknowledge_goes_to_another_at_its_end(edge, clie
     pub = client(edge)
     for n in range(4):
         pub.publish(topic, f"m{n}")
-    assert [m.text for m in stuck.take(2)] == ["m0", "m1"], "its window"
+    assert [m.text for m in stuck.take(2)] == ["m0", "m1"], "the member did not get its window"
     other = client(edge)
     other.subscribe((group, 1))
     line.cut()
@@ -156,7 +156,7 @@ def test_what_a_member_did_not_acknowledge_goes_to_another_at_its_end(edge, clie
     assert other.until_own_marker(pub, topic) == []
 
 
-def test_who_is_away_for_long_loses_its_part_to_others(own_broker, own_edge, client, way):
+def test_a_member_that_is_away_for_long_loses_its_messages_to_others(own_broker, own_edge, client, way):
     edge = before(own_broker(), own_edge, session={"shared_redeliver_after": "500ms"})
     topic = fresh()
     group = f"$share/g/{topic}"
@@ -169,16 +169,16 @@ def test_who_is_away_for_long_loses_its_part_to_others(own_broker, own_edge, cli
         assert [raw.recv().payload for _ in range(2)] == [b"one", b"two"]
         other = client(edge)
         other.subscribe((group, 2))
-    assert other.next().text == "one", "QoS 1 moves on"
+    assert other.next().text == "one", "the QoS 1 message did not move to another member"
     with Raw(edge["tcp"].port) as raw:
         raw.connect(name, expiry=300, clean=False)
         again = raw.recv()
-        assert (again.payload, again.qos, again.dup) == (b"two", 2, True), "QoS 2 stays with its member [MQTT-4.8.2-4]"
+        assert (again.payload, again.qos, again.dup) == (b"two", 2, True), "the QoS 2 message did not stay with its member [MQTT-4.8.2-4]"
     assert other.incoming.empty()
 
 
-def test_a_refusal_is_final(edge, client):
-    """PUBACK with 0x80 and above: nobody else gets it [MQTT-4.8.2-6]."""
+def test_a_refused_delivery_goes_to_no_other_member(edge, client):
+    """After a PUBACK with 0x80 or above, no other member gets the message [MQTT-4.8.2-6]."""
     topic = fresh()
     group = f"$share/g/{topic}"
     with Raw(edge["tcp"].port) as raw:
@@ -196,7 +196,7 @@ def test_a_refusal_is_final(edge, client):
 
 
 @pytest.mark.parametrize("quirks", ["dead-shared", "no-shared"])
-def test_dead_groups_are_refused(quirks, own_edge, client):
+def test_groups_that_the_broker_cannot_serve_are_refused(quirks, own_edge, client):
     edge = own_edge("embedded:", upstream={"servers": [f"embedded:{quirks}"]}).start()
     edge.wait_log(r"The broker was probed")
     five, four = client(edge), client(edge, version=4)
@@ -207,12 +207,12 @@ def test_dead_groups_are_refused(quirks, own_edge, client):
 
 
 BROKERS = [(quirks, "broker") for quirks in ("", "one", "no-ids", "small-window", "3.1.1", "lowest-qos")]
-# Shared out by us, whatever the broker makes of groups.
+# Tidegate distributes, whatever the broker's support for groups.
 BROKERS += [(quirks, "local") for quirks in ("", "dead-shared", "no-shared", "no-ids,dead-shared", "3.1.1,two-queues")]
 
 
 @pytest.mark.parametrize(("quirks", "shared"), BROKERS)
-def test_groups_before_each_broker(quirks, shared, own_edge, client):
+def test_groups_work_before_each_broker(quirks, shared, own_edge, client):
     edge = own_edge("embedded:", upstream={"servers": [f"embedded:{quirks}"], "shared": shared}).start()
     edge.wait_log(r"The broker was probed")
     topic = fresh()

@@ -1,4 +1,4 @@
-"""What an independent scanner says of our TLS: sslyze, with Mozilla's profile as the measure."""
+"""An independent scanner, sslyze, checks TLS against Mozilla's profile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMANDS = SCAN_COMMANDS_NEEDED_BY_MOZILLA_CHECKER | {C.SESSION_RESUMPTION, C.TL
 
 
 def scan(edge) -> dict:
-    """Both listeners at once."""
+    """Scans both listeners at once."""
     scanner = Scanner(concurrent_server_scans_limit=2)
     names, requests = {}, []
     for transport in ("tls", "wss"):
@@ -41,7 +41,7 @@ def scanned(shared_edge):
 
 
 @pytest.mark.parametrize("transport", ("tls", "wss"))
-def test_mozillas_intermediate_profile(scanned, transport):
+def test_mozillas_intermediate_profile_is_met(scanned, transport):
     profile = MozillaTlsConfiguration.get(TlsConfigurationEnum.MOZILLA_INTERMEDIATE)
     try:
         check_server_against_tls_configuration(scanned[transport], profile)
@@ -50,12 +50,12 @@ def test_mozillas_intermediate_profile(scanned, transport):
 
 
 @pytest.mark.parametrize("transport", ("tls", "wss"))
-def test_beyond_the_profile(scanned, transport):
+def test_tls_versions_and_resumption_go_beyond_the_profile(scanned, transport):
     result = scanned[transport].scan_result
     versions = [v for v in ("ssl_2_0", "ssl_3_0", "tls_1_0", "tls_1_1", "tls_1_2", "tls_1_3") if getattr(result, f"{v}_cipher_suites").result.is_tls_version_supported]
     assert versions == ["tls_1_2", "tls_1_3"]
     assert not result.session_renegotiation.result.is_vulnerable_to_client_renegotiation_dos
     if transport == "wss":  # the scanner's attempt is an HTTP request
         assert not result.tls_1_3_early_data.result.supports_early_data
-    # Of TLS 1.2. With tickets it calls a resumption that brings a new ticket none; test_tls.py sees those.
+    # For TLS 1.2. The scanner does not count a resumption that issues a new ticket; test_tls.py covers tickets.
     assert result.session_resumption.result.session_id_resumption_result.name == "FULLY_SUPPORTED"

@@ -1,4 +1,4 @@
-"""Certificates by name, client certificates, tickets, and everything read again while it runs; OpenSSL and aioquic are the clients."""
+"""Certificates by name, client certificates, tickets, and reloading while Tidegate runs; OpenSSL and aioquic are the clients."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def leaves(people):
 
 @pytest.fixture(scope="module")
 def secure(home, servers, people, leaves, broker):
-    """Listeners by what they ask for: `tls`, `wss`, `quic` nothing; `mtls-*` a certificate; `maybe`; `both`; `uri`."""
+    """Listeners by their demand: `tls`, `wss`, `quic` demand no certificate, `mtls-*` demand one; then `maybe`, `both`, `uri`."""
     names = [servers.server("default"), servers.server("a", dns=("a.example",)), servers.server("wide", dns=("*.example",)), servers.server("rsa", kind="rsa")]
     put(home / "people.crl", people.crl(leaves["stolen"]))
     users = home / "users"
@@ -81,7 +81,7 @@ def secure(home, servers, people, leaves, broker):
 
 @pytest.fixture
 def reach(secure):
-    """`reach("tls", leaf, "listener")`: a way in, made anew."""
+    """`reach("tls", leaf, "listener")`: a new client of a listener."""
 
     def make(transport: str, leaf=None, name: str | None = None, **kwargs):
         return way_in(transport, secure[name or transport].port, secure.pki.ca, leaf, **kwargs)
@@ -90,7 +90,7 @@ def reach(secure):
 
 
 def logged(edge: Edge, pattern: str, attempt) -> str:
-    """The line for an attempt; lines about refusals are limited in rate, so it is made again."""
+    """The log line of an attempt; lines about refusals are limited in rate, so the attempt is repeated."""
     for _ in range(20):
         since = edge.mark()
         assert attempt()
@@ -105,7 +105,7 @@ def logged(edge: Edge, pattern: str, attempt) -> str:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_name_finds_its_certificate(reach, transport):
+def test_a_server_name_selects_its_certificate(reach, transport):
     for name, expected in [("a.example", "a"), ("B.example", "wide"), ("localhost", "default"), ("unknown.test", "default"), ("x.a.example", "default")]:
         one = reach(transport)
         one.name = name
@@ -127,15 +127,15 @@ def test_an_rsa_client_gets_the_rsa_certificate(secure):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_certificate_is_a_name(secure, reach, leaves, transport):
+def test_a_client_certificate_names_the_principal(secure, reach, leaves, transport):
     me = fresh("id")
     visit = reach(transport, leaves["device7"], f"mtls-{transport}").visit(me, user="somebody else")
     assert secure.api(f"/api/v1/sessions/{me}")["principal"] == "device7"
     visit.close()
 
 
-def test_rules_know_it(secure, client, leaves):
-    """Over paho, which knows nothing of this harness."""
+def test_acl_rules_apply_to_the_certificates_name(secure, client, leaves):
+    """The client is paho, which is independent of this harness."""
     for name, transport in (("mtls-tls", "tls"), ("mtls-wss", "wss")):
         one = client(secure, transport, name=name, connect=False)
         one.client._ssl_context.load_cert_chain(leaves["device7"].cert, leaves["device7"].key)
@@ -156,7 +156,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("who,alert,label", REFUSED)
-def test_without_a_good_one_nobody_gets_in(secure, reach, leaves, transport, who, alert, label):
+def test_a_client_without_a_good_certificate_is_refused(secure, reach, leaves, transport, who, alert, label):
     name = f"mtls-{transport}"
     before = secure.metrics().sum(FAILED, reason=f"^client_certificate_{label}$")
 
@@ -169,7 +169,7 @@ def test_without_a_good_one_nobody_gets_in(secure, reach, leaves, transport, who
     assert secure.metrics().sum(FAILED, reason=f"^client_certificate_{label}$") > before
 
 
-def test_tls_1_2_says_so_within_the_handshake(reach, leaves):
+def test_tls_1_2_refuses_within_the_handshake(reach, leaves):
     for who, alert in [("late", "certificate_expired"), ("stolen", "certificate_revoked"), ("untrusted", "unknown_ca")]:
         with pytest.raises(Refused) as refused:
             reach("tls", leaves[who], "mtls-tls", version=ssl.TLSVersion.TLSv1_2).visit(fresh("id"))
@@ -177,7 +177,7 @@ def test_tls_1_2_says_so_within_the_handshake(reach, leaves):
     assert reach("tls", leaves["device7"], "mtls-tls", version=ssl.TLSVersion.TLSv1_2).visit(fresh("id")).connack.reason == 0
 
 
-def test_an_optional_one(secure, reach, leaves):
+def test_a_client_certificate_may_be_optional(secure, reach, leaves):
     nobody = reach("tls", None, "maybe")
     logged(secure, "Connection refused.*the client gave no certificate", lambda: nobody.visit(fresh("id")).connack.reason == 0x87)
     assert reach("tls", leaves["device7"], "maybe").visit(fresh("id")).connack.reason == 0
@@ -185,7 +185,7 @@ def test_an_optional_one(secure, reach, leaves):
         reach("tls", leaves["stolen"], "maybe").visit(fresh("id"))
 
 
-def test_a_certificate_and_a_password(secure, reach, leaves):
+def test_a_listener_may_demand_a_certificate_and_a_password(secure, reach, leaves):
     me = fresh("id")
     right = {"user": "alice", "password": b"wonder"}
     visit = reach("tls", leaves["device7"], "both").visit(me, **right)
@@ -195,12 +195,12 @@ def test_a_certificate_and_a_password(secure, reach, leaves):
         reach("tls", None, "both").visit(fresh("id"), **right)
 
 
-def test_other_names(secure, reach, leaves):
+def test_other_fields_of_a_certificate_may_name_the_principal(secure, reach, leaves):
     me = fresh("id")
     visit = reach("tls", leaves["spiffe"], "uri").visit(me)
     assert visit.connack.reason == 0 and secure.api(f"/api/v1/sessions/{me}")["principal"] == "spiffe://fleet/one"
     visit.close()
-    # No URI in it, no common name in it, and a name that is nobody's.
+    # Certificates without a URI, without a common name, and with an unknown name.
     for who, name, why in [("device7", "uri", "no URI"), ("spiffe", "mtls-tls", "no common name"), ("anonymous", "mtls-tls", "stands for")]:
         to = reach("tls", leaves[who], name)
         logged(secure, f"Connection refused.*{why}", lambda: to.visit(fresh("id")).connack.reason == 0x87)
@@ -221,12 +221,12 @@ def test_a_handshake_is_resumed(secure, reach, leaves, transport, version):
         me = fresh("id")
         again = to.visit(me, first.ticket)
         assert again.resumed
-        # Who it is, the ticket says.
+        # The ticket names the principal.
         assert secure.api(f"/api/v1/sessions/{me}")["principal"] == ("device7" if leaf else "anonymous")
         first.close(), again.close()
 
 
-def test_no_early_data(secure, reach):
+def test_early_data_is_not_offered(secure, reach):
     assert reach("quic").visit(fresh("id")).ticket.max_early_data_size is None
     done = subprocess.run(
         ["openssl", "s_client", "-connect", f"127.0.0.1:{secure['tls'].port}", "-CAfile", secure.pki.ca, "-tls1_3"],
@@ -241,7 +241,7 @@ def test_a_ticket_is_good_no_longer_than_its_certificate(reach, people):
     tickets = {t: one.visit(fresh("id")).ticket for t, one in to.items()}
     for transport, one in to.items():
         assert one.visit(fresh("id"), tickets[transport]).resumed
-    # What is waited for is the clock itself.
+    # The test must wait for the clock itself.
     time.sleep(max(0.0, leaf.not_after + 1.1 - time.time()))
     for transport, one in to.items():
         with pytest.raises(Refused):
@@ -256,7 +256,7 @@ def secrets(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_the_key_log_has_what_the_client_has(secure, reach, leaves, home, tmp_path, transport):
+def test_the_key_log_equals_the_clients_keys(secure, reach, leaves, home, tmp_path, transport):
     mine = tmp_path / "mine.log"
     reach(transport, leaves["device7"], f"mtls-{transport}", keys=mine).visit(fresh("id")).close()
     wanted = secrets(mine.read_text())
@@ -309,7 +309,7 @@ class Renewed:
         return self.edge.metrics().sum(RELOADS, result=result)
 
     def reloaded(self, how: str, change, result: str = "success") -> int:
-        """Makes a change and waits until it is taken up, or refused."""
+        """Makes a change and waits until it is loaded or refused."""
         before, since = self.count(result), self.edge.mark()
         change()
         if how == "SIGHUP":
@@ -327,7 +327,7 @@ def renewed(tmp_path, broker, servers):
 
 
 @pytest.mark.parametrize("how", ("SIGHUP", "change"))
-def test_a_new_certificate_while_clients_stay(renewed, how):
+def test_a_new_certificate_is_loaded_while_clients_stay(renewed, how):
     to = {t: renewed.reach(t) for t in TRANSPORTS}
     held = {t: one.visit(fresh("id")) for t, one in to.items()}
     assert {v.server for v in held.values()} == {"first"}
@@ -336,13 +336,13 @@ def test_a_new_certificate_while_clients_stay(renewed, how):
     renewed.edge.wait_log(f"read again.*{'SIGHUP' if how == 'SIGHUP' else 'a file changed'}", since)
     for transport, old in held.items():
         assert to[transport].visit(fresh("id")).server == "second" and old.ping()
-        # Another certificate is no reason for a whole handshake.
+        # Another server certificate does not force a full handshake.
         assert to[transport].visit(fresh("id"), old.ticket).resumed
     shown = renewed.edge.metrics().series("tidegate_tls_certificate_expiry_timestamp_seconds")
     assert {v for _, v in shown} == {fresh_leaf[0].not_after}
 
 
-def test_a_broken_file_keeps_what_was(renewed):
+def test_a_broken_file_keeps_the_old_configuration(renewed):
     held = renewed.reach("quic").visit(fresh("id"))
     whole = renewed.cert.read_bytes()
     odd = renewed.servers.server("odd").pem
@@ -351,7 +351,7 @@ def test_a_broken_file_keeps_what_was(renewed):
         line = renewed.edge.wait_log("could not be read again", since)
         assert "ERROR" in line and why in line and "default" in line
         assert {renewed.reach(t).visit(fresh("id")).server for t in TRANSPORTS} == {"first"}
-    # All or nothing: a good certificate does not come in beside a bad list.
+    # All or nothing: a good certificate is not loaded beside a bad list.
     put(renewed.crl, "nothing")
     renewed.reloaded("SIGHUP", lambda: put(renewed.cert, whole) or renewed.serve("second"), "failure")
     assert renewed.reach("tls").visit(fresh("id")).server == "first"
@@ -373,15 +373,15 @@ def test_a_revoked_client_is_refused_even_with_a_ticket(renewed, how):
             with pytest.raises(Refused) as refused:
                 one.visit(fresh("id"), ticket)
             assert refused.value.alert == "certificate_revoked", transport
-        # The other one is let in, by a whole handshake.
+        # The other client gets in by a full handshake.
         assert not two.visit(fresh("id"), before[transport][1].ticket).resumed
-        # Whoever is in stays.
+        # Connected clients stay.
         assert before[transport][0].ping()
     with pytest.raises(Refused):
         old.visit(fresh("id"), old_ticket)
 
 
-def test_another_authority(renewed):
+def test_another_authority_is_loaded(renewed):
     other = Authority(renewed.directory / "other", "other")
     three = other.client("three")
     with pytest.raises(Refused):
@@ -400,7 +400,7 @@ def test_another_authority(renewed):
         assert refused.value.alert == "unknown_ca"
 
 
-def test_a_list_past_its_date_lets_nobody_in(renewed):
+def test_an_expired_revocation_list_refuses_all_clients(renewed):
     since = renewed.reloaded("SIGHUP", lambda: put(renewed.crl, renewed.people.crl(days=-0.5)))
     renewed.edge.wait_log("ERROR.*revocation list expired.*every client certificate is refused", since)
     with pytest.raises(Refused) as refused:
@@ -410,7 +410,7 @@ def test_a_list_past_its_date_lets_nobody_in(renewed):
     assert renewed.reach("tls", renewed.one).visit(fresh("id")).connack.reason == 0
 
 
-def test_directories_that_are_swapped_as_kubernetes_does(tmp_path, broker, servers):
+def test_directories_that_kubernetes_swaps_are_loaded(tmp_path, broker, servers):
     secret = tmp_path / "secret"
     secret.mkdir()
 
@@ -442,7 +442,7 @@ def test_directories_that_are_swapped_as_kubernetes_does(tmp_path, broker, serve
 
 
 @pytest.mark.parametrize("days,said", [(2, "WARN.*the certificate expires in 1day 23h"), (9, "WARN.*the certificate expires in 8days 23h"), (-1, "ERROR.*the certificate expired")])
-def test_dates_are_shown(tmp_path, broker, servers, days, said):
+def test_expiry_dates_are_shown(tmp_path, broker, servers, days, said):
     leaf = servers.server("dated", start=-90, days=days)
     pki = servers.pki(leaf)
     edge = Edge(tmp_path / "edge", config(broker.url, pki, ("tls",)), pki).start()
@@ -456,7 +456,7 @@ def test_dates_are_shown(tmp_path, broker, servers, days, said):
         edge.close()
 
 
-def test_check_names_file_and_fault(tmp_path, servers, people):
+def test_check_names_the_file_and_the_fault(tmp_path, servers, people):
     leaf, other = servers.server("checked"), servers.server("other")
     junk = tmp_path / "junk.pem"
     junk.write_text("junk")
@@ -474,7 +474,7 @@ def test_check_names_file_and_fault(tmp_path, servers, people):
     assert done.returncode == 0, done.stderr
     assert "certificate required" in done.stdout and "certificate until 20" in done.stdout and "revocation list until 20" in done.stdout
     assert "warning: [[tls]] \"default\": key_log is on" in done.stdout
-    assert not (tmp_path / "keys.log").exists(), "a check leaves nothing behind"
+    assert not (tmp_path / "keys.log").exists(), "the check left a file behind"
     for change, why in [
         ({"key": other.key}, "other.key: this key does not belong"),
         ({"client_ca": junk}, "junk.pem: holds no certificate"),

@@ -1,4 +1,4 @@
-"""Each client version before each broker version: what either has is there, and nothing breaks for want of the other."""
+"""Each client version before each broker version: the features of both work, and a missing feature breaks nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_each_qos_and_retained_between_all_versions(before, client, sender, rece
     assert sub.next().payload == b""
 
 
-def test_properties_of_a_5_client(before, client):
+def test_properties_reach_clients_as_far_as_the_broker_carries_them(before, client):
     pub, sub, old, topic = client(before), client(before), client(before, version=4), fresh()
     sub.subscribe(f"{topic}/#")
     old.subscribe(f"{topic}/#")
@@ -58,11 +58,11 @@ def test_properties_of_a_5_client(before, client):
         assert got.props.ResponseTopic == f"{topic}/answer"
         assert 95 <= got.props.MessageExpiryInterval <= 100
     else:
-        # The broker speaks 3.1.1: there is nothing that could carry them.
+        # The broker speaks 3.1.1, which cannot carry properties.
         assert not any(hasattr(got.props, name) for name in ("UserProperty", "ContentType", "CorrelationData", "ResponseTopic", "MessageExpiryInterval"))
 
 
-def test_request_and_response(before, client):
+def test_request_and_response_work(before, client):
     topic = fresh()
     # Where a 3.1.1 broker drops the Response Topic, both know it.
     known = f"{topic}/answer/me"
@@ -80,13 +80,13 @@ def test_request_and_response(before, client):
             assert (got.props.ResponseTopic, back.props.CorrelationData) == (known, bytes([n]))
 
 
-def test_several_identifiers_on_one_delivery(before, client):
+def test_one_delivery_carries_several_identifiers(before, client):
     one, pub, topic = client(before), client(before), fresh()
     for identifier, name in ((7, f"{topic}/+"), (268_435_455, f"{topic}/a"), (9, f"{topic}/#")):
         one.subscribe(name, identifier=identifier)
     # A replaced subscription has the new identifier alone [MQTT-3.8.4-3].
     one.subscribe(f"{topic}/a", identifier=8)
-    # And one without gets none of the others'.
+    # A subscription without an identifier gets none of the others'.
     other = client(before)
     other.subscribe(f"{topic}/#")
     for n in range(10):
@@ -100,14 +100,14 @@ def test_several_identifiers_on_one_delivery(before, client):
 
 
 def test_expiry_counts_down_in_the_offline_queue(before, client):
-    """What waits here expires here, whatever the broker knows of it."""
+    """Queued messages expire in Tidegate, whether the broker knows the interval or not."""
     name, topic, pub = fresh("x"), fresh(), client(before)
     one = client(before, client_id=name, expiry=300)
     one.subscribe(topic)
     one.close()
     pub.publish(topic, "soon over", MessageExpiryInterval=1)
     pub.publish(topic, "stays", MessageExpiryInterval=100)
-    time.sleep(1.2)  # What is awaited is time itself.
+    time.sleep(1.2)  # Real time must pass.
     again = client(before, client_id=name, expiry=300, clean=False)
     got = [again.next().text]
     if before.broker_version != "5":
@@ -117,8 +117,8 @@ def test_expiry_counts_down_in_the_offline_queue(before, client):
     assert got == ["stays"]
 
 
-def test_dollar_topics_are_no_clients_affair_by_default(before, client):
-    """`#` does not bring the broker's own, and $SYS is refused where no rule names it."""
+def test_dollar_topics_are_hidden_from_clients_by_default(before, client):
+    """`#` does not match the broker's own topics, and $SYS is refused where no rule names it."""
     one, pub, topic = client(before), client(before), fresh()
     assert one.subscribe(("$SYS/#", 0), ("#", 0), ("+/broker/version", 0), expect=None) == [0x87, 0, 0]
     got = one.until_own_marker(pub, topic)

@@ -19,7 +19,7 @@ from harness.udp_cable import UdpCable
 from harness.webtransport import dial
 
 JS = Path(__file__).parent / "js"
-# One browser for all of them.
+# All tests share one browser.
 pytestmark = pytest.mark.xdist_group("webtransport")
 
 
@@ -32,7 +32,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def edge(own_edge, broker, pki):
-    """A certificate that a page may name by its hash for QUIC, one of an authority for the rest."""
+    """A certificate for QUIC that a page may name by its hash, and one of an authority for other transports."""
     tls = [{"name": "default", "cert": str(pki.cert), "key": str(pki.key)}, {"name": "page"}]
     quic = [
         listener("quic", tls="page", webtransport=True),
@@ -62,8 +62,8 @@ def page(edge, udp, wss, me, path="/mqtt", **webtransport) -> tuple[str, dict]:
     return f"wss://localhost:{wss.port}{wss.path}", options
 
 
-def test_the_module_by_itself(tmp_path):
-    """Its own tests, in Node, before a WebTransport of their making."""
+def test_the_module_passes_its_own_tests(tmp_path):
+    """Runs the module's own tests in Node, on a simulated WebTransport."""
     bundle = tmp_path / "test.mjs"
     make = f"import({json.dumps(str(JS / 'bundle.mjs'))}).then(async (b) => require('fs').writeFileSync({json.dumps(str(bundle))}, await b.bundled({json.dumps(str(JS / 'webtransport.test.mjs'))}, 'node')))"
     subprocess.run(["node", "-e", make], check=True, timeout=60)
@@ -71,8 +71,8 @@ def test_the_module_by_itself(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-def test_one_session_over_webtransport_and_wss(edge, broker, client, browser, udp, wss):
-    """Connect, subscribe, publish, be cut off, resume, be without UDP, come back: one session, nothing lost."""
+def test_one_session_moves_between_webtransport_and_wss(edge, broker, client, browser, udp, wss):
+    """A page connects, subscribes, publishes, is cut off, resumes, loses UDP and comes back: its one session loses no message."""
     topic, me = fresh(), fresh("page")
     url, options = page(edge, udp, wss, me, retryAfter=3000)
     at = browser.do("connect", client=me, url=url, options=options)
@@ -106,7 +106,7 @@ def test_one_session_over_webtransport_and_wss(edge, broker, client, browser, ud
         for n in range(5):
             browser.wait("message", me, since=at, payload=f"{name}-{n}")
         for qos in (1, 2):
-            # What the cut took the acknowledgement of comes again, marked.
+            # Messages with an acknowledgement lost in the cut come again with DUP.
             got = [m["payload"] for m in browser.events("message", me, at) if m["qos"] == qos]
             first = [m for n, m in enumerate(got) if m not in got[:n]]
             assert first == [f"{name}-{n}" for n in range(5) if 1 + n % 2 == qos]
@@ -114,13 +114,13 @@ def test_one_session_over_webtransport_and_wss(edge, broker, client, browser, ud
         assert broker.connects(quiet_since) == [] and not [l for l in broker.service.lines(quiet_since) if topic in l and "SUBSCRIBE" in l]
         return browser.events("transport", me, at)[-1]
 
-    # The network goes without a word, and comes back with another address.
+    # The network fails silently and comes back with another address.
     assert flap("silent", udp.cut)["way"] == "webtransport"
-    # The relay is gone, which the system says at once: the same session over wss.
+    # The relay is gone, and the system reports that at once: the session continues over wss.
     went = flap("killed", udp.kill)
     assert went["way"] == "fallback" and "ms" not in went["why"], went
     wait_until("the API to show it", lambda: edge.api(f"/api/v1/sessions/{me}")["transport"] == "wss")
-    # What worked is remembered...
+    # The working transport is remembered...
     udp.revive()
     assert flap("remembered", wss.cut)["why"] == "WebTransport failed a while ago"
 
@@ -132,7 +132,7 @@ def test_one_session_over_webtransport_and_wss(edge, broker, client, browser, ud
         return browser.events("transport", me, at)[-1]["way"] == "webtransport"
 
     wait_until("WebTransport again", back, 20, 0.5)
-    # UDP is blocked, which nobody says.
+    # UDP is blocked silently.
     went = flap("blocked", udp.unplug)
     assert went["way"] == "fallback" and "4000 ms" in went["why"], went
     at = browser.mark()
@@ -145,7 +145,7 @@ def test_one_session_over_webtransport_and_wss(edge, broker, client, browser, ud
 
 
 def test_refusals_lead_to_wss(edge, client, browser, udp, wss):
-    """A path that is not served, an origin that is not allowed, a session that another takes over."""
+    """The client changes to wss after an unknown path, a forbidden origin, or a session that another client takes over."""
     strict = UdpCable(edge["closed"].port)
     try:
         for cable, path, reason, label in (
@@ -170,7 +170,7 @@ def test_refusals_lead_to_wss(edge, client, browser, udp, wss):
     assert browser.wait("transport", me, since=at)["way"] == "webtransport"
     info = edge.api(f"/api/v1/sessions/{me}")
     assert (info["listener"], info["transport"]) == ("quic", "webtransport")
-    # It sends DISCONNECT, and is heard; then once more, to be taken over.
+    # The client sends DISCONNECT, and it arrives; then it connects again, to be taken over.
     since = edge.mark()
     browser.do("end", client=me)
     browser.wait("ended", me)
@@ -183,7 +183,7 @@ def test_refusals_lead_to_wss(edge, client, browser, udp, wss):
     browser.wait("close", me, since=at)
 
 
-def test_aioquic_speaks_it_too(edge):
+def test_aioquic_speaks_webtransport_too(edge):
     """Another HTTP/3 stack: plain requests, refusals, and MQTT over two streams."""
     port, ca, topic = edge["signed"].port, edge.pki.ca, fresh()
 

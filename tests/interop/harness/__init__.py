@@ -1,1 +1,1 @@
-"""What the tests stand on: processes, the broker, the binary, links that can be cut, clients."""
+"""The tests' tools: processes, the broker, the binary, links that can be cut, clients."""

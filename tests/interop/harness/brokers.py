@@ -1,4 +1,4 @@
-"""Other brokers as the broker, each unmodified and with its own defaults."""
+"""Other brokers behind Tidegate, each unmodified and with its own defaults."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class RabbitMq(Broker):
 
     def close(self) -> None:
         super().close()
-        # Its port mapper outlives it, and is this node's alone.
+        # RabbitMQ's port mapper outlives the broker; this node has one of its own.
         env = {"ERL_EPMD_PORT": str(self.epmd_port), "ERL_EPMD_ADDRESS": "127.0.0.1", "PATH": os.environ["PATH"], "HOME": str(self.directory)}
         if epmd := shutil.which("epmd"):
             stop = Service("epmd", [epmd, "-kill"], env=env)

@@ -1,4 +1,4 @@
-"""A TCP forwarder that can be cut: what a lost network looks like to both ends."""
+"""A TCP forwarder that can be cut: both ends see a lost network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Cable:
     """127.0.0.1:`port` leads to `target`; `cut` resets every connection through it."""
 
     def __init__(self, target: int, delay: float = 0):
-        """`delay`: seconds that what comes back takes longer."""
+        """`delay`: extra seconds for bytes from the target to the client."""
         self.target = target
         self.delay = delay
         self._plugged = True
@@ -23,11 +23,11 @@ class Cable:
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     def cut(self) -> None:
-        """Abrupt: RST to both sides, as when a phone leaves its cell."""
+        """Cuts abruptly, with RST to both sides, as when a phone leaves its cell."""
         call(self._cut())
 
     def unplug(self) -> None:
-        """Cuts, and refuses new connections until `plug`."""
+        """Cuts every connection and refuses new ones until `plug`."""
         self._plugged = False
         self.cut()
 

@@ -1,4 +1,4 @@
-"""Test certificates, made by openssl: nothing of ours judges ours."""
+"""Test certificates, made by openssl, so that Tidegate's own code does not judge itself."""
 
 from __future__ import annotations
 

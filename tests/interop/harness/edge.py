@@ -40,7 +40,7 @@ class Listening:
 
 
 def toml(table: dict) -> str:
-    """As much TOML as a configuration needs."""
+    """Writes the part of TOML that a configuration needs."""
     def value(v) -> str:
         if isinstance(v, bool):
             return str(v).lower()
@@ -80,7 +80,7 @@ def config(broker_url: str, pki: Pki, transports=TRANSPORTS, **sections) -> dict
     """DESIGN's contract with every listener; `sections` are merged over it."""
     base = {
         "version": 1,
-        # Two with one id before the same broker would take each other's links over.
+        # Two processes with one id before the same broker would take each other's links over.
         "node": {"id": f"edge-{os.getpid()}-{next(_serial)}", "data_dir": "data"},
         "tls": [{"name": "default", "cert": str(pki.cert), "key": str(pki.key)}],
         "listeners": [listener(t) for t in transports],
@@ -131,11 +131,11 @@ class Edge:
         return self.service.mark()
 
     def wait_log(self, pattern: str, since: int = 0, timeout: float = 10) -> str:
-        """The first line of the log that has it."""
+        """Waits for the first log line that matches."""
         return self.service.wait_line(pattern, timeout, since, "err").string
 
     def assert_sane(self, since: int = 0) -> None:
-        """Whatever a test did, the process lives and never panicked."""
+        """Asserts that the process lives and never panicked, whatever the test did."""
         assert self.service.alive(), f"tidegate ended with {self.service.process.returncode}:\n{self.service.text()[-4000:]}"
         assert not (panics := self.service.grep(r"panicked at|thread '.*' panicked", since)), panics
 
@@ -174,7 +174,7 @@ class Metrics:
                 self.samples.append((found[1], dict(LABEL.findall(found[2] or "")), float(found[3])))
 
     def sum(self, name: str, **labels) -> float:
-        """Over all series of that name whose labels match the given regular expressions."""
+        """The sum over all series of that name with labels that match the given regular expressions."""
         return sum(value for n, have, value in self.samples if n == name and all(re.search(want, have.get(k, "")) for k, want in labels.items()))
 
     def names(self) -> set[str]:
@@ -189,11 +189,11 @@ def read_listening(service: Service) -> dict[str, Listening]:
     for line in service.lines(stream="out"):
         if line.startswith("listening "):
             _, name, transport, url = line.split(" ", 3)
-            # A QUIC listener's WebTransport is told in a line of its own.
+            # A QUIC listener's WebTransport has a line of its own.
             bound["webtransport" if transport == "webtransport" else name] = Listening(name, transport, url)
     return bound
 
 
 def tidegate(*args, timeout: float = 20, **kwargs):
-    """A command of the binary that ends by itself."""
+    """Runs a command of the binary that ends by itself."""
     return run([BINARY, *args], timeout, **kwargs)

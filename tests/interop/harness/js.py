@@ -26,7 +26,7 @@ class Agent:
         self.up = json.loads(self.service.wait_line(r'^\{"event":"up".*', 60, stream="out").group(0))
 
     def do(self, what: str, **more) -> int:
-        """Sends a command; gives the place in the output to search from."""
+        """Sends a command and returns the place in the output to search from."""
         mark = self.service.mark()
         self.service.send(json.dumps({"do": what} | more))
         return mark

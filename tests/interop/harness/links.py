@@ -1,4 +1,4 @@
-"""A way from a client to a listener that can be cut: the same for all five transports."""
+"""A path from a client to a listener that can be cut, the same for all five transports."""
 
 from __future__ import annotations
 

@@ -21,5 +21,5 @@ def loop() -> asyncio.AbstractEventLoop:
 
 
 def call(coroutine, timeout: float = 15):
-    """Runs a coroutine there and waits for it here."""
+    """Runs a coroutine on the loop and waits for it in the caller's thread."""
     return asyncio.run_coroutine_threadsafe(coroutine, loop()).result(timeout * PATIENCE)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .process import Service, free_port, wait_until
 
-# What Tidegate's documents recommend for a mosquitto behind it.
+# Tidegate's documents recommend this configuration for a mosquitto behind it.
 RECOMMENDED = """\
 user root
 allow_anonymous {anonymous}
@@ -55,7 +55,7 @@ class Mosquitto:
         return self
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """SIGTERM: it writes its sessions down. SIGKILL: it forgets."""
+        """Stops mosquitto: on SIGTERM it saves its sessions, on SIGKILL it forgets them."""
         self.service.stop(number)
 
     def forget(self) -> None:
@@ -70,11 +70,11 @@ class Mosquitto:
         return self.service.mark()
 
     def received(self, kind: str, since: int = 0) -> list[str]:
-        """Packets of that kind that arrived at the broker, from its own log."""
+        """Log lines of the broker about arrived packets of that kind."""
         return self.service.grep(rf"Received {kind} from", since)
 
     def connects(self, since: int = 0) -> list[str]:
-        """Connections of clients and links; not those of probes."""
+        """Log lines about new connections of clients and links, without probes."""
         return [line for line in self.service.grep(r"New client connected from", since) if "-probe " not in line]
 
     def _reachable(self) -> bool:

@@ -1,4 +1,4 @@
-"""Names no other test uses, for topics and client ids."""
+"""Unique names for topics and client ids."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Message:
 
 
 class Paho:
-    """One client; never reconnects by itself, so a test says when."""
+    """One client. It never reconnects by itself; the test decides when."""
 
     def __init__(self, way: Way, client_id: str = "", *, version: int = 5, clean: bool = True, expiry: int | None = None, keepalive: int = 60,
                  receive_maximum: int | None = None, alias_maximum: int | None = None, packet_maximum: int | None = None,
@@ -74,7 +74,7 @@ class Paho:
             self.client.username_pw_set(user, password)
         if will:
             self.client.will_set(**will)
-        # paho does not look at the server's Receive Maximum: 20 is below mosquitto's and ours.
+        # paho ignores the server's Receive Maximum; 20 is below mosquitto's and Tidegate's.
         self.client.max_inflight_messages_set(20)
         self.client.max_queued_messages_set(0)
         self.client.on_connect = self._on_connect
@@ -98,7 +98,7 @@ class Paho:
         return self
 
     def reconnect(self, way: Way | None = None, **kwargs) -> "Paho":
-        """The same client again, with what it had not finished; by another way if given."""
+        """Connects the same client again, with its unfinished exchanges, over another path if one is given."""
         self.abandon()
         self.way = way or self.way
         self.clean = False
@@ -137,7 +137,7 @@ class Paho:
             return info.mid
         got = self._wait_ack("publish", info.mid)
         if self.version == 5 and qos:
-            # 0x10: nobody subscribes, which is no failure.
+            # 0x10: No matching subscribers. That is a success.
             assert got.value == expect or (expect == 0 and got.value == 0x10), f"PUBACK {got}"
         return info.mid
 
@@ -154,14 +154,14 @@ class Paho:
         return [self.next(timeout) for _ in range(count)]
 
     def until(self, payload: str, timeout: float = 10) -> list[Message]:
-        """All messages before the one with that payload, which is consumed too."""
+        """All messages before the one with that payload. That one is consumed, too."""
         got = []
         while (message := self.next(timeout)).payload != payload.encode():
             got.append(message)
         return got
 
     def until_marker(self, publisher: "Paho", topic: str, qos: int = 1) -> list[Message]:
-        """The messages before a marker that is published now. After it no earlier message can follow."""
+        """Publishes a marker and returns the messages before it; no earlier message can follow."""
         marker = f"marker-{next(_serial)}"
         publisher.publish(topic, marker, qos)
         return self.until(marker)
@@ -175,14 +175,14 @@ class Paho:
         return self.end_reason
 
     def close(self, **kwargs) -> None:
-        """A normal DISCONNECT."""
+        """Sends a normal DISCONNECT."""
         if self.connected.is_set() and not self.ended.is_set():
             self.client.disconnect(**kwargs)
             self.ended.wait(5)
         self.client.loop_stop()
 
     def abandon(self) -> None:
-        """After a cut: no packet more."""
+        """Stops the client after a cut, without a further packet."""
         self.ended.wait(10)
         self.client.loop_stop()
 

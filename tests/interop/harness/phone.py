@@ -1,4 +1,4 @@
-"""An aioquic client with all its streams in hand, for what no relay of one stream can do."""
+"""An aioquic client that controls all its streams, for tests that a relay of one stream cannot serve."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Phone:
         return protocol
 
     def do(self, *steps) -> "Phone":
-        """All steps, functions of the QUIC connection, before anything is sent."""
+        """Runs all steps, functions of the QUIC connection, and only then sends."""
 
         async def run():
             for step in steps:
@@ -118,7 +118,7 @@ class Phone:
         return self.do(lambda quic: quic.stop_stream(stream, code))
 
     def recv(self, stream: int = 0, timeout: float = 10) -> wire.Packet:
-        """The next packet of a stream; `Gone` if there is none to come."""
+        """The next packet of a stream; raises `Gone` if the stream has ended."""
 
         def ready():
             return self.packets.get(stream) or stream in self.ended or self.closed
@@ -134,7 +134,7 @@ class Phone:
         with self.changed:
             while not (value := check()):
                 left = end - time.monotonic()
-                assert left > 0, f"not in {timeout} s: {what}; ended {self.ended}, closed {self.closed}, packets {self.packets}"
+                assert left > 0, f"timed out after {timeout} s waiting for {what}; ended {self.ended}, closed {self.closed}, packets {self.packets}"
                 self.changed.wait(left)
             return value
 
@@ -151,17 +151,17 @@ class Phone:
         return suback.codes
 
     def pinged(self) -> "Phone":
-        """The control stream, and so the connection, is served."""
+        """Asserts that the server serves the control stream, and so the connection."""
         self.send(0, wire.PING)
         assert self.recv().kind == wire.PINGRESP
         return self
 
     def move(self, host: str = "127.0.0.1") -> int:
-        """Goes on from another port, with another connection identifier as RFC 9000 section 9.5 asks."""
+        """Continues from another port, with another connection identifier, as RFC 9000 section 9.5 demands."""
         return call(self._move(True, host))
 
     def rebind(self) -> int:
-        """Goes on from another port and does not know it, as behind a NAT."""
+        """Continues from another port without noticing it, as behind a NAT."""
         return call(self._move(False))
 
     async def _move(self, knowing: bool, host: str = "127.0.0.1") -> int:
@@ -182,7 +182,7 @@ class Phone:
         return self.port
 
     def vanish(self) -> None:
-        """Nothing is sent any more, not even a CONNECTION_CLOSE."""
+        """Stops sending, without a CONNECTION_CLOSE."""
 
         async def run():
             self.protocol._transport.abort()

@@ -24,7 +24,7 @@ def now() -> datetime.datetime:
 
 
 def put(path: Path, content: bytes | str | Path) -> None:
-    """In one step, as certbot and Kubernetes do it."""
+    """Replaces a file in one step, as certbot and Kubernetes do."""
     if isinstance(content, Path):
         content = content.read_bytes()
     fresh = path.with_name(f".{path.name}.{next(_serial)}")

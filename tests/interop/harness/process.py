@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-# One factor for every deadline: a slow machine sets it higher, no test waits for it in vain.
+# One factor for every deadline. A slow machine sets it higher; a test that passes never waits for it.
 PATIENCE = float(os.environ.get("TIDEGATE_TEST_PATIENCE", "1"))
 
 
@@ -33,7 +33,7 @@ class Service:
         self._changed = threading.Condition()
         self._open_streams = 2
         self._log = open(log, "a", encoding="utf-8") if log else None
-        # Should this process be killed, its children do not stay behind.
+        # If this process is killed, its children end, too.
         self.process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *self.argv],
             cwd=cwd,
@@ -63,7 +63,7 @@ class Service:
         self.process.stdin.flush()
 
     def mark(self) -> int:
-        """A place in the output: later searches can begin here."""
+        """A place in the output at which a later search can begin."""
         with self._changed:
             return len(self._lines)
 
@@ -79,7 +79,7 @@ class Service:
         return [line for line in self.lines(since, stream) if wanted.search(line)]
 
     def wait_line(self, pattern: str, timeout: float = 10, since: int = 0, stream: str | None = None) -> re.Match:
-        """The first line after `since` that matches; fails at once if the process can say no more."""
+        """Waits for the first line after `since` that matches; fails at once if the process has ended."""
         wanted = re.compile(pattern)
         end = time.monotonic() + timeout * PATIENCE
         at = since
@@ -111,7 +111,7 @@ class Service:
             os.kill(self.pid, number)
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 15) -> int:
-        """Ends the process; one that does not end in time is killed, and that is a failure."""
+        """Ends the process. If it does not end in time, it is killed and the test fails."""
         self.kill(number)
         try:
             return self.wait_exit(timeout)
@@ -124,7 +124,7 @@ class Service:
                 self._log.flush()
 
     def end_quietly(self) -> None:
-        """For fixtures' tear-down."""
+        """Kills the process, for a fixture's tear-down."""
         if self.alive():
             self.kill(signal.SIGKILL)
             self.process.wait(10)
@@ -136,7 +136,7 @@ class Service:
                     pass
 
     def rss_bytes(self) -> int:
-        """Private resident memory, as the kernel counts it."""
+        """Private resident memory in bytes, as the kernel counts it."""
         total = 0
         for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():
             if line.startswith(("Private_Clean:", "Private_Dirty:")):
@@ -157,14 +157,14 @@ class Service:
 
 
 def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    """A loopback port that was free a moment ago."""
+    """Returns a loopback port that was free a moment ago."""
     with socket.socket(socket.AF_INET, kind) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def wait_until(what: str, check, timeout: float = 10, every: float = 0.02):
-    """Polls `check` until it gives something true; the value is returned."""
+    """Polls `check` until it returns a true value, and returns that value."""
     end = time.monotonic() + timeout * PATIENCE
     last = None
     while True:
@@ -175,7 +175,7 @@ def wait_until(what: str, check, timeout: float = 10, every: float = 0.02):
         except (OSError, KeyError) as error:
             last = error
         if time.monotonic() > end:
-            raise AssertionError(f"not in {timeout} s: {what} (last: {last!r})")
+            raise AssertionError(f"timed out after {timeout} s waiting for {what} (last value: {last!r})")
         time.sleep(every)
 
 

@@ -1,4 +1,4 @@
-"""Debian's nginx and HAProxy before a Tidegate, as people put them there; and PROXY protocol headers by hand."""
+"""Debian's nginx and HAProxy in front of a Tidegate with usual configurations, and PROXY protocol headers written by hand."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 
 
 def line(source: str, port: int, destination: str = "127.0.0.1") -> bytes:
-    """Version 1."""
+    """A header of version 1."""
     family = "TCP6" if ":" in source else "TCP4"
     return f"PROXY {family} {source} {destination} {port} 1883\r\n".encode()
 
 
 def binary(source: str = "", port: int = 0, *, command: int = 1, family: int | None = None, tlvs: bytes = b"", body: bytes | None = None) -> bytes:
-    """Version 2."""
+    """A header of version 2."""
     if body is None:
         kind = socket.AF_INET6 if ":" in source else socket.AF_INET
         ip = socket.inet_pton(kind, source) if source else b""
@@ -33,7 +33,7 @@ def tlv(kind: int, value: bytes) -> bytes:
 
 
 class Nginx:
-    """An HTTP server whose every location is a WebSocket proxy: `routes` are paths and the ports that they lead to."""
+    """An HTTP server that proxies WebSocket at every location. `routes` maps paths to ports."""
 
     def __init__(self, directory: Path, routes: dict[str, int], read_timeout: str = "60s"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class Nginx:
         file = directory / "nginx.conf"
         file.write_text(f"""
 daemon off;
-# One process: no worker stays behind when it is killed.
+# One process, so that no worker stays behind when nginx is killed.
 master_process off;
 pid {directory}/nginx.pid;
 error_log stderr info;
@@ -72,7 +72,7 @@ http {{
 
 
 class HaProxy:
-    """`ways`: name -> (port that it leads to, words of its `server` line, more lines of its backend)."""
+    """`ways`: name -> (port of the server, words of its `server` line, more lines of its backend)."""
 
     def __init__(self, directory: Path, ways: dict[str, tuple[int, str, str]]):
         directory.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from .process import PATIENCE
 
 
 class Mqtt(QuicConnectionProtocol):
-    """Keeps how the connection ended."""
+    """Records the end of the connection."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -52,7 +52,7 @@ async def dial(port: int, ca, alpn: list[str], local_port: int = 0) -> Mqtt:
 
 
 def vanish(protocol: Mqtt) -> None:
-    """The far end hears nothing any more, not even a CONNECTION_CLOSE."""
+    """Sends nothing to the far end any more, not even a CONNECTION_CLOSE."""
     protocol._transport.abort()
     protocol._transport = Nowhere()
     for reader in protocol._stream_readers.values():
@@ -60,7 +60,7 @@ def vanish(protocol: Mqtt) -> None:
 
 
 class Nowhere(asyncio.DatagramTransport):
-    """What is sent here is lost."""
+    """Drops every datagram that is sent."""
 
     def sendto(self, data, addr=None) -> None:
         pass
@@ -82,15 +82,15 @@ class QuicRelay:
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     def cut(self) -> None:
-        """Abrupt: the UDP sockets are gone without a word, the TCP side is reset."""
+        """Cuts abruptly: the UDP sockets close without a packet, and the TCP side is reset."""
         call(self._cut())
 
     def second_stream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Another client bidirectional stream on the newest connection."""
+        """Opens another client bidirectional stream on the newest connection."""
         return call(self.last.create_stream())
 
     def rebind(self) -> None:
-        """The newest connection goes on from another UDP port, as after a NAT timeout."""
+        """Continues the newest connection from another UDP port, as after a NAT timeout."""
         call(self._rebind())
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ async def _down(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             await writer.drain()
     except OSError:
         return
-    # The control stream is gone: what a TCP client would see as the end of the connection.
+    # The control stream has ended: for a TCP client that is the end of the connection.
     if writer.can_write_eof():
         try:
             writer.write_eof()

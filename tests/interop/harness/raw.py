@@ -1,4 +1,4 @@
-"""Connections by hand over every transport, for input that no client library would send."""
+"""Hand-made connections over every transport, for input that no client library would send."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .process import PATIENCE
 
 
 class Closed(Exception):
-    """The far end closed; `close_code` is the WebSocket one, if there was one."""
+    """The far end closed the connection; `close_code` is the WebSocket close code, if one came."""
 
     def __init__(self, close_code: int | None = None):
         super().__init__(f"closed {close_code}")
@@ -22,10 +22,10 @@ class Closed(Exception):
 
 
 class Raw:
-    """A byte stream with MQTT packets read off it."""
+    """A byte stream from which MQTT packets are read."""
 
     def __init__(self, port: int, transport: str = "tcp", *, ca=None, path: str = "/mqtt", version: int = 5, subprotocol: str | None = "mqtt", headers: str = "", timeout: float = 10, source: str | None = None, preamble: bytes = b""):
-        """`source`: the address to come from; `preamble`: what is said before TLS or anything else."""
+        """`source`: the local address; `preamble`: bytes to send before TLS or anything else."""
         self.version = version
         self.timeout = timeout * PATIENCE
         self.transport = transport
@@ -47,12 +47,12 @@ class Raw:
         return self
 
     def send_bytes(self, raw: bytes) -> "Raw":
-        """Past the WebSocket framing."""
+        """Sends bytes without WebSocket framing."""
         self.sock.sendall(raw)
         return self
 
     def recv(self, timeout: float | None = None) -> wire.Packet:
-        """The next packet; `Closed` when there is none to come, `TimeoutError` when it is late."""
+        """The next packet; raises `Closed` at the end of the connection and `TimeoutError` when the packet is late."""
         end = time.monotonic() + (self.timeout if timeout is None else timeout)
         while not self.packets:
             chunk = self._chunk(end)
@@ -73,7 +73,7 @@ class Raw:
         return suback.codes
 
     def wait_closed(self, timeout: float | None = None) -> tuple[list[wire.Packet], int | None]:
-        """Reads to the end: the packets that came first, and the WebSocket close code."""
+        """Reads to the end of the connection. Returns the packets that came before, and the WebSocket close code."""
         got = []
         while True:
             try:
@@ -82,7 +82,7 @@ class Raw:
                 return got, end.close_code
 
     def reset(self) -> None:
-        """Gone with an RST."""
+        """Closes the connection with an RST."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
@@ -103,12 +103,12 @@ class Raw:
         return context.wrap_socket(sock, server_hostname="localhost")
 
     def _lost(self, error: Exception) -> None:
-        """For those who want to know how."""
+        """Takes the error that ended the connection; subclasses record it."""
 
     def _read(self, end: float) -> bytes:
         left = end - time.monotonic()
         if left <= 0:
-            raise TimeoutError("nothing came")
+            raise TimeoutError("no packet came in time")
         self.sock.settimeout(left)
         try:
             raw = self.sock.recv(65536)
@@ -118,7 +118,7 @@ class Raw:
             self._lost(error)
             raise Closed from None
         except socket.timeout:
-            raise TimeoutError("nothing came") from None
+            raise TimeoutError("no packet came in time") from None
         if not raw:
             raise Closed
         return raw
@@ -180,7 +180,7 @@ def frame(payload: bytes, opcode: int = 2, fin: bool = True, masked: bool = True
 
 
 def take_frame(buffer: bytearray) -> tuple[int, bytes] | None:
-    """A server's frame off the front of the buffer."""
+    """Takes a server's frame off the front of the buffer."""
     if len(buffer) < 2:
         return None
     size, at = buffer[1] & 0x7F, 2

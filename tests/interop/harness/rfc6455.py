@@ -1,4 +1,4 @@
-"""A WebSocket client made of bare frames (RFC 6455), for cases that no library sends, and a strict eye on what comes back."""
+"""A WebSocket client made of bare frames (RFC 6455), for cases that no library sends. It checks the server's frames strictly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Frame:
 
 
 def frame(opcode: int, payload: bytes = b"", fin: bool = True, rsv: int = 0, masked: bool = True, length: int | None = None) -> bytes:
-    """One frame; `length` is what its header says, if that is to be a lie."""
+    """One frame; `length`, if given, is a false length for its header."""
     size = len(payload) if length is None else length
     head = bytes([(0x80 if fin else 0) | rsv << 4 | opcode])
     mark = 0x80 if masked else 0
@@ -45,7 +45,7 @@ def close(code: int | None = 1000, reason: bytes = b"") -> bytes:
 
 
 def fragments(payload: bytes, size: int, between: bytes = b"") -> list[bytes]:
-    """A binary message in frames of `size` bytes, with something in between."""
+    """A binary message in frames of `size` bytes, with other frames in between."""
     parts = [payload[n : n + size] for n in range(0, len(payload), size)] or [b""]
     out = []
     for n, part in enumerate(parts):
@@ -59,7 +59,7 @@ class Broken(AssertionError):
 
 
 class Peer:
-    """A WebSocket up to and past its end. `events` has what came, in order: frames, then `None` for the end of TCP."""
+    """A WebSocket up to and past its end. `events` has the received frames in order, then `None` for the end of TCP."""
 
     def __init__(self, port: int, headers: str = "", timeout: float = 10):
         self.deadline = time.monotonic() + timeout * PATIENCE
@@ -84,7 +84,7 @@ class Peer:
         assert self.answer["sec-websocket-accept"] == proof, self.answer
 
     def send(self, raw: bytes, chop: int = 0) -> None:
-        """In pieces of `chop` bytes, each a write of its own. That the server has closed is for `next` to see."""
+        """Sends in pieces of `chop` bytes, each a write of its own. If the server has closed, `next` reports it."""
         try:
             for n in range(0, len(raw), chop or max(1, len(raw))):
                 self.sock.sendall(raw[n : n + chop] if chop else raw)
@@ -92,7 +92,7 @@ class Peer:
             pass
 
     def next(self) -> Frame | None:
-        """The next frame, judged; `None` is the end of the TCP connection, in order or by a reset."""
+        """The next frame, checked; `None` is the end of the TCP connection, in order or by a reset."""
         while True:
             if (one := self._take()) is not None:
                 return one
@@ -114,12 +114,12 @@ class Peer:
     def _read(self) -> None:
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"nothing more came; so far {bytes(self.raw)!r}")
+            raise TimeoutError(f"no further frame came in time; so far {bytes(self.raw)!r}")
         self.sock.settimeout(left)
         try:
             chunk = self.sock.recv(65536)
         except socket.timeout:
-            raise TimeoutError(f"nothing more came; so far {bytes(self.raw)!r}") from None
+            raise TimeoutError(f"no further frame came in time; so far {bytes(self.raw)!r}") from None
         except ConnectionResetError:
             chunk = b""
         self.raw += chunk
@@ -140,7 +140,7 @@ class Peer:
         if raw[0] & 0x70:
             raise Broken("reserved bits without an extension (section 5.2)")
         if raw[1] & 0x80:
-            raise Broken("a server masks nothing (section 5.1)")
+            raise Broken("a masked frame from a server (section 5.1)")
         if opcode not in (CONTINUE, BINARY, CLOSE, PING, PONG):
             raise Broken(f"opcode {opcode} from an MQTT server")
         if opcode >= 8 and (not raw[0] & 0x80 or size > 125):
@@ -158,16 +158,16 @@ class Peer:
 
 @dataclass
 class Outcome:
-    """What a case came to."""
+    """The outcome of a case."""
 
     packets: list[wire.Packet]
     pongs: list[bytes]
     close: bytes | None
-    """Payload of the close frame; `None`: none came."""
+    """Payload of the close frame; `None` if no close frame came."""
 
     @property
     def code(self) -> int | None:
-        """1005: a close frame without a code; `None`: no close frame."""
+        """The close code: 1005 for a close frame without a code, `None` for no close frame."""
         if self.close is None:
             return None
         return struct.unpack(">H", self.close[:2])[0] if self.close else 1005
@@ -185,7 +185,7 @@ def watch(peer: Peer, until) -> Outcome:
         if one is None:
             break
         if outcome.close is not None:
-            raise Broken(f"{one} behind a close frame (section 5.5.1)")
+            raise Broken(f"{one} came behind a close frame (section 5.5.1)")
         if one.opcode in (BINARY, CONTINUE):
             stream += one.payload
             outcome.packets += wire.split(stream)

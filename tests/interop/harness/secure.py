@@ -1,4 +1,4 @@
-"""TLS and QUIC clients that show what the handshake brought: the server's certificate, an alert, a resumption."""
+"""TLS and QUIC clients that show the outcome of the handshake: the server's certificate, an alert, a resumption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .process import PATIENCE
 from .quic_relay import vanish
 
 ALERTS = {42: "bad_certificate", 44: "certificate_revoked", 45: "certificate_expired", 48: "unknown_ca", 116: "certificate_required"}
-# OpenSSL's words for the same.
+# OpenSSL's names of these alerts.
 REASONS = {
     "SSLV3_ALERT_BAD_CERTIFICATE": "bad_certificate",
     "SSLV3_ALERT_CERTIFICATE_REVOKED": "certificate_revoked",
@@ -32,7 +32,7 @@ REASONS = {
 
 
 class Refused(Exception):
-    """The server ended the handshake; `alert` is its name, `None` for an end without one."""
+    """The server ended the handshake; `alert` is the alert's name, or `None` without an alert."""
 
     def __init__(self, alert: str | None):
         super().__init__(alert)
@@ -66,7 +66,7 @@ class Tls:
     def __init__(self, transport: str, port: int, ca, leaf: Leaf | None = None, version: ssl.TLSVersion | None = None, name: str = "localhost", keys=None):
         self.transport, self.port, self.name = transport, port, name
         self.context = ssl.create_default_context(cafile=str(ca))
-        # Whom the certificate is for, the test asks itself.
+        # The test itself checks the name in the certificate.
         self.context.check_hostname = False
         if version:
             self.context.minimum_version = self.context.maximum_version = version
@@ -76,7 +76,7 @@ class Tls:
             self.context.keylog_filename = str(keys)
 
     def visit(self, client_id: str, ticket=None, **kwargs) -> Visit:
-        """CONNECT, and a PINGREQ behind it: a ticket comes with the first bytes."""
+        """Sends CONNECT and PINGREQ; a ticket comes with the first bytes of the answer."""
         link = Link(self, ticket)
         try:
             if link.alert:
@@ -91,7 +91,7 @@ class Tls:
 
 
 class Link(raws.Raw):
-    """A `Raw` that keeps the alert it was ended with."""
+    """A `Raw` that records the TLS alert at its end."""
 
     def __init__(self, to: Tls, session):
         self.alert: str | None = None
@@ -115,7 +115,7 @@ class Link(raws.Raw):
 
 
 class Quic:
-    """aioquic."""
+    """A client over `quic`, made with aioquic."""
 
     def __init__(self, transport: str, port: int, ca, leaf: Leaf | None = None, version=None, name: str = "localhost", keys=None):
         self.port, self.ca, self.leaf, self.name, self.keys = port, ca, leaf, name, keys
@@ -127,7 +127,7 @@ class Quic:
         configuration = QuicConfiguration(is_client=True, alpn_protocols=["mqtt"], server_name=self.name, idle_timeout=60, session_ticket=ticket)
         configuration.load_verify_locations(str(self.ca))
         if self.name != "localhost":
-            # Whom the certificate is for, the test asks itself; aioquic has no switch for that alone.
+            # The test itself checks the name in the certificate; aioquic cannot turn off that check alone.
             configuration.verify_mode = ssl.CERT_NONE
         if self.leaf:
             configuration.load_cert_chain(self.leaf.cert, self.leaf.key)

@@ -1,4 +1,4 @@
-"""A UDP forwarder that can be cut: what QUIC sees of a lost network."""
+"""A UDP forwarder that can be cut, so that QUIC sees a lost network."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class UdpCable:
         call(self._open())
 
     def cut(self) -> None:
-        """Silence for every connection through it, for good; new ones from other ports go through."""
+        """Silences every present connection for good; new ones from other ports pass."""
         call(self._cut())
 
     def unplug(self) -> None:
-        """Cuts, and is silent to newcomers until `plug`: UDP is blocked."""
+        """Cuts and drops all datagrams of new connections until `plug`: UDP is blocked."""
         self._plugged = False
         self.cut()
 
@@ -32,7 +32,7 @@ class UdpCable:
         self._plugged = True
 
     def kill(self) -> None:
-        """Nobody has the port any more, and the system says so."""
+        """Closes the port, so that the system answers with port unreachable."""
         call(self._close())
 
     def revive(self) -> None:
@@ -92,7 +92,7 @@ def _received(one: socket.socket):
         try:
             yield one.recvfrom(65536)
         except OSError:
-            # Nothing more, or the far end is gone, which is for its peers to notice.
+            # No datagram is left, or the far end is gone; its peers must notice that themselves.
             return
 
 

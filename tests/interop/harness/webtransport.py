@@ -16,7 +16,7 @@ from .process import PATIENCE
 
 
 class Http3(QuicConnectionProtocol):
-    """One connection whose ALPN is `h3`."""
+    """One connection with ALPN `h3`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -28,7 +28,7 @@ class Http3(QuicConnectionProtocol):
     def quic_event_received(self, event) -> None:
         if isinstance(event, ConnectionTerminated) and not self.ended.done():
             self.ended.set_result(event)
-        # What comes back on a stream of its own aioquic takes for an answer of HTTP's.
+        # aioquic takes bytes on a stream that the client opened for an HTTP answer.
         if isinstance(event, StreamDataReceived) and event.stream_id in self.received:
             return self.received[event.stream_id].put_nowait(event.data)
         for one in self.http.handle_event(event):
@@ -36,7 +36,7 @@ class Http3(QuicConnectionProtocol):
                 self.answers[one.stream_id].set_result(dict(one.headers))
 
     async def ask(self, method: str, path: str, end: bool = False, **headers: str) -> tuple[int, int]:
-        """The stream and the status."""
+        """Returns the stream and the status."""
         stream = self._quic.get_next_available_stream_id()
         self.answers[stream] = self._loop.create_future()
         protocol = [(b":protocol", b"webtransport")] if method == "CONNECT" else []
@@ -47,7 +47,7 @@ class Http3(QuicConnectionProtocol):
         return stream, int(answer[b":status"])
 
     def open(self, session: int) -> int:
-        """A stream of the session's."""
+        """Opens a stream of the session."""
         stream = self.http.create_webtransport_stream(session)
         self.received[stream] = asyncio.Queue()
         return stream
@@ -65,7 +65,7 @@ class Http3(QuicConnectionProtocol):
 
 
 async def dial(port: int, ca) -> Http3:
-    # aioquic insists on datagrams where WebTransport is meant.
+    # aioquic demands the datagram setting for WebTransport.
     configuration = QuicConfiguration(is_client=True, alpn_protocols=["h3"], server_name="localhost", idle_timeout=60, max_datagram_frame_size=65536)
     configuration.load_verify_locations(str(ca))
     _, protocol = await asyncio.get_running_loop().create_datagram_endpoint(lambda: Http3(QuicConnection(configuration=configuration)), local_addr=("127.0.0.1", 0))

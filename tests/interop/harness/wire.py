@@ -1,4 +1,4 @@
-"""MQTT packets by hand, good and bad: independent of the project's own codec."""
+"""Hand-made MQTT packets, legal and illegal, independent of the project's own codec."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Packet:
 
     @property
     def reason(self) -> int:
-        """Of CONNACK, DISCONNECT and the acknowledgements."""
+        """The reason code of CONNACK, DISCONNECT and the acknowledgements."""
         if self.kind == CONNACK:
             return self.body[1]
         if self.kind in (DISCONNECT, AUTH):
@@ -129,7 +129,7 @@ class Packet:
 
     @property
     def codes(self) -> bytes:
-        """Of SUBACK and UNSUBACK."""
+        """The codes of SUBACK and UNSUBACK."""
         at = 2
         if self.version == 5:
             size, at = read_varint(self.body, at)
@@ -148,7 +148,7 @@ def read_varint(raw: bytes, at: int) -> tuple[int, int]:
 
 
 def split(buffer: bytearray, version: int = 5) -> list[Packet]:
-    """Takes the whole packets off the front of a buffer."""
+    """Takes all complete packets off the front of a buffer."""
     found = []
     while True:
         at, size, shift = 1, 0, 0

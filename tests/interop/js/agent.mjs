@@ -1,5 +1,5 @@
 // Drives MQTT.js, in Node or in headless Chromium, by commands on stdin (one JSON object a line);
-// what happens is said on stdout, one JSON object a line.
+// events appear on stdout, one JSON object a line.
 import { readFileSync } from 'node:fs'
 import { createServer } from 'node:http'
 import { createInterface } from 'node:readline'

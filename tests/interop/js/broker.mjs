@@ -1,4 +1,4 @@
-// What both homes of MQTT.js share: named clients, commands in, events out.
+// The part that MQTT.js in Node and in a browser share: named clients, commands in, events out.
 export function makeAgent(mqtt, say, prepare = (options) => options, webTransport) {
   const clients = new Map()
   const decode = (payload) => new TextDecoder().decode(payload)
@@ -28,7 +28,7 @@ export function makeAgent(mqtt, say, prepare = (options) => options, webTranspor
     publish({ client: name, topic, payload, options = {} }) {
       clients.get(name).publish(topic, payload, options, failed(name, 'published'))
     },
-    // A bare WebSocket: what a page learns of its end.
+    // A bare WebSocket, to show how much a page learns of its end.
     socket({ client: name, url, protocols = ['mqtt'], send }) {
       const one = new WebSocket(url, protocols)
       one.onopen = () => {

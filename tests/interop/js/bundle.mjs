@@ -1,4 +1,4 @@
-// As a web app's own build does it: one file of a module and all that it imports.
+// Bundles a module and all its imports into one file, as the build of a web app does.
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { build } from 'esbuild'
@@ -11,7 +11,7 @@ export async function bundled(file, platform) {
     bundle: true,
     format: 'esm',
     platform,
-    // `require` of what Node has built in, in a module.
+    // Gives a module `require` for Node's built-in modules.
     mainFields: platform === 'browser' ? ['browser', 'module', 'main'] : ['module', 'main'],
     banner: platform === 'node' ? { js: "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url);" } : {},
     nodePaths: [join(here, '../node_modules')],

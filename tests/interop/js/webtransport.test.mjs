@@ -1,4 +1,4 @@
-// clients/mqtt-webtransport by itself, before a WebTransport of our own making.
+// Tests clients/mqtt-webtransport alone, on a simulated WebTransport.
 import assert from 'node:assert/strict'
 import { EventEmitter, once } from 'node:events'
 import test, { beforeEach } from 'node:test'
@@ -111,7 +111,7 @@ test('bytes go both ways, and each side waits for the other', async () => {
   assert.deepEqual(transport.init.serverCertificateHashes, [{ algorithm: 'sha-256', value: new Uint8Array(32).fill(0xab) }])
   assert.equal(String(transport.written[0]), 'con')
   assert.equal(acknowledged, 0)
-  // What comes while a write is under way goes out in one.
+  // Chunks that come while a write is under way go out in one write.
   for (const piece of ['ne', 'ct', '!']) stream.write(piece, () => acknowledged++)
   await tick()
   assert.equal(transport.written.length, 1)
@@ -119,7 +119,7 @@ test('bytes go both ways, and each side waits for the other', async () => {
   await tick()
   assert.equal(acknowledged, 1)
   assert.equal(String(transport.written[1]), 'nect!')
-  // More than the mark: the writer is told to wait.
+  // Above the high water mark the writer must wait.
   assert.equal(stream.write(Buffer.alloc(70_000)), false)
   transport.sinks.shift()()
   await tick()
@@ -127,7 +127,7 @@ test('bytes go both ways, and each side waits for the other', async () => {
   transport.sinks.shift()()
   await once(stream, 'drain')
 
-  // Nothing is read before somebody asks, and no more than the mark ahead.
+  // The stream is read only on demand, and at most the high water mark ahead.
   assert.equal(transport.pulls, 0)
   stream.once('readable', () => {})
   await tick()
@@ -208,7 +208,7 @@ test('silence, a refusal and a browser without it lead the other way', async () 
 test('what worked is remembered for a while, and only if it worked', async (t) => {
   FakeTransport.way = 'silent'
   const { open, others, asked, events, client } = setup()
-  // The network is away altogether: nothing is learned.
+  // The whole network is away: the client learns nothing about WebTransport.
   let stream = open()
   await asked(1)
   await gone(stream)
@@ -218,7 +218,7 @@ test('what worked is remembered for a while, and only if it worked', async (t) =
   await asked(2)
   client.emit('connect')
   await gone(stream)
-  // Now it is.
+  // Now the failure of WebTransport is remembered.
   stream = open()
   assert.equal(others.length, 3)
   assert.deepEqual(events.at(-1), ['fallback', 'WebTransport failed a while ago'])
@@ -229,7 +229,7 @@ test('what worked is remembered for a while, and only if it worked', async (t) =
   stream = open()
   await tick()
   assert.deepEqual(events.at(-1), ['webtransport', undefined])
-  // It opens, and then nothing comes.
+  // The session opens, and then no bytes come.
   await gone(stream)
   stream = open()
   assert.match(events.at(-1)[1], /came to nothing/)
