@@ -5,44 +5,24 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-/// The fields of a line of CSV.
-fn fields(line: &str) -> Vec<String> {
-    let (mut all, mut field, mut quoted) = (Vec::new(), String::new(), false);
-    let mut letters = line.chars().peekable();
-    while let Some(letter) = letters.next() {
-        match letter {
-            '"' if quoted && letters.peek() == Some(&'"') => {
-                letters.next();
-                field.push('"');
-            }
-            '"' => quoted = !quoted,
-            ',' if !quoted => all.push(std::mem::take(&mut field)),
-            _ => field.push(letter),
-        }
-    }
-    all.push(field);
-    all
-}
-
 fn judge(table: &str, statements: usize) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let text =
-        fs::read_to_string(root.join("conformance").join(table)).expect("the table is there");
+    let mut rows = csv::Reader::from_path(root.join("conformance").join(table))
+        .unwrap_or_else(|e| panic!("{table}: {e}"));
     let mut sources: BTreeMap<String, String> = BTreeMap::new();
     let mut seen = BTreeSet::new();
     let mut faults = Vec::new();
-    for line in text.lines().skip(1) {
-        let fields = fields(line);
-        let [id, summary, tests, note] = &fields[..] else {
-            panic!("{table}: not four fields: {line}");
-        };
-        assert!(seen.insert(id.clone()), "{table}: {id} is there twice");
+    for row in rows.deserialize::<[String; 4]>() {
+        let [id, summary, tests, note] = row.unwrap_or_else(|e| panic!("{table}: {e}"));
+        assert!(seen.insert(id.clone()), "{table}: {id} has two rows");
         if summary.is_empty() || tests.is_empty() == note.is_empty() {
-            faults.push(format!("{id} has a test or a reason, and just one of them"));
+            faults.push(format!(
+                "{id} must have a summary, and either tests or a reason"
+            ));
         }
         for test in tests.split("; ").filter(|t| !t.is_empty()) {
             let Some((file, name)) = test.split_once("::") else {
-                faults.push(format!("{id}: {test} names no test"));
+                faults.push(format!("{id}: {test} is not of the form file::name"));
                 continue;
             };
             let source = sources
@@ -52,11 +32,15 @@ fn judge(table: &str, statements: usize) {
                 .iter()
                 .any(|f| source.contains(&format!("{f}{name}(")));
             if !known {
-                faults.push(format!("{id}: there is no {test}"));
+                faults.push(format!("{id}: the test {test} does not exist"));
             }
         }
     }
-    assert_eq!(seen.len(), statements, "{table}");
+    assert_eq!(
+        seen.len(),
+        statements,
+        "{table}: rows are missing or superfluous"
+    );
     assert!(faults.is_empty(), "{table}:\n{}", faults.join("\n"));
 }
 

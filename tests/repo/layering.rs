@@ -125,36 +125,81 @@ fn imports_point_one_way() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let listed: BTreeSet<String> = MAY_USE.iter().map(|(n, _)| n.to_string()).collect();
-    assert_eq!(seen, listed, "the list names modules that are not there");
+    assert_eq!(seen, listed, "the list names modules that do not exist");
 }
 
+/// Modules without a clock, a runtime, sockets or randomness: their callers hand time and bytes in.
+const PURE: &[&str] = &[
+    "budget",
+    "time",
+    "topics",
+    "mqtt",
+    "session",
+    "store",
+    "router",
+    "client/machine",
+    "client/connect/admit",
+    "client/end",
+    "upstream/link",
+];
+
 #[test]
-fn pure_modules_have_neither_clock_nor_runtime_nor_randomness() {
+fn pure_modules_have_neither_clock_nor_runtime_nor_sockets_nor_randomness() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let forbidden = ["tokio", "Instant::now", "SystemTime", "getrandom"];
-    let pure = [
-        "mqtt",
-        "session",
-        "router",
-        "client/machine",
-        "client/connect/admit",
-        "client/end",
-        "upstream/link",
+    let forbidden = [
+        "tokio",
+        "TcpListener",
+        "TcpStream",
+        "UdpSocket",
+        "UnixStream",
+        "Instant",
+        "SystemTime",
+        "getrandom",
+        "fastrand",
+        "rand::",
     ];
-    for module in pure {
+    let mut wrong = Vec::new();
+    for module in PURE {
+        let mut seen = false;
         for file in sources(&src) {
             let inside = file.strip_prefix(&src).expect("it was found below it");
-            if !inside.starts_with(module) && inside != Path::new(&format!("{module}.rs")) {
+            let of_module =
+                inside.starts_with(module) || inside == Path::new(&format!("{module}.rs"));
+            if !of_module || is_test_file(inside) {
                 continue;
             }
+            seen = true;
             let text = without_tests(&fs::read_to_string(&file).expect("sources are text"));
             for line in text.lines().filter(|l| !l.trim_start().starts_with("//")) {
                 for word in forbidden {
-                    assert!(!line.contains(word), "{}: {line}", inside.display());
+                    if line.contains(word) {
+                        wrong.push(format!("{}: {word} in: {}", inside.display(), line.trim()));
+                    }
                 }
             }
         }
+        assert!(seen, "the list names {module}, which does not exist");
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn sources_include_no_file_from_outside_src() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut wrong = Vec::new();
+    for file in sources(&src) {
+        let inside = file.strip_prefix(&src).expect("it was found below it");
+        let text = fs::read_to_string(&file).expect("sources are text");
+        for line in text.lines().filter(|l| !l.trim_start().starts_with("//")) {
+            let includes = ["#[path", "include!(", "include_str!(", "include_bytes!("]
+                .iter()
+                .any(|word| line.contains(word));
+            if includes {
+                wrong.push(format!("{}: {}", inside.display(), line.trim()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 /// Whether a file holds the tests of the module beside it.
