@@ -39,7 +39,7 @@ def target_of(page: str, link: str) -> str | None:
 
 
 def on_files(files: Files, config, **_) -> Files:
-    """Adds the files outside docs/ that pages link to, and those that these link to."""
+    """Adds files outside docs/ that pages link to, and the files that these link to."""
     pages = [DOCS + file.src_uri for file in files if file.is_documentation_page()]
     while pages:
         page = pages.pop()

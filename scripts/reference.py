@@ -50,7 +50,7 @@ SECTION = re.compile(r"^#?(\[{1,2}[a-z.]+\]{1,2})(?:\s+# (.*))?$")
 
 @dataclass
 class Key:
-    """One key: its value in the file, and what the columns say."""
+    """One key: its value in the file, and the text of its columns."""
 
     name: str
     default: str

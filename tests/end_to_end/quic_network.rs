@@ -139,7 +139,7 @@ impl Device {
         });
     }
 
-    /// Sends what the window allows, and handles one packet.
+    /// Sends as much as the window allows, and handles one packet.
     async fn step(&mut self) {
         self.say();
         let Some(packet) = self.client.next_within(SOON).await.expect("goes on") else {

@@ -170,7 +170,7 @@ def test_a_broker_without_retained_messages_gets_no_retain_flag(before, client):
 
 
 def test_a_publish_that_grows_above_the_brokers_maximum_packet_size_is_not_sent(before, client):
-    """[MQTT-3.2.2-15]: a 3.1.1 publish grows on its way to a 5 broker by what No Local needs."""
+    """[MQTT-3.2.2-15]: a 3.1.1 publish grows on its way to an MQTT 5 broker by the property for No Local."""
     _, edge = before("max_packet_size 2000\n")
     one, topic = client(edge), fresh()
     assert one.connack_props.MaximumPacketSize <= 2000

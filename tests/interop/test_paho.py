@@ -278,7 +278,7 @@ def test_session_present_tells_the_truth(edge, client, version):
     assert come(False) is True
     assert come(True) is False
     if version == 5:
-        # Clean start with an expiry keeps what it began.
+        # A session that begins with Clean Start and an expiry is kept.
         assert come(False) is True
         assert come(False, expiry=0) is True
         assert come(False) is False

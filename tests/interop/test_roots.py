@@ -110,7 +110,7 @@ def test_a_subscribe_while_the_broker_is_away_waits(own_broker, own_edge, client
 
 
 def test_a_refused_root_refuses_its_filters(own_edge, client):
-    """The broker is a Tidegate with rules: mosquitto 2.0 grants what it will not deliver."""
+    """The broker is a Tidegate with rules: mosquitto 2.0 grants filters whose messages it will not deliver."""
     rules = [{"who": "*", "allow": ["publish", "subscribe"], "topics": ["open/#", "probes/#"]}]
     broker = own_edge("embedded:", upstream={"servers": ["embedded:"]}, auth={"acl": "rules"}, acl=rules).start()
     url = f"mqtt://127.0.0.1:{broker['tcp'].port}"

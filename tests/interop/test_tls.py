@@ -438,7 +438,7 @@ def test_directories_that_kubernetes_swaps_are_loaded(tmp_path, broker, servers)
         edge.close()
 
 
-# ---------------------------------------------------------------- dates, and what `check` says
+# ---------------------------------------------------------------- dates, and the output of `check`
 
 
 @pytest.mark.parametrize("days,said", [(2, "WARN.*the certificate expires in 1day 23h"), (9, "WARN.*the certificate expires in 8days 23h"), (-1, "ERROR.*the certificate expired")])

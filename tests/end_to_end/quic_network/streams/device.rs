@@ -351,7 +351,7 @@ impl Device {
         }
     }
 
-    /// Sends what the windows allow, and handles one event.
+    /// Sends as much as the windows allow, and handles one event.
     async fn step(&mut self) -> Result {
         self.say();
         let Some((stream, event)) = self.streams.next_within(KEEP_ALIVE).await? else {
