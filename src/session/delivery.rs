@@ -6,7 +6,7 @@ use crate::time::Millis;
 use crate::session::connection::Connection;
 use crate::session::entry::Offer;
 
-/// Encodes one PUBLISH; false if it is larger than the client takes [MQTT-3.1.2-24].
+/// Encodes one PUBLISH. False: it is larger than the client's Maximum Packet Size [MQTT-3.1.2-24].
 pub(super) fn write_to(
     connection: &mut Connection,
     now: Millis,
@@ -46,13 +46,13 @@ pub(super) fn write_to(
             .as_ref()
             .map_or(0, |s| s.mount.len() as u16),
     };
-    // The mount itself, which `#` below it matches as well, has no name there.
+    // `#` below the mount also matches the mount itself, which has no name in the client's view.
     let hidden = usize::from(delivery.hidden);
     let nameless = hidden > 0 && message.topic().len() <= hidden;
     if nameless || delivery.size(message) > connection.maximum_packet_size {
         return false;
     }
-    // With its definition the packet is larger, by more than the property where a length grows.
+    // The definition of an alias enlarges the packet, and with it perhaps a length field.
     delivery.alias = Alias::Define(1);
     delivery.alias = match delivery.size(message) > connection.maximum_packet_size {
         true => Alias::None,

@@ -21,7 +21,7 @@ pub enum QueueFull {
     EndSession,
 }
 
-/// Why a message was not kept for a client; the label of a metric.
+/// Why a message was not kept for a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DropReason {
     /// `session.queue_messages_max`.

@@ -1,4 +1,4 @@
-//! What waits for a client behind its window, and what goes when that is too much.
+//! The messages that wait for a client behind its window, and the limits on them.
 
 use std::collections::VecDeque;
 
@@ -6,21 +6,21 @@ use crate::mqtt::QoS;
 use crate::session::entry::{Entry, State};
 use crate::session::{DropReason, SessionLimits};
 
-/// Retained messages of new subscriptions may wait beyond a session's limits, because they come all
-/// at once: so many of them, and so many bytes.
+/// Retained messages of new subscriptions may wait beyond a session's limits, because they arrive all
+/// at once: the most messages, and the most bytes.
 const FETCHED_MAX: usize = 100_000;
-const FETCHED_BYTES_MAX: usize = 16 * 1024 * 1024;
+const FETCHED_MAX_BYTES: usize = 16 * 1024 * 1024;
 
-/// The entries that wait, in the order of their sending.
+/// The waiting entries, in the order of sending.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     entries: VecDeque<Entry>,
     bytes: usize,
     qos0: u32,
-    /// Entries that are [`State::Fetched`], and their bytes.
+    /// The number of entries in [`State::Fetched`].
     fetched: usize,
     fetched_bytes: usize,
-    /// So many at the front are known to be of those.
+    /// At least this many entries at the front are fetched.
     fetched_ahead: usize,
 }
 
@@ -51,20 +51,20 @@ impl Queue {
         self.entries.iter()
     }
 
-    /// For what does not change size, QoS or state.
+    /// The entries; their size, QoS and state must not be changed.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
         self.entries.iter_mut()
     }
 
-    /// The limit that another message of `size` bytes would exceed. Fetched ones have their own: they
-    /// push out nothing, and nothing pushes them out.
+    /// The limit that another message of `size` bytes would exceed. Fetched and live messages have
+    /// separate limits and do not displace each other.
     pub fn full(&self, limits: &SessionLimits, size: usize, fetched: bool) -> Option<DropReason> {
         let (messages, bytes, messages_max, bytes_max) = match fetched {
             true => (
                 self.fetched,
                 self.fetched_bytes,
                 limits.queue_messages_max.max(FETCHED_MAX),
-                limits.queue_bytes_max.max(FETCHED_BYTES_MAX),
+                limits.queue_bytes_max.max(FETCHED_MAX_BYTES),
             ),
             false => (
                 self.entries.len() - self.fetched,
@@ -99,26 +99,26 @@ impl Queue {
     pub fn pop(&mut self) -> Option<Entry> {
         let entry = self.entries.pop_front()?;
         self.fetched_ahead = self.fetched_ahead.saturating_sub(1);
-        self.left(&entry);
+        self.removed(&entry);
         Some(entry)
     }
 
-    /// Takes out the oldest that is not fetched.
+    /// Takes out the oldest message that is not fetched.
     pub fn pop_live(&mut self) -> Option<Entry> {
         let mut rest = self.entries.range(self.fetched_ahead..);
         self.fetched_ahead += rest.position(|e| e.state != State::Fetched)?;
         let entry = self.entries.remove(self.fetched_ahead)?;
-        self.left(&entry);
+        self.removed(&entry);
         Some(entry)
     }
 
-    /// Keeps those for which `keep` is true.
+    /// Keeps the entries for which `keep` is true.
     pub fn retain(&mut self, mut keep: impl FnMut(&Entry) -> bool) {
         let mut entries = std::mem::take(&mut self.entries);
         entries.retain(|entry| {
             let kept = keep(entry);
             if !kept {
-                self.left(entry);
+                self.removed(entry);
             }
             kept
         });
@@ -133,7 +133,7 @@ impl Queue {
         }
     }
 
-    fn left(&mut self, entry: &Entry) {
+    fn removed(&mut self, entry: &Entry) {
         self.bytes -= entry.size();
         self.qos0 -= u32::from(entry.qos == QoS::AtMostOnce);
         if entry.state == State::Fetched {
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn live_messages_push_out_the_oldest_of_their_own_kind() {
+    fn live_messages_displace_the_oldest_live_message() {
         let mut queue = Queue::default();
         let (fetched, live) = (State::Fetched, State::Waiting);
         for (number, state) in [

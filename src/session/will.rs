@@ -3,10 +3,10 @@
 use crate::mqtt::Message;
 use crate::time::{Deadline, Millis};
 
-/// A will and when it goes out [MQTT-3.1.2-8].
+/// A will and the time of its publication [MQTT-3.1.2-8].
 #[derive(Clone, Debug)]
 pub struct Will {
-    /// What to publish.
+    /// The message.
     pub message: Message,
     /// Will Delay Interval in seconds.
     pub delay: u32,
@@ -17,7 +17,7 @@ pub struct Will {
 }
 
 impl Will {
-    /// A will that waits for its connection's end.
+    /// A will for a connection that lasts.
     pub fn new(message: Message, delay: u32, message_expiry: Option<u32>) -> Self {
         Self {
             message,
