@@ -1,6 +1,6 @@
 //! The connection of a probe: requests to the broker, and the packets that arrived.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::io;
 use std::time::Duration;
 
@@ -97,7 +97,7 @@ pub(super) struct ProbeConnection<'a, IO> {
     /// PUBLISH packets that arrived.
     pub arrived: Vec<Arrived>,
     subacks: Vec<(u16, Vec<u8>)>,
-    pubacks: HashSet<u16>,
+    pubacks: BTreeSet<u16>,
     pingresps: usize,
 }
 
@@ -131,7 +131,7 @@ where
             unacknowledged: Vec::new(),
             arrived: Vec::new(),
             subacks: Vec::new(),
-            pubacks: HashSet::new(),
+            pubacks: BTreeSet::new(),
             pingresps: 0,
         }
     }

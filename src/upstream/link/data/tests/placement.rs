@@ -204,7 +204,7 @@ impl Run {
                 let outbound = s.outbound_mut();
                 match qos {
                     QoS::AtMostOnce => {}
-                    QoS::AtLeastOnce => drop(outbound.acknowledged(id, 0)),
+                    QoS::AtLeastOnce => outbound.acknowledged(id, 0),
                     QoS::ExactlyOnce => {
                         outbound.received(id, 0);
                         outbound.completed(id);
