@@ -22,7 +22,7 @@ impl Backoff {
         }
     }
 
-    /// The waits between failed accepts of a listener: to try again at once would only burn a core until
+    /// The waits between failed accepts of a listener: to try again at once would only keep a processor busy until
     /// descriptors or memory are free.
     pub const fn for_accept() -> Self {
         Self::new(Duration::from_millis(50), Duration::from_secs(1))

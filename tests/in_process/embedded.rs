@@ -1,4 +1,4 @@
-//! The embedded core, driven by exact packets in virtual time and by an
+//! The embedded broker, driven by exact packets in virtual time and by an
 //! independent client over a real port.
 
 mod client;

@@ -217,17 +217,17 @@ fn a_resync_delivers_only_messages_that_are_not_known() {
 struct Overlapping {
     broker: Broker,
     who: Connected,
-    /// The senior's link; its number is 0.
-    senior: usize,
-    junior: usize,
-    junior_number: FilterId,
+    /// The primary's link; its number is 0.
+    primary: usize,
+    secondary: usize,
+    secondary_number: FilterId,
 }
 
 impl Overlapping {
     fn new() -> Self {
         let filters = ["t", "#", "+", "t/#", "+/#"];
         let mut broker = Broker::new(2);
-        // Each is where the filter of one client alone is put.
+        // The link on which each filter is placed when one client alone has it.
         let mut place = |f| {
             let one = client(&broker.router, f);
             broker.subscribe(one, f, 2)
@@ -237,26 +237,26 @@ impl Overlapping {
         for filter in filters {
             subscribe_handling(&broker.router, who, filter, 2);
         }
-        // The first is senior; the other is the first one on another link.
+        // The first filter is primary; the secondary is the first on another link.
         let other = links.iter().position(|l| *l != links[0]).expect("both");
         Self {
             broker,
             who,
-            senior: links[0],
-            junior: links[other],
-            junior_number: FilterId::from_index(other),
+            primary: links[0],
+            secondary: links[other],
+            secondary_number: FilterId::from_index(other),
         }
     }
 
-    /// A message comes by the junior; what the client gets.
-    fn by_junior(&mut self, payload: &str) -> String {
-        let (junior, number) = (self.junior, self.junior_number);
-        self.broker.brings(junior, number, payload, false);
+    /// A message arrives through the secondary filter; returns what the client gets.
+    fn by_secondary(&mut self, payload: &str) -> String {
+        let (secondary, number) = (self.secondary, self.secondary_number);
+        self.broker.brings(secondary, number, payload, false);
         self.broker.got(self.who)
     }
 
-    fn by_senior(&mut self, payload: &str) -> String {
-        self.broker.brings(self.senior, FilterId(0), payload, false);
+    fn by_primary(&mut self, payload: &str) -> String {
+        self.broker.brings(self.primary, FilterId(0), payload, false);
         self.broker.got(self.who)
     }
 }
@@ -267,15 +267,15 @@ impl Overlapping {
 fn a_copy_is_not_dropped_for_a_filter_that_the_broker_may_have_lost() {
     for lost in [false, true] {
         let mut two = Overlapping::new();
-        two.broker.disconnects(two.senior);
-        two.broker.disconnects(two.junior);
-        two.broker.connects(two.junior, !lost);
+        two.broker.disconnects(two.primary);
+        two.broker.disconnects(two.secondary);
+        two.broker.connects(two.secondary, !lost);
         let got = if lost { "1" } else { "" };
-        assert_eq!(two.by_junior("1"), got, "lost: {lost}");
+        assert_eq!(two.by_secondary("1"), got, "lost: {lost}");
         // The broker kept the link's session, so the doubt is over.
-        two.broker.connects(two.senior, true);
-        assert_eq!(two.by_junior("2"), "");
-        assert_eq!(two.by_senior("2"), "2");
+        two.broker.connects(two.primary, true);
+        assert_eq!(two.by_secondary("2"), "");
+        assert_eq!(two.by_primary("2"), "2");
     }
 }
 
@@ -283,11 +283,11 @@ fn a_copy_is_not_dropped_for_a_filter_that_the_broker_may_have_lost() {
 #[test]
 fn the_doubt_reaches_a_link_that_is_found_dead_later() {
     let mut two = Overlapping::new();
-    two.broker.disconnects(two.junior);
-    two.broker.connects(two.junior, false);
-    assert_eq!(two.by_junior("1"), "", "the senior's link is there");
-    two.broker.disconnects(two.senior);
-    assert_eq!(two.by_junior("2"), "2");
+    two.broker.disconnects(two.secondary);
+    two.broker.connects(two.secondary, false);
+    assert_eq!(two.by_secondary("1"), "", "the primary's link is there");
+    two.broker.disconnects(two.primary);
+    assert_eq!(two.by_secondary("2"), "2");
 }
 
 /// After a broker has lost everything, the filters that it has again are known, even if the link flaps.
