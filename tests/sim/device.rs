@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use tidegate::mqtt::{
-    AckKind, Connect, Decoder, Packet, QoS, ReasonCode, Receiver, SubscribeOptions, Version, Will,
-    encode_ack, encode_disconnect, encode_pingreq, encode_subscribe, encode_unsubscribe,
+    AckKind, Connack, Connect, Decoder, Packet, Publish, QoS, ReasonCode, Receiver,
+    SubscribeOptions, Version, Will, encode_ack, encode_disconnect, encode_pingreq,
+    encode_subscribe, encode_unsubscribe,
 };
 use tidegate::time::Millis;
 
@@ -354,14 +355,15 @@ impl Device {
         Ok(())
     }
 
+    /// Takes one packet from the server.
     fn packet(&mut self, stream: u8, packet: &Packet<'_>, rng: &mut Rng) -> Result<(), String> {
         if !self.connected && !matches!(packet, Packet::Connack(_)) {
             return Err(format!("before CONNACK came {packet:?} [MQTT-3.2.0-1]"));
         }
-        let version = self.profile.version;
         let ended = self.io(stream).ended;
         match packet {
-            // They come again on the control stream, where they can be acknowledged.
+            // The device can't acknowledge on a stream that it ended. The server sends these
+            // messages again on the control stream.
             Packet::Publish(p) if ended && p.qos > QoS::AtMostOnce => {
                 if let Some(alias) = p.topic_alias.filter(|_| !p.topic.is_empty()) {
                     let known = &mut self.io(stream).aliases_in;
@@ -369,60 +371,8 @@ impl Device {
                 }
             }
             Packet::Pubrel(_) if ended => {}
-            Packet::Connack(c) => {
-                if self.connected {
-                    return Err("a second CONNACK [MQTT-3.2.0-2]".into());
-                }
-                if c.reason.is_error() {
-                    return Err(format!("refused: {:?}", c.reason));
-                }
-                self.connected = true;
-                // 3.1 does not say it: the client relies on what it asked for.
-                let present = c.session_present || version == Version::V31;
-                self.seen.push(Seen::Connack { present });
-                self.quota = match version {
-                    Version::V5 => c.receive_maximum.map_or(65_535, usize::from),
-                    _ => V3_WINDOW,
-                };
-                self.server_aliases = c.topic_alias_maximum.unwrap_or(0);
-                self.resume(present, rng);
-            }
-            Packet::Publish(p) => {
-                let topic = match p.topic_alias {
-                    None => p.topic.to_owned(),
-                    Some(alias) if alias > self.profile.alias_max => {
-                        return Err("an alias above our maximum [MQTT-3.1.2-26]".into());
-                    }
-                    Some(alias) if p.topic.is_empty() => {
-                        let known = self.io(stream).aliases_in.get(&alias);
-                        known
-                            .ok_or("an alias never defined [MQTT-3.3.2-7]")?
-                            .clone()
-                    }
-                    Some(alias) => {
-                        self.io(stream).aliases_in.insert(alias, p.topic.to_owned());
-                        p.topic.to_owned()
-                    }
-                };
-                let mut fresh = true;
-                match p.qos {
-                    QoS::AtMostOnce if p.dup => return Err("DUP at QoS 0 [MQTT-3.3.1-2]".into()),
-                    QoS::AtMostOnce => {}
-                    QoS::AtLeastOnce => self.ack(stream, AckKind::Puback, p.packet_id),
-                    QoS::ExactlyOnce => {
-                        fresh = self.received.insert(p.packet_id);
-                        self.ack(stream, AckKind::Pubrec, p.packet_id);
-                    }
-                }
-                self.seen.push(Seen::Message {
-                    topic,
-                    payload: p.payload.to_vec(),
-                    qos: p.qos,
-                    dup: p.dup,
-                    retain: p.retain,
-                    fresh,
-                });
-            }
+            Packet::Connack(c) => self.connack(c, rng)?,
+            Packet::Publish(p) => self.message(stream, p)?,
             Packet::Puback(a) => {
                 self.done(a.packet_id, QoS::AtLeastOnce)?;
                 self.send_waiting(rng);
@@ -465,7 +415,73 @@ impl Device {
         Ok(())
     }
 
-    /// After CONNACK: what is unacknowledged, in order [MQTT-4.4.0-1], or nothing.
+    /// Takes CONNACK: the connection stands, and the device resumes its session.
+    fn connack(&mut self, c: &Connack<'_>, rng: &mut Rng) -> Result<(), String> {
+        let version = self.profile.version;
+        if self.connected {
+            return Err("a second CONNACK [MQTT-3.2.0-2]".into());
+        }
+        if c.reason.is_error() {
+            return Err(format!("refused: {:?}", c.reason));
+        }
+        self.connected = true;
+        // MQTT 3.1 has no Session Present: the client relies on the Clean Session it asked for.
+        let present = c.session_present || version == Version::V31;
+        self.seen.push(Seen::Connack { present });
+        self.quota = match version {
+            Version::V5 => c.receive_maximum.map_or(65_535, usize::from),
+            _ => V3_WINDOW,
+        };
+        self.server_aliases = c.topic_alias_maximum.unwrap_or(0);
+        self.resume(present, rng);
+        Ok(())
+    }
+
+    /// Takes an application message and acknowledges it as its QoS demands.
+    fn message(&mut self, stream: u8, p: &Publish<'_>) -> Result<(), String> {
+        let topic = self.topic(stream, p)?;
+        let mut fresh = true;
+        match p.qos {
+            QoS::AtMostOnce if p.dup => return Err("DUP at QoS 0 [MQTT-3.3.1-2]".into()),
+            QoS::AtMostOnce => {}
+            QoS::AtLeastOnce => self.ack(stream, AckKind::Puback, p.packet_id),
+            QoS::ExactlyOnce => {
+                fresh = self.received.insert(p.packet_id);
+                self.ack(stream, AckKind::Pubrec, p.packet_id);
+            }
+        }
+        self.seen.push(Seen::Message {
+            topic,
+            payload: p.payload.to_vec(),
+            qos: p.qos,
+            dup: p.dup,
+            retain: p.retain,
+            fresh,
+        });
+        Ok(())
+    }
+
+    /// The topic of a PUBLISH from the server; a Topic Alias is defined or looked up.
+    fn topic(&mut self, stream: u8, p: &Publish<'_>) -> Result<String, String> {
+        match p.topic_alias {
+            None => Ok(p.topic.to_owned()),
+            Some(alias) if alias > self.profile.alias_max => {
+                Err("an alias above our maximum [MQTT-3.1.2-26]".into())
+            }
+            Some(alias) if p.topic.is_empty() => {
+                let known = self.io(stream).aliases_in.get(&alias).cloned();
+                known.ok_or_else(|| "an alias never defined [MQTT-3.3.2-7]".into())
+            }
+            Some(alias) => {
+                let known = &mut self.io(stream).aliases_in;
+                known.insert(alias, p.topic.to_owned());
+                Ok(p.topic.to_owned())
+            }
+        }
+    }
+
+    /// Sends the unacknowledged packets again after CONNACK, in order [MQTT-4.4.0-1]. Without a
+    /// session on the server only a stubborn device does so; others forget the packets.
     fn resume(&mut self, present: bool, rng: &mut Rng) {
         if !present || !self.trust {
             // [MQTT-3.2.2-5]

@@ -61,7 +61,7 @@ impl World {
                 // The core sends nothing that is past its expiry.
                 Item::Copies(copies) if copies[0].expires_at <= self.now => {}
                 Item::Copies(copies) => {
-                    self.oracle.arrives(&copies, self.now);
+                    self.oracle.arrives(&copies);
                     trace!(
                         self,
                         "arrives {} for {:?}",

@@ -12,6 +12,7 @@
 )]
 
 mod actions;
+mod claim;
 mod core;
 mod device;
 mod downlink;

@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use tidegate::mqtt::{QoS, SubscribeOptions, Version};
+use tidegate::mqtt::{QoS, Version};
 use tidegate::router::Router;
 use tidegate::time::Millis;
 use tidegate::topics::FilterId;
 
+use crate::claim::Claim;
 use crate::core::{Copy, matching};
 use crate::device::{Profile, Seen};
 use crate::inbound::Inbound;
@@ -286,121 +287,29 @@ impl Oracle {
         }
     }
 
-    /// Copies of one message come in on the data link, all at once.
-    pub fn arrives(&mut self, copies: &[Copy], now: Millis) {
+    /// All copies of one message arrive on the data link at once: notes what each session is owed.
+    pub fn arrives(&mut self, copies: &[Copy]) {
         let Some(first) = copies.first() else {
             return;
         };
         let key = key(&first.payload);
         let publisher = self.inbound.publisher(&key);
-        let most = copies.iter().map(|c| c.qos).max().unwrap_or_default();
-        let up_to = |highest| crate::edge::QOS.into_iter().filter(move |l| *l <= highest);
         for (device, c) in self.clients.iter_mut().enumerate() {
             if !c.exists {
                 continue;
             }
-            let own = publisher.is_some_and(|(d, _)| d == device);
-            let published_at = publisher.map_or(0, |(_, at)| at);
-            let mut must = false;
-            let mut qos = Vec::new();
-            let mut best: Option<(QoS, QoS)> = None;
-            let (mut needed, mut allowed) = (Vec::new(), Vec::new());
-            let (mut retain_must, mut retain_may) = (false, false);
-            let mut any = false;
-            let mut settled = true;
-            for sub in &c.ledger.subs {
-                let copy = copies
-                    .iter()
-                    .find(|copy| copy.filters.iter().any(|(_, f)| *f == sub.filter));
-                let Some(copy) = copy else {
-                    // Not yet there at the core; its identifier may be sent already.
-                    if matching(&sub.filter, &first.topic) {
-                        let asked = sub.asked.iter().map(|a| (a.options, a.identifier));
-                        let granted = sub.granted.iter().map(|(_, o, i)| (*o, *i));
-                        // It may come by the copy of one that was left meanwhile, its own being lost.
-                        let mut names = copies.iter().flat_map(|copy| &copy.filters);
-                        any |= names.any(|(_, name)| c.ledger.left.contains(&**name));
-                        for (options, id) in asked.chain(granted) {
-                            allowed.push(id);
-                            retain_may |= options.retain_as_published && first.retain;
-                            // So may its QoS count for the copy of another.
-                            qos.extend(up_to(options.qos.min(most)));
-                            settled = false;
-                        }
-                    }
-                    continue;
-                };
-                let hides = |o: &SubscribeOptions| own && o.no_local;
-                // A publish that was before the subscription is not marked.
-                let unmarked = own && published_at <= sub.no_local_since;
-                let candidates = sub.granted.iter().copied().map(|(q, o, i)| (true, q, o, i));
-                let asked = sub
-                    .asked
-                    .iter()
-                    .map(|a| (false, a.options.qos, a.options, a.identifier));
-                for (granted, q, options, id) in candidates.chain(asked) {
-                    if hides(&options) && !unmarked {
-                        continue;
-                    }
-                    any = true;
-                    qos.push(q.min(copy.qos));
-                    settled &= !sub.guessed;
-                    if !granted || sub.guessed {
-                        // It may be granted less, and be served by the copy of another.
-                        qos.extend(up_to(q.min(most)));
-                    }
-                    allowed.push(id);
-                    retain_may |= options.retain_as_published && copy.retain;
-                    if !granted || !sub.asked.is_empty() || hides(&options) {
-                        settled = false;
-                        continue;
-                    }
-                    must |= !sub.in_doubt;
-                    if id != 0 {
-                        needed.push(id);
-                    }
-                    retain_must |= options.retain_as_published && copy.retain;
-                    if best.is_none_or(|(b, _)| q > b) {
-                        best = Some((q, q.min(copy.qos)));
-                    }
-                }
-                // A replacement that is under way: there is a subscription all along.
-                must |= !sub.in_doubt
-                    && sub.granted.is_some_and(|(_, o, _)| !hides(&o))
-                    && sub.asked.iter().all(|a| !hides(&a.options));
-            }
-            // While a filter is in doubt its copy may be the one that counts, and missing.
-            let subs = c.ledger.subs.iter();
-            let mut doubt = subs.filter(|s| s.in_doubt && matching(&s.filter, &first.topic));
-            must &= !first.partial && doubt.next().is_none();
-            if !any {
+            let own_at = publisher.and_then(|(by, at)| (by == device).then_some(at));
+            let Some(claim) = Claim::of(&c.ledger, copies, first, own_at) else {
                 continue;
-            }
-            if settled && let Some((_, exact)) = best {
-                qos = vec![exact];
-            }
+            };
             if self.trace {
                 eprintln!(
-                    "         {} is owed {key} at {qos:?}: {:?}",
-                    c.profile.id, c.ledger.subs
+                    "         {} is owed {key} at {:?}: {:?}",
+                    c.profile.id, claim.qos, c.ledger.subs
                 );
             }
-            c.ledger.owed.push(Owed {
-                event: event(&key),
-                key: key.clone(),
-                topic: first.topic.clone(),
-                must,
-                qos,
-                ids_needed: needed,
-                ids_allowed: allowed,
-                retain_must,
-                retain_may,
-                retained: first.retain,
-                expires_at: first.expires_at,
-                written: false,
-            });
+            c.ledger.owed.push(claim.owed(&key, first));
         }
-        let _ = now;
     }
 
     /// What a device saw.

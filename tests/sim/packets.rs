@@ -1,13 +1,16 @@
 //! The oracle's view of packets: what a session took, and what it wrote.
 
-use tidegate::mqtt::{Decoder, Packet, QoS, ReasonCode, Receiver, SubscribeOptions, Version};
+use tidegate::mqtt::{
+    Decoder, Packet, Publish, QoS, ReasonCode, Receiver, Suback, Subscribe, SubscribeOptions,
+    Unsubscribe, Version,
+};
 use tidegate::time::Millis;
 
 use crate::ledger::{Ask, Ledger, Sub, Want};
-use crate::oracle::{Checked, Oracle, key};
+use crate::oracle::{Checked, Client, Oracle, key};
 
 impl Oracle {
-    /// A packet of the client was taken by its session.
+    /// The client's session took a packet of the client.
     pub fn took(&mut self, device: usize, stream: u8, packet: &Packet<'_>, now: Millis) {
         let (grants, expiry_max) = (self.rules.grants, self.rules.expiry_max);
         let latest = self.latest;
@@ -43,72 +46,8 @@ impl Oracle {
             }
             Packet::Pubrec(a) => c.ledger.received(a.packet_id),
             Packet::Pubrel(a) => self.inbound.released(device, a.packet_id),
-            Packet::Subscribe(s) => {
-                let mut names = Vec::new();
-                for (index, (filter, options)) in s.filters().enumerate() {
-                    names.push(filter.to_owned());
-                    c.bound.insert((stream, filter.to_owned()));
-                    let options = SubscribeOptions {
-                        qos: options.qos.min(grants),
-                        ..options
-                    };
-                    let known = c.ledger.subs.iter().position(|s| s.filter == filter);
-                    let ask = Ask {
-                        link,
-                        packet_id: s.packet_id,
-                        index,
-                        options,
-                        identifier: s.subscription_id.unwrap_or(0),
-                        at: now,
-                        number,
-                    };
-                    // Wishes of an earlier subscription serve the new one.
-                    for want in c.ledger.wants.iter_mut().filter(|w| w.filter == filter) {
-                        want.until = u64::MAX;
-                    }
-                    // One that was never granted may have been refused unheard: then this is new.
-                    let granted = |at: usize| c.ledger.subs[at].granted.is_some();
-                    let fresh = !known.is_some_and(granted);
-                    if options.retain_handling == 0 || (options.retain_handling == 1 && fresh) {
-                        c.ledger.wants.push(Want {
-                            filter: filter.to_owned(),
-                            got: Default::default(),
-                            failed: 0,
-                            until: u64::MAX,
-                        });
-                    }
-                    if let Some(at) = known {
-                        let sub = &mut c.ledger.subs[at];
-                        let before = sub.asked.last().map(|a| a.options);
-                        let before = before.or(sub.granted.map(|(_, o, _)| o));
-                        if before.is_none_or(|o| !o.no_local) {
-                            sub.no_local_since = now;
-                        }
-                    }
-                    match known {
-                        Some(at) => c.ledger.subs[at].asked.push(ask),
-                        None => c.ledger.subs.push(Sub {
-                            filter: filter.to_owned(),
-                            granted: None,
-                            asked: vec![ask],
-                            no_local_since: now,
-                            in_doubt: false,
-                            guessed: false,
-                        }),
-                    }
-                }
-                c.requests.insert(s.packet_id, (stream, true, names));
-            }
-            Packet::Unsubscribe(u) => {
-                let names: Vec<String> = u.filters().map(str::to_owned).collect();
-                c.ledger.subs.retain(|s| !names.contains(&s.filter));
-                c.ledger.left.extend(names.iter().cloned());
-                let ended = c.ledger.wants.iter_mut();
-                for want in ended.filter(|w| names.contains(&w.filter)) {
-                    want.until = want.until.min(latest);
-                }
-                c.requests.insert(u.packet_id, (stream, false, names));
-            }
+            Packet::Subscribe(s) => c.subscribes(link, stream, s, grants, number, now),
+            Packet::Unsubscribe(u) => c.unsubscribes(stream, u, latest),
             Packet::Disconnect(d) => {
                 if let Some(expiry) = d.session_expiry {
                     c.expiry = expiry.min(expiry_max);
@@ -167,6 +106,7 @@ impl Oracle {
         Ok(())
     }
 
+    /// Judges one packet that the router wrote.
     fn packet(
         &mut self,
         device: usize,
@@ -176,48 +116,17 @@ impl Oracle {
         packet: &Packet<'_>,
         now: Millis,
     ) -> Checked {
-        let hold = self.rules.hold;
         let evicts = self.rules.evicts;
-        // While the core is away a filter is granted as it was asked for.
-        let guessed = self.inbound.core_was_away;
-        // Long enough away, it may have been granted to somebody who did not hear of it.
-        let long = now >= self.away.0 + hold && now < self.away.1.saturating_add(5000);
-        let doubtful: Vec<String> = match packet {
-            Packet::Suback(_) => {
-                let subs = self.clients.iter().flat_map(|c| &c.ledger.subs);
-                let subs = subs.filter(|s| s.in_doubt);
-                subs.map(|s| s.filter.clone()).collect()
-            }
-            _ => Vec::new(),
-        };
-        let regained = &self.regained;
         let c = &mut self.clients[device];
         match packet {
             Packet::Publish(p) => {
-                let topic = match p.topic_alias {
-                    Some(alias) if p.topic.is_empty() => c.aliases.get(&(stream, alias)).cloned(),
-                    Some(alias) => {
-                        c.aliases.insert((stream, alias), p.topic.to_owned());
-                        Some(p.topic.to_owned())
-                    }
-                    None => Some(p.topic.to_owned()),
-                };
-                let topic = topic.ok_or("an undefined alias")?;
-                let asked = |(on, filter): &(u8, String)| {
-                    *on == stream && crate::core::matching(filter, &topic)
-                };
-                if stream != 0 && !c.bound.iter().any(asked) {
-                    return Err(format!("nobody subscribed to it on stream {stream}"));
-                }
-                let key = key(p.payload);
-                c.ledger
-                    .wrote(&mut c.window, version, stream, &topic, &key, p)?;
+                c.wrote_publish(version, stream, p)?;
                 self.delivered += 1;
                 Ok(())
             }
             // MQTT 3.1 has no Session Present.
-            Packet::Connack(c) if version != Version::V31 => {
-                match c.session_present == self.clients[device].expected_present {
+            Packet::Connack(connack) if version != Version::V31 => {
+                match connack.session_present == c.expected_present {
                     true => Ok(()),
                     false => Err("another Session Present than the router's [MQTT-3.2.2-3]".into()),
                 }
@@ -243,34 +152,7 @@ impl Oracle {
                 if self.trace {
                     eprintln!("         {} is written {packet:?}", c.profile.id);
                 }
-                let Some((on, true, names)) = c.requests.remove(&s.packet_id) else {
-                    return Err("SUBACK without a SUBSCRIBE [MQTT-3.8.4-2]".into());
-                };
-                if on != stream {
-                    return Err(format!("SUBACK on stream {stream}, SUBSCRIBE was on {on}"));
-                }
-                if names.len() != s.codes.len() {
-                    return Err("SUBACK has another number of codes [MQTT-3.8.4-6]".into());
-                }
-                // What one was granted without the core, another is too; and so is what the core
-                // has held and lost.
-                let lost = |name: &String| regained.as_ref().is_some_and(|r| !r.contains(name));
-                let doubted = |name: &String| long || doubtful.contains(name) || lost(name);
-                for (index, (name, code)) in names.iter().zip(s.codes).enumerate() {
-                    granted(
-                        &mut c.ledger,
-                        link,
-                        s.packet_id,
-                        index,
-                        name,
-                        *code,
-                        hold,
-                        guessed,
-                        doubted(name),
-                        now,
-                    )?;
-                }
-                Ok(())
+                self.wrote_suback(device, link, stream, s, now)
             }
             Packet::Unsuback(u) => match c.requests.remove(&u.packet_id) {
                 Some((on, false, _)) if on == stream => Ok(()),
@@ -279,6 +161,163 @@ impl Oracle {
             _ => Ok(()),
         }
     }
+
+    /// Judges a SUBACK, and notes what it grants.
+    fn wrote_suback(
+        &mut self,
+        device: usize,
+        link: u64,
+        stream: u8,
+        s: &Suback<'_>,
+        now: Millis,
+    ) -> Checked {
+        let hold = self.rules.hold;
+        // While the core is away the router grants a filter as it was asked for.
+        let guessed = self.inbound.core_was_away;
+        // When the core was away longer than the hold time, the router may have granted the filter
+        // to another client, and that client may not have heard of the grant.
+        let long = now >= self.away.0 + hold && now < self.away.1.saturating_add(5000);
+        let subs = self.clients.iter().flat_map(|c| &c.ledger.subs);
+        let doubtful = subs.filter(|s| s.in_doubt);
+        let doubtful: Vec<String> = doubtful.map(|s| s.filter.clone()).collect();
+        let regained = &self.regained;
+        let c = &mut self.clients[device];
+        let Some((on, true, names)) = c.requests.remove(&s.packet_id) else {
+            return Err("SUBACK without a SUBSCRIBE [MQTT-3.8.4-2]".into());
+        };
+        if on != stream {
+            return Err(format!("SUBACK on stream {stream}, SUBSCRIBE was on {on}"));
+        }
+        if names.len() != s.codes.len() {
+            return Err("SUBACK has another number of codes [MQTT-3.8.4-6]".into());
+        }
+        // A filter in doubt for one client is in doubt for all. So is a filter that the core has
+        // lost and not regained.
+        let lost = |name: &String| regained.as_ref().is_some_and(|r| !r.contains(name));
+        let doubted = |name: &String| long || doubtful.contains(name) || lost(name);
+        for (index, (name, code)) in names.iter().zip(s.codes).enumerate() {
+            granted(
+                &mut c.ledger,
+                link,
+                s.packet_id,
+                index,
+                name,
+                *code,
+                hold,
+                guessed,
+                doubted(name),
+                now,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl Client {
+    /// Notes a SUBSCRIBE that the session took. `number` counts the packets that sessions took.
+    fn subscribes(
+        &mut self,
+        link: u64,
+        stream: u8,
+        s: &Subscribe<'_>,
+        grants: QoS,
+        number: u64,
+        now: Millis,
+    ) {
+        let mut names = Vec::new();
+        for (index, (filter, options)) in s.filters().enumerate() {
+            names.push(filter.to_owned());
+            self.bound.insert((stream, filter.to_owned()));
+            let options = SubscribeOptions {
+                qos: options.qos.min(grants),
+                ..options
+            };
+            let ask = Ask {
+                link,
+                packet_id: s.packet_id,
+                index,
+                options,
+                identifier: s.subscription_id.unwrap_or(0),
+                at: now,
+                number,
+            };
+            asked(&mut self.ledger, filter, ask);
+        }
+        self.requests.insert(s.packet_id, (stream, true, names));
+    }
+
+    /// Notes an UNSUBSCRIBE that the session took. `latest` is the latest event of the core.
+    fn unsubscribes(&mut self, stream: u8, u: &Unsubscribe<'_>, latest: u64) {
+        let names: Vec<String> = u.filters().map(str::to_owned).collect();
+        self.ledger.subs.retain(|s| !names.contains(&s.filter));
+        self.ledger.left.extend(names.iter().cloned());
+        let ended = self.ledger.wants.iter_mut();
+        for want in ended.filter(|w| names.contains(&w.filter)) {
+            want.until = want.until.min(latest);
+        }
+        self.requests.insert(u.packet_id, (stream, false, names));
+    }
+
+    /// Judges a PUBLISH that the router wrote.
+    fn wrote_publish(&mut self, version: Version, stream: u8, p: &Publish<'_>) -> Checked {
+        let topic = match p.topic_alias {
+            Some(alias) if p.topic.is_empty() => self.aliases.get(&(stream, alias)).cloned(),
+            Some(alias) => {
+                self.aliases.insert((stream, alias), p.topic.to_owned());
+                Some(p.topic.to_owned())
+            }
+            None => Some(p.topic.to_owned()),
+        };
+        let topic = topic.ok_or("an undefined alias")?;
+        let asked =
+            |(on, filter): &(u8, String)| *on == stream && crate::core::matching(filter, &topic);
+        if stream != 0 && !self.bound.iter().any(asked) {
+            return Err(format!("nobody subscribed to it on stream {stream}"));
+        }
+        let key = key(p.payload);
+        self.ledger
+            .wrote(&mut self.window, version, stream, &topic, &key, p)
+    }
+}
+
+/// Notes that the client asked for a filter, and whether it wants the retained messages.
+fn asked(ledger: &mut Ledger, filter: &str, ask: Ask) {
+    let known = ledger.subs.iter().position(|s| s.filter == filter);
+    // Retained messages that an earlier subscription asked for also serve the new one.
+    for want in ledger.wants.iter_mut().filter(|w| w.filter == filter) {
+        want.until = u64::MAX;
+    }
+    // The router may have refused a subscription that was never granted, and the client may not
+    // have heard of it. Then this subscription is new.
+    let granted = |at: usize| ledger.subs[at].granted.is_some();
+    let fresh = !known.is_some_and(granted);
+    let handling = ask.options.retain_handling;
+    if handling == 0 || (handling == 1 && fresh) {
+        ledger.wants.push(Want {
+            filter: filter.to_owned(),
+            got: Default::default(),
+            failed: 0,
+            until: u64::MAX,
+        });
+    }
+    let Some(at) = known else {
+        ledger.subs.push(Sub {
+            filter: filter.to_owned(),
+            granted: None,
+            no_local_since: ask.at,
+            asked: vec![ask],
+            in_doubt: false,
+            guessed: false,
+        });
+        return;
+    };
+    let sub = &mut ledger.subs[at];
+    let before = sub.asked.last().map(|a| a.options);
+    let before = before.or(sub.granted.map(|(_, o, _)| o));
+    if before.is_none_or(|o| !o.no_local) {
+        sub.no_local_since = ask.at;
+    }
+    sub.asked.push(ask);
 }
 
 #[allow(

@@ -1,4 +1,4 @@
-//! What a run is made of: its limits, its devices, how its core behaves.
+//! Sets up a run: its limits, its devices, how its core behaves.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -17,6 +17,8 @@ use crate::world::World;
 use tidegate_kit::rng::Rng;
 
 impl World {
+    /// Sets up the world of a seed. Keep the order of the random draws, so that old seeds replay
+    /// the same run.
     pub fn new(seed: u64, trace: bool) -> Self {
         let mut rng = Rng::new(seed);
         let copies = rng.pick(&[
@@ -32,58 +34,9 @@ impl World {
             1 => QueueFull::EndSession,
             _ => QueueFull::Oldest,
         };
-        let publish_account = Arc::new(Account::new());
-        let limits = SessionLimits {
-            receive_max: rng.pick(&[1, 3, 16]),
-            topic_alias_max: rng.pick(&[0, 2, 8]),
-            packet_max: 1 << 20,
-            queue_messages_max: if small {
-                rng.between(1, 8) as usize
-            } else {
-                10_000
-            },
-            queue_bytes_max: if rng.chance(10) { 2000 } else { 1 << 20 },
-            queue_age_max: None,
-            shared_redeliver_after: 30_000,
-            will_grace: 0,
-            presence: false,
-            queue_full,
-            queue_qos0: rng.chance(40),
-            output_buffer: Arc::new(AtomicUsize::new(rng.pick(&[64, 1000, 1 << 16]))),
-            subscriptions_max: 100,
-            filter_bytes_max: 1 << 16,
-            topic_levels_max: 16,
-            v3_publishes_max: rng.pick(&[3, 8, 20]),
-            expiry_max: 300,
-            publish_account,
-            reserved_key: "tidegate-sim",
-            hasher: Default::default(),
-        };
-        let publish_links = rng.between(1, 2) as usize;
-        let publish_links_max = publish_links + rng.below(3) as usize;
-        let config = RouterConfig {
-            data_links: 1,
-            shared_links: 1,
-            roots: Vec::new(),
-            local_groups: false,
-            publish_links,
-            publish_links_max,
-            presence_topic: String::new(),
-            started_at: 0,
-            linger: rng.pick(&[500, 20_000]),
-            linger_busy_min: 500,
-            filters_lingering_max: rng.pick(&[2, 100]) as usize,
-            subscribe_wait: 10_000,
-            subscribe_accept: true,
-            publishes_waiting: rng.pick(&[2000, 1 << 20, 1 << 20]),
-            publishes_waiting_per_client: rng.pick(&[1000, 1 << 20, 1 << 20]) as usize,
-            retained_cache: rng.pick(&[100, 1 << 20]) as usize,
-            retained_resync: false,
-            queues: if evicts { 3000 } else { 1 << 30 },
-            output: 1 << 30,
-            write_stall: 60_000,
-            hash_seed: 1,
-        };
+        let limits = session_limits(small, queue_full, &mut rng);
+        let config = router_config(evicts, &mut rng);
+        let (publish_links, publish_links_max) = (config.publish_links, config.publish_links_max);
         let devices = rng.between(2, 5) as usize;
         let profiles: Vec<Profile> = (0..devices).map(|n| profile(n, &mut rng)).collect();
         let grants = rng.pick(&[
@@ -103,22 +56,7 @@ impl World {
         let expiry_max = limits.expiry_max;
         let tight =
             config.publishes_waiting < 1 << 20 || config.publishes_waiting_per_client < 1 << 20;
-        let router = Arc::new(Router::new(limits, config, &Memory));
-        let facts = BrokerFeatures {
-            identifiers: copies != Copies::Unnamed,
-            properties: true,
-            keeps_retain: true,
-            shared: true,
-            replaces: true,
-            maximum_qos: QoS::ExactlyOnce,
-            retain_available: true,
-            packet_max: None,
-        };
-        router.set_broker_features(&facts, 0);
-        router.data_link_up(0, tidegate::router::LinkSession::New, true, 0);
-        for link in 0..publish_links {
-            router.publish_link_up(link, true);
-        }
+        let router = connected_router(limits, config, copies);
         if trace {
             eprintln!("{rules:?}\n{:?}", router.limits());
             for p in &profiles {
@@ -156,6 +94,88 @@ impl World {
     }
 }
 
+/// The limits of sessions; `small` makes the queues hold few messages.
+fn session_limits(small: bool, queue_full: QueueFull, rng: &mut Rng) -> SessionLimits {
+    SessionLimits {
+        receive_max: rng.pick(&[1, 3, 16]),
+        topic_alias_max: rng.pick(&[0, 2, 8]),
+        packet_max: 1 << 20,
+        queue_messages_max: if small {
+            rng.between(1, 8) as usize
+        } else {
+            10_000
+        },
+        queue_bytes_max: if rng.chance(10) { 2000 } else { 1 << 20 },
+        queue_age_max: None,
+        shared_redeliver_after: 30_000,
+        will_grace: 0,
+        presence: false,
+        queue_full,
+        queue_qos0: rng.chance(40),
+        output_buffer: Arc::new(AtomicUsize::new(rng.pick(&[64, 1000, 1 << 16]))),
+        subscriptions_max: 100,
+        filter_bytes_max: 1 << 16,
+        topic_levels_max: 16,
+        v3_publishes_max: rng.pick(&[3, 8, 20]),
+        expiry_max: 300,
+        publish_account: Arc::new(Account::new()),
+        reserved_key: "tidegate-sim",
+        hasher: Default::default(),
+    }
+}
+
+/// The router's own limits; `evicts` makes the budget for queues so small that messages are evicted.
+fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
+    let publish_links = rng.between(1, 2) as usize;
+    let publish_links_max = publish_links + rng.below(3) as usize;
+    RouterConfig {
+        data_links: 1,
+        shared_links: 1,
+        roots: Vec::new(),
+        local_groups: false,
+        publish_links,
+        publish_links_max,
+        presence_topic: String::new(),
+        started_at: 0,
+        linger: rng.pick(&[500, 20_000]),
+        linger_busy_min: 500,
+        filters_lingering_max: rng.pick(&[2, 100]) as usize,
+        subscribe_wait: 10_000,
+        subscribe_accept: true,
+        publishes_waiting: rng.pick(&[2000, 1 << 20, 1 << 20]),
+        publishes_waiting_per_client: rng.pick(&[1000, 1 << 20, 1 << 20]) as usize,
+        retained_cache: rng.pick(&[100, 1 << 20]) as usize,
+        retained_resync: false,
+        queues: if evicts { 3000 } else { 1 << 30 },
+        output: 1 << 30,
+        write_stall: 60_000,
+        hash_seed: 1,
+    }
+}
+
+/// A router whose links to the core are up.
+fn connected_router(limits: SessionLimits, config: RouterConfig, copies: Copies) -> Arc<Router> {
+    let publish_links = config.publish_links;
+    let router = Arc::new(Router::new(limits, config, &Memory));
+    let facts = BrokerFeatures {
+        identifiers: copies != Copies::Unnamed,
+        properties: true,
+        keeps_retain: true,
+        shared: true,
+        replaces: true,
+        maximum_qos: QoS::ExactlyOnce,
+        retain_available: true,
+        packet_max: None,
+    };
+    router.set_broker_features(&facts, 0);
+    router.data_link_up(0, tidegate::router::LinkSession::New, true, 0);
+    for link in 0..publish_links {
+        router.publish_link_up(link, true);
+    }
+    router
+}
+
+/// Draws what the device with number `n` is like.
 fn profile(n: usize, rng: &mut Rng) -> Profile {
     let version = rng.pick(&[
         Version::V5,
