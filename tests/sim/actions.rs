@@ -2,7 +2,7 @@
 
 use tidegate::mqtt::{ReasonCode, SubscribeOptions, Version};
 
-use crate::core::Copy;
+use crate::broker::Copy;
 use crate::device::{Outgoing, WillSpec};
 use crate::edge::{Edge, QOS};
 use crate::pipe::Pipe;
@@ -41,23 +41,23 @@ impl World {
                     link.stalled = !link.stalled;
                 }
             }
-            88..90 if !self.core.away => {
+            88..90 if !self.broker.away => {
                 let time = self.rng.pick(&[200, 3000, 15_000]);
-                trace!(self, "the core is away for {time} ms");
-                self.core.away = true;
+                trace!(self, "the broker is away for {time} ms");
+                self.broker.away = true;
                 self.oracle.gone(self.now);
-                self.oracle.inbound.core_was_away = true;
+                self.oracle.inbound.broker_was_away = true;
                 self.publish_links_up(false);
-                self.core_back_at = self.now + time;
+                self.broker_back_at = self.now + time;
             }
-            90..91 if !self.core.away && !self.core.unlinked => {
+            90..91 if !self.broker.away && !self.broker.unlinked => {
                 let kept = self.rng.chance(70);
                 let time = self.rng.pick(&[0, 500, 5000]);
                 trace!(
                     self,
                     "the data link is lost for {time} ms, session kept {kept}"
                 );
-                self.core.lose_link(kept);
+                self.broker.lose_link(kept);
                 self.router.data_link_down(0, self.now);
                 self.oracle.gone(self.now);
                 if !kept {
@@ -66,7 +66,7 @@ impl World {
                 self.relinked_at = self.now + time;
                 self.kept = kept;
             }
-            91..93 if !self.core.away => self.add_publish_link(),
+            91..93 if !self.broker.away => self.add_publish_link(),
             94..97 if connected => self.change_stream(n),
             93..94 if connected => {
                 self.flush(n, true);
@@ -238,9 +238,9 @@ impl World {
         format!("{key}:{}", "p".repeat(length as usize)).into_bytes()
     }
 
-    /// Clients of the core that are not ours.
+    /// Clients of the broker that are not ours.
     fn publish_elsewhere(&mut self) {
-        if self.core.away {
+        if self.broker.away {
             return;
         }
         for _ in 0..self.rng.between(1, 6) {
@@ -264,8 +264,8 @@ impl World {
                 origin_mark: None,
                 partial: false,
             };
-            trace!(self, "the core takes {key} on {topic} at {:?}", copy.qos);
-            self.core.route(&copy, &mut self.rng, self.now);
+            trace!(self, "the broker takes {key} on {topic} at {:?}", copy.qos);
+            self.broker.route(&copy, &mut self.rng, self.now);
         }
     }
 

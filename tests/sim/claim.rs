@@ -2,7 +2,7 @@
 
 use tidegate::mqtt::{QoS, SubscribeOptions};
 
-use crate::core::{Copy, matching};
+use crate::broker::{Copy, matching};
 use crate::edge::QOS;
 use crate::ledger::{Ledger, Owed, Sub};
 use crate::oracle::event;
@@ -71,7 +71,7 @@ impl Claim {
         claim.any.then_some(claim)
     }
 
-    /// Adds a matching subscription that the core does not hold yet. The session may already send
+    /// Adds a matching subscription that the broker does not hold yet. The session may already send
     /// the subscription's identifier.
     fn add_without_copy(&mut self, sub: &Sub, first: &Copy, most: QoS) {
         let asked = sub.asked.iter().map(|a| (a.options, a.identifier));
@@ -103,7 +103,7 @@ impl Claim {
             self.qos.push(q.min(copy.qos));
             self.settled &= !sub.guessed;
             if !granted || sub.guessed {
-                // The core may grant less, and another filter's copy may serve the subscription.
+                // The broker may grant less, and another filter's copy may serve the subscription.
                 self.qos.extend(up_to(q.min(most)));
             }
             self.ids_allowed.push(id);

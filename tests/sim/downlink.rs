@@ -1,8 +1,8 @@
-//! The core's half of a run: its links to the router, played in order.
+//! The broker's half of a run: its links to the router, played in order.
 
 use tidegate::mqtt::{Message, MessageSpec};
 
-use crate::core::{Item, arrived, matching};
+use crate::broker::{Item, arrived, matching};
 use crate::oracle::Checked;
 use crate::world::{Fetch, World, trace};
 
@@ -14,16 +14,16 @@ impl World {
         }
     }
 
-    pub fn core_works(&mut self) -> Checked {
-        if self.core.away && self.now >= self.core_back_at {
-            trace!(self, "the core is back");
-            self.core.away = false;
+    pub fn broker_works(&mut self) -> Checked {
+        if self.broker.away && self.now >= self.broker_back_at {
+            trace!(self, "the broker is back");
+            self.broker.away = false;
             self.oracle.away.1 = self.now;
             self.publish_links_up(true);
         }
-        if self.core.unlinked && !self.core.away && self.now >= self.relinked_at {
+        if self.broker.unlinked && !self.broker.away && self.now >= self.relinked_at {
             trace!(self, "the data link is back");
-            self.core.unlinked = false;
+            self.broker.unlinked = false;
             self.oracle.away.1 = self.now;
             let kept = match self.kept {
                 true => tidegate::router::LinkSession::Resumed,
@@ -31,34 +31,34 @@ impl World {
             };
             self.router.data_link_up(0, kept, false, self.now);
         }
-        self.core.step(&self.router, &mut self.rng, self.now);
-        let forwarded = std::mem::take(&mut self.core.forwarded);
+        self.broker.step(&self.router, &mut self.rng, self.now);
+        let forwarded = std::mem::take(&mut self.broker.forwarded);
         self.forwarded += forwarded.len() as u64;
         for (outgoing, refused) in &forwarded {
             let m = &outgoing.message;
             let key = crate::oracle::key(m.payload());
-            trace!(self, "the core gets {key} on {}", m.topic());
+            trace!(self, "the broker gets {key} on {}", m.topic());
             let inbound = &mut self.oracle.inbound;
             inbound.forwarded(m.payload(), m.qos(), self.now)?;
             if !refused {
-                self.oracle.routed(m.topic(), &self.core.held)?;
+                self.oracle.routed(m.topic(), &self.broker.held)?;
             }
         }
         drop(forwarded);
-        if let Some(fault) = self.core.faults.pop() {
+        if let Some(fault) = self.broker.faults.pop() {
             return Err(format!("a needless SUBSCRIBE: {fault} (I21)"));
         }
-        self.core_sends()?;
+        self.broker_sends()?;
         self.fetches_work();
         Ok(())
     }
 
     /// The data link: in order, answers apart from messages.
-    fn core_sends(&mut self) -> Checked {
+    fn broker_sends(&mut self) -> Checked {
         let mut batch = Vec::new();
-        while let Some(item) = self.core.next_item(self.now) {
+        while let Some(item) = self.broker.next_item(self.now) {
             match item {
-                // The core sends nothing that is past its expiry.
+                // The broker sends nothing that is past its expiry.
                 Item::Copies(copies) if copies[0].expires_at <= self.now => {}
                 Item::Copies(copies) => {
                     self.oracle.arrives(&copies);
@@ -69,13 +69,13 @@ impl World {
                         copies.iter().map(|c| &c.filters).collect::<Vec<_>>()
                     );
                     let copies = copies.iter();
-                    batch.extend(copies.map(|c| arrived(c, self.core.copies, &self.router)));
+                    batch.extend(copies.map(|c| arrived(c, self.broker.copies, &self.router)));
                 }
                 Item::Suback(number, code) => {
                     self.router.fan_out(&mut batch, self.now);
                     batch.clear();
-                    trace!(self, "SUBACK of the core for {number}: {code:?}");
-                    let held = &self.core.held;
+                    trace!(self, "SUBACK of the broker for {number}: {code:?}");
+                    let held = &self.broker.held;
                     let name = held.iter().find(|(_, (n, _))| *n == number).map(|(f, _)| f);
                     if let Some(name) = name {
                         self.oracle.holds(name);
@@ -85,7 +85,7 @@ impl World {
                 Item::Unsuback(number) => {
                     self.router.fan_out(&mut batch, self.now);
                     batch.clear();
-                    trace!(self, "UNSUBACK of the core for {number}");
+                    trace!(self, "UNSUBACK of the broker for {number}");
                     self.router.unsuback(number, self.now);
                 }
                 Item::Pingresp(number) => {
@@ -101,7 +101,7 @@ impl World {
 
     /// The R link.
     fn fetches_work(&mut self) {
-        if self.core.away {
+        if self.broker.away {
             return;
         }
         for (number, name) in self.router.next_fetches(4) {
@@ -121,7 +121,7 @@ impl World {
         }
         match &mut fetch.found {
             None => {
-                let found = self.core.retained.iter();
+                let found = self.broker.retained.iter();
                 let found = found.filter(|(topic, _)| matching(&fetch.filter, topic));
                 let found = found.map(|(t, (p, q))| (t.clone(), p.clone(), *q));
                 fetch.found = Some(found.collect());

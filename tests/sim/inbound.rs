@@ -17,7 +17,7 @@ struct Logical {
     acknowledged: bool,
     /// The stream whose order it keeps; `None`: it was sent again, perhaps on another.
     stream: Option<u8>,
-    /// Answered with a refusal, or to be refused by the core, which 3.x does not say.
+    /// Answered with a refusal, or to be refused by the broker, which 3.x does not say.
     refused: bool,
 }
 
@@ -56,7 +56,7 @@ struct Publisher {
     track: HashMap<u16, Track>,
     session: u64,
     will: Option<usize>,
-    /// The latest of its unique messages that went to the core, for each stream.
+    /// The latest of its unique messages that went to the broker, for each stream.
     last: HashMap<u8, u64>,
 }
 
@@ -71,7 +71,7 @@ pub struct Inbound {
     counts: HashMap<String, Count>,
     by_key: HashMap<String, (usize, u64)>,
     wills: Vec<Will>,
-    pub core_was_away: bool,
+    pub broker_was_away: bool,
     /// The budget of publishes is so small that wills are lost by it.
     pub tight: bool,
 }
@@ -83,7 +83,7 @@ impl Inbound {
             counts: HashMap::new(),
             by_key: HashMap::new(),
             wills: Vec::new(),
-            core_was_away: false,
+            broker_was_away: false,
             tight: false,
         }
     }
@@ -93,7 +93,7 @@ impl Inbound {
         self.by_key.get(key).copied()
     }
 
-    /// How often the core got a message; those of others once.
+    /// How often the broker got a message; those of others once.
     pub fn forwards(&self, key: &str) -> usize {
         self.counts.get(key).map_or(1, |c| c.forwarded)
     }
@@ -277,7 +277,7 @@ impl Inbound {
         Ok(())
     }
 
-    /// The core got a publish. `refused`: it will not route it.
+    /// The broker got a publish. `refused`: it will not route it.
     pub fn forwarded(&mut self, payload: &[u8], qos: QoS, now: Millis) -> Checked {
         let key = key(payload);
         if let Some(will) = self.wills.iter_mut().find(|w| w.key == key) {
@@ -293,7 +293,7 @@ impl Inbound {
         count.forwarded += 1;
         if count.forwarded > count.allowed {
             return Err(format!(
-                "{key} went to the core {} times, {} are right [MQTT-4.3.3-10]",
+                "{key} went to the broker {} times, {} are right [MQTT-4.3.3-10]",
                 count.forwarded, count.allowed
             ));
         }
@@ -306,7 +306,7 @@ impl Inbound {
         let p = &mut self.publishers[device];
         let sent = p.published.iter().find(|l| l.key == key);
         if sent.is_none_or(|l| l.qos != qos) {
-            return Err(format!("{key} has {qos:?} at the core"));
+            return Err(format!("{key} has {qos:?} at the broker"));
         }
         // One that was refused for want of room, and is sent again, comes late.
         let stream = sent.filter(|l| !l.refused).and_then(|l| l.stream);
@@ -330,7 +330,7 @@ impl Inbound {
         Ok(())
     }
 
-    /// At rest: what was acknowledged is at the core.
+    /// At rest: what was acknowledged is at the broker.
     pub fn settled(&self) -> Checked {
         let mut acknowledged: HashMap<&str, usize> = HashMap::new();
         for l in self.publishers.iter().flat_map(|p| &p.published) {
@@ -342,7 +342,7 @@ impl Inbound {
             let forwarded = self.counts.get(key).map_or(0, |c| c.forwarded);
             if forwarded < acknowledged {
                 return Err(format!(
-                    "{acknowledged} of {key} were acknowledged, the core has {forwarded} (I7)"
+                    "{acknowledged} of {key} were acknowledged, the broker has {forwarded} (I7)"
                 ));
             }
         }
@@ -355,7 +355,7 @@ impl Inbound {
             if let WillState::Due(at) = will.state
                 && at <= now
                 && !self.tight
-                && !(will.qos == QoS::AtMostOnce && self.core_was_away)
+                && !(will.qos == QoS::AtMostOnce && self.broker_was_away)
             {
                 return Err(format!(
                     "will {} was due at {at} and never published (I16)",

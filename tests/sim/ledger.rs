@@ -10,7 +10,7 @@ use tidegate::time::Millis;
 pub struct Owed {
     pub key: String,
     pub topic: String,
-    /// Order in which the core took the messages.
+    /// Order in which the broker took the messages.
     pub event: u64,
     /// A granted subscription matches; else only one that is not answered yet.
     pub must: bool,
@@ -74,9 +74,9 @@ pub struct Sub {
     pub asked: Vec<Ask>,
     /// Since when No Local is asked for.
     pub no_local_since: u64,
-    /// It may be granted before the core has it, after the hold time.
+    /// It may be granted before the broker has it, after the hold time.
     pub in_doubt: bool,
-    /// It was: the core may grant less, or in steps.
+    /// It was: the broker may grant less, or in steps.
     pub guessed: bool,
 }
 
@@ -406,7 +406,7 @@ impl Ledger {
 }
 
 fn wants(want: &Want, topic: &str, key: &str) -> bool {
-    crate::core::matching(&want.filter, topic)
+    crate::broker::matching(&want.filter, topic)
         && want.got.get(key).copied().unwrap_or(0) <= want.failed
         && crate::oracle::event(key) <= want.until
 }

@@ -1,5 +1,5 @@
 //! A deterministic simulation of sessions: model clients over lossy links, the real router and
-//! its sessions, a model core, a virtual clock. Each seed is another run; an oracle judges what
+//! its sessions, a model broker, a virtual clock. Each seed is another run; an oracle judges what
 //! goes in and out at the edges.
 //!
 //! `TIDEGATE_SEEDS=100000` runs more, `SEED=n` one with a trace.
@@ -12,8 +12,8 @@
 )]
 
 mod actions;
+mod broker;
 mod claim;
-mod core;
 mod device;
 mod downlink;
 mod edge;

@@ -1,5 +1,5 @@
 //! What must be true of the router, seen only from its edges: packets in, packets out, what it
-//! hands to the core and takes from it.
+//! hands to the broker and takes from it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -8,8 +8,8 @@ use tidegate::router::Router;
 use tidegate::time::Millis;
 use tidegate::topics::FilterId;
 
+use crate::broker::{Copy, matching};
 use crate::claim::Claim;
-use crate::core::{Copy, matching};
 use crate::device::{Profile, Seen};
 use crate::inbound::Inbound;
 use crate::ledger::{Ledger, Owed, Window};
@@ -56,11 +56,11 @@ pub struct Oracle {
     pub delivered: u64,
     pub trace: bool,
     pub asks: u64,
-    /// Since when the core was away last, and until when.
+    /// Since when the broker was away last, and until when.
     pub away: (u64, u64),
-    /// Since the core lost what it held: what it has again.
+    /// Since the broker lost what it held: what it has again.
     pub regained: Option<BTreeSet<String>>,
-    /// The latest event of the core.
+    /// The latest event of the broker.
     pub latest: u64,
 }
 
@@ -228,7 +228,7 @@ impl Oracle {
         Ok(())
     }
 
-    /// The core is to send a message: whoever was granted a matching filter must have it held.
+    /// The broker is to send a message: whoever was granted a matching filter must have it held.
     pub fn routed(&self, topic: &str, held: &BTreeMap<String, (FilterId, QoS)>) -> Checked {
         for c in &self.clients {
             for sub in &c.ledger.subs {
@@ -238,7 +238,7 @@ impl Oracle {
                     && !held.contains_key(&sub.filter)
                 {
                     return Err(format!(
-                        "{} was granted {sub:?}, which the core does not hold (I4)",
+                        "{} was granted {sub:?}, which the broker does not hold (I4)",
                         c.profile.id
                     ));
                 }
@@ -247,7 +247,7 @@ impl Oracle {
         Ok(())
     }
 
-    /// The core has the filter: from now on it is not in doubt.
+    /// The broker has the filter: from now on it is not in doubt.
     pub fn holds(&mut self, filter: &str) {
         if let Some(regained) = &mut self.regained {
             regained.insert(filter.to_owned());
@@ -261,14 +261,14 @@ impl Oracle {
         }
     }
 
-    /// The core, or the data link, is away from now on, if it is not yet.
+    /// The broker, or the data link, is away from now on, if it is not yet.
     pub fn gone(&mut self, now: Millis) {
         let (since, until) = self.away;
         let again = now < until.saturating_add(5000);
         self.away = (if again { since } else { now }, u64::MAX);
     }
 
-    /// The core lost what it held: until it has it again, messages are missed.
+    /// The broker lost what it held: until it has it again, messages are missed.
     pub fn forgotten(&mut self) {
         for sub in self.clients.iter_mut().flat_map(|c| &mut c.ledger.subs) {
             sub.in_doubt = true;

@@ -172,9 +172,9 @@ impl Oracle {
         now: Millis,
     ) -> Checked {
         let hold = self.rules.hold;
-        // While the core is away the router grants a filter as it was asked for.
-        let guessed = self.inbound.core_was_away;
-        // When the core was away longer than the hold time, the router may have granted the filter
+        // While the broker is away the router grants a filter as it was asked for.
+        let guessed = self.inbound.broker_was_away;
+        // When the broker was away longer than the hold time, the router may have granted the filter
         // to another client, and that client may not have heard of the grant.
         let long = now >= self.away.0 + hold && now < self.away.1.saturating_add(5000);
         let subs = self.clients.iter().flat_map(|c| &c.ledger.subs);
@@ -191,7 +191,7 @@ impl Oracle {
         if names.len() != s.codes.len() {
             return Err("SUBACK has another number of codes [MQTT-3.8.4-6]".into());
         }
-        // A filter in doubt for one client is in doubt for all. So is a filter that the core has
+        // A filter in doubt for one client is in doubt for all. So is a filter that the broker has
         // lost and not regained.
         let lost = |name: &String| regained.as_ref().is_some_and(|r| !r.contains(name));
         let doubted = |name: &String| long || doubtful.contains(name) || lost(name);
@@ -246,7 +246,7 @@ impl Client {
         self.requests.insert(s.packet_id, (stream, true, names));
     }
 
-    /// Notes an UNSUBSCRIBE that the session took. `latest` is the latest event of the core.
+    /// Notes an UNSUBSCRIBE that the session took. `latest` is the latest event of the broker.
     fn unsubscribes(&mut self, stream: u8, u: &Unsubscribe<'_>, latest: u64) {
         let names: Vec<String> = u.filters().map(str::to_owned).collect();
         self.ledger.subs.retain(|s| !names.contains(&s.filter));
@@ -270,7 +270,7 @@ impl Client {
         };
         let topic = topic.ok_or("an undefined alias")?;
         let asked =
-            |(on, filter): &(u8, String)| *on == stream && crate::core::matching(filter, &topic);
+            |(on, filter): &(u8, String)| *on == stream && crate::broker::matching(filter, &topic);
         if stream != 0 && !self.bound.iter().any(asked) {
             return Err(format!("nobody subscribed to it on stream {stream}"));
         }

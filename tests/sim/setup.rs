@@ -1,4 +1,4 @@
-//! Sets up a run: its limits, its devices, how its core behaves.
+//! Sets up a run: its limits, its devices, how its broker behaves.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tidegate::router::{BrokerFeatures, Router, RouterConfig};
 use tidegate::session::{QueueFull, SessionLimits};
 use tidegate::store::Memory;
 
-use crate::core::{Copies, Core};
+use crate::broker::{Broker, Copies};
 use crate::device::{Device, Profile};
 use crate::oracle::{Oracle, Rules};
 use crate::world::World;
@@ -69,7 +69,7 @@ impl World {
         oracle.inbound.tight = tight;
         oracle.trace = trace;
         Self {
-            core: Core::new(copies, grants, window, publish_links_max),
+            broker: Broker::new(copies, grants, window, publish_links_max),
             oracle,
             sequence: vec![0; devices],
             devices: profiles.into_iter().map(Device::new).collect(),
@@ -80,7 +80,7 @@ impl World {
             fetches: VecDeque::new(),
             next_link: 0,
             events: 0,
-            core_back_at: 0,
+            broker_back_at: 0,
             trace,
             quiet: false,
             retained,
@@ -153,7 +153,7 @@ fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
     }
 }
 
-/// A router whose links to the core are up.
+/// A router whose links to the broker are up.
 fn connected_router(limits: SessionLimits, config: RouterConfig, copies: Copies) -> Arc<Router> {
     let publish_links = config.publish_links;
     let router = Arc::new(Router::new(limits, config, &Memory));

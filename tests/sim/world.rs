@@ -1,4 +1,4 @@
-//! One run: devices, lossy links, the real router, a model core, a virtual clock.
+//! One run: devices, lossy links, the real router, a model broker, a virtual clock.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use tidegate::telemetry::{DisconnectReason, StreamReason};
 use tidegate::time::Millis;
 use tidegate::topics::FilterId;
 
-use crate::core::Core;
+use crate::broker::Broker;
 use crate::device::{Device, Seen};
 use crate::edge::Edge;
 use crate::oracle::{Checked, Oracle};
@@ -54,7 +54,7 @@ pub struct World {
     pub rng: Rng,
     pub now: Millis,
     pub router: Arc<Router>,
-    pub core: Core,
+    pub broker: Broker,
     pub oracle: Oracle,
     pub devices: Vec<Device>,
     pub links: BTreeMap<u64, Box<Link>>,
@@ -62,7 +62,7 @@ pub struct World {
     pub next_link: u64,
     pub sequence: Vec<u64>,
     pub events: u64,
-    pub core_back_at: u64,
+    pub broker_back_at: u64,
     pub trace: bool,
     pub quiet: bool,
     pub retained: bool,
@@ -71,7 +71,7 @@ pub struct World {
     pub ticked: u64,
     /// Publish links that have come up.
     pub publish_links: usize,
-    /// When the data link is back, and whether the core kept its session.
+    /// When the data link is back, and whether the broker kept its session.
     pub relinked_at: u64,
     pub kept: bool,
 }
@@ -146,7 +146,7 @@ impl World {
         }
         self.devices_work()?;
         self.links_work()?;
-        self.core_works()?;
+        self.broker_works()?;
         self.edges_work()?;
         if self.oracle.rules.ends_full || self.rng.chance(5) {
             self.oracle.look(&self.router, self.now)?;
@@ -396,7 +396,7 @@ impl World {
     fn settle(&mut self) -> Checked {
         trace!(self, "settles");
         self.quiet = true;
-        self.core_back_at = 0;
+        self.broker_back_at = 0;
         self.relinked_at = 0;
         for link in self.links.values_mut() {
             link.stalled = false;
@@ -412,7 +412,7 @@ impl World {
         let mut calm = 0;
         for _ in 0..5000 {
             self.step(false)?;
-            let still = self.core.idle()
+            let still = self.broker.idle()
                 && self.fetches.is_empty()
                 && self.router.publishes_waiting() == 0
                 && self
@@ -474,7 +474,7 @@ impl World {
         for _ in 0..2000 {
             self.now += 50;
             self.round()?;
-            if self.core.idle() && self.fetches.is_empty() && self.router.filters_on(0) == 0 {
+            if self.broker.idle() && self.fetches.is_empty() && self.router.filters_on(0) == 0 {
                 break;
             }
         }
@@ -494,7 +494,7 @@ impl World {
                 router.limits().publish_account.used() as usize,
             ),
             ("filters", router.filters_on(0)),
-            ("filters at the core", self.core.held.len()),
+            ("filters at the broker", self.broker.held.len()),
             (
                 "bytes of retained messages",
                 router.retained_bytes() as usize,

@@ -256,7 +256,8 @@ impl Overlapping {
     }
 
     fn by_primary(&mut self, payload: &str) -> String {
-        self.broker.brings(self.primary, FilterId(0), payload, false);
+        self.broker
+            .brings(self.primary, FilterId(0), payload, false);
         self.broker.got(self.who)
     }
 }

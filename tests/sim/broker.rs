@@ -1,4 +1,4 @@
-//! The model core: it holds filters, takes publishes in its window, and sends each matching
+//! The model broker: it holds filters, takes publishes in its window, and sends each matching
 //! message down the data link, in one of the ways that real brokers do.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -12,7 +12,7 @@ use tidegate::topics::FilterId;
 
 use tidegate_kit::rng::Rng;
 
-/// How the core shows overlapping filters.
+/// How the broker shows overlapping filters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Copies {
     /// One copy for each filter, with its identifier.
@@ -58,7 +58,7 @@ struct PublishWay {
     last_at: u64,
 }
 
-pub struct Core {
+pub struct Broker {
     pub copies: Copies,
     /// The largest QoS that it grants.
     pub grants: QoS,
@@ -84,7 +84,7 @@ pub struct Core {
     pub retained: BTreeMap<String, (Vec<u8>, QoS)>,
 }
 
-impl Core {
+impl Broker {
     pub fn new(copies: Copies, grants: QoS, window: usize, publish_links: usize) -> Self {
         Self {
             copies,
