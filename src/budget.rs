@@ -1,6 +1,18 @@
-//! Byte accounts: the bytes that a bounded part of the process has in use.
+//! Byte accounts, which say how much a bounded part of the process has in use, and the policy of a full queue.
 
 use std::sync::atomic::{AtomicI64, Ordering};
+
+/// What to do when a session's queue is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum QueueFull {
+    /// Drop the oldest waiting message.
+    #[default]
+    Oldest,
+    /// Drop the message that arrives.
+    Newest,
+    /// End the session.
+    EndSession,
+}
 
 /// A named amount of bytes in use. Cheap to share; charging never blocks.
 #[derive(Debug, Default)]

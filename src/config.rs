@@ -22,8 +22,8 @@ pub(crate) use address::{HEALTH_PATH, is_loopback};
 pub use choices::Quirk;
 pub use choices::{
     Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, LogFormat,
-    Probe, Protocol, ProxyProtocol, QueueFull, RealIpHeader, SenderProperty, SharedAt,
-    SubscribeWhileAway, Transport,
+    Probe, Protocol, ProxyProtocol, RealIpHeader, SenderProperty, SharedAt, SubscribeWhileAway,
+    Transport,
 };
 pub use error::{Error, Problem};
 pub use types::{

@@ -15,6 +15,7 @@ pub mod config;
 pub mod embedded;
 pub(crate) mod flow;
 pub mod mqtt;
+mod qos;
 pub mod router;
 pub mod runtime;
 pub mod session;

@@ -39,6 +39,8 @@ pub use subscribe::{
 };
 pub use text::has_discouraged;
 
+pub use crate::qos::QoS;
+
 /// A protocol version; the value is the protocol level of CONNECT.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
 #[repr(u8)]
@@ -58,31 +60,6 @@ impl Version {
             Self::V31 => "3.1",
             Self::V311 => "3.1.1",
             Self::V5 => "5",
-        }
-    }
-}
-
-/// Quality of service (§4.3).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord, Default)]
-#[repr(u8)]
-pub enum QoS {
-    /// No acknowledgement.
-    #[default]
-    AtMostOnce = 0,
-    /// PUBACK.
-    AtLeastOnce = 1,
-    /// PUBREC, PUBREL, PUBCOMP.
-    ExactlyOnce = 2,
-}
-
-impl QoS {
-    /// None above 2.
-    pub const fn from_u8(value: u8) -> Option<QoS> {
-        match value {
-            0 => Some(QoS::AtMostOnce),
-            1 => Some(QoS::AtLeastOnce),
-            2 => Some(QoS::ExactlyOnce),
-            _ => None,
         }
     }
 }

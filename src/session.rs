@@ -31,6 +31,7 @@ use crate::time::Millis;
 
 use crate::session::phase::Phase;
 
+pub use crate::budget::QueueFull;
 pub use close::CloseReason;
 pub use connection::{Connection, ConnectionSpec, Scope};
 pub use effect::{Effect, SubscribeRequest, Unsubscribed};
@@ -38,7 +39,7 @@ pub use entry::{Offer, Redelivery};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use incarnation::Incarnation;
 pub use lifecycle::{Attached, Ended};
-pub use limits::{DropReason, Policy, QueueFull, SessionLimits};
+pub use limits::{DropReason, Policy, SessionLimits};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
 pub use overlap::{Primary, primary};
 pub use subscriptions::{Subscription, hides};

@@ -15,10 +15,11 @@ extern crate self as tidegate;
 mod sources {
     pub mod budget;
     pub mod mqtt;
+    pub mod qos;
     pub mod topics;
 }
 
-pub use sources::{budget, mqtt, topics};
+pub use sources::{budget, mqtt, qos, topics};
 
 /// The properties that the tests of the codec hold too.
 #[allow(dead_code, reason = "the tests use more of them")]

@@ -4,10 +4,11 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::budget::QueueFull;
 use crate::config::address::WS_PATH;
 use crate::config::choices::{
     Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, ProxyProtocol,
-    QueueFull, RealIpHeader, SharedAt, SubscribeWhileAway, Transport,
+    RealIpHeader, SharedAt, SubscribeWhileAway, Transport,
 };
 use crate::config::host;
 use crate::config::types::{

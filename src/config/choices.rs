@@ -1,5 +1,6 @@
 //! Values that are one of a few words.
 
+use crate::budget::QueueFull;
 use std::fmt;
 
 use crate::config::units::choices;
@@ -255,17 +256,6 @@ choices!(SubscribeWhileAway {
     "accept" => Accept,
     "refuse" => Refuse,
 } not supported {});
-
-/// What is dropped when a session's queue is full.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QueueFull {
-    /// The oldest message.
-    Oldest,
-    /// The message that arrives.
-    Newest,
-    /// The session.
-    EndSession,
-}
 
 choices!(QueueFull {
     "oldest" => Oldest,

@@ -7,10 +7,11 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use crate::budget::QueueFull;
 use crate::config::choices::{
     Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, LogFormat,
-    Probe, Protocol, ProxyProtocol, QueueFull, RealIpHeader, SenderProperty, SharedAt,
-    SubscribeWhileAway, Transport,
+    Probe, Protocol, ProxyProtocol, RealIpHeader, SenderProperty, SharedAt, SubscribeWhileAway,
+    Transport,
 };
 use crate::config::units::{duration, duration_or_none, size, size32};
 use crate::config::upstream::{PublishLinks, Server};

@@ -13,7 +13,7 @@ use crate::clock::Clock;
 use crate::config::{self, Config, Server};
 use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
 use crate::router::{Router, RouterConfig};
-use crate::session::{QueueFull, SessionLimits};
+use crate::session::SessionLimits;
 use crate::store::Store;
 use crate::transport::{ClientTls, ConnectionCap, Handshakes, Limits, QuicSecret};
 use crate::upstream::{BrokerAccess, RESERVED_KEY};
@@ -148,11 +148,7 @@ fn session_limits(config: &Config) -> SessionLimits {
         shared_redeliver_after: config.session.shared_redeliver_after.as_millis() as u64,
         will_grace: config.session.will_grace.as_millis() as u64,
         presence: !config.session.presence_topic.is_empty(),
-        queue_full: match config.session.queue_full {
-            config::QueueFull::Oldest => QueueFull::Oldest,
-            config::QueueFull::Newest => QueueFull::Newest,
-            config::QueueFull::EndSession => QueueFull::EndSession,
-        },
+        queue_full: config.session.queue_full,
         queue_qos0: config.session.queue_qos0,
         output_buffer: Arc::new((config.limits.output_buffer as usize).into()),
         filter_bytes_max: FILTERS_PER_SESSION_BYTES,

@@ -5,21 +5,9 @@ use std::sync::atomic::AtomicUsize;
 
 use foldhash::fast::FixedState;
 
-use crate::budget::Account;
+use crate::budget::{Account, QueueFull};
 use crate::mqtt::QoS;
 use crate::time::Millis;
-
-/// What to do when a session's queue is full.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum QueueFull {
-    /// Drop the oldest waiting message.
-    #[default]
-    Oldest,
-    /// Drop the message that arrives.
-    Newest,
-    /// End the session.
-    EndSession,
-}
 
 /// Why a message was not kept for a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,11 +4,12 @@ use crate::flow::{InFlight, Stage, Window};
 use crate::mqtt::{AckKind, QoS, ReasonCode, encode_ack};
 use crate::time::Millis;
 
+use crate::budget::QueueFull;
 use crate::session::connection::Connection;
 use crate::session::delivery::write_to;
 use crate::session::entry::{Entry, IdSets, Offer, Redelivery, State};
 use crate::session::queue::Queue;
-use crate::session::{DropReason, QueueFull, SessionLimits};
+use crate::session::{DropReason, SessionLimits};
 
 /// Bytes charged for each queued or in-flight entry beside its message, with a share for the memory
 /// that queues reserve ahead and the allocator loses.

@@ -8,14 +8,15 @@ mod labels;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use crate::qos::QoS;
 use ::metrics::Recorder as _;
 use ::metrics::{Counter, Gauge, Histogram, Key, KeyName, Label as KeyLabel, Level, Metadata};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
 
 pub use labels::{
     AcceptErrorReason, DeferReason, DisconnectReason, DropReason, HandshakeReason, Label,
-    LinkDownReason, MemoryAccount, Qos, RefusedReason, ReloadResult, SessionEndReason,
-    SessionState, StreamReason, UpstreamTlsReason,
+    LinkDownReason, MemoryAccount, RefusedReason, ReloadResult, SessionEndReason, SessionState,
+    StreamReason, UpstreamTlsReason,
 };
 
 /// Upper bounds of the histograms' buckets, from a local hop to the point where a person gives up.
@@ -149,9 +150,9 @@ metrics! {
     #[doc = "Connects that took over a session with a live connection."]
     counter takeovers = "tidegate_takeovers_total";
     #[doc = "Application messages received from clients."]
-    counter messages_received = "tidegate_messages_received_total" by Qos;
+    counter messages_received = "tidegate_messages_received_total" by QoS;
     #[doc = "Application messages sent to clients, redeliveries included."]
-    counter messages_delivered = "tidegate_messages_delivered_total" by Qos;
+    counter messages_delivered = "tidegate_messages_delivered_total" by QoS;
     #[doc = "Bytes of MQTT packets received from clients."]
     counter bytes_received = "tidegate_bytes_received_total";
     #[doc = "Bytes of MQTT packets sent to clients."]
@@ -183,9 +184,9 @@ metrics! {
     #[doc = "Filters unsubscribed at the broker."]
     counter upstream_unsubscribes = "tidegate_upstream_unsubscribes_total";
     #[doc = "Publishes sent to the broker."]
-    counter upstream_publishes = "tidegate_upstream_publishes_total" by Qos;
+    counter upstream_publishes = "tidegate_upstream_publishes_total" by QoS;
     #[doc = "Publishes received from the broker."]
-    counter upstream_received = "tidegate_upstream_received_total" by Qos;
+    counter upstream_received = "tidegate_upstream_received_total" by QoS;
     #[doc = "Periods in which messages of the broker may have been missed."]
     counter upstream_gaps = "tidegate_upstream_gaps_total";
     #[doc = "Publishes of the broker with a subscription identifier that belongs to no filter."]

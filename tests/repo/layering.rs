@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 /// Each module with the modules that it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("budget", &[]),
+    ("qos", &[]),
     ("backoff", &[]),
     ("time", &[]),
     ("clock", &["time"]),
     ("topics", &[]),
-    ("telemetry", &["time"]),
-    ("config", &["topics"]),
+    ("telemetry", &["qos", "time"]),
+    ("config", &["budget", "topics"]),
     ("store", &["time", "topics"]),
-    ("mqtt", &["budget", "topics"]),
+    ("mqtt", &["budget", "qos", "topics"]),
     ("flow", &[]),
     ("session", &["time", "mqtt", "topics", "budget", "flow"]),
     ("transport", &["backoff", "config"]),

@@ -2,7 +2,7 @@
 
 use crate::mqtt::{Decoder, Packet, QoS, Receiver, Version};
 use crate::session::{CloseReason, Effect, Session, SessionLimits};
-use crate::telemetry::{DeferReason, Qos, metrics};
+use crate::telemetry::{DeferReason, metrics};
 
 use crate::client::end::End;
 use crate::client::machine::streams::{StreamReset, may_travel_on_data_stream};
@@ -236,7 +236,7 @@ impl Batch<'_> {
     }
 
     fn count(&self) {
-        let qos = [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce];
+        let qos = [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce];
         for (qos, count) in qos.into_iter().zip(self.publishes) {
             if count > 0 {
                 metrics().messages_received[qos].increment(count);

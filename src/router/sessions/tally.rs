@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::mqtt::QoS;
 use crate::session::{Delivered, DropReason, Outbound};
-use crate::telemetry::{DropReason as DropLabel, Label, Qos, metrics};
+use crate::telemetry::{DropReason as DropLabel, Label, metrics};
 
 use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::shard::Slot;
@@ -102,7 +103,7 @@ impl Tally {
     /// Adds the counts to the metrics.
     pub fn flush(&mut self) {
         let m = metrics();
-        for (qos, count) in [Qos::AtMostOnce, Qos::AtLeastOnce, Qos::ExactlyOnce]
+        for (qos, count) in [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce]
             .into_iter()
             .zip(self.delivered.iter_mut())
         {

@@ -1,5 +1,7 @@
 //! The values of the metrics' labels, one enum per label.
 
+use crate::qos::QoS;
+
 /// A label whose set of values is fixed.
 pub trait Label: Copy + 'static {
     /// The label's name in the exposition.
@@ -38,6 +40,23 @@ macro_rules! labels {
             }
         }
     )+ };
+}
+
+impl Label for QoS {
+    const NAME: &'static str = "qos";
+    const ALL: &'static [Self] = &[Self::AtMostOnce, Self::AtLeastOnce, Self::ExactlyOnce];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::AtMostOnce => "0",
+            Self::AtLeastOnce => "1",
+            Self::ExactlyOnce => "2",
+        }
+    }
+
+    fn index(self) -> usize {
+        self as usize
+    }
 }
 
 labels! {
@@ -165,16 +184,6 @@ labels! {
         Attached = "attached",
         /// It has no connection.
         Detached = "detached",
-    }
-
-    /// Quality of service; index and number agree.
-    Qos as "qos" {
-        /// 0.
-        AtMostOnce = "0",
-        /// 1.
-        AtLeastOnce = "1",
-        /// 2.
-        ExactlyOnce = "2",
     }
 
     /// Why a message did not reach a client or the broker.

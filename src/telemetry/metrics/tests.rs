@@ -188,7 +188,7 @@ fn used() -> Metrics {
     metrics.messages_dropped[DropReason::Budget].increment(7);
     metrics.tls_expiry("default", 1.8e9, Some(1.7e9));
     metrics.tls_reloads[ReloadResult::Success].increment(1);
-    metrics.messages_received[Qos::AtLeastOnce].increment(1);
+    metrics.messages_received[QoS::AtLeastOnce].increment(1);
     metrics.sessions[SessionState::Detached].set(3.0);
     metrics.memory_budget_bytes[MemoryAccount::Queues].set(1e9);
     metrics.packet_rejected(0x95, "Packet too large");

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use crate::mqtt::QoS;
-use crate::telemetry;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -16,15 +14,6 @@ const REQUEST_FILTER_BYTES: usize = 8 * 1024;
 
 /// Bytes that a filter costs in an UNSUBSCRIBE beside its text, rounded up.
 const FILTER_OVERHEAD_BYTES: usize = 4;
-
-/// The metric label of a QoS.
-pub(super) fn qos_label(qos: QoS) -> telemetry::Qos {
-    match qos {
-        QoS::AtMostOnce => telemetry::Qos::AtMostOnce,
-        QoS::AtLeastOnce => telemetry::Qos::AtLeastOnce,
-        QoS::ExactlyOnce => telemetry::Qos::ExactlyOnce,
-    }
-}
 
 /// Whether a topic lies below `probes`, where the probes of this node and of others publish.
 pub(super) fn is_probe(topic: &str, probes: &str) -> bool {

@@ -22,7 +22,7 @@ use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::upstream::link::common::{
-    RESERVED_KEY, expires_at, in_packets, is_probe, next_id, qos_label, unsubscribe_bytes,
+    RESERVED_KEY, expires_at, in_packets, is_probe, next_id, unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -114,7 +114,7 @@ impl DataLink {
     }
 
     fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) -> Result<(), LinkEnd> {
-        metrics().upstream_received[qos_label(p.qos)].increment(1);
+        metrics().upstream_received[p.qos].increment(1);
         match p.qos {
             QoS::AtMostOnce => {}
             QoS::AtLeastOnce => {

@@ -11,7 +11,7 @@ use crate::router::{Answered, LinkSession, Router};
 use crate::telemetry::{DropReason, clean, metrics};
 use crate::time::Millis;
 
-use crate::upstream::link::common::{RESERVED_KEY, qos_label, remaining_expiry};
+use crate::upstream::link::common::{RESERVED_KEY, remaining_expiry};
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
 
@@ -236,7 +236,7 @@ impl PublishLink {
             self.answers.extend(answer(&outgoing, reason));
             return;
         }
-        metrics().upstream_publishes[qos_label(qos)].increment(1);
+        metrics().upstream_publishes[qos].increment(1);
         if qos == QoS::AtMostOnce {
             self.answers.extend(answer(&outgoing, ReasonCode::SUCCESS));
             return;
