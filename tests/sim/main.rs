@@ -23,6 +23,7 @@ mod oracle;
 mod packets;
 mod pipe;
 mod setup;
+mod trace;
 mod world;
 
 use std::panic::catch_unwind;
@@ -90,4 +91,18 @@ fn sessions_hold_their_promises_under_any_schedule() {
         connects > seeds && delivered > seeds && forwarded > seeds,
         "the runs are empty"
     );
+}
+
+#[test]
+fn one_seed_gives_one_trace() {
+    let record = |seed| trace::recorded(|| drop(judge(seed, true)));
+    for seed in 0..20 {
+        let (once, again) = (record(seed), record(seed));
+        assert!(once.lines().count() > 50, "seed {seed} says little: {once}");
+        let differs = once.lines().zip(again.lines()).find(|(a, b)| a != b);
+        assert!(
+            once == again,
+            "seed {seed} runs in two ways: {differs:?}; a map is not keyed from the seed"
+        );
+    }
 }

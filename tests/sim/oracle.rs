@@ -303,10 +303,10 @@ impl Oracle {
                 continue;
             };
             if self.trace {
-                eprintln!(
+                crate::trace::line(format_args!(
                     "         {} is owed {key} at {:?}: {:?}",
                     c.profile.id, claim.qos, c.ledger.subs
-                );
+                ));
             }
             c.ledger.owed.push(claim.owed(&key, first));
         }

@@ -24,7 +24,10 @@ impl Oracle {
             Packet::Publish(p) => {
                 if self.trace {
                     let id = &c.profile.id;
-                    eprintln!("         {id} on {stream}, link {link}: {}", short(packet));
+                    crate::trace::line(format_args!(
+                        "         {id} on {stream}, link {link}: {}",
+                        short(packet)
+                    ));
                 }
                 let topic = match p.topic_alias {
                     Some(alias) if p.topic.is_empty() => c.aliases_in[&(stream, alias)].clone(),
@@ -71,6 +74,12 @@ impl Oracle {
             return Ok(());
         }
         let version = c.profile.version;
+        if self.trace {
+            let id = &c.profile.id;
+            crate::trace::line(format_args!(
+                "         {id} is written on {stream}: {bytes:02x?}"
+            ));
+        }
         let decoder = Decoder {
             version,
             receiver: Receiver::Client,
@@ -136,10 +145,10 @@ impl Oracle {
             }
             Packet::Puback(a) => {
                 if self.trace {
-                    eprintln!(
+                    crate::trace::line(format_args!(
                         "         {} is written {packet:?} on {stream}",
                         c.profile.id
-                    );
+                    ));
                 }
                 self.inbound
                     .answered(device, stream, a.packet_id, QoS::AtLeastOnce, a.reason)
@@ -150,7 +159,10 @@ impl Oracle {
             }
             Packet::Suback(s) => {
                 if self.trace {
-                    eprintln!("         {} is written {packet:?}", c.profile.id);
+                    crate::trace::line(format_args!(
+                        "         {} is written {packet:?}",
+                        c.profile.id
+                    ));
                 }
                 self.wrote_suback(device, link, stream, s, now)
             }

@@ -110,7 +110,7 @@ pub fn run(seed: u64, trace: bool) -> Result<Report, String> {
 macro_rules! trace {
     ($world:expr, $($what:tt)*) => {
         if $world.trace {
-            eprintln!("{:>8} {}", $world.now, format_args!($($what)*));
+            crate::trace::line(format_args!("{:>8} {}", $world.now, format_args!($($what)*)));
         }
     };
 }

@@ -77,7 +77,7 @@ def listener(transport: str, name: str | None = None, **more) -> dict:
 
 
 def config(broker_url: str, pki: Pki, transports=TRANSPORTS, **sections) -> dict:
-    """DESIGN's contract with every listener; `sections` are merged over it."""
+    """A configuration with every listener; `sections` are merged over it."""
     base = {
         "version": 1,
         # Two processes with one id before the same broker would take each other's links over.
