@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 
 /// A time, or a span of time, in milliseconds. As a time it counts from the start of the
-/// process's [`Clock`](crate::clock::Clock).
+/// process's clock.
 pub type Millis = u64;
 
 /// A time at which something is due. `Option<Deadline>` takes 8 bytes, of which a session has

@@ -24,7 +24,7 @@ pub struct Caller {
 
 impl Router {
     /// Carries out the effects of a session's packets, in order. To be called after
-    /// [`Router::feed`], and before the next packet of the client is judged.
+    /// `Router::feed`, and before the next packet of the client is judged.
     pub fn apply(&self, caller: Caller, effects: Vec<Effect>, now: Millis) {
         for effect in effects {
             match effect {
