@@ -140,7 +140,7 @@ choices!(Probe {
     "off" => Off,
 } not supported {});
 
-/// A limit, habit or fault of a real broker that the embedded broker imitates, for tests.
+/// A limit, deviation or fault of a real broker that the embedded broker imitates, for tests.
 #[cfg(feature = "sim")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quirk {

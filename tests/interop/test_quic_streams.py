@@ -1,4 +1,4 @@
-"""Several streams of one QUIC connection: the stream of each packet, the effect of faults, and the habits of clients in the field."""
+"""Several streams of one QUIC connection: the stream of each packet, the effect of faults, and the behaviour of clients in the field."""
 
 from __future__ import annotations
 
