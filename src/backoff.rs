@@ -58,7 +58,7 @@ impl Backoff {
     }
 }
 
-/// A random time between a half of `wait` and the whole of it, so that those who wait for the same
+/// A random time between a half of `wait` and the whole of it, so that tasks that wait for the same
 /// event do not come back together.
 pub fn jittered(wait: Duration, random: u32) -> Duration {
     wait / 2 + wait.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)

@@ -201,7 +201,7 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// Writes the output of the data streams, and ends those that have sent all.
+    /// Writes the output of the data streams, and ends each stream that is done.
     fn poll_streams(&mut self, cx: &mut task::Context<'_>) -> Result<(), End> {
         let streams = self.machine.streams();
         for number in (1..16).filter(|n| streams & 1 << n != 0) {

@@ -78,8 +78,8 @@ impl<'a> Ack<'a> {
     }
 }
 
-/// Appends an acknowledgement: four bytes in MQTT 3, and in MQTT 5 where the code is success and there
-/// is no reason string.
+/// Appends an acknowledgement. It takes four bytes in MQTT 3, and in MQTT 5 if the code is success
+/// and no reason string is given.
 #[inline]
 pub fn encode_ack(
     version: Version,
