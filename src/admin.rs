@@ -33,7 +33,9 @@ use tokio::sync::Semaphore;
 use crate::config;
 use crate::telemetry::metrics;
 use connections::Bounded;
-pub use view::{AdminView, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView};
+pub(crate) use view::{
+    AdminView, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView,
+};
 
 /// Connections at once; further ones wait in the backlog.
 const CONNECTIONS_MAX: usize = 64;
@@ -47,7 +49,7 @@ const PAGE_MAX: usize = 1000;
 const PAGE_DEFAULT: usize = 100;
 
 /// A bound admin server that does not answer yet.
-pub struct Server {
+pub(crate) struct Server {
     listener: TcpListener,
     address: SocketAddr,
     router: Router,
@@ -64,7 +66,10 @@ impl Server {
     ///
     /// # Errors
     /// When it cannot be bound.
-    pub async fn bind(admin: &config::Admin, view: Arc<dyn AdminView>) -> std::io::Result<Self> {
+    pub(crate) async fn bind(
+        admin: &config::Admin,
+        view: Arc<dyn AdminView>,
+    ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(admin.bind).await?;
         let address = listener.local_addr()?;
         let shared = Shared {
@@ -80,7 +85,7 @@ impl Server {
     }
 
     /// The bound address.
-    pub fn local_addr(&self) -> SocketAddr {
+    pub(crate) fn local_addr(&self) -> SocketAddr {
         self.address
     }
 
@@ -88,7 +93,7 @@ impl Server {
     ///
     /// # Errors
     /// When the listener fails for good.
-    pub async fn run(
+    pub(crate) async fn run(
         self,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> std::io::Result<()> {

@@ -4,7 +4,7 @@
 //! password hashing.
 
 mod acl;
-pub mod passwd;
+pub(crate) mod passwd;
 mod verified;
 
 use std::collections::HashMap;
@@ -18,12 +18,12 @@ use tokio::time::Instant;
 use crate::config::{Auth, AuthMode, ClientIdRule};
 use crate::mqtt::ReasonCode;
 
-pub use acl::Acl;
+pub(crate) use acl::Acl;
 pub(crate) use acl::expand;
 use verified::{Digest, Recalled, Verified};
 
 /// The principal of every anonymous client. No user can have this name.
-pub const ANONYMOUS: &str = "anonymous";
+pub(crate) const ANONYMOUS: &str = "anonymous";
 
 /// A client, as access rules see it.
 #[derive(Clone, Debug, PartialEq, Eq)]

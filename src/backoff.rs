@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// A wait that doubles with each failure, from a first one to a longest one.
 #[derive(Clone, Debug)]
-pub struct Backoff {
+pub(crate) struct Backoff {
     min: Duration,
     max: Duration,
     next: Duration,
@@ -13,7 +13,7 @@ pub struct Backoff {
 
 impl Backoff {
     /// The first failure waits for `min`, and none waits for longer than `max`.
-    pub const fn new(min: Duration, max: Duration) -> Self {
+    pub(crate) const fn new(min: Duration, max: Duration) -> Self {
         Self {
             min,
             max,
@@ -24,12 +24,12 @@ impl Backoff {
 
     /// The waits between failed accepts of a listener: to try again at once would only keep a processor busy until
     /// descriptors or memory are free.
-    pub const fn for_accept() -> Self {
+    pub(crate) const fn for_accept() -> Self {
         Self::new(Duration::from_millis(50), Duration::from_secs(1))
     }
 
     /// Counts a failure, and returns how long to wait before the next attempt.
-    pub fn next_wait(&mut self) -> Duration {
+    pub(crate) fn next_wait(&mut self) -> Duration {
         self.failures += 1;
         let wait = self.next;
         self.next = (wait * 2).min(self.max);
@@ -37,30 +37,30 @@ impl Backoff {
     }
 
     /// Begins again: an attempt has succeeded.
-    pub const fn reset(&mut self) {
+    pub(crate) const fn reset(&mut self) {
         self.next = self.min;
         self.failures = 0;
     }
 
     /// The next failure waits for the longest time.
-    pub const fn set_longest(&mut self) {
+    pub(crate) const fn set_longest(&mut self) {
         self.next = self.max;
     }
 
     /// Failures since the last reset.
-    pub fn failures(&self) -> u64 {
+    pub(crate) fn failures(&self) -> u64 {
         self.failures
     }
 
     /// Whether to log the last failure: the first two are, and then ever fewer.
-    pub fn worth_logging(&self) -> bool {
+    pub(crate) fn worth_logging(&self) -> bool {
         self.failures <= 2 || self.failures.is_power_of_two() || self.failures.is_multiple_of(64)
     }
 }
 
 /// A random time between a half of `wait` and the whole of it, so that tasks that wait for the same
 /// event do not come back together.
-pub fn jittered(wait: Duration, random: u32) -> Duration {
+pub(crate) fn jittered(wait: Duration, random: u32) -> Duration {
     wait / 2 + wait.mul_f64(f64::from(random) / f64::from(u32::MAX) / 2.0)
 }
 

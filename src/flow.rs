@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 
 /// How far the exchange for one message has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
+pub(crate) enum Stage {
     /// PUBLISH was sent on this connection.
     Sent,
     /// PUBLISH was sent on an earlier connection and is to be sent again.
@@ -30,7 +30,7 @@ impl Stage {
 }
 
 /// A message in flight.
-pub trait InFlight {
+pub(crate) trait InFlight {
     /// Its packet identifier.
     fn packet_id(&self) -> u16;
     /// Its stage.
@@ -41,7 +41,7 @@ pub trait InFlight {
 
 /// The messages in flight toward one receiver.
 #[derive(Debug)]
-pub struct Window<T> {
+pub(crate) struct Window<T> {
     /// The front is never done. Packet identifiers ascend, so an entry is found by its distance from
     /// the front.
     entries: VecDeque<T>,
@@ -68,29 +68,29 @@ impl<T> Default for Window<T> {
 
 impl<T: InFlight> Window<T> {
     /// The entries, complete ones between others included.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }
 
     /// Whether nothing is in flight.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
     /// The PUBLISHes and PUBRELs outstanding on this connection.
-    pub fn open(&self) -> u16 {
+    pub(crate) fn open(&self) -> u16 {
         self.open
     }
 
     /// Whether messages may wait to be sent again. New ones must wait behind them.
-    pub fn has_resends(&self) -> bool {
+    pub(crate) fn has_resends(&self) -> bool {
         self.resend_at < self.entries.len()
     }
 
     /// The identifier of the next message: ascending, and never 0 [MQTT-2.2.1-4]. It is free, because
     /// the entries hold a contiguous run behind it and are fewer than there are identifiers, which
     /// the caller sees to.
-    pub fn next_id(&self) -> u16 {
+    pub(crate) fn next_id(&self) -> u16 {
         match self.last_id.wrapping_add(1) {
             0 => 1,
             id => id,
@@ -98,7 +98,7 @@ impl<T: InFlight> Window<T> {
     }
 
     /// Adds a message that was sent with [`Window::next_id`]. Nothing waits to be sent again.
-    pub fn push(&mut self, entry: T) {
+    pub(crate) fn push(&mut self, entry: T) {
         debug_assert!(entry.stage() == Stage::Sent && !self.has_resends());
         self.last_id = entry.packet_id();
         self.open += 1;
@@ -107,7 +107,7 @@ impl<T: InFlight> Window<T> {
     }
 
     /// The index of a message that is not complete. Indices are valid until an entry completes.
-    pub fn find(&self, packet_id: u16) -> Option<usize> {
+    pub(crate) fn find(&self, packet_id: u16) -> Option<usize> {
         let first = self.entries.front()?.packet_id();
         let distance = |id: u16| id.wrapping_sub(first);
         let index = self
@@ -118,33 +118,33 @@ impl<T: InFlight> Window<T> {
     }
 
     /// The entry at an index.
-    pub fn get(&self, index: usize) -> &T {
+    pub(crate) fn get(&self, index: usize) -> &T {
         &self.entries[index]
     }
 
     /// The entry at an index; its stage and identifier must not be changed.
-    pub fn get_mut(&mut self, index: usize) -> &mut T {
+    pub(crate) fn get_mut(&mut self, index: usize) -> &mut T {
         &mut self.entries[index]
     }
 
     /// All entries in the order of sending.
-    pub fn iter(&self) -> impl Iterator<Item = &T> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         self.entries.iter()
     }
 
     /// All entries in the order of sending; their stages and identifiers must not be changed.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
         self.entries.iter_mut()
     }
 
     /// Completes a message.
-    pub fn finish(&mut self, index: usize) {
+    pub(crate) fn finish(&mut self, index: usize) {
         self.move_to(index, Stage::Done);
         self.trim();
     }
 
     /// Completes the messages for which `which` is true.
-    pub fn finish_where(&mut self, mut which: impl FnMut(&mut T) -> bool) {
+    pub(crate) fn finish_where(&mut self, mut which: impl FnMut(&mut T) -> bool) {
         for index in 0..self.entries.len() {
             let entry = &mut self.entries[index];
             if entry.stage() != Stage::Done && which(entry) {
@@ -155,13 +155,13 @@ impl<T: InFlight> Window<T> {
     }
 
     /// PUBREC arrived for a message, and PUBREL is sent.
-    pub fn release(&mut self, index: usize) {
+    pub(crate) fn release(&mut self, index: usize) {
         self.move_to(index, Stage::Released);
     }
 
     /// The next message to be sent again, in the order of sending [MQTT-4.6.0-1]. After it was sent,
     /// call [`Window::resent`] or [`Window::finish_resend`].
-    pub fn next_resend(&mut self) -> Option<usize> {
+    pub(crate) fn next_resend(&mut self) -> Option<usize> {
         while let Some(entry) = self.entries.get(self.resend_at) {
             if entry.stage() == Stage::Resend {
                 return Some(self.resend_at);
@@ -172,13 +172,13 @@ impl<T: InFlight> Window<T> {
     }
 
     /// The PUBLISH of [`Window::next_resend`] was sent.
-    pub fn resent(&mut self, index: usize) {
+    pub(crate) fn resent(&mut self, index: usize) {
         self.move_to(index, Stage::Sent);
         self.resend_at = index + 1;
     }
 
     /// Completes a message of [`Window::next_resend`], which cannot be sent again or needs no answer.
-    pub fn finish_resend(&mut self, index: usize) {
+    pub(crate) fn finish_resend(&mut self, index: usize) {
         self.resend_at = index + 1;
         self.finish(index);
     }
@@ -186,7 +186,7 @@ impl<T: InFlight> Window<T> {
     /// Sends PUBRELs again that the last connection left without PUBCOMP. They need no send quota
     /// [MQTT-3.3.4-10] and do not wait behind a PUBLISH that does; they keep the order of the PUBRECs
     /// [MQTT-4.6.0-4]. `write` gets the packet identifiers.
-    pub fn release_again(&mut self, mut write: impl FnMut(u16)) {
+    pub(crate) fn release_again(&mut self, mut write: impl FnMut(u16)) {
         if !std::mem::take(&mut self.releases_due) {
             return;
         }
@@ -200,7 +200,7 @@ impl<T: InFlight> Window<T> {
     }
 
     /// The connection ended: everything unacknowledged is to be sent again. `each` sees all entries.
-    pub fn connection_ended(&mut self, mut each: impl FnMut(&mut T)) {
+    pub(crate) fn connection_ended(&mut self, mut each: impl FnMut(&mut T)) {
         self.unsend(|entry| {
             each(entry);
             true
@@ -210,7 +210,7 @@ impl<T: InFlight> Window<T> {
 
     /// The packets of entries for which `which` is true are lost with their stream, and are to be sent
     /// again.
-    pub fn unsend(&mut self, mut which: impl FnMut(&mut T) -> bool) {
+    pub(crate) fn unsend(&mut self, mut which: impl FnMut(&mut T) -> bool) {
         for index in 0..self.entries.len() {
             let entry = &mut self.entries[index];
             if !which(entry) {
@@ -230,14 +230,14 @@ impl<T: InFlight> Window<T> {
 
     /// Forgets the entries for which `keep` is false. While the connection lasts they still use up the
     /// receiver's Receive Maximum, since it has not acknowledged them.
-    pub fn retain(&mut self, keep: impl FnMut(&T) -> bool) {
+    pub(crate) fn retain(&mut self, keep: impl FnMut(&T) -> bool) {
         self.entries.retain(keep);
         self.resend_at = 0;
         self.trim();
     }
 
     /// Gives the memory of an empty window back if it has room for more than `keep` entries.
-    pub fn shrink(&mut self, keep: usize) {
+    pub(crate) fn shrink(&mut self, keep: usize) {
         if self.entries.is_empty() && self.entries.capacity() > keep {
             self.entries = VecDeque::new();
         }

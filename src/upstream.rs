@@ -10,7 +10,7 @@ mod connect;
 mod discover;
 mod duplicate_node;
 pub(crate) mod link;
-pub mod profile;
+pub(crate) mod profile;
 mod pump;
 mod status;
 mod task;
@@ -26,10 +26,10 @@ use crate::router::Router;
 use crate::router::handle::TaskWaker;
 use crate::store::Store;
 
-pub use broker::BrokerAccess;
-pub use discover::probe_once;
-pub use link::common::RESERVED_KEY;
-pub use status::{LinkStatus, Role};
+pub(crate) use broker::BrokerAccess;
+pub(crate) use discover::probe_once;
+pub(crate) use link::common::RESERVED_KEY;
+pub(crate) use status::{LinkStatus, Role};
 
 use broker::LinkContext;
 use link::data::DataLink;
@@ -39,7 +39,7 @@ use link::retained::RetainedLink;
 use profile::BrokerProfile;
 
 /// What [`Upstream::start`] needs.
-pub struct Start {
+pub(crate) struct Start {
     /// How the broker is reached.
     pub broker: BrokerAccess,
     /// The router.
@@ -56,14 +56,14 @@ pub struct Start {
 
 /// The running links.
 #[derive(Debug, Clone)]
-pub struct Upstream {
+pub(crate) struct Upstream {
     links: Arc<[Arc<LinkStatus>]>,
     profile: Arc<Mutex<Option<Arc<BrokerProfile>>>>,
 }
 
 impl Upstream {
     /// Starts all links. Each connects in a task of its own.
-    pub fn start(start: Start, tasks: &TaskTracker) -> Self {
+    pub(crate) fn start(start: Start, tasks: &TaskTracker) -> Self {
         let (router, store, instance) = (start.router, start.store, start.instance);
         let context = LinkContext::new(start.broker, router.clone(), start.clock, start.stop);
         let context = Arc::new(context);
@@ -100,17 +100,17 @@ impl Upstream {
     }
 
     /// All links.
-    pub fn links(&self) -> &[Arc<LinkStatus>] {
+    pub(crate) fn links(&self) -> &[Arc<LinkStatus>] {
         &self.links
     }
 
     /// The broker's profile; `None` before the first link has connected.
-    pub fn profile(&self) -> Option<Arc<BrokerProfile>> {
+    pub(crate) fn profile(&self) -> Option<Arc<BrokerProfile>> {
         self.profile.lock().clone()
     }
 
     /// Publishes that the broker has not acknowledged.
-    pub fn in_flight(&self) -> usize {
+    pub(crate) fn in_flight(&self) -> usize {
         self.links.iter().map(|l| l.state().in_flight).sum()
     }
 }

@@ -7,13 +7,13 @@ use tidegate::mqtt::*;
 use tokio_util::codec::Decoder as _;
 
 /// Packets in one buffer.
-pub const PACKETS: usize = 1000;
+pub(crate) const PACKETS: usize = 1000;
 
 const TOPIC: &str = "plant/7/line/12/robot/0042/joint/3/pos";
 
 /// The kinds of PUBLISH.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Case {
+pub(crate) enum Case {
     V311,
     V5,
     /// MQTT 5 with message expiry and one user property.
@@ -21,9 +21,9 @@ pub enum Case {
 }
 
 impl Case {
-    pub const ALL: [Case; 3] = [Case::V311, Case::V5, Case::V5Properties];
+    pub(crate) const ALL: [Case; 3] = [Case::V311, Case::V5, Case::V5Properties];
 
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Case::V311 => "v3.1.1",
             Case::V5 => "v5",
@@ -31,7 +31,7 @@ impl Case {
         }
     }
 
-    pub fn version(self) -> Version {
+    pub(crate) fn version(self) -> Version {
         if self == Case::V311 {
             Version::V311
         } else {
@@ -41,7 +41,7 @@ impl Case {
 }
 
 /// One PUBLISH, QoS 1.
-pub fn frame(case: Case) -> Vec<u8> {
+pub(crate) fn frame(case: Case) -> Vec<u8> {
     let topic = &TOPIC.as_bytes()[..37];
     let properties: &[u8] = match case {
         Case::V311 => b"",
@@ -58,11 +58,11 @@ pub fn frame(case: Case) -> Vec<u8> {
     frame
 }
 
-pub fn stream(case: Case) -> Vec<u8> {
+pub(crate) fn stream(case: Case) -> Vec<u8> {
     frame(case).repeat(PACKETS)
 }
 
-pub fn ours(case: Case, mut buf: &[u8]) {
+pub(crate) fn ours(case: Case, mut buf: &[u8]) {
     let decoder = Decoder {
         version: case.version(),
         receiver: Receiver::Server,
@@ -77,7 +77,7 @@ pub fn ours(case: Case, mut buf: &[u8]) {
     assert_eq!(seen, PACKETS);
 }
 
-pub fn rmqtt(case: Case, buf: &mut bytes::BytesMut) {
+pub(crate) fn rmqtt(case: Case, buf: &mut bytes::BytesMut) {
     let mut seen = 0;
     if case == Case::V311 {
         let mut codec = rmqtt_codec::v3::Codec::new(1 << 20);
@@ -96,7 +96,7 @@ pub fn rmqtt(case: Case, buf: &mut bytes::BytesMut) {
 }
 
 /// The parser alone: the simplest possible framing replaces its own.
-pub fn protocol_core(case: Case, mut buf: &[u8]) {
+pub(crate) fn protocol_core(case: Case, mut buf: &[u8]) {
     let mut seen = 0;
     while let [first, low, high, ..] = *buf {
         let len = usize::from(low & 127) | usize::from(high) << 7;
@@ -115,7 +115,7 @@ pub fn protocol_core(case: Case, mut buf: &[u8]) {
 }
 
 /// The message of a frame's PUBLISH.
-pub fn message(case: Case, frame: &[u8]) -> Message {
+pub(crate) fn message(case: Case, frame: &[u8]) -> Message {
     let decoder = Decoder {
         version: case.version(),
         receiver: Receiver::Server,
@@ -137,7 +137,7 @@ pub fn message(case: Case, frame: &[u8]) -> Message {
 }
 
 /// The delivery options of a receiver in this case.
-pub fn delivery(case: Case) -> Delivery<'static> {
+pub(crate) fn delivery(case: Case) -> Delivery<'static> {
     let expiry = (case == Case::V5Properties).then_some(3600);
     Delivery {
         version: case.version(),

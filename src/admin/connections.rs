@@ -25,7 +25,7 @@ pub(super) struct Bounded {
 impl Bounded {
     /// `silence_max`: from accept, or from the last byte of an answer, to the
     /// first byte of the next one.
-    pub fn new(listener: TcpListener, most: usize, silence_max: Duration) -> Self {
+    pub(super) fn new(listener: TcpListener, most: usize, silence_max: Duration) -> Self {
         Self {
             listener,
             free: Arc::new(Semaphore::new(most)),

@@ -7,7 +7,7 @@ const TEXT_MAX: usize = 256;
 
 /// What the admin side asks of the running program. Called from threads that
 /// may block for milliseconds; no call may wait for a socket.
-pub trait AdminView: Send + Sync + 'static {
+pub(crate) trait AdminView: Send + Sync + 'static {
     /// Whether clients are taken; not whether the broker is there.
     fn ready(&self) -> bool;
     /// At most `limit` sessions with an id behind `after`, by byte order of ids.
@@ -24,7 +24,7 @@ pub trait AdminView: Send + Sync + 'static {
 
 /// A page of sessions.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct SessionPage {
+pub(crate) struct SessionPage {
     /// In the order of their ids.
     pub sessions: Vec<SessionSummary>,
     /// The `after` of the next page; `None` on the last one.
@@ -33,7 +33,7 @@ pub struct SessionPage {
 
 /// A session without its subscriptions.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct SessionSummary {
+pub(crate) struct SessionSummary {
     /// Client id.
     pub client_id: String,
     /// Who it belongs to.
@@ -66,7 +66,7 @@ pub struct SessionSummary {
 
 /// A session with its subscriptions.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct SessionView {
+pub(crate) struct SessionView {
     /// All but the subscriptions.
     #[serde(flatten)]
     pub summary: SessionSummary,
@@ -76,7 +76,7 @@ pub struct SessionView {
 
 /// A subscription with its options [MQTT5 3.8.3.1].
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct SubscriptionView {
+pub(crate) struct SubscriptionView {
     /// Topic filter, `$share` included.
     pub filter: String,
     /// Granted QoS.
@@ -93,7 +93,7 @@ pub struct SubscriptionView {
 
 /// A link to the broker.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct LinkView {
+pub(crate) struct LinkView {
     /// Name, as in metrics.
     pub name: String,
     /// What it is for.

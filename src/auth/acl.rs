@@ -7,7 +7,7 @@ use crate::config::{AclMode, AclRule};
 use crate::topics::{covers, matches, overlaps, split_shared};
 
 /// First level of the topics that Tidegate keeps for itself.
-pub const OWN_PREFIX: &str = "tidegate";
+pub(super) const OWN_PREFIX: &str = "tidegate";
 /// First levels that only a rule that names them opens.
 const RESERVED: [&str; 2] = ["$SYS", OWN_PREFIX];
 

@@ -45,7 +45,7 @@ pub enum Error {
 ///
 /// # Errors
 /// When the file cannot be read, or a line of it is wrong.
-pub fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
+pub(crate) fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
     let text = std::fs::read_to_string(path).map_err(|source| io(path, source))?;
     // The names come from outside, so the standard library's keyed hasher is right here.
     let mut users = HashMap::default();
@@ -80,7 +80,7 @@ pub fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
 ///
 /// # Errors
 /// When the name is not allowed, or the file cannot be read or written.
-pub fn set(path: &Path, user: &str, password: &[u8]) -> Result<(), Error> {
+pub(crate) fn set(path: &Path, user: &str, password: &[u8]) -> Result<(), Error> {
     check_user(user)?;
     let line = format!("{user}:{}", hash(password)?);
     let text = match std::fs::read_to_string(path) {
@@ -103,7 +103,7 @@ pub fn set(path: &Path, user: &str, password: &[u8]) -> Result<(), Error> {
 ///
 /// # Errors
 /// When the password is longer than argon2 takes.
-pub fn hash(password: &[u8]) -> Result<String, Error> {
+pub(crate) fn hash(password: &[u8]) -> Result<String, Error> {
     let salt =
         SaltString::encode_b64(&crate::auth::verified::random::<16>()).map_err(Error::Hash)?;
     let argon = Argon2::new(Algorithm::Argon2id, Version::V0x13, Params::DEFAULT);
@@ -112,7 +112,7 @@ pub fn hash(password: &[u8]) -> Result<String, Error> {
 }
 
 /// Whether a password is the one that was hashed; takes tens of milliseconds.
-pub fn verify(hash: &str, password: &[u8]) -> bool {
+pub(crate) fn verify(hash: &str, password: &[u8]) -> bool {
     PasswordHash::new(hash)
         .is_ok_and(|hash| Argon2::default().verify_password(password, &hash).is_ok())
 }

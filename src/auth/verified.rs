@@ -38,7 +38,7 @@ pub(super) struct Verified {
 
 impl Verified {
     /// Empty, with a key of its own.
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             key: random(),
             // `LruCache::new` would take its whole table at once.
@@ -47,7 +47,7 @@ impl Verified {
         }
     }
 
-    pub fn digest(&self, parts: &[&[u8]]) -> Digest {
+    pub(super) fn digest(&self, parts: &[&[u8]]) -> Digest {
         let mut mac = <Blake2bMac<U32> as KeyInit>::new_from_slice(&self.key)
             .expect("BLAKE2b takes keys of up to 64 bytes");
         for part in parts {
@@ -57,7 +57,7 @@ impl Verified {
         mac.finalize().into_bytes().into()
     }
 
-    pub fn recall(&mut self, digest: &Digest, now: Instant) -> Recalled {
+    pub(super) fn recall(&mut self, digest: &Digest, now: Instant) -> Recalled {
         match self.right.get(digest) {
             Some((principal, until)) if now < *until => {
                 return Recalled::Right(Arc::clone(principal));
@@ -74,7 +74,7 @@ impl Verified {
     }
 
     /// Remembers a principal, or that the credential is wrong.
-    pub fn remember(&mut self, digest: Digest, principal: Option<Arc<str>>, now: Instant) {
+    pub(super) fn remember(&mut self, digest: Digest, principal: Option<Arc<str>>, now: Instant) {
         match principal {
             Some(principal) => {
                 self.right.put(digest, (principal, now + RIGHT_FOR));
@@ -91,7 +91,7 @@ impl Verified {
         }
     }
 
-    pub fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         self.right.clear();
         self.wrong.clear();
         // A verification that began before the change must not be found.

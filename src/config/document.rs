@@ -15,7 +15,7 @@ pub(super) struct Document<'a> {
 
 impl<'a> Document<'a> {
     /// Parses the text.
-    pub fn parse(text: &'a str) -> Result<Self, Problem> {
+    pub(super) fn parse(text: &'a str) -> Result<Self, Problem> {
         match DeTable::parse(text) {
             Ok(table) => Ok(Self { text, table }),
             Err(error) => Err(Problem {
@@ -27,7 +27,7 @@ impl<'a> Document<'a> {
     }
 
     /// What serde found, with line and key.
-    pub fn problem(&self, error: &toml::de::Error) -> Problem {
+    pub(super) fn problem(&self, error: &toml::de::Error) -> Problem {
         let at = error.span().map_or(0, |span| span.start);
         let mut key = String::new();
         find_key(self.table.get_ref(), at, "", &mut key);
@@ -40,7 +40,7 @@ impl<'a> Document<'a> {
 
     /// The line of a key such as `listeners[1].bind`; where the file does not
     /// write it, of the nearest table that should hold it.
-    pub fn line(&self, key: &str) -> usize {
+    pub(super) fn line(&self, key: &str) -> usize {
         let mut at = 0;
         let mut table = self.table.get_ref();
         for part in key.split('.') {
@@ -68,7 +68,7 @@ impl<'a> Document<'a> {
     }
 
     /// Whether the file writes this key; only for keys outside arrays.
-    pub fn has(&self, key: &str) -> bool {
+    pub(super) fn has(&self, key: &str) -> bool {
         let mut table = self.table.get_ref();
         let mut parts = key.split('.').peekable();
         while let Some(part) = parts.next() {

@@ -8,7 +8,7 @@ use std::path::Path;
 const MEMORY_UNKNOWN_BYTES: u64 = 1 << 30;
 
 /// Bytes of memory that this process may use.
-pub fn memory() -> u64 {
+pub(super) fn memory() -> u64 {
     memory_at(Path::new("/"))
 }
 

@@ -31,7 +31,7 @@ pub(super) enum Share {
 
 impl Share {
     /// The share of a whole, in bytes.
-    pub fn of(self, whole: u64) -> u64 {
+    pub(super) fn of(self, whole: u64) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes,
             Self::Percent(percent) => whole / 100 * percent,

@@ -21,7 +21,7 @@ pub(super) struct LockedState {
 
 impl LockedState {
     /// A new state, whose timers run as a task until the last reference is dropped.
-    pub fn start(options: EmbeddedOptions) -> Arc<Self> {
+    pub(super) fn start(options: EmbeddedOptions) -> Arc<Self> {
         let locked = Arc::new(Self {
             start: Instant::now(),
             state: Mutex::new(State::new(options)),
@@ -34,7 +34,7 @@ impl LockedState {
 
     /// Runs one short section under the lock, at one moment of the clock, and then wakes the
     /// connections that have something to send. `to_wake` is a buffer to use again.
-    pub fn with<R>(
+    pub(super) fn with<R>(
         &self,
         to_wake: &mut Vec<Arc<ConnectionHandle>>,
         f: impl FnOnce(&mut State) -> R,

@@ -33,21 +33,21 @@ pub(crate) enum Ended {
 }
 
 impl SteppedBroker {
-    pub fn new(options: EmbeddedOptions) -> Self {
+    pub(crate) fn new(options: EmbeddedOptions) -> Self {
         Self {
             state: State::new(options),
         }
     }
 
     /// Sets the time, and does what is due.
-    pub fn at(&mut self, now: Millis) {
+    pub(crate) fn at(&mut self, now: Millis) {
         self.state.now = now;
         self.state.fire_due();
         self.state.to_wake.clear();
     }
 
     /// Opens a connection; `None` while the broker is stopped.
-    pub fn connect(&mut self) -> Option<SteppedConnection> {
+    pub(crate) fn connect(&mut self) -> Option<SteppedConnection> {
         Some(SteppedConnection {
             handle: self.state.open()?,
             protocol: Protocol::default(),
@@ -56,7 +56,7 @@ impl SteppedBroker {
     }
 
     /// Takes bytes of a client, and appends the answers and all packets that may be sent.
-    pub fn feed(
+    pub(crate) fn feed(
         &mut self,
         connection: &mut SteppedConnection,
         bytes: &[u8],
@@ -93,7 +93,7 @@ impl SteppedBroker {
     }
 
     /// Ends a connection, as if the network had lost it.
-    pub fn drop_connection(&mut self, connection: &SteppedConnection) {
+    pub(crate) fn drop_connection(&mut self, connection: &SteppedConnection) {
         if let Some(connected) = &connection.protocol.connected
             && self.state.owns(connected.session, &connection.handle)
         {
@@ -103,7 +103,7 @@ impl SteppedBroker {
     }
 
     /// Ends a connection and its session.
-    pub fn forget(&mut self, connection: &SteppedConnection) {
+    pub(crate) fn forget(&mut self, connection: &SteppedConnection) {
         self.drop_connection(connection);
         if let Some(connected) = &connection.protocol.connected
             && self.state.sessions.contains(connected.session as usize)
@@ -113,17 +113,17 @@ impl SteppedBroker {
     }
 
     /// Stops the broker: all connections end.
-    pub fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.state.stop();
     }
 
     /// Starts the broker again.
-    pub fn start(&mut self, keep_sessions: bool) {
+    pub(crate) fn start(&mut self, keep_sessions: bool) {
         self.state.start(keep_sessions);
     }
 
     /// Topics and payloads of the retained messages.
-    pub fn retained(&mut self) -> Vec<(String, Vec<u8>)> {
+    pub(crate) fn retained(&mut self) -> Vec<(String, Vec<u8>)> {
         let now = self.state.now;
         let all = self.state.retained.matching("#", now);
         all.iter()
@@ -132,7 +132,7 @@ impl SteppedBroker {
     }
 
     /// Client identifiers of all sessions, with their filters.
-    pub fn subscriptions(&self) -> Vec<(String, Vec<String>)> {
+    pub(crate) fn subscriptions(&self) -> Vec<(String, Vec<String>)> {
         let filters = |s: &Session| s.subscriptions.keys().map(|k| k.to_string()).collect();
         let sessions = self.state.sessions.iter();
         sessions

@@ -32,7 +32,7 @@ struct Barrier {
 
 impl Barriers {
     /// Barriers on the links of these tasks, data links first.
-    pub fn new(wakers: &[Arc<TaskWaker>], data_links: usize) -> Self {
+    pub(super) fn new(wakers: &[Arc<TaskWaker>], data_links: usize) -> Self {
         let barrier = |waker: &Arc<TaskWaker>| Barrier {
             begun: AtomicU64::new(0),
             wanted: AtomicU64::new(0),
@@ -45,7 +45,7 @@ impl Barriers {
     }
 
     /// Asks for a PINGREQ on a link. Returns its number.
-    pub fn ask(&self, link: usize) -> u64 {
+    pub(super) fn ask(&self, link: usize) -> u64 {
         let barrier = &self.links[link];
         // The next one: a PINGREQ that is under way may have been answered already.
         let number = barrier.begun.load(Ordering::SeqCst) + 1;
@@ -56,18 +56,18 @@ impl Barriers {
     }
 
     /// Asks for a PINGREQ on every data link. Returns their numbers, by link.
-    pub fn ask_all(&self) -> SmallVec<[u64; 4]> {
+    pub(super) fn ask_all(&self) -> SmallVec<[u64; 4]> {
         (0..self.data_links).map(|link| self.ask(link)).collect()
     }
 
     /// Whether a PINGREQ is wanted on a link.
-    pub fn wanted(&self, link: usize) -> bool {
+    pub(super) fn wanted(&self, link: usize) -> bool {
         let barrier = &self.links[link];
         barrier.wanted.load(Ordering::SeqCst) > barrier.begun.load(Ordering::SeqCst)
     }
 
     /// A PINGREQ is about to be sent on a link. Returns its number.
-    pub fn begin(&self, link: usize) -> u64 {
+    pub(super) fn begin(&self, link: usize) -> u64 {
         self.links[link].begun.fetch_add(1, Ordering::SeqCst) + 1
     }
 }

@@ -40,7 +40,7 @@ pub(super) struct BrokerLimits {
 
 impl BrokerLimits {
     /// No limits, until the broker has been connected to.
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             maximum_qos: AtomicU8::new(QoS::ExactlyOnce as u8),
             retain_available: AtomicBool::new(true),
@@ -52,7 +52,7 @@ impl BrokerLimits {
     }
 
     /// Takes over the properties of the broker. Returns whether live messages kept RETAIN before.
-    pub fn set(&self, features: &BrokerFeatures) -> bool {
+    pub(super) fn set(&self, features: &BrokerFeatures) -> bool {
         let order = Ordering::Relaxed;
         self.maximum_qos.store(features.maximum_qos as u8, order);
         self.retain_available
@@ -65,32 +65,32 @@ impl BrokerLimits {
     }
 
     /// The largest QoS that the broker accepts.
-    pub fn maximum_qos(&self) -> QoS {
+    pub(super) fn maximum_qos(&self) -> QoS {
         QoS::from_u8(self.maximum_qos.load(Ordering::Relaxed)).unwrap_or(QoS::ExactlyOnce)
     }
 
     /// Whether the broker keeps retained messages.
-    pub fn retain_available(&self) -> bool {
+    pub(super) fn retain_available(&self) -> bool {
         self.retain_available.load(Ordering::Relaxed)
     }
 
     /// The largest packet that the broker accepts, bytes.
-    pub fn packet_max(&self) -> u32 {
+    pub(super) fn packet_max(&self) -> u32 {
         self.packet_max.load(Ordering::Relaxed)
     }
 
     /// Whether live messages keep their RETAIN (MQTT 5 with Retain As Published).
-    pub fn keeps_retain(&self) -> bool {
+    pub(super) fn keeps_retain(&self) -> bool {
         self.keeps_retain.load(Ordering::Relaxed)
     }
 
     /// Whether user properties reach the broker's subscribers, so that No Local can be marked.
-    pub fn properties(&self) -> bool {
+    pub(super) fn properties(&self) -> bool {
         self.properties.load(Ordering::Relaxed)
     }
 
     /// Whether the broker's shared subscriptions work.
-    pub fn shared(&self) -> bool {
+    pub(super) fn shared(&self) -> bool {
         self.shared.load(Ordering::Relaxed)
     }
 }

@@ -73,7 +73,11 @@ pub(super) struct Filters {
 
 impl Filters {
     /// The filters that `numbers` knows, which linger, and the `roots`.
-    pub fn new(config: FiltersConfig, roots: &[String], numbers: Box<dyn Identifiers>) -> Self {
+    pub(super) fn new(
+        config: FiltersConfig,
+        roots: &[String],
+        numbers: Box<dyn Identifiers>,
+    ) -> Self {
         let links = config.data_links + config.shared_links;
         let mut table = Table::new(numbers, config.data_links, config.shared_links);
         table.local_groups = config.local_groups;
@@ -91,12 +95,12 @@ impl Filters {
     }
 
     /// The filters that the broker has lost.
-    pub fn lost(&self) -> &Arc<Lost> {
+    pub(super) fn lost(&self) -> &Arc<Lost> {
         &self.lost
     }
 
     /// Locks the table for reading.
-    pub fn read(&self) -> RwLockReadGuard<'_, Table> {
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, Table> {
         #[cfg(test)]
         crate::router::locks::count(crate::router::locks::Lock::Table);
         self.table.read()
@@ -111,7 +115,7 @@ impl Filters {
 
     /// The table with its lock.
     #[cfg(test)]
-    pub fn table(&self) -> &RwLock<Table> {
+    pub(super) fn table(&self) -> &RwLock<Table> {
         &self.table
     }
 

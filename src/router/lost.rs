@@ -25,14 +25,14 @@ pub(in crate::router) struct Lost {
 }
 
 impl Lost {
-    pub fn insert(&self, filter: FilterId, loss: Loss) {
+    pub(super) fn insert(&self, filter: FilterId, loss: Loss) {
         let mut filters = self.filters.write();
         filters.insert(filter, loss);
         self.count.store(filters.len(), Ordering::Release);
     }
 
     /// The broker has a filter again, or nobody wants it any more. Returns whether it was lost.
-    pub fn remove(&self, filter: FilterId) -> bool {
+    pub(super) fn remove(&self, filter: FilterId) -> bool {
         if self.is_empty() {
             return false;
         }
@@ -43,7 +43,7 @@ impl Lost {
     }
 
     /// The broker has these filters after all.
-    pub fn remove_all(&self, all: &[FilterId]) {
+    pub(super) fn remove_all(&self, all: &[FilterId]) {
         if self.is_empty() || all.is_empty() {
             return;
         }
@@ -54,12 +54,12 @@ impl Lost {
         self.count.store(filters.len(), Ordering::Release);
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.count.load(Ordering::Acquire) == 0
     }
 
     /// A function that tells whether a filter is lost at this moment.
-    pub fn look(&self) -> impl Fn(FilterId) -> Option<Loss> {
+    pub(super) fn look(&self) -> impl Fn(FilterId) -> Option<Loss> {
         let filters = (!self.is_empty()).then(|| self.filters.read());
         move |filter| filters.as_ref()?.get(&filter).copied()
     }

@@ -40,7 +40,7 @@ pub(super) struct Presence {
 }
 
 impl Presence {
-    pub fn new(topic: String, started_at: Millis) -> Self {
+    pub(super) fn new(topic: String, started_at: Millis) -> Self {
         Self {
             topic,
             started_at,
@@ -49,7 +49,7 @@ impl Presence {
     }
 
     /// Publishes that a client is here, or away, at `qos`.
-    pub fn publish(
+    pub(super) fn publish(
         &self,
         sessions: &Sessions,
         publishing: &Publishing,

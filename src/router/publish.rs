@@ -68,7 +68,7 @@ struct PublishLink {
 
 impl Publishing {
     /// Begins with `links` publish links, which may grow to `links_max`.
-    pub fn new(
+    pub(super) fn new(
         links: usize,
         links_max: usize,
         budgets: PublishBudgets,
@@ -85,7 +85,7 @@ impl Publishing {
 
     /// Hands a publish to the client's publish link. A publish that cannot wait any more is answered
     /// 0x97, or at QoS 0 dropped, and counted.
-    pub fn publish(&self, sessions: &Sessions, publish_link: u8, outgoing: Outgoing) {
+    pub(super) fn publish(&self, sessions: &Sessions, publish_link: u8, outgoing: Outgoing) {
         let link = &self.links[usize::from(publish_link)];
         let session = outgoing.session;
         let away = !link.up.load(Ordering::Acquire);
@@ -135,7 +135,7 @@ impl Publishing {
     }
 
     /// Publishes a client's will.
-    pub fn publish_will(&self, sessions: &Sessions, due: DueWill, now: Millis) {
+    pub(super) fn publish_will(&self, sessions: &Sessions, due: DueWill, now: Millis) {
         if !self.has_room() {
             return;
         }
@@ -156,7 +156,7 @@ impl Publishing {
     }
 
     /// Publishes a message of this node in the place of a client.
-    pub fn publish_own(
+    pub(super) fn publish_own(
         &self,
         sessions: &Sessions,
         session: SessionRef,
@@ -178,7 +178,7 @@ impl Publishing {
     }
 
     /// Whether a publish that nobody waits for may be added. If not, it counts as dropped.
-    pub fn has_room(&self) -> bool {
+    pub(super) fn has_room(&self) -> bool {
         let room = self.account.used() <= self.budgets.bytes;
         if !room {
             metrics().messages_dropped[DropReason::UpstreamBudget].increment(1);
@@ -187,13 +187,13 @@ impl Publishing {
     }
 
     /// The account that is charged for the messages that clients bring in.
-    pub fn account(&self) -> &Arc<Account> {
+    pub(super) fn account(&self) -> &Arc<Account> {
         &self.account
     }
 
     /// Whether a 3.x client's next publish, of `size` bytes, has to wait in its socket: such a client
     /// cannot be told to come again. `unanswered` of its publishes wait for the broker.
-    pub fn defers(
+    pub(super) fn defers(
         &self,
         session: SessionRef,
         publish_link: u8,
@@ -217,7 +217,7 @@ impl Publishing {
 
     /// The publish link that a session's publishes would begin on: the same for all of them, so that
     /// they stay in order.
-    pub fn link_of(&self, session: SessionRef) -> u8 {
+    pub(super) fn link_of(&self, session: SessionRef) -> u8 {
         let links = u32::from(self.used.load(Ordering::Relaxed));
         // Fewer than 256.
         (u32::from(session.shard).wrapping_add(session.slot) % links) as u8
@@ -226,7 +226,7 @@ impl Publishing {
     /// Moves a session to the publish link that it would begin on now, if none of its publishes waits
     /// for its old one; to be called before its next publish is handed over. Returns the publish link
     /// from here on.
-    pub fn move_session(&self, sessions: &Sessions, session: SessionRef, from: u8) -> u8 {
+    pub(super) fn move_session(&self, sessions: &Sessions, session: SessionRef, from: u8) -> u8 {
         let to = self.link_of(session);
         let mut shard = sessions.shard(session.shard);
         let Some(slot) = shard.get(session) else {
@@ -244,13 +244,13 @@ impl Publishing {
     }
 
     /// Publish links that are dialled.
-    pub fn links_wanted(&self) -> usize {
+    pub(super) fn links_wanted(&self) -> usize {
         usize::from(self.wanted.load(Ordering::Acquire))
     }
 
     /// Asks for another publish link, once the last that was asked for is there. Returns whether
     /// there will be one.
-    pub fn add_link(&self) -> bool {
+    pub(super) fn add_link(&self) -> bool {
         let used = self.used.load(Ordering::Acquire);
         if usize::from(used) >= self.links.len() {
             return false;
@@ -264,7 +264,7 @@ impl Publishing {
     }
 
     /// Publish link `link` is connected, or not.
-    pub fn link_up(&self, link: usize, up: bool) {
+    pub(super) fn link_up(&self, link: usize, up: bool) {
         self.links[link].up.store(up, Ordering::Release);
         if up {
             // Only the link that was asked for last can be the one behind those that are used.
@@ -275,17 +275,17 @@ impl Publishing {
     }
 
     /// Works on the publishes that wait for publish link `link`.
-    pub fn queues<R>(&self, link: usize, f: impl FnOnce(&mut PublishQueues) -> R) -> R {
+    pub(super) fn queues<R>(&self, link: usize, f: impl FnOnce(&mut PublishQueues) -> R) -> R {
         f(&mut self.links[link].queues.lock())
     }
 
     /// Wakes the task of publish link `link`.
-    pub fn waker(&self, link: usize) -> &Arc<TaskWaker> {
+    pub(super) fn waker(&self, link: usize) -> &Arc<TaskWaker> {
         &self.links[link].waker
     }
 
     /// Publishes that wait for publish links.
-    pub fn waiting(&self) -> usize {
+    pub(super) fn waiting(&self) -> usize {
         self.links.iter().map(|l| l.queues.lock().len()).sum()
     }
 }

@@ -59,7 +59,7 @@ pub(super) trait Sources {
 
 impl RetainedMessages {
     /// An empty cache of at most `bytes_max` bytes.
-    pub fn new(bytes_max: usize) -> Self {
+    pub(super) fn new(bytes_max: usize) -> Self {
         Self {
             cache: Mutex::new(Cache::new(bytes_max)),
             waker: Arc::default(),
@@ -67,14 +67,14 @@ impl RetainedMessages {
     }
 
     /// Wakes the task of the retained link.
-    pub fn waker(&self) -> &Arc<TaskWaker> {
+    pub(super) fn waker(&self) -> &Arc<TaskWaker> {
         &self.waker
     }
 
     /// Sends the retained messages of a filter to one subscription: from the cache, or once they
     /// are fetched. `reply` follows them, but is not kept waiting for long. Returns the replies to
     /// send now.
-    pub fn request(
+    pub(super) fn request(
         &self,
         sessions: &Sessions,
         filter: FilterId,
@@ -124,7 +124,7 @@ impl RetainedMessages {
 
     /// Takes the replies that have waited long enough, and releases fetched messages that have. Returns
     /// the replies to send now.
-    pub fn tick(
+    pub(super) fn tick(
         &self,
         sessions: &Sessions,
         sources: &impl Sources,
@@ -155,7 +155,7 @@ impl RetainedMessages {
 
     /// The broker has answered a PINGREQ behind the fetch of these filters: the messages that it had
     /// are here. Returns the replies to send now.
-    pub fn fetch_answered(&self, filters: &[FilterId]) -> Vec<PendingGrant> {
+    pub(super) fn fetch_answered(&self, filters: &[FilterId]) -> Vec<PendingGrant> {
         let mut cache = self.cache.lock();
         let mut replies = Vec::new();
         for filter in filters {
@@ -168,7 +168,11 @@ impl RetainedMessages {
     }
 
     /// Up to `max` filters whose fetch begins now, with their names.
-    pub fn next_fetches(&self, sources: &impl Sources, max: usize) -> Vec<(FilterId, Arc<str>)> {
+    pub(super) fn next_fetches(
+        &self,
+        sources: &impl Sources,
+        max: usize,
+    ) -> Vec<(FilterId, Arc<str>)> {
         let mut taken = Vec::new();
         let mut cache = self.cache.lock();
         while taken.len() < max
@@ -192,7 +196,7 @@ impl RetainedMessages {
     }
 
     /// The retained link brought a message for a filter.
-    pub fn fetched(
+    pub(super) fn fetched(
         &self,
         sessions: &Sessions,
         barriers: &Barriers,
@@ -227,7 +231,7 @@ impl RetainedMessages {
     }
 
     /// A live message with RETAIN: the cache follows before anyone gets it.
-    pub fn live(&self, arrived: &Arrived, now: Millis) {
+    pub(super) fn live(&self, arrived: &Arrived, now: Millis) {
         let mut cache = self.cache.lock();
         cache.note_ahead(arrived, now);
         cache.learn(arrived);
@@ -254,7 +258,7 @@ impl RetainedMessages {
 
     /// A live message of a broker that does not keep RETAIN on live messages (MQTT 3.1.1): the cache
     /// cannot follow it. The cached value of its topic is doubtful, and a fetched one must not follow.
-    pub fn doubtful(&self, arrived: &Arrived, now: Millis) {
+    pub(super) fn doubtful(&self, arrived: &Arrived, now: Millis) {
         let mut cache = self.cache.lock();
         cache.note_ahead(arrived, now);
         cache.learn(arrived);
@@ -272,7 +276,7 @@ impl RetainedMessages {
     }
 
     /// A data link lost messages for these filters, or the broker no longer has them.
-    pub fn forget(&self, filters: impl Iterator<Item = FilterId>) {
+    pub(super) fn forget(&self, filters: impl Iterator<Item = FilterId>) {
         let mut cache = self.cache.lock();
         for filter in filters {
             match cache.filters.get_mut(&filter) {
@@ -284,13 +288,13 @@ impl RetainedMessages {
     }
 
     /// Filters whose retained messages are being fetched, or are to be.
-    pub fn pending(&self) -> u64 {
+    pub(super) fn pending(&self) -> u64 {
         let cache = self.cache.lock();
         (cache.filters.len() - cache.complete.len()) as u64
     }
 
     /// Bytes in the cache.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.cache.lock().bytes as u64
     }
 }

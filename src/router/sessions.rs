@@ -123,7 +123,7 @@ pub struct Answered {
 }
 
 impl Sessions {
-    pub fn new(
+    pub(super) fn new(
         limits: SessionLimits,
         budgets: SessionBudgets,
         hash_seed: u64,
@@ -148,28 +148,28 @@ impl Sessions {
         }
     }
 
-    pub fn limits(&self) -> &SessionLimits {
+    pub(super) fn limits(&self) -> &SessionLimits {
         &self.limits
     }
 
     /// The account that messages from the broker are charged to.
-    pub fn queue_account(&self) -> &Arc<Account> {
+    pub(super) fn queue_account(&self) -> &Arc<Account> {
         &self.queue_account
     }
 
     /// Bytes that all queues hold: messages once, and their entries.
-    pub fn queue_used(&self) -> u64 {
+    pub(super) fn queue_used(&self) -> u64 {
         let entries = self.entry_bytes.load(Ordering::Relaxed).max(0) as u64;
         self.queue_account.used() + entries
     }
 
     /// Bytes of output that wait for sockets.
-    pub fn output_used(&self) -> u64 {
+    pub(super) fn output_used(&self) -> u64 {
         self.output_bytes.load(Ordering::Relaxed).max(0) as u64
     }
 
     /// Locks a shard.
-    pub fn shard(&self, number: u16) -> MutexGuard<'_, Shard> {
+    pub(super) fn shard(&self, number: u16) -> MutexGuard<'_, Shard> {
         #[cfg(test)]
         crate::router::locks::count(crate::router::locks::Lock::Shard);
         self.shards[usize::from(number)].lock()
@@ -184,7 +184,7 @@ impl Sessions {
     }
 
     /// Works on a session under its shard's lock. `None`: it is gone.
-    pub fn with<R>(
+    pub(super) fn with<R>(
         &self,
         reference: SessionRef,
         f: impl FnOnce(&mut Session, &SessionLimits) -> R,
@@ -199,7 +199,7 @@ impl Sessions {
 
     /// Works on a session under its shard's lock. `None`: `connection_no` is not its current
     /// connection any more.
-    pub fn with_connection<R>(
+    pub(super) fn with_connection<R>(
         &self,
         reference: SessionRef,
         connection_no: u64,
@@ -216,7 +216,7 @@ impl Sessions {
     /// Works on a session under its shard's lock, for packets of its client. `None`:
     /// `connection_no` is not its current connection any more. Members that its UNSUBSCRIBEs end
     /// leave before the lock is given back: nothing follows an UNSUBACK.
-    pub fn feed<R>(
+    pub(super) fn feed<R>(
         &self,
         reference: SessionRef,
         connection_no: u64,
@@ -248,7 +248,7 @@ impl Sessions {
     }
 
     /// A client's address changed within its connection.
-    pub fn moved(&self, reference: SessionRef, connection_no: u64, peer: Arc<Peer>) {
+    pub(super) fn moved(&self, reference: SessionRef, connection_no: u64, peer: Arc<Peer>) {
         let mut shard = self.shard(reference.shard);
         if let Some(slot) = shard.get(reference)
             && slot.session.connection_no() == connection_no
@@ -258,14 +258,14 @@ impl Sessions {
     }
 
     /// Wakes a task at the next tick: it waits for room, or for a deadline.
-    pub fn wake_soon(&self, handle: &Arc<ConnectionHandle>) {
+    pub(super) fn wake_soon(&self, handle: &Arc<ConnectionHandle>) {
         if handle.queue_up() {
             self.waiting_for_room.lock().push(handle.clone());
         }
     }
 
     /// Wakes the tasks that wait for the tick.
-    pub fn wake_waiting(&self) {
+    pub(super) fn wake_waiting(&self) {
         let waiting = std::mem::take(&mut *self.waiting_for_room.lock());
         for handle in waiting {
             handle.unqueue();
@@ -276,7 +276,7 @@ impl Sessions {
     /// stream; the returned bytes are those of other streams, by number. Only the streams whose bit is
     /// set in `free` are taken from; `unsent` bytes taken earlier are still with the others. `None`:
     /// the connection is not the session's any more.
-    pub fn take_output(
+    pub(super) fn take_output(
         &self,
         reference: SessionRef,
         connection_no: u64,
@@ -313,7 +313,7 @@ impl Sessions {
     }
 
     /// Hands the broker's answers to the clients that wait for them.
-    pub fn answered(&self, answers: &[Answered], now: Millis) {
+    pub(super) fn answered(&self, answers: &[Answered], now: Millis) {
         let mut wakes = Vec::new();
         for answer in answers {
             metrics()
@@ -337,13 +337,13 @@ impl Sessions {
     /// A session gave up filters that overlapping ones take over from, once every data link has
     /// brought everything that is under way. The barriers asked for after this call are given to
     /// [`await_barriers`](Self::await_barriers).
-    pub fn handover_begins(&self, session: SessionRef) {
+    pub(super) fn handover_begins(&self, session: SessionRef) {
         self.handovers
             .fetch_or(1 << session.shard, Ordering::SeqCst);
     }
 
     /// The handovers that a session began last wait for these barriers of the data links.
-    pub fn await_barriers(&self, session: SessionRef, barriers: &[u64]) {
+    pub(super) fn await_barriers(&self, session: SessionRef, barriers: &[u64]) {
         let mut shard = self.shard(session.shard);
         if shard.get(session).is_some() {
             shard.handovers.wait(session.slot, barriers);
@@ -351,13 +351,13 @@ impl Sessions {
     }
 
     /// Whether handovers wait for barriers.
-    pub fn hands_over(&self) -> bool {
+    pub(super) fn hands_over(&self) -> bool {
         self.handovers.load(Ordering::SeqCst) != 0
     }
 
     /// Barrier `number` of a data link has passed. Handovers that need another round of barriers get
     /// it from `next`. Returns the subscriptions whose handover is complete.
-    pub fn barrier_passed(
+    pub(super) fn barrier_passed(
         &self,
         link: usize,
         number: u64,
@@ -387,7 +387,7 @@ impl Sessions {
     }
 
     /// Adds a shard's changes to the accounts; to be called before its lock is given back.
-    pub fn charge(&self, shard: &mut Shard) {
+    pub(super) fn charge(&self, shard: &mut Shard) {
         let delta = std::mem::take(&mut shard.entry_bytes);
         if delta != 0 {
             self.entry_bytes.fetch_add(delta, Ordering::Relaxed);

@@ -13,7 +13,7 @@ use crate::store::Memory;
 use crate::time::Millis;
 
 /// A router with one link of each kind, whose data link has come up.
-pub fn router() -> Arc<Router> {
+pub(crate) fn router() -> Arc<Router> {
     let router = Arc::new(Router::new(limits(), config(), &Memory));
     router.set_broker_features(&facts(), 0);
     router.data_link_up(0, LinkSession::New, true, 0);
@@ -47,7 +47,7 @@ fn limits() -> SessionLimits {
 }
 
 /// One link of each kind.
-pub fn config() -> RouterConfig {
+pub(crate) fn config() -> RouterConfig {
     RouterConfig {
         data_links: 1,
         shared_links: 1,
@@ -74,7 +74,7 @@ pub fn config() -> RouterConfig {
 }
 
 /// A broker that can do everything.
-pub fn facts() -> BrokerFeatures {
+pub(crate) fn facts() -> BrokerFeatures {
     BrokerFeatures {
         identifiers: true,
         properties: true,
@@ -88,17 +88,17 @@ pub fn facts() -> BrokerFeatures {
 }
 
 /// A router with this configuration, which has not heard of the broker yet.
-pub fn router_of(config: RouterConfig) -> Arc<Router> {
+pub(crate) fn router_of(config: RouterConfig) -> Arc<Router> {
     Arc::new(Router::new(limits(), config, &Memory))
 }
 
 /// A connected MQTT 5 client whose session ends with the connection.
-pub fn client(router: &Router, id: &str) -> Connected {
+pub(crate) fn client(router: &Router, id: &str) -> Connected {
     connect(router, id, Version::V5, None, true, 0)
 }
 
 /// A connected client of any version, whose session is kept, perhaps with a will.
-pub fn kept_client_of(
+pub(crate) fn kept_client_of(
     router: &Router,
     id: &str,
     version: Version,
@@ -164,12 +164,12 @@ pub(crate) fn numbered(number: u32, qos: QoS) -> Message {
 }
 
 /// Hands a QoS 1 publish to the client's publish queue.
-pub fn publish(router: &Router, client: Connected, number: u32) {
+pub(crate) fn publish(router: &Router, client: Connected, number: u32) {
     publish_at(router, client, number, QoS::AtLeastOnce);
 }
 
 /// Hands a publish of this QoS to the client's publish queue.
-pub fn publish_at(router: &Router, client: Connected, number: u32, qos: QoS) {
+pub(crate) fn publish_at(router: &Router, client: Connected, number: u32, qos: QoS) {
     let publish = ClientPublish {
         token: None,
         message: numbered(number, qos),
@@ -179,12 +179,17 @@ pub fn publish_at(router: &Router, client: Connected, number: u32, qos: QoS) {
 }
 
 /// Subscribes a client, without retained messages. The broker has yet to answer.
-pub fn subscribe(router: &Router, client: Connected, filter: &str) {
+pub(crate) fn subscribe(router: &Router, client: Connected, filter: &str) {
     subscribe_handling(router, client, filter, 2);
 }
 
 /// Subscribes a client with this Retain Handling.
-pub fn subscribe_handling(router: &Router, client: Connected, filter: &str, retain_handling: u8) {
+pub(crate) fn subscribe_handling(
+    router: &Router,
+    client: Connected,
+    filter: &str,
+    retain_handling: u8,
+) {
     let wanted = SubscribeRequest {
         index: 0,
         filter: filter.into(),

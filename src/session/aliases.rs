@@ -35,7 +35,7 @@ struct Outbound {
 
 impl Aliases {
     /// For a client with this Topic Alias Maximum.
-    pub fn new(topic_alias_maximum: u16) -> Self {
+    pub(super) fn new(topic_alias_maximum: u16) -> Self {
         Self {
             inbound: Vec::new(),
             outbound: None,
@@ -48,7 +48,7 @@ impl Aliases {
     /// # Errors
     /// The alias was never defined on this stream, or the topics of all aliases together are too
     /// long to keep.
-    pub fn resolve(
+    pub(super) fn resolve(
         &mut self,
         stream: u8,
         alias: u16,
@@ -79,7 +79,7 @@ impl Aliases {
 
     /// The alias for a delivery of `topic` on a stream. Topics get aliases in the order of their
     /// first delivery, up to the client's maximum [MQTT-3.1.2-26].
-    pub fn for_delivery(&mut self, topic: &str, stream: u8) -> Alias {
+    pub(super) fn for_delivery(&mut self, topic: &str, stream: u8) -> Alias {
         if self.outbound_max == 0 {
             return Alias::None;
         }
@@ -99,7 +99,7 @@ impl Aliases {
     }
 
     /// A data stream ended, and its aliases with it.
-    pub fn stream_ended(&mut self, stream: u8) {
+    pub(super) fn stream_ended(&mut self, stream: u8) {
         if let Some(aliases) = self.inbound.get_mut(usize::from(stream)) {
             *aliases = Vec::new();
         }

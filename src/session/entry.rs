@@ -38,7 +38,7 @@ struct Sets {
 
 impl IdSets {
     /// Keeps `ids` and the group for as long as one of `entries` refers to them.
-    pub fn keep<'a>(
+    pub(super) fn keep<'a>(
         &mut self,
         ids: &[u32],
         group: Option<FilterId>,
@@ -56,18 +56,18 @@ impl IdSets {
     }
 
     /// Whether deliveries of shared subscriptions may be among the entries.
-    pub fn grouped(&self) -> bool {
+    pub(super) fn grouped(&self) -> bool {
         self.0.as_ref().is_some_and(|sets| sets.grouped)
     }
 
     /// The group of a delivery.
-    pub fn group(&self, ids: Ids) -> Option<FilterId> {
+    pub(super) fn group(&self, ids: Ids) -> Option<FilterId> {
         let sets = self.0.as_ref().filter(|_| ids.0 & MANY != 0)?;
         sets.sets.get((ids.0 & !MANY) as usize)?.group
     }
 
     /// The identifiers that `ids` stands for.
-    pub fn get<'a>(&'a self, ids: &'a Ids) -> &'a [u32] {
+    pub(super) fn get<'a>(&'a self, ids: &'a Ids) -> &'a [u32] {
         match (ids.0, &self.0) {
             (0, _) => &[],
             (n, Some(sets)) if n & MANY != 0 => {
@@ -78,7 +78,7 @@ impl IdSets {
     }
 
     /// No entry remains.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.0 = None;
     }
 }
@@ -148,13 +148,13 @@ pub(super) struct Entry {
 
 impl Entry {
     /// Whether the message is past its Message Expiry, or too old for the queue.
-    pub fn is_over(&self, limits: &SessionLimits, now: Millis) -> bool {
+    pub(super) fn is_over(&self, limits: &SessionLimits, now: Millis) -> bool {
         let age = Millis::from((now as u32).wrapping_sub(self.at));
         self.message.as_ref().is_none_or(|m| m.expires_at() <= now)
             || limits.queue_age_max.is_some_and(|max| age >= max)
     }
 
-    pub fn offer<'a>(&'a self, sets: &'a IdSets) -> Option<Offer<'a>> {
+    pub(super) fn offer<'a>(&'a self, sets: &'a IdSets) -> Option<Offer<'a>> {
         Some(Offer {
             message: self.message.as_ref()?,
             qos: self.qos,
@@ -166,7 +166,7 @@ impl Entry {
         })
     }
 
-    pub fn size(&self) -> usize {
+    pub(super) fn size(&self) -> usize {
         self.message.as_ref().map_or(0, Message::size)
     }
 }

@@ -75,7 +75,7 @@ impl Default for Phase {
 impl Phase {
     /// Begins a connection; it replaces the one that is there. `presence`: clients' presence is
     /// published. True: this client's is to be published now.
-    pub fn attach(&mut self, connection: Box<Connection>, presence: bool) -> bool {
+    pub(super) fn attach(&mut self, connection: Box<Connection>, presence: bool) -> bool {
         let announced = match self {
             Self::Attached(attached) => attached.announced,
             Self::Detached(Detached { absent_at, .. }) | Self::Closed(Closed { absent_at, .. }) => {
@@ -92,7 +92,7 @@ impl Phase {
 
     /// Ends the connection, if there is one. A client that was announced is absent after
     /// `absent_after` milliseconds. True: it is absent at once.
-    pub fn detach(&mut self, absent_after: u64, now: Millis) -> bool {
+    pub(super) fn detach(&mut self, absent_after: u64, now: Millis) -> bool {
         let Self::Attached(attached) = self else {
             return false;
         };
@@ -107,7 +107,7 @@ impl Phase {
 
     /// The detached session's deadlines: the end of its expiry, and when others get its share of
     /// shared subscriptions. `None`: never.
-    pub fn wait_until(&mut self, ends_at: Option<Deadline>, share_at: Option<Deadline>) {
+    pub(super) fn wait_until(&mut self, ends_at: Option<Deadline>, share_at: Option<Deadline>) {
         if let Self::Detached(detached) = self {
             detached.ends_at = ends_at;
             detached.share_at = share_at;
@@ -115,7 +115,7 @@ impl Phase {
     }
 
     /// The session is over. One that is attached goes on: its connection begins another session.
-    pub fn close(&mut self) {
+    pub(super) fn close(&mut self) {
         if let Self::Detached(detached) = self {
             *self = Self::Closed(Closed {
                 forget_at: None,
@@ -125,14 +125,14 @@ impl Phase {
     }
 
     /// A closed session is remembered until `at`.
-    pub fn remember_until(&mut self, at: Millis) {
+    pub(super) fn remember_until(&mut self, at: Millis) {
         if let Self::Closed(closed) = self {
             closed.forget_at = Some(Deadline::at(at));
         }
     }
 
     /// Takes the deadlines that have passed; those of an attached session never do.
-    pub fn expire(&mut self, now: Millis) -> Passed {
+    pub(super) fn expire(&mut self, now: Millis) -> Passed {
         let mut passed = Passed::default();
         match self {
             Self::Attached(_) => {}
@@ -153,7 +153,7 @@ impl Phase {
     }
 
     /// The next deadline of a session without a connection.
-    pub fn deadline(&self) -> Option<Deadline> {
+    pub(super) fn deadline(&self) -> Option<Deadline> {
         let all = match self {
             Self::Attached(_) => return None,
             Self::Detached(d) => [d.ends_at, d.share_at, d.absent_at],
@@ -163,7 +163,7 @@ impl Phase {
     }
 
     /// The client's absence is yet to be published.
-    pub fn owes_absence(&self) -> bool {
+    pub(super) fn owes_absence(&self) -> bool {
         match self {
             Self::Attached(_) => false,
             Self::Detached(Detached { absent_at, .. }) | Self::Closed(Closed { absent_at, .. }) => {
@@ -173,7 +173,7 @@ impl Phase {
     }
 
     /// The client's absence is published now, if it was yet to be. True: it was.
-    pub fn take_absence(&mut self) -> bool {
+    pub(super) fn take_absence(&mut self) -> bool {
         match self {
             Self::Attached(_) => false,
             Self::Detached(Detached { absent_at, .. }) | Self::Closed(Closed { absent_at, .. }) => {
@@ -183,36 +183,36 @@ impl Phase {
     }
 
     /// The client's DISCONNECT discarded a will.
-    pub fn discard_will(&mut self) {
+    pub(super) fn discard_will(&mut self) {
         if let Self::Attached(attached) = self {
             attached.will_discarded = true;
         }
     }
 
     /// Whether [`Phase::discard_will`] was called on this connection; told once.
-    pub fn take_will_discarded(&mut self) -> bool {
+    pub(super) fn take_will_discarded(&mut self) -> bool {
         match self {
             Self::Attached(attached) => std::mem::take(&mut attached.will_discarded),
             _ => false,
         }
     }
 
-    pub fn is_attached(&self) -> bool {
+    pub(super) fn is_attached(&self) -> bool {
         matches!(self, Self::Attached(_))
     }
 
-    pub fn is_closed(&self) -> bool {
+    pub(super) fn is_closed(&self) -> bool {
         matches!(self, Self::Closed(_))
     }
 
-    pub fn connection(&self) -> Option<&Connection> {
+    pub(super) fn connection(&self) -> Option<&Connection> {
         match self {
             Self::Attached(attached) => Some(&attached.connection),
             _ => None,
         }
     }
 
-    pub fn connection_mut(&mut self) -> Option<&mut Connection> {
+    pub(super) fn connection_mut(&mut self) -> Option<&mut Connection> {
         match self {
             Self::Attached(attached) => Some(&mut attached.connection),
             _ => None,

@@ -25,40 +25,45 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
     /// Bytes of the messages, each counted in full.
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// Entries of QoS 0.
-    pub fn qos0(&self) -> u32 {
+    pub(super) fn qos0(&self) -> u32 {
         self.qos0
     }
 
-    pub fn front(&self) -> Option<&Entry> {
+    pub(super) fn front(&self) -> Option<&Entry> {
         self.entries.front()
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.entries.iter()
     }
 
     /// The entries; their size, QoS and state must not be changed.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
         self.entries.iter_mut()
     }
 
     /// The limit that another message of `size` bytes would exceed. Fetched and live messages have
     /// separate limits and do not displace each other.
-    pub fn full(&self, limits: &SessionLimits, size: usize, fetched: bool) -> Option<DropReason> {
+    pub(super) fn full(
+        &self,
+        limits: &SessionLimits,
+        size: usize,
+        fetched: bool,
+    ) -> Option<DropReason> {
         let (messages, bytes, messages_max, bytes_max) = match fetched {
             true => (
                 self.fetched,
@@ -82,7 +87,7 @@ impl Queue {
         }
     }
 
-    pub fn push(&mut self, entry: Entry) {
+    pub(super) fn push(&mut self, entry: Entry) {
         self.bytes += entry.size();
         self.qos0 += u32::from(entry.qos == QoS::AtMostOnce);
         if entry.state == State::Fetched {
@@ -96,7 +101,7 @@ impl Queue {
         self.entries.push_back(entry);
     }
 
-    pub fn pop(&mut self) -> Option<Entry> {
+    pub(super) fn pop(&mut self) -> Option<Entry> {
         let entry = self.entries.pop_front()?;
         self.fetched_ahead = self.fetched_ahead.saturating_sub(1);
         self.removed(&entry);
@@ -104,7 +109,7 @@ impl Queue {
     }
 
     /// Takes out the oldest message that is not fetched.
-    pub fn pop_live(&mut self) -> Option<Entry> {
+    pub(super) fn pop_live(&mut self) -> Option<Entry> {
         let mut rest = self.entries.range(self.fetched_ahead..);
         self.fetched_ahead += rest.position(|e| e.state != State::Fetched)?;
         let entry = self.entries.remove(self.fetched_ahead)?;
@@ -113,7 +118,7 @@ impl Queue {
     }
 
     /// Keeps the entries for which `keep` is true.
-    pub fn retain(&mut self, mut keep: impl FnMut(&Entry) -> bool) {
+    pub(super) fn retain(&mut self, mut keep: impl FnMut(&Entry) -> bool) {
         let mut entries = std::mem::take(&mut self.entries);
         entries.retain(|entry| {
             let kept = keep(entry);
@@ -127,7 +132,7 @@ impl Queue {
     }
 
     /// Gives memory back that a long queue needed.
-    pub fn shrink(&mut self) {
+    pub(super) fn shrink(&mut self) {
         if self.entries.is_empty() && self.entries.capacity() > 64 {
             self.entries = VecDeque::new();
         }

@@ -10,7 +10,7 @@ use crate::sim::seen::{Client, Got, Message, Sub, TRANSIT_MS, chances};
 use tidegate_kit::rng::Rng;
 
 /// The conditions of a run, which decide what can be promised.
-pub struct Conditions {
+pub(super) struct Conditions {
     /// Whether each client speaks MQTT 5. Only such a client is told the reason of a refusal.
     pub clients_v5: Vec<bool>,
     /// Links are lost, and the broker restarts.
@@ -23,7 +23,7 @@ pub struct Conditions {
     pub small_window: bool,
 }
 
-pub struct Oracle {
+pub(super) struct Oracle {
     clients: Vec<Client>,
     messages: BTreeMap<u32, Message>,
     conditions: Conditions,
@@ -39,7 +39,7 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    pub fn new(conditions: Conditions) -> Self {
+    pub(super) fn new(conditions: Conditions) -> Self {
         let clients = conditions.clients_v5.iter();
         Self {
             clients: clients.map(|_| Client::default()).collect(),
@@ -54,16 +54,16 @@ impl Oracle {
     }
 
     /// Notes that a promise was broken.
-    pub fn fault(&mut self, what: String) {
+    pub(super) fn fault(&mut self, what: String) {
         self.faults.push(what);
     }
 
-    pub fn first_fault(&mut self) -> Option<String> {
+    pub(super) fn first_fault(&mut self) -> Option<String> {
         self.faults.first().cloned()
     }
 
     /// The topic of one of our messages.
-    pub fn topic_of(&self, number: u32) -> &'static str {
+    pub(super) fn topic_of(&self, number: u32) -> &'static str {
         let topic = &self.messages[&number].topic;
         crate::sim::TOPICS
             .iter()
@@ -72,12 +72,12 @@ impl Oracle {
     }
 
     /// A publish link has lost its connection.
-    pub fn publish_link_lost(&mut self, now: Millis) {
+    pub(super) fn publish_link_lost(&mut self, now: Millis) {
         self.publish_links_lost.push(now);
     }
 
     /// The broker has stopped, and keeps its sessions or not.
-    pub fn restarted(&mut self, now: Millis, keep: bool) {
+    pub(super) fn restarted(&mut self, now: Millis, keep: bool) {
         if !keep {
             self.sessions_lost.push(now);
         }
@@ -85,7 +85,7 @@ impl Oracle {
 
     /// The broker has lost one link's session. Until that link connects again nobody knows it, and
     /// clients go on publishing. Copies through filters of links that are away are in doubt then.
-    pub fn link_session_lost(&mut self, now: Millis) {
+    pub(super) fn link_session_lost(&mut self, now: Millis) {
         self.sessions_lost.push(now);
         self.link_sessions_lost.push(now);
     }
@@ -99,17 +99,22 @@ impl Oracle {
 
     /// It is not known whether a link's session has begun anew. A client whose overlapping filters are
     /// on several links may lose a copy.
-    pub fn in_doubt(&mut self, now: Millis) {
+    pub(super) fn in_doubt(&mut self, now: Millis) {
         self.doubts.push(now);
     }
 
     /// A client has lost its connection.
-    pub fn cut(&mut self, n: usize, now: Millis) {
+    pub(super) fn cut(&mut self, n: usize, now: Millis) {
         self.clients[n].cuts.push(now);
     }
 
     /// A client has sent SUBSCRIBE.
-    pub fn subscribes(&mut self, n: usize, filters: &[(String, SubscribeOptions)], now: Millis) {
+    pub(super) fn subscribes(
+        &mut self,
+        n: usize,
+        filters: &[(String, SubscribeOptions)],
+        now: Millis,
+    ) {
         for (filter, options) in filters {
             self.clients[n].subs.push(Sub {
                 filter: filter.clone(),
@@ -124,7 +129,7 @@ impl Oracle {
     }
 
     /// A client has received the answer to one filter of a SUBSCRIBE.
-    pub fn granted(
+    pub(super) fn granted(
         &mut self,
         n: usize,
         filter: &str,
@@ -156,7 +161,7 @@ impl Oracle {
     }
 
     /// A client has sent UNSUBSCRIBE.
-    pub fn unsubscribes(&mut self, n: usize, filter: &str, now: Millis) {
+    pub(super) fn unsubscribes(&mut self, n: usize, filter: &str, now: Millis) {
         for s in &mut self.clients[n].subs {
             if s.filter == filter && s.ended_at.is_none() {
                 s.ended_at = Some(now);
@@ -165,14 +170,14 @@ impl Oracle {
     }
 
     /// One of the filters that a client subscribes to.
-    pub fn any_filter(&self, n: usize, rng: &mut Rng) -> Option<String> {
+    pub(super) fn any_filter(&self, n: usize, rng: &mut Rng) -> Option<String> {
         let live = self.clients[n].subs.iter().filter(|s| s.ended_at.is_none());
         let filters: Vec<&str> = live.map(|s| &*s.filter).collect();
         (!filters.is_empty()).then(|| rng.pick(&filters).to_owned())
     }
 
     /// The filters that clients were granted and still subscribe to, in order.
-    pub fn filters(&self) -> Vec<String> {
+    pub(super) fn filters(&self) -> Vec<String> {
         let all = self.clients.iter().flat_map(|c| &c.subs);
         let live = all.filter(|s| s.ended_at.is_none() && s.granted_at.is_some());
         let mut filters: Vec<String> = live.map(|s| s.filter.clone()).collect();
@@ -182,7 +187,7 @@ impl Oracle {
     }
 
     /// A client has published a message.
-    pub fn published(
+    pub(super) fn published(
         &mut self,
         from: usize,
         number: u32,
@@ -206,7 +211,14 @@ impl Oracle {
 
     /// A will has been published. Nobody is told when the broker has it. I16: it is published once, and
     /// not earlier.
-    pub fn will_published(&mut self, from: usize, number: u32, topic: &str, qos: QoS, at: Millis) {
+    pub(super) fn will_published(
+        &mut self,
+        from: usize,
+        number: u32,
+        topic: &str,
+        qos: QoS,
+        at: Millis,
+    ) {
         self.published(from, number, topic, qos, false, at);
         if let Some(message) = self.messages.get_mut(&number) {
             message.will = true;
@@ -214,23 +226,23 @@ impl Oracle {
     }
 
     /// Marks a message for which the broker closes the connection.
-    pub fn set_poison(&mut self, number: u32) {
+    pub(super) fn set_poison(&mut self, number: u32) {
         if let Some(message) = self.messages.get_mut(&number) {
             message.poison = true;
         }
     }
 
-    pub fn is_poison(&self, number: u32) -> bool {
+    pub(super) fn is_poison(&self, number: u32) -> bool {
         self.messages.get(&number).is_some_and(|m| m.poison)
     }
 
-    pub fn is_retained(&self, number: u32) -> bool {
+    pub(super) fn is_retained(&self, number: u32) -> bool {
         self.messages[&number].retain
     }
 
     /// The broker has this retained message: a client that has subscribed since then must have
     /// received it.
-    pub fn has_retained(&mut self, n: usize, topic: &str, payload: &str, since: Millis) {
+    pub(super) fn has_retained(&mut self, n: usize, topic: &str, payload: &str, since: Millis) {
         let client = &self.clients[n];
         let asks = |s: &&Sub| !s.shared() && s.granted_at.is_some_and(|at| at >= since);
         if !client.subs.iter().filter(asks).any(|s| s.matches(topic)) {
@@ -281,7 +293,13 @@ impl Oracle {
     }
 
     /// A client has received the acknowledgement of its publish.
-    pub fn acknowledged(&mut self, from: usize, number: u32, reason: ReasonCode, now: Millis) {
+    pub(super) fn acknowledged(
+        &mut self,
+        from: usize,
+        number: u32,
+        reason: ReasonCode,
+        now: Millis,
+    ) {
         let told = self.is_poison(number) && self.conditions.clients_v5[from];
         if reason.is_error() != told {
             self.fault(format!(
@@ -294,7 +312,7 @@ impl Oracle {
     }
 
     /// A client has received a message.
-    pub fn received(&mut self, n: usize, topic: &str, got: Got) {
+    pub(super) fn received(&mut self, n: usize, topic: &str, got: Got) {
         let Some(message) = self.messages.get(&got.number) else {
             return self.fault(format!("{n} got {}, which nobody sent", got.number));
         };
@@ -441,7 +459,7 @@ impl Oracle {
     /// Judges the whole run, once all links and clients are connected and nothing is in flight.
     /// `retained`: the numbers of the messages that the broker has retained. After a loss they are
     /// fetched again, so that all subscribers have them.
-    pub fn settle(&mut self, now: Millis, retained: &[u32]) {
+    pub(super) fn settle(&mut self, now: Millis, retained: &[u32]) {
         let mut faults = Vec::new();
         for will in self.messages.values_mut().filter(|m| m.will) {
             will.acknowledged_at = Some(now);

@@ -5,11 +5,11 @@ use crate::time::Millis;
 use crate::topics::{matches, split_shared};
 
 /// How long a message may take through a broker that loses sessions.
-pub const TRANSIT_MS: Millis = 1500;
+pub(super) const TRANSIT_MS: Millis = 1500;
 
 /// How many copies of a message a client may receive through plain subscriptions: one for all that
 /// overlap in time, and one more for each that began after the ones before had ended.
-pub fn chances<'a>(subs: impl Iterator<Item = &'a Sub>, message: &Message) -> usize {
+pub(super) fn chances<'a>(subs: impl Iterator<Item = &'a Sub>, message: &Message) -> usize {
     let mut spans: Vec<(Millis, Millis)> = subs
         .filter(|s| s.lives_at(message.at))
         .map(|s| (s.ended_at.unwrap_or(Millis::MAX), s.asked_at))
@@ -28,7 +28,7 @@ pub fn chances<'a>(subs: impl Iterator<Item = &'a Sub>, message: &Message) -> us
 
 /// A message that a client received.
 #[derive(Clone, Copy, Debug)]
-pub struct Got {
+pub(super) struct Got {
     pub number: u32,
     pub qos: QoS,
     pub retain: bool,
@@ -37,7 +37,7 @@ pub struct Got {
 
 /// A subscription of a client.
 #[derive(Debug)]
-pub struct Sub {
+pub(super) struct Sub {
     pub filter: String,
     pub qos: QoS,
     pub no_local: bool,
@@ -49,26 +49,26 @@ pub struct Sub {
 }
 
 impl Sub {
-    pub fn shared(&self) -> bool {
+    pub(super) fn shared(&self) -> bool {
         split_shared(&self.filter).is_some()
     }
 
     /// Whether the subscription existed at this time or later.
-    pub fn lives_at(&self, at: Millis) -> bool {
+    pub(super) fn lives_at(&self, at: Millis) -> bool {
         self.ended_at.is_none_or(|end| end >= at)
     }
 
     /// Whether the subscription ended at about this time or later.
-    pub fn ended_about(&self, at: Millis) -> bool {
+    pub(super) fn ended_about(&self, at: Millis) -> bool {
         self.ended_at.is_some_and(|end| end + 2 * TRANSIT_MS >= at)
     }
 
     /// Whether No Local hides the message. A publish from before the subscription has no origin mark.
-    pub fn hides(&self, n: usize, message: &Message) -> bool {
+    pub(super) fn hides(&self, n: usize, message: &Message) -> bool {
         self.no_local && message.from == n && self.asked_at < message.at
     }
 
-    pub fn matches(&self, topic: &str) -> bool {
+    pub(super) fn matches(&self, topic: &str) -> bool {
         let plain = split_shared(&self.filter).map_or(&*self.filter, |(_, f)| f);
         matches(plain, topic)
     }
@@ -76,7 +76,7 @@ impl Sub {
 
 /// A message that a client published.
 #[derive(Debug)]
-pub struct Message {
+pub(super) struct Message {
     pub from: usize,
     pub topic: String,
     pub qos: QoS,
@@ -90,20 +90,20 @@ pub struct Message {
 
 impl Message {
     /// This long after the acknowledgement; never, if there was none.
-    pub fn acknowledged_by(&self, after: Millis) -> Millis {
+    pub(super) fn acknowledged_by(&self, after: Millis) -> Millis {
         self.acknowledged_at
             .map_or(Millis::MAX, |at| at.saturating_add(after))
     }
 
     /// Whether the message had no acknowledgement before this time.
-    pub fn open_at(&self, at: Millis) -> bool {
+    pub(super) fn open_at(&self, at: Millis) -> bool {
         self.acknowledged_at.is_none_or(|done| done >= at)
     }
 }
 
 /// A client.
 #[derive(Debug, Default)]
-pub struct Client {
+pub(super) struct Client {
     pub subs: Vec<Sub>,
     pub got: Vec<(String, Got)>,
     /// Retained messages that it received for a subscription.
@@ -113,7 +113,7 @@ pub struct Client {
 
 impl Client {
     /// Whether a SUBSCRIBE for the same filter has no answer yet. It may ask for less.
-    pub fn replaces(&self, sub: &Sub) -> bool {
+    pub(super) fn replaces(&self, sub: &Sub) -> bool {
         let pending = |o: &Sub| o.granted_at.is_none() && o.ended_at.is_none();
         self.subs
             .iter()

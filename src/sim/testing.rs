@@ -12,13 +12,13 @@ use crate::session::Policy;
 use crate::time::Millis;
 use crate::upstream::link::machine::Handshake;
 
-pub use crate::router::testing::*;
+pub(crate) use crate::router::testing::*;
 
 /// The topic of probes.
-pub const PROBES: &str = "tidegate/probe";
+pub(crate) const PROBES: &str = "tidegate/probe";
 
 /// A link has connected.
-pub fn up(session_present: bool, receive_maximum: u16) -> Handshake {
+pub(crate) fn up(session_present: bool, receive_maximum: u16) -> Handshake {
     Handshake {
         version: Version::V5,
         session: match session_present {
@@ -55,7 +55,7 @@ static MACHINE_LIMITS: LazyLock<machine::Limits> = LazyLock::new(|| machine::Lim
 });
 
 /// What a client's machine needs for one call; its client may do everything.
-pub fn context(router: &Router, now: Millis) -> machine::Context<'_> {
+pub(crate) fn context(router: &Router, now: Millis) -> machine::Context<'_> {
     machine::Context {
         router,
         policy: &Open,
@@ -65,7 +65,7 @@ pub fn context(router: &Router, now: Millis) -> machine::Context<'_> {
 }
 
 /// The machine of a client that has sent this CONNECT.
-pub fn admit(router: &Router, connect: &mqtt::Connect<'_>, now: Millis) -> Machine {
+pub(crate) fn admit(router: &Router, connect: &mqtt::Connect<'_>, now: Millis) -> Machine {
     let admission = Admission {
         router,
         policy: &Open,
@@ -85,7 +85,7 @@ pub fn admit(router: &Router, connect: &mqtt::Connect<'_>, now: Millis) -> Machi
 }
 
 /// The machine of a connected client whose session is kept.
-pub fn machine(router: &Router, id: &str, version: Version, now: Millis) -> Machine {
+pub(crate) fn machine(router: &Router, id: &str, version: Version, now: Millis) -> Machine {
     let connect = mqtt::Connect {
         version,
         client_id: id,
@@ -97,7 +97,7 @@ pub fn machine(router: &Router, id: &str, version: Version, now: Millis) -> Mach
 }
 
 /// Packets of an MQTT 5 client, and everything that follows from them.
-pub fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: Millis) {
+pub(crate) fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: Millis) {
     let mut machine = Machine::new(&client, Arc::default(), Version::V5, u32::MAX, now);
     let reset = machine.received(&context(router, now), 0, bytes);
     assert!(reset.expect("it is legal").is_none());
@@ -105,7 +105,7 @@ pub fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: Millis) 
 }
 
 /// A PUBLISH as a client writes it, on the topic `t`; its payload is a number.
-pub fn publish_packet(version: Version, packet_id: u16, number: u32, qos: QoS) -> Vec<u8> {
+pub(crate) fn publish_packet(version: Version, packet_id: u16, number: u32, qos: QoS) -> Vec<u8> {
     let mut bytes = Vec::new();
     Delivery {
         version,
@@ -124,7 +124,7 @@ pub fn publish_packet(version: Version, packet_id: u16, number: u32, qos: QoS) -
 }
 
 /// The packets that the broker reads: a word for each, and the packet identifier.
-pub fn read(out: &mut Vec<u8>) -> Vec<(String, u16)> {
+pub(crate) fn read(out: &mut Vec<u8>) -> Vec<(String, u16)> {
     let decoder = Decoder {
         version: Version::V5,
         receiver: Receiver::Server,
@@ -153,7 +153,7 @@ pub fn read(out: &mut Vec<u8>) -> Vec<(String, u16)> {
 }
 
 /// An acknowledgement without a reason.
-pub fn ack(packet_id: u16) -> crate::mqtt::Ack<'static> {
+pub(crate) fn ack(packet_id: u16) -> crate::mqtt::Ack<'static> {
     crate::mqtt::Ack {
         packet_id,
         reason: ReasonCode::SUCCESS,

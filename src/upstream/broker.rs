@@ -15,7 +15,7 @@ use crate::transport::ClientTls;
 use crate::upstream::profile::cache::ProfileCache;
 
 /// What is needed to connect to the broker.
-pub struct BrokerAccess {
+pub(crate) struct BrokerAccess {
     /// `[upstream]`.
     pub config: config::Upstream,
     /// `node.id`.
@@ -47,7 +47,7 @@ pub(crate) struct Broker {
 }
 
 impl Broker {
-    pub fn new(access: BrokerAccess) -> Self {
+    pub(super) fn new(access: BrokerAccess) -> Self {
         Self {
             v5: Mutex::new(v5_by_configuration(&access.config)),
             access,
@@ -107,7 +107,7 @@ pub(super) struct LinkContext {
 }
 
 impl LinkContext {
-    pub fn new(
+    pub(super) fn new(
         access: BrokerAccess,
         router: Arc<Router>,
         clock: Clock,
@@ -127,7 +127,7 @@ impl LinkContext {
     /// Notes that a link could not reach the server of index `from`. If no link is connected, all
     /// links go to the next server together: a message must be published at the server where
     /// others subscribe. While another link is connected, the trouble is this link's alone.
-    pub fn fail_over(&self, from: usize) {
+    pub(super) fn fail_over(&self, from: usize) {
         let servers = &self.broker.access.config.servers;
         let next = (from + 1) % servers.len();
         if next == from || self.connected.load(Ordering::Acquire) > 0 {

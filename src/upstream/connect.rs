@@ -86,7 +86,7 @@ fn in_brackets(text: &Option<String>) -> String {
 
 impl ConnectError {
     /// The metric label.
-    pub fn label(&self) -> LinkDownReason {
+    pub(super) fn label(&self) -> LinkDownReason {
         match self {
             Self::Dial(DialError::Timeout) | Self::Timeout => LinkDownReason::Timeout,
             Self::Dial(DialError::Tls { .. }) => LinkDownReason::Tls,
@@ -101,7 +101,7 @@ impl ConnectError {
     }
 
     /// Whether the broker may have begun a session for a CONNECT whose answer did not arrive.
-    pub fn may_have_begun_session(&self) -> bool {
+    pub(super) fn may_have_begun_session(&self) -> bool {
         use LinkDownReason::{Closed, Io, Protocol, Timeout};
         matches!(self.label(), Closed | Io | Protocol | Timeout)
     }

@@ -45,7 +45,7 @@ pub(super) async fn profile_of(
 ///
 /// # Errors
 /// Why the broker cannot be reached, as text.
-pub async fn probe_once(access: BrokerAccess) -> Result<BrokerProfile, String> {
+pub(crate) async fn probe_once(access: BrokerAccess) -> Result<BrokerProfile, String> {
     let broker = Broker::new(access);
     let config = &broker.access.config;
     let Some(server) = config.servers.first() else {

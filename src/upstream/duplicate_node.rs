@@ -25,12 +25,18 @@ pub(super) struct DuplicateNodeWatch {
 
 impl DuplicateNodeWatch {
     /// The broker could not be reached, so short connections say nothing about a second process.
-    pub fn unreachable(&mut self) {
+    pub(super) fn unreachable(&mut self) {
         self.short = 0;
     }
 
     /// A connection of the link ended after `lasted`. Logs an error if a second process is likely.
-    pub fn ended(&mut self, broker: &Broker, link: &LinkStatus, end: &LinkEnd, lasted: Duration) {
+    pub(super) fn ended(
+        &mut self,
+        broker: &Broker,
+        link: &LinkStatus,
+        end: &LinkEnd,
+        lasted: Duration,
+    ) {
         if let Some(sign) = self.sign(end, lasted) {
             tracing::error!(
                 link = link.name,

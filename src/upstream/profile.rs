@@ -19,7 +19,7 @@ use crate::time::Millis;
 const RECEIVE_MAXIMUM_V3: u16 = 20;
 
 /// Messages that a probe publishes to see how many the broker sends without an acknowledgement.
-pub const WINDOW_PROBED: u16 = 64;
+pub(crate) const WINDOW_PROBED: u16 = 64;
 
 /// A retained fetch ends once its link has been quiet for a time between these two.
 const FETCH_QUIET_MIN_MS: Millis = 100;
@@ -32,7 +32,7 @@ macro_rules! words {
     ($type:ident { $($variant:ident => $word:literal),+ $(,)? }) => {
         impl $type {
             /// The word in logs, metric labels and the admin API.
-            pub const fn name(self) -> &'static str {
+            pub(crate) const fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => $word,)+
                 }
@@ -55,7 +55,7 @@ macro_rules! words {
 
 /// How a profile came about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// The broker was probed.
     Probed,
     /// The broker refused a part of the probe or was too slow. Every quirk that the probe did not
@@ -69,7 +69,7 @@ words!(Source { Probed => "probed", Partly => "partly", Connack => "connack" });
 
 /// The copies of one message for a client whose filters overlap (MQTT 5 §3.3.4 allows both).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Copies {
+pub(crate) enum Copies {
     /// One copy for each filter.
     Many,
     /// One copy for all filters.
@@ -80,7 +80,7 @@ words!(Copies { Many => "many", One => "one" });
 
 /// The state of Subscription Identifiers (MQTT 5 §3.8.2.1.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Identifiers {
+pub(crate) enum Identifiers {
     /// Each copy carries the identifiers of its filters.
     Working,
     /// CONNACK does not deny them, and no probe has seen them.
@@ -100,14 +100,14 @@ words!(Identifiers {
 
 impl Identifiers {
     /// Whether an arriving message can be mapped to its filters by them.
-    pub fn usable(self) -> bool {
+    pub(crate) fn usable(self) -> bool {
         matches!(self, Self::Working | Self::Assumed)
     }
 }
 
 /// The state of shared subscriptions (MQTT 5 §4.8.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SharedSubscriptions {
+pub(crate) enum SharedSubscriptions {
     /// A message arrived through one.
     Alive,
     /// The broker granted one, and no message arrived.
@@ -127,7 +127,7 @@ words!(SharedSubscriptions {
 
 /// The QoS of the copies for overlapping filters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OverlapQos {
+pub(crate) enum OverlapQos {
     /// Each copy has the QoS of its filter.
     Each,
     /// The one copy has the highest QoS, as [MQTT-3.3.4-2] demands.
@@ -140,7 +140,7 @@ words!(OverlapQos { Each => "each", Highest => "highest", Lower => "lower" });
 
 /// How arriving messages are mapped to filters on the data links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mapping {
+pub(crate) enum Mapping {
     /// By the Subscription Identifiers that a message carries.
     Identifiers,
     /// By topic; no link has two filters that overlap.
@@ -154,7 +154,7 @@ words!(Mapping {
 
 /// The capabilities that a broker announces in CONNACK (MQTT 5 §3.2.2.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Capabilities {
+pub(crate) struct Capabilities {
     /// The protocol version of the connection.
     #[serde(rename = "protocol", serialize_with = "version_name")]
     pub version: Version,
@@ -177,7 +177,7 @@ pub struct Capabilities {
 
 impl Capabilities {
     /// The capabilities that this CONNACK announces on a connection of this version.
-    pub fn of(version: Version, connack: &Connack<'_>) -> Self {
+    pub(crate) fn of(version: Version, connack: &Connack<'_>) -> Self {
         let v5 = version == Version::V5;
         Self {
             version,
@@ -197,7 +197,7 @@ impl Capabilities {
 /// The quirks of a broker: what it does where the standard leaves room, or where it errs. `None`
 /// means that no probe has seen it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Quirks {
+pub(crate) struct Quirks {
     /// Copies for overlapping filters.
     pub copies: Option<Copies>,
     /// The QoS of these copies.
@@ -227,7 +227,7 @@ pub struct Quirks {
 
 /// The profile of a broker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct BrokerProfile {
+pub(crate) struct BrokerProfile {
     /// How the profile came about.
     pub source: Source,
     /// The name and version that the broker publishes (`$SYS/broker/version`).
@@ -246,7 +246,7 @@ pub struct BrokerProfile {
 
 impl BrokerProfile {
     /// A profile of which only CONNACK is known.
-    pub fn unseen(capabilities: &Capabilities, source: Source) -> Self {
+    pub(crate) fn unseen(capabilities: &Capabilities, source: Source) -> Self {
         Self {
             source,
             software: None,
@@ -276,7 +276,7 @@ impl BrokerProfile {
     }
 
     /// The part that the router acts on.
-    pub fn features(&self) -> BrokerFeatures {
+    pub(crate) fn features(&self) -> BrokerFeatures {
         BrokerFeatures {
             identifiers: self.quirks.identifiers.usable(),
             properties: self.keeps_properties(),
@@ -292,7 +292,7 @@ impl BrokerProfile {
     /// The QoS at which retained messages are fetched. A broker with a small send window may cut
     /// off messages that do not fit into it; at QoS 0 it sends all of them, but their stored QoS
     /// cannot be seen.
-    pub fn fetch_qos(&self) -> QoS {
+    pub(crate) fn fetch_qos(&self) -> QoS {
         match self.quirks.window {
             Some(window) if window >= WINDOW_PROBED => self.capabilities.maximum_qos,
             _ => QoS::AtMostOnce,
@@ -302,7 +302,7 @@ impl BrokerProfile {
     /// How long the retained link has to be quiet before a fetch is over, milliseconds: four times
     /// as long as the probe's took, because the broker may have more retained messages to search
     /// than it had then.
-    pub fn fetch_quiet(&self) -> Millis {
+    pub(crate) fn fetch_quiet(&self) -> Millis {
         match self.quirks.retained_within {
             Some(ms) => (Millis::from(ms) * 4).clamp(FETCH_QUIET_MIN_MS, FETCH_QUIET_MAX_MS),
             None => FETCH_QUIET_UNSEEN_MS,
@@ -310,7 +310,7 @@ impl BrokerProfile {
     }
 
     /// Whether clients are granted shared subscriptions.
-    pub fn grants_shared(&self) -> bool {
+    pub(crate) fn grants_shared(&self) -> bool {
         match self.quirks.shared {
             SharedSubscriptions::Alive => true,
             SharedSubscriptions::Assumed => self.source == Source::Connack,
@@ -319,7 +319,7 @@ impl BrokerProfile {
     }
 
     /// Whether live messages can be trusted to keep their RETAIN flag.
-    pub fn keeps_retain(&self) -> bool {
+    pub(crate) fn keeps_retain(&self) -> bool {
         let v5 = self.capabilities.version == Version::V5;
         let quirks = &self.quirks;
         match self.source {
@@ -335,7 +335,7 @@ impl BrokerProfile {
 
     /// Whether a second SUBSCRIBE can raise the QoS of a filter. If the broker keeps the old
     /// subscription too, identifiers tell the copies apart; without them, clients would get both.
-    pub fn replaces(&self) -> bool {
+    pub(crate) fn replaces(&self) -> bool {
         match self.quirks.replaces {
             Some(replaces) => replaces,
             None => self.source == Source::Connack || self.quirks.identifiers.usable(),
@@ -343,12 +343,12 @@ impl BrokerProfile {
     }
 
     /// Whether user properties reach the broker's subscribers.
-    pub fn keeps_properties(&self) -> bool {
+    pub(crate) fn keeps_properties(&self) -> bool {
         self.capabilities.version == Version::V5 && self.quirks.properties != Some(false)
     }
 
     /// How arriving messages are mapped to filters.
-    pub fn mapping(&self) -> Mapping {
+    pub(crate) fn mapping(&self) -> Mapping {
         match self.quirks.identifiers.usable() {
             true => Mapping::Identifiers,
             false => Mapping::DisjointPlacement,

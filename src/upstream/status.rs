@@ -9,7 +9,7 @@ use crate::telemetry::{LinkMetrics, metrics};
 
 /// What a link is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub(crate) enum Role {
     /// Carries the filters, and messages from the broker.
     Data,
     /// Carries clients' publishes to the broker.
@@ -22,7 +22,7 @@ pub enum Role {
 
 impl Role {
     /// The letter in link names and client identifiers.
-    pub fn letter(self) -> char {
+    pub(crate) fn letter(self) -> char {
         match self {
             Self::Data => 'd',
             Self::Publish => 'p',
@@ -32,14 +32,14 @@ impl Role {
     }
 
     /// Whether links of this role carry filters that were placed on them.
-    pub fn has_filters(self) -> bool {
+    pub(crate) fn has_filters(self) -> bool {
         matches!(self, Self::Data | Self::Shared)
     }
 }
 
 /// One link's status.
 #[derive(Debug)]
-pub struct LinkStatus {
+pub(crate) struct LinkStatus {
     /// The link's name: the role's letter and the number.
     pub name: String,
     /// The link's role.
@@ -55,7 +55,7 @@ pub struct LinkStatus {
 
 /// The part of a link's status that changes together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LinkState {
+pub(crate) struct LinkState {
     /// The link is connected: CONNACK has arrived.
     pub up: bool,
     /// The server that was tried last.
@@ -88,12 +88,12 @@ impl LinkStatus {
     }
 
     /// Whether the link has ever been dialled.
-    pub fn wanted(&self) -> bool {
+    pub(crate) fn wanted(&self) -> bool {
         self.metrics.get().is_some()
     }
 
     /// A copy of the present state.
-    pub fn state(&self) -> LinkState {
+    pub(crate) fn state(&self) -> LinkState {
         self.state.lock().clone()
     }
 

@@ -7,7 +7,7 @@ use proptest::sample::{select, subsequence};
 use tidegate::mqtt::{Receiver, Version};
 
 /// Any legal frame that this receiver may get.
-pub fn frame(version: Version, receiver: Receiver) -> BoxedStrategy<Vec<u8>> {
+pub(crate) fn frame(version: Version, receiver: Receiver) -> BoxedStrategy<Vec<u8>> {
     let (both, v5) = (acks(version), version == Version::V5);
     let mut kinds = vec![publish(version, receiver), both];
     match receiver {
@@ -31,7 +31,7 @@ pub fn frame(version: Version, receiver: Receiver) -> BoxedStrategy<Vec<u8>> {
 }
 
 /// One of the decoders with one of its legal frames.
-pub fn any_frame() -> BoxedStrategy<(Version, Receiver, Vec<u8>)> {
+pub(crate) fn any_frame() -> BoxedStrategy<(Version, Receiver, Vec<u8>)> {
     select(&crate::properties::packets::DECODERS[..])
         .prop_flat_map(|(v, r)| frame(v, r).prop_map(move |bytes| (v, r, bytes)))
         .boxed()
@@ -39,7 +39,7 @@ pub fn any_frame() -> BoxedStrategy<(Version, Receiver, Vec<u8>)> {
 
 /// A legal frame, then spoiled: bytes changed, removed, inserted; the remaining length is mostly
 /// corrected.
-pub fn spoiled() -> BoxedStrategy<(Version, Receiver, Vec<u8>)> {
+pub(crate) fn spoiled() -> BoxedStrategy<(Version, Receiver, Vec<u8>)> {
     let change = (any::<prop::sample::Index>(), 0..4u8, any::<u8>());
     (any_frame(), vec(change, 1..4), prop::bool::weighted(0.9))
         .prop_map(|((v, r, mut bytes), changes, mend)| {
@@ -67,7 +67,7 @@ fn body(bytes: &[u8]) -> Option<&[u8]> {
 }
 
 /// First byte, remaining length, body.
-pub fn packet(first: u8, body: Vec<u8>) -> Vec<u8> {
+pub(crate) fn packet(first: u8, body: Vec<u8>) -> Vec<u8> {
     let mut out = vec![first];
     out.extend(varint(body.len() as u32));
     out.extend(body);
@@ -75,14 +75,14 @@ pub fn packet(first: u8, body: Vec<u8>) -> Vec<u8> {
 }
 
 /// A string or binary data with its length.
-pub fn field(data: impl AsRef<[u8]>) -> Vec<u8> {
+pub(crate) fn field(data: impl AsRef<[u8]>) -> Vec<u8> {
     let data = data.as_ref();
     let mut out = (data.len() as u16).to_be_bytes().to_vec();
     out.extend_from_slice(data);
     out
 }
 
-pub fn varint(mut value: u32) -> Vec<u8> {
+pub(crate) fn varint(mut value: u32) -> Vec<u8> {
     let mut out = Vec::new();
     while value > 127 {
         out.push(value as u8 & 127 | 128);
@@ -114,14 +114,14 @@ fn level() -> BoxedStrategy<String> {
     prop_oneof!["[a-z0-9 $é]{0,4}", "[^\\x00/+#]{0,3}"].boxed()
 }
 
-pub fn topic() -> BoxedStrategy<String> {
+pub(crate) fn topic() -> BoxedStrategy<String> {
     vec(level(), 1..5)
         .prop_map(|levels| levels.join("/"))
         .prop_filter("at least one character", |topic| !topic.is_empty())
         .boxed()
 }
 
-pub fn filter() -> BoxedStrategy<String> {
+pub(crate) fn filter() -> BoxedStrategy<String> {
     let level = prop_oneof![3 => level(), 1 => Just("+".to_string())];
     (vec(level, 0..4), any::<bool>())
         .prop_map(|(mut levels, hash)| {
@@ -213,7 +213,7 @@ fn properties_if(v5: bool, once: &'static [u8], many: &'static [u8]) -> BoxedStr
 
 const USER: &[u8] = &[0x26];
 
-pub fn publish(version: Version, receiver: Receiver) -> BoxedStrategy<Vec<u8>> {
+pub(crate) fn publish(version: Version, receiver: Receiver) -> BoxedStrategy<Vec<u8>> {
     let v5 = version == Version::V5;
     let many: &[u8] = if receiver == Receiver::Client {
         &[0x26, 0x0B]
@@ -231,7 +231,7 @@ pub fn publish(version: Version, receiver: Receiver) -> BoxedStrategy<Vec<u8>> {
         .boxed()
 }
 
-pub fn connect(version: Version) -> BoxedStrategy<Vec<u8>> {
+pub(crate) fn connect(version: Version) -> BoxedStrategy<Vec<u8>> {
     let v5 = version == Version::V5;
     let own = properties_if(v5, &[0x11, 0x15, 0x16, 0x17, 0x19, 0x21, 0x22, 0x27], USER);
     let will_properties = properties_if(v5, &[0x01, 0x02, 0x03, 0x08, 0x09, 0x18], USER);
@@ -317,7 +317,7 @@ fn acks(version: Version) -> BoxedStrategy<Vec<u8>> {
     .boxed()
 }
 
-pub fn subscribe(version: Version) -> BoxedStrategy<Vec<u8>> {
+pub(crate) fn subscribe(version: Version) -> BoxedStrategy<Vec<u8>> {
     let v5 = version == Version::V5;
     let options = (0..3u8, 0..4u8, 0..3u8).prop_map(move |(qos, flags, handling)| {
         if v5 {

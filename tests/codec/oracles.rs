@@ -7,7 +7,7 @@ use tokio_util::codec::{Decoder, Encoder};
 
 /// An oracle's judgement of a frame.
 #[derive(Debug)]
-pub enum Opinion {
+pub(crate) enum Opinion {
     Refused,
     /// The packet, written again by the oracle.
     Taken(Vec<u8>),
@@ -16,13 +16,13 @@ pub enum Opinion {
 }
 
 impl Opinion {
-    pub fn refused(&self) -> bool {
+    pub(crate) fn refused(&self) -> bool {
         matches!(self, Opinion::Refused)
     }
 }
 
 /// rmqtt-codec; the codec does not know in which role it decodes.
-pub fn rmqtt(version: Version, frame: &[u8]) -> Opinion {
+pub(crate) fn rmqtt(version: Version, frame: &[u8]) -> Opinion {
     let mut bytes = BytesMut::from(frame);
     let mut out = BytesMut::new();
     if version == Version::V5 {
@@ -57,7 +57,7 @@ pub fn rmqtt(version: Version, frame: &[u8]) -> Opinion {
 }
 
 /// mqtt-protocol-core: its parsers without the state of a connection.
-pub fn protocol_core(version: Version, frame: &[u8]) -> Opinion {
+pub(crate) fn protocol_core(version: Version, frame: &[u8]) -> Opinion {
     if version == Version::V31 {
         return Opinion::None;
     }
@@ -118,7 +118,7 @@ pub fn protocol_core(version: Version, frame: &[u8]) -> Opinion {
 }
 
 /// Whether the receiver's peer may send this packet; neither oracle judges that at this level.
-pub fn for_role(receiver: Receiver, first: u8) -> bool {
+pub(crate) fn for_role(receiver: Receiver, first: u8) -> bool {
     match first >> 4 {
         1 | 8 | 10 | 12 => receiver == Receiver::Server,
         2 | 9 | 11 | 13 => receiver == Receiver::Client,

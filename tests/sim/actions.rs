@@ -15,7 +15,7 @@ const TOPICS: [&str; 7] = ["a/b", "a/c", "b", "b/b", "c/d/e", "c", "a"];
 const RETAINED: [&str; 3] = ["r/1", "r/2", "r/3"];
 
 impl World {
-    pub fn act(&mut self, n: usize) {
+    pub(crate) fn act(&mut self, n: usize) {
         let what = self.rng.below(100);
         let connected = self.devices[n].connected;
         match what {
@@ -120,7 +120,7 @@ impl World {
         }
     }
 
-    pub fn connect(&mut self, n: usize) {
+    pub(crate) fn connect(&mut self, n: usize) {
         if let Some(old) = self.devices[n].link {
             // The server's end of the old one hears nothing, or late.
             let late = self.rng.pick(&[0, 50, 100_000]);
@@ -150,7 +150,7 @@ impl World {
         );
     }
 
-    pub fn cut(&mut self, n: usize) {
+    pub(crate) fn cut(&mut self, n: usize) {
         let Some(link) = self.devices[n].link else {
             return;
         };
@@ -160,7 +160,7 @@ impl World {
         self.abandon(link, late);
     }
 
-    pub fn abandon(&mut self, link: u64, late: u64) {
+    pub(crate) fn abandon(&mut self, link: u64, late: u64) {
         if let Some(l) = self.links.get_mut(&link) {
             l.eof_at = Some(self.now + late);
             // A part of what is under way still arrives.

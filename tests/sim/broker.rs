@@ -14,7 +14,7 @@ use tidegate_kit::rng::Rng;
 
 /// How the broker shows overlapping filters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Copies {
+pub(crate) enum Copies {
     /// One copy for each filter, with its identifier.
     PerFilter,
     /// One copy with all identifiers, at the highest QoS.
@@ -24,7 +24,7 @@ pub enum Copies {
 }
 
 /// What comes down the data link, in order.
-pub enum Item {
+pub(crate) enum Item {
     Suback(FilterId, ReasonCode),
     Unsuback(FilterId),
     Pingresp(u64),
@@ -33,7 +33,7 @@ pub enum Item {
 }
 
 /// One copy, with the filters that it names or is for.
-pub struct Copy {
+pub(crate) struct Copy {
     pub filters: Vec<(FilterId, String)>,
     pub topic: String,
     pub payload: Vec<u8>,
@@ -58,7 +58,7 @@ struct PublishWay {
     last_at: u64,
 }
 
-pub struct Broker {
+pub(crate) struct Broker {
     pub copies: Copies,
     /// The largest QoS that it grants.
     pub grants: QoS,
@@ -85,7 +85,7 @@ pub struct Broker {
 }
 
 impl Broker {
-    pub fn new(copies: Copies, grants: QoS, window: usize, publish_links: usize) -> Self {
+    pub(crate) fn new(copies: Copies, grants: QoS, window: usize, publish_links: usize) -> Self {
         Self {
             copies,
             grants,
@@ -106,7 +106,7 @@ impl Broker {
         }
     }
 
-    pub fn idle(&self) -> bool {
+    pub(crate) fn idle(&self) -> bool {
         self.requests.is_empty()
             && self.publishes.iter().all(|way| way.under_way.is_empty())
             && self.answers.is_empty()
@@ -114,7 +114,7 @@ impl Broker {
     }
 
     /// Takes what the router has for it, and works.
-    pub fn step(&mut self, router: &Router, rng: &mut Rng, now: Millis) {
+    pub(crate) fn step(&mut self, router: &Router, rng: &mut Rng, now: Millis) {
         if self.away {
             return;
         }
@@ -166,7 +166,7 @@ impl Broker {
 
     /// The data link is lost, and with it what was under way, but for messages above QoS 0 of a
     /// session that is `kept`.
-    pub fn lose_link(&mut self, kept: bool) {
+    pub(crate) fn lose_link(&mut self, kept: bool) {
         self.unlinked = true;
         self.requests.clear();
         // What was asked for is in doubt, and may be asked for again.
@@ -187,7 +187,7 @@ impl Broker {
     }
 
     /// The next item of the data link that is due.
-    pub fn next_item(&mut self, now: Millis) -> Option<Item> {
+    pub(crate) fn next_item(&mut self, now: Millis) -> Option<Item> {
         if self.away || self.unlinked || self.down.front().is_none_or(|(at, _)| *at > now) {
             return None;
         }
@@ -195,7 +195,7 @@ impl Broker {
     }
 
     /// A message of one of its other clients, or of ours.
-    pub fn route(&mut self, message: &Copy, rng: &mut Rng, now: Millis) {
+    pub(crate) fn route(&mut self, message: &Copy, rng: &mut Rng, now: Millis) {
         if message.retain {
             if message.payload.is_empty() {
                 self.retained.remove(&message.topic);
@@ -321,7 +321,7 @@ fn delay(rng: &mut Rng) -> u64 {
 }
 
 /// What the router is told of one copy.
-pub fn arrived(copy: &Copy, copies: Copies, router: &Router) -> Arrived {
+pub(crate) fn arrived(copy: &Copy, copies: Copies, router: &Router) -> Arrived {
     Arrived {
         message: Message::new(&MessageSpec {
             topic: &copy.topic,
@@ -343,7 +343,7 @@ pub fn arrived(copy: &Copy, copies: Copies, router: &Router) -> Arrived {
 }
 
 /// Whether a filter matches a topic (§4.7), written apart from the program's own.
-pub fn matching(filter: &str, topic: &str) -> bool {
+pub(crate) fn matching(filter: &str, topic: &str) -> bool {
     if topic.starts_with('$') && (filter.starts_with('+') || filter.starts_with('#')) {
         return false;
     }

@@ -8,7 +8,7 @@ use crate::ledger::{Ledger, Owed, Sub};
 use crate::oracle::event;
 
 /// One session's claim on a message, gathered from one subscription after the other.
-pub struct Claim {
+pub(crate) struct Claim {
     /// The QoS levels that the delivery may have.
     pub qos: Vec<QoS>,
     /// The session must receive the message.
@@ -28,7 +28,12 @@ pub struct Claim {
 impl Claim {
     /// The claim of the session with this `ledger`, if it can receive the message at all.
     /// `own_at` is when the session's own client published the message, if it did.
-    pub fn of(ledger: &Ledger, copies: &[Copy], first: &Copy, own_at: Option<u64>) -> Option<Self> {
+    pub(crate) fn of(
+        ledger: &Ledger,
+        copies: &[Copy],
+        first: &Copy,
+        own_at: Option<u64>,
+    ) -> Option<Self> {
         let most = copies.iter().map(|c| c.qos).max().unwrap_or_default();
         let mut claim = Self {
             qos: Vec::new(),
@@ -128,7 +133,7 @@ impl Claim {
     }
 
     /// The entry of the ledger for this claim on the message named `key`.
-    pub fn owed(self, key: &str, first: &Copy) -> Owed {
+    pub(crate) fn owed(self, key: &str, first: &Copy) -> Owed {
         Owed {
             event: event(key),
             key: key.to_owned(),

@@ -14,7 +14,7 @@ use tidegate_kit::rng::Rng;
 
 /// What a device is like; fixed for a run.
 #[derive(Clone, Debug)]
-pub struct Profile {
+pub(crate) struct Profile {
     pub id: String,
     pub version: Version,
     /// Clean Start or Clean Session at each connect.
@@ -37,7 +37,7 @@ pub struct Profile {
 
 /// An application message that the device publishes.
 #[derive(Clone, Debug)]
-pub struct Outgoing {
+pub(crate) struct Outgoing {
     pub topic: String,
     pub payload: Vec<u8>,
     pub qos: QoS,
@@ -56,7 +56,7 @@ struct InFlight {
 
 /// The will of the next connection.
 #[derive(Clone, Debug)]
-pub struct WillSpec {
+pub(crate) struct WillSpec {
     pub topic: String,
     pub payload: Vec<u8>,
     pub qos: QoS,
@@ -65,7 +65,7 @@ pub struct WillSpec {
 
 /// What the device saw.
 #[derive(Clone, Debug)]
-pub enum Seen {
+pub(crate) enum Seen {
     #[allow(dead_code, reason = "shown in traces")]
     Connack {
         #[allow(dead_code, reason = "shown by the trace of a failing seed")]
@@ -95,7 +95,7 @@ struct Io {
     ended: bool,
 }
 
-pub struct Device {
+pub(crate) struct Device {
     pub profile: Profile,
     pub connected: bool,
     /// The number of the connection it uses, or tries to.
@@ -121,7 +121,7 @@ pub struct Device {
 const V3_WINDOW: usize = 12;
 
 impl Device {
-    pub fn new(profile: Profile) -> Self {
+    pub(crate) fn new(profile: Profile) -> Self {
         Self {
             profile,
             connected: false,
@@ -142,7 +142,7 @@ impl Device {
     }
 
     /// Begins a connection; CONNECT is in the output.
-    pub fn connect(&mut self, link: u64, clean: bool, will: Option<&WillSpec>, now: Millis) {
+    pub(crate) fn connect(&mut self, link: u64, clean: bool, will: Option<&WillSpec>, now: Millis) {
         self.lost();
         self.link = Some(link);
         self.last_sent = now;
@@ -175,7 +175,7 @@ impl Device {
     }
 
     /// The connection is gone.
-    pub fn lost(&mut self) {
+    pub(crate) fn lost(&mut self) {
         self.link = None;
         self.connected = false;
         self.io.clear();
@@ -187,12 +187,17 @@ impl Device {
     }
 
     /// Publishes, now or when the quota allows.
-    pub fn publish(&mut self, message: Outgoing, rng: &mut Rng) {
+    pub(crate) fn publish(&mut self, message: Outgoing, rng: &mut Rng) {
         self.waiting.push_back(message);
         self.send_waiting(rng);
     }
 
-    pub fn subscribe(&mut self, filters: &[(&str, SubscribeOptions)], id: Option<u32>, stream: u8) {
+    pub(crate) fn subscribe(
+        &mut self,
+        filters: &[(&str, SubscribeOptions)],
+        id: Option<u32>,
+        stream: u8,
+    ) {
         let packet_id = self.free_id();
         self.requests.insert(packet_id, stream);
         let version = self.profile.version;
@@ -205,7 +210,7 @@ impl Device {
         );
     }
 
-    pub fn unsubscribe(&mut self, filters: &[&str], stream: u8) {
+    pub(crate) fn unsubscribe(&mut self, filters: &[&str], stream: u8) {
         let packet_id = self.free_id();
         self.requests.insert(packet_id, stream);
         let version = self.profile.version;
@@ -217,12 +222,12 @@ impl Device {
         );
     }
 
-    pub fn disconnect(&mut self, reason: ReasonCode, expiry: Option<u32>) {
+    pub(crate) fn disconnect(&mut self, reason: ReasonCode, expiry: Option<u32>) {
         let version = self.profile.version;
         encode_disconnect(version, reason, expiry, None, &mut self.io(0).output);
     }
 
-    pub fn ping(&mut self) {
+    pub(crate) fn ping(&mut self) {
         encode_pingreq(&mut self.io(0).output);
     }
 
@@ -231,7 +236,7 @@ impl Device {
     }
 
     /// The stream for something new: any that it may send on.
-    pub fn any_stream(&mut self, rng: &mut Rng) -> u8 {
+    pub(crate) fn any_stream(&mut self, rng: &mut Rng) -> u8 {
         if self.profile.streams == 0 || !self.connected {
             return 0;
         }
@@ -244,14 +249,14 @@ impl Device {
     }
 
     /// A data stream that is in use and that it may end.
-    pub fn open_stream(&self, rng: &mut Rng) -> Option<u8> {
+    pub(crate) fn open_stream(&self, rng: &mut Rng) -> Option<u8> {
         let open = self.io.iter().filter(|(n, io)| **n != 0 && !io.ended);
         let open: Vec<u8> = open.map(|(n, _)| *n).collect();
         (!open.is_empty()).then(|| rng.pick(&open))
     }
 
     /// Ends its direction of a stream. It must not, while it has a message of QoS 2 under way there.
-    pub fn end_stream(&mut self, stream: u8) -> bool {
+    pub(crate) fn end_stream(&mut self, stream: u8) -> bool {
         let mut inflight = self.inflight.iter();
         if inflight.any(|f| f.stream == stream && f.message.qos == QoS::ExactlyOnce) {
             return false;
@@ -263,14 +268,14 @@ impl Device {
     }
 
     /// Aborts a stream in both directions. What it had there is sent again once the server knows.
-    pub fn reset_stream(&mut self, stream: u8) {
+    pub(crate) fn reset_stream(&mut self, stream: u8) {
         self.io.remove(&stream);
         self.resetting.insert(stream);
         self.requests.retain(|_, on| *on != stream);
     }
 
     /// A stream is gone, and the server knows.
-    pub fn stream_gone(&mut self, stream: u8, rng: &mut Rng) {
+    pub(crate) fn stream_gone(&mut self, stream: u8, rng: &mut Rng) {
         self.reset_stream(stream);
         self.resetting.remove(&stream);
         for at in 0..self.inflight.len() {
@@ -299,7 +304,7 @@ impl Device {
     }
 
     /// What is to be sent now, by stream.
-    pub fn take_output(&mut self, now: Millis, acks: bool) -> Vec<(u8, Vec<u8>)> {
+    pub(crate) fn take_output(&mut self, now: Millis, acks: bool) -> Vec<(u8, Vec<u8>)> {
         let mut all = Vec::new();
         for (stream, io) in &mut self.io {
             if acks {
@@ -314,16 +319,16 @@ impl Device {
     }
 
     /// Nothing of its own is under way.
-    pub fn idle(&self) -> bool {
+    pub(crate) fn idle(&self) -> bool {
         let acks = self.io.values().all(|io| io.acks.is_empty());
         self.inflight.is_empty() && self.waiting.is_empty() && acks
     }
 
-    pub fn waiting(&self) -> usize {
+    pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    pub fn requests(&self) -> usize {
+    pub(crate) fn requests(&self) -> usize {
         self.requests.len()
     }
 
@@ -331,7 +336,12 @@ impl Device {
     ///
     /// # Errors
     /// What the server did wrong.
-    pub fn receive(&mut self, stream: u8, bytes: &[u8], rng: &mut Rng) -> Result<(), String> {
+    pub(crate) fn receive(
+        &mut self,
+        stream: u8,
+        bytes: &[u8],
+        rng: &mut Rng,
+    ) -> Result<(), String> {
         let io = self.io(stream);
         io.input.extend_from_slice(bytes);
         let input = std::mem::take(&mut io.input);

@@ -8,13 +8,13 @@ use crate::world::{Fetch, World, trace};
 
 impl World {
     /// The publish links that exist come up, or go down.
-    pub fn publish_links_up(&self, up: bool) {
+    pub(crate) fn publish_links_up(&self, up: bool) {
         for link in 0..self.publish_links {
             self.router.publish_link_up(link, up);
         }
     }
 
-    pub fn broker_works(&mut self) -> Checked {
+    pub(crate) fn broker_works(&mut self) -> Checked {
         if self.broker.away && self.now >= self.broker_back_at {
             trace!(self, "the broker is back");
             self.broker.away = false;

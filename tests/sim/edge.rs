@@ -66,7 +66,7 @@ struct Judged {
     ahead: usize,
 }
 
-pub struct Edge {
+pub(crate) struct Edge {
     pub device: usize,
     pub link: u64,
     machine: Option<Machine>,
@@ -91,7 +91,7 @@ pub struct Edge {
 }
 
 impl Edge {
-    pub fn new(device: usize, link: u64) -> Self {
+    pub(crate) fn new(device: usize, link: u64) -> Self {
         Self {
             device,
             link,
@@ -111,7 +111,7 @@ impl Edge {
     }
 
     /// Its state, for a report.
-    pub fn state(&self) -> String {
+    pub(crate) fn state(&self) -> String {
         let paused = self.is_paused();
         let (unread, ended) = (self.unread, self.ended);
         format!(
@@ -121,24 +121,24 @@ impl Edge {
     }
 
     /// Whether nothing is to be read for now.
-    pub fn is_paused(&self) -> bool {
+    pub(crate) fn is_paused(&self) -> bool {
         self.machine.as_ref().is_some_and(Machine::paused)
     }
 
     /// Whether all output has left.
-    pub fn has_sent_all(&self) -> bool {
+    pub(crate) fn has_sent_all(&self) -> bool {
         self.output.values().all(Vec::is_empty)
     }
 
     /// Whether these bytes make its CONNECT whole.
-    pub fn completes(&self, bytes: &[u8]) -> bool {
+    pub(crate) fn completes(&self, bytes: &[u8]) -> bool {
         let all = [&self.input, bytes].concat();
         let first = self.machine.is_none() && self.ended.is_none();
         first && matches!(decode_connect(&all, 16 * 1024), Ok(Some(_)))
     }
 
     /// Bytes arrived on a stream.
-    pub fn receive(
+    pub(crate) fn receive(
         &mut self,
         stream: u8,
         bytes: &[u8],
@@ -297,7 +297,7 @@ impl Edge {
 
     /// What the task does when it is woken, or its socket takes more. `room` are the streams that
     /// take output, as bits.
-    pub fn poll(
+    pub(crate) fn poll(
         &mut self,
         room: u16,
         router: &Router,
@@ -414,7 +414,7 @@ impl Edge {
     }
 
     /// All bytes that have arrived are read: no packet may be incomplete for too long.
-    pub fn expire(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+    pub(crate) fn expire(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
         let Some(machine) = &mut self.machine else {
             return Ok(());
         };
@@ -474,12 +474,12 @@ impl Edge {
     }
 
     /// Whether the machine takes bytes of data streams.
-    pub fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.machine.is_some()
     }
 
     /// The client ended its direction of a data stream.
-    pub fn stream_closed(
+    pub(crate) fn stream_closed(
         &mut self,
         stream: u8,
         router: &Router,
@@ -508,7 +508,7 @@ impl Edge {
     }
 
     /// The client broke a data stream off.
-    pub fn stream_ended(
+    pub(crate) fn stream_ended(
         &mut self,
         stream: u8,
         router: &Router,
@@ -552,7 +552,7 @@ impl Edge {
     }
 
     /// What the session wrote and nobody took yet; before it is thrown away.
-    pub fn peek(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+    pub(crate) fn peek(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
         let streams: Vec<u8> = self.streams.keys().copied().chain([0]).collect();
         for stream in streams {
             self.look_ahead(stream, router, oracle, now)?;
@@ -561,7 +561,7 @@ impl Edge {
     }
 
     /// The socket is gone.
-    pub fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+    pub(crate) fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
         let end = End::from_closed(Closed::Eof);
         if self.machine.is_none() {
             self.ended.get_or_insert(end.label);
@@ -618,4 +618,4 @@ impl Edge {
 }
 
 /// The QoS that a device's will or publish may have.
-pub const QOS: [QoS; 3] = [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce];
+pub(crate) const QOS: [QoS; 3] = [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce];

@@ -66,7 +66,7 @@ struct Count {
     allowed: usize,
 }
 
-pub struct Inbound {
+pub(crate) struct Inbound {
     publishers: Vec<Publisher>,
     counts: HashMap<String, Count>,
     by_key: HashMap<String, (usize, u64)>,
@@ -77,7 +77,7 @@ pub struct Inbound {
 }
 
 impl Inbound {
-    pub fn new(devices: usize) -> Self {
+    pub(crate) fn new(devices: usize) -> Self {
         Self {
             publishers: (0..devices).map(|_| Publisher::default()).collect(),
             counts: HashMap::new(),
@@ -89,16 +89,16 @@ impl Inbound {
     }
 
     /// Who published a message, and when the router took it.
-    pub fn publisher(&self, key: &str) -> Option<(usize, u64)> {
+    pub(crate) fn publisher(&self, key: &str) -> Option<(usize, u64)> {
         self.by_key.get(key).copied()
     }
 
     /// How often the broker got a message; those of others once.
-    pub fn forwards(&self, key: &str) -> usize {
+    pub(crate) fn forwards(&self, key: &str) -> usize {
         self.counts.get(key).map_or(1, |c| c.forwarded)
     }
 
-    pub fn connected(&mut self, device: usize, will: Option<(String, u32, QoS)>) {
+    pub(crate) fn connected(&mut self, device: usize, will: Option<(String, u32, QoS)>) {
         let p = &mut self.publishers[device];
         p.will = None;
         if let Some((key, delay, qos)) = will {
@@ -113,7 +113,7 @@ impl Inbound {
     }
 
     /// The session goes on with a new connection: its will is cancelled [MQTT-3.1.3-9].
-    pub fn resumed(&mut self, device: usize, now: Millis) {
+    pub(crate) fn resumed(&mut self, device: usize, now: Millis) {
         let Some(at) = self.publishers[device].will else {
             return;
         };
@@ -126,7 +126,7 @@ impl Inbound {
     }
 
     /// The connection ended; the session ends `expiry` seconds later.
-    pub fn closed(&mut self, device: usize, normal: bool, expiry: u32, now: Millis) {
+    pub(crate) fn closed(&mut self, device: usize, normal: bool, expiry: u32, now: Millis) {
         if let Some(at) = self.publishers[device].will {
             let will = &mut self.wills[at];
             if will.state == WillState::Armed {
@@ -143,7 +143,7 @@ impl Inbound {
     }
 
     /// The session is over: its will is due now at the latest.
-    pub fn ended(&mut self, device: usize, now: Millis) {
+    pub(crate) fn ended(&mut self, device: usize, now: Millis) {
         let p = &mut self.publishers[device];
         let session = p.session;
         let of_it = p.track.values_mut().filter(|t| t.session == session);
@@ -163,14 +163,14 @@ impl Inbound {
     }
 
     /// Answers may have been written that nobody saw.
-    pub fn answers_lost(&mut self, device: usize) {
+    pub(crate) fn answers_lost(&mut self, device: usize) {
         for track in self.publishers[device].track.values_mut() {
             track.answered = true;
         }
     }
 
     /// The session takes a PUBLISH.
-    pub fn publish(
+    pub(crate) fn publish(
         &mut self,
         device: usize,
         stream: u8,
@@ -238,14 +238,14 @@ impl Inbound {
     }
 
     /// PUBREL came.
-    pub fn released(&mut self, device: usize, id: u16) {
+    pub(crate) fn released(&mut self, device: usize, id: u16) {
         if let Some(track) = self.publishers[device].track.get_mut(&id) {
             track.released = true;
         }
     }
 
     /// PUBACK or PUBREC was written.
-    pub fn answered(
+    pub(crate) fn answered(
         &mut self,
         device: usize,
         stream: u8,
@@ -278,7 +278,7 @@ impl Inbound {
     }
 
     /// The broker got a publish. `refused`: it will not route it.
-    pub fn forwarded(&mut self, payload: &[u8], qos: QoS, now: Millis) -> Checked {
+    pub(crate) fn forwarded(&mut self, payload: &[u8], qos: QoS, now: Millis) -> Checked {
         let key = key(payload);
         if let Some(will) = self.wills.iter_mut().find(|w| w.key == key) {
             let before = std::mem::replace(&mut will.state, WillState::Fired);
@@ -331,7 +331,7 @@ impl Inbound {
     }
 
     /// At rest: what was acknowledged is at the broker.
-    pub fn settled(&self) -> Checked {
+    pub(crate) fn settled(&self) -> Checked {
         let mut acknowledged: HashMap<&str, usize> = HashMap::new();
         for l in self.publishers.iter().flat_map(|p| &p.published) {
             if l.acknowledged && !l.refused {
@@ -350,7 +350,7 @@ impl Inbound {
     }
 
     /// At the very end: no will is left.
-    pub fn wills_settled(&self, now: Millis) -> Checked {
+    pub(crate) fn wills_settled(&self, now: Millis) -> Checked {
         for will in &self.wills {
             if let WillState::Due(at) = will.state
                 && at <= now

@@ -7,7 +7,7 @@ use tidegate::time::Millis;
 
 /// One message that a session is to get, or may get.
 #[derive(Clone, Debug)]
-pub struct Owed {
+pub(crate) struct Owed {
     pub key: String,
     pub topic: String,
     /// Order in which the broker took the messages.
@@ -41,7 +41,7 @@ struct Flight {
 
 /// A wish for the retained messages of a filter.
 #[derive(Clone, Debug)]
-pub struct Want {
+pub(crate) struct Want {
     pub filter: String,
     pub got: HashMap<String, usize>,
     /// Fetches of it that failed, and were made anew.
@@ -52,7 +52,7 @@ pub struct Want {
 
 /// What a connection may be sent.
 #[derive(Clone, Debug, Default)]
-pub struct Window {
+pub(crate) struct Window {
     pub receive_max: usize,
     pub open: HashSet<u16>,
     /// Of those in flight at the start of the connection: the ones that were sent again.
@@ -67,7 +67,7 @@ pub struct Window {
 
 /// One subscription, as the packets show it.
 #[derive(Clone, Debug)]
-pub struct Sub {
+pub(crate) struct Sub {
     pub filter: String,
     pub granted: Option<(QoS, SubscribeOptions, u32)>,
     /// Asked and not answered: connection, packet identifier, index, options, identifier.
@@ -81,7 +81,7 @@ pub struct Sub {
 }
 
 #[derive(Clone, Debug)]
-pub struct Ask {
+pub(crate) struct Ask {
     pub link: u64,
     pub packet_id: u16,
     pub index: usize,
@@ -93,7 +93,7 @@ pub struct Ask {
 }
 
 #[derive(Clone, Debug, Default)]
-pub struct Ledger {
+pub(crate) struct Ledger {
     pub owed: Vec<Owed>,
     /// For QoS 0, and for QoS 1 and 2, on each stream: the next entry that may be written. Streams
     /// keep no order with each other.
@@ -141,7 +141,7 @@ impl Owed {
 
 impl Ledger {
     /// A connection of this session begins.
-    pub fn window(&self, receive_max: usize) -> Window {
+    pub(crate) fn window(&self, receive_max: usize) -> Window {
         Window {
             receive_max,
             open: HashSet::new(),
@@ -158,7 +158,7 @@ impl Ledger {
     }
 
     /// The session wrote a PUBLISH.
-    pub fn wrote(
+    pub(crate) fn wrote(
         &mut self,
         w: &mut Window,
         version: Version,
@@ -310,7 +310,7 @@ impl Ledger {
     }
 
     /// A stream has ended: what was written on it and is not acknowledged is sent again.
-    pub fn stream_closed(&mut self, w: &mut Window, stream: u8) {
+    pub(crate) fn stream_closed(&mut self, w: &mut Window, stream: u8) {
         let open = self.inflight.iter().filter(|f| f.stream == stream);
         w.again.extend(open.map(|f| f.packet_id));
     }
@@ -364,12 +364,12 @@ impl Ledger {
     }
 
     /// The client's PUBACK, PUBREC or PUBCOMP came to the session.
-    pub fn acknowledged(&mut self, w: &mut Window, id: u16, qos: QoS) {
+    pub(crate) fn acknowledged(&mut self, w: &mut Window, id: u16, qos: QoS) {
         w.open.remove(&id);
         self.inflight.retain(|f| f.packet_id != id || f.qos != qos);
     }
 
-    pub fn received(&mut self, id: u16) {
+    pub(crate) fn received(&mut self, id: u16) {
         let known = self.inflight.iter_mut().find(|f| f.packet_id == id);
         if let Some(flight) = known {
             flight.released = true;
@@ -377,7 +377,7 @@ impl Ledger {
     }
 
     /// PUBREL is written.
-    pub fn released(&mut self, id: u16) -> Result<(), String> {
+    pub(crate) fn released(&mut self, id: u16) -> Result<(), String> {
         match self.inflight.iter().find(|f| f.packet_id == id) {
             Some(f) if f.released => Ok(()),
             _ => Err(format!(
@@ -387,7 +387,7 @@ impl Ledger {
     }
 
     /// Owed for sure and never written: all, and those without those that expired by `now`.
-    pub fn missing(&self, now: Millis) -> (usize, usize, usize) {
+    pub(crate) fn missing(&self, now: Millis) -> (usize, usize, usize) {
         let left = || self.owed.iter().filter(|o| !o.written);
         // Sent twice by its publisher, a message is one key owed twice: what was written may have
         // been the one that was owed for sure.

@@ -14,11 +14,11 @@ use crate::device::{Profile, Seen};
 use crate::inbound::Inbound;
 use crate::ledger::{Ledger, Owed, Window};
 
-pub type Checked = Result<(), String>;
+pub(crate) type Checked = Result<(), String>;
 
 /// Limits of the run that change what may happen.
 #[derive(Clone, Copy, Debug)]
-pub struct Rules {
+pub(crate) struct Rules {
     pub grants: QoS,
     pub hold: u64,
     pub expiry_max: u32,
@@ -29,7 +29,7 @@ pub struct Rules {
 }
 
 /// One client as the oracle knows it.
-pub struct Client {
+pub(crate) struct Client {
     pub profile: Profile,
     pub exists: bool,
     pub attached: Option<u64>,
@@ -49,7 +49,7 @@ pub struct Client {
     pub sessions: u64,
 }
 
-pub struct Oracle {
+pub(crate) struct Oracle {
     pub rules: Rules,
     pub clients: Vec<Client>,
     pub inbound: Inbound,
@@ -65,7 +65,7 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    pub fn new(rules: Rules, profiles: &[Profile]) -> Self {
+    pub(crate) fn new(rules: Rules, profiles: &[Profile]) -> Self {
         let client = |p: &Profile| Client {
             profile: p.clone(),
             exists: false,
@@ -96,7 +96,7 @@ impl Oracle {
     }
 
     /// CONNECT of `link` is about to be handed over.
-    pub fn connecting(
+    pub(crate) fn connecting(
         &mut self,
         device: usize,
         link: u64,
@@ -140,7 +140,7 @@ impl Oracle {
     }
 
     /// The router gave the session.
-    pub fn connected(&mut self, device: usize, present: bool) -> Checked {
+    pub(crate) fn connected(&mut self, device: usize, present: bool) -> Checked {
         let expected = self.clients[device].expected_present;
         if expected != present {
             return Err(format!(
@@ -151,7 +151,7 @@ impl Oracle {
     }
 
     /// A session is over.
-    pub fn ended(&mut self, device: usize, now: Millis) {
+    pub(crate) fn ended(&mut self, device: usize, now: Millis) {
         let c = &mut self.clients[device];
         c.exists = false;
         c.attached = None;
@@ -162,7 +162,7 @@ impl Oracle {
     }
 
     /// The router was told that `link` ended.
-    pub fn closed(&mut self, device: usize, link: u64, normal: bool, now: Millis) {
+    pub(crate) fn closed(&mut self, device: usize, link: u64, normal: bool, now: Millis) {
         let c = &mut self.clients[device];
         if c.attached != Some(link) {
             return;
@@ -180,7 +180,7 @@ impl Oracle {
 
     /// A data stream of the current connection has ended, at least in the client's direction: what
     /// the client has not acknowledged there is sent again.
-    pub fn stream_closed(&mut self, device: usize, link: u64, stream: u8) {
+    pub(crate) fn stream_closed(&mut self, device: usize, link: u64, stream: u8) {
         let c = &mut self.clients[device];
         if c.attached == Some(link) {
             c.ledger.stream_closed(&mut c.window, stream);
@@ -188,7 +188,7 @@ impl Oracle {
     }
 
     /// A data stream has ended in both directions.
-    pub fn stream_ended(&mut self, device: usize, link: u64, stream: u8) {
+    pub(crate) fn stream_ended(&mut self, device: usize, link: u64, stream: u8) {
         self.stream_closed(device, link, stream);
         let c = &mut self.clients[device];
         if c.attached == Some(link) {
@@ -200,7 +200,7 @@ impl Oracle {
     }
 
     /// The router had its tick.
-    pub fn ticked(&mut self, now: Millis) {
+    pub(crate) fn ticked(&mut self, now: Millis) {
         for device in 0..self.clients.len() {
             let c = &self.clients[device];
             if c.exists && c.attached.is_none() && c.ends_at <= now {
@@ -210,7 +210,7 @@ impl Oracle {
     }
 
     /// With `queue_full = "end_session"` sessions end on their own.
-    pub fn look(&mut self, router: &Router, now: Millis) -> Checked {
+    pub(crate) fn look(&mut self, router: &Router, now: Millis) -> Checked {
         for device in 0..self.clients.len() {
             let c = &self.clients[device];
             let there = router.session(&c.profile.id).is_some();
@@ -229,7 +229,7 @@ impl Oracle {
     }
 
     /// The broker is to send a message: whoever was granted a matching filter must have it held.
-    pub fn routed(&self, topic: &str, held: &BTreeMap<String, (FilterId, QoS)>) -> Checked {
+    pub(crate) fn routed(&self, topic: &str, held: &BTreeMap<String, (FilterId, QoS)>) -> Checked {
         for c in &self.clients {
             for sub in &c.ledger.subs {
                 if sub.granted.is_some()
@@ -248,7 +248,7 @@ impl Oracle {
     }
 
     /// The broker has the filter: from now on it is not in doubt.
-    pub fn holds(&mut self, filter: &str) {
+    pub(crate) fn holds(&mut self, filter: &str) {
         if let Some(regained) = &mut self.regained {
             regained.insert(filter.to_owned());
         }
@@ -262,14 +262,14 @@ impl Oracle {
     }
 
     /// The broker, or the data link, is away from now on, if it is not yet.
-    pub fn gone(&mut self, now: Millis) {
+    pub(crate) fn gone(&mut self, now: Millis) {
         let (since, until) = self.away;
         let again = now < until.saturating_add(5000);
         self.away = (if again { since } else { now }, u64::MAX);
     }
 
     /// The broker lost what it held: until it has it again, messages are missed.
-    pub fn forgotten(&mut self) {
+    pub(crate) fn forgotten(&mut self) {
         for sub in self.clients.iter_mut().flat_map(|c| &mut c.ledger.subs) {
             sub.in_doubt = true;
             sub.guessed = true;
@@ -279,7 +279,7 @@ impl Oracle {
     }
 
     /// A fetch of retained messages failed, and is made anew.
-    pub fn fetched_anew(&mut self, filter: &str) {
+    pub(crate) fn fetched_anew(&mut self, filter: &str) {
         for want in self.clients.iter_mut().flat_map(|c| &mut c.ledger.wants) {
             if want.filter == filter {
                 want.failed += 1;
@@ -288,7 +288,7 @@ impl Oracle {
     }
 
     /// All copies of one message arrive on the data link at once: notes what each session is owed.
-    pub fn arrives(&mut self, copies: &[Copy]) {
+    pub(crate) fn arrives(&mut self, copies: &[Copy]) {
         let Some(first) = copies.first() else {
             return;
         };
@@ -313,7 +313,7 @@ impl Oracle {
     }
 
     /// What a device saw.
-    pub fn seen(&mut self, device: usize, seen: &Seen) -> Checked {
+    pub(crate) fn seen(&mut self, device: usize, seen: &Seen) -> Checked {
         let c = &mut self.clients[device];
         let Seen::Message {
             topic,
@@ -344,7 +344,7 @@ impl Oracle {
     }
 
     /// Everybody is connected and everything at rest: nothing may be missing but by a limit.
-    pub fn settled(&self, router: &Router, links: &[Option<u64>], now: Millis) -> Checked {
+    pub(crate) fn settled(&self, router: &Router, links: &[Option<u64>], now: Millis) -> Checked {
         for (c, link) in self.clients.iter().zip(links) {
             if !c.exists {
                 continue;
@@ -392,12 +392,12 @@ impl Oracle {
 }
 
 /// A message's name: its payload up to the colon.
-pub fn key(payload: &[u8]) -> String {
+pub(crate) fn key(payload: &[u8]) -> String {
     let text = String::from_utf8_lossy(payload);
     text.split(':').next().unwrap_or_default().to_owned()
 }
 
-pub fn event(key: &str) -> u64 {
+pub(crate) fn event(key: &str) -> u64 {
     key.rsplit('#')
         .next()
         .and_then(|n| n.parse().ok())

@@ -11,7 +11,7 @@ use crate::oracle::{Checked, Client, Oracle, key};
 
 impl Oracle {
     /// The client's session took a packet of the client.
-    pub fn took(&mut self, device: usize, stream: u8, packet: &Packet<'_>, now: Millis) {
+    pub(crate) fn took(&mut self, device: usize, stream: u8, packet: &Packet<'_>, now: Millis) {
         let (grants, expiry_max) = (self.rules.grants, self.rules.expiry_max);
         let latest = self.latest;
         self.asks += 1;
@@ -61,7 +61,7 @@ impl Oracle {
     }
 
     /// Bytes that the router wrote for the connection.
-    pub fn wrote(
+    pub(crate) fn wrote(
         &mut self,
         device: usize,
         link: u64,
@@ -380,7 +380,7 @@ fn granted(
     Ok(())
 }
 
-pub fn short(packet: &Packet<'_>) -> String {
+pub(crate) fn short(packet: &Packet<'_>) -> String {
     match packet {
         Packet::Publish(p) => format!(
             "PUBLISH {} id {} on {:?} {:?} dup {} retain {}",

@@ -6,7 +6,7 @@ use tidegate::time::Millis;
 use tidegate_kit::rng::Rng;
 
 #[derive(Default)]
-pub struct Pipe {
+pub(crate) struct Pipe {
     pub chunks: VecDeque<(u64, Vec<u8>)>,
     pub last: u64,
     pub bytes: usize,
@@ -15,7 +15,7 @@ pub struct Pipe {
 }
 
 impl Pipe {
-    pub fn send(&mut self, bytes: Vec<u8>, rng: &mut Rng, now: Millis) {
+    pub(crate) fn send(&mut self, bytes: Vec<u8>, rng: &mut Rng, now: Millis) {
         if bytes.is_empty() || self.stopped {
             return;
         }
@@ -30,7 +30,7 @@ impl Pipe {
     }
 
     /// Cuts off the end of the last packet on the way, and everything after it. Whether there was one.
-    pub fn stop(&mut self) -> bool {
+    pub(crate) fn stop(&mut self) -> bool {
         let Some((_, chunk)) = self.chunks.back_mut() else {
             return false;
         };
@@ -42,12 +42,12 @@ impl Pipe {
     }
 
     /// Whether nothing more has arrived now.
-    pub fn is_read(&self, now: Millis) -> bool {
+    pub(crate) fn is_read(&self, now: Millis) -> bool {
         self.chunks.front().is_none_or(|(at, _)| *at > now)
     }
 
     /// What arrives now: often not all of it, so that a cut may come at any byte.
-    pub fn receive(&mut self, rng: &mut Rng, now: Millis) -> Vec<u8> {
+    pub(crate) fn receive(&mut self, rng: &mut Rng, now: Millis) -> Vec<u8> {
         let mut out = Vec::new();
         while self.chunks.front().is_some_and(|(at, _)| *at <= now) {
             let Some((_, chunk)) = self.chunks.front_mut() else {

@@ -19,7 +19,7 @@ use tidegate_kit::rng::Rng;
 impl World {
     /// Sets up the world of a seed. Keep the order of the random draws, so that old seeds replay
     /// the same run.
-    pub fn new(seed: u64, trace: bool) -> Self {
+    pub(crate) fn new(seed: u64, trace: bool) -> Self {
         let mut rng = Rng::new(seed);
         let copies = rng.pick(&[
             Copies::PerFilter,

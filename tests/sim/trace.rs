@@ -9,7 +9,7 @@ thread_local! {
 }
 
 /// Adds a line: to the recording if there is one, else to the terminal.
-pub fn line(text: Arguments<'_>) {
+pub(crate) fn line(text: Arguments<'_>) {
     RECORD.with_borrow_mut(|record| match record {
         // Writing to a string does not fail.
         Some(record) => drop(writeln!(record, "{text}")),
@@ -18,7 +18,7 @@ pub fn line(text: Arguments<'_>) {
 }
 
 /// Records the lines of a run on this thread.
-pub fn recorded(run: impl FnOnce()) -> String {
+pub(crate) fn recorded(run: impl FnOnce()) -> String {
     RECORD.set(Some(String::new()));
     run();
     RECORD.take().unwrap_or_default()

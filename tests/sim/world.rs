@@ -18,7 +18,7 @@ use tidegate_kit::rng::Rng;
 
 /// A data stream between a device and the server.
 #[derive(Default)]
-pub struct Side {
+pub(crate) struct Side {
     pub up: Pipe,
     pub down: Pipe,
     /// The device reads nothing of it.
@@ -31,7 +31,7 @@ pub struct Side {
     pub finished: bool,
 }
 
-pub struct Link {
+pub(crate) struct Link {
     /// The data streams.
     pub sides: BTreeMap<u8, Side>,
     pub up: Pipe,
@@ -43,14 +43,14 @@ pub struct Link {
     pub stalled: bool,
 }
 
-pub struct Fetch {
+pub(crate) struct Fetch {
     pub at: u64,
     pub number: FilterId,
     pub filter: String,
     pub found: Option<VecDeque<(String, Vec<u8>, QoS)>>,
 }
 
-pub struct World {
+pub(crate) struct World {
     pub rng: Rng,
     pub now: Millis,
     pub router: Arc<Router>,
@@ -78,14 +78,14 @@ pub struct World {
 
 /// What a run saw, to show that runs are not empty.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Report {
+pub(crate) struct Report {
     pub connects: u64,
     pub delivered: u64,
     pub forwarded: u64,
 }
 
 /// Runs one seed.
-pub fn run(seed: u64, trace: bool) -> Result<Report, String> {
+pub(crate) fn run(seed: u64, trace: bool) -> Result<Report, String> {
     let mut world = World::new(seed, trace);
     let steps = 50 + world.rng.below(250);
     for step in 0..steps {
@@ -160,7 +160,7 @@ impl World {
         self.oracle.ticked(self.now);
     }
 
-    pub fn flush(&mut self, n: usize, acks: bool) {
+    pub(crate) fn flush(&mut self, n: usize, acks: bool) {
         let Some(link) = self.devices[n].link else {
             return;
         };

@@ -22,7 +22,7 @@ pub(in crate::client) struct ReadBuffer {
 impl ReadBuffer {
     /// Charges the bytes that a read left. A packet that begins with them has to be complete at
     /// `deadline`; `progress` says that the read completed the packet before it.
-    pub fn settle(&mut self, account: &Arc<Account>, progress: bool, deadline: Millis) {
+    pub(crate) fn settle(&mut self, account: &Arc<Account>, progress: bool, deadline: Millis) {
         if self.bytes.is_empty() && self.bytes.capacity() > KEEP_BYTES {
             self.bytes = Vec::new();
         }
@@ -38,7 +38,7 @@ impl ReadBuffer {
     }
 
     /// Whether the packet is incomplete at its deadline.
-    pub fn is_late(&self, now: Millis) -> bool {
+    pub(crate) fn is_late(&self, now: Millis) -> bool {
         !self.bytes.is_empty() && self.deadline <= now
     }
 }

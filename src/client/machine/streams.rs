@@ -77,12 +77,12 @@ impl DataStream {
     }
 
     /// Bytes of output that the transport has not taken.
-    pub fn waiting(&self) -> usize {
+    pub(super) fn waiting(&self) -> usize {
         self.output.rest().len()
     }
 
     /// When the stream is given up unless the transport takes its output, if it is blocked.
-    pub fn blocked_until(&self) -> Option<Millis> {
+    pub(super) fn blocked_until(&self) -> Option<Millis> {
         self.blocked.as_ref().map(|blocked| blocked.until)
     }
 }

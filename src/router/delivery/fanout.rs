@@ -24,7 +24,7 @@ pub(in crate::router) struct Routes {
 impl Routes {
     /// Finds the receivers of a batch. Messages get the filters that they are for; those whose filters
     /// are all gone get none.
-    pub fn find(&mut self, table: &Table, data_links: usize, batch: &mut [Arrived]) {
+    pub(crate) fn find(&mut self, table: &Table, data_links: usize, batch: &mut [Arrived]) {
         let named = table.identifiers != Some(false);
         for (at, arrived) in batch.iter_mut().enumerate() {
             let mut mask = 0;
@@ -65,7 +65,7 @@ impl Routes {
     }
 
     /// The shards that some message is for.
-    pub fn shards(&self) -> impl Iterator<Item = u16> + use<> {
+    pub(crate) fn shards(&self) -> impl Iterator<Item = u16> + use<> {
         let mut remaining = self.all;
         std::iter::from_fn(move || {
             let number = (remaining != 0).then(|| remaining.trailing_zeros() as u16);
@@ -75,7 +75,7 @@ impl Routes {
     }
 
     /// The messages of the batch that are for one shard.
-    pub fn of_shard<'a>(
+    pub(crate) fn of_shard<'a>(
         &'a self,
         number: u16,
         batch: &'a [Arrived],

@@ -126,7 +126,7 @@ enum Fit {
 
 impl SharedGroups {
     /// A session has subscribed to a group.
-    pub fn join(
+    pub(crate) fn join(
         &self,
         sessions: &Sessions,
         number: FilterId,
@@ -152,7 +152,7 @@ impl SharedGroups {
     }
 
     /// A session is connected again that has subscribed to these groups.
-    pub fn members_came(&self, numbers: &[FilterId], session: SessionRef) {
+    pub(crate) fn members_came(&self, numbers: &[FilterId], session: SessionRef) {
         let mut groups = self.0.lock();
         for number in numbers {
             if let Some(group) = groups.get_mut(number) {
@@ -163,7 +163,7 @@ impl SharedGroups {
 
     /// Forgets the groups of filters that are gone. To be called while the table of filters is locked, so
     /// that a client that subscribes anew is in the next group.
-    pub fn forget(&self, numbers: &[FilterId]) {
+    pub(crate) fn forget(&self, numbers: &[FilterId]) {
         if numbers.is_empty() {
             return;
         }
@@ -175,7 +175,7 @@ impl SharedGroups {
 
     /// Gives a message to one member: the next in turn that is free, else the next that is
     /// connected, else the next.
-    pub fn share(
+    pub(crate) fn share(
         &self,
         sessions: &Sessions,
         number: FilterId,
@@ -204,7 +204,12 @@ impl SharedGroups {
     }
 
     /// Hands messages of members that ended, or are away for long, to others.
-    pub fn redeliver(&self, sessions: &Sessions, redeliveries: Vec<Redelivery>, now: Millis) {
+    pub(crate) fn redeliver(
+        &self,
+        sessions: &Sessions,
+        redeliveries: Vec<Redelivery>,
+        now: Millis,
+    ) {
         if redeliveries.is_empty() {
             return;
         }

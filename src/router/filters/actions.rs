@@ -9,13 +9,13 @@ use crate::topics::FilterId;
 pub(in crate::router) struct LinkSet(u32);
 
 impl LinkSet {
-    pub fn insert(&mut self, link: usize) {
+    pub(crate) fn insert(&mut self, link: usize) {
         // There are at most 12 links.
         self.0 |= 1 << link;
     }
 
     /// The links, in the order of their numbers.
-    pub fn iter(self) -> impl Iterator<Item = usize> {
+    pub(crate) fn iter(self) -> impl Iterator<Item = usize> {
         (0..u32::BITS as usize).filter(move |link| self.0 & (1 << link) != 0)
     }
 }

@@ -104,7 +104,7 @@ const _: () = assert!(size_of::<Filter>() <= 144);
 
 impl Filter {
     /// A filter that is about to be used.
-    pub fn new(name: Arc<str>) -> Self {
+    pub(crate) fn new(name: Arc<str>) -> Self {
         Self {
             shared: split_shared(&name).is_some(),
             name,
@@ -125,24 +125,24 @@ impl Filter {
     }
 
     /// A filter that is known from an earlier process, and that nobody uses yet.
-    pub fn idle(name: Arc<str>, since: Millis) -> Self {
+    pub(crate) fn idle(name: Arc<str>, since: Millis) -> Self {
         Self {
             idle_since: Some(since),
             ..Self::new(name)
         }
     }
 
-    pub fn name(&self) -> &Arc<str> {
+    pub(crate) fn name(&self) -> &Arc<str> {
         &self.name
     }
 
     /// Whether it is `$share/group/filter`.
-    pub fn is_shared(&self) -> bool {
+    pub(crate) fn is_shared(&self) -> bool {
         self.shared
     }
 
     /// The filter without its share name.
-    pub fn topics(&self) -> &str {
+    pub(crate) fn topics(&self) -> &str {
         match self.shared {
             true => split_shared(&self.name).map_or(&self.name, |(_, topics)| topics),
             false => &self.name,
@@ -150,16 +150,16 @@ impl Filter {
     }
 
     /// Whether it is kept subscribed by configuration.
-    pub fn is_root(&self) -> bool {
+    pub(crate) fn is_root(&self) -> bool {
         self.root
     }
 
-    pub fn placement(&self) -> Placement {
+    pub(crate) fn placement(&self) -> Placement {
         self.placement
     }
 
     /// The link that carries its own subscription, if it has one.
-    pub fn link(&self) -> Option<usize> {
+    pub(crate) fn link(&self) -> Option<usize> {
         match self.placement {
             Placement::Link(link) => Some(usize::from(link)),
             Placement::Unplaced | Placement::BelowRoot(_) | Placement::Local { .. } => None,
@@ -167,24 +167,24 @@ impl Filter {
     }
 
     /// The other filter whose subscription brings its messages, if it has none of its own.
-    pub fn source(&self) -> Option<FilterId> {
+    pub(crate) fn source(&self) -> Option<FilterId> {
         match self.placement {
             Placement::BelowRoot(source) | Placement::Local { source, .. } => Some(source),
             Placement::Unplaced | Placement::Link(_) => None,
         }
     }
 
-    pub fn phase(&self) -> Phase {
+    pub(crate) fn phase(&self) -> Phase {
         self.phase
     }
 
     /// Whether the broker has granted it, so far as is known.
-    pub fn is_active(&self) -> bool {
+    pub(crate) fn is_active(&self) -> bool {
         matches!(self.phase, Phase::Active { .. })
     }
 
     /// Whether the broker is still to answer for the QoS that is wanted.
-    pub fn is_rising(&self) -> bool {
+    pub(crate) fn is_rising(&self) -> bool {
         match self.phase {
             Phase::Pending | Phase::Subscribing => true,
             Phase::Active { raising } => raising,
@@ -193,40 +193,40 @@ impl Filter {
     }
 
     /// Whether clients that ask are granted it without waiting for the broker.
-    pub fn is_granted(&self) -> bool {
+    pub(crate) fn is_granted(&self) -> bool {
         self.is_active() || matches!(self.standing, Standing::Granted | Standing::Presumed)
     }
 
     /// Whether the broker's answer stands behind what clients are granted now.
-    pub fn is_confirmed(&self) -> bool {
+    pub(crate) fn is_confirmed(&self) -> bool {
         self.is_active() || !self.is_presumed()
     }
 
     /// Whether clients have subscriptions on it that do not count until the broker answers.
-    pub fn is_presumed(&self) -> bool {
+    pub(crate) fn is_presumed(&self) -> bool {
         matches!(self.standing, Standing::Presumed | Standing::Withdrawn)
     }
 
     /// The highest QoS that was asked for.
-    pub fn wanted(&self) -> QoS {
+    pub(crate) fn wanted(&self) -> QoS {
         self.wanted
     }
 
     /// The QoS that clients are granted at most.
-    pub fn granted(&self) -> QoS {
+    pub(crate) fn granted(&self) -> QoS {
         self.granted.unwrap_or_default()
     }
 
     /// Whether a client can be granted `qos` at once. If more was asked for, the answer to that is
     /// awaited.
-    pub fn grants(&self, qos: QoS) -> bool {
+    pub(crate) fn grants(&self, qos: QoS) -> bool {
         let awaited = self.is_rising() && !self.is_presumed() && self.granted() < qos;
         self.is_granted() && self.wanted >= qos && !awaited
     }
 
     /// The QoS that a client gets that asked for `qos`. Without the broker's answer it is what the
     /// broker was asked for.
-    pub fn grant(&self, qos: QoS) -> QoS {
+    pub(crate) fn grant(&self, qos: QoS) -> QoS {
         match self.is_presumed() {
             true => self.wanted.min(qos),
             false => self.granted().min(qos),
@@ -234,42 +234,42 @@ impl Filter {
     }
 
     /// Local groups that get its messages.
-    pub fn groups(&self) -> &[FilterId] {
+    pub(crate) fn groups(&self) -> &[FilterId] {
         &self.groups
     }
 
     /// Shards with sessions that use it, as bits.
-    pub fn mask(&self) -> u64 {
+    pub(crate) fn mask(&self) -> u64 {
         self.mask
     }
 
     /// Whether neither a subscription nor a local group uses it.
-    pub fn is_unused(&self) -> bool {
+    pub(crate) fn is_unused(&self) -> bool {
         self.references.is_empty() && self.groups.is_empty()
     }
 
     /// Whether somebody uses it, or waits for an answer on it.
-    pub fn is_wanted(&self) -> bool {
+    pub(crate) fn is_wanted(&self) -> bool {
         self.idle_since.is_none() || self.is_awaited()
     }
 
     /// Whether clients wait for an answer on it.
-    pub fn is_awaited(&self) -> bool {
+    pub(crate) fn is_awaited(&self) -> bool {
         !self.awaiting_suback.is_empty()
     }
 
     /// Since when nobody uses it; `None`: it is in use.
-    pub fn idle_since(&self) -> Option<Millis> {
+    pub(crate) fn idle_since(&self) -> Option<Millis> {
         self.idle_since
     }
 
     /// A message arrived and nobody got it.
-    pub fn count_unread(&self) {
+    pub(crate) fn count_unread(&self) {
         self.unread.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Messages that arrived for nobody since it became idle.
-    pub fn unread(&self) -> u32 {
+    pub(crate) fn unread(&self) -> u32 {
         self.unread.load(Ordering::Relaxed)
     }
 }
@@ -278,7 +278,7 @@ impl Filter {
 impl Filter {
     /// It is a root from now on: wanted at the highest QoS for as long as the process runs. Returns
     /// since when it was idle, if it was.
-    pub fn make_root(&mut self) -> Option<Millis> {
+    pub(crate) fn make_root(&mut self) -> Option<Millis> {
         self.root = true;
         self.wanted = QoS::ExactlyOnce;
         self.phase = Phase::Pending;
@@ -286,30 +286,30 @@ impl Filter {
     }
 
     /// A link is chosen.
-    pub fn place_on(&mut self, link: u8) {
+    pub(crate) fn place_on(&mut self, link: u8) {
         self.placement = Placement::Link(link);
     }
 
     /// It lies inside a root, and is active as long as the root is.
-    pub fn place_below(&mut self, root: FilterId) {
+    pub(crate) fn place_below(&mut self, root: FilterId) {
         self.placement = Placement::BelowRoot(root);
         self.phase = Phase::Active { raising: false };
     }
 
     /// It is a group of this node alone, for the messages of `plain`, which come from `source`.
-    pub fn place_locally(&mut self, plain: FilterId, source: FilterId) {
+    pub(crate) fn place_locally(&mut self, plain: FilterId, source: FilterId) {
         self.placement = Placement::Local { plain, source };
         self.phase = Phase::Active { raising: false };
     }
 
     /// The placement no longer holds, because the broker's capabilities changed.
-    pub fn unplace(&mut self) {
+    pub(crate) fn unplace(&mut self) {
         self.placement = Placement::Unplaced;
     }
 
     /// It was subscribed on another link, and is to be subscribed on its new one. Whether a SUBSCRIBE
     /// is to be queued.
-    pub fn moved(&mut self) -> bool {
+    pub(crate) fn moved(&mut self) -> bool {
         let wanted = self.phase != Phase::Absent && self.link().is_some();
         if wanted {
             self.phase = Phase::Pending;
@@ -318,7 +318,7 @@ impl Filter {
     }
 
     /// No link can take it, or the broker cannot serve it.
-    pub fn unservable(&mut self) {
+    pub(crate) fn unservable(&mut self) {
         self.phase = Phase::Absent;
         self.withdraw();
     }
@@ -335,7 +335,7 @@ impl Filter {
 impl Filter {
     /// Somebody wants it at `qos`. Whether a SUBSCRIBE is to be queued; if one is under way, the
     /// next follows its answer.
-    pub fn request(&mut self, qos: QoS) -> bool {
+    pub(crate) fn request(&mut self, qos: QoS) -> bool {
         let higher = qos > self.wanted;
         self.wanted = self.wanted.max(qos);
         match self.phase {
@@ -355,7 +355,7 @@ impl Filter {
 
     /// Its turn among the SUBSCRIBEs of the link has come. The QoS to ask for, at least `floor`;
     /// `None`: nothing is to be sent.
-    pub fn subscribe_sent(&mut self, floor: QoS) -> Option<QoS> {
+    pub(crate) fn subscribe_sent(&mut self, floor: QoS) -> Option<QoS> {
         match self.phase {
             Phase::Pending => self.phase = Phase::Subscribing,
             Phase::Active { raising: true } => {}
@@ -370,7 +370,7 @@ impl Filter {
     }
 
     /// The broker's SUBACK, or our own answer in its place.
-    pub fn suback(&mut self, code: ReasonCode) -> SubackOutcome {
+    pub(crate) fn suback(&mut self, code: ReasonCode) -> SubackOutcome {
         let first = match self.phase {
             Phase::Subscribing => true,
             Phase::Active { raising: true } => false,
@@ -406,14 +406,14 @@ impl Filter {
     }
 
     /// The broker has not answered in time: clients are granted the filter without its answer.
-    pub fn presume(&mut self) {
+    pub(crate) fn presume(&mut self) {
         self.standing = Standing::Presumed;
         self.granted = Some(self.wanted);
     }
 
     /// The broker has answered for its root. Whether clients were granted it before without that
     /// answer.
-    pub fn root_answered(&mut self) -> bool {
+    pub(crate) fn root_answered(&mut self) -> bool {
         let presumed = self.is_presumed();
         self.standing = Standing::AwaitingSuback;
         presumed
@@ -421,7 +421,7 @@ impl Filter {
 
     /// Its link is connected again. What was under way when the link was lost is in doubt, and is
     /// repeated, which is harmless.
-    pub fn resume(&mut self, session: LinkSession) -> Resumed {
+    pub(crate) fn resume(&mut self, session: LinkSession) -> Resumed {
         if session == LinkSession::New {
             self.asked = None;
         }
@@ -445,7 +445,7 @@ impl Filter {
 
     /// Nobody uses it, and it is to go. A filter that is only to be subscribed again may still be at
     /// the broker.
-    pub fn release(&mut self) -> Release {
+    pub(crate) fn release(&mut self) -> Release {
         if self.is_awaited() {
             return Release::Later;
         }
@@ -467,7 +467,7 @@ impl Filter {
     }
 
     /// The broker's UNSUBACK.
-    pub fn unsuback(&mut self) -> Unsubacked {
+    pub(crate) fn unsuback(&mut self) -> Unsubacked {
         if self.phase != Phase::Unsubscribing {
             return Unsubacked::Stray;
         }
@@ -483,7 +483,7 @@ impl Filter {
 /// Its users.
 impl Filter {
     /// One more subscription of a session in `shard`. Returns since when it was idle, if it was.
-    pub fn reference(&mut self, shard: u16) -> Option<Millis> {
+    pub(crate) fn reference(&mut self, shard: u16) -> Option<Millis> {
         self.mask |= 1 << shard;
         match self.references.iter_mut().find(|(s, _)| *s == shard) {
             Some((_, count)) => *count += 1,
@@ -493,7 +493,7 @@ impl Filter {
     }
 
     /// One subscription of a session in `shard` less. Whether it is idle from now on.
-    pub fn unreference(&mut self, shard: u16, now: Millis) -> bool {
+    pub(crate) fn unreference(&mut self, shard: u16, now: Millis) -> bool {
         if let Some(at) = self.references.iter().position(|(s, _)| *s == shard) {
             self.references[at].1 -= 1;
             if self.references[at].1 == 0 {
@@ -505,7 +505,7 @@ impl Filter {
     }
 
     /// A local group gets its messages. Returns since when it was idle, if it was.
-    pub fn add_group(&mut self, group: FilterId) -> Option<Millis> {
+    pub(crate) fn add_group(&mut self, group: FilterId) -> Option<Millis> {
         if !self.groups.contains(&group) {
             self.groups.push(group);
         }
@@ -513,7 +513,7 @@ impl Filter {
     }
 
     /// A local group is gone. Whether it is idle from now on.
-    pub fn remove_group(&mut self, group: FilterId, now: Millis) -> bool {
+    pub(crate) fn remove_group(&mut self, group: FilterId, now: Millis) -> bool {
         self.groups.retain(|g| *g != group);
         self.idle_if_unused(now)
     }
@@ -532,24 +532,24 @@ impl Filter {
     }
 
     /// A client's SUBSCRIBE waits for the broker's answer on this filter.
-    pub fn await_suback(&mut self, grant: PendingGrant) {
+    pub(crate) fn await_suback(&mut self, grant: PendingGrant) {
         self.awaiting_suback.push(grant);
     }
 
     /// Takes the grants that wait for this QoS or less.
-    pub fn take_answered(&mut self, qos: QoS) -> Vec<PendingGrant> {
+    pub(crate) fn take_answered(&mut self, qos: QoS) -> Vec<PendingGrant> {
         let answered = self.awaiting_suback.extract_if(.., |g| g.qos <= qos);
         answered.collect()
     }
 
     /// Takes the grants that have waited long enough.
-    pub fn take_late(&mut self, now: Millis) -> Vec<PendingGrant> {
+    pub(crate) fn take_late(&mut self, now: Millis) -> Vec<PendingGrant> {
         let late = (self.awaiting_suback).extract_if(.., |g| g.deadline <= now);
         late.collect()
     }
 
     /// The deadlines of the grants that wait.
-    pub fn deadlines(&self) -> impl Iterator<Item = Millis> {
+    pub(crate) fn deadlines(&self) -> impl Iterator<Item = Millis> {
         self.awaiting_suback.iter().map(|g| g.deadline)
     }
 }

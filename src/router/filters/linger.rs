@@ -39,7 +39,7 @@ struct LingerAccount {
 
 impl Lingering {
     /// A filter whose name has so many bytes begins to linger.
-    pub fn insert(&mut self, idle: Idle, bytes: usize) {
+    pub(super) fn insert(&mut self, idle: Idle, bytes: usize) {
         let entry = Entry {
             bytes,
             account: None,
@@ -51,7 +51,7 @@ impl Lingering {
     }
 
     /// A filter does not linger any more.
-    pub fn remove(&mut self, idle: Idle) {
+    pub(super) fn remove(&mut self, idle: Idle) {
         if let Some(entry) = self.filters.remove(&idle) {
             self.forget(idle, &entry);
         }
@@ -73,7 +73,7 @@ impl Lingering {
 
     /// Charges a lingering filter to `client`, which unsubscribed from it. Beyond so many filters or
     /// bytes the oldest are taken off the account, and returned.
-    pub fn charge(
+    pub(super) fn charge(
         &mut self,
         idle: Idle,
         client: SessionRef,
@@ -107,17 +107,17 @@ impl Lingering {
     }
 
     /// How many filters linger.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.filters.len()
     }
 
     /// Bytes of their names.
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// The filters behind `last`, longest idle first, each with the bytes of its name.
-    pub fn behind(&self, last: Option<Idle>) -> impl Iterator<Item = (Idle, usize)> {
+    pub(super) fn behind(&self, last: Option<Idle>) -> impl Iterator<Item = (Idle, usize)> {
         let from = last.map_or(Bound::Unbounded, Bound::Excluded);
         let behind = self.filters.range((from, Bound::Unbounded));
         behind.map(|(idle, entry)| (*idle, entry.bytes))
@@ -141,7 +141,7 @@ pub(in crate::router) struct Overdue {
 
 impl Overdue {
     /// Whether the next filter is released. `None`: neither that one nor any behind it.
-    pub fn next(
+    pub(super) fn next(
         &mut self,
         since: Millis,
         bytes: usize,

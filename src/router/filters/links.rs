@@ -54,7 +54,7 @@ pub(in crate::router) struct Placed {
 impl Filters {
     /// Places the filters for a broker with these features. `retain_changed`: live messages kept
     /// RETAIN before and do not now, or the reverse. `None`: all filters are where they belong.
-    pub fn place_all(
+    pub(crate) fn place_all(
         &self,
         features: &BrokerFeatures,
         retain_changed: bool,
@@ -114,7 +114,7 @@ impl Filters {
     }
 
     /// Up to `max` filters whose SUBSCRIBE is to be sent on `link` now.
-    pub fn next_subscribes(&self, link: usize, max: usize) -> Vec<UpstreamSubscribe> {
+    pub(crate) fn next_subscribes(&self, link: usize, max: usize) -> Vec<UpstreamSubscribe> {
         let mut table = self.write();
         let floor = table.floor;
         let mut taken = Vec::new();
@@ -137,7 +137,7 @@ impl Filters {
     }
 
     /// Up to `max` filters whose UNSUBSCRIBE is to be sent on `link` now.
-    pub fn next_unsubscribes(&self, link: usize, max: usize) -> Vec<(FilterId, Arc<str>)> {
+    pub(crate) fn next_unsubscribes(&self, link: usize, max: usize) -> Vec<(FilterId, Arc<str>)> {
         let mut table = self.write();
         let mut taken = Vec::new();
         while taken.len() < max
@@ -156,7 +156,13 @@ impl Filters {
     }
 
     /// A link is connected; `first`: for the first time.
-    pub fn link_up(&self, link: usize, session: LinkSession, first: bool, now: Millis) -> LinkUp {
+    pub(crate) fn link_up(
+        &self,
+        link: usize,
+        session: LinkSession,
+        first: bool,
+        now: Millis,
+    ) -> LinkUp {
         let resumed = session == LinkSession::Resumed;
         let mut up = LinkUp::default();
         self.up[link].store(true, Ordering::Release);
@@ -219,7 +225,7 @@ impl Filters {
     }
 
     /// A link is lost. Returns its filters, those below its roots included.
-    pub fn link_down(&self, link: usize, now: Millis) -> Vec<FilterId> {
+    pub(crate) fn link_down(&self, link: usize, now: Millis) -> Vec<FilterId> {
         self.up[link].store(false, Ordering::Release);
         self.losses.fetch_add(1, Ordering::AcqRel);
         let table = self.write();
@@ -232,24 +238,24 @@ impl Filters {
     }
 
     /// Whether a link is connected.
-    pub fn is_up(&self, link: usize) -> bool {
+    pub(crate) fn is_up(&self, link: usize) -> bool {
         self.up[link].load(Ordering::Acquire)
     }
 
     /// Whether every data link is up and has its filters again: every message that is published now
     /// arrives.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         (0..self.config.data_links).all(|link| self.is_up(link)) && self.lost.is_empty()
     }
 
     /// How often a link was lost: the same number before and after means that the broker was there all
     /// the time.
-    pub fn link_losses(&self) -> u64 {
+    pub(crate) fn link_losses(&self) -> u64 {
         self.losses.load(Ordering::Acquire)
     }
 
     /// Filters on a link.
-    pub fn count_on(&self, link: usize) -> usize {
+    pub(crate) fn count_on(&self, link: usize) -> usize {
         let table = self.read();
         let there = table
             .of_link(link)

@@ -24,7 +24,11 @@ impl Filters {
     /// Releases the filters that do not linger: shared ones without members, and those beyond a
     /// client's share. `forget_groups` is called with the filters that are gone while nobody can
     /// subscribe to them anew: whoever subscribes later is in a new group.
-    pub fn release_due(&self, now: Millis, forget_groups: impl FnOnce(&[FilterId])) -> Released {
+    pub(crate) fn release_due(
+        &self,
+        now: Millis,
+        forget_groups: impl FnOnce(&[FilterId]),
+    ) -> Released {
         let mut table = self.write();
         if table.release_soon.is_empty() {
             return Released::default();
@@ -50,7 +54,7 @@ impl Filters {
     }
 
     /// Releases the lingering filters whose time is over, or which are too many.
-    pub fn release_overdue(
+    pub(crate) fn release_overdue(
         &self,
         now: Millis,
         forget_groups: impl Fn(&[FilterId]),

@@ -14,7 +14,7 @@ const SUGGEST_UNTIL: usize = 100_000;
 
 impl Table {
     /// Keeps a root subscribed from the first connection of its link on.
-    pub fn add_root(&mut self, name: &str) {
+    pub(crate) fn add_root(&mut self, name: &str) {
         let (id, _) = self.intern(name);
         // A root that is known from an earlier process has begun to linger.
         if let Some(since) = self.get_mut(id).and_then(Filter::make_root) {
@@ -42,12 +42,12 @@ impl Table {
 
     /// The filter whose subscription at the broker brings the messages of this one: its root, or the
     /// filter itself.
-    pub fn source(&self, id: FilterId) -> FilterId {
+    pub(crate) fn source(&self, id: FilterId) -> FilterId {
         self.get(id).and_then(Filter::source).unwrap_or(id)
     }
 
     /// The filters below `root`, and the local groups that hang on it; none if `root` is not a root.
-    pub fn below(&self, root: FilterId) -> impl Iterator<Item = FilterId> {
+    pub(crate) fn below(&self, root: FilterId) -> impl Iterator<Item = FilterId> {
         let is_root = self.get(root).is_some_and(Filter::is_root);
         let all = is_root.then(|| self.all()).into_iter().flatten();
         all.filter(move |(_, f)| f.source() == Some(root))
@@ -55,21 +55,21 @@ impl Table {
     }
 
     /// Adds the filters that are below those of `ids` which are roots.
-    pub fn add_below(&self, ids: &mut Vec<FilterId>) {
+    pub(crate) fn add_below(&self, ids: &mut Vec<FilterId>) {
         for at in 0..ids.len() {
             ids.extend(self.below(ids[at]));
         }
     }
 
     /// The filters below `root` that match a topic; none if `root` is not a root.
-    pub fn match_root(&self, root: FilterId, topic: &str, f: impl FnMut(FilterId)) {
+    pub(crate) fn match_root(&self, root: FilterId, topic: &str, f: impl FnMut(FilterId)) {
         if self.get(root).is_some_and(Filter::is_root) {
             self.below_roots.for_each_match(topic, f);
         }
     }
 
     /// Logs which root would spare the broker most of its filters, as their number grows.
-    pub fn suggest_root(&self) {
+    pub(crate) fn suggest_root(&self) {
         let at_broker = self.len().saturating_sub(self.below_roots.len());
         let known = self.suggest_at.load(Ordering::Relaxed);
         // Then it has been logged often enough, and counting takes its time.
@@ -127,7 +127,7 @@ impl Table {
 
     /// Takes the filters below `root`, and the local groups of `root`, whose clients wait for its
     /// SUBACK.
-    pub fn take_awaiting_root(&mut self, root: FilterId) -> Vec<FilterId> {
+    pub(crate) fn take_awaiting_root(&mut self, root: FilterId) -> Vec<FilterId> {
         if self.awaiting_root.is_empty() {
             return Vec::new();
         }

@@ -13,7 +13,7 @@ static REFUSED: RateLimited = RateLimited::new(LOG_INTERVAL);
 
 impl Filters {
     /// The broker's SUBACK for a filter.
-    pub fn suback(&self, id: FilterId, code: ReasonCode, now: Millis) -> Actions {
+    pub(crate) fn suback(&self, id: FilterId, code: ReasonCode, now: Millis) -> Actions {
         let mut table = self.write();
         let mut actions = Actions::default();
         let regained = table.regain(id);
@@ -67,7 +67,7 @@ impl Filters {
     }
 
     /// The broker's UNSUBACK for a filter. A filter that is used again meanwhile is subscribed again.
-    pub fn unsuback(&self, id: FilterId, now: Millis) -> Actions {
+    pub(crate) fn unsuback(&self, id: FilterId, now: Millis) -> Actions {
         let mut actions = Actions::default();
         let mut table = self.write();
         let Some(filter) = table.get_mut(id) else {
@@ -89,7 +89,7 @@ impl Filters {
 
     /// The next SUBSCRIBEs that have waited long enough for the broker. They are granted if the broker
     /// has granted the filter, or if `accept` is set; the messages until the broker has it are missed.
-    pub fn next_late(&self, accept: bool, now: Millis) -> Option<Answered> {
+    pub(crate) fn next_late(&self, accept: bool, now: Millis) -> Option<Answered> {
         loop {
             let mut table = self.write();
             let &(deadline, id) = table.deadlines.first()?;

@@ -60,7 +60,7 @@ impl Filters {
     ///
     /// # Errors
     /// [`Refusal`]; nothing changed.
-    pub fn admit(
+    pub(crate) fn admit(
         &self,
         name: &str,
         qos: QoS,
@@ -100,7 +100,7 @@ impl Filters {
 
     /// The subscription of an admitted filter has joined its session; it `replaced` one on the same
     /// filter. `late` are overlapping subscriptions that became active since the filter was admitted.
-    pub fn joined(
+    pub(crate) fn joined(
         &self,
         grant: &PendingGrant,
         admitted: Option<Grant>,
@@ -161,7 +161,7 @@ impl Filters {
     /// Other subscriptions of a client bring the messages of a filter as well, which the client has at
     /// `qos`: the broker is to have them at this QoS too. The client's SUBSCRIBE, if there is one, waits
     /// for the last of them. Returns whether it waits.
-    pub fn raise(
+    pub(crate) fn raise(
         &self,
         overlapping: &[FilterId],
         qos: QoS,
@@ -178,7 +178,7 @@ impl Filters {
     }
 
     /// Gives back references of sessions in `shard`.
-    pub fn release(&self, filters: &[FilterId], shard: u16, now: Millis) {
+    pub(crate) fn release(&self, filters: &[FilterId], shard: u16, now: Millis) {
         if filters.is_empty() {
             return;
         }
@@ -190,7 +190,7 @@ impl Filters {
 
     /// Gives back references of clients that unsubscribed. Filters that nobody else uses linger on
     /// these clients' accounts.
-    pub fn unsubscribed(&self, gone: &[(SessionRef, FilterId)], now: Millis) {
+    pub(crate) fn unsubscribed(&self, gone: &[(SessionRef, FilterId)], now: Millis) {
         if gone.is_empty() {
             return;
         }

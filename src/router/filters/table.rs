@@ -65,7 +65,11 @@ pub(in crate::router) struct Table {
 impl Table {
     /// Tables for so many data links, and so many links for shared subscriptions. Filters that
     /// `numbers` knows linger from the start.
-    pub fn new(numbers: Box<dyn Identifiers>, data_links: usize, shared_links: usize) -> Self {
+    pub(crate) fn new(
+        numbers: Box<dyn Identifiers>,
+        data_links: usize,
+        shared_links: usize,
+    ) -> Self {
         let links = data_links + shared_links;
         let mut lingering = Lingering::default();
         let mut filters = Vec::new();
@@ -97,31 +101,31 @@ impl Table {
         }
     }
 
-    pub fn get(&self, id: FilterId) -> Option<&Filter> {
+    pub(crate) fn get(&self, id: FilterId) -> Option<&Filter> {
         self.filters.get(id.index())?.as_deref()
     }
 
-    pub fn get_mut(&mut self, id: FilterId) -> Option<&mut Filter> {
+    pub(crate) fn get_mut(&mut self, id: FilterId) -> Option<&mut Filter> {
         self.filters.get_mut(id.index())?.as_deref_mut()
     }
 
     /// Filters that are known, in use or lingering.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.numbers.count()
     }
 
     /// Whether a filter is known.
-    pub fn knows(&self, name: &str) -> bool {
+    pub(crate) fn knows(&self, name: &str) -> bool {
         self.numbers.knows(name)
     }
 
     /// Whether the number meant a filter that is gone: its late messages are for nobody.
-    pub fn is_tombstone(&self, id: FilterId) -> bool {
+    pub(crate) fn is_tombstone(&self, id: FilterId) -> bool {
         matches!(self.filters.get(id.index()), Some(None))
     }
 
     /// The filters of one link that match `topic`.
-    pub fn match_topic(&self, link: usize, topic: &str, mut f: impl FnMut(FilterId)) {
+    pub(crate) fn match_topic(&self, link: usize, topic: &str, mut f: impl FnMut(FilterId)) {
         if self.identifiers == Some(false) {
             self.tries[link].for_each_match(topic, f);
             return;
@@ -134,18 +138,18 @@ impl Table {
     }
 
     /// All filters with their numbers, in the order of these.
-    pub fn all(&self) -> impl Iterator<Item = (FilterId, &Filter)> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = (FilterId, &Filter)> {
         let all = self.filters.iter().enumerate();
         all.filter_map(|(at, f)| Some((FilterId::from_index(at), f.as_deref()?)))
     }
 
     /// The filters that have a subscription of their own on one link.
-    pub fn of_link(&self, link: usize) -> impl Iterator<Item = (FilterId, &Filter)> {
+    pub(crate) fn of_link(&self, link: usize) -> impl Iterator<Item = (FilterId, &Filter)> {
         self.all().filter(move |(_, f)| f.link() == Some(link))
     }
 
     /// The filter's number, new or known.
-    pub fn intern(&mut self, name: &str) -> (FilterId, Arc<str>) {
+    pub(crate) fn intern(&mut self, name: &str) -> (FilterId, Arc<str>) {
         let (id, name) = self.numbers.number(name);
         let at = id.index();
         if at >= self.filters.len() {
@@ -162,7 +166,12 @@ impl Table {
     ///
     /// # Errors
     /// The name of a filter that it overlaps, if it overlaps one on every link.
-    pub fn place(&mut self, id: FilterId, hash: u64, near: &[FilterId]) -> Result<(), Arc<str>> {
+    pub(crate) fn place(
+        &mut self,
+        id: FilterId,
+        hash: u64,
+        near: &[FilterId],
+    ) -> Result<(), Arc<str>> {
         let Some(filter) = self.get(id) else {
             return Ok(());
         };
@@ -212,7 +221,7 @@ impl Table {
 
     /// Takes every filter off its link, because the broker's properties have changed, and returns
     /// these filters in the order of their numbers. All links begin anew.
-    pub fn unplace_all(&mut self) -> Vec<FilterId> {
+    pub(crate) fn unplace_all(&mut self) -> Vec<FilterId> {
         for trie in &mut self.tries {
             *trie = FilterTrie::new();
         }
@@ -230,7 +239,7 @@ impl Table {
     }
 
     /// Queues the SUBSCRIBE of a filter that has moved to another link.
-    pub fn queue_moved(&mut self, id: FilterId) {
+    pub(crate) fn queue_moved(&mut self, id: FilterId) {
         if let Some(filter) = self.get_mut(id)
             && filter.moved()
             && let Some(link) = filter.link()
@@ -240,7 +249,7 @@ impl Table {
     }
 
     /// One more subscription of a session in `shard`.
-    pub fn reference(&mut self, id: FilterId, shard: u16) {
+    pub(crate) fn reference(&mut self, id: FilterId, shard: u16) {
         let Some(filter) = self.get_mut(id) else {
             return;
         };
@@ -250,7 +259,7 @@ impl Table {
     }
 
     /// One subscription of a session in `shard` less; the last begins the linger.
-    pub fn unreference(&mut self, id: FilterId, shard: u16, now: Millis) {
+    pub(crate) fn unreference(&mut self, id: FilterId, shard: u16, now: Millis) {
         let Some(filter) = self.get_mut(id) else {
             return;
         };
@@ -265,7 +274,7 @@ impl Table {
 
     /// A client unsubscribed from a filter. If nobody else uses the filter, it lingers on the
     /// client's account, which may have so many filters and bytes; the oldest make room.
-    pub fn charge(&mut self, id: FilterId, client: SessionRef, most: usize, bytes: usize) {
+    pub(crate) fn charge(&mut self, id: FilterId, client: SessionRef, most: usize, bytes: usize) {
         let Some(since) = self.get(id).and_then(Filter::idle_since) else {
             return;
         };
@@ -275,7 +284,7 @@ impl Table {
 
     /// Asks the broker for a filter at `qos`, if it is not asked already. A filter without a link is
     /// queued once it gets one.
-    pub fn request(&mut self, id: FilterId, qos: QoS) {
+    pub(crate) fn request(&mut self, id: FilterId, qos: QoS) {
         let qos = qos.max(self.floor);
         let Some(filter) = self.get_mut(id) else {
             return;
@@ -288,7 +297,7 @@ impl Table {
     }
 
     /// Removes a filter that nobody uses and that is not at the broker; its number rests.
-    pub fn remove(&mut self, id: FilterId, now: Millis) {
+    pub(crate) fn remove(&mut self, id: FilterId, now: Millis) {
         let Some(filter) = self.filters.get_mut(id.index()).and_then(Option::take) else {
             return;
         };
@@ -310,7 +319,7 @@ impl Table {
     }
 
     /// Lets a client's SUBSCRIBE wait for the SUBACK of filter `on`.
-    pub fn await_suback(&mut self, on: FilterId, grant: PendingGrant) {
+    pub(crate) fn await_suback(&mut self, on: FilterId, grant: PendingGrant) {
         if let Some(filter) = self.get_mut(on) {
             filter.await_suback(grant);
             self.deadlines.insert((grant.deadline, on));
@@ -318,7 +327,7 @@ impl Table {
     }
 
     /// Takes the grants that wait on a filter for this QoS or less.
-    pub fn take_answered(&mut self, id: FilterId, qos: QoS) -> Vec<PendingGrant> {
+    pub(crate) fn take_answered(&mut self, id: FilterId, qos: QoS) -> Vec<PendingGrant> {
         let Some(filter) = self.get_mut(id) else {
             return Vec::new();
         };

@@ -169,7 +169,7 @@ pub(super) struct Cache {
 }
 
 impl Cache {
-    pub fn new(bytes_max: usize) -> Self {
+    pub(super) fn new(bytes_max: usize) -> Self {
         Self {
             filters: HashMap::default(),
             buffering: BTreeSet::new(),

@@ -28,7 +28,11 @@ type Known = HashMap<u64, u64, RandomState>;
 
 impl Missed {
     /// The link of a filter is away; its cache had these messages.
-    pub fn begin<'a>(&mut self, number: FilterId, messages: impl Iterator<Item = &'a Message>) {
+    pub(super) fn begin<'a>(
+        &mut self,
+        number: FilterId,
+        messages: impl Iterator<Item = &'a Message>,
+    ) {
         let known = self.filters.entry(number).or_default();
         for message in messages {
             if self.topics >= KNOWN_MAX {
@@ -41,24 +45,24 @@ impl Missed {
     }
 
     /// Nothing was missed, or the subscribers have got every new value.
-    pub fn end(&mut self, number: FilterId) {
+    pub(super) fn end(&mut self, number: FilterId) {
         if let Some(known) = self.filters.remove(&number) {
             self.topics -= known.len();
         }
     }
 
     /// No filter waits for its missed values any more.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.filters.clear();
         self.topics = 0;
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.filters.is_empty()
     }
 
     /// A message came for the subscribers of these filters.
-    pub fn learn(&mut self, message: &Message, filters: &[FilterId]) {
+    pub(super) fn learn(&mut self, message: &Message, filters: &[FilterId]) {
         if self.filters.is_empty() {
             return;
         }
@@ -68,7 +72,7 @@ impl Missed {
     }
 
     /// Whether the subscribers of a filter do not know a value yet. From now on they do.
-    pub fn is_new(&mut self, number: FilterId, message: &Message) -> bool {
+    pub(super) fn is_new(&mut self, number: FilterId, message: &Message) -> bool {
         let Some(known) = self.filters.get_mut(&number) else {
             return true;
         };

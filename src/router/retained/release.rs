@@ -20,13 +20,13 @@ const BUFFERED_FOR_MS: Millis = 5000;
 
 impl RetainedMessages {
     /// Whether fetched messages wait for a data link.
-    pub fn is_buffering(&self) -> bool {
+    pub(crate) fn is_buffering(&self) -> bool {
         self.cache.lock().buffered > 0
     }
 
     /// A barrier of a data link has passed: hands on the messages that waited for it. Returns the
     /// replies to send now.
-    pub fn barrier_passed(
+    pub(crate) fn barrier_passed(
         &self,
         sessions: &Sessions,
         sources: &impl Sources,
@@ -85,7 +85,7 @@ impl RetainedMessages {
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again. Returns
     /// the replies to send now.
-    pub fn fetch_ended(
+    pub(crate) fn fetch_ended(
         &self,
         sources: &impl Sources,
         filters: &[FilterId],

@@ -17,14 +17,14 @@ use crate::router::types::Arrived;
 
 impl RetainedMessages {
     /// The link of these filters is away: their subscribers know the values in the caches.
-    pub fn link_lost(&self, filters: &[FilterId]) {
+    pub(crate) fn link_lost(&self, filters: &[FilterId]) {
         let mut cache = self.cache.lock();
         filters.iter().for_each(|filter| cache.miss(*filter));
     }
 
     /// The broker lost these filters: their subscribers know the values in the caches, and from now on
     /// those that the filters bring.
-    pub fn filters_lost(&self, filters: &[FilterId]) {
+    pub(crate) fn filters_lost(&self, filters: &[FilterId]) {
         let mut cache = self.cache.lock();
         for filter in filters {
             cache.missed.begin(*filter, [].iter());
@@ -32,14 +32,14 @@ impl RetainedMessages {
     }
 
     /// The broker kept these filters: nothing was missed.
-    pub fn nothing_missed(&self, filters: &[FilterId]) {
+    pub(crate) fn nothing_missed(&self, filters: &[FilterId]) {
         let mut cache = self.cache.lock();
         filters.iter().for_each(|filter| cache.missed.end(*filter));
     }
 
     /// Forgets the values of filters that were lost and are not regained, for which there is no resync.
     /// `settled` returns how often links were lost, if no filter is lost now.
-    pub fn forget_missed(&self, settled: impl FnOnce() -> Option<u64>) {
+    pub(crate) fn forget_missed(&self, settled: impl FnOnce() -> Option<u64>) {
         if self.cache.lock().missed.is_empty() {
             return;
         }
@@ -55,13 +55,13 @@ impl RetainedMessages {
     }
 
     /// The broker has a filter again that it had lost: it is fetched for all its subscribers.
-    pub fn resync(&self, filter: FilterId, is_root: bool) {
+    pub(crate) fn resync(&self, filter: FilterId, is_root: bool) {
         self.cache.lock().resync(filter, is_root);
         self.waker.raise();
     }
 
     /// The broker has a filter again that it had lost, and nobody is to get the values missed.
-    pub fn skip_resync(&self, sources: &impl Sources, filter: FilterId) {
+    pub(crate) fn skip_resync(&self, sources: &impl Sources, filter: FilterId) {
         self.cache.lock().resynced(sources, filter);
     }
 }

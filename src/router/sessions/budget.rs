@@ -19,7 +19,7 @@ const PRESSED_OUTPUT_BYTES: usize = 2048;
 
 impl Sessions {
     /// Keeps each connection's output short while the output of all is near its budget.
-    pub fn tick_output(&self) {
+    pub(crate) fn tick_output(&self) {
         let used = self.output_used();
         let now = self.limits.output_buffer.load(Ordering::Relaxed);
         let limit = if used > self.budgets.output_bytes && now == self.output_buffer {
@@ -33,14 +33,14 @@ impl Sessions {
     }
 
     /// The output of all connections is over its budget.
-    pub fn output_pressed(&self) -> bool {
+    pub(crate) fn output_pressed(&self) -> bool {
         self.limits.output_buffer.load(Ordering::Relaxed) != self.output_buffer
     }
 
     /// Brings the queues under their budget: expired messages and QoS 0 first, then the queues of
     /// the least recently connected detached sessions, then the largest of attached clients.
     /// It locks one shard at a time. One caller evicts; the others go on.
-    pub fn enforce_budget(&self, now: Millis) {
+    pub(crate) fn enforce_budget(&self, now: Millis) {
         let queues = self.budgets.queue_bytes;
         let limit = queues - BATCH_BYTES.min(queues / 16);
         if self.queue_used() <= limit {

@@ -75,7 +75,7 @@ impl Sessions {
     ///
     /// # Errors
     /// [`Refused`]; nothing changed.
-    pub fn connect(
+    pub(crate) fn connect(
         &self,
         connect: Connect,
         now: Millis,
@@ -225,7 +225,7 @@ impl Sessions {
 
     /// A connection ended. `normal`: by DISCONNECT 0x00, which discards the will. Returns whether the
     /// session ended with it; `None` if another connection has the session.
-    pub fn disconnected(
+    pub(crate) fn disconnected(
         &self,
         reference: SessionRef,
         connection_no: u64,

@@ -10,12 +10,12 @@ use crate::router::sessions::{DueWill, PresenceChange, SHARDS, SessionActions, S
 
 impl Sessions {
     /// The numbers of all shards.
-    pub fn shards(&self) -> impl Iterator<Item = u16> + use<> {
+    pub(crate) fn shards(&self) -> impl Iterator<Item = u16> + use<> {
         0..SHARDS as u16
     }
 
     /// Ends the sessions and connections of one shard whose time has come.
-    pub fn tick(&self, number: u16, now: Millis) -> SessionActions {
+    pub(crate) fn tick(&self, number: u16, now: Millis) -> SessionActions {
         let mut actions = SessionActions {
             shard: number,
             ..SessionActions::default()
@@ -51,7 +51,7 @@ impl Sessions {
 
     /// Ends a session with its connection, because its queue is full and `session.queue_full` is
     /// `"end_session"`. The actions are deferred, since the caller has the shard's lock.
-    pub fn end_full(&self, shard: &mut Shard, at: u32, now: Millis) {
+    pub(crate) fn end_full(&self, shard: &mut Shard, at: u32, now: Millis) {
         let Some(slot) = shard.slots.get_mut(at as usize) else {
             return;
         };
@@ -70,12 +70,12 @@ impl Sessions {
     }
 
     /// Keeps actions for the next tick.
-    pub fn defer(&self, actions: SessionActions) {
+    pub(crate) fn defer(&self, actions: SessionActions) {
         self.deferred.lock().push(actions);
     }
 
     /// Takes the actions that were deferred.
-    pub fn take_deferred(&self) -> Vec<SessionActions> {
+    pub(crate) fn take_deferred(&self) -> Vec<SessionActions> {
         // The list is taken out whole: a caller that holds a shard's lock may have something to
         // defer, and the actions need such locks.
         std::mem::take(&mut *self.deferred.lock())

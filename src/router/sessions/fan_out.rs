@@ -43,7 +43,7 @@ const CHUNK: usize = 512;
 impl Sessions {
     /// Delivers the messages of a batch that a shard may have members for, in order. The shard's lock is
     /// offered to others in between.
-    pub fn fan_out<'a>(
+    pub(crate) fn fan_out<'a>(
         &self,
         number: u16,
         batch: impl Iterator<Item = &'a Arrived>,
@@ -78,7 +78,7 @@ impl Sessions {
     }
 
     /// Delivers a message to the members of one filter in these shards, which are bits.
-    pub fn deliver_to_shards(
+    pub(crate) fn deliver_to_shards(
         &self,
         mut shards: u64,
         message: &Message,
@@ -104,7 +104,12 @@ impl Sessions {
 impl Shard {
     /// Whether a session gets a topic by a subscription on another filter as well, be it one that it
     /// has just given up.
-    pub fn has_another(&mut self, session: SessionRef, filter: FilterId, topic: &str) -> bool {
+    pub(crate) fn has_another(
+        &mut self,
+        session: SessionRef,
+        filter: FilterId,
+        topic: &str,
+    ) -> bool {
         if self.handovers.brings(session.slot, topic) {
             return true;
         }
@@ -117,7 +122,7 @@ impl Shard {
     }
 
     /// Hands a retained message to one new subscription.
-    pub fn hand(
+    pub(crate) fn hand(
         &mut self,
         limits: &SessionLimits,
         now: Millis,
@@ -157,7 +162,7 @@ impl Shard {
 
     /// Offers a message to the members of one filter. The connections to wake and the sessions to
     /// end are added to `tally`.
-    pub fn fan_out(
+    pub(crate) fn fan_out(
         &mut self,
         limits: &SessionLimits,
         now: Millis,

@@ -79,13 +79,13 @@ pub(in crate::router) struct Handovers {
 }
 
 impl Handovers {
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.sessions.is_empty()
     }
 
     /// A session unsubscribed a filter that was primary over others. False: there are too many
     /// handovers, and its reference to the filter is to be given back at once.
-    pub fn begin(&mut self, slot: u32, gone: &Unsubscribed) -> bool {
+    pub(crate) fn begin(&mut self, slot: u32, gone: &Unsubscribed) -> bool {
         let known = self.sessions.get(&slot).map_or(0, |s| s.handovers.len());
         if self.weight + gone.primary_over.len() + known >= WEIGHT_MAX {
             return false;
@@ -111,7 +111,7 @@ impl Handovers {
     }
 
     /// The handovers that a session began last wait for these barriers of the data links.
-    pub fn wait(&mut self, slot: u32, barriers: &[u64]) {
+    pub(crate) fn wait(&mut self, slot: u32, barriers: &[u64]) {
         let session = self.sessions.get_mut(&slot);
         let handovers = session.into_iter().flat_map(|s| &mut s.handovers);
         for handover in handovers.filter(|h| h.barriers.is_empty()) {
@@ -120,7 +120,7 @@ impl Handovers {
     }
 
     /// The session ended. Returns the filters whose references are given back.
-    pub fn forget(&mut self, slot: u32) -> Vec<FilterId> {
+    pub(crate) fn forget(&mut self, slot: u32) -> Vec<FilterId> {
         let Some(session) = self.sessions.remove(&slot) else {
             return Vec::new();
         };
@@ -147,7 +147,7 @@ impl Handovers {
 
     /// A data link's barrier has passed. Complete handovers are forgotten and added to `complete`, each
     /// by slot and filter; the others wait for the barriers that `next` asks for, one for each data link.
-    pub fn passed(
+    pub(crate) fn passed(
         &mut self,
         link: usize,
         number: u64,
@@ -202,12 +202,12 @@ impl Handovers {
     }
 
     /// The slots with a handover from a filter.
-    pub fn of(&self, filter: FilterId) -> SmallVec<[u32; 2]> {
+    pub(crate) fn of(&self, filter: FilterId) -> SmallVec<[u32; 2]> {
         self.slots.get(&filter).cloned().unwrap_or_default()
     }
 
     /// Whether a session may still be given a topic by a filter that it unsubscribed.
-    pub fn brings(&self, slot: u32, topic: &str) -> bool {
+    pub(crate) fn brings(&self, slot: u32, topic: &str) -> bool {
         let session = self.sessions.get(&slot);
         let mut handovers = session.into_iter().flat_map(|s| &s.handovers);
         handovers.any(|h| matches(&h.gone.name, topic))
@@ -215,7 +215,7 @@ impl Handovers {
 
     /// Whether the copy that came by filter `via` is delivered, where `primary` is the primary filter
     /// among the remaining ones. `None`: no handover of the session concerns the message.
-    pub fn gives(
+    pub(crate) fn gives(
         &mut self,
         slot: u32,
         via: FilterId,

@@ -26,7 +26,7 @@ pub(in crate::router) struct Members(SmallVec<[Member; 2]>);
 
 impl Members {
     /// Brings a member in line with its subscription.
-    pub fn join(&mut self, slot: u32, s: &Subscription) {
+    pub(crate) fn join(&mut self, slot: u32, s: &Subscription) {
         let member = Member {
             slot,
             identifier: s.identifier,
@@ -42,18 +42,18 @@ impl Members {
         }
     }
 
-    pub fn leave(&mut self, slot: u32) {
+    pub(crate) fn leave(&mut self, slot: u32) {
         if let Ok(at) = self.0.binary_search_by_key(&slot, |m| m.slot) {
             self.0.remove(at);
         }
     }
 
-    pub fn all(&self) -> &[Member] {
+    pub(crate) fn all(&self) -> &[Member] {
         &self.0
     }
 
     /// All members; the caller must not change their slots.
-    pub fn all_mut(&mut self) -> &mut [Member] {
+    pub(crate) fn all_mut(&mut self) -> &mut [Member] {
         &mut self.0
     }
 }

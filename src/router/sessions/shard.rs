@@ -93,7 +93,7 @@ pub(in crate::router) struct Shard {
 }
 
 impl Shard {
-    pub fn new(number: u16, lost: Arc<Lost>) -> Self {
+    pub(crate) fn new(number: u16, lost: Arc<Lost>) -> Self {
         Self {
             number,
             slots: Slab::new(),
@@ -110,7 +110,7 @@ impl Shard {
         }
     }
 
-    pub fn insert(&mut self, session: Session) -> u32 {
+    pub(crate) fn insert(&mut self, session: Session) -> u32 {
         self.slot_version = self.slot_version.wrapping_add(1);
         let id = session.client_id.clone();
         let slot = self.slots.insert(Box::new(Slot {
@@ -132,7 +132,7 @@ impl Shard {
         slot
     }
 
-    pub fn reference(&self, slot: u32) -> SessionRef {
+    pub(crate) fn reference(&self, slot: u32) -> SessionRef {
         SessionRef {
             shard: self.number,
             slot,
@@ -140,19 +140,23 @@ impl Shard {
         }
     }
 
-    pub fn get(&mut self, reference: SessionRef) -> Option<&mut Slot> {
+    pub(crate) fn get(&mut self, reference: SessionRef) -> Option<&mut Slot> {
         let slot = self.slots.get_mut(reference.slot as usize)?;
         (slot.slot_version == reference.slot_version).then_some(&mut **slot)
     }
 
     /// A session, if `connection_no` is its current connection.
-    pub fn connected(&mut self, reference: SessionRef, connection_no: u64) -> Option<&mut Slot> {
+    pub(crate) fn connected(
+        &mut self,
+        reference: SessionRef,
+        connection_no: u64,
+    ) -> Option<&mut Slot> {
         self.get(reference)
             .filter(|s| s.session.connection_no() == connection_no && s.session.attached())
     }
 
     /// Removes a session; its subscriptions must be gone.
-    pub fn remove(&mut self, slot: u32) {
+    pub(crate) fn remove(&mut self, slot: u32) {
         if !self.slots.contains(slot as usize) {
             return;
         }
@@ -167,7 +171,7 @@ impl Shard {
     }
 
     /// Brings account and timer in line with the session after it was worked on.
-    pub fn settle(&mut self, slot: u32) {
+    pub(crate) fn settle(&mut self, slot: u32) {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return;
         };
@@ -186,7 +190,7 @@ impl Shard {
     }
 
     /// The next session whose timer has fired.
-    pub fn fired(&mut self, now: Millis) -> Option<u32> {
+    pub(crate) fn fired(&mut self, now: Millis) -> Option<u32> {
         let &(at, slot) = self.timers.first()?;
         if at > now {
             return None;
@@ -199,7 +203,7 @@ impl Shard {
     }
 
     /// Takes a session out of a filter's members.
-    pub fn leave(&mut self, slot: u32, filter: FilterId) {
+    pub(crate) fn leave(&mut self, slot: u32, filter: FilterId) {
         if let Some(members) = self.members.get_mut(&filter) {
             members.leave(slot);
             if members.all().is_empty() {
@@ -209,7 +213,7 @@ impl Shard {
     }
 
     /// Overlap marks may have changed for all of a session's subscriptions.
-    pub fn rejoin(&mut self, slot: u32) {
+    pub(crate) fn rejoin(&mut self, slot: u32) {
         let Self { slots, members, .. } = self;
         let Some(s) = slots.get(slot as usize) else {
             return;
@@ -220,7 +224,7 @@ impl Shard {
     }
 
     /// Takes all subscriptions of a session; returns their filters.
-    pub fn release(&mut self, slot: u32) -> Vec<FilterId> {
+    pub(crate) fn release(&mut self, slot: u32) -> Vec<FilterId> {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return Vec::new();
         };
@@ -234,7 +238,7 @@ impl Shard {
     }
 
     /// After a connection ended: marks the session detached, or removes it.
-    pub fn detached(
+    pub(crate) fn detached(
         &mut self,
         slot: u32,
         ended: &Ended,
@@ -256,7 +260,7 @@ impl Shard {
     }
 
     /// A session ended: its filters; it is remembered while that is of use.
-    pub fn finish(&mut self, slot: u32, remember_until: Millis) -> Vec<FilterId> {
+    pub(crate) fn finish(&mut self, slot: u32, remember_until: Millis) -> Vec<FilterId> {
         let filters = self.release(slot);
         self.detached.pop(&slot);
         match self.slots.get_mut(slot as usize) {
@@ -273,7 +277,7 @@ impl Shard {
     }
 
     /// Takes a session out of the order in which queues are evicted.
-    pub fn unlist(&mut self, slot: u32) {
+    pub(crate) fn unlist(&mut self, slot: u32) {
         self.detached.pop(&slot);
         if let Some(s) = self.slots.get_mut(slot as usize) {
             s.listed = false;

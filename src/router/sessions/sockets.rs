@@ -11,14 +11,14 @@ const SLOWEST_BYTES_PER_SECOND: u64 = 8192;
 impl Sessions {
     /// The time by which `bytes` that are offered from `since` on must be taken. A client may take
     /// them slowly but steadily; a byte now and then is not enough.
-    pub fn stalled_at(&self, since: Millis, bytes: usize) -> Millis {
+    pub(crate) fn stalled_at(&self, since: Millis, bytes: usize) -> Millis {
         let more = bytes as u64 * 1000 / SLOWEST_BYTES_PER_SECOND;
         since.saturating_add(self.budgets.write_stall + more)
     }
 
     /// Ends connections whose socket takes too little. Walks over all sessions, so it is not called at
     /// each tick.
-    pub fn close_stalled(&self, now: Millis) {
+    pub(crate) fn close_stalled(&self, now: Millis) {
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {
                 let Some(handle) = &slot.handle else {
@@ -36,7 +36,7 @@ impl Sessions {
 
     /// Asks for a WebSocket ping on silent connections, because proxies cut those. Whether the client
     /// is still there is decided by its keep alive, and by TCP.
-    pub fn ping_idle(&self, now: Millis) {
+    pub(crate) fn ping_idle(&self, now: Millis) {
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {
                 let after = slot.peer.as_ref().and_then(|peer| peer.ping_after);
@@ -54,7 +54,7 @@ impl Sessions {
     }
 
     /// Asks up to `most` connections to end.
-    pub fn close_some(&self, reason: CloseReason, most: usize) {
+    pub(crate) fn close_some(&self, reason: CloseReason, most: usize) {
         let mut remaining = most;
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {

@@ -66,7 +66,7 @@ impl Waking {
 impl Sessions {
     /// The subscriptions of a session that overlap a filter which it subscribes to. `None`: the
     /// connection is gone.
-    pub fn overlapping(
+    pub(crate) fn overlapping(
         &self,
         subscribe: &SubscribeRef,
         filter: &str,
@@ -89,7 +89,7 @@ impl Sessions {
     /// Puts a subscription in force for its session. If it has a confirmed grant it is active at once;
     /// if nothing else has to come first, the client is answered. `raised` are the overlapping
     /// subscriptions from before. `None`: the connection is gone.
-    pub fn join(
+    pub(crate) fn join(
         &self,
         subscribe: &SubscribeRef,
         mut new: Subscription,
@@ -145,7 +145,7 @@ impl Sessions {
     /// from here on, or in its place. The client is answered, unless overlapping subscriptions have to
     /// be raised first, with `raise`, or retained messages have to be sent. `None`: another session has
     /// taken the place of this one.
-    pub fn grant(
+    pub(crate) fn grant(
         &self,
         grant: &PendingGrant,
         active: Option<(QoS, QoS)>,
@@ -192,7 +192,7 @@ impl Sessions {
 
     /// A client's filter is refused: its subscription goes, and the client is answered. Whether there
     /// was a subscription.
-    pub fn refuse(&self, grant: &PendingGrant, code: ReasonCode) -> bool {
+    pub(crate) fn refuse(&self, grant: &PendingGrant, code: ReasonCode) -> bool {
         let subscribe = &grant.subscribe;
         let mut shard = self.shard(subscribe.session.shard);
         let Some(slot) = shard.incarnation(grant) else {
@@ -214,12 +214,12 @@ impl Sessions {
     }
 
     /// Writes the outcome of one filter of a SUBSCRIBE.
-    pub fn answer(&self, subscribe: &SubscribeRef, code: ReasonCode) {
+    pub(crate) fn answer(&self, subscribe: &SubscribeRef, code: ReasonCode) {
         self.answer_all(subscribe, &[(subscribe.index, code)]);
     }
 
     /// Writes the outcome of filters of one SUBSCRIBE: their places in it, and the reason codes.
-    pub fn answer_all(&self, subscribe: &SubscribeRef, answers: &[(u16, ReasonCode)]) {
+    pub(crate) fn answer_all(&self, subscribe: &SubscribeRef, answers: &[(u16, ReasonCode)]) {
         if answers.is_empty() {
             return;
         }
@@ -236,7 +236,7 @@ impl Sessions {
 
     /// The broker has confirmed a filter that was granted without its answer: the subscriptions on it
     /// in the shards of `mask` count from now on. Returns the subscriptions that overlap others.
-    pub fn confirm(&self, filter: FilterId, mask: u64, granted: QoS) -> Vec<NewlyActive> {
+    pub(crate) fn confirm(&self, filter: FilterId, mask: u64, granted: QoS) -> Vec<NewlyActive> {
         let mut newly = Vec::new();
         for number in self.shards().filter(|n| mask & (1 << n) != 0) {
             self.shard(number).confirm(filter, granted, &mut newly);

@@ -52,7 +52,7 @@ pub(in crate::router) struct Tally {
 
 impl Tally {
     /// Counts the messages that a session let go of. Returns how many the client lost.
-    pub fn shed(&mut self, outbound: &mut Outbound) -> u64 {
+    pub(crate) fn shed(&mut self, outbound: &mut Outbound) -> u64 {
         let shed = std::mem::take(&mut outbound.shed);
         self.dropped.add(DropLabel::TooLarge, shed.too_large);
         self.dropped.add(DropLabel::QueueFull, shed.pushed_out);
@@ -72,7 +72,7 @@ impl Tally {
     }
 
     /// Counts one delivery, and notes the connection to wake.
-    pub fn outcome(&mut self, slot: &mut Slot, outcome: Delivered) {
+    pub(crate) fn outcome(&mut self, slot: &mut Slot, outcome: Delivered) {
         match outcome {
             Delivered::Written(qos) => {
                 self.delivered[qos as usize] += 1;
@@ -94,14 +94,14 @@ impl Tally {
     }
 
     /// Wakes the connections that were noted.
-    pub fn wake(&mut self) {
+    pub(crate) fn wake(&mut self) {
         for handle in self.wakes.drain(..) {
             handle.raise();
         }
     }
 
     /// Adds the counts to the metrics.
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         let m = metrics();
         for (qos, count) in [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce]
             .into_iter()

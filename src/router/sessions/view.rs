@@ -65,7 +65,7 @@ pub struct Totals {
 
 impl Sessions {
     /// Up to `limit` sessions in the order of client identifiers, after `after`.
-    pub fn list(&self, after: Option<&str>, limit: usize) -> Vec<SessionInfo> {
+    pub(crate) fn list(&self, after: Option<&str>, limit: usize) -> Vec<SessionInfo> {
         let mut ids: Vec<Arc<str>> = Vec::new();
         for shard in &self.shards {
             let shard = shard.lock();
@@ -87,13 +87,13 @@ impl Sessions {
     }
 
     /// The client identifier of a session.
-    pub fn client_id(&self, session: SessionRef) -> Option<Arc<str>> {
+    pub(crate) fn client_id(&self, session: SessionRef) -> Option<Arc<str>> {
         let mut shard = self.shard(session.shard);
         Some(shard.get(session)?.session.client_id.clone())
     }
 
     /// The session of a client identifier.
-    pub fn find(&self, client_id: &str) -> Option<SessionInfo> {
+    pub(crate) fn find(&self, client_id: &str) -> Option<SessionInfo> {
         let shard = self.shard(self.shard_of(client_id));
         let slot = shard.by_id.get(client_id)?;
         let slot = &shard.slots[*slot as usize];
@@ -101,14 +101,14 @@ impl Sessions {
     }
 
     /// Whether a client is connected.
-    pub fn is_attached(&self, client_id: &str) -> bool {
+    pub(crate) fn is_attached(&self, client_id: &str) -> bool {
         let shard = self.shard(self.shard_of(client_id));
         let slot = shard.by_id.get(client_id);
         slot.is_some_and(|slot| shard.slots[*slot as usize].session.attached())
     }
 
     /// Sums over all sessions.
-    pub fn totals(&self) -> Totals {
+    pub(crate) fn totals(&self) -> Totals {
         let mut totals = Totals::default();
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {

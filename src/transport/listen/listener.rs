@@ -51,12 +51,12 @@ impl fmt::Debug for Listener {
 
 impl Listener {
     /// The instant by which a connection that begins now must have sent its CONNECT.
-    pub fn deadline(&self) -> Instant {
+    pub(crate) fn deadline(&self) -> Instant {
         Instant::now() + self.limits.accept_deadline
     }
 
     /// A permit under the limit on connections.
-    pub fn admit(&self) -> Option<Permit> {
+    pub(crate) fn admit(&self) -> Option<Permit> {
         let permit = self.limits.connections.try_acquire();
         if permit.is_none() {
             self.events.refused(RefusalReason::Connections);
@@ -65,7 +65,7 @@ impl Listener {
     }
 
     /// Runs a handshake until its deadline or until the listener stops.
-    pub async fn bounded<T>(
+    pub(crate) async fn bounded<T>(
         &self,
         deadline: Instant,
         stop: &CancellationToken,
@@ -82,7 +82,7 @@ impl Listener {
     }
 
     /// The accepted connection, or nothing where its handshake failed, which is reported.
-    pub fn finish(
+    pub(crate) fn finish(
         &self,
         result: Result<Stream, HandshakeError>,
         peer: SocketAddr,

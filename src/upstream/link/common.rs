@@ -7,7 +7,7 @@ use crate::topics::FilterId;
 
 /// User properties with this key are ours. They are stripped from clients' packets, and from
 /// messages of the broker.
-pub const RESERVED_KEY: &str = "tidegate";
+pub(crate) const RESERVED_KEY: &str = "tidegate";
 
 /// Bytes of filters in one SUBSCRIBE or UNSUBSCRIBE.
 const REQUEST_FILTER_BYTES: usize = 8 * 1024;

@@ -41,7 +41,7 @@ const CONFIRM_EVERY_MS: Millis = 2000;
 
 /// A data link, or a shared link: the two differ in their filters only.
 #[derive(Debug)]
-pub struct DataLink {
+pub(crate) struct DataLink {
     router: Arc<Router>,
     link: usize,
     /// Tells our origin marks from those of other processes.
@@ -86,7 +86,7 @@ enum Request {
 impl DataLink {
     /// The machine of the router's link `link`. `store` has the packet identifiers that it received
     /// before. Messages below the topic `probes` belong to probes, and reach no client.
-    pub fn new(
+    pub(crate) fn new(
         router: Arc<Router>,
         link: usize,
         instance: u64,

@@ -8,7 +8,7 @@ use crate::telemetry::LinkDownReason;
 /// Why a link's connection ended, from its source to the log, the metric label and the DISCONNECT
 /// that is sent.
 #[derive(Debug, thiserror::Error)]
-pub enum LinkEnd {
+pub(crate) enum LinkEnd {
     /// The broker closed the connection.
     #[error("the broker closed the connection")]
     Closed,
@@ -43,7 +43,7 @@ pub enum LinkEnd {
 
 impl LinkEnd {
     /// The metric label.
-    pub fn label(&self) -> LinkDownReason {
+    pub(crate) fn label(&self) -> LinkDownReason {
         match self {
             Self::Closed => LinkDownReason::Closed,
             Self::Io(_) => LinkDownReason::Io,
@@ -61,7 +61,7 @@ impl LinkEnd {
 
     /// The reason code of the DISCONNECT that the broker is sent; `None`: the connection is closed
     /// without one.
-    pub fn disconnect_code(&self) -> Option<ReasonCode> {
+    pub(crate) fn disconnect_code(&self) -> Option<ReasonCode> {
         match self {
             Self::Malformed(error) => Some(error.reason_code()),
             Self::Unexpected(_) | Self::UnknownRequest(_) => Some(ReasonCode::PROTOCOL_ERROR),
@@ -71,7 +71,7 @@ impl LinkEnd {
     }
 
     /// Whether the broker may have ended the connection because of a packet that it was sent.
-    pub fn may_be_for_a_packet(&self) -> bool {
+    pub(crate) fn may_be_for_a_packet(&self) -> bool {
         use LinkDownReason::{Closed, Disconnect, Io};
         matches!(self.label(), Closed | Disconnect | Io)
     }

@@ -11,7 +11,7 @@ use crate::upstream::profile::BrokerProfile;
 
 /// What a link machine learns when its link has connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Handshake {
+pub(crate) struct Handshake {
     /// The protocol version of this connection.
     pub version: Version,
     /// What the broker has of the link's session.
@@ -32,7 +32,7 @@ pub struct Handshake {
 
 impl Handshake {
     /// The outcome of a connection to the broker of this profile.
-    pub fn new(session: LinkSession, profile: &BrokerProfile) -> Self {
+    pub(crate) fn new(session: LinkSession, profile: &BrokerProfile) -> Self {
         let capabilities = &profile.capabilities;
         Self {
             version: capabilities.version,
@@ -53,7 +53,7 @@ impl Handshake {
 /// [`Machine::batch_ended`] once it has given all packets that had arrived, [`Machine::poll`] when
 /// the router wakes it or time has passed, and [`Machine::disconnected`] last. After each of these
 /// calls it asks [`Machine::wants_ping`], and writes what the machine appended to `out`.
-pub trait Machine: Send {
+pub(crate) trait Machine: Send {
     /// The link has connected.
     fn connected(&mut self, handshake: &Handshake, now: Millis, out: &mut Vec<u8>);
     /// The broker sent a packet. PINGRESP and DISCONNECT are for the task.

@@ -39,7 +39,7 @@ const IN_FLIGHT_MAX: usize = 65_000;
 
 /// A publish link.
 #[derive(Debug)]
-pub struct PublishLink {
+pub(crate) struct PublishLink {
     router: Arc<Router>,
     link: usize,
     /// Tells this process's No Local marks from those of others.
@@ -100,7 +100,7 @@ impl flow::InFlight for InFlight {
 
 impl PublishLink {
     /// The machine of publish link `link`. `instance` is a number that no other process has.
-    pub fn new(router: Arc<Router>, link: usize, instance: u64) -> Self {
+    pub(crate) fn new(router: Arc<Router>, link: usize, instance: u64) -> Self {
         Self {
             router,
             link,

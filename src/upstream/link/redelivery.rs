@@ -15,7 +15,7 @@ const REMEMBERED_MAX: u64 = 65_535;
 
 /// The QoS 1 messages that one link has received, to tell new ones from redeliveries.
 #[derive(Debug)]
-pub struct Redelivery {
+pub(super) struct Redelivery {
     ring: Box<dyn Ring>,
     /// Positions in the ring of the messages that the broker may still resend.
     candidates: Range<u64>,
@@ -23,7 +23,7 @@ pub struct Redelivery {
 
 impl Redelivery {
     /// `ring` holds the messages that were received before.
-    pub fn new(ring: Box<dyn Ring>) -> Self {
+    pub(super) fn new(ring: Box<dyn Ring>) -> Self {
         Self {
             ring,
             candidates: 0..0,
@@ -31,35 +31,35 @@ impl Redelivery {
     }
 
     /// The link has connected with Session Present 1.
-    pub fn resumed(&mut self) {
+    pub(super) fn resumed(&mut self) {
         self.candidates = self.ring.positions();
     }
 
     /// The link has connected with Session Present 0: the broker resends nothing.
-    pub fn began_anew(&mut self) {
+    pub(super) fn began_anew(&mut self) {
         self.ring.clear();
         self.candidates = 0..0;
     }
 
     /// Whether no message is remembered.
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.ring.positions().is_empty()
     }
 
     /// The position after the last message that was received.
-    pub fn mark(&self) -> u64 {
+    pub(super) fn mark(&self) -> u64 {
         self.ring.positions().end
     }
 
     /// The broker has the acknowledgements of all messages before the position `mark`.
-    pub fn confirmed(&mut self, mark: u64) {
+    pub(super) fn confirmed(&mut self, mark: u64) {
         self.ring.settle(mark);
         let first = self.ring.positions().start;
         self.candidates.start = self.candidates.start.max(first);
     }
 
     /// Whether this QoS 1 message was received before the link was lost. A new one is remembered.
-    pub fn seen(&mut self, publish: &Publish<'_>) -> bool {
+    pub(super) fn seen(&mut self, publish: &Publish<'_>) -> bool {
         let qos = publish.qos as u8;
         let received = Received {
             packet_id: publish.packet_id,

@@ -33,7 +33,7 @@ const FETCH_TIMEOUT_MS: Millis = 30_000;
 
 /// The retained link.
 #[derive(Debug)]
-pub struct RetainedLink {
+pub(crate) struct RetainedLink {
     router: Arc<Router>,
     probes: Arc<str>,
     account: Arc<Account>,
@@ -88,7 +88,7 @@ impl Fetch {
 
 impl RetainedLink {
     /// The machine. Messages below the topic `probes` belong to probes, and reach no client.
-    pub fn new(router: Arc<Router>, probes: Arc<str>) -> Self {
+    pub(crate) fn new(router: Arc<Router>, probes: Arc<str>) -> Self {
         Self {
             account: router.queue_account().clone(),
             router,

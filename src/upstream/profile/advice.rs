@@ -7,7 +7,7 @@ const RECEIVE_MAXIMUM_AMPLE: u16 = 100;
 
 impl BrokerProfile {
     /// Settings of the broker that are worth a change, with what each prevents.
-    pub fn advice(&self) -> Vec<String> {
+    pub(crate) fn advice(&self) -> Vec<String> {
         let mut advice = Vec::new();
         let software = self.software.as_deref().map(str::to_lowercase);
         let unknown = software.is_none();

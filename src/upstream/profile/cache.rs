@@ -44,7 +44,7 @@ impl CachedProfile {
 impl ProfileCache {
     /// The profile of the broker at `server` (an index into `upstream.servers`) that announced
     /// `capabilities`. `find` makes it if no cached profile fits. Calls wait for one another.
-    pub async fn get_or_find<F>(
+    pub(crate) async fn get_or_find<F>(
         &self,
         server: usize,
         capabilities: &Capabilities,
@@ -80,7 +80,7 @@ impl ProfileCache {
     }
 
     /// The present profile, for readers that must not wait; `None` before the first link connected.
-    pub fn current(&self) -> Arc<Mutex<Option<Arc<BrokerProfile>>>> {
+    pub(crate) fn current(&self) -> Arc<Mutex<Option<Arc<BrokerProfile>>>> {
         self.current.clone()
     }
 }

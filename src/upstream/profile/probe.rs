@@ -18,7 +18,7 @@ use crate::upstream::profile::{
 use connection::{Arrived, Interrupted, PROPERTIES, ProbeConnection, Subscription};
 
 /// Time for the whole probe.
-pub const PROBE_TIME: Duration = Duration::from_secs(6);
+pub(crate) const PROBE_TIME: Duration = Duration::from_secs(6);
 /// Once a PINGREQ is answered, nothing more arrives after this much quiet.
 const QUIET: Duration = Duration::from_millis(20);
 /// The quiet that is waited for where missing messages may arrive later than the PINGRESP.
@@ -33,7 +33,7 @@ const SOFTWARE_MAX_BYTES: usize = 100;
 /// Probes a broker over a connection that CONNACK has arrived on. `topic` lies below the probes'
 /// prefix and belongs to this probe alone. A probe never fails: every quirk that it does not see is
 /// assumed to be at its worst.
-pub async fn probe<IO>(
+pub(crate) async fn probe<IO>(
     io: &mut IO,
     capabilities: &Capabilities,
     topic: &str,

@@ -44,7 +44,7 @@ enum Join {
     Done,
 }
 
-pub struct Phone {
+pub(super) struct Phone {
     pub number: u32,
     pub rng: Rng,
     /// The number of messages that the phone has sent at QoS 1 and 2.
@@ -90,7 +90,7 @@ impl std::fmt::Debug for Phone {
 }
 
 impl Phone {
-    pub async fn connect(
+    pub(super) async fn connect(
         number: u32,
         version: Version,
         ways: Vec<Arc<Dialer>>,
@@ -194,7 +194,7 @@ impl Phone {
     }
 
     /// Publishes some messages and takes `packets` packets.
-    pub async fn live(&mut self, packets: usize) -> Result {
+    pub(super) async fn live(&mut self, packets: usize) -> Result {
         for _ in 0..self.rng.below(4) {
             if self.open.len() < OPEN_MAX {
                 self.publish();
@@ -220,7 +220,7 @@ impl Phone {
 
     /// Vanishes and comes back over the next transport, or takes the session over while the old
     /// connection still stands.
-    pub async fn hop(&mut self) -> Result {
+    pub(super) async fn hop(&mut self) -> Result {
         self.hops += 1;
         let way = self.ways[self.hops % self.ways.len()].clone();
         let old = self.client.take().ok_or("the phone has no connection")?;
@@ -259,7 +259,7 @@ impl Phone {
 
     /// Takes the remaining messages: the phone must receive `one` messages of QoS 1 and `two` of
     /// QoS 2 in total.
-    pub async fn rest(&mut self, one: u64, two: u64) -> Result {
+    pub(super) async fn rest(&mut self, one: u64, two: u64) -> Result {
         while self.last != [one, two] || !self.open.is_empty() || !self.unreleased.is_empty() {
             let (stream, packet) = self.next().await?;
             self.take(stream, packet)?;

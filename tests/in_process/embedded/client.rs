@@ -10,9 +10,9 @@ use tidegate::mqtt::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
-pub const NEVER: u32 = u32::MAX;
+pub(super) const NEVER: u32 = u32::MAX;
 
-pub struct Client {
+pub(super) struct Client {
     io: DuplexStream,
     buf: Vec<u8>,
     decoder: Decoder,
@@ -20,7 +20,7 @@ pub struct Client {
 
 /// What a test wants to know of a packet that came.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Got {
+pub(super) enum Got {
     Connack {
         present: bool,
         reason: u8,
@@ -36,7 +36,7 @@ pub enum Got {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Publish {
+pub(super) struct Publish {
     pub topic: String,
     pub payload: String,
     pub qos: u8,
@@ -48,7 +48,7 @@ pub struct Publish {
     pub user: Vec<(String, String)>,
 }
 
-pub fn v5(client_id: &str) -> Connect<'_> {
+pub(super) fn v5(client_id: &str) -> Connect<'_> {
     Connect {
         client_id,
         ..Connect::default()
@@ -56,7 +56,7 @@ pub fn v5(client_id: &str) -> Connect<'_> {
 }
 
 /// MQTT 5, Clean Start 0, a session that never ends.
-pub fn kept(client_id: &str) -> Connect<'_> {
+pub(super) fn kept(client_id: &str) -> Connect<'_> {
     Connect {
         client_id,
         clean_start: false,
@@ -65,7 +65,7 @@ pub fn kept(client_id: &str) -> Connect<'_> {
     }
 }
 
-pub fn options(qos: u8) -> SubscribeOptions {
+pub(super) fn options(qos: u8) -> SubscribeOptions {
     SubscribeOptions {
         qos: QoS::from_u8(qos).expect("0 to 2"),
         no_local: false,
@@ -76,7 +76,7 @@ pub fn options(qos: u8) -> SubscribeOptions {
 
 impl Client {
     /// A connection without CONNECT.
-    pub fn open(broker: &EmbeddedBroker, version: Version) -> Client {
+    pub(super) fn open(broker: &EmbeddedBroker, version: Version) -> Client {
         let decoder = Decoder {
             version,
             receiver: Receiver::Client,
@@ -89,7 +89,10 @@ impl Client {
         }
     }
 
-    pub async fn try_connect(broker: &EmbeddedBroker, connect: &Connect<'_>) -> (Client, Got) {
+    pub(super) async fn try_connect(
+        broker: &EmbeddedBroker,
+        connect: &Connect<'_>,
+    ) -> (Client, Got) {
         let mut client = Client::open(broker, connect.version);
         client.send(|out| connect.encode(out)).await;
         let got = client.next().await;
@@ -97,7 +100,7 @@ impl Client {
     }
 
     /// Connects and expects success; the flag is Session Present.
-    pub async fn connect(broker: &EmbeddedBroker, connect: &Connect<'_>) -> (Client, bool) {
+    pub(super) async fn connect(broker: &EmbeddedBroker, connect: &Connect<'_>) -> (Client, bool) {
         let (client, got) = Client::try_connect(broker, connect).await;
         match got {
             Got::Connack { present, reason: 0 } => (client, present),
@@ -105,7 +108,7 @@ impl Client {
         }
     }
 
-    pub async fn send(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
+    pub(super) async fn send(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
         let mut out = Vec::new();
         encode(&mut out);
         // A closed connection is seen by the read that follows.
@@ -113,7 +116,7 @@ impl Client {
     }
 
     /// The next packet, as `f` sees it; None at the end of the connection.
-    pub async fn next_with<R>(&mut self, f: impl FnOnce(&Packet<'_>) -> R) -> Option<R> {
+    pub(super) async fn next_with<R>(&mut self, f: impl FnOnce(&Packet<'_>) -> R) -> Option<R> {
         loop {
             let found = self.decoder.next(&self.buf).expect("a legal packet");
             if let Some((packet, n)) = found {
@@ -127,7 +130,7 @@ impl Client {
         }
     }
 
-    pub async fn next(&mut self) -> Got {
+    pub(super) async fn next(&mut self) -> Got {
         let wait = self.next_with(got);
         let packet = tokio::time::timeout(Duration::from_secs(3600), wait).await;
         packet
@@ -135,7 +138,7 @@ impl Client {
             .unwrap_or(Got::Closed)
     }
 
-    pub async fn publish_got(&mut self) -> Publish {
+    pub(super) async fn publish_got(&mut self) -> Publish {
         match self.next().await {
             Got::Publish(publish) => publish,
             other => panic!("{other:?}"),
@@ -143,20 +146,20 @@ impl Client {
     }
 
     /// Nothing comes for a while.
-    pub async fn quiet(&mut self) {
+    pub(super) async fn quiet(&mut self) {
         let wait = self.next_with(got);
         if let Ok(found) = tokio::time::timeout(Duration::from_millis(20), wait).await {
             panic!("{found:?}");
         }
     }
 
-    pub async fn ack(&mut self, kind: AckKind, id: u16) {
+    pub(super) async fn ack(&mut self, kind: AckKind, id: u16) {
         let version = self.decoder.version;
         self.send(|out| encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out))
             .await;
     }
 
-    pub async fn publish_as(&mut self, delivery: Delivery<'_>, topic: &str, payload: &str) {
+    pub(super) async fn publish_as(&mut self, delivery: Delivery<'_>, topic: &str, payload: &str) {
         let message = Message::new(&MessageSpec {
             topic,
             properties: Properties::default(),
@@ -170,12 +173,12 @@ impl Client {
         self.send(|out| delivery.encode(&message, out)).await;
     }
 
-    pub async fn publish(&mut self, topic: &str, payload: &str, qos: u8, id: u16) {
+    pub(super) async fn publish(&mut self, topic: &str, payload: &str, qos: u8, id: u16) {
         let delivery = self.delivery(qos, id);
         self.publish_as(delivery, topic, payload).await;
     }
 
-    pub async fn retain(&mut self, topic: &str, payload: &str) {
+    pub(super) async fn retain(&mut self, topic: &str, payload: &str) {
         let delivery = Delivery {
             retain: true,
             ..self.delivery(0, 0)
@@ -183,7 +186,7 @@ impl Client {
         self.publish_as(delivery, topic, payload).await;
     }
 
-    pub fn delivery(&self, qos: u8, packet_id: u16) -> Delivery<'static> {
+    pub(super) fn delivery(&self, qos: u8, packet_id: u16) -> Delivery<'static> {
         Delivery {
             version: self.decoder.version,
             dup: false,
@@ -199,7 +202,7 @@ impl Client {
     }
 
     /// Subscribes, and returns the SUBACK codes.
-    pub async fn subscribe(
+    pub(super) async fn subscribe(
         &mut self,
         id: Option<u32>,
         filters: &[(&str, SubscribeOptions)],
@@ -213,7 +216,7 @@ impl Client {
         }
     }
 
-    pub async fn unsubscribe(&mut self, filter: &str) -> Vec<u8> {
+    pub(super) async fn unsubscribe(&mut self, filter: &str) -> Vec<u8> {
         let version = self.decoder.version;
         self.send(|out| encode_unsubscribe(version, 8, std::iter::once(filter), out))
             .await;
@@ -223,7 +226,7 @@ impl Client {
         }
     }
 
-    pub async fn disconnect(mut self, reason: ReasonCode, expiry: Option<u32>) -> Got {
+    pub(super) async fn disconnect(mut self, reason: ReasonCode, expiry: Option<u32>) -> Got {
         let version = self.decoder.version;
         self.send(|out| encode_disconnect(version, reason, expiry, None, out))
             .await;

@@ -22,7 +22,7 @@ use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 use tokio_util::sync::CancellationToken;
 
-pub const LOCAL: &str = "localhost";
+pub(super) const LOCAL: &str = "localhost";
 
 /// Turns the events of a listener into words and passes them on.
 struct Reports {
@@ -84,7 +84,7 @@ fn kind_of(error: &HandshakeError) -> String {
     }
 }
 
-pub struct Server {
+pub(super) struct Server {
     pub addr: SocketAddr,
     pub cert: CertificateDer<'static>,
     pub events: mpsc::UnboundedReceiver<String>,
@@ -96,17 +96,20 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn start(transport: Transport) -> Self {
+    pub(super) fn start(transport: Transport) -> Self {
         Self::with(transport, |_, _| {})
     }
 
     /// Accepted connections come out of `self.accepted`.
-    pub fn with(transport: Transport, change: impl FnOnce(&mut Listener, &mut Limits)) -> Self {
+    pub(super) fn with(
+        transport: Transport,
+        change: impl FnOnce(&mut Listener, &mut Limits),
+    ) -> Self {
         let tls = ServerTls::ephemeral(&[LOCAL.to_owned(), "127.0.0.1".to_owned()]);
         Self::with_tls(transport, tls.expect("certificate"), change)
     }
 
-    pub fn with_tls(
+    pub(super) fn with_tls(
         transport: Transport,
         tls: ServerTls,
         change: impl FnOnce(&mut Listener, &mut Limits),
@@ -146,15 +149,15 @@ impl Server {
         }
     }
 
-    pub async fn accept(&mut self) -> Accepted {
+    pub(super) async fn accept(&mut self) -> Accepted {
         soon(self.accepted.recv()).await.expect("server runs")
     }
 
-    pub async fn event(&mut self) -> String {
+    pub(super) async fn event(&mut self) -> String {
         soon(self.events.recv()).await.expect("server runs")
     }
 
-    pub fn client_tls(&self, alpn: &[&str]) -> rustls::ClientConfig {
+    pub(super) fn client_tls(&self, alpn: &[&str]) -> rustls::ClientConfig {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(self.cert.clone()).expect("a root");
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -167,11 +170,11 @@ impl Server {
         config
     }
 
-    pub async fn tcp(&self) -> TcpStream {
+    pub(super) async fn tcp(&self) -> TcpStream {
         TcpStream::connect(self.addr).await.expect("connects")
     }
 
-    pub async fn tls(
+    pub(super) async fn tls(
         &self,
         alpn: &[&str],
     ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
@@ -179,7 +182,7 @@ impl Server {
     }
 
     /// A TLS handshake on a connection that may have carried other bytes before.
-    pub async fn tls_on(
+    pub(super) async fn tls_on(
         &self,
         io: TcpStream,
         alpn: &[&str],
@@ -190,17 +193,17 @@ impl Server {
             .await
     }
 
-    pub async fn ws(&self) -> WebSocketStream<TcpStream> {
+    pub(super) async fn ws(&self) -> WebSocketStream<TcpStream> {
         websocket(self.tcp().await, "/mqtt", Some("mqtt"))
             .await
             .expect("upgraded")
     }
 
-    pub fn quic_endpoint(&self, alpn: &[&str]) -> quinn::Endpoint {
+    pub(super) fn quic_endpoint(&self, alpn: &[&str]) -> quinn::Endpoint {
         self.quic_endpoint_at([127, 0, 0, 1], alpn)
     }
 
-    pub fn quic_endpoint_at(&self, ip: [u8; 4], alpn: &[&str]) -> quinn::Endpoint {
+    pub(super) fn quic_endpoint_at(&self, ip: [u8; 4], alpn: &[&str]) -> quinn::Endpoint {
         use quinn::crypto::rustls::QuicClientConfig;
         let crypto = QuicClientConfig::try_from(self.client_tls(alpn)).expect("TLS 1.3");
         let mut endpoint = quinn::Endpoint::client((ip, 0).into()).expect("client endpoint");
@@ -208,7 +211,7 @@ impl Server {
         endpoint
     }
 
-    pub async fn quic(&self) -> (quinn::Endpoint, quinn::Connection) {
+    pub(super) async fn quic(&self) -> (quinn::Endpoint, quinn::Connection) {
         let endpoint = self.quic_endpoint(&["mqtt"]);
         let connecting = endpoint.connect(self.addr, LOCAL).expect("starts");
         (endpoint, soon(connecting).await.expect("connects"))
@@ -216,13 +219,13 @@ impl Server {
 }
 
 /// Waits for something that must happen, but not for long.
-pub async fn soon<F: Future>(f: F) -> F::Output {
+pub(super) async fn soon<F: Future>(f: F) -> F::Output {
     tokio::time::timeout(Duration::from_secs(20), f)
         .await
         .expect("must happen soon")
 }
 
-pub async fn websocket<S>(
+pub(super) async fn websocket<S>(
     io: S,
     path: &str,
     subprotocol: Option<&'static str>,
@@ -249,19 +252,19 @@ where
         })
 }
 
-pub fn status(result: Result<WebSocketStream<TcpStream>, WsError>) -> u16 {
+pub(super) fn status(result: Result<WebSocketStream<TcpStream>, WsError>) -> u16 {
     match result {
         Err(WsError::Http(response)) => response.status().as_u16(),
         other => panic!("expected an HTTP error, got {other:?}"),
     }
 }
 
-pub async fn recv(stream: &mut Stream, buf: &mut Vec<u8>) -> Result<Recv, Closed> {
+pub(super) async fn recv(stream: &mut Stream, buf: &mut Vec<u8>) -> Result<Recv, Closed> {
     soon(poll_fn(|cx| stream.poll_recv(cx, buf))).await
 }
 
 /// Reads `n` bytes of the control stream.
-pub async fn recv_n(stream: &mut Stream, n: usize) -> Vec<u8> {
+pub(super) async fn recv_n(stream: &mut Stream, n: usize) -> Vec<u8> {
     let mut buf = Vec::new();
     while buf.len() < n {
         let got = recv(stream, &mut buf).await.expect("bytes");
@@ -270,14 +273,14 @@ pub async fn recv_n(stream: &mut Stream, n: usize) -> Vec<u8> {
     buf
 }
 
-pub async fn recv_end(stream: &mut Stream) -> Closed {
+pub(super) async fn recv_end(stream: &mut Stream) -> Closed {
     let mut buf = Vec::new();
     let end = recv(stream, &mut buf).await.expect_err("an end");
     assert!(buf.is_empty());
     end
 }
 
-pub async fn send(stream: &mut Stream, number: u8, bytes: &[u8]) -> Result<(), Closed> {
+pub(super) async fn send(stream: &mut Stream, number: u8, bytes: &[u8]) -> Result<(), Closed> {
     let mut out = OutBuf {
         buf: bytes.to_vec(),
         at: 0,
@@ -287,16 +290,16 @@ pub async fn send(stream: &mut Stream, number: u8, bytes: &[u8]) -> Result<(), C
     Ok(())
 }
 
-pub async fn close(stream: &mut Stream, how: CloseHow) {
+pub(super) async fn close(stream: &mut Stream, how: CloseHow) {
     soon(poll_fn(|cx| stream.poll_close(cx, how))).await;
 }
 
-pub fn pattern(n: usize) -> Vec<u8> {
+pub(super) fn pattern(n: usize) -> Vec<u8> {
     (0..n).map(|i| (i % 251) as u8).collect()
 }
 
 /// Sends all received bytes back, until the end.
-pub async fn echo(mut stream: Stream) {
+pub(super) async fn echo(mut stream: Stream) {
     let mut out = OutBuf::default();
     while recv(&mut stream, &mut out.buf).await.is_ok() {
         soon(poll_fn(|cx| stream.poll_send(cx, 0, &mut out)))
@@ -307,7 +310,7 @@ pub async fn echo(mut stream: Stream) {
 }
 
 /// Sends large and small messages and reads them back, then ends the client's direction.
-pub async fn exercise<S: AsyncRead + AsyncWrite + Unpin>(io: S) {
+pub(super) async fn exercise<S: AsyncRead + AsyncWrite + Unpin>(io: S) {
     let (mut read, mut write) = tokio::io::split(io);
     for size in [1, 100, 70_000, 1_500_000, 3] {
         let sent = pattern(size);
@@ -327,7 +330,7 @@ pub async fn exercise<S: AsyncRead + AsyncWrite + Unpin>(io: S) {
     assert_eq!(read.read(&mut [0; 10]).await.expect("an end"), 0);
 }
 
-pub async fn exercise_ws<S: AsyncRead + AsyncWrite + Unpin>(mut ws: WebSocketStream<S>) {
+pub(super) async fn exercise_ws<S: AsyncRead + AsyncWrite + Unpin>(mut ws: WebSocketStream<S>) {
     for size in [1, 100, 70_000, 1_000_000, 3] {
         let sent = pattern(size);
         ws.feed(Message::Binary(sent.clone().into()))

@@ -56,7 +56,7 @@ pub(super) struct Subscription<'a> {
 
 impl<'a> Subscription<'a> {
     /// A subscription to live messages.
-    pub fn live(filter: &'a str, qos: QoS, identifier: u32) -> Self {
+    pub(super) fn live(filter: &'a str, qos: QoS, identifier: u32) -> Self {
         Self {
             filter,
             qos,
@@ -67,7 +67,7 @@ impl<'a> Subscription<'a> {
     }
 
     /// A subscription to retained messages, at QoS 0.
-    pub fn retained(filter: &'a str, identifier: Option<u32>) -> Self {
+    pub(super) fn retained(filter: &'a str, identifier: Option<u32>) -> Self {
         Self {
             filter,
             qos: QoS::AtMostOnce,
@@ -106,7 +106,7 @@ where
     IO: AsyncRead + AsyncWrite + Unpin + Send,
 {
     /// A connection that CONNACK has arrived on. `rest`: bytes that arrived after it.
-    pub fn new(
+    pub(super) fn new(
         io: &'a mut IO,
         version: Version,
         topic: &'a str,
@@ -137,12 +137,15 @@ where
     }
 
     /// The filter below the probe's topic.
-    pub fn below(&self, name: &str) -> String {
+    pub(super) fn below(&self, name: &str) -> String {
         format!("{}/{name}", self.topic)
     }
 
     /// Subscribes below the probe's topic. `Err` if the broker refuses it.
-    pub async fn subscribe(&mut self, subscription: Subscription<'_>) -> Result<(), Interrupted> {
+    pub(super) async fn subscribe(
+        &mut self,
+        subscription: Subscription<'_>,
+    ) -> Result<(), Interrupted> {
         let filter = self.below(subscription.filter);
         let id = self
             .send_subscribe(&Subscription {
@@ -154,7 +157,7 @@ where
     }
 
     /// Subscribes to exactly this filter, and returns the packet identifier at once.
-    pub async fn send_subscribe(
+    pub(super) async fn send_subscribe(
         &mut self,
         subscription: &Subscription<'_>,
     ) -> Result<u16, Interrupted> {
@@ -166,7 +169,7 @@ where
 
     /// Sends a SUBSCRIBE below the probe's topic and a PINGREQ in one write. Waits for the PINGRESP,
     /// and returns how many messages arrived before it.
-    pub async fn subscribe_and_ping(
+    pub(super) async fn subscribe_and_ping(
         &mut self,
         subscription: Subscription<'_>,
     ) -> Result<usize, Interrupted> {
@@ -200,7 +203,7 @@ where
     }
 
     /// Waits for the SUBACK of this packet identifier. `Err` if the broker refuses.
-    pub async fn granted(&mut self, id: u16) -> Result<(), Interrupted> {
+    pub(super) async fn granted(&mut self, id: u16) -> Result<(), Interrupted> {
         loop {
             let known = self.subacks.iter().position(|(of, _)| *of == id);
             if let Some(at) = known {
@@ -217,7 +220,7 @@ where
 
     /// Publishes below the probe's topic, and waits for the acknowledgement: one publish at a time is
     /// within any Receive Maximum.
-    pub async fn publish(
+    pub(super) async fn publish(
         &mut self,
         name: &str,
         payload: &[u8],
@@ -267,7 +270,7 @@ where
     }
 
     /// Waits until a PINGREQ is answered and nothing has arrived for a while.
-    pub async fn settle(&mut self, quiet: Duration) -> Result<(), Interrupted> {
+    pub(super) async fn settle(&mut self, quiet: Duration) -> Result<(), Interrupted> {
         self.ping(Vec::new()).await?;
         self.quiet(quiet).await
     }
@@ -284,13 +287,17 @@ where
     }
 
     /// Reads until nothing has arrived for this long.
-    pub async fn quiet(&mut self, time: Duration) -> Result<(), Interrupted> {
+    pub(super) async fn quiet(&mut self, time: Duration) -> Result<(), Interrupted> {
         while self.read_until(Instant::now() + time).await? {}
         Ok(())
     }
 
     /// Reads until this many messages have arrived, at most until then.
-    pub async fn wait_for(&mut self, count: usize, until: Instant) -> Result<(), Interrupted> {
+    pub(super) async fn wait_for(
+        &mut self,
+        count: usize,
+        until: Instant,
+    ) -> Result<(), Interrupted> {
         while self.arrived.len() < count && self.read_until(until).await? {}
         Ok(())
     }
@@ -321,7 +328,7 @@ where
     }
 
     /// Acknowledges all PUBLISH packets, unless that is suspended. All subscriptions have QoS 1 or 0.
-    pub async fn acknowledge(&mut self) -> Result<(), Interrupted> {
+    pub(super) async fn acknowledge(&mut self) -> Result<(), Interrupted> {
         if self.keep_unacknowledged || self.unacknowledged.is_empty() {
             return Ok(());
         }
@@ -334,7 +341,7 @@ where
     }
 
     /// Sends DISCONNECT and closes the connection.
-    pub async fn close(self) {
+    pub(super) async fn close(self) {
         let mut out = Vec::new();
         encode_disconnect(self.version, ReasonCode::SUCCESS, None, None, &mut out);
         let io = self.io;

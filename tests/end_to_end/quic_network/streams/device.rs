@@ -27,11 +27,11 @@ const KEEP_ALIVE: Duration = Duration::from_millis(200);
 const FINISH: usize = 0;
 const RESET: usize = 1;
 const STOP: usize = 2;
-pub const CUT: usize = 3;
+pub(super) const CUT: usize = 3;
 
 /// A device's report at its end.
 #[derive(Debug, Default)]
-pub struct Report {
+pub(super) struct Report {
     /// The number of streams and connections that it ended, by the way of ending.
     pub ends: [u64; 4],
     /// The publishes of QoS 1 that it sent again, and how often.
@@ -42,7 +42,7 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn add(&mut self, other: Self) {
+    pub(super) fn add(&mut self, other: Self) {
         for (all, its) in self.ends.iter_mut().zip(other.ends) {
             *all += its;
         }
@@ -86,7 +86,7 @@ struct Filter {
     asked: Option<u16>,
 }
 
-pub struct Device {
+pub(super) struct Device {
     number: u32,
     /// Messages of each flow at each QoS.
     count: u64,
@@ -122,7 +122,7 @@ fn connect(number: u32) -> Connect {
 
 impl Device {
     /// Connects and subscribes.
-    pub async fn connect(
+    pub(super) async fn connect(
         number: u32,
         count: u64,
         dialer: Arc<Dialer>,
@@ -158,7 +158,7 @@ impl Device {
     }
 
     /// Runs until all messages have come and gone; an error lists the missing ones.
-    pub async fn run(mut self) -> Result<Report> {
+    pub(super) async fn run(mut self) -> Result<Report> {
         match self.live().await {
             Ok(()) => {
                 self.report.on_data = self.deliveries.on_data;

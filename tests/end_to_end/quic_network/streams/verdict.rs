@@ -12,7 +12,7 @@ type Place = (u32, u32);
 
 /// The messages that a client got.
 #[derive(Default)]
-pub struct Deliveries {
+pub(super) struct Deliveries {
     /// The number of the connection.
     pub connection: u32,
     /// By flow, the sequence numbers of the messages that came, with the place of the last copy.
@@ -33,13 +33,13 @@ pub struct Deliveries {
 }
 
 impl Deliveries {
-    pub fn connected(&mut self) {
+    pub(super) fn connected(&mut self) {
         self.connection += 1;
         self.ended.clear();
     }
 
     /// Notes that the client acknowledges no further delivery on this stream.
-    pub fn ended(&mut self, stream: u32) {
+    pub(super) fn ended(&mut self, stream: u32) {
         self.ended.insert(stream);
     }
 
@@ -51,7 +51,7 @@ impl Deliveries {
 
     /// Judges a delivery. Returns false if the client ignores it, because its stream has ended and
     /// it comes again.
-    pub fn take(&mut self, stream: u32, publish: &Publish) -> Result<bool, String> {
+    pub(super) fn take(&mut self, stream: u32, publish: &Publish) -> Result<bool, String> {
         let stamp = Stamp::read(&publish.payload).ok_or("the payload has no stamp")?;
         let (flow, seq, place) = (stamp.stream, stamp.seq, (self.connection, stream));
         let wrong = |what: &str| {
@@ -105,18 +105,18 @@ impl Deliveries {
         Ok(true)
     }
 
-    pub fn released(&mut self, id: u16) {
+    pub(super) fn released(&mut self, id: u16) {
         self.unreleased.remove(&id);
     }
 
     /// Whether all messages of `flows` up to `count` have come and been released.
-    pub fn complete(&self, flows: impl IntoIterator<Item = u32>, count: u64) -> bool {
+    pub(super) fn complete(&self, flows: impl IntoIterator<Item = u32>, count: u64) -> bool {
         let whole = |flow| self.flows.get(&flow).map_or(0, |f| f.len()) as u64 == count;
         self.unreleased.is_empty() && flows.into_iter().all(whole)
     }
 
     /// The last sequence number by flow.
-    pub fn last(&self) -> HashMap<u32, u64> {
+    pub(super) fn last(&self) -> HashMap<u32, u64> {
         let last = |here: &BTreeMap<u64, Place>| here.last_key_value().map_or(0, |(seq, _)| *seq);
         self.flows
             .iter()
@@ -125,7 +125,7 @@ impl Deliveries {
     }
 
     /// Checks that each flow's messages up to `last` have come.
-    pub fn gapless(&self, last: &HashMap<u32, u64>) -> Result<(), String> {
+    pub(super) fn gapless(&self, last: &HashMap<u32, u64>) -> Result<(), String> {
         for (flow, last) in last {
             let missing = self.missing(*flow, *last);
             if !missing.is_empty() {
@@ -139,7 +139,7 @@ impl Deliveries {
     }
 
     /// The first five missing messages, for an error text.
-    pub fn missing(&self, flow: u32, count: u64) -> Vec<u64> {
+    pub(super) fn missing(&self, flow: u32, count: u64) -> Vec<u64> {
         let here = self.flows.get(&flow);
         let missing = |seq: &u64| here.is_none_or(|h| !h.contains_key(seq));
         (1..=count).filter(missing).take(5).collect()
@@ -148,14 +148,14 @@ impl Deliveries {
 
 /// The publishes of all clients that a listener received.
 #[derive(Default)]
-pub struct Heard {
+pub(super) struct Heard {
     last: HashMap<u32, u64>,
     again: HashMap<(u32, u64), u64>,
 }
 
 impl Heard {
     /// Checks that each flow is in order; only QoS 1 may come again.
-    pub fn take(&mut self, publish: &Publish) -> Result<(), String> {
+    pub(super) fn take(&mut self, publish: &Publish) -> Result<(), String> {
         let stamp = Stamp::read(&publish.payload).ok_or("the payload has no stamp")?;
         let last = self.last.entry(stamp.stream).or_default();
         match stamp.seq {
@@ -173,7 +173,7 @@ impl Heard {
 
     /// Checks at the end that `count` messages of each flow came, and none more often than it was
     /// sent.
-    pub fn judge(
+    pub(super) fn judge(
         &self,
         flows: impl IntoIterator<Item = u32>,
         count: u64,
