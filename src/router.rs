@@ -27,7 +27,7 @@ mod connections;
 mod data_links;
 mod delivery;
 mod filters;
-pub mod handle;
+pub(crate) mod handle;
 mod links;
 #[cfg(test)]
 mod locks;

@@ -1,7 +1,7 @@
 //! What the process says about itself: log lines and metrics.
 
 pub mod log;
-pub mod metrics;
+pub(crate) mod metrics;
 
 pub use log::{RateLimited, clean};
 pub use metrics::*;

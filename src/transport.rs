@@ -22,7 +22,7 @@ mod quic;
 pub mod selfsigned;
 mod stream;
 mod tcp;
-pub mod tls;
+pub(crate) mod tls;
 mod types;
 mod ws;
 

@@ -4,6 +4,10 @@
 mod differential;
 mod frames;
 mod oracles;
+#[allow(
+    unreachable_pub,
+    reason = "the fuzz targets include these files and call their functions from outside"
+)]
 mod properties;
 mod table;
 

@@ -5,7 +5,7 @@ use tidegate::mqtt::*;
 use tidegate::topics::{split_shared, valid_filter, valid_topic_name};
 
 /// Every version, as both roles.
-pub(crate) const DECODERS: [(Version, Receiver); 6] = [
+pub const DECODERS: [(Version, Receiver); 6] = [
     (Version::V31, Receiver::Server),
     (Version::V311, Receiver::Server),
     (Version::V5, Receiver::Server),
@@ -15,7 +15,7 @@ pub(crate) const DECODERS: [(Version, Receiver); 6] = [
 ];
 
 /// A stream of packets: all properties below, packet by packet.
-pub(crate) fn stream(version: Version, receiver: Receiver, mut buf: &[u8]) {
+pub fn stream(version: Version, receiver: Receiver, mut buf: &[u8]) {
     let decoder = Decoder {
         version,
         receiver,
@@ -38,7 +38,7 @@ pub(crate) fn stream(version: Version, receiver: Receiver, mut buf: &[u8]) {
 }
 
 /// The first packet of a connection.
-pub(crate) fn first(buf: &[u8]) {
+pub fn first(buf: &[u8]) {
     split(buf, |b| decode_connect(b, u32::MAX));
     let Ok(Some((connect, taken))) = decode_connect(buf, u32::MAX) else {
         return;
@@ -170,7 +170,7 @@ fn round_trip(packet: &Packet<'_>, version: Version, receiver: Receiver) {
 }
 
 /// Our own encoding of a packet; `None` where the crate never writes that packet whole.
-pub(crate) fn encode(packet: &Packet<'_>, version: Version) -> Option<Vec<u8>> {
+pub fn encode(packet: &Packet<'_>, version: Version) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     let out_ref = &mut out;
     match packet {
@@ -237,7 +237,7 @@ pub(crate) fn encode(packet: &Packet<'_>, version: Version) -> Option<Vec<u8>> {
 }
 
 /// The packet without its raw properties.
-pub(crate) fn bare(mut packet: Packet<'_>) -> Packet<'_> {
+pub fn bare(mut packet: Packet<'_>) -> Packet<'_> {
     match &mut packet {
         Packet::Connect(c) => {
             c.properties = Properties::default();
@@ -262,7 +262,7 @@ pub(crate) fn bare(mut packet: Packet<'_>) -> Packet<'_> {
 }
 
 /// The raw properties of any packet.
-pub(crate) fn properties_of<'a>(packet: &Packet<'a>) -> Properties<'a> {
+pub fn properties_of<'a>(packet: &Packet<'a>) -> Properties<'a> {
     match packet {
         Packet::Connect(p) => p.properties,
         Packet::Connack(p) => p.properties,
@@ -281,7 +281,7 @@ pub(crate) fn properties_of<'a>(packet: &Packet<'a>) -> Properties<'a> {
 }
 
 /// The properties that travel with a message, in order.
-pub(crate) fn travelling<'a>(properties: Properties<'a>, strip: Option<&str>) -> Vec<Property<'a>> {
+pub fn travelling<'a>(properties: Properties<'a>, strip: Option<&str>) -> Vec<Property<'a>> {
     properties
         .iter()
         .filter(|p| match p {
