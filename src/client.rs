@@ -12,6 +12,7 @@ mod task;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -72,8 +73,8 @@ pub struct ListenerContext {
     pub webtransport: Option<Arc<ListenerMetrics>>,
     /// `mount`.
     pub mount: Arc<str>,
-    /// `ping_interval` of a WebSocket listener, milliseconds; `None`: no pings.
-    pub ping_after: Option<u64>,
+    /// `ping_interval` of a WebSocket listener; `None`: no pings.
+    pub ping_after: Option<Duration>,
 }
 
 impl Clients {
@@ -133,7 +134,7 @@ impl Drop for OpenGuard {
 pub struct Rate {
     per_second: u64,
     /// Thousandths of an event in reserve, and the time of the count.
-    state: Mutex<(u64, u64)>,
+    state: Mutex<(u64, Millis)>,
 }
 
 impl Rate {
@@ -142,7 +143,7 @@ impl Rate {
         let per_second = u64::from(per_second);
         Self {
             per_second,
-            state: Mutex::new((per_second * 1000, 0)),
+            state: Mutex::new((per_second * 1000, Millis::ZERO)),
         }
     }
 
@@ -150,7 +151,7 @@ impl Rate {
     pub fn take(&self, now: Millis) -> bool {
         let mut state = self.state.lock();
         let (reserve, at) = *state;
-        let gained = now.saturating_sub(at) * self.per_second;
+        let gained = now.since(at).as_millis() as u64 * self.per_second;
         let reserve = (reserve + gained).min(self.per_second * 1000);
         *state = (reserve.saturating_sub(1000), now.max(at));
         reserve >= 1000
@@ -188,9 +189,12 @@ mod tests {
     #[test]
     fn a_rate_allows_its_reserve_and_then_its_pace() {
         let rate = Rate::new(10);
-        assert_eq!((0..20).filter(|_| rate.take(0)).count(), 10);
-        assert!(!rate.take(99));
-        assert!(rate.take(200));
-        assert_eq!((0..20).filter(|_| rate.take(60_000)).count(), 10);
+        assert_eq!((0..20).filter(|_| rate.take(Millis::ZERO)).count(), 10);
+        assert!(!rate.take(Millis::new(99)));
+        assert!(rate.take(Millis::new(200)));
+        assert_eq!(
+            (0..20).filter(|_| rate.take(Millis::new(60_000))).count(),
+            10
+        );
     }
 }

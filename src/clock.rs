@@ -2,7 +2,7 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use crate::time::Millis;
+use crate::time::{Millis, UnixMillis};
 
 /// The source of all times that pure code is given.
 #[derive(Clone, Copy, Debug)]
@@ -22,13 +22,13 @@ impl Default for Clock {
 impl Clock {
     /// Milliseconds since the clock was made.
     pub fn now(&self) -> Millis {
-        self.start.elapsed().as_millis() as u64
+        Millis::new(self.start.elapsed().as_millis() as u64)
     }
 
-    /// Unix time when the clock was made, milliseconds, as the system has it now.
-    pub fn started_at(&self) -> Millis {
+    /// The time of day when the clock was made, as the system has it now.
+    pub fn started_at(&self) -> UnixMillis {
         let unix = SystemTime::now().duration_since(UNIX_EPOCH);
         let unix = unix.map_or(0, |d| d.as_millis() as u64);
-        unix.saturating_sub(self.now())
+        UnixMillis::new(unix.saturating_sub(self.now().as_u64()))
     }
 }

@@ -24,6 +24,7 @@ mod trace;
 
 use std::sync::Arc;
 use std::task::Waker;
+use std::time::Duration;
 
 use crate::client::End;
 use crate::client::machine::Machine as ClientMachine;
@@ -60,7 +61,7 @@ use trace::Trace;
 const SEEDS_TRACED: usize = 40;
 
 /// A step of the clock.
-const STEP_MS: Millis = 10;
+const STEP: Duration = Duration::from_millis(10);
 const TOPICS: [&str; 6] = ["a", "a/b", "a/c", "b/b", "c", "c/d/e"];
 const FILTERS: [&str; 12] = [
     "a",
@@ -136,8 +137,8 @@ impl World {
             local_groups,
             publish_links,
             publish_links_max: publish_links,
-            linger: 2000,
-            linger_busy_min: 500,
+            linger: Duration::from_secs(2),
+            linger_busy_min: Duration::from_millis(500),
             ..config()
         });
         let version = if v5 { Version::V5 } else { Version::V311 };
@@ -162,10 +163,10 @@ impl World {
             let line = format!(
                 "{quirks:?} roots {roots:?} {data_links} data links, {publish_links} publish links, local groups {local_groups}, stormy {stormy}, poisonous {poisonous}"
             );
-            trace.line(0, &line);
+            trace.line(Millis::ZERO, &line);
         }
         Self {
-            now: 0,
+            now: Millis::ZERO,
             oracle: Oracle::new(Conditions {
                 clients_v5: devices.iter().map(|d| d.version == Version::V5).collect(),
                 stormy,
@@ -189,7 +190,7 @@ impl World {
     }
 
     fn step(&mut self) {
-        self.now += STEP_MS;
+        self.now += STEP;
         let now = self.now;
         self.broker.at(now);
         self.publish_due_wills();
@@ -215,8 +216,9 @@ impl World {
         }
     }
 
-    fn latency(&mut self) -> u64 {
-        self.now + self.rng.between(0, 30)
+    /// When something that is sent now arrives.
+    fn arrival(&mut self) -> Millis {
+        self.now + Duration::from_millis(self.rng.between(0, 30))
     }
 
     fn act(&mut self) {
@@ -362,7 +364,7 @@ fn links_of(
             version,
             begun: false,
             unanswered: false,
-            redial_at: 0,
+            redial_at: Millis::ZERO,
             conn: None,
         });
     };

@@ -130,7 +130,7 @@ pub(crate) fn message(case: Case, frame: &[u8]) -> Message {
         payload: publish.payload,
         qos: publish.qos,
         retain: publish.retain,
-        expires_at: u64::MAX,
+        expires_at: None,
         strip_key: None,
         account: None,
     })

@@ -16,10 +16,11 @@ mod sources {
     pub mod budget;
     pub mod mqtt;
     pub mod qos;
+    pub mod time;
     pub mod topics;
 }
 
-pub use sources::{budget, mqtt, qos, topics};
+pub use sources::{budget, mqtt, qos, time, topics};
 
 /// The properties that the tests of the codec hold too.
 #[allow(dead_code, reason = "the tests use more of them")]

@@ -67,7 +67,7 @@ pub(super) async fn accept(
                     input.drain(..used);
                     metrics()
                         .connect_seconds
-                        .record(clients.clock.now().saturating_sub(began) as f64 / 1000.0);
+                        .record(clients.clock.now().since(began).as_secs_f64());
                     stream.authenticated();
                     return Some(Box::new(AcceptedConnection {
                         stream,

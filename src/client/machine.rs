@@ -12,6 +12,7 @@ mod tests;
 
 use std::sync::Arc;
 use std::task::Waker;
+use std::time::Duration;
 
 use crate::budget::Account;
 use crate::mqtt::{ReasonCode, Version, encode_disconnect};
@@ -42,9 +43,9 @@ pub struct Limits {
     /// The budget of `input`.
     pub input_max_bytes: u64,
     /// The time from a packet's first byte to its last.
-    pub packet_deadline: Millis,
+    pub packet_deadline: Duration,
     /// The time in which a stream must take a part of its output.
-    pub write_stall: Millis,
+    pub write_stall: Duration,
 }
 
 /// What a machine borrows for the time of one call.
@@ -365,5 +366,5 @@ impl Machine {
 }
 
 fn seconds(now: Millis) -> u32 {
-    (now / 1000) as u32
+    (now.as_u64() / 1000) as u32
 }

@@ -10,6 +10,7 @@ use crate::mqtt::{
     Packet, Publish, QoS, ReasonCode, Receiver, Subscribe, Unsubscribe, Version, decode_connect,
     encode_ack, encode_disconnect, encode_pingresp, encode_suback, encode_unsuback,
 };
+use crate::time::Deadline;
 
 /// Bytes of waiting packets that are sent before a PINGREQ is answered.
 const PING_OUTPUT_BYTES: usize = 8 * 1024 * 1024;
@@ -259,7 +260,7 @@ impl Connected {
         }
         let expires_at = publish
             .message_expiry
-            .map_or(u64::MAX, |s| st.now + u64::from(s) * 1000);
+            .map(|seconds| Deadline::after_seconds(st.now, seconds));
         let message = Message::new(&MessageSpec {
             topic,
             properties: publish.properties,

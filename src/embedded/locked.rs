@@ -1,7 +1,6 @@
 //! The state of an embedded broker with a lock, a clock and timers.
 
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -9,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::embedded::options::EmbeddedOptions;
 use crate::embedded::state::{ConnectionHandle, State};
+use crate::time::Millis;
 
 /// The state, shared by the tasks of all connections.
 pub(super) struct LockedState {
@@ -41,7 +41,7 @@ impl LockedState {
     ) -> R {
         let (result, is_earlier) = {
             let mut state = self.state.lock();
-            state.now = self.start.elapsed().as_millis() as u64;
+            state.now = Millis::ZERO + self.start.elapsed();
             let before = state.next_deadline();
             std::mem::swap(&mut state.to_wake, to_wake);
             let result = f(&mut state);
@@ -76,7 +76,7 @@ async fn run_timers(locked: Weak<LockedState>, timer: Arc<Notify>) {
             state.fire_due();
             state.next_deadline()
         });
-        let at = next.map(|ms| broker.start + Duration::from_millis(ms));
+        let at = next.map(|at| broker.start + at.since(Millis::ZERO));
         // A reference that is held while the task sleeps would keep the broker alive.
         drop(broker);
         match at {

@@ -140,7 +140,7 @@ impl Outbound {
             if out.len() >= limit {
                 return true;
             }
-            let expired = front.message.expires_at() <= now;
+            let expired = front.message.has_expired(now);
             let acknowledged = front.qos != QoS::AtMostOnce;
             if acknowledged
                 && !expired
@@ -263,7 +263,6 @@ fn send(
     max_packet: Option<u32>,
     out: &mut Vec<u8>,
 ) -> bool {
-    let expires_at = queued.message.expires_at();
     let delivery = Delivery {
         version,
         dup,
@@ -272,8 +271,7 @@ fn send(
         packet_id: id,
         alias: Alias::None,
         // A message that expires while it is in flight is completed all the same.
-        message_expiry: (expires_at != u64::MAX)
-            .then(|| expires_at.saturating_sub(now).div_ceil(1000).max(1) as u32),
+        message_expiry: (queued.message.remaining_expiry(now)).map(|seconds| seconds.max(1)),
         subscription_ids: &queued.ids,
         user_property: None,
         hidden: 0,
@@ -298,7 +296,7 @@ mod tests {
                 payload: b"x",
                 qos,
                 retain: false,
-                expires_at: u64::MAX,
+                expires_at: None,
                 strip_key: None,
                 account: None,
             }),
@@ -312,7 +310,7 @@ mod tests {
     fn pumped(out: &mut Outbound) -> Vec<(u16, bool)> {
         let mut bytes = Vec::new();
         let stats = &mut EmbeddedStats::default();
-        assert!(!out.pump(&mut bytes, usize::MAX, 0, false, stats));
+        assert!(!out.pump(&mut bytes, usize::MAX, Millis::ZERO, false, stats));
         let decoder = Decoder {
             version: Version::V5,
             receiver: Receiver::Client,

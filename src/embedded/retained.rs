@@ -41,7 +41,7 @@ impl Retained {
         let mut expired = Vec::new();
         self.topics.overlaps_any(filter, |at| {
             let message = &self.messages[at as usize];
-            if message.expires_at() <= now {
+            if message.has_expired(now) {
                 expired.push(message.clone());
             } else {
                 found.push(message.clone());

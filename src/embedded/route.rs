@@ -204,7 +204,7 @@ impl State {
         if delay == Duration::ZERO || self.late.len() >= LATE_REPLAYS_MAX {
             return self.replay(&late);
         }
-        let at = self.now + delay.as_millis() as u64;
+        let at = self.now + delay;
         let serial = self.next_serial();
         self.late.insert((at, serial), late);
     }

@@ -1,10 +1,11 @@
 //! Sessions of an embedded broker: their connections, ends and wills.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::embedded::state::{ConnectionHandle, Session, State, StoredWill};
 use crate::mqtt::{Connect, Message, MessageSpec, Properties, ReasonCode, Version, Will};
-use crate::time::Millis;
+use crate::time::{Deadline, Millis};
 
 /// Session Expiry Interval of a session that never ends (MQTT 5 §3.1.2.11.2).
 const EXPIRY_NEVER: u32 = u32::MAX;
@@ -126,7 +127,7 @@ impl State {
             return self.end_session(key);
         }
         let delay = session.will.as_ref().map(|w| w.delay);
-        let after = |seconds: u32| self.now + u64::from(seconds) * 1000;
+        let after = |seconds: u32| self.now + Duration::from_secs(seconds.into());
         let expires_at = (expiry != EXPIRY_NEVER).then(|| after(expiry));
         let will_at = delay.filter(|&d| d > 0).map(after);
         self.set_deadlines(key, expires_at, will_at);
@@ -203,7 +204,7 @@ impl State {
                 payload: m.payload(),
                 qos: m.qos(),
                 retain: m.retain(),
-                expires_at: self.now + u64::from(seconds) * 1000,
+                expires_at: Some(Deadline::after_seconds(self.now, seconds)),
                 strip_key: None,
                 account: None,
             }),
@@ -232,7 +233,7 @@ fn store_will(will: &Will<'_>) -> StoredWill {
             payload: will.payload,
             qos: will.qos,
             retain: will.retain,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         }),

@@ -106,7 +106,7 @@ impl State {
     pub(crate) fn new(options: EmbeddedOptions) -> State {
         State {
             options,
-            now: 0,
+            now: Millis::ZERO,
             to_wake: Vec::new(),
             sessions: Slab::new(),
             trie: FilterTrie::new(),

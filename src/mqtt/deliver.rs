@@ -167,7 +167,7 @@ mod tests {
             payload: b"xyz",
             qos: QoS::AtLeastOnce,
             retain: false,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         })

@@ -9,6 +9,7 @@ use crate::budget::Account;
 use crate::mqtt::props::forwarded;
 use crate::mqtt::text::cut;
 use crate::mqtt::{Properties, QoS};
+use crate::time::{Deadline, Millis};
 
 /// The parts of a message.
 #[derive(Clone, Debug)]
@@ -23,8 +24,8 @@ pub struct MessageSpec<'a> {
     pub qos: QoS,
     /// RETAIN as received.
     pub retain: bool,
-    /// When it expires, in milliseconds of the process's clock; `u64::MAX`: never.
-    pub expires_at: u64,
+    /// When it expires [MQTT-3.3.2-5]; `None`: never.
+    pub expires_at: Option<Deadline>,
     /// User properties with this key, or with a key that begins with it and `-`, are removed.
     pub strip_key: Option<&'a str>,
     /// Charged with [`Message::size`] for as long as the message lives.
@@ -38,7 +39,7 @@ pub struct Message(ThinArc<Head, u8>);
 
 // `body` of the allocation: topic with its length prefix, properties, payload.
 struct Head {
-    expires_at: u64,
+    expires_at: Option<Deadline>,
     properties: u32,
     topic: u16,
     qos: QoS,
@@ -141,9 +142,22 @@ impl Message {
         self.0.header.header.retain
     }
 
-    /// When it expires, in milliseconds of the process's clock; `u64::MAX`: never.
-    pub fn expires_at(&self) -> u64 {
+    /// When it expires; `None`: never.
+    pub fn expires_at(&self) -> Option<Deadline> {
         self.0.header.header.expires_at
+    }
+
+    /// Whether its Message Expiry Interval has passed [MQTT-3.3.2-5].
+    pub fn has_expired(&self, now: Millis) -> bool {
+        self.expires_at().is_some_and(|at| at.is_due(now))
+    }
+
+    /// The Message Expiry Interval that remains, in seconds, rounded up [MQTT-3.3.2-6]; `None`: the
+    /// message never expires.
+    pub fn remaining_expiry(&self, now: Millis) -> Option<u32> {
+        let at = self.expires_at()?.time();
+        let seconds = at.as_u64().saturating_sub(now.as_u64()).div_ceil(1000);
+        Some(u32::try_from(seconds).unwrap_or(u32::MAX))
     }
 
     /// Bytes on the heap that this message costs, however often it is referenced.
@@ -152,7 +166,7 @@ impl Message {
     }
 
     /// A copy with another expiry, charged to no account.
-    pub fn expiring_at(&self, expires_at: u64) -> Message {
+    pub fn expiring_at(&self, expires_at: Option<Deadline>) -> Message {
         Message::new(&MessageSpec {
             topic: self.topic(),
             properties: Properties(self.properties()),
@@ -243,7 +257,7 @@ mod tests {
             payload,
             qos: QoS::AtLeastOnce,
             retain: true,
-            expires_at: 5,
+            expires_at: Some(Deadline::at(Millis::new(5))),
             strip_key: None,
             account: None,
         }
@@ -263,7 +277,7 @@ mod tests {
         assert_eq!(all.payload(), b"hello");
         assert_eq!(
             (all.qos(), all.retain(), all.expires_at()),
-            (QoS::AtLeastOnce, true, 5)
+            (QoS::AtLeastOnce, true, Some(Deadline::at(Millis::new(5))))
         );
         let less = Message::new(&MessageSpec {
             strip_key: Some("k"),

@@ -1,6 +1,8 @@
 //! The router's configuration.
 
-use crate::time::Millis;
+use std::time::Duration;
+
+use crate::time::UnixMillis;
 
 /// The router's configuration. Sizes are in bytes.
 #[derive(Clone, Debug)]
@@ -21,17 +23,17 @@ pub struct RouterConfig {
     pub publish_links_max: usize,
     /// The topic of clients' presence, `%c` being the client identifier; empty if it is not published.
     pub presence_topic: String,
-    /// Unix time when the clock was at zero.
-    pub started_at: Millis,
+    /// The time of day when the clock was at zero.
+    pub started_at: UnixMillis,
     /// How long a filter without subscribers stays subscribed.
-    pub linger: Millis,
+    pub linger: Duration,
     /// How long a filter without subscribers stays subscribed at least: it goes then if it has much
     /// traffic, or if there are too many.
-    pub linger_busy_min: Millis,
+    pub linger_busy_min: Duration,
     /// Filters that may linger.
     pub filters_lingering_max: usize,
     /// How long a SUBSCRIBE for a new filter waits for an absent broker.
-    pub subscribe_wait: Millis,
+    pub subscribe_wait: Duration,
     /// After that time the filter is granted, with a gap; else it is refused.
     pub subscribe_accept: bool,
     /// Budget of all publishes that wait for the broker.
@@ -47,7 +49,7 @@ pub struct RouterConfig {
     /// Budget of the output of all connections together.
     pub output: u64,
     /// An entry of the output that no socket takes for this long ends its connection.
-    pub write_stall: Millis,
+    pub write_stall: Duration,
     /// Spreads sessions over shards and filters over links, so that nobody can aim at one; random in
     /// each process.
     pub hash_seed: u64,

@@ -25,7 +25,6 @@ use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::router::lost::Lost;
 use crate::store::Identifiers;
-use crate::time::Millis;
 use table::Table;
 
 /// Repeats of a log line are counted, and not written, for this long.
@@ -44,9 +43,9 @@ pub(super) struct FiltersConfig {
     /// Messages of shared subscriptions are distributed at this node.
     pub local_groups: bool,
     /// How long a filter without subscribers stays subscribed.
-    pub linger: Millis,
+    pub linger: Duration,
     /// How long a busy or surplus filter without subscribers stays subscribed at least.
-    pub linger_busy_min: Millis,
+    pub linger_busy_min: Duration,
     /// Filters that may linger.
     pub lingering_max: usize,
     /// Filters that may linger on one client's account, and bytes of their names.

@@ -87,22 +87,22 @@ impl ConnectionHandle {
 
     /// Reports that the transport took a part of the output.
     pub fn moved(&self, now: Millis) {
-        self.moved_at.store(now, Ordering::Relaxed);
+        self.moved_at.store(now.as_u64(), Ordering::Relaxed);
     }
 
     /// When the transport last took a part of the output.
     pub(super) fn moved_at(&self) -> Millis {
-        self.moved_at.load(Ordering::Relaxed)
+        Millis::new(self.moved_at.load(Ordering::Relaxed))
     }
 
     /// The task was given output.
     pub(super) fn sent(&self, now: Millis) {
-        self.sent_at.store(now, Ordering::Relaxed);
+        self.sent_at.store(now.as_u64(), Ordering::Relaxed);
     }
 
     /// When the task was last given output, or asked for a ping.
     pub(super) fn sent_at(&self) -> Millis {
-        self.sent_at.load(Ordering::Relaxed)
+        Millis::new(self.sent_at.load(Ordering::Relaxed))
     }
 
     /// Marks the task as a member of the list of tasks to wake at the next tick. False: it was one.

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::mqtt::{Message, MessageSpec, Properties, QoS, has_discouraged};
 use crate::telemetry::{RateLimited, clean};
-use crate::time::Millis;
+use crate::time::{Millis, UnixMillis};
 
 use crate::router::publish::Publishing;
 use crate::router::sessions::{PresenceChange, Sessions};
@@ -19,7 +19,7 @@ struct Payload<'a> {
     client_id: &'a str,
     online: bool,
     /// Unix time, milliseconds; rises with each payload of this process.
-    at: Millis,
+    at: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     listener: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -33,18 +33,18 @@ struct Payload<'a> {
 pub(super) struct Presence {
     /// The topic, `%c` being the client identifier.
     topic: String,
-    /// Unix time when the clock was at zero.
-    started_at: Millis,
-    /// The Unix time of the last presence that was published.
-    last_presence_at: Mutex<Millis>,
+    /// The time of day when the clock was at zero.
+    started_at: UnixMillis,
+    /// The time of day of the last presence that was published.
+    last_presence_at: Mutex<UnixMillis>,
 }
 
 impl Presence {
-    pub(super) fn new(topic: String, started_at: Millis) -> Self {
+    pub(super) fn new(topic: String, started_at: UnixMillis) -> Self {
         Self {
             topic,
             started_at,
-            last_presence_at: Mutex::new(0),
+            last_presence_at: Mutex::default(),
         }
     }
 
@@ -78,7 +78,7 @@ impl Presence {
         if !publishing.has_room() {
             return;
         }
-        *last = (*last + 1).max(self.started_at + now);
+        *last = last.next().max(self.started_at.at(now));
         let payload = payload(change, *last);
         let message = Message::new(&MessageSpec {
             topic: &self.topic.replace("%c", client_id),
@@ -86,7 +86,7 @@ impl Presence {
             payload: &payload,
             qos,
             retain: false,
-            expires_at: Millis::MAX,
+            expires_at: None,
             strip_key: None,
             account: Some(publishing.account().clone()),
         });
@@ -95,12 +95,12 @@ impl Presence {
     }
 }
 
-fn payload(change: &PresenceChange, at: Millis) -> Vec<u8> {
+fn payload(change: &PresenceChange, at: UnixMillis) -> Vec<u8> {
     let peer = change.peer.as_deref();
     serde_json::to_vec(&Payload {
         client_id: &change.client_id,
         online: peer.is_some(),
-        at,
+        at: at.as_u64(),
         listener: peer.map(|p| &*p.listener),
         transport: peer.map(|p| p.transport),
         address: peer.map(|p| p.address.ip().to_string()),

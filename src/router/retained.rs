@@ -10,6 +10,7 @@ mod release;
 mod resync;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -32,7 +33,7 @@ const BUFFERED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// How long a SUBACK waits for the retained messages. A client that has its SUBACK may publish, and
 /// older messages must not follow its own.
-const SUBACK_WAIT_MS: Millis = 100;
+const SUBACK_WAIT: Duration = Duration::from_millis(100);
 
 /// The retained messages: the cache, and the fetches by which the retained link fills it.
 #[derive(Debug)]
@@ -83,7 +84,7 @@ impl RetainedMessages {
         now: Millis,
     ) -> Vec<PendingGrant> {
         let mut cache = self.cache.lock();
-        let deadline = now + SUBACK_WAIT_MS;
+        let deadline = now + SUBACK_WAIT;
         cache
             .replies
             .entry(filter)

@@ -15,6 +15,7 @@ pub(super) mod view;
 use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
 
 use foldhash::fast::FixedState;
 use parking_lot::{Mutex, MutexGuard};
@@ -44,7 +45,7 @@ pub(super) struct SessionBudgets {
     /// Bytes of the output of all connections.
     pub output_bytes: u64,
     /// An entry of the output that no socket takes for this long ends its connection.
-    pub write_stall: Millis,
+    pub write_stall: Duration,
 }
 
 /// All sessions, spread over shards.
@@ -318,7 +319,7 @@ impl Sessions {
         for answer in answers {
             metrics()
                 .publish_ack_seconds
-                .record(now.saturating_sub(answer.since) as f64 / 1000.0);
+                .record(now.since(answer.since).as_secs_f64());
             let mut shard = self.shard(answer.session.shard);
             let Some(slot) = shard.get(answer.session) else {
                 continue;

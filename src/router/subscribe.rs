@@ -265,13 +265,13 @@ mod tests {
             connection_no: client.connection_no,
             publish_link: client.publish_link,
         };
-        locks::taken_by(|| router.subscribe(caller, 1, None, &[request], 0))
+        locks::taken_by(|| router.subscribe(caller, 1, None, &[request], Millis::ZERO))
     }
 
     fn grant_all(router: &Router) {
         for link in 0..2 {
             for wanted in router.next_subscribes(link, 10) {
-                router.suback(wanted.filter, ReasonCode(wanted.qos as u8), 0);
+                router.suback(wanted.filter, ReasonCode(wanted.qos as u8), Millis::ZERO);
             }
         }
     }

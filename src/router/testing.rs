@@ -1,6 +1,7 @@
 //! Helpers of the tests of the router and of everything above it: a router, and its clients.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::mqtt::{Message, MessageSpec, Properties, QoS, SubscribeOptions, Version};
 use crate::router::handle::ConnectionHandle;
@@ -10,13 +11,13 @@ use crate::router::{
 };
 use crate::session::{ConnectionSpec, QueueFull, SessionLimits, SubscribeRequest, Will};
 use crate::store::Memory;
-use crate::time::Millis;
+use crate::time::{Millis, UnixMillis};
 
 /// A router with one link of each kind, whose data link has come up.
 pub(crate) fn router() -> Arc<Router> {
     let router = Arc::new(Router::new(limits(), config(), &Memory));
-    router.set_broker_features(&facts(), 0);
-    router.data_link_up(0, LinkSession::New, true, 0);
+    router.set_broker_features(&facts(), Millis::ZERO);
+    router.data_link_up(0, LinkSession::New, true, Millis::ZERO);
     router
 }
 
@@ -29,8 +30,8 @@ fn limits() -> SessionLimits {
         queue_messages_max: 1000,
         queue_bytes_max: 1024 * 1024,
         queue_age_max: None,
-        shared_redeliver_after: 30_000,
-        will_grace: 0,
+        shared_redeliver_after: Duration::from_secs(30),
+        will_grace: Duration::ZERO,
         presence: false,
         queue_full: QueueFull::Oldest,
         queue_qos0: false,
@@ -56,11 +57,11 @@ pub(crate) fn config() -> RouterConfig {
         publish_links: 1,
         publish_links_max: 1,
         presence_topic: String::new(),
-        started_at: 0,
-        linger: 600_000,
-        linger_busy_min: 60_000,
+        started_at: UnixMillis::default(),
+        linger: Duration::from_secs(600),
+        linger_busy_min: Duration::from_secs(60),
         filters_lingering_max: 1000,
-        subscribe_wait: 10_000,
+        subscribe_wait: Duration::from_secs(10),
         subscribe_accept: true,
         publishes_waiting: 64 * 1024 * 1024,
         publishes_waiting_per_client: 64 * 1024 * 1024,
@@ -68,7 +69,7 @@ pub(crate) fn config() -> RouterConfig {
         retained_resync: true,
         queues: 64 * 1024 * 1024,
         output: 64 * 1024 * 1024,
-        write_stall: 60_000,
+        write_stall: Duration::from_secs(60),
         hash_seed: 1,
     }
 }
@@ -94,7 +95,7 @@ pub(crate) fn router_of(config: RouterConfig) -> Arc<Router> {
 
 /// A connected MQTT 5 client whose session ends with the connection.
 pub(crate) fn client(router: &Router, id: &str) -> Connected {
-    connect(router, id, Version::V5, None, true, 0)
+    connect(router, id, Version::V5, None, true, Millis::ZERO)
 }
 
 /// A connected client of any version, whose session is kept, perhaps with a will.
@@ -157,7 +158,7 @@ pub(crate) fn numbered(number: u32, qos: QoS) -> Message {
         payload: number.to_string().as_bytes(),
         qos,
         retain: false,
-        expires_at: u64::MAX,
+        expires_at: None,
         strip_key: None,
         account: None,
     })
@@ -175,7 +176,7 @@ pub(crate) fn publish_at(router: &Router, client: Connected, number: u32, qos: Q
         message: numbered(number, qos),
         origin_mark: None,
     };
-    router.publish(client.session, client.publish_link, publish, 0);
+    router.publish(client.session, client.publish_link, publish, Millis::ZERO);
 }
 
 /// Subscribes a client, without retained messages. The broker has yet to answer.
@@ -205,5 +206,5 @@ pub(crate) fn subscribe_handling(
         connection_no: client.connection_no,
         publish_link: client.publish_link,
     };
-    router.subscribe(caller, 1, None, &[wanted], 0);
+    router.subscribe(caller, 1, None, &[wanted], Millis::ZERO);
 }

@@ -46,8 +46,8 @@ pub(super) fn clients(
         machine_limits: machine::Limits {
             input: Arc::default(),
             input_max_bytes: config.memory.max / 8,
-            packet_deadline: config.limits.packet_deadline.as_millis() as u64,
-            write_stall: config.limits.write_stall.as_millis() as u64,
+            packet_deadline: config.limits.packet_deadline,
+            write_stall: config.limits.write_stall,
         },
         unauthenticated: Arc::default(),
         unauthenticated_max_bytes: config.memory.max / 16,
@@ -141,12 +141,9 @@ fn session_limits(config: &Config) -> SessionLimits {
         packet_max: config.limits.packet_max,
         queue_messages_max: config.session.queue_messages_max as usize,
         queue_bytes_max: config.session.queue_bytes_max as usize,
-        queue_age_max: config
-            .session
-            .queue_age_max
-            .map(|age| age.as_millis() as u64),
-        shared_redeliver_after: config.session.shared_redeliver_after.as_millis() as u64,
-        will_grace: config.session.will_grace.as_millis() as u64,
+        queue_age_max: config.session.queue_age_max,
+        shared_redeliver_after: config.session.shared_redeliver_after,
+        will_grace: config.session.will_grace,
         presence: !config.session.presence_topic.is_empty(),
         queue_full: config.session.queue_full,
         queue_qos0: config.session.queue_qos0,
@@ -163,7 +160,6 @@ fn session_limits(config: &Config) -> SessionLimits {
 }
 
 fn router_config(config: &Config, clock: Clock) -> RouterConfig {
-    let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     let upstream = &config.upstream;
     RouterConfig {
         data_links: usize::from(upstream.data_links),
@@ -174,10 +170,10 @@ fn router_config(config: &Config, clock: Clock) -> RouterConfig {
         publish_links_max: usize::from(upstream.publish_links.max),
         presence_topic: config.session.presence_topic.clone(),
         started_at: clock.started_at(),
-        linger: ms(upstream.linger),
-        linger_busy_min: ms(upstream.linger_busy_min),
+        linger: upstream.linger,
+        linger_busy_min: upstream.linger_busy_min,
         filters_lingering_max: upstream.filters_lingering_max as usize,
-        subscribe_wait: ms(upstream.subscribe_wait),
+        subscribe_wait: upstream.subscribe_wait,
         subscribe_accept: upstream.subscribe_while_away == config::SubscribeWhileAway::Accept,
         publishes_waiting: upstream.publishes_waiting,
         publishes_waiting_per_client: upstream.publishes_waiting_per_client as usize,
@@ -185,7 +181,7 @@ fn router_config(config: &Config, clock: Clock) -> RouterConfig {
         retained_resync: upstream.retained_resync,
         queues: config.memory.queues,
         output: config.memory.max / 8,
-        write_stall: ms(config.limits.write_stall),
+        write_stall: config.limits.write_stall,
         // Without randomness the seed can be guessed; nothing else changes.
         hash_seed: getrandom::u64().unwrap_or_default(),
     }

@@ -78,10 +78,7 @@ pub(super) fn serve(
             .webtransport
             .then(|| Arc::new(metrics().listener(&listener.name, Transport::WebTransport.name()))),
         mount: listener.mount.as_str().into(),
-        ping_after: match listener.ping_interval {
-            Some(after) if listener.transport.is_websocket() => Some(after.as_millis() as u64),
-            _ => None,
-        },
+        ping_after: (listener.ping_interval).filter(|_| listener.transport.is_websocket()),
     };
     let clients = clients.clone();
     let handler = move |accepted| clients.clone().serve(context.clone(), accepted);

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::admin::{
     AdminView, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView,
@@ -11,6 +11,7 @@ use crate::admin::{
 use crate::client::Clients;
 use crate::router::{Router, SessionInfo};
 use crate::telemetry::{SessionState, metrics};
+use crate::time::Millis;
 use crate::upstream::{Role, Upstream};
 
 /// The running program.
@@ -122,7 +123,7 @@ impl AdminView for View {
 impl View {
     fn summary(&self, info: &SessionInfo) -> SessionSummary {
         let peer = info.peer.as_deref();
-        let since = self.started + Duration::from_millis(info.since);
+        let since = self.started + info.since.since(Millis::ZERO);
         let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
         SessionSummary {
             client_id: info.client_id.to_string(),

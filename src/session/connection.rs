@@ -3,6 +3,7 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use crate::mqtt::{QoS, Version};
 use crate::time::Millis;
@@ -151,7 +152,7 @@ impl Connection {
     /// When the client's silence exceeds its Keep Alive, unless a packet arrives before.
     pub fn silent_until(&self) -> Option<Millis> {
         let keep_alive = self.keep_alive?;
-        Some(self.last_seen + Millis::from(keep_alive.get()))
+        Some(self.last_seen + Duration::from_millis(keep_alive.get().into()))
     }
 
     /// No longer watches the client's silence, because the connection was told to end.
@@ -303,7 +304,7 @@ mod tests {
             keep_alive: 0,
             scope: None,
         };
-        Connection::new(1, &spec, 0)
+        Connection::new(1, &spec, Millis::ZERO)
     }
 
     #[test]

@@ -23,14 +23,6 @@ pub(super) fn write_to(
         stream,
         fetched: _,
     } = *offer;
-    let message_expiry = match message.expires_at() {
-        u64::MAX => None,
-        at => Some(
-            at.saturating_sub(now)
-                .div_ceil(1000)
-                .min(u64::from(u32::MAX)) as u32,
-        ),
-    };
     let mut delivery = Delivery {
         version: connection.version,
         dup,
@@ -38,7 +30,7 @@ pub(super) fn write_to(
         retain,
         packet_id,
         alias: Alias::None,
-        message_expiry,
+        message_expiry: message.remaining_expiry(now),
         subscription_ids: ids,
         user_property: None,
         hidden: connection

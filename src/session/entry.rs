@@ -1,5 +1,7 @@
 //! One delivery of a message to one client: the entries of a session's queue and window.
 
+use std::time::Duration;
+
 use crate::flow::{InFlight, Stage};
 use crate::mqtt::{Message, QoS};
 use crate::time::Millis;
@@ -149,8 +151,8 @@ pub(super) struct Entry {
 impl Entry {
     /// Whether the message is past its Message Expiry, or too old for the queue.
     pub(super) fn is_over(&self, limits: &SessionLimits, now: Millis) -> bool {
-        let age = Millis::from((now as u32).wrapping_sub(self.at));
-        self.message.as_ref().is_none_or(|m| m.expires_at() <= now)
+        let age = Duration::from_millis(now.low_bits().wrapping_sub(self.at).into());
+        self.message.as_ref().is_none_or(|m| m.has_expired(now))
             || limits.queue_age_max.is_some_and(|max| age >= max)
     }
 

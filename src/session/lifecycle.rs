@@ -1,5 +1,7 @@
 //! How a session begins, loses its connection, gets another one and ends.
 
+use std::time::Duration;
+
 use crate::mqtt::{Message, Version};
 use crate::time::{Deadline, Millis};
 
@@ -45,9 +47,9 @@ impl Session {
     /// Starts the session anew on the same client identifier [MQTT-3.1.2-4]; [`Session::attach`]
     /// follows. The publishes that the broker still has are remembered, so that a copy that the
     /// client sends again is not forwarded twice. The will of the old session is due
-    /// [MQTT-3.1.3-9], unless the client is back within `grace` milliseconds.
-    pub fn restart(&mut self, incarnation: Incarnation, grace: u64, now: Millis) -> Ended {
-        let back = grace > 0 && (self.attached() || now < self.since + grace);
+    /// [MQTT-3.1.3-9], unless the client is back within `grace`.
+    pub fn restart(&mut self, incarnation: Incarnation, grace: Duration, now: Millis) -> Ended {
+        let back = !grace.is_zero() && (self.attached() || now < self.since + grace);
         let mut ended = self.end();
         let will = self.will.take();
         match back {
@@ -100,10 +102,12 @@ impl Session {
             ended.will_cancelled |= self.will.take().is_some();
         }
         // A client that sends DISCONNECT does not flap.
-        ended.absent = self.phase.detach(if normal { 0 } else { grace }, now);
+        ended.absent = self
+            .phase
+            .detach(if normal { Duration::ZERO } else { grace }, now);
         if self.expiry == 0 {
             match self.will.as_deref_mut() {
-                Some(will) if grace > 0 => will.due_at = Some(Deadline::at(now + grace)),
+                Some(will) if !grace.is_zero() => will.due_at = Some(Deadline::at(now + grace)),
                 _ => ended.will = self.will.take().map(|w| w.publish(now)),
             }
             let over = self.end();
@@ -113,19 +117,18 @@ impl Session {
             return ended;
         }
         let has_shared = self.outbound.has_shared();
-        let share_at = now.saturating_add(limits.shared_redeliver_after);
-        let ends_at = now + u64::from(self.expiry) * 1000;
+        let share_at = now + limits.shared_redeliver_after;
         self.phase.wait_until(
-            (self.expiry != u32::MAX).then(|| Deadline::at(ends_at)),
+            (self.expiry != u32::MAX).then(|| Deadline::after_seconds(now, self.expiry)),
             has_shared.then(|| Deadline::at(share_at)),
         );
         match self.will.as_deref_mut() {
-            Some(will) if will.delay == 0 && grace == 0 => {
+            Some(will) if will.delay == 0 && grace.is_zero() => {
                 ended.will = self.will.take().map(|w| w.publish(now));
             }
             Some(will) => {
                 // Whichever comes first: the delay or the session's end.
-                let delay = u64::from(will.delay.min(self.expiry)) * 1000;
+                let delay = Duration::from_secs(will.delay.min(self.expiry).into());
                 will.due_at = Some(Deadline::at(now + delay.max(grace)));
             }
             None => {}
@@ -205,7 +208,7 @@ impl Session {
         }
         let will = self.will.as_ref().and_then(|w| w.due_at);
         let all = [will, self.phase.deadline()];
-        all.into_iter().flatten().min().map(Deadline::millis)
+        all.into_iter().flatten().min().map(Deadline::time)
     }
 
     /// Whether the session is over: it is only remembered.

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
 
 use foldhash::fast::FixedState;
 
 use crate::budget::{Account, QueueFull};
 use crate::mqtt::QoS;
-use crate::time::Millis;
 
 /// Why a message was not kept for a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,12 +35,12 @@ pub struct SessionLimits {
     pub queue_messages_max: usize,
     /// Bytes that may wait in a session's queue, and that may be in flight.
     pub queue_bytes_max: usize,
-    /// Age in milliseconds at which a waiting message is dropped. `None`: at none.
-    pub queue_age_max: Option<Millis>,
-    /// Milliseconds that a session may be away before other members of its groups get its share.
-    pub shared_redeliver_after: Millis,
-    /// Milliseconds that a client may be away before its will and its absence are published.
-    pub will_grace: Millis,
+    /// Age at which a waiting message is dropped. `None`: at none.
+    pub queue_age_max: Option<Duration>,
+    /// How long a session may be away before other members of its groups get its share.
+    pub shared_redeliver_after: Duration,
+    /// How long a client may be away before its will and its absence are published.
+    pub will_grace: Duration,
     /// Publish the presence and absence of clients.
     pub presence: bool,
     /// Policy when the queue is full.

@@ -132,7 +132,7 @@ impl Outbound {
                 self.window.push(Entry {
                     message: Some(message.clone()),
                     ids,
-                    at: now as u32,
+                    at: now.low_bits(),
                     packet_id,
                     qos,
                     state: State::InFlight(Stage::Sent),
@@ -181,7 +181,7 @@ impl Outbound {
         self.queue.push(Entry {
             message: Some(message.clone()),
             ids,
-            at: now as u32,
+            at: now.low_bits(),
             packet_id: 0,
             qos,
             state: match fetched {
@@ -229,7 +229,7 @@ impl Outbound {
             }
             self.shed.sent[entry.qos as usize] += 1;
             if packet_id != 0 {
-                entry.at = now as u32;
+                entry.at = now.low_bits();
                 self.inflight_bytes += entry.size();
                 entry.packet_id = packet_id;
                 entry.state = State::InFlight(Stage::Sent);
@@ -257,7 +257,7 @@ impl Outbound {
                 .is_some_and(|offer| write_to(connection, now, &offer, entry.packet_id, true));
             if written {
                 self.shed.sent[entry.qos as usize] += 1;
-                entry.at = now as u32;
+                entry.at = now.low_bits();
                 self.window.resent(index);
             } else {
                 self.inflight_bytes -= entry.size();
@@ -275,7 +275,7 @@ impl Outbound {
             return;
         };
         let entry = self.window.get(index);
-        let after = (now as u32).wrapping_sub(entry.at);
+        let after = now.low_bits().wrapping_sub(entry.at);
         self.shed.acknowledged_after = Some(after);
         if matches!(entry.stage(), Stage::Sent | Stage::Resend) {
             self.finish(index);

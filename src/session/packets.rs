@@ -7,7 +7,7 @@ use crate::mqtt::{
     Ack, AckKind, Disconnect, Message, MessageSpec, Packet, Property, Publish, QoS, ReasonCode,
     Version, encode_ack, encode_pingresp, has_discouraged,
 };
-use crate::time::Millis;
+use crate::time::{Deadline, Millis};
 use crate::topics::matches;
 
 use crate::session::connection::{Connection, Scope};
@@ -105,7 +105,7 @@ impl Session {
             payload: publish.payload,
             qos: publish.qos,
             retain: publish.retain,
-            expires_at: expiry.map_or(u64::MAX, |s| now + u64::from(s) * 1000),
+            expires_at: expiry.map(|seconds| Deadline::after_seconds(now, seconds)),
             strip_key: Some(limits.reserved_key),
             account: Some(limits.publish_account.clone()),
         };

@@ -10,6 +10,8 @@
 //! ```
 //! A takeover is [`Phase::attach`] on a session that is attached.
 
+use std::time::Duration;
+
 use crate::session::connection::Connection;
 use crate::time::{Deadline, Millis};
 
@@ -91,15 +93,15 @@ impl Phase {
     }
 
     /// Ends the connection, if there is one. A client that was announced is absent after
-    /// `absent_after` milliseconds. True: it is absent at once.
-    pub(super) fn detach(&mut self, absent_after: u64, now: Millis) -> bool {
+    /// `absent_after`. True: it is absent at once.
+    pub(super) fn detach(&mut self, absent_after: Duration, now: Millis) -> bool {
         let Self::Attached(attached) = self else {
             return false;
         };
-        let at_once = attached.announced && absent_after == 0;
-        let later = attached.announced && absent_after > 0;
+        let at_once = attached.announced && absent_after.is_zero();
+        let later = attached.announced && !absent_after.is_zero();
         *self = Self::Detached(Detached {
-            absent_at: later.then(|| Deadline::at(now.saturating_add(absent_after))),
+            absent_at: later.then(|| Deadline::at(now + absent_after)),
             ..Detached::default()
         });
         at_once
@@ -244,7 +246,7 @@ mod tests {
             keep_alive: 0,
             scope: None,
         };
-        Box::new(Connection::new(connection_no, &spec, 0))
+        Box::new(Connection::new(connection_no, &spec, Millis::ZERO))
     }
 
     fn attached(presence: bool) -> Phase {
@@ -255,7 +257,7 @@ mod tests {
 
     fn detached() -> Phase {
         let mut phase = attached(true);
-        assert!(!phase.detach(10, 100));
+        assert!(!phase.detach(Duration::from_millis(10), Millis::new(100)));
         phase
     }
 
@@ -290,58 +292,64 @@ mod tests {
 
     #[test]
     fn detach_tells_an_absence_at_once_or_later_or_never() {
-        assert!(attached(true).detach(0, 100));
-        assert!(!attached(false).detach(0, 100));
+        assert!(attached(true).detach(Duration::ZERO, Millis::new(100)));
+        assert!(!attached(false).detach(Duration::ZERO, Millis::new(100)));
         let mut phase = detached();
         assert!(phase.owes_absence() && !phase.is_attached());
-        assert_eq!(phase.deadline(), Some(Deadline::at(110)));
-        assert!(!phase.detach(0, 200), "it is detached");
-        assert_eq!(phase.deadline(), Some(Deadline::at(110)));
+        assert_eq!(phase.deadline(), Some(Deadline::at(Millis::new(110))));
+        assert!(
+            !phase.detach(Duration::ZERO, Millis::new(200)),
+            "it is detached"
+        );
+        assert_eq!(phase.deadline(), Some(Deadline::at(Millis::new(110))));
     }
 
     #[test]
     fn a_detached_session_has_the_earliest_of_its_deadlines() {
         let mut phase = detached();
         let at = |n| Some(Deadline::at(n));
-        phase.wait_until(at(300), at(200));
-        assert_eq!(phase.deadline(), at(110));
+        phase.wait_until(at(Millis::new(300)), at(Millis::new(200)));
+        assert_eq!(phase.deadline(), at(Millis::new(110)));
         let absent = Passed {
             absent: true,
             ..Passed::default()
         };
-        assert_eq!(phase.expire(110), absent);
-        assert_eq!(phase.expire(110), Passed::default());
-        assert_eq!(phase.deadline(), at(200));
+        assert_eq!(phase.expire(Millis::new(110)), absent);
+        assert_eq!(phase.expire(Millis::new(110)), Passed::default());
+        assert_eq!(phase.deadline(), at(Millis::new(200)));
         let share = Passed {
             share: true,
             ..Passed::default()
         };
-        assert_eq!(phase.expire(200), share);
+        assert_eq!(phase.expire(Millis::new(200)), share);
         assert!(!phase.is_closed());
-        assert!(phase.expire(300).end && phase.is_closed());
+        assert!(phase.expire(Millis::new(300)).end && phase.is_closed());
         assert_eq!(phase.deadline(), None);
     }
 
     #[test]
     fn an_attached_session_has_no_deadlines_and_cannot_close() {
         let mut phase = attached(true);
-        phase.wait_until(Some(Deadline::at(1)), Some(Deadline::at(1)));
-        phase.remember_until(1);
+        phase.wait_until(
+            Some(Deadline::at(Millis::new(1))),
+            Some(Deadline::at(Millis::new(1))),
+        );
+        phase.remember_until(Millis::new(1));
         phase.close();
         assert!(phase.is_attached());
         assert_eq!(phase.deadline(), None);
-        assert_eq!(phase.expire(u64::MAX), Passed::default());
+        assert_eq!(phase.expire(Millis::MAX), Passed::default());
     }
 
     #[test]
     fn a_closed_session_is_forgotten_in_time_and_owes_the_absence() {
         let mut phase = closed();
         assert!(phase.is_closed() && phase.connection().is_none());
-        phase.remember_until(500);
-        assert_eq!(phase.deadline(), Some(Deadline::at(110)));
-        assert!(phase.expire(499).absent);
-        assert_eq!(phase.expire(499), Passed::default());
-        assert!(phase.expire(500).forget);
+        phase.remember_until(Millis::new(500));
+        assert_eq!(phase.deadline(), Some(Deadline::at(Millis::new(110))));
+        assert!(phase.expire(Millis::new(499)).absent);
+        assert_eq!(phase.expire(Millis::new(499)), Passed::default());
+        assert!(phase.expire(Millis::new(500)).forget);
     }
 
     #[test]

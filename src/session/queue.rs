@@ -161,7 +161,7 @@ mod tests {
             payload: &[number],
             qos: QoS::AtLeastOnce,
             retain: false,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         });

@@ -31,7 +31,9 @@ impl Will {
     pub fn publish(self, now: Millis) -> Message {
         match self.message_expiry {
             None => self.message,
-            Some(seconds) => self.message.expiring_at(now + u64::from(seconds) * 1000),
+            Some(seconds) => {
+                (self.message).expiring_at(Some(Deadline::after_seconds(now, seconds)))
+            }
         }
     }
 }

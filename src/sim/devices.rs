@@ -29,7 +29,7 @@ pub(crate) struct SimWill {
     pub(crate) number: u32,
     pub(crate) topic: &'static str,
     pub(crate) qos: QoS,
-    pub(crate) delay: Millis,
+    pub(crate) delay: Duration,
     /// When it is published, once the connection was cut.
     pub(crate) due: Option<Millis>,
 }
@@ -41,7 +41,7 @@ fn message(topic: &str, number: u32, qos: QoS, retain: bool) -> crate::mqtt::Mes
         payload: number.to_string().as_bytes(),
         qos,
         retain,
-        expires_at: u64::MAX,
+        expires_at: None,
         strip_key: None,
         account: None,
     })
@@ -70,7 +70,7 @@ impl World {
             return None;
         }
         self.number += 1;
-        let delay = self.rng.pick(&[0, 1000]);
+        let delay = Duration::from_secs(self.rng.pick(&[0, 1]));
         Some(SimWill {
             number: self.number,
             topic: self.rng.pick(&TOPICS),
@@ -78,7 +78,7 @@ impl World {
             delay: if self.devices[n].version == Version::V5 {
                 delay
             } else {
-                0
+                Duration::ZERO
             },
             due: None,
         })
@@ -94,7 +94,7 @@ impl World {
                 retain: false,
                 topic: w.topic,
                 payload: payload.as_bytes(),
-                delay: (w.delay / 1000) as u32,
+                delay: w.delay.as_secs() as u32,
                 message_expiry: None,
                 properties: Properties::default(),
             });

@@ -12,7 +12,7 @@ pub(crate) struct Pipe(VecDeque<(Millis, Vec<u8>)>);
 impl Pipe {
     pub(crate) fn put(&mut self, bytes: Vec<u8>, at: Millis) {
         if !bytes.is_empty() {
-            let at = at.max(self.0.back().map_or(0, |(last, _)| *last));
+            let at = at.max(self.0.back().map_or(Millis::ZERO, |(last, _)| *last));
             self.0.push_back((at, bytes));
         }
     }
@@ -119,7 +119,7 @@ impl World {
 
     /// Bytes of a link reach the broker, and it answers.
     pub(crate) fn broker_reads(&mut self, n: usize) {
-        let (now, later) = (self.now, self.latency());
+        let (now, later) = (self.now, self.arrival());
         let link = &mut self.links[n];
         let Some(conn) = &mut link.conn else {
             return;
@@ -147,7 +147,7 @@ impl World {
 
     /// Bytes of the broker reach a link, and its machine answers.
     pub(crate) fn link_reads(&mut self, n: usize) {
-        let (now, later) = (self.now, self.latency());
+        let (now, later) = (self.now, self.arrival());
         let mut out = Vec::new();
         let is_away = |l: &SimLink| l.begun && !l.conn.as_ref().is_some_and(|c| c.up);
         let mut data = self.links.iter().filter(|l| l.name.starts_with('d'));
@@ -255,7 +255,7 @@ impl World {
     }
 
     fn lose_for(&mut self, n: usize, end: &LinkEnd) {
-        let again = self.now + self.rng.between(20, 400);
+        let again = self.now + Duration::from_millis(self.rng.between(20, 400));
         let link = &mut self.links[n];
         let Some(conn) = link.conn.take() else {
             return;
@@ -278,7 +278,7 @@ impl World {
 
     pub(crate) fn restart_broker(&mut self) {
         let keep = self.rng.chance(60);
-        let back = self.now + self.rng.between(50, 800);
+        let back = self.now + Duration::from_millis(self.rng.between(50, 800));
         trace!(self, "the broker stops, and will keep its sessions: {keep}");
         self.broker.stop();
         for n in 0..self.links.len() {

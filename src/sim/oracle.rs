@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
 use crate::time::Millis;
 
-use crate::sim::seen::{Client, Got, Message, Sub, TRANSIT_MS, chances};
+use crate::sim::seen::{Client, Got, Message, Sub, TRANSIT, chances};
 use tidegate_kit::rng::Rng;
 
 /// The conditions of a run, which decide what can be promised.
@@ -93,7 +93,7 @@ impl Oracle {
     /// Whether the broker had lost a link's session when the message was published, and the link had
     /// not connected again.
     fn unseen(&self, message: &Message) -> bool {
-        let about = |t: &Millis| *t <= message.at && message.at <= *t + TRANSIT_MS;
+        let about = |t: &Millis| *t <= message.at && message.at <= *t + TRANSIT;
         self.link_sessions_lost.iter().any(about)
     }
 
@@ -347,7 +347,7 @@ impl Oracle {
         self.clients[n].subs.iter().any(|s| {
             s.matches(&message.topic)
                 && s.asked_at <= then
-                && s.asked_at <= message.acknowledged_by(4 * TRANSIT_MS)
+                && s.asked_at <= message.acknowledged_by(4 * TRANSIT)
                 && s.lives_at(message.at)
                 && !s.hides(n, message)
         })
@@ -357,7 +357,7 @@ impl Oracle {
     /// that one or its replacements lasted until the message must have arrived.
     fn must(&self, n: usize, message: &Message) -> bool {
         let client = &self.clients[n];
-        let until = message.acknowledged_by(2 * TRANSIT_MS);
+        let until = message.acknowledged_by(2 * TRANSIT);
         let sure = |s: &&Sub| {
             let brings = s.qos > QoS::AtMostOnce && !(s.no_local && message.from == n);
             !s.shared() && s.matches(&message.topic) && s.granted_at.is_some() && brings
@@ -400,7 +400,7 @@ impl Oracle {
             return true;
         }
         let lost =
-            |t: &Millis| message.at <= *t && (*t <= message.at + TRANSIT_MS || message.open_at(*t));
+            |t: &Millis| message.at <= *t && (*t <= message.at + TRANSIT || message.open_at(*t));
         self.sessions_lost.iter().any(lost) || self.unseen(message)
     }
 
@@ -442,8 +442,7 @@ impl Oracle {
         }
         let within = |t: &Millis| message.at <= *t && message.open_at(*t);
         // In doubt, every copy is delivered until all links have connected again.
-        let doubted =
-            |t: &Millis| message.at <= *t + TRANSIT_MS && *t <= message.at + 2 * TRANSIT_MS;
+        let doubted = |t: &Millis| message.at <= *t + TRANSIT && *t <= message.at + 2 * TRANSIT;
         if self.doubts.iter().any(doubted) || self.unseen(message) {
             return true;
         }

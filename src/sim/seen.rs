@@ -1,11 +1,13 @@
 //! The oracle's record of clients: their subscriptions, the messages they sent and received.
 
+use std::time::Duration;
+
 use crate::mqtt::QoS;
 use crate::time::Millis;
 use crate::topics::{matches, split_shared};
 
 /// How long a message may take through a broker that loses sessions.
-pub(super) const TRANSIT_MS: Millis = 1500;
+pub(super) const TRANSIT: Duration = Duration::from_millis(1500);
 
 /// How many copies of a message a client may receive through plain subscriptions: one for all that
 /// overlap in time, and one more for each that began after the ones before had ended.
@@ -60,7 +62,7 @@ impl Sub {
 
     /// Whether the subscription ended at about this time or later.
     pub(super) fn ended_about(&self, at: Millis) -> bool {
-        self.ended_at.is_some_and(|end| end + 2 * TRANSIT_MS >= at)
+        self.ended_at.is_some_and(|end| end + 2 * TRANSIT >= at)
     }
 
     /// Whether No Local hides the message. A publish from before the subscription has no origin mark.
@@ -90,9 +92,8 @@ pub(super) struct Message {
 
 impl Message {
     /// This long after the acknowledgement; never, if there was none.
-    pub(super) fn acknowledged_by(&self, after: Millis) -> Millis {
-        self.acknowledged_at
-            .map_or(Millis::MAX, |at| at.saturating_add(after))
+    pub(super) fn acknowledged_by(&self, after: Duration) -> Millis {
+        self.acknowledged_at.map_or(Millis::MAX, |at| at + after)
     }
 
     /// Whether the message had no acknowledgement before this time.

@@ -1,6 +1,7 @@
 //! Helpers of the tests of links and of client machines, beside those of the router.
 
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use crate::client::connect::{Admission, Applicant};
 use crate::client::machine::{self, Machine};
@@ -30,7 +31,7 @@ pub(crate) fn up(session_present: bool, receive_maximum: u16) -> Handshake {
         identifiers: true,
         keeps_retain: true,
         fetch_qos: QoS::ExactlyOnce,
-        fetch_quiet: 100,
+        fetch_quiet: Duration::from_millis(100),
     }
 }
 
@@ -50,8 +51,8 @@ impl Policy for Open {
 static MACHINE_LIMITS: LazyLock<machine::Limits> = LazyLock::new(|| machine::Limits {
     input: Arc::default(),
     input_max_bytes: 64 * 1024 * 1024,
-    packet_deadline: 10_000,
-    write_stall: 60_000,
+    packet_deadline: Duration::from_secs(10),
+    write_stall: Duration::from_secs(60),
 });
 
 /// What a client's machine needs for one call; its client may do everything.

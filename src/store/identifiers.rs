@@ -9,8 +9,7 @@ use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 
-/// The numbers of filters. Times are in milliseconds of the process's clock, which begins anew with each
-/// process; an implementation that outlives the process must keep the remaining time of a rest.
+/// The numbers of filters. Times are of the process's clock, which begins anew with each process; an implementation that outlives the process must keep the remaining time of a rest.
 pub trait Identifiers: Debug + Send + Sync {
     /// Every number that was ever given, in order: its name, or `None` when it rests or is free.
     fn load(&self) -> Vec<Option<Arc<str>>>;
@@ -21,7 +20,7 @@ pub trait Identifiers: Debug + Send + Sync {
 
     /// Forgets a name. Its number rests until `until`; numbers whose rest has ended at `now` become free.
     /// An unknown name has no effect.
-    fn release(&mut self, name: &str, now: Millis, until: u64);
+    fn release(&mut self, name: &str, now: Millis, until: Millis);
 
     /// Whether a name has a number.
     fn knows(&self, name: &str) -> bool;
@@ -38,7 +37,7 @@ pub(super) struct InMemory {
     next: u32,
     free: Vec<FilterId>,
     /// Numbers that rest, with the time until which they do.
-    tombstones: VecDeque<(u64, FilterId)>,
+    tombstones: VecDeque<(Millis, FilterId)>,
 }
 
 impl Identifiers for InMemory {
@@ -61,7 +60,7 @@ impl Identifiers for InMemory {
         (number, name)
     }
 
-    fn release(&mut self, name: &str, now: Millis, until: u64) {
+    fn release(&mut self, name: &str, now: Millis, until: Millis) {
         let Some(number) = self.by_name.remove(name) else {
             return;
         };
@@ -103,13 +102,13 @@ mod tests {
         for name in ["a", "b", "c", "d"] {
             names.number(name);
         }
-        names.release("a", 100, 200);
+        names.release("a", Millis::new(100), Millis::new(200));
         assert!(!names.knows("a"));
         // Not even for the same name.
         assert_eq!(names.number("a").0, FilterId(4));
-        names.release("b", 199, 299);
+        names.release("b", Millis::new(199), Millis::new(299));
         assert_eq!(names.number("e").0, FilterId(5));
-        names.release("c", 200, 300);
+        names.release("c", Millis::new(200), Millis::new(300));
         assert_eq!(names.number("f").0, FilterId(0), "its rest has ended");
         assert_eq!(names.number("g").0, FilterId(6));
     }
@@ -118,8 +117,8 @@ mod tests {
     fn an_unknown_name_leaves_everything_as_it_is() {
         let mut names = InMemory::default();
         names.number("a");
-        names.release("a", 0, 10);
-        names.release("a", 20, 30);
+        names.release("a", Millis::ZERO, Millis::new(10));
+        names.release("a", Millis::new(20), Millis::new(30));
         assert_eq!(names.number("b").0, FilterId(1));
     }
 
@@ -130,8 +129,8 @@ mod tests {
         for name in ["a", "b", "c"] {
             names.number(name);
         }
-        names.release("b", 0, 10);
-        names.release("c", 0, 10);
+        names.release("b", Millis::ZERO, Millis::new(10));
+        names.release("c", Millis::ZERO, Millis::new(10));
         assert_eq!(names.load(), [Some("a".into()), None, None]);
     }
 }

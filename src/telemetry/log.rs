@@ -36,7 +36,7 @@ pub fn init(level: &str, json: bool) -> Result<(), tracing_subscriber::filter::P
 /// ```
 pub struct RateLimited {
     lines_max: u32,
-    interval_ms: u64,
+    interval: Duration,
     state: Mutex<State>,
 }
 
@@ -57,7 +57,7 @@ impl RateLimited {
     pub const fn burst(lines_max: u32, interval: Duration) -> Self {
         Self {
             lines_max,
-            interval_ms: interval.as_millis() as u64,
+            interval,
             state: Mutex::new(State {
                 since: None,
                 lines: 0,
@@ -72,7 +72,7 @@ impl RateLimited {
         // Tests have several clocks, so `now` may be earlier than the first line.
         let in_interval = state
             .since
-            .is_some_and(|since| (since..since.saturating_add(self.interval_ms)).contains(&now));
+            .is_some_and(|since| (since..since + self.interval).contains(&now));
         if !in_interval {
             state.since = Some(now);
             state.lines = 0;
@@ -114,23 +114,25 @@ mod tests {
     #[test]
     fn repeats_are_counted() {
         let limited = RateLimited::new(Duration::from_secs(10));
-        assert_eq!(limited.permit(500), Some(0));
-        assert_eq!(limited.permit(1_500), None);
-        assert_eq!(limited.permit(10_499), None);
-        assert_eq!(limited.permit(10_500), Some(2));
-        assert_eq!(limited.permit(20_500), Some(0));
+        assert_eq!(limited.permit(Millis::new(500)), Some(0));
+        assert_eq!(limited.permit(Millis::new(1_500)), None);
+        assert_eq!(limited.permit(Millis::new(10_499)), None);
+        assert_eq!(limited.permit(Millis::new(10_500)), Some(2));
+        assert_eq!(limited.permit(Millis::new(20_500)), Some(0));
         // A clock that started later.
-        assert_eq!(limited.permit(0), Some(0));
+        assert_eq!(limited.permit(Millis::ZERO), Some(0));
     }
 
     #[test]
     fn a_burst_is_permitted_and_the_rest_counted() {
         let limited = RateLimited::burst(10, Duration::from_secs(10));
-        let permitted: Vec<_> = (0..10).filter_map(|_| limited.permit(500)).collect();
+        let permitted: Vec<_> = (0..10)
+            .filter_map(|_| limited.permit(Millis::new(500)))
+            .collect();
         assert_eq!(permitted, [0; 10]);
-        assert_eq!(limited.permit(500), None);
-        assert_eq!(limited.permit(10_499), None);
-        assert_eq!(limited.permit(10_500), Some(2));
+        assert_eq!(limited.permit(Millis::new(500)), None);
+        assert_eq!(limited.permit(Millis::new(10_499)), None);
+        assert_eq!(limited.permit(Millis::new(10_500)), Some(2));
     }
 
     #[test]

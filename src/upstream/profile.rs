@@ -7,12 +7,12 @@ mod display;
 pub(in crate::upstream) mod probe;
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
 use crate::mqtt::{Connack, QoS, Version};
 use crate::router::BrokerFeatures;
-use crate::time::Millis;
 
 /// Receive Maximum that is assumed of a 3.1.1 broker, which cannot announce it. Brokers' defaults
 /// are 10 to 65,535.
@@ -22,10 +22,10 @@ const RECEIVE_MAXIMUM_V3: u16 = 20;
 pub(crate) const WINDOW_PROBED: u16 = 64;
 
 /// A retained fetch ends once its link has been quiet for a time between these two.
-const FETCH_QUIET_MIN_MS: Millis = 100;
-const FETCH_QUIET_MAX_MS: Millis = 4000;
+const FETCH_QUIET_MIN: Duration = Duration::from_millis(100);
+const FETCH_QUIET_MAX: Duration = Duration::from_secs(4);
 /// The quiet time where the probe saw no retained message.
-const FETCH_QUIET_UNSEEN_MS: Millis = 500;
+const FETCH_QUIET_UNSEEN: Duration = Duration::from_millis(500);
 
 /// Gives each value of an enum the word that logs, metrics, the admin API and people read.
 macro_rules! words {
@@ -299,13 +299,15 @@ impl BrokerProfile {
         }
     }
 
-    /// How long the retained link has to be quiet before a fetch is over, milliseconds: four times
+    /// How long the retained link has to be quiet before a fetch is over: four times
     /// as long as the probe's took, because the broker may have more retained messages to search
     /// than it had then.
-    pub(crate) fn fetch_quiet(&self) -> Millis {
+    pub(crate) fn fetch_quiet(&self) -> Duration {
         match self.quirks.retained_within {
-            Some(ms) => (Millis::from(ms) * 4).clamp(FETCH_QUIET_MIN_MS, FETCH_QUIET_MAX_MS),
-            None => FETCH_QUIET_UNSEEN_MS,
+            Some(ms) => {
+                (Duration::from_millis(ms.into()) * 4).clamp(FETCH_QUIET_MIN, FETCH_QUIET_MAX)
+            }
+            None => FETCH_QUIET_UNSEEN,
         }
     }
 

@@ -151,7 +151,7 @@ fn allocations_are_counted() {
         payload: p.payload,
         qos: p.qos,
         retain: p.retain,
-        expires_at: u64::MAX,
+        expires_at: None,
         strip_key: None,
         account: None,
     };

@@ -15,7 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("telemetry", &["qos", "time"]),
     ("config", &["budget", "topics"]),
     ("store", &["time", "topics"]),
-    ("mqtt", &["budget", "qos", "topics"]),
+    ("mqtt", &["budget", "qos", "time", "topics"]),
     ("flow", &[]),
     ("session", &["time", "mqtt", "topics", "budget", "flow"]),
     ("transport", &["backoff", "config"]),

@@ -1,5 +1,7 @@
 //! What happens to devices by chance.
 
+use std::time::Duration;
+
 use tidegate::mqtt::{ReasonCode, SubscribeOptions, Version};
 
 use crate::broker::Copy;
@@ -7,6 +9,7 @@ use crate::device::{Outgoing, WillSpec};
 use crate::edge::{Edge, QOS};
 use crate::pipe::Pipe;
 use crate::world::{Link, World, trace};
+use tidegate::time::{Deadline, Millis};
 
 const FILTERS: [&str; 12] = [
     "a/b", "a/+", "a/#", "+/b", "#", "b", "b/+", "c/d/e", "c/#", "r/#", "r/1", "no/x",
@@ -42,8 +45,10 @@ impl World {
                 }
             }
             88..90 if !self.broker.away => {
-                let time = self.rng.pick(&[200, 3000, 15_000]);
-                trace!(self, "the broker is away for {time} ms");
+                let time = self
+                    .rng
+                    .pick(&[200, 3000, 15_000].map(Duration::from_millis));
+                trace!(self, "the broker is away for {time:?}");
                 self.broker.away = true;
                 self.oracle.gone(self.now);
                 self.oracle.inbound.broker_was_away = true;
@@ -52,10 +57,10 @@ impl World {
             }
             90..91 if !self.broker.away && !self.broker.unlinked => {
                 let kept = self.rng.chance(70);
-                let time = self.rng.pick(&[0, 500, 5000]);
+                let time = self.rng.pick(&[0, 500, 5000].map(Duration::from_millis));
                 trace!(
                     self,
-                    "the data link is lost for {time} ms, session kept {kept}"
+                    "the data link is lost for {time:?}, session kept {kept}"
                 );
                 self.broker.lose_link(kept);
                 self.router.data_link_down(0, self.now);
@@ -101,7 +106,7 @@ impl World {
                 device.reset_stream(stream);
                 side.up = Pipe::default();
                 side.down = Pipe::default();
-                side.reset_at = Some(self.now + self.rng.below(300));
+                side.reset_at = Some(self.now + Duration::from_millis(self.rng.below(300)));
             }
             _ => {
                 side.stalled = !side.stalled;
@@ -123,7 +128,7 @@ impl World {
     pub(crate) fn connect(&mut self, n: usize) {
         if let Some(old) = self.devices[n].link {
             // The server's end of the old one hears nothing, or late.
-            let late = self.rng.pick(&[0, 50, 100_000]);
+            let late = self.rng.pick(&[0, 50, 100_000].map(Duration::from_millis));
             self.abandon(old, late);
         }
         let clean = self.devices[n].profile.clean != self.rng.chance(8);
@@ -154,13 +159,13 @@ impl World {
         let Some(link) = self.devices[n].link else {
             return;
         };
-        let late = self.rng.pick(&[0, 0, 20, 3000]);
+        let late = self.rng.pick(&[0, 0, 20, 3000].map(Duration::from_millis));
         trace!(self, "{n} is cut, link {link}");
         self.devices[n].lost();
         self.abandon(link, late);
     }
 
-    pub(crate) fn abandon(&mut self, link: u64, late: u64) {
+    pub(crate) fn abandon(&mut self, link: u64, late: Duration) {
         if let Some(l) = self.links.get_mut(&link) {
             l.eof_at = Some(self.now + late);
             // A part of what is under way still arrives.
@@ -189,9 +194,9 @@ impl World {
         self.devices[n].disconnect(reason, expiry);
         self.flush(n, false);
         if let Some(link) = self.devices[n].link {
-            let at = self.links.get(&link).map_or(0, |l| l.up.last);
+            let at = self.links.get(&link).map_or(Millis::ZERO, |l| l.up.last);
             if let Some(l) = self.links.get_mut(&link) {
-                l.eof_at = Some(at.max(self.now) + 500);
+                l.eof_at = Some(at.max(self.now) + Duration::from_millis(500));
             }
         }
         self.devices[n].lost();
@@ -258,8 +263,11 @@ impl World {
                 qos: self.rng.pick(&QOS),
                 retain,
                 expires_at: match self.rng.below(12) {
-                    0 if !retain => self.now + self.rng.between(1, 15) * 1000,
-                    _ => u64::MAX,
+                    0 if !retain => {
+                        let seconds = self.rng.between(1, 15) as u32;
+                        Some(Deadline::after_seconds(self.now, seconds))
+                    }
+                    _ => None,
                 },
                 origin_mark: None,
                 partial: false,

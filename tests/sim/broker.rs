@@ -2,12 +2,13 @@
 //! message down the data link, in one of the ways that real brokers do.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use tidegate::mqtt::{Message, MessageSpec, QoS, ReasonCode};
 use tidegate::router::publish::queue::Outgoing;
 use tidegate::router::{Answered, Arrived, Router};
 use tidegate::session::Incarnation;
-use tidegate::time::Millis;
+use tidegate::time::{Deadline, Millis};
 use tidegate::topics::FilterId;
 
 use tidegate_kit::rng::Rng;
@@ -39,7 +40,7 @@ pub(crate) struct Copy {
     pub payload: Vec<u8>,
     pub qos: QoS,
     pub retain: bool,
-    pub expires_at: u64,
+    pub expires_at: Option<Deadline>,
     pub origin_mark: Option<Incarnation>,
     /// Other copies of the message are lost.
     pub partial: bool,
@@ -54,8 +55,8 @@ enum Request {
 /// One publish link. Its publishes stay in order.
 #[derive(Default)]
 struct PublishWay {
-    under_way: VecDeque<(u64, Outgoing)>,
-    last_at: u64,
+    under_way: VecDeque<(Millis, Outgoing)>,
+    last_at: Millis,
 }
 
 pub(crate) struct Broker {
@@ -70,13 +71,13 @@ pub(crate) struct Broker {
     asked: BTreeMap<String, QoS>,
     /// Refuses these.
     pub refuses: &'static str,
-    requests: VecDeque<(u64, Request)>,
+    requests: VecDeque<(Millis, Request)>,
     /// The publishes that each publish link brings.
     publishes: Vec<PublishWay>,
     window: usize,
-    answers: VecDeque<(u64, Answered)>,
-    down: VecDeque<(u64, Item)>,
-    last_at: [u64; 3],
+    answers: VecDeque<(Millis, Answered)>,
+    down: VecDeque<(Millis, Item)>,
+    last_at: [Millis; 3],
     /// Publishes seen, in order, for the oracle.
     pub forwarded: Vec<(Outgoing, bool)>,
     /// SUBSCRIBEs that were needless.
@@ -99,7 +100,7 @@ impl Broker {
             window,
             answers: VecDeque::new(),
             down: VecDeque::new(),
-            last_at: [0; 3],
+            last_at: [Millis::ZERO; 3],
             forwarded: Vec::new(),
             faults: Vec::new(),
             retained: BTreeMap::new(),
@@ -150,7 +151,7 @@ impl Broker {
             }
         }
         for link in 0..self.publishes.len() {
-            let due = |(at, _): &(u64, Outgoing)| *at <= now;
+            let due = |(at, _): &(Millis, Outgoing)| *at <= now;
             while self.publishes[link].under_way.front().is_some_and(due) {
                 if let Some((_, outgoing)) = self.publishes[link].under_way.pop_front() {
                     self.publish(outgoing, rng, now);
@@ -305,19 +306,19 @@ impl Broker {
     }
 
     /// A time after `now`, and not before what went before it on the same way.
-    fn at(&mut self, way: usize, rng: &mut Rng, now: Millis) -> u64 {
+    fn at(&mut self, way: usize, rng: &mut Rng, now: Millis) -> Millis {
         self.last_at[way] = self.last_at[way].max(now + delay(rng));
         self.last_at[way]
     }
 }
 
 /// How long something is under way.
-fn delay(rng: &mut Rng) -> u64 {
-    match rng.below(10) {
+fn delay(rng: &mut Rng) -> Duration {
+    Duration::from_millis(match rng.below(10) {
         0..4 => 0,
         4..9 => rng.below(40),
         _ => rng.below(1500),
-    }
+    })
 }
 
 /// What the router is told of one copy.

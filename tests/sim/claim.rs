@@ -6,6 +6,7 @@ use crate::broker::{Copy, matching};
 use crate::edge::QOS;
 use crate::ledger::{Ledger, Owed, Sub};
 use crate::oracle::event;
+use tidegate::time::Millis;
 
 /// One session's claim on a message, gathered from one subscription after the other.
 pub(crate) struct Claim {
@@ -32,7 +33,7 @@ impl Claim {
         ledger: &Ledger,
         copies: &[Copy],
         first: &Copy,
-        own_at: Option<u64>,
+        own_at: Option<Millis>,
     ) -> Option<Self> {
         let most = copies.iter().map(|c| c.qos).max().unwrap_or_default();
         let mut claim = Self {
@@ -91,7 +92,7 @@ impl Claim {
     }
 
     /// Adds a subscription whose filter is named by `copy`.
-    fn add_with_copy(&mut self, sub: &Sub, copy: &Copy, most: QoS, own_at: Option<u64>) {
+    fn add_with_copy(&mut self, sub: &Sub, copy: &Copy, most: QoS, own_at: Option<Millis>) {
         let hides = |o: &SubscribeOptions| own_at.is_some() && o.no_local;
         // A message published before No Local was asked for is not marked as the client's own.
         let unmarked = own_at.is_some_and(|at| at <= sub.no_local_since);

@@ -100,7 +100,7 @@ pub(crate) struct Device {
     pub connected: bool,
     /// The number of the connection it uses, or tries to.
     pub link: Option<u64>,
-    pub last_sent: u64,
+    pub last_sent: Millis,
     pub seen: Vec<Seen>,
     inflight: Vec<InFlight>,
     waiting: VecDeque<Outgoing>,
@@ -126,7 +126,7 @@ impl Device {
             profile,
             connected: false,
             link: None,
-            last_sent: 0,
+            last_sent: Millis::ZERO,
             seen: Vec::new(),
             inflight: Vec::new(),
             waiting: VecDeque::new(),

@@ -1,5 +1,7 @@
 //! The broker's half of a run: its links to the router, played in order.
 
+use std::time::Duration;
+
 use tidegate::mqtt::{Message, MessageSpec};
 
 use crate::broker::{Item, arrived, matching};
@@ -18,13 +20,13 @@ impl World {
         if self.broker.away && self.now >= self.broker_back_at {
             trace!(self, "the broker is back");
             self.broker.away = false;
-            self.oracle.away.1 = self.now;
+            self.oracle.away.1 = Some(self.now);
             self.publish_links_up(true);
         }
         if self.broker.unlinked && !self.broker.away && self.now >= self.relinked_at {
             trace!(self, "the data link is back");
             self.broker.unlinked = false;
-            self.oracle.away.1 = self.now;
+            self.oracle.away.1 = Some(self.now);
             let kept = match self.kept {
                 true => tidegate::router::LinkSession::Resumed,
                 false => tidegate::router::LinkSession::New,
@@ -59,7 +61,8 @@ impl World {
         while let Some(item) = self.broker.next_item(self.now) {
             match item {
                 // The broker sends nothing that is past its expiry.
-                Item::Copies(copies) if copies[0].expires_at <= self.now => {}
+                Item::Copies(copies)
+                    if copies[0].expires_at.is_some_and(|at| at.is_due(self.now)) => {}
                 Item::Copies(copies) => {
                     self.oracle.arrives(&copies);
                     trace!(
@@ -105,7 +108,7 @@ impl World {
             return;
         }
         for (number, name) in self.router.next_fetches(4) {
-            let at = self.now + self.rng.below(200);
+            let at = self.now + Duration::from_millis(self.rng.below(200));
             self.fetches.push_back(Fetch {
                 at,
                 number,
@@ -134,7 +137,7 @@ impl World {
                         payload: &payload,
                         qos,
                         retain: true,
-                        expires_at: u64::MAX,
+                        expires_at: None,
                         strip_key: None,
                         account: Some(self.router.queue_account().clone()),
                     });
@@ -154,7 +157,7 @@ impl World {
             },
         }
         // What is found now may come much later.
-        let delay = self.rng.below(1000);
+        let delay = Duration::from_millis(self.rng.below(1000));
         if let Some(fetch) = self.fetches.front_mut() {
             fetch.at = self.now + delay;
         }

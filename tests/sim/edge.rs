@@ -19,15 +19,15 @@ use tidegate::transport::{Closed, Traffic};
 use crate::oracle::{Checked, Oracle, key};
 
 /// From a packet's first byte to its last.
-const PACKET_DEADLINE: Millis = 10_000;
+const PACKET_DEADLINE: Duration = Duration::from_secs(10);
 /// The longest time between two looks at a deadline.
-const LATE_MAX: Millis = 600;
+const LATE_MAX: Duration = Duration::from_millis(600);
 
 static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
     input: Arc::default(),
     input_max_bytes: 1 << 30,
     packet_deadline: PACKET_DEADLINE,
-    write_stall: 60_000,
+    write_stall: Duration::from_secs(60),
 });
 
 /// Everything is allowed, but for publishes below `deny/`.
@@ -71,8 +71,8 @@ pub(crate) struct Edge {
     pub link: u64,
     machine: Option<Machine>,
     version: Version,
-    /// One and a half times Keep Alive, milliseconds; 0: none.
-    patience: Millis,
+    /// One and a half times Keep Alive, if there is one.
+    patience: Option<Duration>,
     /// An incomplete CONNECT.
     input: Vec<u8>,
     streams: BTreeMap<u8, Judged>,
@@ -97,12 +97,12 @@ impl Edge {
             link,
             machine: None,
             version: Version::V5,
-            patience: 0,
+            patience: None,
             input: Vec::new(),
             streams: BTreeMap::new(),
             output: BTreeMap::new(),
             ended: None,
-            last_in: 0,
+            last_in: Millis::ZERO,
             unread: 0,
             resets: Vec::new(),
             finished: Vec::new(),
@@ -207,7 +207,8 @@ impl Edge {
         oracle.connected(self.device, admitted.present)?;
         self.last_in = now;
         self.version = connect.version;
-        self.patience = u64::from(admitted.keep_alive_seconds) * 1500;
+        let keep_alive = u64::from(admitted.keep_alive_seconds);
+        self.patience = (keep_alive > 0).then(|| Duration::from_millis(keep_alive * 1500));
         self.machine = Some(admitted.machine);
         Ok(())
     }
@@ -354,14 +355,15 @@ impl Edge {
 
     /// A client's silence ends its connection at one and a half times Keep Alive.
     fn judge_silence(&self, end: Option<&End>, now: Millis) -> Checked {
-        let silence = now - self.last_in;
+        let silence = now.since(self.last_in);
         let kept = end.is_some_and(|end| end.label == DisconnectReason::KeepAlive);
-        let early = kept && silence < self.patience;
-        let late = end.is_none() && self.patience > 0 && silence > self.patience + LATE_MAX;
+        let early = kept && self.patience.is_some_and(|patience| silence < patience);
+        let late = self.patience.filter(|_| end.is_none());
+        let late = late.is_some_and(|patience| silence > patience + LATE_MAX);
         match early || late {
             false => Ok(()),
             true => Err(format!(
-                "silent for {silence} of {} ms, closed: {end:?} [MQTT-3.1.2-22]",
+                "silent for {silence:?} of {:?}, closed: {end:?} [MQTT-3.1.2-22]",
                 self.patience
             )),
         }

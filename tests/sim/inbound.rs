@@ -2,14 +2,15 @@
 //! once or not at all.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use tidegate::mqtt::{Publish, QoS, ReasonCode};
 use tidegate::time::Millis;
 
 use crate::oracle::{Checked, key};
 
-/// How long an ended session's publishes are recognised, milliseconds; a little less.
-const REMEMBERED: u64 = 115_000;
+/// How long an ended session's publishes are recognised; a little less.
+const REMEMBERED: Duration = Duration::from_secs(115);
 
 struct Logical {
     key: String,
@@ -30,15 +31,15 @@ struct Track {
     /// PUBREL came: the identifier is free [MQTT-4.3.3-12].
     released: bool,
     session: u64,
-    /// When that session ended.
-    ended_at: u64,
+    /// When that session ended, if it has.
+    ended_at: Option<Millis>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum WillState {
     /// Its client is connected.
     Armed,
-    Due(u64),
+    Due(Millis),
     Cancelled,
     Fired,
 }
@@ -69,7 +70,7 @@ struct Count {
 pub(crate) struct Inbound {
     publishers: Vec<Publisher>,
     counts: HashMap<String, Count>,
-    by_key: HashMap<String, (usize, u64)>,
+    by_key: HashMap<String, (usize, Millis)>,
     wills: Vec<Will>,
     pub broker_was_away: bool,
     /// The budget of publishes is so small that wills are lost by it.
@@ -89,7 +90,7 @@ impl Inbound {
     }
 
     /// Who published a message, and when the router took it.
-    pub(crate) fn publisher(&self, key: &str) -> Option<(usize, u64)> {
+    pub(crate) fn publisher(&self, key: &str) -> Option<(usize, Millis)> {
         self.by_key.get(key).copied()
     }
 
@@ -132,7 +133,9 @@ impl Inbound {
             if will.state == WillState::Armed {
                 will.state = match normal {
                     true => WillState::Cancelled,
-                    false => WillState::Due(now + u64::from(will.delay.min(expiry)) * 1000),
+                    false => {
+                        WillState::Due(now + Duration::from_secs(will.delay.min(expiry).into()))
+                    }
                 };
                 // It is its client's own, for No Local.
                 if let WillState::Due(due) = will.state {
@@ -147,7 +150,7 @@ impl Inbound {
         let p = &mut self.publishers[device];
         let session = p.session;
         let of_it = p.track.values_mut().filter(|t| t.session == session);
-        of_it.for_each(|t| t.ended_at = now);
+        of_it.for_each(|t| t.ended_at = Some(now));
         p.session += 1;
         if let Some(at) = p.will.take() {
             let will = &mut self.wills[at];
@@ -193,7 +196,8 @@ impl Inbound {
             let other_session = track.session != p.session;
             // Or it is another of the identical ones, whose first copy was lost.
             let another = key.starts_with("same");
-            let forgotten = other_session && (another || now > track.ended_at + REMEMBERED);
+            let long_ago = track.ended_at.is_some_and(|at| now > at + REMEMBERED);
+            let forgotten = other_session && (another || long_ago);
             let refused = p.published[track.logical].refused;
             let free = publish.qos == QoS::AtLeastOnce || other_session || refused;
             let new = track.answered && free;
@@ -202,7 +206,7 @@ impl Inbound {
             }
             track.stream = stream;
             track.session = p.session;
-            track.ended_at = u64::MAX - REMEMBERED;
+            track.ended_at = None;
             if forgotten || new {
                 track.answered = false;
                 self.counts.entry(key).or_default().allowed += 1;
@@ -231,7 +235,7 @@ impl Inbound {
                 stream,
                 released: false,
                 session: p.session,
-                ended_at: u64::MAX - REMEMBERED,
+                ended_at: None,
             };
             p.track.insert(id, track);
         }
@@ -319,9 +323,9 @@ impl Inbound {
             let at = |n: u64| {
                 self.by_key
                     .get(&format!("d{device}.{n}"))
-                    .map_or(0, |k| k.1)
+                    .map_or(Millis::ZERO, |k| k.1)
             };
-            let waited = qos == QoS::AtMostOnce && at(number) + 2000 <= at(*last);
+            let waited = qos == QoS::AtMostOnce && at(number) + Duration::from_secs(2) <= at(*last);
             if number <= *last && !waited {
                 return Err(format!("{key} after {last}: out of order (I19)"));
             }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use tidegate::mqtt::{Publish, QoS, SubscribeOptions, Version};
-use tidegate::time::Millis;
+use tidegate::time::{Deadline, Millis};
 
 /// One message that a session is to get, or may get.
 #[derive(Clone, Debug)]
@@ -22,7 +22,7 @@ pub(crate) struct Owed {
     pub retain_must: bool,
     pub retain_may: bool,
     pub retained: bool,
-    pub expires_at: u64,
+    pub expires_at: Option<Deadline>,
     pub written: bool,
 }
 
@@ -73,7 +73,7 @@ pub(crate) struct Sub {
     /// Asked and not answered: connection, packet identifier, index, options, identifier.
     pub asked: Vec<Ask>,
     /// Since when No Local is asked for.
-    pub no_local_since: u64,
+    pub no_local_since: Millis,
     /// It may be granted before the broker has it, after the hold time.
     pub in_doubt: bool,
     /// It was: the broker may grant less, or in steps.
@@ -87,7 +87,7 @@ pub(crate) struct Ask {
     pub index: usize,
     pub options: SubscribeOptions,
     pub identifier: u32,
-    pub at: u64,
+    pub at: Millis,
     /// In order of arrival.
     pub number: u64,
 }
@@ -400,7 +400,8 @@ impl Ledger {
             o.must && before.take_while(|s| !std::ptr::eq(*s, *o)).count() >= spare(o)
         };
         let must = left().filter(missed).count();
-        let alive = left().filter(missed).filter(|o| o.expires_at > now).count();
+        let expired = |o: &&Owed| o.expires_at.is_some_and(|at| at.is_due(now));
+        let alive = left().filter(missed).filter(|o| !expired(o)).count();
         (must, alive, left().count())
     }
 }

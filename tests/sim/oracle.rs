@@ -2,6 +2,7 @@
 //! hands to the broker and takes from it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 use tidegate::mqtt::{QoS, Version};
 use tidegate::router::Router;
@@ -14,13 +15,16 @@ use crate::device::{Profile, Seen};
 use crate::inbound::Inbound;
 use crate::ledger::{Ledger, Owed, Window};
 
+/// How long the absence of the broker has effects.
+pub(crate) const RECOVERY: Duration = Duration::from_secs(5);
+
 pub(crate) type Checked = Result<(), String>;
 
 /// Limits of the run that change what may happen.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
     pub grants: QoS,
-    pub hold: u64,
+    pub hold: Duration,
     pub expiry_max: u32,
     pub expiry_v3: u32,
     /// The queues' budget may evict.
@@ -34,7 +38,7 @@ pub(crate) struct Client {
     pub exists: bool,
     pub attached: Option<u64>,
     pub expiry: u32,
-    pub ends_at: u64,
+    pub ends_at: Option<Millis>,
     pub ledger: Ledger,
     pub window: Window,
     /// Topics by stream and alias.
@@ -56,8 +60,8 @@ pub(crate) struct Oracle {
     pub delivered: u64,
     pub trace: bool,
     pub asks: u64,
-    /// Since when the broker was away last, and until when.
-    pub away: (u64, u64),
+    /// Since when the broker was away last, and until when; `None`: it still is.
+    pub away: (Millis, Option<Millis>),
     /// Since the broker lost what it held: what it has again.
     pub regained: Option<BTreeSet<String>>,
     /// The latest event of the broker.
@@ -71,7 +75,7 @@ impl Oracle {
             exists: false,
             attached: None,
             expiry: 0,
-            ends_at: u64::MAX,
+            ends_at: None,
             ledger: Ledger::default(),
             window: Window::default(),
             aliases: HashMap::new(),
@@ -90,7 +94,7 @@ impl Oracle {
             trace: false,
             asks: 0,
             latest: 0,
-            away: (0, 0),
+            away: (Millis::ZERO, Some(Millis::ZERO)),
             regained: None,
         }
     }
@@ -125,7 +129,7 @@ impl Oracle {
         .min(rules.expiry_max);
         c.exists = true;
         c.attached = Some(link);
-        c.ends_at = u64::MAX;
+        c.ends_at = None;
         c.aliases.clear();
         c.aliases_in.clear();
         c.requests.clear();
@@ -155,7 +159,7 @@ impl Oracle {
         let c = &mut self.clients[device];
         c.exists = false;
         c.attached = None;
-        c.ends_at = u64::MAX;
+        c.ends_at = None;
         c.ledger = Ledger::default();
         c.sessions += 1;
         self.inbound.ended(device, now);
@@ -174,7 +178,7 @@ impl Oracle {
         if expiry == 0 {
             self.ended(device, now);
         } else if expiry != u32::MAX {
-            c.ends_at = now + u64::from(expiry) * 1000;
+            c.ends_at = Some(now + Duration::from_secs(expiry.into()));
         }
     }
 
@@ -203,7 +207,7 @@ impl Oracle {
     pub(crate) fn ticked(&mut self, now: Millis) {
         for device in 0..self.clients.len() {
             let c = &self.clients[device];
-            if c.exists && c.attached.is_none() && c.ends_at <= now {
+            if c.exists && c.attached.is_none() && c.ends_at.is_some_and(|at| at <= now) {
                 self.ended(device, now);
             }
         }
@@ -264,8 +268,8 @@ impl Oracle {
     /// The broker, or the data link, is away from now on, if it is not yet.
     pub(crate) fn gone(&mut self, now: Millis) {
         let (since, until) = self.away;
-        let again = now < until.saturating_add(5000);
-        self.away = (if again { since } else { now }, u64::MAX);
+        let again = until.is_none_or(|until| now < until + RECOVERY);
+        self.away = (if again { since } else { now }, None);
     }
 
     /// The broker lost what it held: until it has it again, messages are missed.
@@ -274,7 +278,7 @@ impl Oracle {
             sub.in_doubt = true;
             sub.guessed = true;
         }
-        self.away = (0, u64::MAX);
+        self.away = (Millis::ZERO, None);
         self.regained = Some(BTreeSet::new());
     }
 

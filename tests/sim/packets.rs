@@ -1,5 +1,7 @@
 //! The oracle's view of packets: what a session took, and what it wrote.
 
+use std::time::Duration;
+
 use tidegate::mqtt::{
     Decoder, Packet, Publish, QoS, ReasonCode, Receiver, Suback, Subscribe, SubscribeOptions,
     Unsubscribe, Version,
@@ -7,7 +9,7 @@ use tidegate::mqtt::{
 use tidegate::time::Millis;
 
 use crate::ledger::{Ask, Ledger, Sub, Want};
-use crate::oracle::{Checked, Client, Oracle, key};
+use crate::oracle::{Checked, Client, Oracle, RECOVERY, key};
 
 impl Oracle {
     /// The client's session took a packet of the client.
@@ -188,7 +190,8 @@ impl Oracle {
         let guessed = self.inbound.broker_was_away;
         // When the broker was away longer than the hold time, the router may have granted the filter
         // to another client, and that client may not have heard of the grant.
-        let long = now >= self.away.0 + hold && now < self.away.1.saturating_add(5000);
+        let (since, until) = self.away;
+        let long = now >= since + hold && until.is_none_or(|until| now < until + RECOVERY);
         let subs = self.clients.iter().flat_map(|c| &c.ledger.subs);
         let doubtful = subs.filter(|s| s.in_doubt);
         let doubtful: Vec<String> = doubtful.map(|s| s.filter.clone()).collect();
@@ -343,7 +346,7 @@ fn granted(
     index: usize,
     name: &str,
     code: u8,
-    hold: u64,
+    hold: Duration,
     guessed: bool,
     doubted: bool,
     now: Millis,

@@ -1,14 +1,16 @@
 //! One direction of a connection.
 
 use std::collections::VecDeque;
+use std::time::Duration;
+
 use tidegate::time::Millis;
 
 use tidegate_kit::rng::Rng;
 
 #[derive(Default)]
 pub(crate) struct Pipe {
-    pub chunks: VecDeque<(u64, Vec<u8>)>,
-    pub last: u64,
+    pub chunks: VecDeque<(Millis, Vec<u8>)>,
+    pub last: Millis,
     pub bytes: usize,
     /// The sender sends nothing more.
     pub stopped: bool,
@@ -19,11 +21,11 @@ impl Pipe {
         if bytes.is_empty() || self.stopped {
             return;
         }
-        let delay = match rng.below(8) {
+        let delay = Duration::from_millis(match rng.below(8) {
             0..5 => 0,
             5..7 => rng.below(30),
             _ => rng.below(400),
-        };
+        });
         self.last = self.last.max(now + delay);
         self.bytes += bytes.len();
         self.chunks.push_back((self.last, bytes));

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
 
 use tidegate::budget::Account;
 use tidegate::mqtt::{QoS, Version};
@@ -14,6 +15,7 @@ use crate::broker::{Broker, Copies};
 use crate::device::{Device, Profile};
 use crate::oracle::{Oracle, Rules};
 use crate::world::World;
+use tidegate::time::{Millis, UnixMillis};
 use tidegate_kit::rng::Rng;
 
 impl World {
@@ -74,21 +76,21 @@ impl World {
             sequence: vec![0; devices],
             devices: profiles.into_iter().map(Device::new).collect(),
             rng,
-            now: 1000,
+            now: Millis::new(1000),
             router,
             links: BTreeMap::new(),
             fetches: VecDeque::new(),
             next_link: 0,
             events: 0,
-            broker_back_at: 0,
+            broker_back_at: Millis::ZERO,
             trace,
             quiet: false,
             retained,
             expiry_max,
             forwarded: 0,
-            ticked: 0,
+            ticked: Millis::ZERO,
             publish_links,
-            relinked_at: 0,
+            relinked_at: Millis::ZERO,
             kept: true,
         }
     }
@@ -107,8 +109,8 @@ fn session_limits(small: bool, queue_full: QueueFull, rng: &mut Rng) -> SessionL
         },
         queue_bytes_max: if rng.chance(10) { 2000 } else { 1 << 20 },
         queue_age_max: None,
-        shared_redeliver_after: 30_000,
-        will_grace: 0,
+        shared_redeliver_after: Duration::from_secs(30),
+        will_grace: Duration::ZERO,
         presence: false,
         queue_full,
         queue_qos0: rng.chance(40),
@@ -136,11 +138,11 @@ fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
         publish_links,
         publish_links_max,
         presence_topic: String::new(),
-        started_at: 0,
-        linger: rng.pick(&[500, 20_000]),
-        linger_busy_min: 500,
+        started_at: UnixMillis::default(),
+        linger: rng.pick(&[500, 20_000].map(Duration::from_millis)),
+        linger_busy_min: Duration::from_millis(500),
         filters_lingering_max: rng.pick(&[2, 100]) as usize,
-        subscribe_wait: 10_000,
+        subscribe_wait: Duration::from_secs(10),
         subscribe_accept: true,
         publishes_waiting: rng.pick(&[2000, 1 << 20, 1 << 20]),
         publishes_waiting_per_client: rng.pick(&[1000, 1 << 20, 1 << 20]) as usize,
@@ -148,7 +150,7 @@ fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
         retained_resync: false,
         queues: if evicts { 3000 } else { 1 << 30 },
         output: 1 << 30,
-        write_stall: 60_000,
+        write_stall: Duration::from_secs(60),
         hash_seed: 1,
     }
 }
@@ -167,8 +169,8 @@ fn connected_router(limits: SessionLimits, config: RouterConfig, copies: Copies)
         retain_available: true,
         packet_max: None,
     };
-    router.set_broker_features(&facts, 0);
-    router.data_link_up(0, tidegate::router::LinkSession::New, true, 0);
+    router.set_broker_features(&facts, Millis::ZERO);
+    router.data_link_up(0, tidegate::router::LinkSession::New, true, Millis::ZERO);
     for link in 0..publish_links {
         router.publish_link_up(link, true);
     }

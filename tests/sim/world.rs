@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tidegate::mqtt::{QoS, ReasonCode};
 use tidegate::router::Router;
@@ -26,7 +27,7 @@ pub(crate) struct Side {
     /// The device has ended its direction; whether the server knows.
     pub ended: Option<bool>,
     /// The device has reset it: when the server learns of that.
-    pub reset_at: Option<u64>,
+    pub reset_at: Option<Millis>,
     /// The server has ended its direction too.
     pub finished: bool,
 }
@@ -38,13 +39,13 @@ pub(crate) struct Link {
     pub down: Pipe,
     pub edge: Edge,
     /// When the server's end learns that the link is cut.
-    pub eof_at: Option<u64>,
+    pub eof_at: Option<Millis>,
     /// The device reads nothing.
     pub stalled: bool,
 }
 
 pub(crate) struct Fetch {
-    pub at: u64,
+    pub at: Millis,
     pub number: FilterId,
     pub filter: String,
     pub found: Option<VecDeque<(String, Vec<u8>, QoS)>>,
@@ -62,17 +63,17 @@ pub(crate) struct World {
     pub next_link: u64,
     pub sequence: Vec<u64>,
     pub events: u64,
-    pub broker_back_at: u64,
+    pub broker_back_at: Millis,
     pub trace: bool,
     pub quiet: bool,
     pub retained: bool,
     pub expiry_max: u32,
     pub forwarded: u64,
-    pub ticked: u64,
+    pub ticked: Millis,
     /// Publish links that have come up.
     pub publish_links: usize,
     /// When the data link is back, and whether the broker kept its session.
-    pub relinked_at: u64,
+    pub relinked_at: Millis,
     pub kept: bool,
 }
 
@@ -119,17 +120,17 @@ pub(crate) use trace;
 
 impl World {
     fn step(&mut self, act: bool) -> Checked {
-        let forward = match self.rng.below(20) {
+        let forward = Duration::from_millis(match self.rng.below(20) {
             0..12 => self.rng.below(3),
             12..17 => self.rng.below(60),
             17..19 => self.rng.below(1000),
             _ if act => self.rng.below(20_000),
             _ => self.rng.below(1000),
-        };
+        });
         let until = self.now + forward;
         // The devices' own timers, and the router's, do not wait for a long step's end.
         while self.now < until {
-            self.now = until.min(self.now + 500);
+            self.now = until.min(self.now + Duration::from_millis(500));
             self.round()?;
         }
         if act {
@@ -141,7 +142,7 @@ impl World {
 
     /// Everything does what is due now.
     fn round(&mut self) -> Checked {
-        if self.now >= self.ticked + 100 {
+        if self.now >= self.ticked + Duration::from_millis(100) {
             self.tick();
         }
         self.devices_work()?;
@@ -179,10 +180,10 @@ impl World {
     fn devices_work(&mut self) -> Checked {
         for n in 0..self.devices.len() {
             let p = &self.devices[n].profile;
-            let (lazy, keep_alive) = (p.lazy, u64::from(p.keep_alive) * 1000);
+            let (lazy, keep_alive) = (p.lazy, Duration::from_secs(p.keep_alive.into()));
             if self.devices[n].connected
-                && keep_alive > 0
-                && self.now >= self.devices[n].last_sent + keep_alive - 600
+                && !keep_alive.is_zero()
+                && self.now >= self.devices[n].last_sent + keep_alive - Duration::from_millis(600)
             {
                 self.devices[n].ping();
             }
@@ -396,8 +397,8 @@ impl World {
     fn settle(&mut self) -> Checked {
         trace!(self, "settles");
         self.quiet = true;
-        self.broker_back_at = 0;
-        self.relinked_at = 0;
+        self.broker_back_at = Millis::ZERO;
+        self.relinked_at = Millis::ZERO;
         for link in self.links.values_mut() {
             link.stalled = false;
             link.sides.values_mut().for_each(|s| s.stalled = false);
@@ -461,18 +462,18 @@ impl World {
         for n in 0..self.devices.len() {
             if let Some(link) = self.devices[n].link {
                 self.devices[n].lost();
-                self.abandon(link, 0);
+                self.abandon(link, Duration::ZERO);
             }
             self.devices[n].profile.clean = true;
         }
         // Past expiry, will delay, linger and what is remembered of ended sessions.
-        let until = self.now + u64::from(self.expiry_max) * 1000 + 300_000;
+        let until = self.now + Duration::from_secs(u64::from(self.expiry_max) + 300);
         while self.now < until {
-            self.now += 5000;
+            self.now += Duration::from_secs(5);
             self.round()?;
         }
         for _ in 0..2000 {
-            self.now += 50;
+            self.now += Duration::from_millis(50);
             self.round()?;
             if self.broker.idle() && self.fetches.is_empty() && self.router.filters_on(0) == 0 {
                 break;

@@ -189,7 +189,7 @@ impl Admission<'_> {
             qos: will.qos,
             retain: will.retain,
             // The expiry counts from the will's publication; see the session.
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: Some(self.router.limits().reserved_key),
             account: None,
         };

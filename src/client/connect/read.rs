@@ -10,6 +10,7 @@ use crate::transport::{Closed, Detected, Stream, UNAUTHENTICATED_PACKET_MAX_BYTE
 
 use crate::client::connect::Refusal;
 use crate::client::machine::{KEEP_BYTES, ReadBuffer};
+use crate::time::Millis;
 
 /// Reads until the CONNECT is complete. `account`, the account of all incomplete CONNECTs, may hold
 /// `max_bytes`.
@@ -26,7 +27,7 @@ pub(super) async fn read_connect(
             return Ok(());
         }
         // The deadline is that of the whole CONNECT phase.
-        input.settle(account, false, 0);
+        input.settle(account, false, Millis::ZERO);
         if account.used() > max_bytes && input.bytes.len() > KEEP_BYTES {
             return Err(Refusal::new(
                 RefusedReason::Memory,

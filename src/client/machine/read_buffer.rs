@@ -60,21 +60,33 @@ mod tests {
         let account = Arc::new(Account::new());
         let mut buffer = ReadBuffer::default();
         buffer.bytes.extend([1; 5]);
-        buffer.settle(&account, false, 100);
-        assert_eq!((account.used(), buffer.is_late(99)), (5, false));
+        buffer.settle(&account, false, Millis::new(100));
+        assert_eq!(
+            (account.used(), buffer.is_late(Millis::new(99))),
+            (5, false)
+        );
         // More of the same packet moves no deadline.
         buffer.bytes.extend([1; 5]);
-        buffer.settle(&account, false, 200);
-        assert_eq!((account.used(), buffer.is_late(100)), (10, true));
+        buffer.settle(&account, false, Millis::new(200));
+        assert_eq!(
+            (account.used(), buffer.is_late(Millis::new(100))),
+            (10, true)
+        );
         // The next packet has its own.
         buffer.bytes.truncate(1);
-        buffer.settle(&account, true, 300);
-        assert_eq!((account.used(), buffer.is_late(299)), (1, false));
+        buffer.settle(&account, true, Millis::new(300));
+        assert_eq!(
+            (account.used(), buffer.is_late(Millis::new(299))),
+            (1, false)
+        );
         buffer.bytes.clear();
-        buffer.settle(&account, true, 400);
-        assert_eq!((account.used(), buffer.is_late(500)), (0, false));
+        buffer.settle(&account, true, Millis::new(400));
+        assert_eq!(
+            (account.used(), buffer.is_late(Millis::new(500))),
+            (0, false)
+        );
         buffer.bytes.push(1);
-        buffer.settle(&account, false, 500);
+        buffer.settle(&account, false, Millis::new(500));
         drop(buffer);
         assert_eq!(account.used(), 0);
     }

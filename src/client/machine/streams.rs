@@ -1,6 +1,8 @@
 //! The data streams of a connection: their output, their incomplete packets, and the faults that
 //! end one stream and spare the others.
 
+use std::time::Duration;
+
 use crate::mqtt::{Packet, ReasonCode};
 use crate::telemetry::{DisconnectReason, StreamReason, metrics};
 use crate::time::Millis;
@@ -11,7 +13,7 @@ use crate::client::machine::{Context, Machine, ReadBuffer};
 
 /// How long a stream may take nothing, while the network carries other data, before its
 /// subscriptions' messages go on the control stream.
-const PATIENCE_MS: Millis = 1000;
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// One data stream.
 #[derive(Debug)]
@@ -39,7 +41,7 @@ struct Blocked {
 #[derive(Debug, Default)]
 struct BlockedAlone {
     looked_at: Option<Millis>,
-    total: Millis,
+    total_ms: u64,
 }
 
 /// Whether the network carries data: in an outage nothing moves, and the control stream would be no
@@ -105,13 +107,13 @@ impl Network {
 
 impl BlockedAlone {
     /// Looks again; `others` says whether the rest of the connection makes progress.
-    fn look(&mut self, now: Millis, others: bool) -> Millis {
+    fn look(&mut self, now: Millis, others: bool) -> Duration {
         if let Some(at) = self.looked_at.replace(now)
             && others
         {
-            self.total += now.saturating_sub(at);
+            self.total_ms += now.since(at).as_millis() as u64;
         }
-        self.total
+        Duration::from_millis(self.total_ms)
     }
 }
 
@@ -254,7 +256,7 @@ impl Machine {
             let Some(blocked) = &mut stream.blocked else {
                 continue;
             };
-            let since = now.saturating_sub(blocked.alone.looked_at.unwrap_or(now));
+            let since = now.since(blocked.alone.looked_at.unwrap_or(now));
             let alone = blocked.alone.look(now, others);
             if !carries {
                 // An outage is not the stream's fault.
@@ -262,7 +264,7 @@ impl Machine {
             }
             if now >= blocked.until || now >= blocked.moved_at + cx.limits.write_stall {
                 given_up.push(stream.number);
-            } else if alone >= PATIENCE_MS {
+            } else if alone >= PATIENCE {
                 // Again each time: the client may have subscribed on the stream anew.
                 around.push(stream.number);
             }
@@ -368,12 +370,15 @@ mod tests {
             let others = network.carries(traffic(sent, acknowledged));
             alone.look(now, others)
         };
-        assert_eq!(look(1000, 10, 5), 0);
+        assert_eq!(look(Millis::new(1000), 10, 5), Duration::ZERO);
         // Nothing is on the way.
-        assert_eq!(look(1200, 10, 5), 200);
+        assert_eq!(look(Millis::new(1200), 10, 5), Duration::from_millis(200));
         // Other streams are busy.
-        assert_eq!(look(1400, 90, 20), 400);
-        assert_eq!(alone.look(1600, false), 400);
+        assert_eq!(look(Millis::new(1400), 90, 20), Duration::from_millis(400));
+        assert_eq!(
+            alone.look(Millis::new(1600), false),
+            Duration::from_millis(400)
+        );
     }
 
     #[test]
@@ -387,9 +392,9 @@ mod tests {
             alone.look(now, others)
         };
         // The next retransmission is far away.
-        assert_eq!(look(1000, 11, 5), 0);
-        assert_eq!(look(9000, 11, 5), 0);
-        assert_eq!(look(9200, 12, 5), 0);
-        assert_eq!(look(9400, 20, 6), 200);
+        assert_eq!(look(Millis::new(1000), 11, 5), Duration::ZERO);
+        assert_eq!(look(Millis::new(9000), 11, 5), Duration::ZERO);
+        assert_eq!(look(Millis::new(9200), 12, 5), Duration::ZERO);
+        assert_eq!(look(Millis::new(9400), 20, 6), Duration::from_millis(200));
     }
 }

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 use crate::mqtt::{
     Ack, AckKind, Packet, Properties, QoS, Receiver, SubscribeOptions, encode_pingreq,
@@ -35,14 +37,14 @@ impl Rig {
 
     fn of(config: RouterConfig) -> Self {
         let router = router_of(config);
-        router.set_broker_features(&facts(), 0);
-        router.data_link_up(0, crate::router::LinkSession::New, true, 0);
-        let machine = machine(&router, "client", Version::V5, 0);
+        router.set_broker_features(&facts(), Millis::ZERO);
+        router.data_link_up(0, crate::router::LinkSession::New, true, Millis::ZERO);
+        let machine = machine(&router, "client", Version::V5, Millis::ZERO);
         Self {
             router,
             limits: limits(),
             machine,
-            now: 0,
+            now: Millis::ZERO,
         }
     }
 
@@ -79,8 +81,8 @@ fn limits() -> Limits {
     Limits {
         input: Arc::default(),
         input_max_bytes: 1 << 20,
-        packet_deadline: 1000,
-        write_stall: 60_000,
+        packet_deadline: Duration::from_secs(1),
+        write_stall: Duration::from_secs(60),
     }
 }
 
@@ -106,10 +108,10 @@ fn an_incomplete_packet_ends_the_connection_at_its_deadline() {
     assert_eq!(rig.machine.deadline(), None);
     let packet = publish(1, QoS::AtLeastOnce);
     rig.received(0, &packet[..3]).expect("it may go on");
-    assert_eq!(rig.machine.deadline(), Some(1000));
-    rig.now = 999;
+    assert_eq!(rig.machine.deadline(), Some(Millis::new(1000)));
+    rig.now = Millis::new(999);
     rig.on(Machine::expired).expect("it has a millisecond yet");
-    rig.now = 1000;
+    rig.now = Millis::new(1000);
     let end = rig.on(Machine::expired).expect_err("it is late");
     assert_eq!(end.label, DisconnectReason::PacketDeadline);
 }
@@ -119,7 +121,7 @@ fn an_incomplete_packet_on_a_data_stream_ends_that_stream() {
     let mut rig = Rig::new();
     let packet = publish(1, QoS::AtLeastOnce);
     rig.received(3, &packet[..3]).expect("it may go on");
-    rig.now = 1000;
+    rig.now = Millis::new(1000);
     let reset = rig
         .on(Machine::expired)
         .expect("the connection goes on")
@@ -140,9 +142,10 @@ fn a_publish_behind_a_subscribe_waits_for_its_answer() {
     assert!(rig.machine.paused());
     assert_eq!(rig.router.publishes_waiting(), 0);
     let wanted = rig.router.next_subscribes(0, 10);
-    rig.router.suback(wanted[0].filter, ReasonCode(0), 0);
+    rig.router
+        .suback(wanted[0].filter, ReasonCode(0), Millis::ZERO);
     // Time stands still for a packet that we do not read.
-    rig.now = 5000;
+    rig.now = Millis::new(5000);
     rig.on(Machine::resume).expect("it goes on");
     assert!(!rig.machine.paused());
     assert_eq!(rig.router.publishes_waiting(), 1);
@@ -164,30 +167,34 @@ fn a_packet_of_the_control_stream_resets_a_data_stream() {
 #[test]
 fn a_client_that_reads_nothing_is_left_unread() {
     let mut rig = Rig::new();
-    assert!(rig.machine.transmit(&rig.router, 0).expect("CONNACK"));
+    assert!(
+        rig.machine
+            .transmit(&rig.router, Millis::ZERO)
+            .expect("CONNACK")
+    );
     let offered = rig.machine.output(0).rest().len();
-    rig.machine.sent(offered, false, 0);
+    rig.machine.sent(offered, false, Millis::ZERO);
     let pings: Vec<u8> = [0xC0, 0].repeat(BACKLOG_MAX_BYTES / 2);
     rig.received(0, &pings).expect("it is legal");
     assert_eq!(rig.on(Machine::unread), 0);
     rig.received(0, &[0xC0, 0, 0xC0]).expect("it is legal");
     assert_eq!(rig.on(Machine::unread), u16::MAX);
     assert_eq!(rig.machine.deadline(), None, "its time stands still");
-    rig.now = 5000;
+    rig.now = Millis::new(5000);
     rig.machine.output(0).buf.clear();
-    rig.machine.sent(0, true, 5000);
+    rig.machine.sent(0, true, Millis::new(5000));
     rig.take();
     assert_eq!(rig.on(Machine::unread), 0);
-    assert_eq!(rig.machine.deadline(), Some(6000));
+    assert_eq!(rig.machine.deadline(), Some(Millis::new(6000)));
 }
 
 #[test]
 fn nothing_goes_before_connack() {
     let mut rig = Rig::new();
-    kept_client_of(&rig.router, "client", Version::V5, None, 0);
+    kept_client_of(&rig.router, "client", Version::V5, None, Millis::ZERO);
     let end = rig.machine.woken(Waker::noop()).expect_err("taken over");
     assert_eq!(end.code, ReasonCode::SESSION_TAKEN_OVER);
-    let remains = rig.machine.ended(&rig.router, &end, 0);
+    let remains = rig.machine.ended(&rig.router, &end, Millis::ZERO);
     assert!(remains.output.is_empty());
 }
 
@@ -198,7 +205,7 @@ fn a_client_is_told_why_its_connection_ends() {
     let end = rig
         .received(0, &[0xF0, 0])
         .expect_err("AUTH is not offered");
-    let remains = rig.machine.ended(&rig.router, &end, 0);
+    let remains = rig.machine.ended(&rig.router, &end, Millis::ZERO);
     let decoder = crate::mqtt::Decoder {
         version: Version::V5,
         receiver: Receiver::Client,
@@ -217,23 +224,23 @@ fn a_client_moves_to_another_publish_link_once_nothing_is_on_the_way() {
     });
     rig.router.publish_link_up(0, true);
     // One of two clients begins on the new link.
-    let other = machine(&rig.router, "another", Version::V5, 0);
+    let other = machine(&rig.router, "another", Version::V5, Millis::ZERO);
     assert!(rig.router.add_publish_link());
     rig.router.publish_link_up(1, true);
     if rig.router.publish_link(rig.machine.session) == 0 {
         rig.machine = other;
     }
     assert_eq!(rig.router.publish_link(rig.machine.session), 1);
-    rig.now = 3000;
+    rig.now = Millis::new(3000);
     rig.received(0, &publish(1, QoS::AtMostOnce))
         .expect("legal");
     assert_eq!(rig.machine.publish_link, 1, "nothing was on the way");
     rig.machine.publish_link = 0;
-    rig.now = 5000;
+    rig.now = Millis::new(5000);
     rig.received(0, &publish(2, QoS::AtLeastOnce))
         .expect("legal");
     assert_eq!(rig.machine.publish_link, 0, "QoS 0 may be on the way");
-    rig.now = 9000;
+    rig.now = Millis::new(9000);
     rig.received(0, &publish(3, QoS::AtLeastOnce))
         .expect("legal");
     assert_eq!(rig.machine.publish_link, 0, "QoS 1 is on the way");
@@ -254,10 +261,14 @@ fn a_stream_that_its_client_ended_is_finished_once_it_has_its_answers() {
         session: outgoing.session,
         token: outgoing.token.expect("QoS 1 has one"),
         reason: ReasonCode::SUCCESS,
-        since: 0,
+        since: Millis::ZERO,
     };
-    rig.router.answered(&[answer], 0);
-    assert!(rig.machine.transmit(&rig.router, 0).expect("PUBACK"));
+    rig.router.answered(&[answer], Millis::ZERO);
+    assert!(
+        rig.machine
+            .transmit(&rig.router, Millis::ZERO)
+            .expect("PUBACK")
+    );
     let mut puback = Vec::new();
     let ack = Ack {
         packet_id: 7,

@@ -460,11 +460,11 @@ mod tests {
 
     /// A client that is in the group, and its number.
     fn member(router: &Router, id: &str) -> (Connected, FilterId) {
-        let client = testing::kept_client_of(router, id, Version::V5, None, 1);
+        let client = testing::kept_client_of(router, id, Version::V5, None, Millis::new(1));
         testing::subscribe(router, client, FILTER);
         let number = router.filters.table().write().intern(FILTER).0;
         for wanted in router.next_subscribes(router.shared_link(0), 10) {
-            router.suback(wanted.filter, ReasonCode(1), 1);
+            router.suback(wanted.filter, ReasonCode(1), Millis::new(1));
         }
         (client, number)
     }
@@ -476,12 +476,18 @@ mod tests {
             payload: b"x",
             qos: QoS::AtLeastOnce,
             retain: false,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         });
         let (groups, sessions) = (&router.groups, &router.sessions);
-        groups.share(sessions, number, &message, 1, &mut Tally::default());
+        groups.share(
+            sessions,
+            number,
+            &message,
+            Millis::new(1),
+            &mut Tally::default(),
+        );
     }
 
     /// Deliveries that a client has not acknowledged, or that wait for it.
@@ -492,7 +498,7 @@ mod tests {
 
     fn shared_router() -> Arc<Router> {
         let router = testing::router();
-        router.data_link_up(1, crate::router::LinkSession::New, true, 0);
+        router.data_link_up(1, crate::router::LinkSession::New, true, Millis::ZERO);
         router
     }
 
@@ -502,7 +508,7 @@ mod tests {
         let mut number = FilterId(0);
         for n in 0..200 {
             let (client, group) = member(&router, &format!("away{n}"));
-            router.disconnected(client.session, client.connection_no, true, 1);
+            router.disconnected(client.session, client.connection_no, true, Millis::new(1));
             number = group;
         }
         member(&router, "a");
@@ -510,7 +516,7 @@ mod tests {
         share(&router, number);
         share(&router, number);
         assert_eq!((has(&router, "a"), here()), (2, 1));
-        testing::kept_client_of(&router, "away7", Version::V5, None, 1);
+        testing::kept_client_of(&router, "away7", Version::V5, None, Millis::new(1));
         assert_eq!(here(), 2);
         for _ in 0..8 {
             share(&router, number);
@@ -523,7 +529,7 @@ mod tests {
         let router = shared_router();
         let clients = ["a", "b", "c"].map(|id| member(&router, id));
         for (client, _) in clients {
-            router.disconnected(client.session, client.connection_no, true, 1);
+            router.disconnected(client.session, client.connection_no, true, Millis::new(1));
         }
         for _ in 0..6 {
             share(&router, clients[0].1);
@@ -545,10 +551,10 @@ mod tests {
             router.with(client.session, client.connection_no, |s, _| {
                 s.remove_subscription(number)
             });
-            router.unsubscribe(client.session, &[left], 1);
+            router.unsubscribe(client.session, &[left], Millis::new(1));
             let mut groups = router.groups.0.lock();
             std::thread::scope(|scope| {
-                scope.spawn(|| router.tick(1));
+                scope.spawn(|| router.tick(Millis::new(1)));
                 loop {
                     let table = router.filters.table().try_read();
                     let state = table.as_ref().and_then(|t| Some(t.get(number)?.phase()));

@@ -9,7 +9,7 @@ use crate::router::types::SessionRef;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
-/// When a filter began to linger, milliseconds, and its number.
+/// When a filter began to linger, and its number.
 pub(in crate::router) type Idle = (Millis, FilterId);
 
 /// The filters that linger.
@@ -124,7 +124,7 @@ impl Lingering {
     }
 }
 
-/// Decides which lingering filters are released, from the longest idle on. Times in milliseconds.
+/// Decides which lingering filters are released, from the longest idle on.
 #[derive(Debug)]
 pub(in crate::router) struct Overdue {
     /// Filters that are idle since then or longer are released.
@@ -177,32 +177,32 @@ mod tests {
     #[test]
     fn the_lingering_filters_of_one_client_are_bounded_oldest_first() {
         let mut lingering = Lingering::default();
-        lingering.insert((1, FilterId(9)), 10);
+        lingering.insert((Millis::new(1), FilterId(9)), 10);
         for number in 0..3 {
-            lingering.insert((2, FilterId(number)), 10);
+            lingering.insert((Millis::new(2), FilterId(number)), 10);
             assert!(
                 lingering
-                    .charge((2, FilterId(number)), CLIENT, 3, 100)
+                    .charge((Millis::new(2), FilterId(number)), CLIENT, 3, 100)
                     .is_empty()
             );
         }
-        lingering.insert((3, FilterId(7)), 10);
+        lingering.insert((Millis::new(3), FilterId(7)), 10);
         assert_eq!(
-            lingering.charge((3, FilterId(7)), CLIENT, 3, 100),
+            lingering.charge((Millis::new(3), FilterId(7)), CLIENT, 3, 100),
             [FilterId(0)]
         );
         // The oldest is off the account, so the next one follows.
-        lingering.insert((4, FilterId(8)), 10);
+        lingering.insert((Millis::new(4), FilterId(8)), 10);
         assert_eq!(
-            lingering.charge((4, FilterId(8)), CLIENT, 3, 100),
+            lingering.charge((Millis::new(4), FilterId(8)), CLIENT, 3, 100),
             [FilterId(1)]
         );
         // A filter that is used again makes room.
-        lingering.remove((3, FilterId(7)));
-        lingering.insert((5, FilterId(7)), 10);
+        lingering.remove((Millis::new(3), FilterId(7)));
+        lingering.insert((Millis::new(5), FilterId(7)), 10);
         assert!(
             lingering
-                .charge((5, FilterId(7)), CLIENT, 3, 100)
+                .charge((Millis::new(5), FilterId(7)), CLIENT, 3, 100)
                 .is_empty()
         );
         assert_eq!(lingering.len(), 6);
@@ -212,19 +212,19 @@ mod tests {
     fn the_bytes_of_one_clients_lingering_filters_are_bounded_too() {
         let mut lingering = Lingering::default();
         for number in 0..3 {
-            lingering.insert((0, FilterId(number)), 40);
-            let gone = lingering.charge((0, FilterId(number)), CLIENT, 10, 100);
+            lingering.insert((Millis::ZERO, FilterId(number)), 40);
+            let gone = lingering.charge((Millis::ZERO, FilterId(number)), CLIENT, 10, 100);
             assert_eq!(gone.is_empty(), number < 2);
         }
-        lingering.insert((1, FilterId(5)), 1000);
+        lingering.insert((Millis::new(1), FilterId(5)), 1000);
         assert_eq!(
-            lingering.charge((1, FilterId(5)), CLIENT, 10, 100),
+            lingering.charge((Millis::new(1), FilterId(5)), CLIENT, 10, 100),
             [1, 2, 5].map(FilterId)
         );
         assert!(lingering.accounts.is_empty());
         assert_eq!(lingering.bytes(), 1120);
         for idle in [(0, 0), (0, 1), (0, 2), (1, 5), (1, 5)] {
-            lingering.remove((idle.0, FilterId(idle.1)));
+            lingering.remove((Millis::new(idle.0), FilterId(idle.1)));
         }
         assert_eq!((lingering.len(), lingering.bytes()), (0, 0));
     }
@@ -232,7 +232,8 @@ mod tests {
     /// The filters that are released of four that are idle since 10, 20, 30 and 40, with names of ten bytes.
     fn released(mut due: Overdue, busy: u64) -> Vec<u64> {
         let all = [10, 20, 30, 40].into_iter();
-        let judged = all.map_while(|since| Some((since, due.next(since, 10, || since == busy)?)));
+        let judged = all
+            .map_while(|since| Some((since, due.next(Millis::new(since), 10, || since == busy)?)));
         judged
             .filter(|(_, leaves)| *leaves)
             .map(|(s, _)| s)
@@ -242,8 +243,8 @@ mod tests {
     #[test]
     fn the_longest_idle_are_released_and_under_pressure_whatever_their_age() {
         let due = |surplus, urgent, urgent_bytes| Overdue {
-            idle_before: 10,
-            busy_before: 30,
+            idle_before: Millis::new(10),
+            busy_before: Millis::new(30),
             surplus,
             urgent,
             urgent_bytes,
@@ -271,13 +272,13 @@ mod tests {
         };
         let filters = std::iter::once((filter, options));
         encode_subscribe(Version::V5, 1, None, filters, &mut packet);
-        testing::packet_of(router, client, &packet, 1);
+        testing::packet_of(router, client, &packet, Millis::new(1));
     }
 
     fn unsubscribe(router: &Router, client: Connected, filters: &[&str]) {
         let mut packet = Vec::new();
         encode_unsubscribe(Version::V5, 1, filters.iter().copied(), &mut packet);
-        testing::packet_of(router, client, &packet, 1);
+        testing::packet_of(router, client, &packet, Millis::new(1));
     }
 
     /// A router with the root `r/#`.
@@ -285,10 +286,10 @@ mod tests {
         let mut config = testing::config();
         config.roots.push("r/#".into());
         let router = testing::router_of(config);
-        router.set_broker_features(&testing::facts(), 0);
-        router.data_link_up(0, LinkSession::New, true, 0);
+        router.set_broker_features(&testing::facts(), Millis::ZERO);
+        router.data_link_up(0, LinkSession::New, true, Millis::ZERO);
         for wanted in router.next_subscribes(0, 10) {
-            router.suback(wanted.filter, crate::mqtt::ReasonCode(2), 0);
+            router.suback(wanted.filter, crate::mqtt::ReasonCode(2), Millis::ZERO);
         }
         router
     }
@@ -305,7 +306,7 @@ mod tests {
         for n in 0..10 * most {
             subscribe_and_unsubscribe(&router, flood, &format!("r/{n}"));
         }
-        router.tick(1);
+        router.tick(Millis::new(1));
         let table = router.filters.table.read();
         assert_eq!((table.lingering.len(), table.len()), (most + 1, most + 2));
         assert!(table.knows("r/mine") && table.knows("r/999") && !table.knows("r/0"));
@@ -325,10 +326,10 @@ mod tests {
             unsubscribe(&router, flood, &[&other]);
             while router.barrier_wanted(0) {
                 let number = router.barrier_begins(0);
-                router.barrier_passed(0, number, 1);
+                router.barrier_passed(0, number, Millis::new(1));
             }
         }
-        router.tick(1);
+        router.tick(Millis::new(1));
         let table = router.filters.table.read();
         assert_eq!((table.lingering.len(), table.len()), (most, most + 1));
     }
@@ -342,10 +343,10 @@ mod tests {
             for n in 0..1100 {
                 let (number, _) = table.intern(&format!("{n}{rest}"));
                 table.reference(number, 0);
-                table.unreference(number, 0, n);
+                table.unreference(number, 0, Millis::new(n));
             }
         }
-        router.tick(1100);
+        router.tick(Millis::new(1100));
         let table = router.filters.table.read();
         assert!(table.lingering.bytes() <= 64 * 1024 * 1024);
         assert_eq!(table.lingering.len(), 1032);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use crate::mqtt::{QoS, ReasonCode};
 use crate::router::broker::BrokerFeatures;
@@ -26,8 +27,8 @@ pub struct UpstreamSubscribe {
 }
 
 /// How long after the broker forgot one link's session the loss of another link may have to do with
-/// it, milliseconds: a dead connection is found by an unanswered PINGREQ.
-const DOUBT_MS: Millis = 30_000;
+/// it: a dead connection is found by an unanswered PINGREQ.
+const DOUBT: Duration = Duration::from_secs(30);
 
 /// The filters of a link that is connected again, those below its roots included.
 #[derive(Debug, Default)]
@@ -217,7 +218,7 @@ impl Filters {
     fn doubt_others(&self, link: usize, table: &mut Table, now: Millis) {
         for other in (0..self.config.data_links).filter(|n| *n != link) {
             if self.up[other].load(Ordering::Acquire) {
-                table.doubted_until[other] = Some(now + DOUBT_MS);
+                table.doubted_until[other] = Some(now + DOUBT);
             } else {
                 table.doubt(other);
             }

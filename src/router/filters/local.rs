@@ -21,7 +21,7 @@ impl Table {
         let (plain, _) = self.intern(&topics);
         if let Err(other) = self.place(plain, hash, &[]) {
             if self.get(plain).is_some_and(Filter::is_unused) {
-                self.remove(plain, 0);
+                self.remove(plain, Millis::ZERO);
             }
             return Err(other);
         }

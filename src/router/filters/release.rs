@@ -76,8 +76,8 @@ impl Filters {
             // Filters that are being unsubscribed make room soon.
             let leaving: usize = table.unsubscribe_queue.iter().map(|q| q.len()).sum();
             Overdue {
-                idle_before: now.saturating_sub(self.config.linger),
-                busy_before: now.saturating_sub(self.config.linger_busy_min),
+                idle_before: now - self.config.linger,
+                busy_before: now - self.config.linger_busy_min,
                 surplus: (lingering.len()).saturating_sub(self.config.lingering_max),
                 urgent: table.len().saturating_sub(FILTERS_CROWDED + leaving),
                 urgent_bytes: lingering.bytes().saturating_sub(LINGERING_BYTES_MAX),

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
 
 use crate::mqtt::QoS;
 use crate::router::filters::filter::{Filter, Placement};
@@ -16,8 +17,8 @@ use crate::topics::{FilterId, FilterTrie};
 /// Filters at the broker beyond which a root is suggested for the first time.
 const SUGGEST_AT: usize = 1000;
 
-/// How long a filter's number is not given to another filter after its UNSUBACK, milliseconds.
-const TOMBSTONE_MS: Millis = 10 * 60 * 1000;
+/// How long a filter's number is not given to another filter after its UNSUBACK.
+const TOMBSTONE: Duration = Duration::from_secs(10 * 60);
 
 /// All filters.
 #[derive(Debug)]
@@ -75,8 +76,8 @@ impl Table {
         let mut filters = Vec::new();
         for (at, name) in numbers.load().into_iter().enumerate() {
             filters.push(name.map(|name| {
-                lingering.insert((0, FilterId::from_index(at)), name.len());
-                Box::new(Filter::idle(name, 0))
+                lingering.insert((Millis::ZERO, FilterId::from_index(at)), name.len());
+                Box::new(Filter::idle(name, Millis::ZERO))
             }));
         }
         Self {
@@ -302,7 +303,7 @@ impl Table {
             return;
         };
         self.lost.remove(id);
-        self.numbers.release(filter.name(), now, now + TOMBSTONE_MS);
+        self.numbers.release(filter.name(), now, now + TOMBSTONE);
         if let Some(since) = filter.idle_since() {
             self.lingering.remove((since, id));
         }
@@ -356,7 +357,7 @@ mod tests {
         for name in ["a", "b", "c"] {
             numbers.number(name);
         }
-        numbers.release("b", 0, TOMBSTONE_MS);
+        numbers.release("b", Millis::ZERO, Millis::ZERO + TOMBSTONE);
         let mut table = Table::new(numbers, 1, 1);
         assert!(table.knows("a") && !table.knows("b"));
         assert_eq!(table.get(FilterId(2)).map(|f| &**f.name()), Some("c"));
@@ -379,7 +380,7 @@ mod tests {
         table.add_root("root/#");
         table.reference(FilterId(1), 0);
         let lingering: Vec<_> = table.lingering.behind(None).collect();
-        assert_eq!(lingering, [((0, FilterId(0)), 1)]);
+        assert_eq!(lingering, [((Millis::ZERO, FilterId(0)), 1)]);
         assert!(!table.get(FilterId(0)).is_some_and(Filter::is_wanted));
         assert!(table.get(FilterId(1)).is_some_and(Filter::is_wanted));
         assert!(table.get(FilterId(2)).is_some_and(Filter::is_wanted));
@@ -391,12 +392,12 @@ mod tests {
         for name in ["a", "b"] {
             table.intern(name);
         }
-        table.remove(FilterId(0), 5);
+        table.remove(FilterId(0), Millis::new(5));
         assert!(table.is_tombstone(FilterId(0)) && !table.knows("a"));
         assert_eq!(table.intern("c").0, FilterId(2));
-        table.remove(FilterId(1), 4 + TOMBSTONE_MS);
+        table.remove(FilterId(1), Millis::new(4) + TOMBSTONE);
         assert_eq!(table.intern("d").0, FilterId(3));
-        table.remove(FilterId(2), 5 + TOMBSTONE_MS);
+        table.remove(FilterId(2), Millis::new(5) + TOMBSTONE);
         assert_eq!(table.intern("e").0, FilterId(0));
         assert!(!table.is_tombstone(FilterId(0)));
     }
@@ -424,11 +425,14 @@ mod tests {
         let id = FilterId(0);
         let mut table = Table::new(Memory.identifiers(), 1, 1);
         table.intern("a");
-        table.await_suback(id, grant(QoS::AtLeastOnce, 10));
-        table.await_suback(id, grant(QoS::ExactlyOnce, 10));
-        table.await_suback(id, grant(QoS::AtLeastOnce, 20));
+        table.await_suback(id, grant(QoS::AtLeastOnce, Millis::new(10)));
+        table.await_suback(id, grant(QoS::ExactlyOnce, Millis::new(10)));
+        table.await_suback(id, grant(QoS::AtLeastOnce, Millis::new(20)));
         assert_eq!(table.take_answered(id, QoS::AtLeastOnce).len(), 2);
-        assert_eq!(table.deadlines.iter().collect::<Vec<_>>(), [&(10, id)]);
+        assert_eq!(
+            table.deadlines.iter().collect::<Vec<_>>(),
+            [&(Millis::new(10), id)]
+        );
         assert_eq!(table.take_answered(id, QoS::ExactlyOnce).len(), 1);
         assert!(table.deadlines.is_empty());
     }

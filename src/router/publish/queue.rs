@@ -148,12 +148,12 @@ mod tests {
                 payload,
                 qos: QoS::AtMostOnce,
                 retain: false,
-                expires_at: u64::MAX,
+                expires_at: None,
                 strip_key: None,
                 account: None,
             }),
             origin_mark: None,
-            since: 0,
+            since: Millis::ZERO,
         }
     }
 

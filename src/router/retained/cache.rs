@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::BuildHasher;
 use std::sync::Arc;
+use std::time::Duration;
 
 use foldhash::fast::RandomState;
 use lru::LruCache;
@@ -26,7 +27,7 @@ const LIVE_MAX: usize = 100_000;
 
 /// How long a filter counts as ahead of another: longer than the data links are apart. The caches of
 /// a link's filters are emptied when it is lost.
-const AHEAD_FOR_MS: Millis = 5000;
+const AHEAD_FOR: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
@@ -252,7 +253,7 @@ impl Cache {
         let Some(cached) = self.filters.get(&number) else {
             return Vec::new();
         };
-        let alive = cached.topics.values().filter(|m| m.expires_at() > now);
+        let alive = cached.topics.values().filter(|m| !m.has_expired(now));
         alive.cloned().collect()
     }
 
@@ -324,7 +325,7 @@ impl Cache {
             if arrived.filters.contains(&number) {
                 self.ahead -= usize::from(cached.ahead.remove(&topic).is_some());
             } else if self.ahead < AHEAD_MAX {
-                let until = now + AHEAD_FOR_MS;
+                let until = now + AHEAD_FOR;
                 let known = cached.ahead.insert(topic, Ahead { until, payload });
                 self.ahead += usize::from(known.is_none());
             } else {
@@ -408,7 +409,7 @@ mod tests {
                 payload: b"x",
                 qos: QoS::AtLeastOnce,
                 retain: true,
-                expires_at: u64::MAX,
+                expires_at: None,
                 strip_key: None,
                 account: None,
             }),
@@ -434,8 +435,11 @@ mod tests {
     fn another_filter_is_ahead_until_its_own_copy_comes_or_time_passes() {
         let mut cache = complete();
         let older = arrived("a/b", &[FilterId(7)]).message.clone();
-        cache.note_ahead(&arrived("a/b", &[FilterId(9)]), 0);
-        assert!(!cache.is_ahead(FilterId(7), &older, 0), "it says the same");
+        cache.note_ahead(&arrived("a/b", &[FilterId(9)]), Millis::ZERO);
+        assert!(
+            !cache.is_ahead(FilterId(7), &older, Millis::ZERO),
+            "it says the same"
+        );
         let mut newer = arrived("a/b", &[FilterId(9)]);
         newer.message = Message::new(&MessageSpec {
             topic: "a/b",
@@ -443,16 +447,16 @@ mod tests {
             payload: b"y",
             qos: QoS::AtLeastOnce,
             retain: true,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         });
-        cache.note_ahead(&newer, 0);
-        assert!(cache.is_ahead(FilterId(7), &older, 0));
-        assert!(!cache.is_ahead(FilterId(7), &older, AHEAD_FOR_MS));
+        cache.note_ahead(&newer, Millis::ZERO);
+        assert!(cache.is_ahead(FilterId(7), &older, Millis::ZERO));
+        assert!(!cache.is_ahead(FilterId(7), &older, Millis::ZERO + AHEAD_FOR));
         newer.filters = [FilterId(7)].as_slice().into();
-        cache.note_ahead(&newer, 0);
-        assert!(!cache.is_ahead(FilterId(7), &older, 0));
+        cache.note_ahead(&newer, Millis::ZERO);
+        assert!(!cache.is_ahead(FilterId(7), &older, Millis::ZERO));
         assert_eq!(cache.ahead, 0);
     }
 
@@ -460,11 +464,11 @@ mod tests {
     fn a_filter_that_others_are_too_far_ahead_of_is_forgotten() {
         let mut cache = complete();
         for n in 0..AHEAD_MAX {
-            cache.note_ahead(&arrived(&format!("a/{n}"), &[FilterId(9)]), 0);
+            cache.note_ahead(&arrived(&format!("a/{n}"), &[FilterId(9)]), Millis::ZERO);
         }
         assert_eq!(cache.ahead, AHEAD_MAX);
         assert!(cache.filters.contains_key(&FilterId(7)));
-        cache.note_ahead(&arrived("a/more", &[FilterId(9)]), 0);
+        cache.note_ahead(&arrived("a/more", &[FilterId(9)]), Millis::ZERO);
         assert!(cache.filters.is_empty() && cache.known.is_empty());
         assert_eq!(cache.ahead, 0);
     }

@@ -1,6 +1,7 @@
 //! Fetched messages go to the clients that asked for them, once no older message can follow.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use parking_lot::MutexGuard;
 
@@ -16,7 +17,7 @@ use crate::router::sessions::tally::Tally;
 use crate::router::types::{PendingGrant, RetainedRequest};
 
 /// How long fetched messages may wait for a data link that is away.
-const BUFFERED_FOR_MS: Millis = 5000;
+const BUFFERED_FOR: Duration = Duration::from_secs(5);
 
 impl RetainedMessages {
     /// Whether fetched messages wait for a data link.
@@ -102,7 +103,7 @@ impl RetainedMessages {
                 continue;
             }
             if complete {
-                cached.ending = Some(now + BUFFERED_FOR_MS);
+                cached.ending = Some(now + BUFFERED_FOR);
                 again |= end_if_over(sources, &mut cache, filter, &mut replies);
             } else {
                 drop(cache.release(filter, |_, _| true));

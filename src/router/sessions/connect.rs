@@ -1,6 +1,7 @@
 //! Sessions begin, are resumed, taken over and left.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::MutexGuard;
 
@@ -15,7 +16,7 @@ use crate::router::sessions::{DueWill, PresenceChange, SessionActions, Sessions,
 use crate::router::types::{Peer, SessionRef};
 
 /// How long publishes of a closed session are recognised when its client sends them again.
-pub(super) const REMEMBER_CLOSED_MS: Millis = 2 * 60 * 1000;
+pub(super) const REMEMBER_CLOSED: Duration = Duration::from_secs(2 * 60);
 
 /// An authenticated CONNECT.
 #[derive(Debug)]
@@ -336,7 +337,7 @@ pub(super) fn leave(
             });
         }
     }
-    let remember_until = now + REMEMBER_CLOSED_MS;
+    let remember_until = now + REMEMBER_CLOSED;
     actions.released = shard.detached(session.slot, &ended, now, remember_until);
     actions
 }

@@ -4,7 +4,7 @@ use crate::session::CloseReason;
 use crate::telemetry::{SessionEndReason, metrics};
 use crate::time::Millis;
 
-use crate::router::sessions::connect::{REMEMBER_CLOSED_MS, count_lost, leave};
+use crate::router::sessions::connect::{REMEMBER_CLOSED, count_lost, leave};
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::{DueWill, PresenceChange, SHARDS, SessionActions, Sessions};
 
@@ -109,7 +109,7 @@ fn expire(shard: &mut Shard, at: u32, now: Millis, actions: &mut SessionActions)
     } else if ended.session {
         metrics().sessions_ended[SessionEndReason::Expired].increment(1);
         count_lost(&ended);
-        let released = shard.finish(at, now + REMEMBER_CLOSED_MS);
+        let released = shard.finish(at, now + REMEMBER_CLOSED);
         actions.released.extend(released);
     } else {
         shard.settle(at);
@@ -134,7 +134,7 @@ mod tests {
             payload: b"x",
             qos: QoS::AtMostOnce,
             retain: false,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         });
@@ -149,7 +149,7 @@ mod tests {
         // The thread with this lock may have something to defer; the will waits for the lock.
         let shard = router.sessions.shard(client.session.shard);
         std::thread::scope(|scope| {
-            scope.spawn(|| router.tick(1));
+            scope.spawn(|| router.tick(Millis::new(1)));
             loop {
                 let deferred = router
                     .sessions

@@ -290,7 +290,7 @@ mod tests {
             payload: payload.as_bytes(),
             qos: QoS::AtLeastOnce,
             retain: false,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         })

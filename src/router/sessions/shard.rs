@@ -125,7 +125,7 @@ impl Shard {
             charged_entries: 0,
             charged_output_bytes: 0,
             taken: 0,
-            taken_at: 0,
+            taken_at: Millis::ZERO,
             offered: 0,
         })) as u32;
         self.by_id.insert(id, slot);

@@ -1,5 +1,7 @@
 //! Connections whose socket takes too little, is silent, or is to be closed.
 
+use std::time::Duration;
+
 use crate::session::CloseReason;
 use crate::time::Millis;
 
@@ -12,8 +14,8 @@ impl Sessions {
     /// The time by which `bytes` that are offered from `since` on must be taken. A client may take
     /// them slowly but steadily; a byte now and then is not enough.
     pub(crate) fn stalled_at(&self, since: Millis, bytes: usize) -> Millis {
-        let more = bytes as u64 * 1000 / SLOWEST_BYTES_PER_SECOND;
-        since.saturating_add(self.budgets.write_stall + more)
+        let more = Duration::from_millis(bytes as u64 * 1000 / SLOWEST_BYTES_PER_SECOND);
+        since + self.budgets.write_stall + more
     }
 
     /// Ends connections whose socket takes too little. Walks over all sessions, so it is not called at
@@ -25,7 +27,7 @@ impl Sessions {
                     continue;
                 };
                 let moved = slot.taken_at.max(handle.moved_at());
-                let stands = moved.saturating_add(self.budgets.write_stall) < now;
+                let stands = moved + self.budgets.write_stall < now;
                 let drags = self.stalled_at(slot.taken_at, slot.offered) < now;
                 if slot.offered > 0 && (stands || drags) {
                     handle.close(CloseReason::WriteStall);
@@ -85,41 +87,48 @@ mod tests {
     use crate::session::ConnectionSpec;
 
     /// A client that has been offered 1 MiB at 1 s, and last took some of it at `moved`.
-    fn offered(router: &Router, moved: u64) -> Arc<ConnectionHandle> {
+    fn offered(router: &Router, moved: Millis) -> Arc<ConnectionHandle> {
         let client = testing::client(router, "c");
         let mut shard = router.sessions.shard(client.session.shard);
         let slot = shard.get(client.session).expect("there");
         let handle = Arc::new(ConnectionHandle::default());
-        (slot.offered, slot.taken_at, slot.handle) = (1 << 20, 1000, Some(handle.clone()));
+        (slot.offered, slot.taken_at) = (1 << 20, Millis::new(1000));
+        slot.handle = Some(handle.clone());
         handle.moved(moved);
         handle
     }
 
-    fn ends_after(router: &Router, handle: &ConnectionHandle, last: u64) {
+    fn ends_after(router: &Router, handle: &ConnectionHandle, last: Millis) {
         router.close_stalled(last);
         assert!(handle.closing().is_none());
-        router.close_stalled(last + 1);
+        router.close_stalled(last + Duration::from_millis(1));
         assert_eq!(handle.closing(), Some(CloseReason::WriteStall));
     }
 
     #[test]
     fn a_client_that_takes_its_output_slowly_has_time_for_all_of_it() {
         let router = testing::router();
-        let last = 1000 + router.config.write_stall + (1 << 20) * 1000 / SLOWEST_BYTES_PER_SECOND;
-        ends_after(&router, &offered(&router, last - 5), last);
+        let slowest = Duration::from_secs((1 << 20) / SLOWEST_BYTES_PER_SECOND);
+        let last = Millis::new(1000) + router.config.write_stall + slowest;
+        ends_after(
+            &router,
+            &offered(&router, last - Duration::from_millis(5)),
+            last,
+        );
     }
 
     #[test]
     fn a_client_that_takes_nothing_has_no_more_time_for_more_bytes() {
         let router = testing::router();
-        let last = 2000 + router.config.write_stall;
-        ends_after(&router, &offered(&router, 2000), last);
+        let moved = Millis::new(2000);
+        let last = moved + router.config.write_stall;
+        ends_after(&router, &offered(&router, moved), last);
     }
 
     #[test]
     fn a_websocket_is_pinged_once_for_each_interval_of_silence() {
         let router = testing::router();
-        let handles = [Some(45_000), None].map(|ping_after| {
+        let handles = [Some(Duration::from_secs(45)), None].map(|ping_after| {
             let handle = Arc::new(ConnectionHandle::default());
             let connect = Connect {
                 client_id: format!("{ping_after:?}").into(),
@@ -144,7 +153,7 @@ mod tests {
                     address: ([127, 0, 0, 1], 1).into(),
                 }),
             };
-            let connected = router.connect(connect, 1000, |_, out| out.push(0));
+            let connected = router.connect(connect, Millis::new(1000), |_, out| out.push(0));
             (handle, connected.ok().map(|c| (c.session, c.connection_no)))
         });
         let [(pinged, session), (left_alone, _)] = &handles;
@@ -152,7 +161,7 @@ mod tests {
         let walks = |from: u64, to: u64| {
             let times = (from..=to).step_by(2000);
             let pings = times.filter(|&now| {
-                router.ping_idle(now);
+                router.ping_idle(Millis::new(now));
                 assert!(!left_alone.take_ping());
                 pinged.take_ping()
             });
@@ -161,11 +170,16 @@ mod tests {
         assert_eq!(walks(1000, 140_000), [47_000, 93_000, 139_000]);
         // Output sent to it ends the silence.
         let mut out = Vec::new();
-        router.take_output(session, connection_no, &mut out, 150_000);
+        router.take_output(session, connection_no, &mut out, Millis::new(150_000));
         assert!(!out.is_empty());
         assert_eq!(walks(150_000, 200_000), [196_000]);
         // A look for output that is not there does not.
-        router.take_output(session, connection_no, &mut Vec::new(), 200_000);
+        router.take_output(
+            session,
+            connection_no,
+            &mut Vec::new(),
+            Millis::new(200_000),
+        );
         assert_eq!(walks(202_000, 245_000), [242_000]);
     }
 }

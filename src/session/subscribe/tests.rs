@@ -1,10 +1,12 @@
 use std::cell::Cell;
+use std::time::Duration;
 
 use super::*;
 use foldhash::fast::FixedState;
 
 use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
 use crate::session::{ConnectionSpec, Incarnation, QueueFull};
+use crate::time::Millis;
 
 fn subscription(filter: FilterId, name: &str) -> Subscription {
     Subscription {
@@ -29,8 +31,8 @@ fn limits(subscriptions_max: usize) -> SessionLimits {
         queue_messages_max: 10,
         queue_bytes_max: 1024,
         queue_age_max: None,
-        shared_redeliver_after: 0,
-        will_grace: 0,
+        shared_redeliver_after: Duration::ZERO,
+        will_grace: Duration::ZERO,
         presence: false,
         queue_full: QueueFull::Oldest,
         queue_qos0: false,
@@ -62,7 +64,7 @@ impl Policy for Counting {
 }
 
 fn connected() -> Session {
-    let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), 0);
+    let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), Millis::ZERO);
     let spec = ConnectionSpec {
         version: Version::V5,
         receive_maximum: 10,
@@ -72,7 +74,7 @@ fn connected() -> Session {
         keep_alive: 0,
         scope: None,
     };
-    session.attach(&spec, 0, None, &limits(0), 0);
+    session.attach(&spec, 0, None, &limits(0), Millis::ZERO);
     session
 }
 
@@ -99,7 +101,7 @@ fn subscribe(
     };
     let (packet, _) = decoder.next(&packet).expect("legal").expect("whole");
     let (mut effects, policy) = (Vec::new(), Counting::default());
-    let taken = session.packet(0, &packet, limits, &policy, 0, &mut effects);
+    let taken = session.packet(0, &packet, limits, &policy, Millis::ZERO, &mut effects);
     taken.expect("it is allowed");
     let requests = match effects.pop() {
         Some(Effect::Subscribe { requests, .. }) => requests,
@@ -213,7 +215,7 @@ fn an_unsubscribe_has_no_more_filters_than_can_be_counted() {
         };
         let (packet, _) = decoder.next(&packet).expect("legal").expect("whole");
         let (limits, policy) = (limits(10), Counting::default());
-        let taken = session.packet(0, &packet, &limits, &policy, 0, &mut Vec::new());
+        let taken = session.packet(0, &packet, &limits, &policy, Millis::ZERO, &mut Vec::new());
         assert_eq!(
             taken.map_err(|close| close.reason_code()),
             match fits {

@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::session::Incarnation;
+use crate::time::Millis;
 use crate::topics::has_wildcard;
 
 fn subscription(filter: FilterId, name: &str) -> Subscription {
@@ -49,7 +50,7 @@ proptest! {
     fn overlaps_are_counted_whatever_comes_and_goes(
         steps in prop::collection::vec((0..NAMES.len() as u32, 0..4u8), 0..60),
     ) {
-        let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), 0);
+        let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), Millis::ZERO);
         for (filter, step) in steps {
             match step {
                 0 => drop(session.remove_subscription(FilterId(filter))),

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use crate::time::Millis;
 use crate::topics::FilterId;
 
 /// User properties with this key are ours. They are stripped from clients' packets, and from
@@ -19,19 +18,6 @@ const FILTER_OVERHEAD_BYTES: usize = 4;
 pub(super) fn is_probe(topic: &str, probes: &str) -> bool {
     let rest = topic.strip_prefix(probes);
     rest.is_some_and(|rest| rest.starts_with('/'))
-}
-
-/// When a message with this Message Expiry Interval (seconds) expires; `u64::MAX`: never.
-pub(super) fn expires_at(expiry: Option<u32>, now: Millis) -> Millis {
-    expiry.map_or(u64::MAX, |s| now + u64::from(s) * 1000)
-}
-
-/// The remaining Message Expiry Interval in seconds, rounded up; `None`: the message never expires.
-pub(super) fn remaining_expiry(expires_at: Millis, now: Millis) -> Option<u32> {
-    (expires_at != u64::MAX).then(|| {
-        let remaining = expires_at.saturating_sub(now).div_ceil(1000);
-        u32::try_from(remaining).unwrap_or(u32::MAX)
-    })
 }
 
 /// The next packet identifier after `last` that is not in use. Fewer than 65,535 must be in use.

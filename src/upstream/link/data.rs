@@ -18,11 +18,11 @@ use crate::router::{Arrived, LinkSession, Router};
 use crate::session::Incarnation;
 use crate::store::Store;
 use crate::telemetry::metrics;
-use crate::time::Millis;
+use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
 
 use crate::upstream::link::common::{
-    RESERVED_KEY, expires_at, in_packets, is_probe, next_id, unsubscribe_bytes,
+    RESERVED_KEY, in_packets, is_probe, next_id, unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -37,7 +37,7 @@ const FILTERS_IN_PACKET: usize = 8;
 /// The least time between two writes. Only the broker itself waits for acknowledgements.
 const PACE: Duration = Duration::from_millis(2);
 /// How often a PINGREQ asks whether the broker has the acknowledgements that were sent.
-const CONFIRM_EVERY_MS: Millis = 2000;
+const CONFIRM_EVERY: Duration = Duration::from_secs(2);
 
 /// A data link, or a shared link: the two differ in their filters only.
 #[derive(Debug)]
@@ -107,7 +107,7 @@ impl DataLink {
             received: HashSet::default(),
             redelivery: Redelivery::new(store.ring(link)),
             batch: Vec::new(),
-            confirmed_at: 0,
+            confirmed_at: Millis::ZERO,
             ping: false,
             barriers: VecDeque::new(),
         }
@@ -170,7 +170,7 @@ impl DataLink {
             payload: p.payload,
             qos: p.qos,
             retain: p.retain,
-            expires_at: expires_at(p.message_expiry, now),
+            expires_at: (p.message_expiry).map(|s| Deadline::after_seconds(now, s)),
             strip_key: Some(RESERVED_KEY),
             account: Some(self.router.queue_account().clone()),
         });
@@ -324,7 +324,7 @@ impl Machine for DataLink {
         if !self.barriers.is_empty() {
             return;
         }
-        if !self.redelivery.is_empty() && self.confirmed_at + CONFIRM_EVERY_MS <= now {
+        if !self.redelivery.is_empty() && self.confirmed_at + CONFIRM_EVERY <= now {
             self.confirmed_at = now;
             self.ping = true;
         }

@@ -27,7 +27,7 @@ pub(crate) struct Handshake {
     /// The QoS of the retained link's subscriptions.
     pub fetch_qos: QoS,
     /// How long the retained link has to be quiet before a fetch is over.
-    pub fetch_quiet: Millis,
+    pub fetch_quiet: Duration,
 }
 
 impl Handshake {

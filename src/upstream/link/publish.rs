@@ -11,7 +11,7 @@ use crate::router::{Answered, LinkSession, Router};
 use crate::telemetry::{DropReason, clean, metrics};
 use crate::time::Millis;
 
-use crate::upstream::link::common::{RESERVED_KEY, remaining_expiry};
+use crate::upstream::link::common::RESERVED_KEY;
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
 
@@ -28,11 +28,11 @@ const PACE: Duration = Duration::from_millis(1);
 const SUSPECT_AFTER: u8 = 2;
 
 /// Publishes that wait for the window for this long ask for another link.
-const GROW_AFTER_MS: Millis = 250;
+const GROW_AFTER: Duration = Duration::from_millis(250);
 
 /// How long a link that has connected waits for the data links to have their filters again. A
 /// message that the broker takes before that reaches nobody.
-const DATA_LINKS_WAIT_MS: Millis = 5000;
+const DATA_LINKS_WAIT: Duration = Duration::from_secs(5);
 
 /// Publishes that may be in flight: fewer than there are packet identifiers, whatever the window.
 const IN_FLIGHT_MAX: usize = 65_000;
@@ -165,7 +165,7 @@ impl PublishLink {
             true => *self.full_since.get_or_insert(now),
             false => return self.full_since = None,
         };
-        if now >= since + GROW_AFTER_MS {
+        if now >= since + GROW_AFTER {
             self.full_since = None;
             if self.router.add_publish_link() {
                 tracing::info!(
@@ -219,7 +219,7 @@ impl PublishLink {
 
     fn send(&mut self, outgoing: Outgoing, now: Millis, out: &mut Vec<u8>) {
         let message = &outgoing.message;
-        if message.expires_at() <= now {
+        if message.has_expired(now) {
             metrics().messages_dropped[DropReason::Expired].increment(1);
             // For its publisher it is done: an expired message reaches nobody.
             self.answers.extend(answer(&outgoing, ReasonCode::SUCCESS));
@@ -272,7 +272,7 @@ impl PublishLink {
             retain: message.retain() && self.router.retain_available(),
             packet_id: id,
             alias: Alias::None,
-            message_expiry: remaining_expiry(message.expires_at(), now),
+            message_expiry: message.remaining_expiry(now),
             subscription_ids: &[],
             user_property,
             hidden: 0,
@@ -382,7 +382,7 @@ impl Machine for PublishLink {
         self.receive_maximum = usize::from(handshake.receive_maximum);
         self.packet_max = handshake.packet_max;
         self.router.publish_link_up(self.link, true);
-        self.wait_until = Some(now + DATA_LINKS_WAIT_MS);
+        self.wait_until = Some(now + DATA_LINKS_WAIT);
         let session_present = handshake.session != LinkSession::New;
         self.window.connection_ended(|_| {});
         if !session_present {

@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use foldhash::fast::RandomState;
 
@@ -15,11 +16,11 @@ use crate::mqtt::{
     encode_ack, encode_subscribe, encode_unsubscribe,
 };
 use crate::router::Router;
-use crate::time::Millis;
+use crate::time::{Deadline, Millis};
 use crate::topics::{FilterId, matches};
 
 use crate::upstream::link::common::{
-    RESERVED_KEY, expires_at, in_packets, is_probe, next_id, unsubscribe_bytes,
+    RESERVED_KEY, in_packets, is_probe, next_id, unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -29,7 +30,7 @@ const FETCHES_MAX: usize = 8;
 /// Filters of one fetch.
 const FILTERS_MAX: usize = 500;
 /// A fetch without an answer for this long is given up.
-const FETCH_TIMEOUT_MS: Millis = 30_000;
+const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The retained link.
 #[derive(Debug)]
@@ -43,7 +44,7 @@ pub(crate) struct RetainedLink {
     /// The QoS of the subscriptions.
     qos: QoS,
     /// How long the link has to be quiet before a fetch is over.
-    quiet: Millis,
+    quiet: Duration,
     last_id: u16,
     fetches: Vec<Fetch>,
     next_fetch: u64,
@@ -97,7 +98,7 @@ impl RetainedLink {
             version: Version::V5,
             identifiers: true,
             qos: QoS::AtMostOnce,
-            quiet: 0,
+            quiet: Duration::ZERO,
             last_id: 0,
             fetches: Vec::new(),
             next_fetch: 1,
@@ -187,7 +188,7 @@ impl RetainedLink {
             payload: p.payload,
             qos,
             retain: true,
-            expires_at: expires_at(p.message_expiry, now),
+            expires_at: (p.message_expiry).map(|s| Deadline::after_seconds(now, s)),
             strip_key: Some(RESERVED_KEY),
             account: Some(self.account.clone()),
         });
@@ -218,7 +219,7 @@ impl RetainedLink {
             let fetch = &self.fetches[at];
             let answered = fetch.phase == Phase::Answered;
             let quiet = fetch.last_data + self.quiet <= now;
-            let late = fetch.last_data + FETCH_TIMEOUT_MS <= now;
+            let late = fetch.last_data + FETCH_TIMEOUT <= now;
             if !(answered && quiet || late) {
                 at += 1;
                 continue;

@@ -306,7 +306,7 @@ fn message(publish: &Publish<'_>, strip_key: Option<&str>) -> Message {
         payload: publish.payload,
         qos: publish.qos,
         retain: publish.retain,
-        expires_at: u64::MAX,
+        expires_at: None,
         strip_key,
         account: None,
     })

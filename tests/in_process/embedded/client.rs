@@ -166,7 +166,7 @@ impl Client {
             payload: payload.as_bytes(),
             qos: delivery.qos,
             retain: delivery.retain,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         });

@@ -406,7 +406,7 @@ async fn no_bytes_hurt() {
             payload: b"payload",
             qos: QoS::from_u8(qos).expect("0 to 2"),
             retain: true,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         });

@@ -238,7 +238,7 @@ fn an_unsubscribe_that_was_under_way_is_repeated_unless_the_session_is_new() {
     let unsubscribing = || {
         let mut filter = active(QoS::AtMostOnce);
         filter.reference(1);
-        assert!(filter.unreference(1, 10));
+        assert!(filter.unreference(1, Millis::new(10)));
         assert_eq!(filter.release(), Release::Unsubscribe(0));
         filter
     };
@@ -270,7 +270,7 @@ fn a_filter_is_released_by_an_unsubscribe_if_the_broker_may_have_it() {
     lost.resume(LinkSession::New);
     assert_eq!(lost.release(), Release::Remove);
     let mut awaited = active(QoS::AtMostOnce);
-    awaited.await_suback(grant(QoS::AtMostOnce, 10));
+    awaited.await_suback(grant(QoS::AtMostOnce, Millis::new(10)));
     assert_eq!(awaited.release(), Release::Later);
     let mut below = filter();
     below.place_below(FilterId(3));
@@ -281,7 +281,7 @@ fn a_filter_is_released_by_an_unsubscribe_if_the_broker_may_have_it() {
 fn a_filter_that_is_used_again_is_subscribed_again_after_its_unsuback() {
     let mut filter = active(QoS::AtLeastOnce);
     filter.reference(0);
-    filter.unreference(0, 10);
+    filter.unreference(0, Millis::new(10));
     filter.release();
     filter.reference(0);
     assert!(!filter.request(QoS::AtMostOnce), "the UNSUBACK comes first");
@@ -289,7 +289,7 @@ fn a_filter_that_is_used_again_is_subscribed_again_after_its_unsuback() {
     assert!(filter.request(QoS::AtLeastOnce));
     let mut filter = active(QoS::AtLeastOnce);
     filter.reference(0);
-    filter.unreference(0, 10);
+    filter.unreference(0, Millis::new(10));
     filter.release();
     assert_eq!(filter.unsuback(), Unsubacked::Remove);
 }
@@ -324,14 +324,17 @@ fn a_filter_is_idle_once_its_last_user_is_gone() {
     filter.reference(5);
     filter.reference(7);
     assert_eq!(filter.mask(), 1 << 5 | 1 << 7);
-    assert!(!filter.unreference(5, 10));
-    assert!(!filter.unreference(7, 20));
+    assert!(!filter.unreference(5, Millis::new(10)));
+    assert!(!filter.unreference(7, Millis::new(20)));
     assert_eq!(filter.mask(), 1 << 5);
-    assert!(filter.unreference(5, 30));
-    assert_eq!((filter.mask(), filter.idle_since()), (0, Some(30)));
+    assert!(filter.unreference(5, Millis::new(30)));
+    assert_eq!(
+        (filter.mask(), filter.idle_since()),
+        (0, Some(Millis::new(30)))
+    );
     filter.count_unread();
     assert_eq!((filter.unread(), filter.is_wanted()), (1, false));
-    assert_eq!(filter.reference(5), Some(30));
+    assert_eq!(filter.reference(5), Some(Millis::new(30)));
     assert_eq!((filter.unread(), filter.idle_since()), (0, None));
 }
 
@@ -342,9 +345,9 @@ fn a_local_group_keeps_its_plain_filter_in_use() {
     filter.add_group(GROUP);
     assert_eq!(filter.groups(), [GROUP]);
     filter.reference(0);
-    assert!(!filter.unreference(0, 10), "the group uses it");
-    assert!(filter.remove_group(GROUP, 20));
-    assert_eq!(filter.add_group(GROUP), Some(20));
+    assert!(!filter.unreference(0, Millis::new(10)), "the group uses it");
+    assert!(filter.remove_group(GROUP, Millis::new(20)));
+    assert_eq!(filter.add_group(GROUP), Some(Millis::new(20)));
     let mut group = Filter::new("$share/g/a/b".into());
     assert_eq!((group.is_shared(), group.topics()), (true, "a/b"));
     group.place_locally(FilterId(1), FilterId(2));
@@ -354,11 +357,11 @@ fn a_local_group_keeps_its_plain_filter_in_use() {
 
 #[test]
 fn a_root_is_never_idle() {
-    let mut root = Filter::idle("a/#".into(), 0);
-    assert_eq!(root.make_root(), Some(0));
+    let mut root = Filter::idle("a/#".into(), Millis::ZERO);
+    assert_eq!(root.make_root(), Some(Millis::ZERO));
     assert!(root.is_root() && root.is_wanted());
     root.reference(0);
-    assert!(!root.unreference(0, 10));
+    assert!(!root.unreference(0, Millis::new(10)));
     assert_eq!(root.wanted(), QoS::ExactlyOnce);
     root.place_on(0);
     assert!(root.moved(), "it is subscribed as soon as it has a link");
@@ -372,13 +375,16 @@ fn grants_are_answered_up_to_a_qos_and_when_they_are_late() {
         (QoS::ExactlyOnce, 20),
         (QoS::AtLeastOnce, 30),
     ] {
-        filter.await_suback(grant(qos, deadline));
+        filter.await_suback(grant(qos, Millis::new(deadline)));
     }
     assert!(filter.is_awaited());
     assert_eq!(filter.take_answered(QoS::AtMostOnce).len(), 1);
-    assert_eq!(filter.deadlines().collect::<Vec<_>>(), [20, 30]);
-    assert!(filter.take_late(19).is_empty());
-    assert_eq!(filter.take_late(20).len(), 1);
+    assert_eq!(
+        filter.deadlines().collect::<Vec<_>>(),
+        [20, 30].map(Millis::new)
+    );
+    assert!(filter.take_late(Millis::new(19)).is_empty());
+    assert_eq!(filter.take_late(Millis::new(20)).len(), 1);
     assert_eq!(filter.take_answered(QoS::ExactlyOnce).len(), 1);
     assert!(!filter.is_awaited());
 }

@@ -7,6 +7,7 @@ use crate::store::{Identifiers, Memory, Received, Ring, Store};
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::Machine;
 
+use crate::time::Millis;
 use crate::upstream::link::data::DataLink;
 
 fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Publish<'a> {
@@ -30,17 +31,21 @@ fn acknowledgements_are_first_in_first_out() {
     let router = router();
     let mut link = DataLink::new(router, 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
-    link.connected(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
     for (id, qos) in [
         (7, QoS::AtLeastOnce),
         (3, QoS::ExactlyOnce),
         (9, QoS::AtLeastOnce),
         (1, QoS::ExactlyOnce),
     ] {
-        link.packet(&Packet::Publish(publish(id, qos, b"x", b"")), 0, &mut out)
-            .expect("it is expected");
+        link.packet(
+            &Packet::Publish(publish(id, qos, b"x", b"")),
+            Millis::ZERO,
+            &mut out,
+        )
+        .expect("it is expected");
     }
-    link.batch_ended(0, &mut out);
+    link.batch_ended(Millis::ZERO, &mut out);
     let order: Vec<(String, u16)> = read(&mut out);
     let expected = [("puback", 7), ("pubrec", 3), ("puback", 9), ("pubrec", 1)];
     assert_eq!(order.len(), expected.len());
@@ -56,9 +61,9 @@ fn a_redelivery_is_acknowledged_and_not_delivered_again() {
     let who = client(&router, "a");
     let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
-    link.connected(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
     subscribe(&router, who, "t");
-    link.poll(0, &mut out);
+    link.poll(Millis::ZERO, &mut out);
     let asked = read(&mut out);
     assert_eq!(asked.len(), 1, "{asked:?}");
     let suback = Suback {
@@ -66,34 +71,34 @@ fn a_redelivery_is_acknowledged_and_not_delivered_again() {
         codes: &[1],
         properties: Properties::default(),
     };
-    link.packet(&Packet::Suback(suback), 0, &mut out)
+    link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
         .expect("it is expected");
     let delivered = || {
         let mut taken = Vec::new();
         router
-            .take_output(who.session, who.connection_no, &mut taken, 0)
+            .take_output(who.session, who.connection_no, &mut taken, Millis::ZERO)
             .expect("the client is connected");
         taken.windows(3).filter(|w| w == b"one").count()
     };
     // Subscription Identifier 1.
     let message = publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1]);
-    link.packet(&Packet::Publish(message), 0, &mut out)
+    link.packet(&Packet::Publish(message), Millis::ZERO, &mut out)
         .expect("it is expected");
-    link.batch_ended(0, &mut out);
+    link.batch_ended(Millis::ZERO, &mut out);
     assert_eq!(delivered(), 1);
-    link.disconnected(&LinkEnd::Closed, 0);
-    link.connected(&up(true, 100), 0, &mut out);
+    link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+    link.connected(&up(true, 100), Millis::ZERO, &mut out);
     out.clear();
     let message = publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1]);
-    link.packet(&Packet::Publish(message), 0, &mut out)
+    link.packet(&Packet::Publish(message), Millis::ZERO, &mut out)
         .expect("it is expected");
-    link.batch_ended(0, &mut out);
+    link.batch_ended(Millis::ZERO, &mut out);
     assert_eq!(delivered(), 0);
     assert_eq!(read(&mut out), [("puback".to_owned(), 5)]);
     // An identical message without a reconnect is another message.
-    link.packet(&Packet::Publish(message), 0, &mut out)
+    link.packet(&Packet::Publish(message), Millis::ZERO, &mut out)
         .expect("it is expected");
-    link.batch_ended(0, &mut out);
+    link.batch_ended(Millis::ZERO, &mut out);
     assert_eq!(delivered(), 1);
 }
 
@@ -125,9 +130,9 @@ fn what_the_store_remembers_of_a_link_is_not_delivered_again() {
     for (number, session_present, delivered) in [(1, true, 0), (1, false, 1), (0, true, 1)] {
         let mut link = DataLink::new(router(), number, 1, PROBES.into(), &Before);
         let mut out = Vec::new();
-        link.connected(&up(session_present, 100), 0, &mut out);
+        link.connected(&up(session_present, 100), Millis::ZERO, &mut out);
         let message = publish(5, QoS::AtLeastOnce, b"one", b"");
-        link.packet(&Packet::Publish(message), 0, &mut out)
+        link.packet(&Packet::Publish(message), Millis::ZERO, &mut out)
             .expect("it is expected");
         assert_eq!(link.batch.len(), delivered, "{number} {session_present}");
     }
@@ -139,17 +144,17 @@ fn qos_2_is_delivered_once_until_released() {
     let router = router();
     let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
-    link.connected(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
     for _ in 0..3 {
         let message = publish(5, QoS::ExactlyOnce, b"two", b"");
-        link.packet(&Packet::Publish(message), 0, &mut out)
+        link.packet(&Packet::Publish(message), Millis::ZERO, &mut out)
             .expect("it is expected");
     }
     assert_eq!(link.batch.len(), 1);
-    link.packet(&Packet::Pubrel(ack(5)), 0, &mut out)
+    link.packet(&Packet::Pubrel(ack(5)), Millis::ZERO, &mut out)
         .expect("it is expected");
     let message = publish(5, QoS::ExactlyOnce, b"two", b"");
-    link.packet(&Packet::Publish(message), 0, &mut out)
+    link.packet(&Packet::Publish(message), Millis::ZERO, &mut out)
         .expect("it is expected");
     assert_eq!(link.batch.len(), 2);
 }
@@ -161,24 +166,24 @@ fn a_lost_session_is_subscribed_again() {
     let who = client(&router, "a");
     let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
     let mut out = Vec::new();
-    link.connected(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
     subscribe(&router, who, "t");
-    link.poll(0, &mut out);
+    link.poll(Millis::ZERO, &mut out);
     let asked = read(&mut out);
     let suback = Suback {
         packet_id: asked[0].1,
         codes: &[ReasonCode::GRANTED_QOS_1.0],
         properties: Properties::default(),
     };
-    link.packet(&Packet::Suback(suback), 0, &mut out)
+    link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
         .expect("it is expected");
-    link.disconnected(&LinkEnd::Closed, 0);
+    link.disconnected(&LinkEnd::Closed, Millis::ZERO);
     assert!(!router.data_settled());
-    link.connected(&up(true, 100), 0, &mut out);
+    link.connected(&up(true, 100), Millis::ZERO, &mut out);
     assert!(read(&mut out).is_empty(), "the broker has it still");
     assert!(router.data_settled());
-    link.disconnected(&LinkEnd::Closed, 0);
-    link.connected(&up(false, 100), 0, &mut out);
+    link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
     let again = read(&mut out);
     assert_eq!(again.len(), 1);
     assert_eq!(again[0].0, "subscribe");
@@ -193,21 +198,21 @@ fn a_fetched_message_waits_for_what_the_data_link_carries() {
         let who = client(&router, "a");
         let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
         let mut out = Vec::new();
-        link.connected(&up(false, 100), 0, &mut out);
+        link.connected(&up(false, 100), Millis::ZERO, &mut out);
         subscribe_handling(&router, who, "t", 0);
-        link.poll(0, &mut out);
+        link.poll(Millis::ZERO, &mut out);
         let suback = Suback {
             packet_id: read(&mut out)[0].1,
             codes: &[1],
             properties: Properties::default(),
         };
-        link.packet(&Packet::Suback(suback), 0, &mut out)
+        link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
             .expect("it is expected");
         let (number, _) = router.next_fetches(1)[0].clone();
         let delivered = || {
             let mut taken = Vec::new();
             router
-                .take_output(who.session, who.connection_no, &mut taken, 0)
+                .take_output(who.session, who.connection_no, &mut taken, Millis::ZERO)
                 .expect("the client is connected");
             let at = taken.windows(3).position(|w| w == b"one");
             at.map(|_| taken[taken.iter().position(|b| b >> 4 == 3).unwrap_or(0)] & 1 == 1)
@@ -219,27 +224,27 @@ fn a_fetched_message_waits_for_what_the_data_link_carries() {
             payload: b"one",
             qos: QoS::AtLeastOnce,
             retain: true,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         });
-        router.fetched(number, &stored, 0);
-        link.poll(0, &mut out);
+        router.fetched(number, &stored, Millis::ZERO);
+        link.poll(Millis::ZERO, &mut out);
         assert!(link.wants_ping(), "the data link is asked");
         if live {
             let message = Publish {
                 retain: true,
                 ..publish(5, QoS::AtLeastOnce, b"one", &[0x0B, 1])
             };
-            link.packet(&Packet::Publish(message), 0, &mut out)
+            link.packet(&Packet::Publish(message), Millis::ZERO, &mut out)
                 .expect("it is expected");
         }
         assert_eq!(delivered(), None, "not before the answer");
-        link.ping_answered(0);
+        link.ping_answered(Millis::ZERO);
         // RETAIN is set on a stored message only.
         assert_eq!(delivered(), Some(!live));
         assert_eq!(delivered(), None, "once");
-        router.fetch_ended(&[number], true, 0);
+        router.fetch_ended(&[number], true, Millis::ZERO);
         assert_eq!(delivered(), None, "once");
     }
 }

@@ -4,6 +4,7 @@ use crate::sim::testing::{ack, client, publish, publish_at, read, router, up};
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::Machine;
 
+use crate::time::Millis;
 use crate::upstream::link::publish::PublishLink;
 
 fn payloads(out: &mut Vec<u8>) -> Vec<String> {
@@ -22,19 +23,19 @@ fn the_window_of_the_broker_is_never_exceeded() {
     let who = client(&router, "a");
     let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    link.connected(&up(false, 3), 0, &mut out);
+    link.connected(&up(false, 3), Millis::ZERO, &mut out);
     for n in 0..10 {
         publish(&router, who, n);
     }
-    link.poll(0, &mut out);
+    link.poll(Millis::ZERO, &mut out);
     let first = read(&mut out);
     assert_eq!(first.len(), 3);
     assert_eq!(link.window(), (3, 3));
-    link.packet(&Packet::Puback(ack(first[1].1)), 0, &mut out)
+    link.packet(&Packet::Puback(ack(first[1].1)), Millis::ZERO, &mut out)
         .expect("it is expected");
-    link.batch_ended(0, &mut out);
+    link.batch_ended(Millis::ZERO, &mut out);
     assert_eq!(payloads(&mut out), numbered(3, 4, false));
-    link.poll(0, &mut out);
+    link.poll(Millis::ZERO, &mut out);
     assert!(out.is_empty(), "one acknowledgement, one publish");
 }
 
@@ -45,31 +46,31 @@ fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
     let who = client(&router, "a");
     let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    link.connected(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
     for n in 0..10 {
         publish(&router, who, n);
     }
-    link.poll(0, &mut out);
+    link.poll(Millis::ZERO, &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 10, false));
-    link.disconnected(&LinkEnd::Closed, 0);
+    link.disconnected(&LinkEnd::Closed, Millis::ZERO);
     publish(&router, who, 10);
-    link.connected(&up(true, 4), 0, &mut out);
+    link.connected(&up(true, 4), Millis::ZERO, &mut out);
     let again = read(&mut out);
     let words: Vec<String> = again.iter().map(|(w, _)| w.clone()).collect();
     assert_eq!(words, numbered(0, 4, true));
     for (_, id) in &again {
-        link.packet(&Packet::Puback(ack(*id)), 0, &mut out)
+        link.packet(&Packet::Puback(ack(*id)), Millis::ZERO, &mut out)
             .expect("it is expected");
     }
-    link.batch_ended(0, &mut out);
+    link.batch_ended(Millis::ZERO, &mut out);
     let again = read(&mut out);
     let words: Vec<String> = again.iter().map(|(w, _)| w.clone()).collect();
     assert_eq!(words, numbered(4, 8, true), "the new one waits its turn");
     for (_, id) in &again {
-        link.packet(&Packet::Puback(ack(*id)), 0, &mut out)
+        link.packet(&Packet::Puback(ack(*id)), Millis::ZERO, &mut out)
             .expect("it is expected");
     }
-    link.batch_ended(0, &mut out);
+    link.batch_ended(Millis::ZERO, &mut out);
     let mut rest = numbered(8, 10, true);
     rest.extend(numbered(10, 11, false));
     assert_eq!(payloads(&mut out), rest);
@@ -82,14 +83,14 @@ fn a_lost_session_makes_them_new() {
     let who = client(&router, "a");
     let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    link.connected(&up(false, 100), 0, &mut out);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
     for n in 0..5 {
         publish(&router, who, n);
     }
-    link.poll(0, &mut out);
+    link.poll(Millis::ZERO, &mut out);
     out.clear();
-    link.disconnected(&LinkEnd::Closed, 0);
-    link.connected(&up(false, 100), 0, &mut out);
+    link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 5, false));
 }
 
@@ -100,13 +101,13 @@ fn a_link_that_comes_back_waits_for_the_data_links() {
     let who = client(&router, "a");
     let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    router.data_link_down(0, 0);
-    link.connected(&up(false, 100), 1000, &mut out);
+    router.data_link_down(0, Millis::ZERO);
+    link.connected(&up(false, 100), Millis::new(1000), &mut out);
     publish(&router, who, 0);
-    link.poll(1050, &mut out);
+    link.poll(Millis::new(1050), &mut out);
     assert!(out.is_empty());
-    router.data_link_up(0, LinkSession::Resumed, false, 1100);
-    link.poll(1100, &mut out);
+    router.data_link_up(0, LinkSession::Resumed, false, Millis::new(1100));
+    link.poll(Millis::new(1100), &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 1, false));
 }
 
@@ -117,12 +118,12 @@ fn a_data_link_that_stays_away_does_not_hold_publishes_for_ever() {
     let who = client(&router, "a");
     let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    router.data_link_down(0, 0);
-    link.connected(&up(false, 100), 1000, &mut out);
+    router.data_link_down(0, Millis::ZERO);
+    link.connected(&up(false, 100), Millis::new(1000), &mut out);
     publish(&router, who, 0);
-    link.poll(5999, &mut out);
+    link.poll(Millis::new(5999), &mut out);
     assert!(out.is_empty());
-    link.poll(6000, &mut out);
+    link.poll(Millis::new(6000), &mut out);
     assert_eq!(payloads(&mut out), numbered(0, 1, false));
 }
 
@@ -138,7 +139,7 @@ fn until_found(bad: usize, publishes: u32, broker_restarts: bool) -> (Vec<u32>, 
     }
     let (mut taken, mut cuts) = (Vec::new(), 0);
     loop {
-        link.connected(&up(true, 10), 0, &mut out);
+        link.connected(&up(true, 10), Millis::ZERO, &mut out);
         let cut = loop {
             let sent = read(&mut out);
             if sent.is_empty() {
@@ -152,19 +153,19 @@ fn until_found(bad: usize, publishes: u32, broker_restarts: bool) -> (Vec<u32>, 
             }
             for (what, id) in sent {
                 taken.push(number(&what).expect("a number"));
-                let _ = link.packet(&Packet::Puback(ack(id)), 0, &mut out);
+                let _ = link.packet(&Packet::Puback(ack(id)), Millis::ZERO, &mut out);
             }
-            link.batch_ended(0, &mut out);
+            link.batch_ended(Millis::ZERO, &mut out);
         };
         if !cut || cuts > 20 {
             return (taken, cuts);
         }
         cuts += 1;
         if broker_restarts {
-            router.data_link_down(0, 0);
-            router.data_link_up(0, LinkSession::Resumed, false, 0);
+            router.data_link_down(0, Millis::ZERO);
+            router.data_link_up(0, LinkSession::Resumed, false, Millis::ZERO);
         }
-        link.disconnected(&LinkEnd::Closed, 0);
+        link.disconnected(&LinkEnd::Closed, Millis::ZERO);
         out.clear();
     }
 }
@@ -194,17 +195,17 @@ fn releases_wait_for_no_quota_and_keep_their_order() {
     let who = client(&router, "a");
     let mut link = PublishLink::new(router.clone(), 0, 1);
     let mut out = Vec::new();
-    link.connected(&up(false, 10), 0, &mut out);
+    link.connected(&up(false, 10), Millis::ZERO, &mut out);
     for n in 0..6 {
         publish_at(&router, who, n, QoS::ExactlyOnce);
     }
-    link.poll(0, &mut out);
+    link.poll(Millis::ZERO, &mut out);
     let sent = read(&mut out);
     assert_eq!(sent.len(), 6);
     // The first is not answered, the next three are.
     let released: Vec<u16> = sent[1..4].iter().map(|(_, id)| *id).collect();
     for id in &released {
-        link.packet(&Packet::Pubrec(ack(*id)), 0, &mut out)
+        link.packet(&Packet::Pubrec(ack(*id)), Millis::ZERO, &mut out)
             .expect("it is expected");
     }
     let pubrels = |seen: &[(String, u16)]| -> Vec<u16> {
@@ -212,16 +213,16 @@ fn releases_wait_for_no_quota_and_keep_their_order() {
         all.map(|(_, id)| *id).collect()
     };
     assert_eq!(pubrels(&read(&mut out)), released);
-    link.disconnected(&LinkEnd::Closed, 0);
-    link.connected(&up(true, 1), 0, &mut out);
+    link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+    link.connected(&up(true, 1), Millis::ZERO, &mut out);
     let again = read(&mut out);
     assert_eq!(pubrels(&again), released);
     assert_eq!(again.len(), 3, "no publish beside them: {again:?}");
     for id in released {
-        link.packet(&Packet::Pubcomp(ack(id)), 0, &mut out)
+        link.packet(&Packet::Pubcomp(ack(id)), Millis::ZERO, &mut out)
             .expect("it is expected");
     }
-    link.batch_ended(0, &mut out);
+    link.batch_ended(Millis::ZERO, &mut out);
     let first = read(&mut out);
     assert_eq!(first, [("publish 0 dup".to_owned(), sent[0].1)]);
 }

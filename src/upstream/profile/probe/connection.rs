@@ -240,7 +240,7 @@ where
             payload,
             qos,
             retain,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         });

@@ -1,5 +1,7 @@
 //! The probe against the embedded broker, with each of its quirks.
 
+use std::time::Duration;
+
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
@@ -112,7 +114,7 @@ async fn each_quirk_is_seen() {
             .retained_within
             .is_some_and(|ms| (300..500).contains(&ms))
     );
-    assert!(late.fetch_quiet() >= 1200);
+    assert!(late.fetch_quiet() >= Duration::from_millis(1200));
     assert_eq!(late.source, Source::Probed);
 }
 

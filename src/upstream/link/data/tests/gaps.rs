@@ -10,6 +10,7 @@ use crate::topics::FilterId;
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::Machine;
 
+use crate::time::Millis;
 use crate::upstream::link::data::DataLink;
 
 /// Data links to a broker that grants every SUBSCRIBE.
@@ -24,7 +25,7 @@ impl Broker {
             data_links: links,
             ..config()
         });
-        router.set_broker_features(&facts(), 0);
+        router.set_broker_features(&facts(), Millis::ZERO);
         let link = |n| DataLink::new(router.clone(), n, 1, PROBES.into(), &Memory);
         let mut broker = Self {
             links: (0..links).map(link).collect(),
@@ -39,12 +40,12 @@ impl Broker {
     /// A link connects, and its SUBSCRIBEs are granted.
     fn connects(&mut self, link: usize, session_present: bool) {
         let mut out = Vec::new();
-        self.links[link].connected(&up(session_present, 100), 0, &mut out);
+        self.links[link].connected(&up(session_present, 100), Millis::ZERO, &mut out);
         self.grant(link, out);
     }
 
     fn disconnects(&mut self, link: usize) {
-        self.links[link].disconnected(&LinkEnd::Closed, 0);
+        self.links[link].disconnected(&LinkEnd::Closed, Millis::ZERO);
     }
 
     /// The client subscribes, and the broker grants it. Returns the link that has the filter.
@@ -52,7 +53,7 @@ impl Broker {
         subscribe_handling(&self.router, who, filter, retain_handling);
         let granted = |broker: &mut Self, link: usize| {
             let mut out = Vec::new();
-            broker.links[link].poll(0, &mut out);
+            broker.links[link].poll(Millis::ZERO, &mut out);
             broker.grant(link, out)
         };
         let link = (0..self.links.len()).find(|link| granted(self, *link));
@@ -69,7 +70,7 @@ impl Broker {
                 properties: Properties::default(),
             };
             self.links[link]
-                .packet(&Packet::Suback(suback), 0, &mut Vec::new())
+                .packet(&Packet::Suback(suback), Millis::ZERO, &mut Vec::new())
                 .expect("it is expected");
         }
         !asked.is_empty()
@@ -83,11 +84,11 @@ impl Broker {
             payload: payload.as_bytes(),
             qos: QoS::AtLeastOnce,
             retain: true,
-            expires_at: u64::MAX,
+            expires_at: None,
             strip_key: None,
             account: None,
         });
-        self.router.fetched(number, &message, 0);
+        self.router.fetched(number, &message, Millis::ZERO);
     }
 
     /// A data link brings a QoS 1 message for a filter.
@@ -106,17 +107,17 @@ impl Broker {
             has_subscription_ids: true,
         };
         let (link, mut out) = (&mut self.links[link], Vec::new());
-        link.packet(&Packet::Publish(publish), 0, &mut out)
+        link.packet(&Packet::Publish(publish), Millis::ZERO, &mut out)
             .expect("it is expected");
-        link.batch_ended(0, &mut out);
+        link.batch_ended(Millis::ZERO, &mut out);
     }
 
     /// Answers PINGREQs.
     fn answers(&mut self, link: usize) {
-        self.links[link].poll(0, &mut Vec::new());
+        self.links[link].poll(Millis::ZERO, &mut Vec::new());
         while self.links[link].wants_ping() {
-            self.links[link].ping_answered(0);
-            self.links[link].poll(0, &mut Vec::new());
+            self.links[link].ping_answered(Millis::ZERO);
+            self.links[link].poll(Millis::ZERO, &mut Vec::new());
         }
     }
 
@@ -124,7 +125,7 @@ impl Broker {
     fn got(&self, who: Connected) -> String {
         let mut taken = Vec::new();
         self.router
-            .take_output(who.session, who.connection_no, &mut taken, 0)
+            .take_output(who.session, who.connection_no, &mut taken, Millis::ZERO)
             .expect("it is connected");
         let mut got = String::new();
         while !taken.is_empty() {
@@ -150,7 +151,7 @@ fn a_fetch_while_the_data_link_is_away_is_handed_on_behind_it_and_not_kept() {
     let (number, _) = broker.router.next_fetches(1)[0].clone();
     broker.fetched(number, "2");
     broker.router.fetch_answered(&[number]);
-    broker.router.fetch_ended(&[number], true, 0);
+    broker.router.fetch_ended(&[number], true, Millis::ZERO);
     assert_eq!(
         broker.got(who),
         "",
@@ -177,10 +178,10 @@ fn a_data_link_that_stays_away_keeps_no_fetch() {
     subscribe_handling(&broker.router, who, "t", 0);
     let (number, _) = broker.router.next_fetches(1)[0].clone();
     broker.fetched(number, "2");
-    broker.router.fetch_ended(&[number], true, 0);
-    broker.router.tick(4_999);
+    broker.router.fetch_ended(&[number], true, Millis::ZERO);
+    broker.router.tick(Millis::new(4_999));
     assert_eq!(broker.got(who), "");
-    broker.router.tick(5_000);
+    broker.router.tick(Millis::new(5_000));
     assert_eq!(broker.got(who), "2");
     assert_eq!(broker.router.retained_pending(), 0);
     let other = client(&broker.router, "b");
@@ -201,7 +202,7 @@ fn a_resync_delivers_only_messages_that_are_not_known() {
     let (number, _) = broker.router.next_fetches(1)[0].clone();
     broker.fetched(number, "1");
     broker.answers(0);
-    broker.router.fetch_ended(&[number], true, 0);
+    broker.router.fetch_ended(&[number], true, Millis::ZERO);
     assert_eq!(broker.got(who), "");
     // Once more, and now no live message arrives before the fetch.
     broker.disconnects(0);
@@ -209,7 +210,7 @@ fn a_resync_delivers_only_messages_that_are_not_known() {
     let (number, _) = broker.router.next_fetches(1)[0].clone();
     broker.fetched(number, "2");
     broker.answers(0);
-    broker.router.fetch_ended(&[number], true, 0);
+    broker.router.fetch_ended(&[number], true, Millis::ZERO);
     assert_eq!(broker.got(who), "2");
 }
 
@@ -300,17 +301,17 @@ fn a_flap_before_the_answer_makes_nothing_known_new() {
     let (number, _) = broker.router.next_fetches(1)[0].clone();
     broker.fetched(number, "1");
     broker.answers(0);
-    broker.router.fetch_ended(&[number], true, 0);
+    broker.router.fetch_ended(&[number], true, Millis::ZERO);
     assert_eq!(broker.got(who), "1");
     broker.disconnects(0);
     let link = &mut broker.links[0];
-    link.connected(&up(false, 100), 0, &mut Vec::new());
+    link.connected(&up(false, 100), Millis::ZERO, &mut Vec::new());
     broker.disconnects(0);
     broker.connects(0, true);
     let (number, _) = broker.router.next_fetches(1)[0].clone();
     broker.fetched(number, "1");
     broker.answers(0);
-    broker.router.fetch_ended(&[number], true, 0);
+    broker.router.fetch_ended(&[number], true, Millis::ZERO);
     assert_eq!(broker.got(who), "", "it knows that one");
 }
 
@@ -348,15 +349,19 @@ fn a_filter_without_subscribers_is_not_revived_by_other_features() {
     broker.router.with(who.session, who.connection_no, |s, _| {
         s.remove_subscription(FilterId(number))
     });
-    broker.router.unsubscribe(who.session, &left, 0);
-    broker.router.tick(600_001);
+    broker.router.unsubscribe(who.session, &left, Millis::ZERO);
+    broker.router.tick(Millis::new(600_001));
     let other = crate::router::BrokerFeatures {
         identifiers: false,
         ..facts()
     };
-    assert!(broker.router.set_broker_features(&other, 600_001));
+    assert!(
+        broker
+            .router
+            .set_broker_features(&other, Millis::new(600_001))
+    );
     let mut out = Vec::new();
-    broker.links[0].connected(&up(false, 100), 600_001, &mut out);
+    broker.links[0].connected(&up(false, 100), Millis::new(600_001), &mut out);
     assert!(read(&mut out).is_empty());
 }
 
@@ -370,11 +375,11 @@ fn all_links_begin_anew_if_the_broker_keeps_retain_no_longer() {
         keeps_retain: false,
         ..facts()
     };
-    assert!(!broker.router.set_broker_features(&facts(), 0));
-    assert!(broker.router.set_broker_features(&other, 0));
-    assert!(!broker.router.set_broker_features(&other, 0));
+    assert!(!broker.router.set_broker_features(&facts(), Millis::ZERO));
+    assert!(broker.router.set_broker_features(&other, Millis::ZERO));
+    assert!(!broker.router.set_broker_features(&other, Millis::ZERO));
     broker.disconnects(0);
     let mut out = Vec::new();
-    broker.links[0].connected(&up(false, 100), 0, &mut out);
+    broker.links[0].connected(&up(false, 100), Millis::ZERO, &mut out);
     assert_eq!(read(&mut out).len(), 1);
 }

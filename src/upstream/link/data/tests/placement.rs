@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -114,8 +115,8 @@ impl Run {
             shared_links,
             local_groups,
             roots: roots.iter().map(|r| (*r).to_owned()).collect(),
-            linger: 0,
-            linger_busy_min: 0,
+            linger: Duration::ZERO,
+            linger_busy_min: Duration::ZERO,
             ..config()
         });
         let named = shape.named();
@@ -124,7 +125,7 @@ impl Run {
             replaces: shape != Shape::Queues,
             ..facts()
         };
-        router.set_broker_features(&known, 0);
+        router.set_broker_features(&known, Millis::ZERO);
         let mut links = Vec::new();
         for number in 0..data_links + shared_links {
             let mut machine = DataLink::new(router.clone(), number, 1, PROBES.into(), &Memory);
@@ -133,13 +134,13 @@ impl Run {
                 ..up(false, 65_535)
             };
             let mut out = Vec::new();
-            machine.connected(&state, 0, &mut out);
+            machine.connected(&state, Millis::ZERO, &mut out);
             links.push(Link {
                 machine,
                 held: BTreeMap::new(),
             });
             let last = links.len() - 1;
-            broker_reads(&mut links[last], shape, &out, 0);
+            broker_reads(&mut links[last], shape, &out, Millis::ZERO);
         }
         let clients = (0..CLIENTS)
             .map(|n| client(&router, &format!("c{n}")))
@@ -150,7 +151,7 @@ impl Run {
             links,
             clients,
             granted: vec![BTreeMap::new(); CLIENTS],
-            now: 1,
+            now: Millis::new(1),
             packet_id: 0,
             number: 0,
         }
@@ -159,7 +160,7 @@ impl Run {
     /// Lets everything settle: requests to the broker, its answers, lingering filters.
     fn settle(&mut self) {
         for _ in 0..4 {
-            self.now += 10;
+            self.now += Duration::from_millis(10);
             for _ in 0..10 {
                 self.router.tick(self.now);
             }
@@ -204,7 +205,7 @@ impl Run {
                 let outbound = s.outbound_mut();
                 match qos {
                     QoS::AtMostOnce => {}
-                    QoS::AtLeastOnce => outbound.acknowledged(id, 0),
+                    QoS::AtLeastOnce => outbound.acknowledged(id, Millis::ZERO),
                     QoS::ExactlyOnce => {
                         outbound.received(id, 0);
                         outbound.completed(id);
