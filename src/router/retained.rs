@@ -213,6 +213,7 @@ impl RetainedMessages {
         if cached.state != State::Fetching || cached.live.contains(&cache.topic(message)) {
             return;
         }
+        cache.outdate(filter, message, |link| barriers.ask(link));
         let room = cache.buffered < BUFFERED_MAX && cache.buffered_bytes < BUFFERED_BYTES_MAX;
         match sources.data_link(filter) {
             // While the link is away too: the messages that its session kept come first.
@@ -220,6 +221,7 @@ impl RetainedMessages {
                 let buffered = Buffered {
                     link,
                     barrier: barriers.ask(link),
+                    topic: cache.topic(message),
                     message: message.clone(),
                 };
                 cache.buffer(filter, buffered);

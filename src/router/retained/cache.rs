@@ -92,6 +92,8 @@ pub(super) struct Buffered {
     pub link: usize,
     /// The barrier of the link behind which no older live message follows.
     pub barrier: u64,
+    /// The topic, hashed.
+    pub topic: u64,
     pub message: Message,
 }
 
@@ -285,6 +287,40 @@ impl Cache {
             self.buffered_bytes += buffered.message.size();
             cached.buffered.push(buffered);
             self.buffering.insert(number);
+        }
+    }
+
+    /// The retained link brought a message for one filter. Other filters that match its topic may still
+    /// have an older value, which must not follow this one: a buffered value is replaced and waits for
+    /// the next barrier of its link, and a cached one is forgotten.
+    pub(super) fn outdate(
+        &mut self,
+        number: FilterId,
+        message: &Message,
+        barrier: impl Fn(usize) -> u64,
+    ) {
+        let mut matching: SmallVec<[FilterId; 8]> = SmallVec::new();
+        let topic = message.topic();
+        self.known.for_each_match(topic, |n| matching.push(n));
+        let hash = self.topic(message);
+        for other in matching.into_iter().filter(|n| *n != number) {
+            let Some(cached) = self.filters.get_mut(&other) else {
+                continue;
+            };
+            let is_older = |m: &Message| m.topic() == topic && m.payload() != message.payload();
+            let buffered = cached.buffered.iter_mut();
+            for old in buffered.filter(|b| b.topic == hash && is_older(&b.message)) {
+                self.buffered_bytes += message.size();
+                self.buffered_bytes -= old.message.size();
+                old.message = message.clone();
+                old.barrier = barrier(old.link);
+            }
+            if cached.topics.get(topic).is_some_and(is_older) {
+                match cached.state {
+                    State::Complete => self.drop_filter(other),
+                    State::Queued | State::Fetching => cached.stale = true,
+                }
+            }
         }
     }
 
