@@ -252,6 +252,7 @@ impl Shard {
     ) {
         let loss_of = self.lost.look();
         let is_lost = |filter| loss_of(filter).is_some();
+        let is_gone = |filter| loss_of(filter) == Some(Loss::Sure);
         let topic = message.topic();
         for at in self.handovers.of(filter) {
             let Some(slot) = self.slots.get_mut(at as usize) else {
@@ -259,19 +260,28 @@ impl Shard {
             };
             let own = source.is_own(&slot.session);
             let subscriptions = slot.session.subscriptions();
-            let primary = primary(subscriptions, topic, own, is_lost, &mut self.identifiers);
-            let Some(primary) = primary else {
+            let (handovers, identifiers) = (&mut self.handovers, &mut self.identifiers);
+            let Some(mut found) = primary(subscriptions, topic, own, is_lost, identifiers) else {
                 continue;
             };
             // A session that still has the filter gets its turn with the members.
-            if primary.filter == filter
-                || self
-                    .handovers
-                    .gives(at, filter, primary.filter, message, own, is_lost)
-                    != Some(true)
-            {
+            if found.filter == filter {
                 continue;
             }
+            let mut gives = handovers.gives(at, filter, found.filter, message, own, is_lost);
+            if gives.is_none()
+                && let Some(known) = primary(subscriptions, topic, own, is_gone, identifiers)
+                && known.filter != found.filter
+            {
+                // The broker may have lost the primary filter, or not. If it has not, that filter's
+                // copy is still to come, and this one is delivered in its place.
+                found = known;
+                gives = handovers.gives(at, filter, found.filter, message, own, is_gone);
+            }
+            if gives != Some(true) {
+                continue;
+            }
+            let primary = found;
             let offer = Offer {
                 message,
                 qos: primary.qos.min(message.qos()),
