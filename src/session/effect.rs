@@ -60,7 +60,7 @@ pub struct Unsubscribed {
     pub name: Arc<str>,
     /// The subscription had No Local.
     pub no_local: bool,
-    /// Remaining filters of the client, granted later, that match some of the same messages. The
-    /// client got those messages as copies of this subscription.
+    /// Remaining filters of the client, granted later or still to be granted, that match some of the
+    /// same messages. The client got those messages as copies of this subscription.
     pub primary_over: Vec<FilterId>,
 }

@@ -138,7 +138,8 @@ impl Session {
         let (ended, later) = (&all[at], &all[at + 1..]);
         let mut primary_over = Vec::new();
         if ended.active && ended.overlaps > 0 {
-            let over = later.iter().filter(|s| s.active && s.overlaps_with(ended));
+            // Those without a grant too: the broker may already send their copies.
+            let over = later.iter().filter(|s| s.overlaps_with(ended));
             primary_over.extend(over.map(|s| s.filter));
         }
         let ended = self.remove_subscription(filter)?;

@@ -206,6 +206,17 @@ impl Handovers {
         self.slots.get(&filter).cloned().unwrap_or_default()
     }
 
+    /// The filters that a session unsubscribed and whose copies are delivered instead of those of
+    /// `filter`.
+    pub fn before(&self, slot: u32, filter: FilterId) -> SmallVec<[FilterId; 2]> {
+        let session = self.sessions.get(&slot);
+        let handovers = session.into_iter().flat_map(|s| &s.handovers);
+        let gone = handovers
+            .map(|h| &h.gone)
+            .filter(|gone| gone.filter != filter && gone.primary_over.contains(&filter));
+        gone.map(|gone| gone.filter).collect()
+    }
+
     /// Whether a session may still be given a topic by a filter that it unsubscribed.
     pub(crate) fn brings(&self, slot: u32, topic: &str) -> bool {
         let session = self.sessions.get(&slot);

@@ -98,6 +98,7 @@ impl Sessions {
     ) -> Option<Joined> {
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
+        let before = shard.handovers.before(at, new.filter);
         let slot = shard.subscriber(subscribe)?;
         let scope = slot.session.connection_ref().and_then(|c| c.scope.as_ref());
         if let Some(scope) = scope {
@@ -110,7 +111,7 @@ impl Sessions {
             if grant.confirmed {
                 activate(&mut slot.session, filter, options.qos, grant.qos);
             }
-            late = active_overlapping(&slot.session, filter, grant.qos);
+            late = active_overlapping(&slot.session, filter, grant.qos, &before);
             late.retain(|id| !raised.active.contains(id));
         }
         // A shared subscription gets no retained messages (MQTT 5 §4.8.2).
@@ -154,12 +155,13 @@ impl Sessions {
         let subscribe = &grant.subscribe;
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
+        let before = shard.handovers.before(at, grant.filter);
         let slot = shard.incarnation(grant)?;
         if let Some((asked, granted)) = active {
             activate(&mut slot.session, grant.filter, asked, granted);
         }
         let overlapping = match raise {
-            true => active_overlapping(&slot.session, grant.filter, grant.qos),
+            true => active_overlapping(&slot.session, grant.filter, grant.qos, &before),
             false => Vec::new(),
         };
         let subscription = slot.session.subscription(grant.filter);
@@ -284,7 +286,12 @@ impl Shard {
     }
 
     fn confirm(&mut self, filter: FilterId, granted: QoS, newly: &mut Vec<NewlyActive>) {
-        let Self { slots, members, .. } = self;
+        let Self {
+            slots,
+            members,
+            handovers,
+            ..
+        } = self;
         for member in (members.get_mut(&filter).into_iter()).flat_map(Members::all_mut) {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
                 continue;
@@ -299,7 +306,10 @@ impl Shard {
                 member.qos = Some(qos);
             }
             let overlapping = match newly_active {
-                true => active_overlapping(&slot.session, filter, qos),
+                true => {
+                    let before = handovers.before(member.slot, filter);
+                    active_overlapping(&slot.session, filter, qos, &before)
+                }
                 false => Vec::new(),
             };
             if !overlapping.is_empty() {
@@ -322,19 +332,28 @@ fn activate(session: &mut Session, filter: FilterId, asked: QoS, granted: QoS) {
     subscription.options.qos = subscription.asked.min(granted);
 }
 
-/// The active subscriptions of a session that overlap the one on `filter`, if messages of that one may
-/// come above QoS 0.
-fn active_overlapping(session: &Session, filter: FilterId, qos: QoS) -> Vec<FilterId> {
-    let all = session.subscriptions();
-    let own = all.iter().find(|s| s.filter == filter && s.overlaps > 0);
-    let Some(own) = own.filter(|_| qos > QoS::AtMostOnce) else {
+/// The filters whose copies a session may get instead of those of `filter`, if messages of that one may
+/// come above QoS 0: its active subscriptions that overlap the one on `filter`, and the filters `before`
+/// it that the client unsubscribed and whose handover is not complete.
+fn active_overlapping(
+    session: &Session,
+    filter: FilterId,
+    qos: QoS,
+    before: &[FilterId],
+) -> Vec<FilterId> {
+    if qos == QoS::AtMostOnce {
         return Vec::new();
-    };
-    let others = all
-        .iter()
-        .filter(|s| s.filter != filter && s.active && !s.shared);
-    let others = others.filter(|s| overlaps(&s.name, &own.name));
-    others.map(|s| s.filter).collect()
+    }
+    let mut found = before.to_vec();
+    let all = session.subscriptions();
+    if let Some(own) = all.iter().find(|s| s.filter == filter && s.overlaps > 0) {
+        let others = all
+            .iter()
+            .filter(|s| s.filter != filter && s.active && !s.shared);
+        let others = others.filter(|s| overlaps(&s.name, &own.name));
+        found.extend(others.map(|s| s.filter));
+    }
+    found
 }
 
 /// Writes the outcome of filters of a SUBSCRIBE into the connection's output.

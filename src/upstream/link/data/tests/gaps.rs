@@ -2,9 +2,14 @@
 
 use std::sync::Arc;
 
-use crate::mqtt::{Message, MessageSpec, Packet, Properties, Publish, QoS, Suback};
+use crate::mqtt::{
+    Message, MessageSpec, Packet, Properties, Publish, QoS, Suback, SubscribeOptions, Version,
+    encode_subscribe, encode_unsubscribe,
+};
 use crate::router::{Connected, Router, RouterConfig};
-use crate::sim::testing::{PROBES, client, config, facts, read, router_of, subscribe_handling, up};
+use crate::sim::testing::{
+    PROBES, client, config, facts, packet_of, read, router_of, subscribe_handling, up,
+};
 use crate::store::Memory;
 use crate::topics::FilterId;
 use crate::upstream::link::end::LinkEnd;
@@ -58,6 +63,13 @@ impl Broker {
         };
         let link = (0..self.links.len()).find(|link| granted(self, *link));
         link.expect("one link is asked")
+    }
+
+    /// The client sends UNSUBSCRIBE.
+    fn unsubscribe(&self, who: Connected, filter: &str) {
+        let mut bytes = Vec::new();
+        encode_unsubscribe(Version::V5, 9, std::iter::once(filter), &mut bytes);
+        packet_of(&self.router, who, &bytes, Millis::ZERO);
     }
 
     fn grant(&mut self, link: usize, mut asked: Vec<u8>) -> bool {
@@ -164,6 +176,54 @@ fn a_fetch_while_the_data_link_is_away_is_handed_on_behind_it_and_not_kept() {
     assert_eq!(broker.got(who), "2");
     let other = client(&broker.router, "b");
     subscribe_handling(&broker.router, other, "t", 0);
+    assert_eq!(broker.router.next_fetches(1).len(), 1, "it is fetched anew");
+}
+
+/// I6: two filters of a client are fetched at different times, while their link is away.
+#[test]
+fn an_older_fetched_value_does_not_follow_a_newer_one() {
+    for older in [0, 1] {
+        let mut broker = Broker::new(1);
+        let first = client(&broker.router, "first");
+        let who = client(&broker.router, "a");
+        for filter in ["t", "+"] {
+            broker.subscribe(first, filter, 2);
+        }
+        broker.disconnects(0);
+        for filter in ["t", "+"] {
+            subscribe_handling(&broker.router, who, filter, 0);
+        }
+        let numbers: Vec<FilterId> = (broker.router.next_fetches(2).iter())
+            .map(|(number, _)| *number)
+            .collect();
+        broker.fetched(numbers[older], "1");
+        broker.fetched(numbers[1 - older], "2");
+        broker.router.fetch_ended(&numbers, true, Millis::ZERO);
+        broker.connects(0, true);
+        broker.answers(0);
+        assert_eq!(broker.got(who), "22", "each filter brings the newer value");
+    }
+}
+
+/// I6: a value that one filter's fetch showed to be old is not served from the cache of another filter.
+#[test]
+fn a_cached_value_is_forgotten_when_another_filter_brings_a_newer_one() {
+    let mut broker = Broker::new(2);
+    let first = client(&broker.router, "first");
+    let fetch = |broker: &mut Broker, who, filter, payload| {
+        broker.subscribe(who, filter, 0);
+        let fetches = broker.router.next_fetches(1);
+        let (number, _) = fetches.first()?.clone();
+        broker.fetched(number, payload);
+        (0..2).for_each(|link| broker.answers(link));
+        broker.router.fetch_ended(&[number], true, Millis::ZERO);
+        Some(broker.got(who))
+    };
+    assert_eq!(fetch(&mut broker, first, "t", "1").as_deref(), Some("1"));
+    let who = client(&broker.router, "a");
+    assert_eq!(fetch(&mut broker, who, "+", "2").as_deref(), Some("2"));
+    subscribe_handling(&broker.router, who, "t", 0);
+    assert_eq!(broker.got(who), "", "the data link has yet to bring it");
     assert_eq!(broker.router.next_fetches(1).len(), 1, "it is fetched anew");
 }
 
@@ -290,6 +350,75 @@ fn the_doubt_reaches_a_link_that_is_found_dead_later() {
     assert_eq!(two.by_secondary("1"), "", "the primary's link is there");
     two.broker.disconnects(two.primary);
     assert_eq!(two.by_secondary("2"), "2");
+}
+
+/// While the broker may have lost the filter that takes over from an unsubscribed one, the copies of the
+/// unsubscribed one are delivered.
+#[test]
+fn a_handover_to_a_filter_that_the_broker_may_have_lost_drops_no_message() {
+    let Overlapping {
+        mut broker,
+        primary,
+        secondary,
+        secondary_number,
+        ..
+    } = Overlapping::new();
+    let names = ["t", "#", "+", "t/#", "+/#"];
+    let remaining = secondary_number.subscription_identifier() as usize - 1;
+    let later = (1..names.len()).find(|n| *n != remaining).expect("five");
+    let who = client(&broker.router, "b");
+    for name in [names[0], names[remaining]] {
+        subscribe_handling(&broker.router, who, name, 2);
+    }
+    broker.disconnects(secondary);
+    broker.disconnects(primary);
+    broker.connects(primary, false);
+    broker.unsubscribe(who, names[0]);
+    subscribe_handling(&broker.router, who, names[later], 2);
+    broker.brings(primary, FilterId(0), "1", false);
+    assert_eq!(broker.got(who), "1");
+    broker.connects(secondary, true);
+    broker.brings(secondary, secondary_number, "1", false);
+    assert_eq!(broker.got(who), "", "the broker had kept the filter");
+}
+
+/// A client unsubscribes a filter while the broker has yet to grant an overlapping one.
+#[test]
+fn a_message_is_delivered_once_if_its_filter_goes_before_another_is_granted() {
+    let mut broker = Broker::new(1);
+    let who = client(&broker.router, "a");
+    let options = SubscribeOptions {
+        retain_handling: 2,
+        ..SubscribeOptions::default()
+    };
+    let mut bytes = Vec::new();
+    let filters = std::iter::once(("t", options));
+    encode_subscribe(Version::V5, 8, None, filters, &mut bytes);
+    packet_of(&broker.router, who, &bytes, Millis::ZERO);
+    let poll = |broker: &mut Broker| {
+        let mut out = Vec::new();
+        broker.links[0].poll(Millis::ZERO, &mut out);
+        out
+    };
+    let asked = poll(&mut broker);
+    assert!(broker.grant(0, asked));
+    broker.brings(0, FilterId(0), "1", false);
+    assert_eq!(broker.got(who), "1");
+    subscribe_handling(&broker.router, who, "+", 2);
+    let asked = poll(&mut broker);
+    broker.unsubscribe(who, "t");
+    assert!(broker.grant(0, asked));
+    // The copies of the first one stand for those of the second, which asked for QoS 1.
+    let raised = poll(&mut broker);
+    assert!(broker.grant(0, raised));
+    broker.brings(0, FilterId(1), "1", false);
+    assert_eq!(broker.got(who), "");
+    broker.brings(0, FilterId(0), "2", false);
+    broker.brings(0, FilterId(1), "2", false);
+    assert_eq!(broker.got(who), "2");
+    broker.answers(0);
+    broker.brings(0, FilterId(1), "3", false);
+    assert_eq!(broker.got(who), "3");
 }
 
 /// After a broker has lost everything, the filters that it has again are known, even if the link flaps.
