@@ -218,7 +218,10 @@ impl Shard {
                 one = member.identifier.map(NonZeroU32::get);
                 one.as_slice()
             };
+            // Fetched messages are no copies of what the data links bring at that time, so the steps of a
+            // handover do not apply.
             if !handovers.is_empty()
+                && source != Source::Fetched
                 && handovers.gives(member.slot, filter, filter, message, own, is_lost)
                     == Some(false)
             {
@@ -268,7 +271,11 @@ impl Shard {
             if found.filter == filter {
                 continue;
             }
-            let mut gives = handovers.gives(at, filter, found.filter, message, own, is_lost);
+            let mut gives = match source {
+                // It may be known to be new by this filter only.
+                Source::Fetched => Some(handovers.before(at, found.filter).contains(&filter)),
+                Source::Live(_) => handovers.gives(at, filter, found.filter, message, own, is_lost),
+            };
             if gives.is_none()
                 && let Some(known) = primary(subscriptions, topic, own, is_gone, identifiers)
                 && known.filter != found.filter

@@ -382,6 +382,31 @@ fn a_handover_to_a_filter_that_the_broker_may_have_lost_drops_no_message() {
     assert_eq!(broker.got(who), "", "the broker had kept the filter");
 }
 
+/// The fetches of two filters come at different times, so neither may count on the other's.
+#[test]
+fn a_resync_during_a_handover_drops_no_message() {
+    let mut broker = Broker::new(1);
+    let who = client(&broker.router, "a");
+    for filter in ["t", "+"] {
+        broker.subscribe(who, filter, 2);
+    }
+    broker.unsubscribe(who, "t");
+    broker.disconnects(0);
+    broker.connects(0, false);
+    let fetches = broker.router.next_fetches(2);
+    let number = |name: &str| {
+        let found = fetches.iter().find(|(_, n)| **n == *name);
+        found.map(|(number, _)| *number)
+    };
+    broker.fetched(number("+").expect("it was lost"), "1");
+    broker.answers(0);
+    if let Some(gone) = number("t") {
+        broker.fetched(gone, "1");
+        broker.answers(0);
+    }
+    assert_eq!(broker.got(who), "1");
+}
+
 /// A client unsubscribes a filter while the broker has yet to grant an overlapping one.
 #[test]
 fn a_message_is_delivered_once_if_its_filter_goes_before_another_is_granted() {
