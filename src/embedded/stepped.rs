@@ -8,9 +8,6 @@ use crate::embedded::state::{ConnectionHandle, Session, State};
 use crate::mqtt::ReasonCode;
 use crate::time::Millis;
 
-/// Bytes that are taken from a session at once.
-const BATCH_BYTES: usize = 64 * 1024;
-
 /// A broker that acts only when it is called.
 pub(crate) struct SteppedBroker {
     state: State,
@@ -86,7 +83,8 @@ impl SteppedBroker {
         if let Some(connected) = &protocol.connected
             && self.state.owns(connected.session, &connection.handle)
         {
-            while self.state.pump(connected.session, out, BATCH_BYTES) {}
+            // Nobody takes bytes out meanwhile, so a limit would never let the last ones through.
+            self.state.pump(connected.session, out, usize::MAX);
             protocol.unseen_acks = 0;
         }
         Ok(())
