@@ -1,6 +1,7 @@
 //! A simulation of clients, router, links of every role, and a broker with the quirks and faults of
 //! real ones, on a virtual clock. Links are lost, the broker restarts, clients flap. An oracle judges
-//! what each client received; it knows only what clients and broker were told.
+//! what each client received; it knows only what clients and broker were told. Some clients use data
+//! streams beside the control stream, and end or reset them; some leave streams unread.
 //!
 //! One test runs `TIDEGATE_SEEDS` seeds from `TIDEGATE_FIRST_SEED` on. To replay one seed and print its
 //! trace: `SEED=7 cargo test --lib sim -- --nocapture`.
@@ -21,7 +22,9 @@ mod oracle;
 mod seen;
 pub(crate) mod testing;
 mod trace;
+mod wires;
 
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
@@ -37,10 +40,10 @@ use crate::mqtt::{
     encode_unsubscribe,
 };
 use crate::router::{LinkSession, Router, RouterConfig};
-use crate::sim::testing::{PROBES, admit, config, context, router_of};
+use crate::sim::testing::{PROBES, admit, config, context, router_with_output};
 use crate::store::Memory;
 use crate::time::Millis;
-use crate::transport::Closed;
+use crate::transport::{Closed, OutBuf, Traffic};
 
 use crate::upstream::link::data::DataLink;
 use crate::upstream::link::end::LinkEnd;
@@ -50,15 +53,19 @@ use crate::upstream::link::retained::RetainedLink;
 use crate::upstream::profile::{
     BrokerProfile, Capabilities, Identifiers, Mapping, SharedSubscriptions, Source, WINDOW_PROBED,
 };
-use devices::Device;
+use devices::{Asked, Device, number_of};
 use links::SimLink;
 use oracle::{Conditions, Oracle};
 use seen::Got;
 use tidegate_kit::rng::Rng;
 use trace::Trace;
+use wires::{Outgoing, STREAMS_MAX, Wire};
 
 /// Seeds that are run twice, to compare their traces.
 const SEEDS_TRACED: usize = 40;
+
+/// The size of a large message.
+const LARGE_BYTES: usize = 20_000;
 
 /// A step of the clock.
 const STEP: Duration = Duration::from_millis(10);
@@ -93,6 +100,33 @@ const BROKERS: [&[Quirk]; 12] = [
 ];
 const ROOTS: [&[&str]; 3] = [&[], &["a/#"], &["c/#", "b/#"]];
 
+/// What runs did, to show that they do it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Exercised {
+    /// Packets on data streams.
+    streams: u64,
+    /// Data streams that clients ended.
+    ended: u64,
+    /// Data streams that clients reset.
+    reset: u64,
+    /// Streams that clients left unread.
+    unread: u64,
+    /// Steps in which the machine left a client unread.
+    left_unread: u64,
+}
+
+impl Exercised {
+    fn add(self, other: Self) -> Self {
+        Self {
+            streams: self.streams + other.streams,
+            ended: self.ended + other.ended,
+            reset: self.reset + other.reset,
+            unread: self.unread + other.unread,
+            left_unread: self.left_unread + other.left_unread,
+        }
+    }
+}
+
 struct World {
     now: Millis,
     rng: Rng,
@@ -113,6 +147,9 @@ struct World {
     stormy: bool,
     /// Some publishes make the broker close the connection.
     poisonous: bool,
+    /// Some messages are large.
+    large: bool,
+    exercised: Exercised,
 }
 
 impl World {
@@ -130,7 +167,8 @@ impl World {
         let dead = has(Quirk::DeadShared);
         let local_groups = dead && rng.chance(50);
         let v5 = !has(Quirk::V311);
-        let router = router_of(RouterConfig {
+        let large = rng.chance(15);
+        let config = RouterConfig {
             data_links,
             shared_links: 1,
             roots: roots.iter().map(|r| (*r).to_owned()).collect(),
@@ -140,28 +178,20 @@ impl World {
             linger: Duration::from_secs(2),
             linger_busy_min: Duration::from_millis(500),
             ..config()
-        });
+        };
+        // With a small buffer, messages wait in the sessions' queues.
+        let output_buffer = rng.pick(&[64, 64 * 1024, 64 * 1024]);
+        let router = router_with_output(config, output_buffer);
         let version = if v5 { Version::V5 } else { Version::V311 };
         let profile = profile_of(version, quirks);
         let links = links_of(&router, version, data_links, publish_links);
         let stormy = rng.chance(70);
         let poisonous = rng.chance(20);
-        let devices = (0..4).map(|n| Device {
-            id: format!("device-{n}"),
-            version: match rng.chance(25) {
-                true => Version::V311,
-                false => Version::V5,
-            },
-            will: None,
-            machine: None,
-            last_id: 0,
-            open: Vec::new(),
-            asked: Vec::new(),
-        });
+        let devices = (0..4).map(|n| Device::new(n, &mut rng));
         let devices: Vec<Device> = devices.collect();
         if trace.is_on() {
             let line = format!(
-                "{quirks:?} roots {roots:?} {data_links} data links, {publish_links} publish links, local groups {local_groups}, stormy {stormy}, poisonous {poisonous}"
+                "{quirks:?} roots {roots:?} {data_links} data links, {publish_links} publish links, local groups {local_groups}, stormy {stormy}, poisonous {poisonous}, large {large}, output buffer {output_buffer}"
             );
             trace.line(Millis::ZERO, &line);
         }
@@ -186,6 +216,8 @@ impl World {
             session_lost: false,
             stormy,
             poisonous,
+            large,
+            exercised: Exercised::default(),
         }
     }
 
@@ -227,9 +259,10 @@ impl World {
         match self.rng.below(100) {
             0..=39 if !connected => self.connect(n),
             _ if !connected => {}
+            0..=5 => self.change_stream(n),
             // The oracle learns of a request when it is sent, so none may wait behind another.
-            0..=82 if self.devices[n].is_paused() => {}
-            0..=54 => self.publish(n),
+            6..=82 if self.devices[n].is_busy() => {}
+            6..=54 => self.publish(n),
             55..=74 => self.subscribe(n),
             75..=82 => self.unsubscribe(n),
             83..=90 => self.cut(n),
@@ -245,14 +278,19 @@ impl World {
         }
     }
 
-    fn run(&mut self) -> Result<(), String> {
+    fn run(&mut self) -> Result<Exercised, String> {
         // The links connect before the first client.
         for _ in 0..30 {
             self.step();
         }
         for _ in 0..150 {
             self.act();
-            for _ in 0..self.rng.below(4) {
+            let steps = match self.rng.chance(1) {
+                // A stream that is left unread for a second is gone around.
+                true => self.rng.between(100, 150),
+                false => self.rng.below(4),
+            };
+            for _ in 0..steps {
                 self.step();
             }
             if let Some(fault) = self.oracle.first_fault() {
@@ -261,6 +299,7 @@ impl World {
         }
         // Everything comes to rest before the oracle judges.
         self.stormy = false;
+        self.read_all();
         for n in 0..self.devices.len() {
             if self.devices[n].machine.is_none() {
                 self.connect(n);
@@ -271,8 +310,7 @@ impl World {
         }
         self.check_retained();
         let retained = self.broker.retained();
-        let number = |payload: &[u8]| String::from_utf8_lossy(payload).parse().ok();
-        let mut retained: Vec<u32> = retained.iter().filter_map(|(_, p)| number(p)).collect();
+        let mut retained: Vec<u32> = retained.iter().filter_map(|(_, p)| number_of(p)).collect();
         if !self.profile.keeps_retain() {
             // With such a broker, any later message of the topic counts as newer.
             retained.clear();
@@ -281,7 +319,7 @@ impl World {
         self.check_filters();
         match self.oracle.first_fault() {
             Some(fault) => Err(format!("at rest: {fault}")),
-            None => Ok(()),
+            None => Ok(self.exercised),
         }
     }
 
@@ -295,18 +333,20 @@ impl World {
             retain_as_published: false,
             retain_handling: 0,
         };
-        let all: Vec<(String, SubscribeOptions)> = ["a/#", "c"]
-            .iter()
-            .map(|f| ((*f).to_owned(), options))
-            .collect();
+        let filters = ["a/#", "c"].map(|f| (f.to_owned(), options));
         let since = self.now;
-        self.ask(0, id, all);
+        let asked = Asked {
+            id,
+            stream: 0,
+            filters: filters.into(),
+        };
+        self.ask(0, asked);
         for _ in 0..200 {
             self.step();
         }
         for (topic, payload) in self.broker.retained() {
-            let payload = String::from_utf8_lossy(&payload).into_owned();
-            self.oracle.has_retained(0, &topic, &payload, since);
+            let number = number_of(&payload);
+            self.oracle.has_retained(0, &topic, number, since);
         }
     }
 
@@ -430,6 +470,18 @@ fn seeds() -> std::ops::Range<u64> {
     first..first + number("TIDEGATE_SEEDS").unwrap_or(usual)
 }
 
+/// Runs seeds. Returns the faults, and what the runs did.
+fn run_seeds(seeds: impl Iterator<Item = u64>) -> (Vec<(u64, String)>, Exercised) {
+    let (mut failed, mut all) = (Vec::new(), Exercised::default());
+    for seed in seeds {
+        match World::new(seed, Trace::Off).run() {
+            Ok(exercised) => all = all.add(exercised),
+            Err(fault) => failed.push((seed, fault)),
+        }
+    }
+    (failed, all)
+}
+
 /// Runs each seed, and fails with the first promise that each broke.
 #[test]
 fn clients_router_links_and_broker_agree() {
@@ -441,20 +493,18 @@ fn clients_router_links_and_broker_agree() {
     }
     let all = seeds();
     let workers = 2;
-    let failed: Vec<(u64, String)> = std::thread::scope(|scope| {
+    let runs: Vec<(Vec<(u64, String)>, Exercised)> = std::thread::scope(|scope| {
         let runs: Vec<_> = (0..workers)
             .map(|worker| {
                 let mine = all.clone().skip(worker).step_by(workers);
-                scope.spawn(move || {
-                    let run = |seed| World::new(seed, Trace::Off).run().err().map(|f| (seed, f));
-                    mine.filter_map(run).collect::<Vec<_>>()
-                })
+                scope.spawn(move || run_seeds(mine))
             })
             .collect();
         runs.into_iter()
-            .flat_map(|run| run.join().expect("a worker does not panic"))
+            .map(|run| run.join().expect("a worker does not panic"))
             .collect()
     });
+    let failed: Vec<_> = runs.iter().flat_map(|(failed, _)| failed).collect();
     for (seed, fault) in failed.iter().take(20) {
         eprintln!("SEED={seed} cargo test --lib sim -- --nocapture\n    {fault}");
     }
@@ -462,6 +512,16 @@ fn clients_router_links_and_broker_agree() {
         failed.is_empty(),
         "{} of {all:?} seeds failed",
         failed.len()
+    );
+    let did = runs
+        .iter()
+        .fold(Exercised::default(), |all, (_, did)| all.add(*did));
+    eprintln!("{all:?}: {did:?}");
+    let count = all.count() as u64;
+    let rare = did.ended.min(did.reset).min(did.left_unread);
+    assert!(
+        count < 500 || (did.streams.min(did.unread) > count && rare > count / 10),
+        "the runs do too little: {did:?}"
     );
 }
 

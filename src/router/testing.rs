@@ -93,6 +93,15 @@ pub(crate) fn router_of(config: RouterConfig) -> Arc<Router> {
     Arc::new(Router::new(limits(), config, &Memory))
 }
 
+/// [`router_of`] with room for this much output of one client, in bytes, beyond which messages wait.
+pub(crate) fn router_with_output(config: RouterConfig, output_buffer_bytes: usize) -> Arc<Router> {
+    let limits = SessionLimits {
+        output_buffer: Arc::new(output_buffer_bytes.into()),
+        ..limits()
+    };
+    Arc::new(Router::new(limits, config, &Memory))
+}
+
 /// A connected MQTT 5 client whose session ends with the connection.
 pub(crate) fn client(router: &Router, id: &str) -> Connected {
     connect(router, id, Version::V5, None, true, Millis::ZERO)

@@ -1,4 +1,5 @@
-//! The clients of the simulation: they subscribe, publish, acknowledge, and lose their connections.
+//! The clients of the simulation: they subscribe, publish and acknowledge, on the control stream and on
+//! data streams, and lose their connections.
 
 use super::*;
 
@@ -10,16 +11,63 @@ pub(crate) struct Device {
     pub(crate) will: Option<SimWill>,
     pub(crate) machine: Option<ClientMachine>,
     pub(crate) last_id: u16,
-    /// Its publishes without an acknowledgement: packet identifier, number, QoS.
-    pub(crate) open: Vec<(u16, u32, QoS)>,
-    /// SUBSCRIBE packets without an answer: packet identifier, filters.
-    pub(crate) asked: Vec<(u16, Vec<(String, SubscribeOptions)>)>,
+    /// Its publishes without an acknowledgement.
+    pub(crate) open: Vec<OpenPublish>,
+    /// Its publishes of QoS 2 without PUBCOMP: packet identifier, stream of the PUBREL.
+    pub(crate) releasing: Vec<(u16, u8)>,
+    /// SUBSCRIBE packets without an answer.
+    pub(crate) asked: Vec<Asked>,
+    /// Messages that it has and whose acknowledgements were lost before they were sent, by packet
+    /// identifier.
+    pub(crate) unsure: BTreeMap<u16, u32>,
+    /// Data streams that it may use.
+    pub(crate) streams: u64,
+    pub(crate) wires: BTreeMap<u8, Wire>,
+    /// The streams that its machine leaves unread, as bits.
+    pub(crate) left_unread: u16,
+    pub(crate) traffic: Traffic,
+}
+
+/// A publish without an acknowledgement.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OpenPublish {
+    pub(crate) id: u16,
+    pub(crate) number: u32,
+    pub(crate) qos: QoS,
+    pub(crate) stream: u8,
+}
+
+/// A SUBSCRIBE without an answer.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    pub(crate) id: u16,
+    pub(crate) stream: u8,
+    pub(crate) filters: Vec<(String, SubscribeOptions)>,
 }
 
 impl Device {
-    /// Whether a publish waits for the answer to a SUBSCRIBE before it.
-    pub(crate) fn is_paused(&self) -> bool {
-        self.machine.as_ref().is_some_and(ClientMachine::paused)
+    pub(crate) fn new(n: usize, rng: &mut Rng) -> Self {
+        Self {
+            id: format!("device-{n}"),
+            version: match rng.chance(25) {
+                true => Version::V311,
+                false => Version::V5,
+            },
+            will: None,
+            machine: None,
+            last_id: 0,
+            open: Vec::new(),
+            releasing: Vec::new(),
+            asked: Vec::new(),
+            unsure: BTreeMap::new(),
+            streams: match rng.chance(40) {
+                true => rng.between(1, STREAMS_MAX),
+                false => 0,
+            },
+            wires: BTreeMap::new(),
+            left_unread: 0,
+            traffic: Traffic::default(),
+        }
     }
 }
 
@@ -34,11 +82,17 @@ pub(crate) struct SimWill {
     pub(crate) due: Option<Millis>,
 }
 
-fn message(topic: &str, number: u32, qos: QoS, retain: bool) -> crate::mqtt::Message {
+/// The number with which the payload of each message begins.
+pub(crate) fn number_of(payload: &[u8]) -> Option<u32> {
+    let text = String::from_utf8_lossy(payload);
+    text.split(' ').next()?.parse().ok()
+}
+
+fn message(topic: &str, payload: &str, qos: QoS, retain: bool) -> crate::mqtt::Message {
     crate::mqtt::Message::new(&crate::mqtt::MessageSpec {
         topic,
         properties: Properties::default(),
-        payload: number.to_string().as_bytes(),
+        payload: payload.as_bytes(),
         qos,
         retain,
         expires_at: None,
@@ -113,35 +167,52 @@ impl World {
         device.machine = Some(machine);
         // Answers to the SUBSCRIBEs of the last connection do not arrive any more.
         device.asked.clear();
-        let open = std::mem::take(&mut device.open);
+        device.forget_wires();
         trace!(self, "{n} connects, its will {:?}", self.devices[n].will);
-        // Publishes without an acknowledgement are sent again [MQTT-4.4.0-1].
-        for (id, number, qos) in open {
-            self.devices[n].open.push((id, number, qos));
+        let device = &mut self.devices[n];
+        device.open.iter_mut().for_each(|open| open.stream = 0);
+        device.releasing.iter_mut().for_each(|(_, on)| *on = 0);
+        self.send_again(n, 0);
+    }
+
+    /// Sends the publishes of a stream that is gone again, on the control stream: those without an
+    /// acknowledgement, and PUBREL for those without PUBCOMP [MQTT-4.4.0-1].
+    pub(crate) fn send_again(&mut self, n: usize, gone: u8) {
+        for at in 0..self.devices[n].open.len() {
+            let open = &mut self.devices[n].open[at];
+            if open.stream != gone {
+                continue;
+            }
+            open.stream = 0;
+            let OpenPublish {
+                id, number, qos, ..
+            } = *open;
             let topic = self.oracle.topic_of(number);
             let retain = self.oracle.is_retained(number);
-            self.send_publish(n, id, &message(topic, number, qos, retain), true);
+            let payload = self.payload(number);
+            let bytes = self.encode(n, id, &message(topic, &payload, qos, retain), true);
+            self.send(n, 0, bytes);
+        }
+        for at in 0..self.devices[n].releasing.len() {
+            let (id, stream) = self.devices[n].releasing[at];
+            if stream == gone {
+                self.devices[n].releasing[at].1 = 0;
+                self.acknowledge(n, 0, AckKind::Pubrel, id, None);
+            }
         }
     }
 
     pub(crate) fn cut(&mut self, n: usize) {
+        let unread = self.devices[n].has_unread();
         if let Some(machine) = self.devices[n].machine.take() {
             let end = End::from_closed(Closed::Eof);
             machine.ended(&self.router, &end, self.now);
-            self.oracle.cut(n, self.now);
+            self.oracle.lost(n, unread, self.now);
             trace!(self, "{n} is cut");
             if let Some(will) = &mut self.devices[n].will {
                 will.due = Some(self.now + will.delay);
             }
             self.publish_due_wills();
-        }
-    }
-
-    pub(crate) fn send(&mut self, n: usize, bytes: &[u8]) {
-        let cx = context(&self.router, self.now);
-        if let Some(machine) = &mut self.devices[n].machine {
-            let reset = machine.received(&cx, 0, bytes);
-            assert!(reset.expect("it is legal").is_none());
         }
     }
 
@@ -171,21 +242,39 @@ impl World {
             };
             filters.push((filter.to_owned(), options));
         }
-        self.ask(n, id, filters);
+        let stream = self.any_stream(n);
+        let asked = Asked {
+            id,
+            stream,
+            filters,
+        };
+        self.ask(n, asked);
     }
 
-    pub(crate) fn ask(&mut self, n: usize, id: u16, filters: Vec<(String, SubscribeOptions)>) {
+    fn any_stream(&mut self, n: usize) -> u8 {
+        let stream = self.devices[n].any_stream(&mut self.rng);
+        self.exercised.streams += u64::from(stream != 0);
+        stream
+    }
+
+    pub(crate) fn ask(&mut self, n: usize, asked: Asked) {
+        let Asked {
+            id,
+            stream,
+            filters,
+        } = &asked;
         let mut bytes = Vec::new();
         let all = filters.iter().map(|(f, o)| (f.as_str(), *o));
-        encode_subscribe(self.devices[n].version, id, None, all, &mut bytes);
+        encode_subscribe(self.devices[n].version, *id, None, all, &mut bytes);
         trace!(
             self,
-            "{n} subscribes {id} {:?}",
+            "{n} subscribes {id} on stream {stream} {:?}",
             filters.iter().map(|(f, o)| (f, o.qos)).collect::<Vec<_>>()
         );
-        self.oracle.subscribes(n, &filters, self.now);
-        self.devices[n].asked.push((id, filters));
-        self.send(n, &bytes);
+        self.oracle.subscribes(n, filters, self.now);
+        let stream = *stream;
+        self.devices[n].asked.push(asked);
+        self.send(n, stream, bytes.into());
     }
 
     pub(crate) fn unsubscribe(&mut self, n: usize) {
@@ -196,7 +285,7 @@ impl World {
         if self.devices[n]
             .asked
             .iter()
-            .any(|(_, f)| f.iter().any(|(f, _)| *f == filter))
+            .any(|asked| asked.filters.iter().any(|(f, _)| *f == filter))
         {
             return;
         }
@@ -208,9 +297,10 @@ impl World {
             std::iter::once(filter.as_str()),
             &mut bytes,
         );
-        trace!(self, "{n} unsubscribes {filter}");
+        let stream = self.any_stream(n);
+        trace!(self, "{n} unsubscribes {filter} on stream {stream}");
         self.oracle.unsubscribes(n, &filter, self.now);
-        self.send(n, &bytes);
+        self.send(n, stream, bytes.into());
     }
 
     pub(crate) fn publish(&mut self, n: usize) {
@@ -229,8 +319,14 @@ impl World {
         self.oracle
             .published(n, number, topic, qos, retain, self.now);
         let mut poison = false;
+        let stream = self.any_stream(n);
         if qos > QoS::AtMostOnce {
-            self.devices[n].open.push((id, number, qos));
+            self.devices[n].open.push(OpenPublish {
+                id,
+                number,
+                qos,
+                stream,
+            });
             poison = self.poisonous && self.rng.chance(5);
         }
         if poison {
@@ -238,17 +334,31 @@ impl World {
         }
         trace!(
             self,
-            "{n} publishes {number} on {topic} at {qos:?}{}",
+            "{n} publishes {number} on {topic} at {qos:?} on stream {stream}{}",
             match (poison, retain) {
                 (true, _) => ", poison",
                 (_, true) => ", retained",
                 _ => "",
             }
         );
-        self.send_publish(n, id, &message(topic, number, qos, retain), false);
+        let payload = self.payload(number);
+        let packet = self.encode(n, id, &message(topic, &payload, qos, retain), false);
+        self.send(n, stream, packet);
     }
 
-    fn send_publish(&mut self, n: usize, id: u16, message: &crate::mqtt::Message, dup: bool) {
+    /// The payload of a message: its number, and in some runs a lot behind it.
+    fn payload(&self, number: u32) -> String {
+        let padding = match self.large && number % 3 == 0 {
+            true => LARGE_BYTES,
+            false => 0,
+        };
+        match padding {
+            0 => number.to_string(),
+            padding => format!("{number} {}", "p".repeat(padding)),
+        }
+    }
+
+    fn encode(&self, n: usize, id: u16, message: &crate::mqtt::Message, dup: bool) -> Outgoing {
         let mut bytes = Vec::new();
         crate::mqtt::Delivery {
             version: self.devices[n].version,
@@ -263,108 +373,103 @@ impl World {
             hidden: 0,
         }
         .encode(message, &mut bytes);
-        self.send(n, &bytes);
+        bytes.into()
     }
 
-    /// A client reads its output, and answers it.
-    pub(crate) fn read(&mut self, n: usize) {
-        let cx = context(&self.router, self.now);
-        let Some(machine) = &mut self.devices[n].machine else {
-            return;
-        };
-        machine.woken(Waker::noop()).expect("nothing ends it");
-        machine.resume(&cx).expect("it is legal");
-        if machine.paused() {
-            // Its acknowledgements would wait too, and be lost with the connection.
-            return;
-        }
-        let mut out = Vec::new();
-        while machine
-            .transmit(&self.router, self.now)
-            .expect("it has the session")
-        {
-            out.append(&mut machine.output(0).buf);
-            machine.sent(0, true, self.now);
-        }
-        self.trace
-            .bytes(self.now, "router", &self.devices[n].id, &out);
+    /// A client acknowledges a packet, perhaps a message.
+    fn acknowledge(&mut self, n: usize, stream: u8, kind: AckKind, id: u16, number: Option<u32>) {
+        let mut bytes = Vec::new();
         let version = self.devices[n].version;
-        let decoder = Decoder {
-            version,
-            receiver: Receiver::Client,
-            max: u32::MAX,
+        encode_ack(version, kind, id, ReasonCode::SUCCESS, None, &mut bytes);
+        let packet = Outgoing {
+            bytes,
+            acknowledges: number.map(|number| (id, number)),
         };
-        let mut used = 0;
-        let mut answers = Vec::new();
-        while let Some((packet, size)) = decoder.next(&out[used..]).expect("legal") {
-            used += size;
-            match packet {
-                Packet::Publish(p) => self.got(n, &p, &mut answers),
-                Packet::Pubrel(a) => answers.push((AckKind::Pubcomp, a.packet_id)),
-                Packet::Pubrec(a) => {
-                    self.done(n, a.packet_id, a.reason);
-                    if !a.reason.is_error() {
-                        answers.push((AckKind::Pubrel, a.packet_id));
-                    }
+        self.send(n, stream, packet);
+    }
+
+    /// A client takes a packet.
+    pub(crate) fn packet(&mut self, n: usize, stream: u8, packet: &Packet<'_>) {
+        let ended = self.devices[n].has_ended(stream);
+        match packet {
+            // It cannot answer there: the messages come again on the control stream.
+            Packet::Publish(p) if ended && p.qos > QoS::AtMostOnce => {}
+            Packet::Pubrel(_) if ended => {}
+            Packet::Publish(p) => self.got(n, stream, p),
+            Packet::Pubrel(a) => self.acknowledge(n, stream, AckKind::Pubcomp, a.packet_id, None),
+            Packet::Pubrec(a) => {
+                self.done(n, a.packet_id, a.reason);
+                if !a.reason.is_error() {
+                    let releasing = &mut self.devices[n].releasing;
+                    releasing.retain(|(id, _)| *id != a.packet_id);
+                    releasing.push((a.packet_id, stream));
+                    self.acknowledge(n, stream, AckKind::Pubrel, a.packet_id, None);
                 }
-                Packet::Puback(a) => self.done(n, a.packet_id, a.reason),
-                Packet::Suback(s) => {
-                    let asked = &mut self.devices[n].asked;
-                    let Some(at) = asked.iter().position(|(id, _)| *id == s.packet_id) else {
-                        continue;
-                    };
-                    let (_, filters) = asked.remove(at);
-                    trace!(
-                        self,
-                        "{n} is granted {:?} {:?} to {}",
-                        filters.iter().map(|f| &f.0).collect::<Vec<_>>(),
-                        s.codes,
-                        s.packet_id
-                    );
-                    for ((filter, options), code) in filters.iter().zip(s.codes) {
-                        self.oracle.granted(n, filter, options, *code, self.now);
-                    }
-                }
-                _ => {}
             }
-        }
-        for (kind, id) in answers {
-            let mut bytes = Vec::new();
-            encode_ack(version, kind, id, ReasonCode::SUCCESS, None, &mut bytes);
-            self.send(n, &bytes);
+            Packet::Pubcomp(a) => {
+                let releasing = &mut self.devices[n].releasing;
+                releasing.retain(|(id, _)| *id != a.packet_id);
+            }
+            Packet::Puback(a) => self.done(n, a.packet_id, a.reason),
+            Packet::Suback(s) => {
+                let asked = &mut self.devices[n].asked;
+                let Some(at) = asked.iter().position(|a| a.id == s.packet_id) else {
+                    return;
+                };
+                let Asked { filters, .. } = asked.remove(at);
+                trace!(
+                    self,
+                    "{n} is granted {:?} {:?} to {}",
+                    filters.iter().map(|f| &f.0).collect::<Vec<_>>(),
+                    s.codes,
+                    s.packet_id
+                );
+                for ((filter, options), code) in filters.iter().zip(s.codes) {
+                    self.oracle.granted(n, filter, options, *code, self.now);
+                }
+            }
+            _ => {}
         }
     }
 
-    pub(crate) fn got(&mut self, n: usize, p: &Publish<'_>, answers: &mut Vec<(AckKind, u16)>) {
-        let text = String::from_utf8_lossy(p.payload);
-        let number: u32 = text.parse().expect("a number of ours");
+    fn got(&mut self, n: usize, stream: u8, p: &Publish<'_>) {
+        let number = number_of(p.payload).expect("a number of ours");
+        let unsure = &mut self.devices[n].unsure;
+        let known = p.dup && unsure.get(&p.packet_id) == Some(&number);
+        unsure.remove(&p.packet_id);
         trace!(
             self,
-            "{n} gets {number} at {:?}{}{}",
+            "{n} gets {number} at {:?} on stream {stream}{}{}{}",
             p.qos,
             if p.dup { " dup" } else { "" },
-            if p.retain { " retained" } else { "" }
+            if p.retain { " retained" } else { "" },
+            if known { ", which it has" } else { "" },
         );
-        let got = Got {
-            number,
-            qos: p.qos,
-            retain: p.retain,
-            at: self.now,
-        };
-        self.oracle.received(n, p.topic, got);
-        match p.qos {
-            QoS::AtMostOnce => {}
-            QoS::AtLeastOnce => answers.push((AckKind::Puback, p.packet_id)),
-            QoS::ExactlyOnce => answers.push((AckKind::Pubrec, p.packet_id)),
+        if !known {
+            let got = Got {
+                number,
+                qos: p.qos,
+                retain: p.retain,
+                dup: p.dup,
+                stream,
+                at: self.now,
+            };
+            self.oracle.received(n, p.topic, got);
         }
+        let kind = match p.qos {
+            QoS::AtMostOnce => return,
+            QoS::AtLeastOnce => AckKind::Puback,
+            QoS::ExactlyOnce => AckKind::Pubrec,
+        };
+        self.acknowledge(n, stream, kind, p.packet_id, Some(number));
     }
 
     pub(crate) fn done(&mut self, n: usize, id: u16, reason: ReasonCode) {
         let open = &mut self.devices[n].open;
-        let Some(at) = open.iter().position(|(known, _, _)| *known == id) else {
+        let Some(at) = open.iter().position(|open| open.id == id) else {
             return;
         };
-        let (_, number, _) = open.remove(at);
+        let OpenPublish { number, .. } = open.remove(at);
         self.oracle.acknowledged(n, number, reason, self.now);
     }
 }

@@ -1,7 +1,6 @@
 //! The links of the simulation: bytes that take their time, connections that are lost.
 
 use crate::time::Millis;
-use std::collections::VecDeque;
 
 use super::*;
 
@@ -37,8 +36,7 @@ fn poison_at(bytes: &[u8], version: Version, oracle: &Oracle) -> Option<usize> {
     let mut at = 0;
     while let Ok(Some((packet, size))) = decoder.next(&bytes[at..]) {
         if let Packet::Publish(p) = packet {
-            let number = String::from_utf8_lossy(p.payload).parse();
-            if number.is_ok_and(|n| oracle.is_poison(n)) {
+            if number_of(p.payload).is_some_and(|n| oracle.is_poison(n)) {
                 return Some(at);
             }
         }
@@ -211,7 +209,7 @@ impl World {
                             self,
                             "{} brings {} at {:?} for {:?}",
                             link.name,
-                            String::from_utf8_lossy(p.payload),
+                            number_of(p.payload).unwrap_or_default(),
                             p.qos,
                             p.subscription_ids().collect::<Vec<_>>()
                         );

@@ -34,6 +34,9 @@ pub(super) struct Got {
     pub number: u32,
     pub qos: QoS,
     pub retain: bool,
+    pub dup: bool,
+    /// The stream on which it came; 0 is the control stream.
+    pub stream: u8,
     pub at: Millis,
 }
 
@@ -109,7 +112,13 @@ pub(super) struct Client {
     pub got: Vec<(String, Got)>,
     /// Retained messages that it received for a subscription.
     pub handed: Vec<(String, Got)>,
-    pub cuts: Vec<Millis>,
+    /// When it lost its connection, or one of its data streams.
+    pub losses: Vec<Millis>,
+    /// The losses of streams whose output the client had not read. QoS 0 is lost with such output.
+    pub losses_unread: Vec<Millis>,
+    /// It ended, reset or did not read a data stream. The streams of a client keep no order with each
+    /// other, and the messages of such a stream move to the control stream.
+    pub reordered: bool,
 }
 
 impl Client {

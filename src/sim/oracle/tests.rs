@@ -1,0 +1,45 @@
+//! Promises that the oracle must not find broken, and promises that it must.
+
+use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
+use crate::sim::oracle::{Conditions, Oracle};
+use crate::time::Millis;
+
+/// An oracle of two clients and a quiet broker. Client 0 is a member of a shared group at QoS 1, client
+/// 1 at `other`.
+fn group_of(other: QoS) -> Oracle {
+    let mut oracle = Oracle::new(Conditions {
+        clients_v5: vec![true; 2],
+        stormy: false,
+        data_links: 1,
+        lowest_qos: false,
+        small_window: false,
+    });
+    for (n, qos) in [(0, QoS::AtLeastOnce), (1, other)] {
+        let options = SubscribeOptions {
+            qos,
+            ..SubscribeOptions::default()
+        };
+        let filter = "$share/g/a";
+        oracle.subscribes(n, &[(filter.to_owned(), options)], Millis::new(10));
+        oracle.granted(n, filter, &options, qos as u8, Millis::new(20));
+    }
+    oracle
+}
+
+/// The fault that the oracle finds if nobody receives a message of QoS 1 and client 1 loses its connection.
+fn missing(other: QoS, unread: bool, lost_at: u64) -> Option<String> {
+    let mut oracle = group_of(other);
+    oracle.published(0, 1, "a", QoS::AtLeastOnce, false, Millis::new(100));
+    oracle.acknowledged(0, 1, ReasonCode::SUCCESS, Millis::new(120));
+    oracle.lost(1, unread, Millis::new(lost_at));
+    oracle.settle(Millis::new(5000), &[]);
+    oracle.first_fault()
+}
+
+#[test]
+fn a_group_may_lose_a_message_with_the_unread_output_of_a_qos_0_member() {
+    assert_eq!(missing(QoS::AtMostOnce, true, 130), None);
+    assert!(missing(QoS::AtMostOnce, true, 90).is_some());
+    assert!(missing(QoS::AtMostOnce, false, 130).is_some());
+    assert!(missing(QoS::AtLeastOnce, true, 130).is_some());
+}
