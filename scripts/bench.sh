@@ -9,6 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -f "${HOME-}/.cargo/env" ] && . "$HOME/.cargo/env"
+. scripts/require-rust
+require_rust scripts/bench.sh
 
 ulimit -n "$(ulimit -Hn)" || true
 cargo build --release --locked -p tidegate -p tidegate-kit --bin tidegate --bin load --bin bench_ratio

@@ -1,4 +1,4 @@
-//! The HTTP side: metrics, health, and what is there, to read only.
+//! The HTTP side: metrics, health, and an API for operators.
 //!
 //! | path | answer |
 //! |---|---|
@@ -6,7 +6,7 @@
 //! | `/healthz` | 200 while the process answers |
 //! | `/readyz` | 200 while it takes clients, else 503 |
 //! | `/api/v1/sessions?limit=&after=` | sessions in the order of their ids |
-//! | `/api/v1/sessions/{id}` | one session with its subscriptions |
+//! | `/api/v1/sessions/{id}?mount=` | one session with its subscriptions; DELETE ends it |
 //! | `/api/v1/links` | the links to the broker |
 //!
 //! `/api` is answered on a loopback address only, and never holds a payload.
@@ -34,11 +34,14 @@ use crate::config;
 use crate::telemetry::metrics;
 use connections::Bounded;
 pub(crate) use view::{
-    AdminView, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView,
+    AdminView, Found, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView,
 };
 
-/// Connections at once; further ones wait in the backlog.
+/// Connections at once. A further one takes the place of the one that has waited longest for a complete
+/// request, once that is [`EVICT_AFTER`]; until then it waits.
 const CONNECTIONS_MAX: usize = 64;
+/// The time for which a connection keeps its place without an answer, while others wait for one.
+const EVICT_AFTER: Duration = Duration::from_secs(1);
 /// What a request that trickles in may take, and how long an idle connection
 /// stays.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -97,7 +100,7 @@ impl Server {
         self,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> std::io::Result<()> {
-        let listener = Bounded::new(self.listener, CONNECTIONS_MAX, SILENCE_MAX);
+        let listener = Bounded::new(self.listener, CONNECTIONS_MAX, SILENCE_MAX, EVICT_AFTER);
         axum::serve(listener, self.router)
             .with_graceful_shutdown(shutdown)
             .await
@@ -108,7 +111,7 @@ fn router(shared: Shared, api: bool) -> Router {
     let routes = if api {
         Router::new()
             .route("/sessions", get(sessions))
-            .route("/sessions/{id}", get(session))
+            .route("/sessions/{id}", get(session).delete(end_session))
             .route("/links", get(links))
             .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such path") })
             .layer(from_fn_with_state(shared.clone(), guard))
@@ -150,6 +153,16 @@ async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Re
             StatusCode::FORBIDDEN,
             "the Host header must be a loopback address",
         );
+    }
+    // A browser states where a page's request comes from; curl and scripts state nothing.
+    let origin = request.headers().get(header::ORIGIN);
+    let own = |origin: &HeaderValue| {
+        let text = origin.to_str().unwrap_or_default();
+        text.strip_prefix("http://").is_some_and(is_local_host)
+    };
+    if !origin.is_none_or(own) {
+        let why = "the request comes from a page of another origin";
+        return problem(StatusCode::FORBIDDEN, why);
     }
     match shared.api_at_once.acquire().await {
         Ok(_permit) => next.run(request).await,
@@ -221,13 +234,58 @@ async fn sessions(
     .await
 }
 
-async fn session(State(shared): State<Shared>, Path(id): Path<String>) -> Response {
-    work(move || match shared.view.session(&id) {
-        Some(mut found) => {
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Mount {
+    mount: Option<String>,
+}
+
+async fn session(
+    State(shared): State<Shared>,
+    Path(id): Path<String>,
+    mount: Result<Query<Mount>, QueryRejection>,
+) -> Response {
+    with_session(mount, move |mount| match shared.view.session(&id, mount) {
+        Found::One(mut found) => {
             found.cut();
-            Json(found).into_response()
+            Found::One(Json(found).into_response())
         }
-        None => problem(StatusCode::NOT_FOUND, "no such session"),
+        Found::None => Found::None,
+        Found::Several => Found::Several,
+    })
+    .await
+}
+
+async fn end_session(
+    State(shared): State<Shared>,
+    Path(id): Path<String>,
+    mount: Result<Query<Mount>, QueryRejection>,
+) -> Response {
+    with_session(mount, move |mount| {
+        match shared.view.end_session(&id, mount) {
+            Found::One(()) => Found::One(StatusCode::NO_CONTENT.into_response()),
+            Found::None => Found::None,
+            Found::Several => Found::Several,
+        }
+    })
+    .await
+}
+
+async fn with_session(
+    mount: Result<Query<Mount>, QueryRejection>,
+    job: impl FnOnce(Option<&str>) -> Found<Response> + Send + 'static,
+) -> Response {
+    let Ok(Query(Mount { mount })) = mount else {
+        let what = "the query has mount (the mount of the session's listener) or nothing";
+        return problem(StatusCode::BAD_REQUEST, what);
+    };
+    work(move || match job(mount.as_deref()) {
+        Found::One(response) => response,
+        Found::None => problem(StatusCode::NOT_FOUND, "no such session"),
+        Found::Several => {
+            let what = "the client id has sessions behind several mounts; name one: ?mount=";
+            problem(StatusCode::CONFLICT, what)
+        }
     })
     .await
 }

@@ -7,16 +7,17 @@ mod acl;
 pub(crate) mod passwd;
 mod verified;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::config::{Auth, AuthMode, ClientIdRule};
 use crate::mqtt::ReasonCode;
+use crate::shares::Shares;
 
 pub(crate) use acl::Acl;
 pub(crate) use acl::expand;
@@ -24,6 +25,39 @@ use verified::{Digest, Recalled, Verified};
 
 /// The principal of every anonymous client. No user can have this name.
 pub(crate) const ANONYMOUS: &str = "anonymous";
+/// Stands before the name of a certificate where a user of the password file has the same name. No user
+/// can have a colon in its name.
+const CERTIFICATE: &str = "cert:";
+/// Stands before the name in the owner of a certificate's sessions. No user can have a control character
+/// in its name.
+const CERTIFICATE_OWNER: &str = "cert\0";
+
+/// Who a client is, once it is verified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Principal {
+    /// The name that `who` of a rule matches, and `%u`.
+    pub name: Arc<str>,
+    /// The owner of its sessions. A user and a certificate of one name are two owners.
+    pub owner: Arc<str>,
+}
+
+impl Principal {
+    /// A principal that owns its sessions by its name.
+    fn user(name: Arc<str>) -> Self {
+        Self {
+            owner: name.clone(),
+            name,
+        }
+    }
+}
+
+/// The name of a session's owner for people, and whether a certificate stated it.
+pub(crate) fn owner_name(owner: &str) -> (&str, bool) {
+    match owner.strip_prefix(CERTIFICATE_OWNER) {
+        Some(name) => (name, true),
+        None => (owner, false),
+    }
+}
 
 /// A client, as access rules see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,14 +92,18 @@ impl Identity {
 pub struct Authenticator {
     file: Option<PathBuf>,
     client_id: ClientIdRule,
+    /// A certificate and the user of its name are one principal.
+    certificate_users: bool,
     anonymous: Arc<str>,
     users: RwLock<Users>,
-    /// Bounds the threads that hash passwords, and with them the memory: argon2 takes 19 MiB each.
-    hashing: Arc<Semaphore>,
+    /// Bounds the threads that hash passwords, and with them the memory: argon2 takes 19 MiB each, and
+    /// at most [`passwd::MEMORY_MAX_KIB`].
+    hashing: Arc<Shares>,
     verified: Mutex<Verified>,
 }
 
-struct Users {
+/// The users of a password file.
+pub(crate) struct Users {
     /// User name to password hash.
     hashes: HashMap<String, Arc<str>>,
     /// The hash of a random password, verified for an unknown user, so that the time of an answer
@@ -83,70 +121,98 @@ impl Authenticator {
         Ok(Self {
             file: auth.file.clone(),
             client_id: auth.client_id,
+            certificate_users: auth.certificate_users,
             anonymous: Arc::from(ANONYMOUS),
             users: RwLock::new(Users::read(auth.file.as_deref())?),
-            hashing: Arc::new(Semaphore::new((cores / 2).clamp(1, 8))),
+            hashing: Arc::new(Shares::new((cores / 2).clamp(1, 8))),
             verified: Mutex::new(Verified::new()),
         })
     }
 
-    /// Reads the password file again, and forgets all verified passwords. Returns the number of
-    /// users, or `None` if no password file is configured. Blocks for a password hash.
+    /// Reads the password file again, without using it yet. `None`: none is configured. Blocks for a
+    /// password hash.
     ///
     /// # Errors
-    /// As [`Authenticator::new`]; the earlier passwords then stay in use.
-    pub fn reload(&self) -> Result<Option<usize>, passwd::Error> {
-        let Some(file) = self.file.as_deref() else {
-            return Ok(None);
-        };
-        let users = Users::read(Some(file))?;
-        let count = users.hashes.len();
-        *self.users.write() = users;
-        self.verified.lock().forget();
-        Ok(Some(count))
+    /// As [`Authenticator::new`].
+    pub(crate) fn read_again(&self) -> Result<Option<Users>, passwd::Error> {
+        let file = self.file.as_deref();
+        file.map(|file| Users::read(Some(file))).transpose()
     }
 
-    /// The principal of a client, or the reason code of its refusal:
-    /// [`ReasonCode::BAD_USER_NAME_OR_PASSWORD`],
-    /// [`ReasonCode::CLIENT_IDENTIFIER_NOT_VALID`],
-    /// [`ReasonCode::NOT_AUTHORIZED`] without a certificate that names it where
-    /// one is needed, or [`ReasonCode::SERVER_UNAVAILABLE`].
+    /// Uses another password file from now on, and forgets all verified passwords. Returns the users
+    /// that the earlier one had and this one has not.
+    pub(crate) fn replace(&self, users: Users) -> HashSet<String> {
+        let mut current = self.users.write();
+        let earlier = std::mem::replace(&mut *current, users);
+        self.verified.lock().forget();
+        let gone = earlier.hashes.into_keys();
+        gone.filter(|name| !current.hashes.contains_key(name))
+            .collect()
+    }
+
+    /// The principal of a client at `from`, or the reason code of its refusal:
+    /// [`ReasonCode::BAD_USER_NAME_OR_PASSWORD`], [`ReasonCode::CLIENT_IDENTIFIER_NOT_VALID`],
+    /// [`ReasonCode::NOT_AUTHORIZED`] without a certificate that names it where one is needed, or
+    /// [`ReasonCode::SERVER_UNAVAILABLE`].
     ///
-    /// `certificate` is the name in the client's certificate, which the
-    /// transport has verified.
+    /// `certificate` is the name in the client's certificate, which the transport has verified. A check
+    /// that still waits for its turn ends when the future is dropped.
     ///
     /// # Errors
     /// The reason code for CONNACK.
-    pub async fn verify(
+    pub(crate) async fn verify(
         &self,
         mode: AuthMode,
         client_id: &str,
-        username: Option<&str>,
-        password: Option<&[u8]>,
+        (username, password): (Option<&str>, Option<&[u8]>),
         certificate: Option<Arc<str>>,
-    ) -> Result<Arc<str>, ReasonCode> {
-        let principal = match mode {
-            AuthMode::Anonymous => return Ok(Arc::clone(&self.anonymous)),
+        from: SocketAddr,
+    ) -> Result<Principal, ReasonCode> {
+        let (name, principal) = match mode {
+            AuthMode::Anonymous => return Ok(Principal::user(Arc::clone(&self.anonymous))),
             AuthMode::File => {
                 let (Some(username), Some(password)) = (username, password) else {
                     return Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD);
                 };
-                self.password(username, password).await?
+                let name = self.password(username, password, from).await?;
+                (name.clone(), Principal::user(name))
             }
             // A certificate for "anonymous" must not give access to anonymous clients' sessions.
-            AuthMode::Mtls => certificate
-                .filter(|name| &**name != ANONYMOUS)
-                .ok_or(ReasonCode::NOT_AUTHORIZED)?,
+            AuthMode::Mtls => {
+                let name = certificate
+                    .filter(|name| &**name != ANONYMOUS)
+                    .ok_or(ReasonCode::NOT_AUTHORIZED)?;
+                (name.clone(), self.of_certificate(name))
+            }
         };
         match self.client_id {
-            ClientIdRule::Username if client_id != &*principal => {
+            ClientIdRule::Username if client_id != &*name => {
                 Err(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID)
             }
             _ => Ok(principal),
         }
     }
 
-    async fn password(&self, username: &str, password: &[u8]) -> Result<Arc<str>, ReasonCode> {
+    /// The principal of a certificate. It is another one than the user of the same name, unless the
+    /// configuration makes both one.
+    fn of_certificate(&self, name: Arc<str>) -> Principal {
+        if self.certificate_users {
+            return Principal::user(name);
+        }
+        let owner = format!("{CERTIFICATE_OWNER}{name}").into();
+        let name = match self.users.read().hashes.contains_key(&*name) {
+            true => format!("{CERTIFICATE}{name}").into(),
+            false => name,
+        };
+        Principal { name, owner }
+    }
+
+    async fn password(
+        &self,
+        username: &str,
+        password: &[u8],
+        from: SocketAddr,
+    ) -> Result<Arc<str>, ReasonCode> {
         let (hash, known) = self.users.read().hash(username);
         // The digest contains the hash, so a changed password invalidates it.
         let digest = self
@@ -156,10 +222,7 @@ impl Authenticator {
         if let Some(answer) = self.recall(&digest) {
             return answer;
         }
-        let permit = Arc::clone(&self.hashing)
-            .acquire_owned()
-            .await
-            .map_err(|_| ReasonCode::SERVER_UNAVAILABLE)?;
+        let permit = self.hashing.acquire(from).await;
         // Another task may have verified the same password while this one waited.
         if let Some(answer) = self.recall(&digest) {
             return answer;
@@ -200,6 +263,11 @@ impl Users {
         Ok(Self { hashes, decoy })
     }
 
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.hashes.len()
+    }
+
     fn hash(&self, username: &str) -> (Arc<str>, bool) {
         match self.hashes.get(username) {
             Some(hash) => (Arc::clone(hash), true),
@@ -211,7 +279,7 @@ impl Users {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::AclMode;
+    use crate::config::{AclMode, ResponseTopicRule};
 
     /// An authenticator with one user, and its file, which is removed with it.
     struct Setup(Authenticator, PathBuf);
@@ -231,8 +299,34 @@ mod tests {
             file: Some(path.clone()),
             acl: AclMode::Open,
             client_id,
+            certificate_users: false,
+            response_topic: ResponseTopicRule::Remove,
         };
         Setup(Authenticator::new(&auth).expect("read"), path)
+    }
+
+    fn at(ip: &str) -> SocketAddr {
+        (ip.parse::<std::net::IpAddr>().expect("an address"), 1).into()
+    }
+
+    impl Setup {
+        /// The name of the principal that the credentials lead to, for a client at 192.0.2.1.
+        async fn verify(
+            &self,
+            mode: AuthMode,
+            id: &str,
+            user: Option<&str>,
+            password: Option<&[u8]>,
+            certificate: Option<&str>,
+        ) -> Result<Arc<str>, ReasonCode> {
+            let (credentials, certificate) = ((user, password), certificate.map(Arc::from));
+            let from = at("192.0.2.1");
+            let verified = self
+                .0
+                .verify(mode, id, credentials, certificate, from)
+                .await;
+            verified.map(|principal| principal.name)
+        }
     }
 
     const WRONG: Result<Arc<str>, ReasonCode> = Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD);
@@ -240,7 +334,7 @@ mod tests {
     #[tokio::test]
     async fn passwords() {
         let setup = setup("passwords", ClientIdRule::Any);
-        let verify = |user, password| setup.0.verify(AuthMode::File, "c", user, password, None);
+        let verify = |user, password| setup.verify(AuthMode::File, "c", user, password, None);
         assert_eq!(
             verify(Some("alice"), Some(b"secret")).await,
             Ok("alice".into())
@@ -255,7 +349,6 @@ mod tests {
     async fn anonymous_clients_need_no_password() {
         let setup = setup("anonymous", ClientIdRule::Any);
         let answer = setup
-            .0
             .verify(AuthMode::Anonymous, "c", Some("alice"), Some(b"x"), None)
             .await;
         assert_eq!(answer, Ok(ANONYMOUS.into()));
@@ -265,11 +358,7 @@ mod tests {
     #[tokio::test]
     async fn the_client_id_can_be_bound_to_the_user() {
         let setup = setup("bound", ClientIdRule::Username);
-        let verify = |id| {
-            setup
-                .0
-                .verify(AuthMode::File, id, Some("alice"), Some(b"secret"), None)
-        };
+        let verify = |id| setup.verify(AuthMode::File, id, Some("alice"), Some(b"secret"), None);
         assert_eq!(verify("alice").await, Ok("alice".into()));
         for id in ["bob", ""] {
             assert_eq!(
@@ -282,11 +371,10 @@ mod tests {
     #[tokio::test]
     async fn a_certificate_names_its_holder() {
         let setup = setup("certificate", ClientIdRule::Username);
-        let verify = |id, name: Option<&str>| {
-            let name = name.map(Arc::from);
+        let verify = |id, name: Option<&'static str>| {
             // The user name in CONNECT does not count.
             let user = Some("alice");
-            setup.0.verify(AuthMode::Mtls, id, user, None, name)
+            setup.verify(AuthMode::Mtls, id, user, None, name)
         };
         assert_eq!(
             verify("device7", Some("device7")).await,
@@ -302,18 +390,16 @@ mod tests {
     #[tokio::test]
     async fn a_flap_costs_no_hashing() {
         let setup = setup("flap", ClientIdRule::Any);
-        let verify = |password| {
-            setup
-                .0
-                .verify(AuthMode::File, "c", Some("alice"), Some(password), None)
-        };
+        let verify =
+            |password| setup.verify(AuthMode::File, "c", Some("alice"), Some(password), None);
         assert_eq!(verify(b"secret").await, Ok("alice".into()));
         assert_eq!(verify(b"wrong!").await, WRONG);
         // Without a permit, hashing would wait for ever.
-        let _all = Arc::clone(&setup.0.hashing)
-            .acquire_many_owned(setup.0.hashing.available_permits() as u32)
-            .await
-            .expect("open");
+        let mut all = Vec::new();
+        for network in 0..=u8::MAX {
+            let from = at(&format!("192.0.{network}.1"));
+            all.extend(std::iter::from_fn(|| setup.0.hashing.try_acquire(from)));
+        }
         for _ in 0..1000 {
             assert_eq!(verify(b"secret").await, Ok("alice".into()));
             assert_eq!(verify(b"wrong!").await, WRONG);
@@ -323,18 +409,82 @@ mod tests {
     #[tokio::test]
     async fn a_changed_password_holds_after_a_reload() {
         let setup = setup("reload", ClientIdRule::Any);
-        let verify = |password| {
-            setup
-                .0
-                .verify(AuthMode::File, "c", Some("alice"), Some(password), None)
-        };
+        let verify =
+            |password| setup.verify(AuthMode::File, "c", Some("alice"), Some(password), None);
         assert_eq!(verify(b"secret").await, Ok("alice".into()));
         passwd::set(&setup.1, "alice", b"new").expect("written");
-        assert_eq!(setup.0.reload().expect("read"), Some(1));
+        let again = setup.0.read_again().expect("read").expect("a file");
+        assert_eq!(again.count(), 1);
+        assert!(setup.0.replace(again).is_empty());
         assert_eq!(verify(b"secret").await, WRONG);
         assert_eq!(verify(b"new").await, Ok("alice".into()));
         std::fs::write(&setup.1, "broken").expect("written");
-        assert!(setup.0.reload().is_err());
+        assert!(setup.0.read_again().is_err());
         assert_eq!(verify(b"new").await, Ok("alice".into()));
+    }
+
+    #[tokio::test]
+    async fn a_removed_user_is_named() {
+        let setup = setup("removed", ClientIdRule::Any);
+        passwd::set(&setup.1, "bob", b"x").expect("written");
+        setup
+            .0
+            .replace(setup.0.read_again().expect("read").expect("a file"));
+        std::fs::write(&setup.1, "# nobody\n").expect("written");
+        passwd::set(&setup.1, "bob", b"x").expect("written");
+        let again = setup.0.read_again().expect("read").expect("a file");
+        assert_eq!(setup.0.replace(again), ["alice".to_owned()].into());
+    }
+
+    #[tokio::test]
+    async fn a_user_and_a_certificate_of_one_name_are_two_principals() {
+        let mut setup = setup("two", ClientIdRule::Any);
+        let credentials = (Some("alice"), Some(&b"secret"[..]));
+        let from = at("192.0.2.1");
+        let user = setup.0.verify(AuthMode::File, "c", credentials, None, from);
+        let user = user.await.expect("right");
+        let certificate = |name: &str| setup.0.of_certificate(name.into());
+        let alice = certificate("alice");
+        assert!(user.name != alice.name && user.owner != alice.owner);
+        assert_eq!(&*alice.name, "cert:alice");
+        assert_eq!(owner_name(&alice.owner), ("alice", true));
+        assert_eq!(owner_name(&user.owner), ("alice", false));
+        // Nobody else has the name, so rules need no other one.
+        let device = certificate("device7");
+        assert_eq!(&*device.name, "device7");
+        // A user who is added later gets no session of the certificate.
+        assert_eq!(owner_name(&device.owner), ("device7", true));
+        setup.0.certificate_users = true;
+        assert_eq!(setup.0.of_certificate("alice".into()), user);
+    }
+
+    #[tokio::test]
+    async fn one_network_does_not_keep_the_others_from_their_passwords() {
+        let setup = setup("shares", ClientIdRule::Any);
+        let check = |user: &'static str, from| {
+            let credentials = (Some(user), Some(&b"secret"[..]));
+            setup.0.verify(AuthMode::File, "c", credentials, None, from)
+        };
+        let flood = at("192.0.2.1");
+        let names: Vec<&'static str> = (0..2000)
+            .map(|n| &*Box::leak(format!("u{n}").into_boxed_str()))
+            .collect();
+        let mut waiting: Vec<_> = names
+            .iter()
+            .map(|name| Box::pin(check(name, flood)))
+            .collect();
+        for one in &mut waiting {
+            assert!(futures_util::poll!(one).is_pending());
+        }
+        let began = Instant::now();
+        let answer = check("alice", at("192.0.2.2")).await;
+        assert_eq!(answer.expect("right").name, "alice".into());
+        // Two thousand hashes take a minute; this one is behind those that run already.
+        assert!(began.elapsed() < std::time::Duration::from_secs(5));
+        // Checks that still wait end with their clients.
+        drop(waiting);
+        let last = check("nobody", flood).await;
+        assert_eq!(last, Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD));
+        assert!(began.elapsed() < std::time::Duration::from_secs(10));
     }
 }

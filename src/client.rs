@@ -7,6 +7,7 @@
 pub mod connect;
 mod end;
 pub mod machine;
+mod rate;
 mod scope;
 mod task;
 
@@ -14,20 +15,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use arc_swap::ArcSwap;
 
 use crate::auth::{Acl, Authenticator, Identity};
 use crate::budget::Account;
 use crate::clock::Clock;
-use crate::config::{self, AuthMode, SenderProperty, Transport};
+use crate::config::{self, AuthMode, ResponseTopicRule, SenderProperty, Transport};
 use crate::mqtt::QoS;
 use crate::router::Router;
-use crate::session::Policy;
-use crate::telemetry::ListenerMetrics;
-use crate::time::Millis;
+use crate::session::{Policy, ResponseTopic};
+use crate::telemetry::{ListenerMetrics, RateLimited, clean, metrics};
+use crate::topics::split_shared;
 use crate::transport::{Accepted, ConnectionTask, Permit};
 
 pub use end::End;
+pub use rate::Rate;
+
+/// Characters of a client's text in a log line.
+const LOGGED_CHARS: usize = 64;
+
+static RESPONSE_TOPICS: RateLimited = RateLimited::new(Duration::from_secs(1));
 
 /// What every connection needs.
 pub struct Clients {
@@ -38,7 +45,7 @@ pub struct Clients {
     /// Verifies who clients are.
     pub authenticator: Arc<Authenticator>,
     /// What clients may do.
-    pub acl: Acl,
+    pub acl: ArcSwap<Acl>,
     /// `[session]`.
     pub session: config::Session,
     /// `[limits]`.
@@ -52,6 +59,10 @@ pub struct Clients {
     pub unauthenticated: Arc<Account>,
     /// The budget of `unauthenticated`.
     pub unauthenticated_max_bytes: u64,
+    /// `upstream.probe_topic`.
+    pub probe_topic: Box<str>,
+    /// `auth.response_topic`.
+    pub response_topic_rule: ResponseTopicRule,
     /// The user properties that name the sender in each publish.
     pub sender_properties: Vec<SenderProperty>,
     /// The process is ending: clients get no new sessions.
@@ -94,9 +105,12 @@ impl Clients {
             stream,
             peer,
             deadline,
+            unauthenticated,
             ..
         } = accepted;
         let accepted = connect::accept(&self, &listener, stream, peer, deadline).await;
+        // Before CONNACK is sent, since the client may count on it.
+        drop(unauthenticated);
         accepted.map(|accepted| task::serve(self, accepted, guard))
     }
 
@@ -129,48 +143,50 @@ impl Drop for OpenGuard {
     }
 }
 
-/// A limit on events per second, with a second's worth in reserve.
-#[derive(Debug)]
-pub struct Rate {
-    per_second: u64,
-    /// Thousandths of an event in reserve, and the time of the count.
-    state: Mutex<(u64, Millis)>,
-}
-
-impl Rate {
-    /// A limit of `per_second` in the long run.
-    pub fn new(per_second: u32) -> Self {
-        let per_second = u64::from(per_second);
-        Self {
-            per_second,
-            state: Mutex::new((per_second * 1000, Millis::ZERO)),
-        }
-    }
-
-    /// Takes an event, if there is one in reserve.
-    pub fn take(&self, now: Millis) -> bool {
-        let mut state = self.state.lock();
-        let (reserve, at) = *state;
-        let gained = now.since(at).as_millis() as u64 * self.per_second;
-        let reserve = (reserve + gained).min(self.per_second * 1000);
-        *state = (reserve.saturating_sub(1000), now.max(at));
-        reserve >= 1000
-    }
-}
-
 /// What one client may do.
 struct ClientPolicy<'a> {
     clients: &'a Clients,
     identity: &'a Identity,
 }
 
+impl ClientPolicy<'_> {
+    /// Whether the client is a probe of this process. Other topics cost a comparison.
+    fn is_own_probe(&self, topic: &str) -> bool {
+        let probes = &*self.clients.probe_topic;
+        let plain = split_shared(topic).map_or(topic, |(_, plain)| plain);
+        plain.starts_with(probes) && self.clients.router.is_own_probe(plain)
+    }
+}
+
 impl Policy for ClientPolicy<'_> {
-    fn may_publish(&self, topic: &str) -> bool {
-        self.clients.acl.may_publish(self.identity, topic)
+    fn may_publish(&self, mount: &str, topic: &str) -> bool {
+        let acl = self.clients.acl.load();
+        !self.is_own_probe(topic) && acl.may_publish(self.identity, mount, topic)
     }
 
-    fn may_subscribe(&self, filter: &str) -> bool {
-        self.clients.acl.may_subscribe(self.identity, filter)
+    fn may_subscribe(&self, mount: &str, filter: &str) -> bool {
+        let acl = self.clients.acl.load();
+        !self.is_own_probe(filter) && acl.may_subscribe(self.identity, mount, filter)
+    }
+
+    fn response_topic(&self, mount: &str, topic: &str) -> ResponseTopic {
+        if self.may_publish(mount, topic) {
+            return ResponseTopic::Mounted;
+        }
+        metrics().response_topics_denied.increment(1);
+        if let Some(suppressed) = RESPONSE_TOPICS.permit(self.clients.clock.now()) {
+            tracing::warn!(
+                client_id = clean(&self.identity.client_id, LOGGED_CHARS),
+                principal = clean(&self.identity.principal, LOGGED_CHARS),
+                response_topic = clean(topic, LOGGED_CHARS),
+                suppressed,
+                "A Response Topic is outside its client's rules"
+            );
+        }
+        match self.clients.response_topic_rule {
+            ResponseTopicRule::Remove => ResponseTopic::Removed,
+            ResponseTopicRule::Refuse => ResponseTopic::Refused,
+        }
     }
 
     fn maximum_qos(&self) -> QoS {
@@ -179,22 +195,5 @@ impl Policy for ClientPolicy<'_> {
 
     fn retain_available(&self) -> bool {
         self.clients.router.retain_available()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rate_allows_its_reserve_and_then_its_pace() {
-        let rate = Rate::new(10);
-        assert_eq!((0..20).filter(|_| rate.take(Millis::ZERO)).count(), 10);
-        assert!(!rate.take(Millis::new(99)));
-        assert!(rate.take(Millis::new(200)));
-        assert_eq!(
-            (0..20).filter(|_| rate.take(Millis::new(60_000))).count(),
-            10
-        );
     }
 }

@@ -12,7 +12,9 @@ mod choices;
 mod document;
 mod error;
 mod file;
+pub(crate) mod files;
 mod host;
+pub(crate) mod origin;
 mod types;
 mod units;
 mod upstream;
@@ -22,8 +24,8 @@ pub(crate) use address::{HEALTH_PATH, is_loopback};
 pub use choices::Quirk;
 pub use choices::{
     Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, LogFormat,
-    Probe, Protocol, ProxyProtocol, RealIpHeader, SenderProperty, SharedAt, SubscribeWhileAway,
-    Transport,
+    Probe, Protocol, ProxyProtocol, RealIpHeader, ResponseTopicRule, SenderProperty, SharedAt,
+    SubscribeWhileAway, Transport,
 };
 pub use error::{Error, Problem};
 pub use types::{

@@ -19,6 +19,7 @@ mod qos;
 pub mod router;
 pub mod runtime;
 pub mod session;
+mod shares;
 #[cfg(test)]
 pub(crate) mod sim;
 pub mod store;

@@ -29,7 +29,7 @@ pub use deliver::{Alias, Delivery, MAX_PACKET_BYTES};
 pub use disconnect::{Auth, Disconnect, encode_auth, encode_disconnect};
 pub use error::Error;
 pub use head::MAX_REMAINING_BYTES;
-pub use message::{Message, MessageSpec};
+pub use message::{Message, MessageSpec, Mounting};
 pub use props::{Properties, Property};
 pub use publish::Publish;
 pub use reason::ReasonCode;

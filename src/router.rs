@@ -61,7 +61,7 @@ pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
 pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
 
 use barrier::Barriers;
-use broker::BrokerLimits;
+use broker::{BrokerLimits, OwnProbes};
 use delivery::fanout::Routes;
 use delivery::shared::SharedGroups;
 use filters::{Filters, FiltersConfig};
@@ -77,6 +77,7 @@ use sessions::{SessionActions, SessionBudgets, Sessions};
 pub struct Router {
     config: RouterConfig,
     broker: BrokerLimits,
+    own_probes: OwnProbes,
     sessions: Sessions,
     publishing: Publishing,
     presence: Presence,
@@ -118,6 +119,7 @@ impl Router {
         };
         Self {
             broker: BrokerLimits::new(),
+            own_probes: OwnProbes::default(),
             publishing: Publishing::new(
                 config.publish_links,
                 config.publish_links_max,

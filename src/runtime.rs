@@ -8,7 +8,9 @@ mod drain;
 mod error;
 mod events;
 mod listeners;
+mod loops;
 mod open_files;
+mod permissions;
 mod probe;
 mod ready;
 mod reload;
@@ -55,6 +57,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     let router = Arc::new(convert::router(&config, clock, &*store));
     let clients = Arc::new(convert::clients(&config, router.clone(), clock)?);
     check::validate_files(&config)?;
+    permissions::warn(&config);
     let mut certificates = Certificates::load(&config)?;
     let broker = convert::broker_access(&config)?;
     let cap = Arc::new(ConnectionCap::new(connections(&config)));
@@ -91,7 +94,8 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     tasks.spawn(ticker::run(router, clock, stop_links.clone()));
     let reload = Reload {
         certificates,
-        authenticator: clients.authenticator.clone(),
+        clients: clients.clone(),
+        config: config.clone(),
     };
     tasks.spawn(reload.run(hangup, stop_links.clone()));
     let drains: Vec<Drain> = listeners.iter().map(Bound::drain).collect();

@@ -12,6 +12,7 @@ mod effect;
 mod entry;
 mod inbound;
 mod incarnation;
+mod key;
 mod lifecycle;
 mod limits;
 mod outbound;
@@ -38,10 +39,12 @@ pub use effect::{Effect, SubscribeRequest, Unsubscribed};
 pub use entry::{Offer, Redelivery};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use incarnation::Incarnation;
+pub use key::SessionKey;
 pub use lifecycle::{Attached, Ended};
-pub use limits::{DropReason, Policy, SessionLimits};
+pub use limits::{DropReason, Policy, ResponseTopic, SessionLimits};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
 pub use overlap::{Primary, primary};
+pub(crate) use packets::keep_response_topic;
 pub use subscriptions::{Subscription, hides};
 pub use will::Will;
 
@@ -77,8 +80,8 @@ pub use will::Will;
 ///   [`Outbound::shed`].
 #[derive(Debug)]
 pub struct Session {
-    /// The client identifier.
-    pub client_id: Arc<str>,
+    /// The client identifier, and the mount that it is below.
+    pub key: SessionKey,
     /// The authenticated identity that the session belongs to.
     pub principal: Arc<str>,
     /// Which of the client identifier's sessions this is.
@@ -108,13 +111,13 @@ const _: () = assert!(size_of::<Session>() <= 152 + size_of::<Outbound>());
 impl Session {
     /// A new session without a connection.
     pub fn new(
-        client_id: Arc<str>,
+        key: SessionKey,
         principal: Arc<str>,
         incarnation: Incarnation,
         now: Millis,
     ) -> Self {
         Self {
-            client_id,
+            key,
             principal,
             incarnation,
             expiry: 0,

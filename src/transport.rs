@@ -32,7 +32,7 @@ pub use error::{
     AcceptError, CertificateFault, HandshakeError, RefusalReason, RequestError, WebTransportError,
 };
 pub use events::{Events, NoEvents};
-pub use limits::{ConnectionCap, Handshakes, Limits, Permit, UNAUTHENTICATED_PACKET_MAX_BYTES};
+pub use limits::{ConnectionCap, Handshakes, Limits, Permit, Unauthenticated};
 pub use listen::{Accepted, BindError, Bound, ConnectionTask, Drain, bind};
 pub use proxy::ProxyError;
 pub use quic::{CapsuleError, QuicSecret};

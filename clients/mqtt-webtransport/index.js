@@ -1,6 +1,6 @@
 // MQTT.js over WebTransport: one bidirectional stream carries the bytes that a WebSocket would carry. Where
 // WebTransport is not available, MQTT.js' own stream (wss) takes over, for the same client and session.
-import { Duplex } from 'readable-stream'
+import { Duplex } from './readable-stream.js'
 
 /** Milliseconds for opening WebTransport. Where UDP is blocked there is no error, only silence. */
 const TIMEOUT_MS = 3000

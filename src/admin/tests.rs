@@ -29,8 +29,18 @@ impl AdminView for Fake {
             sessions,
         }
     }
-    fn session(&self, id: &str) -> Option<SessionView> {
-        (id == "a/b c").then(|| SessionView {
+    fn end_session(&self, id: &str, mount: Option<&str>) -> Found<()> {
+        match (id, mount) {
+            ("twice", None) => Found::Several,
+            ("twice", Some("a/")) => Found::One(()),
+            _ => Found::None,
+        }
+    }
+    fn session(&self, id: &str, _: Option<&str>) -> Found<SessionView> {
+        if id != "a/b c" {
+            return Found::None;
+        }
+        Found::One(SessionView {
             summary: SessionSummary {
                 client_id: id.to_owned(),
                 principal: "\"\n".to_owned() + &"x".repeat(300),
@@ -153,6 +163,36 @@ async fn one_session_and_the_links() {
 }
 
 #[tokio::test]
+async fn an_operator_ends_a_session() {
+    let address = start("127.0.0.1:0", true).await;
+    let delete = async |path: &str, more: &str| {
+        let request =
+            format!("DELETE {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{more}\r\n");
+        let mut stream = TcpStream::connect(address).await.expect("connected");
+        stream.write_all(request.as_bytes()).await.expect("written");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("answered");
+        answer[9..12].to_owned()
+    };
+    let twice = "/api/v1/sessions/twice";
+    assert_eq!(delete(twice, "").await, "409");
+    assert_eq!(delete(&format!("{twice}?mount=a/"), "").await, "204");
+    assert_eq!(delete(&format!("{twice}?mount=b/"), "").await, "404");
+    assert_eq!(delete(&format!("{twice}?mouth=a/"), "").await, "400");
+    // A web page must not: its browser names its origin.
+    for (origin, status) in [
+        ("https://evil.example", "403"),
+        ("null", "403"),
+        ("http://localhost.evil.example", "403"),
+        ("http://localhost:9883", "204"),
+    ] {
+        let more = format!("Origin: {origin}\r\n");
+        let path = format!("{twice}?mount=a/");
+        assert_eq!(delete(&path, &more).await, status, "{origin}");
+    }
+}
+
+#[tokio::test]
 async fn the_api_is_for_loopback_only() {
     for address in [
         start("0.0.0.0:0", true).await,
@@ -185,7 +225,8 @@ async fn the_api_is_for_loopback_only() {
 async fn a_request_that_trickles_in_is_cut_off() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
     let address = listener.local_addr().expect("bound");
-    let bounded = Bounded::new(listener, 1, Duration::from_millis(300));
+    let silence_max = Duration::from_millis(300);
+    let bounded = Bounded::new(listener, 1, silence_max, silence_max);
     let router = Router::new().route("/", axum::routing::get(|| async { "ok" }));
     tokio::spawn(async move { axum::serve(bounded, router).await });
     let mut stream = TcpStream::connect(address).await.expect("connected");
@@ -202,6 +243,21 @@ async fn a_request_that_trickles_in_is_cut_off() {
     tokio::time::timeout(Duration::from_secs(10), ended)
         .await
         .expect("the server closed it");
+}
+
+#[tokio::test]
+async fn incomplete_requests_do_not_keep_a_new_one_waiting() {
+    let address = start("127.0.0.1:0", true).await;
+    let mut incomplete = Vec::new();
+    for _ in 0..CONNECTIONS_MAX {
+        let mut stream = TcpStream::connect(address).await.expect("connected");
+        stream.write_all(b"GET /hea").await.expect("written");
+        incomplete.push(stream);
+    }
+    for _ in 0..3 {
+        let answer = tokio::time::timeout(Duration::from_secs(2), get(address, "/healthz")).await;
+        assert_eq!(answer.expect("answered in time").0, 200);
+    }
 }
 
 #[tokio::test]

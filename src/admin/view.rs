@@ -12,8 +12,10 @@ pub(crate) trait AdminView: Send + Sync + 'static {
     fn ready(&self) -> bool;
     /// At most `limit` sessions with an id behind `after`, by byte order of ids.
     fn sessions(&self, after: Option<&str>, limit: usize) -> SessionPage;
-    /// One session.
-    fn session(&self, id: &str) -> Option<SessionView>;
+    /// The session of a client identifier, behind a mount if one is given.
+    fn session(&self, id: &str, mount: Option<&str>) -> Found<SessionView>;
+    /// Ends such a session and its connection.
+    fn end_session(&self, id: &str, mount: Option<&str>) -> Found<()>;
     /// The links to the broker.
     fn links(&self) -> Vec<LinkView>;
     /// What is known of the broker; `None` before the first link came up.
@@ -22,12 +24,23 @@ pub(crate) trait AdminView: Send + Sync + 'static {
     fn before_scrape(&self);
 }
 
+/// The outcome of a search for one session.
+#[derive(Clone, Debug)]
+pub(crate) enum Found<T> {
+    /// There is one.
+    One(T),
+    /// There is none.
+    None,
+    /// The client identifier has sessions behind several mounts, and none was named.
+    Several,
+}
+
 /// A page of sessions.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct SessionPage {
     /// In the order of their ids.
     pub sessions: Vec<SessionSummary>,
-    /// The `after` of the next page; `None` on the last one.
+    /// The `after` of the next page, to be passed on as it is; `None` on the last one.
     pub next: Option<String>,
 }
 
@@ -36,8 +49,12 @@ pub(crate) struct SessionPage {
 pub(crate) struct SessionSummary {
     /// Client id.
     pub client_id: String,
+    /// Prefix of its topics at the broker.
+    pub mount: String,
     /// Who it belongs to.
     pub principal: String,
+    /// Whether a client certificate, and not a user name, stated the principal.
+    pub by_certificate: bool,
     /// MQTT version: `5`, `3.1.1` or `3.1`.
     pub version: &'static str,
     /// Whether it has a connection.
@@ -119,6 +136,7 @@ pub(crate) struct LinkView {
 impl SessionSummary {
     pub(super) fn cut(&mut self) {
         cut(&mut self.client_id);
+        cut(&mut self.mount);
         cut(&mut self.principal);
     }
 }

@@ -3,19 +3,22 @@
 use smallvec::SmallVec;
 
 use crate::auth::{ANONYMOUS, Identity};
-use crate::config::{AclMode, AclRule};
+use crate::config::{AclMode, AclRule, Config};
 use crate::topics::{covers, matches, overlaps, split_shared};
 
 /// First level of the topics that Tidegate keeps for itself.
 pub(super) const OWN_PREFIX: &str = "tidegate";
-/// First levels that only a rule that names them opens.
-const RESERVED: [&str; 2] = ["$SYS", OWN_PREFIX];
 
 /// The rules, ready to be asked.
+///
+/// Reserved topics are those that begin with `$` or with a prefix of Tidegate's own. Only a rule that
+/// names them by its own letters opens them.
 #[derive(Debug)]
 pub struct Acl {
     /// `None`: every topic but the reserved ones.
     rules: Option<Box<[AclRule]>>,
+    /// `upstream.probe_topic`, the prefix of the probes.
+    probe_topic: Box<str>,
 }
 
 /// A pattern with the client's names in place.
@@ -28,89 +31,134 @@ enum Verdict {
 }
 
 impl Acl {
-    /// The rules of a configuration.
-    pub fn new(mode: AclMode, rules: &[AclRule]) -> Self {
+    /// Rules, and `upstream.probe_topic`.
+    fn new(mode: AclMode, rules: &[AclRule], probe_topic: &str) -> Self {
         Self {
             rules: match mode {
                 AclMode::Open => None,
                 AclMode::Rules => Some(rules.into()),
             },
+            probe_topic: probe_topic.into(),
         }
     }
 
-    /// Whether a client may publish to a topic; the topic is a valid name.
-    pub fn may_publish(&self, identity: &Identity, topic: &str) -> bool {
-        self.decide(identity, topic, |rule, pattern| {
-            matches(pattern, topic).then_some(rule.allow.publish)
-        })
+    /// The rules of a configuration.
+    pub fn of(config: &Config) -> Self {
+        let probe_topic = &config.upstream.probe_topic;
+        Self::new(config.auth.acl, &config.acl, probe_topic)
     }
 
-    /// Whether a client may subscribe to a filter, `$share` included; the
-    /// filter is valid. Granted only if all of it lies inside one allowed
-    /// pattern, and no earlier rule denies a part of it.
-    pub fn may_subscribe(&self, identity: &Identity, filter: &str) -> bool {
+    /// Whether a client may publish to a topic. The topic is a valid name, and `mount` stands before it
+    /// at the broker.
+    pub fn may_publish(&self, identity: &Identity, mount: &str, topic: &str) -> bool {
+        self.decide(
+            (identity, mount, topic),
+            |rule| rule.allow.publish,
+            |pattern, _| matches(pattern, topic),
+        )
+    }
+
+    /// Whether a client may subscribe to a filter, `$share` included. The filter is valid, and `mount`
+    /// stands before it at the broker. It is granted only if all of it lies inside one allowed pattern,
+    /// and no earlier rule denies a part of it.
+    pub fn may_subscribe(&self, identity: &Identity, mount: &str, filter: &str) -> bool {
         let filter = match split_shared(filter) {
             Some((_, inner)) => inner,
             None if filter.starts_with("$share/") => return false,
             None => filter,
         };
-        self.decide(identity, filter, |rule, pattern| {
-            if covers(pattern, filter) {
-                Some(rule.allow.subscribe)
-            } else if !rule.allow.subscribe && overlaps(pattern, filter) {
-                Some(false)
-            } else {
-                None
-            }
-        })
+        self.decide(
+            (identity, mount, filter),
+            |rule| rule.allow.subscribe,
+            |pattern, allowed| covers(pattern, filter) || (!allowed && overlaps(pattern, filter)),
+        )
     }
 
-    /// The first rule that has something to say decides.
+    /// Lets the first rule decide that has a pattern which `hits`. `allows` is the rule's answer.
     fn decide(
         &self,
-        identity: &Identity,
-        topic: &str,
-        judge: impl Fn(&AclRule, &str) -> Option<bool>,
+        (identity, mount, topic): (&Identity, &str, &str),
+        allows: impl Fn(&AclRule) -> bool,
+        hits: impl Fn(&str, bool) -> bool,
     ) -> bool {
-        let first = first_level(topic);
-        let reserved = RESERVED.contains(&first);
+        // A client's names can complete a mount to a prefix of Tidegate's own. No rule can name it,
+        // because rules name topics as clients do.
+        if !mount.is_empty() && self.is_own_when_mounted(mount, topic) {
+            return false;
+        }
+        let reserved = self.reserved_prefix(topic);
         let Some(rules) = &self.rules else {
-            return !reserved;
+            return reserved.is_none();
         };
         let verdict = rules
             .iter()
             .filter(|rule| glob(&rule.who, &identity.principal))
             .find_map(|rule| {
-                // One pattern that allows is enough for its rule.
-                let mut found = None;
-                for pattern in &rule.topics {
+                let allowed = allows(rule);
+                let hit = |pattern: &String| {
                     // By its own letters: `%c` must not open it to a client of that name.
-                    if reserved && first_level(pattern) != first {
-                        continue;
+                    let named = reserved.is_none_or(|prefix| is_below(pattern, prefix));
+                    match (expand(pattern, identity), allowed) {
+                        (Some(expanded), _) => named && hits(text(&expanded), allowed),
+                        (None, true) => false,
+                        (None, false) => fails_closed(pattern, |wider| hits(wider, false)),
                     }
-                    let Some(expanded) = expand(pattern, identity) else {
-                        continue;
-                    };
-                    let pattern =
-                        std::str::from_utf8(&expanded).expect("put together from whole strings");
-                    match judge(rule, pattern) {
-                        Some(true) => return Some(Verdict::Allow),
-                        Some(false) => found = Some(Verdict::Deny),
-                        None => {}
-                    }
-                }
-                found
+                };
+                let verdict = if allowed {
+                    Verdict::Allow
+                } else {
+                    Verdict::Deny
+                };
+                rule.topics.iter().any(hit).then_some(verdict)
             });
         verdict == Some(Verdict::Allow)
     }
+
+    /// The reserved prefix that a topic or filter lies below.
+    fn reserved_prefix<'a>(&'a self, topic: &'a str) -> Option<&'a str> {
+        if topic.starts_with('$') {
+            return Some(first_level(topic));
+        }
+        let own = [OWN_PREFIX, &self.probe_topic];
+        own.into_iter().find(|prefix| is_below(topic, prefix))
+    }
+
+    /// Whether `mount` followed by `topic` lies below a prefix of Tidegate's own.
+    fn is_own_when_mounted(&self, mount: &str, topic: &str) -> bool {
+        let own = [OWN_PREFIX, &self.probe_topic];
+        own.into_iter().any(|prefix| {
+            let rest = prefix.strip_prefix(mount);
+            is_below(mount, prefix) || rest.is_some_and(|rest| is_below(topic, rest))
+        })
+    }
+}
+
+fn text(expanded: &Expanded) -> &str {
+    std::str::from_utf8(expanded).expect("put together from whole strings")
+}
+
+/// Judges a pattern that denies and whose names cannot stand in a topic. Nobody can say which topics it
+/// means, so it means all that it could mean with any text in the names' place.
+fn fails_closed(pattern: &str, hits: impl Fn(&str) -> bool) -> bool {
+    let before = pattern.split('%').next().unwrap_or_default();
+    match before.rfind('/') {
+        Some(slash) => hits(&format!("{}#", &before[..=slash])),
+        None => true,
+    }
+}
+
+/// Whether a topic or filter is `prefix`, or begins with it and `/`.
+fn is_below(topic: &str, prefix: &str) -> bool {
+    let rest = topic.strip_prefix(prefix);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 fn first_level(topic: &str) -> &str {
     topic.split('/').next().unwrap_or(topic)
 }
 
-/// Puts the client id and the user name in; `None` if one is missing or could
-/// mean more than itself.
+/// Puts the client identifier and the user name in. `None`: one is missing or could mean more than
+/// itself.
 pub(crate) fn expand(pattern: &str, identity: &Identity) -> Option<Expanded> {
     let mut out = Expanded::new();
     let mut rest = pattern;
@@ -176,37 +224,53 @@ mod tests {
         }
     }
 
+    fn with(mode: AclMode, rules: &[AclRule]) -> Acl {
+        Acl::new(mode, rules, "tidegate/probe")
+    }
+
     fn client(user: &str, id: &str) -> Identity {
         Identity::new(user.into(), id.into())
     }
 
     #[test]
-    fn open_is_all_but_what_is_reserved() {
-        let acl = Acl::new(AclMode::Open, &[]);
+    fn open_allows_all_but_the_reserved_topics() {
+        let acl = with(AclMode::Open, &[]);
         let who = client(ANONYMOUS, "c");
-        for topic in ["a/b", "$other/x", "tidegates/x", "/"] {
+        for topic in ["a/b", "a/$SYS", "tidegates/x", "/"] {
             assert!(
-                acl.may_publish(&who, topic) && acl.may_subscribe(&who, topic),
+                acl.may_publish(&who, "", topic) && acl.may_subscribe(&who, "", topic),
                 "{topic}"
             );
         }
-        for topic in ["$SYS/broker", "tidegate/probe", "tidegate", "$SYS"] {
+        for topic in [
+            "$SYS/broker",
+            "$CONTROL/dynamic-security/v1",
+            "$aws/things/x/shadow/update",
+            "$delayed/5/a",
+            "$",
+            "tidegate/probe",
+            "tidegate",
+            "$SYS",
+        ] {
             assert!(
-                !acl.may_publish(&who, topic) && !acl.may_subscribe(&who, topic),
+                !acl.may_publish(&who, "", topic) && !acl.may_subscribe(&who, "", topic),
                 "{topic}"
             );
         }
         for filter in ["#", "+/x", "$share/g/#", "$share/g/a"] {
-            assert!(acl.may_subscribe(&who, filter), "{filter}");
+            assert!(acl.may_subscribe(&who, "", filter), "{filter}");
         }
         for filter in [
             "$SYS/#",
             "tidegate/#",
             "$share/g/$SYS/#",
+            "$share/g/$CONTROL/#",
+            "$queue/a",
+            "$share/g/$queue/a",
             "$share/g/tidegate/+",
             "$share/g",
         ] {
-            assert!(!acl.may_subscribe(&who, filter), "{filter}");
+            assert!(!acl.may_subscribe(&who, "", filter), "{filter}");
         }
     }
 
@@ -222,7 +286,7 @@ mod tests {
             rule("*", "p", &["home/%u/#"]),
             rule("gate", "s", &["tidegate/#"]),
         ];
-        let acl = Acl::new(AclMode::Rules, &rules);
+        let acl = with(AclMode::Rules, &rules);
         let table = [
             ("mallory", "m", 's', "data/x", false),
             ("sensor-1", "s1", 'p', "data/s1/t", true),
@@ -261,49 +325,155 @@ mod tests {
         for (user, id, what, topic, expected) in table {
             let who = client(user, id);
             let allowed = match what {
-                'p' => acl.may_publish(&who, topic),
-                _ => acl.may_subscribe(&who, topic),
+                'p' => acl.may_publish(&who, "", topic),
+                _ => acl.may_subscribe(&who, "", topic),
             };
             assert_eq!(allowed, expected, "{user} {what} {topic}");
         }
     }
 
     #[test]
+    fn dollar_topics_need_a_rule_that_names_them() {
+        let rules = [
+            rule("*", "ps", &["$aws/things/%c/#", "%c/#", "+/#", "#"]),
+            rule("*", "p", &["$CONTROL/dynamic-security/v1"]),
+        ];
+        let acl = with(AclMode::Rules, &rules);
+        let who = client("alice", "$CONTROL");
+        assert!(acl.may_publish(&client("alice", "t1"), "", "$aws/things/t1/x"));
+        assert!(!acl.may_publish(&client("alice", "t2"), "", "$aws/things/t1/x"));
+        assert!(acl.may_publish(&who, "", "$CONTROL/dynamic-security/v1"));
+        for topic in ["$CONTROL/x", "$delayed/5/a", "$SYS/x"] {
+            assert!(!acl.may_publish(&who, "", topic), "{topic}");
+            assert!(!acl.may_subscribe(&who, "", topic), "{topic}");
+        }
+    }
+
+    #[test]
+    fn a_mount_does_not_lead_into_the_own_prefixes() {
+        let own = |acl: &Acl| {
+            let who = client("alice", "tidegate");
+            for (mount, topic) in [
+                ("tidegate/", "x"),
+                ("tidegate/", "probe/x"),
+                ("tidegate/alice/", "x"),
+                ("outer/", "probe"),
+                ("outer/", "probe/n/1"),
+                ("outer/probe/", "n"),
+            ] {
+                assert!(!acl.may_publish(&who, mount, topic), "{mount}{topic}");
+                assert!(!acl.may_subscribe(&who, mount, topic), "{mount}{topic}");
+                let shared = format!("$share/g/{topic}");
+                assert!(!acl.may_subscribe(&who, mount, &shared), "{mount}{topic}");
+            }
+            for (mount, topic) in [("tidegates/", "x"), ("outer/", "probes"), ("a/", "b")] {
+                assert!(acl.may_publish(&who, mount, topic), "{mount}{topic}");
+            }
+        };
+        own(&Acl::new(AclMode::Open, &[], "outer/probe"));
+        let rules = [rule("*", "ps", &["#", "tidegate/#"])];
+        own(&Acl::new(AclMode::Rules, &rules, "outer/probe"));
+    }
+
+    #[test]
+    fn the_probes_have_a_place_of_their_own() {
+        let open = Acl::new(AclMode::Open, &[], "outer/probe");
+        let who = client("alice", "c");
+        assert!(!open.may_publish(&who, "", "outer/probe/n/1"));
+        assert!(!open.may_subscribe(&who, "", "outer/probe/#"));
+        assert!(open.may_publish(&who, "", "outer/x"));
+        let rules = [
+            rule("*", "p", &["outer/#"]),
+            rule("gate", "p", &["outer/probe/#"]),
+        ];
+        let named = Acl::new(AclMode::Rules, &rules, "outer/probe");
+        assert!(!named.may_publish(&who, "", "outer/probe/n/1"));
+        assert!(named.may_publish(&who, "", "outer/x"));
+        assert!(named.may_publish(&client("gate", "c"), "", "outer/probe/n/1"));
+    }
+
+    #[test]
+    fn a_rule_that_denies_by_an_unusable_name_fails_closed() {
+        let rules = [
+            rule("*", "", &["private/%c/#", "x%u"]),
+            rule("*", "s", &["inbox/%c"]),
+            rule("*", "ps", &["#"]),
+        ];
+        let acl = with(AclMode::Rules, &rules);
+        for id in ["a/b", "+", "#", "", "a#"] {
+            let who = client("bob", id);
+            for topic in ["private/a/b/x", "private/x", "private", "xbob", "inbox/a/b"] {
+                assert!(!acl.may_publish(&who, "", topic), "{id} {topic}");
+            }
+            for filter in [
+                "private/a/b/x",
+                "#",
+                "+/a/b",
+                "private/#",
+                "$share/g/private/a/x",
+            ] {
+                assert!(!acl.may_subscribe(&who, "", filter), "{id} {filter}");
+            }
+            // The rules that a later allow is to decide about.
+            for topic in ["public/x", "privat"] {
+                assert!(acl.may_publish(&who, "", topic), "{id} {topic}");
+                assert!(acl.may_subscribe(&who, "", topic), "{id} {topic}");
+            }
+            assert!(acl.may_subscribe(&who, "", "inbox/a/b"));
+        }
+        // A name in the first level: the rule may mean any topic, reserved ones included.
+        let rules = [rule("*", "", &["%c/#"]), rule("*", "ps", &["$SYS/#", "#"])];
+        let acl = with(AclMode::Rules, &rules);
+        for topic in ["x", "$SYS/x"] {
+            assert!(
+                !acl.may_publish(&client("bob", "$SYS"), "", topic),
+                "{topic}"
+            );
+            assert!(acl.may_publish(&client("bob", "ok"), "", topic), "{topic}");
+        }
+        // A client without a user name: `%u` has no text at all.
+        let rules = [rule("*", "", &["u/%u/#"]), rule("*", "ps", &["#"])];
+        let acl = with(AclMode::Rules, &rules);
+        assert!(!acl.may_publish(&client(ANONYMOUS, "c"), "", "u/alice/x"));
+        assert!(acl.may_publish(&client("bob", "c"), "", "u/alice/x"));
+    }
+
+    #[test]
     fn names_that_mean_more_than_themselves_match_nothing() {
         let rules = [rule("*", "ps", &["%c/#", "u/%u/#", "x/a%cb/y"])];
-        let acl = Acl::new(AclMode::Rules, &rules);
+        let acl = with(AclMode::Rules, &rules);
         for id in ["#", "+", "a/b", "", "$SYS", "a+"] {
             let who = client("bob", id);
             for topic in ["x", "a/b/c", "$SYS/x", "+/x", "a/b", "/x"] {
-                assert!(!acl.may_subscribe(&who, topic), "{id} {topic}");
+                assert!(!acl.may_subscribe(&who, "", topic), "{id} {topic}");
             }
-            assert!(!acl.may_subscribe(&who, "#"));
+            assert!(!acl.may_subscribe(&who, "", "#"));
         }
-        assert!(acl.may_publish(&client("bob", "c1"), "c1/x"));
-        assert!(acl.may_publish(&client("bob", "c1"), "x/ac1b/y"));
+        assert!(acl.may_publish(&client("bob", "c1"), "", "c1/x"));
+        assert!(acl.may_publish(&client("bob", "c1"), "", "x/ac1b/y"));
         // Nor does a client of that name get what is reserved.
-        assert!(!acl.may_subscribe(&client("bob", "tidegate"), "tidegate/x"));
+        assert!(!acl.may_subscribe(&client("bob", "tidegate"), "", "tidegate/x"));
         // %c inside a user name is text.
-        assert!(acl.may_publish(&client("%c", "z"), "u/%c/x"));
-        assert!(!acl.may_publish(&client("%c", "z"), "u/z/x"));
+        assert!(acl.may_publish(&client("%c", "z"), "", "u/%c/x"));
+        assert!(!acl.may_publish(&client("%c", "z"), "", "u/z/x"));
     }
 
     #[test]
     fn an_unverified_user_name_is_no_user_name() {
-        let acl = Acl::new(AclMode::Rules, &[rule("*", "ps", &["u/%u/#"])]);
+        let acl = with(AclMode::Rules, &[rule("*", "ps", &["u/%u/#"])]);
         let forged = Identity {
             username: Some("alice".into()),
             ..client(ANONYMOUS, "c")
         };
-        assert!(!acl.may_publish(&forged, "u/alice/x"));
-        assert!(acl.may_publish(&client("alice", "c"), "u/alice/x"));
+        assert!(!acl.may_publish(&forged, "", "u/alice/x"));
+        assert!(acl.may_publish(&client("alice", "c"), "", "u/alice/x"));
     }
 
     #[test]
     fn no_rule_no_right() {
-        let acl = Acl::new(AclMode::Rules, &[]);
-        assert!(!acl.may_publish(&client("a", "b"), "x"));
-        assert!(!acl.may_subscribe(&client("a", "b"), "x"));
+        let acl = with(AclMode::Rules, &[]);
+        assert!(!acl.may_publish(&client("a", "b"), "", "x"));
+        assert!(!acl.may_subscribe(&client("a", "b"), "", "x"));
     }
 
     #[test]

@@ -10,6 +10,15 @@ use argon2::password_hash::{PasswordHash, PasswordHasher as _, PasswordVerifier 
 use argon2::{Algorithm, Argon2, Params, Version};
 
 use crate::auth::ANONYMOUS;
+use crate::config::files;
+
+/// The most memory that a hash may ask for, in KiB: as much as RFC 9106 section 4 recommends for a
+/// machine with little of it.
+pub(crate) const MEMORY_MAX_KIB: u32 = 64 * 1024;
+/// The most passes over that memory.
+const PASSES_MAX: u32 = 16;
+/// The most lanes; they are computed one after the other.
+const LANES_MAX: u32 = 16;
 
 /// What is wrong with a password file, or with what is to be written to it.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +55,7 @@ pub enum Error {
 /// # Errors
 /// When the file cannot be read, or a line of it is wrong.
 pub(crate) fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
-    let text = std::fs::read_to_string(path).map_err(|source| io(path, source))?;
+    let text = files::read_text(path).map_err(|source| io(path, source))?;
     // The names come from outside, so the standard library's keyed hasher is right here.
     let mut users = HashMap::default();
     for (i, line) in text.lines().enumerate() {
@@ -64,9 +73,8 @@ pub(crate) fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
             ));
         };
         check_user(user).map_err(|e| wrong(e.to_string()))?;
-        let parsed = PasswordHash::new(hash);
-        if !parsed.is_ok_and(|h| h.algorithm.as_str().starts_with("argon2")) {
-            return Err(wrong(format!("the hash of {user:?} is not an argon2 hash")));
+        if let Err(why) = check_hash(hash) {
+            return Err(wrong(format!("the hash of {user:?} {why}")));
         }
         if users.insert(user.to_owned(), Arc::from(hash)).is_some() {
             return Err(wrong(format!("{user:?} is there twice")));
@@ -83,7 +91,7 @@ pub(crate) fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
 pub(crate) fn set(path: &Path, user: &str, password: &[u8]) -> Result<(), Error> {
     check_user(user)?;
     let line = format!("{user}:{}", hash(password)?);
-    let text = match std::fs::read_to_string(path) {
+    let text = match files::read_text(path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
         Err(error) => return Err(io(path, error)),
@@ -115,6 +123,29 @@ pub(crate) fn hash(password: &[u8]) -> Result<String, Error> {
 pub(crate) fn verify(hash: &str, password: &[u8]) -> bool {
     PasswordHash::new(hash)
         .is_ok_and(|hash| Argon2::default().verify_password(password, &hash).is_ok())
+}
+
+/// Whether a hash can be verified, within bounds: whoever tries a password makes this process spend the
+/// memory and time that the hash asks for.
+fn check_hash(hash: &str) -> Result<(), String> {
+    const NOT_ARGON2: &str = "is not an argon2 hash";
+    let parsed = PasswordHash::new(hash).map_err(|_| NOT_ARGON2)?;
+    if !parsed.algorithm.as_str().starts_with("argon2") {
+        return Err(NOT_ARGON2.to_owned());
+    }
+    let params = Params::try_from(&parsed).map_err(|e| format!("cannot be verified: {e}"))?;
+    for (what, value, most) in [
+        ("KiB of memory (m)", params.m_cost(), MEMORY_MAX_KIB),
+        ("passes (t)", params.t_cost(), PASSES_MAX),
+        ("lanes (p)", params.p_cost(), LANES_MAX),
+    ] {
+        if value > most {
+            return Err(format!(
+                "asks for {value} {what}; allowed are {most}: `tidegate passwd` makes a new one"
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn io(path: &Path, source: std::io::Error) -> Error {
@@ -227,6 +258,44 @@ mod tests {
                 error.starts_with(&start) && error.contains(part),
                 "{text}: {error}"
             );
+        }
+        std::fs::remove_file(&path).expect("removed");
+    }
+
+    #[test]
+    fn a_byte_order_mark_hides_no_user() {
+        let path = temp("bom");
+        set(&path, "alice", b"one").expect("written");
+        let text = std::fs::read_to_string(&path).expect("text");
+        std::fs::write(&path, format!("\u{feff}{text}")).expect("written");
+        assert!(verify(&read(&path).expect("read")["alice"], b"one"));
+        set(&path, "alice", b"two").expect("written");
+        let users = read(&path).expect("read");
+        assert!(users.len() == 1 && verify(&users["alice"], b"two"));
+        std::fs::remove_file(&path).expect("removed");
+    }
+
+    #[test]
+    fn what_a_hash_may_cost_is_bounded() {
+        let path = temp("costs");
+        let good = hash(b"x").expect("hash");
+        let at = |m: u32, t: u32, p: u32| {
+            let costs = format!("$m={m},t={t},p={p}$");
+            assert!(good.contains("$m=19456,t=2,p=1$"), "{good}");
+            let hash = good.replace("$m=19456,t=2,p=1$", &costs);
+            std::fs::write(&path, format!("alice:{hash}\n")).expect("written");
+            read(&path)
+        };
+        assert!(at(64 * 1024, 16, 16).is_ok());
+        for (m, t, p, why) in [
+            (64 * 1024 + 1, 1, 1, "65537 KiB of memory (m)"),
+            (1024 * 1024, 2, 1, "1048576 KiB of memory (m)"),
+            (1024, 17, 1, "17 passes (t)"),
+            (1024, 1, 17, "17 lanes (p)"),
+            (1, 1, 1, "cannot be verified"),
+        ] {
+            let error = at(m, t, p).expect_err("refused").to_string();
+            assert!(error.contains(":1: ") && error.contains(why), "{error}");
         }
         std::fs::remove_file(&path).expect("removed");
     }

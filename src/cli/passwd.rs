@@ -6,6 +6,8 @@ use std::path::Path;
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use crate::auth::passwd::{self, Error};
+use crate::config::files;
+
 use crate::cli::{EXIT_INTERNAL, EXIT_USAGE, Failure};
 
 /// Longest password that CONNECT can carry (MQTT 5 §1.5.6).
@@ -57,7 +59,7 @@ fn ask(user: &str) -> io::Result<Vec<u8>> {
     Ok(answers.swap_remove(0))
 }
 
-/// The first line without its end.
+/// The first line without its end, and without a byte order mark.
 fn first_line(input: &mut impl BufRead) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     let mut limited = io::Read::take(input, PASSWORD_MAX_BYTES as u64 + 2);
@@ -68,6 +70,7 @@ fn first_line(input: &mut impl BufRead) -> io::Result<Vec<u8>> {
             line.pop();
         }
     }
+    let line = files::without_bom(&line).to_vec();
     if line.len() > PASSWORD_MAX_BYTES {
         return Err(io::Error::other("longer than 65535 bytes"));
     }
@@ -104,6 +107,7 @@ mod tests {
         assert_eq!(line(b"secret\nmore").unwrap(), b"secret");
         assert_eq!(line(b"secret\r\n").unwrap(), b"secret");
         assert_eq!(line(b" a b ").unwrap(), b" a b ");
+        assert_eq!(line(b"\xef\xbb\xbfsecret\r\n").unwrap(), b"secret");
         assert_eq!(line(b"").unwrap(), b"");
         assert_eq!(
             line(&[b'x'; PASSWORD_MAX_BYTES]).unwrap().len(),

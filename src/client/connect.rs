@@ -11,23 +11,20 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::auth::Identity;
 use crate::mqtt::{Connect, ReasonCode, decode_connect};
 use crate::router::Peer;
 use crate::telemetry::{RefusedReason, clean, metrics};
-use crate::transport::{ClientCertificate, Stream, UNAUTHENTICATED_PACKET_MAX_BYTES};
+use crate::transport::Stream;
 
 use crate::client::machine::{Machine, ReadBuffer};
-use crate::client::scope::{added_bytes, owner, scope_of};
-use crate::client::{ClientPolicy, Clients, ListenerContext};
+use crate::client::scope::{added_bytes, scope_of};
+use crate::client::{ClientPolicy, Clients, LOGGED_CHARS, ListenerContext};
 pub use admit::{Admission, Admitted, Applicant};
 use authenticate::authenticate;
 pub use refuse::Refusal;
-
-/// Characters of a client's text in a log line.
-const LOGGED_CHARS: usize = 64;
 
 /// A connection whose client has its session.
 pub(super) struct AcceptedConnection {
@@ -56,15 +53,22 @@ pub(super) async fn accept(
     let began = clients.clock.now();
     let mut input = ReadBuffer::default();
     let budget = (&clients.unauthenticated, clients.unauthenticated_max_bytes);
-    let read = read::read_connect(&mut stream, &mut input, budget);
+    let connect_max = clients.limits.connect_max;
+    let read = read::read_connect(&mut stream, &mut input, connect_max, budget);
     let read = timeout_at(deadline, read).await;
     let mut input = std::mem::take(&mut input.bytes);
     let refusal = match read {
         Ok(Ok(())) => {
-            let certificate = stream.take_certificate();
-            match open_session(clients, listener, peer, certificate, &input).await {
+            let mut waiting = Waiting {
+                stream: &mut stream,
+                more: Vec::new(),
+                deadline,
+            };
+            match open_session(clients, listener, peer, &mut waiting, &input).await {
                 Ok((session, used)) => {
+                    let mut more = waiting.more;
                     input.drain(..used);
+                    input.append(&mut more);
                     metrics()
                         .connect_seconds
                         .record(clients.clock.now().since(began).as_secs_f64());
@@ -91,15 +95,47 @@ pub(super) async fn accept(
     None
 }
 
+/// A client that waits for its CONNACK.
+struct Waiting<'a> {
+    stream: &'a mut Stream,
+    /// Bytes that arrived meanwhile.
+    more: Vec<u8>,
+    /// When CONNACK must be there.
+    deadline: Instant,
+}
+
+impl Waiting<'_> {
+    /// Waits for `check`, but no longer than the client does, and no longer than its deadline.
+    async fn bound<T>(
+        &mut self,
+        check: impl Future<Output = Result<T, Refusal>>,
+    ) -> Result<T, Refusal> {
+        tokio::select! {
+            biased;
+            done = check => done,
+            closed = read::until_gone(self.stream, &mut self.more) => Err(Refusal::new(
+                RefusedReason::Closed,
+                ReasonCode::SUCCESS,
+                format!("{closed} while the password was checked"),
+            )),
+            () = sleep_until(self.deadline) => Err(Refusal::new(
+                RefusedReason::Timeout,
+                ReasonCode::SERVER_BUSY,
+                "the password could not be checked within limits.accept_deadline",
+            )),
+        }
+    }
+}
+
 /// Gives the client behind a complete CONNECT its session. Returns the CONNECT's length too.
 async fn open_session(
     clients: &Clients,
     listener: &ListenerContext,
     peer: SocketAddr,
-    certificate: Option<Box<ClientCertificate>>,
+    waiting: &mut Waiting<'_>,
     input: &[u8],
 ) -> Result<(AcceptedSession, usize), Refusal> {
-    let Ok(Some((connect, used))) = decode_connect(input, UNAUTHENTICATED_PACKET_MAX_BYTES) else {
+    let Ok(Some((connect, used))) = decode_connect(input, clients.limits.connect_max) else {
         // It was decoded a moment ago.
         return Err(Refusal::new(
             RefusedReason::Malformed,
@@ -107,7 +143,7 @@ async fn open_session(
             "CONNECT changed while it was read",
         ));
     };
-    let session = session_for(clients, listener, peer, certificate, &connect).await;
+    let session = session_for(clients, listener, peer, waiting, &connect).await;
     session
         .map(|session| (session, used))
         .map_err(|refusal| refusal.answering(&connect))
@@ -117,7 +153,7 @@ async fn session_for(
     clients: &Clients,
     listener: &ListenerContext,
     peer: SocketAddr,
-    certificate: Option<Box<ClientCertificate>>,
+    waiting: &mut Waiting<'_>,
     connect: &Connect<'_>,
 ) -> Result<AcceptedSession, Refusal> {
     if clients.draining.load(Ordering::Acquire) {
@@ -127,14 +163,16 @@ async fn session_for(
             "the process is ending",
         ));
     }
-    if !clients.rate.take(clients.clock.now()) {
+    if !clients.rate.take(clients.clock.now(), peer.ip()) {
         return Err(Refusal::new(
             RefusedReason::Rate,
             ReasonCode::CONNECTION_RATE_EXCEEDED,
             "limits.connect_rate_max is exceeded",
         ));
     }
-    let identity = authenticate(clients, listener.auth, connect, certificate).await?;
+    let certificate = waiting.stream.take_certificate();
+    let check = authenticate(clients, listener.auth, connect, certificate, peer);
+    let (identity, owner) = waiting.bound(check).await?;
     let scope = scope_of(clients, listener, &identity, peer).map_err(|why| {
         let (label, code) = (RefusedReason::NotAuthorized, ReasonCode::NOT_AUTHORIZED);
         Refusal::new(label, code, why)
@@ -159,7 +197,7 @@ async fn session_for(
         connect,
         Applicant {
             client_id: identity.client_id.clone(),
-            owner: owner(&identity.principal, scope.as_deref()),
+            owner,
             added_bytes: added_bytes(clients, scope.as_deref()),
             scope,
             peer: peer.clone(),

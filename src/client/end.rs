@@ -136,6 +136,7 @@ fn label_and_how(reason: CloseReason) -> (DisconnectReason, CloseHow) {
         }
         C::TakenOver => (D::TakenOver, CloseHow::Normal),
         C::SessionEnded => (D::SessionEnded, CloseHow::Normal),
+        C::Operator | C::NotAuthorized => (D::Admin, CloseHow::Normal),
         C::ShuttingDown => (D::Draining, CloseHow::GoingAway),
     }
 }

@@ -84,16 +84,9 @@ pub(super) fn sender_moved(
 /// Bytes that are added to each publish of a client with this scope, at most, whatever its address.
 pub(super) fn added_bytes(clients: &Clients, scope: Option<&Scope>) -> u32 {
     let names_address = clients.sender_properties.contains(&SenderProperty::Address);
-    let own = scope.map_or(0, |s| s.mount.len() + s.sender.len());
+    // The mount stands before the topic and before the Response Topic.
+    let own = scope.map_or(0, |s| 2 * s.mount.len() + s.sender.len());
     let address = if names_address { ADDRESS_MAX_BYTES } else { 0 };
     // Mount and properties are each shorter than 64 KiB.
     (own + address) as u32
-}
-
-/// Who a session belongs to. The same client identifier behind two mounts is two sessions.
-pub(super) fn owner(principal: &Arc<str>, scope: Option<&Scope>) -> Arc<str> {
-    match scope {
-        Some(scope) if !scope.mount.is_empty() => format!("{principal}\0{}", scope.mount).into(),
-        _ => principal.clone(),
-    }
 }

@@ -8,7 +8,7 @@ use crate::budget::QueueFull;
 use crate::config::address::WS_PATH;
 use crate::config::choices::{
     Ack, AclMode, AuthMode, ClientIdRule, Durability, LogFormat, Probe, Protocol, ProxyProtocol,
-    RealIpHeader, SharedAt, SubscribeWhileAway, Transport,
+    RealIpHeader, ResponseTopicRule, SharedAt, SubscribeWhileAway, Transport,
 };
 use crate::config::host;
 use crate::config::types::{
@@ -58,6 +58,8 @@ impl Config {
                 file: None,
                 acl: AclMode::Open,
                 client_id: ClientIdRule::Any,
+                certificate_users: false,
+                response_topic: ResponseTopicRule::Remove,
             },
             acl: Vec::new(),
             admin: Admin::default(),
@@ -210,11 +212,12 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             packet_max: MIB as u32,
+            connect_max: (128 * KIB) as u32,
             connections_max: 100_000,
             connect_rate_max: 5000,
             receive_max: 64,
             topic_alias_max: 64,
-            subscriptions_per_client_max: 1000,
+            subscriptions_per_client_max: 10_000,
             topic_levels_max: 128,
             handshakes_max: 1000,
             accept_deadline: Duration::from_secs(10),

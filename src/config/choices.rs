@@ -325,7 +325,7 @@ choices!(CertificateIdentity {
 /// Whether access rules apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AclMode {
-    /// All topics are allowed except `$SYS` and our own prefix.
+    /// All topics are allowed, except those that begin with `$` and our own prefixes.
     Open,
     /// Only topics that a rule allows.
     Rules,
@@ -348,6 +348,20 @@ pub enum ClientIdRule {
 choices!(ClientIdRule {
     "any" => Any,
     "username" => Username,
+} not supported {});
+
+/// What becomes of a Response Topic to which its client may not publish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResponseTopicRule {
+    /// The publish is passed on without it.
+    Remove,
+    /// The publish is refused.
+    Refuse,
+}
+
+choices!(ResponseTopicRule {
+    "remove" => Remove,
+    "refuse" => Refuse,
 } not supported {});
 
 /// How a log line looks.

@@ -14,7 +14,7 @@ use crate::config::builtin::{
 };
 use crate::config::choices::{
     AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, ProxyProtocol, RealIpHeader,
-    Transport,
+    ResponseTopicRule, Transport,
 };
 use crate::config::document::Document;
 use crate::config::error::{Error, Problem};
@@ -23,7 +23,7 @@ use crate::config::types::{
     Listener, Log, Memory, Node, Session, Store, Tls, Upstream,
 };
 use crate::config::units::{OneOrMore, Share, SpanOrNone};
-use crate::config::{check, host};
+use crate::config::{check, files, host, origin};
 
 impl Config {
     /// Reads and checks a file.
@@ -31,7 +31,7 @@ impl Config {
     /// # Errors
     /// When the file cannot be read, or all mistakes in it.
     pub fn load(path: &Path) -> Result<Self, Error> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
+        let text = files::read_text(path).map_err(|source| Error::Read {
             path: path.to_owned(),
             source,
         })?;
@@ -52,7 +52,7 @@ impl Config {
         let file: File = toml::from_str(text).map_err(|e| invalid(vec![doc.problem(&e)]))?;
         let mut problems = Vec::new();
         let mut config = file.resolve(path, &doc, &mut problems);
-        config.resolve_paths(path.parent().unwrap_or(Path::new("")));
+        config.resolve_paths(path);
         check::check(&config, &doc, &mut problems);
         if problems.is_empty() {
             Ok(config)
@@ -62,7 +62,14 @@ impl Config {
         }
     }
 
-    fn resolve_paths(&mut self, base: &Path) {
+    /// Resolves relative paths against the directory of the file.
+    fn resolve_paths(&mut self, file: &Path) {
+        // A file that is named without a directory is in the working directory. An empty path is no
+        // directory, and would leave a relative path without a parent.
+        let base = match file.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
         let resolve = |path: &mut PathBuf| *path = base.join(&*path);
         resolve(&mut self.node.data_dir);
         for tls in &mut self.tls {
@@ -188,6 +195,8 @@ struct RawAuth {
     file: Option<PathBuf>,
     acl: Option<AclMode>,
     client_id: Option<ClientIdRule>,
+    certificate_users: bool,
+    response_topic: Option<ResponseTopicRule>,
 }
 
 impl<'de> Deserialize<'de> for AclAllow {
@@ -275,6 +284,11 @@ impl File {
                 file: self.auth.file,
                 acl,
                 client_id: self.auth.client_id.unwrap_or(ClientIdRule::Any),
+                certificate_users: self.auth.certificate_users,
+                response_topic: self
+                    .auth
+                    .response_topic
+                    .unwrap_or(ResponseTopicRule::Remove),
             },
             acl: self.acl,
             admin: self.admin,
@@ -373,6 +387,16 @@ impl RawListener {
         if !transport.is_encrypted() && self.tls.is_some() {
             unused("tls", "tls, wss and quic");
         }
+        let mut origins = Vec::new();
+        for written in self.origins.iter().flatten() {
+            match origin::parse(written) {
+                Ok(origin) => origins.push(origin),
+                Err(why) => {
+                    let message = format!("{written:?} is no origin; {why}");
+                    say(&format!("listeners[{i}].origins"), message);
+                }
+            }
+        }
         let mut trusted_proxies = Vec::new();
         for (n, text) in self.trusted_proxies.iter().flatten().enumerate() {
             match network(text) {
@@ -392,7 +416,7 @@ impl RawListener {
                 (true, None) => vec![TLS_NAME.to_owned()],
                 (true, Some(names)) => names.0,
             },
-            origins: self.origins.unwrap_or_default(),
+            origins,
             webtransport,
             early_data: self.early_data && transport == Transport::Quic,
             auth: self.auth.unwrap_or(mode),

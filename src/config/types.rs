@@ -10,9 +10,10 @@ use serde::Deserialize;
 use crate::budget::QueueFull;
 use crate::config::choices::{
     Ack, AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, Durability, LogFormat,
-    Probe, Protocol, ProxyProtocol, RealIpHeader, SenderProperty, SharedAt, SubscribeWhileAway,
-    Transport,
+    Probe, Protocol, ProxyProtocol, RealIpHeader, ResponseTopicRule, SenderProperty, SharedAt,
+    SubscribeWhileAway, Transport,
 };
+use crate::config::files;
 use crate::config::units::{duration, duration_or_none, size, size32};
 use crate::config::upstream::{PublishLinks, Server};
 
@@ -133,7 +134,8 @@ pub struct Listener {
     /// Names of `[[tls]]` entries, the default first; empty if and only if the transport is not
     /// encrypted.
     pub tls: Vec<String>,
-    /// Allowed `Origin` values of WebSocket and WebTransport requests; empty allows all.
+    /// Allowed `Origin` values of WebSocket and WebTransport requests, in their normal form; `*.` at the
+    /// beginning of a host stands for one label. Empty allows all.
     pub origins: Vec<String>,
     /// Whether browsers are served over WebTransport (HTTP/3) at the same port; `quic` only.
     pub webtransport: bool,
@@ -247,7 +249,7 @@ impl Upstream {
         let Some(path) = &self.password_file else {
             return Ok(None);
         };
-        let mut secret = std::fs::read(path)?;
+        let mut secret = files::read(path)?;
         while matches!(secret.last(), Some(b'\n' | b'\r')) {
             secret.pop();
         }
@@ -317,6 +319,9 @@ pub struct Limits {
     /// Largest packet accepted, in bytes, fixed header included.
     #[serde(deserialize_with = "size32")]
     pub packet_max: u32,
+    /// Largest CONNECT accepted, in bytes, fixed header included.
+    #[serde(deserialize_with = "size32")]
+    pub connect_max: u32,
     /// Connections at once.
     pub connections_max: u32,
     /// CONNECTs per second.
@@ -378,6 +383,10 @@ pub struct Auth {
     pub acl: AclMode,
     /// The client identifiers that a principal may use.
     pub client_id: ClientIdRule,
+    /// Whether a client certificate and the user of its name in the password file are one principal.
+    pub certificate_users: bool,
+    /// What becomes of a Response Topic to which its client may not publish.
+    pub response_topic: ResponseTopicRule,
 }
 
 /// `[[acl]]`: one rule.

@@ -1,7 +1,10 @@
 //! A PUBLISH toward one receiver: a computed head before the message's shared bytes (MQTT 5 §3.3).
 
 use crate::mqtt::head::{MAX_REMAINING_BYTES, PUBLISH, varint_len};
-use crate::mqtt::props::{MESSAGE_EXPIRY, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS, USER_PROPERTY};
+use crate::mqtt::props::{
+    MESSAGE_EXPIRY, RESPONSE_TOPIC, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS, USER_PROPERTY,
+    response_topic,
+};
 use crate::mqtt::write::{put_head, put_str, put_u16, put_u32, put_varint, str_len};
 use crate::mqtt::{Message, QoS, Version};
 
@@ -26,7 +29,8 @@ pub struct Delivery<'a> {
     pub subscription_ids: &'a [u32],
     /// A user property to be added before the message's own.
     pub user_property: Option<(&'a str, &'a str)>,
-    /// Bytes to be cut from the start of the topic.
+    /// Bytes to be cut from the start of the topic, and of a Response Topic that begins with the same
+    /// bytes.
     pub hidden: u16,
 }
 
@@ -80,13 +84,23 @@ impl Delivery<'_> {
             Some(len) => {
                 put_varint(len, out);
                 self.put_own(out);
-                out.extend_from_slice(m.tail());
+                let mut tail = m.tail();
+                if let Some((at, text)) = layout.response_topic {
+                    let (before, after) = tail.split_at(at);
+                    let seen = &text[usize::from(self.hidden)..];
+                    out.extend_from_slice(before);
+                    out.push(RESPONSE_TOPIC);
+                    put_u16(seen.len() as u16, out);
+                    out.extend_from_slice(seen);
+                    tail = &after[3 + text.len()..];
+                }
+                out.extend_from_slice(tail);
             }
         }
     }
 
     #[inline]
-    fn layout(&self, m: &Message) -> Layout {
+    fn layout<'m>(&self, m: &'m Message) -> Layout<'m> {
         let hidden = usize::from(self.hidden).min(m.wire_topic().len() - 2);
         let topic = m.wire_topic().len() - hidden;
         let mut remaining = topic + m.payload().len();
@@ -97,16 +111,32 @@ impl Delivery<'_> {
             return Layout {
                 remaining,
                 properties: None,
+                response_topic: None,
             };
         }
         if let Alias::Use(_) = self.alias {
             remaining -= topic - 2;
         }
-        let properties = self.own_len() + m.properties().len();
+        let response_topic = self.partly_hidden(m, hidden);
+        let cut = response_topic.map_or(0, |_| hidden);
+        let properties = self.own_len() + m.properties().len() - cut;
         Layout {
             remaining: remaining + varint_len(properties) + properties,
             properties: Some(properties),
+            response_topic,
         }
+    }
+
+    /// The Response Topic of which a part is hidden, with its place among the properties.
+    #[inline]
+    fn partly_hidden<'m>(&self, m: &'m Message, hidden: usize) -> Option<(usize, &'m [u8])> {
+        if hidden == 0 {
+            return None;
+        }
+        let mount = &m.topic().as_bytes()[..hidden];
+        let (at, text) = response_topic(m.properties())?;
+        let seen = text.strip_prefix(mount)?;
+        (!seen.is_empty()).then_some((at, text))
     }
 
     fn own_len(&self) -> usize {
@@ -146,10 +176,12 @@ impl Delivery<'_> {
     }
 }
 
-struct Layout {
+struct Layout<'m> {
     remaining: usize,
     // None: the version has no properties at all.
     properties: Option<usize>,
+    // The Response Topic that is cut, with the index of its identifier among the message's properties.
+    response_topic: Option<(usize, &'m [u8])>,
 }
 
 /// The largest packet that MQTT allows, fixed header included.
@@ -244,6 +276,47 @@ mod tests {
         );
         let past = Delivery { hidden: 9, ..PLAIN };
         assert_eq!(bytes(past), b"\x30\x05\0\0xyz");
+    }
+
+    #[test]
+    fn a_response_topic_loses_the_hidden_part_too() {
+        let sent = |topic, properties: &'static [u8], version| {
+            let message = Message::new(&MessageSpec {
+                topic,
+                properties: Properties(properties),
+                payload: b"p",
+                qos: QoS::AtMostOnce,
+                retain: false,
+                expires_at: None,
+                strip_key: None,
+                account: None,
+            });
+            let delivery = Delivery {
+                version,
+                hidden: 2,
+                ..PLAIN
+            };
+            let mut out = Vec::new();
+            delivery.encode(&message, &mut out);
+            assert_eq!(out.len(), delivery.size(&message));
+            out
+        };
+        let (v5, v311) = (Version::V5, Version::V311);
+        let mounted = b"\x01\x01\x08\0\x03t/r\x09\0\x01c";
+        assert_eq!(
+            sent("t/a", mounted, v5),
+            b"\x30\x0F\0\x01a\x0A\x01\x01\x08\0\x01r\x09\0\x01cp"
+        );
+        assert_eq!(sent("t/a", mounted, v311), b"\x30\x04\0\x01ap");
+        // Outside the mount, or nothing but the mount: it stays as it is.
+        assert_eq!(
+            sent("t/a", b"\x08\0\x03u/r", v5),
+            b"\x30\x0B\0\x01a\x06\x08\0\x03u/rp"
+        );
+        assert_eq!(
+            sent("t/a", b"\x08\0\x02t/", v5),
+            b"\x30\x0A\0\x01a\x05\x08\0\x02t/p"
+        );
     }
 
     #[test]

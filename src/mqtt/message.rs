@@ -6,7 +6,7 @@ use triomphe::ThinArc;
 
 use crate::budget::Account;
 
-use crate::mqtt::props::forwarded;
+use crate::mqtt::props::{RESPONSE_TOPIC, forwarded};
 use crate::mqtt::text::cut;
 use crate::mqtt::{Properties, QoS};
 use crate::time::{Deadline, Millis};
@@ -30,6 +30,27 @@ pub struct MessageSpec<'a> {
     pub strip_key: Option<&'a str>,
     /// Charged with [`Message::size`] for as long as the message lives.
     pub account: Option<Arc<Account>>,
+}
+
+/// What a client's scope makes of its messages.
+#[derive(Clone, Copy, Debug)]
+pub struct Mounting<'a> {
+    /// The prefix of the topic and of the Response Topic; each together with it has at most 65,535
+    /// bytes.
+    pub mount: &'a str,
+    /// Raw user properties, added after the message's own.
+    pub sender: &'a [u8],
+    /// Whether a Response Topic is kept.
+    pub response_topic: bool,
+}
+
+impl Mounting<'static> {
+    /// Changes nothing.
+    pub const NONE: Self = Self {
+        mount: "",
+        sender: &[],
+        response_topic: true,
+    };
 }
 
 /// Topic, raw forwardable properties and payload in one exact-size allocation; a clone is a
@@ -80,16 +101,25 @@ impl Message {
     /// correlation data and user properties, in order ([MQTT-3.3.2-4], [MQTT-3.3.2-15] to
     /// [MQTT-3.3.2-18], [MQTT-3.3.2-20]).
     pub fn new(spec: &MessageSpec<'_>) -> Message {
-        Self::mounted(spec, "", &[])
+        Self::mounted(spec, &Mounting::NONE)
     }
 
-    /// [`Message::new`] with `mount` before the topic of `spec`, both together at most 65,535 bytes, and
-    /// with the raw properties `more` after its own.
-    pub fn mounted(spec: &MessageSpec<'_>, mount: &str, more: &[u8]) -> Message {
+    /// [`Message::new`] below the mount of its publisher.
+    pub fn mounted(spec: &MessageSpec<'_>, mounting: &Mounting<'_>) -> Message {
+        let Mounting {
+            mount,
+            sender,
+            response_topic,
+        } = *mounting;
         let topic = cut(spec.topic);
         let topic_len = mount.len() + topic.len();
-        let kept = || forwarded(spec.properties, spec.strip_key);
-        let properties: usize = kept().map(<[u8]>::len).sum::<usize>() + more.len();
+        let kept = || {
+            let all = forwarded(spec.properties, spec.strip_key);
+            all.filter(move |span| response_topic || span[0] != RESPONSE_TOPIC)
+        };
+        let is_moved = |span: &[u8]| !mount.is_empty() && span[0] == RESPONSE_TOPIC;
+        let moved = |span: &[u8]| if is_moved(span) { mount.len() } else { 0 };
+        let properties = kept().map(|span| span.len() + moved(span)).sum::<usize>() + sender.len();
         let len = 2 + topic_len + properties + spec.payload.len();
         let head = Head {
             _charge: spec
@@ -109,8 +139,18 @@ impl Message {
             fill(&mut at, &(topic_len as u16).to_be_bytes());
             fill(&mut at, mount.as_bytes());
             fill(&mut at, topic.as_bytes());
-            kept().for_each(|span| fill(&mut at, span));
-            fill(&mut at, more);
+            for span in kept() {
+                if is_moved(span) {
+                    let text = &span[3..];
+                    fill(&mut at, &[RESPONSE_TOPIC]);
+                    fill(&mut at, &((mount.len() + text.len()) as u16).to_be_bytes());
+                    fill(&mut at, mount.as_bytes());
+                    fill(&mut at, text);
+                } else {
+                    fill(&mut at, span);
+                }
+            }
+            fill(&mut at, sender);
             fill(&mut at, spec.payload);
         });
         Message(arc)
@@ -284,6 +324,37 @@ mod tests {
             ..spec("a", raw, b"")
         });
         assert_eq!(less.properties(), b"\x01\x01\x26\0\x01x\0\x01v\x03\0\x01t");
+    }
+
+    #[test]
+    fn a_response_topic_is_mounted_or_removed() {
+        let raw = b"\x01\x01\x08\0\x01r\x09\0\x01c";
+        let spec = spec("a", raw, b"x");
+        let mount = Mounting {
+            mount: "t/",
+            sender: b"\x26\0\x01k\0\x01v",
+            response_topic: true,
+        };
+        let mounted = Message::mounted(&spec, &mount);
+        assert_eq!(mounted.topic(), "t/a");
+        assert_eq!(
+            mounted.properties(),
+            b"\x01\x01\x08\0\x03t/r\x09\0\x01c\x26\0\x01k\0\x01v"
+        );
+        assert_eq!(mounted.payload(), b"x");
+        let removed = Message::mounted(
+            &spec,
+            &Mounting {
+                mount: "",
+                response_topic: false,
+                ..mount
+            },
+        );
+        assert_eq!(removed.topic(), "a");
+        assert_eq!(
+            removed.properties(),
+            b"\x01\x01\x09\0\x01c\x26\0\x01k\0\x01v"
+        );
     }
 
     #[test]

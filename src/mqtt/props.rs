@@ -191,6 +191,7 @@ macro_rules! get {
 }
 
 pub(crate) const MESSAGE_EXPIRY: u8 = 0x02;
+pub(crate) const RESPONSE_TOPIC: u8 = 0x08;
 pub(crate) const TOPIC_ALIAS: u8 = 0x23;
 pub(crate) const USER_PROPERTY: u8 = 0x26;
 pub(crate) const SUBSCRIPTION_IDENTIFIER: u8 = 0x0B;
@@ -377,6 +378,18 @@ enum Width {
     Field,
     /// Two fields.
     Pair,
+}
+
+/// The place of the Response Topic among raw properties: the index of its identifier, and its text.
+pub(crate) fn response_topic(properties: &[u8]) -> Option<(usize, &[u8])> {
+    let mut at = 0;
+    for span in Spans(properties) {
+        if span[0] == RESPONSE_TOPIC {
+            return Some((at, &span[3..]));
+        }
+        at += span.len();
+    }
+    None
 }
 
 /// Validated raw properties, each as the bytes it takes, not looked into.

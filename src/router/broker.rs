@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
+use parking_lot::Mutex;
+
 use crate::mqtt::QoS;
 
 /// The part of the broker's profile that the router acts on.
@@ -24,6 +26,48 @@ pub struct BrokerFeatures {
     pub retain_available: bool,
     /// Maximum Packet Size, bytes; `None` if the broker has none.
     pub packet_max: Option<u32>,
+}
+
+/// The topics of the probes of this process that run now. A client that names such a topic is this
+/// process itself: one of `upstream.servers` leads back to a listener.
+#[derive(Debug, Default)]
+pub(super) struct OwnProbes(Mutex<Vec<OwnProbe>>);
+
+#[derive(Debug)]
+struct OwnProbe {
+    topic: Box<str>,
+    /// It came back.
+    returned: bool,
+}
+
+impl OwnProbes {
+    /// A probe below `topic` begins; nobody else can know the topic.
+    pub(super) fn begin(&self, topic: &str) {
+        self.0.lock().push(OwnProbe {
+            topic: topic.into(),
+            returned: false,
+        });
+    }
+
+    /// A client names `topic`. Returns whether it is a probe of this process, and notes it.
+    pub(super) fn came(&self, topic: &str) -> bool {
+        let mut probes = self.0.lock();
+        let own = |probe: &&mut OwnProbe| topic.contains(&*probe.topic);
+        let Some(probe) = probes.iter_mut().find(own) else {
+            return false;
+        };
+        probe.returned = true;
+        true
+    }
+
+    /// The probe below `topic` is over. Returns whether it came back to this process.
+    pub(super) fn end(&self, topic: &str) -> bool {
+        let mut probes = self.0.lock();
+        let Some(at) = probes.iter().position(|probe| *probe.topic == *topic) else {
+            return false;
+        };
+        probes.swap_remove(at).returned
+    }
 }
 
 /// The limits that clients are held to, as the broker's last CONNACK has them.

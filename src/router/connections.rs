@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::budget::Account;
 use crate::mqtt::QoS;
-use crate::session::{CloseReason, Effect, Session, SessionLimits};
+use crate::session::{CloseReason, Effect, Session, SessionKey, SessionLimits};
 use crate::time::Millis;
 
 use crate::router::handle::ConnectionHandle;
@@ -183,14 +183,31 @@ impl Router {
         self.sessions.close_some(reason, most);
     }
 
-    /// Up to `limit` sessions in the order of client identifiers, after `after`.
+    /// Up to `limit` sessions in the order of their keys, after `after`.
     pub fn sessions(&self, after: Option<&str>, limit: usize) -> Vec<SessionInfo> {
         self.sessions.list(after, limit)
     }
 
-    /// The session of a client identifier.
-    pub fn session(&self, client_id: &str) -> Option<SessionInfo> {
-        self.sessions.find(client_id)
+    /// The keys of a client identifier's sessions, one for each mount. Walks over a shard.
+    pub(crate) fn session_keys(&self, client_id: &str) -> Vec<SessionKey> {
+        self.sessions.keys_of(client_id)
+    }
+
+    /// The session of a key.
+    pub fn session(&self, key: &SessionKey) -> Option<SessionInfo> {
+        self.sessions.find(key)
+    }
+
+    /// Ends a session and its connection at an operator's wish. False: there is no such session.
+    pub fn end_session(&self, key: &SessionKey, now: Millis) -> bool {
+        let actions = self.sessions.end_by_operator(key, now);
+        actions.map(|actions| self.settle(actions, now)).is_some()
+    }
+
+    /// Ends the connections of principals that lost the right to connect; their sessions stay. Walks
+    /// over all sessions. Returns the number of connections.
+    pub(crate) fn close_of(&self, is_removed: impl Fn(&str) -> bool) -> usize {
+        self.sessions.close_of(is_removed)
     }
 
     /// Sums over all sessions.

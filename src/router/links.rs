@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::mqtt::{Message, ReasonCode};
+use crate::session::SessionKey;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -48,9 +49,24 @@ impl Router {
         self.sessions.answered(answers, now);
     }
 
-    /// The client identifier of a session.
-    pub fn client_id(&self, session: SessionRef) -> Option<Arc<str>> {
-        self.sessions.client_id(session)
+    /// A probe of the broker begins, with topics below `topic`, which nobody else can know.
+    pub(crate) fn probe_begins(&self, topic: &str) {
+        self.own_probes.begin(topic);
+    }
+
+    /// The probe below `topic` is over. Returns whether it came back to a listener of this process.
+    pub(crate) fn probe_ends(&self, topic: &str) -> bool {
+        self.own_probes.end(topic)
+    }
+
+    /// Whether a topic or filter that a client names is one of this process's own probes.
+    pub(crate) fn is_own_probe(&self, topic: &str) -> bool {
+        self.own_probes.came(topic)
+    }
+
+    /// The name of a session.
+    pub fn session_key(&self, session: SessionRef) -> Option<SessionKey> {
+        self.sessions.key(session)
     }
 
     /// Wakes the retained link's task.

@@ -17,6 +17,8 @@ static UNFIT: RateLimited = RateLimited::new(std::time::Duration::from_secs(60))
 #[derive(Serialize)]
 struct Payload<'a> {
     client_id: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    mount: &'a str,
     online: bool,
     /// Unix time, milliseconds; rises with each payload of this process.
     at: u64,
@@ -57,12 +59,12 @@ impl Presence {
         qos: QoS,
         now: Millis,
     ) {
-        let client_id = &*change.client_id;
+        let client_id = change.key.client_id();
         let online = change.peer.is_some();
         // Locked until the message is handed over: it is true then, and a later one has a later time.
         let mut last = self.last_presence_at.lock();
         // The client came back before its absence could be published, or the reverse.
-        if online != sessions.is_attached(client_id) {
+        if online != sessions.is_attached(&change.key) {
             return;
         }
         if client_id.contains(['+', '#', '/']) || has_discouraged(client_id) {
@@ -98,7 +100,8 @@ impl Presence {
 fn payload(change: &PresenceChange, at: UnixMillis) -> Vec<u8> {
     let peer = change.peer.as_deref();
     serde_json::to_vec(&Payload {
-        client_id: &change.client_id,
+        client_id: change.key.client_id(),
+        mount: change.key.mount(),
         online: peer.is_some(),
         at: at.as_u64(),
         listener: peer.map(|p| &*p.listener),

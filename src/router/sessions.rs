@@ -23,7 +23,7 @@ use smallvec::SmallVec;
 
 use crate::budget::Account;
 use crate::mqtt::{Message, ReasonCode};
-use crate::session::{Effect, Incarnation, Redelivery, Session, SessionLimits, Token};
+use crate::session::{Effect, Incarnation, Redelivery, Session, SessionKey, SessionLimits, Token};
 use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -105,7 +105,7 @@ pub(super) struct DueWill {
 pub(super) struct PresenceChange {
     pub session: SessionRef,
     pub publish_link: u8,
-    pub client_id: Arc<str>,
+    pub key: SessionKey,
     /// The client's end of the new connection; `None` if the client went.
     pub peer: Option<Arc<Peer>>,
 }
@@ -176,6 +176,7 @@ impl Sessions {
         self.shards[usize::from(number)].lock()
     }
 
+    /// The shard of all sessions of a client identifier, whatever their mounts.
     fn shard_of(&self, client_id: &str) -> u16 {
         (self.hasher.hash_one(client_id) % SHARDS as u64) as u16
     }

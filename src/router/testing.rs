@@ -127,7 +127,7 @@ fn connect(
     now: Millis,
 ) -> Connected {
     let connect = Connect {
-        client_id: id.into(),
+        key: id.into(),
         principal: "anonymous".into(),
         clean_start: clean,
         expiry: if clean { 0 } else { u32::MAX },

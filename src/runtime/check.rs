@@ -9,7 +9,7 @@ use crate::runtime::certificates::Certificates;
 use crate::runtime::dates::Near;
 use crate::runtime::error::StartError;
 use crate::runtime::report::Findings;
-use crate::runtime::{convert, open_files, report};
+use crate::runtime::{convert, loops, open_files, permissions, report};
 
 /// Reads all files that the configuration names, as a start does, and reports listeners,
 /// certificates, access rights and memory as text for a person.
@@ -43,6 +43,7 @@ fn findings(config: &Config, certificates: &Certificates) -> Findings {
             tls.name
         ));
     }
+    findings.warnings.extend(permissions::warnings(config));
     findings
 }
 
@@ -52,6 +53,7 @@ fn findings(config: &Config, certificates: &Certificates) -> Findings {
 /// [`StartError::Config`] with the key.
 pub(super) fn validate_files(config: &Config) -> Result<(), StartError> {
     convert::client_tls(config)?;
+    loops::refuse(config)?;
     validate_roots(config)?;
     config
         .upstream

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use foldhash::fast::FixedState;
 
 use crate::auth::{Acl, Authenticator};
@@ -21,8 +22,10 @@ use crate::upstream::{BrokerAccess, RESERVED_KEY};
 use crate::runtime::error::StartError;
 use crate::runtime::secret;
 
-/// Bytes of subscriptions' filters that one session may hold.
-const FILTERS_PER_SESSION_BYTES: usize = 256 * 1024;
+/// Bytes of subscriptions' filters that one session may hold for each subscription that it may have.
+const FILTER_BYTES: usize = 64;
+/// The least bytes of subscriptions' filters that one session may hold, whatever their number.
+const FILTERS_MIN_BYTES: usize = 256 * 1024;
 /// Bytes that properties and a mount may add to a client's largest packet on its way to the broker.
 const UPSTREAM_PACKET_GROWTH_BYTES: u32 = 1024;
 
@@ -39,7 +42,9 @@ pub(super) fn clients(
         router,
         clock,
         authenticator: Arc::new(authenticator(config)?),
-        acl: Acl::new(config.auth.acl, &config.acl),
+        acl: ArcSwap::from_pointee(Acl::of(config)),
+        probe_topic: config.upstream.probe_topic.as_str().into(),
+        response_topic_rule: config.auth.response_topic,
         session: config.session.clone(),
         limits: config.limits.clone(),
         rate: Rate::new(config.limits.connect_rate_max),
@@ -116,6 +121,7 @@ pub(super) fn transport_limits(
     Ok(Limits {
         handshakes: Handshakes::new(config.limits.handshakes_max as usize),
         accept_deadline: config.limits.accept_deadline,
+        connect_max: config.limits.connect_max as usize,
         packet_max: config.limits.packet_max as usize,
         connections: cap,
         quic_secret: quic_secret(config)
@@ -135,6 +141,7 @@ fn quic_secret(config: &Config) -> std::io::Result<QuicSecret> {
 
 fn session_limits(config: &Config) -> SessionLimits {
     let seconds = |d: Duration| u32::try_from(d.as_secs()).unwrap_or(u32::MAX);
+    let subscriptions_max = config.limits.subscriptions_per_client_max as usize;
     SessionLimits {
         receive_max: config.limits.receive_max,
         topic_alias_max: config.limits.topic_alias_max,
@@ -148,8 +155,8 @@ fn session_limits(config: &Config) -> SessionLimits {
         queue_full: config.session.queue_full,
         queue_qos0: config.session.queue_qos0,
         output_buffer: Arc::new((config.limits.output_buffer as usize).into()),
-        filter_bytes_max: FILTERS_PER_SESSION_BYTES,
-        subscriptions_max: config.limits.subscriptions_per_client_max as usize,
+        filter_bytes_max: (subscriptions_max * FILTER_BYTES).max(FILTERS_MIN_BYTES),
+        subscriptions_max,
         topic_levels_max: config.limits.topic_levels_max as usize,
         v3_publishes_max: config.upstream.publishes_waiting_v3_max as usize,
         expiry_max: seconds(config.session.expiry_max),

@@ -21,6 +21,7 @@ pub(super) struct ListenerEvents {
     clock: Clock,
     accept_log: RateLimited,
     handshake_log: RateLimited,
+    uni_stream_log: RateLimited,
 }
 
 impl ListenerEvents {
@@ -31,6 +32,7 @@ impl ListenerEvents {
             clock,
             accept_log: RateLimited::burst(LINES_MAX, PERIOD),
             handshake_log: RateLimited::burst(LINES_MAX, PERIOD),
+            uni_stream_log: RateLimited::burst(1, PERIOD),
         }
     }
 }
@@ -74,6 +76,16 @@ impl Events for ListenerEvents {
 
     fn retry_sent(&self) {
         metrics().quic_retries.increment(1);
+    }
+
+    fn uni_stream_stopped(&self, peer: SocketAddr) {
+        if let Some(suppressed) = self.uni_stream_log.permit(self.clock.now()) {
+            tracing::info!(
+                listener = self.name, %peer, suppressed,
+                "A unidirectional stream was stopped with error code 0x82: MQTT is served on \
+                 bidirectional streams that the client opens"
+            );
+        }
     }
 
     fn migrated(&self, _from: SocketAddr, _to: SocketAddr) {

@@ -134,7 +134,9 @@ fn first_commands(addresses: &[Address], certificates: &[Certificate]) -> String
             .find(|a| a.transport == transport)
             .map(|a| a.url.as_str())
     };
-    let mut out = String::from("\nTidegate runs with its embedded broker. Try:\n");
+    let mut out = String::from(
+        "\nTidegate runs with its embedded broker. Try (with mosquitto's clients: apt-get install mosquitto-clients):\n",
+    );
     if let Some(tcp) = find("tcp") {
         let (host, port) = tcp
             .trim_start_matches("mqtt://")

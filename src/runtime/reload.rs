@@ -1,4 +1,5 @@
-//! Reload: certificates on SIGHUP and when their files change, the password file on SIGHUP.
+//! Reload: certificates on SIGHUP and when their files change, the password file and the access rules
+//! on SIGHUP.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,10 +8,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::Authenticator;
+use crate::auth::Acl;
+use crate::client::Clients;
+use crate::config::Config;
 
 use crate::runtime::certificates::Certificates;
 use crate::runtime::error::StartError;
+use crate::runtime::permissions;
 
 /// How often the certificates' files are compared with their earlier state.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -26,7 +30,9 @@ pub(super) fn hangup() -> Result<Signal, StartError> {
 /// The files that are read again while the process runs.
 pub(super) struct Reload {
     pub(super) certificates: Certificates,
-    pub(super) authenticator: Arc<Authenticator>,
+    pub(super) clients: Arc<Clients>,
+    /// The configuration of the start.
+    pub(super) config: Config,
 }
 
 impl Reload {
@@ -45,14 +51,15 @@ impl Reload {
             let look = tokio::task::spawn_blocking(move || {
                 self.certificates.look(asked);
                 if asked {
-                    reload_passwords(&self.authenticator);
+                    permissions::warn(&self.config);
+                    self.reload_access();
                 }
                 self
             });
             match look.await {
                 Ok(again) => self = again,
                 Err(error) => {
-                    tracing::error!(%error, "Certificates and passwords are not read again any more");
+                    tracing::error!(%error, "Certificates, passwords and rules are not read again any more");
                     return;
                 }
             }
@@ -60,18 +67,58 @@ impl Reload {
     }
 }
 
-fn reload_passwords(authenticator: &Authenticator) {
-    match authenticator.reload() {
-        Ok(Some(users)) => {
-            tracing::info!(why = "SIGHUP", users, "The password file was read again");
+impl Reload {
+    /// Reads the password file and the rules again: all of it is used from now on, or nothing.
+    fn reload_access(&mut self) {
+        if let Err((what, error)) = self.read_access() {
+            tracing::error!(
+                why = "SIGHUP",
+                error,
+                "{what} could not be read again; the earlier passwords and rules stay in use until SIGHUP \
+                 comes"
+            );
         }
-        // No listener uses a password file.
-        Ok(None) => {}
-        Err(error) => tracing::error!(
-            why = "SIGHUP",
-            %error,
-            "The password file could not be read again; the earlier passwords stay in use until SIGHUP \
-             comes"
-        ),
+    }
+
+    /// # Errors
+    /// The file that cannot be used, and why.
+    fn read_access(&mut self) -> Result<(), (&'static str, String)> {
+        let rules = self.read_rules();
+        let rules = rules.map_err(|error| ("The configuration with the access rules", error))?;
+        let users = self.clients.authenticator.read_again();
+        let users = users.map_err(|error| ("The password file", error.to_string()))?;
+        // From here on nothing fails.
+        if let Some(fresh) = rules {
+            let rules = fresh.acl.len();
+            self.clients.acl.store(Arc::new(Acl::of(&fresh)));
+            (self.config.auth.acl, self.config.acl) = (fresh.auth.acl, fresh.acl);
+            tracing::info!(why = "SIGHUP", rules, "The access rules were read again");
+        }
+        if let Some(fresh) = users {
+            let users = fresh.count();
+            let gone = self.clients.authenticator.replace(fresh);
+            let closed = match gone.is_empty() {
+                true => 0,
+                false => self.clients.router.close_of(|owner| gone.contains(owner)),
+            };
+            tracing::info!(
+                why = "SIGHUP",
+                users,
+                removed = gone.len(),
+                closed,
+                "The password file was read again"
+            );
+        }
+        Ok(())
+    }
+
+    /// The configuration as its file is now, if there is one. Only its rules are used: what else has
+    /// changed takes effect at the next start.
+    fn read_rules(&self) -> Result<Option<Config>, String> {
+        let Some(path) = &self.config.source else {
+            return Ok(None);
+        };
+        let fresh = Config::load(path).map_err(|error| error.to_string())?;
+        Ok(Some(fresh))
     }
 }

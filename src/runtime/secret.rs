@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use blake2::Digest;
 
+use crate::config::files;
 use crate::transport::QuicSecret;
 
 /// The file's name in the directory.
@@ -54,7 +55,7 @@ fn not_kept(file: &Path, error: &io::Error) {
 }
 
 fn read(file: &Path) -> io::Result<Result<QuicSecret, &'static str>> {
-    let text = match fs::read_to_string(file) {
+    let text = match files::read_text(file) {
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
             return Ok(Err("it is not text"));
         }

@@ -6,11 +6,13 @@ use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::admin::{
-    AdminView, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView,
+    AdminView, Found, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView,
 };
+use crate::auth::owner_name;
 use crate::client::Clients;
 use crate::router::{Router, SessionInfo};
-use crate::telemetry::{SessionState, metrics};
+use crate::session::SessionKey;
+use crate::telemetry::{SessionState, clean, metrics};
 use crate::time::Millis;
 use crate::upstream::{Role, Upstream};
 
@@ -34,16 +36,23 @@ impl AdminView for View {
         found.truncate(limit);
         SessionPage {
             next: match more {
-                true => found.last().map(|s| s.client_id.to_string()),
+                true => found.last().map(|s| s.key.as_str().to_owned()),
                 false => None,
             },
             sessions: found.iter().map(|s| self.summary(s)).collect(),
         }
     }
 
-    fn session(&self, id: &str) -> Option<SessionView> {
-        let info = self.router.session(id)?;
-        Some(SessionView {
+    fn session(&self, id: &str, mount: Option<&str>) -> Found<SessionView> {
+        let info = match self.find(id, mount) {
+            Found::One(key) => self.router.session(&key),
+            Found::None => None,
+            Found::Several => return Found::Several,
+        };
+        let Some(info) = info else {
+            return Found::None;
+        };
+        Found::One(SessionView {
             summary: self.summary(&info),
             subscriptions: info
                 .subscriptions
@@ -58,6 +67,23 @@ impl AdminView for View {
                 })
                 .collect(),
         })
+    }
+
+    fn end_session(&self, id: &str, mount: Option<&str>) -> Found<()> {
+        let key = match self.find(id, mount) {
+            Found::One(key) => key,
+            Found::None => return Found::None,
+            Found::Several => return Found::Several,
+        };
+        if !self.router.end_session(&key, self.clients.clock.now()) {
+            return Found::None;
+        }
+        tracing::warn!(
+            client_id = clean(key.client_id(), 64),
+            mount = clean(key.mount(), 64),
+            "An operator ended a session"
+        );
+        Found::One(())
     }
 
     fn broker(&self) -> Option<serde_json::Value> {
@@ -121,13 +147,29 @@ impl AdminView for View {
 }
 
 impl View {
+    /// The key of a client identifier's only session, or of the one behind a mount.
+    fn find(&self, id: &str, mount: Option<&str>) -> Found<SessionKey> {
+        let mut keys = self.router.session_keys(id);
+        if let Some(mount) = mount {
+            keys.retain(|key| key.mount() == mount);
+        }
+        match (keys.pop(), keys.len()) {
+            (None, _) => Found::None,
+            (Some(key), 0) => Found::One(key),
+            (Some(_), _) => Found::Several,
+        }
+    }
+
     fn summary(&self, info: &SessionInfo) -> SessionSummary {
+        let (principal, by_certificate) = owner_name(&info.principal);
         let peer = info.peer.as_deref();
         let since = self.started + info.since.since(Millis::ZERO);
         let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
         SessionSummary {
-            client_id: info.client_id.to_string(),
-            principal: info.principal.to_string(),
+            client_id: info.key.client_id().to_owned(),
+            mount: info.key.mount().to_owned(),
+            principal: principal.to_owned(),
+            by_certificate,
             version: info.version.name(),
             attached: info.attached,
             listener: peer.map(|o| o.listener.to_string()).unwrap_or_default(),

@@ -54,6 +54,10 @@ pub enum CloseReason {
     QueueBudget,
     /// The session ended while the connection was still there.
     SessionEnded,
+    /// An operator ended the session.
+    Operator,
+    /// The client's user was removed.
+    NotAuthorized,
     /// The process is ending.
     ShuttingDown,
 }
@@ -86,6 +90,8 @@ impl CloseReason {
             | Self::WriteStall
             | Self::SessionQueueFull
             | Self::QueueBudget => ReasonCode::QUOTA_EXCEEDED,
+            Self::Operator => ReasonCode::ADMINISTRATIVE_ACTION,
+            Self::NotAuthorized => ReasonCode::NOT_AUTHORIZED,
             Self::ShuttingDown => ReasonCode::SERVER_SHUTTING_DOWN,
         }
     }
@@ -121,6 +127,8 @@ impl CloseReason {
                 "the client does not acknowledge, and the queues' budget is used up"
             }
             Self::SessionEnded => "the session was ended under the connection",
+            Self::Operator => "an operator ended the session",
+            Self::NotAuthorized => "the user was removed",
             Self::ShuttingDown => "the process is ending",
         }
     }

@@ -77,12 +77,32 @@ impl SessionLimits {
     }
 }
 
-/// The permissions of one client, and what the broker supports.
+/// The fate of a Response Topic (MQTT 5 §3.3.2.3.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResponseTopic {
+    /// It is passed on, with the client's mount before it.
+    Mounted,
+    /// The publish is passed on without it.
+    Removed,
+    /// The publish is refused.
+    Refused,
+}
+
+/// The permissions of one client, and what the broker supports. `mount` is the prefix of the client's
+/// topics at the broker, which topics and filters here do not have.
 pub trait Policy {
     /// Whether the client may publish to `topic`.
-    fn may_publish(&self, topic: &str) -> bool;
+    fn may_publish(&self, mount: &str, topic: &str) -> bool;
     /// Whether the client may subscribe to `filter`.
-    fn may_subscribe(&self, filter: &str) -> bool;
+    fn may_subscribe(&self, mount: &str, filter: &str) -> bool;
+    /// What becomes of a Response Topic. A response to it would be a publish that the client has asked
+    /// another one for, so the client needs the right to publish there.
+    fn response_topic(&self, mount: &str, topic: &str) -> ResponseTopic {
+        match self.may_publish(mount, topic) {
+            true => ResponseTopic::Mounted,
+            false => ResponseTopic::Removed,
+        }
+    }
     /// The largest QoS that the broker accepts.
     fn maximum_qos(&self) -> QoS {
         QoS::ExactlyOnce

@@ -4,8 +4,8 @@ use std::hash::BuildHasher;
 use std::sync::Arc;
 
 use crate::mqtt::{
-    Ack, AckKind, Disconnect, Message, MessageSpec, Packet, Property, Publish, QoS, ReasonCode,
-    Version, encode_ack, encode_pingresp, has_discouraged,
+    Ack, AckKind, Disconnect, Message, MessageSpec, Mounting, Packet, Property, Publish, QoS,
+    ReasonCode, Version, encode_ack, encode_pingresp, has_discouraged,
 };
 use crate::time::{Deadline, Millis};
 use crate::topics::matches;
@@ -13,7 +13,9 @@ use crate::topics::matches;
 use crate::session::connection::{Connection, Scope};
 use crate::session::inbound::{Answer, Arrival, Inbound, Incoming, Token};
 use crate::session::incarnation::Incarnation;
-use crate::session::{CloseReason, Effect, Policy, Session, SessionLimits, Subscription};
+use crate::session::{
+    CloseReason, Effect, Policy, ResponseTopic, Session, SessionLimits, Subscription,
+};
 
 impl Session {
     /// Takes one packet that arrived on `stream` (0: the control stream), and appends what it asks
@@ -94,10 +96,13 @@ impl Session {
         let none = Scope::default();
         let scope = self.phase.connection().and_then(|c| c.scope.clone());
         let scope = scope.as_deref().unwrap_or(&none);
-        if let Some(reason) = refusal(publish, topic, scope, policy) {
-            self.refuse(token, reason);
-            return Ok(());
-        }
+        let response_topic = match permit(publish, topic, scope, policy) {
+            Ok(kept) => kept,
+            Err(reason) => {
+                self.refuse(token, reason);
+                return Ok(());
+            }
+        };
         let expiry = publish.message_expiry;
         let spec = MessageSpec {
             topic,
@@ -109,7 +114,12 @@ impl Session {
             strip_key: Some(limits.reserved_key),
             account: Some(limits.publish_account.clone()),
         };
-        let message = Message::mounted(&spec, &scope.mount, &scope.sender);
+        let mounting = Mounting {
+            mount: &scope.mount,
+            sender: &scope.sender,
+            response_topic,
+        };
+        let message = Message::mounted(&spec, &mounting);
         let origin_mark = self.origin_mark(message.topic());
         effects.push(Effect::Publish {
             token,
@@ -266,25 +276,57 @@ fn check_limits(
     Ok(())
 }
 
-/// Why a publish is acknowledged with an error, or with MQTT 3 not forwarded.
-fn refusal(
+/// Whether a publish is passed on, and then whether its Response Topic is passed on with it.
+///
+/// # Errors
+/// The reason code of its acknowledgement; with MQTT 3, which has none, it is not forwarded.
+fn permit(
     publish: &Publish<'_>,
     topic: &str,
     scope: &Scope,
     policy: &dyn Policy,
-) -> Option<ReasonCode> {
+) -> Result<bool, ReasonCode> {
+    let mount = &*scope.mount;
     // Discouraged characters are legal, but a broker may close the connection that all clients share
     // because of them (§1.5.4).
     if has_discouraged(topic) {
-        Some(ReasonCode::TOPIC_NAME_INVALID)
-    } else if publish.properties.iter().any(|p| has_discouraged_text(&p)) {
-        Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR)
-    } else if scope.mount.len() + topic.len() > usize::from(u16::MAX) {
-        Some(ReasonCode::TOPIC_NAME_INVALID)
-    } else if !policy.may_publish(topic) {
-        Some(ReasonCode::NOT_AUTHORIZED)
-    } else {
-        None
+        return Err(ReasonCode::TOPIC_NAME_INVALID);
+    }
+    let mut response_topic = None;
+    for property in publish.properties.iter() {
+        if has_discouraged_text(&property) {
+            return Err(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR);
+        }
+        if let Property::ResponseTopic(topic) = property {
+            response_topic = Some(topic);
+        }
+    }
+    if mount.len() + topic.len() > usize::from(u16::MAX) {
+        return Err(ReasonCode::TOPIC_NAME_INVALID);
+    }
+    if !policy.may_publish(mount, topic) {
+        return Err(ReasonCode::NOT_AUTHORIZED);
+    }
+    keep_response_topic(response_topic, mount, policy)
+}
+
+/// Whether a Response Topic is passed on.
+///
+/// # Errors
+/// The reason code with which its publish is refused.
+pub(crate) fn keep_response_topic(
+    topic: Option<&str>,
+    mount: &str,
+    policy: &dyn Policy,
+) -> Result<bool, ReasonCode> {
+    let Some(topic) = topic else {
+        return Ok(true);
+    };
+    match policy.response_topic(mount, topic) {
+        // A longer one is not a topic.
+        ResponseTopic::Mounted => Ok(mount.len() + topic.len() <= usize::from(u16::MAX)),
+        ResponseTopic::Removed => Ok(false),
+        ResponseTopic::Refused => Err(ReasonCode::NOT_AUTHORIZED),
     }
 }
 

@@ -106,7 +106,8 @@ impl<'a> Check<'a> {
         if has_discouraged(filter) || plain.split('/').count() > self.limits.topic_levels_max {
             return Some(ReasonCode::TOPIC_FILTER_INVALID);
         }
-        if !self.policy.may_subscribe(filter) {
+        let mount = self.scope.map_or("", |scope| &scope.mount);
+        if !self.policy.may_subscribe(mount, filter) {
             return Some(ReasonCode::NOT_AUTHORIZED);
         }
         let full = self.known.len() + self.added >= self.limits.subscriptions_max

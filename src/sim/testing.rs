@@ -39,11 +39,11 @@ pub(crate) fn up(session_present: bool, receive_maximum: u16) -> Handshake {
 struct Open;
 
 impl Policy for Open {
-    fn may_publish(&self, _: &str) -> bool {
+    fn may_publish(&self, _: &str, _: &str) -> bool {
         true
     }
 
-    fn may_subscribe(&self, _: &str) -> bool {
+    fn may_subscribe(&self, _: &str, _: &str) -> bool {
         true
     }
 }

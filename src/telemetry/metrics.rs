@@ -159,6 +159,8 @@ metrics! {
     counter bytes_sent = "tidegate_bytes_sent_total";
     #[doc = "Deliveries and publishes that were dropped, by reason."]
     counter messages_dropped = "tidegate_messages_dropped_total" by DropReason;
+    #[doc = "Response Topics to which their client may not publish."]
+    counter response_topics_denied = "tidegate_response_topics_denied_total";
     #[doc = "Publishes that had to wait, or were answered 0x97 (Quota exceeded), by reason."]
     counter publishes_deferred = "tidegate_publishes_deferred_total" by DeferReason;
     #[doc = "Bytes of messages in the queues of all sessions."]

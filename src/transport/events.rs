@@ -17,6 +17,8 @@ pub trait Events: Send + Sync {
     fn health_checked(&self) {}
     /// A QUIC client was asked to prove its address (RFC 9000 section 8.1.2).
     fn retry_sent(&self) {}
+    /// A unidirectional QUIC stream of a client was stopped.
+    fn uni_stream_stopped(&self, _peer: SocketAddr) {}
     /// The address of a QUIC client changed (RFC 9000 section 9).
     fn migrated(&self, _from: SocketAddr, _to: SocketAddr) {}
 }

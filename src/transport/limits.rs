@@ -2,16 +2,19 @@
 
 mod handshakes;
 
+use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use foldhash::fast::RandomState;
+use parking_lot::Mutex;
+
+use crate::shares::{SHARE_DIVISOR, network};
 use crate::transport::quic::keys::QuicSecret;
-pub(super) use handshakes::HandshakePermit;
 pub use handshakes::Handshakes;
 
-/// The most bytes of an MQTT packet, and of a WebSocket message, before a client is authenticated.
-pub const UNAUTHENTICATED_PACKET_MAX_BYTES: u32 = 16 * 1024;
 /// How much larger than the largest packet a WebSocket message may be: one message may carry several
 /// packets [MQTT-6.0.0-2].
 const MESSAGE_SLACK_BYTES: usize = 64 * 1024;
@@ -25,6 +28,8 @@ pub struct Limits {
     pub handshakes: Handshakes,
     /// The time from accept to a complete CONNECT.
     pub accept_deadline: Duration,
+    /// The largest CONNECT, and the largest WebSocket message before authentication, bytes.
+    pub connect_max: usize,
     /// The largest MQTT packet after authentication, bytes.
     pub packet_max: usize,
     /// QUIC's max_idle_timeout (RFC 9000 section 10.1).
@@ -45,11 +50,13 @@ impl Limits {
 }
 
 impl Default for Limits {
-    /// 512 handshakes of each kind, 10 s, 1 MiB, 15 min, a secret of zeros, 100,000 connections.
+    /// 512 handshakes of each kind, 10 s, 16 KiB, 1 MiB, 15 min, a secret of zeros, 100,000
+    /// connections.
     fn default() -> Self {
         Self {
             handshakes: Handshakes::new(512),
             accept_deadline: Duration::from_secs(10),
+            connect_max: 16 * 1024,
             packet_max: 1024 * 1024,
             quic_idle: Duration::from_secs(15 * 60),
             quic_secret: QuicSecret::new([0; QuicSecret::LEN]),
@@ -57,6 +64,9 @@ impl Default for Limits {
         }
     }
 }
+
+/// The connections that every network may have before its clients are authenticated.
+const SHARE_MIN: usize = 16;
 
 /// One connection under a [`ConnectionCap`], given back when dropped.
 #[derive(Debug)]
@@ -68,11 +78,62 @@ impl Drop for Permit {
     }
 }
 
-/// A limit on connections that are open at the same time.
+/// A connection that counts for its client's network until it is dropped: its client is not
+/// authenticated.
+#[derive(Debug)]
+pub struct Unauthenticated {
+    cap: Arc<ConnectionCap>,
+    network: IpAddr,
+}
+
+impl Drop for Unauthenticated {
+    fn drop(&mut self) {
+        let mut networks = self.cap.unauthenticated.lock();
+        if let Some(count) = networks.get_mut(&self.network) {
+            *count -= 1;
+            if *count == 0 {
+                networks.remove(&self.network);
+            }
+        }
+    }
+}
+
+/// A connection that was accepted, before its CONNECT.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub permit: Permit,
+    /// `None`: the client's network is not known yet.
+    pub unauthenticated: Option<Unauthenticated>,
+}
+
+impl From<Permit> for Admitted {
+    fn from(permit: Permit) -> Self {
+        Self {
+            permit,
+            unauthenticated: None,
+        }
+    }
+}
+
+impl Admitted {
+    /// Counts the connection for the network of `from`, unless it counts already. False: the network
+    /// has its share.
+    pub(super) fn count_for(&mut self, from: IpAddr) -> bool {
+        if self.unauthenticated.is_none() {
+            self.unauthenticated = self.permit.0.share(from);
+        }
+        self.unauthenticated.is_some()
+    }
+}
+
+/// A limit on connections that are open at the same time. Once half of them are open, one network may
+/// have an eighth of the limit in connections that are not authenticated.
 #[derive(Debug)]
 pub struct ConnectionCap {
     used: AtomicUsize,
     max: usize,
+    /// The connections of each network that are not authenticated.
+    unauthenticated: Mutex<HashMap<IpAddr, usize, RandomState>>,
 }
 
 impl ConnectionCap {
@@ -81,6 +142,7 @@ impl ConnectionCap {
         Self {
             used: AtomicUsize::new(0),
             max,
+            unauthenticated: Mutex::default(),
         }
     }
 
@@ -98,6 +160,28 @@ impl ConnectionCap {
             .ok()?;
         Some(Permit(Arc::clone(self)))
     }
+
+    /// A permit for one more connection from `from`, unless the limit or the network's share is
+    /// reached.
+    pub(super) fn try_admit(self: &Arc<Self>, from: IpAddr) -> Option<Admitted> {
+        let mut admitted = Admitted::from(self.try_acquire()?);
+        admitted.count_for(from).then_some(admitted)
+    }
+
+    fn share(self: &Arc<Self>, from: IpAddr) -> Option<Unauthenticated> {
+        let network = network(from);
+        let share = (self.max / SHARE_DIVISOR).max(SHARE_MIN);
+        let mut networks = self.unauthenticated.lock();
+        let count = networks.entry(network).or_default();
+        if self.used() > self.max / 2 && *count >= share {
+            return None;
+        }
+        *count += 1;
+        Some(Unauthenticated {
+            cap: Arc::clone(self),
+            network,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -113,6 +197,31 @@ mod tests {
         drop(a);
         assert_eq!(cap.used(), 1);
         assert!(cap.try_acquire().is_some());
+    }
+
+    #[test]
+    fn silent_connections_of_one_network_leave_room_for_the_others() {
+        let cap = Arc::new(ConnectionCap::new(256));
+        let at = |ip: &str| ip.parse::<IpAddr>().expect("an address");
+        let of = |ip| std::iter::from_fn(|| cap.try_admit(at(ip))).collect::<Vec<_>>();
+        let mut flood = of("2001:db8:0:1::1");
+        // The first half of the limit.
+        assert_eq!(flood.len(), 128);
+        assert!(cap.try_admit(at("2001:db8:0:1:f::2")).is_none());
+        assert_eq!(cap.used(), 128);
+        let other = of("192.0.2.1");
+        assert_eq!(other.len(), 32);
+        // Authenticated clients do not count for their network.
+        for one in &mut flood {
+            one.unauthenticated = None;
+        }
+        assert_eq!(of("2001:db8:0:1::1").len(), 32);
+        // A proxy's client counts once its address is known.
+        let mut late = Admitted::from(cap.try_acquire().expect("room"));
+        assert!(!late.count_for(at("192.0.2.1")) && late.count_for(at("192.0.2.2")));
+        drop((flood, other, late));
+        assert!(cap.unauthenticated.lock().is_empty());
+        assert_eq!(cap.used(), 0);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use header::{Step, parse};
 const HEADER_BUFFER_BYTES: usize = 256;
 
 /// Whether `ip` is a proxy's.
-fn trusts(listener: &Listener, ip: IpAddr) -> bool {
+pub(super) fn trusts(listener: &Listener, ip: IpAddr) -> bool {
     let mut trusted = listener.trusted_proxies.iter();
     trusted.any(|network| network.contains(&ip))
 }

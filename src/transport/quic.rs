@@ -1,6 +1,6 @@
 //! MQTT over QUIC, ALPN `mqtt`: the first stream that the client opens is stream 0, the control
-//! stream, and the next ones are data streams. We never open a stream, and read no unidirectional one:
-//! none is allowed, or it is stopped. No standard defines this; it follows deployed brokers and
+//! stream, and the next ones are data streams. We never open a stream, and stop
+//! unidirectional ones. No standard defines this; it follows deployed brokers and
 //! clients. On the same socket browsers are served over WebTransport, if the listener's `webtransport`
 //! is true. The handshake then allows every client what HTTP/3 needs, and the datagrams of MQTT clients
 //! are dropped.
@@ -25,8 +25,9 @@ use quinn::{Connection, Endpoint, EndpointConfig, Incoming, ServerConfig, TokioR
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
+use crate::shares::SharePermit;
 use crate::transport::error::{HandshakeError, RefusalReason};
-use crate::transport::limits::{HandshakePermit, Limits, Permit};
+use crate::transport::limits::{Admitted, Limits};
 use crate::transport::listen::listener::{Accepted, ConnectionTask, Listener, spawn};
 use crate::transport::proxy::canonical;
 use crate::transport::stream::Stream;
@@ -100,7 +101,7 @@ impl Server {
         F: Future<Output = Option<ConnectionTask>> + Send + 'static,
     {
         while let Some(Some(incoming)) = stop.run_until_cancelled(self.endpoint.accept()).await {
-            let Some((incoming, permit, handshake)) = admit(incoming, &listener) else {
+            let Some((incoming, admitted, handshake)) = admit(incoming, &listener) else {
                 continue;
             };
             let listener = Arc::clone(&listener);
@@ -115,9 +116,9 @@ impl Server {
                     Ok((quic, client)) => {
                         let peer = quic.remote_address();
                         let stream = Stream::quic(quic, peer).with_certificate(client);
-                        listener.finish(Ok(stream), peer, deadline, permit)
+                        listener.finish(Ok(stream), peer, deadline, admitted)
                     }
-                    Err(error) => listener.finish(Err(error), peer, deadline, permit),
+                    Err(error) => listener.finish(Err(error), peer, deadline, admitted),
                 }
             };
             spawn(handshake, handler.clone());
@@ -154,7 +155,7 @@ impl Server {
 
 /// Refuses a connection for which there is no room, and asks for proof of its address when many
 /// handshakes run, so that a spoofed source costs no more than one packet.
-fn admit(incoming: Incoming, listener: &Listener) -> Option<(Incoming, Permit, HandshakePermit)> {
+fn admit(incoming: Incoming, listener: &Listener) -> Option<(Incoming, Admitted, SharePermit)> {
     let permits = &listener.limits.handshakes.quic;
     // A client with a token of an earlier connection has proved its address already.
     let proved = incoming.remote_address_validated();
@@ -170,11 +171,11 @@ fn admit(incoming: Incoming, listener: &Listener) -> Option<(Incoming, Permit, H
         incoming.refuse();
         return None;
     };
-    let Some(permit) = listener.admit() else {
+    let Some(admitted) = listener.admit(from) else {
         incoming.refuse();
         return None;
     };
-    Some((incoming, permit, handshake))
+    Some((incoming, admitted, handshake))
 }
 
 /// The handshake, and the wait for the control stream, which costs nothing and so needs no permit.
@@ -182,7 +183,7 @@ async fn connect(
     incoming: Incoming,
     config: Arc<ServerConfig>,
     listener: &Listener,
-    permit: HandshakePermit,
+    permit: SharePermit,
 ) -> Result<(Quic, Option<Box<ClientCertificate>>), HandshakeError> {
     let connection = incoming
         .accept_with(config)
@@ -207,8 +208,8 @@ async fn connect(
     let (send, recv) = connection.accept_bi().await.map_err(handshake_error)?;
     std::mem::forget(guard);
     let control = Bidi::new(send, recv, Layer::Plain);
-    let (http3, events) = (listener.config.webtransport, Arc::clone(&listener.events));
-    let quic = Quic::new(connection, Layer::Plain, control, None, http3, events);
+    let events = Arc::clone(&listener.events);
+    let quic = Quic::new(connection, Layer::Plain, control, None, events);
     Ok((quic, client))
 }
 

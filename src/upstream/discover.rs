@@ -7,31 +7,37 @@ use tokio::time::timeout;
 
 use crate::config::{Probe, Protocol, Server};
 use crate::mqtt::Version;
+use crate::router::Router;
 use crate::telemetry::metrics;
 use crate::transport::dial::Dialed;
 
-use crate::upstream::broker::{Broker, BrokerAccess};
+use crate::upstream::broker::{Broker, BrokerAccess, LinkContext};
 use crate::upstream::connect::{ConnectError, connect_probe};
+use crate::upstream::link::end::LinkEnd;
 use crate::upstream::profile::probe::{PROBE_TIME, probe};
 use crate::upstream::profile::{BrokerProfile, Capabilities, Source};
 
 /// The profile of the broker at the server of index `server`, which has just announced
 /// `capabilities`. Probes it if no cached profile fits.
+///
+/// # Errors
+/// [`LinkEnd::OwnListener`]: it is not a broker, but this process.
 pub(super) async fn profile_of(
-    broker: &Broker,
+    context: &LinkContext,
     server: usize,
     capabilities: &Capabilities,
-) -> Arc<BrokerProfile> {
+) -> Result<Arc<BrokerProfile>, LinkEnd> {
+    let (broker, router) = (&context.broker, &*context.router);
     let config = &broker.access.config;
     let find = || async {
         match config.probe {
-            Probe::Off => BrokerProfile::unseen(capabilities, Source::Connack),
+            Probe::Off => Ok(BrokerProfile::unseen(capabilities, Source::Connack)),
             Probe::Auto => {
                 let address = &config.servers[server];
                 metrics().upstream_probes.increment(1);
-                let profile = probe_beside_link(broker, address, capabilities).await;
+                let profile = probe_beside_link(broker, router, address, capabilities).await?;
                 log(address, &profile);
-                profile
+                Ok(profile)
             }
         }
     };
@@ -61,7 +67,10 @@ pub(crate) async fn probe_once(access: BrokerAccess) -> Result<BrokerProfile, St
         let connecting = connect_probe(&broker, server, *version);
         let connected = timeout(config.connect_timeout, connecting).await;
         match connected.unwrap_or(Err(ConnectError::Timeout)) {
-            Ok(connection) => return Ok(probe_over(&broker, connection).await),
+            Ok(connection) => {
+                let topic = probe_topic(&broker);
+                return Ok(probe_over(&topic, connection).await);
+            }
             Err(error @ ConnectError::V5Refused) => refused = error,
             Err(error) => return Err(error.to_string()),
         }
@@ -70,31 +79,46 @@ pub(crate) async fn probe_once(access: BrokerAccess) -> Result<BrokerProfile, St
 }
 
 /// Probes over a connection of its own, in the version that the links speak.
+///
+/// # Errors
+/// [`LinkEnd::OwnListener`]: the probe came back to this process.
 async fn probe_beside_link(
     broker: &Broker,
+    router: &Router,
     server: &Server,
     capabilities: &Capabilities,
-) -> BrokerProfile {
+) -> Result<BrokerProfile, LinkEnd> {
     let connecting = connect_probe(broker, server, capabilities.version);
     let why = match timeout(PROBE_TIME, connecting).await {
-        Ok(Ok(connection)) => return probe_over(broker, connection).await,
+        Ok(Ok(connection)) => {
+            let topic = probe_topic(broker);
+            router.probe_begins(&topic);
+            let profile = probe_over(&topic, connection).await;
+            return match router.probe_ends(&topic) {
+                true => Err(LinkEnd::OwnListener),
+                false => Ok(profile),
+            };
+        }
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no CONNACK for the probe's connection in time".into(),
     };
     let mut profile = BrokerProfile::unseen(capabilities, Source::Partly);
     profile.missing.push(why);
-    profile
+    Ok(profile)
+}
+
+/// The prefix of one probe's topics. Probes of several processes must not see each other's messages.
+fn probe_topic(broker: &Broker) -> String {
+    let nonce = getrandom::u64().unwrap_or_default();
+    let access = &broker.access;
+    format!("{}/{}/{nonce:016x}", access.config.probe_topic, access.node)
 }
 
 async fn probe_over(
-    broker: &Broker,
+    topic: &str,
     (mut io, rest, capabilities): (Dialed, BytesMut, Capabilities),
 ) -> BrokerProfile {
-    // Probes of several processes must not see each other's messages.
-    let nonce = getrandom::u32().unwrap_or_default();
-    let access = &broker.access;
-    let topic = format!("{}/{}/{nonce:08x}", access.config.probe_topic, access.node);
-    probe(&mut io, &capabilities, &topic, rest).await
+    probe(&mut io, &capabilities, topic, rest).await
 }
 
 fn log(server: &Server, profile: &BrokerProfile) {

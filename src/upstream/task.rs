@@ -141,7 +141,16 @@ impl<M: Machine> LinkTask<M> {
         };
         // Counted before the broker is probed: meanwhile another link's trouble is its own.
         context.connected.fetch_add(1, Ordering::AcqRel);
-        let profile = profile_of(&context.broker, server, &established.capabilities).await;
+        let profile = match profile_of(&context, server, &established.capabilities).await {
+            Ok(profile) => profile,
+            Err(end) => {
+                context.connected.fetch_sub(1, Ordering::AcqRel);
+                context.fail_over(server);
+                self.session_at = None;
+                self.backoff.set_longest();
+                return end;
+            }
+        };
         let since = Instant::now();
         self.connected(&established, &profile);
         let handshake = Handshake::new(session, &profile);

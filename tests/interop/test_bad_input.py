@@ -217,7 +217,7 @@ BAD_CONNECTS = {
     "an authentication method we have not": (wire.connect("x", props=b"\x15\x00\x05SCRAM"), {0x8C}),
     "the same property twice": (wire.connect("x", expiry=1, props=b"\x11\x00\x00\x00\x01"), {0x82}),
     "a will topic with a wildcard": (wire.packet(wire.CONNECT, wire.data(b"MQTT") + b"\x05\x06\x00\x3c\x00" + wire.text("x") + b"\x00" + wire.text("a/#") + wire.text("w")), {0x81, 0x82, 0x90}),
-    "larger than is allowed before authentication": (wire.connect("x", props=b"".join(b"\x26" + wire.text("k") + wire.text("v" * 1000) for _ in range(20))), {0x95, 0x81}),
+    "larger than is allowed before authentication": (wire.connect("x", props=b"".join(b"\x26" + wire.text("k") + wire.text("v" * 1000) for _ in range(200))), {0x95, 0x81}),
     "flags of the fixed header": (b"\x11" + connect_with()[1:], {0x81, 0x82}),
 }
 

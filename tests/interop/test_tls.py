@@ -40,7 +40,7 @@ def people(home):
 
 @pytest.fixture(scope="module")
 def leaves(people):
-    known = {name: people.client(name) for name in ("device7", "late", "stolen", "anonymous")}
+    known = {name: people.client(name) for name in ("device7", "late", "stolen", "anonymous", "alice")}
     known["late"] = people.client("late", start=-9, days=-1)
     return known | {
         "spiffe": people.client("spiffe", cn="", uris=("spiffe://fleet/one",)),
@@ -193,6 +193,22 @@ def test_a_listener_may_demand_a_certificate_and_a_password(secure, reach, leave
     assert reach("tls", leaves["device7"], "both").visit(fresh("id"), user="alice", password=b"no").connack.reason == 0x86
     with pytest.raises(Refused):
         reach("tls", None, "both").visit(fresh("id"), **right)
+
+
+def test_a_user_and_a_certificate_of_one_name_are_two_principals(secure, reach, leaves):
+    """A user of the password file is called alice as well. Neither gets the other's session or topics."""
+    me, topic = fresh("id"), fresh("t")
+    user = reach("tls", leaves["device7"], "both").visit(me, user="alice", password=b"wonder", clean=False, expiry=300)
+    assert user.connack.reason == 0
+    for transport in ("mtls-tls", "mtls-wss", "mtls-quic"):
+        assert reach(transport.removeprefix("mtls-"), leaves["alice"], transport).visit(me, clean=False).connack.reason == 0x85
+    mine = secure.api(f"/api/v1/sessions/{me}")
+    assert mine["principal"] == "alice" and not mine["by_certificate"]
+    other = fresh("id")
+    visit = reach("tls", leaves["alice"], "mtls-tls").visit(other)
+    assert visit.connack.reason == 0
+    theirs = secure.api(f"/api/v1/sessions/{other}")
+    assert theirs["principal"] == "alice" and theirs["by_certificate"]
 
 
 def test_other_fields_of_a_certificate_may_name_the_principal(secure, reach, leaves):

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("budget", &[]),
     ("qos", &[]),
+    ("shares", &[]),
     ("backoff", &[]),
     ("time", &[]),
     ("clock", &["time"]),
@@ -18,8 +19,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("mqtt", &["budget", "qos", "time", "topics"]),
     ("flow", &[]),
     ("session", &["time", "mqtt", "topics", "budget", "flow"]),
-    ("transport", &["backoff", "config"]),
-    ("auth", &["mqtt", "topics", "config", "telemetry"]),
+    ("transport", &["backoff", "config", "shares"]),
+    ("auth", &["mqtt", "topics", "config", "telemetry", "shares"]),
     ("admin", &["backoff", "config", "telemetry"]),
     (
         "router",
@@ -49,6 +50,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "config",
             "telemetry",
             "budget",
+            "shares",
             "clock",
         ],
     ),

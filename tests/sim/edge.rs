@@ -34,11 +34,11 @@ static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
 struct Allowed;
 
 impl Policy for Allowed {
-    fn may_publish(&self, topic: &str) -> bool {
+    fn may_publish(&self, _: &str, topic: &str) -> bool {
         !topic.starts_with("deny/")
     }
 
-    fn may_subscribe(&self, _filter: &str) -> bool {
+    fn may_subscribe(&self, _: &str, _filter: &str) -> bool {
         true
     }
 }

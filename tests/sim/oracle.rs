@@ -217,7 +217,7 @@ impl Oracle {
     pub(crate) fn look(&mut self, router: &Router, now: Millis) -> Checked {
         for device in 0..self.clients.len() {
             let c = &self.clients[device];
-            let there = router.session(&c.profile.id).is_some();
+            let there = router.session(&c.profile.id.as_str().into()).is_some();
             if c.exists && !there {
                 if !self.rules.ends_full {
                     return Err(format!("the session of {} is gone", c.profile.id));
@@ -356,7 +356,7 @@ impl Oracle {
             // A connection that nobody is behind takes nothing.
             let there = c.attached.is_some() && c.attached == *link;
             let id = &c.profile.id;
-            let Some(info) = router.session(id) else {
+            let Some(info) = router.session(&(&**id).into()) else {
                 return Err(format!("the session of {id} is gone"));
             };
             let (must, alive, all) = c.ledger.missing(now);

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config;
-use crate::mqtt::{Connack, Connect, Message, MessageSpec, QoS, ReasonCode, Version};
+use crate::mqtt::{
+    Connack, Connect, Message, MessageSpec, Mounting, Property, QoS, ReasonCode, Version,
+};
 use crate::router::handle::ConnectionHandle;
 use crate::router::{self, Peer, Refused, Router};
-use crate::session::{ConnectionSpec, Policy, Scope, Will};
+use crate::session::{ConnectionSpec, Policy, Scope, SessionKey, Will, keep_response_topic};
 use crate::telemetry::RefusedReason;
 use crate::time::Millis;
 
@@ -83,6 +85,7 @@ impl Admission<'_> {
         let packet_max = packet_max.max(PACKET_MAX_MIN_BYTES);
         let maximum_qos = self.router.maximum_qos();
         let client_id = applicant.client_id;
+        let mount = applicant.scope.as_deref().map_or("", |s| &s.mount);
         let connack = Connack {
             session_present: false,
             reason: ReasonCode::SUCCESS,
@@ -97,9 +100,10 @@ impl Admission<'_> {
             server_keep_alive: (keep_alive != connect.keep_alive).then_some(keep_alive),
             ..Connack::default()
         };
+        let key = SessionKey::new(&client_id, mount);
         let handle = Arc::new(ConnectionHandle::default());
         let request = router::Connect {
-            client_id: client_id.clone(),
+            key,
             principal: applicant.owner,
             clean_start: connect.clean_start,
             expiry,
@@ -167,14 +171,23 @@ impl Admission<'_> {
                 "the will's topic has more levels than limits.topic_levels_max",
             ));
         }
-        if !policy.may_publish(will.topic) {
+        let (mount, sender) = scope.map_or(("", &[][..]), |s| (&*s.mount, &*s.sender));
+        if !policy.may_publish(mount, will.topic) {
             return Err(Refusal::new(
                 RefusedReason::NotAuthorized,
                 ReasonCode::NOT_AUTHORIZED,
                 "no rule allows the will's topic",
             ));
         }
-        let (mount, sender) = scope.map_or(("", &[][..]), |s| (&*s.mount, &*s.sender));
+        let response_topic = will.properties.iter().find_map(|property| match property {
+            Property::ResponseTopic(topic) => Some(topic),
+            _ => None,
+        });
+        let response_topic =
+            keep_response_topic(response_topic, mount, policy).map_err(|code| {
+                let why = "no rule allows the Response Topic of the will";
+                Refusal::new(RefusedReason::NotAuthorized, code, why)
+            })?;
         if mount.len() + will.topic.len() > usize::from(u16::MAX) {
             return Err(Refusal::new(
                 RefusedReason::Will,
@@ -193,7 +206,12 @@ impl Admission<'_> {
             strip_key: Some(self.router.limits().reserved_key),
             account: None,
         };
-        let message = Message::mounted(&spec, mount, sender);
+        let mounting = Mounting {
+            mount,
+            sender,
+            response_topic,
+        };
+        let message = Message::mounted(&spec, &mounting);
         Ok(Some(Will::new(message, will.delay, will.message_expiry)))
     }
 

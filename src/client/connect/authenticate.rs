@@ -1,5 +1,6 @@
 //! Who a client is.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::auth::Identity;
@@ -27,7 +28,8 @@ fn client_id(connect: &Connect<'_>) -> Result<Arc<str>, Refusal> {
     Ok(assigned_id().into())
 }
 
-/// Verifies the client's credentials, and finds its client identifier.
+/// Verifies the client's credentials, and finds its client identifier. Returns the owner of the
+/// client's sessions too.
 ///
 /// # Errors
 /// The client is refused.
@@ -36,7 +38,8 @@ pub(super) async fn authenticate(
     mode: AuthMode,
     connect: &Connect<'_>,
     certificate: Option<Box<ClientCertificate>>,
-) -> Result<Identity, Refusal> {
+    from: SocketAddr,
+) -> Result<(Identity, Arc<str>), Refusal> {
     if connect.authentication_method.is_some() {
         return Err(Refusal::new(
             RefusedReason::AuthMethod,
@@ -51,13 +54,13 @@ pub(super) async fn authenticate(
         .verify(
             mode,
             &client_id,
-            connect.username,
-            connect.password,
+            (connect.username, connect.password),
             name.clone().and_then(Result::ok),
+            from,
         )
         .await;
     match verified {
-        Ok(principal) => Ok(Identity::new(principal, client_id)),
+        Ok(principal) => Ok((Identity::new(principal.name, client_id), principal.owner)),
         Err(code) => Err(refusal(code, name)),
     }
 }

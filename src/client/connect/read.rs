@@ -6,24 +6,25 @@ use std::sync::Arc;
 use crate::budget::Account;
 use crate::mqtt::{Error, ReasonCode, Version, decode_connect};
 use crate::telemetry::RefusedReason;
-use crate::transport::{Closed, Detected, Stream, UNAUTHENTICATED_PACKET_MAX_BYTES, detect};
+use crate::transport::{Closed, Detected, Stream, detect};
 
 use crate::client::connect::Refusal;
 use crate::client::machine::{KEEP_BYTES, ReadBuffer};
 use crate::time::Millis;
 
-/// Reads until the CONNECT is complete. `account`, the account of all incomplete CONNECTs, may hold
-/// `max_bytes`.
+/// Reads until the CONNECT is complete; it may have `connect_max` bytes. `account`, the account of all
+/// incomplete CONNECTs, may hold `max_bytes`.
 ///
 /// # Errors
 /// The connection is refused.
 pub(super) async fn read_connect(
     stream: &mut Stream,
     input: &mut ReadBuffer,
+    connect_max: u32,
     (account, max_bytes): (&Arc<Account>, u64),
 ) -> Result<(), Refusal> {
     loop {
-        if is_complete(&input.bytes)? {
+        if is_complete(&input.bytes, connect_max)? {
             return Ok(());
         }
         // The deadline is that of the whole CONNECT phase.
@@ -52,12 +53,9 @@ pub(super) async fn read_connect(
 }
 
 /// Whether the bytes begin with a whole CONNECT.
-fn is_complete(bytes: &[u8]) -> Result<bool, Refusal> {
+fn is_complete(bytes: &[u8], connect_max: u32) -> Result<bool, Refusal> {
     let other = detect(bytes).filter(|detected| *detected != Detected::Mqtt);
-    match (
-        decode_connect(bytes, UNAUTHENTICATED_PACKET_MAX_BYTES),
-        other,
-    ) {
+    match (decode_connect(bytes, connect_max), other) {
         (Ok(Some(_)), _) => Ok(true),
         (Ok(None), None) => Ok(false),
         // The first byte of another protocol may pass for an incomplete packet.
@@ -82,6 +80,22 @@ fn is_complete(bytes: &[u8]) -> Result<bool, Refusal> {
                 answer: answerable(bytes),
                 ..Refusal::new(label, error.reason_code(), why)
             })
+        }
+    }
+}
+
+/// Reads on while the client's credentials are checked, and ends when the client has gone. The bytes
+/// are appended to `more`, up to about [`KEEP_BYTES`]: with more of them nothing is read, and the
+/// deadline alone ends the wait.
+pub(super) async fn until_gone(stream: &mut Stream, more: &mut Vec<u8>) -> Closed {
+    loop {
+        if more.len() > KEEP_BYTES {
+            return std::future::pending().await;
+        }
+        let mut read = Vec::new();
+        match poll_fn(|cx| stream.poll_recv(cx, &mut read)).await {
+            Ok(_) => more.append(&mut read),
+            Err(closed) => return closed,
         }
     }
 }
@@ -119,7 +133,12 @@ mod tests {
         connect.resize(6000, 0);
         client.write_all(&connect).await.expect("written");
         let mut input = ReadBuffer::default();
-        let mut read = Box::pin(read_connect(&mut stream, &mut input, (&account, 6000)));
+        let mut read = Box::pin(read_connect(
+            &mut stream,
+            &mut input,
+            16_384,
+            (&account, 6000),
+        ));
         assert!(futures_util::poll!(&mut read).is_pending());
         assert_eq!(account.used(), 6000);
         client.write_all(b"x").await.expect("written");

@@ -12,8 +12,7 @@ use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
 use crate::time::Millis;
 use crate::transport::{CloseHow, OutBuf, Stream};
 
-use crate::client::ListenerContext;
-use crate::client::connect::LOGGED_CHARS;
+use crate::client::{LOGGED_CHARS, ListenerContext};
 
 /// How long a refused client is given to take its answer.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);

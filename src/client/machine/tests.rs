@@ -13,11 +13,11 @@ use crate::telemetry::StreamReason;
 struct Open;
 
 impl Policy for Open {
-    fn may_publish(&self, _: &str) -> bool {
+    fn may_publish(&self, _: &str, _: &str) -> bool {
         true
     }
 
-    fn may_subscribe(&self, _: &str) -> bool {
+    fn may_subscribe(&self, _: &str, _: &str) -> bool {
         true
     }
 }

@@ -93,6 +93,7 @@ impl Checker<'_, '_> {
             limits.packet_max,
             1024..=MQTT_PACKET_MAX_BYTES,
         );
+        self.range("limits.connect_max", limits.connect_max, 1024..=1 << 20);
         self.range(
             "limits.connections_max",
             limits.connections_max,

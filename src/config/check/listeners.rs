@@ -29,18 +29,13 @@ impl Checker<'_, '_> {
                 self.say(&key("bind"), message);
             }
             self.paths(&key("path"), &listener.paths);
-            for origin in &listener.origins {
-                if !origin.contains("://") || origin.ends_with('/') {
-                    let message =
-                        format!("{origin:?} is no origin; write it as \"https://app.example.com\"");
-                    self.say(&key("origins"), message);
-                }
-            }
             self.proxies(&key("proxy_protocol"), &key("trusted_proxies"), listener);
             if let Some(interval) = listener.ping_interval {
                 self.range_time(&key("ping_interval"), interval, SECOND..=HOUR);
             }
-            if let Err(why) = check_mount(&listener.mount, listener.auth) {
+            if let Err(why) =
+                check_mount(&listener.mount, listener.auth, &config.upstream.probe_topic)
+            {
                 self.say(&key("mount"), why);
             }
             self.listener_tls(config, &key("tls"), i);
@@ -84,7 +79,7 @@ impl Checker<'_, '_> {
 }
 
 /// Whether a mount can be the prefix of a topic.
-fn check_mount(mount: &str, auth: AuthMode) -> Result<(), &'static str> {
+fn check_mount(mount: &str, auth: AuthMode, probe_topic: &str) -> Result<(), &'static str> {
     if mount.is_empty() {
         return Ok(());
     }
@@ -93,6 +88,14 @@ fn check_mount(mount: &str, auth: AuthMode) -> Result<(), &'static str> {
     }
     if mount.contains(['+', '#', '\0']) || mount.starts_with('$') {
         return Err("must have no wildcard and not begin with $");
+    }
+    let own = |prefix: &str| {
+        mount
+            .strip_prefix(prefix)
+            .is_some_and(|rest| rest.starts_with('/'))
+    };
+    if own("tidegate") || own(probe_topic) {
+        return Err("must not lie below tidegate/ or upstream.probe_topic, where Tidegate probes");
     }
     let names = mount.split('%').skip(1);
     if !names.into_iter().all(|n| n.starts_with(['u', 'c'])) {

@@ -492,7 +492,7 @@ mod tests {
 
     /// Deliveries that a client has not acknowledged, or that wait for it.
     fn has(router: &Router, id: &str) -> usize {
-        let session = router.session(id).expect("it is there");
+        let session = router.session(&id.into()).expect("it is there");
         session.in_flight + session.queue_messages
     }
 

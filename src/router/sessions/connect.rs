@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use parking_lot::MutexGuard;
 
-use crate::session::{CloseReason, ConnectionSpec, Ended, Session, Will};
+use crate::session::{CloseReason, ConnectionSpec, Ended, Session, SessionKey, Will};
 use crate::telemetry::{DropReason, SessionEndReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -21,8 +21,8 @@ pub(super) const REMEMBER_CLOSED: Duration = Duration::from_secs(2 * 60);
 /// An authenticated CONNECT.
 #[derive(Debug)]
 pub struct Connect {
-    /// The client identifier, assigned if the client sent none.
-    pub client_id: Arc<str>,
+    /// The client identifier, assigned if the client sent none, and its mount.
+    pub key: SessionKey,
     /// The authenticated principal.
     pub principal: Arc<str>,
     /// Clean Start, or Clean Session.
@@ -83,7 +83,7 @@ impl Sessions {
         publish_link: impl Fn(SessionRef) -> u8,
         connack: impl FnOnce(bool, &mut Vec<u8>),
     ) -> Result<(Connected, ConnectActions), Refused> {
-        let number = self.shard_of(&connect.client_id);
+        let number = self.shard_of(connect.key.client_id());
         let mut actions = SessionActions {
             shard: number,
             ..SessionActions::default()
@@ -97,7 +97,7 @@ impl Sessions {
             }
             None => {
                 let at = shard.insert(Session::new(
-                    connect.client_id.clone(),
+                    connect.key.clone(),
                     connect.principal.clone(),
                     self.next_incarnation(),
                     now,
@@ -194,7 +194,7 @@ impl Sessions {
         let presence = attached.present.then(|| PresenceChange {
             session,
             publish_link,
-            client_id: connect.client_id,
+            key: connect.key,
             peer: Some(connect.peer.clone()),
         });
         slot.handle = Some(connect.handle);
@@ -271,7 +271,7 @@ fn take_over(
     actions: &mut SessionActions,
     now: Millis,
 ) -> Result<(Option<u32>, bool), Refused> {
-    let Some(at) = shard.by_id.get(&connect.client_id).copied() else {
+    let Some(at) = shard.by_key.get(&connect.key).copied() else {
         return Ok((None, false));
     };
     let slot = &mut shard.slots[at as usize];
@@ -288,7 +288,7 @@ fn take_over(
     }
     // The grace of the closed session's client is over.
     let ended = slot.session.give_up_grace(now);
-    let (publish_link, client_id) = (slot.publish_link, slot.session.client_id.clone());
+    let (publish_link, key) = (slot.publish_link, slot.session.key.clone());
     let session = shard.reference(at);
     actions.wills.extend(ended.will.map(|will| DueWill {
         session,
@@ -299,7 +299,7 @@ fn take_over(
         actions.presence_changes.push(PresenceChange {
             session,
             publish_link,
-            client_id,
+            key,
             peer: None,
         });
     }
@@ -332,7 +332,7 @@ pub(super) fn leave(
             actions.presence_changes.push(PresenceChange {
                 session,
                 publish_link,
-                client_id: slot.session.client_id.clone(),
+                key: slot.session.key.clone(),
                 peer: None,
             });
         }

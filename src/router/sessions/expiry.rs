@@ -1,6 +1,6 @@
 //! Sessions whose time has come: expiry, due wills, keep alive, and queues that end their session.
 
-use crate::session::CloseReason;
+use crate::session::{CloseReason, SessionKey};
 use crate::telemetry::{SessionEndReason, metrics};
 use crate::time::Millis;
 
@@ -52,21 +52,42 @@ impl Sessions {
     /// Ends a session with its connection, because its queue is full and `session.queue_full` is
     /// `"end_session"`. The actions are deferred, since the caller has the shard's lock.
     pub(crate) fn end_full(&self, shard: &mut Shard, at: u32, now: Millis) {
-        let Some(slot) = shard.slots.get_mut(at as usize) else {
-            return;
-        };
+        let why = (CloseReason::SessionQueueFull, SessionEndReason::QueueFull);
+        let ended = self.end_early(shard, at, why, now);
+        ended.into_iter().for_each(|actions| self.defer(actions));
+    }
+
+    /// Ends a session with its connection at an operator's wish. `None`: there is no such session.
+    pub(crate) fn end_by_operator(&self, key: &SessionKey, now: Millis) -> Option<SessionActions> {
+        let mut shard = self.shard(self.shard_of(key.client_id()));
+        let at = shard.by_key.get(key).copied()?;
+        let why = (CloseReason::Operator, SessionEndReason::Admin);
+        let actions = self.end_early(&mut shard, at, why, now);
+        self.charge(&mut shard);
+        actions
+    }
+
+    /// Ends a session before its time. `None`: it has ended already.
+    fn end_early(
+        &self,
+        shard: &mut Shard,
+        at: u32,
+        (reason, label): (CloseReason, SessionEndReason),
+        now: Millis,
+    ) -> Option<SessionActions> {
+        let slot = shard.slots.get_mut(at as usize)?;
         if slot.session.is_closed() {
-            return;
+            return None;
         }
         if let Some(handle) = slot.handle.take() {
-            handle.close(CloseReason::SessionQueueFull);
+            handle.close(reason);
         }
-        metrics().sessions_ended[SessionEndReason::QueueFull].increment(1);
+        metrics().sessions_ended[label].increment(1);
         slot.session.expiry = 0;
         let ended = slot.session.detach(&self.limits, false, now);
         count_lost(&ended);
         let reference = shard.reference(at);
-        self.defer(leave(shard, reference, ended, now));
+        Some(leave(shard, reference, ended, now))
     }
 
     /// Keeps actions for the next tick.
@@ -94,7 +115,7 @@ fn expire(shard: &mut Shard, at: u32, now: Millis, actions: &mut SessionActions)
         actions.presence_changes.push(PresenceChange {
             session,
             publish_link,
-            client_id: slot.session.client_id.clone(),
+            key: slot.session.key.clone(),
             peer: None,
         });
     }

@@ -9,7 +9,7 @@ use foldhash::fast::RandomState;
 use lru::LruCache;
 use slab::Slab;
 
-use crate::session::{ENTRY_BYTES, Ended, Session};
+use crate::session::{ENTRY_BYTES, Ended, Session, SessionKey};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -74,8 +74,7 @@ pub(super) type Detached = LruCache<u32, Millis, RandomState>;
 pub(in crate::router) struct Shard {
     pub number: u16,
     pub slots: Slab<Box<Slot>>,
-    /// Slots by client identifier.
-    pub by_id: HashMap<Arc<str>, u32, RandomState>,
+    pub by_key: HashMap<SessionKey, u32, RandomState>,
     pub members: HashMap<FilterId, Members, RandomState>,
     /// Detached sessions, least recently connected last.
     pub detached: Detached,
@@ -97,7 +96,7 @@ impl Shard {
         Self {
             number,
             slots: Slab::new(),
-            by_id: HashMap::default(),
+            by_key: HashMap::default(),
             members: HashMap::default(),
             detached: LruCache::unbounded_with_hasher(RandomState::default()),
             timers: BTreeSet::new(),
@@ -112,7 +111,7 @@ impl Shard {
 
     pub(crate) fn insert(&mut self, session: Session) -> u32 {
         self.slot_version = self.slot_version.wrapping_add(1);
-        let id = session.client_id.clone();
+        let key = session.key.clone();
         let slot = self.slots.insert(Box::new(Slot {
             slot_version: self.slot_version,
             session,
@@ -128,7 +127,7 @@ impl Shard {
             taken_at: Millis::ZERO,
             offered: 0,
         })) as u32;
-        self.by_id.insert(id, slot);
+        self.by_key.insert(key, slot);
         slot
     }
 
@@ -161,7 +160,7 @@ impl Shard {
             return;
         }
         let removed = self.slots.remove(slot as usize);
-        self.by_id.remove(&removed.session.client_id);
+        self.by_key.remove(&removed.session.key);
         self.detached.pop(&slot);
         if let Some(at) = removed.armed {
             self.timers.remove(&(at, slot));

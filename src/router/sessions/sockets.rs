@@ -55,6 +55,23 @@ impl Sessions {
         }
     }
 
+    /// Ends the connections of principals that lost the right to connect. Returns their number.
+    pub(crate) fn close_of(&self, is_removed: impl Fn(&str) -> bool) -> usize {
+        let mut closed = 0;
+        for shard in &self.shards {
+            for (_, slot) in &shard.lock().slots {
+                if let Some(handle) = &slot.handle
+                    && slot.session.attached()
+                    && is_removed(&slot.session.principal)
+                {
+                    handle.close(CloseReason::NotAuthorized);
+                    closed += 1;
+                }
+            }
+        }
+        closed
+    }
+
     /// Asks up to `most` connections to end.
     pub(crate) fn close_some(&self, reason: CloseReason, most: usize) {
         let mut remaining = most;
@@ -131,7 +148,7 @@ mod tests {
         let handles = [Some(Duration::from_secs(45)), None].map(|ping_after| {
             let handle = Arc::new(ConnectionHandle::default());
             let connect = Connect {
-                client_id: format!("{ping_after:?}").into(),
+                key: format!("{ping_after:?}").as_str().into(),
                 principal: "anonymous".into(),
                 clean_start: true,
                 expiry: 0,

@@ -4,6 +4,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::mqtt::{SubscribeOptions, Version};
+use crate::session::SessionKey;
 use crate::time::Millis;
 
 use crate::router::sessions::Sessions;
@@ -13,9 +14,9 @@ use crate::router::types::{Peer, SessionRef};
 /// One session, as it is now.
 #[derive(Clone, Debug)]
 pub struct SessionInfo {
-    /// Client identifier.
-    pub client_id: Arc<str>,
-    /// Principal.
+    /// Client identifier and mount.
+    pub key: SessionKey,
+    /// Who the session belongs to.
     pub principal: Arc<str>,
     /// Protocol version of the latest connection.
     pub version: Version,
@@ -64,46 +65,57 @@ pub struct Totals {
 }
 
 impl Sessions {
-    /// Up to `limit` sessions in the order of client identifiers, after `after`.
+    /// Up to `limit` sessions in the order of their keys, after `after`.
     pub(crate) fn list(&self, after: Option<&str>, limit: usize) -> Vec<SessionInfo> {
-        let mut ids: Vec<Arc<str>> = Vec::new();
+        let mut keys: Vec<SessionKey> = Vec::new();
         for shard in &self.shards {
             let shard = shard.lock();
             let live = |slot: &u32| !shard.slots[*slot as usize].session.is_closed();
-            let later = |id: &Arc<str>| after.is_none_or(|after| **id > *after);
-            let mut some: Vec<Arc<str>> = shard
-                .by_id
+            let later = |key: &SessionKey| after.is_none_or(|after| key.as_str() > after);
+            let mut some: Vec<SessionKey> = shard
+                .by_key
                 .iter()
-                .filter(|(id, slot)| later(id) && live(slot))
-                .map(|(id, _)| id.clone())
+                .filter(|(key, slot)| later(key) && live(slot))
+                .map(|(key, _)| key.clone())
                 .collect();
             some.sort_unstable();
             some.truncate(limit);
-            ids.append(&mut some);
+            keys.append(&mut some);
         }
-        ids.sort_unstable();
-        ids.truncate(limit);
-        ids.iter().filter_map(|id| self.find(id)).collect()
+        keys.sort_unstable();
+        keys.truncate(limit);
+        keys.iter().filter_map(|key| self.find(key)).collect()
     }
 
-    /// The client identifier of a session.
-    pub(crate) fn client_id(&self, session: SessionRef) -> Option<Arc<str>> {
+    /// The key of a session.
+    pub(crate) fn key(&self, session: SessionRef) -> Option<SessionKey> {
         let mut shard = self.shard(session.shard);
-        Some(shard.get(session)?.session.client_id.clone())
+        Some(shard.get(session)?.session.key.clone())
     }
 
-    /// The session of a client identifier.
-    pub(crate) fn find(&self, client_id: &str) -> Option<SessionInfo> {
+    /// The keys of a client identifier's sessions, one for each mount.
+    pub(crate) fn keys_of(&self, client_id: &str) -> Vec<SessionKey> {
         let shard = self.shard(self.shard_of(client_id));
-        let slot = shard.by_id.get(client_id)?;
+        let live = |slot: &u32| !shard.slots[*slot as usize].session.is_closed();
+        let all = shard.by_key.iter();
+        let own = all.filter(|(key, slot)| key.client_id() == client_id && live(slot));
+        let mut keys: Vec<SessionKey> = own.map(|(key, _)| key.clone()).collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    /// The session of a key.
+    pub(crate) fn find(&self, key: &SessionKey) -> Option<SessionInfo> {
+        let shard = self.shard(self.shard_of(key.client_id()));
+        let slot = shard.by_key.get(key)?;
         let slot = &shard.slots[*slot as usize];
         (!slot.session.is_closed()).then(|| info(slot))
     }
 
     /// Whether a client is connected.
-    pub(crate) fn is_attached(&self, client_id: &str) -> bool {
-        let shard = self.shard(self.shard_of(client_id));
-        let slot = shard.by_id.get(client_id);
+    pub(crate) fn is_attached(&self, key: &SessionKey) -> bool {
+        let shard = self.shard(self.shard_of(key.client_id()));
+        let slot = shard.by_key.get(key);
         slot.is_some_and(|slot| shard.slots[*slot as usize].session.attached())
     }
 
@@ -130,7 +142,7 @@ impl Sessions {
 fn info(slot: &Slot) -> SessionInfo {
     let session = &slot.session;
     SessionInfo {
-        client_id: session.client_id.clone(),
+        key: session.key.clone(),
         principal: session.principal.clone(),
         version: session.version(),
         attached: session.attached(),

@@ -53,11 +53,11 @@ fn limits(subscriptions_max: usize) -> SessionLimits {
 struct Counting(Cell<usize>);
 
 impl Policy for Counting {
-    fn may_publish(&self, _: &str) -> bool {
+    fn may_publish(&self, _: &str, _: &str) -> bool {
         true
     }
 
-    fn may_subscribe(&self, filter: &str) -> bool {
+    fn may_subscribe(&self, _: &str, filter: &str) -> bool {
         self.0.set(self.0.get() + 1);
         !filter.starts_with("no")
     }

@@ -15,7 +15,7 @@ use crate::backoff::Backoff;
 use crate::config::{ProxyProtocol, Transport};
 use crate::transport::detect::detect;
 use crate::transport::error::{AcceptError, HandshakeError};
-use crate::transport::limits::{Permit, UNAUTHENTICATED_PACKET_MAX_BYTES};
+use crate::transport::limits::Admitted;
 use crate::transport::listen::listener::{Accepted, ConnectionTask, Listener, spawn};
 use crate::transport::proxy::{canonical, read_header};
 use crate::transport::stream::Stream;
@@ -64,9 +64,10 @@ pub(super) async fn serve_tcp<H, F>(
         match accepted.map_err(AcceptError::from) {
             Ok((io, peer)) => {
                 backoff.reset();
-                if let Some(permit) = listener.admit() {
+                let peer = canonical(peer);
+                if let Some(admitted) = listener.admit(peer) {
                     let handler = handler.clone();
-                    start(io, canonical(peer), permit, &listener, handler, &stop);
+                    start(io, peer, admitted, &listener, handler, &stop);
                 }
             }
             Err(error) => {
@@ -85,7 +86,7 @@ pub(super) async fn serve_tcp<H, F>(
 fn start<H, F>(
     io: TcpStream,
     peer: SocketAddr,
-    permit: Permit,
+    admitted: Admitted,
     listener: &Arc<Listener>,
     handler: H,
     stop: &CancellationToken,
@@ -99,7 +100,7 @@ fn start<H, F>(
     let config = &listener.config;
     if config.transport == Transport::Tcp && config.proxy_protocol == ProxyProtocol::Off {
         let stream = Ok(Stream::tcp(io, peer));
-        if let Some(accepted) = listener.finish(stream, peer, deadline, permit) {
+        if let Some(accepted) = listener.finish(stream, peer, deadline, admitted) {
             spawn(ready(Some(accepted)), handler);
         }
         return;
@@ -109,12 +110,12 @@ fn start<H, F>(
         let mut peer = peer;
         let upgrade = Box::pin(listener.upgrade(io, &mut peer));
         match listener.bounded(deadline, &stop, upgrade).await {
-            Ok(Upgraded::Client(stream)) => listener.finish(Ok(stream), peer, deadline, permit),
+            Ok(Upgraded::Client(stream)) => listener.finish(Ok(stream), peer, deadline, admitted),
             Ok(Upgraded::HealthCheck) => {
                 listener.events.health_checked();
                 None
             }
-            Err(error) => listener.finish(Err(error), peer, deadline, permit),
+            Err(error) => listener.finish(Err(error), peer, deadline, admitted),
         }
     };
     spawn(handshake, handler);
@@ -199,7 +200,7 @@ impl Listener {
             Answer::Upgraded { early } => Some(Ws::new(
                 io,
                 early,
-                UNAUTHENTICATED_PACKET_MAX_BYTES as usize,
+                self.limits.connect_max,
                 self.limits.message_max(),
             )),
         })

@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 use crate::config;
 use crate::transport::error::{HandshakeError, RefusalReason};
 use crate::transport::events::Events;
-use crate::transport::limits::{Limits, Permit};
+use crate::transport::limits::{Admitted, Limits, Permit, Unauthenticated};
+use crate::transport::proxy::trusts;
 use crate::transport::stream::Stream;
 use crate::transport::tls::server::ServerTls;
 
@@ -28,6 +29,8 @@ pub struct Accepted {
     pub deadline: Instant,
     /// The connection's permit under the limit on connections.
     pub permit: Permit,
+    /// The connection's part of its network's share, to be dropped once the client is authenticated.
+    pub unauthenticated: Option<Unauthenticated>,
 }
 
 /// Serves a client from the answer to its CONNECT to the connection's end. It lives as long as the
@@ -55,13 +58,18 @@ impl Listener {
         Instant::now() + self.limits.accept_deadline
     }
 
-    /// A permit under the limit on connections.
-    pub(crate) fn admit(&self) -> Option<Permit> {
-        let permit = self.limits.connections.try_acquire();
-        if permit.is_none() {
+    /// A permit under the limit on connections, for a connection from `peer`. A proxy's connections
+    /// count for the networks of its clients, which are not known yet.
+    pub(crate) fn admit(&self, peer: SocketAddr) -> Option<Admitted> {
+        let connections = &self.limits.connections;
+        let admitted = match trusts(&self.config, peer.ip()) {
+            true => connections.try_acquire().map(Admitted::from),
+            false => connections.try_admit(peer.ip()),
+        };
+        if admitted.is_none() {
             self.events.refused(RefusalReason::Connections);
         }
-        permit
+        admitted
     }
 
     /// Runs a handshake until its deadline or until the listener stops.
@@ -87,15 +95,22 @@ impl Listener {
         result: Result<Stream, HandshakeError>,
         peer: SocketAddr,
         deadline: Instant,
-        permit: Permit,
+        mut admitted: Admitted,
     ) -> Option<Accepted> {
         match result {
-            Ok(stream) => Some(Accepted {
-                stream,
-                peer,
-                deadline,
-                permit,
-            }),
+            Ok(stream) => {
+                if !admitted.count_for(peer.ip()) {
+                    self.events.refused(RefusalReason::Connections);
+                    return None;
+                }
+                Some(Accepted {
+                    stream,
+                    peer,
+                    deadline,
+                    permit: admitted.permit,
+                    unauthenticated: admitted.unauthenticated,
+                })
+            }
             Err(error) => {
                 self.events.handshake_failed(peer, &error);
                 None

@@ -36,7 +36,7 @@ impl From<CloseHow> for CloseCode {
 }
 
 /// The code that stops a unidirectional stream: MQTT's reason code for a protocol error.
-pub(super) const UNI_STREAM_STOPPED: VarInt = VarInt::from_u32(0x82);
+pub(super) const UNI_STREAM_STOPPED: u32 = 0x82;
 
 /// The TLS alert no_application_protocol (RFC 7301 section 3.2).
 const ALERT_NO_ALPN: u8 = 120;

@@ -10,6 +10,10 @@ use crate::transport::quic::capsules::{self, Capsules, Found};
 use crate::transport::quic::close::{CloseCode, lost};
 use crate::transport::tcp::with_scratch;
 
+/// Streams of HTTP/3 that a client may have beside its control stream: QPACK's two, and one of a type
+/// that is not known.
+const HTTP_STREAMS_MAX: usize = 3;
+
 /// A session that was accepted.
 pub(super) struct Session {
     /// Taken when the session ends.
@@ -18,14 +22,14 @@ pub(super) struct Session {
     capsules: Capsules,
     /// Found in the bytes behind the request.
     found: Found,
-    _http: HttpStreams,
+    http: HttpStreams,
 }
 
 /// The streams of HTTP/3, which ends the connection when one of them ends.
 pub(super) struct HttpStreams {
     pub _ours: SendStream,
     pub _theirs: RecvStream,
-    pub _others: Vec<RecvStream>,
+    pub others: Vec<RecvStream>,
 }
 
 impl Session {
@@ -37,7 +41,14 @@ impl Session {
             recv,
             found: capsules.feed(rest),
             capsules,
-            _http: http,
+            http,
+        }
+    }
+
+    /// Keeps a stream of HTTP/3 open. A client has two of QPACK's; more are dropped, which stops them.
+    pub(super) fn keep(&mut self, stream: RecvStream) {
+        if self.http.others.len() < HTTP_STREAMS_MAX {
+            self.http.others.push(stream);
         }
     }
 

@@ -35,9 +35,10 @@ const INCOMING_BYTES: u64 = 64 * 1024;
 /// The most bytes that are kept for all handshakes that wait.
 const INCOMING_TOTAL_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Unidirectional streams that a client of WebTransport may have: HTTP/3 control and QPACK's two (RFC
-/// 9114 section 6.2). Only the first is read, up to its SETTINGS.
-const UNI_STREAMS: u32 = 3;
+/// Unidirectional streams that a client may have open: HTTP/3 control and QPACK's two (RFC 9114 section
+/// 6.2), of which only the first is read, up to its SETTINGS; and one that is stopped. A client that may
+/// open none would wait for ever.
+const UNI_STREAMS: u32 = 4;
 /// Bytes of datagrams, with the library's overhead for each, that may lie unread. None is ever read;
 /// browsers insist that they could be sent.
 const DATAGRAM_BYTES: usize = 2048;
@@ -113,7 +114,7 @@ fn transport_config(idle: Duration, webtransport: bool) -> io::Result<TransportC
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_AT_FIRST))
-        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .max_concurrent_uni_streams(VarInt::from_u32(UNI_STREAMS))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(UNAUTHENTICATED_WINDOW_BYTES))
         .send_window(SEND_WINDOW_BYTES)
@@ -127,9 +128,7 @@ fn transport_config(idle: Duration, webtransport: bool) -> io::Result<TransportC
     if webtransport {
         // The protocol is unknown before the handshake, so every client is allowed what browsers need;
         // nothing is allocated for it.
-        config
-            .max_concurrent_uni_streams(VarInt::from_u32(UNI_STREAMS))
-            .datagram_receive_buffer_size(Some(DATAGRAM_BYTES));
+        config.datagram_receive_buffer_size(Some(DATAGRAM_BYTES));
     }
     Ok(config)
 }

@@ -35,8 +35,8 @@ pub(in crate::transport) struct Quic {
     accept: Option<BoxFuture<Result<(SendStream, RecvStream), ConnectionError>>>,
     /// The data streams that are not read, as bits.
     paused: u16,
-    /// Waits for unidirectional streams, where they cannot be forbidden.
-    uni_streams: Option<BoxFuture<Result<RecvStream, ConnectionError>>>,
+    /// Waits for unidirectional streams, to stop them.
+    uni_streams: Option<BoxFuture<Option<UniStream>>>,
     /// The stream with which the next round begins.
     next: usize,
     closing: Closing,
@@ -121,22 +121,16 @@ impl Drop for Quic {
 }
 
 impl Quic {
-    /// `control` is the first stream that the client opened. `http3` says whether the handshake allowed
-    /// the unidirectional streams of HTTP/3.
+    /// `control` is the first stream that the client opened.
     pub(super) fn new(
         connection: Connection,
         layer: Layer,
         control: Bidi,
         session: Option<Box<Session>>,
-        http3: bool,
         events: Arc<dyn Events>,
     ) -> Self {
-        let stop_uni_streams = http3 && layer == Layer::Plain;
-        if stop_uni_streams {
-            connection.set_max_concurrent_uni_streams(VarInt::from_u32(0));
-        }
         Self {
-            uni_streams: stop_uni_streams.then(|| accept_uni(connection.clone())),
+            uni_streams: Some(next_uni(connection.clone(), layer)),
             peer: canonical(connection.remote_address()),
             connection,
             layer,
@@ -363,15 +357,21 @@ impl Quic {
         })
     }
 
-    /// Stops unidirectional streams, since their bytes are never read.
+    /// Stops unidirectional streams, since their bytes are never read. Those of HTTP/3 are kept.
     fn poll_uni_streams(&mut self, cx: &mut Context<'_>) {
-        while let Some(accept) = &mut self.uni_streams
-            && let Poll::Ready(accepted) = accept.as_mut().poll(cx)
+        while let Some(next) = &mut self.uni_streams
+            && let Poll::Ready(found) = next.as_mut().poll(cx)
         {
-            self.uni_streams = accepted.ok().map(|mut stream| {
-                // Fails only if the stream has ended.
-                let _ = stream.stop(UNI_STREAM_STOPPED);
-                accept_uni(self.connection.clone())
+            self.uni_streams = found.map(|stream| {
+                match (stream, &mut self.session) {
+                    (UniStream::Http(stream), Some(session)) => session.keep(stream),
+                    (UniStream::Http(mut stream) | UniStream::Foreign(mut stream), _) => {
+                        // Fails only if the stream has ended.
+                        let _ = stream.stop(self.layer.code(UNI_STREAM_STOPPED));
+                        self.events.uni_stream_stopped(self.peer);
+                    }
+                }
+                next_uni(self.connection.clone(), self.layer)
             });
         }
     }
@@ -508,6 +508,32 @@ fn accept_bi(
     Box::pin(async move { connection.accept_bi().await })
 }
 
-fn accept_uni(connection: Connection) -> BoxFuture<Result<RecvStream, ConnectionError>> {
-    Box::pin(async move { connection.accept_uni().await })
+/// A unidirectional stream of the client.
+enum UniStream {
+    /// A stream of HTTP/3's own, whose end would be an error.
+    Http(RecvStream),
+    /// Any other.
+    Foreign(RecvStream),
+}
+
+/// The next unidirectional stream. `None`: the connection is lost.
+fn next_uni(connection: Connection, layer: Layer) -> BoxFuture<Option<UniStream>> {
+    Box::pin(async move {
+        let mut stream = connection.accept_uni().await.ok()?;
+        if layer == Layer::Plain {
+            return Some(UniStream::Foreign(stream));
+        }
+        // 0x54 as a variable-length integer: a stream of a WebTransport session.
+        let mut kind = [0; 2];
+        let foreign = match stream.read_exact(&mut kind[..1]).await {
+            Ok(()) if kind[0] == 0x40 => {
+                stream.read_exact(&mut kind[1..]).await.is_ok() && kind[1] == 0x54
+            }
+            _ => false,
+        };
+        Some(match foreign {
+            true => UniStream::Foreign(stream),
+            false => UniStream::Http(stream),
+        })
+    })
 }

@@ -86,7 +86,6 @@ pub(super) async fn accept(
         layer,
         control,
         Some(Box::new(session)),
-        true,
         events,
     ))
 }
@@ -114,7 +113,7 @@ async fn settings(connection: &Connection) -> Result<HttpStreams, HandshakeError
                     return Ok(HttpStreams {
                         _ours: ours,
                         _theirs: theirs,
-                        _others: others,
+                        others,
                     });
                 }
                 Err(SettingsError::UnexpectedEnd) if bytes.len() < SETTINGS_MAX_BYTES => {

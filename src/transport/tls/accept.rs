@@ -9,8 +9,8 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use crate::shares::SharePermit;
 use crate::transport::error::HandshakeError;
-use crate::transport::limits::HandshakePermit;
 use crate::transport::tls::clients::{ClientCertificate, fault};
 use crate::transport::tls::server::{ALPN_HTTP, ServerTls};
 
@@ -25,7 +25,7 @@ pub(in crate::transport) async fn accept<S>(
     io: S,
     tls: &ServerTls,
     alpn: &'static str,
-    permit: HandshakePermit,
+    permit: SharePermit,
 ) -> Result<(TlsStream<S>, Option<Box<ClientCertificate>>), HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,

@@ -6,10 +6,11 @@ use rustls::RootCertStore;
 use rustls::pki_types::pem::{Error as PemError, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 
+use crate::config;
 use crate::transport::tls::error::TlsError;
 
 fn read(file: &Path) -> Result<Vec<u8>, TlsError> {
-    std::fs::read(file).map_err(|source| TlsError::Read {
+    config::files::read(file).map_err(|source| TlsError::Read {
         file: file.to_owned(),
         source,
     })

@@ -7,7 +7,7 @@ use tokio_tungstenite::tungstenite::http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request as HttpRequest, Uri, Version, header,
 };
 
-use crate::config::{HEALTH_PATH, Listener};
+use crate::config::{HEALTH_PATH, Listener, origin};
 use crate::transport::detect::{Detected, detect};
 use crate::transport::error::RequestError;
 
@@ -169,7 +169,7 @@ pub(in crate::transport) fn foreign_origin(
     let given = headers.get_all(header::ORIGIN).into_iter();
     given
         .map(|origin| String::from_utf8_lossy(origin.as_bytes()))
-        .find(|origin| !origins.iter().any(|o| o.eq_ignore_ascii_case(origin)))
+        .find(|origin| !origin::lists(origins, origin))
         .map(|origin| shown(&origin))
 }
 

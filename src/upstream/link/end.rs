@@ -36,6 +36,12 @@ pub(crate) enum LinkEnd {
     /// All links go to another server.
     #[error("the links go to another server")]
     Failover,
+    /// The probe came back to a listener of this process.
+    #[error(
+        "upstream.servers leads to a listener of this Tidegate, so every message would circle: write \
+         the broker's address"
+    )]
+    OwnListener,
     /// The process ends.
     #[error("shutting down")]
     Shutdown,
@@ -55,6 +61,7 @@ impl LinkEnd {
             | Self::UnknownRequest(_)
             | Self::PlacedAnew => LinkDownReason::Protocol,
             Self::Failover => LinkDownReason::Failover,
+            Self::OwnListener => LinkDownReason::Refused,
             Self::Shutdown => LinkDownReason::Shutdown,
         }
     }

@@ -350,10 +350,10 @@ impl PublishLink {
 
     fn quarantine(&mut self, index: usize) {
         let outgoing = &self.window.get(index).outgoing;
-        let client = self.router.client_id(outgoing.session);
+        let client = self.router.session_key(outgoing.session);
         let message = &outgoing.message;
         tracing::error!(
-            client_id = %clean(client.as_deref().unwrap_or(""), 256),
+            client_id = %clean(client.as_ref().map_or("", |key| key.client_id()), 256),
             topic = %clean(message.topic(), 256),
             payload_bytes = message.payload().len(),
             qos = message.qos() as u8,

@@ -44,29 +44,32 @@ impl CachedProfile {
 impl ProfileCache {
     /// The profile of the broker at `server` (an index into `upstream.servers`) that announced
     /// `capabilities`. `find` makes it if no cached profile fits. Calls wait for one another.
-    pub(crate) async fn get_or_find<F>(
+    ///
+    /// # Errors
+    /// The error of `find`; the cached profile stays.
+    pub(crate) async fn get_or_find<F, E>(
         &self,
         server: usize,
         capabilities: &Capabilities,
         find: impl FnOnce() -> F,
-    ) -> Arc<BrokerProfile>
+    ) -> Result<Arc<BrokerProfile>, E>
     where
-        F: Future<Output = BrokerProfile>,
+        F: Future<Output = Result<BrokerProfile, E>>,
     {
         let mut entry = self.entry.lock().await;
         if let Some(cached) = &*entry
             && cached.fits(server, capabilities)
             && cached.found_at.elapsed() < GOOD_FOR
         {
-            return cached.profile.clone();
+            return Ok(cached.profile.clone());
         }
-        let found = find().await;
+        let found = find().await?;
         // Filters were placed by the cached profile. A probe that was cut short says nothing new
         // of the broker, which may have been slow; the next link that connects probes again.
         if let Some(cached) = &*entry
             && cached.outlives(server, &found)
         {
-            return cached.profile.clone();
+            return Ok(cached.profile.clone());
         }
         let profile = Arc::new(found);
         show(&profile);
@@ -76,7 +79,7 @@ impl ProfileCache {
             found_at: Instant::now(),
             profile: profile.clone(),
         });
-        profile
+        Ok(profile)
     }
 
     /// The present profile, for readers that must not wait; `None` before the first link connected.
@@ -120,8 +123,9 @@ mod tests {
         capabilities: &Capabilities,
         found: Source,
     ) -> Source {
-        let find = || async { BrokerProfile::unseen(capabilities, found) };
-        cache.get_or_find(server, capabilities, find).await.source
+        let find = || async { Ok::<_, ()>(BrokerProfile::unseen(capabilities, found)) };
+        let profile = cache.get_or_find(server, capabilities, find).await;
+        profile.expect("the probe does not fail").source
     }
 
     #[tokio::test(start_paused = true)]

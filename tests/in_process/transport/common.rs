@@ -55,6 +55,9 @@ impl Events for Reports {
     fn retry_sent(&self) {
         self.send("retry");
     }
+    fn uni_stream_stopped(&self, _: SocketAddr) {
+        self.send("uni stream stopped");
+    }
     fn migrated(&self, from: SocketAddr, to: SocketAddr) {
         assert_ne!(from, to);
         self.send("migrated");

@@ -361,7 +361,7 @@ async fn quic_peer_is_the_address_that_opened_the_first_stream() {
 }
 
 #[tokio::test]
-async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
+async fn quic_stops_unidirectional_streams_and_allows_15_data_streams() {
     let mut server = Server::start(Transport::Quic);
     let (_endpoint, connection) = server.quic().await;
     use futures_util::FutureExt;
@@ -387,7 +387,21 @@ async fn quic_allows_no_unidirectional_stream_and_15_data_streams() {
         open.push(soon(connection.open_bi()).await.expect("credit"));
     }
     assert!(connection.open_bi().now_or_never().is_none());
-    assert!(connection.open_uni().now_or_never().is_none());
+    // More than may be open at once: each is stopped, and the next one gets its place.
+    for _ in 0..10 {
+        let mut buf = Vec::new();
+        let stopped = async {
+            let mut uni = connection.open_uni().await.expect("credit");
+            uni.write_all(b"unread").await.expect("written");
+            uni.stopped().await.expect("connection lives")
+        };
+        let stopped = tokio::select! {
+            stopped = soon(stopped) => stopped,
+            got = recv(&mut stream, &mut buf) => panic!("{got:?}"),
+        };
+        assert_eq!(stopped, Some(0x82u32.into()));
+        assert_eq!(server.event().await, "uni stream stopped");
+    }
 }
 
 #[tokio::test]
