@@ -108,9 +108,10 @@ impl Clients {
             unauthenticated,
             ..
         } = accepted;
-        let accepted = connect::accept(&self, &listener, stream, peer, deadline).await;
-        // Before CONNACK is sent, since the client may count on it.
-        drop(unauthenticated);
+        let accepting = connect::accept(&self, &listener, stream, peer, deadline, unauthenticated);
+        // The connection's part of its network's share is dropped before CONNACK is sent, since the
+        // client may count on it.
+        let accepted = accepting.await;
         accepted.map(|accepted| task::serve(self, accepted, guard))
     }
 

@@ -17,7 +17,7 @@ use crate::auth::Identity;
 use crate::mqtt::{Connect, ReasonCode, decode_connect};
 use crate::router::Peer;
 use crate::telemetry::{RefusedReason, clean, metrics};
-use crate::transport::Stream;
+use crate::transport::{Stream, Unauthenticated};
 
 use crate::client::machine::{Machine, ReadBuffer};
 use crate::client::scope::{added_bytes, scope_of};
@@ -49,12 +49,14 @@ pub(super) async fn accept(
     mut stream: Stream,
     peer: SocketAddr,
     deadline: Instant,
+    mut unauthenticated: Option<Unauthenticated>,
 ) -> Option<Box<AcceptedConnection>> {
     let began = clients.clock.now();
     let mut input = ReadBuffer::default();
     let budget = (&clients.unauthenticated, clients.unauthenticated_max_bytes);
     let connect_max = clients.limits.connect_max;
-    let read = read::read_connect(&mut stream, &mut input, connect_max, budget);
+    let share = unauthenticated.as_mut();
+    let read = read::read_connect(&mut stream, &mut input, connect_max, budget, share);
     let read = timeout_at(deadline, read).await;
     let mut input = std::mem::take(&mut input.bytes);
     let refusal = match read {

@@ -173,6 +173,28 @@ fn webtransport_is_written_and_brings_path_and_origins() {
 }
 
 #[test]
+fn the_password_of_the_links_has_no_byte_order_mark() {
+    let file = std::env::temp_dir().join(format!("tidegate-link-{}", std::process::id()));
+    std::fs::write(&file, "\u{feff}secret\r\n").expect("written");
+    let mut upstream = Config::builtin().upstream;
+    upstream.password_file = Some(file.clone());
+    let password = upstream.read_password().expect("read");
+    std::fs::remove_file(&file).expect("removed");
+    assert_eq!(password.as_deref(), Some(&b"secret"[..]));
+}
+
+#[test]
+fn relative_paths_start_at_the_directory_of_the_file() {
+    let text = "[node]\ndata_dir = \"d\"\n[[tls]]\nname = \"default\"\nkey_log = \"keys.log\"\n";
+    for (file, base) in [("t.toml", "."), ("./t.toml", "."), ("src/t.toml", "src")] {
+        let config = Config::parse(text, Path::new(file)).expect("valid");
+        assert_eq!(config.node.data_dir, Path::new(base).join("d"));
+        let key_log = config.tls[0].key_log.clone();
+        assert_eq!(key_log, Some(Path::new(base).join("keys.log")));
+    }
+}
+
+#[test]
 fn a_listener_overrides_the_mode_of_authentication() {
     let passwd = std::env::temp_dir().join(format!("tidegate-mode-{}", std::process::id()));
     std::fs::write(&passwd, "").expect("file");

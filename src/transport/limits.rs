@@ -84,18 +84,43 @@ impl Drop for Permit {
 pub struct Unauthenticated {
     cap: Arc<ConnectionCap>,
     network: IpAddr,
+    /// Bytes of the connection's incomplete CONNECT.
+    bytes: usize,
+}
+
+impl Unauthenticated {
+    /// The connection holds so many bytes now. Returns the bytes of all such connections of its
+    /// network.
+    pub fn hold(&mut self, bytes: usize) -> u64 {
+        let mut networks = self.cap.unauthenticated.lock();
+        let Some(network) = networks.get_mut(&self.network) else {
+            return bytes as u64;
+        };
+        network.bytes = network.bytes + bytes as u64 - self.bytes as u64;
+        self.bytes = bytes;
+        network.bytes
+    }
 }
 
 impl Drop for Unauthenticated {
     fn drop(&mut self) {
         let mut networks = self.cap.unauthenticated.lock();
-        if let Some(count) = networks.get_mut(&self.network) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(network) = networks.get_mut(&self.network) {
+            network.connections -= 1;
+            network.bytes -= self.bytes as u64;
+            if network.connections == 0 {
                 networks.remove(&self.network);
             }
         }
     }
+}
+
+/// The connections of a network that are not authenticated.
+#[derive(Debug, Default)]
+struct Network {
+    connections: usize,
+    /// Bytes of their incomplete CONNECTs.
+    bytes: u64,
 }
 
 /// A connection that was accepted, before its CONNECT.
@@ -132,8 +157,8 @@ impl Admitted {
 pub struct ConnectionCap {
     used: AtomicUsize,
     max: usize,
-    /// The connections of each network that are not authenticated.
-    unauthenticated: Mutex<HashMap<IpAddr, usize, RandomState>>,
+    /// The networks with connections that are not authenticated.
+    unauthenticated: Mutex<HashMap<IpAddr, Network, RandomState>>,
 }
 
 impl ConnectionCap {
@@ -172,14 +197,15 @@ impl ConnectionCap {
         let network = network(from);
         let share = (self.max / SHARE_DIVISOR).max(SHARE_MIN);
         let mut networks = self.unauthenticated.lock();
-        let count = networks.entry(network).or_default();
-        if self.used() > self.max / 2 && *count >= share {
+        let taken = networks.get(&network).map_or(0, |n| n.connections);
+        if self.used() > self.max / 2 && taken >= share {
             return None;
         }
-        *count += 1;
+        networks.entry(network).or_default().connections += 1;
         Some(Unauthenticated {
             cap: Arc::clone(self),
             network,
+            bytes: 0,
         })
     }
 }
@@ -222,6 +248,21 @@ mod tests {
         drop((flood, other, late));
         assert!(cap.unauthenticated.lock().is_empty());
         assert_eq!(cap.used(), 0);
+    }
+
+    #[test]
+    fn a_network_is_told_the_bytes_of_all_its_connections() {
+        let cap = Arc::new(ConnectionCap::new(16));
+        let from = "192.0.2.1".parse().expect("an address");
+        let mut all = [(); 2].map(|()| cap.share(from).expect("room"));
+        assert_eq!(all[0].hold(100), 100);
+        assert_eq!(all[1].hold(50), 150);
+        assert_eq!(all[0].hold(20), 70);
+        let [one, mut two] = all;
+        drop(one);
+        assert_eq!(two.hold(60), 60);
+        drop(two);
+        assert!(cap.unauthenticated.lock().is_empty());
     }
 
     #[test]

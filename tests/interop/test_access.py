@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import threading
@@ -13,7 +12,7 @@ import urllib.request
 import pytest
 
 from harness import wire
-from harness.edge import BINARY, ROOT, listener, tidegate
+from harness.edge import BINARY, TRANSPORTS, listener, tidegate
 from harness.names import fresh
 from harness.process import run, wait_until
 from harness.raw import Raw
@@ -333,6 +332,12 @@ def connect_of(will_bytes: int, property_bytes: int) -> bytes:
     return wire.packet(wire.CONNECT, body + b"\x00" + wire.text("w") + wire.data(b"x" * will_bytes))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("version", (5, 4))
+def test_a_large_password_fits_into_connect(edge, client, transport, version):
+    client(edge, transport, version=version, user="u", password="p" * 17_000).publish("x", "x")
+
+
 @pytest.mark.parametrize("transport", ("tcp", "ws"))
 def test_large_wills_and_passwords_fit_into_connect(edge, transport):
     port = edge[transport].port
@@ -345,6 +350,16 @@ def test_large_wills_and_passwords_fit_into_connect(edge, transport):
         raw.send(connect_of(65_535, 65_535))
         packets, code = raw.wait_closed()
         assert [p.reason for p in packets] == [0x95] or code == 1009, (packets, code)
+
+
+def test_a_client_may_have_ten_thousand_subscriptions(broker, own_edge):
+    edge = own_edge(broker.url).start()
+    with Raw(edge["tcp"].port, timeout=60) as raw:
+        raw.connect(fresh("id"))
+        for block in range(10):
+            filters = [(f"building/{block}/floor/room-{n:05}/temperature", 0) for n in range(1000)]
+            assert set(raw.subscribe(*filters, packet_id=block + 1)) == {0}
+        assert raw.subscribe(("one/more", 0), packet_id=99) == b"\x97"
 
 
 def test_silent_connections_of_one_address_leave_room(broker, own_edge):

@@ -6,14 +6,18 @@ use std::sync::Arc;
 use crate::budget::Account;
 use crate::mqtt::{Error, ReasonCode, Version, decode_connect};
 use crate::telemetry::RefusedReason;
-use crate::transport::{Closed, Detected, Stream, detect};
+use crate::transport::{Closed, Detected, Stream, Unauthenticated, detect};
 
 use crate::client::connect::Refusal;
 use crate::client::machine::{KEEP_BYTES, ReadBuffer};
 use crate::time::Millis;
 
+/// One network may hold this fraction of the bytes of incomplete CONNECTs, once half of them are used.
+const NETWORK_SHARE: u64 = 8;
+
 /// Reads until the CONNECT is complete; it may have `connect_max` bytes. `account`, the account of all
-/// incomplete CONNECTs, may hold `max_bytes`.
+/// incomplete CONNECTs, may hold `max_bytes`; from half of them on, one network may hold an eighth.
+/// `share` is the connection's part of its network's share.
 ///
 /// # Errors
 /// The connection is refused.
@@ -22,6 +26,7 @@ pub(super) async fn read_connect(
     input: &mut ReadBuffer,
     connect_max: u32,
     (account, max_bytes): (&Arc<Account>, u64),
+    mut share: Option<&mut Unauthenticated>,
 ) -> Result<(), Refusal> {
     loop {
         if is_complete(&input.bytes, connect_max)? {
@@ -29,7 +34,12 @@ pub(super) async fn read_connect(
         }
         // The deadline is that of the whole CONNECT phase.
         input.settle(account, false, Millis::ZERO);
-        if account.used() > max_bytes && input.bytes.len() > KEEP_BYTES {
+        let held = share
+            .as_deref_mut()
+            .map_or(0, |s| s.hold(input.bytes.len()));
+        let used = account.used();
+        let greedy = used > max_bytes / 2 && held > max_bytes / NETWORK_SHARE;
+        if (used > max_bytes || greedy) && input.bytes.len() > KEEP_BYTES {
             return Err(Refusal::new(
                 RefusedReason::Memory,
                 ReasonCode::QUOTA_EXCEEDED,
@@ -138,6 +148,7 @@ mod tests {
             &mut input,
             16_384,
             (&account, 6000),
+            None,
         ));
         assert!(futures_util::poll!(&mut read).is_pending());
         assert_eq!(account.used(), 6000);
