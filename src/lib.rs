@@ -23,6 +23,7 @@ mod shares;
 #[cfg(test)]
 pub(crate) mod sim;
 pub mod store;
+pub mod streams;
 pub mod telemetry;
 pub mod time;
 pub mod topics;

@@ -19,6 +19,7 @@ use crate::mqtt::{ReasonCode, Version, encode_disconnect};
 use crate::router::handle::ConnectionHandle;
 use crate::router::{Caller, Connected, Router, SessionRef};
 use crate::session::{CloseReason, Policy};
+use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::DisconnectReason;
 use crate::time::Millis;
 use crate::transport::OutBuf;
@@ -91,11 +92,11 @@ pub struct Machine {
     /// Whether the network carries anything, once a data stream had output.
     network: Option<Box<Network>>,
     /// The stream whose next packet has to wait. Nothing is read meanwhile.
-    paused: Option<u8>,
-    /// The streams that are left unread, as bits. The session knows whether there are any.
-    unread: u16,
-    /// The streams for which the session had too much output after their last packets, as bits.
-    full: u16,
+    paused: Option<StreamId>,
+    /// The streams that are left unread. The session knows whether there are any.
+    unread: StreamSet,
+    /// The streams for which the session had too much output after their last packets.
+    full: StreamSet,
     /// The session may have output that was not taken.
     stale: bool,
     /// The transport has not passed on all bytes of the control stream.
@@ -109,8 +110,8 @@ pub struct Machine {
 pub struct Remains {
     /// The last output of the control stream.
     pub output: OutBuf,
-    /// The last output of the data streams, with their numbers.
-    pub streams: Vec<(u8, OutBuf)>,
+    /// The last output of the data streams, with their streams.
+    pub streams: Vec<(StreamId, OutBuf)>,
     /// Whether the session ended with the connection.
     pub session_ended: bool,
 }
@@ -138,8 +139,8 @@ impl Machine {
             streams: Vec::new(),
             network: None,
             paused: None,
-            unread: 0,
-            full: 0,
+            unread: StreamSet::EMPTY,
+            full: StreamSet::EMPTY,
             stale: true,
             blocked: false,
             greeted: false,
@@ -180,10 +181,10 @@ impl Machine {
 
     /// Bytes of a stream that arrived and whose packets were not taken: they are incomplete, or have
     /// to wait.
-    pub fn untaken(&self, stream: u8) -> usize {
+    pub fn untaken(&self, stream: StreamId) -> usize {
         let mut streams = self.streams.iter().filter(|s| s.number == stream);
         match stream {
-            0 => self.input.bytes.len(),
+            StreamId::CONTROL => self.input.bytes.len(),
             _ => streams.next().map_or(0, |s| s.input.bytes.len()),
         }
     }
@@ -199,12 +200,12 @@ impl Machine {
         }
     }
 
-    /// The streams that must be left unread now, as bits: a client that sends and does not read gets
+    /// The streams that must be left unread now: a client that sends and does not read gets
     /// no further answers. With the control stream all of them are.
-    pub fn unread(&mut self, cx: &Context<'_>) -> u16 {
+    pub fn unread(&mut self, cx: &Context<'_>) -> StreamSet {
         let full = self.full & !self.free_streams().0;
-        let unread = if full & 1 != 0 {
-            u16::MAX
+        let unread = if full.contains(StreamId::CONTROL) {
+            StreamSet::ALL
         } else if self.streams.is_empty() {
             full
         } else {
@@ -213,7 +214,7 @@ impl Machine {
                 true => BACKLOG_MAX_BYTES,
                 false => STREAMS_OUTPUT_MAX_BYTES,
             };
-            if waiting > max { !1 } else { full }
+            if waiting > max { StreamSet::DATA } else { full }
         };
         self.set_unread(cx, unread);
         unread
@@ -221,7 +222,7 @@ impl Machine {
 
     /// Tells the session whether anything is left unread: as long as there is, silence is not the
     /// client's.
-    fn set_unread(&mut self, cx: &Context<'_>, streams: u16) {
+    fn set_unread(&mut self, cx: &Context<'_>, streams: StreamSet) {
         let before = std::mem::replace(&mut self.unread, streams);
         if before == streams {
             return;
@@ -229,16 +230,16 @@ impl Machine {
         // The rest of a packet may be among the bytes that were not read.
         let again = before & !streams;
         let deadline = cx.now + cx.limits.packet_deadline;
-        if again & 1 != 0 {
+        if again.contains(StreamId::CONTROL) {
             self.input.deadline = deadline;
         }
         for stream in &mut self.streams {
-            if again & 1 << stream.number != 0 {
+            if again.contains(stream.number) {
                 stream.input.deadline = deadline;
             }
         }
-        let unread = streams != 0;
-        if unread != (before != 0) {
+        let unread = !streams.is_empty();
+        if unread == before.is_empty() {
             let (session, connection_no) = (self.session, self.connection_no);
             cx.router.set_unread(session, connection_no, unread, cx.now);
         }
@@ -254,24 +255,24 @@ impl Machine {
             return Ok(false);
         }
         let free = self.free_streams();
-        self.full &= !free.0;
+        self.full = self.full & !free.0;
         let (session, connection_no) = (self.session, self.connection_no);
         let output = &mut self.output.buf;
         let taken = router.take_streams(session, connection_no, free, output, now);
         let Some(taken) = taken else {
             return Err(self.replaced());
         };
-        let control = free.0 & 1 != 0;
+        let control = free.0.contains(StreamId::CONTROL);
         self.greeted |= control;
         let any = !taken.is_empty() || (control && !self.output.is_empty());
         self.append(taken);
         Ok(any)
     }
 
-    /// The output of a stream; 0 is the control stream.
-    pub fn output(&mut self, stream: u8) -> &mut OutBuf {
+    /// The output of a stream.
+    pub fn output(&mut self, stream: StreamId) -> &mut OutBuf {
         match stream {
-            0 => &mut self.output,
+            StreamId::CONTROL => &mut self.output,
             stream => &mut self.stream(stream).output,
         }
     }
@@ -307,7 +308,7 @@ impl Machine {
     /// # Errors
     /// The connection must end.
     pub fn expired(&mut self, cx: &Context<'_>) -> Result<Option<StreamReset>, End> {
-        let late = |(_, input): &(u8, &ReadBuffer)| input.is_late(cx.now);
+        let late = |(_, input): &(StreamId, &ReadBuffer)| input.is_late(cx.now);
         let late = self.read_buffers().find(late).map(|(stream, _)| stream);
         match late {
             None => Ok(None),
@@ -323,10 +324,10 @@ impl Machine {
     }
 
     /// The incomplete packets of the streams that are read.
-    fn read_buffers(&self) -> impl Iterator<Item = (u8, &ReadBuffer)> {
+    fn read_buffers(&self) -> impl Iterator<Item = (StreamId, &ReadBuffer)> {
         let streams = self.streams.iter().map(|s| (s.number, &s.input));
-        let all = streams.chain([(0, &self.input)]);
-        all.filter(|(stream, input)| !input.bytes.is_empty() && self.unread & 1 << stream == 0)
+        let all = streams.chain([(StreamId::CONTROL, &self.input)]);
+        all.filter(|(stream, input)| !input.bytes.is_empty() && !self.unread.contains(*stream))
     }
 
     /// Ends the connection at the router. The rest of the session's output, and DISCONNECT where one

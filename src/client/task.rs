@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::auth::Identity;
 use crate::router::Peer;
+use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{RateLimited, clean, metrics};
 use crate::time::Millis;
 use crate::transport::{Closed, ConnectionTask, Stream};
@@ -104,7 +105,7 @@ impl<'a> Task<'a> {
 
     /// Runs until something ends the connection; `early` are the bytes that arrived with CONNECT.
     fn run(&mut self, early: Vec<u8>) -> impl Future<Output = End> {
-        let mut end = self.received(0, &early).err();
+        let mut end = self.received(StreamId::CONTROL, &early).err();
         poll_fn(move |cx| match end.take() {
             Some(end) => Poll::Ready(end),
             None => self.poll(cx),
@@ -154,7 +155,7 @@ impl<'a> Task<'a> {
                 continue;
             }
             let unread = self.on_machine(Machine::unread);
-            if unread == u16::MAX {
+            if unread == StreamSet::ALL {
                 return Ok(Poll::Pending);
             }
             self.socket.pause_streams(unread);
@@ -176,9 +177,9 @@ impl<'a> Task<'a> {
     fn poll_write(&mut self, cx: &mut task::Context<'_>) -> Result<(), End> {
         loop {
             if self.machine.wants_to_send() {
-                let output = self.machine.output(0);
+                let output = self.machine.output(StreamId::CONTROL);
                 let offered = output.rest().len();
-                let sent = self.socket.poll_send(cx, 0, output);
+                let sent = self.socket.poll_send(cx, StreamId::CONTROL, output);
                 metrics()
                     .bytes_sent
                     .increment((offered - output.rest().len()) as u64);
@@ -203,8 +204,7 @@ impl<'a> Task<'a> {
 
     /// Writes the output of the data streams, and ends each stream that is done.
     fn poll_streams(&mut self, cx: &mut task::Context<'_>) -> Result<(), End> {
-        let streams = self.machine.streams();
-        for number in (1..16).filter(|n| streams & 1 << n != 0) {
+        for number in self.machine.streams().iter() {
             let output = self.machine.output(number);
             if !output.is_empty() {
                 let offered = output.rest().len();
@@ -261,7 +261,7 @@ impl<'a> Task<'a> {
     }
 
     /// Gives the machine bytes of one stream.
-    fn received(&mut self, stream: u8, bytes: &[u8]) -> Result<(), End> {
+    fn received(&mut self, stream: StreamId, bytes: &[u8]) -> Result<(), End> {
         let reset = self.on_machine(|machine, cx| machine.received(cx, stream, bytes))?;
         self.reset_if(reset);
         Ok(())

@@ -5,6 +5,7 @@
 //! to [`Router::apply`] after the lock of [`Router::feed`] is given back.
 
 use crate::session::{Effect, Session};
+use crate::streams::StreamId;
 use crate::time::Millis;
 
 use crate::router::Router;
@@ -71,7 +72,7 @@ impl Router {
     }
 
     /// Whether a packet that arrived on a data stream has yet to be answered there.
-    pub fn stream_busy(&self, session: SessionRef, connection_no: u64, stream: u8) -> bool {
+    pub fn stream_busy(&self, session: SessionRef, connection_no: u64, stream: StreamId) -> bool {
         let busy = self.with(session, connection_no, |session, _| {
             session.stream_busy(stream)
         });
@@ -79,21 +80,21 @@ impl Router {
     }
 
     /// A data stream takes no output: its subscriptions' messages go on the control stream.
-    pub fn stream_blocked(&self, session: SessionRef, connection_no: u64, stream: u8) {
+    pub fn stream_blocked(&self, session: SessionRef, connection_no: u64, stream: StreamId) {
         self.on_stream(session, connection_no, |session| {
             session.stream_blocked(stream);
         });
     }
 
     /// The client ended its direction of a data stream. Answers still go there.
-    pub fn stream_closed(&self, session: SessionRef, connection_no: u64, stream: u8) {
+    pub fn stream_closed(&self, session: SessionRef, connection_no: u64, stream: StreamId) {
         self.on_stream(session, connection_no, |session| {
             session.stream_closed(stream);
         });
     }
 
     /// A data stream ended in both directions.
-    pub fn stream_ended(&self, session: SessionRef, connection_no: u64, stream: u8) {
+    pub fn stream_ended(&self, session: SessionRef, connection_no: u64, stream: StreamId) {
         self.on_stream(session, connection_no, |session| {
             session.stream_ended(stream);
         });

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::budget::Account;
 use crate::mqtt::QoS;
 use crate::session::{CloseReason, Effect, Session, SessionKey, SessionLimits};
+use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
 
 use crate::router::handle::ConnectionHandle;
@@ -101,12 +102,12 @@ impl Router {
         connection_no: u64,
         empty: &mut Vec<u8>,
         now: Millis,
-    ) -> Option<Vec<(u8, Vec<u8>)>> {
-        self.take_streams(session, connection_no, (u16::MAX, 0), empty, now)
+    ) -> Option<Vec<(StreamId, Vec<u8>)>> {
+        self.take_streams(session, connection_no, (StreamSet::ALL, 0), empty, now)
     }
 
     /// Fills up the output of a connection with several streams, and takes it. Some of them may not have
-    /// taken all of their earlier output: only the streams whose bit is set in `free` are taken from,
+    /// taken all of their earlier output: only the streams in `free` are taken from,
     /// while `unsent` bytes are still with the others. `empty` is exchanged for the bytes of the control
     /// stream; those of the others are returned, by number. `None`: the connection is not the
     /// session's any more.
@@ -114,10 +115,10 @@ impl Router {
         &self,
         session: SessionRef,
         connection_no: u64,
-        (free, unsent): (u16, usize),
+        (free, unsent): (StreamSet, usize),
         empty: &mut Vec<u8>,
         now: Millis,
-    ) -> Option<Vec<(u8, Vec<u8>)>> {
+    ) -> Option<Vec<(StreamId, Vec<u8>)>> {
         self.sessions
             .take_output(session, connection_no, (free, unsent), empty, now)
     }

@@ -24,6 +24,7 @@ use smallvec::SmallVec;
 use crate::budget::Account;
 use crate::mqtt::{Message, ReasonCode};
 use crate::session::{Effect, Incarnation, Redelivery, Session, SessionKey, SessionLimits, Token};
+use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -72,7 +73,7 @@ pub(super) struct Sessions {
     deferred: Mutex<Vec<SessionActions>>,
     /// Tasks that wait for room among the publishes; at most one entry for each per tick.
     waiting_for_room: Mutex<Vec<Arc<ConnectionHandle>>>,
-    /// Shards with sessions whose handovers wait for barriers, as bits.
+    /// Shards with sessions whose handovers wait for barriers.
     handovers: AtomicU64,
 }
 
@@ -275,17 +276,17 @@ impl Sessions {
     }
 
     /// Fills up a connection's output and takes it. `empty` is exchanged for the bytes of the control
-    /// stream; the returned bytes are those of other streams, by number. Only the streams whose bit is
-    /// set in `free` are taken from; `unsent` bytes taken earlier are still with the others. `None`:
-    /// the connection is not the session's any more.
+    /// stream; the returned bytes are those of other streams, by number. Only the streams in `free`
+    /// are taken from; `unsent` bytes taken earlier are still with the others. `None`: the connection
+    /// is not the session's any more.
     pub(super) fn take_output(
         &self,
         reference: SessionRef,
         connection_no: u64,
-        (free, unsent): (u16, usize),
+        (free, unsent): (StreamSet, usize),
         empty: &mut Vec<u8>,
         now: Millis,
-    ) -> Option<Vec<(u8, Vec<u8>)>> {
+    ) -> Option<Vec<(StreamId, Vec<u8>)>> {
         let mut shard = self.shard(reference.shard);
         let slot = shard.get(reference)?;
         if slot.session.connection_no() != connection_no {
@@ -298,7 +299,7 @@ impl Sessions {
         let aside = side.iter().map(|(_, b)| b.len()).sum::<usize>();
         let mut taken = unsent + aside;
         // The task watches each data stream itself; the control stream stands for the connection.
-        if free & 1 != 0 {
+        if free.contains(StreamId::CONTROL) {
             slot.taken_at = now;
             slot.offered = empty.len();
             taken += empty.len();

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use foldhash::fast::RandomState;
 
 use crate::mqtt::Alias;
+use crate::streams::StreamId;
 
 use crate::session::CloseReason;
 
@@ -29,7 +30,7 @@ pub(super) struct Aliases {
 #[derive(Debug, Default)]
 struct Outbound {
     /// The alias of each topic, and the stream that defined it.
-    table: HashMap<Box<str>, (u16, u8), RandomState>,
+    table: HashMap<Box<str>, (u16, StreamId), RandomState>,
     given: u16,
 }
 
@@ -50,13 +51,13 @@ impl Aliases {
     /// long to keep.
     pub(super) fn resolve(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         alias: u16,
         topic: &str,
     ) -> Result<Arc<str>, CloseReason> {
         let undefined = CloseReason::TopicAliasUndefined;
         let index = usize::from(alias).checked_sub(1).ok_or(undefined)?;
-        let stream = usize::from(stream);
+        let stream = stream.index();
         if topic.is_empty() {
             let known = self.inbound.get(stream).and_then(|a| a.get(index));
             return known.cloned().flatten().ok_or(undefined);
@@ -79,7 +80,7 @@ impl Aliases {
 
     /// The alias for a delivery of `topic` on a stream. Topics get aliases in the order of their
     /// first delivery, up to the client's maximum [MQTT-3.1.2-26].
-    pub(super) fn for_delivery(&mut self, topic: &str, stream: u8) -> Alias {
+    pub(super) fn for_delivery(&mut self, topic: &str, stream: StreamId) -> Alias {
         if self.outbound_max == 0 {
             return Alias::None;
         }
@@ -99,8 +100,8 @@ impl Aliases {
     }
 
     /// A data stream ended, and its aliases with it.
-    pub(super) fn stream_ended(&mut self, stream: u8) {
-        if let Some(aliases) = self.inbound.get_mut(usize::from(stream)) {
+    pub(super) fn stream_ended(&mut self, stream: StreamId) {
+        if let Some(aliases) = self.inbound.get_mut(stream.index()) {
             *aliases = Vec::new();
         }
         if let Some(aliases) = &mut self.outbound {
@@ -117,39 +118,60 @@ mod tests {
     fn an_alias_is_valid_on_its_own_stream_only() {
         let mut aliases = Aliases::new(0);
         let undefined = Err(CloseReason::TopicAliasUndefined);
-        assert_eq!(aliases.resolve(0, 0, "a"), undefined);
-        assert_eq!(aliases.resolve(0, 1, ""), undefined);
-        assert_eq!(aliases.resolve(0, 1, "a").as_deref(), Ok("a"));
-        assert_eq!(aliases.resolve(0, 1, "").as_deref(), Ok("a"));
-        assert_eq!(aliases.resolve(2, 1, ""), undefined);
-        assert_eq!(aliases.resolve(2, 1, "b").as_deref(), Ok("b"));
-        aliases.stream_ended(2);
-        assert_eq!(aliases.resolve(2, 1, ""), undefined);
-        assert_eq!(aliases.resolve(0, 1, "").as_deref(), Ok("a"));
+        assert_eq!(aliases.resolve(StreamId::CONTROL, 0, "a"), undefined);
+        assert_eq!(aliases.resolve(StreamId::CONTROL, 1, ""), undefined);
+        assert_eq!(
+            aliases.resolve(StreamId::CONTROL, 1, "a").as_deref(),
+            Ok("a")
+        );
+        assert_eq!(
+            aliases.resolve(StreamId::CONTROL, 1, "").as_deref(),
+            Ok("a")
+        );
+        assert_eq!(aliases.resolve(StreamId::new(2), 1, ""), undefined);
+        assert_eq!(
+            aliases.resolve(StreamId::new(2), 1, "b").as_deref(),
+            Ok("b")
+        );
+        aliases.stream_ended(StreamId::new(2));
+        assert_eq!(aliases.resolve(StreamId::new(2), 1, ""), undefined);
+        assert_eq!(
+            aliases.resolve(StreamId::CONTROL, 1, "").as_deref(),
+            Ok("a")
+        );
     }
 
     #[test]
     fn topics_behind_aliases_are_bounded_in_bytes() {
         let mut aliases = Aliases::new(0);
         let half = "x".repeat(TOPICS_MAX_BYTES / 2);
-        assert!(aliases.resolve(0, 1, &half).is_ok());
-        assert!(aliases.resolve(1, 1, &half).is_ok());
+        assert!(aliases.resolve(StreamId::CONTROL, 1, &half).is_ok());
+        assert!(aliases.resolve(StreamId::new(1), 1, &half).is_ok());
         assert_eq!(
-            aliases.resolve(1, 2, "x"),
+            aliases.resolve(StreamId::new(1), 2, "x"),
             Err(CloseReason::TopicAliasBytes)
         );
     }
 
     #[test]
     fn deliveries_define_aliases_up_to_the_maximum() {
-        assert_eq!(Aliases::new(0).for_delivery("a", 0), Alias::None);
+        assert_eq!(
+            Aliases::new(0).for_delivery("a", StreamId::CONTROL),
+            Alias::None
+        );
         let mut aliases = Aliases::new(2);
-        assert_eq!(aliases.for_delivery("a", 0), Alias::Define(1));
-        assert_eq!(aliases.for_delivery("a", 0), Alias::Use(1));
-        assert_eq!(aliases.for_delivery("a", 3), Alias::None);
-        assert_eq!(aliases.for_delivery("b", 3), Alias::Define(2));
-        assert_eq!(aliases.for_delivery("c", 0), Alias::None);
-        aliases.stream_ended(3);
-        assert_eq!(aliases.for_delivery("b", 0), Alias::None);
+        assert_eq!(
+            aliases.for_delivery("a", StreamId::CONTROL),
+            Alias::Define(1)
+        );
+        assert_eq!(aliases.for_delivery("a", StreamId::CONTROL), Alias::Use(1));
+        assert_eq!(aliases.for_delivery("a", StreamId::new(3)), Alias::None);
+        assert_eq!(
+            aliases.for_delivery("b", StreamId::new(3)),
+            Alias::Define(2)
+        );
+        assert_eq!(aliases.for_delivery("c", StreamId::CONTROL), Alias::None);
+        aliases.stream_ended(StreamId::new(3));
+        assert_eq!(aliases.for_delivery("b", StreamId::CONTROL), Alias::None);
     }
 }

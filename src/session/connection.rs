@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::mqtt::{QoS, Version};
+use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
 use crate::topics::{FilterId, split_shared};
 
@@ -59,9 +60,9 @@ pub struct Connection {
     /// Output for the control stream.
     output: Vec<u8>,
     /// Output for data streams.
-    data_output: Vec<(u8, Vec<u8>)>,
-    /// Data streams for which the connection's task holds as much output as may wait, as bits.
-    saturated: u16,
+    data_output: Vec<(StreamId, Vec<u8>)>,
+    /// Data streams for which the connection's task holds as much output as may wait.
+    saturated: StreamSet,
     /// Subscriptions made on data streams.
     bindings: Vec<StreamBinding>,
     pub(super) aliases: Aliases,
@@ -73,7 +74,7 @@ struct StreamBinding {
     name: Box<str>,
     /// The router's number of the filter. `None` until the router has taken the subscription.
     filter: Option<FilterId>,
-    stream: u8,
+    stream: StreamId,
 }
 
 /// A SUBSCRIBE whose filters are not all answered yet.
@@ -84,7 +85,7 @@ pub(super) struct PendingSubscribe {
     pub key: u16,
     pub packet_id: u16,
     /// The stream of the SUBACK. `None`: it ended.
-    pub stream: Option<u8>,
+    pub stream: Option<StreamId>,
     /// Filters that are not answered.
     pub waiting: u16,
     pub codes: Vec<u8>,
@@ -135,7 +136,7 @@ impl Connection {
             pending: Vec::new(),
             output: Vec::new(),
             data_output: Vec::new(),
-            saturated: 0,
+            saturated: StreamSet::EMPTY,
             bindings: Vec::new(),
             aliases: Aliases::new(spec.topic_alias_maximum),
         }
@@ -166,8 +167,8 @@ impl Connection {
     }
 
     /// The output of a stream: a packet is answered where it arrived.
-    pub fn output_on(&mut self, stream: u8) -> &mut Vec<u8> {
-        if stream == 0 {
+    pub fn output_on(&mut self, stream: StreamId) -> &mut Vec<u8> {
+        if stream.is_control() {
             return &mut self.output;
         }
         let index = match self.data_output.iter().position(|(s, _)| *s == stream) {
@@ -180,60 +181,65 @@ impl Connection {
         &mut self.data_output[index].1
     }
 
-    /// The data streams whose bits are set have sent all the output that was taken for them.
-    pub fn streams_free(&mut self, free: u16) {
-        self.saturated &= !free;
+    /// The data streams in `free` have sent all the output that was taken for them.
+    pub fn streams_free(&mut self, free: StreamSet) {
+        self.saturated = self.saturated & !free;
     }
 
-    /// Takes the output of the streams whose bits are set: the control stream's is exchanged for
+    /// Takes the output of the streams in `free`: the control stream's is exchanged for
     /// `empty`, the data streams' is returned. Data streams with a full buffer get no more messages
     /// until [`Connection::streams_free`].
-    pub fn take_output(&mut self, free: u16, empty: &mut Vec<u8>) -> Vec<(u8, Vec<u8>)> {
-        if free & 1 != 0 {
+    pub fn take_output(
+        &mut self,
+        free: StreamSet,
+        empty: &mut Vec<u8>,
+    ) -> Vec<(StreamId, Vec<u8>)> {
+        if free.contains(StreamId::CONTROL) {
             std::mem::swap(&mut self.output, empty);
         }
-        let taken = if self.data_output.iter().all(|(s, _)| free & 1 << s != 0) {
+        let taken = if self.data_output.iter().all(|(s, _)| free.contains(*s)) {
             std::mem::take(&mut self.data_output)
         } else {
-            let free = |output: &mut (u8, Vec<u8>)| free & 1 << output.0 != 0;
+            let free = |output: &mut (StreamId, Vec<u8>)| free.contains(output.0);
             self.data_output.extract_if(.., free).collect()
         };
         let full = (taken.iter()).filter(|(_, bytes)| bytes.len() >= STREAM_OUTPUT_MAX_BYTES);
-        self.saturated |= full.fold(0, |all, (stream, _)| all | 1 << stream);
+        self.saturated = full.fold(self.saturated, |all, (stream, _)| all.with(*stream));
         taken
     }
 
     /// Whether another delivery may be written for a stream.
-    pub fn has_room(&self, limits: &SessionLimits, stream: u8) -> bool {
+    pub fn has_room(&self, limits: &SessionLimits, stream: StreamId) -> bool {
         self.has_room_of(limits.output_buffer.load(Ordering::Relaxed), stream)
     }
 
-    fn has_room_of(&self, limit: usize, stream: u8) -> bool {
-        match stream {
-            0 => self.output.len() < limit,
-            stream => {
-                self.saturated & 1 << stream == 0
-                    && self.data_output_len(stream) < limit.min(STREAM_OUTPUT_MAX_BYTES)
-            }
+    fn has_room_of(&self, limit: usize, stream: StreamId) -> bool {
+        if stream.is_control() {
+            return self.output.len() < limit;
         }
+        !self.saturated.contains(stream)
+            && self.data_output_len(stream) < limit.min(STREAM_OUTPUT_MAX_BYTES)
     }
 
     /// Whether a SUBACK is due on a data stream, or output waits to be taken for it.
-    pub(super) fn stream_busy(&self, stream: u8) -> bool {
+    pub(super) fn stream_busy(&self, stream: StreamId) -> bool {
         let subscribing = |p: &PendingSubscribe| p.stream == Some(stream);
         self.data_output_len(stream) > 0 || self.pending.iter().any(subscribing)
     }
 
-    fn data_output_len(&self, stream: u8) -> usize {
+    fn data_output_len(&self, stream: StreamId) -> usize {
         let mut all = self.data_output.iter();
         all.find(|(s, _)| *s == stream).map_or(0, |(_, b)| b.len())
     }
 
-    /// The streams for which more than `max` bytes of output wait, as bits.
-    pub fn full_streams(&self, max: usize) -> u16 {
-        let control = u16::from(self.output.len() > max);
+    /// The streams for which more than `max` bytes of output wait.
+    pub fn full_streams(&self, max: usize) -> StreamSet {
+        let control = match self.output.len() > max {
+            true => StreamSet::CONTROL,
+            false => StreamSet::EMPTY,
+        };
         let data = self.data_output.iter().filter(|(_, b)| b.len() > max);
-        data.fold(control, |full, (stream, _)| full | 1 << stream)
+        data.fold(control, |full, (stream, _)| full.with(*stream))
     }
 
     /// Bytes of output that wait, on all streams.
@@ -242,9 +248,9 @@ impl Connection {
     }
 
     /// A subscription was made on a stream: its messages go there from now on.
-    pub(super) fn bind(&mut self, name: &str, stream: u8) {
+    pub(super) fn bind(&mut self, name: &str, stream: StreamId) {
         self.bindings.retain(|b| *b.name != *name);
-        if stream != 0 {
+        if !stream.is_control() {
             let name = name.into();
             self.bindings.push(StreamBinding {
                 name,
@@ -267,21 +273,21 @@ impl Connection {
     }
 
     /// The stream for the messages of a filter.
-    pub(super) fn stream_of(&self, filter: FilterId) -> u8 {
+    pub(super) fn stream_of(&self, filter: FilterId) -> StreamId {
         let mut all = self.bindings.iter();
         all.find(|b| b.filter == Some(filter))
-            .map_or(0, |b| b.stream)
+            .map_or(StreamId::CONTROL, |b| b.stream)
     }
 
     /// The messages of a data stream's subscriptions go on the control stream from now on.
-    pub(super) fn unbind(&mut self, stream: u8) {
+    pub(super) fn unbind(&mut self, stream: StreamId) {
         self.bindings.retain(|b| b.stream != stream);
     }
 
     /// A data stream ended: nothing more is written for it, and its number may be used again.
-    pub(super) fn stream_ended(&mut self, stream: u8) {
+    pub(super) fn stream_ended(&mut self, stream: StreamId) {
         self.unbind(stream);
-        self.streams_free(1 << stream);
+        self.streams_free(StreamSet::EMPTY.with(stream));
         self.data_output.retain(|(s, _)| *s != stream);
         for pending in &mut self.pending {
             pending.stream.take_if(|s| *s == stream);
@@ -315,27 +321,30 @@ mod tests {
             (STREAM_OUTPUT_MAX_BYTES - 1, true),
             (STREAM_OUTPUT_MAX_BYTES, false),
         ] {
-            connection.output_on(4).extend(vec![0; size]);
-            assert_eq!(has_room(&connection, 4), room);
-            let taken = connection.take_output(u16::MAX, &mut Vec::new());
+            connection.output_on(StreamId::new(4)).extend(vec![0; size]);
+            assert_eq!(has_room(&connection, StreamId::new(4)), room);
+            let taken = connection.take_output(StreamSet::ALL, &mut Vec::new());
             assert_eq!(taken.len(), 1);
             // Other streams' messages are not affected.
-            assert_eq!(has_room(&connection, 4), room);
-            assert!(has_room(&connection, 5) && has_room(&connection, 0));
+            assert_eq!(has_room(&connection, StreamId::new(4)), room);
+            assert!(
+                has_room(&connection, StreamId::new(5)) && has_room(&connection, StreamId::CONTROL)
+            );
         }
-        connection.streams_free(!(1 << 4));
-        assert!(!has_room(&connection, 4));
-        connection.streams_free(1 << 4);
-        assert!(has_room(&connection, 4));
+        connection.streams_free(StreamSet::ALL.without(StreamId::new(4)));
+        assert!(!has_room(&connection, StreamId::new(4)));
+        connection.streams_free(StreamSet::EMPTY.with(StreamId::new(4)));
+        assert!(has_room(&connection, StreamId::new(4)));
     }
 
     #[test]
     fn streams_with_too_much_output_are_told_apart() {
         let mut connection = connection();
-        connection.output_on(3).extend([0; 10]);
-        connection.output_on(15).extend([0; 11]);
-        assert_eq!(connection.full_streams(10), 1 << 15);
+        let last = StreamSet::EMPTY.with(StreamId::new(15));
+        connection.output_on(StreamId::new(3)).extend([0; 10]);
+        connection.output_on(StreamId::new(15)).extend([0; 11]);
+        assert_eq!(connection.full_streams(10), last);
         connection.control().extend([0; 11]);
-        assert_eq!(connection.full_streams(10), 1 << 15 | 1);
+        assert_eq!(connection.full_streams(10), last | StreamSet::CONTROL);
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::flow::{InFlight, Stage};
 use crate::mqtt::{Message, QoS};
+use crate::streams::StreamId;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -145,7 +146,7 @@ pub(super) struct Entry {
     pub state: State,
     pub retain: bool,
     /// The stream on which it is to be sent, or was sent.
-    pub stream: u8,
+    pub stream: StreamId,
 }
 
 impl Entry {
@@ -215,8 +216,8 @@ pub struct Offer<'a> {
     /// The filter, if the subscription is shared: another member gets the message if this client does
     /// not take it.
     pub group: Option<FilterId>,
-    /// The stream of its subscription; 0 is the control stream.
-    pub stream: u8,
+    /// The stream of its subscription.
+    pub stream: StreamId,
     /// It is a retained message that was fetched; such messages have queue limits of their own.
     pub fetched: bool,
 }
@@ -246,7 +247,7 @@ mod tests {
             qos: QoS::AtLeastOnce,
             state: State::Waiting,
             retain: false,
-            stream: 0,
+            stream: StreamId::CONTROL,
         }
     }
 

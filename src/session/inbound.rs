@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use foldhash::fast::FixedState;
 
 use crate::mqtt::{QoS, ReasonCode};
+use crate::streams::StreamId;
 
 /// Names one publish of one session toward the router. It is never reused within the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,12 +32,12 @@ impl Token {
 struct Key(u32);
 
 impl Key {
-    fn new(stream: u8, packet_id: u16) -> Self {
-        Self(u32::from(stream) << 16 | u32::from(packet_id))
+    fn new(stream: StreamId, packet_id: u16) -> Self {
+        Self(u32::from(stream.number()) << 16 | u32::from(packet_id))
     }
 
-    fn stream(self) -> u8 {
-        (self.0 >> 16) as u8
+    fn stream(self) -> StreamId {
+        StreamId::from_index((self.0 >> 16) as usize)
     }
 }
 
@@ -46,7 +47,7 @@ pub struct Incoming {
     /// The client's packet identifier.
     pub packet_id: u16,
     /// The stream on which it arrived.
-    pub stream: u8,
+    pub stream: StreamId,
     /// DUP.
     pub dup: bool,
     /// 1 or 2.
@@ -74,7 +75,7 @@ pub enum Arrival {
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     token: Token,
-    stream: u8,
+    stream: StreamId,
     state: State,
     /// Recognises a copy, also after a clean start.
     digest: u64,
@@ -113,7 +114,7 @@ pub struct Answer {
     /// The client's packet identifier.
     pub packet_id: u16,
     /// The stream on which the publish arrived.
-    pub stream: u8,
+    pub stream: StreamId,
     /// Its QoS: PUBACK answers 1, PUBREC answers 2.
     pub qos: QoS,
 }
@@ -168,14 +169,14 @@ impl Inbound {
     }
 
     /// Whether a publish that arrived on this stream has yet to be answered there.
-    pub fn busy(&self, stream: u8) -> bool {
+    pub fn busy(&self, stream: StreamId) -> bool {
         let waits = |e: &Entry| e.stream == stream && matches!(e.state, State::Waiting(_));
         self.waiting > 0 && self.entries.values().any(waits)
     }
 
     /// Judges a publish of QoS 1 or 2; at most `open_max` may be open.
     pub fn arrive(&mut self, publish: &Incoming, open_max: usize) -> Arrival {
-        self.multi_stream |= publish.stream != 0;
+        self.multi_stream |= !publish.stream.is_control();
         let key = Key::new(publish.stream, publish.packet_id);
         if let Some(entry) = self.entries.get_mut(&key) {
             let same = entry.digest == publish.digest;
@@ -242,7 +243,7 @@ impl Inbound {
                 && e.digest == publish.digest
                 && e.state.is_of(publish)
         };
-        let control = Key::new(0, publish.packet_id);
+        let control = Key::new(StreamId::CONTROL, publish.packet_id);
         let before = |e: &&Entry| key != control && !e.current && same(e);
         let found = if let Some(at) = self.detached.iter().position(same) {
             self.detached.swap_remove(at)
@@ -368,7 +369,7 @@ impl Inbound {
     }
 
     /// The client's PUBREL, which may arrive on any stream. False: the identifier is unknown.
-    pub fn release(&mut self, stream: u8, packet_id: u16) -> bool {
+    pub fn release(&mut self, stream: StreamId, packet_id: u16) -> bool {
         let key = Key::new(stream, packet_id);
         if self.entries.get(&key).is_some_and(|e| e.state.received()) {
             let state = self
@@ -447,11 +448,11 @@ impl Inbound {
         for entry in self.entries.values_mut() {
             entry.current = false;
         }
-        self.detach_where(|key| key.stream() != 0);
+        self.detach_where(|key| !key.stream().is_control());
     }
 
     /// A data stream ended.
-    pub fn stream_ended(&mut self, stream: u8) {
+    pub fn stream_ended(&mut self, stream: StreamId) {
         self.detach_where(|key| key.stream() == stream);
     }
 

@@ -2,6 +2,7 @@
 
 use crate::flow::{InFlight, Stage, Window};
 use crate::mqtt::{AckKind, QoS, ReasonCode, encode_ack};
+use crate::streams::StreamId;
 use crate::time::Millis;
 
 use crate::budget::QueueFull;
@@ -245,7 +246,7 @@ impl Outbound {
             let (kind, code) = (AckKind::Pubrel, ReasonCode::SUCCESS);
             encode_ack(version, kind, packet_id, code, None, connection.control());
         });
-        while connection.has_room(limits, 0)
+        while connection.has_room(limits, StreamId::CONTROL)
             && let Some(index) = self.window.next_resend()
         {
             if self.window.open() >= connection.receive_maximum {
@@ -284,7 +285,7 @@ impl Outbound {
 
     /// The client's PUBREC: the answer is PUBREL, whatever we know [MQTT-4.3.3-4], on the stream on
     /// which it arrived. False: the identifier is unknown.
-    pub fn received(&mut self, packet_id: u16, stream: u8) -> bool {
+    pub fn received(&mut self, packet_id: u16, stream: StreamId) -> bool {
         let Some(index) = self.window.find(packet_id) else {
             return false;
         };
@@ -338,9 +339,10 @@ impl Outbound {
     /// The connection ended: everything unacknowledged is to be sent again, on the control stream of
     /// the next one.
     pub fn connection_ended(&mut self, limits: &SessionLimits) {
-        self.window.connection_ended(|entry| entry.stream = 0);
+        self.window
+            .connection_ended(|entry| entry.stream = StreamId::CONTROL);
         for entry in self.queue.iter_mut() {
-            entry.stream = 0;
+            entry.stream = StreamId::CONTROL;
         }
         if !limits.queue_qos0 && self.queue.qos0() > 0 {
             self.shed.qos0 += self.queue.qos0();
@@ -349,20 +351,20 @@ impl Outbound {
     }
 
     /// Messages that wait for a data stream go on the control stream.
-    pub fn leave_stream(&mut self, stream: u8) {
+    pub fn leave_stream(&mut self, stream: StreamId) {
         for entry in self.queue.iter_mut().filter(|e| e.stream == stream) {
-            entry.stream = 0;
+            entry.stream = StreamId::CONTROL;
         }
     }
 
     /// A data stream ended: the unacknowledged messages that were sent on it are sent again on the
     /// control stream, as after a lost connection.
-    pub fn stream_ended(&mut self, stream: u8) {
+    pub fn stream_ended(&mut self, stream: StreamId) {
         self.leave_stream(stream);
         self.window.unsend(|entry| {
             let lost = entry.stream == stream;
             if lost {
-                entry.stream = 0;
+                entry.stream = StreamId::CONTROL;
             }
             lost
         });
@@ -423,7 +425,7 @@ impl Outbound {
 
     /// Whether a new message of QoS 1 or 2 would be written at once.
     pub fn window_free(&self, connection: &Connection, limits: &SessionLimits) -> bool {
-        connection.has_room(limits, 0) && self.window_open(connection, limits)
+        connection.has_room(limits, StreamId::CONTROL) && self.window_open(connection, limits)
     }
 
     /// Drops every waiting message; returns how many.

@@ -7,6 +7,7 @@ use crate::mqtt::{
     Ack, AckKind, Disconnect, Message, MessageSpec, Mounting, Packet, Property, Publish, QoS,
     ReasonCode, Version, encode_ack, encode_pingresp, has_discouraged,
 };
+use crate::streams::StreamId;
 use crate::time::{Deadline, Millis};
 use crate::topics::matches;
 
@@ -28,7 +29,7 @@ impl Session {
     /// out.
     pub fn packet(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         packet: &Packet<'_>,
         limits: &SessionLimits,
         policy: &dyn Policy,
@@ -66,7 +67,7 @@ impl Session {
 
     fn publish(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         publish: &Publish<'_>,
         limits: &SessionLimits,
         policy: &dyn Policy,
@@ -133,7 +134,7 @@ impl Session {
     /// had before, which is answered here as far as it can be.
     fn arrive(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         publish: &Publish<'_>,
         topic: &str,
         limits: &SessionLimits,
@@ -187,7 +188,7 @@ impl Session {
         }
     }
 
-    fn pubrec(&mut self, stream: u8, ack: &Ack<'_>, now: Millis) -> Result<(), CloseReason> {
+    fn pubrec(&mut self, stream: StreamId, ack: &Ack<'_>, now: Millis) -> Result<(), CloseReason> {
         let Some(connection) = self.phase.connection_mut() else {
             return Ok(());
         };
@@ -206,7 +207,7 @@ impl Session {
         Ok(())
     }
 
-    fn pubrel(&mut self, stream: u8, ack: &Ack<'_>) -> Result<(), CloseReason> {
+    fn pubrel(&mut self, stream: StreamId, ack: &Ack<'_>) -> Result<(), CloseReason> {
         let Some(connection) = self.phase.connection_mut() else {
             return Ok(());
         };

@@ -153,6 +153,7 @@ mod tests {
     use super::*;
     use crate::mqtt::{Message, MessageSpec, Properties};
     use crate::session::entry::Ids;
+    use crate::streams::StreamId;
 
     fn entry(number: u8, state: State) -> Entry {
         let message = Message::new(&MessageSpec {
@@ -173,7 +174,7 @@ mod tests {
             qos: QoS::AtLeastOnce,
             state,
             retain: false,
-            stream: 0,
+            stream: StreamId::CONTROL,
         }
     }
 

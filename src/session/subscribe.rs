@@ -11,6 +11,7 @@ use crate::mqtt::{
     QoS, ReasonCode, Subscribe, SubscribeOptions, Unsubscribe, Version, encode_suback,
     encode_unsuback, has_discouraged,
 };
+use crate::streams::StreamId;
 use crate::topics::{FilterId, split_shared};
 
 use crate::session::connection::{PendingSubscribe, RepeatedFilter, Scope};
@@ -148,7 +149,7 @@ impl<'a> Check<'a> {
 impl Session {
     pub(super) fn subscribe(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         subscribe: &Subscribe<'_>,
         limits: &SessionLimits,
         policy: &dyn Policy,
@@ -275,7 +276,7 @@ impl Session {
 
     pub(super) fn unsubscribe(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         unsubscribe: &Unsubscribe<'_>,
         effects: &mut Vec<Effect>,
     ) -> Result<(), CloseReason> {

@@ -4,6 +4,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::mqtt::{QoS, SubscribeOptions};
+use crate::streams::StreamId;
 use crate::topics::{FilterId, overlaps, split_shared};
 
 use crate::session::{Session, Unsubscribed};
@@ -116,7 +117,7 @@ impl Session {
         let at = self.subscriptions.iter().position(|s| s.filter == filter)?;
         let removed = self.subscriptions.remove(at);
         if let Some(connection) = self.phase.connection_mut() {
-            connection.bind(&removed.name, 0);
+            connection.bind(&removed.name, StreamId::CONTROL);
         }
         let mut remaining = removed.overlaps;
         for other in &mut self.subscriptions {

@@ -2,6 +2,7 @@
 //! data streams, and lose their connections.
 
 use super::*;
+use crate::streams::{StreamId, StreamSet};
 
 /// A client.
 pub(crate) struct Device {
@@ -14,7 +15,7 @@ pub(crate) struct Device {
     /// Its publishes without an acknowledgement.
     pub(crate) open: Vec<OpenPublish>,
     /// Its publishes of QoS 2 without PUBCOMP: packet identifier, stream of the PUBREL.
-    pub(crate) releasing: Vec<(u16, u8)>,
+    pub(crate) releasing: Vec<(u16, StreamId)>,
     /// SUBSCRIBE packets without an answer.
     pub(crate) asked: Vec<Asked>,
     /// Messages that it has and whose acknowledgements were lost before they were sent, by packet
@@ -22,9 +23,9 @@ pub(crate) struct Device {
     pub(crate) unsure: BTreeMap<u16, u32>,
     /// Data streams that it may use.
     pub(crate) streams: u64,
-    pub(crate) wires: BTreeMap<u8, Wire>,
-    /// The streams that its machine leaves unread, as bits.
-    pub(crate) left_unread: u16,
+    pub(crate) wires: BTreeMap<StreamId, Wire>,
+    /// The streams that its machine leaves unread.
+    pub(crate) left_unread: StreamSet,
     pub(crate) traffic: Traffic,
 }
 
@@ -34,14 +35,14 @@ pub(crate) struct OpenPublish {
     pub(crate) id: u16,
     pub(crate) number: u32,
     pub(crate) qos: QoS,
-    pub(crate) stream: u8,
+    pub(crate) stream: StreamId,
 }
 
 /// A SUBSCRIBE without an answer.
 #[derive(Clone, Debug)]
 pub(crate) struct Asked {
     pub(crate) id: u16,
-    pub(crate) stream: u8,
+    pub(crate) stream: StreamId,
     pub(crate) filters: Vec<(String, SubscribeOptions)>,
 }
 
@@ -65,7 +66,7 @@ impl Device {
                 false => 0,
             },
             wires: BTreeMap::new(),
-            left_unread: 0,
+            left_unread: StreamSet::EMPTY,
             traffic: Traffic::default(),
         }
     }
@@ -170,20 +171,26 @@ impl World {
         device.forget_wires();
         trace!(self, "{n} connects, its will {:?}", self.devices[n].will);
         let device = &mut self.devices[n];
-        device.open.iter_mut().for_each(|open| open.stream = 0);
-        device.releasing.iter_mut().for_each(|(_, on)| *on = 0);
-        self.send_again(n, 0);
+        device
+            .open
+            .iter_mut()
+            .for_each(|open| open.stream = StreamId::CONTROL);
+        device
+            .releasing
+            .iter_mut()
+            .for_each(|(_, on)| *on = StreamId::CONTROL);
+        self.send_again(n, StreamId::CONTROL);
     }
 
     /// Sends the publishes of a stream that is gone again, on the control stream: those without an
     /// acknowledgement, and PUBREL for those without PUBCOMP [MQTT-4.4.0-1].
-    pub(crate) fn send_again(&mut self, n: usize, gone: u8) {
+    pub(crate) fn send_again(&mut self, n: usize, gone: StreamId) {
         for at in 0..self.devices[n].open.len() {
             let open = &mut self.devices[n].open[at];
             if open.stream != gone {
                 continue;
             }
-            open.stream = 0;
+            open.stream = StreamId::CONTROL;
             let OpenPublish {
                 id, number, qos, ..
             } = *open;
@@ -191,13 +198,13 @@ impl World {
             let retain = self.oracle.is_retained(number);
             let payload = self.payload(number);
             let bytes = self.encode(n, id, &message(topic, &payload, qos, retain), true);
-            self.send(n, 0, bytes);
+            self.send(n, StreamId::CONTROL, bytes);
         }
         for at in 0..self.devices[n].releasing.len() {
             let (id, stream) = self.devices[n].releasing[at];
             if stream == gone {
-                self.devices[n].releasing[at].1 = 0;
-                self.acknowledge(n, 0, AckKind::Pubrel, id, None);
+                self.devices[n].releasing[at].1 = StreamId::CONTROL;
+                self.acknowledge(n, StreamId::CONTROL, AckKind::Pubrel, id, None);
             }
         }
     }
@@ -251,9 +258,9 @@ impl World {
         self.ask(n, asked);
     }
 
-    fn any_stream(&mut self, n: usize) -> u8 {
+    fn any_stream(&mut self, n: usize) -> StreamId {
         let stream = self.devices[n].any_stream(&mut self.rng);
-        self.exercised.streams += u64::from(stream != 0);
+        self.exercised.streams += u64::from(!stream.is_control());
         stream
     }
 
@@ -377,7 +384,14 @@ impl World {
     }
 
     /// A client acknowledges a packet, perhaps a message.
-    fn acknowledge(&mut self, n: usize, stream: u8, kind: AckKind, id: u16, number: Option<u32>) {
+    fn acknowledge(
+        &mut self,
+        n: usize,
+        stream: StreamId,
+        kind: AckKind,
+        id: u16,
+        number: Option<u32>,
+    ) {
         let mut bytes = Vec::new();
         let version = self.devices[n].version;
         encode_ack(version, kind, id, ReasonCode::SUCCESS, None, &mut bytes);
@@ -389,7 +403,7 @@ impl World {
     }
 
     /// A client takes a packet.
-    pub(crate) fn packet(&mut self, n: usize, stream: u8, packet: &Packet<'_>) {
+    pub(crate) fn packet(&mut self, n: usize, stream: StreamId, packet: &Packet<'_>) {
         let ended = self.devices[n].has_ended(stream);
         match packet {
             // It cannot answer there: the messages come again on the control stream.
@@ -432,7 +446,7 @@ impl World {
         }
     }
 
-    fn got(&mut self, n: usize, stream: u8, p: &Publish<'_>) {
+    fn got(&mut self, n: usize, stream: StreamId, p: &Publish<'_>) {
         let number = number_of(p.payload).expect("a number of ours");
         let unsure = &mut self.devices[n].unsure;
         let known = p.dup && unsure.get(&p.packet_id) == Some(&number);

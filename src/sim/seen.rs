@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::mqtt::QoS;
+use crate::streams::StreamId;
 use crate::time::Millis;
 use crate::topics::{matches, split_shared};
 
@@ -35,8 +36,8 @@ pub(super) struct Got {
     pub qos: QoS,
     pub retain: bool,
     pub dup: bool,
-    /// The stream on which it came; 0 is the control stream.
-    pub stream: u8,
+    /// The stream on which it came.
+    pub stream: StreamId,
     pub at: Millis,
 }
 

@@ -2,6 +2,7 @@
 //! that the client has not read and with packets that the machine does not read yet.
 
 use super::*;
+use crate::streams::{StreamId, StreamSet};
 
 /// Data streams that a client uses at most.
 pub(crate) const STREAMS_MAX: u64 = 3;
@@ -70,7 +71,7 @@ impl Device {
     pub(crate) fn is_busy(&self) -> bool {
         let paused = self.machine.as_ref().is_some_and(ClientMachine::paused);
         let waits = self.wires.values().any(|wire| !wire.outbox.is_empty());
-        paused || waits || self.left_unread & 1 != 0
+        paused || waits || self.left_unread.contains(StreamId::CONTROL)
     }
 
     /// Whether the client has not read all output of its connection.
@@ -79,24 +80,24 @@ impl Device {
     }
 
     /// Whether the client has ended its direction of a stream: it cannot answer there.
-    pub(crate) fn has_ended(&self, stream: u8) -> bool {
+    pub(crate) fn has_ended(&self, stream: StreamId) -> bool {
         self.wires.get(&stream).is_some_and(|wire| wire.ended)
     }
 
     /// A stream on which a packet is read at once: the control stream or a data stream.
-    pub(crate) fn any_stream(&self, rng: &mut Rng) -> u8 {
-        let stream = rng.below(self.streams + 1) as u8;
+    pub(crate) fn any_stream(&self, rng: &mut Rng) -> StreamId {
+        let stream = StreamId::new(rng.below(self.streams + 1) as u8);
         let is_open = |wire: &Wire| !wire.ended && !wire.finished;
         let open = self.wires.get(&stream).is_none_or(is_open);
-        match open && self.left_unread & 1 << stream == 0 {
+        match open && !self.left_unread.contains(stream) {
             true => stream,
-            false => 0,
+            false => StreamId::CONTROL,
         }
     }
 
     /// A new connection: nothing of the last one arrives any more.
     pub(crate) fn forget_wires(&mut self) {
-        self.left_unread = 0;
+        self.left_unread = StreamSet::EMPTY;
         for (_, wire) in std::mem::take(&mut self.wires) {
             self.lose(wire);
         }
@@ -111,7 +112,7 @@ impl Device {
 
 impl World {
     /// A client sends a packet on a stream.
-    pub(crate) fn send(&mut self, n: usize, stream: u8, packet: Outgoing) {
+    pub(crate) fn send(&mut self, n: usize, stream: StreamId, packet: Outgoing) {
         let wire = self.devices[n].wires.entry(stream).or_default();
         wire.outbox.push_back(packet);
         self.flush(n);
@@ -126,7 +127,7 @@ impl World {
         };
         for (stream, wire) in &mut device.wires {
             while !machine.paused()
-                && device.left_unread & 1 << stream == 0
+                && !device.left_unread.contains(*stream)
                 && let Some(packet) = wire.outbox.pop_front()
             {
                 let reset = machine.received(&cx, *stream, &packet.bytes);
@@ -161,13 +162,16 @@ impl World {
         };
         loop {
             if machine.wants_to_send() {
-                let output = machine.output(0);
+                let output = machine.output(StreamId::CONTROL);
                 let offered = output.rest().len();
-                let done = device.wires.entry(0).or_default().take(output);
+                let done = device
+                    .wires
+                    .entry(StreamId::CONTROL)
+                    .or_default()
+                    .take(output);
                 machine.sent(offered, done, self.now);
             }
-            let streams = machine.streams();
-            for stream in (1..16).filter(|s| streams & 1 << s != 0) {
+            for stream in machine.streams().iter() {
                 let wire = device.wires.entry(stream).or_default();
                 let output = machine.output(stream);
                 if !output.is_empty() {
@@ -186,7 +190,7 @@ impl World {
             }
         }
         device.left_unread = machine.unread(&cx);
-        self.exercised.left_unread += u64::from(device.left_unread != 0);
+        self.exercised.left_unread += u64::from(!device.left_unread.is_empty());
         let late = match machine.paused() {
             true => None,
             false => machine.expired(&cx).expect("no packet is incomplete"),
@@ -200,9 +204,8 @@ impl World {
         let Some(machine) = &mut self.devices[n].machine else {
             return;
         };
-        let streams = machine.streams() | 1;
-        let taken = (0..16).filter(|s| streams & 1 << s != 0);
-        let taken: usize = taken.map(|s| machine.output(s).rest().len()).sum();
+        let streams = machine.streams() | StreamSet::CONTROL;
+        let taken: usize = streams.iter().map(|s| machine.output(s).rest().len()).sum();
         let caller = machine.caller();
         let (session, connection_no) = (caller.session, caller.connection_no);
         let waiting = self.router.with(session, connection_no, |s, _| {
@@ -224,7 +227,7 @@ impl World {
             receiver: Receiver::Client,
             max: u32::MAX,
         };
-        let streams: Vec<u8> = self.devices[n].wires.keys().copied().collect();
+        let streams: Vec<StreamId> = self.devices[n].wires.keys().copied().collect();
         for stream in streams {
             let Some(wire) = self.devices[n].wires.get_mut(&stream) else {
                 continue;
@@ -255,20 +258,20 @@ impl World {
 
     /// A client ends, resets, leaves unread or reads one of its streams.
     pub(crate) fn change_stream(&mut self, n: usize) {
-        let streams: Vec<u8> = self.devices[n].wires.keys().copied().collect();
+        let streams: Vec<StreamId> = self.devices[n].wires.keys().copied().collect();
         if streams.is_empty() {
             return;
         }
         let stream = self.rng.pick(&streams);
         match self.rng.below(4) {
-            0 if stream != 0 => self.end_stream(n, stream),
-            1 if stream != 0 => self.reset_stream(n, stream),
+            0 if !stream.is_control() => self.end_stream(n, stream),
+            1 if !stream.is_control() => self.reset_stream(n, stream),
             _ => self.leave_unread(n, stream),
         }
     }
 
     /// A client stops reading a stream, or begins again.
-    fn leave_unread(&mut self, n: usize, stream: u8) {
+    fn leave_unread(&mut self, n: usize, stream: StreamId) {
         let room = self.rng.pick(&[0, 20, 1000, 20_000]);
         let Some(wire) = self.devices[n].wires.get_mut(&stream) else {
             return;
@@ -279,14 +282,14 @@ impl World {
         };
         trace!(self, "{n} leaves stream {stream} unread: {:?}", wire.unread);
         self.exercised.unread += u64::from(wire.unread.is_some());
-        if stream != 0 {
+        if !stream.is_control() {
             self.oracle.reordered(n);
         }
     }
 
     /// A client ends its direction of a data stream. It must not while it has a message of QoS 2 under
     /// way there, whose PUBREL belongs on that stream.
-    fn end_stream(&mut self, n: usize, stream: u8) {
+    fn end_stream(&mut self, n: usize, stream: StreamId) {
         let device = &mut self.devices[n];
         let mut open = device.open.iter();
         let needed = open.any(|o| o.stream == stream && o.qos == QoS::ExactlyOnce)
@@ -309,7 +312,7 @@ impl World {
 
     /// A client aborts a data stream in both directions. It sends its publishes of that stream again on
     /// the control stream.
-    fn reset_stream(&mut self, n: usize, stream: u8) {
+    fn reset_stream(&mut self, n: usize, stream: StreamId) {
         let device = &mut self.devices[n];
         let Some(wire) = device.wires.remove(&stream) else {
             return;

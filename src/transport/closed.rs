@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 
+use crate::streams::StreamId;
 use crate::transport::quic::capsules::CapsuleError;
 use crate::transport::ws::frame::FrameError;
 
@@ -29,7 +30,7 @@ pub enum Closed {
     /// Only the data stream of this number is gone, in both directions, and its number may be used
     /// again. The connection goes on.
     #[error("data stream reset by the peer")]
-    StreamReset(u8),
+    StreamReset(StreamId),
     /// The operating system reported an error.
     #[error("{0}")]
     Io(io::Error),

@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
 use crate::config::Transport;
+use crate::streams::{StreamId, StreamSet};
 use crate::transport::closed::Closed;
 use crate::transport::quic::streams::Quic;
 use crate::transport::tcp::{self, Closing};
@@ -56,7 +57,7 @@ impl<S> Plain<S> {
 
 fn on_control(received: Result<usize, Closed>) -> Result<Recv, Closed> {
     received.map(|bytes| Recv {
-        stream: 0,
+        stream: StreamId::CONTROL,
         bytes,
         finished: false,
     })
@@ -155,10 +156,10 @@ impl Stream {
     pub fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
-        stream: u8,
+        stream: StreamId,
         out: &mut OutBuf,
     ) -> Poll<Result<(), Closed>> {
-        if stream != 0 && !matches!(self.inner, Inner::Quic(_)) {
+        if !stream.is_control() && !matches!(self.inner, Inner::Quic(_)) {
             return Poll::Ready(Err(Closed::StreamReset(stream)));
         }
         match &mut self.inner {
@@ -212,7 +213,7 @@ impl Stream {
 
     /// Aborts one data stream in both directions (RESET_STREAM and STOP_SENDING with `code`). The
     /// connection goes on. The control stream and other transports are left alone.
-    pub fn reset_stream(&mut self, stream: u8, code: u32) {
+    pub fn reset_stream(&mut self, stream: StreamId, code: u32) {
         if let Inner::Quic(quic) = &mut self.inner {
             quic.reset_stream(stream, code);
         }
@@ -226,10 +227,10 @@ impl Stream {
         }
     }
 
-    /// Pauses reading of the data streams whose bits are set in `streams` (bit 1 is stream 1), and
+    /// Pauses reading of the data streams in `streams`, and
     /// resumes all others from the next [`Stream::poll_recv`] on. The control stream and other
     /// transports are left alone.
-    pub fn pause_streams(&mut self, streams: u16) {
+    pub fn pause_streams(&mut self, streams: StreamSet) {
         if let Inner::Quic(quic) = &mut self.inner {
             quic.pause_streams(streams);
         }
@@ -242,7 +243,7 @@ impl Stream {
 
     /// Ends our direction of a data stream whose other direction the peer has ended. The caller calls
     /// it once all answers are sent. Other streams are left alone.
-    pub fn finish_stream(&mut self, stream: u8) {
+    pub fn finish_stream(&mut self, stream: StreamId) {
         if let Inner::Quic(quic) = &mut self.inner {
             quic.finish_stream(stream);
         }

@@ -1,10 +1,12 @@
 //! The types with which a connection's bytes are passed to and from it.
 
+use crate::streams::StreamId;
+
 /// The result of one successful [`Stream::poll_recv`](crate::transport::Stream::poll_recv).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recv {
-    /// The number of the stream: 0 is the control stream, 1 to 15 are data streams.
-    pub stream: u8,
+    /// The stream.
+    pub stream: StreamId,
     /// How many bytes were appended; 0 only where `finished` is true.
     pub bytes: usize,
     /// The peer has ended its direction of this data stream in order. Answers can still be sent

@@ -10,6 +10,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("qos", &[]),
     ("shares", &[]),
     ("backoff", &[]),
+    ("streams", &[]),
     ("time", &[]),
     ("clock", &["time"]),
     ("topics", &[]),
@@ -18,13 +19,17 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("store", &["time", "topics"]),
     ("mqtt", &["budget", "qos", "time", "topics"]),
     ("flow", &[]),
-    ("session", &["time", "mqtt", "topics", "budget", "flow"]),
-    ("transport", &["backoff", "config", "shares"]),
+    (
+        "session",
+        &["streams", "time", "mqtt", "topics", "budget", "flow"],
+    ),
+    ("transport", &["backoff", "config", "shares", "streams"]),
     ("auth", &["mqtt", "topics", "config", "telemetry", "shares"]),
     ("admin", &["backoff", "config", "telemetry"]),
     (
         "router",
         &[
+            "streams",
             "time",
             "topics",
             "session",
@@ -39,6 +44,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "client",
         &[
+            "streams",
             "time",
             "topics",
             "router",
@@ -134,6 +140,7 @@ fn imports_point_one_way() {
 /// Modules without a clock, a runtime, sockets or randomness: their callers hand time and bytes in.
 const PURE: &[&str] = &[
     "budget",
+    "streams",
     "time",
     "topics",
     "mqtt",

@@ -10,6 +10,7 @@ use tidegate::mqtt::{
 };
 use tidegate::time::Millis;
 
+use tidegate::streams::StreamId;
 use tidegate_kit::rng::Rng;
 
 /// What a device is like; fixed for a run.
@@ -51,7 +52,7 @@ struct InFlight {
     message: Outgoing,
     /// PUBREC came: PUBREL is what is sent again.
     released: bool,
-    stream: u8,
+    stream: StreamId,
 }
 
 /// The will of the next connection.
@@ -83,7 +84,7 @@ pub(crate) enum Seen {
     Disconnect(ReasonCode),
 }
 
-/// One stream of its connection; 0 is the control stream.
+/// One stream of its connection.
 #[derive(Default)]
 struct Io {
     input: Vec<u8>,
@@ -106,11 +107,11 @@ pub(crate) struct Device {
     waiting: VecDeque<Outgoing>,
     received: BTreeSet<u16>,
     /// Packet identifiers of SUBSCRIBE and UNSUBSCRIBE under way, with their streams.
-    requests: BTreeMap<u16, u8>,
+    requests: BTreeMap<u16, StreamId>,
     last_id: u16,
-    io: BTreeMap<u8, Io>,
+    io: BTreeMap<StreamId, Io>,
     /// Streams that it has reset and of which the server has not heard yet.
-    resetting: BTreeSet<u8>,
+    resetting: BTreeSet<StreamId>,
     /// The server's Receive Maximum and Topic Alias Maximum.
     quota: usize,
     server_aliases: u16,
@@ -171,7 +172,7 @@ impl Device {
         };
         let mut bytes = Vec::new();
         connect.encode(&mut bytes);
-        self.io(0).output = bytes;
+        self.io(StreamId::CONTROL).output = bytes;
     }
 
     /// The connection is gone.
@@ -196,7 +197,7 @@ impl Device {
         &mut self,
         filters: &[(&str, SubscribeOptions)],
         id: Option<u32>,
-        stream: u8,
+        stream: StreamId,
     ) {
         let packet_id = self.free_id();
         self.requests.insert(packet_id, stream);
@@ -210,7 +211,7 @@ impl Device {
         );
     }
 
-    pub(crate) fn unsubscribe(&mut self, filters: &[&str], stream: u8) {
+    pub(crate) fn unsubscribe(&mut self, filters: &[&str], stream: StreamId) {
         let packet_id = self.free_id();
         self.requests.insert(packet_id, stream);
         let version = self.profile.version;
@@ -224,39 +225,48 @@ impl Device {
 
     pub(crate) fn disconnect(&mut self, reason: ReasonCode, expiry: Option<u32>) {
         let version = self.profile.version;
-        encode_disconnect(version, reason, expiry, None, &mut self.io(0).output);
+        encode_disconnect(
+            version,
+            reason,
+            expiry,
+            None,
+            &mut self.io(StreamId::CONTROL).output,
+        );
     }
 
     pub(crate) fn ping(&mut self) {
-        encode_pingreq(&mut self.io(0).output);
+        encode_pingreq(&mut self.io(StreamId::CONTROL).output);
     }
 
-    fn io(&mut self, stream: u8) -> &mut Io {
+    fn io(&mut self, stream: StreamId) -> &mut Io {
         self.io.entry(stream).or_default()
     }
 
     /// The stream for something new: any that it may send on.
-    pub(crate) fn any_stream(&mut self, rng: &mut Rng) -> u8 {
+    pub(crate) fn any_stream(&mut self, rng: &mut Rng) -> StreamId {
         if self.profile.streams == 0 || !self.connected {
-            return 0;
+            return StreamId::CONTROL;
         }
-        let stream = rng.below(u64::from(self.profile.streams) + 1) as u8;
+        let stream = StreamId::new(rng.below(u64::from(self.profile.streams) + 1) as u8);
         let ended = self.io.get(&stream).is_some_and(|io| io.ended);
         match ended || self.resetting.contains(&stream) {
-            true => 0,
+            true => StreamId::CONTROL,
             false => stream,
         }
     }
 
     /// A data stream that is in use and that it may end.
-    pub(crate) fn open_stream(&self, rng: &mut Rng) -> Option<u8> {
-        let open = self.io.iter().filter(|(n, io)| **n != 0 && !io.ended);
-        let open: Vec<u8> = open.map(|(n, _)| *n).collect();
+    pub(crate) fn open_stream(&self, rng: &mut Rng) -> Option<StreamId> {
+        let open = self
+            .io
+            .iter()
+            .filter(|(n, io)| **n != StreamId::CONTROL && !io.ended);
+        let open: Vec<StreamId> = open.map(|(n, _)| *n).collect();
         (!open.is_empty()).then(|| rng.pick(&open))
     }
 
     /// Ends its direction of a stream. It must not, while it has a message of QoS 2 under way there.
-    pub(crate) fn end_stream(&mut self, stream: u8) -> bool {
+    pub(crate) fn end_stream(&mut self, stream: StreamId) -> bool {
         let mut inflight = self.inflight.iter();
         if inflight.any(|f| f.stream == stream && f.message.qos == QoS::ExactlyOnce) {
             return false;
@@ -268,19 +278,19 @@ impl Device {
     }
 
     /// Aborts a stream in both directions. What it had there is sent again once the server knows.
-    pub(crate) fn reset_stream(&mut self, stream: u8) {
+    pub(crate) fn reset_stream(&mut self, stream: StreamId) {
         self.io.remove(&stream);
         self.resetting.insert(stream);
         self.requests.retain(|_, on| *on != stream);
     }
 
     /// A stream is gone, and the server knows.
-    pub(crate) fn stream_gone(&mut self, stream: u8, rng: &mut Rng) {
+    pub(crate) fn stream_gone(&mut self, stream: StreamId, rng: &mut Rng) {
         self.reset_stream(stream);
         self.resetting.remove(&stream);
         for at in 0..self.inflight.len() {
             if self.inflight[at].stream == stream {
-                self.inflight[at].stream = 0;
+                self.inflight[at].stream = StreamId::CONTROL;
                 self.again(at, rng);
             }
         }
@@ -297,14 +307,21 @@ impl Device {
         if released {
             let version = self.profile.version;
             let (kind, code) = (AckKind::Pubrel, ReasonCode::SUCCESS);
-            encode_ack(version, kind, packet_id, code, None, &mut self.io(0).output);
+            encode_ack(
+                version,
+                kind,
+                packet_id,
+                code,
+                None,
+                &mut self.io(StreamId::CONTROL).output,
+            );
         } else {
-            self.write(&message, packet_id, true, 0, rng);
+            self.write(&message, packet_id, true, StreamId::CONTROL, rng);
         }
     }
 
     /// What is to be sent now, by stream.
-    pub(crate) fn take_output(&mut self, now: Millis, acks: bool) -> Vec<(u8, Vec<u8>)> {
+    pub(crate) fn take_output(&mut self, now: Millis, acks: bool) -> Vec<(StreamId, Vec<u8>)> {
         let mut all = Vec::new();
         for (stream, io) in &mut self.io {
             if acks {
@@ -338,7 +355,7 @@ impl Device {
     /// What the server did wrong.
     pub(crate) fn receive(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         bytes: &[u8],
         rng: &mut Rng,
     ) -> Result<(), String> {
@@ -366,7 +383,12 @@ impl Device {
     }
 
     /// Takes one packet from the server.
-    fn packet(&mut self, stream: u8, packet: &Packet<'_>, rng: &mut Rng) -> Result<(), String> {
+    fn packet(
+        &mut self,
+        stream: StreamId,
+        packet: &Packet<'_>,
+        rng: &mut Rng,
+    ) -> Result<(), String> {
         if !self.connected && !matches!(packet, Packet::Connack(_)) {
             return Err(format!("before CONNACK came {packet:?} [MQTT-3.2.0-1]"));
         }
@@ -448,7 +470,7 @@ impl Device {
     }
 
     /// Takes an application message and acknowledges it as its QoS demands.
-    fn message(&mut self, stream: u8, p: &Publish<'_>) -> Result<(), String> {
+    fn message(&mut self, stream: StreamId, p: &Publish<'_>) -> Result<(), String> {
         let topic = self.topic(stream, p)?;
         let mut fresh = true;
         match p.qos {
@@ -472,7 +494,7 @@ impl Device {
     }
 
     /// The topic of a PUBLISH from the server; a Topic Alias is defined or looked up.
-    fn topic(&mut self, stream: u8, p: &Publish<'_>) -> Result<String, String> {
+    fn topic(&mut self, stream: StreamId, p: &Publish<'_>) -> Result<String, String> {
         match p.topic_alias {
             None => Ok(p.topic.to_owned()),
             Some(alias) if alias > self.profile.alias_max => {
@@ -503,7 +525,7 @@ impl Device {
             }
         }
         for at in 0..self.inflight.len() {
-            self.inflight[at].stream = 0;
+            self.inflight[at].stream = StreamId::CONTROL;
             self.again(at, rng);
         }
         self.send_waiting(rng);
@@ -545,7 +567,7 @@ impl Device {
         Ok(())
     }
 
-    fn ack(&mut self, stream: u8, kind: AckKind, packet_id: u16) {
+    fn ack(&mut self, stream: StreamId, kind: AckKind, packet_id: u16) {
         let version = self.profile.version;
         encode_ack(
             version,
@@ -568,7 +590,7 @@ impl Device {
         }
     }
 
-    fn write(&mut self, m: &Outgoing, packet_id: u16, dup: bool, stream: u8, rng: &mut Rng) {
+    fn write(&mut self, m: &Outgoing, packet_id: u16, dup: bool, stream: StreamId, rng: &mut Rng) {
         let (version, server_aliases) = (self.profile.version, self.server_aliases);
         let io = self.io(stream);
         let mut body = Vec::new();

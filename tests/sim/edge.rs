@@ -17,6 +17,7 @@ use tidegate::time::Millis;
 use tidegate::transport::{Closed, Traffic};
 
 use crate::oracle::{Checked, Oracle, key};
+use tidegate::streams::{StreamId, StreamSet};
 
 /// From a packet's first byte to its last.
 const PACKET_DEADLINE: Duration = Duration::from_secs(10);
@@ -75,18 +76,18 @@ pub(crate) struct Edge {
     patience: Option<Duration>,
     /// An incomplete CONNECT.
     input: Vec<u8>,
-    streams: BTreeMap<u8, Judged>,
+    streams: BTreeMap<StreamId, Judged>,
     /// Bytes on their way to the socket, by stream.
-    pub output: BTreeMap<u8, Vec<u8>>,
+    pub output: BTreeMap<StreamId, Vec<u8>>,
     pub ended: Option<DisconnectReason>,
     /// When the last packet was taken.
     last_in: Millis,
-    /// The streams that are left unread, as bits.
-    pub unread: u16,
+    /// The streams that are left unread.
+    pub unread: StreamSet,
     /// Streams that the machine wants to be reset.
     pub resets: Vec<StreamReset>,
     /// Streams of which the server has ended its direction too.
-    pub finished: Vec<u8>,
+    pub finished: Vec<StreamId>,
     traffic: Traffic,
 }
 
@@ -103,7 +104,7 @@ impl Edge {
             output: BTreeMap::new(),
             ended: None,
             last_in: Millis::ZERO,
-            unread: 0,
+            unread: StreamSet::EMPTY,
             resets: Vec::new(),
             finished: Vec::new(),
             traffic: Traffic::default(),
@@ -115,7 +116,7 @@ impl Edge {
         let paused = self.is_paused();
         let (unread, ended) = (self.unread, self.ended);
         format!(
-            "link {} paused {paused} unread {unread:b} output {:?} ended {ended:?}",
+            "link {} paused {paused} unread {unread:?} output {:?} ended {ended:?}",
             self.link, self.output
         )
     }
@@ -140,7 +141,7 @@ impl Edge {
     /// Bytes arrived on a stream.
     pub(crate) fn receive(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         bytes: &[u8],
         router: &Router,
         oracle: &mut Oracle,
@@ -160,7 +161,7 @@ impl Edge {
             return Ok(());
         };
         self.connect(&connect, router, oracle, now)?;
-        self.packets(0, &input[size..], router, oracle, now)
+        self.packets(StreamId::CONTROL, &input[size..], router, oracle, now)
     }
 
     fn connect(
@@ -216,7 +217,7 @@ impl Edge {
     /// Gives the machine bytes of one stream.
     fn packets(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         bytes: &[u8],
         router: &Router,
         oracle: &mut Oracle,
@@ -253,7 +254,7 @@ impl Edge {
         for (stream, judged) in &mut self.streams {
             let took = match &result {
                 Ok(_) => judged.input.len() - machine.untaken(*stream),
-                Err(end) if end.is_by_client() && *stream == 0 => judged.input.len(),
+                Err(end) if end.is_by_client() && stream.is_control() => judged.input.len(),
                 // The connection has no session any more.
                 Err(_) => 0,
             };
@@ -288,19 +289,19 @@ impl Edge {
     }
 
     /// The packets on these streams have their time anew, since they were not read.
-    fn restart_deadlines(&mut self, streams: u16, now: Millis) {
+    fn restart_deadlines(&mut self, streams: StreamSet, now: Millis) {
         for (number, judged) in &mut self.streams {
-            if streams & 1 << *number != 0 {
+            if streams.contains(*number) {
                 judged.since = now;
             }
         }
     }
 
     /// What the task does when it is woken, or its socket takes more. `room` are the streams that
-    /// take output, as bits.
+    /// take output.
     pub(crate) fn poll(
         &mut self,
-        room: u16,
+        room: StreamSet,
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
@@ -308,7 +309,7 @@ impl Edge {
         let Some(machine) = &mut self.machine else {
             return Ok(());
         };
-        if machine.paused() || self.unread != 0 {
+        if machine.paused() || !self.unread.is_empty() {
             self.last_in = now;
         }
         let woken = machine.woken(Waker::noop());
@@ -329,7 +330,7 @@ impl Edge {
         };
         if machine.paused() {
             let result = machine.resume(&cx);
-            self.restart_deadlines(u16::MAX, now);
+            self.restart_deadlines(StreamSet::ALL, now);
             self.judge_taken(result, router, oracle, now)?;
         }
         loop {
@@ -370,15 +371,15 @@ impl Edge {
     }
 
     /// Offers the output to the pipes.
-    fn send(&mut self, room: u16, router: &Router, now: Millis) {
+    fn send(&mut self, room: StreamSet, router: &Router, now: Millis) {
         let Some(machine) = &mut self.machine else {
             return;
         };
-        let streams = machine.streams() | 1;
-        for stream in (0..16).filter(|n| streams & 1 << n != 0) {
+        let streams = machine.streams() | StreamSet::CONTROL;
+        for stream in streams.iter() {
             let output = machine.output(stream);
             let offered = output.rest().len();
-            let done = room & 1 << stream != 0;
+            let done = room.contains(stream);
             if offered > 0 && done {
                 self.traffic.sent += 1;
                 self.traffic.acknowledged += 1;
@@ -386,7 +387,7 @@ impl Edge {
                 taken.append(&mut output.buf);
                 self.streams.entry(stream).or_default().output = 0;
             }
-            if stream == 0 && machine.wants_to_send() | (offered > 0) {
+            if stream.is_control() && machine.wants_to_send() | (offered > 0) {
                 machine.sent(offered, done, now);
             } else if offered > 0 {
                 let cx = context(router, now);
@@ -400,8 +401,8 @@ impl Edge {
         let Some(machine) = &mut self.machine else {
             return Ok(());
         };
-        let streams = machine.streams() | 1;
-        for stream in (0..16).filter(|n| streams & 1 << n != 0) {
+        let streams = machine.streams() | StreamSet::CONTROL;
+        for stream in streams.iter() {
             let judged = self.streams.entry(stream).or_default();
             let output = machine.output(stream).rest();
             let fresh = &output[judged.output..];
@@ -431,7 +432,7 @@ impl Edge {
                 Ok(())
             }
             Err(end) => {
-                self.judge_late(0, now)?;
+                self.judge_late(StreamId::CONTROL, now)?;
                 self.end(end, router, oracle, now)
             }
         }
@@ -440,7 +441,7 @@ impl Edge {
     fn judge_incomplete(&self, now: Millis) -> Checked {
         let mut streams = self.streams.iter();
         let late = streams.find(|(number, judged)| {
-            let read = self.unread & 1 << **number == 0;
+            let read = !self.unread.contains(**number);
             read && !judged.input.is_empty() && now > judged.since + PACKET_DEADLINE + LATE_MAX
         });
         match late {
@@ -452,7 +453,7 @@ impl Edge {
         }
     }
 
-    fn judge_late(&self, stream: u8, now: Millis) -> Checked {
+    fn judge_late(&self, stream: StreamId, now: Millis) -> Checked {
         let since = self.streams.get(&stream).map_or(now, |j| j.since);
         match now >= since + PACKET_DEADLINE {
             true => Ok(()),
@@ -465,8 +466,7 @@ impl Edge {
         let Some(machine) = &mut self.machine else {
             return;
         };
-        let streams = machine.streams();
-        for stream in (1..16).filter(|n| streams & 1 << n != 0) {
+        for stream in machine.streams().iter() {
             if machine.finish(&context(router, now), stream) {
                 oracle.stream_ended(self.device, self.link, stream);
                 self.streams.remove(&stream);
@@ -483,7 +483,7 @@ impl Edge {
     /// The client ended its direction of a data stream.
     pub(crate) fn stream_closed(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
@@ -512,7 +512,7 @@ impl Edge {
     /// The client broke a data stream off.
     pub(crate) fn stream_ended(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
@@ -530,7 +530,7 @@ impl Edge {
     /// Shows the oracle what the session wrote for a data stream and the machine did not take yet.
     fn look_ahead(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         router: &Router,
         oracle: &mut Oracle,
         now: Millis,
@@ -540,7 +540,7 @@ impl Edge {
         };
         let caller = machine.caller();
         let rest = router.with(caller.session, caller.connection_no, |s, _| {
-            let writes = stream == 0 || s.stream_busy(stream);
+            let writes = stream.is_control() || s.stream_busy(stream);
             let connection = s.connection().filter(|_| writes);
             connection.map(|c| c.output_on(stream).clone())
         });
@@ -555,7 +555,8 @@ impl Edge {
 
     /// What the session wrote and nobody took yet; before it is thrown away.
     pub(crate) fn peek(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
-        let streams: Vec<u8> = self.streams.keys().copied().chain([0]).collect();
+        let streams = self.streams.keys().copied();
+        let streams: Vec<StreamId> = streams.chain([StreamId::CONTROL]).collect();
         for stream in streams {
             self.look_ahead(stream, router, oracle, now)?;
         }
@@ -606,7 +607,7 @@ impl Edge {
         }
         let remains = machine.ended(router, &end, now);
         let streams = remains.streams.into_iter();
-        for (stream, output) in streams.chain([(0, remains.output)]) {
+        for (stream, output) in streams.chain([(StreamId::CONTROL, remains.output)]) {
             let judged = self.streams.entry(stream).or_default();
             let rest = output.rest();
             let fresh = &rest[judged.output..];

@@ -8,6 +8,7 @@ use tidegate::mqtt::{Publish, QoS, ReasonCode};
 use tidegate::time::Millis;
 
 use crate::oracle::{Checked, key};
+use tidegate::streams::StreamId;
 
 /// How long an ended session's publishes are recognised; a little less.
 const REMEMBERED: Duration = Duration::from_secs(115);
@@ -17,7 +18,7 @@ struct Logical {
     qos: QoS,
     acknowledged: bool,
     /// The stream whose order it keeps; `None`: it was sent again, perhaps on another.
-    stream: Option<u8>,
+    stream: Option<StreamId>,
     /// Answered with a refusal, or to be refused by the broker, which 3.x does not say.
     refused: bool,
 }
@@ -27,7 +28,7 @@ struct Track {
     logical: usize,
     answered: bool,
     /// Where it came in last.
-    stream: u8,
+    stream: StreamId,
     /// PUBREL came: the identifier is free [MQTT-4.3.3-12].
     released: bool,
     session: u64,
@@ -58,7 +59,7 @@ struct Publisher {
     session: u64,
     will: Option<usize>,
     /// The latest of its unique messages that went to the broker, for each stream.
-    last: HashMap<u8, u64>,
+    last: HashMap<StreamId, u64>,
 }
 
 #[derive(Default)]
@@ -176,7 +177,7 @@ impl Inbound {
     pub(crate) fn publish(
         &mut self,
         device: usize,
-        stream: u8,
+        stream: StreamId,
         topic: &str,
         publish: &Publish<'_>,
         now: Millis,
@@ -252,7 +253,7 @@ impl Inbound {
     pub(crate) fn answered(
         &mut self,
         device: usize,
-        stream: u8,
+        stream: StreamId,
         id: u16,
         qos: QoS,
         reason: ReasonCode,

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use tidegate::mqtt::{Publish, QoS, SubscribeOptions, Version};
+use tidegate::streams::StreamId;
 use tidegate::time::{Deadline, Millis};
 
 /// One message that a session is to get, or may get.
@@ -30,8 +31,8 @@ pub(crate) struct Owed {
 struct Flight {
     packet_id: u16,
     /// Where it was written first, and last.
-    first: u8,
-    stream: u8,
+    first: StreamId,
+    stream: StreamId,
     key: String,
     qos: QoS,
     released: bool,
@@ -58,7 +59,7 @@ pub(crate) struct Window {
     /// Of those in flight at the start of the connection: the ones that were sent again.
     resent: BTreeSet<u16>,
     /// In order, with the streams whose order they keep.
-    to_resend: Vec<(u16, u8)>,
+    to_resend: Vec<(u16, StreamId)>,
     /// Sent again because their stream has ended, in any order with others.
     again: BTreeSet<u16>,
     /// An eviction may take what is in flight.
@@ -97,7 +98,7 @@ pub(crate) struct Ledger {
     pub owed: Vec<Owed>,
     /// For QoS 0, and for QoS 1 and 2, on each stream: the next entry that may be written. Streams
     /// keep no order with each other.
-    next: HashMap<(usize, u8), usize>,
+    next: HashMap<(usize, StreamId), usize>,
     inflight: Vec<Flight>,
     pub wants: Vec<Want>,
     pub subs: Vec<Sub>,
@@ -162,7 +163,7 @@ impl Ledger {
         &mut self,
         w: &mut Window,
         version: Version,
-        stream: u8,
+        stream: StreamId,
         topic: &str,
         key: &str,
         p: &Publish<'_>,
@@ -310,7 +311,7 @@ impl Ledger {
     }
 
     /// A stream has ended: what was written on it and is not acknowledged is sent again.
-    pub(crate) fn stream_closed(&mut self, w: &mut Window, stream: u8) {
+    pub(crate) fn stream_closed(&mut self, w: &mut Window, stream: StreamId) {
         let open = self.inflight.iter().filter(|f| f.stream == stream);
         w.again.extend(open.map(|f| f.packet_id));
     }
@@ -318,12 +319,12 @@ impl Ledger {
     fn again(
         &mut self,
         w: &mut Window,
-        stream: u8,
+        stream: StreamId,
         key: &str,
         p: &Publish<'_>,
     ) -> Result<(), String> {
         let id = p.packet_id;
-        if stream != 0 {
+        if !stream.is_control() {
             return Err(format!("DUP for {id} on a data stream"));
         }
         let Some(flight) = self.inflight.iter_mut().find(|f| f.packet_id == id) else {
@@ -345,7 +346,7 @@ impl Ledger {
         let Some((_, first)) = expected.by_ref().find(|(i, _)| *i == id) else {
             return Err(format!("{id} is sent again, and was not sent before"));
         };
-        let later = |(i, on): &(u16, u8)| on == first && w.resent.contains(i);
+        let later = |(i, on): &(u16, StreamId)| on == first && w.resent.contains(i);
         match w.resent.contains(&id) || expected.any(later) {
             false => {
                 w.resent.insert(id);

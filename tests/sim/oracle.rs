@@ -14,6 +14,7 @@ use crate::claim::Claim;
 use crate::device::{Profile, Seen};
 use crate::inbound::Inbound;
 use crate::ledger::{Ledger, Owed, Window};
+use tidegate::streams::StreamId;
 
 /// How long the absence of the broker has effects.
 pub(crate) const RECOVERY: Duration = Duration::from_secs(5);
@@ -42,12 +43,12 @@ pub(crate) struct Client {
     pub ledger: Ledger,
     pub window: Window,
     /// Topics by stream and alias.
-    pub aliases: HashMap<(u8, u16), String>,
+    pub aliases: HashMap<(StreamId, u16), String>,
     /// By packet identifier: the stream, whether it is a SUBSCRIBE, and the filters.
-    pub requests: HashMap<u16, (u8, bool, Vec<String>)>,
-    pub aliases_in: HashMap<(u8, u16), String>,
+    pub requests: HashMap<u16, (StreamId, bool, Vec<String>)>,
+    pub aliases_in: HashMap<(StreamId, u16), String>,
     /// Data streams on which filters were asked for.
-    pub bound: BTreeSet<(u8, String)>,
+    pub bound: BTreeSet<(StreamId, String)>,
     pub expected_present: bool,
     pub seen: HashMap<String, usize>,
     pub sessions: u64,
@@ -184,7 +185,7 @@ impl Oracle {
 
     /// A data stream of the current connection has ended, at least in the client's direction: what
     /// the client has not acknowledged there is sent again.
-    pub(crate) fn stream_closed(&mut self, device: usize, link: u64, stream: u8) {
+    pub(crate) fn stream_closed(&mut self, device: usize, link: u64, stream: StreamId) {
         let c = &mut self.clients[device];
         if c.attached == Some(link) {
             c.ledger.stream_closed(&mut c.window, stream);
@@ -192,7 +193,7 @@ impl Oracle {
     }
 
     /// A data stream has ended in both directions.
-    pub(crate) fn stream_ended(&mut self, device: usize, link: u64, stream: u8) {
+    pub(crate) fn stream_ended(&mut self, device: usize, link: u64, stream: StreamId) {
         self.stream_closed(device, link, stream);
         let c = &mut self.clients[device];
         if c.attached == Some(link) {

@@ -10,10 +10,17 @@ use tidegate::time::Millis;
 
 use crate::ledger::{Ask, Ledger, Sub, Want};
 use crate::oracle::{Checked, Client, Oracle, RECOVERY, key};
+use tidegate::streams::StreamId;
 
 impl Oracle {
     /// The client's session took a packet of the client.
-    pub(crate) fn took(&mut self, device: usize, stream: u8, packet: &Packet<'_>, now: Millis) {
+    pub(crate) fn took(
+        &mut self,
+        device: usize,
+        stream: StreamId,
+        packet: &Packet<'_>,
+        now: Millis,
+    ) {
         let (grants, expiry_max) = (self.rules.grants, self.rules.expiry_max);
         let latest = self.latest;
         self.asks += 1;
@@ -67,7 +74,7 @@ impl Oracle {
         &mut self,
         device: usize,
         link: u64,
-        stream: u8,
+        stream: StreamId,
         bytes: &[u8],
         now: Millis,
     ) -> Checked {
@@ -123,7 +130,7 @@ impl Oracle {
         device: usize,
         link: u64,
         version: Version,
-        stream: u8,
+        stream: StreamId,
         packet: &Packet<'_>,
         now: Millis,
     ) -> Checked {
@@ -181,7 +188,7 @@ impl Oracle {
         &mut self,
         device: usize,
         link: u64,
-        stream: u8,
+        stream: StreamId,
         s: &Suback<'_>,
         now: Millis,
     ) -> Checked {
@@ -233,7 +240,7 @@ impl Client {
     fn subscribes(
         &mut self,
         link: u64,
-        stream: u8,
+        stream: StreamId,
         s: &Subscribe<'_>,
         grants: QoS,
         number: u64,
@@ -262,7 +269,7 @@ impl Client {
     }
 
     /// Notes an UNSUBSCRIBE that the session took. `latest` is the latest event of the broker.
-    fn unsubscribes(&mut self, stream: u8, u: &Unsubscribe<'_>, latest: u64) {
+    fn unsubscribes(&mut self, stream: StreamId, u: &Unsubscribe<'_>, latest: u64) {
         let names: Vec<String> = u.filters().map(str::to_owned).collect();
         self.ledger.subs.retain(|s| !names.contains(&s.filter));
         self.ledger.left.extend(names.iter().cloned());
@@ -274,7 +281,7 @@ impl Client {
     }
 
     /// Judges a PUBLISH that the router wrote.
-    fn wrote_publish(&mut self, version: Version, stream: u8, p: &Publish<'_>) -> Checked {
+    fn wrote_publish(&mut self, version: Version, stream: StreamId, p: &Publish<'_>) -> Checked {
         let topic = match p.topic_alias {
             Some(alias) if p.topic.is_empty() => self.aliases.get(&(stream, alias)).cloned(),
             Some(alias) => {
@@ -284,9 +291,10 @@ impl Client {
             None => Some(p.topic.to_owned()),
         };
         let topic = topic.ok_or("an undefined alias")?;
-        let asked =
-            |(on, filter): &(u8, String)| *on == stream && crate::broker::matching(filter, &topic);
-        if stream != 0 && !self.bound.iter().any(asked) {
+        let asked = |(on, filter): &(StreamId, String)| {
+            *on == stream && crate::broker::matching(filter, &topic)
+        };
+        if !stream.is_control() && !self.bound.iter().any(asked) {
             return Err(format!("nobody subscribed to it on stream {stream}"));
         }
         let key = key(p.payload);

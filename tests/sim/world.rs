@@ -15,6 +15,7 @@ use crate::device::{Device, Seen};
 use crate::edge::Edge;
 use crate::oracle::{Checked, Oracle};
 use crate::pipe::Pipe;
+use tidegate::streams::{StreamId, StreamSet};
 use tidegate_kit::rng::Rng;
 
 /// A data stream between a device and the server.
@@ -34,7 +35,7 @@ pub(crate) struct Side {
 
 pub(crate) struct Link {
     /// The data streams.
-    pub sides: BTreeMap<u8, Side>,
+    pub sides: BTreeMap<StreamId, Side>,
     pub up: Pipe,
     pub down: Pipe,
     pub edge: Edge,
@@ -169,7 +170,7 @@ impl World {
         if let Some(l) = self.links.get_mut(&link) {
             for (stream, bytes) in output {
                 let pipe = match stream {
-                    0 => &mut l.up,
+                    StreamId::CONTROL => &mut l.up,
                     n => &mut l.sides.entry(n).or_default().up,
                 };
                 pipe.send(bytes, &mut self.rng, self.now);
@@ -223,7 +224,7 @@ impl World {
 
     fn link_works(&mut self, number: u64, link: &mut Link) -> Checked {
         let n = link.edge.device;
-        if link.edge.ended.is_none() && !link.edge.is_paused() && link.edge.unread == 0 {
+        if link.edge.ended.is_none() && !link.edge.is_paused() && link.edge.unread.is_empty() {
             let bytes = link.up.receive(&mut self.rng, self.now);
             if link.edge.completes(&bytes) {
                 // So that a session whose time has come is not there any more.
@@ -233,8 +234,13 @@ impl World {
                     other.edge.peek(&self.router, &mut self.oracle, self.now)?;
                 }
             }
-            link.edge
-                .receive(0, &bytes, &self.router, &mut self.oracle, self.now)?;
+            link.edge.receive(
+                StreamId::CONTROL,
+                &bytes,
+                &self.router,
+                &mut self.oracle,
+                self.now,
+            )?;
             if link.up.is_read(self.now) {
                 link.edge.expire(&self.router, &mut self.oracle, self.now)?;
             }
@@ -255,7 +261,7 @@ impl World {
             let bytes = link.down.receive(&mut self.rng, self.now);
             let device = &mut self.devices[n];
             device
-                .receive(0, &bytes, &mut self.rng)
+                .receive(StreamId::CONTROL, &bytes, &mut self.rng)
                 .map_err(|e| format!("device {n}: {e}"))?;
             for (stream, side) in &mut link.sides {
                 if device.connected && !side.stalled && side.reset_at.is_none() {
@@ -297,14 +303,14 @@ impl World {
     /// The data streams of a connection, which keep no order with each other.
     fn sides_work(&mut self, n: usize, link: &mut Link) -> Checked {
         let current = self.devices[n].link == Some(link.edge.link);
-        let numbers: Vec<u8> = link.sides.keys().copied().collect();
+        let numbers: Vec<StreamId> = link.sides.keys().copied().collect();
         for number in numbers {
             let Some(side) = link.sides.get_mut(&number) else {
                 continue;
             };
             let readable = link.edge.is_open()
                 && !link.edge.is_paused()
-                && link.edge.unread & 1 << number == 0
+                && !link.edge.unread.contains(number)
                 && side.reset_at.is_none();
             if readable && side.ended != Some(true) {
                 let bytes = side.up.receive(&mut self.rng, self.now);
@@ -375,16 +381,19 @@ impl World {
     fn edges_work(&mut self) -> Checked {
         for link in self.links.values_mut() {
             // A socket takes only so much.
-            let mut room = u16::MAX - u16::from(link.down.bytes >= 2000 && !self.quiet);
-            for (stream, side) in &link.sides {
-                let full = side.down.bytes >= 2000 && !self.quiet;
-                room &= !(u16::from(full) << stream);
+            let full = |pipe: &Pipe| pipe.bytes >= 2000 && !self.quiet;
+            let mut room = StreamSet::ALL;
+            if full(&link.down) {
+                room = room.without(StreamId::CONTROL);
+            }
+            for (stream, _) in link.sides.iter().filter(|(_, side)| full(&side.down)) {
+                room = room.without(*stream);
             }
             link.edge
                 .poll(room, &self.router, &mut self.oracle, self.now)?;
             for (stream, bytes) in std::mem::take(&mut link.edge.output) {
                 let pipe = match stream {
-                    0 => &mut link.down,
+                    StreamId::CONTROL => &mut link.down,
                     n => &mut link.sides.entry(n).or_default().down,
                 };
                 pipe.send(bytes, &mut self.rng, self.now);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::mqtt::{Connack, Connect, ReasonCode, Version};
+use crate::streams::StreamId;
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
 use crate::time::Millis;
 use crate::transport::{CloseHow, OutBuf, Stream};
@@ -119,7 +120,7 @@ async fn answer(stream: &mut Stream, refusal: &Refusal) {
             ..Connack::default()
         }
         .encode(version, &mut out.buf);
-        if poll_fn(|cx| stream.poll_send(cx, 0, &mut out))
+        if poll_fn(|cx| stream.poll_send(cx, StreamId::CONTROL, &mut out))
             .await
             .is_err()
         {

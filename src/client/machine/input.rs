@@ -2,6 +2,7 @@
 
 use crate::mqtt::{Decoder, Packet, QoS, Receiver, Version};
 use crate::session::{CloseReason, Effect, Session, SessionLimits};
+use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{DeferReason, metrics};
 
 use crate::client::end::End;
@@ -25,7 +26,7 @@ enum Step {
 
 /// The packets that the session takes at once, under its shard's lock.
 struct Batch<'a> {
-    stream: u8,
+    stream: StreamId,
     bytes: &'a [u8],
     /// How many of the bytes were taken.
     used: usize,
@@ -40,12 +41,12 @@ struct Outcome {
     result: Result<Step, End>,
     /// None of the session's publishes waited for the broker before the batch.
     idle: bool,
-    /// The streams for which the session has too much output, as bits.
-    full: u16,
+    /// The streams for which the session has too much output.
+    full: StreamSet,
 }
 
 impl Machine {
-    /// Takes bytes that arrived on a stream; 0 is the control stream. A fault of a data stream comes
+    /// Takes bytes that arrived on a stream. A fault of a data stream comes
     /// back as its reset, which is the caller's to carry out.
     ///
     /// # Errors
@@ -53,7 +54,7 @@ impl Machine {
     pub fn received(
         &mut self,
         cx: &Context<'_>,
-        stream: u8,
+        stream: StreamId,
         bytes: &[u8],
     ) -> Result<Option<StreamReset>, End> {
         // The session may have answers.
@@ -64,7 +65,7 @@ impl Machine {
         }
     }
 
-    fn take_bytes(&mut self, cx: &Context<'_>, stream: u8, bytes: &[u8]) -> Result<(), End> {
+    fn take_bytes(&mut self, cx: &Context<'_>, stream: StreamId, bytes: &[u8]) -> Result<(), End> {
         let mut input = std::mem::take(self.read_buffer(stream));
         let used = if input.bytes.is_empty() {
             let used = self.take_packets(cx, stream, bytes)?;
@@ -88,15 +89,20 @@ impl Machine {
         Ok(())
     }
 
-    fn read_buffer(&mut self, stream: u8) -> &mut ReadBuffer {
+    fn read_buffer(&mut self, stream: StreamId) -> &mut ReadBuffer {
         match stream {
-            0 => &mut self.input,
+            StreamId::CONTROL => &mut self.input,
             stream => &mut self.stream(stream).input,
         }
     }
 
     /// Takes the complete packets at the start of `bytes`; returns their length.
-    fn take_packets(&mut self, cx: &Context<'_>, stream: u8, bytes: &[u8]) -> Result<usize, End> {
+    fn take_packets(
+        &mut self,
+        cx: &Context<'_>,
+        stream: StreamId,
+        bytes: &[u8],
+    ) -> Result<usize, End> {
         let mut used = 0;
         let mut paused = None;
         while used < bytes.len() {
@@ -119,7 +125,7 @@ impl Machine {
     fn take_batch(
         &mut self,
         cx: &Context<'_>,
-        stream: u8,
+        stream: StreamId,
         bytes: &[u8],
     ) -> Result<(Step, usize), End> {
         let mut effects: Vec<Effect> = Vec::new();
@@ -141,7 +147,8 @@ impl Machine {
                 let result = batch.run(self, cx, session, limits, effects);
                 session.pump(limits, cx.now);
                 let connection = session.connection_ref();
-                let full = connection.map_or(0, |c| c.full_streams(BACKLOG_MAX_BYTES));
+                let full =
+                    connection.map_or(StreamSet::EMPTY, |c| c.full_streams(BACKLOG_MAX_BYTES));
                 Outcome { result, idle, full }
             },
         );
@@ -170,7 +177,7 @@ impl Machine {
     }
 
     /// Leaves the client unread, or reads it again.
-    fn pause(&mut self, cx: &Context<'_>, stream: Option<u8>) {
+    fn pause(&mut self, cx: &Context<'_>, stream: Option<StreamId>) {
         let before = std::mem::replace(&mut self.paused, stream);
         if before.is_some() == stream.is_some() {
             return;
@@ -178,11 +185,17 @@ impl Machine {
         if stream.is_some() {
             metrics().publishes_deferred[DeferReason::V3Unread].increment(1);
         }
-        self.set_unread(cx, if stream.is_some() { u16::MAX } else { 0 });
+        self.set_unread(
+            cx,
+            match stream {
+                Some(_) => StreamSet::ALL,
+                None => StreamSet::EMPTY,
+            },
+        );
     }
 
     /// Forgets that a packet of this stream has to wait: the stream is gone.
-    pub(super) fn forget_pause(&mut self, cx: &Context<'_>, stream: u8) {
+    pub(super) fn forget_pause(&mut self, cx: &Context<'_>, stream: StreamId) {
         if self.paused == Some(stream) {
             self.pause(cx, None);
         }
@@ -209,7 +222,7 @@ impl Batch<'_> {
             let Some((packet, size)) = next.map_err(|error| End::from_error(&error))? else {
                 return Ok(Step::Done);
             };
-            if self.stream != 0 && !may_travel_on_data_stream(&packet) {
+            if !self.stream.is_control() && !may_travel_on_data_stream(&packet) {
                 return Err(End::from_close(CloseReason::ControlStreamOnly));
             }
             if let Packet::Publish(p) = &packet {

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use crate::mqtt::{Packet, ReasonCode};
+use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{DisconnectReason, StreamReason, metrics};
 use crate::time::Millis;
 use crate::transport::{CloseHow, OutBuf, Traffic};
@@ -18,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// One data stream.
 #[derive(Debug)]
 pub(super) struct DataStream {
-    pub number: u8,
+    pub number: StreamId,
     pub output: OutBuf,
     pub input: ReadBuffer,
     /// The client ended its direction.
@@ -58,7 +59,7 @@ pub(super) struct Network {
 #[derive(Debug)]
 pub struct StreamReset {
     /// The stream.
-    pub stream: u8,
+    pub stream: StreamId,
     /// The label of the metric and of the log.
     pub reason: StreamReason,
     /// The error code of the reset.
@@ -68,7 +69,7 @@ pub struct StreamReset {
 }
 
 impl DataStream {
-    fn new(number: u8) -> Self {
+    fn new(number: StreamId) -> Self {
         Self {
             number,
             output: OutBuf::default(),
@@ -140,9 +141,9 @@ fn reset_reason(end: &End) -> Option<StreamReason> {
 }
 
 impl Machine {
-    /// The data streams that were used, as bits.
-    pub fn streams(&self) -> u16 {
-        self.streams.iter().fold(0, |all, s| all | 1 << s.number)
+    /// The data streams that were used.
+    pub fn streams(&self) -> StreamSet {
+        self.streams.iter().map(|s| s.number).collect()
     }
 
     /// Whether a data stream was used and is not forgotten.
@@ -156,7 +157,7 @@ impl Machine {
         self.streams.iter().any(|s| s.blocked.is_some())
     }
 
-    pub(super) fn stream(&mut self, number: u8) -> &mut DataStream {
+    pub(super) fn stream(&mut self, number: StreamId) -> &mut DataStream {
         let at = match self.streams.iter().position(|s| s.number == number) {
             Some(at) => at,
             None => {
@@ -167,18 +168,21 @@ impl Machine {
         &mut self.streams[at]
     }
 
-    /// The streams that can take output, as bits, and the bytes that wait for the others.
-    pub(super) fn free_streams(&self) -> (u16, usize) {
-        let mut taken = u16::from(self.wants_to_send());
+    /// The streams that can take output, and the bytes that wait for the others.
+    pub(super) fn free_streams(&self) -> (StreamSet, usize) {
+        let mut taken = match self.wants_to_send() {
+            true => StreamSet::CONTROL,
+            false => StreamSet::EMPTY,
+        };
         let mut waiting = self.output.rest().len();
         for stream in self.streams.iter().filter(|s| !s.output.is_empty()) {
-            taken |= 1 << stream.number;
+            taken = taken.with(stream.number);
             waiting += stream.waiting();
         }
         (!taken, waiting)
     }
 
-    pub(super) fn append(&mut self, outputs: Vec<(u8, Vec<u8>)>) {
+    pub(super) fn append(&mut self, outputs: Vec<(StreamId, Vec<u8>)>) {
         for (number, bytes) in outputs {
             let output = &mut self.stream(number).output;
             match output.is_empty() {
@@ -193,7 +197,7 @@ impl Machine {
     pub fn stream_sent(
         &mut self,
         cx: &Context<'_>,
-        number: u8,
+        number: StreamId,
         offered: usize,
         done: bool,
         traffic: Traffic,
@@ -226,7 +230,7 @@ impl Machine {
 
     /// Whether a data stream that its client has ended is done: all answers are sent. The transport
     /// is to end our direction, and the machine forgets the stream.
-    pub fn finish(&mut self, cx: &Context<'_>, number: u8) -> bool {
+    pub fn finish(&mut self, cx: &Context<'_>, number: StreamId) -> bool {
         let mut streams = self.streams.iter();
         let Some(stream) = streams.find(|s| s.number == number) else {
             return false;
@@ -289,7 +293,7 @@ impl Machine {
 
     /// The client ended its direction of a data stream. A reset comes back if the stream ended in
     /// the middle of a packet.
-    pub fn stream_closed(&mut self, cx: &Context<'_>, number: u8) -> Option<StreamReset> {
+    pub fn stream_closed(&mut self, cx: &Context<'_>, number: StreamId) -> Option<StreamReset> {
         let stream = self.stream(number);
         if !stream.input.bytes.is_empty() {
             let code = ReasonCode::MALFORMED_PACKET;
@@ -311,11 +315,11 @@ impl Machine {
     }
 
     /// The client, or the transport, ended a data stream in both directions.
-    pub fn stream_ended(&mut self, cx: &Context<'_>, number: u8) {
+    pub fn stream_ended(&mut self, cx: &Context<'_>, number: StreamId) {
         self.forget(cx, number);
     }
 
-    fn forget(&mut self, cx: &Context<'_>, number: u8) {
+    fn forget(&mut self, cx: &Context<'_>, number: StreamId) {
         self.streams.retain(|s| s.number != number);
         self.forget_pause(cx, number);
         cx.router
@@ -328,10 +332,10 @@ impl Machine {
     pub(super) fn fault(
         &mut self,
         cx: &Context<'_>,
-        stream: u8,
+        stream: StreamId,
         end: End,
     ) -> Result<Option<StreamReset>, End> {
-        match reset_reason(&end).filter(|_| stream != 0) {
+        match reset_reason(&end).filter(|_| !stream.is_control()) {
             Some(reason) => Ok(Some(self.reset(cx, stream, reason, end))),
             None => Err(end),
         }
@@ -340,7 +344,7 @@ impl Machine {
     fn reset(
         &mut self,
         cx: &Context<'_>,
-        stream: u8,
+        stream: StreamId,
         reason: StreamReason,
         end: End,
     ) -> StreamReset {

@@ -8,6 +8,7 @@ use crate::mqtt::{
 use crate::router::RouterConfig;
 use crate::session::Policy;
 use crate::sim::testing::{config, facts, kept_client_of, machine, publish_packet, router_of};
+use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::StreamReason;
 
 struct Open;
@@ -58,7 +59,7 @@ impl Rig {
         call(&mut self.machine, &cx)
     }
 
-    fn received(&mut self, stream: u8, bytes: &[u8]) -> Result<Option<StreamReset>, End> {
+    fn received(&mut self, stream: StreamId, bytes: &[u8]) -> Result<Option<StreamReset>, End> {
         self.on(|machine, cx| machine.received(cx, stream, bytes))
     }
 
@@ -70,7 +71,7 @@ impl Rig {
             .transmit(&self.router, self.now)
             .expect("it has the session")
         {
-            all.append(&mut self.machine.output(0).buf);
+            all.append(&mut self.machine.output(StreamId::CONTROL).buf);
             self.machine.sent(0, true, self.now);
         }
         all
@@ -107,7 +108,8 @@ fn an_incomplete_packet_ends_the_connection_at_its_deadline() {
     let mut rig = Rig::new();
     assert_eq!(rig.machine.deadline(), None);
     let packet = publish(1, QoS::AtLeastOnce);
-    rig.received(0, &packet[..3]).expect("it may go on");
+    rig.received(StreamId::CONTROL, &packet[..3])
+        .expect("it may go on");
     assert_eq!(rig.machine.deadline(), Some(Millis::new(1000)));
     rig.now = Millis::new(999);
     rig.on(Machine::expired).expect("it has a millisecond yet");
@@ -120,15 +122,22 @@ fn an_incomplete_packet_ends_the_connection_at_its_deadline() {
 fn an_incomplete_packet_on_a_data_stream_ends_that_stream() {
     let mut rig = Rig::new();
     let packet = publish(1, QoS::AtLeastOnce);
-    rig.received(3, &packet[..3]).expect("it may go on");
+    rig.received(StreamId::new(3), &packet[..3])
+        .expect("it may go on");
     rig.now = Millis::new(1000);
     let reset = rig
         .on(Machine::expired)
         .expect("the connection goes on")
         .expect("its stream does not");
     let (stream, reason) = (reset.stream, reset.reason);
-    assert_eq!((stream, reason), (3, StreamReason::PacketDeadline));
-    assert_eq!((rig.machine.streams(), rig.machine.deadline()), (0, None));
+    assert_eq!(
+        (stream, reason),
+        (StreamId::new(3), StreamReason::PacketDeadline)
+    );
+    assert_eq!(
+        (rig.machine.streams(), rig.machine.deadline()),
+        (StreamSet::EMPTY, None)
+    );
     assert_eq!(rig.limits.input.used(), 0);
 }
 
@@ -136,7 +145,8 @@ fn an_incomplete_packet_on_a_data_stream_ends_that_stream() {
 fn a_publish_behind_a_subscribe_waits_for_its_answer() {
     let mut rig = Rig::new();
     let bytes = [subscribe("a"), publish(1, QoS::AtLeastOnce)].concat();
-    rig.received(0, &bytes).expect("it is legal");
+    rig.received(StreamId::CONTROL, &bytes)
+        .expect("it is legal");
     assert!(rig.machine.paused());
     rig.on(Machine::resume).expect("it waits");
     assert!(rig.machine.paused());
@@ -157,10 +167,13 @@ fn a_packet_of_the_control_stream_resets_a_data_stream() {
     let mut rig = Rig::new();
     let mut ping = Vec::new();
     encode_pingreq(&mut ping);
-    let reset = rig.received(2, &ping).expect("the connection goes on");
+    let reset = rig
+        .received(StreamId::new(2), &ping)
+        .expect("the connection goes on");
     let reset = reset.expect("the stream does not");
     assert_eq!(reset.reason, StreamReason::Protocol);
-    rig.received(0, &ping).expect("it belongs there");
+    rig.received(StreamId::CONTROL, &ping)
+        .expect("it belongs there");
     assert!(rig.take().ends_with(&[0xD0, 0]));
 }
 
@@ -172,19 +185,21 @@ fn a_client_that_reads_nothing_is_left_unread() {
             .transmit(&rig.router, Millis::ZERO)
             .expect("CONNACK")
     );
-    let offered = rig.machine.output(0).rest().len();
+    let offered = rig.machine.output(StreamId::CONTROL).rest().len();
     rig.machine.sent(offered, false, Millis::ZERO);
     let pings: Vec<u8> = [0xC0, 0].repeat(BACKLOG_MAX_BYTES / 2);
-    rig.received(0, &pings).expect("it is legal");
-    assert_eq!(rig.on(Machine::unread), 0);
-    rig.received(0, &[0xC0, 0, 0xC0]).expect("it is legal");
-    assert_eq!(rig.on(Machine::unread), u16::MAX);
+    rig.received(StreamId::CONTROL, &pings)
+        .expect("it is legal");
+    assert_eq!(rig.on(Machine::unread), StreamSet::EMPTY);
+    rig.received(StreamId::CONTROL, &[0xC0, 0, 0xC0])
+        .expect("it is legal");
+    assert_eq!(rig.on(Machine::unread), StreamSet::ALL);
     assert_eq!(rig.machine.deadline(), None, "its time stands still");
     rig.now = Millis::new(5000);
-    rig.machine.output(0).buf.clear();
+    rig.machine.output(StreamId::CONTROL).buf.clear();
     rig.machine.sent(0, true, Millis::new(5000));
     rig.take();
-    assert_eq!(rig.on(Machine::unread), 0);
+    assert_eq!(rig.on(Machine::unread), StreamSet::EMPTY);
     assert_eq!(rig.machine.deadline(), Some(Millis::new(6000)));
 }
 
@@ -203,7 +218,7 @@ fn a_client_is_told_why_its_connection_ends() {
     let mut rig = Rig::new();
     rig.take();
     let end = rig
-        .received(0, &[0xF0, 0])
+        .received(StreamId::CONTROL, &[0xF0, 0])
         .expect_err("AUTH is not offered");
     let remains = rig.machine.ended(&rig.router, &end, Millis::ZERO);
     let decoder = crate::mqtt::Decoder {
@@ -232,16 +247,16 @@ fn a_client_moves_to_another_publish_link_once_nothing_is_on_the_way() {
     }
     assert_eq!(rig.router.publish_link(rig.machine.session), 1);
     rig.now = Millis::new(3000);
-    rig.received(0, &publish(1, QoS::AtMostOnce))
+    rig.received(StreamId::CONTROL, &publish(1, QoS::AtMostOnce))
         .expect("legal");
     assert_eq!(rig.machine.publish_link, 1, "nothing was on the way");
     rig.machine.publish_link = 0;
     rig.now = Millis::new(5000);
-    rig.received(0, &publish(2, QoS::AtLeastOnce))
+    rig.received(StreamId::CONTROL, &publish(2, QoS::AtLeastOnce))
         .expect("legal");
     assert_eq!(rig.machine.publish_link, 0, "QoS 0 may be on the way");
     rig.now = Millis::new(9000);
-    rig.received(0, &publish(3, QoS::AtLeastOnce))
+    rig.received(StreamId::CONTROL, &publish(3, QoS::AtLeastOnce))
         .expect("legal");
     assert_eq!(rig.machine.publish_link, 0, "QoS 1 is on the way");
 }
@@ -250,9 +265,16 @@ fn a_client_moves_to_another_publish_link_once_nothing_is_on_the_way() {
 fn a_stream_that_its_client_ended_is_finished_once_it_has_its_answers() {
     let mut rig = Rig::new();
     let packet = publish(7, QoS::AtLeastOnce);
-    rig.received(4, &packet).expect("it is legal");
-    assert!(rig.on(|m, cx| m.stream_closed(cx, 4)).is_none());
-    assert!(!rig.on(|m, cx| m.finish(cx, 4)), "PUBACK is due");
+    rig.received(StreamId::new(4), &packet)
+        .expect("it is legal");
+    assert!(
+        rig.on(|m, cx| m.stream_closed(cx, StreamId::new(4)))
+            .is_none()
+    );
+    assert!(
+        !rig.on(|m, cx| m.finish(cx, StreamId::new(4))),
+        "PUBACK is due"
+    );
     let outgoing = rig
         .router
         .publish_queues(0, |queues| queues.pop())
@@ -277,9 +299,12 @@ fn a_stream_that_its_client_ended_is_finished_once_it_has_its_answers() {
     };
     let (kind, id) = (AckKind::Puback, ack.packet_id);
     crate::mqtt::encode_ack(Version::V5, kind, id, ack.reason, None, &mut puback);
-    assert_eq!(std::mem::take(&mut rig.machine.output(4).buf), puback);
-    assert!(rig.on(|m, cx| m.finish(cx, 4)));
-    assert_eq!(rig.machine.streams(), 0);
+    assert_eq!(
+        std::mem::take(&mut rig.machine.output(StreamId::new(4)).buf),
+        puback
+    );
+    assert!(rig.on(|m, cx| m.finish(cx, StreamId::new(4))));
+    assert_eq!(rig.machine.streams(), StreamSet::EMPTY);
 }
 
 #[test]

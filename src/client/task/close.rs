@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use crate::client::end::End;
 use crate::client::machine::Remains;
 use crate::client::task::{SCRATCH, Task};
+use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{clean, metrics};
 use crate::transport::{CloseHow, Closed, Stream};
 
@@ -61,12 +62,12 @@ impl Task<'_> {
         if !self.socket.has_data_streams() {
             return;
         }
-        self.socket.pause_streams(0);
+        self.socket.pause_streams(StreamSet::EMPTY);
         let mut scratch = SCRATCH.with(RefCell::take);
         for _ in 0..LAST_READS_MAX {
             scratch.clear();
             match self.socket.poll_recv(cx, &mut scratch) {
-                Poll::Ready(Ok(recv)) if recv.stream != 0 => {
+                Poll::Ready(Ok(recv)) if !recv.stream.is_control() => {
                     if self.received(recv.stream, &scratch).is_err() {
                         break;
                     }
@@ -85,7 +86,11 @@ impl Task<'_> {
 /// Sends the last output, and closes the transport.
 async fn send_rest(socket: &mut Stream, mut remains: Remains, how: CloseHow) {
     let output = &mut remains.output;
-    if !output.is_empty() && poll_fn(|cx| socket.poll_send(cx, 0, output)).await.is_err() {
+    if !output.is_empty()
+        && poll_fn(|cx| socket.poll_send(cx, StreamId::CONTROL, output))
+            .await
+            .is_err()
+    {
         return;
     }
     // The data streams get what they take at once.

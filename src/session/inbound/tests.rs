@@ -3,7 +3,7 @@ use super::*;
 fn publish(packet_id: u16, dup: bool, qos: QoS, digest: u64) -> Incoming {
     Incoming {
         packet_id,
-        stream: 0,
+        stream: StreamId::CONTROL,
         dup,
         qos,
         digest,
@@ -133,8 +133,8 @@ fn qos_2_is_received_once_until_released() {
         inbound.arrive(&publish(3, true, TWO, 1), 10),
         Arrival::Received
     );
-    assert!(inbound.release(0, 3));
-    assert!(!inbound.release(0, 3));
+    assert!(inbound.release(StreamId::CONTROL, 3));
+    assert!(!inbound.release(StreamId::CONTROL, 3));
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn a_new_message_on_a_data_stream_may_overtake_the_copies_of_an_earlier_session(
     let mut inbound = Inbound::new(FixedState::default());
     let old = new(&mut inbound, 1, TWO, 1);
     inbound.restart();
-    inbound.arrive(&on(2, 2, false, 2), 10);
+    inbound.arrive(&on(StreamId::new(2), 2, false, 2), 10);
     inbound.answer(old, OK, true);
     inbound.restart();
     assert_eq!(
@@ -151,7 +151,7 @@ fn a_new_message_on_a_data_stream_may_overtake_the_copies_of_an_earlier_session(
     );
 }
 
-fn on(stream: u8, packet_id: u16, dup: bool, digest: u64) -> Incoming {
+fn on(stream: StreamId, packet_id: u16, dup: bool, digest: u64) -> Incoming {
     Incoming {
         stream,
         ..publish(packet_id, dup, TWO, digest)
@@ -159,7 +159,7 @@ fn on(stream: u8, packet_id: u16, dup: bool, digest: u64) -> Incoming {
 }
 
 /// A publish of QoS 2 whose PUBREC is sent.
-fn received(inbound: &mut Inbound, stream: u8, packet_id: u16, digest: u64) {
+fn received(inbound: &mut Inbound, stream: StreamId, packet_id: u16, digest: u64) {
     match inbound.arrive(&on(stream, packet_id, false, digest), 10) {
         Arrival::New(token) => {
             let answer = inbound.answer(token, OK, true).expect("told");
@@ -172,38 +172,38 @@ fn received(inbound: &mut Inbound, stream: u8, packet_id: u16, digest: u64) {
 #[test]
 fn streams_use_one_identifier_for_different_messages() {
     let mut inbound = Inbound::new(FixedState::default());
-    received(&mut inbound, 1, 1, 11);
-    received(&mut inbound, 2, 1, 22);
+    received(&mut inbound, StreamId::new(1), 1, 11);
+    received(&mut inbound, StreamId::new(2), 1, 22);
     assert_eq!(inbound.open(), 2);
-    assert!(inbound.release(1, 1));
+    assert!(inbound.release(StreamId::new(1), 1));
     // Only the publish of its own stream.
-    let again = inbound.arrive(&on(2, 1, true, 22), 10);
+    let again = inbound.arrive(&on(StreamId::new(2), 1, true, 22), 10);
     assert_eq!(again, Arrival::Received);
-    assert!(inbound.release(2, 1));
+    assert!(inbound.release(StreamId::new(2), 1));
     assert_eq!(inbound.open(), 0);
-    assert!(!inbound.release(2, 1));
+    assert!(!inbound.release(StreamId::new(2), 1));
 }
 
 #[test]
 fn a_release_may_come_on_any_stream() {
     let mut inbound = Inbound::new(FixedState::default());
-    received(&mut inbound, 3, 7, 1);
-    assert!(inbound.release(0, 7));
-    assert!(!inbound.release(3, 7));
-    received(&mut inbound, 3, 7, 2);
-    inbound.stream_ended(3);
-    assert!(inbound.release(5, 7));
+    received(&mut inbound, StreamId::new(3), 7, 1);
+    assert!(inbound.release(StreamId::CONTROL, 7));
+    assert!(!inbound.release(StreamId::new(3), 7));
+    received(&mut inbound, StreamId::new(3), 7, 2);
+    inbound.stream_ended(StreamId::new(3));
+    assert!(inbound.release(StreamId::new(5), 7));
     assert_eq!(inbound.detached.len(), 0);
 }
 
 #[test]
 fn an_ended_stream_s_identifiers_are_free_for_the_next_stream_of_its_number() {
     let mut inbound = Inbound::new(FixedState::default());
-    received(&mut inbound, 1, 1, 11);
-    inbound.stream_ended(1);
-    received(&mut inbound, 1, 1, 22);
+    received(&mut inbound, StreamId::new(1), 1, 11);
+    inbound.stream_ended(StreamId::new(1));
+    received(&mut inbound, StreamId::new(1), 1, 22);
     // The first is still known, so its copy is not a third message.
-    let again = inbound.arrive(&on(4, 1, true, 11), 10);
+    let again = inbound.arrive(&on(StreamId::new(4), 1, true, 11), 10);
     assert_eq!(again, Arrival::Received);
 }
 
@@ -215,22 +215,25 @@ fn after_a_resume_copies_are_recognised_on_any_stream() {
         // may have PUBREC for the third.
         let mut tokens = Vec::new();
         for (id, digest) in [(1, 11), (2, 22)] {
-            match inbound.arrive(&on(first, id, false, digest), 10) {
+            match inbound.arrive(&on(StreamId::new(first), id, false, digest), 10) {
                 Arrival::New(token) => tokens.push(token),
                 other => panic!("{other:?}"),
             }
         }
-        received(&mut inbound, first, 3, 33);
+        received(&mut inbound, StreamId::new(first), 3, 33);
         inbound.connection_ended();
         assert_eq!(inbound.answer(tokens[1], OK, false), None);
-        let mut again = |id, digest| inbound.arrive(&on(then, id, true, digest), 10);
+        let mut again = |id, digest| inbound.arrive(&on(StreamId::new(then), id, true, digest), 10);
         assert_eq!(again(1, 11), Arrival::Joined, "{first} {then}");
         assert_eq!(again(2, 22), Arrival::Answered(OK), "{first} {then}");
         assert_eq!(again(3, 33), Arrival::Received, "{first} {then}");
         let answer = inbound.answer(tokens[0], OK, true).expect("told");
-        assert_eq!(answer.stream, then);
+        assert_eq!(answer.stream, StreamId::new(then));
         for id in 1..=3 {
-            assert!(inbound.release(then, id), "{first} {then} {id}");
+            assert!(
+                inbound.release(StreamId::new(then), id),
+                "{first} {then} {id}"
+            );
         }
         assert_eq!((inbound.open(), inbound.waiting()), (0, 0));
     }
@@ -239,13 +242,13 @@ fn after_a_resume_copies_are_recognised_on_any_stream() {
 #[test]
 fn after_a_resume_a_new_message_on_one_stream_forgets_no_copy_of_another() {
     let mut inbound = Inbound::new(FixedState::default());
-    let Arrival::New(token) = inbound.arrive(&on(1, 1, false, 11), 10) else {
+    let Arrival::New(token) = inbound.arrive(&on(StreamId::new(1), 1, false, 11), 10) else {
         panic!("new");
     };
     inbound.connection_ended();
     inbound.answer(token, OK, false);
-    received(&mut inbound, 2, 9, 99);
-    let again = inbound.arrive(&on(1, 1, true, 11), 10);
+    received(&mut inbound, StreamId::new(2), 9, 99);
+    let again = inbound.arrive(&on(StreamId::new(1), 1, true, 11), 10);
     assert_eq!(again, Arrival::Answered(OK));
 }
 
@@ -253,14 +256,14 @@ fn after_a_resume_a_new_message_on_one_stream_forgets_no_copy_of_another() {
 fn an_ambiguous_release_forgets_no_publish_that_may_be_sent_again() {
     for order in [[11, 22], [22, 11]] {
         let mut inbound = Inbound::new(FixedState::default());
-        received(&mut inbound, 1, 1, order[0]);
-        received(&mut inbound, 2, 1, order[1]);
+        received(&mut inbound, StreamId::new(1), 1, order[0]);
+        received(&mut inbound, StreamId::new(2), 1, order[1]);
         inbound.connection_ended();
         // The client has PUBREC for one, and not for the other.
-        assert!(inbound.release(0, 1));
-        let again = inbound.arrive(&on(0, 1, true, 22), 10);
+        assert!(inbound.release(StreamId::CONTROL, 1));
+        let again = inbound.arrive(&on(StreamId::CONTROL, 1, true, 22), 10);
         assert_eq!(again, Arrival::Received);
-        assert!(inbound.release(0, 1));
+        assert!(inbound.release(StreamId::CONTROL, 1));
         assert_eq!((inbound.open(), inbound.detached.len()), (0, 0));
     }
 }
@@ -268,13 +271,13 @@ fn an_ambiguous_release_forgets_no_publish_that_may_be_sent_again() {
 #[test]
 fn a_new_message_says_which_of_two_was_released() {
     let mut inbound = Inbound::new(FixedState::default());
-    received(&mut inbound, 1, 1, 11);
-    received(&mut inbound, 2, 1, 22);
-    assert!(inbound.release(0, 1));
-    received(&mut inbound, 2, 1, 33);
-    let again = inbound.arrive(&on(1, 1, true, 11), 10);
+    received(&mut inbound, StreamId::new(1), 1, 11);
+    received(&mut inbound, StreamId::new(2), 1, 22);
+    assert!(inbound.release(StreamId::CONTROL, 1));
+    received(&mut inbound, StreamId::new(2), 1, 33);
+    let again = inbound.arrive(&on(StreamId::new(1), 1, true, 11), 10);
     assert_eq!(again, Arrival::Received);
-    assert!(inbound.release(1, 1) && inbound.release(2, 1));
+    assert!(inbound.release(StreamId::new(1), 1) && inbound.release(StreamId::new(2), 1));
     assert_eq!((inbound.open(), inbound.detached.len()), (0, 0));
 }
 
@@ -283,14 +286,14 @@ fn a_new_message_that_looks_like_the_one_before_is_forwarded() {
     // The PUBREL may have marked either.
     for stream in [1, 2].repeat(16) {
         let mut inbound = Inbound::new(FixedState::default());
-        received(&mut inbound, 1, 1, 11);
-        received(&mut inbound, 2, 1, 11);
-        assert!(inbound.release(0, 1));
-        received(&mut inbound, stream, 1, 11);
+        received(&mut inbound, StreamId::new(1), 1, 11);
+        received(&mut inbound, StreamId::new(2), 1, 11);
+        assert!(inbound.release(StreamId::CONTROL, 1));
+        received(&mut inbound, StreamId::new(stream), 1, 11);
         // The other is still open.
-        let again = inbound.arrive(&on(3 - stream, 1, true, 11), 10);
+        let again = inbound.arrive(&on(StreamId::new(3 - stream), 1, true, 11), 10);
         assert_eq!(again, Arrival::Received);
-        assert!(inbound.release(1, 1) && inbound.release(2, 1));
+        assert!(inbound.release(StreamId::new(1), 1) && inbound.release(StreamId::new(2), 1));
         assert_eq!((inbound.open(), inbound.detached.len()), (0, 0));
     }
 }
@@ -299,9 +302,9 @@ fn a_new_message_that_looks_like_the_one_before_is_forwarded() {
 fn without_a_release_an_equal_publish_is_a_copy_with_or_without_dup() {
     for stream in [0, 1] {
         let mut inbound = Inbound::new(FixedState::default());
-        received(&mut inbound, stream, 1, 11);
+        received(&mut inbound, StreamId::new(stream), 1, 11);
         for dup in [false, true] {
-            let again = inbound.arrive(&on(stream, 1, dup, 11), 10);
+            let again = inbound.arrive(&on(StreamId::new(stream), 1, dup, 11), 10);
             assert_eq!(again, Arrival::Received);
         }
     }
@@ -311,8 +314,8 @@ fn without_a_release_an_equal_publish_is_a_copy_with_or_without_dup() {
 fn publishes_of_ended_streams_are_bounded_and_not_counted_against_the_client() {
     let mut inbound = Inbound::new(FixedState::default());
     for n in 0..2 * DETACHED_MAX as u64 {
-        received(&mut inbound, 1, 1, n);
-        inbound.stream_ended(1);
+        received(&mut inbound, StreamId::new(1), 1, n);
+        inbound.stream_ended(StreamId::new(1));
     }
     assert_eq!(inbound.detached.len(), DETACHED_MAX);
     assert_eq!(inbound.open(), 0);

@@ -6,6 +6,7 @@ use foldhash::fast::FixedState;
 
 use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
 use crate::session::{ConnectionSpec, Incarnation, QueueFull};
+use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
 
 fn subscription(filter: FilterId, name: &str) -> Subscription {
@@ -101,7 +102,14 @@ fn subscribe(
     };
     let (packet, _) = decoder.next(&packet).expect("legal").expect("whole");
     let (mut effects, policy) = (Vec::new(), Counting::default());
-    let taken = session.packet(0, &packet, limits, &policy, Millis::ZERO, &mut effects);
+    let taken = session.packet(
+        StreamId::CONTROL,
+        &packet,
+        limits,
+        &policy,
+        Millis::ZERO,
+        &mut effects,
+    );
     taken.expect("it is allowed");
     let requests = match effects.pop() {
         Some(Effect::Subscribe { requests, .. }) => requests,
@@ -116,7 +124,7 @@ fn codes(session: &mut Session) -> Vec<u8> {
     session
         .connection()
         .expect("connected")
-        .take_output(1, &mut out);
+        .take_output(StreamSet::CONTROL, &mut out);
     let decoder = Decoder {
         version: Version::V5,
         receiver: Receiver::Client,
@@ -215,7 +223,14 @@ fn an_unsubscribe_has_no_more_filters_than_can_be_counted() {
         };
         let (packet, _) = decoder.next(&packet).expect("legal").expect("whole");
         let (limits, policy) = (limits(10), Counting::default());
-        let taken = session.packet(0, &packet, &limits, &policy, Millis::ZERO, &mut Vec::new());
+        let taken = session.packet(
+            StreamId::CONTROL,
+            &packet,
+            &limits,
+            &policy,
+            Millis::ZERO,
+            &mut Vec::new(),
+        );
         assert_eq!(
             taken.map_err(|close| close.reason_code()),
             match fits {

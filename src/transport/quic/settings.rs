@@ -10,10 +10,11 @@ use quinn::crypto::HandshakeTokenKey;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{IdleTimeout, ServerConfig, TransportConfig, VarInt};
 
+use crate::streams::StreamId;
 use crate::transport::tls::server::{Configs, ServerTls};
 
 /// Streams that a client may have open, control and data together.
-pub(super) const STREAMS_MAX: usize = 16;
+pub(super) const STREAMS_MAX: usize = StreamId::COUNT;
 /// Streams that a client may open before it has shown that it uses several: the library keeps an entry
 /// for each that is allowed, in tables that double past 14, and announces at least three more.
 const STREAMS_AT_FIRST: u32 = 13;

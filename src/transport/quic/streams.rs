@@ -11,6 +11,7 @@ use quinn::{
 };
 
 use crate::config::Transport;
+use crate::streams::{StreamId, StreamSet};
 use crate::transport::closed::{Closed, ResetReason};
 use crate::transport::events::Events;
 use crate::transport::proxy::canonical;
@@ -33,8 +34,8 @@ pub(in crate::transport) struct Quic {
     /// Waits for further streams, once the client is authenticated. Until then flow control and the
     /// stream limit bound the bytes that can wait.
     accept: Option<BoxFuture<Result<(SendStream, RecvStream), ConnectionError>>>,
-    /// The data streams that are not read, as bits.
-    paused: u16,
+    /// The data streams that are not read.
+    paused: StreamSet,
     /// Waits for unidirectional streams, to stop them.
     uni_streams: Option<BoxFuture<Option<UniStream>>>,
     /// The stream with which the next round begins.
@@ -138,7 +139,7 @@ impl Quic {
             control,
             data: Vec::new(),
             accept: None,
-            paused: 0,
+            paused: StreamSet::EMPTY,
             next: 0,
             closing: Closing::Open,
             close_code: CloseCode::Normal,
@@ -182,7 +183,7 @@ impl Quic {
         }
     }
 
-    pub(in crate::transport) fn pause_streams(&mut self, streams: u16) {
+    pub(in crate::transport) fn pause_streams(&mut self, streams: StreamSet) {
         self.paused = streams;
     }
 
@@ -242,10 +243,10 @@ impl Quic {
     pub(in crate::transport) fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
-        number: u8,
+        number: StreamId,
         out: &mut OutBuf,
     ) -> Poll<Result<(), Closed>> {
-        let stream = if number == 0 {
+        let stream = if number.is_control() {
             Some(&mut self.control)
         } else {
             data_stream_mut(&mut self.data, number)
@@ -259,7 +260,7 @@ impl Quic {
                 Err(WriteError::ConnectionLost(error)) => {
                     return Poll::Ready(Err(lost(&error, self.layer)));
                 }
-                Err(error) if number != 0 => {
+                Err(error) if !number.is_control() => {
                     let code = match error {
                         WriteError::Stopped(code) => {
                             self.unwatch(number);
@@ -285,18 +286,18 @@ impl Quic {
         Poll::Ready(Ok(()))
     }
 
-    pub(in crate::transport) fn reset_stream(&mut self, number: u8, code: u32) {
+    pub(in crate::transport) fn reset_stream(&mut self, number: StreamId, code: u32) {
         self.abort(number, self.layer.code(code));
     }
 
     /// Sends FIN on a stream whose other direction the peer has ended.
-    pub(in crate::transport) fn finish_stream(&mut self, number: u8) {
+    pub(in crate::transport) fn finish_stream(&mut self, number: StreamId) {
         // Dropping it finishes it, and stops it if it was not read to its end.
         self.take(number);
     }
 
     /// Sends RESET_STREAM and STOP_SENDING with `code`, which is the code on the wire.
-    fn abort(&mut self, number: u8, code: VarInt) {
+    fn abort(&mut self, number: StreamId, code: VarInt) {
         if let Some(mut data) = self.take(number) {
             data.stream.abort(code);
             self.watched_resets += usize::from(data.watched);
@@ -304,16 +305,16 @@ impl Quic {
     }
 
     /// The library has answered the question whether the peer reads this stream.
-    fn unwatch(&mut self, number: u8) {
-        let at = usize::from(number).checked_sub(1);
+    fn unwatch(&mut self, number: StreamId) {
+        let at = number.index().checked_sub(1);
         let data = at.and_then(|at| self.data.get_mut(at)?.as_mut());
         if let Some(data) = data {
             data.watched = false;
         }
     }
 
-    fn take(&mut self, number: u8) -> Option<DataStream> {
-        let at = usize::from(number).checked_sub(1)?;
+    fn take(&mut self, number: StreamId) -> Option<DataStream> {
+        let at = number.index().checked_sub(1)?;
         self.data.get_mut(at)?.take()
     }
 
@@ -410,14 +411,14 @@ impl Quic {
         index: usize,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<Recv, Closed>> {
-        let number = index as u8;
+        let number = StreamId::from_index(index);
         let stream = match index.checked_sub(1) {
             None => &mut self.control,
             Some(i) => {
                 let Some(data) = &mut self.data[i] else {
                     return Poll::Pending;
                 };
-                if data.finished || self.paused & 1 << index != 0 {
+                if data.finished || self.paused.contains(number) {
                     return self.poll_stopped(cx, index);
                 }
                 &mut data.stream
@@ -473,8 +474,9 @@ impl Quic {
             return Poll::Pending;
         };
         let code = ready!(data.poll_stopped(cx));
-        self.abort(index as u8, code);
-        Poll::Ready(Err(Closed::StreamReset(index as u8)))
+        let number = StreamId::from_index(index);
+        self.abort(number, code);
+        Poll::Ready(Err(Closed::StreamReset(number)))
     }
 
     fn note_migration(&mut self) {
@@ -487,8 +489,8 @@ impl Quic {
     }
 }
 
-fn data_stream_mut(data: &mut [Option<DataStream>], number: u8) -> Option<&mut Bidi> {
-    let slot = data.get_mut(usize::from(number).checked_sub(1)?)?;
+fn data_stream_mut(data: &mut [Option<DataStream>], number: StreamId) -> Option<&mut Bidi> {
+    let slot = data.get_mut(number.index().checked_sub(1)?)?;
     slot.as_mut().map(|data| &mut data.stream)
 }
 

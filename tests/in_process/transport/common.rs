@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures_util::{SinkExt, StreamExt};
 use rustls::pki_types::{CertificateDer, ServerName};
 use tidegate::config::{Listener, Transport};
+use tidegate::streams::StreamId;
 use tidegate::transport::{
     AcceptError, Accepted, CertificateFault, CloseHow, Closed, ConnectionCap, Drain, Events,
     HandshakeError, Limits, OutBuf, Recv, RefusalReason, RequestError, ServerTls, Stream, bind,
@@ -271,7 +272,7 @@ pub(super) async fn recv_n(stream: &mut Stream, n: usize) -> Vec<u8> {
     let mut buf = Vec::new();
     while buf.len() < n {
         let got = recv(stream, &mut buf).await.expect("bytes");
-        assert!(got.stream == 0 && got.bytes > 0 && !got.finished);
+        assert!(got.stream == StreamId::CONTROL && got.bytes > 0 && !got.finished);
     }
     buf
 }
@@ -288,7 +289,10 @@ pub(super) async fn send(stream: &mut Stream, number: u8, bytes: &[u8]) -> Resul
         buf: bytes.to_vec(),
         at: 0,
     };
-    soon(poll_fn(|cx| stream.poll_send(cx, number, &mut out))).await?;
+    soon(poll_fn(|cx| {
+        stream.poll_send(cx, StreamId::new(number), &mut out)
+    }))
+    .await?;
     assert!(out.is_empty());
     Ok(())
 }
@@ -305,9 +309,11 @@ pub(super) fn pattern(n: usize) -> Vec<u8> {
 pub(super) async fn echo(mut stream: Stream) {
     let mut out = OutBuf::default();
     while recv(&mut stream, &mut out.buf).await.is_ok() {
-        soon(poll_fn(|cx| stream.poll_send(cx, 0, &mut out)))
-            .await
-            .expect("sent");
+        soon(poll_fn(|cx| {
+            stream.poll_send(cx, StreamId::CONTROL, &mut out)
+        }))
+        .await
+        .expect("sent");
     }
     close(&mut stream, CloseHow::Normal).await;
 }

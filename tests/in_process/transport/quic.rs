@@ -8,6 +8,7 @@ use tidegate::transport::{CloseHow, Closed, Handshakes, Stream};
 use tokio::io::AsyncWriteExt;
 
 use crate::transport::common::*;
+use tidegate::streams::StreamId;
 
 /// An authenticated client, which may open data streams.
 async fn connect_client(
@@ -43,7 +44,7 @@ async fn quic_data_streams_wait_for_authentication() {
     assert!(nothing, "data before authentication");
     stream.authenticated();
     let got = recv(&mut stream, &mut buf).await.expect("the data stream");
-    assert_eq!((got.stream, got.bytes), (1, 5));
+    assert_eq!((got.stream, got.bytes), (StreamId::new(1), 5));
     assert_eq!(buf, b"early");
 
     // Answers are sent on the same stream.
@@ -55,15 +56,15 @@ async fn quic_data_streams_wait_for_authentication() {
     // The client ends its direction; the connection goes on.
     data.finish().expect("open");
     let end = recv(&mut stream, &mut buf).await.expect("stream end");
-    assert!(end.stream == 1 && end.bytes == 0 && end.finished);
+    assert!(end.stream == StreamId::new(1) && end.bytes == 0 && end.finished);
     // Answers are still sent.
     send(&mut stream, 1, b"all").await.expect("sent");
     soon(data_rx.read_exact(&mut ack)).await.expect("read");
     assert_eq!(&ack, b"all");
-    stream.finish_stream(1);
+    stream.finish_stream(StreamId::new(1));
     assert_eq!(soon(data_rx.read(&mut ack)).await.expect("FIN"), None);
     let gone = send(&mut stream, 1, b"late").await.expect_err("gone");
-    assert!(matches!(gone, Closed::StreamReset(1)));
+    assert!(matches!(gone, Closed::StreamReset(n) if n == StreamId::new(1)));
     control.write_all(b"more").await.expect("written");
     assert_eq!(recv_n(&mut stream, 4).await, b"more");
 }
@@ -142,12 +143,12 @@ async fn quic_stream_numbers_are_used_again() {
                 }
                 other => other.expect("goes on"),
             };
-            assert!(got.stream < 16);
+            assert!(got.stream.index() < 16);
             if got.finished {
                 closed += 1;
                 stream.finish_stream(got.stream);
             }
-            if got.stream == 0 {
+            if got.stream == StreamId::CONTROL {
                 break;
             }
         }
@@ -292,7 +293,7 @@ async fn quic_bytes_before_connection_close_are_read() {
     let end = loop {
         let mut buf = Vec::new();
         match recv(&mut stream, &mut buf).await {
-            Ok(got) if got.stream == 0 => control_got.extend(buf),
+            Ok(got) if got.stream == StreamId::CONTROL => control_got.extend(buf),
             Ok(_) => data_got.extend(buf),
             Err(end) => break end,
         }
@@ -381,7 +382,7 @@ async fn quic_stops_unidirectional_streams_and_allows_15_data_streams() {
     }
     for _ in 0..2 {
         let got = recv(&mut stream, &mut Vec::new()).await.expect("a byte");
-        assert_ne!(got.stream, 0);
+        assert!(!got.stream.is_control());
     }
     while open.len() < 16 {
         open.push(soon(connection.open_bi()).await.expect("credit"));

@@ -13,6 +13,7 @@ use web_transport_quinn::{
 };
 
 use crate::transport::common::*;
+use tidegate::streams::StreamId;
 
 fn serve() -> Server {
     serve_with(|_| {})
@@ -97,7 +98,7 @@ async fn webtransport_streams_are_those_of_quic() {
     assert!(nothing, "data before authentication");
     stream.authenticated();
     let got = recv(&mut stream, &mut buf).await.expect("the data stream");
-    assert_eq!((got.stream, &buf[..]), (1, &b"early"[..]));
+    assert_eq!((got.stream, &buf[..]), (StreamId::new(1), &b"early"[..]));
 
     send(&mut stream, 1, b"ack").await.expect("sent");
     send(&mut stream, 0, b"connack").await.expect("sent");
@@ -113,8 +114,8 @@ async fn webtransport_streams_are_those_of_quic() {
 
     data.finish().expect("open");
     let end = recv(&mut stream, &mut buf).await.expect("stream end");
-    assert!(end.stream == 1 && end.bytes == 0 && end.finished);
-    stream.finish_stream(1);
+    assert!(end.stream == StreamId::new(1) && end.bytes == 0 && end.finished);
+    stream.finish_stream(StreamId::new(1));
     assert_eq!(soon(data_rx.read(&mut answer)).await.expect("FIN"), None);
 
     // Large messages in both directions.
@@ -146,10 +147,10 @@ async fn webtransport_allows_15_data_streams_and_resets_one_alone() {
         tx.write_all(&[n]).await.expect("written");
         open.push((tx, rx));
         let got = recv(&mut stream, &mut Vec::new()).await.expect("a byte");
-        assert_eq!((got.stream, got.bytes), (n + 1, 1));
+        assert_eq!((got.stream, got.bytes), (StreamId::new(n + 1), 1));
     }
     assert!(client.session.open_bi().now_or_never().is_none());
-    stream.reset_stream(7, 0x81);
+    stream.reset_stream(StreamId::new(7), 0x81);
     let (tx, rx) = &mut open[6];
     match soon(rx.read(&mut [0; 1])).await {
         Err(ReadError::Reset(0x81)) => {}
@@ -162,7 +163,7 @@ async fn webtransport_allows_15_data_streams_and_resets_one_alone() {
     // A client's reset ends its stream, and is answered with the same code.
     open[0].0.reset(31).expect("open");
     let gone = recv(&mut stream, &mut Vec::new()).await.expect_err("gone");
-    assert!(matches!(gone, Closed::StreamReset(1)));
+    assert!(matches!(gone, Closed::StreamReset(n) if n == StreamId::new(1)));
     match soon(open[0].1.read(&mut [0; 1])).await {
         Err(ReadError::Reset(31)) => {}
         other => panic!("{other:?}"),
@@ -363,7 +364,7 @@ async fn webtransport_bounds_unread_streams_and_datagrams() {
         .expect("credit");
     tx.write_all(&headers(&GET)).await.expect("written");
     let gone = recv(&mut stream, &mut Vec::new()).await.expect_err("gone");
-    assert!(matches!(gone, Closed::StreamReset(1)));
+    assert!(matches!(gone, Closed::StreamReset(n) if n == StreamId::new(1)));
     match soon(rx.read(&mut [0; 1])).await {
         Err(quinn::ReadError::Reset(code)) => assert_eq!(code, 0x10bu32.into()),
         other => panic!("{other:?}"),

@@ -16,6 +16,7 @@ use crate::mqtt::{
 use crate::router::{BrokerFeatures, Connected, Router, RouterConfig};
 use crate::sim::testing::{PROBES, client, config, facts, packet_of, router_of, up};
 use crate::store::Memory;
+use crate::streams::StreamId;
 use crate::time::Millis;
 use crate::topics::split_shared;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -207,7 +208,7 @@ impl Run {
                     QoS::AtMostOnce => {}
                     QoS::AtLeastOnce => outbound.acknowledged(id, Millis::ZERO),
                     QoS::ExactlyOnce => {
-                        outbound.received(id, 0);
+                        outbound.received(id, StreamId::CONTROL);
                         outbound.completed(id);
                     }
                 }
