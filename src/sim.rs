@@ -45,6 +45,7 @@ use crate::store::Memory;
 use crate::time::Millis;
 use crate::transport::{Closed, OutBuf, Traffic};
 
+use crate::streams::StreamId;
 use crate::upstream::link::data::DataLink;
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -337,7 +338,7 @@ impl World {
         let since = self.now;
         let asked = Asked {
             id,
-            stream: 0,
+            stream: StreamId::CONTROL,
             filters: filters.into(),
         };
         self.ask(0, asked);

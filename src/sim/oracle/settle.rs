@@ -7,6 +7,7 @@ use crate::time::Millis;
 
 use crate::sim::oracle::Oracle;
 use crate::sim::seen::{Message, Sub, TRANSIT, chances};
+use crate::streams::StreamId;
 
 impl Oracle {
     /// Judges the whole run, once all links and clients are connected and nothing is in flight.
@@ -132,7 +133,7 @@ impl Oracle {
             let mut subs = client.subs.iter().filter(|s| s.matches(topic));
             !subs.any(|s| s.shared() || s.ended_at.is_some() && self.conditions.data_links > 1)
         };
-        let mut last: BTreeMap<(usize, &str, u8, u8, u8), u32> = BTreeMap::new();
+        let mut last: BTreeMap<(usize, &str, u8, u8, StreamId), u32> = BTreeMap::new();
         for (topic, got) in &client.got {
             let message = &self.messages[&got.number];
             // The client's own messages come through other filters once one of them has No Local.
