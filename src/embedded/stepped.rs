@@ -138,3 +138,53 @@ impl SteppedBroker {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mqtt::{
+        Connect, Message, MessageSpec, Properties, QoS, SubscribeOptions, Version, encode_subscribe,
+    };
+    use crate::sim::testing::publish_of;
+
+    fn connected(broker: &mut SteppedBroker, client_id: &str) -> SteppedConnection {
+        let mut connection = broker.connect().expect("it runs");
+        let mut bytes = Vec::new();
+        Connect {
+            client_id,
+            ..Connect::default()
+        }
+        .encode(&mut bytes);
+        let connected = broker.feed(&mut connection, &bytes, &mut Vec::new());
+        assert!(connected.is_ok());
+        connection
+    }
+
+    #[test]
+    fn a_subscriber_gets_more_than_one_batch_at_once() {
+        let mut broker = SteppedBroker::new(EmbeddedOptions::with_quirks(&[]));
+        let mut reader = connected(&mut broker, "reader");
+        let mut writer = connected(&mut broker, "writer");
+        let mut bytes = Vec::new();
+        let filters = std::iter::once(("t", SubscribeOptions::default()));
+        encode_subscribe(Version::V5, 1, None, filters, &mut bytes);
+        let subscribed = broker.feed(&mut reader, &bytes, &mut Vec::new());
+        assert!(subscribed.is_ok());
+        let message = Message::new(&MessageSpec {
+            topic: "t",
+            properties: Properties::default(),
+            payload: &[0; 50_000],
+            qos: QoS::AtMostOnce,
+            retain: false,
+            expires_at: None,
+            strip_key: None,
+            account: None,
+        });
+        let bytes = publish_of(Version::V5, 0, &message).repeat(4);
+        let published = broker.feed(&mut writer, &bytes, &mut Vec::new());
+        assert!(published.is_ok());
+        let mut out = Vec::new();
+        let read = broker.feed(&mut reader, &[], &mut out);
+        assert!(read.is_ok() && out.len() > 200_000, "{}", out.len());
+    }
+}

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::client::connect::{Admission, Applicant};
 use crate::client::machine::{self, Machine};
 use crate::mqtt::{
-    self, Alias, Decoder, Delivery, Packet, Properties, QoS, ReasonCode, Receiver, Version,
+    self, Alias, Decoder, Delivery, Message, Packet, Properties, QoS, ReasonCode, Receiver, Version,
 };
 use crate::router::{Connected, LinkSession, Router};
 use crate::session::Policy;
@@ -108,12 +108,17 @@ pub(crate) fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: M
 
 /// A PUBLISH as a client writes it, on the topic `t`; its payload is a number.
 pub(crate) fn publish_packet(version: Version, packet_id: u16, number: u32, qos: QoS) -> Vec<u8> {
+    publish_of(version, packet_id, &numbered(number, qos))
+}
+
+/// A message as a client publishes it.
+pub(crate) fn publish_of(version: Version, packet_id: u16, message: &Message) -> Vec<u8> {
     let mut bytes = Vec::new();
     Delivery {
         version,
         dup: false,
-        qos,
-        retain: false,
+        qos: message.qos(),
+        retain: message.retain(),
         packet_id,
         alias: Alias::None,
         message_expiry: None,
@@ -121,7 +126,7 @@ pub(crate) fn publish_packet(version: Version, packet_id: u16, number: u32, qos:
         user_property: None,
         hidden: 0,
     }
-    .encode(&numbered(number, qos), &mut bytes);
+    .encode(message, &mut bytes);
     bytes
 }
 

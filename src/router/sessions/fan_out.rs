@@ -273,7 +273,11 @@ impl Shard {
             }
             let mut gives = match source {
                 // It may be known to be new by this filter only.
-                Source::Fetched => Some(handovers.before(at, found.filter).contains(&filter)),
+                Source::Fetched => Some(
+                    handovers
+                        .standing_in_for(at, found.filter)
+                        .contains(&filter),
+                ),
                 Source::Live(_) => handovers.gives(at, filter, found.filter, message, own, is_lost),
             };
             if gives.is_none()

@@ -208,7 +208,7 @@ impl Handovers {
 
     /// The filters that a session unsubscribed and whose copies are delivered instead of those of
     /// `filter`.
-    pub(crate) fn before(&self, slot: u32, filter: FilterId) -> SmallVec<[FilterId; 2]> {
+    pub(crate) fn standing_in_for(&self, slot: u32, filter: FilterId) -> SmallVec<[FilterId; 2]> {
         let session = self.sessions.get(&slot);
         let handovers = session.into_iter().flat_map(|s| &s.handovers);
         let gone = handovers

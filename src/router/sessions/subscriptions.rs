@@ -98,7 +98,7 @@ impl Sessions {
     ) -> Option<Joined> {
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
-        let before = shard.handovers.before(at, new.filter);
+        let standing_in = shard.handovers.standing_in_for(at, new.filter);
         let slot = shard.subscriber(subscribe)?;
         let scope = slot.session.connection_ref().and_then(|c| c.scope.as_ref());
         if let Some(scope) = scope {
@@ -111,7 +111,7 @@ impl Sessions {
             if grant.confirmed {
                 activate(&mut slot.session, filter, options.qos, grant.qos);
             }
-            late = active_overlapping(&slot.session, filter, grant.qos, &before);
+            late = active_overlapping(&slot.session, filter, grant.qos, &standing_in);
             late.retain(|id| !raised.active.contains(id));
         }
         // A shared subscription gets no retained messages (MQTT 5 §4.8.2).
@@ -155,13 +155,13 @@ impl Sessions {
         let subscribe = &grant.subscribe;
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
-        let before = shard.handovers.before(at, grant.filter);
+        let standing_in = shard.handovers.standing_in_for(at, grant.filter);
         let slot = shard.incarnation(grant)?;
         if let Some((asked, granted)) = active {
             activate(&mut slot.session, grant.filter, asked, granted);
         }
         let overlapping = match raise {
-            true => active_overlapping(&slot.session, grant.filter, grant.qos, &before),
+            true => active_overlapping(&slot.session, grant.filter, grant.qos, &standing_in),
             false => Vec::new(),
         };
         let subscription = slot.session.subscription(grant.filter);
@@ -307,8 +307,8 @@ impl Shard {
             }
             let overlapping = match newly_active {
                 true => {
-                    let before = handovers.before(member.slot, filter);
-                    active_overlapping(&slot.session, filter, qos, &before)
+                    let standing_in = handovers.standing_in_for(member.slot, filter);
+                    active_overlapping(&slot.session, filter, qos, &standing_in)
                 }
                 false => Vec::new(),
             };
@@ -333,18 +333,18 @@ fn activate(session: &mut Session, filter: FilterId, asked: QoS, granted: QoS) {
 }
 
 /// The filters whose copies a session may get instead of those of `filter`, if messages of that one may
-/// come above QoS 0: its active subscriptions that overlap the one on `filter`, and the filters `before`
-/// it that the client unsubscribed and whose handover is not complete.
+/// come above QoS 0: its active subscriptions that overlap the one on `filter`, and the filters
+/// `standing_in` for it that the client unsubscribed and whose handover is not complete.
 fn active_overlapping(
     session: &Session,
     filter: FilterId,
     qos: QoS,
-    before: &[FilterId],
+    standing_in: &[FilterId],
 ) -> Vec<FilterId> {
     if qos == QoS::AtMostOnce {
         return Vec::new();
     }
-    let mut found = before.to_vec();
+    let mut found = standing_in.to_vec();
     let all = session.subscriptions();
     if let Some(own) = all.iter().find(|s| s.filter == filter && s.overlaps > 0) {
         let others = all
