@@ -32,7 +32,7 @@ pub use types::{
     AclAllow, AclRule, Admin, Auth, CertSource, ClientCertificates, Config, Drain, Limits,
     Listener, Log, Memory, Node, Session, Store, Tls, Upstream, UpstreamTls,
 };
-pub use upstream::{PublishLinks, Server};
+pub use upstream::{LinkCount, Server};
 
 #[cfg(test)]
 mod tests;

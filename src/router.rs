@@ -64,6 +64,7 @@ use barrier::Barriers;
 use broker::{BrokerLimits, OwnProbes};
 use delivery::fanout::Routes;
 use delivery::shared::SharedGroups;
+use filters::counts::LinkCounts;
 use filters::{Filters, FiltersConfig};
 use handle::TaskWaker;
 use presence::Presence;
@@ -85,6 +86,7 @@ pub struct Router {
     retained: RetainedMessages,
     groups: SharedGroups,
     filters: Filters,
+    links: LinkCounts,
     /// Wakes each data link's and shared link's task.
     data: Box<[Arc<TaskWaker>]>,
     ticks: AtomicU64,
@@ -93,9 +95,14 @@ pub struct Router {
 impl Router {
     /// A router without sessions, with the filters that `store` knows.
     pub fn new(limits: SessionLimits, config: RouterConfig, store: &dyn Store) -> Self {
+        let links = LinkCounts {
+            data: config.data_links,
+            data_max: config.data_links_max.max(config.data_links),
+            shared: config.shared_links,
+            shared_max: config.shared_links_max.max(config.shared_links),
+        };
         let filters = FiltersConfig {
-            data_links: config.data_links,
-            shared_links: config.shared_links,
+            links,
             local_groups: config.local_groups,
             linger: config.linger,
             linger_busy_min: config.linger_busy_min,
@@ -105,8 +112,7 @@ impl Router {
             hash_seed: config.hash_seed,
         };
         let filters = Filters::new(filters, &config.roots, store.identifiers());
-        let links = config.data_links + config.shared_links;
-        let data: Box<[Arc<TaskWaker>]> = (0..links).map(|_| Arc::default()).collect();
+        let data: Box<[Arc<TaskWaker>]> = (0..links.all()).map(|_| Arc::default()).collect();
         let publish_budgets = PublishBudgets {
             bytes: config.publishes_waiting,
             client_bytes: config.publishes_waiting_per_client,
@@ -128,12 +134,13 @@ impl Router {
             ),
             sessions: Sessions::new(limits, session_budgets, config.hash_seed, filters.lost()),
             presence: Presence::new(config.presence_topic.clone(), config.started_at),
-            barriers: Barriers::new(&data, config.data_links),
+            barriers: Barriers::new(&data),
             retained: RetainedMessages::new(config.retained_cache),
             groups: SharedGroups::default(),
             filters,
             data,
             ticks: AtomicU64::new(0),
+            links,
             config,
         }
     }
@@ -199,10 +206,11 @@ impl Router {
             return;
         }
         let mut routes = Routes::default();
-        routes.find(&self.filters.read(), self.config.data_links, batch);
+        routes.find(&self.filters.read(), self.links.data_max, batch);
         let batch = &*batch;
         let keeps_retain = self.broker.keeps_retain();
-        for arrived in batch {
+        // A copy whose counterpart was delivered is for nobody.
+        for arrived in batch.iter().filter(|a| !a.filters.is_empty()) {
             if !keeps_retain {
                 self.retained.doubtful(arrived, now);
             } else if arrived.message.retain() {
@@ -245,6 +253,8 @@ impl Router {
         }
         self.tick_late(now);
         self.tick_unsubscribed(now);
+        let wake = self.filters.tick_moves(now, |link| self.barriers.ask(link));
+        self.wake_links(wake);
         let granted = self.retained.tick(&self.sessions, &self.filters, now);
         self.tell_granted(&granted);
         self.retained

@@ -56,8 +56,8 @@ use crate::upstream::profile::{
 };
 use devices::{Asked, Device, number_of};
 use links::SimLink;
-use oracle::{Conditions, Oracle};
-use seen::Got;
+use oracle::Oracle;
+use seen::{Conditions, Got};
 use tidegate_kit::rng::Rng;
 use trace::Trace;
 use wires::{Outgoing, STREAMS_MAX, Wire};
@@ -151,6 +151,8 @@ struct World {
     /// Some messages are large.
     large: bool,
     exercised: Exercised,
+    /// Each filter finds a link on which it overlaps no other.
+    links_suffice: bool,
 }
 
 impl World {
@@ -162,7 +164,19 @@ impl World {
         } else {
             &[]
         };
-        let data_links = rng.between(1, 4) as usize;
+        // With links added as they are needed, nothing is refused. With few, all messages are fetched.
+        let adds_links = rng.chance(50);
+        let (data_links, data_links_max) = match adds_links {
+            true => {
+                let first = rng.between(1, 2) as usize;
+                (first, first + rng.pick(&[1, 2, 6]))
+            }
+            false => {
+                let all = rng.between(1, 4) as usize;
+                (all, all)
+            }
+        };
+        let shared_links_max = if adds_links { 4 } else { 1 };
         let publish_links = rng.between(1, 2) as usize;
         let has = |quirk: Quirk| quirks.contains(&quirk);
         let dead = has(Quirk::DeadShared);
@@ -171,7 +185,9 @@ impl World {
         let large = rng.chance(15);
         let config = RouterConfig {
             data_links,
+            data_links_max,
             shared_links: 1,
+            shared_links_max,
             roots: roots.iter().map(|r| (*r).to_owned()).collect(),
             local_groups,
             publish_links,
@@ -185,14 +201,19 @@ impl World {
         let router = router_with_output(config, output_buffer);
         let version = if v5 { Version::V5 } else { Version::V311 };
         let profile = profile_of(version, quirks);
-        let links = links_of(&router, version, data_links, publish_links);
+        let links = links_of(
+            &router,
+            version,
+            (data_links, data_links_max, shared_links_max),
+            publish_links,
+        );
         let stormy = rng.chance(70);
         let poisonous = rng.chance(20);
         let devices = (0..4).map(|n| Device::new(n, &mut rng));
         let devices: Vec<Device> = devices.collect();
         if trace.is_on() {
             let line = format!(
-                "{quirks:?} roots {roots:?} {data_links} data links, {publish_links} publish links, local groups {local_groups}, stormy {stormy}, poisonous {poisonous}, large {large}, output buffer {output_buffer}"
+                "{quirks:?} roots {roots:?} {data_links} to {data_links_max} data links, {publish_links} publish links, local groups {local_groups}, stormy {stormy}, poisonous {poisonous}, large {large}, output buffer {output_buffer}"
             );
             trace.line(Millis::ZERO, &line);
         }
@@ -201,7 +222,8 @@ impl World {
             oracle: Oracle::new(Conditions {
                 clients_v5: devices.iter().map(|d| d.version == Version::V5).collect(),
                 stormy,
-                data_links,
+                data_links: data_links_max,
+                refuses: !adds_links,
                 lowest_qos: has(Quirk::LowestQos),
                 small_window: has(Quirk::SmallWindow),
             }),
@@ -219,6 +241,7 @@ impl World {
             poisonous,
             large,
             exercised: Exercised::default(),
+            links_suffice: data_links_max >= 7 && !local_groups,
         }
     }
 
@@ -350,47 +373,13 @@ impl World {
             self.oracle.has_retained(0, &topic, number, since);
         }
     }
-
-    /// I12, I13, I18: each filter of a client is subscribed at the broker once, or its root is.
-    fn check_filters(&mut self) {
-        let held = self.broker.subscriptions();
-        for filter in self.oracle.filters() {
-            let plain = crate::topics::split_shared(&filter).map_or(&*filter, |(_, f)| f);
-            let covers = |name: &String| crate::topics::covers(name, plain) || *name == filter;
-            let times = held
-                .iter()
-                .filter(|(_, names)| names.contains(&filter))
-                .count();
-            let covered = held.iter().any(|(_, names)| names.iter().any(covers));
-            if times > 1 || !covered {
-                self.oracle
-                    .fault(format!("{filter} is at the broker {times} times: {held:?}"));
-            }
-        }
-        if self.profile.mapping() == Mapping::Identifiers {
-            return;
-        }
-        for (link, names) in held.iter().filter(|(link, _)| !link.contains("-r")) {
-            for (at, a) in names.iter().enumerate() {
-                let plain = |f: &String| {
-                    crate::topics::split_shared(f).map_or(f.clone(), |(_, f)| f.to_owned())
-                };
-                if let Some(b) = names[..at]
-                    .iter()
-                    .find(|b| crate::topics::overlaps(&plain(a), &plain(b)))
-                {
-                    self.oracle.fault(format!("{a} and {b} are both on {link}"));
-                }
-            }
-        }
-    }
 }
 
 /// All links of a run: data links, one shared link, publish links, the retained link.
 fn links_of(
     router: &Arc<Router>,
     version: Version,
-    data_links: usize,
+    (data_links, data_links_max, shared_links_max): (usize, usize, usize),
     publish_links: usize,
 ) -> Vec<SimLink> {
     let mut links: Vec<SimLink> = Vec::new();
@@ -402,6 +391,7 @@ fn links_of(
             data: matches!(role, b'd' | b's'),
             retained: role == b'r',
             publishes: role == b'p',
+            waits: None,
             version,
             begun: false,
             unanswered: false,
@@ -409,12 +399,13 @@ fn links_of(
             conn: None,
         });
     };
-    for n in 0..=data_links {
+    let all = data_links_max + shared_links_max;
+    for n in 0..all {
         let machine = DataLink::new(router.clone(), n, 1, PROBES.into(), &Memory);
-        let name = if n < data_links {
+        let name = if n < data_links_max {
             format!("d{n}")
         } else {
-            "s0".into()
+            format!("s{}", n - data_links_max)
         };
         add(name, Box::new(machine));
     }
@@ -424,6 +415,10 @@ fn links_of(
     }
     let machine = RetainedLink::new(router.clone(), PROBES.into());
     add("r0".into(), Box::new(machine));
+    let later = (data_links..data_links_max).chain(data_links_max + 1..all);
+    for n in later {
+        links[n].waits = Some(n);
+    }
     links
 }
 

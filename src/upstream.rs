@@ -76,11 +76,11 @@ impl Upstream {
         let probes: Arc<str> = config.probe_topic.as_str().into();
         let data_link =
             |link| DataLink::new(router.clone(), link, instance, probes.clone(), &*store);
-        for n in 0..usize::from(config.data_links) {
+        for n in 0..usize::from(config.data_links.max) {
             let wake = router.data_waker(n).clone();
             spawn.link(Role::Data, n, data_link(n), wake);
         }
-        for n in 0..usize::from(config.shared_links) {
+        for n in 0..usize::from(config.shared_links.max) {
             let link = router.shared_link(n);
             let wake = router.data_waker(link).clone();
             spawn.link(Role::Shared, n, data_link(link), wake);

@@ -15,7 +15,7 @@ use crate::config::types::{
     Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, Session, Store,
     Tls, Upstream, UpstreamTls,
 };
-use crate::config::upstream::{PublishLinks, Server};
+use crate::config::upstream::{LinkCount, Server};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -161,9 +161,9 @@ impl Default for Upstream {
             password_file: None,
             protocol: Protocol::Auto,
             client_id_prefix: "tidegate".to_owned(),
-            data_links: 2,
-            publish_links: PublishLinks::AUTO,
-            shared_links: 1,
+            data_links: LinkCount::AUTO,
+            publish_links: LinkCount::AUTO,
+            shared_links: LinkCount::AUTO,
             shared: SharedAt::Broker,
             roots: Vec::new(),
             sender_properties: Vec::new(),

@@ -15,7 +15,7 @@ use crate::config::choices::{
 };
 use crate::config::files;
 use crate::config::units::{duration, duration_or_none, size, size32};
-use crate::config::upstream::{PublishLinks, Server};
+use crate::config::upstream::{LinkCount, Server};
 
 /// The whole configuration, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,12 +171,14 @@ pub struct Upstream {
     pub protocol: Protocol,
     /// First part of the links' client identifiers.
     pub client_id_prefix: String,
-    /// Number of data links, 1 to 8.
-    pub data_links: u8,
+    /// Number of data links, 1 to 8. `"auto"`: 2, and more where the broker has no Subscription
+    /// Identifiers and filters overlap.
+    pub data_links: LinkCount<2>,
     /// Number of publish links, 1 to 8.
-    pub publish_links: PublishLinks,
-    /// Number of shared links, 1 to 4; opened when a client first asks for a shared subscription.
-    pub shared_links: u8,
+    pub publish_links: LinkCount<2>,
+    /// Number of shared links, 1 to 8; opened when a client first asks for a shared subscription.
+    /// `"auto"`: 1, and more as for data links.
+    pub shared_links: LinkCount<1>,
     /// The side that distributes the messages of shared subscriptions.
     pub shared: SharedAt,
     /// Disjoint wildcard filters that stay subscribed. A client's filter inside one costs the broker

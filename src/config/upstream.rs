@@ -1,4 +1,4 @@
-//! How the broker's addresses and the number of publish links are written.
+//! How the broker's addresses and the numbers of links are written.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -10,27 +10,33 @@ use crate::config::address::WS_PATH;
 use crate::config::choices::Quirk;
 use crate::config::units::{Read, Written};
 
-/// How many links publish.
+/// How many links there are of one role. `AUTO` is the number from the start that `"auto"` means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PublishLinks {
+pub struct LinkCount<const AUTO: u8> {
     /// Links from the start.
     pub first: u8,
-    /// Most links, opened one by one while publishes wait for the broker's window.
+    /// Most links, opened one by one as they are needed.
     pub max: u8,
 }
 
-impl PublishLinks {
-    /// The meaning of `publish_links = "auto"`.
-    pub(super) const AUTO: Self = Self { first: 2, max: 8 };
+/// Most links of one role.
+const LINKS_MAX: u8 = 8;
+
+impl<const AUTO: u8> LinkCount<AUTO> {
+    /// The meaning of `"auto"`.
+    pub(super) const AUTO: Self = Self {
+        first: AUTO,
+        max: LINKS_MAX,
+    };
 }
 
-impl<'de> Deserialize<'de> for PublishLinks {
+impl<'de, const AUTO: u8> Deserialize<'de> for LinkCount<AUTO> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         d.deserialize_any(Read::<Self>(PhantomData))
     }
 }
 
-impl Written for PublishLinks {
+impl<const AUTO: u8> Written for LinkCount<AUTO> {
     type Value = Self;
     const WHAT: &'static str = "\"auto\" or a number from 1 to 8";
 
@@ -42,10 +48,10 @@ impl Written for PublishLinks {
     }
 
     fn number(number: i64) -> Result<Self, String> {
-        match number {
-            1..=8 => Ok(Self {
-                first: number as u8,
-                max: number as u8,
+        match u8::try_from(number) {
+            Ok(count @ 1..=LINKS_MAX) => Ok(Self {
+                first: count,
+                max: count,
             }),
             _ => Err(format!("{number} is not {}", Self::WHAT)),
         }

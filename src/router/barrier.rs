@@ -7,16 +7,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use smallvec::SmallVec;
-
 use crate::router::handle::TaskWaker;
+use crate::router::types::BarrierNumbers;
 
 /// The barriers of all data links and shared links.
 #[derive(Debug)]
 pub(super) struct Barriers {
     links: Box<[Barrier]>,
-    /// Links before this one are data links.
-    data_links: usize,
 }
 
 /// The barriers of one link, by the numbers of its PINGREQs.
@@ -32,7 +29,7 @@ struct Barrier {
 
 impl Barriers {
     /// Barriers on the links of these tasks, data links first.
-    pub(super) fn new(wakers: &[Arc<TaskWaker>], data_links: usize) -> Self {
+    pub(super) fn new(wakers: &[Arc<TaskWaker>]) -> Self {
         let barrier = |waker: &Arc<TaskWaker>| Barrier {
             begun: AtomicU64::new(0),
             wanted: AtomicU64::new(0),
@@ -40,7 +37,6 @@ impl Barriers {
         };
         Self {
             links: wakers.iter().map(barrier).collect(),
-            data_links,
         }
     }
 
@@ -55,9 +51,14 @@ impl Barriers {
         number
     }
 
-    /// Asks for a PINGREQ on every data link. Returns their numbers, by link.
-    pub(super) fn ask_all(&self) -> SmallVec<[u64; 4]> {
-        (0..self.data_links).map(|link| self.ask(link)).collect()
+    /// Asks for a PINGREQ on each of these links. Returns their numbers, by link.
+    pub(super) fn ask_all(&self, links: impl Iterator<Item = usize>) -> BarrierNumbers {
+        let mut numbers = BarrierNumbers::new();
+        for link in links {
+            numbers.resize(link + 1, None);
+            numbers[link] = Some(self.ask(link));
+        }
+        numbers
     }
 
     /// Whether a PINGREQ is wanted on a link.

@@ -7,10 +7,15 @@ use crate::time::UnixMillis;
 /// The router's configuration. Sizes are in bytes.
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
-    /// Number of data links, 1 to 8.
+    /// Number of data links at first, 1 to 8.
     pub data_links: usize,
-    /// Number of links for shared subscriptions, 1 to 4.
+    /// The number of data links to which they may grow where the broker has no Subscription
+    /// Identifiers, for filters that overlap others; 1 to 8.
+    pub data_links_max: usize,
+    /// Number of links for shared subscriptions at first, 1 to 8.
     pub shared_links: usize,
+    /// The number of shared links to which they may grow for the same reason, 1 to 8.
+    pub shared_links_max: usize,
     /// Messages of shared subscriptions are distributed at this node, because the broker has no working
     /// ones.
     pub local_groups: bool,

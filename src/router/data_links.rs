@@ -38,7 +38,7 @@ impl Router {
 
     /// The number among the data links of link `n` for shared subscriptions.
     pub fn shared_link(&self, n: usize) -> usize {
-        self.config.data_links + n
+        self.links.data_max + n
     }
 
     /// Up to `max` filters whose SUBSCRIBE is to be sent on data link `link` now.
@@ -66,6 +66,7 @@ impl Router {
             self.barriers.ask(link);
         }
         self.data[link].raise();
+        self.take_actions(up.actions, now);
         if session == LinkSession::Resumed {
             self.retained.nothing_missed(&up.kept);
         } else if self.resyncs() {

@@ -4,10 +4,15 @@
 //! that are left to the router; none of them calls a module beside this one.
 
 pub(super) mod actions;
+mod copies;
+pub(super) mod counts;
 pub(super) mod filter;
+mod inner;
 mod linger;
 pub(super) mod links;
 mod local;
+mod moves;
+mod place;
 mod release;
 mod roots;
 mod sources;
@@ -25,6 +30,8 @@ use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::router::lost::Lost;
 use crate::store::Identifiers;
+use actions::LinkSet;
+use counts::{LinkCounts, UsedLinks};
 use table::Table;
 
 /// Repeats of a log line are counted, and not written, for this long.
@@ -36,10 +43,8 @@ pub(super) const FILTERS_MAX: usize = 1_000_000;
 /// The configuration of the filters.
 #[derive(Clone, Debug)]
 pub(super) struct FiltersConfig {
-    /// Number of data links.
-    pub data_links: usize,
-    /// Number of links for shared subscriptions.
-    pub shared_links: usize,
+    /// How many links there are.
+    pub links: LinkCounts,
     /// Messages of shared subscriptions are distributed at this node.
     pub local_groups: bool,
     /// How long a filter without subscribers stays subscribed.
@@ -63,6 +68,8 @@ pub(super) struct Filters {
     /// Filters that the broker has lost; shared with the shards, which ask for every delivery to
     /// overlapping subscriptions.
     lost: Arc<Lost>,
+    /// The links that filters were placed on.
+    used: Arc<UsedLinks>,
     /// For each data and shared link, whether it is connected.
     up: Box<[AtomicBool]>,
     /// How often a link was lost.
@@ -77,20 +84,28 @@ impl Filters {
         roots: &[String],
         numbers: Box<dyn Identifiers>,
     ) -> Self {
-        let links = config.data_links + config.shared_links;
-        let mut table = Table::new(numbers, config.data_links, config.shared_links);
+        let mut table = Table::new(numbers, config.links);
         table.local_groups = config.local_groups;
         for root in roots {
             table.add_root(root);
         }
+        let used = table.used.clone();
         Self {
             lost: table.lost.clone(),
             table: RwLock::new(table),
-            up: (0..links).map(|_| AtomicBool::new(false)).collect(),
+            used,
+            up: (0..config.links.all())
+                .map(|_| AtomicBool::new(false))
+                .collect(),
             losses: AtomicU64::new(0),
             hasher: FixedState::with_seed(config.hash_seed),
             config,
         }
+    }
+
+    /// The data links that are in use.
+    pub(super) fn data_links_used(&self) -> LinkSet {
+        self.used.below(self.config.links.data_max)
     }
 
     /// The filters that the broker has lost.

@@ -12,6 +12,9 @@ use crate::router::publish::queue::PublishQueues;
 use crate::router::types::{PendingGrant, RetainedRequest};
 use crate::router::{Answered, Router, SessionRef};
 
+/// Messages that were kept back are delivered in batches of this many.
+const KEPT_AT_ONCE: usize = 512;
+
 impl Router {
     /// Publish links that are dialled.
     pub fn publish_links_wanted(&self) -> usize {
@@ -127,21 +130,35 @@ impl Router {
             self.retained
                 .barrier_passed(&self.sessions, &self.filters, link, number, now);
         self.tell_granted(&granted);
-        let next = || self.barriers.ask_all();
+        for moved in self.filters.moves_passed(link, number, now) {
+            self.deliver_kept(moved, now);
+        }
+        let next = || self.barriers.ask_all(self.filters.data_links_used().iter());
         let complete = self.sessions.barrier_passed(link, number, next);
         self.filters.unsubscribed(&complete, now);
     }
 
+    /// Delivers the messages of a filter that were kept back until its own link serves it.
+    fn deliver_kept(&self, filter: FilterId, now: Millis) {
+        loop {
+            let mut kept = self.filters.take_kept(filter, KEPT_AT_ONCE, now);
+            if kept.is_empty() {
+                return;
+            }
+            self.fan_out(&mut kept, now);
+        }
+    }
+
     /// Whether PINGREQs of a lost connection have to be sent again.
     pub(super) fn awaits_barriers(&self) -> bool {
-        self.retained.is_buffering() || self.sessions.hands_over()
+        self.retained.is_buffering() || self.sessions.hands_over() || self.filters.is_moving()
     }
 
     /// A session gave up filters that overlapping ones of it take over from, once every data link has
     /// brought everything that is under way.
     pub(super) fn hand_over(&self, session: SessionRef) {
         self.sessions.handover_begins(session);
-        let barriers = self.barriers.ask_all();
+        let barriers = self.barriers.ask_all(self.filters.data_links_used().iter());
         self.sessions.await_barriers(session, &barriers);
     }
 

@@ -54,6 +54,10 @@ impl Lost {
         self.count.store(filters.len(), Ordering::Release);
     }
 
+    pub(super) fn contains(&self, filter: FilterId) -> bool {
+        !self.is_empty() && self.filters.read().contains_key(&filter)
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.count.load(Ordering::Acquire) == 0
     }

@@ -19,7 +19,6 @@ use std::time::Duration;
 
 use foldhash::fast::FixedState;
 use parking_lot::{Mutex, MutexGuard};
-use smallvec::SmallVec;
 
 use crate::budget::Account;
 use crate::mqtt::{Message, ReasonCode};
@@ -31,7 +30,7 @@ use crate::topics::FilterId;
 
 use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
-use crate::router::types::{Peer, SessionRef};
+use crate::router::types::{BarrierNumbers, Peer, SessionRef};
 use shard::{Shard, Slot};
 use tally::Tally;
 
@@ -346,7 +345,7 @@ impl Sessions {
     }
 
     /// The handovers that a session began last wait for these barriers of the data links.
-    pub(super) fn await_barriers(&self, session: SessionRef, barriers: &[u64]) {
+    pub(super) fn await_barriers(&self, session: SessionRef, barriers: &BarrierNumbers) {
         let mut shard = self.shard(session.shard);
         if shard.get(session).is_some() {
             shard.handovers.wait(session.slot, barriers);
@@ -364,7 +363,7 @@ impl Sessions {
         &self,
         link: usize,
         number: u64,
-        next: impl Fn() -> SmallVec<[u64; 4]>,
+        next: impl Fn() -> BarrierNumbers,
     ) -> Vec<(SessionRef, FilterId)> {
         let mut complete = Vec::new();
         let mut mask = self.handovers.load(Ordering::SeqCst);

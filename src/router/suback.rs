@@ -21,14 +21,15 @@ impl Router {
         self.take_actions(actions, now);
     }
 
-    fn take_actions(&self, actions: Actions, now: Millis) {
+    /// Takes the actions that are left after an answer of the broker.
+    pub(super) fn take_actions(&self, actions: Actions, now: Millis) {
         self.wake_links(actions.wake);
         if !actions.forget_retained.is_empty() {
             self.retained.forget(actions.forget_retained.into_iter());
         }
         if let Some(regained) = actions.regained {
             if regained.has_readers && self.resyncs() {
-                self.retained.resync(regained.filter, regained.is_root);
+                self.retained.resync(regained.filter, regained.has_inner);
             } else {
                 self.retained.skip_resync(&self.filters, regained.filter);
             }

@@ -51,7 +51,9 @@ fn limits() -> SessionLimits {
 pub(crate) fn config() -> RouterConfig {
     RouterConfig {
         data_links: 1,
+        data_links_max: 1,
         shared_links: 1,
+        shared_links_max: 1,
         roots: Vec::new(),
         local_groups: false,
         publish_links: 1,

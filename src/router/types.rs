@@ -62,6 +62,10 @@ pub struct RetainedRequest {
     pub identifier: Option<NonZeroU32>,
 }
 
+/// The numbers of the barriers that somebody waits for, by data link; `None` for a link that brings
+/// nothing.
+pub(super) type BarrierNumbers = SmallVec<[Option<u64>; 4]>;
+
 /// Names one filter of a client's SUBSCRIBE.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SubscribeRef {

@@ -169,8 +169,10 @@ fn session_limits(config: &Config) -> SessionLimits {
 fn router_config(config: &Config, clock: Clock) -> RouterConfig {
     let upstream = &config.upstream;
     RouterConfig {
-        data_links: usize::from(upstream.data_links),
-        shared_links: usize::from(upstream.shared_links),
+        data_links: usize::from(upstream.data_links.first),
+        data_links_max: usize::from(upstream.data_links.max),
+        shared_links: usize::from(upstream.shared_links.first),
+        shared_links_max: usize::from(upstream.shared_links.max),
         local_groups: upstream.shared == config::SharedAt::Local,
         roots: upstream.roots.clone(),
         publish_links: usize::from(upstream.publish_links.first),

@@ -52,6 +52,8 @@ pub(crate) struct SimLink {
     pub(crate) data: bool,
     pub(crate) retained: bool,
     pub(crate) publishes: bool,
+    /// The router's number of a link that is dialled once it has filters.
+    pub(crate) waits: Option<usize>,
     pub(crate) version: Version,
     /// The broker has had a session of this link and this process.
     pub(crate) begun: bool,
@@ -74,6 +76,10 @@ impl World {
     pub(crate) fn dial(&mut self, n: usize) {
         let link = &mut self.links[n];
         if link.conn.is_some() || link.redial_at > self.now || self.broker_back_at.is_some() {
+            return;
+        }
+        let waits = |n| self.router.filters_on(n) == 0;
+        if !link.begun && link.waits.is_some_and(waits) {
             return;
         }
         let Some(broker) = self.broker.connect() else {
@@ -284,5 +290,54 @@ impl World {
         }
         self.broker_back_at = Some((back, keep));
         self.oracle.restarted(self.now, keep);
+    }
+
+    /// With enough links, a filter that no client has does not stay at the broker for those inside it.
+    fn check_unwanted(&mut self, held: &[(String, Vec<String>)]) {
+        if !self.links_suffice {
+            return;
+        }
+        let on_data_links = held.iter().filter(|(link, _)| link.contains("-d"));
+        for name in on_data_links.flat_map(|(_, names)| names) {
+            if !self.oracle.may_want(name) && !ROOTS.concat().contains(&name.as_str()) {
+                self.oracle
+                    .fault(format!("{name} is at the broker for nobody: {held:?}"));
+            }
+        }
+    }
+
+    /// I12, I13, I18: each filter of a client is subscribed at the broker once, or its root is.
+    pub(crate) fn check_filters(&mut self) {
+        let held = self.broker.subscriptions();
+        for filter in self.oracle.filters() {
+            let plain = crate::topics::split_shared(&filter).map_or(&*filter, |(_, f)| f);
+            let covers = |name: &String| crate::topics::covers(name, plain) || *name == filter;
+            let times = held
+                .iter()
+                .filter(|(_, names)| names.contains(&filter))
+                .count();
+            let covered = held.iter().any(|(_, names)| names.iter().any(covers));
+            if times > 1 || !covered {
+                self.oracle
+                    .fault(format!("{filter} is at the broker {times} times: {held:?}"));
+            }
+        }
+        if self.profile.mapping() == Mapping::Identifiers {
+            return;
+        }
+        self.check_unwanted(&held);
+        for (link, names) in held.iter().filter(|(link, _)| !link.contains("-r")) {
+            for (at, a) in names.iter().enumerate() {
+                let plain = |f: &String| {
+                    crate::topics::split_shared(f).map_or(f.clone(), |(_, f)| f.to_owned())
+                };
+                if let Some(b) = names[..at]
+                    .iter()
+                    .find(|b| crate::topics::overlaps(&plain(a), &plain(b)))
+                {
+                    self.oracle.fault(format!("{a} and {b} are both on {link}"));
+                }
+            }
+        }
     }
 }

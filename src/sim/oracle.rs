@@ -9,22 +9,8 @@ use std::collections::BTreeMap;
 use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
 use crate::time::Millis;
 
-use crate::sim::seen::{Client, Got, Message, Sub, TRANSIT};
+use crate::sim::seen::{Client, Conditions, Got, Message, Sub, TRANSIT};
 use tidegate_kit::rng::Rng;
-
-/// The conditions of a run, which decide what can be promised.
-pub(super) struct Conditions {
-    /// Whether each client speaks MQTT 5. Only such a client is told the reason of a refusal.
-    pub clients_v5: Vec<bool>,
-    /// Links are lost, and the broker restarts.
-    pub stormy: bool,
-    pub data_links: usize,
-    /// The broker sends one copy for overlapping filters, at the lowest QoS. At QoS 0 it keeps no
-    /// message for a link that is away, so nothing can be promised then.
-    pub lowest_qos: bool,
-    /// Messages wait at the broker behind a small window, while it answers PINGREQs at once.
-    pub small_window: bool,
-}
 
 pub(super) struct Oracle {
     clients: Vec<Client>,
@@ -157,6 +143,10 @@ impl Oracle {
         }) else {
             return;
         };
+        if code >= 0x80 && !self.conditions.refuses && !subs[at].shared() {
+            self.faults
+                .push(format!("{n} is refused {filter}: {code:#x}"));
+        }
         if code >= 0x80 {
             // A refusal ends the subscription that the client had on this filter.
             for s in subs[..=at].iter_mut().filter(|s| same(s)) {
@@ -185,6 +175,12 @@ impl Oracle {
         let live = self.clients[n].subs.iter().filter(|s| s.ended_at.is_none());
         let filters: Vec<&str> = live.map(|s| &*s.filter).collect();
         (!filters.is_empty()).then(|| rng.pick(&filters).to_owned())
+    }
+
+    /// Whether some client may have a filter: it has asked for it, and may not have seen the answer.
+    pub(super) fn may_want(&self, filter: &str) -> bool {
+        let mut all = self.clients.iter().flat_map(|c| &c.subs);
+        all.any(|s| s.filter == filter && s.ended_at.is_none())
     }
 
     /// The filters that clients were granted and still subscribe to, in order.

@@ -7,6 +7,22 @@ use crate::streams::StreamId;
 use crate::time::Millis;
 use crate::topics::{matches, split_shared};
 
+/// The conditions of a run, which decide what can be promised.
+pub(super) struct Conditions {
+    /// Whether each client speaks MQTT 5. Only such a client is told the reason of a refusal.
+    pub clients_v5: Vec<bool>,
+    /// Links are lost, and the broker restarts.
+    pub stormy: bool,
+    pub data_links: usize,
+    /// Filters that overlap others may be refused.
+    pub refuses: bool,
+    /// The broker sends one copy for overlapping filters, at the lowest QoS. At QoS 0 it keeps no
+    /// message for a link that is away, so nothing can be promised then.
+    pub lowest_qos: bool,
+    /// Messages wait at the broker behind a small window, while it answers PINGREQs at once.
+    pub small_window: bool,
+}
+
 /// How long a message may take through a broker that loses sessions.
 pub(super) const TRANSIT: Duration = Duration::from_millis(1500);
 

@@ -134,6 +134,49 @@ impl<T: Copy> FilterTrie<T> {
         }
     }
 
+    /// Calls `f` with the value of each stored filter that matches every topic
+    /// which `filter` matches, `filter` itself included. Pairs that are equal
+    /// only because no topic is empty, such as `#` and `+/#`, may be missed.
+    pub fn for_each_cover(&self, filter: &str, mut f: impl FnMut(T)) {
+        let (path, multi) = split_multi(filter);
+        let mut here: SmallVec<[u32; 16]> = SmallVec::new();
+        let mut next: SmallVec<[u32; 16]> = SmallVec::new();
+        here.push(root_of(filter));
+        for level in path.into_iter().flat_map(|p| p.split('/')) {
+            let id = match level {
+                "+" => NONE,
+                name => self.levels.get(name),
+            };
+            for &n in &here {
+                let node = &self.nodes[n as usize];
+                if let Some(v) = node.multi {
+                    f(v);
+                }
+                if node.plus != NONE {
+                    next.push(node.plus);
+                }
+                let child = self.child(n, id);
+                if child != NONE {
+                    next.push(child);
+                }
+            }
+            if next.is_empty() {
+                return;
+            }
+            std::mem::swap(&mut here, &mut next);
+            next.clear();
+        }
+        for &n in &here {
+            let node = &self.nodes[n as usize];
+            if let Some(v) = node.value.filter(|_| !multi) {
+                f(v);
+            }
+            if let Some(v) = node.multi {
+                f(v);
+            }
+        }
+    }
+
     /// Calls `f` with the value of each stored filter that shares at least
     /// one topic with `filter`, `filter` itself included, until `f` returns
     /// true. Returns whether it did.

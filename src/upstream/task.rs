@@ -71,11 +71,15 @@ pub(super) async fn run<M: Machine>(
     }
 }
 
-/// Waits until the link has something to do. Data links and the retained link always have.
+/// Waits until the link has something to do. The first data links and the retained link always have.
 async fn wanted(context: &LinkContext, link: &LinkStatus, wake: &TaskWaker) {
     let router = &context.router;
     let now = || match link.role {
-        Role::Data | Role::Retained => true,
+        Role::Retained => true,
+        Role::Data => {
+            let first = context.broker.access.config.data_links.first;
+            link.number < usize::from(first) || router.filters_on(link.number) > 0
+        }
         Role::Shared => router.filters_on(router.shared_link(link.number)) > 0,
         Role::Publish => link.number < router.publish_links_wanted(),
     };

@@ -16,7 +16,7 @@ from harness.paho import publish_props
 
 PAGE = Path(__file__).parents[2] / "docs" / "broker-compatibility.md"
 BEGIN, END = "<!-- brokers: begin -->", "<!-- brokers: end -->"
-QUICK = {"backoff_min": "20ms", "backoff_max": "200ms", "data_links": 4}
+QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
 NAMES = {
     "embedded": "embedded",

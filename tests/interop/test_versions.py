@@ -8,7 +8,7 @@ import pytest
 
 from harness.names import fresh
 
-QUICK = {"backoff_min": "20ms", "backoff_max": "200ms", "data_links": 4}
+QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 BROKERS = ("5", "3.1.1")
 
 

@@ -132,7 +132,9 @@ fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
     let publish_links_max = publish_links + rng.below(3) as usize;
     RouterConfig {
         data_links: 1,
+        data_links_max: 1,
         shared_links: 1,
+        shared_links_max: 1,
         roots: Vec::new(),
         local_groups: false,
         publish_links,

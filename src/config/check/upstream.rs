@@ -45,8 +45,6 @@ impl Checker<'_, '_> {
                 self.say(&key, "a root does not begin with \"$\"");
             }
         }
-        self.range("upstream.data_links", up.data_links, 1..=8);
-        self.range("upstream.shared_links", up.shared_links, 1..=4);
         self.range_time("upstream.linger", up.linger, Duration::ZERO..=YEAR);
         if up.linger_busy_min > up.linger {
             self.say("upstream.linger_busy_min", "longer than upstream.linger");

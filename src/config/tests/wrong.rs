@@ -174,7 +174,7 @@ const WRONG: &[(&str, usize, &str, &str)] = &[
         "[upstream]\ndata_links = 0\n",
         2,
         "upstream.data_links",
-        "allowed: 1 to 8",
+        "from 1 to 8",
     ),
     (
         "[upstream]\nprotocol = \"3.1\"\n",

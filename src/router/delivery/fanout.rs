@@ -40,8 +40,13 @@ impl Routes {
                 let filters = &mut arrived.filters;
                 filters.clear();
                 table.match_topic(arrived.link, arrived.message.topic(), |n| filters.push(n));
+                if table.is_moving() {
+                    let mut filters = std::mem::take(&mut arrived.filters);
+                    filters.retain(|n| table.own_copy(*n, arrived));
+                    arrived.filters = filters;
+                }
             }
-            if !table.roots.is_empty() {
+            if table.has_inner_filters() {
                 expand(table, arrived);
             }
             if arrived.link >= data_links {
@@ -86,12 +91,17 @@ impl Routes {
     }
 }
 
-/// Adds the filters below the roots that brought a message.
+/// Adds the filters that lie inside those that brought a message.
 fn expand(table: &Table, arrived: &mut Arrived) {
     let came = arrived.filters.len();
     for at in 0..came {
         let number = arrived.filters[at];
         let filters = &mut arrived.filters;
-        table.match_root(number, arrived.message.topic(), |n| filters.push(n));
+        table.match_inner(number, arrived.message.topic(), |n| filters.push(n));
+    }
+    if table.is_moving() {
+        for number in &arrived.filters[came..] {
+            table.outer_copy(*number, arrived);
+        }
     }
 }

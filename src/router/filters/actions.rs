@@ -10,13 +10,19 @@ pub(in crate::router) struct LinkSet(u32);
 
 impl LinkSet {
     pub(crate) fn insert(&mut self, link: usize) {
-        // There are at most 12 links.
+        // There are at most 16 links.
         self.0 |= 1 << link;
     }
 
     /// The links, in the order of their numbers.
     pub(crate) fn iter(self) -> impl Iterator<Item = usize> {
         (0..u32::BITS as usize).filter(move |link| self.0 & (1 << link) != 0)
+    }
+}
+
+impl std::ops::BitOrAssign for LinkSet {
+    fn bitor_assign(&mut self, other: Self) {
+        self.0 |= other.0;
     }
 }
 
@@ -51,7 +57,8 @@ pub(in crate::router) struct Confirmed {
 #[must_use]
 pub(in crate::router) struct Regained {
     pub filter: FilterId,
-    pub is_root: bool,
+    /// Other filters get their messages through it.
+    pub has_inner: bool,
     /// Sessions get its messages, and could have missed retained ones.
     pub has_readers: bool,
 }
@@ -69,7 +76,7 @@ pub(in crate::router) struct Actions {
     pub outcomes: Vec<Outcome>,
 }
 
-/// The outcome of an answer for one filter: its own, or its root's.
+/// The outcome of an answer for one filter: its own, or that of the filter in which it lies.
 #[derive(Debug)]
 pub(in crate::router) struct Outcome {
     pub confirmed: Option<Confirmed>,

@@ -26,12 +26,12 @@ pub(in crate::router) enum Placement {
     Unplaced,
     /// From a subscription of its own, on this data or shared link.
     Link(u8),
-    /// From the subscription of this root; the broker does not know the filter itself.
-    BelowRoot(FilterId),
+    /// From the subscription of this filter, in which it lies: a root, or another filter on a data
+    /// link where the broker has no Subscription Identifiers.
+    Inside(FilterId),
     /// A group of shared subscribers that exists at this node alone. Its messages are those of
-    /// `plain`, the filter without the share name, which come from `source`: `plain` itself or its
-    /// root.
-    Local { plain: FilterId, source: FilterId },
+    /// `plain`, the filter without the share name.
+    Local { plain: FilterId },
 }
 
 /// How far a filter is at the broker.
@@ -162,14 +162,14 @@ impl Filter {
     pub(crate) fn link(&self) -> Option<usize> {
         match self.placement {
             Placement::Link(link) => Some(usize::from(link)),
-            Placement::Unplaced | Placement::BelowRoot(_) | Placement::Local { .. } => None,
+            Placement::Unplaced | Placement::Inside(_) | Placement::Local { .. } => None,
         }
     }
 
-    /// The other filter whose subscription brings its messages, if it has none of its own.
+    /// The other filter that its messages come through, if it has no subscription of its own.
     pub(crate) fn source(&self) -> Option<FilterId> {
         match self.placement {
-            Placement::BelowRoot(source) | Placement::Local { source, .. } => Some(source),
+            Placement::Inside(source) | Placement::Local { plain: source } => Some(source),
             Placement::Unplaced | Placement::Link(_) => None,
         }
     }
@@ -290,15 +290,31 @@ impl Filter {
         self.placement = Placement::Link(link);
     }
 
-    /// It lies inside a root, and is active as long as the root is.
-    pub(crate) fn place_below(&mut self, root: FilterId) {
-        self.placement = Placement::BelowRoot(root);
+    /// It lies inside another filter, and is active as long as that one is.
+    pub(crate) fn place_inside(&mut self, outer: FilterId) {
+        self.placement = Placement::Inside(outer);
         self.phase = Phase::Active { raising: false };
+        self.asked = None;
     }
 
-    /// It is a group of this node alone, for the messages of `plain`, which come from `source`.
-    pub(crate) fn place_locally(&mut self, plain: FilterId, source: FilterId) {
-        self.placement = Placement::Local { plain, source };
+    /// It lies inside another filter, and is to be subscribed on a link of its own.
+    pub(crate) fn begin_move(&mut self) {
+        self.phase = Phase::Pending;
+        self.asked = None;
+    }
+
+    /// Its SUBSCRIBE on a link of its own is taken back. Whether an UNSUBSCRIBE is to be sent.
+    pub(crate) fn abort_move(&mut self) -> bool {
+        let at_broker = self.phase != Phase::Absent && self.asked.is_some();
+        if at_broker {
+            self.phase = Phase::Unsubscribing;
+        }
+        at_broker
+    }
+
+    /// It is a group of this node alone, for the messages of `plain`.
+    pub(crate) fn place_locally(&mut self, plain: FilterId) {
+        self.placement = Placement::Local { plain };
         self.phase = Phase::Active { raising: false };
     }
 
@@ -315,6 +331,11 @@ impl Filter {
             self.phase = Phase::Pending;
         }
         wanted
+    }
+
+    /// It is subscribed though no client uses it. Whether it has become idle by that.
+    pub(crate) fn make_idle(&mut self) -> bool {
+        self.idle_if_unused(Millis::ZERO)
     }
 
     /// No link can take it, or the broker cannot serve it.
@@ -351,6 +372,11 @@ impl Filter {
                 false
             }
         }
+    }
+
+    /// Somebody wants it at `qos`; another filter brings its messages at present.
+    pub(crate) fn want(&mut self, qos: QoS) {
+        self.wanted = self.wanted.max(qos);
     }
 
     /// Its turn among the SUBSCRIBEs of the link has come. The QoS to ask for, at least `floor`;
@@ -411,9 +437,9 @@ impl Filter {
         self.granted = Some(self.wanted);
     }
 
-    /// The broker has answered for its root. Whether clients were granted it before without that
-    /// answer.
-    pub(crate) fn root_answered(&mut self) -> bool {
+    /// The broker has answered for the filter in which it lies. Whether clients were granted it before
+    /// without that answer.
+    pub(crate) fn outer_answered(&mut self) -> bool {
         let presumed = self.is_presumed();
         self.standing = Standing::AwaitingSuback;
         presumed

@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::mqtt::{QoS, ReasonCode};
 use crate::router::broker::BrokerFeatures;
 use crate::router::filters::Filters;
-use crate::router::filters::actions::Answered;
-use crate::router::filters::filter::{LinkSession, Phase, Resumed};
+use crate::router::filters::actions::{Actions, Answered};
+use crate::router::filters::filter::{Filter, LinkSession, Phase, Resumed};
 use crate::router::filters::table::Table;
 use crate::router::lost::Loss;
 use crate::telemetry::{clean, metrics};
@@ -30,7 +30,7 @@ pub struct UpstreamSubscribe {
 /// it: a dead connection is found by an unanswered PINGREQ.
 const DOUBT: Duration = Duration::from_secs(30);
 
-/// The filters of a link that is connected again, those below its roots included.
+/// The filters of a link that is connected again, those inside them included.
 #[derive(Debug, Default)]
 pub(in crate::router) struct LinkUp {
     /// All filters of the link.
@@ -39,6 +39,8 @@ pub(in crate::router) struct LinkUp {
     pub lost: Vec<FilterId>,
     /// Filters that the broker has kept.
     pub kept: Vec<FilterId>,
+    /// What follows for filters that had yielded to others.
+    pub actions: Actions,
     /// Messages may have been missed.
     pub gap: bool,
 }
@@ -87,10 +89,14 @@ impl Filters {
                 table.remove(id, now);
                 continue;
             }
+            // A filter of an earlier process takes no link from others before somebody wants it.
+            if !features.identifiers && filter.phase() == Phase::Absent && !filter.is_wanted() {
+                continue;
+            }
             let name = filter.name().clone();
             let code = if filter.is_shared() && !features.shared && !self.config.local_groups {
                 ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED
-            } else if let Err(other) = table.place(id, self.hash(&name), &[]) {
+            } else if let Err(other) = table.place(id, self.hash(&name), &[], now) {
                 tracing::error!(
                     filter = %clean(&name, 256),
                     overlaps = %clean(&other, 256),
@@ -99,6 +105,9 @@ impl Filters {
                 ReasonCode::QUOTA_EXCEEDED
             } else {
                 table.queue_moved(id);
+                if let Some(source) = table.get(id).and_then(Filter::source) {
+                    table.ask_again(id, source);
+                }
                 continue;
             };
             if let Some(filter) = table.get_mut(id) {
@@ -175,10 +184,20 @@ impl Filters {
         up.filters = table.of_link(link).map(|(id, _)| id).collect();
         table.subscribe_queue[link].clear();
         table.unsubscribe_queue[link].clear();
-        for &id in &up.filters {
+        table.moves_link_up(link, session);
+        for id in up.filters.clone() {
+            let yielded = table.has_yielded(id);
             let Some(filter) = table.get_mut(id) else {
                 continue;
             };
+            if yielded {
+                // Others have its place on the link.
+                match session {
+                    LinkSession::New => table.unsubscribed(id, now, &mut up.actions),
+                    _ => table.unsubscribe_queue[link].push_back(id),
+                }
+                continue;
+            }
             let need = filter.resume(session);
             if resumed && filter.is_active() {
                 up.kept.push(id);
@@ -196,7 +215,7 @@ impl Filters {
         }
         // Even with the session kept, QoS 0 messages of the gap are gone, retained or not.
         up.gap = !first && !resumed && !up.filters.is_empty();
-        // The filters below a root are lost with it.
+        // The filters inside another one are lost with it.
         for filters in [&mut up.filters, &mut up.lost, &mut up.kept] {
             table.add_below(filters);
         }
@@ -207,6 +226,7 @@ impl Filters {
         for id in &up.lost {
             table.lost.insert(*id, loss);
         }
+        up.actions.wake |= table.take_woken();
         // The doubt of the time when the link was away is over.
         table.lost.remove_all(&up.kept);
         up
@@ -216,7 +236,7 @@ impl Filters {
     /// if these are away, and copies that arrive meanwhile through filters of this link must not be
     /// dropped for copies of theirs. A link that seems to be up may be dead, and go down soon.
     fn doubt_others(&self, link: usize, table: &mut Table, now: Millis) {
-        for other in (0..self.config.data_links).filter(|n| *n != link) {
+        for other in (0..self.config.links.data_max).filter(|n| *n != link) {
             if self.up[other].load(Ordering::Acquire) {
                 table.doubted_until[other] = Some(now + DOUBT);
             } else {
@@ -225,7 +245,7 @@ impl Filters {
         }
     }
 
-    /// A link is lost. Returns its filters, those below its roots included.
+    /// A link is lost. Returns its filters, those inside them included.
     pub(crate) fn link_down(&self, link: usize, now: Millis) -> Vec<FilterId> {
         self.up[link].store(false, Ordering::Release);
         self.losses.fetch_add(1, Ordering::AcqRel);
@@ -246,7 +266,8 @@ impl Filters {
     /// Whether every data link is up and has its filters again: every message that is published now
     /// arrives.
     pub(crate) fn is_complete(&self) -> bool {
-        (0..self.config.data_links).all(|link| self.is_up(link)) && self.lost.is_empty()
+        let mut links = self.data_links_used().iter();
+        links.all(|link| self.is_up(link)) && self.lost.is_empty()
     }
 
     /// How often a link was lost: the same number before and after means that the broker was there all
@@ -261,7 +282,7 @@ impl Filters {
         let there = table
             .of_link(link)
             .filter(|(_, f)| f.phase() != Phase::Absent);
-        there.count()
+        there.count() + table.moves.count_to(link)
     }
 }
 

@@ -14,18 +14,22 @@ impl Table {
     ///
     /// # Errors
     /// The name of a filter that the plain one overlaps, if it overlaps one on every link.
-    pub(super) fn place_locally(&mut self, id: FilterId, hash: u64) -> Result<(), Arc<str>> {
+    pub(super) fn place_locally(
+        &mut self,
+        id: FilterId,
+        hash: u64,
+        now: Millis,
+    ) -> Result<(), Arc<str>> {
         let Some(topics) = self.get(id).map(|f| f.topics().to_owned()) else {
             return Ok(());
         };
         let (plain, _) = self.intern(&topics);
-        if let Err(other) = self.place(plain, hash, &[]) {
+        if let Err(other) = self.place(plain, hash, &[], now) {
             if self.get(plain).is_some_and(Filter::is_unused) {
-                self.remove(plain, Millis::ZERO);
+                self.remove(plain, now);
             }
             return Err(other);
         }
-        let source = self.source(plain);
         let Some(filter) = self.get_mut(plain) else {
             return Ok(());
         };
@@ -33,7 +37,7 @@ impl Table {
             self.lingering.remove((since, plain));
         }
         if let Some(group) = self.get_mut(id) {
-            group.place_locally(plain, source);
+            group.place_locally(plain);
         }
         Ok(())
     }
@@ -44,9 +48,9 @@ impl Table {
             return;
         };
         if filter.remove_group(id, now) {
-            let (below_root, bytes) = (filter.source().is_some(), filter.name().len());
+            let (is_inner, bytes) = (filter.source().is_some(), filter.name().len());
             // The broker does not know it, and a group has no retained messages.
-            if below_root {
+            if is_inner {
                 self.release_soon.push(plain);
             }
             self.lingering.insert((now, plain), bytes);

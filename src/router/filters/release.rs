@@ -125,6 +125,19 @@ impl Table {
             if filter.idle_since() != Some(since) {
                 continue;
             }
+            if self.has_inner(id) {
+                self.leave(id, now, &mut released);
+            }
+            // Its move, or those of filters inside it, have yet to be completed.
+            if self.has_inner(id) || self.moves.target(id).is_some() {
+                if retry {
+                    self.release_soon.push(id);
+                }
+                continue;
+            }
+            let Some(filter) = self.get_mut(id) else {
+                continue;
+            };
             match filter.release() {
                 Release::Unsubscribe(link) => {
                     let link = usize::from(link);

@@ -23,8 +23,8 @@ impl Table {
         self.roots.push(id);
     }
 
-    /// Puts a filter below the root that it lies in. False: it lies in none.
-    pub(super) fn place_below_root(&mut self, id: FilterId) -> bool {
+    /// Puts a filter inside the root that it lies in. False: it lies in none.
+    pub(super) fn place_in_root(&mut self, id: FilterId) -> bool {
         let placed = self.get(id).filter(|f| !f.is_root() && !f.is_shared());
         let Some(name) = placed.map(|f| f.name().clone()) else {
             return false;
@@ -33,44 +33,13 @@ impl Table {
         let Some(root) = self.roots.iter().find(inside).copied() else {
             return false;
         };
-        if let Some(filter) = self.get_mut(id) {
-            filter.place_below(root);
-        }
-        self.below_roots.insert(&name, id);
+        self.put_inside(id, root);
         true
-    }
-
-    /// The filter whose subscription at the broker brings the messages of this one: its root, or the
-    /// filter itself.
-    pub(crate) fn source(&self, id: FilterId) -> FilterId {
-        self.get(id).and_then(Filter::source).unwrap_or(id)
-    }
-
-    /// The filters below `root`, and the local groups that hang on it; none if `root` is not a root.
-    pub(crate) fn below(&self, root: FilterId) -> impl Iterator<Item = FilterId> {
-        let is_root = self.get(root).is_some_and(Filter::is_root);
-        let all = is_root.then(|| self.all()).into_iter().flatten();
-        all.filter(move |(_, f)| f.source() == Some(root))
-            .map(|(id, _)| id)
-    }
-
-    /// Adds the filters that are below those of `ids` which are roots.
-    pub(crate) fn add_below(&self, ids: &mut Vec<FilterId>) {
-        for at in 0..ids.len() {
-            ids.extend(self.below(ids[at]));
-        }
-    }
-
-    /// The filters below `root` that match a topic; none if `root` is not a root.
-    pub(crate) fn match_root(&self, root: FilterId, topic: &str, f: impl FnMut(FilterId)) {
-        if self.get(root).is_some_and(Filter::is_root) {
-            self.below_roots.for_each_match(topic, f);
-        }
     }
 
     /// Logs which root would spare the broker most of its filters, as their number grows.
     pub(crate) fn suggest_root(&self) {
-        let at_broker = self.len().saturating_sub(self.below_roots.len());
+        let at_broker = self.len().saturating_sub(self.inner.len());
         let known = self.suggest_at.load(Ordering::Relaxed);
         // Then it has been logged often enough, and counting takes its time.
         if at_broker < known || known > SUGGEST_UNTIL {
@@ -123,18 +92,5 @@ impl Table {
             inside = count;
         }
         (root + "#", inside)
-    }
-
-    /// Takes the filters below `root`, and the local groups of `root`, whose clients wait for its
-    /// SUBACK.
-    pub(crate) fn take_awaiting_root(&mut self, root: FilterId) -> Vec<FilterId> {
-        if self.awaiting_root.is_empty() {
-            return Vec::new();
-        }
-        let all = std::mem::take(&mut self.awaiting_root);
-        let below = |id: &FilterId| self.get(*id).is_some_and(|f| f.source() == Some(root));
-        let (below, others) = all.into_iter().partition::<Vec<_>, _>(below);
-        self.awaiting_root = others.into_iter().collect();
-        below
     }
 }

@@ -15,7 +15,7 @@ impl Sources for Filters {
     fn data_link(&self, filter: FilterId) -> Option<usize> {
         let table = self.read();
         let link = table.get(table.source(filter)).and_then(Filter::link);
-        link.filter(|link| *link < self.config.data_links)
+        link.filter(|link| *link < self.config.links.data_max)
     }
 
     fn is_away(&self, filter: FilterId) -> bool {
@@ -30,10 +30,10 @@ impl Sources for Filters {
             }
         };
         with_mask(filter);
-        table.match_root(filter, topic, with_mask);
+        table.match_inner(filter, topic, with_mask);
     }
 
-    fn below(&self, root: FilterId, f: &mut dyn FnMut(FilterId)) {
-        self.read().below(root).for_each(f);
+    fn below(&self, outer: FilterId, f: &mut dyn FnMut(FilterId)) {
+        self.read().below(outer).into_iter().for_each(f);
     }
 }

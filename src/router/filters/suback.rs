@@ -16,6 +16,9 @@ impl Filters {
     pub(crate) fn suback(&self, id: FilterId, code: ReasonCode, now: Millis) -> Actions {
         let mut table = self.write();
         let mut actions = Actions::default();
+        if table.move_answered(id, code, &mut actions, now) {
+            return actions;
+        }
         let regained = table.regain(id);
         let Some(filter) = table.get_mut(id) else {
             return actions;
@@ -35,23 +38,29 @@ impl Filters {
             table.subscribe_queue[link].push_back(id);
             actions.wake.insert(link);
         }
-        let has_below = |f: &Filter| f.is_root() || !f.groups().is_empty();
-        let waiting = match !again && table.get(id).is_some_and(has_below) {
-            true => table.take_awaiting_root(id),
-            false => Vec::new(),
+        if refused.is_some() {
+            // It is no reason to refuse the filters inside it.
+            let inner = table.place_inner_of_refused(id, now);
+            actions.outcomes.extend(inner);
+        }
+        let waiting = match again {
+            false => table.take_awaiting_outer(id),
+            true => Vec::new(),
         };
         let outcome = table.outcome(id, answered, presumed, code);
         actions.outcomes.push(outcome);
         for below in waiting {
-            let presumed = table.get_mut(below).is_some_and(Filter::root_answered);
+            let presumed = table.get_mut(below).is_some_and(Filter::outer_answered);
             let outcome = table.outcome(below, QoS::ExactlyOnce, presumed, code);
             actions.outcomes.push(outcome);
         }
         if !code.is_error() {
             // Cached retained messages may be older than messages that were missed until now.
-            actions.forget_retained = table.below(id).chain([id]).collect();
+            actions.forget_retained = table.below(id);
+            actions.forget_retained.push(id);
             actions.regained = regained.then(|| table.regained(id));
         }
+        actions.wake |= table.take_woken();
         drop(table);
         if let Some(name) = refused
             && let Some(suppressed) = REFUSED.permit(now)
@@ -70,20 +79,10 @@ impl Filters {
     pub(crate) fn unsuback(&self, id: FilterId, now: Millis) -> Actions {
         let mut actions = Actions::default();
         let mut table = self.write();
-        let Some(filter) = table.get_mut(id) else {
-            return actions;
-        };
-        match filter.unsuback() {
-            Unsubacked::Stray => {}
-            Unsubacked::Again(qos) => {
-                actions.wake.extend(filter.link());
-                table.request(id, qos);
-            }
-            Unsubacked::Remove => {
-                table.remove(id, now);
-                actions.forget_retained.push(id);
-            }
+        if !table.gave_up(id) {
+            table.unsubscribed(id, now, &mut actions);
         }
+        actions.wake |= table.take_woken();
         actions
     }
 
@@ -106,7 +105,7 @@ impl Filters {
                 if active.is_none() && accept {
                     filter.presume();
                     if source != id {
-                        table.awaiting_root.insert(id);
+                        table.awaiting_outer.insert(id);
                     }
                 }
             }
@@ -136,12 +135,32 @@ impl Filters {
 }
 
 impl Table {
+    /// The broker does not have a filter any more that was to be unsubscribed. If it is used again
+    /// meanwhile, it is subscribed again: on another link, if it has yielded this one to others.
+    pub(super) fn unsubscribed(&mut self, id: FilterId, now: Millis, actions: &mut Actions) {
+        let yielded = self.has_yielded(id);
+        let has_inner = self.has_inner(id);
+        let Some(filter) = self.get_mut(id) else {
+            return;
+        };
+        let wanted = filter.wanted();
+        match filter.unsuback() {
+            Unsubacked::Stray => {}
+            Unsubacked::Again(_) if yielded => actions.outcomes.extend(self.place_anew(id, now)),
+            Unsubacked::Again(qos) => self.request(id, qos),
+            Unsubacked::Remove if has_inner => self.request(id, wanted),
+            Unsubacked::Remove => {
+                self.remove(id, now);
+                actions.forget_retained.push(id);
+            }
+        }
+    }
+
     /// The broker has answered for a filter. Whether it had lost the filter.
     fn regain(&mut self, id: FilterId) -> bool {
         let regained = self.lost.remove(id);
         if regained {
-            let below: Vec<FilterId> = self.below(id).collect();
-            self.lost.remove_all(&below);
+            self.lost.remove_all(&self.below(id));
         }
         regained
     }
@@ -152,8 +171,8 @@ impl Table {
         let below = |id: FilterId| self.get(id).is_some_and(reads);
         Regained {
             filter: id,
-            is_root: self.get(id).is_some_and(Filter::is_root),
-            has_readers: below(id) || self.below(id).any(below),
+            has_inner: self.get(id).is_some_and(Filter::is_root) || self.has_inner(id),
+            has_readers: below(id) || self.below(id).into_iter().any(below),
         }
     }
 

@@ -74,14 +74,17 @@ impl Filters {
             return Err(Refusal::TooMany);
         }
         let (id, name) = table.intern(name);
-        if let Err(other) = table.place(id, hash, &overlapping.all) {
+        if let Err(other) = table.place(id, hash, &overlapping.all, now) {
             if table.get(id).is_some_and(|f| f.mask() == 0) {
                 table.remove(id, now);
             }
             return Err(Refusal::Overlaps(other));
         }
         table.reference(id, shard);
-        let mut wake = LinkSet::default();
+        if table.source(id) != id {
+            table.want(id, qos);
+        }
+        let mut wake = table.take_woken();
         let source = table.get(table.source(id));
         let granted = source.filter(|f| f.grants(qos));
         let grant = granted.map(|f| (f.grant(qos), f.is_confirmed()));
@@ -125,10 +128,11 @@ impl Filters {
                 None => {
                     table.await_suback(id, *grant);
                     if source != id {
-                        table.awaiting_root.insert(id);
+                        table.awaiting_outer.insert(id);
                     }
                     table.request(source, grant.qos);
                     wake.extend(table.get(source).and_then(Filter::link));
+                    wake |= table.take_woken();
                     Next::Await
                 }
             };
@@ -214,6 +218,9 @@ impl Table {
         let mut last = None;
         for filter in filters {
             let source = self.source(*filter);
+            if source != *filter {
+                self.want(*filter, qos);
+            }
             let Some(filter) = self.get(source) else {
                 continue;
             };
@@ -225,6 +232,7 @@ impl Table {
             let waits = filter.is_some_and(|f| f.is_rising() && f.granted() < qos);
             last = waits.then_some(source).or(last);
         }
+        *wake |= self.take_woken();
         last
     }
 

@@ -1,11 +1,14 @@
 //! The table of filters: by number, by name, by link and by time, with the queues of the links.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use crate::mqtt::QoS;
+use crate::router::filters::actions::LinkSet;
+use crate::router::filters::copies::{Leaving, Moves};
+use crate::router::filters::counts::{LinkCounts, UsedLinks};
 use crate::router::filters::filter::{Filter, Placement};
 use crate::router::filters::linger::Lingering;
 use crate::router::lost::Lost;
@@ -23,8 +26,12 @@ const TOMBSTONE: Duration = Duration::from_secs(10 * 60);
 /// All filters.
 #[derive(Debug)]
 pub(in crate::router) struct Table {
-    /// Links before this one are data links, the others carry shared subscriptions.
-    data_links: usize,
+    /// How many links there are, and may be.
+    pub(super) counts: LinkCounts,
+    /// The links that filters were placed on.
+    pub(super) used: Arc<UsedLinks>,
+    /// Links that have something to send since the last [`Table::take_woken`].
+    pub(super) woken: LinkSet,
     /// By number; `None`: the number means none, and costs no more than a word while it rests.
     filters: Vec<Option<Box<Filter>>>,
     /// Which filter a number means, and when it may mean another.
@@ -47,10 +54,18 @@ pub(in crate::router) struct Table {
     pub(super) floor: QoS,
     /// The roots: wildcard filters of the configuration that cover clients' filters.
     pub roots: Vec<FilterId>,
-    /// All filters below roots.
-    pub(super) below_roots: FilterTrie<FilterId>,
-    /// Those filters below roots, and local groups, whose clients wait for the root's SUBACK.
-    pub(super) awaiting_root: BTreeSet<FilterId>,
+    /// All filters that lie inside another one, whose subscription brings their messages.
+    pub(super) inner: FilterTrie<FilterId>,
+    /// The same filters, by the outer one.
+    pub(super) inner_of: BTreeMap<FilterId, BTreeSet<FilterId>>,
+    /// Those inner filters, and local groups, whose clients wait for the outer one's SUBACK.
+    pub(super) awaiting_outer: BTreeSet<FilterId>,
+    /// Outer filters that nobody uses, whose inner ones are moving to the broker.
+    pub(super) leaving: BTreeMap<FilterId, Leaving>,
+    /// Inner filters that are moving to the broker.
+    pub(super) moves: Moves,
+    /// Catch-all filters that the broker refused.
+    pub(super) no_catch_all: BTreeSet<FilterId>,
     /// Filters that are released at the next tick if nobody uses them then. Shared ones do not
     /// linger, because the broker goes on sending us messages that other members of the group could
     /// have; nor do those beyond a client's share of the lingering filters.
@@ -64,14 +79,9 @@ pub(in crate::router) struct Table {
 }
 
 impl Table {
-    /// Tables for so many data links, and so many links for shared subscriptions. Filters that
-    /// `numbers` knows linger from the start.
-    pub(crate) fn new(
-        numbers: Box<dyn Identifiers>,
-        data_links: usize,
-        shared_links: usize,
-    ) -> Self {
-        let links = data_links + shared_links;
+    /// Tables for so many links. Filters that `numbers` knows linger from the start.
+    pub(crate) fn new(numbers: Box<dyn Identifiers>, counts: LinkCounts) -> Self {
+        let links = counts.all();
         let mut lingering = Lingering::default();
         let mut filters = Vec::new();
         for (at, name) in numbers.load().into_iter().enumerate() {
@@ -81,7 +91,9 @@ impl Table {
             }));
         }
         Self {
-            data_links,
+            used: Arc::new(UsedLinks::new(counts.data)),
+            counts,
+            woken: LinkSet::default(),
             filters,
             numbers,
             lingering,
@@ -93,8 +105,12 @@ impl Table {
             local_groups: false,
             floor: QoS::AtMostOnce,
             roots: Vec::new(),
-            below_roots: FilterTrie::new(),
-            awaiting_root: BTreeSet::new(),
+            inner: FilterTrie::new(),
+            inner_of: BTreeMap::new(),
+            awaiting_outer: BTreeSet::new(),
+            leaving: BTreeMap::new(),
+            moves: Moves::default(),
+            no_catch_all: BTreeSet::new(),
             release_soon: Vec::new(),
             doubted_until: vec![None; links],
             deadlines: BTreeSet::new(),
@@ -160,83 +176,20 @@ impl Table {
         (id, name)
     }
 
-    /// Chooses where the filter's messages come from, unless that is chosen already or the broker is
-    /// not known yet. With Subscription Identifiers it is the link of one of `near`, which overlap the
-    /// filter for the same client, so that their copies come in one order; else `hash` decides.
-    /// Without identifiers it is the first link on which the filter overlaps no other.
-    ///
-    /// # Errors
-    /// The name of a filter that it overlaps, if it overlaps one on every link.
-    pub(crate) fn place(
-        &mut self,
-        id: FilterId,
-        hash: u64,
-        near: &[FilterId],
-    ) -> Result<(), Arc<str>> {
+    /// A filter lies inside `outer` since the broker's properties have changed: the broker is to have
+    /// that one at the filter's QoS.
+    pub(super) fn ask_again(&mut self, id: FilterId, outer: FilterId) {
         let Some(filter) = self.get(id) else {
-            return Ok(());
+            return;
         };
-        if filter.placement() != Placement::Unplaced {
-            return Ok(());
+        if !filter.is_wanted() {
+            return;
         }
-        if filter.is_shared() && self.local_groups {
-            return self.place_locally(id, hash);
+        let (qos, awaited) = (filter.wanted(), filter.is_awaited());
+        self.request(outer, qos);
+        if awaited {
+            self.awaiting_outer.insert(id);
         }
-        if self.place_below_root(id) {
-            return Ok(());
-        }
-        let (Some(identifiers), Some(filter)) = (self.identifiers, self.get(id)) else {
-            return Ok(());
-        };
-        let links = match filter.is_shared() {
-            true => self.data_links..self.subscribe_queue.len(),
-            false => 0..self.data_links,
-        };
-        let neighbour = near.iter().find_map(|n| self.get(self.source(*n)));
-        let neighbour = neighbour.and_then(Filter::link);
-        let mut link = match neighbour {
-            Some(link) if links.contains(&link) => link,
-            _ => links.start + (hash % links.len() as u64) as usize,
-        };
-        if !identifiers {
-            let (name, topics) = (filter.name().clone(), filter.topics().to_owned());
-            let mut clash = None;
-            let free = links.into_iter().find(|link| {
-                !self.tries[*link].overlaps_any(&topics, |other| {
-                    clash = Some(other);
-                    true
-                })
-            });
-            let Some(free) = free else {
-                let other = clash.and_then(|n| self.get(n)).map(|f| f.name().clone());
-                return Err(other.unwrap_or(name));
-            };
-            link = free;
-            self.tries[link].insert(&topics, id);
-        }
-        if let Some(filter) = self.get_mut(id) {
-            filter.place_on(link as u8);
-        }
-        Ok(())
-    }
-
-    /// Takes every filter off its link, because the broker's properties have changed, and returns
-    /// these filters in the order of their numbers. All links begin anew.
-    pub(crate) fn unplace_all(&mut self) -> Vec<FilterId> {
-        for trie in &mut self.tries {
-            *trie = FilterTrie::new();
-        }
-        for queue in &mut self.subscribe_queue {
-            queue.clear();
-        }
-        let at_broker = self.all().filter(|(_, f)| f.source().is_none());
-        let ids: Vec<FilterId> = at_broker.map(|(id, _)| id).collect();
-        for id in &ids {
-            if let Some(filter) = self.get_mut(*id) {
-                filter.unplace();
-            }
-        }
-        ids
     }
 
     /// Queues the SUBSCRIBE of a filter that has moved to another link.
@@ -256,6 +209,7 @@ impl Table {
         };
         if let Some(since) = filter.reference(shard) {
             self.lingering.remove((since, id));
+            self.leaving.remove(&id);
         }
     }
 
@@ -287,14 +241,21 @@ impl Table {
     /// queued once it gets one.
     pub(crate) fn request(&mut self, id: FilterId, qos: QoS) {
         let qos = qos.max(self.floor);
+        let target = self.moves.target(id);
         let Some(filter) = self.get_mut(id) else {
             return;
         };
         if filter.request(qos)
-            && let Some(link) = filter.link()
+            && let Some(link) = target.or(filter.link())
         {
             self.subscribe_queue[link].push_back(id);
+            self.woken.insert(link);
         }
+    }
+
+    /// Takes the links that have something to send.
+    pub(super) fn take_woken(&mut self) -> LinkSet {
+        std::mem::take(&mut self.woken)
     }
 
     /// Removes a filter that nobody uses and that is not at the broker; its number rests.
@@ -303,19 +264,20 @@ impl Table {
             return;
         };
         self.lost.remove(id);
+        self.leaving.remove(&id);
+        self.awaiting_outer.remove(&id);
         self.numbers.release(filter.name(), now, now + TOMBSTONE);
         if let Some(since) = filter.idle_since() {
             self.lingering.remove((since, id));
         }
         match filter.placement() {
-            Placement::BelowRoot(_) => {
-                self.below_roots.remove(filter.name());
+            Placement::Inside(outer) => {
+                self.inner.remove(filter.name());
+                self.take_inner(outer, id);
             }
-            Placement::Local { plain, .. } => self.remove_local(id, plain, now),
-            Placement::Link(link) if self.identifiers == Some(false) => {
-                self.tries[usize::from(link)].remove(filter.topics());
-            }
-            Placement::Link(_) | Placement::Unplaced => {}
+            Placement::Local { plain } => self.remove_local(id, plain, now),
+            Placement::Link(link) => self.take_off(usize::from(link), id, filter.topics()),
+            Placement::Unplaced => {}
         }
     }
 
@@ -358,7 +320,7 @@ mod tests {
             numbers.number(name);
         }
         numbers.release("b", Millis::ZERO, Millis::ZERO + TOMBSTONE);
-        let mut table = Table::new(numbers, 1, 1);
+        let mut table = Table::new(numbers, LinkCounts::fixed(1, 1));
         assert!(table.knows("a") && !table.knows("b"));
         assert_eq!(table.get(FilterId(2)).map(|f| &**f.name()), Some("c"));
         assert!(
@@ -376,7 +338,7 @@ mod tests {
         for name in ["a", "b", "root/#"] {
             numbers.number(name);
         }
-        let mut table = Table::new(numbers, 1, 1);
+        let mut table = Table::new(numbers, LinkCounts::fixed(1, 1));
         table.add_root("root/#");
         table.reference(FilterId(1), 0);
         let lingering: Vec<_> = table.lingering.behind(None).collect();
@@ -388,7 +350,7 @@ mod tests {
 
     #[test]
     fn the_number_of_a_removed_filter_rests() {
-        let mut table = Table::new(Memory.identifiers(), 1, 1);
+        let mut table = Table::new(Memory.identifiers(), LinkCounts::fixed(1, 1));
         for name in ["a", "b"] {
             table.intern(name);
         }
@@ -423,7 +385,7 @@ mod tests {
             deadline,
         };
         let id = FilterId(0);
-        let mut table = Table::new(Memory.identifiers(), 1, 1);
+        let mut table = Table::new(Memory.identifiers(), LinkCounts::fixed(1, 1));
         table.intern("a");
         table.await_suback(id, grant(QoS::AtLeastOnce, Millis::new(10)));
         table.await_suback(id, grant(QoS::ExactlyOnce, Millis::new(10)));
@@ -440,7 +402,7 @@ mod tests {
     #[test]
     fn a_resting_number_costs_one_word() {
         assert_eq!(size_of::<Option<Box<Filter>>>(), size_of::<usize>());
-        let mut table = Table::new(Memory.identifiers(), 1, 1);
+        let mut table = Table::new(Memory.identifiers(), LinkCounts::fixed(1, 1));
         table.intern("a");
         assert_eq!(size_of_val(&table.filters[0]), size_of::<usize>());
     }

@@ -16,6 +16,7 @@ use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
 use crate::mqtt::Message;
+use crate::router::types::BarrierNumbers;
 use crate::session::Unsubscribed;
 use crate::topics::{FilterId, matches};
 
@@ -45,7 +46,7 @@ struct Handover {
     gone: Unsubscribed,
     step: Step,
     /// For each data link the barrier that has not passed yet. Empty until barriers are asked for.
-    barriers: SmallVec<[Option<u64>; 4]>,
+    barriers: BarrierNumbers,
 }
 
 /// The copies of one message.
@@ -105,17 +106,17 @@ impl Handovers {
         handovers.push(Handover {
             gone,
             step: Step::Unsubscribed,
-            barriers: SmallVec::new(),
+            barriers: BarrierNumbers::new(),
         });
         true
     }
 
     /// The handovers that a session began last wait for these barriers of the data links.
-    pub(crate) fn wait(&mut self, slot: u32, barriers: &[u64]) {
+    pub(crate) fn wait(&mut self, slot: u32, barriers: &BarrierNumbers) {
         let session = self.sessions.get_mut(&slot);
         let handovers = session.into_iter().flat_map(|s| &mut s.handovers);
         for handover in handovers.filter(|h| h.barriers.is_empty()) {
-            handover.barriers = barriers.iter().copied().map(Some).collect();
+            handover.barriers = barriers.clone();
         }
     }
 
@@ -152,7 +153,7 @@ impl Handovers {
         link: usize,
         number: u64,
         complete: &mut Vec<(u32, FilterId)>,
-        mut next: impl FnMut() -> SmallVec<[u64; 4]>,
+        mut next: impl FnMut() -> BarrierNumbers,
     ) {
         let mut over: Vec<u32> = Vec::new();
         for (slot, session) in &mut self.sessions {
@@ -173,7 +174,7 @@ impl Handovers {
                     }
                 };
                 if handover.step != Step::Complete {
-                    handover.barriers = next().into_iter().map(Some).collect();
+                    handover.barriers = next();
                 }
             }
         }
@@ -320,7 +321,7 @@ mod tests {
     fn begun() -> Handovers {
         let mut handovers = Handovers::default();
         assert!(handovers.begin(7, &gone(FilterId(1), "a/#", &[FilterId(9)])));
-        handovers.wait(7, &[1, 1]);
+        handovers.wait(7, &numbers(1));
         handovers
     }
 
@@ -330,11 +331,15 @@ mod tests {
         given.unwrap_or(via == FilterId(9))
     }
 
+    fn numbers(number: u64) -> BarrierNumbers {
+        [Some(number), Some(number)].into_iter().collect()
+    }
+
     /// The barriers of both data links pass.
     fn step(handovers: &mut Handovers, number: u64) -> Vec<FilterId> {
         let mut complete = Vec::new();
         for link in 0..2 {
-            let next = || SmallVec::from_slice(&[number + 1, number + 1]);
+            let next = || numbers(number + 1);
             handovers.passed(link, number, &mut complete, next);
         }
         complete.into_iter().map(|(_, filter)| filter).collect()
@@ -378,13 +383,13 @@ mod tests {
     fn a_second_handover_does_not_set_the_first_back() {
         let mut handovers = Handovers::default();
         handovers.begin(7, &gone(FilterId(1), "a/#", &[FilterId(5), FilterId(9)]));
-        handovers.wait(7, &[1, 1]);
+        handovers.wait(7, &numbers(1));
         step(&mut handovers, 1);
         step(&mut handovers, 2);
         // Its copies are not delivered any more; now the next filter goes, too.
         assert!(!gives(&mut handovers, FilterId(1), "x"));
         handovers.begin(7, &gone(FilterId(5), "a/+", &[FilterId(9)]));
-        handovers.wait(7, &[3, 3]);
+        handovers.wait(7, &numbers(3));
         assert!(!gives(&mut handovers, FilterId(9), "x"));
         assert!(gives(&mut handovers, FilterId(5), "x"));
         assert_eq!(step(&mut handovers, 3), [FilterId(1)]);
@@ -400,7 +405,7 @@ mod tests {
         step(&mut handovers, 1);
         // Subscribed again, primary over 8 only, and unsubscribed again.
         assert!(handovers.begin(7, &gone(FilterId(1), "a/#", &[FilterId(8)])));
-        handovers.wait(7, &[2, 2]);
+        handovers.wait(7, &numbers(2));
         let mut to =
             |primary| handovers.gives(7, FilterId(1), primary, &message("x"), false, |_| false);
         assert_eq!((to(FilterId(8)), to(FilterId(9))), (Some(true), Some(true)));

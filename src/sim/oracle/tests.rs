@@ -10,6 +10,7 @@ fn group_of(other: QoS) -> Oracle {
     let mut oracle = Oracle::new(Conditions {
         clients_v5: vec![true; 2],
         stormy: false,
+        refuses: true,
         data_links: 1,
         lowest_qos: false,
         small_window: false,

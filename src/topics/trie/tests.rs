@@ -195,3 +195,28 @@ fn nodes_and_levels_are_reused() {
     }
     assert!(trie.nodes.len() < 10 && trie.levels.next < 10);
 }
+
+proptest! {
+    #[test]
+    fn covers_agree_with_the_pairwise_function(
+        filters in prop::collection::vec(filter(), 1..12),
+        of in filter(),
+    ) {
+        let mut trie = FilterTrie::new();
+        for (at, filter) in filters.iter().enumerate() {
+            trie.insert(filter, at);
+        }
+        let mut found = Vec::new();
+        trie.for_each_cover(&of, |at| found.push(filters[at].clone()));
+        for filter in &filters {
+            let covers = crate::topics::covers(filter, &of);
+            // These are equal to other filters only because no topic is empty.
+            let equal = matches!(&*of, "#" | "/#");
+            if found.contains(filter) {
+                prop_assert!(covers, "{filter} does not cover {of}");
+            } else {
+                prop_assert!(!covers || equal, "{filter} covers {of}");
+            }
+        }
+    }
+}

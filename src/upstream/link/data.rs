@@ -319,8 +319,9 @@ impl Machine for DataLink {
     }
 
     fn poll(&mut self, now: Millis, out: &mut Vec<u8>) {
-        self.subscribe(out);
+        // A filter may be subscribed in the place of one that it overlaps.
         self.unsubscribe(out);
+        self.subscribe(out);
         if !self.barriers.is_empty() {
             return;
         }

@@ -50,7 +50,7 @@ impl BrokerProfile {
         }
         if self.mapping() == Mapping::DisjointPlacement {
             add(
-                "without working Subscription Identifiers overlapping filters need links of their own: upstream.data_links 4 to 8, or upstream.roots",
+                "without working Subscription Identifiers filters that overlap one another need links of their own: upstream.data_links \"auto\", or upstream.roots",
             );
         }
         advice

@@ -199,12 +199,12 @@ fn a_presumed_grant_stays_so_while_more_is_asked_for() {
 #[test]
 fn a_root_that_is_answered_ends_the_presumption_of_the_filters_below() {
     let mut filter = filter();
-    filter.place_below(FilterId(3));
+    filter.place_inside(FilterId(3));
     assert_eq!(filter.source(), Some(FilterId(3)));
     assert!(filter.is_active() && filter.link().is_none());
-    assert!(!filter.root_answered());
+    assert!(!filter.outer_answered());
     filter.presume();
-    assert!(filter.root_answered());
+    assert!(filter.outer_answered());
     assert!(!filter.is_presumed());
 }
 
@@ -273,7 +273,7 @@ fn a_filter_is_released_by_an_unsubscribe_if_the_broker_may_have_it() {
     awaited.await_suback(grant(QoS::AtMostOnce, Millis::new(10)));
     assert_eq!(awaited.release(), Release::Later);
     let mut below = filter();
-    below.place_below(FilterId(3));
+    below.place_inside(FilterId(3));
     assert_eq!(below.release(), Release::Remove);
 }
 
@@ -350,8 +350,8 @@ fn a_local_group_keeps_its_plain_filter_in_use() {
     assert_eq!(filter.add_group(GROUP), Some(Millis::new(20)));
     let mut group = Filter::new("$share/g/a/b".into());
     assert_eq!((group.is_shared(), group.topics()), (true, "a/b"));
-    group.place_locally(FilterId(1), FilterId(2));
-    assert_eq!(group.source(), Some(FilterId(2)));
+    group.place_locally(FilterId(1));
+    assert_eq!(group.source(), Some(FilterId(1)));
     assert!(group.is_active());
 }
 
