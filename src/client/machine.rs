@@ -20,14 +20,13 @@ use crate::router::handle::ConnectionHandle;
 use crate::router::{Caller, Connected, Router, SessionRef};
 use crate::session::{CloseReason, Policy};
 use crate::streams::{StreamId, StreamSet};
-use crate::telemetry::DisconnectReason;
 use crate::time::Millis;
 use crate::transport::OutBuf;
 
 use crate::client::end::End;
 pub(in crate::client) use read_buffer::{KEEP_BYTES, ReadBuffer};
-pub use streams::StreamReset;
 use streams::{DataStream, Network};
+pub use streams::{ResetCause, StreamReset};
 
 /// While the session has more output than this for a stream that takes none, nothing is read from
 /// that stream.
@@ -312,14 +311,7 @@ impl Machine {
         let late = self.read_buffers().find(late).map(|(stream, _)| stream);
         match late {
             None => Ok(None),
-            Some(stream) => self.fault(
-                cx,
-                stream,
-                End {
-                    label: DisconnectReason::PacketDeadline,
-                    ..End::quota("a packet was not complete within limits.packet_deadline")
-                },
-            ),
+            Some(stream) => self.fault(cx, stream, End::PacketDeadline),
         }
     }
 
@@ -343,12 +335,14 @@ impl Machine {
             }
         }
         // A drain publishes no wills.
-        let normal = end.normal || end.label == DisconnectReason::Draining;
-        let session_ended = router.disconnected(session, connection_no, normal, now);
+        let drains = matches!(end, End::Session(CloseReason::ShuttingDown));
+        let no_will = drains || end.discards_will();
+        let session_ended = router.disconnected(session, connection_no, no_will, now);
         // Nothing goes before CONNACK [MQTT-3.2.0-1].
-        let says_why = self.version == Version::V5 && end.code != ReasonCode::SUCCESS;
+        let code = end.code();
+        let says_why = self.version == Version::V5 && code != ReasonCode::SUCCESS;
         if says_why && self.greeted && !end.is_lost() {
-            encode_disconnect(self.version, end.code, None, None, &mut self.output.buf);
+            encode_disconnect(self.version, code, None, None, &mut self.output.buf);
         }
         Remains {
             output: self.output,

@@ -185,7 +185,7 @@ impl<'a> Task<'a> {
                     .increment((offered - output.rest().len()) as u64);
                 let done = match sent {
                     Poll::Ready(Ok(())) => true,
-                    Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
+                    Poll::Ready(Err(closed)) => return Err(End::Transport(closed)),
                     Poll::Pending => false,
                 };
                 self.machine.sent(offered, done, self.now);
@@ -219,7 +219,7 @@ impl<'a> Task<'a> {
                         self.on_machine(|machine, cx| machine.stream_ended(cx, number));
                         continue;
                     }
-                    Poll::Ready(Err(closed)) => return Err(End::from_closed(closed)),
+                    Poll::Ready(Err(closed)) => return Err(End::Transport(closed)),
                 };
                 let traffic = self.socket.traffic();
                 self.on_machine(|m, cx| m.stream_sent(cx, number, offered, done, traffic));
@@ -241,7 +241,7 @@ impl<'a> Task<'a> {
                 self.on_machine(|machine, cx| machine.stream_ended(cx, number));
                 Poll::Ready(Ok(()))
             }
-            Poll::Ready(Err(closed)) => Poll::Ready(Err(End::from_closed(closed))),
+            Poll::Ready(Err(closed)) => Poll::Ready(Err(End::Transport(closed))),
             Poll::Ready(Ok(recv)) => {
                 metrics().bytes_received.increment(recv.bytes as u64);
                 if let Some(address) = self.socket.take_new_peer() {
@@ -281,13 +281,14 @@ impl<'a> Task<'a> {
                 listener = &*self.peer.listener,
                 peer = %self.socket.peer_addr(),
                 reason = %reset.reason,
-                code = reset.code.0,
+                code = reset.cause.code().0,
                 suppressed,
                 "Data stream reset: {}",
-                reset.why
+                reset.cause
             );
         }
-        self.socket.reset_stream(reset.stream, reset.code.0.into());
+        self.socket
+            .reset_stream(reset.stream, reset.cause.code().0.into());
     }
 
     /// The client's address has changed.

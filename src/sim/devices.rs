@@ -212,7 +212,7 @@ impl World {
     pub(crate) fn cut(&mut self, n: usize) {
         let unread = self.devices[n].has_unread();
         if let Some(machine) = self.devices[n].machine.take() {
-            let end = End::from_closed(Closed::Eof);
+            let end = End::Transport(Closed::Eof);
             machine.ended(&self.router, &end, self.now);
             self.oracle.lost(n, unread, self.now);
             trace!(self, "{n} is cut");

@@ -357,7 +357,7 @@ impl Edge {
     /// A client's silence ends its connection at one and a half times Keep Alive.
     fn judge_silence(&self, end: Option<&End>, now: Millis) -> Checked {
         let silence = now.since(self.last_in);
-        let kept = end.is_some_and(|end| end.label == DisconnectReason::KeepAlive);
+        let kept = end.is_some_and(|end| end.label() == DisconnectReason::KeepAlive);
         let early = kept && self.patience.is_some_and(|patience| silence < patience);
         let late = self.patience.filter(|_| end.is_none());
         let late = late.is_some_and(|patience| silence > patience + LATE_MAX);
@@ -565,9 +565,9 @@ impl Edge {
 
     /// The socket is gone.
     pub(crate) fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
-        let end = End::from_closed(Closed::Eof);
+        let end = End::Transport(Closed::Eof);
         if self.machine.is_none() {
-            self.ended.get_or_insert(end.label);
+            self.ended.get_or_insert(end.label());
         }
         self.end(end, router, oracle, now)
     }
@@ -578,10 +578,10 @@ impl Edge {
             return Ok(());
         }
         // A 3.1 client can be told of a refused filter in no other way.
-        let refused = end.label == D::Other && self.version == Version::V31;
+        let refused = end.label() == D::Other && self.version == Version::V31;
         if !refused
             && !matches!(
-                end.label,
+                end.label(),
                 D::Normal
                     | D::NormalWithWill
                     | D::Closed
@@ -600,8 +600,8 @@ impl Edge {
         let Some(machine) = self.machine.take() else {
             return Ok(());
         };
-        self.ended = Some(end.label);
-        if end.label == D::Quota {
+        self.ended = Some(end.label());
+        if end.label() == D::Quota {
             // The session is gone, with what it had written.
             oracle.inbound.answers_lost(self.device);
         }
@@ -615,7 +615,7 @@ impl Edge {
             oracle.wrote(self.device, self.link, stream, fresh, now)?;
             self.output.entry(stream).or_default().extend(rest);
         }
-        oracle.closed(self.device, self.link, end.normal, now);
+        oracle.closed(self.device, self.link, end.discards_will(), now);
         Ok(())
     }
 }

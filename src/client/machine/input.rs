@@ -81,9 +81,7 @@ impl Machine {
         let deadline = cx.now + limits.packet_deadline;
         input.settle(&limits.input, used > 0, deadline);
         if limits.input.used() > limits.input_max_bytes && input.bytes.len() > KEEP_BYTES {
-            return Err(End::quota(
-                "incomplete packets of all clients use up their budget",
-            ));
+            return Err(End::InputBudget);
         }
         *self.read_buffer(stream) = input;
         Ok(())
@@ -219,7 +217,7 @@ impl Batch<'_> {
         };
         loop {
             let next = decoder.next(&self.bytes[self.used..]);
-            let Some((packet, size)) = next.map_err(|error| End::from_error(&error))? else {
+            let Some((packet, size)) = next.map_err(End::from_error)? else {
                 return Ok(Step::Done);
             };
             if !self.stream.is_control() && !may_travel_on_data_stream(&packet) {

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use crate::mqtt::{Packet, ReasonCode};
 use crate::streams::{StreamId, StreamSet};
-use crate::telemetry::{DisconnectReason, StreamReason, metrics};
+use crate::telemetry::{StreamReason, metrics};
 use crate::time::Millis;
-use crate::transport::{CloseHow, OutBuf, Traffic};
+use crate::transport::{OutBuf, Traffic};
 
 use crate::client::end::End;
 use crate::client::machine::{Context, Machine, ReadBuffer};
@@ -62,10 +62,33 @@ pub struct StreamReset {
     pub stream: StreamId,
     /// The label of the metric and of the log.
     pub reason: StreamReason,
+    /// The fault.
+    pub cause: ResetCause,
+}
+
+/// The fault of a data stream. `Display` gives the reason for the log.
+#[derive(Debug, thiserror::Error)]
+pub enum ResetCause {
+    /// A fault of one of its packets, which would end the connection on the control stream.
+    #[error("{0}")]
+    Packet(End),
+    /// It took too little output.
+    #[error("it took too little within limits.write_stall")]
+    WriteStall,
+    /// The client ended it in the middle of a packet.
+    #[error("it ended in the middle of a packet")]
+    Incomplete,
+}
+
+impl ResetCause {
     /// The error code of the reset.
-    pub code: ReasonCode,
-    /// For the log.
-    pub why: std::borrow::Cow<'static, str>,
+    pub fn code(&self) -> ReasonCode {
+        match self {
+            Self::Packet(end) => end.code(),
+            Self::WriteStall => ReasonCode::QUOTA_EXCEEDED,
+            Self::Incomplete => ReasonCode::MALFORMED_PACKET,
+        }
+    }
 }
 
 impl DataStream {
@@ -125,19 +148,6 @@ pub(super) fn may_travel_on_data_stream(packet: &Packet<'_>) -> bool {
         packet,
         P::Connect(_) | P::Connack(_) | P::Pingreq | P::Pingresp | P::Disconnect(_) | P::Auth(_)
     )
-}
-
-/// Why a fault of one of its packets ends a data stream; `None`: it ends the connection.
-fn reset_reason(end: &End) -> Option<StreamReason> {
-    use DisconnectReason as D;
-    match end.label {
-        D::Malformed => Some(StreamReason::Malformed),
-        D::TooLarge => Some(StreamReason::TooLarge),
-        D::Protocol | D::Topic | D::TopicAlias | D::NotSupported => Some(StreamReason::Protocol),
-        D::PacketDeadline => Some(StreamReason::PacketDeadline),
-        D::Quota => Some(StreamReason::Quota),
-        _ => None,
-    }
 }
 
 impl Machine {
@@ -279,14 +289,8 @@ impl Machine {
             self.stale = true;
         }
         let give_up = |number| {
-            let end = End {
-                label: DisconnectReason::WriteStall,
-                code: ReasonCode::QUOTA_EXCEEDED,
-                why: "it took too little within limits.write_stall".into(),
-                normal: false,
-                how: CloseHow::Protocol,
-            };
-            self.reset(cx, number, StreamReason::WriteStall, end)
+            let cause = ResetCause::WriteStall;
+            self.reset(cx, number, StreamReason::WriteStall, cause)
         };
         given_up.into_iter().map(give_up).collect()
     }
@@ -296,16 +300,10 @@ impl Machine {
     pub fn stream_closed(&mut self, cx: &Context<'_>, number: StreamId) -> Option<StreamReset> {
         let stream = self.stream(number);
         if !stream.input.bytes.is_empty() {
-            let code = ReasonCode::MALFORMED_PACKET;
+            let cause = ResetCause::Incomplete;
+            let code = cause.code();
             metrics().packet_rejected(code.0, code.name());
-            let end = End {
-                label: DisconnectReason::Malformed,
-                code,
-                why: "it ended in the middle of a packet".into(),
-                normal: false,
-                how: CloseHow::Protocol,
-            };
-            return Some(self.reset(cx, number, StreamReason::Incomplete, end));
+            return Some(self.reset(cx, number, StreamReason::Incomplete, cause));
         }
         stream.closed = true;
         cx.router
@@ -335,8 +333,13 @@ impl Machine {
         stream: StreamId,
         end: End,
     ) -> Result<Option<StreamReset>, End> {
-        match reset_reason(&end).filter(|_| !stream.is_control()) {
-            Some(reason) => Ok(Some(self.reset(cx, stream, reason, end))),
+        match end.stream_reason().filter(|_| !stream.is_control()) {
+            Some(reason) => Ok(Some(self.reset(
+                cx,
+                stream,
+                reason,
+                ResetCause::Packet(end),
+            ))),
             None => Err(end),
         }
     }
@@ -346,15 +349,14 @@ impl Machine {
         cx: &Context<'_>,
         stream: StreamId,
         reason: StreamReason,
-        end: End,
+        cause: ResetCause,
     ) -> StreamReset {
         metrics().quic_streams_reset[reason].increment(1);
         self.forget(cx, stream);
         StreamReset {
             stream,
             reason,
-            code: end.code,
-            why: end.why,
+            cause,
         }
     }
 }

@@ -115,7 +115,7 @@ fn an_incomplete_packet_ends_the_connection_at_its_deadline() {
     rig.on(Machine::expired).expect("it has a millisecond yet");
     rig.now = Millis::new(1000);
     let end = rig.on(Machine::expired).expect_err("it is late");
-    assert_eq!(end.label, DisconnectReason::PacketDeadline);
+    assert!(matches!(end, End::PacketDeadline), "{end:?}");
 }
 
 #[test]
@@ -208,7 +208,7 @@ fn nothing_goes_before_connack() {
     let mut rig = Rig::new();
     kept_client_of(&rig.router, "client", Version::V5, None, Millis::ZERO);
     let end = rig.machine.woken(Waker::noop()).expect_err("taken over");
-    assert_eq!(end.code, ReasonCode::SESSION_TAKEN_OVER);
+    assert_eq!(end.code(), ReasonCode::SESSION_TAKEN_OVER);
     let remains = rig.machine.ended(&rig.router, &end, Millis::ZERO);
     assert!(remains.output.is_empty());
 }
@@ -227,7 +227,7 @@ fn a_client_is_told_why_its_connection_ends() {
         max: u32::MAX,
     };
     let packet = decoder.next(remains.output.rest());
-    let told = matches!(packet, Ok(Some((Packet::Disconnect(d), _))) if d.reason == end.code);
+    let told = matches!(packet, Ok(Some((Packet::Disconnect(d), _))) if d.reason == end.code());
     assert!(told, "{packet:?}");
 }
 

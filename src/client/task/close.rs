@@ -38,21 +38,20 @@ impl Task<'_> {
             now,
         } = self;
         let remains = machine.ended(&clients.router, &end, now);
-        metrics().disconnects[end.label].increment(1);
+        metrics().disconnects[end.label()].increment(1);
         tracing::info!(
             client_id = clean(&identity.client_id, 64),
             principal = clean(&identity.principal, 64),
             listener = &*peer.listener,
             transport = peer.transport,
             peer = %socket.peer_addr(),
-            reason = %end.label,
-            code = end.code.0,
+            reason = %end.label(),
+            code = end.code().0,
             session_ended = remains.session_ended,
-            "Connection ended: {}",
-            end.why
+            "Connection ended: {end}"
         );
         if !end.is_lost() {
-            let _ = timeout(CLOSE_WAIT, send_rest(&mut socket, remains, end.how)).await;
+            let _ = timeout(CLOSE_WAIT, send_rest(&mut socket, remains, end.how())).await;
         }
     }
 
