@@ -16,7 +16,6 @@ use parking_lot::{Mutex, RwLock};
 use tokio::time::Instant;
 
 use crate::config::{Auth, AuthMode, ClientIdRule};
-use crate::mqtt::ReasonCode;
 use crate::shares::Shares;
 
 pub(crate) use acl::Acl;
@@ -88,6 +87,26 @@ impl Identity {
     }
 }
 
+/// Why a client is denied access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Denial {
+    /// The user name or the password is missing or wrong.
+    #[error("the user name or the password is wrong")]
+    Credentials,
+    /// `auth.client_id` binds the client identifier to the principal, and CONNECT has another one.
+    #[error(
+        "auth.client_id = \"username\": the client identifier must be the user name, or the name in \
+         the certificate"
+    )]
+    ClientId,
+    /// The listener needs a certificate that names the client, and the client gave none.
+    #[error("no certificate that names the client")]
+    Certificate,
+    /// The password cannot be verified now.
+    #[error("too many passwords to verify at once")]
+    Busy,
+}
+
 /// Verifies credentials.
 pub struct Authenticator {
     file: Option<PathBuf>,
@@ -150,16 +169,11 @@ impl Authenticator {
             .collect()
     }
 
-    /// The principal of a client at `from`, or the reason code of its refusal:
-    /// [`ReasonCode::BAD_USER_NAME_OR_PASSWORD`], [`ReasonCode::CLIENT_IDENTIFIER_NOT_VALID`],
-    /// [`ReasonCode::NOT_AUTHORIZED`] without a certificate that names it where one is needed, or
-    /// [`ReasonCode::SERVER_UNAVAILABLE`].
-    ///
-    /// `certificate` is the name in the client's certificate, which the transport has verified. A check
-    /// that still waits for its turn ends when the future is dropped.
+    /// The principal of a client at `from`. `certificate` is the name in its certificate, which the
+    /// transport has verified. A check that still waits for its turn ends when the future is dropped.
     ///
     /// # Errors
-    /// The reason code for CONNACK.
+    /// See [`Denial`].
     pub(crate) async fn verify(
         &self,
         mode: AuthMode,
@@ -167,12 +181,12 @@ impl Authenticator {
         (username, password): (Option<&str>, Option<&[u8]>),
         certificate: Option<Arc<str>>,
         from: SocketAddr,
-    ) -> Result<Principal, ReasonCode> {
+    ) -> Result<Principal, Denial> {
         let (name, principal) = match mode {
             AuthMode::Anonymous => return Ok(Principal::user(Arc::clone(&self.anonymous))),
             AuthMode::File => {
                 let (Some(username), Some(password)) = (username, password) else {
-                    return Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD);
+                    return Err(Denial::Credentials);
                 };
                 let name = self.password(username, password, from).await?;
                 (name.clone(), Principal::user(name))
@@ -181,14 +195,12 @@ impl Authenticator {
             AuthMode::Mtls => {
                 let name = certificate
                     .filter(|name| &**name != ANONYMOUS)
-                    .ok_or(ReasonCode::NOT_AUTHORIZED)?;
+                    .ok_or(Denial::Certificate)?;
                 (name.clone(), self.of_certificate(name))
             }
         };
         match self.client_id {
-            ClientIdRule::Username if client_id != &*name => {
-                Err(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID)
-            }
+            ClientIdRule::Username if client_id != &*name => Err(Denial::ClientId),
             _ => Ok(principal),
         }
     }
@@ -212,7 +224,7 @@ impl Authenticator {
         username: &str,
         password: &[u8],
         from: SocketAddr,
-    ) -> Result<Arc<str>, ReasonCode> {
+    ) -> Result<Arc<str>, Denial> {
         let (hash, known) = self.users.read().hash(username);
         // The digest contains the hash, so a changed password invalidates it.
         let digest = self
@@ -234,18 +246,18 @@ impl Authenticator {
             passwd::verify(&hash, &secret)
         })
         .await
-        .map_err(|_| ReasonCode::SERVER_UNAVAILABLE)?;
+        .map_err(|_| Denial::Busy)?;
         let principal = (right && known).then(|| Arc::from(username));
         self.verified
             .lock()
             .remember(digest, principal.clone(), Instant::now());
-        principal.ok_or(ReasonCode::BAD_USER_NAME_OR_PASSWORD)
+        principal.ok_or(Denial::Credentials)
     }
 
-    fn recall(&self, digest: &Digest) -> Option<Result<Arc<str>, ReasonCode>> {
+    fn recall(&self, digest: &Digest) -> Option<Result<Arc<str>, Denial>> {
         match self.verified.lock().recall(digest, Instant::now()) {
             Recalled::Right(principal) => Some(Ok(principal)),
-            Recalled::Wrong => Some(Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD)),
+            Recalled::Wrong => Some(Err(Denial::Credentials)),
             Recalled::Unknown => None,
         }
     }
@@ -318,7 +330,7 @@ mod tests {
             user: Option<&str>,
             password: Option<&[u8]>,
             certificate: Option<&str>,
-        ) -> Result<Arc<str>, ReasonCode> {
+        ) -> Result<Arc<str>, Denial> {
             let (credentials, certificate) = ((user, password), certificate.map(Arc::from));
             let from = at("192.0.2.1");
             let verified = self
@@ -329,7 +341,7 @@ mod tests {
         }
     }
 
-    const WRONG: Result<Arc<str>, ReasonCode> = Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD);
+    const WRONG: Result<Arc<str>, Denial> = Err(Denial::Credentials);
 
     #[tokio::test]
     async fn passwords() {
@@ -361,10 +373,7 @@ mod tests {
         let verify = |id| setup.verify(AuthMode::File, id, Some("alice"), Some(b"secret"), None);
         assert_eq!(verify("alice").await, Ok("alice".into()));
         for id in ["bob", ""] {
-            assert_eq!(
-                verify(id).await,
-                Err(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID)
-            );
+            assert_eq!(verify(id).await, Err(Denial::ClientId));
         }
     }
 
@@ -381,9 +390,9 @@ mod tests {
             Ok("device7".into())
         );
         let refused = verify("alice", Some("device7")).await;
-        assert_eq!(refused, Err(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID));
+        assert_eq!(refused, Err(Denial::ClientId));
         for nobody in [None, Some(ANONYMOUS)] {
-            assert_eq!(verify("c", nobody).await, Err(ReasonCode::NOT_AUTHORIZED));
+            assert_eq!(verify("c", nobody).await, Err(Denial::Certificate));
         }
     }
 
@@ -484,7 +493,7 @@ mod tests {
         // Checks that still wait end with their clients.
         drop(waiting);
         let last = check("nobody", flood).await;
-        assert_eq!(last, Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD));
+        assert_eq!(last, Err(Denial::Credentials));
         assert!(began.elapsed() < std::time::Duration::from_secs(10));
     }
 }

@@ -26,10 +26,11 @@ pub(crate) mod tls;
 mod types;
 mod ws;
 
-pub use closed::{Closed, PeerCode, ResetReason, Violation};
+pub use closed::{Closed, PeerCode, QuicError, ResetReason, Violation};
 pub use detect::{Detected, detect};
 pub use error::{
-    AcceptError, CertificateFault, HandshakeError, RefusalReason, RequestError, WebTransportError,
+    AcceptError, CertificateFault, HandshakeError, LibraryError, RefusalReason, RequestError,
+    WebTransportError,
 };
 pub use events::{Events, NoEvents};
 pub use limits::{ConnectionCap, Handshakes, Limits, Permit, Unauthenticated};
@@ -37,6 +38,8 @@ pub use listen::{Accepted, BindError, Bound, ConnectionTask, Drain, bind};
 pub use proxy::ProxyError;
 pub use quic::{CapsuleError, QuicSecret};
 pub use stream::Stream;
-pub use tls::{ClientCertificate, ClientTls, Configs, Material, ServerTls, TlsError, Validity};
+pub use tls::{
+    ClientCertificate, ClientTls, Configs, Material, NameError, ServerTls, TlsError, Validity,
+};
 pub use types::{CloseHow, OutBuf, Recv, Traffic};
 pub use ws::FrameError;

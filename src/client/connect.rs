@@ -4,6 +4,7 @@
 
 mod admit;
 mod authenticate;
+mod cause;
 mod read;
 mod refuse;
 
@@ -14,16 +15,17 @@ use std::sync::atomic::Ordering;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::auth::Identity;
-use crate::mqtt::{Connect, ReasonCode, decode_connect};
+use crate::mqtt::{Connect, decode_connect};
 use crate::router::Peer;
-use crate::telemetry::{RefusedReason, clean, metrics};
+use crate::telemetry::{clean, metrics};
 use crate::transport::{Stream, Unauthenticated};
 
 use crate::client::machine::{Machine, ReadBuffer};
-use crate::client::scope::{added_bytes, scope_of};
+use crate::client::scope::{UnfitName, added_bytes, scope_of};
 use crate::client::{ClientPolicy, Clients, LOGGED_CHARS, ListenerContext};
 pub use admit::{Admission, Admitted, Applicant};
 use authenticate::authenticate;
+pub use cause::RefusalCause;
 pub use refuse::Refusal;
 
 /// A connection whose client has its session.
@@ -85,11 +87,7 @@ pub(super) async fn accept(
             }
         }
         Ok(Err(refusal)) => refusal,
-        Err(_) => Refusal::new(
-            RefusedReason::Timeout,
-            ReasonCode::SUCCESS,
-            "no complete CONNECT within limits.accept_deadline",
-        ),
+        Err(_) => Refusal::new(RefusalCause::Deadline),
     };
     let empty = input.is_empty();
     let now = clients.clock.now();
@@ -115,16 +113,8 @@ impl Waiting<'_> {
         tokio::select! {
             biased;
             done = check => done,
-            closed = read::until_gone(self.stream, &mut self.more) => Err(Refusal::new(
-                RefusedReason::Closed,
-                ReasonCode::SUCCESS,
-                format!("{closed} while the password was checked"),
-            )),
-            () = sleep_until(self.deadline) => Err(Refusal::new(
-                RefusedReason::Timeout,
-                ReasonCode::SERVER_BUSY,
-                "the password could not be checked within limits.accept_deadline",
-            )),
+            closed = read::until_gone(self.stream, &mut self.more) => Err(Refusal::new(RefusalCause::ClosedDuringCheck(closed))),
+            () = sleep_until(self.deadline) => Err(Refusal::new(RefusalCause::CheckDeadline)),
         }
     }
 }
@@ -139,11 +129,7 @@ async fn open_session(
 ) -> Result<(AcceptedSession, usize), Refusal> {
     let Ok(Some((connect, used))) = decode_connect(input, clients.limits.connect_max) else {
         // It was decoded a moment ago.
-        return Err(Refusal::new(
-            RefusedReason::Malformed,
-            ReasonCode::MALFORMED_PACKET,
-            "CONNECT changed while it was read",
-        ));
+        return Err(Refusal::new(RefusalCause::Changed));
     };
     let session = session_for(clients, listener, peer, waiting, &connect).await;
     session
@@ -159,26 +145,16 @@ async fn session_for(
     connect: &Connect<'_>,
 ) -> Result<AcceptedSession, Refusal> {
     if clients.draining.load(Ordering::Acquire) {
-        return Err(Refusal::new(
-            RefusedReason::Draining,
-            ReasonCode::SERVER_SHUTTING_DOWN,
-            "the process is ending",
-        ));
+        return Err(Refusal::new(RefusalCause::Draining));
     }
     if !clients.rate.take(clients.clock.now(), peer.ip()) {
-        return Err(Refusal::new(
-            RefusedReason::Rate,
-            ReasonCode::CONNECTION_RATE_EXCEEDED,
-            "limits.connect_rate_max is exceeded",
-        ));
+        return Err(Refusal::new(RefusalCause::Rate));
     }
     let certificate = waiting.stream.take_certificate();
     let check = authenticate(clients, listener.auth, connect, certificate, peer);
     let (identity, owner) = waiting.bound(check).await?;
-    let scope = scope_of(clients, listener, &identity, peer).map_err(|why| {
-        let (label, code) = (RefusedReason::NotAuthorized, ReasonCode::NOT_AUTHORIZED);
-        Refusal::new(label, code, why)
-    })?;
+    let scope = scope_of(clients, listener, &identity, peer)
+        .map_err(|UnfitName| Refusal::new(RefusalCause::Mount))?;
     let peer = Arc::new(Peer {
         listener: listener.name.clone(),
         transport: listener.transport,

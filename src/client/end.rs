@@ -210,6 +210,8 @@ fn stream_reason(reason: CloseReason) -> Option<StreamReason> {
         | C::WriteStall
         | C::TakenOver
         | C::SessionEnded
+        | C::Operator
+        | C::NotAuthorized
         | C::ShuttingDown => None,
     }
 }

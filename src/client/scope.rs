@@ -14,20 +14,22 @@ use crate::client::{Clients, ListenerContext};
 /// The longest address. A client may move to an address that is longer than its first.
 const ADDRESS_MAX_BYTES: usize = 39;
 
-/// The scope of an authenticated client.
+/// The listener's mount needs a name of the client that cannot be part of a topic.
+pub(super) struct UnfitName;
+
+/// The scope of an authenticated client, if it has one.
 ///
 /// # Errors
-/// Why its names cannot be part of a topic.
+/// See [`UnfitName`].
 pub(super) fn scope_of(
     clients: &Clients,
     door: &ListenerContext,
     identity: &Identity,
     peer: SocketAddr,
-) -> Result<Option<Arc<Scope>>, &'static str> {
+) -> Result<Option<Arc<Scope>>, UnfitName> {
     if door.mount.is_empty() && clients.sender_properties.is_empty() {
         return Ok(None);
     }
-    const UNFIT: &str = "the listener's mount needs a user name or client identifier that can stand in a topic: not empty, no wildcard, no /";
     let mount = match door.mount.contains('%') {
         false => Some(door.mount.to_string()),
         true => {
@@ -35,7 +37,7 @@ pub(super) fn scope_of(
             whole.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok())
         }
     };
-    let mount = mount.filter(|m| !has_discouraged(m)).ok_or(UNFIT)?;
+    let mount = mount.filter(|m| !has_discouraged(m)).ok_or(UnfitName)?;
     let sender = sender_of(&clients.sender_properties, &door.name, identity, peer);
     Ok(Some(Arc::new(Scope {
         mount: mount.into(),

@@ -181,7 +181,7 @@ mod tests {
             reason(Transport::Quic, settings),
             HandshakeReason::WebTransport
         );
-        let quic = HandshakeError::Quic("words".into());
+        let quic = HandshakeError::Quic(quinn::ConnectionError::TimedOut.into());
         assert_eq!(reason(Transport::Quic, quic), HandshakeReason::Quic);
     }
 }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use quinn::ConnectionError;
+
 use crate::streams::StreamId;
 use crate::transport::quic::capsules::CapsuleError;
 use crate::transport::ws::frame::FrameError;
@@ -84,9 +86,32 @@ pub enum ResetReason {
     /// This side closed the QUIC connection.
     #[error("closed locally")]
     ClosedLocally,
-    /// Another error of QUIC's, in its library's words.
+    /// Another error of QUIC's.
     #[error("{0}")]
-    Quic(Box<str>),
+    Quic(Box<QuicError>),
+}
+
+/// Why QUIC ended a connection. `Display` contains no text that the peer chose.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", quic_text(.0))]
+pub struct QuicError(ConnectionError);
+
+impl From<ConnectionError> for QuicError {
+    fn from(error: ConnectionError) -> Self {
+        Self(error)
+    }
+}
+
+fn quic_text(error: &ConnectionError) -> String {
+    match error {
+        ConnectionError::ApplicationClosed(close) => {
+            format!("closed by the peer with code {}", close.error_code)
+        }
+        ConnectionError::ConnectionClosed(close) => {
+            format!("closed by the peer: {}", close.error_code)
+        }
+        other => other.to_string(),
+    }
 }
 
 /// A code with which the peer ended a QUIC connection or stream.

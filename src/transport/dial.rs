@@ -16,7 +16,9 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::transport::tls::TlsError;
 use crate::transport::tls::client::{ClientTls, parse_name};
+pub use ws::UpgradeError;
 use ws::WsBytes;
 
 /// The address of a broker, and how to reach it.
@@ -50,19 +52,22 @@ pub enum DialError {
     #[error("timed out")]
     Timeout,
     /// The TLS handshake failed.
-    #[error("TLS: {reason}: {detail}")]
+    #[error("TLS: {reason}: {source}")]
     Tls {
         /// The kind of failure.
         reason: TlsFailure,
-        /// The reason in the library's words.
-        detail: String,
+        /// The library's error.
+        source: rustls::Error,
     },
-    /// A TLS target has no TLS configuration, or its host is not a valid server name.
+    /// A TLS target has no TLS configuration.
+    #[error("TLS settings: none given for a TLS target")]
+    NoTlsSettings,
+    /// The host of a TLS target is not a valid server name.
     #[error("TLS settings: {0}")]
-    Settings(String),
+    ServerName(TlsError),
     /// The WebSocket was refused.
     #[error("WebSocket: {0}")]
-    WebSocket(String),
+    WebSocket(UpgradeError),
     /// Any other failure.
     #[error("{addr}: {source}")]
     Io {
@@ -142,10 +147,10 @@ pub async fn dial(
             }
         };
     }
-    let tls = tls.ok_or_else(|| DialError::Settings("none given for a TLS target".into()))?;
+    let tls = tls.ok_or(DialError::NoTlsSettings)?;
     let name = match &tls.server_name {
         Some(name) => name.clone(),
-        None => parse_name(host).map_err(|e| DialError::Settings(e.to_string()))?,
+        None => parse_name(host).map_err(DialError::ServerName)?,
     };
     let addr = io
         .peer_addr()
@@ -220,7 +225,7 @@ fn tls_error(addr: SocketAddr, error: io::Error) -> DialError {
     };
     DialError::Tls {
         reason: classify(tls),
-        detail: tls.to_string(),
+        source: tls.clone(),
     }
 }
 

@@ -3,7 +3,10 @@
 use std::fmt;
 use std::io;
 
+use quinn::ConnectionError;
+
 use crate::config::Transport;
+use crate::transport::closed::QuicError;
 use crate::transport::detect::Detected;
 use crate::transport::proxy::header::ProxyError;
 
@@ -48,6 +51,25 @@ pub enum CertificateFault {
     Other,
 }
 
+/// The library's error about a client's certificate.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LibraryError {
+    /// The handshake of TLS over TCP.
+    #[error("{0}")]
+    Tls(rustls::Error),
+    /// The handshake of QUIC.
+    #[error("{}", without_code(.0))]
+    Quic(ConnectionError),
+}
+
+/// The words of QUIC's library about an error of TLS, whose code the fault of the certificate tells.
+fn without_code(error: &ConnectionError) -> String {
+    match error {
+        ConnectionError::TransportError(error) => error.reason.clone(),
+        other => QuicError::from(other.clone()).to_string(),
+    }
+}
+
 /// Why a transport handshake failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
@@ -66,8 +88,8 @@ pub enum HandshakeError {
     /// TLS failed.
     #[error("TLS: {reason}{}", hint(*detected))]
     Tls {
-        /// The reason in the library's words.
-        reason: String,
+        /// The library's error.
+        reason: rustls::Error,
         /// What the peer spoke in place of TLS, where that is known.
         detected: Option<Detected>,
     },
@@ -76,8 +98,8 @@ pub enum HandshakeError {
     ClientCertificate {
         /// What is wrong with it.
         fault: CertificateFault,
-        /// The reason in the library's words.
-        why: String,
+        /// The library's error.
+        why: LibraryError,
     },
     /// The client offered no application protocol that is served here (RFC 7301).
     #[error("no common application protocol (ALPN): \"{0}\" is needed")]
@@ -88,9 +110,9 @@ pub enum HandshakeError {
     /// The HTTP request was answered with an error status.
     #[error("HTTP {}: {}", .0.status(), .0)]
     Request(RequestError),
-    /// QUIC failed; the text holds the library's words and none of the peer's.
+    /// QUIC failed.
     #[error("QUIC: {0}")]
-    Quic(String),
+    Quic(QuicError),
     /// The HTTP/3 part of WebTransport failed.
     #[error("WebTransport: {0}")]
     WebTransport(WebTransportError),

@@ -37,7 +37,7 @@ use crate::transport::tls::server::ServerTls;
 use crate::transport::types::CloseHow;
 use bidi::{Bidi, Layer};
 pub use capsules::CapsuleError;
-use close::{CloseCode, CloseOnDrop, handshake_error};
+use close::{CloseCode, CloseOnDrop, Missing, handshake_error};
 pub use keys::QuicSecret;
 use settings::CurrentConfig;
 use streams::Quic;
@@ -202,8 +202,7 @@ async fn connect(
     }
     let guard = CloseOnDrop {
         connection: &connection,
-        code: control_gone,
-        why: "no control stream",
+        missing: Missing::ControlStream(Layer::Plain),
     };
     let (send, recv) = connection.accept_bi().await.map_err(handshake_error)?;
     std::mem::forget(guard);

@@ -23,7 +23,7 @@ pub use error::TlsError;
 pub use material::Material;
 pub(super) use server::{ALPN_H3, ALPN_HTTP, ALPN_MQTT};
 pub use server::{Configs, ServerTls};
-pub use x509::Validity;
+pub use x509::{NameError, Validity};
 
 #[cfg(test)]
 mod tests;

@@ -10,10 +10,9 @@ use crate::mqtt::{
 use crate::router::handle::ConnectionHandle;
 use crate::router::{self, Peer, Refused, Router};
 use crate::session::{ConnectionSpec, Policy, Scope, SessionKey, Will, keep_response_topic};
-use crate::telemetry::RefusedReason;
 use crate::time::Millis;
 
-use crate::client::connect::Refusal;
+use crate::client::connect::{Refusal, RefusalCause};
 use crate::client::machine::Machine;
 
 /// The least Maximum Packet Size that is announced, bytes.
@@ -128,13 +127,8 @@ impl Admission<'_> {
             }
             .encode(version, out);
         });
-        let connected = connected.map_err(|Refused::Principal| {
-            Refusal::new(
-                RefusedReason::ClientId,
-                ReasonCode::CLIENT_IDENTIFIER_NOT_VALID,
-                "the client identifier's session belongs to another principal",
-            )
-        })?;
+        let connected =
+            connected.map_err(|Refused::Principal| Refusal::new(RefusalCause::OtherPrincipal))?;
         Ok(Admitted {
             machine: Machine::new(&connected, handle, version, packet_max, self.now),
             present: connected.present,
@@ -151,49 +145,26 @@ impl Admission<'_> {
         };
         let policy = self.policy;
         if will.qos > policy.maximum_qos() {
-            return Err(Refusal::new(
-                RefusedReason::Will,
-                ReasonCode::QOS_NOT_SUPPORTED,
-                "the will's QoS is above the broker's maximum [MQTT-3.2.2-12]",
-            ));
+            return Err(Refusal::new(RefusalCause::WillQos));
         }
         if will.retain && !policy.retain_available() {
-            return Err(Refusal::new(
-                RefusedReason::Will,
-                ReasonCode::RETAIN_NOT_SUPPORTED,
-                "a retained will where the broker keeps none [MQTT-3.2.2-13]",
-            ));
+            return Err(Refusal::new(RefusalCause::WillRetain));
         }
         if will.topic.split('/').count() > self.limits.topic_levels_max as usize {
-            return Err(Refusal::new(
-                RefusedReason::Will,
-                ReasonCode::TOPIC_NAME_INVALID,
-                "the will's topic has more levels than limits.topic_levels_max",
-            ));
+            return Err(Refusal::new(RefusalCause::WillTopicLevels));
         }
         let (mount, sender) = scope.map_or(("", &[][..]), |s| (&*s.mount, &*s.sender));
         if !policy.may_publish(mount, will.topic) {
-            return Err(Refusal::new(
-                RefusedReason::NotAuthorized,
-                ReasonCode::NOT_AUTHORIZED,
-                "no rule allows the will's topic",
-            ));
+            return Err(Refusal::new(RefusalCause::WillForbidden));
         }
         let response_topic = will.properties.iter().find_map(|property| match property {
             Property::ResponseTopic(topic) => Some(topic),
             _ => None,
         });
-        let response_topic =
-            keep_response_topic(response_topic, mount, policy).map_err(|code| {
-                let why = "no rule allows the Response Topic of the will";
-                Refusal::new(RefusedReason::NotAuthorized, code, why)
-            })?;
+        let response_topic = keep_response_topic(response_topic, mount, policy)
+            .map_err(|code| Refusal::new(RefusalCause::WillResponseTopic(code)))?;
         if mount.len() + will.topic.len() > usize::from(u16::MAX) {
-            return Err(Refusal::new(
-                RefusedReason::Will,
-                ReasonCode::TOPIC_NAME_INVALID,
-                "the will's topic is too long below the listener's mount",
-            ));
+            return Err(Refusal::new(RefusalCause::WillTopicBytes));
         }
         let spec = MessageSpec {
             topic: will.topic,

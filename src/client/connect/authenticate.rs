@@ -3,14 +3,13 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::auth::Identity;
+use crate::auth::{Denial, Identity};
 use crate::config::AuthMode;
-use crate::mqtt::{Connect, ReasonCode, Version};
-use crate::telemetry::RefusedReason;
-use crate::transport::ClientCertificate;
+use crate::mqtt::{Connect, Version};
+use crate::transport::{ClientCertificate, NameError};
 
 use crate::client::Clients;
-use crate::client::connect::Refusal;
+use crate::client::connect::{Refusal, RefusalCause};
 
 /// The client identifier of a CONNECT, or one that is assigned to it.
 fn client_id(connect: &Connect<'_>) -> Result<Arc<str>, Refusal> {
@@ -19,11 +18,7 @@ fn client_id(connect: &Connect<'_>) -> Result<Arc<str>, Refusal> {
     }
     let version = connect.version;
     if version < Version::V5 && (!connect.clean_start || version == Version::V31) {
-        return Err(Refusal::new(
-            RefusedReason::ClientId,
-            ReasonCode::CLIENT_IDENTIFIER_NOT_VALID,
-            "an empty client identifier needs Clean Session [MQTT-3.1.3-8]",
-        ));
+        return Err(Refusal::new(RefusalCause::EmptyClientId));
     }
     Ok(assigned_id().into())
 }
@@ -41,11 +36,7 @@ pub(super) async fn authenticate(
     from: SocketAddr,
 ) -> Result<(Identity, Arc<str>), Refusal> {
     if connect.authentication_method.is_some() {
-        return Err(Refusal::new(
-            RefusedReason::AuthMethod,
-            ReasonCode::BAD_AUTHENTICATION_METHOD,
-            "enhanced authentication is not offered",
-        ));
+        return Err(Refusal::new(RefusalCause::AuthMethod));
     }
     let client_id = client_id(connect)?;
     let name = certificate.map(|certificate| certificate.name());
@@ -61,33 +52,20 @@ pub(super) async fn authenticate(
         .await;
     match verified {
         Ok(principal) => Ok((Identity::new(principal.name, client_id), principal.owner)),
-        Err(code) => Err(refusal(code, name)),
+        Err(denial) => Err(refusal(denial, name)),
     }
 }
 
-/// Why the authenticator refused a client; `name` is the one in its certificate.
-fn refusal<T>(code: ReasonCode, name: Option<Result<T, &'static str>>) -> Refusal {
-    let (label, why) = match code {
-        ReasonCode::NOT_AUTHORIZED => (
-            RefusedReason::NotAuthorized,
-            match name {
-                None => "the client gave no certificate",
-                Some(Err(why)) => why,
-                Some(Ok(_)) => "the name in its certificate stands for clients without one",
-            },
-        ),
-        ReasonCode::CLIENT_IDENTIFIER_NOT_VALID => (
-            RefusedReason::ClientId,
-            "auth.client_id = \"username\": the client identifier must be the user name, or the \
-             name in the certificate",
-        ),
-        ReasonCode::BAD_USER_NAME_OR_PASSWORD => (
-            RefusedReason::BadCredentials,
-            "the user name or the password is wrong",
-        ),
-        _ => (RefusedReason::Other, "too many passwords to verify at once"),
-    };
-    Refusal::new(label, code, why)
+/// The refusal of a client; `name` is the one in its certificate.
+fn refusal<T>(denial: Denial, name: Option<Result<T, NameError>>) -> Refusal {
+    Refusal::new(match denial {
+        Denial::Certificate => match name {
+            None => RefusalCause::NoCertificate,
+            Some(Err(error)) => RefusalCause::CertificateName(error),
+            Some(Ok(_)) => RefusalCause::AnonymousCertificate,
+        },
+        Denial::Credentials | Denial::ClientId | Denial::Busy => RefusalCause::Denied(denial),
+    })
 }
 
 /// Unique, and too random to be guessed [MQTT-3.1.3-6].

@@ -4,11 +4,10 @@ use std::future::poll_fn;
 use std::sync::Arc;
 
 use crate::budget::Account;
-use crate::mqtt::{Error, ReasonCode, Version, decode_connect};
-use crate::telemetry::RefusedReason;
+use crate::mqtt::{Version, decode_connect};
 use crate::transport::{Closed, Detected, Stream, Unauthenticated, detect};
 
-use crate::client::connect::Refusal;
+use crate::client::connect::{Refusal, RefusalCause};
 use crate::client::machine::{KEEP_BYTES, ReadBuffer};
 use crate::time::Millis;
 
@@ -40,23 +39,13 @@ pub(super) async fn read_connect(
         let used = account.used();
         let greedy = used > max_bytes / 2 && held > max_bytes / NETWORK_SHARE;
         if (used > max_bytes || greedy) && input.bytes.len() > KEEP_BYTES {
-            return Err(Refusal::new(
-                RefusedReason::Memory,
-                ReasonCode::QUOTA_EXCEEDED,
-                "incomplete CONNECTs use up their budget",
-            ));
+            return Err(Refusal::new(RefusalCause::ConnectBudget));
         }
         let mut more = Vec::new();
         match poll_fn(|cx| stream.poll_recv(cx, &mut more)).await {
             Ok(_) => input.bytes.append(&mut more),
             Err(closed) => {
-                let label = match closed {
-                    Closed::TooLarge => RefusedReason::TooLarge,
-                    Closed::Violation(_) => RefusedReason::Protocol,
-                    _ => RefusedReason::Closed,
-                };
-                let why = format!("{closed} before CONNECT was complete");
-                return Err(Refusal::new(label, ReasonCode::SUCCESS, why));
+                return Err(Refusal::new(RefusalCause::Closed(closed)));
             }
         }
     }
@@ -69,28 +58,12 @@ fn is_complete(bytes: &[u8], connect_max: u32) -> Result<bool, Refusal> {
         (Ok(Some(_)), _) => Ok(true),
         (Ok(None), None) => Ok(false),
         // The first byte of another protocol may pass for an incomplete packet.
-        (Ok(None), Some(other)) => Err(Refusal::new(
-            RefusedReason::Protocol,
-            ReasonCode::PROTOCOL_ERROR,
-            format!("no CONNECT; this looks like {other}"),
-        )),
-        (Err(error), other) => {
-            let label = match &error {
-                Error::TooLarge { .. } => RefusedReason::TooLarge,
-                Error::UnsupportedVersion { .. } => RefusedReason::Version,
-                Error::Protocol(_) => RefusedReason::Protocol,
-                _ => RefusedReason::Malformed,
-            };
-            let why = match other {
-                None => error.to_string(),
-                Some(other) => format!("{error}; this looks like {other}"),
-            };
-            Err(Refusal {
-                // Only a client that sent a CONNECT can read an answer.
-                answer: answerable(bytes),
-                ..Refusal::new(label, error.reason_code(), why)
-            })
-        }
+        (Ok(None), Some(other)) => Err(Refusal::new(RefusalCause::OtherProtocol(other))),
+        (Err(error), detected) => Err(Refusal {
+            // Only a client that sent a CONNECT can read an answer.
+            answer: answerable(bytes),
+            ..Refusal::new(RefusalCause::Packet { error, detected })
+        }),
     }
 }
 
@@ -154,7 +127,10 @@ mod tests {
         assert_eq!(account.used(), 6000);
         client.write_all(b"x").await.expect("written");
         let refusal = read.await.expect_err("one more than there is room for");
-        assert_eq!(refusal.label, RefusedReason::Memory);
+        assert!(
+            matches!(refusal.cause, RefusalCause::ConnectBudget),
+            "{refusal:?}"
+        );
         drop(input);
         assert_eq!(account.used(), 0);
     }

@@ -1,18 +1,18 @@
 //! The answer to a client that gets no session.
 
-use std::borrow::Cow;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
-use crate::mqtt::{Connack, Connect, ReasonCode, Version};
+use crate::mqtt::{Connack, Connect, Version};
 use crate::streams::StreamId;
 use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
 use crate::time::Millis;
 use crate::transport::{CloseHow, OutBuf, Stream};
 
+use crate::client::connect::RefusalCause;
 use crate::client::{LOGGED_CHARS, ListenerContext};
 
 /// How long a refused client is given to take its answer.
@@ -20,32 +20,22 @@ const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 static REFUSALS: RateLimited = RateLimited::new(Duration::from_millis(20));
 
-/// Why a connection gets no session.
+/// A connection that gets no session, and the answer to its client.
 #[derive(Debug)]
 pub struct Refusal {
-    /// The label of the metric and of the log.
-    pub label: RefusedReason,
-    /// The reason code of CONNACK.
-    pub code: ReasonCode,
-    /// For the log.
-    pub why: Cow<'static, str>,
+    /// The reason.
+    pub cause: RefusalCause,
     /// The version in which CONNACK is written; `None`: the client could not read an answer.
     pub(super) answer: Option<Version>,
-    /// For the log.
+    /// The client identifier for the log, cleaned and shortened.
     pub(super) client_id: String,
 }
 
 impl Refusal {
     /// A refusal without an answer.
-    pub(super) fn new(
-        label: RefusedReason,
-        code: ReasonCode,
-        why: impl Into<Cow<'static, str>>,
-    ) -> Self {
+    pub(super) fn new(cause: RefusalCause) -> Self {
         Self {
-            label,
-            code,
-            why: why.into(),
+            cause,
             answer: None,
             client_id: String::new(),
         }
@@ -61,7 +51,7 @@ impl Refusal {
     }
 
     fn how(&self, has_data_streams: bool) -> CloseHow {
-        match self.label {
+        match self.cause.label() {
             RefusedReason::Malformed | RefusedReason::Protocol | RefusedReason::TooLarge => {
                 CloseHow::Protocol
             }
@@ -83,9 +73,9 @@ pub(super) async fn refuse(
     empty: bool,
     now: Millis,
 ) {
-    metrics().connects_refused[refusal.label].increment(1);
+    metrics().connects_refused[refusal.cause.label()].increment(1);
     // Balancers connect and close to see whether the port is open.
-    let probed = refusal.label == RefusedReason::Closed
+    let probed = refusal.cause.label() == RefusedReason::Closed
         && empty
         && matches!(listener.transport, "tcp" | "tls");
     if probed {
@@ -94,7 +84,7 @@ pub(super) async fn refuse(
             transport = listener.transport,
             peer = %peer,
             "{}",
-            refusal.why
+            refusal.cause
         );
     } else if let Some(suppressed) = REFUSALS.permit(now) {
         tracing::info!(
@@ -102,11 +92,11 @@ pub(super) async fn refuse(
             listener = &*listener.name,
             transport = listener.transport,
             peer = %peer,
-            code = refusal.code.0,
-            reason = %refusal.label,
+            code = refusal.cause.code().0,
+            reason = %refusal.cause.label(),
             suppressed,
             "Connection refused: {}",
-            refusal.why
+            refusal.cause
         );
     }
     let _ = timeout(CLOSE_WAIT, answer(stream, refusal)).await;
@@ -116,7 +106,7 @@ async fn answer(stream: &mut Stream, refusal: &Refusal) {
     if let Some(version) = refusal.answer {
         let mut out = OutBuf::default();
         Connack {
-            reason: refusal.code,
+            reason: refusal.cause.code(),
             ..Connack::default()
         }
         .encode(version, &mut out.buf);

@@ -9,7 +9,7 @@ use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
-use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::http::{HeaderValue, StatusCode};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
@@ -17,6 +17,31 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 const MESSAGE_MAX_BYTES: usize = 64 * 1024 * 1024;
 /// The largest message that we send, because brokers limit frames.
 const FRAME_BYTES: usize = 16 * 1024;
+
+/// Why the upgrade to a WebSocket failed.
+#[derive(Debug, thiserror::Error)]
+pub enum UpgradeError {
+    /// The broker answered with another status than 101 (RFC 6455 section 4.1).
+    #[error("the broker answered HTTP {0}")]
+    Status(StatusCode),
+    /// The URL is not valid, the answer breaks a rule of WebSocket, or the connection failed.
+    #[error("{0}")]
+    Failed(Box<Error>),
+}
+
+impl From<Error> for UpgradeError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Http(response) => Self::Status(response.status()),
+            other => Self::Failed(Box::new(other)),
+        }
+    }
+}
+
+/// The broker sent a text frame.
+#[derive(Debug, thiserror::Error)]
+#[error("the broker sent a text frame [MQTT-6.0.0-1]")]
+struct TextFrame;
 
 /// MQTT in binary messages.
 #[derive(Debug)]
@@ -30,20 +55,18 @@ pub struct WsBytes<S> {
 /// Upgrades a connection to a WebSocket. `authority` is host and port as in a URL.
 ///
 /// # Errors
-/// The broker's answer, or why there is none.
+/// See [`UpgradeError`].
 pub(super) async fn upgrade<S>(
     io: S,
     secure: bool,
     authority: &str,
     path: &str,
-) -> Result<WsBytes<S>, String>
+) -> Result<WsBytes<S>, UpgradeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let scheme = if secure { "wss" } else { "ws" };
-    let mut request = format!("{scheme}://{authority}{path}")
-        .into_client_request()
-        .map_err(|e| e.to_string())?;
+    let mut request = format!("{scheme}://{authority}{path}").into_client_request()?;
     let protocol = HeaderValue::from_static("mqtt");
     request
         .headers_mut()
@@ -52,10 +75,7 @@ where
         .max_message_size(Some(MESSAGE_MAX_BYTES))
         .max_frame_size(Some(MESSAGE_MAX_BYTES));
     let upgraded = tokio_tungstenite::client_async_with_config(request, io, Some(config)).await;
-    let (ws, _) = upgraded.map_err(|e| match e {
-        Error::Http(response) => format!("the broker answered HTTP {}", response.status()),
-        other => other.to_string(),
-    })?;
+    let (ws, _) = upgraded?;
     Ok(WsBytes {
         ws,
         input: Bytes::new(),
@@ -83,8 +103,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for WsBytes<S> {
                 }
                 Some(Ok(Message::Binary(bytes))) => self.input = bytes,
                 Some(Ok(Message::Text(_))) => {
-                    let why = "the broker sent a text frame [MQTT-6.0.0-1]";
-                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, why)));
+                    let error = io::Error::new(io::ErrorKind::InvalidData, TextFrame);
+                    return Poll::Ready(Err(error));
                 }
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Poll::Ready(Err(failed(error))),

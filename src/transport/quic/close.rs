@@ -3,7 +3,7 @@
 use quinn::{Connection, ConnectionError, TransportErrorCode, VarInt};
 
 use crate::transport::closed::{Closed, ResetReason};
-use crate::transport::error::{CertificateFault, HandshakeError};
+use crate::transport::error::{CertificateFault, HandshakeError, LibraryError};
 use crate::transport::quic::bidi::Layer;
 use crate::transport::tls::ALPN_MQTT;
 use crate::transport::tls::clients::fault_of_alert;
@@ -35,6 +35,14 @@ impl From<CloseHow> for CloseCode {
     }
 }
 
+/// Codes of HTTP/3 (RFC 9114 section 8.1).
+pub(super) mod h3 {
+    pub(in crate::transport::quic) const FRAME_UNEXPECTED: u32 = 0x0105;
+    pub(in crate::transport::quic) const SETTINGS_ERROR: u32 = 0x0109;
+    pub(in crate::transport::quic) const MISSING_SETTINGS: u32 = 0x010a;
+    pub(in crate::transport::quic) const REQUEST_INCOMPLETE: u32 = 0x010d;
+}
+
 /// The code that stops a unidirectional stream: MQTT's reason code for a protocol error.
 pub(super) const UNI_STREAM_STOPPED: u32 = 0x82;
 
@@ -47,14 +55,44 @@ const CRYPTO_ERROR: u64 = 0x100;
 /// handshake.
 pub(super) struct CloseOnDrop<'a> {
     pub connection: &'a Connection,
-    pub code: VarInt,
-    pub why: &'static str,
+    pub missing: Missing,
+}
+
+/// The part of a handshake that has not arrived yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Missing {
+    /// The SETTINGS of HTTP/3 (RFC 9114 section 7.2.4).
+    Settings,
+    /// The request for a WebTransport session.
+    Request,
+    /// The control stream.
+    ControlStream(Layer),
+}
+
+impl Missing {
+    fn code(self) -> VarInt {
+        match self {
+            Self::Settings => VarInt::from_u32(h3::MISSING_SETTINGS),
+            Self::Request => VarInt::from_u32(h3::REQUEST_INCOMPLETE),
+            Self::ControlStream(layer) => layer.code(CloseCode::ControlGone.number()),
+        }
+    }
+
+    /// The reason phrase of CONNECTION_CLOSE.
+    fn phrase(self) -> &'static str {
+        match self {
+            Self::Settings => "no SETTINGS",
+            Self::Request => "no request",
+            Self::ControlStream(_) => "no control stream",
+        }
+    }
 }
 
 impl Drop for CloseOnDrop<'_> {
     fn drop(&mut self) {
         // Does nothing if the connection is closed already.
-        self.connection.close(self.code, self.why.as_bytes());
+        let phrase = self.missing.phrase().as_bytes();
+        self.connection.close(self.missing.code(), phrase);
     }
 }
 
@@ -67,36 +105,31 @@ pub(super) fn lost(error: &ConnectionError, layer: Layer) -> Closed {
         ConnectionError::ApplicationClosed(close) => {
             ResetReason::ConnectionClosed(layer.peer_code(close.error_code))
         }
-        ConnectionError::ConnectionClosed(close) => {
-            ResetReason::Quic(format!("closed by the peer: {}", close.error_code).into())
-        }
         ConnectionError::TimedOut => ResetReason::IdleTimeout,
         ConnectionError::Reset => ResetReason::StatelessReset,
         ConnectionError::LocallyClosed => ResetReason::ClosedLocally,
-        other => ResetReason::Quic(other.to_string().into()),
+        ConnectionError::ConnectionClosed(_)
+        | ConnectionError::VersionMismatch
+        | ConnectionError::TransportError(_)
+        | ConnectionError::CidsExhausted => ResetReason::Quic(Box::new(error.clone().into())),
     })
 }
 
+/// Why a handshake ended with this error of the connection.
 pub(super) fn handshake_error(error: ConnectionError) -> HandshakeError {
-    match error {
-        ConnectionError::TransportError(e) => match alert(e.code) {
-            Some(ALERT_NO_ALPN) => HandshakeError::Alpn(ALPN_MQTT),
-            alert => match alert.and_then(certificate_fault) {
-                Some(fault) => HandshakeError::ClientCertificate {
-                    fault,
-                    why: e.reason,
-                },
-                None => HandshakeError::Quic(e.to_string()),
-            },
+    let ConnectionError::TransportError(transport) = &error else {
+        return HandshakeError::Quic(error.into());
+    };
+    let alert = alert(transport.code);
+    if alert == Some(ALERT_NO_ALPN) {
+        return HandshakeError::Alpn(ALPN_MQTT);
+    }
+    match alert.and_then(certificate_fault) {
+        Some(fault) => HandshakeError::ClientCertificate {
+            fault,
+            why: LibraryError::Quic(error),
         },
-        // The peer chose the words, so only its code is logged.
-        ConnectionError::ApplicationClosed(close) => {
-            HandshakeError::Quic(format!("closed by the peer with code {}", close.error_code))
-        }
-        ConnectionError::ConnectionClosed(close) => {
-            HandshakeError::Quic(format!("closed by the peer: {}", close.error_code))
-        }
-        other => HandshakeError::Quic(other.to_string()),
+        None => HandshakeError::Quic(error.into()),
     }
 }
 

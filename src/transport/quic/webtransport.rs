@@ -15,7 +15,7 @@ use crate::config;
 use crate::transport::error::{HandshakeError, RequestError, WebTransportError};
 use crate::transport::listen::listener::Listener;
 use crate::transport::quic::bidi::{Bidi, Layer, NO_ERROR};
-use crate::transport::quic::close::{CloseCode, CloseOnDrop, handshake_error};
+use crate::transport::quic::close::{CloseOnDrop, Missing, h3, handshake_error};
 use crate::transport::quic::session::{HttpStreams, Session};
 use crate::transport::quic::streams::Quic;
 use crate::transport::ws::request::{foreign_origin, shown};
@@ -31,14 +31,6 @@ const LINGER: Duration = Duration::from_secs(1);
 /// The subprotocol, as with WebSocket [MQTT-6.0.0-3].
 const SUBPROTOCOL: &str = "mqtt";
 
-/// Codes of HTTP/3 (RFC 9114 section 8.1).
-mod h3 {
-    pub(super) const FRAME_UNEXPECTED: u32 = 0x0105;
-    pub(super) const SETTINGS_ERROR: u32 = 0x0109;
-    pub(super) const MISSING_SETTINGS: u32 = 0x010a;
-    pub(super) const REQUEST_INCOMPLETE: u32 = 0x010d;
-}
-
 /// The handshake from the end of TLS to the session's first stream. The caller has a deadline. Memory
 /// is taken only for bytes that the client has sent.
 pub(super) async fn accept(
@@ -47,11 +39,10 @@ pub(super) async fn accept(
 ) -> Result<Quic, HandshakeError> {
     let mut guard = CloseOnDrop {
         connection: &connection,
-        code: VarInt::from_u32(h3::MISSING_SETTINGS),
-        why: "no SETTINGS",
+        missing: Missing::Settings,
     };
     let http = settings(&connection).await?;
-    (guard.code, guard.why) = (VarInt::from_u32(h3::REQUEST_INCOMPLETE), "no request");
+    guard.missing = Missing::Request;
     let (mut send, recv, request, rest) = request(&connection).await?;
     let path = request.url.path();
     let answer = match judge(path, &request.headers, &request.protocols, &listener.config) {
@@ -69,8 +60,7 @@ pub(super) async fn accept(
         session: VarInt::from(send.id()).into_inner(),
     };
     let mut session = Session::new(send, recv, &rest, http);
-    let control_gone = layer.code(CloseCode::ControlGone.number());
-    (guard.code, guard.why) = (control_gone, "no control stream");
+    guard.missing = Missing::ControlStream(layer);
     let control = tokio::select! {
         biased;
         control = first_stream(&connection, layer) => control?,

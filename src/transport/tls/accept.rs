@@ -10,7 +10,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::shares::SharePermit;
-use crate::transport::error::HandshakeError;
+use crate::transport::error::{HandshakeError, LibraryError};
 use crate::transport::tls::clients::{ClientCertificate, fault};
 use crate::transport::tls::server::{ALPN_HTTP, ServerTls};
 
@@ -80,10 +80,10 @@ fn failed(error: io::Error, alpn: &'static str) -> HandshakeError {
         Some(tls) => match fault(tls) {
             Some(fault) => HandshakeError::ClientCertificate {
                 fault,
-                why: tls.to_string(),
+                why: LibraryError::Tls(tls.clone()),
             },
             None => HandshakeError::Tls {
-                reason: tls.to_string(),
+                reason: tls.clone(),
                 detected: None,
             },
         },

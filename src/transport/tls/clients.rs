@@ -8,22 +8,22 @@ use rustls::server::danger::ClientCertVerifier;
 use rustls::{AlertDescription, CertificateError, Error, RootCertStore};
 
 use crate::config::{CertificateIdentity, ClientAuth, ClientCertificates};
-use crate::transport::error::{CertificateFault, HandshakeError};
+use crate::transport::error::{CertificateFault, HandshakeError, LibraryError};
 use crate::transport::tls::error::TlsError;
 use crate::transport::tls::pem;
 use crate::transport::tls::provider::provider;
-use crate::transport::tls::x509::{self, Validity};
+use crate::transport::tls::x509::{self, NameError, Validity};
 
 /// A verified client certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClientCertificate(Result<Arc<str>, &'static str>);
+pub struct ClientCertificate(Result<Arc<str>, NameError>);
 
 impl ClientCertificate {
     /// The client's name in the certificate, by the `identity` of the `[[tls]]`.
     ///
     /// # Errors
-    /// Why the certificate does not name a client.
-    pub fn name(&self) -> Result<Arc<str>, &'static str> {
+    /// See [`NameError`].
+    pub fn name(&self) -> Result<Arc<str>, NameError> {
         self.0.clone()
     }
 }
@@ -91,7 +91,7 @@ impl Clients {
     ) -> Result<Option<Box<ClientCertificate>>, HandshakeError> {
         let refused = |error: &Error| HandshakeError::ClientCertificate {
             fault: fault(error).unwrap_or(CertificateFault::Other),
-            why: error.to_string(),
+            why: LibraryError::Tls(error.clone()),
         };
         let Some((leaf, rest)) = chain.and_then(<[_]>::split_first) else {
             return match self.required {

@@ -60,40 +60,64 @@ pub(super) fn crl_validity(der: &[u8]) -> Result<Option<Validity>, String> {
     Ok(until.map(|until| Validity::new(crl.last_update(), until)))
 }
 
-/// The client that a verified certificate names, or why it does not name one.
+/// Why a client certificate does not name a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// The certificate cannot be parsed.
+    #[error("the certificate cannot be read")]
+    Unreadable,
+    /// The subject has no common name.
+    #[error("its subject has no common name (CN)")]
+    NoCommonName,
+    /// The subject has several common names, and two readers could choose different ones.
+    #[error("its subject has more than one common name (CN)")]
+    CommonNames,
+    /// The common name has a string type that is not supported.
+    #[error("its common name (CN) is of an unknown string type")]
+    StringType,
+    /// No DNS name among the subject alternative names.
+    #[error("it has no DNS name among its subject alternative names")]
+    NoDnsName,
+    /// No URI among the subject alternative names.
+    #[error("it has no URI among its subject alternative names")]
+    NoUri,
+    /// The name is empty, longer than 512 bytes, or has control characters.
+    #[error("its name is empty, longer than 512 bytes, or has control characters")]
+    Unusable,
+}
+
+/// The client that a verified certificate names.
 pub(super) fn client_name(
     der: &[u8],
     identity: CertificateIdentity,
-) -> Result<Arc<str>, &'static str> {
-    let (_, cert) = X509Certificate::from_der(der).map_err(|_| "the certificate cannot be read")?;
+) -> Result<Arc<str>, NameError> {
+    let (_, cert) = X509Certificate::from_der(der).map_err(|_| NameError::Unreadable)?;
     let mut names = alternative_names(&cert).iter();
     let name = match identity {
         CertificateIdentity::Cn => {
             let mut all = cert.subject().iter_common_name();
-            let one = all.next().ok_or("its subject has no common name (CN)")?;
-            // Two readers could choose different ones.
+            let one = all.next().ok_or(NameError::NoCommonName)?;
             if all.next().is_some() {
-                return Err("its subject has more than one common name (CN)");
+                return Err(NameError::CommonNames);
             }
             let text = one.as_str();
-            text.map_err(|_| "its common name (CN) is of an unknown string type")?
-                .to_owned()
+            text.map_err(|_| NameError::StringType)?.to_owned()
         }
         CertificateIdentity::SanDns => names
             .find_map(|name| match name {
                 GeneralName::DNSName(name) => Some((*name).to_owned()),
                 _ => None,
             })
-            .ok_or("it has no DNS name among its subject alternative names")?,
+            .ok_or(NameError::NoDnsName)?,
         CertificateIdentity::SanUri => names
             .find_map(|name| match name {
                 GeneralName::URI(name) => Some((*name).to_owned()),
                 _ => None,
             })
-            .ok_or("it has no URI among its subject alternative names")?,
+            .ok_or(NameError::NoUri)?,
     };
     match name.is_empty() || name.len() > NAME_MAX_BYTES || name.contains(char::is_control) {
-        true => Err("its name is empty, longer than 512 bytes, or has control characters"),
+        true => Err(NameError::Unusable),
         false => Ok(name.into()),
     }
 }

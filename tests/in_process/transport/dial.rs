@@ -94,7 +94,7 @@ async fn dial_tls_and_its_failures() {
         );
     }
     let settings = dial(&target("127.0.0.1"), None, SECONDS).await;
-    assert!(matches!(settings, Err(DialError::Settings(_))));
+    assert!(matches!(settings, Err(DialError::NoTlsSettings)));
 }
 
 #[tokio::test]
