@@ -12,6 +12,7 @@ mod duplicate_node;
 pub(crate) mod link;
 pub(crate) mod profile;
 mod pump;
+mod role;
 mod status;
 mod task;
 
@@ -29,7 +30,8 @@ use crate::store::Store;
 pub(crate) use broker::BrokerAccess;
 pub(crate) use discover::probe_once;
 pub(crate) use link::common::RESERVED_KEY;
-pub(crate) use status::{LinkStatus, Role};
+pub(crate) use role::Role;
+pub(crate) use status::LinkStatus;
 
 use broker::LinkContext;
 use link::data::DataLink;

@@ -15,7 +15,8 @@ use crate::runtime::error::StartError;
 /// reached.
 pub async fn probe(config: &Config) -> Result<String, StartError> {
     let access = convert::broker_access(config)?;
-    let profile = probe_once(access).await.map_err(StartError::Temporary)?;
+    let profile = probe_once(access).await;
+    let profile = profile.map_err(|error| StartError::Temporary(error.to_string()))?;
     let mut text = profile.to_string();
     let advice = profile.advice();
     if !advice.is_empty() {

@@ -98,12 +98,7 @@ impl AdminView for View {
                 let state = link.state();
                 LinkView {
                     name: link.name.clone(),
-                    role: match link.role {
-                        Role::Data => "data",
-                        Role::Publish => "publish",
-                        Role::Retained => "retained",
-                        Role::Shared => "shared",
-                    },
+                    role: link.role.name(),
                     server: state.server,
                     state: match (state.up, link.wanted()) {
                         (true, _) => "up",

@@ -17,7 +17,8 @@ use crate::transport::dial::{DialError, DialTarget, Dialed, TlsFailure, dial};
 
 use crate::upstream::broker::{Broker, V5Support};
 use crate::upstream::profile::Capabilities;
-use crate::upstream::status::{LinkStatus, Role};
+use crate::upstream::role::Role;
+use crate::upstream::status::LinkStatus;
 
 /// How long a link's session outlives its connection at the broker.
 const SESSION_EXPIRY: Duration = Duration::from_secs(3600);
@@ -37,7 +38,7 @@ const PROBE_NAME: &str = "probe";
 
 /// Why a connection to the broker could not be made.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ConnectError {
+pub(crate) enum ConnectError {
     /// The server could not be dialled.
     #[error(transparent)]
     Dial(#[from] DialError),

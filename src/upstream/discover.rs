@@ -47,15 +47,26 @@ pub(super) async fn profile_of(
         .await
 }
 
+/// Why a broker cannot be probed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ProbeError {
+    /// The configuration names no server.
+    #[error("upstream.servers is empty")]
+    NoServer,
+    /// The connection could not be made.
+    #[error(transparent)]
+    Connect(ConnectError),
+}
+
 /// Probes the first server of a configuration, for a person.
 ///
 /// # Errors
-/// Why the broker cannot be reached, as text.
-pub(crate) async fn probe_once(access: BrokerAccess) -> Result<BrokerProfile, String> {
+/// See [`ProbeError`].
+pub(crate) async fn probe_once(access: BrokerAccess) -> Result<BrokerProfile, ProbeError> {
     let broker = Broker::new(access);
     let config = &broker.access.config;
     let Some(server) = config.servers.first() else {
-        return Err("upstream.servers is empty".into());
+        return Err(ProbeError::NoServer);
     };
     let versions: &[Version] = match config.protocol {
         Protocol::Auto => &[Version::V5, Version::V311],
@@ -72,10 +83,10 @@ pub(crate) async fn probe_once(access: BrokerAccess) -> Result<BrokerProfile, St
                 return Ok(probe_over(&topic, connection).await);
             }
             Err(error @ ConnectError::V5Refused) => refused = error,
-            Err(error) => return Err(error.to_string()),
+            Err(error) => return Err(ProbeError::Connect(error)),
         }
     }
-    Err(refused.to_string())
+    Err(ProbeError::Connect(refused))
 }
 
 /// Probes over a connection of its own, in the version that the links speak.

@@ -16,6 +16,17 @@ const SHORT: Duration = Duration::from_secs(15);
 /// reason when it closes a connection.
 const SUSPICIOUS: u32 = 4;
 
+/// A sign of a second process. `Display` begins the log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum Sign {
+    /// The broker ended the connection because another one took its client identifier.
+    #[error("Another client took the link's client identifier")]
+    TakenOver,
+    /// Several connections in a row were short.
+    #[error("The broker closes the link again and again soon after it accepted it")]
+    ShortConnections,
+}
+
 /// The watch that one link keeps.
 #[derive(Debug, Default)]
 pub(super) struct DuplicateNodeWatch {
@@ -47,19 +58,18 @@ impl DuplicateNodeWatch {
         }
     }
 
-    /// What points to a second process, if anything does.
-    fn sign(&mut self, end: &LinkEnd, lasted: Duration) -> Option<&'static str> {
+    /// The sign of a second process in the end of a connection, if there is one.
+    fn sign(&mut self, end: &LinkEnd, lasted: Duration) -> Option<Sign> {
         if let LinkEnd::Disconnect(ReasonCode::SESSION_TAKEN_OVER) = end {
             self.short = 0;
-            return Some("Another client took the link's client identifier");
+            return Some(Sign::TakenOver);
         }
         let closed = matches!(end, LinkEnd::Closed | LinkEnd::Io(_));
         self.short = match closed && lasted < SHORT {
             true => self.short + 1,
             false => 0,
         };
-        (self.short >= SUSPICIOUS && self.short.is_power_of_two())
-            .then_some("The broker closes the link again and again soon after it accepted it")
+        (self.short >= SUSPICIOUS && self.short.is_power_of_two()).then_some(Sign::ShortConnections)
     }
 }
 

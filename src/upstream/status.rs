@@ -7,35 +7,7 @@ use parking_lot::Mutex;
 
 use crate::telemetry::{LinkMetrics, metrics};
 
-/// What a link is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// Carries the filters, and messages from the broker.
-    Data,
-    /// Carries clients' publishes to the broker.
-    Publish,
-    /// Fetches retained messages.
-    Retained,
-    /// Carries shared subscriptions.
-    Shared,
-}
-
-impl Role {
-    /// The letter in link names and client identifiers.
-    pub(crate) fn letter(self) -> char {
-        match self {
-            Self::Data => 'd',
-            Self::Publish => 'p',
-            Self::Retained => 'r',
-            Self::Shared => 's',
-        }
-    }
-
-    /// Whether links of this role carry filters that were placed on them.
-    pub(crate) fn has_filters(self) -> bool {
-        matches!(self, Self::Data | Self::Shared)
-    }
-}
+use crate::upstream::role::Role;
 
 /// One link's status.
 #[derive(Debug)]

@@ -1,6 +1,5 @@
 //! The task of one link: dials, serves the connection, and reconnects with a back-off.
 
-use std::fmt::Display;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,17 +14,39 @@ use crate::router::handle::TaskWaker;
 use crate::telemetry::LinkDownReason;
 
 use crate::upstream::broker::LinkContext;
-use crate::upstream::connect::{Established, establish};
+use crate::upstream::connect::{ConnectError, Established, establish};
 use crate::upstream::discover::profile_of;
 use crate::upstream::duplicate_node::DuplicateNodeWatch;
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
 use crate::upstream::profile::BrokerProfile;
 use crate::upstream::pump::{Conditions, serve};
-use crate::upstream::status::{LinkStatus, Role};
+use crate::upstream::role::Role;
+use crate::upstream::status::LinkStatus;
 
 /// A connection that lasted this long shows that the broker is well: the back-off begins again.
 const STABLE: Duration = Duration::from_secs(10);
+
+/// Why a link is down.
+#[derive(Debug, thiserror::Error)]
+enum LinkDown {
+    /// Its connection could not be made.
+    #[error(transparent)]
+    NotConnected(ConnectError),
+    /// Its connection ended.
+    #[error(transparent)]
+    Ended(LinkEnd),
+}
+
+impl LinkDown {
+    /// The metric label.
+    fn label(&self) -> LinkDownReason {
+        match self {
+            Self::NotConnected(error) => error.label(),
+            Self::Ended(end) => end.label(),
+        }
+    }
+}
 
 /// Runs a link until the process ends.
 pub(super) async fn run<M: Machine>(
@@ -58,13 +79,13 @@ pub(super) async fn run<M: Machine>(
     // ends by itself.
     while !stop.is_cancelled() {
         let server = task.context.server.load(Ordering::Acquire);
-        let Some(failure) = task.attempt(server).await else {
+        let Some(down) = task.attempt(server).await else {
             return;
         };
         if stop.is_cancelled() {
             return;
         }
-        let wait = task.failed(server, &failure);
+        let wait = task.failed(server, &down);
         if stop.run_until_cancelled(sleep(wait)).await.is_none() {
             return;
         }
@@ -108,9 +129,9 @@ struct LinkTask<M> {
 }
 
 impl<M: Machine> LinkTask<M> {
-    /// One connection, from the dial to its end. Returns why it failed or ended, for the log;
-    /// `None`: the process ends.
-    async fn attempt(&mut self, server: usize) -> Option<String> {
+    /// One connection, from the dial to its end. Returns why it failed or ended; `None`: the process
+    /// ends.
+    async fn attempt(&mut self, server: usize) -> Option<LinkDown> {
         let context = self.context.clone();
         let placement = context.placement.load(Ordering::Acquire);
         if self.link.role.has_filters() && placement != self.placement {
@@ -120,18 +141,18 @@ impl<M: Machine> LinkTask<M> {
         let clean = self.session_at != Some(server);
         let address = &context.broker.access.config.servers[server];
         let dialling = Box::pin(establish(&context.broker, &self.link, address, clean));
-        match context.stop.run_until_cancelled(dialling).await? {
-            Ok(established) => {
-                let end = self.serve(server, established).await;
-                Some(self.note(end.label(), &end))
-            }
+        let down = match context.stop.run_until_cancelled(dialling).await? {
+            Ok(established) => LinkDown::Ended(self.serve(server, established).await),
             Err(error) => {
                 self.unanswered |= error.may_have_begun_session();
                 context.fail_over(server);
                 self.duplicate_node.unreachable();
-                Some(self.note(error.label(), &error))
+                LinkDown::NotConnected(error)
             }
-        }
+        };
+        self.link.metrics().disconnects[down.label()].increment(1);
+        self.link.set_last_error(down.to_string());
+        Some(down)
     }
 
     async fn serve(&mut self, server: usize, established: Established) -> LinkEnd {
@@ -215,16 +236,8 @@ impl<M: Machine> LinkTask<M> {
         );
     }
 
-    /// Notes why an attempt failed, or a connection ended. Returns it as text.
-    fn note(&self, label: LinkDownReason, why: &impl Display) -> String {
-        self.link.metrics().disconnects[label].increment(1);
-        let why = why.to_string();
-        self.link.set_last_error(why.clone());
-        why
-    }
-
     /// The link is down. Returns how long to wait before the next attempt.
-    fn failed(&mut self, server: usize, why: &str) -> Duration {
+    fn failed(&mut self, server: usize, down: &LinkDown) -> Duration {
         let random = getrandom::u32().unwrap_or(u32::MAX / 2);
         let wait = jittered(self.backoff.next_wait(), random);
         if self.backoff.worth_logging() {
@@ -233,7 +246,7 @@ impl<M: Machine> LinkTask<M> {
                 server = %self.context.broker.access.config.servers[server],
                 attempts = self.backoff.failures(),
                 wait_ms = wait.as_millis() as u64,
-                "Link to the broker is down: {why}"
+                "Link to the broker is down: {down}"
             );
         }
         wait

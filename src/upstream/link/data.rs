@@ -27,6 +27,7 @@ use crate::upstream::link::common::{
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
 use crate::upstream::link::redelivery::Redelivery;
+use crate::upstream::role::Role;
 
 /// SUBSCRIBE and UNSUBSCRIBE packets that may be unanswered.
 const REQUESTS_MAX: usize = 1000;
@@ -309,7 +310,7 @@ impl Machine for DataLink {
             }
             Packet::Suback(s) => self.answered(s.packet_id, s.codes, now),
             Packet::Unsuback(u) => self.answered(u.packet_id, u.codes, now),
-            _ => Err(LinkEnd::Unexpected("data")),
+            _ => Err(LinkEnd::Unexpected(Role::Data)),
         }
     }
 

@@ -5,6 +5,8 @@ use std::io;
 use crate::mqtt::{Error, ReasonCode};
 use crate::telemetry::LinkDownReason;
 
+use crate::upstream::role::Role;
+
 /// Why a link's connection ended, from its source to the log, the metric label and the DISCONNECT
 /// that is sent.
 #[derive(Debug, thiserror::Error)]
@@ -25,8 +27,8 @@ pub(crate) enum LinkEnd {
     #[error("the broker sent a packet that is not legal: {0}")]
     Malformed(Error),
     /// The broker sent a packet that has no place on a link of this role.
-    #[error("the broker sent a packet that a {0} link does not expect")]
-    Unexpected(&'static str),
+    #[error("the broker sent a packet that a {} link does not expect", .0.name())]
+    Unexpected(Role),
     /// A SUBACK or UNSUBACK names no request.
     #[error("SUBACK or UNSUBACK for packet identifier {0}, which is not in use")]
     UnknownRequest(u16),

@@ -14,6 +14,7 @@ use crate::time::Millis;
 use crate::upstream::link::common::RESERVED_KEY;
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
+use crate::upstream::role::Role;
 
 /// With this much output waiting for the socket, no more publishes are taken from the queues.
 const OUTPUT_MAX_BYTES: usize = 128 * 1024;
@@ -428,7 +429,7 @@ impl Machine for PublishLink {
                 }
             }
             _ => {
-                return Err(LinkEnd::Unexpected("publish"));
+                return Err(LinkEnd::Unexpected(Role::Publish));
             }
         }
         Ok(())

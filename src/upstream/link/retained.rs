@@ -24,6 +24,7 @@ use crate::upstream::link::common::{
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
+use crate::upstream::role::Role;
 
 /// Fetches that run at once.
 const FETCHES_MAX: usize = 8;
@@ -282,7 +283,7 @@ impl Machine for RetainedLink {
             }
             Packet::Unsuback(u) => self.unsubscribes.retain(|id| *id != u.packet_id),
             _ => {
-                return Err(LinkEnd::Unexpected("retained"));
+                return Err(LinkEnd::Unexpected(Role::Retained));
             }
         }
         Ok(())

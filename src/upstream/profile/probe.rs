@@ -56,7 +56,7 @@ where
     };
     let mut step = "overlapping filters";
     let quirks = &mut profile.quirks;
-    let result = async {
+    let result: Result<(), Interrupted> = async {
         probe.overlap(quirks).await?;
         step = "a second SUBSCRIBE";
         probe.replace(quirks).await?;
@@ -75,7 +75,7 @@ where
         Ok(())
     }
     .await;
-    if let Err(Interrupted(why)) = result {
+    if let Err(why) = result {
         profile.source = Source::Partly;
         profile.missing.push(format!("{step}: {why}"));
     }
@@ -115,7 +115,7 @@ where
         }
         let copies = std::mem::take(&mut connection.arrived);
         let Some(first) = copies.first() else {
-            return Err(Interrupted("nothing came back".into()));
+            return Err(Interrupted::NothingDelivered);
         };
         let alone = copies.len() == 1;
         quirks.copies = Some(if alone { Copies::One } else { Copies::Many });
@@ -233,7 +233,7 @@ where
 
     /// A message through a shared subscription shows whether they work. Returns why the broker
     /// refused to grant one, if it did.
-    async fn shared(&mut self, quirks: &mut Quirks) -> Result<Option<String>, Interrupted> {
+    async fn shared(&mut self, quirks: &mut Quirks) -> Result<Option<Interrupted>, Interrupted> {
         if !self.capabilities.shared {
             return Ok(None);
         }
@@ -244,8 +244,8 @@ where
         let filter = format!("$share/tidegate-probe/{}", connection.below("s"));
         let subscription = Subscription::live(&filter, qos, 6);
         let id = connection.send_subscribe(&subscription).await?;
-        if let Err(Interrupted(why)) = connection.granted(id).await {
-            return Ok(Some(why));
+        if let Err(refused) = connection.granted(id).await {
+            return Ok(Some(refused));
         }
         quirks.shared = SharedSubscriptions::Dead;
         connection.publish("s", b"shared", qos, false).await?;

@@ -9,9 +9,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::mqtt::{
-    AckKind, Alias, Decoder, Delivery, Message, MessageSpec, Packet, Properties, Property, QoS,
-    ReasonCode, Receiver, SubscribeOptions, Version, encode_ack, encode_disconnect, encode_pingreq,
-    encode_subscribe,
+    AckKind, Alias, Decoder, Delivery, Error, Message, MessageSpec, Packet, Properties, Property,
+    QoS, ReasonCode, Receiver, SubscribeOptions, Version, encode_ack, encode_disconnect,
+    encode_pingreq, encode_subscribe,
 };
 
 /// The user properties of each message that a probe publishes.
@@ -25,12 +25,35 @@ const PACKET_MAX_BYTES: u32 = 1024 * 1024;
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Why a step of a probe could not be completed.
-pub(super) struct Interrupted(pub String);
-
-impl From<io::Error> for Interrupted {
-    fn from(error: io::Error) -> Self {
-        Self(error.to_string())
-    }
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Interrupted {
+    /// Reading or writing failed.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// The broker closed the connection.
+    #[error("the broker closed the connection")]
+    Closed,
+    /// The broker sent DISCONNECT.
+    #[error("the broker sent DISCONNECT: {}", .0.name())]
+    Disconnect(ReasonCode),
+    /// The broker sent bytes that are not a legal packet.
+    #[error("a packet that is not legal: {0}")]
+    Malformed(Error),
+    /// An answer did not arrive before the deadline of the probe.
+    #[error("no answer in time")]
+    Timeout,
+    /// A SUBACK refuses the filter with this code.
+    #[error("SUBSCRIBE refused with 0x{0:02X}")]
+    SubscribeRefused(u8),
+    /// A SUBACK has no code.
+    #[error("SUBACK without a code")]
+    EmptySuback,
+    /// A PUBACK refuses the publish.
+    #[error("PUBLISH refused: {}", .0.name())]
+    PublishRefused(ReasonCode),
+    /// The broker delivered no copy of a publish.
+    #[error("nothing came back")]
+    NothingDelivered,
 }
 
 /// A PUBLISH that arrived.
@@ -210,8 +233,8 @@ where
                 let (_, codes) = self.subacks.swap_remove(at);
                 return match codes.first() {
                     Some(code) if *code < 0x80 => Ok(()),
-                    Some(code) => Err(Interrupted(format!("SUBSCRIBE refused with 0x{code:02X}"))),
-                    None => Err(Interrupted("SUBACK without a code".into())),
+                    Some(code) => Err(Interrupted::SubscribeRefused(*code)),
+                    None => Err(Interrupted::EmptySuback),
                 };
             }
             self.read().await?;
@@ -306,7 +329,7 @@ where
     async fn read(&mut self) -> Result<(), Interrupted> {
         match self.read_until(self.deadline).await? {
             true => Ok(()),
-            false => Err(Interrupted("no answer in time".into())),
+            false => Err(Interrupted::Timeout),
         }
     }
 
@@ -318,7 +341,7 @@ where
         let until = until.min(self.deadline);
         match timeout_at(until, self.io.read_buf(&mut self.input)).await {
             Err(_) => return Ok(false),
-            Ok(Ok(0)) => return Err(Interrupted("the broker closed the connection".into())),
+            Ok(Ok(0)) => return Err(Interrupted::Closed),
             Ok(Ok(_)) => {}
             Ok(Err(error)) => return Err(error.into()),
         }
@@ -370,7 +393,7 @@ where
             let (packet, used) = match self.decoder.next(&self.input) {
                 Ok(Some(next)) => next,
                 Ok(None) => return Ok(any),
-                Err(e) => return Err(Interrupted(format!("a packet that is not legal: {e}"))),
+                Err(e) => return Err(Interrupted::Malformed(e)),
             };
             any = true;
             match packet {
@@ -390,16 +413,12 @@ where
                 Packet::Suback(s) => self.subacks.push((s.packet_id, s.codes.to_vec())),
                 Packet::Puback(a) => {
                     if a.reason.is_error() {
-                        let reason = a.reason.name();
-                        return Err(Interrupted(format!("PUBLISH refused: {reason}")));
+                        return Err(Interrupted::PublishRefused(a.reason));
                     }
                     self.pubacks.insert(a.packet_id);
                 }
                 Packet::Pingresp => self.pingresps += 1,
-                Packet::Disconnect(d) => {
-                    let reason = d.reason.name();
-                    return Err(Interrupted(format!("the broker sent DISCONNECT: {reason}")));
-                }
+                Packet::Disconnect(d) => return Err(Interrupted::Disconnect(d.reason)),
                 _ => {}
             }
             let _ = self.input.split_to(used);
