@@ -360,12 +360,15 @@ impl Oracle {
     }
 
     /// Whether the client was subscribed to the message's topic at some time between the publication
-    /// and `then` (I1, I5, I14).
+    /// and `then` (I1, I5, I14). After a loss, the retained messages of a filter are fetched again for
+    /// all its subscribers and come like live ones, however late a client subscribed.
     fn may(&self, n: usize, message: &Message, then: Millis) -> bool {
+        let mut losses = self.sessions_lost.iter().chain(&self.doubts);
+        let fetched = message.retain && losses.any(|t| message.at <= *t && *t <= then);
         self.clients[n].subs.iter().any(|s| {
             s.matches(&message.topic)
                 && s.asked_at <= then
-                && s.asked_at <= message.acknowledged_by(4 * TRANSIT)
+                && (fetched || s.asked_at <= message.acknowledged_by(4 * TRANSIT))
                 && s.lives_at(message.at)
                 && !s.hides(n, message)
         })

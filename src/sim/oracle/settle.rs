@@ -208,8 +208,8 @@ impl Oracle {
         {
             return true;
         }
-        let lost =
-            |t: &Millis| message.at <= *t && (*t <= message.at + TRANSIT || message.open_at(*t));
+        // It may wait at the broker, in the session of a link that is away.
+        let lost = |t: &Millis| message.at <= *t && *t <= message.acknowledged_by(TRANSIT);
         self.sessions_lost.iter().any(lost) || self.unseen(message)
     }
 

@@ -2,6 +2,8 @@
 
 use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
 use crate::sim::oracle::{Conditions, Oracle};
+use crate::sim::seen::Got;
+use crate::streams::StreamId;
 use crate::time::Millis;
 
 /// An oracle of two clients and a quiet broker. Client 0 is a member of a shared group at QoS 1, client
@@ -43,4 +45,48 @@ fn a_group_may_lose_a_message_with_the_unread_output_of_a_qos_0_member() {
     assert!(missing(QoS::AtMostOnce, true, 90).is_some());
     assert!(missing(QoS::AtMostOnce, false, 130).is_some());
     assert!(missing(QoS::AtLeastOnce, true, 130).is_some());
+}
+
+/// A client subscribes long after a retained message was published, and receives it like a live one.
+#[test]
+fn a_late_subscriber_receives_a_retained_message_after_a_loss() {
+    for lost in [false, true] {
+        let mut oracle = group_of(QoS::AtLeastOnce);
+        oracle.published(0, 1, "b", QoS::AtLeastOnce, true, Millis::new(100));
+        oracle.acknowledged(0, 1, ReasonCode::SUCCESS, Millis::new(120));
+        let options = SubscribeOptions::default();
+        oracle.subscribes(1, &[("b".to_owned(), options)], Millis::new(8000));
+        if lost {
+            oracle.restarted(Millis::new(8100), false);
+        }
+        let got = Got {
+            number: 1,
+            qos: QoS::AtMostOnce,
+            retain: false,
+            dup: false,
+            stream: StreamId::CONTROL,
+            at: Millis::new(8200),
+        };
+        oracle.received(1, "b", got);
+        assert_eq!(oracle.first_fault().is_none(), lost);
+    }
+}
+
+/// The broker takes a message late, and loses its sessions before a link has fetched the message.
+#[test]
+fn a_message_may_be_lost_with_a_session_soon_after_its_acknowledgement() {
+    for (lost_at, excused) in [(4000, true), (6000, false)] {
+        let mut oracle = group_of(QoS::AtLeastOnce);
+        let options = SubscribeOptions {
+            qos: QoS::AtLeastOnce,
+            ..SubscribeOptions::default()
+        };
+        oracle.subscribes(1, &[("b".to_owned(), options)], Millis::new(10));
+        oracle.granted(1, "b", &options, 1, Millis::new(20));
+        oracle.published(0, 1, "b", QoS::AtLeastOnce, false, Millis::new(100));
+        oracle.acknowledged(0, 1, ReasonCode::SUCCESS, Millis::new(3000));
+        oracle.restarted(Millis::new(lost_at), false);
+        oracle.settle(Millis::new(9000), &[]);
+        assert_eq!(oracle.first_fault().is_none(), excused);
+    }
 }
