@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
-use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 
@@ -12,7 +11,7 @@ use crate::mqtt::{
     encode_unsuback, has_discouraged,
 };
 use crate::streams::StreamId;
-use crate::topics::{FilterId, split_shared};
+use crate::topics::split_shared;
 
 use crate::session::connection::{PendingSubscribe, RepeatedFilter, Scope};
 use crate::session::{
@@ -36,6 +35,40 @@ struct Seen {
     asked: Option<QoS>,
 }
 
+/// Up to this number of filters in a SUBSCRIBE, each is compared with all subscriptions of its session:
+/// a set of them costs more.
+const COMPARED_MAX: usize = 8;
+
+/// The filters of a session's subscriptions.
+enum Known<'a> {
+    List(&'a [Subscription]),
+    Set(HashSet<&'a str, RandomState>),
+}
+
+impl<'a> Known<'a> {
+    /// For the check of a SUBSCRIBE with `filters` filters.
+    fn new(subscriptions: &'a [Subscription], filters: usize) -> Self {
+        match filters <= COMPARED_MAX {
+            true => Self::List(subscriptions),
+            false => Self::Set(subscriptions.iter().map(|s| &*s.name).collect()),
+        }
+    }
+
+    fn contains(&self, filter: &str) -> bool {
+        match self {
+            Self::List(all) => all.iter().any(|s| *s.name == *filter),
+            Self::Set(all) => all.contains(filter),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::List(all) => all.len(),
+            Self::Set(all) => all.len(),
+        }
+    }
+}
+
 /// The filters of one SUBSCRIBE while they are checked.
 struct Check<'a> {
     limits: &'a SessionLimits,
@@ -43,8 +76,7 @@ struct Check<'a> {
     scope: Option<&'a Scope>,
     /// Too many SUBSCRIBEs wait already.
     too_many_pending: bool,
-    /// The filters of the session's subscriptions.
-    known: HashSet<&'a str, RandomState>,
+    known: Known<'a>,
     /// The filters that this SUBSCRIBE adds to them.
     added: usize,
     /// The bytes of both.
@@ -167,16 +199,16 @@ impl Session {
         let free = |key: &u16| !pending.iter().any(|p| p.key == *key);
         let key = std::iter::once(packet_id).chain(0..).find(free);
         let key = key.unwrap_or(packet_id);
-        let known = self.subscriptions.iter().map(|s| &*s.name);
-        let known: HashSet<&str, RandomState> = known.collect();
+        let filters = subscribe.filters().take(COMPARED_MAX + 1).count();
+        let bytes = self.subscriptions.iter().map(|s| s.name.len()).sum();
         let mut check = Check {
             limits,
             policy,
             scope: connection.scope.as_deref(),
             too_many_pending: pending.len() >= PENDING_MAX,
             added: 0,
-            bytes: known.iter().map(|name| name.len()).sum(),
-            known,
+            bytes,
+            known: Known::new(&self.subscriptions, filters),
             seen: HashMap::default(),
             codes: Vec::new(),
             requests: Vec::new(),
@@ -284,22 +316,34 @@ impl Session {
             return Err(CloseReason::UnsubscribeFilters);
         }
         let mut codes = Vec::new();
-        let mut filters = Vec::new();
+        let mut places: Vec<usize> = Vec::new();
         let scope = self.phase.connection().and_then(|c| c.scope.clone());
-        let known = |s: &Subscription| (s.name.clone(), s.filter);
-        let known = self.subscriptions.iter().map(known);
-        let mut known: HashMap<Arc<str>, FilterId, RandomState> = known.collect();
+        let all = &self.subscriptions;
+        let is_long = unsubscribe.filters().nth(COMPARED_MAX).is_some();
+        let mut known: Option<HashMap<&str, usize, RandomState>> = is_long.then(|| {
+            let places = all.iter().enumerate();
+            places.map(|(at, s)| (&*s.name, at)).collect()
+        });
         for filter in unsubscribe.filters() {
             let whole = scope.as_ref().and_then(|s| s.filter(filter));
-            let number = known.remove(whole.as_deref().unwrap_or(filter));
-            codes.push(match number {
+            let name = whole.as_deref().unwrap_or(filter);
+            let place = match &mut known {
+                Some(known) => known.remove(name),
+                None => {
+                    let place = all.iter().position(|s| *s.name == *name);
+                    place.filter(|at| !places.contains(at))
+                }
+            };
+            codes.push(match place {
                 Some(_) => ReasonCode::SUCCESS.0,
                 None => ReasonCode::NO_SUBSCRIPTION_EXISTED.0,
             });
-            if let Some(number) = number {
-                filters.extend(self.end_subscription(number));
-            }
+            places.extend(place);
         }
+        let filters = match places.is_empty() {
+            true => Vec::new(),
+            false => self.end_subscriptions(&places),
+        };
         if let Some(connection) = self.phase.connection_mut() {
             let version = connection.version;
             let out = connection.output_on(stream);

@@ -100,10 +100,9 @@ impl Session {
         let Some(at) = all.iter().position(|s| s.filter == filter && !s.active) else {
             return false;
         };
-        let mut granted = all.remove(at);
-        granted.active = true;
-        let behind = all.iter().position(|s| !s.active).unwrap_or(all.len());
-        all.insert(behind, granted);
+        let behind = all.iter().position(|s| !s.active).unwrap_or(at);
+        all[behind..=at].rotate_right(1);
+        all[behind].active = true;
         true
     }
 
@@ -132,24 +131,47 @@ impl Session {
         Some(removed)
     }
 
-    /// Takes away a subscription that its client unsubscribed.
-    pub(super) fn end_subscription(&mut self, filter: FilterId) -> Option<Unsubscribed> {
-        let all = &self.subscriptions;
-        let at = all.iter().position(|s| s.filter == filter)?;
-        let (ended, later) = (&all[at], &all[at + 1..]);
-        let mut primary_over = Vec::new();
-        if ended.active && ended.overlaps > 0 {
+    /// Takes away the subscriptions at `places`, each named once, as if their client unsubscribed from
+    /// one after the other.
+    pub(super) fn end_subscriptions(&mut self, places: &[usize]) -> Vec<Unsubscribed> {
+        let all = &mut self.subscriptions;
+        let mut is_ended = vec![false; all.len()];
+        let mut gone = Vec::with_capacity(places.len());
+        for &at in places {
+            is_ended[at] = true;
+            let overlapping: Vec<usize> = match all[at].overlaps {
+                0 => Vec::new(),
+                count => (0..all.len())
+                    .filter(|i| !is_ended[*i] && all[*i].overlaps_with(&all[at]))
+                    .take(count as usize)
+                    .collect(),
+            };
             // Those without a grant too: the broker may already send their copies.
-            let over = later.iter().filter(|s| s.overlaps_with(ended));
-            primary_over.extend(over.map(|s| s.filter));
+            let later = overlapping.iter().filter(|i| **i > at);
+            let primary_over = match all[at].active {
+                true => later.map(|i| all[*i].filter).collect(),
+                false => Vec::new(),
+            };
+            for i in overlapping {
+                all[i].overlaps -= 1;
+            }
+            let ended = &all[at];
+            gone.push(Unsubscribed {
+                filter: ended.filter,
+                name: ended.name.clone(),
+                no_local: ended.options.no_local,
+                primary_over,
+            });
         }
-        let ended = self.remove_subscription(filter)?;
-        Some(Unsubscribed {
-            filter,
-            name: ended.name,
-            no_local: ended.options.no_local,
-            primary_over,
-        })
+        // At once: taken away one by one, each would move all that follow it.
+        let mut ended = is_ended.into_iter();
+        all.retain(|_| !ended.next().unwrap_or_default());
+        if let Some(connection) = self.phase.connection_mut() {
+            for ended in &gone {
+                connection.bind(&ended.name, StreamId::CONTROL);
+            }
+        }
+        gone
     }
 }
 

@@ -1,4 +1,5 @@
 use std::cell::Cell;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
@@ -8,6 +9,7 @@ use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscrib
 use crate::session::{ConnectionSpec, Incarnation, QueueFull};
 use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
+use crate::topics::FilterId;
 
 fn subscription(filter: FilterId, name: &str) -> Subscription {
     Subscription {

@@ -45,7 +45,54 @@ const NAMES: &[&str] = &[
     "+/+",
 ];
 
+/// Ends the subscription on a filter, if there is one.
+fn end(session: &mut Session, filter: FilterId) -> Vec<Unsubscribed> {
+    let place = session
+        .subscriptions
+        .iter()
+        .position(|s| s.filter == filter);
+    session.end_subscriptions(place.as_slice())
+}
+
 proptest! {
+    #[test]
+    fn subscriptions_that_end_together_end_as_if_one_after_the_other(
+        steps in prop::collection::vec((0..NAMES.len() as u32, any::<bool>()), 0..12),
+        ended in prop::collection::vec(0..NAMES.len() as u32, 0..8),
+    ) {
+        let begin = || {
+            let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), Millis::ZERO);
+            for (filter, granted) in &steps {
+                let name = NAMES[*filter as usize];
+                session.add_subscription(subscription(FilterId(*filter), name));
+                if *granted {
+                    session.activate_subscription(FilterId(*filter));
+                }
+            }
+            session
+        };
+        let (mut one, mut all) = (begin(), begin());
+        let mut filters: Vec<FilterId> = Vec::new();
+        for filter in ended.into_iter().map(FilterId) {
+            let there = all.subscriptions.iter().any(|s| s.filter == filter);
+            if there && !filters.contains(&filter) {
+                filters.push(filter);
+            }
+        }
+        let places = filters.iter().map(|filter| {
+            let is = |s: &Subscription| s.filter == *filter;
+            all.subscriptions.iter().position(is).expect("there")
+        });
+        let places: Vec<usize> = places.collect();
+        let together = all.end_subscriptions(&places);
+        let in_turn: Vec<_> = filters.iter().flat_map(|f| end(&mut one, *f)).collect();
+        let shown = |gone: &[Unsubscribed]| format!("{gone:?}");
+        prop_assert_eq!(shown(&together), shown(&in_turn));
+        let left = |session: &Session| format!("{:?}", session.subscriptions());
+        prop_assert_eq!(left(&one), left(&all));
+        prop_assert!(overlap_counts(&all).into_iter().eq(all.subscriptions().iter().map(|s| (s.filter, s.overlaps))));
+    }
+
     #[test]
     fn overlaps_are_counted_whatever_comes_and_goes(
         steps in prop::collection::vec((0..NAMES.len() as u32, 0..4u8), 0..60),
@@ -54,7 +101,7 @@ proptest! {
         for (filter, step) in steps {
             match step {
                 0 => drop(session.remove_subscription(FilterId(filter))),
-                1 => drop(session.end_subscription(FilterId(filter))),
+                1 => drop(end(&mut session, FilterId(filter))),
                 2 => drop(session.activate_subscription(FilterId(filter))),
                 _ => drop(session.add_subscription(subscription(FilterId(filter), NAMES[filter as usize]))),
             }
