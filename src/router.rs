@@ -10,7 +10,8 @@
 //!
 //! A thread may take several of these locks, in this order:
 //!
-//! 1. one of: the time of the last presence, the permission to evict, the retained cache;
+//! 1. one of: the time of the last presence, the permission to evict, the retained cache, whether the
+//!    publish links become more;
 //! 2. the table of filters;
 //! 3. the groups of shared subscriptions;
 //! 4. one shard of the sessions;
@@ -158,11 +159,12 @@ impl Router {
     ) -> Result<Connected, Refused> {
         let publish_link = |session| self.publishing.link_of(session);
         let connected = self.sessions.connect(connect, now, publish_link, connack);
-        let (connected, actions) = connected?;
+        let (mut connected, actions) = connected?;
         if !actions.groups.is_empty() {
             self.groups.members_came(&actions.groups, connected.session);
         }
         self.settle(actions.session, now);
+        connected.publish_round = self.publishing.next_round(connected.publish_link);
         Ok(connected)
     }
 
@@ -197,6 +199,12 @@ impl Router {
             let qos = crate::mqtt::QoS::AtLeastOnce.min(self.broker.maximum_qos());
             self.presence
                 .publish(&self.sessions, &self.publishing, change, qos, now);
+        }
+        for closed in actions.closed {
+            let (session, link) = (closed.session, closed.publish_link);
+            let waits = self.publishing.is_waiting(session, link);
+            let moves = closed.just_ended && self.publishing.may_move(session, link);
+            self.sessions.forget(session, waits || moves, now);
         }
     }
 

@@ -207,4 +207,10 @@ impl Session {
     pub fn publishes_waiting(&self) -> usize {
         self.inbound.as_ref().map_or(0, |i| i.waiting())
     }
+
+    /// Publishes of QoS 1 and 2 that the broker has yet to answer, of the client's earlier sessions
+    /// too.
+    pub fn publishes_under_way(&self) -> u32 {
+        self.inbound.as_ref().map_or(0, |i| i.under_way())
+    }
 }

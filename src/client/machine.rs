@@ -79,9 +79,9 @@ pub struct Machine {
     packet_max_bytes: u32,
     /// The publish link of the session's publishes.
     publish_link: u8,
-    /// When the last publish of QoS 0 arrived, or the connection began: a publish of QoS 0 may still
-    /// be on its way to the broker. Seconds, to keep an idle connection small.
-    qos0_at_seconds: u32,
+    /// The round of that link with which everything that it does not acknowledge has arrived at the
+    /// broker: publishes of QoS 0, and those of earlier connections.
+    publish_round: u32,
     /// The incomplete packet of the control stream.
     input: ReadBuffer,
     /// Output for the control stream.
@@ -123,7 +123,6 @@ impl Machine {
         handle: Arc<ConnectionHandle>,
         version: Version,
         packet_max_bytes: u32,
-        now: Millis,
     ) -> Self {
         Self {
             handle,
@@ -132,7 +131,7 @@ impl Machine {
             version,
             packet_max_bytes,
             publish_link: connected.publish_link,
-            qos0_at_seconds: seconds(now),
+            publish_round: connected.publish_round,
             input: ReadBuffer::default(),
             output: OutBuf::default(),
             streams: Vec::new(),
@@ -358,8 +357,4 @@ impl Machine {
         let reason = self.handle.closing();
         End::from_close(reason.unwrap_or(CloseReason::SessionEnded))
     }
-}
-
-fn seconds(now: Millis) -> u32 {
-    (now.as_u64() / 1000) as u32
 }

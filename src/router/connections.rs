@@ -132,7 +132,7 @@ impl Router {
         publish: ClientPublish,
         now: Millis,
     ) {
-        let outgoing = Outgoing::of_client(session, publish, now);
+        let outgoing = Outgoing::new(session, publish, now);
         self.publishing
             .publish(&self.sessions, publish_link, outgoing);
     }
@@ -149,17 +149,24 @@ impl Router {
         self.publishing.defers(session, publish_link, waiting, size)
     }
 
-    /// The publish link that a session's publishes would begin on: the same for all of them, so that
-    /// they stay in order.
+    /// The publish link that a session's publishes would begin on now.
     pub fn publish_link(&self, session: SessionRef) -> u8 {
         self.publishing.link_of(session)
     }
 
-    /// Moves a session to the publish link that it would begin on now, if none of its publishes waits
-    /// for its old one; to be called before its next publish is handed over. Returns the publish link
-    /// from here on.
-    pub(crate) fn move_publishes(&self, session: SessionRef, from: u8) -> u8 {
-        self.publishing.move_session(&self.sessions, session, from)
+    /// The round of a publish link with which every publish that was handed to it until now has
+    /// arrived at the broker.
+    pub(crate) fn next_publish_round(&self, publish_link: u8) -> u32 {
+        self.publishing.next_round(publish_link)
+    }
+
+    /// Moves a session to the publish link that it would begin on now, once none of its publishes
+    /// waits for its old link or is under way there: those without an acknowledgement arrive with
+    /// round `round` of the old link. To be called before its next publish is handed over. Returns
+    /// the publish link from here on.
+    pub(crate) fn move_publishes(&self, session: SessionRef, from: u8, round: u32) -> u8 {
+        self.publishing
+            .move_session(&self.sessions, session, from, round)
     }
 
     /// The time by which `bytes` that are offered to a socket from `since` on must be taken.

@@ -32,6 +32,18 @@ impl Router {
         self.publishing.link_up(link, up);
     }
 
+    /// Whether publish link `link` is to send a PINGREQ now, behind everything that it took from its
+    /// queues, and behind the publishes that it sends again. If so, it counts as sent.
+    pub fn publish_ping_due(&self, link: usize, now: Millis) -> bool {
+        self.publishing.ping_due(link, now)
+    }
+
+    /// The broker has answered a PINGREQ of [`Router::publish_ping_due`], so that everything which
+    /// the link sent before it has arrived.
+    pub fn publish_ping_answered(&self, link: usize) {
+        self.publishing.ping_answered(link);
+    }
+
     /// Works on the publishes that wait for publish link `link`.
     pub fn publish_queues<R>(&self, link: usize, f: impl FnOnce(&mut PublishQueues) -> R) -> R {
         self.publishing.queues(link, f)

@@ -1,5 +1,7 @@
 //! From the clients to the broker: into the queues of a publish link, and the answers back.
 
+mod arrivals;
+mod pings;
 pub mod queue;
 
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use crate::telemetry::{DeferReason, DropReason, metrics};
 use crate::time::Millis;
 
 use crate::router::handle::TaskWaker;
+use crate::router::publish::arrivals::Arrivals;
 use crate::router::publish::queue::{Outgoing, PublishQueues};
 use crate::router::sessions::{DueWill, Sessions};
 use crate::router::types::SessionRef;
@@ -51,8 +54,10 @@ pub(super) struct Publishing {
     /// Publish links that sessions are spread over.
     used: AtomicU8,
     /// Publish links that are dialled. At most one more than are used: the last one, which is used
-    /// from its first connection on.
+    /// once it has connected, and everything that the others had sent until then has arrived.
     wanted: AtomicU8,
+    /// The link that was asked for last has connected, and waits for the others' publishes.
+    growing: Mutex<bool>,
     budgets: PublishBudgets,
     /// Charged for every message that a client brings in.
     account: Arc<Account>,
@@ -62,6 +67,7 @@ pub(super) struct Publishing {
 #[derive(Debug, Default)]
 struct PublishLink {
     queues: Mutex<PublishQueues>,
+    arrivals: Arrivals,
     waker: Arc<TaskWaker>,
     up: AtomicBool,
 }
@@ -78,6 +84,7 @@ impl Publishing {
             links: (0..links_max).map(|_| PublishLink::default()).collect(),
             used: AtomicU8::new(links as u8),
             wanted: AtomicU8::new(links as u8),
+            growing: Mutex::new(false),
             budgets,
             account,
         }
@@ -142,17 +149,13 @@ impl Publishing {
         metrics().wills_published.increment(1);
         // A will is a publish by its own client, so No Local applies to it.
         let mark = sessions.with(due.session, |s, _| s.origin_mark(due.will.topic()));
-        self.publish(
-            sessions,
-            due.publish_link,
-            Outgoing {
-                session: due.session,
-                token: None,
-                message: due.will.charged_to(&self.account),
-                origin_mark: mark.flatten(),
-                since: now,
-            },
-        );
+        let publish = ClientPublish {
+            token: None,
+            message: due.will.charged_to(&self.account),
+            origin_mark: mark.flatten(),
+        };
+        let outgoing = Outgoing::new(due.session, publish, now);
+        self.publish(sessions, due.publish_link, outgoing);
     }
 
     /// Publishes a message of this node in the place of a client.
@@ -164,17 +167,13 @@ impl Publishing {
         message: Message,
         now: Millis,
     ) {
-        self.publish(
-            sessions,
-            publish_link,
-            Outgoing {
-                session,
-                token: None,
-                message,
-                origin_mark: None,
-                since: now,
-            },
-        );
+        let publish = ClientPublish {
+            token: None,
+            message,
+            origin_mark: None,
+        };
+        let outgoing = Outgoing::new(session, publish, now);
+        self.publish(sessions, publish_link, outgoing);
     }
 
     /// Whether a publish that nobody waits for may be added. If not, it counts as dropped.
@@ -215,32 +214,58 @@ impl Publishing {
         bytes > 0 && bytes + size > self.budgets.client_bytes
     }
 
-    /// The publish link that a session's publishes would begin on: the same for all of them, so that
-    /// they stay in order.
+    /// The publish link that a session's publishes begin on: the same for all sessions of a client,
+    /// one after the other, so that its publishes stay in order.
     pub(super) fn link_of(&self, session: SessionRef) -> u8 {
-        let links = u32::from(self.used.load(Ordering::Relaxed));
-        // Fewer than 256.
-        (u32::from(session.shard).wrapping_add(session.slot) % links) as u8
+        place(session, self.used.load(Ordering::Relaxed))
     }
 
-    /// Moves a session to the publish link that it would begin on now, if none of its publishes waits
-    /// for its old one; to be called before its next publish is handed over. Returns the publish link
-    /// from here on.
-    pub(super) fn move_session(&self, sessions: &Sessions, session: SessionRef, from: u8) -> u8 {
+    /// The round of a publish link with which every publish that was handed to it until now has
+    /// arrived at the broker.
+    pub(super) fn next_round(&self, publish_link: u8) -> u32 {
+        self.links[usize::from(publish_link)].arrivals.next_round()
+    }
+
+    /// Moves a session to the publish link that it would begin on now, once none of its publishes
+    /// waits for its old link or is under way there: those without an acknowledgement arrive with
+    /// round `round` of the old link. To be called before its next publish is handed over. Returns
+    /// the publish link from here on.
+    pub(super) fn move_session(
+        &self,
+        sessions: &Sessions,
+        session: SessionRef,
+        from: u8,
+        round: u32,
+    ) -> u8 {
+        let old = &self.links[usize::from(from)];
+        if !old.arrivals.has_passed(round) {
+            old.arrivals.ask();
+            return from;
+        }
         let to = self.link_of(session);
         let mut shard = sessions.shard(session.shard);
         let Some(slot) = shard.get(session) else {
             return from;
         };
-        let idle = self.links[usize::from(from)]
-            .queues
-            .lock()
-            .bytes_of(session)
-            == 0;
-        if idle {
+        if old.queues.lock().bytes_of(session) == 0 {
             slot.publish_link = to;
         }
         slot.publish_link
+    }
+
+    /// Whether publishes of a session that ended wait for its publish link.
+    pub(super) fn is_waiting(&self, session: SessionRef, publish_link: u8) -> bool {
+        let link = &self.links[usize::from(publish_link)];
+        link.queues.lock().bytes_of(session) > 0
+    }
+
+    /// Whether the client's next session may begin on another publish link than this one.
+    pub(super) fn may_move(&self, session: SessionRef, publish_link: u8) -> bool {
+        let used = self.used.load(Ordering::Acquire);
+        let wanted = self.wanted.load(Ordering::Acquire);
+        [used, wanted]
+            .iter()
+            .any(|links| place(session, *links) != publish_link)
     }
 
     /// Publish links that are dialled.
@@ -266,11 +291,41 @@ impl Publishing {
     /// Publish link `link` is connected, or not.
     pub(super) fn link_up(&self, link: usize, up: bool) {
         self.links[link].up.store(up, Ordering::Release);
-        if up {
-            // Only the link that was asked for last can be the one behind those that are used.
-            let (order, lax) = (Ordering::AcqRel, Ordering::Relaxed);
-            let number = link as u8;
-            let _ = self.used.compare_exchange(number, number + 1, order, lax);
+        if !up {
+            let link = &self.links[link];
+            return link.arrivals.connection_lost(&mut link.queues.lock());
+        }
+        let mut growing = self.growing.lock();
+        let used = usize::from(self.used.load(Ordering::Acquire));
+        // Only the link that was asked for last can be the one behind those that are used.
+        if !*growing && link == used && link < self.links_wanted() {
+            *growing = true;
+            for older in &self.links[..used] {
+                older.arrivals.await_ping(&mut older.queues.lock());
+            }
+        }
+    }
+
+    /// Whether publish link `link` is to send a PINGREQ now, behind everything that it took from its
+    /// queues. If so, it counts as sent.
+    pub(super) fn ping_due(&self, link: usize, now: Millis) -> bool {
+        let link = &self.links[link];
+        link.arrivals.is_open() && link.arrivals.ping_due(&mut link.queues.lock(), now)
+    }
+
+    /// The broker has answered a PINGREQ of publish link `link`.
+    pub(super) fn ping_answered(&self, link: usize) {
+        let answered = &self.links[link];
+        if !answered.arrivals.ping_answered(&mut answered.queues.lock()) {
+            return;
+        }
+        let mut growing = self.growing.lock();
+        let used = self.used.load(Ordering::Acquire);
+        let mut older = self.links[..usize::from(used)].iter();
+        let awaits = |l: &PublishLink| l.queues.lock().pings.is_awaited();
+        if *growing && !older.any(awaits) {
+            *growing = false;
+            self.used.store(used + 1, Ordering::Release);
         }
     }
 
@@ -289,3 +344,13 @@ impl Publishing {
         self.links.iter().map(|l| l.queues.lock().len()).sum()
     }
 }
+
+/// The publish link of a session when so many are used. It depends on the client alone: sessions of
+/// one client are in the same shard.
+fn place(session: SessionRef, links: u8) -> u8 {
+    // Fewer than 256.
+    (session.shard % u16::from(links)) as u8
+}
+
+#[cfg(test)]
+mod tests;

@@ -90,6 +90,17 @@ pub(super) struct SessionActions {
     pub redeliveries: Vec<Redelivery>,
     /// Changes of presence to publish.
     pub presence_changes: Vec<PresenceChange>,
+    /// Closed sessions that are to be forgotten, unless their publish links need them.
+    pub closed: Vec<ClosedSession>,
+}
+
+/// A session that is over.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ClosedSession {
+    pub session: SessionRef,
+    pub publish_link: u8,
+    /// It ended now; else it was remembered for a while.
+    pub just_ended: bool,
 }
 
 /// A will that is to be published.
@@ -247,6 +258,13 @@ impl Sessions {
         }
         self.settle(&mut shard, reference.slot);
         Some(result)
+    }
+
+    /// Forgets a closed session, unless its publish link needs it: `keep`.
+    pub(super) fn forget(&self, session: SessionRef, keep: bool, now: Millis) {
+        let mut shard = self.shard(session.shard);
+        shard.forget(session, keep, now);
+        self.charge(&mut shard);
     }
 
     /// A client's address changed within its connection.

@@ -133,6 +133,9 @@ pub struct Inbound {
     unclaimed: Vec<Entry>,
     sequence: u64,
     waiting: usize,
+    /// Publishes that the router has and the broker has not answered, also of the client's earlier
+    /// sessions, and those whose identifier the client uses again.
+    under_way: u32,
     /// The number of entries that the broker answered while the client was away.
     answered: usize,
     /// A new message arrived since the session began, so the client has sent its copies before it.
@@ -150,6 +153,7 @@ impl Inbound {
             unclaimed: Vec::new(),
             sequence: 0,
             waiting: 0,
+            under_way: 0,
             answered: 0,
             progressed: false,
             multi_stream: false,
@@ -166,6 +170,11 @@ impl Inbound {
     /// Publishes that wait for the broker's answer.
     pub fn waiting(&self) -> usize {
         self.waiting
+    }
+
+    /// Publishes that the broker has yet to answer, of the client's earlier sessions too.
+    pub fn under_way(&self) -> u32 {
+        self.under_way
     }
 
     /// Whether a publish that arrived on this stream has yet to be answered there.
@@ -222,6 +231,7 @@ impl Inbound {
         self.sequence += 1;
         let token = Token::new(self.sequence, key);
         self.waiting += 1;
+        self.under_way += 1;
         self.entries.insert(
             key,
             Entry {
@@ -321,9 +331,10 @@ impl Inbound {
         }
     }
 
-    /// The broker's answer. `None`: the client gets none now, because it is away or uses the identifier
-    /// for another message.
+    /// The broker's answer, or the router's in its place: exactly one for each token. `None`: the client
+    /// gets none now, because it is away or uses the identifier for another message.
     pub fn answer(&mut self, token: Token, reason: ReasonCode, attached: bool) -> Option<Answer> {
+        self.under_way = self.under_way.saturating_sub(1);
         if let Some(key) = self.find(token)
             && let Some(entry) = self.entries.get_mut(&key)
             && let State::Waiting(qos) = entry.state
@@ -501,6 +512,11 @@ impl Inbound {
     /// Whether publishes of ended sessions are still to be recognised.
     pub fn has_unclaimed(&self) -> bool {
         !self.unclaimed.is_empty()
+    }
+
+    /// Publishes of ended sessions are not recognised any longer.
+    pub fn forget_unclaimed(&mut self) {
+        self.unclaimed = Vec::new();
     }
 
     fn shrink(&mut self) {

@@ -228,6 +228,13 @@ impl Session {
         publishes || self.will.is_some() || self.phase.owes_absence()
     }
 
+    /// Publishes of a closed session are not recognised any longer.
+    pub fn forget_publishes(&mut self) {
+        if let Some(inbound) = &mut self.inbound {
+            inbound.forget_unclaimed();
+        }
+    }
+
     /// Whether a client is connected.
     pub fn attached(&self) -> bool {
         self.phase.is_attached()

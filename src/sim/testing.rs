@@ -100,7 +100,7 @@ pub(crate) fn machine(router: &Router, id: &str, version: Version, now: Millis) 
 
 /// Packets of an MQTT 5 client, and everything that follows from them.
 pub(crate) fn packet_of(router: &Router, client: Connected, bytes: &[u8], now: Millis) {
-    let mut machine = Machine::new(&client, Arc::default(), Version::V5, u32::MAX, now);
+    let mut machine = Machine::new(&client, Arc::default(), Version::V5, u32::MAX);
     let reset = machine.received(&context(router, now), StreamId::CONTROL, bytes);
     assert!(reset.expect("it is legal").is_none());
     assert!(!machine.paused() && machine.deadline().is_none());

@@ -53,6 +53,7 @@ impl World {
                 self.oracle.gone(self.now);
                 self.oracle.inbound.broker_was_away = true;
                 self.publish_links_up(false);
+                self.broker.lose_pings();
                 self.broker_back_at = self.now + time;
             }
             90..91 if !self.broker.away && !self.broker.unlinked => {

@@ -52,11 +52,35 @@ enum Request {
     Ping(u64),
 }
 
-/// One publish link. Its publishes stay in order.
+/// What a publish link brings.
+enum Upward {
+    Publish(Box<Outgoing>),
+    Pingreq,
+}
+
+/// One publish link. Its publishes and PINGREQs stay in order.
 #[derive(Default)]
 struct PublishWay {
-    under_way: VecDeque<(Millis, Outgoing)>,
+    under_way: VecDeque<(Millis, Upward)>,
     last_at: Millis,
+    /// When the answers to PINGREQs are there, in order.
+    pongs: VecDeque<Millis>,
+}
+
+impl PublishWay {
+    /// Publishes under way.
+    fn publishes(&self) -> usize {
+        let publishes = self.under_way.iter();
+        publishes
+            .filter(|(_, up)| matches!(up, Upward::Publish(_)))
+            .count()
+    }
+
+    /// Something sets out.
+    fn send(&mut self, up: Upward, at: Millis) {
+        self.last_at = self.last_at.max(at);
+        self.under_way.push_back((self.last_at, up));
+    }
 }
 
 pub(crate) struct Broker {
@@ -109,7 +133,7 @@ impl Broker {
 
     pub(crate) fn idle(&self) -> bool {
         self.requests.is_empty()
-            && self.publishes.iter().all(|way| way.under_way.is_empty())
+            && self.publishes.iter().all(|way| way.publishes() == 0)
             && self.answers.is_empty()
             && self.down.is_empty()
     }
@@ -137,12 +161,14 @@ impl Broker {
             }
         }
         for (link, way) in self.publishes.iter_mut().enumerate() {
-            while way.under_way.len() < self.window {
+            while way.publishes() < self.window {
                 let Some(outgoing) = router.publish_queues(link, |queues| queues.pop()) else {
                     break;
                 };
-                way.last_at = way.last_at.max(now + delay(rng));
-                way.under_way.push_back((way.last_at, outgoing));
+                way.send(Upward::Publish(Box::new(outgoing)), now + delay(rng));
+            }
+            if router.publish_ping_due(link, now) {
+                way.send(Upward::Pingreq, now);
             }
         }
         while self.requests.front().is_some_and(|(at, _)| *at <= now) {
@@ -151,11 +177,19 @@ impl Broker {
             }
         }
         for link in 0..self.publishes.len() {
-            let due = |(at, _): &(Millis, Outgoing)| *at <= now;
-            while self.publishes[link].under_way.front().is_some_and(due) {
-                if let Some((_, outgoing)) = self.publishes[link].under_way.pop_front() {
-                    self.publish(outgoing, rng, now);
+            let due = |(at, _): &mut (Millis, Upward)| *at <= now;
+            while let Some((_, up)) = self.publishes[link].under_way.pop_front_if(due) {
+                match up {
+                    Upward::Publish(outgoing) => self.publish(*outgoing, rng, now),
+                    Upward::Pingreq => self.publishes[link].pongs.push_back(now + PONG),
                 }
+            }
+            while self.publishes[link]
+                .pongs
+                .pop_front_if(|at| *at <= now)
+                .is_some()
+            {
+                router.publish_ping_answered(link);
             }
         }
         let mut due = Vec::new();
@@ -163,6 +197,16 @@ impl Broker {
             due.extend(self.answers.pop_front().map(|(_, a)| a));
         }
         router.answered(&due, now);
+    }
+
+    /// The connections of the publish links are lost, and PINGREQs with them. What was published
+    /// arrives all the same.
+    pub(crate) fn lose_pings(&mut self) {
+        for way in &mut self.publishes {
+            way.under_way
+                .retain(|(_, up)| matches!(up, Upward::Publish(_)));
+            way.pongs.clear();
+        }
     }
 
     /// The data link is lost, and with it what was under way, but for messages above QoS 0 of a
@@ -311,6 +355,9 @@ impl Broker {
         self.last_at[way]
     }
 }
+
+/// How long PINGRESP of a publish link is under way.
+const PONG: Duration = Duration::from_millis(20);
 
 /// How long something is under way.
 fn delay(rng: &mut Rng) -> Duration {

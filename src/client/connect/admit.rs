@@ -130,7 +130,7 @@ impl Admission<'_> {
         let connected =
             connected.map_err(|Refused::Principal| Refusal::new(RefusalCause::OtherPrincipal))?;
         Ok(Admitted {
-            machine: Machine::new(&connected, handle, version, packet_max, self.now),
+            machine: Machine::new(&connected, handle, version, packet_max),
             present: connected.present,
             taken_over: connected.taken_over,
             expiry_seconds: expiry,

@@ -7,12 +7,7 @@ use crate::telemetry::{DeferReason, metrics};
 
 use crate::client::end::End;
 use crate::client::machine::streams::{StreamReset, may_travel_on_data_stream};
-use crate::client::machine::{
-    BACKLOG_MAX_BYTES, Context, KEEP_BYTES, Machine, ReadBuffer, seconds,
-};
-
-/// How long a publish of QoS 0, which nobody acknowledges, may be on its way to the broker.
-const QOS0_UNDER_WAY_SECONDS: u32 = 2;
+use crate::client::machine::{BACKLOG_MAX_BYTES, Context, KEEP_BYTES, Machine, ReadBuffer};
 
 /// How far the packets of one read were taken.
 enum Step {
@@ -39,7 +34,7 @@ struct Batch<'a> {
 /// What a batch left behind.
 struct Outcome {
     result: Result<Step, End>,
-    /// None of the session's publishes waited for the broker before the batch.
+    /// The broker had answered all of the client's publishes before the batch.
     idle: bool,
     /// The streams for which the session has too much output.
     full: StreamSet,
@@ -141,7 +136,7 @@ impl Machine {
             connection_no,
             &mut effects,
             |session, limits, effects| {
-                let idle = session.publishes_waiting() == 0;
+                let idle = session.publishes_under_way() == 0;
                 let result = batch.run(self, cx, session, limits, effects);
                 session.pump(limits, cx.now);
                 let connection = session.connection_ref();
@@ -151,9 +146,13 @@ impl Machine {
             },
         );
         batch.count();
-        let idle = outcome.as_ref().is_some_and(|outcome| outcome.idle);
-        self.choose_publish_link(cx, idle, batch.publishes[0] > 0);
+        if outcome.as_ref().is_some_and(|outcome| outcome.idle) {
+            self.choose_publish_link(cx);
+        }
         cx.router.apply(self.caller(), effects, cx.now);
+        if batch.has_unacknowledged(cx) {
+            self.publish_round = cx.router.next_publish_round(self.publish_link);
+        }
         let Some(outcome) = outcome else {
             return Err(self.replaced());
         };
@@ -161,16 +160,18 @@ impl Machine {
         Ok((outcome.result?, batch.used))
     }
 
-    /// Moves the session to the publish link that it would begin on now, while none of its publishes
-    /// is on the way to the broker: they stay in order.
-    fn choose_publish_link(&mut self, cx: &Context<'_>, idle: bool, qos0: bool) {
-        let now = seconds(cx.now);
-        let moves = idle && cx.router.publish_link(self.session) != self.publish_link;
-        if moves && now.saturating_sub(self.qos0_at_seconds) > QOS0_UNDER_WAY_SECONDS {
-            self.publish_link = cx.router.move_publishes(self.session, self.publish_link);
+    /// Moves the session to the publish link that it would begin on now, once nothing of its client
+    /// waits for the old one or is under way there: its publishes stay in order.
+    fn choose_publish_link(&mut self, cx: &Context<'_>) {
+        let (session, from) = (self.session, self.publish_link);
+        if cx.router.publish_link(session) == from {
+            return;
         }
-        if qos0 {
-            self.qos0_at_seconds = now;
+        let round = self.publish_round;
+        self.publish_link = cx.router.move_publishes(session, from, round);
+        if self.publish_link != from {
+            // Nothing was handed to the new one.
+            self.publish_round = 0;
         }
     }
 
@@ -244,6 +245,12 @@ impl Batch<'_> {
                 return Ok(Step::Again);
             }
         }
+    }
+
+    /// Whether the batch has publishes that the broker does not acknowledge.
+    fn has_unacknowledged(&self, cx: &Context<'_>) -> bool {
+        let all = cx.router.maximum_qos() == QoS::AtMostOnce;
+        self.publishes[0] > 0 || all && self.publishes.iter().any(|n| *n > 0)
     }
 
     fn count(&self) {

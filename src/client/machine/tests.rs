@@ -1,3 +1,5 @@
+mod publish_links;
+
 use std::time::Duration;
 
 use super::*;
@@ -229,36 +231,6 @@ fn a_client_is_told_why_its_connection_ends() {
     let packet = decoder.next(remains.output.rest());
     let told = matches!(packet, Ok(Some((Packet::Disconnect(d), _))) if d.reason == end.code());
     assert!(told, "{packet:?}");
-}
-
-#[test]
-fn a_client_moves_to_another_publish_link_once_nothing_is_on_the_way() {
-    let mut rig = Rig::of(RouterConfig {
-        publish_links_max: 2,
-        ..config()
-    });
-    rig.router.publish_link_up(0, true);
-    // One of two clients begins on the new link.
-    let other = machine(&rig.router, "another", Version::V5, Millis::ZERO);
-    assert!(rig.router.add_publish_link());
-    rig.router.publish_link_up(1, true);
-    if rig.router.publish_link(rig.machine.session) == 0 {
-        rig.machine = other;
-    }
-    assert_eq!(rig.router.publish_link(rig.machine.session), 1);
-    rig.now = Millis::new(3000);
-    rig.received(StreamId::CONTROL, &publish(1, QoS::AtMostOnce))
-        .expect("legal");
-    assert_eq!(rig.machine.publish_link, 1, "nothing was on the way");
-    rig.machine.publish_link = 0;
-    rig.now = Millis::new(5000);
-    rig.received(StreamId::CONTROL, &publish(2, QoS::AtLeastOnce))
-        .expect("legal");
-    assert_eq!(rig.machine.publish_link, 0, "QoS 0 may be on the way");
-    rig.now = Millis::new(9000);
-    rig.received(StreamId::CONTROL, &publish(3, QoS::AtLeastOnce))
-        .expect("legal");
-    assert_eq!(rig.machine.publish_link, 0, "QoS 1 is on the way");
 }
 
 #[test]

@@ -12,6 +12,7 @@ use crate::session::{Incarnation, Token};
 use crate::time::Millis;
 
 use crate::router::publish::ClientPublish;
+use crate::router::publish::pings::Pings;
 use crate::router::types::SessionRef;
 
 /// Bytes that a queue may send in one turn.
@@ -30,21 +31,20 @@ pub struct Outgoing {
     pub origin_mark: Option<Incarnation>,
     /// When the client handed it over.
     pub since: Millis,
+    /// The round of its link that had begun when it was handed over.
+    round: u32,
 }
 
 impl Outgoing {
     /// A publish that a client hands over now.
-    pub(in crate::router) fn of_client(
-        session: SessionRef,
-        publish: ClientPublish,
-        now: Millis,
-    ) -> Self {
+    pub(in crate::router) fn new(session: SessionRef, publish: ClientPublish, now: Millis) -> Self {
         Self {
             session,
             token: publish.token,
             message: publish.message,
             origin_mark: publish.origin_mark,
             since: now,
+            round: 0,
         }
     }
 }
@@ -56,6 +56,11 @@ pub struct PublishQueues {
     queues: HashMap<SessionRef, PublishQueue, RandomState>,
     active: VecDeque<SessionRef>,
     messages: usize,
+    /// The round that began last.
+    round: u32,
+    /// Publishes that waited when it began, and wait still.
+    waiting_for_round: usize,
+    pub(super) pings: Pings,
 }
 
 #[derive(Debug, Default)]
@@ -81,8 +86,28 @@ impl PublishQueues {
         self.queues.get(&session).map_or(0, |l| l.bytes)
     }
 
+    /// Begins a round with the publishes that wait now; none waits for an earlier one. Returns its
+    /// number.
+    pub(super) fn begin_round(&mut self) -> u32 {
+        debug_assert_eq!(self.waiting_for_round, 0, "one round at a time");
+        self.round += 1;
+        self.waiting_for_round = self.messages;
+        self.round
+    }
+
+    /// The round that began last.
+    pub(super) fn round(&self) -> u32 {
+        self.round
+    }
+
+    /// Publishes that waited when the last round began, and wait still.
+    pub(super) fn waiting_for_round(&self) -> usize {
+        self.waiting_for_round
+    }
+
     /// Adds a publish at the end of its client's queue.
-    pub fn push(&mut self, outgoing: Outgoing) {
+    pub fn push(&mut self, mut outgoing: Outgoing) {
+        outgoing.round = self.round;
         let queue = self.queues.entry(outgoing.session).or_default();
         if queue.publishes.is_empty() {
             self.active.push_back(outgoing.session);
@@ -116,6 +141,7 @@ impl PublishQueues {
             let outgoing = queue.publishes.pop_front()?;
             queue.bytes -= cost;
             self.messages -= 1;
+            self.waiting_for_round -= usize::from(outgoing.round != self.round);
             if queue.publishes.is_empty() {
                 self.queues.remove(&session);
                 if self.active.front() == Some(&session) {
@@ -154,6 +180,7 @@ mod tests {
             }),
             origin_mark: None,
             since: Millis::ZERO,
+            round: 0,
         }
     }
 

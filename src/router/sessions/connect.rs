@@ -1,7 +1,6 @@
 //! Sessions begin, are resumed, taken over and left.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use parking_lot::MutexGuard;
 
@@ -14,9 +13,6 @@ use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::{DueWill, PresenceChange, SessionActions, Sessions, shed};
 use crate::router::types::{Peer, SessionRef};
-
-/// How long publishes of a closed session are recognised when its client sends them again.
-pub(super) const REMEMBER_CLOSED: Duration = Duration::from_secs(2 * 60);
 
 /// An authenticated CONNECT.
 #[derive(Debug)]
@@ -52,6 +48,9 @@ pub struct Connected {
     pub taken_over: bool,
     /// The publish link for the session's publishes.
     pub publish_link: u8,
+    /// The round of that link with which the publishes of the client's earlier connections have
+    /// arrived at the broker.
+    pub publish_round: u32,
 }
 
 /// The reason why a client gets no session.
@@ -124,6 +123,8 @@ impl Sessions {
             present,
             taken_over,
             publish_link,
+            // The owner of the publish links tells it.
+            publish_round: 0,
         };
         let actions = ConnectActions {
             session: actions,
@@ -337,8 +338,7 @@ pub(super) fn leave(
             });
         }
     }
-    let remember_until = now + REMEMBER_CLOSED;
-    actions.released = shard.detached(session.slot, &ended, now, remember_until);
+    shard.detached(session.slot, &ended, now, &mut actions);
     actions
 }
 

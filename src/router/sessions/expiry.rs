@@ -4,7 +4,7 @@ use crate::session::{CloseReason, SessionKey};
 use crate::telemetry::{SessionEndReason, metrics};
 use crate::time::Millis;
 
-use crate::router::sessions::connect::{REMEMBER_CLOSED, count_lost, leave};
+use crate::router::sessions::connect::{count_lost, leave};
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::{DueWill, PresenceChange, SHARDS, SessionActions, Sessions};
 
@@ -126,12 +126,11 @@ fn expire(shard: &mut Shard, at: u32, now: Millis, actions: &mut SessionActions)
         will,
     }));
     if ended.forget {
-        shard.remove(at);
+        shard.outlived(at, now, actions);
     } else if ended.session {
         metrics().sessions_ended[SessionEndReason::Expired].increment(1);
         count_lost(&ended);
-        let released = shard.finish(at, now + REMEMBER_CLOSED);
-        actions.released.extend(released);
+        shard.finish(at, now, actions);
     } else {
         shard.settle(at);
     }

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use foldhash::fast::RandomState;
 use lru::LruCache;
@@ -17,7 +18,12 @@ use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
+use crate::router::sessions::{ClosedSession, SessionActions};
 use crate::router::types::{Peer, SessionRef};
+
+/// How long publishes of a closed session are recognised when its client sends them again. It is
+/// longer than a publish may be under way on a link that is found to be dead.
+const REMEMBER_CLOSED: Duration = Duration::from_secs(2 * 60);
 
 /// A session with the router's own data about it.
 #[derive(Debug)]
@@ -236,43 +242,79 @@ impl Shard {
         filters
     }
 
-    /// After a connection ended: marks the session detached, or removes it.
+    /// After a connection ended: marks the session detached, or closes it.
     pub(crate) fn detached(
         &mut self,
         slot: u32,
         ended: &Ended,
         now: Millis,
-        remember_until: Millis,
-    ) -> Vec<FilterId> {
+        actions: &mut SessionActions,
+    ) {
         let Some(s) = self.slots.get_mut(slot as usize) else {
-            return Vec::new();
+            return;
         };
         s.handle = None;
         s.woken = false;
-        if !ended.session {
-            s.listed = true;
-            self.detached.put(slot, now);
-            self.settle(slot);
-            return Vec::new();
+        if ended.session {
+            return self.finish(slot, now, actions);
         }
-        self.finish(slot, remember_until)
+        s.listed = true;
+        self.detached.put(slot, now);
+        self.settle(slot);
     }
 
-    /// A session ended: its filters; it is remembered while that is of use.
-    pub(crate) fn finish(&mut self, slot: u32, remember_until: Millis) -> Vec<FilterId> {
-        let filters = self.release(slot);
+    /// A session ended. It is remembered while that is of use: if the session itself does not know,
+    /// the actions say that it may be forgotten.
+    pub(crate) fn finish(&mut self, slot: u32, now: Millis, actions: &mut SessionActions) {
+        actions.released.extend(self.release(slot));
         self.detached.pop(&slot);
-        match self.slots.get_mut(slot as usize) {
-            Some(s) if s.session.worth_remembering() => {
-                s.session.remember_until(remember_until);
-                self.settle(slot);
-            }
-            _ => {
-                self.settle(slot);
-                self.remove(slot);
-            }
+        let session = self.reference(slot);
+        let Some(s) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        if s.session.worth_remembering() {
+            s.session.remember_until(now + REMEMBER_CLOSED);
+        } else {
+            actions.closed.push(ClosedSession {
+                session,
+                publish_link: s.publish_link,
+                just_ended: true,
+            });
         }
-        filters
+        self.settle(slot);
+    }
+
+    /// A closed session was remembered long enough, unless the broker has yet to answer publishes of
+    /// it: a new session of its client must not overtake them on another publish link.
+    pub(crate) fn outlived(&mut self, slot: u32, now: Millis, actions: &mut SessionActions) {
+        let session = self.reference(slot);
+        let Some(s) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        if s.session.publishes_under_way() > 0 {
+            s.session.remember_until(now + REMEMBER_CLOSED);
+            return self.settle(slot);
+        }
+        s.session.forget_publishes();
+        actions.closed.push(ClosedSession {
+            session,
+            publish_link: s.publish_link,
+            just_ended: false,
+        });
+    }
+
+    /// Forgets a closed session, unless it is to be kept: for its publishes, or for a will or an
+    /// absence that it still owes.
+    pub(crate) fn forget(&mut self, session: SessionRef, keep: bool, now: Millis) {
+        let Some(s) = self.get(session).filter(|s| s.session.is_closed()) else {
+            return;
+        };
+        if keep || s.session.worth_remembering() {
+            s.session.remember_until(now + REMEMBER_CLOSED);
+            self.settle(session.slot);
+        } else {
+            self.remove(session.slot);
+        }
     }
 
     /// Takes a session out of the order in which queues are evicted.

@@ -64,6 +64,8 @@ pub(crate) struct PublishLink {
     suspects: usize,
     /// Until then, nothing is sent unless the data links have their filters again.
     wait_until: Option<Millis>,
+    /// A PINGREQ is to follow the publishes that were put out.
+    ping_due: bool,
 }
 
 #[derive(Debug)]
@@ -117,6 +119,7 @@ impl PublishLink {
             losses: 0,
             suspects: 0,
             full_since: None,
+            ping_due: false,
         }
     }
 
@@ -442,10 +445,23 @@ impl Machine for PublishLink {
     fn poll(&mut self, now: Millis, out: &mut Vec<u8>) {
         self.fill(now, out);
         self.flush(now);
+        // Everything that was taken from the queues is sent on this connection, before a PINGREQ.
+        if self.connected && !self.window.has_resends() {
+            self.ping_due |= self.router.publish_ping_due(self.link, now);
+        }
+    }
+
+    fn ping_answered(&mut self, _now: Millis) {
+        self.router.publish_ping_answered(self.link);
+    }
+
+    fn wants_ping(&mut self) -> bool {
+        std::mem::take(&mut self.ping_due)
     }
 
     fn disconnected(&mut self, end: &LinkEnd, now: Millis) {
         self.connected = false;
+        self.ping_due = false;
         self.cut = end.may_be_for_a_packet();
         self.router.publish_link_up(self.link, false);
         self.flush(now);

@@ -1,6 +1,6 @@
 use crate::mqtt::{Packet, QoS};
-use crate::router::LinkSession;
-use crate::sim::testing::{ack, client, publish, publish_at, read, router, up};
+use crate::router::{LinkSession, RouterConfig};
+use crate::sim::testing::{ack, client, config, publish, publish_at, read, router, router_of, up};
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::Machine;
 
@@ -225,4 +225,36 @@ fn releases_wait_for_no_quota_and_keep_their_order() {
     link.batch_ended(Millis::ZERO, &mut out);
     let first = read(&mut out);
     assert_eq!(first, [("publish 0 dup".to_owned(), sent[0].1)]);
+}
+
+/// I19: the answer to a PINGREQ shows that everything before it has arrived, so none goes before
+/// publishes that are sent again.
+#[test]
+fn a_ping_follows_the_publishes_that_are_sent_again() {
+    let router = router_of(RouterConfig {
+        publish_links_max: 2,
+        ..config()
+    });
+    router.data_link_up(0, LinkSession::New, true, Millis::ZERO);
+    let who = client(&router, "a");
+    let mut link = PublishLink::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.connected(&up(false, 10), Millis::ZERO, &mut out);
+    publish(&router, who, 0);
+    publish(&router, who, 1);
+    link.poll(Millis::ZERO, &mut out);
+    assert!(!link.wants_ping(), "nobody asks");
+    link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+    assert!(router.add_publish_link());
+    router.publish_link_up(1, true);
+    out.clear();
+    link.connected(&up(true, 1), Millis::ZERO, &mut out);
+    let first = read(&mut out);
+    assert_eq!(first.len(), 1);
+    assert!(!link.wants_ping(), "one is to be sent again");
+    link.packet(&Packet::Puback(ack(first[0].1)), Millis::ZERO, &mut out)
+        .expect("it is expected");
+    link.batch_ended(Millis::ZERO, &mut out);
+    assert_eq!(payloads(&mut out), numbered(1, 2, true));
+    assert!(link.wants_ping() && !link.wants_ping());
 }
