@@ -244,10 +244,11 @@ impl Router {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mqtt::{QoS, SubscribeOptions};
+    use crate::mqtt::{QoS, SubscribeOptions, Version, encode_unsubscribe};
     use crate::router::Connected;
     use crate::router::locks;
     use crate::router::testing;
+    use crate::sim::testing::packet_of;
 
     /// How often the locks of the shard and of the table are taken for this SUBSCRIBE.
     fn locks_of(router: &Router, client: Connected, filter: &str, qos: QoS) -> (usize, usize) {
@@ -299,5 +300,34 @@ mod tests {
         assert_eq!(behind, (2, 2), "it waits for an overlapping one");
         let shared = locks_of(&router, a, "$share/g/x", qos);
         assert_eq!(shared, (1, 2), "it joins a group");
+    }
+    /// A client gives up the filter whose copies it gets, and at once subscribes to more: until the
+    /// handover is over it still gets those copies, so the broker is to send them at the new QoS.
+    #[test]
+    fn a_filter_in_handover_is_raised_to_the_qos_of_an_overlapping_subscription() {
+        let router = testing::router();
+        let [a, b] = ["a", "b"].map(|id| testing::client(&router, id));
+        for filter in ["#", "x/+"] {
+            locks_of(&router, a, filter, QoS::ExactlyOnce);
+            grant_all(&router);
+        }
+        for filter in ["x/#", "#"] {
+            locks_of(&router, b, filter, QoS::AtLeastOnce);
+            grant_all(&router);
+        }
+        let mut bytes = Vec::new();
+        encode_unsubscribe(Version::V5, 2, std::iter::once("x/#"), &mut bytes);
+        packet_of(&router, b, &bytes, Millis::ZERO);
+        let mut seen = Vec::new();
+        router.take_output(b.session, b.connection_no, &mut seen, Millis::ZERO);
+        locks_of(&router, b, "x/+", QoS::ExactlyOnce);
+        let mut suback = |router: &Router| {
+            router.take_output(b.session, b.connection_no, &mut seen, Millis::ZERO);
+            seen.first() == Some(&0x90)
+        };
+        assert!(!suback(&router), "it waits for the other filter");
+        let raised = router.next_subscribes(0, 10);
+        let raised: Vec<_> = raised.iter().map(|w| (&*w.name, w.qos)).collect();
+        assert_eq!(raised, [("x/#", QoS::ExactlyOnce)]);
     }
 }

@@ -18,7 +18,7 @@ use smallvec::SmallVec;
 use crate::mqtt::Message;
 use crate::router::types::BarrierNumbers;
 use crate::session::Unsubscribed;
-use crate::topics::{FilterId, matches};
+use crate::topics::{FilterId, matches, overlaps};
 
 /// The weight of all handovers of one shard: each counts one, and one for each filter that it was
 /// primary over. Past it a filter goes at once.
@@ -218,6 +218,16 @@ impl Handovers {
         gone.map(|gone| gone.filter).collect()
     }
 
+    /// The filters that a session unsubscribed, whose copies it may still be given, and that overlap
+    /// `filter`.
+    pub(crate) fn overlapping(&self, slot: u32, filter: &str) -> impl Iterator<Item = FilterId> {
+        let session = self.sessions.get(&slot);
+        let gone = session.into_iter().flat_map(|s| &s.handovers);
+        gone.map(|h| &h.gone)
+            .filter(move |gone| *gone.name != *filter && overlaps(&gone.name, filter))
+            .map(|gone| gone.filter)
+    }
+
     /// Whether a session may still be given a topic by a filter that it unsubscribed.
     pub(crate) fn brings(&self, slot: u32, topic: &str) -> bool {
         let session = self.sessions.get(&slot);
@@ -226,7 +236,8 @@ impl Handovers {
     }
 
     /// Whether the copy that came by filter `via` is delivered, where `primary` is the primary filter
-    /// among the remaining ones. `None`: no handover of the session concerns the message.
+    /// among the remaining ones. The copy of an unsubscribed filter that is `lost` is not waited for,
+    /// but it may come all the same. `None`: no handover of the session concerns the message.
     pub(crate) fn gives(
         &mut self,
         slot: u32,
@@ -243,8 +254,6 @@ impl Handovers {
         for Handover { gone, step, .. } in &session.handovers {
             if !gone.primary_over.contains(&primary)
                 || (own && gone.no_local)
-                // A copy that came by it shows that it was not.
-                || (gone.filter != via && lost(gone.filter))
                 || !matches(&gone.name, message.topic())
             {
                 continue;
@@ -252,7 +261,7 @@ impl Handovers {
             concerned = true;
             if gone.filter == via {
                 counts |= *step != Step::Remaining;
-            } else if gone.primary_over.contains(&via) {
+            } else if gone.primary_over.contains(&via) && !lost(gone.filter) {
                 // One that was subscribed again was the other's primary, too.
                 let both = own_role.is_some_and(|own| own.primary_over.contains(&gone.filter));
                 blocked |= *step == Step::Unsubscribed && !both;
@@ -439,8 +448,8 @@ mod tests {
         };
         assert_eq!(
             given(FilterId(9), false),
-            None,
-            "a lost filter brings nothing"
+            Some(true),
+            "a lost filter is not waited for"
         );
         assert_eq!(given(FilterId(7), false), None);
         assert_eq!(
@@ -481,6 +490,23 @@ mod tests {
         handovers.forget(8);
         assert_eq!((handovers.weight, handovers.copies), (0, 0));
         assert!(handovers.is_empty() && handovers.slots.is_empty());
+    }
+
+    #[test]
+    fn a_lost_filter_is_not_waited_for_and_brings_no_second_copy() {
+        let mut handovers = begun();
+        let mut gives = |via, payload| {
+            let lost = |filter| filter == FilterId(1);
+            handovers.gives(7, via, FilterId(9), &message(payload), false, lost)
+        };
+        assert_eq!(
+            gives(FilterId(9), "a"),
+            Some(true),
+            "the other may not come"
+        );
+        assert_eq!(gives(FilterId(1), "a"), Some(false), "it came all the same");
+        assert_eq!(gives(FilterId(1), "b"), Some(true));
+        assert_eq!(gives(FilterId(9), "b"), Some(false));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::topics::{FilterId, has_wildcard, overlaps};
 
 use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::Sessions;
+use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
 use crate::router::sessions::shard::{Shard, Slot};
 use crate::router::types::{
@@ -83,6 +84,8 @@ impl Sessions {
                 found.active.push(s.filter);
             }
         }
+        let given_up = shard.handovers.overlapping(subscribe.session.slot, filter);
+        found.active.extend(given_up);
         Some(found)
     }
 
@@ -98,7 +101,6 @@ impl Sessions {
     ) -> Option<Joined> {
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
-        let standing_in = shard.handovers.standing_in_for(at, new.filter);
         let slot = shard.subscriber(subscribe)?;
         let scope = slot.session.connection_ref().and_then(|c| c.scope.as_ref());
         if let Some(scope) = scope {
@@ -106,19 +108,20 @@ impl Sessions {
         }
         let (filter, options, shared) = (new.filter, new.options, new.shared);
         let replaced = slot.session.add_subscription(new).is_some();
+        let incarnation = slot.session.incarnation;
         let mut late = Vec::new();
         if let Some(grant) = grant {
             if grant.confirmed {
                 activate(&mut slot.session, filter, options.qos, grant.qos);
             }
-            late = active_overlapping(&slot.session, filter, grant.qos, &standing_in);
+            late = shard.active_overlapping(at, filter, grant.qos);
             late.retain(|id| !raised.active.contains(id));
         }
         // A shared subscription gets no retained messages (MQTT 5 §4.8.2).
         let retained = !shared
             && (options.retain_handling == 0 || (options.retain_handling == 1 && !replaced));
         let mut joined = Joined {
-            incarnation: slot.session.incarnation,
+            incarnation,
             replaced,
             retained,
             late,
@@ -130,6 +133,7 @@ impl Sessions {
         let waking = complete.and_then(|grant| {
             joined.answered = true;
             let answer = (subscribe.index, ReasonCode(grant.qos as u8));
+            let slot = shard.slots.get_mut(at as usize)?;
             answer_to(slot, subscribe.packet_id, &[answer])
         });
         if !shared {
@@ -155,15 +159,15 @@ impl Sessions {
         let subscribe = &grant.subscribe;
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
-        let standing_in = shard.handovers.standing_in_for(at, grant.filter);
         let slot = shard.incarnation(grant)?;
         if let Some((asked, granted)) = active {
             activate(&mut slot.session, grant.filter, asked, granted);
         }
         let overlapping = match raise {
-            true => active_overlapping(&slot.session, grant.filter, grant.qos, &standing_in),
+            true => shard.active_overlapping(at, grant.filter, grant.qos),
             false => Vec::new(),
         };
+        let slot = shard.incarnation(grant)?;
         let subscription = slot.session.subscription(grant.filter);
         let retained = subscription.filter(|_| grant.retained);
         let retained = retained.map(|s| RetainedRequest {
@@ -285,6 +289,14 @@ impl Shard {
         }
     }
 
+    /// See [`active_overlapping`].
+    fn active_overlapping(&self, slot: u32, filter: FilterId, qos: QoS) -> Vec<FilterId> {
+        let s = self.slots.get(slot as usize);
+        s.map_or_else(Vec::new, |s| {
+            active_overlapping(&s.session, &self.handovers, slot, filter, qos)
+        })
+    }
+
     fn confirm(&mut self, filter: FilterId, granted: QoS, newly: &mut Vec<NewlyActive>) {
         let Self {
             slots,
@@ -306,10 +318,7 @@ impl Shard {
                 member.qos = Some(qos);
             }
             let overlapping = match newly_active {
-                true => {
-                    let standing_in = handovers.standing_in_for(member.slot, filter);
-                    active_overlapping(&slot.session, filter, qos, &standing_in)
-                }
+                true => active_overlapping(&slot.session, handovers, member.slot, filter, qos),
                 false => Vec::new(),
             };
             if !overlapping.is_empty() {
@@ -332,27 +341,29 @@ fn activate(session: &mut Session, filter: FilterId, asked: QoS, granted: QoS) {
     subscription.options.qos = subscription.asked.min(granted);
 }
 
-/// The filters whose copies a session may get instead of those of `filter`, if messages of that one may
-/// come above QoS 0: its active subscriptions that overlap the one on `filter`, and the filters
-/// `standing_in` for it that the client unsubscribed and whose handover is not complete.
+/// The filters whose copies a session may get in the place of those of `filter`, if these may come above
+/// QoS 0: its active subscriptions that overlap it, and those that it has just given up.
 fn active_overlapping(
     session: &Session,
+    handovers: &Handovers,
+    slot: u32,
     filter: FilterId,
     qos: QoS,
-    standing_in: &[FilterId],
 ) -> Vec<FilterId> {
-    if qos == QoS::AtMostOnce {
-        return Vec::new();
-    }
-    let mut found = standing_in.to_vec();
     let all = session.subscriptions();
-    if let Some(own) = all.iter().find(|s| s.filter == filter && s.overlaps > 0) {
+    let own = all.iter().find(|s| s.filter == filter && !s.shared);
+    let Some(own) = own.filter(|_| qos > QoS::AtMostOnce) else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    if own.overlaps > 0 {
         let others = all
             .iter()
             .filter(|s| s.filter != filter && s.active && !s.shared);
         let others = others.filter(|s| overlaps(&s.name, &own.name));
         found.extend(others.map(|s| s.filter));
     }
+    found.extend(handovers.overlapping(slot, &own.name));
     found
 }
 
