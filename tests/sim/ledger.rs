@@ -107,9 +107,32 @@ pub(crate) struct Ledger {
     /// Retained messages that might have been live ones or replays.
     pub ambiguous: usize,
     mistaken: usize,
-    /// The newest retained value delivered live, for each topic, of QoS 0 and of the others: QoS 0
-    /// passes what waits for the window.
-    events: HashMap<(String, bool), u64>,
+    /// The retained values delivered live, by topic and whether they are above QoS 0: QoS 0 passes
+    /// messages that wait for the window.
+    live: HashMap<(String, bool), Vec<Live>>,
+    /// Connections that have begun.
+    connections: u64,
+}
+
+/// A retained value that was delivered live.
+#[derive(Clone, Copy, Debug)]
+struct Live {
+    event: u64,
+    connection: u64,
+    stream: u8,
+    packet_id: u16,
+}
+
+impl Live {
+    /// Whether this value was surely delivered before the PUBLISH `p` on a stream of `connection`.
+    /// The streams of one connection keep no order with each other, but packet identifiers are given
+    /// in the order of sending.
+    fn is_before(&self, connection: u64, stream: u8, p: &Publish<'_>) -> bool {
+        let numbered = p.qos > QoS::AtMostOnce;
+        self.connection != connection
+            || self.stream == stream
+            || numbered && p.packet_id.wrapping_sub(self.packet_id) < 0x8000
+    }
 }
 
 impl Owed {
@@ -142,7 +165,8 @@ impl Owed {
 
 impl Ledger {
     /// A connection of this session begins.
-    pub(crate) fn window(&self, receive_max: usize) -> Window {
+    pub(crate) fn window(&mut self, receive_max: usize) -> Window {
+        self.connections += 1;
         Window {
             receive_max,
             open: HashSet::new(),
@@ -245,16 +269,20 @@ impl Ledger {
         let Some(at) = at else {
             return match (p.retain, misfit) {
                 (false, Some(error)) => Err(error),
-                _ => self.replay(topic, key, p),
+                _ => self.replay(stream, topic, key, p),
             };
         };
         let owed = &mut self.owed[at];
         owed.written = true;
         self.next.insert((class, stream), at + 1);
         if owed.retained {
-            let newest = (topic.to_owned(), class > 0);
-            let newest = self.events.entry(newest).or_default();
-            *newest = owed.event.max(*newest);
+            let live = self.live.entry((topic.to_owned(), class > 0));
+            live.or_default().push(Live {
+                event: owed.event,
+                connection: self.connections,
+                stream,
+                packet_id: p.packet_id,
+            });
         }
         Ok(())
     }
@@ -274,7 +302,13 @@ impl Ledger {
         found
     }
 
-    fn replay(&mut self, topic: &str, key: &str, p: &Publish<'_>) -> Result<(), String> {
+    fn replay(
+        &mut self,
+        stream: u8,
+        topic: &str,
+        key: &str,
+        p: &Publish<'_>,
+    ) -> Result<(), String> {
         if !p.retain {
             // One before it may have been a live one that was taken for a replay, or the reverse.
             let passed = self.owed.iter_mut().find(|o| !o.written && o.key == key);
@@ -303,8 +337,9 @@ impl Ledger {
         *want.got.entry(key.to_owned()).or_default() += 1;
         let event = crate::oracle::event(key);
         let way = (topic.to_owned(), p.qos > QoS::AtMostOnce);
-        let newer = self.events.get(&way).is_some_and(|newest| *newest > event);
-        if newer && self.ambiguous == 0 {
+        let mut live = self.live.get(&way).into_iter().flatten();
+        let newer = |l: &Live| l.event > event && l.is_before(self.connections, stream, p);
+        if live.any(newer) && self.ambiguous == 0 {
             return Err("a retained value older than one delivered before it".into());
         }
         Ok(())
