@@ -241,16 +241,19 @@ impl Ledger {
         let from = self.next.get(&(class, stream)).copied().unwrap_or(0);
         // A publisher may have sent it twice: the first that it can be.
         let candidates = self.owed.iter().enumerate().skip(from);
-        let candidates = candidates.filter(|(_, o)| !o.written && o.key == key);
-        let mut at = None;
-        let mut misfit = None;
+        let candidates = candidates.filter(|(_, o)| o.key == key);
+        let (mut at, mut first, mut misfit) = (None, None, None);
         for (index, owed) in candidates {
             match owed.fits(version, topic, p) {
                 Ok(()) => {
-                    at = Some(index);
-                    break;
+                    first = first.or(Some(index));
+                    if !owed.written {
+                        at = Some(index);
+                        break;
+                    }
                 }
-                Err(error) => misfit = misfit.or(Some(error)),
+                Err(error) if !owed.written => misfit = misfit.or(Some(error)),
+                Err(_) => {}
             }
         }
         // Where a retained message could be both, it says nothing of the order.
@@ -274,7 +277,9 @@ impl Ledger {
         };
         let owed = &mut self.owed[at];
         owed.written = true;
-        self.next.insert((class, stream), at + 1);
+        // Of a message that was published twice, nobody can tell which one this is: the other may
+        // have come at QoS 0 or on another stream.
+        self.next.insert((class, stream), first.unwrap_or(at) + 1);
         if owed.retained {
             let live = self.live.entry((topic.to_owned(), class > 0));
             live.or_default().push(Live {

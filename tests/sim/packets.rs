@@ -335,7 +335,9 @@ fn asked(ledger: &mut Ledger, filter: &str, ask: Ask) {
         return;
     };
     let sub = &mut ledger.subs[at];
-    let before = sub.asked.last().map(|a| a.options);
+    // The router may have refused a subscription that an earlier connection asked for.
+    let asked = sub.asked.iter().rev().find(|a| a.link == ask.link);
+    let before = asked.map(|a| a.options);
     let before = before.or(sub.granted.map(|(_, o, _)| o));
     if before.is_none_or(|o| !o.no_local) {
         sub.no_local_since = ask.at;
