@@ -106,6 +106,10 @@ pub(crate) struct Broker {
     pub forwarded: Vec<(Outgoing, bool)>,
     /// SUBSCRIBEs that were needless.
     pub faults: Vec<String>,
+    /// Filters that were unsubscribed, with the time of their last SUBSCRIBE, for the oracle.
+    pub unsubscribed: Vec<(String, Millis)>,
+    /// When each filter was subscribed last.
+    subscribed_at: BTreeMap<String, Millis>,
     pub retained: BTreeMap<String, (Vec<u8>, QoS)>,
 }
 
@@ -127,6 +131,8 @@ impl Broker {
             last_at: [Millis::ZERO; 3],
             forwarded: Vec::new(),
             faults: Vec::new(),
+            unsubscribed: Vec::new(),
+            subscribed_at: BTreeMap::new(),
             retained: BTreeMap::new(),
         }
     }
@@ -300,12 +306,16 @@ impl Broker {
                     let fault = format!("{name} is asked for at {qos:?}, and was at {before:?}");
                     self.faults.push(fault);
                 }
+                self.subscribed_at.insert(name.clone(), now);
                 self.held.insert(name, (number, granted));
                 Item::Suback(number, ReasonCode(granted as u8))
             }
             Request::Unsubscribe(number, name) => {
                 self.held.remove(&name);
                 self.asked.remove(&name);
+                if let Some(at) = self.subscribed_at.remove(&name) {
+                    self.unsubscribed.push((name, at));
+                }
                 Item::Unsuback(number)
             }
             Request::Ping(number) => Item::Pingresp(number),

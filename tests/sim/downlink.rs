@@ -34,6 +34,9 @@ impl World {
             self.router.data_link_up(0, kept, false, self.now);
         }
         self.broker.step(&self.router, &mut self.rng, self.now);
+        for (filter, since) in std::mem::take(&mut self.broker.unsubscribed) {
+            self.oracle.unsubscribed(&filter, since);
+        }
         let forwarded = std::mem::take(&mut self.broker.forwarded);
         self.forwarded += forwarded.len() as u64;
         for (outgoing, refused) in &forwarded {

@@ -71,6 +71,8 @@ pub(crate) struct Window {
 pub(crate) struct Sub {
     pub filter: String,
     pub granted: Option<(QoS, SubscribeOptions, u32)>,
+    /// When the grant was written.
+    pub granted_at: Option<Millis>,
     /// Asked and not answered: connection, packet identifier, index, options, identifier.
     pub asked: Vec<Ask>,
     /// Since when No Local is asked for.

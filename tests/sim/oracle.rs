@@ -266,6 +266,16 @@ impl Oracle {
         }
     }
 
+    /// The broker has unsubscribed a filter that it was last asked for at `since`. A subscription that
+    /// the router granted without an answer since then was granted while the filter was leaving: it is
+    /// in doubt until the broker has the filter again.
+    pub(crate) fn unsubscribed(&mut self, filter: &str, since: Millis) {
+        let subs = self.clients.iter_mut().flat_map(|c| &mut c.ledger.subs);
+        for sub in subs.filter(|s| s.filter == filter && s.guessed) {
+            sub.in_doubt |= sub.granted_at.is_some_and(|at| at > since);
+        }
+    }
+
     /// The broker, or the data link, is away from now on, if it is not yet.
     pub(crate) fn gone(&mut self, now: Millis) {
         let (since, until) = self.away;

@@ -327,6 +327,7 @@ fn asked(ledger: &mut Ledger, filter: &str, ask: Ask) {
         ledger.subs.push(Sub {
             filter: filter.to_owned(),
             granted: None,
+            granted_at: None,
             no_local_since: ask.at,
             asked: vec![ask],
             in_doubt: false,
@@ -335,11 +336,11 @@ fn asked(ledger: &mut Ledger, filter: &str, ask: Ask) {
         return;
     };
     let sub = &mut ledger.subs[at];
-    // The router may have refused a subscription that an earlier connection asked for.
-    let asked = sub.asked.iter().rev().find(|a| a.link == ask.link);
-    let before = asked.map(|a| a.options);
-    let before = before.or(sub.granted.map(|(_, o, _)| o));
-    if before.is_none_or(|o| !o.no_local) {
+    // The router may have granted or refused each subscription that an earlier connection asked for.
+    let hides = sub.asked.iter().all(|a| a.options.no_local);
+    let granted = sub.granted.is_some_and(|(_, o, _)| o.no_local);
+    let known = granted || sub.asked.iter().any(|a| a.link == ask.link);
+    if !hides || !known {
         sub.no_local_since = ask.at;
     }
     sub.asked.push(ask);
@@ -390,6 +391,7 @@ fn granted(
     sub.in_doubt |= late || doubted;
     sub.guessed = late || doubted;
     sub.granted = Some((granted, ask.options, ask.identifier));
+    sub.granted_at = Some(now);
     Ok(())
 }
 
