@@ -121,7 +121,7 @@ pub(crate) struct Ledger {
 struct Live {
     event: u64,
     connection: u64,
-    stream: u8,
+    stream: StreamId,
     packet_id: u16,
 }
 
@@ -129,7 +129,7 @@ impl Live {
     /// Whether this value was surely delivered before the PUBLISH `p` on a stream of `connection`.
     /// The streams of one connection keep no order with each other, but packet identifiers are given
     /// in the order of sending.
-    fn is_before(&self, connection: u64, stream: u8, p: &Publish<'_>) -> bool {
+    fn is_before(&self, connection: u64, stream: StreamId, p: &Publish<'_>) -> bool {
         let numbered = p.qos > QoS::AtMostOnce;
         self.connection != connection
             || self.stream == stream
@@ -311,7 +311,7 @@ impl Ledger {
 
     fn replay(
         &mut self,
-        stream: u8,
+        stream: StreamId,
         topic: &str,
         key: &str,
         p: &Publish<'_>,
