@@ -35,8 +35,8 @@ fn begin(router: &Router, client_id: &str, now: Millis) -> Machine {
 
 /// The client connects with a clean start while it is connected.
 fn begin_anew(rig: &mut Rig) {
-    let id = rig.router.client_id(rig.machine.session).expect("known");
-    rig.machine = begin(&rig.router, &id, rig.now);
+    let key = rig.router.session_key(rig.machine.session).expect("known");
+    rig.machine = begin(&rig.router, key.client_id(), rig.now);
 }
 
 /// The connection ends, and the session with it.
@@ -50,9 +50,9 @@ fn leave(rig: &Rig) {
 
 /// The session ends, and the client begins another one.
 fn come_back(rig: &mut Rig) {
-    let id = rig.router.client_id(rig.machine.session).expect("known");
+    let key = rig.router.session_key(rig.machine.session).expect("known");
     leave(rig);
-    rig.machine = begin(&rig.router, &id, rig.now);
+    rig.machine = begin(&rig.router, key.client_id(), rig.now);
 }
 
 fn pop(rig: &Rig, link: usize) -> Option<Outgoing> {
@@ -181,7 +181,7 @@ fn a_session_that_ended_is_forgotten_once_nothing_of_it_waits() {
     let session = rig.machine.session;
     send(&mut rig, 1, QoS::AtMostOnce);
     leave(&rig);
-    let known = |rig: &Rig| rig.router.client_id(session).is_some();
+    let known = |rig: &Rig| rig.router.session_key(session).is_some();
     rig.router.tick(Millis::new(200_000));
     assert!(known(&rig), "its publish waits still");
     while pop(&rig, 0).is_some() {}
