@@ -3,7 +3,7 @@
 //! | path | answer |
 //! |---|---|
 //! | `/metrics` | Prometheus text exposition |
-//! | `/healthz` | 200 while the process answers |
+//! | `/healthz` | 200 while the process answers and keeps its tasks running, else 503 with their names |
 //! | `/readyz` | 200 while it takes clients, else 503 |
 //! | `/api/v1/sessions?limit=&after=` | sessions in the order of their ids |
 //! | `/api/v1/sessions/{id}?mount=` | one session with its subscriptions; DELETE ends it |
@@ -53,7 +53,7 @@ const PAGE_DEFAULT: usize = 100;
 
 /// A bound admin server that does not answer yet.
 pub(crate) struct Server {
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
     address: SocketAddr,
     router: Router,
 }
@@ -81,7 +81,7 @@ impl Server {
         };
         let api = admin.api && config::is_loopback(&address);
         Ok(Self {
-            listener,
+            listener: Arc::new(listener),
             address,
             router: router(shared, api),
         })
@@ -97,11 +97,12 @@ impl Server {
     /// # Errors
     /// When the listener fails for good.
     pub(crate) async fn run(
-        self,
+        &self,
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> std::io::Result<()> {
-        let listener = Bounded::new(self.listener, CONNECTIONS_MAX, SILENCE_MAX, EVICT_AFTER);
-        axum::serve(listener, self.router)
+        let listener = self.listener.clone();
+        let listener = Bounded::new(listener, CONNECTIONS_MAX, SILENCE_MAX, EVICT_AFTER);
+        axum::serve(listener, self.router.clone())
             .with_graceful_shutdown(shutdown)
             .await
     }
@@ -123,7 +124,7 @@ fn router(shared: Shared, api: bool) -> Router {
     };
     Router::new()
         .route("/metrics", get(exposition))
-        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/healthz", get(healthy))
         .route("/readyz", get(ready))
         .nest("/api/v1", routes)
         .layer(from_fn(no_store))
@@ -192,6 +193,16 @@ async fn exposition(State(shared): State<Shared>) -> impl IntoResponse {
     shared.view.before_scrape();
     let kind = "text/plain; version=0.0.4; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], metrics().render())
+}
+
+async fn healthy(State(shared): State<Shared>) -> (StatusCode, String) {
+    let failing = shared.view.failing();
+    if failing.is_empty() {
+        (StatusCode::OK, "ok\n".to_owned())
+    } else {
+        let text = format!("cannot be kept running: {}\n", failing.join(", "));
+        (StatusCode::SERVICE_UNAVAILABLE, text)
+    }
 }
 
 async fn ready(State(shared): State<Shared>) -> (StatusCode, &'static str) {

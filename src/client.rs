@@ -24,7 +24,7 @@ use crate::config::{self, AuthMode, ResponseTopicRule, SenderProperty, Transport
 use crate::mqtt::QoS;
 use crate::router::Router;
 use crate::session::{Policy, ResponseTopic};
-use crate::telemetry::{ListenerMetrics, RateLimited, clean, metrics};
+use crate::telemetry::{DeniedAction, ListenerMetrics, RateLimited, clean, metrics};
 use crate::topics::split_shared;
 use crate::transport::{Accepted, ConnectionTask, Permit};
 
@@ -35,6 +35,9 @@ pub use rate::Rate;
 const LOGGED_CHARS: usize = 64;
 
 static RESPONSE_TOPICS: RateLimited = RateLimited::new(Duration::from_secs(1));
+
+/// Characters of a client's topic in a log line.
+const LOGGED_TOPIC_CHARS: usize = 256;
 
 /// What every connection needs.
 pub struct Clients {
@@ -144,6 +147,17 @@ impl Drop for OpenGuard {
     }
 }
 
+/// Log lines about the beginning, the end or a move of connections that are written per second. A
+/// client that connects and leaves again and again must not fill a disk.
+const CONNECTION_LINES_MAX: u32 = 50;
+
+/// A limit on log lines that each connection may cause.
+const fn connection_lines() -> RateLimited {
+    RateLimited::burst(CONNECTION_LINES_MAX, Duration::from_secs(1))
+}
+
+static DENIED: RateLimited = RateLimited::burst(5, Duration::from_secs(1));
+
 /// What one client may do.
 struct ClientPolicy<'a> {
     clients: &'a Clients,
@@ -151,6 +165,34 @@ struct ClientPolicy<'a> {
 }
 
 impl ClientPolicy<'_> {
+    fn allows_publish(&self, mount: &str, topic: &str) -> bool {
+        let acl = self.clients.acl.load();
+        !self.is_own_probe(topic) && acl.may_publish(self.identity, mount, topic)
+    }
+
+    /// Counts and logs that a rule forbids the client to publish to a topic, or to subscribe to a
+    /// filter.
+    #[cold]
+    fn denied(&self, action: DeniedAction, mount: &str, topic: &str) {
+        metrics().denied[action].increment(1);
+        let Some(suppressed) = DENIED.permit(self.clients.clock.now()) else {
+            return;
+        };
+        let (acl, identity) = (self.clients.acl.load(), self.identity);
+        let rule = match action {
+            DeniedAction::Subscribe => acl.subscribe_rule(identity, mount, topic),
+            _ => acl.publish_rule(identity, mount, topic),
+        };
+        tracing::warn!(
+            client_id = clean(&identity.client_id, LOGGED_CHARS),
+            user = clean(&identity.principal, LOGGED_CHARS),
+            topic = clean(topic, LOGGED_TOPIC_CHARS),
+            %rule,
+            suppressed,
+            "Denied: {action}"
+        );
+    }
+
     /// Whether the client is a probe of this process. Other topics cost a comparison.
     fn is_own_probe(&self, topic: &str) -> bool {
         let probes = &*self.clients.probe_topic;
@@ -161,17 +203,24 @@ impl ClientPolicy<'_> {
 
 impl Policy for ClientPolicy<'_> {
     fn may_publish(&self, mount: &str, topic: &str) -> bool {
-        let acl = self.clients.acl.load();
-        !self.is_own_probe(topic) && acl.may_publish(self.identity, mount, topic)
+        let allowed = self.allows_publish(mount, topic);
+        if !allowed {
+            self.denied(DeniedAction::Publish, mount, topic);
+        }
+        allowed
     }
 
     fn may_subscribe(&self, mount: &str, filter: &str) -> bool {
         let acl = self.clients.acl.load();
-        !self.is_own_probe(filter) && acl.may_subscribe(self.identity, mount, filter)
+        let allowed = !self.is_own_probe(filter) && acl.may_subscribe(self.identity, mount, filter);
+        if !allowed {
+            self.denied(DeniedAction::Subscribe, mount, filter);
+        }
+        allowed
     }
 
     fn response_topic(&self, mount: &str, topic: &str) -> ResponseTopic {
-        if self.may_publish(mount, topic) {
+        if self.allows_publish(mount, topic) {
             return ResponseTopic::Mounted;
         }
         metrics().response_topics_denied.increment(1);

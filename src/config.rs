@@ -30,7 +30,7 @@ pub use choices::{
 pub use error::{Error, Problem};
 pub use types::{
     AclAllow, AclRule, Admin, Auth, CertSource, ClientCertificates, Config, Drain, Limits,
-    Listener, Log, Memory, Node, Session, Store, Tls, Upstream, UpstreamTls,
+    Listener, Log, Memory, Node, Session, Setting, Store, Tls, Upstream, UpstreamTls,
 };
 pub use upstream::{LinkCount, Server};
 

@@ -24,6 +24,7 @@ mod shares;
 pub(crate) mod sim;
 pub mod store;
 pub mod streams;
+pub(crate) mod supervise;
 pub mod telemetry;
 pub mod time;
 pub mod topics;

@@ -1,6 +1,5 @@
 //! The `tidegate` command.
 
-use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -25,10 +24,12 @@ static ALLOCATOR: cap::Cap<Allocator> = cap::Cap::new(Allocator, usize::MAX);
 
 fn main() -> ExitCode {
     match cli::parse(std::env::args_os()).and_then(execute) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            telemetry::log::finish("");
+            ExitCode::SUCCESS
+        }
         Err(failure) => {
-            // If standard error is closed, the exit code is all that is left to say.
-            let _ = writeln!(std::io::stderr(), "{}", failure.message.trim_end());
+            telemetry::log::finish(&format!("{}\n", failure.message.trim_end()));
             ExitCode::from(failure.code)
         }
     }
@@ -51,6 +52,7 @@ fn execute(command: Option<Command>) -> Result<(), Failure> {
 fn run(config: Config) -> Result<(), Failure> {
     let json = config.log.format == LogFormat::Json;
     telemetry::log::init(&config.log.level, json).map_err(|e| Failure::new(EXIT_USAGE, e))?;
+    runtime::log_panics();
     #[cfg(feature = "heap-metric")]
     telemetry::count_heap(|| ALLOCATOR.allocated());
     let tokio = tokio::runtime::Builder::new_multi_thread()

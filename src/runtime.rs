@@ -10,6 +10,7 @@ mod events;
 mod listeners;
 mod loops;
 mod open_files;
+mod panics;
 mod permissions;
 mod probe;
 mod ready;
@@ -21,24 +22,28 @@ mod view;
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::router::Router;
 use crate::store::{Memory, Store};
-use crate::telemetry::{self, MemoryAccount, metrics};
+use crate::supervise::{Health, Run, keep_running};
+use crate::telemetry::{self, MemoryAccount, TaskKind, metrics};
 use crate::transport::{Bound, ConnectionCap, Drain};
 use crate::upstream::{Start, Upstream};
 
 pub use check::check;
 pub use error::StartError;
+pub use panics::log_panics;
 pub use probe::probe;
 
 use certificates::Certificates;
 use ready::Ready;
-use reload::Reload;
+use reload::{Files, Reload};
 use view::View;
 
 /// Runs until SIGTERM or SIGINT, drains, and returns.
@@ -64,6 +69,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     let limits = Arc::new(convert::transport_limits(&config, cap.clone())?);
     let listeners = listeners::bind_all(&config, &mut certificates, &limits, clock)?;
 
+    let health = Arc::<Health>::default();
     let upstream = Upstream::start(
         Start {
             broker,
@@ -72,6 +78,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
             clock,
             stop: stop_links.clone(),
             instance: getrandom::u64().unwrap_or_default() | 1,
+            health: health.clone(),
         },
         &tasks,
     );
@@ -80,32 +87,37 @@ pub async fn run(config: Config) -> Result<(), StartError> {
         upstream: upstream.clone(),
         clients: clients.clone(),
         started: std::time::SystemTime::now(),
+        health: health.clone(),
     });
     let admin = bind_admin(&config, view).await?;
     let ready = Ready::new(&config, &listeners, admin.local_addr());
     set_budgets(&config);
 
     // From here on nothing can fail.
-    tasks.spawn(admin.run(stop_links.clone().cancelled_owned()));
-    let upkeep = stop_links.clone();
-    tasks.spawn(async move {
-        upkeep.run_until_cancelled(telemetry::upkeep()).await;
-    });
-    tasks.spawn(ticker::run(router, clock, stop_links.clone()));
     let reload = Reload {
-        certificates,
-        clients: clients.clone(),
-        config: config.clone(),
+        hangup,
+        files: Arc::new(Mutex::new(Files {
+            certificates,
+            clients: clients.clone(),
+            config: config.clone(),
+        })),
     };
-    tasks.spawn(reload.run(hangup, stop_links.clone()));
+    let services = Services {
+        tasks: &tasks,
+        health: &health,
+        stop: &stop_links,
+    };
+    services.start(admin, router, clock, reload);
     let drains: Vec<Drain> = listeners.iter().map(Bound::drain).collect();
     for listener in listeners {
-        listeners::serve(&tasks, &clients, listener, stop_accepting.clone());
+        listeners::serve(&tasks, &health, &clients, listener, stop_accepting.clone());
     }
-    ready.print();
+    ready.print().await;
 
     signals.recv().await;
-    drain::drain(drain::Running {
+    // To free the memory of a million sessions would only delay the end of the process.
+    std::mem::forget(clients.router.clone());
+    let draining = drain::drain(drain::Running {
         grace: config.drain.grace,
         clients,
         upstream,
@@ -114,9 +126,56 @@ pub async fn run(config: Config) -> Result<(), StartError> {
         stop_links,
         drains,
         tasks,
-    })
-    .await;
+    });
+    signals.drain_unless_asked_again(draining).await;
     Ok(())
+}
+
+/// The tasks that serve the whole process, each started again if it ends.
+struct Services<'a> {
+    tasks: &'a TaskTracker,
+    health: &'a Arc<Health>,
+    stop: &'a CancellationToken,
+}
+
+impl Services<'_> {
+    fn start(&self, admin: admin::Server, router: Arc<Router>, clock: Clock, reload: Reload) {
+        self.keep(TaskKind::Admin, "admin", admin, |admin, stop| {
+            Box::pin(async {
+                // It ends with an error only where the supervisor has to start it again.
+                let _ = admin.run(stop.cancelled_owned()).await;
+            })
+        });
+        self.keep(TaskKind::Timer, "metrics timer", (), |(), stop| {
+            Box::pin(async move {
+                stop.run_until_cancelled(telemetry::upkeep()).await;
+            })
+        });
+        self.keep(
+            TaskKind::Timer,
+            "router timer",
+            router,
+            move |router, stop| Box::pin(ticker::run(router, clock, stop)),
+        );
+        self.keep(TaskKind::Reload, "reload", reload, |reload, stop| {
+            Box::pin(reload.run(stop))
+        });
+    }
+
+    fn keep<S: Send + 'static>(
+        &self,
+        kind: TaskKind,
+        name: &str,
+        state: S,
+        run: impl for<'a> Fn(&'a mut S, CancellationToken) -> Run<'a> + Send + Sync + 'static,
+    ) {
+        let (health, stop) = (self.health.clone(), self.stop.clone());
+        let until = stop.clone();
+        let task = keep_running(kind, name.to_owned(), health, until, state, move |state| {
+            run(state, stop.clone())
+        });
+        self.tasks.spawn(task);
+    }
 }
 
 /// The cap on connections that the configuration and the open-file limit allow.
@@ -124,6 +183,9 @@ fn connections(config: &Config) -> usize {
     let cap = open_files::connection_cap(config, open_files::raise());
     if let Some(warning) = &cap.warning {
         tracing::warn!("{warning}");
+    }
+    if let Some(note) = &cap.note {
+        tracing::info!("{note}");
     }
     cap.connections
 }
@@ -166,3 +228,6 @@ fn set_budgets(config: &Config) {
         budgets[account].set(bytes as f64);
     }
 }
+
+#[cfg(test)]
+mod tests;

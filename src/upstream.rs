@@ -10,6 +10,7 @@ mod connect;
 mod discover;
 mod duplicate_node;
 pub(crate) mod link;
+mod outage;
 pub(crate) mod profile;
 mod pump;
 mod role;
@@ -26,6 +27,7 @@ use crate::clock::Clock;
 use crate::router::Router;
 use crate::router::handle::TaskWaker;
 use crate::store::Store;
+use crate::supervise::Health;
 
 pub(crate) use broker::BrokerAccess;
 pub(crate) use discover::probe_once;
@@ -54,6 +56,8 @@ pub(crate) struct Start {
     pub stop: CancellationToken,
     /// A number that no other process has. It marks this process's publishes for No Local.
     pub instance: u64,
+    /// Where a link that cannot be kept running is noted.
+    pub health: Arc<Health>,
 }
 
 /// The running links.
@@ -71,6 +75,7 @@ impl Upstream {
         let context = Arc::new(context);
         let mut spawn = Spawn {
             context: context.clone(),
+            health: start.health,
             tasks,
             links: Vec::new(),
         };
@@ -120,6 +125,7 @@ impl Upstream {
 /// Starts the tasks of links.
 struct Spawn<'a> {
     context: Arc<LinkContext>,
+    health: Arc<Health>,
     tasks: &'a TaskTracker,
     links: Vec<Arc<LinkStatus>>,
 }
@@ -134,7 +140,8 @@ impl Spawn<'_> {
     ) {
         let status = Arc::new(LinkStatus::new(role, number));
         self.links.push(status.clone());
-        let task = task::run(self.context.clone(), status, machine, wake);
+        let (context, health) = (self.context.clone(), self.health.clone());
+        let task = task::run(context, health, status, machine, wake);
         self.tasks.spawn(task);
     }
 }

@@ -24,7 +24,7 @@ const EVICTED_LEAVES_WITHIN: Duration = Duration::from_millis(100);
 
 /// The listener.
 pub(super) struct Bounded {
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
     free: Arc<Semaphore>,
     silence_max: Duration,
     evict_after: Duration,
@@ -56,7 +56,7 @@ impl Bounded {
     /// an answer, to the first byte of the next one. `evict_after`: this time while another connection
     /// waits for a place.
     pub(super) fn new(
-        listener: TcpListener,
+        listener: Arc<TcpListener>,
         most: usize,
         silence_max: Duration,
         evict_after: Duration,

@@ -8,11 +8,16 @@ use tokio::net::TcpStream;
 
 use super::*;
 
-struct Fake;
+/// Its tasks that fail.
+#[derive(Default)]
+struct Fake(Vec<String>);
 
 impl AdminView for Fake {
     fn ready(&self) -> bool {
         false
+    }
+    fn failing(&self) -> Vec<String> {
+        self.0.clone()
     }
     fn sessions(&self, after: Option<&str>, limit: usize) -> SessionPage {
         let all = (0..5).map(|i| format!("c{i}"));
@@ -71,12 +76,12 @@ impl AdminView for Fake {
 
 async fn start(bind: &str, api: bool) -> SocketAddr {
     let bind = bind.parse().expect("an address");
-    let server = Server::bind(&config::Admin { bind, api }, Arc::new(Fake))
+    let server = Server::bind(&config::Admin { bind, api }, Arc::new(Fake::default()))
         .await
         .expect("bound");
     let address = server.local_addr();
     assert_ne!(address.port(), 0);
-    tokio::spawn(server.run(std::future::pending()));
+    tokio::spawn(async move { server.run(std::future::pending()).await });
     address
 }
 
@@ -226,7 +231,7 @@ async fn a_request_that_trickles_in_is_cut_off() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
     let address = listener.local_addr().expect("bound");
     let silence_max = Duration::from_millis(300);
-    let bounded = Bounded::new(listener, 1, silence_max, silence_max);
+    let bounded = Bounded::new(Arc::new(listener), 1, silence_max, silence_max);
     let router = Router::new().route("/", axum::routing::get(|| async { "ok" }));
     tokio::spawn(async move { axum::serve(bounded, router).await });
     let mut stream = TcpStream::connect(address).await.expect("connected");
@@ -276,4 +281,25 @@ async fn connections_are_bounded_and_come_free_again() {
         .await
         .expect("answered");
     assert_eq!(status, 200);
+}
+
+#[tokio::test]
+async fn health_fails_while_tasks_cannot_be_kept_running() {
+    for (failing, status, body) in [
+        (vec![], 200, "ok\n"),
+        (
+            vec!["link d0", "listener tcp"],
+            503,
+            "cannot be kept running: link d0, listener tcp\n",
+        ),
+    ] {
+        let bind = ([127, 0, 0, 1], 0).into();
+        let view = Fake(failing.into_iter().map(str::to_owned).collect());
+        let admin = config::Admin { bind, api: false };
+        let server = Server::bind(&admin, Arc::new(view)).await.expect("bound");
+        let address = server.local_addr();
+        tokio::spawn(async move { server.run(std::future::pending()).await });
+        let (got, _, text) = get(address, "/healthz").await;
+        assert_eq!((got, text.as_str()), (status, body));
+    }
 }

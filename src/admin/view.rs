@@ -10,6 +10,8 @@ const TEXT_MAX: usize = 256;
 pub(crate) trait AdminView: Send + Sync + 'static {
     /// Whether clients are taken; not whether the broker is there.
     fn ready(&self) -> bool;
+    /// The names of the tasks that cannot be kept running.
+    fn failing(&self) -> Vec<String>;
     /// At most `limit` sessions with an id behind `after`, by byte order of ids.
     fn sessions(&self, after: Option<&str>, limit: usize) -> SessionPage;
     /// The session of a client identifier, behind a mount if one is given.

@@ -1,5 +1,7 @@
 //! What a client may publish and subscribe.
 
+use std::fmt;
+
 use smallvec::SmallVec;
 
 use crate::auth::{ANONYMOUS, Identity};
@@ -30,6 +32,27 @@ enum Verdict {
     Deny,
 }
 
+/// The reason of a decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DecidedBy {
+    /// This rule, counted from 0 as in error messages of the configuration.
+    Rule(usize),
+    /// No rule says anything.
+    NoRule,
+    /// The topic is reserved, or no legal filter.
+    Reserved,
+}
+
+impl fmt::Display for DecidedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rule(number) => write!(f, "acl[{number}]"),
+            Self::NoRule => f.write_str("no rule allows it"),
+            Self::Reserved => f.write_str("reserved topic"),
+        }
+    }
+}
+
 impl Acl {
     /// Rules, and `upstream.probe_topic`.
     fn new(mode: AclMode, rules: &[AclRule], probe_topic: &str) -> Self {
@@ -51,6 +74,15 @@ impl Acl {
     /// Whether a client may publish to a topic. The topic is a valid name, and `mount` stands before it
     /// at the broker.
     pub fn may_publish(&self, identity: &Identity, mount: &str, topic: &str) -> bool {
+        self.publish(identity, mount, topic).0 == Verdict::Allow
+    }
+
+    /// The rule that decides about a publish, for the log.
+    pub(crate) fn publish_rule(&self, identity: &Identity, mount: &str, topic: &str) -> DecidedBy {
+        self.publish(identity, mount, topic).1
+    }
+
+    fn publish(&self, identity: &Identity, mount: &str, topic: &str) -> (Verdict, DecidedBy) {
         self.decide(
             (identity, mount, topic),
             |rule| rule.allow.publish,
@@ -62,9 +94,23 @@ impl Acl {
     /// stands before it at the broker. It is granted only if all of it lies inside one allowed pattern,
     /// and no earlier rule denies a part of it.
     pub fn may_subscribe(&self, identity: &Identity, mount: &str, filter: &str) -> bool {
+        self.subscribe(identity, mount, filter).0 == Verdict::Allow
+    }
+
+    /// The rule that decides about a subscription, for the log.
+    pub(crate) fn subscribe_rule(
+        &self,
+        identity: &Identity,
+        mount: &str,
+        filter: &str,
+    ) -> DecidedBy {
+        self.subscribe(identity, mount, filter).1
+    }
+
+    fn subscribe(&self, identity: &Identity, mount: &str, filter: &str) -> (Verdict, DecidedBy) {
         let filter = match split_shared(filter) {
             Some((_, inner)) => inner,
-            None if filter.starts_with("$share/") => return false,
+            None if filter.starts_with("$share/") => return (Verdict::Deny, DecidedBy::Reserved),
             None => filter,
         };
         self.decide(
@@ -80,20 +126,24 @@ impl Acl {
         (identity, mount, topic): (&Identity, &str, &str),
         allows: impl Fn(&AclRule) -> bool,
         hits: impl Fn(&str, bool) -> bool,
-    ) -> bool {
+    ) -> (Verdict, DecidedBy) {
         // A client's names can complete a mount to a prefix of Tidegate's own. No rule can name it,
         // because rules name topics as clients do.
         if !mount.is_empty() && self.is_own_when_mounted(mount, topic) {
-            return false;
+            return (Verdict::Deny, DecidedBy::Reserved);
         }
         let reserved = self.reserved_prefix(topic);
         let Some(rules) = &self.rules else {
-            return reserved.is_none();
+            return match reserved {
+                Some(_) => (Verdict::Deny, DecidedBy::Reserved),
+                None => (Verdict::Allow, DecidedBy::NoRule),
+            };
         };
-        let verdict = rules
+        let decided = rules
             .iter()
-            .filter(|rule| glob(&rule.who, &identity.principal))
-            .find_map(|rule| {
+            .enumerate()
+            .filter(|(_, rule)| glob(&rule.who, &identity.principal))
+            .find_map(|(number, rule)| {
                 let allowed = allows(rule);
                 let hit = |pattern: &String| {
                     // By its own letters: `%c` must not open it to a client of that name.
@@ -109,9 +159,10 @@ impl Acl {
                 } else {
                     Verdict::Deny
                 };
-                rule.topics.iter().any(hit).then_some(verdict)
+                let hit = rule.topics.iter().any(hit);
+                hit.then_some((verdict, DecidedBy::Rule(number)))
             });
-        verdict == Some(Verdict::Allow)
+        decided.unwrap_or((Verdict::Deny, DecidedBy::NoRule))
     }
 
     /// The reserved prefix that a topic or filter lies below.
@@ -230,6 +281,26 @@ mod tests {
 
     fn client(user: &str, id: &str) -> Identity {
         Identity::new(user.into(), id.into())
+    }
+
+    #[test]
+    fn the_rule_that_decides_is_named() {
+        let rules = [
+            rule("bob", "ps", &["a/#"]),
+            rule("*", "p", &["b/+", "b/x/y"]),
+        ];
+        let acl = with(AclMode::Rules, &rules);
+        let bob = client("bob", "c");
+        assert_eq!(acl.publish_rule(&bob, "", "a/x"), DecidedBy::Rule(0));
+        assert_eq!(acl.publish_rule(&bob, "", "c"), DecidedBy::NoRule);
+        assert_eq!(acl.subscribe_rule(&bob, "", "b/#"), DecidedBy::Rule(1));
+        assert_eq!(acl.subscribe_rule(&bob, "", "b/#").to_string(), "acl[1]");
+        let open = with(AclMode::Open, &[]);
+        assert_eq!(open.publish_rule(&bob, "", "$SYS/x"), DecidedBy::Reserved);
+        assert_eq!(
+            open.subscribe_rule(&bob, "", "$share/x"),
+            DecidedBy::Reserved
+        );
     }
 
     #[test]

@@ -17,16 +17,18 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::auth::Identity;
 use crate::mqtt::{Connect, decode_connect};
 use crate::router::Peer;
-use crate::telemetry::{clean, metrics};
+use crate::telemetry::{RateLimited, clean, metrics};
 use crate::transport::{Stream, Unauthenticated};
 
 use crate::client::machine::{Machine, ReadBuffer};
 use crate::client::scope::{UnfitName, added_bytes, scope_of};
-use crate::client::{ClientPolicy, Clients, LOGGED_CHARS, ListenerContext};
+use crate::client::{ClientPolicy, Clients, LOGGED_CHARS, ListenerContext, connection_lines};
 pub use admit::{Admission, Admitted, Applicant};
 use authenticate::authenticate;
 pub use cause::RefusalCause;
 pub use refuse::Refusal;
+
+static SESSIONS: RateLimited = connection_lines();
 
 /// A connection whose client has its session.
 pub(super) struct AcceptedConnection {
@@ -181,7 +183,9 @@ async fn session_for(
             peer: peer.clone(),
         },
     )?;
-    log_session(&identity, &peer, connect, &admitted);
+    if let Some(suppressed) = SESSIONS.permit(admission.now) {
+        log_session(&identity, &peer, connect, &admitted, suppressed);
+    }
     Ok(AcceptedSession {
         machine: admitted.machine,
         identity: Box::new(identity),
@@ -189,7 +193,13 @@ async fn session_for(
     })
 }
 
-fn log_session(identity: &Identity, peer: &Peer, connect: &Connect<'_>, admitted: &Admitted) {
+fn log_session(
+    identity: &Identity,
+    peer: &Peer,
+    connect: &Connect<'_>,
+    admitted: &Admitted,
+    suppressed: u64,
+) {
     let event = match (admitted.taken_over, admitted.present) {
         (true, true) => "Session resumed, taken over from a live connection",
         (true, false) => "Session taken over and begun anew",
@@ -207,6 +217,7 @@ fn log_session(identity: &Identity, peer: &Peer, connect: &Connect<'_>, admitted
         expiry = admitted.expiry_seconds,
         keep_alive = admitted.keep_alive_seconds,
         session_present = admitted.present,
+        suppressed,
         "{event}"
     );
 }

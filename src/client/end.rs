@@ -25,6 +25,9 @@ pub enum End {
     /// The incomplete packets of all clients are over their budget, and this client has one of them.
     #[error("incomplete packets of all clients use up their budget")]
     InputBudget,
+    /// The connection's task panicked. Nothing more is sent: the output may end within a packet.
+    #[error("its task panicked")]
+    Panicked,
 }
 
 impl End {
@@ -53,9 +56,10 @@ impl End {
     pub fn is_lost(&self) -> bool {
         matches!(
             self,
-            Self::Transport(
-                Closed::Eof | Closed::Reset(_) | Closed::StreamReset(_) | Closed::Io(_)
-            )
+            Self::Panicked
+                | Self::Transport(
+                    Closed::Eof | Closed::Reset(_) | Closed::StreamReset(_) | Closed::Io(_)
+                )
         )
     }
 
@@ -92,6 +96,7 @@ impl End {
             },
             Self::PacketDeadline => D::PacketDeadline,
             Self::InputBudget => D::Quota,
+            Self::Panicked => D::Panic,
         }
     }
 
@@ -110,6 +115,7 @@ impl End {
                 Closed::Violation(_) => ReasonCode::PROTOCOL_ERROR,
             },
             Self::PacketDeadline | Self::InputBudget => ReasonCode::QUOTA_EXCEEDED,
+            Self::Panicked => ReasonCode::UNSPECIFIED_ERROR,
         }
     }
 
@@ -117,7 +123,9 @@ impl End {
     pub fn how(&self) -> CloseHow {
         match self {
             Self::Session(reason) => label_and_how(*reason).1,
-            Self::Packet(_) | Self::PacketDeadline | Self::InputBudget => CloseHow::Protocol,
+            Self::Packet(_) | Self::PacketDeadline | Self::InputBudget | Self::Panicked => {
+                CloseHow::Protocol
+            }
             Self::Transport(closed) => match closed {
                 Closed::Eof | Closed::Reset(_) | Closed::StreamReset(_) | Closed::Io(_) => {
                     CloseHow::Normal
@@ -144,7 +152,7 @@ impl End {
                     S::Malformed
                 }
             }),
-            Self::Transport(_) => None,
+            Self::Transport(_) | Self::Panicked => None,
             Self::PacketDeadline => Some(S::PacketDeadline),
             Self::InputBudget => Some(S::Quota),
         }

@@ -6,9 +6,9 @@ mod close;
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::{self, Poll};
-use std::time::Duration;
 
 use crate::auth::Identity;
 use crate::router::Peer;
@@ -21,12 +21,13 @@ use crate::client::connect::{AcceptedConnection, AcceptedSession};
 use crate::client::end::End;
 use crate::client::machine::{self, Machine, StreamReset};
 use crate::client::scope::sender_moved;
-use crate::client::{ClientPolicy, Clients, OpenGuard};
+use crate::client::{ClientPolicy, Clients, LOGGED_CHARS, OpenGuard, connection_lines};
 
 /// Rounds of writing and reading before a busy connection gives the others their turn.
 const ROUNDS_MAX: usize = 8;
 
-static RESETS: RateLimited = RateLimited::new(Duration::from_millis(20));
+static RESETS: RateLimited = connection_lines();
+static MOVES: RateLimited = connection_lines();
 
 thread_local! {
     // One read buffer per worker: an idle connection has none.
@@ -55,7 +56,7 @@ pub(super) fn serve(
         let mut task = Task::new(&clients, accepted);
         let end = task.run(early).await;
         // Boxed, so that the task is small while the connection lives.
-        Box::pin(task.close(end)).await;
+        Box::pin(close::close(task, end)).await;
         drop(guard);
     })
 }
@@ -105,10 +106,12 @@ impl<'a> Task<'a> {
 
     /// Runs until something ends the connection; `early` are the bytes that arrived with CONNECT.
     fn run(&mut self, early: Vec<u8>) -> impl Future<Output = End> {
-        let mut end = self.received(StreamId::CONTROL, &early).err();
+        let first = || self.received(StreamId::CONTROL, &early).err();
+        let mut end = catch_unwind(AssertUnwindSafe(first)).unwrap_or_else(|_| Some(End::Panicked));
         poll_fn(move |cx| match end.take() {
             Some(end) => Poll::Ready(end),
-            None => self.poll(cx),
+            None => catch_unwind(AssertUnwindSafe(|| self.poll(cx)))
+                .unwrap_or_else(|_| Poll::Ready(End::Panicked)),
         })
     }
 
@@ -277,7 +280,7 @@ impl<'a> Task<'a> {
     fn reset(&mut self, reset: &StreamReset) {
         if let Some(suppressed) = RESETS.permit(self.now) {
             tracing::info!(
-                client_id = clean(&self.identity.client_id, 64),
+                client_id = clean(&self.identity.client_id, LOGGED_CHARS),
                 listener = &*self.peer.listener,
                 peer = %self.socket.peer_addr(),
                 reason = %reset.reason,
@@ -293,14 +296,17 @@ impl<'a> Task<'a> {
 
     /// The client's address has changed.
     fn moved(&mut self, address: SocketAddr) {
-        tracing::info!(
-            client_id = clean(&self.identity.client_id, 64),
-            listener = &*self.peer.listener,
-            transport = self.peer.transport,
-            from = %self.peer.address,
-            peer = %address,
-            "Client's address changed"
-        );
+        if let Some(suppressed) = MOVES.permit(self.now) {
+            tracing::info!(
+                client_id = clean(&self.identity.client_id, LOGGED_CHARS),
+                listener = &*self.peer.listener,
+                transport = self.peer.transport,
+                from = %self.peer.address,
+                peer = %address,
+                suppressed,
+                "Client's address changed"
+            );
+        }
         let peer = Peer {
             address,
             ..(*self.peer).clone()

@@ -12,8 +12,8 @@ use crate::config::choices::{
 };
 use crate::config::host;
 use crate::config::types::{
-    Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, Session, Store,
-    Tls, Upstream, UpstreamTls,
+    Admin, Auth, CertSource, Config, Drain, Limits, Listener, Log, Memory, Node, Session, Setting,
+    Store, Tls, Upstream, UpstreamTls,
 };
 use crate::config::upstream::{LinkCount, Server};
 
@@ -213,7 +213,7 @@ impl Default for Limits {
         Self {
             packet_max: MIB as u32,
             connect_max: (128 * KIB) as u32,
-            connections_max: 100_000,
+            connections_max: Setting::Default(100_000),
             connect_rate_max: 5000,
             receive_max: 64,
             topic_alias_max: 64,
@@ -258,7 +258,8 @@ impl Default for Log {
 impl Default for Drain {
     fn default() -> Self {
         Self {
-            grace: Duration::from_secs(10),
+            // Docker kills a container 10 s after it has asked it to stop.
+            grace: Duration::from_secs(7),
         }
     }
 }

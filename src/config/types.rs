@@ -314,6 +314,38 @@ pub struct Session {
     pub keepalive_default: Option<Duration>,
 }
 
+/// The value of a key, and whether somebody has asked for it. Equal values are equal settings.
+#[derive(Clone, Copy, Debug)]
+pub enum Setting<T> {
+    /// The file does not have the key.
+    Default(T),
+    /// The file has the key.
+    Configured(T),
+}
+
+impl<T: Copy> Setting<T> {
+    /// The value.
+    pub const fn value(self) -> T {
+        match self {
+            Self::Default(value) | Self::Configured(value) => value,
+        }
+    }
+}
+
+impl<T: Copy + PartialEq> PartialEq for Setting<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.value() == other.value()
+    }
+}
+
+impl<T: Copy + Eq> Eq for Setting<T> {}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Setting<T> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        T::deserialize(deserializer).map(Self::Configured)
+    }
+}
+
 /// `[limits]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -325,7 +357,7 @@ pub struct Limits {
     #[serde(deserialize_with = "size32")]
     pub connect_max: u32,
     /// Connections at once.
-    pub connections_max: u32,
+    pub connections_max: Setting<u32>,
     /// CONNECTs per second.
     pub connect_rate_max: u32,
     /// Receive Maximum announced to clients.

@@ -1,7 +1,10 @@
 //! The state of an embedded broker with a lock, a clock and timers.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -9,6 +12,9 @@ use tokio::time::Instant;
 use crate::embedded::options::EmbeddedOptions;
 use crate::embedded::state::{ConnectionHandle, State};
 use crate::time::Millis;
+
+/// The wait before timers that panicked go on.
+const AFTER_A_PANIC: Duration = Duration::from_secs(1);
 
 /// The state, shared by the tasks of all connections.
 pub(super) struct LockedState {
@@ -28,7 +34,7 @@ impl LockedState {
             timer: Arc::new(Notify::new()),
         });
         #[expect(clippy::disallowed_methods, reason = "it ends with the broker")]
-        tokio::spawn(run_timers(Arc::downgrade(&locked), locked.timer.clone()));
+        tokio::spawn(keep_timers(Arc::downgrade(&locked), locked.timer.clone()));
         locked
     }
 
@@ -63,6 +69,17 @@ impl LockedState {
 impl Drop for LockedState {
     fn drop(&mut self) {
         self.timer.notify_one();
+    }
+}
+
+/// Runs the timers until the broker ends. A panic must not end them all.
+async fn keep_timers(locked: Weak<LockedState>, timer: Arc<Notify>) {
+    loop {
+        let timers = AssertUnwindSafe(run_timers(locked.clone(), timer.clone()));
+        if timers.catch_unwind().await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(AFTER_A_PANIC).await;
     }
 }
 

@@ -32,6 +32,15 @@ impl Signals {
         })
     }
 
+    /// Runs the drain, unless another signal ends it at once.
+    pub(super) async fn drain_unless_asked_again(&mut self, drain: impl Future<Output = ()>) {
+        tokio::select! {
+            () = drain => {}
+            _ = self.terminate.recv() => tracing::warn!("SIGTERM again: the drain is cut short"),
+            _ = self.interrupt.recv() => tracing::warn!("SIGINT again: the drain is cut short"),
+        }
+    }
+
     /// Waits for one of them.
     pub(super) async fn recv(&mut self) {
         tokio::select! {

@@ -108,9 +108,10 @@ const fn handshake_reason(transport: Transport, error: &HandshakeError) -> Hands
     use HandshakeReason as R;
     match error {
         HandshakeError::Deadline => R::Timeout,
-        HandshakeError::Stopped | HandshakeError::Silent => R::Closed,
+        HandshakeError::Stopped | HandshakeError::Silent | HandshakeError::NoRequest => R::Closed,
         HandshakeError::Io(_) => R::Io,
         HandshakeError::Tls { .. } => R::Tls,
+        HandshakeError::CertificateRefused { .. } => R::CertificateRefused,
         HandshakeError::ClientCertificate { fault, .. } => match fault {
             CertificateFault::Missing => R::CertificateMissing,
             CertificateFault::Expired => R::CertificateExpired,

@@ -8,7 +8,8 @@ use tokio_util::task::TaskTracker;
 use crate::client::{Clients, ListenerContext};
 use crate::clock::Clock;
 use crate::config::{self, Config, Transport};
-use crate::telemetry::metrics;
+use crate::supervise::{Health, keep_running};
+use crate::telemetry::{TaskKind, metrics};
 use crate::transport::{self, BindError, Bound, Limits};
 
 use crate::runtime::certificates::Certificates;
@@ -63,6 +64,7 @@ pub(super) fn warn_port_taken(listener: &str, taken: u16, port: u16) {
 /// Accepts connections until `stop` is cancelled.
 pub(super) fn serve(
     tasks: &TaskTracker,
+    health: &Arc<Health>,
     clients: &Arc<Clients>,
     bound: Bound,
     stop: CancellationToken,
@@ -81,6 +83,15 @@ pub(super) fn serve(
         ping_after: (listener.ping_interval).filter(|_| listener.transport.is_websocket()),
     };
     let clients = clients.clone();
+    let (name, until) = (format!("listener {}", context.name), stop.clone());
     let handler = move |accepted| clients.clone().serve(context.clone(), accepted);
-    tasks.spawn(bound.serve(handler, stop));
+    let health = health.clone();
+    tasks.spawn(keep_running(
+        TaskKind::Listener,
+        name,
+        health,
+        until,
+        bound,
+        move |bound| Box::pin(bound.serve(handler.clone(), stop.clone())),
+    ));
 }

@@ -1,9 +1,15 @@
 //! The lines on standard output once the process serves clients.
 
 use std::io::Write as _;
+use std::time::Duration;
+
+use tokio::time::timeout;
 
 use crate::config::{CertSource, Config, Listener, Transport};
 use crate::transport::Bound;
+
+/// How long the reader of standard output may delay the start.
+const PRINT_WAIT: Duration = Duration::from_secs(1);
 
 /// A bound address.
 pub(super) struct Address {
@@ -47,7 +53,10 @@ impl Ready {
     }
 
     /// Prints every bound address, then `ready`.
-    pub(super) fn print(&self) {
+    ///
+    /// Tidegate serves clients whether or not anybody reads its standard output: an error changes
+    /// nothing, and a reader that takes nothing does not stop the process.
+    pub(super) async fn print(&self) {
         let mut out = String::new();
         for Address {
             name,
@@ -64,10 +73,12 @@ impl Ready {
         if self.first_run {
             out.push_str(&first_commands(&self.addresses, &self.certificates));
         }
-        let mut stdout = std::io::stdout().lock();
-        // Tidegate serves clients whether or not anybody reads its standard output.
-        let _ = stdout.write_all(out.as_bytes());
-        let _ = stdout.flush();
+        let printing = tokio::task::spawn_blocking(move || {
+            let mut stdout = std::io::stdout().lock();
+            let _ = stdout.write_all(out.as_bytes());
+            let _ = stdout.flush();
+        });
+        let _ = timeout(PRINT_WAIT, printing).await;
     }
 }
 

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -27,8 +28,14 @@ pub(super) fn hangup() -> Result<Signal, StartError> {
     signal(SignalKind::hangup()).map_err(|e| StartError::Internal(format!("signals: {e}")))
 }
 
-/// The files that are read again while the process runs.
+/// The task that reads files again while the process runs.
 pub(super) struct Reload {
+    pub(super) hangup: Signal,
+    pub(super) files: Arc<Mutex<Files>>,
+}
+
+/// The files that are read again.
+pub(super) struct Files {
     pub(super) certificates: Certificates,
     pub(super) clients: Arc<Clients>,
     /// The configuration of the start.
@@ -37,37 +44,37 @@ pub(super) struct Reload {
 
 impl Reload {
     /// Runs until `stop` is cancelled.
-    pub(super) async fn run(mut self, mut hangup: Signal, stop: CancellationToken) {
-        self.certificates.announce();
+    pub(super) async fn run(&mut self, stop: CancellationToken) {
+        self.files.lock().certificates.announce();
         let mut ticks = interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let asked = tokio::select! {
                 () = stop.cancelled() => return,
-                Some(()) = hangup.recv() => true,
+                Some(()) = self.hangup.recv() => true,
                 _ = ticks.tick() => false,
             };
             // A file system that does not answer must block only this task.
-            let look = tokio::task::spawn_blocking(move || {
-                self.certificates.look(asked);
-                if asked {
-                    permissions::warn(&self.config);
-                    self.reload_access();
-                }
-                self
-            });
-            match look.await {
-                Ok(again) => self = again,
-                Err(error) => {
-                    tracing::error!(%error, "Certificates, passwords and rules are not read again any more");
-                    return;
-                }
+            let files = self.files.clone();
+            let look = tokio::task::spawn_blocking(move || files.lock().look(asked));
+            if look.await.is_err() {
+                // It panicked: this task begins again.
+                return;
             }
         }
     }
 }
 
-impl Reload {
+impl Files {
+    /// Reads the files again that have changed; all of them if somebody has `asked`.
+    fn look(&mut self, asked: bool) {
+        self.certificates.look(asked);
+        if asked {
+            permissions::warn(&self.config);
+            self.reload_access();
+        }
+    }
+
     /// Reads the password file and the rules again: all of it is used from now on, or nothing.
     fn reload_access(&mut self) {
         if let Err((what, error)) = self.read_access() {

@@ -165,6 +165,9 @@ pub(super) fn report(config: &Config, cap: &Cap, findings: &Findings) -> String 
              upstream.publishes_waiting or limits.connections_max, or raise memory.max"
         ));
     }
+    if let Some(note) = &cap.note {
+        say(format_args!("note: {note}"));
+    }
     for warning in findings.warnings.iter().chain(&cap.warning) {
         say(format_args!("warning: {warning}"));
     }
@@ -217,6 +220,7 @@ mod tests {
         Cap {
             connections,
             warning: None,
+            note: None,
         }
     }
 

@@ -1,6 +1,5 @@
 //! Tells the router the time.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval};
@@ -14,7 +13,7 @@ const TICK: Duration = Duration::from_millis(100);
 const TICKS_PER_WALK: u32 = 20;
 
 /// Runs until `stop` is cancelled.
-pub(super) async fn run(router: Arc<Router>, clock: Clock, stop: CancellationToken) {
+pub(super) async fn run(router: &Router, clock: Clock, stop: CancellationToken) {
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut count: u32 = 0;

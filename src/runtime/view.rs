@@ -12,6 +12,7 @@ use crate::auth::owner_name;
 use crate::client::Clients;
 use crate::router::{Router, SessionInfo};
 use crate::session::SessionKey;
+use crate::supervise::Health;
 use crate::telemetry::{SessionState, clean, metrics};
 use crate::time::Millis;
 use crate::upstream::{Role, Upstream};
@@ -23,11 +24,16 @@ pub(super) struct View {
     pub clients: Arc<Clients>,
     /// When the clock started.
     pub started: SystemTime,
+    pub health: Arc<Health>,
 }
 
 impl AdminView for View {
     fn ready(&self) -> bool {
         !self.clients.draining.load(Ordering::Acquire)
+    }
+
+    fn failing(&self) -> Vec<String> {
+        self.health.failing()
     }
 
     fn sessions(&self, after: Option<&str>, limit: usize) -> SessionPage {

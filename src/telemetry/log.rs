@@ -1,29 +1,93 @@
 //! The log on standard error, as text or JSON. Repeated lines are counted instead of written.
 
+mod writer;
+
+use std::io;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, ParseError};
 
 use crate::time::Millis;
+use writer::{BUFFER_MAX_BYTES, LogWriter};
 
-/// Starts logging to stderr; later calls change nothing.
+/// How long the end of the process waits for a reader that is slow to take the last lines.
+const LAST_LINES_WAIT: Duration = Duration::from_secs(1);
+
+/// Writes to standard error for the whole process.
+static STDERR: OnceLock<LogWriter> = OnceLock::new();
+
+/// Why logging cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The level is neither a level nor a list of filter directives.
+    #[error(transparent)]
+    Level(#[from] ParseError),
+    /// The system has no room for another thread.
+    #[error("the log's thread cannot be started: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// Starts logging to standard error; later calls change nothing.
+///
+/// A level without a target is Tidegate's. Libraries log errors only, unless a directive names them:
+/// their lines are about single connections, and nothing limits their number.
 ///
 /// # Errors
-/// When `level` is neither a level nor a list of filter directives.
-pub fn init(level: &str, json: bool) -> Result<(), tracing_subscriber::filter::ParseError> {
+/// See [`LogError`].
+pub fn init(level: &str, json: bool) -> Result<(), LogError> {
+    let filter = EnvFilter::try_new(directives(level))?;
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(level)?)
-        .with_writer(std::io::stderr);
+        .with_env_filter(filter)
+        // It would report them on standard error, and panic where that is closed.
+        .log_internal_errors(false)
+        .with_writer(stderr()?);
     // An error means that a test or an embedding program has set up a logger, which stays.
     let _ = if json {
         builder.json().flatten_event(true).try_init()
     } else {
         builder
-            .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+            .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
             .try_init()
     };
     Ok(())
+}
+
+/// The filter directives of a configured level.
+fn directives(level: &str) -> String {
+    let bare = |directive: &str| directive.parse::<LevelFilter>().is_ok();
+    if level.trim().eq_ignore_ascii_case("off") {
+        return level.to_owned();
+    }
+    let mut all = vec!["error".to_owned()];
+    all.extend(level.split(',').map(|directive| {
+        let directive = directive.trim();
+        match bare(directive) {
+            true => format!("tidegate={directive}"),
+            false => directive.to_owned(),
+        }
+    }));
+    all.join(",")
+}
+
+/// Writes the last words of the process to standard error, after the log. A reader that takes
+/// nothing delays the end for a second at most.
+pub fn finish(last_words: &str) {
+    // Without a thread there is no bounded way to write, and the exit code has to do.
+    if let Ok(stderr) = stderr() {
+        stderr.push(last_words.as_bytes());
+        stderr.flush(LAST_LINES_WAIT);
+    }
+}
+
+fn stderr() -> io::Result<LogWriter> {
+    if let Some(writer) = STDERR.get() {
+        return Ok(writer.clone());
+    }
+    let writer = LogWriter::start(io::stderr(), BUFFER_MAX_BYTES)?;
+    Ok(STDERR.get_or_init(|| writer).clone())
 }
 
 /// Permits one log line, or a burst of lines, per interval and counts the others:
@@ -140,6 +204,16 @@ mod tests {
         assert_eq!(clean("a\nb\u{202e}c", 80), "a\\nb\\u{202e}c");
         assert_eq!(clean("abcdef", 3), "abc…");
         assert_eq!(clean("Größe", 5), "Größe");
+    }
+
+    #[test]
+    fn libraries_log_errors_unless_a_directive_names_them() {
+        assert_eq!(directives("info"), "error,tidegate=info");
+        assert_eq!(
+            directives("warn, rustls=debug,tidegate::upstream=trace"),
+            "error,tidegate=warn,rustls=debug,tidegate::upstream=trace"
+        );
+        assert_eq!(directives("off"), "off");
     }
 
     #[test]

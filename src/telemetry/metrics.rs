@@ -14,9 +14,9 @@ use ::metrics::{Counter, Gauge, Histogram, Key, KeyName, Label as KeyLabel, Leve
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
 
 pub use labels::{
-    AcceptErrorReason, DeferReason, DisconnectReason, DropReason, HandshakeReason, Label,
-    LinkDownReason, MemoryAccount, RefusedReason, ReloadResult, SessionEndReason, SessionState,
-    StreamReason, UpstreamTlsReason,
+    AcceptErrorReason, DeferReason, DeniedAction, DisconnectReason, DropReason, HandshakeReason,
+    Label, LinkDownReason, LogDropReason, MemoryAccount, RefusedReason, ReloadResult,
+    SessionEndReason, SessionState, StreamReason, TaskKind, UpstreamTlsReason,
 };
 
 /// Upper bounds of the histograms' buckets, from a local hop to the point where a person gives up.
@@ -139,6 +139,8 @@ macro_rules! handle {
 metrics! {
     #[doc = "Connections that got no session, by reason."]
     counter connects_refused = "tidegate_connects_refused_total" by RefusedReason;
+    #[doc = "Logins, publishes and subscriptions that were denied, by action."]
+    counter denied = "tidegate_denied_total" by DeniedAction;
     #[doc = "Connections with a session that ended, by reason."]
     counter disconnects = "tidegate_disconnects_total" by DisconnectReason;
     #[doc = "Sessions now, with and without a connection."]
@@ -223,6 +225,12 @@ metrics! {
     histogram connect_seconds = "tidegate_connect_seconds";
     #[doc = "Bytes that each memory account may hold."]
     gauge memory_budget_bytes = "tidegate_memory_budget_bytes" by MemoryAccount;
+    #[doc = "Log lines that were not written, by reason."]
+    counter log_lines_dropped = "tidegate_log_lines_dropped_total" by LogDropReason;
+    #[doc = "Panics: faults of Tidegate itself."]
+    counter panics = "tidegate_panics_total";
+    #[doc = "Tasks that ended or panicked and were started again, by kind."]
+    counter tasks_ended = "tidegate_tasks_ended_total" by TaskKind;
     #[doc = "User and system CPU time of the process, in whole seconds."]
     counter process_cpu_seconds = "process_cpu_seconds_total";
     #[doc = "Open file descriptors."]

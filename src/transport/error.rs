@@ -93,6 +93,21 @@ pub enum HandshakeError {
         /// What the peer spoke in place of TLS, where that is known.
         detected: Option<Detected>,
     },
+    /// The client refused the certificate of this server.
+    #[error(
+        "the client does not trust the certificate of this listener ({alert}): give the client the authority that \
+         issued it, or use a certificate for the name that the client connects to"
+    )]
+    CertificateRefused {
+        /// The TLS alert that the client sent (RFC 8446 section 6.2).
+        alert: String,
+    },
+    /// The client closed the connection after the TLS handshake without a request. Some libraries
+    /// verify the certificate only then, and send no alert.
+    #[error(
+        "closed without a request; clients that do not trust the certificate of this listener do so"
+    )]
+    NoRequest,
     /// The client's certificate is missing or was not accepted.
     #[error("client certificate: {why}")]
     ClientCertificate {

@@ -123,6 +123,9 @@ impl Server {
             };
             spawn(handshake, handler.clone());
         }
+        if !stop.is_cancelled() {
+            return;
+        }
         // While connections drain, new clients are refused rather than left to time out.
         #[expect(clippy::disallowed_methods, reason = "it ends with the endpoint")]
         tokio::spawn(async move {

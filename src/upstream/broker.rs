@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use std::time::Duration;
+
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -10,9 +12,14 @@ use crate::clock::Clock;
 use crate::config;
 use crate::embedded::EmbeddedBroker;
 use crate::router::Router;
+use crate::telemetry::RateLimited;
 use crate::transport::ClientTls;
 
+use crate::upstream::outage::OutageLog;
 use crate::upstream::profile::cache::ProfileCache;
+
+/// Changes of the server that are logged in a minute: while all servers are away, the links go round.
+const FAILOVER_LINES_MAX: u32 = 3;
 
 /// What is needed to connect to the broker.
 pub(crate) struct BrokerAccess {
@@ -104,6 +111,9 @@ pub(super) struct LinkContext {
     pub server: AtomicUsize,
     /// Links that are connected.
     pub connected: AtomicUsize,
+    /// What the links have logged about a broker that is away.
+    pub outage: OutageLog,
+    failovers_log: RateLimited,
 }
 
 impl LinkContext {
@@ -121,6 +131,8 @@ impl LinkContext {
             placement: AtomicU64::new(0),
             server: AtomicUsize::new(0),
             connected: AtomicUsize::new(0),
+            outage: OutageLog::default(),
+            failovers_log: RateLimited::burst(FAILOVER_LINES_MAX, Duration::from_secs(60)),
         }
     }
 
@@ -136,11 +148,14 @@ impl LinkContext {
         let (order, lax) = (Ordering::AcqRel, Ordering::Relaxed);
         if self.server.compare_exchange(from, next, order, lax).is_ok() {
             self.broker.server_changed();
-            tracing::warn!(
-                from = %servers[from],
-                to = %servers[next],
-                "The links go to the next of upstream.servers"
-            );
+            if let Some(suppressed) = self.failovers_log.permit(self.clock.now()) {
+                tracing::warn!(
+                    from = %servers[from],
+                    to = %servers[next],
+                    suppressed,
+                    "The links go to the next of upstream.servers"
+                );
+            }
         }
     }
 }

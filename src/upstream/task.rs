@@ -1,17 +1,20 @@
 //! The task of one link: dials, serves the connection, and reconnects with a back-off.
 
 use std::future::poll_fn;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::time::{Instant, sleep};
 
 use crate::backoff::{Backoff, jittered};
 use crate::router::LinkSession;
 use crate::router::handle::TaskWaker;
-use crate::telemetry::LinkDownReason;
+use crate::supervise::{Health, keep_running};
+use crate::telemetry::{LinkDownReason, TaskKind};
 
 use crate::upstream::broker::LinkContext;
 use crate::upstream::connect::{ConnectError, Established, establish};
@@ -48,20 +51,17 @@ impl LinkDown {
     }
 }
 
-/// Runs a link until the process ends.
+/// Runs a link until the process ends. A panic costs the link its connection: the machine, with the
+/// publishes that the broker has not acknowledged, outlives it.
 pub(super) async fn run<M: Machine>(
     context: Arc<LinkContext>,
+    health: Arc<Health>,
     link: Arc<LinkStatus>,
     machine: M,
     wake: Arc<TaskWaker>,
 ) {
-    let stop = context.stop.clone();
-    let wanted = wanted(&context, &link, &wake);
-    if stop.run_until_cancelled(wanted).await.is_none() {
-        return;
-    }
-    link.starts();
-    let mut task = LinkTask {
+    let (stop, name) = (context.stop.clone(), format!("link {}", link.name));
+    let task = LinkTask {
         placement: context.placement.load(Ordering::Acquire),
         backoff: Backoff::new(
             context.broker.access.config.backoff_min,
@@ -73,23 +73,13 @@ pub(super) async fn run<M: Machine>(
         wake,
         session_at: None,
         unanswered: false,
+        panicked: false,
         duplicate_node: DuplicateNodeWatch::default(),
     };
-    // When the process ends, an attempt is dropped where it waits. A connection that is being served
-    // ends by itself.
-    while !stop.is_cancelled() {
-        let server = task.context.server.load(Ordering::Acquire);
-        let Some(down) = task.attempt(server).await else {
-            return;
-        };
-        if stop.is_cancelled() {
-            return;
-        }
-        let wait = task.failed(server, &down);
-        if stop.run_until_cancelled(sleep(wait)).await.is_none() {
-            return;
-        }
-    }
+    keep_running(TaskKind::Link, name, health, stop, task, |task| {
+        Box::pin(task.run())
+    })
+    .await;
 }
 
 /// Waits until the link has something to do. The first data links and the retained link always have.
@@ -122,6 +112,8 @@ struct LinkTask<M> {
     session_at: Option<usize>,
     /// A CONNECT may have begun a session at the broker, and its answer did not arrive.
     unanswered: bool,
+    /// The last connection ended with a panic.
+    panicked: bool,
     /// The placement of filters that the session was made for.
     placement: u64,
     backoff: Backoff,
@@ -129,6 +121,30 @@ struct LinkTask<M> {
 }
 
 impl<M: Machine> LinkTask<M> {
+    async fn run(&mut self) {
+        let stop = self.context.stop.clone();
+        let wanted = wanted(&self.context, &self.link, &self.wake);
+        if stop.run_until_cancelled(wanted).await.is_none() {
+            return;
+        }
+        self.link.starts();
+        // When the process ends, an attempt is dropped where it waits. A connection that is being
+        // served ends by itself.
+        while !stop.is_cancelled() {
+            let server = self.context.server.load(Ordering::Acquire);
+            let Some(down) = self.attempt(server).await else {
+                return;
+            };
+            if stop.is_cancelled() {
+                return;
+            }
+            let wait = self.failed(server, &down);
+            if stop.run_until_cancelled(sleep(wait)).await.is_none() {
+                return;
+            }
+        }
+    }
+
     /// One connection, from the dial to its end. Returns why it failed or ended; `None`: the process
     /// ends.
     async fn attempt(&mut self, server: usize) -> Option<LinkDown> {
@@ -164,26 +180,51 @@ impl<M: Machine> LinkTask<M> {
             (true, true) => LinkSession::Doubtful,
             (true, false) => LinkSession::Resumed,
         };
+        let since = Instant::now();
         // Counted before the broker is probed: meanwhile another link's trouble is its own.
         context.connected.fetch_add(1, Ordering::AcqRel);
+        let served = AssertUnwindSafe(self.serve_session(server, session, established));
+        let served = served.catch_unwind().await;
+        let end = served.as_ref().map_or(&LinkEnd::Panicked, |end| end);
+        let now = context.clock.now();
+        let told = AssertUnwindSafe(|| self.machine.disconnected(end, now));
+        let told = panic::catch_unwind(told);
+        context.connected.fetch_sub(1, Ordering::AcqRel);
+        self.link.disconnected();
+        self.ended(end, since.elapsed());
+        match (served, told) {
+            (Ok(end), Ok(())) => end,
+            (Err(panic), _) | (_, Err(panic)) => {
+                self.link.metrics().disconnects[LinkDownReason::Panic].increment(1);
+                self.link.set_last_error(LinkEnd::Panicked.to_string());
+                panic::resume_unwind(panic)
+            }
+        }
+    }
+
+    async fn serve_session(
+        &mut self,
+        server: usize,
+        session: LinkSession,
+        established: Established,
+    ) -> LinkEnd {
+        let context = self.context.clone();
         let profile = match profile_of(&context, server, &established.capabilities).await {
             Ok(profile) => profile,
             Err(end) => {
-                context.connected.fetch_sub(1, Ordering::AcqRel);
                 context.fail_over(server);
                 self.session_at = None;
                 self.backoff.set_longest();
                 return end;
             }
         };
-        let since = Instant::now();
         self.connected(&established, &profile);
         let handshake = Handshake::new(session, &profile);
         let conditions = Conditions {
             placement: self.placement,
             server,
         };
-        let end = serve(
+        serve(
             &context,
             &self.link,
             &mut self.machine,
@@ -191,18 +232,29 @@ impl<M: Machine> LinkTask<M> {
             (established, &handshake),
             conditions,
         )
-        .await;
-        self.machine.disconnected(&end, context.clock.now());
-        context.connected.fetch_sub(1, Ordering::AcqRel);
-        self.link.disconnected();
-        tracing::info!(
-            link = self.link.name,
-            reason = %end.label(),
-            "Link to the broker ended: {end}"
-        );
-        let lasted = since.elapsed();
+        .await
+    }
+
+    /// Draws the conclusions from the end of a connection.
+    fn ended(&mut self, end: &LinkEnd, lasted: Duration) {
+        let reason = end.label();
+        let now = self.context.clock.now();
+        if let Some(suppressed) = self.context.outage.ended(reason, now) {
+            tracing::info!(
+                link = self.link.name,
+                %reason,
+                suppressed,
+                "Link to the broker ended: {end}"
+            );
+        }
         self.duplicate_node
-            .ended(&context.broker, &self.link, &end, lasted);
+            .ended(&self.context.broker, &self.link, end, lasted);
+        let panicked = matches!(end, LinkEnd::Panicked);
+        if panicked && self.panicked {
+            // A message that the broker sends again may be the reason: it ends with the session.
+            self.session_at = None;
+        }
+        self.panicked = panicked;
         match end.label() {
             // Two processes that take the link from each other at every turn serve nobody.
             LinkDownReason::TakenOver => self.backoff.set_longest(),
@@ -210,11 +262,11 @@ impl<M: Machine> LinkTask<M> {
             _ if lasted > STABLE => self.backoff.reset(),
             _ => {}
         }
-        end
     }
 
     fn connected(&self, established: &Established, profile: &BrokerProfile) {
         let context = &self.context;
+        context.outage.connected();
         let features = profile.features();
         if context
             .router
@@ -240,11 +292,24 @@ impl<M: Machine> LinkTask<M> {
     fn failed(&mut self, server: usize, down: &LinkDown) -> Duration {
         let random = getrandom::u32().unwrap_or(u32::MAX / 2);
         let wait = jittered(self.backoff.next_wait(), random);
-        if self.backoff.worth_logging() {
+        let context = &self.context;
+        let server = &context.broker.access.config.servers[server];
+        let connected = matches!(down, LinkDown::Ended(_));
+        if !connected && context.connected.load(Ordering::Acquire) == 0 {
+            let now = context.clock.now();
+            if let Some(attempts) = context.outage.failed(down.label(), now) {
+                tracing::warn!(%server, attempts, "No link to the broker is up: {down}");
+            }
+            return wait;
+        }
+        let attempts = self.backoff.failures();
+        // The first end of a connection has its line already.
+        let known = connected && attempts == 1;
+        if !known && self.backoff.worth_logging() {
             tracing::warn!(
                 link = self.link.name,
-                server = %self.context.broker.access.config.servers[server],
-                attempts = self.backoff.failures(),
+                %server,
+                attempts,
                 wait_ms = wait.as_millis() as u64,
                 "Link to the broker is down: {down}"
             );

@@ -41,4 +41,4 @@ def test_a_broker_behind_each_transport(transport, own_edge, client, pki):
 def test_a_wrong_path_is_logged(own_edge):
     inner = own_edge("embedded:", ("ws",), upstream={"servers": ["embedded:"]}).start()
     outer = own_edge("x", upstream={"servers": [f"ws://127.0.0.1:{inner['ws'].port}/nowhere"]} | QUICK).start()
-    assert "404" in outer.wait_log(r"Link to the broker is down")
+    assert "404" in outer.wait_log(r"No link to the broker is up")

@@ -25,6 +25,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("transport", &["backoff", "config", "shares", "streams"]),
     ("auth", &["mqtt", "topics", "config", "telemetry", "shares"]),
+    ("supervise", &["backoff", "telemetry"]),
     ("admin", &["backoff", "config", "telemetry"]),
     (
         "router",
@@ -78,6 +79,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "backoff",
             "budget",
             "clock",
+            "supervise",
         ],
     ),
     ("cli", &["auth", "config"]),
@@ -100,6 +102,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
             "budget",
             "clock",
+            "supervise",
         ],
     ),
 ];

@@ -8,17 +8,18 @@ use tokio::time::timeout;
 
 use crate::mqtt::{Connack, Connect, Version};
 use crate::streams::StreamId;
-use crate::telemetry::{RateLimited, RefusedReason, clean, metrics};
+use crate::telemetry::{DeniedAction, RateLimited, RefusedReason, clean, metrics};
 use crate::time::Millis;
 use crate::transport::{CloseHow, OutBuf, Stream};
 
 use crate::client::connect::RefusalCause;
-use crate::client::{LOGGED_CHARS, ListenerContext};
+use crate::client::{LOGGED_CHARS, ListenerContext, connection_lines};
 
 /// How long a refused client is given to take its answer.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
-static REFUSALS: RateLimited = RateLimited::new(Duration::from_millis(20));
+static REFUSALS: RateLimited = connection_lines();
+static DENIED: RateLimited = RateLimited::burst(5, Duration::from_secs(1));
 
 /// A connection that gets no session, and the answer to its client.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub struct Refusal {
     pub(super) answer: Option<Version>,
     /// The client identifier for the log, cleaned and shortened.
     pub(super) client_id: String,
+    /// For the log: the user name of CONNECT.
+    pub(super) user: Option<String>,
 }
 
 impl Refusal {
@@ -38,6 +41,7 @@ impl Refusal {
             cause,
             answer: None,
             client_id: String::new(),
+            user: None,
         }
     }
 
@@ -46,8 +50,18 @@ impl Refusal {
         Self {
             answer: Some(connect.version),
             client_id: clean(connect.client_id, LOGGED_CHARS),
+            user: connect.username.map(|name| clean(name, LOGGED_CHARS)),
             ..self
         }
+    }
+
+    /// Whether the client was refused because of its credentials or its rights.
+    fn denies_login(&self) -> bool {
+        use RefusedReason as R;
+        matches!(
+            self.cause.label(),
+            R::BadCredentials | R::NotAuthorized | R::ClientId
+        )
     }
 
     fn how(&self, has_data_streams: bool) -> CloseHow {
@@ -86,6 +100,22 @@ pub(super) async fn refuse(
             "{}",
             refusal.cause
         );
+    } else if refusal.denies_login() {
+        metrics().denied[DeniedAction::Login].increment(1);
+        if let Some(suppressed) = DENIED.permit(now) {
+            tracing::warn!(
+                client_id = refusal.client_id,
+                user = refusal.user,
+                listener = &*listener.name,
+                transport = listener.transport,
+                peer = %peer,
+                code = refusal.cause.code().0,
+                reason = %refusal.cause.label(),
+                suppressed,
+                "Connection refused: {}",
+                refusal.cause
+            );
+        }
     } else if let Some(suppressed) = REFUSALS.permit(now) {
         tracing::info!(
             client_id = refusal.client_id,

@@ -2,26 +2,44 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
+use std::panic::AssertUnwindSafe;
 use std::task::{self, Poll};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::time::timeout;
 
 use crate::client::end::End;
 use crate::client::machine::Remains;
 use crate::client::task::{SCRATCH, Task};
+use crate::client::{LOGGED_CHARS, connection_lines};
 use crate::streams::{StreamId, StreamSet};
-use crate::telemetry::{clean, metrics};
+use crate::telemetry::{RateLimited, clean, metrics};
 use crate::transport::{CloseHow, Closed, Stream};
+
+static ENDS: RateLimited = connection_lines();
 
 /// How long a client is given to take the rest of its output.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
 /// Reads that follow a DISCONNECT: bytes that arrived on data streams before it are not lost.
 const LAST_READS_MAX: usize = 256;
 
+/// Ends the connection, at the router and at the client. Its session has no connection afterwards,
+/// whatever happens.
+pub(super) async fn close(task: Task<'_>, end: End) {
+    let (clients, caller) = (task.clients, task.machine.caller());
+    let closing = AssertUnwindSafe(task.close(end)).catch_unwind();
+    if closing.await.is_err() {
+        let (session, connection_no) = (caller.session, caller.connection_no);
+        let now = clients.clock.now();
+        clients
+            .router
+            .disconnected(session, connection_no, false, now);
+    }
+}
+
 impl Task<'_> {
-    /// Ends the connection, at the router and at the client.
-    pub(super) async fn close(mut self, end: End) {
+    async fn close(mut self, end: End) {
         if end.is_by_client() {
             poll_fn(|cx| {
                 self.read_data_streams(cx);
@@ -39,17 +57,20 @@ impl Task<'_> {
         } = self;
         let remains = machine.ended(&clients.router, &end, now);
         metrics().disconnects[end.label()].increment(1);
-        tracing::info!(
-            client_id = clean(&identity.client_id, 64),
-            principal = clean(&identity.principal, 64),
-            listener = &*peer.listener,
-            transport = peer.transport,
-            peer = %socket.peer_addr(),
-            reason = %end.label(),
-            code = end.code().0,
-            session_ended = remains.session_ended,
-            "Connection ended: {end}"
-        );
+        if let Some(suppressed) = ENDS.permit(now) {
+            tracing::info!(
+                client_id = clean(&identity.client_id, LOGGED_CHARS),
+                principal = clean(&identity.principal, LOGGED_CHARS),
+                listener = &*peer.listener,
+                transport = peer.transport,
+                peer = %socket.peer_addr(),
+                reason = %end.label(),
+                code = end.code().0,
+                session_ended = remains.session_ended,
+                suppressed,
+                "Connection ended: {end}"
+            );
+        }
         if !end.is_lost() {
             let _ = timeout(CLOSE_WAIT, send_rest(&mut socket, remains, end.how())).await;
         }

@@ -96,7 +96,7 @@ impl Checker<'_, '_> {
         self.range("limits.connect_max", limits.connect_max, 1024..=1 << 20);
         self.range(
             "limits.connections_max",
-            limits.connections_max,
+            limits.connections_max.value(),
             1..=10_000_000,
         );
         self.range(

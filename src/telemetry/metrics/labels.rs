@@ -98,6 +98,38 @@ labels! {
         Other = "other",
     }
 
+    /// A kind of task that is started again when it ends.
+    TaskKind as "task" {
+        /// A link to the broker.
+        Link = "link",
+        /// The accept loop of a listener.
+        Listener = "listener",
+        /// The admin side.
+        Admin = "admin",
+        /// A timer of the process.
+        Timer = "timer",
+        /// The watch on certificates, and on SIGHUP.
+        Reload = "reload",
+    }
+
+    /// What a client was denied.
+    DeniedAction as "action" {
+        /// To connect.
+        Login = "login",
+        /// To publish, or to have a will published.
+        Publish = "publish",
+        /// To subscribe.
+        Subscribe = "subscribe",
+    }
+
+    /// Why a log line was dropped.
+    LogDropReason as "reason" {
+        /// Too many lines waited for the reader of the log.
+        BufferFull = "buffer_full",
+        /// Standard error refused it.
+        WriteFailed = "write_failed",
+    }
+
     /// Why we reset a data stream.
     StreamReason as "reason" {
         /// A malformed packet.
@@ -124,6 +156,8 @@ labels! {
         NormalWithWill = "normal_with_will",
         /// The peer closed without DISCONNECT.
         Closed = "closed",
+        /// The connection's task panicked.
+        Panic = "panic",
         /// The socket failed.
         Io = "io_error",
         /// The client sent nothing for 1.5 times its keep alive.
@@ -254,6 +288,8 @@ labels! {
         Tls = "tls",
         /// No common ALPN protocol.
         Alpn = "alpn",
+        /// The client does not trust our certificate.
+        CertificateRefused = "certificate_refused",
         /// The client sent no certificate, and one is required.
         CertificateMissing = "client_certificate_missing",
         /// A client certificate that has expired or is not valid yet.
@@ -313,6 +349,8 @@ labels! {
         KeepAlive = "keep_alive",
         /// The broker broke the protocol.
         Protocol = "protocol_error",
+        /// The link's task panicked.
+        Panic = "panic",
         /// We closed it.
         Shutdown = "shutdown",
     }

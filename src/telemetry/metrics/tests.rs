@@ -236,6 +236,8 @@ fn the_exposition_is_strictly_legal_and_conventional() {
                     "link",
                     "reason",
                     "qos",
+                    "action",
+                    "task",
                     "state",
                     "account",
                     "result",

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 use crate::config::{ProxyProtocol, Transport};
-use crate::transport::detect::detect;
+use crate::transport::detect::{Detected, detect};
 use crate::transport::error::{AcceptError, HandshakeError};
 use crate::transport::limits::Admitted;
 use crate::transport::listen::listener::{Accepted, ConnectionTask, Listener, spawn};
@@ -51,7 +51,7 @@ impl From<io::Error> for AcceptError {
 
 /// Accepts until `stop` is cancelled.
 pub(super) async fn serve_tcp<H, F>(
-    socket: TcpListener,
+    socket: &TcpListener,
     listener: Arc<Listener>,
     handler: H,
     stop: CancellationToken,
@@ -170,7 +170,8 @@ impl Listener {
         let permit = self.limits.handshakes.tls.acquire(*peer).await;
         let (io, client) = match accept_tls(io, tls, alpn, permit).await {
             Err(HandshakeError::Tls { reason, .. }) => {
-                let detected = detect(&first[..seen]);
+                // Bytes that begin as TLS are what this listener expects.
+                let detected = detect(&first[..seen]).filter(|what| *what != Detected::Tls);
                 return Err(HandshakeError::Tls { reason, detected });
             }
             accepted => accepted?,

@@ -134,16 +134,18 @@ impl Bound {
     }
 
     /// Accepts connections, each in a task of its own that runs the handshake, then `handler`, then
-    /// the task that `handler` returns. Returns when `stop` is cancelled: the socket is closed,
-    /// unfinished handshakes end, and handlers go on.
-    pub async fn serve<H, F>(self, handler: H, stop: CancellationToken)
+    /// the task that `handler` returns. Returns when `stop` is cancelled: unfinished handshakes end,
+    /// and handlers go on; the socket is closed when this is dropped. A return before that means that
+    /// the socket is of no use any more.
+    pub async fn serve<H, F>(&self, handler: H, stop: CancellationToken)
     where
         H: Fn(Accepted) -> F + Clone + Send + Sync + 'static,
         F: Future<Output = Option<ConnectionTask>> + Send + 'static,
     {
-        match self.socket {
-            BoundSocket::Tcp(socket) => serve_tcp(socket, self.listener, handler, stop).await,
-            BoundSocket::Quic(server) => server.serve(self.listener, handler, stop).await,
+        let listener = self.listener.clone();
+        match &self.socket {
+            BoundSocket::Tcp(socket) => serve_tcp(socket, listener, handler, stop).await,
+            BoundSocket::Quic(server) => server.clone().serve(listener, handler, stop).await,
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::transport::closed::{Closed, ResetReason};
 use crate::transport::error::{CertificateFault, HandshakeError, LibraryError};
 use crate::transport::quic::bidi::Layer;
 use crate::transport::tls::ALPN_MQTT;
-use crate::transport::tls::clients::fault_of_alert;
+use crate::transport::tls::clients::{fault_of_alert, refused_by_client};
 use crate::transport::types::CloseHow;
 
 /// Application codes that end a connection. They are EMQX's, so that clients' logs name them.
@@ -117,6 +117,11 @@ pub(super) fn lost(error: &ConnectionError, layer: Layer) -> Closed {
 
 /// Why a handshake ended with this error of the connection.
 pub(super) fn handshake_error(error: ConnectionError) -> HandshakeError {
+    if let ConnectionError::ConnectionClosed(close) = &error
+        && let Some(refused) = alert(close.error_code).and_then(|a| refused_by_client(a.into()))
+    {
+        return refused;
+    }
     let ConnectionError::TransportError(transport) = &error else {
         return HandshakeError::Quic(error.into());
     };

@@ -11,7 +11,7 @@ use tokio_rustls::server::TlsStream;
 
 use crate::shares::SharePermit;
 use crate::transport::error::{HandshakeError, LibraryError};
-use crate::transport::tls::clients::{ClientCertificate, fault};
+use crate::transport::tls::clients::{ClientCertificate, fault, refused_by_client};
 use crate::transport::tls::server::{ALPN_HTTP, ServerTls};
 
 /// How long a refused client is given to read the alert.
@@ -75,6 +75,11 @@ fn failed(error: io::Error, alpn: &'static str) -> HandshakeError {
     let tls = error
         .get_ref()
         .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    if let Some(rustls::Error::AlertReceived(alert)) = tls
+        && let Some(refused) = refused_by_client(*alert)
+    {
+        return refused;
+    }
     match tls {
         Some(rustls::Error::NoApplicationProtocol) => HandshakeError::Alpn(alpn),
         Some(tls) => match fault(tls) {

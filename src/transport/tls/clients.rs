@@ -145,6 +145,26 @@ pub(super) fn fault(error: &Error) -> Option<CertificateFault> {
     })
 }
 
+/// The error of a handshake that the client ended with this alert, if it says that the client does
+/// not accept our certificate.
+pub(in crate::transport) fn refused_by_client(alert: AlertDescription) -> Option<HandshakeError> {
+    use AlertDescription as A;
+    let refused = matches!(
+        alert,
+        A::UnknownCA
+            | A::BadCertificate
+            | A::UnsupportedCertificate
+            | A::CertificateExpired
+            | A::CertificateRevoked
+            | A::CertificateUnknown
+            // The issuer's name is that of an authority of the client's, and its key is another.
+            | A::DecryptError
+    );
+    refused.then(|| HandshakeError::CertificateRefused {
+        alert: format!("{alert:?}"),
+    })
+}
+
 /// What is wrong with the client's certificate, if the alert that we sent says so (RFC 8446 section 6.2).
 /// QUIC's library reports only the alert.
 pub(in crate::transport) const fn fault_of_alert(

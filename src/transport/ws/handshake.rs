@@ -43,7 +43,7 @@ pub(in crate::transport) async fn accept<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let (head, early) = match read_head(io).await.map_err(HandshakeError::Io)? {
+    let (head, early) = match read_head(io).await? {
         Ok((bytes, early)) => (Head::parse(&bytes), early),
         Err(error) => (Err(error), Vec::new()),
     };
@@ -93,14 +93,17 @@ fn client(head: &Head, listener: &Listener, peer: SocketAddr) -> SocketAddr {
 /// Reads up to the empty line; returns the request, and the bytes behind it.
 async fn read_head<S: AsyncRead + Unpin>(
     io: &mut S,
-) -> io::Result<Result<(Vec<u8>, Vec<u8>), RequestError>> {
+) -> Result<Result<(Vec<u8>, Vec<u8>), RequestError>, HandshakeError> {
     let mut head = Vec::with_capacity(1024);
     loop {
         // The end may straddle two reads. Searched bytes are not searched again, so that a request in
         // small pieces costs no more than others.
         let from = head.len().saturating_sub(3);
-        if io.read_buf(&mut head).await? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        if io.read_buf(&mut head).await.map_err(HandshakeError::Io)? == 0 {
+            return Err(match head.is_empty() {
+                true => HandshakeError::NoRequest,
+                false => HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()),
+            });
         }
         // Another protocol, for example MQTT without WebSocket.
         if !head[0].is_ascii_uppercase() {
@@ -422,5 +425,7 @@ mod tests {
     async fn hanging_up_is_an_io_error() {
         let (_, result) = ask("GET /mqtt HT", &[]).await;
         assert!(matches!(result, Err(HandshakeError::Io(_))));
+        let (_, result) = ask("", &[]).await;
+        assert!(matches!(result, Err(HandshakeError::NoRequest)));
     }
 }

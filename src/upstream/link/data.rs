@@ -360,7 +360,14 @@ impl Machine for DataLink {
         }
     }
 
-    fn disconnected(&mut self, _end: &LinkEnd, now: Millis) {
+    fn disconnected(&mut self, end: &LinkEnd, now: Millis) {
+        if matches!(end, LinkEnd::Panicked) {
+            // The broker sends the messages again that the panic may have kept from some clients. A
+            // message is rather delivered twice than lost.
+            self.batch.clear();
+            self.received.clear();
+            self.redelivery.began_anew();
+        }
         self.flush(now);
         self.requests.clear();
         self.barriers.clear();

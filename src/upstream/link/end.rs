@@ -44,6 +44,9 @@ pub(crate) enum LinkEnd {
          the broker's address"
     )]
     OwnListener,
+    /// The link's task panicked.
+    #[error("the link's task panicked")]
+    Panicked,
     /// The process ends.
     #[error("shutting down")]
     Shutdown,
@@ -64,6 +67,7 @@ impl LinkEnd {
             | Self::PlacedAnew => LinkDownReason::Protocol,
             Self::Failover => LinkDownReason::Failover,
             Self::OwnListener => LinkDownReason::Refused,
+            Self::Panicked => LinkDownReason::Panic,
             Self::Shutdown => LinkDownReason::Shutdown,
         }
     }

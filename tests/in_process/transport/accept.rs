@@ -285,3 +285,47 @@ async fn a_pipe_is_a_stream() {
     let (ours, theirs) = tokio::io::duplex(1000);
     tokio::join!(echo(Stream::pipe(ours)), soon(exercise(theirs)));
 }
+
+#[tokio::test]
+async fn a_client_that_does_not_trust_the_certificate_is_named_as_such() {
+    let trusted_instead = Server::start(Transport::Tls).cert;
+    for (transport, alpn) in [(Transport::Tls, "mqtt"), (Transport::Wss, "http/1.1")] {
+        for version in rustls::ALL_VERSIONS {
+            let mut server = Server::start(transport);
+            server.cert = trusted_instead.clone();
+            let config = server.client_tls_of(&[version], &[alpn]);
+            let name = LOCAL.try_into().expect("a name");
+            let io = server.tcp().await;
+            let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+            soon(connector.connect(name, io))
+                .await
+                .expect_err("no trust");
+            // Both certificates have one issuer's name, and different keys.
+            assert_eq!(
+                server.event().await,
+                "failed refused_by_client DecryptError"
+            );
+        }
+    }
+    for (webtransport, alpn) in [(false, "mqtt"), (true, "h3")] {
+        let mut server = Server::with(Transport::Quic, |listener, _| {
+            listener.webtransport = webtransport;
+        });
+        server.cert = trusted_instead.clone();
+        let endpoint = server.quic_endpoint(&[alpn]);
+        let connecting = endpoint.connect(server.addr, LOCAL).expect("starts");
+        soon(connecting).await.expect_err("no trust");
+        assert_eq!(
+            server.event().await,
+            "failed refused_by_client DecryptError"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_tls_client_that_leaves_without_a_request_is_named_as_such() {
+    let mut server = Server::start(Transport::Wss);
+    let mut client = server.tls(&["http/1.1"]).await.expect("handshake");
+    client.shutdown().await.expect("closed");
+    assert_eq!(server.event().await, "failed no_request");
+}

@@ -72,6 +72,8 @@ fn kind_of(error: &HandshakeError) -> String {
         HandshakeError::Io(_) => "io".into(),
         HandshakeError::Silent => "closed".into(),
         HandshakeError::Tls { .. } => "tls".into(),
+        HandshakeError::CertificateRefused { alert } => format!("refused_by_client {alert}"),
+        HandshakeError::NoRequest => "no_request".into(),
         HandshakeError::ClientCertificate { fault, .. } => match fault {
             CertificateFault::Missing => "certificate_missing".into(),
             CertificateFault::Expired => "certificate_expired".into(),
@@ -140,7 +142,10 @@ impl Server {
                 None
             }
         };
-        let served = tokio::spawn(bound.serve(handler, stop.clone()));
+        let served = tokio::spawn({
+            let stop = stop.clone();
+            async move { bound.serve(handler, stop).await }
+        });
         Self {
             addr,
             cert,
@@ -162,11 +167,19 @@ impl Server {
     }
 
     pub(super) fn client_tls(&self, alpn: &[&str]) -> rustls::ClientConfig {
+        self.client_tls_of(rustls::DEFAULT_VERSIONS, alpn)
+    }
+
+    pub(super) fn client_tls_of(
+        &self,
+        versions: &[&'static rustls::SupportedProtocolVersion],
+        alpn: &[&str],
+    ) -> rustls::ClientConfig {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(self.cert.clone()).expect("a root");
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
+            .with_protocol_versions(versions)
             .expect("versions")
             .with_root_certificates(roots)
             .with_no_client_auth();

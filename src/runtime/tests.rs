@@ -1,0 +1,359 @@
+//! Panics in the tasks of a connection, a link and a listener.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::client::{Clients, ListenerContext};
+use crate::clock::Clock;
+use crate::config::{self, AuthMode, Config, Transport};
+use crate::mqtt::{Connect, Decoder, Packet, QoS, Receiver, SubscribeOptions, Version};
+use crate::mqtt::{encode_ack, encode_subscribe};
+use crate::router::Router;
+use crate::session::SessionKey;
+use crate::store::{Identifiers, Memory, Received, Ring, Store};
+use crate::supervise::Health;
+use crate::telemetry::metrics;
+use crate::time::Millis;
+use crate::topics::FilterId;
+use crate::transport::{self, Accepted, ConnectionCap, Events, Limits, RefusalReason, Stream};
+use crate::upstream::{Start, Upstream};
+
+use crate::runtime::{convert, listeners};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A filter that panics in the task of the client that subscribes it.
+const TRAP_FILTER: &str = "trap";
+/// A topic that panics once in the task of the data link that brings a message of it.
+const TRAP_TOPIC: &str = "a/trap";
+
+/// A store in memory that panics on request.
+#[derive(Clone, Debug, Default)]
+struct Traps {
+    sprung: Arc<AtomicBool>,
+}
+
+impl Store for Traps {
+    fn identifiers(&self) -> Box<dyn Identifiers> {
+        Box::new(TrapIdentifiers(Memory.identifiers()))
+    }
+
+    fn ring(&self, link: usize) -> Box<dyn Ring> {
+        Box::new(TrapRing(Memory.ring(link), self.sprung.clone()))
+    }
+}
+
+#[derive(Debug)]
+struct TrapIdentifiers(Box<dyn Identifiers>);
+
+impl Identifiers for TrapIdentifiers {
+    fn load(&self) -> Vec<Option<Arc<str>>> {
+        self.0.load()
+    }
+    fn number(&mut self, name: &str) -> (FilterId, Arc<str>) {
+        assert_ne!(name, TRAP_FILTER, "a test's panic");
+        self.0.number(name)
+    }
+    fn release(&mut self, name: &str, now: Millis, until: Millis) {
+        self.0.release(name, now, until);
+    }
+    fn knows(&self, name: &str) -> bool {
+        self.0.knows(name)
+    }
+    fn count(&self) -> usize {
+        self.0.count()
+    }
+}
+
+#[derive(Debug)]
+struct TrapRing(Box<dyn Ring>, Arc<AtomicBool>);
+
+impl Ring for TrapRing {
+    fn digest(&self, topic: &str, payload: &[u8], qos: u8) -> u64 {
+        let springs = topic == TRAP_TOPIC && !self.1.swap(true, Ordering::SeqCst);
+        assert!(!springs, "a test's panic");
+        self.0.digest(topic, payload, qos)
+    }
+    fn positions(&self) -> Range<u64> {
+        self.0.positions()
+    }
+    fn remember(&mut self, received: Received) {
+        self.0.remember(received);
+    }
+    fn find(&self, among: Range<u64>, received: Received) -> Option<u64> {
+        self.0.find(among, received)
+    }
+    fn settle(&mut self, mark: u64) {
+        self.0.settle(mark);
+    }
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// A process without listeners, before its embedded broker.
+struct Process {
+    clients: Arc<Clients>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Process {
+    fn start(traps: &Traps) -> Self {
+        let mut config = Config::builtin();
+        config.auth.acl = config::AclMode::Open;
+        let clock = Clock::default();
+        let router: Arc<Router> = Arc::new(convert::router(&config, clock, traps));
+        let clients = convert::clients(&config, router.clone(), clock).expect("no files");
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let start = Start {
+            broker: convert::broker_access(&config).expect("no files"),
+            router,
+            store: Arc::new(traps.clone()),
+            clock,
+            stop: stop.clone(),
+            instance: 1,
+            health: Arc::default(),
+        };
+        Upstream::start(start, &tasks);
+        Self {
+            clients: Arc::new(clients),
+            tasks,
+            stop,
+        }
+    }
+
+    /// Connects a client, whose connection is served until it ends.
+    fn connect(&self, client_id: &str) -> Device {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let listener = ListenerContext {
+            auth: AuthMode::Anonymous,
+            name: "tcp".into(),
+            transport: "tcp",
+            metrics: Arc::new(metrics().listener("tcp", "tcp")),
+            webtransport: None,
+            mount: "".into(),
+            ping_after: None,
+        };
+        let cap = Arc::new(ConnectionCap::new(1));
+        let accepted = Accepted {
+            stream: Stream::pipe(far),
+            peer: ([127, 0, 0, 1], 1).into(),
+            deadline: Instant::now() + PATIENCE,
+            permit: cap.try_acquire().expect("the first"),
+            unauthenticated: None,
+        };
+        let clients = self.clients.clone();
+        self.tasks.spawn(async move {
+            if let Some(task) = clients.serve(listener, accepted).await {
+                task.await;
+            }
+        });
+        let mut out = Vec::new();
+        Connect {
+            client_id,
+            session_expiry: Some(300),
+            ..connect()
+        }
+        .encode(&mut out);
+        Device {
+            io: near,
+            input: Vec::new(),
+            out,
+        }
+    }
+
+    /// Ends the links; connections end with the test's runtime.
+    fn end(self) {
+        self.stop.cancel();
+    }
+}
+
+fn connect() -> Connect<'static> {
+    Connect {
+        version: Version::V5,
+        clean_start: true,
+        keep_alive: 0,
+        client_id: "",
+        will: None,
+        username: None,
+        password: None,
+        session_expiry: None,
+        receive_maximum: None,
+        maximum_packet_size: None,
+        topic_alias_maximum: 0,
+        request_response_information: false,
+        request_problem_information: true,
+        authentication_method: None,
+        authentication_data: None,
+        properties: Default::default(),
+    }
+}
+
+struct Device {
+    io: DuplexStream,
+    input: Vec<u8>,
+    out: Vec<u8>,
+}
+
+impl Device {
+    async fn send(&mut self) {
+        self.io
+            .write_all(&self.out)
+            .await
+            .expect("room in the pipe");
+        self.out.clear();
+    }
+
+    async fn subscribe(&mut self, filter: &str) {
+        let options = SubscribeOptions {
+            qos: QoS::AtLeastOnce,
+            no_local: false,
+            retain_as_published: false,
+            retain_handling: 2,
+        };
+        let filters = [(filter, options)];
+        encode_subscribe(Version::V5, 1, None, filters.into_iter(), &mut self.out);
+        self.send().await;
+    }
+
+    /// Reads until `wanted` finds a packet; `None`: the connection has ended.
+    async fn read_until<R>(&mut self, wanted: impl Fn(&Packet<'_>) -> Option<R>) -> Option<R> {
+        let decoder = Decoder {
+            version: Version::V5,
+            receiver: Receiver::Client,
+            max: u32::MAX,
+        };
+        loop {
+            while let Some((packet, used)) = decoder.next(&self.input).expect("legal packets") {
+                let found = wanted(&packet);
+                self.input.drain(..used);
+                if found.is_some() {
+                    return found;
+                }
+            }
+            let read = self.io.read_buf(&mut self.input);
+            if timeout(PATIENCE, read)
+                .await
+                .expect("bytes or an end")
+                .ok()?
+                == 0
+            {
+                return None;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_is_detached_when_the_task_of_its_connection_panics() {
+    let process = Process::start(&Traps::default());
+    let mut device = process.connect("victim");
+    device.subscribe(TRAP_FILTER).await;
+    let suback = |packet: &Packet<'_>| matches!(packet, Packet::Suback(_)).then_some(());
+    assert!(device.read_until(suback).await.is_none(), "it panicked");
+    let detached = async {
+        let router = &process.clients.router;
+        let key = SessionKey::new(&"victim".into(), "");
+        while router.session(&key).is_none_or(|s| s.attached) {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, detached).await.expect("detached");
+    let shown = metrics().render();
+    assert!(!shown.contains("tidegate_disconnects_total{reason=\"panic\"} 0\n"));
+    // The client comes back to its session, and others are served.
+    let mut device = process.connect("victim");
+    device.subscribe("a/b").await;
+    assert!(device.read_until(suback).await.is_some());
+    process.end();
+}
+
+#[tokio::test]
+async fn a_data_link_whose_task_panics_comes_back_and_loses_no_message() {
+    let process = Process::start(&Traps::default());
+    let mut subscriber = process.connect("subscriber");
+    subscriber.subscribe("a/#").await;
+    let suback = |packet: &Packet<'_>| matches!(packet, Packet::Suback(_)).then_some(());
+    assert!(subscriber.read_until(suback).await.is_some());
+    let mut publisher = process.connect("publisher");
+    for (id, topic) in [(1, "a/before"), (2, TRAP_TOPIC), (3, "a/after")] {
+        let length = (2 + topic.len() + 2 + 1) as u8;
+        publisher.out.extend([0x32, length, 0, topic.len() as u8]);
+        publisher.out.extend(topic.as_bytes());
+        publisher.out.extend([0, id, 0]);
+    }
+    publisher.send().await;
+    let mut arrived = Vec::new();
+    while !["a/before", TRAP_TOPIC, "a/after"]
+        .iter()
+        .all(|topic| arrived.iter().any(|have| have == topic))
+    {
+        let message = |packet: &Packet<'_>| match packet {
+            Packet::Publish(p) => Some((p.topic.to_owned(), p.packet_id)),
+            _ => None,
+        };
+        let (topic, id) = subscriber.read_until(message).await.expect("a message");
+        arrived.push(topic);
+        let (kind, reason) = (
+            crate::mqtt::AckKind::Puback,
+            crate::mqtt::ReasonCode::SUCCESS,
+        );
+        encode_ack(Version::V5, kind, id, reason, None, &mut subscriber.out);
+        subscriber.send().await;
+    }
+    let shown = metrics().render();
+    let counted = |line: &str| {
+        let name = "tidegate_upstream_disconnects_total";
+        line.starts_with(name) && line.contains("reason=\"panic\"") && !line.ends_with(" 0")
+    };
+    assert!(shown.lines().any(counted), "{shown}");
+    process.end();
+}
+
+/// Panics at the first refusal, and counts all.
+#[derive(Default)]
+struct PanicsOnce(AtomicUsize);
+
+impl Events for PanicsOnce {
+    fn refused(&self, _: RefusalReason) {
+        let earlier = self.0.fetch_add(1, Ordering::SeqCst);
+        assert_ne!(earlier, 0, "a test's panic");
+    }
+}
+
+#[tokio::test]
+async fn a_listener_whose_accept_loop_panics_accepts_again() {
+    let process = Process::start(&Traps::default());
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let listener = config::Listener::new(Transport::Tcp, any);
+    let limits = Limits {
+        connections: Arc::new(ConnectionCap::new(0)),
+        ..Limits::default()
+    };
+    let events = Arc::new(PanicsOnce::default());
+    let bound = transport::bind(listener, None, Arc::new(limits), events.clone()).expect("bound");
+    let address = bound.local_addr();
+    let health = Arc::<Health>::default();
+    let (tasks, clients, stop) = (&process.tasks, &process.clients, process.stop.clone());
+    listeners::serve(tasks, &health, clients, bound, stop);
+    for count in 1..=3 {
+        let _refused = TcpStream::connect(address).await.expect("it listens");
+        let refused = async {
+            while events.0.load(Ordering::SeqCst) < count {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(PATIENCE, refused).await.expect("it accepts");
+    }
+    assert!(health.failing().is_empty());
+    process.end();
+}
