@@ -6,10 +6,11 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::config::{CertSource, Config, Listener, Transport};
+use crate::telemetry;
 use crate::transport::Bound;
 
 /// How long the reader of standard output may delay the start.
-const PRINT_WAIT: Duration = Duration::from_secs(1);
+const PRINT_WAIT: Duration = Duration::from_secs(2);
 
 /// A bound address.
 pub(super) struct Address {
@@ -74,6 +75,8 @@ impl Ready {
             out.push_str(&first_commands(&self.addresses, &self.certificates));
         }
         let printing = tokio::task::spawn_blocking(move || {
+            // A reader of both streams finds the warnings of the start before `ready`.
+            telemetry::log::flush();
             let mut stdout = std::io::stdout().lock();
             let _ = stdout.write_all(out.as_bytes());
             let _ = stdout.flush();

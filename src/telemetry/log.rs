@@ -82,6 +82,13 @@ pub fn finish(last_words: &str) {
     }
 }
 
+/// Waits until everything that was logged is written, for a second at most. Blocks the thread.
+pub fn flush() {
+    if let Some(writer) = STDERR.get() {
+        writer.flush(LAST_LINES_WAIT);
+    }
+}
+
 fn stderr() -> io::Result<LogWriter> {
     if let Some(writer) = STDERR.get() {
         return Ok(writer.clone());
