@@ -219,7 +219,8 @@ impl Router {
         let keeps_retain = self.broker.keeps_retain();
         // A copy whose counterpart was delivered is for nobody.
         for arrived in batch.iter().filter(|a| !a.filters.is_empty()) {
-            if !keeps_retain {
+            let unknown = arrived.skipped && arrived.message.retain();
+            if !keeps_retain || unknown {
                 self.retained.doubtful(arrived, now);
             } else if arrived.message.retain() {
                 self.retained.live(arrived, now);
@@ -227,7 +228,7 @@ impl Router {
         }
         let mut tally = Tally::default();
         if routes.shared {
-            for arrived in batch {
+            for arrived in batch.iter().filter(|arrived| !arrived.skipped) {
                 for filter in &arrived.filters {
                     self.groups
                         .share(&self.sessions, *filter, &arrived.message, now, &mut tally);
@@ -236,6 +237,9 @@ impl Router {
             tally.wake();
         }
         for (at, group) in &routes.local_groups {
+            if batch[*at].skipped {
+                continue;
+            }
             self.groups
                 .share(&self.sessions, *group, &batch[*at].message, now, &mut tally);
         }

@@ -47,6 +47,8 @@ pub struct Arrived {
     pub link: usize,
     /// The origin mark of its publisher, for No Local.
     pub origin_mark: Option<Incarnation>,
+    /// Its payload was too large and was skipped: its receivers get a gap in its place.
+    pub skipped: bool,
 }
 
 /// A request for the retained messages of a filter, for one subscription.

@@ -299,7 +299,8 @@ fn connect_packet(
         password: password.as_deref(),
         session_expiry: (!clean).then_some(SESSION_EXPIRY.as_secs() as u32),
         receive_maximum: Some(u16::MAX),
-        maximum_packet_size: Some(broker.access.packet_max),
+        // A broker drops larger messages without a sign. They are skipped here instead, and counted.
+        maximum_packet_size: None,
         topic_alias_maximum: 0,
         request_response_information: false,
         request_problem_information: true,

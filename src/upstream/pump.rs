@@ -12,7 +12,9 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, MissedTickBehavior, Sleep, interval, sleep, timeout};
 use tokio_util::io::poll_read_buf;
 
-use crate::mqtt::{Decoder, Packet, Receiver, Version, encode_disconnect, encode_pingreq};
+use crate::mqtt::{
+    Decoder, Error, Oversized, Packet, Receiver, Version, encode_disconnect, encode_pingreq,
+};
 use crate::router::handle::TaskWaker;
 use crate::transport::dial::Dialed;
 
@@ -89,6 +91,8 @@ struct Pump<'a, M> {
     machine: &'a mut M,
     decoder: Decoder,
     input: BytesMut,
+    /// A packet that is too large, and the bytes of it that are still to come.
+    skipping: Option<(Oversized, usize)>,
     out: Vec<u8>,
     /// Bytes of `out` that the socket has taken.
     written: usize,
@@ -121,6 +125,7 @@ impl<'a, M: Machine> Pump<'a, M> {
                 max: packet_max.saturating_add(PACKET_OVERHEAD_BYTES),
             },
             input: BytesMut::with_capacity(READ_BYTES),
+            skipping: None,
             out: Vec::with_capacity(OUTPUT_BYTES),
             written: 0,
             pings: VecDeque::new(),
@@ -191,9 +196,32 @@ impl<'a, M: Machine> Pump<'a, M> {
         let mut any = false;
         let mut used = 0;
         let result = loop {
+            if let Some((packet, remaining)) = &mut self.skipping {
+                let skipped = (*remaining).min(self.input.len() - used);
+                used += skipped;
+                *remaining -= skipped;
+                self.machine.skipping(packet, now);
+                if *remaining > 0 {
+                    break Ok(());
+                }
+                any = true;
+                if let Err(end) = self.machine.oversized(packet, now, &mut self.out) {
+                    break Err(end);
+                }
+                self.skipping = None;
+            }
             let (packet, size) = match self.decoder.next(&self.input[used..]) {
                 Ok(Some(next)) => next,
                 Ok(None) => break Ok(()),
+                Err(Error::TooLarge { .. }) => match self.decoder.oversized(&self.input[used..]) {
+                    Ok(Some(packet)) => {
+                        let size = packet.size;
+                        self.skipping = Some((packet, size));
+                        continue;
+                    }
+                    Ok(None) => break Ok(()),
+                    Err(error) => break Err(LinkEnd::Malformed(error)),
+                },
                 Err(error) => break Err(LinkEnd::Malformed(error)),
             };
             used += size;

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from harness import wire
 from harness.cable import Cable
 from harness.names import fresh
 from harness.process import wait_until
+from harness.raw import Raw
 
 QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
@@ -36,7 +38,7 @@ def test_a_publish_that_makes_the_broker_close_the_link_is_quarantined(own_broke
     assert sub.next().text == "fine"
     assert len(edge.service.grep(r"A publish was quarantined")) == 2
     assert edge.metrics().sum("tidegate_messages_dropped_total", reason="quarantined") == 2
-    assert edge.metrics().sum("tidegate_upstream_link_disconnects_total", link="d0") == 0
+    assert edge.metrics().sum("tidegate_upstream_disconnects_total", link="d0") == 0
 
 
 def servers_of(edge) -> list[str]:
@@ -122,3 +124,45 @@ def test_publish_links_are_added_while_the_window_limits(own_broker, own_edge, c
         assert edge.service.grep(r"A publish link is added")
     finally:
         far.close()
+
+
+LARGE = b"x" * 3_000_000
+
+
+@pytest.mark.parametrize("protocol", ("3.1.1", "5"))
+@pytest.mark.parametrize("qos", (0, 1, 2))
+def test_a_message_that_is_too_large_is_skipped_and_all_others_arrive(own_broker, own_edge, client, protocol, qos):
+    """Live on a data link, retained on the retained link, and on a shared link; `packet_max` is 1 MiB."""
+    broker = own_broker()
+    edge = own_edge(broker.url, ("tcp",), upstream={"servers": [broker.url], "protocol": protocol} | QUICK).start()
+    topic = fresh()
+    me = fresh("sub")
+    sub, group = client(edge, client_id=me), client(edge)
+    sub.subscribe((f"{topic}/live/#", 2))
+    group.subscribe((f"$share/g/{topic}/group/#", 2))
+    with Raw(broker.port) as raw:
+        raw.connect(fresh("far"))
+        for n in range(20):
+            for kind in ("live", "group"):
+                raw.send(wire.publish(f"{topic}/{kind}/a", f"{n}".encode(), 0))
+            if n == 10:
+                for at, kind in enumerate(("live", "group", "state")):
+                    raw.send(wire.publish(f"{topic}/{kind}/large", LARGE, qos, 1 + at if qos else 0, retain=kind == "state"))
+        raw.send(wire.publish(f"{topic}/state/small", b"kept", 0, retain=True))
+        for answered in range(3 if qos else 0):
+            assert raw.recv().kind in (wire.PUBACK, wire.PUBREC)
+        for at in range(3 if qos == 2 else 0):
+            raw.send(wire.ack(wire.PUBREL, 1 + at))
+            assert raw.recv().kind == wire.PUBCOMP
+        for one in (sub, group):
+            assert [m.text for m in one.take(20)] == [f"{n}" for n in range(20)]
+        late = client(edge)
+        late.subscribe((f"{topic}/state/#", 1))
+        assert late.next().text == "kept"
+    skipped = lambda kind: [line for line in edge.service.grep(r"A message of the broker was skipped") if f"{topic}/{kind}/large" in line]
+    for kind in ("live", "group", "state"):
+        wait_until(f"the log names {kind}", lambda: skipped(kind))
+        assert len(skipped(kind)) == 1
+    assert edge.metrics().sum("tidegate_messages_dropped_total", reason="upstream_too_large") == 3
+    assert edge.metrics().sum("tidegate_upstream_disconnects_total") == 0
+    wait_until("the session shows the gap", lambda: edge.api(f"/api/v1/sessions/{me}")["gaps"] == 1)

@@ -452,6 +452,7 @@ mod tests {
             filters: filters.into(),
             link: 0,
             origin_mark: None,
+            skipped: false,
         }
     }
 

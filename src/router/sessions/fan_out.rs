@@ -23,6 +23,8 @@ use crate::router::types::{Arrived, RetainedRequest, SessionRef};
 pub(in crate::router) enum Source {
     /// A live message, with the origin mark of its publisher.
     Live(Option<Incarnation>),
+    /// A live message that was too large to be kept: its receivers get a gap in its place.
+    Skipped(Option<Incarnation>),
     /// A retained message that was fetched. Its publisher is unknown, so No Local hides it from all.
     Fetched,
 }
@@ -31,7 +33,9 @@ impl Source {
     /// Whether No Local hides the message from `session`.
     fn is_own(self, session: &Session) -> bool {
         match self {
-            Self::Live(origin_mark) => origin_mark == Some(session.incarnation),
+            Self::Live(origin_mark) | Self::Skipped(origin_mark) => {
+                origin_mark == Some(session.incarnation)
+            }
             Self::Fetched => true,
         }
     }
@@ -53,7 +57,11 @@ impl Sessions {
         let mut shard = self.shard(number);
         for arrived in batch {
             for filter in &arrived.filters {
-                let (message, source) = (&arrived.message, Source::Live(arrived.origin_mark));
+                let message = &arrived.message;
+                let source = match arrived.skipped {
+                    false => Source::Live(arrived.origin_mark),
+                    true => Source::Skipped(arrived.origin_mark),
+                };
                 shard.fan_out(&self.limits, now, message, *filter, source, tally);
             }
             if tally.targets >= CHUNK {
@@ -227,6 +235,10 @@ impl Shard {
             {
                 continue;
             }
+            if let Source::Skipped(_) = source {
+                slot.session.gaps += 1;
+                continue;
+            }
             let offer = Offer {
                 message,
                 qos: qos.min(message.qos()),
@@ -278,7 +290,9 @@ impl Shard {
                         .standing_in_for(at, found.filter)
                         .contains(&filter),
                 ),
-                Source::Live(_) => handovers.gives(at, filter, found.filter, message, own, is_lost),
+                Source::Live(_) | Source::Skipped(_) => {
+                    handovers.gives(at, filter, found.filter, message, own, is_lost)
+                }
             };
             if gives.is_none()
                 && let Some(known) = primary(subscriptions, topic, own, is_gone, identifiers)
@@ -293,6 +307,10 @@ impl Shard {
                 continue;
             }
             let primary = found;
+            if let Source::Skipped(_) = source {
+                slot.session.gaps += 1;
+                continue;
+            }
             let offer = Offer {
                 message,
                 qos: primary.qos.min(message.qos()),

@@ -254,6 +254,8 @@ labels! {
         Quarantined = "quarantined",
         /// A message of the broker whose filter has no subscribers any more.
         NoReceiver = "no_receiver",
+        /// A message of the broker that is larger than `packet_max`.
+        UpstreamTooLarge = "upstream_too_large",
     }
 
     /// Why a publish has to wait before it is sent to the broker.

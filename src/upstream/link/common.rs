@@ -1,7 +1,11 @@
 //! What the link machines share.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::mqtt::Oversized;
+use crate::telemetry::{DropReason, RateLimited, clean, metrics};
+use crate::time::Millis;
 use crate::topics::FilterId;
 
 /// User properties with this key are ours. They are stripped from clients' packets, and from
@@ -58,4 +62,24 @@ pub(super) fn in_packets<T>(
 /// Bytes of a filter in an UNSUBSCRIBE, rounded up.
 pub(super) fn unsubscribe_bytes((_, name): &(FilterId, Arc<str>)) -> usize {
     name.len() + FILTER_OVERHEAD_BYTES
+}
+
+/// Lines about skipped messages: each names its topic, and a flood of them is cut off.
+static SKIPPED: RateLimited = RateLimited::burst(20, Duration::from_secs(10));
+
+/// Counts and logs a message of the broker that was skipped. `link`: the link's role.
+pub(super) fn count_skipped(packet: &Oversized, link: &'static str, now: Millis) {
+    metrics().messages_dropped[DropReason::UpstreamTooLarge].increment(1);
+    if let Some(suppressed) = SKIPPED.permit(now) {
+        let publish = packet.publish();
+        tracing::warn!(
+            link,
+            topic = %clean(publish.topic, 256),
+            bytes = packet.size,
+            qos = publish.qos as u8,
+            retain = publish.retain,
+            suppressed,
+            "A message of the broker was skipped: it is larger than limits.packet_max"
+        );
+    }
 }

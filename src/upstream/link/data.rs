@@ -11,8 +11,8 @@ use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
 use crate::mqtt::{
-    AckKind, Message, MessageSpec, Packet, Property, Publish, QoS, ReasonCode, SubscribeOptions,
-    Version, encode_ack, encode_subscribe, encode_unsubscribe,
+    AckKind, Message, MessageSpec, Oversized, Packet, Property, Publish, QoS, ReasonCode,
+    SubscribeOptions, Version, encode_ack, encode_subscribe, encode_unsubscribe,
 };
 use crate::router::{Arrived, LinkSession, Router};
 use crate::session::Incarnation;
@@ -22,7 +22,7 @@ use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
 
 use crate::upstream::link::common::{
-    RESERVED_KEY, in_packets, is_probe, next_id, unsubscribe_bytes,
+    RESERVED_KEY, count_skipped, in_packets, is_probe, next_id, unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -114,47 +114,40 @@ impl DataLink {
         }
     }
 
-    fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) -> Result<(), LinkEnd> {
+    fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) {
         metrics().upstream_received[p.qos].increment(1);
-        match p.qos {
-            QoS::AtMostOnce => {}
-            QoS::AtLeastOnce => {
-                encode_ack(
-                    self.version,
-                    AckKind::Puback,
-                    p.packet_id,
-                    ReasonCode::SUCCESS,
-                    None,
-                    out,
-                );
-                if self.redelivery.seen(p) {
-                    metrics().upstream_redeliveries_suppressed.increment(1);
-                    return Ok(());
-                }
-            }
-            QoS::ExactlyOnce => {
-                encode_ack(
-                    self.version,
-                    AckKind::Pubrec,
-                    p.packet_id,
-                    ReasonCode::SUCCESS,
-                    None,
-                    out,
-                );
-                if !self.received.insert(p.packet_id) {
-                    metrics().upstream_redeliveries_suppressed.increment(1);
-                    return Ok(());
-                }
-            }
+        self.acknowledge(p, out);
+        let redelivered = match p.qos {
+            QoS::AtMostOnce => false,
+            QoS::AtLeastOnce => self.redelivery.seen(p),
+            QoS::ExactlyOnce => !self.received.insert(p.packet_id),
+        };
+        if redelivered {
+            metrics().upstream_redeliveries_suppressed.increment(1);
+        } else if self.is_for_clients(p) {
+            self.arrived(p, false, now);
         }
-        if !self.keeps_retain && p.retain {
-            // Without Retain Handling each SUBSCRIBE brings retained messages. They are fetched on
-            // the retained link for the clients that want them.
-            return Ok(());
-        }
-        if is_probe(p.topic, &self.probes) {
-            return Ok(());
-        }
+    }
+
+    fn acknowledge(&self, p: &Publish<'_>, out: &mut Vec<u8>) {
+        let kind = match p.qos {
+            QoS::AtMostOnce => return,
+            QoS::AtLeastOnce => AckKind::Puback,
+            QoS::ExactlyOnce => AckKind::Pubrec,
+        };
+        let (version, id) = (self.version, p.packet_id);
+        encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
+    }
+
+    fn is_for_clients(&self, p: &Publish<'_>) -> bool {
+        // Without Retain Handling each SUBSCRIBE brings retained messages. They are fetched on the
+        // retained link for the clients that want them.
+        let replayed = !self.keeps_retain && p.retain;
+        !replayed && !is_probe(p.topic, &self.probes)
+    }
+
+    /// Adds a message to the batch. `skipped`: its payload is missing.
+    fn arrived(&mut self, p: &Publish<'_>, skipped: bool, now: Millis) {
         let mut filters: SmallVec<[FilterId; 2]> = SmallVec::new();
         if self.identifiers && p.has_subscription_ids {
             for identifier in p.subscription_ids() {
@@ -180,8 +173,8 @@ impl DataLink {
             filters,
             link: self.link,
             origin_mark: origin_mark(p, self.instance),
+            skipped,
         });
-        Ok(())
     }
 
     fn answered(&mut self, packet_id: u16, codes: &[u8], now: Millis) -> Result<(), LinkEnd> {
@@ -295,7 +288,10 @@ impl Machine for DataLink {
         out: &mut Vec<u8>,
     ) -> Result<(), LinkEnd> {
         match packet {
-            Packet::Publish(p) => self.publish(p, now, out),
+            Packet::Publish(p) => {
+                self.publish(p, now, out);
+                Ok(())
+            }
             Packet::Pubrel(a) => {
                 self.received.remove(&a.packet_id);
                 encode_ack(
@@ -312,6 +308,22 @@ impl Machine for DataLink {
             Packet::Unsuback(u) => self.answered(u.packet_id, u.codes, now),
             _ => Err(LinkEnd::Unexpected(Role::Data)),
         }
+    }
+
+    fn oversized(
+        &mut self,
+        packet: &Oversized,
+        now: Millis,
+        out: &mut Vec<u8>,
+    ) -> Result<(), LinkEnd> {
+        let p = packet.publish();
+        self.acknowledge(&p, out);
+        let again = p.qos == QoS::ExactlyOnce && !self.received.insert(p.packet_id);
+        if !again && self.is_for_clients(&p) {
+            count_skipped(packet, "data", now);
+            self.arrived(&p, true, now);
+        }
+        Ok(())
     }
 
     fn batch_ended(&mut self, now: Millis, out: &mut Vec<u8>) {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::mqtt::{Packet, QoS, Version};
+use crate::mqtt::{Oversized, Packet, QoS, Version};
 use crate::router::LinkSession;
 use crate::time::Millis;
 
@@ -66,6 +66,18 @@ pub(crate) trait Machine: Send {
         now: Millis,
         out: &mut Vec<u8>,
     ) -> Result<(), LinkEnd>;
+    /// The broker sent a PUBLISH that is larger than `limits.packet_max`. Its payload was skipped.
+    ///
+    /// # Errors
+    /// The link must end.
+    fn oversized(
+        &mut self,
+        packet: &Oversized,
+        now: Millis,
+        out: &mut Vec<u8>,
+    ) -> Result<(), LinkEnd>;
+    /// A part of such a packet has arrived.
+    fn skipping(&mut self, _packet: &Oversized, _now: Millis) {}
     /// All packets that had arrived were given.
     fn batch_ended(&mut self, now: Millis, out: &mut Vec<u8>);
     /// The router has something for the link, or time has passed.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::flow::{self, Stage, Window};
-use crate::mqtt::{AckKind, Alias, Delivery, Packet, QoS, ReasonCode, Version, encode_ack};
+use crate::mqtt::{
+    AckKind, Alias, Delivery, Oversized, Packet, QoS, ReasonCode, Version, encode_ack,
+};
 use crate::router::publish::queue::Outgoing;
 use crate::router::{Answered, LinkSession, Router};
 use crate::telemetry::{DropReason, clean, metrics};
@@ -436,6 +438,10 @@ impl Machine for PublishLink {
             }
         }
         Ok(())
+    }
+
+    fn oversized(&mut self, _: &Oversized, _: Millis, _: &mut Vec<u8>) -> Result<(), LinkEnd> {
+        Err(LinkEnd::Unexpected(Role::Publish))
     }
 
     fn batch_ended(&mut self, now: Millis, out: &mut Vec<u8>) {

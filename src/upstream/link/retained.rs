@@ -12,15 +12,15 @@ use foldhash::fast::RandomState;
 
 use crate::budget::Account;
 use crate::mqtt::{
-    AckKind, Message, MessageSpec, Packet, Publish, QoS, ReasonCode, SubscribeOptions, Version,
-    encode_ack, encode_subscribe, encode_unsubscribe,
+    AckKind, Message, MessageSpec, Oversized, Packet, Publish, QoS, ReasonCode, SubscribeOptions,
+    Version, encode_ack, encode_subscribe, encode_unsubscribe,
 };
 use crate::router::Router;
 use crate::time::{Deadline, Millis};
 use crate::topics::{FilterId, matches};
 
 use crate::upstream::link::common::{
-    RESERVED_KEY, in_packets, is_probe, next_id, unsubscribe_bytes,
+    RESERVED_KEY, count_skipped, in_packets, is_probe, next_id, unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -164,7 +164,7 @@ impl RetainedLink {
         }
     }
 
-    fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) {
+    fn acknowledge(&self, p: &Publish<'_>, out: &mut Vec<u8>) {
         let kind = match p.qos {
             QoS::AtMostOnce => None,
             QoS::AtLeastOnce => Some(AckKind::Puback),
@@ -174,6 +174,10 @@ impl RetainedLink {
             let (version, id) = (self.version, p.packet_id);
             encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
         }
+    }
+
+    fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) {
+        self.acknowledge(p, out);
         if !p.retain || is_probe(p.topic, &self.probes) {
             // A live message: a data link brings it to the clients that want it.
             return;
@@ -287,6 +291,31 @@ impl Machine for RetainedLink {
             }
         }
         Ok(())
+    }
+
+    fn oversized(
+        &mut self,
+        packet: &Oversized,
+        now: Millis,
+        out: &mut Vec<u8>,
+    ) -> Result<(), LinkEnd> {
+        let p = packet.publish();
+        self.acknowledge(&p, out);
+        // A data link counts a live message.
+        if p.retain {
+            count_skipped(packet, "retained", now);
+        }
+        self.skipping(packet, now);
+        Ok(())
+    }
+
+    fn skipping(&mut self, packet: &Oversized, now: Millis) {
+        // Other messages of a fetch may follow, so the link is not quiet.
+        if packet.publish().retain {
+            for fetch in &mut self.fetches {
+                fetch.last_data = now;
+            }
+        }
     }
 
     fn batch_ended(&mut self, now: Millis, out: &mut Vec<u8>) {

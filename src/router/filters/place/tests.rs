@@ -158,6 +158,7 @@ impl World {
             filters: Default::default(),
             link,
             origin_mark: None,
+            skipped: false,
         }];
         self.router.fan_out(&mut batch, self.now);
     }

@@ -1,7 +1,7 @@
-use crate::mqtt::{Message, MessageSpec, Packet, Properties, Publish, QoS, ReasonCode, Suback};
-mod gaps;
-mod placement;
-
+use crate::mqtt::{
+    Decoder, Message, MessageSpec, Oversized, Packet, Properties, Publish, QoS, ReasonCode,
+    Receiver, Suback, Version,
+};
 use crate::sim::testing::{PROBES, ack, client, read, router, subscribe, subscribe_handling, up};
 use crate::store::{Identifiers, Memory, Received, Ring, Store};
 use crate::upstream::link::end::LinkEnd;
@@ -9,6 +9,9 @@ use crate::upstream::link::machine::Machine;
 
 use crate::time::Millis;
 use crate::upstream::link::data::DataLink;
+
+mod gaps;
+mod placement;
 
 fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Publish<'a> {
     Publish {
@@ -247,4 +250,64 @@ fn a_fetched_message_waits_for_what_the_data_link_carries() {
         router.fetch_ended(&[number], true, Millis::ZERO);
         assert_eq!(delivered(), None, "once");
     }
+}
+
+/// A PUBLISH of 5,000 bytes on the topic `t` with Subscription Identifier 1.
+fn oversized(first: u8, packet_id: u8) -> Oversized {
+    let mut bytes = vec![first, 0x88, 0x27, 0, 1, b't'];
+    if first & 6 != 0 {
+        bytes.extend([0, packet_id]);
+    }
+    bytes.extend([2, 0x0B, 1]);
+    let decoder = Decoder {
+        version: Version::V5,
+        receiver: Receiver::Client,
+        max: 1024,
+    };
+    let read = decoder.oversized(&bytes).expect("it is legal");
+    read.expect("its beginning is there")
+}
+
+#[test]
+fn a_message_that_is_too_large_is_acknowledged_and_leaves_a_gap_in_the_sessions_of_its_receivers() {
+    let router = router();
+    let [reader, other] = ["a", "b"].map(|id| client(&router, id));
+    let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut out = Vec::new();
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
+    subscribe(&router, reader, "t");
+    subscribe(&router, other, "u");
+    link.poll(Millis::ZERO, &mut out);
+    for (_, packet_id) in read(&mut out) {
+        let suback = Suback {
+            packet_id,
+            codes: &[1],
+            properties: Properties::default(),
+        };
+        link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
+            .expect("it is expected");
+    }
+    // The broker repeats the QoS 2 message before it releases it.
+    for (first, id) in [(0x30, 0), (0x32, 7), (0x34, 9), (0x34, 9)] {
+        link.oversized(&oversized(first, id), Millis::ZERO, &mut out)
+            .expect("it is skipped");
+    }
+    let normal = publish(8, QoS::AtLeastOnce, b"small", &[0x0B, 1]);
+    link.packet(&Packet::Publish(normal), Millis::ZERO, &mut out)
+        .expect("it is expected");
+    link.batch_ended(Millis::ZERO, &mut out);
+    let acks = [("puback", 7), ("pubrec", 9), ("pubrec", 9), ("puback", 8)];
+    assert_eq!(read(&mut out), acks.map(|(what, id)| (what.to_owned(), id)));
+    let gaps = |id: &str| router.session(&id.into()).map(|info| info.gaps);
+    assert_eq!((gaps("a"), gaps("b")), (Some(3), Some(0)));
+    let mut taken = Vec::new();
+    router
+        .take_output(
+            reader.session,
+            reader.connection_no,
+            &mut taken,
+            Millis::ZERO,
+        )
+        .expect("the client is connected");
+    assert_eq!(taken.windows(5).filter(|w| w == b"small").count(), 1);
 }
