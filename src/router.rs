@@ -82,7 +82,7 @@ pub struct Router {
     own_probes: OwnProbes,
     sessions: Sessions,
     publishing: Publishing,
-    presence: Presence,
+    presence: Option<Presence>,
     barriers: Barriers,
     retained: RetainedMessages,
     groups: SharedGroups,
@@ -134,7 +134,8 @@ impl Router {
                 limits.publish_account.clone(),
             ),
             sessions: Sessions::new(limits, session_budgets, config.hash_seed, filters.lost()),
-            presence: Presence::new(config.presence_topic.clone(), config.started_at),
+            presence: (config.presence_topic.clone())
+                .map(|topic| Presence::new(topic, config.started_at)),
             barriers: Barriers::new(&data),
             retained: RetainedMessages::new(config.retained_cache),
             groups: SharedGroups::default(),
@@ -195,10 +196,12 @@ impl Router {
         }
         self.groups
             .redeliver(&self.sessions, actions.redeliveries, now);
+        let Some(presence) = &self.presence else {
+            return;
+        };
         for change in &actions.presence_changes {
             let qos = crate::mqtt::QoS::AtLeastOnce.min(self.broker.maximum_qos());
-            self.presence
-                .publish(&self.sessions, &self.publishing, change, qos, now);
+            presence.publish(&self.sessions, &self.publishing, change, qos, now);
         }
         for closed in actions.closed {
             let (session, link) = (closed.session, closed.publish_link);

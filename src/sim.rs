@@ -42,10 +42,10 @@ use crate::mqtt::{
 use crate::router::{LinkSession, Router, RouterConfig};
 use crate::sim::testing::{PROBES, admit, config, context, router_with_output};
 use crate::store::Memory;
+use crate::streams::StreamId;
 use crate::time::Millis;
 use crate::transport::{Closed, OutBuf, Traffic};
 
-use crate::streams::StreamId;
 use crate::upstream::link::data::DataLink;
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};

@@ -9,6 +9,7 @@ mod read;
 mod refuse;
 
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -215,7 +216,7 @@ fn log_session(
         version = connect.version as u8,
         clean_start = connect.clean_start,
         expiry = admitted.expiry_seconds,
-        keep_alive = admitted.keep_alive_seconds,
+        keep_alive = admitted.keep_alive.map_or(0, NonZeroU16::get),
         session_present = admitted.present,
         suppressed,
         "{event}"

@@ -20,7 +20,7 @@ use crate::router::handle::ConnectionHandle;
 use crate::router::{Caller, Connected, Router, SessionRef};
 use crate::session::{CloseReason, Policy};
 use crate::streams::{StreamId, StreamSet};
-use crate::time::Millis;
+use crate::time::{Deadline, Millis};
 use crate::transport::OutBuf;
 
 use crate::client::end::End;
@@ -227,7 +227,7 @@ impl Machine {
         }
         // The rest of a packet may be among the bytes that were not read.
         let again = before & !streams;
-        let deadline = cx.now + cx.limits.packet_deadline;
+        let deadline = Some(Deadline::at(cx.now + cx.limits.packet_deadline));
         if again.contains(StreamId::CONTROL) {
             self.input.deadline = deadline;
         }
@@ -295,7 +295,8 @@ impl Machine {
     /// When an incomplete packet or a blocked stream is due, if there is one: [`Machine::watch`] and
     /// [`Machine::expired`] are to be called at each of the router's ticks until then.
     pub fn deadline(&self) -> Option<Millis> {
-        let input = self.read_buffers().map(|(_, input)| input.deadline);
+        let input = self.read_buffers().filter_map(|(_, input)| input.deadline);
+        let input = input.map(Deadline::time);
         let blocked = self.streams.iter().filter_map(DataStream::blocked_until);
         input.chain(blocked).min()
     }

@@ -20,7 +20,7 @@ impl<'a> Document<'a> {
             Ok(table) => Ok(Self { text, table }),
             Err(error) => Err(Problem {
                 line: line_of(text, error.span().map_or(0, |s| s.start)),
-                key: String::new(),
+                key: None,
                 message: format!("not TOML: {}", error.message().trim_end()),
             }),
         }
@@ -33,7 +33,7 @@ impl<'a> Document<'a> {
         find_key(self.table.get_ref(), at, "", &mut key);
         Problem {
             line: line_of(self.text, at),
-            key,
+            key: Some(key).filter(|key| !key.is_empty()),
             message: reword(error.message()),
         }
     }

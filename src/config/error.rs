@@ -30,8 +30,8 @@ pub enum Error {
 pub struct Problem {
     /// Line in the file, from 1.
     pub line: usize,
-    /// The key with its tables, such as `listeners[0].bind`; empty where the file is not TOML.
-    pub key: String,
+    /// The key with its tables, such as `listeners[0].bind`. `None`: the whole file is meant.
+    pub key: Option<String>,
     /// The mistake, and what is allowed.
     pub message: String,
 }
@@ -45,10 +45,9 @@ fn lines(path: &std::path::Path, problems: &[Problem]) -> String {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { line, key, message } = self;
-        if key.is_empty() {
-            write!(f, "{line}: {message}")
-        } else {
-            write!(f, "{line}: {key}: {message}")
+        match key {
+            None => write!(f, "{line}: {message}"),
+            Some(key) => write!(f, "{line}: {key}: {message}"),
         }
     }
 }

@@ -225,7 +225,7 @@ impl File {
         let mut say = |key: &str, message: String| {
             problems.push(Problem {
                 line: doc.line(key),
-                key: key.to_owned(),
+                key: Some(key.to_owned()),
                 message,
             });
         };

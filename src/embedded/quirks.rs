@@ -54,7 +54,7 @@ pub struct Quirks {
     /// Shared subscriptions.
     pub shared: Shared,
     /// Retained messages are sent this long after the SUBACK.
-    pub late_retained: Duration,
+    pub late_retained: Option<Duration>,
     /// RETAIN is 0 on every live message: a fault that [MQTT-3.3.1-13] forbids.
     pub no_rap: bool,
     /// The PUBLISH packets of a resumed session are sent again with DUP 0: a fault that
@@ -75,7 +75,7 @@ impl Quirks {
         overlap: Overlap::Many,
         no_ids: false,
         shared: Shared::Working,
-        late_retained: Duration::ZERO,
+        late_retained: None,
         no_rap: false,
         dup0: false,
         small_window: None,
@@ -95,7 +95,7 @@ impl From<&[crate::config::Quirk]> for Quirks {
                 Quirk::NoIds => quirks.no_ids = true,
                 Quirk::LowestQos => quirks.overlap = Overlap::LowestQos,
                 Quirk::TwoQueues => quirks.overlap = Overlap::TwoQueues,
-                Quirk::LateRetained => quirks.late_retained = Duration::from_millis(300),
+                Quirk::LateRetained => quirks.late_retained = Some(Duration::from_millis(300)),
                 Quirk::Dup0 => quirks.dup0 = true,
                 Quirk::SmallWindow => quirks.small_window = Some(10),
                 Quirk::DeadShared => quirks.shared = Shared::Dead,

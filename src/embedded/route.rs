@@ -1,7 +1,5 @@
 //! Subscriptions, fan-out and retained messages of an embedded broker.
 
-use std::time::Duration;
-
 use smallvec::SmallVec;
 
 use crate::embedded::outbound::Queued;
@@ -201,9 +199,9 @@ impl State {
 
     fn plan_replay(&mut self, late: LateReplay) {
         let delay = self.options.quirks().late_retained;
-        if delay == Duration::ZERO || self.late.len() >= LATE_REPLAYS_MAX {
+        let Some(delay) = delay.filter(|_| self.late.len() < LATE_REPLAYS_MAX) else {
             return self.replay(&late);
-        }
+        };
         let at = self.now + delay;
         let serial = self.next_serial();
         self.late.insert((at, serial), late);

@@ -26,8 +26,8 @@ pub struct RouterConfig {
     pub publish_links: usize,
     /// The number of publish links to which they may grow while their windows are the limit.
     pub publish_links_max: usize,
-    /// The topic of clients' presence, `%c` being the client identifier; empty if it is not published.
-    pub presence_topic: String,
+    /// The topic of clients' presence, `%c` being the client identifier. `None`: it is not published.
+    pub presence_topic: Option<String>,
     /// The time of day when the clock was at zero.
     pub started_at: UnixMillis,
     /// How long a filter without subscribers stays subscribed.

@@ -114,7 +114,7 @@ impl Router {
             overlaps: 0,
             shared,
             wild: has_wildcard(&request.filter),
-            wild_below: 0,
+            wild_below: None,
         };
         let (sessions, grant) = (&self.sessions, admitted.grant);
         let joined = sessions.join(&subscribe, subscription, grant, &overlapping);

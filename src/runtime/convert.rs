@@ -177,7 +177,7 @@ fn router_config(config: &Config, clock: Clock) -> RouterConfig {
         roots: upstream.roots.clone(),
         publish_links: usize::from(upstream.publish_links.first),
         publish_links_max: usize::from(upstream.publish_links.max),
-        presence_topic: config.session.presence_topic.clone(),
+        presence_topic: Some(config.session.presence_topic.clone()).filter(|t| !t.is_empty()),
         started_at: clock.started_at(),
         linger: upstream.linger,
         linger_busy_min: upstream.linger_busy_min,

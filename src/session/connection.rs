@@ -1,6 +1,6 @@
 //! The state of a session that lasts as long as one network connection: limits, output, Keep Alive.
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -45,8 +45,8 @@ pub struct Connection {
     pub version: Version,
     /// The client's Receive Maximum.
     pub receive_maximum: u16,
-    /// The client's Maximum Packet Size in bytes.
-    pub maximum_packet_size: usize,
+    /// The client's Maximum Packet Size in bytes, if it has one.
+    maximum_packet_size: Option<u32>,
     /// One and a half times Keep Alive in milliseconds [MQTT-3.1.2-22].
     keep_alive: Option<NonZeroU32>,
     /// When the last packet arrived.
@@ -109,14 +109,12 @@ pub struct ConnectionSpec {
     pub version: Version,
     /// The client's Receive Maximum; 65,535 if it sent none.
     pub receive_maximum: u16,
-    /// The client's Maximum Packet Size in bytes; `u32::MAX` if it sent none.
-    pub maximum_packet_size: u32,
+    /// The client's Maximum Packet Size in bytes, if it has one.
+    pub maximum_packet_size: Option<u32>,
     /// The client's Topic Alias Maximum.
     pub topic_alias_maximum: u16,
-    /// Request Problem Information.
-    pub problem_information: bool,
-    /// The Keep Alive in force, in seconds; 0 as in the protocol: none.
-    pub keep_alive: u16,
+    /// The Keep Alive in force, in seconds.
+    pub keep_alive: Option<NonZeroU16>,
     /// What sets the client apart. `None`: nothing does.
     pub scope: Option<Arc<Scope>>,
 }
@@ -128,8 +126,9 @@ impl Connection {
             connection_no,
             version: spec.version,
             receive_maximum: spec.receive_maximum,
-            maximum_packet_size: spec.maximum_packet_size as usize,
-            keep_alive: NonZeroU32::new(u32::from(spec.keep_alive) * 1500),
+            maximum_packet_size: spec.maximum_packet_size,
+            keep_alive: (spec.keep_alive)
+                .and_then(|seconds| NonZeroU32::new(u32::from(seconds.get()) * 1500)),
             last_seen: now,
             unread: false,
             scope: spec.scope.clone(),
@@ -148,6 +147,12 @@ impl Connection {
             let mount = scope.mount.clone();
             *scope = Arc::new(Scope { mount, sender });
         }
+    }
+
+    /// Whether a packet of `bytes` bytes is small enough for the client [MQTT-3.1.2-24].
+    pub(super) fn accepts(&self, bytes: usize) -> bool {
+        self.maximum_packet_size
+            .is_none_or(|max| bytes <= max as usize)
     }
 
     /// When the client's silence exceeds its Keep Alive, unless a packet arrives before.
@@ -304,10 +309,9 @@ mod tests {
         let spec = ConnectionSpec {
             version: Version::V5,
             receive_maximum: u16::MAX,
-            maximum_packet_size: u32::MAX,
+            maximum_packet_size: None,
             topic_alias_maximum: 0,
-            problem_information: false,
-            keep_alive: 0,
+            keep_alive: None,
             scope: None,
         };
         Connection::new(1, &spec, Millis::ZERO)

@@ -41,14 +41,14 @@ pub(super) fn write_to(
     // `#` below the mount also matches the mount itself, which has no name in the client's view.
     let hidden = usize::from(delivery.hidden);
     let nameless = hidden > 0 && message.topic().len() <= hidden;
-    if nameless || delivery.size(message) > connection.maximum_packet_size {
+    if nameless || !connection.accepts(delivery.size(message)) {
         return false;
     }
     // The definition of an alias enlarges the packet, and with it perhaps a length field.
     delivery.alias = Alias::Define(1);
-    delivery.alias = match delivery.size(message) > connection.maximum_packet_size {
-        true => Alias::None,
-        false => connection.aliases.for_delivery(message.topic(), stream),
+    delivery.alias = match connection.accepts(delivery.size(message)) {
+        true => connection.aliases.for_delivery(message.topic(), stream),
+        false => Alias::None,
     };
     delivery.encode(message, connection.output_on(stream));
     true

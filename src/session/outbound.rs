@@ -229,7 +229,7 @@ impl Outbound {
                 continue;
             }
             self.shed.sent[entry.qos as usize] += 1;
-            if packet_id != 0 {
+            if entry.qos > QoS::AtMostOnce {
                 entry.at = now.low_bits();
                 self.inflight_bytes += entry.size();
                 entry.packet_id = packet_id;

@@ -240,10 +240,9 @@ mod tests {
         let spec = ConnectionSpec {
             version: Version::V5,
             receive_maximum: 1,
-            maximum_packet_size: u32::MAX,
+            maximum_packet_size: None,
             topic_alias_maximum: 0,
-            problem_information: false,
-            keep_alive: 0,
+            keep_alive: None,
             scope: None,
         };
         Box::new(Connection::new(connection_no, &spec, Millis::ZERO))

@@ -1,6 +1,6 @@
 //! The subscriptions of a session that are in force.
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 
 use crate::mqtt::{QoS, SubscribeOptions};
@@ -30,19 +30,18 @@ pub struct Subscription {
     pub shared: bool,
     /// The filter has a wildcard. Two filters without wildcards overlap only if they are equal.
     pub wild: bool,
-    /// The length of the client's mount in bytes, where the filter begins with a wildcard below it;
-    /// else 0.
-    pub wild_below: u16,
+    /// The length of the client's mount in bytes, where the filter begins with a wildcard below it.
+    pub wild_below: Option<NonZeroU16>,
 }
 
 impl Subscription {
     /// The value of [`Subscription::wild_below`] for a filter below a mount of `mount` bytes.
-    pub fn wild_below(name: &str, mount: usize) -> u16 {
+    pub fn wild_below(name: &str, mount: usize) -> Option<NonZeroU16> {
         let plain = split_shared(name).map_or(name, |(_, plain)| plain);
         match plain.as_bytes().get(mount) {
             // A filter is no longer than 65,535 bytes.
-            Some(b'+' | b'#') => mount as u16,
-            _ => 0,
+            Some(b'+' | b'#') => NonZeroU16::new(mount as u16),
+            _ => None,
         }
     }
 
@@ -62,8 +61,8 @@ impl Subscription {
 }
 
 /// [`Subscription::hides`] for a subscription with this [`Subscription::wild_below`].
-pub fn hides(wild_below: u16, topic: &str) -> bool {
-    wild_below > 0 && topic.as_bytes().get(usize::from(wild_below)) == Some(&b'$')
+pub fn hides(wild_below: Option<NonZeroU16>, topic: &str) -> bool {
+    wild_below.is_some_and(|at| topic.as_bytes().get(usize::from(at.get())) == Some(&b'$'))
 }
 
 impl Session {

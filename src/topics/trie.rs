@@ -8,18 +8,17 @@
 //! cost.
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
-/// "No node", "no level": never a valid index.
-const NONE: u32 = u32::MAX;
 /// The root of the filters whose first level does not begin with `$`.
-const ROOT: u32 = 0;
+const ROOT: NodeId = NodeId::at(0);
 /// The root of the filters whose first level begins with `$`. A leading
 /// wildcard is stored under `ROOT`, so it can never meet such a topic
 /// [MQTT-4.7.2-1].
-const DOLLAR_ROOT: u32 = 1;
+const DOLLAR_ROOT: NodeId = NodeId::at(1);
 /// Tables smaller than this are not worth shrinking.
 const SHRINK_FLOOR: usize = 1024;
 
@@ -32,8 +31,8 @@ const SHRINK_FLOOR: usize = 1024;
 pub struct FilterTrie<T> {
     nodes: Vec<Node<T>>,
     /// Head of the list of unused nodes, chained by `Node::next`.
-    free: u32,
-    edges: HashMap<(u32, u32), u32, RandomState>,
+    free: Option<NodeId>,
+    edges: HashMap<(NodeId, LevelId), NodeId, RandomState>,
     levels: Levels,
     len: usize,
 }
@@ -42,8 +41,8 @@ impl<T: Copy> FilterTrie<T> {
     /// An empty set, which allocates two nodes.
     pub fn new() -> Self {
         FilterTrie {
-            nodes: vec![Node::new(NONE, NONE), Node::new(NONE, NONE)],
-            free: NONE,
+            nodes: vec![Node::new(None, None), Node::new(None, None)],
+            free: None,
             edges: HashMap::default(),
             levels: Levels::default(),
             len: 0,
@@ -86,7 +85,7 @@ impl<T: Copy> FilterTrie<T> {
 
     /// The value of exactly this filter.
     pub fn get(&self, filter: &str) -> Option<T> {
-        let node = &self.nodes[self.find(filter)? as usize];
+        let node = self.node(self.find(filter)?);
         if split_multi(filter).1 {
             node.multi
         } else {
@@ -98,23 +97,18 @@ impl<T: Copy> FilterTrie<T> {
     /// no particular order.
     pub fn for_each_match(&self, topic: &str, mut f: impl FnMut(T)) {
         // All nodes whose path matches the levels read so far.
-        let mut here: SmallVec<[u32; 16]> = SmallVec::new();
-        let mut next: SmallVec<[u32; 16]> = SmallVec::new();
+        let mut here: SmallVec<[NodeId; 16]> = SmallVec::new();
+        let mut next: SmallVec<[NodeId; 16]> = SmallVec::new();
         here.push(root_of(topic));
         for level in topic.split('/') {
             let id = self.levels.get(level);
             for &n in &here {
-                let node = &self.nodes[n as usize];
+                let node = self.node(n);
                 if let Some(v) = node.multi {
                     f(v);
                 }
-                if node.plus != NONE {
-                    next.push(node.plus);
-                }
-                let child = self.child(n, id);
-                if child != NONE {
-                    next.push(child);
-                }
+                next.extend(node.plus);
+                next.extend(self.child(n, id));
             }
             if next.is_empty() {
                 return;
@@ -123,7 +117,7 @@ impl<T: Copy> FilterTrie<T> {
             next.clear();
         }
         for &n in &here {
-            let node = &self.nodes[n as usize];
+            let node = self.node(n);
             if let Some(v) = node.value {
                 f(v);
             }
@@ -196,9 +190,9 @@ impl<T: Copy> FilterTrie<T> {
         // "+" and "/#" would meet only in the empty topic, which does not exist
         // [MQTT-4.7.3-1]: the slots where one would find the other.
         let (empty_multi, empty_value) = match filter {
-            "+" => (self.child(ROOT, self.levels.get("")), NONE),
-            "/#" => (NONE, self.nodes[ROOT as usize].plus),
-            _ => (NONE, NONE),
+            "+" => (self.child(ROOT, self.levels.get("")), None),
+            "/#" => (None, self.node(ROOT).plus),
+            _ => (None, None),
         };
         // Children are walked by their sibling links, so the stack is as deep
         // as the trie and not as wide.
@@ -214,21 +208,21 @@ impl<T: Copy> FilterTrie<T> {
             siblings,
         }) = stack.pop()
         {
-            let node = &self.nodes[n as usize];
-            if siblings && node.next != NONE {
+            let node = self.node(n);
+            if siblings && let Some(node) = node.next {
                 stack.push(Visit {
-                    node: node.next,
+                    node,
                     at,
                     siblings: true,
                 });
             }
             // A stored `…/#` matches any further levels, and its own prefix too.
-            if n != empty_multi && node.multi.is_some_and(&mut f) {
+            if Some(n) != empty_multi && node.multi.is_some_and(&mut f) {
                 return true;
             }
             let step = steps.get(at);
             if step.is_none() {
-                if n != empty_value && node.value.is_some_and(&mut f) {
+                if Some(n) != empty_value && node.value.is_some_and(&mut f) {
                     return true;
                 }
                 if !multi {
@@ -237,28 +231,27 @@ impl<T: Copy> FilterTrie<T> {
             }
             // Below the `#` of `filter` the step stays behind the last one.
             let below = if step.is_some() { at + 1 } else { at };
-            if node.plus != NONE {
+            if let Some(node) = node.plus {
                 stack.push(Visit {
-                    node: node.plus,
+                    node,
                     at: below,
                     siblings: false,
                 });
             }
             match step {
                 Some(Step::Level(id)) => {
-                    let c = self.child(n, *id);
-                    if c != NONE {
+                    if let Some(node) = self.child(n, *id) {
                         stack.push(Visit {
-                            node: c,
+                            node,
                             at: below,
                             siblings: false,
                         });
                     }
                 }
                 Some(Step::Plus) | None => {
-                    if node.first != NONE {
+                    if let Some(node) = node.first {
                         stack.push(Visit {
-                            node: node.first,
+                            node,
                             at: below,
                             siblings: true,
                         });
@@ -269,8 +262,16 @@ impl<T: Copy> FilterTrie<T> {
         false
     }
 
-    fn slot(&mut self, node: u32, multi: bool) -> &mut Option<T> {
-        let node = &mut self.nodes[node as usize];
+    fn node(&self, node: NodeId) -> &Node<T> {
+        &self.nodes[node.index()]
+    }
+
+    fn node_mut(&mut self, node: NodeId) -> &mut Node<T> {
+        &mut self.nodes[node.index()]
+    }
+
+    fn slot(&mut self, node: NodeId, multi: bool) -> &mut Option<T> {
+        let node = self.node_mut(node);
         if multi {
             &mut node.multi
         } else {
@@ -278,97 +279,92 @@ impl<T: Copy> FilterTrie<T> {
         }
     }
 
-    /// The child of `parent` by an interned level, or `NONE`.
-    fn child(&self, parent: u32, level: u32) -> u32 {
-        if level == NONE || self.nodes[parent as usize].first == NONE {
-            return NONE;
-        }
-        self.edges.get(&(parent, level)).copied().unwrap_or(NONE)
+    /// The child of `parent` by an interned level. No node has a level that is not interned.
+    fn child(&self, parent: NodeId, level: Option<LevelId>) -> Option<NodeId> {
+        let level = level?;
+        self.node(parent).first?;
+        self.edges.get(&(parent, level)).copied()
     }
 
-    fn find(&self, filter: &str) -> Option<u32> {
+    fn find(&self, filter: &str) -> Option<NodeId> {
         let mut node = root_of(filter);
         if let (Some(path), _) = split_multi(filter) {
             for level in path.split('/') {
                 node = if level == "+" {
-                    let plus = self.nodes[node as usize].plus;
-                    (plus != NONE).then_some(plus)?
+                    self.node(node).plus?
                 } else {
-                    *self.edges.get(&(node, self.levels.get(level)))?
+                    *self.edges.get(&(node, self.levels.get(level)?))?
                 };
             }
         }
         Some(node)
     }
 
-    fn child_or_insert(&mut self, parent: u32, level: &str) -> u32 {
+    fn child_or_insert(&mut self, parent: NodeId, level: &str) -> NodeId {
         if level == "+" {
-            let plus = self.nodes[parent as usize].plus;
-            if plus != NONE {
+            if let Some(plus) = self.node(parent).plus {
                 return plus;
             }
-            let child = self.alloc(Node::new(parent, NONE));
-            self.nodes[parent as usize].plus = child;
+            let child = self.alloc(Node::new(Some(parent), None));
+            self.node_mut(parent).plus = Some(child);
             return child;
         }
-        let known = self.child(parent, self.levels.get(level));
-        if known != NONE {
+        if let Some(known) = self.child(parent, self.levels.get(level)) {
             return known;
         }
         let id = self.levels.acquire(level);
-        let first = self.nodes[parent as usize].first;
-        let mut node = Node::new(parent, id);
+        let first = self.node(parent).first;
+        let mut node = Node::new(Some(parent), Some(id));
         node.next = first;
         let child = self.alloc(node);
-        if first != NONE {
-            self.nodes[first as usize].prev = child;
+        if let Some(first) = first {
+            self.node_mut(first).prev = Some(child);
         }
-        self.nodes[parent as usize].first = child;
+        self.node_mut(parent).first = Some(child);
         self.edges.insert((parent, id), child);
         child
     }
 
-    fn alloc(&mut self, node: Node<T>) -> u32 {
-        if self.free == NONE {
-            let at = self.nodes.len() as u32;
+    fn alloc(&mut self, node: Node<T>) -> NodeId {
+        let Some(at) = self.free else {
             self.nodes.push(node);
-            return at;
-        }
-        let at = self.free;
-        self.free = self.nodes[at as usize].next;
-        self.nodes[at as usize] = node;
+            return NodeId::at(self.nodes.len() as u32 - 1);
+        };
+        self.free = self.node(at).next;
+        *self.node_mut(at) = node;
         at
     }
 
     /// Frees `node` and its ancestors while they are unused. `path` is
     /// the path of `node`, read from its end for the level names.
-    fn prune(&mut self, mut node: u32, path: Option<&str>) {
+    fn prune(&mut self, mut node: NodeId, path: Option<&str>) {
         let mut levels = path.into_iter().flat_map(|p| p.rsplit('/'));
-        while node != ROOT && node != DOLLAR_ROOT {
-            let n = &self.nodes[node as usize];
-            if n.value.is_some() || n.multi.is_some() || n.first != NONE || n.plus != NONE {
+        while let Some(parent) = self.node(node).parent {
+            let n = self.node(node);
+            if n.value.is_some() || n.multi.is_some() || n.first.is_some() || n.plus.is_some() {
                 break;
             }
-            let (parent, id, next, prev) = (n.parent, n.level, n.next, n.prev);
+            let (id, next, prev) = (n.level, n.next, n.prev);
             let level = levels.next().unwrap_or_default();
-            if id == NONE {
-                self.nodes[parent as usize].plus = NONE;
-            } else {
-                self.edges.remove(&(parent, id));
-                self.levels.release(level);
-                match prev {
-                    NONE => self.nodes[parent as usize].first = next,
-                    p => self.nodes[p as usize].next = next,
-                }
-                if next != NONE {
-                    self.nodes[next as usize].prev = prev;
+            match id {
+                None => self.node_mut(parent).plus = None,
+                Some(id) => {
+                    self.edges.remove(&(parent, id));
+                    self.levels.release(level);
+                    match prev {
+                        None => self.node_mut(parent).first = next,
+                        Some(prev) => self.node_mut(prev).next = next,
+                    }
+                    if let Some(next) = next {
+                        self.node_mut(next).prev = prev;
+                    }
                 }
             }
-            self.nodes[node as usize] = Node {
+            *self.node_mut(node) = Node {
                 next: self.free,
-                ..Node::new(NONE, NONE)
+                ..Node::new(None, None)
             };
-            self.free = node;
+            self.free = Some(node);
             node = parent;
         }
         shrink(&mut self.edges);
@@ -384,46 +380,69 @@ impl<T: Copy> Default for FilterTrie<T> {
     }
 }
 
+/// A node's place in the arena. `Option<NodeId>` takes four bytes, of which a node has many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct NodeId(NonZeroU32);
+
+impl NodeId {
+    const fn at(index: u32) -> Self {
+        // One more, so that the place 0 is not zero.
+        Self(NonZeroU32::MIN.saturating_add(index))
+    }
+
+    const fn index(self) -> usize {
+        self.0.get() as usize - 1
+    }
+}
+
+/// The number of an interned level, from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct LevelId(NonZeroU32);
+
+const _: () = assert!(size_of::<Node<u32>>() == 40);
+
 #[derive(Debug, Clone, Copy)]
 struct Node<T> {
     /// Value of the filter that ends here.
     value: Option<T>,
     /// Value of the filter that is this path and `/#`.
     multi: Option<T>,
-    parent: u32,
-    /// Interned level; `NONE` at a root and at a `+` node.
-    level: u32,
+    /// `None` at a root.
+    parent: Option<NodeId>,
+    /// Interned level; `None` at a root and at a `+` node.
+    level: Option<LevelId>,
     /// The `+` child.
-    plus: u32,
+    plus: Option<NodeId>,
     /// The first literal child; `next` and `prev` chain its siblings.
-    first: u32,
-    next: u32,
-    prev: u32,
+    first: Option<NodeId>,
+    next: Option<NodeId>,
+    prev: Option<NodeId>,
 }
 
 impl<T> Node<T> {
-    fn new(parent: u32, level: u32) -> Self {
+    fn new(parent: Option<NodeId>, level: Option<LevelId>) -> Self {
         Node {
             value: None,
             multi: None,
             parent,
             level,
-            plus: NONE,
-            first: NONE,
-            next: NONE,
-            prev: NONE,
+            plus: None,
+            first: None,
+            next: None,
+            prev: None,
         }
     }
 }
 
 /// One level of a filter that is looked for.
 enum Step {
-    Level(u32),
+    /// `None`: no stored filter has the level.
+    Level(Option<LevelId>),
     Plus,
 }
 
 struct Visit {
-    node: u32,
+    node: NodeId,
     /// Index of the step that is to match below `node`.
     at: usize,
     /// Whether the siblings that follow are to be visited too.
@@ -434,29 +453,31 @@ struct Visit {
 #[derive(Debug, Clone, Default)]
 struct Levels {
     by_name: HashMap<Box<str>, Level, RandomState>,
-    unused: Vec<u32>,
-    next: u32,
+    unused: Vec<LevelId>,
+    /// How many numbers were given.
+    given: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Level {
-    id: u32,
+    id: LevelId,
     refs: u32,
 }
 
 impl Levels {
-    fn get(&self, name: &str) -> u32 {
-        self.by_name.get(name).map_or(NONE, |l| l.id)
+    fn get(&self, name: &str) -> Option<LevelId> {
+        self.by_name.get(name).map(|l| l.id)
     }
 
-    fn acquire(&mut self, name: &str) -> u32 {
+    fn acquire(&mut self, name: &str) -> LevelId {
         if let Some(level) = self.by_name.get_mut(name) {
             level.refs += 1;
             return level.id;
         }
         let id = self.unused.pop().unwrap_or_else(|| {
-            self.next += 1;
-            self.next - 1
+            let id = LevelId(NonZeroU32::MIN.saturating_add(self.given));
+            self.given += 1;
+            id
         });
         self.by_name.insert(name.into(), Level { id, refs: 1 });
         id
@@ -475,7 +496,7 @@ impl Levels {
     }
 }
 
-fn root_of(filter: &str) -> u32 {
+fn root_of(filter: &str) -> NodeId {
     if filter.starts_with('$') {
         DOLLAR_ROOT
     } else {

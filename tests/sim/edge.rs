@@ -3,6 +3,7 @@
 mod judge;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 use std::sync::{Arc, LazyLock};
 use std::task::Waker;
 use std::time::Duration;
@@ -210,8 +211,9 @@ impl Edge {
         oracle.connected(self.device, admitted.present)?;
         self.last_in = now;
         self.version = connect.version;
-        let keep_alive = u64::from(admitted.keep_alive_seconds);
-        self.patience = (keep_alive > 0).then(|| Duration::from_millis(keep_alive * 1500));
+        let patience =
+            |keep_alive: NonZeroU16| Duration::from_millis(1500) * keep_alive.get().into();
+        self.patience = admitted.keep_alive.map(patience);
         self.machine = Some(admitted.machine);
         Ok(())
     }

@@ -139,7 +139,7 @@ fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
         local_groups: false,
         publish_links,
         publish_links_max,
-        presence_topic: String::new(),
+        presence_topic: None,
         started_at: UnixMillis::default(),
         linger: rng.pick(&[500, 20_000].map(Duration::from_millis)),
         linger_busy_min: Duration::from_millis(500),

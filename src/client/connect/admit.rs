@@ -1,5 +1,6 @@
 //! Gives an authenticated client its session. Pure: simulations admit their clients here too.
 
+use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,8 +60,8 @@ pub struct Admitted {
     pub taken_over: bool,
     /// Session Expiry Interval in force.
     pub expiry_seconds: u32,
-    /// Keep Alive in force; 0: none.
-    pub keep_alive_seconds: u16,
+    /// Keep Alive in force, in seconds.
+    pub keep_alive: Option<NonZeroU16>,
 }
 
 impl Admission<'_> {
@@ -78,6 +79,8 @@ impl Admission<'_> {
         };
         let expiry = asked.min(whole_seconds(self.session.expiry_max));
         let keep_alive = self.keep_alive(connect);
+        // 0 as in the protocol: none.
+        let keep_alive_seconds = keep_alive.map_or(0, NonZeroU16::get);
         // Room for the bytes that are added to each publish.
         let packet_max = self.router.packet_max();
         let packet_max = packet_max.saturating_sub(applicant.added_bytes);
@@ -96,7 +99,8 @@ impl Admission<'_> {
             assigned_client_id: connect.client_id.is_empty().then_some(&*client_id),
             topic_alias_maximum: Some(self.limits.topic_alias_max),
             shared_subscription_available: (!self.router.shares()).then_some(false),
-            server_keep_alive: (keep_alive != connect.keep_alive).then_some(keep_alive),
+            server_keep_alive: (keep_alive_seconds != connect.keep_alive)
+                .then_some(keep_alive_seconds),
             ..Connack::default()
         };
         let key = SessionKey::new(&client_id, mount);
@@ -109,9 +113,8 @@ impl Admission<'_> {
             spec: ConnectionSpec {
                 version,
                 receive_maximum: connect.receive_maximum.unwrap_or(u16::MAX),
-                maximum_packet_size: connect.maximum_packet_size.unwrap_or(u32::MAX),
+                maximum_packet_size: connect.maximum_packet_size,
                 topic_alias_maximum: connect.topic_alias_maximum,
-                problem_information: connect.request_problem_information,
                 keep_alive,
                 scope: applicant.scope,
             },
@@ -134,7 +137,7 @@ impl Admission<'_> {
             present: connected.present,
             taken_over: connected.taken_over,
             expiry_seconds: expiry,
-            keep_alive_seconds: keep_alive,
+            keep_alive,
         })
     }
 
@@ -187,21 +190,17 @@ impl Admission<'_> {
     }
 
     /// The Keep Alive in force, in seconds: the client's, or ours where it may be overridden.
-    fn keep_alive(&self, connect: &Connect<'_>) -> u16 {
-        let asked = connect.keep_alive;
+    fn keep_alive(&self, connect: &Connect<'_>) -> Option<NonZeroU16> {
+        let asked = NonZeroU16::new(connect.keep_alive);
         if connect.version < Version::V5 {
             return asked;
         }
-        let seconds = |limit: Option<Duration>| limit.map(|d| d.as_secs() as u16);
+        let seconds = |limit: Option<Duration>| NonZeroU16::new(limit?.as_secs() as u16);
         let max = seconds(self.session.keepalive_max);
-        let granted = match asked {
-            0 => seconds(self.session.keepalive_default).or(max).unwrap_or(0),
-            asked => asked,
-        };
-        max.map_or(granted, |max| match granted {
-            0 => max,
-            granted => granted.min(max),
-        })
+        let granted = asked
+            .or_else(|| seconds(self.session.keepalive_default))
+            .or(max)?;
+        Some(max.map_or(granted, |max| granted.min(max)))
     }
 }
 

@@ -9,7 +9,6 @@ use crate::transport::{Closed, Detected, Stream, Unauthenticated, detect};
 
 use crate::client::connect::{Refusal, RefusalCause};
 use crate::client::machine::{KEEP_BYTES, ReadBuffer};
-use crate::time::Millis;
 
 /// One network may hold this fraction of the bytes of incomplete CONNECTs, once half of them are used.
 const NETWORK_SHARE: u64 = 8;
@@ -32,7 +31,7 @@ pub(super) async fn read_connect(
             return Ok(());
         }
         // The deadline is that of the whole CONNECT phase.
-        input.settle(account, false, Millis::ZERO);
+        input.settle(account, false, None);
         let held = share
             .as_deref_mut()
             .map_or(0, |s| s.hold(input.bytes.len()));

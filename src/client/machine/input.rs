@@ -4,6 +4,7 @@ use crate::mqtt::{Decoder, Packet, QoS, Receiver, Version};
 use crate::session::{CloseReason, Effect, Session, SessionLimits};
 use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{DeferReason, metrics};
+use crate::time::Deadline;
 
 use crate::client::end::End;
 use crate::client::machine::streams::{StreamReset, may_travel_on_data_stream};
@@ -73,7 +74,7 @@ impl Machine {
             used
         };
         let limits = cx.limits;
-        let deadline = cx.now + limits.packet_deadline;
+        let deadline = Some(Deadline::at(cx.now + limits.packet_deadline));
         input.settle(&limits.input, used > 0, deadline);
         if limits.input.used() > limits.input_max_bytes && input.bytes.len() > KEEP_BYTES {
             return Err(End::InputBudget);

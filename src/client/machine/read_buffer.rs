@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::budget::Account;
-use crate::time::Millis;
+use crate::time::{Deadline, Millis};
 
 /// Up to this size an incomplete packet is taken even when the account is full, and an empty buffer
 /// keeps its allocation.
@@ -13,8 +13,9 @@ pub(in crate::client) const KEEP_BYTES: usize = 4096;
 #[derive(Debug, Default)]
 pub(in crate::client) struct ReadBuffer {
     pub bytes: Vec<u8>,
-    /// When the packet must be complete; means something only while there are bytes.
-    pub deadline: Millis,
+    /// When the packet must be complete. `None`: something else limits its time. The deadline of an
+    /// earlier packet stays while there are no bytes.
+    pub deadline: Option<Deadline>,
     charged_bytes: usize,
     account: Option<Arc<Account>>,
 }
@@ -22,7 +23,12 @@ pub(in crate::client) struct ReadBuffer {
 impl ReadBuffer {
     /// Charges the bytes that a read left. A packet that begins with them has to be complete at
     /// `deadline`; `progress` says that the read completed the packet before it.
-    pub(crate) fn settle(&mut self, account: &Arc<Account>, progress: bool, deadline: Millis) {
+    pub(crate) fn settle(
+        &mut self,
+        account: &Arc<Account>,
+        progress: bool,
+        deadline: Option<Deadline>,
+    ) {
         if self.bytes.is_empty() && self.bytes.capacity() > KEEP_BYTES {
             self.bytes = Vec::new();
         }
@@ -39,7 +45,7 @@ impl ReadBuffer {
 
     /// Whether the packet is incomplete at its deadline.
     pub(crate) fn is_late(&self, now: Millis) -> bool {
-        !self.bytes.is_empty() && self.deadline <= now
+        !self.bytes.is_empty() && self.deadline.is_some_and(|at| at.is_due(now))
     }
 }
 
@@ -60,33 +66,33 @@ mod tests {
         let account = Arc::new(Account::new());
         let mut buffer = ReadBuffer::default();
         buffer.bytes.extend([1; 5]);
-        buffer.settle(&account, false, Millis::new(100));
+        buffer.settle(&account, false, Some(Deadline::at(Millis::new(100))));
         assert_eq!(
             (account.used(), buffer.is_late(Millis::new(99))),
             (5, false)
         );
         // More of the same packet moves no deadline.
         buffer.bytes.extend([1; 5]);
-        buffer.settle(&account, false, Millis::new(200));
+        buffer.settle(&account, false, Some(Deadline::at(Millis::new(200))));
         assert_eq!(
             (account.used(), buffer.is_late(Millis::new(100))),
             (10, true)
         );
         // The next packet has its own.
         buffer.bytes.truncate(1);
-        buffer.settle(&account, true, Millis::new(300));
+        buffer.settle(&account, true, Some(Deadline::at(Millis::new(300))));
         assert_eq!(
             (account.used(), buffer.is_late(Millis::new(299))),
             (1, false)
         );
         buffer.bytes.clear();
-        buffer.settle(&account, true, Millis::new(400));
+        buffer.settle(&account, true, Some(Deadline::at(Millis::new(400))));
         assert_eq!(
             (account.used(), buffer.is_late(Millis::new(500))),
             (0, false)
         );
         buffer.bytes.push(1);
-        buffer.settle(&account, false, Millis::new(500));
+        buffer.settle(&account, false, Some(Deadline::at(Millis::new(500))));
         drop(buffer);
         assert_eq!(account.used(), 0);
     }

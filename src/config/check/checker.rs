@@ -23,7 +23,7 @@ impl Checker<'_, '_> {
     pub(super) fn say(&mut self, key: &str, message: impl Into<String>) {
         self.problems.push(Problem {
             line: self.doc.line(key),
-            key: key.to_owned(),
+            key: Some(key.to_owned()),
             message: message.into(),
         });
     }

@@ -66,7 +66,11 @@ impl Checker<'_, '_> {
             true => key("auth"),
             false => "auth.mode".to_owned(),
         };
-        if !self.problems.iter().any(|p| p.key == key) {
+        if !self
+            .problems
+            .iter()
+            .any(|p| p.key.as_deref() == Some(&*key))
+        {
             self.say(&key, message);
         }
     }

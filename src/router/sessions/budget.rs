@@ -88,10 +88,10 @@ impl Sessions {
     }
 
     /// The shard whose least recently connected detached session with a queue is the oldest, and the
-    /// time when the next shard's was left; if no other shard has one, the end of time.
-    fn oldest_detached(&self) -> Option<(usize, Millis)> {
+    /// time when the next shard's was left, if another shard has one.
+    fn oldest_detached(&self) -> Option<(usize, Option<Millis>)> {
         let mut best: Option<(Millis, usize)> = None;
-        let mut next = Millis::MAX;
+        let mut next: Option<Millis> = None;
         for (index, shard) in self.shards.iter().enumerate() {
             let mut shard = shard.lock();
             while let Some((&slot, &since)) = shard.detached.peek_lru() {
@@ -105,9 +105,11 @@ impl Sessions {
                     continue;
                 }
                 match best {
-                    Some((at, _)) if at <= since => next = next.min(since),
+                    Some((at, _)) if at <= since => {
+                        next = Some(next.map_or(since, |next| next.min(since)));
+                    }
                     _ => {
-                        next = best.map_or(next, |(at, _)| at);
+                        next = best.map(|(at, _)| at);
                         best = Some((since, index));
                     }
                 }
@@ -117,14 +119,14 @@ impl Sessions {
         best.map(|(_, index)| (index, next))
     }
 
-    fn evict_oldest(&self, index: usize, until: Millis, target: u64) {
+    fn evict_oldest(&self, index: usize, until: Option<Millis>, target: u64) {
         let mut shard = self.shards[index].lock();
         // A few per lock, unless the budget is met before.
         for _ in 0..16 {
             let Some((&slot, &since)) = shard.detached.peek_lru() else {
                 break;
             };
-            if since > until {
+            if until.is_some_and(|until| since > until) {
                 break;
             }
             shard.unlist(slot);

@@ -1,7 +1,7 @@
 //! The sessions of a shard that have subscribed to a filter, in the form that the fan-out needs.
 
 use smallvec::SmallVec;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU16, NonZeroU32};
 
 use crate::mqtt::QoS;
 use crate::session::Subscription;
@@ -17,7 +17,7 @@ pub(in crate::router) struct Member {
     pub retain_as_published: bool,
     pub overlaps: bool,
     /// See [`Subscription::wild_below`].
-    pub wild_below: u16,
+    pub wild_below: Option<NonZeroU16>,
 }
 
 /// The members of one filter, by slot: there may be tens of thousands.
@@ -87,7 +87,7 @@ mod tests {
                         overlaps: 0,
                         shared: false,
                         wild: false,
-                        wild_below: 0,
+                        wild_below: None,
                     };
                     members.join(slot, &subscription);
                     known.insert(slot, identifier);

@@ -155,10 +155,9 @@ mod tests {
                 spec: ConnectionSpec {
                     version: Version::V5,
                     receive_maximum: 1,
-                    maximum_packet_size: u32::MAX,
+                    maximum_packet_size: None,
                     topic_alias_maximum: 0,
-                    problem_information: true,
-                    keep_alive: 0,
+                    keep_alive: None,
                     scope: None,
                 },
                 will: None,

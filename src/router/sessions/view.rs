@@ -49,7 +49,7 @@ pub struct SubscriptionInfo {
     pub filter: Arc<str>,
     /// Its options, with the granted QoS.
     pub options: SubscribeOptions,
-    /// The client's Subscription Identifier; 0: none.
+    /// The client's Subscription Identifier, if it gave one.
     pub identifier: Option<NonZeroU32>,
 }
 

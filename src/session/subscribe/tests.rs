@@ -22,7 +22,7 @@ fn subscription(filter: FilterId, name: &str) -> Subscription {
         overlaps: 0,
         shared: false,
         wild: true,
-        wild_below: 0,
+        wild_below: None,
     }
 }
 
@@ -71,10 +71,9 @@ fn connected() -> Session {
     let spec = ConnectionSpec {
         version: Version::V5,
         receive_maximum: 10,
-        maximum_packet_size: u32::MAX,
+        maximum_packet_size: None,
         topic_alias_maximum: 0,
-        problem_information: true,
-        keep_alive: 0,
+        keep_alive: None,
         scope: None,
     };
     session.attach(&spec, 0, None, &limits(0), Millis::ZERO);

@@ -16,7 +16,7 @@ fn subscription(filter: FilterId, name: &str) -> Subscription {
         overlaps: 0,
         shared: name.starts_with("$share/"),
         wild: has_wildcard(name),
-        wild_below: 0,
+        wild_below: None,
     }
 }
 

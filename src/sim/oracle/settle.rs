@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::mqtt::QoS;
+use crate::streams::StreamId;
 use crate::time::Millis;
 
 use crate::sim::oracle::Oracle;
 use crate::sim::seen::{Message, Sub, TRANSIT, chances};
-use crate::streams::StreamId;
 
 impl Oracle {
     /// Judges the whole run, once all links and clients are connected and nothing is in flight.

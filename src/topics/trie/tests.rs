@@ -193,7 +193,7 @@ fn nodes_and_levels_are_reused() {
         trie.insert(&f, i);
         assert_eq!(trie.remove(&f), Some(i));
     }
-    assert!(trie.nodes.len() < 10 && trie.levels.next < 10);
+    assert!(trie.nodes.len() < 10 && trie.levels.given < 10);
 }
 
 proptest! {

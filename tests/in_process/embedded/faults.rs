@@ -186,7 +186,7 @@ async fn redelivery_without_dup() {
 async fn late_retained() {
     let broker = EmbeddedBroker::start(EmbeddedOptions {
         quirks: Quirks {
-            late_retained: Duration::from_millis(700),
+            late_retained: Some(Duration::from_millis(700)),
             ..Quirks::default()
         },
         ..EmbeddedOptions::default()
