@@ -133,26 +133,21 @@ impl<T: Copy> FilterTrie<T> {
     /// only because no topic is empty, such as `#` and `+/#`, may be missed.
     pub fn for_each_cover(&self, filter: &str, mut f: impl FnMut(T)) {
         let (path, multi) = split_multi(filter);
-        let mut here: SmallVec<[u32; 16]> = SmallVec::new();
-        let mut next: SmallVec<[u32; 16]> = SmallVec::new();
+        let mut here: SmallVec<[NodeId; 16]> = SmallVec::new();
+        let mut next: SmallVec<[NodeId; 16]> = SmallVec::new();
         here.push(root_of(filter));
         for level in path.into_iter().flat_map(|p| p.split('/')) {
             let id = match level {
-                "+" => NONE,
+                "+" => None,
                 name => self.levels.get(name),
             };
             for &n in &here {
-                let node = &self.nodes[n as usize];
+                let node = self.node(n);
                 if let Some(v) = node.multi {
                     f(v);
                 }
-                if node.plus != NONE {
-                    next.push(node.plus);
-                }
-                let child = self.child(n, id);
-                if child != NONE {
-                    next.push(child);
-                }
+                next.extend(node.plus);
+                next.extend(self.child(n, id));
             }
             if next.is_empty() {
                 return;
@@ -161,7 +156,7 @@ impl<T: Copy> FilterTrie<T> {
             next.clear();
         }
         for &n in &here {
-            let node = &self.nodes[n as usize];
+            let node = self.node(n);
             if let Some(v) = node.value.filter(|_| !multi) {
                 f(v);
             }
