@@ -14,6 +14,7 @@ pub(crate) mod clock;
 pub mod config;
 pub mod embedded;
 pub(crate) mod flow;
+pub mod hashing;
 pub mod mqtt;
 mod qos;
 pub mod router;

@@ -110,7 +110,7 @@ impl Router {
             lingering_max: config.filters_lingering_max,
             client_lingering_max: limits.subscriptions_max,
             client_lingering_bytes_max: limits.filter_bytes_max,
-            hash_seed: config.hash_seed,
+            hash_seed: limits.hash_seed,
         };
         let filters = Filters::new(filters, &config.roots, store.identifiers());
         let data: Box<[Arc<TaskWaker>]> = (0..links.all()).map(|_| Arc::default()).collect();
@@ -133,7 +133,7 @@ impl Router {
                 publish_budgets,
                 limits.publish_account.clone(),
             ),
-            sessions: Sessions::new(limits, session_budgets, config.hash_seed, filters.lost()),
+            sessions: Sessions::new(limits, session_budgets, filters.lost()),
             presence: (config.presence_topic.clone())
                 .map(|topic| Presence::new(topic, config.started_at)),
             barriers: Barriers::new(&data),

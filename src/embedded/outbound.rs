@@ -1,12 +1,12 @@
 //! The messages that wait for one client, and those in flight to it.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
-use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
 use crate::embedded::options::EmbeddedOptions;
 use crate::embedded::stats::EmbeddedStats;
+use crate::hashing::LookUp;
 use crate::mqtt::{AckKind, Alias, Delivery, Message, QoS, ReasonCode, Version, encode_ack};
 use crate::time::Millis;
 
@@ -29,7 +29,7 @@ pub(crate) struct Outbound {
     queue_bytes: usize,
     /// By order of first sending.
     inflight: BTreeMap<u64, Inflight>,
-    by_id: HashMap<u16, u64, RandomState>,
+    by_id: LookUp<u16, u64>,
     next_seq: u64,
     next_id: u16,
     /// Entries from here up to `resend_end` are still to be sent again on this connection.

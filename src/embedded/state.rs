@@ -1,10 +1,9 @@
 //! Everything that an embedded broker holds: connections, sessions, subscriptions, retained messages.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use foldhash::fast::RandomState;
 use slab::Slab;
 use tokio::sync::Notify;
 
@@ -14,6 +13,7 @@ use crate::embedded::retained::Retained;
 use crate::embedded::shared::SharedGroups;
 use crate::embedded::stats::EmbeddedStats;
 use crate::embedded::subscription::{Filter, LateReplay, Place};
+use crate::hashing::LookUpSet;
 use crate::mqtt::{Message, ReasonCode, Version};
 use crate::time::Millis;
 use crate::topics::FilterTrie;
@@ -85,7 +85,7 @@ pub(crate) struct Session {
     /// By filter, with the share name of a shared subscription.
     pub(crate) subscriptions: BTreeMap<Box<str>, Place>,
     /// Packet ids of QoS 2 messages received and not yet released.
-    pub(crate) received: HashSet<u16, RandomState>,
+    pub(crate) received: LookUpSet<u16>,
     pub(crate) out: Outbound,
     /// Session Expiry Interval, seconds.
     pub(crate) expiry: u32,

@@ -55,7 +55,4 @@ pub struct RouterConfig {
     pub output: u64,
     /// An entry of the output that no socket takes for this long ends its connection.
     pub write_stall: Duration,
-    /// Spreads sessions over shards and filters over links, so that nobody can aim at one; random in
-    /// each process.
-    pub hash_seed: u64,
 }

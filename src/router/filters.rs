@@ -25,9 +25,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
-use foldhash::fast::FixedState;
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use crate::hashing::HashSeed;
 use crate::router::lost::Lost;
 use crate::store::Identifiers;
 use actions::LinkSet;
@@ -57,7 +57,7 @@ pub(super) struct FiltersConfig {
     pub client_lingering_max: usize,
     pub client_lingering_bytes_max: usize,
     /// Spreads filters over links, so that nobody can aim at one.
-    pub hash_seed: u64,
+    pub hash_seed: HashSeed,
 }
 
 /// All filters, and the state of the links that carry them.
@@ -74,7 +74,6 @@ pub(super) struct Filters {
     up: Box<[AtomicBool]>,
     /// How often a link was lost.
     losses: AtomicU64,
-    hasher: FixedState,
 }
 
 impl Filters {
@@ -98,7 +97,6 @@ impl Filters {
                 .map(|_| AtomicBool::new(false))
                 .collect(),
             losses: AtomicU64::new(0),
-            hasher: FixedState::with_seed(config.hash_seed),
             config,
         }
     }
@@ -134,6 +132,6 @@ impl Filters {
     }
 
     fn hash(&self, name: &str) -> u64 {
-        self.hasher.hash_one(name)
+        self.config.hash_seed.hash_one(name)
     }
 }

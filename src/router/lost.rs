@@ -1,11 +1,10 @@
 //! Filters that the broker lost with a link's session, until it has granted them again.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use foldhash::fast::RandomState;
 use parking_lot::RwLock;
 
+use crate::hashing::LookUp;
 use crate::topics::FilterId;
 
 /// How sure it is that a filter is lost.
@@ -21,7 +20,7 @@ pub(in crate::router) enum Loss {
 #[derive(Debug, Default)]
 pub(in crate::router) struct Lost {
     count: AtomicUsize,
-    filters: RwLock<HashMap<FilterId, Loss, RandomState>>,
+    filters: RwLock<LookUp<FilterId, Loss>>,
 }
 
 impl Lost {

@@ -17,7 +17,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
-use foldhash::fast::FixedState;
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::budget::Account;
@@ -55,7 +54,6 @@ pub(super) struct Sessions {
     budgets: SessionBudgets,
     shards: Box<[Mutex<Shard>]>,
     /// Spreads client identifiers over the shards.
-    hasher: FixedState,
     /// Sessions that were begun or started anew.
     incarnations: AtomicU64,
     /// Messages from the broker that are alive in a queue.
@@ -135,18 +133,12 @@ pub struct Answered {
 }
 
 impl Sessions {
-    pub(super) fn new(
-        limits: SessionLimits,
-        budgets: SessionBudgets,
-        hash_seed: u64,
-        lost: &Arc<Lost>,
-    ) -> Self {
+    pub(super) fn new(limits: SessionLimits, budgets: SessionBudgets, lost: &Arc<Lost>) -> Self {
         Self {
             shards: (0..SHARDS as u16)
                 .map(|n| Mutex::new(Shard::new(n, lost.clone())))
                 .collect(),
             budgets,
-            hasher: FixedState::with_seed(hash_seed),
             incarnations: AtomicU64::new(0),
             queue_account: Arc::new(Account::new()),
             entry_bytes: AtomicI64::new(0),
@@ -189,7 +181,7 @@ impl Sessions {
 
     /// The shard of all sessions of a client identifier, whatever their mounts.
     fn shard_of(&self, client_id: &str) -> u16 {
-        (self.hasher.hash_one(client_id) % SHARDS as u64) as u16
+        (self.limits.hash_seed.hash_one(client_id) % SHARDS as u64) as u16
     }
 
     fn next_incarnation(&self) -> Incarnation {

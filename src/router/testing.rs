@@ -43,7 +43,7 @@ fn limits() -> SessionLimits {
         expiry_max: u32::MAX,
         publish_account: Arc::default(),
         reserved_key: "tidegate",
-        hasher: Default::default(),
+        hash_seed: crate::hashing::HashSeed::fixed(),
     }
 }
 
@@ -72,7 +72,6 @@ pub(crate) fn config() -> RouterConfig {
         queues: 64 * 1024 * 1024,
         output: 64 * 1024 * 1024,
         write_stall: Duration::from_secs(60),
-        hash_seed: 1,
     }
 }
 

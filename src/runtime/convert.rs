@@ -5,7 +5,6 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use foldhash::fast::FixedState;
 
 use crate::auth::{Acl, Authenticator};
 use crate::budget::Account;
@@ -13,6 +12,7 @@ use crate::client::{Clients, Rate, machine};
 use crate::clock::Clock;
 use crate::config::{self, Config, Server};
 use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
+use crate::hashing::HashSeed;
 use crate::router::{Router, RouterConfig};
 use crate::session::SessionLimits;
 use crate::store::Store;
@@ -162,7 +162,8 @@ fn session_limits(config: &Config) -> SessionLimits {
         expiry_max: seconds(config.session.expiry_max),
         publish_account: Arc::new(Account::new()),
         reserved_key: RESERVED_KEY,
-        hasher: FixedState::with_seed(getrandom::u64().unwrap_or_default()),
+        // Without randomness the seed can be guessed; nothing else changes.
+        hash_seed: HashSeed::from_random([0; 2].map(|_: u64| getrandom::u64().unwrap_or_default())),
     }
 }
 
@@ -191,7 +192,5 @@ fn router_config(config: &Config, clock: Clock) -> RouterConfig {
         queues: config.memory.queues,
         output: config.memory.max / 8,
         write_stall: config.limits.write_stall,
-        // Without randomness the seed can be guessed; nothing else changes.
-        hash_seed: getrandom::u64().unwrap_or_default(),
     }
 }

@@ -2,11 +2,9 @@
 //!
 //! Streams keep no order with each other, so an alias is valid only on the stream that defined it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use foldhash::fast::RandomState;
-
+use crate::hashing::LookUp;
 use crate::mqtt::Alias;
 use crate::streams::StreamId;
 
@@ -30,7 +28,7 @@ pub(super) struct Aliases {
 #[derive(Debug, Default)]
 struct Outbound {
     /// The alias of each topic, and the stream that defined it.
-    table: HashMap<Box<str>, (u16, StreamId), RandomState>,
+    table: LookUp<Box<str>, (u16, StreamId)>,
     given: u16,
 }
 

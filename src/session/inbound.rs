@@ -1,9 +1,6 @@
 //! The receiving half of a session: publishes that wait for the broker, and QoS 2 identifiers.
 
-use std::collections::HashMap;
-
-use foldhash::fast::FixedState;
-
+use crate::hashing::{HashSeed, SeededMap};
 use crate::mqtt::{QoS, ReasonCode};
 use crate::streams::StreamId;
 
@@ -124,7 +121,7 @@ pub struct Answer {
 pub struct Inbound {
     /// Keyed from the configured seed, because the order decides which of several publishes with one
     /// packet identifier a PUBREL means.
-    entries: HashMap<Key, Entry, FixedState>,
+    entries: SeededMap<Key, Entry>,
     /// Publishes whose stream has closed. A retransmission may arrive on any stream; it is matched by
     /// DUP, packet identifier and content.
     detached: Vec<Entry>,
@@ -146,9 +143,9 @@ pub struct Inbound {
 
 impl Inbound {
     /// The receiving half of a new session.
-    pub fn new(hasher: FixedState) -> Self {
+    pub fn new(hasher: HashSeed) -> Self {
         Self {
-            entries: HashMap::with_hasher(hasher),
+            entries: SeededMap::with_hasher(hasher),
             detached: Vec::new(),
             unclaimed: Vec::new(),
             sequence: 0,
@@ -521,14 +518,14 @@ impl Inbound {
 
     fn shrink(&mut self) {
         if self.entries.is_empty() && self.entries.capacity() > 16 {
-            self.entries = HashMap::with_hasher(self.entries.hasher().clone());
+            self.entries = SeededMap::with_hasher(*self.entries.hasher());
         }
     }
 }
 
 /// QoS 2 publishes with this identifier that are received and not surely released.
 fn of_identifier<'a>(
-    entries: &'a mut HashMap<Key, Entry, FixedState>,
+    entries: &'a mut SeededMap<Key, Entry>,
     detached: &'a mut [Entry],
     packet_id: u16,
 ) -> impl Iterator<Item = &'a mut Entry> {

@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
-use foldhash::fast::FixedState;
-
 use crate::budget::{Account, QueueFull};
+use crate::hashing::HashSeed;
 use crate::mqtt::QoS;
 
 /// Why a message was not kept for a client.
@@ -65,9 +64,8 @@ pub struct SessionLimits {
     /// Our own user property, which is stripped from clients' publishes: a client must not set an
     /// origin mark.
     pub reserved_key: &'static str,
-    /// Hashes contents, to recognise copies of publishes, and packet identifiers. Its seed is random in
-    /// each process, and the same in each run of a simulation.
-    pub hasher: FixedState,
+    /// Hashes contents and packet identifiers, and spreads sessions over shards and filters over links.
+    pub hash_seed: HashSeed,
 }
 
 impl SessionLimits {

@@ -152,11 +152,11 @@ impl Session {
             stream,
             dup: publish.dup,
             qos: publish.qos,
-            digest: limits.hasher.hash_one((topic, publish.payload)),
+            digest: limits.hash_seed.hash_one((topic, publish.payload)),
         };
         let inbound = self
             .inbound
-            .get_or_insert_with(|| Box::new(Inbound::new(limits.hasher.clone())));
+            .get_or_insert_with(|| Box::new(Inbound::new(limits.hash_seed)));
         match inbound.arrive(&incoming, open_max) {
             Arrival::New(token) => return Ok(Some(token)),
             Arrival::Joined => {}

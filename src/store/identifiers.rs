@@ -1,13 +1,12 @@
 //! The numbers of filters. A number rests after its release before another filter gets it, since
 //! messages with it may still be on their way.
 
+use crate::hashing::LookUp;
 use crate::time::Millis;
 use crate::topics::FilterId;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::sync::Arc;
-
-use foldhash::fast::RandomState;
 
 /// The numbers of filters. Times are of the process's clock, which begins anew with each process; an implementation that outlives the process must keep the remaining time of a rest.
 pub trait Identifiers: Debug + Send + Sync {
@@ -32,7 +31,7 @@ pub trait Identifiers: Debug + Send + Sync {
 /// Numbers that end with the process.
 #[derive(Debug, Default)]
 pub(super) struct InMemory {
-    by_name: HashMap<Arc<str>, FilterId, RandomState>,
+    by_name: LookUp<Arc<str>, FilterId>,
     /// The number after the largest that was given.
     next: u32,
     free: Vec<FilterId>,
@@ -43,7 +42,7 @@ pub(super) struct InMemory {
 impl Identifiers for InMemory {
     fn load(&self) -> Vec<Option<Arc<str>>> {
         let mut names = vec![None; self.next as usize];
-        for (name, number) in &self.by_name {
+        for (name, number) in self.by_name.sorted(|_, _| true) {
             names[number.index()] = Some(name.clone());
         }
         names

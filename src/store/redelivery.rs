@@ -1,12 +1,11 @@
 //! The last messages received on a data link, which the broker may consider unacknowledged and send
 //! again.
 
+use crate::hashing::LookUpHasher;
 use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::hash::BuildHasher;
 use std::ops::Range;
-
-use foldhash::fast::RandomState;
 
 /// One received message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +44,7 @@ pub(super) struct InMemory {
     received: VecDeque<Received>,
     /// The position of the front.
     first: u64,
-    hasher: RandomState,
+    hasher: LookUpHasher,
 }
 
 impl Ring for InMemory {

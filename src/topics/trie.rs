@@ -7,10 +7,9 @@
 //! whose whole prefix matches the topic, so filters that do not match add no
 //! cost.
 
-use std::collections::HashMap;
 use std::num::NonZeroU32;
 
-use foldhash::fast::RandomState;
+use crate::hashing::LookUp;
 use smallvec::SmallVec;
 
 /// The root of the filters whose first level does not begin with `$`.
@@ -32,7 +31,7 @@ pub struct FilterTrie<T> {
     nodes: Vec<Node<T>>,
     /// Head of the list of unused nodes, chained by `Node::next`.
     free: Option<NodeId>,
-    edges: HashMap<(NodeId, LevelId), NodeId, RandomState>,
+    edges: LookUp<(NodeId, LevelId), NodeId>,
     levels: Levels,
     len: usize,
 }
@@ -43,7 +42,7 @@ impl<T: Copy> FilterTrie<T> {
         FilterTrie {
             nodes: vec![Node::new(None, None), Node::new(None, None)],
             free: None,
-            edges: HashMap::default(),
+            edges: LookUp::default(),
             levels: Levels::default(),
             len: 0,
         }
@@ -362,7 +361,7 @@ impl<T: Copy> FilterTrie<T> {
             self.free = Some(node);
             node = parent;
         }
-        shrink(&mut self.edges);
+        self.edges.shrink(SHRINK_FLOOR);
         if self.len == 0 {
             *self = Self::new();
         }
@@ -447,7 +446,7 @@ struct Visit {
 /// Level strings, each stored once and counted by the nodes that bear it.
 #[derive(Debug, Clone, Default)]
 struct Levels {
-    by_name: HashMap<Box<str>, Level, RandomState>,
+    by_name: LookUp<Box<str>, Level>,
     unused: Vec<LevelId>,
     /// How many numbers were given.
     given: u32,
@@ -486,7 +485,7 @@ impl Levels {
         if level.refs == 0 {
             self.unused.push(level.id);
             self.by_name.remove(name);
-            shrink(&mut self.by_name);
+            self.by_name.shrink(SHRINK_FLOOR);
         }
     }
 }
@@ -509,12 +508,6 @@ fn split_multi(filter: &str) -> (Option<&str>, bool) {
             None => (Some(filter), false),
         },
         None => (Some(filter), false),
-    }
-}
-
-fn shrink<K: std::hash::Hash + Eq, V>(map: &mut HashMap<K, V, RandomState>) {
-    if map.capacity() > SHRINK_FLOOR && map.len() < map.capacity() / 8 {
-        map.shrink_to(map.len() * 2);
     }
 }
 

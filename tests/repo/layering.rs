@@ -13,10 +13,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("streams", &[]),
     ("time", &[]),
     ("clock", &["time"]),
-    ("topics", &[]),
+    ("hashing", &[]),
+    ("topics", &["hashing"]),
     ("telemetry", &["qos", "time"]),
     ("config", &["budget", "topics"]),
-    ("store", &["time", "topics"]),
+    ("store", &["hashing", "time", "topics"]),
     ("mqtt", &["budget", "qos", "time", "topics"]),
     ("flow", &[]),
     (
@@ -30,6 +31,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "router",
         &[
+            "hashing",
             "streams",
             "time",
             "topics",
@@ -41,7 +43,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("embedded", &["backoff", "time", "mqtt", "topics", "config"]),
+    (
+        "embedded",
+        &["backoff", "hashing", "time", "mqtt", "topics", "config"],
+    ),
     (
         "client",
         &[
@@ -64,6 +69,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "upstream",
         &[
+            "hashing",
             "time",
             "flow",
             "topics",
@@ -86,6 +92,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "runtime",
         &[
+            "hashing",
             "time",
             "topics",
             "client",
@@ -194,6 +201,64 @@ fn pure_modules_have_neither_clock_nor_runtime_nor_sockets_nor_randomness() {
         assert!(seen, "the list names {module}, which does not exist");
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Code that a simulation repeats from its seed.
+const REPEATED: &[&str] = &[
+    "src/flow",
+    "src/topics",
+    "src/mqtt",
+    "src/session",
+    "src/store",
+    "src/router",
+    "src/client/machine",
+    "src/client/connect/admit",
+    "src/client/end",
+    "src/upstream/link",
+    "src/embedded",
+    "src/sim",
+    "tests/sim",
+];
+
+/// `src/hashing.rs` has the hash maps whose order no decision can depend on.
+#[test]
+fn repeated_code_has_no_map_whose_order_differs_between_runs() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut wrong = Vec::new();
+    for module in REPEATED {
+        let file = root.join(module).with_extension("rs");
+        let folder = root.join(module);
+        let mut files = Vec::from_iter(file.is_file().then_some(file));
+        if folder.is_dir() {
+            files.extend(sources(&folder));
+        }
+        assert!(
+            !files.is_empty(),
+            "the list names {module}, which does not exist"
+        );
+        for file in files {
+            let text = fs::read_to_string(&file).expect("sources are text");
+            for line in text.lines().filter(|l| !l.trim_start().starts_with("//")) {
+                let words = line.split(|c: char| !c.is_alphanumeric() && c != '_');
+                let other = [
+                    "HashMap",
+                    "HashSet",
+                    "RandomState",
+                    "FixedState",
+                    "hash_map",
+                ];
+                if words.into_iter().any(|word| other.contains(&word)) {
+                    let inside = file.strip_prefix(root).expect("it was found below it");
+                    wrong.push(format!("{}: {}", inside.display(), line.trim()));
+                }
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "use crate::hashing or a BTreeMap:\n{}",
+        wrong.join("\n")
+    );
 }
 
 #[test]

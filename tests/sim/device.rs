@@ -1,9 +1,13 @@
 //! The model client: what a device does by the specification, with a state of its own. It shares
 //! the codec with the program under test, and nothing else.
 
+<<<<<<< HEAD
 mod receive;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+=======
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+>>>>>>> 6463a82 (Let no hash map's order reach a decision, and draw one hash seed)
 
 use tidegate::mqtt::{
     AckKind, Connect, QoS, ReasonCode, SubscribeOptions, Version, Will, encode_ack,
@@ -92,7 +96,7 @@ struct Io {
     output: Vec<u8>,
     acks: Vec<u8>,
     aliases_out: Vec<String>,
-    aliases_in: HashMap<u16, String>,
+    aliases_in: BTreeMap<u16, String>,
     /// It sends nothing more there.
     ended: bool,
 }

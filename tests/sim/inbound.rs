@@ -1,7 +1,7 @@
 //! The oracle's half for what clients publish: forwarded once, in order, never swallowed; wills
 //! once or not at all.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tidegate::mqtt::{Publish, QoS, ReasonCode};
@@ -55,11 +55,11 @@ struct Will {
 #[derive(Default)]
 struct Publisher {
     published: Vec<Logical>,
-    track: HashMap<u16, Track>,
+    track: BTreeMap<u16, Track>,
     session: u64,
     will: Option<usize>,
     /// The latest of its unique messages that went to the broker, for each stream.
-    last: HashMap<StreamId, u64>,
+    last: BTreeMap<StreamId, u64>,
 }
 
 #[derive(Default)]
@@ -70,8 +70,8 @@ struct Count {
 
 pub(crate) struct Inbound {
     publishers: Vec<Publisher>,
-    counts: HashMap<String, Count>,
-    by_key: HashMap<String, (usize, Millis)>,
+    counts: BTreeMap<String, Count>,
+    by_key: BTreeMap<String, (usize, Millis)>,
     wills: Vec<Will>,
     pub broker_was_away: bool,
     /// The budget of publishes is so small that wills are lost by it.
@@ -82,8 +82,8 @@ impl Inbound {
     pub(crate) fn new(devices: usize) -> Self {
         Self {
             publishers: (0..devices).map(|_| Publisher::default()).collect(),
-            counts: HashMap::new(),
-            by_key: HashMap::new(),
+            counts: BTreeMap::new(),
+            by_key: BTreeMap::new(),
             wills: Vec::new(),
             broker_was_away: false,
             tight: false,
@@ -329,7 +329,7 @@ impl Inbound {
 
     /// At rest: what was acknowledged is at the broker.
     pub(crate) fn settled(&self) -> Checked {
-        let mut acknowledged: HashMap<&str, usize> = HashMap::new();
+        let mut acknowledged: BTreeMap<&str, usize> = BTreeMap::new();
         for l in self.publishers.iter().flat_map(|p| &p.published) {
             if l.acknowledged && !l.refused {
                 *acknowledged.entry(&l.key).or_default() += 1;

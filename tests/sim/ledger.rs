@@ -1,6 +1,6 @@
 //! What one session is owed, and what was written for it.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 
 use tidegate::mqtt::{Publish, QoS, SubscribeOptions, Version};
 use tidegate::streams::StreamId;
@@ -44,7 +44,7 @@ struct Flight {
 #[derive(Clone, Debug)]
 pub(crate) struct Want {
     pub filter: String,
-    pub got: HashMap<String, usize>,
+    pub got: BTreeMap<String, usize>,
     /// Fetches of it that failed, and were made anew.
     pub failed: usize,
     /// Unsubscribed when this event was the latest: what waits may still come, nothing newer.
@@ -55,7 +55,7 @@ pub(crate) struct Want {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Window {
     pub receive_max: usize,
-    pub open: HashSet<u16>,
+    pub open: BTreeSet<u16>,
     /// Of those in flight at the start of the connection: the ones that were sent again.
     resent: BTreeSet<u16>,
     /// In order, with the streams whose order they keep.
@@ -100,7 +100,7 @@ pub(crate) struct Ledger {
     pub owed: Vec<Owed>,
     /// For QoS 0, and for QoS 1 and 2, on each stream: the next entry that may be written. Streams
     /// keep no order with each other.
-    next: HashMap<(usize, StreamId), usize>,
+    next: BTreeMap<(usize, StreamId), usize>,
     inflight: Vec<Flight>,
     pub wants: Vec<Want>,
     pub subs: Vec<Sub>,
@@ -109,6 +109,7 @@ pub(crate) struct Ledger {
     /// Retained messages that might have been live ones or replays.
     pub ambiguous: usize,
     mistaken: usize,
+<<<<<<< HEAD
     /// The retained values delivered live, by topic and whether they are above QoS 0: QoS 0 passes
     /// messages that wait for the window.
     live: HashMap<(String, bool), Vec<Live>>,
@@ -135,6 +136,11 @@ impl Live {
             || self.stream == stream
             || numbered && p.packet_id.wrapping_sub(self.packet_id) < 0x8000
     }
+=======
+    /// The newest retained value delivered live, for each topic, of QoS 0 and of the others: QoS 0
+    /// passes what waits for the window.
+    events: BTreeMap<(String, bool), u64>,
+>>>>>>> 6463a82 (Let no hash map's order reach a decision, and draw one hash seed)
 }
 
 impl Owed {
@@ -171,7 +177,7 @@ impl Ledger {
         self.connections += 1;
         Window {
             receive_max,
-            open: HashSet::new(),
+            open: BTreeSet::new(),
             resent: BTreeSet::new(),
             evicts: false,
             again: BTreeSet::new(),

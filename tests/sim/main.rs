@@ -5,10 +5,9 @@
 //! `TIDEGATE_SEEDS=100000` runs more, `SEED=n` one with a trace.
 
 #![allow(
-    clippy::disallowed_methods,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "models look things up in hash maps, and traces are printed"
+    reason = "traces are printed"
 )]
 
 mod actions;

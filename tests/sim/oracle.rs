@@ -1,7 +1,7 @@
 //! What must be true of the router, seen only from its edges: packets in, packets out, what it
 //! hands to the broker and takes from it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tidegate::mqtt::{QoS, Version};
@@ -43,14 +43,14 @@ pub(crate) struct Client {
     pub ledger: Ledger,
     pub window: Window,
     /// Topics by stream and alias.
-    pub aliases: HashMap<(StreamId, u16), String>,
+    pub aliases: BTreeMap<(StreamId, u16), String>,
     /// By packet identifier: the stream, whether it is a SUBSCRIBE, and the filters.
-    pub requests: HashMap<u16, (StreamId, bool, Vec<String>)>,
-    pub aliases_in: HashMap<(StreamId, u16), String>,
+    pub requests: BTreeMap<u16, (StreamId, bool, Vec<String>)>,
+    pub aliases_in: BTreeMap<(StreamId, u16), String>,
     /// Data streams on which filters were asked for.
     pub bound: BTreeSet<(StreamId, String)>,
     pub expected_present: bool,
-    pub seen: HashMap<String, usize>,
+    pub seen: BTreeMap<String, usize>,
     pub sessions: u64,
 }
 
@@ -79,12 +79,12 @@ impl Oracle {
             ends_at: None,
             ledger: Ledger::default(),
             window: Window::default(),
-            aliases: HashMap::new(),
-            requests: HashMap::new(),
-            aliases_in: HashMap::new(),
+            aliases: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            aliases_in: BTreeMap::new(),
             bound: BTreeSet::new(),
             expected_present: false,
-            seen: HashMap::new(),
+            seen: BTreeMap::new(),
             sessions: 0,
         };
         Self {

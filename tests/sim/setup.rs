@@ -122,7 +122,7 @@ fn session_limits(small: bool, queue_full: QueueFull, rng: &mut Rng) -> SessionL
         expiry_max: 300,
         publish_account: Arc::new(Account::new()),
         reserved_key: "tidegate-sim",
-        hasher: Default::default(),
+        hash_seed: tidegate::hashing::HashSeed::fixed(),
     }
 }
 
@@ -153,7 +153,6 @@ fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
         queues: if evicts { 3000 } else { 1 << 30 },
         output: 1 << 30,
         write_stall: Duration::from_secs(60),
-        hash_seed: 1,
     }
 }
 

@@ -1,12 +1,11 @@
 //! Shared subscriptions (MQTT 5 §4.8.2): the broker sends each message once, to us; here one
 //! member of the group gets it.
 
-use std::collections::HashMap;
 use std::num::NonZeroU32;
 
-use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 
+use crate::hashing::LookUp;
 use crate::mqtt::{Message, QoS};
 use crate::session::{Delivered, Incarnation, Offer, Redelivery, SessionLimits};
 use crate::telemetry::{DropReason, metrics};
@@ -20,7 +19,7 @@ use crate::router::types::SessionRef;
 
 /// The groups of shared subscriptions, by their filter.
 #[derive(Debug, Default)]
-pub(in crate::router) struct SharedGroups(Mutex<HashMap<FilterId, Group, RandomState>>);
+pub(in crate::router) struct SharedGroups(Mutex<LookUp<FilterId, Group>>);
 
 /// Connected members that are looked at for one that is free, and others for one that keeps the
 /// message: what a message costs does not grow with its group.
@@ -32,7 +31,7 @@ struct Group {
     members: Vec<Member>,
     /// The number of connected members.
     here: usize,
-    places: HashMap<SessionRef, usize, RandomState>,
+    places: LookUp<SessionRef, usize>,
     /// The turn among the connected members.
     next: usize,
     /// The turn among the others.
@@ -451,7 +450,7 @@ mod tests {
                 slots.sort_unstable();
                 prop_assert_eq!((&first, &slots), (&here, &all));
                 prop_assert_eq!(group.places.len(), all.len());
-                for (session, at) in &group.places {
+                for (session, at) in group.places.all() {
                     prop_assert_eq!(group.members[*at].session, *session);
                 }
             }
@@ -512,7 +511,15 @@ mod tests {
             number = group;
         }
         member(&router, "a");
-        let here = || router.groups.0.lock()[&number].here;
+        let here = || {
+            router
+                .groups
+                .0
+                .lock()
+                .get(&number)
+                .expect("it is a group")
+                .here
+        };
         share(&router, number);
         share(&router, number);
         assert_eq!((has(&router, "a"), here()), (2, 1));

@@ -1,12 +1,12 @@
 //! The copies of messages that two links bring while a filter moves from one to the other (`moves`).
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 
+use crate::hashing::{LookUp, LookUpHasher};
 use crate::router::types::Arrived;
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -34,7 +34,7 @@ pub(in crate::router) struct Moves {
     pub(super) copies: AtomicUsize,
     /// Bytes of those that are kept back.
     pub(super) bytes: AtomicUsize,
-    hasher: RandomState,
+    hasher: LookUpHasher,
 }
 
 /// One filter that moves.
@@ -73,7 +73,7 @@ pub(super) enum Step {
 #[derive(Debug, Default)]
 pub(super) struct Copies {
     /// Those that the outer link brought, by content.
-    given: HashMap<u64, u32, RandomState>,
+    given: LookUp<u64, u32>,
     /// Those that the own link brought, with the hashes of their contents.
     pub(super) kept: VecDeque<(u64, Arrived)>,
 }

@@ -1,10 +1,9 @@
 //! Filters that nobody uses and that the broker still has: how many, since when, and on whose account.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
-use foldhash::fast::RandomState;
-
+use crate::hashing::LookUp;
 use crate::router::types::SessionRef;
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -20,7 +19,7 @@ pub(in crate::router) struct Lingering {
     /// Bytes of all their names.
     bytes: usize,
     /// Lingering filters charged to the client that unsubscribed from them.
-    accounts: HashMap<SessionRef, LingerAccount, RandomState>,
+    accounts: LookUp<SessionRef, LingerAccount>,
 }
 
 #[derive(Debug)]

@@ -3,10 +3,9 @@
 //! One client's publishes leave in order; a flooding neighbour takes no more than its share of
 //! the link's window.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
-use foldhash::fast::RandomState;
-
+use crate::hashing::LookUp;
 use crate::mqtt::Message;
 use crate::session::{Incarnation, Token};
 use crate::time::Millis;
@@ -53,7 +52,7 @@ impl Outgoing {
 #[derive(Debug, Default)]
 pub struct PublishQueues {
     /// By publisher; none is empty.
-    queues: HashMap<SessionRef, PublishQueue, RandomState>,
+    queues: LookUp<SessionRef, PublishQueue>,
     active: VecDeque<SessionRef>,
     messages: usize,
     /// The round that began last.

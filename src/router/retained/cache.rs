@@ -1,15 +1,15 @@
 //! The cached retained messages of each filter, and the progress of each fetch.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foldhash::fast::RandomState;
 use lru::LruCache;
 use smallvec::SmallVec;
 
 use crate::budget::Account;
+use crate::hashing::{LookUp, LookUpHasher, LookUpSet};
 use crate::mqtt::Message;
 use crate::router::retained::missed::Missed;
 use crate::router::types::{Arrived, PendingGrant, RetainedRequest, SessionRef};
@@ -50,10 +50,10 @@ pub(super) struct Cached {
     /// The last message of each topic; ordered, so that clients get them in the same order each time.
     pub(super) topics: BTreeMap<Box<str>, Message>,
     /// Topics (hashed) with a live RETAIN=1 message since the fetch began: the fetched one is older.
-    pub(super) live: HashSet<u64, RandomState>,
+    pub(super) live: LookUpSet<u64>,
     /// Topics (hashed) for which a newer live message arrived through another filter but not yet through
     /// this one. Prevents a client with both filters from receiving the older value.
-    pub(super) ahead: HashMap<u64, Ahead, RandomState>,
+    pub(super) ahead: LookUp<u64, Ahead>,
     pub(super) requests: Requests,
     /// Fetched messages that wait for the data link: a live message of the same topic may be on its
     /// way.
@@ -103,8 +103,8 @@ impl Cached {
             state: State::Queued,
             name: None,
             topics: BTreeMap::new(),
-            live: HashSet::default(),
-            ahead: HashMap::default(),
+            live: LookUpSet::default(),
+            ahead: LookUp::default(),
             requests,
             buffered: Vec::new(),
             handing: 0,
@@ -142,7 +142,7 @@ impl Cached {
 /// The cache and the queue of fetches.
 #[derive(Debug)]
 pub(super) struct Cache {
-    pub(super) filters: HashMap<FilterId, Box<Cached>, RandomState>,
+    pub(super) filters: LookUp<FilterId, Box<Cached>>,
     /// Filters with buffered messages.
     pub(super) buffering: BTreeSet<FilterId>,
     /// Buffered messages of all filters.
@@ -153,12 +153,12 @@ pub(super) struct Cache {
     /// Topics on which other filters are ahead of the known ones.
     pub(super) ahead: usize,
     /// Hashes topics and payloads.
-    pub(super) hasher: RandomState,
+    pub(super) hasher: LookUpHasher,
     /// Replies that wait, by filter, each until its deadline.
-    pub(super) replies: HashMap<FilterId, Vec<(Millis, PendingGrant)>, RandomState>,
+    pub(super) replies: LookUp<FilterId, Vec<(Millis, PendingGrant)>>,
     /// The deadlines of the replies, in order.
     pub(super) reply_by: VecDeque<(Millis, FilterId)>,
-    pub(super) complete: LruCache<FilterId, (), RandomState>,
+    pub(super) complete: LruCache<FilterId, (), LookUpHasher>,
     /// Fetches that clients wait for.
     pub(super) queue: VecDeque<FilterId>,
     /// Fetches that nobody waits for, behind the others.
@@ -174,16 +174,16 @@ pub(super) struct Cache {
 impl Cache {
     pub(super) fn new(bytes_max: usize) -> Self {
         Self {
-            filters: HashMap::default(),
+            filters: LookUp::default(),
             buffering: BTreeSet::new(),
             buffered: 0,
             buffered_bytes: 0,
             known: FilterTrie::new(),
             ahead: 0,
-            hasher: RandomState::default(),
-            replies: HashMap::default(),
+            hasher: LookUpHasher::default(),
+            replies: LookUp::default(),
             reply_by: VecDeque::new(),
-            complete: LruCache::unbounded_with_hasher(RandomState::default()),
+            complete: LruCache::unbounded_with_hasher(LookUpHasher::default()),
             queue: VecDeque::new(),
             later: VecDeque::new(),
             missed: Missed::default(),
@@ -247,7 +247,7 @@ impl Cache {
 
     /// Whether some filter is to be fetched for all its subscribers.
     pub(super) fn resyncs(&self) -> bool {
-        self.filters.values().any(|c| c.resync)
+        self.filters.any(|_, c| c.resync)
     }
 
     /// The cached messages of a filter that have not expired.
@@ -367,7 +367,7 @@ impl Cache {
             } else {
                 // There is no room to note it: the cache is emptied, and fetched again when asked for.
                 self.ahead -= cached.ahead.len();
-                cached.ahead = HashMap::default();
+                cached.ahead = LookUp::default();
                 cached.stale = true;
                 if cached.state == State::Complete {
                     self.drop_filter(number);
@@ -522,9 +522,9 @@ mod tests {
                 assert!(cache.bytes <= 1000, "{}", cache.bytes);
             }
         }
-        let kept = cache.filters.values().filter(|c| !c.overflow).count();
+        let kept = cache.filters.all().filter(|(_, c)| !c.overflow).count();
         assert!((1..10).contains(&kept), "{kept}");
-        let bytes: usize = cache.filters.values().map(|c| c.bytes).sum();
+        let bytes: usize = cache.filters.all().map(|(_, c)| c.bytes).sum();
         assert_eq!(bytes, cache.bytes);
     }
 

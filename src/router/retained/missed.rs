@@ -1,10 +1,8 @@
 //! The values that the subscribers of lost filters know.
 
-use std::collections::HashMap;
 use std::hash::BuildHasher;
 
-use foldhash::fast::RandomState;
-
+use crate::hashing::{LookUp, LookUpHasher};
 use crate::mqtt::Message;
 use crate::topics::FilterId;
 
@@ -14,17 +12,17 @@ const KNOWN_MAX: usize = 200_000;
 /// The values that the subscribers of a lost filter know, until the filter is fetched again.
 #[derive(Debug, Default)]
 pub(super) struct Missed {
-    filters: HashMap<FilterId, Known, RandomState>,
+    filters: LookUp<FilterId, Known>,
     /// Topics of all of them.
     topics: usize,
     /// How often links had been lost at the last look, if no filter was lost then.
     pub settled: Option<u64>,
     /// Hashes topics and payloads.
-    hasher: RandomState,
+    hasher: LookUpHasher,
 }
 
 /// The hash of each topic's last payload, by the hash of the topic.
-type Known = HashMap<u64, u64, RandomState>;
+type Known = LookUp<u64, u64>;
 
 impl Missed {
     /// The link of a filter is away; its cache had these messages.

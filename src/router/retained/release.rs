@@ -1,10 +1,10 @@
 //! Fetched messages go to the clients that asked for them, once no older message can follow.
 
-use std::collections::HashSet;
 use std::time::Duration;
 
 use parking_lot::MutexGuard;
 
+use crate::hashing::LookUpSet;
 use crate::mqtt::Message;
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -205,7 +205,7 @@ fn end(
     let Some(cached) = cache.filters.get_mut(&filter) else {
         return false;
     };
-    cached.live = HashSet::default();
+    cached.live = LookUpSet::default();
     cached.answered = true;
     cached.ending = None;
     if complete {

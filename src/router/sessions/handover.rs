@@ -9,12 +9,11 @@
 //! copies of the unsubscribed filter are delivered, as before; then whichever copy comes first; then
 //! the copies of the other filters. Copies are recognised by their content, and counted.
 
-use std::collections::{BTreeMap, HashMap};
-use std::hash::BuildHasher;
+use std::collections::BTreeMap;
 
-use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
+use crate::hashing::LookUp;
 use crate::mqtt::Message;
 use crate::router::types::BarrierNumbers;
 use crate::session::Unsubscribed;
@@ -63,7 +62,7 @@ struct Copies {
 struct OfSession {
     handovers: Vec<Handover>,
     /// By the hash of the message.
-    copies: HashMap<u64, Copies, RandomState>,
+    copies: LookUp<u64, Copies>,
 }
 
 /// The handovers of one shard.
@@ -72,7 +71,7 @@ pub(in crate::router) struct Handovers {
     /// By slot.
     sessions: BTreeMap<u32, OfSession>,
     /// The slots with a handover from a filter.
-    slots: HashMap<FilterId, SmallVec<[u32; 2]>, RandomState>,
+    slots: LookUp<FilterId, SmallVec<[u32; 2]>>,
     /// The weight of all handovers.
     weight: usize,
     /// Messages whose copies are counted.
@@ -272,15 +271,14 @@ impl Handovers {
         }
         if self.copies >= COPIES_MAX {
             self.copies -= session.copies.len();
-            session.copies = HashMap::default();
+            session.copies = LookUp::default();
             if self.copies >= COPIES_MAX {
                 // The counts of others fill the table: as without counting, one may come twice.
                 return Some(counts && !blocked);
             }
         }
         let known = session.copies.len();
-        let hasher = session.copies.hasher();
-        let digest = hasher.hash_one((message.topic(), message.payload()));
+        let digest = session.copies.digest((message.topic(), message.payload()));
         let copies = session.copies.entry(digest).or_default();
         let at = copies.by.iter().position(|(f, _)| *f == via);
         let at = at.unwrap_or_else(|| {

@@ -2,14 +2,14 @@
 //!
 //! A shard is only touched under its mutex, for a short time, never over an await.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foldhash::fast::RandomState;
 use lru::LruCache;
 use slab::Slab;
 
+use crate::hashing::{LookUp, LookUpHasher};
 use crate::session::{ENTRY_BYTES, Ended, Session, SessionKey};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -74,14 +74,14 @@ impl Slot {
 }
 
 /// Detached sessions by slot, each with the time when it was left.
-pub(super) type Detached = LruCache<u32, Millis, RandomState>;
+pub(super) type Detached = LruCache<u32, Millis, LookUpHasher>;
 
 #[derive(Debug)]
 pub(in crate::router) struct Shard {
     pub number: u16,
     pub slots: Slab<Box<Slot>>,
-    pub by_key: HashMap<SessionKey, u32, RandomState>,
-    pub members: HashMap<FilterId, Members, RandomState>,
+    pub by_key: LookUp<SessionKey, u32>,
+    pub members: LookUp<FilterId, Members>,
     /// Detached sessions, least recently connected last.
     pub detached: Detached,
     timers: BTreeSet<(Millis, u32)>,
@@ -102,9 +102,9 @@ impl Shard {
         Self {
             number,
             slots: Slab::new(),
-            by_key: HashMap::default(),
-            members: HashMap::default(),
-            detached: LruCache::unbounded_with_hasher(RandomState::default()),
+            by_key: LookUp::default(),
+            members: LookUp::default(),
+            detached: LruCache::unbounded_with_hasher(LookUpHasher::default()),
             timers: BTreeSet::new(),
             slot_version: 0,
             entry_bytes: 0,

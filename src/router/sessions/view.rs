@@ -72,15 +72,8 @@ impl Sessions {
             let shard = shard.lock();
             let live = |slot: &u32| !shard.slots[*slot as usize].session.is_closed();
             let later = |key: &SessionKey| after.is_none_or(|after| key.as_str() > after);
-            let mut some: Vec<SessionKey> = shard
-                .by_key
-                .iter()
-                .filter(|(key, slot)| later(key) && live(slot))
-                .map(|(key, _)| key.clone())
-                .collect();
-            some.sort_unstable();
-            some.truncate(limit);
-            keys.append(&mut some);
+            let some = shard.by_key.sorted(|key, slot| later(key) && live(slot));
+            keys.extend(some.into_iter().take(limit).map(|(key, _)| key.clone()));
         }
         keys.sort_unstable();
         keys.truncate(limit);
@@ -97,11 +90,9 @@ impl Sessions {
     pub(crate) fn keys_of(&self, client_id: &str) -> Vec<SessionKey> {
         let shard = self.shard(self.shard_of(client_id));
         let live = |slot: &u32| !shard.slots[*slot as usize].session.is_closed();
-        let all = shard.by_key.iter();
-        let own = all.filter(|(key, slot)| key.client_id() == client_id && live(slot));
-        let mut keys: Vec<SessionKey> = own.map(|(key, _)| key.clone()).collect();
-        keys.sort_unstable();
-        keys
+        let own = |key: &SessionKey, slot: &u32| key.client_id() == client_id && live(slot);
+        let own = shard.by_key.sorted(own);
+        own.into_iter().map(|(key, _)| key.clone()).collect()
     }
 
     /// The session of a key.

@@ -23,7 +23,7 @@ fn new(inbound: &mut Inbound, id: u16, qos: QoS, digest: u64) -> Token {
 
 #[test]
 fn a_copy_sent_again_joins_the_first_while_it_waits() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     let token = new(&mut inbound, 7, ONE, 1);
     inbound.connection_ended();
     assert_eq!(
@@ -37,7 +37,7 @@ fn a_copy_sent_again_joins_the_first_while_it_waits() {
 #[test]
 fn an_answer_from_before_the_copy_serves_only_the_copy() {
     for attached in [false, true] {
-        let mut inbound = Inbound::new(FixedState::default());
+        let mut inbound = Inbound::new(HashSeed::fixed());
         let token = new(&mut inbound, 7, ONE, 1);
         inbound.connection_ended();
         assert_eq!(inbound.answer(token, OK, attached), None);
@@ -51,7 +51,7 @@ fn an_answer_from_before_the_copy_serves_only_the_copy() {
 
 #[test]
 fn another_message_under_the_same_identifier_is_not_joined() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     let first = new(&mut inbound, 1, ONE, 1);
     inbound.connection_ended();
     let second = new(&mut inbound, 1, ONE, 2);
@@ -61,12 +61,12 @@ fn another_message_under_the_same_identifier_is_not_joined() {
 
 #[test]
 fn after_a_clean_start_only_an_equal_publish_with_dup_joins() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     let token = new(&mut inbound, 1, ONE, 1);
     inbound.restart();
     let other = inbound.arrive(&publish(1, true, ONE, 2), 10);
     assert!(matches!(other, Arrival::New(_)));
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     let again = new(&mut inbound, 1, ONE, 1);
     assert_eq!(token, again);
     inbound.restart();
@@ -75,7 +75,7 @@ fn after_a_clean_start_only_an_equal_publish_with_dup_joins() {
         Arrival::Joined
     );
     assert!(inbound.answer(again, OK, true).is_some());
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     new(&mut inbound, 1, ONE, 1);
     inbound.restart();
     let fresh = inbound.arrive(&publish(1, false, ONE, 1), 10);
@@ -87,7 +87,7 @@ fn after_a_clean_start_only_an_equal_publish_with_dup_joins() {
 
 #[test]
 fn publishes_of_an_earlier_session_are_forgotten_once_the_next_one_progresses() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     let old = new(&mut inbound, 1, ONE, 1);
     inbound.restart();
     inbound.answer(old, OK, true);
@@ -100,7 +100,7 @@ fn publishes_of_an_earlier_session_are_forgotten_once_the_next_one_progresses() 
 
 #[test]
 fn a_publish_past_the_limit_is_refused_and_not_kept() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     for id in 1..=10 {
         new(&mut inbound, id, ONE, 0);
     }
@@ -114,7 +114,7 @@ fn a_publish_past_the_limit_is_refused_and_not_kept() {
 
 #[test]
 fn answers_while_away_do_not_count_against_the_client() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     let tokens: Vec<Token> = (1..=10).map(|id| new(&mut inbound, id, ONE, 0)).collect();
     inbound.connection_ended();
     for token in tokens {
@@ -126,7 +126,7 @@ fn answers_while_away_do_not_count_against_the_client() {
 
 #[test]
 fn qos_2_is_received_once_until_released() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     let token = new(&mut inbound, 3, TWO, 1);
     assert!(inbound.answer(token, OK, true).is_some());
     assert_eq!(
@@ -139,7 +139,7 @@ fn qos_2_is_received_once_until_released() {
 
 #[test]
 fn a_new_message_on_a_data_stream_may_overtake_the_copies_of_an_earlier_session() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     let old = new(&mut inbound, 1, TWO, 1);
     inbound.restart();
     inbound.arrive(&on(StreamId::new(2), 2, false, 2), 10);
@@ -171,7 +171,7 @@ fn received(inbound: &mut Inbound, stream: StreamId, packet_id: u16, digest: u64
 
 #[test]
 fn streams_use_one_identifier_for_different_messages() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     received(&mut inbound, StreamId::new(1), 1, 11);
     received(&mut inbound, StreamId::new(2), 1, 22);
     assert_eq!(inbound.open(), 2);
@@ -186,7 +186,7 @@ fn streams_use_one_identifier_for_different_messages() {
 
 #[test]
 fn a_release_may_come_on_any_stream() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     received(&mut inbound, StreamId::new(3), 7, 1);
     assert!(inbound.release(StreamId::CONTROL, 7));
     assert!(!inbound.release(StreamId::new(3), 7));
@@ -198,7 +198,7 @@ fn a_release_may_come_on_any_stream() {
 
 #[test]
 fn an_ended_stream_s_identifiers_are_free_for_the_next_stream_of_its_number() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     received(&mut inbound, StreamId::new(1), 1, 11);
     inbound.stream_ended(StreamId::new(1));
     received(&mut inbound, StreamId::new(1), 1, 22);
@@ -210,7 +210,7 @@ fn an_ended_stream_s_identifiers_are_free_for_the_next_stream_of_its_number() {
 #[test]
 fn after_a_resume_copies_are_recognised_on_any_stream() {
     for (first, then) in [(1, 0), (1, 2), (0, 1), (0, 0), (1, 1)] {
-        let mut inbound = Inbound::new(FixedState::default());
+        let mut inbound = Inbound::new(HashSeed::fixed());
         // The broker has the first and answered the second while the client was away; the client
         // may have PUBREC for the third.
         let mut tokens = Vec::new();
@@ -241,7 +241,7 @@ fn after_a_resume_copies_are_recognised_on_any_stream() {
 
 #[test]
 fn after_a_resume_a_new_message_on_one_stream_forgets_no_copy_of_another() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     let Arrival::New(token) = inbound.arrive(&on(StreamId::new(1), 1, false, 11), 10) else {
         panic!("new");
     };
@@ -255,7 +255,7 @@ fn after_a_resume_a_new_message_on_one_stream_forgets_no_copy_of_another() {
 #[test]
 fn an_ambiguous_release_forgets_no_publish_that_may_be_sent_again() {
     for order in [[11, 22], [22, 11]] {
-        let mut inbound = Inbound::new(FixedState::default());
+        let mut inbound = Inbound::new(HashSeed::fixed());
         received(&mut inbound, StreamId::new(1), 1, order[0]);
         received(&mut inbound, StreamId::new(2), 1, order[1]);
         inbound.connection_ended();
@@ -270,7 +270,7 @@ fn an_ambiguous_release_forgets_no_publish_that_may_be_sent_again() {
 
 #[test]
 fn a_new_message_says_which_of_two_was_released() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     received(&mut inbound, StreamId::new(1), 1, 11);
     received(&mut inbound, StreamId::new(2), 1, 22);
     assert!(inbound.release(StreamId::CONTROL, 1));
@@ -285,7 +285,7 @@ fn a_new_message_says_which_of_two_was_released() {
 fn a_new_message_that_looks_like_the_one_before_is_forwarded() {
     // The PUBREL may have marked either.
     for stream in [1, 2].repeat(16) {
-        let mut inbound = Inbound::new(FixedState::default());
+        let mut inbound = Inbound::new(HashSeed::fixed());
         received(&mut inbound, StreamId::new(1), 1, 11);
         received(&mut inbound, StreamId::new(2), 1, 11);
         assert!(inbound.release(StreamId::CONTROL, 1));
@@ -301,7 +301,7 @@ fn a_new_message_that_looks_like_the_one_before_is_forwarded() {
 #[test]
 fn without_a_release_an_equal_publish_is_a_copy_with_or_without_dup() {
     for stream in [0, 1] {
-        let mut inbound = Inbound::new(FixedState::default());
+        let mut inbound = Inbound::new(HashSeed::fixed());
         received(&mut inbound, StreamId::new(stream), 1, 11);
         for dup in [false, true] {
             let again = inbound.arrive(&on(StreamId::new(stream), 1, dup, 11), 10);
@@ -312,7 +312,7 @@ fn without_a_release_an_equal_publish_is_a_copy_with_or_without_dup() {
 
 #[test]
 fn publishes_of_ended_streams_are_bounded_and_not_counted_against_the_client() {
-    let mut inbound = Inbound::new(FixedState::default());
+    let mut inbound = Inbound::new(HashSeed::fixed());
     for n in 0..2 * DETACHED_MAX as u64 {
         received(&mut inbound, StreamId::new(1), 1, n);
         inbound.stream_ended(StreamId::new(1));

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
-use foldhash::fast::FixedState;
+use crate::hashing::HashSeed;
 
 use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
 use crate::session::{ConnectionSpec, Incarnation, QueueFull};
@@ -47,7 +47,7 @@ fn limits(subscriptions_max: usize) -> SessionLimits {
         expiry_max: 0,
         publish_account: Arc::default(),
         reserved_key: "",
-        hasher: FixedState::default(),
+        hash_seed: HashSeed::fixed(),
     }
 }
 

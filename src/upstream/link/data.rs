@@ -3,13 +3,13 @@
 //! It never publishes, and reading never waits for a client: an arriving message is put into the
 //! sessions at once, and messages are acknowledged in the order of arrival.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
+use crate::hashing::{LookUp, LookUpSet};
 use crate::mqtt::{
     AckKind, Message, MessageSpec, Oversized, Packet, Property, Publish, QoS, ReasonCode,
     SubscribeOptions, Version, encode_ack, encode_subscribe, encode_unsubscribe,
@@ -55,10 +55,10 @@ pub(crate) struct DataLink {
     connected_before: bool,
     last_id: u16,
     /// SUBSCRIBE and UNSUBSCRIBE packets without an answer, by packet identifier.
-    requests: HashMap<u16, Request, RandomState>,
+    requests: LookUp<u16, Request>,
     /// Packet identifiers of QoS 2 messages that were received and not released. They are kept as
     /// long as the broker keeps the session.
-    received: HashSet<u16, RandomState>,
+    received: LookUpSet<u16>,
     redelivery: Redelivery,
     batch: Vec<Arrived>,
     /// When a PINGREQ last asked for the acknowledgements.
@@ -104,8 +104,8 @@ impl DataLink {
             keeps_retain: true,
             connected_before: false,
             last_id: 0,
-            requests: HashMap::default(),
-            received: HashSet::default(),
+            requests: LookUp::default(),
+            received: LookUpSet::default(),
             redelivery: Redelivery::new(store.ring(link)),
             batch: Vec::new(),
             confirmed_at: Millis::ZERO,

@@ -4,13 +4,12 @@
 //! so RETAIN is set on retained messages only. A fetch is over when a PINGREQ that was sent after
 //! the SUBACKs is answered and the link has been quiet for a moment; no broker promises more.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foldhash::fast::RandomState;
-
 use crate::budget::Account;
+use crate::hashing::LookUp;
 use crate::mqtt::{
     AckKind, Message, MessageSpec, Oversized, Packet, Publish, QoS, ReasonCode, SubscribeOptions,
     Version, encode_ack, encode_subscribe, encode_unsubscribe,
@@ -50,7 +49,7 @@ pub(crate) struct RetainedLink {
     fetches: Vec<Fetch>,
     next_fetch: u64,
     /// SUBSCRIBE packets without an answer: packet identifier to fetch.
-    requests: HashMap<u16, u64, RandomState>,
+    requests: LookUp<u16, u64>,
     /// Fetches whose SUBACKs have all arrived, and that want a PINGREQ.
     to_ping: Vec<u64>,
     /// PINGREQs without an answer: the fetches that each was sent for.
@@ -103,7 +102,7 @@ impl RetainedLink {
             last_id: 0,
             fetches: Vec::new(),
             next_fetch: 1,
-            requests: HashMap::default(),
+            requests: LookUp::default(),
             to_ping: Vec::new(),
             pings: VecDeque::new(),
             unsubscribes: Vec::new(),
