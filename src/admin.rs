@@ -303,7 +303,7 @@ async fn with_session(
 
 #[derive(Serialize)]
 struct Links {
-    /// What is known of the broker.
+    /// The profile of the broker.
     broker: Option<serde_json::Value>,
     links: Vec<LinkView>,
 }

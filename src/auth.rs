@@ -488,7 +488,7 @@ mod tests {
         let began = Instant::now();
         let answer = check("alice", at("192.0.2.2")).await;
         assert_eq!(answer.expect("right").name, "alice".into());
-        // Two thousand hashes take a minute; this one is behind those that run already.
+        // Two thousand hashes take a minute; this one waits behind the running ones.
         assert!(began.elapsed() < std::time::Duration::from_secs(5));
         // Checks that still wait end with their clients.
         drop(waiting);

@@ -55,7 +55,7 @@ pub use will::Will;
 /// - **Connections.** [`Session::attach`] begins a connection and takes over from the one that is
 ///   there. The driver writes CONNACK into [`Connection::control`], then calls [`Session::pump`].
 ///   [`Session::detach`] ends the connection. To begin the session anew, [`Session::restart`] is
-///   called before [`Session::attach`]. All but `attach` return an [`Ended`], which says what is left
+///   called before [`Session::attach`]. All but `attach` return an [`Ended`], which names the steps left
 ///   to do: wills, redeliveries, presence, and whether the session is over.
 /// - **Packets.** [`Session::packet`] takes one packet at a time, in the order of its stream, and
 ///   appends [`Effect`]s. The driver carries them out in order, without the lock of the shard, before
@@ -191,7 +191,7 @@ impl Session {
         &mut self.outbound
     }
 
-    /// The subscriptions: first those that the broker granted, in the order of the grants.
+    /// The subscriptions: first the granted ones, in the order of the grants.
     pub fn subscriptions(&self) -> &[Subscription] {
         &self.subscriptions
     }

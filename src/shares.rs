@@ -11,13 +11,13 @@ use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 /// One network may take this fraction of all permits from the second half.
 pub(crate) const SHARE_DIVISOR: usize = 8;
 
-/// A number of permits, of which no network can take all.
+/// A number of permits. No network can take all of them.
 #[derive(Debug)]
 pub(crate) struct Shares {
     max: usize,
     /// The first half of the permits, for any client.
     common: Arc<Semaphore>,
-    /// The second half, of which each network may take its share.
+    /// The second half; each network may take its share of it.
     rest: Arc<Semaphore>,
     /// The number of permits in one network's share.
     share: usize,

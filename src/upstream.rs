@@ -3,7 +3,7 @@
 //! Data links carry the filters and bring messages, publish links carry publishes to the broker,
 //! the retained link fetches retained messages, and shared links carry shared subscriptions. Each
 //! link is a machine without I/O (`link`), driven by one task that dials, reconnects and moves
-//! bytes (`task`). What is known of the broker is its [`profile`].
+//! bytes (`task`). The known properties of the broker are its [`profile`].
 
 mod broker;
 mod connect;

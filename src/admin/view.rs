@@ -20,7 +20,7 @@ pub(crate) trait AdminView: Send + Sync + 'static {
     fn end_session(&self, id: &str, mount: Option<&str>) -> Found<()>;
     /// The links to the broker.
     fn links(&self) -> Vec<LinkView>;
-    /// What is known of the broker; `None` before the first link came up.
+    /// The profile of the broker; `None` before the first link came up.
     fn broker(&self) -> Option<serde_json::Value>;
     /// Sets the gauges that are only worth setting when someone looks.
     fn before_scrape(&self);

@@ -13,8 +13,8 @@ pub(super) const OWN_PREFIX: &str = "tidegate";
 
 /// The rules, ready to be asked.
 ///
-/// Reserved topics are those that begin with `$` or with a prefix of Tidegate's own. Only a rule that
-/// names them by its own letters opens them.
+/// Reserved topics begin with `$` or with a prefix of Tidegate's own. Only a rule that names them by
+/// its own letters opens them.
 #[derive(Debug)]
 pub struct Acl {
     /// `None`: every topic but the reserved ones.
@@ -522,7 +522,7 @@ mod tests {
         }
         assert!(acl.may_publish(&client("bob", "c1"), "", "c1/x"));
         assert!(acl.may_publish(&client("bob", "c1"), "", "x/ac1b/y"));
-        // Nor does a client of that name get what is reserved.
+        // A client of that name does not get the reserved topics either.
         assert!(!acl.may_subscribe(&client("bob", "tidegate"), "", "tidegate/x"));
         // %c inside a user name is text.
         assert!(acl.may_publish(&client("%c", "z"), "", "u/%c/x"));

@@ -20,7 +20,7 @@ const PASSES_MAX: u32 = 16;
 /// The most lanes; they are computed one after the other.
 const LANES_MAX: u32 = 16;
 
-/// What is wrong with a password file, or with what is to be written to it.
+/// A fault of a password file, or of an entry that is to be written to it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -29,7 +29,7 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
     /// A line is wrong.
@@ -39,7 +39,7 @@ pub enum Error {
         path: PathBuf,
         /// The line, from 1.
         line: usize,
-        /// What is wrong, and what is allowed.
+        /// The mistake, and the allowed form.
         message: String,
     },
     /// A name that no user can have.

@@ -22,7 +22,7 @@ const WRONG_MAX: NonZeroUsize = NonZeroUsize::new(10_000).expect("not zero");
 /// What stands for a credential; worth nothing without the process's key.
 pub(super) type Digest = [u8; 32];
 
-/// What is known of a credential.
+/// The answer that is remembered for a credential.
 pub(super) enum Recalled {
     Right(Arc<str>),
     Wrong,

@@ -104,7 +104,7 @@ pub struct Machine {
     greeted: bool,
 }
 
-/// What is left of a connection that ended: the last output, and the session's fate.
+/// The remains of a connection that ended: the last output, and the session's fate.
 #[derive(Debug)]
 pub struct Remains {
     /// The last output of the control stream.

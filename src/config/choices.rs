@@ -325,7 +325,7 @@ choices!(CertificateIdentity {
 /// Whether access rules apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AclMode {
-    /// All topics are allowed, except those that begin with `$` and our own prefixes.
+    /// All topics are allowed, except topics that begin with `$` or with our own prefixes.
     Open,
     /// Only topics that a rule allows.
     Rules,

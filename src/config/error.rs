@@ -32,7 +32,7 @@ pub struct Problem {
     pub line: usize,
     /// The key with its tables, such as `listeners[0].bind`. `None`: the whole file is meant.
     pub key: Option<String>,
-    /// The mistake, and what is allowed.
+    /// The mistake, and the allowed values.
     pub message: String,
 }
 

@@ -64,7 +64,7 @@ impl Config {
 
     /// Resolves relative paths against the directory of the file.
     fn resolve_paths(&mut self, file: &Path) {
-        // A file that is named without a directory is in the working directory. An empty path is no
+        // A file that is named without a directory is in the working directory. An empty path is not a
         // directory, and would leave a relative path without a parent.
         let base = match file.parent() {
             Some(parent) if parent != Path::new("") => parent,

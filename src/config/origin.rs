@@ -19,8 +19,8 @@ fn normal(origin: &str) -> String {
     }
 }
 
-/// A listed origin in its normal form: `null`, or scheme, host and port, of which the host may begin
-/// with `*.` for one label.
+/// A listed origin in its normal form: `null`, or scheme, host and port; the host may begin with `*.`
+/// for one label.
 ///
 /// # Errors
 /// Why no browser sends such an origin.

@@ -1,4 +1,4 @@
-//! The files that we ship, and what is said of wrong ones.
+//! The files that we ship, and the messages about wrong ones.
 
 mod wrong;
 
@@ -83,7 +83,7 @@ fn the_documented_file_names_every_key() {
     }
 }
 
-/// What is commented out is legal too, but for the files that it names.
+/// Settings that are commented out are legal too, but for the files that they name.
 #[test]
 fn the_documented_file_is_right_in_its_comments() {
     let text = std::fs::read_to_string(shipped("tidegate.toml")).expect("file");

@@ -41,7 +41,7 @@ pub struct Config {
     pub store: Store,
     /// How clients are authenticated.
     pub auth: Auth,
-    /// The access rules, of which the first match decides; empty unless `auth.acl` is
+    /// The access rules. The first match decides. Empty unless `auth.acl` is
     /// [`AclMode::Rules`].
     pub acl: Vec<AclRule>,
     /// The HTTP side: metrics, health, read-only JSON.

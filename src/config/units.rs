@@ -65,7 +65,7 @@ pub(super) fn size32<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
 /// A value that is written as a string or a number.
 pub(super) trait Written {
     type Value;
-    /// What is allowed, for error messages.
+    /// The allowed values, for error messages.
     const WHAT: &'static str;
     fn text(text: &str) -> Result<Self::Value, String>;
     fn number(number: i64) -> Result<Self::Value, String> {

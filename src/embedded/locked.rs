@@ -83,7 +83,7 @@ async fn keep_timers(locked: Weak<LockedState>, timer: Arc<Notify>) {
     }
 }
 
-/// Runs what is due: ends of sessions, delayed wills, late retained messages.
+/// Runs the timers that are due: ends of sessions, delayed wills, late retained messages.
 async fn run_timers(locked: Weak<LockedState>, timer: Arc<Notify>) {
     loop {
         let Some(broker) = locked.upgrade() else {

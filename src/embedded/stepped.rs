@@ -36,7 +36,7 @@ impl SteppedBroker {
         }
     }
 
-    /// Sets the time, and does what is due.
+    /// Sets the time, and runs the timers that are due.
     pub(crate) fn at(&mut self, now: Millis) {
         self.state.now = now;
         self.state.fire_due();

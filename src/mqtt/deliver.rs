@@ -127,7 +127,7 @@ impl Delivery<'_> {
         }
     }
 
-    /// The Response Topic of which a part is hidden, with its place among the properties.
+    /// The Response Topic with a hidden part, and its place among the properties.
     #[inline]
     fn partly_hidden<'m>(&self, m: &'m Message, hidden: usize) -> Option<(usize, &'m [u8])> {
         if hidden == 0 {

@@ -203,7 +203,7 @@ impl Publishing {
         if unanswered >= self.budgets.v3_publishes {
             return true;
         }
-        // What other threads add in the same moment fits into what is kept free.
+        // The room that is kept free suffices for publishes of other threads in the same moment.
         let budget = self.budgets.bytes;
         let free = (budget / 64).min(1024 * 1024);
         if used > 0 && used + size as u64 + MESSAGE_OVERHEAD_BYTES > budget - free {
@@ -297,7 +297,7 @@ impl Publishing {
         }
         let mut growing = self.growing.lock();
         let used = usize::from(self.used.load(Ordering::Acquire));
-        // Only the link that was asked for last can be the one behind those that are used.
+        // Only the link that was asked for last can be the one behind the used links.
         if !*growing && link == used && link < self.links_wanted() {
             *growing = true;
             for older in &self.links[..used] {

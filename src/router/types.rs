@@ -84,7 +84,7 @@ pub(super) struct SubscribeRef {
 #[derive(Debug, Default)]
 pub(super) struct OverlappingFilters {
     pub all: Vec<FilterId>,
-    /// Those that are granted.
+    /// The granted filters among them.
     pub active: Vec<FilterId>,
 }
 

@@ -13,7 +13,7 @@ const HANDSHAKE_BYTES: u64 = 64 * KIB;
 /// Bytes that a QUIC client may have sent and we not read before its CONNECT.
 const UNAUTHENTICATED_BYTES: u64 = 32 * KIB;
 
-/// What was found in the files that a valid configuration names.
+/// Findings in the files that a valid configuration names.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Findings {
     /// A line for each certificate and revocation list, with its date.

@@ -534,7 +534,7 @@ fn of_identifier<'a>(
     detached.iter_mut().chain(entries.values_mut()).filter(mine)
 }
 
-/// Publishes of ended data streams that are remembered for one client, beside those that wait for
+/// Publishes of ended data streams that are remembered for one client, beside publishes that wait for
 /// the broker.
 const DETACHED_MAX: usize = 1000;
 /// Publishes of ended sessions that are remembered for one client.

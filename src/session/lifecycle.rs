@@ -164,7 +164,7 @@ impl Session {
         }
     }
 
-    /// Carries out what is due by [`Session::deadline`] on a session without a connection.
+    /// Carries out the steps that are due by [`Session::deadline`] on a session without a connection.
     pub fn expire(&mut self, now: Millis) -> Ended {
         let mut ended = Ended::default();
         if self.attached() {

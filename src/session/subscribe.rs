@@ -40,7 +40,7 @@ const COMPARED_MAX: usize = 8;
 /// The filters of a session's subscriptions.
 enum Known<'a> {
     List(&'a [Subscription]),
-    Set(HashSet<&'a str, RandomState>),
+    Set(LookUpSet<&'a str>),
 }
 
 impl<'a> Known<'a> {
@@ -74,12 +74,7 @@ struct Check<'a> {
     scope: Option<&'a Scope>,
     /// Too many SUBSCRIBEs wait already.
     too_many_pending: bool,
-<<<<<<< HEAD
     known: Known<'a>,
-=======
-    /// The filters of the session's subscriptions.
-    known: LookUpSet<&'a str>,
->>>>>>> 6463a82 (Let no hash map's order reach a decision, and draw one hash seed)
     /// The filters that this SUBSCRIBE adds to them.
     added: usize,
     /// The bytes of both.
@@ -202,28 +197,17 @@ impl Session {
         let free = |key: &u16| !pending.iter().any(|p| p.key == *key);
         let key = std::iter::once(packet_id).chain(0..).find(free);
         let key = key.unwrap_or(packet_id);
-<<<<<<< HEAD
         let filters = subscribe.filters().take(COMPARED_MAX + 1).count();
         let bytes = self.subscriptions.iter().map(|s| s.name.len()).sum();
-=======
-        let known = self.subscriptions.iter().map(|s| &*s.name);
-        let known: LookUpSet<&str> = known.collect();
->>>>>>> 6463a82 (Let no hash map's order reach a decision, and draw one hash seed)
         let mut check = Check {
             limits,
             policy,
             scope: connection.scope.as_deref(),
             too_many_pending: pending.len() >= PENDING_MAX,
             added: 0,
-<<<<<<< HEAD
             bytes,
             known: Known::new(&self.subscriptions, filters),
-            seen: HashMap::default(),
-=======
-            bytes: self.subscriptions.iter().map(|s| s.name.len()).sum(),
-            known,
             seen: LookUp::default(),
->>>>>>> 6463a82 (Let no hash map's order reach a decision, and draw one hash seed)
             codes: Vec::new(),
             requests: Vec::new(),
             repeated: Vec::new(),
@@ -332,18 +316,12 @@ impl Session {
         let mut codes = Vec::new();
         let mut places: Vec<usize> = Vec::new();
         let scope = self.phase.connection().and_then(|c| c.scope.clone());
-<<<<<<< HEAD
         let all = &self.subscriptions;
         let is_long = unsubscribe.filters().nth(COMPARED_MAX).is_some();
-        let mut known: Option<HashMap<&str, usize, RandomState>> = is_long.then(|| {
+        let mut known: Option<LookUp<&str, usize>> = is_long.then(|| {
             let places = all.iter().enumerate();
             places.map(|(at, s)| (&*s.name, at)).collect()
         });
-=======
-        let known = |s: &Subscription| (s.name.clone(), s.filter);
-        let known = self.subscriptions.iter().map(known);
-        let mut known: LookUp<Arc<str>, FilterId> = known.collect();
->>>>>>> 6463a82 (Let no hash map's order reach a decision, and draw one hash seed)
         for filter in unsubscribe.filters() {
             let whole = scope.as_ref().and_then(|s| s.filter(filter));
             let name = whole.as_deref().unwrap_or(filter);

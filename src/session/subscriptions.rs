@@ -92,7 +92,7 @@ impl Session {
         None
     }
 
-    /// The broker granted a subscription, which takes its place behind those that were granted
+    /// The broker granted a subscription, which takes its place behind the subscriptions granted
     /// before. False: it was granted already, or is unknown.
     pub fn activate_subscription(&mut self, filter: FilterId) -> bool {
         let all = &mut self.subscriptions;

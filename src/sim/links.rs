@@ -241,7 +241,7 @@ impl World {
         conn.to_broker.put(out, later);
     }
 
-    /// The connection of a link is lost, with what was on its way.
+    /// The connection of a link is lost, with the bytes on their way.
     pub(crate) fn lose(&mut self, n: usize) {
         // The network ended it, and not the broker, so no publish is to blame.
         self.lose_for(n, &LinkEnd::KeepAlive);

@@ -24,8 +24,8 @@ const SHRINK_FLOOR: usize = 1024;
 /// A set of Topic Filters (MQTT 5 §4.7), each with one value.
 ///
 /// Filters are expected to be valid and without a `$share/group/` prefix;
-/// their depth is bounded by the caller. An invalid filter never panics, it
-/// only matches no topic, or those that equal its literal levels.
+/// their depth is bounded by the caller. An invalid filter never panics. It
+/// matches no topic, or only topics that equal its literal levels.
 #[derive(Debug, Clone)]
 pub struct FilterTrie<T> {
     nodes: Vec<Node<T>>,
@@ -374,7 +374,7 @@ impl<T: Copy> Default for FilterTrie<T> {
     }
 }
 
-/// A node's place in the arena. `Option<NodeId>` takes four bytes, of which a node has many.
+/// A node's place in the arena. `Option<NodeId>` takes four bytes; a node has many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct NodeId(NonZeroU32);
 

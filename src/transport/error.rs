@@ -36,7 +36,7 @@ pub enum RefusalReason {
     Handshakes,
 }
 
-/// What is wrong with a client's certificate.
+/// The fault of a client's certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CertificateFault {
     /// A certificate is required, and the client gave none.
@@ -111,7 +111,7 @@ pub enum HandshakeError {
     /// The client's certificate is missing or was not accepted.
     #[error("client certificate: {why}")]
     ClientCertificate {
-        /// What is wrong with it.
+        /// Its fault.
         fault: CertificateFault,
         /// The library's error.
         why: LibraryError,

@@ -219,7 +219,7 @@ impl Stream {
         }
     }
 
-    /// What was sent and acknowledged. Only QUIC counts it.
+    /// The bytes that were sent and acknowledged. Only QUIC counts them.
     pub fn traffic(&self) -> Traffic {
         match &self.inner {
             Inner::Quic(quic) => quic.traffic(),

@@ -21,7 +21,7 @@ use crate::upstream::profile::cache::ProfileCache;
 /// Changes of the server that are logged in a minute: while all servers are away, the links go round.
 const FAILOVER_LINES_MAX: u32 = 3;
 
-/// What is needed to connect to the broker.
+/// The configuration of connections to the broker.
 pub(crate) struct BrokerAccess {
     /// `[upstream]`.
     pub config: config::Upstream,

@@ -245,7 +245,7 @@ pub(crate) struct BrokerProfile {
 }
 
 impl BrokerProfile {
-    /// A profile of which only CONNACK is known.
+    /// A profile made of CONNACK alone.
     pub(crate) fn unseen(capabilities: &Capabilities, source: Source) -> Self {
         Self {
             source,

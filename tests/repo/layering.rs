@@ -22,7 +22,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("flow", &[]),
     (
         "session",
-        &["streams", "time", "mqtt", "topics", "budget", "flow"],
+        &[
+            "hashing", "streams", "time", "mqtt", "topics", "budget", "flow",
+        ],
     ),
     ("transport", &["backoff", "config", "shares", "streams"]),
     ("auth", &["mqtt", "topics", "config", "telemetry", "shares"]),

@@ -169,7 +169,7 @@ impl World {
     pub(crate) fn abandon(&mut self, link: u64, late: Duration) {
         if let Some(l) = self.links.get_mut(&link) {
             l.eof_at = Some(self.now + late);
-            // A part of what is under way still arrives.
+            // A part of the bytes under way still arrives.
             let keep = self.rng.below(l.up.chunks.len() as u64 + 1) as usize;
             l.up.chunks.truncate(keep);
             if let Some((_, last)) = l.up.chunks.back_mut()

@@ -24,7 +24,7 @@ pub(crate) enum Copies {
     Unnamed,
 }
 
-/// What comes down the data link, in order.
+/// The packets on the data link to Tidegate, in order.
 pub(crate) enum Item {
     Suback(FilterId, ReasonCode),
     Unsuback(FilterId),
@@ -205,8 +205,8 @@ impl Broker {
         router.answered(&due, now);
     }
 
-    /// The connections of the publish links are lost, and PINGREQs with them. What was published
-    /// arrives all the same.
+    /// The connections of the publish links are lost, and PINGREQs with them. Messages that were published
+    /// arrive all the same.
     pub(crate) fn lose_pings(&mut self) {
         for way in &mut self.publishes {
             way.under_way
@@ -215,12 +215,12 @@ impl Broker {
         }
     }
 
-    /// The data link is lost, and with it what was under way, but for messages above QoS 0 of a
+    /// The data link is lost, and with it the packets under way, but for messages above QoS 0 of a
     /// session that is `kept`.
     pub(crate) fn lose_link(&mut self, kept: bool) {
         self.unlinked = true;
         self.requests.clear();
-        // What was asked for is in doubt, and may be asked for again.
+        // Unanswered requests are in doubt, and may be repeated.
         self.asked.clear();
         for (_, item) in &mut self.down {
             if let Item::Copies(copies) = item {

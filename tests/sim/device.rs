@@ -1,13 +1,9 @@
 //! The model client: what a device does by the specification, with a state of its own. It shares
 //! the codec with the program under test, and nothing else.
 
-<<<<<<< HEAD
 mod receive;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-=======
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
->>>>>>> 6463a82 (Let no hash map's order reach a decision, and draw one hash seed)
 
 use tidegate::mqtt::{
     AckKind, Connect, QoS, ReasonCode, SubscribeOptions, Version, Will, encode_ack,
@@ -55,7 +51,7 @@ pub(crate) struct Outgoing {
 struct InFlight {
     packet_id: u16,
     message: Outgoing,
-    /// PUBREC came: PUBREL is what is sent again.
+    /// PUBREC came: PUBREL is sent again.
     released: bool,
     stream: StreamId,
 }
@@ -115,7 +111,7 @@ pub(crate) struct Device {
     requests: BTreeMap<u16, StreamId>,
     last_id: u16,
     io: BTreeMap<StreamId, Io>,
-    /// Streams that it has reset and of which the server has not heard yet.
+    /// Streams that it has reset, which the server has not noticed yet.
     resetting: BTreeSet<StreamId>,
     /// The server's Receive Maximum and Topic Alias Maximum.
     quota: usize,
@@ -325,7 +321,7 @@ impl Device {
         }
     }
 
-    /// What is to be sent now, by stream.
+    /// The bytes to be sent now, by stream.
     pub(crate) fn take_output(&mut self, now: Millis, acks: bool) -> Vec<(StreamId, Vec<u8>)> {
         let mut all = Vec::new();
         for (stream, io) in &mut self.io {

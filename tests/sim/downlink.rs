@@ -159,7 +159,7 @@ impl World {
                 }
             },
         }
-        // What is found now may come much later.
+        // A retained message that is found now may come much later.
         let delay = Duration::from_millis(self.rng.below(1000));
         if let Some(fetch) = self.fetches.front_mut() {
             fetch.at = self.now + delay;

@@ -89,7 +89,7 @@ pub(crate) struct Edge {
     pub unread: StreamSet,
     /// Streams that the machine wants to be reset.
     pub resets: Vec<StreamReset>,
-    /// Streams of which the server has ended its direction too.
+    /// Streams whose direction to the client the server has ended too.
     pub finished: Vec<StreamId>,
     traffic: Traffic,
 }

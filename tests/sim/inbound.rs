@@ -327,7 +327,7 @@ impl Inbound {
         Ok(())
     }
 
-    /// At rest: what was acknowledged is at the broker.
+    /// At rest: acknowledged publishes are at the broker.
     pub(crate) fn settled(&self) -> Checked {
         let mut acknowledged: BTreeMap<&str, usize> = BTreeMap::new();
         for l in self.publishers.iter().flat_map(|p| &p.published) {

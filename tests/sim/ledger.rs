@@ -1,4 +1,4 @@
-//! What one session is owed, and what was written for it.
+//! The messages that one session is owed, and the messages written for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -62,7 +62,7 @@ pub(crate) struct Window {
     to_resend: Vec<(u16, StreamId)>,
     /// Sent again because their stream has ended, in any order with others.
     again: BTreeSet<u16>,
-    /// An eviction may take what is in flight.
+    /// An eviction may take the messages in flight.
     pub evicts: bool,
 }
 
@@ -104,15 +104,14 @@ pub(crate) struct Ledger {
     inflight: Vec<Flight>,
     pub wants: Vec<Want>,
     pub subs: Vec<Sub>,
-    /// Filters that it unsubscribed from: what is on its way by one may come for another.
+    /// Filters that it unsubscribed from: a message on its way by one may come for another.
     pub left: BTreeSet<String>,
     /// Retained messages that might have been live ones or replays.
     pub ambiguous: usize,
     mistaken: usize,
-<<<<<<< HEAD
     /// The retained values delivered live, by topic and whether they are above QoS 0: QoS 0 passes
     /// messages that wait for the window.
-    live: HashMap<(String, bool), Vec<Live>>,
+    live: BTreeMap<(String, bool), Vec<Live>>,
     /// Connections that have begun.
     connections: u64,
 }
@@ -136,11 +135,6 @@ impl Live {
             || self.stream == stream
             || numbered && p.packet_id.wrapping_sub(self.packet_id) < 0x8000
     }
-=======
-    /// The newest retained value delivered live, for each topic, of QoS 0 and of the others: QoS 0
-    /// passes what waits for the window.
-    events: BTreeMap<(String, bool), u64>,
->>>>>>> 6463a82 (Let no hash map's order reach a decision, and draw one hash seed)
 }
 
 impl Owed {
@@ -300,7 +294,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// A message that was published twice, of which the later one came first, at QoS 0.
+    /// A message that was published twice, and whose later copy came first, at QoS 0.
     fn twin(&mut self, version: Version, topic: &str, key: &str, p: &Publish<'_>) -> bool {
         let mut same = self.owed.iter().filter(|o| o.key == key && o.written);
         if !same.any(|o| o.fits(version, topic, p).is_ok()) {
@@ -358,7 +352,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// A stream has ended: what was written on it and is not acknowledged is sent again.
+    /// A stream has ended: unacknowledged messages written on it are sent again.
     pub(crate) fn stream_closed(&mut self, w: &mut Window, stream: StreamId) {
         let open = self.inflight.iter().filter(|f| f.stream == stream);
         w.again.extend(open.map(|f| f.packet_id));
@@ -435,10 +429,10 @@ impl Ledger {
         }
     }
 
-    /// Owed for sure and never written: all, and those without those that expired by `now`.
+    /// Owed for sure and never written: all, and all without the messages that expired by `now`.
     pub(crate) fn missing(&self, now: Millis) -> (usize, usize, usize) {
         let left = || self.owed.iter().filter(|o| !o.written);
-        // Sent twice by its publisher, a message is one key owed twice: what was written may have
+        // Sent twice by its publisher, a message is one key owed twice: the written copy may have
         // been the one that was owed for sure.
         let spare = |o: &Owed| {
             let same = self.owed.iter().filter(|s| s.key == o.key && s.written);

@@ -373,7 +373,7 @@ fn granted(
     let Some(ask) = ask.map(|i| sub.asked.remove(i)) else {
         return Ok(());
     };
-    // What was asked before it, on an earlier connection too, is replaced.
+    // Earlier requests, on an earlier connection too, are replaced.
     sub.asked.retain(|a| a.number > ask.number);
     let Some(granted) = QoS::from_u8(code) else {
         if sub.granted.is_none() && sub.asked.is_empty() {

@@ -141,7 +141,7 @@ impl World {
         self.round()
     }
 
-    /// Everything does what is due now.
+    /// Every part takes the steps that are due now.
     fn round(&mut self) -> Checked {
         if self.now >= self.ticked + Duration::from_millis(100) {
             self.tick();
@@ -475,7 +475,7 @@ impl World {
             }
             self.devices[n].profile.clean = true;
         }
-        // Past expiry, will delay, linger and what is remembered of ended sessions.
+        // Past expiry, will delay, linger and the memory of ended sessions.
         let until = self.now + Duration::from_secs(u64::from(self.expiry_max) + 300);
         while self.now < until {
             self.now += Duration::from_secs(5);

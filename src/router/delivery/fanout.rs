@@ -15,15 +15,15 @@ pub(in crate::router) struct Routes {
     masks: SmallVec<[u64; 64]>,
     /// The shards of all messages.
     all: u64,
-    /// Messages that came by a shared link, one of which goes to one member of its group each.
+    /// Messages of a shared link; each goes to one member of its group.
     pub shared: bool,
     /// Groups of this node alone: the message's place in the batch, and the group.
     pub local_groups: SmallVec<[(usize, FilterId); 4]>,
 }
 
 impl Routes {
-    /// Finds the receivers of a batch. Messages get the filters that they are for; those whose filters
-    /// are all gone get none.
+    /// Finds the receivers of a batch. Each message gets the filters that it is for, or none if all of
+    /// them are gone.
     pub(crate) fn find(&mut self, table: &Table, data_links: usize, batch: &mut [Arrived]) {
         let named = table.identifiers != Some(false);
         for (at, arrived) in batch.iter_mut().enumerate() {
@@ -91,7 +91,7 @@ impl Routes {
     }
 }
 
-/// Adds the filters that lie inside those that brought a message.
+/// Adds the filters that lie inside the filters that brought a message.
 fn expand(table: &Table, arrived: &mut Arrived) {
     let came = arrived.filters.len();
     for at in 0..came {

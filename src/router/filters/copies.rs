@@ -32,7 +32,7 @@ pub(in crate::router) struct Moves {
     pub(super) all: BTreeMap<FilterId, Move>,
     /// Copies of all moves.
     pub(super) copies: AtomicUsize,
-    /// Bytes of those that are kept back.
+    /// Bytes of the copies that are kept back.
     pub(super) bytes: AtomicUsize,
     hasher: LookUpHasher,
 }
@@ -72,9 +72,9 @@ pub(super) enum Step {
 /// The copies of one move that have no counterpart yet.
 #[derive(Debug, Default)]
 pub(super) struct Copies {
-    /// Those that the outer link brought, by content.
+    /// The number of copies that the outer link brought, by content.
     given: LookUp<u64, u32>,
-    /// Those that the own link brought, with the hashes of their contents.
+    /// The copies that the own link brought, with the hashes of their contents.
     pub(super) kept: VecDeque<(u64, Arrived)>,
 }
 

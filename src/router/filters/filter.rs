@@ -445,8 +445,8 @@ impl Filter {
         presumed
     }
 
-    /// Its link is connected again. What was under way when the link was lost is in doubt, and is
-    /// repeated, which is harmless.
+    /// Its link is connected again. A request that was under way when the link was lost is in doubt, and
+    /// is repeated, which is harmless.
     pub(crate) fn resume(&mut self, session: LinkSession) -> Resumed {
         if session == LinkSession::New {
             self.asked = None;

@@ -7,10 +7,10 @@
 //! 1. The filter is subscribed on its own link. The outer filter goes on bringing the messages; copies
 //!    on the own link are dropped.
 //! 2. After the SUBACK a barrier on the own link passes. All messages published before it come by the
-//!    outer link as well. Copies behind it are kept back; those whose other copy came are dropped.
+//!    outer link as well. Copies behind it are kept back, and dropped if the other copy has come.
 //! 3. A barrier on the outer link passes, which was asked for after the first: everything published
 //!    before it has come. From here on the filter is served by its own link: first the copies that were
-//!    kept back, then new ones, except those that the outer link brought before.
+//!    kept back, then new ones, except for copies that the outer link brought before.
 //! 4. Another barrier on the own link passes: no such copy can follow, and the move is complete.
 //!
 //! Copies are told apart by content and counted. If there are too many, the move is given up, and tried

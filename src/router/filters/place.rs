@@ -10,7 +10,7 @@
 //! 5. another link;
 //! 6. inside the catch-all filter (`#`, or `$name/#`) on a link that is kept free for it.
 //!
-//! So another client's filter is no reason for a refusal, as long as links can be added.
+//! So another client's filter does not cause a refusal, as long as links can be added.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -162,7 +162,7 @@ impl Table {
         }
     }
 
-    /// Takes a filter out of those that decide what can be placed on a link.
+    /// Takes a filter out of the filters that decide about placements on a link.
     pub(super) fn take_off(&mut self, link: usize, id: FilterId, topics: &str) {
         // A filter that yielded may have made room for another group on the same topics.
         if self.tries[link].get(topics) == Some(id) {
@@ -246,9 +246,7 @@ impl Table {
             }
             self.put_on(id, link);
         }
-        if self.get(id)?.link().is_none() {
-            return None;
-        }
+        self.get(id)?.link()?;
         self.request(id, QoS::AtMostOnce);
         self.woken.insert(link);
         if let Some(suppressed) = CATCH_ALL.permit(now) {
@@ -277,7 +275,7 @@ impl Table {
     }
 
     /// Takes every filter off its link, because the broker's properties have changed, and returns
-    /// these filters: those that may cover others first. All links begin anew.
+    /// these filters, first the ones that may cover others. All links begin anew.
     pub(crate) fn unplace_all(&mut self) -> Vec<FilterId> {
         for trie in &mut self.tries {
             *trie = FilterTrie::new();

@@ -39,7 +39,7 @@ impl Filters {
             actions.wake.insert(link);
         }
         if refused.is_some() {
-            // It is no reason to refuse the filters inside it.
+            // The filters inside it are not refused for that.
             let inner = table.place_inner_of_refused(id, now);
             actions.outcomes.extend(inner);
         }

@@ -298,7 +298,7 @@ impl Table {
         for grant in &answered {
             self.deadlines.remove(&(grant.deadline, id));
         }
-        // Those that wait on may have the same deadlines.
+        // Grants that wait on may have the same deadlines.
         if let Some(filter) = self.filters.get(id.index()).and_then(Option::as_ref) {
             self.deadlines.extend(filter.deadlines().map(|at| (at, id)));
         }

@@ -11,7 +11,7 @@ const ROUND_INTERVAL: Duration = Duration::from_secs(1);
 /// The PINGREQs of a publish link, which its rounds and a new publish link wait for.
 #[derive(Debug, Default)]
 pub(super) struct Pings {
-    /// PINGREQs that were sent, but for those that a lost connection left without an answer.
+    /// PINGREQs that were sent, but for PINGREQs that a lost connection left without an answer.
     sent: u32,
     /// PINGREQs that were answered.
     answered: u32,

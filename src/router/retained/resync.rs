@@ -23,7 +23,7 @@ impl RetainedMessages {
     }
 
     /// The broker lost these filters: their subscribers know the values in the caches, and from now on
-    /// those that the filters bring.
+    /// the values that the filters bring.
     pub(crate) fn filters_lost(&self, filters: &[FilterId]) {
         let mut cache = self.cache.lock();
         for filter in filters {

@@ -144,8 +144,8 @@ impl Sessions {
         }
     }
 
-    /// Drops the queues of attached clients, the largest first; those whose unacknowledged
-    /// messages hold the memory lose their connection too. Each is visited once.
+    /// Drops the queues of attached clients, the largest first. A client whose unacknowledged messages
+    /// hold the memory loses its connection too. Each is visited once.
     fn evict_largest(&self, target: u64) {
         let mut all: Vec<(usize, SessionRef)> = Vec::new();
         for shard in &self.shards {

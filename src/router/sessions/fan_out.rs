@@ -226,8 +226,8 @@ impl Shard {
                 one = member.identifier.map(NonZeroU32::get);
                 one.as_slice()
             };
-            // Fetched messages are no copies of what the data links bring at that time, so the steps of a
-            // handover do not apply.
+            // Fetched messages are not copies of messages that the data links bring at that time,
+            // so the steps of a handover do not apply.
             if !handovers.is_empty()
                 && source != Source::Fetched
                 && handovers.gives(member.slot, filter, filter, message, own, is_lost)

@@ -463,7 +463,7 @@ mod tests {
     #[test]
     fn handovers_are_bounded_and_given_back() {
         let mut handovers = begun();
-        // Each is primary over one filter, and over those that went before it.
+        // Each is primary over one filter, and over the filters that went before it.
         let more =
             (20..2000).filter(|n| handovers.begin(7, &gone(FilterId(*n), "x", &[FilterId(9)])));
         let more = more.count();

@@ -54,8 +54,8 @@ pub(in crate::router) struct Slot {
 }
 
 impl Slot {
-    /// Charges the session's entries and output. Returns what is to be added to the accounts, in
-    /// bytes.
+    /// Charges the session's entries and output. Returns the bytes that are to be added to the
+    /// accounts.
     pub(super) fn charge(&mut self) -> (i64, i64) {
         // Both are bounded far below 4 GiB by the session's limits.
         let entries = self.session.outbound().entries() as u32;

@@ -342,7 +342,7 @@ fn activate(session: &mut Session, filter: FilterId, asked: QoS, granted: QoS) {
 }
 
 /// The filters whose copies a session may get in the place of those of `filter`, if these may come above
-/// QoS 0: its active subscriptions that overlap it, and those that it has just given up.
+/// QoS 0: its active subscriptions that overlap it, and the ones that it has just given up.
 fn active_overlapping(
     session: &Session,
     handovers: &Handovers,

@@ -213,8 +213,8 @@ impl Oracle {
         self.sessions_lost.iter().any(lost) || self.unseen(message)
     }
 
-    /// How many subscriptions changed without a definite moment: those that ended while messages waited
-    /// at the broker behind a window, and, for a client's own messages, those whose No Local changed.
+    /// How many subscriptions changed without a definite moment: they ended while messages waited at the
+    /// broker behind a window, or, for a client's own messages, their No Local changed.
     fn changing(&self, n: usize, message: &Message) -> usize {
         let all = || {
             let subs = self.clients[n].subs.iter();

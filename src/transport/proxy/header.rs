@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 
 use proxy_header::{ParseConfig, Protocol, ProxyHeader};
 
-/// The most bytes of a version 2 header. Addresses take at most 216; the others are TLVs, of which a
-/// client's certificate is the largest.
+/// The most bytes of a version 2 header. Addresses take at most 216; the others are TLVs, and a client's
+/// certificate is the largest of them.
 const HEADER_MAX_BYTES: usize = 4096;
 /// The most bytes of a version 1 header (section 2.1).
 const LINE_MAX_BYTES: usize = 107;
@@ -14,7 +14,7 @@ pub(in crate::transport) const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 /// The first bytes of a version 1 header (section 2.1).
 pub(in crate::transport) const LINE: &[u8] = b"PROXY ";
 
-/// What is wrong with the front of a connection that must begin with a PROXY protocol header.
+/// A fault at the front of a connection that must begin with a PROXY protocol header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProxyError {
     /// The peer may not state its client's address.

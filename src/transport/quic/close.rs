@@ -143,7 +143,7 @@ fn alert(code: TransportErrorCode) -> Option<u8> {
     u8::try_from(u64::from(code).checked_sub(CRYPTO_ERROR)?).ok()
 }
 
-/// What is wrong with the client's certificate, if the alert says so: a server sends these alerts for
+/// The fault of the client's certificate, if the alert says so: a server sends these alerts for
 /// no other reason.
 fn certificate_fault(alert: u8) -> Option<CertificateFault> {
     fault_of_alert(alert.into())

@@ -37,7 +37,7 @@ const INCOMING_BYTES: u64 = 64 * 1024;
 const INCOMING_TOTAL_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Unidirectional streams that a client may have open: HTTP/3 control and QPACK's two (RFC 9114 section
-/// 6.2), of which only the first is read, up to its SETTINGS; and one that is stopped. A client that may
+/// 6.2): only the first is read, up to its SETTINGS; and one that is stopped. A client that may
 /// open none would wait for ever.
 const UNI_STREAMS: u32 = 4;
 /// Bytes of datagrams, with the library's overhead for each, that may lie unread. None is ever read;

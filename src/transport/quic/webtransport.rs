@@ -171,7 +171,7 @@ async fn read_more(
     }
 }
 
-/// What is wrong with a request, or nothing where the frame is not a request.
+/// The fault of a request, or nothing where the frame is not a request.
 fn request_error(error: &ConnectError) -> Option<RequestError> {
     use ConnectError as E;
     Some(match error {

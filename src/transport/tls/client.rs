@@ -24,7 +24,7 @@ impl ClientTls {
     /// is offered if it is not empty.
     ///
     /// # Errors
-    /// The error names the file or setting and what is wrong with it.
+    /// The error names the file or setting and its fault.
     pub fn load(
         ca: Option<&Path>,
         cert: Option<&Path>,

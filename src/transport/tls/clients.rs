@@ -126,7 +126,7 @@ fn verifier(
     builder.build().map_err(|error| error.to_string())
 }
 
-/// What is wrong with the client's certificate, if the handshake failed for that reason.
+/// The fault of the client's certificate, if the handshake failed for that reason.
 pub(super) fn fault(error: &Error) -> Option<CertificateFault> {
     use CertificateError as E;
     Some(match error {
@@ -165,7 +165,7 @@ pub(in crate::transport) fn refused_by_client(alert: AlertDescription) -> Option
     })
 }
 
-/// What is wrong with the client's certificate, if the alert that we sent says so (RFC 8446 section 6.2).
+/// The fault of the client's certificate, if the alert that we sent says so (RFC 8446 section 6.2).
 /// QUIC's library reports only the alert.
 pub(in crate::transport) const fn fault_of_alert(
     alert: AlertDescription,

@@ -37,7 +37,7 @@ impl Material {
     /// Reads the files. `before` is the result of an earlier call, whose throw-away certificate is kept.
     ///
     /// # Errors
-    /// The error names the file and what is wrong with it, also if certificate and key do not belong
+    /// The error names the file and its fault, also if certificate and key do not belong
     /// together.
     pub fn load(tls: &Tls, before: Option<&Self>) -> Result<Self, TlsError> {
         let mut this = match (&tls.source, before) {

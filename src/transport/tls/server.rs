@@ -97,7 +97,7 @@ impl ServerTls {
     /// Loads a PEM chain, the server's own certificate first, and its key.
     ///
     /// # Errors
-    /// The error names the file and what is wrong with it, also if certificate and key do not belong
+    /// The error names the file and its fault, also if certificate and key do not belong
     /// together.
     pub fn load(cert: &Path, key: &Path) -> Result<Self, TlsError> {
         Self::new(&[Arc::new(Material::files(cert, key)?)], false)

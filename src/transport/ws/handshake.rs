@@ -1,6 +1,5 @@
 //! The opening handshake of a WebSocket (RFC 6455 section 4.2): the request is read, judged and
-//! answered. Any other request gets an HTTP answer that says what is wrong with it, and the connection
-//! ends.
+//! answered. Any other request gets an HTTP answer that names its fault, and the connection ends.
 
 use std::io;
 use std::net::SocketAddr;

@@ -173,8 +173,7 @@ pub(in crate::transport) fn foreign_origin(
         .map(|origin| shown(&origin))
 }
 
-/// The answer to a WebSocket key. Tungstenite computes it from a whole request, of which it knows only
-/// this form.
+/// The answer to a WebSocket key. Tungstenite computes it only from a whole request of this form.
 fn accept(key: &HeaderValue) -> Option<Vec<u8>> {
     let request: Request = HttpRequest::builder()
         .header(header::CONNECTION, "Upgrade")

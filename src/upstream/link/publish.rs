@@ -83,7 +83,7 @@ struct InFlight {
 }
 
 impl InFlight {
-    /// Whether the publish is unacknowledged and one of those that are sent one at a time.
+    /// Whether the publish is unacknowledged and one of the publishes that are sent one at a time.
     fn is_suspect(&self) -> bool {
         self.stage != Stage::Done && self.deaths >= SUSPECT_AFTER
     }

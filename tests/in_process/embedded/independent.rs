@@ -18,7 +18,7 @@ async fn serve() -> (EmbeddedBroker, u16) {
     (broker, port)
 }
 
-/// What came, as text, and a word for each acknowledgement that a test awaits.
+/// The packets that arrived, as text, and a word for each acknowledgement that a test awaits.
 async fn next(events: &mut mpsc::Receiver<String>) -> String {
     tokio::time::timeout(PATIENCE, events.recv())
         .await

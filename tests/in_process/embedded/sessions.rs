@@ -64,7 +64,7 @@ async fn resumes_in_order() {
     sub.quiet().await;
     assert_eq!(broker.stats().queued, 0);
 
-    // Over a smaller window, what is unacknowledged waits for its turn.
+    // Over a smaller window, unacknowledged messages wait for their turn.
     for payload in ["e", "f", "g"] {
         put(&mut publisher, "t/1", payload).await;
         assert_eq!(sub.publish_got().await.payload, payload);

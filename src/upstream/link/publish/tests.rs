@@ -188,7 +188,7 @@ fn a_restart_of_the_broker_quarantines_no_publish() {
 }
 
 /// [MQTT-3.3.4-8], [MQTT-4.6.0-4], [MQTT-2.3.1-3] of 3.1.1: PUBRELs wait for no quota, go in the
-/// order of the PUBRECs, and what is sent again keeps its identifier.
+/// order of the PUBRECs, and a packet that is sent again keeps its identifier.
 #[test]
 fn releases_wait_for_no_quota_and_keep_their_order() {
     let router = router();
