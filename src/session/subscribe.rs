@@ -106,7 +106,7 @@ impl<'a> Check<'a> {
         self.codes
             .push(refused.unwrap_or(ReasonCode::UNSPECIFIED_ERROR).0);
         let request = whole.filter(|_| refused.is_none()).map(|whole| {
-            if !self.known.contains(&*whole) {
+            if !self.known.contains(&whole) {
                 self.added += 1;
                 self.bytes += filter.len();
             }

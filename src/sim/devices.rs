@@ -355,7 +355,7 @@ impl World {
 
     /// The payload of a message: its number, and in some runs a lot behind it.
     fn payload(&self, number: u32) -> String {
-        let padding = match self.large && number % 3 == 0 {
+        let padding = match self.large && number.is_multiple_of(3) {
             true => LARGE_BYTES,
             false => 0,
         };

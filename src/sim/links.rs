@@ -35,10 +35,10 @@ fn poison_at(bytes: &[u8], version: Version, oracle: &Oracle) -> Option<usize> {
     };
     let mut at = 0;
     while let Ok(Some((packet, size))) = decoder.next(&bytes[at..]) {
-        if let Packet::Publish(p) = packet {
-            if number_of(p.payload).is_some_and(|n| oracle.is_poison(n)) {
-                return Some(at);
-            }
+        if let Packet::Publish(p) = packet
+            && number_of(p.payload).is_some_and(|n| oracle.is_poison(n))
+        {
+            return Some(at);
         }
         at += size;
     }

@@ -262,7 +262,7 @@ fn filters_that_cross_are_never_refused() {
     // Each overlaps each other, and none lies inside another.
     let crossing: Vec<String> = (0..12)
         .map(|at| {
-            let mut levels = vec!["+"; 12];
+            let mut levels = ["+"; 12];
             levels[at] = "x";
             levels.join("/")
         })
