@@ -409,6 +409,22 @@ pub(crate) fn matching(filter: &str, topic: &str) -> bool {
     matching_filter(filter, topic)
 }
 
+/// Whether each topic that matches `inner` matches `outer` too.
+pub(crate) fn covers(outer: &str, inner: &str) -> bool {
+    let (outer, inner): (Vec<&str>, Vec<&str>) =
+        (outer.split('/').collect(), inner.split('/').collect());
+    for (at, level) in outer.iter().enumerate() {
+        match (*level, inner.get(at)) {
+            ("#", _) => return true,
+            ("+", Some(other)) if *other != "#" => {}
+            (name, Some(other)) if name == *other => {}
+            // `a/#` does not lie inside `a`, though both match "a".
+            _ => return false,
+        }
+    }
+    outer.len() == inner.len()
+}
+
 fn matching_filter(filter: &str, topic: &str) -> bool {
     let topic: Vec<&str> = topic.split('/').collect();
     let mut at = 0;

@@ -5,8 +5,9 @@ use tidegate::mqtt::{QoS, SubscribeOptions};
 use crate::broker::{Copy, matching};
 use crate::edge::QOS;
 use crate::ledger::{Ledger, Owed, Sub};
-use crate::oracle::event;
+use crate::oracle::{Rules, event};
 use tidegate::time::Millis;
+use tidegate::topics::FilterId;
 
 /// One session's claim on a message, gathered from one subscription after the other.
 pub(crate) struct Claim {
@@ -30,6 +31,7 @@ impl Claim {
     /// The claim of the session with this `ledger`, if it can receive the message at all.
     /// `own_at` is when the session's own client published the message, if it did.
     pub(crate) fn of(
+        rules: Rules,
         ledger: &Ledger,
         copies: &[Copy],
         first: &Copy,
@@ -48,9 +50,10 @@ impl Claim {
             settled: true,
         };
         for sub in &ledger.subs {
-            let copy = copies
-                .iter()
-                .find(|copy| copy.filters.iter().any(|(_, f)| *f == sub.filter));
+            let serves = |(_, name): &(FilterId, String)| {
+                rules.serves(name, &sub.filter) && matching(&sub.filter, &first.topic)
+            };
+            let copy = copies.iter().find(|copy| copy.filters.iter().any(serves));
             match copy {
                 Some(copy) => claim.add_with_copy(sub, copy, most, own_at),
                 None if matching(&sub.filter, &first.topic) => {

@@ -9,7 +9,7 @@ use tidegate::router::Router;
 use tidegate::time::Millis;
 use tidegate::topics::FilterId;
 
-use crate::broker::{Copy, matching};
+use crate::broker::{Copy, covers, matching};
 use crate::claim::Claim;
 use crate::device::{Profile, Seen};
 use crate::inbound::Inbound;
@@ -31,6 +31,15 @@ pub(crate) struct Rules {
     /// The queues' budget may evict.
     pub evicts: bool,
     pub ends_full: bool,
+    /// The broker has no identifiers: a filter inside another needs no subscription of its own.
+    pub nests: bool,
+}
+
+impl Rules {
+    /// Whether a subscription of `held` at the broker brings the messages of `filter`.
+    pub(crate) fn serves(self, held: &str, filter: &str) -> bool {
+        held == filter || self.nests && covers(held, filter)
+    }
 }
 
 /// One client as the oracle knows it.
@@ -240,7 +249,7 @@ impl Oracle {
                 if sub.granted.is_some()
                     && !sub.in_doubt
                     && matching(&sub.filter, topic)
-                    && !held.contains_key(&sub.filter)
+                    && !held.keys().any(|h| self.rules.serves(h, &sub.filter))
                 {
                     return Err(format!(
                         "{} was granted {sub:?}, which the broker does not hold (I4)",
@@ -257,9 +266,10 @@ impl Oracle {
         if let Some(regained) = &mut self.regained {
             regained.insert(filter.to_owned());
         }
+        let rules = self.rules;
         for c in &mut self.clients {
             for sub in &mut c.ledger.subs {
-                if sub.filter == filter {
+                if rules.serves(filter, &sub.filter) {
                     sub.in_doubt = false;
                 }
             }
@@ -270,8 +280,9 @@ impl Oracle {
     /// the router granted without an answer since then was granted while the filter was leaving: it is
     /// in doubt until the broker has the filter again.
     pub(crate) fn unsubscribed(&mut self, filter: &str, since: Millis) {
+        let rules = self.rules;
         let subs = self.clients.iter_mut().flat_map(|c| &mut c.ledger.subs);
-        for sub in subs.filter(|s| s.filter == filter && s.guessed) {
+        for sub in subs.filter(|s| rules.serves(filter, &s.filter) && s.guessed) {
             sub.in_doubt |= sub.granted_at.is_some_and(|at| at > since);
         }
     }
@@ -314,7 +325,7 @@ impl Oracle {
                 continue;
             }
             let own_at = publisher.and_then(|(by, at)| (by == device).then_some(at));
-            let Some(claim) = Claim::of(&c.ledger, copies, first, own_at) else {
+            let Some(claim) = Claim::of(self.rules, &c.ledger, copies, first, own_at) else {
                 continue;
             };
             if self.trace {

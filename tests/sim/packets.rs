@@ -215,7 +215,11 @@ impl Oracle {
         }
         // A filter in doubt for one client is in doubt for all. So is a filter that the broker has
         // lost and not regained.
-        let lost = |name: &String| regained.as_ref().is_some_and(|r| !r.contains(name));
+        let rules = self.rules;
+        let lost = |name: &String| {
+            let regained = regained.as_ref();
+            regained.is_some_and(|r| !r.iter().any(|held| rules.serves(held, name)))
+        };
         let doubted = |name: &String| long || doubtful.contains(name) || lost(name);
         for (index, (name, code)) in names.iter().zip(s.codes).enumerate() {
             granted(

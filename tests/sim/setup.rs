@@ -54,6 +54,7 @@ impl World {
             expiry_v3: 120,
             evicts,
             ends_full: queue_full == QueueFull::EndSession,
+            nests: copies == Copies::Unnamed,
         };
         let expiry_max = limits.expiry_max;
         let tight =
