@@ -150,15 +150,16 @@ impl Broker {
             return;
         }
         if !self.unlinked {
-            for w in router.next_subscribes(0, 8) {
-                let at = self.at(0, rng, now);
-                self.requests
-                    .push_back((at, Request::Subscribe(w.filter, w.name.to_string(), w.qos)));
-            }
+            // As the link does: a filter may take the place of another one.
             for (number, name) in router.next_unsubscribes(0, 8) {
                 let at = self.at(0, rng, now);
                 self.requests
                     .push_back((at, Request::Unsubscribe(number, name.to_string())));
+            }
+            for w in router.next_subscribes(0, 8) {
+                let at = self.at(0, rng, now);
+                self.requests
+                    .push_back((at, Request::Subscribe(w.filter, w.name.to_string(), w.qos)));
             }
             if router.barrier_wanted(0) {
                 let at = self.at(0, rng, now);
