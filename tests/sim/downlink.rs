@@ -82,9 +82,8 @@ impl World {
                     batch.clear();
                     trace!(self, "SUBACK of the broker for {number}: {code:?}");
                     let held = &self.broker.held;
-                    let name = held.iter().find(|(_, (n, _))| *n == number).map(|(f, _)| f);
-                    if let Some(name) = name {
-                        self.oracle.holds(name);
+                    if let Some((name, (_, qos))) = held.iter().find(|(_, (n, _))| *n == number) {
+                        self.oracle.holds(name, *qos);
                     }
                     self.router.suback(number, code, self.now);
                 }
