@@ -116,6 +116,17 @@ impl Table {
         }
     }
 
+    /// Clients were granted a filter without the broker's answer for the one in which it lies. Their
+    /// subscriptions count from that answer on.
+    pub(super) fn presume_inner(&mut self, id: FilterId) {
+        if self.source(id) != id
+            && let Some(filter) = self.get_mut(id)
+        {
+            filter.presume();
+            self.awaiting_outer.insert(id);
+        }
+    }
+
     /// Takes the filters inside `outer`, and its local groups, whose clients wait for its SUBACK.
     pub(crate) fn take_awaiting_outer(&mut self, outer: FilterId) -> Vec<FilterId> {
         if self.awaiting_outer.is_empty() {
@@ -194,6 +205,9 @@ impl Table {
         let granted = granted.map(|f| (f.granted(), f.is_confirmed()));
         match granted {
             Some((granted, confirmed)) => {
+                if !confirmed {
+                    self.presume_inner(id);
+                }
                 Some(self.answer_all(id, ReasonCode(granted as u8), confirmed))
             }
             None => {

@@ -88,6 +88,9 @@ impl Filters {
         let source = table.get(table.source(id));
         let granted = source.filter(|f| f.grants(qos));
         let grant = granted.map(|f| (f.grant(qos), f.is_confirmed()));
+        if grant.is_some_and(|(_, confirmed)| !confirmed) {
+            table.presume_inner(id);
+        }
         let grant = grant.map(|(qos, confirmed)| Grant {
             qos,
             confirmed,
@@ -119,12 +122,19 @@ impl Filters {
         }
         let source = table.source(id);
         let Some(admitted) = admitted else {
-            let next = match table.get(source).filter(|f| f.grants(grant.qos)) {
-                Some(filter) => Next::Answered(Answered {
-                    grants: vec![*grant],
-                    code: ReasonCode(filter.grant(grant.qos) as u8),
-                    confirmed: filter.is_confirmed(),
-                }),
+            let granted = table.get(source).filter(|f| f.grants(grant.qos));
+            let granted = granted.map(|f| (f.grant(grant.qos), f.is_confirmed()));
+            let next = match granted {
+                Some((granted, confirmed)) => {
+                    if !confirmed {
+                        table.presume_inner(id);
+                    }
+                    Next::Answered(Answered {
+                        grants: vec![*grant],
+                        code: ReasonCode(granted as u8),
+                        confirmed,
+                    })
+                }
                 None => {
                     table.await_suback(id, *grant);
                     if source != id {
