@@ -51,11 +51,11 @@ impl Backoff {
     pub(crate) fn failures(&self) -> u64 {
         self.failures
     }
+}
 
-    /// Whether to log the last failure: the first two are, and then ever fewer.
-    pub(crate) fn worth_logging(&self) -> bool {
-        self.failures <= 2 || self.failures.is_power_of_two() || self.failures.is_multiple_of(64)
-    }
+/// Whether to log the failure of this number: the first two are, and then ever fewer.
+pub(crate) fn worth_logging(failures: u64) -> bool {
+    failures <= 2 || failures.is_power_of_two() || failures.is_multiple_of(64)
 }
 
 /// A random time between a half of `wait` and the whole of it, so that tasks that wait for the same
@@ -86,7 +86,7 @@ mod tests {
         let logged: Vec<u64> = (0..200)
             .filter_map(|_| {
                 backoff.next_wait();
-                backoff.worth_logging().then_some(backoff.failures())
+                worth_logging(backoff.failures()).then_some(backoff.failures())
             })
             .collect();
         assert_eq!(logged, [1, 2, 4, 8, 16, 32, 64, 128, 192]);

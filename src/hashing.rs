@@ -52,9 +52,10 @@ impl<K, V> LookUp<K, V> {
         self.0.iter().any(|(key, value)| holds(key, value))
     }
 
-    /// Removes the entries for which a condition does not hold.
-    pub(crate) fn retain(&mut self, holds: impl Fn(&K, &V) -> bool) {
-        self.0.retain(|key, value| holds(key, value));
+    /// Removes the entries for which a function returns false. It may change their values, and must
+    /// not depend on the entries before.
+    pub(crate) fn retain(&mut self, keeps: impl Fn(&K, &mut V) -> bool) {
+        self.0.retain(|key, value| keeps(key, value));
     }
 
     /// The entries for which a condition holds, sorted by their keys.
@@ -154,8 +155,8 @@ impl<K> LookUpSet<K> {
         self.0.len()
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.0.clear();
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 

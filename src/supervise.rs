@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::backoff::Backoff;
+use crate::backoff::{Backoff, worth_logging};
 use crate::telemetry::{TaskKind, metrics};
 
 /// A task that runs for this long works.
@@ -78,7 +78,7 @@ pub(crate) async fn keep_running<S>(
         }
         let wait = waits.next_wait();
         metrics().tasks_ended[kind].increment(1);
-        if waits.worth_logging() {
+        if worth_logging(waits.failures()) {
             tracing::error!(
                 task = %kind,
                 name,

@@ -10,6 +10,7 @@ mod connect;
 mod discover;
 mod duplicate_node;
 pub(crate) mod link;
+mod link_times;
 mod outage;
 pub(crate) mod profile;
 mod pump;

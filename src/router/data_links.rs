@@ -75,6 +75,9 @@ impl Router {
         self.retained.forget(up.filters.into_iter());
         if up.gap {
             metrics().upstream_gaps.increment(1);
+            self.sessions.note_gap(&up.lost);
+            self.sessions
+                .note_gap_of(&self.groups.members(&up.lost_groups));
         }
         up.gap
     }
@@ -98,6 +101,31 @@ impl Router {
     /// all the time.
     pub fn data_losses(&self) -> u64 {
         self.filters.link_losses()
+    }
+
+    /// A link of any role was lost on which the broker had answered everything: a broker that ends
+    /// takes such links with it.
+    pub fn link_lost_unprovoked(&self) {
+        self.filters.lost_unprovoked();
+    }
+
+    /// How often that happened: the same number before and after means that the broker was there all the
+    /// time, and ended other links for a packet.
+    pub fn unprovoked_losses(&self) -> u64 {
+        self.filters.unprovoked_losses()
+    }
+
+    /// The broker has ended a link, and no idle one, while the SUBSCRIBEs for these filters had no
+    /// answer. To be called before [`Router::data_link_up`].
+    pub fn subscribes_ended_link(&self, filters: &[FilterId], now: Millis) {
+        let actions = self.filters.subscribes_ended_link(filters, now);
+        self.take_actions(actions, now);
+    }
+
+    /// Filters that the broker may have ended data link `link` for, to be tried while nothing else is
+    /// unanswered.
+    pub fn next_suspects(&self, link: usize) -> Vec<UpstreamSubscribe> {
+        self.filters.next_suspects(link)
     }
 
     /// Filters on data link `link`.

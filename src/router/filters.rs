@@ -13,11 +13,13 @@ pub(super) mod links;
 mod local;
 mod moves;
 mod place;
+mod poison;
 mod release;
 mod roots;
 mod sources;
 mod suback;
 pub(super) mod subscribe;
+mod suspects;
 pub(super) mod table;
 
 use std::hash::BuildHasher;
@@ -74,6 +76,8 @@ pub(super) struct Filters {
     up: Box<[AtomicBool]>,
     /// How often a link was lost.
     losses: AtomicU64,
+    /// How often a link of any role was lost on which no packet was unanswered: not for a packet.
+    unprovoked: AtomicU64,
 }
 
 impl Filters {
@@ -97,6 +101,7 @@ impl Filters {
                 .map(|_| AtomicBool::new(false))
                 .collect(),
             losses: AtomicU64::new(0),
+            unprovoked: AtomicU64::new(0),
             config,
         }
     }

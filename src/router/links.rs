@@ -28,8 +28,8 @@ impl Router {
     }
 
     /// Publish link `link` is connected, or not.
-    pub fn publish_link_up(&self, link: usize, up: bool) {
-        self.publishing.link_up(link, up);
+    pub fn publish_link_up(&self, link: usize, up: bool, now: Millis) {
+        self.publishing.link_up(link, up, now);
     }
 
     /// Whether publish link `link` is to send a PINGREQ now, behind everything that it took from its
@@ -114,6 +114,13 @@ impl Router {
                 .retained
                 .fetch_ended(&self.filters, filters, complete, now),
         );
+    }
+
+    /// These filters cannot be fetched, and are not tried again: their subscribers get no retained
+    /// messages, and nothing is cached.
+    pub fn fetch_given_up(&self, filters: &[FilterId], now: Millis) {
+        self.retained.forget(filters.iter().copied());
+        self.fetch_ended(filters, true, now);
     }
 
     /// Filters whose retained messages are being fetched, or are to be.

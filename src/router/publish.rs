@@ -5,7 +5,8 @@ mod pings;
 pub mod queue;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -23,6 +24,10 @@ use crate::router::types::SessionRef;
 
 /// Bytes that a message takes beside its packet.
 const MESSAGE_OVERHEAD_BYTES: u64 = 96;
+
+/// How long QoS 0 publishes wait for a publish link that is being connected, longer than a dial with a probe
+/// of the broker. Those that have waited for longer are dropped.
+pub const QOS0_WAIT: Duration = Duration::from_secs(10);
 
 /// A publish of a client for the broker.
 #[derive(Debug)]
@@ -70,6 +75,15 @@ struct PublishLink {
     arrivals: Arrivals,
     waker: Arc<TaskWaker>,
     up: AtomicBool,
+    /// When it was lost, or the process began, milliseconds.
+    down_since: AtomicU64,
+}
+
+impl PublishLink {
+    /// Whether it is down, and has been for so long that QoS 0 publishes do not wait for it.
+    fn is_away(&self, now: Millis) -> bool {
+        now >= Millis::new(self.down_since.load(Ordering::Relaxed)) + QOS0_WAIT
+    }
 }
 
 impl Publishing {
@@ -107,7 +121,8 @@ impl Publishing {
         let message = &outgoing.message;
         let qos0 = message.qos() == QoS::AtMostOnce && outgoing.token.is_none();
         // QoS 0 does not wait for a broker that is away; wills and retained values do.
-        if qos0 && (refused.is_some() || (away && !message.retain())) {
+        let waits = !away || message.retain() || !link.is_away(outgoing.since);
+        if qos0 && (refused.is_some() || !waits) {
             drop(queues);
             let reason = match refused {
                 Some(_) => DropReason::UpstreamBudget,
@@ -289,10 +304,13 @@ impl Publishing {
     }
 
     /// Publish link `link` is connected, or not.
-    pub(super) fn link_up(&self, link: usize, up: bool) {
-        self.links[link].up.store(up, Ordering::Release);
+    pub(super) fn link_up(&self, link: usize, up: bool, now: Millis) {
+        let was_up = self.links[link].up.swap(up, Ordering::AcqRel);
         if !up {
             let link = &self.links[link];
+            if was_up {
+                link.down_since.store(now.as_u64(), Ordering::Relaxed);
+            }
             return link.arrivals.connection_lost(&mut link.queues.lock());
         }
         let mut growing = self.growing.lock();

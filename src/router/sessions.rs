@@ -4,6 +4,7 @@ mod budget;
 pub(super) mod connect;
 mod expiry;
 pub(super) mod fan_out;
+mod gaps;
 mod handover;
 mod members;
 pub(super) mod shard;

@@ -46,6 +46,11 @@ impl Router {
     pub(super) fn tick_late(&self, now: Millis) {
         let accept = self.config.subscribe_accept;
         while let Some(answered) = self.filters.next_late(accept, now) {
+            if !answered.confirmed && !answered.code.is_error() {
+                let grants = answered.grants.iter();
+                let sessions: Vec<_> = grants.map(|g| g.subscribe.session).collect();
+                self.sessions.note_gap_of(&sessions);
+            }
             self.settle_answered(answered, now);
         }
     }

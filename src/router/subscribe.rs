@@ -183,6 +183,7 @@ impl Router {
                 self.wake_links(admitted.wake);
                 Ok(admitted)
             }
+            Err(Refusal::Quarantined) => Err(ReasonCode::NOT_AUTHORIZED),
             Err(refusal) => {
                 if let Refusal::Overlaps(other) = refusal
                     && let Some(suppressed) = OVERLAPPING.permit(now)

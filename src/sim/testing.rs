@@ -31,6 +31,7 @@ pub(crate) fn up(session_present: bool, receive_maximum: u16) -> Handshake {
         packet_max: None,
         identifiers: true,
         keeps_retain: true,
+        quick_ack: false,
         fetch_qos: QoS::ExactlyOnce,
         fetch_quiet: Duration::from_millis(100),
     }

@@ -120,6 +120,36 @@ pub enum Dialed {
     Pipe(DuplexStream),
 }
 
+/// A connection whose TCP acknowledgements can be sent at once.
+pub trait QuickAck {
+    /// Sends the acknowledgement of the bytes that have arrived at once, and of some that follow; or
+    /// lets the system delay them. The system falls back to delays by itself, so a caller repeats it.
+    /// Returns false where there is no such setting.
+    fn quick_ack(&self, at_once: bool) -> bool;
+}
+
+impl QuickAck for DuplexStream {
+    fn quick_ack(&self, _: bool) -> bool {
+        false
+    }
+}
+
+impl QuickAck for Dialed {
+    fn quick_ack(&self, at_once: bool) -> bool {
+        let tcp = match self {
+            Self::Tcp(io) => io,
+            Self::Tls(io) => io.get_ref().0,
+            Self::Ws(io) => io.get_ref(),
+            Self::Wss(io) => io.get_ref().get_ref().0,
+            Self::Pipe(_) => return false,
+        };
+        #[cfg(target_os = "linux")]
+        return tcp.set_quickack(at_once).is_ok();
+        #[cfg(not(target_os = "linux"))]
+        return false;
+    }
+}
+
 /// Connects to `target` within `timeout`, trying each address of the name.
 ///
 /// # Errors

@@ -15,6 +15,7 @@ use crate::router::Router;
 use crate::telemetry::RateLimited;
 use crate::transport::ClientTls;
 
+use crate::upstream::link_times::LinkTimes;
 use crate::upstream::outage::OutageLog;
 use crate::upstream::profile::cache::ProfileCache;
 
@@ -114,6 +115,8 @@ pub(super) struct LinkContext {
     /// What the links have logged about a broker that is away.
     pub outage: OutageLog,
     failovers_log: RateLimited,
+    /// When each link last connected and ended.
+    pub times: LinkTimes,
 }
 
 impl LinkContext {
@@ -133,6 +136,7 @@ impl LinkContext {
             connected: AtomicUsize::new(0),
             outage: OutageLog::default(),
             failovers_log: RateLimited::burst(FAILOVER_LINES_MAX, Duration::from_secs(60)),
+            times: LinkTimes::default(),
         }
     }
 

@@ -1,10 +1,12 @@
 //! Finds out the broker's profile: from the cache, or by a probe on a connection of its own.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
+use crate::budget::Account;
 use crate::config::{Probe, Protocol, Server};
 use crate::mqtt::Version;
 use crate::router::Router;
@@ -14,11 +16,12 @@ use crate::transport::dial::Dialed;
 use crate::upstream::broker::{Broker, BrokerAccess, LinkContext};
 use crate::upstream::connect::{ConnectError, connect_probe};
 use crate::upstream::link::end::LinkEnd;
-use crate::upstream::profile::probe::{PROBE_TIME, probe};
+use crate::upstream::profile::probe::{ANSWER_TIME, PROBE_BYTES, probe};
 use crate::upstream::profile::{BrokerProfile, Capabilities, Source};
 
 /// The profile of the broker at the server of index `server`, which has just announced
-/// `capabilities`. Probes it if no cached profile fits.
+/// `capabilities`. Probes it if no cached profile fits; meanwhile the probe's memory is charged to the
+/// account of all queues.
 ///
 /// # Errors
 /// [`LinkEnd::OwnListener`]: it is not a broker, but this process.
@@ -35,8 +38,10 @@ pub(super) async fn profile_of(
             Probe::Auto => {
                 let address = &config.servers[server];
                 metrics().upstream_probes.increment(1);
+                let begun = Instant::now();
+                let _charged = Charged::new(router.queue_account());
                 let profile = probe_beside_link(broker, router, address, capabilities).await?;
-                log(address, &profile);
+                log(address, &profile, begun.elapsed());
                 Ok(profile)
             }
         }
@@ -56,6 +61,22 @@ pub(crate) enum ProbeError {
     /// The connection could not be made.
     #[error(transparent)]
     Connect(ConnectError),
+}
+
+/// The memory of a probe that runs.
+struct Charged<'a>(&'a Account);
+
+impl<'a> Charged<'a> {
+    fn new(account: &'a Account) -> Self {
+        account.charge(PROBE_BYTES);
+        Self(account)
+    }
+}
+
+impl Drop for Charged<'_> {
+    fn drop(&mut self) {
+        self.0.release(PROBE_BYTES);
+    }
 }
 
 /// Probes the first server of a configuration, for a person.
@@ -100,7 +121,7 @@ async fn probe_beside_link(
     capabilities: &Capabilities,
 ) -> Result<BrokerProfile, LinkEnd> {
     let connecting = connect_probe(broker, server, capabilities.version);
-    let why = match timeout(PROBE_TIME, connecting).await {
+    let why = match timeout(ANSWER_TIME, connecting).await {
         Ok(Ok(connection)) => {
             let topic = probe_topic(broker);
             router.probe_begins(&topic);
@@ -132,7 +153,7 @@ async fn probe_over(
     probe(&mut io, &capabilities, topic, rest).await
 }
 
-fn log(server: &Server, profile: &BrokerProfile) {
+fn log(server: &Server, profile: &BrokerProfile, took: Duration) {
     let quirks = &profile.quirks;
     tracing::info!(
         server = %server,
@@ -145,6 +166,8 @@ fn log(server: &Server, profile: &BrokerProfile) {
         retain_as_published = quirks.retain_as_published,
         shared = quirks.shared.name(),
         window = quirks.window,
+        nodelay = quirks.nodelay,
+        took_ms = took.as_millis() as u64,
         "The broker was probed"
     );
     for missing in &profile.missing {

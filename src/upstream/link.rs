@@ -3,6 +3,7 @@
 pub(crate) mod common;
 pub(crate) mod data;
 pub(crate) mod end;
+mod exactly_once;
 pub(crate) mod machine;
 pub(crate) mod publish;
 mod redelivery;

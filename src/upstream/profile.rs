@@ -220,6 +220,9 @@ pub(crate) struct Quirks {
     pub shared: SharedSubscriptions,
     /// User properties arrive unchanged and in order.
     pub properties: Option<bool>,
+    /// The broker sends small packets at once (TCP_NODELAY). If not, each waits for the acknowledgement
+    /// of the one before.
+    pub nodelay: Option<bool>,
     /// Messages that the broker sends without an acknowledgement; `WINDOW_PROBED` stands for
     /// itself and everything above.
     pub window: Option<u16>,
@@ -269,6 +272,7 @@ impl BrokerProfile {
                     false => SharedSubscriptions::Refused,
                 },
                 properties: None,
+                nodelay: None,
                 window: None,
             },
             missing: Vec::new(),

@@ -16,7 +16,7 @@ use crate::mqtt::{
     Decoder, Error, Oversized, Packet, Receiver, Version, encode_disconnect, encode_pingreq,
 };
 use crate::router::handle::TaskWaker;
-use crate::transport::dial::Dialed;
+use crate::transport::dial::{Dialed, QuickAck};
 
 use crate::upstream::broker::LinkContext;
 use crate::upstream::connect::Established;
@@ -64,7 +64,7 @@ pub(super) async fn serve<M: Machine>(
         keep_alive,
         ..
     } = established;
-    let mut pump = Pump::new(context, link, machine, handshake.version, keep_alive);
+    let mut pump = Pump::new(context, link, machine, handshake, keep_alive);
     pump.input.extend_from_slice(&rest);
     pump.machine
         .connected(handshake, context.clock.now(), &mut pump.out);
@@ -104,6 +104,10 @@ struct Pump<'a, M> {
     /// Fires when a paced write may go on.
     timer: Pin<Box<Sleep>>,
     keep_alive: Duration,
+    /// [`Handshake::quick_ack`].
+    quick_ack: bool,
+    /// Bytes were read, and nothing was written since that would acknowledge them.
+    unacknowledged: bool,
 }
 
 impl<'a, M: Machine> Pump<'a, M> {
@@ -111,7 +115,7 @@ impl<'a, M: Machine> Pump<'a, M> {
         context: &'a LinkContext,
         link: &'a LinkStatus,
         machine: &'a mut M,
-        version: Version,
+        handshake: &Handshake,
         keep_alive: Duration,
     ) -> Self {
         let packet_max = context.broker.access.packet_max;
@@ -120,7 +124,7 @@ impl<'a, M: Machine> Pump<'a, M> {
             link,
             machine,
             decoder: Decoder {
-                version,
+                version: handshake.version,
                 receiver: Receiver::Client,
                 max: packet_max.saturating_add(PACKET_OVERHEAD_BYTES),
             },
@@ -134,6 +138,8 @@ impl<'a, M: Machine> Pump<'a, M> {
             last_written: Instant::now(),
             timer: Box::pin(sleep(Duration::ZERO)),
             keep_alive,
+            quick_ack: handshake.quick_ack,
+            unacknowledged: false,
         }
     }
 
@@ -317,10 +323,16 @@ impl<'a, M: Machine> Pump<'a, M> {
             Poll::Ready(Ok(0)) => Poll::Ready(Err(LinkEnd::Closed)),
             Poll::Ready(Ok(_)) => {
                 self.last_read = Instant::now();
+                self.unacknowledged = true;
                 Poll::Ready(Ok(Event::Read))
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(error.into())),
-            Poll::Pending => Poll::Pending,
+            Poll::Pending => {
+                if std::mem::take(&mut self.unacknowledged) && self.quick_ack {
+                    io.quick_ack(true);
+                }
+                Poll::Pending
+            }
         }
     }
 
@@ -339,6 +351,7 @@ impl<'a, M: Machine> Pump<'a, M> {
             return Ok(());
         }
         self.last_written = Instant::now();
+        self.unacknowledged = false;
         if self.written < self.out.len() {
             return Ok(());
         }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use tokio::time::{Instant, sleep};
 
-use crate::backoff::{Backoff, jittered};
+use crate::backoff::{Backoff, jittered, worth_logging};
 use crate::router::LinkSession;
 use crate::router::handle::TaskWaker;
 use crate::supervise::{Health, keep_running};
@@ -27,7 +27,7 @@ use crate::upstream::pump::{Conditions, serve};
 use crate::upstream::role::Role;
 use crate::upstream::status::LinkStatus;
 
-/// A connection that lasted this long shows that the broker is well: the back-off begins again.
+/// A connection that lasted this long shows that the broker is well.
 const STABLE: Duration = Duration::from_secs(10);
 
 /// Why a link is down.
@@ -71,6 +71,7 @@ pub(super) async fn run<M: Machine>(
         link,
         machine,
         wake,
+        ends: 0,
         session_at: None,
         unanswered: false,
         panicked: false,
@@ -117,6 +118,8 @@ struct LinkTask<M> {
     /// The placement of filters that the session was made for.
     placement: u64,
     backoff: Backoff,
+    /// Connections in a row that ended soon.
+    ends: u64,
     duplicate_node: DuplicateNodeWatch,
 }
 
@@ -154,6 +157,8 @@ impl<M: Machine> LinkTask<M> {
             self.session_at = None;
         }
         self.placement = placement;
+        self.duplicate_node
+            .judge(&context.broker, &self.link, &context.times);
         let clean = self.session_at != Some(server);
         let address = &context.broker.access.config.servers[server];
         let dialling = Box::pin(establish(&context.broker, &self.link, address, clean));
@@ -183,15 +188,17 @@ impl<M: Machine> LinkTask<M> {
         let since = Instant::now();
         // Counted before the broker is probed: meanwhile another link's trouble is its own.
         context.connected.fetch_add(1, Ordering::AcqRel);
+        context.times.connected(&self.link.name);
         let served = AssertUnwindSafe(self.serve_session(server, session, established));
         let served = served.catch_unwind().await;
         let end = served.as_ref().map_or(&LinkEnd::Panicked, |end| end);
         let now = context.clock.now();
+        let for_a_packet = self.machine.has_sent() && end.may_be_for_a_packet();
         let told = AssertUnwindSafe(|| self.machine.disconnected(end, now));
         let told = panic::catch_unwind(told);
         context.connected.fetch_sub(1, Ordering::AcqRel);
         self.link.disconnected();
-        self.ended(end, since.elapsed());
+        self.ended(end, since.elapsed(), for_a_packet);
         match (served, told) {
             (Ok(end), Ok(())) => end,
             (Err(panic), _) | (_, Err(panic)) => {
@@ -236,7 +243,7 @@ impl<M: Machine> LinkTask<M> {
     }
 
     /// Draws the conclusions from the end of a connection.
-    fn ended(&mut self, end: &LinkEnd, lasted: Duration) {
+    fn ended(&mut self, end: &LinkEnd, lasted: Duration, for_a_packet: bool) {
         let reason = end.label();
         let now = self.context.clock.now();
         if let Some(suppressed) = self.context.outage.ended(reason, now) {
@@ -247,8 +254,11 @@ impl<M: Machine> LinkTask<M> {
                 "Link to the broker ended: {end}"
             );
         }
-        self.duplicate_node
-            .ended(&self.context.broker, &self.link, end, lasted);
+        // A link on which nothing was unanswered shows a second process better.
+        if !for_a_packet {
+            self.duplicate_node.ended(end, lasted);
+        }
+        self.context.times.ended(&self.link.name);
         let panicked = matches!(end, LinkEnd::Panicked);
         if panicked && self.panicked {
             // A message that the broker sends again may be the reason: it ends with the session.
@@ -259,9 +269,15 @@ impl<M: Machine> LinkTask<M> {
             // Two processes that take the link from each other at every turn serve nobody.
             LinkDownReason::TakenOver => self.backoff.set_longest(),
             LinkDownReason::Failover => self.backoff.reset(),
-            _ if lasted > STABLE => self.backoff.reset(),
+            // The packet will be found. Meanwhile others wait for the link.
+            _ if lasted > STABLE || for_a_packet => self.backoff.reset(),
+            // A broker that ends connections for no reason of ours does not let us connect.
             _ => {}
         }
+        self.ends = match lasted > STABLE {
+            true => 0,
+            false => self.ends + 1,
+        };
     }
 
     fn connected(&self, established: &Established, profile: &BrokerProfile) {
@@ -305,7 +321,7 @@ impl<M: Machine> LinkTask<M> {
         let attempts = self.backoff.failures();
         // The first end of a connection has its line already.
         let known = connected && attempts == 1;
-        if !known && self.backoff.worth_logging() {
+        if !known && worth_logging(self.ends.max(attempts)) {
             tracing::warn!(
                 link = self.link.name,
                 %server,

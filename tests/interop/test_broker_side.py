@@ -99,6 +99,29 @@ def test_nothing_acknowledged_is_lost_over_a_broker_that_remembers(own_broker, o
     assert [t for i, t in enumerate(got) if t not in got[:i]] == [f"{n}" for n in range(60)]
 
 
+def test_a_broker_that_is_frozen_and_goes_on_delivers_each_qos_2_message_once(own_broker, own_edge, client, full):
+    """SIGSTOP: the links find that it is silent, and their CONNECTs have no answer until it goes on."""
+    broker = own_broker()
+    edge = own_edge(broker.url, upstream=upstream(broker, keepalive="5s", connect_timeout="1s")).start()
+    topic = fresh()
+    sub, pub = client(edge, "tcp", fresh("id"), expiry=300), client(edge, "tcp", fresh("id"), expiry=300)
+    sub.subscribe((topic, 2))
+    pub.publish(topic, "first", 2)
+    assert sub.next().text == "first"
+    # Many are under way, in both directions, when it freezes.
+    mids = [pub.publish(topic, f"{n}", 2, wait=False) for n in range(2000)]
+    early = [m.text for m in sub.take(200)]
+    broker.service.process.send_signal(signal.SIGSTOP)
+    time.sleep(40 if full else 20)
+    assert edge.service.grep(r"no CONNACK within upstream.connect_timeout")
+    broker.service.process.send_signal(signal.SIGCONT)
+    for mid in mids:
+        pub.wait_published(mid, 30)
+    pub.publish(topic, "end", 2)
+    got = early + [m.text for m in sub.until("end", 30)]
+    assert sorted(got, key=int) == [f"{n}" for n in range(2000)], "each once"
+
+
 def test_tidegate_starts_without_a_broker(own_broker, own_edge, client):
     broker = own_broker()
     broker.stop()

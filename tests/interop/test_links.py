@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
+import threading
+import time
+
 import pytest
 
 from harness import wire
@@ -166,3 +170,145 @@ def test_a_message_that_is_too_large_is_skipped_and_all_others_arrive(own_broker
     assert edge.metrics().sum("tidegate_messages_dropped_total", reason="upstream_too_large") == 3
     assert edge.metrics().sum("tidegate_upstream_disconnects_total") == 0
     wait_until("the session shows the gap", lambda: edge.api(f"/api/v1/sessions/{me}")["gaps"] == 1)
+
+
+@pytest.mark.parametrize("protocol", ("3.1.1", "5"))
+def test_qos_0_publishes_that_the_broker_closes_the_link_for_cost_others_little(own_broker, own_edge, client, protocol):
+    """Five a second from one client, and another client's publishes on the same link, at QoS 0 and 1."""
+    # MQTT 5: a topic of more levels than mosquitto takes; 3.1.1: a packet over the broker's limit.
+    broker = own_broker(extra="max_packet_size 4000\n")
+    upstream = {"servers": [broker.url], "protocol": protocol, "publish_links": 1}
+    edge = own_edge(broker.url, ("tcp",), upstream=upstream, limits={"topic_levels_max": 1000}).start()
+    bad, good, sub = client(edge), client(edge), client(edge)
+    topic = fresh()
+    sub.subscribe((f"{topic}/good/#", 1))
+    wait_until("the broker's record", lambda: edge.service.grep(r"The broker was probed"))
+    good.publish(f"{topic}/good/first")
+    sub.next()
+    sent, took = {}, {}
+    begun = time.monotonic()
+    n = 0
+    while time.monotonic() - begun < 8:
+        match protocol:
+            case "3.1.1":
+                bad.publish(f"{topic}/bad", "x" * 5000, 0, wait=False)
+            case _:
+                bad.publish(f"{topic}/bad" + "/x" * 250, "x", 0, wait=False)
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            sent[f"{n}"] = time.monotonic()
+            good.publish(f"{topic}/good/{n % 2}", f"{n}", n % 2, wait=False)
+            n += 1
+            time.sleep(0.02)
+            collect(sub, sent, took)
+    wait_until("the last is there", lambda: collect(sub, sent, took) or f"{n - 1}" in took)
+    wait_until("every QoS 1 publish is there", lambda: collect(sub, sent, took) or all(f"{i}" in took for i in range(1, n, 2)))
+    times = sorted(took.values())
+    assert times[int(len(times) * 0.99)] < 1, times[-10:]
+    # The link ends a few times until the client is found, and then after ever longer pauses.
+    ends = edge.metrics().sum("tidegate_upstream_disconnects_total", link="p0")
+    assert 2 <= ends <= 10
+    assert len(took) >= n - 3 * ends, "a QoS 0 publish may be lost where the link ends"
+    assert edge.service.grep(r"A publish was quarantined.*qos=0")
+    assert edge.metrics().sum("tidegate_messages_dropped_total", reason="quarantined") > 5
+    assert edge.metrics().sum("tidegate_messages_dropped_total", reason="upstream_away_qos0") == 0
+
+
+def collect(sub, sent, took) -> None:
+    while not sub.incoming.empty():
+        m = sub.incoming.get()
+        took.setdefault(m.text, time.monotonic() - sent[m.text])
+
+
+@pytest.mark.parametrize("protocol", ("3.1.1", "5"))
+@pytest.mark.parametrize("version", (4, 5))
+def test_a_subscribe_that_the_broker_closes_the_link_for_is_refused_and_costs_others_little(own_broker, own_edge, client, protocol, version):
+    """MQTT 5: a filter of more levels than mosquitto takes; 3.1.1: a packet over the broker's limit."""
+    broker = own_broker(extra="max_packet_size 4000\n" if protocol == "3.1.1" else "")
+    upstream = {"servers": [broker.url], "protocol": protocol, "data_links": 1}
+    edge = own_edge(broker.url, ("tcp",), upstream=upstream, limits={"topic_levels_max": 1000}).start()
+    topic = fresh()
+    bad, pub, sub = client(edge, version=version), client(edge), client(edge)
+    sub.subscribe((f"{topic}/good/#", 1))
+    for n in range(0, 40, 10):
+        pub.publish(f"{topic}/state{n}/a", "retained", retain=True)
+    wait_until("the broker's record", lambda: edge.service.grep(r"The broker was probed"))
+    name = lambda n: f"{topic}/{n}/" + ("x" * 5000 if protocol == "3.1.1" else "x/" * 250)
+    asked = threading.Thread(target=lambda: codes.extend(bad.subscribe((name(0), 1), expect=None)))
+    codes: list[int] = []
+    asked.start()
+    took = []
+    for n in range(40):
+        begun = time.monotonic()
+        pub.publish(f"{topic}/good/a", f"{n}")
+        assert sub.next().text == f"{n}"
+        took.append(time.monotonic() - begun)
+        if n % 10 == 0:
+            # New filters of others, and retained messages, wait behind the link's end at most.
+            begun = time.monotonic()
+            new = client(edge)
+            new.subscribe((f"{topic}/state{n}/a", 1))
+            assert new.next().text == "retained"
+            took.append(time.monotonic() - begun)
+    assert max(took) < 2 and sorted(took)[len(took) // 2] < 0.2, took
+    asked.join(15)
+    assert codes == [0x87 if version == 5 else 0x80]
+    # Asked again, and for others like it, the broker is not asked at once.
+    since = edge.mark()
+    assert bad.subscribe((name(0), 1), expect=None) == codes
+    assert bad.subscribe((name(1), 1), expect=None)[0] >= 0x80
+    assert not edge.service.grep(r"Link to the broker ended", since)
+    assert edge.metrics().sum("tidegate_upstream_disconnects_total", link="d0") <= 4
+    assert len(edge.service.grep(r"A filter was quarantined")) == 1
+    assert not edge.service.grep(r"second Tidegate")
+    bad.subscribe((f"{topic}/good/fine", 1), expect=None)
+
+
+def test_qos_2_messages_one_after_the_other_take_little_longer_than_at_the_broker(own_broker, own_edge):
+    """mosquitto as Debian ships it holds small packets back until earlier ones are acknowledged."""
+    broker = own_broker(extra="set_tcp_nodelay false\n")
+    edge = own_edge(broker.url, ("tcp",), upstream={"servers": [broker.url]}).start()
+    edge.wait_log(r"The broker was probed")
+
+    def times(port: int) -> list[float]:
+        topic, took = fresh(), []
+        with Raw(port) as pub:
+            pub.connect(fresh("pub"))
+            for n in range(1, 101):
+                begun = time.monotonic()
+                pub.send(wire.publish(topic, b"x", 2, n))
+                assert pub.recv().kind == wire.PUBREC
+                pub.send(wire.ack(wire.PUBREL, n))
+                assert pub.recv().kind == wire.PUBCOMP
+                took.append(time.monotonic() - begun)
+        return took
+
+    times(edge["tcp"].port)
+    # The mean: at the broker itself some of them wait for an acknowledgement.
+    own, ours = (statistics.mean(times(port)) for port in (broker.port, edge["tcp"].port))
+    assert ours < max(2 * own, 0.004), (ours, own)
+
+
+def test_a_broker_that_takes_the_user_name_for_the_client_identifier_is_recognised(own_broker, own_edge):
+    broker = own_broker(of_listener="use_username_as_clientid true\n")
+    upstream = {"servers": [broker.url], "username": "edge", "backoff_min": "20ms", "backoff_max": "2s"}
+    for protocol in ("5", "3.1.1"):
+        edge = own_edge(broker.url, ("tcp",), upstream=upstream | {"protocol": protocol}).start()
+        edge.wait_log(r"use_username_as_clientid", timeout=30)
+        assert not edge.service.grep(r"second Tidegate")
+        edge.stop()
+
+
+@pytest.mark.parametrize("protocol", ("5", "3.1.1"))
+def test_a_broker_that_restarts_again_and_again_is_no_second_process(own_broker, own_edge, protocol):
+    broker = own_broker()
+    upstream = {"servers": [broker.url], "protocol": protocol, "backoff_min": "300ms", "backoff_max": "400ms"}
+    edge = own_edge(broker.url, ("tcp",), upstream=upstream).start()
+    for _ in range(7):
+        edge.wait_metric("all links are up", lambda m: m.sum("tidegate_upstream_link_up") == 5)
+        # It is back before a link tries to connect again.
+        broker.stop()
+        broker.start()
+        edge.wait_metric("a link has noticed", lambda m: m.sum("tidegate_upstream_link_up") < 5)
+    edge.wait_metric("all links are up", lambda m: m.sum("tidegate_upstream_link_up") == 5)
+    assert not edge.service.grep(r"second Tidegate|use_username_as_clientid")

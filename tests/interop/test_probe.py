@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
+import time
 
 import pytest
 
+from harness import brokers, wire
 from harness.edge import tidegate
 from harness.names import fresh
+from harness.raw import Raw
 
 QUICK = {"backoff_min": "20ms", "backoff_max": "200ms"}
 
@@ -46,6 +51,125 @@ def test_the_record_of_an_unconfigured_mosquitto_is_complete(own_broker):
     record = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines() if "  " in line)
     assert record["shared subscriptions"] == "alive", result.stdout
     assert "missing" not in record, result.stdout
+
+
+# mosquitto as Debian ships it, over the harness's configuration.
+DEBIAN = "set_tcp_nodelay false\nmax_inflight_messages 20\nmax_queued_messages 1000\npersistence false\n"
+
+
+@pytest.mark.parametrize("protocol", ("5", "3.1.1"))
+def test_the_probe_of_a_mosquitto_as_debian_ships_it_is_short_and_complete(own_broker, own_edge, protocol):
+    broker = own_broker(extra=DEBIAN)
+    edge = own_edge(broker.url, upstream={"servers": [broker.url], "protocol": protocol} | QUICK).start()
+    line = edge.wait_log(r"The broker was probed")
+    took = int(re.search(r"took_ms=(\d+)", line).group(1))
+    assert took < 500, line
+    record = broker_of(edge)
+    assert record["source"] == "probed" and record["nodelay"] is False, record
+    result = tidegate("probe", broker.url)
+    assert re.search(r"software +mosquitto version 2", result.stdout), result.stdout
+    assert "set_tcp_nodelay true" in result.stdout, result.stdout
+    assert "EMQX" not in result.stdout and "HiveMQ" not in result.stdout, result.stdout
+    # Where it is on, it is not advised.
+    assert "set_tcp_nodelay" not in tidegate("probe", own_broker().url).stdout
+
+
+def test_qos_0_publishes_wait_while_the_broker_is_probed(own_broker, own_edge, client):
+    broker = own_broker(extra=DEBIAN)
+    with Raw(broker.port) as watcher:
+        topic = fresh()
+        watcher.connect(fresh("watcher"))
+        watcher.subscribe((f"{topic}/#", 0))
+        edge = own_edge(broker.url, upstream={"servers": [broker.url]}).start()
+        pub = client(edge)
+        for n in range(50):
+            pub.publish(f"{topic}/a", f"{n}", 0)
+        assert [watcher.recv().payload for _ in range(50)] == [f"{n}".encode() for n in range(50)]
+    assert edge.metrics().sum("tidegate_messages_dropped_total", reason="upstream_away_qos0") == 0
+
+
+def test_a_shared_subscription_that_brings_nothing_is_dead(tmp_path):
+    """aedes takes `$share/...` for a plain filter and grants it; other messages of the probe arrive meanwhile."""
+    broker = brokers.Aedes(tmp_path / "aedes").start()
+    try:
+        for _ in range(5):
+            result = tidegate("probe", broker.url)
+            assert re.search(r"shared subscriptions +dead", result.stdout), result.stdout
+    finally:
+        broker.close()
+
+
+class Trickle(threading.Thread):
+    """A path to a broker on which the probe's connection gets one byte of CONNACK each second, or a flood."""
+
+    def __init__(self, port: int, flood: bool):
+        super().__init__(daemon=True)
+        self.to, self.flood = port, flood
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.sent = 0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.serve, args=(near,), daemon=True).start()
+
+    def serve(self, near: socket.socket) -> None:
+        far = socket.create_connection(("127.0.0.1", self.to))
+        connect = near.recv(65536)
+        far.sendall(connect)
+        probes = b"-probe" in connect
+        threading.Thread(target=self.copy, args=(near, far), daemon=True).start()
+        if not probes:
+            return self.copy(far, near)
+        try:
+            while chunk := far.recv(65536):
+                if not self.flood:
+                    for byte in chunk:
+                        near.sendall(bytes([byte]))
+                        time.sleep(1)
+                    continue
+                near.sendall(chunk)
+                for _ in range(1000):
+                    near.sendall(wire.publish("tidegate/probe/flood", b"x" * 60_000))
+                    self.sent += 60_000
+        except OSError:
+            pass
+
+    @staticmethod
+    def copy(near: socket.socket, far: socket.socket) -> None:
+        try:
+            while chunk := near.recv(65536):
+                far.sendall(chunk)
+        except OSError:
+            pass
+        for one in (near, far):
+            one.close()
+
+
+@pytest.mark.parametrize("flood", (False, True), ids=("trickles", "floods"))
+def test_a_broker_that_trickles_or_floods_while_it_is_probed(own_broker, own_edge, client, flood):
+    broker = own_broker()
+    path = Trickle(broker.port, flood)
+    url = f"mqtt://127.0.0.1:{path.port}"
+    edge = own_edge(url, upstream={"servers": [url]} | QUICK).start()
+    # The probe is cut short soon, and stalls the links no further.
+    begun = time.monotonic()
+    edge.wait_log(r"assumed at its worst")
+    edge.wait_metric("all links are up", lambda m: m.sum("tidegate_upstream_link_up") == 5)
+    assert time.monotonic() - begun < 5
+    # Far more than it takes was not read.
+    assert path.sent < 30_000_000, path.sent
+    topic = fresh()
+    one = client(edge)
+    one.subscribe((topic, 1))
+    one.publish(topic, "it works")
+    assert one.next().text == "it works"
+    path.listener.close()
 
 
 def test_a_probe_that_runs_is_not_shown_to_clients(own_broker, own_edge, client):

@@ -121,7 +121,8 @@ impl World {
     fn add_publish_link(&mut self) {
         if self.router.add_publish_link() {
             trace!(self, "there is another publish link");
-            self.router.publish_link_up(self.publish_links, true);
+            self.router
+                .publish_link_up(self.publish_links, true, self.now);
             self.publish_links += 1;
         }
     }

@@ -12,7 +12,7 @@ impl World {
     /// The publish links that exist come up, or go down.
     pub(crate) fn publish_links_up(&self, up: bool) {
         for link in 0..self.publish_links {
-            self.router.publish_link_up(link, up);
+            self.router.publish_link_up(link, up, self.now);
         }
     }
 

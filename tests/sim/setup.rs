@@ -174,7 +174,7 @@ fn connected_router(limits: SessionLimits, config: RouterConfig, copies: Copies)
     router.set_broker_features(&facts, Millis::ZERO);
     router.data_link_up(0, tidegate::router::LinkSession::New, true, Millis::ZERO);
     for link in 0..publish_links {
-        router.publish_link_up(link, true);
+        router.publish_link_up(link, true, Millis::ZERO);
     }
     router
 }

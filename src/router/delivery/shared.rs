@@ -124,6 +124,17 @@ enum Fit {
 }
 
 impl SharedGroups {
+    /// The sessions that have joined these groups.
+    pub(crate) fn members(&self, groups: &[FilterId]) -> Vec<SessionRef> {
+        if groups.is_empty() {
+            return Vec::new();
+        }
+        let all = self.0.lock();
+        let groups = groups.iter().filter_map(|group| all.get(group));
+        let members = groups.flat_map(|group| &group.members);
+        members.map(|member| member.session).collect()
+    }
+
     /// A session has subscribed to a group.
     pub(crate) fn join(
         &self,

@@ -5,6 +5,7 @@
 //! and return what has to be done.
 
 mod outcome;
+mod suspicion;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -97,6 +98,8 @@ pub(in crate::router) struct Filter {
     idle_since: Option<Millis>,
     /// Messages that arrived for nobody since then.
     unread: AtomicU32,
+    /// How often the broker has ended the link while its SUBSCRIBE had no answer, since the last one.
+    ends: u8,
 }
 
 // A million filters may be known at once.
@@ -121,6 +124,7 @@ impl Filter {
             awaiting_suback: Vec::new(),
             idle_since: None,
             unread: AtomicU32::new(0),
+            ends: 0,
         }
     }
 
@@ -415,6 +419,7 @@ impl Filter {
             }
             return SubackOutcome::Refused;
         }
+        self.ends = 0;
         let asked = self.asked.unwrap_or_default();
         let again = self.wanted > asked;
         let presumed = self.is_presumed();

@@ -193,7 +193,7 @@ impl Table {
             let filter = self.get_mut(id)?;
             filter.begin_move();
             if let Some(link) = filter.link() {
-                self.subscribe_queue[link].push_back(id);
+                self.queue_subscribe(link, id);
                 self.woken.insert(link);
             }
             return None;

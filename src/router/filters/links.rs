@@ -41,6 +41,8 @@ pub(in crate::router) struct LinkUp {
     pub kept: Vec<FilterId>,
     /// What follows for filters that had yielded to others.
     pub actions: Actions,
+    /// Shared subscriptions among the lost filters, and local groups that get messages of these.
+    pub lost_groups: Vec<FilterId>,
     /// Messages may have been missed.
     pub gap: bool,
 }
@@ -183,6 +185,8 @@ impl Filters {
         }
         up.filters = table.of_link(link).map(|(id, _)| id).collect();
         table.subscribe_queue[link].clear();
+        table.suspects.clear(link);
+        let mut new = Vec::new();
         table.unsubscribe_queue[link].clear();
         table.moves_link_up(link, session);
         for id in up.filters.clone() {
@@ -204,20 +208,30 @@ impl Filters {
             }
             match need {
                 Resumed::Rests => {}
-                Resumed::Subscribe => table.subscribe_queue[link].push_back(id),
+                Resumed::Subscribe => new.push(id),
                 Resumed::Regain => {
                     up.lost.push(id);
-                    table.subscribe_queue[link].push_back(id);
+                    table.queue_subscribe(link, id);
                 }
                 Resumed::Unsubscribe => table.unsubscribe_queue[link].push_back(id),
                 Resumed::Remove => table.remove(id, now),
             }
+        }
+        // Behind the filters that the broker is known to grant.
+        for id in new {
+            table.queue_subscribe(link, id);
         }
         // Even with the session kept, QoS 0 messages of the gap are gone, retained or not.
         up.gap = !first && !resumed && !up.filters.is_empty();
         // The filters inside another one are lost with it.
         for filters in [&mut up.filters, &mut up.lost, &mut up.kept] {
             table.add_below(filters);
+        }
+        for id in &up.lost {
+            if let Some(filter) = table.get(*id) {
+                let own = filter.is_shared().then_some(*id);
+                up.lost_groups.extend(own.iter().chain(filter.groups()));
+            }
         }
         let loss = match session {
             LinkSession::Doubtful => Loss::Doubtful,
@@ -274,6 +288,16 @@ impl Filters {
     /// the time.
     pub(crate) fn link_losses(&self) -> u64 {
         self.losses.load(Ordering::Acquire)
+    }
+
+    /// A link of any role was lost on which the broker had answered everything.
+    pub(crate) fn lost_unprovoked(&self) {
+        self.unprovoked.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// How often that happened.
+    pub(crate) fn unprovoked_losses(&self) -> u64 {
+        self.unprovoked.load(Ordering::Acquire)
     }
 
     /// Filters on a link.

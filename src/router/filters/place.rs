@@ -280,8 +280,9 @@ impl Table {
         for trie in &mut self.tries {
             *trie = FilterTrie::new();
         }
-        for queue in &mut self.subscribe_queue {
+        for (link, queue) in self.subscribe_queue.iter_mut().enumerate() {
             queue.clear();
+            self.suspects.clear(link);
         }
         self.moves.clear();
         self.leaving.clear();

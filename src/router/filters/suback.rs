@@ -35,8 +35,8 @@ impl Filters {
             } => (answered, again, presumed) = (asked, more, before),
         }
         if again && let Some(link) = filter.link() {
-            table.subscribe_queue[link].push_back(id);
             actions.wake.insert(link);
+            table.queue_subscribe(link, id);
         }
         if refused.is_some() {
             // The filters inside it are not refused for that.

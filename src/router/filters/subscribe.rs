@@ -28,6 +28,8 @@ pub(in crate::router) struct Admitted {
 pub(in crate::router) enum Refusal {
     /// Too many filters are known.
     TooMany,
+    /// The broker has closed links for it.
+    Quarantined,
     /// It overlaps this filter on every data link, and the broker has no Subscription Identifiers.
     Overlaps(Arc<str>),
 }
@@ -72,6 +74,9 @@ impl Filters {
         let mut table = self.write();
         if table.len() >= FILTERS_MAX && !table.knows(name) {
             return Err(Refusal::TooMany);
+        }
+        if table.suspects.is_quarantined(name, now) {
+            return Err(Refusal::Quarantined);
         }
         let (id, name) = table.intern(name);
         if let Err(other) = table.place(id, hash, &overlapping.all, now) {
@@ -124,6 +129,8 @@ impl Filters {
         let Some(admitted) = admitted else {
             let granted = table.get(source).filter(|f| f.grants(grant.qos));
             let granted = granted.map(|f| (f.grant(grant.qos), f.is_confirmed()));
+            let refused =
+                granted.is_none() && table.is_refused(source, grant.subscribe.session, now);
             let next = match granted {
                 Some((granted, confirmed)) => {
                     if !confirmed {
@@ -135,6 +142,11 @@ impl Filters {
                         confirmed,
                     })
                 }
+                None if refused => Next::Answered(Answered {
+                    grants: vec![*grant],
+                    code: ReasonCode::QUOTA_EXCEEDED,
+                    confirmed: false,
+                }),
                 None => {
                     table.await_suback(id, *grant);
                     if source != id {

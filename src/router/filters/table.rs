@@ -11,6 +11,7 @@ use crate::router::filters::copies::{Leaving, Moves};
 use crate::router::filters::counts::{LinkCounts, UsedLinks};
 use crate::router::filters::filter::{Filter, Placement};
 use crate::router::filters::linger::Lingering;
+use crate::router::filters::suspects::Suspects;
 use crate::router::lost::Lost;
 use crate::router::types::{PendingGrant, SessionRef};
 use crate::store::Identifiers;
@@ -40,6 +41,8 @@ pub(in crate::router) struct Table {
     pub(super) lingering: Lingering,
     /// For each link, the filters to SUBSCRIBE.
     pub(super) subscribe_queue: Vec<VecDeque<FilterId>>,
+    /// Filters that the broker may have ended a link for.
+    pub(super) suspects: Suspects,
     /// For each link, the filters to UNSUBSCRIBE.
     pub(super) unsubscribe_queue: Vec<VecDeque<FilterId>>,
     /// For each link, its filters; in use only when the broker has no Subscription Identifiers.
@@ -98,6 +101,7 @@ impl Table {
             numbers,
             lingering,
             subscribe_queue: vec![VecDeque::new(); links],
+            suspects: Suspects::new(links),
             unsubscribe_queue: vec![VecDeque::new(); links],
             tries: (0..links).map(|_| FilterTrie::new()).collect(),
             identifiers: None,
@@ -198,7 +202,7 @@ impl Table {
             && filter.moved()
             && let Some(link) = filter.link()
         {
-            self.subscribe_queue[link].push_back(id);
+            self.queue_subscribe(link, id);
         }
     }
 
@@ -248,7 +252,7 @@ impl Table {
         if filter.request(qos)
             && let Some(link) = target.or(filter.link())
         {
-            self.subscribe_queue[link].push_back(id);
+            self.queue_subscribe(link, id);
             self.woken.insert(link);
         }
     }

@@ -5,8 +5,8 @@
 
 use std::collections::VecDeque;
 
-use crate::hashing::LookUp;
-use crate::mqtt::Message;
+use crate::hashing::{LookUp, LookUpSet};
+use crate::mqtt::{Message, QoS};
 use crate::session::{Incarnation, Token};
 use crate::time::Millis;
 
@@ -60,6 +60,10 @@ pub struct PublishQueues {
     /// Publishes that waited when it began, and wait still.
     waiting_for_round: usize,
     pub(super) pings: Pings,
+    /// Clients whose publishes are sent one at a time; nearly always none.
+    suspects: LookUpSet<SessionRef>,
+    /// Those of them that have publishes, in turn.
+    suspects_active: VecDeque<SessionRef>,
 }
 
 #[derive(Debug, Default)]
@@ -109,14 +113,18 @@ impl PublishQueues {
         outgoing.round = self.round;
         let queue = self.queues.entry(outgoing.session).or_default();
         if queue.publishes.is_empty() {
-            self.active.push_back(outgoing.session);
+            let suspect = !self.suspects.is_empty() && self.suspects.contains(&outgoing.session);
+            match suspect {
+                true => self.suspects_active.push_back(outgoing.session),
+                false => self.active.push_back(outgoing.session),
+            }
         }
         queue.bytes += outgoing.message.size();
         queue.publishes.push_back(outgoing);
         self.messages += 1;
     }
 
-    /// The publish whose turn it is.
+    /// The publish whose turn it is, of a client that is not a suspect.
     pub fn pop(&mut self) -> Option<Outgoing> {
         loop {
             let session = *self.active.front()?;
@@ -151,6 +159,66 @@ impl PublishQueues {
             }
             return Some(outgoing);
         }
+    }
+
+    /// From now on, [`PublishQueues::pop_suspect`] alone gives this client's publishes.
+    pub fn suspect(&mut self, session: SessionRef) {
+        if self.suspects.insert(session) && self.queues.contains_key(&session) {
+            self.active.retain(|s| *s != session);
+            self.suspects_active.push_back(session);
+        }
+    }
+
+    /// The client is no longer a suspect.
+    pub fn trust(&mut self, session: SessionRef) {
+        if self.suspects.remove(&session) && self.queues.contains_key(&session) {
+            self.suspects_active.retain(|s| *s != session);
+            self.active.push_back(session);
+        }
+    }
+
+    /// Whether a suspect for which `may` is true has a publish.
+    pub fn has_suspect(&self, mut may: impl FnMut(SessionRef) -> bool) -> bool {
+        self.suspects_active.iter().any(|session| may(*session))
+    }
+
+    /// The next publish of a suspect for which `may` is true.
+    pub fn pop_suspect(&mut self, mut may: impl FnMut(SessionRef) -> bool) -> Option<Outgoing> {
+        let at = self.suspects_active.iter().position(|s| may(*s))?;
+        let session = self.suspects_active.remove(at)?;
+        let queue = self.queues.get_mut(&session)?;
+        let outgoing = queue.publishes.pop_front()?;
+        queue.bytes -= outgoing.message.size();
+        self.messages -= 1;
+        self.waiting_for_round -= usize::from(outgoing.round != self.round);
+        match queue.publishes.is_empty() {
+            true => drop(self.queues.remove(&session)),
+            false => self.suspects_active.push_back(session),
+        }
+        Some(outgoing)
+    }
+
+    /// Drops a client's QoS 0 publishes. Returns how many there were.
+    pub fn drop_qos0(&mut self, session: SessionRef) -> usize {
+        let Some(queue) = self.queues.get_mut(&session) else {
+            return 0;
+        };
+        let before = queue.publishes.len();
+        let (round, waiting) = (self.round, &mut self.waiting_for_round);
+        queue.publishes.retain(|o| {
+            let kept = o.message.qos() > QoS::AtMostOnce || o.token.is_some();
+            *waiting -= usize::from(!kept && o.round != round);
+            kept
+        });
+        queue.bytes = queue.publishes.iter().map(|o| o.message.size()).sum();
+        let dropped = before - queue.publishes.len();
+        self.messages -= dropped;
+        if queue.publishes.is_empty() {
+            self.queues.remove(&session);
+            self.active.retain(|s| *s != session);
+            self.suspects_active.retain(|s| *s != session);
+        }
+        dropped
     }
 }
 
@@ -219,6 +287,26 @@ mod tests {
             "{before} of the flood went before its neighbour"
         );
         assert_eq!(queues.len(), 1000 - before);
+    }
+
+    #[test]
+    fn suspects_are_served_apart() {
+        let mut queues = PublishQueues::default();
+        for n in 0..4u8 {
+            queues.push(outgoing(u32::from(n % 2), &[n]));
+        }
+        let session = outgoing(0, b"").session;
+        queues.suspect(session);
+        queues.push(outgoing(0, &[4]));
+        let of = |o: Option<Outgoing>| o.map(|o| o.message.payload()[0]);
+        assert_eq!([(); 3].map(|()| of(queues.pop())), [Some(1), Some(3), None]);
+        assert!(!queues.has_suspect(|_| false) && queues.pop_suspect(|_| false).is_none());
+        assert_eq!(of(queues.pop_suspect(|s| s == session)), Some(0));
+        queues.trust(session);
+        assert!(!queues.has_suspect(|_| true));
+        assert_eq!(of(queues.pop()), Some(2));
+        assert_eq!(queues.drop_qos0(session), 1);
+        assert!(queues.is_empty() && queues.pop().is_none());
     }
 
     #[test]

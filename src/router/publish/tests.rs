@@ -3,6 +3,7 @@ use std::time::Duration;
 use crate::mqtt::QoS;
 use crate::router::testing::{client, config, publish_at, router_of};
 use crate::router::{Router, RouterConfig, SessionRef};
+use crate::time::Millis;
 
 use super::*;
 
@@ -14,7 +15,7 @@ fn router(links: usize) -> Arc<Router> {
         ..config()
     });
     for link in 0..links {
-        router.publish_link_up(link, true);
+        router.publish_link_up(link, true, Millis::ZERO);
     }
     router
 }
@@ -43,13 +44,13 @@ fn a_new_link_is_used_once_the_publishes_of_the_others_have_arrived() {
     let router = router(2);
     assert!(router.add_publish_link());
     assert!(!due(&router, 0), "it is not connected");
-    router.publish_link_up(2, true);
+    router.publish_link_up(2, true, Millis::ZERO);
     assert!(due(&router, 0) && !due(&router, 0), "one PINGREQ");
     assert!(due(&router, 1));
     router.publish_ping_answered(1);
     assert_eq!(used(&router), 2);
-    router.publish_link_up(0, false);
-    router.publish_link_up(0, true);
+    router.publish_link_up(0, false, Millis::ZERO);
+    router.publish_link_up(0, true, Millis::ZERO);
     assert!(due(&router, 0), "the connection took the first one with it");
     router.publish_ping_answered(0);
     assert_eq!(used(&router), 3);
@@ -108,8 +109,8 @@ fn a_round_outlives_the_connection() {
     let round = arrivals.next_round();
     arrivals.ask();
     assert!(due(&router, 0));
-    router.publish_link_up(0, false);
-    router.publish_link_up(0, true);
+    router.publish_link_up(0, false, Millis::ZERO);
+    router.publish_link_up(0, true, Millis::ZERO);
     assert!(!arrivals.has_passed(round));
     assert!(due(&router, 0), "again");
     router.publish_ping_answered(0);

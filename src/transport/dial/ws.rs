@@ -52,6 +52,13 @@ pub struct WsBytes<S> {
     unflushed: bool,
 }
 
+impl<S: AsyncRead + AsyncWrite + Unpin> WsBytes<S> {
+    /// The connection below the WebSocket.
+    pub(super) fn get_ref(&self) -> &S {
+        self.ws.get_ref()
+    }
+}
+
 /// Upgrades a connection to a WebSocket. `authority` is host and port as in a URL.
 ///
 /// # Errors

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use crate::hashing::{LookUp, LookUpSet};
+use crate::hashing::LookUp;
 use crate::mqtt::{
     AckKind, Message, MessageSpec, Oversized, Packet, Property, Publish, QoS, ReasonCode,
     SubscribeOptions, Version, encode_ack, encode_subscribe, encode_unsubscribe,
 };
-use crate::router::{Arrived, LinkSession, Router};
+use crate::router::{Arrived, LinkSession, Router, UpstreamSubscribe};
 use crate::session::Incarnation;
 use crate::store::Store;
 use crate::telemetry::metrics;
@@ -25,6 +25,7 @@ use crate::upstream::link::common::{
     RESERVED_KEY, count_skipped, in_packets, is_probe, next_id, unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
+use crate::upstream::link::exactly_once::ExactlyOnce;
 use crate::upstream::link::machine::{Handshake, Machine};
 use crate::upstream::link::redelivery::Redelivery;
 use crate::upstream::role::Role;
@@ -56,9 +57,7 @@ pub(crate) struct DataLink {
     last_id: u16,
     /// SUBSCRIBE and UNSUBSCRIBE packets without an answer, by packet identifier.
     requests: LookUp<u16, Request>,
-    /// Packet identifiers of QoS 2 messages that were received and not released. They are kept as
-    /// long as the broker keeps the session.
-    received: LookUpSet<u16>,
+    exactly_once: ExactlyOnce,
     redelivery: Redelivery,
     batch: Vec<Arrived>,
     /// When a PINGREQ last asked for the acknowledgements.
@@ -66,6 +65,23 @@ pub(crate) struct DataLink {
     ping: bool,
     /// PINGREQs without an answer, in the order of sending.
     barriers: VecDeque<Barrier>,
+    /// Filters are tried for which the broker may have ended the link: nothing else is asked.
+    trying: bool,
+    /// One filter goes into each UNSUBSCRIBE, because the broker may have ended the link for a long
+    /// one.
+    one_by_one: bool,
+    /// How the last connection ended.
+    last: Cut,
+    /// [`Router::unprovoked_losses`] when the link last connected.
+    losses: u64,
+}
+
+/// The requests that the end of a connection left without an answer, if the broker may have ended it
+/// for one of them.
+#[derive(Debug, Default)]
+struct Cut {
+    subscribes: Vec<FilterId>,
+    unsubscribes: bool,
 }
 
 /// A PINGREQ without an answer. The answer shows that the broker has sent all earlier packets, and
@@ -74,6 +90,8 @@ pub(crate) struct DataLink {
 struct Barrier {
     /// [`Redelivery::mark`] when it was sent.
     received: u64,
+    /// [`ExactlyOnce::mark`] when it was sent.
+    released: u64,
     /// The router's number for it.
     number: u64,
 }
@@ -105,12 +123,16 @@ impl DataLink {
             connected_before: false,
             last_id: 0,
             requests: LookUp::default(),
-            received: LookUpSet::default(),
+            exactly_once: ExactlyOnce::default(),
             redelivery: Redelivery::new(store.ring(link)),
             batch: Vec::new(),
             confirmed_at: Millis::ZERO,
             ping: false,
             barriers: VecDeque::new(),
+            trying: false,
+            one_by_one: false,
+            last: Cut::default(),
+            losses: 0,
         }
     }
 
@@ -120,13 +142,19 @@ impl DataLink {
         let redelivered = match p.qos {
             QoS::AtMostOnce => false,
             QoS::AtLeastOnce => self.redelivery.seen(p),
-            QoS::ExactlyOnce => !self.received.insert(p.packet_id),
+            QoS::ExactlyOnce => self.seen_exactly_once(p),
         };
         if redelivered {
             metrics().upstream_redeliveries_suppressed.increment(1);
         } else if self.is_for_clients(p) {
             self.arrived(p, false, now);
         }
+    }
+
+    /// Whether a QoS 2 message was received before. If it was not, it is noted.
+    fn seen_exactly_once(&mut self, p: &Publish<'_>) -> bool {
+        let digest = self.redelivery.digest(p);
+        self.exactly_once.seen(p.packet_id, digest, p.dup)
     }
 
     fn acknowledge(&self, p: &Publish<'_>, out: &mut Vec<u8>) {
@@ -205,6 +233,22 @@ impl DataLink {
         }
     }
 
+    /// Tells the router for which SUBSCRIBEs the broker may have ended the link, before they are sent
+    /// again.
+    fn find_poison(&mut self, now: Millis) {
+        let losses = self.router.unprovoked_losses();
+        let only_ours = std::mem::replace(&mut self.losses, losses) == losses;
+        let Cut {
+            subscribes,
+            unsubscribes,
+        } = std::mem::take(&mut self.last);
+        self.trying = false;
+        self.one_by_one = unsubscribes;
+        if only_ours && !subscribes.is_empty() {
+            self.router.subscribes_ended_link(&subscribes, now);
+        }
+    }
+
     fn free_id(&mut self) -> u16 {
         next_id(&mut self.last_id, |id| self.requests.contains_key(&id))
     }
@@ -216,36 +260,55 @@ impl DataLink {
         } else {
             FILTERS_IN_PACKET
         };
-        while self.requests.len() < REQUESTS_MAX {
+        self.trying &= !self.requests.is_empty();
+        while !self.trying && self.requests.len() < REQUESTS_MAX {
             let room = REQUESTS_MAX - self.requests.len();
             let wanted = self
                 .router
                 .next_subscribes(self.link, room.min(FILTERS_AT_ONCE));
             if wanted.is_empty() {
-                return;
+                break;
             }
-            for these in in_packets(&wanted, in_packet, |w| w.name.len()) {
-                let id = self.free_id();
-                let identifier = self
-                    .identifiers
-                    .then(|| these[0].filter.subscription_identifier());
-                let filters = these
-                    .iter()
-                    .map(|w| (&*w.name, options(w.qos, self.keeps_retain)));
-                encode_subscribe(self.version, id, identifier, filters, out);
-                let numbers = these.iter().map(|w| w.filter).collect();
-                self.requests.insert(id, Request::Subscribe(numbers));
-            }
+            self.send_subscribes(&wanted, in_packet, out);
+        }
+        if self.requests.is_empty() {
+            let suspects = self.router.next_suspects(self.link);
+            self.trying = !suspects.is_empty();
+            self.send_subscribes(&suspects, 1, out);
+        }
+    }
+
+    fn send_subscribes(
+        &mut self,
+        wanted: &[UpstreamSubscribe],
+        in_packet: usize,
+        out: &mut Vec<u8>,
+    ) {
+        for these in in_packets(wanted, in_packet, |w| w.name.len()) {
+            let id = self.free_id();
+            let identifier = self
+                .identifiers
+                .then(|| these[0].filter.subscription_identifier());
+            let filters = these
+                .iter()
+                .map(|w| (&*w.name, options(w.qos, self.keeps_retain)));
+            encode_subscribe(self.version, id, identifier, filters, out);
+            let numbers = these.iter().map(|w| w.filter).collect();
+            self.requests.insert(id, Request::Subscribe(numbers));
         }
     }
 
     fn unsubscribe(&mut self, out: &mut Vec<u8>) {
-        while self.requests.len() < REQUESTS_MAX {
+        let in_packet = match self.one_by_one {
+            true => 1,
+            false => FILTERS_IN_PACKET,
+        };
+        while !self.trying && self.requests.len() < REQUESTS_MAX {
             let filters = self.router.next_unsubscribes(self.link, FILTERS_IN_PACKET);
             if filters.is_empty() {
                 return;
             }
-            for these in in_packets(&filters, FILTERS_IN_PACKET, unsubscribe_bytes) {
+            for these in in_packets(&filters, in_packet, unsubscribe_bytes) {
                 let id = self.free_id();
                 encode_unsubscribe(self.version, id, these.iter().map(|(_, n)| &**n), out);
                 let numbers = these.iter().map(|(n, _)| *n).collect();
@@ -261,15 +324,15 @@ impl Machine for DataLink {
         self.identifiers = handshake.identifiers;
         self.keeps_retain = handshake.keeps_retain;
         self.requests.clear();
+        self.find_poison(now);
         let session = handshake.session;
-        if session != LinkSession::Resumed {
-            // Packet identifiers of another session mean nothing: in doubt, a message is delivered.
-            self.received.clear();
-        }
+        self.exactly_once.connected(session);
         match session {
             LinkSession::New => self.redelivery.began_anew(),
             LinkSession::Doubtful | LinkSession::Resumed => self.redelivery.resumed(),
         }
+        // Behind everything that the broker sends again.
+        self.ping |= self.exactly_once.wants_confirmation();
         let first = !std::mem::replace(&mut self.connected_before, true);
         let gap = self.router.data_link_up(self.link, session, first, now);
         if gap {
@@ -293,7 +356,7 @@ impl Machine for DataLink {
                 Ok(())
             }
             Packet::Pubrel(a) => {
-                self.received.remove(&a.packet_id);
+                self.exactly_once.release(a.packet_id);
                 encode_ack(
                     self.version,
                     AckKind::Pubcomp,
@@ -318,7 +381,7 @@ impl Machine for DataLink {
     ) -> Result<(), LinkEnd> {
         let p = packet.publish();
         self.acknowledge(&p, out);
-        let again = p.qos == QoS::ExactlyOnce && !self.received.insert(p.packet_id);
+        let again = p.qos == QoS::ExactlyOnce && self.seen_exactly_once(&p);
         if !again && self.is_for_clients(&p) {
             count_skipped(packet, "data", now);
             self.arrived(&p, true, now);
@@ -338,7 +401,8 @@ impl Machine for DataLink {
         if !self.barriers.is_empty() {
             return;
         }
-        if !self.redelivery.is_empty() && self.confirmed_at + CONFIRM_EVERY <= now {
+        let unconfirmed = !self.redelivery.is_empty() || self.exactly_once.wants_confirmation();
+        if unconfirmed && self.confirmed_at + CONFIRM_EVERY <= now {
             self.confirmed_at = now;
             self.ping = true;
         }
@@ -357,6 +421,7 @@ impl Machine for DataLink {
             let number = self.router.barrier_begins(self.link);
             self.barriers.push_back(Barrier {
                 received: self.redelivery.mark(),
+                released: self.exactly_once.mark(),
                 number,
             });
         }
@@ -365,11 +430,21 @@ impl Machine for DataLink {
 
     fn ping_answered(&mut self, now: Millis) {
         // The broker read the acknowledgements before it read the PINGREQ that followed them.
-        if let Some(Barrier { received, number }) = self.barriers.pop_front() {
+        if let Some(barrier) = self.barriers.pop_front() {
+            let Barrier {
+                received,
+                released,
+                number,
+            } = barrier;
             self.redelivery.confirmed(received);
+            self.exactly_once.confirmed(released);
             self.flush(now);
             self.router.barrier_passed(self.link, number, now);
         }
+    }
+
+    fn has_sent(&self) -> bool {
+        !self.requests.is_empty()
     }
 
     fn disconnected(&mut self, end: &LinkEnd, now: Millis) {
@@ -377,10 +452,22 @@ impl Machine for DataLink {
             // The broker sends the messages again that the panic may have kept from some clients. A
             // message is rather delivered twice than lost.
             self.batch.clear();
-            self.received.clear();
+            self.exactly_once.connected(LinkSession::New);
             self.redelivery.began_anew();
         }
         self.flush(now);
+        if !self.has_sent() {
+            self.router.link_lost_unprovoked();
+        }
+        self.last = Cut::default();
+        let for_a_packet = end.may_be_for_a_packet();
+        for (_, request) in self.requests.sorted(|_, _| for_a_packet) {
+            match request {
+                Request::Subscribe(filters) => self.last.subscribes.extend(filters),
+                Request::Unsubscribe(_) => self.last.unsubscribes = true,
+            }
+        }
+        self.last.subscribes.sort_unstable();
         self.requests.clear();
         self.barriers.clear();
         self.ping = false;

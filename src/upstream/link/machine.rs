@@ -24,6 +24,8 @@ pub(crate) struct Handshake {
     pub identifiers: bool,
     /// Live messages keep their RETAIN flag, and no replay is mixed with them.
     pub keeps_retain: bool,
+    /// The broker may hold packets back until TCP acknowledgements arrive, so these are sent at once.
+    pub quick_ack: bool,
     /// The QoS of the retained link's subscriptions.
     pub fetch_qos: QoS,
     /// How long the retained link has to be quiet before a fetch is over.
@@ -41,6 +43,7 @@ impl Handshake {
             packet_max: capabilities.maximum_packet_size,
             identifiers: profile.quirks.identifiers.usable(),
             keeps_retain: profile.keeps_retain(),
+            quick_ack: profile.quirks.nodelay != Some(true),
             fetch_qos: profile.fetch_qos(),
             fetch_quiet: profile.fetch_quiet(),
         }
@@ -88,6 +91,9 @@ pub(crate) trait Machine: Send {
     fn wants_ping(&mut self) -> bool {
         false
     }
+    /// Whether the broker may end the connection for a packet that was sent on it. Asked before
+    /// [`Machine::disconnected`].
+    fn has_sent(&self) -> bool;
     /// The connection has ended.
     fn disconnected(&mut self, end: &LinkEnd, now: Millis);
     /// The least time between two writes, so that one write serves several packets. `None`: write

@@ -1,6 +1,10 @@
 //! The publish link's machine: it sends clients' publishes within the broker's Receive Maximum, and
 //! brings back the broker's acknowledgements.
 
+mod poison;
+mod suspects;
+
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,15 +12,17 @@ use crate::flow::{self, Stage, Window};
 use crate::mqtt::{
     AckKind, Alias, Delivery, Oversized, Packet, QoS, ReasonCode, Version, encode_ack,
 };
+use crate::router::publish::QOS0_WAIT;
 use crate::router::publish::queue::Outgoing;
 use crate::router::{Answered, LinkSession, Router};
-use crate::telemetry::{DropReason, clean, metrics};
+use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
 use crate::upstream::link::common::RESERVED_KEY;
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
 use crate::upstream::role::Role;
+use suspects::Suspects;
 
 /// With this much output waiting for the socket, no more publishes are taken from the queues.
 const OUTPUT_MAX_BYTES: usize = 128 * 1024;
@@ -25,7 +31,10 @@ const OUTPUT_MAX_BYTES: usize = 128 * 1024;
 /// after a pause goes at once.
 const PACE: Duration = Duration::from_millis(1);
 
-/// A publish is a suspect once the broker has ended this many connections of the link, and of no
+/// With so few publishes outstanding, writes do not wait for others.
+const FEW_OPEN: usize = 3;
+
+/// A publish of QoS 1 or 2 is a suspect once the broker has ended this many connections of the link, and of no
 /// other link, while the publish had no acknowledgement. Suspects are sent one at a time: a suspect
 /// that is alone on the link when this happens again is the reason (poison).
 const SUSPECT_AFTER: u8 = 2;
@@ -58,16 +67,31 @@ pub(crate) struct PublishLink {
     answers: Vec<Answered>,
     /// The last connection ended in a way that a packet may have caused.
     cut: bool,
-    /// [`Router::data_losses`] when the link last connected.
+    /// [`Router::unprovoked_losses`] when the link last connected.
     losses: u64,
     /// Since when publishes wait for the window.
     full_since: Option<Millis>,
-    /// Suspects in flight.
-    suspects: usize,
+    /// When it last connected.
+    connected_at: Millis,
+    /// Publishes were sent on this connection.
+    has_sent: bool,
+    /// Publishes in flight that are sent one at a time.
+    suspect_publishes: usize,
+    /// Clients whose publishes are sent one at a time.
+    suspects: Suspects,
     /// Until then, nothing is sent unless the data links have their filters again.
     wait_until: Option<Millis>,
     /// A PINGREQ is to follow the publishes that were put out.
     ping_due: bool,
+    /// PINGREQs without an answer.
+    pings: VecDeque<Ping>,
+}
+
+/// Who asked for a PINGREQ.
+#[derive(Clone, Copy, Debug)]
+struct Ping {
+    of_router: bool,
+    of_suspects: bool,
 }
 
 #[derive(Debug)]
@@ -119,9 +143,13 @@ impl PublishLink {
             wait_until: None,
             cut: false,
             losses: 0,
-            suspects: 0,
+            connected_at: Millis::ZERO,
+            has_sent: false,
+            suspect_publishes: 0,
+            suspects: Suspects::default(),
             full_since: None,
             ping_due: false,
+            pings: VecDeque::new(),
         }
     }
 
@@ -137,6 +165,9 @@ impl PublishLink {
         if self.window.has_resends() {
             return;
         }
+        if !self.suspects.is_idle() && !self.try_suspect(now, out) {
+            return;
+        }
         let router = self.router.clone();
         while out.len() < OUTPUT_MAX_BYTES
             && self.open() < self.room()
@@ -145,6 +176,10 @@ impl PublishLink {
             // A few at a time, because clients wait for the same lock to queue theirs.
             let mut some: smallvec::SmallVec<[Outgoing; 16]> = smallvec::SmallVec::new();
             let room = (self.room() - self.open()).min(16);
+            let room = room.min(self.suspects.room());
+            if room == 0 {
+                return;
+            }
             router.publish_queues(self.link, |queues| {
                 while some.len() < room
                     && let Some(outgoing) = queues.pop()
@@ -209,6 +244,7 @@ impl PublishLink {
         let dup = !entry.renew && qos > QoS::AtMostOnce;
         let id = if qos == QoS::AtMostOnce { 0 } else { entry.id };
         let written = self.write(&entry.outgoing, qos, id, dup, now, out);
+        self.has_sent |= written;
         if written && qos > QoS::AtMostOnce {
             self.window.get_mut(index).renew = false;
             self.window.resent(index);
@@ -219,33 +255,40 @@ impl PublishLink {
             false => ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR,
         };
         self.answers.extend(answer(&entry.outgoing, reason));
-        self.suspects -= usize::from(entry.is_suspect());
+        self.suspect_publishes -= usize::from(entry.is_suspect());
         self.window.finish_resend(index);
     }
 
-    fn send(&mut self, outgoing: Outgoing, now: Millis, out: &mut Vec<u8>) {
+    /// Sends a publish, and returns its QoS. `None`: it was not sent, and its client has the answer.
+    fn send(&mut self, outgoing: Outgoing, now: Millis, out: &mut Vec<u8>) -> Option<QoS> {
         let message = &outgoing.message;
         if message.has_expired(now) {
             metrics().messages_dropped[DropReason::Expired].increment(1);
             // For its publisher it is done: an expired message reaches nobody.
             self.answers.extend(answer(&outgoing, ReasonCode::SUCCESS));
-            return;
+            return None;
         }
         let qos = message.qos().min(self.router.maximum_qos());
         let id = match qos {
             QoS::AtMostOnce => 0,
             _ => self.window.next_id(),
         };
+        if qos == QoS::AtMostOnce && self.is_late(&outgoing) {
+            metrics().messages_dropped[DropReason::UpstreamAwayQos0].increment(1);
+            return None;
+        }
         if !self.write(&outgoing, qos, id, false, now, out) {
             metrics().messages_dropped[DropReason::UpstreamLimit].increment(1);
             let reason = ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR;
             self.answers.extend(answer(&outgoing, reason));
-            return;
+            return None;
         }
         metrics().upstream_publishes[qos].increment(1);
+        self.has_sent = true;
         if qos == QoS::AtMostOnce {
+            self.suspects.sent(outgoing.session, message);
             self.answers.extend(answer(&outgoing, ReasonCode::SUCCESS));
-            return;
+            return Some(qos);
         }
         self.window.push(InFlight {
             id,
@@ -254,6 +297,13 @@ impl PublishLink {
             deaths: 0,
             outgoing,
         });
+        Some(qos)
+    }
+
+    /// Whether a QoS 0 publish has waited for the link for too long.
+    fn is_late(&self, outgoing: &Outgoing) -> bool {
+        let late = outgoing.since + QOS0_WAIT < self.connected_at;
+        late && outgoing.token.is_none() && !outgoing.message.retain()
     }
 
     fn write(
@@ -297,11 +347,11 @@ impl PublishLink {
     }
 
     fn done(&mut self, index: usize) {
-        self.suspects -= usize::from(self.window.get(index).is_suspect());
+        self.suspect_publishes -= usize::from(self.window.get(index).is_suspect());
         self.window.finish(index);
     }
 
-    fn acknowledged(&mut self, id: u16, reason: ReasonCode, qos: QoS) {
+    fn acknowledged(&mut self, id: u16, reason: ReasonCode, qos: QoS, now: Millis) {
         let Some(index) = self.window.find(id) else {
             return;
         };
@@ -309,6 +359,9 @@ impl PublishLink {
         if entry.stage != Stage::Sent || entry.outgoing.message.qos() < qos {
             return;
         }
+        let trusted = self.suspects.acknowledged(id, now);
+        self.trust(trusted);
+        let entry = self.window.get(index);
         if reason.is_error() {
             metrics().messages_dropped[DropReason::UpstreamRefused].increment(1);
         }
@@ -322,54 +375,11 @@ impl PublishLink {
 
     /// How many publishes may be open.
     fn room(&self) -> usize {
-        if self.suspects > 0 {
+        if self.suspect_publishes > 0 {
             1
         } else {
             self.receive_maximum
         }
-    }
-
-    /// Finds the publish that the broker ends the connection for, before publishes are sent again:
-    /// otherwise it would end every connection.
-    fn find_poison(&mut self) {
-        let losses = self.router.data_losses();
-        // A broker that ends or restarts takes the data links with it.
-        let only_ours = self.cut && self.losses == losses;
-        self.losses = losses;
-        self.cut = false;
-        let sent = self.window.iter().filter(|e| e.stage == Stage::Sent);
-        let alone = sent.count() == 1;
-        let mut poison = None;
-        for (index, entry) in self.window.iter_mut().enumerate() {
-            if only_ours && entry.stage == Stage::Sent {
-                // Until it was sent alone, another publish may have been the reason, even of QoS 0.
-                if alone && entry.deaths >= SUSPECT_AFTER {
-                    poison = Some(index);
-                }
-                entry.deaths = entry.deaths.saturating_add(1);
-            }
-        }
-        if let Some(index) = poison {
-            self.quarantine(index);
-        }
-    }
-
-    fn quarantine(&mut self, index: usize) {
-        let outgoing = &self.window.get(index).outgoing;
-        let client = self.router.session_key(outgoing.session);
-        let message = &outgoing.message;
-        tracing::error!(
-            client_id = %clean(client.as_ref().map_or("", |key| key.client_id()), 256),
-            topic = %clean(message.topic(), 256),
-            payload_bytes = message.payload().len(),
-            qos = message.qos() as u8,
-            link = self.link,
-            "A publish was quarantined: the broker closed the connection each time it was sent"
-        );
-        metrics().messages_dropped[DropReason::Quarantined].increment(1);
-        let reason = ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR;
-        self.answers.extend(answer(outgoing, reason));
-        self.window.finish(index);
     }
 
     fn flush(&mut self, now: Millis) {
@@ -382,12 +392,14 @@ impl PublishLink {
 
 impl Machine for PublishLink {
     fn connected(&mut self, handshake: &Handshake, now: Millis, out: &mut Vec<u8>) {
-        self.find_poison();
+        self.find_poison(now);
         self.connected = true;
+        self.connected_at = now;
+        self.has_sent = false;
         self.version = handshake.version;
         self.receive_maximum = usize::from(handshake.receive_maximum);
         self.packet_max = handshake.packet_max;
-        self.router.publish_link_up(self.link, true);
+        self.router.publish_link_up(self.link, true, now);
         self.wait_until = Some(now + DATA_LINKS_WAIT);
         let session_present = handshake.session != LinkSession::New;
         self.window.connection_ended(|_| {});
@@ -400,7 +412,7 @@ impl Machine for PublishLink {
             }
         }
         let suspects = self.window.iter().filter(|entry| entry.is_suspect());
-        self.suspects = suspects.count();
+        self.suspect_publishes = suspects.count();
         self.release_again(out);
         self.poll(now, out);
     }
@@ -408,13 +420,13 @@ impl Machine for PublishLink {
     fn packet(
         &mut self,
         packet: &Packet<'_>,
-        _now: Millis,
+        now: Millis,
         out: &mut Vec<u8>,
     ) -> Result<(), LinkEnd> {
         match packet {
-            Packet::Puback(a) => self.acknowledged(a.packet_id, a.reason, QoS::AtLeastOnce),
+            Packet::Puback(a) => self.acknowledged(a.packet_id, a.reason, QoS::AtLeastOnce, now),
             Packet::Pubrec(a) => {
-                self.acknowledged(a.packet_id, a.reason, QoS::ExactlyOnce);
+                self.acknowledged(a.packet_id, a.reason, QoS::ExactlyOnce, now);
                 if !a.reason.is_error() {
                     encode_ack(
                         self.version,
@@ -457,25 +469,52 @@ impl Machine for PublishLink {
         }
     }
 
-    fn ping_answered(&mut self, _now: Millis) {
-        self.router.publish_ping_answered(self.link);
+    fn wants_ping(&mut self) -> bool {
+        let ping = Ping {
+            of_router: std::mem::take(&mut self.ping_due),
+            of_suspects: self.suspects.wants_ping(),
+        };
+        let wanted = ping.of_router || ping.of_suspects;
+        self.pings.extend(wanted.then_some(ping));
+        wanted
     }
 
-    fn wants_ping(&mut self) -> bool {
-        std::mem::take(&mut self.ping_due)
+    fn ping_answered(&mut self, now: Millis) {
+        let Some(ping) = self.pings.pop_front() else {
+            return;
+        };
+        if ping.of_suspects {
+            let trusted = self.suspects.ping_answered(now);
+            self.trust(trusted);
+        }
+        if ping.of_router {
+            self.router.publish_ping_answered(self.link);
+        }
+    }
+
+    fn has_sent(&self) -> bool {
+        self.has_sent
     }
 
     fn disconnected(&mut self, end: &LinkEnd, now: Millis) {
         self.connected = false;
         self.ping_due = false;
+        self.pings.clear();
         self.cut = end.may_be_for_a_packet();
-        self.router.publish_link_up(self.link, false);
+        self.router.publish_link_up(self.link, false, now);
+        if !self.has_sent {
+            self.router.link_lost_unprovoked();
+        }
         self.flush(now);
     }
 
     fn pace(&self) -> Option<Duration> {
-        // With a small window the broker's answers are the limit, so publishes go at once.
-        (self.open() < self.receive_maximum / 4).then_some(PACE)
+        // With a small window the broker's answers are the limit, so publishes go at once. With few
+        // clients their own waiting is: one that sends QoS 2 messages one after the other waits for
+        // each of the broker's answers.
+        let open = self.open();
+        let few = (1..=FEW_OPEN).contains(&open);
+        (!few && open < self.receive_maximum / 4).then_some(PACE)
     }
 
     fn window(&self) -> (usize, usize) {

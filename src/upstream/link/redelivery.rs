@@ -58,12 +58,17 @@ impl Redelivery {
         self.candidates.start = self.candidates.start.max(first);
     }
 
+    /// What identifies a message's content.
+    pub(super) fn digest(&self, publish: &Publish<'_>) -> u64 {
+        let qos = publish.qos as u8;
+        self.ring.digest(publish.topic, publish.payload, qos)
+    }
+
     /// Whether this QoS 1 message was received before the link was lost. A new one is remembered.
     pub(super) fn seen(&mut self, publish: &Publish<'_>) -> bool {
-        let qos = publish.qos as u8;
         let received = Received {
             packet_id: publish.packet_id,
-            digest: self.ring.digest(publish.topic, publish.payload, qos),
+            digest: self.digest(publish),
         };
         if !self.candidates.is_empty() {
             if let Some(at) = self.ring.find(self.candidates.clone(), received) {

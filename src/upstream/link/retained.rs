@@ -15,6 +15,7 @@ use crate::mqtt::{
     Version, encode_ack, encode_subscribe, encode_unsubscribe,
 };
 use crate::router::Router;
+use crate::telemetry::clean;
 use crate::time::{Deadline, Millis};
 use crate::topics::{FilterId, matches};
 
@@ -31,6 +32,10 @@ const FETCHES_MAX: usize = 8;
 const FILTERS_MAX: usize = 500;
 /// A fetch without an answer for this long is given up.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
+/// A filter whose fetch is alone when the broker ends the link for this time is not fetched for a while.
+const ENDS_MAX: u8 = 2;
+/// How long it is not fetched.
+const QUARANTINE: Duration = Duration::from_secs(60);
 
 /// The retained link.
 #[derive(Debug)]
@@ -56,6 +61,20 @@ pub(crate) struct RetainedLink {
     pings: VecDeque<Vec<u64>>,
     /// Packet identifiers of UNSUBSCRIBEs, whose answers nobody waits for.
     unsubscribes: Vec<u16>,
+    /// Filters that were being fetched when the broker ended the link; nearly always none. While there
+    /// are any that may be fetched, filters are fetched one by one.
+    suspects: LookUp<FilterId, Suspect>,
+    /// [`Router::unprovoked_losses`] when the link last connected.
+    losses: u64,
+}
+
+/// A filter that the broker may end the link for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Suspect {
+    /// How often the link ended.
+    ends: u8,
+    /// It is not fetched until then.
+    until: Millis,
 }
 
 /// A fetch that runs.
@@ -106,6 +125,8 @@ impl RetainedLink {
             to_ping: Vec::new(),
             pings: VecDeque::new(),
             unsubscribes: Vec::new(),
+            suspects: LookUp::default(),
+            losses: 0,
         }
     }
 
@@ -117,11 +138,17 @@ impl RetainedLink {
     }
 
     fn start(&mut self, now: Millis, out: &mut Vec<u8>) {
+        let tries = self.suspects.any(|_, s| s.ends < ENDS_MAX);
         // Without identifiers, messages of two filters could not be told apart.
-        let fetches_max = if self.identifiers { FETCHES_MAX } else { 1 };
+        let (fetches_max, at_most) = match self.identifiers && !tries {
+            true => (FETCHES_MAX, FILTERS_MAX),
+            false => (1, 1),
+        };
         while self.connected && self.fetches.len() < fetches_max {
-            let at_most = if self.identifiers { FILTERS_MAX } else { 1 };
-            let filters = self.router.next_fetches(at_most);
+            let mut filters = self.router.next_fetches(at_most);
+            if !self.suspects.is_empty() {
+                self.give_up_quarantined(&mut filters, now);
+            }
             if filters.is_empty() {
                 return;
             }
@@ -152,6 +179,41 @@ impl RetainedLink {
                 last_data: now,
             });
         }
+    }
+
+    /// Gives up the filters that are not to be fetched now.
+    fn give_up_quarantined(&mut self, filters: &mut Vec<(FilterId, Arc<str>)>, now: Millis) {
+        self.suspects
+            .retain(|_, s| s.ends < ENDS_MAX || now < s.until);
+        let suspects = &self.suspects;
+        let quarantined = |number: FilterId| suspects.get(&number).is_some_and(|s| now < s.until);
+        let given_up = filters.extract_if(.., |(number, _)| quarantined(*number));
+        let given_up: Vec<FilterId> = given_up.map(|(number, _)| number).collect();
+        if !given_up.is_empty() {
+            self.router.fetch_given_up(&given_up, now);
+        }
+    }
+
+    /// The broker may have ended the link for one of these filters. Returns whether it has: the filter
+    /// was alone, and not for the first time.
+    fn suspect(&mut self, filters: &[(FilterId, Arc<str>)], now: Millis) -> bool {
+        for (number, _) in filters {
+            let suspect = self.suspects.entry(*number).or_default();
+            suspect.ends = suspect.ends.saturating_add(1);
+        }
+        let [(number, name)] = filters else {
+            return false;
+        };
+        let suspect = self.suspects.entry(*number).or_default();
+        let found = suspect.ends >= ENDS_MAX;
+        if found {
+            suspect.until = now + QUARANTINE;
+            tracing::error!(
+                filter = %clean(name, 256),
+                "The retained messages of a filter are not fetched for a while: the broker closed the connection each time"
+            );
+        }
+        found
     }
 
     fn options(&self) -> SubscribeOptions {
@@ -229,6 +291,9 @@ impl RetainedLink {
                 continue;
             }
             let fetch = self.fetches.swap_remove(at);
+            for (number, _) in &fetch.filters {
+                self.suspects.remove(number);
+            }
             self.requests.retain(|_, of| *of != fetch.id);
             for these in in_packets(&fetch.filters, FILTERS_MAX, unsubscribe_bytes) {
                 let id = self.free_id();
@@ -245,6 +310,7 @@ impl RetainedLink {
 impl Machine for RetainedLink {
     fn connected(&mut self, handshake: &Handshake, now: Millis, out: &mut Vec<u8>) {
         self.connected = true;
+        self.losses = self.router.unprovoked_losses();
         self.version = handshake.version;
         self.identifiers = handshake.identifiers;
         self.qos = handshake.fetch_qos;
@@ -344,8 +410,26 @@ impl Machine for RetainedLink {
         }
     }
 
-    fn disconnected(&mut self, _end: &LinkEnd, now: Millis) {
+    fn has_sent(&self) -> bool {
+        !self.fetches.is_empty()
+    }
+
+    fn disconnected(&mut self, end: &LinkEnd, now: Millis) {
         self.connected = false;
+        if self.fetches.is_empty() {
+            self.router.link_lost_unprovoked();
+        }
+        let only_ours = self.losses == self.router.unprovoked_losses();
+        if only_ours && end.may_be_for_a_packet() {
+            let fetches = std::mem::take(&mut self.fetches);
+            let filters: Vec<_> = fetches.iter().flat_map(|f| f.filters.clone()).collect();
+            if self.suspect(&filters, now) {
+                let numbers: Vec<FilterId> = filters.iter().map(|(number, _)| *number).collect();
+                self.router.fetch_given_up(&numbers, now);
+            } else {
+                self.fetches = fetches;
+            }
+        }
         self.requests.clear();
         self.pings.clear();
         self.unsubscribes.clear();

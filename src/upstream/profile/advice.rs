@@ -30,7 +30,14 @@ impl BrokerProfile {
             add(
                 "mosquitto: persistence true, and persistent_client_expiration at least 1h: the links' sessions then outlive a restart",
             );
-            add("mosquitto: set_tcp_nodelay true: lower latency under light load");
+        }
+        if self.quirks.nodelay == Some(false) {
+            add(match mosquitto {
+                true => "set_tcp_nodelay true (mosquitto.conf): lower latency under light load",
+                false => {
+                    "the broker holds small packets back until earlier ones are acknowledged; mosquitto: set_tcp_nodelay true"
+                }
+            });
         }
         if unknown {
             add("EMQX: mqtt.max_mqueue_len infinity, mqtt.session_expiry_interval at least 1h");

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
 use crate::telemetry::metrics;
@@ -16,10 +17,24 @@ const GOOD_FOR: Duration = Duration::from_secs(3600);
 /// The profile that was found out last.
 #[derive(Debug, Default)]
 pub(in crate::upstream) struct ProfileCache {
-    /// Locked while the broker is probed, so that the other links wait for the result.
-    entry: tokio::sync::Mutex<Option<CachedProfile>>,
+    state: Mutex<State>,
     /// The profile of the entry, for readers that must not wait for a probe.
     current: Arc<Mutex<Option<Arc<BrokerProfile>>>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    entry: Option<CachedProfile>,
+    /// The probe that runs.
+    probe: Option<Probe>,
+}
+
+/// A probe that runs. Links that want the same profile wait for it; others do not.
+#[derive(Debug)]
+struct Probe {
+    server: usize,
+    capabilities: Capabilities,
+    found: Arc<OnceCell<Arc<BrokerProfile>>>,
 }
 
 /// A profile with the conditions that it was found out under.
@@ -43,7 +58,8 @@ impl CachedProfile {
 
 impl ProfileCache {
     /// The profile of the broker at `server` (an index into `upstream.servers`) that announced
-    /// `capabilities`. `find` makes it if no cached profile fits. Calls wait for one another.
+    /// `capabilities`. `find` makes it if no cached profile fits. Calls for the same profile wait for one
+    /// another, unless an older profile of it is known.
     ///
     /// # Errors
     /// The error of `find`; the cached profile stays.
@@ -56,30 +72,62 @@ impl ProfileCache {
     where
         F: Future<Output = Result<BrokerProfile, E>>,
     {
-        let mut entry = self.entry.lock().await;
-        if let Some(cached) = &*entry
-            && cached.fits(server, capabilities)
-            && cached.found_at.elapsed() < GOOD_FOR
-        {
-            return Ok(cached.profile.clone());
+        let probe = {
+            let mut state = self.state.lock();
+            let running = (state.probe.as_ref())
+                .filter(|probe| probe.server == server && probe.capabilities == *capabilities)
+                .map(|probe| probe.found.clone());
+            if let Some(cached) = &state.entry
+                && cached.fits(server, capabilities)
+                && (cached.found_at.elapsed() < GOOD_FOR || running.is_some())
+            {
+                return Ok(cached.profile.clone());
+            }
+            running.unwrap_or_else(|| {
+                let found = Arc::new(OnceCell::new());
+                state.probe = Some(Probe {
+                    server,
+                    capabilities: *capabilities,
+                    found: found.clone(),
+                });
+                found
+            })
+        };
+        // If the link that probes is dropped or fails, another takes its place.
+        let finding = probe.get_or_try_init(|| async {
+            let found = find().await?;
+            Ok(self.keep(server, found, &probe))
+        });
+        finding.await.cloned()
+    }
+
+    /// Keeps a profile that was found out by `probe`. Returns the profile to use.
+    fn keep(
+        &self,
+        server: usize,
+        found: BrokerProfile,
+        probe: &Arc<OnceCell<Arc<BrokerProfile>>>,
+    ) -> Arc<BrokerProfile> {
+        let mut state = self.state.lock();
+        if (state.probe.as_ref()).is_some_and(|running| Arc::ptr_eq(&running.found, probe)) {
+            state.probe = None;
         }
-        let found = find().await?;
         // Filters were placed by the cached profile. A probe that was cut short says nothing new
         // of the broker, which may have been slow; the next link that connects probes again.
-        if let Some(cached) = &*entry
+        if let Some(cached) = &state.entry
             && cached.outlives(server, &found)
         {
-            return Ok(cached.profile.clone());
+            return cached.profile.clone();
         }
         let profile = Arc::new(found);
         show(&profile);
         *self.current.lock() = Some(profile.clone());
-        *entry = Some(CachedProfile {
+        state.entry = Some(CachedProfile {
             server,
             found_at: Instant::now(),
             profile: profile.clone(),
         });
-        Ok(profile)
+        profile
     }
 
     /// The present profile, for readers that must not wait; `None` before the first link connected.
@@ -147,6 +195,41 @@ mod tests {
         );
         let current = cache.current().lock().clone();
         assert_eq!(current.map(|profile| profile.source), Some(Source::Connack));
+    }
+
+    /// A probe takes six seconds.
+    async fn slow(cache: Arc<ProfileCache>) -> Source {
+        let find = || async {
+            tokio::time::sleep(Duration::from_secs(6)).await;
+            Ok::<_, ()>(BrokerProfile::unseen(&CAPABILITIES, Source::Probed))
+        };
+        let found = cache.get_or_find(0, &CAPABILITIES, find).await;
+        found.expect("it is found").source
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn links_wait_for_a_probe_only_if_nothing_is_known() {
+        let cache = Arc::new(ProfileCache::default());
+        let begun = Instant::now();
+        let probing = tokio::spawn(slow(cache.clone()));
+        let waiting = tokio::spawn(slow(cache.clone()));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        // Links to another server do not wait.
+        let other = ask(&cache, 1, &CAPABILITIES, Source::Partly).await;
+        assert_eq!(other, Source::Partly);
+        assert!(begun.elapsed() < Duration::from_secs(1));
+        // The link that probes is dropped: the other probes.
+        probing.abort();
+        assert_eq!(waiting.await.expect("it ends"), Source::Probed);
+        assert!(begun.elapsed() < Duration::from_secs(13));
+        tokio::time::advance(GOOD_FOR).await;
+        let begun = Instant::now();
+        let again = tokio::spawn(slow(cache.clone()));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let known = ask(&cache, 0, &CAPABILITIES, Source::Connack).await;
+        assert_eq!(known, Source::Probed, "the old profile");
+        assert!(begun.elapsed() < Duration::from_secs(1));
+        assert_eq!(again.await.expect("it ends"), Source::Probed);
     }
 
     #[tokio::test(start_paused = true)]

@@ -41,6 +41,7 @@ impl fmt::Display for BrokerProfile {
         }
         line("shared subscriptions", quirks.shared.name())?;
         line("user properties", seen(quirks.properties))?;
+        line("packets sent at once", seen(quirks.nodelay))?;
         match quirks.window {
             Some(w) if w >= WINDOW_PROBED => line("send window", &format!("{w} or more"))?,
             Some(w) => line("send window", &w.to_string())?,

@@ -10,21 +10,27 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 
 use crate::mqtt::{QoS, Version};
+use crate::transport::dial::QuickAck;
 
 use crate::upstream::profile::{
     BrokerProfile, Capabilities, Copies, Identifiers, OverlapQos, Quirks, SharedSubscriptions,
     Source, WINDOW_PROBED,
 };
-use connection::{Arrived, Interrupted, PROPERTIES, ProbeConnection, Subscription};
+use connection::{
+    Arrived, Interrupted, PROPERTIES, ProbeConnection, RETAINED_PAYLOAD, Subscription,
+    VERSION_TOPIC,
+};
 
 /// Time for the whole probe.
 pub(crate) const PROBE_TIME: Duration = Duration::from_secs(6);
-/// Once a PINGREQ is answered, nothing more arrives after this much quiet.
-const QUIET: Duration = Duration::from_millis(20);
-/// The quiet that is waited for where missing messages may arrive later than the PINGRESP.
-const QUIET_LATE: Duration = Duration::from_millis(300);
+/// How long a message through a shared subscription is waited for.
+const SHARED_LATE: Duration = Duration::from_millis(300);
 /// How long retained messages are waited for. Some brokers look for them after the SUBACK.
 const RETAINED_LATE: Duration = Duration::from_secs(1);
+/// Time for one answer of the broker. A broker that takes longer stalls the links no further.
+pub(crate) const ANSWER_TIME: Duration = Duration::from_secs(3);
+/// Memory that a probe takes at most: its read buffer, and the messages that arrived.
+pub(crate) const PROBE_BYTES: usize = 1024 * 1024;
 /// Retained messages that are published.
 const RETAINED: usize = 16;
 /// Bytes of the broker's name and version that are kept.
@@ -40,7 +46,7 @@ pub(crate) async fn probe<IO>(
     rest: BytesMut,
 ) -> BrokerProfile
 where
-    IO: AsyncRead + AsyncWrite + Unpin + Send,
+    IO: AsyncRead + AsyncWrite + QuickAck + Unpin + Send,
 {
     let mut profile = BrokerProfile::unseen(capabilities, Source::Probed);
     let mut probe = Probe {
@@ -50,6 +56,7 @@ where
             capabilities.version,
             topic,
             capabilities.identifiers,
+            capabilities.receive_maximum,
             rest,
             Instant::now() + PROBE_TIME,
         ),
@@ -57,6 +64,7 @@ where
     let mut step = "overlapping filters";
     let quirks = &mut profile.quirks;
     let result: Result<(), Interrupted> = async {
+        quirks.nodelay = probe.connection.holds_back().await?.map(|holds| !holds);
         probe.overlap(quirks).await?;
         step = "a second SUBSCRIBE";
         probe.replace(quirks).await?;
@@ -90,7 +98,7 @@ struct Probe<'a, IO> {
 
 impl<IO> Probe<'_, IO>
 where
-    IO: AsyncRead + AsyncWrite + Unpin + Send,
+    IO: AsyncRead + AsyncWrite + QuickAck + Unpin + Send,
 {
     /// QoS 1, or 0 if the broker has no more.
     fn qos(&self) -> QoS {
@@ -109,11 +117,15 @@ where
             connection.subscribe(subscription).await?;
         }
         connection.publish("o/a", b"overlap", qos, true).await?;
-        connection.settle(QUIET).await?;
-        if !each_identified_once(&connection.arrived) {
-            connection.quiet(QUIET_LATE).await?;
+        connection.settle().await?;
+        let complete = match self.capabilities.identifiers {
+            true => each_identified_once(&connection.arrived),
+            false => connection.arrived.len() >= 3,
+        };
+        if !complete {
+            connection.quiet(connection.late()).await?;
         }
-        let copies = std::mem::take(&mut connection.arrived);
+        let copies = connection.take("o/a", b"overlap");
         let Some(first) = copies.first() else {
             return Err(Interrupted::NothingDelivered);
         };
@@ -142,8 +154,8 @@ where
         }
         quirks.retain_as_published = Some(copies.iter().all(|c| c.retain));
         self.connection.subscribe(exact).await?;
-        self.connection.settle(QUIET).await?;
-        let replays = std::mem::take(&mut self.connection.arrived);
+        self.connection.settle().await?;
+        let replays = self.connection.take("o/a", b"overlap");
         quirks.retain_handling = Some(replays.is_empty());
         Ok(())
     }
@@ -161,8 +173,8 @@ where
         }
         let qos = QoS::AtLeastOnce;
         connection.publish("q", b"once", qos, false).await?;
-        connection.settle(QUIET).await?;
-        let copies = std::mem::take(&mut connection.arrived);
+        connection.settle().await?;
+        let copies = connection.take("q", b"once");
         quirks.replaces = Some(matches!(&copies[..], [only] if only.qos == qos));
         Ok(())
     }
@@ -174,15 +186,16 @@ where
         }
         let qos = self.qos();
         let connection = &mut self.connection;
-        for n in 0..RETAINED {
-            let topic = format!("r/{n}");
-            connection.publish(&topic, b"retained", qos, true).await?;
-        }
+        let names: Vec<String> = (0..RETAINED).map(|n| format!("r/{n}")).collect();
+        connection
+            .publish_all(&names, RETAINED_PAYLOAD, qos, true)
+            .await?;
         let begun = Instant::now();
         let subscription = Subscription::retained("r/#", Some(4));
         let before = connection.subscribe_and_ping(subscription).await?;
-        connection.wait_for(RETAINED, begun + RETAINED_LATE).await?;
-        let all = std::mem::take(&mut connection.arrived).len();
+        let (expected, until) = (("r/", RETAINED_PAYLOAD), begun + RETAINED_LATE);
+        let all = connection.wait_for(RETAINED, expected, until).await?;
+        connection.arrived.clear();
         quirks.retained_within = (all >= RETAINED).then(|| begun.elapsed().as_millis() as u32);
         quirks.retained_wildcard = Some(all >= RETAINED);
         quirks.retained_marker = (all > 0).then_some(before >= RETAINED);
@@ -200,9 +213,11 @@ where
         connection
             .subscribe(Subscription::retained("r/0", Some(4)))
             .await?;
-        connection.wait_for(1, begun + QUIET_LATE).await?;
-        let arrived = std::mem::take(&mut connection.arrived);
-        Ok((!arrived.is_empty()).then(|| begun.elapsed().as_millis() as u32))
+        let expected = ("r/0", RETAINED_PAYLOAD);
+        let until = begun + SHARED_LATE;
+        let arrived = connection.wait_for(1, expected, until).await?;
+        connection.arrived.clear();
+        Ok((arrived > 0).then(|| begun.elapsed().as_millis() as u32))
     }
 
     /// Messages without an acknowledgement show how many the broker sends.
@@ -216,17 +231,17 @@ where
             .subscribe(Subscription::live("w", qos, 5))
             .await?;
         connection.keep_unacknowledged = true;
-        for _ in 0..WINDOW_PROBED {
-            connection.publish("w", b"window", qos, false).await?;
-        }
-        connection.settle(QUIET).await?;
-        if connection.unacknowledged.len() < usize::from(WINDOW_PROBED) {
-            connection.quiet(QUIET_LATE).await?;
-        }
+        let names = vec!["w".to_owned(); usize::from(WINDOW_PROBED)];
+        connection
+            .publish_all(&names, b"window", qos, false)
+            .await?;
+        let until = Instant::now() + connection.late();
+        let all = usize::from(WINDOW_PROBED);
+        connection.wait_for(all, ("w", b"window"), until).await?;
         connection.keep_unacknowledged = false;
-        quirks.window = u16::try_from(connection.unacknowledged.len()).ok();
+        quirks.window = u16::try_from(connection.take("w", b"window").len()).ok();
         connection.acknowledge().await?;
-        connection.settle(QUIET).await?;
+        connection.settle().await?;
         connection.arrived.clear();
         Ok(())
     }
@@ -249,8 +264,8 @@ where
         }
         quirks.shared = SharedSubscriptions::Dead;
         connection.publish("s", b"shared", qos, false).await?;
-        connection.wait_for(1, Instant::now() + QUIET_LATE).await?;
-        if !std::mem::take(&mut connection.arrived).is_empty() {
+        let until = Instant::now() + SHARED_LATE.max(connection.late());
+        if connection.wait_for(1, ("s", b"shared"), until).await? > 0 {
             quirks.shared = SharedSubscriptions::Alive;
         }
         Ok(None)
@@ -260,7 +275,7 @@ where
     /// lost then.
     async fn software(&mut self) -> Result<Option<String>, Interrupted> {
         let connection = &mut self.connection;
-        let subscription = Subscription::retained("$SYS/broker/version", None);
+        let subscription = Subscription::retained(VERSION_TOPIC, None);
         let Ok(id) = connection.send_subscribe(&subscription).await else {
             return Ok(None);
         };
@@ -268,9 +283,10 @@ where
             return Ok(None);
         }
         // An error means that the broker has closed the connection.
-        let _ = connection.wait_for(1, Instant::now() + QUIET).await;
-        Ok(connection.arrived.pop().map(|arrived| {
-            let text = String::from_utf8_lossy(&arrived.payload);
+        let until = Instant::now() + connection.late();
+        let said = connection.version(until).await.ok().flatten();
+        Ok(said.map(|payload| {
+            let text = String::from_utf8_lossy(&payload);
             crate::telemetry::clean(&text, SOFTWARE_MAX_BYTES).to_string()
         }))
     }
@@ -282,13 +298,10 @@ where
         }
         let connection = &mut self.connection;
         let qos = QoS::AtMostOnce;
-        connection.publish("o/a", b"", qos, true).await?;
-        for n in 0..RETAINED {
-            connection
-                .publish(&format!("r/{n}"), b"", qos, true)
-                .await?;
-        }
-        connection.settle(Duration::ZERO).await?;
+        let mut names: Vec<String> = (0..RETAINED).map(|n| format!("r/{n}")).collect();
+        names.push("o/a".into());
+        connection.publish_all(&names, b"", qos, true).await?;
+        connection.settle().await?;
         connection.arrived.clear();
         Ok(())
     }

@@ -5,6 +5,7 @@ use crate::mqtt::Connect;
 use crate::router::Answered;
 use crate::router::publish::queue::Outgoing;
 use crate::sim::testing::admit;
+use crate::time::Millis;
 
 /// A client on a router whose publish links grow from one to two, and that would begin on the new one.
 /// Its session ends with the connection.
@@ -13,7 +14,7 @@ fn rig() -> Rig {
         publish_links_max: 2,
         ..config()
     });
-    rig.router.publish_link_up(0, true);
+    rig.router.publish_link_up(0, true, Millis::ZERO);
     let ids = (0..).map(|n| format!("client-{n}"));
     let mut machines = ids.map(|id| begin(&rig.router, &id, Millis::ZERO));
     let odd = |machine: &Machine| !machine.session.shard.is_multiple_of(2);
@@ -73,7 +74,7 @@ fn arrive(rig: &Rig, link: usize) -> bool {
 /// Another publish link is added, and used.
 fn grow(rig: &Rig) {
     assert!(rig.router.add_publish_link());
-    rig.router.publish_link_up(1, true);
+    rig.router.publish_link_up(1, true, Millis::ZERO);
     assert_eq!(rig.router.publish_link(rig.machine.session), 0, "not yet");
     assert!(rig.router.publish_ping_due(0, rig.now));
     rig.router.publish_ping_answered(0);

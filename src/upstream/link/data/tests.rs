@@ -2,10 +2,11 @@ use crate::mqtt::{
     Decoder, Message, MessageSpec, Oversized, Packet, Properties, Publish, QoS, ReasonCode,
     Receiver, Suback, Version,
 };
+use crate::router::LinkSession;
 use crate::sim::testing::{PROBES, ack, client, read, router, subscribe, subscribe_handling, up};
 use crate::store::{Identifiers, Memory, Received, Ring, Store};
 use crate::upstream::link::end::LinkEnd;
-use crate::upstream::link::machine::Machine;
+use crate::upstream::link::machine::{Handshake, Machine};
 
 use crate::time::Millis;
 use crate::upstream::link::data::DataLink;
@@ -310,4 +311,186 @@ fn a_message_that_is_too_large_is_acknowledged_and_leaves_a_gap_in_the_sessions_
         )
         .expect("the client is connected");
     assert_eq!(taken.windows(5).filter(|w| w == b"small").count(), 1);
+}
+
+/// The filters that the broker reads in the next SUBSCRIBEs, with their packet identifiers.
+fn asked(out: &mut Vec<u8>) -> Vec<(String, u16)> {
+    let decoder = Decoder {
+        version: Version::V5,
+        receiver: Receiver::Server,
+        max: u32::MAX,
+    };
+    let (mut at, mut filters) = (0, Vec::new());
+    while let Some((packet, used)) = decoder.next(&out[at..]).expect("what we send is legal") {
+        at += used;
+        if let Packet::Subscribe(s) = packet {
+            filters.extend(s.filters().map(|(name, _)| (name.to_owned(), s.packet_id)));
+        }
+    }
+    out.clear();
+    filters
+}
+
+/// A broker that closes the link when it reads a SUBSCRIBE for `bad`. Returns how often it did, and the
+/// filters that it granted, in order.
+fn until_quarantined(names: &[&str], restarts: bool) -> (usize, Vec<String>) {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let (mut out, mut granted, mut cuts) = (Vec::new(), Vec::new(), 0);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
+    for name in names {
+        subscribe(&router, who, name);
+    }
+    link.poll(Millis::ZERO, &mut out);
+    'connection: loop {
+        let filters = asked(&mut out);
+        if filters.is_empty() || cuts > 20 {
+            return (cuts, granted);
+        }
+        // It reads all of them before its answers are read, as when they arrive at once.
+        if filters.iter().any(|(name, _)| name == "bad") {
+            cuts += 1;
+            if restarts {
+                router.link_lost_unprovoked();
+            }
+            link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+            link.connected(&up(true, 100), Millis::ZERO, &mut out);
+            continue 'connection;
+        }
+        for (name, packet_id) in filters {
+            granted.push(name);
+            let suback = Suback {
+                packet_id,
+                codes: &[1],
+                properties: Properties::default(),
+            };
+            link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
+                .expect("it is expected");
+        }
+        link.batch_ended(Millis::ZERO, &mut out);
+    }
+}
+
+#[test]
+fn a_filter_that_the_broker_closes_the_link_for_is_quarantined() {
+    assert_eq!(until_quarantined(&["bad"], false), (2, vec![]), "twice");
+    let names: Vec<String> = (0..40).map(|n| format!("f/{n}")).collect();
+    let mut all: Vec<&str> = names.iter().map(String::as_str).collect();
+    all.insert(20, "bad");
+    let (cuts, granted) = until_quarantined(&all, false);
+    assert!(cuts <= 3, "with all, in a group, and alone: {cuts}");
+    assert_eq!(granted.len(), 40, "every other filter is granted");
+}
+
+#[test]
+fn a_restart_of_the_broker_quarantines_no_filter() {
+    assert_eq!(until_quarantined(&["bad"], true), (21, vec![]));
+}
+
+#[test]
+fn new_filters_wait_behind_known_ones_after_a_reconnect() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut out = Vec::new();
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
+    // The lingering filter has the lowest number.
+    for (name, code) in [("new", 0x87), ("known", 1)] {
+        subscribe(&router, who, name);
+        link.poll(Millis::ZERO, &mut out);
+        for (_, packet_id) in asked(&mut out) {
+            let suback = Suback {
+                packet_id,
+                codes: &[code],
+                properties: Properties::default(),
+            };
+            link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
+                .expect("it is expected");
+        }
+    }
+    subscribe(&router, who, "new");
+    link.disconnected(&LinkEnd::KeepAlive, Millis::ZERO);
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
+    let order: Vec<String> = asked(&mut out).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(order, ["known", "new"]);
+}
+
+/// After a CONNECT whose answer was lost, the broker goes on with the QoS 2 messages that it has.
+#[test]
+fn in_doubt_a_qos_2_message_that_is_sent_again_is_not_delivered_again() {
+    let mut link = DataLink::new(router(), 0, 1, PROBES.into(), &Memory);
+    let mut out = Vec::new();
+    let take = |link: &mut DataLink, payload: &[u8]| {
+        let message = publish(1, QoS::ExactlyOnce, payload, b"");
+        let before = link.batch.len();
+        link.packet(&Packet::Publish(message), Millis::ZERO, &mut Vec::new())
+            .expect("it is expected");
+        link.batch.len() - before
+    };
+    link.connected(&up(false, 100), Millis::ZERO, &mut out);
+    assert_eq!(take(&mut link, b"before"), 1);
+    link.disconnected(&LinkEnd::KeepAlive, Millis::ZERO);
+    let doubtful = Handshake {
+        session: LinkSession::Doubtful,
+        ..up(true, 100)
+    };
+    link.connected(&doubtful, Millis::ZERO, &mut out);
+    assert!(link.wants_ping(), "it shows when all are sent again");
+    assert_eq!(take(&mut link, b"before"), 0);
+    link.disconnected(&LinkEnd::KeepAlive, Millis::ZERO);
+    link.connected(&doubtful, Millis::ZERO, &mut out);
+    assert_eq!(take(&mut link, b"after"), 1, "the session may be another");
+}
+
+#[test]
+fn a_gap_of_a_link_is_shown_in_the_sessions_that_it_concerns() {
+    let router = router();
+    let [reader, group, _other] = ["a", "b", "c"].map(|id| client(&router, id));
+    let mut data = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut shared = DataLink::new(
+        router.clone(),
+        router.shared_link(0),
+        1,
+        PROBES.into(),
+        &Memory,
+    );
+    let mut out = Vec::new();
+    for link in [&mut data, &mut shared] {
+        link.connected(&up(false, 100), Millis::ZERO, &mut out);
+    }
+    for filter in ["t/1", "t/2", "t/+"] {
+        subscribe(&router, reader, filter);
+    }
+    subscribe(&router, group, "$share/g/t/1");
+    let gaps = |router: &crate::router::Router| {
+        ["a", "b", "c"].map(|id| router.session(&id.into()).expect("it is there").gaps)
+    };
+    for session_present in [true, false] {
+        for link in [&mut data, &mut shared] {
+            link.poll(Millis::ZERO, &mut out);
+            for (_, packet_id) in asked(&mut out) {
+                let suback = Suback {
+                    packet_id,
+                    codes: &[1],
+                    properties: Properties::default(),
+                };
+                link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
+                    .expect("it is expected");
+            }
+            out.clear();
+            link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+            link.connected(&up(session_present, 100), Millis::ZERO, &mut out);
+            out.clear();
+        }
+        if session_present {
+            assert_eq!(gaps(&router), [0, 0, 0], "the broker kept the sessions");
+        }
+    }
+    assert_eq!(gaps(&router), [1, 1, 0]);
+    assert!(
+        router
+            .session(&"c".into())
+            .is_some_and(|other| other.attached)
+    );
 }

@@ -1,5 +1,7 @@
+use std::time::Duration;
+
 use crate::mqtt::{Packet, QoS};
-use crate::router::{LinkSession, RouterConfig};
+use crate::router::{ClientPublish, Connected, LinkSession, RouterConfig};
 use crate::sim::testing::{ack, client, config, publish, publish_at, read, router, router_of, up};
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::Machine;
@@ -162,8 +164,7 @@ fn until_found(bad: usize, publishes: u32, broker_restarts: bool) -> (Vec<u32>, 
         }
         cuts += 1;
         if broker_restarts {
-            router.data_link_down(0, Millis::ZERO);
-            router.data_link_up(0, LinkSession::Resumed, false, Millis::ZERO);
+            router.link_lost_unprovoked();
         }
         link.disconnected(&LinkEnd::Closed, Millis::ZERO);
         out.clear();
@@ -246,7 +247,7 @@ fn a_ping_follows_the_publishes_that_are_sent_again() {
     assert!(!link.wants_ping(), "nobody asks");
     link.disconnected(&LinkEnd::Closed, Millis::ZERO);
     assert!(router.add_publish_link());
-    router.publish_link_up(1, true);
+    router.publish_link_up(1, true, Millis::ZERO);
     out.clear();
     link.connected(&up(true, 1), Millis::ZERO, &mut out);
     let first = read(&mut out);
@@ -257,4 +258,107 @@ fn a_ping_follows_the_publishes_that_are_sent_again() {
     link.batch_ended(Millis::ZERO, &mut out);
     assert_eq!(payloads(&mut out), numbered(1, 2, true));
     assert!(link.wants_ping() && !link.wants_ping());
+}
+
+/// A broker that closes the link whenever it reads publish 666, for a minute. Returns how often it
+/// did, how many publishes of the other client it got, and the longest time that one of them took.
+fn a_minute_with_a_publish_that_ends_the_link(qos: QoS) -> (usize, u32, Duration) {
+    const RECONNECT: Duration = Duration::from_millis(50);
+    let router = router();
+    let [bad, good] = ["bad", "good"].map(|id| client(&router, id));
+    let mut link = PublishLink::new(router.clone(), 0, 1);
+    let (mut out, mut down_until) = (Vec::new(), None);
+    let (mut cuts, mut taken, mut longest) = (0, 0, Duration::ZERO);
+    let mut waiting = std::collections::BTreeMap::new();
+    let publish_now = |client: Connected, number, qos, now| {
+        let publish = ClientPublish {
+            token: None,
+            message: crate::sim::testing::numbered(number, qos),
+            origin_mark: None,
+        };
+        router.publish(client.session, client.publish_link, publish, now);
+    };
+    link.connected(&up(true, 20), Millis::ZERO, &mut out);
+    for ms in (0..60_000u64).step_by(10) {
+        let now = Millis::new(ms);
+        if ms % 200 == 0 {
+            publish_now(bad, 666, qos, now);
+        }
+        if ms % 100 == 50 {
+            // The others' publishes have QoS 0 and 1 in turn.
+            let number = 1000 + (ms / 100) as u32;
+            let at = QoS::from_u8(number as u8 % 2).expect("it is 0 or 1");
+            publish_now(good, number, at, now);
+            waiting.insert(number, now);
+        }
+        match down_until {
+            Some(until) if now < until => continue,
+            Some(_) => link.connected(&up(true, 20), now, &mut out),
+            None => link.poll(now, &mut out),
+        }
+        down_until = None;
+        loop {
+            if link.wants_ping() {
+                crate::mqtt::encode_pingreq(&mut out);
+            }
+            let packets = read(&mut out);
+            if packets.is_empty() {
+                break;
+            }
+            let mut pings = 0;
+            for (what, id) in packets {
+                let number = what.split(' ').nth(1).and_then(|n| n.parse().ok());
+                if number == Some(666) {
+                    down_until = Some(now + RECONNECT);
+                    break;
+                }
+                pings += usize::from(number.is_none());
+                if let Some(number) = number
+                    && let Some(since) = waiting.remove(&number)
+                {
+                    taken += 1;
+                    longest = longest.max(now.since(since));
+                }
+                if id > 0 {
+                    link.packet(&Packet::Puback(ack(id)), now, &mut out)
+                        .expect("it is expected");
+                }
+            }
+            if down_until.is_some() {
+                cuts += 1;
+                link.disconnected(&LinkEnd::Closed, now);
+                out.clear();
+                break;
+            }
+            (0..pings).for_each(|_| link.ping_answered(now));
+            link.batch_ended(now, &mut out);
+        }
+    }
+    (cuts, taken, longest)
+}
+
+#[test]
+fn publishes_of_any_qos_that_end_the_link_are_found_and_cost_others_little() {
+    for (qos, most) in [(QoS::AtMostOnce, 36), (QoS::AtLeastOnce, 72)] {
+        let (cuts, taken, longest) = a_minute_with_a_publish_that_ends_the_link(qos);
+        assert!((3..=most).contains(&cuts), "{cuts} cuts at {qos:?}");
+        assert!(longest.as_millis() < 1000, "{longest:?} at {qos:?}");
+        assert!(taken >= 600 - most as u32, "{taken} of 600 at {qos:?}");
+    }
+}
+
+#[test]
+fn qos_0_publishes_that_waited_long_for_the_broker_are_dropped() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = PublishLink::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    publish_at(&router, who, 1, QoS::AtMostOnce);
+    publish_at(&router, who, 2, QoS::AtLeastOnce);
+    link.connected(&up(false, 20), Millis::new(10_000), &mut out);
+    assert_eq!(payloads(&mut out), ["publish 1", "publish 2"]);
+    link.disconnected(&LinkEnd::Closed, Millis::new(20_000));
+    publish_at(&router, who, 3, QoS::AtMostOnce);
+    link.connected(&up(true, 20), Millis::new(31_000), &mut out);
+    assert_eq!(payloads(&mut out), ["publish 2 dup"]);
 }

@@ -4,6 +4,9 @@ use std::collections::BTreeSet;
 use std::io;
 use std::time::Duration;
 
+use crate::transport::dial::QuickAck;
+use crate::upstream::profile::probe::ANSWER_TIME;
+
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -19,8 +22,34 @@ pub(super) const PROPERTIES: [(&str, &str); 3] = [("a", "1"), ("b", "2"), ("a", 
 
 /// How long retained messages outlive a probe that was cut off, seconds.
 const RETAINED_EXPIRY_SECONDS: u32 = 60;
-/// Largest packet that is accepted.
-const PACKET_MAX_BYTES: u32 = 1024 * 1024;
+/// Largest packet that is accepted: far more than the probe's own.
+const PACKET_MAX_BYTES: u32 = 64 * 1024;
+/// Bytes that may arrive in all: far more than the probe asks for.
+const INPUT_MAX_BYTES: usize = 4 * 1024 * 1024;
+/// Bytes of a payload that are kept. The probe's own are shorter.
+const PAYLOAD_KEPT_BYTES: usize = 100;
+/// User properties of a message that are kept. The probe's own have fewer.
+const PROPERTIES_KEPT: usize = 8;
+/// Messages of the probe that may have arrived and not been looked at.
+const ARRIVED_MAX: usize = 512;
+/// Publishes that are sent at once, if the broker's Receive Maximum allows for it.
+const AT_ONCE_MAX: usize = 64;
+/// What is missing is waited for at least so long, and at most.
+const LATE_MIN: Duration = Duration::from_millis(50);
+const LATE_MAX: Duration = Duration::from_secs(1);
+/// Once a PINGREQ is answered, nothing more arrives after this much quiet, or more if the broker's
+/// answers take longer.
+const QUIET_MIN: Duration = Duration::from_millis(20);
+const QUIET_MAX: Duration = Duration::from_millis(200);
+/// The topic of the broker's name and version.
+pub(super) const VERSION_TOPIC: &str = "$SYS/broker/version";
+/// The payload of the retained messages.
+pub(super) const RETAINED_PAYLOAD: &[u8] = b"retained";
+/// How often the broker is asked whether it holds answers back.
+const HELD_BACK_SAMPLES: usize = 2;
+/// An answer that arrives so much later than one that was sent together with it was held back. The
+/// system delays an acknowledgement for 40 ms or more.
+const HELD_BACK: Duration = Duration::from_millis(15);
 /// How long the DISCONNECT may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -51,18 +80,33 @@ pub(super) enum Interrupted {
     /// A PUBACK refuses the publish.
     #[error("PUBLISH refused: {}", .0.name())]
     PublishRefused(ReasonCode),
+    /// Far more arrived than the probe asked for.
+    #[error("too much arrived")]
+    TooMuch,
     /// The broker delivered no copy of a publish.
     #[error("nothing came back")]
     NothingDelivered,
 }
 
-/// A PUBLISH that arrived.
+/// A PUBLISH that arrived on a topic of the probe.
 pub(super) struct Arrived {
+    pub topic: String,
     pub payload: Vec<u8>,
     pub qos: QoS,
     pub retain: bool,
     pub ids: Vec<u32>,
     pub properties: Vec<(String, String)>,
+}
+
+impl Arrived {
+    /// Whether it has this payload, and this topic or one below it if it ends in a slash.
+    fn is(&self, topic: &str, payload: &[u8]) -> bool {
+        let same = match topic.ends_with('/') {
+            true => self.topic.starts_with(topic),
+            false => self.topic == topic,
+        };
+        same && self.payload == payload
+    }
 }
 
 /// A subscription of a probe.
@@ -111,8 +155,18 @@ pub(super) struct ProbeConnection<'a, IO> {
     identifiers: bool,
     decoder: Decoder,
     input: BytesMut,
+    /// Bytes that have arrived in all.
+    arrived_bytes: usize,
     last_id: u16,
     deadline: Instant,
+    /// When bytes were last sent.
+    asked_at: Instant,
+    /// Publishes that may be unacknowledged.
+    at_once: usize,
+    /// The longest time that the broker took for an answer.
+    slowest: Duration,
+    /// TCP acknowledgements may be delayed.
+    delays_acks: bool,
     /// PUBLISH packets are not acknowledged for now.
     pub keep_unacknowledged: bool,
     /// Packet identifiers of PUBLISH packets without an acknowledgement.
@@ -126,7 +180,7 @@ pub(super) struct ProbeConnection<'a, IO> {
 
 impl<'a, IO> ProbeConnection<'a, IO>
 where
-    IO: AsyncRead + AsyncWrite + Unpin + Send,
+    IO: AsyncRead + AsyncWrite + QuickAck + Unpin + Send,
 {
     /// A connection that CONNACK has arrived on. `rest`: bytes that arrived after it.
     pub(super) fn new(
@@ -134,6 +188,7 @@ where
         version: Version,
         topic: &'a str,
         identifiers: bool,
+        receive_maximum: u16,
         rest: BytesMut,
         deadline: Instant,
     ) -> Self {
@@ -147,9 +202,14 @@ where
                 receiver: Receiver::Client,
                 max: PACKET_MAX_BYTES,
             },
+            arrived_bytes: rest.len(),
             input: rest,
             last_id: 0,
             deadline,
+            asked_at: Instant::now(),
+            at_once: usize::from(receive_maximum).clamp(1, AT_ONCE_MAX),
+            slowest: Duration::ZERO,
+            delays_acks: false,
             keep_unacknowledged: false,
             unacknowledged: Vec::new(),
             arrived: Vec::new(),
@@ -191,7 +251,7 @@ where
     }
 
     /// Sends a SUBSCRIBE below the probe's topic and a PINGREQ in one write. Waits for the PINGRESP,
-    /// and returns how many messages arrived before it.
+    /// and returns how many messages of the probe arrived before it.
     pub(super) async fn subscribe_and_ping(
         &mut self,
         subscription: Subscription<'_>,
@@ -206,7 +266,7 @@ where
             &mut out,
         );
         self.ping(out).await?;
-        let before = self.arrived.len();
+        let before = self.count("r/", RETAINED_PAYLOAD);
         self.granted(id).await?;
         Ok(before)
     }
@@ -227,10 +287,12 @@ where
 
     /// Waits for the SUBACK of this packet identifier. `Err` if the broker refuses.
     pub(super) async fn granted(&mut self, id: u16) -> Result<(), Interrupted> {
+        let begun = Instant::now();
         loop {
             let known = self.subacks.iter().position(|(of, _)| *of == id);
             if let Some(at) = known {
                 let (_, codes) = self.subacks.swap_remove(at);
+                self.answered_since(begun);
                 return match codes.first() {
                     Some(code) if *code < 0x80 => Ok(()),
                     Some(code) => Err(Interrupted::SubscribeRefused(*code)),
@@ -241,8 +303,7 @@ where
         }
     }
 
-    /// Publishes below the probe's topic, and waits for the acknowledgement: one publish at a time is
-    /// within any Receive Maximum.
+    /// Publishes below the probe's topic, and waits for the acknowledgement.
     pub(super) async fn publish(
         &mut self,
         name: &str,
@@ -250,6 +311,50 @@ where
         qos: QoS,
         retain: bool,
     ) -> Result<(), Interrupted> {
+        let names = [name.to_owned()];
+        self.publish_all(&names, payload, qos, retain).await
+    }
+
+    /// Publishes to topics below the probe's, as many at once as the broker's Receive Maximum allows, and
+    /// waits for the acknowledgements.
+    pub(super) async fn publish_all(
+        &mut self,
+        names: &[String],
+        payload: &[u8],
+        qos: QoS,
+        retain: bool,
+    ) -> Result<(), Interrupted> {
+        for names in names.chunks(self.at_once) {
+            let mut out = Vec::new();
+            let mut ids = Vec::new();
+            for name in names {
+                let id = match qos {
+                    QoS::AtMostOnce => 0,
+                    _ => self.next_id(),
+                };
+                self.encode_publish(name, payload, (qos, id), retain, &mut out);
+                ids.extend((id > 0).then_some(id));
+            }
+            let begun = Instant::now();
+            self.write(&out).await?;
+            for id in ids {
+                while !self.pubacks.remove(&id) {
+                    self.read().await?;
+                }
+            }
+            self.answered_since(begun);
+        }
+        Ok(())
+    }
+
+    fn encode_publish(
+        &self,
+        name: &str,
+        payload: &[u8],
+        (qos, packet_id): (QoS, u16),
+        retain: bool,
+        out: &mut Vec<u8>,
+    ) {
         let v5 = self.version == Version::V5;
         let mut properties = Vec::new();
         if v5 {
@@ -267,10 +372,6 @@ where
             strip_key: None,
             account: None,
         });
-        let packet_id = match qos {
-            QoS::AtMostOnce => 0,
-            _ => self.next_id(),
-        };
         let delivery = Delivery {
             version: self.version,
             dup: false,
@@ -283,29 +384,82 @@ where
             user_property: None,
             hidden: 0,
         };
-        let mut out = Vec::new();
-        delivery.encode(&message, &mut out);
-        self.write(&out).await?;
-        while qos > QoS::AtMostOnce && !self.pubacks.remove(&packet_id) {
-            self.read().await?;
+        delivery.encode(&message, out);
+    }
+
+    /// The broker has answered a request that was sent then.
+    fn answered_since(&mut self, begun: Instant) {
+        self.slowest = self.slowest.max(begun.elapsed());
+    }
+
+    /// How long to wait for messages that may arrive later than the answers.
+    pub(super) fn late(&self) -> Duration {
+        (self.slowest * 4).clamp(LATE_MIN, LATE_MAX)
+    }
+
+    /// Takes the messages that arrived with this payload on a topic below the probe's, and forgets the
+    /// others.
+    pub(super) fn take(&mut self, name: &str, payload: &[u8]) -> Vec<Arrived> {
+        let topic = self.below(name);
+        let mut arrived = std::mem::take(&mut self.arrived);
+        arrived.retain(|a| a.is(&topic, payload));
+        arrived
+    }
+
+    /// The messages that have arrived with this payload on topics that begin so below the probe's.
+    fn count(&self, name: &str, payload: &[u8]) -> usize {
+        let topic = self.below(name);
+        let matching = self.arrived.iter().filter(|a| a.is(&topic, payload));
+        matching.count()
+    }
+
+    /// Whether the broker holds small answers back until earlier ones are acknowledged (Nagle's
+    /// algorithm). `None`: this is not a TCP connection.
+    pub(super) async fn holds_back(&mut self) -> Result<Option<bool>, Interrupted> {
+        let mut shortest = Duration::MAX;
+        for _ in 0..HELD_BACK_SAMPLES {
+            let mut out = Vec::new();
+            encode_pingreq(&mut out);
+            encode_pingreq(&mut out);
+            // The system may delay the acknowledgement of the first answer.
+            if !self.io.quick_ack(false) {
+                return Ok(None);
+            }
+            self.pingresps = 0;
+            self.write(&out).await?;
+            self.delays_acks = true;
+            let mut first = None;
+            while self.pingresps < 2 {
+                self.read().await?;
+                if self.pingresps > 0 {
+                    first.get_or_insert_with(Instant::now);
+                }
+            }
+            self.delays_acks = false;
+            shortest = shortest.min(first.map_or(Duration::ZERO, |at| at.elapsed()));
+            if shortest < HELD_BACK {
+                return Ok(Some(false));
+            }
         }
-        Ok(())
+        Ok(Some(true))
     }
 
     /// Waits until a PINGREQ is answered and nothing has arrived for a while.
-    pub(super) async fn settle(&mut self, quiet: Duration) -> Result<(), Interrupted> {
+    pub(super) async fn settle(&mut self) -> Result<(), Interrupted> {
         self.ping(Vec::new()).await?;
-        self.quiet(quiet).await
+        self.quiet(self.slowest.clamp(QUIET_MIN, QUIET_MAX)).await
     }
 
     /// Sends these bytes and a PINGREQ, and waits for its answer.
     async fn ping(&mut self, mut out: Vec<u8>) -> Result<(), Interrupted> {
         encode_pingreq(&mut out);
         self.pingresps = 0;
+        let begun = Instant::now();
         self.write(&out).await?;
         while self.pingresps == 0 {
             self.read().await?;
         }
+        self.answered_since(begun);
         Ok(())
     }
 
@@ -315,19 +469,34 @@ where
         Ok(())
     }
 
-    /// Reads until this many messages have arrived, at most until then.
+    /// Reads until this many messages have arrived with this payload on topics that begin so below the
+    /// probe's, at most until then. Returns how many there are.
     pub(super) async fn wait_for(
         &mut self,
         count: usize,
+        (name, payload): (&str, &[u8]),
         until: Instant,
-    ) -> Result<(), Interrupted> {
-        while self.arrived.len() < count && self.read_until(until).await? {}
-        Ok(())
+    ) -> Result<usize, Interrupted> {
+        while self.count(name, payload) < count && self.read_until(until).await? {}
+        Ok(self.count(name, payload))
     }
 
-    /// Reads once. `Err` at the deadline of the probe.
+    /// Reads until the broker's version has arrived, at most until then.
+    pub(super) async fn version(&mut self, until: Instant) -> Result<Option<Vec<u8>>, Interrupted> {
+        loop {
+            let said = |a: &Arrived| a.topic == VERSION_TOPIC;
+            if let Some(at) = self.arrived.iter().position(said) {
+                return Ok(Some(self.arrived.swap_remove(at).payload));
+            }
+            if !self.read_until(until).await? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Reads once, for the answer to a request that was sent last. `Err` if it takes too long.
     async fn read(&mut self) -> Result<(), Interrupted> {
-        match self.read_until(self.deadline).await? {
+        match self.read_until(self.asked_at + ANSWER_TIME).await? {
             true => Ok(()),
             false => Err(Interrupted::Timeout),
         }
@@ -339,11 +508,17 @@ where
             return Ok(true);
         }
         let until = until.min(self.deadline);
+        if !self.delays_acks {
+            self.io.quick_ack(true);
+        }
         match timeout_at(until, self.io.read_buf(&mut self.input)).await {
             Err(_) => return Ok(false),
             Ok(Ok(0)) => return Err(Interrupted::Closed),
-            Ok(Ok(_)) => {}
+            Ok(Ok(read)) => self.arrived_bytes += read,
             Ok(Err(error)) => return Err(error.into()),
+        }
+        if self.arrived_bytes > INPUT_MAX_BYTES {
+            return Err(Interrupted::TooMuch);
         }
         self.decode()?;
         self.acknowledge().await?;
@@ -377,6 +552,7 @@ where
     }
 
     async fn write(&mut self, bytes: &[u8]) -> Result<(), Interrupted> {
+        self.asked_at = Instant::now();
         self.io.write_all(bytes).await?;
         Ok(self.io.flush().await?)
     }
@@ -401,16 +577,32 @@ where
                     if p.qos > QoS::AtMostOnce {
                         self.unacknowledged.push(p.packet_id);
                     }
+                    // A broker may send messages that the probe did not ask for.
+                    let below = p.topic.strip_prefix(self.topic);
+                    let ours = below.is_some_and(|rest| rest.starts_with('/'));
+                    if !ours && p.topic != VERSION_TOPIC {
+                        let _ = self.input.split_to(used);
+                        continue;
+                    }
+                    if self.arrived.len() >= ARRIVED_MAX {
+                        return Err(Interrupted::TooMuch);
+                    }
                     let properties = p.properties.user_properties();
                     self.arrived.push(Arrived {
-                        payload: p.payload.to_vec(),
+                        topic: p.topic.to_owned(),
+                        payload: p.payload[..p.payload.len().min(PAYLOAD_KEPT_BYTES)].to_vec(),
                         qos: p.qos,
                         retain: p.retain,
                         ids: p.subscription_ids().collect(),
-                        properties: properties.map(|(k, v)| (k.into(), v.into())).collect(),
+                        properties: properties
+                            .take(PROPERTIES_KEPT)
+                            .map(|(k, v)| (k.into(), v.into()))
+                            .collect(),
                     });
                 }
-                Packet::Suback(s) => self.subacks.push((s.packet_id, s.codes.to_vec())),
+                Packet::Suback(s) if s.packet_id <= self.last_id => {
+                    self.subacks.push((s.packet_id, s.codes.to_vec()));
+                }
                 Packet::Puback(a) => {
                     if a.reason.is_error() {
                         return Err(Interrupted::PublishRefused(a.reason));
