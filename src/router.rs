@@ -196,12 +196,11 @@ impl Router {
         }
         self.groups
             .redeliver(&self.sessions, actions.redeliveries, now);
-        let Some(presence) = &self.presence else {
-            return;
-        };
-        for change in &actions.presence_changes {
-            let qos = crate::mqtt::QoS::AtLeastOnce.min(self.broker.maximum_qos());
-            presence.publish(&self.sessions, &self.publishing, change, qos, now);
+        if let Some(presence) = &self.presence {
+            for change in &actions.presence_changes {
+                let qos = crate::mqtt::QoS::AtLeastOnce.min(self.broker.maximum_qos());
+                presence.publish(&self.sessions, &self.publishing, change, qos, now);
+            }
         }
         for closed in actions.closed {
             let (session, link) = (closed.session, closed.publish_link);
