@@ -62,7 +62,8 @@ impl DuplicateNodeWatch {
     pub(super) fn ended(&mut self, end: &LinkEnd, lasted: Duration) {
         let taken_over = matches!(end, LinkEnd::Disconnect(ReasonCode::SESSION_TAKEN_OVER));
         let closed = matches!(end, LinkEnd::Closed | LinkEnd::Io(_));
-        if !taken_over && !(closed && lasted < SHORT) {
+        let short = closed && lasted < SHORT;
+        if !(taken_over || short) {
             return self.unreachable();
         }
         self.end = Some(End {

@@ -208,6 +208,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    #[expect(clippy::disallowed_methods, reason = "they end with the test")]
     async fn links_wait_for_a_probe_only_if_nothing_is_known() {
         let cache = Arc::new(ProfileCache::default());
         let begun = Instant::now();
