@@ -26,7 +26,7 @@ use crate::router::types::SessionRef;
 const MESSAGE_OVERHEAD_BYTES: u64 = 96;
 
 /// How long QoS 0 publishes wait for a publish link that is being connected, longer than a dial with a probe
-/// of the broker. Those that have waited for longer are dropped.
+/// of the broker. Older ones are dropped.
 pub const QOS0_WAIT: Duration = Duration::from_secs(10);
 
 /// A publish of a client for the broker.

@@ -26,9 +26,9 @@ struct Times {
 /// The other links at the time when one ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Others {
-    /// Those that were connected and stayed so.
+    /// Links that were connected and stayed so.
     pub stayed: usize,
-    /// Those of them that had just connected.
+    /// The part of these links that had just connected.
     pub new: usize,
 }
 

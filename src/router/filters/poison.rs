@@ -50,7 +50,7 @@ impl Table {
 
 impl Filters {
     /// The suspects that are to be tried on `link` next, while no other SUBSCRIBE is unanswered: a
-    /// group of those that were unanswered once when a link ended, or one that was more often.
+    /// group of filters that were unanswered once when a link ended, or one that was so more often.
     pub(crate) fn next_suspects(&self, link: usize) -> Vec<UpstreamSubscribe> {
         let mut table = self.write();
         let group = (table.suspects.len(link) / GROUPS).max(1);

@@ -2,7 +2,7 @@
 //!
 //! A QoS 0 publish has no acknowledgement, so nothing shows which one the broker ended the link for.
 //! Once it has ended the link, QoS 0 publishes are watched for a while: they are kept until a PINGREQ
-//! behind them is answered. When the link ends again, the clients of those that are kept are suspects.
+//! behind them is answered. When the link ends again, the clients of the kept publishes are suspects.
 //! Each publish of a suspect is tried: sent while nothing else is on its way. If the broker ends the
 //! link then, the publish is the reason, and its client's publishes pause.
 
@@ -255,7 +255,7 @@ impl Suspects {
         new
     }
 
-    /// Forgets what is long past. Returns the clients that were suspects until now.
+    /// Forgets old suspicions. Returns the clients that were suspects until now.
     pub(super) fn forget(&mut self, now: Millis) -> Vec<SessionRef> {
         if self.unread.is_empty() && self.watched_until.is_some_and(|until| until <= now) {
             self.watched_until = None;

@@ -1,7 +1,8 @@
 //! The connection of a probe: requests to the broker, and the packets that arrived.
 
+mod interrupted;
+
 use std::collections::BTreeSet;
-use std::io;
 use std::time::Duration;
 
 use crate::transport::dial::QuickAck;
@@ -12,10 +13,12 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::mqtt::{
-    AckKind, Alias, Decoder, Delivery, Error, Message, MessageSpec, Packet, Properties, Property,
-    QoS, ReasonCode, Receiver, SubscribeOptions, Version, encode_ack, encode_disconnect,
-    encode_pingreq, encode_subscribe,
+    AckKind, Alias, Decoder, Delivery, Message, MessageSpec, Packet, Properties, Property, QoS,
+    ReasonCode, Receiver, SubscribeOptions, Version, encode_ack, encode_disconnect, encode_pingreq,
+    encode_subscribe,
 };
+
+pub(super) use interrupted::Interrupted;
 
 /// The user properties of each message that a probe publishes.
 pub(super) const PROPERTIES: [(&str, &str); 3] = [("a", "1"), ("b", "2"), ("a", "3")];
@@ -34,7 +37,7 @@ const PROPERTIES_KEPT: usize = 8;
 const ARRIVED_MAX: usize = 512;
 /// Publishes that are sent at once, if the broker's Receive Maximum allows for it.
 const AT_ONCE_MAX: usize = 64;
-/// What is missing is waited for at least so long, and at most.
+/// The least and the longest time that missing messages are waited for.
 const LATE_MIN: Duration = Duration::from_millis(50);
 const LATE_MAX: Duration = Duration::from_secs(1);
 /// Once a PINGREQ is answered, nothing more arrives after this much quiet, or more if the broker's
@@ -52,41 +55,6 @@ const HELD_BACK_SAMPLES: usize = 2;
 const HELD_BACK: Duration = Duration::from_millis(15);
 /// How long the DISCONNECT may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
-
-/// Why a step of a probe could not be completed.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Interrupted {
-    /// Reading or writing failed.
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    /// The broker closed the connection.
-    #[error("the broker closed the connection")]
-    Closed,
-    /// The broker sent DISCONNECT.
-    #[error("the broker sent DISCONNECT: {}", .0.name())]
-    Disconnect(ReasonCode),
-    /// The broker sent bytes that are not a legal packet.
-    #[error("a packet that is not legal: {0}")]
-    Malformed(Error),
-    /// An answer did not arrive before the deadline of the probe.
-    #[error("no answer in time")]
-    Timeout,
-    /// A SUBACK refuses the filter with this code.
-    #[error("SUBSCRIBE refused with 0x{0:02X}")]
-    SubscribeRefused(u8),
-    /// A SUBACK has no code.
-    #[error("SUBACK without a code")]
-    EmptySuback,
-    /// A PUBACK refuses the publish.
-    #[error("PUBLISH refused: {}", .0.name())]
-    PublishRefused(ReasonCode),
-    /// Far more arrived than the probe asked for.
-    #[error("too much arrived")]
-    TooMuch,
-    /// The broker delivered no copy of a publish.
-    #[error("nothing came back")]
-    NothingDelivered,
-}
 
 /// A PUBLISH that arrived on a topic of the probe.
 pub(super) struct Arrived {
