@@ -11,7 +11,11 @@ mod options;
 mod outbound;
 #[cfg_attr(
     not(feature = "sim"),
-    expect(dead_code, reason = "only the feature sim makes a broker with quirks")
+    expect(
+        dead_code,
+        unreachable_pub,
+        reason = "only the feature sim makes a broker with quirks"
+    )
 )]
 mod quirks;
 mod retained;

@@ -1,8 +1,8 @@
 //! Hash maps of the pure modules. A run of a simulation repeats from its seed, so no decision may
 //! depend on an order that differs between processes:
 //!
-//! - [`LookUp`] and [`LookUpSet`] have random keys and cannot be iterated;
-//! - [`SeededMap`] can be iterated, in an order that its [`HashSeed`] determines;
+//! - `LookUp` and `LookUpSet` have random keys and cannot be iterated;
+//! - `SeededMap` can be iterated, in an order that its [`HashSeed`] determines;
 //! - any other map or set is ordered by its keys.
 
 use std::borrow::Borrow;
@@ -191,7 +191,7 @@ impl<K: Eq + Hash> FromIterator<K> for LookUpSet<K> {
 }
 
 /// The seed of all hashes on which an order or a place depends: the shard of a session, the link of a
-/// filter, the order of a [`SeededMap`]. A process draws it once, so that nobody outside can choose
+/// filter, the order of a `SeededMap`. A process draws it once, so that nobody outside can choose
 /// keys that collide; simulations use [`HashSeed::fixed`].
 #[derive(Clone, Copy, Debug)]
 pub struct HashSeed(&'static Keys);

@@ -14,13 +14,14 @@ extern crate self as tidegate;
 #[path = "../../src"]
 mod sources {
     pub mod budget;
+    pub mod hashing;
     pub mod mqtt;
     pub mod qos;
     pub mod time;
     pub mod topics;
 }
 
-pub use sources::{budget, mqtt, qos, time, topics};
+pub use sources::{budget, hashing, mqtt, qos, time, topics};
 
 /// The properties that the tests of the codec hold too.
 #[allow(dead_code, reason = "the tests use more of them")]
