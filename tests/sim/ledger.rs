@@ -198,43 +198,7 @@ impl Ledger {
             return self.again(w, stream, key, p);
         }
         if p.qos > QoS::AtMostOnce {
-            if !w.evicts {
-                let unreceived = |f: &Flight, id: u16| f.packet_id == id && !f.released;
-                let open = |id: &&u16| self.inflight.iter().any(|f| unreceived(f, **id));
-                let mut waiting = w.to_resend.iter().map(|(id, _)| id);
-                if let Some(id) = waiting.find(|id| open(id) && !w.resent.contains(id)) {
-                    return Err(format!(
-                        "a new PUBLISH before {id} is sent again [MQTT-4.6.0-1]"
-                    ));
-                }
-            }
-            if w.evicts {
-                self.inflight.retain(|f| f.packet_id != p.packet_id);
-            }
-            if self.inflight.iter().any(|f| f.packet_id == p.packet_id) {
-                return Err(format!(
-                    "packet identifier {} is in use [MQTT-2.2.1-4]",
-                    p.packet_id
-                ));
-            }
-            self.inflight.push(Flight {
-                packet_id: p.packet_id,
-                first: stream,
-                stream,
-                key: key.to_owned(),
-                qos: p.qos,
-                released: false,
-                retain: p.retain,
-                ids: p.subscription_ids().collect(),
-            });
-            w.open.insert(p.packet_id);
-            if w.open.len() > w.receive_max {
-                return Err(format!(
-                    "{} unacknowledged, Receive Maximum {} [MQTT-3.3.4-9]",
-                    w.open.len(),
-                    w.receive_max
-                ));
-            }
+            self.opens(w, stream, key, p)?;
         }
         if p.message_expiry == Some(0) {
             return Err("an expired message is sent [MQTT-3.3.2-5]".into());
@@ -290,6 +254,54 @@ impl Ledger {
                 stream,
                 packet_id: p.packet_id,
             });
+        }
+        Ok(())
+    }
+
+    /// A PUBLISH above QoS 0 takes a place in the client's window.
+    fn opens(
+        &mut self,
+        w: &mut Window,
+        stream: StreamId,
+        key: &str,
+        p: &Publish<'_>,
+    ) -> Result<(), String> {
+        if !w.evicts {
+            let unreceived = |f: &Flight, id: u16| f.packet_id == id && !f.released;
+            let open = |id: &&u16| self.inflight.iter().any(|f| unreceived(f, **id));
+            let mut waiting = w.to_resend.iter().map(|(id, _)| id);
+            if let Some(id) = waiting.find(|id| open(id) && !w.resent.contains(id)) {
+                return Err(format!(
+                    "a new PUBLISH before {id} is sent again [MQTT-4.6.0-1]"
+                ));
+            }
+        }
+        if w.evicts {
+            self.inflight.retain(|f| f.packet_id != p.packet_id);
+        }
+        if self.inflight.iter().any(|f| f.packet_id == p.packet_id) {
+            return Err(format!(
+                "packet identifier {} is in use [MQTT-2.2.1-4]",
+                p.packet_id
+            ));
+        }
+        self.inflight.push(Flight {
+            packet_id: p.packet_id,
+            first: stream,
+            stream,
+            key: key.to_owned(),
+            qos: p.qos,
+            released: false,
+            retain: p.retain,
+            ids: p.subscription_ids().collect(),
+        });
+        w.open.insert(p.packet_id);
+        if w.open.len() > w.receive_max {
+            return Err(format!(
+                "{} unacknowledged, Receive Maximum {} [MQTT-3.3.4-9]",
+                w.open.len(),
+                w.receive_max
+            ));
         }
         Ok(())
     }
