@@ -37,21 +37,20 @@ pub(crate) use view::{
     AdminView, Found, LinkView, SessionPage, SessionSummary, SessionView, SubscriptionView,
 };
 
-/// Connections at once. A further one takes the place of the one that has waited longest for a complete
-/// request, once that is [`EVICT_AFTER`]; until then it waits.
+/// Connections at once. Past them, a new connection waits for a place: it gets the place of the connection
+/// that has been without an answer for longest, once that time is [`EVICT_AFTER`].
 const CONNECTIONS_MAX: usize = 64;
 /// The time for which a connection keeps its place without an answer, while others wait for one.
 const EVICT_AFTER: Duration = Duration::from_secs(1);
-/// What a request that trickles in may take, and how long an idle connection
-/// stays.
+/// The longest time for a request to arrive, and for a connection to stay open without a request.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
-/// Requests to `/api` that are worked on at once.
+/// Requests to `/api` that are answered at the same time.
 const API_AT_ONCE: usize = 2;
-/// Sessions of one page.
+/// Most sessions on a page.
 const PAGE_MAX: usize = 1000;
 const PAGE_DEFAULT: usize = 100;
 
-/// A bound admin server that does not answer yet.
+/// An admin server whose socket is bound and which answers no request yet.
 pub(crate) struct Server {
     listener: Arc<TcpListener>,
     address: SocketAddr,
@@ -68,7 +67,7 @@ impl Server {
     /// Binds the address of the configuration.
     ///
     /// # Errors
-    /// When it cannot be bound.
+    /// The address cannot be bound.
     pub(crate) async fn bind(
         admin: &config::Admin,
         view: Arc<dyn AdminView>,
@@ -95,7 +94,7 @@ impl Server {
     /// Answers until `shutdown` completes and the open connections are done.
     ///
     /// # Errors
-    /// When the listener fails for good.
+    /// The listener fails permanently.
     pub(crate) async fn run(
         &self,
         shutdown: impl Future<Output = ()> + Send + 'static,
@@ -142,8 +141,8 @@ async fn no_store(request: Request, next: Next) -> Response {
     response
 }
 
-/// Refuses requests that a web page sent through a name that resolves to
-/// loopback, and bounds the work.
+/// Refuses the requests of a web page that reaches the server through a name for a loopback address (DNS
+/// rebinding), and bounds how many requests are answered at once.
 async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
     let host = request.headers().get(header::HOST);
     if !host
@@ -236,7 +235,7 @@ async fn sessions(
             return problem(StatusCode::BAD_REQUEST, what);
         }
     };
-    // Sorting many sessions takes a while; connections must not wait for it.
+    // Sorting many sessions takes milliseconds, so a thread does it that serves no connection.
     work(move || {
         let mut found = shared.view.sessions(page.after.as_deref(), page.limit);
         found.sessions.iter_mut().for_each(SessionSummary::cut);

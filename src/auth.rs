@@ -1,7 +1,6 @@
-//! Who a client is, and which topics it may use.
+//! Authentication of clients, and access rules for their topics.
 //!
-//! A verified password is remembered as a keyed digest, so that a client that flaps costs no
-//! password hashing.
+//! A verified password is remembered as a keyed digest, so that a client's flap needs no password hashing.
 
 mod acl;
 pub(crate) mod passwd;
@@ -24,14 +23,14 @@ use verified::{Digest, Recalled, Verified};
 
 /// The principal of every anonymous client. No user can have this name.
 pub(crate) const ANONYMOUS: &str = "anonymous";
-/// Stands before the name of a certificate where a user of the password file has the same name. No user
+/// Prefix of the name of a certificate where a user of the password file has the same name. No user
 /// can have a colon in its name.
 const CERTIFICATE: &str = "cert:";
-/// Stands before the name in the owner of a certificate's sessions. No user can have a control character
+/// Prefix of the name in the owner of a certificate's sessions. No user can have a control character
 /// in its name.
 const CERTIFICATE_OWNER: &str = "cert\0";
 
-/// Who a client is, once it is verified.
+/// The verified identity of a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Principal {
     /// The name that `who` of a rule matches, and `%u`.
@@ -87,7 +86,7 @@ impl Identity {
     }
 }
 
-/// Why a client is denied access.
+/// The reason why a client is denied access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Denial {
     /// The user name or the password is missing or wrong.
@@ -102,7 +101,7 @@ pub enum Denial {
     /// The listener needs a certificate that names the client, and the client gave none.
     #[error("no certificate that names the client")]
     Certificate,
-    /// The password cannot be verified now.
+    /// The password cannot be verified at the moment.
     #[error("too many passwords to verify at once")]
     Busy,
 }
@@ -134,7 +133,7 @@ impl Authenticator {
     /// Reads the password file, if one is configured.
     ///
     /// # Errors
-    /// When the file cannot be read, or a line of it is wrong.
+    /// The file cannot be read, or a line has the wrong form.
     pub fn new(auth: &Auth) -> Result<Self, passwd::Error> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
@@ -275,7 +274,7 @@ impl Users {
         Ok(Self { hashes, decoy })
     }
 
-    /// How many there are.
+    /// The number of users.
     pub(crate) fn count(&self) -> usize {
         self.hashes.len()
     }

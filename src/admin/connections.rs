@@ -1,4 +1,4 @@
-//! A listener with a limit on connections, each with a limit on silence.
+//! A listener that bounds the number of its connections, and how long each may stay silent.
 
 use std::collections::HashMap;
 use std::io;
@@ -70,8 +70,8 @@ impl Bounded {
         }
     }
 
-    /// A place for one more connection, if need be that of the one which has been without an answer for
-    /// longest.
+    /// Waits for a place for one more connection. If all places are taken, the connection that has been
+    /// without an answer for longest is ended.
     async fn place(&self) -> OwnedSemaphorePermit {
         let mut free = std::pin::pin!(Arc::clone(&self.free).acquire_owned());
         loop {
@@ -92,7 +92,7 @@ impl Bounded {
             match self.places.oldest() {
                 Some((since, evict)) if since + self.evict_after <= Instant::now() => {
                     evict.cancel();
-                    // One place is enough.
+                    // The caller needs one place only.
                     if let Ok(permit) = timeout(EVICTED_LEAVES_WITHIN, &mut free).await {
                         return permit.expect("the semaphore is never closed");
                     }
@@ -129,8 +129,7 @@ impl Listener for Bounded {
     }
 }
 
-/// A connection that ends when nothing is answered on it for a while, or when another one needs its
-/// place.
+/// A connection that ends after a time without answers, or when another connection needs its place.
 pub(super) struct Connection {
     stream: TcpStream,
     silence: Pin<Box<Sleep>>,

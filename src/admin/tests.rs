@@ -1,4 +1,4 @@
-//! The server over a real socket, spoken to by hand.
+//! Tests of the admin server over a real socket, with requests written by hand.
 
 use std::time::Duration;
 

@@ -1,14 +1,14 @@
-//! What the admin side shows, and where it gets it.
+//! The data that the admin side shows, and the trait through which it reads them.
 
 use serde::Serialize;
 
-/// Characters of a client's text that are shown.
+/// Characters of a client's text that are shown at most.
 const TEXT_MAX: usize = 256;
 
-/// What the admin side asks of the running program. Called from threads that
-/// may block for milliseconds; no call may wait for a socket.
+/// The questions of the admin side to the running program. Its threads may block for milliseconds, so
+/// no call may wait for a socket.
 pub(crate) trait AdminView: Send + Sync + 'static {
-    /// Whether clients are taken; not whether the broker is there.
+    /// Whether clients are accepted. It does not depend on the broker.
     fn ready(&self) -> bool;
     /// The names of the tasks that cannot be kept running.
     fn failing(&self) -> Vec<String>;
@@ -22,16 +22,16 @@ pub(crate) trait AdminView: Send + Sync + 'static {
     fn links(&self) -> Vec<LinkView>;
     /// The profile of the broker; `None` before the first link came up.
     fn broker(&self) -> Option<serde_json::Value>;
-    /// Sets the gauges that are only worth setting when someone looks.
+    /// Sets the gauges that are computed only when metrics are read.
     fn before_scrape(&self);
 }
 
 /// The outcome of a search for one session.
 #[derive(Clone, Debug)]
 pub(crate) enum Found<T> {
-    /// There is one.
+    /// Exactly one session has the client identifier.
     One(T),
-    /// There is none.
+    /// No session has the client identifier.
     None,
     /// The client identifier has sessions behind several mounts, and none was named.
     Several,
@@ -42,7 +42,7 @@ pub(crate) enum Found<T> {
 pub(crate) struct SessionPage {
     /// In the order of their ids.
     pub sessions: Vec<SessionSummary>,
-    /// The `after` of the next page, to be passed on as it is; `None` on the last one.
+    /// The parameter `after` of the next page; `None` on the last page.
     pub next: Option<String>,
 }
 
@@ -53,7 +53,7 @@ pub(crate) struct SessionSummary {
     pub client_id: String,
     /// Prefix of its topics at the broker.
     pub mount: String,
-    /// Who it belongs to.
+    /// The principal that owns it.
     pub principal: String,
     /// Whether a client certificate, and not a user name, stated the principal.
     pub by_certificate: bool,
@@ -75,18 +75,18 @@ pub(crate) struct SessionSummary {
     pub subscription_count: usize,
     /// Messages that wait for the client.
     pub queue_messages: usize,
-    /// Bytes of them.
+    /// Bytes of the waiting messages.
     pub queue_bytes: usize,
     /// Deliveries that the client has not acknowledged.
     pub inflight: usize,
-    /// Times in which it may have missed messages.
+    /// Gaps: periods in which it may have missed messages.
     pub gaps: u64,
 }
 
 /// A session with its subscriptions.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct SessionView {
-    /// All but the subscriptions.
+    /// The session without its subscriptions.
     #[serde(flatten)]
     pub summary: SessionSummary,
     /// Subscriptions.
@@ -115,11 +115,11 @@ pub(crate) struct SubscriptionView {
 pub(crate) struct LinkView {
     /// Name, as in metrics.
     pub name: String,
-    /// What it is for.
+    /// Its role.
     pub role: &'static str,
     /// Address of the broker that it speaks or last spoke to.
     pub server: String,
-    /// What it does now.
+    /// Its state.
     pub state: &'static str,
     /// MQTT version; `None` before its first CONNACK.
     pub protocol: Option<&'static str>,
@@ -131,7 +131,7 @@ pub(crate) struct LinkView {
     pub filters: usize,
     /// CONNECTs sent since the start.
     pub connects: u64,
-    /// Why it went down last.
+    /// The reason of its last disconnection.
     pub last_error: Option<String>,
 }
 

@@ -1,4 +1,4 @@
-//! What a client may publish and subscribe.
+//! The access rules: the topics that a client may publish to and subscribe to.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use crate::topics::{covers, matches, overlaps, split_shared};
 /// First level of the topics that Tidegate keeps for itself.
 pub(super) const OWN_PREFIX: &str = "tidegate";
 
-/// The rules, ready to be asked.
+/// The access rules of a configuration, prepared for decisions.
 ///
 /// Reserved topics begin with `$` or with a prefix of Tidegate's own. Only a rule that names them by
 /// its own letters opens them.
@@ -32,14 +32,14 @@ enum Verdict {
     Deny,
 }
 
-/// The reason of a decision.
+/// The part of the configuration that decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DecidedBy {
-    /// This rule, counted from 0 as in error messages of the configuration.
+    /// The rule with this number, counted from 0 as in error messages of the configuration.
     Rule(usize),
-    /// No rule says anything.
+    /// No rule matches.
     NoRule,
-    /// The topic is reserved, or no legal filter.
+    /// The topic is reserved, or the filter is invalid.
     Reserved,
 }
 
@@ -120,7 +120,7 @@ impl Acl {
         )
     }
 
-    /// Lets the first rule decide that has a pattern which `hits`. `allows` is the rule's answer.
+    /// The decision of the first rule with a pattern for which `hits` returns true.
     fn decide(
         &self,
         (identity, mount, topic): (&Identity, &str, &str),
@@ -146,7 +146,7 @@ impl Acl {
             .find_map(|(number, rule)| {
                 let allowed = allows(rule);
                 let hit = |pattern: &String| {
-                    // By its own letters: `%c` must not open it to a client of that name.
+                    // The pattern itself must name it: `%c` must not open it to a client of that name.
                     let named = reserved.is_none_or(|prefix| is_below(pattern, prefix));
                     match (expand(pattern, identity), allowed) {
                         (Some(expanded), _) => named && hits(text(&expanded), allowed),
@@ -208,8 +208,8 @@ fn first_level(topic: &str) -> &str {
     topic.split('/').next().unwrap_or(topic)
 }
 
-/// Puts the client identifier and the user name in. `None`: one is missing or could mean more than
-/// itself.
+/// Replaces `%c` and `%u` by the client identifier and the user name. `None`: a name is missing or
+/// empty, or it would change the meaning of the pattern, as one with `/`, `+` or `#` would.
 pub(crate) fn expand(pattern: &str, identity: &Identity) -> Option<Expanded> {
     let mut out = Expanded::new();
     let mut rest = pattern;
@@ -235,7 +235,7 @@ pub(crate) fn expand(pattern: &str, identity: &Identity) -> Option<Expanded> {
     Some(out)
 }
 
-/// Whether a pattern, in which `*` stands for any text, is the whole name.
+/// Whether a name matches a pattern, in which `*` stands for any text.
 fn glob(pattern: &str, name: &str) -> bool {
     let (pattern, name) = (pattern.as_bytes(), name.as_bytes());
     let (mut p, mut n) = (0, 0);
@@ -345,7 +345,7 @@ mod tests {
         }
     }
 
-    /// Rules, user, client id, p or s, topic, whether it is allowed.
+    /// Each row: rules, user, client identifier, publish or subscribe, topic, whether the rules allow it.
     #[test]
     fn the_first_match_decides() {
         let rules = [

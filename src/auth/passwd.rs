@@ -1,5 +1,5 @@
-//! The password file: a line `user:$argon2id$...` for each user; empty lines
-//! and lines that begin with `#` are left alone.
+//! The password file. Each user has a line `user:$argon2id$...`. Empty lines and lines that begin with `#`
+//! are ignored, and kept when the file is written.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -32,7 +32,7 @@ pub enum Error {
         /// The system's error.
         source: std::io::Error,
     },
-    /// A line is wrong.
+    /// A line has the wrong form.
     #[error("{}:{line}: {message}", path.display())]
     Line {
         /// The file.
@@ -42,7 +42,7 @@ pub enum Error {
         /// The mistake, and the allowed form.
         message: String,
     },
-    /// A name that no user can have.
+    /// The user name is not allowed.
     #[error("{0:?} is no user name: {1}")]
     User(String, &'static str),
     /// The hash failed.
@@ -53,7 +53,7 @@ pub enum Error {
 /// Reads all users and their hashes.
 ///
 /// # Errors
-/// When the file cannot be read, or a line of it is wrong.
+/// The file cannot be read, or a line has the wrong form.
 pub(crate) fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
     let text = files::read_text(path).map_err(|source| io(path, source))?;
     // The names come from outside, so the standard library's keyed hasher is right here.
@@ -83,11 +83,11 @@ pub(crate) fn read(path: &Path) -> Result<HashMap<String, Arc<str>>, Error> {
     Ok(users)
 }
 
-/// Writes a user's password: a new line, or its old one replaced. The file is
-/// made if it is not there, readable by its owner only, and replaced as a whole.
+/// Writes a user's password: it adds a line, or replaces the user's line. A missing file is created with
+/// access for its owner only. The whole file is replaced at once.
 ///
 /// # Errors
-/// When the name is not allowed, or the file cannot be read or written.
+/// The name is not allowed, or the file cannot be read or written.
 pub(crate) fn set(path: &Path, user: &str, password: &[u8]) -> Result<(), Error> {
     check_user(user)?;
     let line = format!("{user}:{}", hash(password)?);
@@ -107,10 +107,10 @@ pub(crate) fn set(path: &Path, user: &str, password: &[u8]) -> Result<(), Error>
     replace(path, &(lines.join("\n") + "\n")).map_err(|source| io(path, source))
 }
 
-/// A fresh argon2id hash.
+/// Hashes a password with argon2id and a random salt.
 ///
 /// # Errors
-/// When the password is longer than argon2 takes.
+/// The password is longer than argon2 accepts.
 pub(crate) fn hash(password: &[u8]) -> Result<String, Error> {
     let salt =
         SaltString::encode_b64(&crate::auth::verified::random::<16>()).map_err(Error::Hash)?;
@@ -119,7 +119,7 @@ pub(crate) fn hash(password: &[u8]) -> Result<String, Error> {
     Ok(hash.to_string())
 }
 
-/// Whether a password is the one that was hashed; takes tens of milliseconds.
+/// Whether a hash was made from this password. The check takes tens of milliseconds of processor time.
 pub(crate) fn verify(hash: &str, password: &[u8]) -> bool {
     PasswordHash::new(hash)
         .is_ok_and(|hash| Argon2::default().verify_password(password, &hash).is_ok())
@@ -181,7 +181,7 @@ fn check_user(user: &str) -> Result<(), Error> {
     Err(Error::User(user.to_owned(), why))
 }
 
-/// Writes beside the file and renames, so that no reader sees half of it.
+/// Writes a temporary file in the same folder and renames it, so that no reader sees half of the file.
 fn replace(path: &Path, text: &str) -> std::io::Result<()> {
     use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
     let mode = std::fs::metadata(path).map_or(0o600, |m| m.permissions().mode() & 0o777);

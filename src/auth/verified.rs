@@ -1,4 +1,4 @@
-//! Credentials that were verified lately, as keyed digests.
+//! A cache of recently verified credentials, which it keeps as keyed digests.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -10,26 +10,27 @@ use blake2::digest::{KeyInit, Mac};
 use lru::LruCache;
 use tokio::time::Instant;
 
-/// How long a right credential is remembered.
+/// How long a valid credential is remembered.
 const RIGHT_FOR: Duration = Duration::from_secs(3600);
-/// How long a wrong one is: a client with a stale password comes again and again.
+/// How long an invalid credential is remembered: a client with an old password keeps trying it.
 const WRONG_FOR: Duration = Duration::from_secs(10);
-/// Right credentials remembered, about 150 bytes each.
+/// Valid credentials that are remembered, about 150 bytes each.
 const RIGHT_MAX: NonZeroUsize = NonZeroUsize::new(100_000).expect("not zero");
-/// Wrong ones; apart, so that guesses push out nothing that is right.
+/// Invalid credentials that are remembered. They have a cache of their own, so that guesses evict no valid
+/// credential.
 const WRONG_MAX: NonZeroUsize = NonZeroUsize::new(10_000).expect("not zero");
 
-/// What stands for a credential; worth nothing without the process's key.
+/// The keyed digest of a credential. Without the process's key it reveals nothing.
 pub(super) type Digest = [u8; 32];
 
-/// The answer that is remembered for a credential.
+/// The remembered result of a verification.
 pub(super) enum Recalled {
     Right(Arc<str>),
     Wrong,
     Unknown,
 }
 
-/// The memory of verified credentials; the least recently used go first.
+/// The cache of verified credentials. It evicts the least recently used.
 pub(super) struct Verified {
     key: [u8; 32],
     right: LruCache<Digest, (Arc<str>, Instant)>,
@@ -37,11 +38,11 @@ pub(super) struct Verified {
 }
 
 impl Verified {
-    /// Empty, with a key of its own.
+    /// An empty cache with a random key.
     pub(super) fn new() -> Self {
         Self {
             key: random(),
-            // `LruCache::new` would take its whole table at once.
+            // `LruCache::new` would allocate the whole table at once.
             right: LruCache::unbounded(),
             wrong: LruCache::unbounded(),
         }
@@ -73,7 +74,7 @@ impl Verified {
         }
     }
 
-    /// Remembers a principal, or that the credential is wrong.
+    /// Remembers the principal of a credential, or that the credential is invalid.
     pub(super) fn remember(&mut self, digest: Digest, principal: Option<Arc<str>>, now: Instant) {
         match principal {
             Some(principal) => {
@@ -94,7 +95,7 @@ impl Verified {
     pub(super) fn forget(&mut self) {
         self.right.clear();
         self.wrong.clear();
-        // A verification that began before the change must not be found.
+        // The result of a verification that began before the change must not be found.
         self.key = random();
     }
 }
