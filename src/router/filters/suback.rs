@@ -148,6 +148,10 @@ impl Table {
             Unsubacked::Stray => {}
             Unsubacked::Again(_) if yielded => actions.outcomes.extend(self.place_anew(id, now)),
             Unsubacked::Again(qos) => self.request(id, qos),
+            // Others have been placed inside it since it yielded.
+            Unsubacked::Remove if has_inner && yielded => {
+                actions.outcomes.extend(self.place_anew(id, now));
+            }
             Unsubacked::Remove if has_inner => self.request(id, wanted),
             Unsubacked::Remove => {
                 self.remove(id, now);

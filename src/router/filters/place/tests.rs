@@ -312,6 +312,23 @@ fn a_filter_that_is_wanted_again_after_it_yielded_gets_another_link() {
     assert!(world.held[0].contains("a/x/#"));
 }
 
+#[test]
+fn a_filter_that_yielded_and_is_needed_for_others_gets_another_link() {
+    let mut world = World::new(3, LONG);
+    let [a, b, c, d] = ["a", "b", "c", "d"].map(|id| world.client(id));
+    assert_eq!(world.subscribe(a, &["#"]), [1]);
+    world.unsubscribe(a, "#");
+    assert_eq!(world.subscribe(b, &["+/x"]), [1]);
+    // `#` yields, and its UNSUBSCRIBE is not answered yet.
+    world.ask(c, &["x/+"]);
+    // The two links are taken, so this one comes to lie inside `#`.
+    world.ask(d, &["+/+"]);
+    world.pass(Duration::from_millis(100));
+    assert_eq!(world.seen(c).0, [1]);
+    assert_eq!(world.seen(d).0, [1]);
+    assert!(world.held[2].contains("#"));
+}
+
 /// One client leaves `#`, inside which `a/b` and `a/+` of another one lie.
 fn about_to_move() -> (World, Connected) {
     let mut world = World::new(8, Duration::ZERO);
