@@ -31,7 +31,12 @@ impl World {
                 true => tidegate::router::LinkSession::Resumed,
                 false => tidegate::router::LinkSession::New,
             };
+            let before = self.gaps();
             self.router.data_link_up(0, kept, false, self.now);
+            for ((before, after), c) in before.iter().zip(self.gaps()).zip(&mut self.oracle.clients)
+            {
+                c.ledger.link_gaps += after - before;
+            }
         }
         self.broker.step(&self.router, &mut self.rng, self.now);
         for (filter, since) in std::mem::take(&mut self.broker.unsubscribed) {

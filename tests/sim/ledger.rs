@@ -98,6 +98,10 @@ pub(crate) struct Ask {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ledger {
     pub owed: Vec<Owed>,
+    /// Gaps of the data link that the session was told of, whether or not it missed a message.
+    pub link_gaps: u64,
+    /// Gaps that the session may have been told of because a filter was granted without the broker.
+    pub late_gaps: u64,
     /// For QoS 0, and for QoS 1 and 2, on each stream: the next entry that may be written. Streams
     /// keep no order with each other.
     next: BTreeMap<(usize, StreamId), usize>,

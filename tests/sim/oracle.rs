@@ -384,7 +384,7 @@ impl Oracle {
                 return Err(format!("the session of {id} is gone"));
             };
             let (must, alive, all) = c.ledger.missing(now);
-            let gaps = info.gaps as usize;
+            let gaps = (info.gaps - c.ledger.link_gaps) as usize;
             let excused = gaps + info.queue_messages + c.ledger.ambiguous;
             if alive > excused {
                 let lost: Vec<&Owed> = c
@@ -397,7 +397,10 @@ impl Oracle {
                     "{id} misses {alive} messages, and {gaps} are said to be lost: {lost:?}"
                 ));
             }
-            if !self.rules.evicts && c.ledger.wants.is_empty() && gaps > all {
+            if !self.rules.evicts
+                && c.ledger.wants.is_empty()
+                && gaps > all + c.ledger.late_gaps as usize
+            {
                 return Err(format!(
                     "{id} misses {must} to {all} messages, and {gaps} are said to be lost"
                 ));

@@ -158,8 +158,19 @@ impl World {
 
     fn tick(&mut self) {
         self.ticked = self.now;
+        let before = self.gaps();
         self.router.tick(self.now);
+        for ((before, after), c) in before.iter().zip(self.gaps()).zip(&mut self.oracle.clients) {
+            c.ledger.late_gaps += after.saturating_sub(*before);
+        }
         self.oracle.ticked(self.now);
+    }
+
+    /// The gaps that each client's session shows.
+    pub(crate) fn gaps(&self) -> Vec<u64> {
+        let clients = self.oracle.clients.iter();
+        let shown = clients.map(|c| self.router.session(&c.profile.id.as_str().into()));
+        shown.map(|info| info.map_or(0, |i| i.gaps)).collect()
     }
 
     pub(crate) fn flush(&mut self, n: usize, acks: bool) {
