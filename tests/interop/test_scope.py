@@ -26,7 +26,8 @@ def tenants(tmp_path_factory, broker, pki):
         broker.url,
         pki,
         listeners=[listener("tcp", auth="file", mount="tenants/%u/"), listener("tcp", "whole"), listener("tcp", "devices", mount="devices/%c/"), listener("quic")],
-        auth={"mode": "anonymous", "file": str(users), "acl": "open"},
+        auth={"mode": "anonymous", "file": str(users), "acl": "rules"},
+        acl=[{"who": "*", "allow": ["publish", "subscribe"], "topics": ["#", "$kept/#"]}],
         upstream={"servers": [broker.url], "sender_properties": ["client_id", "username", "listener", "address"]} | QUICK,
     )
     edge = Edge(directory, table, pki).start()
@@ -160,10 +161,16 @@ def test_names_that_cannot_be_part_of_a_topic_are_refused(at):
     assert at("devices", "a+b", expect=0x87) is not None
 
 
-def test_one_client_identifier_behind_two_mounts_is_two_owners(at):
-    name = fresh("twice")
+def test_one_client_identifier_behind_two_mounts_is_two_sessions(at):
+    name, topic = fresh("twice"), fresh()
     first = at("tcp", name, **as_user("alice"))
-    at("whole", name, expect=0x85)
+    second = at("whole", name)
+    for one in (first, second):
+        one.subscribe(topic)
+    first.publish(topic, "first")
+    second.publish(topic, "second")
+    assert first.next().text == "first"
+    assert second.next().text == "second"
     assert not first.ended.is_set()
 
 
