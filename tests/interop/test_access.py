@@ -198,7 +198,7 @@ def test_client_identifiers_are_per_mount(broker, own_edge, client):
     assert len(rest["sessions"]) == len(page["sessions"]) - 1
     # Each one resumes its own.
     ones["a"].close()
-    assert edge.api(f"/api/v1/sessions/{name}?mount=a/")["attached"] is False
+    wait_until("the session of a/ to be detached", lambda: edge.api(f"/api/v1/sessions/{name}?mount=a/")["attached"] is False)
     assert edge.api(f"/api/v1/sessions/{name}?mount=b/")["attached"] is True
     again = client(edge, client_id=name, name="a", clean=False, expiry=300)
     assert again.session_present and not ones["b"].ended.is_set()
