@@ -68,7 +68,7 @@ impl fmt::Display for Millis {
     }
 }
 
-/// The whole milliseconds of a span; those of a span over 500 million years are cut off.
+/// The whole milliseconds of a span, which must be shorter than 500 million years.
 const fn whole_millis(span: Duration) -> u64 {
     span.as_millis() as u64
 }

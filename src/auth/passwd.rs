@@ -17,8 +17,8 @@ use crate::config::files;
 pub(crate) const MEMORY_MAX_KIB: u32 = 64 * 1024;
 /// The most passes over that memory.
 const PASSES_MAX: u32 = 16;
-/// The most lanes; they are computed one after the other.
-const LANES_MAX: u32 = 16;
+/// The highest degree of parallelism (RFC 9106 section 3.1). It costs time, because one thread does all of it.
+const PARALLELISM_MAX: u32 = 16;
 
 /// A fault of a password file, or of an entry that is to be written to it.
 #[derive(Debug, thiserror::Error)]
@@ -137,7 +137,7 @@ fn check_hash(hash: &str) -> Result<(), String> {
     for (what, value, most) in [
         ("KiB of memory (m)", params.m_cost(), MEMORY_MAX_KIB),
         ("passes (t)", params.t_cost(), PASSES_MAX),
-        ("lanes (p)", params.p_cost(), LANES_MAX),
+        ("as parallelism (p)", params.p_cost(), PARALLELISM_MAX),
     ] {
         if value > most {
             return Err(format!(
@@ -291,7 +291,7 @@ mod tests {
             (64 * 1024 + 1, 1, 1, "65537 KiB of memory (m)"),
             (1024 * 1024, 2, 1, "1048576 KiB of memory (m)"),
             (1024, 17, 1, "17 passes (t)"),
-            (1024, 1, 17, "17 lanes (p)"),
+            (1024, 1, 17, "17 as parallelism (p)"),
             (1, 1, 1, "cannot be verified"),
         ] {
             let error = at(m, t, p).expect_err("refused").to_string();

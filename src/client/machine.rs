@@ -80,7 +80,7 @@ pub struct Machine {
     /// The publish link of the session's publishes.
     publish_link: u8,
     /// The round of that link with which everything that it does not acknowledge has arrived at the
-    /// broker: publishes of QoS 0, and those of earlier connections.
+    /// broker: publishes of QoS 0, and publishes of earlier connections.
     publish_round: u32,
     /// The incomplete packet of the control stream.
     input: ReadBuffer,

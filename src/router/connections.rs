@@ -206,7 +206,7 @@ impl Router {
         self.sessions.find(key)
     }
 
-    /// Ends a session and its connection at an operator's wish. False: there is no such session.
+    /// Ends a session and its connection because an operator asks for it. False: no session has this key.
     pub fn end_session(&self, key: &SessionKey, now: Millis) -> bool {
         let actions = self.sessions.end_by_operator(key, now);
         actions.map(|actions| self.settle(actions, now)).is_some()

@@ -286,7 +286,7 @@ impl Sessions {
     }
 
     /// Fills up a connection's output and takes it. `empty` is exchanged for the bytes of the control
-    /// stream; the returned bytes are those of other streams, by number. Only the streams in `free`
+    /// stream; the returned bytes are for other streams, by number. Only the streams in `free`
     /// are taken from; `unsent` bytes taken earlier are still with the others. `None`: the connection
     /// is not the session's any more.
     pub(super) fn take_output(

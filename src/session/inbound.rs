@@ -130,8 +130,8 @@ pub struct Inbound {
     unclaimed: Vec<Entry>,
     sequence: u64,
     waiting: usize,
-    /// Publishes that the router has and the broker has not answered, also of the client's earlier
-    /// sessions, and those whose identifier the client uses again.
+    /// Publishes that the router has and the broker has not answered, including publishes of the
+    /// client's earlier sessions and publishes whose identifier the client has used again.
     under_way: u32,
     /// The number of entries that the broker answered while the client was away.
     answered: usize,

@@ -6,7 +6,7 @@ use crate::streams::StreamId;
 use crate::topics::FilterId;
 
 impl Session {
-    /// The stream for a filter's messages: the one that subscribed, while it accepts output.
+    /// The stream for a filter's messages: the stream that subscribed, while it accepts output.
     pub fn stream_of(&self, filter: FilterId) -> StreamId {
         let connection = self.phase.connection();
         connection.map_or(StreamId::CONTROL, |c| c.stream_of(filter))

@@ -136,7 +136,7 @@ impl World {
         }
     }
 
-    /// What the connection's task does when it is woken, and the client with what it reads.
+    /// Takes the steps of a woken connection task, and lets the client read the output.
     pub(crate) fn read(&mut self, n: usize) {
         let cx = context(&self.router, self.now);
         let device = &mut self.devices[n];

@@ -75,7 +75,7 @@ fn directives(level: &str) -> String {
 /// Writes the last words of the process to standard error, after the log. A reader that takes
 /// nothing delays the end for a second at most.
 pub fn finish(last_words: &str) {
-    // Without a thread there is no bounded way to write, and the exit code has to do.
+    // Without the thread a write could block for ever. The exit code alone tells the failure then.
     if let Ok(stderr) = stderr() {
         stderr.push(last_words.as_bytes());
         stderr.flush(LAST_LINES_WAIT);

@@ -124,7 +124,7 @@ pub enum Dialed {
 pub trait QuickAck {
     /// Sends the acknowledgement of the bytes that have arrived at once, and of some that follow; or
     /// lets the system delay them. The system falls back to delays by itself, so a caller repeats it.
-    /// Returns false where there is no such setting.
+    /// Returns false if the transport or the system does not have the setting.
     fn quick_ack(&self, at_once: bool) -> bool;
 }
 

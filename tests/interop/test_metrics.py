@@ -73,7 +73,7 @@ def test_counters_match_the_traffic(own_broker, own_edge, client, way):
     assert metrics.sum("tidegate_flaps_absorbed_total") == 1
     assert metrics.sum("tidegate_messages_received_total", qos="1") == 4
     edge.wait_metric("four are delivered", lambda m: m.sum("tidegate_messages_delivered_total", qos="1") == 4)
-    # The counts of CONNECT and SUBSCRIBE equal those of the broker itself.
+    # The counts of CONNECT and SUBSCRIBE equal the broker's own counts.
     assert metrics.sum("tidegate_upstream_connects_total") == len(broker.connects())
     assert metrics.sum("tidegate_upstream_subscribes_total") >= 2
 

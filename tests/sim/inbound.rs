@@ -95,7 +95,7 @@ impl Inbound {
         self.by_key.get(key).copied()
     }
 
-    /// How often the broker got a message; those of others once.
+    /// How often the broker got a message. A message of the broker's other clients counts once.
     pub(crate) fn forwards(&self, key: &str) -> usize {
         self.counts.get(key).map_or(1, |c| c.forwarded)
     }

@@ -56,7 +56,7 @@ pub(crate) struct Want {
 pub(crate) struct Window {
     pub receive_max: usize,
     pub open: BTreeSet<u16>,
-    /// Of those in flight at the start of the connection: the ones that were sent again.
+    /// Messages that were in flight at the start of the connection and have been sent again.
     resent: BTreeSet<u16>,
     /// In order, with the streams whose order they keep.
     to_resend: Vec<(u16, StreamId)>,

@@ -72,7 +72,7 @@ pub(crate) struct Oracle {
     pub asks: u64,
     /// Since when the broker was away last, and until when; `None`: it still is.
     pub away: (Millis, Option<Millis>),
-    /// Since the broker lost what it held: what it has again.
+    /// The filters that the broker has again since it lost all. `None`: it never did.
     pub regained: Option<BTreeSet<String>>,
     /// The latest event of the broker.
     pub latest: u64,
@@ -296,7 +296,7 @@ impl Oracle {
         self.away = (if again { since } else { now }, None);
     }
 
-    /// The broker lost what it held: until it has it again, messages are missed.
+    /// The broker lost its filters: until it has them again, messages are missed.
     pub(crate) fn forgotten(&mut self) {
         for sub in self.clients.iter_mut().flat_map(|c| &mut c.ledger.subs) {
             sub.in_doubt = true;

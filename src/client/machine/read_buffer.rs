@@ -13,8 +13,8 @@ pub(in crate::client) const KEEP_BYTES: usize = 4096;
 #[derive(Debug, Default)]
 pub(in crate::client) struct ReadBuffer {
     pub bytes: Vec<u8>,
-    /// When the packet must be complete. `None`: something else limits its time. The deadline of an
-    /// earlier packet stays while there are no bytes.
+    /// When the packet must be complete. `None`: something else limits its time. While the buffer is
+    /// empty, it is the deadline of an earlier packet.
     pub deadline: Option<Deadline>,
     charged_bytes: usize,
     account: Option<Arc<Account>>,

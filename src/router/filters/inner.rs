@@ -42,7 +42,7 @@ impl Table {
         all
     }
 
-    /// Adds the filters that are inside those of `ids`.
+    /// Adds the filters that lie inside filters of `ids`.
     pub(crate) fn add_below(&self, ids: &mut Vec<FilterId>) {
         if self.inner.is_empty() {
             return;

@@ -104,8 +104,8 @@ impl Table {
         released.wake |= self.take_woken();
     }
 
-    /// The filter that brings the messages of one that moves, inside which these topics lie. Another
-    /// filter there goes along with the one that moves.
+    /// If these topics lie inside a moving filter: the filter that still brings its messages. A filter on these
+    /// topics goes along with the moving one.
     pub(super) fn outer_of_moving(&self, topics: &str) -> Option<FilterId> {
         let mut found = None;
         let moving = self.moves.all.values().map(|m| usize::from(m.to));
@@ -235,7 +235,7 @@ impl Table {
         true
     }
 
-    /// A link is connected again: the filters that move to it ask for what they need.
+    /// A link is connected again: the filters that move to it repeat their requests if necessary.
     pub(super) fn moves_link_up(&mut self, link: usize, session: LinkSession) {
         let to_it = self
             .moves

@@ -34,7 +34,7 @@ impl Table {
     /// filter for the same client, so that their copies come in one order; else `hash` decides.
     ///
     /// # Errors
-    /// The name of a filter that it overlaps, if there is no place for it.
+    /// Every place is taken: the name of a filter that it overlaps there.
     pub(crate) fn place(
         &mut self,
         id: FilterId,
@@ -275,7 +275,7 @@ impl Table {
     }
 
     /// Takes every filter off its link, because the broker's properties have changed, and returns
-    /// these filters, first the ones that may cover others. All links begin anew.
+    /// these filters, broad filters first, because they may cover the others. All links begin anew.
     pub(crate) fn unplace_all(&mut self) -> Vec<FilterId> {
         for trie in &mut self.tries {
             *trie = FilterTrie::new();

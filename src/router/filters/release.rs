@@ -128,7 +128,7 @@ impl Table {
             if self.has_inner(id) {
                 self.leave(id, now, &mut released);
             }
-            // Its move, or those of filters inside it, have yet to be completed.
+            // Its own move is not complete, or filters still lie inside it.
             if self.has_inner(id) || self.moves.target(id).is_some() {
                 if retry {
                     self.release_soon.push(id);

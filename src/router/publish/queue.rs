@@ -169,7 +169,7 @@ impl PublishQueues {
         }
     }
 
-    /// The client is no longer a suspect.
+    /// Lifts the suspicion of a client.
     pub fn trust(&mut self, session: SessionRef) {
         if self.suspects.remove(&session) && self.queues.contains_key(&session) {
             self.suspects_active.retain(|s| *s != session);

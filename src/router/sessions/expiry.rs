@@ -57,7 +57,7 @@ impl Sessions {
         ended.into_iter().for_each(|actions| self.defer(actions));
     }
 
-    /// Ends a session with its connection at an operator's wish. `None`: there is no such session.
+    /// Ends a session and its connection because an operator asks for it. `None`: no session has this key.
     pub(crate) fn end_by_operator(&self, key: &SessionKey, now: Millis) -> Option<SessionActions> {
         let mut shard = self.shard(self.shard_of(key.client_id()));
         let at = shard.by_key.get(key).copied()?;

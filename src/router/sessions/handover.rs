@@ -206,8 +206,8 @@ impl Handovers {
         self.slots.get(&filter).cloned().unwrap_or_default()
     }
 
-    /// The filters that a session unsubscribed and whose copies are delivered instead of those of
-    /// `filter`.
+    /// The filters that a session unsubscribed and whose copies are delivered instead of copies
+    /// of `filter`.
     pub(crate) fn standing_in_for(&self, slot: u32, filter: FilterId) -> SmallVec<[FilterId; 2]> {
         let session = self.sessions.get(&slot);
         let handovers = session.into_iter().flat_map(|s| &s.handovers);

@@ -341,8 +341,8 @@ fn activate(session: &mut Session, filter: FilterId, asked: QoS, granted: QoS) {
     subscription.options.qos = subscription.asked.min(granted);
 }
 
-/// The filters whose copies a session may get in the place of those of `filter`, if these may come above
-/// QoS 0: its active subscriptions that overlap it, and the ones that it has just given up.
+/// The filters whose copies a session may get in place of copies of `filter`, if copies of `filter` may come
+/// above QoS 0: the active subscriptions that overlap it, and subscriptions that were just given up.
 fn active_overlapping(
     session: &Session,
     handovers: &Handovers,

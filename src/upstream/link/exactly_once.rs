@@ -87,8 +87,8 @@ impl ExactlyOnce {
         self.released
     }
 
-    /// The broker has read the PUBCOMPs up to `mark` of this connection, and has sent again what it
-    /// sends again after a reconnect.
+    /// The broker has read the PUBCOMPs up to `mark` of this connection, and has finished its
+    /// retransmissions after the reconnect.
     pub(super) fn confirmed(&mut self, mark: u64) {
         self.received.retain(|_, message| match message.state {
             State::Unreleased => true,

@@ -14,7 +14,7 @@ impl Filter {
         self.ends = self.ends.saturating_add(1);
     }
 
-    /// It is no longer a suspect.
+    /// The suspicion is lifted.
     pub(crate) fn cleared(&mut self) {
         self.ends = 0;
     }

@@ -433,7 +433,7 @@ fn a_message_is_delivered_once_if_its_filter_goes_before_another_is_granted() {
     let asked = poll(&mut broker);
     broker.unsubscribe(who, "t");
     assert!(broker.grant(0, asked));
-    // The copies of the first one stand for those of the second, which asked for QoS 1.
+    // The copies of the first one serve the second one too, which asked for QoS 1.
     let raised = poll(&mut broker);
     assert!(broker.grant(0, raised));
     broker.brings(0, FilterId(1), "1", false);
