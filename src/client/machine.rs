@@ -66,8 +66,8 @@ pub struct Context<'a> {
 /// After each wake-up the driver calls, in this order: [`Machine::woken`]; [`Machine::watch`]; then,
 /// until nothing happens any more, [`Machine::transmit`] while there is output that the transport
 /// takes, [`Machine::resume`] if the machine is [`Machine::paused`], and [`Machine::received`] with
-/// bytes of the streams that [`Machine::unread`] does not name. When there are no more bytes to
-/// read it calls [`Machine::expired`]. While there is a [`Machine::deadline`], or the machine is
+/// bytes of the streams that [`Machine::unread`] does not name. When all bytes are read,
+/// it calls [`Machine::expired`]. While there is a [`Machine::deadline`], or the machine is
 /// paused, it asks the router for a wake-up at the next tick. At the end it calls
 /// [`Machine::ended`].
 #[derive(Debug)]

@@ -149,7 +149,7 @@ pub enum Quirk {
     /// A client with overlapping filters gets one copy with all identifiers, as MQTT 5 §3.3.4
     /// allows.
     One,
-    /// CONNACK says that there are no Subscription Identifiers.
+    /// CONNACK says that Subscription Identifiers are not available.
     NoIds,
     /// The one copy has the lowest QoS of the overlapping filters: a fault.
     LowestQos,
@@ -164,7 +164,7 @@ pub enum Quirk {
     SmallWindow,
     /// Shared subscriptions are granted, but no message is delivered to them: a fault.
     DeadShared,
-    /// CONNACK says that there are no shared subscriptions.
+    /// CONNACK says that shared subscriptions are not available.
     NoShared,
     /// RETAIN is never set on a live message: a fault.
     NoRap,

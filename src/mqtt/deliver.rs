@@ -47,8 +47,8 @@ pub enum Alias {
 }
 
 impl Delivery<'_> {
-    /// Bytes of the whole packet. Above [`MAX_PACKET_BYTES`] there is no such packet, and `encode`
-    /// writes nothing.
+    /// Bytes of the whole packet. MQTT has no packet above [`MAX_PACKET_BYTES`], and `encode`
+    /// writes nothing for it.
     pub fn size(&self, m: &Message) -> usize {
         let len = self.layout(m).remaining;
         1 + varint_len(len) + len

@@ -40,7 +40,7 @@ impl<'a> Disconnect<'a> {
                     "DISCONNECT reason code not listed for its sender [MQTT-3.14.2-1]",
                 ));
             }
-            // §3.14.2.2.1: below a remaining length of 2 there is no property length.
+            // §3.14.2.2.1: a remaining length below 2 leaves out the property length.
             if !r.is_empty() {
                 disconnect.properties = props::read(&mut r, allowed, |p| match p {
                     Property::SessionExpiryInterval(s) => disconnect.session_expiry = Some(s),

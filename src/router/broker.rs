@@ -75,7 +75,7 @@ impl OwnProbes {
 pub(super) struct BrokerLimits {
     maximum_qos: AtomicU8,
     retain_available: AtomicBool,
-    /// Bytes; `u32::MAX`, which is more than the largest packet, if there is no limit.
+    /// Bytes; `u32::MAX`, more than the largest packet, stands for unlimited.
     packet_max: AtomicU32,
     keeps_retain: AtomicBool,
     properties: AtomicBool,

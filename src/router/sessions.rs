@@ -63,7 +63,7 @@ pub(super) struct Sessions {
     entry_bytes: AtomicI64,
     /// Bytes of the output of all connections.
     output_bytes: AtomicI64,
-    /// The limit of each connection's output while there is no pressure, bytes.
+    /// The limit of each connection's output without memory pressure, bytes.
     output_buffer: usize,
     /// Held by the one caller that evicts.
     evicting: Mutex<()>,

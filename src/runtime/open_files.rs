@@ -17,7 +17,7 @@ pub(super) struct Cap {
 }
 
 /// Raises the soft limit on open files to the hard one, and returns the limit that holds then;
-/// `None`: there is no limit.
+/// `None`: unlimited.
 pub(super) fn raise() -> Option<u64> {
     let limit = getrlimit(Resource::Nofile);
     let wanted = Rlimit {

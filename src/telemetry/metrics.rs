@@ -235,7 +235,7 @@ metrics! {
     counter process_cpu_seconds = "process_cpu_seconds_total";
     #[doc = "Open file descriptors."]
     gauge process_open_fds = "process_open_fds";
-    #[doc = "Limit on open file descriptors; 0 is no limit."]
+    #[doc = "Limit on open file descriptors; 0: unlimited."]
     gauge process_max_fds = "process_max_fds";
     #[doc = "Start time of the process, in seconds since 1970."]
     gauge process_start_time_seconds = "process_start_time_seconds";

@@ -175,7 +175,7 @@ pub enum RequestError {
     UpgradeMethod,
     /// The path of health checks was asked for with a method other than GET and HEAD.
     HealthMethod,
-    /// There is no `Host` header, or more than one (RFC 9112 section 3.2).
+    /// The `Host` header is missing, or there is more than one (RFC 9112 section 3.2).
     Host,
     /// The request does not ask for a WebSocket.
     NotWebSocket,

@@ -156,7 +156,7 @@ impl Server {
     }
 }
 
-/// Refuses a connection for which there is no room, and asks for proof of its address when many
+/// Refuses a connection beyond the limits, and asks for proof of its address when many
 /// handshakes run, so that a spoofed source costs no more than one packet.
 fn admit(incoming: Incoming, listener: &Listener) -> Option<(Incoming, Admitted, SharePermit)> {
     let permits = &listener.limits.handshakes.quic;

@@ -67,7 +67,7 @@ pub enum CloseHow {
     /// The peer broke the protocol: WebSocket 1002 (or the code of the violation that was found),
     /// QUIC application code 1.
     Protocol,
-    /// There is no room: WebSocket 1013, QUIC application code 2.
+    /// The limit is reached: WebSocket 1013, QUIC application code 2.
     Overload,
     /// The process is shutting down: WebSocket 1001, QUIC application code 0.
     GoingAway,

@@ -1,4 +1,4 @@
-//! Comments are plain English: the patterns of CONTRIBUTING's table that a program can find.
+//! Comments and documents are plain English: the patterns of CONTRIBUTING's table that a program can find.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,35 +19,36 @@ const PHRASES: &[&str] = &[
 ];
 
 /// Sentences that contain a phrase and are plain all the same.
-const PLAIN: &[&str] = &[
-    "there is no",
-    "there are no",
-    "is no longer",
-    "are no longer",
-];
+const PLAIN: &[&str] = &["is no longer", "are no longer"];
 
 #[test]
-fn comments_have_no_relative_clause_as_a_noun() {
+fn comments_and_documents_have_no_relative_clause_as_a_noun() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut wrong = Vec::new();
-    for folder in [
-        "src", "kit", "tests", "benches", "examples", "fuzz", "scripts",
-    ] {
-        for file in files(&root.join(folder)) {
-            // A file of another kind than text has no comments.
-            let Ok(text) = fs::read_to_string(&file) else {
-                continue;
-            };
-            let inside = file.strip_prefix(root).expect("it was found below it");
-            for (at, line) in text.lines().enumerate() {
-                if let Some(phrase) = comment(line, &file).and_then(|c| phrase(&c)) {
-                    let line = line.trim();
-                    wrong.push(format!(
-                        "{}:{}: {phrase:?}: {line}",
-                        inside.display(),
-                        at + 1
-                    ));
-                }
+    let folders = [
+        "src", "kit", "tests", "benches", "examples", "fuzz", "scripts", "docs", "clients",
+    ];
+    let documents = [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+    ];
+    let below = folders.iter().flat_map(|folder| files(&root.join(folder)));
+    for file in below.chain(documents.iter().map(|name| root.join(name))) {
+        // A file of another kind than text has no comments.
+        let Ok(text) = fs::read_to_string(&file) else {
+            continue;
+        };
+        let inside = file.strip_prefix(root).expect("it was found below it");
+        for (at, line) in text.lines().enumerate() {
+            if let Some(phrase) = comment(line, &file).and_then(|c| phrase(&c)) {
+                let line = line.trim();
+                wrong.push(format!(
+                    "{}:{}: {phrase:?}: {line}",
+                    inside.display(),
+                    at + 1
+                ));
             }
         }
     }
@@ -58,11 +59,12 @@ fn comments_have_no_relative_clause_as_a_noun() {
     );
 }
 
-/// The comment that a line consists of, in lower case.
+/// The comment or the line of a document that a line consists of, in lower case.
 fn comment(line: &str, file: &Path) -> Option<String> {
     let sign = match file.extension().and_then(|e| e.to_str()) {
         Some("rs" | "js" | "mjs") => "//",
         Some("py" | "sh") | None => "#",
+        Some("md") => "",
         Some(_) => return None,
     };
     let comment = line.trim_start().strip_prefix(sign)?;
@@ -111,7 +113,7 @@ fn phrases_are_found_as_words() {
         phrase(" a client of which a stream is unread"),
         Some("of which")
     );
-    assert_eq!(phrase(" there is no limit; it is no longer used"), None);
+    assert_eq!(phrase(" it has no limit, and is no longer used"), None);
     assert_eq!(phrase(" it is normal, and this is not"), None);
     assert_eq!(phrase(" a ping is no activity"), Some("is no"));
 }

@@ -365,7 +365,8 @@ impl Cache {
                 let known = cached.ahead.insert(topic, Ahead { until, payload });
                 self.ahead += usize::from(known.is_none());
             } else {
-                // There is no room to note it: the cache is emptied, and fetched again when asked for.
+                // Too many values are noted: the filter's notes are dropped, and it is fetched again
+                // when asked for.
                 self.ahead -= cached.ahead.len();
                 cached.ahead = LookUp::default();
                 cached.stale = true;
@@ -422,7 +423,7 @@ impl Cache {
         }
     }
 
-    /// Gives up caching a filter that there is no room for; its messages are only handed on.
+    /// Gives up caching a filter whose messages do not fit; they are only handed on.
     fn spill(&mut self, number: FilterId) {
         if let Some(cached) = self.filters.get_mut(&number) {
             cached.overflow = true;

@@ -37,7 +37,7 @@ impl RetainedMessages {
         filters.iter().for_each(|filter| cache.missed.end(*filter));
     }
 
-    /// Forgets the values of filters that were lost and are not regained, for which there is no resync.
+    /// Forgets the values of filters that were lost and not regained, where they are not fetched again.
     /// `settled` returns how often links were lost, if no filter is lost now.
     pub(crate) fn forget_missed(&self, settled: impl FnOnce() -> Option<u64>) {
         if self.cache.lock().missed.is_empty() {

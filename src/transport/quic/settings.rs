@@ -110,7 +110,7 @@ fn crypto(tls: &Configs, webtransport: bool) -> io::Result<Arc<QuicServerConfig>
 }
 
 /// The library's defaults allow a client 10 MB and more; these keep an idle connection near 30 kB.
-/// There is no keep-alive of ours, because it would wake radios.
+/// We send no keep-alive packets, because they would wake radios.
 fn transport_config(idle: Duration, webtransport: bool) -> io::Result<TransportConfig> {
     let mut config = TransportConfig::default();
     config

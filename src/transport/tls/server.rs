@@ -86,7 +86,7 @@ impl ServerTls {
     /// (RFC 9001 section 4.6).
     ///
     /// # Errors
-    /// There is no certificate, or a key log cannot be opened.
+    /// The certificate is missing, or a key log cannot be opened.
     pub fn new(materials: &[Arc<Material>], early_data: bool) -> Result<Self, TlsError> {
         let configs = Configs::new(materials, None, early_data)?;
         Ok(Self {

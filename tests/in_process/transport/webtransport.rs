@@ -438,7 +438,7 @@ async fn webtransport_listeners_serve_mqtt_over_quic() {
         };
         assert_eq!(stopped, Some(0x82u32.into()));
     }
-    // Without `webtransport` there is no HTTP/3.
+    // Without `webtransport` the listener does not offer HTTP/3.
     let mut without = Server::start(Transport::Quic);
     let endpoint = without.quic_endpoint(&["h3"]);
     let connecting = endpoint.connect(without.addr, LOCAL).expect("starts");
