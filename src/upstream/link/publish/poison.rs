@@ -39,10 +39,12 @@ impl PublishLink {
             return true;
         };
         let (session, id) = (outgoing.session, self.window.next_id());
-        if let Some(qos) = self.send(outgoing, now, out) {
-            let id = (qos > QoS::AtMostOnce).then_some(id);
-            self.suspects.tries(session, id, alone);
-        }
+        let Some(qos) = self.send(outgoing, now, out) else {
+            // Nothing is tried, and others wait.
+            return true;
+        };
+        let id = (qos > QoS::AtMostOnce).then_some(id);
+        self.suspects.tries(session, id, alone);
         false
     }
 

@@ -1,10 +1,11 @@
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::mqtt::{Packet, QoS};
-use crate::router::{ClientPublish, Connected, LinkSession, RouterConfig};
+use crate::router::{ClientPublish, Connected, LinkSession, Router, RouterConfig};
 use crate::sim::testing::{ack, client, config, publish, publish_at, read, router, router_of, up};
 use crate::upstream::link::end::LinkEnd;
-use crate::upstream::link::machine::Machine;
+use crate::upstream::link::machine::{Handshake, Machine};
 
 use crate::time::Millis;
 use crate::upstream::link::publish::PublishLink;
@@ -361,4 +362,38 @@ fn qos_0_publishes_that_waited_long_for_the_broker_are_dropped() {
     publish_at(&router, who, 3, QoS::AtMostOnce);
     link.connected(&up(true, 20), Millis::new(31_000), &mut out);
     assert_eq!(payloads(&mut out), ["publish 2 dup"]);
+}
+
+/// A link that `bad` has ended twice by publishes of QoS 0, so that it is a suspect.
+fn with_suspect(router: &Arc<Router>, bad: Connected) -> PublishLink {
+    let mut link = PublishLink::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.connected(&up(true, 20), Millis::ZERO, &mut out);
+    for n in 0..2 {
+        publish_at(router, bad, n, QoS::AtMostOnce);
+        link.poll(Millis::ZERO, &mut out);
+        link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+        link.connected(&up(true, 20), Millis::ZERO, &mut out);
+    }
+    link
+}
+
+#[test]
+fn publishes_of_a_suspect_that_cannot_be_sent_do_not_keep_others_waiting() {
+    let router = router();
+    let [bad, good] = ["bad", "good"].map(|id| client(&router, id));
+    let mut link = with_suspect(&router, bad);
+    let mut out = Vec::new();
+    link.disconnected(&LinkEnd::Failover, Millis::ZERO);
+    let small = Handshake {
+        packet_max: Some(16),
+        ..up(true, 20)
+    };
+    link.connected(&small, Millis::ZERO, &mut out);
+    publish(&router, good, 7);
+    // Larger than the broker's Maximum Packet Size.
+    publish(&router, bad, 1_000_000_000);
+    publish(&router, bad, 1_000_000_001);
+    link.poll(Millis::ZERO, &mut out);
+    assert_eq!(payloads(&mut out), ["publish 7"]);
 }
