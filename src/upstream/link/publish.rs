@@ -256,6 +256,7 @@ impl PublishLink {
         };
         self.answers.extend(answer(&entry.outgoing, reason));
         self.suspect_publishes -= usize::from(entry.is_suspect());
+        self.suspects.gives_up(entry.id);
         self.window.finish_resend(index);
     }
 

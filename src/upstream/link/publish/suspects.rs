@@ -187,6 +187,11 @@ impl Suspects {
         self.trial = Some(Trial { session, id, alone });
     }
 
+    /// The publish with this packet identifier will not be acknowledged.
+    pub(super) fn gives_up(&mut self, id: u16) {
+        self.trial = self.trial.filter(|trial| trial.id != Some(id));
+    }
+
     /// Whether the publish with this packet identifier is tried alone.
     pub(super) fn is_tried(&self, id: u16) -> bool {
         self.trial

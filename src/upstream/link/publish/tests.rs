@@ -397,3 +397,23 @@ fn publishes_of_a_suspect_that_cannot_be_sent_do_not_keep_others_waiting() {
     link.poll(Millis::ZERO, &mut out);
     assert_eq!(payloads(&mut out), ["publish 7"]);
 }
+
+#[test]
+fn a_tried_publish_that_cannot_be_sent_again_does_not_stop_the_link() {
+    let router = router();
+    let [bad, good] = ["bad", "good"].map(|id| client(&router, id));
+    let mut link = with_suspect(&router, bad);
+    let mut out = Vec::new();
+    publish(&router, bad, 1_000_000_000);
+    link.poll(Millis::ZERO, &mut out);
+    assert_eq!(payloads(&mut out), ["publish 1000000000"]);
+    link.disconnected(&LinkEnd::Failover, Millis::ZERO);
+    let small = Handshake {
+        packet_max: Some(16),
+        ..up(true, 20)
+    };
+    link.connected(&small, Millis::ZERO, &mut out);
+    publish(&router, good, 7);
+    link.poll(Millis::new(1000), &mut out);
+    assert_eq!(payloads(&mut out), ["publish 7"]);
+}
