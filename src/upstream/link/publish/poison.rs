@@ -82,14 +82,12 @@ impl PublishLink {
             suspects = others;
             if let Some((session, message)) = reason {
                 log_quarantined(&self.router, self.link, session, &message);
-                suspects.push(session);
             }
         }
         if let Some(index) = poison {
             let session = self.window.get(index).outgoing.session;
             self.quarantine(index);
-            self.suspects.convict(session, now);
-            suspects.push(session);
+            suspects.extend(self.suspects.convict(session, now).then_some(session));
         }
         let window = &self.window;
         self.suspects

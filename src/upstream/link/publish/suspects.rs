@@ -17,7 +17,7 @@ use crate::time::Millis;
 /// How long QoS 0 publishes are watched, and clients are remembered, after the link has ended.
 const REMEMBERED: Duration = Duration::from_secs(60);
 /// Watched publishes that may be on their way.
-const WATCHED_MAX: usize = 32;
+pub(super) const WATCHED_MAX: usize = 32;
 /// The pause of a client after its first publish that ended the link; it doubles with each further
 /// one.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
@@ -33,7 +33,7 @@ const TRIAL_PAUSE: Duration = Duration::from_millis(20);
 /// How long a trial waits for other publishes to be acknowledged.
 const ALONE_WAIT: Duration = Duration::from_secs(1);
 /// Clients that are remembered.
-const CLIENTS_MAX: usize = 1024;
+pub(super) const CLIENTS_MAX: usize = 1024;
 
 /// A client whose publishes may be the reason.
 #[derive(Debug)]
@@ -224,7 +224,7 @@ impl Suspects {
         self.trial = self.trial.filter(|trial| trial.id.is_some_and(kept));
     }
 
-    /// A client becomes a suspect, if it is not. Returns whether it was none.
+    /// A client becomes a suspect. Returns false if it was one, or if no more are remembered.
     fn suspect(&mut self, session: SessionRef, now: Millis) -> bool {
         if self.clients.len() >= CLIENTS_MAX && !self.clients.contains_key(&session) {
             return false;
@@ -247,7 +247,7 @@ impl Suspects {
         true
     }
 
-    /// A publish of a client is the reason. Returns whether the client was no suspect before.
+    /// A publish of a client is the reason. Returns whether the client is a new suspect.
     pub(super) fn convict(&mut self, session: SessionRef, now: Millis) -> bool {
         let new = self.suspect(session, now);
         if let Some(suspect) = self.clients.get_mut(&session) {

@@ -9,6 +9,7 @@ use crate::upstream::link::machine::{Handshake, Machine};
 
 use crate::time::Millis;
 use crate::upstream::link::publish::PublishLink;
+use crate::upstream::link::publish::suspects::{CLIENTS_MAX, WATCHED_MAX};
 
 fn payloads(out: &mut Vec<u8>) -> Vec<String> {
     read(out).into_iter().map(|(what, _)| what).collect()
@@ -416,4 +417,38 @@ fn a_tried_publish_that_cannot_be_sent_again_does_not_stop_the_link() {
     publish(&router, good, 7);
     link.poll(Millis::new(1000), &mut out);
     assert_eq!(payloads(&mut out), ["publish 7"]);
+}
+
+#[test]
+fn a_client_that_is_found_while_all_suspects_are_remembered_can_publish_later() {
+    let router = router();
+    let mut link = PublishLink::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.connected(&up(true, 20), Millis::ZERO, &mut out);
+    let mut reconnect = |link: &mut PublishLink| {
+        link.poll(Millis::ZERO, &mut out);
+        link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+        link.connected(&up(true, 20), Millis::ZERO, &mut out);
+        out.clear();
+    };
+    for n in 0..=CLIENTS_MAX / WATCHED_MAX {
+        for i in 0..WATCHED_MAX {
+            let who = client(&router, &format!("{n} {i}"));
+            publish_at(&router, who, 0, QoS::AtMostOnce);
+        }
+        reconnect(&mut link);
+    }
+    let last = client(&router, "last");
+    publish(&router, last, 1);
+    for _ in 0..3 {
+        reconnect(&mut link);
+    }
+    link.poll(Millis::new(61_000), &mut out);
+    publish(&router, last, 2);
+    link.poll(Millis::new(62_000), &mut out);
+    assert_eq!(
+        payloads(&mut out),
+        ["publish 2"],
+        "the first was quarantined"
+    );
 }
