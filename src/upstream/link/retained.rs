@@ -34,8 +34,8 @@ const FILTERS_MAX: usize = 500;
 const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
 /// A filter whose fetch is alone when the broker ends the link for this time is not fetched for a while.
 const ENDS_MAX: u8 = 2;
-/// How long it is not fetched.
-const QUARANTINE: Duration = Duration::from_secs(60);
+/// How long it is not fetched, and a suspect is remembered.
+const REMEMBERED: Duration = Duration::from_secs(60);
 
 /// The retained link.
 #[derive(Debug)]
@@ -73,8 +73,15 @@ pub(crate) struct RetainedLink {
 struct Suspect {
     /// How often the link ended.
     ends: u8,
-    /// It is not fetched until then.
+    /// It is forgotten then: nobody may want it any more.
     until: Millis,
+}
+
+impl Suspect {
+    /// Whether the link ended for this filter, so that it is not fetched.
+    fn is_found(&self) -> bool {
+        self.ends >= ENDS_MAX
+    }
 }
 
 /// A fetch that runs.
@@ -138,7 +145,8 @@ impl RetainedLink {
     }
 
     fn start(&mut self, now: Millis, out: &mut Vec<u8>) {
-        let tries = self.suspects.any(|_, s| s.ends < ENDS_MAX);
+        self.suspects.retain(|_, suspect| now < suspect.until);
+        let tries = self.suspects.any(|_, suspect| !suspect.is_found());
         // Without identifiers, messages of two filters could not be told apart.
         let (fetches_max, at_most) = match self.identifiers && !tries {
             true => (FETCHES_MAX, FILTERS_MAX),
@@ -183,11 +191,9 @@ impl RetainedLink {
 
     /// Gives up the filters that are not to be fetched now.
     fn give_up_quarantined(&mut self, filters: &mut Vec<(FilterId, Arc<str>)>, now: Millis) {
-        self.suspects
-            .retain(|_, s| s.ends < ENDS_MAX || now < s.until);
         let suspects = &self.suspects;
-        let quarantined = |number: FilterId| suspects.get(&number).is_some_and(|s| now < s.until);
-        let given_up = filters.extract_if(.., |(number, _)| quarantined(*number));
+        let found = |number: FilterId| suspects.get(&number).is_some_and(Suspect::is_found);
+        let given_up = filters.extract_if(.., |(number, _)| found(*number));
         let given_up: Vec<FilterId> = given_up.map(|(number, _)| number).collect();
         if !given_up.is_empty() {
             self.router.fetch_given_up(&given_up, now);
@@ -200,14 +206,13 @@ impl RetainedLink {
         for (number, _) in filters {
             let suspect = self.suspects.entry(*number).or_default();
             suspect.ends = suspect.ends.saturating_add(1);
+            suspect.until = now + REMEMBERED;
         }
         let [(number, name)] = filters else {
             return false;
         };
-        let suspect = self.suspects.entry(*number).or_default();
-        let found = suspect.ends >= ENDS_MAX;
+        let found = self.suspects.get(number).is_some_and(Suspect::is_found);
         if found {
-            suspect.until = now + QUARANTINE;
             tracing::error!(
                 filter = %clean(name, 256),
                 "The retained messages of a filter are not fetched for a while: the broker closed the connection each time"
@@ -439,3 +444,6 @@ impl Machine for RetainedLink {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
