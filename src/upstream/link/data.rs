@@ -139,22 +139,23 @@ impl DataLink {
     fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) {
         metrics().upstream_received[p.qos].increment(1);
         self.acknowledge(p, out);
-        let redelivered = match p.qos {
-            QoS::AtMostOnce => false,
-            QoS::AtLeastOnce => self.redelivery.seen(p),
-            QoS::ExactlyOnce => self.seen_exactly_once(p),
-        };
-        if redelivered {
+        if self.seen(p) {
             metrics().upstream_redeliveries_suppressed.increment(1);
         } else if self.is_for_clients(p) {
             self.arrived(p, false, now);
         }
     }
 
-    /// Whether a QoS 2 message was received before. If it was not, it is noted.
-    fn seen_exactly_once(&mut self, p: &Publish<'_>) -> bool {
-        let digest = self.redelivery.digest(p);
-        self.exactly_once.seen(p.packet_id, digest, p.dup)
+    /// Whether a message was received before. If it was not, it is noted.
+    fn seen(&mut self, p: &Publish<'_>) -> bool {
+        match p.qos {
+            QoS::AtMostOnce => false,
+            QoS::AtLeastOnce => self.redelivery.seen(p),
+            QoS::ExactlyOnce => {
+                let digest = self.redelivery.digest(p);
+                self.exactly_once.seen(p.packet_id, digest, p.dup)
+            }
+        }
     }
 
     fn acknowledge(&self, p: &Publish<'_>, out: &mut Vec<u8>) {
@@ -381,8 +382,7 @@ impl Machine for DataLink {
     ) -> Result<(), LinkEnd> {
         let p = packet.publish();
         self.acknowledge(&p, out);
-        let again = p.qos == QoS::ExactlyOnce && self.seen_exactly_once(&p);
-        if !again && self.is_for_clients(&p) {
+        if !self.seen(&p) && self.is_for_clients(&p) {
             count_skipped(packet, "data", now);
             self.arrived(&p, true, now);
         }

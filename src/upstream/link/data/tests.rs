@@ -311,6 +311,15 @@ fn a_message_that_is_too_large_is_acknowledged_and_leaves_a_gap_in_the_sessions_
         )
         .expect("the client is connected");
     assert_eq!(taken.windows(5).filter(|w| w == b"small").count(), 1);
+    // The broker sends a message again whose acknowledgement was lost.
+    link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+    link.connected(&up(true, 100), Millis::ZERO, &mut out);
+    out.clear();
+    link.oversized(&oversized(0x3A, 7), Millis::ZERO, &mut out)
+        .expect("it is skipped");
+    link.batch_ended(Millis::ZERO, &mut out);
+    assert_eq!(read(&mut out), [("puback".to_owned(), 7)]);
+    assert_eq!(gaps("a"), Some(3), "the same message");
 }
 
 /// The filters that the broker reads in the next SUBSCRIBEs, with their packet identifiers.
