@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::mqtt::Oversized;
+use crate::mqtt::{AckKind, Oversized, Publish, QoS, ReasonCode, Version, encode_ack};
 use crate::telemetry::{DropReason, RateLimited, clean, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -22,6 +22,22 @@ const FILTER_OVERHEAD_BYTES: usize = 4;
 pub(super) fn is_probe(topic: &str, probes: &str) -> bool {
     let rest = topic.strip_prefix(probes);
     rest.is_some_and(|rest| rest.starts_with('/'))
+}
+
+/// Acknowledges a message of the broker: PUBACK or PUBREC.
+pub(super) fn acknowledge(version: Version, p: &Publish<'_>, out: &mut Vec<u8>) {
+    let kind = match p.qos {
+        QoS::AtMostOnce => return,
+        QoS::AtLeastOnce => AckKind::Puback,
+        QoS::ExactlyOnce => AckKind::Pubrec,
+    };
+    encode_ack(version, kind, p.packet_id, ReasonCode::SUCCESS, None, out);
+}
+
+/// Answers the broker's PUBREL with PUBCOMP.
+pub(super) fn complete(version: Version, packet_id: u16, out: &mut Vec<u8>) {
+    let (kind, success) = (AckKind::Pubcomp, ReasonCode::SUCCESS);
+    encode_ack(version, kind, packet_id, success, None, out);
 }
 
 /// The next packet identifier after `last` that is not in use. Fewer than 65,535 must be in use.

@@ -11,8 +11,8 @@ use smallvec::SmallVec;
 
 use crate::hashing::LookUp;
 use crate::mqtt::{
-    AckKind, Message, MessageSpec, Oversized, Packet, Property, Publish, QoS, ReasonCode,
-    SubscribeOptions, Version, encode_ack, encode_subscribe, encode_unsubscribe,
+    Message, MessageSpec, Oversized, Packet, Property, Publish, QoS, ReasonCode, SubscribeOptions,
+    Version, encode_subscribe, encode_unsubscribe,
 };
 use crate::router::{Arrived, LinkSession, Router, UpstreamSubscribe};
 use crate::session::Incarnation;
@@ -22,7 +22,8 @@ use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
 
 use crate::upstream::link::common::{
-    RESERVED_KEY, count_skipped, in_packets, is_probe, next_id, unsubscribe_bytes,
+    RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_probe, next_id,
+    unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::exactly_once::ExactlyOnce;
@@ -138,7 +139,7 @@ impl DataLink {
 
     fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) {
         metrics().upstream_received[p.qos].increment(1);
-        self.acknowledge(p, out);
+        acknowledge(self.version, p, out);
         if self.seen(p) {
             metrics().upstream_redeliveries_suppressed.increment(1);
         } else if self.is_for_clients(p) {
@@ -156,16 +157,6 @@ impl DataLink {
                 self.exactly_once.seen(p.packet_id, digest, p.dup)
             }
         }
-    }
-
-    fn acknowledge(&self, p: &Publish<'_>, out: &mut Vec<u8>) {
-        let kind = match p.qos {
-            QoS::AtMostOnce => return,
-            QoS::AtLeastOnce => AckKind::Puback,
-            QoS::ExactlyOnce => AckKind::Pubrec,
-        };
-        let (version, id) = (self.version, p.packet_id);
-        encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
     }
 
     fn is_for_clients(&self, p: &Publish<'_>) -> bool {
@@ -358,14 +349,7 @@ impl Machine for DataLink {
             }
             Packet::Pubrel(a) => {
                 self.exactly_once.release(a.packet_id);
-                encode_ack(
-                    self.version,
-                    AckKind::Pubcomp,
-                    a.packet_id,
-                    ReasonCode::SUCCESS,
-                    None,
-                    out,
-                );
+                complete(self.version, a.packet_id, out);
                 Ok(())
             }
             Packet::Suback(s) => self.answered(s.packet_id, s.codes, now),
@@ -381,7 +365,7 @@ impl Machine for DataLink {
         out: &mut Vec<u8>,
     ) -> Result<(), LinkEnd> {
         let p = packet.publish();
-        self.acknowledge(&p, out);
+        acknowledge(self.version, &p, out);
         if !self.seen(&p) && self.is_for_clients(&p) {
             count_skipped(packet, "data", now);
             self.arrived(&p, true, now);

@@ -11,8 +11,8 @@ use std::time::Duration;
 use crate::budget::Account;
 use crate::hashing::LookUp;
 use crate::mqtt::{
-    AckKind, Message, MessageSpec, Oversized, Packet, Publish, QoS, ReasonCode, SubscribeOptions,
-    Version, encode_ack, encode_subscribe, encode_unsubscribe,
+    Message, MessageSpec, Oversized, Packet, Publish, QoS, SubscribeOptions, Version,
+    encode_subscribe, encode_unsubscribe,
 };
 use crate::router::Router;
 use crate::telemetry::clean;
@@ -20,7 +20,8 @@ use crate::time::{Deadline, Millis};
 use crate::topics::{FilterId, matches};
 
 use crate::upstream::link::common::{
-    RESERVED_KEY, count_skipped, in_packets, is_probe, next_id, unsubscribe_bytes,
+    RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_probe, next_id,
+    unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -230,20 +231,8 @@ impl RetainedLink {
         }
     }
 
-    fn acknowledge(&self, p: &Publish<'_>, out: &mut Vec<u8>) {
-        let kind = match p.qos {
-            QoS::AtMostOnce => None,
-            QoS::AtLeastOnce => Some(AckKind::Puback),
-            QoS::ExactlyOnce => Some(AckKind::Pubrec),
-        };
-        if let Some(kind) = kind {
-            let (version, id) = (self.version, p.packet_id);
-            encode_ack(version, kind, id, ReasonCode::SUCCESS, None, out);
-        }
-    }
-
     fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) {
-        self.acknowledge(p, out);
+        acknowledge(self.version, p, out);
         if !p.retain || is_probe(p.topic, &self.probes) {
             // A live message: a data link brings it to the clients that want it.
             return;
@@ -331,17 +320,7 @@ impl Machine for RetainedLink {
     ) -> Result<(), LinkEnd> {
         match packet {
             Packet::Publish(p) => self.publish(p, now, out),
-            Packet::Pubrel(a) => {
-                let (version, id) = (self.version, a.packet_id);
-                encode_ack(
-                    version,
-                    AckKind::Pubcomp,
-                    id,
-                    ReasonCode::SUCCESS,
-                    None,
-                    out,
-                );
-            }
+            Packet::Pubrel(a) => complete(self.version, a.packet_id, out),
             Packet::Suback(s) => {
                 let Some(of) = self.requests.remove(&s.packet_id) else {
                     return Ok(());
@@ -370,7 +349,7 @@ impl Machine for RetainedLink {
         out: &mut Vec<u8>,
     ) -> Result<(), LinkEnd> {
         let p = packet.publish();
-        self.acknowledge(&p, out);
+        acknowledge(self.version, &p, out);
         // A data link counts a live message.
         if p.retain {
             count_skipped(packet, "retained", now);

@@ -32,6 +32,9 @@ fn a_suspect_that_nobody_wants_any_more_is_forgotten() {
     link.disconnected(&LinkEnd::Failover, Millis::ZERO);
     let later = Millis::ZERO + REMEMBERED;
     link.connected(&up(false, 20), later, &mut Vec::new());
-    assert_eq!(link.fetches.iter().map(|f| f.filters.len()).sum::<usize>(), 2);
+    assert_eq!(
+        link.fetches.iter().map(|f| f.filters.len()).sum::<usize>(),
+        2
+    );
     assert!(link.suspects.is_empty());
 }
