@@ -1,6 +1,7 @@
 //! The connection of a probe: requests to the broker, and the packets that arrived.
 
 mod interrupted;
+mod nagle;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -48,11 +49,6 @@ const QUIET_MAX: Duration = Duration::from_millis(200);
 pub(super) const VERSION_TOPIC: &str = "$SYS/broker/version";
 /// The payload of the retained messages.
 pub(super) const RETAINED_PAYLOAD: &[u8] = b"retained";
-/// How often the broker is asked whether it holds answers back.
-const HELD_BACK_SAMPLES: usize = 2;
-/// An answer that arrives so much later than one that was sent together with it was held back. The
-/// system delays an acknowledgement for 40 ms or more.
-const HELD_BACK: Duration = Duration::from_millis(15);
 /// How long the DISCONNECT may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -379,37 +375,6 @@ where
         let topic = self.below(name);
         let matching = self.arrived.iter().filter(|a| a.is(&topic, payload));
         matching.count()
-    }
-
-    /// Whether the broker holds small answers back until earlier ones are acknowledged (Nagle's
-    /// algorithm). `None`: this is not a TCP connection.
-    pub(super) async fn holds_back(&mut self) -> Result<Option<bool>, Interrupted> {
-        let mut shortest = Duration::MAX;
-        for _ in 0..HELD_BACK_SAMPLES {
-            let mut out = Vec::new();
-            encode_pingreq(&mut out);
-            encode_pingreq(&mut out);
-            // The system may delay the acknowledgement of the first answer.
-            if !self.io.quick_ack(false) {
-                return Ok(None);
-            }
-            self.pingresps = 0;
-            self.write(&out).await?;
-            self.delays_acks = true;
-            let mut first = None;
-            while self.pingresps < 2 {
-                self.read().await?;
-                if self.pingresps > 0 {
-                    first.get_or_insert_with(Instant::now);
-                }
-            }
-            self.delays_acks = false;
-            shortest = shortest.min(first.map_or(Duration::ZERO, |at| at.elapsed()));
-            if shortest < HELD_BACK {
-                return Ok(Some(false));
-            }
-        }
-        Ok(Some(true))
     }
 
     /// Waits until a PINGREQ is answered and nothing has arrived for a while.
