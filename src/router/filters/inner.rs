@@ -139,6 +139,26 @@ impl Table {
         inside
     }
 
+    /// The broker has answered for the filter in which this one lies; `settled`: it has granted it at the
+    /// QoS that is wanted. Whether clients were granted this one before without that answer.
+    pub(super) fn outer_answered(&mut self, id: FilterId, settled: bool) -> bool {
+        self.get_mut(id).is_some_and(|filter| match settled {
+            true => filter.outer_answered(),
+            false => filter.is_presumed(),
+        })
+    }
+
+    /// A filter goes on waiting for the one in which it lies: clients still wait for its SUBACK, or
+    /// have subscriptions that do not count yet, or not at their QoS.
+    pub(super) fn await_outer_again(&mut self, id: FilterId) {
+        let waits = self
+            .get(id)
+            .is_some_and(|f| f.is_awaited() || f.is_presumed());
+        if waits {
+            self.awaiting_outer.insert(id);
+        }
+    }
+
     /// The broker has refused `outer`. Unless that is a root or is still subscribed, the filters inside
     /// it are placed anew. Returns answers for clients that wait for them.
     pub(super) fn place_inner_of_refused(&mut self, outer: FilterId, now: Millis) -> Vec<Outcome> {
@@ -163,9 +183,12 @@ impl Table {
                 self.lost.insert(id, Loss::Sure);
             }
             if let Some(link) = self.moves.forget(id) {
-                // Its own SUBSCRIBE is under way already.
+                // Its own SUBSCRIBE is under way already, or has been answered.
                 if let Some(filter) = self.get_mut(id) {
                     filter.place_on(link);
+                    if filter.is_active() {
+                        self.lost.remove(id);
+                    }
                 }
                 continue;
             }
@@ -175,55 +198,69 @@ impl Table {
     }
 
     /// Places a filter that has no place any more, and asks the broker for it if that is needed.
-    /// Returns an answer for the clients that wait for it, if there is one already.
-    pub(super) fn place_anew(&mut self, id: FilterId, now: Millis) -> Option<Outcome> {
-        if let Some(filter) = self.get_mut(id) {
-            filter.unplace();
-        }
+    /// Returns answers for clients that wait for it, or for a local group on it, if there are any
+    /// already.
+    pub(super) fn place_anew(&mut self, id: FilterId, now: Millis) -> Vec<Outcome> {
+        let Some(filter) = self.get_mut(id) else {
+            return Vec::new();
+        };
+        filter.unplace();
         if self.place(id, 0, &[], now).is_err() {
             self.lost.remove(id);
             if let Some(filter) = self.get_mut(id) {
                 filter.unservable();
             }
-            return Some(self.answer_all(id, ReasonCode::QUOTA_EXCEEDED, false));
+            return vec![self.unconfirmed(id, ReasonCode::QUOTA_EXCEEDED)];
         }
         let source = self.source(id);
-        let qos = self.get(id).map(Filter::wanted).unwrap_or_default();
         if source == id {
-            let filter = self.get_mut(id)?;
-            filter.begin_move();
-            if let Some(link) = filter.link() {
-                self.queue_subscribe(link, id);
-                self.woken.insert(link);
+            if let Some(filter) = self.get_mut(id) {
+                filter.begin_move();
+                if let Some(link) = filter.link() {
+                    self.queue_subscribe(link, id);
+                    self.woken.insert(link);
+                }
             }
-            return None;
+            return Vec::new();
         }
         self.lost.remove(id);
-        self.request(source, qos);
-        self.woken.extend(self.get(source).and_then(Filter::link));
-        let granted = self.get(source).filter(|f| f.grants(qos));
-        let granted = granted.map(|f| (f.granted(), f.is_confirmed()));
-        match granted {
-            Some((granted, confirmed)) => {
-                if !confirmed {
-                    self.presume_inner(id);
-                }
-                Some(self.answer_all(id, ReasonCode(granted as u8), confirmed))
-            }
-            None => {
-                self.awaiting_outer.insert(id);
-                None
-            }
-        }
+        let groups = self.get(id).map(|f| f.groups().to_vec());
+        let all = std::iter::once(id).chain(groups.unwrap_or_default());
+        all.filter_map(|id| self.ask_outer(id, source)).collect()
     }
 
-    fn answer_all(&mut self, id: FilterId, code: ReasonCode, confirmed: bool) -> Outcome {
+    /// Asks the broker for `outer`, in which a filter has come to lie. Returns an answer for clients that
+    /// wait for the inner one, or that were granted it without an answer, if there is one already.
+    fn ask_outer(&mut self, id: FilterId, outer: FilterId) -> Option<Outcome> {
+        let qos = self.get(id)?.wanted();
+        self.request(outer, qos);
+        self.woken.extend(self.get(outer).and_then(Filter::link));
+        let outer = self.get(outer)?;
+        let code = ReasonCode(outer.granted() as u8);
+        if outer.grants(qos) {
+            if !outer.is_confirmed() {
+                self.presume_inner(id);
+                return Some(self.unconfirmed(id, code));
+            }
+            let presumed = self.outer_answered(id, true);
+            self.awaiting_outer.remove(&id);
+            return Some(self.outcome(id, QoS::ExactlyOnce, presumed, code));
+        }
+        // The broker sends its messages already if only a higher QoS is to come.
+        let is_active = outer.is_active();
+        self.awaiting_outer.insert(id);
+        let presumed = is_active && self.outer_answered(id, false);
+        presumed.then(|| self.outcome(id, QoS::AtMostOnce, true, code))
+    }
+
+    /// An answer of our own to all clients that wait for a filter.
+    fn unconfirmed(&mut self, id: FilterId, code: ReasonCode) -> Outcome {
         Outcome {
             confirmed: None,
             answered: Answered {
                 grants: self.take_answered(id, QoS::ExactlyOnce),
                 code,
-                confirmed,
+                confirmed: false,
             },
         }
     }

@@ -43,16 +43,20 @@ impl Filters {
             let inner = table.place_inner_of_refused(id, now);
             actions.outcomes.extend(inner);
         }
-        let waiting = match again {
-            false => table.take_awaiting_outer(id),
-            true => Vec::new(),
-        };
+        let waiting = table.take_awaiting_outer(id);
         let outcome = table.outcome(id, answered, presumed, code);
         actions.outcomes.push(outcome);
+        let settled = !again && !code.is_error();
+        if settled {
+            answered = QoS::ExactlyOnce;
+        }
         for below in waiting {
-            let presumed = table.get_mut(below).is_some_and(Filter::outer_answered);
-            let outcome = table.outcome(below, QoS::ExactlyOnce, presumed, code);
+            let presumed = table.outer_answered(below, settled);
+            let outcome = table.outcome(below, answered, presumed, code);
             actions.outcomes.push(outcome);
+            if !settled {
+                table.await_outer_again(below);
+            }
         }
         if !code.is_error() {
             // Cached retained messages may be older than messages that were missed until now.
@@ -181,7 +185,7 @@ impl Table {
     }
 
     /// Takes the grants up to `answered` that wait on a filter which has an answer.
-    fn outcome(
+    pub(super) fn outcome(
         &mut self,
         id: FilterId,
         answered: QoS,

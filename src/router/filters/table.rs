@@ -189,11 +189,9 @@ impl Table {
         if !filter.is_wanted() {
             return;
         }
-        let (qos, awaited) = (filter.wanted(), filter.is_awaited());
+        let qos = filter.wanted();
         self.request(outer, qos);
-        if awaited {
-            self.awaiting_outer.insert(id);
-        }
+        self.await_outer_again(id);
     }
 
     /// Queues the SUBSCRIBE of a filter that has moved to another link.

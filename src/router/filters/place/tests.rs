@@ -1,6 +1,8 @@
 //! Where filters that overlap are placed before a broker without Subscription Identifiers, and how they
 //! move.
 
+mod unanswered;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -26,30 +28,31 @@ struct World {
 impl World {
     /// With two data links and one shared link at first.
     fn new(data_links_max: usize, linger: Duration) -> Self {
-        let router = testing::router_of(RouterConfig {
-            data_links: 2.min(data_links_max),
-            data_links_max,
-            shared_links: 1,
-            shared_links_max: 8,
-            linger,
-            linger_busy_min: linger,
-            ..testing::config()
-        });
+        let world = Self::before_the_broker(config(data_links_max, linger));
+        world.connect();
+        world
+    }
+
+    /// No link has been connected yet.
+    fn before_the_broker(config: RouterConfig) -> Self {
+        Self {
+            held: vec![BTreeSet::new(); config.data_links_max + config.shared_links_max],
+            router: testing::router_of(config),
+            now: Millis::new(1),
+            refused: Vec::new(),
+            packet_id: 0,
+        }
+    }
+
+    /// All links connect for the first time.
+    fn connect(&self) {
         let features = BrokerFeatures {
             identifiers: false,
             ..testing::facts()
         };
-        router.set_broker_features(&features, Millis::ZERO);
-        let links = data_links_max + 8;
-        for link in 0..links {
-            router.data_link_up(link, LinkSession::New, true, Millis::ZERO);
-        }
-        Self {
-            router,
-            now: Millis::new(1),
-            held: vec![BTreeSet::new(); links],
-            refused: Vec::new(),
-            packet_id: 0,
+        self.router.set_broker_features(&features, self.now);
+        for link in 0..self.held.len() {
+            (self.router).data_link_up(link, LinkSession::New, true, self.now);
         }
     }
 
@@ -96,6 +99,12 @@ impl World {
         }
     }
 
+    /// The broker answers nothing for so long that SUBSCRIBEs are granted without it.
+    fn pass_unanswered(&mut self) {
+        self.now += testing::config().subscribe_wait;
+        self.router.tick(self.now);
+    }
+
     fn assert_disjoint(&self) {
         let plain =
             |f: &String| crate::topics::split_shared(f).map_or(f.clone(), |(_, f)| f.into());
@@ -113,9 +122,13 @@ impl World {
 
     /// Sends a SUBSCRIBE, which the broker does not answer yet.
     fn ask(&mut self, client: Connected, filters: &[&str]) {
+        self.ask_at(QoS::AtLeastOnce, client, filters);
+    }
+
+    fn ask_at(&mut self, qos: QoS, client: Connected, filters: &[&str]) {
         self.packet_id += 1;
         let options = SubscribeOptions {
-            qos: QoS::AtLeastOnce,
+            qos,
             retain_handling: 2,
             ..SubscribeOptions::default()
         };
@@ -200,6 +213,18 @@ impl World {
 }
 
 const LONG: Duration = Duration::from_secs(600);
+
+fn config(data_links_max: usize, linger: Duration) -> RouterConfig {
+    RouterConfig {
+        data_links: 2.min(data_links_max),
+        data_links_max,
+        shared_links: 1,
+        shared_links_max: 8,
+        linger,
+        linger_busy_min: linger,
+        ..testing::config()
+    }
+}
 
 #[test]
 fn a_filter_that_another_client_left_keeps_nobody_out() {
