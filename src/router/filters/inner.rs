@@ -114,6 +114,12 @@ impl Table {
         } else if let Some(filter) = self.get_mut(id) {
             filter.want(qos);
         }
+        // The plain filter of a local group may get a subscription of its own as well.
+        if let Some(Placement::Local { plain }) = self.get(id).map(Filter::placement)
+            && self.source(plain) != plain
+        {
+            self.want(plain, qos);
+        }
     }
 
     /// Clients were granted a filter without the broker's answer for the one in which it lies. Their

@@ -439,3 +439,25 @@ fn filters_inside_a_moving_one_go_along_with_it() {
     world.bring(own, "a/b", 1);
     assert_eq!(world.seen(client).1, [1]);
 }
+
+#[test]
+fn the_plain_filter_of_a_local_group_moves_with_the_group_s_qos() {
+    let mut world = World::before_the_broker(RouterConfig {
+        local_groups: true,
+        ..config(8, Duration::ZERO)
+    });
+    world.connect();
+    let [monitor, client] = ["monitor", "client"].map(|id| world.client(id));
+    assert_eq!(world.subscribe(monitor, &["#"]), [1]);
+    assert_eq!(world.subscribe(client, &["$share/g/a/b"]), [1]);
+    assert_eq!(world.held(), ["#"]);
+    world.unsubscribe(monitor, "#");
+    for _ in 0..10 {
+        world.router.tick(world.now);
+    }
+    let moving: Vec<_> = (0..8)
+        .flat_map(|link| world.router.next_subscribes(link, 10))
+        .map(|wanted| (wanted.name.to_string(), wanted.qos))
+        .collect();
+    assert_eq!(moving, [("a/b".to_owned(), QoS::AtLeastOnce)]);
+}
