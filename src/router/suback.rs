@@ -6,6 +6,7 @@ use crate::topics::FilterId;
 
 use crate::router::Router;
 use crate::router::filters::actions::{Actions, Answered, Confirmed, LinkSet};
+use crate::router::sessions::subscriptions::Counts;
 use crate::router::types::PendingGrant;
 
 impl Router {
@@ -46,11 +47,6 @@ impl Router {
     pub(super) fn tick_late(&self, now: Millis) {
         let accept = self.config.subscribe_accept;
         while let Some(answered) = self.filters.next_late(accept, now) {
-            if !answered.confirmed && !answered.code.is_error() {
-                let grants = answered.grants.iter();
-                let sessions: Vec<_> = grants.map(|g| g.subscribe.session).collect();
-                self.sessions.note_gap_of(&sessions);
-            }
             self.settle_answered(answered, now);
         }
     }
@@ -84,7 +80,14 @@ impl Router {
             }
             let granted = QoS::from_u8(code.0).unwrap_or_default();
             // A grant that waited for another filter of its client is complete, whatever the answer.
-            let active = (confirmed && !grant.granted).then_some((grant.qos, granted));
+            let counts = match (grant.granted, confirmed) {
+                (true, _) => Counts::Already,
+                (false, true) => Counts::FromNow {
+                    asked: grant.qos,
+                    granted,
+                },
+                (false, false) => Counts::Later,
+            };
             let qos = match grant.granted {
                 true => grant.qos,
                 false => grant.qos.min(granted),
@@ -94,22 +97,16 @@ impl Router {
                 granted: true,
                 ..grant
             };
-            self.settle_granted(grant, active, confirmed, now);
+            let raise = confirmed && grant.deadline > now;
+            self.settle_granted(grant, counts, raise, now);
         }
     }
 
     /// Tells a client that its filter is granted, and gives it the retained messages; not before the
-    /// broker has granted the client's overlapping filters at this QoS, unless the client has waited
-    /// long enough.
-    fn settle_granted(
-        &self,
-        grant: PendingGrant,
-        active: Option<(QoS, QoS)>,
-        confirmed: bool,
-        now: Millis,
-    ) {
-        let raise = confirmed && grant.deadline > now;
-        let Some(granted) = self.sessions.grant(&grant, active, raise) else {
+    /// broker has granted the client's overlapping filters at this QoS, with `raise`: then the client
+    /// has not waited long enough yet.
+    fn settle_granted(&self, grant: PendingGrant, counts: Counts, raise: bool, now: Millis) {
+        let Some(granted) = self.sessions.grant(&grant, counts, raise) else {
             return;
         };
         if !granted.overlapping.is_empty() {

@@ -100,8 +100,11 @@ pub(crate) struct Ledger {
     pub owed: Vec<Owed>,
     /// Gaps of the data link that the session was told of, whether or not it missed a message.
     pub link_gaps: u64,
-    /// Gaps that the session may have been told of because a filter was granted without the broker.
+    /// Gaps that the session was told of because a filter was granted without the broker's answer,
+    /// whether or not it missed a message.
     pub late_gaps: u64,
+    /// When it asked for each filter whose answer may still be due.
+    pub asked_at: Vec<Millis>,
     /// For QoS 0, and for QoS 1 and 2, on each stream: the next entry that may be written. Streams
     /// keep no order with each other.
     next: BTreeMap<(usize, StreamId), usize>,

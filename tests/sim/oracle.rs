@@ -61,6 +61,8 @@ pub(crate) struct Client {
     pub expected_present: bool,
     pub seen: BTreeMap<String, usize>,
     pub sessions: u64,
+    /// Filters that it has asked for.
+    pub asks: u64,
 }
 
 pub(crate) struct Oracle {
@@ -95,6 +97,7 @@ impl Oracle {
             expected_present: false,
             seen: BTreeMap::new(),
             sessions: 0,
+            asks: 0,
         };
         Self {
             rules,

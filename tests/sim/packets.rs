@@ -267,6 +267,8 @@ impl Client {
                 at: now,
                 number,
             };
+            self.asks += 1;
+            self.ledger.asked_at.push(now);
             asked(&mut self.ledger, filter, ask);
         }
         self.requests.insert(s.packet_id, (stream, true, names));

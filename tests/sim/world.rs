@@ -147,9 +147,9 @@ impl World {
             self.tick();
         }
         self.devices_work()?;
-        self.links_work()?;
+        self.with_packets(Self::links_work)?;
         self.broker_works()?;
-        self.edges_work()?;
+        self.with_packets(Self::edges_work)?;
         if self.oracle.rules.ends_full || self.rng.chance(5) {
             self.oracle.look(&self.router, self.now)?;
         }
@@ -158,12 +158,48 @@ impl World {
 
     fn tick(&mut self) {
         self.ticked = self.now;
-        let before = self.gaps();
+        let before = self.other_gaps();
         self.router.tick(self.now);
-        for ((before, after), c) in before.iter().zip(self.gaps()).zip(&mut self.oracle.clients) {
-            c.ledger.late_gaps += after.saturating_sub(*before);
-        }
+        let (now, hold) = (self.now, self.oracle.rules.hold);
+        let due = self.oracle.clients.iter_mut().map(|c| {
+            let due = c.ledger.asked_at.extract_if(.., |at| *at + hold <= now);
+            due.count() as u64
+        });
+        let due = due.collect();
+        self.excuse_gaps(&before, due);
         self.oracle.ticked(self.now);
+    }
+
+    /// Takes a step in which devices' packets reach the router. A filter may be granted at once although
+    /// the broker has yet to answer for it, which is a gap.
+    fn with_packets(&mut self, step: impl FnOnce(&mut Self) -> Checked) -> Checked {
+        let asks =
+            |world: &Self| -> Vec<u64> { world.oracle.clients.iter().map(|c| c.asks).collect() };
+        let (before, asked) = (self.other_gaps(), asks(self));
+        step(self)?;
+        let made = asks(self).into_iter().zip(asked);
+        let made: Vec<u64> = made.map(|(after, before)| after - before).collect();
+        if made.iter().any(|made| *made > 0) {
+            self.excuse_gaps(&before, made);
+        }
+        Ok(())
+    }
+
+    /// Each client's session may have shown so many more gaps than `before` because of filters that were
+    /// granted without the broker's answer.
+    fn excuse_gaps(&mut self, before: &[u64], most: Vec<u64>) {
+        let after = self.other_gaps();
+        let grown = after.into_iter().zip(before).zip(most);
+        for (((after, before), most), c) in grown.zip(&mut self.oracle.clients) {
+            c.ledger.late_gaps += after.saturating_sub(*before).min(most);
+        }
+    }
+
+    /// The gaps that each client's session shows, without those that are excused already.
+    fn other_gaps(&self) -> Vec<u64> {
+        let all = self.gaps().into_iter().zip(&self.oracle.clients);
+        all.map(|(gaps, c)| gaps.saturating_sub(c.ledger.late_gaps))
+            .collect()
     }
 
     /// The gaps that each client's session shows.

@@ -30,6 +30,17 @@ pub(in crate::router) struct Joined {
     pub answered: bool,
 }
 
+/// When a subscription that is granted begins to count.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::router) enum Counts {
+    /// It does already.
+    Already,
+    /// From now on: the broker has granted `granted` to a client that asked for `asked`.
+    FromNow { asked: QoS, granted: QoS },
+    /// Once the broker answers. The messages until then are missed, which is a gap of the session.
+    Later,
+}
+
 /// A filter that was granted to a client.
 #[derive(Debug)]
 pub(in crate::router) struct Granted {
@@ -113,6 +124,9 @@ impl Sessions {
         if let Some(grant) = grant {
             if grant.confirmed {
                 activate(&mut slot.session, filter, options.qos, grant.qos);
+            } else if !replaced {
+                // Messages until the broker's answer are missed.
+                slot.session.gaps += 1;
             }
             late = shard.active_overlapping(at, filter, grant.qos);
             late.retain(|id| !raised.active.contains(id));
@@ -146,22 +160,25 @@ impl Sessions {
         Some(joined)
     }
 
-    /// A client's filter is granted: by the broker at QoS `active`, and then the subscription counts
-    /// from here on, or in its place. The client is answered, unless overlapping subscriptions have to
-    /// be raised first, with `raise`, or retained messages have to be sent. `None`: another session has
+    /// A client's filter is granted. The client is answered, unless overlapping subscriptions have to be
+    /// raised first, with `raise`, or retained messages have to be sent. `None`: another session has
     /// taken the place of this one.
     pub(crate) fn grant(
         &self,
         grant: &PendingGrant,
-        active: Option<(QoS, QoS)>,
+        counts: Counts,
         raise: bool,
     ) -> Option<Granted> {
         let subscribe = &grant.subscribe;
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
         let slot = shard.incarnation(grant)?;
-        if let Some((asked, granted)) = active {
-            activate(&mut slot.session, grant.filter, asked, granted);
+        match counts {
+            Counts::Already => {}
+            Counts::FromNow { asked, granted } => {
+                activate(&mut slot.session, grant.filter, asked, granted);
+            }
+            Counts::Later => slot.session.gaps += 1,
         }
         let overlapping = match raise {
             true => shard.active_overlapping(at, grant.filter, grant.qos),
@@ -182,7 +199,7 @@ impl Sessions {
             let answer = (subscribe.index, ReasonCode(grant.qos as u8));
             waking = answer_to(slot, subscribe.packet_id, &[answer]);
         }
-        if active.is_some() {
+        if let Counts::FromNow { .. } = counts {
             shard.update_member(at, grant.filter);
         }
         drop(shard);

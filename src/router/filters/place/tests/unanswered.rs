@@ -75,3 +75,26 @@ fn a_filter_gets_its_messages_while_the_one_around_it_is_still_raised() {
     world.bring(0, "a/b", 2);
     assert_eq!(world.seen(b).1, [2]);
 }
+
+#[test]
+fn a_client_that_is_granted_a_filter_the_broker_has_yet_to_answer_has_a_gap() {
+    let mut world = World::new(8, LONG);
+    let [a, b, c] = ["a", "b", "c"].map(|id| world.client(id));
+    let gaps = |world: &World, id: &str| world.router.session(&id.into()).map(|s| s.gaps);
+    world.ask(a, &["a/#"]);
+    world.pass_unanswered();
+    assert_eq!(gaps(&world, "a"), Some(1));
+    for (client, id, filter) in [(b, "b", "a/#"), (c, "c", "a/b")] {
+        world.ask(client, &[filter]);
+        assert_eq!(world.seen(client).0, [1], "it is granted at once");
+        assert_eq!(
+            gaps(&world, id),
+            Some(1),
+            "messages until the answer are missed"
+        );
+    }
+    world.pass(Duration::ZERO);
+    world.ask(c, &["a/+"]);
+    assert_eq!(world.seen(c).0, [1]);
+    assert_eq!(gaps(&world, "c"), Some(1), "the broker has answered");
+}
