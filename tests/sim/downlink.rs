@@ -87,8 +87,8 @@ impl World {
                     batch.clear();
                     trace!(self, "SUBACK of the broker for {number}: {code:?}");
                     let held = &self.broker.held;
-                    if let Some((name, (_, qos))) = held.iter().find(|(_, (n, _))| *n == number) {
-                        self.oracle.holds(name, *qos);
+                    if let Some((name, _)) = held.iter().find(|(_, (n, _))| *n == number) {
+                        self.oracle.holds(name);
                     }
                     self.router.suback(number, code, self.now);
                 }

@@ -264,17 +264,15 @@ impl Oracle {
         Ok(())
     }
 
-    /// The broker has the filter at `qos`: from now on it is not in doubt. A filter inside it, granted
-    /// at a higher QoS while the broker was away, waits until the broker has the outer one at that QoS.
-    pub(crate) fn holds(&mut self, filter: &str, qos: QoS) {
+    /// The broker has the filter: from now on it is not in doubt, and neither are those inside it.
+    pub(crate) fn holds(&mut self, filter: &str) {
         if let Some(regained) = &mut self.regained {
             regained.insert(filter.to_owned());
         }
         let rules = self.rules;
         for c in &mut self.clients {
             for sub in &mut c.ledger.subs {
-                let enough = sub.granted.is_none_or(|(granted, ..)| granted <= qos);
-                if sub.filter == filter || enough && rules.serves(filter, &sub.filter) {
+                if sub.filter == filter || rules.serves(filter, &sub.filter) {
                     sub.in_doubt = false;
                 }
             }
