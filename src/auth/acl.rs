@@ -14,7 +14,7 @@ pub(super) const OWN_PREFIX: &str = "tidegate";
 /// The access rules of a configuration, prepared for decisions.
 ///
 /// Reserved topics begin with `$` or with a prefix of Tidegate's own. Only a rule that names them by
-/// its own letters opens them.
+/// its own letters opens them; any rule that matches them can deny them.
 #[derive(Debug)]
 pub struct Acl {
     /// `None`: every topic but the reserved ones.
@@ -146,10 +146,14 @@ impl Acl {
             .find_map(|(number, rule)| {
                 let allowed = allows(rule);
                 let hit = |pattern: &String| {
-                    // The pattern itself must name it: `%c` must not open it to a client of that name.
-                    let named = reserved.is_none_or(|prefix| is_below(pattern, prefix));
                     match (expand(pattern, identity), allowed) {
-                        (Some(expanded), _) => named && hits(text(&expanded), allowed),
+                        // The pattern itself must name it: `%c` must not open it to a client of that
+                        // name.
+                        (Some(expanded), true) => {
+                            reserved.is_none_or(|prefix| is_below(pattern, prefix))
+                                && hits(text(&expanded), true)
+                        }
+                        (Some(expanded), false) => hits(text(&expanded), false),
                         (None, true) => false,
                         (None, false) => fails_closed(pattern, |wider| hits(wider, false)),
                     }
@@ -401,6 +405,31 @@ mod tests {
             };
             assert_eq!(allowed, expected, "{user} {what} {topic}");
         }
+    }
+
+    #[test]
+    fn a_rule_denies_topics_of_tidegate_that_it_does_not_name() {
+        let rules = [
+            rule("mallory", "", &["#"]),
+            rule("*", "", &["%c/#", "+/secret/#"]),
+            rule("*", "ps", &["tidegate/#"]),
+        ];
+        let acl = with(AclMode::Rules, &rules);
+        let may = |user, id, topic| {
+            let who = client(user, id);
+            let publish = acl.may_publish(&who, "", topic);
+            assert_eq!(
+                acl.may_subscribe(&who, "", topic),
+                publish,
+                "{user} {topic}"
+            );
+            publish
+        };
+        assert!(may("bob", "c", "tidegate/x"));
+        assert!(!may("mallory", "c", "tidegate/x"));
+        assert!(!may("bob", "tidegate", "tidegate/x"));
+        assert!(!may("bob", "c", "tidegate/secret/x"));
+        assert!(!acl.may_subscribe(&client("bob", "c"), "", "tidegate/#"));
     }
 
     #[test]
