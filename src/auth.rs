@@ -23,8 +23,8 @@ use verified::{Digest, Recalled, Verified};
 
 /// The principal of every anonymous client. No user can have this name.
 pub(crate) const ANONYMOUS: &str = "anonymous";
-/// Prefix of the name of a certificate where a user of the password file has the same name. No user
-/// can have a colon in its name.
+/// Prefix of the name of a certificate where a user of the password file has the same name, or where
+/// the name begins with this prefix. No user can have a colon in its name.
 const CERTIFICATE: &str = "cert:";
 /// Prefix of the name in the owner of a certificate's sessions. No user can have a control character
 /// in its name.
@@ -211,7 +211,8 @@ impl Authenticator {
             return Principal::user(name);
         }
         let owner = format!("{CERTIFICATE_OWNER}{name}").into();
-        let name = match self.users.read().hashes.contains_key(&*name) {
+        let is_taken = name.starts_with(CERTIFICATE) || self.users.read().is_user(&name);
+        let name = match is_taken {
             true => format!("{CERTIFICATE}{name}").into(),
             false => name,
         };
@@ -277,6 +278,10 @@ impl Users {
     /// The number of users.
     pub(crate) fn count(&self) -> usize {
         self.hashes.len()
+    }
+
+    fn is_user(&self, name: &str) -> bool {
+        self.hashes.contains_key(name)
     }
 
     fn hash(&self, username: &str) -> (Arc<str>, bool) {
@@ -462,6 +467,8 @@ mod tests {
         assert_eq!(&*device.name, "device7");
         // A user who is added later gets no session of the certificate.
         assert_eq!(owner_name(&device.owner), ("device7", true));
+        // Nor does a certificate with the name that rules give to another one.
+        assert_eq!(&*certificate("cert:alice").name, "cert:cert:alice");
         setup.0.certificate_users = true;
         assert_eq!(setup.0.of_certificate("alice".into()), user);
     }
