@@ -239,15 +239,17 @@ impl Authenticator {
         if let Some(answer) = self.recall(&digest) {
             return answer;
         }
-        let secret = password.to_vec();
+        let (secret, checked) = (password.to_vec(), hash.clone());
         let right = tokio::task::spawn_blocking(move || {
             // The thread keeps the permit, because it outlives a caller that gives up.
             let _permit = permit;
-            passwd::verify(&hash, &secret)
+            passwd::verify(&checked, &secret)
         })
         .await
         .map_err(|_| Denial::Busy)?;
-        let principal = (right && known).then(|| Arc::from(username));
+        // The password file may have been replaced meanwhile.
+        let right = right && known && self.users.read().hash(username) == (hash, true);
+        let principal = right.then(|| Arc::from(username));
         self.verified
             .lock()
             .remember(digest, principal.clone(), Instant::now());
@@ -296,6 +298,7 @@ impl Users {
 mod tests {
     use super::*;
     use crate::config::{AclMode, ResponseTopicRule};
+    use crate::shares::{SharePermit, at};
 
     /// An authenticator with one user, and its file, which is removed with it.
     struct Setup(Authenticator, PathBuf);
@@ -321,10 +324,6 @@ mod tests {
         Setup(Authenticator::new(&auth).expect("read"), path)
     }
 
-    fn at(ip: &str) -> SocketAddr {
-        (ip.parse::<std::net::IpAddr>().expect("an address"), 1).into()
-    }
-
     impl Setup {
         /// The name of the principal that the credentials lead to, for a client at 192.0.2.1.
         async fn verify(
@@ -342,6 +341,15 @@ mod tests {
                 .verify(mode, id, credentials, certificate, from)
                 .await;
             verified.map(|principal| principal.name)
+        }
+    }
+
+    impl Setup {
+        /// All permits for hashing: no password can be hashed while they are kept.
+        fn all_permits(&self) -> Vec<SharePermit> {
+            let networks = (0..=u8::MAX).map(|network| at(&format!("192.0.{network}.1")));
+            let of = |from| std::iter::from_fn(move || self.0.hashing.try_acquire(from));
+            networks.flat_map(of).collect()
         }
     }
 
@@ -408,11 +416,7 @@ mod tests {
         assert_eq!(verify(b"secret").await, Ok("alice".into()));
         assert_eq!(verify(b"wrong!").await, WRONG);
         // Without a permit, hashing would wait for ever.
-        let mut all = Vec::new();
-        for network in 0..=u8::MAX {
-            let from = at(&format!("192.0.{network}.1"));
-            all.extend(std::iter::from_fn(|| setup.0.hashing.try_acquire(from)));
-        }
+        let _kept = setup.all_permits();
         for _ in 0..1000 {
             assert_eq!(verify(b"secret").await, Ok("alice".into()));
             assert_eq!(verify(b"wrong!").await, WRONG);
@@ -447,6 +451,21 @@ mod tests {
         passwd::set(&setup.1, "bob", b"x").expect("written");
         let again = setup.0.read_again().expect("read").expect("a file");
         assert_eq!(setup.0.replace(again), ["alice".to_owned()].into());
+    }
+
+    #[tokio::test]
+    async fn a_user_who_is_removed_while_the_password_is_checked_is_refused() {
+        let setup = setup("meanwhile", ClientIdRule::Any);
+        let kept = setup.all_permits();
+        let password = Some(&b"secret"[..]);
+        let check = setup.verify(AuthMode::File, "c", Some("alice"), password, None);
+        let mut check = std::pin::pin!(check);
+        assert!(futures_util::poll!(&mut check).is_pending(), "it waits");
+        std::fs::write(&setup.1, "# nobody\n").expect("written");
+        let again = setup.0.read_again().expect("read").expect("a file");
+        assert_eq!(setup.0.replace(again), ["alice".to_owned()].into());
+        drop(kept);
+        assert_eq!(check.await, WRONG);
     }
 
     #[tokio::test]

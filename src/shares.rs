@@ -149,14 +149,16 @@ fn acquired(permit: Result<OwnedSemaphorePermit, AcquireError>) -> OwnedSemaphor
     permit.expect("these semaphores are never closed")
 }
 
+/// A client at this address.
+#[cfg(test)]
+pub(crate) fn at(ip: &str) -> SocketAddr {
+    (ip.parse::<IpAddr>().expect("an address"), 1).into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use futures_util::FutureExt;
-
-    fn at(ip: &str) -> SocketAddr {
-        (ip.parse::<IpAddr>().expect("an address"), 1).into()
-    }
 
     #[test]
     fn one_network_leaves_permits_for_the_others() {

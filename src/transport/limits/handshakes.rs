@@ -29,13 +29,8 @@ impl Handshakes {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, SocketAddr};
-
     use super::*;
-
-    fn at(ip: &str) -> SocketAddr {
-        (ip.parse::<IpAddr>().expect("an address"), 1).into()
-    }
+    use crate::shares::at;
 
     #[test]
     fn pressure_begins_past_half() {
