@@ -97,8 +97,9 @@ impl Files {
         // From here on nothing fails.
         if let Some(fresh) = rules {
             let rules = fresh.acl.len();
-            self.clients.acl.store(Arc::new(Acl::of(&fresh)));
             (self.config.auth.acl, self.config.acl) = (fresh.auth.acl, fresh.acl);
+            // Not of `fresh`: the probes that are sent keep the topic of the start.
+            self.clients.acl.store(Arc::new(Acl::of(&self.config)));
             tracing::info!(why = "SIGHUP", rules, "The access rules were read again");
         }
         if let Some(fresh) = users {
@@ -127,5 +128,46 @@ impl Files {
         };
         let fresh = Config::load(path).map_err(|error| error.to_string())?;
         Ok(Some(fresh))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::{ANONYMOUS, Identity};
+    use crate::clock::Clock;
+    use crate::runtime::convert;
+    use crate::store::Memory;
+
+    #[test]
+    fn rules_that_are_read_again_still_protect_the_probes_that_are_sent() {
+        let path = std::env::temp_dir().join(format!("tidegate-reload-{}", std::process::id()));
+        let write = |probe_topic| {
+            let text = format!(
+                "[node]\nid = \"a\"\n\
+                 [upstream]\nservers = [\"embedded:\"]\nprobe_topic = \"{probe_topic}\"\n\
+                 [auth]\nacl = \"open\"\n\
+                 [[listeners]]\ntransport = \"tcp\"\nbind = \"127.0.0.1:0\"\n"
+            );
+            std::fs::write(&path, text).expect("written");
+        };
+        write("first/probe");
+        let config = Config::load(&path).expect("a configuration");
+        let clock = Clock::default();
+        let router = Arc::new(convert::router(&config, clock, &Memory));
+        let clients = Arc::new(convert::clients(&config, router, clock).expect("no files"));
+        let mut files = Files {
+            certificates: Certificates::load(&config).expect("no files"),
+            clients: clients.clone(),
+            config,
+        };
+        // A change of the probes' topic takes effect at the next start.
+        write("second/probe");
+        files.look(true);
+        std::fs::remove_file(&path).expect("removed");
+        let identity = Identity::new(ANONYMOUS.into(), "c".into());
+        let may = |topic| clients.acl.load().may_publish(&identity, "", topic);
+        assert!(!may("first/probe/x"));
+        assert!(may("second/probe/x"));
     }
 }
