@@ -193,34 +193,11 @@ fn label_and_how(reason: CloseReason) -> (DisconnectReason, CloseHow) {
 
 /// The label of a reset, if the session's fault with a packet ends only the packet's data stream.
 fn stream_reason(reason: CloseReason) -> Option<StreamReason> {
-    use CloseReason as C;
-    match reason {
-        C::NotConnected
-        | C::SecondConnect
-        | C::AuthWithoutMethod
-        | C::ServerPacket
-        | C::ControlStreamOnly
-        | C::ExpirySetOnDisconnect
-        | C::PacketIdInUse
-        | C::TopicAliasUndefined
-        | C::TopicAliasAboveMaximum
-        | C::TopicLevels
-        | C::QosNotSupported
-        | C::RetainNotSupported => Some(StreamReason::Protocol),
-        C::TopicAliasBytes | C::UnsubscribeFilters | C::SessionQueueFull | C::QueueBudget => {
-            Some(StreamReason::Quota)
-        }
-        C::Disconnect
-        | C::DisconnectWithWill
-        | C::ReceiveMaximumExceeded
-        | C::SubscribeRefused
-        | C::KeepAlive
-        | C::WriteStall
-        | C::TakenOver
-        | C::SessionEnded
-        | C::Operator
-        | C::NotAuthorized
-        | C::ShuttingDown => None,
+    use DisconnectReason as D;
+    match label_and_how(reason).0 {
+        D::Protocol | D::TopicAlias | D::Topic | D::NotSupported => Some(StreamReason::Protocol),
+        D::Quota => Some(StreamReason::Quota),
+        _ => None,
     }
 }
 

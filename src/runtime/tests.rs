@@ -3,12 +3,14 @@
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -18,7 +20,6 @@ use crate::config::{self, AuthMode, Config, Transport};
 use crate::mqtt::{Connect, Decoder, Packet, QoS, Receiver, SubscribeOptions, Version};
 use crate::mqtt::{encode_ack, encode_subscribe};
 use crate::router::Router;
-use crate::session::SessionKey;
 use crate::store::{Identifiers, Memory, Received, Ring, Store};
 use crate::supervise::Health;
 use crate::telemetry::metrics;
@@ -152,7 +153,7 @@ impl Process {
             unauthenticated: None,
         };
         let clients = self.clients.clone();
-        self.tasks.spawn(async move {
+        let served = self.tasks.spawn(async move {
             if let Some(task) = clients.serve(listener, accepted).await {
                 task.await;
             }
@@ -161,13 +162,14 @@ impl Process {
         Connect {
             client_id,
             session_expiry: Some(300),
-            ..connect()
+            ..Connect::default()
         }
         .encode(&mut out);
         Device {
             io: near,
             input: Vec::new(),
             out,
+            served,
         }
     }
 
@@ -177,31 +179,12 @@ impl Process {
     }
 }
 
-fn connect() -> Connect<'static> {
-    Connect {
-        version: Version::V5,
-        clean_start: true,
-        keep_alive: 0,
-        client_id: "",
-        will: None,
-        username: None,
-        password: None,
-        session_expiry: None,
-        receive_maximum: None,
-        maximum_packet_size: None,
-        topic_alias_maximum: 0,
-        request_response_information: false,
-        request_problem_information: true,
-        authentication_method: None,
-        authentication_data: None,
-        properties: Default::default(),
-    }
-}
-
 struct Device {
     io: DuplexStream,
     input: Vec<u8>,
     out: Vec<u8>,
+    /// Our side of the connection.
+    served: JoinHandle<()>,
 }
 
 impl Device {
@@ -260,14 +243,10 @@ async fn a_session_is_detached_when_the_task_of_its_connection_panics() {
     device.subscribe(TRAP_FILTER).await;
     let suback = |packet: &Packet<'_>| matches!(packet, Packet::Suback(_)).then_some(());
     assert!(device.read_until(suback).await.is_none(), "it panicked");
-    let detached = async {
-        let router = &process.clients.router;
-        let key = SessionKey::new(&"victim".into(), "");
-        while router.session(&key).is_none_or(|s| s.attached) {
-            sleep(Duration::from_millis(1)).await;
-        }
-    };
-    timeout(PATIENCE, detached).await.expect("detached");
+    let served = timeout(PATIENCE, device.served).await.expect("it ends");
+    served.expect("the panic ends in the connection");
+    let session = process.clients.router.session(&"victim".into());
+    assert!(!session.expect("it is kept").attached);
     let shown = metrics().render();
     assert!(!shown.contains("tidegate_disconnects_total{reason=\"panic\"} 0\n"));
     // The client comes back to its session, and others are served.
@@ -319,14 +298,17 @@ async fn a_data_link_whose_task_panics_comes_back_and_loses_no_message() {
     process.end();
 }
 
-/// Panics at the first refusal, and counts all.
-#[derive(Default)]
-struct PanicsOnce(AtomicUsize);
+/// Panics at the first refusal, and tells of all.
+struct PanicsOnce {
+    panicked: AtomicBool,
+    refusals: UnboundedSender<()>,
+}
 
 impl Events for PanicsOnce {
     fn refused(&self, _: RefusalReason) {
-        let earlier = self.0.fetch_add(1, Ordering::SeqCst);
-        assert_ne!(earlier, 0, "a test's panic");
+        self.refusals.send(()).expect("the test waits");
+        let earlier = self.panicked.swap(true, Ordering::SeqCst);
+        assert!(earlier, "a test's panic");
     }
 }
 
@@ -339,20 +321,20 @@ async fn a_listener_whose_accept_loop_panics_accepts_again() {
         connections: Arc::new(ConnectionCap::new(0)),
         ..Limits::default()
     };
-    let events = Arc::new(PanicsOnce::default());
-    let bound = transport::bind(listener, None, Arc::new(limits), events.clone()).expect("bound");
+    let (refusals, mut refused) = unbounded_channel();
+    let events = PanicsOnce {
+        panicked: AtomicBool::new(false),
+        refusals,
+    };
+    let bound = transport::bind(listener, None, Arc::new(limits), Arc::new(events)).expect("bound");
     let address = bound.local_addr();
     let health = Arc::<Health>::default();
     let (tasks, clients, stop) = (&process.tasks, &process.clients, process.stop.clone());
     listeners::serve(tasks, &health, clients, bound, stop);
-    for count in 1..=3 {
-        let _refused = TcpStream::connect(address).await.expect("it listens");
-        let refused = async {
-            while events.0.load(Ordering::SeqCst) < count {
-                sleep(Duration::from_millis(1)).await;
-            }
-        };
-        timeout(PATIENCE, refused).await.expect("it accepts");
+    for _ in 0..3 {
+        let _client = TcpStream::connect(address).await.expect("it listens");
+        let seen = timeout(PATIENCE, refused.recv()).await;
+        seen.expect("it accepts").expect("it runs");
     }
     assert!(health.failing().is_empty());
     process.end();

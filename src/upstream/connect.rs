@@ -9,8 +9,7 @@ use tokio::time::timeout;
 
 use crate::config::{Protocol, Server};
 use crate::mqtt::{
-    Connack, Connect, Decoder, Error, Packet, Properties, ReasonCode, Receiver, Version,
-    encode_disconnect,
+    Connack, Connect, Decoder, Error, Packet, ReasonCode, Receiver, Version, encode_disconnect,
 };
 use crate::telemetry::{LinkDownReason, UpstreamTlsReason, clean, metrics};
 use crate::transport::dial::{DialError, DialTarget, Dialed, TlsFailure, dial};
@@ -294,19 +293,13 @@ fn connect_packet(
         clean_start: clean,
         keep_alive: config.keepalive.as_secs() as u16,
         client_id: &broker.client_id(name),
-        will: None,
         username: config.username.as_deref(),
         password: password.as_deref(),
         session_expiry: (!clean).then_some(SESSION_EXPIRY.as_secs() as u32),
         receive_maximum: Some(u16::MAX),
         // A broker drops larger messages without a sign. They are skipped here instead, and counted.
         maximum_packet_size: None,
-        topic_alias_maximum: 0,
-        request_response_information: false,
-        request_problem_information: true,
-        authentication_method: None,
-        authentication_data: None,
-        properties: Properties::default(),
+        ..Connect::default()
     }
     .encode(&mut out);
     Ok(out)
