@@ -1,5 +1,5 @@
-// Makes readable-stream.js: `npm install && npm run vendor`.
-import { writeFileSync } from 'node:fs'
+// Makes readable-stream.js and readable-stream.LICENSE: `npm install && npm run vendor`.
+import { readFileSync, writeFileSync } from 'node:fs'
 import { build } from 'esbuild'
 
 // Node's process, or as much of it as the package uses. Its own stand-in calls back through timers.
@@ -11,7 +11,7 @@ const process = `
   export const stderr = undefined
   export const emitWarning = () => {}
 `
-const { outputFiles } = await build({
+const { metafile, outputFiles } = await build({
   stdin: { contents: "export { Duplex } from 'readable-stream'", resolveDir: '.' },
   bundle: true,
   format: 'esm',
@@ -27,9 +27,23 @@ const { outputFiles } = await build({
       },
     },
   ],
+  metafile: true,
   write: false,
 })
-const head = `// Duplex of readable-stream 4.8.0 (MIT, see readable-stream.LICENSE) with everything that it imports, made by
-// vendor.mjs: a folder that npm links into an app finds no packages of its own.
-`
+// Every package whose code is in the file, with its licence.
+const used = Object.values(metafile.outputs).flatMap(({ inputs }) => Object.entries(inputs))
+const folders = used
+  .filter(([, { bytesInOutput }]) => bytesInOutput > 0)
+  .flatMap(([path]) => path.match(/^.*node_modules\/[^/]+/)?.[0] ?? [])
+const packages = [...new Set(folders)].sort().map((folder) => {
+  const { name, version, license } = JSON.parse(readFileSync(`${folder}/package.json`, 'utf8'))
+  return { title: `${name} ${version} (${license})`, text: readFileSync(`${folder}/LICENSE`, 'utf8').trim() }
+})
+const licences = packages.map(({ title, text }) => `${title}\n${'-'.repeat(title.length)}\n\n${text}\n`)
+writeFileSync('readable-stream.LICENSE', `readable-stream.js contains code of these packages:\n\n${licences.join('\n\n')}`)
+
+const head = `// Duplex of readable-stream 4.8.0 from npm, with everything that it imports, made by vendor.mjs: a folder that npm
+// links into an app finds no packages of its own. Licences: see readable-stream.LICENSE.
+//
+${packages.map(({ title }) => `//   ${title}\n`).join('')}`
 writeFileSync('readable-stream.js', head + outputFiles[0].text)
