@@ -49,6 +49,9 @@ pub struct Clients {
     pub authenticator: Arc<Authenticator>,
     /// What clients may do.
     pub acl: ArcSwap<Acl>,
+    /// The rules have been replaced since the start, so that sessions may have subscriptions that they
+    /// forbid.
+    pub rules_replaced: AtomicBool,
     /// `[session]`.
     pub session: config::Session,
     /// `[limits]`.
@@ -116,6 +119,12 @@ impl Clients {
         // client may count on it.
         let accepted = accepting.await;
         accepted.map(|accepted| task::serve(self, accepted, guard))
+    }
+
+    /// Uses other rules from now on.
+    pub fn replace_rules(&self, rules: Acl) {
+        self.acl.store(Arc::new(rules));
+        self.rules_replaced.store(true, Ordering::Release);
     }
 
     /// Gives clients no new sessions from now on.
@@ -217,6 +226,10 @@ impl Policy for ClientPolicy<'_> {
             self.denied(DeniedAction::Subscribe, mount, filter);
         }
         allowed
+    }
+
+    fn may_have_changed(&self) -> bool {
+        self.clients.rules_replaced.load(Ordering::Acquire)
     }
 
     fn response_topic(&self, mount: &str, topic: &str) -> ResponseTopic {

@@ -43,6 +43,7 @@ pub(super) fn clients(
         clock,
         authenticator: Arc::new(authenticator(config)?),
         acl: ArcSwap::from_pointee(Acl::of(config)),
+        rules_replaced: AtomicBool::new(false),
         probe_topic: config.upstream.probe_topic.as_str().into(),
         response_topic_rule: config.auth.response_topic,
         session: config.session.clone(),

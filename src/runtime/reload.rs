@@ -99,7 +99,7 @@ impl Files {
             let rules = fresh.acl.len();
             (self.config.auth.acl, self.config.acl) = (fresh.auth.acl, fresh.acl);
             // Not of `fresh`: the probes that are sent keep the topic of the start.
-            self.clients.acl.store(Arc::new(Acl::of(&self.config)));
+            self.clients.replace_rules(Acl::of(&self.config));
             tracing::info!(why = "SIGHUP", rules, "The access rules were read again");
         }
         if let Some(fresh) = users {

@@ -8,18 +8,20 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Sender, channel};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::auth::Acl;
 use crate::client::{Clients, ListenerContext};
 use crate::clock::Clock;
 use crate::config::{self, AuthMode, Config, Transport};
 use crate::mqtt::{Connect, Decoder, Packet, QoS, Receiver, SubscribeOptions, Version};
 use crate::mqtt::{encode_ack, encode_subscribe};
 use crate::router::Router;
+use crate::session::SessionKey;
 use crate::store::{Identifiers, Memory, Received, Ring, Store};
 use crate::supervise::Health;
 use crate::telemetry::metrics;
@@ -134,6 +136,11 @@ impl Process {
 
     /// Connects a client, whose connection is served until it ends.
     fn connect(&self, client_id: &str) -> Device {
+        self.connect_with(client_id, "", true)
+    }
+
+    /// As `connect`, behind a mount.
+    fn connect_with(&self, client_id: &str, mount: &str, clean_start: bool) -> Device {
         let (near, far) = tokio::io::duplex(64 * 1024);
         let listener = ListenerContext {
             auth: AuthMode::Anonymous,
@@ -141,7 +148,7 @@ impl Process {
             transport: "tcp",
             metrics: Arc::new(metrics().listener("tcp", "tcp")),
             webtransport: None,
-            mount: "".into(),
+            mount: mount.into(),
             ping_after: None,
         };
         let cap = Arc::new(ConnectionCap::new(1));
@@ -161,6 +168,7 @@ impl Process {
         let mut out = Vec::new();
         Connect {
             client_id,
+            clean_start,
             session_expiry: Some(300),
             ..Connect::default()
         }
@@ -298,15 +306,68 @@ async fn a_data_link_whose_task_panics_comes_back_and_loses_no_message() {
     process.end();
 }
 
+#[tokio::test]
+async fn a_resumed_session_loses_the_subscriptions_that_new_rules_forbid() {
+    let process = Process::start(&Traps::default());
+    let mut config = Config::builtin();
+    config.auth.acl = config::AclMode::Rules;
+    config.acl = vec![config::AclRule {
+        who: "*".to_owned(),
+        allow: config::AclAllow {
+            publish: true,
+            subscribe: true,
+        },
+        topics: vec!["kept/#".to_owned()],
+    }];
+    let filters = [
+        "kept/1",
+        "gone/1",
+        "gone/#",
+        "$share/g/gone/1",
+        "$share/g/kept/1",
+    ];
+    let suback = |packet: &Packet<'_>| matches!(packet, Packet::Suback(_)).then_some(());
+    for mount in ["", "site/"] {
+        let mut device = process.connect_with("device", mount, true);
+        for filter in filters {
+            device.subscribe(filter).await;
+            assert!(device.read_until(suback).await.is_some());
+        }
+        drop(device.io);
+        let served = timeout(PATIENCE, device.served).await.expect("it ends");
+        served.expect("no panic");
+    }
+    process.clients.replace_rules(Acl::of(&config));
+    for (mount, kept) in [
+        ("", ["$share/g/kept/1", "kept/1"]),
+        ("site/", ["$share/g/site/kept/1", "site/kept/1"]),
+    ] {
+        let mut device = process.connect_with("device", mount, false);
+        device.send().await;
+        let present = |packet: &Packet<'_>| match packet {
+            Packet::Connack(connack) => Some(connack.session_present),
+            _ => None,
+        };
+        assert_eq!(device.read_until(present).await, Some(true));
+        let key = SessionKey::new(&"device".into(), mount);
+        let session = process.clients.router.session(&key).expect("it is kept");
+        let remaining = session.subscriptions.iter().map(|s| &*s.filter);
+        let mut remaining: Vec<&str> = remaining.collect();
+        remaining.sort_unstable();
+        assert_eq!(remaining, kept);
+    }
+    process.end();
+}
+
 /// Panics at the first refusal, and tells of all.
 struct PanicsOnce {
     panicked: AtomicBool,
-    refusals: UnboundedSender<()>,
+    refusals: Sender<()>,
 }
 
 impl Events for PanicsOnce {
     fn refused(&self, _: RefusalReason) {
-        self.refusals.send(()).expect("the test waits");
+        self.refusals.try_send(()).expect("the test waits");
         let earlier = self.panicked.swap(true, Ordering::SeqCst);
         assert!(earlier, "a test's panic");
     }
@@ -321,7 +382,7 @@ async fn a_listener_whose_accept_loop_panics_accepts_again() {
         connections: Arc::new(ConnectionCap::new(0)),
         ..Limits::default()
     };
-    let (refusals, mut refused) = unbounded_channel();
+    let (refusals, mut refused) = channel(3);
     let events = PanicsOnce {
         panicked: AtomicBool::new(false),
         refusals,

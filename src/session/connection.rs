@@ -1,5 +1,6 @@
 //! The state of a session that lasts as long as one network connection: limits, output, Keep Alive.
 
+use std::borrow::Cow;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -33,6 +34,15 @@ impl Scope {
             Some((group, plain)) => format!("$share/{group}/{}{plain}", self.mount),
         };
         (whole.len() <= usize::from(u16::MAX)).then_some(whole)
+    }
+
+    /// A filter at the broker as its client named it: the inverse of [`Scope::filter`].
+    pub fn client_filter<'a>(&self, whole: &'a str) -> Cow<'a, str> {
+        let unmounted = |filter: &'a str| filter.strip_prefix(&*self.mount).unwrap_or(filter);
+        match split_shared(whole) {
+            None => unmounted(whole).into(),
+            Some((group, plain)) => format!("$share/{group}/{}", unmounted(plain)).into(),
+        }
     }
 }
 

@@ -93,6 +93,10 @@ pub trait Policy {
     fn may_publish(&self, mount: &str, topic: &str) -> bool;
     /// Whether the client may subscribe to `filter`.
     fn may_subscribe(&self, mount: &str, filter: &str) -> bool;
+    /// Whether the answers may be others than when the client subscribed.
+    fn may_have_changed(&self) -> bool {
+        false
+    }
     /// What becomes of a Response Topic. A response to it would be a publish that the client has asked
     /// another one for, so the client needs the right to publish there.
     fn response_topic(&self, mount: &str, topic: &str) -> ResponseTopic {

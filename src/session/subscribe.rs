@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use crate::hashing::{LookUp, LookUpSet};
 use crate::mqtt::{
@@ -351,6 +352,23 @@ impl Session {
             effects.push(Effect::Unsubscribe { filters });
         }
         Ok(())
+    }
+}
+
+impl Session {
+    /// Ends the subscriptions of these filters, named as the broker knows them, without telling the
+    /// client.
+    pub(crate) fn revoke(&mut self, filters: &[Arc<str>], effects: &mut Vec<Effect>) {
+        let named: LookUpSet<&str> = filters.iter().map(|name| &**name).collect();
+        let all = self.subscriptions.iter().enumerate();
+        let places: Vec<usize> = all
+            .filter(|(_, subscription)| named.contains(&*subscription.name))
+            .map(|(at, _)| at)
+            .collect();
+        let filters = self.end_subscriptions(&places);
+        if !filters.is_empty() {
+            effects.push(Effect::Unsubscribe { filters });
+        }
     }
 }
 

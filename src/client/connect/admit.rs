@@ -9,7 +9,7 @@ use crate::mqtt::{
     Connack, Connect, Message, MessageSpec, Mounting, Property, QoS, ReasonCode, Version,
 };
 use crate::router::handle::ConnectionHandle;
-use crate::router::{self, Peer, Refused, Router};
+use crate::router::{self, Caller, Peer, Refused, Router};
 use crate::session::{ConnectionSpec, Policy, Scope, SessionKey, Will, keep_response_topic};
 use crate::time::Millis;
 
@@ -105,6 +105,7 @@ impl Admission<'_> {
         };
         let key = SessionKey::new(&client_id, mount);
         let handle = Arc::new(ConnectionHandle::default());
+        let scope = applicant.scope.clone();
         let request = router::Connect {
             key,
             principal: applicant.owner,
@@ -132,13 +133,48 @@ impl Admission<'_> {
         });
         let connected =
             connected.map_err(|Refused::Principal| Refusal::new(RefusalCause::OtherPrincipal))?;
+        let machine = Machine::new(&connected, handle, version, packet_max);
+        if connected.present && self.policy.may_have_changed() {
+            self.revoke_forbidden(machine.caller(), scope.as_deref());
+        }
         Ok(Admitted {
-            machine: Machine::new(&connected, handle, version, packet_max),
+            machine,
             present: connected.present,
             taken_over: connected.taken_over,
             expiry_seconds: expiry,
             keep_alive,
         })
+    }
+
+    /// Ends the subscriptions of a resumed session that its client would not be granted any more. They
+    /// are judged without the lock of their session, because there may be many.
+    fn revoke_forbidden(&self, caller: Caller, scope: Option<&Scope>) {
+        let (session, connection_no) = (caller.session, caller.connection_no);
+        let filters = self.router.with(session, connection_no, |session, _| {
+            let all = session.subscriptions().iter();
+            all.map(|s| s.name.clone()).collect::<Vec<_>>()
+        });
+        let mut forbidden = filters.unwrap_or_default();
+        forbidden.retain(|whole| match scope {
+            None => !self.policy.may_subscribe("", whole),
+            Some(scope) => {
+                let filter = scope.client_filter(whole);
+                !self.policy.may_subscribe(&scope.mount, &filter)
+            }
+        });
+        if forbidden.is_empty() {
+            return;
+        }
+        let mut effects = Vec::new();
+        self.router.feed(
+            session,
+            connection_no,
+            &mut effects,
+            |session, _, effects| {
+                session.revoke(&forbidden, effects);
+            },
+        );
+        self.router.apply(caller, effects, self.now);
     }
 
     /// The will, judged as the publish that it will be.
