@@ -18,7 +18,8 @@ import tempfile
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,8 @@ from harness.process import run  # noqa: E402
 from harness.raw import Raw  # noqa: E402
 
 LOGINS = 50
+# `connect_rate_max`, per second.
+RATE = 200
 PATIENCE = 20
 
 
@@ -53,6 +56,7 @@ def logins(port: int) -> str:
     end = time.monotonic() + 60
     while len(times) < LOGINS and time.monotonic() < end:
         times.append(login(port))
+        # 20 a second stay below the share of one address in `connect_rate_max`.
         time.sleep(0.05)
     shown = (first, statistics.median(times), max(times))
     return " / ".join(f"over {PATIENCE} s" if t >= PATIENCE * 1000 else f"{t:.1f}" for t in shown)
@@ -64,22 +68,27 @@ def nothing(port: int):
 
 
 @contextmanager
+def opened(port: int, packets: Iterable[bytes]):
+    """A socket for each of the packets, until the server takes no more; none waits for an answer."""
+    with ExitStack() as sockets:
+        for packet in packets:
+            try:
+                one = sockets.enter_context(socket.create_connection(("127.0.0.1", port), 1))
+                one.sendall(packet)
+            except OSError:
+                break
+        yield
+
+
 def silence(port: int):
     """As many sockets as the limit on connections, and half as many again; they send nothing."""
-    held = []
-    for _ in range(1500):
-        try:
-            held.append(socket.create_connection(("127.0.0.1", port), 1))
-        except OSError:
-            break
-    yield
-    for one in held:
-        one.close()
+    return opened(port, [b""] * 1500)
 
 
 @contextmanager
 def repeated(act):
     stop = threading.Event()
+    done = threading.Semaphore(0)
 
     def work() -> None:
         while not stop.is_set():
@@ -87,11 +96,14 @@ def repeated(act):
                 act()
             except Exception:
                 pass
+            done.release()
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
-    time.sleep(1)
+    # Until they have used up the reserve of `connect_rate_max`.
+    for _ in range(2 * RATE):
+        assert done.acquire(timeout=PATIENCE)
     yield
     stop.set()
     for thread in threads:
@@ -111,20 +123,9 @@ def connects(port: int):
         yield
 
 
-@contextmanager
 def guesses(port: int):
     """2,000 CONNECTs with wrong passwords that wait for their answer."""
-    held = []
-    for n in range(2000):
-        try:
-            one = socket.create_connection(("127.0.0.1", port), 1)
-            one.sendall(wire.connect(f"guess{n}", user="alice", password=b"wrong%d" % n))
-            held.append(one)
-        except OSError:
-            break
-    yield
-    for one in held:
-        one.close()
+    return opened(port, (wire.connect(f"guess{n}", user="alice", password=b"wrong%d" % n) for n in range(2000)))
 
 
 FLOODS = {
@@ -165,7 +166,7 @@ def main() -> None:
         for what, flood in FLOODS.items():
             broker = Mosquitto(directory / f"b{len(what)}", quiet=True).start()
             alone = Mosquitto(directory / f"a{len(what)}", quiet=True, extra=f"password_file {theirs}\nmax_connections 1000\n", anonymous=False).start()
-            limits = {"connections_max": 1000, "connect_rate_max": 200}
+            limits = {"connections_max": 1000, "connect_rate_max": RATE}
             table = {
                 "node": {"id": "floods"},
                 "listeners": [listener("tcp")],
