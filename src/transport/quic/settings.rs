@@ -36,10 +36,13 @@ const INCOMING_BYTES: u64 = 64 * 1024;
 /// The most bytes that are kept for all handshakes that wait.
 const INCOMING_TOTAL_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Unidirectional streams that a client may have open: HTTP/3 control and QPACK's two (RFC 9114 section
-/// 6.2): only the first is read, up to its SETTINGS; and one that is stopped. A client that may
-/// open none would wait for ever.
-const UNI_STREAMS: u32 = 4;
+/// Unidirectional streams that a client may have open: one, which is stopped. A client that may open
+/// none would wait for ever. The library's table of streams holds it beside [`STREAMS_AT_FIRST`] and
+/// does not double.
+const UNI_STREAMS: u32 = 1;
+/// Unidirectional streams of HTTP/3: control and QPACK's two (RFC 9114 section 6.2). Only the first is
+/// read, up to its SETTINGS.
+const HTTP_UNI_STREAMS: u32 = 3;
 /// Bytes of datagrams, with the library's overhead for each, that may lie unread. None is ever read;
 /// browsers insist that they could be sent.
 const DATAGRAM_BYTES: usize = 2048;
@@ -113,9 +116,13 @@ fn crypto(tls: &Configs, webtransport: bool) -> io::Result<Arc<QuicServerConfig>
 /// We send no keep-alive packets, because they would wake radios.
 fn transport_config(idle: Duration, webtransport: bool) -> io::Result<TransportConfig> {
     let mut config = TransportConfig::default();
+    let uni_streams = match webtransport {
+        false => UNI_STREAMS,
+        true => UNI_STREAMS + HTTP_UNI_STREAMS,
+    };
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_AT_FIRST))
-        .max_concurrent_uni_streams(VarInt::from_u32(UNI_STREAMS))
+        .max_concurrent_uni_streams(VarInt::from_u32(uni_streams))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(UNAUTHENTICATED_WINDOW_BYTES))
         .send_window(SEND_WINDOW_BYTES)
