@@ -161,7 +161,6 @@ async fn session_for(
     let peer = Arc::new(Peer {
         listener: listener.name.clone(),
         transport: listener.transport,
-        ping_after: listener.ping_after,
         address: peer,
     });
     let admission = Admission {
@@ -182,6 +181,7 @@ async fn session_for(
             added_bytes: added_bytes(clients, scope.as_deref()),
             scope,
             peer: peer.clone(),
+            ping_after: listener.ping_after,
         },
     )?;
     if let Some(suppressed) = SESSIONS.permit(admission.now) {

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Waker;
+use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
@@ -49,9 +50,20 @@ pub struct ConnectionHandle {
     /// When the transport last took a part of the output.
     moved_at: AtomicU64,
     close: Mutex<Option<CloseReason>>,
+    /// Silence after which the connection's WebSocket is pinged; `None`: it is never pinged.
+    ping_after: Option<Duration>,
 }
 
 impl ConnectionHandle {
+    /// The handle of a connection whose WebSocket is pinged after silence of `ping_after`. `None`: it is
+    /// never pinged.
+    pub fn new(ping_after: Option<Duration>) -> Self {
+        Self {
+            ping_after,
+            ..Self::default()
+        }
+    }
+
     /// Something waits for the task.
     pub fn raise(&self) {
         self.waker.raise();
@@ -78,6 +90,11 @@ impl ConnectionHandle {
         self.sent(now);
         self.ping.store(true, Ordering::Release);
         self.raise();
+    }
+
+    /// The silence after which the connection's WebSocket is pinged, if it is.
+    pub(super) fn ping_after(&self) -> Option<Duration> {
+        self.ping_after
     }
 
     /// Whether a ping was asked for. Each request is returned once.

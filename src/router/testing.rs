@@ -154,7 +154,6 @@ pub(crate) fn peer() -> Arc<Peer> {
     Arc::new(Peer {
         listener: "test".into(),
         transport: "tcp",
-        ping_after: None,
         address: ([127, 0, 0, 1], 1).into(),
     })
 }

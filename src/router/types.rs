@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::time::Duration;
 
 use smallvec::SmallVec;
 
@@ -30,8 +29,6 @@ pub struct Peer {
     pub listener: Arc<str>,
     /// Transport name.
     pub transport: &'static str,
-    /// Silence after which the connection's WebSocket is pinged; `None`: it is never pinged.
-    pub ping_after: Option<Duration>,
     /// The client's address, which may change within a QUIC connection.
     pub address: SocketAddr,
 }

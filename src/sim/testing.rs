@@ -82,6 +82,7 @@ pub(crate) fn admit(router: &Router, connect: &mqtt::Connect<'_>, now: Millis) -
         scope: None,
         added_bytes: 0,
         peer: peer(),
+        ping_after: None,
     };
     let admitted = admission.admit(connect, applicant);
     admitted.expect("nothing speaks against it").machine

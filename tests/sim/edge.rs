@@ -202,9 +202,9 @@ impl Edge {
             peer: Arc::new(Peer {
                 listener: "sim".into(),
                 transport: "sim",
-                ping_after: None,
                 address: ([127, 0, 0, 1], 1).into(),
             }),
+            ping_after: None,
         };
         let admitted = admission.admit(connect, applicant);
         let admitted = admitted.map_err(|refusal| format!("{refusal:?}"))?;

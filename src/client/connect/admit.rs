@@ -47,6 +47,8 @@ pub struct Applicant {
     pub added_bytes: u32,
     /// Where the client is connected from.
     pub peer: Arc<Peer>,
+    /// Silence after which its WebSocket is pinged; `None`: it is never pinged.
+    pub ping_after: Option<Duration>,
 }
 
 /// A client that has its session. CONNACK is in the session's output.
@@ -104,7 +106,7 @@ impl Admission<'_> {
             ..Connack::default()
         };
         let key = SessionKey::new(&client_id, mount);
-        let handle = Arc::new(ConnectionHandle::default());
+        let handle = Arc::new(ConnectionHandle::new(applicant.ping_after));
         let scope = applicant.scope.clone();
         let request = router::Connect {
             key,

@@ -41,9 +41,11 @@ impl Sessions {
     pub(crate) fn ping_idle(&self, now: Millis) {
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {
-                let after = slot.peer.as_ref().and_then(|peer| peer.ping_after);
-                let (Some(after), Some(connection), Some(handle)) =
-                    (after, slot.session.connection_ref(), &slot.handle)
+                let Some(handle) = &slot.handle else {
+                    continue;
+                };
+                let (Some(after), Some(connection)) =
+                    (handle.ping_after(), slot.session.connection_ref())
                 else {
                     continue;
                 };
@@ -146,7 +148,7 @@ mod tests {
     fn a_websocket_is_pinged_once_for_each_interval_of_silence() {
         let router = testing::router();
         let handles = [Some(Duration::from_secs(45)), None].map(|ping_after| {
-            let handle = Arc::new(ConnectionHandle::default());
+            let handle = Arc::new(ConnectionHandle::new(ping_after));
             let connect = Connect {
                 key: format!("{ping_after:?}").as_str().into(),
                 principal: "anonymous".into(),
@@ -165,7 +167,6 @@ mod tests {
                 peer: Arc::new(Peer {
                     listener: "test".into(),
                     transport: "ws",
-                    ping_after,
                     address: ([127, 0, 0, 1], 1).into(),
                 }),
             };
