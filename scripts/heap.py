@@ -54,6 +54,8 @@ transport = "{'quic' if web else transport}"
 bind = "127.0.0.1:{self.port}"
 {tls}{path}{web}[admin]
 bind = "127.0.0.1:{self.admin}"
+[limits]
+connect_rate_max = 1000000
 [log]
 level = "warn"
 """

@@ -11,6 +11,7 @@ one of 50 for each message at QoS 1; a publish is one message at QoS 1 between a
 delivery included. Rounds differ by a few per cent, since batches do: compare medians.
 """
 import argparse
+import contextlib
 import pathlib
 import re
 import socket
@@ -30,17 +31,20 @@ KINDS = {
 }
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_ports(count):
+    """Different ports, because all are bound at once. Another program can still take one before it is used."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
 
 
 def collected(binary, load, args, messages):
     """All instructions of one run."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        broker, client, admin = free_port(), free_port(), free_port()
+        broker, client, admin = free_ports(3)
         (folder / "mosquitto.conf").write_text(
             f"listener {broker} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\nset_tcp_nodelay true\n"
         )
