@@ -35,7 +35,7 @@ use crate::session::phase::Phase;
 pub use crate::budget::QueueFull;
 pub use close::CloseReason;
 pub use connection::{Connection, ConnectionSpec, Scope};
-pub use effect::{Effect, SubscribeRequest, Unsubscribed};
+pub use effect::{Effect, GrantOrder, PrimaryOver, SubscribeRequest, Unsubscribed};
 pub use entry::{Offer, Redelivery};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
 pub use incarnation::Incarnation;
@@ -43,9 +43,9 @@ pub use key::SessionKey;
 pub use lifecycle::{Attached, Ended};
 pub use limits::{DropReason, Policy, ResponseTopic, SessionLimits};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
-pub use overlap::{Primary, primary};
+pub use overlap::{Primary, primary, primary_filter};
 pub(crate) use packets::keep_response_topic;
-pub use subscriptions::{Subscription, hides};
+pub use subscriptions::{Added, Subscription, hides};
 pub use will::Will;
 
 /// One client's session, with or without a connection.

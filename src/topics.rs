@@ -5,6 +5,8 @@ mod id;
 pub(crate) mod scan;
 mod trie;
 
+#[cfg(test)]
+pub(crate) use filter::comparisons;
 pub use filter::{
     covers, has_wildcard, matches, overlaps, split_shared, valid_filter, valid_topic_name,
 };

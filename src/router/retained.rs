@@ -4,6 +4,7 @@
 //! The mutex is held while a retained message is handed to its session, and a live one updates
 //! the cache before it is fanned out: so a value older than one already delivered never follows it.
 
+mod ahead;
 mod cache;
 mod missed;
 mod release;
@@ -179,6 +180,7 @@ impl RetainedMessages {
         while taken.len() < max
             && let Some(filter) = cache.next()
         {
+            let known_since = cache.ahead.events;
             let name = sources.name(filter);
             let away = sources.is_away(filter);
             let (Some(name), Some(cached)) = (name, cache.filters.get_mut(&filter)) else {
@@ -189,6 +191,7 @@ impl RetainedMessages {
             cached.stale |= away;
             cached.state = State::Fetching;
             cached.name = Some(name.clone());
+            cached.known_since = known_since;
             cache.known.insert(&name, filter);
             taken.push((filter, name));
         }

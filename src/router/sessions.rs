@@ -7,6 +7,7 @@ pub(super) mod fan_out;
 mod gaps;
 mod handover;
 mod members;
+mod primaries;
 pub(super) mod shard;
 mod sockets;
 pub(super) mod subscriptions;
@@ -239,14 +240,7 @@ impl Sessions {
         }
         for effect in effects.iter_mut() {
             if let Effect::Unsubscribe { filters } = effect {
-                for gone in filters {
-                    shard.leave(reference.slot, gone.filter);
-                    let hands_over = !gone.primary_over.is_empty();
-                    if hands_over && !shard.handovers.begin(reference.slot, gone) {
-                        gone.primary_over.clear();
-                    }
-                }
-                shard.rejoin(reference.slot);
+                shard.unsubscribed(reference.slot, filters);
             }
         }
         self.settle(&mut shard, reference.slot);

@@ -232,7 +232,7 @@ impl Router {
 
     /// A client unsubscribed; its session and shard have forgotten the filters already.
     pub fn unsubscribe(&self, session: SessionRef, filters: &[Unsubscribed], now: Millis) {
-        let gone = filters.iter().filter(|u| u.primary_over.is_empty());
+        let gone = filters.iter().filter(|u| u.primary_over.is_none());
         let gone: SmallVec<[(SessionRef, FilterId); 8]> =
             gone.map(|u| (session, u.filter)).collect();
         self.filters.unsubscribed(&gone, now);

@@ -81,8 +81,10 @@ pub(super) struct SubscribeRef {
 #[derive(Debug, Default)]
 pub(super) struct OverlappingFilters {
     pub all: Vec<FilterId>,
-    /// The granted filters among them.
+    /// The granted filters among them, and filters that the client gave up and still gets copies by.
     pub active: Vec<FilterId>,
+    /// The filters among them that are not granted yet.
+    pub awaiting: Vec<FilterId>,
 }
 
 /// A filter is granted to a client at once.

@@ -60,7 +60,60 @@ pub struct Unsubscribed {
     pub name: Arc<str>,
     /// The subscription had No Local.
     pub no_local: bool,
-    /// Remaining filters of the client, granted later or still to be granted, that match some of the
-    /// same messages. The client got those messages as copies of this subscription.
-    pub primary_over: Vec<FilterId>,
+    /// Whether the client has other subscriptions, granted later or still to be granted, that match
+    /// some of the same messages, and which filters come later. The client got those messages as copies
+    /// of this subscription.
+    pub primary_over: Option<PrimaryOver>,
+}
+
+/// The filters that come after one that its client unsubscribed. A filter that matches none of the
+/// same messages may be among them: whether a message matches both is to be asked too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrimaryOver {
+    order: Arc<GrantOrder>,
+    place: u32,
+}
+
+impl PrimaryOver {
+    /// The filters behind place `place` of `order`.
+    pub fn new(order: &Arc<GrantOrder>, place: u32) -> Self {
+        Self {
+            order: order.clone(),
+            place,
+        }
+    }
+
+    /// Whether the filter came later.
+    pub fn contains(&self, filter: FilterId) -> bool {
+        self.order.place(filter).is_some_and(|at| at > self.place)
+    }
+
+    /// The order, which all filters of one UNSUBSCRIBE share.
+    pub fn order(&self) -> &Arc<GrantOrder> {
+        &self.order
+    }
+}
+
+/// A client's filters, with their places in the order of the grants, at the time of an UNSUBSCRIBE.
+#[derive(Debug, PartialEq, Eq)]
+pub struct GrantOrder(Box<[(FilterId, u32)]>);
+
+impl GrantOrder {
+    /// The order of these filters.
+    pub fn new(filters: impl Iterator<Item = FilterId>) -> Self {
+        let mut places: Vec<(FilterId, u32)> = filters.zip(0..).collect();
+        places.sort_unstable();
+        Self(places.into())
+    }
+
+    /// The place of a filter.
+    pub fn place(&self, filter: FilterId) -> Option<u32> {
+        let at = self.0.binary_search_by_key(&filter, |(filter, _)| *filter);
+        at.ok().map(|at| self.0[at].1)
+    }
+
+    /// The number of its filters.
+    pub fn filters(&self) -> usize {
+        self.0.len()
+    }
 }

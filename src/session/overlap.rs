@@ -1,10 +1,14 @@
 //! Overlapping subscriptions of one client: which of them is the primary one, whose copy of a message
 //! the client gets.
 
+use crate::hashing::LookUpSet;
 use crate::mqtt::QoS;
 use crate::topics::{FilterId, matches};
 
 use crate::session::Subscription;
+
+/// Up to this number of Subscription Identifiers, each is compared with those before it.
+const COMPARED_MAX: usize = 32;
 
 /// The delivery to a client of a message that several of its subscriptions may match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +27,8 @@ pub struct Primary {
 /// subscription is granted yet, so it is not known which copies will come.
 /// `lost` tells whether the broker has lost a filter and not granted it again. Subscriptions with No
 /// Local do not count for an `own` publish of the client.
+///
+/// [`primary_filter`] costs less where most copies are not the primary one.
 pub fn primary(
     subscriptions: &[Subscription],
     topic: &str,
@@ -40,7 +46,7 @@ pub fn primary(
         }
         retain |= s.options.retain_as_published;
         if let Some(identifier) = s.identifier
-            && !identifiers.contains(&identifier.get())
+            && (identifiers.len() >= COMPARED_MAX || !identifiers.contains(&identifier.get()))
         {
             identifiers.push(identifier.get());
         }
@@ -55,9 +61,34 @@ pub fn primary(
             best = Some((working, s.filter));
         }
     }
+    if identifiers.len() > COMPARED_MAX {
+        let mut seen = LookUpSet::default();
+        identifiers.retain(|identifier| seen.insert(*identifier));
+    }
     best.map(|(_, filter)| Primary {
         filter,
         qos,
         retain,
     })
+}
+
+/// The filter of the [`primary`] subscription alone.
+pub fn primary_filter(
+    subscriptions: &[Subscription],
+    topic: &str,
+    own: bool,
+    lost: impl Fn(FilterId) -> bool,
+) -> Option<FilterId> {
+    let mut best = None;
+    for s in subscriptions.iter().filter(|s| s.active && !s.shared) {
+        let hidden = (own && s.options.no_local) || s.hides(topic);
+        if hidden || !matches(&s.name, topic) {
+            continue;
+        }
+        if !lost(s.filter) {
+            return Some(s.filter);
+        }
+        best = best.or(Some(s.filter));
+    }
+    best
 }

@@ -3,11 +3,19 @@
 use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::mqtt::{QoS, SubscribeOptions};
 use crate::streams::StreamId;
 use crate::topics::{FilterId, overlaps, split_shared};
 
-use crate::session::{Session, Unsubscribed};
+use crate::session::{GrantOrder, PrimaryOver, Session, Unsubscribed};
+
+/// Comparisons of filters that an UNSUBSCRIBE may take for each subscription of the session.
+const COMPARED_EACH: usize = 16;
+
+/// Comparisons of filters that an UNSUBSCRIBE may always take.
+const COMPARED_ALWAYS: usize = 16 * 1024;
 
 /// A subscription of this session.
 #[derive(Clone, Debug)]
@@ -60,6 +68,30 @@ impl Subscription {
     }
 }
 
+/// The outcome of [`Session::add_subscription`].
+#[derive(Debug, Default)]
+pub struct Added {
+    /// The subscription replaced one on the same filter.
+    pub replaced: bool,
+    /// The other subscriptions that overlapped none before.
+    pub newly_overlapping: Vec<FilterId>,
+}
+
+/// Some filters of a session, to be looked up.
+struct Filters(SmallVec<[FilterId; 16]>);
+
+impl Filters {
+    fn new(filters: &[FilterId]) -> Self {
+        let mut filters = SmallVec::from_slice(filters);
+        filters.sort_unstable();
+        Self(filters)
+    }
+
+    fn contains(&self, filter: FilterId) -> bool {
+        self.0.binary_search(&filter).is_ok()
+    }
+}
+
 /// [`Subscription::hides`] for a subscription with this [`Subscription::wild_below`].
 pub fn hides(wild_below: Option<NonZeroU16>, topic: &str) -> bool {
     wild_below.is_some_and(|at| topic.as_bytes().get(usize::from(at.get())) == Some(&b'$'))
@@ -67,21 +99,30 @@ pub fn hides(wild_below: Option<NonZeroU16>, topic: &str) -> bool {
 
 impl Session {
     /// Puts a subscription in force, or replaces the one on the same filter [MQTT-3.8.4-3].
-    /// Returns the one that it replaced.
-    pub fn add_subscription(&mut self, mut new: Subscription) -> Option<Subscription> {
+    /// `overlapping` are the filters of the others that overlap it.
+    pub fn add_subscription(&mut self, mut new: Subscription, overlapping: &[FilterId]) -> Added {
         if let Some(connection) = self.phase.connection_mut() {
             connection.numbered(&new.name, new.filter);
         }
+        let mut added = Added::default();
         let mut all = self.subscriptions.iter_mut();
         if let Some(old) = all.find(|s| s.filter == new.filter) {
             new.overlaps = old.overlaps;
             new.active = old.active;
-            return Some(std::mem::replace(old, new));
+            *old = new;
+            added.replaced = true;
+            return added;
         }
-        for other in &mut self.subscriptions {
-            if other.overlaps_with(&new) {
-                other.overlaps += 1;
-                new.overlaps += 1;
+        if !overlapping.is_empty() {
+            let overlapping = Filters::new(overlapping);
+            for other in &mut self.subscriptions {
+                if overlapping.contains(other.filter) {
+                    other.overlaps += 1;
+                    new.overlaps += 1;
+                    if other.overlaps == 1 {
+                        added.newly_overlapping.push(other.filter);
+                    }
+                }
             }
         }
         // Most sessions have one: room for four would be the larger part of a session.
@@ -89,7 +130,7 @@ impl Session {
             self.subscriptions.reserve_exact(1);
         }
         self.subscriptions.push(new);
-        None
+        added
     }
 
     /// The broker granted a subscription, which takes its place behind the subscriptions granted
@@ -103,6 +144,17 @@ impl Session {
         all[behind..=at].rotate_right(1);
         all[behind].active = true;
         true
+    }
+
+    /// Which of these filters the broker has granted.
+    pub fn active_of(&self, filters: &[FilterId]) -> Vec<FilterId> {
+        if filters.is_empty() {
+            return Vec::new();
+        }
+        let filters = Filters::new(filters);
+        let active = self.subscriptions.iter().filter(|s| s.active);
+        let found = active.filter(|s| filters.contains(s.filter));
+        found.map(|s| s.filter).collect()
     }
 
     /// The subscription on a filter.
@@ -131,46 +183,128 @@ impl Session {
     }
 
     /// Takes away the subscriptions at `places`, each named once, as if their client unsubscribed from
-    /// one after the other.
+    /// one after the other. Of many, not every pair is compared: two filters that are not compared
+    /// count as overlapping, which costs time and changes no delivery.
     pub(super) fn end_subscriptions(&mut self, places: &[usize]) -> Vec<Unsubscribed> {
+        self.end_compared(places, COMPARED_EACH * self.subscriptions.len())
+    }
+
+    /// [`Session::end_subscriptions`] with at most about this number of comparisons of two filters.
+    fn end_compared(&mut self, places: &[usize], comparisons: usize) -> Vec<Unsubscribed> {
         let all = &mut self.subscriptions;
         let mut is_ended = vec![false; all.len()];
-        let mut gone = Vec::with_capacity(places.len());
+        let exact = places.len() * all.len() <= comparisons;
+        // The filters among which the ended ones have their places.
+        let mut concerned = vec![false; all.len()];
+        let mut hands_over = Vec::with_capacity(places.len());
+        let mut budget = comparisons;
         for &at in places {
             is_ended[at] = true;
-            let overlapping: Vec<usize> = match all[at].overlaps {
-                0 => Vec::new(),
-                count => (0..all.len())
-                    .filter(|i| !is_ended[*i] && all[*i].overlaps_with(&all[at]))
-                    .take(count as usize)
-                    .collect(),
+            let later = match exact {
+                true => uncount(all, at, &is_ended, &mut concerned),
+                false => {
+                    concerned[at] = true;
+                    overlaps_later(all, at, &is_ended, &mut budget)
+                }
             };
-            // Those without a grant too: the broker may already send their copies.
-            let later = overlapping.iter().filter(|i| **i > at);
-            let primary_over = match all[at].active {
-                true => later.map(|i| all[*i].filter).collect(),
-                false => Vec::new(),
-            };
-            for i in overlapping {
-                all[i].overlaps -= 1;
+            // Filters without a grant too: the broker may already send their copies.
+            hands_over.push(later && all[at].active);
+        }
+        if !exact {
+            for (s, concerned) in all.iter().zip(&mut concerned) {
+                *concerned |= s.overlaps > 0;
             }
+        }
+        let order = hands_over.contains(&true).then(|| {
+            let filters = all.iter().zip(&concerned).filter(|(_, c)| **c);
+            Arc::new(GrantOrder::new(filters.map(|(s, _)| s.filter)))
+        });
+        let gone = places.iter().zip(hands_over).map(|(&at, hands_over)| {
             let ended = &all[at];
-            gone.push(Unsubscribed {
+            let order = order.as_ref().filter(|_| hands_over);
+            let place = order.and_then(|order| Some((order, order.place(ended.filter)?)));
+            Unsubscribed {
                 filter: ended.filter,
                 name: ended.name.clone(),
                 no_local: ended.options.no_local,
-                primary_over,
-            });
-        }
+                primary_over: place.map(|(order, place)| PrimaryOver::new(order, place)),
+            }
+        });
+        let gone: Vec<Unsubscribed> = gone.collect();
         // At once: taken away one by one, each would move all that follow it.
         let mut ended = is_ended.into_iter();
         all.retain(|_| !ended.next().unwrap_or_default());
+        if !exact {
+            count_anew(all, comparisons.max(COMPARED_ALWAYS));
+        }
         if let Some(connection) = self.phase.connection_mut() {
             for ended in &gone {
                 connection.bind(&ended.name, StreamId::CONTROL);
             }
         }
         gone
+    }
+}
+
+/// The subscription at `at` ends: the others that overlap it count it no longer. It and the later ones
+/// among them become `concerned`. Returns whether there are later ones.
+fn uncount(all: &mut [Subscription], at: usize, is_ended: &[bool], concerned: &mut [bool]) -> bool {
+    let overlapping: Vec<usize> = match all[at].overlaps {
+        0 => Vec::new(),
+        count => (0..all.len())
+            .filter(|i| !is_ended[*i] && all[*i].overlaps_with(&all[at]))
+            .take(count as usize)
+            .collect(),
+    };
+    concerned[at] = true;
+    let mut later = false;
+    for i in overlapping {
+        all[i].overlaps = all[i].overlaps.saturating_sub(1);
+        if i > at {
+            later = true;
+            concerned[i] = true;
+        }
+    }
+    later
+}
+
+/// Whether a later subscription overlaps the one at `at`. `budget` are the comparisons that may be made.
+fn overlaps_later(all: &[Subscription], at: usize, is_ended: &[bool], budget: &mut usize) -> bool {
+    if all[at].overlaps == 0 {
+        return false;
+    }
+    let later = (at + 1..all.len()).filter(|i| !is_ended[*i] && all[*i].overlaps > 0);
+    for i in later {
+        let Some(rest) = budget.checked_sub(1) else {
+            return true;
+        };
+        *budget = rest;
+        if all[i].overlaps_with(&all[at]) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Counts the overlaps of the remaining subscriptions after others were taken away. If that takes more
+/// than `comparisons`, the counts stay too high.
+fn count_anew(all: &mut [Subscription], comparisons: usize) {
+    let remaining = all.iter().filter(|s| s.overlaps > 0).count();
+    if remaining * remaining > comparisons {
+        return;
+    }
+    let counts: Vec<u32> = (all.iter())
+        .map(|s| match s.overlaps {
+            0 => 0,
+            _ => {
+                let others = all.iter().filter(|o| o.overlaps > 0);
+                let others = others.filter(|o| o.filter != s.filter && s.overlaps_with(o));
+                others.count() as u32
+            }
+        })
+        .collect();
+    for (s, count) in all.iter_mut().zip(counts) {
+        s.overlaps = count;
     }
 }
 

@@ -36,6 +36,8 @@ pub fn split_shared(filter: &str) -> Option<(&str, &str)> {
 /// Whether a valid filter, without `$share`, matches a topic name. A filter that starts with a
 /// wildcard matches no topic that starts with `$` ([MQTT-4.7.2-1]); `a/#` matches `a`.
 pub fn matches(filter: &str, topic: &str) -> bool {
+    #[cfg(test)]
+    comparisons::count();
     if topic.starts_with('$') && filter.starts_with(['+', '#']) {
         return false;
     }
@@ -52,6 +54,8 @@ pub fn matches(filter: &str, topic: &str) -> bool {
 
 /// Whether some topic name matches both valid filters, given without `$share`.
 pub fn overlaps(a: &str, b: &str) -> bool {
+    #[cfg(test)]
+    comparisons::count();
     if part_at_a_name(a.as_bytes(), b.as_bytes()) {
         return false;
     }
@@ -157,6 +161,28 @@ impl<'a> Iterator for Levels<'a> {
                 Some(rest)
             }
         }
+    }
+}
+
+/// Counts the comparisons of a filter with a topic or with another filter, for tests.
+#[cfg(test)]
+pub(crate) mod comparisons {
+    use std::cell::Cell;
+
+    thread_local! {
+        static MADE: Cell<usize> = const { Cell::new(0) };
+    }
+
+    /// A comparison is about to be made.
+    pub(super) fn count() {
+        MADE.with(|made| made.update(|n| n + 1));
+    }
+
+    /// How many comparisons `f` makes on this thread.
+    pub(crate) fn made_by(f: impl FnOnce()) -> usize {
+        MADE.with(|made| made.set(0));
+        f();
+        MADE.with(Cell::get)
     }
 }
 

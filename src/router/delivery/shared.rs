@@ -564,7 +564,7 @@ mod tests {
                 filter: number,
                 name: FILTER.into(),
                 no_local: false,
-                primary_over: Vec::new(),
+                primary_over: None,
             };
             router.with(client.session, client.connection_no, |s, _| {
                 s.remove_subscription(number)

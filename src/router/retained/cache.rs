@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::BuildHasher;
 use std::sync::Arc;
-use std::time::Duration;
 
 use lru::LruCache;
 use smallvec::SmallVec;
@@ -11,23 +10,17 @@ use smallvec::SmallVec;
 use crate::budget::Account;
 use crate::hashing::{LookUp, LookUpHasher, LookUpSet};
 use crate::mqtt::Message;
+use crate::router::retained::ahead::Ahead;
 use crate::router::retained::missed::Missed;
-use crate::router::types::{Arrived, PendingGrant, RetainedRequest, SessionRef};
+use crate::router::types::{PendingGrant, RetainedRequest, SessionRef};
 use crate::time::Millis;
 use crate::topics::{FilterId, FilterTrie};
 
 /// Bytes charged for a cached topic beside topic and message.
 const TOPIC_OVERHEAD_BYTES: usize = 96;
 
-/// Topics on which other filters are ahead, at most, of all known filters together.
-const AHEAD_MAX: usize = 100_000;
-
 /// Topics of live messages that are remembered while one filter is fetched.
 const LIVE_MAX: usize = 100_000;
-
-/// How long a filter counts as ahead of another: longer than the data links are apart. The caches of
-/// a link's filters are emptied when it is lost.
-const AHEAD_FOR: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
@@ -51,9 +44,8 @@ pub(super) struct Cached {
     pub(super) topics: BTreeMap<Box<str>, Message>,
     /// Topics (hashed) with a live RETAIN=1 message since the fetch began: the fetched one is older.
     pub(super) live: LookUpSet<u64>,
-    /// Topics (hashed) for which a newer live message arrived through another filter but not yet through
-    /// this one. Prevents a client with both filters from receiving the older value.
-    pub(super) ahead: LookUp<u64, Ahead>,
+    /// [`Ahead::events`] when the filter came among the known ones.
+    pub(super) known_since: u64,
     pub(super) requests: Requests,
     /// Fetched messages that wait for the data link: a live message of the same topic may be on its
     /// way.
@@ -78,14 +70,6 @@ pub(super) struct Cached {
     pub(super) early: bool,
 }
 
-/// A newer value of a topic, which another filter brought.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Ahead {
-    until: Millis,
-    /// The payload, hashed.
-    payload: u64,
-}
-
 /// A fetched message that waits for a data link.
 #[derive(Debug)]
 pub(super) struct Buffered {
@@ -104,7 +88,7 @@ impl Cached {
             name: None,
             topics: BTreeMap::new(),
             live: LookUpSet::default(),
-            ahead: LookUp::default(),
+            known_since: 0,
             requests,
             buffered: Vec::new(),
             handing: 0,
@@ -150,8 +134,8 @@ pub(super) struct Cache {
     pub(super) buffered_bytes: usize,
     /// The filters that are fetched, or were.
     pub(super) known: FilterTrie<FilterId>,
-    /// Topics on which other filters are ahead of the known ones.
-    pub(super) ahead: usize,
+    /// Topics on which some filter may be ahead of a known one.
+    pub(super) ahead: Ahead,
     /// Hashes topics and payloads.
     pub(super) hasher: LookUpHasher,
     /// Replies that wait, by filter, each until its deadline.
@@ -179,7 +163,7 @@ impl Cache {
             buffered: 0,
             buffered_bytes: 0,
             known: FilterTrie::new(),
-            ahead: 0,
+            ahead: Ahead::default(),
             hasher: LookUpHasher::default(),
             replies: LookUp::default(),
             reply_by: VecDeque::new(),
@@ -204,7 +188,6 @@ impl Cache {
             self.buffered -= cached.buffered.len();
             let bytes = cached.buffered.iter().map(|b| b.message.size());
             self.buffered_bytes -= bytes.sum::<usize>();
-            self.ahead -= cached.ahead.len();
             // A number that came after it may mean the same filter.
             if let Some(name) = &cached.name
                 && self.known.get(name) == Some(number)
@@ -344,51 +327,6 @@ impl Cache {
         released
     }
 
-    /// Notes that a live message is ahead of the filters that did not bring it, and not of the others.
-    pub(super) fn note_ahead(&mut self, arrived: &Arrived, now: Millis) {
-        if self.known.is_empty() {
-            return;
-        }
-        let topic = arrived.message.topic();
-        let mut matching: SmallVec<[FilterId; 8]> = SmallVec::new();
-        self.known.for_each_match(topic, |n| matching.push(n));
-        let topic = self.hasher.hash_one(topic);
-        let payload = self.hasher.hash_one(arrived.message.payload());
-        for number in matching {
-            let Some(cached) = self.filters.get_mut(&number) else {
-                continue;
-            };
-            if arrived.filters.contains(&number) {
-                self.ahead -= usize::from(cached.ahead.remove(&topic).is_some());
-            } else if self.ahead < AHEAD_MAX {
-                let until = now + AHEAD_FOR;
-                let known = cached.ahead.insert(topic, Ahead { until, payload });
-                self.ahead += usize::from(known.is_none());
-            } else {
-                // Too many values are noted: the filter's notes are dropped, and it is fetched again
-                // when asked for.
-                self.ahead -= cached.ahead.len();
-                cached.ahead = LookUp::default();
-                cached.stale = true;
-                if cached.state == State::Complete {
-                    self.drop_filter(number);
-                }
-            }
-        }
-    }
-
-    /// Whether a newer value may have reached a session that has other subscriptions on the topic.
-    pub(super) fn is_ahead(&self, number: FilterId, message: &Message, now: Millis) -> bool {
-        let ahead = self.filters.get(&number).map(|c| &c.ahead);
-        let Some(ahead) = ahead.filter(|ahead| !ahead.is_empty()) else {
-            return false;
-        };
-        let of_topic = ahead.get(&self.topic(message));
-        of_topic.is_some_and(|ahead| {
-            ahead.until > now && ahead.payload != self.hasher.hash_one(message.payload())
-        })
-    }
-
     /// Caches a message, or removes its topic if the payload is empty. Older filters make room.
     pub(super) fn put(&mut self, number: FilterId, message: &Message) {
         let (bytes_max, account) = (self.bytes_max, self.account.clone());
@@ -434,11 +372,12 @@ impl Cache {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::mqtt::{MessageSpec, Properties, QoS};
+    use crate::router::types::Arrived;
 
-    fn arrived(topic: &str, filters: &[FilterId]) -> Arrived {
+    pub(in crate::router::retained) fn arrived(topic: &str, filters: &[FilterId]) -> Arrived {
         Arrived {
             message: Message::new(&MessageSpec {
                 topic,
@@ -458,7 +397,7 @@ mod tests {
     }
 
     /// Filter 7, `a/#`, is complete in the cache.
-    fn complete() -> Cache {
+    pub(in crate::router::retained) fn complete() -> Cache {
         let mut cache = Cache::new(1000);
         let mut cached = Cached::queued(Requests::new());
         cached.state = State::Complete;
@@ -467,48 +406,6 @@ mod tests {
         cache.filters.insert(FilterId(7), cached);
         cache.complete.put(FilterId(7), ());
         cache
-    }
-
-    #[test]
-    fn another_filter_is_ahead_until_its_own_copy_comes_or_time_passes() {
-        let mut cache = complete();
-        let older = arrived("a/b", &[FilterId(7)]).message.clone();
-        cache.note_ahead(&arrived("a/b", &[FilterId(9)]), Millis::ZERO);
-        assert!(
-            !cache.is_ahead(FilterId(7), &older, Millis::ZERO),
-            "it says the same"
-        );
-        let mut newer = arrived("a/b", &[FilterId(9)]);
-        newer.message = Message::new(&MessageSpec {
-            topic: "a/b",
-            properties: Properties::default(),
-            payload: b"y",
-            qos: QoS::AtLeastOnce,
-            retain: true,
-            expires_at: None,
-            strip_key: None,
-            account: None,
-        });
-        cache.note_ahead(&newer, Millis::ZERO);
-        assert!(cache.is_ahead(FilterId(7), &older, Millis::ZERO));
-        assert!(!cache.is_ahead(FilterId(7), &older, Millis::ZERO + AHEAD_FOR));
-        newer.filters = [FilterId(7)].as_slice().into();
-        cache.note_ahead(&newer, Millis::ZERO);
-        assert!(!cache.is_ahead(FilterId(7), &older, Millis::ZERO));
-        assert_eq!(cache.ahead, 0);
-    }
-
-    #[test]
-    fn a_filter_that_others_are_too_far_ahead_of_is_forgotten() {
-        let mut cache = complete();
-        for n in 0..AHEAD_MAX {
-            cache.note_ahead(&arrived(&format!("a/{n}"), &[FilterId(9)]), Millis::ZERO);
-        }
-        assert_eq!(cache.ahead, AHEAD_MAX);
-        assert!(cache.filters.contains_key(&FilterId(7)));
-        cache.note_ahead(&arrived("a/more", &[FilterId(9)]), Millis::ZERO);
-        assert!(cache.filters.is_empty() && cache.known.is_empty());
-        assert_eq!(cache.ahead, 0);
     }
 
     #[test]

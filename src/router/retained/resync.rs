@@ -11,7 +11,7 @@ use crate::topics::FilterId;
 use crate::router::retained::cache::Cache;
 use crate::router::retained::{RetainedMessages, Sources};
 use crate::router::sessions::Sessions;
-use crate::router::sessions::fan_out::Source;
+use crate::router::sessions::fan_out::{Came, Source};
 use crate::router::sessions::tally::Tally;
 use crate::router::types::Arrived;
 
@@ -89,7 +89,13 @@ pub(super) fn hand_missed(
             {
                 continue;
             }
-            sessions.deliver_to_shards(mask, message, filter, Source::Fetched, now, &mut tally);
+            let came = Came {
+                message,
+                filter,
+                source: Source::Fetched,
+                now,
+            };
+            sessions.deliver_to_shards(mask, &came, &mut tally);
         }
     }
     tally.wake();

@@ -1,19 +1,18 @@
 //! Deliveries to the sessions of one shard.
 
 use std::num::NonZeroU32;
+use std::ops::Range;
 
 use parking_lot::MutexGuard;
 
 use crate::mqtt::Message;
-use crate::session::{
-    Delivered, Incarnation, Offer, Primary, Session, SessionLimits, Subscription, hides, primary,
-};
+use crate::session::{Delivered, Incarnation, Offer, Primary, Session, SessionLimits, hides};
 use crate::time::Millis;
 use crate::topics::{FilterId, matches};
 
 use crate::router::lost::Loss;
 use crate::router::sessions::Sessions;
-use crate::router::sessions::members::Members;
+use crate::router::sessions::primaries::{Primaries, Sought};
 use crate::router::sessions::shard::{Detached, Shard, Slot};
 use crate::router::sessions::tally::Tally;
 use crate::router::types::{Arrived, RetainedRequest, SessionRef};
@@ -44,6 +43,15 @@ impl Source {
 /// Deliveries after which a shard's lock is offered to others.
 const CHUNK: usize = 512;
 
+/// A message that came by one filter.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::router) struct Came<'a> {
+    pub message: &'a Message,
+    pub filter: FilterId,
+    pub source: Source,
+    pub now: Millis,
+}
+
 impl Sessions {
     /// Delivers the messages of a batch that a shard may have members for, in order. The shard's lock is
     /// offered to others in between.
@@ -55,56 +63,78 @@ impl Sessions {
         tally: &mut Tally,
     ) {
         let mut shard = self.shard(number);
+        let mut known = Primaries::default();
         for arrived in batch {
+            let source = match arrived.skipped {
+                false => Source::Live(arrived.origin_mark),
+                true => Source::Skipped(arrived.origin_mark),
+            };
             for filter in &arrived.filters {
-                let message = &arrived.message;
-                let source = match arrived.skipped {
-                    false => Source::Live(arrived.origin_mark),
-                    true => Source::Skipped(arrived.origin_mark),
+                let came = Came {
+                    message: &arrived.message,
+                    filter: *filter,
+                    source,
+                    now,
                 };
-                shard.fan_out(&self.limits, now, message, *filter, source, tally);
-            }
-            if tally.targets >= CHUNK {
-                tally.targets = 0;
-                self.charge(&mut shard);
-                MutexGuard::unlocked_fair(&mut shard, || {
-                    tally.wake();
-                    self.enforce_budget(now);
-                });
+                self.deliver(&mut shard, &came, &mut known, tally);
             }
         }
-        let ended = std::mem::take(&mut tally.ended);
-        self.charge(&mut shard);
-        for (at, slot_version) in ended {
-            let slot = shard.slots.get(at as usize);
-            if slot.is_some_and(|s| s.slot_version == slot_version) {
-                self.end_full(&mut shard, at, now);
-            }
-        }
+        self.end_noted(&mut shard, now, tally);
         drop(shard);
         tally.wake();
     }
 
     /// Delivers a message to the members of one filter in these shards, which are bits.
-    pub(crate) fn deliver_to_shards(
-        &self,
-        mut shards: u64,
-        message: &Message,
-        filter: FilterId,
-        source: Source,
-        now: Millis,
-        tally: &mut Tally,
-    ) {
+    pub(crate) fn deliver_to_shards(&self, mut shards: u64, came: &Came<'_>, tally: &mut Tally) {
         while shards != 0 {
             let number = shards.trailing_zeros() as u16;
             shards &= shards - 1;
             let mut shard = self.shard(number);
-            shard.fan_out(&self.limits, now, message, filter, source, tally);
-            let ended = std::mem::take(&mut tally.ended);
-            for (at, _) in ended {
-                self.end_full(&mut shard, at, now);
+            self.deliver(&mut shard, came, &mut Primaries::default(), tally);
+            self.end_noted(&mut shard, came.now, tally);
+        }
+    }
+
+    /// Delivers a message to the members of one filter in a shard. Each time enough is done, the lock is
+    /// offered to others; then the members may change, and those behind the last one that was visited
+    /// are looked up anew.
+    fn deliver(
+        &self,
+        shard: &mut MutexGuard<'_, Shard>,
+        came: &Came<'_>,
+        known: &mut Primaries,
+        tally: &mut Tally,
+    ) {
+        let mut from = Some(0);
+        while let Some(slot) = from {
+            from = shard.fan_out(&self.limits, came, slot, known, tally);
+            tally.targets += known.take_work();
+            if tally.targets < CHUNK {
+                continue;
             }
-            self.charge(&mut shard);
+            tally.targets = 0;
+            known.clear();
+            self.charge(shard);
+            MutexGuard::unlocked_fair(shard, || {
+                #[cfg(test)]
+                crate::router::locks::count(crate::router::locks::Lock::Shard);
+                tally.wake();
+                // The caller has locked the retained cache, and enforces the budget afterwards.
+                if came.source != Source::Fetched {
+                    self.enforce_budget(came.now);
+                }
+            });
+        }
+    }
+
+    /// Ends the sessions whose queue is full, and brings the accounts in line.
+    fn end_noted(&self, shard: &mut Shard, now: Millis, tally: &mut Tally) {
+        self.charge(shard);
+        for (at, slot_version) in std::mem::take(&mut tally.ended) {
+            let slot = shard.slots.get(at as usize);
+            if slot.is_some_and(|s| s.slot_version == slot_version) {
+                self.end_full(shard, at, now);
+            }
         }
     }
 }
@@ -168,19 +198,32 @@ impl Shard {
         self.settle(request.session.slot);
     }
 
-    /// Offers a message to the members of one filter. The connections to wake and the sessions to
-    /// end are added to `tally`.
-    pub(crate) fn fan_out(
+    /// Offers a message to members of one filter: to those from slot `from` on, as many as may be
+    /// visited before the lock is offered to others. Returns the slot to go on with, if there are more.
+    /// Whoever joins or leaves meanwhile has slots of its own, so each member is visited at most once,
+    /// and each that was there all the time exactly once. The connections to wake and the sessions to end
+    /// are added to `tally`.
+    fn fan_out(
         &mut self,
         limits: &SessionLimits,
-        now: Millis,
-        message: &Message,
-        filter: FilterId,
-        source: Source,
+        came: &Came<'_>,
+        from: u32,
+        known: &mut Primaries,
         tally: &mut Tally,
-    ) {
+    ) -> Option<u32> {
+        let &Came {
+            message,
+            filter,
+            source,
+            now,
+        } = came;
+        let room = CHUNK.saturating_sub(tally.targets).max(1);
         if !self.handovers.is_empty() {
-            self.fan_out_unsubscribed(limits, now, message, filter, source, tally);
+            // A session that gives up the filter between two parts is visited in either way.
+            let members = self.members.get(&filter);
+            let next = members.and_then(|members| members.part(from, room).1);
+            let slots = from..next.unwrap_or(u32::MAX);
+            self.fan_out_unsubscribed(limits, came, slots, known, tally);
         }
         let Self {
             slots,
@@ -193,9 +236,7 @@ impl Shard {
             handovers,
             ..
         } = self;
-        let Some(members) = members.get(&filter).map(Members::all) else {
-            return;
-        };
+        let (members, next) = members.get(&filter)?.part(from, room);
         let loss_of = lost.look();
         let is_lost = |filter| loss_of(filter).is_some();
         tally.targets += members.len();
@@ -213,9 +254,13 @@ impl Shard {
             let one;
             let mut retain = member.retain_as_published;
             let ids: &[u32] = if member.overlaps {
-                let subscriptions = slot.session.subscriptions();
-                let topic = message.topic();
-                let primary = primary_by(filter, subscriptions, topic, own, &loss_of, identifiers);
+                let sought = Sought {
+                    slot: member.slot,
+                    subscriptions: slot.session.subscriptions(),
+                    topic: message.topic(),
+                    own,
+                };
+                let primary = primary_by(filter, sought, &loss_of, known, identifiers);
                 let Some(primary) = primary else {
                     continue;
                 };
@@ -252,61 +297,75 @@ impl Shard {
             *entry_bytes += charged.0;
             *output_bytes += charged.1;
         }
+        next
     }
 
-    /// Offers a message to sessions that gave up the filter by which it came, and have others that
-    /// match it.
+    /// Offers a message to sessions in these slots that gave up the filter by which it came, and have
+    /// others that match it.
     fn fan_out_unsubscribed(
         &mut self,
         limits: &SessionLimits,
-        now: Millis,
-        message: &Message,
-        filter: FilterId,
-        source: Source,
+        came: &Came<'_>,
+        slots: Range<u32>,
+        known: &mut Primaries,
         tally: &mut Tally,
     ) {
+        let &Came {
+            message,
+            filter,
+            source,
+            now,
+        } = came;
         let loss_of = self.lost.look();
         let is_lost = |filter| loss_of(filter).is_some();
         let is_gone = |filter| loss_of(filter) == Some(Loss::Sure);
-        let topic = message.topic();
         for at in self.handovers.of(filter) {
+            if !slots.contains(&at) {
+                continue;
+            }
             let Some(slot) = self.slots.get_mut(at as usize) else {
                 continue;
             };
+            tally.targets += 1;
             let own = source.is_own(&slot.session);
-            let subscriptions = slot.session.subscriptions();
-            let (handovers, identifiers) = (&mut self.handovers, &mut self.identifiers);
-            let Some(mut found) = primary(subscriptions, topic, own, is_lost, identifiers) else {
+            let sought = Sought {
+                slot: at,
+                subscriptions: slot.session.subscriptions(),
+                topic: message.topic(),
+                own,
+            };
+            let handovers = &mut self.handovers;
+            let mut doubted = true;
+            let Some(found) = known.filter(sought, doubted, &loss_of) else {
                 continue;
             };
             // A session that still has the filter gets its turn with the members.
-            if found.filter == filter {
+            if found == filter {
                 continue;
             }
             let mut gives = match source {
                 // It may be known to be new by this filter only.
-                Source::Fetched => Some(
-                    handovers
-                        .standing_in_for(at, found.filter)
-                        .contains(&filter),
-                ),
+                Source::Fetched => Some(handovers.standing_in_for(at, found).contains(&filter)),
                 Source::Live(_) | Source::Skipped(_) => {
-                    handovers.gives(at, filter, found.filter, message, own, is_lost)
+                    handovers.gives(at, filter, found, message, own, is_lost)
                 }
             };
             if gives.is_none()
-                && let Some(known) = primary(subscriptions, topic, own, is_gone, identifiers)
-                && known.filter != found.filter
+                && let Some(sure) = known.filter(sought, false, &loss_of)
+                && sure != found
             {
                 // The broker may have lost the primary filter, or not. If it has not, that filter's
                 // copy is still to come, and this one is delivered in its place.
-                found = known;
-                gives = handovers.gives(at, filter, found.filter, message, own, is_gone);
+                doubted = false;
+                gives = handovers.gives(at, filter, sure, message, own, is_gone);
             }
             if gives != Some(true) {
                 continue;
             }
-            let primary = found;
+            let whole = known.whole(sought, doubted, &loss_of, &mut self.identifiers);
+            let Some(primary) = whole else {
+                continue;
+            };
             if let Source::Skipped(_) = source {
                 slot.session.gaps += 1;
                 continue;
@@ -332,19 +391,21 @@ impl Shard {
 /// subscriptions that match.
 fn primary_by(
     filter: FilterId,
-    subscriptions: &[Subscription],
-    topic: &str,
-    own: bool,
+    sought: Sought<'_>,
     loss_of: &impl Fn(FilterId) -> Option<Loss>,
+    known: &mut Primaries,
     identifiers: &mut Vec<u32>,
 ) -> Option<Primary> {
-    let is_lost = |filter| loss_of(filter).is_some();
-    let mut found = primary(subscriptions, topic, own, is_lost, identifiers);
-    if found.is_some_and(|s| s.filter != filter) && loss_of(filter) == Some(Loss::Doubtful) {
-        let is_gone = |filter| loss_of(filter) == Some(Loss::Sure);
-        found = primary(subscriptions, topic, own, is_gone, identifiers);
+    let mut doubted = true;
+    let mut found = known.filter(sought, doubted, loss_of)?;
+    if found != filter && loss_of(filter) == Some(Loss::Doubtful) {
+        doubted = false;
+        found = known.filter(sought, doubted, loss_of)?;
     }
-    found.filter(|primary| primary.filter == filter)
+    if found != filter {
+        return None;
+    }
+    known.whole(sought, doubted, loss_of, identifiers)
 }
 
 /// Offers a message to one session. Returns the change of its accounts of entries and of output, in
@@ -372,3 +433,6 @@ fn offer_to(
     tally.outcome(slot, outcome);
     charged
 }
+
+#[cfg(test)]
+mod tests;

@@ -52,6 +52,15 @@ impl Members {
         &self.0
     }
 
+    /// The members from slot `from` on, `max` at most, and the slot of the member behind them.
+    pub(crate) fn part(&self, from: u32, max: usize) -> (&[Member], Option<u32>) {
+        let rest = &self.0[self.0.partition_point(|m| m.slot < from)..];
+        match rest.get(max) {
+            Some(next) => (&rest[..max], Some(next.slot)),
+            None => (rest, None),
+        }
+    }
+
     /// All members; the caller must not change their slots.
     pub(crate) fn all_mut(&mut self) -> &mut [Member] {
         &mut self.0

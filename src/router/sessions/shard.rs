@@ -10,7 +10,7 @@ use lru::LruCache;
 use slab::Slab;
 
 use crate::hashing::{LookUp, LookUpHasher};
-use crate::session::{ENTRY_BYTES, Ended, Session, SessionKey};
+use crate::session::{ENTRY_BYTES, Ended, Session, SessionKey, Unsubscribed};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -226,6 +226,18 @@ impl Shard {
         for s in s.session.subscriptions().iter().filter(|s| !s.shared) {
             members.entry(s.filter).or_default().join(slot, s);
         }
+    }
+
+    /// A session has ended the subscriptions on these filters. Where no other one takes over,
+    /// `primary_over` becomes `None`.
+    pub(crate) fn unsubscribed(&mut self, slot: u32, filters: &mut [Unsubscribed]) {
+        for gone in filters {
+            self.leave(slot, gone.filter);
+            if gone.primary_over.is_some() && !self.handovers.begin(slot, gone) {
+                gone.primary_over = None;
+            }
+        }
+        self.rejoin(slot);
     }
 
     /// Takes all subscriptions of a session; returns their filters.

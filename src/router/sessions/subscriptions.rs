@@ -16,6 +16,9 @@ use crate::router::types::{
     Grant, OverlappingFilters, PendingGrant, RetainedRequest, SubscribeRef,
 };
 
+/// Up to this number, each of a session's subscriptions is looked for alone.
+const REJOINED_SINGLY_MAX: usize = 8;
+
 /// A subscription that has joined its session.
 #[derive(Debug)]
 pub(in crate::router) struct Joined {
@@ -91,8 +94,9 @@ impl Sessions {
         let mut found = OverlappingFilters::default();
         for s in all.filter(|s| overlaps(&s.name, filter)) {
             found.all.push(s.filter);
-            if s.active {
-                found.active.push(s.filter);
+            match s.active {
+                true => found.active.push(s.filter),
+                false => found.awaiting.push(s.filter),
             }
         }
         let given_up = shard.handovers.overlapping(subscribe.session.slot, filter);
@@ -118,7 +122,9 @@ impl Sessions {
             new.wild_below = Subscription::wild_below(&new.name, scope.mount.len());
         }
         let (filter, options, shared) = (new.filter, new.options, new.shared);
-        let replaced = slot.session.add_subscription(new).is_some();
+        let name = new.name.clone();
+        let added = slot.session.add_subscription(new, &raised.all);
+        let replaced = added.replaced;
         let incarnation = slot.session.incarnation;
         let mut late = Vec::new();
         if let Some(grant) = grant {
@@ -128,8 +134,12 @@ impl Sessions {
                 // Messages until the broker's answer are missed.
                 slot.session.gaps += 1;
             }
-            late = shard.active_overlapping(at, filter, grant.qos);
-            late.retain(|id| !raised.active.contains(id));
+            if grant.qos > QoS::AtMostOnce && !shared {
+                // Other filters cannot have come since, because the client's packets are taken in turn.
+                late = slot.session.active_of(&raised.awaiting);
+                let given_up = shard.handovers.overlapping(at, &name);
+                late.extend(given_up.filter(|id| !raised.active.contains(id)));
+            }
         }
         // A shared subscription gets no retained messages (MQTT 5 §4.8.2).
         let retained = !shared
@@ -151,7 +161,7 @@ impl Sessions {
             answer_to(slot, subscribe.packet_id, &[answer])
         });
         if !shared {
-            shard.rejoin_with(at, filter);
+            shard.rejoin_with(at, filter, &added.newly_overlapping);
         }
         drop(shard);
         if let Some(waking) = waking {
@@ -282,17 +292,14 @@ impl Shard {
             .filter(|slot| slot.session.incarnation == grant.incarnation)
     }
 
-    /// Puts the members in line with a new subscription of a session, and with the others if their
-    /// overlap marks have changed.
-    fn rejoin_with(&mut self, slot: u32, filter: FilterId) {
-        let Some(s) = self.slots.get_mut(slot as usize) else {
-            return;
-        };
-        let overlaps = s.session.subscription(filter).map(|s| s.overlaps > 0);
-        match overlaps {
-            Some(true) => self.rejoin(slot),
-            Some(false) => self.update_member(slot, filter),
-            None => {}
+    /// Puts the members in line with a new subscription of a session, and with others whose overlap marks
+    /// have changed.
+    fn rejoin_with(&mut self, slot: u32, filter: FilterId, marked: &[FilterId]) {
+        if marked.len() > REJOINED_SINGLY_MAX {
+            return self.rejoin(slot);
+        }
+        for filter in marked.iter().chain([&filter]) {
+            self.update_member(slot, *filter);
         }
     }
 

@@ -198,7 +198,7 @@ fn retain_handling_of_a_repeated_filter() {
 #[test]
 fn a_subscribe_with_more_filters_than_can_be_counted_is_answered_whole() {
     let mut session = connected();
-    session.add_subscription(subscription(FilterId(7), "#"));
+    session.add_subscription(subscription(FilterId(7), "#"), &[]);
     let mut filters = vec![("#", options(ONE, 0)); 70_000];
     filters.push(("a", options(ONE, 0)));
     let (requests, asked) = subscribe(&mut session, &filters, &limits(10));

@@ -37,6 +37,8 @@ const REQUESTS_MAX: usize = 1000;
 const FILTERS_AT_ONCE: usize = 200;
 /// Filters in one packet where the broker has no identifiers. AWS IoT Core takes no more.
 const FILTERS_IN_PACKET: usize = 8;
+/// Up to this number of identifiers of a message, each is compared with those before it.
+const COMPARED_MAX: usize = 32;
 /// The least time between two writes. Only the broker itself waits for acknowledgements.
 const PACE: Duration = Duration::from_millis(2);
 /// How often a PINGREQ asks whether the broker has the acknowledgements that were sent.
@@ -170,12 +172,15 @@ impl DataLink {
     fn arrived(&mut self, p: &Publish<'_>, skipped: bool, now: Millis) {
         let mut filters: SmallVec<[FilterId; 2]> = SmallVec::new();
         if self.identifiers && p.has_subscription_ids {
-            for identifier in p.subscription_ids() {
-                if let Some(number) = FilterId::from_subscription_identifier(identifier)
-                    && !filters.contains(&number)
-                {
+            let numbers = p.subscription_ids();
+            for number in numbers.filter_map(FilterId::from_subscription_identifier) {
+                if filters.len() >= COMPARED_MAX || !filters.contains(&number) {
                     filters.push(number);
                 }
+            }
+            if filters.len() > COMPARED_MAX {
+                filters.sort_unstable();
+                filters.dedup();
             }
         }
         let message = Message::new(&MessageSpec {

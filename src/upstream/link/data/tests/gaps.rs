@@ -498,7 +498,7 @@ fn a_filter_without_subscribers_is_not_revived_by_other_features() {
         filter: FilterId(number),
         name: name.as_str().into(),
         no_local: false,
-        primary_over: Vec::new(),
+        primary_over: None,
     }];
     broker.router.with(who.session, who.connection_no, |s, _| {
         s.remove_subscription(FilterId(number))
