@@ -37,7 +37,7 @@ pub use close::CloseReason;
 pub use connection::{Connection, ConnectionSpec, Scope};
 pub use effect::{Effect, GrantOrder, PrimaryOver, SubscribeRequest, Unsubscribed};
 pub use entry::{Offer, Redelivery};
-pub use inbound::{Answer, Arrival, Inbound, Incoming, Token};
+pub use inbound::{Answer, Arrival, Inbound, Incoming, OpenMax, Token};
 pub use incarnation::Incarnation;
 pub use key::SessionKey;
 pub use lifecycle::{Attached, Ended};
@@ -206,6 +206,16 @@ impl Session {
     /// Publishes of this client that wait for the broker's answer.
     pub fn publishes_waiting(&self) -> usize {
         self.inbound.as_ref().map_or(0, |i| i.waiting())
+    }
+
+    /// Publishes of QoS 1 and 2 that the client may count as unanswered, and QoS 2 not released.
+    pub fn publishes_open(&self) -> usize {
+        self.inbound.as_ref().map_or(0, |i| i.open())
+    }
+
+    /// Bytes that the session keeps to recognise publishes of its client.
+    pub fn inbound_bytes(&self) -> usize {
+        self.inbound.as_ref().map_or(0, |i| i.bytes())
     }
 
     /// Publishes of QoS 1 and 2 that the broker has yet to answer, of the client's earlier sessions

@@ -35,6 +35,24 @@ const BACKLOG_MAX_BYTES: usize = 64 * 1024;
 /// [`BACKLOG_MAX_BYTES`] while the output of all connections is over its budget.
 const STREAMS_OUTPUT_MAX_BYTES: usize = 4 * 1024 * 1024;
 
+/// The next packet of a stream has to wait.
+#[derive(Clone, Copy, Debug)]
+struct Pause {
+    stream: StreamId,
+    why: PauseReason,
+}
+
+/// The event for which a packet has to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PauseReason {
+    /// The answer to a SUBSCRIBE before it.
+    Subscribing,
+    /// Room among the publishes that wait for the broker, for a 3.x client.
+    Room,
+    /// The answer to a publish, for an MQTT 5 client that has sent more than our Receive Maximum.
+    ReceiveMaximum,
+}
+
 /// The limits of every connection.
 #[derive(Debug)]
 pub struct Limits {
@@ -91,7 +109,7 @@ pub struct Machine {
     /// Whether the network carries anything, once a data stream had output.
     network: Option<Box<Network>>,
     /// The stream whose next packet has to wait. Nothing is read meanwhile.
-    paused: Option<StreamId>,
+    paused: Option<Pause>,
     /// The streams that are left unread. The session knows whether there are any.
     unread: StreamSet,
     /// The streams for which the session had too much output after their last packets.
@@ -171,8 +189,8 @@ impl Machine {
         }
     }
 
-    /// Whether a packet that has arrived must wait: for the answer to a SUBSCRIBE before it, or for
-    /// room among the publishes that wait for the broker. Nothing is to be read meanwhile.
+    /// Whether a packet that has arrived must wait: for the answer to a SUBSCRIBE or to a publish before
+    /// it, or for room among the publishes that wait for the broker. Nothing is to be read meanwhile.
     pub fn paused(&self) -> bool {
         self.paused.is_some()
     }
@@ -192,9 +210,14 @@ impl Machine {
     /// # Errors
     /// The connection must end.
     pub fn resume(&mut self, cx: &Context<'_>) -> Result<Option<StreamReset>, End> {
-        match self.paused {
-            Some(stream) => self.received(cx, stream, &[]),
-            None => Ok(None),
+        let Some(Pause { stream, .. }) = self.paused else {
+            return Ok(None);
+        };
+        let reset = self.received(cx, stream, &[])?;
+        let waits = self.paused.is_some_and(|pause| pause.stream == stream);
+        match reset.is_none() && !waits && self.streams.iter().any(|s| s.is_ended(stream)) {
+            true => Ok(self.end_of_stream(cx, stream)),
+            false => Ok(reset),
         }
     }
 

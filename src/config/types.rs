@@ -362,6 +362,9 @@ pub struct Limits {
     pub connect_rate_max: u32,
     /// Receive Maximum announced to clients.
     pub receive_max: u16,
+    /// Unacknowledged publishes of an MQTT 5 client at which its connection is ended; `receive_max` if
+    /// that is more.
+    pub receive_max_hard: u16,
     /// Topic Alias Maximum announced to clients.
     pub topic_alias_max: u16,
     /// Subscriptions of one session.

@@ -25,6 +25,7 @@ pub(crate) fn router() -> Arc<Router> {
 fn limits() -> SessionLimits {
     SessionLimits {
         receive_max: 1000,
+        receive_max_hard: 1000,
         topic_alias_max: 0,
         packet_max: 1024 * 1024,
         queue_messages_max: 1000,
@@ -96,10 +97,18 @@ pub(crate) fn router_of(config: RouterConfig) -> Arc<Router> {
 
 /// [`router_of`] with room for this much output of one client, in bytes, beyond which messages wait.
 pub(crate) fn router_with_output(config: RouterConfig, output_buffer_bytes: usize) -> Arc<Router> {
-    let limits = SessionLimits {
-        output_buffer: Arc::new(output_buffer_bytes.into()),
-        ..limits()
-    };
+    router_limited(config, |limits| {
+        limits.output_buffer = Arc::new(output_buffer_bytes.into());
+    })
+}
+
+/// [`router_of`] with other limits of sessions.
+pub(crate) fn router_limited(
+    config: RouterConfig,
+    change: impl FnOnce(&mut SessionLimits),
+) -> Arc<Router> {
+    let mut limits = limits();
+    change(&mut limits);
     Arc::new(Router::new(limits, config, &Memory))
 }
 

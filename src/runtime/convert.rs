@@ -145,6 +145,7 @@ fn session_limits(config: &Config) -> SessionLimits {
     let subscriptions_max = config.limits.subscriptions_per_client_max as usize;
     SessionLimits {
         receive_max: config.limits.receive_max,
+        receive_max_hard: config.limits.receive_max_hard,
         topic_alias_max: config.limits.topic_alias_max,
         packet_max: config.limits.packet_max,
         queue_messages_max: config.session.queue_messages_max as usize,

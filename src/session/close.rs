@@ -36,7 +36,8 @@ pub enum CloseReason {
     QosNotSupported,
     /// RETAIN, although CONNACK announced that it is not available [MQTT-3.2.2-14].
     RetainNotSupported,
-    /// More unanswered publishes than our Receive Maximum [MQTT-3.3.4-9].
+    /// More unanswered publishes than `limits.receive_max_hard`; of QoS 2, than our Receive Maximum
+    /// [MQTT-3.3.4-9].
     ReceiveMaximumExceeded,
     /// A filter was refused to an MQTT 3.1 client, whose SUBACK has no code for it.
     SubscribeRefused,
@@ -114,7 +115,9 @@ impl CloseReason {
             Self::TopicLevels => "a topic with more levels than limits.topic_levels_max",
             Self::QosNotSupported => "a QoS above the announced maximum [MQTT-3.2.2-11]",
             Self::RetainNotSupported => "RETAIN where the broker keeps none [MQTT-3.2.2-14]",
-            Self::ReceiveMaximumExceeded => "more unanswered publishes than our Receive Maximum",
+            Self::ReceiveMaximumExceeded => {
+                "more unanswered publishes than limits.receive_max_hard, or than limits.receive_max of QoS 2"
+            }
             Self::SubscribeRefused => "a refused filter, which MQTT 3.1 cannot be told",
             Self::UnsubscribeFilters => "an UNSUBSCRIBE of more than 65,535 filters",
             Self::KeepAlive => "no packet for one and a half times the Keep Alive [MQTT-3.1.2-22]",

@@ -53,6 +53,15 @@ pub struct Incoming {
     pub digest: u64,
 }
 
+/// How many publishes of QoS 1 and 2 a client may have open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenMax {
+    /// Receive Maximum, as announced: the limit for QoS 2. See [`Inbound::is_full`] for QoS 1.
+    pub announced: usize,
+    /// The limit for both together.
+    pub hard: usize,
+}
+
 /// What an arriving publish means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
@@ -130,6 +139,8 @@ pub struct Inbound {
     unclaimed: Vec<Entry>,
     sequence: u64,
     waiting: usize,
+    /// Those of QoS 1 among them: the broker's answer to one of them makes room for another publish.
+    waiting_qos1: usize,
     /// Publishes that the router has and the broker has not answered, including publishes of the
     /// client's earlier sessions and publishes whose identifier the client has used again.
     under_way: u32,
@@ -150,6 +161,7 @@ impl Inbound {
             unclaimed: Vec::new(),
             sequence: 0,
             waiting: 0,
+            waiting_qos1: 0,
             under_way: 0,
             answered: 0,
             progressed: false,
@@ -162,6 +174,22 @@ impl Inbound {
         let waits = |e: &&Entry| matches!(e.state, State::Waiting(_));
         let detached = self.detached.iter().filter(waits).count();
         self.entries.len() - self.answered + detached
+    }
+
+    /// Whether a publish without DUP is to wait unread: the client has as many publishes open as it
+    /// was told, and the broker's answer to one of them will make room. A publish of QoS 2 leaves its
+    /// place only with PUBREL, which could not be read meanwhile, so such places are not waited for.
+    pub fn is_full(&self, stream: StreamId, packet_id: u16, announced: usize) -> bool {
+        self.waiting_qos1 > 0
+            && self.entries.len() + self.detached.len() >= announced
+            && self.open() >= announced
+            && !self.entries.contains_key(&Key::new(stream, packet_id))
+    }
+
+    /// Bytes that the entries take.
+    pub fn bytes(&self) -> usize {
+        let lists = self.detached.capacity() + self.unclaimed.capacity();
+        lists * size_of::<Entry>() + self.entries.capacity() * size_of::<(Key, Entry)>()
     }
 
     /// Publishes that wait for the broker's answer.
@@ -180,8 +208,8 @@ impl Inbound {
         self.waiting > 0 && self.entries.values().any(waits)
     }
 
-    /// Judges a publish of QoS 1 or 2; at most `open_max` may be open.
-    pub fn arrive(&mut self, publish: &Incoming, open_max: usize) -> Arrival {
+    /// Judges a publish of QoS 1 or 2.
+    pub fn arrive(&mut self, publish: &Incoming, open_max: OpenMax) -> Arrival {
         self.multi_stream |= !publish.stream.is_control();
         let key = Key::new(publish.stream, publish.packet_id);
         if let Some(entry) = self.entries.get_mut(&key) {
@@ -219,7 +247,9 @@ impl Inbound {
             // The client uses the identifier for a new message [MQTT-4.3.2-5].
             self.remove(key);
         }
-        if self.open() >= open_max {
+        let open = self.open();
+        let qos2 = publish.qos == QoS::ExactlyOnce;
+        if open >= open_max.hard || qos2 && open - self.waiting_qos1 >= open_max.announced {
             return Arrival::TooMany;
         }
         if !publish.dup {
@@ -227,7 +257,7 @@ impl Inbound {
         }
         self.sequence += 1;
         let token = Token::new(self.sequence, key);
-        self.waiting += 1;
+        self.begin_wait(publish.qos);
         self.under_way += 1;
         self.entries.insert(
             key,
@@ -261,7 +291,9 @@ impl Inbound {
         } else if !self.entries.contains_key(&key) {
             let at = self.unclaimed.iter().position(same)?;
             let unclaimed = self.unclaimed.swap_remove(at);
-            self.waiting += usize::from(matches!(unclaimed.state, State::Waiting(_)));
+            if let State::Waiting(qos) = unclaimed.state {
+                self.begin_wait(qos);
+            }
             unclaimed
         } else {
             return None;
@@ -301,9 +333,21 @@ impl Inbound {
         }
     }
 
+    /// A publish of this QoS waits for the broker's answer.
+    fn begin_wait(&mut self, qos: QoS) {
+        self.waiting += 1;
+        self.waiting_qos1 += usize::from(qos == QoS::AtLeastOnce);
+    }
+
+    /// A publish of this QoS waits no longer for the broker's answer, or is not counted any more.
+    fn end_wait(&mut self, qos: QoS) {
+        self.waiting -= 1;
+        self.waiting_qos1 -= usize::from(qos == QoS::AtLeastOnce);
+    }
+
     fn remove(&mut self, key: Key) {
         match self.entries.remove(&key).map(|e| e.state) {
-            Some(State::Waiting(_)) => self.waiting -= 1,
+            Some(State::Waiting(qos)) => self.end_wait(qos),
             Some(State::Answered(..)) => self.answered -= 1,
             _ => {}
         }
@@ -336,12 +380,15 @@ impl Inbound {
             && let Some(entry) = self.entries.get_mut(&key)
             && let State::Waiting(qos) = entry.state
         {
-            self.waiting -= 1;
             let stream = entry.stream;
-            if !attached || !entry.current {
+            let later = !attached || !entry.current;
+            if later {
                 // The client gets it for its copy, which it has not sent on this connection yet.
                 entry.state = State::Answered(qos, reason);
                 self.answered += 1;
+            }
+            self.end_wait(qos);
+            if later {
                 return None;
             }
             self.settle(key, qos, reason);
@@ -351,14 +398,16 @@ impl Inbound {
                 qos,
             });
         }
-        for (entry, counted) in (self.detached.iter_mut().map(|e| (e, 1)))
-            .chain(self.unclaimed.iter_mut().map(|e| (e, 0)))
+        for (entry, counted) in (self.detached.iter_mut().map(|e| (e, true)))
+            .chain(self.unclaimed.iter_mut().map(|e| (e, false)))
         {
             if entry.token == token
                 && let State::Waiting(qos) = entry.state
             {
                 entry.state = State::Answered(qos, reason);
-                self.waiting -= counted;
+                if counted {
+                    self.end_wait(qos);
+                }
                 break;
             }
         }
@@ -502,6 +551,7 @@ impl Inbound {
         left.truncate(UNCLAIMED_MAX);
         self.unclaimed = left;
         self.waiting = 0;
+        self.waiting_qos1 = 0;
         self.answered = 0;
         self.progressed = false;
     }

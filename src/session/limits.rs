@@ -26,6 +26,9 @@ pub enum DropReason {
 pub struct SessionLimits {
     /// Our Receive Maximum: QoS 1 and 2 publishes of an MQTT 5 client that may be unanswered.
     pub receive_max: u16,
+    /// Publishes of an MQTT 5 client that may be unanswered before its connection is ended.
+    /// [`SessionLimits::receive_max_hard`] is the limit in force.
+    pub receive_max_hard: u16,
     /// Our Topic Alias Maximum: aliases that a client may define.
     pub topic_alias_max: u16,
     /// The largest packet taken from a client, in bytes.
@@ -69,6 +72,12 @@ pub struct SessionLimits {
 }
 
 impl SessionLimits {
+    /// Publishes of an MQTT 5 client that may be unanswered before its connection is ended: never
+    /// fewer than were announced.
+    pub fn receive_max_hard(&self) -> usize {
+        self.receive_max_hard.max(self.receive_max).into()
+    }
+
     /// Messages in flight toward one client, whatever its Receive Maximum.
     pub fn in_flight_max(&self) -> usize {
         self.queue_messages_max.clamp(64, 16_384)

@@ -12,7 +12,7 @@ use crate::time::{Deadline, Millis};
 use crate::topics::matches;
 
 use crate::session::connection::{Connection, Scope};
-use crate::session::inbound::{Answer, Arrival, Inbound, Incoming, Token};
+use crate::session::inbound::{Answer, Arrival, Inbound, Incoming, OpenMax, Token};
 use crate::session::incarnation::Incarnation;
 use crate::session::{
     CloseReason, Effect, Policy, ResponseTopic, Session, SessionLimits, Subscription,
@@ -130,6 +130,17 @@ impl Session {
         Ok(())
     }
 
+    /// Whether a publish of an MQTT 5 client is to wait unread until the broker has answered one before
+    /// it, because the client has as many unanswered as we announced. Many clients do not count.
+    pub fn defers(&self, stream: StreamId, publish: &Publish<'_>, limits: &SessionLimits) -> bool {
+        let full = |i: &Inbound| i.is_full(stream, publish.packet_id, limits.receive_max.into());
+        // A copy with DUP takes no place of its own.
+        publish.qos > QoS::AtMostOnce
+            && !publish.dup
+            && self.version == Version::V5
+            && self.inbound.as_deref().is_some_and(full)
+    }
+
     /// A publish of QoS 1 or 2: its token if it is to be forwarded, `None` if it is one that we have
     /// had before, which is answered here as far as it can be.
     fn arrive(
@@ -143,9 +154,15 @@ impl Session {
             return Ok(None);
         };
         let open_max = match connection.version {
-            Version::V5 => usize::from(limits.receive_max),
+            Version::V5 => OpenMax {
+                announced: limits.receive_max.into(),
+                hard: limits.receive_max_hard(),
+            },
             // The client's socket is left unread well before.
-            _ => limits.v3_publishes_max * 4,
+            _ => OpenMax {
+                announced: limits.v3_publishes_max * 4,
+                hard: limits.v3_publishes_max * 4,
+            },
         };
         let incoming = Incoming {
             packet_id: publish.packet_id,

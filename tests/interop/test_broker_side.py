@@ -123,6 +123,27 @@ def test_a_broker_that_is_frozen_and_goes_on_delivers_each_qos_2_message_once(ow
     assert sorted(got, key=int) == [f"{n}" for n in range(2000)], "each once"
 
 
+@pytest.mark.parametrize("transport", ("tcp", "tls", "ws"))
+@pytest.mark.parametrize("past", (0, 1))
+def test_a_client_may_have_as_many_publishes_unanswered_as_the_hard_limit_allows(own_broker, own_edge, transport, past):
+    broker = own_broker()
+    limits = {"receive_max": 20, "receive_max_hard": 100}
+    edge = own_edge(broker.url, (transport,), limits=limits).start()
+    with Raw(edge[transport].port, transport, ca=edge.pki.ca) as raw:
+        raw.connect(fresh("id"), keep_alive=1)
+        broker.service.process.send_signal(signal.SIGSTOP)
+        raw.send(b"".join(wire.publish("a", f"{n}".encode(), 1, n) for n in range(1, 101 + past)))
+        if past:
+            packets, _ = raw.wait_closed()
+            assert [p.reason for p in packets] == [0x93]
+            broker.service.process.send_signal(signal.SIGCONT)
+            return
+        edge.wait_metric("it is left unread", lambda m: m.sum("tidegate_publishes_deferred_total", reason="receive_maximum"))
+        time.sleep(2.5)  # Real time must pass: its keep alive does not run while it is left unread.
+        broker.service.process.send_signal(signal.SIGCONT)
+        assert [(p.kind, p.packet_id) for p in (raw.recv() for _ in range(100))] == [(wire.PUBACK, n) for n in range(1, 101)]
+
+
 def test_tidegate_starts_without_a_broker(own_broker, own_edge, client):
     broker = own_broker()
     broker.stop()

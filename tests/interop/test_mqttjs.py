@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 
 import pytest
 
@@ -102,6 +103,31 @@ def test_sessions_resume_in_node(edge, client, way, node, transport):
     for qos in (1, 2):
         assert [m["payload"] for m in got if m["qos"] == qos and m["payload"] != "end"] == [f"m{n}" for n in range(10) if 1 + n % 2 == qos]
     assert all(m["userProperties"] == {"n": m["payload"][1:]} for m in got if m["payload"] != "end")
+    node.do("end", client=me)
+    node.wait("ended", me)
+
+
+@pytest.mark.parametrize("transport,count", (("tcp", 70), ("tcp", 500), ("wss", 500)))
+def test_a_client_may_publish_more_than_the_receive_maximum_at_once(own_broker, own_edge, client, way, node, transport, count):
+    broker = own_broker()
+    edge = own_edge(broker.url, ("tcp", "wss")).start()
+    topic, me = fresh(), fresh("js")
+    other = client(edge, "tcp")
+    other.subscribe(topic)
+    # The session ends with the connection, so that nothing is sent again on another one.
+    node.do("connect", client=me, url=url(line := way(edge, transport)), options=options(line, reconnectPeriod=0))
+    node.wait("connect", me)
+    broker.service.process.send_signal(signal.SIGSTOP)
+    at = node.do("burst", client=me, topic=topic, count=count, options={"qos": 1})
+    # All that the client wrote has left it before the broker answers anything.
+    node.do("publish", client=me, topic=topic, payload="end", options={"qos": 0})
+    node.wait("published", me, since=at)
+    if count > 256:
+        edge.wait_metric("it is left unread", lambda m: m.sum("tidegate_publishes_deferred_total", reason="receive_maximum"))
+    broker.service.process.send_signal(signal.SIGCONT)
+    assert [other.next().text for _ in range(count + 1)] == [f"{n}" for n in range(count)] + ["end"]
+    wait_until("all are acknowledged", lambda: len(node.events("published", me, at)) == count + 1)
+    assert not node.events("failed", me, at) and not node.events("close", me, at)
     node.do("end", client=me)
     node.wait("ended", me)
 

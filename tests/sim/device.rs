@@ -33,6 +33,8 @@ pub(crate) struct Profile {
     pub counts_anew: bool,
     /// Its acknowledgements are late.
     pub lazy: bool,
+    /// It does not count its publishes of QoS 1 against the server's Receive Maximum.
+    pub miscounts: bool,
     /// Data streams that it uses at most, beside the control stream.
     pub streams: u8,
 }
@@ -119,6 +121,8 @@ pub(crate) struct Device {
     trust: bool,
 }
 
+/// Publishes under way of a client that does not count.
+const UNCOUNTED_WINDOW: usize = 60;
 /// Publishes under way of a client that knows no Receive Maximum.
 const V3_WINDOW: usize = 12;
 
@@ -355,7 +359,7 @@ impl Device {
             return;
         }
         while let Some(front) = self.waiting.front() {
-            if front.qos > QoS::AtMostOnce && self.inflight.len() >= self.quota {
+            if !self.may_send(front.qos) {
                 return;
             }
             let Some(message) = self.waiting.pop_front() else {
@@ -373,6 +377,21 @@ impl Device {
                 });
             }
             self.write(&message, packet_id, false, stream, rng);
+        }
+    }
+
+    /// Whether the server's Receive Maximum leaves room, as far as the device counts.
+    fn may_send(&self, qos: QoS) -> bool {
+        let miscounts = self.profile.miscounts && self.profile.version == Version::V5;
+        match qos {
+            QoS::AtMostOnce => true,
+            _ if !miscounts => self.inflight.len() < self.quota,
+            _ if self.inflight.len() >= UNCOUNTED_WINDOW => false,
+            QoS::AtLeastOnce => true,
+            QoS::ExactlyOnce => {
+                let all = self.inflight.iter();
+                all.filter(|f| f.message.qos == qos).count() < self.quota
+            }
         }
     }
 

@@ -89,6 +89,8 @@ pub(crate) struct Edge {
     pub unread: StreamSet,
     /// Streams that the machine wants to be reset.
     pub resets: Vec<StreamReset>,
+    /// Streams that their client has ended, and whose last packets the machine has yet to take.
+    ending: StreamSet,
     /// Streams whose direction to the client the server has ended too.
     pub finished: Vec<StreamId>,
     traffic: Traffic,
@@ -109,6 +111,7 @@ impl Edge {
             last_in: Millis::ZERO,
             unread: StreamSet::EMPTY,
             resets: Vec::new(),
+            ending: StreamSet::EMPTY,
             finished: Vec::new(),
             traffic: Traffic::default(),
         }
@@ -283,6 +286,7 @@ impl Edge {
             let result = machine.resume(&cx);
             self.restart_deadlines(StreamSet::ALL, now);
             self.judge_taken(result, router, oracle, now)?;
+            self.judge_ending(router, oracle, now)?;
         }
         loop {
             self.send(room, router, now);
@@ -386,7 +390,20 @@ impl Edge {
             if reset.is_some() {
                 return Err("a stream ended in the middle of a packet".into());
             }
-            oracle.stream_closed(self.device, self.link, stream);
+            self.ending = self.ending.with(stream);
+        }
+        self.judge_ending(router, oracle, now)
+    }
+
+    /// Tells the oracle of streams that their client has ended, once all their packets are taken.
+    fn judge_ending(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
+        for stream in self.ending.iter() {
+            let untaken = |m: &Machine| m.untaken(stream);
+            if self.machine.as_ref().map_or(0, untaken) == 0 {
+                self.ending = self.ending.without(stream);
+                self.look_ahead(stream, router, oracle, now)?;
+                oracle.stream_closed(self.device, self.link, stream);
+            }
         }
         Ok(())
     }
@@ -396,6 +413,7 @@ impl Edge {
         for reset in resets {
             oracle.stream_ended(self.device, self.link, reset.stream);
             self.streams.remove(&reset.stream);
+            self.ending = self.ending.without(reset.stream);
             self.output.remove(&reset.stream);
             self.resets.push(reset);
         }
@@ -412,6 +430,7 @@ impl Edge {
         self.look_ahead(stream, router, oracle, now)?;
         if let Some(machine) = &mut self.machine {
             machine.stream_ended(&context(router, now), stream);
+            self.ending = self.ending.without(stream);
             oracle.stream_ended(self.device, self.link, stream);
             self.streams.remove(&stream);
             self.output.remove(&stream);

@@ -40,7 +40,12 @@ impl World {
         let config = router_config(evicts, &mut rng);
         let (publish_links, publish_links_max) = (config.publish_links, config.publish_links_max);
         let devices = rng.between(2, 5) as usize;
-        let profiles: Vec<Profile> = (0..devices).map(|n| profile(n, &mut rng)).collect();
+        let mut profiles: Vec<Profile> = (0..devices).map(|n| profile(n, &mut rng)).collect();
+        // Drawn apart, so that seeds from before it stay as they are.
+        let mut apart = Rng::new(seed ^ 0x5EED);
+        for profile in &mut profiles {
+            profile.miscounts = apart.chance(30);
+        }
         let grants = rng.pick(&[
             QoS::ExactlyOnce,
             QoS::ExactlyOnce,
@@ -101,6 +106,7 @@ impl World {
 fn session_limits(small: bool, queue_full: QueueFull, rng: &mut Rng) -> SessionLimits {
     SessionLimits {
         receive_max: rng.pick(&[1, 3, 16]),
+        receive_max_hard: 100,
         topic_alias_max: rng.pick(&[0, 2, 8]),
         packet_max: 1 << 20,
         queue_messages_max: if small {
@@ -205,6 +211,7 @@ fn profile(n: usize, rng: &mut Rng) -> Profile {
         stubborn: rng.chance(40),
         counts_anew: rng.chance(50),
         lazy: rng.chance(30),
+        miscounts: false,
         streams: if v5 && rng.chance(40) {
             rng.between(1, 3) as u8
         } else {

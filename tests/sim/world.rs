@@ -363,11 +363,7 @@ impl World {
                 let bytes = side.up.receive(&mut self.rng, self.now);
                 link.edge
                     .receive(number, &bytes, &self.router, &mut self.oracle, self.now)?;
-                if side.ended == Some(false)
-                    && side.up.chunks.is_empty()
-                    && link.edge.is_open()
-                    && !link.edge.is_paused()
-                {
+                if side.ended == Some(false) && side.up.chunks.is_empty() && link.edge.is_open() {
                     side.ended = Some(true);
                     link.edge
                         .stream_closed(number, &self.router, &mut self.oracle, self.now)?;

@@ -1,6 +1,6 @@
 //! The packet loop: bytes of a stream in, the session's state and effects for the router out.
 
-use crate::mqtt::{Decoder, Packet, QoS, Receiver, Version};
+use crate::mqtt::{Decoder, Packet, Publish, QoS, Receiver, Version};
 use crate::session::{CloseReason, Effect, Session, SessionLimits};
 use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{DeferReason, metrics};
@@ -8,7 +8,9 @@ use crate::time::Deadline;
 
 use crate::client::end::End;
 use crate::client::machine::streams::{StreamReset, may_travel_on_data_stream};
-use crate::client::machine::{BACKLOG_MAX_BYTES, Context, KEEP_BYTES, Machine, ReadBuffer};
+use crate::client::machine::{
+    BACKLOG_MAX_BYTES, Context, KEEP_BYTES, Machine, Pause, PauseReason, ReadBuffer,
+};
 
 /// How far the packets of one read were taken.
 enum Step {
@@ -17,7 +19,7 @@ enum Step {
     /// Up to an incomplete packet, or to the end.
     Done,
     /// Up to a publish that has to wait for the broker.
-    Paused,
+    Paused(PauseReason),
 }
 
 /// The packets that the session takes at once, under its shard's lock.
@@ -105,8 +107,8 @@ impl Machine {
             match step {
                 Step::Again => {}
                 Step::Done => break,
-                Step::Paused => {
-                    paused = Some(stream);
+                Step::Paused(why) => {
+                    paused = Some(Pause { stream, why });
                     break;
                 }
             }
@@ -177,26 +179,32 @@ impl Machine {
     }
 
     /// Leaves the client unread, or reads it again.
-    fn pause(&mut self, cx: &Context<'_>, stream: Option<StreamId>) {
-        let before = std::mem::replace(&mut self.paused, stream);
-        if before.is_some() == stream.is_some() {
-            return;
+    fn pause(&mut self, cx: &Context<'_>, pause: Option<Pause>) {
+        let before = std::mem::replace(&mut self.paused, pause);
+        if before.map(|pause| pause.why) != pause.map(|pause| pause.why) {
+            let reason = match pause.map(|pause| pause.why) {
+                Some(PauseReason::Room) => Some(DeferReason::V3Unread),
+                Some(PauseReason::ReceiveMaximum) => Some(DeferReason::ReceiveMaximum),
+                Some(PauseReason::Subscribing) | None => None,
+            };
+            if let Some(reason) = reason {
+                metrics().publishes_deferred[reason].increment(1);
+            }
         }
-        if stream.is_some() {
-            metrics().publishes_deferred[DeferReason::V3Unread].increment(1);
+        if before.is_some() != pause.is_some() {
+            self.set_unread(
+                cx,
+                match pause {
+                    Some(_) => StreamSet::ALL,
+                    None => StreamSet::EMPTY,
+                },
+            );
         }
-        self.set_unread(
-            cx,
-            match stream {
-                Some(_) => StreamSet::ALL,
-                None => StreamSet::EMPTY,
-            },
-        );
     }
 
     /// Forgets that a packet of this stream has to wait: the stream is gone.
     pub(super) fn forget_pause(&mut self, cx: &Context<'_>, stream: StreamId) {
-        if self.paused == Some(stream) {
+        if self.paused.is_some_and(|pause| pause.stream == stream) {
             self.pause(cx, None);
         }
     }
@@ -233,8 +241,14 @@ impl Batch<'_> {
                     let (session, link) = (machine.session, machine.publish_link);
                     cx.router.defers_publish(session, link, waiting, size)
                 };
-                if session.subscribing() || (v3 && full()) {
-                    return Ok(Step::Paused);
+                if session.subscribing() {
+                    return Ok(Step::Paused(PauseReason::Subscribing));
+                }
+                if v3 && full() {
+                    return Ok(Step::Paused(PauseReason::Room));
+                }
+                if session.defers(self.stream, p, limits) {
+                    return self.defer(machine, session, limits, &decoder);
                 }
                 self.publishes[p.qos as usize] += 1;
             }
@@ -246,6 +260,33 @@ impl Batch<'_> {
                 return Ok(Step::Again);
             }
         }
+    }
+
+    /// An MQTT 5 client has sent more than our Receive Maximum. The publishes that have arrived wait
+    /// with those in its socket, as long as they are not too many.
+    #[cold]
+    fn defer(
+        &self,
+        machine: &Machine,
+        session: &Session,
+        limits: &SessionLimits,
+        decoder: &Decoder,
+    ) -> Result<Step, End> {
+        let why = PauseReason::ReceiveMaximum;
+        // While it lasts, no bytes arrive, and the number only falls.
+        if machine.paused.is_none_or(|pause| pause.why != why) {
+            let mut unanswered = session.publishes_open();
+            let mut rest = &self.bytes[self.used..];
+            while let Ok(Some((packet, size))) = decoder.next(rest) {
+                let publish = |p: &Publish<'_>| p.qos > QoS::AtMostOnce;
+                unanswered += usize::from(matches!(&packet, Packet::Publish(p) if publish(p)));
+                rest = &rest[size..];
+            }
+            if unanswered > limits.receive_max_hard() {
+                return Err(End::from_close(CloseReason::ReceiveMaximumExceeded));
+            }
+        }
+        Ok(Step::Paused(why))
     }
 
     /// Whether the batch has publishes that the broker does not acknowledge.

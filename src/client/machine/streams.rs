@@ -102,6 +102,11 @@ impl DataStream {
         }
     }
 
+    /// Whether it is the stream with this number, and the client has ended its direction.
+    pub(super) fn is_ended(&self, number: StreamId) -> bool {
+        self.closed && self.number == number
+    }
+
     /// Bytes of output that the transport has not taken.
     pub(super) fn waiting(&self) -> usize {
         self.output.rest().len()
@@ -247,6 +252,7 @@ impl Machine {
         };
         let (session, connection_no) = (self.session, self.connection_no);
         let done = stream.closed
+            && stream.input.bytes.is_empty()
             && stream.output.is_empty()
             && !cx.router.stream_busy(session, connection_no, number);
         if done {
@@ -296,16 +302,27 @@ impl Machine {
     }
 
     /// The client ended its direction of a data stream. A reset comes back if the stream ended in
-    /// the middle of a packet.
+    /// the middle of a packet. Packets that have to wait are taken first.
     pub fn stream_closed(&mut self, cx: &Context<'_>, number: StreamId) -> Option<StreamReset> {
-        let stream = self.stream(number);
-        if !stream.input.bytes.is_empty() {
+        self.stream(number).closed = true;
+        match self.paused.is_some_and(|pause| pause.stream == number) {
+            true => None,
+            false => self.end_of_stream(cx, number),
+        }
+    }
+
+    /// All complete packets of a data stream that its client has ended are taken.
+    pub(super) fn end_of_stream(
+        &mut self,
+        cx: &Context<'_>,
+        number: StreamId,
+    ) -> Option<StreamReset> {
+        if !self.stream(number).input.bytes.is_empty() {
             let cause = ResetCause::Incomplete;
             let code = cause.code();
             metrics().packet_rejected(code.0, code.name());
             return Some(self.reset(cx, number, StreamReason::Incomplete, cause));
         }
-        stream.closed = true;
         cx.router
             .stream_closed(self.session, self.connection_no, number);
         self.stale = true;

@@ -1,4 +1,5 @@
 mod publish_links;
+mod receive_maximum;
 
 use std::time::Duration;
 
@@ -39,7 +40,10 @@ impl Rig {
     }
 
     fn of(config: RouterConfig) -> Self {
-        let router = router_of(config);
+        Self::on_router(router_of(config))
+    }
+
+    fn on_router(router: Arc<Router>) -> Self {
         router.set_broker_features(&facts(), Millis::ZERO);
         router.data_link_up(0, crate::router::LinkSession::New, true, Millis::ZERO);
         let machine = machine(&router, "client", Version::V5, Millis::ZERO);

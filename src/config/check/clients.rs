@@ -105,6 +105,11 @@ impl Checker<'_, '_> {
             1..=10_000_000,
         );
         self.range("limits.receive_max", limits.receive_max, 1..=65535);
+        self.range(
+            "limits.receive_max_hard",
+            limits.receive_max_hard,
+            1..=65535,
+        );
         let subscriptions = limits.subscriptions_per_client_max;
         self.range(
             "limits.subscriptions_per_client_max",

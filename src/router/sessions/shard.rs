@@ -41,8 +41,8 @@ pub(in crate::router) struct Slot {
     pub publish_link: u8,
     /// The time of the session's entry among the timers.
     armed: Option<Millis>,
-    /// Entries charged to the account of entries.
-    charged_entries: u32,
+    /// Bytes charged to the account of entries.
+    charged_entry_bytes: u32,
     /// Bytes charged to the account of output.
     charged_output_bytes: u32,
     /// Bytes of output that the connection's task took last, and has perhaps not written yet.
@@ -58,16 +58,17 @@ impl Slot {
     /// accounts.
     pub(super) fn charge(&mut self) -> (i64, i64) {
         // Both are bounded far below 4 GiB by the session's limits.
-        let entries = self.session.outbound().entries() as u32;
+        let entries = self.session.outbound().entries() * ENTRY_BYTES;
+        let entry_bytes = (entries + self.session.inbound_bytes()) as u32;
         let output = match self.session.connection_ref() {
             Some(connection) => (connection.output_len() + self.taken) as u32,
             None => 0,
         };
         let more = (
-            (i64::from(entries) - i64::from(self.charged_entries)) * ENTRY_BYTES as i64,
+            i64::from(entry_bytes) - i64::from(self.charged_entry_bytes),
             i64::from(output) - i64::from(self.charged_output_bytes),
         );
-        self.charged_entries = entries;
+        self.charged_entry_bytes = entry_bytes;
         self.charged_output_bytes = output;
         more
     }
@@ -127,7 +128,7 @@ impl Shard {
             listed: false,
             publish_link: 0,
             armed: None,
-            charged_entries: 0,
+            charged_entry_bytes: 0,
             charged_output_bytes: 0,
             taken: 0,
             taken_at: Millis::ZERO,
@@ -171,7 +172,7 @@ impl Shard {
         if let Some(at) = removed.armed {
             self.timers.remove(&(at, slot));
         }
-        self.entry_bytes -= i64::from(removed.charged_entries) * ENTRY_BYTES as i64;
+        self.entry_bytes -= i64::from(removed.charged_entry_bytes);
         self.output_bytes -= i64::from(removed.charged_output_bytes);
     }
 

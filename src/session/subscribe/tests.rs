@@ -29,6 +29,7 @@ fn subscription(filter: FilterId, name: &str) -> Subscription {
 fn limits(subscriptions_max: usize) -> SessionLimits {
     SessionLimits {
         receive_max: 10,
+        receive_max_hard: 10,
         topic_alias_max: 0,
         packet_max: 1024 * 1024,
         queue_messages_max: 10,

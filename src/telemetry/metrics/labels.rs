@@ -170,7 +170,7 @@ labels! {
         Protocol = "protocol_error",
         /// A packet over `packet_max` (0x95).
         TooLarge = "packet_too_large",
-        /// More unacknowledged publishes than Receive Maximum (0x93).
+        /// More unacknowledged publishes than `receive_max_hard`, or of QoS 2 than `receive_max` (0x93).
         ReceiveMaximum = "receive_maximum",
         /// An illegal topic alias (0x94).
         TopicAlias = "topic_alias",
@@ -270,6 +270,8 @@ labels! {
         Budget = "budget",
         /// A 3.x socket is left unread.
         V3Unread = "v3_unread",
+        /// An MQTT 5 client has sent more than `receive_max` and is left unread.
+        ReceiveMaximum = "receive_maximum",
     }
 
     /// Why accepting a connection failed.

@@ -28,6 +28,10 @@ export function makeAgent(mqtt, say, prepare = (options) => options, webTranspor
     publish({ client: name, topic, payload, options = {} }) {
       clients.get(name).publish(topic, payload, options, failed(name, 'published'))
     },
+    // Many publishes at once.
+    burst({ client: name, topic, count, options = {} }) {
+      for (let n = 0; n < count; n++) clients.get(name).publish(topic, `${n}`, options, failed(name, 'published'))
+    },
     // A bare WebSocket, to show how much a page learns of its end.
     socket({ client: name, url, protocols = ['mqtt'], send }) {
       const one = new WebSocket(url, protocols)
