@@ -32,10 +32,12 @@ pub struct Ended {
 }
 
 /// The outcome of [`Session::attach`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Attached {
     /// Number of the connection.
     pub connection_no: u64,
+    /// Publish this will of the connection that was taken over now.
+    pub will: Option<Message>,
     /// A will was cancelled: a delayed one by this resume [MQTT-3.1.3-9], or by a DISCONNECT on the
     /// connection that this one replaces.
     pub will_cancelled: bool,
@@ -61,8 +63,10 @@ impl Session {
         ended
     }
 
-    /// Begins a connection; one that is there is taken over, without a will. `expiry` is in seconds.
-    /// Unacknowledged messages of an earlier connection are sent again by [`Session::pump`].
+    /// Begins a connection; one that is there is taken over. Its will is due if it has no delay, because
+    /// its client sent no DISCONNECT (§3.1.2.5, [MQTT-3.1.4-3]); a grace covers the takeover. `expiry`
+    /// is in seconds. Unacknowledged messages of an earlier connection are sent again by
+    /// [`Session::pump`].
     pub fn attach(
         &mut self,
         spec: &ConnectionSpec,
@@ -71,8 +75,10 @@ impl Session {
         limits: &SessionLimits,
         now: Millis,
     ) -> Attached {
+        let mut due = None;
         if self.attached() {
             self.forget_connection(limits);
+            due = (self.will).take_if(|w| w.delay == 0 && limits.will_grace.is_zero());
         }
         let discarded = self.phase.take_will_discarded();
         let will_cancelled = self.will.take().is_some() | discarded;
@@ -84,6 +90,7 @@ impl Session {
         let connection = Box::new(Connection::new(self.connection_no, spec, now));
         Attached {
             connection_no: self.connection_no,
+            will: due.map(|w| w.publish(now)),
             will_cancelled,
             present: self.phase.attach(connection, limits.presence),
         }

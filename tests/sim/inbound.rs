@@ -114,17 +114,22 @@ impl Inbound {
         }
     }
 
-    /// The session goes on with a new connection: its will is cancelled [MQTT-3.1.3-9].
+    /// The session goes on with a new connection: its will is cancelled [MQTT-3.1.3-9], unless it has
+    /// no delay and the connection before was taken over (§3.1.2.5).
     pub(crate) fn resumed(&mut self, device: usize, now: Millis) {
         let Some(at) = self.publishers[device].will else {
             return;
         };
         let will = &mut self.wills[at];
         will.state = match will.state {
+            WillState::Armed if will.delay == 0 => WillState::Due(now),
             WillState::Armed => WillState::Cancelled,
             WillState::Due(due) if due > now => WillState::Cancelled,
             ref other => other.clone(),
         };
+        if let WillState::Due(due) = will.state {
+            self.by_key.insert(will.key.clone(), (device, due));
+        }
     }
 
     /// The connection ended; the session ends `expiry` seconds later.

@@ -108,9 +108,8 @@ impl Sessions {
         };
         let attached = self.attach(shard, at, connect, present, now, connack);
         let (reference, publish_link) = (attached.session, attached.publish_link);
-        if let Some(change) = attached.presence {
-            actions.presence_changes.push(change);
-        }
+        actions.presence_changes.extend(attached.presence);
+        actions.wills.extend(attached.will);
         if taken_over {
             metrics().takeovers.increment(1);
         }
@@ -216,10 +215,16 @@ impl Sessions {
         if attached.will_cancelled {
             metrics().wills_cancelled.increment(1);
         }
+        let will = attached.will.map(|will| DueWill {
+            session,
+            publish_link,
+            will,
+        });
         Attached {
             session,
             connection_no: attached.connection_no,
             publish_link,
+            will,
             presence,
             groups,
         }
@@ -257,6 +262,8 @@ struct Attached {
     session: SessionRef,
     connection_no: u64,
     publish_link: u8,
+    /// The will of the connection that was taken over.
+    will: Option<DueWill>,
     presence: Option<PresenceChange>,
     groups: Vec<FilterId>,
 }
@@ -348,3 +355,6 @@ pub(super) fn count_lost(ended: &Ended) {
         metrics().messages_dropped[DropReason::SessionEnd].increment(ended.messages as u64);
     }
 }
+
+#[cfg(test)]
+mod tests;
