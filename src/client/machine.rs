@@ -10,6 +10,7 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
+use std::num::NonZeroU8;
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
@@ -51,6 +52,8 @@ enum PauseReason {
     Room,
     /// The answer to a publish, for an MQTT 5 client that has sent more than our Receive Maximum.
     ReceiveMaximum,
+    /// The connection's next turn.
+    Turn,
 }
 
 /// The limits of every connection.
@@ -64,6 +67,8 @@ pub struct Limits {
     pub packet_deadline: Duration,
     /// The time in which a stream must take a part of its output.
     pub write_stall: Duration,
+    /// Packets of one connection that are taken before other connections have their turn.
+    pub turn_packets: NonZeroU8,
 }
 
 /// What a machine borrows for the time of one call.
@@ -84,8 +89,9 @@ pub struct Context<'a> {
 /// After each wake-up the driver calls, in this order: [`Machine::woken`]; [`Machine::watch`]; then,
 /// until nothing happens any more, [`Machine::transmit`] while there is output that the transport
 /// takes, [`Machine::resume`] if the machine is [`Machine::paused`], and [`Machine::received`] with
-/// bytes of the streams that [`Machine::unread`] does not name. When all bytes are read,
-/// it calls [`Machine::expired`]. While there is a [`Machine::deadline`], or the machine is
+/// bytes of the streams that [`Machine::unread`] does not name. Once [`Machine::turn_is_over`], the
+/// driver lets other connections have their turn, and begins again. When all bytes are read, it calls
+/// [`Machine::expired`]. While there is a [`Machine::deadline`], or the machine is
 /// paused, it asks the router for a wake-up at the next tick. At the end it calls
 /// [`Machine::ended`].
 #[derive(Debug)]
@@ -114,6 +120,8 @@ pub struct Machine {
     unread: StreamSet,
     /// The streams for which the session had too much output after their last packets.
     full: StreamSet,
+    /// Packets that may still be taken in this turn.
+    turn: u8,
     /// The session may have output that was not taken.
     stale: bool,
     /// The transport has not passed on all bytes of the control stream.
@@ -157,6 +165,8 @@ impl Machine {
             paused: None,
             unread: StreamSet::EMPTY,
             full: StreamSet::EMPTY,
+            // The first turn begins before anybody wakes the machine.
+            turn: u8::MAX,
             stale: true,
             blocked: false,
             greeted: false,
@@ -177,11 +187,12 @@ impl Machine {
         }
     }
 
-    /// To be called after a wake-up, with the waker for the next one.
+    /// To be called after a wake-up, with the waker for the next one. A turn begins.
     ///
     /// # Errors
     /// The router asked the connection to end.
-    pub fn woken(&mut self, waker: &Waker) -> Result<(), End> {
+    pub fn woken(&mut self, limits: &Limits, waker: &Waker) -> Result<(), End> {
+        self.begin_turn(limits);
         self.stale |= self.handle.take(waker);
         match self.handle.closing() {
             Some(close) => Err(End::from_close(close)),
@@ -190,9 +201,32 @@ impl Machine {
     }
 
     /// Whether a packet that has arrived must wait: for the answer to a SUBSCRIBE or to a publish before
-    /// it, or for room among the publishes that wait for the broker. Nothing is to be read meanwhile.
+    /// it, for room among the publishes that wait for the broker, or for the next turn. Nothing is to be
+    /// read meanwhile.
     pub fn paused(&self) -> bool {
         self.paused.is_some()
+    }
+
+    /// Whether no more packets are taken before the next turn.
+    pub fn turn_is_over(&self) -> bool {
+        self.turn == 0
+    }
+
+    fn begin_turn(&mut self, limits: &Limits) {
+        self.turn = limits.turn_packets.get();
+    }
+
+    /// Takes the packets that wait for the next turn: the connection is lost, and has no other one.
+    ///
+    /// # Errors
+    /// The connection ends for another reason, such as its client's DISCONNECT.
+    pub fn take_rest(&mut self, cx: &Context<'_>) -> Result<Vec<StreamReset>, End> {
+        let mut resets = Vec::new();
+        while self.paused.is_some_and(|p| p.why == PauseReason::Turn) {
+            self.begin_turn(cx.limits);
+            resets.extend(self.resume(cx)?);
+        }
+        Ok(resets)
     }
 
     /// Bytes of a stream that arrived and whose packets were not taken: they are incomplete, or have

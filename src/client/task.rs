@@ -121,7 +121,8 @@ impl<'a> Task<'a> {
             Ok(polled) => polled,
             Err(end) => return Poll::Ready(end),
         };
-        if self.machine.paused() || self.machine.deadline().is_some() {
+        let waits = self.machine.paused() && !self.machine.turn_is_over();
+        if waits || self.machine.deadline().is_some() {
             // The broker's answers wake a paused client too; the tick is its second chance.
             self.clients.router.wake_soon(self.machine.handle());
         }
@@ -136,7 +137,8 @@ impl<'a> Task<'a> {
 
     /// Writes and reads. Ready: there may be more to do at once.
     fn make_progress(&mut self, cx: &mut task::Context<'_>) -> Result<Poll<()>, End> {
-        self.machine.woken(cx.waker())?;
+        self.machine
+            .woken(&self.clients.machine_limits, cx.waker())?;
         if self.machine.handle().take_ping() {
             // A ping that cannot be sent now is sent with the next output.
             let _ = self.socket.poll_ping(cx);
@@ -152,10 +154,16 @@ impl<'a> Task<'a> {
             if self.machine.paused() {
                 let reset = self.on_machine(Machine::resume)?;
                 self.reset_if(reset);
+                if self.machine.turn_is_over() {
+                    break;
+                }
                 if self.machine.paused() {
                     return Ok(Poll::Pending);
                 }
                 continue;
+            }
+            if self.machine.turn_is_over() {
+                break;
             }
             let unread = self.on_machine(Machine::unread);
             if unread == StreamSet::ALL {
@@ -267,6 +275,14 @@ impl<'a> Task<'a> {
     fn received(&mut self, stream: StreamId, bytes: &[u8]) -> Result<(), End> {
         let reset = self.on_machine(|machine, cx| machine.received(cx, stream, bytes))?;
         self.reset_if(reset);
+        Ok(())
+    }
+
+    /// Takes the packets that wait for the next turn.
+    fn take_rest(&mut self) -> Result<(), End> {
+        for reset in self.on_machine(Machine::take_rest)? {
+            self.reset(&reset);
+        }
         Ok(())
     }
 

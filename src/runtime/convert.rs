@@ -1,5 +1,6 @@
 //! The configuration's values as the modules behind it want them.
 
+use std::num::NonZeroU8;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -26,6 +27,9 @@ use crate::runtime::secret;
 const FILTER_BYTES: usize = 64;
 /// The least bytes of subscriptions' filters that one session may hold, whatever their number.
 const FILTERS_MIN_BYTES: usize = 256 * 1024;
+/// Packets of one client that are taken before other clients have their turn. The cheapest ones come by
+/// the ten thousand in one read, and each turn costs about as much as twenty of them.
+const TURN_PACKETS: NonZeroU8 = NonZeroU8::MAX;
 /// Bytes that properties and a mount may add to a client's largest packet on its way to the broker.
 const UPSTREAM_PACKET_GROWTH_BYTES: u32 = 1024;
 
@@ -54,6 +58,7 @@ pub(super) fn clients(
             input_max_bytes: config.memory.max / 8,
             packet_deadline: config.limits.packet_deadline,
             write_stall: config.limits.write_stall,
+            turn_packets: TURN_PACKETS,
         },
         unauthenticated: Arc::default(),
         unauthenticated_max_bytes: config.memory.max / 16,

@@ -1,5 +1,6 @@
 //! Helpers of the tests of links and of client machines, beside those of the router.
 
+use std::num::NonZeroU8;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -55,6 +56,7 @@ static MACHINE_LIMITS: LazyLock<machine::Limits> = LazyLock::new(|| machine::Lim
     input_max_bytes: 64 * 1024 * 1024,
     packet_deadline: Duration::from_secs(10),
     write_stall: Duration::from_secs(60),
+    turn_packets: NonZeroU8::MAX,
 });
 
 /// What a client's machine needs for one call; its client may do everything.

@@ -143,7 +143,9 @@ impl World {
         let Some(machine) = &mut device.machine else {
             return;
         };
-        machine.woken(Waker::noop()).expect("nothing ends it");
+        machine
+            .woken(cx.limits, Waker::noop())
+            .expect("nothing ends it");
         let given_up = machine.watch(&cx, device.traffic);
         assert!(given_up.is_empty(), "nothing waits for that long");
         machine.resume(&cx).expect("it is legal");

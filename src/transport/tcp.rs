@@ -13,6 +13,8 @@ use crate::transport::types::OutBuf;
 
 /// The most bytes that one call reads.
 pub(super) const READ_MAX_BYTES: usize = 64 * 1024;
+/// The most reads of one call: a TLS record or a WebSocket frame may have a single byte, or none.
+pub(super) const READS_MAX: usize = 64;
 
 thread_local! {
     // One per worker thread: an idle connection holds no read buffer, and the buffer of a busy one
@@ -38,8 +40,8 @@ pub(super) fn poll_read<S: AsyncRead + Unpin>(
 
 /// Appends received bytes to `buf`. The number of bytes is never 0.
 ///
-/// Reads until nothing is left or [`READ_MAX_BYTES`] is reached, because one read of a TLS stream
-/// returns at most one record. `ended` keeps an end that was found behind bytes for the next call.
+/// Reads until nothing is left, or [`READ_MAX_BYTES`] or [`READS_MAX`] is reached, because one read of a
+/// TLS stream returns at most one record. `ended` keeps an end that was found behind bytes for the next call.
 pub(super) fn poll_recv<S: AsyncRead + Unpin>(
     io: &mut S,
     cx: &mut Context<'_>,
@@ -51,7 +53,10 @@ pub(super) fn poll_recv<S: AsyncRead + Unpin>(
     }
     with_scratch(|scratch| {
         let mut total = 0;
-        while total < READ_MAX_BYTES {
+        for _ in 0..READS_MAX {
+            if total == READ_MAX_BYTES {
+                break;
+            }
             match poll_read(io, cx, &mut scratch[total..]) {
                 Poll::Ready(Ok(0)) => *ended = Some(Closed::Eof),
                 Poll::Ready(Ok(n)) => {
@@ -151,6 +156,29 @@ mod tests {
         assert_eq!(buf, b"last words");
         let end = poll_fn(|cx| poll_recv(&mut ours, cx, &mut buf, &mut ended)).await;
         assert!(matches!(end, Err(Closed::Eof)));
+    }
+
+    /// A peer whose every read has a single byte, as TLS records may have.
+    struct Drops;
+
+    impl AsyncRead for Drops {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            buf.put_slice(b"x");
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn one_call_reads_a_bounded_number_of_records() {
+        let (mut buf, mut ended) = (Vec::new(), None);
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let polled = poll_recv(&mut Drops, &mut cx, &mut buf, &mut ended);
+        assert!(matches!(polled, Poll::Ready(Ok(READS_MAX))));
+        assert_eq!(buf.len(), READS_MAX);
     }
 
     #[tokio::test]

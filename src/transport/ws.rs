@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Control};
 
 use crate::transport::closed::{Closed, ResetReason, Violation};
-use crate::transport::tcp::{self, Closing, READ_MAX_BYTES, with_scratch};
+use crate::transport::tcp::{self, Closing, READ_MAX_BYTES, READS_MAX, with_scratch};
 use crate::transport::types::{CloseHow, OutBuf};
 pub use frame::FrameError;
 use frame::{Decoder, Requests, Stopped};
@@ -97,7 +97,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
             let mut early = std::mem::take(&mut self.early);
             self.feed(&mut early, buf, before);
         }
+        let (mut reads, mut raw_bytes) = (0, 0);
+        let mut yields = false;
         while self.ended.is_none() && self.early.is_empty() && buf.len() - before < READ_MAX_BYTES {
+            // Control frames bring no bytes for `buf`.
+            yields = reads == READS_MAX || raw_bytes >= READ_MAX_BYTES;
+            if yields {
+                break;
+            }
+            reads += 1;
             let read = with_scratch(|scratch| {
                 let room = READ_MAX_BYTES - (buf.len() - before);
                 let read = tcp::poll_read(&mut self.io, cx, &mut scratch[..room]);
@@ -108,7 +116,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
             });
             match read {
                 Poll::Ready(Ok(0)) => self.ended = Some(Closed::Eof),
-                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Ok(n)) => raw_bytes += n,
                 Poll::Ready(Err(error)) => self.ended = Some(error.into()),
                 Poll::Pending => break,
             }
@@ -121,7 +129,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
         }
         match (buf.len() - before, self.ended.take()) {
             (0, Some(closed)) => Poll::Ready(Err(closed)),
-            (0, None) => Poll::Pending,
+            (0, None) => {
+                if yields {
+                    cx.waker().wake_by_ref();
+                }
+                Poll::Pending
+            }
             (n, ended) => {
                 self.ended = ended;
                 Poll::Ready(Ok(n))
@@ -332,5 +345,81 @@ const fn close_code(how: CloseHow) -> CloseCode {
         CloseHow::GoingAway => CloseCode::Away,
         CloseHow::Protocol => CloseCode::Protocol,
         CloseHow::Overload => CloseCode::Again,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::task::{Wake, Waker};
+
+    use tokio::io::ReadBuf;
+
+    use super::*;
+
+    /// A peer that sends unsolicited pongs, which need no answer.
+    struct Pongs {
+        sent: usize,
+        most: usize,
+    }
+
+    impl AsyncRead for Pongs {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            if self.sent == self.most {
+                return Poll::Pending;
+            }
+            while buf.remaining() > 0 && self.sent < self.most {
+                buf.put_slice(&[[0x8A, 0x80, 0, 0, 0, 0][self.sent % 6]]);
+                self.sent += 1;
+            }
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Pongs {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(buf.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn control_frames_are_read_in_turns() {
+        let most = 4 * READ_MAX_BYTES;
+        let mut ws = Ws::new(Pongs { sent: 0, most }, Vec::new(), 1024, 1024);
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(woken.clone());
+        for turn in 1..=5 {
+            let polled = ws.poll_recv(&mut Context::from_waker(&waker), &mut Vec::new());
+            assert!(polled.is_pending());
+            assert_eq!(ws.io.sent, most.min(turn * READ_MAX_BYTES));
+            assert_eq!(woken.0.swap(false, Ordering::Relaxed), turn <= 4);
+        }
     }
 }

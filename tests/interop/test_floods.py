@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import re
 import selectors
 import socket
@@ -405,6 +406,52 @@ class Publishers:
                 assert packet.reason == 0x97, hex(packet.reason)
         else:
             raise AssertionError(f"publisher {n} got {packet}")
+
+
+def flood_with_pings(port: int, count: int, ready) -> None:
+    """Connections that send PINGREQ as fast as they are read, and read the answers; ends by a signal."""
+    with selectors.DefaultSelector() as selector:
+        for _ in range(count):
+            sock = socket.create_connection(("127.0.0.1", port))
+            sock.sendall(wire.connect(fresh("flood")))
+            assert read_packets(sock, 1)[0].reason == 0
+            sock.setblocking(False)
+            selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        ready.set()
+        while True:
+            for key, events in selector.select():
+                try:
+                    if events & selectors.EVENT_READ:
+                        assert key.fileobj.recv(1 << 17)
+                    if events & selectors.EVENT_WRITE:
+                        key.fileobj.send(wire.PING * 32768)
+                except BlockingIOError:
+                    pass
+
+
+def test_a_flood_of_pings_leaves_others_their_turn(own_broker, own_edge):
+    """Small packets come by the ten thousand in one read."""
+    edge = own_edge(own_broker().url).start()
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    flood = fork.Process(target=flood_with_pings, args=(edge["tcp"].port, 16, ready), daemon=True)
+    flood.start()
+    try:
+        assert ready.wait(10 * PATIENCE)
+        took = []
+        with Raw(edge["tcp"].port, timeout=30) as raw:
+            raw.connect(fresh("id"))
+            for _ in range(50):
+                began = time.monotonic()
+                raw.send(wire.PING)
+                assert raw.recv().kind == wire.PINGRESP
+                took.append(time.monotonic() - began)
+        assert flood.is_alive()
+        # A turn of 64 KiB, eight times over, took half a second.
+        assert sorted(took)[25] < 0.15 * PATIENCE, took
+    finally:
+        flood.terminate()
+        flood.join()
 
 
 def test_a_sessions_queue_limits_drop_the_oldest_messages(own_broker, own_edge, client):

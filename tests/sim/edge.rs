@@ -3,7 +3,7 @@
 mod judge;
 
 use std::collections::BTreeMap;
-use std::num::NonZeroU16;
+use std::num::{NonZeroU8, NonZeroU16};
 use std::sync::{Arc, LazyLock};
 use std::task::Waker;
 use std::time::Duration;
@@ -32,6 +32,7 @@ static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
     input_max_bytes: 1 << 30,
     packet_deadline: PACKET_DEADLINE,
     write_stall: Duration::from_secs(60),
+    turn_packets: NonZeroU8::new(5).expect("not 0"),
 });
 
 /// Everything is allowed, but for publishes below `deny/`.
@@ -266,7 +267,8 @@ impl Edge {
         if machine.paused() || !self.unread.is_empty() {
             self.last_in = now;
         }
-        let woken = machine.woken(Waker::noop());
+        let waits_for_turn = machine.turn_is_over();
+        let woken = machine.woken(&LIMITS, Waker::noop());
         self.judge_silence(woken.as_ref().err(), now)?;
         if let Err(end) = woken {
             return self.end(end, router, oracle, now);
@@ -284,7 +286,9 @@ impl Edge {
         };
         if machine.paused() {
             let result = machine.resume(&cx);
-            self.restart_deadlines(StreamSet::ALL, now);
+            if !waits_for_turn {
+                self.restart_deadlines(StreamSet::ALL, now);
+            }
             self.judge_taken(result, router, oracle, now)?;
             self.judge_ending(router, oracle, now)?;
         }
@@ -441,10 +445,18 @@ impl Edge {
     /// The socket is gone.
     pub(crate) fn eof(&mut self, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {
         let end = End::Transport(Closed::Eof);
-        if self.machine.is_none() {
+        let Some(machine) = &mut self.machine else {
             self.ended.get_or_insert(end.label());
+            return Ok(());
+        };
+        match machine.take_rest(&context(router, now)) {
+            Ok(resets) => {
+                self.judge_taken(Ok(None), router, oracle, now)?;
+                self.reset(resets, oracle);
+                self.end(end, router, oracle, now)
+            }
+            earlier => self.judge_taken(earlier.map(|_| None), router, oracle, now),
         }
-        self.end(end, router, oracle, now)
     }
 
     fn end(&mut self, end: End, router: &Router, oracle: &mut Oracle, now: Millis) -> Checked {

@@ -195,7 +195,7 @@ impl World {
         }
     }
 
-    /// The gaps that each client's session shows, without those that are excused already.
+    /// The gaps that each client's session shows, without the excused ones.
     fn other_gaps(&self) -> Vec<u64> {
         let all = self.gaps().into_iter().zip(&self.oracle.clients);
         all.map(|(gaps, c)| gaps.saturating_sub(c.ledger.late_gaps))

@@ -32,6 +32,8 @@ struct Batch<'a> {
     packet_max_bytes: u32,
     /// Publishes by QoS.
     publishes: [u64; 3],
+    /// Packets that may still be taken in this turn.
+    turn: u8,
 }
 
 /// What a batch left behind.
@@ -107,6 +109,13 @@ impl Machine {
             match step {
                 Step::Again => {}
                 Step::Done => break,
+                // Bytes that nobody has room for do not wait.
+                Step::Paused(PauseReason::Turn)
+                    if cx.limits.input.used() + (bytes.len() - used) as u64
+                        > cx.limits.input_max_bytes =>
+                {
+                    self.begin_turn(cx.limits);
+                }
                 Step::Paused(why) => {
                     paused = Some(Pause { stream, why });
                     break;
@@ -132,6 +141,7 @@ impl Machine {
             version: self.version,
             packet_max_bytes: self.packet_max_bytes,
             publishes: [0; 3],
+            turn: self.turn,
         };
         let (session, connection_no) = (self.session, self.connection_no);
         let outcome = cx.router.feed(
@@ -149,6 +159,7 @@ impl Machine {
             },
         );
         batch.count();
+        self.turn = batch.turn;
         if outcome.as_ref().is_some_and(|outcome| outcome.idle) {
             self.choose_publish_link(cx);
         }
@@ -181,22 +192,27 @@ impl Machine {
     /// Leaves the client unread, or reads it again.
     fn pause(&mut self, cx: &Context<'_>, pause: Option<Pause>) {
         let before = std::mem::replace(&mut self.paused, pause);
-        if before.map(|pause| pause.why) != pause.map(|pause| pause.why) {
-            let reason = match pause.map(|pause| pause.why) {
-                Some(PauseReason::Room) => Some(DeferReason::V3Unread),
-                Some(PauseReason::ReceiveMaximum) => Some(DeferReason::ReceiveMaximum),
-                Some(PauseReason::Subscribing) | None => None,
-            };
-            if let Some(reason) = reason {
-                metrics().publishes_deferred[reason].increment(1);
-            }
+        let [before, why] = [before, pause].map(|pause| pause.map(|pause| pause.why));
+        if before == why {
+            return;
         }
-        if before.is_some() != pause.is_some() {
+        let reason = match why {
+            Some(PauseReason::Room) => Some(DeferReason::V3Unread),
+            Some(PauseReason::ReceiveMaximum) => Some(DeferReason::ReceiveMaximum),
+            Some(PauseReason::Subscribing | PauseReason::Turn) | None => None,
+        };
+        if let Some(reason) = reason {
+            metrics().publishes_deferred[reason].increment(1);
+        }
+        // The next turn comes at once.
+        let unread = |why| why != PauseReason::Turn;
+        let (before, unread) = (before.is_some_and(unread), why.is_some_and(unread));
+        if before != unread {
             self.set_unread(
                 cx,
-                match pause {
-                    Some(_) => StreamSet::ALL,
-                    None => StreamSet::EMPTY,
+                match unread {
+                    true => StreamSet::ALL,
+                    false => StreamSet::EMPTY,
                 },
             );
         }
@@ -230,6 +246,9 @@ impl Batch<'_> {
             let Some((packet, size)) = next.map_err(End::from_error)? else {
                 return Ok(Step::Done);
             };
+            if self.turn == 0 {
+                return Ok(Step::Paused(PauseReason::Turn));
+            }
             if !self.stream.is_control() && !may_travel_on_data_stream(&packet) {
                 return Err(End::from_close(CloseReason::ControlStreamOnly));
             }
@@ -253,6 +272,7 @@ impl Batch<'_> {
                 self.publishes[p.qos as usize] += 1;
             }
             self.used += size;
+            self.turn -= 1;
             session
                 .packet(self.stream, &packet, limits, cx.policy, cx.now, effects)
                 .map_err(End::from_close)?;

@@ -39,7 +39,12 @@ pub(super) async fn close(task: Task<'_>, end: End) {
 }
 
 impl Task<'_> {
-    async fn close(mut self, end: End) {
+    async fn close(mut self, mut end: End) {
+        if let End::Transport(_) = end
+            && let Err(earlier) = self.take_rest()
+        {
+            end = earlier;
+        }
         if end.is_by_client() {
             poll_fn(|cx| {
                 self.read_data_streams(cx);
@@ -88,7 +93,8 @@ impl Task<'_> {
             scratch.clear();
             match self.socket.poll_recv(cx, &mut scratch) {
                 Poll::Ready(Ok(recv)) if !recv.stream.is_control() => {
-                    if self.received(recv.stream, &scratch).is_err() {
+                    let received = self.received(recv.stream, &scratch);
+                    if received.and_then(|()| self.take_rest()).is_err() {
                         break;
                     }
                 }
