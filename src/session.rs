@@ -102,7 +102,16 @@ pub struct Session {
     inbound: Option<Box<Inbound>>,
     will: Option<Box<Will>>,
     /// Publishes that were refused and not forwarded. The driver takes and counts them.
-    pub refused_publishes: u32,
+    pub refused_publishes: RefusedPublishes,
+}
+
+/// Publishes that were refused and not forwarded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RefusedPublishes {
+    /// The client may not publish to the topic.
+    pub denied: u32,
+    /// The topic has too many levels, or the topic or a property cannot be passed on.
+    pub invalid: u32,
 }
 
 // Beside its connection, this is what an idle or detached session costs.
@@ -130,7 +139,7 @@ impl Session {
             outbound: Outbound::default(),
             inbound: None,
             will: None,
-            refused_publishes: 0,
+            refused_publishes: RefusedPublishes::default(),
         }
     }
 

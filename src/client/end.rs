@@ -175,7 +175,6 @@ fn label_and_how(reason: CloseReason) -> (DisconnectReason, CloseHow) {
         | C::PacketIdInUse
         | C::TopicAliasUndefined => (D::Protocol, CloseHow::Protocol),
         C::TopicAliasAboveMaximum => (D::TopicAlias, CloseHow::Protocol),
-        C::TopicLevels => (D::Topic, CloseHow::Protocol),
         C::QosNotSupported | C::RetainNotSupported => (D::NotSupported, CloseHow::Protocol),
         C::ReceiveMaximumExceeded => (D::ReceiveMaximum, CloseHow::Protocol),
         C::SubscribeRefused => (D::Other, CloseHow::Normal),
@@ -276,7 +275,7 @@ mod tests {
     fn a_full_receive_maximum_ends_the_connection_also_from_a_data_stream() {
         let end = End::Session(CloseReason::ReceiveMaximumExceeded);
         assert_eq!(end.stream_reason(), None);
-        let end = End::Session(CloseReason::TopicLevels);
+        let end = End::Session(CloseReason::TopicAliasUndefined);
         assert_eq!(end.stream_reason(), Some(StreamReason::Protocol));
     }
 }

@@ -235,8 +235,10 @@ impl Sessions {
         let result = f(&mut slot.session, &self.limits, effects);
         shed(slot);
         let refused = std::mem::take(&mut slot.session.refused_publishes);
-        if refused > 0 {
-            metrics().messages_dropped[DropReason::Acl].increment(refused.into());
+        if refused != Default::default() {
+            let dropped = &metrics().messages_dropped;
+            dropped[DropReason::Acl].increment(refused.denied.into());
+            dropped[DropReason::Invalid].increment(refused.invalid.into());
         }
         for effect in effects.iter_mut() {
             if let Effect::Unsubscribe { filters } = effect {

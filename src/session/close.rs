@@ -30,8 +30,6 @@ pub enum CloseReason {
     TopicAliasUndefined,
     /// The topics behind the client's aliases are longer, all together, than we keep.
     TopicAliasBytes,
-    /// A topic with more levels than `limits.topic_levels_max`.
-    TopicLevels,
     /// PUBLISH above the Maximum QoS that CONNACK announced [MQTT-3.2.2-11].
     QosNotSupported,
     /// RETAIN, although CONNACK announced that it is not available [MQTT-3.2.2-14].
@@ -41,7 +39,7 @@ pub enum CloseReason {
     ReceiveMaximumExceeded,
     /// A filter was refused to an MQTT 3.1 client, whose SUBACK has no code for it.
     SubscribeRefused,
-    /// An UNSUBSCRIBE of more than 65,535 filters.
+    /// An UNSUBSCRIBE of more than 65,535 filters, which 3.x cannot be told to be refused.
     UnsubscribeFilters,
     /// No packet for one and a half times the Keep Alive [MQTT-3.1.2-22].
     KeepAlive,
@@ -79,7 +77,6 @@ impl CloseReason {
             | Self::PacketIdInUse
             | Self::TopicAliasUndefined => ReasonCode::PROTOCOL_ERROR,
             Self::TopicAliasAboveMaximum => ReasonCode::TOPIC_ALIAS_INVALID,
-            Self::TopicLevels => ReasonCode::TOPIC_NAME_INVALID,
             Self::QosNotSupported => ReasonCode::QOS_NOT_SUPPORTED,
             Self::RetainNotSupported => ReasonCode::RETAIN_NOT_SUPPORTED,
             Self::ReceiveMaximumExceeded => ReasonCode::RECEIVE_MAXIMUM_EXCEEDED,
@@ -112,7 +109,6 @@ impl CloseReason {
             Self::TopicAliasAboveMaximum => "a topic alias above our maximum [MQTT-3.3.2-9]",
             Self::TopicAliasUndefined => "a topic alias that was never defined",
             Self::TopicAliasBytes => "the topics behind the client's aliases are too long to keep",
-            Self::TopicLevels => "a topic with more levels than limits.topic_levels_max",
             Self::QosNotSupported => "a QoS above the announced maximum [MQTT-3.2.2-11]",
             Self::RetainNotSupported => "RETAIN where the broker keeps none [MQTT-3.2.2-14]",
             Self::ReceiveMaximumExceeded => {

@@ -56,7 +56,7 @@ pub struct SessionLimits {
     pub subscriptions_max: usize,
     /// Bytes of all filters of one client.
     pub filter_bytes_max: usize,
-    /// Levels of a topic or filter.
+    /// Levels of a topic or filter at the broker. See [`SessionLimits::allows_levels`].
     pub topic_levels_max: usize,
     /// Unanswered publishes of an MQTT 3 client before its socket is left unread.
     pub v3_publishes_max: usize,
@@ -76,6 +76,12 @@ impl SessionLimits {
     /// fewer than were announced.
     pub fn receive_max_hard(&self) -> usize {
         self.receive_max_hard.max(self.receive_max).into()
+    }
+
+    /// Whether a client's topic or filter has few enough levels, together with the levels of `mount`.
+    pub(crate) fn allows_levels(&self, mount: &str, topic: &str) -> bool {
+        let separators = |text: &str| text.bytes().filter(|byte| *byte == b'/').count();
+        separators(mount) + separators(topic) < self.topic_levels_max
     }
 
     /// Messages in flight toward one client, whatever its Receive Maximum.

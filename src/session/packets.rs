@@ -86,7 +86,7 @@ impl Session {
             aliased = connection.aliases.resolve(stream, alias, publish.topic)?;
             topic = &aliased;
         }
-        check_limits(publish, topic, connection.version, limits, policy)?;
+        check_announced(publish, connection.version, policy)?;
         let mut token = None;
         if publish.qos > QoS::AtMostOnce {
             token = self.arrive(stream, publish, topic, limits)?;
@@ -97,7 +97,7 @@ impl Session {
         let none = Scope::default();
         let scope = self.phase.connection().and_then(|c| c.scope.clone());
         let scope = scope.as_deref().unwrap_or(&none);
-        let response_topic = match permit(publish, topic, scope, policy) {
+        let response_topic = match permit(publish, topic, scope, limits, policy) {
             Ok(kept) => kept,
             Err(reason) => {
                 self.refuse(token, reason);
@@ -197,7 +197,10 @@ impl Session {
 
     /// A publish is not forwarded. MQTT 3 has no negative answer, so there it is acknowledged.
     fn refuse(&mut self, token: Option<Token>, reason: ReasonCode) {
-        self.refused_publishes += 1;
+        match reason {
+            ReasonCode::NOT_AUTHORIZED => self.refused_publishes.denied += 1,
+            _ => self.refused_publishes.invalid += 1,
+        }
         let inbound = self.inbound.as_mut().zip(token);
         let answer = inbound.and_then(|(inbound, token)| inbound.answer(token, reason, true));
         if let (Some(answer), Some(connection)) = (answer, self.phase.connection_mut()) {
@@ -273,17 +276,12 @@ impl Session {
     }
 }
 
-/// Whether the protocol and our limits allow a publish.
-fn check_limits(
+/// Whether a publish keeps to the abilities of the broker that CONNACK announced.
+fn check_announced(
     publish: &Publish<'_>,
-    topic: &str,
     version: Version,
-    limits: &SessionLimits,
     policy: &dyn Policy,
 ) -> Result<(), CloseReason> {
-    if topic.split('/').count() > limits.topic_levels_max {
-        return Err(CloseReason::TopicLevels);
-    }
     let v5 = version == Version::V5;
     if v5 && publish.qos > policy.maximum_qos() {
         return Err(CloseReason::QosNotSupported);
@@ -302,9 +300,13 @@ fn permit(
     publish: &Publish<'_>,
     topic: &str,
     scope: &Scope,
+    limits: &SessionLimits,
     policy: &dyn Policy,
 ) -> Result<bool, ReasonCode> {
     let mount = &*scope.mount;
+    if !limits.allows_levels(mount, topic) {
+        return Err(ReasonCode::TOPIC_NAME_INVALID);
+    }
     // Discouraged characters are legal, but a broker may close the connection that all clients share
     // because of them (§1.5.4).
     if has_discouraged(topic) {
@@ -325,7 +327,7 @@ fn permit(
     if !policy.may_publish(mount, topic) {
         return Err(ReasonCode::NOT_AUTHORIZED);
     }
-    keep_response_topic(response_topic, mount, policy)
+    keep_response_topic(response_topic, mount, limits, policy)
 }
 
 /// Whether a Response Topic is passed on.
@@ -335,14 +337,16 @@ fn permit(
 pub(crate) fn keep_response_topic(
     topic: Option<&str>,
     mount: &str,
+    limits: &SessionLimits,
     policy: &dyn Policy,
 ) -> Result<bool, ReasonCode> {
     let Some(topic) = topic else {
         return Ok(true);
     };
     match policy.response_topic(mount, topic) {
-        // A longer one is not a topic.
-        ResponseTopic::Mounted => Ok(mount.len() + topic.len() <= usize::from(u16::MAX)),
+        // A longer one is not a topic, and nobody can publish to one with more levels.
+        ResponseTopic::Mounted => Ok(mount.len() + topic.len() <= usize::from(u16::MAX)
+            && limits.allows_levels(mount, topic)),
         ResponseTopic::Removed => Ok(false),
         ResponseTopic::Refused => Err(ReasonCode::NOT_AUTHORIZED),
     }

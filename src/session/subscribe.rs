@@ -135,10 +135,10 @@ impl<'a> Check<'a> {
         let Some(whole) = whole else {
             return Some(ReasonCode::TOPIC_FILTER_INVALID);
         };
-        if has_discouraged(filter) || plain.split('/').count() > self.limits.topic_levels_max {
+        let mount = self.scope.map_or("", |scope| &scope.mount);
+        if has_discouraged(filter) || !self.limits.allows_levels(mount, plain) {
             return Some(ReasonCode::TOPIC_FILTER_INVALID);
         }
-        let mount = self.scope.map_or("", |scope| &scope.mount);
         if !self.policy.may_subscribe(mount, filter) {
             return Some(ReasonCode::NOT_AUTHORIZED);
         }
@@ -312,7 +312,7 @@ impl Session {
         effects: &mut Vec<Effect>,
     ) -> Result<(), CloseReason> {
         if unsubscribe.filters().nth(FILTERS_MAX).is_some() {
-            return Err(CloseReason::UnsubscribeFilters);
+            return self.refuse_unsubscribe(stream, unsubscribe);
         }
         let mut codes = Vec::new();
         let mut places: Vec<usize> = Vec::new();
@@ -356,6 +356,30 @@ impl Session {
 }
 
 impl Session {
+    /// An UNSUBSCRIBE names too many filters: none of its subscriptions ends.
+    ///
+    /// # Errors
+    /// UNSUBACK of MQTT 3 cannot say so.
+    fn refuse_unsubscribe(
+        &mut self,
+        stream: StreamId,
+        unsubscribe: &Unsubscribe<'_>,
+    ) -> Result<(), CloseReason> {
+        let Some(connection) = self.phase.connection_mut() else {
+            return Ok(());
+        };
+        let version = connection.version;
+        if version < Version::V5 {
+            return Err(CloseReason::UnsubscribeFilters);
+        }
+        let codes: Vec<u8> = (unsubscribe.filters())
+            .map(|_| ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR.0)
+            .collect();
+        let out = connection.output_on(stream);
+        encode_unsuback(version, unsubscribe.packet_id, &codes, out);
+        Ok(())
+    }
+
     /// Ends the subscriptions of these filters, named as the broker knows them, without telling the
     /// client.
     pub(crate) fn revoke(&mut self, filters: &[Arc<str>], effects: &mut Vec<Effect>) {

@@ -173,6 +173,24 @@ def test_the_reason_code_gets_through_on_every_transport(target, transport):
         relay.close()
 
 
+@pytest.mark.parametrize("transport", ("tcp", "quic"))
+@pytest.mark.parametrize("version", (4, 5))
+@pytest.mark.parametrize("qos,kind", ((1, wire.PUBACK), (2, wire.PUBREC)))
+def test_a_publish_with_too_many_levels_is_answered_and_the_connection_goes_on(target, transport, version, qos, kind):
+    relay = QuicRelay(target["quic"].port, target.pki.ca) if transport == "quic" else None
+    port = relay.port if relay else target[transport].port
+    with Raw(port, "tcp", version=version) as raw:
+        raw.connect(fresh("deep"))
+        # A client with a store sends it again.
+        for dup in (False, True):
+            raw.send(wire.publish("a" + "/b" * 128, b"x", qos, 7, version=version, dup=dup) + wire.PING)
+            answer = raw.recv()
+            assert (answer.kind, answer.packet_id, answer.reason) == (kind, 7, 0x90 if version == 5 else 0)
+            assert raw.recv().kind == wire.PINGRESP
+    if relay:
+        relay.close()
+
+
 @pytest.mark.parametrize("what", ["second CONNECT", "wildcard # in a topic", "bad UTF-8 in a topic", "QoS 3", "reserved flags of PINGREQ", "the largest length there is"])
 def test_a_bad_packet_of_3_1_1_closes_the_connection(target, what):
     me = fresh("bad")

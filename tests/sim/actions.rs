@@ -15,6 +15,7 @@ const FILTERS: [&str; 12] = [
     "a/b", "a/+", "a/#", "+/b", "#", "b", "b/+", "c/d/e", "c/#", "r/#", "r/1", "no/x",
 ];
 const TOPICS: [&str; 7] = ["a/b", "a/c", "b", "b/b", "c/d/e", "c", "a"];
+const TOO_DEEP: &str = "d/e/e/p/d/e/e/p/d/e/e/p/d/e/e/p/t";
 const RETAINED: [&str; 3] = ["r/1", "r/2", "r/3"];
 
 impl World {
@@ -209,7 +210,11 @@ impl World {
             let qos = self.rng.pick(&QOS);
             let (topic, key) = match self.rng.below(20) {
                 0 => ("$same/t", format!("same{n}")),
-                1 => ("deny/t", self.next_key(n)),
+                1 => match self.next_key(n) {
+                    // It has more levels than the limit allows.
+                    key if self.sequence[n].is_multiple_of(2) => (TOO_DEEP, key),
+                    key => ("deny/t", key),
+                },
                 2 => ("refused/t", self.next_key(n)),
                 _ => (self.rng.pick(&TOPICS), self.next_key(n)),
             };

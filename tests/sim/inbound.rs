@@ -221,7 +221,7 @@ impl Inbound {
         }
         let count = self.counts.entry(key.clone()).or_default();
         count.allowed += 1;
-        let refused = topic.starts_with("deny/");
+        let refused = topic.starts_with("deny/") || topic.starts_with("d/e/e/p/");
         if refused {
             count.allowed = 0;
         }

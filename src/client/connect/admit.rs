@@ -191,10 +191,11 @@ impl Admission<'_> {
         if will.retain && !policy.retain_available() {
             return Err(Refusal::new(RefusalCause::WillRetain));
         }
-        if will.topic.split('/').count() > self.limits.topic_levels_max as usize {
+        let (mount, sender) = scope.map_or(("", &[][..]), |s| (&*s.mount, &*s.sender));
+        let limits = self.router.limits();
+        if !limits.allows_levels(mount, will.topic) {
             return Err(Refusal::new(RefusalCause::WillTopicLevels));
         }
-        let (mount, sender) = scope.map_or(("", &[][..]), |s| (&*s.mount, &*s.sender));
         if !policy.may_publish(mount, will.topic) {
             return Err(Refusal::new(RefusalCause::WillForbidden));
         }
@@ -202,7 +203,7 @@ impl Admission<'_> {
             Property::ResponseTopic(topic) => Some(topic),
             _ => None,
         });
-        let response_topic = keep_response_topic(response_topic, mount, policy)
+        let response_topic = keep_response_topic(response_topic, mount, limits, policy)
             .map_err(|code| Refusal::new(RefusalCause::WillResponseTopic(code)))?;
         if mount.len() + will.topic.len() > usize::from(u16::MAX) {
             return Err(Refusal::new(RefusalCause::WillTopicBytes));
@@ -215,7 +216,7 @@ impl Admission<'_> {
             retain: will.retain,
             // The expiry counts from the will's publication; see the session.
             expires_at: None,
-            strip_key: Some(self.router.limits().reserved_key),
+            strip_key: Some(limits.reserved_key),
             account: None,
         };
         let mounting = Mounting {

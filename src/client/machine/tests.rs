@@ -1,3 +1,4 @@
+mod levels;
 mod publish_links;
 mod receive_maximum;
 mod turns;

@@ -242,6 +242,8 @@ labels! {
         SessionEnd = "session_end",
         /// No rule allows the publish.
         Acl = "acl",
+        /// A topic or property of the publish is not accepted: 0x90, 0x83.
+        Invalid = "invalid",
         /// QoS 0, and the budget of publishes that wait for the broker is used up.
         UpstreamBudget = "upstream_budget",
         /// QoS 0 while the broker is absent.
