@@ -55,6 +55,7 @@ impl World {
                 self.oracle.inbound.broker_was_away = true;
                 self.publish_links_up(false);
                 self.broker.lose_pings();
+                self.lose_fetches();
                 self.broker_back_at = self.now + time;
             }
             90..91 if !self.broker.away && !self.broker.unlinked => {

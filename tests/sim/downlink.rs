@@ -109,7 +109,15 @@ impl World {
         Ok(())
     }
 
-    /// The R link.
+    /// The retained link is lost, and its fetches are made anew.
+    pub(crate) fn lose_fetches(&mut self) {
+        for fetch in std::mem::take(&mut self.fetches) {
+            self.router.fetch_ended(&[fetch.number], false, self.now);
+            self.oracle.fetched_anew(&fetch.filter);
+        }
+    }
+
+    /// The retained link.
     fn fetches_work(&mut self) {
         if self.broker.away {
             return;
