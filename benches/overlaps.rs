@@ -5,7 +5,9 @@
 
 #![allow(clippy::print_stdout, reason = "it prints figures")]
 
+use std::num::NonZeroU8;
 use std::sync::Arc;
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use tidegate::client::connect::{Admission, Applicant};
@@ -46,6 +48,7 @@ fn main() {
             input_max_bytes: 1 << 30,
             packet_deadline: Duration::from_secs(10),
             write_stall: Duration::from_secs(60),
+            turn_packets: NonZeroU8::MAX,
         };
         let cx = Context {
             router: &router,
@@ -67,6 +70,7 @@ fn main() {
         let all = names.iter().map(String::as_str);
         encode_unsubscribe(Version::V5, 1, all, &mut bytes);
         let began = Instant::now();
+        assert!(machine.woken(cx.limits, Waker::noop()).is_ok());
         assert!(machine.received(&cx, StreamId::CONTROL, &bytes).is_ok());
         let unsubscribe = began.elapsed();
         let ms = |time: Duration| time.as_secs_f64() * 1000.0;
@@ -119,6 +123,7 @@ fn subscribe(cx: &Context<'_>, machine: &mut Machine, names: &[String]) -> Vec<F
         let filters = some.iter().map(|name| (name.as_str(), options));
         let mut bytes = Vec::new();
         encode_subscribe(Version::V5, 1, None, filters, &mut bytes);
+        assert!(machine.woken(cx.limits, Waker::noop()).is_ok());
         assert!(machine.received(cx, StreamId::CONTROL, &bytes).is_ok());
         for wanted in cx.router.next_subscribes(0, 1000) {
             let code = ReasonCode(wanted.qos as u8);
@@ -166,6 +171,7 @@ fn router() -> Arc<Router> {
     let mib = 1024 * 1024;
     let limits = SessionLimits {
         receive_max: 1000,
+        receive_max_hard: 1000,
         topic_alias_max: 0,
         packet_max: 1024 * 1024,
         queue_messages_max: 1000,
