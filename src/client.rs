@@ -25,7 +25,7 @@ use crate::mqtt::QoS;
 use crate::router::Router;
 use crate::session::{Policy, ResponseTopic};
 use crate::telemetry::{DeniedAction, ListenerMetrics, RateLimited, clean, metrics};
-use crate::topics::split_shared;
+use crate::topics::{is_bridge_state, split_shared};
 use crate::transport::{Accepted, ConnectionTask, Permit};
 
 pub use end::End;
@@ -213,7 +213,8 @@ impl ClientPolicy<'_> {
 impl Policy for ClientPolicy<'_> {
     fn may_publish(&self, mount: &str, topic: &str) -> bool {
         let allowed = self.allows_publish(mount, topic);
-        if !allowed {
+        // A bridge with its defaults publishes its state, so nobody has done anything wrong.
+        if !allowed && !is_bridge_state(topic) {
             self.denied(DeniedAction::Publish, mount, topic);
         }
         allowed

@@ -25,7 +25,7 @@ mod write;
 
 pub use acks::{Ack, AckKind, encode_ack, encode_pingreq, encode_pingresp};
 pub use connack::Connack;
-pub use connect::{Connect, Will, decode_connect};
+pub use connect::{Connect, Will, answerable, decode_connect};
 pub use deliver::{Alias, Delivery, MAX_PACKET_BYTES};
 pub use disconnect::{Auth, Disconnect, encode_auth, encode_disconnect};
 pub use error::Error;

@@ -95,6 +95,8 @@ pub struct Session {
     phase: Phase,
     connection_no: u64,
     version: Version,
+    /// The last connection was that of a bridge; see [`ConnectionSpec::bridge`].
+    bridge: bool,
     /// In the order of their grants; those without a grant come last.
     subscriptions: Vec<Subscription>,
     outbound: Outbound,
@@ -135,6 +137,7 @@ impl Session {
             phase: Phase::default(),
             connection_no: 0,
             version: Version::V5,
+            bridge: false,
             subscriptions: Vec::new(),
             outbound: Outbound::default(),
             inbound: None,

@@ -12,6 +12,9 @@ use crate::topics::valid_topic_name;
 pub struct Connect<'a> {
     /// Protocol that the client speaks.
     pub version: Version,
+    /// The client is a bridge: bit 7 of its protocol level is set. No standard has this bit, which mosquitto
+    /// invented for 3.1 and 3.1.1. It is not written in MQTT 5.
+    pub bridge: bool,
     /// Clean Start (5) or Clean Session (3.x).
     pub clean_start: bool,
     /// Seconds; 0: off.
@@ -68,6 +71,7 @@ impl Default for Connect<'_> {
     fn default() -> Self {
         Connect {
             version: Version::V5,
+            bridge: false,
             clean_start: true,
             keep_alive: 0,
             client_id: "",
@@ -127,15 +131,43 @@ pub fn decode_connect(buf: &[u8], max: u32) -> Result<Option<(Connect<'_>, usize
     Ok(Some((connect, head.len + head.remaining)))
 }
 
-fn protocol(r: &mut Reader<'_>) -> Result<Version, Error> {
+/// The bit of the protocol level that says that the client is a bridge.
+const BRIDGE: u8 = 0x80;
+
+/// The version, and whether the client is a bridge.
+fn protocol(r: &mut Reader<'_>) -> Result<(Version, bool), Error> {
     let name = r.binary()?;
     let level = r.u8()?;
-    match (name, level) {
-        (b"MQTT", 5) => Ok(Version::V5),
-        (b"MQTT", 4) => Ok(Version::V311),
-        (b"MQIsdp", 3) => Ok(Version::V31),
-        (b"MQTT" | b"MQIsdp", level) => Err(Error::UnsupportedVersion { level }),
+    let (number, bridge) = (level & !BRIDGE, level & BRIDGE != 0);
+    match (name, number) {
+        (b"MQTT", 5) if !bridge => Ok((Version::V5, false)),
+        (b"MQTT", 4) => Ok((Version::V311, bridge)),
+        (b"MQIsdp", 3) => Ok((Version::V31, bridge)),
+        (b"MQTT" | b"MQIsdp", _) => Err(Error::UnsupportedVersion { level }),
         _ => Err(Error::ProtocolName),
+    }
+}
+
+/// The version in which a client that sent a faulty CONNECT can read the answer. `input` begins with that
+/// CONNECT. `None`: there is no answer, because the bytes name no version, or because a server of MQTT 3
+/// closes the connection of a malformed CONNECT without one [MQTT-3.1.4-1]. It does answer that it does
+/// not know a version [MQTT-3.1.2-2].
+pub fn answerable(input: &[u8]) -> Option<Version> {
+    if input.first() != Some(&0x10) {
+        return None;
+    }
+    // The name follows the length, which may be at fault itself.
+    let level_after = |name: &[u8]| {
+        let mut all = input.windows(name.len()).take(7);
+        let at = all.position(|bytes| bytes == name)?;
+        Some(input.get(at + name.len())? & !BRIDGE)
+    };
+    match (level_after(b"\0\x04MQTT"), level_after(b"\0\x06MQIsdp")) {
+        (Some(4), _) | (_, Some(3)) => None,
+        (Some(level), _) if level >= 5 => Some(Version::V5),
+        (Some(_), _) => Some(Version::V311),
+        (None, Some(_)) => Some(Version::V31),
+        (None, None) => None,
     }
 }
 
@@ -170,11 +202,12 @@ fn check_flags(flags: u8, version: Version) -> Result<(), Error> {
 impl<'a> Connect<'a> {
     pub(crate) fn read(body: &'a [u8]) -> Result<Connect<'a>, Error> {
         let mut r = Reader(body);
-        let version = protocol(&mut r)?;
+        let (version, bridge) = protocol(&mut r)?;
         let flags = r.u8()?;
         check_flags(flags, version)?;
         let mut connect = Connect {
             version,
+            bridge,
             clean_start: flags & CLEAN != 0,
             keep_alive: r.u16()?,
             ..Connect::default()
@@ -237,7 +270,8 @@ impl<'a> Connect<'a> {
             return;
         }
         put_str(name, out);
-        out.push(level);
+        let bridge = if self.bridge && !v5 { BRIDGE } else { 0 };
+        out.push(level | bridge);
         out.push(self.flags());
         put_u16(self.keep_alive, out);
         if v5 {
@@ -385,6 +419,47 @@ mod tests {
             bytes(&connect(Version::V31)),
             b"\x10\x0F\0\x06MQIsdp\x03\x02\0\x3C\0\x01c"
         );
+    }
+
+    #[test]
+    fn a_bridge_sets_a_bit_of_the_level_in_v3() {
+        for (version, sent) in [
+            (Version::V31, b"\x10\x0F\0\x06MQIsdp\x83\x02\0\0\0\x01c".as_slice()),
+            (Version::V311, b"\x10\x0D\0\x04MQTT\x84\x02\0\0\0\x01c"),
+            (Version::V5, b"\x10\x0E\0\x04MQTT\x05\x02\0\0\0\0\x01c"),
+        ] {
+            let connect = Connect {
+                version,
+                bridge: true,
+                client_id: "c",
+                ..Connect::default()
+            };
+            assert_eq!(bytes(&connect), sent);
+            let (read, _) = decode_connect(sent, 100).expect("legal").expect("whole");
+            assert_eq!((read.version, read.bridge), (version, version < Version::V5));
+        }
+    }
+
+    #[test]
+    fn an_unknown_level_is_answered_in_a_form_that_the_client_reads() {
+        let connect = |name: &str, level: u8| {
+            let name_len = name.len() as u8;
+            let fixed = [0x10, name_len + 8, 0, name_len];
+            [&fixed, name.as_bytes(), &[level, 2, 0, 0, 0, 1, b'c']].concat()
+        };
+        for level in 0..=u8::MAX {
+            let (mqtt, mqisdp) = (connect("MQTT", level), connect("MQIsdp", level));
+            let expected = match level & 0x7F {
+                4 => None,
+                5.. => Some(Version::V5),
+                _ => Some(Version::V311),
+            };
+            assert_eq!(answerable(&mqtt), expected, "{level:#x}");
+            let expected = (level & 0x7F != 3).then_some(Version::V31);
+            assert_eq!(answerable(&mqisdp), expected, "{level:#x}");
+        }
+        assert_eq!(answerable(&connect("MQTx", 4)), None);
+        assert_eq!(answerable(&connect("MQTT", 5)[1..]), None);
     }
 
     #[test]

@@ -48,6 +48,11 @@ impl Router {
         self.config.local_groups || self.broker.shared()
     }
 
+    /// Whether No Local subscriptions are granted, as far as the broker is known.
+    pub fn no_local_available(&self) -> bool {
+        self.broker.properties()
+    }
+
     /// Whether the broker keeps retained messages.
     pub fn retain_available(&self) -> bool {
         self.broker.retain_available()

@@ -143,6 +143,7 @@ fn connect(
         expiry: if clean { 0 } else { u32::MAX },
         spec: ConnectionSpec {
             version,
+            bridge: false,
             receive_maximum: u16::MAX,
             maximum_packet_size: None,
             topic_alias_maximum: 0,

@@ -53,6 +53,8 @@ pub struct Connection {
     pub connection_no: u64,
     /// Protocol version of this connection.
     pub version: Version,
+    /// See [`ConnectionSpec::bridge`].
+    pub bridge: bool,
     /// The client's Receive Maximum.
     pub receive_maximum: u16,
     /// The client's Maximum Packet Size in bytes, if it has one.
@@ -117,6 +119,8 @@ pub(super) struct RepeatedFilter {
 pub struct ConnectionSpec {
     /// Protocol version.
     pub version: Version,
+    /// The client is a bridge of MQTT 3, to whose subscriptions No Local and Retain As Published apply.
+    pub bridge: bool,
     /// The client's Receive Maximum; 65,535 if it sent none.
     pub receive_maximum: u16,
     /// The client's Maximum Packet Size in bytes, if it has one.
@@ -135,6 +139,7 @@ impl Connection {
         Self {
             connection_no,
             version: spec.version,
+            bridge: spec.bridge,
             receive_maximum: spec.receive_maximum,
             maximum_packet_size: spec.maximum_packet_size,
             keep_alive: (spec.keep_alive)
@@ -318,6 +323,7 @@ mod tests {
     fn connection() -> Connection {
         let spec = ConnectionSpec {
             version: Version::V5,
+            bridge: false,
             receive_maximum: u16::MAX,
             maximum_packet_size: None,
             topic_alias_maximum: 0,

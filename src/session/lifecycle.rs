@@ -43,6 +43,8 @@ pub struct Attached {
     pub will_cancelled: bool,
     /// Publish that the client is present.
     pub present: bool,
+    /// The options of the session's subscriptions have changed.
+    pub options_changed: bool,
 }
 
 impl Session {
@@ -85,6 +87,7 @@ impl Session {
         self.connection_no += 1;
         self.expiry = expiry;
         self.version = spec.version;
+        let options_changed = self.set_bridge(spec.bridge);
         self.since = now;
         self.will = will.map(Box::new);
         let connection = Box::new(Connection::new(self.connection_no, spec, now));
@@ -93,6 +96,7 @@ impl Session {
             will: due.map(|w| w.publish(now)),
             will_cancelled,
             present: self.phase.attach(connection, limits.presence),
+            options_changed,
         }
     }
 

@@ -9,7 +9,7 @@ use crate::mqtt::{
 };
 use crate::streams::StreamId;
 use crate::time::{Deadline, Millis};
-use crate::topics::matches;
+use crate::topics::{is_bridge_state, matches};
 
 use crate::session::connection::{Connection, Scope};
 use crate::session::inbound::{Answer, Arrival, Inbound, Incoming, OpenMax, Token};
@@ -295,7 +295,8 @@ fn check_announced(
 /// Whether a publish is passed on, and then whether its Response Topic is passed on with it.
 ///
 /// # Errors
-/// The reason code of its acknowledgement; with MQTT 3, which has none, it is not forwarded.
+/// The reason code of its acknowledgement; with MQTT 3, which has none, it is not forwarded. The state of
+/// a bridge is dropped without telling it, because the bridge might give up.
 fn permit(
     publish: &Publish<'_>,
     topic: &str,
@@ -325,7 +326,10 @@ fn permit(
         return Err(ReasonCode::TOPIC_NAME_INVALID);
     }
     if !policy.may_publish(mount, topic) {
-        return Err(ReasonCode::NOT_AUTHORIZED);
+        return Err(match is_bridge_state(topic) {
+            true => ReasonCode::SUCCESS,
+            false => ReasonCode::NOT_AUTHORIZED,
+        });
     }
     keep_response_topic(response_topic, mount, limits, policy)
 }

@@ -239,6 +239,7 @@ mod tests {
     fn connection(connection_no: u64) -> Box<Connection> {
         let spec = ConnectionSpec {
             version: Version::V5,
+            bridge: false,
             receive_maximum: 1,
             maximum_packet_size: None,
             topic_alias_maximum: 0,

@@ -13,6 +13,7 @@ use crate::streams::StreamId;
 use crate::topics::split_shared;
 
 use crate::session::connection::{PendingSubscribe, RepeatedFilter, Scope};
+use crate::session::subscriptions::v3_options;
 use crate::session::{
     CloseReason, Effect, Policy, Session, SessionLimits, SubscribeRequest, Subscription,
 };
@@ -73,6 +74,8 @@ struct Check<'a> {
     limits: &'a SessionLimits,
     policy: &'a dyn Policy,
     scope: Option<&'a Scope>,
+    /// The client is a bridge of MQTT 3.
+    bridge: bool,
     /// Too many SUBSCRIBEs wait already.
     too_many_pending: bool,
     known: Known<'a>,
@@ -89,7 +92,10 @@ struct Check<'a> {
 
 impl<'a> Check<'a> {
     /// Checks one filter of the SUBSCRIBE.
-    fn filter(&mut self, filter: &'a str, options: SubscribeOptions) {
+    fn filter(&mut self, filter: &'a str, mut options: SubscribeOptions) {
+        if self.bridge {
+            options = v3_options(options, filter, true);
+        }
         if self.codes.len() >= FILTERS_MAX {
             self.codes.push(ReasonCode::QUOTA_EXCEEDED.0);
             return;
@@ -204,6 +210,7 @@ impl Session {
             limits,
             policy,
             scope: connection.scope.as_deref(),
+            bridge: connection.bridge,
             too_many_pending: pending.len() >= PENDING_MAX,
             added: 0,
             bytes,

@@ -92,12 +92,39 @@ impl Filters {
     }
 }
 
+/// The options of a subscription to `filter` by a client of MQTT 3, which cannot ask for them: those of a
+/// bridge are No Local and Retain As Published. No Local is illegal for a shared subscription
+/// [MQTT-3.8.3-4].
+pub(super) fn v3_options(
+    options: SubscribeOptions,
+    filter: &str,
+    bridge: bool,
+) -> SubscribeOptions {
+    SubscribeOptions {
+        no_local: bridge && split_shared(filter).is_none(),
+        retain_as_published: bridge,
+        ..options
+    }
+}
+
 /// [`Subscription::hides`] for a subscription with this [`Subscription::wild_below`].
 pub fn hides(wild_below: Option<NonZeroU16>, topic: &str) -> bool {
     wild_below.is_some_and(|at| topic.as_bytes().get(usize::from(at.get())) == Some(&b'$'))
 }
 
 impl Session {
+    /// The session's connection is that of a bridge, or not. Returns whether the options of its
+    /// subscriptions have changed, because the last connection was of the other kind.
+    pub(super) fn set_bridge(&mut self, bridge: bool) -> bool {
+        if std::mem::replace(&mut self.bridge, bridge) == bridge {
+            return false;
+        }
+        for s in &mut self.subscriptions {
+            s.options = v3_options(s.options, &s.name, bridge);
+        }
+        !self.subscriptions.is_empty()
+    }
+
     /// Puts a subscription in force, or replaces the one on the same filter [MQTT-3.8.4-3].
     /// `overlapping` are the filters of the others that overlap it.
     pub fn add_subscription(&mut self, mut new: Subscription, overlapping: &[FilterId]) -> Added {

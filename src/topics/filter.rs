@@ -33,6 +33,14 @@ pub fn split_shared(filter: &str) -> Option<(&str, &str)> {
     (!group.is_empty() && !has_wildcard(group) && !rest.is_empty()).then_some((group, rest))
 }
 
+/// Whether a mosquitto bridge with its defaults publishes its state to `topic`: a retained `1`, and a `0` as
+/// its will.
+pub fn is_bridge_state(topic: &str) -> bool {
+    let name = topic.strip_prefix("$SYS/broker/connection/");
+    let name = name.and_then(|rest| rest.strip_suffix("/state"));
+    name.is_some_and(|name| !name.is_empty())
+}
+
 /// Whether a valid filter, without `$share`, matches a topic name. A filter that starts with a
 /// wildcard matches no topic that starts with `$` ([MQTT-4.7.2-1]); `a/#` matches `a`.
 pub fn matches(filter: &str, topic: &str) -> bool {

@@ -94,11 +94,12 @@ fn protocol_core_differs(packet: &Packet<'_>) -> bool {
 }
 
 // Legal frames that both oracles refuse: each for its reason above, or [MQTT-3.1.2-2] of 3.1.1, the
-// answer `20 02 00 01` to a CONNECT of MQTT 5.
+// answer `20 02 00 01` to a CONNECT of MQTT 5, or the bridge bit, which no standard has.
 fn both_wrong(packet: &Packet<'_>) -> bool {
     let old_server = matches!(packet, Packet::Connack(c)
         if c.reason == ReasonCode::UNSUPPORTED_PROTOCOL_VERSION && c.properties.is_empty());
-    old_server || (rmqtt_differs(packet) && protocol_core_differs(packet))
+    let bridge = matches!(packet, Packet::Connect(c) if c.bridge);
+    old_server || bridge || (rmqtt_differs(packet) && protocol_core_differs(packet))
 }
 
 /// A packet in a canonical form: properties are sorted, since their order has no significance

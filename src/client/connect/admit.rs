@@ -11,7 +11,9 @@ use crate::mqtt::{
 use crate::router::handle::ConnectionHandle;
 use crate::router::{self, Caller, Peer, Refused, Router};
 use crate::session::{ConnectionSpec, Policy, Scope, SessionKey, Will, keep_response_topic};
+use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
+use crate::topics::is_bridge_state;
 
 use crate::client::connect::{Refusal, RefusalCause};
 use crate::client::machine::Machine;
@@ -72,6 +74,9 @@ impl Admission<'_> {
     /// # Errors
     /// The client is refused, and nothing changed.
     pub fn admit(&self, connect: &Connect<'_>, applicant: Applicant) -> Result<Admitted, Refusal> {
+        if connect.bridge && !self.router.no_local_available() {
+            return Err(Refusal::new(RefusalCause::Bridge));
+        }
         let will = self.will(connect, applicant.scope.as_deref())?;
         let version = connect.version;
         let asked = match version {
@@ -115,6 +120,7 @@ impl Admission<'_> {
             expiry,
             spec: ConnectionSpec {
                 version,
+                bridge: connect.bridge,
                 receive_maximum: connect.receive_maximum.unwrap_or(u16::MAX),
                 maximum_packet_size: connect.maximum_packet_size,
                 topic_alias_maximum: connect.topic_alias_maximum,
@@ -185,6 +191,11 @@ impl Admission<'_> {
             return Ok(None);
         };
         let policy = self.policy;
+        let (mount, sender) = scope.map_or(("", &[][..]), |s| (&*s.mount, &*s.sender));
+        if is_bridge_state(will.topic) && !policy.may_publish(mount, will.topic) {
+            metrics().messages_dropped[DropReason::Acl].increment(1);
+            return Ok(None);
+        }
         if will.qos > policy.maximum_qos() {
             return Err(Refusal::new(RefusalCause::WillQos));
         }

@@ -71,6 +71,12 @@ pub enum RefusalCause {
     /// The session of the client identifier belongs to another principal.
     #[error("the client identifier's session belongs to another principal")]
     OtherPrincipal,
+    /// The client's protocol level has the bridge bit, and the broker cannot serve No Local.
+    #[error(
+        "a bridge asks for No Local, which a broker of MQTT 3.1.1 cannot serve; it may connect again \
+         without the bridge bit of its protocol level"
+    )]
+    Bridge,
     /// The will's QoS is above the announced maximum [MQTT-3.2.2-12].
     #[error("the will's QoS is above the broker's maximum [MQTT-3.2.2-12]")]
     WillQos,
@@ -159,6 +165,7 @@ impl RefusalCause {
             | Self::Mount
             | Self::WillForbidden => (R::NotAuthorized, C::NOT_AUTHORIZED),
             Self::WillResponseTopic(code) => (R::NotAuthorized, *code),
+            Self::Bridge => (R::Version, C::UNSUPPORTED_PROTOCOL_VERSION),
             Self::WillQos => (R::Will, C::QOS_NOT_SUPPORTED),
             Self::WillRetain => (R::Will, C::RETAIN_NOT_SUPPORTED),
             Self::WillTopicLevels | Self::WillTopicBytes => (R::Will, C::TOPIC_NAME_INVALID),

@@ -4,7 +4,7 @@ use std::future::poll_fn;
 use std::sync::Arc;
 
 use crate::budget::Account;
-use crate::mqtt::{Version, decode_connect};
+use crate::mqtt::{answerable, decode_connect};
 use crate::transport::{Closed, Detected, Stream, Unauthenticated, detect};
 
 use crate::client::connect::{Refusal, RefusalCause};
@@ -79,23 +79,6 @@ pub(super) async fn until_gone(stream: &mut Stream, more: &mut Vec<u8>) -> Close
             Ok(_) => more.append(&mut read),
             Err(closed) => return closed,
         }
-    }
-}
-
-/// The version in which a faulty CONNECT can be answered. A server of 3.1.1 closes the connection of
-/// a malformed one without an answer [MQTT-3.1.4-1], but says that it does not know a version
-/// [MQTT-3.1.2-2].
-fn answerable(input: &[u8]) -> Option<Version> {
-    if input.first() != Some(&0x10) {
-        return None;
-    }
-    // The protocol name is within the first bytes, whatever the length field's size.
-    let name = input.windows(4).take(8).position(|w| w == b"MQTT")?;
-    match input.get(name + 4) {
-        Some(4) => None,
-        Some(level) if *level >= 5 => Some(Version::V5),
-        Some(_) => Some(Version::V311),
-        None => None,
     }
 }
 

@@ -209,6 +209,9 @@ impl Sessions {
             connack(present, connection.control());
         }
         slot.session.pump(&self.limits, now);
+        if attached.options_changed {
+            shard.rejoin(at);
+        }
         shard.settle(at);
         self.charge(&mut shard);
         drop(shard);

@@ -156,6 +156,7 @@ mod tests {
                 expiry: 0,
                 spec: ConnectionSpec {
                     version: Version::V5,
+                    bridge: false,
                     receive_maximum: 1,
                     maximum_packet_size: None,
                     topic_alias_maximum: 0,

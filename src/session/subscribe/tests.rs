@@ -72,9 +72,14 @@ fn connected() -> Session {
 }
 
 fn connected_of(version: Version) -> Session {
+    connected_as(version, false)
+}
+
+fn connected_as(version: Version, bridge: bool) -> Session {
     let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), Millis::ZERO);
     let spec = ConnectionSpec {
         version,
+        bridge,
         receive_maximum: 10,
         maximum_packet_size: None,
         topic_alias_maximum: 0,
@@ -99,10 +104,11 @@ fn subscribe(
     filters: &[(&str, SubscribeOptions)],
     limits: &SessionLimits,
 ) -> (Vec<SubscribeRequest>, usize) {
+    let version = session.version();
     let mut packet = Vec::new();
-    encode_subscribe(Version::V5, 1, None, filters.iter().copied(), &mut packet);
+    encode_subscribe(version, 1, None, filters.iter().copied(), &mut packet);
     let decoder = Decoder {
-        version: Version::V5,
+        version,
         receiver: Receiver::Server,
         max: u32::MAX,
     };
@@ -265,4 +271,19 @@ fn a_subscribe_is_checked_up_to_the_subscriptions_that_a_client_may_have() {
     let codes = codes(&mut session);
     assert_eq!(codes[..10], [0x87; 10]);
     assert_eq!(codes[10..], [0x97; 90]);
+}
+
+#[test]
+fn a_bridge_of_mqtt_3_subscribes_with_no_local_and_retain_as_published() {
+    let filters = ["a", "$share/g/a", "a"].map(|name| (name, options(ONE, 0)));
+    for bridge in [false, true] {
+        let mut session = connected_as(Version::V311, bridge);
+        let (requests, _) = subscribe(&mut session, &filters, &limits(10));
+        let seen = requests
+            .iter()
+            .map(|w| (w.options.no_local, w.options.retain_as_published));
+        // No Local is illegal for a shared subscription.
+        let expected = [(bridge, bridge), (false, bridge)];
+        assert_eq!(seen.collect::<Vec<_>>(), expected);
+    }
 }

@@ -218,3 +218,22 @@ fn the_comparisons_of_an_unsubscribe_grow_with_the_number_of_filters_only() {
         assert!(handed_over.count() >= places.len() - 1);
     }
 }
+
+#[test]
+fn the_options_of_all_subscriptions_follow_the_bridge_bit_of_the_connection() {
+    let mut session = Session::new("c".into(), "p".into(), Incarnation::nth(0), Millis::ZERO);
+    for (number, name) in (1..).zip(["a/#", "$share/g/a"]) {
+        session.add_subscription(subscription(FilterId(number), name), &[]);
+    }
+    let options = |session: &Session| {
+        let all = session.subscriptions().iter().map(|s| s.options);
+        all.map(|o| (o.no_local, o.retain_as_published))
+            .collect::<Vec<_>>()
+    };
+    assert!(!session.set_bridge(false), "as before");
+    assert!(session.set_bridge(true));
+    assert_eq!(options(&session), [(true, true), (false, true)]);
+    assert!(!session.set_bridge(true), "as before");
+    assert!(session.set_bridge(false));
+    assert_eq!(options(&session), [(false, false), (false, false)]);
+}

@@ -59,6 +59,26 @@ pub fn first(buf: &[u8]) {
             ..Publish::default()
         });
     }
+    bridge_bit(&connect, &buf[..taken]);
+}
+
+/// The bridge bit of the level changes nothing else in a CONNECT of 3.x, and is illegal in MQTT 5.
+fn bridge_bit(connect: &Connect<'_>, packet: &[u8]) {
+    let name_len = if connect.version == Version::V31 { 6 } else { 4 };
+    let fixed = packet.iter().skip(1).position(|byte| byte & 0x80 == 0);
+    let level = fixed.expect("legal") + 2 + 2 + name_len;
+    let mut other = packet.to_vec();
+    other[level] ^= 0x80;
+    let decoded = decode_connect(&other, u32::MAX);
+    if connect.version == Version::V5 {
+        assert_eq!(decoded, Err(Error::UnsupportedVersion { level: 0x85 }));
+        return;
+    }
+    let expected = Connect {
+        bridge: !connect.bridge,
+        ..*connect
+    };
+    assert_eq!(decoded, Ok(Some((expected, packet.len()))));
 }
 
 /// Bytes that come one by one give no packet until the last one, and then the same packet as all

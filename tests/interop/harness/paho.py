@@ -51,7 +51,7 @@ class Paho:
 
     def __init__(self, way: Way, client_id: str = "", *, version: int = 5, clean: bool = True, expiry: int | None = None, keepalive: int = 60,
                  receive_maximum: int | None = None, alias_maximum: int | None = None, packet_maximum: int | None = None,
-                 user: str | None = None, password: str | None = None, will: dict | None = None, manual_ack: bool = False, connect: bool = True):
+                 user: str | None = None, password: str | None = None, will: dict | None = None, manual_ack: bool = False, bridge: bool = False, connect: bool = True):
         self.way, self.version, self.clean, self.keepalive = way, version, clean, keepalive
         self.incoming: queue.Queue[Message] = queue.Queue()
         self.connected = threading.Event()
@@ -74,6 +74,8 @@ class Paho:
             self.client.username_pw_set(user, password)
         if will:
             self.client.will_set(**will)
+        if bridge:
+            self.client.enable_bridge_mode()
         # paho ignores the server's Receive Maximum; 20 is below mosquitto's and Tidegate's.
         self.client.max_inflight_messages_set(20)
         self.client.max_queued_messages_set(0)

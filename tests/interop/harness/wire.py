@@ -34,12 +34,12 @@ def properties(raw: bytes = b"") -> bytes:
     return varint(len(raw)) + raw
 
 
-def connect(client_id: str = "", version: int = 5, clean: bool = True, keep_alive: int = 60, expiry: int | None = None, receive_maximum: int | None = None, props: bytes = b"", name: bytes | None = None, flags: int | None = None, user: str | None = None, password: bytes | None = None) -> bytes:
+def connect(client_id: str = "", version: int = 5, clean: bool = True, keep_alive: int = 60, expiry: int | None = None, receive_maximum: int | None = None, props: bytes = b"", name: bytes | None = None, flags: int | None = None, user: str | None = None, password: bytes | None = None, bridge: bool = False) -> bytes:
     if flags is None:
         flags = 0x02 if clean else 0
         flags |= 0x80 if user is not None else 0
         flags |= 0x40 if password is not None else 0
-    body = data(name if name is not None else (b"MQIsdp" if version == 3 else b"MQTT")) + bytes([version, flags]) + struct.pack(">H", keep_alive)
+    body = data(name if name is not None else (b"MQIsdp" if version == 3 else b"MQTT")) + bytes([version | (0x80 if bridge else 0), flags]) + struct.pack(">H", keep_alive)
     if version == 5:
         if expiry is not None:
             props += b"\x11" + struct.pack(">I", expiry)
