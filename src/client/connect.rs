@@ -214,6 +214,7 @@ fn log_session(
         transport = peer.transport,
         peer = %peer.address,
         version = connect.version as u8,
+        bridge = connect.bridge,
         clean_start = connect.clean_start,
         expiry = admitted.expiry_seconds,
         keep_alive = admitted.keep_alive.map_or(0, NonZeroU16::get),
