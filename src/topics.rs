@@ -8,7 +8,8 @@ mod trie;
 #[cfg(test)]
 pub(crate) use filter::comparisons;
 pub use filter::{
-    covers, has_wildcard, is_bridge_state, matches, overlaps, split_shared, valid_filter, valid_topic_name,
+    covers, has_wildcard, is_bridge_state, matches, overlaps, split_shared, valid_filter,
+    valid_topic_name,
 };
 pub use id::FilterId;
 pub use trie::FilterTrie;

@@ -149,9 +149,9 @@ fn protocol(r: &mut Reader<'_>) -> Result<(Version, bool), Error> {
 }
 
 /// The version in which a client that sent a faulty CONNECT can read the answer. `input` begins with that
-/// CONNECT. `None`: there is no answer, because the bytes name no version, or because a server of MQTT 3
-/// closes the connection of a malformed CONNECT without one [MQTT-3.1.4-1]. It does answer that it does
-/// not know a version [MQTT-3.1.2-2].
+/// CONNECT. `None`: the client gets none, because the bytes name no version, or because a server of MQTT 3
+/// closes the connection of a malformed CONNECT without an answer [MQTT-3.1.4-1]. Such a server does say
+/// that it does not know a version [MQTT-3.1.2-2].
 pub fn answerable(input: &[u8]) -> Option<Version> {
     if input.first() != Some(&0x10) {
         return None;
@@ -424,7 +424,10 @@ mod tests {
     #[test]
     fn a_bridge_sets_a_bit_of_the_level_in_v3() {
         for (version, sent) in [
-            (Version::V31, b"\x10\x0F\0\x06MQIsdp\x83\x02\0\0\0\x01c".as_slice()),
+            (
+                Version::V31,
+                b"\x10\x0F\0\x06MQIsdp\x83\x02\0\0\0\x01c".as_slice(),
+            ),
             (Version::V311, b"\x10\x0D\0\x04MQTT\x84\x02\0\0\0\x01c"),
             (Version::V5, b"\x10\x0E\0\x04MQTT\x05\x02\0\0\0\0\x01c"),
         ] {
@@ -436,7 +439,10 @@ mod tests {
             };
             assert_eq!(bytes(&connect), sent);
             let (read, _) = decode_connect(sent, 100).expect("legal").expect("whole");
-            assert_eq!((read.version, read.bridge), (version, version < Version::V5));
+            assert_eq!(
+                (read.version, read.bridge),
+                (version, version < Version::V5)
+            );
         }
     }
 

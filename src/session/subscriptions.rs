@@ -92,9 +92,8 @@ impl Filters {
     }
 }
 
-/// The options of a subscription to `filter` by a client of MQTT 3, which cannot ask for them: those of a
-/// bridge are No Local and Retain As Published. No Local is illegal for a shared subscription
-/// [MQTT-3.8.3-4].
+/// The options of a subscription to `filter` by a client of MQTT 3, which cannot ask for any. A bridge gets
+/// No Local and Retain As Published. No Local is illegal for a shared subscription [MQTT-3.8.3-4].
 pub(super) fn v3_options(
     options: SubscribeOptions,
     filter: &str,

@@ -32,6 +32,9 @@ def bridged(own_broker):
 
     def make(port: int, version: str, topic: str, **more) -> Mosquitto:
         lines = [
+            # The defaults. With 65535, mosquitto 2.0.11 as a bridge of MQTT 5 sends Receive Maximum 0.
+            "max_inflight_messages 20",
+            "max_queued_messages 1000",
             "connection edge",
             f"address 127.0.0.1:{port}",
             f"bridge_protocol_version {version}",
@@ -133,7 +136,7 @@ def test_a_bridge_that_comes_back_gets_no_echoes(edge, client, bridged, inside, 
     inner.close()
     since = edge.mark()
     broker.stop()
-    edge.wait_log(r"disconnected|Client disconnected|Connection ended", since)
+    edge.wait_log(r"Connection ended: .*client_id=\"bridge-", since)
     outer.publish(f"{topic}/down/x", "while away")
     broker.start()
     inner = inside(broker)
@@ -141,7 +144,7 @@ def test_a_bridge_that_comes_back_gets_no_echoes(edge, client, bridged, inside, 
     outer.subscribe(f"{topic}/#")
     inner.subscribe(f"{topic}/both/#")
     inner.publish(f"{topic}/both/x", "mine")
-    assert outer.until("mine")[-1].text == "mine"
+    outer.until("mine")
     outer.publish(f"{topic}/both/x", "marker")
     assert [m.text for m in inner.until("marker")] == ["mine"]
 
@@ -212,7 +215,8 @@ def test_the_bridge_bit_decides_about_a_resumed_session_too(edge, client):
         got = [one.next()]
         while got[-1].text != f"other {mark}":
             got.append(one.next())
-        return [(m.text, m.retain) for m in got]
+        # The acknowledgement of the last message may not have left before the connection ended.
+        return [(m.text, m.retain) for m in got if not m.dup]
 
     one = session(bridge=True)
     one.subscribe(topic)

@@ -64,7 +64,11 @@ pub fn first(buf: &[u8]) {
 
 /// The bridge bit of the level changes nothing else in a CONNECT of 3.x, and is illegal in MQTT 5.
 fn bridge_bit(connect: &Connect<'_>, packet: &[u8]) {
-    let name_len = if connect.version == Version::V31 { 6 } else { 4 };
+    let name_len = if connect.version == Version::V31 {
+        6
+    } else {
+        4
+    };
     let fixed = packet.iter().skip(1).position(|byte| byte & 0x80 == 0);
     let level = fixed.expect("legal") + 2 + 2 + name_len;
     let mut other = packet.to_vec();
