@@ -198,7 +198,8 @@ impl Session {
     /// A publish is not forwarded. MQTT 3 has no negative answer, so there it is acknowledged.
     fn refuse(&mut self, token: Option<Token>, reason: ReasonCode) {
         match reason {
-            ReasonCode::NOT_AUTHORIZED => self.refused_publishes.denied += 1,
+            // The state of a bridge is denied without telling it.
+            ReasonCode::NOT_AUTHORIZED | ReasonCode::SUCCESS => self.refused_publishes.denied += 1,
             _ => self.refused_publishes.invalid += 1,
         }
         let inbound = self.inbound.as_mut().zip(token);

@@ -202,7 +202,6 @@ impl Admission<'_> {
         if will.retain && !policy.retain_available() {
             return Err(Refusal::new(RefusalCause::WillRetain));
         }
-        let (mount, sender) = scope.map_or(("", &[][..]), |s| (&*s.mount, &*s.sender));
         let limits = self.router.limits();
         if !limits.allows_levels(mount, will.topic) {
             return Err(Refusal::new(RefusalCause::WillTopicLevels));
