@@ -80,7 +80,9 @@ impl Machine {
         let limits = cx.limits;
         let deadline = Some(Deadline::at(cx.now + limits.packet_deadline));
         input.settle(&limits.input, used > 0, deadline);
-        if limits.input.used() > limits.input_max_bytes && input.bytes.len() > KEEP_BYTES {
+        // A client that only waits brings nothing, whoever has used up the budget since.
+        let brings = !bytes.is_empty() && input.bytes.len() > KEEP_BYTES;
+        if brings && limits.input.used() > limits.input_max_bytes {
             return Err(End::InputBudget);
         }
         *self.read_buffer(stream) = input;
@@ -298,8 +300,9 @@ impl Batch<'_> {
             let mut unanswered = session.publishes_open();
             let mut rest = &self.bytes[self.used..];
             while let Ok(Some((packet, size))) = decoder.next(rest) {
-                let publish = |p: &Publish<'_>| p.qos > QoS::AtMostOnce;
-                unanswered += usize::from(matches!(&packet, Packet::Publish(p) if publish(p)));
+                // A copy may be counted already.
+                let new = |p: &Publish<'_>| p.qos > QoS::AtMostOnce && !p.dup;
+                unanswered += usize::from(matches!(&packet, Packet::Publish(p) if new(p)));
                 rest = &rest[size..];
             }
             if unanswered > limits.receive_max_hard() {

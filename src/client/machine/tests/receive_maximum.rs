@@ -80,6 +80,42 @@ fn a_client_that_does_not_count_is_left_unread_until_it_has_answers() {
 }
 
 #[test]
+fn a_client_that_waits_is_spared_when_others_use_up_the_budget_of_its_bytes() {
+    let mut rig = rig();
+    rig.take();
+    let mut bytes = publishes(1..=3, QoS::AtLeastOnce);
+    bytes.extend(vec![0xC0, 0].repeat(4000));
+    rig.received(CONTROL, &bytes).expect("there is room");
+    assert!(rig.machine.paused());
+    rig.limits.input_max_bytes = 0;
+    rig.on(Machine::resume).expect("it only waits");
+    answer_next(&rig);
+    rig.on(Machine::resume).expect("its packets are taken");
+    // Another read brings an incomplete packet.
+    while rig.machine.paused() {
+        let woken = rig.machine.woken(&rig.limits, Waker::noop());
+        woken.expect("nothing ends it");
+        rig.on(Machine::resume).expect("its packets are taken");
+    }
+    let incomplete = [&[0x30, 0xFF, 0x7F][..], &[0; 5000]].concat();
+    let end = rig.received(CONTROL, &incomplete).expect_err("no room");
+    assert!(matches!(end, End::InputBudget), "{end:?}");
+}
+
+#[test]
+fn copies_are_not_counted_twice() {
+    let mut rig = rig();
+    rig.received(CONTROL, &publishes(1..=2, QoS::AtLeastOnce))
+        .expect("they are allowed");
+    let mut copies = publishes(1..=2, QoS::AtLeastOnce);
+    let size = copies.len() / 2;
+    (copies[0], copies[size]) = (copies[0] | 8, copies[size] | 8);
+    let bytes = [publishes(3..=5, QoS::AtLeastOnce), copies].concat();
+    rig.received(CONTROL, &bytes).expect("five are allowed");
+    assert!(rig.machine.paused());
+}
+
+#[test]
 fn one_publish_past_the_hard_limit_ends_the_connection() {
     for (before, after) in [(0, 6), (2, 4), (1, 5)] {
         let mut rig = rig();
