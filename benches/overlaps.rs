@@ -212,6 +212,7 @@ fn router() -> Arc<Router> {
         publishes_waiting_per_client: 64 * mib,
         retained_cache: mib,
         retained_resync: true,
+        sessions: 1 << 30,
         queues: 64 * mib as u64,
         output: 64 * mib as u64,
         write_stall: Duration::from_secs(60),

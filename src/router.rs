@@ -2,9 +2,9 @@
 //! other. It has no sockets and no clock: the time comes in with each call.
 //!
 //! Each module in here has one owner of its state. An owner does not call its siblings; it works on
-//! the owners that come before it in the order of imports (`types`, `handle`, `sessions`, `publish`,
-//! `barrier`, `retained`, `filters`, `delivery`), and returns the actions that are left to take. The
-//! facade, [`Router`], takes them.
+//! the owners that come before it in the order of imports (`types`, `handle`, `account`, `sessions`,
+//! `publish`, `barrier`, `retained`, `filters`, `delivery`), and returns the actions that are left to
+//! take. The facade, [`Router`], takes them.
 //!
 //! # Locks
 //!
@@ -20,6 +20,7 @@
 //!
 //! No lock is held over an await, and none while a client or a link is waited for.
 
+mod account;
 mod apply;
 mod barrier;
 mod broker;
@@ -50,6 +51,7 @@ use crate::session::SessionLimits;
 use crate::store::Store;
 use crate::time::Millis;
 
+pub use account::Full;
 pub use apply::Caller;
 pub use broker::BrokerFeatures;
 pub use config::RouterConfig;
@@ -61,12 +63,13 @@ pub use sessions::connect::{Connect, Connected, Refused};
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
 pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
 
+use account::SessionAccount;
 use barrier::Barriers;
 use broker::{BrokerLimits, OwnProbes};
 use delivery::fanout::Routes;
 use delivery::shared::SharedGroups;
 use filters::counts::LinkCounts;
-use filters::{Filters, FiltersConfig};
+use filters::{FILTERS_MAX, Filters, FiltersConfig};
 use handle::TaskWaker;
 use presence::Presence;
 use publish::{PublishBudgets, Publishing};
@@ -81,6 +84,8 @@ pub struct Router {
     broker: BrokerLimits,
     own_probes: OwnProbes,
     sessions: Sessions,
+    /// The account of sessions and filters.
+    account: Arc<SessionAccount>,
     publishing: Publishing,
     presence: Option<Presence>,
     barriers: Barriers,
@@ -112,7 +117,9 @@ impl Router {
             client_lingering_bytes_max: limits.filter_bytes_max,
             hash_seed: limits.hash_seed,
         };
-        let filters = Filters::new(filters, &config.roots, store.identifiers());
+        let account = SessionAccount::new(config.sessions, FILTERS_MAX, limits.hash_seed);
+        let account = Arc::new(account);
+        let filters = Filters::new(filters, &config.roots, store.identifiers(), &account);
         let data: Box<[Arc<TaskWaker>]> = (0..links.all()).map(|_| Arc::default()).collect();
         let publish_budgets = PublishBudgets {
             bytes: config.publishes_waiting,
@@ -133,7 +140,8 @@ impl Router {
                 publish_budgets,
                 limits.publish_account.clone(),
             ),
-            sessions: Sessions::new(limits, session_budgets, filters.lost()),
+            sessions: Sessions::new(limits, session_budgets, filters.lost(), &account),
+            account,
             presence: (config.presence_topic.clone())
                 .map(|topic| Presence::new(topic, config.started_at)),
             barriers: Barriers::new(&data),

@@ -218,6 +218,7 @@ fn set_budgets(config: &Config) {
     let budgets = &metrics().memory_budget_bytes;
     for (account, bytes) in [
         (MemoryAccount::Total, config.memory.max),
+        (MemoryAccount::Sessions, config.memory.sessions),
         (MemoryAccount::Queues, config.memory.queues),
         (
             MemoryAccount::PublishesWaiting,

@@ -45,7 +45,7 @@ pub use limits::{DropReason, Policy, ResponseTopic, SessionLimits};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
 pub use overlap::{Primary, primary, primary_filter};
 pub(crate) use packets::keep_response_topic;
-pub use subscriptions::{Added, Subscription, hides};
+pub use subscriptions::{Added, SUBSCRIPTION_BYTES, Subscription, hides};
 pub use will::Will;
 
 /// One client's session, with or without a connection.
@@ -144,6 +144,18 @@ impl Session {
             will: None,
             refused_publishes: RefusedPublishes::default(),
         }
+    }
+
+    /// Bytes of the session's names, of its will and of its subscriptions, without the names of their
+    /// filters, which the router's table has.
+    pub fn held_bytes(&self) -> usize {
+        let names = self.key.as_str().len() + self.principal.len();
+        names + self.will_bytes() + self.subscriptions.len() * SUBSCRIPTION_BYTES
+    }
+
+    /// Bytes of the will.
+    pub fn will_bytes(&self) -> usize {
+        self.will.as_deref().map_or(0, Will::bytes)
     }
 
     /// Takes the subscriptions out. The caller releases them.

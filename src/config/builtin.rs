@@ -23,6 +23,8 @@ const GIB: u64 = 1 << 30;
 
 /// `memory.max`: share of the machine's (or control group's) memory, in percent.
 pub(super) const MEMORY_MAX_PERCENT: u64 = 80;
+/// `memory.sessions`: share of `memory.max`, in percent.
+pub(super) const MEMORY_SESSIONS_PERCENT: u64 = 15;
 /// `memory.queues`: share of `memory.max`, in percent.
 pub(super) const MEMORY_QUEUES_PERCENT: u64 = 25;
 /// `node.id` with the embedded broker, which needs none.
@@ -50,6 +52,7 @@ impl Config {
             limits: Limits::default(),
             memory: Memory {
                 max: memory_max,
+                sessions: memory_max / 100 * MEMORY_SESSIONS_PERCENT,
                 queues: memory_max / 100 * MEMORY_QUEUES_PERCENT,
             },
             store: Store::default(),

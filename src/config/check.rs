@@ -49,18 +49,22 @@ fn memory(checker: &mut Checker<'_, '_>, config: &Config) {
     if memory.queues > memory.max {
         checker.say("memory.queues", "larger than memory.max");
     }
+    if memory.sessions > memory.max {
+        checker.say("memory.sessions", "larger than memory.max");
+    }
     let up = &config.upstream;
     let sum = memory
-        .queues
+        .sessions
+        .saturating_add(memory.queues)
         .saturating_add(up.publishes_waiting)
         .saturating_add(up.retained_cache);
     if sum > memory.max {
         checker.say(
             "memory.max",
             format!(
-                "{} bytes cannot hold memory.queues ({}), upstream.publishes_waiting ({}) and \
-                 upstream.retained_cache ({}) together",
-                memory.max, memory.queues, up.publishes_waiting, up.retained_cache
+                "{} bytes cannot hold memory.sessions ({}), memory.queues ({}), \
+                 upstream.publishes_waiting ({}) and upstream.retained_cache ({}) together",
+                memory.max, memory.sessions, memory.queues, up.publishes_waiting, up.retained_cache
             ),
         );
     }

@@ -9,8 +9,8 @@ use serde::de::{Deserializer, Error as _};
 
 use crate::config::address::WS_PATH;
 use crate::config::builtin::{
-    MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, NODE_ID_EMBEDDED, PING_INTERVAL, TLS_NAME,
-    listeners, throwaway,
+    MEMORY_MAX_PERCENT, MEMORY_QUEUES_PERCENT, MEMORY_SESSIONS_PERCENT, NODE_ID_EMBEDDED,
+    PING_INTERVAL, TLS_NAME, listeners, throwaway,
 };
 use crate::config::choices::{
     AclMode, AuthMode, CertificateIdentity, ClientAuth, ClientIdRule, ProxyProtocol, RealIpHeader,
@@ -176,6 +176,7 @@ struct RawListener {
 #[serde(deny_unknown_fields, default)]
 struct RawMemory {
     max: Share,
+    sessions: Share,
     queues: Share,
 }
 
@@ -183,6 +184,7 @@ impl Default for RawMemory {
     fn default() -> Self {
         Self {
             max: Share::Percent(MEMORY_MAX_PERCENT),
+            sessions: Share::Percent(MEMORY_SESSIONS_PERCENT),
             queues: Share::Percent(MEMORY_QUEUES_PERCENT),
         }
     }
@@ -276,6 +278,7 @@ impl File {
             limits: self.limits,
             memory: Memory {
                 max,
+                sessions: self.memory.sessions.of(max),
                 queues: self.memory.queues.of(max),
             },
             store: self.store,

@@ -394,6 +394,8 @@ pub struct Limits {
 pub struct Memory {
     /// Bytes of all accounts together.
     pub max: u64,
+    /// Bytes of all sessions and filters together, without the queues.
+    pub sessions: u64,
     /// Bytes of all sessions' queues together.
     pub queues: u64,
 }

@@ -49,6 +49,8 @@ pub struct RouterConfig {
     pub retained_cache: usize,
     /// After the broker lost a filter, its retained messages are fetched again for all subscribers.
     pub retained_resync: bool,
+    /// Budget of all sessions and of the table of filters, without the queues.
+    pub sessions: u64,
     /// Budget of all sessions' queues.
     pub queues: u64,
     /// Budget of the output of all connections together.

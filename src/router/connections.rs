@@ -28,6 +28,16 @@ impl Router {
         self.sessions.queue_used()
     }
 
+    /// Bytes that are charged for sessions and filters.
+    pub fn session_bytes(&self) -> u64 {
+        self.account.bytes.used()
+    }
+
+    /// Filters in the table, in use or lingering.
+    pub fn filters_known(&self) -> usize {
+        self.filters.read().len()
+    }
+
     /// Bytes of output that wait for sockets.
     pub fn output_used(&self) -> u64 {
         self.sessions.output_used()

@@ -7,6 +7,7 @@ pub(super) mod actions;
 mod copies;
 pub(super) mod counts;
 pub(super) mod filter;
+mod holders;
 mod inner;
 mod linger;
 pub(super) mod links;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::hashing::HashSeed;
+use crate::router::account::SessionAccount;
 use crate::router::lost::Lost;
 use crate::store::Identifiers;
 use actions::LinkSet;
@@ -86,8 +88,9 @@ impl Filters {
         config: FiltersConfig,
         roots: &[String],
         numbers: Box<dyn Identifiers>,
+        account: &Arc<SessionAccount>,
     ) -> Self {
-        let mut table = Table::new(numbers, config.links);
+        let mut table = Table::new(numbers, config.links, account.clone());
         table.local_groups = config.local_groups;
         for root in roots {
             table.add_root(root);

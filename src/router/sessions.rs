@@ -29,6 +29,7 @@ use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
+use crate::router::account::SessionAccount;
 use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
 use crate::router::types::{BarrierNumbers, Peer, SessionRef};
@@ -54,6 +55,7 @@ pub(super) struct SessionBudgets {
 pub(super) struct Sessions {
     limits: SessionLimits,
     budgets: SessionBudgets,
+    account: Arc<SessionAccount>,
     shards: Box<[Mutex<Shard>]>,
     /// Spreads client identifiers over the shards.
     /// Sessions that were begun or started anew.
@@ -135,11 +137,16 @@ pub struct Answered {
 }
 
 impl Sessions {
-    pub(super) fn new(limits: SessionLimits, budgets: SessionBudgets, lost: &Arc<Lost>) -> Self {
+    pub(super) fn new(
+        limits: SessionLimits,
+        budgets: SessionBudgets,
+        lost: &Arc<Lost>,
+        account: &Arc<SessionAccount>,
+    ) -> Self {
+        let shard = |n| Mutex::new(Shard::new(n, lost.clone(), account.clone()));
         Self {
-            shards: (0..SHARDS as u16)
-                .map(|n| Mutex::new(Shard::new(n, lost.clone())))
-                .collect(),
+            shards: (0..SHARDS as u16).map(shard).collect(),
+            account: account.clone(),
             budgets,
             incarnations: AtomicU64::new(0),
             queue_account: Arc::new(Account::new()),
@@ -243,6 +250,7 @@ impl Sessions {
         for effect in effects.iter_mut() {
             if let Effect::Unsubscribe { filters } = effect {
                 shard.unsubscribed(reference.slot, filters);
+                shard.hold(reference.slot);
             }
         }
         self.settle(&mut shard, reference.slot);

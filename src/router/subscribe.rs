@@ -25,20 +25,20 @@ use smallvec::SmallVec;
 
 use crate::mqtt::ReasonCode;
 use crate::session::{SubscribeRequest, Subscription, Unsubscribed};
-use crate::telemetry::{RateLimited, clean};
+use crate::telemetry::{RateLimited, SubscribeRefusedReason, clean, metrics};
 use crate::time::Millis;
 use crate::topics::{FilterId, has_wildcard, split_shared};
 
+use crate::router::account::Full;
 use crate::router::filters::LOG_INTERVAL;
 use crate::router::filters::subscribe::{Admitted, Next, Refusal};
-use crate::router::sessions::subscriptions::Joined;
-use crate::router::types::{
-    OverlappingFilters, PendingGrant, RetainedRequest, SessionRef, SubscribeRef,
-};
+use crate::router::sessions::subscriptions::{Joined, Unjoined};
+use crate::router::types::{PendingGrant, RetainedRequest, SessionRef, SubscribeRef, Subscriber};
 use crate::router::{Caller, Router};
 
 static OVERLAPPING: RateLimited = RateLimited::new(LOG_INTERVAL);
 static NO_LOCAL: RateLimited = RateLimited::new(LOG_INTERVAL);
+static FULL: RateLimited = RateLimited::new(LOG_INTERVAL);
 
 /// Bytes of a SUBSCRIBE to the broker beside its filter, at most.
 const SUBSCRIBE_OVERHEAD_BYTES: usize = 32;
@@ -95,14 +95,13 @@ impl Router {
     ) -> Result<Option<PendingGrant>, ReasonCode> {
         let shared = split_shared(&request.filter).is_some();
         self.check(request, shared, now)?;
-        let overlapping = match shared {
-            true => Some(OverlappingFilters::default()),
-            false => self.sessions.overlapping(&subscribe, &request.filter),
-        };
-        let Some(overlapping) = overlapping else {
+        let subscriber = self
+            .sessions
+            .subscriber(&subscribe, &request.filter, shared);
+        let Some(subscriber) = subscriber else {
             return Ok(None);
         };
-        let admitted = self.admit(&subscribe, request, &overlapping, now)?;
+        let admitted = self.admit(&subscribe, request, &subscriber, now)?;
         let filter = admitted.filter;
         let subscription = Subscription {
             filter,
@@ -117,12 +116,21 @@ impl Router {
             wild_below: None,
         };
         let (sessions, grant) = (&self.sessions, admitted.grant);
-        let joined = sessions.join(&subscribe, subscription, grant, &overlapping);
-        let Some(joined) = joined else {
-            // The connection is gone, and nobody wants the filter any more.
-            let shard = subscribe.session.shard;
-            self.filters.release(&[filter], shard, now);
-            return Ok(None);
+        let overlapping = &subscriber.overlapping;
+        let joined = match sessions.join(&subscribe, subscription, grant, overlapping) {
+            Ok(joined) => joined,
+            Err(unjoined) => {
+                // This session does not want the filter any more.
+                let shard = subscribe.session.shard;
+                self.filters.release(&[filter], shard, now);
+                return match unjoined {
+                    Unjoined::Gone => Ok(None),
+                    Unjoined::Full(full) => {
+                        let reason = SubscribeRefusedReason::SessionMemory;
+                        Err(self.refuse_full(&subscribe, request, (full, reason), now))
+                    }
+                };
+            }
         };
         if shared {
             let (session, incarnation) = (subscribe.session, joined.incarnation);
@@ -155,13 +163,16 @@ impl Router {
                     "A No Local subscription was refused: the broker speaks MQTT 3.1.1, so a client's own publishes cannot be told apart"
                 );
             }
+            count_refused(SubscribeRefusedReason::NotSupported);
             return Err(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR);
         }
         let bytes = request.filter.len() + SUBSCRIBE_OVERHEAD_BYTES;
         if bytes > self.broker.packet_max() as usize {
+            count_refused(SubscribeRefusedReason::TooLarge);
             return Err(ReasonCode::QUOTA_EXCEEDED);
         }
         if shared && !self.shares() {
+            count_refused(SubscribeRefusedReason::NotSupported);
             return Err(ReasonCode::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED);
         }
         Ok(())
@@ -171,23 +182,28 @@ impl Router {
         &self,
         subscribe: &SubscribeRef,
         request: &SubscribeRequest,
-        overlapping: &OverlappingFilters,
+        subscriber: &Subscriber,
         now: Millis,
     ) -> Result<Admitted, ReasonCode> {
         let (qos, shard) = (request.options.qos, subscribe.session.shard);
         let admitted = self
             .filters
-            .admit(&request.filter, qos, shard, overlapping, now);
+            .admit(&request.filter, qos, shard, subscriber, now);
         match admitted {
             Ok(admitted) => {
                 self.wake_links(admitted.wake);
                 Ok(admitted)
             }
-            Err(Refusal::Quarantined) => Err(ReasonCode::NOT_AUTHORIZED),
-            Err(refusal) => {
-                if let Refusal::Overlaps(other) = refusal
-                    && let Some(suppressed) = OVERLAPPING.permit(now)
-                {
+            Err(Refusal::Quarantined) => {
+                count_refused(SubscribeRefusedReason::Quarantined);
+                Err(ReasonCode::NOT_AUTHORIZED)
+            }
+            Err(Refusal::Full(full, reason)) => {
+                Err(self.refuse_full(subscribe, request, (full, reason), now))
+            }
+            Err(Refusal::Overlaps(other)) => {
+                count_refused(SubscribeRefusedReason::Overlaps);
+                if let Some(suppressed) = OVERLAPPING.permit(now) {
                     tracing::warn!(
                         filter = %clean(&request.filter, 256),
                         overlaps = %clean(&other, 256),
@@ -198,6 +214,34 @@ impl Router {
                 Err(ReasonCode::QUOTA_EXCEEDED)
             }
         }
+    }
+
+    /// Counts and logs that a limit refuses a filter, or the client's share of it. Returns the reason
+    /// code.
+    fn refuse_full(
+        &self,
+        subscribe: &SubscribeRef,
+        request: &SubscribeRequest,
+        (full, reason): (Full, SubscribeRefusedReason),
+        now: Millis,
+    ) -> ReasonCode {
+        count_refused(reason);
+        if let Some(suppressed) = FULL.permit(now) {
+            let key = self.sessions.key(subscribe.session);
+            let client_id = key.as_ref().map_or("", |key| key.client_id());
+            let limit = match reason {
+                SubscribeRefusedReason::Filters => "the table of filters is full",
+                _ => "memory.sessions is used up: raise it, or end sessions that nobody needs",
+            };
+            tracing::warn!(
+                client_id = clean(client_id, 256),
+                filter = %clean(&request.filter, 256),
+                used_up = %full,
+                suppressed,
+                "A SUBSCRIBE was refused: {limit}"
+            );
+        }
+        ReasonCode::QUOTA_EXCEEDED
     }
 
     /// Takes the last step with a subscription that has joined its session. Returns the grant, if the
@@ -240,6 +284,10 @@ impl Router {
             self.hand_over(session);
         }
     }
+}
+
+fn count_refused(reason: SubscribeRefusedReason) {
+    metrics().subscribes_refused[reason].increment(1);
 }
 
 #[cfg(test)]
@@ -300,7 +348,7 @@ mod tests {
         let behind = locks_of(&router, b, "x/#", higher);
         assert_eq!(behind, (2, 2), "it waits for an overlapping one");
         let shared = locks_of(&router, a, "$share/g/x", qos);
-        assert_eq!(shared, (1, 2), "it joins a group");
+        assert_eq!(shared, (2, 2), "it joins a group");
     }
     /// A client gives up the filter whose copies it gets, and at once subscribes to more: until the
     /// handover is over it still gets those copies, so the broker is to send them at the new QoS.

@@ -1,12 +1,13 @@
 //! Helpers of the tests of the router and of everything above it: a router, and its clients.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::mqtt::{Message, MessageSpec, Properties, QoS, SubscribeOptions, Version};
 use crate::router::handle::ConnectionHandle;
 use crate::router::{
-    BrokerFeatures, Caller, ClientPublish, Connect, Connected, LinkSession, Peer, Router,
+    BrokerFeatures, Caller, ClientPublish, Connect, Connected, LinkSession, Peer, Refused, Router,
     RouterConfig,
 };
 use crate::session::{ConnectionSpec, QueueFull, SessionLimits, SubscribeRequest, Will};
@@ -70,6 +71,7 @@ pub(crate) fn config() -> RouterConfig {
         publishes_waiting_per_client: 64 * 1024 * 1024,
         retained_cache: 1024 * 1024,
         retained_resync: true,
+        sessions: 64 * 1024 * 1024,
         queues: 64 * 1024 * 1024,
         output: 64 * 1024 * 1024,
         write_stall: Duration::from_secs(60),
@@ -136,9 +138,17 @@ fn connect(
     clean: bool,
     now: Millis,
 ) -> Connected {
-    let connect = Connect {
+    router
+        .connect(request(id, version, will, clean), now, |_, _| {})
+        .expect("nobody else has the identifier")
+}
+
+/// The CONNECT of an anonymous client.
+fn request(id: &str, version: Version, will: Option<Will>, clean: bool) -> Connect {
+    Connect {
         key: id.into(),
         principal: "anonymous".into(),
+        anonymous: true,
         clean_start: clean,
         expiry: if clean { 0 } else { u32::MAX },
         spec: ConnectionSpec {
@@ -153,10 +163,28 @@ fn connect(
         will,
         handle: Arc::new(ConnectionHandle::default()),
         peer: peer(),
+    }
+}
+
+/// Connects an MQTT 5 client whose session is kept, of this principal and from this address.
+pub(crate) fn connect_from(
+    router: &Router,
+    id: &str,
+    principal: Option<&str>,
+    address: &str,
+    will: Option<Will>,
+) -> Result<Connected, Refused> {
+    let address: IpAddr = address.parse().expect("an address");
+    let connect = Connect {
+        principal: principal.unwrap_or("anonymous").into(),
+        anonymous: principal.is_none(),
+        peer: Arc::new(Peer {
+            address: (address, 1).into(),
+            ..Peer::clone(&peer())
+        }),
+        ..request(id, Version::V5, will, false)
     };
-    router
-        .connect(connect, now, |_, _| {})
-        .expect("nobody else has the identifier")
+    router.connect(connect, Millis::ZERO, |_, _| {})
 }
 
 /// The far end of a TCP connection.

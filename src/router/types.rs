@@ -7,6 +7,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::mqtt::{Message, QoS};
+use crate::router::account::Holder;
 use crate::session::Incarnation;
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -85,6 +86,14 @@ pub(super) struct OverlappingFilters {
     pub active: Vec<FilterId>,
     /// The filters among them that are not granted yet.
     pub awaiting: Vec<FilterId>,
+}
+
+/// The session of a SUBSCRIBE, as the table needs it for one filter.
+#[derive(Debug)]
+pub(super) struct Subscriber {
+    /// Who the filter is charged to, if it is new.
+    pub holder: Holder,
+    pub overlapping: OverlappingFilters,
 }
 
 /// A filter is granted to a client at once.

@@ -196,6 +196,7 @@ fn router_config(config: &Config, clock: Clock) -> RouterConfig {
         publishes_waiting_per_client: upstream.publishes_waiting_per_client as usize,
         retained_cache: upstream.retained_cache as usize,
         retained_resync: upstream.retained_resync,
+        sessions: config.memory.sessions,
         queues: config.memory.queues,
         output: config.memory.max / 8,
         write_stall: config.limits.write_stall,

@@ -57,6 +57,11 @@ fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
         false => String::new(),
     };
     vec![
+        line(
+            MemoryAccount::Sessions,
+            config.memory.sessions,
+            "memory.sessions",
+        ),
         line(MemoryAccount::Queues, config.memory.queues, "memory.queues"),
         line(
             MemoryAccount::PublishesWaiting,
@@ -152,7 +157,7 @@ pub(super) fn report(config: &Config, cap: &Cap, findings: &Findings) -> String 
     ));
     let busy = u64::from(config.limits.packet_max) + u64::from(config.limits.output_buffer);
     say(format_args!(
-        "  the rest, {}, is for sessions, and for {} clients at once with a largest packet and a \
+        "  the rest, {}, is for {} clients at once with a largest packet and a \
          full output buffer ({} each)",
         size(max.saturating_sub(sum)),
         (max.saturating_sub(sum) / busy).min(cap.connections as u64),
@@ -228,6 +233,7 @@ mod tests {
         let mut config = Config::builtin();
         config.memory = Memory {
             max: 8 << 30,
+            sessions: 1 << 30,
             queues: 2 << 30,
         };
         config
@@ -245,10 +251,11 @@ mod tests {
             "  quic             quic  127.0.0.1:14567, anonymous",
             "  embedded:",
             "  default          certificate until then",
+            "  sessions                1 GiB  memory.sessions",
             "  queues                  2 GiB  memory.queues",
             "  publishes_waiting      64 MiB  upstream.publishes_waiting",
             "  connections         351.6 MiB  10000 connections, about 36 KiB each while idle, with QUIC up to 32 KiB more before CONNECT",
-            "  sum                   2.6 GiB",
+            "  sum                   3.6 GiB",
             "  total                   8 GiB  memory.max",
             "  10000 at once",
         ] {

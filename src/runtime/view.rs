@@ -135,6 +135,8 @@ impl AdminView for View {
         m.sessions[SessionState::Attached].set(totals.attached as f64);
         m.sessions[SessionState::Detached].set(totals.detached as f64);
         m.queue_messages.set(totals.queue_messages as f64);
+        m.session_bytes.set(self.router.session_bytes() as f64);
+        m.filters.set(self.router.filters_known() as f64);
         m.queue_bytes.set(self.router.queue_used() as f64);
         m.publishes_waiting
             .set(self.router.publishes_waiting() as f64);

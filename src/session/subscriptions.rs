@@ -17,6 +17,10 @@ const COMPARED_EACH: usize = 16;
 /// Comparisons of filters that an UNSUBSCRIBE may always take.
 const COMPARED_ALWAYS: usize = 16 * 1024;
 
+/// Bytes of a subscription beside its filter: here, where the list may have as many places again, and
+/// among the filter's members.
+pub const SUBSCRIPTION_BYTES: usize = 2 * size_of::<Subscription>() + 64;
+
 /// A subscription of this session.
 #[derive(Clone, Debug)]
 pub struct Subscription {

@@ -27,6 +27,11 @@ impl Will {
         }
     }
 
+    /// Bytes of memory that it takes.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>() + self.message.size()
+    }
+
     /// The message as it is published at `now`.
     pub fn publish(self, now: Millis) -> Message {
         match self.message_expiry {

@@ -16,7 +16,8 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder
 pub use labels::{
     AcceptErrorReason, DeferReason, DeniedAction, DisconnectReason, DropReason, HandshakeReason,
     Label, LinkDownReason, LogDropReason, MemoryAccount, RefusedReason, ReloadResult,
-    SessionEndReason, SessionState, StreamReason, TaskKind, UpstreamTlsReason,
+    SessionEndReason, SessionState, StreamReason, SubscribeRefusedReason, TaskKind,
+    UpstreamTlsReason,
 };
 
 /// Upper bounds of the histograms' buckets, from a local hop to the point where a person gives up.
@@ -141,6 +142,8 @@ metrics! {
     counter connects_refused = "tidegate_connects_refused_total" by RefusedReason;
     #[doc = "Logins, publishes and subscriptions that were denied, by action."]
     counter denied = "tidegate_denied_total" by DeniedAction;
+    #[doc = "Filters of SUBSCRIBEs that were refused without asking the broker, by reason."]
+    counter subscribes_refused = "tidegate_subscribes_refused_total" by SubscribeRefusedReason;
     #[doc = "Connections with a session that ended, by reason."]
     counter disconnects = "tidegate_disconnects_total" by DisconnectReason;
     #[doc = "Sessions now, with and without a connection."]
@@ -165,6 +168,10 @@ metrics! {
     counter response_topics_denied = "tidegate_response_topics_denied_total";
     #[doc = "Publishes that had to wait, or were answered 0x97 (Quota exceeded), by reason."]
     counter publishes_deferred = "tidegate_publishes_deferred_total" by DeferReason;
+    #[doc = "Bytes that are charged for sessions and filters: memory.sessions."]
+    gauge session_bytes = "tidegate_session_bytes";
+    #[doc = "Filters in the table, in use or lingering."]
+    gauge filters = "tidegate_filters";
     #[doc = "Bytes of messages in the queues of all sessions."]
     gauge queue_bytes = "tidegate_queue_bytes";
     #[doc = "Messages in the queues of all sessions."]

@@ -157,6 +157,7 @@ fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
         publishes_waiting_per_client: rng.pick(&[1000, 1 << 20, 1 << 20]) as usize,
         retained_cache: rng.pick(&[100, 1 << 20]) as usize,
         retained_resync: false,
+        sessions: 1 << 30,
         queues: if evicts { 3000 } else { 1 << 30 },
         output: 1 << 30,
         write_stall: Duration::from_secs(60),

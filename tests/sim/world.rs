@@ -540,6 +540,10 @@ impl World {
                 router.totals().attached + router.totals().detached,
             ),
             ("bytes in queues", router.queue_used() as usize),
+            (
+                "bytes of sessions and filters",
+                router.session_bytes() as usize,
+            ),
             ("bytes of output", router.output_used() as usize),
             ("publishes that wait", router.publishes_waiting()),
             (

@@ -4,6 +4,7 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::auth::ANONYMOUS;
 use crate::config;
 use crate::mqtt::{
     Connack, Connect, Message, MessageSpec, Mounting, Property, QoS, ReasonCode, Version,
@@ -115,6 +116,7 @@ impl Admission<'_> {
         let scope = applicant.scope.clone();
         let request = router::Connect {
             key,
+            anonymous: *applicant.owner == *ANONYMOUS,
             principal: applicant.owner,
             clean_start: connect.clean_start,
             expiry,
@@ -139,8 +141,12 @@ impl Admission<'_> {
             }
             .encode(version, out);
         });
-        let connected =
-            connected.map_err(|Refused::Principal| Refusal::new(RefusalCause::OtherPrincipal))?;
+        let connected = connected.map_err(|refused| {
+            Refusal::new(match refused {
+                Refused::Principal => RefusalCause::OtherPrincipal,
+                Refused::Full(full) => RefusalCause::SessionMemory(full),
+            })
+        })?;
         let machine = Machine::new(&connected, handle, version, packet_max);
         if connected.present && self.policy.may_have_changed() {
             self.revoke_forbidden(machine.caller(), scope.as_deref());

@@ -2,6 +2,7 @@
 
 use crate::auth::Denial;
 use crate::mqtt::{Error, ReasonCode};
+use crate::router::Full;
 use crate::telemetry::RefusedReason;
 use crate::transport::{Closed, Detected, NameError};
 
@@ -77,6 +78,9 @@ pub enum RefusalCause {
          without the bridge bit of its protocol level"
     )]
     Bridge,
+    /// `memory.sessions`, or the client's share of it, is used up.
+    #[error("memory.sessions is used up ({0}): raise it, or end sessions that nobody needs")]
+    SessionMemory(Full),
     /// The will's QoS is above the announced maximum [MQTT-3.2.2-12].
     #[error("the will's QoS is above the broker's maximum [MQTT-3.2.2-12]")]
     WillQos,
@@ -118,6 +122,7 @@ impl RefusalCause {
         match self {
             Self::Deadline => (R::Timeout, C::SUCCESS),
             Self::ConnectBudget => (R::Memory, C::QUOTA_EXCEEDED),
+            Self::SessionMemory(_) => (R::SessionMemory, C::QUOTA_EXCEEDED),
             Self::Closed(closed) => {
                 let label = match closed {
                     Closed::TooLarge => R::TooLarge,

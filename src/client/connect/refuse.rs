@@ -19,6 +19,7 @@ use crate::client::{LOGGED_CHARS, ListenerContext, connection_lines};
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 static REFUSALS: RateLimited = connection_lines();
+static FULL: RateLimited = RateLimited::new(Duration::from_secs(1));
 static DENIED: RateLimited = RateLimited::burst(5, Duration::from_secs(1));
 
 /// A connection that gets no session, and the answer to its client.
@@ -72,7 +73,9 @@ impl Refusal {
             // The client's end of the control stream does not end the connection.
             RefusedReason::Closed if has_data_streams => CloseHow::Protocol,
             RefusedReason::Draining => CloseHow::GoingAway,
-            RefusedReason::Rate | RefusedReason::Memory => CloseHow::Overload,
+            RefusedReason::Rate | RefusedReason::Memory | RefusedReason::SessionMemory => {
+                CloseHow::Overload
+            }
             _ => CloseHow::Normal,
         }
     }
@@ -106,6 +109,20 @@ pub(super) async fn refuse(
             tracing::warn!(
                 client_id = refusal.client_id,
                 user = refusal.user,
+                listener = &*listener.name,
+                transport = listener.transport,
+                peer = %peer,
+                code = refusal.cause.code().0,
+                reason = %refusal.cause.label(),
+                suppressed,
+                "Connection refused: {}",
+                refusal.cause
+            );
+        }
+    } else if let RefusalCause::SessionMemory(_) = refusal.cause {
+        if let Some(suppressed) = FULL.permit(now) {
+            tracing::warn!(
+                client_id = refusal.client_id,
                 listener = &*listener.name,
                 transport = listener.transport,
                 peer = %peer,

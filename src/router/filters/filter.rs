@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use smallvec::SmallVec;
 
 use crate::mqtt::{QoS, ReasonCode};
+use crate::router::account::Holder;
 use crate::router::types::PendingGrant;
 use crate::time::Millis;
 use crate::topics::{FilterId, split_shared};
@@ -100,6 +101,8 @@ pub(in crate::router) struct Filter {
     unread: AtomicU32,
     /// How often the broker has ended the link while its SUBSCRIBE had no answer, since the last one.
     ends: u8,
+    /// Who it is charged to.
+    pub(super) holder: Option<Holder>,
 }
 
 // A million filters may be known at once.
@@ -125,6 +128,7 @@ impl Filter {
             idle_since: None,
             unread: AtomicU32::new(0),
             ends: 0,
+            holder: None,
         }
     }
 

@@ -30,6 +30,9 @@ impl Table {
             }
             return Err(other);
         }
+        if let Some(holder) = self.get(id).and_then(|f| f.holder) {
+            self.hold(plain, holder);
+        }
         let Some(filter) = self.get_mut(plain) else {
             return Ok(());
         };

@@ -2,6 +2,7 @@
 
 use crate::router::filters::actions::Released;
 use crate::router::filters::filter::{Filter, Release};
+use crate::router::filters::holders::FILTER_BYTES;
 use crate::router::filters::linger::{Idle, Overdue};
 use crate::router::filters::table::Table;
 use crate::router::filters::{FILTERS_MAX, Filters};
@@ -75,11 +76,16 @@ impl Filters {
             let lingering = &table.lingering;
             // Filters that are being unsubscribed make room soon.
             let leaving: usize = table.unsubscribe_queue.iter().map(|q| q.len()).sum();
+            let account = &table.account.bytes;
+            let bytes_over = account.used().saturating_sub(account.max() / 10 * 9);
+            // Each gives back that many at least.
+            let filters_over = bytes_over.div_ceil(FILTER_BYTES as u64) as usize;
+            let crowded = table.len().saturating_sub(FILTERS_CROWDED);
             Overdue {
                 idle_before: now - self.config.linger,
                 busy_before: now - self.config.linger_busy_min,
                 surplus: (lingering.len()).saturating_sub(self.config.lingering_max),
-                urgent: table.len().saturating_sub(FILTERS_CROWDED + leaving),
+                urgent: crowded.max(filters_over).saturating_sub(leaving),
                 urgent_bytes: lingering.bytes().saturating_sub(LINGERING_BYTES_MAX),
             }
         };
@@ -90,7 +96,9 @@ impl Filters {
             let table = self.read();
             let before = last;
             for ((since, id), bytes) in table.lingering.behind(last).take(CHUNK) {
-                let busy = || table.get(id).is_some_and(|f| f.unread() > BUSY);
+                let filter = table.get(id);
+                let busy = |f: &Filter| f.unread() > BUSY || table.is_over_share(f);
+                let busy = || filter.is_some_and(busy);
                 match overdue.next(since, bytes, busy) {
                     None => return found,
                     Some(true) => found.push((since, id)),

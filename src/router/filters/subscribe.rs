@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use crate::mqtt::{QoS, ReasonCode};
+use crate::router::account::Full;
+use crate::router::filters::Filters;
 use crate::router::filters::actions::{Answered, Confirmed, LinkSet};
 use crate::router::filters::filter::{Filter, Phase};
 use crate::router::filters::table::Table;
-use crate::router::filters::{FILTERS_MAX, Filters};
-use crate::router::types::{Grant, OverlappingFilters, PendingGrant, SessionRef};
+use crate::router::types::{Grant, PendingGrant, SessionRef, Subscriber};
+use crate::telemetry::SubscribeRefusedReason;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -26,8 +28,8 @@ pub(in crate::router) struct Admitted {
 /// Why a client does not get a filter.
 #[derive(Debug)]
 pub(in crate::router) enum Refusal {
-    /// Too many filters are known.
-    TooMany,
+    /// The table has no room, or none for this client: the part that is used up, and the limit.
+    Full(Full, SubscribeRefusedReason),
     /// The broker has closed links for it.
     Quarantined,
     /// It overlaps this filter on every data link, and the broker has no Subscription Identifiers.
@@ -56,9 +58,8 @@ pub(in crate::router) enum Next {
 }
 
 impl Filters {
-    /// Gives a session in `shard` a reference to a filter at `qos`; `overlapping` are those of its
-    /// subscriptions that overlap the filter. If the filter is granted at once, they are raised to
-    /// this QoS as well.
+    /// Gives a session in `shard` a reference to a filter at `qos`. If the filter is granted at once, its
+    /// overlapping subscriptions are raised to this QoS as well.
     ///
     /// # Errors
     /// [`Refusal`]; nothing changed.
@@ -67,18 +68,19 @@ impl Filters {
         name: &str,
         qos: QoS,
         shard: u16,
-        overlapping: &OverlappingFilters,
+        subscriber: &Subscriber,
         now: Millis,
     ) -> Result<Admitted, Refusal> {
+        let overlapping = &subscriber.overlapping;
         let hash = self.hash(name);
         let mut table = self.write();
-        if table.len() >= FILTERS_MAX && !table.knows(name) {
-            return Err(Refusal::TooMany);
-        }
         if table.suspects.is_quarantined(name, now) {
             return Err(Refusal::Quarantined);
         }
+        let room = table.has_room(name, subscriber.holder);
+        room.map_err(|(full, reason)| Refusal::Full(full, reason))?;
         let (id, name) = table.intern(name);
+        table.hold(id, subscriber.holder);
         if let Err(other) = table.place(id, hash, &overlapping.all, now) {
             if table.get(id).is_some_and(|f| f.mask() == 0) {
                 table.remove(id, now);

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use crate::mqtt::QoS;
+use crate::router::account::SessionAccount;
 use crate::router::filters::actions::LinkSet;
 use crate::router::filters::copies::{Leaving, Moves};
 use crate::router::filters::counts::{LinkCounts, UsedLinks};
@@ -35,6 +36,8 @@ pub(in crate::router) struct Table {
     pub(super) woken: LinkSet,
     /// By number; `None`: the number means none, and costs no more than a word while it rests.
     filters: Vec<Option<Box<Filter>>>,
+    /// Charged for the filters that clients brought.
+    pub(super) account: Arc<SessionAccount>,
     /// Which filter a number means, and when it may mean another.
     numbers: Box<dyn Identifiers>,
     /// Filters that nobody uses.
@@ -83,7 +86,11 @@ pub(in crate::router) struct Table {
 
 impl Table {
     /// Tables for so many links. Filters that `numbers` knows linger from the start.
-    pub(crate) fn new(numbers: Box<dyn Identifiers>, counts: LinkCounts) -> Self {
+    pub(crate) fn new(
+        numbers: Box<dyn Identifiers>,
+        counts: LinkCounts,
+        account: Arc<SessionAccount>,
+    ) -> Self {
         let links = counts.all();
         let mut lingering = Lingering::default();
         let mut filters = Vec::new();
@@ -98,6 +105,7 @@ impl Table {
             counts,
             woken: LinkSet::default(),
             filters,
+            account,
             numbers,
             lingering,
             subscribe_queue: vec![VecDeque::new(); links],
@@ -265,6 +273,7 @@ impl Table {
         let Some(filter) = self.filters.get_mut(id.index()).and_then(Option::take) else {
             return;
         };
+        self.give_back(&filter);
         self.lost.remove(id);
         self.leaving.remove(&id);
         self.awaiting_outer.remove(&id);
@@ -315,6 +324,11 @@ mod tests {
     use crate::session::Incarnation;
     use crate::store::{Memory, Store};
 
+    fn account() -> Arc<SessionAccount> {
+        let seed = crate::hashing::HashSeed::fixed();
+        Arc::new(SessionAccount::new(1 << 20, 100, seed))
+    }
+
     #[test]
     fn a_filter_that_the_store_knows_keeps_its_number() {
         let mut numbers = Memory.identifiers();
@@ -322,7 +336,7 @@ mod tests {
             numbers.number(name);
         }
         numbers.release("b", Millis::ZERO, Millis::ZERO + TOMBSTONE);
-        let mut table = Table::new(numbers, LinkCounts::fixed(1, 1));
+        let mut table = Table::new(numbers, LinkCounts::fixed(1, 1), account());
         assert!(table.knows("a") && !table.knows("b"));
         assert_eq!(table.get(FilterId(2)).map(|f| &**f.name()), Some("c"));
         assert!(
@@ -340,7 +354,7 @@ mod tests {
         for name in ["a", "b", "root/#"] {
             numbers.number(name);
         }
-        let mut table = Table::new(numbers, LinkCounts::fixed(1, 1));
+        let mut table = Table::new(numbers, LinkCounts::fixed(1, 1), account());
         table.add_root("root/#");
         table.reference(FilterId(1), 0);
         let lingering: Vec<_> = table.lingering.behind(None).collect();
@@ -352,7 +366,7 @@ mod tests {
 
     #[test]
     fn the_number_of_a_removed_filter_rests() {
-        let mut table = Table::new(Memory.identifiers(), LinkCounts::fixed(1, 1));
+        let mut table = Table::new(Memory.identifiers(), LinkCounts::fixed(1, 1), account());
         for name in ["a", "b"] {
             table.intern(name);
         }
@@ -387,7 +401,7 @@ mod tests {
             deadline,
         };
         let id = FilterId(0);
-        let mut table = Table::new(Memory.identifiers(), LinkCounts::fixed(1, 1));
+        let mut table = Table::new(Memory.identifiers(), LinkCounts::fixed(1, 1), account());
         table.intern("a");
         table.await_suback(id, grant(QoS::AtLeastOnce, Millis::new(10)));
         table.await_suback(id, grant(QoS::ExactlyOnce, Millis::new(10)));
@@ -404,7 +418,7 @@ mod tests {
     #[test]
     fn a_resting_number_costs_one_word() {
         assert_eq!(size_of::<Option<Box<Filter>>>(), size_of::<usize>());
-        let mut table = Table::new(Memory.identifiers(), LinkCounts::fixed(1, 1));
+        let mut table = Table::new(Memory.identifiers(), LinkCounts::fixed(1, 1), account());
         table.intern("a");
         assert_eq!(size_of_val(&table.filters[0]), size_of::<usize>());
     }

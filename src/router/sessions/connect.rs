@@ -9,8 +9,9 @@ use crate::telemetry::{DropReason, SessionEndReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
+use crate::router::account::{Full, Holder};
 use crate::router::handle::ConnectionHandle;
-use crate::router::sessions::shard::Shard;
+use crate::router::sessions::shard::{SESSION_BYTES, Shard};
 use crate::router::sessions::{DueWill, PresenceChange, SessionActions, Sessions, shed};
 use crate::router::types::{Peer, SessionRef};
 
@@ -21,6 +22,8 @@ pub struct Connect {
     pub key: SessionKey,
     /// The authenticated principal.
     pub principal: Arc<str>,
+    /// The principal is the one of all anonymous clients.
+    pub anonymous: bool,
     /// Clean Start, or Clean Session.
     pub clean_start: bool,
     /// Session Expiry Interval in force, seconds.
@@ -58,6 +61,8 @@ pub struct Connected {
 pub enum Refused {
     /// The client identifier's session belongs to another principal.
     Principal,
+    /// The account of sessions has no room, or none for this client.
+    Full(Full),
 }
 
 /// Actions that are left to take after a CONNECT.
@@ -88,19 +93,18 @@ impl Sessions {
             ..SessionActions::default()
         };
         let mut shard = self.shard(number);
-        let (known, taken_over) = take_over(&mut shard, &connect, &mut actions, now)?;
+        let holder = self.judge(&shard, &connect)?;
+        let (known, taken_over) = take_over(&mut shard, &connect, &mut actions, now);
         let (at, present) = match known {
             Some(at) => {
+                shard.move_to(at, holder);
                 let resumed = self.resume(&mut shard, at, &connect, taken_over, &mut actions, now);
                 (at, resumed)
             }
             None => {
-                let at = shard.insert(Session::new(
-                    connect.key.clone(),
-                    connect.principal.clone(),
-                    self.next_incarnation(),
-                    now,
-                ));
+                let (key, principal) = (connect.key.clone(), connect.principal.clone());
+                let session = Session::new(key, principal, self.next_incarnation(), now);
+                let at = shard.insert(session, holder);
                 let reference = shard.reference(at);
                 shard.slots[at as usize].publish_link = publish_link(reference);
                 (at, false)
@@ -130,6 +134,32 @@ impl Sessions {
             groups: attached.groups,
         };
         Ok((connected, actions))
+    }
+
+    /// Judges whether a client gets its session: it must not be another principal's, and the account
+    /// must have room for the amount that the CONNECT adds. Returns who a new session is charged to.
+    fn judge(&self, shard: &Shard, connect: &Connect) -> Result<Holder, Refused> {
+        let principal = (!connect.anonymous).then_some(&*connect.principal);
+        let address = connect.peer.address.ip();
+        let holder = self.account.holder(principal, address);
+        let will = connect.will.as_ref().map_or(0, Will::bytes);
+        let known = shard.by_key.get(&connect.key);
+        let known = known.map(|at| &shard.slots[*at as usize]);
+        let (charged, more) = match known {
+            Some(slot) if slot.session.principal == connect.principal => {
+                (slot.holder, will.saturating_sub(slot.session.will_bytes()))
+            }
+            Some(slot) if !slot.session.is_closed() => return Err(Refused::Principal),
+            _ => {
+                let names = connect.key.as_str().len() + connect.principal.len();
+                (holder, SESSION_BYTES + names + will)
+            }
+        };
+        if more > 0 {
+            let room = self.account.bytes.has_room(charged, more as u64);
+            room.map_err(Refused::Full)?;
+        }
+        Ok(holder)
     }
 
     /// Resumes a known session, or starts it anew. Returns whether it is resumed.
@@ -212,6 +242,7 @@ impl Sessions {
         if attached.options_changed {
             shard.rejoin(at);
         }
+        shard.hold(at);
         shard.settle(at);
         self.charge(&mut shard);
         drop(shard);
@@ -272,30 +303,24 @@ struct Attached {
 }
 
 /// Ends the connection that a client identifier's session has. Returns the session's slot, and whether
-/// it had a connection.
-///
-/// # Errors
-/// The session belongs to another principal.
+/// it had a connection. The session of another principal is over, and makes room.
 fn take_over(
     shard: &mut Shard,
     connect: &Connect,
     actions: &mut SessionActions,
     now: Millis,
-) -> Result<(Option<u32>, bool), Refused> {
+) -> (Option<u32>, bool) {
     let Some(at) = shard.by_key.get(&connect.key).copied() else {
-        return Ok((None, false));
+        return (None, false);
     };
     let slot = &mut shard.slots[at as usize];
     let foreign = slot.session.principal != connect.principal;
-    if foreign && !slot.session.is_closed() {
-        return Err(Refused::Principal);
-    }
     let taken_over = slot.session.attached();
     if taken_over && let Some(handle) = slot.handle.take() {
         handle.close(CloseReason::TakenOver);
     }
     if !foreign {
-        return Ok((Some(at), taken_over));
+        return (Some(at), taken_over);
     }
     // The grace of the closed session's client is over.
     let ended = slot.session.give_up_grace(now);
@@ -315,7 +340,7 @@ fn take_over(
         });
     }
     shard.remove(at);
-    Ok((None, taken_over))
+    (None, taken_over)
 }
 
 /// Detaches or removes a session whose connection ended. Returns the actions that are left to take.

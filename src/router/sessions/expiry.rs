@@ -119,6 +119,7 @@ fn expire(shard: &mut Shard, at: u32, now: Millis, actions: &mut SessionActions)
             peer: None,
         });
     }
+    shard.hold(at);
     actions.redeliveries.append(&mut ended.shared);
     actions.wills.extend(ended.will.take().map(|will| DueWill {
         session,

@@ -10,6 +10,7 @@ use lru::LruCache;
 use slab::Slab;
 
 use crate::hashing::{LookUp, LookUpHasher};
+use crate::router::account::{Holder, SessionAccount};
 use crate::session::{ENTRY_BYTES, Ended, Session, SessionKey, Unsubscribed};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -24,6 +25,10 @@ use crate::router::types::{Peer, SessionRef};
 /// How long publishes of a closed session are recognised when its client sends them again. It is
 /// longer than a publish may be under way on a link that is found to be dead.
 const REMEMBER_CLOSED: Duration = Duration::from_secs(2 * 60);
+
+/// Bytes of a session beside its names, its will and its subscriptions: its state, and its entries in
+/// the tables of its shard.
+pub(super) const SESSION_BYTES: usize = size_of::<Slot>() + 128;
 
 /// A session with the router's own data about it.
 #[derive(Debug)]
@@ -45,6 +50,10 @@ pub(in crate::router) struct Slot {
     charged_entry_bytes: u32,
     /// Bytes charged to the account of output.
     charged_output_bytes: u32,
+    /// Who the session is charged to.
+    pub holder: Holder,
+    /// Bytes charged to the account of sessions.
+    charged_bytes: u32,
     /// Bytes of output that the connection's task took last, and has perhaps not written yet.
     pub taken: usize,
     /// When the task last took output of the control stream.
@@ -80,6 +89,7 @@ pub(super) type Detached = LruCache<u32, Millis, LookUpHasher>;
 #[derive(Debug)]
 pub(in crate::router) struct Shard {
     pub number: u16,
+    account: Arc<SessionAccount>,
     pub slots: Slab<Box<Slot>>,
     pub by_key: LookUp<SessionKey, u32>,
     pub members: LookUp<FilterId, Members>,
@@ -99,9 +109,10 @@ pub(in crate::router) struct Shard {
 }
 
 impl Shard {
-    pub(crate) fn new(number: u16, lost: Arc<Lost>) -> Self {
+    pub(crate) fn new(number: u16, lost: Arc<Lost>, account: Arc<SessionAccount>) -> Self {
         Self {
             number,
+            account,
             slots: Slab::new(),
             by_key: LookUp::default(),
             members: LookUp::default(),
@@ -116,7 +127,8 @@ impl Shard {
         }
     }
 
-    pub(crate) fn insert(&mut self, session: Session) -> u32 {
+    /// Adds a session, which is charged to `holder` once [`hold`](Self::hold) is called.
+    pub(crate) fn insert(&mut self, session: Session, holder: Holder) -> u32 {
         self.slot_version = self.slot_version.wrapping_add(1);
         let key = session.key.clone();
         let slot = self.slots.insert(Box::new(Slot {
@@ -130,6 +142,8 @@ impl Shard {
             armed: None,
             charged_entry_bytes: 0,
             charged_output_bytes: 0,
+            holder,
+            charged_bytes: 0,
             taken: 0,
             taken_at: Millis::ZERO,
             offered: 0,
@@ -174,6 +188,38 @@ impl Shard {
         }
         self.entry_bytes -= i64::from(removed.charged_entry_bytes);
         self.output_bytes -= i64::from(removed.charged_output_bytes);
+        let account = &self.account.bytes;
+        account.release(removed.holder, removed.charged_bytes.into());
+    }
+
+    /// Brings the account of sessions in line with a session whose will or subscriptions have changed.
+    pub(super) fn hold(&mut self, slot: u32) {
+        let Some(s) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        // The limits of wills and subscriptions keep it far below 4 GiB.
+        let bytes = (SESSION_BYTES + s.session.held_bytes()) as u32;
+        let before = std::mem::replace(&mut s.charged_bytes, bytes);
+        let account = &self.account.bytes;
+        match bytes.checked_sub(before) {
+            Some(more) => account.charge(s.holder, more.into()),
+            None => account.release(s.holder, (before - bytes).into()),
+        }
+    }
+
+    /// A session's client is connected from another network, whose share is charged from now on if
+    /// there is room.
+    pub(super) fn move_to(&mut self, slot: u32, holder: Holder) {
+        let Some(s) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        let (account, bytes) = (&self.account.bytes, s.charged_bytes.into());
+        if s.holder == holder || !account.has_room_to_move(s.holder, holder, bytes) {
+            return;
+        }
+        account.release(s.holder, bytes);
+        account.charge(holder, bytes);
+        s.holder = holder;
     }
 
     /// Brings account and timer in line with the session after it was worked on.
@@ -252,6 +298,7 @@ impl Shard {
             self.leave(slot, s.filter);
             filters.push(s.filter);
         }
+        self.hold(slot);
         filters
     }
 
@@ -273,6 +320,7 @@ impl Shard {
         }
         s.listed = true;
         self.detached.put(slot, now);
+        self.hold(slot);
         self.settle(slot);
     }
 

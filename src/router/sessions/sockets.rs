@@ -152,6 +152,7 @@ mod tests {
             let connect = Connect {
                 key: format!("{ping_after:?}").as_str().into(),
                 principal: "anonymous".into(),
+                anonymous: true,
                 clean_start: true,
                 expiry: 0,
                 spec: ConnectionSpec {

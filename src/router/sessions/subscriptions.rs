@@ -4,16 +4,17 @@
 use std::sync::Arc;
 
 use crate::mqtt::{QoS, ReasonCode};
-use crate::session::{CloseReason, Incarnation, Session, Subscription};
+use crate::session::{CloseReason, Incarnation, SUBSCRIPTION_BYTES, Session, Subscription};
 use crate::topics::{FilterId, has_wildcard, overlaps};
 
+use crate::router::account::Full;
 use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::Sessions;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
 use crate::router::sessions::shard::{Shard, Slot};
 use crate::router::types::{
-    Grant, OverlappingFilters, PendingGrant, RetainedRequest, SubscribeRef,
+    Grant, OverlappingFilters, PendingGrant, RetainedRequest, SubscribeRef, Subscriber,
 };
 
 /// Up to this number, each of a session's subscriptions is looked for alone.
@@ -31,6 +32,15 @@ pub(in crate::router) struct Joined {
     pub late: Vec<FilterId>,
     /// The client has been answered.
     pub answered: bool,
+}
+
+/// Why a subscription does not join its session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::router) enum Unjoined {
+    /// The connection is gone.
+    Gone,
+    /// The account of sessions has no room, or none for this client.
+    Full(Full),
 }
 
 /// When a subscription that is granted begins to count.
@@ -79,15 +89,24 @@ impl Waking {
 }
 
 impl Sessions {
-    /// The subscriptions of a session that overlap a filter which it subscribes to. `None`: the
-    /// connection is gone.
-    pub(crate) fn overlapping(
+    /// The session that subscribes to a filter, with its subscriptions that overlap the filter. `None`:
+    /// the connection is gone.
+    pub(crate) fn subscriber(
         &self,
         subscribe: &SubscribeRef,
         filter: &str,
-    ) -> Option<OverlappingFilters> {
+        shared: bool,
+    ) -> Option<Subscriber> {
         let mut shard = self.shard(subscribe.session.shard);
         let slot = shard.subscriber(subscribe)?;
+        let holder = slot.holder;
+        if shared {
+            let overlapping = OverlappingFilters::default();
+            return Some(Subscriber {
+                holder,
+                overlapping,
+            });
+        }
         let wild = has_wildcard(filter);
         let all = slot.session.subscriptions().iter();
         let all = all.filter(|s| !s.shared && (s.wild || wild) && *s.name != *filter);
@@ -101,22 +120,34 @@ impl Sessions {
         }
         let given_up = shard.handovers.overlapping(subscribe.session.slot, filter);
         found.active.extend(given_up);
-        Some(found)
+        Some(Subscriber {
+            holder,
+            overlapping: found,
+        })
     }
 
     /// Puts a subscription in force for its session. If it has a confirmed grant it is active at once;
     /// if nothing else has to come first, the client is answered. `raised` are the overlapping
-    /// subscriptions from before. `None`: the connection is gone.
+    /// subscriptions from before.
+    ///
+    /// # Errors
+    /// [`Unjoined`]; nothing changed.
     pub(crate) fn join(
         &self,
         subscribe: &SubscribeRef,
         mut new: Subscription,
         grant: Option<Grant>,
         raised: &OverlappingFilters,
-    ) -> Option<Joined> {
+    ) -> Result<Joined, Unjoined> {
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
-        let slot = shard.subscriber(subscribe)?;
+        let slot = shard.subscriber(subscribe).ok_or(Unjoined::Gone)?;
+        let room = (self.account.bytes).has_room(slot.holder, SUBSCRIPTION_BYTES as u64);
+        if let Err(full) = room
+            && slot.session.subscription(new.filter).is_none()
+        {
+            return Err(Unjoined::Full(full));
+        }
         let scope = slot.session.connection_ref().and_then(|c| c.scope.as_ref());
         if let Some(scope) = scope {
             new.wild_below = Subscription::wild_below(&new.name, scope.mount.len());
@@ -163,11 +194,12 @@ impl Sessions {
         if !shared {
             shard.rejoin_with(at, filter, &added.newly_overlapping);
         }
+        shard.hold(at);
         drop(shard);
         if let Some(waking) = waking {
             waking.wake();
         }
-        Some(joined)
+        Ok(joined)
     }
 
     /// A client's filter is granted. The client is answered, unless overlapping subscriptions have to be
@@ -238,6 +270,7 @@ impl Sessions {
         }
         if removed {
             shard.leave(subscribe.session.slot, grant.filter);
+            shard.hold(subscribe.session.slot);
         }
         drop(shard);
         if let Some(waking) = waking {

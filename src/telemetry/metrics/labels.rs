@@ -90,6 +90,8 @@ labels! {
         Handshakes = "handshakes_max",
         /// The memory accounts are full.
         Memory = "memory",
+        /// `memory.sessions` is full, or the client's share of it.
+        SessionMemory = "session_memory",
         /// The process is ending.
         Draining = "draining",
         /// The peer closed before the answer.
@@ -146,6 +148,22 @@ labels! {
         WriteStall = "write_stall",
         /// The client exceeded one of our limits.
         Quota = "quota",
+    }
+
+    /// Why a filter of a SUBSCRIBE was refused without asking the broker.
+    SubscribeRefusedReason as "reason" {
+        /// `memory.sessions` is full, or the client's share of it.
+        SessionMemory = "session_memory",
+        /// The table of filters is full, or the client's share of it.
+        Filters = "filters",
+        /// The broker has closed links for it.
+        Quarantined = "quarantined",
+        /// It overlaps another filter on every data link of a broker without identifiers.
+        Overlaps = "overlaps",
+        /// Larger than the broker's Maximum Packet Size.
+        TooLarge = "too_large",
+        /// Shared subscriptions or No Local, which the broker does not have.
+        NotSupported = "not_supported",
     }
 
     /// Why a connection ended.

@@ -334,6 +334,7 @@ fn label_values_are_distinct() {
     distinct::<MemoryAccount>();
     distinct::<AcceptErrorReason>();
     distinct::<ReloadResult>();
+    distinct::<SubscribeRefusedReason>();
 }
 
 /// The judge of Prometheus itself, where it is installed.

@@ -34,9 +34,11 @@ def properties(raw: bytes = b"") -> bytes:
     return varint(len(raw)) + raw
 
 
-def connect(client_id: str = "", version: int = 5, clean: bool = True, keep_alive: int = 60, expiry: int | None = None, receive_maximum: int | None = None, props: bytes = b"", name: bytes | None = None, flags: int | None = None, user: str | None = None, password: bytes | None = None, bridge: bool = False) -> bytes:
+def connect(client_id: str = "", version: int = 5, clean: bool = True, keep_alive: int = 60, expiry: int | None = None, receive_maximum: int | None = None, props: bytes = b"", name: bytes | None = None, flags: int | None = None, user: str | None = None, password: bytes | None = None, bridge: bool = False, will: tuple[str, bytes] | None = None) -> bytes:
+    """`will`: topic and payload, at QoS 1."""
     if flags is None:
         flags = 0x02 if clean else 0
+        flags |= 0x0C if will is not None else 0
         flags |= 0x80 if user is not None else 0
         flags |= 0x40 if password is not None else 0
     body = data(name if name is not None else (b"MQIsdp" if version == 3 else b"MQTT")) + bytes([version | (0x80 if bridge else 0), flags]) + struct.pack(">H", keep_alive)
@@ -47,6 +49,8 @@ def connect(client_id: str = "", version: int = 5, clean: bool = True, keep_aliv
             props += b"\x21" + struct.pack(">H", receive_maximum)
         body += properties(props)
     body += text(client_id)
+    if will is not None:
+        body += (properties() if version == 5 else b"") + text(will[0]) + data(will[1])
     if user is not None:
         body += text(user)
     if password is not None:

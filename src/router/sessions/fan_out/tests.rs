@@ -3,7 +3,9 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::hashing::HashSeed;
 use crate::mqtt::{MessageSpec, Properties, QoS, ReasonCode, SubscribeOptions};
+use crate::router::account::SessionAccount;
 use crate::router::sessions::SHARDS;
 use crate::router::{Connected, Router, locks, testing};
 use crate::session::{Effect, Subscription};
@@ -126,8 +128,10 @@ const NAMES: [&str; 2] = ["a/+", "+/b"];
 
 impl Members {
     fn new(sessions: &[(bool, bool)]) -> Self {
+        let account = SessionAccount::new(1 << 20, 1, HashSeed::fixed());
+        let holder = account.holder(None, testing::peer().address.ip());
         let mut members = Self {
-            shard: Shard::new(0, Arc::default()),
+            shard: Shard::new(0, Arc::default(), Arc::new(account)),
             limits: testing::router().limits().clone(),
             tally: Tally::default(),
             known: Primaries::default(),
@@ -137,7 +141,7 @@ impl Members {
             let incarnation = Incarnation::nth(n as u64);
             let key = format!("{n}").as_str().into();
             let session = Session::new(key, "p".into(), incarnation, Millis::ZERO);
-            let slot = members.shard.insert(session);
+            let slot = members.shard.insert(session, holder);
             for (filter, has) in [has.0, has.1].into_iter().enumerate() {
                 if has {
                     members.join(slot, filter);

@@ -1,0 +1,198 @@
+//! The account of sessions and filters. Each principal and each network has a share of it.
+//!
+//! A session is charged for its state, its client identifier, its will and its subscriptions; a filter
+//! is charged once, to the session that brought it. The rule of the shares: while less than half of
+//! the account is used, anybody may use it; of the second half one principal, and one network, may
+//! have an eighth of the account. Charges that replace others, such as the will of a client that
+//! comes back, are never refused unless they grow.
+//!
+//! Principals and networks are counted by their hashes, so that a share costs a session four bytes and
+//! no lock. Two that meet by chance have one share together.
+
+use std::fmt;
+use std::hash::{BuildHasher, Hash};
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::hashing::HashSeed;
+use crate::shares::{SHARE_DIVISOR, network};
+
+/// Counts of principals, and as many of networks: 8,192. At most eight can have more than an eighth, so
+/// a principal meets one of these with a probability of one in a thousand.
+const BUCKETS: usize = 1 << BUCKET_BITS;
+const BUCKET_BITS: u32 = 13;
+
+/// 2^64 divided by the golden ratio: a product with it spreads its factor over the high bits.
+const GOLDEN_RATIO: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// Who a session or a filter is charged to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::router) struct Holder {
+    /// The number of the principal's count and one. `None`: all anonymous clients are one principal,
+    /// whose share would be a limit for everybody.
+    principal: Option<NonZeroU16>,
+    /// The number of the network's count.
+    network: u16,
+}
+
+/// Whose part of an account is used up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// Everybody's.
+    All,
+    /// The principal's share.
+    Principal,
+    /// The share of the client's network.
+    Network,
+}
+
+impl fmt::Display for Full {
+    /// The part that is used up.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::All => "all of it",
+            Self::Principal => "the share of the client's principal",
+            Self::Network => "the share of the client's network",
+        })
+    }
+}
+
+/// An amount in use, and the shares in it.
+#[derive(Debug)]
+pub(in crate::router) struct Shared {
+    max: u64,
+    used: AtomicU64,
+    principals: Box<[AtomicU64]>,
+    networks: Box<[AtomicU64]>,
+}
+
+impl Shared {
+    fn new(max: u64) -> Self {
+        let counts = || (0..BUCKETS).map(|_| AtomicU64::new(0)).collect();
+        Self {
+            max,
+            used: AtomicU64::new(0),
+            principals: counts(),
+            networks: counts(),
+        }
+    }
+
+    /// The amount in use.
+    pub(crate) fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// The most that may be used.
+    pub(crate) fn max(&self) -> u64 {
+        self.max
+    }
+
+    /// Whether there is room for `more`. Concurrent callers may exceed the limit together, each by its
+    /// own amount.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub(crate) fn has_room(&self, holder: Holder, more: u64) -> Result<(), Full> {
+        let used = self.used();
+        if used.saturating_add(more) > self.max {
+            return Err(Full::All);
+        }
+        let over = |own: &AtomicU64| {
+            let own = own.load(Ordering::Relaxed);
+            own.saturating_add(more) > self.allowance(used.saturating_sub(own))
+        };
+        if self.principal(holder).is_some_and(over) {
+            return Err(Full::Principal);
+        }
+        match over(self.network(holder)) {
+            true => Err(Full::Network),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the principal or the network has more than its share.
+    pub(crate) fn is_over(&self, holder: Holder) -> bool {
+        self.has_room(holder, 0).is_err()
+    }
+
+    /// Whether an amount can move from one holder to another of the same principal: the network must
+    /// have room for it.
+    pub(crate) fn has_room_to_move(&self, from: Holder, to: Holder, amount: u64) -> bool {
+        let own = self.network(to).load(Ordering::Relaxed);
+        let others = self.used().saturating_sub(own + amount);
+        from.principal == to.principal && own + amount <= self.allowance(others)
+    }
+
+    /// Adds an amount, whether there is room or not.
+    pub(crate) fn charge(&self, holder: Holder, more: u64) {
+        self.used.fetch_add(more, Ordering::Relaxed);
+        self.network(holder).fetch_add(more, Ordering::Relaxed);
+        if let Some(principal) = self.principal(holder) {
+            principal.fetch_add(more, Ordering::Relaxed);
+        }
+    }
+
+    /// Gives an amount back that was charged to the same holder.
+    pub(crate) fn release(&self, holder: Holder, less: u64) {
+        self.used.fetch_sub(less, Ordering::Relaxed);
+        self.network(holder).fetch_sub(less, Ordering::Relaxed);
+        if let Some(principal) = self.principal(holder) {
+            principal.fetch_sub(less, Ordering::Relaxed);
+        }
+    }
+
+    /// The most that one principal or network may have while the others have `others`: its eighth, and
+    /// the part of the first half that they leave.
+    fn allowance(&self, others: u64) -> u64 {
+        self.max / SHARE_DIVISOR as u64 + (self.max / 2).saturating_sub(others)
+    }
+
+    fn principal(&self, holder: Holder) -> Option<&AtomicU64> {
+        let number = usize::from(holder.principal?.get());
+        Some(&self.principals[number - 1])
+    }
+
+    fn network(&self, holder: Holder) -> &AtomicU64 {
+        &self.networks[usize::from(holder.network)]
+    }
+}
+
+/// The account of sessions and filters.
+#[derive(Debug)]
+pub(in crate::router) struct SessionAccount {
+    hash_seed: HashSeed,
+    /// Bytes of sessions and filters.
+    pub bytes: Shared,
+    /// Filters in the table.
+    pub filters: Shared,
+}
+
+impl SessionAccount {
+    /// An account of so many bytes and filters.
+    pub(crate) fn new(bytes: u64, filters: usize, hash_seed: HashSeed) -> Self {
+        Self {
+            hash_seed,
+            bytes: Shared::new(bytes),
+            filters: Shared::new(filters as u64),
+        }
+    }
+
+    /// The holder of the sessions of a principal, whose client is connected from `address`.
+    pub(crate) fn holder(&self, principal: Option<&str>, address: IpAddr) -> Holder {
+        Holder {
+            principal: principal.and_then(|name| NonZeroU16::new(self.bucket(name) + 1)),
+            network: self.bucket(network(address)),
+        }
+    }
+
+    /// The number of a count, below [`BUCKETS`].
+    fn bucket(&self, value: impl Hash) -> u16 {
+        // The low bits of this hash are not spread evenly.
+        let spread = self.hash_seed.hash_one(value).wrapping_mul(GOLDEN_RATIO);
+        (spread >> (u64::BITS - BUCKET_BITS)) as u16
+    }
+}
+
+#[cfg(test)]
+mod tests;
