@@ -70,6 +70,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     let listeners = listeners::bind_all(&config, &mut certificates, &limits, clock)?;
 
     let health = Arc::<Health>::default();
+    let embedded = broker.embedded.clone();
     let upstream = Upstream::start(
         Start {
             broker,
@@ -85,6 +86,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     let view = Arc::new(View {
         router: router.clone(),
         upstream: upstream.clone(),
+        embedded,
         clients: clients.clone(),
         started: std::time::SystemTime::now(),
         health: health.clone(),
@@ -225,6 +227,10 @@ fn set_budgets(config: &Config) {
             config.upstream.publishes_waiting,
         ),
         (MemoryAccount::RetainedCache, config.upstream.retained_cache),
+        (
+            MemoryAccount::EmbeddedBroker,
+            convert::embedded_bytes(config),
+        ),
     ] {
         budgets[account].set(bytes as f64);
     }

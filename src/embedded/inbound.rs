@@ -269,7 +269,7 @@ impl Connected {
             retain: publish.retain,
             expires_at,
             strip_key: None,
-            account: None,
+            account: Some(st.account.clone()),
         });
         let reason = if st.publish(key, &message) {
             ReasonCode::SUCCESS

@@ -19,9 +19,13 @@ pub struct EmbeddedOptions {
     pub retain_available: bool,
     /// Topic Alias Maximum of CONNACK.
     pub topic_alias_max: u16,
-    /// Messages in one session's queue. Beyond it, the new message is dropped.
+    /// Bytes of all messages together, in queues, in flight and retained, and of the queues' entries. A
+    /// message for several sessions counts once. Beyond it, the session with the most bytes in its
+    /// queue loses the oldest of them.
+    pub memory_max_bytes: u64,
+    /// Messages in one session's queue. Beyond it, its oldest message is dropped.
     pub queue_max: usize,
-    /// Bytes in one session's queue. Beyond it, the new message is dropped.
+    /// Bytes in one session's queue. Beyond it, its oldest messages are dropped.
     pub queue_bytes_max: usize,
     /// Bytes in the retained store. Beyond it, a new message is not kept.
     pub retained_bytes_max: usize,
@@ -32,6 +36,17 @@ pub struct EmbeddedOptions {
 }
 
 impl EmbeddedOptions {
+    /// A broker whose messages may have so many bytes, half of them retained.
+    #[must_use]
+    pub fn within(self, memory_max_bytes: u64) -> Self {
+        let half = usize::try_from(memory_max_bytes / 2).unwrap_or(usize::MAX);
+        Self {
+            memory_max_bytes,
+            retained_bytes_max: self.retained_bytes_max.min(half),
+            ..self
+        }
+    }
+
     /// A broker with these quirks.
     #[cfg(feature = "sim")]
     pub fn with_quirks(quirks: &[crate::config::Quirk]) -> Self {
@@ -59,6 +74,7 @@ impl Default for EmbeddedOptions {
             max_qos: QoS::ExactlyOnce,
             retain_available: true,
             topic_alias_max: 10,
+            memory_max_bytes: 512 * 1024 * 1024,
             queue_max: 1_000_000,
             queue_bytes_max: 512 * 1024 * 1024,
             retained_bytes_max: 512 * 1024 * 1024,

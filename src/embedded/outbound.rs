@@ -1,9 +1,11 @@
 //! The messages that wait for one client, and those in flight to it.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use crate::budget::Account;
 use crate::embedded::options::EmbeddedOptions;
 use crate::embedded::stats::EmbeddedStats;
 use crate::hashing::LookUp;
@@ -23,8 +25,9 @@ pub(crate) struct Queued {
 
 /// The sending half of a session (MQTT 5 §4.3, §4.4, §4.9): a bounded queue, and then a window of
 /// packets without an acknowledgement, in their order.
-#[derive(Default)]
 pub(crate) struct Outbound {
+    /// Charged for the entries; their messages are charged where they are made.
+    account: Arc<Account>,
     queue: VecDeque<Queued>,
     queue_bytes: usize,
     /// By order of first sending.
@@ -63,6 +66,25 @@ enum Awaits {
 pub(crate) struct WrongAck;
 
 impl Outbound {
+    /// An empty queue whose entries are charged to `account`.
+    pub(crate) fn new(account: Arc<Account>) -> Self {
+        Self {
+            account,
+            queue: VecDeque::new(),
+            queue_bytes: 0,
+            inflight: BTreeMap::new(),
+            by_id: LookUp::default(),
+            next_seq: 0,
+            next_id: 0,
+            resend: 0,
+            resend_end: 0,
+            outstanding: 0,
+            window: 0,
+            max_packet: None,
+            version: None,
+        }
+    }
+
     /// Begins a connection: everything unacknowledged is to be sent again.
     pub(crate) fn attach(&mut self, version: Version, window: u16, max_packet: Option<u32>) {
         self.version = Some(version);
@@ -76,17 +98,38 @@ impl Outbound {
         }
     }
 
-    /// Adds a delivery. Returns false if the queue is at its limit.
-    pub(crate) fn push(&mut self, entry: Queued, options: &EmbeddedOptions) -> bool {
+    /// Adds a delivery. At its limits the queue drops its oldest messages. Returns how many were
+    /// dropped.
+    pub(crate) fn push(&mut self, entry: Queued, options: &EmbeddedOptions) -> u64 {
         let bytes = entry.message.size() + ENTRY_BYTES;
-        if self.queue.len() >= options.queue_max
-            || self.queue_bytes + bytes > options.queue_bytes_max
-        {
-            return false;
-        }
         self.queue_bytes += bytes;
+        self.account.charge(ENTRY_BYTES);
         self.queue.push_back(entry);
-        true
+        let mut dropped = 0;
+        while (self.queue.len() > options.queue_max || self.queue_bytes > options.queue_bytes_max)
+            && self.pop().is_some()
+        {
+            dropped += 1;
+        }
+        dropped
+    }
+
+    /// Bytes of the messages that wait, each counted in full, and of their entries.
+    pub(crate) fn queue_bytes(&self) -> usize {
+        self.queue_bytes
+    }
+
+    /// Drops the oldest waiting messages, at least one, until no more than `bytes` wait or `until` holds.
+    /// Returns how many were dropped.
+    pub(crate) fn drop_oldest(&mut self, bytes: usize, until: impl Fn() -> bool) -> u64 {
+        let mut dropped = 0;
+        while self.pop().is_some() {
+            dropped += 1;
+            if self.queue_bytes <= bytes || until() {
+                break;
+            }
+        }
+        dropped
     }
 
     /// Messages waiting or in flight.
@@ -218,6 +261,7 @@ impl Outbound {
     fn pop(&mut self) -> Option<Queued> {
         let entry = self.queue.pop_front()?;
         self.queue_bytes -= entry.message.size() + ENTRY_BYTES;
+        self.account.release(ENTRY_BYTES);
         Some(entry)
     }
 
@@ -249,6 +293,12 @@ impl Outbound {
                 return self.next_id;
             }
         }
+    }
+}
+
+impl Drop for Outbound {
+    fn drop(&mut self) {
+        self.account.release(self.queue.len() * ENTRY_BYTES);
     }
 }
 
@@ -332,12 +382,12 @@ mod tests {
     #[test]
     fn packet_ids_wrap_around_those_in_use() {
         let options = EmbeddedOptions::default();
-        let mut out = Outbound::default();
+        let mut out = Outbound::new(Arc::default());
         out.attach(Version::V5, 3, None);
-        assert!(out.push(entry(QoS::ExactlyOnce), &options));
+        assert_eq!(out.push(entry(QoS::ExactlyOnce), &options), 0);
         assert_eq!(pumped(&mut out), [(1, false)]);
         for n in 0..70_000u32 {
-            assert!(out.push(entry(QoS::AtLeastOnce), &options));
+            assert_eq!(out.push(entry(QoS::AtLeastOnce), &options), 0);
             let id = (n % 65_534) as u16 + 2;
             assert_eq!(pumped(&mut out), [(id, false)]);
             assert!(out.puback(id).is_ok());
@@ -348,7 +398,7 @@ mod tests {
     #[test]
     fn acknowledgements_must_fit() {
         let options = EmbeddedOptions::default();
-        let mut out = Outbound::default();
+        let mut out = Outbound::new(Arc::default());
         out.attach(Version::V5, 10, None);
         out.push(entry(QoS::AtLeastOnce), &options);
         out.push(entry(QoS::ExactlyOnce), &options);

@@ -1,5 +1,7 @@
 //! Subscriptions, fan-out and retained messages of an embedded broker.
 
+use std::time::Duration;
+
 use smallvec::SmallVec;
 
 use crate::embedded::outbound::Queued;
@@ -7,10 +9,14 @@ use crate::embedded::quirks::{Overlap, Shared};
 use crate::embedded::state::State;
 use crate::embedded::subscription::{Filter, LateReplay, Member, Place};
 use crate::mqtt::{Message, QoS, ReasonCode, SubscribeOptions, Version};
+use crate::telemetry::{DropReason, RateLimited, metrics};
 use crate::topics::split_shared;
 
 /// Delayed replays that wait at once. Beyond it, one is sent without its delay.
 const LATE_REPLAYS_MAX: usize = 100_000;
+
+static FULL: RateLimited = RateLimited::new(Duration::from_secs(10));
+
 /// One copy of a message for one session.
 struct Copy {
     session: u32,
@@ -134,6 +140,7 @@ impl State {
             let max = self.options.retained_bytes_max;
             if !self.retained.set(message, max) {
                 self.counts.dropped_full += 1;
+                self.tell_dropped(self.counts.dropped_full - 1);
             }
         }
         let mut matched: SmallVec<[u32; 16]> = SmallVec::new();
@@ -228,15 +235,59 @@ impl State {
         if session.connection.is_none() && entry.qos == QoS::AtMostOnce {
             return;
         }
-        if !session.out.push(entry, &self.options) {
-            self.counts.dropped_full += 1;
-            return;
-        }
+        let before = self.counts.dropped_full;
+        self.counts.dropped_full += session.out.push(entry, &self.options);
         if !session.woken
             && let Some(connection) = &session.connection
         {
             session.woken = true;
             self.to_wake.push(connection.clone());
+        }
+        self.tell_dropped(before);
+        self.make_room();
+    }
+
+    /// Brings all messages together under their limit: the session with the most bytes in its queue
+    /// loses the oldest of them, a quarter at a time.
+    fn make_room(&mut self) {
+        let max = self.options.memory_max_bytes;
+        if self.account.used() <= max {
+            return;
+        }
+        // A little below, so that not every message needs room.
+        let target = max - max / 32;
+        let before = self.counts.dropped_full;
+        while self.account.used() > target {
+            let sessions = self.sessions.iter_mut().map(|(_, session)| session);
+            let Some(largest) = sessions.max_by_key(|session| session.out.queue_bytes()) else {
+                break;
+            };
+            let rest = largest.out.queue_bytes() / 4 * 3;
+            let account = &self.account;
+            let dropped = largest.out.drop_oldest(rest, || account.used() <= target);
+            // The rest is in flight or retained.
+            if dropped == 0 {
+                break;
+            }
+            self.counts.dropped_full += dropped;
+        }
+        self.tell_dropped(before);
+    }
+
+    /// Counts and logs the messages that were dropped since `dropped_full` was at `before`.
+    fn tell_dropped(&self, before: u64) {
+        let dropped = self.counts.dropped_full - before;
+        if dropped == 0 {
+            return;
+        }
+        metrics().messages_dropped[DropReason::EmbeddedFull].increment(dropped);
+        if let Some(suppressed) = FULL.permit(self.now) {
+            tracing::warn!(
+                dropped,
+                suppressed,
+                "The embedded broker drops its oldest messages: they exceed an eighth of memory.max, or a queue of {} messages",
+                self.options.queue_max
+            );
         }
     }
 

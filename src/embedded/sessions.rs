@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::embedded::outbound::Outbound;
 use crate::embedded::state::{ConnectionHandle, Session, State, StoredWill};
 use crate::mqtt::{Connect, Message, MessageSpec, Properties, ReasonCode, Version, Will};
 use crate::time::{Deadline, Millis};
@@ -170,7 +171,7 @@ impl State {
             woken: false,
             subscriptions: Default::default(),
             received: Default::default(),
-            out: Default::default(),
+            out: Outbound::new(self.account.clone()),
             expiry: 0,
             will: None,
             expires_at: None,
@@ -206,7 +207,7 @@ impl State {
                 retain: m.retain(),
                 expires_at: Some(Deadline::after_seconds(self.now, seconds)),
                 strip_key: None,
-                account: None,
+                account: Some(self.account.clone()),
             }),
         };
         self.publish(key, &message);

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use slab::Slab;
 use tokio::sync::Notify;
 
+use crate::budget::Account;
 use crate::embedded::options::EmbeddedOptions;
 use crate::embedded::outbound::Outbound;
 use crate::embedded::retained::Retained;
@@ -53,6 +54,8 @@ impl ConnectionHandle {
 /// Everything that an embedded broker holds, under one lock.
 pub(crate) struct State {
     pub(crate) options: EmbeddedOptions,
+    /// Bytes of all messages and of the entries of the queues.
+    pub(crate) account: Arc<Account>,
     /// The time of this section under the lock.
     pub(crate) now: Millis,
     /// Connections that have something to send since this section.
@@ -106,6 +109,7 @@ impl State {
     pub(crate) fn new(options: EmbeddedOptions) -> State {
         State {
             options,
+            account: Arc::default(),
             now: Millis::ZERO,
             to_wake: Vec::new(),
             sessions: Slab::new(),
@@ -184,6 +188,7 @@ impl State {
                 .map(|(_, s)| s.subscriptions.len())
                 .sum(),
             retained: self.retained.len(),
+            bytes: self.account.used(),
             queued: self.sessions.iter().map(|(_, s)| s.out.len()).sum(),
             ..self.counts
         }

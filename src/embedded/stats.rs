@@ -13,6 +13,8 @@ pub struct EmbeddedStats {
     pub retained: usize,
     /// Messages now in the queues of all sessions, including those in flight.
     pub queued: usize,
+    /// Bytes now of all messages, and of the entries of the queues.
+    pub bytes: u64,
     /// CONNECT packets accepted.
     pub connects: u64,
     /// SUBSCRIBE packets received.
@@ -23,7 +25,8 @@ pub struct EmbeddedStats {
     pub published: u64,
     /// PUBLISH packets sent, including redeliveries.
     pub delivered: u64,
-    /// Messages dropped because a session's queue or the retained store was at its limit.
+    /// Messages dropped because a session's queue, all messages together or the retained store was at
+    /// its limit.
     pub dropped_full: u64,
     /// Messages dropped because their Message Expiry Interval had passed.
     pub dropped_expired: u64,

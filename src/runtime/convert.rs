@@ -23,6 +23,8 @@ use crate::upstream::{BrokerAccess, RESERVED_KEY};
 use crate::runtime::error::StartError;
 use crate::runtime::secret;
 
+/// The messages of the embedded broker may have this fraction of `memory.max`.
+const EMBEDDED_SHARE: u64 = 8;
 /// Bytes of subscriptions' filters that one session may hold for each subscription that it may have.
 const FILTER_BYTES: usize = 64;
 /// The least bytes of subscriptions' filters that one session may hold, whatever their number.
@@ -106,16 +108,28 @@ pub(super) fn client_tls(config: &Config) -> Result<Option<ClientTls>, StartErro
     .map_err(|e| StartError::Config(format!("[upstream.tls]: {e}")))
 }
 
+/// Bytes that the messages of the embedded broker may have; none without it.
+pub(super) fn embedded_bytes(config: &Config) -> u64 {
+    match config.upstream.is_embedded() {
+        true => config.memory.max / EMBEDDED_SHARE,
+        false => 0,
+    }
+}
+
 /// The embedded broker, if the configuration names it.
 fn embedded(config: &Config) -> Option<EmbeddedBroker> {
+    let bytes = embedded_bytes(config);
     match config.upstream.servers.first() {
         #[cfg(feature = "sim")]
         Some(Server::Embedded { quirks }) => {
-            let options = EmbeddedOptions::with_quirks(quirks);
+            let options = EmbeddedOptions::with_quirks(quirks).within(bytes);
             Some(EmbeddedBroker::start(options))
         }
         #[cfg(not(feature = "sim"))]
-        Some(Server::Embedded {}) => Some(EmbeddedBroker::start(EmbeddedOptions::default())),
+        Some(Server::Embedded {}) => {
+            let options = EmbeddedOptions::default().within(bytes);
+            Some(EmbeddedBroker::start(options))
+        }
         _ => None,
     }
 }

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use crate::config::{AclMode, AuthMode, ClientAuth, Config, Listener, Transport};
 use crate::telemetry::{Label as _, MemoryAccount};
 
+use crate::runtime::convert;
 use crate::runtime::open_files::Cap;
 
 const KIB: u64 = 1 << 10;
@@ -56,7 +57,7 @@ fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
         ),
         false => String::new(),
     };
-    vec![
+    let mut plan = vec![
         line(
             MemoryAccount::Sessions,
             config.memory.sessions,
@@ -89,7 +90,15 @@ fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
                 size(idle)
             ),
         ),
-    ]
+    ];
+    if config.upstream.is_embedded() {
+        plan.push(line(
+            MemoryAccount::EmbeddedBroker,
+            convert::embedded_bytes(config),
+            "an eighth of memory.max",
+        ));
+    }
+    plan
 }
 
 /// The whole report, for standard output.
@@ -255,7 +264,8 @@ mod tests {
             "  queues                  2 GiB  memory.queues",
             "  publishes_waiting      64 MiB  upstream.publishes_waiting",
             "  connections         351.6 MiB  10000 connections, about 36 KiB each while idle, with QUIC up to 32 KiB more before CONNECT",
-            "  sum                   3.6 GiB",
+            "  embedded_broker         1 GiB  an eighth of memory.max",
+            "  sum                   4.6 GiB",
             "  total                   8 GiB  memory.max",
             "  10000 at once",
         ] {

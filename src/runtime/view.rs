@@ -10,6 +10,7 @@ use crate::admin::{
 };
 use crate::auth::owner_name;
 use crate::client::Clients;
+use crate::embedded::EmbeddedBroker;
 use crate::router::{Router, SessionInfo};
 use crate::session::SessionKey;
 use crate::supervise::Health;
@@ -21,6 +22,7 @@ use crate::upstream::{Role, Upstream};
 pub(super) struct View {
     pub router: Arc<Router>,
     pub upstream: Upstream,
+    pub embedded: Option<EmbeddedBroker>,
     pub clients: Arc<Clients>,
     /// When the clock started.
     pub started: SystemTime,
@@ -144,6 +146,9 @@ impl AdminView for View {
         m.publishes_waiting_bytes.set(waiting as f64);
         m.retained_cache_bytes
             .set(self.router.retained_bytes() as f64);
+        let embedded = self.embedded.as_ref();
+        m.embedded_broker_bytes
+            .set(embedded.map_or(0, |broker| broker.stats().bytes) as f64);
         m.retained_fetches_pending
             .set(self.router.retained_pending() as f64);
     }

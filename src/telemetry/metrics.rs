@@ -184,6 +184,8 @@ metrics! {
     counter shared_redelivered = "tidegate_shared_redelivered_total";
     #[doc = "Bytes of the retained cache."]
     gauge retained_cache_bytes = "tidegate_retained_cache_bytes";
+    #[doc = "Bytes of the messages of the embedded broker."]
+    gauge embedded_broker_bytes = "tidegate_embedded_broker_bytes";
     #[doc = "Probes of the broker, each over a connection of its own."]
     counter upstream_probes = "tidegate_upstream_probes_total";
     #[doc = "Filters whose retained messages are being fetched or will be fetched."]

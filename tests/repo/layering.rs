@@ -48,7 +48,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "embedded",
-        &["backoff", "hashing", "time", "mqtt", "topics", "config"],
+        &[
+            "backoff",
+            "budget",
+            "hashing",
+            "time",
+            "mqtt",
+            "topics",
+            "config",
+            "telemetry",
+        ],
     ),
     (
         "client",

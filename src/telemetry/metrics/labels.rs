@@ -276,6 +276,8 @@ labels! {
         NoReceiver = "no_receiver",
         /// A message of the broker that is larger than `packet_max`.
         UpstreamTooLarge = "upstream_too_large",
+        /// The messages of the embedded broker exceed their limit.
+        EmbeddedFull = "embedded_full",
     }
 
     /// Why a publish has to wait before it is sent to the broker.
@@ -421,5 +423,7 @@ labels! {
         RetainedCache = "retained_cache",
         /// Connections that are not authenticated yet.
         Handshakes = "handshakes",
+        /// Messages of the embedded broker.
+        EmbeddedBroker = "embedded_broker",
     }
 }

@@ -271,7 +271,7 @@ async fn limits_hold() {
     drop(third);
     let (mut sub, present) = Client::connect(&broker, &kept("sub")).await;
     assert!(present);
-    for wanted in ["1", "2", "3"] {
+    for wanted in ["3", "4", "5"] {
         assert_eq!(sub.publish_got().await.payload, wanted);
     }
     sub.quiet().await;
@@ -292,6 +292,55 @@ async fn limits_hold() {
         publisher.next().await;
     }
     assert_eq!((broker.stats().queued, broker.stats().dropped_full), (2, 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_messages_together_are_bounded_and_the_longest_queue_loses_its_oldest() {
+    let broker = EmbeddedBroker::start(EmbeddedOptions::default().within(100_000));
+    for (id, filter) in [("short", "s"), ("long", "l")] {
+        let (mut sub, _) = Client::connect(&broker, &kept(id)).await;
+        sub.subscribe(None, &[(filter, options(1))]).await;
+    }
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
+    let mut publish = async |topic, payload: &str| {
+        publisher.publish(topic, payload, 1, 1).await;
+        assert_eq!(publisher.next().await, Got::Ack(AckKind::Puback, 1, 0));
+        broker.stats().bytes
+    };
+    let mut most = 0;
+    for n in 0..10 {
+        publish("s", &n.to_string()).await;
+    }
+    for n in 0..1000 {
+        most = most.max(publish("l", &format!("{n} {}", "x".repeat(500))).await);
+    }
+    assert!((90_000..=100_000).contains(&most), "{most}");
+    let (mut short, _) = Client::connect(&broker, &kept("short")).await;
+    for n in 0..10 {
+        assert_eq!(short.publish_got().await.payload, n.to_string());
+    }
+    let kept_messages = broker.stats().queued - 10;
+    assert_eq!(broker.stats().dropped_full, 1000 - kept_messages as u64);
+    let (mut long, _) = Client::connect(&broker, &kept("long")).await;
+    for n in 1000 - kept_messages..1000 {
+        let payload = long.publish_got().await.payload;
+        assert!(payload.starts_with(&format!("{n} ")), "{n}: {payload}");
+    }
+    broker.restart(false);
+    assert_eq!(broker.stats().bytes, 0, "everything was given back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn retained_messages_have_half_of_the_memory() {
+    let broker = EmbeddedBroker::start(EmbeddedOptions::default().within(100_000));
+    let (mut publisher, _) = Client::connect(&broker, &v5("pub")).await;
+    for n in 0..200 {
+        publisher.retain(&format!("r/{n}"), &"x".repeat(1000)).await;
+    }
+    publisher.quiet().await;
+    let stats = broker.stats();
+    assert!(stats.retained > 40 && stats.bytes <= 50_000, "{stats:?}");
+    assert_eq!(stats.retained as u64 + stats.dropped_full, 200);
 }
 
 #[tokio::test(start_paused = true)]
