@@ -204,6 +204,12 @@ impl Authenticator {
         }
     }
 
+    /// Whether a principal that was verified may still connect: a password file without its user may have
+    /// been read since.
+    pub(crate) fn still_knows(&self, mode: AuthMode, principal: &str) -> bool {
+        mode != AuthMode::File || self.users.read().is_user(principal)
+    }
+
     /// The principal of a certificate. It is another one than the user of the same name, unless the
     /// configuration makes both one.
     fn of_certificate(&self, name: Arc<str>) -> Principal {

@@ -16,7 +16,7 @@
 //! 3. the groups of shared subscriptions;
 //! 4. one shard of the sessions;
 //! 5. one of: the publish queues of a link, the deferred actions, the tasks that wait for room, the
-//!    lost filters, the close reason of a connection handle.
+//!    lost filters, the requests to a connection handle.
 //!
 //! No lock is held over an await, and none while a client or a link is waited for.
 
@@ -59,7 +59,7 @@ pub use filters::filter::LinkSession;
 pub use filters::links::UpstreamSubscribe;
 pub use publish::ClientPublish;
 pub use sessions::Answered;
-pub use sessions::connect::{Connect, Connected, Refused};
+pub use sessions::connect::{Connect, Connected, Predecessor, Refused};
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
 pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
 

@@ -41,5 +41,5 @@ pub use stream::Stream;
 pub use tls::{
     ClientCertificate, ClientTls, Configs, Material, NameError, ServerTls, TlsError, Validity,
 };
-pub use types::{CloseHow, OutBuf, Recv, Traffic};
+pub use types::{Arrivals, CloseHow, OutBuf, Recv, Traffic};
 pub use ws::FrameError;

@@ -230,6 +230,23 @@ impl Link {
         }
     }
 
+    /// Waits until everything that was written on any stream of the link's connection is on the wire.
+    /// Over TCP a write does that; QUIC sends later.
+    pub async fn sent(&self) {
+        let connection = match &self.io {
+            Io::Quic(quic) => quic.connection(),
+            Io::WebTransport(session) => session.connection(),
+            _ => return,
+        };
+        // The library tells of datagrams only: nothing more is sent once two looks see the same.
+        let count = || connection.stats().udp_tx.datagrams;
+        let mut before = None;
+        while before != Some(count()) {
+            before = Some(count());
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+    }
+
     /// The TCP socket below, if the link uses TCP.
     pub fn as_tcp(&self) -> Option<&TcpStream> {
         match &self.io {

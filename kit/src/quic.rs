@@ -68,6 +68,10 @@ pub struct SessionStream {
 }
 
 impl SessionStream {
+    pub(crate) fn connection(&self) -> &quinn::Connection {
+        &self.session
+    }
+
     pub(crate) async fn open_stream(&self) -> io::Result<Self> {
         let (send, recv) = self.session.open_bi().await.map_err(io::Error::other)?;
         Ok(Self {

@@ -7,6 +7,7 @@ mod authenticate;
 mod cause;
 mod read;
 mod refuse;
+mod takeover;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
@@ -15,9 +16,10 @@ use std::sync::atomic::Ordering;
 
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use crate::auth::Identity;
+use crate::auth::{Denial, Identity};
 use crate::mqtt::{Connect, decode_connect};
 use crate::router::Peer;
+use crate::session::SessionKey;
 use crate::telemetry::{RateLimited, clean, metrics};
 use crate::transport::{Stream, Unauthenticated};
 
@@ -158,6 +160,17 @@ async fn session_for(
     let (identity, owner) = waiting.bound(check).await?;
     let scope = scope_of(clients, listener, &identity, peer)
         .map_err(|UnfitName| Refusal::new(RefusalCause::Mount))?;
+    let key = SessionKey::new(
+        &identity.client_id,
+        scope.as_deref().map_or("", |s| &s.mount),
+    );
+    takeover::read_out(&clients.router, &key, &owner, waiting.deadline).await;
+    if !clients
+        .authenticator
+        .still_knows(listener.auth, &identity.principal)
+    {
+        return Err(Refusal::new(RefusalCause::Denied(Denial::Credentials)));
+    }
     let peer = Arc::new(Peer {
         listener: listener.name.clone(),
         transport: listener.transport,

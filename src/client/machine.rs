@@ -395,6 +395,8 @@ impl Machine {
         let drains = matches!(end, End::Session(CloseReason::ShuttingDown));
         let no_will = drains || end.discards_will();
         let session_ended = router.disconnected(session, connection_no, no_will, now);
+        // A CONNECT of the same client may have begun to wait for this end.
+        drop(self.handle.take_successors());
         // Nothing goes before CONNACK [MQTT-3.2.0-1].
         let code = end.code();
         let says_why = self.version == Version::V5 && code != ReasonCode::SUCCESS;

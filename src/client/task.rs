@@ -2,6 +2,7 @@
 //! the [`Machine`].
 
 mod close;
+mod read_out;
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
@@ -22,6 +23,7 @@ use crate::client::end::End;
 use crate::client::machine::{self, Machine, StreamReset};
 use crate::client::scope::sender_moved;
 use crate::client::{ClientPolicy, Clients, LOGGED_CHARS, OpenGuard, connection_lines};
+use read_out::ReadOut;
 
 /// Rounds of writing and reading before a busy connection gives the others their turn.
 const ROUNDS_MAX: usize = 8;
@@ -40,6 +42,8 @@ struct Task<'a> {
     identity: Box<Identity>,
     peer: Arc<Peer>,
     machine: Machine,
+    /// Present while everything that has arrived is read, whatever would be left unread.
+    read_out: Option<Box<ReadOut>>,
     /// The time of the last wake-up: the clock is read once for all that a wake-up brings.
     now: Millis,
 }
@@ -92,6 +96,7 @@ impl<'a> Task<'a> {
             identity,
             peer,
             machine,
+            read_out: None,
             now: clients.clock.now(),
         }
     }
@@ -139,6 +144,9 @@ impl<'a> Task<'a> {
     fn make_progress(&mut self, cx: &mut task::Context<'_>) -> Result<Poll<()>, End> {
         self.machine
             .woken(&self.clients.machine_limits, cx.waker())?;
+        if let Some(successors) = self.machine.handle().take_successors() {
+            ReadOut::begin(&mut self.read_out, successors);
+        }
         if self.machine.handle().take_ping() {
             // A ping that cannot be sent now is sent with the next output.
             let _ = self.socket.poll_ping(cx);
@@ -150,7 +158,7 @@ impl<'a> Task<'a> {
             }
         }
         for _ in 0..ROUNDS_MAX {
-            self.poll_write(cx)?;
+            self.write(cx)?;
             if self.machine.paused() {
                 let reset = self.on_machine(Machine::resume)?;
                 self.reset_if(reset);
@@ -158,6 +166,9 @@ impl<'a> Task<'a> {
                     break;
                 }
                 if self.machine.paused() {
+                    if self.is_last_read() {
+                        ReadOut::finish(&mut self.read_out)?;
+                    }
                     return Ok(Poll::Pending);
                 }
                 continue;
@@ -166,15 +177,26 @@ impl<'a> Task<'a> {
                 break;
             }
             let unread = self.on_machine(Machine::unread);
-            if unread == StreamSet::ALL {
+            if self.read_out.is_some() {
+                self.socket.pause_streams(StreamSet::EMPTY);
+            } else if unread == StreamSet::ALL {
                 return Ok(Poll::Pending);
+            } else {
+                self.socket.pause_streams(unread);
             }
-            self.socket.pause_streams(unread);
             match self.poll_read(cx) {
-                Poll::Ready(result) => result?,
+                Poll::Ready(read) => {
+                    let bytes = read?;
+                    if let Some(read_out) = &mut self.read_out
+                        && read_out.has_read(bytes, unread)
+                    {
+                        ReadOut::finish(&mut self.read_out)?;
+                    }
+                }
                 Poll::Pending => {
                     let reset = self.on_machine(Machine::expired)?;
                     if reset.is_none() {
+                        self.look_for_arrivals(cx)?;
                         return Ok(Poll::Pending);
                     }
                     self.reset_if(reset);
@@ -182,6 +204,36 @@ impl<'a> Task<'a> {
             }
         }
         Ok(Poll::Ready(()))
+    }
+
+    /// Whether nothing more can be sent, and only the bytes that have arrived are still read.
+    fn is_last_read(&self) -> bool {
+        self.read_out.as_ref().is_some_and(|r| r.is_last())
+    }
+
+    /// A read is pending: ends the read-out if nothing more had arrived.
+    fn look_for_arrivals(&mut self, cx: &mut task::Context<'_>) -> Result<(), End> {
+        if let Some(read_out) = &mut self.read_out
+            && read_out.poll_quiet(cx, self.socket.arrivals()).is_ready()
+        {
+            ReadOut::finish(&mut self.read_out)?;
+        }
+        Ok(())
+    }
+
+    /// Writes, as long as the transport takes output. When it fails, bytes that arrived before are still
+    /// read: a client that sends DISCONNECT and closes its socket lets our next write fail.
+    fn write(&mut self, cx: &mut task::Context<'_>) -> Result<(), End> {
+        if self.is_last_read() {
+            return Ok(());
+        }
+        match self.poll_write(cx) {
+            Err(end @ End::Transport(_)) => {
+                ReadOut::before(&mut self.read_out, end);
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     /// Writes until nothing is left or the socket takes no more.
@@ -242,7 +294,8 @@ impl<'a> Task<'a> {
         Ok(())
     }
 
-    fn poll_read(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<(), End>> {
+    /// Reads once, and gives the machine the bytes. Returns their number.
+    fn poll_read(&mut self, cx: &mut task::Context<'_>) -> Poll<Result<usize, End>> {
         let mut scratch = SCRATCH.with(RefCell::take);
         scratch.clear();
         let polled = self.socket.poll_recv(cx, &mut scratch);
@@ -250,7 +303,7 @@ impl<'a> Task<'a> {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Err(Closed::StreamReset(number))) => {
                 self.on_machine(|machine, cx| machine.stream_ended(cx, number));
-                Poll::Ready(Ok(()))
+                Poll::Ready(Ok(0))
             }
             Poll::Ready(Err(closed)) => Poll::Ready(Err(End::Transport(closed))),
             Poll::Ready(Ok(recv)) => {
@@ -264,7 +317,7 @@ impl<'a> Task<'a> {
                     let reset = self.on_machine(|machine, cx| machine.stream_closed(cx, number));
                     self.reset_if(reset);
                 }
-                Poll::Ready(result)
+                Poll::Ready(result.map(|()| recv.bytes))
             }
         };
         SCRATCH.with(|s| s.replace(scratch));

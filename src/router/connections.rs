@@ -10,7 +10,7 @@ use crate::time::Millis;
 
 use crate::router::handle::ConnectionHandle;
 use crate::router::publish::queue::Outgoing;
-use crate::router::{ClientPublish, Peer, Router, SessionInfo, SessionRef, Totals};
+use crate::router::{ClientPublish, Peer, Predecessor, Router, SessionInfo, SessionRef, Totals};
 
 impl Router {
     /// The limits of every session.
@@ -73,6 +73,18 @@ impl Router {
     pub fn packet_max(&self) -> u32 {
         let broker = self.broker.packet_max();
         self.limits().packet_max.min(broker.saturating_sub(64))
+    }
+
+    /// The connection that a CONNECT of this principal would take over now, unless it is `known`. The
+    /// client's DISCONNECT may be among the bytes that have arrived there, so the connection is asked to
+    /// read them; the caller waits for a bounded time until they are read.
+    pub fn predecessor(
+        &self,
+        key: &SessionKey,
+        principal: &str,
+        known: Option<(SessionRef, u64)>,
+    ) -> Option<Predecessor> {
+        self.sessions.predecessor(key, principal, known)
     }
 
     /// Works on a session under its shard's lock. `None`: `connection_no` is not its current

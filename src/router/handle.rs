@@ -1,5 +1,6 @@
 //! How the router reaches a task that sleeps on its socket.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Waker;
 use std::time::Duration;
@@ -38,18 +39,53 @@ impl TaskWaker {
     }
 }
 
-/// The router's handle on the task of one client's connection: wakes it, asks it for a ping or to
-/// end, and hears from it when its socket makes progress.
+/// CONNECTs that wait until the bytes that their client sent on an older connection are read. They go
+/// on when this is dropped.
+#[derive(Debug, Default)]
+pub struct Successors(Vec<Arc<TaskWaker>>);
+
+impl Successors {
+    fn add(&mut self, successor: Arc<TaskWaker>) {
+        // Nobody holds the other end of one that has given up.
+        self.0.retain(|s| Arc::strong_count(s) > 1);
+        self.0.push(successor);
+    }
+
+    /// Makes `others` wait for the same moment.
+    pub(crate) fn append(&mut self, mut others: Self) {
+        self.0.append(&mut others.0);
+    }
+}
+
+impl Drop for Successors {
+    fn drop(&mut self) {
+        for successor in &self.0 {
+            successor.raise();
+        }
+    }
+}
+
+/// What a connection's task is asked to do, beside waking up.
+#[derive(Debug, Default)]
+struct Requests {
+    close: Option<CloseReason>,
+    successors: Successors,
+}
+
+/// The router's handle on the task of one client's connection: wakes it, asks it for a ping, to read
+/// what has arrived or to end, and hears from it when its socket makes progress.
 #[derive(Debug, Default)]
 pub struct ConnectionHandle {
     waker: TaskWaker,
     ping: AtomicBool,
+    /// There are successors.
+    awaited: AtomicBool,
     queued: AtomicBool,
     /// When the task was last given output.
     sent_at: AtomicU64,
     /// When the transport last took a part of the output.
     moved_at: AtomicU64,
-    close: Mutex<Option<CloseReason>>,
+    requests: Mutex<Requests>,
     /// Silence after which the connection's WebSocket is pinged; `None`: it is never pinged.
     ping_after: Option<Duration>,
 }
@@ -76,13 +112,28 @@ impl ConnectionHandle {
 
     /// Tells the task to end its connection; the first reason stays.
     pub fn close(&self, reason: CloseReason) {
-        self.close.lock().get_or_insert(reason);
+        self.requests.lock().close.get_or_insert(reason);
         self.waker.raise_again();
     }
 
     /// Why the connection is to end, if it is.
     pub fn closing(&self) -> Option<CloseReason> {
-        *self.close.lock()
+        self.requests.lock().close
+    }
+
+    /// Asks the task to read everything that has arrived, and then to let `successor` go on.
+    pub(super) fn await_read_out(&self, successor: Arc<TaskWaker>) {
+        self.requests.lock().successors.add(successor);
+        self.awaited.store(true, Ordering::Release);
+        self.waker.raise_again();
+    }
+
+    /// The CONNECTs that wait until everything that has arrived is read, if there are any. Each is
+    /// returned once.
+    pub fn take_successors(&self) -> Option<Successors> {
+        let awaited =
+            self.awaited.load(Ordering::Relaxed) && self.awaited.swap(false, Ordering::AcqRel);
+        awaited.then(|| std::mem::take(&mut self.requests.lock().successors))
     }
 
     /// Asks for a ping that keeps the transport alive.

@@ -1,4 +1,6 @@
-//! Panics in the tasks of a connection, a link and a listener.
+//! Panics in the tasks of a connection, a link and a listener; takeovers.
+
+mod takeover;
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -141,7 +143,18 @@ impl Process {
 
     /// As `connect`, behind a mount.
     fn connect_with(&self, client_id: &str, mount: &str, clean_start: bool) -> Device {
-        let (near, far) = tokio::io::duplex(64 * 1024);
+        let connect = Connect {
+            client_id,
+            clean_start,
+            session_expiry: Some(300),
+            ..Connect::default()
+        };
+        self.open(&connect, mount, 64 * 1024)
+    }
+
+    /// As `connect`, with a CONNECT of the test's own, through a pipe of so many bytes.
+    fn open(&self, connect: &Connect<'_>, mount: &str, pipe_bytes: usize) -> Device {
+        let (near, far) = tokio::io::duplex(pipe_bytes);
         let listener = ListenerContext {
             auth: AuthMode::Anonymous,
             name: "tcp".into(),
@@ -166,15 +179,10 @@ impl Process {
             }
         });
         let mut out = Vec::new();
-        Connect {
-            client_id,
-            clean_start,
-            session_expiry: Some(300),
-            ..Connect::default()
-        }
-        .encode(&mut out);
+        connect.encode(&mut out);
         Device {
             io: near,
+            version: connect.version,
             input: Vec::new(),
             out,
             served,
@@ -189,6 +197,7 @@ impl Process {
 
 struct Device {
     io: DuplexStream,
+    version: Version,
     input: Vec<u8>,
     out: Vec<u8>,
     /// Our side of the connection.
@@ -212,14 +221,14 @@ impl Device {
             retain_handling: 2,
         };
         let filters = [(filter, options)];
-        encode_subscribe(Version::V5, 1, None, filters.into_iter(), &mut self.out);
+        encode_subscribe(self.version, 1, None, filters.into_iter(), &mut self.out);
         self.send().await;
     }
 
     /// Reads until `wanted` finds a packet; `None`: the connection has ended.
     async fn read_until<R>(&mut self, wanted: impl Fn(&Packet<'_>) -> Option<R>) -> Option<R> {
         let decoder = Decoder {
-            version: Version::V5,
+            version: self.version,
             receiver: Receiver::Client,
             max: u32::MAX,
         };

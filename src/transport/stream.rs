@@ -13,7 +13,7 @@ use crate::transport::closed::Closed;
 use crate::transport::quic::streams::Quic;
 use crate::transport::tcp::{self, Closing};
 use crate::transport::tls::clients::ClientCertificate;
-use crate::transport::types::{CloseHow, OutBuf, Recv, Traffic};
+use crate::transport::types::{Arrivals, CloseHow, OutBuf, Recv, Traffic};
 use crate::transport::ws::Ws;
 
 /// The byte streams of one connection. Only one task may poll it.
@@ -144,6 +144,24 @@ impl Stream {
             Inner::Ws(ws) => ws.poll_recv(cx, buf).map(on_control),
             Inner::Wss(ws) => ws.poll_recv(cx, buf).map(on_control),
             Inner::Quic(quic) => quic.poll_recv(cx, buf),
+        }
+    }
+
+    /// Whether bytes or an end have arrived that [`Stream::poll_recv`], which is pending, did not return
+    /// yet.
+    pub fn arrivals(&self) -> Arrivals {
+        let socket = match &self.inner {
+            Inner::Tcp(p) => &p.io,
+            Inner::Tls(p) => p.io.get_ref().0,
+            Inner::Ws(ws) => ws.io(),
+            Inner::Wss(ws) => ws.io().get_ref().0,
+            Inner::Pipe(_) => return Arrivals::None,
+            // A datagram passes through two tasks of the library before its bytes can be read.
+            Inner::Quic(_) => return Arrivals::Unknown,
+        };
+        match tcp::has_arrivals(socket) {
+            true => Arrivals::Some,
+            false => Arrivals::None,
         }
     }
 

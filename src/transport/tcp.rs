@@ -6,7 +6,9 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 
 use crate::transport::closed::{Closed, ResetReason};
 use crate::transport::types::OutBuf;
@@ -36,6 +38,15 @@ pub(super) fn poll_read<S: AsyncRead + Unpin>(
     let mut read = ReadBuf::new(scratch);
     ready!(Pin::new(io).poll_read(cx, &mut read))?;
     Poll::Ready(Ok(read.filled().len()))
+}
+
+/// Whether bytes, an end or an error have arrived in the system's buffer. The runtime learns of them
+/// later, when it looks for events: until then a read is pending.
+pub(super) fn has_arrivals(io: &TcpStream) -> bool {
+    let mut sockets = [PollFd::new(io, PollFlags::IN)];
+    let at_once = Timespec::default();
+    // An error would leave the question open, and the socket is read later anyway.
+    poll(&mut sockets, Some(&at_once)).is_ok_and(|ready| ready > 0)
 }
 
 /// Appends received bytes to `buf`. The number of bytes is never 0.
@@ -140,8 +151,11 @@ pub(super) fn poll_close<S: AsyncRead + AsyncWrite + Unpin>(
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
+    use std::io::Write as _;
+    use std::task::Waker;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::net::TcpListener;
 
     use super::*;
 
@@ -179,6 +193,27 @@ mod tests {
         let polled = poll_recv(&mut Drops, &mut cx, &mut buf, &mut ended);
         assert!(matches!(polled, Poll::Ready(Ok(READS_MAX))));
         assert_eq!(buf.len(), READS_MAX);
+    }
+
+    #[tokio::test]
+    async fn bytes_and_an_end_in_the_systems_buffer_are_arrivals() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("binds");
+        let address = listener.local_addr().expect("bound");
+        let mut theirs = std::net::TcpStream::connect(address).expect("connects");
+        let (mut ours, _) = listener.accept().await.expect("accepts");
+        let read = |ours: &mut TcpStream| {
+            let (mut buf, mut ended) = (Vec::new(), None);
+            let mut cx = Context::from_waker(Waker::noop());
+            poll_recv(ours, &mut cx, &mut buf, &mut ended)
+        };
+        assert!(read(&mut ours).is_pending() && !has_arrivals(&ours));
+        // The runtime does not look for events before the test awaits something.
+        theirs.write_all(b"x").expect("sent");
+        assert!(read(&mut ours).is_pending() && has_arrivals(&ours));
+        ours.readable().await.expect("no error");
+        assert!(read(&mut ours).is_ready() && !has_arrivals(&ours));
+        drop(theirs);
+        assert!(read(&mut ours).is_pending() && has_arrivals(&ours));
     }
 
     #[tokio::test]

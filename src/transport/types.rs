@@ -49,6 +49,17 @@ impl OutBuf {
     }
 }
 
+/// Whether bytes or an end have arrived at the machine that were not received yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrivals {
+    /// Everything was received.
+    None,
+    /// They have, and the task will be woken for them.
+    Some,
+    /// The transport cannot tell.
+    Unknown,
+}
+
 /// Counters of a QUIC connection, from which the caller can tell whether the network carries
 /// anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

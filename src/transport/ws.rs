@@ -80,6 +80,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
         }
     }
 
+    /// The byte stream below.
+    pub(super) fn io(&self) -> &S {
+        &self.io
+    }
+
     pub(super) fn authenticated(&mut self) {
         self.decoder.set_limit(self.limit_after);
     }

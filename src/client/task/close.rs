@@ -58,9 +58,12 @@ impl Task<'_> {
             identity,
             peer,
             machine,
+            read_out,
             now,
         } = self;
         let remains = machine.ended(&clients.router, &end, now);
+        // CONNECTs that wait for this connection must not wait for its last output.
+        drop(read_out);
         metrics().disconnects[end.label()].increment(1);
         if let Some(suppressed) = ENDS.permit(now) {
             tracing::info!(

@@ -10,7 +10,7 @@ use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::router::account::{Full, Holder};
-use crate::router::handle::ConnectionHandle;
+use crate::router::handle::{ConnectionHandle, TaskWaker};
 use crate::router::sessions::shard::{SESSION_BYTES, Shard};
 use crate::router::sessions::{DueWill, PresenceChange, SessionActions, Sessions, shed};
 use crate::router::types::{Peer, SessionRef};
@@ -56,6 +56,15 @@ pub struct Connected {
     pub publish_round: u32,
 }
 
+/// A connection that a CONNECT is about to take over. It was asked to read everything that has arrived.
+#[derive(Clone, Debug)]
+pub struct Predecessor {
+    /// The session and the number of the connection.
+    pub connection: (SessionRef, u64),
+    /// Raised when everything is read, or the connection has ended.
+    pub is_read: Arc<TaskWaker>,
+}
+
 /// The reason why a client gets no session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
@@ -74,6 +83,29 @@ pub(in crate::router) struct ConnectActions {
 }
 
 impl Sessions {
+    /// The connection that a CONNECT of this principal would take over now, unless it is `known`.
+    pub(crate) fn predecessor(
+        &self,
+        key: &SessionKey,
+        principal: &str,
+        known: Option<(SessionRef, u64)>,
+    ) -> Option<Predecessor> {
+        let shard = self.shard(self.shard_of(key.client_id()));
+        let at = *shard.by_key.get(key)?;
+        let slot = &shard.slots[at as usize];
+        let connection = (shard.reference(at), slot.session.connection_no());
+        let takes_over = slot.session.attached() && *slot.session.principal == *principal;
+        if !takes_over || known == Some(connection) {
+            return None;
+        }
+        let is_read = Arc::<TaskWaker>::default();
+        slot.handle.as_ref()?.await_read_out(is_read.clone());
+        Some(Predecessor {
+            connection,
+            is_read,
+        })
+    }
+
     /// Gives a client its session. `publish_link` chooses the publish link of a new session.
     /// `connack` writes the CONNACK, told Session Present, before anything else can be written
     /// [MQTT-3.2.0-1].
