@@ -63,7 +63,7 @@ pub struct Limits {
     pub input: Arc<Account>,
     /// The budget of `input`.
     pub input_max_bytes: u64,
-    /// The time from a packet's first byte to its last.
+    /// The time from a packet's first byte to its last; a second more for each 8 KiB received.
     pub packet_deadline: Duration,
     /// The time in which a stream must take a part of its output.
     pub write_stall: Duration,
@@ -284,13 +284,13 @@ impl Machine {
         }
         // The rest of a packet may be among the bytes that were not read.
         let again = before & !streams;
-        let deadline = Some(Deadline::at(cx.now + cx.limits.packet_deadline));
+        let deadline = Deadline::at(cx.now + cx.limits.packet_deadline);
         if again.contains(StreamId::CONTROL) {
-            self.input.deadline = deadline;
+            self.input.restart(deadline);
         }
         for stream in &mut self.streams {
             if again.contains(stream.number) {
-                stream.input.deadline = deadline;
+                stream.input.restart(deadline);
             }
         }
         let unread = !streams.is_empty();
@@ -352,8 +352,7 @@ impl Machine {
     /// When an incomplete packet or a blocked stream is due, if there is one: [`Machine::watch`] and
     /// [`Machine::expired`] are to be called at each of the router's ticks until then.
     pub fn deadline(&self) -> Option<Millis> {
-        let input = self.read_buffers().filter_map(|(_, input)| input.deadline);
-        let input = input.map(Deadline::time);
+        let input = self.read_buffers().filter_map(|(_, input)| input.due_at());
         let blocked = self.streams.iter().filter_map(DataStream::blocked_until);
         input.chain(blocked).min()
     }

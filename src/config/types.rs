@@ -377,7 +377,7 @@ pub struct Limits {
     /// Time from accept to a complete CONNECT.
     #[serde(deserialize_with = "duration")]
     pub accept_deadline: Duration,
-    /// Time from a packet's first byte to its last.
+    /// Time from a packet's first byte to its last; a second more for each 8 KiB received.
     #[serde(deserialize_with = "duration")]
     pub packet_deadline: Duration,
     /// A socket that takes no bytes for this long is closed; for each 8 KiB that wait for it, it has a

@@ -7,6 +7,7 @@ use crate::telemetry::{DeferReason, metrics};
 use crate::time::Deadline;
 
 use crate::client::end::End;
+use crate::client::machine::read_buffer::SLOWEST_BYTES_PER_SECOND;
 use crate::client::machine::streams::{StreamReset, may_travel_on_data_stream};
 use crate::client::machine::{
     BACKLOG_MAX_BYTES, Context, KEEP_BYTES, Machine, Pause, PauseReason, ReadBuffer,
@@ -67,6 +68,7 @@ impl Machine {
 
     fn take_bytes(&mut self, cx: &Context<'_>, stream: StreamId, bytes: &[u8]) -> Result<(), End> {
         let mut input = std::mem::take(self.read_buffer(stream));
+        let before = input.bytes.len() / SLOWEST_BYTES_PER_SECOND;
         let used = if input.bytes.is_empty() {
             let used = self.take_packets(cx, stream, bytes)?;
             input.bytes.extend_from_slice(&bytes[used..]);
@@ -77,6 +79,9 @@ impl Machine {
             input.bytes.drain(..used);
             used
         };
+        if used == 0 && input.bytes.len() / SLOWEST_BYTES_PER_SECOND > before {
+            self.is_uploading(cx);
+        }
         let limits = cx.limits;
         let deadline = Some(Deadline::at(cx.now + limits.packet_deadline));
         input.settle(&limits.input, used > 0, deadline);
@@ -87,6 +92,17 @@ impl Machine {
         }
         *self.read_buffer(stream) = input;
         Ok(())
+    }
+
+    /// The client cannot send PINGREQ in the middle of a large packet: that its bytes flow shows that it
+    /// is there.
+    fn is_uploading(&self, cx: &Context<'_>) {
+        let (session, connection_no) = (self.session, self.connection_no);
+        cx.router.with(session, connection_no, |session, _| {
+            if let Some(connection) = session.connection() {
+                connection.last_seen = cx.now;
+            }
+        });
     }
 
     fn read_buffer(&mut self, stream: StreamId) -> &mut ReadBuffer {

@@ -1,6 +1,7 @@
 //! The bytes of a packet whose rest has not arrived.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::budget::Account;
 use crate::time::{Deadline, Millis};
@@ -9,20 +10,25 @@ use crate::time::{Deadline, Millis};
 /// keeps its allocation.
 pub(in crate::client) const KEEP_BYTES: usize = 4096;
 
+/// The rate at which the bytes of a packet must arrive once its first deadline has passed: it has a second
+/// more for each so many bytes.
+pub(super) const SLOWEST_BYTES_PER_SECOND: usize = 8 * 1024;
+
 /// The bytes of an incomplete packet, charged to the account of all such bytes.
 #[derive(Debug, Default)]
 pub(in crate::client) struct ReadBuffer {
     pub bytes: Vec<u8>,
-    /// When the packet must be complete. `None`: something else limits its time. While the buffer is
-    /// empty, it is the deadline of an earlier packet.
-    pub deadline: Option<Deadline>,
+    /// When the packet must be complete if no more of it arrives than its first bytes. `None`: something
+    /// else limits its time. While the buffer is empty, it is the deadline of an earlier packet.
+    first_deadline: Option<Deadline>,
     charged_bytes: usize,
     account: Option<Arc<Account>>,
 }
 
 impl ReadBuffer {
     /// Charges the bytes that a read left. A packet that begins with them has to be complete at
-    /// `deadline`; `progress` says that the read completed the packet before it.
+    /// `deadline`, or later if it is large; `progress` says that the read completed the packet before
+    /// it.
     pub(crate) fn settle(
         &mut self,
         account: &Arc<Account>,
@@ -33,7 +39,7 @@ impl ReadBuffer {
             self.bytes = Vec::new();
         }
         if progress || self.charged_bytes == 0 {
-            self.deadline = deadline;
+            self.first_deadline = deadline;
         }
         if self.bytes.len() != self.charged_bytes {
             account.charge(self.bytes.len());
@@ -43,9 +49,20 @@ impl ReadBuffer {
         }
     }
 
+    /// The time of the packet begins anew, since its bytes were not read.
+    pub(super) fn restart(&mut self, deadline: Deadline) {
+        self.first_deadline = Some(deadline);
+    }
+
+    /// When the packet, with the bytes that have arrived, must be complete.
+    pub(super) fn due_at(&self) -> Option<Millis> {
+        let more = Duration::from_secs((self.bytes.len() / SLOWEST_BYTES_PER_SECOND) as u64);
+        self.first_deadline.map(|first| first.time() + more)
+    }
+
     /// Whether the packet is incomplete at its deadline.
-    pub(crate) fn is_late(&self, now: Millis) -> bool {
-        !self.bytes.is_empty() && self.deadline.is_some_and(|at| at.is_due(now))
+    pub(super) fn is_late(&self, now: Millis) -> bool {
+        !self.bytes.is_empty() && self.due_at().is_some_and(|at| at <= now)
     }
 }
 

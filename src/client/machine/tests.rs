@@ -150,6 +150,67 @@ fn an_incomplete_packet_on_a_data_stream_ends_that_stream() {
     assert_eq!(rig.limits.input.used(), 0);
 }
 
+/// The first bytes of a PUBLISH of 1,000,000 bytes.
+const LARGE: &[u8] = b"\x30\xC0\x84\x3D\0\x01t\0";
+
+/// Gives 8 KiB of a large packet each 900 ms, for a minute, and then a byte each 900 ms. Returns how long
+/// the packet had time after the last 8 KiB.
+fn uploaded(rig: &mut Rig, stream: StreamId) -> Duration {
+    let mut bytes = LARGE.to_vec();
+    bytes.resize(8 * 1024, 0);
+    let reset = rig.received(stream, &bytes).expect("it may go on");
+    assert!(reset.is_none());
+    bytes.fill(0);
+    for _ in 0..70 {
+        rig.now += Duration::from_millis(900);
+        assert!(rig.on(Machine::expired).expect("bytes flow").is_none());
+        rig.received(stream, &bytes).expect("bytes flow");
+    }
+    let last = rig.now;
+    while let Ok(None) = rig.on(Machine::expired) {
+        rig.now += Duration::from_millis(900);
+        rig.received(stream, &[0]).expect("it may go on");
+    }
+    rig.now.since(last)
+}
+
+#[test]
+fn a_large_packet_has_a_second_more_for_each_8_kib() {
+    for stream in [StreamId::CONTROL, StreamId::new(3)] {
+        let mut rig = Rig::new();
+        // 71 s and the first second, less the 63 s that have passed.
+        let (most, least) = (Duration::from_secs(10), Duration::from_secs(9));
+        let more = uploaded(&mut rig, stream);
+        assert!((least..most).contains(&more), "{stream}: {more:?}");
+    }
+}
+
+#[test]
+fn the_bytes_of_a_large_packet_are_a_sign_of_life() {
+    let connect = crate::mqtt::Connect {
+        client_id: "uploader",
+        keep_alive: 2,
+        ..crate::mqtt::Connect::default()
+    };
+    let mut rig = Rig::new();
+    rig.machine = crate::sim::testing::admit(&rig.router, &connect, rig.now);
+    let mut bytes = LARGE.to_vec();
+    bytes.resize(8 * 1024, 0);
+    for _ in 0..10 {
+        rig.received(StreamId::CONTROL, &bytes).expect("it may go on");
+        bytes.fill(0);
+        rig.now += Duration::from_millis(2900);
+        rig.router.tick(rig.now);
+        rig.machine.woken(Waker::noop()).expect("it is there");
+    }
+    // Less than 8 KiB in three seconds are not enough.
+    rig.received(StreamId::CONTROL, &bytes[1..]).expect("it may go on");
+    rig.now += Duration::from_millis(3100);
+    rig.router.tick(rig.now);
+    let end = rig.machine.woken(Waker::noop()).expect_err("it is silent");
+    assert_eq!(end.label(), crate::telemetry::DisconnectReason::KeepAlive);
+}
+
 #[test]
 fn a_publish_behind_a_subscribe_waits_for_its_answer() {
     let mut rig = Rig::new();
