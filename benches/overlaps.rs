@@ -147,6 +147,7 @@ fn admit(router: &Router) -> Machine {
         owner: "someone".into(),
         scope: None,
         added_bytes: 0,
+        keep_alive_max: None,
         ping_after: None,
         peer: Arc::new(Peer {
             listener: "bench".into(),

@@ -92,6 +92,9 @@ pub struct ListenerContext {
     pub mount: Arc<str>,
     /// `ping_interval` of a WebSocket listener; `None`: no pings.
     pub ping_after: Option<Duration>,
+    /// The longest Keep Alive that MQTT 5 clients are granted, since the transport ends silent
+    /// connections; `None`: it does not.
+    pub keep_alive_max: Option<Duration>,
 }
 
 impl Clients {

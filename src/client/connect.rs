@@ -192,6 +192,7 @@ async fn session_for(
             client_id: identity.client_id.clone(),
             owner,
             added_bytes: added_bytes(clients, scope.as_deref()),
+            keep_alive_max: listener.keep_alive_max,
             scope,
             peer: peer.clone(),
             ping_after: listener.ping_after,

@@ -81,6 +81,8 @@ pub(super) fn serve(
             .then(|| Arc::new(metrics().listener(&listener.name, Transport::WebTransport.name()))),
         mount: listener.mount.as_str().into(),
         ping_after: (listener.ping_interval).filter(|_| listener.transport.is_websocket()),
+        // So that a client that keeps it is never silent for as long.
+        keep_alive_max: bound.idle_timeout().map(|idle| idle / 3 * 2),
     };
     let clients = clients.clone();
     let (name, until) = (format!("listener {}", context.name), stop.clone());

@@ -163,6 +163,7 @@ impl Process {
             webtransport: None,
             mount: mount.into(),
             ping_after: None,
+            keep_alive_max: None,
         };
         let cap = Arc::new(ConnectionCap::new(1));
         let accepted = Accepted {

@@ -39,7 +39,7 @@ pub(crate) fn up(session_present: bool, receive_maximum: u16) -> Handshake {
 }
 
 /// A client that may do everything.
-struct Open;
+pub(crate) struct Open;
 
 impl Policy for Open {
     fn may_publish(&self, _: &str, _: &str) -> bool {
@@ -83,6 +83,7 @@ pub(crate) fn admit(router: &Router, connect: &mqtt::Connect<'_>, now: Millis) -
         owner: "anonymous".into(),
         scope: None,
         added_bytes: 0,
+        keep_alive_max: None,
         peer: peer(),
         ping_after: None,
     };

@@ -203,6 +203,7 @@ impl Edge {
             owner: "someone".into(),
             scope: None,
             added_bytes: 0,
+            keep_alive_max: None,
             peer: Arc::new(Peer {
                 listener: "sim".into(),
                 transport: "sim",

@@ -48,6 +48,8 @@ pub struct Applicant {
     pub scope: Option<Arc<Scope>>,
     /// Bytes that the scope adds to each of the client's publishes, at most.
     pub added_bytes: u32,
+    /// The longest Keep Alive that the transport allows; `None`: any.
+    pub keep_alive_max: Option<Duration>,
     /// Where the client is connected from.
     pub peer: Arc<Peer>,
     /// Silence after which its WebSocket is pinged; `None`: it is never pinged.
@@ -86,7 +88,7 @@ impl Admission<'_> {
             _ => whole_seconds(self.session.expiry_v3),
         };
         let expiry = asked.min(whole_seconds(self.session.expiry_max));
-        let keep_alive = self.keep_alive(connect);
+        let keep_alive = self.keep_alive(connect, applicant.keep_alive_max);
         // 0 as in the protocol: none.
         let keep_alive_seconds = keep_alive.map_or(0, NonZeroU16::get);
         // Room for the bytes that are added to each publish.
@@ -244,14 +246,20 @@ impl Admission<'_> {
         Ok(Some(Will::new(message, will.delay, will.message_expiry)))
     }
 
-    /// The Keep Alive in force, in seconds: the client's, or ours where it may be overridden.
-    fn keep_alive(&self, connect: &Connect<'_>) -> Option<NonZeroU16> {
+    /// The Keep Alive in force, in seconds: the client's, or ours where it may be overridden
+    /// [MQTT-3.1.2-21].
+    fn keep_alive(
+        &self,
+        connect: &Connect<'_>,
+        transport_max: Option<Duration>,
+    ) -> Option<NonZeroU16> {
         let asked = NonZeroU16::new(connect.keep_alive);
         if connect.version < Version::V5 {
             return asked;
         }
         let seconds = |limit: Option<Duration>| NonZeroU16::new(limit?.as_secs() as u16);
-        let max = seconds(self.session.keepalive_max);
+        let limits = [seconds(self.session.keepalive_max), seconds(transport_max)];
+        let max = limits.into_iter().flatten().min();
         let granted = asked
             .or_else(|| seconds(self.session.keepalive_default))
             .or(max)?;
@@ -261,4 +269,49 @@ impl Admission<'_> {
 
 fn whole_seconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::testing;
+
+    /// The Keep Alive in force after a CONNECT that asks for `asked` seconds.
+    fn granted(version: Version, asked: u16, session: &config::Session, max: Option<u64>) -> u16 {
+        let admission = Admission {
+            router: &testing::router(),
+            policy: &testing::Open,
+            session,
+            limits: &config::Limits::default(),
+            now: Millis::ZERO,
+        };
+        let connect = Connect {
+            version,
+            keep_alive: asked,
+            ..Connect::default()
+        };
+        let max = max.map(Duration::from_secs);
+        let granted = admission.keep_alive(&connect, max);
+        granted.map_or(0, NonZeroU16::get)
+    }
+
+    #[test]
+    fn mqtt_5_clients_get_a_keep_alive_where_the_transport_ends_silent_connections() {
+        let any = config::Session::default();
+        for (asked, expected) in [(0, 600), (30, 30), (600, 600), (601, 600), (u16::MAX, 600)] {
+            assert_eq!(granted(Version::V5, asked, &any, Some(600)), expected);
+            assert_eq!(granted(Version::V5, asked, &any, None), asked);
+            // They cannot be told.
+            assert_eq!(granted(Version::V311, asked, &any, Some(600)), asked);
+        }
+        let own = config::Session {
+            keepalive_max: Some(Duration::from_secs(300)),
+            keepalive_default: Some(Duration::from_secs(60)),
+            ..any
+        };
+        for (asked, expected) in [(0, 60), (30, 30), (600, 300)] {
+            assert_eq!(granted(Version::V5, asked, &own, Some(600)), expected);
+        }
+        assert_eq!(granted(Version::V5, 0, &own, Some(50)), 50);
+    }
 }

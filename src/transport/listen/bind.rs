@@ -3,8 +3,9 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket};
 use std::sync::Arc;
+use std::time::Duration;
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +20,14 @@ use crate::transport::types::CloseHow;
 
 /// How many connections the system may hold before `accept`. It has a cap of its own.
 const BACKLOG: i32 = 4096;
+
+/// The silence after which the system asks whether the other end of a TCP connection is still there, so
+/// that a client without Keep Alive is found to be gone.
+const PROBE_AFTER: Duration = Duration::from_secs(10 * 60);
+/// The time between two such questions.
+const PROBE_INTERVAL: Duration = Duration::from_secs(60);
+/// How many of them may stay without an answer.
+const PROBES: u32 = 5;
 
 /// Why a listener could not be bound.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +134,12 @@ impl Bound {
         self.listener.tls.as_ref()
     }
 
+    /// How long a connection may be silent before the transport ends it: QUIC's idle timeout. `None`: the
+    /// transport has none.
+    pub fn idle_timeout(&self) -> Option<Duration> {
+        matches!(self.socket, BoundSocket::Quic(_)).then_some(self.listener.limits.quic_idle)
+    }
+
     /// A handle for the end of a drain.
     pub fn drain(&self) -> Drain {
         Drain(match &self.socket {
@@ -177,6 +192,12 @@ fn bind_tcp(addr: SocketAddr) -> io::Result<(BoundSocket, SocketAddr)> {
     // A restart must not wait for the TIME_WAIT of the earlier process.
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
+    // Every accepted socket inherits this.
+    let probes = TcpKeepalive::new()
+        .with_time(PROBE_AFTER)
+        .with_interval(PROBE_INTERVAL)
+        .with_retries(PROBES);
+    socket.set_tcp_keepalive(&probes)?;
     socket.bind(&addr.into())?;
     socket.listen(BACKLOG)?;
     let socket = TcpListener::from_std(StdTcpListener::from(socket))?;
@@ -199,6 +220,24 @@ fn bind_quic(
 mod tests {
     use super::*;
     use crate::transport::NoEvents;
+
+    #[tokio::test]
+    async fn accepted_sockets_ask_whether_a_silent_client_is_there() {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let (socket, addr) = bind_tcp(any).expect("binds");
+        let BoundSocket::Tcp(listener) = socket else {
+            panic!("it listens on TCP");
+        };
+        let client = tokio::net::TcpStream::connect(addr).await;
+        let (accepted, _) = listener.accept().await.expect("accepted");
+        let socket = socket2::SockRef::from(&accepted);
+        assert!(socket.keepalive().expect("asked"));
+        assert_eq!(socket.tcp_keepalive_time().expect("asked"), PROBE_AFTER);
+        let interval = socket.tcp_keepalive_interval().expect("asked");
+        let retries = socket.tcp_keepalive_retries().expect("asked");
+        assert_eq!(PROBE_AFTER + interval * retries, Duration::from_secs(15 * 60));
+        drop(client);
+    }
 
     #[tokio::test]
     async fn bind_errors_are_told_apart() {

@@ -112,8 +112,12 @@ fn crypto(tls: &Configs, webtransport: bool) -> io::Result<Arc<QuicServerConfig>
     Ok(Arc::new(crypto))
 }
 
+/// The silence after which we send a PING: so much of the idle timeout, in sixths. A client with a Keep
+/// Alive of its own, or one that CONNACK gave it, has sent something before.
+const PING_AFTER_SIXTHS: u32 = 5;
+
 /// The library's defaults allow a client 10 MB and more; these keep an idle connection near 30 kB.
-/// We send no keep-alive packets, because they would wake radios.
+/// PINGs are rare, because they wake radios.
 fn transport_config(idle: Duration, webtransport: bool) -> io::Result<TransportConfig> {
     let mut config = TransportConfig::default();
     let uni_streams = match webtransport {
@@ -131,7 +135,7 @@ fn transport_config(idle: Duration, webtransport: bool) -> io::Result<TransportC
         // Each connection would keep a send buffer for eleven datagrams, a third of its memory, and
         // seldom fill two.
         .enable_segmentation_offload(false)
-        .keep_alive_interval(None)
+        .keep_alive_interval(Some(idle / 6 * PING_AFTER_SIXTHS))
         .max_idle_timeout(Some(IdleTimeout::try_from(idle).map_err(io::Error::other)?));
     if webtransport {
         // The protocol is unknown before the handshake, so every client is allowed what browsers need;

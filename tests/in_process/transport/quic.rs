@@ -70,6 +70,17 @@ async fn quic_data_streams_wait_for_authentication() {
 }
 
 #[tokio::test]
+async fn quic_clients_that_are_silent_for_longer_than_the_idle_timeout_stay_connected() {
+    let idle = Duration::from_millis(600);
+    let mut server = Server::with(Transport::Quic, |_, limits| limits.quic_idle = idle);
+    let (_endpoint, _connection, (mut control, _), mut stream) = connect_client(&mut server).await;
+    // The library's timers run in real time.
+    tokio::time::sleep(3 * idle).await;
+    control.write_all(b"here").await.expect("connected");
+    assert_eq!(recv_n(&mut stream, 4).await, b"here");
+}
+
+#[tokio::test]
 async fn quic_unauthenticated_clients_have_a_small_window() {
     use futures_util::FutureExt;
     let mut server = Server::start(Transport::Quic);

@@ -80,6 +80,20 @@ async fn connected(
 }
 
 #[tokio::test]
+async fn webtransport_clients_that_are_silent_for_longer_than_the_idle_timeout_stay_connected() {
+    let idle = Duration::from_millis(600);
+    let mut server = Server::with(Transport::Quic, |listener, limits| {
+        listener.webtransport = true;
+        limits.quic_idle = idle;
+    });
+    let (_client, (mut control, _), mut stream) = connected(&mut server).await;
+    // The library's timers run in real time.
+    tokio::time::sleep(3 * idle).await;
+    control.write_all(b"here").await.expect("connected");
+    assert_eq!(recv_n(&mut stream, 4).await, b"here");
+}
+
+#[tokio::test]
 async fn webtransport_streams_are_those_of_quic() {
     let mut server = serve();
     let client = open_session(&server, request("/mqtt"))
