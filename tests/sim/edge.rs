@@ -22,6 +22,8 @@ use tidegate::transport::{Closed, Traffic};
 
 use crate::oracle::{Checked, Oracle, key};
 
+/// The owner of all sessions.
+pub(crate) const OWNER: &str = "someone";
 /// From a packet's first byte to its last.
 const PACKET_DEADLINE: Duration = Duration::from_secs(10);
 /// The longest time between two looks at a deadline.
@@ -200,7 +202,7 @@ impl Edge {
         };
         let applicant = Applicant {
             client_id: connect.client_id.into(),
-            owner: "someone".into(),
+            owner: OWNER.into(),
             scope: None,
             added_bytes: 0,
             keep_alive_max: None,
@@ -374,6 +376,12 @@ impl Edge {
                 self.finished.push(stream);
             }
         }
+    }
+
+    /// Whether a CONNECT of its client waits until it has read everything that has arrived.
+    pub(crate) fn is_to_be_read_out(&self) -> bool {
+        let machine = self.machine.as_ref();
+        machine.is_some_and(|machine| machine.handle().take_successors().is_some())
     }
 
     /// Whether the machine takes bytes of data streams.

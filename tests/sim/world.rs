@@ -12,7 +12,7 @@ use tidegate::topics::FilterId;
 
 use crate::broker::Broker;
 use crate::device::{Device, Seen};
-use crate::edge::Edge;
+use crate::edge::{Edge, OWNER};
 use crate::oracle::{Checked, Oracle};
 use crate::pipe::Pipe;
 use tidegate::streams::{StreamId, StreamSet};
@@ -276,6 +276,10 @@ impl World {
             if link.edge.completes(&bytes) {
                 // So that a session whose time has come is not there any more.
                 self.tick();
+                // Else its task does nothing until the bound has passed.
+                if self.rng.chance(80) {
+                    self.read_out(n)?;
+                }
                 // What the connection that is taken over was written is lost with it.
                 for other in self.links.values_mut().filter(|l| l.edge.device == n) {
                     other.edge.peek(&self.router, &mut self.oracle, self.now)?;
@@ -344,6 +348,36 @@ impl World {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// The connection that a device's CONNECT is about to take over reads everything that has arrived.
+    fn read_out(&mut self, n: usize) -> Checked {
+        let key = self.devices[n].profile.id.as_str().into();
+        if self.router.predecessor(&key, OWNER, None).is_none() {
+            return Ok(());
+        }
+        let mut links = self.links.iter();
+        let asked = links.find(|(_, l)| l.edge.device == n && l.edge.is_to_be_read_out());
+        let number = asked.map(|(number, _)| *number);
+        let number = number.ok_or("no connection is asked to read what has arrived")?;
+        let mut link = self.links.remove(&number).ok_or("it was found")?;
+        trace!(self, "link {number} of {n} is read out");
+        self.sides_work(n, &mut link)?;
+        while link.edge.is_open() && !link.edge.is_paused() && !link.up.is_read(self.now) {
+            let bytes = link.up.receive(&mut self.rng, self.now);
+            link.edge.receive(
+                StreamId::CONTROL,
+                &bytes,
+                &self.router,
+                &mut self.oracle,
+                self.now,
+            )?;
+        }
+        if link.eof_at.is_some_and(|at| at <= self.now) && !link.edge.is_paused() {
+            link.edge.eof(&self.router, &mut self.oracle, self.now)?;
+        }
+        self.links.insert(number, link);
         Ok(())
     }
 

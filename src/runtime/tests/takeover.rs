@@ -81,7 +81,11 @@ async fn a_disconnect_that_arrived_before_a_connect_counts() {
         old.read_until(session_present).await.expect("accepted");
         let mut new = process.open(&connect(version, clean_start), "", 1024);
         new.send().await;
-        let last = if version == Version::V5 { LAST_V5 } else { LAST_V3 };
+        let last = if version == Version::V5 {
+            LAST_V5
+        } else {
+            LAST_V3
+        };
         old.out.extend(last);
         old.out.extend(disconnect);
         old.send().await;

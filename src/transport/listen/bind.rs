@@ -235,7 +235,10 @@ mod tests {
         assert_eq!(socket.tcp_keepalive_time().expect("asked"), PROBE_AFTER);
         let interval = socket.tcp_keepalive_interval().expect("asked");
         let retries = socket.tcp_keepalive_retries().expect("asked");
-        assert_eq!(PROBE_AFTER + interval * retries, Duration::from_secs(15 * 60));
+        assert_eq!(
+            PROBE_AFTER + interval * retries,
+            Duration::from_secs(15 * 60)
+        );
         drop(client);
     }
 
