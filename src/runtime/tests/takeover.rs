@@ -74,7 +74,7 @@ async fn a_disconnect_that_arrived_before_a_connect_counts() {
         (Version::V5, false, DISCONNECT_FOR_GOOD, false),
         (Version::V311, false, DISCONNECT, true),
         (Version::V311, true, DISCONNECT, false),
-        (Version::V31, false, DISCONNECT, true),
+        (Version::V31, false, DISCONNECT, false),
     ] {
         let mut old = process.open(&connect(version, false), "", 1024);
         old.send().await;
