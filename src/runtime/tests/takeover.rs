@@ -68,6 +68,7 @@ async fn topics_until_now(watcher: &mut Device) -> Vec<String> {
 async fn a_disconnect_that_arrived_before_a_connect_counts() {
     let process = Process::start(&Traps::default());
     let mut watcher = watcher(&process).await;
+    let mut wrong = Vec::new();
     for (version, clean_start, disconnect, present) in [
         (Version::V5, false, DISCONNECT, true),
         (Version::V5, true, DISCONNECT, false),
@@ -92,32 +93,16 @@ async fn a_disconnect_that_arrived_before_a_connect_counts() {
         drop(old.io);
         let what = format!("{version:?} clean start {clean_start}");
         let resumed = new.read_until(session_present).await;
-        assert_eq!(resumed, Some(present), "{what}");
-        assert_eq!(topics_until_now(&mut watcher).await, ["t/last"], "{what}");
+        let topics = topics_until_now(&mut watcher).await;
+        if resumed != Some(present) || topics != ["t/last"] {
+            wrong.push(format!("{what}: present {resumed:?}, {topics:?}"));
+        }
         // The session ends, for the next round.
         new.out.extend(DISCONNECT);
         new.send().await;
         new.served.await.expect("no panic");
     }
-    process.end();
-}
-
-#[tokio::test]
-async fn a_session_that_ended_before_a_connect_does_not_come_back() {
-    let process = Process::start(&Traps::default());
-    let connect = Connect {
-        session_expiry: None,
-        ..connect(Version::V5, false)
-    };
-    let mut old = process.open(&connect, "", 1024);
-    old.subscribe("x").await;
-    old.read_until(suback).await.expect("granted");
-    let mut new = process.open(&connect, "", 1024);
-    new.send().await;
-    old.out.extend(DISCONNECT);
-    old.send().await;
-    let present = new.read_until(session_present).await;
-    assert_eq!(present, Some(false));
+    assert!(wrong.is_empty(), "{wrong:#?}");
     process.end();
 }
 
@@ -128,9 +113,10 @@ async fn a_disconnect_before_a_failed_write_counts() {
     let mut watcher = watcher(&process).await;
     let mut phone = process.open(&connect(Version::V5, true), "", 4);
     phone.send().await;
-    // Part of CONNACK.
-    let mut first = [0; 1];
-    phone.io.read_exact(&mut first).await.expect("accepted");
+    // A part of CONNACK.
+    let mut first = [0; 4];
+    phone.io.read_exact(&mut first).await.expect("an answer");
+    assert_eq!((first[0], first[3]), (0x20, 0), "accepted");
     phone.out.extend(DISCONNECT);
     phone.send().await;
     drop(phone.io);
