@@ -100,6 +100,7 @@ async fn a_disconnect_that_arrived_before_a_connect_counts() {
         // The session ends, for the next round.
         new.out.extend(DISCONNECT);
         new.send().await;
+        drop(new.io);
         new.served.await.expect("no panic");
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
