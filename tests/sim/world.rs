@@ -18,6 +18,9 @@ use crate::pipe::Pipe;
 use tidegate::streams::{StreamId, StreamSet};
 use tidegate_kit::rng::Rng;
 
+/// Steps in which a connection is read out.
+const READ_OUT_TURNS: usize = 50;
+
 /// A data stream between a device and the server.
 #[derive(Default)]
 pub(crate) struct Side {
@@ -364,15 +367,22 @@ impl World {
         let mut link = self.links.remove(&number).ok_or("it was found")?;
         trace!(self, "link {number} of {n} is read out");
         self.sides_work(n, &mut link)?;
-        while link.edge.is_open() && !link.edge.is_paused() && !link.up.is_read(self.now) {
-            let bytes = link.up.receive(&mut self.rng, self.now);
-            link.edge.receive(
-                StreamId::CONTROL,
-                &bytes,
-                &self.router,
-                &mut self.oracle,
-                self.now,
-            )?;
+        for _ in 0..READ_OUT_TURNS {
+            if link.edge.is_paused() {
+                // Perhaps only until the next turn.
+                let room = StreamSet::EMPTY;
+                link.edge
+                    .poll(room, &self.router, &mut self.oracle, self.now)?;
+            } else if link.edge.is_open() && !link.up.is_read(self.now) {
+                let bytes = link.up.receive(&mut self.rng, self.now);
+                link.edge.receive(
+                    StreamId::CONTROL,
+                    &bytes,
+                    &self.router,
+                    &mut self.oracle,
+                    self.now,
+                )?;
+            }
         }
         if link.eof_at.is_some_and(|at| at <= self.now) && !link.edge.is_paused() {
             link.edge.eof(&self.router, &mut self.oracle, self.now)?;

@@ -202,14 +202,19 @@ fn the_bytes_of_a_large_packet_are_a_sign_of_life() {
         bytes.fill(0);
         rig.now += Duration::from_millis(2900);
         rig.router.tick(rig.now);
-        rig.machine.woken(Waker::noop()).expect("it is there");
+        rig.machine
+            .woken(&rig.limits, Waker::noop())
+            .expect("it is there");
     }
     // Less than 8 KiB in three seconds are not enough.
     rig.received(StreamId::CONTROL, &bytes[1..])
         .expect("it may go on");
     rig.now += Duration::from_millis(3100);
     rig.router.tick(rig.now);
-    let end = rig.machine.woken(Waker::noop()).expect_err("it is silent");
+    let end = rig
+        .machine
+        .woken(&rig.limits, Waker::noop())
+        .expect_err("it is silent");
     assert_eq!(end.label(), crate::telemetry::DisconnectReason::KeepAlive);
 }
 

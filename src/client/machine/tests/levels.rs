@@ -187,6 +187,7 @@ fn a_will_with_too_many_levels_is_refused() {
             owner: "anonymous".into(),
             scope: scope(mount),
             added_bytes: 0,
+            keep_alive_max: None,
             peer: peer(),
             ping_after: None,
         };
