@@ -230,21 +230,15 @@ impl Link {
         }
     }
 
-    /// Waits until everything that was written on any stream of the link's connection is on the wire.
-    /// Over TCP a write does that; QUIC sends later.
-    pub async fn sent(&self) {
+    /// How many STREAM frames the link's connection has sent; `None` for a transport other than QUIC,
+    /// where a flush sends everything at once.
+    pub fn stream_frames_sent(&self) -> Option<u64> {
         let connection = match &self.io {
             Io::Quic(quic) => quic.connection(),
             Io::WebTransport(session) => session.connection(),
-            _ => return,
+            _ => return None,
         };
-        // The library tells of datagrams only: nothing more is sent once two looks see the same.
-        let count = || connection.stats().udp_tx.datagrams;
-        let mut before = None;
-        while before != Some(count()) {
-            before = Some(count());
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
-        }
+        Some(connection.stats().frame_tx.stream)
     }
 
     /// The TCP socket below, if the link uses TCP.

@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidegate_kit::client::Client;
+use tidegate_kit::client::{Client, ClientError};
 use tidegate_kit::dial::{Dialer, Transport};
 use tidegate_kit::process::TidegateConfig;
 use tidegate_kit::wire::{Connect, Packet, Publish, Reason, Version, Will};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -69,12 +69,11 @@ impl Phone {
             }
         }
         if let Some(aside) = &mut aside {
-            aside.flush().await?;
+            send(aside).await?;
         }
         old.queue(&Packet::Disconnect(Reason::default()));
         new.queue(&Packet::Connect(Box::new(self.connect(self.clean))));
-        old.flush().await?;
-        old.link().sent().await;
+        send(&mut old).await?;
         new.flush().await?;
         match timeout(PATIENCE, new.next()).await?? {
             Packet::ConnAck(ack) if ack.code == 0 && ack.session_present != self.clean => {}
@@ -83,6 +82,20 @@ impl Phone {
         new.disconnect().await?;
         Ok(())
     }
+}
+
+/// Sends everything that is queued, and waits until it is on the wire: QUIC sends later.
+async fn send(client: &mut Client) -> Result {
+    let before = client.link().stream_frames_sent();
+    match client.flush().await {
+        // The server closes the connection when it has read DISCONNECT.
+        Ok(()) | Err(ClientError::Closed) => {}
+        Err(error) => return Err(error.into()),
+    }
+    while before.is_some() && client.link().stream_frames_sent() == before {
+        sleep(Duration::from_millis(1)).await;
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -132,7 +145,7 @@ async fn bytes_that_were_sent_before_a_connect_count_over_every_transport() -> R
                 }
                 continue;
             }
-            () = tokio::time::sleep(Duration::from_secs(5)), if !running => break,
+            () = sleep(Duration::from_secs(5)), if !running => break,
         };
         if let Packet::Publish(publish) = packet {
             let (kind, id) = publish.topic.split_once('/').expect("two levels");

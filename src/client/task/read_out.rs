@@ -22,7 +22,7 @@ const UNREAD_BYTES_MAX: usize = 256 * 1024;
 /// tell whether bytes have arrived: datagrams wake the library's socket, and that wakes its connection.
 const QUIET_TURNS: u8 = 3;
 /// When the runtime has certainly looked for events once more.
-const TURN: Duration = Duration::from_millis(5);
+const TURN: Duration = Duration::from_millis(10);
 
 /// A connection that is read out.
 #[derive(Debug, Default)]
