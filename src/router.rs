@@ -268,7 +268,7 @@ impl Router {
             self.settle(actions, now);
         }
         self.sessions.wake_waiting();
-        self.sessions.tick_output();
+        self.sessions.tick_budgets(now);
         for shard in self.sessions.shards() {
             let actions = self.sessions.tick(shard, now);
             self.settle(actions, now);

@@ -198,7 +198,7 @@ impl Default for Session {
             expiry_v3: Duration::from_secs(2 * 3600),
             expiry_max: Duration::from_secs(7 * 24 * 3600),
             queue_messages_max: 1000,
-            queue_bytes_max: MIB,
+            queue_bytes_max: 16 * MIB,
             queue_full: QueueFull::Oldest,
             queue_qos0: false,
             queue_age_max: None,

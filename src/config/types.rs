@@ -285,16 +285,16 @@ pub struct Session {
     /// Cap on every session's expiry, whole seconds.
     #[serde(deserialize_with = "duration")]
     pub expiry_max: Duration,
-    /// Messages in one session's queue.
+    /// Messages that may wait for one client while it is away.
     pub queue_messages_max: u32,
-    /// Bytes in one session's queue.
+    /// Bytes that may wait for one client while it is away.
     #[serde(deserialize_with = "size")]
     pub queue_bytes_max: u64,
     /// What goes when a queue is full.
     pub queue_full: QueueFull,
     /// Whether QoS 0 messages wait for an absent client.
     pub queue_qos0: bool,
-    /// Age at which a waiting message is dropped.
+    /// Age at which a message that waits for an absent client is dropped.
     #[serde(deserialize_with = "duration_or_none")]
     pub queue_age_max: Option<Duration>,
     /// How long a client is away before other members of its groups get what it was to have.

@@ -6,6 +6,7 @@ mod expiry;
 pub(super) mod fan_out;
 mod gaps;
 mod handover;
+mod losses;
 mod members;
 mod primaries;
 pub(super) mod shard;
@@ -420,7 +421,7 @@ impl Sessions {
 fn shed(slot: &mut Slot) {
     if slot.session.outbound().shed != Default::default() {
         let mut tally = Tally::default();
-        slot.session.gaps += tally.shed(slot.session.outbound_mut());
+        tally.shed(&mut slot.session);
         tally.flush();
     }
 }

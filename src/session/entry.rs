@@ -150,11 +150,15 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// Whether the message is past its Message Expiry, or too old for the queue.
-    pub(super) fn is_over(&self, limits: &SessionLimits, now: Millis) -> bool {
-        let age = Duration::from_millis(now.low_bits().wrapping_sub(self.at).into());
+    /// Whether the message is past its Message Expiry Interval [MQTT-3.3.2-5].
+    pub(super) fn has_expired(&self, now: Millis) -> bool {
         self.message.as_ref().is_none_or(|m| m.has_expired(now))
-            || limits.queue_age_max.is_some_and(|max| age >= max)
+    }
+
+    /// Whether the message has waited for `session.queue_age_max`.
+    pub(super) fn is_too_old(&self, limits: &SessionLimits, now: Millis) -> bool {
+        let age = Duration::from_millis(now.low_bits().wrapping_sub(self.at).into());
+        limits.queue_age_max.is_some_and(|max| age >= max)
     }
 
     pub(super) fn offer<'a>(&'a self, sets: &'a IdSets) -> Option<Offer<'a>> {

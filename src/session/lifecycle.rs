@@ -81,6 +81,8 @@ impl Session {
         if self.attached() {
             self.forget_connection(limits);
             due = (self.will).take_if(|w| w.delay == 0 && limits.will_grace.is_zero());
+        } else {
+            self.outbound.drop_aged(limits, now);
         }
         let discarded = self.phase.take_will_discarded();
         let will_cancelled = self.will.take().is_some() | discarded;

@@ -33,11 +33,11 @@ pub struct SessionLimits {
     pub topic_alias_max: u16,
     /// The largest packet taken from a client, in bytes.
     pub packet_max: u32,
-    /// Messages that may wait in a session's queue.
+    /// Messages that may wait for a client while it is away.
     pub queue_messages_max: usize,
-    /// Bytes that may wait in a session's queue, and that may be in flight.
+    /// Bytes that may wait for a client while it is away, and that may be in flight to it.
     pub queue_bytes_max: usize,
-    /// Age at which a waiting message is dropped. `None`: at none.
+    /// Age at which a message that waits for a client that is away is dropped. `None`: at none.
     pub queue_age_max: Option<Duration>,
     /// How long a session may be away before other members of its groups get its share.
     pub shared_redeliver_after: Duration,

@@ -34,6 +34,8 @@ pub enum Delivered {
 pub struct Shed {
     /// Messages whose expiry passed while they waited.
     pub expired: u32,
+    /// Messages that were too old for the queue when their client came back.
+    pub aged: u32,
     /// Messages larger than the client's Maximum Packet Size.
     pub too_large: u32,
     /// Messages dropped for newer ones, because of `queue_messages_max`.
@@ -109,6 +111,7 @@ impl Outbound {
             stream,
             fetched: _,
         } = *offer;
+        let attached = connection.is_some();
         if let Some(connection) = connection {
             let room = connection.has_room(limits, stream);
             if qos == QoS::AtMostOnce {
@@ -145,10 +148,40 @@ impl Outbound {
         } else if qos == QoS::AtMostOnce && !limits.queue_qos0 {
             return Delivered::Dropped(DropReason::Qos0Offline);
         }
-        self.enqueue(limits, now, offer)
+        if !attached && let Some(refused) = self.make_room(limits, offer) {
+            return refused;
+        }
+        self.enqueue(now, offer);
+        Delivered::Queued
     }
 
-    fn enqueue(&mut self, limits: &SessionLimits, now: Millis, offer: &Offer<'_>) -> Delivered {
+    /// Makes room for a message to a client that is away, as `queue_full` says. Returns the outcome if
+    /// the message is not to be queued. An attached client has no limit of its own: the budget of all
+    /// queues and the rule for stalled clients bound its queue.
+    fn make_room(&mut self, limits: &SessionLimits, offer: &Offer<'_>) -> Option<Delivered> {
+        let (size, fetched) = (offer.message.size(), offer.fetched);
+        if !fetched && size > limits.queue_bytes_max {
+            return Some(Delivered::Dropped(DropReason::QueueBytes));
+        }
+        while let Some(reason) = self.queue.full(limits, size, fetched) {
+            match limits.queue_full {
+                _ if fetched => return Some(Delivered::Dropped(reason)),
+                QueueFull::Newest => return Some(Delivered::Dropped(reason)),
+                QueueFull::EndSession => return Some(Delivered::EndSession),
+                QueueFull::Oldest => {
+                    if self.queue.pop_live().is_none() {
+                        return Some(Delivered::Dropped(reason));
+                    }
+                    let many = reason == DropReason::QueueFull;
+                    self.shed.pushed_out += u32::from(many);
+                    self.shed.pushed_out_bytes += u32::from(!many);
+                }
+            }
+        }
+        None
+    }
+
+    fn enqueue(&mut self, now: Millis, offer: &Offer<'_>) {
         let Offer {
             message,
             qos,
@@ -158,25 +191,6 @@ impl Outbound {
             stream,
             fetched,
         } = *offer;
-        let size = message.size();
-        if !fetched && size > limits.queue_bytes_max {
-            return Delivered::Dropped(DropReason::QueueBytes);
-        }
-        while let Some(reason) = self.queue.full(limits, size, fetched) {
-            match limits.queue_full {
-                _ if fetched => return Delivered::Dropped(reason),
-                QueueFull::Newest => return Delivered::Dropped(reason),
-                QueueFull::EndSession => return Delivered::EndSession,
-                QueueFull::Oldest => {
-                    if self.queue.pop_live().is_none() {
-                        return Delivered::Dropped(reason);
-                    }
-                    let many = reason == DropReason::QueueFull;
-                    self.shed.pushed_out += u32::from(many);
-                    self.shed.pushed_out_bytes += u32::from(!many);
-                }
-            }
-        }
         let entries = self.window.iter().chain(self.queue.iter());
         let ids = self.sets.keep(ids, group, entries);
         self.queue.push(Entry {
@@ -192,7 +206,6 @@ impl Outbound {
             retain,
             stream,
         });
-        Delivered::Queued
     }
 
     /// Writes what the window, the client and the output buffer allow: first the unacknowledged
@@ -206,7 +219,7 @@ impl Outbound {
             if !connection.has_room(limits, front.stream) {
                 break;
             }
-            if front.is_over(limits, now) {
+            if front.has_expired(now) {
                 self.queue.pop();
                 self.shed.expired += 1;
                 continue;
@@ -348,6 +361,16 @@ impl Outbound {
             self.shed.qos0 += self.queue.qos0();
             self.queue.retain(|e| e.qos != QoS::AtMostOnce);
         }
+        self.queue.client_left();
+    }
+
+    /// The client is back: drops the messages that became too old for the queue while it was away.
+    pub fn drop_aged(&mut self, limits: &SessionLimits, now: Millis) {
+        if limits.queue_age_max.is_some() {
+            let before = self.queue.len();
+            self.queue.retain(|e| !e.is_too_old(limits, now));
+            self.shed.aged += (before - self.queue.len()) as u32;
+        }
     }
 
     /// Messages that wait for a data stream go on the control stream.
@@ -435,12 +458,12 @@ impl Outbound {
         dropped
     }
 
-    /// Drops waiting messages that are past their expiry, and QoS 0 where `qos0`; returns
-    /// (expired, QoS 0 dropped).
+    /// Drops waiting messages that are past their expiry or too old, and QoS 0 where `qos0`; returns
+    /// (expired, QoS 0 dropped). For a session whose client is away.
     pub fn purge(&mut self, limits: &SessionLimits, now: Millis, qos0: bool) -> (usize, usize) {
         let (mut expired, mut zero) = (0, 0);
         self.queue.retain(|e| {
-            if e.is_over(limits, now) {
+            if e.has_expired(now) || e.is_too_old(limits, now) {
                 expired += 1;
                 return false;
             }

@@ -1,4 +1,4 @@
-//! The messages that wait for a client behind its window, and the limits on them.
+//! The messages that wait for a client behind its window, and the limits on them while it is away.
 
 use std::collections::VecDeque;
 
@@ -7,8 +7,9 @@ use crate::session::entry::{Entry, State};
 use crate::session::{DropReason, SessionLimits};
 
 /// Retained messages of new subscriptions may wait beyond a session's limits, because they arrive all
-/// at once: the most messages, and the most bytes.
+/// at once: at most this many for a client that is away.
 const FETCHED_MAX: usize = 100_000;
+/// The most bytes of such messages for a client that is away.
 const FETCHED_MAX_BYTES: usize = 16 * 1024 * 1024;
 
 /// The waiting entries, in the order of sending.
@@ -16,12 +17,16 @@ const FETCHED_MAX_BYTES: usize = 16 * 1024 * 1024;
 pub(super) struct Queue {
     entries: VecDeque<Entry>,
     bytes: usize,
+    fetched_bytes: usize,
+    /// Bytes of the live messages that waited when the client went away.
+    kept_bytes: usize,
     qos0: u32,
     /// The number of entries in [`State::Fetched`].
-    fetched: usize,
-    fetched_bytes: usize,
+    fetched: u32,
     /// At least this many entries at the front are fetched.
-    fetched_ahead: usize,
+    fetched_ahead: u32,
+    /// The number of live messages that waited when the client went away.
+    kept: u32,
 }
 
 impl Queue {
@@ -56,8 +61,15 @@ impl Queue {
         self.entries.iter_mut()
     }
 
-    /// The limit that another message of `size` bytes would exceed. Fetched and live messages have
-    /// separate limits and do not displace each other.
+    /// The client went away. The limits do not count the live messages that wait now: a short absence
+    /// must not cost a client messages that it would have got without it.
+    pub(super) fn client_left(&mut self) {
+        self.kept = self.live();
+        self.kept_bytes = self.live_bytes();
+    }
+
+    /// The limit that another message of `size` bytes for a client that is away would exceed. Fetched
+    /// and live messages have separate limits and do not displace each other.
     pub(super) fn full(
         &self,
         limits: &SessionLimits,
@@ -66,16 +78,16 @@ impl Queue {
     ) -> Option<DropReason> {
         let (messages, bytes, messages_max, bytes_max) = match fetched {
             true => (
-                self.fetched,
+                self.fetched as usize,
                 self.fetched_bytes,
                 limits.queue_messages_max.max(FETCHED_MAX),
                 limits.queue_bytes_max.max(FETCHED_MAX_BYTES),
             ),
             false => (
-                self.entries.len() - self.fetched,
-                self.bytes - self.fetched_bytes,
-                limits.queue_messages_max,
-                limits.queue_bytes_max,
+                self.live() as usize,
+                self.live_bytes(),
+                limits.queue_messages_max + self.kept as usize,
+                limits.queue_bytes_max + self.kept_bytes,
             ),
         };
         if messages >= messages_max {
@@ -85,6 +97,15 @@ impl Queue {
         } else {
             None
         }
+    }
+
+    fn live(&self) -> u32 {
+        // The budget for all queues has no room for 4 billion entries.
+        self.entries.len() as u32 - self.fetched
+    }
+
+    fn live_bytes(&self) -> usize {
+        self.bytes - self.fetched_bytes
     }
 
     pub(super) fn push(&mut self, entry: Entry) {
@@ -110,9 +131,9 @@ impl Queue {
 
     /// Takes out the oldest message that is not fetched.
     pub(super) fn pop_live(&mut self) -> Option<Entry> {
-        let mut rest = self.entries.range(self.fetched_ahead..);
-        self.fetched_ahead += rest.position(|e| e.state != State::Fetched)?;
-        let entry = self.entries.remove(self.fetched_ahead)?;
+        let mut rest = self.entries.range(self.fetched_ahead as usize..);
+        self.fetched_ahead += rest.position(|e| e.state != State::Fetched)? as u32;
+        let entry = self.entries.remove(self.fetched_ahead as usize)?;
         self.removed(&entry);
         Some(entry)
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tidegate::mqtt::{Message, MessageSpec};
+use tidegate::router::Arrived;
 
 use crate::broker::{Item, arrived, matching};
 use crate::oracle::Checked;
@@ -83,8 +84,7 @@ impl World {
                     batch.extend(copies.map(|c| arrived(c, self.broker.copies, &self.router)));
                 }
                 Item::Suback(number, code) => {
-                    self.router.fan_out(&mut batch, self.now);
-                    batch.clear();
+                    self.hand_over(&mut batch)?;
                     trace!(self, "SUBACK of the broker for {number}: {code:?}");
                     let held = &self.broker.held;
                     if let Some((name, _)) = held.iter().find(|(_, (n, _))| *n == number) {
@@ -93,20 +93,27 @@ impl World {
                     self.router.suback(number, code, self.now);
                 }
                 Item::Unsuback(number) => {
-                    self.router.fan_out(&mut batch, self.now);
-                    batch.clear();
+                    self.hand_over(&mut batch)?;
                     trace!(self, "UNSUBACK of the broker for {number}");
                     self.router.unsuback(number, self.now);
                 }
                 Item::Pingresp(number) => {
-                    self.router.fan_out(&mut batch, self.now);
-                    batch.clear();
+                    self.hand_over(&mut batch)?;
                     self.router.barrier_passed(0, number, self.now);
                 }
             }
         }
-        self.router.fan_out(&mut batch, self.now);
-        Ok(())
+        self.hand_over(&mut batch)
+    }
+
+    fn hand_over(&mut self, batch: &mut Vec<Arrived>) -> Checked {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let before = self.gaps();
+        self.router.fan_out(batch, self.now);
+        batch.clear();
+        self.oracle.delivered_all(&before, &self.gaps())
     }
 
     /// The retained link is lost, and its fetches are made anew.

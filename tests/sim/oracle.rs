@@ -235,11 +235,28 @@ impl Oracle {
                 if !self.rules.ends_full {
                     return Err(format!("the session of {} is gone", c.profile.id));
                 }
+                if c.attached.is_some() {
+                    let id = &c.profile.id;
+                    return Err(format!("{id} is connected, and its session is gone"));
+                }
                 self.inbound.closed(device, false, 0, now);
                 self.inbound.answers_lost(device);
                 self.ended(device, now);
             } else if !c.exists && there {
                 return Err(format!("the session of {} did not end", c.profile.id));
+            }
+        }
+        Ok(())
+    }
+
+    /// A batch of messages was delivered, before which the sessions showed the gaps `before`: no
+    /// connected client may have lost one, unless it takes no packet of that size.
+    pub(crate) fn delivered_all(&self, before: &[u64], after: &[u64]) -> Checked {
+        for ((c, before), after) in self.clients.iter().zip(before).zip(after) {
+            let kept = c.attached.is_some() && c.profile.packet_max.is_none();
+            if kept && !self.rules.evicts && after > before {
+                let id = &c.profile.id;
+                return Err(format!("{id} is connected and lost {}", after - before));
             }
         }
         Ok(())

@@ -1,13 +1,16 @@
 //! The byte budgets over all queues and all output: which messages are dropped, and in which order,
 //! when the queues exceed theirs.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::atomic::Ordering;
 
 use crate::session::CloseReason;
 use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
-use crate::router::sessions::Sessions;
+use crate::router::sessions::{Sessions, losses};
 use crate::router::types::SessionRef;
 
 /// Bytes below the budget at which eviction starts: a batch from a data link is charged before it
@@ -18,13 +21,15 @@ const BATCH_BYTES: u64 = 256 * 1024;
 const PRESSED_OUTPUT_BYTES: usize = 2048;
 
 impl Sessions {
-    /// Keeps each connection's output short while the output of all is near its budget.
-    pub(crate) fn tick_output(&self) {
+    /// Warns of messages that connected clients lost. Keeps each connection's output short while the
+    /// output of all is near its budget.
+    pub(crate) fn tick_budgets(&self, now: Millis) {
+        losses::warn(now);
         let used = self.output_used();
-        let now = self.limits.output_buffer.load(Ordering::Relaxed);
-        let limit = if used > self.budgets.output_bytes && now == self.output_buffer {
+        let current = self.limits.output_buffer.load(Ordering::Relaxed);
+        let limit = if used > self.budgets.output_bytes && current == self.output_buffer {
             PRESSED_OUTPUT_BYTES
-        } else if used < self.budgets.output_bytes / 5 * 4 && now != self.output_buffer {
+        } else if used < self.budgets.output_bytes / 5 * 4 && current != self.output_buffer {
             self.output_buffer
         } else {
             return;
@@ -177,9 +182,11 @@ impl Sessions {
                 }
                 s.session.gaps += dropped as u64;
                 metrics().messages_dropped[DropReason::Budget].increment(dropped as u64);
+                losses::note(&s.session, DropReason::Budget, dropped as u64);
                 shard.settle(reference.slot);
                 self.charge(&mut shard);
             }
         }
     }
 }
+

@@ -271,6 +271,7 @@ impl Sessions {
             connack(present, connection.control());
         }
         slot.session.pump(&self.limits, now);
+        shed(slot);
         if attached.options_changed {
             shard.rejoin(at);
         }

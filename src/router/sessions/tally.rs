@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use crate::mqtt::QoS;
-use crate::session::{Delivered, DropReason, Outbound};
+use crate::session::{Delivered, DropReason, Session};
 use crate::telemetry::{DropReason as DropLabel, Label, metrics};
 
 use crate::router::handle::ConnectionHandle;
+use crate::router::sessions::losses;
 use crate::router::sessions::shard::Slot;
 
 /// Messages that were not kept, counted by the label that the metrics have for the reason.
@@ -51,15 +52,22 @@ pub(in crate::router) struct Tally {
 }
 
 impl Tally {
-    /// Counts the messages that a session let go of. Returns how many the client lost.
-    pub(crate) fn shed(&mut self, outbound: &mut Outbound) -> u64 {
-        let shed = std::mem::take(&mut outbound.shed);
-        self.dropped.add(DropLabel::TooLarge, shed.too_large);
-        self.dropped.add(DropLabel::QueueFull, shed.pushed_out);
-        self.dropped
-            .add(DropLabel::QueueBytes, shed.pushed_out_bytes);
-        self.dropped.add(DropLabel::Qos0Offline, shed.qos0);
-        self.dropped.add(DropLabel::Expired, shed.expired);
+    /// Counts the messages that a session let go of, and the gaps that they leave.
+    pub(crate) fn shed(&mut self, session: &mut Session) {
+        let shed = std::mem::take(&mut session.outbound_mut().shed);
+        for (label, count) in [
+            (DropLabel::TooLarge, shed.too_large),
+            (DropLabel::QueueFull, shed.pushed_out),
+            (DropLabel::QueueBytes, shed.pushed_out_bytes),
+            (DropLabel::Qos0Offline, shed.qos0),
+            (DropLabel::Expired, shed.expired),
+            (DropLabel::Age, shed.aged),
+        ] {
+            self.dropped.add(label, count);
+            session.gaps += u64::from(count);
+        }
+        // Its publisher wants an expired message to be dropped.
+        losses::note(session, DropLabel::TooLarge, shed.too_large.into());
         for (total, sent) in self.delivered.iter_mut().zip(shed.sent) {
             *total += u64::from(sent);
         }
@@ -67,8 +75,6 @@ impl Tally {
             let seconds = f64::from(after) / 1000.0;
             metrics().delivery_ack_seconds.record(seconds);
         }
-        let lost = shed.too_large + shed.pushed_out + shed.pushed_out_bytes + shed.expired;
-        u64::from(lost) + u64::from(shed.qos0)
     }
 
     /// Counts one delivery, and notes the connection to wake.
@@ -85,11 +91,12 @@ impl Tally {
             Delivered::Dropped(reason) => {
                 slot.session.gaps += 1;
                 self.dropped.add(label(reason), 1u64);
+                losses::note(&slot.session, label(reason), 1);
             }
             Delivered::EndSession => {}
         }
         if slot.session.outbound().shed != Default::default() {
-            slot.session.gaps += self.shed(slot.session.outbound_mut());
+            self.shed(&mut slot.session);
         }
     }
 

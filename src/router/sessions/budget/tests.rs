@@ -1,0 +1,190 @@
+use std::sync::Arc;
+
+use super::*;
+use crate::mqtt::{
+    AckKind, Decoder, Message, MessageSpec, Packet, Properties, QoS, ReasonCode, Receiver, Version,
+    encode_ack,
+};
+use crate::router::handle::ConnectionHandle;
+use crate::router::testing;
+use crate::router::types::Arrived;
+use crate::router::{Connect, Connected, LinkSession, Router, RouterConfig};
+use crate::session::ConnectionSpec;
+use crate::sim::testing::packet_of;
+use crate::topics::FilterId;
+
+const MIB: usize = 1024 * 1024;
+
+fn router(config: RouterConfig) -> Arc<Router> {
+    let router = testing::router_of(config);
+    router.set_broker_features(&testing::facts(), Millis::ZERO);
+    router.data_link_up(0, LinkSession::New, true, Millis::ZERO);
+    router
+}
+
+/// A client of a principal connects; its session is kept for ever.
+fn connect(router: &Router, id: &str, principal: &str, now: u64) -> Connected {
+    let connect = Connect {
+        key: id.into(),
+        principal: principal.into(),
+        clean_start: false,
+        expiry: u32::MAX,
+        spec: ConnectionSpec {
+            version: Version::V5,
+            receive_maximum: u16::MAX,
+            maximum_packet_size: None,
+            topic_alias_maximum: 0,
+            keep_alive: None,
+            scope: None,
+        },
+        will: None,
+        handle: Arc::new(ConnectionHandle::default()),
+        peer: testing::peer(),
+    };
+    let connected = router.connect(connect, Millis::new(now), |_, _| {});
+    connected.expect("nobody else has the identifier")
+}
+
+/// The client subscribes to a filter, and the broker grants it.
+fn subscribe(router: &Router, client: Connected, filter: &str) -> FilterId {
+    testing::subscribe(router, client, filter);
+    for wanted in router.next_subscribes(0, 10) {
+        router.suback(wanted.filter, ReasonCode(1), Millis::ZERO);
+    }
+    take(router, client, &mut Vec::new());
+    router.filters.table().write().intern(filter).0
+}
+
+fn disconnect(router: &Router, client: Connected, now: u64) {
+    let now = Millis::new(now);
+    router.disconnected(client.session, client.connection_no, false, now);
+}
+
+/// The data link brings `count` messages of `size` bytes at QoS 1.
+fn bring(router: &Router, filter: FilterId, size: usize, count: usize) {
+    for _ in 0..count {
+        let message = Message::new(&MessageSpec {
+            topic: "t",
+            properties: Properties::default(),
+            payload: &vec![b'x'; size],
+            qos: QoS::AtLeastOnce,
+            retain: false,
+            expires_at: None,
+            strip_key: None,
+            account: Some(router.queue_account().clone()),
+        });
+        let mut batch = [Arrived {
+            message,
+            filters: [filter].into_iter().collect(),
+            link: 0,
+            origin_mark: None,
+            skipped: false,
+        }];
+        router.fan_out(&mut batch, Millis::new(1));
+    }
+}
+
+/// The client reads and acknowledges everything.
+fn read_all(router: &Router, client: Connected) -> Vec<usize> {
+    read_on(router, client, Vec::new())
+}
+
+/// The client reads and acknowledges everything that follows `input`, which it was sent before. Returns
+/// the sizes of all payloads.
+fn read_on(router: &Router, client: Connected, mut input: Vec<u8>) -> Vec<usize> {
+    let decoder = Decoder {
+        version: Version::V5,
+        receiver: Receiver::Client,
+        max: u32::MAX,
+    };
+    let mut sizes = Vec::new();
+    loop {
+        let mut taken = Vec::new();
+        take(router, client, &mut taken);
+        let done = taken.is_empty();
+        input.append(&mut taken);
+        let (mut used, mut acks) = (0, Vec::new());
+        while let Some((packet, size)) = decoder.next(&input[used..]).expect("legal") {
+            if let Packet::Publish(p) = packet {
+                sizes.push(p.payload.len());
+                let (kind, code) = (AckKind::Puback, ReasonCode::SUCCESS);
+                encode_ack(Version::V5, kind, p.packet_id, code, None, &mut acks);
+            }
+            used += size;
+        }
+        input.drain(..used);
+        if done && acks.is_empty() {
+            assert!(input.is_empty(), "a packet is not complete");
+            return sizes;
+        }
+        packet_of(router, client, &acks, Millis::new(1));
+    }
+}
+
+/// The connection's task takes output.
+fn take(router: &Router, client: Connected, output: &mut Vec<u8>) {
+    let (session, connection_no) = (client.session, client.connection_no);
+    router.take_output(session, connection_no, output, Millis::new(1));
+}
+
+fn gaps(router: &Router, id: &str) -> u64 {
+    router.session(&id.into()).expect("there").gaps
+}
+
+/// Messages that wait for a client or that it has not acknowledged.
+fn has(router: &Router, id: &str) -> usize {
+    let session = router.session(&id.into()).expect("there");
+    session.queue_messages + session.in_flight
+}
+
+#[test]
+fn a_connected_client_gets_more_than_may_wait_for_a_client_that_is_away() {
+    for (size, count) in [
+        (10_000, 200),
+        (MIB, 5),
+        (MIB + 1, 8),
+        (100_000, 200),
+        (10, 3000),
+    ] {
+        let router = router(testing::config());
+        let client = connect(&router, "c", "p", 1);
+        let filter = subscribe(&router, client, "t");
+        bring(&router, filter, size, count);
+        assert_eq!(read_all(&router, client), vec![size; count]);
+        assert_eq!(gaps(&router, "c"), 0);
+    }
+}
+
+#[test]
+fn messages_that_waited_for_a_connected_client_survive_a_short_absence() {
+    let router = router(testing::config());
+    let client = connect(&router, "c", "p", 1);
+    let filter = subscribe(&router, client, "t");
+    bring(&router, filter, 10, 3000);
+    disconnect(&router, client, 2);
+    bring(&router, filter, 11, 1000);
+    assert_eq!((has(&router, "c"), gaps(&router, "c")), (4000, 0));
+    // One past the limit: the oldest message that waits is dropped.
+    bring(&router, filter, 12, 1);
+    assert_eq!((has(&router, "c"), gaps(&router, "c")), (4000, 1));
+    let client = connect(&router, "c", "p", 3);
+    let sizes = read_all(&router, client);
+    let of = |size| sizes.iter().filter(|s| **s == size).count();
+    assert_eq!((of(10), of(11), of(12)), (2999, 1000, 1));
+}
+
+#[test]
+fn the_budget_of_all_queues_bounds_a_connected_client() {
+    let config = RouterConfig {
+        queues: 8 * MIB as u64,
+        ..testing::config()
+    };
+    let router = router(config);
+    let client = connect(&router, "c", "p", 1);
+    let filter = subscribe(&router, client, "t");
+    bring(&router, filter, 10_000, 2000);
+    assert!(router.queue_used() <= 8 * MIB as u64);
+    let lost = gaps(&router, "c") as usize;
+    assert!(lost > 1000, "{lost}");
+    assert_eq!(has(&router, "c") + lost, 2000);
+}
