@@ -16,6 +16,7 @@ pub mod embedded;
 pub(crate) mod flow;
 pub mod hashing;
 pub mod mqtt;
+pub mod outbuf;
 mod qos;
 pub mod router;
 pub mod runtime;

@@ -27,6 +27,7 @@ mod will;
 
 use std::sync::Arc;
 
+use crate::budget::Allowance;
 use crate::mqtt::{ReasonCode, Version};
 use crate::time::Millis;
 
@@ -177,15 +178,22 @@ impl Session {
     }
 
     /// Offers a message: it is written, queued or dropped. See [`Outbound::deliver`].
-    pub fn deliver(&mut self, limits: &SessionLimits, now: Millis, offer: &Offer<'_>) -> Delivered {
+    pub fn deliver(
+        &mut self,
+        limits: &SessionLimits,
+        now: Millis,
+        offer: &Offer<'_>,
+        output: &mut Allowance,
+    ) -> Delivered {
         let connection = self.phase.connection_mut();
-        self.outbound.deliver(connection, limits, now, offer)
+        self.outbound
+            .deliver(connection, limits, now, offer, output)
     }
 
-    /// Writes the messages that the window and the output buffers allow now.
-    pub fn pump(&mut self, limits: &SessionLimits, now: Millis) {
+    /// Writes the messages that the window, the output buffers and the budget of all output allow now.
+    pub fn pump(&mut self, limits: &SessionLimits, now: Millis, output: &mut Allowance) {
         if let Some(connection) = self.phase.connection_mut() {
-            self.outbound.pump(connection, limits, now);
+            self.outbound.pump(connection, limits, now, output);
         }
     }
 

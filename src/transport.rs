@@ -41,5 +41,7 @@ pub use stream::Stream;
 pub use tls::{
     ClientCertificate, ClientTls, Configs, Material, NameError, ServerTls, TlsError, Validity,
 };
-pub use types::{Arrivals, CloseHow, OutBuf, Recv, Traffic};
+pub use types::{Arrivals, CloseHow, Recv, Traffic};
+
+pub use crate::outbuf::OutBuf;
 pub use ws::FrameError;

@@ -17,12 +17,12 @@ use std::time::Duration;
 
 use crate::budget::Account;
 use crate::mqtt::{ReasonCode, Version, encode_disconnect};
+use crate::outbuf::OutBuf;
 use crate::router::handle::ConnectionHandle;
 use crate::router::{Caller, Connected, Router, SessionRef};
 use crate::session::{CloseReason, Policy};
 use crate::streams::{StreamId, StreamSet};
 use crate::time::{Deadline, Millis};
-use crate::transport::OutBuf;
 
 use crate::client::end::End;
 pub(in crate::client) use read_buffer::{KEEP_BYTES, ReadBuffer};
@@ -309,10 +309,10 @@ impl Machine {
         if !std::mem::take(&mut self.stale) {
             return Ok(false);
         }
-        let free = self.free_streams();
+        let free = (self.free_streams().0, self.own_waiting());
         self.full = self.full & !free.0;
         let (session, connection_no) = (self.session, self.connection_no);
-        let output = &mut self.output.buf;
+        let output = &mut self.output;
         let taken = router.take_streams(session, connection_no, free, output, now);
         let Some(taken) = taken else {
             return Err(self.replaced());
@@ -344,7 +344,7 @@ impl Machine {
         self.blocked = !done;
         if done {
             self.stale = true;
-        } else if self.output.rest().len() < offered {
+        } else if self.output.len() < offered {
             self.handle.moved(now);
         }
     }
@@ -383,10 +383,10 @@ impl Machine {
     pub fn ended(mut self, router: &Router, end: &End, now: Millis) -> Remains {
         let (session, connection_no) = (self.session, self.connection_no);
         if !end.is_lost() {
-            let mut rest = Vec::new();
-            if let Some(taken) = router.take_output(session, connection_no, &mut rest, now) {
+            let (mut rest, all) = (OutBuf::default(), (StreamSet::ALL, 0));
+            if let Some(taken) = router.take_streams(session, connection_no, all, &mut rest, now) {
                 self.greeted = true;
-                self.output.buf.append(&mut rest);
+                self.output.append(rest);
                 self.append(taken);
             }
         }

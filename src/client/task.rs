@@ -241,11 +241,11 @@ impl<'a> Task<'a> {
         loop {
             if self.machine.wants_to_send() {
                 let output = self.machine.output(StreamId::CONTROL);
-                let offered = output.rest().len();
+                let offered = output.len();
                 let sent = self.socket.poll_send(cx, StreamId::CONTROL, output);
                 metrics()
                     .bytes_sent
-                    .increment((offered - output.rest().len()) as u64);
+                    .increment((offered - output.len()) as u64);
                 let done = match sent {
                     Poll::Ready(Ok(())) => true,
                     Poll::Ready(Err(closed)) => return Err(End::Transport(closed)),
@@ -270,11 +270,11 @@ impl<'a> Task<'a> {
         for number in self.machine.streams().iter() {
             let output = self.machine.output(number);
             if !output.is_empty() {
-                let offered = output.rest().len();
+                let offered = output.len();
                 let sent = self.socket.poll_send(cx, number, output);
                 metrics()
                     .bytes_sent
-                    .increment((offered - output.rest().len()) as u64);
+                    .increment((offered - output.len()) as u64);
                 let done = match sent {
                     Poll::Ready(Ok(())) => true,
                     Poll::Pending => false,

@@ -5,7 +5,7 @@ use crate::mqtt::props::{
     MESSAGE_EXPIRY, RESPONSE_TOPIC, SUBSCRIPTION_IDENTIFIER, TOPIC_ALIAS, USER_PROPERTY,
     response_topic,
 };
-use crate::mqtt::write::{put_head, put_str, put_u16, put_u32, put_varint, str_len};
+use crate::mqtt::write::{put_str, put_u16, put_u32, put_varint, str_len};
 use crate::mqtt::{Message, QoS, Version};
 
 /// The part of a PUBLISH that is one receiver's own.
@@ -58,14 +58,32 @@ impl Delivery<'_> {
     #[inline]
     pub fn encode(&self, m: &Message, out: &mut Vec<u8>) {
         let layout = self.layout(m);
+        if layout.remaining > MAX_REMAINING_BYTES {
+            return;
+        }
+        out.reserve(1 + varint_len(layout.remaining) + layout.remaining);
+        let end = self.put_start(m, &layout, out);
+        out.extend_from_slice(m.end(end));
+    }
+
+    /// Appends the PUBLISH without the last part, which the packet and the message have in common.
+    /// Returns the bytes of that part, [`Message::end`].
+    pub fn encode_head(&self, m: &Message, out: &mut Vec<u8>) -> usize {
+        self.put_start(m, &self.layout(m), out)
+    }
+
+    #[inline]
+    fn put_start(&self, m: &Message, layout: &Layout<'_>, out: &mut Vec<u8>) -> usize {
         let qos0 = self.qos == QoS::AtMostOnce;
         let first = PUBLISH << 4
             | u8::from(self.dup && !qos0) << 3
             | (self.qos as u8) << 1
             | u8::from(self.retain);
-        if !put_head(first, layout.remaining, out) {
-            return;
+        if layout.remaining > MAX_REMAINING_BYTES {
+            return 0;
         }
+        out.push(first);
+        put_varint(layout.remaining, out);
         match self.alias {
             Alias::Use(_) if self.version == Version::V5 => put_u16(0, out),
             _ if self.hidden == 0 => out.extend_from_slice(m.wire_topic()),
@@ -80,7 +98,7 @@ impl Delivery<'_> {
             put_u16(self.packet_id, out);
         }
         match layout.properties {
-            None => out.extend_from_slice(m.payload()),
+            None => m.payload().len(),
             Some(len) => {
                 put_varint(len, out);
                 self.put_own(out);
@@ -94,7 +112,7 @@ impl Delivery<'_> {
                     out.extend_from_slice(seen);
                     tail = &after[3 + text.len()..];
                 }
-                out.extend_from_slice(tail);
+                tail.len()
             }
         }
     }

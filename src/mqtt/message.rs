@@ -253,6 +253,12 @@ impl Message {
         &self.0.slice[self.topic_end()..]
     }
 
+    /// The last bytes of properties and payload.
+    pub fn end(&self, bytes: usize) -> &[u8] {
+        let body = &self.0.slice;
+        &body[body.len().saturating_sub(bytes)..]
+    }
+
     fn topic_end(&self) -> usize {
         2 + usize::from(self.0.header.header.topic)
     }

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::budget::Account;
+use crate::budget::{Account, Allowance};
 use crate::mqtt::QoS;
+use crate::outbuf::OutBuf;
 use crate::session::{CloseReason, Effect, Session, SessionKey, SessionLimits};
 use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
@@ -106,7 +107,7 @@ impl Router {
         session: SessionRef,
         connection_no: u64,
         effects: &mut Vec<Effect>,
-        f: impl FnOnce(&mut Session, &SessionLimits, &mut Vec<Effect>) -> R,
+        f: impl FnOnce(&mut Session, &SessionLimits, &mut Allowance, &mut Vec<Effect>) -> R,
     ) -> Option<R> {
         self.sessions.feed(session, connection_no, effects, f)
     }
@@ -121,21 +122,9 @@ impl Router {
         self.sessions.wake_soon(handle);
     }
 
-    /// Fills up the output of a connection with one stream, and takes it. `empty` is exchanged for the
-    /// bytes. `None`: the connection is not the session's any more.
-    pub fn take_output(
-        &self,
-        session: SessionRef,
-        connection_no: u64,
-        empty: &mut Vec<u8>,
-        now: Millis,
-    ) -> Option<Vec<(StreamId, Vec<u8>)>> {
-        self.take_streams(session, connection_no, (StreamSet::ALL, 0), empty, now)
-    }
-
-    /// Fills up the output of a connection with several streams, and takes it. Some of them may not have
-    /// taken all of their earlier output: only the streams in `free` are taken from,
-    /// while `unsent` bytes are still with the others. `empty` is exchanged for the bytes of the control
+    /// Fills up the output of a connection, and takes it. Some of its streams may not have taken all of
+    /// their earlier output: only the streams in `free` are taken from, while `unsent` bytes, without
+    /// shared ones, are still with the others. `empty` is exchanged for the bytes of the control
     /// stream; those of the others are returned, by number. `None`: the connection is not the
     /// session's any more.
     pub(crate) fn take_streams(
@@ -143,9 +132,9 @@ impl Router {
         session: SessionRef,
         connection_no: u64,
         (free, unsent): (StreamSet, usize),
-        empty: &mut Vec<u8>,
+        empty: &mut OutBuf,
         now: Millis,
-    ) -> Option<Vec<(StreamId, Vec<u8>)>> {
+    ) -> Option<Vec<(StreamId, OutBuf)>> {
         self.sessions
             .take_output(session, connection_no, (free, unsent), empty, now)
     }

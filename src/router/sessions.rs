@@ -1,5 +1,6 @@
 //! The sessions: where each one is kept, and how connections come to them and leave them.
 
+mod accounts;
 mod budget;
 pub(super) mod connect;
 mod expiry;
@@ -22,8 +23,9 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::budget::Account;
+use crate::budget::{Account, Allowance};
 use crate::mqtt::{Message, ReasonCode};
+use crate::outbuf::OutBuf;
 use crate::session::{Effect, Incarnation, Redelivery, Session, SessionKey, SessionLimits, Token};
 use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{DropReason, metrics};
@@ -34,6 +36,7 @@ use crate::router::account::SessionAccount;
 use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
 use crate::router::types::{BarrierNumbers, Peer, SessionRef};
+use accounts::Accounts;
 use shard::{Shard, Slot};
 use tally::Tally;
 
@@ -65,8 +68,8 @@ pub(super) struct Sessions {
     queue_account: Arc<Account>,
     /// Bytes of the entries of all queues.
     entry_bytes: AtomicI64,
-    /// Bytes of the output of all connections.
-    output_bytes: AtomicI64,
+    /// Bytes of the output of all connections, and those that the shards have taken ahead.
+    output_account: Arc<Account>,
     /// The limit of each connection's output without memory pressure, bytes.
     output_buffer: usize,
     /// Held by the one caller that evicts.
@@ -144,7 +147,13 @@ impl Sessions {
         lost: &Arc<Lost>,
         account: &Arc<SessionAccount>,
     ) -> Self {
-        let shard = |n| Mutex::new(Shard::new(n, lost.clone(), account.clone()));
+        let output_account = Arc::new(Account::new());
+        let shard = |number| {
+            let output_account = output_account.clone();
+            let output = Allowance::new(output_account, budgets.output_bytes, SHARDS as u64);
+            let (lost, account) = (lost.clone(), account.clone());
+            Mutex::new(Shard::new(number, lost, account, Accounts::new(output)))
+        };
         Self {
             shards: (0..SHARDS as u16).map(shard).collect(),
             account: account.clone(),
@@ -152,7 +161,7 @@ impl Sessions {
             incarnations: AtomicU64::new(0),
             queue_account: Arc::new(Account::new()),
             entry_bytes: AtomicI64::new(0),
-            output_bytes: AtomicI64::new(0),
+            output_account,
             output_buffer: limits.output_buffer.load(Ordering::Relaxed),
             evicting: Mutex::new(()),
             deferred: Mutex::new(Vec::new()),
@@ -177,9 +186,12 @@ impl Sessions {
         self.queue_account.used() + entries
     }
 
-    /// Bytes of output that wait for sockets.
+    /// Bytes of output that wait for sockets, without the parts of messages that connections share.
     pub(super) fn output_used(&self) -> u64 {
-        self.output_bytes.load(Ordering::Relaxed).max(0) as u64
+        let spare = |shard: &Mutex<Shard>| shard.lock().accounts.output.spare();
+        let spare: i64 = self.shards.iter().map(spare).sum();
+        let used = self.output_account.used() as i64 - spare;
+        used.max(0) as u64
     }
 
     /// Locks a shard.
@@ -236,11 +248,12 @@ impl Sessions {
         reference: SessionRef,
         connection_no: u64,
         effects: &mut Vec<Effect>,
-        f: impl FnOnce(&mut Session, &SessionLimits, &mut Vec<Effect>) -> R,
+        f: impl FnOnce(&mut Session, &SessionLimits, &mut Allowance, &mut Vec<Effect>) -> R,
     ) -> Option<R> {
         let mut shard = self.shard(reference.shard);
-        let slot = shard.connected(reference, connection_no)?;
-        let result = f(&mut slot.session, &self.limits, effects);
+        let (slot, accounts) = shard.connected_with_accounts(reference, connection_no)?;
+        let output = &mut accounts.output;
+        let result = f(&mut slot.session, &self.limits, output, effects);
         shed(slot);
         let refused = std::mem::take(&mut slot.session.refused_publishes);
         if refused != Default::default() {
@@ -292,37 +305,34 @@ impl Sessions {
 
     /// Fills up a connection's output and takes it. `empty` is exchanged for the bytes of the control
     /// stream; the returned bytes are for other streams, by number. Only the streams in `free`
-    /// are taken from; `unsent` bytes taken earlier are still with the others. `None`: the connection
-    /// is not the session's any more.
+    /// are taken from; `unsent` bytes taken earlier, without shared ones, are still with the others.
+    /// `None`: the connection is not the session's any more.
     pub(super) fn take_output(
         &self,
         reference: SessionRef,
         connection_no: u64,
         (free, unsent): (StreamSet, usize),
-        empty: &mut Vec<u8>,
+        empty: &mut OutBuf,
         now: Millis,
-    ) -> Option<Vec<(StreamId, Vec<u8>)>> {
+    ) -> Option<Vec<(StreamId, OutBuf)>> {
         let mut shard = self.shard(reference.shard);
-        let slot = shard.get(reference)?;
+        let (slot, accounts) = shard.with_accounts(reference)?;
         if slot.session.connection_no() != connection_no {
             return None;
         }
         slot.woken = false;
         slot.session.connection()?.streams_free(free);
-        slot.session.pump(&self.limits, now);
+        slot.session.pump(&self.limits, now, &mut accounts.output);
         let side = slot.session.connection()?.take_output(free, empty);
-        let aside = side.iter().map(|(_, b)| b.len()).sum::<usize>();
-        let mut taken = unsent + aside;
+        slot.taken = unsent + side.iter().map(|(_, b)| b.own_len()).sum::<usize>();
         // The task watches each data stream itself; the control stream stands for the connection.
         if free.contains(StreamId::CONTROL) {
             slot.taken_at = now;
             slot.offered = empty.len();
-            taken += empty.len();
+            slot.taken += empty.own_len();
         }
-        slot.taken = taken;
-        if aside + empty.len() > 0
-            && let Some(handle) = &slot.handle
-        {
+        let any = !empty.is_empty() || side.iter().any(|(_, b)| !b.is_empty());
+        if any && let Some(handle) = &slot.handle {
             handle.sent(now);
         }
         shed(slot);
@@ -406,14 +416,11 @@ impl Sessions {
 
     /// Adds a shard's changes to the accounts; to be called before its lock is given back.
     pub(super) fn charge(&self, shard: &mut Shard) {
-        let delta = std::mem::take(&mut shard.entry_bytes);
+        let delta = std::mem::take(&mut shard.accounts.entry_bytes);
         if delta != 0 {
             self.entry_bytes.fetch_add(delta, Ordering::Relaxed);
         }
-        let delta = std::mem::take(&mut shard.output_bytes);
-        if delta != 0 {
-            self.output_bytes.fetch_add(delta, Ordering::Relaxed);
-        }
+        shard.accounts.output.settle();
     }
 }
 

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::mqtt::{Message, MessageSpec, Properties, QoS, SubscribeOptions, Version};
+use crate::outbuf::OutBuf;
 use crate::router::handle::ConnectionHandle;
 use crate::router::{
     BrokerFeatures, Caller, ClientPublish, Connect, Connected, LinkSession, Peer, Refused, Router,
-    RouterConfig,
+    RouterConfig, SessionRef,
 };
 use crate::session::{ConnectionSpec, QueueFull, SessionLimits, SubscribeRequest, Will};
 use crate::store::Memory;
+use crate::streams::StreamSet;
 use crate::time::{Millis, UnixMillis};
 
 /// A router with one link of each kind, whose data link has come up.
@@ -194,6 +196,24 @@ pub(crate) fn peer() -> Arc<Peer> {
         transport: "tcp",
         address: ([127, 0, 0, 1], 1).into(),
     })
+}
+
+impl Router {
+    /// Fills up the output of a connection with one stream, and takes it. `empty` is exchanged for the
+    /// bytes. `None`: the connection is not the session's any more.
+    pub(crate) fn take_output(
+        &self,
+        session: SessionRef,
+        connection_no: u64,
+        empty: &mut Vec<u8>,
+        now: Millis,
+    ) -> Option<()> {
+        let mut output = OutBuf::from(std::mem::take(empty));
+        let all = (StreamSet::ALL, 0);
+        self.take_streams(session, connection_no, all, &mut output, now)?;
+        *empty = output.to_vec();
+        Some(())
+    }
 }
 
 /// A message on the topic `t` whose payload is a number.

@@ -140,6 +140,7 @@ impl AdminView for View {
         m.session_bytes.set(self.router.session_bytes() as f64);
         m.filters.set(self.router.filters_known() as f64);
         m.queue_bytes.set(self.router.queue_used() as f64);
+        m.output_bytes.set(self.router.output_used() as f64);
         m.publishes_waiting
             .set(self.router.publishes_waiting() as f64);
         let waiting = self.router.limits().publish_account.used();

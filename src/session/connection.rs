@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::mqtt::{QoS, Version};
+use crate::outbuf::OutBuf;
 use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
 use crate::topics::{FilterId, split_shared};
@@ -70,9 +71,9 @@ pub struct Connection {
     /// SUBSCRIBEs that wait for the broker.
     pub(super) pending: Vec<PendingSubscribe>,
     /// Output for the control stream.
-    output: Vec<u8>,
+    output: OutBuf,
     /// Output for data streams.
-    data_output: Vec<(StreamId, Vec<u8>)>,
+    data_output: Vec<(StreamId, OutBuf)>,
     /// Data streams for which the connection's task holds as much output as may wait.
     saturated: StreamSet,
     /// Subscriptions made on data streams.
@@ -148,7 +149,7 @@ impl Connection {
             unread: false,
             scope: spec.scope.clone(),
             pending: Vec::new(),
-            output: Vec::new(),
+            output: OutBuf::default(),
             data_output: Vec::new(),
             saturated: StreamSet::EMPTY,
             bindings: Vec::new(),
@@ -183,18 +184,23 @@ impl Connection {
 
     /// The output of the control stream.
     pub fn control(&mut self) -> &mut Vec<u8> {
-        &mut self.output
+        &mut self.output.buf
     }
 
     /// The output of a stream: a packet is answered where it arrived.
     pub fn output_on(&mut self, stream: StreamId) -> &mut Vec<u8> {
+        &mut self.outbuf_on(stream).buf
+    }
+
+    /// The output of a stream, with its shared parts.
+    pub fn outbuf_on(&mut self, stream: StreamId) -> &mut OutBuf {
         if stream.is_control() {
             return &mut self.output;
         }
         let index = match self.data_output.iter().position(|(s, _)| *s == stream) {
             Some(index) => index,
             None => {
-                self.data_output.push((stream, Vec::new()));
+                self.data_output.push((stream, OutBuf::default()));
                 self.data_output.len() - 1
             }
         };
@@ -209,18 +215,14 @@ impl Connection {
     /// Takes the output of the streams in `free`: the control stream's is exchanged for
     /// `empty`, the data streams' is returned. Data streams with a full buffer get no more messages
     /// until [`Connection::streams_free`].
-    pub fn take_output(
-        &mut self,
-        free: StreamSet,
-        empty: &mut Vec<u8>,
-    ) -> Vec<(StreamId, Vec<u8>)> {
+    pub fn take_output(&mut self, free: StreamSet, empty: &mut OutBuf) -> Vec<(StreamId, OutBuf)> {
         if free.contains(StreamId::CONTROL) {
             std::mem::swap(&mut self.output, empty);
         }
         let taken = if self.data_output.iter().all(|(s, _)| free.contains(*s)) {
             std::mem::take(&mut self.data_output)
         } else {
-            let free = |output: &mut (StreamId, Vec<u8>)| free.contains(output.0);
+            let free = |output: &mut (StreamId, OutBuf)| free.contains(output.0);
             self.data_output.extract_if(.., free).collect()
         };
         let full = (taken.iter()).filter(|(_, bytes)| bytes.len() >= STREAM_OUTPUT_MAX_BYTES);
@@ -262,9 +264,11 @@ impl Connection {
         data.fold(control, |full, (stream, _)| full.with(*stream))
     }
 
-    /// Bytes of output that wait, on all streams.
-    pub fn output_len(&self) -> usize {
-        self.output.len() + self.data_output.iter().map(|(_, b)| b.len()).sum::<usize>()
+    /// The memory that the output of all streams costs, in bytes: without the parts of messages that
+    /// connections share.
+    pub fn own_output_len(&self) -> usize {
+        let data = self.data_output.iter().map(|(_, b)| b.own_len());
+        self.output.own_len() + data.sum::<usize>()
     }
 
     /// A subscription was made on a stream: its messages go there from now on.
@@ -343,7 +347,7 @@ mod tests {
         ] {
             connection.output_on(StreamId::new(4)).extend(vec![0; size]);
             assert_eq!(has_room(&connection, StreamId::new(4)), room);
-            let taken = connection.take_output(StreamSet::ALL, &mut Vec::new());
+            let taken = connection.take_output(StreamSet::ALL, &mut OutBuf::default());
             assert_eq!(taken.len(), 1);
             // Other streams' messages are not affected.
             assert_eq!(has_room(&connection, StreamId::new(4)), room);

@@ -1,18 +1,74 @@
 //! One PUBLISH toward the client.
 
-use crate::mqtt::{Alias, Delivery};
+use crate::budget::Allowance;
+use crate::mqtt::{Alias, Delivery, Message};
+use crate::outbuf::SharedBytes;
 use crate::time::Millis;
 
 use crate::session::connection::Connection;
 use crate::session::entry::Offer;
+
+/// A part of a message of this size is shared by the connections that send it, and copied for none.
+const SHARED_MIN_BYTES: usize = 16 * 1024;
+
+/// While the budget of all output is exhausted, smaller parts are shared too.
+const PRESSED_SHARED_MIN_BYTES: usize = 512;
+
+/// The output that each connection may have while the budget of all output is exhausted, before the
+/// last message is added: no client waits for others that do not read.
+const PRESSED_OUTPUT_BYTES: usize = 1024;
+
+/// Room for a packet's head beside the topic.
+const HEAD_BYTES: usize = 64;
+
+/// The end of a message that is shared by the outputs of several connections.
+#[derive(Debug)]
+struct MessageEnd {
+    message: Message,
+    bytes: usize,
+}
+
+impl SharedBytes for MessageEnd {
+    fn bytes(&self) -> &[u8] {
+        self.message.end(self.bytes)
+    }
+}
+
+/// The leave to add one message to a connection's output.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Leave {
+    /// A part of the message with as many bytes is shared.
+    shared_min_bytes: usize,
+}
+
+/// Asks the budget of all output for the bytes of a message. `None`: the message has to wait.
+pub(super) fn leave_for(
+    connection: &Connection,
+    message: &Message,
+    output: &mut Allowance,
+) -> Option<Leave> {
+    let (whole, end) = (message.size(), message.tail().len());
+    let copied = match end >= SHARED_MIN_BYTES {
+        true => whole - end,
+        false => whole,
+    };
+    if output.ask(copied + HEAD_BYTES) {
+        return Some(Leave {
+            shared_min_bytes: SHARED_MIN_BYTES,
+        });
+    }
+    (connection.own_output_len() < PRESSED_OUTPUT_BYTES).then_some(Leave {
+        shared_min_bytes: PRESSED_SHARED_MIN_BYTES,
+    })
+}
 
 /// Encodes one PUBLISH. False: it is larger than the client's Maximum Packet Size [MQTT-3.1.2-24].
 pub(super) fn write_to(
     connection: &mut Connection,
     now: Millis,
     offer: &Offer<'_>,
-    packet_id: u16,
-    dup: bool,
+    (packet_id, dup): (u16, bool),
+    leave: Leave,
 ) -> bool {
     let Offer {
         message,
@@ -50,6 +106,13 @@ pub(super) fn write_to(
         true => connection.aliases.for_delivery(message.topic(), stream),
         false => Alias::None,
     };
-    delivery.encode(message, connection.output_on(stream));
+    let output = connection.outbuf_on(stream);
+    if message.tail().len() < leave.shared_min_bytes {
+        delivery.encode(message, &mut output.buf);
+        return true;
+    }
+    let bytes = delivery.encode_head(message, &mut output.buf);
+    let message = message.clone();
+    output.share(Box::new(MessageEnd { message, bytes }));
     true
 }

@@ -5,9 +5,9 @@ use crate::mqtt::{AckKind, QoS, ReasonCode, encode_ack};
 use crate::streams::StreamId;
 use crate::time::Millis;
 
-use crate::budget::QueueFull;
+use crate::budget::{Allowance, QueueFull};
 use crate::session::connection::Connection;
-use crate::session::delivery::write_to;
+use crate::session::delivery::{leave_for, write_to};
 use crate::session::entry::{Entry, IdSets, Offer, Redelivery, State};
 use crate::session::queue::Queue;
 use crate::session::{DropReason, SessionLimits};
@@ -101,6 +101,7 @@ impl Outbound {
         limits: &SessionLimits,
         now: Millis,
         offer: &Offer<'_>,
+        output: &mut Allowance,
     ) -> Delivered {
         let Offer {
             message,
@@ -116,8 +117,12 @@ impl Outbound {
             let room = connection.has_room(limits, stream);
             if qos == QoS::AtMostOnce {
                 // QoS 0 overtakes messages that wait for the window, but not other QoS 0.
-                if room && self.queue.qos0() == 0 && !self.window.has_resends() {
-                    return match write_to(connection, now, offer, 0, false) {
+                if room
+                    && self.queue.qos0() == 0
+                    && !self.window.has_resends()
+                    && let Some(leave) = leave_for(connection, message, output)
+                {
+                    return match write_to(connection, now, offer, (0, false), leave) {
                         true => Delivered::Written(qos),
                         false => Delivered::Dropped(DropReason::TooLarge),
                     };
@@ -126,9 +131,10 @@ impl Outbound {
                 && self.queue.is_empty()
                 && !self.window.has_resends()
                 && self.window_open(connection, limits)
+                && let Some(leave) = leave_for(connection, message, output)
             {
                 let packet_id = self.window.next_id();
-                if !write_to(connection, now, offer, packet_id, false) {
+                if !write_to(connection, now, offer, (packet_id, false), leave) {
                     return Delivered::Dropped(DropReason::TooLarge);
                 }
                 self.inflight_bytes += message.size();
@@ -210,8 +216,14 @@ impl Outbound {
 
     /// Writes what the window, the client and the output buffer allow: first the unacknowledged
     /// messages of an earlier connection, in order [MQTT-4.4.0-1] [MQTT-4.6.0-1], then the queue.
-    pub fn pump(&mut self, connection: &mut Connection, limits: &SessionLimits, now: Millis) {
-        self.resend(connection, limits, now);
+    pub fn pump(
+        &mut self,
+        connection: &mut Connection,
+        limits: &SessionLimits,
+        now: Millis,
+        output: &mut Allowance,
+    ) {
+        self.resend(connection, limits, now, output);
         while !self.window.has_resends() {
             let Some(front) = self.queue.front() else {
                 break;
@@ -227,6 +239,10 @@ impl Outbound {
             if front.qos > QoS::AtMostOnce && !self.window_open(connection, limits) {
                 break;
             }
+            let message = front.message.as_ref();
+            let Some(leave) = message.and_then(|m| leave_for(connection, m, output)) else {
+                break;
+            };
             let Some(mut entry) = self.queue.pop() else {
                 break;
             };
@@ -236,7 +252,7 @@ impl Outbound {
             };
             let written = entry
                 .offer(&self.sets)
-                .is_some_and(|offer| write_to(connection, now, &offer, packet_id, false));
+                .is_some_and(|offer| write_to(connection, now, &offer, (packet_id, false), leave));
             if !written {
                 self.shed.too_large += 1;
                 continue;
@@ -253,7 +269,13 @@ impl Outbound {
         self.queue.shrink();
     }
 
-    fn resend(&mut self, connection: &mut Connection, limits: &SessionLimits, now: Millis) {
+    fn resend(
+        &mut self,
+        connection: &mut Connection,
+        limits: &SessionLimits,
+        now: Millis,
+        output: &mut Allowance,
+    ) {
         let version = connection.version;
         self.window.release_again(|packet_id| {
             let (kind, code) = (AckKind::Pubrel, ReasonCode::SUCCESS);
@@ -266,9 +288,13 @@ impl Outbound {
                 return;
             }
             let entry = self.window.get_mut(index);
-            let written = entry
-                .offer(&self.sets)
-                .is_some_and(|offer| write_to(connection, now, &offer, entry.packet_id, true));
+            let mut written = false;
+            if let Some(offer) = entry.offer(&self.sets) {
+                let Some(leave) = leave_for(connection, offer.message, output) else {
+                    return;
+                };
+                written = write_to(connection, now, &offer, (entry.packet_id, true), leave);
+            }
             if written {
                 self.shed.sent[entry.qos as usize] += 1;
                 entry.at = now.low_bits();

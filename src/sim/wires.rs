@@ -49,9 +49,13 @@ impl Wire {
         let room = self
             .unread
             .map_or(usize::MAX, |max| max.saturating_sub(self.input.len()));
-        let taken = output.rest().len().min(room);
-        self.input.extend_from_slice(&output.rest()[..taken]);
-        output.at += taken;
+        let mut room = room;
+        while room > 0 && !output.is_empty() {
+            let taken = output.rest().len().min(room);
+            self.input.extend_from_slice(&output.rest()[..taken]);
+            output.advance(taken);
+            room -= taken;
+        }
         let done = output.is_empty();
         if done {
             output.reset();
@@ -207,11 +211,11 @@ impl World {
             return;
         };
         let streams = machine.streams() | StreamSet::CONTROL;
-        let taken: usize = streams.iter().map(|s| machine.output(s).rest().len()).sum();
+        let taken: usize = streams.iter().map(|s| machine.output(s).len()).sum();
         let caller = machine.caller();
         let (session, connection_no) = (caller.session, caller.connection_no);
         let waiting = self.router.with(session, connection_no, |s, _| {
-            s.connection().map_or(0, |c| c.output_len())
+            s.connection().map_or(0, |c| c.own_output_len())
         });
         let kept = taken + waiting.unwrap_or(0);
         if kept > OUTPUT_MAX_BYTES {

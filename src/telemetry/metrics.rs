@@ -174,6 +174,8 @@ metrics! {
     gauge filters = "tidegate_filters";
     #[doc = "Bytes of messages in the queues of all sessions."]
     gauge queue_bytes = "tidegate_queue_bytes";
+    #[doc = "Bytes of output that wait for the clients' sockets, without shared parts of messages."]
+    gauge output_bytes = "tidegate_output_bytes";
     #[doc = "Messages in the queues of all sessions."]
     gauge queue_messages = "tidegate_queue_messages";
     #[doc = "Bytes of publishes that wait for the broker."]

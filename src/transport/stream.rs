@@ -8,12 +8,13 @@ use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
 use crate::config::Transport;
+use crate::outbuf::OutBuf;
 use crate::streams::{StreamId, StreamSet};
 use crate::transport::closed::Closed;
 use crate::transport::quic::streams::Quic;
 use crate::transport::tcp::{self, Closing};
 use crate::transport::tls::clients::ClientCertificate;
-use crate::transport::types::{Arrivals, CloseHow, OutBuf, Recv, Traffic};
+use crate::transport::types::{Arrivals, CloseHow, Recv, Traffic};
 use crate::transport::ws::Ws;
 
 /// The byte streams of one connection. Only one task may poll it.

@@ -10,8 +10,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use crate::outbuf::OutBuf;
 use crate::transport::closed::{Closed, ResetReason};
-use crate::transport::types::OutBuf;
 
 /// The most bytes that one call reads.
 pub(super) const READ_MAX_BYTES: usize = 64 * 1024;
@@ -101,7 +101,7 @@ pub(super) fn poll_send<S: AsyncWrite + Unpin>(
         if n == 0 {
             return Poll::Ready(Err(Closed::Reset(ResetReason::NothingWritten)));
         }
-        out.at += n;
+        out.advance(n);
     }
     out.reset();
     ready!(Pin::new(io).poll_flush(cx))?;
@@ -230,14 +230,11 @@ mod tests {
     #[tokio::test]
     async fn a_partial_write_goes_on_where_it_stopped() {
         let (mut ours, mut theirs) = duplex(4);
-        let mut out = OutBuf {
-            buf: b"0123456789".to_vec(),
-            at: 0,
-        };
+        let mut out = OutBuf::from(b"0123456789".to_vec());
         let pending =
             poll_fn(|cx| Poll::Ready(poll_send(&mut ours, cx, &mut out).is_pending())).await;
         assert!(pending);
-        assert_eq!(out.at, 4);
+        assert_eq!(out.rest(), b"456789");
         // More bytes may be appended between calls.
         out.buf.extend_from_slice(b"ab");
         let mut got = [0; 12];
@@ -248,6 +245,6 @@ mod tests {
         sent.expect("sent");
         read.expect("read");
         assert_eq!(&got, b"0123456789ab");
-        assert!(out.is_empty() && out.at == 0);
+        assert!(out.is_empty() && out.buf.is_empty());
     }
 }

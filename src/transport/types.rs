@@ -15,40 +15,6 @@ pub struct Recv {
     pub finished: bool,
 }
 
-/// Bytes that wait to be sent on one stream.
-#[derive(Debug, Default)]
-pub struct OutBuf {
-    /// The bytes; more may be appended at any time.
-    pub buf: Vec<u8>,
-    /// How many of them the transport has taken.
-    pub at: usize,
-}
-
-/// A buffer with a larger capacity is freed once its bytes are written.
-const KEPT_CAPACITY_BYTES: usize = 16 * 1024;
-
-impl OutBuf {
-    /// Whether the transport has taken everything.
-    pub fn is_empty(&self) -> bool {
-        self.at >= self.buf.len()
-    }
-
-    /// The bytes that the transport has not taken yet.
-    pub fn rest(&self) -> &[u8] {
-        self.buf.get(self.at..).unwrap_or_default()
-    }
-
-    /// Drops the written bytes, and the allocation if it is large.
-    pub(crate) fn reset(&mut self) {
-        self.at = 0;
-        if self.buf.capacity() > KEPT_CAPACITY_BYTES {
-            self.buf = Vec::new();
-        } else {
-            self.buf.clear();
-        }
-    }
-}
-
 /// Whether bytes or an end have arrived at the machine that were not received yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrivals {
@@ -82,25 +48,4 @@ pub enum CloseHow {
     Overload,
     /// The process is shutting down: WebSocket 1001, QUIC application code 0.
     GoingAway,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn small_buffers_are_kept_and_large_ones_freed() {
-        let mut out = OutBuf {
-            buf: Vec::with_capacity(1024),
-            at: 0,
-        };
-        out.buf.extend_from_slice(b"abc");
-        out.at = 3;
-        assert!(out.is_empty());
-        out.reset();
-        assert_eq!((out.buf.capacity(), out.at), (1024, 0));
-        out.buf = vec![0; KEPT_CAPACITY_BYTES + 1];
-        out.reset();
-        assert_eq!(out.buf.capacity(), 0);
-    }
 }

@@ -12,9 +12,10 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Control};
 
+use crate::outbuf::OutBuf;
 use crate::transport::closed::{Closed, ResetReason, Violation};
 use crate::transport::tcp::{self, Closing, READ_MAX_BYTES, READS_MAX, with_scratch};
-use crate::transport::types::{CloseHow, OutBuf};
+use crate::transport::types::CloseHow;
 pub use frame::FrameError;
 use frame::{Decoder, Requests, Stopped};
 
@@ -322,7 +323,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
             let of_head = n.min(head.len());
             self.head_at += of_head as u8;
             self.payload_left -= n - of_head;
-            out.at += n - of_head;
+            out.advance(n - of_head);
         }
         Poll::Ready(Ok(()))
     }

@@ -7,14 +7,13 @@ import threading
 import pytest
 
 from harness import wire
+from harness.edge import listener
 from harness.loop import call
 from harness.names import fresh
-from harness.edge import listener
 from harness.phone import Phone
 from harness.raw import Raw
 from harness.webtransport import dial
 
-KIB = 1 << 10
 MIB = 1 << 20
 # Numbers and sizes of the messages: more than may wait for a client that is away.
 LOADS = {"many": (200, 10_000), "large": (5, MIB), "larger": (8, MIB + 10), "both": (200, 100_000), "small": (3000, 10)}

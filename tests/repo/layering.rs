@@ -14,6 +14,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("time", &[]),
     ("clock", &["time"]),
     ("hashing", &[]),
+    ("outbuf", &[]),
     ("topics", &["hashing"]),
     ("telemetry", &["qos", "time"]),
     ("config", &["budget", "topics"]),
@@ -23,10 +24,13 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "session",
         &[
-            "hashing", "streams", "time", "mqtt", "topics", "budget", "flow",
+            "hashing", "streams", "time", "mqtt", "topics", "budget", "flow", "outbuf",
         ],
     ),
-    ("transport", &["backoff", "config", "shares", "streams"]),
+    (
+        "transport",
+        &["backoff", "config", "outbuf", "shares", "streams"],
+    ),
     ("auth", &["mqtt", "topics", "config", "telemetry", "shares"]),
     ("supervise", &["backoff", "telemetry"]),
     ("admin", &["backoff", "config", "telemetry"]),
@@ -34,6 +38,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "router",
         &[
             "hashing",
+            "outbuf",
             "streams",
             "time",
             "topics",
@@ -62,6 +67,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "client",
         &[
+            "outbuf",
             "streams",
             "time",
             "topics",

@@ -324,13 +324,13 @@ impl Edge {
         let streams = machine.streams() | StreamSet::CONTROL;
         for stream in streams.iter() {
             let output = machine.output(stream);
-            let offered = output.rest().len();
+            let offered = output.len();
             let done = room.contains(stream);
             if offered > 0 && done {
                 self.traffic.sent += 1;
                 self.traffic.acknowledged += 1;
                 let taken = self.output.entry(stream).or_default();
-                taken.append(&mut output.buf);
+                taken.append(&mut std::mem::take(output).to_vec());
                 self.streams.entry(stream).or_default().output = 0;
             }
             if stream.is_control() && machine.wants_to_send() | (offered > 0) {
@@ -505,7 +505,7 @@ impl Edge {
         let streams = remains.streams.into_iter();
         for (stream, output) in streams.chain([(StreamId::CONTROL, remains.output)]) {
             let judged = self.streams.entry(stream).or_default();
-            let rest = output.rest();
+            let rest = output.to_vec();
             let fresh = &rest[judged.output..];
             let fresh = &fresh[judged.ahead.min(fresh.len())..];
             oracle.wrote(self.device, self.link, stream, fresh, now)?;

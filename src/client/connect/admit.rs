@@ -186,7 +186,7 @@ impl Admission<'_> {
             session,
             connection_no,
             &mut effects,
-            |session, _, effects| {
+            |session, _, _, effects| {
                 session.revoke(&forbidden, effects);
             },
         );

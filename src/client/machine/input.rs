@@ -166,10 +166,10 @@ impl Machine {
             session,
             connection_no,
             &mut effects,
-            |session, limits, effects| {
+            |session, limits, output, effects| {
                 let idle = session.publishes_under_way() == 0;
                 let result = batch.run(self, cx, session, limits, effects);
-                session.pump(limits, cx.now);
+                session.pump(limits, cx.now, output);
                 let connection = session.connection_ref();
                 let full =
                     connection.map_or(StreamSet::EMPTY, |c| c.full_streams(BACKLOG_MAX_BYTES));

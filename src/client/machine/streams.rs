@@ -4,10 +4,11 @@
 use std::time::Duration;
 
 use crate::mqtt::{Packet, ReasonCode};
+use crate::outbuf::OutBuf;
 use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{StreamReason, metrics};
 use crate::time::Millis;
-use crate::transport::{OutBuf, Traffic};
+use crate::transport::Traffic;
 
 use crate::client::end::End;
 use crate::client::machine::{Context, Machine, ReadBuffer};
@@ -109,7 +110,7 @@ impl DataStream {
 
     /// Bytes of output that the transport has not taken.
     pub(super) fn waiting(&self) -> usize {
-        self.output.rest().len()
+        self.output.len()
     }
 
     /// When the stream is given up unless the transport takes its output, if it is blocked.
@@ -189,7 +190,7 @@ impl Machine {
             true => StreamSet::CONTROL,
             false => StreamSet::EMPTY,
         };
-        let mut waiting = self.output.rest().len();
+        let mut waiting = self.output.len();
         for stream in self.streams.iter().filter(|s| !s.output.is_empty()) {
             taken = taken.with(stream.number);
             waiting += stream.waiting();
@@ -197,13 +198,15 @@ impl Machine {
         (!taken, waiting)
     }
 
-    pub(super) fn append(&mut self, outputs: Vec<(StreamId, Vec<u8>)>) {
-        for (number, bytes) in outputs {
-            let output = &mut self.stream(number).output;
-            match output.is_empty() {
-                true => output.buf = bytes,
-                false => output.buf.extend_from_slice(&bytes),
-            }
+    /// The memory that output costs which waits for the transport, in bytes.
+    pub(super) fn own_waiting(&self) -> usize {
+        let data = self.streams.iter().map(|s| s.output.own_len());
+        self.output.own_len() + data.sum::<usize>()
+    }
+
+    pub(super) fn append(&mut self, outputs: Vec<(StreamId, OutBuf)>) {
+        for (number, more) in outputs {
+            self.stream(number).output.append(more);
         }
     }
 

@@ -367,7 +367,7 @@ impl Shard {
         session: SessionRef,
         tally: &mut Tally,
     ) -> bool {
-        let Some(slot) = self.get(session) else {
+        let Some((slot, accounts)) = self.with_accounts(session) else {
             return false;
         };
         let Some(subscription) = slot.session.subscription(number) else {
@@ -388,11 +388,9 @@ impl Shard {
             stream: slot.session.stream_of(number),
             fetched: false,
         };
-        let outcome = slot.session.deliver(limits, now, &offer);
-        let full = outcome == Delivered::EndSession;
-        tally.outcome(slot, outcome);
+        let outcome = accounts.offer(slot, session.slot, limits, now, &offer, tally);
         self.settle(session.slot);
-        full
+        outcome == Delivered::EndSession
     }
 }
 

@@ -25,11 +25,11 @@ impl Sessions {
     /// output of all is near its budget.
     pub(crate) fn tick_budgets(&self, now: Millis) {
         losses::warn(now);
-        let used = self.output_used();
+        let (used, budget) = (self.output_account.used(), self.budgets.output_bytes);
         let current = self.limits.output_buffer.load(Ordering::Relaxed);
-        let limit = if used > self.budgets.output_bytes && current == self.output_buffer {
+        let limit = if used > budget - budget / 16 && current == self.output_buffer {
             PRESSED_OUTPUT_BYTES
-        } else if used < self.budgets.output_bytes / 5 * 4 && current != self.output_buffer {
+        } else if used < budget / 5 * 4 && current != self.output_buffer {
             self.output_buffer
         } else {
             return;
@@ -72,7 +72,12 @@ impl Sessions {
         let (mut expired, mut zero) = (0, 0);
         for shard in &self.shards {
             let mut shard = shard.lock();
-            let detached: Vec<u32> = shard.detached.iter().map(|(slot, _)| *slot).collect();
+            let detached: Vec<u32> = shard
+                .accounts
+                .detached
+                .iter()
+                .map(|(slot, _)| *slot)
+                .collect();
             for slot in detached {
                 let Some(s) = shard.slots.get_mut(slot as usize) else {
                     continue;
@@ -99,7 +104,7 @@ impl Sessions {
         let mut next: Option<Millis> = None;
         for (index, shard) in self.shards.iter().enumerate() {
             let mut shard = shard.lock();
-            while let Some((&slot, &since)) = shard.detached.peek_lru() {
+            while let Some((&slot, &since)) = shard.accounts.detached.peek_lru() {
                 let empty = shard
                     .slots
                     .get(slot as usize)
@@ -128,7 +133,7 @@ impl Sessions {
         let mut shard = self.shards[index].lock();
         // A few per lock, unless the budget is met before.
         for _ in 0..16 {
-            let Some((&slot, &since)) = shard.detached.peek_lru() else {
+            let Some((&slot, &since)) = shard.accounts.detached.peek_lru() else {
                 break;
             };
             if until.is_some_and(|until| since > until) {
@@ -189,4 +194,3 @@ impl Sessions {
         }
     }
 }
-

@@ -270,8 +270,10 @@ impl Sessions {
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
-        slot.session.pump(&self.limits, now);
-        shed(slot);
+        if let Some((slot, accounts)) = shard.with_accounts(session) {
+            slot.session.pump(&self.limits, now, &mut accounts.output);
+            shed(slot);
+        }
         if attached.options_changed {
             shard.rejoin(at);
         }

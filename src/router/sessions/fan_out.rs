@@ -13,7 +13,7 @@ use crate::topics::{FilterId, matches};
 use crate::router::lost::Loss;
 use crate::router::sessions::Sessions;
 use crate::router::sessions::primaries::{Primaries, Sought};
-use crate::router::sessions::shard::{Detached, Shard, Slot};
+use crate::router::sessions::shard::Shard;
 use crate::router::sessions::tally::Tally;
 use crate::router::types::{Arrived, RetainedRequest, SessionRef};
 
@@ -169,7 +169,7 @@ impl Shard {
         request: &RetainedRequest,
         tally: &mut Tally,
     ) {
-        let Some(slot) = self.get(request.session) else {
+        let Some((slot, accounts)) = self.with_accounts(request.session) else {
             return;
         };
         // It may have unsubscribed meanwhile, or started anew.
@@ -181,20 +181,16 @@ impl Shard {
         let identifier = request.identifier.map(NonZeroU32::get);
         let qos = request.qos.min(message.qos());
         let stream = slot.session.stream_of(filter);
-        let outcome = slot.session.deliver(
-            limits,
-            now,
-            &Offer {
-                message,
-                qos,
-                retain: true,
-                ids: identifier.as_slice(),
-                group: None,
-                stream,
-                fetched: true,
-            },
-        );
-        tally.outcome(slot, outcome);
+        let offer = Offer {
+            message,
+            qos,
+            retain: true,
+            ids: identifier.as_slice(),
+            group: None,
+            stream,
+            fetched: true,
+        };
+        accounts.offer(slot, request.session.slot, limits, now, &offer, tally);
         self.settle(request.session.slot);
     }
 
@@ -229,9 +225,7 @@ impl Shard {
             slots,
             members,
             identifiers,
-            entry_bytes,
-            output_bytes,
-            detached,
+            accounts,
             lost,
             handovers,
             ..
@@ -293,9 +287,10 @@ impl Shard {
                 stream: slot.session.stream_of(filter),
                 fetched: source == Source::Fetched,
             };
-            let charged = offer_to(slot, member.slot, limits, now, &offer, detached, tally);
-            *entry_bytes += charged.0;
-            *output_bytes += charged.1;
+            let outcome = accounts.offer(slot, member.slot, limits, now, &offer, tally);
+            if outcome == Delivered::EndSession {
+                tally.ended.push((member.slot, slot.slot_version));
+            }
         }
         next
     }
@@ -379,9 +374,10 @@ impl Shard {
                 stream: slot.session.stream_of(primary.filter),
                 fetched: source == Source::Fetched,
             };
-            let charged = offer_to(slot, at, limits, now, &offer, &mut self.detached, tally);
-            self.entry_bytes += charged.0;
-            self.output_bytes += charged.1;
+            let outcome = (self.accounts).offer(slot, at, limits, now, &offer, tally);
+            if outcome == Delivered::EndSession {
+                tally.ended.push((at, slot.slot_version));
+            }
         }
     }
 }
@@ -406,32 +402,6 @@ fn primary_by(
         return None;
     }
     known.whole(sought, doubted, loss_of, identifiers)
-}
-
-/// Offers a message to one session. Returns the change of its accounts of entries and of output, in
-/// bytes.
-fn offer_to(
-    slot: &mut Slot,
-    at: u32,
-    limits: &SessionLimits,
-    now: Millis,
-    offer: &Offer<'_>,
-    detached: &mut Detached,
-    tally: &mut Tally,
-) -> (i64, i64) {
-    let outcome = slot.session.deliver(limits, now, offer);
-    let charged = slot.charge();
-    if outcome == Delivered::Queued && !slot.listed && !slot.session.attached() {
-        // It left the order because it was the oldest, or had nothing: the oldest again.
-        slot.listed = true;
-        detached.put(at, slot.session.since);
-        detached.demote(&at);
-    }
-    if outcome == Delivered::EndSession {
-        tally.ended.push((at, slot.slot_version));
-    }
-    tally.outcome(slot, outcome);
-    charged
 }
 
 #[cfg(test)]

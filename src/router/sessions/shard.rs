@@ -6,10 +6,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lru::LruCache;
 use slab::Slab;
 
-use crate::hashing::{LookUp, LookUpHasher};
+use crate::hashing::LookUp;
 use crate::router::account::{Holder, SessionAccount};
 use crate::session::{ENTRY_BYTES, Ended, Session, SessionKey, Unsubscribed};
 use crate::time::Millis;
@@ -17,6 +16,7 @@ use crate::topics::FilterId;
 
 use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
+use crate::router::sessions::accounts::Accounts;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
 use crate::router::sessions::{ClosedSession, SessionActions};
@@ -54,7 +54,8 @@ pub(in crate::router) struct Slot {
     pub holder: Holder,
     /// Bytes charged to the account of sessions.
     charged_bytes: u32,
-    /// Bytes of output that the connection's task took last, and has perhaps not written yet.
+    /// Bytes of output that the connection's task took last, and has perhaps not written yet, without
+    /// those that connections share.
     pub taken: usize,
     /// When the task last took output of the control stream.
     pub taken_at: Millis,
@@ -66,13 +67,22 @@ impl Slot {
     /// Charges the session's entries and output. Returns the bytes that are to be added to the
     /// accounts.
     pub(super) fn charge(&mut self) -> (i64, i64) {
-        // Both are bounded far below 4 GiB by the session's limits.
+        // Both are bounded far below 4 GiB by the budgets.
         let entries = self.session.outbound().entries() * ENTRY_BYTES;
         let entry_bytes = (entries + self.session.inbound_bytes()) as u32;
         let output = match self.session.connection_ref() {
-            Some(connection) => (connection.output_len() + self.taken) as u32,
+            Some(connection) => (connection.own_output_len() + self.taken) as u32,
             None => 0,
         };
+        self.charge_for(entry_bytes, output)
+    }
+
+    /// Gives the session's charge back. Returns the bytes that are to be added to the accounts.
+    pub(super) fn discharge(&mut self) -> (i64, i64) {
+        self.charge_for(0, 0)
+    }
+
+    fn charge_for(&mut self, entry_bytes: u32, output: u32) -> (i64, i64) {
         let more = (
             i64::from(entry_bytes) - i64::from(self.charged_entry_bytes),
             i64::from(output) - i64::from(self.charged_output_bytes),
@@ -83,9 +93,6 @@ impl Slot {
     }
 }
 
-/// Detached sessions by slot, each with the time when it was left.
-pub(super) type Detached = LruCache<u32, Millis, LookUpHasher>;
-
 #[derive(Debug)]
 pub(in crate::router) struct Shard {
     pub number: u16,
@@ -93,14 +100,10 @@ pub(in crate::router) struct Shard {
     pub slots: Slab<Box<Slot>>,
     pub by_key: LookUp<SessionKey, u32>,
     pub members: LookUp<FilterId, Members>,
-    /// Detached sessions, least recently connected last.
-    pub detached: Detached,
+    /// The sessions' accounts.
+    pub accounts: Accounts,
     timers: BTreeSet<(Millis, u32)>,
     slot_version: u32,
-    /// Bytes of queue entries to add to the account when the lock is given back.
-    pub entry_bytes: i64,
-    /// Bytes of output to add to the account when the lock is given back.
-    pub output_bytes: i64,
     /// Scratch space: the Subscription Identifiers of one delivery.
     pub(super) identifiers: Vec<u32>,
     pub(super) lost: Arc<Lost>,
@@ -109,18 +112,21 @@ pub(in crate::router) struct Shard {
 }
 
 impl Shard {
-    pub(crate) fn new(number: u16, lost: Arc<Lost>, account: Arc<SessionAccount>) -> Self {
+    pub(super) fn new(
+        number: u16,
+        lost: Arc<Lost>,
+        account: Arc<SessionAccount>,
+        accounts: Accounts,
+    ) -> Self {
         Self {
             number,
             account,
             slots: Slab::new(),
             by_key: LookUp::default(),
             members: LookUp::default(),
-            detached: LruCache::unbounded_with_hasher(LookUpHasher::default()),
+            accounts,
             timers: BTreeSet::new(),
             slot_version: 0,
-            entry_bytes: 0,
-            output_bytes: 0,
             identifiers: Vec::new(),
             lost,
             handovers: Handovers::default(),
@@ -165,6 +171,26 @@ impl Shard {
         (slot.slot_version == reference.slot_version).then_some(&mut **slot)
     }
 
+    /// A session, and the accounts of all.
+    pub(in crate::router) fn with_accounts(
+        &mut self,
+        reference: SessionRef,
+    ) -> Option<(&mut Slot, &mut Accounts)> {
+        let slot = self.slots.get_mut(reference.slot as usize)?;
+        let same = slot.slot_version == reference.slot_version;
+        same.then_some((&mut **slot, &mut self.accounts))
+    }
+
+    /// A session, and the accounts of all, if `connection_no` is its current connection.
+    pub(super) fn connected_with_accounts(
+        &mut self,
+        reference: SessionRef,
+        connection_no: u64,
+    ) -> Option<(&mut Slot, &mut Accounts)> {
+        self.with_accounts(reference)
+            .filter(|(s, _)| s.session.connection_no() == connection_no && s.session.attached())
+    }
+
     /// A session, if `connection_no` is its current connection.
     pub(crate) fn connected(
         &mut self,
@@ -180,14 +206,13 @@ impl Shard {
         if !self.slots.contains(slot as usize) {
             return;
         }
-        let removed = self.slots.remove(slot as usize);
+        let mut removed = self.slots.remove(slot as usize);
         self.by_key.remove(&removed.session.key);
-        self.detached.pop(&slot);
+        self.accounts.detached.pop(&slot);
         if let Some(at) = removed.armed {
             self.timers.remove(&(at, slot));
         }
-        self.entry_bytes -= i64::from(removed.charged_entry_bytes);
-        self.output_bytes -= i64::from(removed.charged_output_bytes);
+        self.accounts.release(&mut removed);
         let account = &self.account.bytes;
         account.release(removed.holder, removed.charged_bytes.into());
     }
@@ -227,9 +252,7 @@ impl Shard {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return;
         };
-        let (entries, output) = s.charge();
-        self.entry_bytes += entries;
-        self.output_bytes += output;
+        self.accounts.charge(s);
         // Later deadlines are found when the earlier one fires.
         if let Some(deadline) = s.session.deadline()
             && s.armed.is_none_or(|armed| deadline < armed)
@@ -319,7 +342,7 @@ impl Shard {
             return self.finish(slot, now, actions);
         }
         s.listed = true;
-        self.detached.put(slot, now);
+        self.accounts.detached.put(slot, now);
         self.hold(slot);
         self.settle(slot);
     }
@@ -328,7 +351,7 @@ impl Shard {
     /// the actions say that it may be forgotten.
     pub(crate) fn finish(&mut self, slot: u32, now: Millis, actions: &mut SessionActions) {
         actions.released.extend(self.release(slot));
-        self.detached.pop(&slot);
+        self.accounts.detached.pop(&slot);
         let session = self.reference(slot);
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return;
@@ -380,7 +403,7 @@ impl Shard {
 
     /// Takes a session out of the order in which queues are evicted.
     pub(crate) fn unlist(&mut self, slot: u32) {
-        self.detached.pop(&slot);
+        self.accounts.detached.pop(&slot);
         if let Some(s) = self.slots.get_mut(slot as usize) {
             s.listed = false;
         }

@@ -6,6 +6,7 @@ use super::*;
 use crate::hashing::HashSeed;
 
 use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
+use crate::outbuf::OutBuf;
 use crate::session::{ConnectionSpec, Incarnation, QueueFull};
 use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
@@ -132,11 +133,12 @@ fn subscribe(
 
 /// The codes of the SUBACK; empty if it was not written.
 fn codes(session: &mut Session) -> Vec<u8> {
-    let mut out = Vec::new();
+    let mut out = OutBuf::default();
     session
         .connection()
         .expect("connected")
         .take_output(StreamSet::CONTROL, &mut out);
+    let out = out.to_vec();
     let decoder = Decoder {
         version: Version::V5,
         receiver: Receiver::Client,

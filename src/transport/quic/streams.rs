@@ -11,6 +11,7 @@ use quinn::{
 };
 
 use crate::config::Transport;
+use crate::outbuf::OutBuf;
 use crate::streams::{StreamId, StreamSet};
 use crate::transport::closed::{Closed, ResetReason};
 use crate::transport::events::Events;
@@ -20,7 +21,7 @@ use crate::transport::quic::close::{CloseCode, UNI_STREAM_STOPPED, lost};
 use crate::transport::quic::session::Session;
 use crate::transport::quic::settings::{CONNECTION_WINDOW_BYTES, STREAMS_MANY, STREAMS_MAX};
 use crate::transport::tcp::with_scratch;
-use crate::transport::types::{CloseHow, OutBuf, Recv, Traffic};
+use crate::transport::types::{CloseHow, Recv, Traffic};
 
 /// A QUIC connection with its control stream.
 pub(in crate::transport) struct Quic {
@@ -256,7 +257,7 @@ impl Quic {
         };
         while !out.is_empty() {
             match ready!(stream.poll_write(cx, out.rest())) {
-                Ok(n) => out.at += n,
+                Ok(n) => out.advance(n),
                 Err(WriteError::ConnectionLost(error)) => {
                     return Poll::Ready(Err(lost(&error, self.layer)));
                 }

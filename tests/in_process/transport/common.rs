@@ -298,10 +298,7 @@ pub(super) async fn recv_end(stream: &mut Stream) -> Closed {
 }
 
 pub(super) async fn send(stream: &mut Stream, number: u8, bytes: &[u8]) -> Result<(), Closed> {
-    let mut out = OutBuf {
-        buf: bytes.to_vec(),
-        at: 0,
-    };
+    let mut out = OutBuf::from(bytes.to_vec());
     soon(poll_fn(|cx| {
         stream.poll_send(cx, StreamId::new(number), &mut out)
     }))

@@ -142,7 +142,7 @@ impl Edge {
         let rest = router.with(caller.session, caller.connection_no, |s, _| {
             let writes = stream.is_control() || s.stream_busy(stream);
             let connection = s.connection().filter(|_| writes);
-            connection.map(|c| c.output_on(stream).clone())
+            connection.map(|c| c.outbuf_on(stream).to_vec())
         });
         let judged = self.streams.entry(stream).or_default();
         if let Some(bytes) = rest.flatten() {

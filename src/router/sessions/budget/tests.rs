@@ -188,3 +188,52 @@ fn the_budget_of_all_queues_bounds_a_connected_client() {
     assert!(lost > 1000, "{lost}");
     assert_eq!(has(&router, "c") + lost, 2000);
 }
+
+/// Messages of `size` bytes for 300 clients that do not read: their output stays under its budget, and
+/// they get everything when they read again.
+fn unread(size: usize, rounds: usize) {
+    let config = RouterConfig {
+        output: 8 * MIB as u64,
+        ..testing::config()
+    };
+    let router = router(config);
+    let connect = |n| {
+        let client = connect(&router, &format!("c{n}"), "p", 1);
+        subscribe(&router, client, "t");
+        client
+    };
+    let clients: Vec<Connected> = (0..300).map(connect).collect();
+    let filter = router.filters.table().write().intern("t").0;
+    // Each client may have a little beyond the budget.
+    let bound = (8 * MIB + clients.len() * 4096) as u64;
+    let mut sent = vec![Vec::new(); clients.len()];
+    for round in 0..rounds {
+        bring(&router, filter, size, 1);
+        assert!(router.output_used() <= bound, "{}", router.output_used());
+        // Some output is on its way to sockets that take nothing.
+        for (client, sent) in clients.iter().zip(&mut sent).take(100) {
+            if sent.is_empty() {
+                take(&router, *client, sent);
+            }
+        }
+        assert!(router.output_used() <= bound, "{}", router.output_used());
+        if round % 50 == 0 {
+            router.tick(Millis::new(100 * round as u64));
+        }
+    }
+    for (n, (client, sent)) in clients.iter().zip(sent).enumerate() {
+        assert_eq!(read_on(&router, *client, sent), vec![size; rounds]);
+        assert_eq!(gaps(&router, &format!("c{n}")), 0);
+    }
+    assert_eq!(router.output_used(), 0);
+}
+
+#[test]
+fn large_messages_for_clients_that_do_not_read_stay_under_the_budget_of_output() {
+    unread(MIB, 3);
+}
+
+#[test]
+fn small_messages_for_clients_that_do_not_read_stay_under_the_budget_of_output() {
+    unread(1000, 200);
+}
