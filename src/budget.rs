@@ -109,7 +109,7 @@ impl Allowance {
         self.asked = 0;
     }
 
-    /// Gives back the bytes that are not likely to be used soon, and charges those that nobody asked for.
+    /// Gives back the bytes that are not likely to be used soon, and charges bytes that nobody asked for.
     pub fn settle(&mut self) {
         if (0..=2 * self.ahead_bytes).contains(&self.spare) {
             return;

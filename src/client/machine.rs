@@ -309,7 +309,7 @@ impl Machine {
         if !std::mem::take(&mut self.stale) {
             return Ok(false);
         }
-        let free = (self.free_streams().0, self.own_waiting());
+        let free = (self.free_streams().0, self.untaken_output());
         self.full = self.full & !free.0;
         let (session, connection_no) = (self.session, self.connection_no);
         let output = &mut self.output;
@@ -383,7 +383,7 @@ impl Machine {
     pub fn ended(mut self, router: &Router, end: &End, now: Millis) -> Remains {
         let (session, connection_no) = (self.session, self.connection_no);
         if !end.is_lost() {
-            let (mut rest, all) = (OutBuf::default(), (StreamSet::ALL, 0));
+            let (mut rest, all) = (OutBuf::default(), (StreamSet::ALL, (0, 0)));
             if let Some(taken) = router.take_streams(session, connection_no, all, &mut rest, now) {
                 self.greeted = true;
                 self.output.append(rest);

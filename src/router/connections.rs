@@ -123,7 +123,7 @@ impl Router {
     }
 
     /// Fills up the output of a connection, and takes it. Some of its streams may not have taken all of
-    /// their earlier output: only the streams in `free` are taken from, while `unsent` bytes, without
+    /// their earlier output: only the streams in `free` are taken from, while `unsent` bytes, own and
     /// shared ones, are still with the others. `empty` is exchanged for the bytes of the control
     /// stream; those of the others are returned, by number. `None`: the connection is not the
     /// session's any more.
@@ -131,7 +131,7 @@ impl Router {
         &self,
         session: SessionRef,
         connection_no: u64,
-        (free, unsent): (StreamSet, usize),
+        (free, unsent): (StreamSet, (usize, usize)),
         empty: &mut OutBuf,
         now: Millis,
     ) -> Option<Vec<(StreamId, OutBuf)>> {

@@ -10,7 +10,9 @@ mod handover;
 mod losses;
 mod members;
 mod primaries;
+mod principals;
 pub(super) mod shard;
+mod slot;
 mod sockets;
 pub(super) mod subscriptions;
 pub(super) mod tally;
@@ -37,7 +39,10 @@ use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
 use crate::router::types::{BarrierNumbers, Peer, SessionRef};
 use accounts::Accounts;
-use shard::{Shard, Slot};
+use budget::Evicting;
+use principals::Principals;
+use shard::Shard;
+use slot::Slot;
 use tally::Tally;
 
 /// Shards; at most 64, since a filter's shards are the bits of one word.
@@ -68,12 +73,14 @@ pub(super) struct Sessions {
     queue_account: Arc<Account>,
     /// Bytes of the entries of all queues.
     entry_bytes: AtomicI64,
-    /// Bytes of the output of all connections, and those that the shards have taken ahead.
+    /// Bytes of the output of all connections, and bytes that the shards have taken ahead.
     output_account: Arc<Account>,
     /// The limit of each connection's output without memory pressure, bytes.
     output_buffer: usize,
+    /// The principals by their use of the queues.
+    principals: Arc<Principals>,
     /// Held by the one caller that evicts.
-    evicting: Mutex<()>,
+    evicting: Mutex<Evicting>,
     /// Actions that could not be taken under a shard's lock; at most one entry for each ended session.
     deferred: Mutex<Vec<SessionActions>>,
     /// Tasks that wait for room among the publishes; at most one entry for each per tick.
@@ -148,11 +155,13 @@ impl Sessions {
         account: &Arc<SessionAccount>,
     ) -> Self {
         let output_account = Arc::new(Account::new());
+        let principals = Arc::new(Principals::default());
         let shard = |number| {
             let output_account = output_account.clone();
             let output = Allowance::new(output_account, budgets.output_bytes, SHARDS as u64);
+            let accounts = Accounts::new(number, output, principals.clone());
             let (lost, account) = (lost.clone(), account.clone());
-            Mutex::new(Shard::new(number, lost, account, Accounts::new(output)))
+            Mutex::new(Shard::new(number, lost, account, accounts))
         };
         Self {
             shards: (0..SHARDS as u16).map(shard).collect(),
@@ -163,7 +172,8 @@ impl Sessions {
             entry_bytes: AtomicI64::new(0),
             output_account,
             output_buffer: limits.output_buffer.load(Ordering::Relaxed),
-            evicting: Mutex::new(()),
+            principals,
+            evicting: Mutex::default(),
             deferred: Mutex::new(Vec::new()),
             waiting_for_room: Mutex::new(Vec::new()),
             handovers: AtomicU64::new(0),
@@ -305,13 +315,13 @@ impl Sessions {
 
     /// Fills up a connection's output and takes it. `empty` is exchanged for the bytes of the control
     /// stream; the returned bytes are for other streams, by number. Only the streams in `free`
-    /// are taken from; `unsent` bytes taken earlier, without shared ones, are still with the others.
+    /// are taken from; `unsent` bytes taken earlier, own and shared ones, are still with the others.
     /// `None`: the connection is not the session's any more.
     pub(super) fn take_output(
         &self,
         reference: SessionRef,
         connection_no: u64,
-        (free, unsent): (StreamSet, usize),
+        (free, unsent): (StreamSet, (usize, usize)),
         empty: &mut OutBuf,
         now: Millis,
     ) -> Option<Vec<(StreamId, OutBuf)>> {
@@ -324,12 +334,17 @@ impl Sessions {
         slot.session.connection()?.streams_free(free);
         slot.session.pump(&self.limits, now, &mut accounts.output);
         let side = slot.session.connection()?.take_output(free, empty);
-        slot.taken = unsent + side.iter().map(|(_, b)| b.own_len()).sum::<usize>();
+        (slot.taken, slot.taken_shared) = unsent;
+        for (_, output) in &side {
+            slot.taken += output.own_len();
+            slot.taken_shared += output.shared_len();
+        }
         // The task watches each data stream itself; the control stream stands for the connection.
         if free.contains(StreamId::CONTROL) {
             slot.taken_at = now;
             slot.offered = empty.len();
             slot.taken += empty.own_len();
+            slot.taken_shared += empty.shared_len();
         }
         let any = !empty.is_empty() || side.iter().any(|(_, b)| !b.is_empty());
         if any && let Some(handle) = &slot.handle {

@@ -209,7 +209,7 @@ impl Router {
         now: Millis,
     ) -> Option<()> {
         let mut output = OutBuf::from(std::mem::take(empty));
-        let all = (StreamSet::ALL, 0);
+        let all = (StreamSet::ALL, (0, 0));
         self.take_streams(session, connection_no, all, &mut output, now)?;
         *empty = output.to_vec();
         Some(())

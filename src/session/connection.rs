@@ -271,6 +271,12 @@ impl Connection {
         self.output.own_len() + data.sum::<usize>()
     }
 
+    /// Bytes of output that other connections share.
+    pub fn shared_output_len(&self) -> usize {
+        let data = self.data_output.iter().map(|(_, b)| b.shared_len());
+        self.output.shared_len() + data.sum::<usize>()
+    }
+
     /// A subscription was made on a stream: its messages go there from now on.
     pub(super) fn bind(&mut self, name: &str, stream: StreamId) {
         self.bindings.retain(|b| *b.name != *name);

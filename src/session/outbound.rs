@@ -502,6 +502,17 @@ impl Outbound {
         (expired, zero)
     }
 
+    /// Drops waiting messages that are past their expiry, and QoS 0, for a connected client; returns
+    /// (expired, QoS 0 dropped).
+    pub fn purge_connected(&mut self, now: Millis) -> (usize, usize) {
+        let before = self.queue.len();
+        let zero = self.queue.qos0() as usize;
+        self.queue
+            .retain(|e| e.qos != QoS::AtMostOnce && !e.has_expired(now));
+        let all = before - self.queue.len();
+        (all - zero, zero)
+    }
+
     /// Room in the client's Receive Maximum [MQTT-3.3.4-9] and in what we keep in flight for it.
     fn window_open(&self, connection: &Connection, limits: &SessionLimits) -> bool {
         self.window.open() < connection.receive_maximum

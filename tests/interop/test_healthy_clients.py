@@ -114,13 +114,14 @@ def publish_all(port: int, topic: str, count: int, size: int, qos: int = 1, reta
     """Publishes numbered messages. Returns when each is acknowledged."""
     with Raw(port, timeout=60) as raw:
         raw.connect(fresh("pub"), keep_alive=0)
-        window, acknowledged = 20, 0
+        # Larger messages would exceed the publisher's share of the publishes that wait for the broker.
+        window, acknowledged = (20 if size < MIB else 3), 0
         for n in range(count):
             payload = b"%06d" % n
             raw.send(wire.publish(topic + each.format(n), payload.ljust(size, b"."), qos, 1 + n % window, retain=retain))
             while n + 1 - acknowledged >= window or acknowledged < n + 1 == count:
                 packet = raw.recv()
-                assert packet.reason == 0, packet
+                assert packet.reason in (0, 0x10), packet
                 if packet.kind == wire.PUBREC:
                     raw.send(wire.ack(wire.PUBREL, packet.packet_id))
                 else:

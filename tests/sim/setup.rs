@@ -37,7 +37,11 @@ impl World {
             _ => QueueFull::Oldest,
         };
         let limits = session_limits(small, queue_full, &mut rng);
-        let config = router_config(evicts, &mut rng);
+        let mut config = router_config(evicts, &mut rng);
+        if seed % 8 == 5 {
+            // There is less room for output than the clients leave unread.
+            config.output = 300;
+        }
         let (publish_links, publish_links_max) = (config.publish_links, config.publish_links_max);
         let devices = rng.between(2, 5) as usize;
         let mut profiles: Vec<Profile> = (0..devices).map(|n| profile(n, &mut rng)).collect();

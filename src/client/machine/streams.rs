@@ -198,10 +198,13 @@ impl Machine {
         (!taken, waiting)
     }
 
-    /// The memory that output costs which waits for the transport, in bytes.
-    pub(super) fn own_waiting(&self) -> usize {
-        let data = self.streams.iter().map(|s| s.output.own_len());
-        self.output.own_len() + data.sum::<usize>()
+    /// Own and shared bytes of output that the transport has not taken.
+    pub(super) fn untaken_output(&self) -> (usize, usize) {
+        let data = self.streams.iter().map(|s| &s.output);
+        data.chain([&self.output])
+            .fold((0, 0), |(own, shared), output| {
+                (own + output.own_len(), shared + output.shared_len())
+            })
     }
 
     pub(super) fn append(&mut self, outputs: Vec<(StreamId, OutBuf)>) {

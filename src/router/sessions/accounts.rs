@@ -1,51 +1,106 @@
 //! The accounts of a shard's sessions: the bytes of their queues and their output, and the order in
 //! which queues are evicted.
 
-use lru::LruCache;
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use slab::Slab;
 
 use crate::budget::Allowance;
-use crate::hashing::LookUpHasher;
+use crate::hashing::LookUp;
 use crate::session::{Delivered, Offer, SessionLimits};
 use crate::time::Millis;
 
-use crate::router::sessions::shard::Slot;
+use crate::router::sessions::principals::{Level, Moved, PrincipalId, Principals, Share};
+use crate::router::sessions::slot::{Charge, Slot};
 use crate::router::sessions::tally::Tally;
 
-/// Detached sessions by slot, each with the time when it was left.
-pub(super) type Detached = LruCache<u32, Millis, LookUpHasher>;
+/// The place of a detached session in the order of eviction: first the principals that use most, and
+/// among equals the least recently connected session.
+pub(super) type Rank = (Reverse<Level>, Millis);
 
 /// The accounts of a shard's sessions.
 #[derive(Debug)]
 pub(in crate::router) struct Accounts {
+    /// The shard.
+    number: u16,
     /// Bytes of queue entries to add to the account when the lock is given back.
     pub(super) entry_bytes: i64,
     /// The shard's part of the budget of all output.
     pub(super) output: Allowance,
-    /// Detached sessions, least recently connected last.
-    pub(super) detached: Detached,
+    principals: Arc<Principals>,
+    /// The principals of the sessions, with their use of this shard.
+    shares: Slab<Share>,
+    share_of: LookUp<PrincipalId, u32>,
+    /// The sessions by share.
+    sessions: BTreeSet<(u32, u32)>,
+    /// Detached sessions that may have messages, by rank.
+    order: BTreeSet<(Rank, u32)>,
 }
 
 impl Accounts {
-    pub(super) fn new(output: Allowance) -> Self {
+    pub(super) fn new(number: u16, output: Allowance, principals: Arc<Principals>) -> Self {
         Self {
+            number,
             entry_bytes: 0,
             output,
-            detached: LruCache::unbounded_with_hasher(LookUpHasher::default()),
+            principals,
+            shares: Slab::new(),
+            share_of: LookUp::default(),
+            sessions: BTreeSet::new(),
+            order: BTreeSet::new(),
         }
     }
 
-    /// Charges the entries and the output of a session that was worked on.
-    pub(super) fn charge(&mut self, slot: &mut Slot) {
-        let (entries, output) = slot.charge();
-        self.entry_bytes += entries;
-        self.output.change(output);
+    /// A session begins in slot `at`. Returns the number of its principal's share.
+    pub(super) fn begin(&mut self, principal: &Arc<str>, at: u32) -> u32 {
+        let share = self.principals.join(principal, self.number);
+        let number = match self.share_of.get(&share.id) {
+            Some(number) => *number,
+            None => {
+                let id = share.id;
+                let number = self.shares.insert(share) as u32;
+                self.share_of.insert(id, number);
+                number
+            }
+        };
+        self.shares[number as usize].sessions += 1;
+        self.sessions.insert((number, at));
+        number
     }
 
-    /// Gives back the charge of a session that is removed.
-    pub(super) fn release(&mut self, slot: &mut Slot) {
-        let (entries, output) = slot.discharge();
-        self.entry_bytes += entries;
-        self.output.change(output);
+    /// The session that was in slot `at` is removed: gives its charge back.
+    pub(super) fn end(&mut self, slot: &mut Slot, at: u32) {
+        self.unlist(slot, at);
+        let change = slot.discharge();
+        self.add(slot, change);
+        self.sessions.remove(&(slot.share, at));
+        let share = &mut self.shares[slot.share as usize];
+        share.sessions -= 1;
+        if share.sessions == 0 {
+            let share = self.shares.remove(slot.share as usize);
+            self.share_of.remove(&share.id);
+            self.principals.report(share.id, share.end());
+            self.principals.leave(share.id, self.number);
+        }
+    }
+
+    /// Charges the queue and the output of a session that was worked on.
+    pub(super) fn charge(&mut self, slot: &mut Slot) {
+        let change = slot.charge();
+        self.add(slot, change);
+    }
+
+    fn add(&mut self, slot: &Slot, change: Charge) {
+        self.entry_bytes += change.entries;
+        self.output.change(change.output);
+        if change.queued != 0 {
+            let share = &mut self.shares[slot.share as usize];
+            if let Some(steps) = share.change(change.queued) {
+                self.principals.report(share.id, steps);
+            }
+        }
     }
 
     /// Offers a message to one session, in slot `at`. The caller ends the session where the outcome says
@@ -61,13 +116,61 @@ impl Accounts {
     ) -> Delivered {
         let outcome = slot.session.deliver(limits, now, offer, &mut self.output);
         self.charge(slot);
-        if outcome == Delivered::Queued && !slot.listed && !slot.session.attached() {
-            // It left the order because it was the oldest, or had nothing: the oldest again.
-            slot.listed = true;
-            self.detached.put(at, slot.session.since);
-            self.detached.demote(&at);
+        if outcome == Delivered::Queued && !slot.session.attached() {
+            self.list(slot, at);
         }
         tally.outcome(slot, outcome);
         outcome
+    }
+
+    /// Puts a detached session into the order of eviction.
+    pub(super) fn list(&mut self, slot: &mut Slot, at: u32) {
+        if slot.listed_since.is_none() {
+            let since = slot.session.since;
+            slot.listed_since = Some(since);
+            let level = self.shares[slot.share as usize].level;
+            self.order.insert(((Reverse(level), since), at));
+        }
+    }
+
+    /// Takes a session out of the order of eviction.
+    pub(super) fn unlist(&mut self, slot: &mut Slot, at: u32) {
+        if let Some(since) = slot.listed_since.take() {
+            let level = self.shares[slot.share as usize].level;
+            self.order.remove(&((Reverse(level), since), at));
+        }
+    }
+
+    /// The first in the order of eviction: its rank and its slot.
+    pub(super) fn first(&self) -> Option<(Rank, u32)> {
+        self.order.first().copied()
+    }
+
+    /// The slots in the order of eviction.
+    pub(super) fn listed(&self) -> Vec<u32> {
+        self.order.iter().map(|(_, at)| *at).collect()
+    }
+
+    /// A principal's level has changed, and with it the rank of its sessions.
+    pub(super) fn rank(&mut self, slots: &Slab<Box<Slot>>, moved: &Moved) {
+        let Some(number) = self.share_of.get(&moved.id).copied() else {
+            return;
+        };
+        let share = &mut self.shares[number as usize];
+        let before = std::mem::replace(&mut share.level, moved.level);
+        for (_, at) in self.sessions.range((number, 0)..=(number, u32::MAX)) {
+            let slot = slots.get(*at as usize);
+            if let Some(since) = slot.and_then(|s| s.listed_since) {
+                self.order.remove(&((Reverse(before), since), *at));
+                self.order.insert(((Reverse(moved.level), since), *at));
+            }
+        }
+    }
+
+    /// The slots of a principal's sessions.
+    pub(super) fn of(&self, principal: PrincipalId) -> impl Iterator<Item = u32> {
+        let number = self.share_of.get(&principal).copied();
+        let sessions = number.map(|n| self.sessions.range((n, 0)..=(n, u32::MAX)));
+        sessions.into_iter().flatten().map(|(_, at)| *at)
     }
 }

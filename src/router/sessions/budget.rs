@@ -4,12 +4,17 @@
 #[cfg(test)]
 mod tests;
 
+use std::cmp::Reverse;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use crate::session::CloseReason;
 use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
+use crate::router::sessions::accounts::Rank;
+use crate::router::sessions::principals::{Level, Moved};
+use crate::router::sessions::shard::Shard;
 use crate::router::sessions::{Sessions, losses};
 use crate::router::types::SessionRef;
 
@@ -20,11 +25,44 @@ const BATCH_BYTES: u64 = 256 * 1024;
 /// Bytes of each connection's output under pressure.
 const PRESSED_OUTPUT_BYTES: usize = 2048;
 
+/// All queues are searched for expired messages and QoS 0 once in this time at most.
+const PURGE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// After all sessions were visited and the budget is not met, they are not visited again for this
+/// long, unless the queues grow.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Sessions that are evicted before a shard's lock is given back.
+const EVICTIONS_MAX: usize = 16;
+
+/// A principal that uses this part of the budget loses the messages of its connected clients before
+/// others lose those of clients that are away.
+const HEAVY_DIVISOR: u64 = 4;
+
+/// The messages of a connected client that are dropped; each step drops more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Drop {
+    Qos0,
+    Queue,
+    /// Unacknowledged messages too; the connection, which may have parts of them, ends.
+    All,
+}
+
+/// The state of the one caller that evicts.
+#[derive(Debug, Default)]
+pub(super) struct Evicting {
+    /// When all queues were searched for expired messages.
+    purged_at: Option<Millis>,
+    /// When all sessions were visited and the budget was not met, and the bytes in use before.
+    in_vain: Option<(Millis, u64)>,
+}
+
 impl Sessions {
-    /// Warns of messages that connected clients lost. Keeps each connection's output short while the
+    /// Warns of messages that connected clients lost, and tells the shards the principals' levels. Keeps each connection's output short while the
     /// output of all is near its budget.
     pub(crate) fn tick_budgets(&self, now: Millis) {
         losses::warn(now);
+        self.rank();
         let (used, budget) = (self.output_account.used(), self.budgets.output_bytes);
         let current = self.limits.output_buffer.load(Ordering::Relaxed);
         let limit = if used > budget - budget / 16 && current == self.output_buffer {
@@ -43,68 +81,117 @@ impl Sessions {
     }
 
     /// Brings the queues under their budget: expired messages and QoS 0 first, then the queues of
-    /// the least recently connected detached sessions, then the largest of attached clients.
-    /// It locks one shard at a time. One caller evicts; the others go on.
+    /// detached sessions, then those of connected clients; each time those of the principals that use
+    /// most first, and among equals of the least recently connected. It locks one shard at a time. One
+    /// caller evicts; the others go on.
     pub(crate) fn enforce_budget(&self, now: Millis) {
         let queues = self.budgets.queue_bytes;
         let limit = queues - BATCH_BYTES.min(queues / 16);
         if self.queue_used() <= limit {
             return;
         }
-        let Some(_evicting) = self.evicting.try_lock() else {
+        let Some(mut evicting) = self.evicting.try_lock() else {
             return;
         };
         // A little below, so that not every message evicts.
         let target = limit - queues / 32;
-        self.purge(now);
-        while self.queue_used() > target {
-            let Some((shard, until)) = self.oldest_detached() else {
-                break;
-            };
-            self.evict_oldest(shard, until, target);
+        if (evicting.purged_at).is_none_or(|at| now >= at + PURGE_INTERVAL) {
+            evicting.purged_at = Some(now);
+            self.purge(now);
         }
-        if self.queue_used() > target {
-            self.evict_largest(target);
+        // No more principals than that can be heavy.
+        let mut heavy_left = HEAVY_DIVISOR;
+        while self.queue_used() > target {
+            self.rank();
+            let next = self.next_detached();
+            let heavy = next.and_then(|next| self.heavier(next.level));
+            match (heavy, next) {
+                (Some(heavy), _) if heavy_left > 0 => {
+                    heavy_left -= 1;
+                    self.evict_principal(&heavy, now, target);
+                }
+                (_, Some(next)) => self.evict_detached(next, now, target),
+                (_, None) => break,
+            }
+        }
+        let used = self.queue_used();
+        let walked = evicting
+            .in_vain
+            .is_some_and(|(at, before)| now < at + RETRY_INTERVAL && used < before + queues / 32);
+        if used > target && !walked {
+            evicting.in_vain = None;
+            self.evict_connected(now, target);
+            if self.queue_used() > target {
+                evicting.in_vain = Some((now, used));
+            }
+        }
+    }
+
+    /// Drops messages of all principals' sessions, those of the principal that uses most first.
+    fn evict_connected(&self, now: Millis, target: u64) {
+        let mut principal = None;
+        while self.queue_used() > target {
+            principal = self.principals.heaviest(principal);
+            match &principal {
+                Some(principal) => self.evict_principal(principal, now, target),
+                None => break,
+            }
         }
     }
 
     fn purge(&self, now: Millis) {
-        let (mut expired, mut zero) = (0, 0);
         for shard in &self.shards {
             let mut shard = shard.lock();
-            let detached: Vec<u32> = shard
-                .accounts
-                .detached
-                .iter()
-                .map(|(slot, _)| *slot)
-                .collect();
-            for slot in detached {
-                let Some(s) = shard.slots.get_mut(slot as usize) else {
-                    continue;
-                };
-                if s.session.outbound().queued() == 0 {
-                    continue;
-                }
-                let (e, z) = s.session.outbound_mut().purge(&self.limits, now, true);
-                s.session.gaps += (e + z) as u64;
-                expired += e;
-                zero += z;
-                shard.settle(slot);
+            for slot in shard.accounts.listed() {
+                self.purge_detached(&mut shard, slot, now);
             }
             self.charge(&mut shard);
         }
-        metrics().messages_dropped[DropReason::Expired].increment(expired as u64);
-        metrics().messages_dropped[DropReason::Budget].increment(zero as u64);
     }
 
-    /// The shard whose least recently connected detached session with a queue is the oldest, and the
-    /// time when the next shard's was left, if another shard has one.
-    fn oldest_detached(&self) -> Option<(usize, Option<Millis>)> {
-        let mut best: Option<(Millis, usize)> = None;
-        let mut next: Option<Millis> = None;
+    /// Drops a detached session's expired messages and QoS 0.
+    fn purge_detached(&self, shard: &mut Shard, slot: u32, now: Millis) {
+        let Some(s) = shard.slots.get_mut(slot as usize) else {
+            return;
+        };
+        if s.session.outbound().queued() == 0 {
+            return;
+        }
+        let (expired, zero) = s.session.outbound_mut().purge(&self.limits, now, true);
+        s.session.gaps += (expired + zero) as u64;
+        metrics().messages_dropped[DropReason::Expired].increment(expired as u64);
+        metrics().messages_dropped[DropReason::Budget].increment(zero as u64);
+        shard.settle(slot);
+    }
+
+    /// Tells the shards the principals' new levels.
+    fn rank(&self) {
+        for moved in self.principals.take_moved() {
+            let mut shards = moved.shards;
+            while shards != 0 {
+                let number = shards.trailing_zeros() as u16;
+                shards &= shards - 1;
+                let shard = &mut *self.shard(number);
+                shard.accounts.rank(&shard.slots, &moved);
+            }
+        }
+    }
+
+    /// A principal that is to lose the messages of its connected clients before a principal of `level`
+    /// loses those of a detached session.
+    fn heavier(&self, level: Level) -> Option<Moved> {
+        let heavy = Level::of(self.budgets.queue_bytes / HEAVY_DIVISOR);
+        let first = self.principals.heaviest(None)?;
+        (first.level > level && first.level >= heavy).then_some(first)
+    }
+
+    /// The detached session with a queue that is the first to be evicted.
+    fn next_detached(&self) -> Option<NextDetached> {
+        let mut best: Option<(Rank, usize)> = None;
+        let mut next: Option<Rank> = None;
         for (index, shard) in self.shards.iter().enumerate() {
             let mut shard = shard.lock();
-            while let Some((&slot, &since)) = shard.accounts.detached.peek_lru() {
+            while let Some((rank, slot)) = shard.accounts.first() {
                 let empty = shard
                     .slots
                     .get(slot as usize)
@@ -115,28 +202,36 @@ impl Sessions {
                     continue;
                 }
                 match best {
-                    Some((at, _)) if at <= since => {
-                        next = Some(next.map_or(since, |next| next.min(since)));
+                    Some((first, _)) if first <= rank => {
+                        next = Some(next.map_or(rank, |next| next.min(rank)));
                     }
                     _ => {
-                        next = best.map(|(at, _)| at);
-                        best = Some((since, index));
+                        next = best.map(|(first, _)| first);
+                        best = Some((rank, index));
                     }
                 }
                 break;
             }
         }
-        best.map(|(_, index)| (index, next))
+        best.map(|((Reverse(level), _), shard)| NextDetached {
+            level,
+            shard,
+            until: next,
+        })
     }
 
-    fn evict_oldest(&self, index: usize, until: Option<Millis>, target: u64) {
-        let mut shard = self.shards[index].lock();
-        // A few per lock, unless the budget is met before.
-        for _ in 0..16 {
-            let Some((&slot, &since)) = shard.accounts.detached.peek_lru() else {
+    fn evict_detached(&self, next: NextDetached, now: Millis, target: u64) {
+        let mut shard = self.shards[next.shard].lock();
+        for _ in 0..EVICTIONS_MAX {
+            let Some((rank, slot)) = shard.accounts.first() else {
                 break;
             };
-            if until.is_some_and(|until| since > until) {
+            if next.until.is_some_and(|until| rank > until) {
+                break;
+            }
+            self.purge_detached(&mut shard, slot, now);
+            self.charge(&mut shard);
+            if self.queue_used() <= target {
                 break;
             }
             shard.unlist(slot);
@@ -154,22 +249,24 @@ impl Sessions {
         }
     }
 
-    /// Drops the queues of attached clients, the largest first. A client whose unacknowledged messages
-    /// hold the memory loses its connection too. Each is visited once.
-    fn evict_largest(&self, target: u64) {
-        let mut all: Vec<(usize, SessionRef)> = Vec::new();
-        for shard in &self.shards {
-            let shard = shard.lock();
-            for (slot, s) in &shard.slots {
-                let outbound = s.session.outbound();
-                let weight = outbound.queued_bytes() + outbound.in_flight_bytes();
-                if weight > 0 {
-                    all.push((weight, shard.reference(slot as u32)));
-                }
-            }
+    /// Drops the messages of a principal's sessions, the largest first. A client whose unacknowledged
+    /// messages hold the memory loses its connection too.
+    fn evict_principal(&self, principal: &Moved, now: Millis, target: u64) {
+        let mut all: Vec<(u64, SessionRef)> = Vec::new();
+        let mut shards = principal.shards;
+        while shards != 0 {
+            let number = shards.trailing_zeros() as u16;
+            shards &= shards - 1;
+            let shard = self.shard(number);
+            let sessions = shard.accounts.of(principal.id);
+            let charged = sessions.filter_map(|slot| {
+                let bytes = shard.slots.get(slot as usize)?.charged_queue_bytes;
+                (bytes > 0).then(|| (bytes, shard.reference(slot)))
+            });
+            all.extend(charged);
         }
         all.sort_unstable_by(|a, b| b.cmp(a));
-        for keep_in_flight in [true, false] {
+        for what in [Drop::Qos0, Drop::Queue, Drop::All] {
             for (_, reference) in &all {
                 if self.queue_used() <= target {
                     return;
@@ -178,14 +275,20 @@ impl Sessions {
                 let Some(s) = shard.get(*reference) else {
                     continue;
                 };
-                let mut dropped = s.session.outbound_mut().drop_queue();
-                if !keep_in_flight && s.session.outbound().in_flight_bytes() > 0 {
-                    if let Some(handle) = &s.handle {
-                        handle.close(CloseReason::QueueBudget);
-                    }
-                    dropped += s.session.outbound_mut().evict();
+                if let Some(handle) = &s.handle
+                    && what == Drop::All
+                    && s.holds_messages()
+                {
+                    handle.close(CloseReason::QueueBudget);
                 }
-                s.session.gaps += dropped as u64;
+                let outbound = s.session.outbound_mut();
+                let (expired, dropped) = match what {
+                    Drop::Qos0 => outbound.purge_connected(now),
+                    Drop::Queue => (0, outbound.drop_queue()),
+                    Drop::All => (0, outbound.evict()),
+                };
+                s.session.gaps += (expired + dropped) as u64;
+                metrics().messages_dropped[DropReason::Expired].increment(expired as u64);
                 metrics().messages_dropped[DropReason::Budget].increment(dropped as u64);
                 losses::note(&s.session, DropReason::Budget, dropped as u64);
                 shard.settle(reference.slot);
@@ -193,4 +296,13 @@ impl Sessions {
             }
         }
     }
+}
+
+/// The detached session that is the first to be evicted.
+#[derive(Clone, Copy, Debug)]
+struct NextDetached {
+    level: Level,
+    shard: usize,
+    /// The rank of the first session in the next shard.
+    until: Option<Rank>,
 }

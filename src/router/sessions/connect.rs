@@ -262,7 +262,7 @@ impl Sessions {
         slot.handle = Some(connect.handle);
         slot.peer = Some(connect.peer);
         slot.woken = true;
-        slot.taken = 0;
+        (slot.taken, slot.taken_shared) = (0, 0);
         slot.offered = 0;
         slot.taken_at = now;
         let shared = slot.session.subscriptions().iter().filter(|s| s.shared);

@@ -10,17 +10,17 @@ use slab::Slab;
 
 use crate::hashing::LookUp;
 use crate::router::account::{Holder, SessionAccount};
-use crate::session::{ENTRY_BYTES, Ended, Session, SessionKey, Unsubscribed};
+use crate::session::{Ended, Session, SessionKey, Unsubscribed};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
-use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
 use crate::router::sessions::accounts::Accounts;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
+use crate::router::sessions::slot::Slot;
 use crate::router::sessions::{ClosedSession, SessionActions};
-use crate::router::types::{Peer, SessionRef};
+use crate::router::types::SessionRef;
 
 /// How long publishes of a closed session are recognised when its client sends them again. It is
 /// longer than a publish may be under way on a link that is found to be dead.
@@ -29,69 +29,6 @@ const REMEMBER_CLOSED: Duration = Duration::from_secs(2 * 60);
 /// Bytes of a session beside its names, its will and its subscriptions: its state, and its entries in
 /// the tables of its shard.
 pub(super) const SESSION_BYTES: usize = size_of::<Slot>() + 128;
-
-/// A session with the router's own data about it.
-#[derive(Debug)]
-pub(in crate::router) struct Slot {
-    pub slot_version: u32,
-    pub session: Session,
-    pub handle: Option<Arc<ConnectionHandle>>,
-    /// The client's end of the latest connection, for the admin API and the log.
-    pub peer: Option<Arc<Peer>>,
-    /// The connection's task has been woken and has not looked at its output since.
-    pub woken: bool,
-    /// It is in the order of detached sessions.
-    pub listed: bool,
-    /// The publish link of its publishes.
-    pub publish_link: u8,
-    /// The time of the session's entry among the timers.
-    armed: Option<Millis>,
-    /// Bytes charged to the account of entries.
-    charged_entry_bytes: u32,
-    /// Bytes charged to the account of output.
-    charged_output_bytes: u32,
-    /// Who the session is charged to.
-    pub holder: Holder,
-    /// Bytes charged to the account of sessions.
-    charged_bytes: u32,
-    /// Bytes of output that the connection's task took last, and has perhaps not written yet, without
-    /// those that connections share.
-    pub taken: usize,
-    /// When the task last took output of the control stream.
-    pub taken_at: Millis,
-    /// The bytes of the control stream's output that it took then.
-    pub offered: usize,
-}
-
-impl Slot {
-    /// Charges the session's entries and output. Returns the bytes that are to be added to the
-    /// accounts.
-    pub(super) fn charge(&mut self) -> (i64, i64) {
-        // Both are bounded far below 4 GiB by the budgets.
-        let entries = self.session.outbound().entries() * ENTRY_BYTES;
-        let entry_bytes = (entries + self.session.inbound_bytes()) as u32;
-        let output = match self.session.connection_ref() {
-            Some(connection) => (connection.own_output_len() + self.taken) as u32,
-            None => 0,
-        };
-        self.charge_for(entry_bytes, output)
-    }
-
-    /// Gives the session's charge back. Returns the bytes that are to be added to the accounts.
-    pub(super) fn discharge(&mut self) -> (i64, i64) {
-        self.charge_for(0, 0)
-    }
-
-    fn charge_for(&mut self, entry_bytes: u32, output: u32) -> (i64, i64) {
-        let more = (
-            i64::from(entry_bytes) - i64::from(self.charged_entry_bytes),
-            i64::from(output) - i64::from(self.charged_output_bytes),
-        );
-        self.charged_entry_bytes = entry_bytes;
-        self.charged_output_bytes = output;
-        more
-    }
-}
 
 #[derive(Debug)]
 pub(in crate::router) struct Shard {
@@ -137,20 +74,25 @@ impl Shard {
     pub(crate) fn insert(&mut self, session: Session, holder: Holder) -> u32 {
         self.slot_version = self.slot_version.wrapping_add(1);
         let key = session.key.clone();
+        let at = self.slots.vacant_key() as u32;
+        let share = self.accounts.begin(&session.principal, at);
         let slot = self.slots.insert(Box::new(Slot {
             slot_version: self.slot_version,
             session,
             handle: None,
             peer: None,
             woken: false,
-            listed: false,
+            share,
+            listed_since: None,
             publish_link: 0,
             armed: None,
             charged_entry_bytes: 0,
             charged_output_bytes: 0,
             holder,
             charged_bytes: 0,
+            charged_queue_bytes: 0,
             taken: 0,
+            taken_shared: 0,
             taken_at: Millis::ZERO,
             offered: 0,
         })) as u32;
@@ -208,11 +150,10 @@ impl Shard {
         }
         let mut removed = self.slots.remove(slot as usize);
         self.by_key.remove(&removed.session.key);
-        self.accounts.detached.pop(&slot);
         if let Some(at) = removed.armed {
             self.timers.remove(&(at, slot));
         }
-        self.accounts.release(&mut removed);
+        self.accounts.end(&mut removed, slot);
         let account = &self.account.bytes;
         account.release(removed.holder, removed.charged_bytes.into());
     }
@@ -341,8 +282,7 @@ impl Shard {
         if ended.session {
             return self.finish(slot, now, actions);
         }
-        s.listed = true;
-        self.accounts.detached.put(slot, now);
+        self.accounts.list(s, slot);
         self.hold(slot);
         self.settle(slot);
     }
@@ -351,7 +291,7 @@ impl Shard {
     /// the actions say that it may be forgotten.
     pub(crate) fn finish(&mut self, slot: u32, now: Millis, actions: &mut SessionActions) {
         actions.released.extend(self.release(slot));
-        self.accounts.detached.pop(&slot);
+        self.unlist(slot);
         let session = self.reference(slot);
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return;
@@ -403,9 +343,8 @@ impl Shard {
 
     /// Takes a session out of the order in which queues are evicted.
     pub(crate) fn unlist(&mut self, slot: u32) {
-        self.accounts.detached.pop(&slot);
         if let Some(s) = self.slots.get_mut(slot as usize) {
-            s.listed = false;
+            self.accounts.unlist(s, slot);
         }
     }
 }

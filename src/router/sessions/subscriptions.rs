@@ -12,7 +12,8 @@ use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::Sessions;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
-use crate::router::sessions::shard::{Shard, Slot};
+use crate::router::sessions::shard::Shard;
+use crate::router::sessions::slot::Slot;
 use crate::router::types::{
     Grant, OverlappingFilters, PendingGrant, RetainedRequest, SubscribeRef, Subscriber,
 };

@@ -8,7 +8,7 @@ use crate::telemetry::{DropReason as DropLabel, Label, metrics};
 
 use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::losses;
-use crate::router::sessions::shard::Slot;
+use crate::router::sessions::slot::Slot;
 
 /// Messages that were not kept, counted by the label that the metrics have for the reason.
 #[derive(Debug, Default)]

@@ -8,7 +8,7 @@ use crate::session::SessionKey;
 use crate::time::Millis;
 
 use crate::router::sessions::Sessions;
-use crate::router::sessions::shard::Slot;
+use crate::router::sessions::slot::Slot;
 use crate::router::types::{Peer, SessionRef};
 
 /// One session, as it is now.

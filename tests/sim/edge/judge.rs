@@ -90,7 +90,7 @@ impl Edge {
         let streams = machine.streams() | StreamSet::CONTROL;
         for stream in streams.iter() {
             let judged = self.streams.entry(stream).or_default();
-            let output = machine.output(stream).rest();
+            let output = machine.output(stream).to_vec();
             let fresh = &output[judged.output..];
             let fresh = &fresh[judged.ahead.min(fresh.len())..];
             oracle.wrote(self.device, self.link, stream, fresh, now)?;

@@ -3,10 +3,12 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::budget::Allowance;
 use crate::hashing::HashSeed;
 use crate::mqtt::{MessageSpec, Properties, QoS, ReasonCode, SubscribeOptions};
 use crate::router::account::SessionAccount;
 use crate::router::sessions::SHARDS;
+use crate::router::sessions::accounts::Accounts;
 use crate::router::{Connected, Router, locks, testing};
 use crate::session::{Effect, Subscription};
 use crate::topics::comparisons;
@@ -128,10 +130,12 @@ const NAMES: [&str; 2] = ["a/+", "+/b"];
 
 impl Members {
     fn new(sessions: &[(bool, bool)]) -> Self {
+        let output = Allowance::new(Arc::default(), 1 << 30, 1);
+        let accounts = Accounts::new(0, output, Arc::default());
         let account = SessionAccount::new(1 << 20, 1, HashSeed::fixed());
         let holder = account.holder(None, testing::peer().address.ip());
         let mut members = Self {
-            shard: Shard::new(0, Arc::default(), Arc::new(account)),
+            shard: Shard::new(0, Arc::default(), Arc::new(account), accounts),
             limits: testing::router().limits().clone(),
             tally: Tally::default(),
             known: Primaries::default(),

@@ -1,0 +1,101 @@
+//! A session in its shard, with the charges for it.
+
+use std::sync::Arc;
+
+use crate::session::{ENTRY_BYTES, Session};
+use crate::time::Millis;
+
+use crate::router::account::Holder;
+use crate::router::handle::ConnectionHandle;
+use crate::router::types::Peer;
+
+/// A session with the router's own data about it.
+#[derive(Debug)]
+pub(in crate::router) struct Slot {
+    pub slot_version: u32,
+    pub session: Session,
+    pub handle: Option<Arc<ConnectionHandle>>,
+    /// The client's end of the latest connection, for the admin API and the log.
+    pub peer: Option<Arc<Peer>>,
+    /// The connection's task has been woken and has not looked at its output since.
+    pub woken: bool,
+    /// The number of its principal's share of the shard.
+    pub(super) share: u32,
+    /// When it was left, if it is in the order in which queues are evicted.
+    pub(super) listed_since: Option<Millis>,
+    /// The publish link of its publishes.
+    pub publish_link: u8,
+    /// The time of the session's entry among the timers.
+    pub(super) armed: Option<Millis>,
+    /// Bytes charged to the account of entries.
+    pub(super) charged_entry_bytes: u32,
+    /// Bytes charged to the account of output.
+    pub(super) charged_output_bytes: u32,
+    /// Who the session is charged to.
+    pub holder: Holder,
+    /// Bytes charged to the account of sessions.
+    pub(super) charged_bytes: u32,
+    /// Bytes charged to the principal: each message in full, with its entry.
+    pub(super) charged_queue_bytes: u64,
+    /// Bytes of output that the connection's task took last, and has perhaps not written yet, without
+    /// the parts that connections share.
+    pub taken: usize,
+    /// Bytes of the shared parts of that output.
+    pub taken_shared: usize,
+    /// When the task last took output of the control stream.
+    pub taken_at: Millis,
+    /// The bytes of the control stream's output that it took then.
+    pub offered: usize,
+}
+
+impl Slot {
+    /// Charges the session's queue and output. Returns the bytes that are to be added to the accounts.
+    pub(super) fn charge(&mut self) -> Charge {
+        let outbound = self.session.outbound();
+        let entries = outbound.entries() * ENTRY_BYTES;
+        let messages = outbound.queued_bytes() + outbound.in_flight_bytes();
+        let (mut output, mut shared) = (0, 0);
+        if let Some(connection) = self.session.connection_ref() {
+            output = (connection.own_output_len() + self.taken) as u32;
+            shared = connection.shared_output_len() + self.taken_shared;
+        }
+        // Both are bounded far below 4 GiB by the budgets.
+        let entry_bytes = (entries + self.session.inbound_bytes()) as u32;
+        self.charge_for(entry_bytes, output, (messages + shared + entries) as u64)
+    }
+
+    /// Gives the session's charge back. Returns the bytes that are to be added to the accounts.
+    pub(super) fn discharge(&mut self) -> Charge {
+        self.charge_for(0, 0, 0)
+    }
+
+    fn charge_for(&mut self, entry_bytes: u32, output: u32, queued: u64) -> Charge {
+        let change = Charge {
+            entries: i64::from(entry_bytes) - i64::from(self.charged_entry_bytes),
+            output: i64::from(output) - i64::from(self.charged_output_bytes),
+            queued: queued as i64 - self.charged_queue_bytes as i64,
+        };
+        self.charged_entry_bytes = entry_bytes;
+        self.charged_output_bytes = output;
+        self.charged_queue_bytes = queued;
+        change
+    }
+
+    /// Whether the client's connection keeps messages in memory that the queue does not have.
+    pub(super) fn holds_messages(&self) -> bool {
+        let connection = self.session.connection_ref();
+        let shared = connection.map_or(0, |c| c.shared_output_len()) + self.taken_shared;
+        shared > 0 || self.session.outbound().in_flight_bytes() > 0
+    }
+}
+
+/// The change of a session's charges, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Charge {
+    /// Of the account of queue entries.
+    pub(super) entries: i64,
+    /// Of the account of output.
+    pub(super) output: i64,
+    /// Of the principal's use of the queues: each message counts in full, with its entry.
+    pub(super) queued: i64,
+}
