@@ -3,7 +3,8 @@
 
     scripts/reference.py            writes docs/configuration.md
     scripts/reference.py --check    writes nothing; fails when that page is stale, when docs/metrics.md lacks
-                                    a metric or a label value, when docs/dependencies.md lacks a crate, when
+                                    a metric or a label value, when docs/limits.md quotes a log line that
+                                    Tidegate does not write, when docs/dependencies.md lacks a crate, when
                                     a source file is named that does not exist, or when a relative link is broken
 
 Needs Python 3.10 and nothing else.
@@ -24,6 +25,7 @@ PAGE = ROOT / "docs" / "configuration.md"
 METRICS_PAGE = ROOT / "docs" / "metrics.md"
 DEPENDENCIES_PAGE = ROOT / "docs" / "dependencies.md"
 METRICS_SOURCE = ROOT / "src" / "telemetry"
+LIMITS_PAGE = ROOT / "docs" / "limits.md"
 
 HEAD = """\
 # Configuration reference
@@ -157,6 +159,23 @@ def metrics() -> list[str]:
     )
 
 
+def log_lines() -> list[str]:
+    """The log lines that the limits' page quotes must be in the source; "…" stands for a value."""
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.rs")))
+    source = re.sub(r"\\\n\s*", "", source)
+    problems = []
+    for row in LIMITS_PAGE.read_text().partition("## The signs of each limit")[2].splitlines():
+        cells = row.split(" | ")
+        if len(cells) != 4:
+            continue
+        for line in re.findall(r'"([^"]{9,})"', re.sub(r"`[^`]*`", "", cells[2])):
+            # Most lines are made of two texts: the event, and its reason.
+            parts = [part.strip(" ()") for text in line.split(": ", 1) for part in text.split("…")]
+            if any(part not in source for part in parts):
+                problems.append(f"docs/limits.md: the log line is not in src: {line}")
+    return problems
+
+
 def dependencies() -> list[str]:
     """Every direct dependency of the root package has its reason."""
     section, names = "", []
@@ -204,7 +223,7 @@ def links() -> list[str]:
 
 def main() -> int:
     if sys.argv[1:] == ["--check"]:
-        problems = stale_page() + metrics() + dependencies() + source_files() + links()
+        problems = stale_page() + metrics() + log_lines() + dependencies() + source_files() + links()
         print("\n".join(problems) or "documents: in step with the repository")
         return 1 if problems else 0
     if sys.argv[1:]:

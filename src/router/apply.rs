@@ -46,6 +46,9 @@ impl Router {
                     identifier,
                     requests,
                 } => self.subscribe(caller, packet_id, identifier, &requests, now),
+                Effect::SubscribeOverLimit { filters } => {
+                    self.subscribe_over_limit(caller.session, filters, now);
+                }
                 Effect::Unsubscribe { filters } => self.unsubscribe(caller.session, &filters, now),
             }
         }

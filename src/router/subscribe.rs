@@ -39,6 +39,7 @@ use crate::router::{Caller, Router};
 static OVERLAPPING: RateLimited = RateLimited::new(LOG_INTERVAL);
 static NO_LOCAL: RateLimited = RateLimited::new(LOG_INTERVAL);
 static FULL: RateLimited = RateLimited::new(LOG_INTERVAL);
+static OVER_LIMIT: RateLimited = RateLimited::new(LOG_INTERVAL);
 
 /// Bytes of a SUBSCRIBE to the broker beside its filter, at most.
 const SUBSCRIBE_OVERHEAD_BYTES: usize = 32;
@@ -242,6 +243,22 @@ impl Router {
             );
         }
         ReasonCode::QUOTA_EXCEEDED
+    }
+
+    /// Counts and logs filters that a session refused because of its client's limits.
+    pub(super) fn subscribe_over_limit(&self, session: SessionRef, filters: usize, now: Millis) {
+        let reason = SubscribeRefusedReason::ClientLimit;
+        metrics().subscribes_refused[reason].increment(filters as u64);
+        if let Some(suppressed) = OVER_LIMIT.permit(now) {
+            let key = self.sessions.key(session);
+            let client_id = key.as_ref().map_or("", |key| key.client_id());
+            tracing::warn!(
+                client_id = clean(client_id, 256),
+                filters,
+                suppressed,
+                "Filters of a client were refused: it has limits.subscriptions_per_client_max subscriptions, too many bytes of filters, or too many SUBSCRIBEs that wait"
+            );
+        }
     }
 
     /// Takes the last step with a subscription that has joined its session. Returns the grant, if the

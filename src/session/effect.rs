@@ -44,6 +44,11 @@ pub enum Effect {
         /// The filters.
         requests: Vec<SubscribeRequest>,
     },
+    /// Count filters of a SUBSCRIBE that the session refused because of its client's limits.
+    SubscribeOverLimit {
+        /// Their number.
+        filters: usize,
+    },
     /// Release these subscriptions, which the session has ended.
     Unsubscribe {
         /// The subscriptions.

@@ -229,6 +229,13 @@ impl Session {
             repeated,
             ..
         } = check;
+        let over_limit = |code: &&u8| **code == ReasonCode::QUOTA_EXCEEDED.0;
+        let over_limit = codes.iter().filter(over_limit).count();
+        if over_limit > 0 {
+            effects.push(Effect::SubscribeOverLimit {
+                filters: over_limit,
+            });
+        }
         connection.forget_refused();
         for request in &requests {
             connection.bind(&request.filter, stream);

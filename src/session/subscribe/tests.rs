@@ -105,6 +105,20 @@ fn subscribe(
     filters: &[(&str, SubscribeOptions)],
     limits: &SessionLimits,
 ) -> (Vec<SubscribeRequest>, usize) {
+    let (mut effects, asked) = effects_of(session, filters, limits);
+    let requests = match effects.pop() {
+        Some(Effect::Subscribe { requests, .. }) => requests,
+        _ => Vec::new(),
+    };
+    (requests, asked)
+}
+
+/// The effects of a SUBSCRIBE, and how often it asked the policy.
+fn effects_of(
+    session: &mut Session,
+    filters: &[(&str, SubscribeOptions)],
+    limits: &SessionLimits,
+) -> (Vec<Effect>, usize) {
     let version = session.version();
     let mut packet = Vec::new();
     encode_subscribe(version, 1, None, filters.iter().copied(), &mut packet);
@@ -124,11 +138,20 @@ fn subscribe(
         &mut effects,
     );
     taken.expect("it is allowed");
-    let requests = match effects.pop() {
-        Some(Effect::Subscribe { requests, .. }) => requests,
-        _ => Vec::new(),
-    };
-    (requests, policy.0.get())
+    (effects, policy.0.get())
+}
+
+#[test]
+fn filters_beyond_the_clients_limit_are_counted() {
+    let filters = ["a", "b", "c", "d"].map(|filter| (filter, options(ONE, 0)));
+    let (effects, _) = effects_of(&mut connected(), &filters, &limits(3));
+    assert!(matches!(
+        effects[..],
+        [
+            Effect::SubscribeOverLimit { filters: 1 },
+            Effect::Subscribe { .. }
+        ]
+    ));
 }
 
 /// The codes of the SUBACK; empty if it was not written.

@@ -156,6 +156,8 @@ labels! {
         SessionMemory = "session_memory",
         /// The table of filters is full, or the client's share of it.
         Filters = "filters",
+        /// `subscriptions_per_client_max`, or another limit of one client.
+        ClientLimit = "client_limit",
         /// The broker has closed links for it.
         Quarantined = "quarantined",
         /// It overlaps another filter on every data link of a broker without identifiers.
