@@ -215,10 +215,7 @@ impl Table {
                     self.release_soon.push(id);
                     self.take_off(link, id, &topics);
                 }
-                Release::Remove => {
-                    self.remove(id, now);
-                    self.release_soon.push(id);
-                }
+                Release::Remove => self.remove(id, now),
                 // It was at rest.
                 Release::Later => {}
             }

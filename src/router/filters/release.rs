@@ -23,8 +23,9 @@ const CHUNK: usize = 4096;
 
 impl Filters {
     /// Releases the filters that do not linger: shared ones without members, and those beyond a
-    /// client's share. `forget_groups` is called with the filters that are gone while nobody can
-    /// subscribe to them anew: whoever subscribes later is in a new group.
+    /// client's share. Filters that are gone since the last tick are forgotten with them.
+    /// `forget_groups` is called with all these filters while nobody can subscribe to them anew:
+    /// whoever subscribes later is in a new group.
     pub(crate) fn release_due(
         &self,
         now: Millis,
@@ -51,7 +52,9 @@ impl Filters {
             forget_groups(&gone);
         };
         // A filter whose answer is awaited is due at a later tick.
-        table.release_all(&idle, now, forget, true)
+        let mut released = table.release_all(&idle, now, forget, true);
+        released.forget_retained = gone;
+        released
     }
 
     /// Releases the lingering filters whose time is over, or which are too many.

@@ -39,7 +39,8 @@ impl Filters {
             table.queue_subscribe(link, id);
         }
         if refused.is_some() {
-            // The filters inside it are not refused for that.
+            // The filters inside it are not refused for that. Nothing brought their messages.
+            actions.forget_retained = table.below(id);
             let inner = table.place_inner_of_refused(id, now);
             actions.outcomes.extend(inner);
         }
@@ -150,7 +151,11 @@ impl Table {
         let wanted = filter.wanted();
         match filter.unsuback() {
             Unsubacked::Stray => {}
-            Unsubacked::Again(_) if yielded => actions.outcomes.extend(self.place_anew(id, now)),
+            Unsubacked::Again(_) if yielded => {
+                // Nothing brought its messages for a while, and there may be no SUBACK to come.
+                actions.forget_retained.push(id);
+                actions.outcomes.extend(self.place_anew(id, now));
+            }
             Unsubacked::Again(qos) => self.request(id, qos),
             // Others have been placed inside it since it yielded.
             Unsubacked::Remove if has_inner && yielded => {

@@ -72,7 +72,7 @@ pub(in crate::router) struct Table {
     pub(super) moves: Moves,
     /// Catch-all filters that the broker refused.
     pub(super) no_catch_all: BTreeSet<FilterId>,
-    /// Filters that are released at the next tick if nobody uses them then. Shared ones do not
+    /// Filters that are gone, and filters that are released at the next tick if nobody uses them then. Shared ones do not
     /// linger, because the broker goes on sending us messages that other members of the group could
     /// have; nor do those beyond a client's share of the lingering filters.
     pub(super) release_soon: Vec<FilterId>,
@@ -268,12 +268,14 @@ impl Table {
         std::mem::take(&mut self.woken)
     }
 
-    /// Removes a filter that nobody uses and that is not at the broker; its number rests.
+    /// Removes a filter that nobody uses and that is not at the broker; its number rests. The next tick
+    /// forgets its group and its retained messages.
     pub(crate) fn remove(&mut self, id: FilterId, now: Millis) {
         let Some(filter) = self.filters.get_mut(id.index()).and_then(Option::take) else {
             return;
         };
         self.give_back(&filter);
+        self.release_soon.push(id);
         self.lost.remove(id);
         self.leaving.remove(&id);
         self.awaiting_outer.remove(&id);

@@ -1,6 +1,7 @@
 //! Where filters that overlap are placed before a broker without Subscription Identifiers, and how they
 //! move.
 
+mod retained;
 mod unanswered;
 
 use std::collections::BTreeSet;
@@ -126,12 +127,16 @@ impl World {
     }
 
     fn ask_at(&mut self, qos: QoS, client: Connected, filters: &[&str]) {
-        self.packet_id += 1;
         let options = SubscribeOptions {
             qos,
             retain_handling: 2,
             ..SubscribeOptions::default()
         };
+        self.ask_with(options, client, filters);
+    }
+
+    fn ask_with(&mut self, options: SubscribeOptions, client: Connected, filters: &[&str]) {
+        self.packet_id += 1;
         let mut packet = Vec::new();
         let filters = filters.iter().map(|f| (*f, options));
         encode_subscribe(Version::V5, self.packet_id, None, filters, &mut packet);
