@@ -245,6 +245,8 @@ impl Table {
         let code = ReasonCode(outer.granted() as u8);
         if outer.grants(qos) {
             if !outer.is_confirmed() {
+                // A lower QoS was presumed for others.
+                let code = ReasonCode(outer.grant(qos) as u8);
                 self.presume_inner(id);
                 return Some(self.unconfirmed(id, code));
             }

@@ -98,3 +98,25 @@ fn a_client_that_is_granted_a_filter_the_broker_has_yet_to_answer_has_a_gap() {
     assert_eq!(world.seen(c).0, [1]);
     assert_eq!(gaps(&world, "c"), Some(1), "the broker has answered");
 }
+
+#[test]
+fn a_client_is_told_the_qos_that_it_gets_once_the_broker_answers() {
+    let mut world = World::new(1, LONG);
+    let [a, b] = ["a", "b"].map(|id| world.client(id));
+    assert_eq!(world.subscribe(a, &["a/b"]), [1]);
+    world.unsubscribe(a, "a/b");
+    // `a/b` yields.
+    world.ask_at(QoS::AtMostOnce, b, &["a/#"]);
+    world.pass_unanswered();
+    assert_eq!(world.seen(b).0, [0]);
+    world.ask(a, &["a/b"]);
+    // With its UNSUBACK it comes to lie inside `a/#`, which is then raised.
+    for (id, name) in world.router.next_unsubscribes(0, 10) {
+        world.held[0].remove(&*name);
+        world.router.unsuback(id, world.now);
+    }
+    assert_eq!(world.seen(a).0, [1]);
+    world.answer(0);
+    let session = world.router.session(&"a".into()).expect("it is there");
+    assert_eq!(session.subscriptions[0].options.qos, QoS::AtLeastOnce);
+}
