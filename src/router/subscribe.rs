@@ -102,7 +102,9 @@ impl Router {
         let Some(subscriber) = subscriber else {
             return Ok(None);
         };
-        let admitted = self.admit(&subscribe, request, &subscriber, now)?;
+        let admitted = self
+            .admit(&subscribe, request, &subscriber, now)
+            .inspect_err(|_| self.end_unserved(&subscribe, &request.filter, now))?;
         let filter = admitted.filter;
         let subscription = Subscription {
             filter,
@@ -258,6 +260,17 @@ impl Router {
                 suppressed,
                 "Filters of a client were refused: it has limits.subscriptions_per_client_max subscriptions, too many bytes of filters, or too many SUBSCRIBEs that wait"
             );
+        }
+    }
+
+    /// A client is refused a filter. It may have been granted the filter before, without the broker's
+    /// answer. That subscription ends if nothing brings its messages: the client does not expect any.
+    fn end_unserved(&self, subscribe: &SubscribeRef, filter: &str, now: Millis) {
+        if let Some(filter) = self.filters.unserved(filter)
+            && self.sessions.end_subscription(subscribe, filter)
+        {
+            let shard = subscribe.session.shard;
+            self.filters.release(&[filter], shard, now);
         }
     }
 

@@ -111,6 +111,17 @@ impl Filters {
         })
     }
 
+    /// The number of a filter that is known, and that clients are not granted at present.
+    pub(crate) fn unserved(&self, name: &str) -> Option<FilterId> {
+        let mut table = self.write();
+        if !table.knows(name) {
+            return None;
+        }
+        let (id, _) = table.intern(name);
+        let served = table.get(id).is_some_and(Filter::is_granted);
+        (!served).then_some(id)
+    }
+
     /// The subscription of an admitted filter has joined its session; it `replaced` one on the same
     /// filter. `late` are overlapping subscriptions that became active since the filter was admitted.
     pub(crate) fn joined(

@@ -280,6 +280,18 @@ impl Sessions {
         removed
     }
 
+    /// Takes away a subscription of the session that sent a SUBSCRIBE. Whether there was one.
+    pub(crate) fn end_subscription(&self, subscribe: &SubscribeRef, filter: FilterId) -> bool {
+        let mut shard = self.shard(subscribe.session.shard);
+        let slot = shard.subscriber(subscribe);
+        let ended = slot.and_then(|slot| slot.session.remove_subscription(filter));
+        if ended.is_some() {
+            shard.leave(subscribe.session.slot, filter);
+            shard.hold(subscribe.session.slot);
+        }
+        ended.is_some()
+    }
+
     /// Writes the outcome of one filter of a SUBSCRIBE.
     pub(crate) fn answer(&self, subscribe: &SubscribeRef, code: ReasonCode) {
         self.answer_all(subscribe, &[(subscribe.index, code)]);

@@ -120,3 +120,27 @@ fn a_client_is_told_the_qos_that_it_gets_once_the_broker_answers() {
     let session = world.router.session(&"a".into()).expect("it is there");
     assert_eq!(session.subscriptions[0].options.qos, QoS::AtLeastOnce);
 }
+
+#[test]
+fn a_client_that_is_refused_a_filter_has_no_subscription_on_it_from_before() {
+    let mut world = World::new(1, LONG);
+    let [a, b, c] = ["a", "b", "c"].map(|id| world.client(id));
+    let filters = |world: &World, id: &str| -> Vec<String> {
+        let session = world.router.session(&id.into()).expect("it is there");
+        let all = session.subscriptions.iter();
+        all.map(|s| s.filter.to_string()).collect()
+    };
+    world.refused = vec!["#"];
+    world.ask(a, &["#"]);
+    world.ask(b, &["a/#"]);
+    world.ask(c, &["+/b"]);
+    world.pass_unanswered();
+    assert_eq!(world.seen(c).0, [1]);
+    // The broker refuses `#`, and nothing else can take the filters inside it.
+    world.answer(0);
+    assert!(world.held().is_empty());
+    assert_eq!(filters(&world, "c"), ["+/b"]);
+    assert_eq!(world.subscribe(c, &["+/b"]), [0x97]);
+    assert!(filters(&world, "c").is_empty());
+    assert_eq!(filters(&world, "b"), ["a/#"]);
+}
