@@ -497,7 +497,11 @@ impl Edge {
             return Ok(());
         };
         self.ended = Some(end.label());
-        if end.label() == D::Quota {
+        // A full queue may end the session after the router has asked for the end for another reason.
+        let caller = machine.caller();
+        let there = router.with(caller.session, caller.connection_no, |_, _| ());
+        let ended_full = oracle.rules.ends_full && there.is_none() && end.label() != D::TakenOver;
+        if end.label() == D::Quota || ended_full {
             // The session is gone, with what it had written.
             oracle.inbound.answers_lost(self.device);
         }
