@@ -137,6 +137,7 @@ impl Router {
             publishing: Publishing::new(
                 config.publish_links,
                 config.publish_links_max,
+                links.all(),
                 publish_budgets,
                 limits.publish_account.clone(),
             ),

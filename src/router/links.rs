@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::mqtt::{Message, ReasonCode};
 use crate::session::SessionKey;
+use crate::telemetry::{DeferReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -52,6 +53,38 @@ impl Router {
     /// Wakes the task of publish link `link`.
     pub fn publish_waker(&self, link: usize) -> &Arc<TaskWaker> {
         self.publishing.waker(link)
+    }
+
+    /// Whether publishes are limited, because data links lag.
+    pub fn publishes_limited(&self) -> bool {
+        self.publishing.is_limited()
+    }
+
+    /// Takes up to `wanted` publishes of what the data links allow to publish link `link` in this round.
+    /// Returns how many it may send.
+    pub fn take_allowance(&self, link: usize, wanted: usize) -> usize {
+        self.publishing.take_allowance(link, wanted)
+    }
+
+    /// Gives back publishes that publish link `link` took with [`Router::take_allowance`] and did not
+    /// have.
+    pub fn return_allowance(&self, link: usize, unused: usize) {
+        self.publishing.return_allowance(link, unused);
+    }
+
+    /// A round of data link `link` ends. Returns whether publishes wait for the next one.
+    pub fn publishes_used_up(&self, link: usize) -> bool {
+        let used_up = self.publishing.is_used_up(link);
+        if used_up {
+            metrics().publishes_deferred[DeferReason::DataLinkLag].increment(1);
+        }
+        used_up
+    }
+
+    /// A round of data link `link` begins, in which so many publishes may go to the broker; `None`: any
+    /// number.
+    pub fn limit_publishes(&self, link: usize, window: Option<u32>) {
+        self.publishing.limit(link, window);
     }
 
     /// Publishes that wait for publish links.

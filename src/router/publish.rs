@@ -1,5 +1,6 @@
 //! From the clients to the broker: into the queues of a publish link, and the answers back.
 
+mod allowance;
 mod arrivals;
 mod pings;
 pub mod queue;
@@ -17,6 +18,7 @@ use crate::telemetry::{DeferReason, DropReason, metrics};
 use crate::time::Millis;
 
 use crate::router::handle::TaskWaker;
+use crate::router::publish::allowance::Allowances;
 use crate::router::publish::arrivals::Arrivals;
 use crate::router::publish::queue::{Outgoing, PublishQueues};
 use crate::router::sessions::{DueWill, Sessions};
@@ -64,6 +66,8 @@ pub(super) struct Publishing {
     /// The link that was asked for last has connected, and waits for the others' publishes.
     growing: Mutex<bool>,
     budgets: PublishBudgets,
+    /// The publishes that may go to the broker while data links lag.
+    allowances: Allowances,
     /// Charged for every message that a client brings in.
     account: Arc<Account>,
 }
@@ -87,10 +91,12 @@ impl PublishLink {
 }
 
 impl Publishing {
-    /// Begins with `links` publish links, which may grow to `links_max`.
+    /// Begins with `links` publish links, which may grow to `links_max`, beside so many data links and
+    /// shared links.
     pub(super) fn new(
         links: usize,
         links_max: usize,
+        data_links: usize,
         budgets: PublishBudgets,
         account: Arc<Account>,
     ) -> Self {
@@ -100,6 +106,7 @@ impl Publishing {
             wanted: AtomicU8::new(links as u8),
             growing: Mutex::new(false),
             budgets,
+            allowances: Allowances::new(data_links, links_max),
             account,
         }
     }
@@ -344,6 +351,37 @@ impl Publishing {
         if *growing && !older.any(awaits) {
             *growing = false;
             self.used.store(used + 1, Ordering::Release);
+        }
+    }
+
+    /// Whether publishes are limited, because data links lag.
+    pub(super) fn is_limited(&self) -> bool {
+        self.allowances.is_limited()
+    }
+
+    /// Takes up to `wanted` publishes of what the data links allow to publish link `link`. Returns how
+    /// many it may send.
+    pub(super) fn take_allowance(&self, link: usize, wanted: usize) -> usize {
+        self.allowances.take(link, wanted)
+    }
+
+    /// Gives back publishes that publish link `link` did not have.
+    pub(super) fn return_allowance(&self, link: usize, unused: usize) {
+        self.allowances.give_back(link, unused);
+    }
+
+    /// Whether a publish link waits for the next round of data link `data_link`.
+    pub(super) fn is_used_up(&self, data_link: usize) -> bool {
+        self.allowances.is_used_up(data_link)
+    }
+
+    /// Limits the publishes of the next round of data link `data_link`; `None`: not any more.
+    pub(super) fn limit(&self, data_link: usize, window: Option<u32>) {
+        let used = self.used.load(Ordering::Relaxed);
+        if self.allowances.begin_round(data_link, window, used) {
+            for link in &self.links[..usize::from(used)] {
+                link.waker.raise();
+            }
         }
     }
 

@@ -74,6 +74,8 @@ pub struct LinkMetrics {
     pub window_used: Gauge,
     /// The broker's Receive Maximum.
     pub window: Gauge,
+    /// The age of the messages that the link brings, in seconds; `None`: it brings none.
+    pub lag: Option<Gauge>,
     /// CONNECTs sent.
     pub connects: Counter,
     /// Ends of the link, by reason.
@@ -261,6 +263,7 @@ const CONNECTIONS: &str = "tidegate_connections_total";
 const LINK_UP: &str = "tidegate_upstream_link_up";
 const WINDOW_USED: &str = "tidegate_upstream_window_used";
 const WINDOW: &str = "tidegate_upstream_window";
+const LAG: &str = "tidegate_upstream_lag_seconds";
 const LINK_CONNECTS: &str = "tidegate_upstream_connects_total";
 const LINK_DISCONNECTS: &str = "tidegate_upstream_disconnects_total";
 const TLS_CERTIFICATE: &str = "tidegate_tls_certificate_expiry_timestamp_seconds";
@@ -293,10 +296,12 @@ impl Metrics {
         }
     }
 
-    /// The handles of a link. Each call with the same name returns the same series.
-    pub fn link(&self, name: &str) -> LinkMetrics {
+    /// The handles of a link, which brings messages to clients or not. Each call with the same name returns
+    /// the same series.
+    pub fn link(&self, name: &str, brings_messages: bool) -> LinkMetrics {
         let link = [KeyLabel::new("link", name.to_owned())];
         LinkMetrics {
+            lag: brings_messages.then(|| gauge(&self.recorder, LAG, link.to_vec())),
             up: gauge(&self.recorder, LINK_UP, link.to_vec()),
             window_used: gauge(&self.recorder, WINDOW_USED, link.to_vec()),
             window: gauge(&self.recorder, WINDOW, link.to_vec()),
@@ -385,6 +390,11 @@ impl Metrics {
                 "Publishes that the broker has not acknowledged.",
             ),
             ("gauge", WINDOW, "The broker's Receive Maximum."),
+            (
+                "gauge",
+                LAG,
+                "Age of the messages that the link brings, in seconds.",
+            ),
             (
                 "counter",
                 LINK_CONNECTS,

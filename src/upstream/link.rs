@@ -4,6 +4,7 @@ pub(crate) mod common;
 pub(crate) mod data;
 pub(crate) mod end;
 mod exactly_once;
+mod lag;
 pub(crate) mod machine;
 pub(crate) mod publish;
 mod redelivery;

@@ -260,6 +260,9 @@ impl<'a, M: Machine> Pump<'a, M> {
         }
         let (in_flight, window) = self.machine.window();
         self.link.set_window(in_flight, window);
+        if let Some(lag) = self.machine.lag() {
+            self.link.set_lag(lag);
+        }
     }
 
     fn ping(&mut self, for_machine: bool) {

@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -38,6 +39,8 @@ pub(crate) struct LinkState {
     pub window: usize,
     /// Publishes without an acknowledgement.
     pub in_flight: usize,
+    /// The age of the messages that the link brings.
+    pub lag: Option<Duration>,
     /// Why the last connection ended or failed.
     pub last_error: Option<String>,
 }
@@ -56,7 +59,9 @@ impl LinkStatus {
     }
 
     pub(super) fn metrics(&self) -> &LinkMetrics {
-        self.metrics.get_or_init(|| metrics().link(&self.name))
+        let brings_messages = self.role.has_filters();
+        self.metrics
+            .get_or_init(|| metrics().link(&self.name, brings_messages))
     }
 
     /// Whether the link has ever been dialled.
@@ -105,6 +110,18 @@ impl LinkStatus {
             drop(state);
             self.metrics().window_used.set(in_flight as f64);
             self.metrics().window.set(window as f64);
+        }
+    }
+
+    /// Notes the age of the messages that the link brings.
+    pub(super) fn set_lag(&self, lag: Duration) {
+        let mut state = self.state.lock();
+        if state.lag != Some(lag) {
+            state.lag = Some(lag);
+            drop(state);
+            if let Some(gauge) = &self.metrics().lag {
+                gauge.set(lag.as_secs_f64());
+            }
         }
     }
 

@@ -161,6 +161,15 @@ impl PublishQueues {
         }
     }
 
+    /// [`PublishQueues::pop`], where each client sends one publish in its turn.
+    pub fn pop_one_each(&mut self) -> Option<Outgoing> {
+        let outgoing = self.pop()?;
+        if self.active.front() == Some(&outgoing.session) {
+            self.active.rotate_left(1);
+        }
+        Some(outgoing)
+    }
+
     /// From now on, [`PublishQueues::pop_suspect`] alone gives this client's publishes.
     pub fn suspect(&mut self, session: SessionRef) {
         if self.suspects.insert(session) && self.queues.contains_key(&session) {

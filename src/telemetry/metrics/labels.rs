@@ -292,6 +292,8 @@ labels! {
         ClientShare = "client_share",
         /// The budget of all is used up: an MQTT 5 publish was answered 0x97.
         Budget = "budget",
+        /// A data link lags, and its window for a round is used up.
+        DataLinkLag = "data_link_lag",
         /// A 3.x socket is left unread.
         V3Unread = "v3_unread",
         /// An MQTT 5 client has sent more than `receive_max` and is left unread.

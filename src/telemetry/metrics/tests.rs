@@ -182,7 +182,7 @@ fn used() -> Metrics {
     let listener = metrics.listener("odd \"name\"\\", "wss");
     listener.connections_open.increment(1.0);
     listener.connections.increment(1);
-    let link = metrics.link("d0");
+    let link = metrics.link("d0", true);
     link.up.set(1.0);
     link.disconnects[LinkDownReason::KeepAlive].increment(2);
     metrics.messages_dropped[DropReason::Budget].increment(7);

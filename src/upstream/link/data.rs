@@ -27,6 +27,7 @@ use crate::upstream::link::common::{
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::exactly_once::ExactlyOnce;
+use crate::upstream::link::lag::{LagMeter, Verdict};
 use crate::upstream::link::machine::{Handshake, Machine};
 use crate::upstream::link::redelivery::Redelivery;
 use crate::upstream::role::Role;
@@ -63,6 +64,9 @@ pub(crate) struct DataLink {
     exactly_once: ExactlyOnce,
     redelivery: Redelivery,
     batch: Vec<Arrived>,
+    lag: LagMeter,
+    /// The time of the last call that brought one.
+    now: Millis,
     /// When a PINGREQ last asked for the acknowledgements.
     confirmed_at: Millis,
     ping: bool,
@@ -129,6 +133,8 @@ impl DataLink {
             exactly_once: ExactlyOnce::default(),
             redelivery: Redelivery::new(store.ring(link)),
             batch: Vec::new(),
+            lag: LagMeter::default(),
+            now: Millis::ZERO,
             confirmed_at: Millis::ZERO,
             ping: false,
             barriers: VecDeque::new(),
@@ -226,7 +232,17 @@ impl DataLink {
     fn flush(&mut self, now: Millis) {
         if !self.batch.is_empty() {
             self.router.fan_out(&mut self.batch, now);
+            self.lag.arrived(self.batch.len(), now);
             self.batch.clear();
+        }
+    }
+
+    /// Limits the publishes that go to the broker, or ends the limit.
+    fn follow(&self, verdict: Verdict) {
+        match verdict {
+            Verdict::Keep => {}
+            Verdict::Limit(window) => self.router.limit_publishes(self.link, Some(window)),
+            Verdict::Lift => self.router.limit_publishes(self.link, None),
         }
     }
 
@@ -321,6 +337,7 @@ impl Machine for DataLink {
         self.identifiers = handshake.identifiers;
         self.keeps_retain = handshake.keeps_retain;
         self.requests.clear();
+        self.lag.connected(handshake.fetch_quiet);
         self.find_poison(now);
         let session = handshake.session;
         self.exactly_once.connected(session);
@@ -385,17 +402,19 @@ impl Machine for DataLink {
 
     fn poll(&mut self, now: Millis, out: &mut Vec<u8>) {
         // A filter may be subscribed in the place of one that it overlaps.
+        self.now = now;
         self.unsubscribe(out);
         self.subscribe(out);
         if !self.barriers.is_empty() {
-            return;
+            let verdict = self.lag.waiting(now);
+            return self.follow(verdict);
         }
         let unconfirmed = !self.redelivery.is_empty() || self.exactly_once.wants_confirmation();
         if unconfirmed && self.confirmed_at + CONFIRM_EVERY <= now {
             self.confirmed_at = now;
             self.ping = true;
         }
-        self.ping |= self.router.barrier_wanted(self.link);
+        self.ping |= self.router.barrier_wanted(self.link) || self.lag.is_due(now);
     }
 
     fn pace(&self) -> Option<Duration> {
@@ -407,6 +426,7 @@ impl Machine for DataLink {
     fn wants_ping(&mut self) -> bool {
         let wanted = std::mem::take(&mut self.ping);
         if wanted {
+            self.lag.pinged(self.now);
             let number = self.router.barrier_begins(self.link);
             self.barriers.push_back(Barrier {
                 received: self.redelivery.mark(),
@@ -428,8 +448,15 @@ impl Machine for DataLink {
             self.redelivery.confirmed(received);
             self.exactly_once.confirmed(released);
             self.flush(now);
+            let used_up = self.router.publishes_used_up(self.link);
+            let verdict = self.lag.answered(used_up, now);
+            self.follow(verdict);
             self.router.barrier_passed(self.link, number, now);
         }
+    }
+
+    fn lag(&self) -> Option<Duration> {
+        Some(self.lag.last())
     }
 
     fn has_sent(&self) -> bool {
@@ -460,6 +487,8 @@ impl Machine for DataLink {
         self.requests.clear();
         self.barriers.clear();
         self.ping = false;
+        self.lag = LagMeter::default();
+        self.follow(Verdict::Lift);
         self.router.data_link_down(self.link, now);
     }
 }

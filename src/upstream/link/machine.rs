@@ -101,6 +101,11 @@ pub(crate) trait Machine: Send {
     fn pace(&self) -> Option<Duration> {
         None
     }
+    /// The age of the messages that the link brings, as it was measured last, for the metrics. `None`: the
+    /// link brings none.
+    fn lag(&self) -> Option<Duration> {
+        None
+    }
     /// Publishes without an acknowledgement and their limit, for the metrics.
     fn window(&self) -> (usize, usize) {
         (0, 0)

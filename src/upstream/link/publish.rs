@@ -176,17 +176,27 @@ impl PublishLink {
             // A few at a time, because clients wait for the same lock to queue theirs.
             let mut some: smallvec::SmallVec<[Outgoing; 16]> = smallvec::SmallVec::new();
             let room = (self.room() - self.open()).min(16);
-            let room = room.min(self.suspects.room());
+            let mut room = room.min(self.suspects.room());
+            let limited = router.publishes_limited();
+            if limited {
+                room = router.take_allowance(self.link, room);
+            }
             if room == 0 {
                 return;
             }
             router.publish_queues(self.link, |queues| {
                 while some.len() < room
-                    && let Some(outgoing) = queues.pop()
+                    && let Some(outgoing) = match limited {
+                        true => queues.pop_one_each(),
+                        false => queues.pop(),
+                    }
                 {
                     some.push(outgoing);
                 }
             });
+            if limited && some.len() < room {
+                router.return_allowance(self.link, room - some.len());
+            }
             if some.is_empty() {
                 self.full_since = None;
                 return;

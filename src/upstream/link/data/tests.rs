@@ -12,6 +12,7 @@ use crate::time::Millis;
 use crate::upstream::link::data::DataLink;
 
 mod gaps;
+mod lag;
 mod placement;
 
 fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Publish<'a> {
