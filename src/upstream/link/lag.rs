@@ -112,7 +112,10 @@ impl LagMeter {
     /// The link has connected to a broker that answers within about `answers_within`.
     pub(super) fn connected(&mut self, answers_within: Duration) {
         let base = answers_within;
-        *self = Self { base, ..Self::default() };
+        *self = Self {
+            base,
+            ..Self::default()
+        };
     }
 
     /// The lag that was measured last.
@@ -307,7 +310,10 @@ mod tests {
             // The first second finds the window.
             rig.run(1000);
             let longest = rig.run(10_000);
-            assert!(longest <= base + 50, "{longest} ms at {base} {rate} {flood}");
+            assert!(
+                longest <= base + 50,
+                "{longest} ms at {base} {rate} {flood}"
+            );
             // The link is kept busy.
             let idle = (0..10_000).filter(|_| {
                 rig.step();

@@ -69,7 +69,10 @@ fn a_lag_slows_the_client_that_floods_and_no_other() {
     assert_eq!(rig.sent(101).len(), 500, "nothing is known against it");
     // The answer does not come while messages do.
     rig.arrive(100, 130);
-    assert!(!rig.router.publishes_limited(), "the broker may be far away");
+    assert!(
+        !rig.router.publishes_limited(),
+        "the broker may be far away"
+    );
     rig.arrive(1000, 600);
     assert!(rig.router.publishes_limited());
     rig.queue(flooder, 500..1000);
