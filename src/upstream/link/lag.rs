@@ -3,9 +3,9 @@
 //! A broker acknowledges a publish when it has taken it, whether or not the data link keeps up with the
 //! copies. The broker answers a PINGREQ behind the messages that it had sent, so the round trip is their
 //! age: the lag. While it is too long, the publish links may take a *window* of publishes in each
-//! *round*, which ends with the answer to a PINGREQ. The first round lets the link catch up and shows how
-//! much it delivers, the second shows the round trip on an empty link. From then on the window shrinks in
-//! proportion to the lag, and grows while all of it is used and the lag is short.
+//! *round*, which ends with the answer to a PINGREQ. The first whole round lets the link catch up and shows
+//! how much it delivers, the second shows the round trip on an empty link. From then on the window shrinks
+//! in proportion to the lag, and grows while all of it is used and the lag is short.
 
 use std::time::Duration;
 
@@ -72,6 +72,8 @@ struct Limit {
 
 #[derive(Clone, Copy, Debug)]
 enum Phase {
+    /// The PINGREQ was sent before the limit, and publishes behind it.
+    Begin,
     /// The link catches up.
     CatchUp,
     /// The link is empty, and had delivered this many messages in this time.
@@ -131,7 +133,7 @@ impl LagMeter {
             return if silent { self.lift() } else { Verdict::Keep };
         }
         match self.arrived > 0 && self.age(now) > self.base + LAG_MAX {
-            true => self.begin(Phase::CatchUp),
+            true => self.begin(Phase::Begin),
             false => Verdict::Keep,
         }
     }
@@ -145,7 +147,7 @@ impl LagMeter {
             let late = lag > self.base + LAG_MAX;
             self.base = self.base.min(lag);
             return match late {
-                true => self.begin(Phase::Measure(arrived, lag)),
+                true => self.begin(Phase::CatchUp),
                 false => Verdict::Keep,
             };
         };
@@ -154,6 +156,7 @@ impl LagMeter {
             floor_rounds,
         };
         match limit.phase {
+            Phase::Begin => limit.phase = Phase::CatchUp,
             Phase::CatchUp => limit.phase = Phase::Measure(arrived, lag),
             Phase::Measure(delivered, within) => {
                 self.base = lag;
