@@ -232,8 +232,8 @@ mod tests {
         /// What remains of the window.
         window: Option<u64>,
         used_up: bool,
-        /// The backlog at the PINGREQ, and when it was sent.
-        ping: Option<(u64, u64)>,
+        /// When a PINGREQ was sent, and the messages before its answer once the broker has it.
+        ping: Option<(u64, Option<u64>)>,
     }
 
     impl Rig {
@@ -281,21 +281,23 @@ mod tests {
             if delivered > 0 {
                 self.meter.arrived(delivered as usize, now);
             }
-            if let Some((before, at)) = &mut self.ping {
-                *before = before.saturating_sub(delivered);
-                if *before == 0 && self.now >= *at + self.base {
-                    self.ping = None;
-                    let used_up = std::mem::take(&mut self.used_up);
-                    let verdict = self.meter.answered(used_up, now);
-                    self.follow(verdict);
-                } else {
-                    let verdict = self.meter.waiting(now);
-                    self.follow(verdict);
+            if let Some((at, before)) = &mut self.ping {
+                if self.now >= *at + self.base {
+                    let waits = before.map(|n| n.saturating_sub(delivered));
+                    *before = Some(waits.unwrap_or(self.backlog));
                 }
+                let verdict = match before {
+                    Some(0) => {
+                        self.ping = None;
+                        self.meter.answered(std::mem::take(&mut self.used_up), now)
+                    }
+                    _ => self.meter.waiting(now),
+                };
+                self.follow(verdict);
             }
             if self.ping.is_none() && self.meter.is_due(now) {
                 self.meter.pinged(now);
-                self.ping = Some((self.backlog, self.now));
+                self.ping = Some((self.now, None));
             }
             self.base + self.backlog / self.rate
         }
