@@ -25,8 +25,9 @@ const MESSAGES: u32 = 128;
 const SLOW_MESSAGES: u32 = 16;
 /// The time after which a PINGREQ is due for [`SLOW_MESSAGES`].
 const SLOW: Duration = Duration::from_millis(20);
-/// Rounds in a row whose windows were not used up, after which the limit ends.
-const CALM_ROUNDS: u8 = 4;
+/// The limit ends when the lag was short and no window was used up for so long. A flood that pauses for less
+/// finds the window that it had.
+const CALM: Duration = Duration::from_secs(2);
 /// Rounds in a row with the smallest window, after which the lag is not caused by publishes of ours.
 const FLOOR_ROUNDS: u8 = 2;
 /// A link that brings nothing for so long, and for [`SILENT_POLLS`], does not lag: it is dead, or idle.
@@ -82,8 +83,8 @@ enum Phase {
     Follow {
         /// Rounds in a row with the smallest window and a long lag.
         floor_rounds: u8,
-        /// Rounds in a row whose windows were not used up.
-        calm_rounds: u8,
+        /// Since when the lag is short and no window is used up.
+        calm_since: Option<Millis>,
     },
 }
 
@@ -151,8 +152,8 @@ impl LagMeter {
                 false => Verdict::Keep,
             };
         };
-        let follow = |calm_rounds, floor_rounds| Phase::Follow {
-            calm_rounds,
+        let follow = |calm_since, floor_rounds| Phase::Follow {
+            calm_since,
             floor_rounds,
         };
         match limit.phase {
@@ -161,7 +162,7 @@ impl LagMeter {
             Phase::Measure(delivered, within) => {
                 self.base = lag;
                 limit.window = in_proportion(delivered, lag + LAG_TARGET, within);
-                limit.phase = follow(0, 0);
+                limit.phase = follow(None, 0);
             }
             Phase::Follow { floor_rounds, .. } if lag > self.base + LAG_TARGET => {
                 let at_floor = limit.window <= WINDOW_MIN;
@@ -172,15 +173,16 @@ impl LagMeter {
                 // Others publish at the broker, too: a quarter of what arrives is left to the clients.
                 let least = arrived / 4;
                 limit.window = in_proportion(limit.window, self.base + LAG_TARGET, lag).max(least);
-                limit.phase = follow(0, floor_rounds % FLOOR_ROUNDS);
+                limit.phase = follow(None, floor_rounds % FLOOR_ROUNDS);
             }
-            Phase::Follow { calm_rounds, .. } => {
+            Phase::Follow { calm_since, .. } => {
                 self.base = self.base.min(lag);
+                let since = calm_since.unwrap_or(now);
                 if used_up {
                     limit.window = limit.window.saturating_add(limit.window / 4 + 1);
-                    limit.phase = follow(0, 0);
-                } else if calm_rounds + 1 < CALM_ROUNDS {
-                    limit.phase = follow(calm_rounds + 1, 0);
+                    limit.phase = follow(None, 0);
+                } else if now < since + CALM {
+                    limit.phase = follow(Some(since), 0);
                 } else {
                     return self.lift();
                 }
@@ -347,7 +349,9 @@ mod tests {
         rig.run(1000);
         assert!(rig.window.is_some());
         rig.flood = 5;
-        rig.run(200);
+        rig.run(1000);
+        assert!(rig.window.is_some(), "it may go on");
+        rig.run(2000);
         assert_eq!(rig.window, None);
     }
 
