@@ -314,7 +314,7 @@ mod tests {
     fn a_flood_is_limited_to_what_the_link_delivers() {
         for (base, rate, flood) in [(1, 20, 60), (1, 1, 50), (40, 20, 100), (1, 20, 21)] {
             let mut rig = Rig::new(base, rate, flood);
-            // The link first delivers what came before the limit.
+            // The link first delivers the messages from before the limit.
             rig.run(5000);
             let longest = rig.run(10_000);
             assert!(
