@@ -174,7 +174,7 @@ metrics! {
     gauge session_bytes = "tidegate_session_bytes";
     #[doc = "Filters in the table, in use or lingering."]
     gauge filters = "tidegate_filters";
-    #[doc = "Bytes of messages in the queues of all sessions."]
+    #[doc = "Bytes of messages in the queues of all sessions, and of the tables that recognise their publishes."]
     gauge queue_bytes = "tidegate_queue_bytes";
     #[doc = "Bytes of output that wait for the clients' sockets, without shared parts of messages."]
     gauge output_bytes = "tidegate_output_bytes";
