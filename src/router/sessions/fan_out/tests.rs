@@ -124,6 +124,8 @@ struct Members {
     known: Primaries,
     /// By slot: whether the session was never without a subscription.
     always: Vec<bool>,
+    /// By slot: how often a subscription of the session came or went.
+    changes: Vec<u32>,
 }
 
 const NAMES: [&str; 2] = ["a/+", "+/b"];
@@ -140,6 +142,7 @@ impl Members {
             tally: Tally::default(),
             known: Primaries::default(),
             always: Vec::new(),
+            changes: vec![0; sessions.len()],
         };
         for (n, has) in sessions.iter().enumerate() {
             let incarnation = Incarnation::nth(n as u64);
@@ -210,6 +213,7 @@ impl Members {
             let (limits, tally) = (&self.limits, &mut self.tally);
             from = (self.shard).fan_out(limits, &came, slot, &mut self.known, tally);
             self.known.clear();
+            self.changes[who as usize] += 1;
             match self.has(who, which) {
                 true => self.leave(who, which),
                 false => self.join(who, which),
@@ -231,7 +235,11 @@ proptest! {
         }
         for (slot, always) in members.always.iter().enumerate() {
             let got = members.shard.slots[slot].session.gaps;
-            prop_assert!(got == 1 || !always && got <= 2, "{slot}: {got}");
+            // One message by each of two subscriptions is allowed (§3.3.4). A session that changes both
+            // and comes back to the first, all during one message, can get that.
+            let twice = !always || members.changes[slot] > 2;
+            let least = u64::from(*always);
+            prop_assert!(got == 1 || got >= least && got <= 1 + u64::from(twice), "{slot}: {got}");
         }
     }
 }
