@@ -4,6 +4,7 @@
 //! `cargo bench --bench overlaps`
 
 #![allow(clippy::print_stdout, reason = "it prints figures")]
+#![allow(clippy::disallowed_methods, reason = "it measures real time")]
 
 use std::num::NonZeroU8;
 use std::sync::Arc;

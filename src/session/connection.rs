@@ -38,7 +38,7 @@ impl Scope {
         (whole.len() <= usize::from(u16::MAX)).then_some(whole)
     }
 
-    /// A filter at the broker as its client named it: the inverse of [`Scope::filter`].
+    /// A filter at the broker as its client named it: the inverse of `Scope::filter`.
     pub fn client_filter<'a>(&self, whole: &'a str) -> Cow<'a, str> {
         let unmounted = |filter: &'a str| filter.strip_prefix(&*self.mount).unwrap_or(filter);
         match split_shared(whole) {

@@ -56,7 +56,7 @@ pub struct SessionLimits {
     pub subscriptions_max: usize,
     /// Bytes of all filters of one client.
     pub filter_bytes_max: usize,
-    /// Levels of a topic or filter at the broker. See [`SessionLimits::allows_levels`].
+    /// Levels of a topic or filter at the broker. See `SessionLimits::allows_levels`.
     pub topic_levels_max: usize,
     /// Unanswered publishes of an MQTT 3 client before its socket is left unread.
     pub v3_publishes_max: usize,

@@ -495,6 +495,7 @@ def test_a_sessions_queue_limits_drop_the_oldest_messages(own_broker, own_edge, 
     one = client(edge, "tcp", me, expiry=300)
     one.subscribe((topic, 1))
     one.close()
+    edge.wait_metric("detached", lambda m: m.sum("tidegate_sessions", state="detached") == 1)
     pub = client(edge)
     for n in range(10):
         pub.publish(topic, f"{n}")

@@ -329,9 +329,12 @@ impl Ledger {
         if !alone || left {
             return;
         }
+        let granted = (self.subs.iter()).any(|s| matching(&s.filter) && s.granted.is_some());
         let mut wants = self.wants.iter_mut().filter(|w| matching(&w.filter));
         if let (Some(want), None) = (wants.next(), wants.next())
             && want.in_order
+            // Before the SUBACK it is a message of the subscription that the SUBSCRIBE repeats.
+            && (want.asked.is_none() || !granted)
             && now < want.asked_at + WAIT
         {
             want.live.insert(way);

@@ -84,7 +84,7 @@ fn a_client_that_waits_is_spared_when_others_use_up_the_budget_of_its_bytes() {
     let mut rig = rig();
     rig.take();
     let mut bytes = publishes(1..=3, QoS::AtLeastOnce);
-    bytes.extend(vec![0xC0, 0].repeat(4000));
+    bytes.extend([0xC0, 0].repeat(4000));
     rig.received(CONTROL, &bytes).expect("there is room");
     assert!(rig.machine.paused());
     rig.limits.input_max_bytes = 0;

@@ -55,7 +55,7 @@ fn a_takeover_cancels_a_delayed_will() {
 fn a_grace_covers_a_takeover() {
     for version in [Version::V5, Version::V311] {
         let router = router_limited(config(), |limits| {
-            limits.will_grace = Duration::from_secs(5)
+            limits.will_grace = Duration::from_secs(5);
         });
         taken_over(&router, version, 0);
         router.tick(Millis::new(10_000));

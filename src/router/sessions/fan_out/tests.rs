@@ -74,7 +74,7 @@ fn client_with(router: &Router, count: usize) -> (Connected, Vec<FilterId>, usiz
 fn delivered(router: &Router, client: Connected) -> usize {
     let mut out = Vec::new();
     router.take_output(client.session, client.connection_no, &mut out, Millis::ZERO);
-    out.windows(2).filter(|w| w == &[b'/', b'a']).count()
+    out.windows(2).filter(|w| w == b"/a").count()
 }
 
 #[test]
