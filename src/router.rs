@@ -211,7 +211,6 @@ impl Router {
                 presence.publish(&self.sessions, &self.publishing, change, qos, now);
             }
         }
-        self.request_retained(actions.retained, now);
         for closed in actions.closed {
             let (session, link) = (closed.session, closed.publish_link);
             let waits = self.publishing.is_waiting(session, link);
@@ -279,8 +278,8 @@ impl Router {
         self.tick_unsubscribed(now);
         let wake = self.filters.tick_moves(now, |link| self.barriers.ask(link));
         self.wake_links(wake);
-        let served = (self.retained).release_late(&self.sessions, &self.filters, now);
-        self.end_waits(&served, now);
+        let granted = self.retained.tick(&self.sessions, &self.filters, now);
+        self.tell_granted(&granted);
         self.retained
             .forget_missed(|| self.data_settled().then(|| self.data_losses()));
         // It walks over all lingering filters, so not at each tick.

@@ -11,6 +11,7 @@ mod release;
 mod resync;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -22,7 +23,7 @@ use crate::topics::FilterId;
 use crate::router::barrier::Barriers;
 use crate::router::handle::TaskWaker;
 use crate::router::sessions::Sessions;
-use crate::router::types::{Arrived, RetainedRequest, SessionRef};
+use crate::router::types::{Arrived, PendingGrant, RetainedRequest};
 use cache::{Buffered, Cache, Cached, Requests, State};
 
 /// Fetched messages that wait for the data links; further ones are handed on at once.
@@ -31,19 +32,16 @@ const BUFFERED_MAX: usize = 10_000;
 /// Bytes of the fetched messages that wait for the data links.
 const BUFFERED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
+/// How long a SUBACK waits for the retained messages. A client that has its SUBACK may publish, and
+/// older messages must not follow its own.
+const SUBACK_WAIT: Duration = Duration::from_millis(100);
+
 /// The retained messages: the cache, and the fetches by which the retained link fills it.
 #[derive(Debug)]
 pub(super) struct RetainedMessages {
     cache: Mutex<Cache>,
     /// Wakes the task of the retained link.
     waker: Arc<TaskWaker>,
-}
-
-/// A subscription that has its retained messages: its live messages wait no longer.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Served {
-    pub session: SessionRef,
-    pub filter: FilterId,
 }
 
 /// The filters, as far as their retained messages have to know them.
@@ -76,29 +74,32 @@ impl RetainedMessages {
     }
 
     /// Sends the retained messages of a filter to one subscription: from the cache, or once they
-    /// are fetched. Returns the subscription if they are sent, so that its live messages follow now.
+    /// are fetched. `reply` follows them, but is not kept waiting for long. Returns the replies to
+    /// send now.
     pub(super) fn request(
         &self,
         sessions: &Sessions,
-        sources: &impl Sources,
         filter: FilterId,
         request: RetainedRequest,
+        reply: PendingGrant,
         now: Millis,
-    ) -> Option<Served> {
-        let away = sources.is_away(filter);
+    ) -> Vec<PendingGrant> {
         let mut cache = self.cache.lock();
-        let session = request.session;
-        let served = Served { session, filter };
+        let deadline = now + SUBACK_WAIT;
+        cache
+            .replies
+            .entry(filter)
+            .or_default()
+            .push((deadline, reply));
+        cache.reply_by.push_back((deadline, filter));
         match cache.filters.get_mut(&filter) {
             Some(cached) if cached.state == State::Complete => {
                 cache.complete.promote(&filter);
                 let messages = cache.messages(filter, now);
                 release::hand(sessions, &cache, filter, &messages, &request, now);
-                return Some(served);
             }
             Some(cached) if cached.state == State::Queued => {
-                cached.requests.insert(session, request);
-                cached.waiting.push(session);
+                cached.requests.insert(request.session, request);
                 if cached.resync {
                     // It may be in the queue of fetches that nobody waits for.
                     cache.queue.push_back(filter);
@@ -106,56 +107,66 @@ impl RetainedMessages {
                 }
             }
             Some(cached) if cached.overflow || cached.stale => {
-                cached.late.insert(session, request);
-                cached.waiting.push(session);
+                cached.late.insert(request.session, request);
             }
             Some(cached) => {
-                cached.requests.insert(session, request);
-                let awaited = cached.is_awaited();
-                if awaited {
-                    cached.waiting.push(session);
-                }
+                cached.requests.insert(request.session, request);
                 let messages = cache.messages(filter, now);
                 release::hand(sessions, &cache, filter, &messages, &request, now);
-                return (!awaited).then_some(served);
             }
             None => {
-                let mut queued = Cached::queued(Requests::from([(session, request)]));
-                queued.waiting.push(session);
+                let queued = Cached::queued(Requests::from([(request.session, request)]));
                 cache.filters.insert(filter, queued);
                 cache.queue.push_back(filter);
                 self.waker.raise();
             }
         }
-        // The link's session keeps messages that are older than retained ones which are fetched meanwhile.
-        away.then_some(served)
+        cache.replies_of(filter)
     }
 
-    /// The link of these filters is away: the messages that its session keeps are older than retained
-    /// messages that are fetched meanwhile. Returns the subscriptions that wait no longer.
-    pub(super) fn stop_waiting(&self, filters: &[FilterId]) -> Vec<Served> {
-        let mut served = Vec::new();
+    /// Takes the replies that have waited long enough, and releases fetched messages that have. Returns
+    /// the replies to send now.
+    pub(super) fn tick(
+        &self,
+        sessions: &Sessions,
+        sources: &impl Sources,
+        now: Millis,
+    ) -> Vec<PendingGrant> {
+        let mut replies = self.late_replies(now);
+        replies.extend(self.release_late(sessions, sources, now));
+        replies
+    }
+
+    fn late_replies(&self, now: Millis) -> Vec<PendingGrant> {
+        let mut late = Vec::new();
         let mut cache = self.cache.lock();
-        for &filter in filters {
-            let waiting = cache.filters.get_mut(&filter).map(|c| &mut c.waiting);
-            let sessions = waiting.map(std::mem::take).unwrap_or_default().into_iter();
-            served.extend(sessions.map(|session| Served { session, filter }));
+        while let Some(&(deadline, filter)) = cache.reply_by.front()
+            && deadline <= now
+        {
+            cache.reply_by.pop_front();
+            let Some(waiting) = cache.replies.get_mut(&filter) else {
+                continue;
+            };
+            late.extend(waiting.extract_if(.., |(at, _)| *at <= now).map(|(_, r)| r));
+            if waiting.is_empty() {
+                cache.replies.remove(&filter);
+            }
         }
-        served
+        late
     }
 
     /// The broker has answered a PINGREQ behind the fetch of these filters: the messages that it had
-    /// are here. Returns the subscriptions that have theirs now.
-    pub(super) fn fetch_answered(&self, filters: &[FilterId]) -> Vec<Served> {
+    /// are here. Returns the replies to send now.
+    pub(super) fn fetch_answered(&self, filters: &[FilterId]) -> Vec<PendingGrant> {
         let mut cache = self.cache.lock();
-        let mut served = Vec::new();
+        let mut replies = Vec::new();
         for filter in filters {
             if let Some(cached) = cache.filters.get_mut(filter) {
                 cached.answered = cached.state == State::Fetching;
-                cache.served(*filter, &mut served);
+                replies.extend(cache.replies_of(*filter));
             }
         }
-        served
+        replies
     }
 
     /// Up to `max` filters whose fetch begins now, with their names.
@@ -293,6 +304,3 @@ impl RetainedMessages {
         self.cache.lock().bytes as u64
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -14,7 +14,7 @@
 //!    an overlapping one has yet to be raised.
 //!
 //! So a filter takes the lock of the shard and the lock of the table at most twice each. Three outcomes
-//! continue elsewhere: retained messages, which follow the answer, are handed over in `retained`; a
+//! continue elsewhere: retained messages are handed over in `retained`, and the answer follows them; a
 //! SUBSCRIBE whose filter was answered between two steps continues in `suback`, as if it had waited;
 //! and a member of a shared subscription joins its group between steps 3 and 4, and is answered after
 //! that.
@@ -33,7 +33,7 @@ use crate::router::account::Full;
 use crate::router::filters::LOG_INTERVAL;
 use crate::router::filters::subscribe::{Admitted, Next, Refusal};
 use crate::router::sessions::subscriptions::{Joined, Unjoined};
-use crate::router::types::{Answer, PendingGrant, SessionRef, SubscribeRef, Subscriber};
+use crate::router::types::{PendingGrant, RetainedRequest, SessionRef, SubscribeRef, Subscriber};
 use crate::router::{Caller, Router};
 
 static OVERLAPPING: RateLimited = RateLimited::new(LOG_INTERVAL);
@@ -61,22 +61,26 @@ impl Router {
             packet_id,
             index,
         };
-        let mut answers: Vec<Answer> = Vec::new();
+        let mut answers: Vec<(u16, ReasonCode)> = Vec::new();
+        let mut before_answer: Vec<PendingGrant> = Vec::new();
         for request in requests {
-            let index = request.index;
-            let outcome = self.subscribe_to(subscribe(index), identifier, request, now);
-            answers.extend(match outcome {
-                Ok(None) => None,
-                Ok(Some(grant)) => Some(grant.answer()),
-                Err(code) => Some(Answer {
-                    index,
-                    code,
-                    retained: None,
-                }),
-            });
+            match self.subscribe_to(subscribe(request.index), identifier, request, now) {
+                Err(code) => answers.push((request.index, code)),
+                Ok(None) => {}
+                Ok(Some(grant)) if grant.retained => before_answer.push(grant),
+                Ok(Some(grant)) => answers.push((request.index, ReasonCode(grant.qos as u8))),
+            }
         }
-        let due = self.sessions.answer_all(&subscribe(0), &answers);
-        self.request_retained(due, now);
+        self.sessions.answer_all(&subscribe(0), &answers);
+        for grant in before_answer {
+            let request = RetainedRequest {
+                session: caller.session,
+                incarnation: grant.incarnation,
+                qos: grant.qos,
+                identifier,
+            };
+            self.request_retained(request, grant, now);
+        }
     }
 
     /// Subscribes to one filter. Returns the grant, if the client is still to be told of it.
@@ -116,7 +120,7 @@ impl Router {
         };
         let (sessions, grant) = (&self.sessions, admitted.grant);
         let overlapping = &subscriber.overlapping;
-        let mut joined = match sessions.join(&subscribe, subscription, grant, overlapping, now) {
+        let joined = match sessions.join(&subscribe, subscription, grant, overlapping) {
             Ok(joined) => joined,
             Err(unjoined) => {
                 // This session does not want the filter any more.
@@ -144,7 +148,6 @@ impl Router {
             retained: joined.retained,
             deadline: now + self.config.subscribe_wait,
         };
-        self.request_retained(std::mem::take(&mut joined.due), now);
         Ok(self.settle_join(pending, &admitted, &joined, now))
     }
 
@@ -264,7 +267,7 @@ impl Router {
     /// answer. That subscription ends if nothing brings its messages: the client does not expect any.
     fn end_unserved(&self, subscribe: &SubscribeRef, filter: &str, now: Millis) {
         if let Some(filter) = self.filters.unserved(filter)
-            && self.sessions.end_subscription(subscribe, filter, now)
+            && self.sessions.end_subscription(subscribe, filter)
         {
             let shard = subscribe.session.shard;
             self.filters.release(&[filter], shard, now);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::mqtt::{Message, QoS, ReasonCode};
+use crate::mqtt::{Message, QoS};
 use crate::router::account::Holder;
 use crate::session::Incarnation;
 use crate::time::Millis;
@@ -60,19 +60,6 @@ pub struct RetainedRequest {
     pub qos: QoS,
     /// The client's Subscription Identifier.
     pub identifier: Option<NonZeroU32>,
-}
-
-/// A request for the retained messages of a filter, which is due.
-pub(super) type Due = (FilterId, RetainedRequest);
-
-/// The outcome of one filter of a SUBSCRIBE.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Answer {
-    /// Its place in the SUBSCRIBE.
-    pub index: u16,
-    pub code: ReasonCode,
-    /// The filter, if its retained messages are to follow.
-    pub retained: Option<FilterId>,
 }
 
 /// The numbers of the barriers that somebody waits for, by data link; `None` for a link that brings
@@ -131,21 +118,10 @@ pub(super) struct PendingGrant {
     /// The QoS that the client asked for; once the filter is granted, the QoS that it is granted.
     pub qos: QoS,
     /// The filter is granted. The client is told once an older overlapping filter of it, whose
-    /// copies it will get, is granted at this QoS as well.
+    /// copies it will get, is granted at this QoS as well, and once the retained messages are sent.
     pub granted: bool,
-    /// Retained messages are to be sent behind the SUBACK.
+    /// Retained messages are to be sent before the client is told of the grant.
     pub retained: bool,
     /// When the client gets an answer at the latest.
     pub deadline: Millis,
-}
-
-impl PendingGrant {
-    /// The outcome that the client is told.
-    pub(super) fn answer(&self) -> Answer {
-        Answer {
-            index: self.subscribe.index,
-            code: ReasonCode(self.qos as u8),
-            retained: self.retained.then_some(self.filter),
-        }
-    }
 }

@@ -12,9 +12,8 @@ use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
 use crate::topics::{FilterId, split_shared};
 
+use crate::session::SessionLimits;
 use crate::session::aliases::Aliases;
-use crate::session::waiting::Waiting;
-use crate::session::{RetainedDue, SessionLimits};
 
 /// The output that may wait for a data stream before the last message is added.
 const STREAM_OUTPUT_MAX_BYTES: usize = 16 * 1024;
@@ -71,8 +70,6 @@ pub struct Connection {
     pub scope: Option<Arc<Scope>>,
     /// SUBSCRIBEs that wait for the broker.
     pub(super) pending: Vec<PendingSubscribe>,
-    /// Live messages that wait for retained ones.
-    pub(super) waiting: Option<Box<Waiting>>,
     /// Output for the control stream.
     output: OutBuf,
     /// Output for data streams.
@@ -107,8 +104,6 @@ pub(super) struct PendingSubscribe {
     pub codes: Vec<u8>,
     /// Filters that the SUBSCRIBE names more than once.
     pub repeated: Vec<RepeatedFilter>,
-    /// Granted filters whose retained messages follow the SUBACK.
-    pub retained: Vec<RetainedDue>,
 }
 
 /// A filter in a SUBSCRIBE that names it more than once. It is answered with its first place.
@@ -154,7 +149,6 @@ impl Connection {
             unread: false,
             scope: spec.scope.clone(),
             pending: Vec::new(),
-            waiting: None,
             output: OutBuf::default(),
             data_output: Vec::new(),
             saturated: StreamSet::EMPTY,

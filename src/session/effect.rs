@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use crate::mqtt::{Message, QoS, SubscribeOptions};
+use crate::mqtt::{Message, SubscribeOptions};
 use crate::topics::FilterId;
 
 use crate::session::inbound::Token;
@@ -54,17 +54,6 @@ pub enum Effect {
         /// The subscriptions.
         filters: Vec<Unsubscribed>,
     },
-}
-
-/// A subscription whose retained messages are to follow the SUBACK.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RetainedDue {
-    /// The router's number of the filter.
-    pub filter: FilterId,
-    /// The granted QoS.
-    pub qos: QoS,
-    /// The client's Subscription Identifier.
-    pub identifier: Option<NonZeroU32>,
 }
 
 /// A subscription that its client ended by UNSUBSCRIBE.

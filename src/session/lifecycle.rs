@@ -10,7 +10,7 @@ use crate::session::entry::Redelivery;
 use crate::session::incarnation::Incarnation;
 use crate::session::outbound::Outbound;
 use crate::session::will::Will;
-use crate::session::{RetainedDue, Session, SessionLimits};
+use crate::session::{Session, SessionLimits};
 
 /// What the caller has to do after a connection or session ended, or a deadline passed.
 #[derive(Debug, Default)]
@@ -29,8 +29,6 @@ pub struct Ended {
     pub shared: Vec<Redelivery>,
     /// Publish that the client is absent.
     pub absent: bool,
-    /// Subscriptions whose SUBACK was not written yet: their retained messages are to be sent.
-    pub retained: Vec<RetainedDue>,
 }
 
 /// The outcome of [`Session::attach`].
@@ -47,9 +45,6 @@ pub struct Attached {
     pub present: bool,
     /// The options of the session's subscriptions have changed.
     pub options_changed: bool,
-    /// Subscriptions of the connection that this one replaces, whose SUBACK was not written yet: their
-    /// retained messages are to be sent.
-    pub retained: Vec<RetainedDue>,
 }
 
 impl Session {
@@ -82,9 +77,9 @@ impl Session {
         limits: &SessionLimits,
         now: Millis,
     ) -> Attached {
-        let (mut due, mut retained) = (None, Vec::new());
+        let mut due = None;
         if self.attached() {
-            retained = self.forget_connection(limits, now);
+            self.forget_connection(limits);
             due = (self.will).take_if(|w| w.delay == 0 && limits.will_grace.is_zero());
         } else {
             self.outbound.drop_aged(limits, now);
@@ -104,18 +99,16 @@ impl Session {
             will_cancelled,
             present: self.phase.attach(connection, limits.presence),
             options_changed,
-            retained,
         }
     }
 
     /// Ends the connection. `normal`: DISCONNECT 0x00, which discards the will [MQTT-3.14.4-3].
     pub fn detach(&mut self, limits: &SessionLimits, normal: bool, now: Millis) -> Ended {
         self.since = now;
-        let retained = self.forget_connection(limits, now);
+        self.forget_connection(limits);
         let grace = limits.will_grace;
         let mut ended = Ended {
             will_cancelled: self.phase.take_will_discarded(),
-            retained,
             ..Ended::default()
         };
         if normal {
@@ -134,7 +127,6 @@ impl Session {
             ended.session = true;
             ended.messages = over.messages;
             ended.shared = over.shared;
-            ended.retained = Vec::new();
             return ended;
         }
         let has_shared = self.outbound.has_shared();
@@ -157,30 +149,24 @@ impl Session {
         ended
     }
 
-    /// The packets that were under way on the connection are to be sent again on the next one. Returns
-    /// the subscriptions whose SUBACK was not written, and whose retained messages are to follow.
-    fn forget_connection(&mut self, limits: &SessionLimits, now: Millis) -> Vec<RetainedDue> {
-        self.queue_waiting(now);
+    /// The packets that were under way on the connection are to be sent again on the next one.
+    fn forget_connection(&mut self, limits: &SessionLimits) {
         self.outbound.connection_ended(limits);
         if let Some(inbound) = &mut self.inbound {
             inbound.connection_ended();
         }
-        let pending = self.phase.connection_mut().map(|c| &mut c.pending);
-        let pending = pending.into_iter().flat_map(std::mem::take);
-        pending.flat_map(|p| p.retained).collect()
     }
 
     /// Ends the session's state. The will is left to the caller.
     fn end(&mut self) -> Ended {
         let shared = self.outbound.take_shared();
-        let messages = self.queued() + self.outbound.in_flight();
+        let messages = self.outbound.queued() + self.outbound.in_flight();
         self.outbound = Outbound::default();
         if let Some(inbound) = &mut self.inbound {
             inbound.restart();
         }
         if let Some(connection) = self.phase.connection_mut() {
             connection.pending = Vec::new();
-            connection.waiting = None;
         }
         self.phase.close();
         Ended {

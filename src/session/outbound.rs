@@ -187,7 +187,7 @@ impl Outbound {
         None
     }
 
-    pub(super) fn enqueue(&mut self, now: Millis, offer: &Offer<'_>) {
+    fn enqueue(&mut self, now: Millis, offer: &Offer<'_>) {
         let Offer {
             message,
             qos,

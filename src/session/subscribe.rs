@@ -10,14 +10,12 @@ use crate::mqtt::{
     encode_unsuback, has_discouraged,
 };
 use crate::streams::StreamId;
-use crate::time::Millis;
 use crate::topics::split_shared;
 
 use crate::session::connection::{PendingSubscribe, RepeatedFilter, Scope};
 use crate::session::subscriptions::v3_options;
 use crate::session::{
-    CloseReason, Effect, Policy, RetainedDue, Session, SessionLimits, SubscribeRequest,
-    Subscription,
+    CloseReason, Effect, Policy, Session, SessionLimits, SubscribeRequest, Subscription,
 };
 
 /// SUBSCRIBEs of one client that may wait for the broker.
@@ -250,10 +248,9 @@ impl Session {
             waiting: requests.len() as u16,
             codes,
             repeated,
-            retained: Vec::new(),
         });
         if requests.is_empty() {
-            return self.finish_subscribe(key).map(drop);
+            return self.finish_subscribe(key);
         }
         effects.push(Effect::Subscribe {
             packet_id: key,
@@ -264,8 +261,7 @@ impl Session {
     }
 
     /// The outcome for one filter of a SUBSCRIBE, named as in [`Effect::Subscribe`]. The SUBACK is
-    /// written with the last one. `retained`: its retained messages are to follow. Returns the
-    /// subscriptions whose retained messages are to follow now.
+    /// written with the last one.
     ///
     /// # Errors
     /// [`CloseReason::SubscribeRefused`]: MQTT 3.1 has no code for a refusal.
@@ -274,14 +270,12 @@ impl Session {
         packet_id: u16,
         index: u16,
         code: ReasonCode,
-        retained: Option<RetainedDue>,
-    ) -> Result<Vec<RetainedDue>, CloseReason> {
+    ) -> Result<(), CloseReason> {
         let all = self.phase.connection_mut().map(|c| &mut c.pending);
         let mut all = all.into_iter().flatten();
         let Some(pending) = all.find(|p| p.key == packet_id) else {
-            return Ok(retained.into_iter().collect());
+            return Ok(());
         };
-        pending.retained.extend(retained);
         if let Some(slot) = pending.codes.get_mut(usize::from(index)) {
             *slot = code.0;
         }
@@ -289,16 +283,16 @@ impl Session {
         if pending.waiting == 0 {
             return self.finish_subscribe(packet_id);
         }
-        Ok(Vec::new())
+        Ok(())
     }
 
-    fn finish_subscribe(&mut self, key: u16) -> Result<Vec<RetainedDue>, CloseReason> {
+    fn finish_subscribe(&mut self, key: u16) -> Result<(), CloseReason> {
         let Some(connection) = self.phase.connection_mut() else {
-            return Ok(Vec::new());
+            return Ok(());
         };
         let due = |p: &PendingSubscribe| p.key == key;
         let Some(at) = connection.pending.iter().position(due) else {
-            return Ok(Vec::new());
+            return Ok(());
         };
         let mut pending = connection.pending.swap_remove(at);
         if connection.pending.is_empty() {
@@ -322,15 +316,13 @@ impl Session {
             let out = connection.output_on(stream);
             encode_suback(version, pending.packet_id, &pending.codes, out);
         }
-        Ok(pending.retained)
+        Ok(())
     }
 
     pub(super) fn unsubscribe(
         &mut self,
         stream: StreamId,
         unsubscribe: &Unsubscribe<'_>,
-        limits: &SessionLimits,
-        now: Millis,
         effects: &mut Vec<Effect>,
     ) -> Result<(), CloseReason> {
         if unsubscribe.filters().nth(FILTERS_MAX).is_some() {
@@ -361,8 +353,6 @@ impl Session {
             });
             places.extend(place);
         }
-        // Messages that came before the UNSUBSCRIBE go before the UNSUBACK.
-        self.end_waits(&places, limits, now);
         let filters = match places.is_empty() {
             true => Vec::new(),
             false => self.end_subscriptions(&places),
@@ -405,7 +395,7 @@ impl Session {
     }
 
     /// Ends the subscriptions of these filters, named as the broker knows them, without telling the
-    /// client. For a connection that has just begun, where no live messages wait for retained ones.
+    /// client.
     pub(crate) fn revoke(&mut self, filters: &[Arc<str>], effects: &mut Vec<Effect>) {
         let named: LookUpSet<&str> = filters.iter().map(|name| &**name).collect();
         let all = self.subscriptions.iter().enumerate();

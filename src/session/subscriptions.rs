@@ -167,16 +167,10 @@ impl Session {
     /// before. False: it was granted already, or is unknown.
     pub fn activate_subscription(&mut self, filter: FilterId) -> bool {
         let all = &mut self.subscriptions;
-        // From the end, where the subscriptions without a grant are.
-        let mut from_end = all.iter().enumerate().rev();
-        let Some((at, _)) = from_end.find(|(_, s)| s.filter == filter) else {
+        let Some(at) = all.iter().position(|s| s.filter == filter && !s.active) else {
             return false;
         };
-        if all[at].active {
-            return false;
-        }
-        let granted = all[..at].iter().rposition(|s| s.active);
-        let behind = granted.map_or(0, |granted| granted + 1);
+        let behind = all.iter().position(|s| !s.active).unwrap_or(at);
         all[behind..=at].rotate_right(1);
         all[behind].active = true;
         true
@@ -195,9 +189,7 @@ impl Session {
 
     /// The subscription on a filter.
     pub fn subscription(&mut self, filter: FilterId) -> Option<&mut Subscription> {
-        // From the end: the latest are looked for most.
-        let mut all = self.subscriptions.iter_mut().rev();
-        all.find(|s| s.filter == filter)
+        self.subscriptions.iter_mut().find(|s| s.filter == filter)
     }
 
     /// Takes a subscription away.

@@ -73,7 +73,7 @@ impl World {
                 Item::Copies(copies)
                     if copies[0].expires_at.is_some_and(|at| at.is_due(self.now)) => {}
                 Item::Copies(copies) => {
-                    self.oracle.arrives(&copies, self.now);
+                    self.oracle.arrives(&copies);
                     trace!(
                         self,
                         "arrives {} for {:?}",

@@ -1,7 +1,6 @@
 //! The messages that one session is owed, and the messages written for it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use tidegate::mqtt::{Publish, QoS, SubscribeOptions, Version};
 use tidegate::streams::StreamId;
@@ -25,8 +24,6 @@ pub(crate) struct Owed {
     pub retain_may: bool,
     pub retained: bool,
     pub expires_at: Option<Deadline>,
-    /// It may have waited for the retained messages of its subscription, while others went on.
-    pub deferred: bool,
     pub written: bool,
 }
 
@@ -52,29 +49,6 @@ pub(crate) struct Want {
     pub failed: usize,
     /// Unsubscribed when this event was the latest: what waits may still come, nothing newer.
     pub until: u64,
-    /// The SUBSCRIBE that has no SUBACK yet: connection and packet identifier.
-    pub asked: Option<(u64, u16)>,
-    pub asked_at: Millis,
-    /// When the SUBACK was written. `None` too if its connection ended before.
-    pub suback_at: Option<Millis>,
-    /// Nothing came in between that lets live messages of the subscription overtake the retained ones.
-    pub in_order: bool,
-    /// Where live messages of the subscription were written before the retained ones: whether above
-    /// QoS 0, and the stream.
-    pub live: BTreeSet<(bool, StreamId)>,
-}
-
-/// Live messages of a subscription wait this long for the retained ones, at least.
-const WAIT: Duration = Duration::from_millis(900);
-
-/// And this long at most: until the tick behind the end of the wait.
-const WAIT_MAX: Duration = Duration::from_millis(2000);
-
-impl Want {
-    /// Whether live messages that arrive now may wait for these retained ones.
-    pub(crate) fn may_defer(&self, now: Millis) -> bool {
-        self.asked.is_some() || self.suback_at.is_some_and(|at| now <= at + WAIT_MAX)
-    }
 }
 
 /// What a connection may be sent.
@@ -90,8 +64,6 @@ pub(crate) struct Window {
     again: BTreeSet<u16>,
     /// An eviction may take the messages in flight.
     pub evicts: bool,
-    /// The time at which the session writes.
-    pub now: Millis,
 }
 
 /// One subscription, as the packets show it.
@@ -136,8 +108,6 @@ pub(crate) struct Ledger {
     /// For QoS 0, and for QoS 1 and 2, on each stream: the next entry that may be written. Streams
     /// keep no order with each other.
     next: BTreeMap<(usize, StreamId), usize>,
-    /// The same for each topic: the last entry that was written.
-    last: BTreeMap<(usize, StreamId, String), usize>,
     inflight: Vec<Flight>,
     pub wants: Vec<Want>,
     pub subs: Vec<Sub>,
@@ -206,16 +176,11 @@ impl Ledger {
     /// A connection of this session begins.
     pub(crate) fn window(&mut self, receive_max: usize) -> Window {
         self.connections += 1;
-        for want in &mut self.wants {
-            want.asked = None;
-            want.in_order = false;
-        }
         Window {
             receive_max,
             open: BTreeSet::new(),
             resent: BTreeSet::new(),
             evicts: false,
-            now: Millis::ZERO,
             again: BTreeSet::new(),
             to_resend: self
                 .inflight
@@ -248,8 +213,8 @@ impl Ledger {
         let class = usize::from(p.qos > QoS::AtMostOnce);
         let from = self.next.get(&(class, stream)).copied().unwrap_or(0);
         // A publisher may have sent it twice: the first that it can be.
-        let candidates = self.owed.iter().enumerate();
-        let candidates = candidates.filter(|(at, o)| o.key == key && (*at >= from || o.deferred));
+        let candidates = self.owed.iter().enumerate().skip(from);
+        let candidates = candidates.filter(|(_, o)| o.key == key);
         let (mut at, mut first, mut misfit) = (None, None, None);
         for (index, owed) in candidates {
             match owed.fits(version, topic, p) {
@@ -283,15 +248,11 @@ impl Ledger {
                 _ => self.replay(stream, topic, key, p),
             };
         };
-        self.is_in_order(at, class, stream)?;
-        self.goes_live(topic, (class > 0, stream), w.now);
         let owed = &mut self.owed[at];
         owed.written = true;
         // Of a message that was published twice, nobody can tell which one this is: the other may
         // have come at QoS 0 or on another stream.
-        if !owed.deferred {
-            self.next.insert((class, stream), first.unwrap_or(at) + 1);
-        }
+        self.next.insert((class, stream), first.unwrap_or(at) + 1);
         if owed.retained {
             let live = self.live.entry((topic.to_owned(), class > 0));
             live.or_default().push(Live {
@@ -302,53 +263,6 @@ impl Ledger {
             });
         }
         Ok(())
-    }
-
-    /// Messages of one topic keep their order, those too that waited for retained messages.
-    fn is_in_order(&mut self, at: usize, class: usize, stream: StreamId) -> Result<(), String> {
-        let owed = &self.owed[at];
-        // Of a message that was published twice, nobody can tell which one this is.
-        if self.owed.iter().filter(|o| o.key == owed.key).count() > 1 {
-            return Ok(());
-        }
-        let way = (class, stream, owed.topic.clone());
-        match self.last.insert(way, at) {
-            Some(last) if last > at => Err(format!(
-                "it comes behind {} on its topic [MQTT-4.6.0-5]",
-                self.owed[last].key
-            )),
-            _ => Ok(()),
-        }
-    }
-
-    /// A live message is written: notes the wants of its subscription, if there is one alone.
-    fn goes_live(&mut self, topic: &str, way: (bool, StreamId), now: Millis) {
-        let matching = |filter: &str| crate::broker::matching(filter, topic);
-        let alone = self.subs.iter().filter(|s| matching(&s.filter)).count() == 1;
-        let left = self.left.iter().any(|filter| matching(filter));
-        if !alone || left {
-            return;
-        }
-        let granted = (self.subs.iter()).any(|s| matching(&s.filter) && s.granted.is_some());
-        let mut wants = self.wants.iter_mut().filter(|w| matching(&w.filter));
-        if let (Some(want), None) = (wants.next(), wants.next())
-            && want.in_order
-            // Before the SUBACK it is a message of the subscription that the SUBSCRIBE repeats.
-            && (want.asked.is_none() || !granted)
-            && now < want.asked_at + WAIT
-        {
-            want.live.insert(way);
-        }
-    }
-
-    /// The SUBACK of a SUBSCRIBE is written.
-    pub(crate) fn answered(&mut self, link: u64, packet_id: u16, now: Millis) {
-        for want in &mut self.wants {
-            if want.asked == Some((link, packet_id)) {
-                want.asked = None;
-                want.suback_at = Some(now);
-            }
-        }
     }
 
     /// A PUBLISH above QoS 0 takes a place in the client's window.
@@ -437,21 +351,7 @@ impl Ledger {
                 "not owed, or out of order, or twice (owed and written: {known:?}) [MQTT-4.6.0-5]"
             ));
         }
-        let way = (p.qos > QoS::AtMostOnce, stream);
-        let fit = |w: &&mut Want| wants(w, topic, key);
-        let answered = |w: &&mut Want| w.asked.is_none();
-        let behind = |w: &Want| w.in_order && w.live.contains(&way);
-        let in_turn = |w: &&mut Want| w.asked.is_none() && !behind(w);
-        if self.ambiguous == 0 && !self.wants.iter_mut().filter(fit).any(|w| in_turn(&w)) {
-            if self.wants.iter_mut().filter(fit).any(|w| answered(&w)) {
-                return Err("a retained message behind a live one of its subscription".into());
-            }
-            if self.wants.iter_mut().any(|w| fit(&w)) {
-                return Err("a retained message before the SUBACK".into());
-            }
-        }
-        let found = self.wants.iter_mut().filter(fit).position(|w| in_turn(&w));
-        let want = self.wants.iter_mut().filter(fit).nth(found.unwrap_or(0));
+        let want = self.wants.iter_mut().find(|w| wants(w, topic, key));
         let Some(want) = want else {
             if self.mistaken < self.ambiguous {
                 // An earlier one was taken for this.

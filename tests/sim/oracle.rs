@@ -312,10 +312,6 @@ impl Oracle {
         let (since, until) = self.away;
         let again = until.is_none_or(|until| now < until + RECOVERY);
         self.away = (if again { since } else { now }, None);
-        // The messages that the broker keeps for the link are older than retained ones.
-        for want in self.clients.iter_mut().flat_map(|c| &mut c.ledger.wants) {
-            want.in_order = false;
-        }
     }
 
     /// The broker lost its filters: until it has them again, messages are missed.
@@ -338,7 +334,7 @@ impl Oracle {
     }
 
     /// All copies of one message arrive on the data link at once: notes what each session is owed.
-    pub(crate) fn arrives(&mut self, copies: &[Copy], now: Millis) {
+    pub(crate) fn arrives(&mut self, copies: &[Copy]) {
         let Some(first) = copies.first() else {
             return;
         };
@@ -358,9 +354,7 @@ impl Oracle {
                     c.profile.id, claim.qos, c.ledger.subs
                 ));
             }
-            let mut wants = c.ledger.wants.iter();
-            let deferred = wants.any(|w| matching(&w.filter, &first.topic) && w.may_defer(now));
-            c.ledger.owed.push(claim.owed(&key, first, deferred));
+            c.ledger.owed.push(claim.owed(&key, first));
         }
     }
 

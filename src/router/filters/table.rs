@@ -145,12 +145,7 @@ impl Table {
 
     /// Whether a filter is known.
     pub(crate) fn knows(&self, name: &str) -> bool {
-        self.numbers.known(name).is_some()
-    }
-
-    /// The filter that is this topic.
-    pub(crate) fn exact(&self, topic: &str) -> Option<FilterId> {
-        self.numbers.known(topic)
+        self.numbers.knows(name)
     }
 
     /// Whether the number meant a filter that is gone: its late messages are for nobody.

@@ -1,11 +1,15 @@
 //! Filters that brought a newer value of a topic than others that match it.
 
 use std::cell::Cell;
+use std::hash::BuildHasher;
 use std::time::Duration;
 
 use smallvec::SmallVec;
 
 use crate::hashing::LookUp;
+use crate::mqtt::Message;
+use crate::router::retained::cache::{Cache, State};
+use crate::router::types::Arrived;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -21,7 +25,7 @@ const AHEAD_FOR: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
     /// By topic, hashed.
-    pub(super) topics: LookUp<u64, Last>,
+    topics: LookUp<u64, Last>,
     /// The filters of all topics, added up.
     filters: usize,
     /// When the topics whose time has passed were last forgotten.
@@ -33,25 +37,25 @@ pub(super) struct Ahead {
 /// The last live message of a topic. Until the filters that did not bring it bring theirs, a client with
 /// both kinds must not get an older value by one of them.
 #[derive(Debug)]
-pub(super) struct Last {
-    pub(super) until: Millis,
+struct Last {
+    until: Millis,
     /// The payload, hashed.
-    pub(super) payload: u64,
+    payload: u64,
     /// The filters that brought it, sorted.
-    pub(super) by: SmallVec<[FilterId; 2]>,
+    by: SmallVec<[FilterId; 2]>,
     /// [`Ahead::events`] when it came.
-    pub(super) event: u64,
+    event: u64,
 }
 
 impl Ahead {
-    pub(super) fn forget(&mut self, topic: u64) {
+    fn forget(&mut self, topic: u64) {
         if let Some(last) = self.topics.remove(&topic) {
             self.filters -= last.by.len();
         }
     }
 
     /// Whether a message that `filters` brought can be noted.
-    pub(super) fn has_room(&mut self, filters: usize, now: Millis) -> bool {
+    fn has_room(&mut self, filters: usize, now: Millis) -> bool {
         if self.filters + filters > AHEAD_MAX && self.swept_at + AHEAD_FOR <= now {
             self.swept_at = now;
             let remaining = Cell::new(0);
@@ -65,13 +69,7 @@ impl Ahead {
         self.filters + filters <= AHEAD_MAX
     }
 
-    pub(super) fn note(
-        &mut self,
-        topic: u64,
-        payload: u64,
-        by: SmallVec<[FilterId; 2]>,
-        now: Millis,
-    ) {
+    fn note(&mut self, topic: u64, payload: u64, by: SmallVec<[FilterId; 2]>, now: Millis) {
         self.filters += by.len();
         self.events += 1;
         let last = Last {
@@ -84,12 +82,81 @@ impl Ahead {
     }
 }
 
+impl Cache {
+    /// Notes that a live message is ahead of the filters that did not bring it, and not of the others.
+    pub(super) fn note_ahead(&mut self, arrived: &Arrived, now: Millis) {
+        if self.known.is_empty() {
+            return;
+        }
+        let name = arrived.message.topic();
+        let topic = self.hasher.hash_one(name);
+        let mut by: SmallVec<[FilterId; 2]> = arrived.filters.clone();
+        by.sort_unstable();
+        let is_other = |filter: FilterId| by.binary_search(&filter).is_err();
+        // Of many filters on a topic, each is known by the copy before the next one's: the index is not
+        // searched for each.
+        let last = self.ahead.topics.get(&topic);
+        let others = last.is_some_and(|last| {
+            let mut last = last.by.iter();
+            last.any(|filter| is_other(*filter) && self.is_known(*filter))
+        }) || self.known.overlaps_any(name, is_other);
+        self.ahead.forget(topic);
+        if !others {
+            return;
+        }
+        if !self.ahead.has_room(by.len(), now) {
+            return self.forget_others(name, &by);
+        }
+        let payload = self.hasher.hash_one(arrived.message.payload());
+        self.ahead.note(topic, payload, by, now);
+    }
+
+    /// Too many topics are noted for another one: filters that match it and did not bring the message are
+    /// fetched again when asked for.
+    fn forget_others(&mut self, topic: &str, by: &[FilterId]) {
+        let mut matching: SmallVec<[FilterId; 8]> = SmallVec::new();
+        self.known.for_each_match(topic, |n| matching.push(n));
+        for number in matching {
+            if by.binary_search(&number).is_ok() {
+                continue;
+            }
+            if let Some(cached) = self.filters.get_mut(&number) {
+                cached.stale = true;
+                if cached.state == State::Complete {
+                    self.drop_filter(number);
+                }
+            }
+        }
+    }
+
+    fn is_known(&self, number: FilterId) -> bool {
+        let cached = self.filters.get(&number);
+        cached.is_some_and(|cached| cached.name.is_some())
+    }
+
+    /// Whether a newer value may have reached a session that has other subscriptions on the topic.
+    pub(super) fn is_ahead(&self, number: FilterId, message: &Message, now: Millis) -> bool {
+        if self.ahead.topics.is_empty() {
+            return false;
+        }
+        let known = self.filters.get(&number).filter(|c| c.name.is_some());
+        let last = self.ahead.topics.get(&self.topic(message));
+        let (Some(known), Some(last)) = (known, last) else {
+            return false;
+        };
+        last.until > now
+            && last.event > known.known_since
+            && last.by.binary_search(&number).is_err()
+            && last.payload != self.hasher.hash_one(message.payload())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mqtt::{Message, MessageSpec, Properties, QoS};
+    use crate::mqtt::{MessageSpec, Properties, QoS};
     use crate::router::retained::cache::tests::{arrived, complete};
-    use crate::router::retained::cache::{Cache, Cached, Requests, State};
+    use crate::router::retained::cache::{Cached, Requests};
 
     #[test]
     fn another_filter_is_ahead_until_its_own_copy_comes_or_time_passes() {

@@ -10,10 +10,9 @@ use smallvec::SmallVec;
 use crate::budget::Account;
 use crate::hashing::{LookUp, LookUpHasher, LookUpSet};
 use crate::mqtt::Message;
-use crate::router::retained::Served;
 use crate::router::retained::ahead::Ahead;
 use crate::router::retained::missed::Missed;
-use crate::router::types::{Arrived, RetainedRequest, SessionRef};
+use crate::router::types::{PendingGrant, RetainedRequest, SessionRef};
 use crate::time::Millis;
 use crate::topics::{FilterId, FilterTrie};
 
@@ -48,8 +47,6 @@ pub(super) struct Cached {
     /// [`Ahead::events`] when the filter came among the known ones.
     pub(super) known_since: u64,
     pub(super) requests: Requests,
-    /// Sessions whose live messages wait for the retained ones.
-    pub(super) waiting: Vec<SessionRef>,
     /// Fetched messages that wait for the data link: a live message of the same topic may be on its
     /// way.
     pub(super) buffered: Vec<Buffered>,
@@ -93,7 +90,6 @@ impl Cached {
             live: LookUpSet::default(),
             known_since: 0,
             requests,
-            waiting: Vec::new(),
             buffered: Vec::new(),
             handing: 0,
             ending: None,
@@ -108,7 +104,7 @@ impl Cached {
     }
 
     /// More messages may come by the fetch.
-    pub(super) fn is_awaited(&self) -> bool {
+    fn is_awaited(&self) -> bool {
         !(self.state == State::Complete || self.answered && self.buffered.is_empty())
     }
 
@@ -142,6 +138,10 @@ pub(super) struct Cache {
     pub(super) ahead: Ahead,
     /// Hashes topics and payloads.
     pub(super) hasher: LookUpHasher,
+    /// Replies that wait, by filter, each until its deadline.
+    pub(super) replies: LookUp<FilterId, Vec<(Millis, PendingGrant)>>,
+    /// The deadlines of the replies, in order.
+    pub(super) reply_by: VecDeque<(Millis, FilterId)>,
     pub(super) complete: LruCache<FilterId, (), LookUpHasher>,
     /// Fetches that clients wait for.
     pub(super) queue: VecDeque<FilterId>,
@@ -165,6 +165,8 @@ impl Cache {
             known: FilterTrie::new(),
             ahead: Ahead::default(),
             hasher: LookUpHasher::default(),
+            replies: LookUp::default(),
+            reply_by: VecDeque::new(),
             complete: LruCache::unbounded_with_hasher(LookUpHasher::default()),
             queue: VecDeque::new(),
             later: VecDeque::new(),
@@ -252,22 +254,13 @@ impl Cache {
         }
     }
 
-    /// Adds the subscriptions on a filter that have their retained messages, if no more are awaited.
-    pub(super) fn served(&mut self, number: FilterId, served: &mut Vec<Served>) {
-        let Some(cached) = self.filters.get_mut(&number) else {
-            return;
-        };
-        if cached.is_awaited() || cached.waiting.is_empty() {
-            return;
+    /// The replies of a filter, if no more messages are awaited for it.
+    pub(super) fn replies_of(&mut self, number: FilterId) -> Vec<PendingGrant> {
+        if self.replies.is_empty() || self.filters.get(&number).is_some_and(|c| c.is_awaited()) {
+            return Vec::new();
         }
-        let late = &cached.late;
-        let done = cached
-            .waiting
-            .extract_if(.., |session| !late.contains_key(session));
-        served.extend(done.map(|session| Served {
-            session,
-            filter: number,
-        }));
+        let replies = self.replies.remove(&number).unwrap_or_default();
+        replies.into_iter().map(|(_, reply)| reply).collect()
     }
 
     /// Buffers a fetched message.
@@ -334,73 +327,6 @@ impl Cache {
         released
     }
 
-    /// Notes that a live message is ahead of the filters that did not bring it, and not of the others.
-    pub(super) fn note_ahead(&mut self, arrived: &Arrived, now: Millis) {
-        if self.known.is_empty() {
-            return;
-        }
-        let name = arrived.message.topic();
-        let topic = self.hasher.hash_one(name);
-        let mut by: SmallVec<[FilterId; 2]> = arrived.filters.clone();
-        by.sort_unstable();
-        let is_other = |filter: FilterId| by.binary_search(&filter).is_err();
-        // Of many filters on a topic, each is known by the copy before the next one's: the index is not
-        // searched for each.
-        let last = self.ahead.topics.get(&topic);
-        let others = last.is_some_and(|last| {
-            let mut last = last.by.iter();
-            last.any(|filter| is_other(*filter) && self.is_known(*filter))
-        }) || self.known.overlaps_any(name, is_other);
-        self.ahead.forget(topic);
-        if !others {
-            return;
-        }
-        if !self.ahead.has_room(by.len(), now) {
-            return self.forget_others(name, &by);
-        }
-        let payload = self.hasher.hash_one(arrived.message.payload());
-        self.ahead.note(topic, payload, by, now);
-    }
-
-    /// Too many topics are noted for another one: filters that match it and did not bring the message are
-    /// fetched again when asked for.
-    fn forget_others(&mut self, topic: &str, by: &[FilterId]) {
-        let mut matching: SmallVec<[FilterId; 8]> = SmallVec::new();
-        self.known.for_each_match(topic, |n| matching.push(n));
-        for number in matching {
-            if by.binary_search(&number).is_ok() {
-                continue;
-            }
-            if let Some(cached) = self.filters.get_mut(&number) {
-                cached.stale = true;
-                if cached.state == State::Complete {
-                    self.drop_filter(number);
-                }
-            }
-        }
-    }
-
-    fn is_known(&self, number: FilterId) -> bool {
-        let cached = self.filters.get(&number);
-        cached.is_some_and(|cached| cached.name.is_some())
-    }
-
-    /// Whether a newer value may have reached a session that has other subscriptions on the topic.
-    pub(super) fn is_ahead(&self, number: FilterId, message: &Message, now: Millis) -> bool {
-        if self.ahead.topics.is_empty() {
-            return false;
-        }
-        let known = self.filters.get(&number).filter(|c| c.name.is_some());
-        let last = self.ahead.topics.get(&self.topic(message));
-        let (Some(known), Some(last)) = (known, last) else {
-            return false;
-        };
-        last.until > now
-            && last.event > known.known_since
-            && last.by.binary_search(&number).is_err()
-            && last.payload != self.hasher.hash_one(message.payload())
-    }
-
     /// Caches a message, or removes its topic if the payload is empty. Older filters make room.
     pub(super) fn put(&mut self, number: FilterId, message: &Message) {
         let (bytes_max, account) = (self.bytes_max, self.account.clone());
@@ -449,6 +375,7 @@ impl Cache {
 pub(super) mod tests {
     use super::*;
     use crate::mqtt::{MessageSpec, Properties, QoS};
+    use crate::router::types::Arrived;
 
     pub(in crate::router::retained) fn arrived(topic: &str, filters: &[FilterId]) -> Arrived {
         Arrived {

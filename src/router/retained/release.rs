@@ -11,10 +11,10 @@ use crate::topics::FilterId;
 
 use crate::router::retained::cache::{Cache, Cached, State};
 use crate::router::retained::resync::hand_missed;
-use crate::router::retained::{RetainedMessages, Served, Sources};
+use crate::router::retained::{RetainedMessages, Sources};
 use crate::router::sessions::Sessions;
 use crate::router::sessions::tally::Tally;
-use crate::router::types::RetainedRequest;
+use crate::router::types::{PendingGrant, RetainedRequest};
 
 /// How long fetched messages may wait for a data link that is away.
 const BUFFERED_FOR: Duration = Duration::from_secs(5);
@@ -26,7 +26,7 @@ impl RetainedMessages {
     }
 
     /// A barrier of a data link has passed: hands on the messages that waited for it. Returns the
-    /// subscriptions that have theirs now.
+    /// replies to send now.
     pub(crate) fn barrier_passed(
         &self,
         sessions: &Sessions,
@@ -34,7 +34,7 @@ impl RetainedMessages {
         link: usize,
         number: u64,
         now: Millis,
-    ) -> Vec<Served> {
+    ) -> Vec<PendingGrant> {
         let cache = self.cache.lock();
         if cache.buffered == 0 {
             return Vec::new();
@@ -44,14 +44,14 @@ impl RetainedMessages {
         self.release(sessions, sources, cache, &buffering, passed, now)
     }
 
-    /// Hands on messages that have waited long enough for a data link. Returns the
-    /// subscriptions that have theirs now.
-    pub(crate) fn release_late(
+    /// Hands on messages that have waited long enough for a data link. Returns the replies to send
+    /// now.
+    pub(super) fn release_late(
         &self,
         sessions: &Sessions,
         sources: &impl Sources,
         now: Millis,
-    ) -> Vec<Served> {
+    ) -> Vec<PendingGrant> {
         let cache = self.cache.lock();
         let is_late = |filter: &FilterId| {
             let ending = cache.filters.get(filter).and_then(|c| c.ending);
@@ -69,32 +69,32 @@ impl RetainedMessages {
         filters: &[FilterId],
         passed: impl Fn(usize, u64) -> bool,
         now: Millis,
-    ) -> Vec<Served> {
-        let (mut served, mut again) = (Vec::new(), false);
+    ) -> Vec<PendingGrant> {
+        let (mut replies, mut again) = (Vec::new(), false);
         for &filter in filters {
             let messages = cache.release(filter, &passed);
             hand_fetched(sessions, sources, &mut cache, filter, &messages, now);
-            again |= end_if_over(sources, &mut cache, filter, &mut served);
-            cache.served(filter, &mut served);
+            again |= end_if_over(sources, &mut cache, filter, &mut replies);
+            replies.extend(cache.replies_of(filter));
         }
         drop(cache);
         if again {
             self.waker.raise();
         }
-        served
+        replies
     }
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again. Returns
-    /// the subscriptions that have their retained messages now.
+    /// the replies to send now.
     pub(crate) fn fetch_ended(
         &self,
         sources: &impl Sources,
         filters: &[FilterId],
         complete: bool,
         now: Millis,
-    ) -> Vec<Served> {
+    ) -> Vec<PendingGrant> {
         let mut cache = self.cache.lock();
-        let (mut served, mut again) = (Vec::new(), false);
+        let (mut replies, mut again) = (Vec::new(), false);
         for &filter in filters {
             let Some(cached) = cache.filters.get_mut(&filter) else {
                 continue;
@@ -104,17 +104,17 @@ impl RetainedMessages {
             }
             if complete {
                 cached.ending = Some(now + BUFFERED_FOR);
-                again |= end_if_over(sources, &mut cache, filter, &mut served);
+                again |= end_if_over(sources, &mut cache, filter, &mut replies);
             } else {
                 drop(cache.release(filter, |_, _| true));
-                again |= end(sources, &mut cache, filter, false, &mut served);
+                again |= end(sources, &mut cache, filter, false, &mut replies);
             }
         }
         drop(cache);
         if again {
             self.waker.raise();
         }
-        served
+        replies
     }
 }
 
@@ -188,20 +188,19 @@ fn end_if_over(
     sources: &impl Sources,
     cache: &mut Cache,
     filter: FilterId,
-    served: &mut Vec<Served>,
+    replies: &mut Vec<PendingGrant>,
 ) -> bool {
     cache.filters.get(&filter).is_some_and(|c| c.is_over())
-        && end(sources, cache, filter, true, served)
+        && end(sources, cache, filter, true, replies)
 }
 
-/// Ends a fetch. The subscriptions that have their retained messages are added to `served`; those of a fetch
-/// that failed go on waiting. Returns whether the filter is to be fetched again.
+/// Ends a fetch. Returns whether the filter is to be fetched again.
 fn end(
     sources: &impl Sources,
     cache: &mut Cache,
     filter: FilterId,
     complete: bool,
-    served: &mut Vec<Served>,
+    replies: &mut Vec<PendingGrant>,
 ) -> bool {
     let Some(cached) = cache.filters.get_mut(&filter) else {
         return false;
@@ -217,9 +216,7 @@ fn end(
         cached.resync = false;
         cache.resynced(sources, filter);
     }
-    if complete {
-        cache.served(filter, served);
-    }
+    replies.extend(cache.replies_of(filter));
     let Some(cached) = cache.filters.get_mut(&filter) else {
         return false;
     };
@@ -230,14 +227,12 @@ fn end(
     }
     let mut requests = std::mem::take(&mut cached.requests);
     requests.append(&mut cached.late);
-    let waiting = std::mem::take(&mut cached.waiting);
     let (overflow, handing) = (cached.overflow, cached.handing);
     cache.drop_filter(filter);
     if requests.is_empty() && !resync {
         return false;
     }
     let mut queued = Cached::queued(requests);
-    queued.waiting = waiting;
     queued.resync = resync;
     // The callers that hand messages on count down when they have the cache again.
     queued.handing = handing;

@@ -12,9 +12,8 @@ use crate::topics::FilterId;
 use crate::router::account::{Full, Holder};
 use crate::router::handle::{ConnectionHandle, TaskWaker};
 use crate::router::sessions::shard::{SESSION_BYTES, Shard};
-use crate::router::sessions::subscriptions::request;
 use crate::router::sessions::{DueWill, PresenceChange, SessionActions, Sessions, shed};
-use crate::router::types::{Due, Peer, SessionRef};
+use crate::router::types::{Peer, SessionRef};
 
 /// An authenticated CONNECT.
 #[derive(Debug)]
@@ -147,7 +146,6 @@ impl Sessions {
         let (reference, publish_link) = (attached.session, attached.publish_link);
         actions.presence_changes.extend(attached.presence);
         actions.wills.extend(attached.will);
-        actions.retained.extend(attached.retained);
         if taken_over {
             metrics().takeovers.increment(1);
         }
@@ -269,12 +267,6 @@ impl Sessions {
         slot.taken_at = now;
         let shared = slot.session.subscriptions().iter().filter(|s| s.shared);
         let groups = shared.map(|s| s.filter).collect();
-        let incarnation = slot.session.incarnation;
-        let retained = attached
-            .retained
-            .iter()
-            .map(|due| request(session, incarnation, *due));
-        let retained = retained.collect();
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
@@ -304,7 +296,6 @@ impl Sessions {
             will,
             presence,
             groups,
-            retained,
         }
     }
 
@@ -344,7 +335,6 @@ struct Attached {
     will: Option<DueWill>,
     presence: Option<PresenceChange>,
     groups: Vec<FilterId>,
-    retained: Vec<Due>,
 }
 
 /// Ends the connection that a client identifier's session has. Returns the session's slot, and whether
@@ -401,11 +391,6 @@ pub(super) fn leave(
         ..SessionActions::default()
     };
     if let Some(slot) = shard.get(session) {
-        let incarnation = slot.session.incarnation;
-        let retained = std::mem::take(&mut ended.retained).into_iter();
-        actions.retained = retained
-            .map(|due| request(session, incarnation, due))
-            .collect();
         let publish_link = slot.publish_link;
         if let Some(will) = ended.will.take() {
             actions.wills.push(DueWill {

@@ -6,18 +6,14 @@ use std::ops::Range;
 use parking_lot::MutexGuard;
 
 use crate::mqtt::Message;
-use crate::session::{
-    Deferral, Delivered, Incarnation, Offer, Primary, Session, SessionLimits, WaitingMax, hides,
-};
+use crate::session::{Delivered, Incarnation, Offer, Primary, Session, SessionLimits, hides};
 use crate::time::Millis;
 use crate::topics::{FilterId, matches};
 
 use crate::router::lost::Loss;
 use crate::router::sessions::Sessions;
-use crate::router::sessions::accounts::Accounts;
 use crate::router::sessions::primaries::{Primaries, Sought};
 use crate::router::sessions::shard::Shard;
-use crate::router::sessions::slot::Slot;
 use crate::router::sessions::tally::Tally;
 use crate::router::types::{Arrived, RetainedRequest, SessionRef};
 
@@ -46,12 +42,6 @@ impl Source {
 
 /// Deliveries after which a shard's lock is offered to others.
 const CHUNK: usize = 512;
-
-/// Live messages that may wait for retained ones in all sessions of a shard.
-const WAITING_MAX: WaitingMax = WaitingMax {
-    messages: 4096,
-    bytes: 1024 * 1024,
-};
 
 /// A message that came by one filter.
 #[derive(Clone, Copy, Debug)]
@@ -140,12 +130,7 @@ impl Sessions {
     /// Ends the sessions whose queue is full, and brings the accounts in line.
     fn end_noted(&self, shard: &mut Shard, now: Millis, tally: &mut Tally) {
         self.charge(shard);
-        self.end_all_full(shard, std::mem::take(&mut tally.ended), now);
-    }
-
-    /// Ends sessions whose queue is full, named by slot and slot version.
-    pub(super) fn end_all_full(&self, shard: &mut Shard, full: Vec<(u32, u32)>, now: Millis) {
-        for (at, slot_version) in full {
+        for (at, slot_version) in std::mem::take(&mut tally.ended) {
             let slot = shard.slots.get(at as usize);
             if slot.is_some_and(|s| s.slot_version == slot_version) {
                 self.end_full(shard, at, now);
@@ -302,11 +287,7 @@ impl Shard {
                 stream: slot.session.stream_of(filter),
                 fetched: source == Source::Fetched,
             };
-            let at = (member.slot, filter);
-            let outcome = match member.waits || member.overlaps {
-                true => offer_in_turn(accounts, slot, at, limits, now, &offer, tally),
-                false => accounts.offer(slot, member.slot, limits, now, &offer, tally),
-            };
+            let outcome = accounts.offer(slot, member.slot, limits, now, &offer, tally);
             if outcome == Delivered::EndSession {
                 tally.ended.push((member.slot, slot.slot_version));
             }
@@ -393,8 +374,7 @@ impl Shard {
                 stream: slot.session.stream_of(primary.filter),
                 fetched: source == Source::Fetched,
             };
-            let (accounts, by) = (&mut self.accounts, (at, primary.filter));
-            let outcome = offer_in_turn(accounts, slot, by, limits, now, &offer, tally);
+            let outcome = (self.accounts).offer(slot, at, limits, now, &offer, tally);
             if outcome == Delivered::EndSession {
                 tally.ended.push((at, slot.slot_version));
             }
@@ -422,30 +402,6 @@ fn primary_by(
         return None;
     }
     known.whole(sought, doubted, loss_of, identifiers)
-}
-
-/// Offers a message to one session, by slot, for its subscription on a filter, behind the retained
-/// messages of this subscription. The caller ends the session where the outcome says so.
-fn offer_in_turn(
-    accounts: &mut Accounts,
-    slot: &mut Slot,
-    (at, filter): (u32, FilterId),
-    limits: &SessionLimits,
-    now: Millis,
-    offer: &Offer<'_>,
-    tally: &mut Tally,
-) -> Delivered {
-    match slot.session.defer(filter, offer, WAITING_MAX) {
-        Deferral::Due => {}
-        Deferral::Waits => {
-            accounts.charge(slot);
-            return Delivered::Queued;
-        }
-        Deferral::Full(waiting) => {
-            (slot.session).end_wait(waiting, limits, now, &mut accounts.output);
-        }
-    }
-    accounts.offer(slot, at, limits, now, offer, tally)
 }
 
 #[cfg(test)]

@@ -16,8 +16,6 @@ pub(in crate::router) struct Member {
     pub no_local: bool,
     pub retain_as_published: bool,
     pub overlaps: bool,
-    /// Its messages may have to wait for retained ones.
-    pub waits: bool,
     /// See [`Subscription::wild_below`].
     pub wild_below: Option<NonZeroU16>,
 }
@@ -29,29 +27,18 @@ pub(in crate::router) struct Members(SmallVec<[Member; 2]>);
 impl Members {
     /// Brings a member in line with its subscription.
     pub(crate) fn join(&mut self, slot: u32, s: &Subscription) {
-        let mut member = Member {
+        let member = Member {
             slot,
             identifier: s.identifier,
             qos: s.active.then_some(s.options.qos),
             no_local: s.options.no_local,
             retain_as_published: s.options.retain_as_published,
             overlaps: s.overlaps > 0,
-            waits: false,
             wild_below: s.wild_below,
         };
         match self.0.binary_search_by_key(&slot, |m| m.slot) {
-            Ok(at) => {
-                member.waits = self.0[at].waits;
-                self.0[at] = member;
-            }
+            Ok(at) => self.0[at] = member,
             Err(at) => self.0.insert(at, member),
-        }
-    }
-
-    /// Notes whether a member's messages may have to wait for retained ones.
-    pub(crate) fn set_waits(&mut self, slot: u32, waits: bool) {
-        if let Ok(at) = self.0.binary_search_by_key(&slot, |m| m.slot) {
-            self.0[at].waits = waits;
         }
     }
 

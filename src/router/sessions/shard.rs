@@ -2,7 +2,7 @@
 //!
 //! A shard is only touched under its mutex, for a short time, never over an await.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use slab::Slab;
 
 use crate::hashing::LookUp;
 use crate::router::account::{Holder, SessionAccount};
-use crate::session::{Ended, Session, SessionKey, Unsubscribed, WaitingTotal};
+use crate::session::{Ended, Session, SessionKey, Unsubscribed};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -46,11 +46,6 @@ pub(in crate::router) struct Shard {
     pub(super) lost: Arc<Lost>,
     /// Filters that sessions gave up, until overlapping ones have taken over from them.
     pub handovers: Handovers,
-    /// Live messages that wait for retained ones, in all sessions.
-    pub waiting: Arc<WaitingTotal>,
-    /// Subscriptions whose live messages wait for retained ones, with the time of the end: slot, slot
-    /// version and filter. In the order of the times, since all wait equally long.
-    pub waits: VecDeque<(Millis, u32, u32, FilterId)>,
 }
 
 impl Shard {
@@ -72,8 +67,6 @@ impl Shard {
             identifiers: Vec::new(),
             lost,
             handovers: Handovers::default(),
-            waiting: Arc::default(),
-            waits: VecDeque::new(),
         }
     }
 

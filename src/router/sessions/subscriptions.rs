@@ -2,30 +2,21 @@
 //! are answered. Each method takes the lock of the session's shard once.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::mqtt::{QoS, ReasonCode};
-use crate::session::{
-    CloseReason, Incarnation, RetainedDue, SUBSCRIPTION_BYTES, Session, Subscription,
-};
-use crate::time::Millis;
+use crate::session::{CloseReason, Incarnation, SUBSCRIPTION_BYTES, Session, Subscription};
 use crate::topics::{FilterId, has_wildcard, overlaps};
 
 use crate::router::account::Full;
 use crate::router::handle::ConnectionHandle;
+use crate::router::sessions::Sessions;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::slot::Slot;
-use crate::router::sessions::{Sessions, shed};
 use crate::router::types::{
-    Answer, Due, Grant, OverlappingFilters, PendingGrant, RetainedRequest, SessionRef,
-    SubscribeRef, Subscriber,
+    Grant, OverlappingFilters, PendingGrant, RetainedRequest, SubscribeRef, Subscriber,
 };
-
-/// How long the live messages of a subscription wait for the retained ones, beside the time to the next
-/// tick.
-const WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Up to this number, each of a session's subscriptions is looked for alone.
 const REJOINED_SINGLY_MAX: usize = 8;
@@ -36,10 +27,8 @@ pub(in crate::router) struct Joined {
     pub incarnation: Incarnation,
     /// It replaced a subscription on the same filter.
     pub replaced: bool,
-    /// Retained messages are to follow the SUBACK.
+    /// Retained messages are to follow the grant.
     pub retained: bool,
-    /// Retained messages that are to follow now, because the SUBACK is written.
-    pub due: Vec<Due>,
     /// Overlapping subscriptions that became active since the filter was admitted.
     pub late: Vec<FilterId>,
     /// The client has been answered.
@@ -69,11 +58,12 @@ pub(in crate::router) enum Counts {
 /// A filter that was granted to a client.
 #[derive(Debug)]
 pub(in crate::router) struct Granted {
-    /// The client's active subscriptions that overlap it, if they have to be raised: the client has not
-    /// been answered.
+    /// The client's active subscriptions that overlap it, if they have to be raised.
     pub overlapping: Vec<FilterId>,
-    /// Retained messages that are to follow now, because the SUBACK is written.
-    pub due: Vec<Due>,
+    /// The request for its retained messages, if they are to follow.
+    pub retained: Option<RetainedRequest>,
+    /// The client has been answered.
+    pub answered: bool,
 }
 
 /// A subscription that counts from now on, and overlaps others of its session.
@@ -139,8 +129,7 @@ impl Sessions {
 
     /// Puts a subscription in force for its session. If it has a confirmed grant it is active at once;
     /// if nothing else has to come first, the client is answered. `raised` are the overlapping
-    /// subscriptions from before. Where retained messages are to follow, its live messages wait for them
-    /// from now on.
+    /// subscriptions from before.
     ///
     /// # Errors
     /// [`Unjoined`]; nothing changed.
@@ -150,7 +139,6 @@ impl Sessions {
         mut new: Subscription,
         grant: Option<Grant>,
         raised: &OverlappingFilters,
-        now: Millis,
     ) -> Result<Joined, Unjoined> {
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
@@ -192,37 +180,22 @@ impl Sessions {
             incarnation,
             replaced,
             retained,
-            due: Vec::new(),
             late,
             answered: false,
         };
+        // A member of a group is answered once it has joined the group.
+        let complete = grant.filter(|g| g.behind.is_none());
+        let complete = complete.filter(|_| !shared && !retained && joined.late.is_empty());
+        let waking = complete.and_then(|grant| {
+            joined.answered = true;
+            let answer = (subscribe.index, ReasonCode(grant.qos as u8));
+            let slot = shard.slots.get_mut(at as usize)?;
+            answer_to(slot, subscribe.packet_id, &[answer])
+        });
         if !shared {
             shard.rejoin_with(at, filter, &added.newly_overlapping);
         }
         shard.hold(at);
-        if retained && grant.is_some_and(|g| g.confirmed) {
-            shard.begin_wait(at, filter, now);
-        }
-        // A member of a group is answered once it has joined the group.
-        let complete = grant.filter(|g| g.behind.is_none());
-        let complete = complete.filter(|_| !shared && joined.late.is_empty());
-        let waking = complete.and_then(|grant| {
-            joined.answered = true;
-            let answer = Answer {
-                index: subscribe.index,
-                code: ReasonCode(grant.qos as u8),
-                retained: retained.then_some(filter),
-            };
-            let session = subscribe.session;
-            let slot = shard.slots.get_mut(at as usize)?;
-            answer_to(
-                slot,
-                session,
-                subscribe.packet_id,
-                &[answer],
-                &mut joined.due,
-            )
-        });
         drop(shard);
         if let Some(waking) = waking {
             waking.wake();
@@ -231,13 +204,13 @@ impl Sessions {
     }
 
     /// A client's filter is granted. The client is answered, unless overlapping subscriptions have to be
-    /// raised first, with `raise`. `None`: another session has taken the place of this one.
+    /// raised first, with `raise`, or retained messages have to be sent. `None`: another session has
+    /// taken the place of this one.
     pub(crate) fn grant(
         &self,
         grant: &PendingGrant,
         counts: Counts,
         raise: bool,
-        now: Millis,
     ) -> Option<Granted> {
         let subscribe = &grant.subscribe;
         let at = subscribe.session.slot;
@@ -254,56 +227,48 @@ impl Sessions {
             true => shard.active_overlapping(at, grant.filter, grant.qos),
             false => Vec::new(),
         };
+        let slot = shard.incarnation(grant)?;
+        let subscription = slot.session.subscription(grant.filter);
+        let retained = subscription.filter(|_| grant.retained);
+        let retained = retained.map(|s| RetainedRequest {
+            session: subscribe.session,
+            incarnation: grant.incarnation,
+            qos: grant.qos,
+            identifier: s.identifier,
+        });
+        let answered = overlapping.is_empty() && retained.is_none();
+        let mut waking = None;
+        if answered && slot.session.connection_no() == subscribe.connection_no {
+            let answer = (subscribe.index, ReasonCode(grant.qos as u8));
+            waking = answer_to(slot, subscribe.packet_id, &[answer]);
+        }
         if let Counts::FromNow { .. } = counts {
             shard.update_member(at, grant.filter);
-            // A later connection of the client has not asked for retained messages.
-            let slot = shard.incarnation(grant)?;
-            if grant.retained && slot.session.connection_no() == subscribe.connection_no {
-                shard.begin_wait(at, grant.filter, now);
-            }
-        }
-        let mut due = Vec::new();
-        let mut waking = None;
-        if overlapping.is_empty() {
-            let answer = Answer {
-                index: subscribe.index,
-                code: ReasonCode(grant.qos as u8),
-                retained: grant.retained.then_some(grant.filter),
-            };
-            let slot = shard.incarnation(grant)?;
-            waking = answer_on(slot, subscribe, &[answer], &mut due);
         }
         drop(shard);
         if let Some(waking) = waking {
             waking.wake();
         }
-        Some(Granted { overlapping, due })
+        Some(Granted {
+            overlapping,
+            retained,
+            answered,
+        })
     }
 
-    /// A client's filter is refused: its subscription goes, and the client is answered. Returns whether
-    /// there was a subscription, and the retained messages of other filters that are to follow now.
-    pub(crate) fn refuse(
-        &self,
-        grant: &PendingGrant,
-        code: ReasonCode,
-        now: Millis,
-    ) -> (bool, Vec<Due>) {
+    /// A client's filter is refused: its subscription goes, and the client is answered. Whether there
+    /// was a subscription.
+    pub(crate) fn refuse(&self, grant: &PendingGrant, code: ReasonCode) -> bool {
         let subscribe = &grant.subscribe;
-        let mut due = Vec::new();
         let mut shard = self.shard(subscribe.session.shard);
-        if shard.incarnation(grant).is_some() {
-            self.end_wait_in(&mut shard, subscribe.session, grant.filter, now);
-        }
         let Some(slot) = shard.incarnation(grant) else {
-            return (false, due);
+            return false;
         };
         let removed = slot.session.remove_subscription(grant.filter).is_some();
-        let answer = Answer {
-            index: subscribe.index,
-            code,
-            retained: None,
-        };
-        let waking = answer_on(slot, subscribe, &[answer], &mut due);
+        let mut waking = None;
+        if slot.session.connection_no() == subscribe.connection_no {
+            waking = answer_to(slot, subscribe.packet_id, &[(subscribe.index, code)]);
+        }
         if removed {
             shard.leave(subscribe.session.slot, grant.filter);
             shard.hold(subscribe.session.slot);
@@ -312,20 +277,12 @@ impl Sessions {
         if let Some(waking) = waking {
             waking.wake();
         }
-        (removed, due)
+        removed
     }
 
     /// Takes away a subscription of the session that sent a SUBSCRIBE. Whether there was one.
-    pub(crate) fn end_subscription(
-        &self,
-        subscribe: &SubscribeRef,
-        filter: FilterId,
-        now: Millis,
-    ) -> bool {
+    pub(crate) fn end_subscription(&self, subscribe: &SubscribeRef, filter: FilterId) -> bool {
         let mut shard = self.shard(subscribe.session.shard);
-        if shard.subscriber(subscribe).is_some() {
-            self.end_wait_in(&mut shard, subscribe.session, filter, now);
-        }
         let slot = shard.subscriber(subscribe);
         let ended = slot.and_then(|slot| slot.session.remove_subscription(filter));
         if ended.is_some() {
@@ -335,69 +292,24 @@ impl Sessions {
         ended.is_some()
     }
 
-    /// Writes the outcome of filters of one SUBSCRIBE. Returns the retained messages that are to follow
-    /// now.
-    pub(crate) fn answer_all(&self, subscribe: &SubscribeRef, answers: &[Answer]) -> Vec<Due> {
-        let mut due = Vec::new();
+    /// Writes the outcome of one filter of a SUBSCRIBE.
+    pub(crate) fn answer(&self, subscribe: &SubscribeRef, code: ReasonCode) {
+        self.answer_all(subscribe, &[(subscribe.index, code)]);
+    }
+
+    /// Writes the outcome of filters of one SUBSCRIBE: their places in it, and the reason codes.
+    pub(crate) fn answer_all(&self, subscribe: &SubscribeRef, answers: &[(u16, ReasonCode)]) {
         if answers.is_empty() {
-            return due;
+            return;
         }
         let mut shard = self.shard(subscribe.session.shard);
         let slot = shard.get(subscribe.session);
-        let waking = slot.and_then(|slot| answer_on(slot, subscribe, answers, &mut due));
+        // Another connection's SUBSCRIBE may have the same packet identifier.
+        let slot = slot.filter(|s| s.session.connection_no() == subscribe.connection_no);
+        let waking = slot.and_then(|slot| answer_to(slot, subscribe.packet_id, answers));
         drop(shard);
         if let Some(waking) = waking {
             waking.wake();
-        }
-        due
-    }
-
-    /// The retained messages of a subscription have been sent: its live messages wait no longer.
-    pub(crate) fn end_wait(&self, session: SessionRef, filter: FilterId, now: Millis) {
-        let mut shard = self.shard(session.shard);
-        self.end_wait_in(&mut shard, session, filter, now);
-    }
-
-    /// Ends the waits of a shard that have taken long enough.
-    pub(crate) fn end_late_waits(&self, shard: &mut Shard, now: Millis) {
-        while let Some(&(until, at, slot_version, filter)) = shard.waits.front()
-            && until <= now
-        {
-            shard.waits.pop_front();
-            let session = SessionRef {
-                shard: shard.number,
-                slot: at,
-                slot_version,
-            };
-            let slot = shard.get(session);
-            if slot.is_some_and(|slot| slot.session.has_waited(filter, now)) {
-                self.end_wait_in(shard, session, filter, now);
-            }
-        }
-    }
-
-    fn end_wait_in(&self, shard: &mut Shard, session: SessionRef, filter: FilterId, now: Millis) {
-        let waits = shard.get(session).is_some_and(|s| s.session.waits(filter));
-        let Shard {
-            slots,
-            members,
-            accounts,
-            ..
-        } = &mut *shard;
-        let slot = slots.get_mut(session.slot as usize);
-        let Some(slot) = slot.filter(|_| waits) else {
-            return;
-        };
-        (slot.session).end_wait(filter, &self.limits, now, &mut accounts.output);
-        shed(slot);
-        let wakes = !std::mem::replace(&mut slot.woken, true);
-        let handle = slot.handle.clone().filter(|_| wakes);
-        if let Some(members) = members.get_mut(&filter) {
-            members.set_waits(session.slot, false);
-        }
-        self.settle(shard, session.slot);
-        if let Some(handle) = handle {
-            handle.raise();
         }
     }
 
@@ -424,20 +336,6 @@ impl Shard {
     fn incarnation(&mut self, grant: &PendingGrant) -> Option<&mut Slot> {
         self.get(grant.subscribe.session)
             .filter(|slot| slot.session.incarnation == grant.incarnation)
-    }
-
-    /// The live messages of a subscription wait for the retained ones from now on.
-    fn begin_wait(&mut self, slot: u32, filter: FilterId, now: Millis) {
-        let until = now + WAIT_MAX;
-        let (waiting, Some(s)) = (&self.waiting, self.slots.get_mut(slot as usize)) else {
-            return;
-        };
-        if s.session.begin_wait(filter, until, waiting)
-            && let Some(members) = self.members.get_mut(&filter)
-        {
-            members.set_waits(slot, true);
-            self.waits.push_back((until, slot, s.slot_version, filter));
-        }
     }
 
     /// Puts the members in line with a new subscription of a session, and with others whose overlap marks
@@ -539,75 +437,13 @@ fn active_overlapping(
     found
 }
 
-/// Writes the outcome of filters of a SUBSCRIBE, if the connection that sent it is the current one.
-/// The retained messages that are to follow now are added to `due`.
-fn answer_on(
-    slot: &mut Slot,
-    subscribe: &SubscribeRef,
-    answers: &[Answer],
-    due: &mut Vec<Due>,
-) -> Option<Waking> {
-    let session = subscribe.session;
-    // Another connection's SUBSCRIBE may have the same packet identifier.
-    if slot.session.connection_no() == subscribe.connection_no {
-        return answer_to(slot, session, subscribe.packet_id, answers, due);
-    }
-    let retained = answers
-        .iter()
-        .filter_map(|answer| retained_due(slot, answer));
-    let retained: Vec<RetainedDue> = retained.collect();
-    let incarnation = slot.session.incarnation;
-    due.extend(
-        retained
-            .into_iter()
-            .map(|r| request(session, incarnation, r)),
-    );
-    None
-}
-
-/// The request that follows a SUBACK.
-pub(super) fn request(session: SessionRef, incarnation: Incarnation, due: RetainedDue) -> Due {
-    let request = RetainedRequest {
-        session,
-        incarnation,
-        qos: due.qos,
-        identifier: due.identifier,
-    };
-    (due.filter, request)
-}
-
-fn retained_due(slot: &mut Slot, answer: &Answer) -> Option<RetainedDue> {
-    let filter = answer.retained?;
-    Some(RetainedDue {
-        filter,
-        qos: QoS::from_u8(answer.code.0)?,
-        identifier: slot.session.subscription(filter)?.identifier,
-    })
-}
-
-/// Writes the outcome of filters of a SUBSCRIBE into the connection's output. The retained messages that
-/// are to follow now are added to `due`.
-fn answer_to(
-    slot: &mut Slot,
-    session: SessionRef,
-    packet_id: u16,
-    answers: &[Answer],
-    due: &mut Vec<Due>,
-) -> Option<Waking> {
+/// Writes the outcome of filters of a SUBSCRIBE into the connection's output.
+fn answer_to(slot: &mut Slot, packet_id: u16, answers: &[(u16, ReasonCode)]) -> Option<Waking> {
     let mut end = None;
-    let incarnation = slot.session.incarnation;
-    let unanswered = slot.session.subscribes_unanswered();
-    for answer in answers {
-        let retained = retained_due(slot, answer);
-        let (index, code) = (answer.index, answer.code);
-        match slot.session.subscribed(packet_id, index, code, retained) {
-            Ok(now) => due.extend(now.into_iter().map(|r| request(session, incarnation, r))),
-            Err(reason) => end = Some(reason),
+    for (index, code) in answers {
+        if let Err(reason) = slot.session.subscribed(packet_id, *index, *code) {
+            end = Some(reason);
         }
-    }
-    if end.is_none() && slot.session.subscribes_unanswered() == unanswered {
-        // Other filters of the SUBSCRIBE are not answered yet.
-        return None;
     }
     slot.woken = true;
     let handle = slot.handle.clone()?;

@@ -123,7 +123,7 @@ impl Sessions {
                 } else {
                     totals.detached += 1;
                 }
-                totals.queue_messages += slot.session.queued();
+                totals.queue_messages += slot.session.outbound().queued();
             }
         }
         totals
@@ -149,7 +149,7 @@ fn info(slot: &Slot) -> SessionInfo {
                 identifier: s.identifier,
             })
             .collect(),
-        queue_messages: session.queued(),
+        queue_messages: session.outbound().queued(),
         queue_bytes: session.outbound().queued_bytes(),
         in_flight: session.outbound().in_flight(),
         publishes_waiting: session.publishes_waiting(),

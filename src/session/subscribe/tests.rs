@@ -196,9 +196,9 @@ fn a_repeated_filter_is_requested_once_and_answered_everywhere() {
         .map(|w| (w.index, &*w.filter, w.options.qos));
     assert_eq!(seen.collect::<Vec<_>>(), [(0, "a", ONE), (3, "b", ONE)]);
     assert_eq!(asked, 3);
-    session.subscribed(1, 0, ReasonCode(1), None).expect("told");
+    session.subscribed(1, 0, ReasonCode(1)).expect("told");
     assert!(codes(&mut session).is_empty(), "b is not answered yet");
-    session.subscribed(1, 3, ReasonCode(1), None).expect("told");
+    session.subscribed(1, 3, ReasonCode(1)).expect("told");
     // None is granted more than it asked for.
     assert_eq!(codes(&mut session), [0, 0x87, 1, 1, 0x87, 1]);
 }
@@ -209,7 +209,7 @@ fn a_repeated_filter_that_is_refused_is_refused_everywhere() {
     let filters = [("a", options(ZERO, 0)), ("a", options(ONE, 0))];
     subscribe(&mut session, &filters, &limits(10));
     let refused = ReasonCode::QUOTA_EXCEEDED;
-    session.subscribed(1, 0, refused, None).expect("told");
+    session.subscribed(1, 0, refused).expect("told");
     assert_eq!(codes(&mut session), [0x97, 0x97]);
 }
 
@@ -240,7 +240,7 @@ fn a_subscribe_with_more_filters_than_can_be_counted_is_answered_whole() {
     filters.push(("a", options(ONE, 0)));
     let (requests, asked) = subscribe(&mut session, &filters, &limits(10));
     assert_eq!((requests.len(), asked), (1, 1));
-    session.subscribed(1, 0, ReasonCode(1), None).expect("told");
+    session.subscribed(1, 0, ReasonCode(1)).expect("told");
     let codes = codes(&mut session);
     assert_eq!(codes.len(), filters.len());
     let granted = codes.iter().filter(|c| **c == 1).count();

@@ -22,8 +22,8 @@ use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
 
 use crate::upstream::link::common::{
-    FILTERS_IN_PACKET, RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_exact,
-    is_probe, next_id, unsubscribe_bytes,
+    RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_probe, next_id,
+    unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::exactly_once::ExactlyOnce;
@@ -36,6 +36,8 @@ use crate::upstream::role::Role;
 const REQUESTS_MAX: usize = 1000;
 /// Filters that are taken from the router at once.
 const FILTERS_AT_ONCE: usize = 200;
+/// Filters in one packet where the broker has no identifiers. AWS IoT Core takes no more.
+const FILTERS_IN_PACKET: usize = 8;
 /// Up to this number of identifiers of a message, each is compared with those before it.
 const COMPARED_MAX: usize = 32;
 /// The least time between two writes. Only the broker itself waits for acknowledgements.
@@ -265,6 +267,12 @@ impl DataLink {
     }
 
     fn subscribe(&mut self, out: &mut Vec<u8>) {
+        // An identifier names one filter, so that each filter has a packet of its own.
+        let in_packet = if self.identifiers {
+            1
+        } else {
+            FILTERS_IN_PACKET
+        };
         self.trying &= !self.requests.is_empty();
         while !self.trying && self.requests.len() < REQUESTS_MAX {
             let room = REQUESTS_MAX - self.requests.len();
@@ -274,15 +282,7 @@ impl DataLink {
             if wanted.is_empty() {
                 break;
             }
-            // In their order: the answer for one filter stands for the answers before it.
-            for run in wanted.chunk_by(|a, b| is_exact(&a.name) == is_exact(&b.name)) {
-                // The identifier of a filter with wildcards names that one, so it has a packet of its own.
-                let in_packet = match self.identifiers && !is_exact(&run[0].name) {
-                    true => 1,
-                    false => FILTERS_IN_PACKET,
-                };
-                self.send_subscribes(run, in_packet, out);
-            }
+            self.send_subscribes(&wanted, in_packet, out);
         }
         if self.requests.is_empty() {
             let suspects = self.router.next_suspects(self.link);
@@ -299,11 +299,9 @@ impl DataLink {
     ) {
         for these in in_packets(wanted, in_packet, |w| w.name.len()) {
             let id = self.free_id();
-            let named_by = match is_exact(&these[0].name) {
-                true => FilterId::EXACT,
-                false => these[0].filter,
-            };
-            let identifier = self.identifiers.then(|| named_by.subscription_identifier());
+            let identifier = self
+                .identifiers
+                .then(|| these[0].filter.subscription_identifier());
             let filters = these
                 .iter()
                 .map(|w| (&*w.name, options(w.qos, self.keeps_retain)));
