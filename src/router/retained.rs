@@ -7,6 +7,7 @@
 mod ahead;
 mod cache;
 mod missed;
+mod newer;
 mod release;
 mod resync;
 

@@ -1,31 +1,27 @@
 //! Filters that brought a newer value of a topic than others that match it.
 
 use std::cell::Cell;
-use std::hash::BuildHasher;
 use std::time::Duration;
 
 use smallvec::SmallVec;
 
 use crate::hashing::LookUp;
-use crate::mqtt::Message;
-use crate::router::retained::cache::{Cache, State};
-use crate::router::types::Arrived;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
 /// Topics on which some filter is ahead of a known one, at most, each counted with every filter that
 /// brought its message.
-const AHEAD_MAX: usize = 100_000;
+pub(super) const AHEAD_MAX: usize = 100_000;
 
 /// How long a filter counts as ahead of another: longer than the data links are apart. The caches of
 /// a link's filters are emptied when it is lost.
-const AHEAD_FOR: Duration = Duration::from_secs(5);
+pub(super) const AHEAD_FOR: Duration = Duration::from_secs(5);
 
 /// The last live messages of topics with a known filter that did not bring them.
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
     /// By topic, hashed.
-    topics: LookUp<u64, Last>,
+    pub(super) topics: LookUp<u64, Last>,
     /// The filters of all topics, added up.
     filters: usize,
     /// When the topics whose time has passed were last forgotten.
@@ -37,25 +33,26 @@ pub(super) struct Ahead {
 /// The last live message of a topic. Until the filters that did not bring it bring theirs, a client with
 /// both kinds must not get an older value by one of them.
 #[derive(Debug)]
-struct Last {
-    until: Millis,
+pub(super) struct Last {
+    /// Until when it counts.
+    pub(super) until: Millis,
     /// The payload, hashed.
-    payload: u64,
+    pub(super) payload: u64,
     /// The filters that brought it, sorted.
-    by: SmallVec<[FilterId; 2]>,
+    pub(super) by: SmallVec<[FilterId; 2]>,
     /// [`Ahead::events`] when it came.
-    event: u64,
+    pub(super) event: u64,
 }
 
 impl Ahead {
-    fn forget(&mut self, topic: u64) {
+    pub(super) fn forget(&mut self, topic: u64) {
         if let Some(last) = self.topics.remove(&topic) {
             self.filters -= last.by.len();
         }
     }
 
     /// Whether a message that `filters` brought can be noted.
-    fn has_room(&mut self, filters: usize, now: Millis) -> bool {
+    pub(super) fn has_room(&mut self, filters: usize, now: Millis) -> bool {
         if self.filters + filters > AHEAD_MAX && self.swept_at + AHEAD_FOR <= now {
             self.swept_at = now;
             let remaining = Cell::new(0);
@@ -69,7 +66,13 @@ impl Ahead {
         self.filters + filters <= AHEAD_MAX
     }
 
-    fn note(&mut self, topic: u64, payload: u64, by: SmallVec<[FilterId; 2]>, now: Millis) {
+    pub(super) fn note(
+        &mut self,
+        topic: u64,
+        payload: u64,
+        by: SmallVec<[FilterId; 2]>,
+        now: Millis,
+    ) {
         self.filters += by.len();
         self.events += 1;
         let last = Last {
@@ -79,169 +82,5 @@ impl Ahead {
             event: self.events,
         };
         self.topics.insert(topic, last);
-    }
-}
-
-impl Cache {
-    /// Notes that a live message is ahead of the filters that did not bring it, and not of the others.
-    pub(super) fn note_ahead(&mut self, arrived: &Arrived, now: Millis) {
-        if self.known.is_empty() {
-            return;
-        }
-        let name = arrived.message.topic();
-        let topic = self.hasher.hash_one(name);
-        let mut by: SmallVec<[FilterId; 2]> = arrived.filters.clone();
-        by.sort_unstable();
-        let is_other = |filter: FilterId| by.binary_search(&filter).is_err();
-        // Of many filters on a topic, each is known by the copy before the next one's: the index is not
-        // searched for each.
-        let last = self.ahead.topics.get(&topic);
-        let others = last.is_some_and(|last| {
-            let mut last = last.by.iter();
-            last.any(|filter| is_other(*filter) && self.is_known(*filter))
-        }) || self.known.overlaps_any(name, is_other);
-        self.ahead.forget(topic);
-        if !others {
-            return;
-        }
-        if !self.ahead.has_room(by.len(), now) {
-            return self.forget_others(name, &by);
-        }
-        let payload = self.hasher.hash_one(arrived.message.payload());
-        self.ahead.note(topic, payload, by, now);
-    }
-
-    /// Too many topics are noted for another one: filters that match it and did not bring the message are
-    /// fetched again when asked for.
-    fn forget_others(&mut self, topic: &str, by: &[FilterId]) {
-        let mut matching: SmallVec<[FilterId; 8]> = SmallVec::new();
-        self.known.for_each_match(topic, |n| matching.push(n));
-        for number in matching {
-            if by.binary_search(&number).is_ok() {
-                continue;
-            }
-            if let Some(cached) = self.filters.get_mut(&number) {
-                cached.stale = true;
-                if cached.state == State::Complete {
-                    self.drop_filter(number);
-                }
-            }
-        }
-    }
-
-    fn is_known(&self, number: FilterId) -> bool {
-        let cached = self.filters.get(&number);
-        cached.is_some_and(|cached| cached.name.is_some())
-    }
-
-    /// Whether a newer value may have reached a session that has other subscriptions on the topic.
-    pub(super) fn is_ahead(&self, number: FilterId, message: &Message, now: Millis) -> bool {
-        if self.ahead.topics.is_empty() {
-            return false;
-        }
-        let known = self.filters.get(&number).filter(|c| c.name.is_some());
-        let last = self.ahead.topics.get(&self.topic(message));
-        let (Some(known), Some(last)) = (known, last) else {
-            return false;
-        };
-        last.until > now
-            && last.event > known.known_since
-            && last.by.binary_search(&number).is_err()
-            && last.payload != self.hasher.hash_one(message.payload())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::mqtt::{MessageSpec, Properties, QoS};
-    use crate::router::retained::cache::tests::{arrived, complete};
-    use crate::router::retained::cache::{Cached, Requests};
-
-    #[test]
-    fn another_filter_is_ahead_until_its_own_copy_comes_or_time_passes() {
-        let mut cache = complete();
-        let older = arrived("a/b", &[FilterId(7)]).message.clone();
-        cache.note_ahead(&arrived("a/b", &[FilterId(9)]), Millis::ZERO);
-        assert!(
-            !cache.is_ahead(FilterId(7), &older, Millis::ZERO),
-            "it says the same"
-        );
-        let mut newer = arrived("a/b", &[FilterId(9)]);
-        newer.message = Message::new(&MessageSpec {
-            topic: "a/b",
-            properties: Properties::default(),
-            payload: b"y",
-            qos: QoS::AtLeastOnce,
-            retain: true,
-            expires_at: None,
-            strip_key: None,
-            account: None,
-        });
-        cache.note_ahead(&newer, Millis::ZERO);
-        assert!(cache.is_ahead(FilterId(7), &older, Millis::ZERO));
-        assert!(!cache.is_ahead(FilterId(7), &older, Millis::ZERO + AHEAD_FOR));
-        newer.filters = [FilterId(7)].as_slice().into();
-        cache.note_ahead(&newer, Millis::ZERO);
-        assert!(!cache.is_ahead(FilterId(7), &older, Millis::ZERO));
-        assert!(cache.ahead.topics.is_empty());
-    }
-
-    #[test]
-    fn a_filter_that_others_are_too_far_ahead_of_is_forgotten() {
-        let mut cache = complete();
-        for n in 0..AHEAD_MAX {
-            cache.note_ahead(&arrived(&format!("a/{n}"), &[FilterId(9)]), Millis::ZERO);
-        }
-        assert_eq!(cache.ahead.topics.len(), AHEAD_MAX);
-        assert!(cache.filters.contains_key(&FilterId(7)));
-        cache.note_ahead(&arrived("a/more", &[FilterId(9)]), Millis::ZERO);
-        assert!(cache.filters.is_empty() && cache.known.is_empty());
-    }
-
-    #[test]
-    fn topics_whose_time_has_passed_make_room() {
-        let mut cache = complete();
-        let later = Millis::ZERO + AHEAD_FOR;
-        for (n, now) in
-            (0..=AHEAD_MAX).zip(std::iter::repeat_n(Millis::ZERO, AHEAD_MAX).chain([later]))
-        {
-            cache.note_ahead(&arrived(&format!("a/{n}"), &[FilterId(9)]), now);
-        }
-        assert_eq!(cache.ahead.topics.len(), 1);
-        assert!(cache.filters.contains_key(&FilterId(7)));
-    }
-
-    #[test]
-    fn copies_of_a_message_by_many_filters_are_noted_without_a_search_for_each() {
-        let mut cache = Cache::new(1000);
-        for n in 0..200 {
-            let mut cached = Cached::queued(Requests::new());
-            let name = format!("a/{}", ["+", "b"][n % 2]) + &"/+".repeat(n / 2);
-            cached.state = State::Complete;
-            cache.known.insert(&name, FilterId(n as u32));
-            cached.name = Some(name.as_str().into());
-            cache.filters.insert(FilterId(n as u32), cached);
-        }
-        let newer = |by: &[FilterId]| arrived("a/b", by);
-        cache.note_ahead(&newer(&[FilterId(0)]), Millis::ZERO);
-        let older = Message::new(&MessageSpec {
-            topic: "a/b",
-            properties: Properties::default(),
-            payload: b"older",
-            qos: QoS::AtLeastOnce,
-            retain: true,
-            expires_at: None,
-            strip_key: None,
-            account: None,
-        });
-        let ahead =
-            |cache: &Cache| [0, 1].map(|n| cache.is_ahead(FilterId(n), &older, Millis::ZERO));
-        assert_eq!(ahead(&cache), [false, true]);
-        cache.note_ahead(&newer(&[FilterId(1)]), Millis::ZERO);
-        assert_eq!(ahead(&cache), [true, false]);
-        cache.note_ahead(&newer(&[FilterId(1), FilterId(0)]), Millis::ZERO);
-        assert_eq!(ahead(&cache), [false, false]);
-        assert!(cache.ahead.topics.is_empty());
     }
 }
