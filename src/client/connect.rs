@@ -227,7 +227,7 @@ fn log_session(
         listener = &*peer.listener,
         transport = peer.transport,
         peer = %peer.address,
-        version = connect.version as u8,
+        version = connect.version.name(),
         bridge = connect.bridge,
         clean_start = connect.clean_start,
         expiry = admitted.expiry_seconds,
