@@ -16,6 +16,7 @@ mod claim;
 mod device;
 mod downlink;
 mod edge;
+mod gaps;
 mod inbound;
 mod ledger;
 mod oracle;
