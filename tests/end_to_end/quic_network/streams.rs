@@ -49,7 +49,7 @@ fn flows(devices: std::ops::Range<u32>) -> std::ops::Range<u32> {
 
 /// Deliveries that may be under way or queued. Messages still queued when their stream ends come on
 /// the control stream, while this test is about data streams.
-const AHEAD: usize = 60;
+const AHEAD: usize = 36;
 
 /// The state that the devices share.
 struct World {
@@ -139,9 +139,8 @@ async fn over(way: &str) -> Result {
         resumed >= all.ends[device::CUT] as f64,
         "only {resumed} connections resumed the session"
     );
-    // Many deliveries must use data streams, which this test is about. Messages that waited while a client
-    // was away come on the control stream, and how many they are depends on the machine's load.
-    assert!(all.on_data * 2 > all.on_control, "{all:?}");
+    // Most deliveries must use data streams, which this test is about.
+    assert!(all.on_data > all.on_control, "{all:?}");
     Ok(())
 }
 
