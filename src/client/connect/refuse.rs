@@ -81,6 +81,24 @@ impl Refusal {
     }
 }
 
+/// Logs a refusal at a level, with further fields.
+macro_rules! log_refusal {
+    ($level:ident, $listener:ident, $peer:ident, $refusal:ident, $suppressed:ident $(, $field:ident = $value:expr)*) => {
+        tracing::$level!(
+            client_id = $refusal.client_id,
+            $($field = $value,)*
+            listener = &*$listener.name,
+            transport = $listener.transport,
+            peer = %$peer,
+            code = $refusal.cause.code().0,
+            reason = %$refusal.cause.label(),
+            $suppressed,
+            "Connection refused: {}",
+            $refusal.cause
+        )
+    };
+}
+
 /// Counts, logs and answers a refusal, and closes the connection. `empty`: no byte arrived.
 pub(super) async fn refuse(
     stream: &mut Stream,
@@ -106,45 +124,21 @@ pub(super) async fn refuse(
     } else if refusal.denies_login() {
         metrics().denied[DeniedAction::Login].increment(1);
         if let Some(suppressed) = DENIED.permit(now) {
-            tracing::warn!(
-                client_id = refusal.client_id,
-                user = refusal.user,
-                listener = &*listener.name,
-                transport = listener.transport,
-                peer = %peer,
-                code = refusal.cause.code().0,
-                reason = %refusal.cause.label(),
+            log_refusal!(
+                warn,
+                listener,
+                peer,
+                refusal,
                 suppressed,
-                "Connection refused: {}",
-                refusal.cause
+                user = refusal.user
             );
         }
     } else if let RefusalCause::SessionMemory(_) = refusal.cause {
         if let Some(suppressed) = FULL.permit(now) {
-            tracing::warn!(
-                client_id = refusal.client_id,
-                listener = &*listener.name,
-                transport = listener.transport,
-                peer = %peer,
-                code = refusal.cause.code().0,
-                reason = %refusal.cause.label(),
-                suppressed,
-                "Connection refused: {}",
-                refusal.cause
-            );
+            log_refusal!(warn, listener, peer, refusal, suppressed);
         }
     } else if let Some(suppressed) = REFUSALS.permit(now) {
-        tracing::info!(
-            client_id = refusal.client_id,
-            listener = &*listener.name,
-            transport = listener.transport,
-            peer = %peer,
-            code = refusal.cause.code().0,
-            reason = %refusal.cause.label(),
-            suppressed,
-            "Connection refused: {}",
-            refusal.cause
-        );
+        log_refusal!(info, listener, peer, refusal, suppressed);
     }
     let _ = timeout(CLOSE_WAIT, answer(stream, refusal)).await;
 }
