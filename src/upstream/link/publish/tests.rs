@@ -379,18 +379,23 @@ fn with_suspect(router: &Arc<Router>, bad: Connected) -> PublishLink {
     link
 }
 
+/// Another server takes over, whose Maximum Packet Size is 16 bytes.
+fn move_to_a_broker_with_small_packets(link: &mut PublishLink, out: &mut Vec<u8>) {
+    link.disconnected(&LinkEnd::Failover, Millis::ZERO);
+    let small = Handshake {
+        packet_max: Some(16),
+        ..up(true, 20)
+    };
+    link.connected(&small, Millis::ZERO, out);
+}
+
 #[test]
 fn publishes_of_a_suspect_that_cannot_be_sent_do_not_keep_others_waiting() {
     let router = router();
     let [bad, good] = ["bad", "good"].map(|id| client(&router, id));
     let mut link = with_suspect(&router, bad);
     let mut out = Vec::new();
-    link.disconnected(&LinkEnd::Failover, Millis::ZERO);
-    let small = Handshake {
-        packet_max: Some(16),
-        ..up(true, 20)
-    };
-    link.connected(&small, Millis::ZERO, &mut out);
+    move_to_a_broker_with_small_packets(&mut link, &mut out);
     publish(&router, good, 7);
     // Larger than the broker's Maximum Packet Size.
     publish(&router, bad, 1_000_000_000);
@@ -408,12 +413,7 @@ fn a_tried_publish_that_cannot_be_sent_again_does_not_stop_the_link() {
     publish(&router, bad, 1_000_000_000);
     link.poll(Millis::ZERO, &mut out);
     assert_eq!(payloads(&mut out), ["publish 1000000000"]);
-    link.disconnected(&LinkEnd::Failover, Millis::ZERO);
-    let small = Handshake {
-        packet_max: Some(16),
-        ..up(true, 20)
-    };
-    link.connected(&small, Millis::ZERO, &mut out);
+    move_to_a_broker_with_small_packets(&mut link, &mut out);
     publish(&router, good, 7);
     link.poll(Millis::new(1000), &mut out);
     assert_eq!(payloads(&mut out), ["publish 7"]);
