@@ -31,6 +31,17 @@ fn publish<'a>(id: u16, qos: QoS, payload: &'a [u8], properties: &'a [u8]) -> Pu
 }
 
 /// I8: acknowledgements to the broker are in the order of arrival, and wait for no client.
+/// The broker grants QoS 1.
+fn grant(link: &mut DataLink, packet_id: u16, out: &mut Vec<u8>) {
+    let suback = Suback {
+        packet_id,
+        codes: &[1],
+        properties: Properties::default(),
+    };
+    link.packet(&Packet::Suback(suback), Millis::ZERO, out)
+        .expect("it is expected");
+}
+
 #[test]
 fn acknowledgements_are_first_in_first_out() {
     let router = router();
@@ -71,13 +82,7 @@ fn a_redelivery_is_acknowledged_and_not_delivered_again() {
     link.poll(Millis::ZERO, &mut out);
     let asked = read(&mut out);
     assert_eq!(asked.len(), 1, "{asked:?}");
-    let suback = Suback {
-        packet_id: asked[0].1,
-        codes: &[1],
-        properties: Properties::default(),
-    };
-    link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
-        .expect("it is expected");
+    grant(&mut link, asked[0].1, &mut out);
     let delivered = || {
         let mut taken = Vec::new();
         router
@@ -206,13 +211,7 @@ fn a_fetched_message_waits_for_what_the_data_link_carries() {
         link.connected(&up(false, 100), Millis::ZERO, &mut out);
         subscribe_handling(&router, who, "t", 0);
         link.poll(Millis::ZERO, &mut out);
-        let suback = Suback {
-            packet_id: read(&mut out)[0].1,
-            codes: &[1],
-            properties: Properties::default(),
-        };
-        link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
-            .expect("it is expected");
+        grant(&mut link, read(&mut out)[0].1, &mut out);
         let (number, _) = router.next_fetches(1)[0].clone();
         let delivered = || {
             let mut taken = Vec::new();
@@ -281,13 +280,7 @@ fn a_message_that_is_too_large_is_acknowledged_and_leaves_a_gap_in_the_sessions_
     subscribe(&router, other, "u");
     link.poll(Millis::ZERO, &mut out);
     for (_, packet_id) in read(&mut out) {
-        let suback = Suback {
-            packet_id,
-            codes: &[1],
-            properties: Properties::default(),
-        };
-        link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
-            .expect("it is expected");
+        grant(&mut link, packet_id, &mut out);
     }
     // The broker repeats the QoS 2 message before it releases it.
     for (first, id) in [(0x30, 0), (0x32, 7), (0x34, 9), (0x34, 9)] {
@@ -370,13 +363,7 @@ fn until_quarantined(names: &[&str], restarts: bool) -> (usize, Vec<String>) {
         }
         for (name, packet_id) in filters {
             granted.push(name);
-            let suback = Suback {
-                packet_id,
-                codes: &[1],
-                properties: Properties::default(),
-            };
-            link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
-                .expect("it is expected");
+            grant(&mut link, packet_id, &mut out);
         }
         link.batch_ended(Millis::ZERO, &mut out);
     }
@@ -480,13 +467,7 @@ fn a_gap_of_a_link_is_shown_in_the_sessions_that_it_concerns() {
         for link in [&mut data, &mut shared] {
             link.poll(Millis::ZERO, &mut out);
             for (_, packet_id) in asked(&mut out) {
-                let suback = Suback {
-                    packet_id,
-                    codes: &[1],
-                    properties: Properties::default(),
-                };
-                link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
-                    .expect("it is expected");
+                grant(link, packet_id, &mut out);
             }
             out.clear();
             link.disconnected(&LinkEnd::Closed, Millis::ZERO);
