@@ -23,7 +23,7 @@ use crate::client::end::End;
 use crate::client::machine::{self, Machine, StreamReset};
 use crate::client::scope::sender_moved;
 use crate::client::{ClientPolicy, Clients, LOGGED_CHARS, OpenGuard, connection_lines};
-use read_out::ReadOut;
+use read_out::{ReadOut, ReadPast};
 
 /// Rounds of writing and reading before a busy connection gives the others their turn.
 const ROUNDS_MAX: usize = 8;
@@ -44,6 +44,7 @@ struct Task<'a> {
     machine: Machine,
     /// Present while everything that has arrived is read, whatever would be left unread.
     read_out: Option<Box<ReadOut>>,
+    read_past: ReadPast,
     /// The time of the last wake-up: the clock is read once for all that a wake-up brings.
     now: Millis,
 }
@@ -97,6 +98,7 @@ impl<'a> Task<'a> {
             peer,
             machine,
             read_out: None,
+            read_past: ReadPast::default(),
             now: clients.clock.now(),
         }
     }
@@ -177,6 +179,9 @@ impl<'a> Task<'a> {
                 break;
             }
             let unread = self.on_machine(Machine::unread);
+            if self.read_out.is_some() && self.read_past.is_enough(unread) {
+                ReadOut::finish(&mut self.read_out)?;
+            }
             if self.read_out.is_some() {
                 self.socket.pause_streams(StreamSet::EMPTY);
             } else if unread == StreamSet::ALL {
@@ -187,8 +192,9 @@ impl<'a> Task<'a> {
             match self.poll_read(cx) {
                 Poll::Ready(read) => {
                     let bytes = read?;
+                    self.read_past.has_read(bytes, unread);
                     if let Some(read_out) = &mut self.read_out
-                        && read_out.has_read(bytes, unread)
+                        && read_out.has_read(bytes)
                     {
                         ReadOut::finish(&mut self.read_out)?;
                     }

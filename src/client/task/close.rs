@@ -59,6 +59,7 @@ impl Task<'_> {
             peer,
             machine,
             read_out,
+            read_past: _,
             now,
         } = self;
         let remains = machine.ended(&clients.router, &end, now);

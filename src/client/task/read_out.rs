@@ -10,7 +10,7 @@ use tokio::time::{Sleep, sleep};
 
 use crate::client::end::End;
 use crate::router::handle::Successors;
-use crate::streams::{StreamId, StreamSet};
+use crate::streams::StreamSet;
 use crate::transport::Arrivals;
 
 /// The most bytes that are read: more than a system keeps for a socket by default.
@@ -23,6 +23,26 @@ const UNREAD_BYTES_MAX: usize = 256 * 1024;
 const QUIET_TURNS: u8 = 3;
 /// When the runtime has certainly looked for events once more.
 const TURN: Duration = Duration::from_millis(10);
+
+/// The bytes that were read from a client although it does not read its own output. They count over all
+/// CONNECTs that ask for the rest of its bytes, until it has taken its output.
+#[derive(Debug, Default)]
+pub(super) struct ReadPast(usize);
+
+impl ReadPast {
+    /// Notes bytes that were read; `unread` are the streams that would be left unread at other times.
+    pub(super) fn has_read(&mut self, bytes: usize, unread: StreamSet) {
+        self.0 = match unread.is_empty() {
+            true => 0,
+            false => self.0.saturating_add(bytes),
+        };
+    }
+
+    /// Whether no more may be read while output of these streams waits.
+    pub(super) fn is_enough(&self, unread: StreamSet) -> bool {
+        !unread.is_empty() && self.0 >= UNREAD_BYTES_MAX
+    }
+}
 
 /// A connection that is read out.
 #[derive(Debug, Default)]
@@ -65,16 +85,11 @@ impl ReadOut {
         end.map_or(Ok(()), Err)
     }
 
-    /// Notes bytes that were read. Returns whether that was enough; `unread` are the streams that would
-    /// be left unread at other times.
-    pub(super) fn has_read(&mut self, bytes: usize, unread: StreamSet) -> bool {
+    /// Notes bytes that were read. Returns whether that was enough.
+    pub(super) fn has_read(&mut self, bytes: usize) -> bool {
         self.bytes += bytes;
         (self.quiet_turns, self.turn) = (0, None);
-        let max = match unread.contains(StreamId::CONTROL) {
-            true => UNREAD_BYTES_MAX,
-            false => BYTES_MAX,
-        };
-        self.bytes >= max
+        self.bytes >= BYTES_MAX
     }
 
     /// A read is pending. Ready: nothing more had arrived.
@@ -95,5 +110,25 @@ impl ReadOut {
             self.quiet_turns += 1;
         }
         Poll::Ready(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_takes_no_output_is_read_past_the_bound_once_however_often_it_connects_anew() {
+        for unread in [StreamSet::ALL, StreamSet::DATA] {
+            let mut past = ReadPast::default();
+            for _ in 0..4 {
+                assert!(!past.is_enough(unread));
+                past.has_read(UNREAD_BYTES_MAX / 4, unread);
+            }
+            assert!(past.is_enough(unread));
+            assert!(!past.is_enough(StreamSet::EMPTY), "it takes its output");
+            past.has_read(1, StreamSet::EMPTY);
+            assert!(!past.is_enough(unread));
+        }
     }
 }
