@@ -232,7 +232,9 @@ impl<T: InFlight> Window<T> {
     /// receiver's Receive Maximum, since it has not acknowledged them.
     pub(crate) fn retain(&mut self, keep: impl FnMut(&T) -> bool) {
         self.entries.retain(keep);
-        self.resend_at = 0;
+        let due = |e: &T| e.stage() == Stage::Resend;
+        let first = self.entries.iter().position(due);
+        self.resend_at = first.unwrap_or(self.entries.len());
         self.trim();
     }
 

@@ -195,3 +195,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn entries_that_are_kept_and_need_no_second_sending_are_not_sent_again() {
+    let mut window = sent(3);
+    for id in [1, 2] {
+        let index = window.find(id).expect("it is in flight");
+        window.release(index);
+    }
+    window.retain(|m| m.stage == Stage::Released);
+    assert_eq!(stages(&window), [Stage::Released; 2]);
+    assert!(!window.has_resends());
+    window.unsend(|_| true);
+    window.retain(|_| true);
+    assert_eq!(window.next_resend(), None, "only PUBREL is due");
+    let mut window = sent(3);
+    window.unsend(|m| m.id == 2);
+    window.retain(|m| m.id != 1);
+    assert_eq!(window.next_resend(), Some(0));
+}
