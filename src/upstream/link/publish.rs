@@ -182,6 +182,8 @@ impl PublishLink {
                 room = router.take_allowance(self.link, room);
             }
             if room == 0 {
+                // They wait for something else than the broker's window.
+                self.full_since = None;
                 return;
             }
             router.publish_queues(self.link, |queues| {
