@@ -29,11 +29,24 @@ struct Set {
     group: Option<FilterId>,
 }
 
+impl Set {
+    /// A set of several identifiers, or of a group. Else it is free.
+    fn is_used(&self) -> bool {
+        !self.ids.is_empty() || self.group.is_some()
+    }
+
+    fn bytes(&self) -> usize {
+        size_of::<Self>() + size_of_val(&*self.ids)
+    }
+}
+
 #[derive(Debug, Default)]
 struct Sets {
     sets: Vec<Set>,
     /// A set has or had a group.
     grouped: bool,
+    /// Bytes of the sets that are in use.
+    bytes: usize,
     free: Vec<u32>,
     last: u32,
     sweep_at: usize,
@@ -84,6 +97,21 @@ impl IdSets {
     pub(super) fn clear(&mut self) {
         self.0 = None;
     }
+
+    /// Frees the sets to which none of `entries` refers.
+    pub(super) fn keep_of<'a>(&mut self, entries: impl Iterator<Item = &'a Entry>) {
+        if let Some(sets) = &mut self.0 {
+            sets.sweep(entries);
+            if sets.bytes == 0 {
+                self.clear();
+            }
+        }
+    }
+
+    /// Bytes of the sets that are in use.
+    pub(super) fn bytes(&self) -> usize {
+        self.0.as_ref().map_or(0, |sets| sets.bytes)
+    }
 }
 
 impl Sets {
@@ -106,6 +134,7 @@ impl Sets {
         }
         let ids = ids.into();
         let set = Set { ids, group };
+        self.bytes += set.bytes();
         self.last = match self.free.pop() {
             Some(at) => {
                 self.sets[at as usize] = set;
@@ -126,8 +155,11 @@ impl Sets {
             used[(entry.ids.0 & !MANY) as usize] = true;
         }
         for (at, _) in used.iter().enumerate().filter(|(_, used)| !**used) {
-            self.sets[at] = Set::default();
-            self.free.push(at as u32);
+            if self.sets[at].is_used() {
+                self.bytes -= self.sets[at].bytes();
+                self.sets[at] = Set::default();
+                self.free.push(at as u32);
+            }
         }
         self.sweep_at = (2 * (self.sets.len() - self.free.len())).max(16);
     }
@@ -269,10 +301,18 @@ mod tests {
             for (entry, ids) in &entries {
                 assert_eq!(sets.get(&entry.ids), ids);
             }
+            let all = sets.0.iter().flat_map(|s| &s.sets);
+            let used: usize = all.filter(|set| set.is_used()).map(Set::bytes).sum();
+            assert_eq!(sets.bytes(), used);
         }
         let held = sets.0.as_ref().map_or(0, |s| s.sets.len());
         assert!(held <= 80, "{held} sets for at most 30 entries");
-        sets.clear();
+        let last = entries.pop().expect("some are kept");
+        sets.keep_of(std::iter::once(&last.0));
+        assert_eq!(sets.get(&last.0.ids), last.1);
+        assert!(sets.bytes() <= size_of::<Set>() + 4 * last.1.len());
+        sets.keep_of(std::iter::empty());
+        assert_eq!(sets.bytes(), 0);
         assert_eq!(sets.get(&Ids(7)), [7]);
         assert!(sets.get(&Ids(0)).is_empty());
     }

@@ -88,6 +88,11 @@ impl Outbound {
         self.window.len() + self.queue.len()
     }
 
+    /// Bytes of the sets of Subscription Identifiers to which entries refer.
+    pub fn identifier_bytes(&self) -> usize {
+        self.sets.bytes()
+    }
+
     /// Whether [`Outbound::pump`] could write something once there is room.
     pub fn has_backlog(&self) -> bool {
         !self.queue.is_empty() || self.window.has_resends()
@@ -427,6 +432,7 @@ impl Outbound {
         self.window
             .retain(|e| matches!(e.stage(), Stage::Released | Stage::ReleaseAgain));
         dropped += before - self.window.len();
+        self.sets.keep_of(self.window.iter());
         self.inflight_bytes = self.window.iter().map(Entry::size).sum();
         dropped
     }
@@ -481,6 +487,7 @@ impl Outbound {
     pub fn drop_queue(&mut self) -> usize {
         let dropped = self.queue.len();
         self.queue = Queue::default();
+        self.sets.keep_of(self.window.iter());
         dropped
     }
 

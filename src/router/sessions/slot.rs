@@ -52,7 +52,7 @@ impl Slot {
     /// Charges the session's queue and output. Returns the bytes that are to be added to the accounts.
     pub(super) fn charge(&mut self) -> Charge {
         let outbound = self.session.outbound();
-        let entries = outbound.entries() * ENTRY_BYTES;
+        let entries = outbound.entries() * ENTRY_BYTES + outbound.identifier_bytes();
         let messages = outbound.queued_bytes() + outbound.in_flight_bytes();
         let (mut output, mut shared) = (0, 0);
         if let Some(connection) = self.session.connection_ref() {
