@@ -56,6 +56,22 @@ impl Account {
     }
 }
 
+/// The accounts of messages that a cache keeps, and that queues may refer to as well and longer.
+#[derive(Clone, Debug, Default)]
+pub struct CacheAccounts {
+    /// All of them that are alive.
+    pub messages: Arc<Account>,
+    /// Those that are in the cache.
+    pub kept: Arc<Account>,
+}
+
+impl CacheAccounts {
+    /// Bytes of messages that are not in the cache any more, and in queues still.
+    pub fn queued_only(&self) -> u64 {
+        self.messages.used().saturating_sub(self.kept.used())
+    }
+}
+
 /// The most bytes that an owner takes from a budget ahead of their use.
 const AHEAD_MAX_BYTES: u64 = 64 * 1024;
 

@@ -131,6 +131,8 @@ impl Router {
             output_bytes: config.output,
             write_stall: config.write_stall,
         };
+        let publish_account = limits.publish_account.clone();
+        let sessions = Sessions::new(limits, session_budgets, filters.lost(), &account);
         Self {
             broker: BrokerLimits::new(),
             own_probes: OwnProbes::default(),
@@ -139,14 +141,14 @@ impl Router {
                 config.publish_links_max,
                 links.all(),
                 publish_budgets,
-                limits.publish_account.clone(),
+                publish_account,
             ),
-            sessions: Sessions::new(limits, session_budgets, filters.lost(), &account),
+            retained: RetainedMessages::new(config.retained_cache, sessions.cache_accounts()),
+            sessions,
             account,
             presence: (config.presence_topic.clone())
                 .map(|topic| Presence::new(topic, config.started_at)),
             barriers: Barriers::new(&data),
-            retained: RetainedMessages::new(config.retained_cache),
             groups: SharedGroups::default(),
             filters,
             data,
@@ -280,6 +282,8 @@ impl Router {
         self.wake_links(wake);
         let granted = self.retained.tick(&self.sessions, &self.filters, now);
         self.tell_granted(&granted);
+        // Retained messages that were handed on are in queues now.
+        self.sessions.enforce_budget(now);
         self.retained
             .forget_missed(|| self.data_settled().then(|| self.data_losses()));
         // It walks over all lingering filters, so not at each tick.

@@ -6,6 +6,7 @@
 
 mod ahead;
 mod cache;
+mod kept;
 mod missed;
 mod newer;
 mod release;
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::budget::CacheAccounts;
 use crate::mqtt::Message;
 use crate::telemetry::metrics;
 use crate::time::Millis;
@@ -62,9 +64,9 @@ pub(super) trait Sources {
 
 impl RetainedMessages {
     /// An empty cache of at most `bytes_max` bytes.
-    pub(super) fn new(bytes_max: usize) -> Self {
+    pub(super) fn new(bytes_max: usize, accounts: &CacheAccounts) -> Self {
         Self {
-            cache: Mutex::new(Cache::new(bytes_max)),
+            cache: Mutex::new(Cache::new(bytes_max, accounts.clone())),
             waker: Arc::default(),
         }
     }

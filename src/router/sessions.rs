@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::budget::{Account, Allowance};
+use crate::budget::{Account, Allowance, CacheAccounts};
 use crate::mqtt::{Message, ReasonCode};
 use crate::outbuf::OutBuf;
 use crate::session::{Effect, Incarnation, Redelivery, Session, SessionKey, SessionLimits, Token};
@@ -66,11 +66,12 @@ pub(super) struct Sessions {
     budgets: SessionBudgets,
     account: Arc<SessionAccount>,
     shards: Box<[Mutex<Shard>]>,
-    /// Spreads client identifiers over the shards.
     /// Sessions that were begun or started anew.
     incarnations: AtomicU64,
     /// Messages from the broker that are alive in a queue.
     queue_account: Arc<Account>,
+    /// Retained messages in the cache, and those of them that are in a queue.
+    cache_accounts: CacheAccounts,
     /// Bytes of the entries of all queues.
     entry_bytes: AtomicI64,
     /// Bytes of the output of all connections, and bytes that the shards have taken ahead.
@@ -169,6 +170,7 @@ impl Sessions {
             budgets,
             incarnations: AtomicU64::new(0),
             queue_account: Arc::new(Account::new()),
+            cache_accounts: CacheAccounts::default(),
             entry_bytes: AtomicI64::new(0),
             output_account,
             output_buffer: limits.output_buffer.load(Ordering::Relaxed),
@@ -190,10 +192,16 @@ impl Sessions {
         &self.queue_account
     }
 
-    /// Bytes that all queues hold: messages once, and their entries.
+    /// The accounts of retained messages in the cache.
+    pub(super) fn cache_accounts(&self) -> &CacheAccounts {
+        &self.cache_accounts
+    }
+
+    /// Bytes that all queues hold: messages once, and their entries. Messages that are in the cache of
+    /// retained messages as well count there.
     pub(super) fn queue_used(&self) -> u64 {
         let entries = self.entry_bytes.load(Ordering::Relaxed).max(0) as u64;
-        self.queue_account.used() + entries
+        self.queue_account.used() + self.cache_accounts.queued_only() + entries
     }
 
     /// Bytes of output that wait for sockets, without the parts of messages that connections share.

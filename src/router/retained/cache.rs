@@ -7,10 +7,11 @@ use std::sync::Arc;
 use lru::LruCache;
 use smallvec::SmallVec;
 
-use crate::budget::Account;
+use crate::budget::CacheAccounts;
 use crate::hashing::{LookUp, LookUpHasher, LookUpSet};
 use crate::mqtt::Message;
 use crate::router::retained::ahead::Ahead;
+use crate::router::retained::kept::Kept;
 use crate::router::retained::missed::Missed;
 use crate::router::types::{PendingGrant, RetainedRequest, SessionRef};
 use crate::time::Millis;
@@ -41,7 +42,7 @@ pub(super) struct Cached {
     /// The filter, once it is among the known ones.
     pub(super) name: Option<Arc<str>>,
     /// The last message of each topic; ordered, so that clients get them in the same order each time.
-    pub(super) topics: BTreeMap<Box<str>, Message>,
+    pub(super) topics: BTreeMap<Box<str>, Kept>,
     /// Topics (hashed) with a live RETAIN=1 message since the fetch began: the fetched one is older.
     pub(super) live: LookUpSet<u64>,
     /// [`Ahead::events`] when the filter came among the known ones.
@@ -151,12 +152,12 @@ pub(super) struct Cache {
     pub(super) missed: Missed,
     pub(super) bytes: usize,
     pub(super) bytes_max: usize,
-    /// Charged for the cached messages, apart from the queues.
-    account: Arc<Account>,
+    /// Charged for the cached messages.
+    accounts: CacheAccounts,
 }
 
 impl Cache {
-    pub(super) fn new(bytes_max: usize) -> Self {
+    pub(super) fn new(bytes_max: usize, accounts: CacheAccounts) -> Self {
         Self {
             filters: LookUp::default(),
             buffering: BTreeSet::new(),
@@ -173,7 +174,7 @@ impl Cache {
             missed: Missed::default(),
             bytes: 0,
             bytes_max,
-            account: Arc::new(Account::new()),
+            accounts,
         }
     }
 
@@ -202,7 +203,8 @@ impl Cache {
     /// The link of a filter is away: its subscribers know the values in the cache.
     pub(super) fn miss(&mut self, number: FilterId) {
         if let Some(cached) = self.filters.get(&number) {
-            self.missed.begin(number, cached.topics.values());
+            self.missed
+                .begin(number, cached.topics.values().map(|kept| &**kept));
         }
     }
 
@@ -238,7 +240,11 @@ impl Cache {
         let Some(cached) = self.filters.get(&number) else {
             return Vec::new();
         };
-        let alive = cached.topics.values().filter(|m| !m.has_expired(now));
+        let alive = cached
+            .topics
+            .values()
+            .map(|kept| &**kept)
+            .filter(|m| !m.has_expired(now));
         alive.cloned().collect()
     }
 
@@ -298,7 +304,7 @@ impl Cache {
                 old.message = message.clone();
                 old.barrier = barrier(old.link);
             }
-            if cached.topics.get(topic).is_some_and(is_older) {
+            if cached.topics.get(topic).is_some_and(|kept| is_older(kept)) {
                 match cached.state {
                     State::Complete => self.drop_filter(other),
                     State::Queued | State::Fetching => cached.stale = true,
@@ -329,7 +335,7 @@ impl Cache {
 
     /// Caches a message, or removes its topic if the payload is empty. Older filters make room.
     pub(super) fn put(&mut self, number: FilterId, message: &Message) {
-        let (bytes_max, account) = (self.bytes_max, self.account.clone());
+        let bytes_max = self.bytes_max;
         let Some(cached) = self.filters.get_mut(&number) else {
             return;
         };
@@ -351,7 +357,7 @@ impl Cache {
         self.bytes += added;
         cached
             .topics
-            .insert(message.topic().into(), message.charged_to(&account));
+            .insert(message.topic().into(), Kept::new(message, &self.accounts));
         while self.bytes > bytes_max {
             match self.complete.pop_lru() {
                 Some((oldest, ())) => self.drop_filter(oldest),
@@ -398,7 +404,7 @@ pub(super) mod tests {
 
     /// Filter 7, `a/#`, is complete in the cache.
     pub(in crate::router::retained) fn complete() -> Cache {
-        let mut cache = Cache::new(1000);
+        let mut cache = Cache::new(1000, CacheAccounts::default());
         let mut cached = Cached::queued(Requests::new());
         cached.state = State::Complete;
         cached.name = Some("a/#".into());
@@ -410,7 +416,7 @@ pub(super) mod tests {
 
     #[test]
     fn filters_that_are_fetched_at_once_share_one_bound() {
-        let mut cache = Cache::new(1000);
+        let mut cache = Cache::new(1000, CacheAccounts::default());
         for number in 0..10 {
             let mut cached = Cached::queued(Requests::new());
             cached.state = State::Fetching;

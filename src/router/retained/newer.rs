@@ -82,6 +82,7 @@ impl Cache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budget::CacheAccounts;
     use crate::mqtt::{MessageSpec, Properties, QoS};
     use crate::router::retained::ahead::{AHEAD_FOR, AHEAD_MAX};
     use crate::router::retained::cache::tests::{arrived, complete};
@@ -143,7 +144,7 @@ mod tests {
 
     #[test]
     fn copies_of_a_message_by_many_filters_are_noted_without_a_search_for_each() {
-        let mut cache = Cache::new(1000);
+        let mut cache = Cache::new(1000, CacheAccounts::default());
         for n in 0..200 {
             let mut cached = Cached::queued(Requests::new());
             let name = format!("a/{}", ["+", "b"][n % 2]) + &"/+".repeat(n / 2);

@@ -119,7 +119,7 @@ impl Sessions {
                 #[cfg(test)]
                 crate::router::locks::count(crate::router::locks::Lock::Shard);
                 tally.wake();
-                // The caller has locked the retained cache, and enforces the budget afterwards.
+                // The caller has locked the retained cache; the next tick enforces the budget.
                 if came.source != Source::Fetched {
                     self.enforce_budget(came.now);
                 }
