@@ -382,7 +382,7 @@ impl Machine {
     /// is due, are in [`Remains`].
     pub fn ended(mut self, router: &Router, end: &End, now: Millis) -> Remains {
         let (session, connection_no) = (self.session, self.connection_no);
-        if !end.is_lost() {
+        if !end.is_lost() && !matches!(end, End::Session(CloseReason::QueueBudget)) {
             let (mut rest, all) = (OutBuf::default(), (StreamSet::ALL, (0, 0)));
             if let Some(taken) = router.take_streams(session, connection_no, all, &mut rest, now) {
                 self.greeted = true;
@@ -394,6 +394,12 @@ impl Machine {
         let drains = matches!(end, End::Session(CloseReason::ShuttingDown));
         let no_will = drains || end.discards_will();
         let session_ended = router.disconnected(session, connection_no, no_will, now);
+        if matches!(end, End::Session(CloseReason::QueueBudget)) {
+            // The memory of this output is needed. DISCONNECT cannot follow a part of a packet.
+            self.greeted &= self.output.is_empty();
+            self.output = OutBuf::default();
+            self.streams.clear();
+        }
         // A CONNECT of the same client may have begun to wait for this end.
         drop(self.handle.take_successors());
         // Nothing goes before CONNACK [MQTT-3.2.0-1].

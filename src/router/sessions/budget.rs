@@ -108,7 +108,11 @@ impl Sessions {
             match (heavy, next) {
                 (Some(heavy), _) if heavy_left > 0 => {
                     heavy_left -= 1;
-                    self.evict_principal(&heavy, now, target);
+                    let freed = self.evict_principal(&heavy, now, target);
+                    if freed > 0 && self.queue_used() <= target + freed {
+                        // The tasks of its connections give the rest back.
+                        return;
+                    }
                 }
                 (_, Some(next)) => self.evict_detached(next, now, target),
                 (_, None) => break,
@@ -133,7 +137,12 @@ impl Sessions {
         while self.queue_used() > target {
             principal = self.principals.heaviest(principal);
             match &principal {
-                Some(principal) => self.evict_principal(principal, now, target),
+                Some(principal) => {
+                    let freed = self.evict_principal(principal, now, target);
+                    if freed > 0 && self.queue_used() <= target + freed {
+                        break;
+                    }
+                }
                 None => break,
             }
         }
@@ -250,8 +259,9 @@ impl Sessions {
     }
 
     /// Drops the messages of a principal's sessions, the largest first. A client whose unacknowledged
-    /// messages hold the memory loses its connection too.
-    fn evict_principal(&self, principal: &Moved, now: Millis, target: u64) {
+    /// messages or whose output hold the memory loses its connection too. Returns the bytes that the ends
+    /// of these connections give back.
+    fn evict_principal(&self, principal: &Moved, now: Millis, target: u64) -> u64 {
         let mut all: Vec<(u64, SessionRef)> = Vec::new();
         let mut shards = principal.shards;
         while shards != 0 {
@@ -266,10 +276,11 @@ impl Sessions {
             all.extend(charged);
         }
         all.sort_unstable_by(|a, b| b.cmp(a));
+        let mut freed = 0;
         for what in [Drop::Qos0, Drop::Queue, Drop::All] {
             for (_, reference) in &all {
-                if self.queue_used() <= target {
-                    return;
+                if self.queue_used() <= target + freed {
+                    return freed;
                 }
                 let mut shard = self.shard(reference.shard);
                 let Some(s) = shard.get(*reference) else {
@@ -280,6 +291,7 @@ impl Sessions {
                     && s.holds_messages()
                 {
                     handle.close(CloseReason::QueueBudget);
+                    freed += s.shared_output() as u64;
                 }
                 let outbound = s.session.outbound_mut();
                 let (expired, dropped) = match what {
@@ -295,6 +307,7 @@ impl Sessions {
                 self.charge(&mut shard);
             }
         }
+        freed
     }
 }
 

@@ -57,7 +57,7 @@ impl Slot {
         let (mut output, mut shared) = (0, 0);
         if let Some(connection) = self.session.connection_ref() {
             output = (connection.own_output_len() + self.taken) as u32;
-            shared = connection.shared_output_len() + self.taken_shared;
+            shared = self.shared_output();
         }
         // Both are bounded far below 4 GiB by the budgets.
         let entry_bytes = (entries + self.session.inbound_bytes()) as u32;
@@ -83,9 +83,13 @@ impl Slot {
 
     /// Whether the client's connection keeps messages in memory that the queue does not have.
     pub(super) fn holds_messages(&self) -> bool {
+        self.shared_output() > 0 || self.session.outbound().in_flight_bytes() > 0
+    }
+
+    /// Bytes of messages in the output of the client's connection.
+    pub(super) fn shared_output(&self) -> usize {
         let connection = self.session.connection_ref();
-        let shared = connection.map_or(0, |c| c.shared_output_len()) + self.taken_shared;
-        shared > 0 || self.session.outbound().in_flight_bytes() > 0
+        connection.map_or(0, |c| c.shared_output_len() + self.taken_shared)
     }
 }
 

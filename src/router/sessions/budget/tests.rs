@@ -234,6 +234,32 @@ fn a_principal_that_floods_its_connected_clients_evicts_its_own_messages() {
     assert!(flooded(true));
 }
 
+/// The tasks of the closed connections have not run yet: their output still refers to the messages.
+#[test]
+fn connections_that_are_closed_for_their_output_cost_others_nothing() {
+    let config = RouterConfig {
+        queues: 8 * MIB as u64,
+        ..testing::config()
+    };
+    let router = router(config);
+    let quiet = connect(&router, "quiet", "quiet", 1);
+    let filter = subscribe(&router, quiet, "t/quiet");
+    disconnect(&router, quiet, 2);
+    bring(&router, filter, 1000, 100);
+    let others = ["other-1", "other-2"].map(|id| connect(&router, id, id, 3));
+    let filters = others.map(|client| subscribe(&router, client, "t/others"));
+    bring(&router, filters[0], 1000, 100);
+    for n in 0..12 {
+        let client = connect(&router, &format!("flood-{n}"), "flood", 3);
+        let filter = subscribe(&router, client, &format!("t/{n}"));
+        bring(&router, filter, MIB, 1);
+    }
+    assert_eq!((gaps(&router, "quiet"), has(&router, "quiet")), (0, 100));
+    for id in ["other-1", "other-2"] {
+        assert_eq!(gaps(&router, id), 0);
+    }
+}
+
 #[test]
 fn among_equals_the_least_recently_connected_session_loses_its_messages() {
     let config = RouterConfig {
