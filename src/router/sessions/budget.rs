@@ -28,6 +28,9 @@ const PRESSED_OUTPUT_BYTES: usize = 2048;
 /// All queues are searched for expired messages and QoS 0 once in this time at most.
 const PURGE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The sessions of the heaviest principal are searched for large ones once in this time at most.
+const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
+
 /// After all sessions were visited and the budget is not met, they are not visited again for this
 /// long, unless the queues grow.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
@@ -36,7 +39,7 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const EVICTIONS_MAX: usize = 16;
 
 /// A principal that uses this part of the budget loses the messages of its connected clients before
-/// others lose those of clients that are away.
+/// others lose those of clients that are away, and so does one session before others of its principal.
 const HEAVY_DIVISOR: u64 = 4;
 
 /// The messages of a connected client that are dropped; each step drops more.
@@ -53,13 +56,15 @@ enum Drop {
 pub(super) struct Evicting {
     /// When all queues were searched for expired messages.
     purged_at: Option<Millis>,
+    /// When the sessions of the heaviest principal were searched for large ones.
+    searched_at: Option<Millis>,
     /// When all sessions were visited and the budget was not met, and the bytes in use before.
     in_vain: Option<(Millis, u64)>,
 }
 
 impl Sessions {
-    /// Warns of messages that connected clients lost, and tells the shards the principals' levels. Keeps each connection's output short while the
-    /// output of all is near its budget.
+    /// Warns of messages that connected clients lost, and tells the shards the principals' levels. Keeps
+    /// each connection's output short while the output of all is near its budget.
     pub(crate) fn tick_budgets(&self, now: Millis) {
         losses::warn(now);
         self.rank();
@@ -98,6 +103,10 @@ impl Sessions {
         if (evicting.purged_at).is_none_or(|at| now >= at + PURGE_INTERVAL) {
             evicting.purged_at = Some(now);
             self.purge(now);
+        }
+        if (evicting.searched_at).is_none_or(|at| now >= at + SEARCH_INTERVAL) {
+            evicting.searched_at = Some(now);
+            self.evict_large(now, target);
         }
         // No more principals than that can be heavy.
         let mut heavy_left = HEAVY_DIVISOR;
@@ -258,10 +267,19 @@ impl Sessions {
         }
     }
 
-    /// Drops the messages of a principal's sessions, the largest first. A client whose unacknowledged
-    /// messages or whose output hold the memory loses its connection too. Returns the bytes that the ends
-    /// of these connections give back.
-    fn evict_principal(&self, principal: &Moved, now: Millis, target: u64) -> u64 {
+    /// Drops the messages that wait in large sessions of the principal that uses most: one client does
+    /// not push out the others that have the same principal, as all anonymous clients do.
+    fn evict_large(&self, now: Millis, target: u64) {
+        let large = self.budgets.queue_bytes / HEAVY_DIVISOR;
+        let heaviest = self.principals.heaviest(None);
+        if let Some(first) = heaviest.filter(|first| first.level >= Level::of(large)) {
+            let sessions = self.sessions_of(&first, large);
+            self.drop_messages(&sessions, &[Drop::Qos0, Drop::Queue], now, target);
+        }
+    }
+
+    /// The sessions of a principal that use `least` bytes or more, the largest first.
+    fn sessions_of(&self, principal: &Moved, least: u64) -> Vec<(u64, SessionRef)> {
         let mut all: Vec<(u64, SessionRef)> = Vec::new();
         let mut shards = principal.shards;
         while shards != 0 {
@@ -271,14 +289,35 @@ impl Sessions {
             let sessions = shard.accounts.of(principal.id);
             let charged = sessions.filter_map(|slot| {
                 let bytes = shard.slots.get(slot as usize)?.charged_queue_bytes;
-                (bytes > 0).then(|| (bytes, shard.reference(slot)))
+                (bytes >= least).then(|| (bytes, shard.reference(slot)))
             });
             all.extend(charged);
         }
         all.sort_unstable_by(|a, b| b.cmp(a));
+        all
+    }
+
+    /// Drops the messages of a principal's sessions, the largest first. A client whose unacknowledged
+    /// messages or whose output hold the memory loses its connection too. Returns the bytes that the ends
+    /// of these connections give back.
+    fn evict_principal(&self, principal: &Moved, now: Millis, target: u64) -> u64 {
+        let sessions = self.sessions_of(principal, 1);
+        let steps = [Drop::Qos0, Drop::Queue, Drop::All];
+        self.drop_messages(&sessions, &steps, now, target)
+    }
+
+    /// Drops messages of sessions, in steps that drop more and more. Returns the bytes that the ends of
+    /// connections give back.
+    fn drop_messages(
+        &self,
+        sessions: &[(u64, SessionRef)],
+        steps: &[Drop],
+        now: Millis,
+        target: u64,
+    ) -> u64 {
         let mut freed = 0;
-        for what in [Drop::Qos0, Drop::Queue, Drop::All] {
-            for (_, reference) in &all {
+        for &what in steps {
+            for (_, reference) in sessions {
                 if self.queue_used() <= target + freed {
                     return freed;
                 }

@@ -64,6 +64,10 @@ fn disconnect(router: &Router, client: Connected, now: u64) {
 
 /// The data link brings `count` messages of `size` bytes at QoS 1.
 fn bring(router: &Router, filter: FilterId, size: usize, count: usize) {
+    bring_at(router, filter, size, count, 1);
+}
+
+fn bring_at(router: &Router, filter: FilterId, size: usize, count: usize, now: u64) {
     for _ in 0..count {
         let message = Message::new(&MessageSpec {
             topic: "t",
@@ -82,7 +86,7 @@ fn bring(router: &Router, filter: FilterId, size: usize, count: usize) {
             origin_mark: None,
             skipped: false,
         }];
-        router.fan_out(&mut batch, Millis::new(1));
+        router.fan_out(&mut batch, Millis::new(now));
     }
 }
 
@@ -232,6 +236,35 @@ fn a_principal_that_floods_its_sessions_evicts_its_own_messages() {
 #[test]
 fn a_principal_that_floods_its_connected_clients_evicts_its_own_messages() {
     assert!(flooded(true));
+}
+
+#[test]
+fn one_client_that_acknowledges_nothing_costs_others_of_its_principal_nothing() {
+    let config = RouterConfig {
+        queues: 8 * MIB as u64,
+        ..testing::config()
+    };
+    let router = router(config);
+    let mut filters = Vec::new();
+    for n in 0..10 {
+        let id = format!("away-{n}");
+        let client = connect(&router, &id, "p", 1);
+        filters.push(subscribe(&router, client, &format!("t/{id}")));
+        disconnect(&router, client, 2);
+    }
+    for filter in &filters {
+        bring(&router, *filter, 1000, 100);
+    }
+    let hog = connect(&router, "hog", "p", 3);
+    let filter = subscribe(&router, hog, "t/hog");
+    for now in 0..20 {
+        bring_at(&router, filter, 10_000, 100, 1000 * (now + 1));
+    }
+    assert!(gaps(&router, "hog") > 0);
+    for n in 0..10 {
+        let id = format!("away-{n}");
+        assert_eq!((gaps(&router, &id), has(&router, &id)), (0, 100));
+    }
 }
 
 /// The tasks of the closed connections have not run yet: their output still refers to the messages.
