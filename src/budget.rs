@@ -59,9 +59,9 @@ impl Account {
 /// The accounts of messages that a cache keeps, and that queues may refer to as well and longer.
 #[derive(Clone, Debug, Default)]
 pub struct CacheAccounts {
-    /// All of them that are alive.
+    /// All of these messages, while they are in memory.
     pub messages: Arc<Account>,
-    /// Those that are in the cache.
+    /// The messages that the cache still has.
     pub kept: Arc<Account>,
 }
 

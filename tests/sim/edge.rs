@@ -14,7 +14,7 @@ use tidegate::client::machine::{Context, Limits, Machine, StreamReset};
 use tidegate::config;
 use tidegate::mqtt::{Connect, QoS, Version, decode_connect};
 use tidegate::router::{Peer, Router};
-use tidegate::session::Policy;
+use tidegate::session::{CloseReason, Policy};
 use tidegate::streams::{StreamId, StreamSet};
 use tidegate::telemetry::DisconnectReason;
 use tidegate::time::Millis;
@@ -490,7 +490,9 @@ impl Edge {
         {
             return Err(format!("the connection ends: {end:?}"));
         }
-        if end.is_lost() {
+        // This end drops the output, as the loss of the network does.
+        let dropped = matches!(end, End::Session(CloseReason::QueueBudget));
+        if end.is_lost() || dropped {
             self.peek(router, oracle, now)?;
         }
         let Some(machine) = self.machine.take() else {
@@ -510,6 +512,9 @@ impl Edge {
         for (stream, output) in streams.chain([(StreamId::CONTROL, remains.output)]) {
             let judged = self.streams.entry(stream).or_default();
             let rest = output.to_vec();
+            if dropped {
+                (judged.output, judged.ahead) = (0, 0);
+            }
             let fresh = &rest[judged.output..];
             let fresh = &fresh[judged.ahead.min(fresh.len())..];
             oracle.wrote(self.device, self.link, stream, fresh, now)?;
