@@ -13,20 +13,16 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import struct
-import sys
 import tempfile
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "interop"))
+from sides import sides
 
-from harness import wire  # noqa: E402
-from harness.edge import Edge, listener  # noqa: E402
-from harness.mosquitto import Mosquitto  # noqa: E402
-from harness.raw import Raw  # noqa: E402
+from harness import wire
+from harness.raw import Raw
 
 UNACKNOWLEDGED = 1000
 AT_ONCE = 100
@@ -118,34 +114,18 @@ def main() -> None:
     arguments.add_argument("--flooders", type=int, default=4)
     arguments.add_argument("--only", choices=("tidegate", "mosquitto"))
     chosen = arguments.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        broker = Mosquitto(directory / "behind", quiet=True).start()
-        # Tidegate keeps 1,000 messages for each session, as mosquitto does by default.
-        alone = Mosquitto(directory / "alone", quiet=True, extra="max_queued_messages 1000\n").start()
-        table = {
-            "node": {"id": "lag"},
-            "listeners": [listener("tcp")],
-            "upstream": {"servers": [broker.url]},
-            "auth": {"mode": "anonymous", "acl": "open"},
-            "admin": {"bind": "127.0.0.1:0"},
-        }
-        edge = Edge(directory / "edge", table).start()
-        try:
-            ports = {"tidegate": edge["tcp"].port, "mosquitto": alone.port}
-            print("| | pair alone, ms: p50 / p99 / longest | pair beside the flood | flood, publishes a second |\n|---|---|---|---|")
-            for what, port in ports.items():
-                if chosen.only not in (None, what):
-                    continue
-                sessions(port, chosen.sessions)
-                quiet = pair(port, 3, 0.5)
-                with flooded(port, chosen.flooders) as rate:
-                    beside = pair(port, chosen.seconds, chosen.settle)
-                print(f"| {what} | {shown(quiet)} | {shown(beside)} | {rate[0]:.0f} |", flush=True)
-        finally:
-            edge.close()
-            alone.close()
-            broker.close()
+    # Tidegate keeps 1,000 messages for each session, as mosquitto does by default.
+    with tempfile.TemporaryDirectory() as name, sides(Path(name), extra_alone="max_queued_messages 1000\n") as (edge, _, alone):
+        ports = {"tidegate": edge["tcp"].port, "mosquitto": alone.port}
+        print("| | pair alone, ms: p50 / p99 / longest | pair beside the flood | flood, publishes a second |\n|---|---|---|---|")
+        for what, port in ports.items():
+            if chosen.only not in (None, what):
+                continue
+            sessions(port, chosen.sessions)
+            quiet = pair(port, 3, 0.5)
+            with flooded(port, chosen.flooders) as rate:
+                beside = pair(port, chosen.seconds, chosen.settle)
+            print(f"| {what} | {shown(quiet)} | {shown(beside)} | {rate[0]:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
