@@ -218,6 +218,7 @@ fn router() -> Arc<Router> {
         queues: 64 * mib as u64,
         output: 64 * mib as u64,
         write_stall: Duration::from_secs(60),
+        evict_after: None,
     };
     let router = Arc::new(Router::new(limits, config, &Memory));
     let features = BrokerFeatures {

@@ -10,8 +10,8 @@
 //!
 //! A thread may take several of these locks, in this order:
 //!
-//! 1. one of: the time of the last presence, the permission to evict, the retained cache, whether the
-//!    publish links become more;
+//! 1. one of: the time of the last presence, the permission to evict, the permission to end a session for
+//!    room, the retained cache, whether the publish links become more;
 //! 2. the table of filters;
 //! 3. the groups of shared subscriptions;
 //! 4. one shard of the sessions;
@@ -59,6 +59,7 @@ pub use filters::filter::LinkSession;
 pub use filters::links::UpstreamSubscribe;
 pub use publish::ClientPublish;
 pub use sessions::Answered;
+pub(crate) use sessions::TYPICAL_SESSION_BYTES;
 pub use sessions::connect::{Connect, Connected, Predecessor, Refused};
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
 pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
@@ -76,6 +77,12 @@ use publish::{PublishBudgets, Publishing};
 use retained::RetainedMessages;
 use sessions::tally::Tally;
 use sessions::{SessionActions, SessionBudgets, Sessions};
+
+/// Sessions that end to make room for one CONNECT, at most.
+const ENDED_FOR_CONNECT_MAX: usize = 8;
+
+/// Sessions that end to make room in one tick, at most.
+const ENDED_FOR_ROOM_MAX: usize = 256;
 
 /// The router. Shared by all tasks.
 #[derive(Debug)]
@@ -130,6 +137,7 @@ impl Router {
             queue_bytes: config.queues,
             output_bytes: config.output,
             write_stall: config.write_stall,
+            evict_after: config.evict_after,
         };
         let publish_account = limits.publish_account.clone();
         let sessions = Sessions::new(limits, session_budgets, filters.lost(), &account);
@@ -169,6 +177,12 @@ impl Router {
         now: Millis,
         connack: impl FnOnce(bool, &mut Vec<u8>),
     ) -> Result<Connected, Refused> {
+        for _ in 0..ENDED_FOR_CONNECT_MAX {
+            let Some(actions) = self.sessions.make_room(&connect, now) else {
+                break;
+            };
+            self.settle(actions, now);
+        }
         let publish_link = |session| self.publishing.link_of(session);
         let connected = self.sessions.connect(connect, now, publish_link, connack);
         let (mut connected, actions) = connected?;
@@ -197,6 +211,21 @@ impl Router {
         };
         self.settle(actions, now);
         over
+    }
+
+    /// Ends sessions that were detached long ago, if the account of sessions is too full. The filters that
+    /// nobody uses are going already, so a session need not end for them.
+    fn end_surplus(&self, now: Millis) {
+        if !self.sessions.makes_room() {
+            return;
+        }
+        for _ in 0..ENDED_FOR_ROOM_MAX {
+            let lingering = self.filters.lingering_bytes();
+            let Some(actions) = self.sessions.end_surplus(lingering, now) else {
+                return;
+            };
+            self.settle(actions, now);
+        }
     }
 
     /// Takes the actions that a session's change has left to take.
@@ -276,6 +305,7 @@ impl Router {
             let actions = self.sessions.tick(shard, now);
             self.settle(actions, now);
         }
+        self.end_surplus(now);
         self.tick_late(now);
         self.tick_unsubscribed(now);
         let wake = self.filters.tick_moves(now, |link| self.barriers.ask(link));

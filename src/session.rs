@@ -147,11 +147,11 @@ impl Session {
         }
     }
 
-    /// Bytes of the session's names, of its will and of its subscriptions, without the names of their
-    /// filters, which the router's table has.
+    /// Bytes of the session's names and of its subscriptions, without the names of their filters, which
+    /// the router's table has.
     pub fn held_bytes(&self) -> usize {
         let names = self.key.as_str().len() + self.principal.len();
-        names + self.will_bytes() + self.subscriptions.len() * SUBSCRIPTION_BYTES
+        names + self.subscriptions.len() * SUBSCRIPTION_BYTES
     }
 
     /// Bytes of the will.

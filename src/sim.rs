@@ -40,6 +40,7 @@ use crate::mqtt::{
     encode_unsubscribe,
 };
 use crate::router::{LinkSession, Router, RouterConfig};
+use crate::session::SessionKey;
 use crate::sim::testing::{PROBES, admit, config, context, router_with_output};
 use crate::store::Memory;
 use crate::streams::StreamId;
@@ -341,9 +342,35 @@ impl World {
         }
         self.oracle.settle(self.now, &retained);
         self.check_filters();
-        match self.oracle.first_fault() {
-            Some(fault) => Err(format!("at rest: {fault}")),
-            None => Ok(self.exercised),
+        if let Some(fault) = self.oracle.first_fault() {
+            return Err(format!("at rest: {fault}"));
+        }
+        self.end();
+        let router = &self.router;
+        let charged = [
+            router.session_bytes(),
+            router.queue_used(),
+            router.output_used(),
+            router.limits().publish_account.used(),
+        ];
+        match charged {
+            [0, 0, 0, 0] => Ok(self.exercised),
+            _ => Err(format!(
+                "when all have gone, bytes stay charged: {charged:?}"
+            )),
+        }
+    }
+
+    /// All clients go for good, for longer than ended sessions are remembered and filters linger.
+    fn end(&mut self) {
+        for n in 0..self.devices.len() {
+            self.cut(n);
+            let key = SessionKey::from(&*self.devices[n].id);
+            self.router.end_session(&key, self.now);
+        }
+        for _ in 0..300 {
+            self.now += Duration::from_secs(1);
+            self.step();
         }
     }
 

@@ -202,6 +202,7 @@ impl Default for Session {
             queue_full: QueueFull::Oldest,
             queue_qos0: false,
             queue_age_max: None,
+            evict_after: None,
             shared_redeliver_after: Duration::from_secs(30),
             will_grace: Duration::ZERO,
             presence_topic: String::new(),

@@ -136,7 +136,8 @@ fn the_brokers_files() {
 fn values_are_typed_and_paths_are_resolved() {
     let config = parse(
         "[node]\nid = \"e\"\ndata_dir = \"d\"\n[session]\nqueue_bytes_max = \"2MiB\"\n\
-         expiry_v3 = \"90m\"\nqueue_age_max = \"1h\"\n[memory]\nmax = \"1GiB\"\nqueues = \"50%\"\n\
+         expiry_v3 = \"90m\"\nqueue_age_max = \"1h\"\nevict_after = \"3d\"\n\
+         [memory]\nmax = \"1GiB\"\nqueues = \"50%\"\n\
          [upstream]\nservers = [\"mqtts://core\"]\npublish_links = 3\nprotocol = \"3.1.1\"\n\
          [[listeners]]\ntransport = \"tcp\"\nbind = \"0.0.0.0:1\"\n\
          [[acl]]\nwho = \"*\"\nallow = [\"publish\"]\ntopics = [\"up/%c\"]\n",
@@ -148,6 +149,10 @@ fn values_are_typed_and_paths_are_resolved() {
     assert_eq!(
         config.session.queue_age_max.map(|d| d.as_secs()),
         Some(3600)
+    );
+    assert_eq!(
+        config.session.evict_after.map(|d| d.as_secs()),
+        Some(3 * 86_400)
     );
     assert_eq!(
         (config.memory.max, config.memory.queues),

@@ -297,6 +297,9 @@ pub struct Session {
     /// Age at which a message that waits for an absent client is dropped.
     #[serde(deserialize_with = "duration_or_none")]
     pub queue_age_max: Option<Duration>,
+    /// How long a client is away before its session may end to make room for new ones.
+    #[serde(deserialize_with = "duration_or_none")]
+    pub evict_after: Option<Duration>,
     /// How long a client is away before other members of its groups get what it was to have.
     #[serde(deserialize_with = "duration")]
     pub shared_redeliver_after: Duration,

@@ -6,6 +6,10 @@
 //! have an eighth of the account. Charges that replace others, such as the will of a client that
 //! comes back, are never refused unless they grow.
 //!
+//! A new session that is kept while its client is away is judged as if the account had nine tenths of its
+//! size: the last tenth is for clients that come back, for subscriptions, and for sessions that end with
+//! their connection. Filters that linger make room from seven eighths on, before anybody is refused.
+//!
 //! Principals and networks are counted by their hashes, so that a share costs a session four bytes and
 //! no lock. Two that meet by chance have one share together.
 
@@ -34,6 +38,17 @@ pub(in crate::router) struct Holder {
     principal: Option<NonZeroU16>,
     /// The number of the network's count.
     network: u16,
+}
+
+impl Holder {
+    /// Whether `other` can use the room that this holder gives back, where `full` is used up.
+    pub(crate) fn makes_room_for(self, other: Self, full: Full) -> bool {
+        match full {
+            Full::All => true,
+            Full::Principal => self.principal == other.principal,
+            Full::Network => self.network == other.network,
+        }
+    }
 }
 
 /// Whose part of an account is used up.
@@ -83,9 +98,14 @@ impl Shared {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// The most that may be used.
-    pub(crate) fn max(&self) -> u64 {
-        self.max
+    /// The amount beyond which no new session is kept.
+    pub(crate) fn keeping_max(&self) -> u64 {
+        self.max / 10 * 9
+    }
+
+    /// The amount beyond which filters that nobody uses make room.
+    pub(crate) fn lingering_max(&self) -> u64 {
+        self.max / 8 * 7
     }
 
     /// Whether there is room for `more`. Concurrent callers may exceed the limit together, each by its
@@ -94,13 +114,26 @@ impl Shared {
     /// # Errors
     /// [`Full`].
     pub(crate) fn has_room(&self, holder: Holder, more: u64) -> Result<(), Full> {
+        self.has_room_below(self.max, holder, more)
+    }
+
+    /// Whether there is room for a new session of `more` bytes that is kept while its client is away.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub(crate) fn has_room_to_keep(&self, holder: Holder, more: u64) -> Result<(), Full> {
+        self.has_room_below(self.keeping_max(), holder, more)
+    }
+
+    /// Whether there is room for `more` in an account of the size `max`.
+    fn has_room_below(&self, max: u64, holder: Holder, more: u64) -> Result<(), Full> {
         let used = self.used();
-        if used.saturating_add(more) > self.max {
+        if used.saturating_add(more) > max {
             return Err(Full::All);
         }
         let over = |own: &AtomicU64| {
             let own = own.load(Ordering::Relaxed);
-            own.saturating_add(more) > self.allowance(used.saturating_sub(own))
+            own.saturating_add(more) > allowance(max, used.saturating_sub(own))
         };
         if self.principal(holder).is_some_and(over) {
             return Err(Full::Principal);
@@ -111,9 +144,10 @@ impl Shared {
         }
     }
 
-    /// Whether the principal or the network has more than its share.
+    /// Whether the principal or the network has so much that filters that nobody uses make room.
     pub(crate) fn is_over(&self, holder: Holder) -> bool {
-        self.has_room(holder, 0).is_err()
+        let room = self.has_room_below(self.lingering_max(), holder, 0);
+        room.is_err()
     }
 
     /// Whether an amount can move from one holder to another of the same principal: the network must
@@ -121,7 +155,7 @@ impl Shared {
     pub(crate) fn has_room_to_move(&self, from: Holder, to: Holder, amount: u64) -> bool {
         let own = self.network(to).load(Ordering::Relaxed);
         let others = self.used().saturating_sub(own + amount);
-        from.principal == to.principal && own + amount <= self.allowance(others)
+        from.principal == to.principal && own + amount <= allowance(self.max, others)
     }
 
     /// Adds an amount, whether there is room or not.
@@ -142,12 +176,6 @@ impl Shared {
         }
     }
 
-    /// The most that one principal or network may have while the others have `others`: its eighth, and
-    /// the part of the first half that they leave.
-    fn allowance(&self, others: u64) -> u64 {
-        self.max / SHARE_DIVISOR as u64 + (self.max / 2).saturating_sub(others)
-    }
-
     fn principal(&self, holder: Holder) -> Option<&AtomicU64> {
         let number = usize::from(holder.principal?.get());
         Some(&self.principals[number - 1])
@@ -156,6 +184,12 @@ impl Shared {
     fn network(&self, holder: Holder) -> &AtomicU64 {
         &self.networks[usize::from(holder.network)]
     }
+}
+
+/// The most that one principal or network may have of `max` while the others have `others`: its eighth,
+/// and the part of the first half that they leave.
+fn allowance(max: u64, others: u64) -> u64 {
+    max / SHARE_DIVISOR as u64 + (max / 2).saturating_sub(others)
 }
 
 /// The account of sessions and filters.

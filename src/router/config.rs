@@ -57,4 +57,7 @@ pub struct RouterConfig {
     pub output: u64,
     /// An entry of the output that no socket takes for this long ends its connection.
     pub write_stall: Duration,
+    /// Sessions whose clients are away for longer than this end, least recently connected first, when
+    /// new sessions find no room. `None`: no session ends for that.
+    pub evict_after: Option<Duration>,
 }

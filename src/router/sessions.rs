@@ -1,5 +1,6 @@
 //! The sessions: where each one is kept, and how connections come to them and leave them.
 
+mod absences;
 mod accounts;
 mod budget;
 pub(super) mod connect;
@@ -11,6 +12,7 @@ mod losses;
 mod members;
 mod primaries;
 mod principals;
+mod room;
 pub(super) mod shard;
 mod slot;
 mod sockets;
@@ -38,11 +40,13 @@ use crate::router::account::SessionAccount;
 use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
 use crate::router::types::{BarrierNumbers, Peer, SessionRef};
+use absences::Absences;
 use accounts::Accounts;
 use budget::Evicting;
 use principals::Principals;
 use shard::Shard;
 use slot::Slot;
+pub(crate) use slot::TYPICAL_SESSION_BYTES;
 use tally::Tally;
 
 /// Shards; at most 64, since a filter's shards are the bits of one word.
@@ -57,6 +61,8 @@ pub(super) struct SessionBudgets {
     pub output_bytes: u64,
     /// An entry of the output that no socket takes for this long ends its connection.
     pub write_stall: Duration,
+    /// Sessions that are detached for longer than this end where new ones need the room. `None`: none do.
+    pub evict_after: Option<Duration>,
 }
 
 /// All sessions, spread over shards.
@@ -82,6 +88,8 @@ pub(super) struct Sessions {
     principals: Arc<Principals>,
     /// Held by the one caller that evicts.
     evicting: Mutex<Evicting>,
+    /// Held by the one caller that ends a session to make room for another.
+    making_room: Mutex<()>,
     /// Actions that could not be taken under a shard's lock; at most one entry for each ended session.
     deferred: Mutex<Vec<SessionActions>>,
     /// Tasks that wait for room among the publishes; at most one entry for each per tick.
@@ -162,7 +170,11 @@ impl Sessions {
             let output = Allowance::new(output_account, budgets.output_bytes, SHARDS as u64);
             let accounts = Accounts::new(number, output, principals.clone());
             let (lost, account) = (lost.clone(), account.clone());
-            Mutex::new(Shard::new(number, lost, account, accounts))
+            let mut shard = Shard::new(number, lost, account, accounts);
+            if budgets.evict_after.is_some() {
+                shard.absences = Absences::ordered();
+            }
+            Mutex::new(shard)
         };
         Self {
             shards: (0..SHARDS as u16).map(shard).collect(),
@@ -176,6 +188,7 @@ impl Sessions {
             output_buffer: limits.output_buffer.load(Ordering::Relaxed),
             principals,
             evicting: Mutex::default(),
+            making_room: Mutex::default(),
             deferred: Mutex::new(Vec::new()),
             waiting_for_room: Mutex::new(Vec::new()),
             handovers: AtomicU64::new(0),

@@ -77,6 +77,7 @@ pub(crate) fn config() -> RouterConfig {
         queues: 64 * 1024 * 1024,
         output: 64 * 1024 * 1024,
         write_stall: Duration::from_secs(60),
+        evict_after: None,
     }
 }
 
@@ -176,8 +177,19 @@ pub(crate) fn connect_from(
     address: &str,
     will: Option<Will>,
 ) -> Result<Connected, Refused> {
+    let connect = request_from(id, principal, address, will);
+    router.connect(connect, Millis::ZERO, |_, _| {})
+}
+
+/// The CONNECT of [`connect_from`].
+pub(crate) fn request_from(
+    id: &str,
+    principal: Option<&str>,
+    address: &str,
+    will: Option<Will>,
+) -> Connect {
     let address: IpAddr = address.parse().expect("an address");
-    let connect = Connect {
+    Connect {
         principal: principal.unwrap_or("anonymous").into(),
         anonymous: principal.is_none(),
         peer: Arc::new(Peer {
@@ -185,8 +197,7 @@ pub(crate) fn connect_from(
             ..Peer::clone(&peer())
         }),
         ..request(id, Version::V5, will, false)
-    };
-    router.connect(connect, Millis::ZERO, |_, _| {})
+    }
 }
 
 /// The far end of a TCP connection.

@@ -214,5 +214,6 @@ fn router_config(config: &Config, clock: Clock) -> RouterConfig {
         queues: config.memory.queues,
         output: config.memory.max / 8,
         write_stall: config.limits.write_stall,
+        evict_after: config.session.evict_after,
     }
 }

@@ -17,9 +17,9 @@ const COMPARED_EACH: usize = 16;
 /// Comparisons of filters that an UNSUBSCRIBE may always take.
 const COMPARED_ALWAYS: usize = 16 * 1024;
 
-/// Bytes of a subscription beside its filter: here, where the list may have as many places again, and
-/// among the filter's members.
-pub const SUBSCRIPTION_BYTES: usize = 2 * size_of::<Subscription>() + 64;
+/// Bytes of a subscription beside its filter, as measured: here, where the list may have as many places
+/// again, and among the filter's members.
+pub const SUBSCRIPTION_BYTES: usize = 2 * size_of::<Subscription>() + 24;
 
 /// A subscription of this session.
 #[derive(Clone, Debug)]

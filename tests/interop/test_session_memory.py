@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from harness import wire
@@ -13,6 +15,8 @@ MIB = 1 << 20
 MEMORY = 64 * MIB
 SESSIONS = MEMORY * 15 // 100
 FOREVER = 0xFFFFFFFF
+# memory.sessions of the tests that fill it with sessions alone.
+TABLE = 512 * 1024
 
 
 def refused(version: int) -> tuple[int, int]:
@@ -82,4 +86,85 @@ def test_one_address_cannot_fill_the_table_of_filters(own_broker, own_edge):
         assert raw.subscribe((f"{base}/mine", 1)) == b"\x01"
     for raw in clients:
         raw.close()
+    edge.assert_sane()
+
+
+def fill(edge, base: str, version: int) -> list[str]:
+    """Clients from many addresses connect and go, until one gets no session that is kept. Returns the others."""
+    kept = []
+    while True:
+        # An address of its own for each, so that no share is used up before the whole is.
+        source = f"127.1.{len(kept) // 250}.{len(kept) % 250 + 1}"
+        raw = Raw(edge["tcp"].port, version=version, source=source)
+        connack = raw.connect(me := f"{base}-{len(kept):05}", clean=False, expiry=FOREVER)
+        raw.close()
+        if connack.reason:
+            assert connack.reason == refused(version)[0], connack
+            return kept
+        kept.append(me)
+        assert len(kept) < 5000, "sessions are in no account"
+
+
+@pytest.mark.parametrize("version", (5, 4))
+def test_the_last_tenth_is_not_for_new_sessions_that_are_kept(own_broker, own_edge, client, version):
+    edge = own_edge(own_broker(quiet=True).url, memory={"sessions": f"{TABLE}"}, limits={"connect_rate_max": 100_000}).start()
+    base, end = fresh(), {"expiry": 0} if version == 5 else {}
+    kept = fill(edge, base, version)
+    metrics = edge.metrics()
+    assert TABLE * 0.88 < metrics.sum("tidegate_session_bytes") <= TABLE * 0.9
+    assert metrics.sum("tidegate_memory_budget_bytes", account="sessions") == TABLE
+    assert metrics.sum("tidegate_connects_refused_total", reason="session_memory") == 1
+    edge.wait_log(r"WARN.*Connection refused: memory.sessions is used up \(all of it\) to nine tenths, and no further session is kept")
+    # Clients that come back get their sessions, with Clean Start too, and may subscribe.
+    back = client(edge, client_id=kept[7], clean=False, version=version, **({"expiry": 300} if version == 5 else {}))
+    assert back.session_present
+    back.subscribe(f"{base}/news")
+    with Raw(edge["tcp"].port, version=version) as raw:
+        assert raw.connect(kept[8], clean=version == 5, expiry=FOREVER).reason == 0
+    # Sessions that end with their connection still find room.
+    passing = client(edge, clean=True, version=version, **end)
+    passing.publish(f"{base}/news", "hello", 1)
+    assert back.next().text == "hello"
+    # Until the account is full.
+    raws, codes = [], set()
+    while not codes:
+        raws.append(Raw(edge["tcp"].port, version=version, source=f"127.2.0.{len(raws) % 250 + 1}"))
+        connack = raws[-1].connect(f"{base}-passing-{len(raws)}", clean=True, expiry=0)
+        codes |= {connack.reason} - {0}
+    assert codes == {refused(version)[0]} and len(raws) > 20
+    edge.wait_log(r"WARN.*Connection refused: memory.sessions is used up \(all of it\): raise it")
+    again = client(edge, client_id=kept[9], clean=False, version=version, **({"expiry": 300} if version == 5 else {}))
+    assert again.session_present
+    for raw in raws:
+        raw.close()
+    edge.assert_sane()
+
+
+@pytest.mark.parametrize("version", (5, 4))
+def test_the_least_recently_connected_session_ends_for_a_new_one(own_broker, own_edge, client, version):
+    sections = {"memory": {"sessions": f"{TABLE}"}, "session": {"evict_after": "2s"}, "limits": {"connect_rate_max": 100_000}}
+    edge = own_edge(own_broker(quiet=True).url, **sections).start()
+    base, how = fresh(), {"expiry": 300} if version == 5 else {}
+    here = client(edge, client_id=f"{base}-here", clean=False, version=version, **how)
+    again, first = f"{base}-again", f"{base}-first"
+    for n, me in enumerate((again, first)):
+        with Raw(edge["tcp"].port, version=version) as raw:
+            assert raw.connect(me, clean=False, expiry=FOREVER).reason == 0
+        edge.wait_metric("it is away", lambda m: m.sum("tidegate_sessions", state="detached") == n + 1)
+    # Real time must pass here, because the age of sessions is on the process's clock.
+    time.sleep(0.1)
+    kept = fill(edge, base, version)
+    time.sleep(2.2)
+    # One client is back for a moment, and so is not the one that has been away longest.
+    with Raw(edge["tcp"].port, version=version) as raw:
+        assert raw.connect(again, clean=False, expiry=FOREVER).body[0] & 1 == 1
+    new = client(edge, client_id=f"{base}-newer", clean=False, version=version, **how)
+    assert not new.session_present
+    status = {me: edge.http(f"/api/v1/sessions/{me}")[0] for me in (again, first, kept[0], kept[-1])}
+    assert status == {again: 200, first: 404, kept[0]: 200, kept[-1]: 200}
+    metrics = edge.metrics()
+    assert metrics.sum("tidegate_sessions_ended_total", reason="memory") == 1
+    assert metrics.sum("tidegate_session_bytes") <= TABLE * 0.9
+    edge.wait_log(r"WARN.*A session was ended for others: memory.sessions is used up to nine tenths")
+    assert edge.http(f"/api/v1/sessions/{base}-here")[0] == 200 and here.is_connected()
     edge.assert_sane()

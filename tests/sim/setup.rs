@@ -165,6 +165,8 @@ fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
         queues: if evicts { 3000 } else { 1 << 30 },
         output: 1 << 30,
         write_stall: Duration::from_secs(60),
+        // Sessions are kept in the order in which they may end; there is room for all.
+        evict_after: Some(Duration::from_secs(1)),
     }
 }
 

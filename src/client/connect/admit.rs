@@ -147,6 +147,7 @@ impl Admission<'_> {
             Refusal::new(match refused {
                 Refused::Principal => RefusalCause::OtherPrincipal,
                 Refused::Full(full) => RefusalCause::SessionMemory(full),
+                Refused::NotKept(full) => RefusalCause::NewSession(full),
             })
         })?;
         let machine = Machine::new(&connected, handle, version, packet_max);

@@ -81,6 +81,13 @@ pub enum RefusalCause {
     /// `memory.sessions`, or the client's share of it, is used up.
     #[error("memory.sessions is used up ({0}): raise it, or end sessions that nobody needs")]
     SessionMemory(Full),
+    /// `memory.sessions`, or the client's share of it, has no room for another session that is kept while
+    /// its client is away.
+    #[error(
+        "memory.sessions is used up ({0}) to nine tenths, and no further session is kept: raise it, \
+         set session.evict_after, or end sessions that nobody needs"
+    )]
+    NewSession(Full),
     /// The will's QoS is above the announced maximum [MQTT-3.2.2-12].
     #[error("the will's QoS is above the broker's maximum [MQTT-3.2.2-12]")]
     WillQos,
@@ -122,7 +129,7 @@ impl RefusalCause {
         match self {
             Self::Deadline => (R::Timeout, C::SUCCESS),
             Self::ConnectBudget => (R::Memory, C::QUOTA_EXCEEDED),
-            Self::SessionMemory(_) => (R::SessionMemory, C::QUOTA_EXCEEDED),
+            Self::SessionMemory(_) | Self::NewSession(_) => (R::SessionMemory, C::QUOTA_EXCEEDED),
             Self::Closed(closed) => {
                 let label = match closed {
                     Closed::TooLarge => R::TooLarge,

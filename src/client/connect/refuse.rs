@@ -133,7 +133,7 @@ pub(super) async fn refuse(
                 user = refusal.user
             );
         }
-    } else if let RefusalCause::SessionMemory(_) = refusal.cause {
+    } else if refusal.cause.label() == RefusedReason::SessionMemory {
         if let Some(suppressed) = FULL.permit(now) {
             log_refusal!(warn, listener, peer, refusal, suppressed);
         }

@@ -84,6 +84,13 @@ impl Checker<'_, '_> {
         if let Some(age) = session.queue_age_max {
             self.range_time("session.queue_age_max", age, SECOND..=YEAR * 100);
         }
+        if let Some(after) = session.evict_after {
+            self.range_time("session.evict_after", after, SECOND..=YEAR * 100);
+            if after >= session.expiry_max {
+                let message = "not shorter than session.expiry_max, after which every session ends";
+                self.say("session.evict_after", message);
+            }
+        }
     }
 
     pub(super) fn limits(&mut self, config: &Config) {

@@ -33,6 +33,18 @@ const WRONG: &[(&str, usize, &str, &str)] = &[
         "30 has no unit",
     ),
     (
+        "[session]\nevict_after = \"7d\"\n",
+        2,
+        "session.evict_after",
+        "not shorter than session.expiry_max",
+    ),
+    (
+        "[session]\nevict_after = \"10ms\"\n",
+        2,
+        "session.evict_after",
+        "out of range",
+    ),
+    (
         "[session]\nexpiry_v3 = \"8d\"\n",
         2,
         "session.expiry_v3",

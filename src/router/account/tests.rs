@@ -6,11 +6,13 @@ use crate::client::machine::Machine;
 use crate::mqtt::{
     Message, MessageSpec, Properties, QoS, ReasonCode, SubscribeOptions, Version, encode_subscribe,
 };
-use crate::router::{Connected, LinkSession, Refused, Router, RouterConfig, testing};
+use crate::router::{Connect, Connected, LinkSession, Refused, Router, RouterConfig, testing};
 use crate::session::Will;
 use crate::sim::testing::context;
 use crate::streams::StreamId;
 use crate::time::Millis;
+
+mod charges;
 
 const MAX: u64 = 1600;
 
@@ -76,9 +78,48 @@ fn anonymous_clients_have_no_share_as_a_principal() {
     let other = account.holder(None, at("192.0.2.2"));
     assert_eq!(account.bytes.has_room(other, MAX / 8), Ok(()));
     assert!(account.bytes.has_room(other, MAX / 8 + 1).is_err());
-    assert!(!account.bytes.is_over(holder), "it has its share");
+    assert_eq!(
+        account.bytes.has_room(holder, 0),
+        Ok(()),
+        "it has its share"
+    );
     account.bytes.charge(other, 1);
-    assert!(account.bytes.is_over(holder), "the first half became less");
+    let room = account.bytes.has_room(holder, 0);
+    assert_eq!(room, Err(Full::Network), "the first half became less");
+}
+
+#[test]
+fn filters_that_nobody_uses_have_seven_eighths_of_a_share() {
+    const LINGERING: u64 = MAX / 8 * 7;
+    let account = account();
+    let holder = account.holder(None, at("192.0.2.1"));
+    account.bytes.charge(holder, LINGERING / 2 + LINGERING / 8);
+    assert!(!account.bytes.is_over(holder));
+    account.bytes.charge(holder, 1);
+    assert!(account.bytes.is_over(holder));
+}
+
+#[test]
+fn a_session_that_is_kept_finds_nine_tenths_of_the_account_and_of_each_share() {
+    const KEPT: u64 = MAX / 10 * 9;
+    let account = account();
+    let of = |address| account.holder(None, at(address));
+    let greedy = of("192.0.2.1");
+    account.bytes.charge(greedy, KEPT / 2 + KEPT / 8);
+    let room = |holder, more| account.bytes.has_room_to_keep(holder, more);
+    assert_eq!(room(greedy, 1), Err(Full::Network));
+    assert_eq!(account.bytes.has_room(greedy, 1), Ok(()));
+    let other = of("192.0.2.2");
+    assert_eq!(room(other, KEPT / 8), Ok(()));
+    assert_eq!(room(other, KEPT / 8 + 1), Err(Full::Network));
+    account.bytes.charge(other, KEPT / 8);
+    account.bytes.charge(of("192.0.2.3"), KEPT / 8);
+    let last = of("192.0.2.4");
+    assert_eq!(room(last, KEPT / 8), Ok(()));
+    assert_eq!(room(last, KEPT / 8 + 1), Err(Full::All));
+    account.bytes.charge(last, KEPT / 8);
+    assert_eq!(room(of("192.0.2.5"), 1), Err(Full::All));
+    assert_eq!(account.bytes.has_room(of("192.0.2.5"), MAX / 10), Ok(()));
 }
 
 #[test]
@@ -232,7 +273,7 @@ fn sessions_with_large_wills_are_refused_when_the_account_is_full_and_give_it_ba
         }
         assert!(clients.len() < 100, "the wills are in no account");
     };
-    assert_eq!(refused, Refused::Full(Full::Network));
+    assert_eq!(refused, Refused::NotKept(Full::Network));
     for client in &clients {
         router.disconnected(client.session, client.connection_no, false, Millis::ZERO);
     }
@@ -261,8 +302,15 @@ fn sessions_with_large_wills_are_refused_when_the_account_is_full_and_give_it_ba
 #[test]
 fn subscriptions_to_known_filters_are_charged_to_their_sessions() {
     let router = router(1 << 20);
-    let client =
-        |n: usize| testing::connect_from(&router, &format!("c{n}"), None, "192.0.2.1", None);
+    // Sessions that are not kept may use all of their share.
+    let client = |n: usize| {
+        let connect = testing::request_from(&format!("c{n}"), None, "192.0.2.1", None);
+        let connect = Connect {
+            expiry: if n == 0 { 1 } else { 0 },
+            ..connect
+        };
+        router.connect(connect, Millis::ZERO, |_, _| {})
+    };
     for n in 0..router.limits().subscriptions_max {
         let first = client(0).expect("there is room");
         assert_eq!(subscribe(&router, first, &format!("f/{n}")), None);
@@ -310,4 +358,104 @@ fn filters_that_linger_beyond_a_share_make_room_early() {
     }
     let wanted = router.next_unsubscribes(0, 1_000_000);
     assert_eq!(wanted.len(), filled);
+}
+
+/// An address of its own for each client, so that no network uses up its share.
+fn address(n: usize) -> String {
+    format!("198.{}.{}.{}", 18 + n / 65_536, n / 256 % 256, n % 256)
+}
+
+/// Connects new clients until one is refused. Returns the others, and the refusal. `expiry` is their
+/// Session Expiry Interval in seconds.
+fn fill_sessions(router: &Router, prefix: &str, expiry: u32) -> (Vec<Connected>, Refused) {
+    let mut clients = Vec::new();
+    loop {
+        let (n, id) = (clients.len(), format!("{prefix}{}", clients.len()));
+        let connect = Connect {
+            expiry,
+            ..testing::request_from(&id, None, &address(n), None)
+        };
+        match router.connect(connect, Millis::ZERO, |_, _| {}) {
+            Ok(client) => clients.push(client),
+            Err(refused) => return (clients, refused),
+        }
+        assert!(clients.len() < 100_000, "sessions are in no account");
+    }
+}
+
+fn lose(router: &Router, client: Connected, normal: bool) {
+    router.disconnected(client.session, client.connection_no, normal, Millis::ZERO);
+}
+
+#[test]
+fn the_last_tenth_is_for_clients_that_come_back_and_sessions_that_are_not_kept() {
+    let router = router(1 << 20);
+    let (kept, refused) = fill_sessions(&router, "kept", 1);
+    assert_eq!(refused, Refused::NotKept(Full::All));
+    let (most, used) = ((1 << 20) / 10 * 9, router.session_bytes());
+    assert!(used <= most && used > most - 2000, "{used} of {most}");
+    for client in &kept {
+        lose(&router, *client, false);
+    }
+    assert_eq!(
+        router.session_bytes(),
+        used,
+        "they are detached, and charged"
+    );
+    // Clients that come back, with Clean Start too, need no more than they had.
+    for clean_start in [false, true] {
+        let connect = Connect {
+            clean_start,
+            ..testing::request_from("kept1", None, "192.0.2.1", None)
+        };
+        let back = router.connect(connect, Millis::ZERO, |_, _| {});
+        assert_eq!(back.map(|c| c.present), Ok(!clean_start));
+    }
+    let (ending, refused) = fill_sessions(&router, "ending", 0);
+    assert_eq!(refused, Refused::Full(Full::All));
+    assert!(ending.len() > kept.len() / 20, "{}", ending.len());
+    // A session that ends with its connection does not turn into one that is kept.
+    let connect = testing::request_from("ending0", None, &address(0), None);
+    let turned = router.connect(connect, Millis::ZERO, |_, _| {});
+    assert_eq!(turned, Err(Refused::NotKept(Full::All)));
+    assert!(
+        router
+            .session(&"ending0".into())
+            .is_some_and(|s| s.attached)
+    );
+    assert!(router.session(&"kept0".into()).is_some());
+    let connect = testing::request_from("kept0", None, &address(0), None);
+    let back = router.connect(connect, Millis::ZERO, |_, _| {});
+    assert_eq!(back.map(|c| c.present), Ok(true));
+    // Every session gives back its bytes, whichever way it ends.
+    for client in ending {
+        lose(&router, client, true);
+    }
+    assert!(router.session_bytes() <= most);
+    for n in 0..kept.len() / 2 {
+        router.end_session(&format!("kept{n}").as_str().into(), Millis::ZERO);
+    }
+    router.tick(Millis::new(1001));
+    assert_eq!((router.totals().detached, router.session_bytes()), (0, 0));
+}
+
+#[test]
+fn a_client_whose_will_was_published_finds_room_for_it_when_it_comes_back() {
+    let router = router(1 << 20);
+    let soon = || Some(Will::new(will(20_000).message, 0, None));
+    let connect = || testing::connect_from(&router, "c", None, "192.0.2.1", soon());
+    let client = connect().expect("there is room");
+    let charged = router.session_bytes();
+    assert!(charged > 20_000);
+    lose(&router, client, false);
+    assert_eq!(router.session_bytes(), charged, "the will is published");
+    fill_sessions(&router, "ending", 0);
+    let back = connect().expect("it needs no more than it had");
+    assert!(back.present);
+    // A client that says goodbye gives up the room.
+    let used = router.session_bytes();
+    lose(&router, back, true);
+    assert!(router.session_bytes() < used - 20_000);
+    fill_sessions(&router, "others", 0);
+    assert_eq!(connect(), Err(Refused::Full(Full::All)));
 }

@@ -57,6 +57,12 @@ impl Filters {
         released
     }
 
+    /// Bytes that are charged for filters that nobody uses.
+    pub(crate) fn lingering_bytes(&self) -> u64 {
+        let lingering = &self.read().lingering;
+        (lingering.len() * FILTER_BYTES + lingering.bytes()) as u64
+    }
+
     /// Releases the lingering filters whose time is over, or which are too many.
     pub(crate) fn release_overdue(
         &self,
@@ -80,7 +86,7 @@ impl Filters {
             // Filters that are being unsubscribed make room soon.
             let leaving: usize = table.unsubscribe_queue.iter().map(|q| q.len()).sum();
             let account = &table.account.bytes;
-            let bytes_over = account.used().saturating_sub(account.max() / 10 * 9);
+            let bytes_over = account.used().saturating_sub(account.lingering_max());
             // Each gives back that many at least.
             let filters_over = bytes_over.div_ceil(FILTER_BYTES as u64) as usize;
             let crowded = table.len().saturating_sub(FILTERS_CROWDED);

@@ -11,7 +11,8 @@ use crate::topics::FilterId;
 
 use crate::router::account::{Full, Holder};
 use crate::router::handle::{ConnectionHandle, TaskWaker};
-use crate::router::sessions::shard::{SESSION_BYTES, Shard};
+use crate::router::sessions::shard::Shard;
+use crate::router::sessions::slot::SESSION_BYTES;
 use crate::router::sessions::{DueWill, PresenceChange, SessionActions, Sessions, shed};
 use crate::router::types::{Peer, SessionRef};
 
@@ -72,6 +73,9 @@ pub enum Refused {
     Principal,
     /// The account of sessions has no room, or none for this client.
     Full(Full),
+    /// The account of sessions has no room, or none for this client, for a new session that is kept while
+    /// its client is away. Other sessions may still find room.
+    NotKept(Full),
 }
 
 /// Actions that are left to take after a CONNECT.
@@ -170,28 +174,37 @@ impl Sessions {
 
     /// Judges whether a client gets its session: it must not be another principal's, and the account
     /// must have room for the amount that the CONNECT adds. Returns who a new session is charged to.
-    fn judge(&self, shard: &Shard, connect: &Connect) -> Result<Holder, Refused> {
-        let principal = (!connect.anonymous).then_some(&*connect.principal);
-        let address = connect.peer.address.ip();
-        let holder = self.account.holder(principal, address);
+    pub(super) fn judge(&self, shard: &Shard, connect: &Connect) -> Result<Holder, Refused> {
+        let holder = self.holder(connect);
         let will = connect.will.as_ref().map_or(0, Will::bytes);
         let known = shard.by_key.get(&connect.key);
         let known = known.map(|at| &shard.slots[*at as usize]);
-        let (charged, more) = match known {
+        let (charged, more, is_kept) = match known {
             Some(slot) if slot.session.principal == connect.principal => {
-                (slot.holder, will.saturating_sub(slot.session.will_bytes()))
+                let more = will.saturating_sub(slot.will_bytes as usize);
+                let is_kept = slot.session.expiry > 0 && !slot.session.is_closed();
+                (slot.holder, more, is_kept)
             }
             Some(slot) if !slot.session.is_closed() => return Err(Refused::Principal),
             _ => {
                 let names = connect.key.as_str().len() + connect.principal.len();
-                (holder, SESSION_BYTES + names + will)
+                (holder, SESSION_BYTES + names + will, false)
             }
         };
-        if more > 0 {
-            let room = self.account.bytes.has_room(charged, more as u64);
-            room.map_err(Refused::Full)?;
+        let (account, more) = (&self.account.bytes, more as u64);
+        if connect.expiry > 0 && !is_kept {
+            let room = account.has_room_to_keep(charged, more);
+            room.map_err(Refused::NotKept)?;
+        } else if more > 0 {
+            account.has_room(charged, more).map_err(Refused::Full)?;
         }
         Ok(holder)
+    }
+
+    /// Who a new session of this client is charged to.
+    pub(super) fn holder(&self, connect: &Connect) -> Holder {
+        let principal = (!connect.anonymous).then_some(&*connect.principal);
+        self.account.holder(principal, connect.peer.address.ip())
     }
 
     /// Resumes a known session, or starts it anew. Returns whether it is resumed.
@@ -243,6 +256,7 @@ impl Sessions {
         connack: impl FnOnce(bool, &mut Vec<u8>),
     ) -> Attached {
         shard.unlist(at);
+        shard.end_absence(at);
         let session = shard.reference(at);
         let slot = &mut shard.slots[at as usize];
         let attached = slot.session.attach(
@@ -311,6 +325,10 @@ impl Sessions {
         let mut shard = self.shard(reference.shard);
         let slot = shard.connected(reference, connection_no)?;
         let ended = slot.session.detach(&self.limits, normal, now);
+        if normal {
+            // The client goes for longer than a flap, and gives up its will.
+            slot.will_bytes = 0;
+        }
         shed(slot);
         if ended.will_cancelled {
             metrics().wills_cancelled.increment(1);

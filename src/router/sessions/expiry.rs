@@ -68,7 +68,7 @@ impl Sessions {
     }
 
     /// Ends a session before its time. `None`: it has ended already.
-    fn end_early(
+    pub(super) fn end_early(
         &self,
         shard: &mut Shard,
         at: u32,
@@ -83,6 +83,8 @@ impl Sessions {
             handle.close(reason);
         }
         metrics().sessions_ended[label].increment(1);
+        shard.end_absence(at);
+        let slot = shard.slots.get_mut(at as usize)?;
         slot.session.expiry = 0;
         let ended = slot.session.detach(&self.limits, false, now);
         count_lost(&ended);
@@ -131,6 +133,7 @@ fn expire(shard: &mut Shard, at: u32, now: Millis, actions: &mut SessionActions)
     } else if ended.session {
         metrics().sessions_ended[SessionEndReason::Expired].increment(1);
         count_lost(&ended);
+        shard.end_absence(at);
         shard.finish(at, now, actions);
     } else {
         shard.settle(at);

@@ -15,6 +15,7 @@ use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::router::lost::Lost;
+use crate::router::sessions::absences::Absences;
 use crate::router::sessions::accounts::Accounts;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
@@ -26,10 +27,6 @@ use crate::router::types::SessionRef;
 /// longer than a publish may be under way on a link that is found to be dead.
 const REMEMBER_CLOSED: Duration = Duration::from_secs(2 * 60);
 
-/// Bytes of a session beside its names, its will and its subscriptions: its state, and its entries in
-/// the tables of its shard.
-pub(super) const SESSION_BYTES: usize = size_of::<Slot>() + 128;
-
 #[derive(Debug)]
 pub(in crate::router) struct Shard {
     pub number: u16,
@@ -39,6 +36,8 @@ pub(in crate::router) struct Shard {
     pub members: LookUp<FilterId, Members>,
     /// The sessions' accounts.
     pub accounts: Accounts,
+    /// The sessions without a connection.
+    pub(super) absences: Absences,
     timers: BTreeSet<(Millis, u32)>,
     slot_version: u32,
     /// Scratch space: the Subscription Identifiers of one delivery.
@@ -62,6 +61,7 @@ impl Shard {
             by_key: LookUp::default(),
             members: LookUp::default(),
             accounts,
+            absences: Absences::default(),
             timers: BTreeSet::new(),
             slot_version: 0,
             identifiers: Vec::new(),
@@ -90,6 +90,7 @@ impl Shard {
             charged_output_bytes: 0,
             holder,
             charged_bytes: 0,
+            will_bytes: 0,
             charged_queue_bytes: 0,
             taken: 0,
             taken_shared: 0,
@@ -163,8 +164,7 @@ impl Shard {
         let Some(s) = self.slots.get_mut(slot as usize) else {
             return;
         };
-        // The limits of wills and subscriptions keep it far below 4 GiB.
-        let bytes = (SESSION_BYTES + s.session.held_bytes()) as u32;
+        let bytes = s.session_bytes();
         let before = std::mem::replace(&mut s.charged_bytes, bytes);
         let account = &self.account.bytes;
         match bytes.checked_sub(before) {
@@ -283,6 +283,7 @@ impl Shard {
             return self.finish(slot, now, actions);
         }
         self.accounts.list(s, slot);
+        self.absences.begin(s.session.since, slot);
         self.hold(slot);
         self.settle(slot);
     }
@@ -338,6 +339,13 @@ impl Shard {
             self.settle(session.slot);
         } else {
             self.remove(session.slot);
+        }
+    }
+
+    /// The client of a session is back, or its session ends: to be called before the session is told.
+    pub(super) fn end_absence(&mut self, slot: u32) {
+        if let Some(s) = self.slots.get(slot as usize) {
+            self.absences.end(s.session.since, slot);
         }
     }
 

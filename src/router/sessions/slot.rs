@@ -2,12 +2,20 @@
 
 use std::sync::Arc;
 
-use crate::session::{ENTRY_BYTES, Session};
+use crate::session::{ENTRY_BYTES, SUBSCRIPTION_BYTES, Session};
 use crate::time::Millis;
 
 use crate::router::account::Holder;
 use crate::router::handle::ConnectionHandle;
 use crate::router::types::Peer;
+
+/// Bytes of a session beside its names, its will and its subscriptions, as measured: its state, the
+/// client's address, and its entries in the tables of its shard.
+pub(super) const SESSION_BYTES: usize = size_of::<Slot>() + 272;
+
+/// Bytes that are charged for a session with one subscription and with names of 48 bytes together, for
+/// people who want to know how many sessions find room.
+pub(crate) const TYPICAL_SESSION_BYTES: usize = SESSION_BYTES + SUBSCRIPTION_BYTES + 48;
 
 /// A session with the router's own data about it.
 #[derive(Debug)]
@@ -35,6 +43,9 @@ pub(in crate::router) struct Slot {
     pub holder: Holder,
     /// Bytes charged to the account of sessions.
     pub(super) charged_bytes: u32,
+    /// The part of them for the will of the last CONNECT. It stays when the will is published, so that
+    /// the client finds room for its will when it comes back.
+    pub(super) will_bytes: u32,
     /// Bytes charged to the principal: each message in full, with its entry.
     pub(super) charged_queue_bytes: u64,
     /// Bytes of output that the connection's task took last, and has perhaps not written yet, without
@@ -62,6 +73,17 @@ impl Slot {
         // Both are bounded far below 4 GiB by the budgets.
         let entry_bytes = (entries + self.session.inbound_bytes()) as u32;
         self.charge_for(entry_bytes, output, (messages + shared + entries) as u64)
+    }
+
+    /// Bytes of the session for the account of sessions. Notes the part for the will.
+    pub(super) fn session_bytes(&mut self) -> u32 {
+        let session = &self.session;
+        // The limits of wills and subscriptions keep both numbers far below 4 GiB.
+        let will = session.will_bytes() as u32;
+        if will > 0 || session.attached() || session.is_closed() {
+            self.will_bytes = will;
+        }
+        (SESSION_BYTES + session.held_bytes()) as u32 + self.will_bytes
     }
 
     /// Gives the session's charge back. Returns the bytes that are to be added to the accounts.

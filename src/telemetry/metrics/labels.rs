@@ -224,7 +224,7 @@ labels! {
         Expired = "expired",
         /// Its queue was full and `queue_full = "end_session"`.
         QueueFull = "queue_full",
-        /// Memory ran out.
+        /// `session.evict_after`: its client was away, and new sessions needed the room.
         Memory = "memory",
         /// An operator ended it.
         Admin = "admin",
