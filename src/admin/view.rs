@@ -79,6 +79,8 @@ pub(crate) struct SessionSummary {
     pub queue_bytes: usize,
     /// Deliveries that the client has not acknowledged.
     pub inflight: usize,
+    /// Bytes that are charged to `memory.sessions` for it, without its filters.
+    pub session_bytes: u32,
     /// Gaps: periods in which it may have missed messages.
     pub gaps: u64,
 }

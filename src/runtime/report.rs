@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::config::{AclMode, AuthMode, ClientAuth, Config, Listener, Transport};
+use crate::router::TYPICAL_SESSION_BYTES;
 use crate::telemetry::{Label as _, MemoryAccount};
 
 use crate::runtime::convert;
@@ -57,11 +58,15 @@ fn memory_plan(config: &Config, connections: usize) -> Vec<PlanLine> {
         ),
         false => String::new(),
     };
+    let sessions = config.memory.sessions;
+    let kept = sessions / 10 * 9 / TYPICAL_SESSION_BYTES as u64;
     let mut plan = vec![
         line(
             MemoryAccount::Sessions,
-            config.memory.sessions,
-            "memory.sessions",
+            sessions,
+            &format!(
+                "memory.sessions; nine tenths hold about {kept} sessions with a subscription each"
+            ),
         ),
         line(MemoryAccount::Queues, config.memory.queues, "memory.queues"),
         line(
@@ -255,12 +260,16 @@ mod tests {
             warnings: vec![],
         };
         let report = report(&config(), &cap(10_000), &findings);
+        let kept = (1 << 30) / 10 * 9 / TYPICAL_SESSION_BYTES;
+        let sessions = format!(
+            "  sessions                1 GiB  memory.sessions; nine tenths hold about {kept} sessions with a subscription each"
+        );
         for line in [
             "built-in configuration: valid",
             "  quic             quic  127.0.0.1:14567, anonymous",
             "  embedded:",
             "  default          certificate until then",
-            "  sessions                1 GiB  memory.sessions",
+            &sessions,
             "  queues                  2 GiB  memory.queues",
             "  publishes_waiting      64 MiB  upstream.publishes_waiting",
             "  connections         351.6 MiB  10000 connections, about 36 KiB each while idle, with QUIC up to 32 KiB more before CONNECT",

@@ -190,6 +190,7 @@ impl View {
             queue_messages: info.queue_messages,
             queue_bytes: info.queue_bytes,
             inflight: info.in_flight,
+            session_bytes: info.session_bytes,
             gaps: info.gaps,
         }
     }

@@ -38,6 +38,8 @@ pub struct SessionInfo {
     pub in_flight: usize,
     /// Publishes of the client that wait for the broker.
     pub publishes_waiting: usize,
+    /// Bytes of the session, its will and its subscriptions that are charged to the account of sessions.
+    pub session_bytes: u32,
     /// Messages lost by a named limit.
     pub gaps: u64,
 }
@@ -153,6 +155,7 @@ fn info(slot: &Slot) -> SessionInfo {
         queue_bytes: session.outbound().queued_bytes(),
         in_flight: session.outbound().in_flight(),
         publishes_waiting: session.publishes_waiting(),
+        session_bytes: slot.charged_bytes,
         gaps: session.gaps,
     }
 }
