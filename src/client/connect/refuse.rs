@@ -20,6 +20,7 @@ const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
 static REFUSALS: RateLimited = connection_lines();
 static FULL: RateLimited = RateLimited::new(Duration::from_secs(1));
+static NOT_KEPT: RateLimited = RateLimited::new(Duration::from_secs(1));
 static DENIED: RateLimited = RateLimited::burst(5, Duration::from_secs(1));
 
 /// A connection that gets no session, and the answer to its client.
@@ -133,14 +134,23 @@ pub(super) async fn refuse(
                 user = refusal.user
             );
         }
-    } else if refusal.cause.label() == RefusedReason::SessionMemory {
-        if let Some(suppressed) = FULL.permit(now) {
+    } else if let Some(lines) = full_lines(&refusal.cause) {
+        if let Some(suppressed) = lines.permit(now) {
             log_refusal!(warn, listener, peer, refusal, suppressed);
         }
     } else if let Some(suppressed) = REFUSALS.permit(now) {
         log_refusal!(info, listener, peer, refusal, suppressed);
     }
     let _ = timeout(CLOSE_WAIT, answer(stream, refusal)).await;
+}
+
+/// The lines for a refusal because `memory.sessions` is used up.
+fn full_lines(cause: &RefusalCause) -> Option<&'static RateLimited> {
+    match cause {
+        RefusalCause::SessionMemory(_) => Some(&FULL),
+        RefusalCause::NewSession(_) => Some(&NOT_KEPT),
+        _ => None,
+    }
 }
 
 async fn answer(stream: &mut Stream, refusal: &Refusal) {

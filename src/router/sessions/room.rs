@@ -21,8 +21,9 @@ const LOGGED_CHARS: usize = 64;
 static ENDED: RateLimited = RateLimited::new(Duration::from_secs(1));
 
 impl Sessions {
-    /// Ends a detached session if this CONNECT would else get no session that is kept: the least recently
-    /// connected one of those whose room it can use. `None`: there is room, or no session may end.
+    /// Ends a detached session if this CONNECT would else get no session that is kept: among the sessions
+    /// whose room it can use, the least recently connected one. `None`: there is room, or no session may
+    /// end.
     pub(crate) fn make_room(&self, connect: &Connect, now: Millis) -> Option<SessionActions> {
         let after = self.budgets.evict_after?;
         let verdict = {
