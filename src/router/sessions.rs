@@ -2,6 +2,7 @@
 
 mod absences;
 mod accounts;
+mod backlog;
 mod budget;
 pub(super) mod connect;
 mod expiry;
@@ -14,6 +15,7 @@ mod primaries;
 mod principals;
 mod room;
 pub(super) mod shard;
+mod sleep;
 mod slot;
 mod sockets;
 pub(super) mod subscriptions;

@@ -11,7 +11,9 @@ use crate::router::{
     BrokerFeatures, Caller, ClientPublish, Connect, Connected, LinkSession, Peer, Refused, Router,
     RouterConfig, SessionRef,
 };
-use crate::session::{ConnectionSpec, QueueFull, SessionLimits, SubscribeRequest, Will};
+use crate::session::{
+    ConnectionSpec, QueueFull, SLEEP_AFTER, SessionLimits, SubscribeRequest, Will,
+};
 use crate::store::Memory;
 use crate::streams::StreamSet;
 use crate::time::{Millis, UnixMillis};
@@ -34,6 +36,7 @@ fn limits() -> SessionLimits {
         queue_messages_max: 1000,
         queue_bytes_max: 1024 * 1024,
         queue_age_max: None,
+        sleep_after: SLEEP_AFTER,
         shared_redeliver_after: Duration::from_secs(30),
         will_grace: Duration::ZERO,
         presence: false,
@@ -98,13 +101,6 @@ pub(crate) fn facts() -> BrokerFeatures {
 /// A router with this configuration, which has not heard of the broker yet.
 pub(crate) fn router_of(config: RouterConfig) -> Arc<Router> {
     Arc::new(Router::new(limits(), config, &Memory))
-}
-
-/// [`router_of`] with room for this much output of one client, in bytes, beyond which messages wait.
-pub(crate) fn router_with_output(config: RouterConfig, output_buffer_bytes: usize) -> Arc<Router> {
-    router_limited(config, |limits| {
-        limits.output_buffer = Arc::new(output_buffer_bytes.into());
-    })
 }
 
 /// [`router_of`] with other limits of sessions.

@@ -15,7 +15,7 @@ use crate::config::{self, Config, Server};
 use crate::embedded::{EmbeddedBroker, EmbeddedOptions};
 use crate::hashing::HashSeed;
 use crate::router::{Router, RouterConfig};
-use crate::session::SessionLimits;
+use crate::session::{SLEEP_AFTER, SessionLimits};
 use crate::store::Store;
 use crate::transport::{ClientTls, ConnectionCap, Handshakes, Limits, QuicSecret};
 use crate::upstream::{BrokerAccess, RESERVED_KEY};
@@ -170,6 +170,7 @@ fn session_limits(config: &Config) -> SessionLimits {
         queue_messages_max: config.session.queue_messages_max as usize,
         queue_bytes_max: config.session.queue_bytes_max as usize,
         queue_age_max: config.session.queue_age_max,
+        sleep_after: SLEEP_AFTER,
         shared_redeliver_after: config.session.shared_redeliver_after,
         will_grace: config.session.will_grace,
         presence: !config.session.presence_topic.is_empty(),

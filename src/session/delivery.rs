@@ -78,6 +78,7 @@ pub(super) fn write_to(
         group: _,
         stream,
         fetched: _,
+        position: _,
     } = *offer;
     let mut delivery = Delivery {
         version: connection.version,

@@ -1,5 +1,6 @@
 //! One delivery of a message to one client: the entries of a session's queue and window.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use crate::flow::{InFlight, Stage};
@@ -173,6 +174,7 @@ pub(super) struct Entry {
     pub ids: Ids,
     /// When it was queued, later when it was sent: the low 32 bits of the time in milliseconds.
     pub at: u32,
+    /// While it waits: the low bits of [`Offer::position`].
     pub packet_id: u16,
     pub qos: QoS,
     pub state: State,
@@ -202,11 +204,44 @@ impl Entry {
             group: sets.group(self.ids),
             stream: self.stream,
             fetched: self.state == State::Fetched,
+            position: u64::from(self.packet_id),
         })
     }
 
     pub(super) fn size(&self) -> usize {
         self.message.as_ref().map_or(0, Message::size)
+    }
+}
+
+/// A message that was kept elsewhere for a client that is away, as the client is to get it.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// The message.
+    pub message: Message,
+    /// The smaller of the message's and the subscription's QoS.
+    pub qos: QoS,
+    /// The RETAIN flag for this client.
+    pub retain: bool,
+    /// The client's Subscription Identifier.
+    pub identifier: Option<NonZeroU32>,
+    /// When it arrived: the low 32 bits of the time in milliseconds.
+    pub at: u32,
+    /// The messages that had been kept before, with this one.
+    pub position: u64,
+}
+
+impl From<Kept> for Entry {
+    fn from(kept: Kept) -> Self {
+        Self {
+            message: Some(kept.message),
+            ids: Ids(kept.identifier.map_or(0, NonZeroU32::get)),
+            at: kept.at,
+            packet_id: kept.position as u16,
+            qos: kept.qos,
+            state: State::Waiting,
+            retain: kept.retain,
+            stream: StreamId::CONTROL,
+        }
     }
 }
 
@@ -256,6 +291,9 @@ pub struct Offer<'a> {
     pub stream: StreamId,
     /// It is a retained message that was fetched; such messages have queue limits of their own.
     pub fetched: bool,
+    /// The messages that had been kept elsewhere for clients that are away. It orders messages of the
+    /// same millisecond.
+    pub position: u64,
 }
 
 /// A delivery of a shared subscription that another member is to get.

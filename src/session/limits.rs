@@ -8,6 +8,9 @@ use crate::budget::{Account, QueueFull};
 use crate::hashing::HashSeed;
 use crate::mqtt::QoS;
 
+/// The usual [`SessionLimits::sleep_after`].
+pub const SLEEP_AFTER: Duration = Duration::from_secs(2);
+
 /// Why a message was not kept for a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DropReason {
@@ -39,6 +42,9 @@ pub struct SessionLimits {
     pub queue_bytes_max: usize,
     /// Age at which a message that waits for a client that is away is dropped. `None`: at none.
     pub queue_age_max: Option<Duration>,
+    /// How long a client must be away before its messages are kept with those of other clients that are
+    /// away. Flaps are shorter.
+    pub sleep_after: Duration,
     /// How long a session may be away before other members of its groups get its share.
     pub shared_redeliver_after: Duration,
     /// How long a client may be away before its will and its absence are published.

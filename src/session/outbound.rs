@@ -8,7 +8,7 @@ use crate::time::Millis;
 use crate::budget::{Allowance, QueueFull};
 use crate::session::connection::Connection;
 use crate::session::delivery::{leave_for, write_to};
-use crate::session::entry::{Entry, IdSets, Offer, Redelivery, State};
+use crate::session::entry::{Entry, IdSets, Kept, Offer, Redelivery, State};
 use crate::session::queue::Queue;
 use crate::session::{DropReason, SessionLimits};
 
@@ -116,6 +116,7 @@ impl Outbound {
             group,
             stream,
             fetched: _,
+            position: _,
         } = *offer;
         let attached = connection.is_some();
         if let Some(connection) = connection {
@@ -192,6 +193,26 @@ impl Outbound {
         None
     }
 
+    /// Live messages that may wait for the client while it is away.
+    pub fn live_max(&self, limits: &SessionLimits) -> usize {
+        self.queue.live_max(limits)
+    }
+
+    /// Takes messages that were kept elsewhere while the client was away, in the order of their
+    /// arrival. Where the queue becomes too long, the oldest live messages go.
+    pub fn take_kept(&mut self, limits: &SessionLimits, now: Millis, kept: Vec<Kept>) {
+        let entries = kept.into_iter().map(Entry::from).collect();
+        self.queue.merge(entries, now);
+        while let Some(reason) = self.queue.exceeded(limits) {
+            if self.queue.pop_live().is_none() {
+                break;
+            }
+            let many = reason == DropReason::QueueFull;
+            self.shed.pushed_out += u32::from(many);
+            self.shed.pushed_out_bytes += u32::from(!many);
+        }
+    }
+
     fn enqueue(&mut self, now: Millis, offer: &Offer<'_>) {
         let Offer {
             message,
@@ -201,6 +222,7 @@ impl Outbound {
             group,
             stream,
             fetched,
+            position,
         } = *offer;
         let entries = self.window.iter().chain(self.queue.iter());
         let ids = self.sets.keep(ids, group, entries);
@@ -208,7 +230,7 @@ impl Outbound {
             message: Some(message.clone()),
             ids,
             at: now.low_bits(),
-            packet_id: 0,
+            packet_id: position as u16,
             qos,
             state: match fetched {
                 true => State::Fetched,

@@ -1,16 +1,21 @@
 //! The messages that wait for a client behind its window, and the limits on them while it is away.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use crate::mqtt::QoS;
 use crate::session::entry::{Entry, State};
 use crate::session::{DropReason, SessionLimits};
+use crate::time::Millis;
 
 /// Retained messages of new subscriptions may wait beyond a session's limits, because they arrive all
 /// at once: at most this many for a client that is away.
 const FETCHED_MAX: usize = 100_000;
 /// The most bytes of such messages for a client that is away.
 const FETCHED_MAX_BYTES: usize = 16 * 1024 * 1024;
+
+/// More than the times of two calls for one session can be apart.
+const CLOCKS_APART: Duration = Duration::from_secs(60);
 
 /// The waiting entries, in the order of sending.
 #[derive(Debug, Default)]
@@ -122,6 +127,46 @@ impl Queue {
         self.entries.push_back(entry);
     }
 
+    /// Puts messages that were kept elsewhere while the client was away among the waiting ones, in the order
+    /// of arrival. Both are in that order.
+    pub(super) fn merge(&mut self, arrived: Vec<Entry>, now: Millis) {
+        // Some clocks may be a little ahead of the caller's.
+        let latest = (now + CLOCKS_APART).low_bits();
+        let age = |entry: &Entry| latest.wrapping_sub(entry.at);
+        let is_before = |waiting: &Entry, kept: &Entry| {
+            // In one millisecond fewer than 2^15 messages are kept. The one at a waiting message's position
+            // was kept before it.
+            let later = kept.packet_id.wrapping_sub(waiting.packet_id) as i16 > 0;
+            age(waiting) > age(kept) || age(waiting) == age(kept) && later
+        };
+        let mut waiting = std::mem::take(&mut self.entries).into_iter().peekable();
+        self.fetched_ahead = 0;
+        self.entries.reserve_exact(waiting.len() + arrived.len());
+        for entry in arrived {
+            while let Some(earlier) = waiting.next_if(|w| is_before(w, &entry)) {
+                self.entries.push_back(earlier);
+            }
+            self.push(entry);
+        }
+        self.entries.extend(waiting);
+    }
+
+    /// The limit on live messages of a client that is away that is exceeded now.
+    pub(super) fn exceeded(&self, limits: &SessionLimits) -> Option<DropReason> {
+        if self.live() as usize > self.live_max(limits) {
+            Some(DropReason::QueueFull)
+        } else if self.live_bytes() > limits.queue_bytes_max + self.kept_bytes {
+            Some(DropReason::QueueBytes)
+        } else {
+            None
+        }
+    }
+
+    /// Live messages that may wait for a client that is away, with those that waited when it left.
+    pub(super) fn live_max(&self, limits: &SessionLimits) -> usize {
+        limits.queue_messages_max + self.kept as usize
+    }
+
     pub(super) fn pop(&mut self) -> Option<Entry> {
         let entry = self.entries.pop_front()?;
         self.fetched_ahead = self.fetched_ahead.saturating_sub(1);
@@ -197,6 +242,44 @@ mod tests {
             retain: false,
             stream: StreamId::CONTROL,
         }
+    }
+
+    fn at(time: u32, position: u16, number: u8, state: State) -> Entry {
+        Entry {
+            at: time,
+            packet_id: position,
+            ..entry(number, state)
+        }
+    }
+
+    #[test]
+    fn messages_that_arrived_meanwhile_take_their_places_by_time() {
+        let mut queue = Queue::default();
+        let (fetched, live) = (State::Fetched, State::Waiting);
+        for (time, position, number, state) in [
+            (u32::MAX - 1, 7, 0, live),
+            (3, u16::MAX, 1, fetched),
+            (3, 1, 2, live),
+            (5, 2, 3, live),
+        ] {
+            queue.push(at(time, position, number, state));
+        }
+        let arrived = [
+            (u32::MAX, u16::MAX, 4),
+            (3, 0, 5),
+            (3, 1, 6),
+            (4, 2, 7),
+            (9, 3, 8),
+        ];
+        let arrived = arrived.map(|(time, position, n)| at(time, position, n, live));
+        queue.merge(arrived.into(), Millis::new((1 << 32) + 9));
+        assert_eq!(numbers(&queue), [0, 4, 1, 5, 6, 2, 7, 3, 8]);
+        assert_eq!((queue.live(), queue.fetched), (8, 1));
+        assert_eq!(queue.bytes(), 9 * entry(0, live).size());
+        for _ in 0..8 {
+            assert!(queue.pop_live().is_some());
+        }
+        assert_eq!(numbers(&queue), [1]);
     }
 
     fn numbers(queue: &Queue) -> Vec<u8> {

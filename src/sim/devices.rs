@@ -47,9 +47,9 @@ pub(crate) struct Asked {
 }
 
 impl Device {
-    pub(crate) fn new(n: usize, rng: &mut Rng) -> Self {
+    pub(crate) fn new(id: String, rng: &mut Rng) -> Self {
         Self {
-            id: format!("device-{n}"),
+            id,
             version: match rng.chance(25) {
                 true => Version::V311,
                 false => Version::V5,
@@ -234,7 +234,7 @@ impl World {
         let v5 = self.devices[n].version == Version::V5;
         let mut filters = Vec::new();
         for _ in 0..self.rng.between(1, 2) {
-            let filter = self.rng.pick(&FILTERS);
+            let filter = self.rng.pick(self.filters);
             if filters.iter().any(|(f, _): &(String, _)| f == filter) {
                 continue;
             }

@@ -11,31 +11,37 @@ use crate::pipe::Pipe;
 use crate::world::{Link, World, trace};
 use tidegate::time::{Deadline, Millis};
 
-const FILTERS: [&str; 12] = [
+pub(crate) const FILTERS: [&str; 12] = [
     "a/b", "a/+", "a/#", "+/b", "#", "b", "b/+", "c/d/e", "c/#", "r/#", "r/1", "no/x",
 ];
+/// Filters of which no two match one topic.
+pub(crate) const DISJOINT: [&str; 5] = ["a/b", "a/c", "b", "c/#", "r/#"];
 const TOPICS: [&str; 7] = ["a/b", "a/c", "b", "b/b", "c/d/e", "c", "a"];
 const TOO_DEEP: &str = "d/e/e/p/d/e/e/p/d/e/e/p/d/e/e/p/t";
 const RETAINED: [&str; 3] = ["r/1", "r/2", "r/3"];
 
 impl World {
     pub(crate) fn act(&mut self, n: usize) {
+        if self.together && self.rng.chance(3) {
+            self.cut_most();
+        }
         let what = self.rng.below(100);
         let connected = self.devices[n].connected;
         match what {
             0..30 if connected => self.publish(n),
-            0..30 => self.connect(n),
+            0..30 if self.now >= self.away_until => self.connect(n),
+            0..30 => self.publish_elsewhere(),
             30..45 => self.publish_elsewhere(),
             45..63 if connected => self.subscribe(n),
             63..70 if connected => {
                 let count = self.rng.between(1, 2);
-                let filters: Vec<&str> = (0..count).map(|_| self.rng.pick(&FILTERS)).collect();
+                let filters: Vec<&str> = (0..count).map(|_| self.rng.pick(self.filters)).collect();
                 trace!(self, "{n} unsubscribes {filters:?}");
                 let stream = self.devices[n].any_stream(&mut self.rng);
                 self.devices[n].unsubscribe(&filters, stream);
             }
             70..78 => self.cut(n),
-            78..82 => {
+            78..82 if self.now >= self.away_until => {
                 trace!(self, "{n} comes again");
                 self.connect(n);
             }
@@ -86,6 +92,17 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    /// Most devices go away for a while, so that messages arrive for an audience that is away.
+    fn cut_most(&mut self) {
+        for n in 0..self.devices.len() {
+            if self.rng.chance(80) {
+                self.cut(n);
+            }
+        }
+        let time = [500, 5000, 30_000].map(Duration::from_millis);
+        self.away_until = self.now + self.rng.pick(&time);
     }
 
     /// A device ends, resets, leaves unread or reads one of its data streams.
@@ -292,7 +309,7 @@ impl World {
         let v5 = self.devices[n].profile.version == Version::V5;
         let mut filters: Vec<(&str, SubscribeOptions)> = Vec::new();
         for _ in 0..self.rng.between(1, 3) {
-            let filter = self.rng.pick(&FILTERS);
+            let filter = self.rng.pick(self.filters);
             if filters.iter().any(|(f, _)| *f == filter) {
                 continue;
             }

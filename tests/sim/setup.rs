@@ -1,22 +1,28 @@
 //! Sets up a run: its limits, its devices, how its broker behaves.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use tidegate::budget::Account;
+use tidegate::hashing::HashSeed;
 use tidegate::mqtt::{QoS, Version};
 use tidegate::router::{BrokerFeatures, Router, RouterConfig};
-use tidegate::session::{QueueFull, SessionLimits};
+use tidegate::session::{QueueFull, SLEEP_AFTER, SessionLimits};
 use tidegate::store::Memory;
 
+use crate::actions::{DISJOINT, FILTERS};
 use crate::broker::{Broker, Copies};
 use crate::device::{Device, Profile};
 use crate::oracle::{Oracle, Rules};
 use crate::world::World;
 use tidegate::time::{Millis, UnixMillis};
 use tidegate_kit::rng::Rng;
+
+/// The router's shards of sessions.
+const SHARDS: u64 = 32;
 
 impl World {
     /// Sets up the world of a seed. Keep the order of the random draws, so that old seeds replay
@@ -36,7 +42,7 @@ impl World {
             1 => QueueFull::EndSession,
             _ => QueueFull::Oldest,
         };
-        let limits = session_limits(small, queue_full, &mut rng);
+        let mut limits = session_limits(small, queue_full, &mut rng);
         let mut config = router_config(evicts, &mut rng);
         if seed % 8 == 5 {
             // There is less room for output than the clients leave unread.
@@ -50,6 +56,11 @@ impl World {
         for profile in &mut profiles {
             profile.miscounts = apart.chance(30);
         }
+        let audience = Audience::new(seed);
+        if audience.together {
+            name_together(&mut profiles, limits.hash_seed);
+        }
+        limits.sleep_after = audience.sleep_after;
         let grants = rng.pick(&[
             QoS::ExactlyOnce,
             QoS::ExactlyOnce,
@@ -102,7 +113,44 @@ impl World {
             publish_links,
             relinked_at: Millis::ZERO,
             kept: true,
+            filters: audience.filters,
+            together: audience.together,
+            away_until: Millis::ZERO,
+            asleep: 0,
         }
+    }
+}
+
+/// What lets the messages of several sessions that are away be kept together. Drawn apart, so that seeds
+/// from before it stay as they are.
+struct Audience {
+    sleep_after: Duration,
+    /// All sessions are in one shard: those of different ones have nothing in common.
+    together: bool,
+    /// The filters that devices subscribe to. Overlapping subscriptions do not sleep.
+    filters: &'static [&'static str],
+}
+
+impl Audience {
+    fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0x000A_51EE);
+        Self {
+            sleep_after: rng.pick(&[0, 100, 2000].map(Duration::from_millis)),
+            together: rng.chance(70),
+            filters: match rng.chance(50) {
+                true => &DISJOINT,
+                false => &FILTERS,
+            },
+        }
+    }
+}
+
+/// Gives devices client identifiers whose sessions are in one shard.
+fn name_together(profiles: &mut [Profile], seed: HashSeed) {
+    let names = (0..).map(|n| format!("device-{n}"));
+    let mut names = names.filter(|id| seed.hash_one(id.as_str()).is_multiple_of(SHARDS));
+    for (profile, name) in profiles.iter_mut().zip(&mut names) {
+        profile.id = name;
     }
 }
 
@@ -120,6 +168,7 @@ fn session_limits(small: bool, queue_full: QueueFull, rng: &mut Rng) -> SessionL
         },
         queue_bytes_max: if rng.chance(10) { 2000 } else { 1 << 20 },
         queue_age_max: None,
+        sleep_after: SLEEP_AFTER,
         shared_redeliver_after: Duration::from_secs(30),
         will_grace: Duration::ZERO,
         presence: false,

@@ -79,6 +79,14 @@ pub(crate) struct World {
     /// When the data link is back, and whether the broker kept its session.
     pub relinked_at: Millis,
     pub kept: bool,
+    /// The filters that devices subscribe to.
+    pub filters: &'static [&'static str],
+    /// All sessions are in one shard.
+    pub together: bool,
+    /// Until then no device comes back.
+    pub away_until: Millis,
+    /// The most sessions that slept at a time.
+    pub asleep: usize,
 }
 
 /// What a run saw, to show that runs are not empty.
@@ -87,6 +95,8 @@ pub(crate) struct Report {
     pub connects: u64,
     pub delivered: u64,
     pub forwarded: u64,
+    /// The most sessions that slept at a time.
+    pub asleep: u64,
 }
 
 /// Runs one seed.
@@ -108,6 +118,7 @@ pub(crate) fn run(seed: u64, trace: bool) -> Result<Report, String> {
         connects: world.next_link,
         delivered: world.oracle.delivered,
         forwarded: world.forwarded,
+        asleep: world.asleep as u64,
     })
 }
 
@@ -171,6 +182,7 @@ impl World {
         let due = due.collect();
         self.excuse_gaps(&before, due);
         self.oracle.ticked(self.now);
+        self.asleep = self.asleep.max(self.router.totals().asleep);
     }
 
     pub(crate) fn flush(&mut self, n: usize, acks: bool) {

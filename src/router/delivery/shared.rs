@@ -387,6 +387,7 @@ impl Shard {
             group: Some(number),
             stream: slot.session.stream_of(number),
             fetched: false,
+            position: accounts.position,
         };
         let outcome = accounts.offer(slot, session.slot, limits, now, &offer, tally);
         self.settle(session.slot);

@@ -29,6 +29,8 @@ pub(in crate::router) struct Accounts {
     pub(super) entry_bytes: i64,
     /// The shard's part of the budget of all output.
     pub(super) output: Allowance,
+    /// The messages that the backlogs of the shard have got. Orders them and those in queues.
+    pub(in crate::router) position: u64,
     principals: Arc<Principals>,
     /// The principals of the sessions, with their use of this shard.
     shares: Slab<Share>,
@@ -45,6 +47,7 @@ impl Accounts {
             number,
             entry_bytes: 0,
             output,
+            position: 0,
             principals,
             shares: Slab::new(),
             share_of: LookUp::default(),

@@ -38,6 +38,9 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// Sessions that are evicted before a shard's lock is given back.
 const EVICTIONS_MAX: usize = 16;
 
+/// A backlog with as many bytes for each sleeper is trimmed before the queues of sessions are.
+const LARGE_BACKLOG_BYTES: usize = 64 * 1024;
+
 /// A principal that uses this part of the budget loses the messages of its connected clients before
 /// others lose those of clients that are away, and so does one session before others of its principal.
 const HEAVY_DIVISOR: u64 = 4;
@@ -85,9 +88,10 @@ impl Sessions {
         self.limits.output_buffer.load(Ordering::Relaxed) != self.output_buffer
     }
 
-    /// Brings the queues under their budget: expired messages and QoS 0 first, then the queues of
-    /// detached sessions, then those of connected clients; each time those of the principals that use
-    /// most first, and among equals of the least recently connected. It locks one shard at a time. One
+    /// Brings the queues under their budget: expired messages and QoS 0 first, then backlogs with many
+    /// bytes for each sleeper, the queues of detached sessions, the other backlogs, and the queues of
+    /// connected clients; queues of the principals that use most first, and among equals of the least
+    /// recently connected. It locks one shard at a time. One
     /// caller evicts; the others go on.
     pub(crate) fn enforce_budget(&self, now: Millis) {
         let queues = self.budgets.queue_bytes;
@@ -108,6 +112,7 @@ impl Sessions {
             evicting.searched_at = Some(now);
             self.evict_large(now, target);
         }
+        self.trim_backlogs(LARGE_BACKLOG_BYTES, target);
         // No more principals than that can be heavy.
         let mut heavy_left = HEAVY_DIVISOR;
         while self.queue_used() > target {
@@ -127,6 +132,7 @@ impl Sessions {
                 (_, None) => break,
             }
         }
+        self.trim_backlogs(0, target);
         let used = self.queue_used();
         let walked = evicting
             .in_vain
@@ -157,12 +163,41 @@ impl Sessions {
         }
     }
 
+    /// Drops messages of the backlogs that have at least `least` bytes for each sleeper: of those with the
+    /// most bytes first, the older half each time.
+    fn trim_backlogs(&self, least: usize, target: u64) {
+        while self.queue_used() > target {
+            let mut found = Vec::new();
+            for number in self.shards() {
+                let large = self.shard(number).large_backlogs(least);
+                found.extend(
+                    large
+                        .into_iter()
+                        .map(|(each, filter)| (each, number, filter)),
+                );
+            }
+            if found.is_empty() {
+                return;
+            }
+            found.sort_unstable_by(|a, b| b.cmp(a));
+            for (_, number, filter) in found {
+                if self.queue_used() <= target {
+                    return;
+                }
+                let mut shard = self.shard(number);
+                shard.trim_backlog(filter);
+                self.charge(&mut shard);
+            }
+        }
+    }
+
     fn purge(&self, now: Millis) {
         for shard in &self.shards {
             let mut shard = shard.lock();
             for slot in shard.accounts.listed() {
                 self.purge_detached(&mut shard, slot, now);
             }
+            shard.purge_backlogs(&self.limits, now);
             self.charge(&mut shard);
         }
     }

@@ -255,6 +255,8 @@ impl Sessions {
         now: Millis,
         connack: impl FnOnce(bool, &mut Vec<u8>),
     ) -> Attached {
+        shard.now = shard.now.max(now);
+        self.wake(&mut shard, at);
         shard.unlist(at);
         shard.end_absence(at);
         let session = shard.reference(at);

@@ -21,6 +21,7 @@ impl Sessions {
             ..SessionActions::default()
         };
         let mut shard = self.shard(number);
+        shard.now = shard.now.max(now);
         while let Some(at) = shard.fired(now) {
             let Some(slot) = shard.slots.get_mut(at as usize) else {
                 continue;

@@ -14,6 +14,7 @@ use crate::router::lost::Loss;
 use crate::router::sessions::Sessions;
 use crate::router::sessions::primaries::{Primaries, Sought};
 use crate::router::sessions::shard::Shard;
+use crate::router::sessions::sleep::Pass;
 use crate::router::sessions::tally::Tally;
 use crate::router::types::{Arrived, RetainedRequest, SessionRef};
 
@@ -105,9 +106,10 @@ impl Sessions {
         known: &mut Primaries,
         tally: &mut Tally,
     ) {
+        let mut pass = Pass::default();
         let mut from = Some(0);
         while let Some(slot) = from {
-            from = shard.fan_out(&self.limits, came, slot, known, tally);
+            from = shard.fan_out(&self.limits, came, slot, &mut pass, known, tally);
             tally.targets += known.take_work();
             if tally.targets < CHUNK {
                 continue;
@@ -115,6 +117,9 @@ impl Sessions {
             tally.targets = 0;
             known.clear();
             self.charge(shard);
+            if from.is_some() {
+                shard.backlogs.suspend(came.filter);
+            }
             MutexGuard::unlocked_fair(shard, || {
                 #[cfg(test)]
                 crate::router::locks::count(crate::router::locks::Lock::Shard);
@@ -124,7 +129,11 @@ impl Sessions {
                     self.enforce_budget(came.now);
                 }
             });
+            if from.is_some() {
+                shard.backlogs.resume(came.filter);
+            }
         }
+        shard.backlogs.complete();
     }
 
     /// Ends the sessions whose queue is full, and brings the accounts in line.
@@ -169,6 +178,9 @@ impl Shard {
         request: &RetainedRequest,
         tally: &mut Tally,
     ) {
+        if self.get(request.session).is_some() {
+            self.wake(request.session.slot, limits);
+        }
         let Some((slot, accounts)) = self.with_accounts(request.session) else {
             return;
         };
@@ -189,6 +201,7 @@ impl Shard {
             group: None,
             stream,
             fetched: true,
+            position: accounts.position,
         };
         accounts.offer(slot, request.session.slot, limits, now, &offer, tally);
         self.settle(request.session.slot);
@@ -196,14 +209,56 @@ impl Shard {
 
     /// Offers a message to members of one filter: to those from slot `from` on, as many as may be
     /// visited before the lock is offered to others. Returns the slot to go on with, if there are more.
-    /// Whoever joins or leaves meanwhile has slots of its own, so each member is visited at most once,
+    /// Members that sleep have live messages by the backlog and are visited for others only. Whoever joins or leaves meanwhile has slots of its own, so each member is visited at most once,
     /// and each that was there all the time exactly once. The connections to wake and the sessions to end
     /// are added to `tally`.
-    fn fan_out(
+    pub(super) fn fan_out(
         &mut self,
         limits: &SessionLimits,
         came: &Came<'_>,
         from: u32,
+        pass: &mut Pass,
+        known: &mut Primaries,
+        tally: &mut Tally,
+    ) -> Option<u32> {
+        if from == 0 {
+            self.begin_pass(limits, came, pass);
+        }
+        let room = CHUNK.saturating_sub(tally.targets).max(1);
+        let visited = match came.source {
+            // The common case ends where `visit` finds the end.
+            Source::Live(_) if self.handovers.is_empty() => from..u32::MAX,
+            _ => from..self.end_of_part(came, from, room),
+        };
+        if !self.handovers.is_empty() {
+            // A session that gives up the filter between two parts is visited in either way.
+            self.fan_out_unsubscribed(limits, came, visited.clone(), known, tally);
+        }
+        let next = self.visit(limits, came, (visited, room), pass, known, tally);
+        self.fall_asleep(limits, came, pass);
+        next
+    }
+
+    /// The slot before which a part of a filter's members ends.
+    fn end_of_part(&self, came: &Came<'_>, from: u32, room: usize) -> u32 {
+        let members = self.members.get(&came.filter);
+        let awake = members.and_then(|m| m.part(from..u32::MAX, room).1);
+        let asleep = match came.source {
+            Source::Live(_) => None,
+            _ => self.asleep_from(came.filter, from, room),
+        };
+        let ends = awake.into_iter().chain(asleep);
+        ends.min().unwrap_or(u32::MAX)
+    }
+
+    /// Offers a message to the members of one filter in these slots, up to `room` of them. Returns the
+    /// slot to go on with, if there are more.
+    fn visit(
+        &mut self,
+        limits: &SessionLimits,
+        came: &Came<'_>,
+        (visited, room): (Range<u32>, usize),
+        pass: &mut Pass,
         known: &mut Primaries,
         tally: &mut Tally,
     ) -> Option<u32> {
@@ -213,14 +268,7 @@ impl Shard {
             source,
             now,
         } = came;
-        let room = CHUNK.saturating_sub(tally.targets).max(1);
-        if !self.handovers.is_empty() {
-            // A session that gives up the filter between two parts is visited in either way.
-            let members = self.members.get(&filter);
-            let next = members.and_then(|members| members.part(from, room).1);
-            let slots = from..next.unwrap_or(u32::MAX);
-            self.fan_out_unsubscribed(limits, came, slots, known, tally);
-        }
+        let asleep = self.asleep_in(came, &visited);
         let Self {
             slots,
             members,
@@ -228,26 +276,34 @@ impl Shard {
             accounts,
             lost,
             handovers,
+            backlogs,
             ..
         } = self;
-        let (members, next) = members.get(&filter)?.part(from, room);
+        let end = (visited.end < u32::MAX).then_some(visited.end);
+        let Some(members) = members.get(&filter) else {
+            return end;
+        };
+        let (awake, next) = members.part(visited, room);
+        let sleepy = backlogs.sleepy(limits, came, pass, members);
         let loss_of = lost.look();
         let is_lost = |filter| loss_of(filter).is_some();
-        tally.targets += members.len();
-        for member in members {
+        tally.targets += awake.len() + asleep.len();
+        for member in awake.iter().chain(&asleep) {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
                 continue;
             };
             let Some(mut qos) = member.qos else {
                 continue;
             };
+            if pass.serves(backlogs, handovers, sleepy, (filter, member, slot)) {
+                continue;
+            }
             let own = source.is_own(&slot.session);
             if member.no_local && own || hides(member.wild_below, message.topic()) {
                 continue;
             }
-            let one;
             let mut retain = member.retain_as_published;
-            let ids: &[u32] = if member.overlaps {
+            if member.overlaps {
                 let sought = Sought {
                     slot: member.slot,
                     subscriptions: slot.session.subscriptions(),
@@ -258,13 +314,8 @@ impl Shard {
                 let Some(primary) = primary else {
                     continue;
                 };
-                qos = primary.qos;
-                retain = primary.retain;
-                identifiers
-            } else {
-                one = member.identifier.map(NonZeroU32::get);
-                one.as_slice()
-            };
+                (qos, retain) = (primary.qos, primary.retain);
+            }
             // Fetched messages are not copies of messages that the data links bring at that time,
             // so the steps of a handover do not apply.
             if !handovers.is_empty()
@@ -278,21 +329,26 @@ impl Shard {
                 slot.session.gaps += 1;
                 continue;
             }
+            let one = member.identifier.map(NonZeroU32::get);
             let offer = Offer {
                 message,
                 qos: qos.min(message.qos()),
                 retain: retain && message.retain(),
-                ids,
+                ids: match member.overlaps {
+                    true => identifiers,
+                    false => one.as_slice(),
+                },
                 group: None,
                 stream: slot.session.stream_of(filter),
                 fetched: source == Source::Fetched,
+                position: accounts.position,
             };
             let outcome = accounts.offer(slot, member.slot, limits, now, &offer, tally);
             if outcome == Delivered::EndSession {
                 tally.ended.push((member.slot, slot.slot_version));
             }
         }
-        next
+        next.or(end)
     }
 
     /// Offers a message to sessions in these slots that gave up the filter by which it came, and have
@@ -373,6 +429,7 @@ impl Shard {
                 group: None,
                 stream: slot.session.stream_of(primary.filter),
                 fetched: source == Source::Fetched,
+                position: self.accounts.position,
             };
             let outcome = (self.accounts).offer(slot, at, limits, now, &offer, tally);
             if outcome == Delivered::EndSession {

@@ -18,12 +18,14 @@ impl Sessions {
             for filters in filters.chunks(CHUNK) {
                 let mut shard = self.shard(number);
                 let shard = &mut *shard;
-                let members = filters.iter().filter_map(|f| shard.members.get(f));
-                for member in members.flat_map(Members::all) {
-                    let slot = shard.slots.get_mut(member.slot as usize);
-                    if member.qos.is_some()
-                        && let Some(slot) = slot
-                        && noted.insert((member.slot, slot.slot_version))
+                let awake = |f: &FilterId| shard.members.get(f).map_or(&[][..], Members::awake);
+                let awake = filters.iter().flat_map(awake);
+                let awake = awake.filter(|m| m.qos.is_some()).map(|m| m.slot);
+                let asleep = filters.iter().flat_map(|f| shard.asleep(*f));
+                let members: Vec<u32> = awake.chain(asleep).collect();
+                for at in members {
+                    if let Some(slot) = shard.slots.get_mut(at as usize)
+                        && noted.insert((at, slot.slot_version))
                     {
                         slot.session.gaps += 1;
                     }

@@ -147,6 +147,11 @@ impl Handovers {
         true
     }
 
+    /// Whether a session hands filters over.
+    pub(crate) fn concerns(&self, slot: u32) -> bool {
+        self.sessions.contains_key(&slot)
+    }
+
     /// The handovers that a session began last wait for these barriers of the data links.
     pub(crate) fn wait(&mut self, slot: u32, barriers: &BarrierNumbers) {
         let session = self.sessions.get_mut(&slot);

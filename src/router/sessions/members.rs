@@ -2,8 +2,10 @@
 
 use smallvec::SmallVec;
 use std::num::{NonZeroU16, NonZeroU32};
+use std::ops::Range;
 
 use crate::mqtt::QoS;
+use crate::router::sessions::backlog::Backlog;
 use crate::session::Subscription;
 
 /// One subscription, in the form that the fan-out needs.
@@ -20,14 +22,10 @@ pub(in crate::router) struct Member {
     pub wild_below: Option<NonZeroU16>,
 }
 
-/// The members of one filter, by slot: there may be tens of thousands.
-#[derive(Debug, Default)]
-pub(in crate::router) struct Members(SmallVec<[Member; 2]>);
-
-impl Members {
-    /// Brings a member in line with its subscription.
-    pub(crate) fn join(&mut self, slot: u32, s: &Subscription) {
-        let member = Member {
+impl Member {
+    /// The member for a subscription of the session in `slot`.
+    pub(super) fn of(slot: u32, s: &Subscription) -> Self {
+        Self {
             slot,
             identifier: s.identifier,
             qos: s.active.then_some(s.options.qos),
@@ -35,35 +33,71 @@ impl Members {
             retain_as_published: s.options.retain_as_published,
             overlaps: s.overlaps > 0,
             wild_below: s.wild_below,
-        };
-        match self.0.binary_search_by_key(&slot, |m| m.slot) {
-            Ok(at) => self.0[at] = member,
-            Err(at) => self.0.insert(at, member),
+        }
+    }
+}
+
+/// The members of one filter: there may be tens of thousands.
+#[derive(Debug, Default)]
+pub(in crate::router) struct Members {
+    /// The members that are visited for each message, by slot.
+    awake: SmallVec<[Member; 2]>,
+    /// The members that sleep, with their messages.
+    pub(super) backlog: Option<Box<Backlog>>,
+}
+
+impl Members {
+    /// Brings a member in line with its subscription. It must not sleep.
+    pub(crate) fn join(&mut self, slot: u32, s: &Subscription) {
+        let member = Member::of(slot, s);
+        match self.awake.binary_search_by_key(&slot, |m| m.slot) {
+            Ok(at) => self.awake[at] = member,
+            Err(at) => self.awake.insert(at, member),
         }
     }
 
+    /// Takes out a member that does not sleep.
     pub(crate) fn leave(&mut self, slot: u32) {
-        if let Ok(at) = self.0.binary_search_by_key(&slot, |m| m.slot) {
-            self.0.remove(at);
+        if let Ok(at) = self.awake.binary_search_by_key(&slot, |m| m.slot) {
+            self.awake.remove(at);
         }
     }
 
-    pub(crate) fn all(&self) -> &[Member] {
-        &self.0
+    /// Takes out members that do not sleep, whose slots are in order.
+    pub(super) fn leave_all(&mut self, slots: impl IntoIterator<Item = u32>) {
+        let mut slots = slots.into_iter().peekable();
+        self.awake.retain(|m| slots.next_if_eq(&m.slot).is_none());
     }
 
-    /// The members from slot `from` on, `max` at most, and the slot of the member behind them.
-    pub(crate) fn part(&self, from: u32, max: usize) -> (&[Member], Option<u32>) {
-        let rest = &self.0[self.0.partition_point(|m| m.slot < from)..];
+    /// Whether there is no member, asleep or awake.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.awake.is_empty() && self.backlog.is_none()
+    }
+
+    /// The members that do not sleep.
+    pub(crate) fn awake(&self) -> &[Member] {
+        &self.awake
+    }
+
+    /// The members in these slots that do not sleep, `max` at most, and the slot of the member behind
+    /// them, if there are more.
+    pub(crate) fn part(&self, slots: Range<u32>, max: usize) -> (&[Member], Option<u32>) {
+        let mut rest = &self.awake[..];
+        if slots.start > 0 {
+            rest = &rest[rest.partition_point(|m| m.slot < slots.start)..];
+        }
+        if slots.end < u32::MAX {
+            rest = &rest[..rest.partition_point(|m| m.slot < slots.end)];
+        }
         match rest.get(max) {
             Some(next) => (&rest[..max], Some(next.slot)),
             None => (rest, None),
         }
     }
 
-    /// All members; the caller must not change their slots.
-    pub(crate) fn all_mut(&mut self) -> &mut [Member] {
-        &mut self.0
+    /// The members that do not sleep; the caller must not change their slots.
+    pub(crate) fn awake_mut(&mut self) -> &mut [Member] {
+        &mut self.awake
     }
 }
 
@@ -104,7 +138,7 @@ mod tests {
                     members.leave(slot);
                     known.remove(&slot);
                 }
-                let all = members.all().iter().map(|m| (m.slot, m.identifier));
+                let all = members.awake().iter().map(|m| (m.slot, m.identifier));
                 prop_assert!(all.eq(known.iter().map(|(slot, id)| (*slot, NonZeroU32::new(*id)))));
             }
         }

@@ -11,6 +11,7 @@ use slab::Slab;
 use crate::hashing::LookUp;
 use crate::router::account::{Holder, SessionAccount};
 use crate::session::{Ended, Session, SessionKey, Unsubscribed};
+use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -19,6 +20,7 @@ use crate::router::sessions::absences::Absences;
 use crate::router::sessions::accounts::Accounts;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
+use crate::router::sessions::sleep::Backlogs;
 use crate::router::sessions::slot::Slot;
 use crate::router::sessions::{ClosedSession, SessionActions};
 use crate::router::types::SessionRef;
@@ -45,6 +47,9 @@ pub(in crate::router) struct Shard {
     pub(super) lost: Arc<Lost>,
     /// Filters that sessions gave up, until overlapping ones have taken over from them.
     pub handovers: Handovers,
+    pub(super) backlogs: Backlogs,
+    /// The latest time that the shard has been told.
+    pub(super) now: Millis,
 }
 
 impl Shard {
@@ -67,6 +72,8 @@ impl Shard {
             identifiers: Vec::new(),
             lost,
             handovers: Handovers::default(),
+            backlogs: Backlogs::default(),
+            now: Millis::ZERO,
         }
     }
 
@@ -92,6 +99,7 @@ impl Shard {
             charged_bytes: 0,
             will_bytes: 0,
             charged_queue_bytes: 0,
+            asleep: 0,
             taken: 0,
             taken_shared: 0,
             taken_at: Millis::ZERO,
@@ -218,14 +226,16 @@ impl Shard {
         Some(slot)
     }
 
-    /// Takes a session out of a filter's members.
-    pub(crate) fn leave(&mut self, slot: u32, filter: FilterId) {
+    /// Takes a session out of a filter's members. Returns how many messages it had in a backlog.
+    pub(crate) fn leave(&mut self, slot: u32, filter: FilterId) -> usize {
+        let messages = self.leave_asleep(slot, filter);
         if let Some(members) = self.members.get_mut(&filter) {
             members.leave(slot);
-            if members.all().is_empty() {
+            if members.is_empty() {
                 self.members.remove(&filter);
             }
         }
+        messages
     }
 
     /// Overlap marks may have changed for all of a session's subscriptions.
@@ -258,9 +268,13 @@ impl Shard {
         };
         let taken = s.session.take_subscriptions();
         let mut filters = self.handovers.forget(slot);
+        let mut messages = 0;
         for s in taken {
-            self.leave(slot, s.filter);
+            messages += self.leave(slot, s.filter);
             filters.push(s.filter);
+        }
+        if messages > 0 {
+            metrics().messages_dropped[DropReason::SessionEnd].increment(messages as u64);
         }
         self.hold(slot);
         filters

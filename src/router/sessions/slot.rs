@@ -48,6 +48,8 @@ pub(in crate::router) struct Slot {
     pub(super) will_bytes: u32,
     /// Bytes charged to the principal: each message in full, with its entry.
     pub(super) charged_queue_bytes: u64,
+    /// The filters in which the session sleeps.
+    pub(super) asleep: u32,
     /// Bytes of output that the connection's task took last, and has perhaps not written yet, without
     /// the parts that connections share.
     pub taken: usize,

@@ -142,6 +142,8 @@ impl Sessions {
     ) -> Result<Joined, Unjoined> {
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
+        shard.subscriber(subscribe).ok_or(Unjoined::Gone)?;
+        self.wake(&mut shard, at);
         let slot = shard.subscriber(subscribe).ok_or(Unjoined::Gone)?;
         let room = (self.account.bytes).has_room(slot.holder, SUBSCRIPTION_BYTES as u64);
         if let Err(full) = room
@@ -215,6 +217,8 @@ impl Sessions {
         let subscribe = &grant.subscribe;
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
+        shard.incarnation(grant)?;
+        self.wake(&mut shard, at);
         let slot = shard.incarnation(grant)?;
         match counts {
             Counts::Already => {}
@@ -261,6 +265,9 @@ impl Sessions {
     pub(crate) fn refuse(&self, grant: &PendingGrant, code: ReasonCode) -> bool {
         let subscribe = &grant.subscribe;
         let mut shard = self.shard(subscribe.session.shard);
+        if shard.incarnation(grant).is_some() {
+            self.wake(&mut shard, subscribe.session.slot);
+        }
         let Some(slot) = shard.incarnation(grant) else {
             return false;
         };
@@ -283,6 +290,9 @@ impl Sessions {
     /// Takes away a subscription of the session that sent a SUBSCRIBE. Whether there was one.
     pub(crate) fn end_subscription(&self, subscribe: &SubscribeRef, filter: FilterId) -> bool {
         let mut shard = self.shard(subscribe.session.shard);
+        if shard.subscriber(subscribe).is_some() {
+            self.wake(&mut shard, subscribe.session.slot);
+        }
         let slot = shard.subscriber(subscribe);
         let ended = slot.and_then(|slot| slot.session.remove_subscription(filter));
         if ended.is_some() {
@@ -374,7 +384,7 @@ impl Shard {
             handovers,
             ..
         } = self;
-        for member in (members.get_mut(&filter).into_iter()).flat_map(Members::all_mut) {
+        for member in (members.get_mut(&filter).into_iter()).flat_map(Members::awake_mut) {
             let Some(slot) = slots.get_mut(member.slot as usize) else {
                 continue;
             };

@@ -8,6 +8,7 @@ use crate::session::SessionKey;
 use crate::time::Millis;
 
 use crate::router::sessions::Sessions;
+use crate::router::sessions::sleep::Backlogged;
 use crate::router::sessions::slot::Slot;
 use crate::router::types::{Peer, SessionRef};
 
@@ -62,7 +63,9 @@ pub struct Totals {
     pub attached: usize,
     /// Sessions without.
     pub detached: usize,
-    /// Messages in queues.
+    /// Sessions without a connection whose messages are kept with those of others, in some filter.
+    pub asleep: usize,
+    /// Messages that wait in queues, counted for each session.
     pub queue_messages: usize,
 }
 
@@ -100,9 +103,10 @@ impl Sessions {
     /// The session of a key.
     pub(crate) fn find(&self, key: &SessionKey) -> Option<SessionInfo> {
         let shard = self.shard(self.shard_of(key.client_id()));
-        let slot = shard.by_key.get(key)?;
-        let slot = &shard.slots[*slot as usize];
-        (!slot.session.is_closed()).then(|| info(slot))
+        let at = *shard.by_key.get(key)?;
+        let slot = &shard.slots[at as usize];
+        let session = &slot.session;
+        (!session.is_closed()).then(|| info(slot, shard.backlogged(at, slot, &self.limits)))
     }
 
     /// Whether a client is connected.
@@ -116,7 +120,9 @@ impl Sessions {
     pub(crate) fn totals(&self) -> Totals {
         let mut totals = Totals::default();
         for shard in &self.shards {
-            for (_, slot) in &shard.lock().slots {
+            let shard = shard.lock();
+            totals.queue_messages += shard.backlogged_of_all();
+            for (_, slot) in &shard.slots {
                 if slot.session.is_closed() {
                     continue;
                 }
@@ -125,6 +131,7 @@ impl Sessions {
                 } else {
                     totals.detached += 1;
                 }
+                totals.asleep += usize::from(slot.asleep > 0);
                 totals.queue_messages += slot.session.outbound().queued();
             }
         }
@@ -132,7 +139,7 @@ impl Sessions {
     }
 }
 
-fn info(slot: &Slot) -> SessionInfo {
+fn info(slot: &Slot, backlogged: Backlogged) -> SessionInfo {
     let session = &slot.session;
     SessionInfo {
         key: session.key.clone(),
@@ -151,11 +158,11 @@ fn info(slot: &Slot) -> SessionInfo {
                 identifier: s.identifier,
             })
             .collect(),
-        queue_messages: session.outbound().queued(),
-        queue_bytes: session.outbound().queued_bytes(),
+        queue_messages: session.outbound().queued() + backlogged.messages,
+        queue_bytes: session.outbound().queued_bytes() + backlogged.bytes,
         in_flight: session.outbound().in_flight(),
         publishes_waiting: session.publishes_waiting(),
         session_bytes: slot.charged_bytes,
-        gaps: session.gaps,
+        gaps: session.gaps + backlogged.gaps,
     }
 }

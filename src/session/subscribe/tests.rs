@@ -7,7 +7,7 @@ use crate::hashing::HashSeed;
 
 use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
 use crate::outbuf::OutBuf;
-use crate::session::{ConnectionSpec, Incarnation, QueueFull};
+use crate::session::{ConnectionSpec, Incarnation, QueueFull, SLEEP_AFTER};
 use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -36,6 +36,7 @@ fn limits(subscriptions_max: usize) -> SessionLimits {
         queue_messages_max: 10,
         queue_bytes_max: 1024,
         queue_age_max: None,
+        sleep_after: SLEEP_AFTER,
         shared_redeliver_after: Duration::ZERO,
         will_grace: Duration::ZERO,
         presence: false,

@@ -206,12 +206,14 @@ impl Members {
             source: Source::Skipped(None),
             now: Millis::ZERO,
         };
+        let mut pass = Pass::default();
         let mut from = Some(0);
         while let Some(slot) = from {
             let (part, who, which) = steps.next().unwrap_or((1, 0, 0));
             self.tally.targets = CHUNK - part;
             let (limits, tally) = (&self.limits, &mut self.tally);
-            from = (self.shard).fan_out(limits, &came, slot, &mut self.known, tally);
+            let known = &mut self.known;
+            from = (self.shard).fan_out(limits, &came, slot, &mut pass, known, tally);
             self.known.clear();
             self.changes[who as usize] += 1;
             match self.has(who, which) {

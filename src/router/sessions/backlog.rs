@@ -1,0 +1,258 @@
+//! The backlog of a filter in one shard: its messages, kept once for all members that sleep.
+//!
+//! A member sleeps while its client is away: no message of the filter is put into its session's queue.
+//! It has the number of the first message that is its own; [`sleep`](super::sleep) has the rules by
+//! which members fall asleep and wake.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use crate::mqtt::{Message, QoS};
+use crate::session::{Incarnation, SessionLimits};
+use crate::time::Millis;
+
+/// Bytes charged for each message of a backlog beside the message itself, with a share for the memory
+/// that is reserved ahead.
+pub(super) const BACKLOG_ENTRY_BYTES: usize = size_of::<Entry>() * 3 / 2;
+
+/// A message of a filter.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) message: Message,
+    /// The place among the messages of all backlogs of the shard.
+    pub(super) position: u64,
+    /// The place among the messages of the filter.
+    pub(super) number: u64,
+    /// The origin mark of the publisher.
+    pub(super) origin_mark: Option<Incarnation>,
+    /// When it arrived: the low 32 bits of the time in milliseconds.
+    pub(super) at: u32,
+}
+
+/// A member that sleeps. There may be a million, so it takes 12 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sleeper {
+    pub(super) slot: u32,
+    /// The number of the first message that is its own, in two parts.
+    from_low: u32,
+    from_high: u16,
+    /// Some messages are kept for it. Else, at QoS 0, they are only counted.
+    pub(super) keeps: bool,
+}
+
+const _: () = assert!(size_of::<Sleeper>() == 12);
+
+impl Sleeper {
+    /// The member in `slot`; messages from number `from` on are its own.
+    pub(super) fn new(slot: u32, from: u64, keeps: bool) -> Self {
+        // 2^48 messages of one filter take longer than a process lives.
+        Self {
+            slot,
+            from_low: from as u32,
+            from_high: (from >> 32) as u16,
+            keeps,
+        }
+    }
+
+    /// The number of the first message that is its own.
+    pub(super) fn from(&self) -> u64 {
+        u64::from(self.from_high) << 32 | u64::from(self.from_low)
+    }
+}
+
+/// The messages of a sleeper that its backlog has dropped, by the limit that it dropped them for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Lost {
+    /// The limits of a queue.
+    pub(super) full: u64,
+    /// The budget of all queues.
+    pub(super) budget: u64,
+    /// Messages of QoS 0 that are not kept, and expired ones.
+    pub(super) unkept: u64,
+}
+
+/// The messages of a filter, once for all members that sleep.
+#[derive(Debug, Default)]
+pub(super) struct Backlog {
+    /// By number. Numbers are missing where messages are not kept.
+    entries: VecDeque<Entry>,
+    /// Bytes of the messages.
+    bytes: usize,
+    /// The number of the next message of the filter.
+    next: u64,
+    /// Messages with lower numbers were dropped, because of a limit.
+    first: u64,
+    /// Messages with lower numbers were dropped, the last of them because of the budget.
+    trimmed: u64,
+    /// By slot.
+    sleepers: Vec<Sleeper>,
+    /// Sleepers for which messages are kept.
+    keeping: u32,
+}
+
+impl Backlog {
+    /// A message of the filter arrived: it gets a number. It is kept if it is for a sleeper, at its QoS.
+    pub(super) fn push(
+        &mut self,
+        limits: &SessionLimits,
+        message: &Message,
+        origin_mark: Option<Incarnation>,
+        position: u64,
+        now: Millis,
+    ) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        let size = message.size();
+        let quality = limits.queue_qos0 || message.qos() > QoS::AtMostOnce;
+        if self.keeping == 0 || !quality || size > limits.queue_bytes_max {
+            return number;
+        }
+        while self.entries.len() >= limits.queue_messages_max
+            || self.bytes + size > limits.queue_bytes_max
+        {
+            let Some(oldest) = self.pop() else {
+                // There is no room for any message.
+                return number;
+            };
+            self.first = oldest + 1;
+        }
+        // A quarter more at a time: doubling would leave half of a long backlog unused.
+        if self.entries.len() == self.entries.capacity() {
+            self.entries.reserve_exact((self.entries.len() / 4).max(4));
+        }
+        self.bytes += size;
+        self.entries.push_back(Entry {
+            message: message.clone(),
+            position,
+            number,
+            origin_mark,
+            at: now.low_bits(),
+        });
+        number
+    }
+
+    fn pop(&mut self) -> Option<u64> {
+        let oldest = self.entries.pop_front()?;
+        self.bytes -= oldest.message.size();
+        Some(oldest.number)
+    }
+
+    /// The number of the next message of the filter.
+    pub(super) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// The sleepers, by slot.
+    pub(super) fn sleepers(&self) -> &[Sleeper] {
+        &self.sleepers
+    }
+
+    /// The sleepers in these slots.
+    pub(super) fn sleepers_in(&self, slots: Range<u32>) -> &[Sleeper] {
+        let from = self.sleepers.partition_point(|s| s.slot < slots.start);
+        let rest = &self.sleepers[from..];
+        &rest[..rest.partition_point(|s| s.slot < slots.end)]
+    }
+
+    /// The slot of the sleeper behind the first `max` sleepers from slot `from` on.
+    pub(super) fn behind(&self, from: u32, max: usize) -> Option<u32> {
+        let first = self.sleepers.partition_point(|s| s.slot < from);
+        self.sleepers.get(first + max).map(|s| s.slot)
+    }
+
+    /// Members fall asleep.
+    pub(super) fn add(&mut self, sleepers: &[Sleeper]) {
+        self.keeping += sleepers.iter().filter(|s| s.keeps).count() as u32;
+        if self.sleepers.len() + sleepers.len() > self.sleepers.capacity() {
+            let more = (self.sleepers.len() / 4).max(sleepers.len());
+            self.sleepers.reserve_exact(more);
+        }
+        self.sleepers.extend_from_slice(sleepers);
+        // Two runs in order, which a stable sort merges.
+        self.sleepers.sort_by_key(|s| s.slot);
+    }
+
+    /// A member does not sleep any longer.
+    pub(super) fn remove(&mut self, slot: u32) -> Option<Sleeper> {
+        let at = self.sleepers.binary_search_by_key(&slot, |s| s.slot).ok()?;
+        let sleeper = self.sleepers.remove(at);
+        self.keeping -= u32::from(sleeper.keeps);
+        Some(sleeper)
+    }
+
+    /// The member in a slot, if it sleeps.
+    pub(super) fn sleeper(&self, slot: u32) -> Option<&Sleeper> {
+        let at = self.sleepers.binary_search_by_key(&slot, |s| s.slot).ok()?;
+        self.sleepers.get(at)
+    }
+
+    /// The messages from a number on.
+    pub(super) fn since(&self, from: u64) -> impl Iterator<Item = &Entry> {
+        self.entries.range(self.place(from)..)
+    }
+
+    /// How many messages are kept from a number on.
+    pub(super) fn count_since(&self, from: u64) -> usize {
+        self.entries.len() - self.place(from)
+    }
+
+    fn place(&self, from: u64) -> usize {
+        self.entries.partition_point(|e| e.number < from)
+    }
+
+    /// The messages of a sleeper that are not here any more, or never were.
+    pub(super) fn lost(&self, sleeper: &Sleeper) -> Lost {
+        let from = sleeper.from();
+        let all = self.next - from - self.count_since(from) as u64;
+        let budget = self.trimmed.saturating_sub(from).min(all);
+        let full = self.first.saturating_sub(from.max(self.trimmed));
+        let full = full.min(all - budget);
+        Lost {
+            full,
+            budget,
+            unkept: all - budget - full,
+        }
+    }
+
+    /// Bytes of the messages, and of their entries.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes + self.entry_bytes()
+    }
+
+    /// Bytes that are charged for the entries.
+    pub(super) fn entry_bytes(&self) -> usize {
+        self.entries.len() * BACKLOG_ENTRY_BYTES
+    }
+
+    /// Drops messages that are past their expiry or too old, and QoS 0.
+    pub(super) fn purge(&mut self, limits: &SessionLimits, now: Millis) {
+        let bytes = &mut self.bytes;
+        self.entries.retain(|e| {
+            let age = now.low_bits().wrapping_sub(e.at);
+            let aged = limits
+                .queue_age_max
+                .is_some_and(|max| u128::from(age) >= max.as_millis());
+            let late = aged || e.message.has_expired(now);
+            let kept = !late && e.message.qos() > QoS::AtMostOnce;
+            if !kept {
+                *bytes -= e.message.size();
+            }
+            kept
+        });
+    }
+
+    /// Drops the older half of the messages. Returns how many.
+    pub(super) fn trim(&mut self) -> usize {
+        let half = self.entries.len().div_ceil(2);
+        for _ in 0..half {
+            if let Some(oldest) = self.pop() {
+                self.trimmed = oldest + 1;
+            }
+        }
+        self.entries.shrink_to_fit();
+        half
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,139 @@
+use super::*;
+use crate::mqtt::{MessageSpec, Properties};
+use crate::router::testing;
+
+fn message(qos: QoS, size: usize) -> Message {
+    Message::new(&MessageSpec {
+        topic: "t",
+        properties: Properties::default(),
+        payload: &vec![b'x'; size],
+        qos,
+        retain: false,
+        expires_at: None,
+        strip_key: None,
+        account: None,
+    })
+}
+
+fn limits(messages: usize, bytes: usize) -> SessionLimits {
+    let router = testing::router();
+    SessionLimits {
+        queue_messages_max: messages,
+        queue_bytes_max: bytes,
+        ..router.limits().clone()
+    }
+}
+
+fn push(backlog: &mut Backlog, limits: &SessionLimits, qos: QoS, size: usize) -> u64 {
+    backlog.push(limits, &message(qos, size), None, 0, Millis::new(5))
+}
+
+fn numbers(backlog: &Backlog) -> Vec<u64> {
+    backlog.since(0).map(|e| e.number).collect()
+}
+
+#[test]
+fn a_full_backlog_drops_the_oldest_and_knows_how_many_each_sleeper_lost() {
+    let (mut backlog, limits) = (Backlog::default(), limits(3, 1 << 20));
+    backlog.add(&[Sleeper::new(4, 0, true)]);
+    for _ in 0..4 {
+        push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
+    }
+    backlog.add(&[Sleeper::new(2, 4, true)]);
+    push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
+    assert_eq!(numbers(&backlog), [2, 3, 4]);
+    let slots: Vec<u32> = backlog.sleepers().iter().map(|s| s.slot).collect();
+    assert_eq!(slots, [2, 4]);
+    let lost = |slot| backlog.sleeper(slot).map(|s| backlog.lost(s));
+    let two = Lost {
+        full: 2,
+        ..Lost::default()
+    };
+    assert_eq!(lost(4), Some(two));
+    assert_eq!(lost(2), Some(Lost::default()));
+    assert_eq!(backlog.count_since(4), 1);
+}
+
+#[test]
+fn a_backlog_is_bounded_in_bytes() {
+    let size = message(QoS::AtLeastOnce, 100).size();
+    let (mut backlog, limits) = (Backlog::default(), limits(100, 3 * size));
+    backlog.add(&[Sleeper::new(0, 0, true)]);
+    for _ in 0..5 {
+        push(&mut backlog, &limits, QoS::AtLeastOnce, 100);
+    }
+    assert_eq!(numbers(&backlog), [2, 3, 4]);
+    // One that is larger than the limit displaces nothing.
+    push(&mut backlog, &limits, QoS::AtLeastOnce, 4 * size);
+    assert_eq!(numbers(&backlog), [2, 3, 4]);
+    assert_eq!(backlog.bytes, 3 * size);
+    assert_eq!(backlog.lost(&backlog.sleepers()[0]).unkept, 1);
+}
+
+#[test]
+fn messages_that_are_for_no_sleeper_are_counted_only() {
+    let (mut backlog, limits) = (Backlog::default(), limits(100, 1 << 20));
+    backlog.add(&[Sleeper::new(0, 0, false)]);
+    push(&mut backlog, &limits, QoS::ExactlyOnce, 1);
+    backlog.add(&[Sleeper::new(1, 1, true)]);
+    push(&mut backlog, &limits, QoS::AtMostOnce, 1);
+    push(&mut backlog, &limits, QoS::ExactlyOnce, 1);
+    assert_eq!(numbers(&backlog), [2]);
+    let lost = |at: usize| backlog.lost(&backlog.sleepers()[at]).unkept;
+    assert_eq!((lost(0), lost(1)), (2, 1));
+    assert!(backlog.remove(1).is_some() && backlog.remove(1).is_none());
+    push(&mut backlog, &limits, QoS::ExactlyOnce, 1);
+    assert_eq!(numbers(&backlog), [2]);
+}
+
+#[test]
+fn a_backlog_that_is_trimmed_names_the_budget() {
+    let (mut backlog, limits) = (Backlog::default(), limits(4, 1 << 20));
+    backlog.add(&[Sleeper::new(0, 0, true)]);
+    for _ in 0..5 {
+        push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
+    }
+    assert_eq!(backlog.trim(), 2);
+    for _ in 0..3 {
+        push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
+    }
+    assert_eq!(numbers(&backlog), [4, 5, 6, 7]);
+    let lost = Lost {
+        full: 1,
+        budget: 3,
+        unkept: 0,
+    };
+    assert_eq!(backlog.lost(&backlog.sleepers()[0]), lost);
+    assert_eq!(
+        (
+            backlog.trim(),
+            backlog.trim(),
+            backlog.trim(),
+            backlog.trim()
+        ),
+        (2, 1, 1, 0)
+    );
+    assert_eq!((backlog.bytes(), backlog.bytes), (0, 0));
+}
+
+#[test]
+fn numbers_beyond_32_bits_are_kept() {
+    for from in [0, u64::from(u32::MAX), 1 << 32, (1 << 48) - 1] {
+        assert_eq!(Sleeper::new(1, from, true).from(), from);
+    }
+}
+
+#[test]
+fn tmp_sizes() {
+    eprintln!(
+        "SIZES slot {} session {} outbound {} subscription {} peer {} members {} member {} handle {}",
+        size_of::<crate::router::sessions::slot::Slot>(),
+        size_of::<crate::session::Session>(),
+        size_of::<crate::session::Outbound>(),
+        size_of::<crate::session::Subscription>(),
+        size_of::<crate::router::types::Peer>(),
+        size_of::<crate::router::sessions::members::Members>(),
+        size_of::<crate::router::sessions::members::Member>(),
+        size_of::<crate::router::handle::ConnectionHandle>(),
+    );
+}

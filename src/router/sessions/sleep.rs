@@ -1,0 +1,590 @@
+//! Members of filters fall asleep and wake.
+//!
+//! A member sleeps in a filter while its client is away. Then the filter's messages are kept once for all
+//! sleeping members of a shard, in the filter's [`Backlog`], and a message costs the same however many
+//! members sleep. The rules:
+//!
+//! - A member falls asleep when a message finds its session without a client for [`SessionLimits::sleep_after`]. That
+//!   message is the first of its own in the backlog. A backlog begins with two members, because for one
+//!   its own queue is as good.
+//! - The members of overlapping subscriptions do not sleep: which copy of a message a session gets depends on
+//!   the time at which the copies come.
+//! - A session wakes when its client comes back: before its connection begins, its messages move from
+//!   all backlogs into its own queue, where the limits of a queue apply. It wakes too when one of its
+//!   subscriptions is changed by a late answer of the broker.
+//! - While the lock of the shard is given back between two parts of a filter's members, nobody falls
+//!   asleep in this filter. A member that wakes meanwhile has got the message by the backlog.
+//! - Retained messages that were fetched never enter a backlog. They go into the queues of the sleepers.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::time::Duration;
+
+use smallvec::SmallVec;
+
+use crate::budget::QueueFull;
+use crate::mqtt::QoS;
+use crate::session::{Kept, Session, SessionLimits, Subscription};
+use crate::telemetry::{DropReason, metrics};
+use crate::time::Millis;
+use crate::topics::FilterId;
+
+use crate::router::sessions::backlog::{Backlog, Entry, Lost, Sleeper};
+use crate::router::sessions::fan_out::{Came, Source};
+use crate::router::sessions::handover::Handovers;
+use crate::router::sessions::members::{Member, Members};
+use crate::router::sessions::shard::Shard;
+use crate::router::sessions::slot::Slot;
+use crate::router::sessions::{Sessions, shed};
+
+/// The backlogs of a shard, apart from those that the members have.
+#[derive(Debug, Default)]
+pub(super) struct Backlogs {
+    /// The filters with a backlog.
+    filters: BTreeSet<FilterId>,
+    /// Filters of which a part of the members has been visited for a message, and the others have not.
+    suspended: SmallVec<[FilterId; 2]>,
+    /// Members that woke while their filter was among those.
+    woken: Vec<Woken>,
+}
+
+/// A member that woke while its filter's members were being visited.
+#[derive(Clone, Copy, Debug)]
+struct Woken {
+    filter: FilterId,
+    slot: u32,
+    /// Messages with lower numbers had arrived by then.
+    number: u64,
+}
+
+impl Backlogs {
+    /// The lock is given back before all members of a filter are visited.
+    pub(super) fn suspend(&mut self, filter: FilterId) {
+        self.suspended.push(filter);
+    }
+
+    /// The lock is taken again.
+    pub(super) fn resume(&mut self, filter: FilterId) {
+        if let Some(at) = self.suspended.iter().position(|f| *f == filter) {
+            self.suspended.swap_remove(at);
+        }
+    }
+
+    /// All members of a message's filter have been visited.
+    pub(super) fn complete(&mut self) {
+        if self.suspended.is_empty() {
+            self.woken.clear();
+        }
+    }
+
+    /// Whether a member has got message `number` by the backlog, since it woke later.
+    fn has_got(&self, filter: FilterId, slot: u32, number: u64) -> bool {
+        let mut woken = self.woken.iter();
+        woken.any(|w| w.filter == filter && w.slot == slot && w.number > number)
+    }
+
+    fn woke(&mut self, filter: FilterId, slot: u32, number: u64) {
+        if self.suspended.contains(&filter) {
+            self.woken.push(Woken {
+                filter,
+                slot,
+                number,
+            });
+        }
+    }
+
+    /// The conditions under which members fall asleep in the next part of a pass. `None`: nobody does.
+    pub(super) fn sleepy(
+        &self,
+        limits: &SessionLimits,
+        came: &Came<'_>,
+        pass: &Pass,
+        members: &Members,
+    ) -> Option<Sleepy> {
+        let live = matches!(came.source, Source::Live(_));
+        if !live || limits.queue_full != QueueFull::Oldest || self.suspended.contains(&came.filter)
+        {
+            return None;
+        }
+        let next = members.backlog.as_ref().map(|b| b.next());
+        // Other messages of the filter that came since are in the members' own queues.
+        (next == pass.number.map(|number| number + 1)).then_some(Sleepy {
+            number: pass.number,
+            has_backlog: next.is_some(),
+            queue_qos0: limits.queue_qos0,
+            after: limits.sleep_after,
+            now: came.now,
+        })
+    }
+}
+
+/// The way of one message through the members of one filter.
+#[derive(Debug, Default)]
+pub(super) struct Pass {
+    /// Its number in the filter's backlog, if it has one.
+    number: Option<u64>,
+    /// A member of this part that could sleep, if it were not alone. It has got the message.
+    candidate: Option<Sleeper>,
+    /// Members that fall asleep, by slot.
+    falling: Vec<Sleeper>,
+}
+
+/// The members that may fall asleep in one part of a pass.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sleepy {
+    number: Option<u64>,
+    has_backlog: bool,
+    queue_qos0: bool,
+    after: Duration,
+    now: Millis,
+}
+
+impl Pass {
+    /// Whether the backlog serves a member: it has got the message so, or falls asleep now.
+    pub(super) fn serves(
+        &mut self,
+        backlogs: &Backlogs,
+        handovers: &Handovers,
+        sleepy: Option<Sleepy>,
+        (filter, member, slot): (FilterId, &Member, &Slot),
+    ) -> bool {
+        let number = self.number.filter(|_| !backlogs.woken.is_empty());
+        if number.is_some_and(|number| backlogs.has_got(filter, member.slot, number)) {
+            return true;
+        }
+        let Some(sleepy) = sleepy.filter(|_| !slot.session.attached()) else {
+            return false;
+        };
+        !handovers.concerns(member.slot) && self.lets_sleep(sleepy, member, &slot.session, filter)
+    }
+
+    /// Whether a member without a client falls asleep. If so, it is noted.
+    fn lets_sleep(
+        &mut self,
+        sleepy: Sleepy,
+        member: &Member,
+        session: &Session,
+        filter: FilterId,
+    ) -> bool {
+        if member.overlaps || sleepy.now < session.since + sleepy.after {
+            return false;
+        }
+        let mut all = session.subscriptions().iter();
+        // The broker may still grant more to a subscription that has less than its client asked for.
+        let settled = |s: &Subscription| s.active && s.options.qos == s.asked;
+        let Some(subscription) = all.find(|s| s.filter == filter).filter(|s| settled(s)) else {
+            return false;
+        };
+        let keeps = sleepy.queue_qos0 || subscription.options.qos > QoS::AtMostOnce;
+        // With a backlog that begins now, the message becomes its first.
+        let from = sleepy.number.unwrap_or(0);
+        if !sleepy.has_backlog && self.falling.is_empty() {
+            match self.candidate.take() {
+                Some(first) => self.falling.push(first),
+                None => {
+                    self.candidate = Some(Sleeper::new(member.slot, from + 1, keeps));
+                    return false;
+                }
+            }
+        }
+        self.falling.push(Sleeper::new(member.slot, from, keeps));
+        true
+    }
+}
+
+/// The messages that backlogs have for one session.
+#[derive(Debug, Default)]
+struct Gathered {
+    kept: Vec<Kept>,
+    lost: Lost,
+}
+
+impl Gathered {
+    /// Adds a sleeper's messages in one backlog.
+    fn add(
+        &mut self,
+        backlog: &Backlog,
+        sleeper: &Sleeper,
+        (session, subscription): (&Session, &Subscription),
+        limits: &SessionLimits,
+    ) {
+        let lost = backlog.lost(sleeper);
+        self.lost.full += lost.full;
+        self.lost.budget += lost.budget;
+        self.lost.unkept += lost.unkept;
+        for entry in backlog.since(sleeper.from()) {
+            match owed(entry, session, subscription, limits) {
+                Owed::Kept(qos) => {
+                    let options = subscription.options;
+                    let kept = Kept {
+                        message: entry.message.clone(),
+                        qos,
+                        retain: options.retain_as_published && entry.message.retain(),
+                        identifier: subscription.identifier,
+                        at: entry.at,
+                        position: entry.position,
+                    };
+                    self.kept.push(kept);
+                }
+                Owed::Unkept => self.lost.unkept += 1,
+                Owed::Nothing => {}
+            }
+        }
+    }
+
+    /// The newest messages, `max` at most, in the order of their arrival.
+    fn newest(&mut self, max: usize) -> Vec<Kept> {
+        let kept = &mut self.kept;
+        kept.sort_unstable_by_key(|kept| kept.position);
+        let many = kept.len().saturating_sub(max);
+        self.lost.full += many as u64;
+        kept.split_off(many)
+    }
+}
+
+/// What a sleeper is owed of one message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owed {
+    /// The message at this QoS.
+    Kept(QoS),
+    /// A message of QoS 0, which is not kept for it.
+    Unkept,
+    /// It is not for this client.
+    Nothing,
+}
+
+fn owed(
+    entry: &Entry,
+    session: &Session,
+    subscription: &Subscription,
+    limits: &SessionLimits,
+) -> Owed {
+    let own = entry.origin_mark == Some(session.incarnation);
+    if own && subscription.options.no_local || subscription.hides(entry.message.topic()) {
+        return Owed::Nothing;
+    }
+    match subscription.options.qos.min(entry.message.qos()) {
+        QoS::AtMostOnce if !limits.queue_qos0 => Owed::Unkept,
+        qos => Owed::Kept(qos),
+    }
+}
+
+/// The messages in backlogs that one session is owed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Backlogged {
+    pub(super) messages: usize,
+    pub(super) bytes: usize,
+    /// Messages that were dropped, each of which will be a gap.
+    pub(super) gaps: u64,
+}
+
+impl Sessions {
+    /// Wakes a session: its messages move from all backlogs into its own queue.
+    pub(super) fn wake(&self, shard: &mut Shard, at: u32) {
+        if shard.slots.get(at as usize).is_some_and(|s| s.asleep > 0) {
+            shard.wake(at, &self.limits);
+            self.charge(shard);
+        }
+    }
+}
+
+impl Shard {
+    /// A message of a filter arrives. The members that sleep have it by the backlog.
+    pub(super) fn begin_pass(&mut self, limits: &SessionLimits, came: &Came<'_>, pass: &mut Pass) {
+        self.now = self.now.max(came.now);
+        let Source::Live(origin_mark) = came.source else {
+            return;
+        };
+        if self.backlogs.filters.is_empty() {
+            return;
+        }
+        let backlog = self
+            .members
+            .get(&came.filter)
+            .and_then(|m| m.backlog.as_ref());
+        let Some(backlog) = backlog else {
+            return;
+        };
+        if let [lone] = *backlog.sleepers() {
+            return self.wake_in(lone.slot, &[came.filter], limits);
+        }
+        self.accounts.position += 1;
+        let position = self.accounts.position;
+        let backlog = self
+            .members
+            .get_mut(&came.filter)
+            .and_then(|m| m.backlog.as_mut());
+        if let Some(backlog) = backlog {
+            let before = backlog.entry_bytes();
+            let number = backlog.push(limits, came.message, origin_mark, position, came.now);
+            pass.number = Some(number);
+            self.accounts.entry_bytes += backlog.entry_bytes() as i64 - before as i64;
+        }
+    }
+
+    /// The members that were noted in a part of a pass fall asleep.
+    pub(super) fn fall_asleep(&mut self, limits: &SessionLimits, came: &Came<'_>, pass: &mut Pass) {
+        let falling = std::mem::take(&mut pass.falling);
+        // Between the parts it may be back.
+        pass.candidate = None;
+        if falling.is_empty() {
+            return;
+        }
+        let Source::Live(origin_mark) = came.source else {
+            return;
+        };
+        let Some(members) = self.members.get_mut(&came.filter) else {
+            return;
+        };
+        members.leave_all(falling.iter().map(|s| s.slot));
+        let begins = members.backlog.is_none();
+        let backlog = members.backlog.get_or_insert_default();
+        backlog.add(&falling);
+        if begins {
+            self.backlogs.filters.insert(came.filter);
+            self.accounts.position += 1;
+            let position = self.accounts.position;
+            let number = backlog.push(limits, came.message, origin_mark, position, came.now);
+            pass.number = Some(number);
+            self.accounts.entry_bytes += backlog.entry_bytes() as i64;
+        }
+        for sleeper in &falling {
+            if let Some(slot) = self.slots.get_mut(sleeper.slot as usize) {
+                slot.asleep += 1;
+                if slot.session.outbound().entries() == 0 {
+                    self.accounts.unlist(slot, sleeper.slot);
+                }
+            }
+        }
+    }
+
+    /// The sleepers in these slots that a message visits: none if it is live.
+    pub(super) fn asleep_in(&self, came: &Came<'_>, slots: &Range<u32>) -> Vec<Member> {
+        if let Source::Live(_) = came.source {
+            return Vec::new();
+        }
+        let members = self.members.get(&came.filter);
+        let Some(backlog) = members.and_then(|m| m.backlog.as_ref()) else {
+            return Vec::new();
+        };
+        let member = |sleeper: &Sleeper| {
+            let session = &self.slots.get(sleeper.slot as usize)?.session;
+            let mut all = session.subscriptions().iter();
+            let subscription = all.find(|s| s.filter == came.filter)?;
+            Some(Member::of(sleeper.slot, subscription))
+        };
+        let sleepers = backlog.sleepers_in(slots.clone());
+        sleepers.iter().filter_map(member).collect()
+    }
+
+    /// The slot of the sleeper behind the first `max` sleepers of a filter from slot `from` on.
+    pub(super) fn asleep_from(&self, filter: FilterId, from: u32, max: usize) -> Option<u32> {
+        let backlog = self.members.get(&filter)?.backlog.as_ref()?;
+        backlog.behind(from, max)
+    }
+
+    /// The slots of the members that sleep in a filter.
+    pub(super) fn asleep(&self, filter: FilterId) -> impl Iterator<Item = u32> {
+        let members = self.members.get(&filter);
+        let backlog = members.and_then(|m| m.backlog.as_ref());
+        let sleepers = backlog.map_or(&[][..], |b| b.sleepers());
+        sleepers.iter().map(|s| s.slot)
+    }
+
+    /// Wakes a session: its messages move from all backlogs into its own queue.
+    pub(super) fn wake(&mut self, at: u32, limits: &SessionLimits) {
+        let Some(slot) = self.slots.get(at as usize).filter(|s| s.asleep > 0) else {
+            return;
+        };
+        let plain = slot.session.subscriptions().iter().filter(|s| !s.shared);
+        let filters: Vec<FilterId> = plain.map(|s| s.filter).collect();
+        self.wake_in(at, &filters, limits);
+    }
+
+    /// Wakes a session in some filters.
+    fn wake_in(&mut self, at: u32, filters: &[FilterId], limits: &SessionLimits) {
+        let mut gathered = Gathered::default();
+        for filter in filters {
+            let Self {
+                slots,
+                members,
+                backlogs,
+                accounts,
+                ..
+            } = self;
+            let (Some(slot), Some(members)) = (slots.get_mut(at as usize), members.get_mut(filter))
+            else {
+                continue;
+            };
+            let Some(backlog) = &mut members.backlog else {
+                continue;
+            };
+            let Some(sleeper) = backlog.remove(at) else {
+                continue;
+            };
+            slot.asleep -= 1;
+            backlogs.woke(*filter, at, backlog.next());
+            let mut all = slot.session.subscriptions().iter();
+            let subscription = all.find(|s| s.filter == *filter);
+            if let Some(subscription) = subscription {
+                gathered.add(backlog, &sleeper, (&slot.session, subscription), limits);
+            }
+            if backlog.sleepers().is_empty() {
+                accounts.entry_bytes -= backlog.entry_bytes() as i64;
+                backlogs.filters.remove(filter);
+                members.backlog = None;
+            }
+            if let Some(subscription) = subscription {
+                members.join(at, subscription);
+            }
+        }
+        let now = self.now;
+        let Some(slot) = self.slots.get_mut(at as usize) else {
+            return;
+        };
+        let outbound = slot.session.outbound_mut();
+        let kept = gathered.newest(outbound.live_max(limits));
+        if !kept.is_empty() {
+            outbound.take_kept(limits, now, kept);
+        }
+        let lost = gathered.lost;
+        slot.session.gaps += count(lost, limits);
+        shed(slot);
+        if !slot.session.attached() && slot.session.outbound().queued() > 0 {
+            self.accounts.list(slot, at);
+        }
+        self.settle(at);
+    }
+
+    /// A member that sleeps leaves its filter, with its session. Returns how many messages end with it.
+    pub(super) fn leave_asleep(&mut self, at: u32, filter: FilterId) -> usize {
+        let Self {
+            slots,
+            members,
+            backlogs,
+            accounts,
+            ..
+        } = self;
+        let Some(members) = members.get_mut(&filter) else {
+            return 0;
+        };
+        let Some(backlog) = &mut members.backlog else {
+            return 0;
+        };
+        let Some(sleeper) = backlog.remove(at) else {
+            return 0;
+        };
+        if let Some(slot) = slots.get_mut(at as usize) {
+            slot.asleep -= 1;
+        }
+        let messages = match sleeper.keeps {
+            true => backlog.count_since(sleeper.from()),
+            false => 0,
+        };
+        if backlog.sleepers().is_empty() {
+            accounts.entry_bytes -= backlog.entry_bytes() as i64;
+            backlogs.filters.remove(&filter);
+            members.backlog = None;
+        }
+        messages
+    }
+
+    /// The messages that backlogs have for a session. Looks at each of them.
+    pub(super) fn backlogged(&self, at: u32, slot: &Slot, limits: &SessionLimits) -> Backlogged {
+        let mut all = Backlogged::default();
+        if slot.asleep == 0 {
+            return all;
+        }
+        for subscription in slot.session.subscriptions().iter().filter(|s| !s.shared) {
+            let members = self.members.get(&subscription.filter);
+            let backlog = members.and_then(|m| m.backlog.as_ref());
+            let Some((backlog, sleeper)) = backlog.and_then(|b| Some((b, b.sleeper(at)?))) else {
+                continue;
+            };
+            let lost = backlog.lost(sleeper);
+            all.gaps += lost.full + lost.budget + lost.unkept;
+            for entry in backlog.since(sleeper.from()) {
+                match owed(entry, &slot.session, subscription, limits) {
+                    Owed::Kept(_) => {
+                        all.messages += 1;
+                        all.bytes += entry.message.size();
+                    }
+                    Owed::Unkept => all.gaps += 1,
+                    Owed::Nothing => {}
+                }
+            }
+        }
+        all
+    }
+
+    /// The messages in backlogs, counted for each member that sleeps.
+    pub(super) fn backlogged_of_all(&self) -> usize {
+        let backlogs = self.backlogs.filters.iter();
+        let backlogs = backlogs.filter_map(|f| self.members.get(f)?.backlog.as_ref());
+        let count = |backlog: &Backlog| -> usize {
+            let keeping = backlog.sleepers().iter().filter(|s| s.keeps);
+            keeping.map(|s| backlog.count_since(s.from())).sum()
+        };
+        backlogs.map(|b| count(b)).sum()
+    }
+
+    /// Drops messages from backlogs that are past their expiry or too old, and QoS 0.
+    pub(super) fn purge_backlogs(&mut self, limits: &SessionLimits, now: Millis) {
+        let Self {
+            backlogs,
+            members,
+            accounts,
+            ..
+        } = self;
+        for filter in &backlogs.filters {
+            let backlog = members.get_mut(filter).and_then(|m| m.backlog.as_mut());
+            if let Some(backlog) = backlog {
+                accounts.entry_bytes -= backlog.entry_bytes() as i64;
+                backlog.purge(limits, now);
+                accounts.entry_bytes += backlog.entry_bytes() as i64;
+            }
+        }
+    }
+
+    /// The backlogs that have at least `least` bytes for each sleeper: these bytes, and the filter.
+    pub(super) fn large_backlogs(&self, least: usize) -> Vec<(usize, FilterId)> {
+        let large = |filter: &FilterId| {
+            let backlog = self.members.get(filter)?.backlog.as_ref()?;
+            let each = backlog.bytes() / backlog.sleepers().len().max(1);
+            (backlog.bytes() > 0 && each >= least).then_some((each, *filter))
+        };
+        self.backlogs.filters.iter().filter_map(large).collect()
+    }
+
+    /// Drops the older half of a backlog's messages.
+    pub(super) fn trim_backlog(&mut self, filter: FilterId) {
+        let members = self.members.get_mut(&filter);
+        if let Some(backlog) = members.and_then(|m| m.backlog.as_mut()) {
+            self.accounts.entry_bytes -= backlog.entry_bytes() as i64;
+            backlog.trim();
+            self.accounts.entry_bytes += backlog.entry_bytes() as i64;
+        }
+    }
+}
+
+/// Counts messages that a sleeper lost. Returns their number.
+fn count(lost: Lost, limits: &SessionLimits) -> u64 {
+    let unkept = match limits.queue_qos0 {
+        true => DropReason::Expired,
+        false => DropReason::Qos0Offline,
+    };
+    let dropped = &metrics().messages_dropped;
+    for (reason, count) in [
+        (DropReason::QueueFull, lost.full),
+        (DropReason::Budget, lost.budget),
+        (unkept, lost.unkept),
+    ] {
+        if count > 0 {
+            dropped[reason].increment(count);
+        }
+    }
+    lost.full + lost.budget + lost.unkept
+}
+
+#[cfg(test)]
+mod tests;

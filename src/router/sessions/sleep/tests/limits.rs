@@ -1,0 +1,112 @@
+//! The limits of queues and the budget, for members that sleep.
+
+use super::*;
+
+/// Schedule 8: QoS 0 displaces nothing.
+#[test]
+fn qos_0_displaces_no_message_that_is_kept() {
+    let router = router_with(|limits| limits.queue_messages_max = 4);
+    let audience = Audience::new(router, 3);
+    audience.bring(0..4, LATER);
+    for _ in 0..10 {
+        let zero = message("t", "zero", QoS::AtMostOnce);
+        bring_message(&audience.router, audience.filter, zero, None, LATER);
+    }
+    let id = &audience.ids[2];
+    assert_eq!(gaps(&audience.router, id), 10);
+    assert_eq!(resume(&audience.router, id, LATER), texts(0..4));
+    assert_eq!(gaps(&audience.router, id), 10);
+}
+
+/// Schedule 11: one client with many private filters does not displace another client's message.
+#[test]
+fn private_filters_begin_no_backlog_and_large_backlogs_are_trimmed_first() {
+    let router = testing::router_of(crate::router::RouterConfig {
+        queues: 1 << 20,
+        ..testing::config()
+    });
+    router.set_broker_features(&testing::facts(), Millis::ZERO);
+    router.data_link_up(0, LinkSession::New, true, Millis::ZERO);
+    let ids = names(&router, 22);
+    let mut filters = Vec::new();
+    for (n, id) in ids.iter().enumerate() {
+        let client = connect(&router, id, 0);
+        let name = if n < 2 { "large" } else { "small" };
+        let filter = subscribe(&router, client, name, options(QoS::AtLeastOnce));
+        filters.push(filter);
+        read(&router, client, 0, true);
+        leave(&router, client, AWAY);
+    }
+    let (large, small) = (filters[0], filters[21]);
+    let charged = |size: usize| {
+        Message::new(&MessageSpec {
+            topic: "t",
+            properties: Properties::default(),
+            payload: &vec![b'x'; size],
+            qos: QoS::AtLeastOnce,
+            retain: false,
+            expires_at: None,
+            strip_key: None,
+            account: Some(router.queue_account().clone()),
+        })
+    };
+    for _ in 0..3 {
+        bring_message(&router, small, charged(100), None, LATER);
+    }
+    for _ in 0..40 {
+        bring_message(&router, large, charged(50_000), None, LATER);
+    }
+    assert!(router.queue_used() <= 1 << 20);
+    for id in &ids[2..] {
+        assert_eq!((queued(&router, id), gaps(&router, id)), (3, 0));
+    }
+    let info = (queued(&router, &ids[0]), gaps(&router, &ids[0]));
+    assert!(info.0 < 21 && info.0 + info.1 as usize == 40, "{info:?}");
+    assert_eq!(resume(&router, &ids[0], LATER).len(), info.0);
+    assert_eq!(gaps(&router, &ids[0]), info.1);
+}
+
+/// Schedule 14: the other policies of a full queue hold as without sleep.
+#[test]
+fn other_policies_of_a_full_queue_are_exact() {
+    for policy in [QueueFull::Newest, QueueFull::EndSession] {
+        let router = router_with(|limits| {
+            limits.queue_messages_max = 5;
+            limits.queue_full = policy;
+        });
+        let audience = Audience::new(router, 3);
+        audience.bring(0..8, LATER);
+        for id in &audience.ids {
+            let session = audience.router.session(&id.as_str().into());
+            match policy {
+                QueueFull::EndSession => assert!(session.is_none()),
+                _ => {
+                    assert_eq!(resume(&audience.router, id, LATER), texts(0..5));
+                    assert_eq!(gaps(&audience.router, id), 3);
+                }
+            }
+        }
+    }
+}
+
+/// Schedule 20: messages are dropped by their age from their arrival on, also where no sleeper is looked
+/// at.
+#[test]
+fn messages_that_are_too_old_or_expired_are_dropped() {
+    let router = router_with(|limits| limits.queue_age_max = Some(Duration::from_secs(10)));
+    let audience = Audience::new(router, 3);
+    audience.bring(0..2, LATER);
+    audience.bring(2..4, LATER + 8000);
+    let router = &audience.router;
+    assert_eq!(
+        resume(router, &audience.ids[0], LATER + 10_000),
+        texts(2..4)
+    );
+    assert_eq!(gaps(router, &audience.ids[0]), 2);
+    let mut shard = router.sessions.shard(7);
+    shard.purge_backlogs(router.limits(), Millis::new(LATER + 10_000));
+    assert_eq!(shard.backlogged_of_all(), 4);
+    drop(shard);
+    assert_eq!(queued(router, &audience.ids[1]), 2);
+    assert_eq!(gaps(router, &audience.ids[1]), 2);
+}
