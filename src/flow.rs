@@ -56,13 +56,25 @@ pub(crate) struct Window<T> {
 
 impl<T> Default for Window<T> {
     fn default() -> Self {
+        Self::after(0)
+    }
+}
+
+impl<T> Window<T> {
+    /// An empty window that gives the identifiers after `last_id`.
+    pub(crate) const fn after(last_id: u16) -> Self {
         Self {
             entries: VecDeque::new(),
             resend_at: 0,
-            last_id: 0,
+            last_id,
             open: 0,
             releases_due: false,
         }
+    }
+
+    /// The identifier that was given last; 0: none was.
+    pub(crate) fn last_id(&self) -> u16 {
+        self.last_id
     }
 }
 

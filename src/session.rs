@@ -28,14 +28,15 @@ mod will;
 use std::sync::Arc;
 
 use crate::budget::Allowance;
-use crate::mqtt::{ReasonCode, Version};
+use crate::mqtt::{QoS, ReasonCode, Version};
 use crate::time::Millis;
 
-use crate::session::phase::Phase;
+use crate::session::outbound::NOTHING;
+use crate::session::phase::{Online, Phase};
 
 pub use crate::budget::QueueFull;
 pub use close::CloseReason;
-pub use connection::{Connection, ConnectionSpec, Scope};
+pub use connection::{Connection, ConnectionSpec, Scope, TakenOutput};
 pub use effect::{Effect, GrantOrder, PrimaryOver, SubscribeRequest, Unsubscribed};
 pub use entry::{Kept, Offer, Redelivery};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, OpenMax, Token};
@@ -100,7 +101,11 @@ pub struct Session {
     bridge: bool,
     /// In the order of their grants; those without a grant come last.
     subscriptions: Vec<Subscription>,
-    outbound: Outbound,
+    /// The packet identifier that was given last, while there is no sending half.
+    last_id: u16,
+    /// The sending half while no client is connected, if there is something to send. That of a connected
+    /// client is with the connection.
+    idle: Option<Box<Outbound>>,
     /// Set from the first publish of QoS 1 or 2 on, since many clients never send one.
     inbound: Option<Box<Inbound>>,
     will: Option<Box<Will>>,
@@ -118,7 +123,7 @@ pub struct RefusedPublishes {
 }
 
 // Beside its connection, this is what an idle or detached session costs.
-const _: () = assert!(size_of::<Session>() <= 152 + size_of::<Outbound>());
+const _: () = assert!(size_of::<Session>() <= 168);
 
 impl Session {
     /// A new session without a connection.
@@ -140,7 +145,8 @@ impl Session {
             version: Version::V5,
             bridge: false,
             subscriptions: Vec::new(),
-            outbound: Outbound::default(),
+            last_id: 0,
+            idle: None,
             inbound: None,
             will: None,
             refused_publishes: RefusedPublishes::default(),
@@ -185,15 +191,28 @@ impl Session {
         offer: &Offer<'_>,
         output: &mut Allowance,
     ) -> Delivered {
-        let connection = self.phase.connection_mut();
-        self.outbound
-            .deliver(connection, limits, now, offer, output)
+        if let Some(Online {
+            connection,
+            outbound,
+        }) = self.phase.online_mut()
+        {
+            return outbound.deliver(Some(connection), limits, now, offer, output);
+        }
+        if self.idle.is_none() && offer.qos == QoS::AtMostOnce && !limits.queue_qos0 {
+            return Delivered::Dropped(DropReason::Qos0Offline);
+        }
+        self.outbound_mut()
+            .deliver(None, limits, now, offer, output)
     }
 
     /// Writes the messages that the window, the output buffers and the budget of all output allow now.
     pub fn pump(&mut self, limits: &SessionLimits, now: Millis, output: &mut Allowance) {
-        if let Some(connection) = self.phase.connection_mut() {
-            self.outbound.pump(connection, limits, now, output);
+        if let Some(online) = self.phase.online_mut() {
+            let Online {
+                connection,
+                outbound,
+            } = online;
+            outbound.pump(connection, limits, now, output);
         }
     }
 
@@ -209,18 +228,27 @@ impl Session {
 
     /// Whether a message of QoS 1 or 2 would be written at once.
     pub fn window_free(&self, limits: &SessionLimits) -> bool {
-        let connection = self.phase.connection();
-        connection.is_some_and(|c| self.outbound.window_free(c, limits))
+        let online = self.phase.online();
+        online.is_some_and(|o| o.outbound.window_free(&o.connection, limits))
     }
 
     /// The sending half.
     pub fn outbound(&self) -> &Outbound {
-        &self.outbound
+        match self.phase.online() {
+            Some(online) => &online.outbound,
+            None => self.idle.as_deref().unwrap_or(&NOTHING),
+        }
     }
 
     /// The sending half, to drop from.
     pub fn outbound_mut(&mut self) -> &mut Outbound {
-        &mut self.outbound
+        let last_id = self.last_id;
+        match self.phase.online_mut() {
+            Some(online) => &mut online.outbound,
+            None => self
+                .idle
+                .get_or_insert_with(|| Box::new(Outbound::after(last_id))),
+        }
     }
 
     /// The subscriptions: first the granted ones, in the order of the grants.

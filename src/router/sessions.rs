@@ -356,18 +356,20 @@ impl Sessions {
         slot.woken = false;
         slot.session.connection()?.streams_free(free);
         slot.session.pump(&self.limits, now, &mut accounts.output);
-        let side = slot.session.connection()?.take_output(free, empty);
-        (slot.taken, slot.taken_shared) = unsent;
+        let connection = slot.session.connection()?;
+        let side = connection.take_output(free, empty);
+        let taken = &mut connection.taken;
+        (taken.own_bytes, taken.shared_bytes) = unsent;
         for (_, output) in &side {
-            slot.taken += output.own_len();
-            slot.taken_shared += output.shared_len();
+            taken.own_bytes += output.own_len();
+            taken.shared_bytes += output.shared_len();
         }
         // The task watches each data stream itself; the control stream stands for the connection.
         if free.contains(StreamId::CONTROL) {
-            slot.taken_at = now;
-            slot.offered = empty.len();
-            slot.taken += empty.own_len();
-            slot.taken_shared += empty.shared_len();
+            taken.at = now;
+            taken.offered_bytes = empty.len();
+            taken.own_bytes += empty.own_len();
+            taken.shared_bytes += empty.shared_len();
         }
         let any = !empty.is_empty() || side.iter().any(|(_, b)| !b.is_empty());
         if any && let Some(handle) = &slot.handle {

@@ -79,6 +79,21 @@ pub struct Connection {
     /// Subscriptions made on data streams.
     bindings: Vec<StreamBinding>,
     pub(super) aliases: Aliases,
+    /// The output that the connection's task took last.
+    pub taken: TakenOutput,
+}
+
+/// Output that a connection's task took, and has perhaps not written yet.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TakenOutput {
+    /// Bytes of all streams, without the parts that connections share.
+    pub own_bytes: usize,
+    /// Bytes of the shared parts.
+    pub shared_bytes: usize,
+    /// When the task last took output of the control stream.
+    pub at: Millis,
+    /// The bytes of the control stream's output that it took then.
+    pub offered_bytes: usize,
 }
 
 /// A subscription that was made on a data stream: its messages go there.
@@ -154,6 +169,10 @@ impl Connection {
             saturated: StreamSet::EMPTY,
             bindings: Vec::new(),
             aliases: Aliases::new(spec.topic_alias_maximum),
+            taken: TakenOutput {
+                at: now,
+                ..TakenOutput::default()
+            },
         }
     }
 

@@ -9,6 +9,7 @@ use crate::session::connection::{Connection, ConnectionSpec};
 use crate::session::entry::Redelivery;
 use crate::session::incarnation::Incarnation;
 use crate::session::outbound::Outbound;
+use crate::session::phase::Online;
 use crate::session::will::Will;
 use crate::session::{Session, SessionLimits};
 
@@ -82,7 +83,9 @@ impl Session {
             self.forget_connection(limits);
             due = (self.will).take_if(|w| w.delay == 0 && limits.will_grace.is_zero());
         } else {
-            self.outbound.drop_aged(limits, now);
+            if let Some(idle) = &mut self.idle {
+                idle.drop_aged(limits, now);
+            }
         }
         let discarded = self.phase.take_will_discarded();
         let will_cancelled = self.will.take().is_some() | discarded;
@@ -92,12 +95,15 @@ impl Session {
         let options_changed = self.set_bridge(spec.bridge);
         self.since = now;
         self.will = will.map(Box::new);
-        let connection = Box::new(Connection::new(self.connection_no, spec, now));
+        let online = Box::new(Online {
+            outbound: self.take_outbound(),
+            connection: Connection::new(self.connection_no, spec, now),
+        });
         Attached {
             connection_no: self.connection_no,
             will: due.map(|w| w.publish(now)),
             will_cancelled,
-            present: self.phase.attach(connection, limits.presence),
+            present: self.phase.attach(online, limits.presence),
             options_changed,
         }
     }
@@ -114,10 +120,13 @@ impl Session {
         if normal {
             ended.will_cancelled |= self.will.take().is_some();
         }
+        let outbound = self.take_outbound();
         // A client that sends DISCONNECT does not flap.
         ended.absent = self
             .phase
             .detach(if normal { Duration::ZERO } else { grace }, now);
+        self.idle = Some(Box::new(outbound));
+        self.forget_idle();
         if self.expiry == 0 {
             match self.will.as_deref_mut() {
                 Some(will) if !grace.is_zero() => will.due_at = Some(Deadline::at(now + grace)),
@@ -129,7 +138,7 @@ impl Session {
             ended.shared = over.shared;
             return ended;
         }
-        let has_shared = self.outbound.has_shared();
+        let has_shared = self.outbound().has_shared();
         let share_at = now + limits.shared_redeliver_after;
         self.phase.wait_until(
             (self.expiry != u32::MAX).then(|| Deadline::after_seconds(now, self.expiry)),
@@ -151,17 +160,36 @@ impl Session {
 
     /// The packets that were under way on the connection are to be sent again on the next one.
     fn forget_connection(&mut self, limits: &SessionLimits) {
-        self.outbound.connection_ended(limits);
+        if let Some(online) = self.phase.online_mut() {
+            online.outbound.connection_ended(limits);
+        }
         if let Some(inbound) = &mut self.inbound {
             inbound.connection_ended();
         }
     }
 
+    /// Gives the memory of the sending half back, if no client is connected and there is nothing to send.
+    pub fn forget_idle(&mut self) {
+        if let Some(idle) = self.idle.take_if(|idle| idle.is_idle()) {
+            self.last_id = idle.last_id();
+        }
+    }
+
+    /// Takes the sending half out, with or without a connection.
+    fn take_outbound(&mut self) -> Outbound {
+        match (self.phase.online_mut(), self.idle.take()) {
+            (Some(online), _) => std::mem::take(&mut online.outbound),
+            (None, Some(idle)) => *idle,
+            (None, None) => Outbound::after(self.last_id),
+        }
+    }
+
     /// Ends the session's state. The will is left to the caller.
     fn end(&mut self) -> Ended {
-        let shared = self.outbound.take_shared();
-        let messages = self.outbound.queued() + self.outbound.in_flight();
-        self.outbound = Outbound::default();
+        let mut outbound = self.take_outbound();
+        let shared = outbound.take_shared();
+        let messages = outbound.queued() + outbound.in_flight();
+        self.last_id = 0;
         if let Some(inbound) = &mut self.inbound {
             inbound.restart();
         }
@@ -188,7 +216,7 @@ impl Session {
         let due = |will: &mut Box<Will>| will.due_at.is_some_and(|at| at.is_due(now));
         let will = self.will.take_if(due).map(|w| w.publish(now));
         if passed.share {
-            ended.shared = self.outbound.take_shared();
+            ended.shared = (self.idle.as_mut()).map_or_else(Vec::new, |idle| idle.take_shared());
         }
         if passed.end {
             let shared = std::mem::take(&mut ended.shared);

@@ -1,5 +1,7 @@
 //! The sending half of a session: the window of messages in flight, and the queue behind it.
 
+use std::sync::LazyLock;
+
 use crate::flow::{InFlight, Stage, Window};
 use crate::mqtt::{AckKind, QoS, ReasonCode, encode_ack};
 use crate::streams::StreamId;
@@ -61,7 +63,28 @@ pub struct Outbound {
     pub shed: Shed,
 }
 
+/// The sending half of a session that has nothing to send.
+pub(super) static NOTHING: LazyLock<Outbound> = LazyLock::new(Outbound::default);
+
 impl Outbound {
+    /// The sending half of a session that gave the packet identifier `last_id` last.
+    pub(super) fn after(last_id: u16) -> Self {
+        Self {
+            window: Window::after(last_id),
+            ..Self::default()
+        }
+    }
+
+    /// The packet identifier that was given last.
+    pub(super) fn last_id(&self) -> u16 {
+        self.window.last_id()
+    }
+
+    /// Whether nothing waits, is in flight, or is to be counted.
+    pub(super) fn is_idle(&self) -> bool {
+        self.entries() == 0 && self.shed == Shed::default()
+    }
+
     /// Messages waiting behind the window.
     pub fn queued(&self) -> usize {
         self.queue.len()

@@ -14,6 +14,7 @@ use crate::topics::{is_bridge_state, matches};
 use crate::session::connection::{Connection, Scope};
 use crate::session::inbound::{Answer, Arrival, Inbound, Incoming, OpenMax, Token};
 use crate::session::incarnation::Incarnation;
+use crate::session::phase::Online;
 use crate::session::{
     CloseReason, Effect, Policy, ResponseTopic, Session, SessionLimits, Subscription,
 };
@@ -43,13 +44,13 @@ impl Session {
         match packet {
             Packet::Publish(p) => self.publish(stream, p, limits, policy, now, effects),
             Packet::Puback(a) => {
-                self.outbound.acknowledged(a.packet_id, now);
+                self.outbound_mut().acknowledged(a.packet_id, now);
                 Ok(())
             }
             Packet::Pubrec(a) => self.pubrec(stream, a, now),
             Packet::Pubrel(a) => self.pubrel(stream, a),
             Packet::Pubcomp(a) => {
-                self.outbound.completed(a.packet_id);
+                self.outbound_mut().completed(a.packet_id);
                 Ok(())
             }
             Packet::Subscribe(s) => self.subscribe(stream, s, limits, policy, effects),
@@ -210,14 +211,18 @@ impl Session {
     }
 
     fn pubrec(&mut self, stream: StreamId, ack: &Ack<'_>, now: Millis) -> Result<(), CloseReason> {
-        let Some(connection) = self.phase.connection_mut() else {
+        let Some(online) = self.phase.online_mut() else {
             return Ok(());
         };
+        let Online {
+            connection,
+            outbound,
+        } = online;
         if ack.reason.is_error() {
-            self.outbound.acknowledged(ack.packet_id, now);
+            outbound.acknowledged(ack.packet_id, now);
             return Ok(());
         }
-        let reason = if self.outbound.received(ack.packet_id, stream) {
+        let reason = if outbound.received(ack.packet_id, stream) {
             ReasonCode::SUCCESS
         } else {
             ReasonCode::PACKET_IDENTIFIER_NOT_FOUND

@@ -13,7 +13,15 @@
 use std::time::Duration;
 
 use crate::session::connection::Connection;
+use crate::session::outbound::Outbound;
 use crate::time::{Deadline, Millis};
+
+/// The parts of a session that a client uses while it is connected, in one allocation.
+#[derive(Debug)]
+pub(super) struct Online {
+    pub connection: Connection,
+    pub outbound: Outbound,
+}
 
 /// The phase of a session's life.
 #[derive(Debug)]
@@ -29,7 +37,7 @@ pub(super) enum Phase {
 
 #[derive(Debug)]
 pub(super) struct Attached {
-    connection: Box<Connection>,
+    online: Box<Online>,
     /// The client's presence was published, so its absence will be.
     announced: bool,
     /// The client's DISCONNECT discarded the will [MQTT-3.14.4-3].
@@ -77,7 +85,7 @@ impl Default for Phase {
 impl Phase {
     /// Begins a connection; it replaces the one that is there. `presence`: clients' presence is
     /// published. True: this client's is to be published now.
-    pub(super) fn attach(&mut self, connection: Box<Connection>, presence: bool) -> bool {
+    pub(super) fn attach(&mut self, online: Box<Online>, presence: bool) -> bool {
         let announced = match self {
             Self::Attached(attached) => attached.announced,
             Self::Detached(Detached { absent_at, .. }) | Self::Closed(Closed { absent_at, .. }) => {
@@ -85,7 +93,7 @@ impl Phase {
             }
         };
         *self = Self::Attached(Attached {
-            connection,
+            online,
             announced: announced || presence,
             will_discarded: false,
         });
@@ -207,16 +215,30 @@ impl Phase {
         matches!(self, Self::Closed(_))
     }
 
+    pub(super) fn online(&self) -> Option<&Online> {
+        match self {
+            Self::Attached(attached) => Some(&attached.online),
+            _ => None,
+        }
+    }
+
+    pub(super) fn online_mut(&mut self) -> Option<&mut Online> {
+        match self {
+            Self::Attached(attached) => Some(&mut attached.online),
+            _ => None,
+        }
+    }
+
     pub(super) fn connection(&self) -> Option<&Connection> {
         match self {
-            Self::Attached(attached) => Some(&attached.connection),
+            Self::Attached(attached) => Some(&attached.online.connection),
             _ => None,
         }
     }
 
     pub(super) fn connection_mut(&mut self) -> Option<&mut Connection> {
         match self {
-            Self::Attached(attached) => Some(&mut attached.connection),
+            Self::Attached(attached) => Some(&mut attached.online.connection),
             _ => None,
         }
     }
@@ -236,7 +258,7 @@ mod tests {
     // Each session has one, online or not.
     const _: () = assert!(size_of::<Phase>() <= 32);
 
-    fn connection(connection_no: u64) -> Box<Connection> {
+    fn online(connection_no: u64) -> Box<Online> {
         let spec = ConnectionSpec {
             version: Version::V5,
             bridge: false,
@@ -246,12 +268,15 @@ mod tests {
             keep_alive: None,
             scope: None,
         };
-        Box::new(Connection::new(connection_no, &spec, Millis::ZERO))
+        Box::new(Online {
+            connection: Connection::new(connection_no, &spec, Millis::ZERO),
+            outbound: Outbound::default(),
+        })
     }
 
     fn attached(presence: bool) -> Phase {
         let mut phase = Phase::default();
-        phase.attach(connection(1), presence);
+        phase.attach(online(1), presence);
         phase
     }
 
@@ -274,20 +299,20 @@ mod tests {
     #[test]
     fn attach_replaces_the_connection_and_announces_a_client_once() {
         let mut phase = Phase::default();
-        assert!(phase.attach(connection(1), true));
-        assert!(!phase.attach(connection(2), true), "a takeover");
+        assert!(phase.attach(online(1), true));
+        assert!(!phase.attach(online(2), true), "a takeover");
         assert_eq!(number(&phase), Some(2));
         assert!(!attached(false).owes_absence());
-        assert!(!Phase::default().attach(connection(1), false));
+        assert!(!Phase::default().attach(online(1), false));
     }
 
     #[test]
     fn attach_within_the_grace_announces_nothing() {
-        assert!(!detached().attach(connection(2), true));
-        assert!(!closed().attach(connection(2), true));
+        assert!(!detached().attach(online(2), true));
+        assert!(!closed().attach(online(2), true));
         let mut told = detached();
         assert!(told.take_absence() && !told.take_absence());
-        assert!(told.attach(connection(2), true));
+        assert!(told.attach(online(2), true));
     }
 
     #[test]
@@ -359,7 +384,7 @@ mod tests {
         phase.discard_will();
         assert!(phase.take_will_discarded() && !phase.take_will_discarded());
         phase.discard_will();
-        phase.attach(connection(2), false);
+        phase.attach(online(2), false);
         assert!(!phase.take_will_discarded());
         let mut phase = detached();
         phase.discard_will();

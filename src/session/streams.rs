@@ -17,7 +17,7 @@ impl Session {
         if let Some(connection) = self.phase.connection_mut() {
             connection.unbind(stream);
         }
-        self.outbound.leave_stream(stream);
+        self.outbound_mut().leave_stream(stream);
     }
 
     /// The client ended its direction of a data stream, so it cannot acknowledge messages there any
@@ -25,7 +25,7 @@ impl Session {
     /// stream while [`Session::stream_busy`].
     pub fn stream_closed(&mut self, stream: StreamId) {
         self.stream_blocked(stream);
-        self.outbound.stream_ended(stream);
+        self.outbound_mut().stream_ended(stream);
     }
 
     /// Whether a packet that arrived on a data stream has yet to be answered there.

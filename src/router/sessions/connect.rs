@@ -278,9 +278,6 @@ impl Sessions {
         slot.handle = Some(connect.handle);
         slot.peer = Some(connect.peer);
         slot.woken = true;
-        (slot.taken, slot.taken_shared) = (0, 0);
-        slot.offered = 0;
-        slot.taken_at = now;
         let shared = slot.session.subscriptions().iter().filter(|s| s.shared);
         let groups = shared.map(|s| s.filter).collect();
         if let Some(connection) = slot.session.connection() {

@@ -100,10 +100,6 @@ impl Shard {
             will_bytes: 0,
             charged_queue_bytes: 0,
             asleep: 0,
-            taken: 0,
-            taken_shared: 0,
-            taken_at: Millis::ZERO,
-            offered: 0,
         })) as u32;
         self.by_key.insert(key, slot);
         slot

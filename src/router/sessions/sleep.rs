@@ -352,6 +352,7 @@ impl Shard {
             if let Some(slot) = self.slots.get_mut(sleeper.slot as usize) {
                 slot.asleep += 1;
                 if slot.session.outbound().entries() == 0 {
+                    slot.session.forget_idle();
                     self.accounts.unlist(slot, sleeper.slot);
                 }
             }
@@ -442,10 +443,9 @@ impl Shard {
         let Some(slot) = self.slots.get_mut(at as usize) else {
             return;
         };
-        let outbound = slot.session.outbound_mut();
-        let kept = gathered.newest(outbound.live_max(limits));
+        let kept = gathered.newest(slot.session.outbound().live_max(limits));
         if !kept.is_empty() {
-            outbound.take_kept(limits, now, kept);
+            slot.session.outbound_mut().take_kept(limits, now, kept);
         }
         let lost = gathered.lost;
         slot.session.gaps += count(lost, limits);

@@ -50,15 +50,6 @@ pub(in crate::router) struct Slot {
     pub(super) charged_queue_bytes: u64,
     /// The filters in which the session sleeps.
     pub(super) asleep: u32,
-    /// Bytes of output that the connection's task took last, and has perhaps not written yet, without
-    /// the parts that connections share.
-    pub taken: usize,
-    /// Bytes of the shared parts of that output.
-    pub taken_shared: usize,
-    /// When the task last took output of the control stream.
-    pub taken_at: Millis,
-    /// The bytes of the control stream's output that it took then.
-    pub offered: usize,
 }
 
 impl Slot {
@@ -69,7 +60,7 @@ impl Slot {
         let messages = outbound.queued_bytes() + outbound.in_flight_bytes();
         let (mut output, mut shared) = (0, 0);
         if let Some(connection) = self.session.connection_ref() {
-            output = (connection.own_output_len() + self.taken) as u32;
+            output = (connection.own_output_len() + connection.taken.own_bytes) as u32;
             shared = self.shared_output();
         }
         // Both are bounded far below 4 GiB by the budgets.
@@ -113,7 +104,7 @@ impl Slot {
     /// Bytes of messages in the output of the client's connection.
     pub(super) fn shared_output(&self) -> usize {
         let connection = self.session.connection_ref();
-        connection.map_or(0, |c| c.shared_output_len() + self.taken_shared)
+        connection.map_or(0, |c| c.shared_output_len() + c.taken.shared_bytes)
     }
 }
 

@@ -23,13 +23,15 @@ impl Sessions {
     pub(crate) fn close_stalled(&self, now: Millis) {
         for shard in &self.shards {
             for (_, slot) in &shard.lock().slots {
-                let Some(handle) = &slot.handle else {
+                let connection = slot.session.connection_ref();
+                let (Some(handle), Some(connection)) = (&slot.handle, connection) else {
                     continue;
                 };
-                let moved = slot.taken_at.max(handle.moved_at());
+                let taken = &connection.taken;
+                let moved = taken.at.max(handle.moved_at());
                 let stands = moved + self.budgets.write_stall < now;
-                let drags = self.stalled_at(slot.taken_at, slot.offered) < now;
-                if slot.offered > 0 && (stands || drags) {
+                let drags = self.stalled_at(taken.at, taken.offered_bytes) < now;
+                if taken.offered_bytes > 0 && (stands || drags) {
                     handle.close(CloseReason::WriteStall);
                 }
             }
@@ -111,7 +113,8 @@ mod tests {
         let mut shard = router.sessions.shard(client.session.shard);
         let slot = shard.get(client.session).expect("there");
         let handle = Arc::new(ConnectionHandle::default());
-        (slot.offered, slot.taken_at) = (1 << 20, Millis::new(1000));
+        let taken = &mut slot.session.connection().expect("it is connected").taken;
+        (taken.offered_bytes, taken.at) = (1 << 20, Millis::new(1000));
         slot.handle = Some(handle.clone());
         handle.moved(moved);
         handle
