@@ -8,7 +8,7 @@
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null <the path that it prints> 1000 1000
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null <the path that it prints> 1000 2000
 //! ```
-//! The difference between what Valgrind collects in the two runs, divided by 1,000, is one message.
+//! The difference between the counts of the two runs, divided by 1,000, is the cost of one message.
 
 #![allow(clippy::print_stdout, reason = "it prints figures")]
 #![allow(clippy::disallowed_methods, reason = "it measures real time")]

@@ -36,7 +36,7 @@ static LIMITS: LazyLock<Limits> = LazyLock::new(|| Limits {
     turn_packets: NonZeroU8::MAX,
 });
 
-/// What a machine needs for one call.
+/// The context of one call of a machine.
 pub(crate) fn context(router: &Router, now: Millis) -> Context<'_> {
     Context {
         router,

@@ -125,8 +125,10 @@ impl Session {
         ended.absent = self
             .phase
             .detach(if normal { Duration::ZERO } else { grace }, now);
-        self.idle = Some(Box::new(outbound));
-        self.forget_idle();
+        self.last_id = outbound.last_id();
+        if !outbound.is_idle() {
+            self.idle = Some(Box::new(outbound));
+        }
         if self.expiry == 0 {
             match self.will.as_deref_mut() {
                 Some(will) if !grace.is_zero() => will.due_at = Some(Deadline::at(now + grace)),

@@ -466,6 +466,16 @@ impl Ledger {
         let alive = left().filter(missed).filter(|o| !expired(o)).count();
         (must, alive, left().count())
     }
+
+    /// Messages above QoS 0 that the session was to get and did not, and that have not expired.
+    pub(crate) fn lost_for_no_limit(&self, now: Millis) -> usize {
+        let sure = |o: &&Owed| o.must && !o.qos.contains(&QoS::AtMostOnce);
+        let lost = self.owed.iter().filter(|o| !o.written).filter(sure);
+        let lost = lost.filter(|o| !o.expires_at.is_some_and(|at| at.is_due(now)));
+        // Sent twice by its publisher, a message is one key owed twice.
+        let twice = |o: &&Owed| self.owed.iter().filter(|s| s.key == o.key).count() > 1;
+        lost.filter(|o| !twice(o)).count()
+    }
 }
 
 fn wants(want: &Want, topic: &str, key: &str) -> bool {

@@ -30,6 +30,8 @@ pub(crate) struct Rules {
     pub expiry_v3: u32,
     /// The queues' budget may evict.
     pub evicts: bool,
+    /// No limit of a queue is reached.
+    pub roomy: bool,
     pub ends_full: bool,
     /// The broker has no identifiers: a filter inside another needs no subscription of its own.
     pub nests: bool,
@@ -413,6 +415,12 @@ impl Oracle {
                     .collect();
                 return Err(format!(
                     "{id} misses {alive} messages, and {gaps} are said to be lost: {lost:?}"
+                ));
+            }
+            let lost = c.ledger.lost_for_no_limit(now);
+            if self.rules.roomy && c.profile.packet_max.is_none() && lost > c.ledger.ambiguous {
+                return Err(format!(
+                    "{id} misses {lost} messages that no limit concerns"
                 ));
             }
             if !self.rules.evicts

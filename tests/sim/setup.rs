@@ -73,6 +73,7 @@ impl World {
             expiry_max: limits.expiry_max,
             expiry_v3: 120,
             evicts,
+            roomy: !small && !evicts && limits.queue_bytes_max >= 1 << 20,
             ends_full: queue_full == QueueFull::EndSession,
             nests: copies == Copies::Unnamed,
         };
@@ -121,8 +122,8 @@ impl World {
     }
 }
 
-/// What lets the messages of several sessions that are away be kept together. Drawn apart, so that seeds
-/// from before it stay as they are.
+/// The conditions under which sessions that are away sleep together. They are drawn apart, so that seeds from
+/// before them stay as they are.
 struct Audience {
     sleep_after: Duration,
     /// All sessions are in one shard: those of different ones have nothing in common.

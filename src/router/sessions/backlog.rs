@@ -1,7 +1,7 @@
 //! The backlog of a filter in one shard: its messages, kept once for all members that sleep.
 //!
 //! A member sleeps while its client is away: no message of the filter is put into its session's queue.
-//! It has the number of the first message that is its own; [`sleep`](super::sleep) has the rules by
+//! It has a cursor, the number of the first message that is its own; [`sleep`](super::sleep) has the rules by
 //! which members fall asleep and wake.
 
 use std::collections::VecDeque;
@@ -33,9 +33,9 @@ pub(super) struct Entry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sleeper {
     pub(super) slot: u32,
-    /// The number of the first message that is its own, in two parts.
-    from_low: u32,
-    from_high: u16,
+    /// The cursor, in two parts: the number of the first message that is its own.
+    cursor_low: u32,
+    cursor_high: u16,
     /// Some messages are kept for it. Else, at QoS 0, they are only counted.
     pub(super) keeps: bool,
 }
@@ -43,20 +43,20 @@ pub(super) struct Sleeper {
 const _: () = assert!(size_of::<Sleeper>() == 12);
 
 impl Sleeper {
-    /// The member in `slot`; messages from number `from` on are its own.
-    pub(super) fn new(slot: u32, from: u64, keeps: bool) -> Self {
+    /// The member in `slot`; messages from number `cursor` on are its own.
+    pub(super) fn new(slot: u32, cursor: u64, keeps: bool) -> Self {
         // 2^48 messages of one filter take longer than a process lives.
         Self {
             slot,
-            from_low: from as u32,
-            from_high: (from >> 32) as u16,
+            cursor_low: cursor as u32,
+            cursor_high: (cursor >> 32) as u16,
             keeps,
         }
     }
 
     /// The number of the first message that is its own.
-    pub(super) fn from(&self) -> u64 {
-        u64::from(self.from_high) << 32 | u64::from(self.from_low)
+    pub(super) fn cursor(&self) -> u64 {
+        u64::from(self.cursor_high) << 32 | u64::from(self.cursor_low)
     }
 }
 
@@ -91,28 +91,35 @@ pub(super) struct Backlog {
 }
 
 impl Backlog {
-    /// A message of the filter arrived: it gets a number. It is kept if it is for a sleeper, at its QoS.
-    pub(super) fn push(
+    /// A message of the filter arrived. Returns its number.
+    pub(super) fn arrived(&mut self) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        number
+    }
+
+    /// Keeps the message that arrived last, unless it is kept already, if it is for a sleeper at its QoS.
+    pub(super) fn keep(
         &mut self,
         limits: &SessionLimits,
         message: &Message,
         origin_mark: Option<Incarnation>,
         position: u64,
         now: Millis,
-    ) -> u64 {
-        let number = self.next;
-        self.next += 1;
+    ) {
+        let number = self.next - 1;
         let size = message.size();
         let quality = limits.queue_qos0 || message.qos() > QoS::AtMostOnce;
-        if self.keeping == 0 || !quality || size > limits.queue_bytes_max {
-            return number;
+        let known = self.entries.back().is_some_and(|e| e.number == number);
+        if known || self.keeping == 0 || !quality || size > limits.queue_bytes_max {
+            return;
         }
         while self.entries.len() >= limits.queue_messages_max
             || self.bytes + size > limits.queue_bytes_max
         {
             let Some(oldest) = self.pop() else {
                 // There is no room for any message.
-                return number;
+                return;
             };
             self.first = oldest + 1;
         }
@@ -128,7 +135,6 @@ impl Backlog {
             origin_mark,
             at: now.low_bits(),
         });
-        number
     }
 
     fn pop(&mut self) -> Option<u64> {
@@ -202,7 +208,7 @@ impl Backlog {
 
     /// The messages of a sleeper that are not here any more, or never were.
     pub(super) fn lost(&self, sleeper: &Sleeper) -> Lost {
-        let from = sleeper.from();
+        let from = sleeper.cursor();
         let all = self.next - from - self.count_since(from) as u64;
         let budget = self.trimmed.saturating_sub(from).min(all);
         let full = self.first.saturating_sub(from.max(self.trimmed));

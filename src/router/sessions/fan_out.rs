@@ -207,11 +207,11 @@ impl Shard {
         self.settle(request.session.slot);
     }
 
-    /// Offers a message to members of one filter: to those from slot `from` on, as many as may be
-    /// visited before the lock is offered to others. Returns the slot to go on with, if there are more.
-    /// Members that sleep have live messages by the backlog and are visited for others only. Whoever joins or leaves meanwhile has slots of its own, so each member is visited at most once,
-    /// and each that was there all the time exactly once. The connections to wake and the sessions to end
-    /// are added to `tally`.
+    /// Offers a message to members of one filter: from slot `from` on, as many as may be visited before the
+    /// lock is offered to others. Returns the slot to go on with, if there are more. Sleepers have live
+    /// messages by the backlog and are visited for others only. Members that join or leave meanwhile have
+    /// slots of their own, so each member is visited at most once, and each that was there all the time
+    /// exactly once. The connections to wake and the sessions to end are added to `tally`.
     pub(super) fn fan_out(
         &mut self,
         limits: &SessionLimits,

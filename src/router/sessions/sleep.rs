@@ -212,7 +212,7 @@ impl Gathered {
         self.lost.full += lost.full;
         self.lost.budget += lost.budget;
         self.lost.unkept += lost.unkept;
-        for entry in backlog.since(sleeper.from()) {
+        for entry in backlog.since(sleeper.cursor()) {
             match owed(entry, session, subscription, limits) {
                 Owed::Kept(qos) => {
                     let options = subscription.options;
@@ -242,7 +242,7 @@ impl Gathered {
     }
 }
 
-/// What a sleeper is owed of one message.
+/// The part of one message that a sleeper is owed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Owed {
     /// The message at this QoS.
@@ -316,8 +316,8 @@ impl Shard {
             .and_then(|m| m.backlog.as_mut());
         if let Some(backlog) = backlog {
             let before = backlog.entry_bytes();
-            let number = backlog.push(limits, came.message, origin_mark, position, came.now);
-            pass.number = Some(number);
+            pass.number = Some(backlog.arrived());
+            backlog.keep(limits, came.message, origin_mark, position, came.now);
             self.accounts.entry_bytes += backlog.entry_bytes() as i64 - before as i64;
         }
     }
@@ -337,17 +337,18 @@ impl Shard {
             return;
         };
         members.leave_all(falling.iter().map(|s| s.slot));
-        let begins = members.backlog.is_none();
-        let backlog = members.backlog.get_or_insert_default();
-        backlog.add(&falling);
-        if begins {
+        if members.backlog.is_none() {
             self.backlogs.filters.insert(came.filter);
-            self.accounts.position += 1;
-            let position = self.accounts.position;
-            let number = backlog.push(limits, came.message, origin_mark, position, came.now);
-            pass.number = Some(number);
-            self.accounts.entry_bytes += backlog.entry_bytes() as i64;
         }
+        let backlog = members.backlog.get_or_insert_default();
+        let before = backlog.entry_bytes();
+        pass.number.get_or_insert_with(|| backlog.arrived());
+        backlog.add(&falling);
+        // Perhaps it was for no sleeper when it arrived.
+        self.accounts.position += 1;
+        let position = self.accounts.position;
+        backlog.keep(limits, came.message, origin_mark, position, came.now);
+        self.accounts.entry_bytes += backlog.entry_bytes() as i64 - before as i64;
         for sleeper in &falling {
             if let Some(slot) = self.slots.get_mut(sleeper.slot as usize) {
                 slot.asleep += 1;
@@ -478,7 +479,7 @@ impl Shard {
             slot.asleep -= 1;
         }
         let messages = match sleeper.keeps {
-            true => backlog.count_since(sleeper.from()),
+            true => backlog.count_since(sleeper.cursor()),
             false => 0,
         };
         if backlog.sleepers().is_empty() {
@@ -503,7 +504,7 @@ impl Shard {
             };
             let lost = backlog.lost(sleeper);
             all.gaps += lost.full + lost.budget + lost.unkept;
-            for entry in backlog.since(sleeper.from()) {
+            for entry in backlog.since(sleeper.cursor()) {
                 match owed(entry, &slot.session, subscription, limits) {
                     Owed::Kept(_) => {
                         all.messages += 1;
@@ -523,7 +524,7 @@ impl Shard {
         let backlogs = backlogs.filter_map(|f| self.members.get(f)?.backlog.as_ref());
         let count = |backlog: &Backlog| -> usize {
             let keeping = backlog.sleepers().iter().filter(|s| s.keeps);
-            keeping.map(|s| backlog.count_since(s.from())).sum()
+            keeping.map(|s| backlog.count_since(s.cursor())).sum()
         };
         backlogs.map(|b| count(b)).sum()
     }

@@ -268,8 +268,8 @@ fn a_lone_member_has_a_queue_of_its_own() {
     );
 }
 
-/// Schedule 1: what waited or was in flight before a session fell asleep is not lost with its place in
-/// the backlog.
+/// Schedule 1: messages that waited or were in flight before a session fell asleep are not lost with its
+/// place in the backlog.
 #[test]
 fn messages_from_before_a_session_fell_asleep_are_sent_first() {
     let router = router();

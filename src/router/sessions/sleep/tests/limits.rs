@@ -110,3 +110,33 @@ fn messages_that_are_too_old_or_expired_are_dropped() {
     assert_eq!(queued(router, &audience.ids[1]), 2);
     assert_eq!(gaps(router, &audience.ids[1]), 2);
 }
+
+#[test]
+fn a_message_that_is_for_no_sleeper_but_the_one_that_it_lets_sleep_is_kept() {
+    let router = router();
+    let ids = names(&router, 3);
+    let mut filter = None;
+    for (n, id) in ids.iter().enumerate() {
+        let client = connect(&router, id, 0);
+        let qos = if n < 2 {
+            QoS::AtMostOnce
+        } else {
+            QoS::AtLeastOnce
+        };
+        filter = Some(subscribe(&router, client, "t", options(qos)));
+        if n < 2 {
+            leave(&router, client, AWAY);
+        }
+    }
+    let filter = filter.expect("there are clients");
+    bring_all(&router, filter, 0..2, LATER);
+    assert_eq!(router.totals().asleep, 2);
+    let id = &ids[2];
+    let client = connect(&router, id, LATER);
+    read(&router, client, LATER, true);
+    leave(&router, client, LATER);
+    bring_all(&router, filter, 2..4, 2 * LATER);
+    assert_eq!(router.totals().asleep, 3);
+    assert_eq!(resume(&router, id, 2 * LATER), texts(2..4));
+    assert_eq!((gaps(&router, id), gaps(&router, &ids[0])), (0, 4));
+}
