@@ -16,6 +16,8 @@
 //!   asleep in this filter. A member that wakes meanwhile has got the message by the backlog.
 //! - Retained messages that were fetched never enter a backlog. They go into the queues of the sleepers.
 
+mod memory;
+
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
@@ -112,6 +114,7 @@ impl Backlogs {
             number: pass.number,
             has_backlog: next.is_some(),
             queue_qos0: limits.queue_qos0,
+            queue_full: limits.queue_full,
             after: limits.sleep_after,
             now: came.now,
         })
@@ -135,6 +138,7 @@ pub(super) struct Sleepy {
     number: Option<u64>,
     has_backlog: bool,
     queue_qos0: bool,
+    queue_full: QueueFull,
     after: Duration,
     now: Millis,
 }
@@ -166,6 +170,11 @@ impl Pass {
         session: &Session,
         filter: FilterId,
     ) -> bool {
+        // Where the first messages are kept, all sleepers must be owed the same ones.
+        let hides = member.no_local || member.wild_below.is_some();
+        if hides && sleepy.queue_full == QueueFull::Newest {
+            return false;
+        }
         if member.overlaps || sleepy.now < session.since + sleepy.after {
             return false;
         }
@@ -232,13 +241,20 @@ impl Gathered {
         }
     }
 
-    /// The newest messages, `max` at most, in the order of their arrival.
-    fn newest(&mut self, max: usize) -> Vec<Kept> {
-        let kept = &mut self.kept;
+    /// The messages in the order of their arrival: `max` at most, the newest or the oldest, as
+    /// `queue_full` says.
+    fn take(&mut self, max: usize, limits: &SessionLimits) -> Vec<Kept> {
+        let mut kept = std::mem::take(&mut self.kept);
         kept.sort_unstable_by_key(|kept| kept.position);
         let many = kept.len().saturating_sub(max);
         self.lost.full += many as u64;
-        kept.split_off(many)
+        match limits.queue_full {
+            QueueFull::Oldest => kept.split_off(many),
+            QueueFull::Newest | QueueFull::EndSession => {
+                kept.truncate(max);
+                kept
+            }
+        }
     }
 }
 
@@ -444,7 +460,7 @@ impl Shard {
         let Some(slot) = self.slots.get_mut(at as usize) else {
             return;
         };
-        let kept = gathered.newest(slot.session.outbound().live_max(limits));
+        let kept = gathered.take(slot.session.outbound().live_max(limits), limits);
         if !kept.is_empty() {
             slot.session.outbound_mut().take_kept(limits, now, kept);
         }
@@ -517,62 +533,14 @@ impl Shard {
         }
         all
     }
-
-    /// The messages in backlogs, counted for each member that sleeps.
-    pub(super) fn backlogged_of_all(&self) -> usize {
-        let backlogs = self.backlogs.filters.iter();
-        let backlogs = backlogs.filter_map(|f| self.members.get(f)?.backlog.as_ref());
-        let count = |backlog: &Backlog| -> usize {
-            let keeping = backlog.sleepers().iter().filter(|s| s.keeps);
-            keeping.map(|s| backlog.count_since(s.cursor())).sum()
-        };
-        backlogs.map(|b| count(b)).sum()
-    }
-
-    /// Drops messages from backlogs that are past their expiry or too old, and QoS 0.
-    pub(super) fn purge_backlogs(&mut self, limits: &SessionLimits, now: Millis) {
-        let Self {
-            backlogs,
-            members,
-            accounts,
-            ..
-        } = self;
-        for filter in &backlogs.filters {
-            let backlog = members.get_mut(filter).and_then(|m| m.backlog.as_mut());
-            if let Some(backlog) = backlog {
-                accounts.entry_bytes -= backlog.entry_bytes() as i64;
-                backlog.purge(limits, now);
-                accounts.entry_bytes += backlog.entry_bytes() as i64;
-            }
-        }
-    }
-
-    /// The backlogs that have at least `least` bytes for each sleeper: these bytes, and the filter.
-    pub(super) fn large_backlogs(&self, least: usize) -> Vec<(usize, FilterId)> {
-        let large = |filter: &FilterId| {
-            let backlog = self.members.get(filter)?.backlog.as_ref()?;
-            let each = backlog.bytes() / backlog.sleepers().len().max(1);
-            (backlog.bytes() > 0 && each >= least).then_some((each, *filter))
-        };
-        self.backlogs.filters.iter().filter_map(large).collect()
-    }
-
-    /// Drops the older half of a backlog's messages.
-    pub(super) fn trim_backlog(&mut self, filter: FilterId) {
-        let members = self.members.get_mut(&filter);
-        if let Some(backlog) = members.and_then(|m| m.backlog.as_mut()) {
-            self.accounts.entry_bytes -= backlog.entry_bytes() as i64;
-            backlog.trim();
-            self.accounts.entry_bytes += backlog.entry_bytes() as i64;
-        }
-    }
 }
 
 /// Counts messages that a sleeper lost. Returns their number.
 fn count(lost: Lost, limits: &SessionLimits) -> u64 {
-    let unkept = match limits.queue_qos0 {
-        true => DropReason::Expired,
-        false => DropReason::Qos0Offline,
+    let unkept = match (limits.queue_full, limits.queue_qos0) {
+        (QueueFull::Newest, _) => DropReason::QueueFull,
+        (_, true) => DropReason::Expired,
+        (_, false) => DropReason::Qos0Offline,
     };
     let dropped = &metrics().messages_dropped;
     for (reason, count) in [

@@ -66,7 +66,7 @@ fn private_filters_begin_no_backlog_and_large_backlogs_are_trimmed_first() {
     assert_eq!(gaps(&router, &ids[0]), info.1);
 }
 
-/// Schedule 14: the other policies of a full queue hold as without sleep.
+/// Schedule 14: the other policies of a full queue hold as without sleep. With `newest` the members sleep.
 #[test]
 fn other_policies_of_a_full_queue_are_exact() {
     for policy in [QueueFull::Newest, QueueFull::EndSession] {
