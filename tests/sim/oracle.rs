@@ -418,7 +418,8 @@ impl Oracle {
                 ));
             }
             let lost = c.ledger.lost_for_no_limit(now);
-            if self.rules.roomy && c.profile.packet_max.is_none() && lost > c.ledger.ambiguous {
+            let kept = there && c.profile.packet_max.is_none();
+            if self.rules.roomy && kept && lost > c.ledger.ambiguous {
                 return Err(format!(
                     "{id} misses {lost} messages that no limit concerns"
                 ));

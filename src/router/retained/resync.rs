@@ -11,7 +11,7 @@ use crate::topics::FilterId;
 use crate::router::retained::cache::Cache;
 use crate::router::retained::{RetainedMessages, Sources};
 use crate::router::sessions::Sessions;
-use crate::router::sessions::fan_out::{Came, Source};
+use crate::router::sessions::came::{Came, Source};
 use crate::router::sessions::tally::Tally;
 use crate::router::types::Arrived;
 

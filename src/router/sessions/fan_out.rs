@@ -6,52 +6,21 @@ use std::ops::Range;
 use parking_lot::MutexGuard;
 
 use crate::mqtt::Message;
-use crate::session::{Delivered, Incarnation, Offer, Primary, Session, SessionLimits, hides};
+use crate::session::{Delivered, Offer, Primary, SessionLimits, hides};
 use crate::time::Millis;
 use crate::topics::{FilterId, matches};
 
 use crate::router::lost::Loss;
 use crate::router::sessions::Sessions;
+use crate::router::sessions::came::{Came, Source};
+use crate::router::sessions::pass::Pass;
 use crate::router::sessions::primaries::{Primaries, Sought};
 use crate::router::sessions::shard::Shard;
-use crate::router::sessions::sleep::Pass;
 use crate::router::sessions::tally::Tally;
 use crate::router::types::{Arrived, RetainedRequest, SessionRef};
 
-/// The way by which a message came.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::router) enum Source {
-    /// A live message, with the origin mark of its publisher.
-    Live(Option<Incarnation>),
-    /// A live message that was too large to be kept: its receivers get a gap in its place.
-    Skipped(Option<Incarnation>),
-    /// A retained message that was fetched. Its publisher is unknown, so No Local hides it from all.
-    Fetched,
-}
-
-impl Source {
-    /// Whether No Local hides the message from `session`.
-    fn is_own(self, session: &Session) -> bool {
-        match self {
-            Self::Live(origin_mark) | Self::Skipped(origin_mark) => {
-                origin_mark == Some(session.incarnation)
-            }
-            Self::Fetched => true,
-        }
-    }
-}
-
 /// Deliveries after which a shard's lock is offered to others.
 const CHUNK: usize = 512;
-
-/// A message that came by one filter.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::router) struct Came<'a> {
-    pub message: &'a Message,
-    pub filter: FilterId,
-    pub source: Source,
-    pub now: Millis,
-}
 
 impl Sessions {
     /// Delivers the messages of a batch that a shard may have members for, in order. The shard's lock is

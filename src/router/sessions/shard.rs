@@ -20,7 +20,7 @@ use crate::router::sessions::absences::Absences;
 use crate::router::sessions::accounts::Accounts;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
-use crate::router::sessions::sleep::Backlogs;
+use crate::router::sessions::pass::Backlogs;
 use crate::router::sessions::slot::Slot;
 use crate::router::sessions::{ClosedSession, SessionActions};
 use crate::router::types::SessionRef;

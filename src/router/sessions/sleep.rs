@@ -18,188 +18,21 @@
 
 mod memory;
 
-use std::collections::BTreeSet;
 use std::ops::Range;
-use std::time::Duration;
-
-use smallvec::SmallVec;
 
 use crate::budget::QueueFull;
 use crate::mqtt::QoS;
 use crate::session::{Kept, Session, SessionLimits, Subscription};
 use crate::telemetry::{DropReason, metrics};
-use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::router::sessions::backlog::{Backlog, Entry, Lost, Sleeper};
-use crate::router::sessions::fan_out::{Came, Source};
-use crate::router::sessions::handover::Handovers;
-use crate::router::sessions::members::{Member, Members};
+use crate::router::sessions::came::{Came, Source};
+use crate::router::sessions::members::Member;
+use crate::router::sessions::pass::Pass;
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::slot::Slot;
 use crate::router::sessions::{Sessions, shed};
-
-/// The backlogs of a shard, apart from those that the members have.
-#[derive(Debug, Default)]
-pub(super) struct Backlogs {
-    /// The filters with a backlog.
-    filters: BTreeSet<FilterId>,
-    /// Filters of which a part of the members has been visited for a message, and the others have not.
-    suspended: SmallVec<[FilterId; 2]>,
-    /// Members that woke while their filter was among those.
-    woken: Vec<Woken>,
-}
-
-/// A member that woke while its filter's members were being visited.
-#[derive(Clone, Copy, Debug)]
-struct Woken {
-    filter: FilterId,
-    slot: u32,
-    /// Messages with lower numbers had arrived by then.
-    number: u64,
-}
-
-impl Backlogs {
-    /// The lock is given back before all members of a filter are visited.
-    pub(super) fn suspend(&mut self, filter: FilterId) {
-        self.suspended.push(filter);
-    }
-
-    /// The lock is taken again.
-    pub(super) fn resume(&mut self, filter: FilterId) {
-        if let Some(at) = self.suspended.iter().position(|f| *f == filter) {
-            self.suspended.swap_remove(at);
-        }
-    }
-
-    /// All members of a message's filter have been visited.
-    pub(super) fn complete(&mut self) {
-        if self.suspended.is_empty() {
-            self.woken.clear();
-        }
-    }
-
-    /// Whether a member has got message `number` by the backlog, since it woke later.
-    fn has_got(&self, filter: FilterId, slot: u32, number: u64) -> bool {
-        let mut woken = self.woken.iter();
-        woken.any(|w| w.filter == filter && w.slot == slot && w.number > number)
-    }
-
-    fn woke(&mut self, filter: FilterId, slot: u32, number: u64) {
-        if self.suspended.contains(&filter) {
-            self.woken.push(Woken {
-                filter,
-                slot,
-                number,
-            });
-        }
-    }
-
-    /// The conditions under which members fall asleep in the next part of a pass. `None`: nobody does.
-    pub(super) fn sleepy(
-        &self,
-        limits: &SessionLimits,
-        came: &Came<'_>,
-        pass: &Pass,
-        members: &Members,
-    ) -> Option<Sleepy> {
-        let live = matches!(came.source, Source::Live(_));
-        if !live || limits.queue_full != QueueFull::Oldest || self.suspended.contains(&came.filter)
-        {
-            return None;
-        }
-        let next = members.backlog.as_ref().map(|b| b.next());
-        // Other messages of the filter that came since are in the members' own queues.
-        (next == pass.number.map(|number| number + 1)).then_some(Sleepy {
-            number: pass.number,
-            has_backlog: next.is_some(),
-            queue_qos0: limits.queue_qos0,
-            queue_full: limits.queue_full,
-            after: limits.sleep_after,
-            now: came.now,
-        })
-    }
-}
-
-/// The way of one message through the members of one filter.
-#[derive(Debug, Default)]
-pub(super) struct Pass {
-    /// Its number in the filter's backlog, if it has one.
-    number: Option<u64>,
-    /// A member of this part that could sleep, if it were not alone. It has got the message.
-    candidate: Option<Sleeper>,
-    /// Members that fall asleep, by slot.
-    falling: Vec<Sleeper>,
-}
-
-/// The members that may fall asleep in one part of a pass.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Sleepy {
-    number: Option<u64>,
-    has_backlog: bool,
-    queue_qos0: bool,
-    queue_full: QueueFull,
-    after: Duration,
-    now: Millis,
-}
-
-impl Pass {
-    /// Whether the backlog serves a member: it has got the message so, or falls asleep now.
-    pub(super) fn serves(
-        &mut self,
-        backlogs: &Backlogs,
-        handovers: &Handovers,
-        sleepy: Option<Sleepy>,
-        (filter, member, slot): (FilterId, &Member, &Slot),
-    ) -> bool {
-        let number = self.number.filter(|_| !backlogs.woken.is_empty());
-        if number.is_some_and(|number| backlogs.has_got(filter, member.slot, number)) {
-            return true;
-        }
-        let Some(sleepy) = sleepy.filter(|_| !slot.session.attached()) else {
-            return false;
-        };
-        !handovers.concerns(member.slot) && self.lets_sleep(sleepy, member, &slot.session, filter)
-    }
-
-    /// Whether a member without a client falls asleep. If so, it is noted.
-    fn lets_sleep(
-        &mut self,
-        sleepy: Sleepy,
-        member: &Member,
-        session: &Session,
-        filter: FilterId,
-    ) -> bool {
-        // Where the first messages are kept, all sleepers must be owed the same ones.
-        let hides = member.no_local || member.wild_below.is_some();
-        if hides && sleepy.queue_full == QueueFull::Newest {
-            return false;
-        }
-        if member.overlaps || sleepy.now < session.since + sleepy.after {
-            return false;
-        }
-        let mut all = session.subscriptions().iter();
-        // The broker may still grant more to a subscription that has less than its client asked for.
-        let settled = |s: &Subscription| s.active && s.options.qos == s.asked;
-        let Some(subscription) = all.find(|s| s.filter == filter).filter(|s| settled(s)) else {
-            return false;
-        };
-        let keeps = sleepy.queue_qos0 || subscription.options.qos > QoS::AtMostOnce;
-        // With a backlog that begins now, the message becomes its first.
-        let from = sleepy.number.unwrap_or(0);
-        if !sleepy.has_backlog && self.falling.is_empty() {
-            match self.candidate.take() {
-                Some(first) => self.falling.push(first),
-                None => {
-                    self.candidate = Some(Sleeper::new(member.slot, from + 1, keeps));
-                    return false;
-                }
-            }
-        }
-        self.falling.push(Sleeper::new(member.slot, from, keeps));
-        true
-    }
-}
 
 /// The messages that backlogs have for one session.
 #[derive(Debug, Default)]

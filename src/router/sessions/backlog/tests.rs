@@ -128,21 +128,6 @@ fn numbers_beyond_32_bits_are_kept() {
 }
 
 #[test]
-fn tmp_sizes() {
-    eprintln!(
-        "SIZES slot {} session {} outbound {} subscription {} peer {} members {} member {} handle {}",
-        size_of::<crate::router::sessions::slot::Slot>(),
-        size_of::<crate::session::Session>(),
-        size_of::<crate::session::Outbound>(),
-        size_of::<crate::session::Subscription>(),
-        size_of::<crate::router::types::Peer>(),
-        size_of::<crate::router::sessions::members::Members>(),
-        size_of::<crate::router::sessions::members::Member>(),
-        size_of::<crate::router::handle::ConnectionHandle>(),
-    );
-}
-
-#[test]
 fn with_the_policy_newest_each_sleeper_has_the_first_messages_from_its_cursor_on() {
     let mut limits = limits(3, 1 << 20);
     limits.queue_full = QueueFull::Newest;

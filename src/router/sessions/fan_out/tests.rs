@@ -10,7 +10,7 @@ use crate::router::account::SessionAccount;
 use crate::router::sessions::SHARDS;
 use crate::router::sessions::accounts::Accounts;
 use crate::router::{Connected, Router, locks, testing};
-use crate::session::{Effect, Subscription};
+use crate::session::{Effect, Incarnation, Session, Subscription};
 use crate::topics::comparisons;
 
 fn message(topic: &str) -> Message {

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::*;
 use crate::mqtt::{
@@ -10,6 +11,7 @@ use crate::router::sessions::tally::Tally;
 use crate::router::{Arrived, Caller, Connected, LinkSession, Router, testing};
 use crate::session::{Incarnation, SubscribeRequest};
 use crate::sim::testing::packet_of;
+use crate::time::Millis;
 
 mod limits;
 mod parts;
