@@ -101,7 +101,7 @@ pub struct Session {
     bridge: bool,
     /// In the order of their grants; those without a grant come last.
     subscriptions: Vec<Subscription>,
-    /// The packet identifier that was given last, while there is no sending half.
+    /// The packet identifier that was given last. It counts without a sending half.
     last_id: u16,
     /// The sending half while no client is connected, if there is something to send. That of a connected
     /// client is with the connection.

@@ -90,7 +90,7 @@ const FILTERS: [&str; 12] = [
     "$share/g/c",
     "$share/h/+/b",
 ];
-/// Filters of which no two match one topic: overlapping subscriptions do not sleep.
+/// No two of these filters match one topic: overlapping subscriptions do not sleep.
 const DISJOINT: [&str; 7] = ["a", "a/b", "a/c", "b/b", "c", "c/d/e", "$share/g/c"];
 const BROKERS: [&[Quirk]; 12] = [
     &[],

@@ -190,7 +190,8 @@ impl Queue {
         dropped
     }
 
-    /// Live messages that may wait for a client that is away, with those that waited when it left.
+    /// Live messages that may wait for a client that is away: the limit, and the messages that waited when it
+    /// left.
     pub(super) fn live_max(&self, limits: &SessionLimits) -> usize {
         limits.queue_messages_max + self.kept as usize
     }

@@ -14,7 +14,7 @@ use tidegate::time::{Deadline, Millis};
 pub(crate) const FILTERS: [&str; 12] = [
     "a/b", "a/+", "a/#", "+/b", "#", "b", "b/+", "c/d/e", "c/#", "r/#", "r/1", "no/x",
 ];
-/// Filters of which no two match one topic.
+/// No two of these filters match one topic.
 pub(crate) const DISJOINT: [&str; 5] = ["a/b", "a/c", "b", "c/#", "r/#"];
 const TOPICS: [&str; 7] = ["a/b", "a/c", "b", "b/b", "c/d/e", "c", "a"];
 const TOO_DEEP: &str = "d/e/e/p/d/e/e/p/d/e/e/p/d/e/e/p/t";

@@ -141,7 +141,7 @@ impl Backlog {
                 || self.bytes + size > limits.queue_bytes_max)
         {
             let Some(oldest) = self.pop() else {
-                // There is no room for any message.
+                // Not one message has room.
                 return;
             };
             self.first = oldest + 1;

@@ -69,7 +69,7 @@ impl Members {
         self.awake.retain(|m| slots.next_if_eq(&m.slot).is_none());
     }
 
-    /// Whether there is no member, asleep or awake.
+    /// Whether all members have left, asleep or awake.
     pub(crate) fn is_empty(&self) -> bool {
         self.awake.is_empty() && self.backlog.is_none()
     }

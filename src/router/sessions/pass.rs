@@ -1,5 +1,5 @@
-//! The way of one message through the members of one filter: whom the filter's backlog serves, and who
-//! falls asleep. [`sleep`](super::sleep) has the rules.
+//! The way of one message through the members of one filter: the filter's backlog serves some members, and
+//! others fall asleep. [`sleep`](super::sleep) has the rules.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,14 +18,14 @@ use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::{Member, Members};
 use crate::router::sessions::slot::Slot;
 
-/// The backlogs of a shard, apart from those that the members have.
+/// The state that all backlogs of a shard share.
 #[derive(Debug, Default)]
 pub(super) struct Backlogs {
     /// The filters with a backlog.
     pub(super) filters: BTreeSet<FilterId>,
-    /// Filters of which a part of the members has been visited for a message, and the others have not.
+    /// Filters whose members have been visited for a message in part.
     pub(super) suspended: SmallVec<[FilterId; 2]>,
-    /// Members that woke while their filter was among those.
+    /// Members that woke meanwhile.
     pub(super) woken: Vec<Woken>,
 }
 

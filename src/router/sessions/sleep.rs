@@ -123,7 +123,7 @@ fn owed(
 pub(super) struct Backlogged {
     pub(super) messages: usize,
     pub(super) bytes: usize,
-    /// Messages that were dropped, each of which will be a gap.
+    /// Messages that were dropped. Each will be a gap.
     pub(super) gaps: u64,
 }
 

@@ -32,7 +32,7 @@ fn router_with(change: impl FnOnce(&mut SessionLimits)) -> Arc<Router> {
     router
 }
 
-/// Client identifiers of one shard: members of different shards are no company for each other.
+/// Client identifiers of one shard: members of different shards do not sleep together.
 fn names(router: &Router, count: usize) -> Vec<String> {
     let hash = |id: &String| {
         let seed = &router.limits().hash_seed;
