@@ -25,7 +25,6 @@ mod trace;
 mod wires;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
@@ -56,7 +55,7 @@ use crate::upstream::link::retained::RetainedLink;
 use crate::upstream::profile::{
     BrokerProfile, Capabilities, Identifiers, Mapping, SharedSubscriptions, Source, WINDOW_PROBED,
 };
-use devices::{Asked, Device, number_of};
+use devices::{Asked, DISJOINT, Device, names_of, number_of};
 use links::SimLink;
 use oracle::Oracle;
 use seen::{Conditions, Got};
@@ -69,9 +68,6 @@ const SEEDS_TRACED: usize = 40;
 
 /// The size of a large message.
 const LARGE_BYTES: usize = 20_000;
-
-/// The router's shards of sessions.
-const SHARDS: u64 = 32;
 
 /// A step of the clock.
 const STEP: Duration = Duration::from_millis(10);
@@ -90,8 +86,6 @@ const FILTERS: [&str; 12] = [
     "$share/g/c",
     "$share/h/+/b",
 ];
-/// No two of these filters match one topic: overlapping subscriptions do not sleep.
-const DISJOINT: [&str; 7] = ["a", "a/b", "a/c", "b/b", "c", "c/d/e", "$share/g/c"];
 const BROKERS: [&[Quirk]; 12] = [
     &[],
     &[Quirk::One],
@@ -227,7 +221,6 @@ impl World {
         );
         let stormy = rng.chance(70);
         let poisonous = rng.chance(20);
-        // Only sessions of one shard sleep together.
         let names = names_of(&router, apart.chance(70));
         let devices = names.into_iter().map(|id| Device::new(id, &mut rng));
         let devices: Vec<Device> = devices.collect();
@@ -424,14 +417,6 @@ impl World {
             self.oracle.has_retained(0, &topic, number, since);
         }
     }
-}
-
-/// Client identifiers, whose sessions are in one shard if they are `together`.
-fn names_of(router: &Router, together: bool) -> Vec<String> {
-    let seed = &router.limits().hash_seed;
-    let all = (0..).map(|n| format!("device-{n}"));
-    let some = all.filter(|id| !together || seed.hash_one(id.as_str()).is_multiple_of(SHARDS));
-    some.take(4).collect()
 }
 
 /// All links of a run: data links, one shared link, publish links, the retained link.

@@ -1,8 +1,16 @@
 //! The clients of the simulation: they subscribe, publish and acknowledge, on the control stream and on
 //! data streams, and lose their connections.
 
+use std::hash::BuildHasher;
+
 use super::*;
 use crate::streams::{StreamId, StreamSet};
+
+/// No two of these filters match one topic: overlapping subscriptions do not sleep.
+pub(crate) const DISJOINT: [&str; 7] = ["a", "a/b", "a/c", "b/b", "c", "c/d/e", "$share/g/c"];
+
+/// The router's shards of sessions.
+const SHARDS: u64 = 32;
 
 /// A client.
 pub(crate) struct Device {
@@ -70,6 +78,14 @@ impl Device {
             traffic: Traffic::default(),
         }
     }
+}
+
+/// Client identifiers, whose sessions are in one shard if they are `together`.
+pub(crate) fn names_of(router: &Router, together: bool) -> Vec<String> {
+    let seed = &router.limits().hash_seed;
+    let all = (0..).map(|n| format!("device-{n}"));
+    let some = all.filter(|id| !together || seed.hash_one(id.as_str()).is_multiple_of(SHARDS));
+    some.take(4).collect()
 }
 
 /// A will.
