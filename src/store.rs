@@ -1,11 +1,13 @@
 //! The records that a process needs again after a restart: the numbers of filters, and the messages
 //! that the broker may send a second time. The router and the links decide what follows from them.
+//! [`log`] keeps records of any kind on a disk.
 //!
 //! Each kind of record has one owner, which changes it through `&mut self`, so no lock is needed here.
 //! No operation fails: if a record cannot be written, work goes on from memory and the failure is
 //! reported by other means, because a full disk must not cost a client its SUBSCRIBE.
 
 mod identifiers;
+pub mod log;
 mod redelivery;
 
 use std::fmt::Debug;

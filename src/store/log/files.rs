@@ -1,0 +1,188 @@
+//! The names of a log's files, and the log that a directory contains.
+//!
+//! `00000012.seg` is segment 12. Beside the segments, one empty file names the log's first segment and
+//! its state: `00000012.live`, or `00000012.stale` for a log that was degraded. While a fresh log is
+//! written, there is also `00000020.new`: segments from 20 on do not count until it is called
+//! `00000020.live`, and older segments do not count from then on. A change of a name needs no room on the
+//! disk, and it happens or does not happen.
+
+use std::collections::BTreeSet;
+
+/// What a file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum File {
+    Segment(u32),
+    Live(u32),
+    Stale(u32),
+    New(u32),
+    /// Shows whether the disk can be written.
+    Probe,
+}
+
+impl File {
+    pub(super) fn name(self) -> String {
+        match self {
+            Self::Segment(n) => format!("{n:08}.seg"),
+            Self::Live(n) => format!("{n:08}.live"),
+            Self::Stale(n) => format!("{n:08}.stale"),
+            Self::New(n) => format!("{n:08}.new"),
+            Self::Probe => "probe".to_owned(),
+        }
+    }
+
+    /// The meaning of a name, if it is one of a log's.
+    fn of(name: &str) -> Option<Self> {
+        if name == "probe" {
+            return Some(Self::Probe);
+        }
+        let (number, ending) = name.split_once('.')?;
+        let number = number.parse().ok()?;
+        let file = match ending {
+            "seg" => Self::Segment(number),
+            "live" => Self::Live(number),
+            "stale" => Self::Stale(number),
+            "new" => Self::New(number),
+            _ => return None,
+        };
+        (file.name() == name).then_some(file)
+    }
+}
+
+/// The log that a directory contains.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Contents {
+    /// The log's first segment, which may be deleted already. `None`: the directory has no log.
+    pub(super) first: Option<u32>,
+    /// The log was degraded: it lacks records.
+    pub(super) stale: bool,
+    /// The log's segments, in order.
+    pub(super) segments: Vec<u32>,
+    /// Files that do not count, in the order in which they must be removed. The names must be on the disk
+    /// before a file of another kind is removed.
+    pub(super) garbage: Vec<File>,
+    /// A number that no segment had.
+    pub(super) unused: u32,
+}
+
+impl Contents {
+    /// Finds the log among the names of a directory.
+    pub(super) fn of<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
+        let files: BTreeSet<File> = names.into_iter().filter_map(File::of).collect();
+        let number = |file: &File| match file {
+            File::Segment(n) | File::Live(n) | File::Stale(n) | File::New(n) => Some(*n),
+            File::Probe => None,
+        };
+        let unused = files.iter().filter_map(number).max().map_or(1, |n| n + 1);
+        let marked = files.iter().filter_map(|file| match file {
+            File::Live(n) => Some((*n, false)),
+            File::Stale(n) => Some((*n, true)),
+            _ => None,
+        });
+        let first_segment = files.iter().find_map(|file| match file {
+            File::Segment(n) => Some((*n, true)),
+            _ => None,
+        });
+        // Segments that nothing calls live are not trusted, but better than nothing.
+        let (first, stale) = match marked.max().or(first_segment) {
+            Some((first, stale)) => (Some(first), stale),
+            None => (None, false),
+        };
+        let trusted = files
+            .iter()
+            .any(|f| matches!(f, File::Live(_) | File::Stale(_)));
+        let fresh = files.iter().find_map(|file| match file {
+            File::New(n) if trusted && first.is_some_and(|first| *n > first) => Some(*n),
+            _ => None,
+        });
+        let counts =
+            |n: u32| first.is_some_and(|first| n >= first) && fresh.is_none_or(|fresh| n < fresh);
+        let mut segments = Vec::new();
+        let mut garbage = Vec::new();
+        for file in files {
+            match file {
+                File::Segment(n) if counts(n) => segments.push(n),
+                File::Live(n) if Some(n) == first && !stale => {}
+                File::Stale(n) if Some(n) == first && stale => {}
+                other => garbage.push(other),
+            }
+        }
+        Self {
+            first,
+            stale,
+            segments,
+            garbage,
+            unused,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contents(names: &[&str]) -> Contents {
+        Contents::of(names.iter().copied())
+    }
+
+    #[test]
+    fn names_have_one_meaning() {
+        for file in [
+            File::Segment(7),
+            File::Live(1),
+            File::Stale(123_456_789),
+            File::New(2),
+            File::Probe,
+        ] {
+            assert_eq!(File::of(&file.name()), Some(file));
+        }
+        for name in ["7.seg", "+0000007.seg", "00000007.seg.bak", "lock", ".seg"] {
+            assert_eq!(File::of(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_empty_directory_has_no_log() {
+        let empty = Contents {
+            unused: 1,
+            ..Contents::default()
+        };
+        assert_eq!(contents(&["lock", "notes.txt"]), empty);
+    }
+
+    #[test]
+    fn a_log_begins_at_the_last_live_name() {
+        let old = contents(&[
+            "00000001.stale",
+            "00000002.seg",
+            "00000009.live",
+            "00000010.seg",
+        ]);
+        assert_eq!(old.first, Some(9));
+        assert!(!old.stale);
+        assert_eq!(old.segments, [10]);
+        assert_eq!(old.garbage, [File::Segment(2), File::Stale(1)]);
+        assert_eq!(old.unused, 11);
+    }
+
+    #[test]
+    fn segments_of_an_incomplete_log_do_not_count() {
+        let names = [
+            "00000001.stale",
+            "00000003.seg",
+            "00000004.new",
+            "00000004.seg",
+        ];
+        let both = contents(&names);
+        assert_eq!((both.first, both.stale), (Some(1), true));
+        assert_eq!(both.segments, [3]);
+        assert_eq!(both.garbage, [File::Segment(4), File::New(4)]);
+        assert_eq!(both.unused, 5);
+    }
+
+    #[test]
+    fn segments_without_a_live_name_are_stale() {
+        let lost = contents(&["00000003.seg", "00000004.seg"]);
+        assert_eq!((lost.first, lost.stale), (Some(3), true));
+        assert_eq!(lost.segments, [3, 4]);
+    }
+}

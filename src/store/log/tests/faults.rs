@@ -1,0 +1,259 @@
+//! Operations that fail, a full disk, and the way back.
+
+use std::time::Duration;
+
+use super::*;
+use crate::store::log::disk::sim::Fault;
+use crate::store::log::files::Contents;
+use crate::store::log::writer::clean;
+
+/// The log must be durable in the end, and say what memory says.
+fn judge_end(world: &mut World, name: &str) {
+    world.rest();
+    assert_eq!(world.log.mode(), Mode::Durable, "{name}");
+    world.judge_claims();
+    for disk in [
+        world.disk.after_kill(),
+        world.disk.after_power_cut(|n| n - 1),
+    ] {
+        let (again, rebuilt) = World::open(&disk).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(again.report.damaged, 0, "{name}: {:?}", again.report);
+        assert!(!again.report.stale, "{name}");
+        world.judge_exactly(&rebuilt);
+    }
+}
+
+fn operations(seed: u64) -> usize {
+    let disk = SimDisk::default();
+    let (mut world, _) = World::open(&disk).expect("empty");
+    world.run(50, &mut Rng::new(seed));
+    disk.operations().len()
+}
+
+#[test]
+fn after_any_failed_operation_the_log_returns_and_has_everything() {
+    for seed in 1..=if is_full() { 30 } else { 3 } {
+        for at in 0..operations(seed) {
+            for fault in [Fault::Fail, Fault::Short(5)] {
+                let disk = SimDisk::default();
+                disk.fault(at, fault);
+                let Ok((mut world, _)) = World::open(&disk) else {
+                    continue;
+                };
+                world.run(50, &mut Rng::new(seed));
+                judge_end(
+                    &mut world,
+                    &format!("seed {seed}, operation {at}, {fault:?}"),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_at_any_byte_is_used_again_when_it_has_room() {
+    let step = if is_full() { 1 } else { 13 };
+    for capacity in (0..3000).step_by(step) {
+        let disk = SimDisk::default();
+        let (mut world, _) = World::open(&disk).expect("empty");
+        disk.set_capacity(Some(capacity));
+        let mut rng = Rng::new(5);
+        world.run(40, &mut rng);
+        if world.degraded > 0 {
+            assert_eq!(world.log.mode() == Mode::Durable, world.returned > 0);
+        }
+        let (_, rebuilt) = World::open(&disk.after_power_cut(|n| rng.below(n))).expect("opens");
+        assert_eq!(world.judge(&rebuilt), Ok(()), "capacity {capacity}");
+        disk.set_capacity(None);
+        judge_end(&mut world, &format!("capacity {capacity}"));
+    }
+}
+
+#[test]
+fn a_crash_in_degraded_mode_leaves_a_stale_log_from_which_a_fresh_one_is_made() {
+    let disk = SimDisk::default();
+    let (mut world, _) = World::open(&disk).expect("empty");
+    world.run(20, &mut Rng::new(3));
+    disk.set_capacity(Some(0));
+    world.run(20, &mut Rng::new(4));
+    assert_eq!(world.log.mode(), Mode::Degraded);
+    let disk = disk.after_power_cut(|_| 1);
+    let (mut world, rebuilt) = World::open(&disk).expect("it opens");
+    assert!(world.report.stale);
+    assert_eq!(
+        world.log.mode(),
+        Mode::Degraded,
+        "until memory is written again"
+    );
+    world.settle();
+    assert_eq!((world.returned, world.log.mode()), (1, Mode::Durable));
+    let (again, rebuilt_again) = World::open(&disk.after_kill()).expect("it opens");
+    assert!(!again.report.stale);
+    world.judge_exactly(&rebuilt_again);
+    drop(rebuilt);
+    let names = disk.list().expect("it lists");
+    let kept = names.iter().filter(|name| !name.ends_with(".seg"));
+    assert_eq!(kept.count(), 1, "one mark is left: {names:?}");
+}
+
+#[test]
+fn a_failed_sync_is_never_tried_again_on_the_same_file() {
+    let disk = SimDisk::default();
+    let (mut world, _) = World::open(&disk).expect("empty");
+    world.set(1, 1);
+    world.settle();
+    world.set(1, 2);
+    // A write, then a sync.
+    disk.fault(1, Fault::Fail);
+    let failure = match world.step() {
+        Step::Degraded(failure) => failure,
+        step => panic!("{step:?}"),
+    };
+    assert_eq!(
+        (failure.operation, &*failure.file),
+        ("sync", "00000001.seg")
+    );
+    let before = disk.content("00000001.seg");
+    world.set(1, 3);
+    world.rest();
+    assert_eq!(world.log.mode(), Mode::Durable);
+    assert_eq!(disk.content("00000001.seg"), None, "the old log is deleted");
+    assert!(before.is_some());
+}
+
+#[test]
+fn bytes_that_are_only_in_memory_after_a_failed_sync_are_written_again_at_the_start() {
+    let disk = SimDisk::default();
+    let (mut world, _) = World::open(&disk).expect("empty");
+    world.set(1, 1);
+    world.settle();
+    world.set(1, 2);
+    // The sync fails, and the process dies before it has marked the log as stale.
+    disk.fault(1, Fault::Fail);
+    disk.fault(2, Fault::Cut(0));
+    assert!(matches!(world.step(), Step::Degraded(_)));
+    let (second, rebuilt) = World::open(&disk.after_kill()).expect("it opens");
+    assert!(!second.report.stale);
+    second.judge_exactly(&rebuilt);
+    let disk = second.disk.after_power_cut(|n| n - 1);
+    let (_, rebuilt) = World::open(&disk).expect("it opens");
+    second.judge_exactly(&rebuilt);
+}
+
+#[test]
+fn attempts_on_a_broken_disk_come_every_second() {
+    let disk = SimDisk::default();
+    let (mut world, _) = World::open(&disk).expect("empty");
+    world.set(1, 1);
+    world.settle();
+    disk.set_broken(true);
+    world.set(1, 2);
+    world.settle();
+    assert_eq!(world.log.mode(), Mode::Degraded);
+    for _ in 0..5 {
+        let Step::Idle { until: Some(until) } = world.step() else {
+            panic!("not yet due");
+        };
+        assert_eq!(until, world.now + Duration::from_secs(1));
+        world.now = until;
+        assert!(matches!(world.step(), Step::StillDegraded(_)));
+    }
+    disk.set_broken(false);
+    world.now += Duration::from_secs(1);
+    assert!(matches!(world.step(), Step::Returning));
+    world.settle();
+    assert_eq!(world.returned, 1);
+}
+
+#[test]
+fn a_segment_that_cannot_be_deleted_is_tried_again_and_costs_no_durability() {
+    let run = |disk: &SimDisk| {
+        let (mut world, _) = World::open(disk).expect("empty");
+        for number in 0..20 {
+            world.set(1, number);
+        }
+        let mut failed = 0;
+        while world.deleted < 3 {
+            failed += usize::from(matches!(world.step(), Step::NotDeleted(_)));
+            world.now += Duration::from_millis(400);
+        }
+        assert_eq!(world.log.mode(), Mode::Durable);
+        judge_end(&mut world, "deletion");
+        failed
+    };
+    let disk = SimDisk::default();
+    assert_eq!(run(&disk), 0);
+    let operations = disk.operations();
+    let removal = operations.iter().position(|o| o.name == "remove");
+    let disk = SimDisk::default();
+    disk.fault(removal.expect("segments are deleted"), Fault::Fail);
+    assert_eq!(run(&disk), 1);
+}
+
+#[test]
+fn a_fresh_log_that_fails_is_removed_and_tried_again_after_longer_waits() {
+    let disk = SimDisk::default();
+    let (mut world, _) = World::open(&disk).expect("empty");
+    for key in 0..5 {
+        // Values whose records are long.
+        world.set(key, 7 * u32::from(key + 1));
+    }
+    world.settle();
+    let sizes = world.writer.sizes();
+    disk.set_broken(true);
+    world.set(1, 40);
+    world.settle();
+    disk.set_broken(false);
+    // The probe passes, and the fresh log does not fit.
+    disk.set_capacity(Some(disk.used() + small().segment_bytes as usize));
+    let mut waits = Vec::new();
+    for _ in 0..4 {
+        world.now += Duration::from_secs(60);
+        assert!(matches!(world.step(), Step::Returning));
+        let before = disk.list().expect("it lists");
+        assert!(
+            before.iter().any(|name| name.ends_with(".new")),
+            "{before:?}"
+        );
+        world.settle();
+        assert_eq!(world.log.mode(), Mode::Degraded);
+        assert_eq!(world.writer.sizes().segments, sizes.segments);
+        let Step::Idle { until: Some(until) } = world.step() else {
+            panic!("not due yet");
+        };
+        waits.push(until.since(world.now).as_secs());
+    }
+    assert_eq!(waits, [2, 4, 8, 16]);
+    disk.set_capacity(None);
+    judge_end(&mut world, "room again");
+}
+
+#[test]
+fn an_incomplete_log_is_removed_before_the_name_that_calls_it_so() {
+    let names = [
+        "00000001.stale",
+        "00000001.seg",
+        "00000002.new",
+        "00000002.seg",
+        "00000003.seg",
+    ];
+    let mut rng = Rng::new(2);
+    for cut in 0..8 {
+        for _ in 0..20 {
+            let disk = SimDisk::default();
+            for name in names {
+                disk.create(name).expect("it works");
+            }
+            disk.sync_names().expect("it works");
+            disk.fault(cut, Fault::Cut(0));
+            let cleaned = clean(&disk);
+            assert_eq!(cleaned.is_ok(), !disk.is_cut());
+            let left = disk
+                .after_power_cut(|n| rng.below(n))
+                .list()
+                .expect("it lists");
+            let left = Contents::of(left.iter().map(String::as_str));
+            assert_eq!(left.segments, [1], "cut at {cut}");
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! Degraded mode, and the return from it: a fresh log from the owner's memory.
+
+use std::time::Duration;
+
+use super::super::disk::{Disk, write_all};
+use super::super::files::File;
+use super::super::queue::{Commit, Mode};
+use super::reclaim::Reclaim;
+use super::{
+    Failure, Owner, PROBE, Pass, Phase, Piece, Progress, Returning, Step, Writer, clean, tried,
+};
+use crate::time::Millis;
+
+/// The longest time between two attempts, when writing a fresh log fails again and again.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+/// The bytes that an attempt writes.
+const PROBE_BYTES: [u8; 4096] = [0; 4096];
+
+#[derive(Debug)]
+pub(super) struct Degraded {
+    /// Whether the log is marked as stale on the disk.
+    marked: bool,
+    /// When the next attempt is due.
+    next_probe: Millis,
+    /// The wait after the next fresh log that fails.
+    wait: Duration,
+    /// The fresh log's first segment.
+    unused: u32,
+}
+
+impl Degraded {
+    /// The state of a stale log at the start.
+    pub(super) fn at_start(unused: u32) -> Self {
+        Self {
+            marked: true,
+            next_probe: Millis::ZERO,
+            wait: PROBE,
+            unused,
+        }
+    }
+}
+
+impl<D: Disk> Writer<D> {
+    /// Stops writing after a failure. `failed` is the commit that could not be written.
+    pub(super) fn degrade(
+        &mut self,
+        failure: Failure,
+        failed: Option<Commit>,
+        now: Millis,
+    ) -> Step {
+        // This file is never written or synced again.
+        self.open = None;
+        let newest = self.segments.back().map_or(self.first, |s| s.number);
+        let unused = newest.max(self.queue.next().segment()) + 1;
+        let (wait, marked) = match std::mem::replace(&mut self.phase, Phase::Durable) {
+            Phase::Returning(returning) => {
+                self.segments = returning.old;
+                ((returning.wait * 2).min(WAIT_MAX), true)
+            }
+            // Before tasks go on that wait for records: after a crash, the log must be known to lack them.
+            _ => (PROBE, self.mark_stale().is_ok()),
+        };
+        self.reclaim = Reclaim::default();
+        self.queue.stop_writing(Mode::Degraded, failed);
+        self.phase = Phase::Degraded(Degraded {
+            marked,
+            next_probe: now + wait,
+            wait,
+            unused,
+        });
+        Step::Degraded(failure)
+    }
+
+    fn mark_stale(&self) -> Result<(), Failure> {
+        let (live, stale) = (
+            File::Live(self.first).name(),
+            File::Stale(self.first).name(),
+        );
+        let names = tried("list", ".", self.disk.list())?;
+        if names.contains(&live) {
+            tried("rename", &live, self.disk.rename(&live, &stale))?;
+        } else if !names.contains(&stale) {
+            tried("create", &stale, self.disk.create(&stale))?;
+        }
+        tried("sync", ".", self.disk.sync_names())
+    }
+
+    pub(super) fn degraded(&mut self, owner: &mut dyn Owner, now: Millis) -> Step {
+        let Phase::Degraded(degraded) = &self.phase else {
+            unreachable!("the caller has looked");
+        };
+        if now < degraded.next_probe {
+            return Step::Idle {
+                until: Some(degraded.next_probe),
+            };
+        }
+        let (marked, first, wait) = (degraded.marked, degraded.unused, degraded.wait);
+        match self.begin_fresh(marked, first) {
+            Ok(()) => {
+                self.queue.begin_fresh(first);
+                owner.begin(Pass::All);
+                self.phase = Phase::Returning(Returning {
+                    first,
+                    old: std::mem::take(&mut self.segments),
+                    done: false,
+                    piece_end: self.queue.next(),
+                    wait,
+                });
+                Step::Returning
+            }
+            Err(failure) => {
+                let marked = marked || self.mark_stale().is_ok();
+                if let Phase::Degraded(degraded) = &mut self.phase {
+                    degraded.marked = marked;
+                    degraded.next_probe = now + PROBE;
+                }
+                Step::StillDegraded(failure)
+            }
+        }
+    }
+
+    /// Tries whether the disk can be written, and marks the segments from `first` on as a log that is not
+    /// complete.
+    fn begin_fresh(&self, marked: bool, first: u32) -> Result<(), Failure> {
+        if !marked {
+            self.mark_stale()?;
+        }
+        clean(&self.disk)?;
+        let name = File::Probe.name();
+        let file = tried("create", &name, self.disk.create(&name))?;
+        let room = u64::from(self.queue.options.segment_bytes);
+        tried("reserve room for", &name, self.disk.reserve(&file, room))?;
+        let written = write_all(&self.disk, &file, 0, &PROBE_BYTES[..self.probe_bytes()]);
+        tried("write", &name, written)?;
+        tried("sync", &name, self.disk.sync_data(&file))?;
+        tried("remove", &name, self.disk.remove(&name))?;
+        let new = File::New(first).name();
+        tried("create", &new, self.disk.create(&new))?;
+        tried("sync", ".", self.disk.sync_names())
+    }
+
+    fn probe_bytes(&self) -> usize {
+        PROBE_BYTES
+            .len()
+            .min(self.queue.options.segment_bytes as usize)
+    }
+
+    pub(super) fn returning(&mut self, owner: &mut dyn Owner, now: Millis) -> Step {
+        let committed = self.queue.committed_to();
+        let Phase::Returning(returning) = &mut self.phase else {
+            unreachable!("the caller has looked");
+        };
+        if returning.piece_end <= committed {
+            if returning.done {
+                return self.complete(now);
+            }
+            let mut piece = Piece::new(&self.queue);
+            returning.done = owner.write(&mut piece) == Progress::Done;
+            returning.piece_end = self.queue.next();
+            return Step::Rewritten;
+        }
+        match self.queue.take() {
+            Some(commit) => self.commit(commit, now),
+            None => Step::Idle { until: None },
+        }
+    }
+
+    /// The fresh log takes the place of the old one.
+    fn complete(&mut self, now: Millis) -> Step {
+        let Phase::Returning(returning) = &self.phase else {
+            unreachable!("the caller has looked");
+        };
+        let first = returning.first;
+        let (new, live) = (File::New(first).name(), File::Live(first).name());
+        let renamed = tried("rename", &new, self.disk.rename(&new, &live));
+        let synced = renamed.and_then(|()| tried("sync", ".", self.disk.sync_names()));
+        if let Err(failure) = synced {
+            // The disk may have either name. Without this one, the old log counts.
+            let _ = self.disk.rename(&live, &new);
+            let _ = self.disk.sync_names();
+            return self.degrade(failure, None, now);
+        }
+        self.phase = Phase::Durable;
+        self.first = first;
+        self.queue.claims.begin_at(first);
+        self.queue.complete();
+        self.reclaim.garbage = true;
+        self.upkeep_due = true;
+        Step::Returned
+    }
+}
