@@ -75,12 +75,27 @@ pub enum Command {
     },
     /// Show how a broker behaves where brokers differ, and which of its settings to raise
     Probe(ProbeArgs),
+    /// Look at the store of a node that is not running
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Set a user's password, read from the terminal or standard input
     Passwd {
         /// Password file; made if there is none
         file: PathBuf,
         /// User name
         user: String,
+    },
+}
+
+/// The commands of `tidegate store`.
+// The comments on variants and fields are the help texts.
+#[derive(Debug, PartialEq, Eq, Subcommand)]
+pub enum StoreCommand {
+    /// Read the log, change nothing, and name each damaged record
+    Check {
+        /// The node's data directory (node.data_dir)
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
     },
 }
 

@@ -3,9 +3,12 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use tidegate::cli::{self, Command, EXIT_INTERNAL, EXIT_TEMPORARY, EXIT_USAGE, Failure};
+use tidegate::cli::{
+    self, Command, EXIT_INTERNAL, EXIT_TEMPORARY, EXIT_USAGE, Failure, StoreCommand,
+};
 use tidegate::config::{Config, LogFormat};
 use tidegate::runtime::{self, StartError};
+use tidegate::store::log::{self, CheckError};
 use tidegate::telemetry;
 use tidegate::transport::selfsigned;
 
@@ -44,6 +47,7 @@ fn execute(command: Option<Command>) -> Result<(), Failure> {
         }
         Some(Command::Certs { out, names }) => certs(&out, &names),
         Some(Command::Probe(arguments)) => probe(&arguments.config()?),
+        Some(Command::Store(StoreCommand::Check { directory })) => check_store(&directory),
         Some(Command::Passwd { file, user }) => cli::set_password(&file, &user),
         None => Ok(()),
     }
@@ -80,6 +84,20 @@ fn certs(out: &Path, names: &[String]) -> Result<(), Failure> {
     let files = [made.ca, made.ca_key, made.cert, made.key];
     let lines: String = files.iter().map(|f| format!("{}\n", f.display())).collect();
     cli::print(&lines)
+}
+
+fn check_store(directory: &Path) -> Result<(), Failure> {
+    let checked = log::check(&directory.join(log::DIRECTORY));
+    match checked {
+        Ok(report) => cli::print(&report),
+        // The report is the result of the command, damaged or not.
+        Err(CheckError::Damaged { report, summary }) => {
+            cli::print(&report)?;
+            Err(Failure::new(EXIT_INTERNAL, summary))
+        }
+        Err(CheckError::InUse(error)) => Err(Failure::new(EXIT_TEMPORARY, error)),
+        Err(error) => Err(Failure::new(EXIT_USAGE, error)),
+    }
 }
 
 fn failure(error: StartError) -> Failure {

@@ -42,6 +42,12 @@ fn commands_have_their_arguments_and_defaults() {
             user: "alice".into()
         }
     );
+    assert_eq!(
+        command(&["store", "check", "data"]),
+        Command::Store(StoreCommand::Check {
+            directory: "data".into()
+        })
+    );
 }
 
 #[test]

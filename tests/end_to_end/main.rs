@@ -13,6 +13,7 @@ mod hop;
 mod quic_network;
 mod restart;
 mod rumqttc;
+mod store;
 mod takeover;
 
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
