@@ -121,3 +121,77 @@ pub mod transport {
         assert_eq!(last, added);
     }
 }
+
+/// The reader of the log's segments.
+#[allow(dead_code, reason = "the log uses more of it")]
+#[path = "../../src/store/log"]
+pub mod log {
+    mod format;
+    mod position;
+    mod reader;
+
+    use crc32c::crc32c;
+
+    use format::{HEADER_BYTES, Header, RecordHead};
+    use position::Position;
+    use reader::{Part, SegmentReader};
+
+    const SALT: u64 = 0x5EED;
+
+    /// Any bytes are read to their end, each at most once.
+    pub fn segment(bytes: &[u8], known_end: Option<u16>) {
+        let _ = Header::decode(bytes);
+        let known_end = known_end.map(u32::from);
+        let mut at = HEADER_BYTES;
+        for part in SegmentReader::new(bytes, 1, SALT, known_end) {
+            let (position, len) = match part {
+                Part::Record(record) => (record.position, record.bytes()),
+                Part::Damaged { position, bytes } => (position, bytes),
+            };
+            assert_eq!(position.offset(), at);
+            at += len;
+        }
+        assert!(at <= (bytes.len() as u32).max(known_end.unwrap_or(0)).max(HEADER_BYTES));
+    }
+
+    /// Records beside damaged bytes are read, and nothing else is. `bodies` are cut into records at each
+    /// zero; `damage` has an offset and a mask in each three bytes.
+    pub fn damaged(bodies: &[u8], damage: &[u8]) {
+        let mut bytes = vec![0; HEADER_BYTES as usize];
+        let mut wanted = Vec::new();
+        for body in bodies.split(|byte| *byte == 0) {
+            let from = bytes.len();
+            let head = RecordHead {
+                position: Position::new(1, from as u32),
+                kind: body.len() as u8,
+                body_len: body.len() as u32,
+                commit_start: body.len() % 2 == 0,
+            };
+            bytes.extend_from_slice(&head.encode(SALT, crc32c(body)));
+            bytes.extend_from_slice(body);
+            wanted.push((from..bytes.len(), body, true));
+        }
+        for change in damage.chunks_exact(3) {
+            let at = usize::from(u16::from_le_bytes([change[0], change[1]]));
+            if at < HEADER_BYTES as usize || at >= bytes.len() || change[2] == 0 {
+                continue;
+            }
+            bytes[at] ^= change[2];
+            for (range, _, intact) in &mut wanted {
+                *intact &= !range.contains(&at);
+            }
+        }
+        let known_end = Some(bytes.len() as u32);
+        let mut read = SegmentReader::new(&bytes, 1, SALT, known_end).filter_map(|part| match part {
+            Part::Record(record) => Some((record.position.offset() as usize, record.body)),
+            Part::Damaged { .. } => None,
+        });
+        // Two changes of one byte may cancel each other, so records that were changed may be read, too.
+        for (range, body, intact) in wanted {
+            if intact {
+                let found = read.by_ref().find(|(at, _)| *at == range.start);
+                assert_eq!(found, Some((range.start, body)));
+            }
+        }
+    }
+}
