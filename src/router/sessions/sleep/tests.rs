@@ -270,7 +270,7 @@ fn a_lone_member_has_a_queue_of_its_own() {
     );
 }
 
-/// Schedule 1: messages that waited or were in flight before a session fell asleep are not lost with its
+/// Messages that waited or were in flight before a session fell asleep are not lost with its
 /// place in the backlog.
 #[test]
 fn messages_from_before_a_session_fell_asleep_are_sent_first() {
@@ -292,7 +292,7 @@ fn messages_from_before_a_session_fell_asleep_are_sent_first() {
     assert_eq!(got, texts((0..2).chain(2..60)));
 }
 
-/// Schedule 5: messages of several filters, whose links are not in step, come in the order of arrival.
+/// Messages of several filters, whose links are not in step, come in the order of arrival.
 #[test]
 fn messages_of_several_filters_come_in_the_order_of_arrival() {
     let router = router();
@@ -321,7 +321,7 @@ fn messages_of_several_filters_come_in_the_order_of_arrival() {
     }
 }
 
-/// Schedule 6: a session that is back for a moment gets nothing twice.
+/// A session that is back for a moment gets nothing twice.
 #[test]
 fn a_session_that_leaves_again_gets_nothing_twice() {
     let router = router();
@@ -350,7 +350,7 @@ fn a_session_that_leaves_again_gets_nothing_twice() {
     assert_eq!(resume(&router, &ids[1], LATER + 2000), texts(0..25));
 }
 
-/// Schedule 7: a full backlog and live messages cost a client that is back nothing.
+/// A full backlog and live messages cost a client that is back nothing.
 #[test]
 fn a_client_that_is_back_loses_nothing_to_newer_messages() {
     let router = router_with(|limits| {
@@ -375,7 +375,7 @@ fn a_client_that_is_back_loses_nothing_to_newer_messages() {
     assert_eq!(gaps(router, &audience.ids[1]), 31);
 }
 
-/// Schedule 9: which copy of a message counts depends on the time at which the copies come, so overlapping
+/// Which copy of a message counts depends on the time at which the copies come, so overlapping
 /// subscriptions do not sleep.
 #[test]
 fn overlapping_subscriptions_do_not_sleep() {
@@ -404,7 +404,7 @@ fn overlapping_subscriptions_do_not_sleep() {
     }
 }
 
-/// Schedule 9: UNSUBSCRIBE while the messages of the backlog are still waiting.
+/// UNSUBSCRIBE while the messages of the backlog are still waiting.
 #[test]
 fn unsubscribing_repeats_nothing_and_loses_nothing_that_waits() {
     let router = router_with(|limits| limits.output_buffer = Arc::new(64.into()));
@@ -420,7 +420,7 @@ fn unsubscribing_repeats_nothing_and_loses_nothing_that_waits() {
     assert_eq!(resume(router, &audience.ids[1], LATER), texts(0..45));
 }
 
-/// Schedule 10: messages that are fetched displace no live messages, and keep their order with them.
+/// Messages that are fetched displace no live messages, and keep their order with them.
 #[test]
 fn fetched_messages_displace_no_live_message() {
     let router = router_with(|limits| limits.queue_messages_max = 10);

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// Schedule 8: QoS 0 displaces nothing.
+/// QoS 0 displaces nothing.
 #[test]
 fn qos_0_displaces_no_message_that_is_kept() {
     let router = router_with(|limits| limits.queue_messages_max = 4);
@@ -18,7 +18,7 @@ fn qos_0_displaces_no_message_that_is_kept() {
     assert_eq!(gaps(&audience.router, id), 10);
 }
 
-/// Schedule 11: one client with many private filters does not displace another client's message.
+/// One client with many private filters does not displace another client's message.
 #[test]
 fn private_filters_begin_no_backlog_and_large_backlogs_are_trimmed_first() {
     let router = testing::router_of(crate::router::RouterConfig {
@@ -66,7 +66,7 @@ fn private_filters_begin_no_backlog_and_large_backlogs_are_trimmed_first() {
     assert_eq!(gaps(&router, &ids[0]), info.1);
 }
 
-/// Schedule 14: the other policies of a full queue hold as without sleep. With `newest` the members sleep.
+/// The other policies of a full queue hold as without sleep. With `newest` the members sleep.
 #[test]
 fn other_policies_of_a_full_queue_are_exact() {
     for policy in [QueueFull::Newest, QueueFull::EndSession] {
@@ -89,7 +89,7 @@ fn other_policies_of_a_full_queue_are_exact() {
     }
 }
 
-/// Schedule 20: messages are dropped by their age from their arrival on, also where no sleeper is looked
+/// Messages are dropped by their age from their arrival on, also where no sleeper is looked
 /// at.
 #[test]
 fn messages_that_are_too_old_or_expired_are_dropped() {

@@ -1,4 +1,4 @@
-//! Schedule 5: members fall asleep and wake, and other messages arrive, between the parts in which a
+//! Members fall asleep and wake, and other messages arrive, between the parts in which a
 //! message visits the members of a filter.
 
 use proptest::prelude::*;
