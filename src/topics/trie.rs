@@ -96,24 +96,14 @@ impl<T: Copy> FilterTrie<T> {
     /// no particular order.
     pub fn for_each_match(&self, topic: &str, mut f: impl FnMut(T)) {
         // All nodes whose path matches the levels read so far.
-        let mut here: SmallVec<[NodeId; 16]> = SmallVec::new();
-        let mut next: SmallVec<[NodeId; 16]> = SmallVec::new();
+        let (mut here, mut next) = (Nodes::new(), Nodes::new());
         here.push(root_of(topic));
         for level in topic.split('/') {
             let id = self.levels.get(level);
-            for &n in &here {
-                let node = self.node(n);
-                if let Some(v) = node.multi {
-                    f(v);
-                }
-                next.extend(node.plus);
-                next.extend(self.child(n, id));
-            }
-            if next.is_empty() {
+            self.descend(&mut here, &mut next, id, &mut f);
+            if here.is_empty() {
                 return;
             }
-            std::mem::swap(&mut here, &mut next);
-            next.clear();
         }
         for &n in &here {
             let node = self.node(n);
@@ -132,27 +122,17 @@ impl<T: Copy> FilterTrie<T> {
     /// only because no topic is empty, such as `#` and `+/#`, may be missed.
     pub fn for_each_cover(&self, filter: &str, mut f: impl FnMut(T)) {
         let (path, multi) = split_multi(filter);
-        let mut here: SmallVec<[NodeId; 16]> = SmallVec::new();
-        let mut next: SmallVec<[NodeId; 16]> = SmallVec::new();
+        let (mut here, mut next) = (Nodes::new(), Nodes::new());
         here.push(root_of(filter));
         for level in path.into_iter().flat_map(|p| p.split('/')) {
             let id = match level {
                 "+" => None,
                 name => self.levels.get(name),
             };
-            for &n in &here {
-                let node = self.node(n);
-                if let Some(v) = node.multi {
-                    f(v);
-                }
-                next.extend(node.plus);
-                next.extend(self.child(n, id));
-            }
-            if next.is_empty() {
+            self.descend(&mut here, &mut next, id, &mut f);
+            if here.is_empty() {
                 return;
             }
-            std::mem::swap(&mut here, &mut next);
-            next.clear();
         }
         for &n in &here {
             let node = self.node(n);
@@ -163,6 +143,27 @@ impl<T: Copy> FilterTrie<T> {
                 f(v);
             }
         }
+    }
+
+    /// Moves `here` to the nodes one level deeper: the children by `+`, and by `level`, which is `None` where
+    /// no filter has such a level. Calls `f` with the values of `#` below the nodes.
+    fn descend(
+        &self,
+        here: &mut Nodes,
+        next: &mut Nodes,
+        level: Option<LevelId>,
+        f: &mut impl FnMut(T),
+    ) {
+        for &n in here.iter() {
+            let node = self.node(n);
+            if let Some(v) = node.multi {
+                f(v);
+            }
+            next.extend(node.plus);
+            next.extend(self.child(n, level));
+        }
+        std::mem::swap(here, next);
+        next.clear();
     }
 
     /// Calls `f` with the value of each stored filter that shares at least
@@ -373,6 +374,9 @@ impl<T: Copy> Default for FilterTrie<T> {
         Self::new()
     }
 }
+
+/// The nodes whose paths match the same levels.
+type Nodes = SmallVec<[NodeId; 16]>;
 
 /// A node's place in the arena. `Option<NodeId>` takes four bytes; a node has many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
