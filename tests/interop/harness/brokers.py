@@ -125,5 +125,5 @@ class RabbitMq(Broker):
         # RabbitMQ's port mapper outlives the broker; this node has one of its own.
         env = {"ERL_EPMD_PORT": str(self.epmd_port), "ERL_EPMD_ADDRESS": "127.0.0.1", "PATH": os.environ["PATH"], "HOME": str(self.directory)}
         if epmd := shutil.which("epmd"):
-            stop = Service("epmd", [epmd, "-kill"], env=env)
-            stop.wait_exit()
+            # It refuses to end until it has seen the end of the broker.
+            wait_until("the port mapper ends", lambda: Service("epmd", [epmd, "-kill"], env=env).wait_exit() == 0)

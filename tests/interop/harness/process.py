@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -124,10 +125,11 @@ class Service:
                 self._log.flush()
 
     def end_quietly(self) -> None:
-        """Kills the process, for a fixture's tear-down."""
-        if self.alive():
-            self.kill(signal.SIGKILL)
-            self.process.wait(10)
+        """Kills the process and its children, for a fixture's tear-down."""
+        # The process leads a group of its own. A broker that a script starts outlives the script.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait(10)
         for pipe in (self.process.stdin,):
             if pipe:
                 try:
