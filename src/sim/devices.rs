@@ -294,7 +294,7 @@ impl World {
             "{n} subscribes {id} on stream {stream} {:?}",
             filters.iter().map(|(f, o)| (f, o.qos)).collect::<Vec<_>>()
         );
-        self.oracle.subscribes(n, filters, self.now);
+        self.oracle.subscribes(n, *id, filters, self.now);
         let stream = *stream;
         self.devices[n].asked.push(asked);
         self.send(n, stream, bytes.into());
@@ -454,8 +454,9 @@ impl World {
                     s.codes,
                     s.packet_id
                 );
-                for ((filter, options), code) in filters.iter().zip(s.codes) {
-                    self.oracle.granted(n, filter, options, *code, self.now);
+                for ((filter, _), code) in filters.iter().zip(s.codes) {
+                    let id = s.packet_id;
+                    self.oracle.granted(n, id, filter, *code, self.now);
                 }
             }
             _ => {}

@@ -105,15 +105,17 @@ impl Oracle {
         self.clients[n].reordered = true;
     }
 
-    /// A client has sent SUBSCRIBE.
+    /// A client has sent SUBSCRIBE with this packet identifier.
     pub(super) fn subscribes(
         &mut self,
         n: usize,
+        packet_id: u16,
         filters: &[(String, SubscribeOptions)],
         now: Millis,
     ) {
         for (filter, options) in filters {
             self.clients[n].subs.push(Sub {
+                packet_id,
                 filter: filter.clone(),
                 qos: options.qos,
                 no_local: options.no_local,
@@ -125,27 +127,29 @@ impl Oracle {
         }
     }
 
-    /// A client has received the answer to one filter of a SUBSCRIBE.
+    /// A client has received the answer to one filter of the SUBSCRIBE with this packet identifier. The
+    /// answers may come in another order than the requests, which take effect in the order of sending.
     pub(super) fn granted(
         &mut self,
         n: usize,
+        packet_id: u16,
         filter: &str,
-        options: &SubscribeOptions,
         code: u8,
         now: Millis,
     ) {
         let subs = &mut self.clients[n].subs;
         let same = |s: &Sub| s.filter == filter && s.ended_at.is_none();
-        let Some(at) = subs.iter().position(|s| {
-            same(s)
-                && s.granted_at.is_none()
-                && (s.qos, s.no_local) == (options.qos, options.no_local)
-        }) else {
+        let asked = |s: &Sub| s.packet_id == packet_id && s.filter == filter;
+        let Some(at) = subs.iter().position(asked) else {
             return;
         };
         if code >= 0x80 && !self.conditions.refuses && !subs[at].shared() {
             self.faults
                 .push(format!("{n} is refused {filter}: {code:#x}"));
+        }
+        // A later request for the filter has replaced this one.
+        if !same(&subs[at]) {
+            return;
         }
         if code >= 0x80 {
             // A refusal ends the subscription that the client had on this filter.

@@ -60,6 +60,8 @@ pub(super) struct Got {
 /// A subscription of a client.
 #[derive(Debug)]
 pub(super) struct Sub {
+    /// The packet identifier of its SUBSCRIBE.
+    pub packet_id: u16,
     pub filter: String,
     pub qos: QoS,
     pub no_local: bool,
