@@ -71,6 +71,13 @@ const LARGE_BYTES: usize = 20_000;
 
 /// A step of the clock.
 const STEP: Duration = Duration::from_millis(10);
+
+/// The steps within which everything comes to rest, poison left out.
+const REST_STEPS: u32 = 800;
+
+/// The steps that each poison publish of a client may delay its later ones: two connections of the link
+/// end, and the client pauses for two seconds.
+const POISON_STEPS: u32 = 400;
 const TOPICS: [&str; 6] = ["a", "a/b", "a/c", "b/b", "c", "c/d/e"];
 const FILTERS: [&str; 12] = [
     "a",
@@ -152,6 +159,8 @@ struct World {
     stormy: bool,
     /// Some publishes make the broker close the connection.
     poisonous: bool,
+    /// How often clients sent a poison publish.
+    poisons_sent: u32,
     /// Some messages are large.
     large: bool,
     exercised: Exercised,
@@ -252,6 +261,7 @@ impl World {
             session_lost: false,
             stormy,
             poisonous,
+            poisons_sent: 0,
             large,
             exercised: Exercised::default(),
             links_suffice: data_links_max >= 7 && !local_groups,
@@ -347,9 +357,7 @@ impl World {
                 self.connect(n);
             }
         }
-        for _ in 0..800 {
-            self.step();
-        }
+        self.rest();
         self.check_retained();
         let retained = self.broker.retained();
         let mut retained: Vec<u32> = retained.iter().filter_map(|(_, p)| number_of(p)).collect();
@@ -387,6 +395,20 @@ impl World {
         }
         for _ in 0..300 {
             self.now += Duration::from_secs(1);
+            self.step();
+        }
+    }
+
+    /// Lets everything come to rest: the publishes that wait behind poison, then the rest.
+    fn rest(&mut self) {
+        let unanswered = |d: &Device| !d.open.is_empty() || !d.releasing.is_empty();
+        for _ in 0..self.poisons_sent * POISON_STEPS {
+            if self.router.publishes_waiting() == 0 && !self.devices.iter().any(unanswered) {
+                break;
+            }
+            self.step();
+        }
+        for _ in 0..REST_STEPS {
             self.step();
         }
     }

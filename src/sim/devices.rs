@@ -213,6 +213,7 @@ impl World {
             let topic = self.oracle.topic_of(number);
             let retain = self.oracle.is_retained(number);
             let payload = self.payload(number);
+            self.poisons_sent += u32::from(self.oracle.is_poison(number));
             let bytes = self.encode(n, id, &message(topic, &payload, qos, retain), true);
             self.send(n, StreamId::CONTROL, bytes);
         }
@@ -354,6 +355,7 @@ impl World {
         }
         if poison {
             self.oracle.set_poison(number);
+            self.poisons_sent += 1;
         }
         trace!(
             self,
