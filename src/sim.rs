@@ -367,6 +367,11 @@ impl World {
         }
         self.oracle.settle(self.now, &retained);
         self.check_filters();
+        if self.trace.is_on() {
+            for fault in self.oracle.faults() {
+                self.trace.line(self.now, fault);
+            }
+        }
         if let Some(fault) = self.oracle.first_fault() {
             return Err(format!("at rest: {fault}"));
         }

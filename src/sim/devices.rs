@@ -503,6 +503,7 @@ impl World {
             return;
         };
         let OpenPublish { number, .. } = open.remove(at);
+        trace!(self, "{n} has the answer to {number}: {reason:?}");
         self.oracle.acknowledged(n, number, reason, self.now);
     }
 }

@@ -238,7 +238,40 @@ impl World {
             }
         }
         self.trace.bytes(now, &link.name, "broker", &out);
+        let traced = self.trace.is_on().then(|| out.clone());
         conn.to_broker.put(out, later);
+        if let Some(sent) = traced {
+            self.trace_sent(n, &sent);
+        }
+    }
+
+    /// Adds the requests and publishes that a link sends to the trace.
+    fn trace_sent(&mut self, n: usize, bytes: &[u8]) {
+        let decoder = Decoder {
+            version: self.links[n].version,
+            receiver: Receiver::Server,
+            max: u32::MAX,
+        };
+        let mut rest = bytes;
+        while let Ok(Some((packet, size))) = decoder.next(rest) {
+            rest = &rest[size..];
+            let what = match packet {
+                Packet::Publish(p) => {
+                    let number = number_of(p.payload).unwrap_or_default();
+                    let dup = if p.dup { ", dup" } else { "" };
+                    format!("publishes {number}{dup}")
+                }
+                Packet::Subscribe(s) => {
+                    let filters: Vec<_> = s.filters().map(|(f, o)| (f, o.qos)).collect();
+                    format!("subscribes {filters:?}")
+                }
+                Packet::Unsubscribe(u) => {
+                    format!("unsubscribes {:?}", u.filters().collect::<Vec<_>>())
+                }
+                _ => continue,
+            };
+            trace!(self, "{} {what}", self.links[n].name);
+        }
     }
 
     /// The connection of a link is lost, with the bytes on their way.

@@ -51,6 +51,11 @@ impl Oracle {
         self.faults.first().cloned()
     }
 
+    /// All promises that were broken so far.
+    pub(super) fn faults(&self) -> &[String] {
+        &self.faults
+    }
+
     /// The topic of one of our messages.
     pub(super) fn topic_of(&self, number: u32) -> &'static str {
         let topic = &self.messages[&number].topic;
