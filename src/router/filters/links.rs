@@ -214,7 +214,8 @@ impl Filters {
                     table.queue_subscribe(link, id);
                 }
                 Resumed::Unsubscribe => table.unsubscribe_queue[link].push_back(id),
-                Resumed::Remove => table.remove(id, now),
+                // Others may have been placed inside it, so that it is subscribed again.
+                Resumed::Remove => table.unsubscribed(id, now, &mut up.actions),
             }
         }
         // Behind the filters that the broker is known to grant.

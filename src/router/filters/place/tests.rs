@@ -100,6 +100,13 @@ impl World {
         }
     }
 
+    /// Releases the filters whose time is over. Their UNSUBSCRIBEs wait.
+    fn tick_ten_times(&self) {
+        for _ in 0..10 {
+            self.router.tick(self.now);
+        }
+    }
+
     /// The broker answers nothing for so long that SUBSCRIBEs are granted without it.
     fn pass_unanswered(&mut self) {
         self.now += testing::config().subscribe_wait;
@@ -357,6 +364,34 @@ fn a_filter_that_yielded_and_is_needed_for_others_gets_another_link() {
     assert_eq!(world.seen(c).0, [1]);
     assert_eq!(world.seen(d).0, [1]);
     assert!(world.held[2].contains("#"));
+}
+
+#[test]
+fn a_filter_that_is_needed_for_others_while_its_link_is_away_is_subscribed_again() {
+    for session in [
+        LinkSession::New,
+        LinkSession::Doubtful,
+        LinkSession::Resumed,
+    ] {
+        let mut world = World::new(3, Duration::ZERO);
+        let [a, b] = ["a", "b"].map(|id| world.client(id));
+        assert_eq!(world.subscribe(a, &["x/+", "+/x", "+/+"]), [1; 3]);
+        assert!(world.held[2].contains("#"), "the last one lies inside it");
+        world.router.data_link_down(2, world.now);
+        world.unsubscribe(a, "+/+");
+        // `#` is to be unsubscribed.
+        world.tick_ten_times();
+        world.ask(b, &["+/+"]);
+        if session == LinkSession::New {
+            world.held[2].clear();
+        }
+        world.router.data_link_up(2, session, false, world.now);
+        world.pass(Duration::from_millis(100));
+        assert_eq!(world.seen(b).0, [1], "{session:?}");
+        assert!(world.held[2].contains("#"), "{session:?}");
+        world.bring(2, "q/r", 1);
+        assert_eq!(world.seen(b).1, [1]);
+    }
 }
 
 /// One client leaves `#`, inside which `a/b` and `a/+` of another one lie.
