@@ -179,7 +179,8 @@ impl Table {
         })
     }
 
-    /// Unsubscribes the filters on a link that overlap these topics, if nobody uses any of them.
+    /// Unsubscribes the filters on a link that overlap these topics, if nobody uses any of them and none
+    /// awaits its SUBACK.
     /// Whether the link is free of them then.
     fn make_room(&mut self, link: usize, topics: &str, now: Millis) -> bool {
         let mut yielding = Vec::new();
@@ -187,11 +188,8 @@ impl Table {
             let known = self.get(id);
             let yields = |f: &Filter| {
                 let is_idle = f.is_unused() && !f.is_awaited() && !f.is_root();
-                let at_rest = matches!(
-                    f.phase(),
-                    Phase::Absent | Phase::Pending | Phase::Active { .. }
-                );
-                is_idle && at_rest && f.link() == Some(link) && f.idle_since().is_some()
+                let may_yield = f.phase() != Phase::Subscribing;
+                is_idle && may_yield && f.link() == Some(link) && f.idle_since().is_some()
             };
             yielding.push(id);
             !known.is_some_and(yields) || self.has_inner(id) || yielding.len() > YIELDING_MAX
@@ -216,8 +214,8 @@ impl Table {
                     self.take_off(link, id, &topics);
                 }
                 Release::Remove => self.remove(id, now),
-                // It was at rest.
-                Release::Later => {}
+                // Its UNSUBSCRIBE is under way, ahead of the other one's SUBSCRIBE.
+                Release::Later => self.take_off(link, id, &topics),
             }
         }
         true

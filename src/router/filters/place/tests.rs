@@ -367,6 +367,32 @@ fn a_filter_that_yielded_and_is_needed_for_others_gets_another_link() {
 }
 
 #[test]
+fn a_filter_whose_unsubscribe_has_no_answer_keeps_nobody_out() {
+    for group in ["", "$share/g/"] {
+        let mut world = World::before_the_broker(RouterConfig {
+            shared_links_max: 1,
+            ..config(1, Duration::ZERO)
+        });
+        world.connect();
+        let [a, b] = ["a", "b"].map(|id| world.client(id));
+        let [old, new] = ["a/+", "+/x"].map(|filter| format!("{group}{filter}"));
+        assert_eq!(world.subscribe(a, &[&old]), [1]);
+        world.unsubscribe(a, &old);
+        world.tick_ten_times();
+        let link = usize::from(!group.is_empty());
+        let sent = world.router.next_unsubscribes(link, 10);
+        assert_eq!(sent.len(), 1);
+        world.ask(b, &[&new]);
+        assert!(world.seen(b).0.is_empty(), "{new} is not refused");
+        world.held[link].clear();
+        world.router.unsuback(sent[0].0, world.now);
+        world.answer(link);
+        assert_eq!(world.seen(b).0, [1]);
+        assert_eq!(world.held(), [&new]);
+    }
+}
+
+#[test]
 fn a_filter_that_is_needed_for_others_while_its_link_is_away_is_subscribed_again() {
     for session in [
         LinkSession::New,
