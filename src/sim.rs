@@ -19,6 +19,7 @@ macro_rules! trace {
 mod devices;
 mod links;
 mod oracle;
+mod rest;
 mod seen;
 pub(crate) mod testing;
 mod trace;
@@ -72,12 +73,6 @@ const LARGE_BYTES: usize = 20_000;
 /// A step of the clock.
 const STEP: Duration = Duration::from_millis(10);
 
-/// The steps within which everything comes to rest, poison left out.
-const REST_STEPS: u32 = 800;
-
-/// The steps that each poison publish of a client may delay its later ones: two connections of the link
-/// end, and the client pauses for two seconds.
-const POISON_STEPS: u32 = 400;
 const TOPICS: [&str; 6] = ["a", "a/b", "a/c", "b/b", "c", "c/d/e"];
 const FILTERS: [&str; 12] = [
     "a",
@@ -388,60 +383,6 @@ impl World {
             _ => Err(format!(
                 "when all have gone, bytes stay charged: {charged:?}"
             )),
-        }
-    }
-
-    /// All clients go for good, for longer than ended sessions are remembered and filters linger.
-    fn end(&mut self) {
-        for n in 0..self.devices.len() {
-            self.cut(n);
-            let key = SessionKey::from(&*self.devices[n].id);
-            self.router.end_session(&key, self.now);
-        }
-        for _ in 0..300 {
-            self.now += Duration::from_secs(1);
-            self.step();
-        }
-    }
-
-    /// Lets everything come to rest: the publishes that wait behind poison, then the rest.
-    fn rest(&mut self) {
-        let unanswered = |d: &Device| !d.open.is_empty() || !d.releasing.is_empty();
-        for _ in 0..self.poisons_sent * POISON_STEPS {
-            if self.router.publishes_waiting() == 0 && !self.devices.iter().any(unanswered) {
-                break;
-            }
-            self.step();
-        }
-        for _ in 0..REST_STEPS {
-            self.step();
-        }
-    }
-
-    /// I6: a client that subscribes now receives the retained messages as the broker has them, fetched or
-    /// from the cache.
-    fn check_retained(&mut self) {
-        let id = self.next_id(0);
-        let options = SubscribeOptions {
-            qos: QoS::AtLeastOnce,
-            no_local: false,
-            retain_as_published: false,
-            retain_handling: 0,
-        };
-        let filters = ["a/#", "c"].map(|f| (f.to_owned(), options));
-        let since = self.now;
-        let asked = Asked {
-            id,
-            stream: StreamId::CONTROL,
-            filters: filters.into(),
-        };
-        self.ask(0, asked);
-        for _ in 0..200 {
-            self.step();
-        }
-        for (topic, payload) in self.broker.retained() {
-            let number = number_of(&payload);
-            self.oracle.has_retained(0, &topic, number, since);
         }
     }
 }
