@@ -1,4 +1,4 @@
-//! The end of a run: everything comes to rest, a client reads what is retained, and all clients go.
+//! The end of a run: everything comes to rest, a client reads the retained messages, and all clients go.
 
 use super::*;
 
