@@ -51,11 +51,11 @@ impl Backlogs {
         }
     }
 
-    /// All members of a message's filter have been visited.
+    /// All members of a message's filter have been visited. The numbers of a filter begin anew with its next
+    /// backlog, so its members that woke are forgotten even while passes of other filters go on.
     pub(super) fn complete(&mut self) {
-        if self.suspended.is_empty() {
-            self.woken.clear();
-        }
+        let suspended = &self.suspended;
+        self.woken.retain(|w| suspended.contains(&w.filter));
     }
 
     /// Whether a member has got message `number` by the backlog, since it woke later.
@@ -177,5 +177,25 @@ impl Pass {
         }
         self.falling.push(Sleeper::new(member.slot, from, keeps));
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_that_woke_are_forgotten_with_the_last_pass_of_their_filter() {
+        let [first, second] = [FilterId(1), FilterId(2)];
+        let mut backlogs = Backlogs::default();
+        for filter in [first, second] {
+            backlogs.suspend(filter);
+            backlogs.woke(filter, 7, 500);
+        }
+        backlogs.resume(first);
+        assert!(backlogs.has_got(first, 7, 499));
+        backlogs.complete();
+        assert!(!backlogs.has_got(first, 7, 0));
+        assert!(backlogs.has_got(second, 7, 499) && !backlogs.has_got(second, 7, 500));
     }
 }
