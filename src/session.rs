@@ -91,7 +91,7 @@ pub struct Session {
     /// Session Expiry Interval in seconds; 0xFFFF_FFFF as in the protocol: the session never ends.
     pub expiry: u32,
     /// When the current connection began, or the last one ended.
-    pub since: Millis,
+    since: Millis,
     /// Messages lost by a named limit since the session began.
     pub gaps: u64,
     phase: Phase,
@@ -151,6 +151,12 @@ impl Session {
             will: None,
             refused_publishes: RefusedPublishes::default(),
         }
+    }
+
+    /// When the current connection began, or the last one ended, or when the session was ended while its
+    /// client was away.
+    pub fn since(&self) -> Millis {
+        self.since
     }
 
     /// Bytes of the session's names and of its subscriptions, without the names of their filters, which

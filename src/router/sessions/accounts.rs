@@ -1,7 +1,6 @@
 //! The accounts of a shard's sessions: the bytes of their queues and their output, and the order in
 //! which queues are evicted.
 
-use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -13,12 +12,31 @@ use crate::session::{Delivered, Offer, SessionLimits};
 use crate::time::Millis;
 
 use crate::router::sessions::principals::{Level, Moved, PrincipalId, Principals, Share};
-use crate::router::sessions::slot::{Charge, Slot};
+use crate::router::sessions::slot::{Charge, Slot, SlotBy};
 use crate::router::sessions::tally::Tally;
 
 /// The place of a detached session in the order of eviction: first the principals that use most, and
-/// among equals the least recently connected session.
-pub(super) type Rank = (Reverse<Level>, Millis);
+/// among equals the least recently connected session. In 8 bytes: the level is in the high bits, inverted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank(u64);
+
+/// The bits of a rank for the time, in milliseconds.
+const TIME_BITS: u32 = u64::BITS - Level::BITS;
+
+impl Rank {
+    fn new(level: Level, since: Millis) -> Self {
+        let last = (1 << TIME_BITS) - 1;
+        Self(
+            u64::from(Level::MAX.number() - level.number()) << TIME_BITS | since.as_u64().min(last),
+        )
+    }
+
+    /// The level of the session's principal.
+    pub(super) fn level(self) -> Level {
+        // The level has no more bits.
+        Level::MAX.below((self.0 >> TIME_BITS) as u8)
+    }
+}
 
 /// The accounts of a shard's sessions.
 #[derive(Debug)]
@@ -38,7 +56,7 @@ pub(in crate::router) struct Accounts {
     /// The sessions by share.
     sessions: BTreeSet<(u32, u32)>,
     /// Detached sessions that may have messages, by rank.
-    order: BTreeSet<(Rank, u32)>,
+    order: BTreeSet<SlotBy<Rank>>,
 }
 
 impl Accounts {
@@ -128,30 +146,35 @@ impl Accounts {
 
     /// Puts a detached session into the order of eviction.
     pub(super) fn list(&mut self, slot: &mut Slot, at: u32) {
-        if slot.listed_since.is_none() {
-            let since = slot.session.since;
-            slot.listed_since = Some(since);
-            let level = self.shares[slot.share as usize].level;
-            self.order.insert(((Reverse(level), since), at));
+        if !slot.listed {
+            slot.listed = true;
+            self.order.insert(SlotBy(self.rank_of(slot), at));
         }
     }
 
     /// Takes a session out of the order of eviction.
     pub(super) fn unlist(&mut self, slot: &mut Slot, at: u32) {
-        if let Some(since) = slot.listed_since.take() {
-            let level = self.shares[slot.share as usize].level;
-            self.order.remove(&((Reverse(level), since), at));
+        if std::mem::take(&mut slot.listed) {
+            let found = self.order.remove(&SlotBy(self.rank_of(slot), at));
+            debug_assert!(found, "slot {at} has another place in the order");
         }
+    }
+
+    /// The place of a session in the order of eviction. It stands until the session is told of the next change
+    /// of its connection.
+    fn rank_of(&self, slot: &Slot) -> Rank {
+        let level = self.shares[slot.share as usize].level;
+        Rank::new(level, slot.session.since())
     }
 
     /// The first in the order of eviction: its rank and its slot.
     pub(super) fn first(&self) -> Option<(Rank, u32)> {
-        self.order.first().copied()
+        self.order.first().map(|&SlotBy(rank, at)| (rank, at))
     }
 
     /// The slots in the order of eviction.
     pub(super) fn listed(&self) -> Vec<u32> {
-        self.order.iter().map(|(_, at)| *at).collect()
+        self.order.iter().map(|&SlotBy(_, at)| at).collect()
     }
 
     /// A principal's level has changed, and with it the rank of its sessions.
@@ -163,9 +186,10 @@ impl Accounts {
         let before = std::mem::replace(&mut share.level, moved.level);
         for (_, at) in self.sessions.range((number, 0)..=(number, u32::MAX)) {
             let slot = slots.get(*at as usize);
-            if let Some(since) = slot.and_then(|s| s.listed_since) {
-                self.order.remove(&((Reverse(before), since), *at));
-                self.order.insert(((Reverse(moved.level), since), *at));
+            if let Some(slot) = slot.filter(|s| s.listed) {
+                let since = slot.session.since();
+                self.order.remove(&SlotBy(Rank::new(before, since), *at));
+                (self.order).insert(SlotBy(Rank::new(moved.level, since), *at));
             }
         }
     }
@@ -175,5 +199,21 @@ impl Accounts {
         let number = self.share_of.get(&principal).copied();
         let sessions = number.map(|n| self.sessions.range((n, 0)..=(n, u32::MAX)));
         sessions.into_iter().flatten().map(|(_, at)| *at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sessions_rank_by_level_and_then_by_time() {
+        let mib = 1024 * 1024;
+        let levels = [0, mib, 1024 * mib, u64::MAX].map(Level::of);
+        let times = [0, 1, 1 << 40, (1 << TIME_BITS) - 1].map(Millis::new);
+        let all = (levels.iter().rev()).flat_map(|level| times.map(|time| (*level, time)));
+        let ranks: Vec<(Level, Rank)> = all.map(|(l, time)| (l, Rank::new(l, time))).collect();
+        assert!(ranks.is_sorted_by(|(_, a), (_, b)| a < b));
+        assert!(ranks.iter().all(|(level, rank)| rank.level() == *level));
     }
 }

@@ -4,7 +4,6 @@
 #[cfg(test)]
 mod tests;
 
-use std::cmp::Reverse;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -266,8 +265,8 @@ impl Sessions {
                 break;
             }
         }
-        best.map(|((Reverse(level), _), shard)| NextDetached {
-            level,
+        best.map(|(rank, shard)| NextDetached {
+            level: rank.level(),
             shard,
             until: next,
         })

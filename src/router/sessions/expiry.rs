@@ -84,6 +84,8 @@ impl Sessions {
             handle.close(reason);
         }
         metrics().sessions_ended[label].increment(1);
+        // Its places in both orders go by the time at which its client left, which `detach` moves.
+        shard.unlist(at);
         shard.end_absence(at);
         let slot = shard.slots.get_mut(at as usize)?;
         slot.session.expiry = 0;

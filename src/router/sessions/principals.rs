@@ -22,6 +22,21 @@ pub(super) struct PrincipalId(u32);
 pub(super) struct Level(u8);
 
 impl Level {
+    /// The bits of a level.
+    pub(super) const BITS: u32 = 6;
+    /// A level that no principal exceeds.
+    pub(super) const MAX: Self = Self((1 << Self::BITS) - 1);
+
+    /// The number of the level: 0 is the lowest one.
+    pub(super) fn number(self) -> u8 {
+        self.0
+    }
+
+    /// The level so many below this one.
+    pub(super) fn below(self, levels: u8) -> Self {
+        Self(self.0.saturating_sub(levels))
+    }
+
     fn of_steps(steps: i64) -> Self {
         // At most 63.
         Self((i64::BITS - steps.max(0).leading_zeros()) as u8)

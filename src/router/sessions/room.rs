@@ -84,7 +84,7 @@ impl Sessions {
     ) -> Option<SessionActions> {
         let mut shard = self.shard(session.shard);
         let slot = shard.get(session)?;
-        if slot.session.attached() || slot.session.since != since {
+        if slot.session.attached() || slot.session.since() != since {
             return None;
         }
         if let Some(suppressed) = ENDED.permit(now) {

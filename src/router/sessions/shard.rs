@@ -12,7 +12,7 @@ use crate::hashing::LookUp;
 use crate::router::account::{Holder, SessionAccount};
 use crate::session::{Ended, Session, SessionKey, Unsubscribed};
 use crate::telemetry::{DropReason, metrics};
-use crate::time::Millis;
+use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
 
 use crate::router::lost::Lost;
@@ -21,7 +21,7 @@ use crate::router::sessions::accounts::Accounts;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::members::Members;
 use crate::router::sessions::pass::Backlogs;
-use crate::router::sessions::slot::Slot;
+use crate::router::sessions::slot::{Slot, SlotBy};
 use crate::router::sessions::{ClosedSession, SessionActions};
 use crate::router::types::SessionRef;
 
@@ -40,7 +40,8 @@ pub(in crate::router) struct Shard {
     pub accounts: Accounts,
     /// The sessions without a connection.
     pub(super) absences: Absences,
-    timers: BTreeSet<(Millis, u32)>,
+    /// The slots of sessions, by the time at which they are due.
+    timers: BTreeSet<SlotBy<Deadline>>,
     slot_version: u32,
     /// Scratch space: the Subscription Identifiers of one delivery.
     pub(super) identifiers: Vec<u32>,
@@ -90,7 +91,7 @@ impl Shard {
             peer: None,
             woken: false,
             share,
-            listed_since: None,
+            listed: false,
             publish_link: 0,
             armed: None,
             charged_entry_bytes: 0,
@@ -156,7 +157,7 @@ impl Shard {
         let mut removed = self.slots.remove(slot as usize);
         self.by_key.remove(&removed.session.key);
         if let Some(at) = removed.armed {
-            self.timers.remove(&(at, slot));
+            self.timers.remove(&SlotBy(at, slot));
         }
         self.accounts.end(&mut removed, slot);
         let account = &self.account.bytes;
@@ -199,20 +200,20 @@ impl Shard {
         };
         self.accounts.charge(s);
         // Later deadlines are found when the earlier one fires.
-        if let Some(deadline) = s.session.deadline()
+        if let Some(deadline) = s.session.deadline().map(Deadline::at)
             && s.armed.is_none_or(|armed| deadline < armed)
         {
             if let Some(at) = s.armed.replace(deadline) {
-                self.timers.remove(&(at, slot));
+                self.timers.remove(&SlotBy(at, slot));
             }
-            self.timers.insert((deadline, slot));
+            self.timers.insert(SlotBy(deadline, slot));
         }
     }
 
     /// The next session whose timer has fired.
     pub(crate) fn fired(&mut self, now: Millis) -> Option<u32> {
-        let &(at, slot) = self.timers.first()?;
-        if at > now {
+        let &SlotBy(at, slot) = self.timers.first()?;
+        if !at.is_due(now) {
             return None;
         }
         self.timers.pop_first();
@@ -293,7 +294,7 @@ impl Shard {
             return self.finish(slot, now, actions);
         }
         self.accounts.list(s, slot);
-        self.absences.begin(s.session.since, slot);
+        self.absences.begin(s.session.since(), slot);
         self.hold(slot);
         self.settle(slot);
     }
@@ -355,7 +356,7 @@ impl Shard {
     /// The client of a session is back, or its session ends: to be called before the session is told.
     pub(super) fn end_absence(&mut self, slot: u32) {
         if let Some(s) = self.slots.get(slot as usize) {
-            self.absences.end(s.session.since, slot);
+            self.absences.end(s.session.since(), slot);
         }
     }
 

@@ -147,7 +147,7 @@ fn info(slot: &Slot, backlogged: Backlogged) -> SessionInfo {
         version: session.version(),
         attached: session.attached(),
         peer: slot.peer.clone(),
-        since: session.since,
+        since: session.since(),
         expiry: session.expiry,
         subscriptions: session
             .subscriptions()

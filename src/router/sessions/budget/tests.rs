@@ -147,6 +147,17 @@ fn has(router: &Router, id: &str) -> usize {
 }
 
 #[test]
+fn a_session_that_ends_while_its_client_is_away_leaves_the_order_of_eviction() {
+    let router = router(testing::config());
+    let client = connect(&router, "gone", "gone", 1);
+    disconnect(&router, client, 2);
+    assert!(router.end_session(&"gone".into(), Millis::new(3)));
+    for number in router.sessions.shards() {
+        assert!(router.sessions.shard(number).accounts.listed().is_empty());
+    }
+}
+
+#[test]
 fn a_connected_client_gets_more_than_may_wait_for_a_client_that_is_away() {
     for (size, count) in [
         (10_000, 200),
