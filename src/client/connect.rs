@@ -65,7 +65,7 @@ pub(super) async fn accept(
     let share = unauthenticated.as_mut();
     let read = read::read_connect(&mut stream, &mut input, connect_max, budget, share);
     let read = timeout_at(deadline, read).await;
-    let mut input = std::mem::take(&mut input.bytes);
+    let mut input = input.take_bytes();
     let refusal = match read {
         Ok(Ok(())) => {
             let mut waiting = Waiting {

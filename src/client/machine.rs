@@ -234,8 +234,8 @@ impl Machine {
     pub fn untaken(&self, stream: StreamId) -> usize {
         let mut streams = self.streams.iter().filter(|s| s.number == stream);
         match stream {
-            StreamId::CONTROL => self.input.bytes.len(),
-            _ => streams.next().map_or(0, |s| s.input.bytes.len()),
+            StreamId::CONTROL => self.input.bytes().len(),
+            _ => streams.next().map_or(0, |s| s.input.bytes().len()),
         }
     }
 
@@ -375,7 +375,7 @@ impl Machine {
     fn read_buffers(&self) -> impl Iterator<Item = (StreamId, &ReadBuffer)> {
         let streams = self.streams.iter().map(|s| (s.number, &s.input));
         let all = streams.chain([(StreamId::CONTROL, &self.input)]);
-        all.filter(|(stream, input)| !input.bytes.is_empty() && !self.unread.contains(*stream))
+        all.filter(|(stream, input)| !input.is_empty() && !self.unread.contains(*stream))
     }
 
     /// Ends the connection at the router. The rest of the session's output, and DISCONNECT where one

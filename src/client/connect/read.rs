@@ -27,22 +27,22 @@ pub(super) async fn read_connect(
     mut share: Option<&mut Unauthenticated>,
 ) -> Result<(), Refusal> {
     loop {
-        if is_complete(&input.bytes, connect_max)? {
+        if is_complete(input.bytes(), connect_max)? {
             return Ok(());
         }
         // The deadline is that of the whole CONNECT phase.
-        input.settle(account, false, None);
+        input.settle(false, None);
         let held = share
             .as_deref_mut()
-            .map_or(0, |s| s.hold(input.bytes.len()));
+            .map_or(0, |s| s.hold(input.bytes().len()));
         let used = account.used();
         let greedy = used > max_bytes / 2 && held > max_bytes / NETWORK_SHARE;
-        if (used > max_bytes || greedy) && input.bytes.len() > KEEP_BYTES {
+        if (used > max_bytes || greedy) && input.bytes().len() > KEEP_BYTES {
             return Err(Refusal::new(RefusalCause::ConnectBudget));
         }
         let mut more = Vec::new();
         match poll_fn(|cx| stream.poll_recv(cx, &mut more)).await {
-            Ok(_) => input.bytes.append(&mut more),
+            Ok(_) => input.extend(account, &more),
             Err(closed) => {
                 return Err(Refusal::new(RefusalCause::Closed(closed)));
             }

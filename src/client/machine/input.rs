@@ -68,25 +68,25 @@ impl Machine {
 
     fn take_bytes(&mut self, cx: &Context<'_>, stream: StreamId, bytes: &[u8]) -> Result<(), End> {
         let mut input = std::mem::take(self.read_buffer(stream));
-        let before = input.bytes.len() / SLOWEST_BYTES_PER_SECOND;
-        let used = if input.bytes.is_empty() {
+        let before = input.bytes().len() / SLOWEST_BYTES_PER_SECOND;
+        let limits = cx.limits;
+        let used = if input.is_empty() {
             let used = self.take_packets(cx, stream, bytes)?;
-            input.bytes.extend_from_slice(&bytes[used..]);
+            input.extend(&limits.input, &bytes[used..]);
             used
         } else {
-            input.bytes.extend_from_slice(bytes);
-            let used = self.take_packets(cx, stream, &input.bytes)?;
-            input.bytes.drain(..used);
+            input.extend(&limits.input, bytes);
+            let used = self.take_packets(cx, stream, input.bytes())?;
+            input.consume(used);
             used
         };
-        if used == 0 && input.bytes.len() / SLOWEST_BYTES_PER_SECOND > before {
+        if used == 0 && input.bytes().len() / SLOWEST_BYTES_PER_SECOND > before {
             self.is_uploading(cx);
         }
-        let limits = cx.limits;
         let deadline = Some(Deadline::at(cx.now + limits.packet_deadline));
-        input.settle(&limits.input, used > 0, deadline);
+        input.settle(used > 0, deadline);
         // A client that only waits brings nothing, whoever has used up the budget since.
-        let brings = !bytes.is_empty() && input.bytes.len() > KEEP_BYTES;
+        let brings = !bytes.is_empty() && input.bytes().len() > KEEP_BYTES;
         if brings && limits.input.used() > limits.input_max_bytes {
             return Err(End::InputBudget);
         }

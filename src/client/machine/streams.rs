@@ -258,7 +258,7 @@ impl Machine {
         };
         let (session, connection_no) = (self.session, self.connection_no);
         let done = stream.closed
-            && stream.input.bytes.is_empty()
+            && stream.input.is_empty()
             && stream.output.is_empty()
             && !cx.router.stream_busy(session, connection_no, number);
         if done {
@@ -323,7 +323,7 @@ impl Machine {
         cx: &Context<'_>,
         number: StreamId,
     ) -> Option<StreamReset> {
-        if !self.stream(number).input.bytes.is_empty() {
+        if !self.stream(number).input.is_empty() {
             let cause = ResetCause::Incomplete;
             let code = cause.code();
             metrics().packet_rejected(code.0, code.name());
