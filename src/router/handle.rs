@@ -1,5 +1,6 @@
 //! How the router reaches a task that sleeps on its socket.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Waker;
@@ -69,7 +70,8 @@ impl Drop for Successors {
 #[derive(Debug, Default)]
 struct Requests {
     close: Option<CloseReason>,
-    successors: Successors,
+    /// Boxed, because few connections have any.
+    successors: Option<Box<Successors>>,
 }
 
 /// The router's handle on the task of one client's connection: wakes it, asks it for a ping, to read
@@ -86,16 +88,18 @@ pub struct ConnectionHandle {
     /// When the transport last took a part of the output.
     moved_at: AtomicU64,
     requests: Mutex<Requests>,
-    /// Silence after which the connection's WebSocket is pinged; `None`: it is never pinged.
-    ping_after: Option<Duration>,
+    /// Milliseconds of silence after which the connection's WebSocket is pinged; `None`: it is never
+    /// pinged.
+    ping_after_ms: Option<NonZeroU32>,
 }
 
 impl ConnectionHandle {
-    /// The handle of a connection whose WebSocket is pinged after silence of `ping_after`. `None`: it is
-    /// never pinged.
+    /// The handle of a connection whose WebSocket is pinged after silence of `ping_after`, which is whole
+    /// milliseconds and at most 49 days. `None`: it is never pinged.
     pub fn new(ping_after: Option<Duration>) -> Self {
+        let whole_ms = |after: Duration| u32::try_from(after.as_millis()).unwrap_or(u32::MAX);
         Self {
-            ping_after,
+            ping_after_ms: ping_after.and_then(|after| NonZeroU32::new(whole_ms(after))),
             ..Self::default()
         }
     }
@@ -123,7 +127,9 @@ impl ConnectionHandle {
 
     /// Asks the task to read everything that has arrived, and then to let `successor` go on.
     pub(super) fn await_read_out(&self, successor: Arc<TaskWaker>) {
-        self.requests.lock().successors.add(successor);
+        let mut requests = self.requests.lock();
+        requests.successors.get_or_insert_default().add(successor);
+        drop(requests);
         self.awaited.store(true, Ordering::Release);
         self.waker.raise_again();
     }
@@ -133,7 +139,10 @@ impl ConnectionHandle {
     pub fn take_successors(&self) -> Option<Successors> {
         let awaited =
             self.awaited.load(Ordering::Relaxed) && self.awaited.swap(false, Ordering::AcqRel);
-        awaited.then(|| std::mem::take(&mut self.requests.lock().successors))
+        match awaited {
+            true => self.requests.lock().successors.take().map(|s| *s),
+            false => None,
+        }
     }
 
     /// Asks for a ping that keeps the transport alive.
@@ -145,7 +154,8 @@ impl ConnectionHandle {
 
     /// The silence after which the connection's WebSocket is pinged, if it is.
     pub(super) fn ping_after(&self) -> Option<Duration> {
-        self.ping_after
+        let ms = self.ping_after_ms?.get();
+        Some(Duration::from_millis(ms.into()))
     }
 
     /// Whether a ping was asked for. Each request is returned once.
