@@ -39,15 +39,15 @@ pub(in crate::transport) struct Quic {
     paused: StreamSet,
     /// Waits for unidirectional streams, to stop them.
     uni_streams: Option<BoxFuture<Option<UniStream>>>,
-    /// The stream with which the next round begins.
-    next: usize,
+    /// The stream with which the next round begins; at most the number of streams.
+    next: u8,
     closing: Closing,
     close_code: CloseCode,
     /// How the control stream ended while data streams are still read, and how often it has been
-    /// skipped since.
-    control_end: Option<(Closed, usize)>,
+    /// skipped since. Boxed, because it is short-lived.
+    control_end: Option<Box<(Closed, usize)>>,
     /// How many streams were reset while they were watched.
-    watched_resets: usize,
+    watched_resets: u16,
     peer: SocketAddr,
     /// The peer's address changed, and [`Quic::take_new_peer`] has not been called since.
     peer_changed: bool,
@@ -60,7 +60,7 @@ const SKIPS_MAX: usize = 256;
 
 /// The library keeps some hundred bytes of a stream that is reset while it is watched, until the
 /// connection ends.
-const WATCHED_RESETS_MAX: usize = 4096;
+const WATCHED_RESETS_MAX: u16 = 4096;
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + Sync>>;
 
@@ -193,9 +193,9 @@ impl Quic {
         cx: &mut Context<'_>,
         buf: &mut Vec<u8>,
     ) -> Poll<Result<Recv, Closed>> {
-        let skipped_out = |(_, skips): &mut (Closed, usize)| *skips >= SKIPS_MAX;
-        if let Some((closed, _)) = self.control_end.take_if(skipped_out) {
-            return Poll::Ready(Err(closed));
+        let skipped_out = |end: &mut Box<(Closed, usize)>| end.1 >= SKIPS_MAX;
+        if let Some(end) = self.control_end.take_if(skipped_out) {
+            return Poll::Ready(Err(end.0));
         }
         if self.watched_resets >= WATCHED_RESETS_MAX {
             return Poll::Ready(Err(Closed::TooManyResets));
@@ -205,25 +205,27 @@ impl Quic {
         let streams = self.data.len() + 1;
         let mut end = None;
         for i in 0..streams {
-            let index = (self.next + i) % streams;
+            let index = (usize::from(self.next) + i) % streams;
             if index == 0
-                && let Some((_, skips)) = &mut self.control_end
+                && let Some(end) = &mut self.control_end
             {
-                *skips += 1;
+                end.1 += 1;
                 continue;
             }
             match self.poll_stream(cx, index, buf) {
                 Poll::Ready(Ok(recv)) => {
-                    self.next = index + 1;
+                    self.next = index as u8 + 1;
                     self.note_migration();
                     return Poll::Ready(Ok(recv));
                 }
                 Poll::Ready(Err(Closed::StreamReset(number))) => {
-                    self.next = index + 1;
+                    self.next = index as u8 + 1;
                     return Poll::Ready(Err(Closed::StreamReset(number)));
                 }
                 // Bytes that arrived before the end, on any stream, are returned first.
-                Poll::Ready(Err(closed)) if index == 0 => self.control_end = Some((closed, 0)),
+                Poll::Ready(Err(closed)) if index == 0 => {
+                    self.control_end = Some(Box::new((closed, 0)));
+                }
                 // The connection is lost; the bytes of the control stream are still read.
                 Poll::Ready(Err(closed)) => {
                     end.get_or_insert(closed);
@@ -231,7 +233,7 @@ impl Quic {
                 Poll::Pending => {}
             }
         }
-        let control_end = self.control_end.take().map(|(closed, _)| closed);
+        let control_end = self.control_end.take().map(|end| end.0);
         if let Some(closed) = control_end.or(end) {
             return Poll::Ready(Err(closed));
         }
@@ -301,7 +303,7 @@ impl Quic {
     fn abort(&mut self, number: StreamId, code: VarInt) {
         if let Some(mut data) = self.take(number) {
             data.stream.abort(code);
-            self.watched_resets += usize::from(data.watched);
+            self.watched_resets += u16::from(data.watched);
         }
     }
 
@@ -519,24 +521,33 @@ enum UniStream {
     Foreign(RecvStream),
 }
 
-/// The next unidirectional stream. `None`: the connection is lost.
+/// The next unidirectional stream. `None`: the connection is lost. Every connection has this future, so
+/// it is small until a stream arrives.
 fn next_uni(connection: Connection, layer: Layer) -> BoxFuture<Option<UniStream>> {
-    Box::pin(async move {
-        let mut stream = connection.accept_uni().await.ok()?;
-        if layer == Layer::Plain {
-            return Some(UniStream::Foreign(stream));
+    match layer {
+        Layer::Plain => Box::pin(async move {
+            let stream = connection.accept_uni().await;
+            stream.ok().map(UniStream::Foreign)
+        }),
+        Layer::WebTransport { .. } => Box::pin(async move {
+            let stream = connection.accept_uni().await.ok()?;
+            Some(Box::pin(with_type(stream)).await)
+        }),
+    }
+}
+
+/// Reads the type of a unidirectional stream of HTTP/3.
+async fn with_type(mut stream: RecvStream) -> UniStream {
+    // 0x54 as a variable-length integer: a stream of a WebTransport session.
+    let mut kind = [0; 2];
+    let foreign = match stream.read_exact(&mut kind[..1]).await {
+        Ok(()) if kind[0] == 0x40 => {
+            stream.read_exact(&mut kind[1..]).await.is_ok() && kind[1] == 0x54
         }
-        // 0x54 as a variable-length integer: a stream of a WebTransport session.
-        let mut kind = [0; 2];
-        let foreign = match stream.read_exact(&mut kind[..1]).await {
-            Ok(()) if kind[0] == 0x40 => {
-                stream.read_exact(&mut kind[1..]).await.is_ok() && kind[1] == 0x54
-            }
-            _ => false,
-        };
-        Some(match foreign {
-            true => UniStream::Foreign(stream),
-            false => UniStream::Http(stream),
-        })
-    })
+        _ => false,
+    };
+    match foreign {
+        true => UniStream::Foreign(stream),
+        false => UniStream::Http(stream),
+    }
 }
