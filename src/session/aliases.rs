@@ -18,17 +18,18 @@ const TOPICS_MAX_BYTES: usize = 128 * 1024;
 /// The aliases of one connection.
 #[derive(Debug)]
 pub(super) struct Aliases {
-    /// The client's, by stream and by alias minus one.
-    inbound: Vec<Vec<Option<Arc<str>>>>,
-    /// Ours, boxed, because few clients accept any.
-    outbound: Option<Box<Outbound>>,
+    /// Boxed, because few clients define or accept any.
+    tables: Option<Box<Tables>>,
     outbound_max: u16,
 }
 
 #[derive(Debug, Default)]
-struct Outbound {
-    /// The alias of each topic, and the stream that defined it.
-    table: LookUp<Box<str>, (u16, StreamId)>,
+struct Tables {
+    /// The client's, by stream and by alias minus one.
+    inbound: Vec<Vec<Option<Arc<str>>>>,
+    /// Ours: the alias of each topic, and the stream that defined it.
+    outbound: LookUp<Box<str>, (u16, StreamId)>,
+    /// How many of ours are defined.
     given: u16,
 }
 
@@ -36,8 +37,7 @@ impl Aliases {
     /// For a client with this Topic Alias Maximum.
     pub(super) fn new(topic_alias_maximum: u16) -> Self {
         Self {
-            inbound: Vec::new(),
-            outbound: None,
+            tables: None,
             outbound_max: topic_alias_maximum.min(ALIASES_OUT_MAX),
         }
     }
@@ -57,22 +57,24 @@ impl Aliases {
         let index = usize::from(alias).checked_sub(1).ok_or(undefined)?;
         let stream = stream.index();
         if topic.is_empty() {
-            let known = self.inbound.get(stream).and_then(|a| a.get(index));
-            return known.cloned().flatten().ok_or(undefined);
+            let streams = self.tables.as_ref().map(|tables| &tables.inbound);
+            let known = streams.and_then(|s| s.get(stream)?.get(index)?.clone());
+            return known.ok_or(undefined);
         }
-        if self.inbound.len() <= stream {
-            self.inbound.resize(stream + 1, Vec::new());
+        let inbound = &mut self.tables.get_or_insert_default().inbound;
+        if inbound.len() <= stream {
+            inbound.resize(stream + 1, Vec::new());
         }
-        if self.inbound[stream].len() <= index {
-            self.inbound[stream].resize(index + 1, None);
+        if inbound[stream].len() <= index {
+            inbound[stream].resize(index + 1, None);
         }
-        let all = self.inbound.iter().flatten().flatten();
+        let all = inbound.iter().flatten().flatten();
         let others: usize = all.map(|t| t.len()).sum();
         if others + topic.len() > TOPICS_MAX_BYTES {
             return Err(CloseReason::TopicAliasBytes);
         }
         let topic: Arc<str> = topic.into();
-        self.inbound[stream][index] = Some(topic.clone());
+        inbound[stream][index] = Some(topic.clone());
         Ok(topic)
     }
 
@@ -82,29 +84,30 @@ impl Aliases {
         if self.outbound_max == 0 {
             return Alias::None;
         }
-        let aliases = self.outbound.get_or_insert_default();
-        match aliases.table.get(topic) {
+        let tables = self.tables.get_or_insert_default();
+        match tables.outbound.get(topic) {
             Some((alias, on)) if *on == stream => return Alias::Use(*alias),
             Some(_) => return Alias::None,
             None => {}
         }
         // An alias is not reused after its stream ended, since the client may still know it.
-        if aliases.given == self.outbound_max {
+        if tables.given == self.outbound_max {
             return Alias::None;
         }
-        aliases.given += 1;
-        aliases.table.insert(topic.into(), (aliases.given, stream));
-        Alias::Define(aliases.given)
+        tables.given += 1;
+        (tables.outbound).insert(topic.into(), (tables.given, stream));
+        Alias::Define(tables.given)
     }
 
     /// A data stream ended, and its aliases with it.
     pub(super) fn stream_ended(&mut self, stream: StreamId) {
-        if let Some(aliases) = self.inbound.get_mut(stream.index()) {
+        let Some(tables) = &mut self.tables else {
+            return;
+        };
+        if let Some(aliases) = tables.inbound.get_mut(stream.index()) {
             *aliases = Vec::new();
         }
-        if let Some(aliases) = &mut self.outbound {
-            aliases.table.retain(|_, (_, on)| *on != stream);
-        }
+        tables.outbound.retain(|_, (_, on)| *on != stream);
     }
 }
 

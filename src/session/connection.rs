@@ -72,12 +72,10 @@ pub struct Connection {
     pub(super) pending: Vec<PendingSubscribe>,
     /// Output for the control stream.
     output: OutBuf,
-    /// Output for data streams.
-    data_output: Vec<(StreamId, OutBuf)>,
+    /// Boxed, because few clients use data streams.
+    data: Option<Box<DataStreams>>,
     /// Data streams for which the connection's task holds as much output as may wait.
     saturated: StreamSet,
-    /// Subscriptions made on data streams.
-    bindings: Vec<StreamBinding>,
     pub(super) aliases: Aliases,
     /// The output that the connection's task took last.
     pub taken: TakenOutput,
@@ -94,6 +92,15 @@ pub struct TakenOutput {
     pub at: Millis,
     /// The bytes of the control stream's output that it took then.
     pub offered_bytes: usize,
+}
+
+/// The data streams of a connection.
+#[derive(Debug, Default)]
+struct DataStreams {
+    /// Their output.
+    output: Vec<(StreamId, OutBuf)>,
+    /// Subscriptions made on them.
+    bindings: Vec<StreamBinding>,
 }
 
 /// A subscription that was made on a data stream: its messages go there.
@@ -165,9 +172,8 @@ impl Connection {
             scope: spec.scope.clone(),
             pending: Vec::new(),
             output: OutBuf::default(),
-            data_output: Vec::new(),
+            data: None,
             saturated: StreamSet::EMPTY,
-            bindings: Vec::new(),
             aliases: Aliases::new(spec.topic_alias_maximum),
             taken: TakenOutput {
                 at: now,
@@ -216,14 +222,32 @@ impl Connection {
         if stream.is_control() {
             return &mut self.output;
         }
-        let index = match self.data_output.iter().position(|(s, _)| *s == stream) {
+        let all = &mut self.data.get_or_insert_default().output;
+        let index = match all.iter().position(|(s, _)| *s == stream) {
             Some(index) => index,
             None => {
-                self.data_output.push((stream, OutBuf::default()));
-                self.data_output.len() - 1
+                all.push((stream, OutBuf::default()));
+                all.len() - 1
             }
         };
-        &mut self.data_output[index].1
+        &mut all[index].1
+    }
+
+    /// The output of the data streams.
+    fn data_output(&self) -> &[(StreamId, OutBuf)] {
+        self.data.as_ref().map_or(&[], |data| &data.output)
+    }
+
+    /// The subscriptions made on data streams.
+    fn bindings(&self) -> &[StreamBinding] {
+        self.data.as_ref().map_or(&[], |data| &data.bindings)
+    }
+
+    /// Keeps the subscriptions on data streams for which `keep` returns true.
+    fn retain_bindings(&mut self, keep: impl FnMut(&StreamBinding) -> bool) {
+        if let Some(data) = &mut self.data {
+            data.bindings.retain(keep);
+        }
     }
 
     /// The data streams in `free` have sent all the output that was taken for them.
@@ -238,11 +262,14 @@ impl Connection {
         if free.contains(StreamId::CONTROL) {
             std::mem::swap(&mut self.output, empty);
         }
-        let taken = if self.data_output.iter().all(|(s, _)| free.contains(*s)) {
-            std::mem::take(&mut self.data_output)
+        let Some(data) = &mut self.data else {
+            return Vec::new();
+        };
+        let taken = if data.output.iter().all(|(s, _)| free.contains(*s)) {
+            std::mem::take(&mut data.output)
         } else {
             let free = |output: &mut (StreamId, OutBuf)| free.contains(output.0);
-            self.data_output.extract_if(.., free).collect()
+            data.output.extract_if(.., free).collect()
         };
         let full = (taken.iter()).filter(|(_, bytes)| bytes.len() >= STREAM_OUTPUT_MAX_BYTES);
         self.saturated = full.fold(self.saturated, |all, (stream, _)| all.with(*stream));
@@ -269,7 +296,7 @@ impl Connection {
     }
 
     fn data_output_len(&self, stream: StreamId) -> usize {
-        let mut all = self.data_output.iter();
+        let mut all = self.data_output().iter();
         all.find(|(s, _)| *s == stream).map_or(0, |(_, b)| b.len())
     }
 
@@ -279,29 +306,30 @@ impl Connection {
             true => StreamSet::CONTROL,
             false => StreamSet::EMPTY,
         };
-        let data = self.data_output.iter().filter(|(_, b)| b.len() > max);
+        let data = self.data_output().iter().filter(|(_, b)| b.len() > max);
         data.fold(control, |full, (stream, _)| full.with(*stream))
     }
 
     /// The memory that the output of all streams costs, in bytes: without the parts of messages that
     /// connections share.
     pub fn own_output_len(&self) -> usize {
-        let data = self.data_output.iter().map(|(_, b)| b.own_len());
+        let data = self.data_output().iter().map(|(_, b)| b.own_len());
         self.output.own_len() + data.sum::<usize>()
     }
 
     /// Bytes of output that other connections share.
     pub fn shared_output_len(&self) -> usize {
-        let data = self.data_output.iter().map(|(_, b)| b.shared_len());
+        let data = self.data_output().iter().map(|(_, b)| b.shared_len());
         self.output.shared_len() + data.sum::<usize>()
     }
 
     /// A subscription was made on a stream: its messages go there from now on.
     pub(super) fn bind(&mut self, name: &str, stream: StreamId) {
-        self.bindings.retain(|b| *b.name != *name);
+        self.retain_bindings(|b| *b.name != *name);
         if !stream.is_control() {
             let name = name.into();
-            self.bindings.push(StreamBinding {
+            let bindings = &mut self.data.get_or_insert_default().bindings;
+            bindings.push(StreamBinding {
                 name,
                 filter: None,
                 stream,
@@ -311,33 +339,36 @@ impl Connection {
 
     /// Forgets filters that were refused: those of earlier SUBSCRIBEs have their numbers by now.
     pub(super) fn forget_refused(&mut self) {
-        self.bindings.retain(|b| b.filter.is_some());
+        self.retain_bindings(|b| b.filter.is_some());
     }
 
     /// The router has taken a subscription, and its filter has a number.
     pub(super) fn numbered(&mut self, name: &str, filter: FilterId) {
-        if let Some(binding) = self.bindings.iter_mut().find(|b| *b.name == *name) {
+        let mut all = self.data.iter_mut().flat_map(|data| &mut data.bindings);
+        if let Some(binding) = all.find(|b| *b.name == *name) {
             binding.filter = Some(filter);
         }
     }
 
     /// The stream for the messages of a filter.
     pub(super) fn stream_of(&self, filter: FilterId) -> StreamId {
-        let mut all = self.bindings.iter();
+        let mut all = self.bindings().iter();
         all.find(|b| b.filter == Some(filter))
             .map_or(StreamId::CONTROL, |b| b.stream)
     }
 
     /// The messages of a data stream's subscriptions go on the control stream from now on.
     pub(super) fn unbind(&mut self, stream: StreamId) {
-        self.bindings.retain(|b| b.stream != stream);
+        self.retain_bindings(|b| b.stream != stream);
     }
 
     /// A data stream ended: nothing more is written for it, and its number may be used again.
     pub(super) fn stream_ended(&mut self, stream: StreamId) {
         self.unbind(stream);
         self.streams_free(StreamSet::EMPTY.with(stream));
-        self.data_output.retain(|(s, _)| *s != stream);
+        if let Some(data) = &mut self.data {
+            data.output.retain(|(s, _)| *s != stream);
+        }
         for pending in &mut self.pending {
             pending.stream.take_if(|s| *s == stream);
         }
