@@ -62,9 +62,6 @@ pub(crate) fn owner_name(owner: &str) -> (&str, bool) {
 pub struct Identity {
     /// The owner of its sessions, and the name that `who` of a rule matches.
     pub principal: Arc<str>,
-    /// Its verified user name, `%u` in a rule; `None` for an anonymous client, even if its CONNECT
-    /// has a user name.
-    pub username: Option<Arc<str>>,
     /// Its client identifier, `%c` in a rule.
     pub client_id: Arc<str>,
 }
@@ -72,17 +69,16 @@ pub struct Identity {
 impl Identity {
     /// The identity of a verified principal that uses a client identifier.
     pub fn new(principal: Arc<str>, client_id: Arc<str>) -> Self {
-        let username = (&*principal != ANONYMOUS).then(|| Arc::clone(&principal));
         Self {
             principal,
-            username,
             client_id,
         }
     }
 
-    /// The user name, if it was verified.
+    /// The verified user name, `%u` in a rule. `None` for an anonymous client, even if its CONNECT has a
+    /// user name.
     pub fn verified_user(&self) -> Option<&str> {
-        (&*self.principal != ANONYMOUS).then_some(self.username.as_deref()?)
+        (&*self.principal != ANONYMOUS).then_some(&*self.principal)
     }
 }
 
@@ -382,7 +378,8 @@ mod tests {
             .verify(AuthMode::Anonymous, "c", Some("alice"), Some(b"x"), None)
             .await;
         assert_eq!(answer, Ok(ANONYMOUS.into()));
-        assert_eq!(Identity::new(ANONYMOUS.into(), "c".into()).username, None);
+        let anonymous = Identity::new(ANONYMOUS.into(), "c".into());
+        assert_eq!(anonymous.verified_user(), None);
     }
 
     #[tokio::test]

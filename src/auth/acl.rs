@@ -4,7 +4,7 @@ use std::fmt;
 
 use smallvec::SmallVec;
 
-use crate::auth::{ANONYMOUS, Identity};
+use crate::auth::Identity;
 use crate::config::{AclMode, AclRule, Config};
 use crate::topics::{covers, matches, overlaps, split_shared};
 
@@ -221,10 +221,8 @@ pub(crate) fn expand(pattern: &str, identity: &Identity) -> Option<Expanded> {
         out.extend_from_slice(before.as_bytes());
         let name: &str = if after.starts_with('c') {
             &identity.client_id
-        } else if &*identity.principal == ANONYMOUS {
-            return None;
         } else {
-            identity.username.as_deref()?
+            identity.verified_user()?
         };
         let means_more = name.is_empty()
             || name.contains(['+', '#', '/', '\0'])
@@ -266,6 +264,7 @@ fn glob(pattern: &str, name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::auth::ANONYMOUS;
     use crate::config::AclAllow;
 
     fn rule(who: &str, allow: &str, topics: &[&str]) -> AclRule {
@@ -561,11 +560,9 @@ mod tests {
     #[test]
     fn an_unverified_user_name_is_no_user_name() {
         let acl = with(AclMode::Rules, &[rule("*", "ps", &["u/%u/#"])]);
-        let forged = Identity {
-            username: Some("alice".into()),
-            ..client(ANONYMOUS, "c")
-        };
-        assert!(!acl.may_publish(&forged, "", "u/alice/x"));
+        for topic in ["u/alice/x", "u/anonymous/x"] {
+            assert!(!acl.may_publish(&client(ANONYMOUS, "c"), "", topic));
+        }
         assert!(acl.may_publish(&client("alice", "c"), "", "u/alice/x"));
     }
 
