@@ -357,7 +357,7 @@ impl<'a> Task<'a> {
             tracing::info!(
                 client_id = clean(&self.identity.client_id, LOGGED_CHARS),
                 listener = &*self.peer.listener,
-                peer = %self.socket.peer_addr(),
+                peer = %self.socket.current_peer().unwrap_or(self.peer.address),
                 reason = %reset.reason,
                 code = reset.cause.code().0,
                 suppressed,

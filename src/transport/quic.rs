@@ -115,7 +115,7 @@ impl Server {
                     // The client may have moved since its first datagram.
                     Ok((quic, client)) => {
                         let peer = quic.remote_address();
-                        let stream = Stream::quic(quic, peer).with_certificate(client);
+                        let stream = Stream::quic(quic).with_certificate(client);
                         listener.finish(Ok(stream), peer, deadline, admitted)
                     }
                     Err(error) => listener.finish(Err(error), peer, deadline, admitted),

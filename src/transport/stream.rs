@@ -1,6 +1,6 @@
 //! One accepted connection over any transport.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::task::{Context, Poll};
 
 use tokio::io::DuplexStream;
@@ -21,7 +21,6 @@ use crate::transport::ws::Ws;
 #[derive(Debug)]
 pub struct Stream {
     inner: Inner,
-    peer: SocketAddr,
     /// Boxed, because few clients have one and it is taken at CONNECT.
     client: Option<Box<ClientCertificate>>,
 }
@@ -65,42 +64,37 @@ fn on_control(received: Result<usize, Closed>) -> Result<Recv, Closed> {
 }
 
 impl Stream {
-    pub(super) fn tcp(io: TcpStream, peer: SocketAddr) -> Self {
+    pub(super) fn tcp(io: TcpStream) -> Self {
         Self {
             inner: Inner::Tcp(Plain::new(io)),
-            peer,
             client: None,
         }
     }
 
-    pub(super) fn tls(io: TlsStream<TcpStream>, peer: SocketAddr) -> Self {
+    pub(super) fn tls(io: TlsStream<TcpStream>) -> Self {
         Self {
             inner: Inner::Tls(Box::new(Plain::new(io))),
-            peer,
             client: None,
         }
     }
 
-    pub(super) fn ws(ws: Ws<TcpStream>, peer: SocketAddr) -> Self {
+    pub(super) fn ws(ws: Ws<TcpStream>) -> Self {
         Self {
             inner: Inner::Ws(Box::new(ws)),
-            peer,
             client: None,
         }
     }
 
-    pub(super) fn wss(ws: Ws<TlsStream<TcpStream>>, peer: SocketAddr) -> Self {
+    pub(super) fn wss(ws: Ws<TlsStream<TcpStream>>) -> Self {
         Self {
             inner: Inner::Wss(Box::new(ws)),
-            peer,
             client: None,
         }
     }
 
-    pub(super) fn quic(quic: Quic, peer: SocketAddr) -> Self {
+    pub(super) fn quic(quic: Quic) -> Self {
         Self {
             inner: Inner::Quic(Box::new(quic)),
-            peer,
             client: None,
         }
     }
@@ -116,11 +110,10 @@ impl Stream {
         self.client.take()
     }
 
-    /// An in-memory connection, which reports TCP from 127.0.0.1:0.
+    /// An in-memory connection, which reports TCP.
     pub fn pipe(io: DuplexStream) -> Self {
         Self {
             inner: Inner::Pipe(Box::new(Plain::new(io))),
-            peer: (Ipv4Addr::LOCALHOST, 0).into(),
             client: None,
         }
     }
@@ -277,11 +270,12 @@ impl Stream {
         }
     }
 
-    /// The peer's address; for QUIC the current one (RFC 9000 section 9).
-    pub fn peer_addr(&self) -> SocketAddr {
+    /// The peer's current address, where it can change within a connection: over QUIC (RFC 9000
+    /// section 9).
+    pub fn current_peer(&self) -> Option<SocketAddr> {
         match &self.inner {
-            Inner::Quic(quic) => quic.remote_address(),
-            _ => self.peer,
+            Inner::Quic(quic) => Some(quic.remote_address()),
+            _ => None,
         }
     }
 

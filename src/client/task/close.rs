@@ -72,7 +72,7 @@ impl Task<'_> {
                 principal = clean(&identity.principal, LOGGED_CHARS),
                 listener = &*peer.listener,
                 transport = peer.transport,
-                peer = %socket.peer_addr(),
+                peer = %socket.current_peer().unwrap_or(peer.address),
                 reason = %end.label(),
                 code = end.code().0,
                 session_ended = remains.session_ended,

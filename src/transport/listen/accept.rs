@@ -99,7 +99,7 @@ fn start<H, F>(
     let deadline = listener.deadline();
     let config = &listener.config;
     if config.transport == Transport::Tcp && config.proxy_protocol == ProxyProtocol::Off {
-        let stream = Ok(Stream::tcp(io, peer));
+        let stream = Ok(Stream::tcp(io));
         if let Some(accepted) = listener.finish(stream, peer, deadline, admitted) {
             spawn(ready(Some(accepted)), handler);
         }
@@ -140,7 +140,7 @@ impl Listener {
         read_header(&self.config, &mut io, peer).await?;
         let transport = self.config.transport;
         if transport == Transport::Tcp {
-            return Ok(Upgraded::Client(Stream::tcp(io, *peer)));
+            return Ok(Upgraded::Client(Stream::tcp(io)));
         }
         // A silent client must not take a handshake permit. (`readable` may be ready without bytes,
         // and is for a new socket.)
@@ -156,12 +156,12 @@ impl Listener {
         // under load as well.
         if transport == Transport::Ws {
             let upgraded = self.websocket(io, peer).await?;
-            return Ok(upgraded.map_or(Upgraded::HealthCheck, |ws| {
-                Upgraded::Client(Stream::ws(ws, *peer))
-            }));
+            return Ok(
+                upgraded.map_or(Upgraded::HealthCheck, |ws| Upgraded::Client(Stream::ws(ws)))
+            );
         }
         let Some(tls) = &self.tls else {
-            return Ok(Upgraded::Client(Stream::tcp(io, *peer)));
+            return Ok(Upgraded::Client(Stream::tcp(io)));
         };
         let alpn = match transport {
             Transport::Wss => ALPN_HTTP,
@@ -177,12 +177,12 @@ impl Listener {
             accepted => accepted?,
         };
         if transport != Transport::Wss {
-            let stream = Stream::tls(io, *peer).with_certificate(client);
+            let stream = Stream::tls(io).with_certificate(client);
             return Ok(Upgraded::Client(stream));
         }
         let upgraded = self.websocket(io, peer).await?;
         Ok(upgraded.map_or(Upgraded::HealthCheck, |ws| {
-            Upgraded::Client(Stream::wss(ws, *peer).with_certificate(client))
+            Upgraded::Client(Stream::wss(ws).with_certificate(client))
         }))
     }
 
