@@ -3,7 +3,7 @@
 
     cargo build --release --features heap-metric --bin tidegate
     cargo build --release -p tidegate-kit --bin load
-    scripts/heap.py BINARY [BINARY ...]
+    scripts/heap.py [--only tcp --only detached] BINARY [BINARY ...]
 
 Each BINARY must be a build with the feature `heap-metric`, which shows `tidegate_heap_bytes`. The
 figure is the growth from 500 to 2,500 connections (500 to 20,000 detached sessions) for each: bytes. Unlike resident memory it varies little.
@@ -124,9 +124,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("binaries", nargs="+", metavar="BINARY")
     parser.add_argument("--load", type=pathlib.Path, default=LOAD, help="the load tool")
+    parser.add_argument("--only", action="append", choices=[*TRANSPORTS, "detached"], help="measure this case alone")
     options = parser.parse_args()
-    cases = [(name, name, False) for name in TRANSPORTS] + [("detached session, a shared topic", "tcp", True)]
-    for name, transport, detached in cases:
+    for case in options.only or [*TRANSPORTS, "detached"]:
+        detached = case == "detached"
+        name, transport = ("detached session, a shared topic", "tcp") if detached else (case, case)
         figures = [f"{measure(options, b, transport, detached):.0f}" for b in options.binaries]
         print(f"{name}: {', '.join(figures)}", flush=True)
 
