@@ -170,7 +170,7 @@ impl Publishing {
         }
         metrics().wills_published.increment(1);
         // A will is a publish by its own client, so No Local applies to it.
-        let mark = sessions.with(due.session, |s, _| s.origin_mark(due.will.topic()));
+        let mark = sessions.with(due.session, |s, _| s.origin_mark(|| due.will.topic()));
         let publish = ClientPublish {
             token: None,
             message: due.will.charged_to(&self.account),

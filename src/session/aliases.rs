@@ -42,6 +42,11 @@ impl Aliases {
         }
     }
 
+    /// Whether the client accepts aliases.
+    pub(super) fn are_accepted(&self) -> bool {
+        self.outbound_max > 0
+    }
+
     /// The topic of a PUBLISH that has an alias: defines the alias if `topic` is not empty.
     ///
     /// # Errors

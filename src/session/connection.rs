@@ -190,10 +190,11 @@ impl Connection {
         }
     }
 
-    /// Whether a packet of `bytes` bytes is small enough for the client [MQTT-3.1.2-24].
-    pub(super) fn accepts(&self, bytes: usize) -> bool {
+    /// Whether a packet is small enough for the client [MQTT-3.1.2-24]. `bytes` gives its size; few
+    /// clients have a limit.
+    pub(super) fn accepts(&self, bytes: impl FnOnce() -> usize) -> bool {
         self.maximum_packet_size
-            .is_none_or(|max| bytes <= max as usize)
+            .is_none_or(|max| bytes() <= max as usize)
     }
 
     /// When the client's silence exceeds its Keep Alive, unless a packet arrives before.

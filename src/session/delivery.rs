@@ -98,15 +98,17 @@ pub(super) fn write_to(
     // `#` below the mount also matches the mount itself, which has no name in the client's view.
     let hidden = usize::from(delivery.hidden);
     let nameless = hidden > 0 && message.topic().len() <= hidden;
-    if nameless || !connection.accepts(delivery.size(message)) {
+    if nameless || !connection.accepts(|| delivery.size(message)) {
         return false;
     }
-    // The definition of an alias enlarges the packet, and with it perhaps a length field.
-    delivery.alias = Alias::Define(1);
-    delivery.alias = match connection.accepts(delivery.size(message)) {
-        true => connection.aliases.for_delivery(message.topic(), stream),
-        false => Alias::None,
-    };
+    if connection.aliases.are_accepted() {
+        // The definition of an alias enlarges the packet, and with it perhaps a length field.
+        delivery.alias = Alias::Define(1);
+        delivery.alias = match connection.accepts(|| delivery.size(message)) {
+            true => connection.aliases.for_delivery(message.topic(), stream),
+            false => Alias::None,
+        };
+    }
     let output = connection.outbuf_on(stream);
     if message.tail().len() < leave.shared_min_bytes {
         delivery.encode(message, &mut output.buf);

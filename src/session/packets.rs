@@ -122,7 +122,7 @@ impl Session {
             response_topic,
         };
         let message = Message::mounted(&spec, &mounting);
-        let origin_mark = self.origin_mark(message.topic());
+        let origin_mark = self.origin_mark(|| message.topic());
         effects.push(Effect::Publish {
             token,
             message,
@@ -254,8 +254,8 @@ impl Session {
 
     /// The origin mark of a publish by this client on `topic`: only where a No Local subscription of
     /// the client matches [MQTT-3.8.3-3].
-    pub fn origin_mark(&self, topic: &str) -> Option<Incarnation> {
-        let hides = |s: &Subscription| s.options.no_local && matches(&s.name, topic);
+    pub fn origin_mark<'a>(&self, topic: impl Fn() -> &'a str) -> Option<Incarnation> {
+        let hides = |s: &Subscription| s.options.no_local && matches(&s.name, topic());
         let hidden = self.subscriptions.iter().any(hides);
         hidden.then_some(self.incarnation)
     }

@@ -268,7 +268,10 @@ impl Shard {
                 continue;
             }
             let own = source.is_own(&slot.session);
-            if member.no_local && own || hides(member.wild_below, message.topic()) {
+            // A topic is checked to be text each time that it is asked for.
+            let hidden =
+                || member.wild_below.is_some() && hides(member.wild_below, message.topic());
+            if member.no_local && own || hidden() {
                 continue;
             }
             let mut retain = member.retain_as_published;

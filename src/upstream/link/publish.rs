@@ -346,8 +346,8 @@ impl PublishLink {
             user_property,
             hidden: 0,
         };
-        let size = delivery.size(message);
-        if self.packet_max.is_some_and(|max| size > max as usize) {
+        let too_large = |max| delivery.size(message) > max as usize;
+        if self.packet_max.is_some_and(too_large) {
             return false;
         }
         delivery.encode(message, out);
