@@ -41,6 +41,12 @@ impl Router {
         self.links.data_max + n
     }
 
+    /// Whether a SUBSCRIBE or an UNSUBSCRIBE may have to be sent on data link `link`. A busy link asks
+    /// often, and nearly always in vain.
+    pub(crate) fn has_requests(&self, link: usize) -> bool {
+        self.filters.has_requests(link)
+    }
+
     /// Up to `max` filters whose SUBSCRIBE is to be sent on data link `link` now.
     pub fn next_subscribes(&self, link: usize, max: usize) -> Vec<UpstreamSubscribe> {
         self.filters.next_subscribes(link, max)

@@ -148,6 +148,14 @@ impl Filters {
         taken
     }
 
+    /// Whether a SUBSCRIBE or an UNSUBSCRIBE may have to be sent on `link`.
+    pub(crate) fn has_requests(&self, link: usize) -> bool {
+        let table = self.read();
+        !table.subscribe_queue[link].is_empty()
+            || !table.unsubscribe_queue[link].is_empty()
+            || table.suspects.len(link) > 0
+    }
+
     /// Up to `max` filters whose UNSUBSCRIBE is to be sent on `link` now.
     pub(crate) fn next_unsubscribes(&self, link: usize, max: usize) -> Vec<(FilterId, Arc<str>)> {
         let mut table = self.write();

@@ -403,8 +403,12 @@ impl Machine for DataLink {
     fn poll(&mut self, now: Millis, out: &mut Vec<u8>) {
         // A filter may be subscribed in the place of one that it overlaps.
         self.now = now;
-        self.unsubscribe(out);
-        self.subscribe(out);
+        if self.router.has_requests(self.link) {
+            self.unsubscribe(out);
+            self.subscribe(out);
+        } else {
+            self.trying &= !self.requests.is_empty();
+        }
         if !self.barriers.is_empty() {
             let verdict = self.lag.waiting(now);
             return self.follow(verdict);
