@@ -319,9 +319,11 @@ impl Machine {
         };
         let control = free.0.contains(StreamId::CONTROL);
         self.greeted |= control;
-        let any = !taken.is_empty() || (control && !self.output.is_empty());
+        if taken.is_empty() {
+            return Ok(control && !self.output.is_empty());
+        }
         self.append(taken);
-        Ok(any)
+        Ok(true)
     }
 
     /// The output of a stream.

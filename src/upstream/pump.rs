@@ -198,6 +198,9 @@ impl<'a, M: Machine> Pump<'a, M> {
 
     /// Gives the machine all packets that have arrived.
     fn decode(&mut self) -> Result<(), LinkEnd> {
+        if self.input.is_empty() && self.skipping.is_none() {
+            return Ok(());
+        }
         let now = self.context.clock.now();
         let mut any = false;
         let mut used = 0;
