@@ -258,6 +258,10 @@ impl Machine {
     /// The streams that must be left unread now: a client that sends and does not read gets
     /// no further answers. With the control stream all of them are.
     pub fn unread(&mut self, cx: &Context<'_>) -> StreamSet {
+        // Nearly always.
+        if self.full.is_empty() && self.streams.is_empty() && self.unread.is_empty() {
+            return StreamSet::EMPTY;
+        }
         let full = self.full & !self.free_streams().0;
         let unread = if full.contains(StreamId::CONTROL) {
             StreamSet::ALL

@@ -318,6 +318,15 @@ impl Connection {
         self.output.own_len() + data.sum::<usize>()
     }
 
+    /// [`Connection::own_output_len`] and [`Connection::shared_output_len`].
+    pub fn output_len(&self) -> (usize, usize) {
+        let control = (self.output.own_len(), self.output.shared_len());
+        let data = self.data_output().iter();
+        data.fold(control, |(own, shared), (_, output)| {
+            (own + output.own_len(), shared + output.shared_len())
+        })
+    }
+
     /// Bytes of output that other connections share.
     pub fn shared_output_len(&self) -> usize {
         let data = self.data_output().iter().map(|(_, b)| b.shared_len());

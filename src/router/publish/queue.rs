@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use crate::hashing::{LookUp, LookUpSet};
+use crate::hashing::{Entry, LookUp, LookUpSet};
 use crate::mqtt::{Message, QoS};
 use crate::session::{Incarnation, Token};
 use crate::time::Millis;
@@ -128,13 +128,14 @@ impl PublishQueues {
     pub fn pop(&mut self) -> Option<Outgoing> {
         loop {
             let session = *self.active.front()?;
-            let Some(queue) = self.queues.get_mut(&session) else {
+            let Entry::Occupied(mut entry) = self.queues.entry(session) else {
                 self.active.pop_front();
                 continue;
             };
+            let queue = entry.get_mut();
             let Some(cost) = queue.publishes.front().map(|o| o.message.size()) else {
                 self.active.pop_front();
-                self.queues.remove(&session);
+                entry.remove();
                 continue;
             };
             if queue.deficit < cost {
@@ -150,7 +151,7 @@ impl PublishQueues {
             self.messages -= 1;
             self.waiting_for_round -= usize::from(outgoing.round != self.round);
             if queue.publishes.is_empty() {
-                self.queues.remove(&session);
+                entry.remove();
                 if self.active.front() == Some(&session) {
                     self.active.pop_front();
                 } else {

@@ -113,6 +113,7 @@ impl Accounts {
         self.add(slot, change);
     }
 
+    #[inline]
     fn add(&mut self, slot: &Slot, change: Charge) {
         self.entry_bytes += change.entries;
         self.output.change(change.output);

@@ -154,7 +154,7 @@ impl Pass {
         if hides && sleepy.queue_full == QueueFull::Newest {
             return false;
         }
-        if member.overlaps || sleepy.now < session.since + sleepy.after {
+        if member.overlaps || sleepy.now < session.since() + sleepy.after {
             return false;
         }
         let mut all = session.subscriptions().iter();

@@ -60,8 +60,9 @@ impl Slot {
         let messages = outbound.queued_bytes() + outbound.in_flight_bytes();
         let (mut output, mut shared) = (0, 0);
         if let Some(connection) = self.session.connection_ref() {
-            output = (connection.own_output_len() + connection.taken.own_bytes) as u32;
-            shared = self.shared_output();
+            let waiting = connection.output_len();
+            output = (waiting.0 + connection.taken.own_bytes) as u32;
+            shared = waiting.1 + connection.taken.shared_bytes;
         }
         // Both are bounded far below 4 GiB by the budgets.
         let entry_bytes = (entries + self.session.inbound_bytes()) as u32;
