@@ -22,7 +22,9 @@ use tidegate_kit::rng::Rng;
 
 /// The keys of the model; record n sets key n modulo this number.
 const KEYS: u64 = 64;
-/// The directory of the process that is killed.
+/// The test of the process that is killed.
+const KILLED: &str = "store::a_killed_process_leaves_every_record_that_it_called_safe";
+/// Names the directory of the process that is killed.
 const DIRECTORY: &str = "TIDEGATE_TEST_STORE";
 /// Records that one acknowledgement covers.
 const BATCH: u64 = 16;
@@ -98,14 +100,10 @@ impl Owner for Shared {
     }
 }
 
-/// Appends records until it is killed, and prints the number of each last one of a batch that is safe.
-#[test]
-#[ignore = "it is the process that the other test kills"]
-fn a_process_that_appends() {
-    let Some(directory) = std::env::var_os(DIRECTORY) else {
-        return;
-    };
-    let disk = RealDisk::open(Path::new(&directory)).expect("the directory is free");
+/// Appends records until its process is killed, and prints the number of each last one of a batch that is
+/// safe.
+fn append(directory: &Path) {
+    let disk = RealDisk::open(directory).expect("the directory is free");
     let recovery = Recovery::open(disk, options()).expect("the log opens");
     let claims = recovery.claims().clone();
     let mut memory = Memory::default();
@@ -147,12 +145,7 @@ fn a_process_that_appends() {
 /// Lets the process run for some time, kills it, and returns the last number that it has printed.
 fn run_and_kill(directory: &Path, after: Duration) -> Option<u64> {
     let mut child = Command::new(std::env::current_exe().expect("this test"))
-        .args([
-            "--exact",
-            "store::a_process_that_appends",
-            "--ignored",
-            "--nocapture",
-        ])
+        .args(["--exact", KILLED, "--nocapture"])
         .env(DIRECTORY, directory)
         .stdout(Stdio::piped())
         .spawn()
@@ -187,8 +180,12 @@ fn check(data: &Path) -> Output {
         .expect("it runs")
 }
 
+/// The processes that it kills run this test, too: with a directory in their environment.
 #[test]
 fn a_killed_process_leaves_every_record_that_it_called_safe() {
+    if let Some(directory) = std::env::var_os(DIRECTORY) {
+        return append(Path::new(&directory));
+    }
     let full = std::env::var_os("TIDEGATE_FULL").is_some();
     let seed = std::env::var("STORE_SEED")
         .ok()
