@@ -214,7 +214,7 @@ def test_a_low_open_file_limit_lowers_the_cap_and_disturbs_no_client(own_broker,
     edge.service = Service("tidegate", ["bash", "-c", f"ulimit -n 300 && exec {BINARY} run --config {edge.file}"], cwd=edge.directory)
     edge.service.wait_line("^ready$", 20, stream="out")
     edge.listening = read_listening(edge.service)
-    assert len(edge.service.grep(r"WARN.*open-file limit")) == 1
+    assert len(edge.service.wait_lines(r"WARN.*open-file limit")) == 1
     crowded(edge, 400)
 
 
@@ -227,7 +227,7 @@ def test_accept_survives_emfile(own_broker, own_edge):
     assert run(["prlimit", "--pid", edge.service.pid, f"--nofile={open_files + 10}"]).returncode == 0
     crowded(edge, 60)
     edge.wait_metric("it is counted", lambda m: m.sum("tidegate_accept_errors_total", reason="file_limit") > 0)
-    assert 1 <= len(edge.service.grep("Accept failed")) <= 20
+    assert 1 <= len(edge.service.wait_lines("Accept failed")) <= 20
 
 
 def crowded(edge, count: int) -> None:

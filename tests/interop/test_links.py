@@ -40,7 +40,7 @@ def test_a_publish_that_makes_the_broker_close_the_link_is_quarantined(own_broke
     assert list(dict.fromkeys(got)) == [f"before-{n}" for n in range(20)] + [f"after-{n}" for n in range(20)]
     bad.publish(f"{topic}/bad", "fine")
     assert sub.next().text == "fine"
-    assert len(edge.service.grep(r"A publish was quarantined")) == 2
+    assert len(edge.service.wait_lines(r"A publish was quarantined", 2)) == 2
     assert edge.metrics().sum("tidegate_messages_dropped_total", reason="quarantined") == 2
     assert edge.metrics().sum("tidegate_upstream_disconnects_total", link="d0") == 0
 
@@ -70,7 +70,7 @@ def test_all_links_go_to_the_next_server_together(own_broker, own_edge, client):
     wait_until("the links are at the first again", everywhere(first))
     pub.publish(f"{topic}/a", "over the first")
     assert one.next().text == "over the first"
-    assert len(edge.service.grep(r"The links go to the next of upstream.servers")) == 2
+    assert len(edge.service.wait_lines(r"The links go to the next of upstream.servers", 2)) == 2
     assert not edge.service.grep(r"second Tidegate")
     assert not one.ended.is_set() and not pub.ended.is_set()
 
@@ -127,7 +127,7 @@ def test_publish_links_are_added_while_the_window_limits(own_broker, own_edge, c
         for m in sub.take(sent * 30, 30):
             assert int(m.text) >= seen.get(m.topic, 0)
             seen[m.topic] = int(m.text)
-        assert edge.service.grep(r"A publish link is added")
+        edge.service.wait_line(r"A publish link is added")
     finally:
         far.close()
 
@@ -211,7 +211,7 @@ def test_qos_0_publishes_that_the_broker_closes_the_link_for_cost_others_little(
     ends = edge.metrics().sum("tidegate_upstream_disconnects_total", link="p0")
     assert 2 <= ends <= 10
     assert len(took) >= n - 3 * ends, "a QoS 0 publish may be lost where the link ends"
-    assert edge.service.grep(r"A publish was quarantined.*qos=0")
+    edge.service.wait_line(r"A publish was quarantined.*qos=0")
     assert edge.metrics().sum("tidegate_messages_dropped_total", reason="quarantined") > 5
     assert edge.metrics().sum("tidegate_messages_dropped_total", reason="upstream_away_qos0") == 0
 
@@ -261,7 +261,7 @@ def test_a_subscribe_that_the_broker_closes_the_link_for_is_refused_and_costs_ot
     assert bad.subscribe((name(1), 1), expect=None)[0] >= 0x80
     assert not edge.service.grep(r"Link to the broker ended", since)
     assert edge.metrics().sum("tidegate_upstream_disconnects_total", link="d0") <= 4
-    assert len(edge.service.grep(r"A filter was quarantined")) == 1
+    assert len(edge.service.wait_lines(r"A filter was quarantined")) == 1
     assert not edge.service.grep(r"second Tidegate")
     bad.subscribe((f"{topic}/good/fine", 1), expect=None)
 

@@ -110,4 +110,4 @@ def test_a_name_that_cannot_be_part_of_a_topic_is_not_published(told):
     name = fresh("phone")
     paho.Paho(way, name)
     assert word(watcher.next()) == (name, True)
-    assert edge.service.grep(r"presence is not published")
+    edge.service.wait_line(r"presence is not published")

@@ -37,7 +37,7 @@ def test_the_record_of_mosquitto_is_shown_everywhere(own_broker, own_edge, clien
         assert record[yes] is True, (yes, record)
     series = [labels for labels, value in edge.metrics().series("tidegate_broker_info") if value == 1]
     assert len(series) == 1 and series[0]["mapping"] == "identifiers", series
-    assert len(broker.service.grep(r"New client connected .* as .*-probe ")) == 1, "one probe for all links"
+    assert len(broker.service.wait_lines(r"New client connected .* as .*-probe ")) == 1, "one probe for all links"
     watcher = client(edge)
     watcher.subscribe(("#", 1))
     watcher.publish(fresh(), "end")
@@ -181,7 +181,8 @@ def test_a_probe_that_runs_is_not_shown_to_clients(own_broker, own_edge, client)
     direct = broker.mark()
     result = tidegate("probe", broker.url)
     assert result.returncode == 0, result.stderr
-    assert broker.service.grep(r"Received PUBLISH .*'tidegate/probe/", direct), "the probe did not pass through the broker"
+    # The probe passes through the broker.
+    broker.service.wait_line(r"Received PUBLISH .*'tidegate/probe/", since=direct)
     watcher.publish(fresh(), "end")
     assert [m.topic for m in watcher.until("end")] == []
 

@@ -79,6 +79,14 @@ class Service:
         wanted = re.compile(pattern)
         return [line for line in self.lines(since, stream) if wanted.search(line)]
 
+    def wait_lines(self, pattern: str, count: int = 1, timeout: float = 10, since: int = 0) -> list[str]:
+        """Waits until at least `count` lines match. Returns all lines that match by then.
+
+        A client can see the effect of an event before the line about it is read here.
+        """
+        wait_until(f"{count} lines like /{pattern}/ of {self.name}", lambda: len(self.grep(pattern, since)) >= count, timeout)
+        return self.grep(pattern, since)
+
     def wait_line(self, pattern: str, timeout: float = 10, since: int = 0, stream: str | None = None) -> re.Match:
         """Waits for the first line after `since` that matches; fails at once if the process has ended."""
         wanted = re.compile(pattern)
