@@ -112,7 +112,7 @@ impl Slot {
 /// A slot in an order. Packed, because the sets of them have an entry for each session: 12 bytes where the
 /// key takes 8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(packed(4))]
+#[repr(C, packed(4))]
 pub(super) struct SlotBy<K>(pub K, pub u32);
 
 const _: () = assert!(size_of::<SlotBy<u64>>() == 12);
