@@ -141,12 +141,15 @@ pub mod log {
     /// Any bytes are read to their end, each at most once.
     pub fn segment(bytes: &[u8], known_end: Option<u16>) {
         let _ = Header::decode(bytes);
-        let known_end = known_end.map(u32::from);
+        let bytes = [&[0; HEADER_BYTES as usize], bytes].concat();
+        let known_end = known_end.map(|end| HEADER_BYTES + u32::from(end));
         let mut at = HEADER_BYTES;
-        for part in SegmentReader::new(bytes, 1, SALT, known_end) {
+        for part in SegmentReader::new(&bytes, 1, SALT, known_end) {
             let (position, len) = match part {
                 Part::Record(record) => (record.position, record.bytes()),
-                Part::Damaged { position, bytes } => (position, bytes),
+                Part::Filler { position, bytes } | Part::Damaged { position, bytes } => {
+                    (position, bytes)
+                }
             };
             assert_eq!(position.offset(), at);
             at += len;
@@ -166,14 +169,16 @@ pub mod log {
                 kind: body.len() as u8,
                 body_len: body.len() as u32,
                 commit_start: body.len() % 2 == 0,
+                filler: body.len() % 5 == 4,
             };
             bytes.extend_from_slice(&head.encode(SALT, crc32c(body)));
             bytes.extend_from_slice(body);
-            wanted.push((from..bytes.len(), body, true));
+            wanted.push((from..bytes.len(), body, !head.filler));
         }
         for change in damage.chunks_exact(3) {
             let at = usize::from(u16::from_le_bytes([change[0], change[1]]));
-            if at < HEADER_BYTES as usize || at >= bytes.len() || change[2] == 0 {
+            let at = at + HEADER_BYTES as usize;
+            if at >= bytes.len() || change[2] == 0 {
                 continue;
             }
             bytes[at] ^= change[2];
@@ -184,7 +189,7 @@ pub mod log {
         let known_end = Some(bytes.len() as u32);
         let mut read = SegmentReader::new(&bytes, 1, SALT, known_end).filter_map(|part| match part {
             Part::Record(record) => Some((record.position.offset() as usize, record.body)),
-            Part::Damaged { .. } => None,
+            Part::Filler { .. } | Part::Damaged { .. } => None,
         });
         // Two changes of one byte may cancel each other, so records that were changed may be read, too.
         for (range, body, intact) in wanted {

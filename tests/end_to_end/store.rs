@@ -246,13 +246,13 @@ fn store_check_names_damage_and_tells_by_its_exit_code() {
         .min();
     let segment = segment.expect("there is one");
     let mut bytes = fs::read(&segment).expect("it is read");
-    bytes[95] ^= 4;
+    bytes[log::HEADER_BYTES as usize + 15] ^= 4;
     fs::write(&segment, bytes).expect("it is written");
     let damaged = check(data.path());
     let text = String::from_utf8_lossy(&damaged.stdout).into_owned();
     assert_eq!(damaged.status.code(), Some(70), "{damaged:?}");
     assert!(
-        text.contains(", offset 80: ") && text.contains("damaged places: 1"),
+        text.contains(", offset 4132: ") && text.contains("damaged places: 1"),
         "{text}"
     );
 }

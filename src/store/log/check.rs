@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::disk::{DirectoryError, RealDisk};
 use super::format::VERSION;
-use super::open::{DamageKind, OpenError, Recovery, Report};
+use super::open::{OpenError, Recovery};
+use super::report::{DamageKind, Report};
 use super::{Options, Record};
 
 /// Why a log is not in order.

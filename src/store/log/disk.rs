@@ -5,8 +5,16 @@ mod real;
 pub mod sim;
 
 use std::io;
+use std::ops::Range;
+
+use rustix::io::Errno;
 
 pub use real::{DirectoryError, RealDisk};
+
+/// The bytes that are read at once.
+const BLOCK_BYTES: usize = 1 << 20;
+/// The smallest range that is taken as unreadable: the page of a system's cache.
+const PAGE_BYTES: usize = 4096;
 
 /// A directory with the files of a log. Every operation may fail with the system's error, and none is
 /// tried again behind the caller's back.
@@ -81,20 +89,92 @@ pub(super) fn write_all<D: Disk>(
     Ok(())
 }
 
-/// The first `limit` bytes of a file, or all of a shorter one.
-pub(super) fn read<D: Disk>(disk: &D, name: &str, limit: usize) -> io::Result<Vec<u8>> {
-    let file = disk.open(name)?;
-    let len = usize::try_from(disk.len(&file)?).unwrap_or(usize::MAX);
-    let mut bytes = vec![0; len.min(limit)];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match disk.read_at(&file, filled as u64, &mut bytes[filled..]) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+/// The bytes of a file that could be read.
+#[derive(Debug)]
+pub(super) struct Content {
+    /// The first bytes, as many as were asked for. Zeros stand for bytes that cannot be read.
+    pub(super) bytes: Vec<u8>,
+    /// The length of the file in bytes.
+    pub(super) len: u64,
+    /// The ranges of `bytes` that cannot be read. An empty range at 0: not even the length is known.
+    pub(super) unreadable: Vec<Range<usize>>,
+}
+
+/// Reads the first `limit` bytes of a file, or all of a shorter one, past blocks that the disk cannot read.
+pub(super) fn read<D: Disk>(disk: &D, name: &str, limit: usize) -> io::Result<Content> {
+    let opened = disk
+        .open(name)
+        .and_then(|file| Ok((disk.len(&file)?, file)));
+    let (len, file) = match opened {
+        Err(error) if is_damage(&error) => {
+            return Ok(Content {
+                bytes: Vec::new(),
+                len: 0,
+                unreadable: vec![Range::default()],
+            });
+        }
+        opened => opened?,
+    };
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(limit)];
+    let mut unreadable: Vec<Range<usize>> = Vec::new();
+    let mut at = 0;
+    // A block with damage is read in pages to its end, so that little is read twice: a disk may try for
+    // seconds before it fails.
+    let mut pages_until = 0;
+    while at < bytes.len() {
+        let unit = if at < pages_until {
+            PAGE_BYTES
+        } else {
+            BLOCK_BYTES
+        };
+        let end = ((at / unit + 1) * unit).min(bytes.len());
+        match disk.read_at(&file, at as u64, &mut bytes[at..end]) {
+            Ok(0) => {
+                bytes.truncate(at);
+                break;
+            }
+            Ok(n) => at += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if is_damage(&error) && unit == BLOCK_BYTES => pages_until = end,
+            Err(error) if is_damage(&error) => {
+                bytes[at..end].fill(0);
+                match unreadable.last_mut() {
+                    Some(last) if last.end == at => last.end = end,
+                    _ => unreadable.push(at..end),
+                }
+                at = end;
+            }
+            Err(error) => return Err(error),
         }
     }
-    bytes.truncate(filled);
-    Ok(bytes)
+    Ok(Content {
+        bytes,
+        len,
+        unreadable,
+    })
+}
+
+/// Whether an error of the system says that bytes on the disk are damaged, so that others may be readable.
+fn is_damage(error: &io::Error) -> bool {
+    let damages = [
+        Errno::IO,
+        Errno::BADMSG,
+        Errno::ILSEQ,
+        #[cfg(target_os = "linux")]
+        Errno::UCLEAN,
+        #[cfg(target_os = "linux")]
+        Errno::NODATA,
+    ];
+    let code = error.raw_os_error();
+    damages
+        .iter()
+        .any(|errno| code == Some(errno.raw_os_error()))
+}
+
+/// Removes a name. Success if it has gone already: an operator may have removed it.
+pub(super) fn remove<D: Disk>(disk: &D, name: &str) -> io::Result<()> {
+    match disk.remove(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
 }

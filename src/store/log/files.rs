@@ -3,7 +3,8 @@
 //! `00000012.seg` is segment 12. Beside the segments, one empty file names the log's first segment and
 //! its state: `00000012.live`, or `00000012.stale` for a log that was degraded. While a fresh log is
 //! written, there is also `00000020.new`: segments from 20 on do not count until it is called
-//! `00000020.live`, and older segments do not count from then on. A change of a name needs no room on the
+//! `00000020.live`, and older segments do not count from then on. `00000013.damaged` was segment 13: it had
+//! no readable record, and is kept for an operator. A change of a name needs no room on the
 //! disk, and it happens or does not happen.
 
 use std::collections::BTreeSet;
@@ -15,6 +16,8 @@ pub(super) enum File {
     Live(u32),
     Stale(u32),
     New(u32),
+    /// A segment without a readable record, which does not count any more.
+    Damaged(u32),
     /// Shows whether the disk can be written.
     Probe,
 }
@@ -26,12 +29,13 @@ impl File {
             Self::Live(n) => format!("{n:08}.live"),
             Self::Stale(n) => format!("{n:08}.stale"),
             Self::New(n) => format!("{n:08}.new"),
+            Self::Damaged(n) => format!("{n:08}.damaged"),
             Self::Probe => "probe".to_owned(),
         }
     }
 
     /// The meaning of a name, if it is one of a log's.
-    fn of(name: &str) -> Option<Self> {
+    pub(super) fn of(name: &str) -> Option<Self> {
         if name == "probe" {
             return Some(Self::Probe);
         }
@@ -42,6 +46,7 @@ impl File {
             "live" => Self::Live(number),
             "stale" => Self::Stale(number),
             "new" => Self::New(number),
+            "damaged" => Self::Damaged(number),
             _ => return None,
         };
         (file.name() == name).then_some(file)
@@ -57,6 +62,8 @@ pub(super) struct Contents {
     pub(super) stale: bool,
     /// The log's segments, in order.
     pub(super) segments: Vec<u32>,
+    /// Segments that were set aside, in order.
+    pub(super) set_aside: Vec<u32>,
     /// Files that do not count, in the order in which they must be removed. The names must be on the disk
     /// before a file of another kind is removed.
     pub(super) garbage: Vec<File>,
@@ -69,7 +76,9 @@ impl Contents {
     pub(super) fn of<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
         let files: BTreeSet<File> = names.into_iter().filter_map(File::of).collect();
         let number = |file: &File| match file {
-            File::Segment(n) | File::Live(n) | File::Stale(n) | File::New(n) => Some(*n),
+            File::Segment(n) | File::Live(n) | File::Stale(n) | File::New(n) | File::Damaged(n) => {
+                Some(*n)
+            }
             File::Probe => None,
         };
         let unused = files.iter().filter_map(number).max().map_or(1, |n| n + 1);
@@ -97,9 +106,11 @@ impl Contents {
         let counts =
             |n: u32| first.is_some_and(|first| n >= first) && fresh.is_none_or(|fresh| n < fresh);
         let mut segments = Vec::new();
+        let mut set_aside = Vec::new();
         let mut garbage = Vec::new();
         for file in files {
             match file {
+                File::Damaged(n) => set_aside.push(n),
                 File::Segment(n) if counts(n) => segments.push(n),
                 File::Live(n) if Some(n) == first && !stale => {}
                 File::Stale(n) if Some(n) == first && stale => {}
@@ -110,6 +121,7 @@ impl Contents {
             first,
             stale,
             segments,
+            set_aside,
             garbage,
             unused,
         }
@@ -131,6 +143,7 @@ mod tests {
             File::Live(1),
             File::Stale(123_456_789),
             File::New(2),
+            File::Damaged(3),
             File::Probe,
         ] {
             assert_eq!(File::of(&file.name()), Some(file));

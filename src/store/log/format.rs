@@ -1,7 +1,7 @@
 //! The bytes of a segment. All numbers are little endian.
 //!
-//! A segment begins with its header, which is written twice, so that one damaged byte does not cost
-//! the segment:
+//! A segment begins with its header, which is written twice, at 0 and at 4096, so that neither a damaged
+//! byte nor a damaged sector costs the segment:
 //!
 //! | bytes | content |
 //! |---|---|
@@ -10,22 +10,25 @@
 //! | 4 | CRC-32C of these 12 bytes: every version of the format has these 16 bytes |
 //! | 4 | the segment's number |
 //! | 8 | the log's salt |
-//! | 4 | where the records of the segment before this one end; all ones: this is the first one |
+//! | 4 | where the records of the segment before this one end; all ones: not known, or this is the first one |
 //! | 4 | CRC-32C of the 32 bytes before |
-//! | 4 | zeros |
 //!
-//! Records follow, without gaps:
+//! The bytes between the copies are not used. Records follow the second copy, without gaps:
 //!
 //! | bytes | content |
 //! |---|---|
-//! | 4 | length of the body; the highest bit is set in the first record of a commit |
-//! | 2 | check of the head: the low bits of a CRC-32C of salt, position, length and kind |
+//! | 4 | length of the body; the highest bit is set in the first record of a commit, the next one in a filler |
+//! | 2 | check of the head: the inverted low bits of a CRC-32C of salt, position, length and kind |
 //! | 1 | kind |
 //! | 4 | CRC-32C of body, salt, position, length and kind |
 //! | n | body |
 //!
 //! Salt and position are in the checksums, so that bytes inside a body, which a client may have
-//! chosen, are never taken for a record, and neither is a record at another place.
+//! chosen, are never taken for a record, and neither is a record at another place. Zeros are never a
+//! record: without a body, both checksums are of the same bytes, and one of them is inverted.
+//!
+//! A filler is a record whose body means nothing. The start after a crash puts it where a commit has a
+//! hole, so that the hole is not taken for damage later.
 
 use crc32c::{crc32c, crc32c_append};
 
@@ -33,8 +36,10 @@ use super::position::Position;
 
 /// The version of the format. A log of a newer version is refused.
 pub const VERSION: u32 = 1;
-/// The header of a segment, both copies, in bytes.
-pub const HEADER_BYTES: u32 = 2 * COPY_BYTES as u32;
+/// Where the copies of a header are, in bytes from the start of the segment.
+pub(super) const HEADER_COPIES_AT: [u32; 2] = [0, 4096];
+/// The bytes before the first record: the header, both copies.
+pub const HEADER_BYTES: u32 = HEADER_COPIES_AT[1] + COPY_BYTES as u32;
 /// The bytes of a record before its body.
 pub const RECORD_HEAD_BYTES: u32 = 11;
 /// The longest body: an MQTT packet of the greatest length, and a mebibyte for its owner.
@@ -43,9 +48,11 @@ pub const BODY_BYTES_MAX: usize = (1 << 28) + (1 << 20);
 const MARK: [u8; 8] = *b"tidelog\n";
 /// The bytes that every version has in common.
 const PREFIX_BYTES: usize = 16;
-const COPY_BYTES: usize = 40;
+/// One copy of a header.
+pub(super) const COPY_BYTES: usize = 36;
 const NO_PREVIOUS: u32 = u32::MAX;
 const COMMIT_START: u32 = 1 << 31;
+const FILLER: u32 = 1 << 30;
 
 /// The header of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,8 +61,8 @@ pub struct Header {
     pub segment: u32,
     /// A number of this log, which nobody outside can know.
     pub salt: u64,
-    /// The end of the records of the segment before this one, in bytes from its start. `None`: the log
-    /// began with this segment.
+    /// The end of the records of the segment before this one, in bytes from its start. `None`: it is not
+    /// known, or the log began with this segment.
     pub previous_end: Option<u32>,
 }
 
@@ -69,8 +76,8 @@ pub enum HeaderError {
 }
 
 impl Header {
-    /// The bytes at the start of the segment.
-    pub fn encode(&self) -> [u8; HEADER_BYTES as usize] {
+    /// The bytes of one copy.
+    pub(super) fn encode(&self) -> [u8; COPY_BYTES] {
         let mut copy = [0; COPY_BYTES];
         copy[..8].copy_from_slice(&MARK);
         copy[8..12].copy_from_slice(&VERSION.to_le_bytes());
@@ -81,36 +88,27 @@ impl Header {
         let previous = self.previous_end.unwrap_or(NO_PREVIOUS);
         copy[28..32].copy_from_slice(&previous.to_le_bytes());
         let crc = crc32c(&copy[..32]);
-        copy[32..36].copy_from_slice(&crc.to_le_bytes());
-        let mut both = [0; HEADER_BYTES as usize];
-        both[..COPY_BYTES].copy_from_slice(&copy);
-        both[COPY_BYTES..].copy_from_slice(&copy);
-        both
+        copy[32..].copy_from_slice(&crc.to_le_bytes());
+        copy
     }
 
-    /// The header at the start of a segment's bytes.
+    /// The header at the start of a segment's bytes, and whether both copies are intact.
     ///
     /// # Errors
     /// [`HeaderError::Version`] if a copy is of another version, [`HeaderError::Damaged`] if neither copy
     /// can be read.
-    pub fn decode(bytes: &[u8]) -> Result<Self, HeaderError> {
-        let mut result = Err(HeaderError::Damaged);
-        for copy in bytes.chunks(COPY_BYTES).take(2) {
-            match Self::decode_copy(copy) {
-                Err(HeaderError::Damaged) => {}
-                known => result = known,
+    pub fn decode(bytes: &[u8]) -> Result<(Self, bool), HeaderError> {
+        let copies = HEADER_COPIES_AT.map(|at| {
+            let copy = bytes.get(at as usize..).unwrap_or_default();
+            Self::decode_copy(&copy[..copy.len().min(COPY_BYTES)])
+        });
+        match copies {
+            [Err(HeaderError::Version(found)), _] | [_, Err(HeaderError::Version(found))] => {
+                Err(HeaderError::Version(found))
             }
+            [Ok(first), second] => Ok((first, second == Ok(first))),
+            [Err(HeaderError::Damaged), second] => Ok((second?, false)),
         }
-        result
-    }
-
-    /// Whether each copy of the header is intact.
-    pub(super) fn copies_intact(bytes: &[u8]) -> [bool; 2] {
-        let copy = |n: usize| {
-            let copy = bytes.get(n * COPY_BYTES..(n + 1) * COPY_BYTES);
-            copy.is_some_and(|c| Self::decode_copy(c).is_ok() && c[36..] == [0; 4])
-        };
-        [copy(0), copy(1)]
     }
 
     fn decode_copy(copy: &[u8]) -> Result<Self, HeaderError> {
@@ -149,6 +147,8 @@ pub(super) struct RecordHead {
     pub(super) body_len: u32,
     /// Whether the record is the first one of a commit: everything before it was on the disk then.
     pub(super) commit_start: bool,
+    /// Whether the record only fills a hole.
+    pub(super) filler: bool,
 }
 
 impl RecordHead {
@@ -163,8 +163,21 @@ impl RecordHead {
         head
     }
 
+    /// The fields of a head whose check is not yet known to be right.
+    fn decode(head: &[u8], position: Position) -> Self {
+        let length = u32_at(head, 0);
+        Self {
+            position,
+            kind: head[6],
+            body_len: length & !(COMMIT_START | FILLER),
+            commit_start: length & COMMIT_START != 0,
+            filler: length & FILLER != 0,
+        }
+    }
+
     const fn length_field(&self) -> u32 {
-        self.body_len | if self.commit_start { COMMIT_START } else { 0 }
+        let start = if self.commit_start { COMMIT_START } else { 0 };
+        self.body_len | start | if self.filler { FILLER } else { 0 }
     }
 
     /// The bytes that the checksums cover beside the body.
@@ -178,8 +191,33 @@ impl RecordHead {
     }
 }
 
+/// Inverted, since the CRC of the same bytes may be zero.
 fn check(context: &[u8; 21]) -> u16 {
-    crc32c(context) as u16
+    !crc32c(context) as u16
+}
+
+/// The bytes of a filler that takes `len` bytes at `position`, at least a head's.
+pub(super) fn filler(position: Position, len: u32, salt: u64) -> Vec<u8> {
+    let body = vec![0; len.saturating_sub(RECORD_HEAD_BYTES) as usize];
+    let head = RecordHead {
+        position,
+        kind: 0,
+        body_len: body.len() as u32,
+        commit_start: false,
+        filler: true,
+    };
+    let mut bytes = head.encode(salt, crc32c(&body)).to_vec();
+    bytes.extend_from_slice(&body);
+    bytes
+}
+
+/// The size that the head of a record at the start of `bytes` tells, also if its body is cut off.
+pub(super) fn record_bytes(bytes: &[u8], position: Position, salt: u64) -> Option<u32> {
+    let head = bytes.get(..RECORD_HEAD_BYTES as usize)?;
+    let fields = RecordHead::decode(head, position);
+    let is_head = check(&fields.context(salt)).to_le_bytes() == head[4..6]
+        && fields.body_len as usize <= BODY_BYTES_MAX;
+    is_head.then_some(RECORD_HEAD_BYTES + fields.body_len)
 }
 
 /// The outcome of reading bytes as a record.
@@ -190,6 +228,8 @@ pub(super) enum Parsed<'a> {
         body: &'a [u8],
         commit_start: bool,
     },
+    /// A filler of this many bytes.
+    Filler(u32),
     /// The head is intact, the body is not: the record has this many bytes.
     BadBody(u32),
     /// Not a record.
@@ -201,13 +241,7 @@ pub(super) fn parse(bytes: &[u8], position: Position, salt: u64) -> Parsed<'_> {
     let Some((head, rest)) = bytes.split_at_checked(RECORD_HEAD_BYTES as usize) else {
         return Parsed::BadHead;
     };
-    let length = u32_at(head, 0);
-    let fields = RecordHead {
-        position,
-        kind: head[6],
-        body_len: length & !COMMIT_START,
-        commit_start: length & COMMIT_START != 0,
-    };
+    let fields = RecordHead::decode(head, position);
     let len = fields.body_len as usize;
     if len > BODY_BYTES_MAX || len > rest.len() {
         return Parsed::BadHead;
@@ -219,6 +253,9 @@ pub(super) fn parse(bytes: &[u8], position: Position, salt: u64) -> Parsed<'_> {
     let body = &rest[..len];
     if crc32c_append(crc32c(body), &context) != u32_at(head, 7) {
         return Parsed::BadBody(RECORD_HEAD_BYTES + fields.body_len);
+    }
+    if fields.filler {
+        return Parsed::Filler(RECORD_HEAD_BYTES + fields.body_len);
     }
     Parsed::Record {
         kind: fields.kind,
@@ -243,32 +280,76 @@ mod tests {
             kind: 3,
             body_len: body.len() as u32,
             commit_start: true,
+            filler: false,
         };
         let mut bytes = head.encode(HEADER.salt, crc32c(body)).to_vec();
         bytes.extend_from_slice(body);
         bytes
     }
 
+    /// The bytes of a segment before its first record.
+    fn both(header: &Header) -> Vec<u8> {
+        let mut bytes = vec![0; HEADER_BYTES as usize];
+        for at in HEADER_COPIES_AT {
+            bytes[at as usize..][..COPY_BYTES].copy_from_slice(&header.encode());
+        }
+        bytes
+    }
+
     #[test]
-    fn a_header_survives_any_damaged_byte() {
-        let bytes = HEADER.encode();
-        assert_eq!(Header::decode(&bytes), Ok(HEADER));
-        assert_eq!(Header::copies_intact(&bytes), [true, true]);
-        for at in 0..bytes.len() {
-            for mask in [1, 0x80, 0xFF] {
-                let mut damaged = bytes;
-                damaged[at] ^= mask;
-                assert_eq!(Header::decode(&damaged), Ok(HEADER), "byte {at}");
-                assert_ne!(Header::copies_intact(&damaged), [true, true], "byte {at}");
+    fn a_header_survives_any_damaged_byte_and_any_damaged_sector() {
+        let bytes = both(&HEADER);
+        assert_eq!(Header::decode(&bytes), Ok((HEADER, true)));
+        for start in HEADER_COPIES_AT.map(|at| at as usize) {
+            for at in start..start + COPY_BYTES {
+                for mask in [1, 0x80, 0xFF] {
+                    let mut damaged = bytes.clone();
+                    damaged[at] ^= mask;
+                    assert_eq!(
+                        Header::decode(&damaged),
+                        Ok((HEADER, false)),
+                        "byte {at} ^ {mask}"
+                    );
+                }
             }
         }
+        for sector in (0..bytes.len()).step_by(512) {
+            let mut damaged = bytes.clone();
+            let end = (sector + 512).min(damaged.len());
+            damaged[sector..end].fill(0xA5);
+            let header = Header::decode(&damaged).map(|(header, _)| header);
+            assert_eq!(header, Ok(HEADER), "sector at {sector}");
+        }
         assert_eq!(Header::decode(&bytes[..10]), Err(HeaderError::Damaged));
-        assert_eq!(Header::decode(&[0; 80]), Err(HeaderError::Damaged));
+        assert_eq!(Header::decode(&[0; 5000]), Err(HeaderError::Damaged));
         let first = Header {
             previous_end: None,
             ..HEADER
         };
-        assert_eq!(Header::decode(&first.encode()), Ok(first));
+        assert_eq!(Header::decode(&both(&first)), Ok((first, true)));
+    }
+
+    #[test]
+    fn zeros_are_never_a_record() {
+        // With this salt, the CRC-32C of a head of zeros at this place is zero.
+        let (salt, position) = (0x5EED_5199_791F, Position::new(1, 4096));
+        let head = RecordHead::decode(&[0; RECORD_HEAD_BYTES as usize], position);
+        assert_eq!(crc32c(&head.context(salt)), 0);
+        for len in [11, 12, 100] {
+            assert_eq!(parse(&vec![0; len], position, salt), Parsed::BadHead);
+        }
+    }
+
+    #[test]
+    fn a_filler_takes_the_place_of_a_hole_and_has_no_record() {
+        for len in [RECORD_HEAD_BYTES, 12, 400] {
+            let position = Position::new(3, 5000);
+            let bytes = filler(position, len, HEADER.salt);
+            assert_eq!(bytes.len(), len as usize);
+            assert_eq!(parse(&bytes, position, HEADER.salt), Parsed::Filler(len));
+            assert_eq!(record_bytes(&bytes[..11], position, HEADER.salt), Some(len));
+            assert_eq!(record_bytes(&bytes[..11], position, 1), None);
+        }
     }
 
     #[test]

@@ -1,27 +1,30 @@
 //! Reads a log after a restart, past damage, and goes on behind it.
 
 use std::collections::VecDeque;
-use std::fmt;
-use std::ops::Range;
+use std::io;
 use std::sync::Arc;
 
 use super::claims::Claims;
-use super::disk::{Disk, read, write_all};
+use super::disk::{Content, Disk, read};
 use super::files::{Contents, File};
-use super::format::{HEADER_BYTES, Header, HeaderError, VERSION};
+use super::format::{
+    BODY_BYTES_MAX, HEADER_BYTES, Header, HeaderError, RECORD_HEAD_BYTES, VERSION,
+};
 use super::position::Position;
 use super::queue::{Mode, Queue, Start};
-use super::reader::{Part, Record, SegmentReader};
-use super::writer::{Begin, Failure, Segment, Writer, clean, tried};
+use super::reader::Record;
+use super::report::{Damage, DamageKind, Report};
+use super::segment::{Context, Mend, Segment, read_segment};
+use super::writer::{Begin, Failure, Writer, clean, tried};
 use super::{Log, Options};
 
-/// The most places of damage that a report names. More are counted.
-const DAMAGES_MAX: usize = 1000;
+/// The length of a segment whose only record is the largest one, in bytes.
+const LARGEST_BYTES: usize = HEADER_BYTES as usize + RECORD_HEAD_BYTES as usize + BODY_BYTES_MAX;
 
 /// Why a log cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The disk does not work.
+    /// The directory cannot be read or written.
     #[error("cannot {0}")]
     Disk(Failure),
     /// A segment is of another version of the format.
@@ -42,88 +45,15 @@ impl From<Failure> for OpenError {
     }
 }
 
-/// The kind of a damage.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DamageKind {
-    /// Bytes that were on the disk: at least one record is lost, or one of a header's two copies.
-    Content,
-    /// The end of the last commit. A power cut in the middle of a commit leaves such bytes, and then
-    /// nothing acknowledged is lost.
-    Unfinished,
-    /// A whole segment is missing.
-    Missing,
-}
-
-/// A place where the log cannot be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Damage {
-    /// How it came about, as far as the log shows.
-    pub kind: DamageKind,
-    /// Where it begins.
-    pub position: Position,
-    /// How many bytes cannot be read. 0: their number is not known.
-    pub bytes: u32,
-}
-
-impl fmt::Display for Damage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            kind,
-            position,
-            bytes,
-        } = self;
-        match kind {
-            DamageKind::Content => write!(f, "{position}: {bytes} damaged bytes"),
-            DamageKind::Unfinished => {
-                write!(
-                    f,
-                    "{position}: {bytes} bytes of a commit that is not complete"
-                )
-            }
-            DamageKind::Missing => write!(f, "segment {:08} is missing", position.segment()),
-        }
-    }
-}
-
-/// What a replay found.
-#[derive(Clone, Debug, Default)]
-pub struct Report {
-    /// The log was degraded when its process ended: it lacks records, so it may contradict what others
-    /// were told.
-    pub stale: bool,
-    /// The number of segments.
-    pub segments: u64,
-    /// Their length, in bytes.
-    pub bytes: u64,
-    /// The number of intact records.
-    pub records: u64,
-    /// The places that cannot be read, in order: the first thousand.
-    pub damages: Vec<Damage>,
-    /// The number of places with damage of the kinds [`DamageKind::Content`] and [`DamageKind::Missing`].
-    pub damaged: u64,
-}
-
-impl Report {
-    fn damage(&mut self, kind: DamageKind, position: Position, bytes: u32) {
-        self.damaged += u64::from(kind != DamageKind::Unfinished);
-        if self.damages.len() < DAMAGES_MAX {
-            self.damages.push(Damage {
-                kind,
-                position,
-                bytes,
-            });
-        }
-    }
-}
-
 /// A log before its records are read. Nothing on the disk is changed before [`Replayed::start`].
 #[derive(Debug)]
 pub struct Recovery<D: Disk> {
     disk: D,
+    /// With the salt of the log.
     options: Options,
     contents: Contents,
-    /// The headers of the segments, `None` where both copies are damaged.
-    headers: Vec<Option<Header>>,
+    /// The headers of the segments, and whether both copies are intact. `None` where both are damaged.
+    headers: Vec<Option<(Header, bool)>>,
     claims: Arc<Claims>,
 }
 
@@ -131,21 +61,24 @@ impl<D: Disk> Recovery<D> {
     /// Finds the log in a directory. An empty directory is an empty log.
     ///
     /// # Errors
-    /// [`OpenError`] if the disk fails or the log is of another version.
-    pub fn open(disk: D, options: Options) -> Result<Self, OpenError> {
+    /// [`OpenError`] if the directory cannot be read or the log is of another version.
+    pub fn open(disk: D, mut options: Options) -> Result<Self, OpenError> {
         let names = tried("list", ".", disk.list())?;
         let contents = Contents::of(names.iter().map(String::as_str));
         let mut headers = Vec::new();
         for number in &contents.segments {
             let file = File::Segment(*number).name();
-            let bytes = tried("read", &file, read(&disk, &file, HEADER_BYTES as usize))?;
-            headers.push(match Header::decode(&bytes) {
-                Ok(header) => Some(header).filter(|header| header.segment == *number),
+            let content = tried("read", &file, read(&disk, &file, HEADER_BYTES as usize))?;
+            headers.push(match Header::decode(&content.bytes) {
+                Ok(read) => Some(read).filter(|(header, _)| header.segment == *number),
                 Err(HeaderError::Damaged) => None,
                 Err(HeaderError::Version(found)) => {
                     return Err(OpenError::Version { file, found });
                 }
             });
+        }
+        if let Some((header, _)) = headers.iter().flatten().next() {
+            options.salt = header.salt;
         }
         let first = contents.segments.first().copied();
         let first = first.unwrap_or(contents.unused);
@@ -166,107 +99,92 @@ impl<D: Disk> Recovery<D> {
     }
 
     /// Hands all intact records to `visit`, in the order in which they were appended. Segments are read one
-    /// after the other, each into memory as a whole.
+    /// after the other, each into memory as a whole. Damage does not end the replay: it is in the
+    /// [report](Replayed::report).
     ///
     /// # Errors
-    /// [`OpenError::Disk`] if a segment cannot be read.
+    /// [`OpenError::Disk`] if a file cannot be opened, or reading fails otherwise than by damage.
     pub fn replay(self, mut visit: impl FnMut(Record<'_>)) -> Result<Replayed<D>, OpenError> {
-        let mut report = Report {
-            stale: self.contents.stale,
-            ..Report::default()
-        };
-        let salt = self.headers.iter().flatten().map(|h| h.salt).next();
-        let salt = salt.unwrap_or(self.options.salt);
+        let mut report = self.report();
         let mut segments = VecDeque::new();
-        let mut last = None;
-        let numbers = &self.contents.segments;
-        for (at, &number) in numbers.iter().enumerate() {
-            if let Some(before) = at.checked_sub(1).map(|before| numbers[before]) {
-                for missing in before + 1..number {
-                    report.damage(DamageKind::Missing, Position::new(missing, 0), 0);
-                }
+        let mut mend = None;
+        let mut previous_end = None;
+        for at in 0..self.contents.segments.len() {
+            let context = self.context(at, &mut report);
+            let number = context.number;
+            let content = self.read(&context)?;
+            let outcome = read_segment(&content, &context, &mut visit);
+            if context.is_last && !outcome.is_unreadable() {
+                let follows = segments.back().map(|last: &Segment| last.number + 1) == Some(number);
+                let previous_end = previous_end.filter(|_| follows);
+                mend = Some(Mend::new(&content, &context, &outcome, previous_end));
             }
-            let next = numbers.get(at + 1).filter(|next| **next == number + 1);
-            let known_end = next.and_then(|_| self.headers[at + 1]?.previous_end);
-            let file = File::Segment(number).name();
-            let bytes = tried("read", &file, read(&self.disk, &file, usize::MAX))?;
-            let read = replay_segment(&bytes, number, salt, known_end, &mut report, &mut visit);
-            if at + 1 == numbers.len() {
-                last = Some(LastCommit {
-                    from: read.start,
-                    bytes: bytes.get(read).unwrap_or_default().to_vec(),
-                });
-            }
-            let bytes = bytes.len() as u64;
+            report.records += outcome.records;
             report.segments += 1;
-            report.bytes += bytes;
-            segments.push_back(Segment { number, bytes });
+            report.bytes += content.len;
+            previous_end = (!outcome.is_unreadable()).then_some(outcome.records_end);
+            segments.push_back(Segment {
+                number,
+                bytes: content.len,
+                unreadable: outcome.is_unreadable(),
+            });
+            for damage in outcome.damages {
+                report.damage(damage);
+            }
         }
         Ok(Replayed {
             disk: self.disk,
             options: self.options,
             contents: self.contents,
             claims: self.claims,
-            salt,
             segments,
-            last,
+            mend,
+            last_end: previous_end,
             report,
         })
     }
-}
 
-/// Reads one segment. Returns the place of its last commit, in bytes from its start.
-fn replay_segment(
-    bytes: &[u8],
-    number: u32,
-    salt: u64,
-    known_end: Option<u32>,
-    report: &mut Report,
-    visit: &mut impl FnMut(Record<'_>),
-) -> Range<usize> {
-    // A segment without any byte of a record has no header when the power failed.
-    let began = bytes.iter().take(HEADER_BYTES as usize).any(|b| *b != 0);
-    let copies = Header::copies_intact(bytes);
-    let has_header = known_end.map_or(began, |end| end > HEADER_BYTES);
-    if has_header && copies != [true, true] {
-        let kind = match known_end.is_some() || bytes.len() > HEADER_BYTES as usize {
-            true => DamageKind::Content,
-            false => DamageKind::Unfinished,
+    /// A report before any segment is read.
+    fn report(&self) -> Report {
+        let mut report = Report {
+            stale: self.contents.stale,
+            ..Report::default()
         };
-        report.damage(kind, Position::new(number, 0), HEADER_BYTES);
+        for number in &self.contents.set_aside {
+            report.damage(Damage::of_segment(DamageKind::SetAside, *number));
+        }
+        report
     }
-    let mut reader = SegmentReader::new(bytes, number, salt, known_end);
-    let mut damages = Vec::new();
-    let mut count = 0u64;
-    for part in reader.by_ref() {
-        match part {
-            Part::Record(record) => {
-                count += 1;
-                visit(record);
+
+    /// The facts about the segment at `at` in the order of the log. Segments missing before it are
+    /// reported.
+    fn context(&self, at: usize, report: &mut Report) -> Context {
+        let numbers = &self.contents.segments;
+        let number = numbers[at];
+        if let Some(before) = at.checked_sub(1).map(|before| numbers[before]) {
+            for missing in before + 1..number {
+                report.damage(Damage::of_segment(DamageKind::Missing, missing));
             }
-            Part::Damaged { position, bytes } => damages.push((position, bytes)),
+        }
+        let follows = numbers.get(at + 1) == Some(&(number + 1));
+        let next = self.headers.get(at + 1).filter(|_| follows);
+        Context {
+            number,
+            salt: self.options.salt,
+            header: self.headers[at],
+            known_end: next.and_then(|next| next.as_ref()?.0.previous_end),
+            is_last: at + 1 == numbers.len(),
+            commit_bytes_max: self.options.commit_bytes_max,
         }
     }
-    report.records += count;
-    for (position, bytes) in damages {
-        let may_be_unfinished = known_end.is_none() && position.offset() >= reader.last_commit();
-        let kind = match may_be_unfinished {
-            true => DamageKind::Unfinished,
-            false => DamageKind::Content,
-        };
-        report.damage(kind, position, bytes);
-    }
-    // The header is written with the first commit.
-    let from = Some(reader.last_commit()).filter(|from| *from > HEADER_BYTES);
-    from.unwrap_or(0) as usize..reader.records_end() as usize
-}
 
-/// The last commit of a segment.
-#[derive(Debug)]
-struct LastCommit {
-    /// Where it begins, in bytes from the start of the segment.
-    from: usize,
-    bytes: Vec<u8>,
+    fn read(&self, context: &Context) -> Result<Content, OpenError> {
+        let file = File::Segment(context.number).name();
+        let largest = LARGEST_BYTES.max(self.options.segment_bytes as usize);
+        let known_end = context.known_end.map_or(largest, |end| end as usize);
+        let content = read(&self.disk, &file, known_end.min(largest));
+        Ok(tried("read", &file, content)?)
+    }
 }
 
 /// A log whose records were read.
@@ -276,10 +194,11 @@ pub struct Replayed<D: Disk> {
     options: Options,
     contents: Contents,
     claims: Arc<Claims>,
-    salt: u64,
     segments: VecDeque<Segment>,
-    /// The last commit of the last segment.
-    last: Option<LastCommit>,
+    /// The end of the last segment.
+    mend: Option<Mend>,
+    /// Where the records of the last segment end.
+    last_end: Option<u32>,
     /// The state of the log.
     pub report: Report,
 }
@@ -288,25 +207,46 @@ impl<D: Disk> Replayed<D> {
     /// Makes the log ready to be appended to. Records go into a new segment, never behind the end of an
     /// old one. A log that was degraded still is: the writer's first steps write a fresh one from memory.
     ///
+    /// If the disk fails or is full, the log begins degraded, and the writer's first step tells why.
+    ///
     /// # Errors
-    /// [`OpenError::Disk`] if the disk cannot be written.
-    pub fn start(mut self) -> Result<(Log, Writer<D>), OpenError> {
-        let last = self.segments.back().zip(self.last.take());
-        let last_end = last.as_ref().map(|(_, last)| last.from + last.bytes.len());
-        if let Some((segment, last)) = last {
-            // The process that wrote it may have died before it synced it, or when that had failed: then
-            // the system takes bytes to be on the disk that are not. Writing them again makes sure. All
-            // earlier commits were on the disk before this one began.
-            let name = File::Segment(segment.number).name();
-            let file = tried("open", &name, self.disk.open_to_write(&name))?;
-            let written = write_all(&self.disk, &file, last.from as u64, &last.bytes);
-            tried("write", &name, written)?;
-            tried("sync", &name, self.disk.sync_data(&file))?;
-            tried("trim", &name, self.disk.trim(&file))?;
-        }
-        clean(&self.disk)?;
+    /// [`OpenError::Disk`] if the directory must not be written.
+    pub fn start(self) -> Result<(Log, Writer<D>), OpenError> {
         let segment = self.contents.unused;
         let first = self.contents.first.unwrap_or(segment);
+        let failure = match self.prepare(first) {
+            Ok(()) => None,
+            Err(failure) if is_forbidden(&failure.error) => return Err(failure.into()),
+            Err(failure) => Some(failure),
+        };
+        let last = self.segments.back();
+        let follows = last.is_some_and(|last| last.number + 1 == segment);
+        let start = Start {
+            mode: match self.contents.stale || failure.is_some() {
+                true => Mode::Degraded,
+                false => Mode::Durable,
+            },
+            segment,
+            previous_end: self.last_end.filter(|_| follows),
+        };
+        let queue = Arc::new(Queue::new(self.options, self.claims, start));
+        let writer = Writer::new(Begin {
+            disk: self.disk,
+            queue,
+            segments: self.segments,
+            first,
+            unused: segment.max(first + 1),
+            failure,
+        });
+        Ok((writer.log(), writer))
+    }
+
+    /// Changes the disk before records are written. `first` is the log's first segment.
+    fn prepare(&self, first: u32) -> Result<(), Failure> {
+        if let Some(mend) = &self.mend {
+            mend.write(&self.disk)?;
+        }
+        clean(&self.disk)?;
         let mark = match self.contents.stale {
             true => File::Stale(first),
             false => File::Live(first),
@@ -315,29 +255,14 @@ impl<D: Disk> Replayed<D> {
         if !names.contains(&mark.name()) {
             tried("create", &mark.name(), self.disk.create(&mark.name()))?;
         }
-        tried("sync", ".", self.disk.sync_names())?;
-        let follows = self
-            .segments
-            .back()
-            .is_some_and(|s| s.number + 1 == segment);
-        let start = Start {
-            mode: match self.contents.stale {
-                true => Mode::Degraded,
-                false => Mode::Durable,
-            },
-            segment,
-            previous_end: last_end.filter(|_| follows).map(|end| end as u32),
-            salt: self.salt,
-        };
-        self.options.salt = self.salt;
-        let queue = Arc::new(Queue::new(self.options, self.claims, start));
-        let writer = Writer::new(Begin {
-            disk: self.disk,
-            queue,
-            segments: self.segments,
-            first,
-            unused: segment,
-        });
-        Ok((writer.log(), writer))
+        tried("sync", ".", self.disk.sync_names())
     }
+}
+
+/// Whether an error says that the process must not write, other than that it cannot now.
+fn is_forbidden(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+    )
 }

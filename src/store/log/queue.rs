@@ -39,7 +39,7 @@ pub(super) struct Commit {
     /// Where the first one is.
     pub(super) position: Position,
     /// The header of the segment, if the first record is the segment's first.
-    pub(super) header: Option<[u8; HEADER_BYTES as usize]>,
+    pub(super) header: Option<Header>,
     pub(super) bytes: Vec<u8>,
     pub(super) records: u32,
     /// The bytes of room that the records take.
@@ -61,7 +61,6 @@ pub(super) struct Queue {
     pub(super) rooms: Rooms,
     pub(super) claims: Arc<Claims>,
     pub(super) options: Options,
-    salt: u64,
 }
 
 #[derive(Debug)]
@@ -90,7 +89,6 @@ pub(super) struct Start {
     pub(super) mode: Mode,
     pub(super) segment: u32,
     pub(super) previous_end: Option<u32>,
-    pub(super) salt: u64,
 }
 
 impl Queue {
@@ -114,7 +112,6 @@ impl Queue {
             rooms: Rooms::new(options.waiting_bytes_max),
             claims,
             options,
-            salt: start.salt,
         }
     }
 
@@ -142,15 +139,16 @@ impl Queue {
             return Ok(None);
         }
         let record_bytes = RECORD_HEAD_BYTES + len as u32;
-        let opens = state.place(record_bytes, self.salt, &self.options);
+        let opens = state.place(record_bytes, &self.options);
         let head = RecordHead {
             position: state.next,
             kind,
             body_len: len as u32,
             commit_start: opens,
+            filler: false,
         };
         let position = head.position;
-        let head = head.encode(self.salt, crc);
+        let head = head.encode(self.options.salt, crc);
         let commit = state.commits.back_mut().expect("a place is in a commit");
         match large {
             // Not behind others: the buffer would be copied.
@@ -288,7 +286,7 @@ impl Queue {
 impl State {
     /// Makes a place at `next` for a record, in the last commit. Returns whether the record opens that
     /// commit.
-    fn place(&mut self, bytes: u32, salt: u64, options: &Options) -> bool {
+    fn place(&mut self, bytes: u32, options: &Options) -> bool {
         if self.begun && self.next.offset().saturating_add(bytes) > options.segment_bytes {
             self.previous_end = Some(self.next.offset());
             self.next = Position::new(self.next.segment() + 1, HEADER_BYTES);
@@ -304,12 +302,12 @@ impl State {
         }
         let header = Header {
             segment: self.next.segment(),
-            salt,
+            salt: options.salt,
             previous_end: self.previous_end,
         };
         self.commits.push_back(Commit {
             position: self.next,
-            header: (!self.begun).then(|| header.encode()),
+            header: (!self.begun).then_some(header),
             bytes: std::mem::take(&mut self.buffer),
             records: 0,
             room: 0,

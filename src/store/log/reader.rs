@@ -26,6 +26,13 @@ impl Record<'_> {
 pub enum Part<'a> {
     /// An intact record.
     Record(Record<'a>),
+    /// A hole of an interrupted commit that a start has filled.
+    Filler {
+        /// Where it begins.
+        position: Position,
+        /// How many bytes it has.
+        bytes: u32,
+    },
     /// Bytes that do not belong to an intact record.
     Damaged {
         /// Where they begin.
@@ -145,14 +152,22 @@ impl<'a> Iterator for SegmentReader<'a> {
                 self.records_end = self.at as u32;
                 Some(Part::Record(record))
             }
+            Parsed::Filler(bytes) => {
+                self.at += bytes as usize;
+                Some(Part::Filler {
+                    position: self.place(from),
+                    bytes,
+                })
+            }
             Parsed::BadBody(bytes) if self.is_boundary(from + bytes as usize) => {
                 Some(self.damaged(from, from + bytes as usize))
             }
             // A length that is damaged does not tell where the next record is. The check of the head
             // makes it cheap to try each byte.
             Parsed::BadBody(_) | Parsed::BadHead => {
-                let next = (from + 1..self.end())
-                    .find(|at| matches!(self.parse(*at), Parsed::Record { .. }));
+                let next = (from + 1..self.end()).find(|at| {
+                    matches!(self.parse(*at), Parsed::Record { .. } | Parsed::Filler(_))
+                });
                 match next {
                     Some(next) => Some(self.damaged(from, next)),
                     None => self.tail(),

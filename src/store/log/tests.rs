@@ -16,7 +16,7 @@ use world::World;
 /// Sizes that make rotations, rewriting and several commits out of some dozen records.
 fn small() -> Options {
     Options {
-        segment_bytes: 300,
+        segment_bytes: HEADER_BYTES + 220,
         commit_records_max: 4,
         commit_bytes_max: 200,
         waiting_bytes_max: 10_000,

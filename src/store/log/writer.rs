@@ -10,11 +10,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::disk::{Disk, write_all};
+use super::disk::{Disk, remove, write_all};
 use super::files::{Contents, File};
 use super::format::HEADER_BYTES;
 use super::position::Position;
 use super::queue::{Commit, Mode, Queue};
+use super::segment::{Segment, write_header};
 use super::{Life, Log, Refused};
 use crate::time::Millis;
 
@@ -164,13 +165,6 @@ pub struct Sizes {
     pub living_bytes: u64,
 }
 
-/// A segment of the log.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Segment {
-    pub(super) number: u32,
-    pub(super) bytes: u64,
-}
-
 /// Writes the records that were appended to a [`Log`].
 #[derive(Debug)]
 pub struct Writer<D: Disk> {
@@ -218,6 +212,8 @@ pub(super) struct Begin<D: Disk> {
     pub(super) first: u32,
     /// A number that no segment had, for the fresh log of a stale one.
     pub(super) unused: u32,
+    /// Why the log begins degraded, if the disk failed.
+    pub(super) failure: Option<Failure>,
 }
 
 impl<D: Disk> Writer<D> {
@@ -226,7 +222,7 @@ impl<D: Disk> Writer<D> {
             Mode::Durable => Phase::Durable,
             _ => Phase::Degraded(Degraded::at_start(begin.unused)),
         };
-        Self {
+        let mut writer = Self {
             disk: begin.disk,
             queue: begin.queue,
             open: None,
@@ -235,7 +231,11 @@ impl<D: Disk> Writer<D> {
             phase,
             reclaim: Reclaim::default(),
             upkeep_due: true,
+        };
+        if let Some(failure) = begin.failure {
+            writer.begin_degraded(failure);
         }
+        writer
     }
 
     /// The side for producers.
@@ -308,10 +308,11 @@ impl<D: Disk> Writer<D> {
             self.segments.push_back(Segment {
                 number,
                 bytes: u64::from(HEADER_BYTES),
+                unreadable: false,
             });
             let room = u64::from(self.queue.options.segment_bytes);
             tried("reserve room for", &name, self.disk.reserve(&file, room))?;
-            tried("write", &name, write_all(&self.disk, &file, 0, header))?;
+            write_header(&self.disk, &file, &name, header)?;
             self.open = Some((number, file));
         }
         let (_, file) = self.open.as_ref().expect("the first commit opens it");
@@ -346,7 +347,7 @@ pub(super) fn clean<D: Disk>(disk: &D) -> Result<(), Failure> {
     for files in [segments, marks] {
         for file in &files {
             let name = file.name();
-            tried("remove", &name, disk.remove(&name))?;
+            tried("remove", &name, remove(disk, &name))?;
         }
         if !files.is_empty() {
             tried("sync", ".", disk.sync_names())?;

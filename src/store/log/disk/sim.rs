@@ -3,13 +3,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use super::Disk;
 
-/// The bytes that a disk writes as a whole.
+/// The bytes of a disk's sector unless a test says otherwise.
 const SECTOR_BYTES: usize = 512;
 
 /// What goes wrong at an operation.
@@ -17,6 +18,8 @@ const SECTOR_BYTES: usize = 512;
 pub enum Fault {
     /// The operation fails. After a failed `sync_data`, a part of the written bytes never reaches the disk.
     Fail,
+    /// The operation fails with this kind of error, and does nothing.
+    Error(io::ErrorKind),
     /// A write takes only this many bytes, and succeeds. Other operations are not affected.
     Short(usize),
     /// The power fails during the operation. A write has taken this many bytes. Nothing is possible
@@ -34,15 +37,17 @@ pub struct Operation {
 }
 
 /// A disk in memory. Clones are the same disk.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct SimDisk(Arc<Mutex<State>>);
 
 /// An open file of a [`SimDisk`].
 #[derive(Clone, Copy, Debug)]
 pub struct SimFile(u64);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    /// The bytes that the disk writes as a whole, or not at all.
+    sector_bytes: usize,
     files: BTreeMap<u64, Contents>,
     next_file: u64,
     names: Names,
@@ -74,9 +79,23 @@ struct Contents {
     safe: Vec<u8>,
     /// The sectors that the next `sync_data` puts on the disk.
     dirty: BTreeSet<usize>,
+    /// Bytes that cannot be read.
+    unreadable: Vec<Range<usize>>,
+}
+
+impl Default for SimDisk {
+    fn default() -> Self {
+        Self::with_sectors(SECTOR_BYTES)
+    }
 }
 
 impl SimDisk {
+    /// An empty disk that writes `sector_bytes` bytes as a whole. Sectors that are smaller than a record
+    /// make a power cut leave holes inside of records and commits.
+    pub fn with_sectors(sector_bytes: usize) -> Self {
+        Self::of(State::new(sector_bytes))
+    }
+
     /// Makes an operation go wrong: the `at`th from now on, counted from 0.
     pub fn fault(&self, at: usize, fault: Fault) {
         let mut state = self.0.lock();
@@ -125,6 +144,19 @@ impl SimDisk {
         file.dirty.clear();
     }
 
+    /// Makes bytes of a file unreadable, until they are written; all bytes: the file cannot be opened. The file
+    /// must exist.
+    pub fn make_unreadable(&self, name: &str, range: Range<usize>) {
+        let mut state = self.0.lock();
+        let id = state.names[name];
+        state
+            .files
+            .get_mut(&id)
+            .expect("a name has a file")
+            .unreadable
+            .push(range);
+    }
+
     /// The disk as the next process finds it when only the process has died: everything written is
     /// there.
     pub fn after_kill(&self) -> Self {
@@ -135,7 +167,7 @@ impl SimDisk {
             names: old.names.clone(),
             safe_names: old.safe_names.clone(),
             pending: old.pending.clone(),
-            ..State::default()
+            ..State::new(old.sector_bytes)
         })
     }
 
@@ -151,11 +183,11 @@ impl SimDisk {
         }
         let mut files = BTreeMap::new();
         for id in names.values() {
-            let content = old.files[id].survive(&mut choose);
+            let content = old.files[id].survive(old.sector_bytes, &mut choose);
             let contents = Contents {
                 written: content.clone(),
                 safe: content,
-                dirty: BTreeSet::new(),
+                ..Contents::default()
             };
             files.insert(*id, contents);
         }
@@ -164,7 +196,7 @@ impl SimDisk {
             next_file: old.next_file,
             safe_names: names.clone(),
             names,
-            ..State::default()
+            ..State::new(old.sector_bytes)
         })
     }
 
@@ -193,25 +225,25 @@ impl Change {
 }
 
 impl Contents {
-    /// What a power cut leaves: of each sector either the safe or the written bytes.
-    fn survive(&self, choose: &mut impl FnMut(u64) -> u64) -> Vec<u8> {
+    /// The bytes after a power cut: of each sector either the safe or the written ones.
+    fn survive(&self, sector_bytes: usize, choose: &mut impl FnMut(u64) -> u64) -> Vec<u8> {
         let mut content = self.safe.clone();
-        let sectors = self.written.len().div_ceil(SECTOR_BYTES);
+        let sectors = self.written.len().div_ceil(sector_bytes);
         for sector in 0..sectors {
-            let from = sector * SECTOR_BYTES;
-            let to = (from + SECTOR_BYTES).min(self.written.len());
+            let from = sector * sector_bytes;
+            let to = (from + sector_bytes).min(self.written.len());
             let safe = self.safe.get(from..to.min(self.safe.len()));
             if safe != Some(&self.written[from..to]) && choose(2) == 0 {
-                self.keep(sector, &mut content);
+                self.keep(sector, sector_bytes, &mut content);
             }
         }
         content
     }
 
     /// Puts the written bytes of a sector into `content`. Zeros fill the sectors before it.
-    fn keep(&self, sector: usize, content: &mut Vec<u8>) {
-        let from = sector * SECTOR_BYTES;
-        let to = (from + SECTOR_BYTES).min(self.written.len());
+    fn keep(&self, sector: usize, sector_bytes: usize, content: &mut Vec<u8>) {
+        let from = sector * sector_bytes;
+        let to = (from + sector_bytes).min(self.written.len());
         if content.len() < to {
             content.resize(to, 0);
         }
@@ -220,6 +252,22 @@ impl Contents {
 }
 
 impl State {
+    fn new(sector_bytes: usize) -> Self {
+        Self {
+            sector_bytes,
+            files: BTreeMap::new(),
+            next_file: 0,
+            names: Names::new(),
+            safe_names: Names::new(),
+            pending: Vec::new(),
+            operations: Vec::new(),
+            faults: BTreeMap::new(),
+            broken: false,
+            cut: false,
+            capacity: None,
+        }
+    }
+
     fn used(&self) -> usize {
         self.names
             .values()
@@ -239,6 +287,7 @@ impl State {
             _ if self.broken => (0, Err(io::Error::other("the disk is broken"))),
             None => (bytes, Ok(())),
             Some(Fault::Fail) => (0, Err(io::Error::other("a fault"))),
+            Some(Fault::Error(kind)) => (0, Err(kind.into())),
             Some(Fault::Short(n)) => (n.min(bytes), Ok(())),
             Some(Fault::Cut(n)) => {
                 self.cut = true;
@@ -283,7 +332,12 @@ impl Disk for SimDisk {
     }
 
     fn open(&self, name: &str) -> io::Result<SimFile> {
-        self.0.lock().id(name).map(SimFile)
+        let state = self.0.lock();
+        let id = state.id(name)?;
+        match state.files[&id].unreadable.contains(&(0..usize::MAX)) {
+            true => Err(rustix::io::Errno::IO.into()),
+            false => Ok(SimFile(id)),
+        }
     }
 
     fn open_to_write(&self, name: &str) -> io::Result<SimFile> {
@@ -296,9 +350,14 @@ impl Disk for SimDisk {
 
     fn read_at(&self, file: &SimFile, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let mut state = self.0.lock();
-        let rest = state.file(*file).written.get(offset as usize..);
-        let rest = rest.unwrap_or_default();
+        let contents = state.file(*file);
+        let from = offset as usize;
+        let rest = contents.written.get(from..).unwrap_or_default();
         let n = rest.len().min(buffer.len());
+        let touches = |range: &Range<usize>| range.start < from + n && from < range.end;
+        if contents.unreadable.iter().any(touches) {
+            return Err(rustix::io::Errno::IO.into());
+        }
         buffer[..n].copy_from_slice(&rest[..n]);
         Ok(n)
     }
@@ -314,13 +373,17 @@ impl Disk for SimDisk {
             full = growth > room;
             n -= growth.saturating_sub(room).min(n);
         }
+        let sector_bytes = state.sector_bytes;
         let contents = state.file(*file);
         if n > 0 {
             if contents.written.len() < from + n {
                 contents.written.resize(from + n, 0);
             }
             contents.written[from..from + n].copy_from_slice(&bytes[..n]);
-            let sectors = from / SECTOR_BYTES..=(from + n - 1) / SECTOR_BYTES;
+            contents
+                .unreadable
+                .retain(|range| range.end <= from || from + n <= range.start);
+            let sectors = from / sector_bytes..=(from + n - 1) / sector_bytes;
             contents.dirty.extend(sectors);
         }
         result?;
@@ -336,13 +399,14 @@ impl Disk for SimDisk {
         if state.cut {
             return result;
         }
+        let sector_bytes = state.sector_bytes;
         let contents = state.file(*file);
         let dirty = std::mem::take(&mut contents.dirty);
         let mut safe = std::mem::take(&mut contents.safe);
         for sector in dirty {
             // A failed call forgets which bytes it has not written: every second sector here.
             if result.is_ok() || sector % 2 == 1 {
-                contents.keep(sector, &mut safe);
+                contents.keep(sector, sector_bytes, &mut safe);
             }
         }
         contents.safe = safe;

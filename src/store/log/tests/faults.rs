@@ -52,8 +52,8 @@ fn after_any_failed_operation_the_log_returns_and_has_everything() {
 
 #[test]
 fn a_disk_that_is_full_at_any_byte_is_used_again_when_it_has_room() {
-    let step = if is_full() { 1 } else { 13 };
-    for capacity in (0..3000).step_by(step) {
+    let step = if is_full() { 7 } else { 167 };
+    for capacity in (0..40_000).step_by(step) {
         let disk = SimDisk::default();
         let (mut world, _) = World::open(&disk).expect("empty");
         disk.set_capacity(Some(capacity));
@@ -138,6 +138,86 @@ fn bytes_that_are_only_in_memory_after_a_failed_sync_are_written_again_at_the_st
     let disk = second.disk.after_power_cut(|n| n - 1);
     let (_, rebuilt) = World::open(&disk).expect("it opens");
     second.judge_exactly(&rebuilt);
+}
+
+#[test]
+fn a_disk_that_fails_at_the_start_begins_a_degraded_log_that_returns() {
+    for used in [false, true] {
+        for at in 0..12 {
+            let disk = SimDisk::default();
+            if used {
+                World::open(&disk)
+                    .expect("empty")
+                    .0
+                    .run(20, &mut Rng::new(7));
+            }
+            let before = disk.operations().len();
+            disk.fault(at, Fault::Error(std::io::ErrorKind::StorageFull));
+            let (mut world, _) = World::open(&disk).expect("it starts");
+            if disk.operations().len() - before <= at {
+                break;
+            }
+            assert_eq!(world.log.mode(), Mode::Degraded, "operation {at}");
+            let Step::Degraded(failure) = world.step() else {
+                panic!("the first step says why");
+            };
+            assert_eq!(failure.error.kind(), std::io::ErrorKind::StorageFull);
+            world.run(20, &mut Rng::new(8));
+            judge_end(&mut world, &format!("operation {at}"));
+            assert_eq!(world.returned, 1);
+        }
+    }
+}
+
+#[test]
+fn a_crash_after_a_degraded_start_leaves_a_stale_log() {
+    let disk = SimDisk::default();
+    World::open(&disk)
+        .expect("empty")
+        .0
+        .run(20, &mut Rng::new(7));
+    disk.fault(0, Fault::Error(std::io::ErrorKind::StorageFull));
+    drop(World::open(&disk).expect("it starts"));
+    let (world, _) = World::open(&disk.after_power_cut(|n| n - 1)).expect("it opens");
+    assert!(world.report.stale);
+}
+
+#[test]
+fn a_directory_that_must_not_be_written_is_an_error_at_the_start() {
+    for kind in [
+        std::io::ErrorKind::PermissionDenied,
+        std::io::ErrorKind::ReadOnlyFilesystem,
+    ] {
+        let disk = SimDisk::default();
+        disk.fault(0, Fault::Error(kind));
+        let error = World::open(&disk).err().expect("it is refused");
+        assert!(
+            error
+                .to_string()
+                .starts_with("cannot create 00000001.live: ")
+        );
+    }
+}
+
+#[test]
+fn a_segment_that_an_operator_has_removed_counts_as_deleted() {
+    let disk = SimDisk::default();
+    let (mut world, _) = World::open(&disk).expect("empty");
+    world.set(2, 0);
+    for number in 1..10 {
+        world.set(1, number);
+    }
+    world.settle();
+    assert_eq!(
+        world.deleted, 0,
+        "the second key lives in the first segment"
+    );
+    disk.remove("00000001.seg").expect("it is there");
+    world.set(2, 10);
+    world.settle();
+    assert!(world.deleted > 0);
+    assert_eq!(world.log.mode(), Mode::Durable);
+    judge_end(&mut world, "removed");
 }
 
 #[test]
@@ -226,6 +306,35 @@ fn a_fresh_log_that_fails_is_removed_and_tried_again_after_longer_waits() {
     assert_eq!(waits, [2, 4, 8, 16]);
     disk.set_capacity(None);
     judge_end(&mut world, "room again");
+}
+
+#[test]
+fn a_return_that_fails_at_its_last_operation_leaves_a_stale_log() {
+    let disk = SimDisk::default();
+    let (mut world, _) = World::open(&disk).expect("empty");
+    world.set(1, 1);
+    world.settle();
+    disk.set_broken(true);
+    world.set(1, 2);
+    world.settle();
+    disk.set_broken(false);
+    world.now += Duration::from_secs(1);
+    let is_new = |name: &String| name.ends_with(".new");
+    while !matches!(world.step(), Step::Committed { .. }) {}
+    assert!(disk.list().expect("it lists").iter().any(is_new));
+    // The fresh log gets its name. The sync fails, and so does the change back.
+    disk.fault(1, Fault::Fail);
+    disk.fault(2, Fault::Fail);
+    assert!(matches!(world.step(), Step::Degraded(_)));
+    world.set(1, 3);
+    // Names can be changed again, and nothing can be written.
+    disk.set_capacity(Some(0));
+    world.now += Duration::from_secs(2);
+    assert!(matches!(world.step(), Step::StillDegraded(_)));
+    let (again, _) = World::open(&disk.after_kill()).expect("it opens");
+    assert!(again.report.stale, "the log lacks the last change");
+    disk.set_capacity(None);
+    judge_end(&mut world, "returned at last");
 }
 
 #[test]

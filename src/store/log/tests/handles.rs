@@ -149,7 +149,7 @@ async fn producers_wait_for_room_and_the_thread_gives_it() {
     let report = move |step: &Step, _, sizes: Sizes| {
         assert!(matches!(
             step,
-            Step::Committed { .. } | Step::Deleted { .. }
+            Step::Committed { .. } | Step::Deleted { .. } | Step::Rewritten
         ));
         assert!(sizes.bytes > 0);
         counted.fetch_add(1, Ordering::Relaxed);

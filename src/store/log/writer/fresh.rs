@@ -1,10 +1,12 @@
 //! Degraded mode, and the return from it: a fresh log from the owner's memory.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::super::disk::{Disk, write_all};
+use super::super::disk::{Disk, remove, write_all};
 use super::super::files::File;
 use super::super::queue::{Commit, Mode};
+use super::super::segment::Segment;
 use super::reclaim::Reclaim;
 use super::{
     Failure, Owner, PROBE, Pass, Phase, Piece, Progress, Returning, Step, Writer, clean, tried,
@@ -26,6 +28,8 @@ pub(super) struct Degraded {
     wait: Duration,
     /// The fresh log's first segment.
     unused: u32,
+    /// The failure with which the log began degraded, until a step tells it.
+    failure: Option<Failure>,
 }
 
 impl Degraded {
@@ -36,6 +40,7 @@ impl Degraded {
             next_probe: Millis::ZERO,
             wait: PROBE,
             unused,
+            failure: None,
         }
     }
 }
@@ -52,14 +57,15 @@ impl<D: Disk> Writer<D> {
         self.open = None;
         let newest = self.segments.back().map_or(self.first, |s| s.number);
         let unused = newest.max(self.queue.next().segment()) + 1;
-        let (wait, marked) = match std::mem::replace(&mut self.phase, Phase::Durable) {
+        let wait = match std::mem::replace(&mut self.phase, Phase::Durable) {
             Phase::Returning(returning) => {
                 self.segments = returning.old;
-                ((returning.wait * 2).min(WAIT_MAX), true)
+                (returning.wait * 2).min(WAIT_MAX)
             }
-            // Before tasks go on that wait for records: after a crash, the log must be known to lack them.
-            _ => (PROBE, self.mark_stale().is_ok()),
+            _ => PROBE,
         };
+        // Before tasks go on that wait for records: after a crash, the log must be known to lack them.
+        let marked = self.mark_stale().is_ok();
         self.reclaim = Reclaim::default();
         self.queue.stop_writing(Mode::Degraded, failed);
         self.phase = Phase::Degraded(Degraded {
@@ -67,28 +73,49 @@ impl<D: Disk> Writer<D> {
             next_probe: now + wait,
             wait,
             unused,
+            failure: None,
         });
         Step::Degraded(failure)
     }
 
-    fn mark_stale(&self) -> Result<(), Failure> {
-        let (live, stale) = (
-            File::Live(self.first).name(),
-            File::Stale(self.first).name(),
-        );
+    /// The disk failed at the start: records are not written, so the log on the disk will lack them.
+    pub(super) fn begin_degraded(&mut self, failure: Failure) {
+        let is_marked = self.mark_stale().is_ok();
+        if let Phase::Degraded(degraded) = &mut self.phase {
+            degraded.marked = is_marked;
+            degraded.failure = Some(failure);
+        }
+    }
+
+    /// Marks the log on the disk as one that lacks records. A fresh log that has not taken its place must
+    /// not count after a crash either, although its last change of a name may have happened.
+    pub(super) fn mark_stale(&self) -> Result<(), Failure> {
+        let stale = File::Stale(self.first).name();
         let names = tried("list", ".", self.disk.list())?;
-        if names.contains(&live) {
-            tried("rename", &live, self.disk.rename(&live, &stale))?;
-        } else if !names.contains(&stale) {
+        for name in &names {
+            if let Some(File::Live(first)) = File::of(name) {
+                let other = match first == self.first {
+                    true => stale.clone(),
+                    false => File::New(first).name(),
+                };
+                tried("rename", name, self.disk.rename(name, &other))?;
+            }
+        }
+        let live = File::Live(self.first).name();
+        if !names.contains(&live) && !names.contains(&stale) {
             tried("create", &stale, self.disk.create(&stale))?;
         }
         tried("sync", ".", self.disk.sync_names())
     }
 
     pub(super) fn degraded(&mut self, owner: &mut dyn Owner, now: Millis) -> Step {
-        let Phase::Degraded(degraded) = &self.phase else {
+        let Phase::Degraded(degraded) = &mut self.phase else {
             unreachable!("the caller has looked");
         };
+        if let Some(failure) = degraded.failure.take() {
+            degraded.next_probe = now + PROBE;
+            return Step::Degraded(failure);
+        }
         if now < degraded.next_probe {
             return Step::Idle {
                 until: Some(degraded.next_probe),
@@ -133,7 +160,7 @@ impl<D: Disk> Writer<D> {
         let written = write_all(&self.disk, &file, 0, &PROBE_BYTES[..self.probe_bytes()]);
         tried("write", &name, written)?;
         tried("sync", &name, self.disk.sync_data(&file))?;
-        tried("remove", &name, self.disk.remove(&name))?;
+        tried("remove", &name, remove(&self.disk, &name))?;
         let new = File::New(first).name();
         tried("create", &new, self.disk.create(&new))?;
         tried("sync", ".", self.disk.sync_names())
@@ -171,13 +198,7 @@ impl<D: Disk> Writer<D> {
             unreachable!("the caller has looked");
         };
         let first = returning.first;
-        let (new, live) = (File::New(first).name(), File::Live(first).name());
-        let renamed = tried("rename", &new, self.disk.rename(&new, &live));
-        let synced = renamed.and_then(|()| tried("sync", ".", self.disk.sync_names()));
-        if let Err(failure) = synced {
-            // The disk may have either name. Without this one, the old log counts.
-            let _ = self.disk.rename(&live, &new);
-            let _ = self.disk.sync_names();
+        if let Err(failure) = self.replace_old(first, &returning.old) {
             return self.degrade(failure, None, now);
         }
         self.phase = Phase::Durable;
@@ -187,5 +208,16 @@ impl<D: Disk> Writer<D> {
         self.reclaim.garbage = true;
         self.upkeep_due = true;
         Step::Returned
+    }
+
+    /// Calls the log that begins with segment `first` the one that counts.
+    fn replace_old(&self, first: u32, old: &VecDeque<Segment>) -> Result<(), Failure> {
+        // The old segments are deleted from then on.
+        for segment in old.iter().filter(|segment| segment.unreadable) {
+            self.delete(*segment)?;
+        }
+        let (new, live) = (File::New(first).name(), File::Live(first).name());
+        tried("rename", &new, self.disk.rename(&new, &live))?;
+        tried("sync", ".", self.disk.sync_names())
     }
 }

@@ -1,9 +1,12 @@
 //! Deletes segments that nothing needs, and has the oldest one's living records written again when the
 //! log is much larger than they are.
 
-use super::super::disk::Disk;
+use std::io;
+
+use super::super::disk::{Disk, remove};
 use super::super::files::File;
 use super::super::position::Position;
+use super::super::segment::Segment;
 use super::{Failure, Owner, PROBE, Pass, Piece, Progress, Step, Writer, clean, tried};
 use crate::time::Millis;
 
@@ -36,11 +39,9 @@ impl<D: Disk> Writer<D> {
                 return Some(self.delete_garbage(now));
             }
             let oldest = self.segments.front().filter(|_| self.segments.len() > 1);
-            if let Some(segment) = oldest.map(|segment| segment.number)
-                && self
-                    .queue
-                    .claims
-                    .is_dead(segment, self.queue.committed_to())
+            let committed = self.queue.committed_to();
+            if let Some(segment) = oldest.copied()
+                && self.queue.claims.is_dead(segment.number, committed)
             {
                 return Some(self.delete_oldest(segment, now));
             }
@@ -60,11 +61,11 @@ impl<D: Disk> Writer<D> {
         }
     }
 
-    fn delete_oldest(&mut self, segment: u32, now: Millis) -> Step {
-        let name = File::Segment(segment).name();
-        if let Err(failure) = tried("remove", &name, self.disk.remove(&name)) {
+    fn delete_oldest(&mut self, segment: Segment, now: Millis) -> Step {
+        if let Err(failure) = self.delete(segment) {
             return self.not_deleted(failure, now);
         }
+        let segment = segment.number;
         // The next segment may cancel records of this one, so this one must be gone before that one is.
         if let Err(failure) = tried("sync", ".", self.disk.sync_names()) {
             return self.degrade(failure, None, now);
@@ -76,6 +77,20 @@ impl<D: Disk> Writer<D> {
             self.reclaim.pass = None;
         }
         Step::Deleted { last: segment }
+    }
+
+    /// Removes a segment's name, or changes it if the segment has only damage, which an operator may want
+    /// to look at.
+    pub(super) fn delete(&self, segment: Segment) -> Result<(), Failure> {
+        let name = File::Segment(segment.number).name();
+        if !segment.unreadable {
+            return tried("remove", &name, remove(&self.disk, &name));
+        }
+        let kept = File::Damaged(segment.number).name();
+        match self.disk.rename(&name, &kept) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => tried("rename", &name, result),
+        }
     }
 
     fn not_deleted(&mut self, failure: Failure, now: Millis) -> Step {
