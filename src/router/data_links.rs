@@ -10,7 +10,7 @@ use crate::router::Router;
 use crate::router::broker::BrokerFeatures;
 use crate::router::filters::actions::Released;
 use crate::router::filters::filter::LinkSession;
-use crate::router::filters::links::UpstreamSubscribe;
+use crate::router::filters::links::{UpstreamRequests, UpstreamSubscribe};
 use crate::router::handle::TaskWaker;
 
 impl Router {
@@ -45,6 +45,17 @@ impl Router {
     /// often, and nearly always in vain.
     pub(crate) fn has_requests(&self, link: usize) -> bool {
         self.filters.has_requests(link)
+    }
+
+    /// Requests for up to `max` filters to send on data link `link` now. `answered`: no earlier request of
+    /// the link waits for the broker.
+    pub(crate) fn next_requests(
+        &self,
+        link: usize,
+        max: usize,
+        answered: bool,
+    ) -> UpstreamRequests {
+        self.filters.next_requests(link, max, answered)
     }
 
     /// Up to `max` filters whose SUBSCRIBE is to be sent on data link `link` now.
@@ -126,12 +137,6 @@ impl Router {
     pub fn subscribes_ended_link(&self, filters: &[FilterId], now: Millis) {
         let actions = self.filters.subscribes_ended_link(filters, now);
         self.take_actions(actions, now);
-    }
-
-    /// Filters that the broker may have ended data link `link` for, to be tried while nothing else is
-    /// unanswered.
-    pub fn next_suspects(&self, link: usize) -> Vec<UpstreamSubscribe> {
-        self.filters.next_suspects(link)
     }
 
     /// Filters on data link `link`.

@@ -26,6 +26,26 @@ pub struct UpstreamSubscribe {
     pub qos: QoS,
 }
 
+/// The requests to send on a link now: first the UNSUBSCRIBEs, because a filter may be subscribed in the
+/// place of one that it overlaps.
+#[derive(Debug, Default)]
+pub(crate) struct UpstreamRequests {
+    /// The filters to unsubscribe.
+    pub unsubscribes: Vec<(FilterId, Arc<str>)>,
+    /// The filters to subscribe. None as long as filters wait to be unsubscribed.
+    pub subscribes: Vec<UpstreamSubscribe>,
+    /// Filters for which the broker may have ended the link. Nothing else is to be sent until the broker
+    /// has answered.
+    pub suspects: Vec<UpstreamSubscribe>,
+}
+
+impl UpstreamRequests {
+    /// Whether nothing is to be sent.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.unsubscribes.is_empty() && self.subscribes.is_empty() && self.suspects.is_empty()
+    }
+}
+
 /// How long after the broker forgot one link's session the loss of another link may have to do with
 /// it: a dead connection is found by an unanswered PINGREQ.
 const DOUBT: Duration = Duration::from_secs(30);
@@ -54,6 +74,48 @@ pub(in crate::router) struct Placed {
     pub changed: bool,
     /// SUBSCRIBEs of clients for filters that the broker cannot serve.
     pub refused: Vec<Answered>,
+}
+
+impl Table {
+    /// Takes up to `max` filters whose SUBSCRIBE is to be sent on `link` now.
+    fn take_subscribes(&mut self, link: usize, max: usize) -> Vec<UpstreamSubscribe> {
+        let floor = self.floor;
+        let mut taken = Vec::new();
+        while taken.len() < max
+            && let Some(id) = self.subscribe_queue[link].pop_front()
+        {
+            let Some(filter) = self.get_mut(id) else {
+                continue;
+            };
+            if let Some(qos) = filter.subscribe_sent(floor) {
+                taken.push(UpstreamSubscribe {
+                    filter: id,
+                    name: filter.name().clone(),
+                    qos,
+                });
+            }
+        }
+        metrics().upstream_subscribes.increment(taken.len() as u64);
+        taken
+    }
+
+    /// Takes up to `max` filters whose UNSUBSCRIBE is to be sent on `link` now.
+    fn take_unsubscribes(&mut self, link: usize, max: usize) -> Vec<(FilterId, Arc<str>)> {
+        let mut taken = Vec::new();
+        while taken.len() < max
+            && let Some(id) = self.unsubscribe_queue[link].pop_front()
+        {
+            if let Some(filter) = self.get(id)
+                && filter.phase() == Phase::Unsubscribing
+            {
+                taken.push((id, filter.name().clone()));
+            }
+        }
+        metrics()
+            .upstream_unsubscribes
+            .increment(taken.len() as u64);
+        taken
+    }
 }
 
 impl Filters {
@@ -125,27 +187,38 @@ impl Filters {
         Some(Placed { changed, refused })
     }
 
+    /// Requests for up to `max` filters to send on `link` now. `answered`: no earlier request of the link
+    /// waits for the broker, so that suspects may be tried.
+    pub(crate) fn next_requests(
+        &self,
+        link: usize,
+        max: usize,
+        answered: bool,
+    ) -> UpstreamRequests {
+        // With one lock: another thread may let a filter yield to another one at any time, and puts both
+        // into the queues then.
+        let mut table = self.write();
+        let unsubscribes = table.take_unsubscribes(link, max);
+        let rest = max - unsubscribes.len();
+        let subscribes = match table.unsubscribe_queue[link].is_empty() {
+            true => table.take_subscribes(link, rest),
+            false => Vec::new(),
+        };
+        let idle = answered && unsubscribes.is_empty() && subscribes.is_empty();
+        let suspects = match idle {
+            true => table.take_suspects(link),
+            false => Vec::new(),
+        };
+        UpstreamRequests {
+            unsubscribes,
+            subscribes,
+            suspects,
+        }
+    }
+
     /// Up to `max` filters whose SUBSCRIBE is to be sent on `link` now.
     pub(crate) fn next_subscribes(&self, link: usize, max: usize) -> Vec<UpstreamSubscribe> {
-        let mut table = self.write();
-        let floor = table.floor;
-        let mut taken = Vec::new();
-        while taken.len() < max
-            && let Some(id) = table.subscribe_queue[link].pop_front()
-        {
-            let Some(filter) = table.get_mut(id) else {
-                continue;
-            };
-            if let Some(qos) = filter.subscribe_sent(floor) {
-                taken.push(UpstreamSubscribe {
-                    filter: id,
-                    name: filter.name().clone(),
-                    qos,
-                });
-            }
-        }
-        metrics().upstream_subscribes.increment(taken.len() as u64);
-        taken
+        self.write().take_subscribes(link, max)
     }
 
     /// Whether a SUBSCRIBE or an UNSUBSCRIBE may have to be sent on `link`.
@@ -158,21 +231,7 @@ impl Filters {
 
     /// Up to `max` filters whose UNSUBSCRIBE is to be sent on `link` now.
     pub(crate) fn next_unsubscribes(&self, link: usize, max: usize) -> Vec<(FilterId, Arc<str>)> {
-        let mut table = self.write();
-        let mut taken = Vec::new();
-        while taken.len() < max
-            && let Some(id) = table.unsubscribe_queue[link].pop_front()
-        {
-            if let Some(filter) = table.get(id)
-                && filter.phase() == Phase::Unsubscribing
-            {
-                taken.push((id, filter.name().clone()));
-            }
-        }
-        metrics()
-            .upstream_unsubscribes
-            .increment(taken.len() as u64);
-        taken
+        self.write().take_unsubscribes(link, max)
     }
 
     /// A link is connected; `first`: for the first time.

@@ -180,8 +180,7 @@ impl Table {
     }
 
     /// Unsubscribes the filters on a link that overlap these topics, if nobody uses any of them and none
-    /// awaits its SUBACK.
-    /// Whether the link is free of them then.
+    /// awaits its SUBACK. Returns whether the link is free of them then.
     fn make_room(&mut self, link: usize, topics: &str, now: Millis) -> bool {
         let mut yielding = Vec::new();
         let blocked = self.tries[link].overlaps_any(topics, |id| {
@@ -214,7 +213,7 @@ impl Table {
                     self.take_off(link, id, &topics);
                 }
                 Release::Remove => self.remove(id, now),
-                // Its UNSUBSCRIBE is under way, ahead of the other one's SUBSCRIBE.
+                // Its UNSUBSCRIBE waits or is under way, and goes ahead of the other one's SUBSCRIBE.
                 Release::Later => self.take_off(link, id, &topics),
             }
         }

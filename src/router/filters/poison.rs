@@ -46,25 +46,22 @@ impl Table {
             false => self.subscribe_queue[link].push_back(id),
         }
     }
-}
 
-impl Filters {
-    /// The suspects that are to be tried on `link` next, while no other SUBSCRIBE is unanswered: a
+    /// Takes the suspects that are to be tried on `link` next, while no other SUBSCRIBE is unanswered: a
     /// group of filters that were unanswered once when a link ended, or one that was so more often.
-    pub(crate) fn next_suspects(&self, link: usize) -> Vec<UpstreamSubscribe> {
-        let mut table = self.write();
-        let group = (table.suspects.len(link) / GROUPS).max(1);
-        let floor = table.floor;
+    pub(super) fn take_suspects(&mut self, link: usize) -> Vec<UpstreamSubscribe> {
+        let group = (self.suspects.len(link) / GROUPS).max(1);
+        let floor = self.floor;
         let mut taken = Vec::new();
         while taken.len() < group
-            && let Some(id) = table.suspects.pop(link)
+            && let Some(id) = self.suspects.pop(link)
         {
-            let Some(filter) = table.get_mut(id) else {
+            let Some(filter) = self.get_mut(id) else {
                 continue;
             };
             let often = filter.ends() >= ENDS_MAX;
             if often && !taken.is_empty() {
-                table.suspects.put_back(link, id);
+                self.suspects.put_back(link, id);
                 break;
             }
             if let Some(qos) = filter.subscribe_sent(floor) {
@@ -81,7 +78,9 @@ impl Filters {
         metrics().upstream_subscribes.increment(taken.len() as u64);
         taken
     }
+}
 
+impl Filters {
     /// The broker has ended a link while the SUBSCRIBEs for these filters had no answer. One that was
     /// alone for the second time is quarantined.
     pub(crate) fn subscribes_ended_link(&self, filters: &[FilterId], now: Millis) -> Actions {

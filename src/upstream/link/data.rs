@@ -266,28 +266,25 @@ impl DataLink {
         next_id(&mut self.last_id, |id| self.requests.contains_key(&id))
     }
 
-    fn subscribe(&mut self, out: &mut Vec<u8>) {
+    /// Sends the requests that wait for the link.
+    fn send_requests(&mut self, out: &mut Vec<u8>) {
         // An identifier names one filter, so that each filter has a packet of its own.
-        let in_packet = if self.identifiers {
-            1
-        } else {
-            FILTERS_IN_PACKET
+        let in_packet = match self.identifiers {
+            true => 1,
+            false => FILTERS_IN_PACKET,
         };
-        self.trying &= !self.requests.is_empty();
         while !self.trying && self.requests.len() < REQUESTS_MAX {
-            let room = REQUESTS_MAX - self.requests.len();
-            let wanted = self
-                .router
-                .next_subscribes(self.link, room.min(FILTERS_AT_ONCE));
-            if wanted.is_empty() {
-                break;
+            let room = (REQUESTS_MAX - self.requests.len()).min(FILTERS_AT_ONCE);
+            let answered = self.requests.is_empty();
+            let next = self.router.next_requests(self.link, room, answered);
+            if next.is_empty() {
+                return;
             }
-            self.send_subscribes(&wanted, in_packet, out);
-        }
-        if self.requests.is_empty() {
-            let suspects = self.router.next_suspects(self.link);
-            self.trying = !suspects.is_empty();
-            self.send_subscribes(&suspects, 1, out);
+            // A filter may be subscribed in the place of one that it overlaps.
+            self.send_unsubscribes(&next.unsubscribes, out);
+            self.send_subscribes(&next.subscribes, in_packet, out);
+            self.trying = !next.suspects.is_empty();
+            self.send_subscribes(&next.suspects, 1, out);
         }
     }
 
@@ -311,22 +308,16 @@ impl DataLink {
         }
     }
 
-    fn unsubscribe(&mut self, out: &mut Vec<u8>) {
+    fn send_unsubscribes(&mut self, filters: &[(FilterId, Arc<str>)], out: &mut Vec<u8>) {
         let in_packet = match self.one_by_one {
             true => 1,
             false => FILTERS_IN_PACKET,
         };
-        while !self.trying && self.requests.len() < REQUESTS_MAX {
-            let filters = self.router.next_unsubscribes(self.link, FILTERS_IN_PACKET);
-            if filters.is_empty() {
-                return;
-            }
-            for these in in_packets(&filters, in_packet, unsubscribe_bytes) {
-                let id = self.free_id();
-                encode_unsubscribe(self.version, id, these.iter().map(|(_, n)| &**n), out);
-                let numbers = these.iter().map(|(n, _)| *n).collect();
-                self.requests.insert(id, Request::Unsubscribe(numbers));
-            }
+        for these in in_packets(filters, in_packet, unsubscribe_bytes) {
+            let id = self.free_id();
+            encode_unsubscribe(self.version, id, these.iter().map(|(_, n)| &**n), out);
+            let numbers = these.iter().map(|(n, _)| *n).collect();
+            self.requests.insert(id, Request::Unsubscribe(numbers));
         }
     }
 }
@@ -401,13 +392,10 @@ impl Machine for DataLink {
     }
 
     fn poll(&mut self, now: Millis, out: &mut Vec<u8>) {
-        // A filter may be subscribed in the place of one that it overlaps.
         self.now = now;
+        self.trying &= !self.requests.is_empty();
         if self.router.has_requests(self.link) {
-            self.unsubscribe(out);
-            self.subscribe(out);
-        } else {
-            self.trying &= !self.requests.is_empty();
+            self.send_requests(out);
         }
         if !self.barriers.is_empty() {
             let verdict = self.lag.waiting(now);

@@ -1,9 +1,12 @@
 use crate::mqtt::{
     Decoder, Message, MessageSpec, Oversized, Packet, Properties, Publish, QoS, ReasonCode,
-    Receiver, Suback, Version,
+    Receiver, Suback, Version, encode_unsubscribe,
 };
-use crate::router::LinkSession;
-use crate::sim::testing::{PROBES, ack, client, read, router, subscribe, subscribe_handling, up};
+use crate::router::{BrokerFeatures, LinkSession};
+use crate::sim::testing::{
+    PROBES, ack, client, config, facts, packet_of, read, router, router_of, subscribe,
+    subscribe_handling, up,
+};
 use crate::store::{Identifiers, Memory, Received, Ring, Store};
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -383,6 +386,46 @@ fn a_filter_that_the_broker_closes_the_link_for_is_quarantined() {
 #[test]
 fn a_restart_of_the_broker_quarantines_no_filter() {
     assert_eq!(until_quarantined(&["bad"], true), (21, vec![]));
+}
+
+/// A filter that nobody uses makes room for one that it overlaps, while the link tries a suspect.
+#[test]
+fn a_filter_that_yields_is_unsubscribed_first_after_a_suspect_was_tried() {
+    let router = router_of(config());
+    let nameless = BrokerFeatures {
+        identifiers: false,
+        ..facts()
+    };
+    router.set_broker_features(&nameless, Millis::ZERO);
+    let who = client(&router, "a");
+    let mut link = DataLink::new(router.clone(), 0, 1, PROBES.into(), &Memory);
+    let mut out = Vec::new();
+    let up = |session_present| Handshake {
+        identifiers: false,
+        ..up(session_present, 100)
+    };
+    link.connected(&up(false), Millis::ZERO, &mut out);
+    subscribe(&router, who, "a/+");
+    link.poll(Millis::ZERO, &mut out);
+    grant(&mut link, read(&mut out)[0].1, &mut out);
+    subscribe(&router, who, "s");
+    link.poll(Millis::ZERO, &mut out);
+    out.clear();
+    link.disconnected(&LinkEnd::Closed, Millis::ZERO);
+    link.connected(&up(true), Millis::ZERO, &mut out);
+    let tried = read(&mut out);
+    assert_eq!(tried.len(), 1, "the suspect: {tried:?}");
+    let mut packet = Vec::new();
+    encode_unsubscribe(Version::V5, 9, ["a/+"].into_iter(), &mut packet);
+    packet_of(&router, who, &packet, Millis::ZERO);
+    subscribe(&router, who, "+/b");
+    link.poll(Millis::ZERO, &mut out);
+    assert_eq!(read(&mut out), [], "the suspect has no answer");
+    grant(&mut link, tried[0].1, &mut out);
+    link.batch_ended(Millis::ZERO, &mut out);
+    let sent: Vec<String> = read(&mut out).into_iter().map(|(word, _)| word).collect();
+    assert!(sent[0].starts_with("Unsubscribe"), "{sent:?}");
+    assert_eq!(sent[1..], ["subscribe"]);
 }
 
 #[test]
