@@ -178,7 +178,8 @@ impl Router {
         connack: impl FnOnce(bool, &mut Vec<u8>),
     ) -> Result<Connected, Refused> {
         for _ in 0..ENDED_FOR_CONNECT_MAX {
-            let Some(actions) = self.sessions.make_room(&connect, now) else {
+            let lingering = || self.filters.lingering_bytes();
+            let Some(actions) = self.sessions.make_room(&connect, lingering, now) else {
                 break;
             };
             self.settle(actions, now);
@@ -245,7 +246,7 @@ impl Router {
         for closed in actions.closed {
             let (session, link) = (closed.session, closed.publish_link);
             let waits = self.publishing.is_waiting(session, link);
-            let moves = closed.just_ended && self.publishing.may_move(session, link);
+            let moves = closed.just_left && self.publishing.may_move(session, link);
             self.sessions.forget(session, waits || moves, now);
         }
     }

@@ -153,8 +153,7 @@ impl Session {
         }
     }
 
-    /// When the current connection began, or the last one ended, or when the session was ended while its
-    /// client was away.
+    /// When the current connection began, or the last one ended.
     pub fn since(&self) -> Millis {
         self.since
     }

@@ -9,6 +9,8 @@
 //! A new session that is kept while its client is away is judged as if the account had nine tenths of its
 //! size: the last tenth is for clients that come back, for subscriptions, and for sessions that end with
 //! their connection. Filters that linger make room from seven eighths on, before anybody is refused.
+//! A session that ended to make room may be remembered for a while, and its bytes are still in use then;
+//! they are counted apart, so that no further session ends for the same room.
 //!
 //! Principals and networks are counted by their hashes, so that a share costs a session four bytes and
 //! no lock. Two that meet by chance have one share together.
@@ -17,6 +19,7 @@ use std::fmt;
 use std::hash::{BuildHasher, Hash};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::hashing::HashSeed;
@@ -26,6 +29,10 @@ use crate::shares::{SHARE_DIVISOR, network};
 /// a principal meets one of these with a probability of one in a thousand.
 const BUCKETS: usize = 1 << BUCKET_BITS;
 const BUCKET_BITS: u32 = 13;
+
+/// The part of the account, and of a share, in which sessions that ended for others count as free: half of
+/// the last tenth.
+const ENDING_DIVISOR: u64 = 20;
 
 /// 2^64 divided by the golden ratio: a product with it spreads its factor over the high bits.
 const GOLDEN_RATIO: u64 = 0x9E37_79B9_7F4A_7C15;
@@ -73,29 +80,84 @@ impl fmt::Display for Full {
     }
 }
 
-/// An amount in use, and the shares in it.
+/// How the amount counts that sessions have which ended for others and are still remembered.
+#[derive(Clone, Copy, Debug)]
+enum Ending {
+    /// As used.
+    Used,
+    /// As free, up to half of the last tenth of the account and of each share: the other half is always
+    /// there for clients that come back.
+    FreeInPart,
+    /// As free.
+    Free,
+}
+
+/// An amount, and the parts of it by principal and by network.
 #[derive(Debug)]
-pub(in crate::router) struct Shared {
-    max: u64,
-    used: AtomicU64,
+struct Counts {
+    all: AtomicU64,
     principals: Box<[AtomicU64]>,
     networks: Box<[AtomicU64]>,
 }
 
-impl Shared {
-    fn new(max: u64) -> Self {
+impl Counts {
+    fn new() -> Self {
         let counts = || (0..BUCKETS).map(|_| AtomicU64::new(0)).collect();
         Self {
-            max,
-            used: AtomicU64::new(0),
+            all: AtomicU64::new(0),
             principals: counts(),
             networks: counts(),
         }
     }
 
+    fn principal(&self, holder: Holder) -> Option<&AtomicU64> {
+        let number = usize::from(holder.principal?.get());
+        Some(&self.principals[number - 1])
+    }
+
+    fn network(&self, holder: Holder) -> &AtomicU64 {
+        &self.networks[usize::from(holder.network)]
+    }
+
+    fn add(&self, holder: Holder, more: u64) {
+        self.all.fetch_add(more, Ordering::Relaxed);
+        self.network(holder).fetch_add(more, Ordering::Relaxed);
+        if let Some(principal) = self.principal(holder) {
+            principal.fetch_add(more, Ordering::Relaxed);
+        }
+    }
+
+    fn subtract(&self, holder: Holder, less: u64) {
+        self.all.fetch_sub(less, Ordering::Relaxed);
+        self.network(holder).fetch_sub(less, Ordering::Relaxed);
+        if let Some(principal) = self.principal(holder) {
+            principal.fetch_sub(less, Ordering::Relaxed);
+        }
+    }
+}
+
+/// An amount in use, and the shares in it.
+#[derive(Debug)]
+pub(in crate::router) struct Shared {
+    max: u64,
+    used: Counts,
+    /// The part in use by sessions that ended for others and are still remembered, from the first of
+    /// them on.
+    ending: OnceLock<Counts>,
+}
+
+impl Shared {
+    fn new(max: u64) -> Self {
+        Self {
+            max,
+            used: Counts::new(),
+            ending: OnceLock::new(),
+        }
+    }
+
     /// The amount in use.
     pub(crate) fn used(&self) -> u64 {
-        self.used.load(Ordering::Relaxed)
+        self.used.all.load(Ordering::Relaxed)
     }
 
     /// The amount beyond which no new session is kept.
@@ -114,7 +176,7 @@ impl Shared {
     /// # Errors
     /// [`Full`].
     pub(crate) fn has_room(&self, holder: Holder, more: u64) -> Result<(), Full> {
-        self.has_room_below(self.max, holder, more)
+        self.has_room_below(self.max, Ending::Used, holder, more)
     }
 
     /// Whether there is room for a new session of `more` bytes that is kept while its client is away.
@@ -122,67 +184,105 @@ impl Shared {
     /// # Errors
     /// [`Full`].
     pub(crate) fn has_room_to_keep(&self, holder: Holder, more: u64) -> Result<(), Full> {
-        self.has_room_below(self.keeping_max(), holder, more)
+        self.has_room_below(self.keeping_max(), Ending::FreeInPart, holder, more)
     }
 
-    /// Whether there is room for `more` in an account of the size `max`.
-    fn has_room_below(&self, max: u64, holder: Holder, more: u64) -> Result<(), Full> {
-        let used = self.used();
-        if used.saturating_add(more) > max {
-            return Err(Full::All);
-        }
-        let over = |own: &AtomicU64| {
-            let own = own.load(Ordering::Relaxed);
-            own.saturating_add(more) > allowance(max, used.saturating_sub(own))
+    /// Whether there will be room for such a session once the sessions that ended for others are
+    /// forgotten.
+    pub(crate) fn will_have_room_to_keep(&self, holder: Holder, more: u64) -> bool {
+        let room = self.has_room_below(self.keeping_max(), Ending::Free, holder, more);
+        room.is_ok()
+    }
+
+    /// Whether there will be room for `more` in the first nine tenths without `lingering`, and without the
+    /// sessions that ended for others.
+    pub(crate) fn comes_back(&self, more: u64, lingering: u64) -> bool {
+        let used = self.amount(Ending::Free, 1, |counts| Some(&counts.all));
+        let used = used.unwrap_or_default().saturating_sub(lingering);
+        used.saturating_add(more) <= self.keeping_max()
+    }
+
+    /// Whether there is room for `more` in an account of the size `max`. The shares are judged first:
+    /// who has used up its share is not helped by the end of others' sessions.
+    fn has_room_below(
+        &self,
+        max: u64,
+        ending: Ending,
+        holder: Holder,
+        more: u64,
+    ) -> Result<(), Full> {
+        let used = self.amount(ending, 1, |counts| Some(&counts.all));
+        let used = used.unwrap_or_default();
+        let share = |of: &dyn Fn(&Counts) -> Option<&AtomicU64>| {
+            let own = self.amount(ending, SHARE_DIVISOR as u64, of);
+            own.is_some_and(|own| {
+                own.saturating_add(more) > allowance(max, used.saturating_sub(own))
+            })
         };
-        if self.principal(holder).is_some_and(over) {
+        if share(&|counts| counts.principal(holder)) {
             return Err(Full::Principal);
         }
-        match over(self.network(holder)) {
-            true => Err(Full::Network),
+        if share(&|counts| Some(counts.network(holder))) {
+            return Err(Full::Network);
+        }
+        match used.saturating_add(more) > max {
+            true => Err(Full::All),
             false => Ok(()),
         }
     }
 
+    /// The amount of the account, or of a share of which there are `divisor`.
+    fn amount(
+        &self,
+        ending: Ending,
+        divisor: u64,
+        of: impl Fn(&Counts) -> Option<&AtomicU64>,
+    ) -> Option<u64> {
+        let read = |counts: &Counts| of(counts).map(|count| count.load(Ordering::Relaxed));
+        let used = read(&self.used)?;
+        let ended = self.ending.get().and_then(read).unwrap_or(0);
+        let free = match ending {
+            Ending::Used => 0,
+            Ending::FreeInPart => ended.min(self.max / ENDING_DIVISOR / divisor),
+            Ending::Free => ended,
+        };
+        Some(used.saturating_sub(free))
+    }
+
     /// Whether the principal or the network has so much that filters that nobody uses make room.
     pub(crate) fn is_over(&self, holder: Holder) -> bool {
-        let room = self.has_room_below(self.lingering_max(), holder, 0);
+        let room = self.has_room_below(self.lingering_max(), Ending::Used, holder, 0);
         room.is_err()
     }
 
     /// Whether an amount can move from one holder to another of the same principal: the network must
     /// have room for it.
     pub(crate) fn has_room_to_move(&self, from: Holder, to: Holder, amount: u64) -> bool {
-        let own = self.network(to).load(Ordering::Relaxed);
+        let own = self.used.network(to).load(Ordering::Relaxed);
         let others = self.used().saturating_sub(own + amount);
         from.principal == to.principal && own + amount <= allowance(self.max, others)
     }
 
     /// Adds an amount, whether there is room or not.
     pub(crate) fn charge(&self, holder: Holder, more: u64) {
-        self.used.fetch_add(more, Ordering::Relaxed);
-        self.network(holder).fetch_add(more, Ordering::Relaxed);
-        if let Some(principal) = self.principal(holder) {
-            principal.fetch_add(more, Ordering::Relaxed);
-        }
+        self.used.add(holder, more);
     }
 
     /// Gives an amount back that was charged to the same holder.
     pub(crate) fn release(&self, holder: Holder, less: u64) {
-        self.used.fetch_sub(less, Ordering::Relaxed);
-        self.network(holder).fetch_sub(less, Ordering::Relaxed);
-        if let Some(principal) = self.principal(holder) {
-            principal.fetch_sub(less, Ordering::Relaxed);
+        self.used.subtract(holder, less);
+    }
+
+    /// A session that ended for others has `now` of the amount; until now it had `before`.
+    pub(crate) fn note_ending(&self, holder: Holder, before: u64, now: u64) {
+        if now == before {
+            return;
         }
-    }
-
-    fn principal(&self, holder: Holder) -> Option<&AtomicU64> {
-        let number = usize::from(holder.principal?.get());
-        Some(&self.principals[number - 1])
-    }
-
-    fn network(&self, holder: Holder) -> &AtomicU64 {
-        &self.networks[usize::from(holder.network)]
+        let ending = self.ending.get_or_init(Counts::new);
+        match now.checked_sub(before) {
+            Some(more) => ending.add(holder, more),
+            None => ending.subtract(holder, before - now),
+        }
     }
 }
 

@@ -125,8 +125,8 @@ pub(super) struct SessionActions {
 pub(super) struct ClosedSession {
     pub session: SessionRef,
     pub publish_link: u8,
-    /// It ended now; else it was remembered for a while.
-    pub just_ended: bool,
+    /// Its client left not long ago, so that publishes may be under way that nobody has to answer.
+    pub just_left: bool,
 }
 
 /// A will that is to be published.

@@ -108,9 +108,12 @@ impl Session {
         }
     }
 
-    /// Ends the connection. `normal`: DISCONNECT 0x00, which discards the will [MQTT-3.14.4-3].
+    /// Ends the connection. `normal`: DISCONNECT 0x00, which discards the will [MQTT-3.14.4-3]. A session
+    /// without a connection ends if its expiry is 0 now.
     pub fn detach(&mut self, limits: &SessionLimits, normal: bool, now: Millis) -> Ended {
-        self.since = now;
+        if self.attached() {
+            self.since = now;
+        }
         self.forget_connection(limits);
         let grace = limits.will_grace;
         let mut ended = Ended {
@@ -130,8 +133,10 @@ impl Session {
             self.idle = Some(Box::new(outbound));
         }
         if self.expiry == 0 {
+            // The grace begins when the client goes.
+            let back_until = self.since + grace;
             match self.will.as_deref_mut() {
-                Some(will) if !grace.is_zero() => will.due_at = Some(Deadline::at(now + grace)),
+                Some(will) if now < back_until => will.due_at = Some(Deadline::at(back_until)),
                 _ => ended.will = self.will.take().map(|w| w.publish(now)),
             }
             let over = self.end();

@@ -89,6 +89,23 @@ fn anonymous_clients_have_no_share_as_a_principal() {
 }
 
 #[test]
+fn a_share_that_is_used_up_is_told_before_the_account() {
+    let account = account();
+    let mallory = account.holder(Some("mallory"), at("192.0.2.1"));
+    account.bytes.charge(mallory, MAX / 2 + MAX / 8);
+    for n in 0..3 {
+        let other = account.holder(Some(&format!("alice-{n}")), at(&format!("192.0.3.{n}")));
+        account.bytes.charge(other, MAX / 8);
+    }
+    let elsewhere = account.holder(Some("mallory"), at("192.0.2.7"));
+    assert_eq!(account.bytes.has_room(elsewhere, 1), Err(Full::Principal));
+    let neighbour = account.holder(Some("bob"), at("192.0.2.1"));
+    assert_eq!(account.bytes.has_room(neighbour, 1), Err(Full::Network));
+    let other = account.holder(Some("bob"), at("192.0.2.7"));
+    assert_eq!(account.bytes.has_room(other, 1), Err(Full::All));
+}
+
+#[test]
 fn filters_that_nobody_uses_have_seven_eighths_of_a_share() {
     const LINGERING: u64 = MAX / 8 * 7;
     let account = account();
@@ -116,7 +133,7 @@ fn a_session_that_is_kept_finds_nine_tenths_of_the_account_and_of_each_share() {
     account.bytes.charge(of("192.0.2.3"), KEPT / 8);
     let last = of("192.0.2.4");
     assert_eq!(room(last, KEPT / 8), Ok(()));
-    assert_eq!(room(last, KEPT / 8 + 1), Err(Full::All));
+    assert_eq!(room(last, KEPT / 8 + 1), Err(Full::Network));
     account.bytes.charge(last, KEPT / 8);
     assert_eq!(room(of("192.0.2.5"), 1), Err(Full::All));
     assert_eq!(account.bytes.has_room(of("192.0.2.5"), MAX / 10), Ok(()));

@@ -78,6 +78,19 @@ pub enum Refused {
     NotKept(Full),
 }
 
+/// The room that a CONNECT needs in the account of sessions.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Demand {
+    /// Who a new session of the client is charged to.
+    holder: Holder,
+    /// Who the bytes are charged to: the holder of the client's session, if there is one.
+    pub(super) charged: Holder,
+    /// Bytes.
+    pub(super) more: u64,
+    /// The session is to be kept while its client is away, and was not until now.
+    begins_to_be_kept: bool,
+}
+
 /// Actions that are left to take after a CONNECT.
 #[derive(Debug)]
 pub(in crate::router) struct ConnectActions {
@@ -129,7 +142,9 @@ impl Sessions {
             ..SessionActions::default()
         };
         let mut shard = self.shard(number);
-        let holder = self.judge(&shard, &connect)?;
+        let demand = self.demand(&shard, &connect)?;
+        self.judge(&demand)?;
+        let holder = demand.holder;
         let (known, taken_over) = take_over(&mut shard, &connect, &mut actions, now);
         let (at, present) = match known {
             Some(at) => {
@@ -172,9 +187,11 @@ impl Sessions {
         Ok((connected, actions))
     }
 
-    /// Judges whether a client gets its session: it must not be another principal's, and the account
-    /// must have room for the amount that the CONNECT adds. Returns who a new session is charged to.
-    pub(super) fn judge(&self, shard: &Shard, connect: &Connect) -> Result<Holder, Refused> {
+    /// The room that the account must have, so that a client gets its session.
+    ///
+    /// # Errors
+    /// The session is another principal's.
+    pub(super) fn demand(&self, shard: &Shard, connect: &Connect) -> Result<Demand, Refused> {
         let holder = self.holder(connect);
         let will = connect.will.as_ref().map_or(0, Will::bytes);
         let known = shard.by_key.get(&connect.key);
@@ -191,14 +208,26 @@ impl Sessions {
                 (holder, SESSION_BYTES + names + will, false)
             }
         };
-        let (account, more) = (&self.account.bytes, more as u64);
-        if connect.expiry > 0 && !is_kept {
-            let room = account.has_room_to_keep(charged, more);
-            room.map_err(Refused::NotKept)?;
+        Ok(Demand {
+            holder,
+            charged,
+            more: more as u64,
+            begins_to_be_kept: connect.expiry > 0 && !is_kept,
+        })
+    }
+
+    /// Judges whether the account has room for a client's session.
+    pub(super) fn judge(&self, demand: &Demand) -> Result<(), Refused> {
+        let (account, more) = (&self.account.bytes, demand.more);
+        if demand.begins_to_be_kept {
+            let room = account.has_room_to_keep(demand.charged, more);
+            room.map_err(Refused::NotKept)
         } else if more > 0 {
-            account.has_room(charged, more).map_err(Refused::Full)?;
+            let room = account.has_room(demand.charged, more);
+            room.map_err(Refused::Full)
+        } else {
+            Ok(())
         }
-        Ok(holder)
     }
 
     /// Who a new session of this client is charged to.

@@ -84,7 +84,7 @@ impl Sessions {
             handle.close(reason);
         }
         metrics().sessions_ended[label].increment(1);
-        // Its places in both orders go by the time at which its client left, which `detach` moves.
+        // If a client is connected, `detach` moves the time by which the session has its places in both orders.
         shard.unlist(at);
         shard.end_absence(at);
         let slot = shard.slots.get_mut(at as usize)?;

@@ -99,6 +99,7 @@ impl Shard {
             holder,
             charged_bytes: 0,
             will_bytes: 0,
+            ended_for_others: false,
             charged_queue_bytes: 0,
             asleep: 0,
         })) as u32;
@@ -160,8 +161,11 @@ impl Shard {
             self.timers.remove(&SlotBy(at, slot));
         }
         self.accounts.end(&mut removed, slot);
-        let account = &self.account.bytes;
-        account.release(removed.holder, removed.charged_bytes.into());
+        let (account, bytes) = (&self.account.bytes, removed.charged_bytes.into());
+        account.release(removed.holder, bytes);
+        if removed.ended_for_others {
+            account.note_ending(removed.holder, bytes, 0);
+        }
     }
 
     /// Brings the account of sessions in line with a session whose will or subscriptions have changed.
@@ -175,6 +179,22 @@ impl Shard {
         match bytes.checked_sub(before) {
             Some(more) => account.charge(s.holder, more.into()),
             None => account.release(s.holder, (before - bytes).into()),
+        }
+        if s.ended_for_others {
+            // If its client is back, the bytes stay in use.
+            s.ended_for_others = s.session.is_closed();
+            let ending = if s.ended_for_others { bytes } else { 0 };
+            account.note_ending(s.holder, before.into(), ending.into());
+        }
+    }
+
+    /// A session has ended to make room for others.
+    pub(super) fn ended_for_others(&mut self, slot: u32) {
+        if let Some(s) = self.slots.get_mut(slot as usize)
+            && !std::mem::replace(&mut s.ended_for_others, true)
+        {
+            let account = &self.account.bytes;
+            account.note_ending(s.holder, 0, s.charged_bytes.into());
         }
     }
 
@@ -190,6 +210,10 @@ impl Shard {
         }
         account.release(s.holder, bytes);
         account.charge(holder, bytes);
+        if s.ended_for_others {
+            account.note_ending(s.holder, bytes, 0);
+            account.note_ending(holder, 0, bytes);
+        }
         s.holder = holder;
     }
 
@@ -314,7 +338,7 @@ impl Shard {
             actions.closed.push(ClosedSession {
                 session,
                 publish_link: s.publish_link,
-                just_ended: true,
+                just_left: now < s.session.since() + REMEMBER_CLOSED,
             });
         }
         self.settle(slot);
@@ -335,7 +359,7 @@ impl Shard {
         actions.closed.push(ClosedSession {
             session,
             publish_link: s.publish_link,
-            just_ended: false,
+            just_left: false,
         });
     }
 

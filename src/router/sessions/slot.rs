@@ -46,6 +46,8 @@ pub(in crate::router) struct Slot {
     /// The part of them for the will of the last CONNECT. It stays when the will is published, so that
     /// the client finds room for its will when it comes back.
     pub(super) will_bytes: u32,
+    /// The session ended to make room for others, and its bytes are noted as coming back.
+    pub(super) ended_for_others: bool,
     /// Bytes charged to the principal: each message in full, with its entry.
     pub(super) charged_queue_bytes: u64,
     /// The filters in which the session sleeps.
