@@ -31,7 +31,7 @@ use crate::budget::Allowance;
 use crate::mqtt::{QoS, ReasonCode, Version};
 use crate::time::Millis;
 
-use crate::session::outbound::NOTHING;
+use crate::session::outbound::{IDLE_BYTES, NOTHING};
 use crate::session::phase::{Online, Phase};
 
 pub use crate::budget::QueueFull;
@@ -281,6 +281,12 @@ impl Session {
     /// Bytes that the session keeps to recognise publishes of its client.
     pub fn inbound_bytes(&self) -> usize {
         self.inbound.as_ref().map_or(0, |i| i.bytes())
+    }
+
+    /// Bytes of the sending half that the session keeps because messages wait for its client, beside their
+    /// entries.
+    pub fn idle_bytes(&self) -> usize {
+        self.idle.as_ref().map_or(0, |_| IDLE_BYTES)
     }
 
     /// Publishes of QoS 1 and 2 that the broker has yet to answer, of the client's earlier sessions

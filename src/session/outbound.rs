@@ -18,6 +18,10 @@ use crate::session::{DropReason, SessionLimits};
 /// that queues reserve ahead and the allocator loses.
 pub const ENTRY_BYTES: usize = size_of::<Entry>() * 3 / 2;
 
+/// Bytes charged for the sending half of a session whose client is away, beside its entries: a queue or a
+/// window has room for four entries at least.
+pub(super) const IDLE_BYTES: usize = size_of::<Outbound>() + 4 * size_of::<Entry>();
+
 /// The result of offering one message to a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivered {

@@ -152,8 +152,13 @@ fn without_pressure_nobody_is_refused() {
 
 /// A router whose account of sessions has so many bytes.
 fn router(sessions: u64) -> Arc<Router> {
+    router_with(sessions, None)
+}
+
+fn router_with(sessions: u64, evict_after: Option<Duration>) -> Arc<Router> {
     let config = RouterConfig {
         sessions,
+        evict_after,
         linger: Duration::from_secs(600),
         linger_busy_min: Duration::from_secs(60),
         filters_lingering_max: 1_000_000,

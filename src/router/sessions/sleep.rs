@@ -202,7 +202,7 @@ impl Shard {
             if let Some(slot) = self.slots.get_mut(sleeper.slot as usize) {
                 slot.asleep += 1;
                 if slot.session.outbound().entries() == 0 {
-                    slot.session.forget_idle();
+                    self.accounts.charge(slot);
                     self.accounts.unlist(slot, sleeper.slot);
                 }
             }

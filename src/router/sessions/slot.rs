@@ -11,7 +11,7 @@ use crate::router::types::Peer;
 
 /// Bytes of a session beside its names, its will and its subscriptions, as measured: its state, the
 /// client's address, and its entries in the tables of its shard.
-pub(super) const SESSION_BYTES: usize = size_of::<Slot>() + 272;
+pub(super) const SESSION_BYTES: usize = size_of::<Slot>() + 320;
 
 /// Bytes that are charged for a session with one subscription and with names of 48 bytes together, for
 /// people who want to know how many sessions find room.
@@ -57,8 +57,13 @@ pub(in crate::router) struct Slot {
 impl Slot {
     /// Charges the session's queue and output. Returns the bytes that are to be added to the accounts.
     pub(super) fn charge(&mut self) -> Charge {
+        let mut idle = 0;
+        if !self.session.attached() {
+            self.session.forget_idle();
+            idle = self.session.idle_bytes();
+        }
         let outbound = self.session.outbound();
-        let entries = outbound.entries() * ENTRY_BYTES + outbound.identifier_bytes();
+        let entries = outbound.entries() * ENTRY_BYTES + outbound.identifier_bytes() + idle;
         let messages = outbound.queued_bytes() + outbound.in_flight_bytes();
         let (mut output, mut shared) = (0, 0);
         if let Some(connection) = self.session.connection_ref() {
