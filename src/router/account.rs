@@ -110,6 +110,13 @@ impl Counts {
         }
     }
 
+    #[cfg(test)]
+    fn is_empty(&self) -> bool {
+        let shares = self.principals.iter().chain(&self.networks);
+        let mut counts = std::iter::once(&self.all).chain(shares);
+        counts.all(|count| count.load(Ordering::Relaxed) == 0)
+    }
+
     fn principal(&self, holder: Holder) -> Option<&AtomicU64> {
         let number = usize::from(holder.principal?.get());
         Some(&self.principals[number - 1])
@@ -158,6 +165,13 @@ impl Shared {
     /// The amount in use.
     pub(crate) fn used(&self) -> u64 {
         self.used.all.load(Ordering::Relaxed)
+    }
+
+    /// Whether nothing is in use, nor any share of it.
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
+        let mut all = std::iter::once(&self.used).chain(self.ending.get());
+        all.all(Counts::is_empty)
     }
 
     /// The amount beyond which no new session is kept.

@@ -1,13 +1,12 @@
-use std::collections::BTreeMap;
 use std::sync::Arc;
-
-use proptest::prelude::*;
 
 use super::*;
 use crate::mqtt::{QoS, ReasonCode};
 use crate::router::account::Full;
 use crate::router::{Connected, LinkSession, Router, RouterConfig, testing};
 use crate::session::Will;
+
+mod property;
 
 /// `session.evict_after` of these tests.
 const AFTER: Duration = Duration::from_secs(60);
@@ -482,108 +481,4 @@ fn no_session_ends_while_filters_that_nobody_uses_make_room() {
         .connect(&router, later)
         .expect("the filters are gone");
     assert_eq!(router.totals().detached, count);
-}
-
-/// What a client of the property does.
-#[derive(Clone, Copy, Debug)]
-enum Step {
-    /// It connects, with a will of this delay.
-    Connect {
-        expiry: u32,
-        clean_start: bool,
-        will_delay: Option<u32>,
-    },
-    Lose {
-        normal: bool,
-    },
-    Subscribe(u8),
-    /// An operator ends its session.
-    End,
-    Wait(u64),
-}
-
-fn any_step() -> impl Strategy<Value = Step> {
-    let expiry = prop::sample::select(vec![0, 5, 100, u32::MAX]);
-    let will_delay = prop::sample::select(vec![None, None, Some(0), Some(10), Some(3000)]);
-    let connect = (expiry, any::<bool>(), will_delay);
-    prop_oneof![
-        6 => connect.prop_map(|(expiry, clean_start, will_delay)| Step::Connect {
-            expiry,
-            clean_start,
-            will_delay,
-        }),
-        3 => any::<bool>().prop_map(|normal| Step::Lose { normal }),
-        3 => any::<u8>().prop_map(Step::Subscribe),
-        1 => Just(Step::End),
-        2 => (1..70_000u64).prop_map(Step::Wait),
-    ]
-}
-
-proptest! {
-    /// However sessions begin and end, the order of the detached ones is complete, and nothing is
-    /// charged in the end.
-    #[test]
-    fn every_session_gives_back_its_bytes(
-        steps in prop::collection::vec((0..24usize, any_step()), 1..120),
-    ) {
-        let router = router(12 * 1024);
-        let mut connected: BTreeMap<usize, Connected> = BTreeMap::new();
-        let mut now = 1;
-        for (n, step) in steps {
-            let client = Client::anonymous(n);
-            match step {
-                Step::Connect { expiry, clean_start, will_delay } => {
-                    let message = testing::numbered(7, QoS::AtLeastOnce);
-                    let will = will_delay.map(|delay| Will::new(message, delay, None));
-                    let request = testing::request_from(&client.name, None, &client.address, will);
-                    let request = Connect { expiry, clean_start, ..request };
-                    if let Ok(client) = router.connect(request, Millis::new(now), |_, _| {}) {
-                        connected.insert(n, client);
-                    }
-                }
-                Step::Lose { normal } => {
-                    if let Some(c) = connected.remove(&n) {
-                        router.disconnected(c.session, c.connection_no, normal, Millis::new(now));
-                    }
-                }
-                Step::Subscribe(filter) => {
-                    if let Some(c) = connected.get(&n) {
-                        testing::subscribe(&router, *c, &format!("t/{}", filter % 8));
-                    }
-                }
-                Step::End => {
-                    router.end_session(&client.name.as_str().into(), Millis::new(now));
-                    connected.remove(&n);
-                }
-                Step::Wait(ms) => {
-                    now += ms;
-                    router.tick(Millis::new(now));
-                }
-            }
-            let listed: usize = router.sessions.shards()
-                .map(|shard| router.sessions.shard(shard).absences.longest(Duration::ZERO, Millis::MAX).count())
-                .sum();
-            prop_assert_eq!(listed, router.totals().detached);
-        }
-        for (_, c) in connected {
-            router.disconnected(c.session, c.connection_no, true, Millis::new(now));
-        }
-        for n in 0..24 {
-            router.end_session(&Client::anonymous(n).name.as_str().into(), Millis::new(now));
-        }
-        // Ended sessions are remembered for a while, and filters linger.
-        for _ in 0..30 {
-            now += 200_000;
-            // The broker gets the wills.
-            while router.publish_queues(0, |queues| queues.pop()).is_some() {}
-            router.tick(Millis::new(now));
-            for wanted in router.next_subscribes(0, 100) {
-                router.suback(wanted.filter, ReasonCode(1), Millis::new(now));
-            }
-            for gone in router.next_unsubscribes(0, 100) {
-                router.unsuback(gone.0, Millis::new(now));
-            }
-        }
-        prop_assert_eq!((router.filters_known(), router.session_bytes()), (0, 0));
-    }
 }
