@@ -216,8 +216,8 @@ impl Shared {
         used.saturating_add(more) <= self.keeping_max()
     }
 
-    /// Whether there is room for `more` in an account of the size `max`. The shares are judged first:
-    /// who has used up its share is not helped by the end of others' sessions.
+    /// Whether there is room for `more` in an account of the size `max`. The shares are judged first: a
+    /// holder that has used up its share is not helped by the end of others' sessions.
     fn has_room_below(
         &self,
         max: u64,
@@ -245,7 +245,7 @@ impl Shared {
         }
     }
 
-    /// The amount of the account, or of a share of which there are `divisor`.
+    /// The amount of the account (`divisor` 1), or of a share, which may have a part `1 / divisor` of it.
     fn amount(
         &self,
         ending: Ending,
