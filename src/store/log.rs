@@ -25,7 +25,7 @@
 //!
 //! **Room.** A producer reserves room in bytes before it changes its state, and waits for it without a
 //! lock; [`Log::append`] itself never waits. The bytes that wait for the writer are bounded by
-//! [`Options::waiting_bytes_max`], and by one piece of the owner's.
+//! [`Options::waiting_bytes_max`], or by one larger reservation, and by one piece of the owner's.
 
 mod check;
 mod claims;
@@ -109,8 +109,10 @@ pub enum Life {
 pub enum Durability {
     /// It is on the disk.
     Durable,
-    /// The log is degraded, or has ended: work goes on from memory.
+    /// The log is degraded: work goes on from memory.
     Degraded,
+    /// The log has ended, and its process does so too.
+    Closed,
 }
 
 /// Why a record was not appended.
@@ -140,8 +142,9 @@ impl Log {
     }
 
     /// Reserves room for records of `bytes` bytes together, [heads](Self::record_bytes) included, and
-    /// waits while too many bytes wait for the writer. Waiting producers get room in their order. Do not
-    /// hold a lock over the await.
+    /// waits while too many bytes wait for the writer. A reservation of more than
+    /// [`Options::waiting_bytes_max`] waits until nothing else does, and is at most as large as the largest
+    /// record. Waiting producers get room in their order. Do not hold a lock over the await.
     pub async fn reserve(&self, bytes: usize) -> Room {
         self.0.rooms.reserve(bytes).await
     }
@@ -166,21 +169,21 @@ impl Log {
         body: &[&[u8]],
         life: Life,
     ) -> Result<Option<Position>, Refused> {
-        let len = body.iter().map(|part| part.len()).sum();
-        let needed = Self::record_bytes(len);
+        let needed = Self::record_bytes(queue::body_len(body)?);
         let taken = room.share_of(needed).ok_or_else(|| Refused::NoRoom {
             needed,
             reserved: room.bytes(),
         })?;
-        let position = self.0.append(kind, body, life, taken)?;
+        let position = self.0.append(kind, body, life, Some(taken))?;
         if position.is_some() {
-            room.leave(taken);
+            room.leave(needed, taken);
         }
         Ok(position)
     }
 
-    /// Everything before this place is on the disk, if the log is [durable](Mode::Durable).
-    pub fn committed(&self) -> Position {
+    /// Everything before this place is on the disk, and will be read after a crash. `None`: the log is not
+    /// [durable](Mode::Durable), or was not when it ended.
+    pub fn committed(&self) -> Option<Position> {
         self.0.committed_to()
     }
 
@@ -189,7 +192,7 @@ impl Log {
         self.0.mode()
     }
 
-    /// Waits until the record at `position` is on the disk, or the log is degraded.
+    /// Waits until the record at `position` is on the disk, or the log is degraded or has ended.
     pub fn wait(&self, position: Position) -> Wait<'_> {
         Wait {
             queue: &self.0,

@@ -17,7 +17,8 @@ use super::position::Position;
 use super::room::Rooms;
 use super::{Durability, Life, Options, Refused};
 
-/// A body from this size on is copied before the queue is locked.
+/// A record whose body has this size is a commit of its own: its body is copied before the queue is locked,
+/// and never again.
 const LARGE_BYTES: usize = 256 * 1024;
 
 /// Whether appended records reach the disk.
@@ -44,6 +45,8 @@ pub(super) struct Commit {
     pub(super) records: u32,
     /// The bytes of room that the records take.
     room: usize,
+    /// Its only record is large: nothing is added, since that would copy it.
+    is_full: bool,
 }
 
 impl Commit {
@@ -77,7 +80,9 @@ struct State {
     committed: Position,
     waiting: BTreeMap<(Position, u64), Waker>,
     next_waiter: u64,
-    /// The writer is to end when nothing waits for it.
+    /// The log was durable when its writer ended.
+    ended_durable: bool,
+    /// The writer is to end when nothing waits for it. Producers' records are not written any more.
     stopping: bool,
     /// A buffer of an earlier commit.
     buffer: Vec<u8>,
@@ -105,6 +110,7 @@ impl Queue {
                 committed: next,
                 waiting: BTreeMap::new(),
                 next_waiter: 0,
+                ended_durable: false,
                 stopping: false,
                 buffer: Vec::new(),
             }),
@@ -115,31 +121,30 @@ impl Queue {
         }
     }
 
-    /// Adds a record, which takes `room` bytes of room. `None`: records are not written now.
+    /// Adds a record, which takes `room` bytes of the producers' room; `None`: it is the writer's own. Returns
+    /// `None` if records are not written now.
     pub(super) fn append(
         &self,
         kind: u8,
         body: &[&[u8]],
         life: Life,
-        room: usize,
+        room: Option<usize>,
     ) -> Result<Option<Position>, Refused> {
-        let len = body.iter().map(|part| part.len()).sum::<usize>();
-        if len > BODY_BYTES_MAX {
-            return Err(Refused::TooLarge(len));
-        }
+        let len = body_len(body)?;
         let crc = body.iter().fold(0, |crc, part| crc32c_append(crc, part));
         let large = (len >= LARGE_BYTES).then(|| {
             let mut bytes = Vec::with_capacity(RECORD_HEAD_BYTES as usize + len);
             bytes.extend_from_slice(&[0; RECORD_HEAD_BYTES as usize]);
-            bytes.extend(body.iter().copied().flatten());
+            extend(&mut bytes, body);
             bytes
         });
         let state = &mut *self.state.lock();
-        if matches!(state.mode, Mode::Degraded | Mode::Closed) {
+        let has_ended = state.stopping && room.is_some();
+        if has_ended || matches!(state.mode, Mode::Degraded | Mode::Closed) {
             return Ok(None);
         }
         let record_bytes = RECORD_HEAD_BYTES + len as u32;
-        let opens = state.place(record_bytes, &self.options);
+        let opens = state.place(record_bytes, large.is_some(), &self.options);
         let head = RecordHead {
             position: state.next,
             kind,
@@ -151,18 +156,17 @@ impl Queue {
         let head = head.encode(self.options.salt, crc);
         let commit = state.commits.back_mut().expect("a place is in a commit");
         match large {
-            // Not behind others: the buffer would be copied.
-            Some(mut bytes) if commit.bytes.is_empty() => {
+            Some(mut bytes) => {
                 bytes[..RECORD_HEAD_BYTES as usize].copy_from_slice(&head);
                 commit.bytes = bytes;
             }
-            _ => {
+            None => {
                 commit.bytes.extend_from_slice(&head);
-                commit.bytes.extend(body.iter().copied().flatten());
+                extend(&mut commit.bytes, body);
             }
         }
         commit.records += 1;
-        commit.room += room;
+        commit.room += room.unwrap_or(0);
         state.next = position.plus(record_bytes);
         self.claims.set_next(state.next);
         if life == Life::Living {
@@ -193,16 +197,27 @@ impl Queue {
         ready.into_values().for_each(Waker::wake);
     }
 
-    /// Nothing is written from now on. `failed` is the commit that could not be written.
-    pub(super) fn stop_writing(&self, mode: Mode, failed: Option<Commit>) {
+    /// Nothing is written from now on. `failed` is the commit that could not be written. Returns the place of
+    /// the record that would have been next: all places before it may be in use.
+    pub(super) fn stop_writing(&self, mode: Mode, failed: Option<Commit>) -> Position {
         let mut state = self.state.lock();
         state.mode = mode;
+        let next = state.next;
         let commits = std::mem::take(&mut state.commits);
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
         let room = commits.iter().chain(&failed).map(|c| c.room).sum();
         self.rooms.give_back(room);
         waiting.into_values().for_each(Waker::wake);
+        next
+    }
+
+    /// The writer has ended. `intact`: the log on the disk lacks no record that was called safe.
+    pub(super) fn end(&self, intact: bool) {
+        let mut state = self.state.lock();
+        state.ended_durable = intact && state.mode == Mode::Durable;
+        drop(state);
+        self.stop_writing(Mode::Closed, None);
     }
 
     /// Records are written again, into a log that begins with segment `first`.
@@ -230,11 +245,22 @@ impl Queue {
         self.state.lock().next
     }
 
-    pub(super) fn committed_to(&self) -> Position {
+    /// Everything before this place was written and synced, also into a fresh log that does not count yet.
+    pub(super) fn written_to(&self) -> Position {
         self.state.lock().committed
     }
 
-    /// Asks the writer's thread to end when nothing waits for it.
+    /// Everything before this place is safe; `None`: nothing is.
+    pub(super) fn committed_to(&self) -> Option<Position> {
+        self.state.lock().safe_to()
+    }
+
+    /// Whether the writer's thread was asked to end.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.state.lock().stopping
+    }
+
+    /// Asks the writer's thread to end when it has written the records that wait now.
     pub(super) fn stop(&self) {
         self.state.lock().stopping = true;
         self.wake.notify_one();
@@ -262,39 +288,84 @@ impl Queue {
         waiter: &mut Option<u64>,
         cx: &Context<'_>,
     ) -> Poll<Durability> {
-        let state = &mut *self.state.lock();
-        if state.mode != Mode::Durable {
-            return Poll::Ready(Durability::Degraded);
+        if let Some(durability) = self.state.lock().judge(position) {
+            return Poll::Ready(durability);
         }
-        if position < state.committed {
-            return Poll::Ready(Durability::Durable);
+        // A waker runs code of its own when it is cloned and dropped: not under the lock.
+        let waker = cx.waker().clone();
+        let mut state = self.state.lock();
+        if let Some(durability) = state.judge(position) {
+            drop(state);
+            return Poll::Ready(durability);
         }
         let number = *waiter.get_or_insert_with(|| {
             state.next_waiter += 1;
             state.next_waiter
         });
-        let waker = cx.waker().clone();
-        state.waiting.insert((position, number), waker);
+        let before = state.waiting.insert((position, number), waker);
+        drop(state);
+        drop(before);
         Poll::Pending
     }
 
     pub(super) fn stop_waiting(&self, position: Position, waiter: u64) {
-        self.state.lock().waiting.remove(&(position, waiter));
+        let waker = self.state.lock().waiting.remove(&(position, waiter));
+        drop(waker);
+    }
+}
+
+/// The size of a body that is given in parts.
+///
+/// # Errors
+/// [`Refused::TooLarge`] if a log does not take it.
+pub(super) fn body_len(body: &[&[u8]]) -> Result<usize, Refused> {
+    let len = body.iter().map(|part| part.len()).sum::<usize>();
+    match len > BODY_BYTES_MAX {
+        true => Err(Refused::TooLarge(len)),
+        false => Ok(len),
+    }
+}
+
+fn extend(bytes: &mut Vec<u8>, body: &[&[u8]]) {
+    for part in body {
+        bytes.extend_from_slice(part);
     }
 }
 
 impl State {
-    /// Makes a place at `next` for a record, in the last commit. Returns whether the record opens that
-    /// commit.
-    fn place(&mut self, bytes: u32, options: &Options) -> bool {
+    /// Everything before this place is safe; `None`: nothing is.
+    fn safe_to(&self) -> Option<Position> {
+        let is_safe = match self.mode {
+            Mode::Durable => true,
+            Mode::Closed => self.ended_durable,
+            Mode::Degraded | Mode::Returning => false,
+        };
+        is_safe.then_some(self.committed)
+    }
+
+    /// Whether the record at `position` is safe, if that is decided.
+    fn judge(&self, position: Position) -> Option<Durability> {
+        match self.mode {
+            _ if self.safe_to().is_some_and(|safe| position < safe) => Some(Durability::Durable),
+            Mode::Durable => None,
+            Mode::Closed => Some(Durability::Closed),
+            Mode::Degraded | Mode::Returning => Some(Durability::Degraded),
+        }
+    }
+
+    /// Makes a place at `next` for a record, in the last commit, or in a new one if the record is to be
+    /// `alone`. Returns whether the record opens its commit.
+    fn place(&mut self, bytes: u32, alone: bool, options: &Options) -> bool {
         if self.begun && self.next.offset().saturating_add(bytes) > options.segment_bytes {
             self.previous_end = Some(self.next.offset());
             self.next = Position::new(self.next.segment() + 1, HEADER_BYTES);
             self.begun = false;
         }
         let joins = self.begun
+            && !alone
             && self.commits.back().is_some_and(|last| {
-                last.records < options.commit_records_max
+                !last.is_full
+                    && last.records < options.commit_records_max
                     && last.bytes.len() + bytes as usize <= options.commit_bytes_max as usize
             });
         if joins {
@@ -308,9 +379,13 @@ impl State {
         self.commits.push_back(Commit {
             position: self.next,
             header: (!self.begun).then_some(header),
-            bytes: std::mem::take(&mut self.buffer),
+            bytes: match alone {
+                true => Vec::new(),
+                false => std::mem::take(&mut self.buffer),
+            },
             records: 0,
             room: 0,
+            is_full: alone,
         });
         self.begun = true;
         true

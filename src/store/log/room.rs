@@ -4,6 +4,11 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::format::{BODY_BYTES_MAX, RECORD_HEAD_BYTES};
+
+/// The size of the largest record.
+const LARGEST_BYTES: usize = RECORD_HEAD_BYTES as usize + BODY_BYTES_MAX;
+
 /// All room of a log.
 #[derive(Debug)]
 pub(super) struct Rooms {
@@ -20,27 +25,28 @@ impl Rooms {
         }
     }
 
-    /// More than all there is means all there is.
+    /// The permits of a reservation: more than all there is means all there is.
     fn wanted(&self, bytes: usize) -> u32 {
         u32::try_from(bytes).unwrap_or(u32::MAX).min(self.all)
+    }
+
+    fn room(&self, permit: OwnedSemaphorePermit, bytes: usize) -> Room {
+        Room {
+            permit,
+            bytes: bytes.min(LARGEST_BYTES.max(self.all as usize)),
+        }
     }
 
     pub(super) async fn reserve(&self, bytes: usize) -> Room {
         let wanted = self.wanted(bytes);
         let permit = self.free.clone().acquire_many_owned(wanted).await;
-        Room {
-            permit: permit.expect("the semaphore is never closed"),
-            is_all: wanted == self.all,
-        }
+        self.room(permit.expect("the semaphore is never closed"), bytes)
     }
 
     pub(super) fn try_reserve(&self, bytes: usize) -> Option<Room> {
         let wanted = self.wanted(bytes);
         let permit = self.free.clone().try_acquire_many_owned(wanted).ok()?;
-        Some(Room {
-            permit,
-            is_all: wanted == self.all,
-        })
+        Some(self.room(permit, bytes))
     }
 
     /// Gives back bytes that records have taken.
@@ -58,25 +64,25 @@ impl Rooms {
 #[derive(Debug)]
 pub struct Room {
     permit: OwnedSemaphorePermit,
-    /// It was all room that there is, so a record of any size fits.
-    is_all: bool,
+    /// The bytes that records may have. More than the permits if it was all room that there is.
+    bytes: usize,
 }
 
 impl Room {
     /// The bytes that were not used yet.
     pub fn bytes(&self) -> usize {
-        self.permit.num_permits()
+        self.bytes
     }
 
-    /// How many bytes a record of `needed` bytes takes; `None`: it does not fit.
+    /// How many permits a record of `needed` bytes takes; `None`: it does not fit.
     pub(super) fn share_of(&self, needed: usize) -> Option<usize> {
-        let taken = needed.min(self.bytes());
-        (taken == needed || self.is_all).then_some(taken)
+        (needed <= self.bytes).then(|| needed.min(self.permit.num_permits()))
     }
 
-    /// Leaves bytes to a record, which gives them back later.
-    pub(super) fn leave(&mut self, bytes: usize) {
-        if let Some(permit) = self.permit.split(bytes) {
+    /// Leaves permits to a record of `needed` bytes, which gives them back later.
+    pub(super) fn leave(&mut self, needed: usize, permits: usize) {
+        self.bytes -= needed.min(self.bytes);
+        if let Some(permit) = self.permit.split(permits) {
             permit.forget();
         }
     }

@@ -6,12 +6,13 @@
 )]
 
 use std::io;
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::Log;
 use super::disk::Disk;
-use super::queue::{Mode, Queue};
+use super::queue::Queue;
 use super::writer::{Owner, Sizes, Step, Writer};
 use crate::time::Millis;
 
@@ -19,7 +20,7 @@ use crate::time::Millis;
 const SLEEP_MAX: Duration = Duration::from_secs(1);
 
 /// The thread that writes a log. When it ends, by [`stop`](Self::stop) or a panic, records are no longer
-/// written, and waiting tasks go on.
+/// written, and waiting tasks go on. After a panic, the log is marked as stale.
 #[derive(Debug)]
 pub struct WriterThread {
     log: Log,
@@ -33,7 +34,7 @@ impl WriterThread {
     /// # Errors
     /// The system's, if it has no thread.
     pub fn spawn<D: Disk + 'static>(
-        mut writer: Writer<D>,
+        writer: Writer<D>,
         mut owner: impl Owner + Send + 'static,
         mut report: impl FnMut(&Step, Duration, Sizes) + Send + 'static,
     ) -> io::Result<Self>
@@ -41,12 +42,14 @@ impl WriterThread {
         D::File: 'static,
     {
         let log = writer.log();
+        let mut running = Running {
+            queue: log.0.clone(),
+            writer,
+        };
         let thread = thread::Builder::new()
             .name("log".to_owned())
             .spawn(move || {
-                let log = writer.log();
-                let queue = &log.0;
-                let _end = End(queue);
+                let Running { queue, writer } = &mut running;
                 let start = Instant::now();
                 while !queue.is_stopped() {
                     let began = start.elapsed();
@@ -67,7 +70,8 @@ impl WriterThread {
         Ok(Self { log, thread })
     }
 
-    /// Writes the records that wait, and ends the thread. It waits for the disk, so it must not be called
+    /// Writes the records that wait, and ends the thread. Records that are appended from now on are not
+    /// written, so busy producers do not delay the end. It waits for the disk, so it must not be called
     /// on a thread of the runtime.
     pub fn stop(self) {
         self.log.0.stop();
@@ -77,10 +81,13 @@ impl WriterThread {
 }
 
 /// Ends the log when the thread ends.
-struct End<'a>(&'a Queue);
+struct Running<D: Disk> {
+    queue: Arc<Queue>,
+    writer: Writer<D>,
+}
 
-impl Drop for End<'_> {
+impl<D: Disk> Drop for Running<D> {
     fn drop(&mut self) {
-        self.0.stop_writing(Mode::Closed, None);
+        self.writer.end(thread::panicking());
     }
 }

@@ -83,7 +83,7 @@ impl<'a> Piece<'a> {
     /// [`Refused::TooLarge`].
     pub fn append(&mut self, kind: u8, body: &[&[u8]]) -> Result<Option<Position>, Refused> {
         let len = body.iter().map(|part| part.len()).sum();
-        let position = self.queue.append(kind, body, Life::Living, 0)?;
+        let position = self.queue.append(kind, body, Life::Living, None)?;
         self.bytes_left = self.bytes_left.saturating_sub(Log::record_bytes(len));
         self.records_left = self.records_left.saturating_sub(1);
         Ok(position)
@@ -243,6 +243,15 @@ impl<D: Disk> Writer<D> {
         Log(self.queue.clone())
     }
 
+    /// Ends the log. After a panic, a step was cut short, and records may be missing.
+    pub(super) fn end(&self, panicked: bool) {
+        if panicked {
+            // A disk that does not even change a name leaves a log without the mark.
+            let _ = self.mark_stale();
+        }
+        self.queue.end(!panicked);
+    }
+
     /// The sizes on the disk.
     pub fn sizes(&self) -> Sizes {
         let old = match &self.phase {
@@ -269,6 +278,7 @@ impl<D: Disk> Writer<D> {
 
     fn durable(&mut self, owner: &mut dyn Owner, now: Millis) -> Step {
         if std::mem::take(&mut self.upkeep_due)
+            && !self.queue.is_stopping()
             && let Some(step) = self.upkeep(owner, now)
         {
             return step;
@@ -278,6 +288,7 @@ impl<D: Disk> Writer<D> {
                 self.upkeep_due = true;
                 self.commit(commit, now)
             }
+            None if self.queue.is_stopping() => Step::Idle { until: None },
             None => {
                 let step = self.upkeep(owner, now);
                 step.unwrap_or(Step::Idle { until: None })

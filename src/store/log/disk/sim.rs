@@ -2,6 +2,7 @@
 //! and byte, and fails as it is told.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -57,11 +58,20 @@ struct State {
     pending: Vec<Change>,
     operations: Vec<Operation>,
     faults: BTreeMap<usize, Fault>,
+    hook: Option<Hook>,
     /// All operations fail, or none that a fault does not name.
     broken: bool,
     cut: bool,
     /// The most bytes that all files together may have.
     capacity: Option<usize>,
+}
+
+struct Hook(&'static str, Box<dyn FnOnce() + Send>);
+
+impl fmt::Debug for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a call during {}", self.0)
+    }
 }
 
 type Names = BTreeMap<String, u64>;
@@ -101,6 +111,11 @@ impl SimDisk {
         let mut state = self.0.lock();
         let at = state.operations.len() + at;
         state.faults.insert(at, fault);
+    }
+
+    /// Runs `call` during the next operation of this name. It must not use the disk.
+    pub fn during(&self, operation: &'static str, call: impl FnOnce() + Send + 'static) {
+        self.0.lock().hook = Some(Hook(operation, Box::new(call)));
     }
 
     /// Makes all operations fail, or work again.
@@ -262,6 +277,7 @@ impl State {
             pending: Vec::new(),
             operations: Vec::new(),
             faults: BTreeMap::new(),
+            hook: None,
             broken: false,
             cut: false,
             capacity: None,
@@ -280,6 +296,9 @@ impl State {
     fn begin(&mut self, name: &'static str, bytes: usize) -> (usize, io::Result<()>) {
         if self.cut {
             return (0, Err(io::Error::other("the power is off")));
+        }
+        if let Some(hook) = self.hook.take_if(|hook| hook.0 == name) {
+            hook.1();
         }
         let fault = self.faults.remove(&self.operations.len());
         self.operations.push(Operation { name, bytes });

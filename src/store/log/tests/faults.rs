@@ -221,6 +221,48 @@ fn a_segment_that_an_operator_has_removed_counts_as_deleted() {
 }
 
 #[test]
+fn places_that_were_given_while_the_log_became_degraded_are_not_given_again() {
+    let disk = SimDisk::default();
+    let (mut world, _) = World::open(&disk).expect("empty");
+    world.set(1, 1);
+    world.settle();
+    world.set(1, 2);
+    // Producers go on while the log is marked as stale: until a segment is full.
+    let (log, given) = (
+        world.log.clone(),
+        Arc::new(std::sync::Mutex::new(Vec::new())),
+    );
+    let places = given.clone();
+    disk.during("rename", move || {
+        for _ in 0..10 {
+            let mut room = log.try_reserve(200).expect("there is room");
+            let place = log.append(&mut room, 1, &[&[0; 60]], Life::Passing);
+            places
+                .lock()
+                .expect("no panic")
+                .extend(place.expect("it fits"));
+        }
+    });
+    disk.fault(0, Fault::Fail);
+    assert!(matches!(world.step(), Step::Degraded(_)));
+    let last = given.lock().expect("no panic").last().copied();
+    assert!(last >= Some(Position::new(3, 0)), "{last:?}");
+    world.rest();
+    assert_eq!(world.log.mode(), Mode::Durable);
+    let mut room = world.log.try_reserve(200).expect("there is room");
+    let next = world.log.append(&mut room, 1, &[&[0; 60]], Life::Passing);
+    assert!(next.expect("it fits") > last);
+    let first = world
+        .disk
+        .list()
+        .expect("it lists")
+        .into_iter()
+        .find(|n| n.ends_with(".live"));
+    let first: u32 = first.expect("a mark")[..8].parse().expect("a number");
+    assert!(Some(Position::new(first, 0)) > last, "{first}, {last:?}");
+}
+
+#[test]
 fn attempts_on_a_broken_disk_come_every_second() {
     let disk = SimDisk::default();
     let (mut world, _) = World::open(&disk).expect("empty");

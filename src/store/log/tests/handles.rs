@@ -122,7 +122,7 @@ fn a_record_larger_than_the_bound_takes_all_room() {
     let position = position.expect("it fits").expect("the disk works");
     drop(room);
     writer.step(&mut Nobody, Millis::ZERO);
-    assert!(log.committed() > position);
+    assert!(log.committed() > Some(position));
     let tail = append(&log, 9).expect("the disk works");
     assert_eq!(
         tail,
@@ -162,22 +162,115 @@ async fn producers_wait_for_room_and_the_thread_gives_it() {
         last = position.expect("it fits").expect("the disk works");
     }
     assert_eq!(log.wait(last).await, Durability::Durable);
-    assert!(log.committed() > last);
+    assert!(log.committed() > Some(last));
     let end = append(&log, 5).expect("the disk works");
     tokio::task::spawn_blocking(|| thread.stop())
         .await
         .expect("it ends");
     assert!(
-        log.committed() > end,
+        log.committed() > Some(end),
         "records that wait are written at the end"
     );
     assert_eq!(log.mode(), Mode::Closed);
     assert_eq!(append(&log, 5), None);
-    assert_eq!(log.wait(Position::new(99, 0)).await, Durability::Degraded);
+    assert_eq!(log.wait(Position::new(9999, 0)).await, Durability::Closed);
+    assert_eq!(log.wait(end).await, Durability::Durable);
     assert!(steps.load(Ordering::Relaxed) > 0);
     let recovery = Recovery::open(disk.after_kill(), small()).expect("it opens");
     let report = recovery.replay(|_| {}).expect("it is read").report;
     assert_eq!(report.records, 301);
+}
+
+#[test]
+fn a_reservation_pays_for_its_bytes_and_for_no_more() {
+    let (log, _writer) = open(&SimDisk::default());
+    let append = |room: &mut Room, len: usize| {
+        let body = vec![1; len];
+        log.append(room, 1, &[&body], Life::Passing)
+    };
+    // More than the bound: each record fits that was counted.
+    let mut room = log.try_reserve(12_000).expect("nothing waits");
+    for _ in 0..12 {
+        assert!(append(&mut room, 989).expect("it was counted").is_some());
+    }
+    let refused = Refused::NoRoom {
+        needed: 11,
+        reserved: 0,
+    };
+    assert_eq!(append(&mut room, 0), Err(refused));
+    let (log, _writer) = open(&SimDisk::default());
+    let room = log.try_reserve(usize::MAX).expect("nothing waits");
+    assert_eq!(room.bytes(), Log::record_bytes(BODY_BYTES_MAX));
+}
+
+#[test]
+fn a_large_record_is_a_commit_of_its_own_and_is_not_copied_again() {
+    let options = Options::new(7);
+    let recovery = Recovery::open(SimDisk::default(), options).expect("it opens");
+    let (log, _writer) = recovery
+        .replay(|_| {})
+        .expect("empty")
+        .start()
+        .expect("empty");
+    for len in [10, 300_000, 10, 10] {
+        append(&log, len).expect("the disk works");
+    }
+    let commits: Vec<_> = std::iter::from_fn(|| log.0.take()).collect();
+    let records: Vec<_> = commits.iter().map(|commit| commit.records).collect();
+    assert_eq!(records, [1, 1, 2]);
+    let large = &commits[1].bytes;
+    assert_eq!(
+        large.capacity(),
+        Log::record_bytes(300_000),
+        "as it was made"
+    );
+}
+
+#[test]
+fn records_that_are_appended_after_the_stop_are_not_written() {
+    let (log, mut writer) = open(&SimDisk::default());
+    let before = append(&log, 20).expect("the disk works");
+    log.0.stop();
+    assert_eq!(
+        append(&log, 20),
+        None,
+        "else a busy producer delays the end for ever"
+    );
+    assert!(!log.0.is_stopped());
+    writer.step(&mut Nobody, Millis::ZERO);
+    assert!(log.0.is_stopped() && log.committed() > Some(before));
+}
+
+/// A waker that uses the log when it is dropped.
+struct Nosy(Log);
+
+impl Wake for Nosy {
+    fn wake(self: Arc<Self>) {}
+}
+
+impl Drop for Nosy {
+    fn drop(&mut self) {
+        self.0.mode();
+    }
+}
+
+#[test]
+fn a_waker_may_use_the_log_when_it_is_dropped() {
+    let (log, _writer) = open(&SimDisk::default());
+    let position = append(&log, 20).expect("the disk works");
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut wait = log.wait(position);
+        for _ in 0..2 {
+            let waker = Waker::from(Arc::new(Nosy(log.clone())));
+            let polled = Pin::new(&mut wait).poll(&mut Context::from_waker(&waker));
+            assert_eq!(polled, Poll::Pending);
+        }
+        drop(wait);
+        done.send(()).expect("the test waits");
+    });
+    let ended = ended.recv_timeout(std::time::Duration::from_secs(20));
+    ended.expect("the log is not locked while a waker is dropped");
 }
 
 struct Panics;
@@ -197,9 +290,27 @@ async fn waiting_tasks_go_on_when_the_thread_panics() {
     let (log, writer) = open(&disk);
     let report = |_: &Step, _, _: Sizes| {};
     let thread = WriterThread::spawn(writer, Panics, report).expect("a thread");
-    assert_eq!(log.wait(Position::new(9, 0)).await, Durability::Degraded);
+    let durability = log.wait(Position::new(9, 0)).await;
+    assert_ne!(durability, Durability::Durable);
     tokio::task::spawn_blocking(|| thread.stop())
         .await
         .expect("it ends");
     assert_eq!(log.mode(), Mode::Closed);
+}
+
+#[tokio::test]
+async fn a_panic_of_the_thread_marks_the_log_as_stale() {
+    let disk = SimDisk::default();
+    let (log, writer) = open(&disk);
+    let report = |_: &Step, _, _: Sizes| panic!("the report has a fault");
+    let thread = WriterThread::spawn(writer, Nobody, report).expect("a thread");
+    let position = append(&log, 5).expect("the disk works");
+    log.wait(position).await;
+    tokio::task::spawn_blocking(|| thread.stop())
+        .await
+        .expect("it ends");
+    assert_eq!(log.committed(), None);
+    assert_eq!(log.wait(position).await, Durability::Closed);
+    let recovery = Recovery::open(disk.after_kill(), small()).expect("it opens");
+    assert!(recovery.replay(|_| {}).expect("it is read").report.stale);
 }

@@ -229,11 +229,10 @@ impl World {
             _ => {}
         }
         let committed = self.log.committed();
-        let durable = self.log.mode() == Mode::Durable;
         let returned = matches!(step, Step::Returned);
         for change in &mut self.changes {
             change.safe |= match change.position {
-                Some(at) => durable && at < committed,
+                Some(at) => Some(at) < committed,
                 // Memory has it, so a fresh log has it.
                 None => returned,
             };

@@ -55,8 +55,6 @@ impl<D: Disk> Writer<D> {
     ) -> Step {
         // This file is never written or synced again.
         self.open = None;
-        let newest = self.segments.back().map_or(self.first, |s| s.number);
-        let unused = newest.max(self.queue.next().segment()) + 1;
         let wait = match std::mem::replace(&mut self.phase, Phase::Durable) {
             Phase::Returning(returning) => {
                 self.segments = returning.old;
@@ -67,7 +65,9 @@ impl<D: Disk> Writer<D> {
         // Before tasks go on that wait for records: after a crash, the log must be known to lack them.
         let marked = self.mark_stale().is_ok();
         self.reclaim = Reclaim::default();
-        self.queue.stop_writing(Mode::Degraded, failed);
+        // Records may have been appended until now: their places are not used again.
+        let next = self.queue.stop_writing(Mode::Degraded, failed);
+        let unused = next.segment().max(self.first) + 1;
         self.phase = Phase::Degraded(Degraded {
             marked,
             next_probe: now + wait,
@@ -173,7 +173,7 @@ impl<D: Disk> Writer<D> {
     }
 
     pub(super) fn returning(&mut self, owner: &mut dyn Owner, now: Millis) -> Step {
-        let committed = self.queue.committed_to();
+        let committed = self.queue.written_to();
         let Phase::Returning(returning) = &mut self.phase else {
             unreachable!("the caller has looked");
         };

@@ -39,7 +39,7 @@ impl<D: Disk> Writer<D> {
                 return Some(self.delete_garbage(now));
             }
             let oldest = self.segments.front().filter(|_| self.segments.len() > 1);
-            let committed = self.queue.committed_to();
+            let committed = self.queue.written_to();
             if let Some(segment) = oldest.copied()
                 && self.queue.claims.is_dead(segment.number, committed)
             {
@@ -99,7 +99,7 @@ impl<D: Disk> Writer<D> {
     }
 
     fn rewrite(&mut self, owner: &mut dyn Owner) -> Option<Step> {
-        let committed = self.queue.committed_to();
+        let committed = self.queue.written_to();
         if self.reclaim.piece_end.is_some_and(|end| end > committed) {
             return None;
         }
