@@ -17,7 +17,7 @@ const BLOCK_BYTES: usize = 1 << 20;
 const PAGE_BYTES: usize = 4096;
 
 /// A directory with the files of a log. Every operation may fail with the system's error, and none is
-/// tried again behind the caller's back.
+/// tried again behind the caller's back unless a signal has interrupted it.
 ///
 /// A written byte is safe once [`sync_data`](Self::sync_data) has succeeded; a name that was created,
 /// removed or changed is safe once [`sync_names`](Self::sync_names) has.
@@ -82,7 +82,6 @@ pub(super) fn write_all<D: Disk>(
                 offset += n as u64;
                 bytes = &bytes[n..];
             }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
     }
@@ -134,7 +133,6 @@ pub(super) fn read<D: Disk>(disk: &D, name: &str, limit: usize) -> io::Result<Co
                 break;
             }
             Ok(n) => at += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if is_damage(&error) && unit == BLOCK_BYTES => pages_until = end,
             Err(error) if is_damage(&error) => {
                 bytes[at..end].fill(0);

@@ -9,6 +9,10 @@
 
 use std::collections::BTreeSet;
 
+/// The greatest number of a file. Greater ones are not a log's: segments get numbers behind the greatest one,
+/// and those must not run out.
+const NUMBER_MAX: u32 = 4_000_000_000;
+
 /// What a file is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum File {
@@ -40,7 +44,7 @@ impl File {
             return Some(Self::Probe);
         }
         let (number, ending) = name.split_once('.')?;
-        let number = number.parse().ok()?;
+        let number = number.parse().ok().filter(|n| *n <= NUMBER_MAX)?;
         let file = match ending {
             "seg" => Self::Segment(number),
             "live" => Self::Live(number),
@@ -51,6 +55,12 @@ impl File {
         };
         (file.name() == name).then_some(file)
     }
+}
+
+/// Whether a name consists of digits and a segment's ending.
+fn is_like_segment(name: &str) -> bool {
+    let number = name.strip_suffix(".seg");
+    number.is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// The log that a directory contains.
@@ -64,6 +74,8 @@ pub(super) struct Contents {
     pub(super) segments: Vec<u32>,
     /// Segments that were set aside, in order.
     pub(super) set_aside: Vec<u32>,
+    /// Names like those of a log with a number that no log gives: such a file is not read and not removed.
+    pub(super) foreign: Vec<String>,
     /// Files that do not count, in the order in which they must be removed. The names must be on the disk
     /// before a file of another kind is removed.
     pub(super) garbage: Vec<File>,
@@ -74,7 +86,15 @@ pub(super) struct Contents {
 impl Contents {
     /// Finds the log among the names of a directory.
     pub(super) fn of<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
-        let files: BTreeSet<File> = names.into_iter().filter_map(File::of).collect();
+        let mut foreign = Vec::new();
+        let mut files = BTreeSet::new();
+        for name in names {
+            match File::of(name) {
+                Some(file) => drop(files.insert(file)),
+                None if is_like_segment(name) => foreign.push(name.to_owned()),
+                None => {}
+            }
+        }
         let number = |file: &File| match file {
             File::Segment(n) | File::Live(n) | File::Stale(n) | File::New(n) | File::Damaged(n) => {
                 Some(*n)
@@ -122,6 +142,7 @@ impl Contents {
             stale,
             segments,
             set_aside,
+            foreign,
             garbage,
             unused,
         }
@@ -148,7 +169,14 @@ mod tests {
         ] {
             assert_eq!(File::of(&file.name()), Some(file));
         }
-        for name in ["7.seg", "+0000007.seg", "00000007.seg.bak", "lock", ".seg"] {
+        for name in [
+            "7.seg",
+            "+0000007.seg",
+            "00000007.seg.bak",
+            "lock",
+            ".seg",
+            "4294967295.seg",
+        ] {
             assert_eq!(File::of(name), None, "{name}");
         }
     }
@@ -160,6 +188,14 @@ mod tests {
             ..Contents::default()
         };
         assert_eq!(contents(&["lock", "notes.txt"]), empty);
+    }
+
+    #[test]
+    fn a_segment_with_a_number_that_no_log_gives_is_named_and_not_counted() {
+        let with = contents(&["00000003.live", "00000003.seg", "4294967295.seg", "7.seg"]);
+        assert_eq!((&*with.segments, with.unused), (&[3][..], 4));
+        assert_eq!(with.foreign, ["4294967295.seg", "7.seg"]);
+        assert_eq!(with.garbage, []);
     }
 
     #[test]

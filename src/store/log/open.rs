@@ -148,6 +148,7 @@ impl<D: Disk> Recovery<D> {
     fn report(&self) -> Report {
         let mut report = Report {
             stale: self.contents.stale,
+            foreign: self.contents.foreign.clone(),
             ..Report::default()
         };
         for number in &self.contents.set_aside {

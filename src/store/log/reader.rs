@@ -42,6 +42,20 @@ pub enum Part<'a> {
     },
 }
 
+/// The end of the bytes that are not zeros.
+fn data_end(bytes: &[u8]) -> usize {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    let mut end = bytes.len();
+    for chunk in bytes.rchunks(ZEROS.len()) {
+        if *chunk != ZEROS[..chunk.len()] {
+            let last = chunk.iter().rposition(|b| *b != 0);
+            return end - chunk.len() + last.map_or(0, |at| at + 1);
+        }
+        end -= chunk.len();
+    }
+    0
+}
+
 /// Reads the parts of a segment in order.
 #[derive(Debug)]
 pub struct SegmentReader<'a> {
@@ -51,6 +65,8 @@ pub struct SegmentReader<'a> {
     at: usize,
     /// Where the records end, if the next segment tells.
     known_end: Option<usize>,
+    /// Zeros follow.
+    data_end: usize,
     records_end: u32,
     last_commit: u32,
     done: bool,
@@ -66,6 +82,7 @@ impl<'a> SegmentReader<'a> {
             salt,
             at: HEADER_BYTES as usize,
             known_end: known_end.map(|end| end as usize),
+            data_end: data_end(bytes),
             records_end: HEADER_BYTES,
             last_commit: HEADER_BYTES,
             done: false,
@@ -75,6 +92,11 @@ impl<'a> SegmentReader<'a> {
     /// The end of the last intact record that was read, in bytes from the start of the segment.
     pub fn records_end(&self) -> u32 {
         self.records_end
+    }
+
+    /// The end of the bytes that are not zeros, in bytes from the start of the segment.
+    pub fn data_end(&self) -> usize {
+        self.data_end
     }
 
     /// The start of the last commit whose first record was read: everything before it was on the disk
@@ -101,6 +123,13 @@ impl<'a> SegmentReader<'a> {
         at == self.end() || !matches!(self.parse(at), Parsed::BadHead)
     }
 
+    /// The place of the first intact record or filler from `from` on. Zeros are never one, and a file may end
+    /// with very many.
+    fn next_intact(&self, from: usize) -> Option<usize> {
+        (from..self.end().min(self.data_end))
+            .find(|at| matches!(self.parse(*at), Parsed::Record { .. } | Parsed::Filler(_)))
+    }
+
     fn damaged(&mut self, from: usize, to: usize) -> Part<'a> {
         self.at = to;
         Part::Damaged {
@@ -112,12 +141,10 @@ impl<'a> SegmentReader<'a> {
     /// The part behind the last record: damage, or nothing.
     fn tail(&mut self) -> Option<Part<'a>> {
         self.done = true;
-        let (from, end) = (self.at, self.end());
+        let from = self.at;
         match self.known_end {
             Some(known) if from < known => Some(self.damaged(from, known)),
-            None if from < end && self.bytes[from..].iter().any(|b| *b != 0) => {
-                Some(self.damaged(from, end))
-            }
+            None if from < self.data_end => Some(self.damaged(from, self.data_end)),
             _ => None,
         }
     }
@@ -164,15 +191,10 @@ impl<'a> Iterator for SegmentReader<'a> {
             }
             // A length that is damaged does not tell where the next record is. The check of the head
             // makes it cheap to try each byte.
-            Parsed::BadBody(_) | Parsed::BadHead => {
-                let next = (from + 1..self.end()).find(|at| {
-                    matches!(self.parse(*at), Parsed::Record { .. } | Parsed::Filler(_))
-                });
-                match next {
-                    Some(next) => Some(self.damaged(from, next)),
-                    None => self.tail(),
-                }
-            }
+            Parsed::BadBody(_) | Parsed::BadHead => match self.next_intact(from + 1) {
+                Some(next) => Some(self.damaged(from, next)),
+                None => self.tail(),
+            },
         }
     }
 }

@@ -84,6 +84,8 @@ pub struct Report {
     /// The log was degraded when its process ended: it lacks records, so it may contradict what others
     /// were told.
     pub stale: bool,
+    /// Files with a segment's ending and a number that no log gives. They were not read.
+    pub foreign: Vec<String>,
     /// The number of segments.
     pub segments: u64,
     /// Their length, in bytes.

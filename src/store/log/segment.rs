@@ -79,7 +79,7 @@ pub(super) fn read_segment(
         content,
         context,
         last_commit: reader.last_commit(),
-        data_end: bytes.iter().rposition(|b| *b != 0).map(|at| at + 1),
+        data_end: reader.data_end(),
     };
     Outcome {
         records,
@@ -94,8 +94,8 @@ struct Judge<'a> {
     content: &'a Content,
     context: &'a Context,
     last_commit: u32,
-    /// Zeros follow. `None`: there are only zeros.
-    data_end: Option<usize>,
+    /// Zeros follow.
+    data_end: usize,
 }
 
 /// Whether damage at `place` is that of a range that the disk cannot read. An empty range is the whole
@@ -158,7 +158,7 @@ impl Judge<'_> {
         // A segment without any byte of a record has no header when the power failed, and needs none.
         let is_empty = match self.context.known_end {
             Some(end) => end <= HEADER_BYTES,
-            None => records == 0 && self.data_end.is_none() && may_be_unfinished,
+            None => records == 0 && self.data_end == 0 && may_be_unfinished,
         };
         if is_empty {
             return None;
@@ -177,7 +177,10 @@ impl Judge<'_> {
         }
         let from = offset as usize;
         // A file of zeros alone is as long as its writes made it.
-        let to = self.data_end.unwrap_or(self.content.bytes.len());
+        let to = match self.data_end {
+            0 => self.content.bytes.len(),
+            end => end,
+        };
         // A single record may be larger than a commit: its head tells.
         let rest = self.content.bytes.get(from..).unwrap_or_default();
         let position = Position::new(self.context.number, offset);

@@ -1,14 +1,17 @@
 //! A directory of the file system.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use super::Disk;
 
 /// The file whose lock says that a process uses the directory.
 const LOCK: &str = "lock";
+/// Records hold clients' messages: nobody but the process's user reads them.
+const DIRECTORY_MODE: u32 = 0o700;
+const FILE_MODE: u32 = 0o600;
 
 /// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -36,32 +39,22 @@ pub struct RealDisk {
 }
 
 impl RealDisk {
-    /// Uses a directory for reading and writing; makes it if it does not exist.
+    /// Uses a directory for reading and writing; makes it and those above it if they do not exist. Only the
+    /// process's user may read what it makes.
     ///
     /// # Errors
     /// If another process uses the directory, or it cannot be written.
     pub fn open(directory: &Path) -> Result<Self, DirectoryError> {
-        let failed = |path: &Path| failure(path.to_owned());
-        fs::create_dir_all(directory).map_err(failed(directory))?;
-        // The name of the directory must outlive a power cut, too.
-        let above = directory.parent().filter(|p| !p.as_os_str().is_empty());
-        let above = above.unwrap_or(Path::new("."));
-        sync_directory(above).map_err(failed(above))?;
+        make(directory)?;
         let path = directory.join(LOCK);
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
+            .mode(FILE_MODE)
             .open(&path)
-            .map_err(failed(&path))?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Self {
-                directory: directory.to_owned(),
-                _lock: Some(lock),
-            }),
-            Err(TryLockError::WouldBlock) => Err(DirectoryError::InUse(directory.to_owned())),
-            Err(TryLockError::Error(error)) => Err(failure(path)(error)),
-        }
+            .map_err(failure(path))?;
+        Self::locked(directory, Some(lock), File::try_lock)
     }
 
     /// Uses a directory for reading only. Several readers may use it at once.
@@ -76,13 +69,52 @@ impl RealDisk {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(failure(path)(error)),
         };
-        match lock.as_ref().map(File::try_lock_shared).transpose() {
-            Ok(_) => Ok(Self {
+        Self::locked(directory, lock, File::try_lock_shared)
+    }
+
+    fn locked(
+        directory: &Path,
+        lock: Option<File>,
+        try_lock: fn(&File) -> Result<(), TryLockError>,
+    ) -> Result<Self, DirectoryError> {
+        let locked = uninterrupted(|| match lock.as_ref().map(try_lock) {
+            None | Some(Ok(())) => Ok(true),
+            Some(Err(TryLockError::WouldBlock)) => Ok(false),
+            Some(Err(TryLockError::Error(error))) => Err(error),
+        });
+        match locked.map_err(failure(directory.join(LOCK)))? {
+            true => Ok(Self {
                 directory: directory.to_owned(),
                 _lock: lock,
             }),
-            Err(TryLockError::WouldBlock) => Err(DirectoryError::InUse(directory.to_owned())),
-            Err(TryLockError::Error(error)) => Err(failure(path)(error)),
+            false => Err(DirectoryError::InUse(directory.to_owned())),
+        }
+    }
+}
+
+/// Makes a directory and those above it that do not exist, and puts their names on the disk: they must
+/// outlive a power cut, too.
+fn make(directory: &Path) -> Result<(), DirectoryError> {
+    let above = directory.parent().filter(|p| !p.as_os_str().is_empty());
+    let above = above.unwrap_or(Path::new("."));
+    if !above.is_dir() {
+        make(above)?;
+    }
+    let made = DirBuilder::new().mode(DIRECTORY_MODE).create(directory);
+    match made {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && directory.is_dir() => {}
+        made => made.map_err(failure(directory.to_owned()))?,
+    }
+    sync_directory(above).map_err(failure(above.to_owned()))
+}
+
+/// Calls a function of the system again while a signal interrupts it. The standard library does so itself
+/// when it opens, syncs and cuts files.
+fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
         }
     }
 }
@@ -108,7 +140,11 @@ impl Disk for RealDisk {
     }
 
     fn create(&self, name: &str) -> io::Result<File> {
-        File::create_new(self.directory.join(name))
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(FILE_MODE)
+            .open(self.directory.join(name))
     }
 
     fn open(&self, name: &str) -> io::Result<File> {
@@ -125,15 +161,15 @@ impl Disk for RealDisk {
     }
 
     fn read_at(&self, file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        file.read_at(buffer, offset)
+        uninterrupted(|| file.read_at(buffer, offset))
     }
 
     fn write_at(&self, file: &File, offset: u64, bytes: &[u8]) -> io::Result<usize> {
-        file.write_at(bytes, offset)
+        uninterrupted(|| file.write_at(bytes, offset))
     }
 
     fn sync_data(&self, file: &File) -> io::Result<()> {
-        file.sync_data()
+        uninterrupted(|| file.sync_data())
     }
 
     #[cfg(target_os = "linux")]
@@ -141,10 +177,12 @@ impl Disk for RealDisk {
         use rustix::fs::{FallocateFlags, fallocate};
         use rustix::io::Errno;
 
-        match fallocate(file, FallocateFlags::KEEP_SIZE, 0, bytes) {
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-            result => Ok(result?),
-        }
+        uninterrupted(
+            || match fallocate(file, FallocateFlags::KEEP_SIZE, 0, bytes) {
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+                result => Ok(result?),
+            },
+        )
     }
 
     #[cfg(not(target_os = "linux"))]
@@ -157,14 +195,79 @@ impl Disk for RealDisk {
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        fs::remove_file(self.directory.join(name))
+        uninterrupted(|| fs::remove_file(self.directory.join(name)))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        fs::rename(self.directory.join(from), self.directory.join(to))
+        uninterrupted(|| fs::rename(self.directory.join(from), self.directory.join(to)))
     }
 
     fn sync_names(&self) -> io::Result<()> {
         sync_directory(&self.directory)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::store::log::{Options, Recovery};
+
+    /// A directory below the system's for temporary files, removed at the end.
+    struct Temporary(PathBuf);
+
+    impl Temporary {
+        fn new(name: &str) -> Self {
+            let path = format!("tidegate-log-{name}-{}", std::process::id());
+            Self(std::env::temp_dir().join(path))
+        }
+    }
+
+    impl Drop for Temporary {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn mode(path: &Path) -> u32 {
+        let metadata = fs::metadata(path).expect("it is there");
+        metadata.permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn only_the_user_of_the_process_may_read_a_log() {
+        let above = Temporary::new("modes");
+        let directory = above.0.join("data").join("log");
+        let disk = RealDisk::open(&directory).expect("it can be made");
+        disk.create("00000001.seg").expect("it can be made");
+        for made in [&above.0, &above.0.join("data"), &directory] {
+            assert_eq!(mode(made), 0o700, "{}", made.display());
+        }
+        for file in ["lock", "00000001.seg"] {
+            assert_eq!(mode(&directory.join(file)), 0o600, "{file}");
+        }
+    }
+
+    #[test]
+    fn a_call_that_a_signal_interrupts_is_made_again() {
+        let mut results = vec![Ok(7), Err(io::ErrorKind::Interrupted)];
+        let result = uninterrupted(|| {
+            let result = results.pop().expect("two calls are enough");
+            result.map_err(io::Error::from)
+        });
+        assert_eq!(result.ok(), Some(7));
+    }
+
+    #[test]
+    fn a_file_that_is_larger_than_any_segment_is_not_read_to_its_end() {
+        let above = Temporary::new("large");
+        let disk = RealDisk::open(&above.0).expect("it can be made");
+        let file = disk.create("00000001.seg").expect("it can be made");
+        file.set_len(1 << 42)
+            .expect("the file system has sparse files");
+        let recovery = Recovery::open(disk, Options::new(7)).expect("it opens");
+        let report = recovery.replay(|_| {}).expect("it is read").report;
+        assert!(report.damaged > 0 && report.bytes == 1 << 42, "{report:?}");
     }
 }
