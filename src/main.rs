@@ -95,8 +95,9 @@ fn check_store(directory: &Path) -> Result<(), Failure> {
             cli::print(&report)?;
             Err(Failure::new(EXIT_INTERNAL, summary))
         }
-        Err(CheckError::InUse(error)) => Err(Failure::new(EXIT_TEMPORARY, error)),
-        Err(error) => Err(Failure::new(EXIT_USAGE, error)),
+        Err(error @ CheckError::InUse(_)) => Err(Failure::new(EXIT_TEMPORARY, error)),
+        Err(error @ CheckError::NoLog { .. }) => Err(Failure::new(EXIT_USAGE, error)),
+        Err(error @ CheckError::Disk { .. }) => Err(Failure::new(EXIT_INTERNAL, error)),
     }
 }
 

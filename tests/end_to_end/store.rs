@@ -8,8 +8,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::sync::Arc;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use tidegate::store::log::disk::RealDisk;
@@ -26,6 +25,8 @@ const KEYS: u64 = 64;
 const KILLED: &str = "store::a_killed_process_leaves_every_record_that_it_called_safe";
 /// Names the directory of the process that is killed.
 const DIRECTORY: &str = "TIDEGATE_TEST_STORE";
+/// The longest time without a line of the process that is killed.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// Records that one acknowledgement covers.
 const BATCH: u64 = 16;
 
@@ -150,10 +151,26 @@ fn run_and_kill(directory: &Path, after: Duration) -> Option<u64> {
         .stdout(Stdio::piped())
         .spawn()
         .expect("it starts");
-    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let (send, received) = mpsc::channel();
+    std::thread::spawn(move || {
+        let sent = lines
+            .map_while(Result::ok)
+            .try_for_each(|line| send.send(line));
+        drop(sent);
+    });
     let mut last = None;
     let mut kill_at = None;
-    while let Some(Ok(line)) = lines.next() {
+    loop {
+        let line = match received.recv_timeout(SILENCE_MAX) {
+            Ok(line) => line,
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                panic!("the process printed nothing for {SILENCE_MAX:?}");
+            }
+        };
         let Some(n) = line.strip_prefix("safe ") else {
             continue;
         };
@@ -218,8 +235,19 @@ fn a_killed_process_leaves_every_record_that_it_called_safe() {
 #[test]
 fn store_check_names_damage_and_tells_by_its_exit_code() {
     let data = TempDir::new("check").expect("a directory");
-    let none = check(&data.path().join("nowhere"));
-    assert_eq!(none.status.code(), Some(64), "{none:?}");
+    for (directory, reason) in [
+        ("nowhere", "there is no such directory"),
+        ("empty", "no file"),
+    ] {
+        let data = data.path().join(directory);
+        if directory == "empty" {
+            fs::create_dir_all(data.join(log::DIRECTORY)).expect("it can be made");
+        }
+        let none = check(&data);
+        assert_eq!(none.status.code(), Some(64), "{none:?}");
+        let message = String::from_utf8_lossy(&none.stderr).into_owned();
+        assert!(message.contains(reason), "{message}");
+    }
     let directory = data.path().join(log::DIRECTORY);
     run_and_kill(&directory, Duration::from_millis(50));
     let sound = check(data.path());

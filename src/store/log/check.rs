@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use super::disk::{DirectoryError, RealDisk};
+use super::disk::{DirectoryError, Disk, RealDisk};
 use super::format::VERSION;
 use super::open::{OpenError, Recovery};
 use super::report::{DamageKind, Report};
@@ -16,16 +17,21 @@ pub enum CheckError {
     /// A process uses the log.
     #[error(transparent)]
     InUse(DirectoryError),
-    /// The directory cannot be read.
-    #[error(transparent)]
-    Directory(DirectoryError),
-    /// The log cannot be read.
-    #[error("{}: {error}", directory.display())]
-    Open {
+    /// Another directory, user or program is needed.
+    #[error("{}: {reason}", directory.display())]
+    NoLog {
         /// The log's directory.
         directory: PathBuf,
-        /// Why.
-        error: OpenError,
+        /// Why this one does not do.
+        reason: String,
+    },
+    /// The disk fails.
+    #[error("{}: {reason}", directory.display())]
+    Disk {
+        /// The log's directory.
+        directory: PathBuf,
+        /// The operation and the system's error.
+        reason: String,
     },
     /// Records are lost.
     #[error("{summary}")]
@@ -37,32 +43,74 @@ pub enum CheckError {
     },
 }
 
+impl CheckError {
+    /// An error of the system, which `reason` contains.
+    fn of(directory: &Path, kind: io::ErrorKind, reason: String) -> Self {
+        let directory = directory.to_owned();
+        match kind {
+            io::ErrorKind::NotFound => {
+                let reason = "there is no such directory, so no node has stored anything here";
+                Self::NoLog {
+                    directory,
+                    reason: reason.to_owned(),
+                }
+            }
+            io::ErrorKind::PermissionDenied | io::ErrorKind::NotADirectory => {
+                Self::NoLog { directory, reason }
+            }
+            _ => Self::Disk { directory, reason },
+        }
+    }
+
+    fn of_open(directory: &Path, error: &OpenError) -> Self {
+        let reason = error.to_string();
+        match error {
+            OpenError::Disk(failure) => Self::of(directory, failure.error.kind(), reason),
+            OpenError::Version { .. } => Self::NoLog {
+                directory: directory.to_owned(),
+                reason,
+            },
+        }
+    }
+}
+
 /// Reads the log in `directory` and reports its segments, its records of each kind, and every place that
 /// cannot be read.
 ///
 /// # Errors
 /// [`CheckError`] if the log cannot be read or is damaged.
 pub fn check(directory: &Path) -> Result<String, CheckError> {
-    let disk = RealDisk::open_to_read(directory).map_err(|error| match error {
+    let disk = RealDisk::open_to_read(directory).map_err(|error| match &error {
         DirectoryError::InUse(_) => CheckError::InUse(error),
-        DirectoryError::Io { .. } => CheckError::Directory(error),
+        DirectoryError::Io { path, error } => {
+            CheckError::of(path, error.kind(), format!("cannot open: {error}"))
+        }
     })?;
-    let failed = |error| CheckError::Open {
-        directory: directory.to_owned(),
-        error,
-    };
+    check_log(disk, directory)
+}
+
+fn check_log<D: Disk>(disk: D, directory: &Path) -> Result<String, CheckError> {
+    let failed = |error| CheckError::of_open(directory, &error);
     let mut kinds = Kinds::default();
     let recovery = Recovery::open(disk, Options::new(0)).map_err(failed)?;
+    if !recovery.has_log() {
+        return Err(CheckError::NoLog {
+            directory: directory.to_owned(),
+            reason: "there is no file of a log".to_owned(),
+        });
+    }
     let replayed = recovery.replay(|record| kinds.count(&record));
     let report = replayed.map_err(failed)?.report;
     let text = describe(&report, &kinds);
-    match report.damaged {
-        0 => Ok(text),
-        damaged => Err(CheckError::Damaged {
-            report: text,
-            summary: format!("{}: {damaged} places are damaged", directory.display()),
-        }),
-    }
+    let places = match report.damaged {
+        0 => return Ok(text),
+        1 => "1 place is damaged".to_owned(),
+        damaged => format!("{damaged} places are damaged"),
+    };
+    Err(CheckError::Damaged {
+        report: text,
+        summary: format!("{}: {places}", directory.display()),
+    })
 }
 
 /// The number of records of each kind, and their bytes.
@@ -90,8 +138,13 @@ fn describe(report: &Report, kinds: &Kinds) -> String {
     let named = report.damages.iter().filter(|d| counted(d.kind)).count() as u64;
     if report.damaged > named {
         line(format_args!(
-            "{} more damaged places",
+            "further damaged places: {}",
             report.damaged - named
+        ));
+    }
+    for name in &report.foreign {
+        line(format_args!(
+            "{name} was not read: no log gives this number"
         ));
     }
     if report.stale {
@@ -110,4 +163,35 @@ fn describe(report: &Report, kinds: &Kinds) -> String {
     }
     line(format_args!("damaged places: {}", report.damaged));
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::disk::sim::SimDisk;
+    use super::*;
+
+    #[test]
+    fn a_failing_disk_is_told_from_a_directory_without_a_log() {
+        let of = |kind| CheckError::of(Path::new("data/log"), kind, "cannot list".to_owned());
+        for kind in [
+            io::ErrorKind::PermissionDenied,
+            io::ErrorKind::NotFound,
+            io::ErrorKind::NotADirectory,
+        ] {
+            assert!(matches!(of(kind), CheckError::NoLog { .. }), "{kind}");
+        }
+        let error = of(io::ErrorKind::Other);
+        assert!(matches!(error, CheckError::Disk { .. }));
+        assert_eq!(error.to_string(), "data/log: cannot list");
+    }
+
+    #[test]
+    fn a_single_damaged_place_is_counted_as_one() {
+        let disk = SimDisk::default();
+        for name in ["00000002.live", "00000001.damaged"] {
+            disk.create(name).expect("it works");
+        }
+        let error = check_log(disk, Path::new("log")).expect_err("it is damaged");
+        assert_eq!(error.to_string(), "log: 1 place is damaged");
+    }
 }

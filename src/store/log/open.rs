@@ -92,6 +92,11 @@ impl<D: Disk> Recovery<D> {
         })
     }
 
+    /// Whether the directory contains a file of a log.
+    pub(super) fn has_log(&self) -> bool {
+        self.contents.first.is_some()
+    }
+
     /// The claims of the log's records: the owner claims the records that it keeps while they are
     /// replayed.
     pub fn claims(&self) -> &Arc<Claims> {
