@@ -66,7 +66,8 @@ pub const DIRECTORY: &str = "log";
 /// The sizes of a log.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// A segment ends before it would be larger, in bytes, unless it has a single record. At most 1 GiB.
+    /// A segment ends before it would be larger, in bytes, unless it has a single record. A log takes at most
+    /// 1 GiB.
     pub segment_bytes: u32,
     /// The most records in one commit.
     pub commit_records_max: u32,

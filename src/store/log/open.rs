@@ -21,6 +21,10 @@ use super::{Log, Options};
 /// The length of a segment whose only record is the largest one, in bytes.
 const LARGEST_BYTES: usize = HEADER_BYTES as usize + RECORD_HEAD_BYTES as usize + BODY_BYTES_MAX;
 
+/// The most bytes of a segment with several records: with the largest record behind it, offsets still have 32
+/// bits.
+const SEGMENT_BYTES_MAX: u32 = 1 << 30;
+
 /// Why a log cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -63,6 +67,7 @@ impl<D: Disk> Recovery<D> {
     /// # Errors
     /// [`OpenError`] if the directory cannot be read or the log is of another version.
     pub fn open(disk: D, mut options: Options) -> Result<Self, OpenError> {
+        options.segment_bytes = options.segment_bytes.min(SEGMENT_BYTES_MAX);
         let names = tried("list", ".", disk.list())?;
         let contents = Contents::of(names.iter().map(String::as_str));
         let mut headers = Vec::new();

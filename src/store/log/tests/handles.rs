@@ -204,6 +204,21 @@ fn a_reservation_pays_for_its_bytes_and_for_no_more() {
 }
 
 #[test]
+fn segments_are_at_most_a_gibibyte() {
+    let options = Options {
+        segment_bytes: u32::MAX,
+        ..small()
+    };
+    let recovery = Recovery::open(SimDisk::default(), options).expect("it opens");
+    let (log, _writer) = recovery
+        .replay(|_| {})
+        .expect("empty")
+        .start()
+        .expect("empty");
+    assert_eq!(log.0.options.segment_bytes, 1 << 30);
+}
+
+#[test]
 fn a_large_record_is_a_commit_of_its_own_and_is_not_copied_again() {
     let options = Options::new(7);
     let recovery = Recovery::open(SimDisk::default(), options).expect("it opens");
