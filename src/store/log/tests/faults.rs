@@ -190,7 +190,7 @@ fn a_directory_that_must_not_be_written_is_an_error_at_the_start() {
     ] {
         let disk = SimDisk::default();
         disk.fault(0, Fault::Error(kind));
-        let error = World::open(&disk).err().expect("it is refused");
+        let error = World::open(&disk).expect_err("it is refused");
         assert!(
             error
                 .to_string()
@@ -230,22 +230,19 @@ fn places_that_were_given_while_the_log_became_degraded_are_not_given_again() {
     // Producers go on while the log is marked as stale: until a segment is full.
     let (log, given) = (
         world.log.clone(),
-        Arc::new(std::sync::Mutex::new(Vec::new())),
+        Arc::new(parking_lot::Mutex::new(Vec::new())),
     );
     let places = given.clone();
     disk.during("rename", move || {
         for _ in 0..10 {
             let mut room = log.try_reserve(200).expect("there is room");
             let place = log.append(&mut room, 1, &[&[0; 60]], Life::Passing);
-            places
-                .lock()
-                .expect("no panic")
-                .extend(place.expect("it fits"));
+            places.lock().extend(place.expect("it fits"));
         }
     });
     disk.fault(0, Fault::Fail);
     assert!(matches!(world.step(), Step::Degraded(_)));
-    let last = given.lock().expect("no panic").last().copied();
+    let last = given.lock().last().copied();
     assert!(last >= Some(Position::new(3, 0)), "{last:?}");
     world.rest();
     assert_eq!(world.log.mode(), Mode::Durable);
