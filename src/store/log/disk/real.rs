@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
+
 use super::Disk;
 
 /// The file whose lock says that a process uses the directory.
@@ -46,6 +48,9 @@ impl RealDisk {
     /// If another process uses the directory, or it cannot be written.
     pub fn open(directory: &Path) -> Result<Self, DirectoryError> {
         make(directory)?;
+        // Else a log that needs no change at the start would find out when it writes.
+        uninterrupted(|| Ok(access(directory, Access::WRITE_OK | Access::EXEC_OK)?))
+            .map_err(failure(directory.to_owned()))?;
         let path = directory.join(LOCK);
         let lock = OpenOptions::new()
             .create(true)
@@ -247,6 +252,19 @@ mod tests {
         for file in ["lock", "00000001.seg"] {
             assert_eq!(mode(&directory.join(file)), 0o600, "{file}");
         }
+    }
+
+    #[test]
+    fn a_directory_that_the_user_must_not_write_is_refused() {
+        let above = Temporary::new("forbidden");
+        drop(RealDisk::open(&above.0).expect("it can be made"));
+        let read_only = fs::Permissions::from_mode(0o500);
+        fs::set_permissions(&above.0, read_only).expect("it is ours");
+        let opened = RealDisk::open(&above.0);
+        fs::set_permissions(&above.0, fs::Permissions::from_mode(0o700)).expect("it is ours");
+        // Nothing is forbidden to root.
+        let is_root = rustix::process::geteuid().is_root();
+        assert_eq!(opened.is_ok(), is_root, "{opened:?}");
     }
 
     #[test]

@@ -12,16 +12,6 @@ struct Wanted {
     body: Vec<u8>,
 }
 
-struct Nobody;
-
-impl Owner for Nobody {
-    fn begin(&mut self, _pass: Pass) {}
-
-    fn write(&mut self, _piece: &mut Piece<'_>) -> Progress {
-        Progress::Done
-    }
-}
-
 /// A log of living records in several segments.
 fn log(count: u32) -> (SimDisk, Vec<Wanted>) {
     log_of(small(), count)

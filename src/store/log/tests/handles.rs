@@ -5,16 +5,6 @@ use std::task::{Wake, Waker};
 
 use super::*;
 
-struct Nobody;
-
-impl Owner for Nobody {
-    fn begin(&mut self, _pass: Pass) {}
-
-    fn write(&mut self, _piece: &mut Piece<'_>) -> Progress {
-        Progress::Done
-    }
-}
-
 fn open(disk: &SimDisk) -> (Log, Writer<SimDisk>) {
     let recovery = Recovery::open(disk.clone(), small()).expect("it opens");
     let replayed = recovery.replay(|_| {}).expect("it is read");
