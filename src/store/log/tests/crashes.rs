@@ -137,6 +137,28 @@ fn a_crash_during_the_start_after_a_crash_loses_nothing_promised_either() {
 }
 
 #[test]
+fn crashes_one_after_the_other_lose_nothing_promised() {
+    for seed in 1..if is_full() { 2000 } else { 100 } {
+        let (mut disk, mut rng) = begin(seed, |_| {});
+        let mut crashed: Option<World> = None;
+        for generation in 0..8 {
+            let name = format!("seed {seed}, generation {generation}");
+            disk.fault(rng.below(40) as usize, Fault::Cut(rng.below(300) as usize));
+            let opened = World::open(&disk);
+            let (mut world, rebuilt) = opened.unwrap_or_else(|e| panic!("{name}: {e}"));
+            if let Some(crashed) = &crashed {
+                assert_eq!(crashed.judge(&rebuilt), Ok(()), "{name}");
+            }
+            assert_eq!(world.report.damaged, 0, "{name}: {:?}", world.report);
+            world.first_number = 1000 * generation;
+            world.run(RECORDS, &mut rng);
+            disk = disk.after_power_cut(|n| rng.below(n));
+            crashed = Some(world);
+        }
+    }
+}
+
+#[test]
 fn a_crash_around_degraded_mode_leaves_one_consistent_log() {
     // The operation that fails lies in the middle of the run; the log returns a second later.
     let prepares: [Prepare; 4] = [

@@ -54,7 +54,7 @@ fn after_any_failed_operation_the_log_returns_and_has_everything() {
 fn a_disk_that_is_full_at_any_byte_is_used_again_when_it_has_room() {
     let step = if is_full() { 7 } else { 167 };
     for capacity in (0..40_000).step_by(step) {
-        let disk = SimDisk::default();
+        let disk = SimDisk::with_sectors(32);
         let (mut world, _) = World::open(&disk).expect("empty");
         disk.set_capacity(Some(capacity));
         let mut rng = Rng::new(5);
@@ -62,8 +62,10 @@ fn a_disk_that_is_full_at_any_byte_is_used_again_when_it_has_room() {
         if world.degraded > 0 {
             assert_eq!(world.log.mode() == Mode::Durable, world.returned > 0);
         }
-        let (_, rebuilt) = World::open(&disk.after_power_cut(|n| rng.below(n))).expect("opens");
+        let left = disk.after_power_cut(|n| rng.below(n));
+        let (again, rebuilt) = World::open(&left).expect("opens");
         assert_eq!(world.judge(&rebuilt), Ok(()), "capacity {capacity}");
+        assert_eq!(again.report.damaged, 0, "capacity {capacity}");
         disk.set_capacity(None);
         judge_end(&mut world, &format!("capacity {capacity}"));
     }

@@ -111,6 +111,8 @@ pub(super) struct World {
     pub(super) writer: Writer<SimDisk>,
     memory: Memory,
     changes: Vec<Change>,
+    /// The least value of a change.
+    pub(super) first_number: u32,
     pub(super) now: Millis,
     pub(super) report: Report,
     pub(super) returned: u32,
@@ -166,6 +168,7 @@ impl World {
             writer,
             memory,
             changes: inherited.collect(),
+            first_number: 0,
             now: Millis::ZERO,
             report,
             returned: 0,
@@ -260,7 +263,7 @@ impl World {
 
     /// Makes `count` changes, with steps in between, until the power fails.
     pub(super) fn run(&mut self, count: u32, rng: &mut Rng) {
-        let from = self.changes.len() as u32;
+        let from = self.first_number + self.changes.len() as u32;
         for number in from..from + count {
             if self.disk.is_cut() {
                 return;
