@@ -30,6 +30,7 @@
 mod check;
 mod claims;
 pub mod disk;
+mod failure;
 mod files;
 mod format;
 mod open;
@@ -48,6 +49,7 @@ use std::task::{Context, Poll};
 
 pub use check::{CheckError, check};
 pub use claims::{Claim, Claims};
+pub use failure::Failure;
 pub use format::{BODY_BYTES_MAX, HEADER_BYTES, Header, HeaderError, RECORD_HEAD_BYTES, VERSION};
 pub use open::{OpenError, Recovery, Replayed};
 pub use position::Position;
@@ -56,7 +58,7 @@ pub use reader::{Part, Record, SegmentReader};
 pub use report::{Damage, DamageKind, Report};
 pub use room::Room;
 pub use thread::WriterThread;
-pub use writer::{Failure, Owner, Pass, Piece, Progress, Sizes, Step, Writer};
+pub use writer::{Owner, Pass, Piece, Progress, Sizes, Step, Writer};
 
 use queue::Queue;
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::claims::Claims;
 use super::disk::{Content, Disk, read};
+use super::failure::{Failure, tried};
 use super::files::{Contents, File};
 use super::format::{
     BODY_BYTES_MAX, HEADER_BYTES, Header, HeaderError, RECORD_HEAD_BYTES, VERSION,
@@ -15,7 +16,7 @@ use super::queue::{Mode, Queue, Start};
 use super::reader::Record;
 use super::report::{Damage, DamageKind, Report};
 use super::segment::{Context, Mend, Segment, read_segment};
-use super::writer::{Begin, Failure, Writer, clean, tried};
+use super::writer::{Begin, Writer, clean};
 use super::{Log, Options};
 
 /// The length of a segment whose only record is the largest one, in bytes.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::disk::{Content, Disk, write_all};
+use super::failure::{Failure, tried};
 use super::files::File;
 use super::format::{
     HEADER_BYTES, HEADER_COPIES_AT, Header, RECORD_HEAD_BYTES, filler, record_bytes,
@@ -10,7 +11,6 @@ use super::format::{
 use super::position::Position;
 use super::reader::{Part, Record, SegmentReader};
 use super::report::{Damage, DamageKind};
-use super::writer::{Failure, tried};
 
 /// A segment of the log.
 #[derive(Clone, Copy, Debug)]

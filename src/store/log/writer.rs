@@ -5,12 +5,11 @@ mod fresh;
 mod reclaim;
 
 use std::collections::VecDeque;
-use std::fmt;
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::disk::{Disk, remove, write_all};
+use super::failure::{Failure, tried};
 use super::files::{Contents, File};
 use super::format::HEADER_BYTES;
 use super::position::Position;
@@ -88,36 +87,6 @@ impl<'a> Piece<'a> {
         self.records_left = self.records_left.saturating_sub(1);
         Ok(position)
     }
-}
-
-/// An operation on a file that failed.
-#[derive(Debug)]
-pub struct Failure {
-    /// The operation.
-    pub operation: &'static str,
-    /// The file's name, or `.` for the directory.
-    pub file: String,
-    /// The system's error.
-    pub error: io::Error,
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}: {}", self.operation, self.file, self.error)
-    }
-}
-
-/// Names an operation in its error.
-pub(super) fn tried<T>(
-    operation: &'static str,
-    file: &str,
-    result: io::Result<T>,
-) -> Result<T, Failure> {
-    result.map_err(|error| Failure {
-        operation,
-        file: file.to_owned(),
-        error,
-    })
 }
 
 /// The outcome of a step.

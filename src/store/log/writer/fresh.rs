@@ -4,13 +4,12 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::super::disk::{Disk, remove, write_all};
+use super::super::failure::{Failure, tried};
 use super::super::files::File;
 use super::super::queue::{Commit, Mode};
 use super::super::segment::Segment;
 use super::reclaim::Reclaim;
-use super::{
-    Failure, Owner, PROBE, Pass, Phase, Piece, Progress, Returning, Step, Writer, clean, tried,
-};
+use super::{Owner, PROBE, Pass, Phase, Piece, Progress, Returning, Step, Writer, clean};
 use crate::time::Millis;
 
 /// The longest time between two attempts, when writing a fresh log fails again and again.

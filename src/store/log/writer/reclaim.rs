@@ -4,10 +4,11 @@
 use std::io;
 
 use super::super::disk::{Disk, remove};
+use super::super::failure::{Failure, tried};
 use super::super::files::File;
 use super::super::position::Position;
 use super::super::segment::Segment;
-use super::{Failure, Owner, PROBE, Pass, Piece, Progress, Step, Writer, clean, tried};
+use super::{Owner, PROBE, Pass, Piece, Progress, Step, Writer, clean};
 use crate::time::Millis;
 
 /// A smaller segment counts as this part of a full one, so that restarts do not make segments without
