@@ -1,6 +1,8 @@
 //! The byte budgets over all queues and all output: which messages are dropped, and in which order,
 //! when the queues exceed theirs.
 
+mod backlogs;
+mod closing;
 #[cfg(test)]
 mod tests;
 
@@ -12,6 +14,8 @@ use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
 use crate::router::sessions::accounts::Rank;
+use crate::router::sessions::budget::backlogs::{Candidate, Candidates};
+use crate::router::sessions::budget::closing::Closing;
 use crate::router::sessions::principals::{Level, Moved};
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::{Sessions, losses};
@@ -27,14 +31,16 @@ const PRESSED_OUTPUT_BYTES: usize = 2048;
 /// All queues are searched for expired messages and QoS 0 once in this time at most.
 const PURGE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The sessions of the heaviest principal are searched for large ones once in this time at most.
+/// The sessions of the heaviest principal are searched for large ones once in this time at most, and the
+/// shards for backlogs, unless no backlog is left.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
 
 /// After all sessions were visited and the budget is not met, they are not visited again for this
 /// long, unless the queues grow.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Sessions that are evicted before a shard's lock is given back.
+/// Sessions that are evicted before a shard's lock is given back, and backlogs that are trimmed before the
+/// queues are looked at again.
 const EVICTIONS_MAX: usize = 16;
 
 /// A backlog with as many bytes for each sleeper is trimmed before the queues of sessions are.
@@ -62,6 +68,8 @@ pub(super) struct Evicting {
     searched_at: Option<Millis>,
     /// When all sessions were visited and the budget was not met, and the bytes in use before.
     in_vain: Option<(Millis, u64)>,
+    backlogs: Candidates,
+    closing: Closing,
 }
 
 impl Sessions {
@@ -70,6 +78,11 @@ impl Sessions {
     pub(crate) fn tick_budgets(&self, now: Millis) {
         losses::warn(now);
         self.rank();
+        if self.queue_used() <= self.budgets.queue_bytes / 2
+            && let Some(mut evicting) = self.evicting.try_lock()
+        {
+            evicting.backlogs = Candidates::default();
+        }
         let (used, budget) = (self.output_account.used(), self.budgets.output_bytes);
         let current = self.limits.output_buffer.load(Ordering::Relaxed);
         let limit = if used > budget - budget / 16 && current == self.output_buffer {
@@ -87,10 +100,9 @@ impl Sessions {
         self.limits.output_buffer.load(Ordering::Relaxed) != self.output_buffer
     }
 
-    /// Brings the queues under their budget: expired messages and QoS 0 first, then backlogs with many
-    /// bytes for each sleeper, the queues of detached sessions, the other backlogs, and the queues of
-    /// connected clients; queues of the principals that use most first, and among equals of the least
-    /// recently connected. It locks one shard at a time. One
+    /// Brings the queues under their budget: expired messages and QoS 0 first, then backlogs and the queues
+    /// of detached sessions, and the queues of connected clients; queues of the principals that use most
+    /// first, and among equals of the least recently connected. It locks one shard at a time. One
     /// caller evicts; the others go on.
     pub(crate) fn enforce_budget(&self, now: Millis) {
         let queues = self.budgets.queue_bytes;
@@ -101,6 +113,12 @@ impl Sessions {
         let Some(mut evicting) = self.evicting.try_lock() else {
             return;
         };
+        let evicting = &mut *evicting;
+        evicting.closing.look(self, now);
+        let used = self.queue_used();
+        if used <= limit + evicting.closing.bytes() {
+            return;
+        }
         // A little below, so that not every message evicts.
         let target = limit - queues / 32;
         if (evicting.purged_at).is_none_or(|at| now >= at + PURGE_INTERVAL) {
@@ -109,84 +127,94 @@ impl Sessions {
         }
         if (evicting.searched_at).is_none_or(|at| now >= at + SEARCH_INTERVAL) {
             evicting.searched_at = Some(now);
-            self.evict_large(now, target);
+            self.evict_large(&mut evicting.closing, now, target);
         }
-        self.trim_backlogs(LARGE_BACKLOG_BYTES, target);
-        // No more principals than that can be heavy.
-        let mut heavy_left = HEAVY_DIVISOR;
-        while self.queue_used() > target {
-            self.rank();
-            let next = self.next_detached();
-            let heavy = next.and_then(|next| self.heavier(next.level));
-            match (heavy, next) {
-                (Some(heavy), _) if heavy_left > 0 => {
-                    heavy_left -= 1;
-                    let freed = self.evict_principal(&heavy, now, target);
-                    if freed > 0 && self.queue_used() <= target + freed {
-                        // The tasks of its connections give the rest back.
-                        return;
-                    }
-                }
-                (_, Some(next)) => self.evict_detached(next, now, target),
-                (_, None) => break,
-            }
+        let in_vain = |(at, before)| now < at + RETRY_INTERVAL && used < before + queues / 32;
+        let in_vain = evicting.in_vain.is_some_and(in_vain);
+        if !in_vain && self.is_over(target, &evicting.closing) {
+            evicting.backlogs.search(self, now);
         }
-        self.trim_backlogs(0, target);
-        let used = self.queue_used();
-        let walked = evicting
-            .in_vain
-            .is_some_and(|(at, before)| now < at + RETRY_INTERVAL && used < before + queues / 32);
-        if used > target && !walked {
+        self.evict_absent(evicting, now, target);
+        if !in_vain && self.is_over(target, &evicting.closing) {
             evicting.in_vain = None;
-            self.evict_connected(now, target);
-            if self.queue_used() > target {
+            self.evict_connected(&mut evicting.closing, now, target);
+            if self.is_over(target, &evicting.closing) {
                 evicting.in_vain = Some((now, used));
             }
         }
     }
 
+    /// Whether the queues use more than `target` bytes, without the bytes that the tasks of closed
+    /// connections will give back.
+    fn is_over(&self, target: u64, closing: &Closing) -> bool {
+        self.queue_used() > target + closing.bytes()
+    }
+
+    /// Drops messages for clients that are away, in backlogs and in queues, and those of heavy principals
+    /// before.
+    fn evict_absent(&self, evicting: &mut Evicting, now: Millis, target: u64) {
+        // No more principals than that can be heavy.
+        let mut heavy_left = HEAVY_DIVISOR;
+        while self.is_over(target, &evicting.closing) {
+            self.rank();
+            let queue = self.next_detached();
+            let backlog = evicting.backlogs.first(self);
+            let levels = (queue.map(|q| q.level)).max(backlog.map(|b| b.level()));
+            let Some(level) = levels else {
+                return;
+            };
+            if heavy_left > 0
+                && let Some(heavy) = self.heavier(level)
+            {
+                heavy_left -= 1;
+                self.evict_principal(&heavy, &mut evicting.closing, now, target);
+                continue;
+            }
+            match (backlog, queue) {
+                (Some(backlog), queue) if backlog.goes_before(queue) => {
+                    self.trim_backlogs(backlog, queue, evicting, target);
+                }
+                (_, Some(queue)) => {
+                    self.evict_detached(queue, now, target + evicting.closing.bytes());
+                }
+                (_, None) => return,
+            }
+        }
+    }
+
     /// Drops messages of all principals' sessions, those of the principal that uses most first.
-    fn evict_connected(&self, now: Millis, target: u64) {
+    fn evict_connected(&self, closing: &mut Closing, now: Millis, target: u64) {
         let mut principal = None;
-        while self.queue_used() > target {
+        while self.is_over(target, closing) {
             principal = self.principals.heaviest(principal);
             match &principal {
-                Some(principal) => {
-                    let freed = self.evict_principal(principal, now, target);
-                    if freed > 0 && self.queue_used() <= target + freed {
-                        break;
-                    }
-                }
+                Some(principal) => self.evict_principal(principal, closing, now, target),
                 None => break,
             }
         }
     }
 
-    /// Drops messages of the backlogs that have at least `least` bytes for each sleeper: of those with the
-    /// most bytes first, the older half each time.
-    fn trim_backlogs(&self, least: usize, target: u64) {
-        while self.queue_used() > target {
-            let mut found = Vec::new();
-            for number in self.shards() {
-                let large = self.shard(number).large_backlogs(least);
-                found.extend(
-                    large
-                        .into_iter()
-                        .map(|(each, filter)| (each, number, filter)),
-                );
-            }
-            if found.is_empty() {
+    /// Drops messages of backlogs, the older half each time, while they go before this queue.
+    fn trim_backlogs(
+        &self,
+        mut backlog: Candidate,
+        queue: Option<NextDetached>,
+        evicting: &mut Evicting,
+        target: u64,
+    ) {
+        for _ in 0..EVICTIONS_MAX {
+            let mut shard = self.shard(backlog.shard);
+            shard.trim_backlog(backlog.filter);
+            self.charge(&mut shard);
+            drop(shard);
+            if !self.is_over(target, &evicting.closing) {
                 return;
             }
-            found.sort_unstable_by(|a, b| b.cmp(a));
-            for (_, number, filter) in found {
-                if self.queue_used() <= target {
-                    return;
-                }
-                let mut shard = self.shard(number);
-                shard.trim_backlog(filter);
-                self.charge(&mut shard);
-            }
+            let next = evicting.backlogs.first(self);
+            let Some(next) = next.filter(|next| next.goes_before(queue)) else {
+                return;
+            };
+            backlog = next;
         }
     }
 
@@ -303,12 +331,13 @@ impl Sessions {
 
     /// Drops the messages that wait in large sessions of the principal that uses most: one client does
     /// not push out the others that have the same principal, as all anonymous clients do.
-    fn evict_large(&self, now: Millis, target: u64) {
+    fn evict_large(&self, closing: &mut Closing, now: Millis, target: u64) {
         let large = self.budgets.queue_bytes / HEAVY_DIVISOR;
         let heaviest = self.principals.heaviest(None);
         if let Some(first) = heaviest.filter(|first| first.level >= Level::of(large)) {
             let sessions = self.sessions_of(&first, large);
-            self.drop_messages(&sessions, &[Drop::Qos0, Drop::Queue], now, target);
+            let steps = [Drop::Qos0, Drop::Queue];
+            self.drop_messages(&sessions, &steps, closing, now, target);
         }
     }
 
@@ -332,28 +361,27 @@ impl Sessions {
     }
 
     /// Drops the messages of a principal's sessions, the largest first. A client whose unacknowledged
-    /// messages or whose output hold the memory loses its connection too. Returns the bytes that the ends
-    /// of these connections give back.
-    fn evict_principal(&self, principal: &Moved, now: Millis, target: u64) -> u64 {
+    /// messages or whose output hold the memory loses its connection too.
+    fn evict_principal(&self, principal: &Moved, closing: &mut Closing, now: Millis, target: u64) {
         let sessions = self.sessions_of(principal, 1);
         let steps = [Drop::Qos0, Drop::Queue, Drop::All];
-        self.drop_messages(&sessions, &steps, now, target)
+        self.drop_messages(&sessions, &steps, closing, now, target);
     }
 
-    /// Drops messages of sessions, in steps that drop more and more. Returns the bytes that the ends of
-    /// connections give back.
+    /// Drops messages of sessions, in steps that drop more and more. Connections that are closed are added
+    /// to `closing`.
     fn drop_messages(
         &self,
         sessions: &[(u64, SessionRef)],
         steps: &[Drop],
+        closing: &mut Closing,
         now: Millis,
         target: u64,
-    ) -> u64 {
-        let mut freed = 0;
+    ) {
         for &what in steps {
             for (_, reference) in sessions {
-                if self.queue_used() <= target + freed {
-                    return freed;
+                if !self.is_over(target, closing) {
+                    return;
                 }
                 let mut shard = self.shard(reference.shard);
                 let Some(s) = shard.get(*reference) else {
@@ -364,7 +392,8 @@ impl Sessions {
                     && s.holds_messages()
                 {
                     handle.close(CloseReason::QueueBudget);
-                    freed += s.shared_output() as u64;
+                    let bytes = s.shared_output() as u64;
+                    closing.note(*reference, s.session.connection_no(), bytes, now);
                 }
                 let outbound = s.session.outbound_mut();
                 let (expired, dropped) = match what {
@@ -380,7 +409,18 @@ impl Sessions {
                 self.charge(&mut shard);
             }
         }
-        freed
+    }
+}
+
+impl Candidate {
+    /// The level of a principal that uses as much as the backlog has for each sleeper.
+    fn level(&self) -> Level {
+        Level::of(self.each as u64)
+    }
+
+    /// Whether the backlog is trimmed before this queue is evicted, the first one of all.
+    fn goes_before(&self, queue: Option<NextDetached>) -> bool {
+        queue.is_none() || self.each >= LARGE_BACKLOG_BYTES
     }
 }
 

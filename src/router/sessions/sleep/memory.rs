@@ -41,17 +41,18 @@ impl Shard {
         }
     }
 
-    /// The backlogs that have at least `least` bytes for each sleeper: these bytes, and the filter.
-    pub(in crate::router::sessions) fn large_backlogs(
-        &self,
-        least: usize,
-    ) -> Vec<(usize, FilterId)> {
-        let large = |filter: &FilterId| {
-            let backlog = self.members.get(filter)?.backlog.as_ref()?;
-            let each = backlog.bytes() / backlog.sleepers().len().max(1);
-            (backlog.bytes() > 0 && each >= least).then_some((each, *filter))
-        };
-        self.backlogs.filters.iter().filter_map(large).collect()
+    /// The filters of the backlogs with messages, and the bytes for each sleeper.
+    pub(in crate::router::sessions) fn weigh_backlogs(&self) -> Vec<(FilterId, usize)> {
+        let filters = self.backlogs.filters.iter();
+        let weighed = filters.filter_map(|filter| Some((*filter, self.weigh_backlog(*filter)?)));
+        weighed.collect()
+    }
+
+    /// The bytes of a backlog for each sleeper. `None`: it has no messages.
+    pub(in crate::router::sessions) fn weigh_backlog(&self, filter: FilterId) -> Option<usize> {
+        let backlog = self.members.get(&filter)?.backlog.as_ref()?;
+        let bytes = backlog.bytes();
+        (bytes > 0).then(|| bytes.div_ceil(backlog.sleepers().len().max(1)))
     }
 
     /// Drops the older half of a backlog's messages.

@@ -13,6 +13,7 @@ use crate::session::{Incarnation, SubscribeRequest};
 use crate::sim::testing::packet_of;
 use crate::time::Millis;
 
+mod budget;
 mod limits;
 mod parts;
 
