@@ -226,16 +226,10 @@ impl Outbound {
     }
 
     /// Takes messages that were kept elsewhere while the client was away, in the order of their
-    /// arrival. Where the queue becomes too long, live messages go as `queue_full` says.
+    /// arrival. Where the queue becomes too long, the oldest live messages go.
     pub fn take_kept(&mut self, limits: &SessionLimits, now: Millis, kept: Vec<Kept>) {
         let entries = kept.into_iter().map(Entry::from).collect();
         self.queue.merge(entries, now);
-        if limits.queue_full != QueueFull::Oldest {
-            let (messages, bytes) = self.queue.drop_newest(limits);
-            self.shed.pushed_out += messages;
-            self.shed.pushed_out_bytes += bytes;
-            return;
-        }
         while let Some(reason) = self.queue.exceeded(limits) {
             if self.queue.pop_live().is_none() {
                 break;

@@ -162,34 +162,6 @@ impl Queue {
         }
     }
 
-    /// Drops the live messages of a client that is away that found the queue full when they arrived. Returns
-    /// how many exceeded the limit of messages, and how many that of bytes.
-    pub(super) fn drop_newest(&mut self, limits: &SessionLimits) -> (u32, u32) {
-        let (messages_max, bytes_max) = (
-            self.live_max(limits),
-            limits.queue_bytes_max + self.kept_bytes,
-        );
-        let (mut messages, mut bytes) = (0, 0);
-        let mut dropped = (0, 0);
-        self.retain(|entry| {
-            if entry.state == State::Fetched {
-                return true;
-            }
-            if messages >= messages_max {
-                dropped.0 += 1;
-                return false;
-            }
-            if bytes + entry.size() > bytes_max {
-                dropped.1 += 1;
-                return false;
-            }
-            messages += 1;
-            bytes += entry.size();
-            true
-        });
-        dropped
-    }
-
     /// Live messages that may wait for a client that is away: the limit, and the messages that waited when it
     /// left.
     pub(super) fn live_max(&self, limits: &SessionLimits) -> usize {

@@ -7,7 +7,6 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use crate::budget::QueueFull;
 use crate::mqtt::{Message, QoS};
 use crate::session::{Incarnation, SessionLimits};
 use crate::time::Millis;
@@ -89,13 +88,6 @@ pub(super) struct Backlog {
     sleepers: Vec<Sleeper>,
     /// Sleepers for which messages are kept.
     keeping: u32,
-    /// With `session.queue_full = "newest"`: the last cursor.
-    latest: u64,
-    /// The messages that are kept from there on, and their bytes.
-    since_latest: (usize, usize),
-    /// With `session.queue_full = "newest"`: the number of messages at which those are looked for that no
-    /// sleeper is owed.
-    sweep_at: usize,
 }
 
 impl Backlog {
@@ -122,23 +114,8 @@ impl Backlog {
         if known || self.keeping == 0 || !quality || size > limits.queue_bytes_max {
             return;
         }
-        if limits.queue_full == QueueFull::Newest {
-            // Each sleeper is owed the first messages from its cursor on. The one with the last cursor has
-            // room for each message that another one has room for.
-            let (messages, bytes) = self.since_latest;
-            if messages >= limits.queue_messages_max || bytes + size > limits.queue_bytes_max {
-                return;
-            }
-            if number >= self.latest {
-                self.since_latest = (messages + 1, bytes + size);
-            }
-            if self.entries.len() >= self.sweep_at.max(limits.queue_messages_max) {
-                self.sweep(limits);
-            }
-        }
-        while limits.queue_full == QueueFull::Oldest
-            && (self.entries.len() >= limits.queue_messages_max
-                || self.bytes + size > limits.queue_bytes_max)
+        while self.entries.len() >= limits.queue_messages_max
+            || self.bytes + size > limits.queue_bytes_max
         {
             let Some(oldest) = self.pop() else {
                 // Not one message has room.
@@ -158,28 +135,6 @@ impl Backlog {
             origin_mark,
             at: now.low_bits(),
         });
-    }
-
-    /// Drops messages that no sleeper is owed, because each has as many as it may have.
-    fn sweep(&mut self, limits: &SessionLimits) {
-        let keeping = self.sleepers.iter().filter(|s| s.keeps);
-        let mut cursors: Vec<u64> = keeping.map(Sleeper::cursor).collect();
-        cursors.sort_unstable();
-        let mut cursors = cursors.into_iter().peekable();
-        let mut since = None;
-        let bytes = &mut self.bytes;
-        self.entries.retain(|e| {
-            while cursors.next_if(|cursor| *cursor <= e.number).is_some() {
-                since = Some(0);
-            }
-            let owed = since.is_some_and(|since| since < limits.queue_messages_max);
-            since = since.map(|since| since + 1);
-            if !owed {
-                *bytes -= e.message.size();
-            }
-            owed
-        });
-        self.sweep_at = 2 * self.entries.len();
     }
 
     fn pop(&mut self) -> Option<u64> {
@@ -214,12 +169,6 @@ impl Backlog {
     /// Members fall asleep.
     pub(super) fn add(&mut self, sleepers: &[Sleeper]) {
         self.keeping += sleepers.iter().filter(|s| s.keeps).count() as u32;
-        let last = sleepers.iter().filter(|s| s.keeps).map(Sleeper::cursor);
-        if let Some(latest) = last.max() {
-            let sizes = self.since(latest).map(|e| e.message.size());
-            let since = sizes.fold((0, 0), |(count, bytes), size| (count + 1, bytes + size));
-            (self.latest, self.since_latest) = (latest, since);
-        }
         if self.sleepers.len() + sleepers.len() > self.sleepers.capacity() {
             let more = (self.sleepers.len() / 4).max(sleepers.len());
             self.sleepers.reserve_exact(more);

@@ -93,7 +93,6 @@ impl Backlogs {
             number: pass.number,
             has_backlog: next.is_some(),
             queue_qos0: limits.queue_qos0,
-            queue_full: limits.queue_full,
             after: limits.sleep_after,
             now: came.now,
         })
@@ -117,7 +116,6 @@ pub(super) struct Sleepy {
     number: Option<u64>,
     has_backlog: bool,
     queue_qos0: bool,
-    queue_full: QueueFull,
     after: Duration,
     now: Millis,
 }
@@ -149,11 +147,6 @@ impl Pass {
         session: &Session,
         filter: FilterId,
     ) -> bool {
-        // Where the first messages are kept, all sleepers must be owed the same ones.
-        let hides = member.no_local || member.wild_below.is_some();
-        if hides && sleepy.queue_full == QueueFull::Newest {
-            return false;
-        }
         if member.overlaps || sleepy.now < session.since() + sleepy.after {
             return false;
         }

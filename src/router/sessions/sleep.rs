@@ -20,7 +20,6 @@ mod memory;
 
 use std::ops::Range;
 
-use crate::budget::QueueFull;
 use crate::mqtt::QoS;
 use crate::session::{Kept, Session, SessionLimits, Subscription};
 use crate::telemetry::{DropReason, metrics};
@@ -74,20 +73,13 @@ impl Gathered {
         }
     }
 
-    /// The messages in the order of their arrival: `max` at most, the newest or the oldest, as
-    /// `queue_full` says.
-    fn take(&mut self, max: usize, limits: &SessionLimits) -> Vec<Kept> {
+    /// The messages in the order of their arrival: the newest ones, `max` at most.
+    fn take(&mut self, max: usize) -> Vec<Kept> {
         let mut kept = std::mem::take(&mut self.kept);
         kept.sort_unstable_by_key(|kept| kept.position);
         let many = kept.len().saturating_sub(max);
         self.lost.full += many as u64;
-        match limits.queue_full {
-            QueueFull::Oldest => kept.split_off(many),
-            QueueFull::Newest | QueueFull::EndSession => {
-                kept.truncate(max);
-                kept
-            }
-        }
+        kept.split_off(many)
     }
 }
 
@@ -293,7 +285,7 @@ impl Shard {
         let Some(slot) = self.slots.get_mut(at as usize) else {
             return;
         };
-        let kept = gathered.take(slot.session.outbound().live_max(limits), limits);
+        let kept = gathered.take(slot.session.outbound().live_max(limits));
         if !kept.is_empty() {
             slot.session.outbound_mut().take_kept(limits, now, kept);
         }
@@ -370,10 +362,9 @@ impl Shard {
 
 /// Counts messages that a sleeper lost. Returns their number.
 fn count(lost: Lost, limits: &SessionLimits) -> u64 {
-    let unkept = match (limits.queue_full, limits.queue_qos0) {
-        (QueueFull::Newest, _) => DropReason::QueueFull,
-        (_, true) => DropReason::Expired,
-        (_, false) => DropReason::Qos0Offline,
+    let unkept = match limits.queue_qos0 {
+        true => DropReason::Expired,
+        false => DropReason::Qos0Offline,
     };
     let dropped = &metrics().messages_dropped;
     for (reason, count) in [

@@ -126,36 +126,3 @@ fn numbers_beyond_32_bits_are_kept() {
         assert_eq!(Sleeper::new(1, cursor, true).cursor(), cursor);
     }
 }
-
-#[test]
-fn with_the_policy_newest_each_sleeper_has_the_first_messages_from_its_cursor_on() {
-    let mut limits = limits(3, 1 << 20);
-    limits.queue_full = QueueFull::Newest;
-    let mut backlog = Backlog::default();
-    backlog.add(&[Sleeper::new(0, 0, true)]);
-    let mut one = || push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
-    for _ in 0..5 {
-        one();
-    }
-    assert_eq!(numbers(&backlog), [0, 1, 2]);
-    // Another one falls asleep, and then one for which nothing is kept.
-    for (slot, keeps) in [(1, true), (2, false)] {
-        backlog.add(&[Sleeper::new(slot, 5, keeps)]);
-    }
-    for _ in 5..20 {
-        push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
-    }
-    assert_eq!(numbers(&backlog), [0, 1, 2, 5, 6, 7]);
-    for slot in 3..100 {
-        let next = backlog.next();
-        backlog.remove(slot - 1);
-        backlog.add(&[Sleeper::new(slot, next, true)]);
-        for _ in 0..5 {
-            push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
-        }
-        let since: Vec<u64> = backlog.since(next).map(|e| e.number).collect();
-        assert_eq!(since, [next, next + 1, next + 2]);
-        assert_eq!(numbers(&backlog)[..6], [0, 1, 2, 5, 6, 7]);
-        assert!(backlog.entries.len() <= 24, "{}", backlog.entries.len());
-    }
-}

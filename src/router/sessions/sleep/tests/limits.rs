@@ -1,6 +1,7 @@
 //! The limits of queues and the budget, for members that sleep.
 
 use super::*;
+use crate::budget::QueueFull;
 
 /// QoS 0 displaces nothing.
 #[test]
@@ -66,7 +67,7 @@ fn private_filters_begin_no_backlog_and_large_backlogs_are_trimmed_first() {
     assert_eq!(gaps(&router, &ids[0]), info.1);
 }
 
-/// The other policies of a full queue hold as without sleep. With `newest` the members sleep.
+/// With the other policies of a full queue no member sleeps.
 #[test]
 fn other_policies_of_a_full_queue_are_exact() {
     for policy in [QueueFull::Newest, QueueFull::EndSession] {
@@ -76,6 +77,7 @@ fn other_policies_of_a_full_queue_are_exact() {
         });
         let audience = Audience::new(router, 3);
         audience.bring(0..8, LATER);
+        assert_eq!(audience.asleep(), 0);
         for id in &audience.ids {
             let session = audience.router.session(&id.as_str().into());
             match policy {
