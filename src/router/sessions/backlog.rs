@@ -193,7 +193,7 @@ impl Backlog {
     }
 
     /// The messages from a number on.
-    pub(super) fn since(&self, from: u64) -> impl Iterator<Item = &Entry> {
+    pub(super) fn since(&self, from: u64) -> impl DoubleEndedIterator<Item = &Entry> {
         self.entries.range(self.place(from)..)
     }
 

@@ -33,14 +33,27 @@ use crate::router::sessions::shard::Shard;
 use crate::router::sessions::slot::Slot;
 use crate::router::sessions::{Sessions, shed};
 
-/// The messages that backlogs have for one session.
-#[derive(Debug, Default)]
+/// The messages that backlogs have for one session: the newest ones.
+#[derive(Debug)]
 struct Gathered {
     kept: Vec<Kept>,
+    /// The messages that find room in the session's queue.
+    max: usize,
+    /// As many messages are known from this position on.
+    from: u64,
     lost: Lost,
 }
 
 impl Gathered {
+    fn new(max: usize) -> Self {
+        Self {
+            kept: Vec::new(),
+            max: max.max(1),
+            from: 0,
+            lost: Lost::default(),
+        }
+    }
+
     /// Adds a sleeper's messages in one backlog.
     fn add(
         &mut self,
@@ -53,8 +66,10 @@ impl Gathered {
         self.lost.full += lost.full;
         self.lost.budget += lost.budget;
         self.lost.unkept += lost.unkept;
-        for entry in backlog.since(sleeper.cursor()) {
+        // The newest first, so that few are taken in vain.
+        for entry in backlog.since(sleeper.cursor()).rev() {
             match owed(entry, session, subscription, limits) {
+                Owed::Kept(_) if entry.position < self.from => self.lost.full += 1,
                 Owed::Kept(qos) => {
                     let options = subscription.options;
                     let kept = Kept {
@@ -66,6 +81,9 @@ impl Gathered {
                         position: entry.position,
                     };
                     self.kept.push(kept);
+                    if self.kept.len() >= 2 * self.max {
+                        self.cut();
+                    }
                 }
                 Owed::Unkept => self.lost.unkept += 1,
                 Owed::Nothing => {}
@@ -73,13 +91,25 @@ impl Gathered {
         }
     }
 
-    /// The messages in the order of their arrival: the newest ones, `max` at most.
-    fn take(&mut self, max: usize) -> Vec<Kept> {
+    /// Drops the oldest messages, which find no room.
+    fn cut(&mut self) {
+        let many = self.kept.len().saturating_sub(self.max);
+        if many > 0 {
+            let (_, first, _) = self
+                .kept
+                .select_nth_unstable_by_key(many, |kept| kept.position);
+            self.from = first.position;
+            self.kept.drain(..many);
+            self.lost.full += many as u64;
+        }
+    }
+
+    /// Takes the messages, in the order of their arrival.
+    fn take(&mut self) -> Vec<Kept> {
+        self.cut();
         let mut kept = std::mem::take(&mut self.kept);
         kept.sort_unstable_by_key(|kept| kept.position);
-        let many = kept.len().saturating_sub(max);
-        self.lost.full += many as u64;
-        kept.split_off(many)
+        kept
     }
 }
 
@@ -147,7 +177,7 @@ impl Shard {
             return;
         };
         if let [lone] = *backlog.sleepers() {
-            return self.wake_in(lone.slot, &[came.filter], limits);
+            return self.wake_in(lone.slot, Some(came.filter), limits);
         }
         self.accounts.position += 1;
         let position = self.accounts.position;
@@ -236,27 +266,31 @@ impl Shard {
 
     /// Wakes a session: its messages move from all backlogs into its own queue.
     pub(super) fn wake(&mut self, at: u32, limits: &SessionLimits) {
-        let Some(slot) = self.slots.get(at as usize).filter(|s| s.asleep > 0) else {
-            return;
-        };
-        let plain = slot.session.subscriptions().iter().filter(|s| !s.shared);
-        let filters: Vec<FilterId> = plain.map(|s| s.filter).collect();
-        self.wake_in(at, &filters, limits);
+        self.wake_in(at, None, limits);
     }
 
-    /// Wakes a session in some filters.
-    fn wake_in(&mut self, at: u32, filters: &[FilterId], limits: &SessionLimits) {
-        let mut gathered = Gathered::default();
-        for filter in filters {
-            let Self {
-                slots,
-                members,
-                backlogs,
-                accounts,
-                ..
-            } = self;
-            let (Some(slot), Some(members)) = (slots.get_mut(at as usize), members.get_mut(filter))
-            else {
+    /// Wakes a session in one filter, or in all.
+    fn wake_in(&mut self, at: u32, filter: Option<FilterId>, limits: &SessionLimits) {
+        let Self {
+            slots,
+            members,
+            backlogs,
+            accounts,
+            ..
+        } = self;
+        let Some(slot) = slots.get_mut(at as usize).filter(|s| s.asleep > 0) else {
+            return;
+        };
+        let Slot {
+            session, asleep, ..
+        } = &mut **slot;
+        let mut gathered = Gathered::new(session.outbound().live_max(limits));
+        let plain = session.subscriptions().iter().filter(|s| !s.shared);
+        for subscription in plain.filter(|s| filter.is_none_or(|filter| filter == s.filter)) {
+            if *asleep == 0 {
+                break;
+            }
+            let Some(members) = members.get_mut(&subscription.filter) else {
                 continue;
             };
             let Some(backlog) = &mut members.backlog else {
@@ -265,29 +299,19 @@ impl Shard {
             let Some(sleeper) = backlog.remove(at) else {
                 continue;
             };
-            slot.asleep -= 1;
-            backlogs.woke(*filter, at, backlog.next());
-            let mut all = slot.session.subscriptions().iter();
-            let subscription = all.find(|s| s.filter == *filter);
-            if let Some(subscription) = subscription {
-                gathered.add(backlog, &sleeper, (&slot.session, subscription), limits);
-            }
+            *asleep -= 1;
+            backlogs.woke(subscription.filter, at, backlog.next());
+            gathered.add(backlog, &sleeper, (session, subscription), limits);
             if backlog.sleepers().is_empty() {
                 accounts.entry_bytes -= backlog.entry_bytes() as i64;
-                backlogs.filters.remove(filter);
+                backlogs.filters.remove(&subscription.filter);
                 members.backlog = None;
             }
-            if let Some(subscription) = subscription {
-                members.join(at, subscription);
-            }
+            members.join(at, subscription);
         }
-        let now = self.now;
-        let Some(slot) = self.slots.get_mut(at as usize) else {
-            return;
-        };
-        let kept = gathered.take(slot.session.outbound().live_max(limits));
+        let kept = gathered.take();
         if !kept.is_empty() {
-            slot.session.outbound_mut().take_kept(limits, now, kept);
+            session.outbound_mut().take_kept(limits, self.now, kept);
         }
         let lost = gathered.lost;
         slot.session.gaps += count(lost, limits);

@@ -142,3 +142,48 @@ fn a_message_that_is_for_no_sleeper_but_the_one_that_it_lets_sleep_is_kept() {
     assert_eq!(resume(&router, id, 2 * LATER), texts(2..4));
     assert_eq!((gaps(&router, id), gaps(&router, &ids[0])), (0, 4));
 }
+
+/// A session that sleeps in many filters does not gather all their messages before it drops most.
+#[test]
+fn a_session_with_many_filters_gathers_little_more_than_its_queue_may_have() {
+    let limits = SessionLimits {
+        queue_messages_max: 10,
+        ..testing::router().limits().clone()
+    };
+    let session = Session::new("c".into(), "p".into(), Incarnation::nth(1), Millis::ZERO);
+    let subscription = Subscription {
+        filter: FilterId(1),
+        name: "t".into(),
+        options: options(QoS::AtLeastOnce),
+        asked: QoS::AtLeastOnce,
+        identifier: None,
+        active: true,
+        overlaps: 0,
+        shared: false,
+        wild: false,
+        wild_below: None,
+    };
+    let sleeper = Sleeper::new(0, 0, true);
+    let mut gathered = Gathered::new(limits.queue_messages_max);
+    // Some filters got their messages later than others, and some at the same time.
+    for filter in 0..100_u64 {
+        let mut backlog = Backlog::default();
+        backlog.add(&[sleeper]);
+        for number in 0..10 {
+            let position = 1000 * (filter * 7 % 5) + 100 * number + filter;
+            backlog.arrived();
+            let message = message("t", "", QoS::AtLeastOnce);
+            backlog.keep(&limits, &message, None, position, Millis::ZERO);
+        }
+        gathered.add(&backlog, &sleeper, (&session, &subscription), &limits);
+        assert!(gathered.kept.len() < 20 && gathered.kept.capacity() < 100);
+    }
+    let positions: Vec<u64> = gathered.take().iter().map(|kept| kept.position).collect();
+    let mut newest: Vec<u64> = (0..100)
+        .filter(|filter| filter * 7 % 5 == 4)
+        .map(|filter| 4900 + filter)
+        .collect();
+    newest.sort_unstable();
+    assert_eq!(positions, newest[newest.len() - 10..]);
+    assert_eq!(gathered.lost.full, 990);
+}
