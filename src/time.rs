@@ -10,6 +10,9 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Millis(u64);
 
+/// More than the times of two calls can be apart, each of which has the time of its own thread.
+pub(crate) const CLOCKS_APART: Duration = Duration::from_secs(60);
+
 impl Millis {
     /// The time at which the clock was made.
     pub const ZERO: Self = Self(0);
@@ -29,6 +32,12 @@ impl Millis {
     /// The low 32 bits of the milliseconds, for a time that takes 4 bytes and is at most 49 days old.
     pub(crate) const fn low_bits(self) -> u32 {
         self.0 as u32
+    }
+
+    /// The milliseconds since a time with these low 32 bits. 0 if it is later, by [`CLOCKS_APART`] at most.
+    pub(crate) fn age_of(self, low_bits: u32) -> u32 {
+        let age = (self + CLOCKS_APART).low_bits().wrapping_sub(low_bits);
+        age.saturating_sub(whole_millis(CLOCKS_APART) as u32)
     }
 
     /// The span since `earlier`; none if `earlier` is later.
@@ -141,6 +150,22 @@ mod tests {
             assert!(at == Millis::ZERO || !deadline.is_due(at - Duration::from_millis(1)));
         }
         assert!(Deadline::at(Millis::new(3)) < Deadline::at(Millis::new(4)));
+    }
+
+    #[test]
+    fn a_time_that_is_a_little_later_has_no_age() {
+        for now in [5, 1 << 32, (1 << 32) + 5, (3 << 32) - 1].map(Millis::new) {
+            let age = |at: Millis| now.age_of(at.low_bits());
+            assert_eq!(age(now), 0);
+            assert_eq!(age(now + Duration::from_millis(1)), 0);
+            assert_eq!(age(now + CLOCKS_APART), 0);
+            assert_eq!(age(Millis::new(now.as_u64().wrapping_sub(1))), 1);
+            let days = 49 * 86_400_000;
+            assert_eq!(
+                age(Millis::new(now.as_u64().wrapping_sub(days))),
+                days as u32
+            );
+        }
     }
 
     #[test]

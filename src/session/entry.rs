@@ -191,7 +191,7 @@ impl Entry {
 
     /// Whether the message has waited for `session.queue_age_max`.
     pub(super) fn is_too_old(&self, limits: &SessionLimits, now: Millis) -> bool {
-        let age = Duration::from_millis(now.low_bits().wrapping_sub(self.at).into());
+        let age = Duration::from_millis(now.age_of(self.at).into());
         limits.queue_age_max.is_some_and(|max| age >= max)
     }
 

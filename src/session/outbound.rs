@@ -369,7 +369,7 @@ impl Outbound {
             return;
         };
         let entry = self.window.get(index);
-        let after = now.low_bits().wrapping_sub(entry.at);
+        let after = now.age_of(entry.at);
         self.shed.acknowledged_after = Some(after);
         if matches!(entry.stage(), Stage::Sent | Stage::Resend) {
             self.finish(index);

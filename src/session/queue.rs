@@ -1,21 +1,17 @@
 //! The messages that wait for a client behind its window, and the limits on them while it is away.
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
 use crate::mqtt::QoS;
 use crate::session::entry::{Entry, State};
 use crate::session::{DropReason, SessionLimits};
-use crate::time::Millis;
+use crate::time::{CLOCKS_APART, Millis};
 
 /// Retained messages of new subscriptions may wait beyond a session's limits, because they arrive all
 /// at once: at most this many for a client that is away.
 const FETCHED_MAX: usize = 100_000;
 /// The most bytes of such messages for a client that is away.
 const FETCHED_MAX_BYTES: usize = 16 * 1024 * 1024;
-
-/// More than the times of two calls for one session can be apart.
-const CLOCKS_APART: Duration = Duration::from_secs(60);
 
 /// The waiting entries, in the order of sending.
 #[derive(Debug, Default)]

@@ -234,7 +234,7 @@ impl Backlog {
     pub(super) fn purge(&mut self, limits: &SessionLimits, now: Millis) {
         let bytes = &mut self.bytes;
         self.entries.retain(|e| {
-            let age = now.low_bits().wrapping_sub(e.at);
+            let age = now.age_of(e.at);
             let aged = limits
                 .queue_age_max
                 .is_some_and(|max| u128::from(age) >= max.as_millis());

@@ -113,6 +113,22 @@ fn messages_that_are_too_old_or_expired_are_dropped() {
     assert_eq!(gaps(router, &audience.ids[1]), 2);
 }
 
+/// Each data link has the time of its own thread.
+#[test]
+fn a_message_from_a_link_whose_clock_is_ahead_is_not_old() {
+    let router = router_with(|limits| limits.queue_age_max = Some(Duration::from_secs(10)));
+    let audience = Audience::new(router, 3);
+    audience.bring(0..2, LATER + 1);
+    let router = &audience.router;
+    let mut shard = router.sessions.shard(7);
+    shard.purge_backlogs(router.limits(), Millis::new(LATER));
+    drop(shard);
+    for id in &audience.ids {
+        assert_eq!(resume(router, id, LATER), texts(0..2));
+        assert_eq!(gaps(router, id), 0);
+    }
+}
+
 #[test]
 fn a_message_that_is_for_no_sleeper_but_the_one_that_it_lets_sleep_is_kept() {
     let router = router();
