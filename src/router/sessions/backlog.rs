@@ -88,6 +88,11 @@ pub(super) struct Backlog {
     sleepers: Vec<Sleeper>,
     /// Sleepers for which messages are kept.
     keeping: u32,
+    /// A number up to that of the first message.
+    lowest: u64,
+    /// Sleepers for which messages are kept from there on, or from before: while there is one, it is owed the
+    /// first message.
+    at_lowest: u32,
 }
 
 impl Backlog {
@@ -168,7 +173,10 @@ impl Backlog {
 
     /// Members fall asleep.
     pub(super) fn add(&mut self, sleepers: &[Sleeper]) {
-        self.keeping += sleepers.iter().filter(|s| s.keeps).count() as u32;
+        let keeping = sleepers.iter().filter(|s| s.keeps);
+        let lowest = keeping.clone().filter(|s| s.cursor() <= self.lowest);
+        self.at_lowest += lowest.count() as u32;
+        self.keeping += keeping.count() as u32;
         if self.sleepers.len() + sleepers.len() > self.sleepers.capacity() {
             let more = (self.sleepers.len() / 4).max(sleepers.len());
             self.sleepers.reserve_exact(more);
@@ -176,14 +184,36 @@ impl Backlog {
         self.sleepers.extend_from_slice(sleepers);
         // Two runs in order, which a stable sort merges.
         self.sleepers.sort_by_key(|s| s.slot);
+        self.drop_unowned();
     }
 
-    /// A member does not sleep any longer.
+    /// A member does not sleep any longer. Once its messages are read, [`drop_unowned`](Self::drop_unowned) is to
+    /// be called.
     pub(super) fn remove(&mut self, slot: u32) -> Option<Sleeper> {
         let at = self.sleepers.binary_search_by_key(&slot, |s| s.slot).ok()?;
         let sleeper = self.sleepers.remove(at);
         self.keeping -= u32::from(sleeper.keeps);
+        self.at_lowest -= u32::from(sleeper.keeps && sleeper.cursor() <= self.lowest);
         Some(sleeper)
+    }
+
+    /// Drops the messages from before the cursors of all sleepers. It looks at the sleepers only where none is
+    /// left that is owed the first message, so that a ring of messages costs a walk for each of them at
+    /// most, however many sleepers leave.
+    pub(super) fn drop_unowned(&mut self) {
+        let nothing = self.keeping == 0 && self.entries.is_empty();
+        if self.at_lowest > 0 || nothing {
+            return;
+        }
+        let keeping = self.sleepers.iter().filter(|s| s.keeps);
+        let first = keeping.map(Sleeper::cursor).min().unwrap_or(self.next);
+        while self.entries.front().is_some_and(|e| e.number < first) {
+            self.pop();
+        }
+        self.lowest = self.entries.front().map_or(self.next, |e| e.number);
+        let keeping = self.sleepers.iter().filter(|s| s.keeps);
+        let lowest = keeping.filter(|s| s.cursor() <= self.lowest);
+        self.at_lowest = lowest.count() as u32;
     }
 
     /// The member in a slot, if it sleeps.

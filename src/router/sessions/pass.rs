@@ -74,6 +74,22 @@ impl Backlogs {
         }
     }
 
+    /// A member does not sleep in a filter any longer: drops the messages that were for nobody else, and the
+    /// backlog after its last sleeper. Returns the bytes of entries that are given back.
+    pub(super) fn left(&mut self, filter: FilterId, members: &mut Members) -> i64 {
+        let Some(backlog) = &mut members.backlog else {
+            return 0;
+        };
+        let before = backlog.entry_bytes();
+        backlog.drop_unowned();
+        let after = backlog.entry_bytes();
+        if backlog.sleepers().is_empty() {
+            self.filters.remove(&filter);
+            members.backlog = None;
+        }
+        before as i64 - after as i64
+    }
+
     /// The conditions under which members fall asleep in the next part of a pass. `None`: nobody does.
     pub(super) fn sleepy(
         &self,

@@ -302,11 +302,7 @@ impl Shard {
             *asleep -= 1;
             backlogs.woke(subscription.filter, at, backlog.next());
             gathered.add(backlog, &sleeper, (session, subscription), limits);
-            if backlog.sleepers().is_empty() {
-                accounts.entry_bytes -= backlog.entry_bytes() as i64;
-                backlogs.filters.remove(&subscription.filter);
-                members.backlog = None;
-            }
+            accounts.entry_bytes -= backlogs.left(subscription.filter, members);
             members.join(at, subscription);
         }
         let kept = gathered.take();
@@ -347,11 +343,7 @@ impl Shard {
             true => backlog.count_since(sleeper.cursor()),
             false => 0,
         };
-        if backlog.sleepers().is_empty() {
-            accounts.entry_bytes -= backlog.entry_bytes() as i64;
-            backlogs.filters.remove(&filter);
-            members.backlog = None;
-        }
+        accounts.entry_bytes -= backlogs.left(filter, members);
         messages
     }
 

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::mqtt::{MessageSpec, Properties};
 use crate::router::testing;
@@ -124,5 +126,60 @@ fn a_backlog_that_is_trimmed_names_the_budget() {
 fn numbers_beyond_32_bits_are_kept() {
     for cursor in [0, u64::from(u32::MAX), 1 << 32, (1 << 48) - 1] {
         assert_eq!(Sleeper::new(1, cursor, true).cursor(), cursor);
+    }
+}
+
+#[test]
+fn messages_that_are_for_no_sleeper_any_longer_are_dropped() {
+    let (mut backlog, limits) = (Backlog::default(), limits(4, 1 << 20));
+    backlog.add(&[Sleeper::new(0, 0, true), Sleeper::new(1, 0, true)]);
+    for slot in 2..4 {
+        push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
+        let next = backlog.next();
+        backlog.add(&[Sleeper::new(slot, next, true)]);
+    }
+    push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
+    let mut left = |slot| {
+        backlog.remove(slot);
+        backlog.drop_unowned();
+        numbers(&backlog)
+    };
+    assert_eq!(left(0), [0, 1, 2]);
+    assert_eq!(left(3), [0, 1, 2]);
+    assert_eq!(left(1), [1, 2]);
+    assert!(left(2).is_empty());
+    assert_eq!((backlog.bytes, backlog.entry_bytes()), (0, 0));
+}
+
+proptest! {
+    #[test]
+    fn the_first_message_is_for_a_sleeper(
+        steps in prop::collection::vec((0..4u8, 0..10u32, any::<bool>()), 0..100),
+    ) {
+        let (mut backlog, limits) = (Backlog::default(), limits(5, 1 << 20));
+        for (step, slot, keeps) in steps {
+            match step {
+                0 if backlog.sleeper(slot).is_none() => {
+                    let next = backlog.next();
+                    backlog.add(&[Sleeper::new(slot, next, keeps)]);
+                }
+                1 => {
+                    backlog.remove(slot);
+                    backlog.drop_unowned();
+                }
+                2 if keeps => {
+                    backlog.trim();
+                }
+                _ => {
+                    push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
+                }
+            }
+            let cursors = backlog.sleepers().iter().filter(|s| s.keeps).map(Sleeper::cursor);
+            match (cursors.min(), backlog.since(0).next()) {
+                (Some(lowest), Some(first)) => prop_assert!(lowest <= first.number),
+                (None, Some(_)) => prop_assert!(false, "a message is for nobody"),
+                (_, None) => {}
+            }
+        }
     }
 }
