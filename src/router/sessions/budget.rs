@@ -36,8 +36,12 @@ const PURGE_INTERVAL: Duration = Duration::from_secs(1);
 const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
 
 /// After all sessions were visited and the budget is not met, they are not visited again for this
-/// long, unless the queues grow.
+/// long, unless the queues grow by [`GROWTH_DIVISOR`].
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The queues may grow by this part of their budget before sessions are visited again that had nothing to
+/// drop, and before a caller waits for the one that evicts.
+const GROWTH_DIVISOR: u64 = 64;
 
 /// Sessions that are evicted before a shard's lock is given back, and backlogs that are trimmed before the
 /// queues are looked at again.
@@ -66,7 +70,7 @@ pub(super) struct Evicting {
     purged_at: Option<Millis>,
     /// When the sessions of the heaviest principal were searched for large ones.
     searched_at: Option<Millis>,
-    /// When all sessions were visited and the budget was not met, and the bytes in use before.
+    /// When all sessions were visited and the budget was not met, and the bytes in use afterwards.
     in_vain: Option<(Millis, u64)>,
     backlogs: Candidates,
     closing: Closing,
@@ -103,15 +107,19 @@ impl Sessions {
     /// Brings the queues under their budget: expired messages and QoS 0 first, then backlogs and the queues
     /// of detached sessions, and the queues of connected clients; queues of the principals that use most
     /// first, and among equals of the least recently connected. It locks one shard at a time. One
-    /// caller evicts; the others go on.
+    /// caller evicts; the others go on while the excess is small, and else wait for it, so that each of them
+    /// adds one batch at most. The caller must hold no lock of a shard.
     pub(crate) fn enforce_budget(&self, now: Millis) {
         let queues = self.budgets.queue_bytes;
         let limit = queues - BATCH_BYTES.min(queues / 16);
         if self.queue_used() <= limit {
             return;
         }
-        let Some(mut evicting) = self.evicting.try_lock() else {
-            return;
+        let growth = queues / GROWTH_DIVISOR;
+        let mut evicting = match self.evicting.try_lock() {
+            Some(evicting) => evicting,
+            None if self.queue_used() > limit + growth => self.evicting.lock(),
+            None => return,
         };
         let evicting = &mut *evicting;
         evicting.closing.look(self, now);
@@ -129,7 +137,7 @@ impl Sessions {
             evicting.searched_at = Some(now);
             self.evict_large(&mut evicting.closing, now, target);
         }
-        let in_vain = |(at, before)| now < at + RETRY_INTERVAL && used < before + queues / 32;
+        let in_vain = |(at, left)| now < at + RETRY_INTERVAL && used < left + growth;
         let in_vain = evicting.in_vain.is_some_and(in_vain);
         if !in_vain && self.is_over(target, &evicting.closing) {
             evicting.backlogs.search(self, now);
@@ -139,7 +147,7 @@ impl Sessions {
             evicting.in_vain = None;
             self.evict_connected(&mut evicting.closing, now, target);
             if self.is_over(target, &evicting.closing) {
-                evicting.in_vain = Some((now, used));
+                evicting.in_vain = Some((now, self.queue_used()));
             }
         }
     }

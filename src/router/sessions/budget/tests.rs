@@ -376,3 +376,66 @@ fn large_messages_for_clients_that_do_not_read_stay_under_the_budget_of_output()
 fn small_messages_for_clients_that_do_not_read_stay_under_the_budget_of_output() {
     unread(1000, 200);
 }
+
+/// Bytes of queues that nothing gives back.
+fn occupy(router: &Router, size: usize) -> Message {
+    Message::new(&MessageSpec {
+        topic: "t",
+        properties: Properties::default(),
+        payload: &vec![b'x'; size],
+        qos: QoS::AtLeastOnce,
+        retain: false,
+        expires_at: None,
+        strip_key: None,
+        account: Some(router.queue_account().clone()),
+    })
+}
+
+#[test]
+fn the_queues_grow_little_where_all_sessions_were_visited_in_vain() {
+    let budget = 8 * MIB;
+    let router = router(RouterConfig {
+        queues: budget as u64,
+        ..testing::config()
+    });
+    let client = connect(&router, "c", "p", 1);
+    let filter = subscribe(&router, client, "t");
+    let limit = budget - BATCH_BYTES as usize;
+    let others = occupy(&router, limit - 20_000);
+    for _ in 0..20 {
+        bring(&router, filter, 50_000, 1);
+        assert!(router.queue_used() <= budget as u64);
+    }
+    drop(others);
+}
+
+#[test]
+fn a_caller_waits_for_the_one_that_evicts_where_the_excess_is_large() {
+    let budget = 8 * MIB as u64;
+    let router = router(RouterConfig {
+        queues: budget,
+        ..testing::config()
+    });
+    let client = connect(&router, "c", "p", 1);
+    let filter = subscribe(&router, client, "t");
+    disconnect(&router, client, 2);
+    for (excess, waits) in [(1, false), (budget / GROWTH_DIVISOR + 1, true)] {
+        let evicting = router.sessions.evicting.lock();
+        let queued = budget - BATCH_BYTES + excess - router.queue_used();
+        let others = occupy(&router, queued as usize);
+        let (done, is_done) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                router.sessions.enforce_budget(Millis::new(3));
+                done.send(()).expect("the test waits for it");
+            });
+            match waits {
+                true => assert!(is_done.recv_timeout(Duration::from_millis(200)).is_err()),
+                false => is_done.recv().expect("it goes on"),
+            }
+            drop(evicting);
+        });
+        drop(others);
+        bring(&router, filter, 1000, 1);
+    }
+}
