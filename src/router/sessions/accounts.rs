@@ -11,6 +11,7 @@ use crate::hashing::LookUp;
 use crate::session::{Delivered, Offer, SessionLimits};
 use crate::time::Millis;
 
+use crate::router::sessions::backlog::Held;
 use crate::router::sessions::principals::{Level, Moved, PrincipalId, Principals, Share};
 use crate::router::sessions::slot::{Charge, Slot, SlotBy};
 use crate::router::sessions::tally::Tally;
@@ -47,6 +48,8 @@ pub(in crate::router) struct Accounts {
     pub(super) entry_bytes: i64,
     /// The shard's part of the budget of all output.
     pub(super) output: Allowance,
+    /// Bytes of all backlogs of the shard: each message in full, with its entry.
+    pub(super) backlog_bytes: usize,
     /// The messages that the backlogs of the shard have got. Orders them and those in queues.
     pub(in crate::router) position: u64,
     principals: Arc<Principals>,
@@ -64,6 +67,7 @@ impl Accounts {
         Self {
             number,
             entry_bytes: 0,
+            backlog_bytes: 0,
             output,
             position: 0,
             principals,
@@ -105,6 +109,17 @@ impl Accounts {
             self.principals.report(share.id, share.end());
             self.principals.leave(share.id, self.number);
         }
+    }
+
+    /// The memory of a backlog has changed.
+    pub(super) fn backlog_changed(&mut self, before: Held, after: Held) {
+        self.entry_bytes += after.entries as i64 - before.entries as i64;
+        self.backlog_bytes = self.backlog_bytes + after.bytes() - before.bytes();
+    }
+
+    /// The principal of a session.
+    pub(super) fn principal_of(&self, slot: &Slot) -> PrincipalId {
+        self.shares[slot.share as usize].id
     }
 
     /// Charges the queue and the output of a session that was worked on.

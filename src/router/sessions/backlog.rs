@@ -71,6 +71,19 @@ pub(super) struct Lost {
     pub(super) unkept: u64,
 }
 
+/// The memory of a backlog, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Held {
+    pub(super) messages: usize,
+    pub(super) entries: usize,
+}
+
+impl Held {
+    pub(super) fn bytes(self) -> usize {
+        self.messages + self.entries
+    }
+}
+
 /// The messages of a filter, once for all members that sleep.
 #[derive(Debug, Default)]
 pub(super) struct Backlog {
@@ -250,14 +263,23 @@ impl Backlog {
         }
     }
 
-    /// Bytes of the messages, and of their entries.
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes + self.entry_bytes()
+    /// The memory of the messages and of their entries.
+    pub(super) fn held(&self) -> Held {
+        Held {
+            messages: self.bytes,
+            entries: self.entries.len() * BACKLOG_ENTRY_BYTES,
+        }
     }
 
-    /// Bytes that are charged for the entries.
-    pub(super) fn entry_bytes(&self) -> usize {
-        self.entries.len() * BACKLOG_ENTRY_BYTES
+    /// The number of sleepers for which messages are kept.
+    pub(super) fn keeping(&self) -> usize {
+        self.keeping as usize
+    }
+
+    /// Some of the sleepers for which messages are kept: `max` at most, spread over all.
+    pub(super) fn sample(&self, max: usize) -> impl Iterator<Item = &Sleeper> {
+        let keeping = self.sleepers.iter().filter(|s| s.keeps);
+        keeping.step_by(self.keeping().div_ceil(max).max(1))
     }
 
     /// Drops messages that are past their expiry or too old, and QoS 0.

@@ -14,7 +14,7 @@ use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 
 use crate::router::sessions::accounts::Rank;
-use crate::router::sessions::budget::backlogs::{Candidate, Candidates};
+use crate::router::sessions::budget::backlogs::{Candidate, Candidates, Waiting};
 use crate::router::sessions::budget::closing::Closing;
 use crate::router::sessions::principals::{Level, Moved};
 use crate::router::sessions::shard::Shard;
@@ -32,7 +32,7 @@ const PRESSED_OUTPUT_BYTES: usize = 2048;
 const PURGE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The sessions of the heaviest principal are searched for large ones once in this time at most, and the
-/// shards for backlogs, unless no backlog is left.
+/// shards for backlogs, unless the backlogs that were found are empty and others have grown.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
 
 /// After all sessions were visited and the budget is not met, they are not visited again for this
@@ -46,9 +46,6 @@ const GROWTH_DIVISOR: u64 = 64;
 /// Sessions that are evicted before a shard's lock is given back, and backlogs that are trimmed before the
 /// queues are looked at again.
 const EVICTIONS_MAX: usize = 16;
-
-/// A backlog with as many bytes for each sleeper is trimmed before the queues of sessions are.
-const LARGE_BACKLOG_BYTES: usize = 64 * 1024;
 
 /// A principal that uses this part of the budget loses the messages of its connected clients before
 /// others lose those of clients that are away, and so does one session before others of its principal.
@@ -167,23 +164,21 @@ impl Sessions {
             self.rank();
             let queue = self.next_detached();
             let backlog = evicting.backlogs.first(self);
-            let levels = (queue.map(|q| q.level)).max(backlog.map(|b| b.level()));
-            let Some(level) = levels else {
-                return;
-            };
+            let waiting = queue.map(|q| q.waiting);
             if heavy_left > 0
-                && let Some(heavy) = self.heavier(level)
+                && let Some(heavy) = self.heavier(waiting, backlog)
             {
                 heavy_left -= 1;
                 self.evict_principal(&heavy, &mut evicting.closing, now, target);
                 continue;
             }
             match (backlog, queue) {
-                (Some(backlog), queue) if backlog.goes_before(queue) => {
-                    self.trim_backlogs(backlog, queue, evicting, target);
+                (Some(backlog), _) if backlog.goes_before(waiting) => {
+                    self.trim_backlogs(backlog, waiting, evicting, target);
                 }
                 (_, Some(queue)) => {
-                    self.evict_detached(queue, now, target + evicting.closing.bytes());
+                    let target = target + evicting.closing.bytes();
+                    self.evict_detached(queue, backlog, now, target);
                 }
                 (_, None) => return,
             }
@@ -206,7 +201,7 @@ impl Sessions {
     fn trim_backlogs(
         &self,
         mut backlog: Candidate,
-        queue: Option<NextDetached>,
+        queue: Option<Waiting>,
         evicting: &mut Evicting,
         target: u64,
     ) {
@@ -265,56 +260,65 @@ impl Sessions {
         }
     }
 
-    /// A principal that is to lose the messages of its connected clients before a principal of `level`
-    /// loses those of a detached session.
-    fn heavier(&self, level: Level) -> Option<Moved> {
+    /// A principal that is to lose the messages of its connected clients before lighter ones lose those of a
+    /// detached session or of a backlog.
+    fn heavier(&self, queue: Option<Waiting>, backlog: Option<Candidate>) -> Option<Moved> {
         let heavy = Level::of(self.budgets.queue_bytes / HEAVY_DIVISOR);
         let first = self.principals.heaviest(None)?;
+        let backlog = backlog.map(|b| b.level_against(first.id));
+        let level = queue.map(|q| q.level).max(backlog)?;
         (first.level > level && first.level >= heavy).then_some(first)
     }
 
     /// The detached session with a queue that is the first to be evicted.
     fn next_detached(&self) -> Option<NextDetached> {
-        let mut best: Option<(Rank, usize)> = None;
+        let mut best: Option<(Rank, usize, Waiting)> = None;
         let mut next: Option<Rank> = None;
         for (index, shard) in self.shards.iter().enumerate() {
             let mut shard = shard.lock();
             while let Some((rank, slot)) = shard.accounts.first() {
-                let empty = shard
-                    .slots
-                    .get(slot as usize)
-                    .is_none_or(|s| s.session.outbound().entries() == 0);
-                if empty {
+                let Some(waiting) = waiting(&shard, rank, slot) else {
                     // Nothing to gain here: out of the order until it gets something again.
                     shard.unlist(slot);
                     continue;
-                }
+                };
                 match best {
-                    Some((first, _)) if first <= rank => {
+                    Some((first, ..)) if first <= rank => {
                         next = Some(next.map_or(rank, |next| next.min(rank)));
                     }
                     _ => {
-                        next = best.map(|(first, _)| first);
-                        best = Some((rank, index));
+                        next = best.map(|(first, ..)| first);
+                        best = Some((rank, index, waiting));
                     }
                 }
                 break;
             }
         }
-        best.map(|(rank, shard)| NextDetached {
-            level: rank.level(),
+        best.map(|(_, shard, waiting)| NextDetached {
+            waiting,
             shard,
             until: next,
         })
     }
 
-    fn evict_detached(&self, next: NextDetached, now: Millis, target: u64) {
+    /// Evicts detached sessions of one shard that go before this backlog.
+    fn evict_detached(
+        &self,
+        next: NextDetached,
+        backlog: Option<Candidate>,
+        now: Millis,
+        target: u64,
+    ) {
         let mut shard = self.shards[next.shard].lock();
         for _ in 0..EVICTIONS_MAX {
             let Some((rank, slot)) = shard.accounts.first() else {
                 break;
             };
             if next.until.is_some_and(|until| rank > until) {
+                break;
+            }
+            let waiting = waiting(&shard, rank, slot);
+            if waiting.is_some() && backlog.is_some_and(|b| b.goes_before(waiting)) {
                 break;
             }
             self.purge_detached(&mut shard, slot, now);
@@ -420,22 +424,21 @@ impl Sessions {
     }
 }
 
-impl Candidate {
-    /// The level of a principal that uses as much as the backlog has for each sleeper.
-    fn level(&self) -> Level {
-        Level::of(self.each as u64)
-    }
-
-    /// Whether the backlog is trimmed before this queue is evicted, the first one of all.
-    fn goes_before(&self, queue: Option<NextDetached>) -> bool {
-        queue.is_none() || self.each >= LARGE_BACKLOG_BYTES
-    }
+/// The bytes of a detached session that is in the order of eviction. `None`: it has no message.
+fn waiting(shard: &Shard, rank: Rank, slot: u32) -> Option<Waiting> {
+    let slot = shard.slots.get(slot as usize)?;
+    let any = slot.session.outbound().entries() > 0;
+    any.then(|| Waiting {
+        level: rank.level(),
+        principal: shard.accounts.principal_of(slot),
+        bytes: slot.charged_queue_bytes,
+    })
 }
 
 /// The detached session that is the first to be evicted.
 #[derive(Clone, Copy, Debug)]
 struct NextDetached {
-    level: Level,
+    waiting: Waiting,
     shard: usize,
     /// The rank of the first session in the next shard.
     until: Option<Rank>,

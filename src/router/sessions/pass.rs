@@ -12,6 +12,7 @@ use crate::session::{Session, SessionLimits, Subscription};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
+use crate::router::sessions::accounts::Accounts;
 use crate::router::sessions::backlog::Sleeper;
 use crate::router::sessions::came::{Came, Source};
 use crate::router::sessions::handover::Handovers;
@@ -75,19 +76,23 @@ impl Backlogs {
     }
 
     /// A member does not sleep in a filter any longer: drops the messages that were for nobody else, and the
-    /// backlog after its last sleeper. Returns the bytes of entries that are given back.
-    pub(super) fn left(&mut self, filter: FilterId, members: &mut Members) -> i64 {
+    /// backlog after its last sleeper.
+    pub(super) fn left(
+        &mut self,
+        filter: FilterId,
+        members: &mut Members,
+        accounts: &mut Accounts,
+    ) {
         let Some(backlog) = &mut members.backlog else {
-            return 0;
+            return;
         };
-        let before = backlog.entry_bytes();
+        let before = backlog.held();
         backlog.drop_unowned();
-        let after = backlog.entry_bytes();
+        accounts.backlog_changed(before, backlog.held());
         if backlog.sleepers().is_empty() {
             self.filters.remove(&filter);
             members.backlog = None;
         }
-        before as i64 - after as i64
     }
 
     /// The conditions under which members fall asleep in the next part of a pass. `None`: nobody does.

@@ -192,6 +192,13 @@ impl Principals {
         moved.into_iter().filter_map(&mut tell).collect()
     }
 
+    /// The bytes of a principal's queues.
+    pub(super) fn bytes(&self, id: PrincipalId) -> u64 {
+        let table = self.0.lock();
+        let steps = table.all.get(id.0 as usize).map_or(0, |p| p.steps);
+        (steps.max(0) * STEP_BYTES) as u64
+    }
+
     /// The principal that uses most, or the next one after `last`.
     pub(super) fn heaviest(&self, last: Option<Moved>) -> Option<Moved> {
         let table = self.0.lock();

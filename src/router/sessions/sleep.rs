@@ -16,7 +16,7 @@
 //!   asleep in this filter. A member that wakes meanwhile has got the message by the backlog.
 //! - Retained messages that were fetched never enter a backlog. They go into the queues of the sleepers.
 
-mod memory;
+pub(super) mod memory;
 
 use std::ops::Range;
 
@@ -186,10 +186,10 @@ impl Shard {
             .get_mut(&came.filter)
             .and_then(|m| m.backlog.as_mut());
         if let Some(backlog) = backlog {
-            let before = backlog.entry_bytes();
+            let before = backlog.held();
             pass.number = Some(backlog.arrived());
             backlog.keep(limits, came.message, origin_mark, position, came.now);
-            self.accounts.entry_bytes += backlog.entry_bytes() as i64 - before as i64;
+            self.accounts.backlog_changed(before, backlog.held());
         }
     }
 
@@ -212,14 +212,14 @@ impl Shard {
             self.backlogs.filters.insert(came.filter);
         }
         let backlog = members.backlog.get_or_insert_default();
-        let before = backlog.entry_bytes();
+        let before = backlog.held();
         pass.number.get_or_insert_with(|| backlog.arrived());
         backlog.add(&falling);
         // Perhaps it was for no sleeper when it arrived.
         self.accounts.position += 1;
         let position = self.accounts.position;
         backlog.keep(limits, came.message, origin_mark, position, came.now);
-        self.accounts.entry_bytes += backlog.entry_bytes() as i64 - before as i64;
+        self.accounts.backlog_changed(before, backlog.held());
         for sleeper in &falling {
             if let Some(slot) = self.slots.get_mut(sleeper.slot as usize) {
                 slot.asleep += 1;
@@ -302,7 +302,7 @@ impl Shard {
             *asleep -= 1;
             backlogs.woke(subscription.filter, at, backlog.next());
             gathered.add(backlog, &sleeper, (session, subscription), limits);
-            accounts.entry_bytes -= backlogs.left(subscription.filter, members);
+            backlogs.left(subscription.filter, members, accounts);
             members.join(at, subscription);
         }
         let kept = gathered.take();
@@ -343,7 +343,7 @@ impl Shard {
             true => backlog.count_since(sleeper.cursor()),
             false => 0,
         };
-        accounts.entry_bytes -= backlogs.left(filter, members);
+        backlogs.left(filter, members, accounts);
         messages
     }
 

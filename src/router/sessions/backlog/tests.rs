@@ -119,7 +119,7 @@ fn a_backlog_that_is_trimmed_names_the_budget() {
         ),
         (2, 1, 1, 0)
     );
-    assert_eq!((backlog.bytes(), backlog.bytes), (0, 0));
+    assert_eq!(backlog.held(), Held::default());
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn messages_that_are_for_no_sleeper_any_longer_are_dropped() {
     assert_eq!(left(3), [0, 1, 2]);
     assert_eq!(left(1), [1, 2]);
     assert!(left(2).is_empty());
-    assert_eq!((backlog.bytes, backlog.entry_bytes()), (0, 0));
+    assert_eq!(backlog.held(), Held::default());
 }
 
 proptest! {

@@ -439,3 +439,36 @@ fn a_caller_waits_for_the_one_that_evicts_where_the_excess_is_large() {
         bring(&router, filter, 1000, 1);
     }
 }
+
+/// The backlogs with messages, while a part of the budget is in them.
+#[test]
+fn backlogs_are_not_searched_again_at_once_for_few_messages() {
+    let router = router(RouterConfig {
+        queues: 8 * MIB as u64,
+        ..testing::config()
+    });
+    let mut filter = None;
+    // Several of them are in one shard.
+    for n in 0..100 {
+        let client = connect(&router, &format!("c{n}"), "p", 1);
+        filter = Some(subscribe(&router, client, "t"));
+        disconnect(&router, client, 2);
+    }
+    let filter = filter.expect("there is a client");
+    let sessions = &router.sessions;
+    let mut candidates = Candidates::default();
+    let mut trimmed = |size, now| {
+        bring_at(&router, filter, size, 1, now);
+        candidates.search(sessions, Millis::new(now));
+        let mut trimmed = 0;
+        while let Some(first) = candidates.first(sessions) {
+            sessions.shard(first.shard).trim_backlog(first.filter);
+            trimmed += 1;
+        }
+        trimmed
+    };
+    assert!(trimmed(10, 5000) > 0);
+    assert_eq!(trimmed(10, 5001), 0);
+    assert!(trimmed(8 * MIB / GROWTH_DIVISOR as usize, 5002) > 0);
+    assert!(trimmed(10, 5002 + 100) > 0);
+}

@@ -128,3 +128,51 @@ fn an_audience_without_bytes_is_not_searched_again_at_once() {
     assert_eq!((enforce(), enforce()), (0, 0));
     drop(others);
 }
+
+/// Two clients sleep in many filters. In each they have less than another client has in its queue, and they
+/// have subscribed to the filter of others too.
+#[test]
+fn clients_that_sleep_in_many_filters_pay_before_others() {
+    for principals in [["a", "v", "w"], ["a", "a", "a"]] {
+        let router = router_with_queues(2 * MIB);
+        let ids = names(&router, 5);
+        let filters: Vec<String> = (0..40).map(|n| format!("f/{n}")).collect();
+        let mut number = None;
+        let mut many = Vec::new();
+        for (n, id) in ids.iter().enumerate() {
+            let client = connect_as(&router, id, principals[n / 2], 0);
+            let subscribe = |name: &str| {
+                let filter = subscribe(&router, client, name, options(QoS::AtLeastOnce));
+                read(&router, client, 0, true);
+                filter
+            };
+            match n {
+                0 | 1 => many = filters.iter().map(|name| subscribe(name)).collect(),
+                4 => number = Some(subscribe("own")),
+                _ => {}
+            }
+            if n < 4 {
+                subscribe("all");
+            }
+            leave(&router, client, AWAY);
+        }
+        let own = number.expect("the last client has it");
+        let all = router.filters.table().write().intern("all").0;
+        for _ in 0..10 {
+            bring_message(&router, own, charged(&router, 10_000), None, LATER);
+        }
+        for _ in 0..4 {
+            bring_message(&router, all, charged(&router, 10_000), None, LATER);
+        }
+        for _ in 0..8 {
+            for filter in &many {
+                bring_message(&router, *filter, charged(&router, 10_000), None, LATER);
+                assert!(router.queue_used() <= 2 * MIB as u64);
+            }
+        }
+        let has = |id: &String| (queued(&router, id), gaps(&router, id));
+        assert!(has(&ids[0]).1 > 0 && has(&ids[1]).1 > 0);
+        assert_eq!(has(&ids[4]), (10, 0), "{principals:?}");
+        assert_eq!([has(&ids[2]), has(&ids[3])], [(4, 0); 2], "{principals:?}");
+    }
+}
