@@ -5,10 +5,11 @@
 //! which members fall asleep and wake.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU16;
 use std::ops::Range;
 
 use crate::mqtt::{Message, QoS};
-use crate::session::{Incarnation, SessionLimits};
+use crate::session::{Incarnation, SessionLimits, hides};
 use crate::time::Millis;
 
 /// Bytes charged for each message of a backlog beside the message itself, with a share for the memory
@@ -38,6 +39,17 @@ pub(super) struct Sleeper {
     cursor_high: u16,
     /// Some messages are kept for it. Else, at QoS 0, they are only counted.
     pub(super) keeps: bool,
+    view: View,
+}
+
+/// The topics of a filter that a member gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum View {
+    All,
+    /// Its mount hides topics from it that begin with `$` below the mount.
+    Plain,
+    /// The member does not sleep any longer.
+    Gone,
 }
 
 const _: () = assert!(size_of::<Sleeper>() == 12);
@@ -51,7 +63,18 @@ impl Sleeper {
             cursor_low: cursor as u32,
             cursor_high: (cursor >> 32) as u16,
             keeps,
+            view: View::All,
         }
+    }
+
+    /// The member, from which its mount hides topics.
+    pub(super) fn below_mount(self) -> Self {
+        let view = View::Plain;
+        Self { view, ..self }
+    }
+
+    fn is_there(&self) -> bool {
+        self.view != View::Gone
     }
 
     /// The number of the first message that is its own.
@@ -97,8 +120,16 @@ pub(super) struct Backlog {
     first: u64,
     /// Messages with lower numbers were dropped, the last of them because of the budget.
     trimmed: u64,
-    /// By slot.
+    /// By slot, with members that are gone: to take each of them out at once would make a mass of clients that
+    /// come back expensive.
     sleepers: Vec<Sleeper>,
+    /// The number of members that are gone.
+    gone: usize,
+    /// Sleepers that get all topics.
+    open: usize,
+    /// The [`wild_below`](crate::session::Subscription::wild_below) of the others, whose mounts all end at the
+    /// first wildcard of the filter.
+    wild_below: Option<NonZeroU16>,
     /// Sleepers for which messages are kept.
     keeping: u32,
     /// A number up to that of the first message.
@@ -167,29 +198,54 @@ impl Backlog {
     }
 
     /// The sleepers, by slot.
-    pub(super) fn sleepers(&self) -> &[Sleeper] {
-        &self.sleepers
+    pub(super) fn sleepers(&self) -> impl Iterator<Item = &Sleeper> {
+        self.sleepers.iter().filter(|s| s.is_there())
+    }
+
+    fn keepers(&self) -> impl Iterator<Item = &Sleeper> {
+        self.sleepers().filter(|s| s.keeps)
+    }
+
+    /// The number of sleepers.
+    pub(super) fn count(&self) -> usize {
+        self.sleepers.len() - self.gone
     }
 
     /// The sleepers in these slots.
-    pub(super) fn sleepers_in(&self, slots: Range<u32>) -> &[Sleeper] {
+    pub(super) fn sleepers_in(&self, slots: Range<u32>) -> impl Iterator<Item = &Sleeper> {
         let from = self.sleepers.partition_point(|s| s.slot < slots.start);
         let rest = &self.sleepers[from..];
-        &rest[..rest.partition_point(|s| s.slot < slots.end)]
+        let some = &rest[..rest.partition_point(|s| s.slot < slots.end)];
+        some.iter().filter(|s| s.is_there())
     }
 
     /// The slot of the sleeper behind the first `max` sleepers from slot `from` on.
     pub(super) fn behind(&self, from: u32, max: usize) -> Option<u32> {
-        let first = self.sleepers.partition_point(|s| s.slot < from);
-        self.sleepers.get(first + max).map(|s| s.slot)
+        let mut rest = self.sleepers_in(from..u32::MAX);
+        rest.nth(max).map(|s| s.slot)
     }
 
-    /// Members fall asleep.
-    pub(super) fn add(&mut self, sleepers: &[Sleeper]) {
+    /// The slot of the only sleeper.
+    pub(super) fn lone(&self) -> Option<u32> {
+        let alone = self.count() == 1;
+        let lone = alone.then(|| self.sleepers().next()).flatten();
+        lone.map(|s| s.slot)
+    }
+
+    /// Whether a message's topic is hidden from all sleepers by their mounts.
+    pub(super) fn hides(&self, message: &Message) -> bool {
+        self.open == 0 && hides(self.wild_below, message.topic())
+    }
+
+    /// Members fall asleep. `wild_below` is that of the members from which topics are hidden.
+    pub(super) fn add(&mut self, sleepers: &[Sleeper], wild_below: Option<NonZeroU16>) {
+        self.wild_below = self.wild_below.or(wild_below);
+        self.sweep();
         let keeping = sleepers.iter().filter(|s| s.keeps);
         let lowest = keeping.clone().filter(|s| s.cursor() <= self.lowest);
         self.at_lowest += lowest.count() as u32;
         self.keeping += keeping.count() as u32;
+        self.open += sleepers.iter().filter(|s| s.view == View::All).count();
         if self.sleepers.len() + sleepers.len() > self.sleepers.capacity() {
             let more = (self.sleepers.len() / 4).max(sleepers.len());
             self.sleepers.reserve_exact(more);
@@ -204,10 +260,30 @@ impl Backlog {
     /// be called.
     pub(super) fn remove(&mut self, slot: u32) -> Option<Sleeper> {
         let at = self.sleepers.binary_search_by_key(&slot, |s| s.slot).ok()?;
-        let sleeper = self.sleepers.remove(at);
+        let sleeper = self.sleepers[at];
+        if !sleeper.is_there() {
+            return None;
+        }
+        self.sleepers[at].view = View::Gone;
+        self.gone += 1;
         self.keeping -= u32::from(sleeper.keeps);
+        self.open -= usize::from(sleeper.view == View::All);
         self.at_lowest -= u32::from(sleeper.keeps && sleeper.cursor() <= self.lowest);
+        if self.gone > self.sleepers.len() / 2 {
+            self.sweep();
+        }
         Some(sleeper)
+    }
+
+    /// Takes out the members that are gone.
+    fn sweep(&mut self) {
+        if self.gone > 0 {
+            self.gone = 0;
+            self.sleepers.retain(Sleeper::is_there);
+            if self.sleepers.len() < self.sleepers.capacity() / 2 {
+                self.sleepers.shrink_to(self.sleepers.len() * 5 / 4);
+            }
+        }
     }
 
     /// Drops the messages from before the cursors of all sleepers. It looks at the sleepers only where none is
@@ -218,21 +294,20 @@ impl Backlog {
         if self.at_lowest > 0 || nothing {
             return;
         }
-        let keeping = self.sleepers.iter().filter(|s| s.keeps);
-        let first = keeping.map(Sleeper::cursor).min().unwrap_or(self.next);
+        let first = self.keepers().map(Sleeper::cursor).min();
+        let first = first.unwrap_or(self.next);
         while self.entries.front().is_some_and(|e| e.number < first) {
             self.pop();
         }
         self.lowest = self.entries.front().map_or(self.next, |e| e.number);
-        let keeping = self.sleepers.iter().filter(|s| s.keeps);
-        let lowest = keeping.filter(|s| s.cursor() <= self.lowest);
+        let lowest = self.keepers().filter(|s| s.cursor() <= self.lowest);
         self.at_lowest = lowest.count() as u32;
     }
 
     /// The member in a slot, if it sleeps.
     pub(super) fn sleeper(&self, slot: u32) -> Option<&Sleeper> {
         let at = self.sleepers.binary_search_by_key(&slot, |s| s.slot).ok()?;
-        self.sleepers.get(at)
+        self.sleepers.get(at).filter(|s| s.is_there())
     }
 
     /// The messages from a number on.
@@ -278,8 +353,7 @@ impl Backlog {
 
     /// Some of the sleepers for which messages are kept: `max` at most, spread over all.
     pub(super) fn sample(&self, max: usize) -> impl Iterator<Item = &Sleeper> {
-        let keeping = self.sleepers.iter().filter(|s| s.keeps);
-        keeping.step_by(self.keeping().div_ceil(max).max(1))
+        self.keepers().step_by(self.keeping().div_ceil(max).max(1))
     }
 
     /// Drops messages that are past their expiry or too old, and QoS 0.

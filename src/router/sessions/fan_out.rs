@@ -19,7 +19,7 @@ use crate::router::sessions::shard::Shard;
 use crate::router::sessions::tally::Tally;
 use crate::router::types::{Arrived, RetainedRequest, SessionRef};
 
-/// Deliveries after which a shard's lock is offered to others.
+/// Deliveries, and messages into backlogs and out of them, after which a shard's lock is offered to others.
 const CHUNK: usize = 512;
 
 impl Sessions {
@@ -191,7 +191,7 @@ impl Shard {
         tally: &mut Tally,
     ) -> Option<u32> {
         if from == 0 {
-            self.begin_pass(limits, came, pass);
+            tally.targets += self.begin_pass(limits, came, pass);
         }
         let room = CHUNK.saturating_sub(tally.targets).max(1);
         let visited = match came.source {
@@ -264,14 +264,14 @@ impl Shard {
             let Some(mut qos) = member.qos else {
                 continue;
             };
-            if pass.serves(backlogs, handovers, sleepy, (filter, member, slot)) {
-                continue;
-            }
             let own = source.is_own(&slot.session);
             // A topic is checked to be text each time that it is asked for.
             let hidden =
                 || member.wild_below.is_some() && hides(member.wild_below, message.topic());
             if member.no_local && own || hidden() {
+                continue;
+            }
+            if pass.serves(backlogs, handovers, sleepy, (filter, member, slot)) {
                 continue;
             }
             let mut retain = member.retain_as_published;

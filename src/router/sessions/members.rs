@@ -18,9 +18,13 @@ pub(in crate::router) struct Member {
     pub no_local: bool,
     pub retain_as_published: bool,
     pub overlaps: bool,
+    /// The broker will grant no more: the client has the QoS that it asked for.
+    pub settled: bool,
     /// See [`Subscription::wild_below`].
     pub wild_below: Option<NonZeroU16>,
 }
+
+const _: () = assert!(size_of::<Member>() == 16);
 
 impl Member {
     /// The member for a subscription of the session in `slot`.
@@ -32,6 +36,7 @@ impl Member {
             no_local: s.options.no_local,
             retain_as_published: s.options.retain_as_published,
             overlaps: s.overlaps > 0,
+            settled: s.active && s.options.qos == s.asked,
             wild_below: s.wild_below,
         }
     }

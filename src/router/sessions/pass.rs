@@ -2,13 +2,14 @@
 //! others fall asleep. [`sleep`](super::sleep) has the rules.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use smallvec::SmallVec;
 
 use crate::budget::QueueFull;
 use crate::mqtt::QoS;
-use crate::session::{Session, SessionLimits, Subscription};
+use crate::session::{Session, SessionLimits};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -89,7 +90,7 @@ impl Backlogs {
         let before = backlog.held();
         backlog.drop_unowned();
         accounts.backlog_changed(before, backlog.held());
-        if backlog.sleepers().is_empty() {
+        if backlog.count() == 0 {
             self.filters.remove(&filter);
             members.backlog = None;
         }
@@ -129,6 +130,8 @@ pub(super) struct Pass {
     pub(super) candidate: Option<Sleeper>,
     /// Members that fall asleep, by slot.
     pub(super) falling: Vec<Sleeper>,
+    /// The end of the mounts of those from which topics are hidden.
+    pub(super) wild_below: Option<NonZeroU16>,
 }
 
 /// The members that may fall asleep in one part of a pass.
@@ -157,39 +160,36 @@ impl Pass {
         let Some(sleepy) = sleepy.filter(|_| !slot.session.attached()) else {
             return false;
         };
-        !handovers.concerns(member.slot) && self.lets_sleep(sleepy, member, &slot.session, filter)
+        !handovers.concerns(member.slot) && self.lets_sleep(sleepy, member, &slot.session)
     }
 
     /// Whether a member without a client falls asleep. If so, it is noted.
-    fn lets_sleep(
-        &mut self,
-        sleepy: Sleepy,
-        member: &Member,
-        session: &Session,
-        filter: FilterId,
-    ) -> bool {
-        if member.overlaps || sleepy.now < session.since() + sleepy.after {
+    fn lets_sleep(&mut self, sleepy: Sleepy, member: &Member, session: &Session) -> bool {
+        let can = member.settled && !member.overlaps;
+        if !can || sleepy.now < session.since() + sleepy.after {
             return false;
         }
-        let mut all = session.subscriptions().iter();
-        // The broker may still grant more to a subscription that has less than its client asked for.
-        let settled = |s: &Subscription| s.active && s.options.qos == s.asked;
-        let Some(subscription) = all.find(|s| s.filter == filter).filter(|s| settled(s)) else {
-            return false;
+        let keeps = sleepy.queue_qos0 || member.qos > Some(QoS::AtMostOnce);
+        self.wild_below = self.wild_below.or(member.wild_below);
+        let sleeper = |cursor| {
+            let sleeper = Sleeper::new(member.slot, cursor, keeps);
+            match member.wild_below {
+                Some(_) => sleeper.below_mount(),
+                None => sleeper,
+            }
         };
-        let keeps = sleepy.queue_qos0 || subscription.options.qos > QoS::AtMostOnce;
         // With a backlog that begins now, the message becomes its first.
         let from = sleepy.number.unwrap_or(0);
         if !sleepy.has_backlog && self.falling.is_empty() {
             match self.candidate.take() {
                 Some(first) => self.falling.push(first),
                 None => {
-                    self.candidate = Some(Sleeper::new(member.slot, from + 1, keeps));
+                    self.candidate = Some(sleeper(from + 1));
                     return false;
                 }
             }
         }
-        self.falling.push(Sleeper::new(member.slot, from, keeps));
+        self.falling.push(sleeper(from));
         true
     }
 }

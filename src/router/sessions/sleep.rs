@@ -160,24 +160,33 @@ impl Sessions {
 }
 
 impl Shard {
-    /// A message of a filter arrives. The members that sleep have it by the backlog.
-    pub(super) fn begin_pass(&mut self, limits: &SessionLimits, came: &Came<'_>, pass: &mut Pass) {
+    /// A message of a filter arrives. The members that sleep have it by the backlog. Returns how many
+    /// messages were put into the backlog, or taken out of it.
+    pub(super) fn begin_pass(
+        &mut self,
+        limits: &SessionLimits,
+        came: &Came<'_>,
+        pass: &mut Pass,
+    ) -> usize {
         self.now = self.now.max(came.now);
         let Source::Live(origin_mark) = came.source else {
-            return;
+            return 0;
         };
         if self.backlogs.filters.is_empty() {
-            return;
+            return 0;
         }
         let backlog = self
             .members
             .get(&came.filter)
             .and_then(|m| m.backlog.as_ref());
         let Some(backlog) = backlog else {
-            return;
+            return 0;
         };
-        if let [lone] = *backlog.sleepers() {
-            return self.wake_in(lone.slot, Some(came.filter), limits);
+        if let Some(lone) = backlog.lone() {
+            return self.wake_in(lone, Some(came.filter), limits);
+        }
+        if backlog.hides(came.message) {
+            return 0;
         }
         self.accounts.position += 1;
         let position = self.accounts.position;
@@ -191,6 +200,7 @@ impl Shard {
             backlog.keep(limits, came.message, origin_mark, position, came.now);
             self.accounts.backlog_changed(before, backlog.held());
         }
+        1
     }
 
     /// The members that were noted in a part of a pass fall asleep.
@@ -214,7 +224,7 @@ impl Shard {
         let backlog = members.backlog.get_or_insert_default();
         let before = backlog.held();
         pass.number.get_or_insert_with(|| backlog.arrived());
-        backlog.add(&falling);
+        backlog.add(&falling, pass.wild_below);
         // Perhaps it was for no sleeper when it arrived.
         self.accounts.position += 1;
         let position = self.accounts.position;
@@ -246,8 +256,10 @@ impl Shard {
             let subscription = all.find(|s| s.filter == came.filter)?;
             Some(Member::of(sleeper.slot, subscription))
         };
-        let sleepers = backlog.sleepers_in(slots.clone());
-        sleepers.iter().filter_map(member).collect()
+        backlog
+            .sleepers_in(slots.clone())
+            .filter_map(member)
+            .collect()
     }
 
     /// The slot of the sleeper behind the first `max` sleepers of a filter from slot `from` on.
@@ -260,8 +272,8 @@ impl Shard {
     pub(super) fn asleep(&self, filter: FilterId) -> impl Iterator<Item = u32> {
         let members = self.members.get(&filter);
         let backlog = members.and_then(|m| m.backlog.as_ref());
-        let sleepers = backlog.map_or(&[][..], |b| b.sleepers());
-        sleepers.iter().map(|s| s.slot)
+        let sleepers = backlog.into_iter().flat_map(|b| b.sleepers());
+        sleepers.map(|s| s.slot)
     }
 
     /// Wakes a session: its messages move from all backlogs into its own queue.
@@ -269,8 +281,8 @@ impl Shard {
         self.wake_in(at, None, limits);
     }
 
-    /// Wakes a session in one filter, or in all.
-    fn wake_in(&mut self, at: u32, filter: Option<FilterId>, limits: &SessionLimits) {
+    /// Wakes a session in one filter, or in all. Returns the number of its messages.
+    fn wake_in(&mut self, at: u32, filter: Option<FilterId>, limits: &SessionLimits) -> usize {
         let Self {
             slots,
             members,
@@ -279,7 +291,7 @@ impl Shard {
             ..
         } = self;
         let Some(slot) = slots.get_mut(at as usize).filter(|s| s.asleep > 0) else {
-            return;
+            return 0;
         };
         let Slot {
             session, asleep, ..
@@ -306,16 +318,18 @@ impl Shard {
             members.join(at, subscription);
         }
         let kept = gathered.take();
+        let count = kept.len();
         if !kept.is_empty() {
             session.outbound_mut().take_kept(limits, self.now, kept);
         }
         let lost = gathered.lost;
-        slot.session.gaps += count(lost, limits);
+        slot.session.gaps += count_lost(lost, limits);
         shed(slot);
         if !slot.session.attached() && slot.session.outbound().queued() > 0 {
             self.accounts.list(slot, at);
         }
         self.settle(at);
+        count
     }
 
     /// A member that sleeps leaves its filter, with its session. Returns how many messages end with it.
@@ -377,7 +391,7 @@ impl Shard {
 }
 
 /// Counts messages that a sleeper lost. Returns their number.
-fn count(lost: Lost, limits: &SessionLimits) -> u64 {
+fn count_lost(lost: Lost, limits: &SessionLimits) -> u64 {
     let unkept = match limits.queue_qos0 {
         true => DropReason::Expired,
         false => DropReason::Qos0Offline,

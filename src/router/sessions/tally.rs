@@ -41,7 +41,7 @@ fn label(reason: DropReason) -> DropLabel {
 /// The outcome of a series of deliveries.
 #[derive(Debug, Default)]
 pub(in crate::router) struct Tally {
-    /// Deliveries since the shard's lock was last offered to others.
+    /// Deliveries, and messages into backlogs and out of them, since the shard's lock was last offered to others.
     pub targets: usize,
     /// Sessions to be ended because their queue is full: slot and slot version.
     pub ended: Vec<(u32, u32)>,

@@ -41,14 +41,14 @@ fn numbers(backlog: &Backlog) -> Vec<u64> {
 #[test]
 fn a_full_backlog_drops_the_oldest_and_knows_how_many_each_sleeper_lost() {
     let (mut backlog, limits) = (Backlog::default(), limits(3, 1 << 20));
-    backlog.add(&[Sleeper::new(4, 0, true)]);
+    backlog.add(&[Sleeper::new(4, 0, true)], None);
     for _ in 0..4 {
         push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
     }
-    backlog.add(&[Sleeper::new(2, 4, true)]);
+    backlog.add(&[Sleeper::new(2, 4, true)], None);
     push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
     assert_eq!(numbers(&backlog), [2, 3, 4]);
-    let slots: Vec<u32> = backlog.sleepers().iter().map(|s| s.slot).collect();
+    let slots: Vec<u32> = backlog.sleepers().map(|s| s.slot).collect();
     assert_eq!(slots, [2, 4]);
     let lost = |slot| backlog.sleeper(slot).map(|s| backlog.lost(s));
     let two = Lost {
@@ -64,7 +64,7 @@ fn a_full_backlog_drops_the_oldest_and_knows_how_many_each_sleeper_lost() {
 fn a_backlog_is_bounded_in_bytes() {
     let size = message(QoS::AtLeastOnce, 100).size();
     let (mut backlog, limits) = (Backlog::default(), limits(100, 3 * size));
-    backlog.add(&[Sleeper::new(0, 0, true)]);
+    backlog.add(&[Sleeper::new(0, 0, true)], None);
     for _ in 0..5 {
         push(&mut backlog, &limits, QoS::AtLeastOnce, 100);
     }
@@ -73,19 +73,19 @@ fn a_backlog_is_bounded_in_bytes() {
     push(&mut backlog, &limits, QoS::AtLeastOnce, 4 * size);
     assert_eq!(numbers(&backlog), [2, 3, 4]);
     assert_eq!(backlog.bytes, 3 * size);
-    assert_eq!(backlog.lost(&backlog.sleepers()[0]).unkept, 1);
+    assert_eq!(backlog.lost(&backlog.sleepers[0]).unkept, 1);
 }
 
 #[test]
 fn messages_that_are_for_no_sleeper_are_counted_only() {
     let (mut backlog, limits) = (Backlog::default(), limits(100, 1 << 20));
-    backlog.add(&[Sleeper::new(0, 0, false)]);
+    backlog.add(&[Sleeper::new(0, 0, false)], None);
     push(&mut backlog, &limits, QoS::ExactlyOnce, 1);
-    backlog.add(&[Sleeper::new(1, 1, true)]);
+    backlog.add(&[Sleeper::new(1, 1, true)], None);
     push(&mut backlog, &limits, QoS::AtMostOnce, 1);
     push(&mut backlog, &limits, QoS::ExactlyOnce, 1);
     assert_eq!(numbers(&backlog), [2]);
-    let lost = |at: usize| backlog.lost(&backlog.sleepers()[at]).unkept;
+    let lost = |at: usize| backlog.lost(&backlog.sleepers[at]).unkept;
     assert_eq!((lost(0), lost(1)), (2, 1));
     assert!(backlog.remove(1).is_some() && backlog.remove(1).is_none());
     push(&mut backlog, &limits, QoS::ExactlyOnce, 1);
@@ -95,7 +95,7 @@ fn messages_that_are_for_no_sleeper_are_counted_only() {
 #[test]
 fn a_backlog_that_is_trimmed_names_the_budget() {
     let (mut backlog, limits) = (Backlog::default(), limits(4, 1 << 20));
-    backlog.add(&[Sleeper::new(0, 0, true)]);
+    backlog.add(&[Sleeper::new(0, 0, true)], None);
     for _ in 0..5 {
         push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
     }
@@ -109,7 +109,7 @@ fn a_backlog_that_is_trimmed_names_the_budget() {
         budget: 3,
         unkept: 0,
     };
-    assert_eq!(backlog.lost(&backlog.sleepers()[0]), lost);
+    assert_eq!(backlog.lost(&backlog.sleepers[0]), lost);
     assert_eq!(
         (
             backlog.trim(),
@@ -132,11 +132,11 @@ fn numbers_beyond_32_bits_are_kept() {
 #[test]
 fn messages_that_are_for_no_sleeper_any_longer_are_dropped() {
     let (mut backlog, limits) = (Backlog::default(), limits(4, 1 << 20));
-    backlog.add(&[Sleeper::new(0, 0, true), Sleeper::new(1, 0, true)]);
+    backlog.add(&[Sleeper::new(0, 0, true), Sleeper::new(1, 0, true)], None);
     for slot in 2..4 {
         push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
         let next = backlog.next();
-        backlog.add(&[Sleeper::new(slot, next, true)]);
+        backlog.add(&[Sleeper::new(slot, next, true)], None);
     }
     push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
     let mut left = |slot| {
@@ -151,20 +151,42 @@ fn messages_that_are_for_no_sleeper_any_longer_are_dropped() {
     assert_eq!(backlog.held(), Held::default());
 }
 
+#[test]
+fn members_that_leave_are_taken_out_together() {
+    let mut backlog = Backlog::default();
+    let all: Vec<Sleeper> = (0..100).map(|slot| Sleeper::new(slot, 0, true)).collect();
+    backlog.add(&all, None);
+    let place = |backlog: &Backlog| (backlog.count(), backlog.sleepers.len());
+    for slot in 0..50 {
+        assert!(backlog.remove(slot).is_some() && backlog.remove(slot).is_none());
+    }
+    assert_eq!(place(&backlog), (50, 100));
+    backlog.remove(70);
+    assert_eq!(place(&backlog), (49, 49));
+    assert!(backlog.sleepers.capacity() < 100);
+    // One of them falls asleep again before it is taken out.
+    backlog.remove(71);
+    backlog.add(&[Sleeper::new(71, 9, true)], None);
+    assert_eq!(backlog.sleeper(71).map(Sleeper::cursor), Some(9));
+    assert_eq!(place(&backlog), (49, 49));
+}
+
 proptest! {
     #[test]
     fn the_first_message_is_for_a_sleeper(
         steps in prop::collection::vec((0..4u8, 0..10u32, any::<bool>()), 0..100),
     ) {
         let (mut backlog, limits) = (Backlog::default(), limits(5, 1 << 20));
+        let mut known = std::collections::BTreeSet::new();
         for (step, slot, keeps) in steps {
             match step {
                 0 if backlog.sleeper(slot).is_none() => {
                     let next = backlog.next();
-                    backlog.add(&[Sleeper::new(slot, next, keeps)]);
+                    backlog.add(&[Sleeper::new(slot, next, keeps)], None);
+                    known.insert(slot);
                 }
                 1 => {
-                    backlog.remove(slot);
+                    prop_assert_eq!(backlog.remove(slot).is_some(), known.remove(&slot));
                     backlog.drop_unowned();
                 }
                 2 if keeps => {
@@ -174,7 +196,12 @@ proptest! {
                     push(&mut backlog, &limits, QoS::AtLeastOnce, 1);
                 }
             }
-            let cursors = backlog.sleepers().iter().filter(|s| s.keeps).map(Sleeper::cursor);
+            prop_assert!(backlog.sleepers().map(|s| s.slot).eq(known.iter().copied()));
+            prop_assert_eq!(backlog.count(), known.len());
+            prop_assert_eq!(backlog.behind(slot, 1), known.range(slot..).nth(1).copied());
+            prop_assert_eq!(backlog.open, known.len());
+            prop_assert_eq!(backlog.keeping(), backlog.keepers().count());
+            let cursors = backlog.sleepers().filter(|s| s.keeps).map(Sleeper::cursor);
             match (cursors.min(), backlog.since(0).next()) {
                 (Some(lowest), Some(first)) => prop_assert!(lowest <= first.number),
                 (None, Some(_)) => prop_assert!(false, "a message is for nobody"),

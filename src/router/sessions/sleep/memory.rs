@@ -41,7 +41,7 @@ impl Shard {
         let backlogs = self.backlogs.filters.iter();
         let backlogs = backlogs.filter_map(|f| self.members.get(f)?.backlog.as_ref());
         let count = |backlog: &Backlog| -> usize {
-            let keeping = backlog.sleepers().iter().filter(|s| s.keeps);
+            let keeping = backlog.sleepers().filter(|s| s.keeps);
             keeping.map(|s| backlog.count_since(s.cursor())).sum()
         };
         backlogs.map(|b| count(b)).sum()

@@ -19,6 +19,25 @@ fn qos_0_displaces_no_message_that_is_kept() {
     assert_eq!(gaps(&audience.router, id), 10);
 }
 
+#[test]
+fn the_lock_of_a_shard_is_offered_to_others_within_a_batch_for_clients_that_sleep() {
+    let audience = Audience::new(router(), 3);
+    audience.bring(0..1, LATER);
+    assert_eq!(audience.asleep(), 3);
+    let arrived = |_| Arrived {
+        message: message("t", "x", QoS::AtLeastOnce),
+        filters: [audience.filter].into_iter().collect(),
+        link: 0,
+        origin_mark: None,
+        skipped: false,
+    };
+    let mut batch: Vec<Arrived> = (0..2000).map(arrived).collect();
+    let router = &audience.router;
+    let (shards, _) =
+        crate::router::locks::taken_by(|| router.fan_out(&mut batch, Millis::new(LATER)));
+    assert!(shards >= 4, "{shards}");
+}
+
 /// One client with many private filters does not displace another client's message.
 #[test]
 fn private_filters_begin_no_backlog_and_large_backlogs_are_trimmed_first() {
@@ -184,7 +203,7 @@ fn a_session_with_many_filters_gathers_little_more_than_its_queue_may_have() {
     // Some filters got their messages later than others, and some at the same time.
     for filter in 0..100_u64 {
         let mut backlog = Backlog::default();
-        backlog.add(&[sleeper]);
+        backlog.add(&[sleeper], None);
         for number in 0..10 {
             let position = 1000 * (filter * 7 % 5) + 100 * number + filter;
             backlog.arrived();

@@ -1,6 +1,8 @@
 //! Members fall asleep and wake, and other messages arrive, between the parts in which a
 //! message visits the members of a filter.
 
+use std::num::NonZeroU16;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -25,6 +27,10 @@ struct Sleepers {
 
 impl Sleepers {
     fn new() -> Self {
+        Self::of("t", None)
+    }
+
+    fn of(filter: &str, wild_below: Option<NonZeroU16>) -> Self {
         let output = Allowance::new(Arc::default(), 1 << 30, 1);
         let accounts = Accounts::new(0, output, Arc::default());
         let account = SessionAccount::new(1 << 20, 1, HashSeed::fixed());
@@ -38,7 +44,7 @@ impl Sleepers {
             let session = &mut shard.slots[slot as usize].session;
             let new = Subscription {
                 filter: FILTER,
-                name: "t".into(),
+                name: filter.into(),
                 options: options(QoS::AtLeastOnce),
                 asked: QoS::AtLeastOnce,
                 identifier: None,
@@ -46,7 +52,7 @@ impl Sleepers {
                 overlaps: 0,
                 shared: false,
                 wild: false,
-                wild_below: None,
+                wild_below,
             };
             session.add_subscription(new, &[]);
             session.activate_subscription(FILTER);
@@ -61,9 +67,18 @@ impl Sleepers {
     }
 
     /// A message visits the members, in parts of these sizes. `between` is called between them.
-    fn bring(&mut self, parts: &[usize], mut between: impl FnMut(&mut Self)) {
+    fn bring(&mut self, parts: &[usize], between: impl FnMut(&mut Self)) {
         let message = message("t", &self.messages.len().to_string(), QoS::AtLeastOnce);
         self.messages.push(message.clone());
+        self.bring_message(message, parts, between);
+    }
+
+    fn bring_message(
+        &mut self,
+        message: Message,
+        parts: &[usize],
+        mut between: impl FnMut(&mut Self),
+    ) {
         let came = Came {
             message: &message,
             filter: FILTER,
@@ -133,6 +148,31 @@ fn a_member_that_wakes_while_a_message_is_under_way_gets_it_once() {
         }
     });
     sleepers.judge();
+}
+
+/// The mount of all members is `m/`, and their filter `#`.
+#[test]
+fn a_topic_that_is_hidden_from_all_members_is_not_kept_and_is_no_gap() {
+    let mut sleepers = Sleepers::of("m/#", NonZeroU16::new(2));
+    let hidden = message("m/$x", "hidden", QoS::AtLeastOnce);
+    for _ in 0..3 {
+        sleepers.bring_message(hidden.clone(), &[], |_| {});
+        assert_eq!(hidden.refs(), 1, "before and after they fall asleep");
+        sleepers.bring(&[], |_| {});
+    }
+    assert_eq!(sleepers.asleep(), SESSIONS);
+    sleepers.judge();
+}
+
+/// The member alone says whether it can sleep, however many subscriptions its session has.
+#[test]
+fn subscriptions_are_not_searched_for_a_message() {
+    let mut sleepers = Sleepers::new();
+    for (_, slot) in &mut sleepers.shard.slots {
+        slot.session.remove_subscription(FILTER);
+    }
+    sleepers.bring(&[], |_| {});
+    assert_eq!(sleepers.asleep(), SESSIONS);
 }
 
 #[derive(Clone, Copy, Debug)]
