@@ -10,7 +10,7 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Millis(u64);
 
-/// More than the times of two calls can be apart, each of which has the time of its own thread.
+/// More than the times of two calls from different threads can be apart: each thread has a time of its own.
 pub(crate) const CLOCKS_APART: Duration = Duration::from_secs(60);
 
 impl Millis {
