@@ -73,7 +73,8 @@ pub struct Options {
     pub segment_bytes: u32,
     /// The most records in one commit.
     pub commit_records_max: u32,
-    /// The most bytes in one commit, unless it has a single record.
+    /// The most bytes in one commit, unless it has a single record. A log is read with at least the value with
+    /// which it was written: more bytes at its end than one commit has are damage.
     pub commit_bytes_max: u32,
     /// The most bytes that producers may have reserved or waiting. A larger record waits until nothing
     /// else does.
