@@ -8,6 +8,7 @@
 
 mod identifiers;
 pub mod log;
+pub mod records;
 mod redelivery;
 
 use std::fmt::Debug;

@@ -1,0 +1,181 @@
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+
+use super::*;
+use crate::store::log::{Position, Record};
+
+/// The parts of a will and of a subscription that a record borrows.
+type Will = (String, Vec<u8>, Vec<u8>, u8, bool, u32, Option<u32>);
+type Subscription = (String, u8, u8, Option<u32>, Option<u16>);
+
+fn wills() -> impl Strategy<Value = Will> {
+    let bytes = || vec(any::<u8>(), 0..20);
+    (
+        ".{0,9}",
+        bytes(),
+        bytes(),
+        0..3u8,
+        any::<bool>(),
+        any::<u32>(),
+        any::<Option<u32>>(),
+    )
+}
+
+fn subscriptions() -> impl Strategy<Value = Vec<Subscription>> {
+    let one = (
+        ".{0,9}",
+        any::<u8>(),
+        0..3u8,
+        option::of(1..=u32::MAX),
+        option::of(1..=u16::MAX),
+    );
+    vec(one, 0..5)
+}
+
+proptest! {
+    #[test]
+    fn a_record_is_read_as_it_was_written(
+        names in (".{0,9}", ".{0,9}", any::<IpAddr>()),
+        numbers in any::<(u64, u8, u32, Option<u64>, u64, u16)>(),
+        flags in any::<(bool, bool, bool)>(),
+        will in option::of(wills()),
+        subscriptions in subscriptions(),
+    ) {
+        let record = SessionRecord {
+            incarnation: numbers.0,
+            key: &names.0,
+            principal: &names.1,
+            anonymous: flags.0,
+            address: names.2,
+            level: numbers.1,
+            bridge: flags.1,
+            over: flags.2,
+            expiry: numbers.2,
+            detached_at: numbers.3.map(UnixMillis::new),
+            gaps: numbers.4,
+            last_id: numbers.5,
+            will: will.as_ref().map(|will| WillRecord {
+                topic: &will.0,
+                properties: &will.1,
+                payload: &will.2,
+                qos: will.3,
+                retain: will.4,
+                delay: will.5,
+                message_expiry: will.6,
+            }),
+            subscriptions: subscriptions
+                .iter()
+                .map(|s| SubscriptionRecord {
+                    name: &s.0,
+                    options: s.1,
+                    asked: s.2,
+                    identifier: s.3.and_then(NonZeroU32::new),
+                    wild_below: s.4.and_then(NonZeroU16::new),
+                })
+                .collect(),
+        };
+        let mut body = Vec::new();
+        record.encode(&mut body);
+        prop_assert_eq!(SessionRecord::decode(&body), Ok(record));
+        for len in 0..body.len() {
+            prop_assert_eq!(SessionRecord::decode(&body[..len]), Err(RecordError::Malformed));
+        }
+        body.push(0);
+        prop_assert_eq!(SessionRecord::decode(&body), Err(RecordError::Malformed));
+    }
+
+    #[test]
+    fn any_bytes_are_read_without_a_panic(mut body in vec(any::<u8>(), 0..200)) {
+        let _ = (SessionRecord::decode(&body), decode_end(&body));
+        if let Some(version) = body.first_mut() {
+            *version = RECORDS_VERSION;
+            let _ = SessionRecord::decode(&body);
+        }
+    }
+
+    #[test]
+    fn an_end_is_read_as_it_was_written(incarnation: u64) {
+        prop_assert_eq!(decode_end(&encode_end(incarnation)), Ok(incarnation));
+        prop_assert_eq!(
+            decode_end(&encode_end(incarnation)[..8]),
+            Err(RecordError::Malformed)
+        );
+    }
+}
+
+#[test]
+fn a_record_of_a_later_version_is_refused() {
+    let mut body = encode_end(7);
+    body[0] = RECORDS_VERSION + 1;
+    assert_eq!(decode_end(&body), Err(RecordError::Version(2)));
+    assert_eq!(SessionRecord::decode(&body), Err(RecordError::Version(2)));
+}
+
+/// The bodies of sessions of one client, and ends of incarnations, as records of a log.
+fn found(records: &[(u8, u64)]) -> FoundSessions {
+    let mut found = FoundSessions::default();
+    for (at, (kind, incarnation)) in records.iter().enumerate() {
+        let mut body = encode_end(*incarnation).to_vec();
+        if *kind == SESSION {
+            body.clear();
+            session(*incarnation).encode(&mut body);
+        }
+        let record = Record {
+            position: Position::new(1, 100 * at as u32),
+            kind: *kind,
+            body: &body,
+        };
+        assert_eq!(found.take(&record), Ok(()));
+    }
+    found
+}
+
+fn session(incarnation: u64) -> SessionRecord<'static> {
+    SessionRecord {
+        incarnation,
+        key: "client",
+        principal: "anonymous",
+        anonymous: true,
+        address: IpAddr::from([127, 0, 0, 1]),
+        level: 5,
+        bridge: false,
+        over: false,
+        expiry: 1,
+        detached_at: None,
+        gaps: 0,
+        last_id: 0,
+        will: None,
+        subscriptions: Vec::new(),
+    }
+}
+
+#[test]
+fn the_last_incarnation_of_a_client_is_its_session_until_it_ends() {
+    let (new, end) = (SESSION, SESSION_END);
+    for (records, left) in [
+        (&[(new, 1)][..], 1),
+        (&[(new, 1), (end, 1)], 0),
+        (&[(new, 1), (end, 1), (new, 2)], 1),
+        // An end that was lost does not bring a session back.
+        (&[(new, 1), (new, 2), (end, 2)], 0),
+        (&[(new, 1), (new, 2), (end, 1)], 1),
+        (&[(end, 1)], 0),
+    ] {
+        let found = found(records);
+        let largest = records.iter().map(|(_, n)| *n).max();
+        assert_eq!(Some(found.largest_incarnation()), largest);
+        assert_eq!(found.into_sessions().len(), left, "{records:?}");
+    }
+}
+
+#[test]
+fn a_record_of_an_unknown_kind_is_refused() {
+    let record = Record {
+        position: Position::new(1, 100),
+        kind: 77,
+        body: b"",
+    };
+    let refused = FoundSessions::default().take(&record);
+    assert_eq!(refused, Err(RecordError::Kind(77)));
+}
