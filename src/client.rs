@@ -130,6 +130,11 @@ impl Clients {
         self.rules_replaced.store(true, Ordering::Release);
     }
 
+    /// The rules may be others than those under which a restored session subscribed.
+    pub fn judge_subscriptions_again(&self) {
+        self.rules_replaced.store(true, Ordering::Release);
+    }
+
     /// Gives clients no new sessions from now on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);

@@ -15,7 +15,7 @@
 //! 2. the table of filters;
 //! 3. the groups of shared subscriptions;
 //! 4. one shard of the sessions;
-//! 5. one of: the publish queues of a link, the deferred actions, the tasks that wait for room, the
+//! 5. one of: the log, the publish queues of a link, the deferred actions, the tasks that wait for room, the
 //!    lost filters, the requests to a connection handle.
 //!
 //! No lock is held over an await, and none while a client or a link is waited for.
@@ -34,8 +34,10 @@ mod links;
 #[cfg(test)]
 mod locks;
 mod lost;
+mod persist;
 mod presence;
 pub mod publish;
+mod restore;
 mod retained;
 mod sessions;
 mod suback;
@@ -57,10 +59,12 @@ pub use broker::BrokerFeatures;
 pub use config::RouterConfig;
 pub use filters::filter::LinkSession;
 pub use filters::links::UpstreamSubscribe;
+pub use persist::SessionOwner;
 pub use publish::ClientPublish;
 pub use sessions::Answered;
 pub(crate) use sessions::TYPICAL_SESSION_BYTES;
 pub use sessions::connect::{Connect, Connected, Predecessor, Refused};
+pub use sessions::persist::Batch;
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
 pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
 

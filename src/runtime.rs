@@ -17,6 +17,7 @@ mod ready;
 mod reload;
 mod report;
 mod secret;
+mod store;
 mod ticker;
 mod view;
 
@@ -44,6 +45,7 @@ pub use probe::probe;
 use certificates::Certificates;
 use ready::Ready;
 use reload::{Files, Reload};
+use store::{Persist, SessionStore};
 use view::View;
 
 /// Runs until SIGTERM or SIGINT, drains, and returns.
@@ -68,6 +70,11 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     let cap = Arc::new(ConnectionCap::new(connections(&config)));
     let limits = Arc::new(convert::transport_limits(&config, cap.clone())?);
     let listeners = listeners::bind_all(&config, &mut certificates, &limits, clock)?;
+    // Before any link or client can ask for a session.
+    let sessions = store::open(&config, &router, clock).await?;
+    if sessions.is_some() {
+        clients.judge_subscriptions_again();
+    }
 
     let health = Arc::<Health>::default();
     let embedded = broker.embedded.clone();
@@ -109,7 +116,8 @@ pub async fn run(config: Config) -> Result<(), StartError> {
         health: &health,
         stop: &stop_links,
     };
-    services.start(admin, router, clock, reload);
+    services.start(admin, router.clone(), clock, reload);
+    services.persist(sessions.as_ref(), router.clone());
     let drains: Vec<Drain> = listeners.iter().map(Bound::drain).collect();
     for listener in listeners {
         listeners::serve(&tasks, &health, &clients, listener, stop_accepting.clone());
@@ -120,6 +128,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     // To free the memory of a million sessions would only delay the end of the process.
     std::mem::forget(clients.router.clone());
     let draining = drain::drain(drain::Running {
+        durability: config.store.durability,
         grace: config.drain.grace,
         clients,
         upstream,
@@ -130,6 +139,9 @@ pub async fn run(config: Config) -> Result<(), StartError> {
         tasks,
     });
     signals.drain_unless_asked_again(draining).await;
+    if let Some(sessions) = sessions {
+        sessions.close(&router).await;
+    }
     Ok(())
 }
 
@@ -162,6 +174,23 @@ impl Services<'_> {
         self.keep(TaskKind::Reload, "reload", reload, |reload, stop| {
             Box::pin(reload.run(stop))
         });
+    }
+
+    /// Writes sessions that change to the disk, where they are kept there.
+    fn persist(&self, sessions: Option<&SessionStore>, router: Arc<Router>) {
+        let Some(sessions) = sessions else {
+            return;
+        };
+        let persist = Persist::new(sessions.log());
+        self.keep(
+            TaskKind::Store,
+            "session store",
+            persist,
+            move |persist, stop| {
+                let router = router.clone();
+                Box::pin(async move { persist.run(&router, stop).await })
+            },
+        );
     }
 
     fn keep<S: Send + 'static>(

@@ -20,6 +20,7 @@ mod overlap;
 mod packets;
 mod phase;
 mod queue;
+mod restore;
 mod streams;
 mod subscribe;
 mod subscriptions;
@@ -47,6 +48,7 @@ pub use limits::{DropReason, Policy, ResponseTopic, SLEEP_AFTER, SessionLimits};
 pub use outbound::{Delivered, ENTRY_BYTES, Outbound, Shed};
 pub use overlap::{Primary, primary, primary_filter};
 pub(crate) use packets::keep_response_topic;
+pub use restore::Restored;
 pub use subscriptions::{Added, SUBSCRIPTION_BYTES, Subscription, hides};
 pub use will::Will;
 
@@ -63,7 +65,7 @@ pub use will::Will;
 ///   appends [`Effect`]s. The driver carries them out in order, without the lock of the shard, before
 ///   it hands over further packets: always after a SUBSCRIBE, else at the end of a batch. While
 ///   [`Session::subscribing`] it hands over no PUBLISH, which would overtake the SUBSCRIBE on the way
-///   to the broker. An error means that the connection must end for that reason; the effects so far
+///   to the broker, and while [`Session::is_withheld`] no packet at all. An error means that the connection must end for that reason; the effects so far
 ///   are still carried out.
 /// - **Answers.** Each [`Effect::Publish`] with a token is answered once through
 ///   [`Session::answered`], and each request of an [`Effect::Subscribe`] through
@@ -266,6 +268,12 @@ impl Session {
         self.phase
             .connection()
             .is_some_and(|c| !c.pending.is_empty())
+    }
+
+    /// Whether the output of the connection waits until a change of the session is on the disk. Meanwhile no
+    /// packet is handed over.
+    pub fn is_withheld(&self) -> bool {
+        (self.phase.connection()).is_some_and(|connection| connection.is_withheld())
     }
 
     /// Publishes of this client that wait for the broker's answer.

@@ -54,6 +54,8 @@ enum PauseReason {
     ReceiveMaximum,
     /// The connection's next turn.
     Turn,
+    /// The disk: the connection's output is withheld until a change of the session is there.
+    Commit,
 }
 
 /// The limits of every connection.
@@ -201,7 +203,7 @@ impl Machine {
     }
 
     /// Whether a packet that has arrived must wait: for the answer to a SUBSCRIBE or to a publish before
-    /// it, for room among the publishes that wait for the broker, or for the next turn. Nothing is to be
+    /// it, for room among the publishes that wait for the broker, for the disk, or for the next turn. Nothing is to be
     /// read meanwhile.
     pub fn paused(&self) -> bool {
         self.paused.is_some()
@@ -322,7 +324,8 @@ impl Machine {
             return Err(self.replaced());
         };
         let control = free.0.contains(StreamId::CONTROL);
-        self.greeted |= control;
+        // Nothing is taken while the output is withheld.
+        self.greeted |= control && !self.output.is_empty();
         if taken.is_empty() {
             return Ok(control && !self.output.is_empty());
         }
@@ -391,7 +394,7 @@ impl Machine {
         if !end.is_lost() && !matches!(end, End::Session(CloseReason::QueueBudget)) {
             let (mut rest, all) = (OutBuf::default(), (StreamSet::ALL, (0, 0)));
             if let Some(taken) = router.take_streams(session, connection_no, all, &mut rest, now) {
-                self.greeted = true;
+                self.greeted |= !rest.is_empty();
                 self.output.append(rest);
                 self.append(taken);
             }
@@ -399,7 +402,8 @@ impl Machine {
         // A drain publishes no wills.
         let drains = matches!(end, End::Session(CloseReason::ShuttingDown));
         let no_will = drains || end.discards_will();
-        let session_ended = router.disconnected(session, connection_no, no_will, now);
+        let suspended = drains && router.suspend(session, connection_no);
+        let session_ended = !suspended && router.disconnected(session, connection_no, no_will, now);
         if matches!(end, End::Session(CloseReason::QueueBudget)) {
             // The memory of this output is needed. DISCONNECT cannot follow a part of a packet.
             self.greeted &= self.output.is_empty();

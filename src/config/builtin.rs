@@ -205,6 +205,7 @@ impl Default for Session {
             evict_after: None,
             shared_redeliver_after: Duration::from_secs(30),
             will_grace: Duration::ZERO,
+            restart_grace: Duration::from_secs(30),
             presence_topic: String::new(),
             keepalive_max: None,
             keepalive_default: None,

@@ -268,11 +268,14 @@ choices!(QueueFull {
 pub enum Durability {
     /// In memory; they end with the process.
     Memory,
+    /// On the disk, as far as a restart needs them.
+    Disk,
 }
 
 choices!(Durability {
     "memory" => Memory,
-} not supported { "disk", });
+    "disk" => Disk,
+} not supported {});
 
 /// How clients are authenticated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

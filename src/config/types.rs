@@ -306,6 +306,9 @@ pub struct Session {
     /// How long a client may be away before its will goes out and its absence is told.
     #[serde(deserialize_with = "duration")]
     pub will_grace: Duration,
+    /// How long after a start no session ends and no will goes out.
+    #[serde(deserialize_with = "duration")]
+    pub restart_grace: Duration,
     /// Topic of the messages that tell when a client comes or goes; `%c` is its client identifier.
     pub presence_topic: String,
     /// Longest keep alive granted; a longer or absent one is answered with

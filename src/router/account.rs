@@ -48,6 +48,11 @@ pub(in crate::router) struct Holder {
 }
 
 impl Holder {
+    /// Whether the client is one of the anonymous ones.
+    pub(crate) fn is_anonymous(self) -> bool {
+        self.principal.is_none()
+    }
+
     /// Whether `other` can use the room that this holder gives back, where `full` is used up.
     pub(crate) fn makes_room_for(self, other: Self, full: Full) -> bool {
         match full {

@@ -16,6 +16,7 @@ mod moves;
 mod place;
 mod poison;
 mod release;
+mod restore;
 mod roots;
 mod sources;
 mod suback;

@@ -10,9 +10,11 @@ mod expiry;
 mod fan_out;
 mod gaps;
 mod handover;
+pub(super) mod journal;
 mod losses;
 mod members;
 mod pass;
+pub(super) mod persist;
 mod primaries;
 mod principals;
 mod room;
@@ -47,6 +49,7 @@ use crate::router::types::{BarrierNumbers, Peer, SessionRef};
 use absences::Absences;
 use accounts::Accounts;
 use budget::Evicting;
+use journal::Marked;
 use principals::Principals;
 use shard::Shard;
 use slot::Slot;
@@ -100,6 +103,8 @@ pub(super) struct Sessions {
     waiting_for_room: Mutex<Vec<Arc<ConnectionHandle>>>,
     /// Shards with sessions whose handovers wait for barriers.
     handovers: AtomicU64,
+    /// Shards with sessions that are to go into the log.
+    marked: Arc<Marked>,
 }
 
 /// Actions that are left to take once a shard's lock is given back.
@@ -196,6 +201,7 @@ impl Sessions {
             deferred: Mutex::new(Vec::new()),
             waiting_for_room: Mutex::new(Vec::new()),
             handovers: AtomicU64::new(0),
+            marked: Arc::default(),
             limits,
         }
     }
@@ -237,7 +243,7 @@ impl Sessions {
     }
 
     /// The shard of all sessions of a client identifier, whatever their mounts.
-    fn shard_of(&self, client_id: &str) -> u16 {
+    pub(super) fn shard_of(&self, client_id: &str) -> u16 {
         (self.limits.hash_seed.hash_one(client_id) % SHARDS as u64) as u16
     }
 
@@ -300,6 +306,7 @@ impl Sessions {
             if let Effect::Unsubscribe { filters } = effect {
                 shard.unsubscribed(reference.slot, filters);
                 shard.hold(reference.slot);
+                shard.subscriptions_changed(reference.slot);
             }
         }
         self.settle(&mut shard, reference.slot);

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::client::Clients;
+use crate::config::Durability;
 use crate::session::CloseReason;
 use crate::transport::{CloseHow, ConnectionCap, Drain};
 use crate::upstream::Upstream;
@@ -52,6 +53,7 @@ impl Signals {
 
 /// Everything that a drain ends.
 pub(super) struct Running {
+    pub durability: Durability,
     pub grace: Duration,
     pub clients: Arc<Clients>,
     pub upstream: Upstream,
@@ -109,6 +111,12 @@ pub(super) async fn drain(running: Running) {
         messages = totals.queue_messages,
         publishes = router.publishes_waiting(),
         took_ms = began.elapsed().as_millis() as u64,
-        "Drained: with store.durability = \"memory\" these sessions and messages end with the process"
+        "{}",
+        match running.durability {
+            Durability::Memory =>
+                "Drained: with store.durability = \"memory\" these sessions and messages end with the process",
+            Durability::Disk =>
+                "Drained: the sessions are kept on the disk, and these messages end with the process",
+        }
     );
 }

@@ -66,6 +66,10 @@ pub struct Connection {
     pub last_seen: Millis,
     /// We leave bytes of the client unread, so its silence says nothing.
     pub unread: bool,
+    /// The acknowledgement of a changed subscription waits until the change is on the disk.
+    acknowledges_after_commit: bool,
+    /// All output waits until a change of the session is on the disk.
+    withheld: bool,
     /// What sets the client apart. `None`: nothing does.
     pub scope: Option<Arc<Scope>>,
     /// SUBSCRIBEs that wait for the broker.
@@ -169,6 +173,8 @@ impl Connection {
                 .and_then(|seconds| NonZeroU32::new(u32::from(seconds.get()) * 1500)),
             last_seen: now,
             unread: false,
+            acknowledges_after_commit: false,
+            withheld: false,
             scope: spec.scope.clone(),
             pending: Vec::new(),
             output: OutBuf::default(),
@@ -180,6 +186,31 @@ impl Connection {
                 ..TakenOutput::default()
             },
         }
+    }
+
+    /// From now on the acknowledgement of a changed subscription waits until the change is on the disk.
+    pub fn acknowledge_after_commit(&mut self) {
+        self.acknowledges_after_commit = true;
+    }
+
+    /// A subscription has changed, and its acknowledgement is in the output.
+    pub(super) fn subscription_changed(&mut self) {
+        self.withheld |= self.acknowledges_after_commit;
+    }
+
+    /// No output is taken until [`Connection::release`].
+    pub fn withhold(&mut self) {
+        self.withheld = true;
+    }
+
+    /// Whether no output is taken.
+    pub fn is_withheld(&self) -> bool {
+        self.withheld
+    }
+
+    /// The change that the output waits for is on the disk.
+    pub fn release(&mut self) {
+        self.withheld = false;
     }
 
     /// Replaces the raw user properties that name the sender in each publish of the client.
@@ -258,8 +289,11 @@ impl Connection {
 
     /// Takes the output of the streams in `free`: the control stream's is exchanged for
     /// `empty`, the data streams' is returned. Data streams with a full buffer get no more messages
-    /// until [`Connection::streams_free`].
+    /// until [`Connection::streams_free`]. While the output is withheld, nothing is taken.
     pub fn take_output(&mut self, free: StreamSet, empty: &mut OutBuf) -> Vec<(StreamId, OutBuf)> {
+        if self.withheld {
+            return Vec::new();
+        }
         if free.contains(StreamId::CONTROL) {
             std::mem::swap(&mut self.output, empty);
         }

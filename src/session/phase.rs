@@ -83,6 +83,26 @@ impl Default for Phase {
 }
 
 impl Phase {
+    /// The phase of a session of an earlier process: detached until `ends_at`, or, if it is `over`, closed
+    /// and remembered until then. Its client's absence is to be published at `absent_at`.
+    pub(super) fn restored(
+        over: bool,
+        ends_at: Option<Deadline>,
+        absent_at: Option<Deadline>,
+    ) -> Self {
+        match over {
+            true => Self::Closed(Closed {
+                forget_at: ends_at,
+                absent_at,
+            }),
+            false => Self::Detached(Detached {
+                ends_at,
+                share_at: None,
+                absent_at,
+            }),
+        }
+    }
+
     /// Begins a connection; it replaces the one that is there. `presence`: clients' presence is
     /// published. True: this client's is to be published now.
     pub(super) fn attach(&mut self, online: Box<Online>, presence: bool) -> bool {

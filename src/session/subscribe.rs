@@ -281,6 +281,9 @@ impl Session {
         }
         pending.waiting = pending.waiting.saturating_sub(1);
         if pending.waiting == 0 {
+            if let Some(connection) = self.phase.connection_mut() {
+                connection.subscription_changed();
+            }
             return self.finish_subscribe(packet_id);
         }
         Ok(())
@@ -361,6 +364,9 @@ impl Session {
             let version = connection.version;
             let out = connection.output_on(stream);
             encode_unsuback(version, unsubscribe.packet_id, &codes, out);
+            if !filters.is_empty() {
+                connection.subscription_changed();
+            }
         }
         if !filters.is_empty() {
             effects.push(Effect::Unsubscribe { filters });

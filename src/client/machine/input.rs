@@ -217,7 +217,7 @@ impl Machine {
         let reason = match why {
             Some(PauseReason::Room) => Some(DeferReason::V3Unread),
             Some(PauseReason::ReceiveMaximum) => Some(DeferReason::ReceiveMaximum),
-            Some(PauseReason::Subscribing | PauseReason::Turn) | None => None,
+            Some(PauseReason::Subscribing | PauseReason::Commit | PauseReason::Turn) | None => None,
         };
         if let Some(reason) = reason {
             metrics().publishes_deferred[reason].increment(1);
@@ -259,6 +259,9 @@ impl Batch<'_> {
             receiver: Receiver::Server,
             max: self.packet_max_bytes,
         };
+        if session.is_withheld() {
+            return Ok(Step::Paused(PauseReason::Commit));
+        }
         loop {
             let next = decoder.next(&self.bytes[self.used..]);
             let Some((packet, size)) = next.map_err(End::from_error)? else {
@@ -294,8 +297,10 @@ impl Batch<'_> {
             session
                 .packet(self.stream, &packet, limits, cx.policy, cx.now, effects)
                 .map_err(End::from_close)?;
-            if matches!(packet, Packet::Subscribe(_)) {
-                return Ok(Step::Again);
+            match packet {
+                Packet::Subscribe(_) => return Ok(Step::Again),
+                Packet::Unsubscribe(_) if session.is_withheld() => return Ok(Step::Again),
+                _ => {}
             }
         }
     }

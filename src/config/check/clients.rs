@@ -65,6 +65,11 @@ impl Checker<'_, '_> {
             session.will_grace,
             Duration::ZERO..=minute,
         );
+        self.range_time(
+            "session.restart_grace",
+            session.restart_grace,
+            SECOND..=HOUR,
+        );
         let topic = &session.presence_topic;
         let fit = topic.is_empty()
             || (topic.contains("%c")

@@ -123,10 +123,16 @@ const WRONG: &[(&str, usize, &str, &str)] = &[
         "larger than memory.max",
     ),
     (
-        "[store]\ndurability = \"disk\"\n",
+        "[store]\ndurability = \"tape\"\n",
         2,
         "store.durability",
-        "not supported",
+        "disk",
+    ),
+    (
+        "[session]\nrestart_grace = \"0s\"\n",
+        2,
+        "session.restart_grace",
+        "allowed: 1s to 1h",
     ),
     (
         "[upstream]\nack = \"local\"\n",

@@ -254,7 +254,9 @@ impl Sessions {
         if !over {
             return true;
         }
-        let grace = self.limits.will_grace;
+        let journal = shard.journal.as_ref();
+        let restart_grace = journal.filter(|_| slot.session.is_restored());
+        let grace = restart_grace.map_or(self.limits.will_grace, |j| j.restart_grace());
         let ended = slot.session.restart(self.next_incarnation(), grace, now);
         if ended.will_cancelled {
             metrics().wills_cancelled.increment(1);
@@ -312,6 +314,7 @@ impl Sessions {
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
+        shard.withhold_connack(at, present);
         if let Some((slot, accounts)) = shard.with_accounts(session) {
             slot.session.pump(&self.limits, now, &mut accounts.output);
             shed(slot);

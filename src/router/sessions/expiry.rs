@@ -22,6 +22,7 @@ impl Sessions {
         };
         let mut shard = self.shard(number);
         shard.now = shard.now.max(now);
+        shard.mark_away(now);
         while let Some(at) = shard.fired(now) {
             let Some(slot) = shard.slots.get_mut(at as usize) else {
                 continue;
@@ -125,6 +126,7 @@ fn expire(shard: &mut Shard, at: u32, now: Millis, actions: &mut SessionActions)
         });
     }
     shard.hold(at);
+    shard.compare_with_record(at);
     actions.redeliveries.append(&mut ended.shared);
     actions.wills.extend(ended.will.take().map(|will| DueWill {
         session,

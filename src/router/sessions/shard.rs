@@ -19,6 +19,7 @@ use crate::router::lost::Lost;
 use crate::router::sessions::absences::Absences;
 use crate::router::sessions::accounts::Accounts;
 use crate::router::sessions::handover::Handovers;
+use crate::router::sessions::journal::Journal;
 use crate::router::sessions::members::Members;
 use crate::router::sessions::pass::Backlogs;
 use crate::router::sessions::slot::{Slot, SlotBy};
@@ -49,6 +50,8 @@ pub(in crate::router) struct Shard {
     /// Filters that sessions gave up, until overlapping ones have taken over from them.
     pub handovers: Handovers,
     pub(super) backlogs: Backlogs,
+    /// The sessions' records in the log. `None`: sessions end with the process.
+    pub(super) journal: Option<Box<Journal>>,
     /// The latest time that the shard has been told.
     pub(super) now: Millis,
 }
@@ -74,6 +77,7 @@ impl Shard {
             lost,
             handovers: Handovers::default(),
             backlogs: Backlogs::default(),
+            journal: None,
             now: Millis::ZERO,
         }
     }
@@ -157,6 +161,9 @@ impl Shard {
         }
         let mut removed = self.slots.remove(slot as usize);
         self.by_key.remove(&removed.session.key);
+        if let Some(journal) = &mut self.journal {
+            journal.removed(slot);
+        }
         if let Some(at) = removed.armed {
             self.timers.remove(&SlotBy(at, slot));
         }
@@ -321,6 +328,11 @@ impl Shard {
         self.absences.begin(s.session.since(), slot);
         self.hold(slot);
         self.settle(slot);
+        if let Some(journal) = &mut self.journal
+            && let Some(s) = self.slots.get(slot as usize)
+        {
+            journal.detached(slot, &s.session, now);
+        }
     }
 
     /// A session ended. It is remembered while that is of use: if the session itself does not know,
@@ -342,6 +354,7 @@ impl Shard {
             });
         }
         self.settle(slot);
+        self.compare_with_record(slot);
     }
 
     /// A closed session was remembered long enough, unless the broker has yet to answer publishes of
@@ -374,6 +387,17 @@ impl Shard {
             self.settle(session.slot);
         } else {
             self.remove(session.slot);
+        }
+    }
+
+    /// The client of a session is away.
+    pub(super) fn begin_absence(&mut self, slot: u32) {
+        let Some(s) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        if !s.session.is_closed() {
+            self.accounts.list(s, slot);
+            self.absences.begin(s.session.since(), slot);
         }
     }
 

@@ -198,6 +198,9 @@ impl Sessions {
             shard.rejoin_with(at, filter, &added.newly_overlapping);
         }
         shard.hold(at);
+        if joined.answered {
+            shard.subscriptions_changed(at);
+        }
         drop(shard);
         if let Some(waking) = waking {
             waking.wake();
@@ -249,6 +252,7 @@ impl Sessions {
         if let Counts::FromNow { .. } = counts {
             shard.update_member(at, grant.filter);
         }
+        shard.subscriptions_changed(at);
         drop(shard);
         if let Some(waking) = waking {
             waking.wake();
@@ -280,6 +284,7 @@ impl Sessions {
             shard.leave(subscribe.session.slot, grant.filter);
             shard.hold(subscribe.session.slot);
         }
+        shard.subscriptions_changed(subscribe.session.slot);
         drop(shard);
         if let Some(waking) = waking {
             waking.wake();
@@ -298,6 +303,7 @@ impl Sessions {
         if ended.is_some() {
             shard.leave(subscribe.session.slot, filter);
             shard.hold(subscribe.session.slot);
+            shard.subscriptions_changed(subscribe.session.slot);
         }
         ended.is_some()
     }
@@ -317,6 +323,7 @@ impl Sessions {
         // Another connection's SUBSCRIBE may have the same packet identifier.
         let slot = slot.filter(|s| s.session.connection_no() == subscribe.connection_no);
         let waking = slot.and_then(|slot| answer_to(slot, subscribe.packet_id, answers));
+        shard.subscriptions_changed(subscribe.session.slot);
         drop(shard);
         if let Some(waking) = waking {
             waking.wake();

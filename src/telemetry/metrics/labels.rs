@@ -112,6 +112,8 @@ labels! {
         Timer = "timer",
         /// The watch on certificates, and on SIGHUP.
         Reload = "reload",
+        /// The writer of sessions to the disk.
+        Store = "store",
     }
 
     /// What a client was denied.

@@ -1,0 +1,211 @@
+//! Sessions that an earlier process has left in the log.
+
+use std::time::Duration;
+
+use crate::mqtt::{Message, MessageSpec, Properties, QoS, SubscribeOptions, Version};
+use crate::session::{Incarnation, Restored, Session, SessionKey, Subscription, Will};
+use crate::store::log::{Claim, Claims, Position};
+use crate::store::records::{FoundSessions, SessionRecord, SubscriptionRecord, WillRecord};
+use crate::time::{Deadline, Millis};
+use crate::topics::{FilterId, has_wildcard, overlaps, split_shared};
+
+use crate::router::Router;
+use crate::router::account::Holder;
+use crate::router::sessions::journal::{JournalTimes, RestoredClient};
+
+/// How long a session that is over is remembered after its will is due.
+const REMEMBER_OVER: Duration = Duration::from_secs(10);
+
+/// The times of a restored session.
+struct Times {
+    since: Millis,
+    over: bool,
+    ends_at: Option<Deadline>,
+    will_at: Deadline,
+    absent_at: Option<Deadline>,
+}
+
+impl Router {
+    /// Sessions are kept in the log from now on. After a start no session ends, and no will is published,
+    /// before `restart_grace`. To be called before the first session begins.
+    pub fn keep_sessions(&self, restart_grace: Duration) {
+        self.sessions.keep_in_log(JournalTimes {
+            started_at: self.config.started_at,
+            restart_grace,
+        });
+    }
+
+    /// Begins the sessions of a log, whose records get their claims. Returns the number of sessions.
+    pub fn restore_all(&self, found: FoundSessions, claims: &Claims, now: Millis) -> u64 {
+        self.sessions.incarnations_from(found.largest_incarnation());
+        let mut restored = 0;
+        for session in found.into_sessions() {
+            let (position, len) = (session.position, session.body.len());
+            let Ok(record) = SessionRecord::decode(&session.body) else {
+                continue;
+            };
+            if self.restore(&record, (position, len as u32), restored, now) {
+                claims.claim(Claim::new(position, len));
+                restored += 1;
+            }
+        }
+        restored
+    }
+
+    /// Begins a session from its record, which is at `place` in the log and has a body of so many bytes.
+    /// It is the `nth` one: wills and ends of sessions whose time has passed come one after the other.
+    /// False: nothing of the session is of use any more.
+    fn restore(
+        &self,
+        record: &SessionRecord<'_>,
+        place: (Position, u32),
+        nth: u64,
+        now: Millis,
+    ) -> bool {
+        let Some(incarnation) = Incarnation::new(record.incarnation) else {
+            return false;
+        };
+        let times = self.times_of(record, nth, now);
+        if times.over && record.will.is_none() {
+            return false;
+        }
+        let principal = (!record.anonymous).then_some(record.principal);
+        let holder = self.account.holder(principal, record.address);
+        let key = SessionKey::from(record.key);
+        let shard = self.sessions.shard_of(key.client_id());
+        let mut session = Session::restore(Restored {
+            key,
+            principal: record.principal.into(),
+            incarnation,
+            version: version_of(record.level),
+            bridge: record.bridge,
+            over: times.over,
+            expiry: record.expiry,
+            since: times.since,
+            // Its queue ended with the earlier process.
+            gaps: record.gaps + u64::from(!times.over),
+            // Far from the identifiers that its client may still use.
+            last_id: record.last_id.wrapping_add(1 << 15),
+            will: record.will.as_ref().map(|w| (will_of(w), times.will_at)),
+            ends_at: times.ends_at,
+            absent_at: times.absent_at,
+        });
+        if !times.over {
+            for subscription in &record.subscriptions {
+                self.restore_subscription(&mut session, subscription, shard, holder, now);
+            }
+        }
+        let client = RestoredClient {
+            detached_at: record.detached_at,
+            address: record.address,
+        };
+        let groups = session.subscriptions().iter().filter(|s| s.shared);
+        let groups: Vec<FilterId> = groups.map(|s| s.filter).collect();
+        let session = self.sessions.restore(session, holder, client, place, |r| {
+            self.publishing.link_of(r)
+        });
+        for group in groups {
+            self.groups
+                .join(&self.sessions, group, session, incarnation);
+        }
+        true
+    }
+
+    fn restore_subscription(
+        &self,
+        session: &mut Session,
+        record: &SubscriptionRecord<'_>,
+        shard: u16,
+        holder: Holder,
+        now: Millis,
+    ) {
+        let options = options_of(record.options);
+        let asked = QoS::from_u8(record.asked).unwrap_or_default();
+        let qos = asked.max(options.qos);
+        let (filter, name) = self.filters.restore(record.name, qos, shard, holder, now);
+        let shared = split_shared(record.name).is_some();
+        let wild = has_wildcard(record.name);
+        let others = session.subscriptions().iter();
+        let others = others.filter(|s| !shared && !s.shared && (s.wild || wild));
+        let overlapping: Vec<FilterId> = others
+            .filter(|s| overlaps(&s.name, record.name))
+            .map(|s| s.filter)
+            .collect();
+        let subscription = Subscription {
+            filter,
+            name,
+            options,
+            asked,
+            identifier: record.identifier,
+            // Until the broker has it again, it is among the lost filters.
+            active: true,
+            overlaps: 0,
+            shared,
+            wild,
+            wild_below: record.wild_below,
+        };
+        session.add_subscription(subscription, &overlapping);
+    }
+
+    /// The wall clock may have been set back since: then no time has passed.
+    fn times_of(&self, record: &SessionRecord<'_>, nth: u64, now: Millis) -> Times {
+        let today = self.config.started_at.at(now).as_u64();
+        let away_ms = record
+            .detached_at
+            .map(|at| today.saturating_sub(at.as_u64()));
+        let away = Duration::from_millis(away_ms.unwrap_or(0));
+        let grace = self.sessions.restart_grace() + Duration::from_millis(nth);
+        let rest = |seconds: u32| {
+            let rest = Duration::from_secs(seconds.into()).saturating_sub(away);
+            Deadline::at(now + rest.max(grace))
+        };
+        let over = record.over || record.expiry == 0;
+        let delay = match (over, record.will) {
+            (false, Some(will)) => will.delay.min(record.expiry),
+            _ => 0,
+        };
+        let ends_at = match over {
+            true => Some(Deadline::at(now + grace + REMEMBER_OVER)),
+            false => (record.expiry != u32::MAX).then(|| rest(record.expiry)),
+        };
+        let announced = self.presence.is_some() && record.detached_at.is_none();
+        Times {
+            since: now - away,
+            over,
+            ends_at,
+            will_at: rest(delay),
+            absent_at: announced.then(|| Deadline::at(now + grace)),
+        }
+    }
+}
+
+fn version_of(level: u8) -> Version {
+    match level {
+        3 => Version::V31,
+        4 => Version::V311,
+        _ => Version::V5,
+    }
+}
+
+fn options_of(byte: u8) -> SubscribeOptions {
+    SubscribeOptions {
+        qos: QoS::from_u8(byte & 3).unwrap_or_default(),
+        no_local: byte & 4 != 0,
+        retain_as_published: byte & 8 != 0,
+        retain_handling: byte >> 4 & 3,
+    }
+}
+
+fn will_of(record: &WillRecord<'_>) -> Will {
+    let message = Message::new(&MessageSpec {
+        topic: record.topic,
+        properties: Properties(record.properties),
+        payload: record.payload,
+        qos: QoS::from_u8(record.qos).unwrap_or_default(),
+        retain: record.retain,
+        expires_at: None,
+        strip_key: None,
+        account: None,
+    });
+    Will::new(message, record.delay, record.message_expiry)
+}

@@ -1,0 +1,321 @@
+//! The records that a shard's sessions have in the log, and the sessions whose record is to be written anew.
+//!
+//! Only with `store.durability = "disk"` a shard has a journal. A change of a session marks its slot; the
+//! process's persist task then takes the marked slots and appends each session as it is at that moment, so
+//! that any number of changes cost one record. A connection whose acknowledgement waits for the record
+//! withholds its output until then.
+
+use std::collections::VecDeque;
+use std::hash::{BuildHasher, Hash as _, Hasher as _};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::hashing::{LookUp, LookUpHasher};
+use crate::router::handle::TaskWaker;
+use crate::router::sessions::slot::Slot;
+use crate::session::{Session, Will};
+use crate::store::log::{Claim, Position};
+use crate::time::{Millis, UnixMillis};
+
+/// A client that is away for less than this writes nothing: flaps are shorter.
+const FLAP: Duration = Duration::from_secs(5);
+
+/// The shards that have marked slots.
+#[derive(Debug, Default)]
+pub(super) struct Marked {
+    /// The numbers of the shards, as bits.
+    shards: AtomicU64,
+    pub(super) waker: TaskWaker,
+}
+
+impl Marked {
+    fn insert(&self, shard: u16) {
+        if self.shards.fetch_or(1 << shard, Ordering::AcqRel) & 1 << shard == 0 {
+            self.waker.raise();
+        }
+    }
+
+    /// Takes the shards.
+    pub(super) fn take(&self) -> u64 {
+        self.shards.swap(0, Ordering::AcqRel)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.shards.load(Ordering::Acquire) == 0
+    }
+}
+
+/// A session's record in the log.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Recorded {
+    /// Where it is, and the length of its body. `None`: the log was degraded.
+    pub(super) place: Option<(Position, u32)>,
+    pub(super) incarnation: u64,
+    expiry: u32,
+    /// The session is over.
+    over: bool,
+    /// A digest of the will.
+    will: Option<u64>,
+    /// The client was away.
+    detached: bool,
+    /// The record is on the disk.
+    pub(super) committed: bool,
+}
+
+impl Recorded {
+    pub(super) fn claim(&self) -> Option<Claim> {
+        let (position, len) = self.place?;
+        Some(Claim::new(position, len as usize))
+    }
+}
+
+/// The client of a restored session, as its record says.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::router) struct RestoredClient {
+    /// When it went away; `None`: it was connected.
+    pub detached_at: Option<UnixMillis>,
+    pub address: IpAddr,
+}
+
+/// The times that a journal knows.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::router) struct JournalTimes {
+    /// The time of day when the clock was at zero.
+    pub started_at: UnixMillis,
+    /// How long after a start neither a session ends nor a will is published.
+    pub restart_grace: Duration,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(in crate::router) struct Journal {
+    shard: u16,
+    marked: Arc<Marked>,
+    times: JournalTimes,
+    digests: LookUpHasher,
+    /// The records of the sessions, by slot.
+    recorded: LookUp<u32, Recorded>,
+    /// The slots whose sessions are to be written, and whether a connection waits for that.
+    marks: LookUp<u32, bool>,
+    /// The same slots in the order of their marks; slots without a mark may be among them.
+    queue: VecDeque<u32>,
+    /// The records of sessions that were removed, whose end is to be written.
+    pub(super) removed: VecDeque<Recorded>,
+    /// Slots whose clients went away, with the numbers of their connections, in the order of these times.
+    away: VecDeque<(Millis, u32, u64)>,
+    /// Restored sessions whose clients have not been back.
+    restored: LookUp<u32, RestoredClient>,
+}
+
+/// Whether the log is to have a session.
+pub(super) fn is_kept(session: &Session) -> bool {
+    session.will().is_some() || (!session.is_closed() && session.expiry > 0)
+}
+
+impl Journal {
+    pub(super) fn new(shard: u16, marked: Arc<Marked>, times: JournalTimes) -> Self {
+        Self {
+            shard,
+            marked,
+            times,
+            digests: LookUpHasher::default(),
+            recorded: LookUp::default(),
+            marks: LookUp::default(),
+            queue: VecDeque::new(),
+            removed: VecDeque::new(),
+            away: VecDeque::new(),
+            restored: LookUp::default(),
+        }
+    }
+
+    fn digest(&self, will: Option<&Will>) -> Option<u64> {
+        let will = will?;
+        let message = &will.message;
+        let mut hasher = self.digests.build_hasher();
+        message.topic().hash(&mut hasher);
+        message.properties().hash(&mut hasher);
+        message.payload().hash(&mut hasher);
+        (message.qos() as u8, message.retain()).hash(&mut hasher);
+        (will.delay, will.message_expiry).hash(&mut hasher);
+        Some(hasher.finish())
+    }
+
+    pub(super) fn recorded(&self, at: u32) -> Option<&Recorded> {
+        self.recorded.get(&at)
+    }
+
+    /// The session's state is appended to the log, or dropped by it.
+    pub(super) fn record(
+        &mut self,
+        at: u32,
+        session: &Session,
+        place: Option<(Position, u32)>,
+        committed: bool,
+    ) {
+        let recorded = Recorded {
+            place,
+            incarnation: session.incarnation.get(),
+            expiry: session.expiry,
+            over: session.is_closed(),
+            will: self.digest(session.will()),
+            detached: !session.attached(),
+            committed,
+        };
+        self.recorded.insert(at, recorded);
+    }
+
+    /// The end of the session's record is appended to the log.
+    pub(super) fn forget(&mut self, at: u32) {
+        self.recorded.remove(&at);
+    }
+
+    /// The record at `position` is on the disk.
+    pub(super) fn committed(&mut self, at: u32, position: Position) {
+        if let Some(recorded) = self.recorded.get_mut(&at)
+            && recorded.place.is_some_and(|(place, _)| place == position)
+        {
+            recorded.committed = true;
+        }
+    }
+
+    /// The session is to be written. `waits`: its connection withholds its output until then.
+    pub(super) fn mark(&mut self, at: u32, waits: bool) {
+        match self.marks.get_mut(&at) {
+            Some(mark) => *mark |= waits,
+            None => {
+                self.marks.insert(at, waits);
+                self.queue.push_back(at);
+                self.marked.insert(self.shard);
+            }
+        }
+    }
+
+    /// The next marked slot, without its mark, and whether its connection waits.
+    pub(super) fn next(&mut self) -> Option<(u32, bool)> {
+        loop {
+            let at = self.queue.pop_front()?;
+            if let Some(waits) = self.marks.remove(&at) {
+                return Some((at, waits));
+            }
+        }
+    }
+
+    /// A slot whose turn is to come again first, because its record did not find room.
+    pub(super) fn put_back(&mut self, at: u32, waits: bool) {
+        self.marks.insert(at, waits);
+        self.queue.push_front(at);
+    }
+
+    /// Asks for another look at this shard.
+    pub(super) fn look_again(&self) {
+        self.marked.insert(self.shard);
+    }
+
+    /// Whether a connection waits for the record of this slot again.
+    pub(super) fn waits(&self, at: u32) -> bool {
+        self.marks.get(&at).is_some_and(|waits| *waits)
+    }
+
+    /// Marks the session if its record says something else about its existence, its expiry or its will.
+    pub(super) fn compare(&mut self, at: u32, session: &Session) {
+        let stands = match self.recorded(at) {
+            None => !is_kept(session),
+            Some(recorded) => is_kept(session) && self.describes(recorded, session),
+        };
+        if !stands {
+            self.mark(at, false);
+        }
+    }
+
+    /// Whether the record has the session's existence, expiry and will.
+    fn describes(&self, recorded: &Recorded, session: &Session) -> bool {
+        recorded.incarnation == session.incarnation.get()
+            && recorded.expiry == session.expiry
+            && recorded.over == session.is_closed()
+            && recorded.will == self.digest(session.will())
+    }
+
+    /// The client is connected; `present`: its session is resumed. Marks the session if its record does not
+    /// stand. Returns whether CONNACK has to wait for the new record, because the disk does not know yet what
+    /// it says.
+    pub(super) fn attached(&mut self, at: u32, session: &Session, present: bool) -> bool {
+        self.restored.remove(&at);
+        let waits = match self.recorded(at) {
+            None => session.will().is_some() || (present && is_kept(session)),
+            Some(recorded) => !recorded.committed || !self.describes(recorded, session),
+        };
+        // An earlier connection may have ended before its answer came.
+        let waits = waits || self.waits(at);
+        let is_away = self.recorded(at).is_some_and(|recorded| recorded.detached);
+        let is_new = self.recorded(at).is_none() && is_kept(session);
+        if waits || is_away || is_new {
+            self.mark(at, waits);
+        }
+        waits
+    }
+
+    /// The client went away. If it stays away, the record is to say so.
+    pub(super) fn detached(&mut self, at: u32, session: &Session, now: Millis) {
+        self.compare(at, session);
+        self.away.push_back((now, at, session.connection_no()));
+    }
+
+    /// The next client that has been away for longer than a flap, with the number of its connection.
+    pub(super) fn next_away(&mut self, now: Millis) -> Option<(u32, u64)> {
+        let (since, at, connection_no) = *self.away.front()?;
+        if since + FLAP > now {
+            return None;
+        }
+        self.away.pop_front();
+        Some((at, connection_no))
+    }
+
+    /// The session is removed from its slot.
+    pub(super) fn removed(&mut self, at: u32) {
+        self.restored.remove(&at);
+        self.marks.remove(&at);
+        if let Some(recorded) = self.recorded.remove(&at) {
+            self.removed.push_back(recorded);
+            self.marked.insert(self.shard);
+        }
+    }
+
+    /// The session begins from a record.
+    pub(super) fn restored(
+        &mut self,
+        at: u32,
+        session: &Session,
+        place: (Position, u32),
+        client: RestoredClient,
+    ) {
+        self.record(at, session, Some(place), true);
+        if client.detached_at.is_none() {
+            if let Some(recorded) = self.recorded.get_mut(&at) {
+                recorded.detached = false;
+            }
+            let away = (session.since(), at, session.connection_no());
+            self.away.push_back(away);
+        }
+        self.restored.insert(at, client);
+    }
+
+    /// How long after the start the client of a restored session may be back before its will is published.
+    pub(super) fn restart_grace(&self) -> Duration {
+        self.times.restart_grace
+    }
+
+    /// When the client of a session went away; `None`: it is connected.
+    pub(super) fn detached_at(&self, at: u32, session: &Session) -> Option<UnixMillis> {
+        let restored = self.restored.get(&at).and_then(|client| client.detached_at);
+        let since = || self.times.started_at.at(session.since());
+        restored.or_else(|| (!session.attached()).then(since))
+    }
+
+    /// The address of a session's client.
+    pub(super) fn address(&self, at: u32, slot: &Slot) -> Option<IpAddr> {
+        let peer = slot.peer.as_ref().map(|peer| peer.address.ip());
+        peer.or_else(|| Some(self.restored.get(&at)?.address))
+    }
+}

@@ -1,0 +1,298 @@
+//! The sessions on the disk: the log is read at the start, written while the process runs, and completed at
+//! its end.
+
+use std::fs::DirBuilder;
+use std::future::poll_fn;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::config::{Config, Durability};
+use crate::router::{Batch, Router, SessionOwner};
+use crate::store::log::disk::{DirectoryError, RealDisk};
+use crate::store::log::{
+    DIRECTORY, Log, Mode, OpenError, Options, Position, Record, Recovery, Report, Sizes, Step,
+    Writer, WriterThread,
+};
+use crate::store::records::{FoundSessions, RecordError};
+use crate::telemetry::metrics;
+
+use crate::runtime::error::StartError;
+
+/// The room that a batch of sessions reserves in the log.
+const BATCH_BYTES: usize = 1 << 20;
+/// Damaged places that are named in the log at the start, at most.
+const NAMED_MAX: usize = 100;
+/// How long the end of the process waits for the disk, twice at most. A kill costs no acknowledged change.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// The log of a process that keeps its sessions on the disk.
+#[derive(Debug)]
+pub(super) struct SessionStore {
+    log: Log,
+    thread: WriterThread,
+}
+
+/// Opens the log of `config`, and begins the sessions that it has. `None`: sessions end with the process.
+///
+/// # Errors
+/// [`StartError`], with the file and the remedy.
+pub(super) async fn open(
+    config: &Config,
+    router: &Arc<Router>,
+    clock: Clock,
+) -> Result<Option<SessionStore>, StartError> {
+    if config.store.durability == Durability::Memory {
+        return Ok(None);
+    }
+    let directory = config.node.data_dir.join(DIRECTORY);
+    let grace = config.session.restart_grace;
+    let sessions_max = config.memory.sessions;
+    let router = router.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        router.keep_sessions(grace);
+        load(&directory, &router, clock).inspect(|_| warn_of_size(&router, sessions_max))
+    });
+    let failed = |e| StartError::Internal(format!("reading the log: {e}"));
+    opened.await.map_err(failed)?.map(Some)
+}
+
+/// Sessions that were promised are kept, even if they find no room any more.
+fn warn_of_size(router: &Router, max_bytes: u64) {
+    let bytes = router.session_bytes();
+    if bytes > max_bytes {
+        tracing::warn!(
+            bytes,
+            max_bytes,
+            "The restored sessions need more than memory.sessions: no new session is kept until others have ended"
+        );
+    }
+}
+
+/// Reads the log and begins its sessions.
+fn load(directory: &Path, router: &Arc<Router>, clock: Clock) -> Result<SessionStore, StartError> {
+    let began = clock.now();
+    // Only its owner may read the wills of clients. RealDisk reports a directory that cannot be made.
+    if let Some(data_dir) = directory.parent() {
+        let _ = DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(data_dir);
+    }
+    let disk = RealDisk::open(directory).map_err(|error| match error {
+        DirectoryError::InUse(_) => StartError::Temporary(format!(
+            "node.data_dir: {error}: give each Tidegate a directory of its own"
+        )),
+        DirectoryError::Io { .. } => StartError::Config(format!(
+            "node.data_dir: {error}: store.durability = \"disk\" needs a directory that can be written"
+        )),
+    })?;
+    let options = Options::new(getrandom::u64().unwrap_or_default());
+    let failed = |error| not_opened(directory, error);
+    let recovery = Recovery::open(disk, options).map_err(failed)?;
+    let claims = recovery.claims().clone();
+    let mut found = Found::default();
+    let replayed = recovery.replay(|record| found.visit(&record));
+    let replayed = replayed.map_err(failed)?;
+    if let Some((position, error)) = found.refused {
+        return Err(StartError::Config(format!(
+            "node.data_dir: {}: {position}: {error}: use the program that wrote it",
+            directory.display()
+        )));
+    }
+    report(&replayed.report, found.malformed);
+    let restored = router.restore_all(found.sessions, &claims, clock.now());
+    let (log, writer) = replayed.start().map_err(failed)?;
+    let took_ms = clock.now().since(began).as_millis() as u64;
+    tracing::info!(
+        sessions = restored,
+        directory = %directory.display(),
+        took_ms,
+        "Sessions were restored from the disk"
+    );
+    let thread = spawn(writer, router, &log);
+    let thread = thread.map_err(|e| StartError::Internal(format!("the log's thread: {e}")))?;
+    Ok(SessionStore { log, thread })
+}
+
+fn not_opened(directory: &Path, error: OpenError) -> StartError {
+    let text = format!("node.data_dir: {}: {error}", directory.display());
+    match error {
+        OpenError::Disk(_) | OpenError::Version { .. } => StartError::Config(text),
+    }
+}
+
+/// Names the places that cannot be read.
+fn report(report: &Report, malformed: u64) {
+    for damage in report.damages.iter().take(NAMED_MAX) {
+        tracing::warn!("The log of sessions cannot be read at {damage}");
+    }
+    let damaged = report.damaged + malformed;
+    metrics().store_damaged.increment(damaged);
+    if damaged > 0 {
+        tracing::warn!(
+            damaged,
+            "Places of the log of sessions are damaged: sessions may be missing, or be as they were earlier; `tidegate store check` names each place"
+        );
+    }
+    if report.stale {
+        tracing::warn!(
+            "The log of sessions lacks its last records: the disk was full or failed when the last process ended"
+        );
+    }
+}
+
+/// The findings of a replay.
+#[derive(Debug, Default)]
+struct Found {
+    sessions: FoundSessions,
+    /// Records that are intact and say nothing.
+    malformed: u64,
+    /// The first record of a later program.
+    refused: Option<(Position, RecordError)>,
+}
+
+impl Found {
+    fn visit(&mut self, record: &Record<'_>) {
+        let position = record.position;
+        match self.sessions.take(record) {
+            Ok(()) => {}
+            Err(RecordError::Malformed) => {
+                self.malformed += 1;
+                if self.malformed <= NAMED_MAX as u64 {
+                    tracing::warn!("The log of sessions has a malformed record at {position}");
+                }
+            }
+            Err(error) => {
+                self.refused.get_or_insert((position, error));
+            }
+        }
+    }
+}
+
+fn spawn(
+    writer: Writer<RealDisk>,
+    router: &Arc<Router>,
+    log: &Log,
+) -> std::io::Result<WriterThread> {
+    let owner = SessionOwner::new(router.clone(), log.clone());
+    WriterThread::spawn(writer, owner, |step, took, sizes| {
+        written(step, took, sizes)
+    })
+}
+
+/// Counts and logs a step of the log's writer.
+fn written(step: &Step, took: Duration, sizes: Sizes) {
+    let metrics = metrics();
+    metrics.store_bytes.set(sizes.bytes as f64);
+    metrics.store_living_bytes.set(sizes.living_bytes as f64);
+    match step {
+        Step::Committed { records, .. } => {
+            metrics.store_records.increment(u64::from(*records));
+            metrics.store_commit_seconds.record(took.as_secs_f64());
+        }
+        Step::Degraded(failure) => {
+            metrics.durability_degraded.set(1.0);
+            tracing::error!(
+                "Sessions are not written to the disk any more: cannot {failure}; everything goes on, and a restart would find them as they were"
+            );
+        }
+        Step::NotDeleted(failure) => {
+            tracing::warn!("A part of the log of sessions is not deleted yet: cannot {failure}");
+        }
+        Step::Returned => {
+            metrics.durability_degraded.set(0.0);
+            tracing::warn!("Sessions are written to the disk again");
+        }
+        Step::Idle { .. }
+        | Step::Rewritten
+        | Step::Deleted { .. }
+        | Step::StillDegraded(_)
+        | Step::Returning => {}
+    }
+}
+
+impl SessionStore {
+    /// The side of the log for the persist task.
+    pub(super) fn log(&self) -> Log {
+        self.log.clone()
+    }
+
+    /// Writes everything that waits, and ends the log. The persist task has ended.
+    pub(super) async fn close(self, router: &Router) {
+        let log = self.log;
+        let mut persist = Persist::new(log.clone());
+        let rest = async { while persist.batch(router).await {} };
+        let flushed = tokio::time::timeout(FLUSH, rest).await.is_ok();
+        let thread = self.thread;
+        let stopped = tokio::task::spawn_blocking(move || thread.stop());
+        let stopped = tokio::time::timeout(FLUSH, stopped).await.is_ok();
+        if flushed && stopped && log.mode() != Mode::Degraded {
+            tracing::info!("All sessions are on the disk");
+        } else {
+            tracing::error!("Not all sessions could be written to the disk");
+        }
+    }
+}
+
+/// Writes the sessions that change.
+#[derive(Debug)]
+pub(super) struct Persist {
+    log: Log,
+    /// The shard to begin with.
+    from: u16,
+    /// The room that the next batch needs, if that is more than usual.
+    needs: usize,
+    /// The batch that is being written.
+    batch: Batch,
+}
+
+impl Persist {
+    pub(super) fn new(log: Log) -> Self {
+        Self {
+            log,
+            from: 0,
+            needs: 0,
+            batch: Batch::default(),
+        }
+    }
+
+    /// Runs until `stop` is cancelled. While one batch is written, the next one gathers.
+    pub(super) async fn run(&mut self, router: &Router, stop: CancellationToken) {
+        // The run before this one may have left it.
+        router.committed(&self.batch);
+        loop {
+            let marked = poll_fn(|cx| match router.has_marked(cx.waker()) {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            });
+            if stop.run_until_cancelled(marked).await.is_none() {
+                return;
+            }
+            self.batch(router).await;
+        }
+    }
+
+    /// Writes one batch, and waits until it is on the disk. Returns whether there was anything to write.
+    async fn batch(&mut self, router: &Router) -> bool {
+        let bytes = BATCH_BYTES.max(std::mem::take(&mut self.needs));
+        let mut room = self.log.reserve(bytes).await;
+        self.batch = router.append_marked(&self.log, &mut room, &mut self.from);
+        drop(room);
+        self.needs = self.batch.needs.unwrap_or(0);
+        if let Some(position) = self.batch.last {
+            // Degraded or not, everything goes on.
+            let _ = self.log.wait(position).await;
+        }
+        if self.log.mode() == Mode::Closed {
+            metrics().durability_degraded.set(1.0);
+        }
+        router.committed(&self.batch);
+        !self.batch.is_empty() || self.batch.needs.is_some()
+    }
+}
