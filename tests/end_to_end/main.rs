@@ -8,6 +8,7 @@
     reason = "tests spawn tasks, share state with threads, read clocks and print"
 )]
 
+mod durable;
 mod flap;
 mod hop;
 mod quic_network;

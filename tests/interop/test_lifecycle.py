@@ -111,7 +111,7 @@ WRONG = {
     "unknown transport": (BASE.replace('transport = "tcp"', 'transport = "smoke"'), 6, ("transport", "smoke")),
     "bad bind": (BASE.replace("127.0.0.1:0", "nowhere", 1), 7, ("bind",)),
     "unknown version": (BASE.replace("version = 1", "version = 9"), 1, ("version",)),
-    "disk durability": (BASE + "[store]\ndurability = \"disk\"\n", 15, ("durability",)),
+    "other durability": (BASE + "[store]\ndurability = \"tape\"\n", 15, ("durability", "disk")),
     "local ack": (BASE.replace("[auth]", "ack = \"local\"\n[auth]"), 10, ("ack",)),
     "roots": (BASE.replace("[auth]", "roots = [\"fleet/#/x\"]\n[auth]"), 10, ("roots",)),
     "jwt": (BASE.replace("[auth]", "[auth]\nmode = \"jwt\""), 11, ("mode", "jwt")),
