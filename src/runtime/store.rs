@@ -182,7 +182,7 @@ fn spawn(
 ) -> std::io::Result<WriterThread> {
     let owner = SessionOwner::new(router.clone(), log.clone());
     WriterThread::spawn(writer, owner, |step, took, sizes| {
-        written(step, took, sizes)
+        written(step, took, sizes);
     })
 }
 
