@@ -4,6 +4,8 @@
 //! It has a cursor, the number of the first message that is its own; [`sleep`](super::sleep) has the rules by
 //! which members fall asleep and wake.
 
+mod lost;
+
 use std::collections::VecDeque;
 use std::num::NonZeroU16;
 use std::ops::Range;
@@ -11,6 +13,8 @@ use std::ops::Range;
 use crate::mqtt::{Message, QoS};
 use crate::session::{Incarnation, SessionLimits, hides};
 use crate::time::Millis;
+
+pub(super) use lost::{Lost, Reason};
 
 /// Bytes charged for each message of a backlog beside the message itself, with a share for the memory
 /// that is reserved ahead.
@@ -83,17 +87,6 @@ impl Sleeper {
     }
 }
 
-/// The messages of a sleeper that its backlog has dropped, by the limit that it dropped them for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Lost {
-    /// The limits of a queue.
-    pub(super) full: u64,
-    /// The budget of all queues.
-    pub(super) budget: u64,
-    /// Messages of QoS 0 that are not kept, and expired ones.
-    pub(super) unkept: u64,
-}
-
 /// The memory of a backlog, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Held {
@@ -116,10 +109,16 @@ pub(super) struct Backlog {
     bytes: usize,
     /// The number of the next message of the filter.
     next: u64,
-    /// Messages with lower numbers were dropped, because of a limit.
+    /// Messages with lower numbers are not here any longer.
     first: u64,
-    /// Messages with lower numbers were dropped, the last of them because of the budget.
-    trimmed: u64,
+    /// Messages with lower numbers are for no sleeper, or are only counted. The numbers below begin here.
+    base: u64,
+    /// Messages that were dropped at the front.
+    front: Lost,
+    /// Others that were dropped.
+    scattered: Lost,
+    /// Messages with lower numbers were kept or dropped.
+    handled: u64,
     /// By slot, with members that are gone: to take each of them out at once would make a mass of clients that
     /// come back expensive.
     sleepers: Vec<Sleeper>,
@@ -132,6 +131,8 @@ pub(super) struct Backlog {
     wild_below: Option<NonZeroU16>,
     /// Sleepers for which messages are kept.
     keeping: u32,
+    /// A number above which no sleeper has its cursor.
+    highest: u64,
     /// A number up to that of the first message.
     lowest: u64,
     /// Sleepers for which messages are kept from there on, or from before: while there is one, it is owed the
@@ -159,18 +160,28 @@ impl Backlog {
         let number = self.next - 1;
         let size = message.size();
         let quality = limits.queue_qos0 || message.qos() > QoS::AtMostOnce;
-        let known = self.entries.back().is_some_and(|e| e.number == number);
-        if known || self.keeping == 0 || !quality || size > limits.queue_bytes_max {
+        let nobodys = self.keeping == 0 || number < self.base;
+        if number < self.handled || nobodys || !quality {
             return;
         }
-        while self.entries.len() >= limits.queue_messages_max
-            || self.bytes + size > limits.queue_bytes_max
-        {
-            let Some(oldest) = self.pop() else {
-                // Not one message has room.
-                return;
+        self.handled = number + 1;
+        // Not one message may have room.
+        if size > limits.queue_bytes_max || limits.queue_messages_max == 0 {
+            let reason = match size > limits.queue_bytes_max {
+                true => Reason::Bytes,
+                false => Reason::Messages,
             };
-            self.first = oldest + 1;
+            return self.scattered.add(reason, 1);
+        }
+        loop {
+            let reason = if self.entries.len() >= limits.queue_messages_max {
+                Reason::Messages
+            } else if self.bytes + size > limits.queue_bytes_max {
+                Reason::Bytes
+            } else {
+                break;
+            };
+            self.drop_first(reason);
         }
         // A quarter more at a time: doubling would leave half of a long backlog unused.
         if self.entries.len() == self.entries.capacity() {
@@ -186,10 +197,23 @@ impl Backlog {
         });
     }
 
+    /// Whether the message that arrived last, with this number, was dropped after it was for a sleeper.
+    pub(super) fn has_dropped(&self, number: u64) -> bool {
+        let kept = self.entries.back().is_some_and(|e| e.number == number);
+        number < self.handled && !kept
+    }
+
     fn pop(&mut self) -> Option<u64> {
         let oldest = self.entries.pop_front()?;
         self.bytes -= oldest.message.size();
         Some(oldest.number)
+    }
+
+    fn drop_first(&mut self, reason: Reason) {
+        if let Some(oldest) = self.pop() {
+            self.first = oldest + 1;
+            self.front.add(reason, 1);
+        }
     }
 
     /// The number of the next message of the filter.
@@ -244,7 +268,13 @@ impl Backlog {
         let keeping = sleepers.iter().filter(|s| s.keeps);
         let lowest = keeping.clone().filter(|s| s.cursor() <= self.lowest);
         self.at_lowest += lowest.count() as u32;
-        self.keeping += keeping.count() as u32;
+        self.keeping += keeping.clone().count() as u32;
+        let highest = keeping.clone().map(Sleeper::cursor).max();
+        self.highest = self.highest.max(highest.unwrap_or(0));
+        if let Some(least) = keeping.map(Sleeper::cursor).min() {
+            // The first of their messages may have arrived when it was for nobody.
+            self.base = self.base.min(least);
+        }
         self.open += sleepers.iter().filter(|s| s.view == View::All).count();
         if self.sleepers.len() + sleepers.len() > self.sleepers.capacity() {
             let more = (self.sleepers.len() / 4).max(sleepers.len());
@@ -296,10 +326,19 @@ impl Backlog {
         }
         let first = self.keepers().map(Sleeper::cursor).min();
         let first = first.unwrap_or(self.next);
+        self.begin_at(first);
         while self.entries.front().is_some_and(|e| e.number < first) {
-            self.pop();
+            if let Some(number) = self.pop()
+                && number + 1 == self.handled
+            {
+                // A member that falls asleep with this message is to find it.
+                self.handled = number;
+            }
         }
-        self.lowest = self.entries.front().map_or(self.next, |e| e.number);
+        shrink(&mut self.entries);
+        // The message that arrived last may still be kept.
+        let none = self.next.saturating_sub(1);
+        self.lowest = self.entries.front().map_or(none, |e| e.number);
         let lowest = self.keepers().filter(|s| s.cursor() <= self.lowest);
         self.at_lowest = lowest.count() as u32;
     }
@@ -320,21 +359,61 @@ impl Backlog {
         self.entries.len() - self.place(from)
     }
 
+    /// The messages, counted for each sleeper.
+    pub(super) fn owed(&self) -> usize {
+        self.owed_at_once().unwrap_or_else(|| {
+            let cursors = self.keepers().map(Sleeper::cursor);
+            cursors.map(|cursor| self.count_since(cursor)).sum()
+        })
+    }
+
+    /// The number if all sleepers are owed all messages.
+    fn owed_at_once(&self) -> Option<usize> {
+        let first = self.entries.front().map_or(self.next, |e| e.number);
+        (self.highest <= first).then(|| self.keeping() * self.entries.len())
+    }
+
     fn place(&self, from: u64) -> usize {
         self.entries.partition_point(|e| e.number < from)
     }
 
-    /// The messages of a sleeper that are not here any more, or never were.
+    /// The messages of a sleeper that are not here any more, or never were. The reasons are estimated for a
+    /// sleeper that fell asleep after others.
     pub(super) fn lost(&self, sleeper: &Sleeper) -> Lost {
-        let from = sleeper.cursor();
-        let all = self.next - from - self.count_since(from) as u64;
-        let budget = self.trimmed.saturating_sub(from).min(all);
-        let full = self.first.saturating_sub(from.max(self.trimmed));
-        let full = full.min(all - budget);
-        Lost {
-            full,
-            budget,
-            unkept: all - budget - full,
+        let (mut lost, scattered) = match sleeper.keeps {
+            true => self.dropped_from(sleeper.cursor()),
+            false => Default::default(),
+        };
+        lost.add_all(scattered);
+        let unkept = self
+            .missing_from(sleeper.cursor())
+            .saturating_sub(lost.sum());
+        lost.add(Reason::Qos0, unkept);
+        lost
+    }
+
+    /// How many messages from a number on are not here.
+    fn missing_from(&self, from: u64) -> u64 {
+        self.next - from - self.count_since(from) as u64
+    }
+
+    /// The messages from a number on that were dropped at the front, and others.
+    fn dropped_from(&self, from: u64) -> (Lost, Lost) {
+        let below = |from| self.first.saturating_sub(from);
+        let front = self.front.part(below(from), below(self.base));
+        let scattered = self.scattered.part(
+            self.missing_from(from).saturating_sub(front.sum()),
+            self.missing_from(self.base)
+                .saturating_sub(self.front.sum()),
+        );
+        (front, scattered)
+    }
+
+    /// Nobody sleeps for whom messages with lower numbers are kept.
+    fn begin_at(&mut self, number: u64) {
+        if number > self.base {
+            (self.front, self.scattered) = self.dropped_from(number);
+            self.base = number;
         }
     }
 
@@ -358,31 +437,43 @@ impl Backlog {
 
     /// Drops messages that are past their expiry or too old, and QoS 0.
     pub(super) fn purge(&mut self, limits: &SessionLimits, now: Millis) {
-        let bytes = &mut self.bytes;
+        let (bytes, scattered) = (&mut self.bytes, &mut self.scattered);
         self.entries.retain(|e| {
             let age = now.age_of(e.at);
             let aged = limits
                 .queue_age_max
                 .is_some_and(|max| u128::from(age) >= max.as_millis());
-            let late = aged || e.message.has_expired(now);
-            let kept = !late && e.message.qos() > QoS::AtMostOnce;
-            if !kept {
-                *bytes -= e.message.size();
-            }
-            kept
+            let reason = if e.message.has_expired(now) {
+                Reason::Expired
+            } else if aged {
+                Reason::Age
+            } else if e.message.qos() == QoS::AtMostOnce {
+                Reason::Budget
+            } else {
+                return true;
+            };
+            *bytes -= e.message.size();
+            scattered.add(reason, 1);
+            false
         });
+        shrink(&mut self.entries);
     }
 
     /// Drops the older half of the messages. Returns how many.
     pub(super) fn trim(&mut self) -> usize {
         let half = self.entries.len().div_ceil(2);
         for _ in 0..half {
-            if let Some(oldest) = self.pop() {
-                self.trimmed = oldest + 1;
-            }
+            self.drop_first(Reason::Budget);
         }
         self.entries.shrink_to_fit();
         half
+    }
+}
+
+/// Gives memory back that most messages have left.
+fn shrink(entries: &mut VecDeque<Entry>) {
+    if entries.len() < entries.capacity() / 4 {
+        entries.shrink_to(entries.len() * 5 / 4);
     }
 }
 

@@ -72,6 +72,9 @@ impl Members {
     pub(super) fn leave_all(&mut self, slots: impl IntoIterator<Item = u32>) {
         let mut slots = slots.into_iter().peekable();
         self.awake.retain(|m| slots.next_if_eq(&m.slot).is_none());
+        if self.awake.len() < self.awake.capacity() / 4 {
+            self.awake.shrink_to_fit();
+        }
     }
 
     /// Whether all members have left, asleep or awake.

@@ -109,7 +109,14 @@ impl Backlogs {
         {
             return None;
         }
-        let next = members.backlog.as_ref().map(|b| b.next());
+        let backlog = members.backlog.as_ref();
+        let next = backlog.map(|b| b.next());
+        if backlog
+            .zip(pass.number)
+            .is_some_and(|(b, number)| b.has_dropped(number))
+        {
+            return None;
+        }
         // Other messages of the filter that came since are in the members' own queues.
         (next == pass.number.map(|number| number + 1)).then_some(Sleepy {
             number: pass.number,

@@ -22,10 +22,10 @@ use std::ops::Range;
 
 use crate::mqtt::QoS;
 use crate::session::{Kept, Session, SessionLimits, Subscription};
-use crate::telemetry::{DropReason, metrics};
+use crate::telemetry::metrics;
 use crate::topics::FilterId;
 
-use crate::router::sessions::backlog::{Backlog, Entry, Lost, Sleeper};
+use crate::router::sessions::backlog::{Backlog, Entry, Lost, Reason, Sleeper};
 use crate::router::sessions::came::{Came, Source};
 use crate::router::sessions::members::Member;
 use crate::router::sessions::pass::Pass;
@@ -62,14 +62,13 @@ impl Gathered {
         (session, subscription): (&Session, &Subscription),
         limits: &SessionLimits,
     ) {
-        let lost = backlog.lost(sleeper);
-        self.lost.full += lost.full;
-        self.lost.budget += lost.budget;
-        self.lost.unkept += lost.unkept;
+        self.lost.add_all(backlog.lost(sleeper));
         // The newest first, so that few are taken in vain.
         for entry in backlog.since(sleeper.cursor()).rev() {
             match owed(entry, session, subscription, limits) {
-                Owed::Kept(_) if entry.position < self.from => self.lost.full += 1,
+                Owed::Kept(_) if entry.position < self.from => {
+                    self.lost.add(Reason::Messages, 1);
+                }
                 Owed::Kept(qos) => {
                     let options = subscription.options;
                     let kept = Kept {
@@ -85,7 +84,7 @@ impl Gathered {
                         self.cut();
                     }
                 }
-                Owed::Unkept => self.lost.unkept += 1,
+                Owed::Unkept => self.lost.add(Reason::Qos0, 1),
                 Owed::Nothing => {}
             }
         }
@@ -100,7 +99,7 @@ impl Gathered {
                 .select_nth_unstable_by_key(many, |kept| kept.position);
             self.from = first.position;
             self.kept.drain(..many);
-            self.lost.full += many as u64;
+            self.lost.add(Reason::Messages, many as u64);
         }
     }
 
@@ -323,7 +322,7 @@ impl Shard {
             session.outbound_mut().take_kept(limits, self.now, kept);
         }
         let lost = gathered.lost;
-        slot.session.gaps += count_lost(lost, limits);
+        slot.session.gaps += count_lost(lost);
         shed(slot);
         if !slot.session.attached() && slot.session.outbound().queued() > 0 {
             self.accounts.list(slot, at);
@@ -373,8 +372,7 @@ impl Shard {
             let Some((backlog, sleeper)) = backlog.and_then(|b| Some((b, b.sleeper(at)?))) else {
                 continue;
             };
-            let lost = backlog.lost(sleeper);
-            all.gaps += lost.full + lost.budget + lost.unkept;
+            all.gaps += backlog.lost(sleeper).sum();
             for entry in backlog.since(sleeper.cursor()) {
                 match owed(entry, &slot.session, subscription, limits) {
                     Owed::Kept(_) => {
@@ -391,22 +389,11 @@ impl Shard {
 }
 
 /// Counts messages that a sleeper lost. Returns their number.
-fn count_lost(lost: Lost, limits: &SessionLimits) -> u64 {
-    let unkept = match limits.queue_qos0 {
-        true => DropReason::Expired,
-        false => DropReason::Qos0Offline,
-    };
-    let dropped = &metrics().messages_dropped;
-    for (reason, count) in [
-        (DropReason::QueueFull, lost.full),
-        (DropReason::Budget, lost.budget),
-        (unkept, lost.unkept),
-    ] {
-        if count > 0 {
-            dropped[reason].increment(count);
-        }
+fn count_lost(lost: Lost) -> u64 {
+    for (reason, count) in lost.by_label().filter(|(_, count)| *count > 0) {
+        metrics().messages_dropped[reason].increment(count);
     }
-    lost.full + lost.budget + lost.unkept
+    lost.sum()
 }
 
 #[cfg(test)]

@@ -40,11 +40,7 @@ impl Shard {
     pub(in crate::router::sessions) fn backlogged_of_all(&self) -> usize {
         let backlogs = self.backlogs.filters.iter();
         let backlogs = backlogs.filter_map(|f| self.members.get(f)?.backlog.as_ref());
-        let count = |backlog: &Backlog| -> usize {
-            let keeping = backlog.sleepers().filter(|s| s.keeps);
-            keeping.map(|s| backlog.count_since(s.cursor())).sum()
-        };
-        backlogs.map(|b| count(b)).sum()
+        backlogs.map(|b| b.owed()).sum()
     }
 
     /// Drops messages from backlogs that are past their expiry or too old, and QoS 0.

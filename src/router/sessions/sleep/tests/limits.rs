@@ -220,5 +220,7 @@ fn a_session_with_many_filters_gathers_little_more_than_its_queue_may_have() {
         .collect();
     newest.sort_unstable();
     assert_eq!(positions, newest[newest.len() - 10..]);
-    assert_eq!(gathered.lost.full, 990);
+    let mut lost = Lost::default();
+    lost.add(Reason::Messages, 990);
+    assert_eq!(gathered.lost, lost);
 }
