@@ -4,6 +4,7 @@ mod absences;
 mod accounts;
 mod backlog;
 mod budget;
+mod by_key;
 pub(super) mod came;
 pub(super) mod connect;
 mod expiry;

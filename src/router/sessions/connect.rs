@@ -108,7 +108,7 @@ impl Sessions {
         known: Option<(SessionRef, u64)>,
     ) -> Option<Predecessor> {
         let shard = self.shard(self.shard_of(key.client_id()));
-        let at = *shard.by_key.get(key)?;
+        let at = shard.find(key)?;
         let slot = &shard.slots[at as usize];
         let connection = (shard.reference(at), slot.session.connection_no());
         let takes_over = slot.session.attached() && *slot.session.principal == *principal;
@@ -194,8 +194,8 @@ impl Sessions {
     pub(super) fn demand(&self, shard: &Shard, connect: &Connect) -> Result<Demand, Refused> {
         let holder = self.holder(connect);
         let will = connect.will.as_ref().map_or(0, Will::bytes);
-        let known = shard.by_key.get(&connect.key);
-        let known = known.map(|at| &shard.slots[*at as usize]);
+        let known = shard.find(&connect.key);
+        let known = known.map(|at| &shard.slots[at as usize]);
         let (charged, more, is_kept) = match known {
             Some(slot) if slot.session.principal == connect.principal => {
                 let more = will.saturating_sub(slot.will_bytes as usize);
@@ -394,7 +394,7 @@ fn take_over(
     actions: &mut SessionActions,
     now: Millis,
 ) -> (Option<u32>, bool) {
-    let Some(at) = shard.by_key.get(&connect.key).copied() else {
+    let Some(at) = shard.find(&connect.key) else {
         return (None, false);
     };
     let slot = &mut shard.slots[at as usize];

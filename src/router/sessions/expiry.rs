@@ -62,7 +62,7 @@ impl Sessions {
     /// Ends a session and its connection because an operator asks for it. `None`: no session has this key.
     pub(crate) fn end_by_operator(&self, key: &SessionKey, now: Millis) -> Option<SessionActions> {
         let mut shard = self.shard(self.shard_of(key.client_id()));
-        let at = shard.by_key.get(key).copied()?;
+        let at = shard.find(key)?;
         let why = (CloseReason::Operator, SessionEndReason::Admin);
         let actions = self.end_early(&mut shard, at, why, now);
         self.charge(&mut shard);

@@ -18,6 +18,7 @@ use crate::topics::FilterId;
 use crate::router::lost::Lost;
 use crate::router::sessions::absences::Absences;
 use crate::router::sessions::accounts::Accounts;
+use crate::router::sessions::by_key::ByKey;
 use crate::router::sessions::handover::Handovers;
 use crate::router::sessions::journal::Journal;
 use crate::router::sessions::members::Members;
@@ -35,7 +36,7 @@ pub(in crate::router) struct Shard {
     pub number: u16,
     account: Arc<SessionAccount>,
     pub slots: Slab<Box<Slot>>,
-    pub by_key: LookUp<SessionKey, u32>,
+    by_key: ByKey,
     pub members: LookUp<FilterId, Members>,
     /// The sessions' accounts.
     pub accounts: Accounts,
@@ -67,7 +68,7 @@ impl Shard {
             number,
             account,
             slots: Slab::new(),
-            by_key: LookUp::default(),
+            by_key: ByKey::default(),
             members: LookUp::default(),
             accounts,
             absences: Absences::default(),
@@ -107,8 +108,25 @@ impl Shard {
             charged_queue_bytes: 0,
             asleep: 0,
         })) as u32;
-        self.by_key.insert(key, slot);
+        let Self { slots, by_key, .. } = self;
+        by_key.insert(&key, slot, |at| &slots[at as usize].session.key);
         slot
+    }
+
+    /// The slot of the session with a key.
+    pub(crate) fn find(&self, key: &SessionKey) -> Option<u32> {
+        let is = |at: u32| self.slots[at as usize].session.key == *key;
+        self.by_key.get(key, is)
+    }
+
+    /// The keys of all sessions for which a condition holds, in their order. Closed sessions are not
+    /// among them.
+    pub(super) fn keys(&self, holds: impl Fn(&SessionKey) -> bool) -> Vec<&SessionKey> {
+        let sessions = self.slots.iter().map(|(_, slot)| &slot.session);
+        let live = sessions.filter(|s| holds(&s.key) && !s.is_closed());
+        let mut keys: Vec<&SessionKey> = live.map(|s| &s.key).collect();
+        keys.sort_unstable();
+        keys
     }
 
     pub(crate) fn reference(&self, slot: u32) -> SessionRef {
@@ -160,7 +178,7 @@ impl Shard {
             return;
         }
         let mut removed = self.slots.remove(slot as usize);
-        self.by_key.remove(&removed.session.key);
+        self.by_key.remove(&removed.session.key, slot);
         if let Some(journal) = &mut self.journal {
             journal.removed(slot);
         }
@@ -324,7 +342,9 @@ impl Shard {
         if ended.session {
             return self.finish(slot, now, actions);
         }
-        self.accounts.list(s, slot);
+        if s.session.outbound().entries() > 0 {
+            self.accounts.list(s, slot);
+        }
         self.absences.begin(s.session.since(), slot);
         self.hold(slot);
         self.settle(slot);

@@ -11,7 +11,7 @@ use crate::router::types::Peer;
 
 /// Bytes of a session beside its names, its will and its subscriptions, as measured: its state, the
 /// client's address, and its entries in the tables of its shard.
-pub(super) const SESSION_BYTES: usize = size_of::<Slot>() + 320;
+pub(super) const SESSION_BYTES: usize = size_of::<Slot>() + 272;
 
 /// Bytes that are charged for a session with one subscription and with names of 48 bytes together, for
 /// people who want to know how many sessions find room.

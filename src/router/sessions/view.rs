@@ -75,10 +75,8 @@ impl Sessions {
         let mut keys: Vec<SessionKey> = Vec::new();
         for shard in &self.shards {
             let shard = shard.lock();
-            let live = |slot: &u32| !shard.slots[*slot as usize].session.is_closed();
             let later = |key: &SessionKey| after.is_none_or(|after| key.as_str() > after);
-            let some = shard.by_key.sorted(|key, slot| later(key) && live(slot));
-            keys.extend(some.into_iter().take(limit).map(|(key, _)| key.clone()));
+            keys.extend(shard.keys(later).into_iter().take(limit).cloned());
         }
         keys.sort_unstable();
         keys.truncate(limit);
@@ -94,16 +92,14 @@ impl Sessions {
     /// The keys of a client identifier's sessions, one for each mount.
     pub(crate) fn keys_of(&self, client_id: &str) -> Vec<SessionKey> {
         let shard = self.shard(self.shard_of(client_id));
-        let live = |slot: &u32| !shard.slots[*slot as usize].session.is_closed();
-        let own = |key: &SessionKey, slot: &u32| key.client_id() == client_id && live(slot);
-        let own = shard.by_key.sorted(own);
-        own.into_iter().map(|(key, _)| key.clone()).collect()
+        let own = shard.keys(|key| key.client_id() == client_id);
+        own.into_iter().cloned().collect()
     }
 
     /// The session of a key.
     pub(crate) fn find(&self, key: &SessionKey) -> Option<SessionInfo> {
         let shard = self.shard(self.shard_of(key.client_id()));
-        let at = *shard.by_key.get(key)?;
+        let at = shard.find(key)?;
         let slot = &shard.slots[at as usize];
         let session = &slot.session;
         (!session.is_closed()).then(|| info(slot, shard.backlogged(at, slot, &self.limits)))
@@ -112,8 +108,8 @@ impl Sessions {
     /// Whether a client is connected.
     pub(crate) fn is_attached(&self, key: &SessionKey) -> bool {
         let shard = self.shard(self.shard_of(key.client_id()));
-        let slot = shard.by_key.get(key);
-        slot.is_some_and(|slot| shard.slots[*slot as usize].session.attached())
+        let slot = shard.find(key);
+        slot.is_some_and(|slot| shard.slots[slot as usize].session.attached())
     }
 
     /// Sums over all sessions.
