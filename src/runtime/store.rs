@@ -108,11 +108,15 @@ fn load(directory: &Path, router: &Arc<Router>, clock: Clock) -> Result<SessionS
     report(&replayed.report, found.malformed);
     let restored = router.restore_all(found.sessions, &claims, clock.now());
     let (log, writer) = replayed.start().map_err(failed)?;
-    let took_ms = clock.now().since(began).as_millis() as u64;
+    // A log that was left degraded is so until it is written anew, and so is one whose disk fails at once.
+    let is_degraded = log.committed().is_none();
+    metrics().durability_degraded.set(f64::from(is_degraded));
+    let took = clock.now().since(began);
+    metrics().store_replay_seconds.set(took.as_secs_f64());
     tracing::info!(
         sessions = restored,
         directory = %directory.display(),
-        took_ms,
+        took_ms = took.as_millis() as u64,
         "Sessions were restored from the disk"
     );
     let thread = spawn(writer, router, &log);
@@ -127,7 +131,7 @@ fn not_opened(directory: &Path, error: OpenError) -> StartError {
     }
 }
 
-/// Names the places that cannot be read.
+/// Names the places that cannot be read, and files that are not of the log.
 fn report(report: &Report, malformed: u64) {
     for damage in report.damages.iter().take(NAMED_MAX) {
         tracing::warn!("The log of sessions cannot be read at {damage}");
@@ -138,6 +142,12 @@ fn report(report: &Report, malformed: u64) {
         tracing::warn!(
             damaged,
             "Places of the log of sessions are damaged: sessions may be missing, or be as they were earlier; `tidegate store check` names each place"
+        );
+    }
+    for file in report.foreign.iter().take(NAMED_MAX) {
+        tracing::warn!(
+            file,
+            "A file in the log's directory has the name of a segment that no log has: it is left alone"
         );
     }
     if report.stale {
@@ -232,7 +242,8 @@ impl SessionStore {
         let thread = self.thread;
         let stopped = tokio::task::spawn_blocking(move || thread.stop());
         let stopped = tokio::time::timeout(FLUSH, stopped).await.is_ok();
-        if flushed && stopped && log.mode() != Mode::Degraded {
+        // The log has ended. It knows a place up to which it is safe only if it did so in order.
+        if flushed && stopped && log.committed().is_some() {
             tracing::info!("All sessions are on the disk");
         } else {
             tracing::error!("Not all sessions could be written to the disk");

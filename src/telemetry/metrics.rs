@@ -184,6 +184,8 @@ metrics! {
     gauge store_bytes = "tidegate_store_bytes";
     #[doc = "Bytes of the log of sessions that a restart needs."]
     gauge store_living_bytes = "tidegate_store_living_bytes";
+    #[doc = "Seconds that the start took to read the log of sessions and to begin its sessions."]
+    gauge store_replay_seconds = "tidegate_store_replay_seconds";
     #[doc = "Damaged places of the log of sessions, found at the start."]
     counter store_damaged = "tidegate_store_damaged_total";
     #[doc = "Bytes of messages in the queues of all sessions, and of the tables that recognise their publishes."]
