@@ -410,13 +410,11 @@ impl Shard {
         }
     }
 
-    /// The client of a session is away.
+    /// The client of a restored session is away.
     pub(super) fn begin_absence(&mut self, slot: u32) {
-        let Some(s) = self.slots.get_mut(slot as usize) else {
-            return;
-        };
-        if !s.session.is_closed() {
-            self.accounts.list(s, slot);
+        if let Some(s) = self.slots.get(slot as usize)
+            && !s.session.is_closed()
+        {
             self.absences.begin(s.session.since(), slot);
         }
     }
