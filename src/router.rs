@@ -247,6 +247,7 @@ impl Router {
                 presence.publish(&self.sessions, &self.publishing, change, qos, now);
             }
         }
+        self.request_retained(actions.retained, now);
         for closed in actions.closed {
             let (session, link) = (closed.session, closed.publish_link);
             let waits = self.publishing.is_waiting(session, link);
@@ -315,8 +316,8 @@ impl Router {
         self.tick_unsubscribed(now);
         let wake = self.filters.tick_moves(now, |link| self.barriers.ask(link));
         self.wake_links(wake);
-        let granted = self.retained.tick(&self.sessions, &self.filters, now);
-        self.tell_granted(&granted);
+        let served = (self.retained).release_late(&self.sessions, &self.filters, now);
+        self.end_waits(&served, now);
         // Retained messages that were handed on are in queues now.
         self.sessions.enforce_budget(now);
         self.retained

@@ -7,6 +7,7 @@
 mod aliases;
 mod close;
 mod connection;
+mod defer;
 mod delivery;
 mod effect;
 mod entry;
@@ -24,6 +25,7 @@ mod restore;
 mod streams;
 mod subscribe;
 mod subscriptions;
+mod waiting;
 mod will;
 
 use std::sync::Arc;
@@ -38,7 +40,7 @@ use crate::session::phase::{Online, Phase};
 pub use crate::budget::QueueFull;
 pub use close::CloseReason;
 pub use connection::{Connection, ConnectionSpec, Scope, TakenOutput};
-pub use effect::{Effect, GrantOrder, PrimaryOver, SubscribeRequest, Unsubscribed};
+pub use effect::{Effect, GrantOrder, PrimaryOver, RetainedDue, SubscribeRequest, Unsubscribed};
 pub use entry::{Kept, Offer, Redelivery};
 pub use inbound::{Answer, Arrival, Inbound, Incoming, OpenMax, Token};
 pub use incarnation::Incarnation;
@@ -50,6 +52,7 @@ pub use overlap::{Primary, primary, primary_filter};
 pub(crate) use packets::keep_response_topic;
 pub use restore::Restored;
 pub use subscriptions::{Added, SUBSCRIPTION_BYTES, Subscription, hides};
+pub use waiting::{Deferral, WaitNumber, WaitingMax, WaitingTotal};
 pub use will::Will;
 
 /// One client's session, with or without a connection.
@@ -70,7 +73,9 @@ pub use will::Will;
 /// - **Answers.** Each [`Effect::Publish`] with a token is answered once through
 ///   [`Session::answered`], and each request of an [`Effect::Subscribe`] through
 ///   [`Session::subscribed`].
-/// - **Deliveries.** [`Session::deliver`] offers one message; it is written, queued or dropped.
+/// - **Deliveries.** [`Session::deliver`] offers one message; it is written, queued or dropped. While the
+///   retained messages of a subscription are still to come, between [`Session::begin_wait`] and
+///   [`Session::end_wait`], the driver calls [`Session::defer`] first.
 /// - **Output.** After packets, and after output was sent, [`Session::pump`] writes what the client's
 ///   window and the buffers now allow. [`Connection::take_output`] then gives the bytes of the streams
 ///   that can send. They are sent in this order, and exactly once: a session does not know when they
@@ -274,6 +279,11 @@ impl Session {
     /// packet is handed over.
     pub fn is_withheld(&self) -> bool {
         (self.phase.connection()).is_some_and(|connection| connection.is_withheld())
+    }
+
+    /// SUBSCRIBEs that are not answered yet.
+    pub fn subscribes_unanswered(&self) -> usize {
+        self.phase.connection().map_or(0, |c| c.pending.len())
     }
 
     /// Publishes of this client that wait for the broker's answer.

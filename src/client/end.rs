@@ -192,7 +192,12 @@ fn label_and_how(reason: CloseReason) -> (DisconnectReason, CloseHow) {
 
 /// The label of a reset, if the session's fault with a packet ends only the packet's data stream.
 fn stream_reason(reason: CloseReason) -> Option<StreamReason> {
+    use CloseReason as C;
     use DisconnectReason as D;
+    if matches!(reason, C::SessionQueueFull | C::QueueBudget) {
+        // The session ended meanwhile, and not for this packet.
+        return None;
+    }
     match label_and_how(reason).0 {
         D::Protocol | D::TopicAlias | D::Topic | D::NotSupported => Some(StreamReason::Protocol),
         D::Quota => Some(StreamReason::Quota),
@@ -206,6 +211,15 @@ mod tests {
 
     use super::*;
     use crate::transport::{FrameError, ResetReason, Violation};
+
+    #[test]
+    fn the_end_of_a_session_is_not_the_fault_of_a_data_stream() {
+        for reason in [CloseReason::SessionQueueFull, CloseReason::QueueBudget] {
+            assert_eq!(End::Session(reason).stream_reason(), None);
+        }
+        let fault = End::Session(CloseReason::TopicAliasBytes).stream_reason();
+        assert_eq!(fault, Some(StreamReason::Quota));
+    }
 
     #[test]
     fn ends_have_their_label_code_and_close() {

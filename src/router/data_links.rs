@@ -105,6 +105,8 @@ impl Router {
         if self.resyncs() {
             self.retained.link_lost(&filters);
         }
+        let served = self.retained.stop_waiting(&filters);
+        self.end_waits(&served, now);
         self.retained.forget(filters.into_iter());
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::mqtt::{Message, ReasonCode};
+use crate::mqtt::Message;
 use crate::session::SessionKey;
 use crate::telemetry::{DeferReason, metrics};
 use crate::time::Millis;
@@ -10,7 +10,7 @@ use crate::topics::FilterId;
 
 use crate::router::handle::TaskWaker;
 use crate::router::publish::queue::PublishQueues;
-use crate::router::types::{PendingGrant, RetainedRequest};
+use crate::router::types::{Due, Served};
 use crate::router::{Answered, Router, SessionRef};
 
 /// Messages that were kept back are delivered in batches of this many.
@@ -136,17 +136,14 @@ impl Router {
 
     /// The broker has answered a PINGREQ behind the fetch of these filters: the messages that it had
     /// are here.
-    pub fn fetch_answered(&self, filters: &[FilterId]) {
-        self.tell_granted(&self.retained.fetch_answered(filters));
+    pub fn fetch_answered(&self, filters: &[FilterId], now: Millis) {
+        self.end_waits(&self.retained.fetch_answered(filters), now);
     }
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again.
     pub fn fetch_ended(&self, filters: &[FilterId], complete: bool, now: Millis) {
-        self.tell_granted(
-            &self
-                .retained
-                .fetch_ended(&self.filters, filters, complete, now),
-        );
+        let served = (self.retained).fetch_ended(&self.filters, filters, complete, now);
+        self.end_waits(&served, now);
     }
 
     /// These filters cannot be fetched, and are not tried again: their subscribers get no retained
@@ -178,10 +175,9 @@ impl Router {
 
     /// PINGREQ `number` of data link `link` was answered, and all messages before it are fanned out.
     pub fn barrier_passed(&self, link: usize, number: u64, now: Millis) {
-        let granted =
-            self.retained
-                .barrier_passed(&self.sessions, &self.filters, link, number, now);
-        self.tell_granted(&granted);
+        let (sessions, filters) = (&self.sessions, &self.filters);
+        let served = (self.retained).barrier_passed(sessions, filters, link, number, now);
+        self.end_waits(&served, now);
         for moved in self.filters.moves_passed(link, number, now) {
             self.deliver_kept(moved, now);
         }
@@ -214,24 +210,19 @@ impl Router {
         self.sessions.await_barriers(session, &barriers);
     }
 
-    /// Sends the retained messages of a filter to one subscription, and tells the client of the grant
-    /// behind them.
-    pub(super) fn request_retained(
-        &self,
-        request: RetainedRequest,
-        grant: PendingGrant,
-        now: Millis,
-    ) {
-        let sessions = &self.sessions;
-        let granted = (self.retained).request(sessions, grant.filter, request, grant, now);
-        self.tell_granted(&granted);
+    /// Sends the retained messages that follow a SUBACK.
+    pub(super) fn request_retained(&self, due: Vec<Due>, now: Millis) {
+        for (filter, request) in due {
+            let (sessions, filters) = (&self.sessions, &self.filters);
+            let served = (self.retained).request(sessions, filters, filter, request, now);
+            self.end_waits(served.as_slice(), now);
+        }
     }
 
-    /// Tells clients of grants that are complete.
-    pub(super) fn tell_granted(&self, grants: &[PendingGrant]) {
-        for grant in grants {
-            let code = ReasonCode(grant.qos as u8);
-            self.sessions.answer(&grant.subscribe, code);
+    /// The retained messages of these subscriptions are sent: live ones follow.
+    pub(super) fn end_waits(&self, served: &[Served], now: Millis) {
+        for served in served {
+            self.sessions.end_wait(served, now);
         }
     }
 }

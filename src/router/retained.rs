@@ -13,7 +13,6 @@ mod release;
 mod resync;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -26,7 +25,7 @@ use crate::topics::FilterId;
 use crate::router::barrier::Barriers;
 use crate::router::handle::TaskWaker;
 use crate::router::sessions::Sessions;
-use crate::router::types::{Arrived, PendingGrant, RetainedRequest};
+use crate::router::types::{Arrived, RetainedRequest, Served, SessionRef};
 use cache::{Buffered, Cache, Cached, Requests, State};
 
 /// Fetched messages that wait for the data links; further ones are handed on at once.
@@ -34,10 +33,6 @@ const BUFFERED_MAX: usize = 10_000;
 
 /// Bytes of the fetched messages that wait for the data links.
 const BUFFERED_BYTES_MAX: usize = 16 * 1024 * 1024;
-
-/// How long a SUBACK waits for the retained messages. A client that has its SUBACK may publish, and
-/// older messages must not follow its own.
-const SUBACK_WAIT: Duration = Duration::from_millis(100);
 
 /// The retained messages: the cache, and the fetches by which the retained link fills it.
 #[derive(Debug)]
@@ -77,32 +72,30 @@ impl RetainedMessages {
     }
 
     /// Sends the retained messages of a filter to one subscription: from the cache, or once they
-    /// are fetched. `reply` follows them, but is not kept waiting for long. Returns the replies to
-    /// send now.
+    /// are fetched. Returns the subscription if they are sent, so that its live messages follow now.
     pub(super) fn request(
         &self,
         sessions: &Sessions,
+        sources: &impl Sources,
         filter: FilterId,
         request: RetainedRequest,
-        reply: PendingGrant,
         now: Millis,
-    ) -> Vec<PendingGrant> {
+    ) -> Option<Served> {
+        // The session of a link that is away keeps messages which are older than retained ones that are
+        // fetched meanwhile.
+        let away = sources.is_away(filter);
         let mut cache = self.cache.lock();
-        let deadline = now + SUBACK_WAIT;
-        cache
-            .replies
-            .entry(filter)
-            .or_default()
-            .push((deadline, reply));
-        cache.reply_by.push_back((deadline, filter));
+        let session = request.session;
+        let mut served = away;
         match cache.filters.get_mut(&filter) {
             Some(cached) if cached.state == State::Complete => {
                 cache.complete.promote(&filter);
                 let messages = cache.messages(filter, now);
                 release::hand(sessions, &cache, filter, &messages, &request, now);
+                served = true;
             }
             Some(cached) if cached.state == State::Queued => {
-                cached.requests.insert(request.session, request);
+                cached.requests.insert(session, request);
                 if cached.resync {
                     // It may be in the queue of fetches that nobody waits for.
                     cache.queue.push_back(filter);
@@ -110,66 +103,81 @@ impl RetainedMessages {
                 }
             }
             Some(cached) if cached.overflow || cached.stale => {
-                cached.late.insert(request.session, request);
+                cached.late.insert(session, request);
             }
             Some(cached) => {
-                cached.requests.insert(request.session, request);
+                cached.requests.insert(session, request);
+                served |= !cached.is_awaited();
                 let messages = cache.messages(filter, now);
                 release::hand(sessions, &cache, filter, &messages, &request, now);
             }
             None => {
-                let queued = Cached::queued(Requests::from([(request.session, request)]));
+                let queued = Cached::queued(Requests::from([(session, request)]));
                 cache.filters.insert(filter, queued);
                 cache.queue.push_back(filter);
                 self.waker.raise();
             }
         }
-        cache.replies_of(filter)
+        let wait = request.wait?;
+        if served {
+            return Some(Served {
+                session,
+                filter,
+                wait,
+            });
+        }
+        if let Some(cached) = cache.filters.get_mut(&filter) {
+            cached.waiting.insert(session, wait);
+        }
+        None
     }
 
-    /// Takes the replies that have waited long enough, and releases fetched messages that have. Returns
-    /// the replies to send now.
-    pub(super) fn tick(
-        &self,
-        sessions: &Sessions,
-        sources: &impl Sources,
-        now: Millis,
-    ) -> Vec<PendingGrant> {
-        let mut replies = self.late_replies(now);
-        replies.extend(self.release_late(sessions, sources, now));
-        replies
-    }
-
-    fn late_replies(&self, now: Millis) -> Vec<PendingGrant> {
-        let mut late = Vec::new();
+    /// A session no longer has the subscriptions on these filters. The messages that they asked for do not
+    /// come any more: the client may subscribe again, and they must not come before its SUBACK.
+    pub(super) fn cancel(&self, session: SessionRef, filters: impl Iterator<Item = FilterId>) {
         let mut cache = self.cache.lock();
-        while let Some(&(deadline, filter)) = cache.reply_by.front()
-            && deadline <= now
-        {
-            cache.reply_by.pop_front();
-            let Some(waiting) = cache.replies.get_mut(&filter) else {
-                continue;
-            };
-            late.extend(waiting.extract_if(.., |(at, _)| *at <= now).map(|(_, r)| r));
-            if waiting.is_empty() {
-                cache.replies.remove(&filter);
+        if cache.filters.len() == cache.complete.len() {
+            return;
+        }
+        for filter in filters {
+            if let Some(cached) = cache.filters.get_mut(&filter) {
+                cached.requests.remove(&session);
+                cached.late.remove(&session);
+                cached.waiting.remove(&session);
             }
         }
-        late
+    }
+
+    /// The link of these filters is away: the messages that its session keeps are older than retained
+    /// messages that are fetched meanwhile. Returns the subscriptions that wait no longer.
+    pub(super) fn stop_waiting(&self, filters: &[FilterId]) -> Vec<Served> {
+        let mut served = Vec::new();
+        let mut cache = self.cache.lock();
+        for &filter in filters {
+            if let Some(cached) = cache.filters.get_mut(&filter) {
+                let waiting = std::mem::take(&mut cached.waiting).into_iter();
+                served.extend(waiting.map(|(session, wait)| Served {
+                    session,
+                    filter,
+                    wait,
+                }));
+            }
+        }
+        served
     }
 
     /// The broker has answered a PINGREQ behind the fetch of these filters: the messages that it had
-    /// are here. Returns the replies to send now.
-    pub(super) fn fetch_answered(&self, filters: &[FilterId]) -> Vec<PendingGrant> {
+    /// are here. Returns the subscriptions that have theirs now.
+    pub(super) fn fetch_answered(&self, filters: &[FilterId]) -> Vec<Served> {
         let mut cache = self.cache.lock();
-        let mut replies = Vec::new();
+        let mut served = Vec::new();
         for filter in filters {
             if let Some(cached) = cache.filters.get_mut(filter) {
                 cached.answered = cached.state == State::Fetching;
-                replies.extend(cache.replies_of(*filter));
+                cache.served(*filter, &mut served);
             }
         }
-        replies
+        served
     }
 
     /// Up to `max` filters whose fetch begins now, with their names.
@@ -307,3 +315,6 @@ impl RetainedMessages {
         self.cache.lock().bytes as u64
     }
 }
+
+#[cfg(test)]
+mod tests;

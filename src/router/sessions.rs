@@ -26,6 +26,7 @@ mod sockets;
 pub(super) mod subscriptions;
 pub(super) mod tally;
 pub(super) mod view;
+mod waits;
 
 use std::hash::BuildHasher;
 use std::sync::Arc;
@@ -46,7 +47,7 @@ use crate::topics::FilterId;
 use crate::router::account::SessionAccount;
 use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
-use crate::router::types::{BarrierNumbers, Peer, SessionRef};
+use crate::router::types::{BarrierNumbers, Due, Peer, SessionRef};
 use absences::Absences;
 use accounts::Accounts;
 use budget::Evicting;
@@ -124,6 +125,8 @@ pub(super) struct SessionActions {
     pub presence_changes: Vec<PresenceChange>,
     /// Closed sessions that are to be forgotten, unless their publish links need them.
     pub closed: Vec<ClosedSession>,
+    /// Retained messages that are to follow a SUBACK which was not written: its connection ended.
+    pub retained: Vec<Due>,
 }
 
 /// A session that is over.

@@ -72,10 +72,14 @@ impl Router {
         } = answered;
         for grant in answered.grants {
             if !grant.granted && code.is_error() {
-                if self.sessions.refuse(&grant, code) {
+                let (removed, due) = self.sessions.refuse(&grant, code, now);
+                if removed {
                     let shard = grant.subscribe.session.shard;
+                    self.retained
+                        .cancel(grant.subscribe.session, std::iter::once(grant.filter));
                     self.filters.release(&[grant.filter], shard, now);
                 }
+                self.request_retained(due, now);
                 continue;
             }
             let granted = QoS::from_u8(code.0).unwrap_or_default();
@@ -102,26 +106,28 @@ impl Router {
         }
     }
 
-    /// Tells a client that its filter is granted, and gives it the retained messages; not before the
-    /// broker has granted the client's overlapping filters at this QoS, with `raise`: then the client
-    /// has not waited long enough yet.
+    /// Tells a client that its filter is granted, and gives it the retained messages behind the SUBACK; not
+    /// before the broker has granted the client's overlapping filters at this QoS, with `raise`: then the
+    /// client has not waited long enough yet.
     fn settle_granted(&self, grant: PendingGrant, counts: Counts, raise: bool, now: Millis) {
-        let Some(granted) = self.sessions.grant(&grant, counts, raise) else {
+        let Some(granted) = self.sessions.grant(&grant, counts, raise, now) else {
             return;
         };
+        let grant = PendingGrant {
+            wait: granted.wait,
+            ..grant
+        };
+        self.request_retained(granted.due, now);
         if !granted.overlapping.is_empty() {
             let (waits, wake) = self
                 .filters
                 .raise(&granted.overlapping, grant.qos, Some(grant));
             self.wake_links(wake);
-            if waits {
-                return;
+            if !waits {
+                let answers = [grant.answer()];
+                let due = self.sessions.answer_all(&grant.subscribe, &answers);
+                self.request_retained(due, now);
             }
-        }
-        match granted.retained {
-            Some(request) => self.request_retained(request, grant, now),
-            None if granted.answered => {}
-            None => (self.sessions).answer(&grant.subscribe, ReasonCode(grant.qos as u8)),
         }
     }
 

@@ -14,7 +14,7 @@
 //!    an overlapping one has yet to be raised.
 //!
 //! So a filter takes the lock of the shard and the lock of the table at most twice each. Three outcomes
-//! continue elsewhere: retained messages are handed over in `retained`, and the answer follows them; a
+//! continue elsewhere: retained messages, which follow the answer, are handed over in `retained`; a
 //! SUBSCRIBE whose filter was answered between two steps continues in `suback`, as if it had waited;
 //! and a member of a shared subscription joins its group between steps 3 and 4, and is answered after
 //! that.
@@ -33,7 +33,7 @@ use crate::router::account::Full;
 use crate::router::filters::LOG_INTERVAL;
 use crate::router::filters::subscribe::{Admitted, Next, Refusal};
 use crate::router::sessions::subscriptions::{Joined, Unjoined};
-use crate::router::types::{PendingGrant, RetainedRequest, SessionRef, SubscribeRef, Subscriber};
+use crate::router::types::{Answer, PendingGrant, SessionRef, SubscribeRef, Subscriber};
 use crate::router::{Caller, Router};
 
 static OVERLAPPING: RateLimited = RateLimited::new(LOG_INTERVAL);
@@ -61,26 +61,22 @@ impl Router {
             packet_id,
             index,
         };
-        let mut answers: Vec<(u16, ReasonCode)> = Vec::new();
-        let mut before_answer: Vec<PendingGrant> = Vec::new();
+        let mut answers: Vec<Answer> = Vec::new();
         for request in requests {
-            match self.subscribe_to(subscribe(request.index), identifier, request, now) {
-                Err(code) => answers.push((request.index, code)),
-                Ok(None) => {}
-                Ok(Some(grant)) if grant.retained => before_answer.push(grant),
-                Ok(Some(grant)) => answers.push((request.index, ReasonCode(grant.qos as u8))),
-            }
+            let index = request.index;
+            let outcome = self.subscribe_to(subscribe(index), identifier, request, now);
+            answers.extend(match outcome {
+                Ok(None) => None,
+                Ok(Some(grant)) => Some(grant.answer()),
+                Err(code) => Some(Answer {
+                    index,
+                    code,
+                    retained: None,
+                }),
+            });
         }
-        self.sessions.answer_all(&subscribe(0), &answers);
-        for grant in before_answer {
-            let request = RetainedRequest {
-                session: caller.session,
-                incarnation: grant.incarnation,
-                qos: grant.qos,
-                identifier,
-            };
-            self.request_retained(request, grant, now);
-        }
+        let due = self.sessions.answer_all(&subscribe(0), &answers);
+        self.request_retained(due, now);
     }
 
     /// Subscribes to one filter. Returns the grant, if the client is still to be told of it.
@@ -120,7 +116,7 @@ impl Router {
         };
         let (sessions, grant) = (&self.sessions, admitted.grant);
         let overlapping = &subscriber.overlapping;
-        let joined = match sessions.join(&subscribe, subscription, grant, overlapping) {
+        let mut joined = match sessions.join(&subscribe, subscription, grant, overlapping, now) {
             Ok(joined) => joined,
             Err(unjoined) => {
                 // This session does not want the filter any more.
@@ -146,8 +142,10 @@ impl Router {
             qos: grant.map_or(request.options.qos, |g| g.qos),
             granted: grant.is_some(),
             retained: joined.retained,
+            wait: joined.wait,
             deadline: now + self.config.subscribe_wait,
         };
+        self.request_retained(std::mem::take(&mut joined.due), now);
         Ok(self.settle_join(pending, &admitted, &joined, now))
     }
 
@@ -267,9 +265,11 @@ impl Router {
     /// answer. That subscription ends if nothing brings its messages: the client does not expect any.
     fn end_unserved(&self, subscribe: &SubscribeRef, filter: &str, now: Millis) {
         if let Some(filter) = self.filters.unserved(filter)
-            && self.sessions.end_subscription(subscribe, filter)
+            && self.sessions.end_subscription(subscribe, filter, now)
         {
             let shard = subscribe.session.shard;
+            self.retained
+                .cancel(subscribe.session, std::iter::once(filter));
             self.filters.release(&[filter], shard, now);
         }
     }
@@ -306,6 +306,8 @@ impl Router {
 
     /// A client unsubscribed; its session and shard have forgotten the filters already.
     pub fn unsubscribe(&self, session: SessionRef, filters: &[Unsubscribed], now: Millis) {
+        self.retained
+            .cancel(session, filters.iter().map(|u| u.filter));
         let gone = filters.iter().filter(|u| u.primary_over.is_none());
         let gone: SmallVec<[(SessionRef, FilterId); 8]> =
             gone.map(|u| (session, u.filter)).collect();

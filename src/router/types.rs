@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::mqtt::{Message, QoS};
+use crate::mqtt::{Message, QoS, ReasonCode};
 use crate::router::account::Holder;
-use crate::session::Incarnation;
+use crate::session::{Incarnation, WaitNumber};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -60,6 +60,30 @@ pub struct RetainedRequest {
     pub qos: QoS,
     /// The client's Subscription Identifier.
     pub identifier: Option<NonZeroU32>,
+    /// The wait of the subscription's live messages, which ends behind the retained ones.
+    pub wait: Option<WaitNumber>,
+}
+
+/// A request for the retained messages of a filter, which is due.
+pub(super) type Due = (FilterId, RetainedRequest);
+
+/// A subscription that has its retained messages: its live messages wait no longer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Served {
+    pub session: SessionRef,
+    pub filter: FilterId,
+    /// The wait that ends, if it is still the subscription's wait.
+    pub wait: WaitNumber,
+}
+
+/// The outcome of one filter of a SUBSCRIBE.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Answer {
+    /// Its place in the SUBSCRIBE.
+    pub index: u16,
+    pub code: ReasonCode,
+    /// The filter, if its retained messages are to follow, and the wait of its live messages.
+    pub retained: Option<(FilterId, Option<WaitNumber>)>,
 }
 
 /// The numbers of the barriers that somebody waits for, by data link; `None` for a link that brings
@@ -118,10 +142,23 @@ pub(super) struct PendingGrant {
     /// The QoS that the client asked for; once the filter is granted, the QoS that it is granted.
     pub qos: QoS,
     /// The filter is granted. The client is told once an older overlapping filter of it, whose
-    /// copies it will get, is granted at this QoS as well, and once the retained messages are sent.
+    /// copies it will get, is granted at this QoS as well.
     pub granted: bool,
-    /// Retained messages are to be sent before the client is told of the grant.
+    /// Retained messages are to be sent behind the SUBACK.
     pub retained: bool,
+    /// The wait of its live messages, which ends behind the retained ones.
+    pub wait: Option<WaitNumber>,
     /// When the client gets an answer at the latest.
     pub deadline: Millis,
+}
+
+impl PendingGrant {
+    /// The outcome that the client is told.
+    pub(super) fn answer(&self) -> Answer {
+        Answer {
+            index: self.subscribe.index,
+            code: ReasonCode(self.qos as u8),
+            retained: self.retained.then_some((self.filter, self.wait)),
+        }
+    }
 }

@@ -70,8 +70,8 @@ impl Identifiers for TrapIdentifiers {
     fn release(&mut self, name: &str, now: Millis, until: Millis) {
         self.0.release(name, now, until);
     }
-    fn knows(&self, name: &str) -> bool {
-        self.0.knows(name)
+    fn known(&self, name: &str) -> Option<FilterId> {
+        self.0.known(name)
     }
     fn count(&self) -> usize {
         self.0.count()

@@ -12,8 +12,9 @@ use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
 use crate::topics::{FilterId, split_shared};
 
-use crate::session::SessionLimits;
 use crate::session::aliases::Aliases;
+use crate::session::waiting::Waiting;
+use crate::session::{RetainedDue, SessionLimits};
 
 /// The output that may wait for a data stream before the last message is added.
 const STREAM_OUTPUT_MAX_BYTES: usize = 16 * 1024;
@@ -74,6 +75,8 @@ pub struct Connection {
     pub scope: Option<Arc<Scope>>,
     /// SUBSCRIBEs that wait for the broker.
     pub(super) pending: Vec<PendingSubscribe>,
+    /// Live messages that wait for retained ones.
+    pub(super) waiting: Option<Box<Waiting>>,
     /// Output for the control stream.
     output: OutBuf,
     /// Boxed, because few clients use data streams.
@@ -130,6 +133,8 @@ pub(super) struct PendingSubscribe {
     pub codes: Vec<u8>,
     /// Filters that the SUBSCRIBE names more than once.
     pub repeated: Vec<RepeatedFilter>,
+    /// Granted filters whose retained messages follow the SUBACK.
+    pub retained: Vec<RetainedDue>,
 }
 
 /// A filter in a SUBSCRIBE that names it more than once. It is answered with its first place.
@@ -177,6 +182,7 @@ impl Connection {
             withheld: false,
             scope: spec.scope.clone(),
             pending: Vec::new(),
+            waiting: None,
             output: OutBuf::default(),
             data: None,
             saturated: StreamSet::EMPTY,

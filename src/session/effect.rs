@@ -3,11 +3,12 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use crate::mqtt::{Message, SubscribeOptions};
+use crate::mqtt::{Message, QoS, SubscribeOptions};
 use crate::topics::FilterId;
 
 use crate::session::inbound::Token;
 use crate::session::incarnation::Incarnation;
+use crate::session::waiting::WaitNumber;
 
 /// One filter of a SUBSCRIBE that passed the session's checks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +55,19 @@ pub enum Effect {
         /// The subscriptions.
         filters: Vec<Unsubscribed>,
     },
+}
+
+/// A subscription whose retained messages are to follow the SUBACK.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetainedDue {
+    /// The router's number of the filter.
+    pub filter: FilterId,
+    /// The granted QoS.
+    pub qos: QoS,
+    /// The client's Subscription Identifier.
+    pub identifier: Option<NonZeroU32>,
+    /// The wait of its live messages, which ends behind the retained ones.
+    pub wait: Option<WaitNumber>,
 }
 
 /// A subscription that its client ended by UNSUBSCRIBE.

@@ -11,7 +11,7 @@ use crate::session::incarnation::Incarnation;
 use crate::session::outbound::Outbound;
 use crate::session::phase::Online;
 use crate::session::will::Will;
-use crate::session::{Session, SessionLimits};
+use crate::session::{RetainedDue, Session, SessionLimits};
 
 /// What the caller has to do after a connection or session ended, or a deadline passed.
 #[derive(Debug, Default)]
@@ -30,6 +30,8 @@ pub struct Ended {
     pub shared: Vec<Redelivery>,
     /// Publish that the client is absent.
     pub absent: bool,
+    /// Subscriptions whose SUBACK was not written yet: their retained messages are to be sent.
+    pub retained: Vec<RetainedDue>,
 }
 
 /// The outcome of [`Session::attach`].
@@ -46,6 +48,9 @@ pub struct Attached {
     pub present: bool,
     /// The options of the session's subscriptions have changed.
     pub options_changed: bool,
+    /// Subscriptions of the connection that this one replaces, whose SUBACK was not written yet: their
+    /// retained messages are to be sent.
+    pub retained: Vec<RetainedDue>,
 }
 
 impl Session {
@@ -78,9 +83,9 @@ impl Session {
         limits: &SessionLimits,
         now: Millis,
     ) -> Attached {
-        let mut due = None;
+        let (mut due, mut retained) = (None, Vec::new());
         if self.attached() {
-            self.forget_connection(limits);
+            retained = self.forget_connection(limits, now);
             due = (self.will).take_if(|w| w.delay == 0 && limits.will_grace.is_zero());
         } else {
             if let Some(idle) = &mut self.idle {
@@ -105,6 +110,7 @@ impl Session {
             will_cancelled,
             present: self.phase.attach(online, limits.presence),
             options_changed,
+            retained,
         }
     }
 
@@ -114,10 +120,11 @@ impl Session {
         if self.attached() {
             self.since = now;
         }
-        self.forget_connection(limits);
+        let retained = self.forget_connection(limits, now);
         let grace = limits.will_grace;
         let mut ended = Ended {
             will_cancelled: self.phase.take_will_discarded(),
+            retained,
             ..Ended::default()
         };
         if normal {
@@ -143,6 +150,7 @@ impl Session {
             ended.session = true;
             ended.messages = over.messages;
             ended.shared = over.shared;
+            ended.retained = Vec::new();
             return ended;
         }
         let has_shared = self.outbound().has_shared();
@@ -165,14 +173,19 @@ impl Session {
         ended
     }
 
-    /// The packets that were under way on the connection are to be sent again on the next one.
-    fn forget_connection(&mut self, limits: &SessionLimits) {
+    /// The packets that were under way on the connection are to be sent again on the next one. Returns
+    /// the subscriptions whose SUBACK was not written, and whose retained messages are to follow.
+    fn forget_connection(&mut self, limits: &SessionLimits, now: Millis) -> Vec<RetainedDue> {
+        self.queue_waiting(now);
         if let Some(online) = self.phase.online_mut() {
             online.outbound.connection_ended(limits);
         }
         if let Some(inbound) = &mut self.inbound {
             inbound.connection_ended();
         }
+        let pending = self.phase.connection_mut().map(|c| &mut c.pending);
+        let pending = pending.into_iter().flat_map(std::mem::take);
+        pending.flat_map(|p| p.retained).collect()
     }
 
     /// Gives the memory of the sending half back, if no client is connected and there is nothing to send.
@@ -193,15 +206,17 @@ impl Session {
 
     /// Ends the session's state. The will is left to the caller.
     fn end(&mut self) -> Ended {
+        let deferred = self.deferred();
         let mut outbound = self.take_outbound();
         let shared = outbound.take_shared();
-        let messages = outbound.queued() + outbound.in_flight();
+        let messages = outbound.queued() + outbound.in_flight() + deferred;
         self.last_id = 0;
         if let Some(inbound) = &mut self.inbound {
             inbound.restart();
         }
         if let Some(connection) = self.phase.connection_mut() {
             connection.pending = Vec::new();
+            connection.waiting = None;
         }
         self.phase.close();
         Ended {

@@ -240,7 +240,7 @@ impl Outbound {
         }
     }
 
-    fn enqueue(&mut self, now: Millis, offer: &Offer<'_>) {
+    pub(super) fn enqueue(&mut self, now: Millis, offer: &Offer<'_>) {
         let Offer {
             message,
             qos,

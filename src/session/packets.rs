@@ -54,7 +54,7 @@ impl Session {
                 Ok(())
             }
             Packet::Subscribe(s) => self.subscribe(stream, s, limits, policy, effects),
-            Packet::Unsubscribe(u) => self.unsubscribe(stream, u, effects),
+            Packet::Unsubscribe(u) => self.unsubscribe(stream, u, limits, now, effects),
             Packet::Pingreq => {
                 encode_pingresp(connection.output_on(stream));
                 Ok(())

@@ -10,12 +10,14 @@ use crate::mqtt::{
     encode_unsuback, has_discouraged,
 };
 use crate::streams::StreamId;
+use crate::time::Millis;
 use crate::topics::split_shared;
 
 use crate::session::connection::{PendingSubscribe, RepeatedFilter, Scope};
 use crate::session::subscriptions::v3_options;
 use crate::session::{
-    CloseReason, Effect, Policy, Session, SessionLimits, SubscribeRequest, Subscription,
+    CloseReason, Effect, Policy, RetainedDue, Session, SessionLimits, SubscribeRequest,
+    Subscription,
 };
 
 /// SUBSCRIBEs of one client that may wait for the broker.
@@ -248,9 +250,10 @@ impl Session {
             waiting: requests.len() as u16,
             codes,
             repeated,
+            retained: Vec::new(),
         });
         if requests.is_empty() {
-            return self.finish_subscribe(key);
+            return self.finish_subscribe(key).map(drop);
         }
         effects.push(Effect::Subscribe {
             packet_id: key,
@@ -261,7 +264,8 @@ impl Session {
     }
 
     /// The outcome for one filter of a SUBSCRIBE, named as in [`Effect::Subscribe`]. The SUBACK is
-    /// written with the last one.
+    /// written with the last one. `retained`: its retained messages are to follow. Returns the
+    /// subscriptions whose retained messages are to follow now.
     ///
     /// # Errors
     /// [`CloseReason::SubscribeRefused`]: MQTT 3.1 has no code for a refusal.
@@ -270,12 +274,14 @@ impl Session {
         packet_id: u16,
         index: u16,
         code: ReasonCode,
-    ) -> Result<(), CloseReason> {
+        retained: Option<RetainedDue>,
+    ) -> Result<Vec<RetainedDue>, CloseReason> {
         let all = self.phase.connection_mut().map(|c| &mut c.pending);
         let mut all = all.into_iter().flatten();
         let Some(pending) = all.find(|p| p.key == packet_id) else {
-            return Ok(());
+            return Ok(retained.into_iter().collect());
         };
+        pending.retained.extend(retained);
         if let Some(slot) = pending.codes.get_mut(usize::from(index)) {
             *slot = code.0;
         }
@@ -286,16 +292,16 @@ impl Session {
             }
             return self.finish_subscribe(packet_id);
         }
-        Ok(())
+        Ok(Vec::new())
     }
 
-    fn finish_subscribe(&mut self, key: u16) -> Result<(), CloseReason> {
+    fn finish_subscribe(&mut self, key: u16) -> Result<Vec<RetainedDue>, CloseReason> {
         let Some(connection) = self.phase.connection_mut() else {
-            return Ok(());
+            return Ok(Vec::new());
         };
         let due = |p: &PendingSubscribe| p.key == key;
         let Some(at) = connection.pending.iter().position(due) else {
-            return Ok(());
+            return Ok(Vec::new());
         };
         let mut pending = connection.pending.swap_remove(at);
         if connection.pending.is_empty() {
@@ -319,13 +325,15 @@ impl Session {
             let out = connection.output_on(stream);
             encode_suback(version, pending.packet_id, &pending.codes, out);
         }
-        Ok(())
+        Ok(pending.retained)
     }
 
     pub(super) fn unsubscribe(
         &mut self,
         stream: StreamId,
         unsubscribe: &Unsubscribe<'_>,
+        limits: &SessionLimits,
+        now: Millis,
         effects: &mut Vec<Effect>,
     ) -> Result<(), CloseReason> {
         if unsubscribe.filters().nth(FILTERS_MAX).is_some() {
@@ -356,6 +364,9 @@ impl Session {
             });
             places.extend(place);
         }
+        // Messages that came before the UNSUBSCRIBE go before the UNSUBACK.
+        self.end_waits(&places, limits, now);
+        self.forget_retained(&places);
         let filters = match places.is_empty() {
             true => Vec::new(),
             false => self.end_subscriptions(&places),
@@ -401,7 +412,7 @@ impl Session {
     }
 
     /// Ends the subscriptions of these filters, named as the broker knows them, without telling the
-    /// client.
+    /// client. For a connection that has just begun, where no live messages wait for retained ones.
     pub(crate) fn revoke(&mut self, filters: &[Arc<str>], effects: &mut Vec<Effect>) {
         let named: LookUpSet<&str> = filters.iter().map(|name| &**name).collect();
         let all = self.subscriptions.iter().enumerate();

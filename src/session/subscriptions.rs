@@ -167,10 +167,16 @@ impl Session {
     /// before. False: it was granted already, or is unknown.
     pub fn activate_subscription(&mut self, filter: FilterId) -> bool {
         let all = &mut self.subscriptions;
-        let Some(at) = all.iter().position(|s| s.filter == filter && !s.active) else {
+        // From the end, where the subscriptions without a grant are.
+        let mut from_end = all.iter().enumerate().rev();
+        let Some((at, _)) = from_end.find(|(_, s)| s.filter == filter) else {
             return false;
         };
-        let behind = all.iter().position(|s| !s.active).unwrap_or(at);
+        if all[at].active {
+            return false;
+        }
+        let granted = all[..at].iter().rposition(|s| s.active);
+        let behind = granted.map_or(0, |granted| granted + 1);
         all[behind..=at].rotate_right(1);
         all[behind].active = true;
         true
@@ -189,7 +195,9 @@ impl Session {
 
     /// The subscription on a filter.
     pub fn subscription(&mut self, filter: FilterId) -> Option<&mut Subscription> {
-        self.subscriptions.iter_mut().find(|s| s.filter == filter)
+        // From the end: the latest are looked for most.
+        let mut all = self.subscriptions.iter_mut().rev();
+        all.find(|s| s.filter == filter)
     }
 
     /// Takes a subscription away.

@@ -21,8 +21,8 @@ pub trait Identifiers: Debug + Send + Sync {
     /// An unknown name has no effect.
     fn release(&mut self, name: &str, now: Millis, until: Millis);
 
-    /// Whether a name has a number.
-    fn knows(&self, name: &str) -> bool;
+    /// The number of a known name.
+    fn known(&self, name: &str) -> Option<FilterId>;
 
     /// How many names have a number.
     fn count(&self) -> usize;
@@ -72,8 +72,8 @@ impl Identifiers for InMemory {
         }
     }
 
-    fn knows(&self, name: &str) -> bool {
-        self.by_name.contains_key(name)
+    fn known(&self, name: &str) -> Option<FilterId> {
+        self.by_name.get(name).copied()
     }
 
     fn count(&self) -> usize {
@@ -92,7 +92,7 @@ mod tests {
         assert_eq!(names.number("b").0, FilterId(1));
         assert_eq!(names.number("a"), (FilterId(0), "a".into()));
         assert_eq!(names.count(), 2);
-        assert!(names.knows("b") && !names.knows("c"));
+        assert!(names.known("b").is_some() && names.known("c").is_none());
     }
 
     #[test]
@@ -102,7 +102,7 @@ mod tests {
             names.number(name);
         }
         names.release("a", Millis::new(100), Millis::new(200));
-        assert!(!names.knows("a"));
+        assert!(names.known("a").is_none());
         // Not even for the same name.
         assert_eq!(names.number("a").0, FilterId(4));
         names.release("b", Millis::new(199), Millis::new(299));

@@ -17,6 +17,10 @@ impl fmt::Display for FilterId {
 }
 
 impl FilterId {
+    /// Stands for all filters without wildcards: the topic of a message says which one it is. Its
+    /// Subscription Identifier is the largest; tables of filters are far smaller.
+    pub const EXACT: Self = Self(268_435_454);
+
     /// The number of the filter at a place in a table that is ordered by number.
     pub fn from_index(index: usize) -> Self {
         // Tables of filters are bounded far below 2^32 entries.

@@ -28,7 +28,8 @@ impl Routes {
         let named = table.identifiers != Some(false);
         for (at, arrived) in batch.iter_mut().enumerate() {
             let mut mask = 0;
-            let dead = |n: &FilterId| table.is_tombstone(*n);
+            resolve_exact(table, arrived);
+            let dead = |n: &FilterId| *n == FilterId::EXACT || table.is_tombstone(*n);
             if !arrived.filters.is_empty() && arrived.filters.iter().all(dead) {
                 arrived.filters.clear();
                 metrics().messages_dropped[DropReason::NoReceiver].increment(1);
@@ -88,6 +89,22 @@ impl Routes {
         let bit = 1 << number;
         let with_masks = batch.iter().zip(&self.masks);
         with_masks.filter_map(move |(arrived, mask)| (mask & bit != 0).then_some(arrived))
+    }
+}
+
+/// Puts the filter without wildcards into the place of the identifier that all such filters have. If
+/// nobody has the filter any more, the number stays, which means none.
+fn resolve_exact(table: &Table, arrived: &mut Arrived) {
+    let mut filters = arrived.filters.iter();
+    let Some(at) = filters.position(|filter| *filter == FilterId::EXACT) else {
+        return;
+    };
+    let Some(filter) = table.exact(arrived.message.topic()) else {
+        return;
+    };
+    match arrived.filters.contains(&filter) {
+        true => drop(arrived.filters.swap_remove(at)),
+        false => arrived.filters[at] = filter,
     }
 }
 

@@ -145,7 +145,12 @@ impl Table {
 
     /// Whether a filter is known.
     pub(crate) fn knows(&self, name: &str) -> bool {
-        self.numbers.knows(name)
+        self.numbers.known(name).is_some()
+    }
+
+    /// The filter that is this topic.
+    pub(crate) fn exact(&self, topic: &str) -> Option<FilterId> {
+        self.numbers.known(topic)
     }
 
     /// Whether the number meant a filter that is gone: its late messages are for nobody.
@@ -400,6 +405,7 @@ mod tests {
             qos,
             granted: false,
             retained: false,
+            wait: None,
             deadline,
         };
         let id = FilterId(0);

@@ -13,7 +13,8 @@ use crate::mqtt::Message;
 use crate::router::retained::ahead::Ahead;
 use crate::router::retained::kept::Kept;
 use crate::router::retained::missed::Missed;
-use crate::router::types::{PendingGrant, RetainedRequest, SessionRef};
+use crate::router::types::{RetainedRequest, Served, SessionRef};
+use crate::session::WaitNumber;
 use crate::time::Millis;
 use crate::topics::{FilterId, FilterTrie};
 
@@ -48,6 +49,8 @@ pub(super) struct Cached {
     /// [`Ahead::events`] when the filter came among the known ones.
     pub(super) known_since: u64,
     pub(super) requests: Requests,
+    /// The sessions whose live messages wait for the retained ones, with their waits.
+    pub(super) waiting: BTreeMap<SessionRef, WaitNumber>,
     /// Fetched messages that wait for the data link: a live message of the same topic may be on its
     /// way.
     pub(super) buffered: Vec<Buffered>,
@@ -91,6 +94,7 @@ impl Cached {
             live: LookUpSet::default(),
             known_since: 0,
             requests,
+            waiting: BTreeMap::new(),
             buffered: Vec::new(),
             handing: 0,
             ending: None,
@@ -105,7 +109,7 @@ impl Cached {
     }
 
     /// More messages may come by the fetch.
-    fn is_awaited(&self) -> bool {
+    pub(super) fn is_awaited(&self) -> bool {
         !(self.state == State::Complete || self.answered && self.buffered.is_empty())
     }
 
@@ -139,10 +143,6 @@ pub(super) struct Cache {
     pub(super) ahead: Ahead,
     /// Hashes topics and payloads.
     pub(super) hasher: LookUpHasher,
-    /// Replies that wait, by filter, each until its deadline.
-    pub(super) replies: LookUp<FilterId, Vec<(Millis, PendingGrant)>>,
-    /// The deadlines of the replies, in order.
-    pub(super) reply_by: VecDeque<(Millis, FilterId)>,
     pub(super) complete: LruCache<FilterId, (), LookUpHasher>,
     /// Fetches that clients wait for.
     pub(super) queue: VecDeque<FilterId>,
@@ -166,8 +166,6 @@ impl Cache {
             known: FilterTrie::new(),
             ahead: Ahead::default(),
             hasher: LookUpHasher::default(),
-            replies: LookUp::default(),
-            reply_by: VecDeque::new(),
             complete: LruCache::unbounded_with_hasher(LookUpHasher::default()),
             queue: VecDeque::new(),
             later: VecDeque::new(),
@@ -260,13 +258,23 @@ impl Cache {
         }
     }
 
-    /// The replies of a filter, if no more messages are awaited for it.
-    pub(super) fn replies_of(&mut self, number: FilterId) -> Vec<PendingGrant> {
-        if self.replies.is_empty() || self.filters.get(&number).is_some_and(|c| c.is_awaited()) {
-            return Vec::new();
+    /// Adds the subscriptions on a filter that have their retained messages, if no more are awaited.
+    pub(super) fn served(&mut self, number: FilterId, served: &mut Vec<Served>) {
+        let Some(cached) = self.filters.get_mut(&number) else {
+            return;
+        };
+        if cached.is_awaited() || cached.waiting.is_empty() {
+            return;
         }
-        let replies = self.replies.remove(&number).unwrap_or_default();
-        replies.into_iter().map(|(_, reply)| reply).collect()
+        let late = &cached.late;
+        let done = cached
+            .waiting
+            .extract_if(.., |session, _| !late.contains_key(session));
+        served.extend(done.map(|(session, wait)| Served {
+            session,
+            filter: number,
+            wait,
+        }));
     }
 
     /// Buffers a fetched message.

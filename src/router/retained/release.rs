@@ -14,7 +14,7 @@ use crate::router::retained::resync::hand_missed;
 use crate::router::retained::{RetainedMessages, Sources};
 use crate::router::sessions::Sessions;
 use crate::router::sessions::tally::Tally;
-use crate::router::types::{PendingGrant, RetainedRequest};
+use crate::router::types::{RetainedRequest, Served};
 
 /// How long fetched messages may wait for a data link that is away.
 const BUFFERED_FOR: Duration = Duration::from_secs(5);
@@ -26,7 +26,7 @@ impl RetainedMessages {
     }
 
     /// A barrier of a data link has passed: hands on the messages that waited for it. Returns the
-    /// replies to send now.
+    /// subscriptions that have theirs now.
     pub(crate) fn barrier_passed(
         &self,
         sessions: &Sessions,
@@ -34,7 +34,7 @@ impl RetainedMessages {
         link: usize,
         number: u64,
         now: Millis,
-    ) -> Vec<PendingGrant> {
+    ) -> Vec<Served> {
         let cache = self.cache.lock();
         if cache.buffered == 0 {
             return Vec::new();
@@ -44,14 +44,14 @@ impl RetainedMessages {
         self.release(sessions, sources, cache, &buffering, passed, now)
     }
 
-    /// Hands on messages that have waited long enough for a data link. Returns the replies to send
-    /// now.
-    pub(super) fn release_late(
+    /// Hands on messages that have waited long enough for a data link. Returns the
+    /// subscriptions that have theirs now.
+    pub(crate) fn release_late(
         &self,
         sessions: &Sessions,
         sources: &impl Sources,
         now: Millis,
-    ) -> Vec<PendingGrant> {
+    ) -> Vec<Served> {
         let cache = self.cache.lock();
         let is_late = |filter: &FilterId| {
             let ending = cache.filters.get(filter).and_then(|c| c.ending);
@@ -69,32 +69,32 @@ impl RetainedMessages {
         filters: &[FilterId],
         passed: impl Fn(usize, u64) -> bool,
         now: Millis,
-    ) -> Vec<PendingGrant> {
-        let (mut replies, mut again) = (Vec::new(), false);
+    ) -> Vec<Served> {
+        let (mut served, mut again) = (Vec::new(), false);
         for &filter in filters {
             let messages = cache.release(filter, &passed);
             hand_fetched(sessions, sources, &mut cache, filter, &messages, now);
-            again |= end_if_over(sources, &mut cache, filter, &mut replies);
-            replies.extend(cache.replies_of(filter));
+            again |= end_if_over(sources, &mut cache, filter, &mut served);
+            cache.served(filter, &mut served);
         }
         drop(cache);
         if again {
             self.waker.raise();
         }
-        replies
+        served
     }
 
     /// The fetch of these filters is over. Not `complete`: it failed and is to be tried again. Returns
-    /// the replies to send now.
+    /// the subscriptions that have their retained messages now.
     pub(crate) fn fetch_ended(
         &self,
         sources: &impl Sources,
         filters: &[FilterId],
         complete: bool,
         now: Millis,
-    ) -> Vec<PendingGrant> {
+    ) -> Vec<Served> {
         let mut cache = self.cache.lock();
-        let (mut replies, mut again) = (Vec::new(), false);
+        let (mut served, mut again) = (Vec::new(), false);
         for &filter in filters {
             let Some(cached) = cache.filters.get_mut(&filter) else {
                 continue;
@@ -104,17 +104,17 @@ impl RetainedMessages {
             }
             if complete {
                 cached.ending = Some(now + BUFFERED_FOR);
-                again |= end_if_over(sources, &mut cache, filter, &mut replies);
+                again |= end_if_over(sources, &mut cache, filter, &mut served);
             } else {
                 drop(cache.release(filter, |_, _| true));
-                again |= end(sources, &mut cache, filter, false, &mut replies);
+                again |= end(sources, &mut cache, filter, false, &mut served);
             }
         }
         drop(cache);
         if again {
             self.waker.raise();
         }
-        replies
+        served
     }
 }
 
@@ -145,6 +145,11 @@ pub(super) fn hand_fetched(
         hand_missed(sessions, sources, cache, filter, &messages, now);
     }
     for request in &requests {
+        let cached = cache.filters.get(&filter);
+        if !cached.is_some_and(|c| c.requests.contains_key(&request.session)) {
+            // It was cancelled while others had the cache.
+            continue;
+        }
         hand(sessions, cache, filter, &messages, request, now);
         MutexGuard::bump(cache);
         messages = newest(cache, filter, messages.into_iter());
@@ -188,19 +193,20 @@ fn end_if_over(
     sources: &impl Sources,
     cache: &mut Cache,
     filter: FilterId,
-    replies: &mut Vec<PendingGrant>,
+    served: &mut Vec<Served>,
 ) -> bool {
     cache.filters.get(&filter).is_some_and(|c| c.is_over())
-        && end(sources, cache, filter, true, replies)
+        && end(sources, cache, filter, true, served)
 }
 
-/// Ends a fetch. Returns whether the filter is to be fetched again.
+/// Ends a fetch. The subscriptions that have their retained messages are added to `served`; those of a fetch
+/// that failed go on waiting. Returns whether the filter is to be fetched again.
 fn end(
     sources: &impl Sources,
     cache: &mut Cache,
     filter: FilterId,
     complete: bool,
-    replies: &mut Vec<PendingGrant>,
+    served: &mut Vec<Served>,
 ) -> bool {
     let Some(cached) = cache.filters.get_mut(&filter) else {
         return false;
@@ -216,7 +222,9 @@ fn end(
         cached.resync = false;
         cache.resynced(sources, filter);
     }
-    replies.extend(cache.replies_of(filter));
+    if complete {
+        cache.served(filter, served);
+    }
     let Some(cached) = cache.filters.get_mut(&filter) else {
         return false;
     };
@@ -227,12 +235,14 @@ fn end(
     }
     let mut requests = std::mem::take(&mut cached.requests);
     requests.append(&mut cached.late);
+    let waiting = std::mem::take(&mut cached.waiting);
     let (overflow, handing) = (cached.overflow, cached.handing);
     cache.drop_filter(filter);
     if requests.is_empty() && !resync {
         return false;
     }
     let mut queued = Cached::queued(requests);
+    queued.waiting = waiting;
     queued.resync = resync;
     // The callers that hand messages on count down when they have the cache again.
     queued.handing = handing;

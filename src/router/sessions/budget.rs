@@ -407,11 +407,15 @@ impl Sessions {
                     let bytes = s.shared_output() as u64;
                     closing.note(*reference, s.session.connection_no(), bytes, now);
                 }
+                let deferred = match what {
+                    Drop::Qos0 => 0,
+                    Drop::Queue | Drop::All => s.session.drop_deferred(),
+                };
                 let outbound = s.session.outbound_mut();
                 let (expired, dropped) = match what {
                     Drop::Qos0 => outbound.purge_connected(now),
-                    Drop::Queue => (0, outbound.drop_queue()),
-                    Drop::All => (0, outbound.evict()),
+                    Drop::Queue => (0, outbound.drop_queue() + deferred),
+                    Drop::All => (0, outbound.evict() + deferred),
                 };
                 s.session.gaps += (expired + dropped) as u64;
                 metrics().messages_dropped[DropReason::Expired].increment(expired as u64);

@@ -13,8 +13,9 @@ use crate::router::account::{Full, Holder};
 use crate::router::handle::{ConnectionHandle, TaskWaker};
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::slot::SESSION_BYTES;
+use crate::router::sessions::subscriptions::request;
 use crate::router::sessions::{DueWill, PresenceChange, SessionActions, Sessions, shed};
-use crate::router::types::{Peer, SessionRef};
+use crate::router::types::{Due, Peer, SessionRef};
 
 /// An authenticated CONNECT.
 #[derive(Debug)]
@@ -165,6 +166,7 @@ impl Sessions {
         let (reference, publish_link) = (attached.session, attached.publish_link);
         actions.presence_changes.extend(attached.presence);
         actions.wills.extend(attached.will);
+        actions.retained.extend(attached.retained);
         if taken_over {
             metrics().takeovers.increment(1);
         }
@@ -311,6 +313,12 @@ impl Sessions {
         slot.woken = true;
         let shared = slot.session.subscriptions().iter().filter(|s| s.shared);
         let groups = shared.map(|s| s.filter).collect();
+        let incarnation = slot.session.incarnation;
+        let retained = attached
+            .retained
+            .iter()
+            .map(|due| request(session, incarnation, *due));
+        let retained = retained.collect();
         if let Some(connection) = slot.session.connection() {
             connack(present, connection.control());
         }
@@ -341,6 +349,7 @@ impl Sessions {
             will,
             presence,
             groups,
+            retained,
         }
     }
 
@@ -384,6 +393,7 @@ struct Attached {
     will: Option<DueWill>,
     presence: Option<PresenceChange>,
     groups: Vec<FilterId>,
+    retained: Vec<Due>,
 }
 
 /// Ends the connection that a client identifier's session has. Returns the session's slot, and whether
@@ -440,6 +450,11 @@ pub(super) fn leave(
         ..SessionActions::default()
     };
     if let Some(slot) = shard.get(session) {
+        let incarnation = slot.session.incarnation;
+        let retained = std::mem::take(&mut ended.retained).into_iter();
+        actions.retained = retained
+            .map(|due| request(session, incarnation, due))
+            .collect();
         let publish_link = slot.publish_link;
         if let Some(will) = ended.will.take() {
             actions.wills.push(DueWill {

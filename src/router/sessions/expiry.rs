@@ -47,6 +47,7 @@ impl Sessions {
             }
             shard.settle(at);
         }
+        self.end_late_waits(&mut shard, now);
         self.charge(&mut shard);
         actions
     }

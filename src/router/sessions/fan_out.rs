@@ -17,6 +17,7 @@ use crate::router::sessions::pass::Pass;
 use crate::router::sessions::primaries::{Primaries, Sought};
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::tally::Tally;
+use crate::router::sessions::waits::offer_in_turn;
 use crate::router::types::{Arrived, RetainedRequest, SessionRef};
 
 /// Deliveries, and messages into backlogs and out of them, after which a shard's lock is offered to others.
@@ -108,7 +109,12 @@ impl Sessions {
     /// Ends the sessions whose queue is full, and brings the accounts in line.
     fn end_noted(&self, shard: &mut Shard, now: Millis, tally: &mut Tally) {
         self.charge(shard);
-        for (at, slot_version) in std::mem::take(&mut tally.ended) {
+        self.end_all_full(shard, std::mem::take(&mut tally.ended), now);
+    }
+
+    /// Ends sessions whose queue is full, named by slot and slot version.
+    pub(super) fn end_all_full(&self, shard: &mut Shard, full: Vec<(u32, u32)>, now: Millis) {
+        for (at, slot_version) in full {
             let slot = shard.slots.get(at as usize);
             if slot.is_some_and(|s| s.slot_version == slot_version) {
                 self.end_full(shard, at, now);
@@ -157,6 +163,11 @@ impl Shard {
         let same = slot.session.incarnation == request.incarnation;
         let subscription = slot.session.subscription(filter).filter(|_| same);
         if subscription.is_none_or(|s| s.hides(message.topic())) {
+            return;
+        }
+        // The client gets values in the order in which the broker took them. The live message is as new,
+        // because fetched ones follow the barrier of their data link.
+        if slot.session.defers_retained(message.topic()) {
             return;
         }
         let identifier = request.identifier.map(NonZeroU32::get);
@@ -315,7 +326,11 @@ impl Shard {
                 fetched: source == Source::Fetched,
                 position: accounts.position,
             };
-            let outcome = accounts.offer(slot, member.slot, limits, now, &offer, tally);
+            let at = (member.slot, filter);
+            let outcome = match member.waits || member.overlaps {
+                true => offer_in_turn(accounts, slot, at, limits, now, &offer, tally),
+                false => accounts.offer(slot, member.slot, limits, now, &offer, tally),
+            };
             if outcome == Delivered::EndSession {
                 tally.ended.push((member.slot, slot.slot_version));
             }
@@ -403,7 +418,8 @@ impl Shard {
                 fetched: source == Source::Fetched,
                 position: self.accounts.position,
             };
-            let outcome = (self.accounts).offer(slot, at, limits, now, &offer, tally);
+            let (accounts, by) = (&mut self.accounts, (at, primary.filter));
+            let outcome = offer_in_turn(accounts, slot, by, limits, now, &offer, tally);
             if outcome == Delivered::EndSession {
                 tally.ended.push((at, slot.slot_version));
             }

@@ -20,6 +20,8 @@ pub(in crate::router) struct Member {
     pub overlaps: bool,
     /// The broker will grant no more: the client has the QoS that it asked for.
     pub settled: bool,
+    /// Its messages may have to wait for retained ones.
+    pub waits: bool,
     /// See [`Subscription::wild_below`].
     pub wild_below: Option<NonZeroU16>,
 }
@@ -37,6 +39,7 @@ impl Member {
             retain_as_published: s.options.retain_as_published,
             overlaps: s.overlaps > 0,
             settled: s.active && s.options.qos == s.asked,
+            waits: false,
             wild_below: s.wild_below,
         }
     }
@@ -54,10 +57,20 @@ pub(in crate::router) struct Members {
 impl Members {
     /// Brings a member in line with its subscription. It must not sleep.
     pub(crate) fn join(&mut self, slot: u32, s: &Subscription) {
-        let member = Member::of(slot, s);
+        let mut member = Member::of(slot, s);
         match self.awake.binary_search_by_key(&slot, |m| m.slot) {
-            Ok(at) => self.awake[at] = member,
+            Ok(at) => {
+                member.waits = self.awake[at].waits;
+                self.awake[at] = member;
+            }
             Err(at) => self.awake.insert(at, member),
+        }
+    }
+
+    /// Notes whether a member's messages may have to wait for retained ones.
+    pub(crate) fn set_waits(&mut self, slot: u32, waits: bool) {
+        if let Ok(at) = self.awake.binary_search_by_key(&slot, |m| m.slot) {
+            self.awake[at].waits = waits;
         }
     }
 

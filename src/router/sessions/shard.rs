@@ -10,7 +10,7 @@ use slab::Slab;
 
 use crate::hashing::LookUp;
 use crate::router::account::{Holder, SessionAccount};
-use crate::session::{Ended, Session, SessionKey, Unsubscribed};
+use crate::session::{Ended, Session, SessionKey, Unsubscribed, WaitNumber, WaitingTotal};
 use crate::telemetry::{DropReason, metrics};
 use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
@@ -55,6 +55,13 @@ pub(in crate::router) struct Shard {
     pub(super) journal: Option<Box<Journal>>,
     /// The latest time that the shard has been told.
     pub(super) now: Millis,
+    /// Live messages that wait for retained ones, in all sessions.
+    pub waiting: Arc<WaitingTotal>,
+    /// Subscriptions whose live messages wait for retained ones, by the time of the end: slot and filter.
+    /// The waits of connections that have ended are among them until their time.
+    pub waits: BTreeSet<(Millis, u32, FilterId)>,
+    /// The number of the last wait.
+    pub last_wait: WaitNumber,
 }
 
 impl Shard {
@@ -80,6 +87,9 @@ impl Shard {
             backlogs: Backlogs::default(),
             journal: None,
             now: Millis::ZERO,
+            waiting: Arc::default(),
+            waits: BTreeSet::new(),
+            last_wait: WaitNumber::default(),
         }
     }
 

@@ -63,8 +63,10 @@ impl Slot {
             idle = self.session.idle_bytes();
         }
         let outbound = self.session.outbound();
-        let entries = outbound.entries() * ENTRY_BYTES + outbound.identifier_bytes() + idle;
+        let entries = (outbound.entries() + self.session.deferred()) * ENTRY_BYTES;
+        let entries = entries + outbound.identifier_bytes() + idle;
         let messages = outbound.queued_bytes() + outbound.in_flight_bytes();
+        let messages = messages + self.session.deferred_bytes();
         let (mut output, mut shared) = (0, 0);
         if let Some(connection) = self.session.connection_ref() {
             let waiting = connection.output_len();

@@ -4,7 +4,10 @@
 use std::sync::Arc;
 
 use crate::mqtt::{QoS, ReasonCode};
-use crate::session::{CloseReason, Incarnation, SUBSCRIPTION_BYTES, Session, Subscription};
+use crate::session::{
+    CloseReason, Incarnation, RetainedDue, SUBSCRIPTION_BYTES, Session, Subscription, WaitNumber,
+};
+use crate::time::Millis;
 use crate::topics::{FilterId, has_wildcard, overlaps};
 
 use crate::router::account::Full;
@@ -15,7 +18,8 @@ use crate::router::sessions::members::{Member, Members};
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::slot::Slot;
 use crate::router::types::{
-    Grant, OverlappingFilters, PendingGrant, RetainedRequest, SubscribeRef, Subscriber,
+    Answer, Due, Grant, OverlappingFilters, PendingGrant, RetainedRequest, SessionRef,
+    SubscribeRef, Subscriber,
 };
 
 /// Up to this number, each of a session's subscriptions is looked for alone.
@@ -27,8 +31,12 @@ pub(in crate::router) struct Joined {
     pub incarnation: Incarnation,
     /// It replaced a subscription on the same filter.
     pub replaced: bool,
-    /// Retained messages are to follow the grant.
+    /// Retained messages are to follow the SUBACK.
     pub retained: bool,
+    /// The wait of its live messages for them.
+    pub wait: Option<WaitNumber>,
+    /// Retained messages that are to follow now, because the SUBACK is written.
+    pub due: Vec<Due>,
     /// Overlapping subscriptions that became active since the filter was admitted.
     pub late: Vec<FilterId>,
     /// The client has been answered.
@@ -58,12 +66,13 @@ pub(in crate::router) enum Counts {
 /// A filter that was granted to a client.
 #[derive(Debug)]
 pub(in crate::router) struct Granted {
-    /// The client's active subscriptions that overlap it, if they have to be raised.
+    /// The client's active subscriptions that overlap it, if they have to be raised: the client has not
+    /// been answered.
     pub overlapping: Vec<FilterId>,
-    /// The request for its retained messages, if they are to follow.
-    pub retained: Option<RetainedRequest>,
-    /// The client has been answered.
-    pub answered: bool,
+    /// The wait of its live messages for the retained ones.
+    pub wait: Option<WaitNumber>,
+    /// Retained messages that are to follow now, because the SUBACK is written.
+    pub due: Vec<Due>,
 }
 
 /// A subscription that counts from now on, and overlaps others of its session.
@@ -129,7 +138,8 @@ impl Sessions {
 
     /// Puts a subscription in force for its session. If it has a confirmed grant it is active at once;
     /// if nothing else has to come first, the client is answered. `raised` are the overlapping
-    /// subscriptions from before.
+    /// subscriptions from before. Where retained messages are to follow, its live messages wait for them
+    /// from now on.
     ///
     /// # Errors
     /// [`Unjoined`]; nothing changed.
@@ -139,6 +149,7 @@ impl Sessions {
         mut new: Subscription,
         grant: Option<Grant>,
         raised: &OverlappingFilters,
+        now: Millis,
     ) -> Result<Joined, Unjoined> {
         let at = subscribe.session.slot;
         let mut shard = self.shard(subscribe.session.shard);
@@ -182,22 +193,38 @@ impl Sessions {
             incarnation,
             replaced,
             retained,
+            wait: None,
+            due: Vec::new(),
             late,
             answered: false,
         };
-        // A member of a group is answered once it has joined the group.
-        let complete = grant.filter(|g| g.behind.is_none());
-        let complete = complete.filter(|_| !shared && !retained && joined.late.is_empty());
-        let waking = complete.and_then(|grant| {
-            joined.answered = true;
-            let answer = (subscribe.index, ReasonCode(grant.qos as u8));
-            let slot = shard.slots.get_mut(at as usize)?;
-            answer_to(slot, subscribe.packet_id, &[answer])
-        });
         if !shared {
             shard.rejoin_with(at, filter, &added.newly_overlapping);
         }
         shard.hold(at);
+        if retained && grant.is_some() {
+            joined.wait = shard.begin_wait(at, filter, now);
+        }
+        // A member of a group is answered once it has joined the group.
+        let complete = grant.filter(|g| g.behind.is_none());
+        let complete = complete.filter(|_| !shared && joined.late.is_empty());
+        let waking = complete.and_then(|grant| {
+            joined.answered = true;
+            let answer = Answer {
+                index: subscribe.index,
+                code: ReasonCode(grant.qos as u8),
+                retained: retained.then_some((filter, joined.wait)),
+            };
+            let session = subscribe.session;
+            let slot = shard.slots.get_mut(at as usize)?;
+            answer_to(
+                slot,
+                session,
+                subscribe.packet_id,
+                &[answer],
+                &mut joined.due,
+            )
+        });
         if joined.answered {
             shard.subscriptions_changed(at);
         }
@@ -209,13 +236,13 @@ impl Sessions {
     }
 
     /// A client's filter is granted. The client is answered, unless overlapping subscriptions have to be
-    /// raised first, with `raise`, or retained messages have to be sent. `None`: another session has
-    /// taken the place of this one.
+    /// raised first, with `raise`. `None`: another session has taken the place of this one.
     pub(crate) fn grant(
         &self,
         grant: &PendingGrant,
         counts: Counts,
         raise: bool,
+        now: Millis,
     ) -> Option<Granted> {
         let subscribe = &grant.subscribe;
         let at = subscribe.session.slot;
@@ -234,23 +261,28 @@ impl Sessions {
             true => shard.active_overlapping(at, grant.filter, grant.qos),
             false => Vec::new(),
         };
-        let slot = shard.incarnation(grant)?;
-        let subscription = slot.session.subscription(grant.filter);
-        let retained = subscription.filter(|_| grant.retained);
-        let retained = retained.map(|s| RetainedRequest {
-            session: subscribe.session,
-            incarnation: grant.incarnation,
-            qos: grant.qos,
-            identifier: s.identifier,
-        });
-        let answered = overlapping.is_empty() && retained.is_none();
-        let mut waking = None;
-        if answered && slot.session.connection_no() == subscribe.connection_no {
-            let answer = (subscribe.index, ReasonCode(grant.qos as u8));
-            waking = answer_to(slot, subscribe.packet_id, &[answer]);
-        }
         if let Counts::FromNow { .. } = counts {
             shard.update_member(at, grant.filter);
+        }
+        let mut wait = grant.wait;
+        let slot = shard.incarnation(grant)?;
+        // On a later connection nothing waits, because the SUBACK does not come there.
+        if !matches!(counts, Counts::Already)
+            && grant.retained
+            && slot.session.connection_no() == subscribe.connection_no
+        {
+            wait = shard.begin_wait(at, grant.filter, now);
+        }
+        let mut due = Vec::new();
+        let mut waking = None;
+        if overlapping.is_empty() {
+            let answer = Answer {
+                index: subscribe.index,
+                code: ReasonCode(grant.qos as u8),
+                retained: grant.retained.then_some((grant.filter, wait)),
+            };
+            let slot = shard.incarnation(grant)?;
+            waking = answer_on(slot, subscribe, &[answer], &mut due);
         }
         shard.subscriptions_changed(at);
         drop(shard);
@@ -259,27 +291,36 @@ impl Sessions {
         }
         Some(Granted {
             overlapping,
-            retained,
-            answered,
+            wait,
+            due,
         })
     }
 
-    /// A client's filter is refused: its subscription goes, and the client is answered. Whether there
-    /// was a subscription.
-    pub(crate) fn refuse(&self, grant: &PendingGrant, code: ReasonCode) -> bool {
+    /// A client's filter is refused: its subscription goes, and the client is answered. Returns whether
+    /// there was a subscription, and the retained messages of other filters that are to follow now.
+    pub(crate) fn refuse(
+        &self,
+        grant: &PendingGrant,
+        code: ReasonCode,
+        now: Millis,
+    ) -> (bool, Vec<Due>) {
         let subscribe = &grant.subscribe;
+        let mut due = Vec::new();
         let mut shard = self.shard(subscribe.session.shard);
         if shard.incarnation(grant).is_some() {
             self.wake(&mut shard, subscribe.session.slot);
+            self.end_wait_in(&mut shard, subscribe.session.slot, grant.filter, now);
         }
         let Some(slot) = shard.incarnation(grant) else {
-            return false;
+            return (false, due);
         };
         let removed = slot.session.remove_subscription(grant.filter).is_some();
-        let mut waking = None;
-        if slot.session.connection_no() == subscribe.connection_no {
-            waking = answer_to(slot, subscribe.packet_id, &[(subscribe.index, code)]);
-        }
+        let answer = Answer {
+            index: subscribe.index,
+            code,
+            retained: None,
+        };
+        let waking = answer_on(slot, subscribe, &[answer], &mut due);
         if removed {
             shard.leave(subscribe.session.slot, grant.filter);
             shard.hold(subscribe.session.slot);
@@ -289,14 +330,20 @@ impl Sessions {
         if let Some(waking) = waking {
             waking.wake();
         }
-        removed
+        (removed, due)
     }
 
     /// Takes away a subscription of the session that sent a SUBSCRIBE. Whether there was one.
-    pub(crate) fn end_subscription(&self, subscribe: &SubscribeRef, filter: FilterId) -> bool {
+    pub(crate) fn end_subscription(
+        &self,
+        subscribe: &SubscribeRef,
+        filter: FilterId,
+        now: Millis,
+    ) -> bool {
         let mut shard = self.shard(subscribe.session.shard);
         if shard.subscriber(subscribe).is_some() {
             self.wake(&mut shard, subscribe.session.slot);
+            self.end_wait_in(&mut shard, subscribe.session.slot, filter, now);
         }
         let slot = shard.subscriber(subscribe);
         let ended = slot.and_then(|slot| slot.session.remove_subscription(filter));
@@ -308,26 +355,22 @@ impl Sessions {
         ended.is_some()
     }
 
-    /// Writes the outcome of one filter of a SUBSCRIBE.
-    pub(crate) fn answer(&self, subscribe: &SubscribeRef, code: ReasonCode) {
-        self.answer_all(subscribe, &[(subscribe.index, code)]);
-    }
-
-    /// Writes the outcome of filters of one SUBSCRIBE: their places in it, and the reason codes.
-    pub(crate) fn answer_all(&self, subscribe: &SubscribeRef, answers: &[(u16, ReasonCode)]) {
+    /// Writes the outcome of filters of one SUBSCRIBE. Returns the retained messages that are to follow
+    /// now.
+    pub(crate) fn answer_all(&self, subscribe: &SubscribeRef, answers: &[Answer]) -> Vec<Due> {
+        let mut due = Vec::new();
         if answers.is_empty() {
-            return;
+            return due;
         }
         let mut shard = self.shard(subscribe.session.shard);
         let slot = shard.get(subscribe.session);
-        // Another connection's SUBSCRIBE may have the same packet identifier.
-        let slot = slot.filter(|s| s.session.connection_no() == subscribe.connection_no);
-        let waking = slot.and_then(|slot| answer_to(slot, subscribe.packet_id, answers));
+        let waking = slot.and_then(|slot| answer_on(slot, subscribe, answers, &mut due));
         shard.subscriptions_changed(subscribe.session.slot);
         drop(shard);
         if let Some(waking) = waking {
             waking.wake();
         }
+        due
     }
 
     /// The broker has confirmed a filter that was granted without its answer: the subscriptions on it
@@ -454,13 +497,77 @@ fn active_overlapping(
     found
 }
 
-/// Writes the outcome of filters of a SUBSCRIBE into the connection's output.
-fn answer_to(slot: &mut Slot, packet_id: u16, answers: &[(u16, ReasonCode)]) -> Option<Waking> {
+/// Writes the outcome of filters of a SUBSCRIBE, if the connection that sent it is the current one.
+/// The retained messages that are to follow now are added to `due`.
+fn answer_on(
+    slot: &mut Slot,
+    subscribe: &SubscribeRef,
+    answers: &[Answer],
+    due: &mut Vec<Due>,
+) -> Option<Waking> {
+    let session = subscribe.session;
+    // Another connection's SUBSCRIBE may have the same packet identifier.
+    if slot.session.connection_no() == subscribe.connection_no {
+        return answer_to(slot, session, subscribe.packet_id, answers, due);
+    }
+    let retained = answers
+        .iter()
+        .filter_map(|answer| retained_due(slot, answer));
+    let retained: Vec<RetainedDue> = retained.collect();
+    let incarnation = slot.session.incarnation;
+    due.extend(
+        retained
+            .into_iter()
+            .map(|r| request(session, incarnation, r)),
+    );
+    None
+}
+
+/// The request that follows a SUBACK.
+pub(super) fn request(session: SessionRef, incarnation: Incarnation, due: RetainedDue) -> Due {
+    let request = RetainedRequest {
+        session,
+        incarnation,
+        qos: due.qos,
+        identifier: due.identifier,
+        wait: due.wait,
+    };
+    (due.filter, request)
+}
+
+fn retained_due(slot: &mut Slot, answer: &Answer) -> Option<RetainedDue> {
+    let (filter, wait) = answer.retained?;
+    Some(RetainedDue {
+        filter,
+        qos: QoS::from_u8(answer.code.0)?,
+        identifier: slot.session.subscription(filter)?.identifier,
+        wait,
+    })
+}
+
+/// Writes the outcome of filters of a SUBSCRIBE into the connection's output. The retained messages that
+/// are to follow now are added to `due`.
+fn answer_to(
+    slot: &mut Slot,
+    session: SessionRef,
+    packet_id: u16,
+    answers: &[Answer],
+    due: &mut Vec<Due>,
+) -> Option<Waking> {
     let mut end = None;
-    for (index, code) in answers {
-        if let Err(reason) = slot.session.subscribed(packet_id, *index, *code) {
-            end = Some(reason);
+    let incarnation = slot.session.incarnation;
+    let unanswered = slot.session.subscribes_unanswered();
+    for answer in answers {
+        let retained = retained_due(slot, answer);
+        let (index, code) = (answer.index, answer.code);
+        match slot.session.subscribed(packet_id, index, code, retained) {
+            Ok(now) => due.extend(now.into_iter().map(|r| request(session, incarnation, r))),
+            Err(reason) => end = Some(reason),
         }
+    }
+    if end.is_none() && slot.session.subscribes_unanswered() == unanswered {
+        // Other filters of the SUBSCRIBE are not answered yet.
+        return None;
     }
     slot.woken = true;
     let handle = slot.handle.clone()?;

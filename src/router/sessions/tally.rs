@@ -82,10 +82,7 @@ impl Tally {
         match outcome {
             Delivered::Written(qos) => {
                 self.delivered[qos as usize] += 1;
-                if !slot.woken {
-                    slot.woken = true;
-                    self.wakes.extend(slot.handle.clone());
-                }
+                self.note(slot);
             }
             Delivered::Queued => {}
             Delivered::Dropped(reason) => {
@@ -97,6 +94,19 @@ impl Tally {
         }
         if slot.session.outbound().shed != Default::default() {
             self.shed(&mut slot.session);
+        }
+    }
+
+    /// Messages that waited were delivered: notes the connection to wake.
+    pub(crate) fn flushed(&mut self, slot: &mut Slot) {
+        self.note(slot);
+        self.shed(&mut slot.session);
+    }
+
+    fn note(&mut self, slot: &mut Slot) {
+        if !slot.woken {
+            slot.woken = true;
+            self.wakes.extend(slot.handle.clone());
         }
     }
 

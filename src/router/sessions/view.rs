@@ -128,7 +128,7 @@ impl Sessions {
                     totals.detached += 1;
                 }
                 totals.asleep += usize::from(slot.asleep > 0);
-                totals.queue_messages += slot.session.outbound().queued();
+                totals.queue_messages += slot.session.queued();
             }
         }
         totals
@@ -154,7 +154,7 @@ fn info(slot: &Slot, backlogged: Backlogged) -> SessionInfo {
                 identifier: s.identifier,
             })
             .collect(),
-        queue_messages: session.outbound().queued() + backlogged.messages,
+        queue_messages: session.queued() + backlogged.messages,
         queue_bytes: session.outbound().queued_bytes() + backlogged.bytes,
         in_flight: session.outbound().in_flight(),
         publishes_waiting: session.publishes_waiting(),

@@ -3,11 +3,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
+use crate::budget::Allowance;
 use crate::hashing::HashSeed;
 
-use crate::mqtt::{Decoder, Packet, Receiver, encode_subscribe, encode_unsubscribe};
+use crate::mqtt::{
+    Decoder, Message, MessageSpec, Packet, Properties, Receiver, encode_subscribe,
+    encode_unsubscribe,
+};
 use crate::outbuf::OutBuf;
-use crate::session::{ConnectionSpec, Incarnation, QueueFull, SLEEP_AFTER};
+use crate::session::{
+    ConnectionSpec, Deferral, Incarnation, Offer, QueueFull, SLEEP_AFTER, WaitNumber, WaitingMax,
+};
 use crate::streams::{StreamId, StreamSet};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -197,9 +203,9 @@ fn a_repeated_filter_is_requested_once_and_answered_everywhere() {
         .map(|w| (w.index, &*w.filter, w.options.qos));
     assert_eq!(seen.collect::<Vec<_>>(), [(0, "a", ONE), (3, "b", ONE)]);
     assert_eq!(asked, 3);
-    session.subscribed(1, 0, ReasonCode(1)).expect("told");
+    session.subscribed(1, 0, ReasonCode(1), None).expect("told");
     assert!(codes(&mut session).is_empty(), "b is not answered yet");
-    session.subscribed(1, 3, ReasonCode(1)).expect("told");
+    session.subscribed(1, 3, ReasonCode(1), None).expect("told");
     // None is granted more than it asked for.
     assert_eq!(codes(&mut session), [0, 0x87, 1, 1, 0x87, 1]);
 }
@@ -210,7 +216,7 @@ fn a_repeated_filter_that_is_refused_is_refused_everywhere() {
     let filters = [("a", options(ZERO, 0)), ("a", options(ONE, 0))];
     subscribe(&mut session, &filters, &limits(10));
     let refused = ReasonCode::QUOTA_EXCEEDED;
-    session.subscribed(1, 0, refused).expect("told");
+    session.subscribed(1, 0, refused, None).expect("told");
     assert_eq!(codes(&mut session), [0x97, 0x97]);
 }
 
@@ -241,7 +247,7 @@ fn a_subscribe_with_more_filters_than_can_be_counted_is_answered_whole() {
     filters.push(("a", options(ONE, 0)));
     let (requests, asked) = subscribe(&mut session, &filters, &limits(10));
     assert_eq!((requests.len(), asked), (1, 1));
-    session.subscribed(1, 0, ReasonCode(1)).expect("told");
+    session.subscribed(1, 0, ReasonCode(1), None).expect("told");
     let codes = codes(&mut session);
     assert_eq!(codes.len(), filters.len());
     let granted = codes.iter().filter(|c| **c == 1).count();
@@ -312,4 +318,53 @@ fn a_bridge_of_mqtt_3_subscribes_with_no_local_and_retain_as_published() {
         let expected = [(bridge, bridge), (false, bridge)];
         assert_eq!(seen.collect::<Vec<_>>(), expected);
     }
+}
+
+/// Two messages of one topic wait for the retained messages of one subscription. Each goes on the stream of
+/// its own.
+#[test]
+fn messages_that_waited_go_on_the_streams_of_their_subscriptions() {
+    let (mut session, limits) = (connected(), limits(10));
+    let streams = [(FilterId(1), "a"), (FilterId(2), "+")];
+    let stream_of = |filter: FilterId| StreamId::new(filter.0 as u8);
+    for (filter, name) in streams {
+        let connection = session.connection().expect("it is connected");
+        connection.bind(name, stream_of(filter));
+        connection.numbered(name, filter);
+    }
+    let (total, number) = (Arc::default(), WaitNumber::default());
+    assert!(session.begin_wait(FilterId(1), number, Millis::MAX, &total));
+    let message = Message::new(&MessageSpec {
+        topic: "a",
+        properties: Properties::default(),
+        payload: b"",
+        qos: QoS::AtMostOnce,
+        retain: false,
+        expires_at: None,
+        strip_key: None,
+        account: None,
+    });
+    let max = WaitingMax {
+        messages: 10,
+        bytes: 1000,
+    };
+    for (filter, _) in streams {
+        let offer = Offer {
+            message: &message,
+            qos: QoS::AtMostOnce,
+            retain: false,
+            ids: &[],
+            group: None,
+            stream: stream_of(filter),
+            fetched: false,
+            position: 0,
+        };
+        assert_eq!(session.defer(filter, &offer, max), Deferral::Waits);
+    }
+    let mut output = Allowance::new(Arc::default(), u64::MAX, 1);
+    session.end_wait(FilterId(1), &limits, Millis::ZERO, &mut output);
+    let connection = session.connection().expect("it is connected");
+    let taken = connection.take_output(StreamSet::ALL, &mut OutBuf::default());
+    let taken: Vec<StreamId> = taken.iter().map(|(stream, _)| *stream).collect();
+    assert_eq!(taken, streams.map(|(filter, _)| stream_of(filter)));
 }

@@ -6,14 +6,23 @@ use std::time::Duration;
 use crate::mqtt::{AckKind, Oversized, Publish, QoS, ReasonCode, Version, encode_ack};
 use crate::telemetry::{DropReason, RateLimited, clean, metrics};
 use crate::time::Millis;
-use crate::topics::FilterId;
+use crate::topics::{FilterId, has_wildcard, split_shared};
 
 /// User properties with this key are ours. They are stripped from clients' packets, and from
 /// messages of the broker.
 pub(crate) const RESERVED_KEY: &str = "tidegate";
 
+/// Filters in one packet. AWS IoT Core takes no more.
+pub(super) const FILTERS_IN_PACKET: usize = 8;
+
 /// Bytes of filters in one SUBSCRIBE or UNSUBSCRIBE.
 const REQUEST_FILTER_BYTES: usize = 8 * 1024;
+
+/// Whether the topics of a filter's messages name the filter. Several such filters may share a packet and
+/// its Subscription Identifier.
+pub(super) fn is_exact(name: &str) -> bool {
+    !has_wildcard(name) && split_shared(name).is_none()
+}
 
 /// Bytes that a filter costs in an UNSUBSCRIBE beside its text, rounded up.
 const FILTER_OVERHEAD_BYTES: usize = 4;

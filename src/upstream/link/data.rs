@@ -22,8 +22,8 @@ use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
 
 use crate::upstream::link::common::{
-    RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_probe, next_id,
-    unsubscribe_bytes,
+    FILTERS_IN_PACKET, RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_exact,
+    is_probe, next_id, unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::exactly_once::ExactlyOnce;
@@ -36,8 +36,6 @@ use crate::upstream::role::Role;
 const REQUESTS_MAX: usize = 1000;
 /// Filters that are taken from the router at once.
 const FILTERS_AT_ONCE: usize = 200;
-/// Filters in one packet where the broker has no identifiers. AWS IoT Core takes no more.
-const FILTERS_IN_PACKET: usize = 8;
 /// Up to this number of identifiers of a message, each is compared with those before it.
 const COMPARED_MAX: usize = 32;
 /// The least time between two writes. Only the broker itself waits for acknowledgements.
@@ -268,11 +266,6 @@ impl DataLink {
 
     /// Sends the requests that wait for the link.
     fn send_requests(&mut self, out: &mut Vec<u8>) {
-        // An identifier names one filter, so that each filter has a packet of its own.
-        let in_packet = match self.identifiers {
-            true => 1,
-            false => FILTERS_IN_PACKET,
-        };
         while !self.trying && self.requests.len() < REQUESTS_MAX {
             let room = (REQUESTS_MAX - self.requests.len()).min(FILTERS_AT_ONCE);
             let answered = self.requests.is_empty();
@@ -282,7 +275,16 @@ impl DataLink {
             }
             // A filter may be subscribed in the place of one that it overlaps.
             self.send_unsubscribes(&next.unsubscribes, out);
-            self.send_subscribes(&next.subscribes, in_packet, out);
+            // In their order: the answer for one filter stands for the answers before it.
+            let all = next.subscribes.as_slice();
+            for run in all.chunk_by(|a, b| is_exact(&a.name) == is_exact(&b.name)) {
+                // The identifier of a filter with wildcards names that one, so it has a packet of its own.
+                let in_packet = match self.identifiers && !is_exact(&run[0].name) {
+                    true => 1,
+                    false => FILTERS_IN_PACKET,
+                };
+                self.send_subscribes(run, in_packet, out);
+            }
             self.trying = !next.suspects.is_empty();
             self.send_subscribes(&next.suspects, 1, out);
         }
@@ -296,9 +298,11 @@ impl DataLink {
     ) {
         for these in in_packets(wanted, in_packet, |w| w.name.len()) {
             let id = self.free_id();
-            let identifier = self
-                .identifiers
-                .then(|| these[0].filter.subscription_identifier());
+            let named_by = match is_exact(&these[0].name) {
+                true => FilterId::EXACT,
+                false => these[0].filter,
+            };
+            let identifier = self.identifiers.then(|| named_by.subscription_identifier());
             let filters = these
                 .iter()
                 .map(|w| (&*w.name, options(w.qos, self.keeps_retain)));

@@ -20,8 +20,8 @@ use crate::time::{Deadline, Millis};
 use crate::topics::{FilterId, matches};
 
 use crate::upstream::link::common::{
-    RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_probe, next_id,
-    unsubscribe_bytes,
+    FILTERS_IN_PACKET, RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_exact,
+    is_probe, next_id, unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -91,6 +91,9 @@ struct Fetch {
     id: u64,
     /// Numbers and names of its filters.
     filters: Vec<(FilterId, Arc<str>)>,
+    /// For each of them, the filter whose Subscription Identifier its messages have, and whether their
+    /// topic has to be its name, because others share the identifier.
+    named_by: Vec<(FilterId, bool)>,
     /// SUBSCRIBE packets without an answer.
     unanswered: usize,
     phase: Phase,
@@ -162,11 +165,23 @@ impl RetainedLink {
                 return;
             }
             let fetch = self.next_fetch;
+            let options = self.options();
             self.next_fetch += 1;
+            // Filters without wildcards share packets: the topic tells their messages apart.
+            filters.sort_by_key(|(_, name)| !is_exact(name));
+            let exact = filters.partition_point(|(_, name)| is_exact(name));
+            let (exact, wild) = filters.split_at(exact);
             let in_packet = if self.identifiers { 1 } else { filters.len() };
+            let packets = in_packets(exact, FILTERS_IN_PACKET, |(_, name)| name.len());
+            let packets = packets.chain(wild.chunks(in_packet));
+            let mut named_by = Vec::with_capacity(filters.len());
             let mut unanswered = 0;
-            for these in filters.chunks(in_packet) {
-                let id = self.free_id();
+            for these in packets {
+                let id = next_id(&mut self.last_id, |id| {
+                    self.requests.contains_key(&id) || self.unsubscribes.contains(&id)
+                });
+                let all = these.iter();
+                named_by.extend(all.map(|(_, name)| (these[0].0, is_exact(name))));
                 let identifier = self
                     .identifiers
                     .then(|| these[0].0.subscription_identifier());
@@ -174,7 +189,7 @@ impl RetainedLink {
                     self.version,
                     id,
                     identifier,
-                    these.iter().map(|(_, name)| (&**name, self.options())),
+                    these.iter().map(|(_, name)| (&**name, options)),
                     out,
                 );
                 self.requests.insert(id, fetch);
@@ -183,6 +198,7 @@ impl RetainedLink {
             self.fetches.push(Fetch {
                 id: fetch,
                 filters,
+                named_by,
                 unanswered,
                 phase: Phase::Subscribing,
                 last_data: now,
@@ -260,10 +276,10 @@ impl RetainedLink {
             );
         }
         for fetch in &mut self.fetches {
-            for (number, name) in &fetch.filters {
+            for ((number, name), (named_by, exact)) in fetch.filters.iter().zip(&fetch.named_by) {
                 let hit = match numbers.is_empty() {
                     true => matches(name, p.topic),
-                    false => numbers.contains(number),
+                    false => numbers.contains(named_by) && (!exact || **name == *p.topic),
                 };
                 if hit {
                     fetch.last_data = now;
@@ -389,7 +405,7 @@ impl Machine for RetainedLink {
             if let Some(fetch) = self.fetches.iter_mut().find(|fetch| fetch.id == id) {
                 fetch.phase = Phase::Answered;
                 fetch.last_data = now;
-                self.router.fetch_answered(&fetch.numbers());
+                self.router.fetch_answered(&fetch.numbers(), now);
             }
         }
     }

@@ -48,6 +48,7 @@ fn grant(qos: QoS, deadline: Millis) -> PendingGrant {
         qos,
         granted: false,
         retained: false,
+        wait: None,
         deadline,
     }
 }

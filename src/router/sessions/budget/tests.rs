@@ -472,3 +472,22 @@ fn backlogs_are_not_searched_again_at_once_for_few_messages() {
     assert!(trimmed(8 * MIB / GROWTH_DIVISOR as usize, 5002) > 0);
     assert!(trimmed(10, 5002 + 100) > 0);
 }
+
+#[test]
+fn messages_that_wait_for_retained_ones_are_dropped_like_those_of_the_queue() {
+    let config = RouterConfig {
+        queues: 100_000,
+        ..testing::config()
+    };
+    let router = router(config);
+    let client = connect(&router, "a", "p", 1);
+    testing::subscribe_handling(&router, client, "t", 0);
+    let filter = router.next_subscribes(0, 10)[0].filter;
+    router.suback(filter, ReasonCode(1), Millis::ZERO);
+    take(&router, client, &mut Vec::new());
+    for _ in 0..10 {
+        bring(&router, filter, 30_000, 1);
+        assert!(router.queue_used() <= 100_000, "{}", router.queue_used());
+    }
+    assert!(gaps(&router, "a") > 0);
+}

@@ -1,6 +1,8 @@
 use std::sync::Arc;
 
-use crate::mqtt::ReasonCode;
+use crate::mqtt::{
+    Decoder, Packet, Properties, Publish, QoS, ReasonCode, Receiver, Suback, Version,
+};
 use crate::sim::testing::{PROBES, client, router, subscribe_handling, up};
 use crate::time::Millis;
 use crate::topics::FilterId;
@@ -37,4 +39,76 @@ fn a_suspect_that_nobody_wants_any_more_is_forgotten() {
         2
     );
     assert!(link.suspects.is_empty());
+}
+
+/// Filters without wildcards share packets and an identifier.
+#[test]
+fn messages_of_filters_that_share_a_packet_are_told_apart_by_their_topics() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = RetainedLink::new(router.clone(), Arc::from(PROBES));
+    let mut out = Vec::new();
+    link.connected(&up(false, 20), Millis::ZERO, &mut out);
+    for name in ["a", "b", "+"] {
+        subscribe_handling(&router, who, name, 0);
+    }
+    for subscribe in router.next_subscribes(0, 10) {
+        router.suback(subscribe.filter, ReasonCode::SUCCESS, Millis::ZERO);
+    }
+    link.poll(Millis::ZERO, &mut out);
+    let decoder = Decoder {
+        version: Version::V5,
+        receiver: Receiver::Server,
+        max: u32::MAX,
+    };
+    let (mut at, mut packets) = (0, Vec::new());
+    while let Some((packet, size)) = decoder.next(&out[at..]).expect("it is legal") {
+        at += size;
+        if let Packet::Subscribe(s) = packet {
+            let names: Vec<String> = s.filters().map(|(name, _)| name.to_owned()).collect();
+            packets.push((s.packet_id, s.subscription_id.expect("it has one"), names));
+        }
+    }
+    assert_eq!(packets.len(), 2);
+    assert_eq!(
+        (&*packets[0].2, &*packets[1].2),
+        (&["a", "b"].map(String::from)[..], &["+".to_owned()][..])
+    );
+    for (packet_id, _, _) in &packets {
+        let suback = Suback {
+            packet_id: *packet_id,
+            codes: &[0],
+            properties: Properties::default(),
+        };
+        link.packet(&Packet::Suback(suback), Millis::ZERO, &mut out)
+            .expect("it is expected");
+    }
+    let mut brings = |topic, payload: &[u8], identifier: u32| {
+        let properties = [0x0B, identifier as u8];
+        let message = Publish {
+            dup: false,
+            qos: QoS::AtMostOnce,
+            retain: true,
+            topic,
+            packet_id: 0,
+            payload,
+            properties: Properties(&properties),
+            message_expiry: None,
+            topic_alias: None,
+            has_subscription_ids: true,
+        };
+        link.packet(&Packet::Publish(message), Millis::ZERO, &mut out)
+            .expect("it is expected");
+    };
+    brings("b", b"x", packets[0].1);
+    brings("b", b"y", packets[1].1);
+    while router.barrier_wanted(0) {
+        let number = router.barrier_begins(0);
+        router.barrier_passed(0, number, Millis::ZERO);
+    }
+    let mut taken = Vec::new();
+    router.take_output(who.session, who.connection_no, &mut taken, Millis::ZERO);
+    // The older value is not delivered behind the newer one.
+    let got = taken.iter().filter(|byte| **byte == b'y').count();
+    assert_eq!(got, 2, "one by each filter: {taken:?}");
 }

@@ -162,7 +162,7 @@ fn a_fetch_while_the_data_link_is_away_is_handed_on_behind_it_and_not_kept() {
     subscribe_handling(&broker.router, who, "t", 0);
     let (number, _) = broker.router.next_fetches(1)[0].clone();
     broker.fetched(number, "2");
-    broker.router.fetch_answered(&[number]);
+    broker.router.fetch_answered(&[number], Millis::ZERO);
     broker.router.fetch_ended(&[number], true, Millis::ZERO);
     assert_eq!(
         broker.got(who),
