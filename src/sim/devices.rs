@@ -295,7 +295,7 @@ impl World {
             "{n} subscribes {id} on stream {stream} {:?}",
             filters.iter().map(|(f, o)| (f, o.qos)).collect::<Vec<_>>()
         );
-        self.oracle.subscribes(n, *id, filters, self.now);
+        self.oracle.subscribes(n, (*id, *stream), filters, self.now);
         let stream = *stream;
         self.devices[n].asked.push(asked);
         self.send(n, stream, bytes.into());

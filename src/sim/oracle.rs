@@ -5,12 +5,17 @@ mod settle;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
+use crate::streams::StreamId;
 use crate::time::Millis;
 
 use crate::sim::seen::{Client, Conditions, Got, Message, Sub, TRANSIT};
 use tidegate_kit::rng::Rng;
+
+/// Live messages of a subscription wait for its retained ones at least this long after the SUBACK.
+const RETAINED_WITHIN: Duration = Duration::from_millis(900);
 
 pub(super) struct Oracle {
     clients: Vec<Client>,
@@ -114,7 +119,7 @@ impl Oracle {
     pub(super) fn subscribes(
         &mut self,
         n: usize,
-        packet_id: u16,
+        (packet_id, stream): (u16, StreamId),
         filters: &[(String, SubscribeOptions)],
         now: Millis,
     ) {
@@ -125,7 +130,9 @@ impl Oracle {
                 qos: options.qos,
                 no_local: options.no_local,
                 handling: options.retain_handling,
+                stream,
                 asked_at: now,
+                suback_at: None,
                 granted_at: None,
                 ended_at: None,
             });
@@ -151,6 +158,9 @@ impl Oracle {
         if code >= 0x80 && !self.conditions.refuses && !subs[at].shared() {
             self.faults
                 .push(format!("{n} is refused {filter}: {code:#x}"));
+        }
+        if code < 0x80 {
+            subs[at].suback_at = Some(now);
         }
         // A later request for the filter has replaced this one.
         if !same(&subs[at]) {
@@ -297,6 +307,9 @@ impl Oracle {
         {
             return Some("retained, and asked for none".to_owned());
         }
+        if let Some(why) = self.overtakes(n, message, got) {
+            return Some(why);
+        }
         // The copies of a shared subscription keep no order with others.
         let shared = |s: &Sub| s.shared() && s.matches(&message.topic);
         if client.subs.iter().any(shared) {
@@ -317,6 +330,45 @@ impl Oracle {
         newest
             .filter(|newest| *newest > got.number && !self.twice(message))
             .map(|newest| format!("retained, behind {newest}"))
+    }
+
+    /// First comes SUBACK, then the retained messages of a subscription, then its live ones.
+    fn overtakes(&self, n: usize, message: &Message, got: Got) -> Option<String> {
+        let client = &self.clients[n];
+        // Packets that were sent on different streams keep no order, and a client that loses its connection
+        // may miss the SUBACK.
+        if client.reordered || !client.losses.is_empty() {
+            return None;
+        }
+        let asks = |s: &&Sub| s.handling < 2 && !s.shared() && s.matches(&message.topic);
+        let mut asked = client.subs.iter().filter(asks);
+        // The SUBACK may still be on its way on another stream.
+        if !asked.any(|s| s.suback_at.is_some_and(|at| at <= got.at) || s.stream != got.stream) {
+            return Some("retained, before the SUBACK".to_owned());
+        }
+        // Behind a small window, and while a link is away, the broker may send live messages first.
+        if self.conditions.small_window || self.conditions.stormy {
+            return None;
+        }
+        let mut subs = client.subs.iter().filter(|s| s.matches(&message.topic));
+        let (Some(sub), None) = (subs.next(), subs.next()) else {
+            return None;
+        };
+        let granted_at = sub.granted_at?;
+        if got.at >= granted_at + RETAINED_WITHIN {
+            return None;
+        }
+        let by_it_alone = |topic: &str| {
+            let mut subs = client.subs.iter().filter(|s| s.matches(topic));
+            subs.all(|s| s.filter == sub.filter)
+        };
+        let mut live = client.got.iter().filter(|(topic, g)| {
+            let same =
+                (g.stream, g.qos > QoS::AtMostOnce) == (got.stream, got.qos > QoS::AtMostOnce);
+            same && g.at >= granted_at && sub.matches(topic) && by_it_alone(topic)
+        });
+        let first = live.next();
+        first.map(|(_, live)| format!("retained, behind the live {}", live.number))
     }
 
     /// A client has received the acknowledgement of its publish.

@@ -67,7 +67,11 @@ pub(super) struct Sub {
     pub no_local: bool,
     /// Retain Handling.
     pub handling: u8,
+    /// The stream of the SUBSCRIBE, and of its SUBACK.
+    pub stream: StreamId,
     pub asked_at: Millis,
+    /// When the SUBACK came. Another SUBSCRIBE for the filter may have been answered before.
+    pub suback_at: Option<Millis>,
     pub granted_at: Option<Millis>,
     pub ended_at: Option<Millis>,
 }

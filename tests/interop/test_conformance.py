@@ -204,6 +204,30 @@ def test_the_codes_of_an_unsuback_are_in_order(edge, first):
         assert unsuback.body[3:] == (b"\x00\x11" if first else b"\x11\x00")
 
 
+@pytest.mark.parametrize("version", (5, 4))
+@pytest.mark.parametrize("transport", ("tcp", "ws"))
+def test_suback_comes_first_then_retained_messages_then_live_ones(edge, client, transport, version):
+    """The order of a broker; filters that are new to the broker, and then filters that it has."""
+    topic, publisher = fresh(), client(edge)
+    names = [f"{topic}/a", f"{topic}/b"]
+    for name in names:
+        publisher.publish(name, "stored", retain=True)
+    for _ in range(3):
+        with Raw(edge[transport].port, transport, version=version) as raw:
+            raw.connect(fresh("x"))
+            raw.send(wire.subscribe(1, (names[0], 1), (f"{topic}/b/#", 1), version=version))
+            assert raw.recv().kind == wire.SUBACK
+            for name in names:
+                publisher.publish(name, "live")
+            got = [raw.recv() for _ in range(4)]
+            assert all(packet.kind == wire.PUBLISH for packet in got)
+            for name in names:
+                mine = [packet.body for packet in got if name.encode() in packet.body]
+                assert [body.endswith(b"stored") for body in mine] == [True, False], mine
+    for name in names:
+        publisher.publish(name, "", retain=True)
+
+
 def test_our_disconnect_has_no_session_expiry_interval(edge):
     """[MQTT-3.14.2-2]."""
     name = fresh("x")

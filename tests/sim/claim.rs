@@ -136,8 +136,9 @@ impl Claim {
             && sub.asked.iter().all(|a| !hides(&a.options));
     }
 
-    /// The entry of the ledger for this claim on the message named `key`.
-    pub(crate) fn owed(self, key: &str, first: &Copy) -> Owed {
+    /// The entry of the ledger for this claim on the message named `key`. `deferred`: it may have to wait
+    /// for retained messages.
+    pub(crate) fn owed(self, key: &str, first: &Copy, deferred: bool) -> Owed {
         Owed {
             event: event(key),
             key: key.to_owned(),
@@ -150,6 +151,7 @@ impl Claim {
             retain_may: self.retain_may,
             retained: first.retain,
             expires_at: first.expires_at,
+            deferred,
             written: false,
         }
     }

@@ -73,7 +73,7 @@ impl World {
                 Item::Copies(copies)
                     if copies[0].expires_at.is_some_and(|at| at.is_due(self.now)) => {}
                 Item::Copies(copies) => {
-                    self.oracle.arrives(&copies);
+                    self.oracle.arrives(&copies, self.now);
                     trace!(
                         self,
                         "arrives {} for {:?}",
@@ -120,7 +120,7 @@ impl World {
     pub(crate) fn lose_fetches(&mut self) {
         for fetch in std::mem::take(&mut self.fetches) {
             self.router.fetch_ended(&[fetch.number], false, self.now);
-            self.oracle.fetched_anew(&fetch.filter);
+            self.oracle.fetched_anew(&fetch.filter, false);
         }
     }
 
@@ -168,10 +168,12 @@ impl World {
                     return;
                 }
                 None => {
+                    // Live messages wait no longer.
+                    self.router.fetch_answered(&[fetch.number], self.now);
                     let complete = self.rng.chance(90);
                     self.router.fetch_ended(&[fetch.number], complete, self.now);
                     if !complete {
-                        self.oracle.fetched_anew(&fetch.filter);
+                        self.oracle.fetched_anew(&fetch.filter, true);
                     }
                     self.fetches.pop_front();
                     return;

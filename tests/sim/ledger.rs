@@ -1,10 +1,16 @@
 //! The messages that one session is owed, and the messages written for it.
 
+mod wants;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use tidegate::mqtt::{Publish, QoS, SubscribeOptions, Version};
 use tidegate::streams::StreamId;
 use tidegate::time::{Deadline, Millis};
+
+use wants::{Replayed, wants};
+
+pub(crate) use wants::Want;
 
 /// One message that a session is to get, or may get.
 #[derive(Clone, Debug)]
@@ -24,6 +30,8 @@ pub(crate) struct Owed {
     pub retain_may: bool,
     pub retained: bool,
     pub expires_at: Option<Deadline>,
+    /// It may have waited for the retained messages of its subscription, while others went on.
+    pub deferred: bool,
     pub written: bool,
 }
 
@@ -40,17 +48,6 @@ struct Flight {
     ids: Vec<u32>,
 }
 
-/// A wish for the retained messages of a filter.
-#[derive(Clone, Debug)]
-pub(crate) struct Want {
-    pub filter: String,
-    pub got: BTreeMap<String, usize>,
-    /// Fetches of it that failed, and were made anew.
-    pub failed: usize,
-    /// Unsubscribed when this event was the latest: what waits may still come, nothing newer.
-    pub until: u64,
-}
-
 /// What a connection may be sent.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Window {
@@ -64,6 +61,8 @@ pub(crate) struct Window {
     again: BTreeSet<u16>,
     /// An eviction may take the messages in flight.
     pub evicts: bool,
+    /// The time at which the session writes.
+    pub now: Millis,
 }
 
 /// One subscription, as the packets show it.
@@ -108,7 +107,11 @@ pub(crate) struct Ledger {
     /// For QoS 0, and for QoS 1 and 2, on each stream: the next entry that may be written. Streams
     /// keep no order with each other.
     next: BTreeMap<(usize, StreamId), usize>,
+    /// The same for each topic: the last entry that was written.
+    last: BTreeMap<(usize, StreamId, String), usize>,
     inflight: Vec<Flight>,
+    /// The newest retained message that was sent, by class, stream and topic.
+    replayed: BTreeMap<(bool, StreamId, String), Replayed>,
     pub wants: Vec<Want>,
     pub subs: Vec<Sub>,
     /// Filters that it unsubscribed from: a message on its way by one may come for another.
@@ -176,11 +179,17 @@ impl Ledger {
     /// A connection of this session begins.
     pub(crate) fn window(&mut self, receive_max: usize) -> Window {
         self.connections += 1;
+        for want in &mut self.wants {
+            want.asked = None;
+            want.suback_lost = false;
+            want.in_order = false;
+        }
         Window {
             receive_max,
             open: BTreeSet::new(),
             resent: BTreeSet::new(),
             evicts: false,
+            now: Millis::ZERO,
             again: BTreeSet::new(),
             to_resend: self
                 .inflight
@@ -213,8 +222,8 @@ impl Ledger {
         let class = usize::from(p.qos > QoS::AtMostOnce);
         let from = self.next.get(&(class, stream)).copied().unwrap_or(0);
         // A publisher may have sent it twice: the first that it can be.
-        let candidates = self.owed.iter().enumerate().skip(from);
-        let candidates = candidates.filter(|(_, o)| o.key == key);
+        let candidates = self.owed.iter().enumerate();
+        let candidates = candidates.filter(|(at, o)| o.key == key && (*at >= from || o.deferred));
         let (mut at, mut first, mut misfit) = (None, None, None);
         for (index, owed) in candidates {
             match owed.fits(version, topic, p) {
@@ -248,11 +257,16 @@ impl Ledger {
                 _ => self.replay(stream, topic, key, p),
             };
         };
+        self.is_in_order(at, class, stream)?;
+        self.goes_live(topic, (class > 0, stream), w.now);
+        self.is_newer(at, topic, (class > 0, stream))?;
         let owed = &mut self.owed[at];
         owed.written = true;
         // Of a message that was published twice, nobody can tell which one this is: the other may
         // have come at QoS 0 or on another stream.
-        self.next.insert((class, stream), first.unwrap_or(at) + 1);
+        if !owed.deferred {
+            self.next.insert((class, stream), first.unwrap_or(at) + 1);
+        }
         if owed.retained {
             let live = self.live.entry((topic.to_owned(), class > 0));
             live.or_default().push(Live {
@@ -263,6 +277,23 @@ impl Ledger {
             });
         }
         Ok(())
+    }
+
+    /// Messages of one topic keep their order, those too that waited for retained messages.
+    fn is_in_order(&mut self, at: usize, class: usize, stream: StreamId) -> Result<(), String> {
+        let owed = &self.owed[at];
+        // Of a message that was published twice, nobody can tell which one this is.
+        if self.owed.iter().filter(|o| o.key == owed.key).count() > 1 {
+            return Ok(());
+        }
+        let way = (class, stream, owed.topic.clone());
+        match self.last.insert(way, at) {
+            Some(last) if last > at => Err(format!(
+                "it comes behind {} on its topic [MQTT-4.6.0-5]",
+                self.owed[last].key
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// A PUBLISH above QoS 0 takes a place in the client's window.
@@ -326,49 +357,6 @@ impl Ledger {
             owed.written = true;
         }
         found
-    }
-
-    fn replay(
-        &mut self,
-        stream: StreamId,
-        topic: &str,
-        key: &str,
-        p: &Publish<'_>,
-    ) -> Result<(), String> {
-        if !p.retain {
-            // One before it may have been a live one that was taken for a replay, or the reverse.
-            let passed = self.owed.iter_mut().find(|o| !o.written && o.key == key);
-            if let Some(owed) = passed
-                && self.mistaken < self.ambiguous
-            {
-                owed.written = true;
-                self.mistaken += 1;
-                return Ok(());
-            }
-            let known = self.owed.iter().filter(|o| o.key == key).map(|o| o.written);
-            let known: Vec<bool> = known.collect();
-            return Err(format!(
-                "not owed, or out of order, or twice (owed and written: {known:?}) [MQTT-4.6.0-5]"
-            ));
-        }
-        let want = self.wants.iter_mut().find(|w| wants(w, topic, key));
-        let Some(want) = want else {
-            if self.mistaken < self.ambiguous {
-                // An earlier one was taken for this.
-                self.mistaken += 1;
-                return Ok(());
-            }
-            return Err("a retained message that nobody asked for [MQTT-3.3.1-11]".into());
-        };
-        *want.got.entry(key.to_owned()).or_default() += 1;
-        let event = crate::oracle::event(key);
-        let way = (topic.to_owned(), p.qos > QoS::AtMostOnce);
-        let mut live = self.live.get(&way).into_iter().flatten();
-        let newer = |l: &Live| l.event > event && l.is_before(self.connections, stream, p);
-        if live.any(newer) && self.ambiguous == 0 {
-            return Err("a retained value older than one delivered before it".into());
-        }
-        Ok(())
     }
 
     /// A stream has ended: unacknowledged messages written on it are sent again.
@@ -476,10 +464,4 @@ impl Ledger {
         let twice = |o: &&Owed| self.owed.iter().filter(|s| s.key == o.key).count() > 1;
         lost.filter(|o| !twice(o)).count()
     }
-}
-
-fn wants(want: &Want, topic: &str, key: &str) -> bool {
-    crate::broker::matching(&want.filter, topic)
-        && want.got.get(key).copied().unwrap_or(0) <= want.failed
-        && crate::oracle::event(key) <= want.until
 }

@@ -213,7 +213,10 @@ impl Oracle {
         if c.attached == Some(link) {
             c.aliases.retain(|(on, _), _| *on != stream);
             c.aliases_in.retain(|(on, _), _| *on != stream);
-            c.requests.retain(|_, (on, ..)| *on != stream);
+            let unanswered = c.requests.extract_if(.., |_, (on, ..)| *on == stream);
+            for (packet_id, _) in unanswered {
+                c.ledger.unanswered(link, packet_id);
+            }
             c.bound.retain(|(on, _)| *on != stream);
         }
     }
@@ -314,6 +317,10 @@ impl Oracle {
         let (since, until) = self.away;
         let again = until.is_none_or(|until| now < until + RECOVERY);
         self.away = (if again { since } else { now }, None);
+        // The messages that the broker keeps for the link are older than retained ones.
+        for want in self.clients.iter_mut().flat_map(|c| &mut c.ledger.wants) {
+            want.in_order = false;
+        }
     }
 
     /// The broker lost its filters: until it has them again, messages are missed.
@@ -326,17 +333,19 @@ impl Oracle {
         self.regained = Some(BTreeSet::new());
     }
 
-    /// A fetch of retained messages failed, and is made anew.
-    pub(crate) fn fetched_anew(&mut self, filter: &str) {
+    /// A fetch of retained messages failed, and is made anew. `answered`: the broker had answered it, so
+    /// that live messages follow the first copies of the retained ones, and may come before the second.
+    pub(crate) fn fetched_anew(&mut self, filter: &str, answered: bool) {
         for want in self.clients.iter_mut().flat_map(|c| &mut c.ledger.wants) {
             if want.filter == filter {
                 want.failed += 1;
+                want.in_order &= !answered;
             }
         }
     }
 
     /// All copies of one message arrive on the data link at once: notes what each session is owed.
-    pub(crate) fn arrives(&mut self, copies: &[Copy]) {
+    pub(crate) fn arrives(&mut self, copies: &[Copy], now: Millis) {
         let Some(first) = copies.first() else {
             return;
         };
@@ -356,7 +365,9 @@ impl Oracle {
                     c.profile.id, claim.qos, c.ledger.subs
                 ));
             }
-            c.ledger.owed.push(claim.owed(&key, first));
+            let mut wants = c.ledger.wants.iter();
+            let deferred = wants.any(|w| matching(&w.filter, &first.topic) && w.may_defer(now));
+            c.ledger.owed.push(claim.owed(&key, first, deferred));
         }
     }
 

@@ -23,6 +23,7 @@ impl Oracle {
     ) {
         let (grants, expiry_max) = (self.rules.grants, self.rules.expiry_max);
         let latest = self.latest;
+        let in_order = self.away.1.is_some();
         self.asks += 1;
         let number = self.asks;
         let c = &mut self.clients[device];
@@ -58,7 +59,9 @@ impl Oracle {
             }
             Packet::Pubrec(a) => c.ledger.received(a.packet_id),
             Packet::Pubrel(a) => self.inbound.released(device, a.packet_id),
-            Packet::Subscribe(s) => c.subscribes(link, stream, s, grants, number, now),
+            Packet::Subscribe(s) => {
+                c.subscribes(link, stream, s, grants, (number, in_order), now);
+            }
             Packet::Unsubscribe(u) => c.unsubscribes(stream, u, latest),
             Packet::Disconnect(d) => {
                 if let Some(expiry) = d.session_expiry {
@@ -138,7 +141,7 @@ impl Oracle {
         let c = &mut self.clients[device];
         match packet {
             Packet::Publish(p) => {
-                c.wrote_publish(version, stream, p)?;
+                c.wrote_publish(version, stream, p, now)?;
                 self.delivered += 1;
                 Ok(())
             }
@@ -213,6 +216,7 @@ impl Oracle {
         if names.len() != s.codes.len() {
             return Err("SUBACK has another number of codes [MQTT-3.8.4-6]".into());
         }
+        c.ledger.answered(link, s.packet_id, now);
         // A filter in doubt for one client is in doubt for all. So is a filter that the broker has
         // lost and not regained.
         let rules = self.rules;
@@ -241,16 +245,18 @@ impl Oracle {
 
 impl Client {
     /// Notes a SUBSCRIBE that the session took. `number` counts the packets that sessions took.
+    /// `in_order`: the data link is there, so that live messages follow retained ones.
     fn subscribes(
         &mut self,
         link: u64,
         stream: StreamId,
         s: &Subscribe<'_>,
         grants: QoS,
-        number: u64,
+        (number, in_order): (u64, bool),
         now: Millis,
     ) {
         let mut names = Vec::new();
+        let in_order = in_order && s.filters().count() == 1;
         for (index, (filter, options)) in s.filters().enumerate() {
             names.push(filter.to_owned());
             self.bound.insert((stream, filter.to_owned()));
@@ -269,7 +275,7 @@ impl Client {
             };
             self.asks += 1;
             self.ledger.asked_at.push(now);
-            asked(&mut self.ledger, filter, ask);
+            asked(&mut self.ledger, filter, ask, stream, in_order);
         }
         self.requests.insert(s.packet_id, (stream, true, names));
     }
@@ -287,7 +293,13 @@ impl Client {
     }
 
     /// Judges a PUBLISH that the router wrote.
-    fn wrote_publish(&mut self, version: Version, stream: StreamId, p: &Publish<'_>) -> Checked {
+    fn wrote_publish(
+        &mut self,
+        version: Version,
+        stream: StreamId,
+        p: &Publish<'_>,
+        now: Millis,
+    ) -> Checked {
         let topic = match p.topic_alias {
             Some(alias) if p.topic.is_empty() => self.aliases.get(&(stream, alias)).cloned(),
             Some(alias) => {
@@ -304,13 +316,14 @@ impl Client {
             return Err(format!("nobody subscribed to it on stream {stream}"));
         }
         let key = key(p.payload);
+        self.window.now = now;
         self.ledger
             .wrote(&mut self.window, version, stream, &topic, &key, p)
     }
 }
 
 /// Notes that the client asked for a filter, and whether it wants the retained messages.
-fn asked(ledger: &mut Ledger, filter: &str, ask: Ask) {
+fn asked(ledger: &mut Ledger, filter: &str, ask: Ask, stream: StreamId, in_order: bool) {
     let known = ledger.subs.iter().position(|s| s.filter == filter);
     // Retained messages that an earlier subscription asked for also serve the new one.
     for want in ledger.wants.iter_mut().filter(|w| w.filter == filter) {
@@ -327,6 +340,13 @@ fn asked(ledger: &mut Ledger, filter: &str, ask: Ask) {
             got: Default::default(),
             failed: 0,
             until: u64::MAX,
+            asked: Some((ask.link, ask.packet_id)),
+            stream,
+            suback_lost: false,
+            asked_at: ask.at,
+            suback_at: None,
+            in_order,
+            live: Default::default(),
         });
     }
     let Some(at) = known else {

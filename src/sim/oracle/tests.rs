@@ -6,6 +6,8 @@ use crate::sim::seen::Got;
 use crate::streams::StreamId;
 use crate::time::Millis;
 
+const CONTROL: StreamId = StreamId::CONTROL;
+
 /// An oracle of two clients and a quiet broker. Client 0 is a member of a shared group at QoS 1, client
 /// 1 at `other`.
 fn group_of(other: QoS) -> Oracle {
@@ -23,7 +25,12 @@ fn group_of(other: QoS) -> Oracle {
             ..SubscribeOptions::default()
         };
         let filter = "$share/g/a";
-        oracle.subscribes(n, 1, &[(filter.to_owned(), options)], Millis::new(10));
+        oracle.subscribes(
+            n,
+            (1, CONTROL),
+            &[(filter.to_owned(), options)],
+            Millis::new(10),
+        );
         oracle.granted(n, 1, filter, qos as u8, Millis::new(20));
     }
     oracle
@@ -55,7 +62,12 @@ fn a_late_subscriber_receives_a_retained_message_after_a_loss() {
         oracle.published(0, 1, "b", QoS::AtLeastOnce, true, Millis::new(100));
         oracle.acknowledged(0, 1, ReasonCode::SUCCESS, Millis::new(120));
         let options = SubscribeOptions::default();
-        oracle.subscribes(1, 2, &[("b".to_owned(), options)], Millis::new(8000));
+        oracle.subscribes(
+            1,
+            (2, CONTROL),
+            &[("b".to_owned(), options)],
+            Millis::new(8000),
+        );
         if lost {
             oracle.restarted(Millis::new(8100), false);
         }
@@ -64,7 +76,7 @@ fn a_late_subscriber_receives_a_retained_message_after_a_loss() {
             qos: QoS::AtMostOnce,
             retain: false,
             dup: false,
-            stream: StreamId::CONTROL,
+            stream: CONTROL,
             at: Millis::new(8200),
         };
         oracle.received(1, "b", got);
@@ -81,7 +93,12 @@ fn a_message_may_be_lost_with_a_session_soon_after_its_acknowledgement() {
             qos: QoS::AtLeastOnce,
             ..SubscribeOptions::default()
         };
-        oracle.subscribes(1, 2, &[("b".to_owned(), options)], Millis::new(10));
+        oracle.subscribes(
+            1,
+            (2, CONTROL),
+            &[("b".to_owned(), options)],
+            Millis::new(10),
+        );
         oracle.granted(1, 2, "b", 1, Millis::new(20));
         oracle.published(0, 1, "b", QoS::AtLeastOnce, false, Millis::new(100));
         oracle.acknowledged(0, 1, ReasonCode::SUCCESS, Millis::new(3000));
@@ -99,8 +116,8 @@ fn a_late_refusal_ends_no_subscription_of_a_later_request() {
         let mut oracle = group_of(QoS::AtLeastOnce);
         let filters = [("b".to_owned(), SubscribeOptions::default())];
         let [refused, granted] = packet_ids;
-        oracle.subscribes(1, 1, &filters, Millis::new(30));
-        oracle.subscribes(1, 2, &filters, Millis::new(40));
+        oracle.subscribes(1, (1, CONTROL), &filters, Millis::new(30));
+        oracle.subscribes(1, (2, CONTROL), &filters, Millis::new(40));
         oracle.granted(1, granted, "b", 0, Millis::new(50));
         oracle.granted(1, refused, "b", 0x97, Millis::new(60));
         oracle.published(0, 1, "b", QoS::AtLeastOnce, false, Millis::new(100));
@@ -109,7 +126,7 @@ fn a_late_refusal_ends_no_subscription_of_a_later_request() {
             qos: QoS::AtMostOnce,
             retain: false,
             dup: false,
-            stream: StreamId::CONTROL,
+            stream: CONTROL,
             at: Millis::new(120),
         };
         oracle.received(1, "b", got);
