@@ -6,7 +6,7 @@
 
 mod lost;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU16;
 use std::ops::Range;
 
@@ -124,6 +124,8 @@ pub(super) struct Backlog {
     sleepers: Vec<Sleeper>,
     /// The number of members that are gone.
     gone: usize,
+    /// The slots of sleepers with No Local, by the numbers of their incarnations. Some may be gone.
+    no_local: BTreeMap<u64, u32>,
     /// Sleepers that get all topics.
     open: usize,
     /// The [`wild_below`](crate::session::Subscription::wild_below) of the others, whose mounts all end at the
@@ -286,6 +288,18 @@ impl Backlog {
         self.drop_unowned();
     }
 
+    /// The member in `slot`, which falls asleep, has No Local.
+    pub(super) fn hide_own(&mut self, slot: u32, origin_mark: Incarnation) {
+        self.no_local.insert(origin_mark.get(), slot);
+    }
+
+    /// The slot of a sleeper that published a message and has No Local. To be compared with the session that
+    /// is in the slot.
+    pub(super) fn publisher(&self, origin_mark: Option<Incarnation>) -> Option<u32> {
+        let slot = *self.no_local.get(&origin_mark?.get())?;
+        self.sleeper(slot).map(|s| s.slot)
+    }
+
     /// A member does not sleep any longer. Once its messages are read, [`drop_unowned`](Self::drop_unowned) is to
     /// be called.
     pub(super) fn remove(&mut self, slot: u32) -> Option<Sleeper> {
@@ -310,6 +324,9 @@ impl Backlog {
         if self.gone > 0 {
             self.gone = 0;
             self.sleepers.retain(Sleeper::is_there);
+            let mut no_local = std::mem::take(&mut self.no_local);
+            no_local.retain(|_, slot| self.sleeper(*slot).is_some());
+            self.no_local = no_local;
             if self.sleepers.len() < self.sleepers.capacity() / 2 {
                 self.sleepers.shrink_to(self.sleepers.len() * 5 / 4);
             }

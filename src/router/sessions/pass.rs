@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 
 use crate::budget::QueueFull;
 use crate::mqtt::QoS;
-use crate::session::{Session, SessionLimits};
+use crate::session::{Incarnation, Session, SessionLimits};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -137,6 +137,8 @@ pub(super) struct Pass {
     pub(super) candidate: Option<Sleeper>,
     /// Members that fall asleep, by slot.
     pub(super) falling: Vec<Sleeper>,
+    /// Those among them, and the candidate, that have No Local.
+    pub(super) no_local: SmallVec<[(u32, Incarnation); 1]>,
     /// The end of the mounts of those from which topics are hidden.
     pub(super) wild_below: Option<NonZeroU16>,
 }
@@ -178,6 +180,9 @@ impl Pass {
         }
         let keeps = sleepy.queue_qos0 || member.qos > Some(QoS::AtMostOnce);
         self.wild_below = self.wild_below.or(member.wild_below);
+        if member.no_local {
+            self.no_local.push((member.slot, session.incarnation));
+        }
         let sleeper = |cursor| {
             let sleeper = Sleeper::new(member.slot, cursor, keeps);
             match member.wild_below {

@@ -21,7 +21,7 @@ pub(super) mod memory;
 use std::ops::Range;
 
 use crate::mqtt::QoS;
-use crate::session::{Kept, Session, SessionLimits, Subscription};
+use crate::session::{Incarnation, Kept, Session, SessionLimits, Subscription};
 use crate::telemetry::metrics;
 use crate::topics::FilterId;
 
@@ -181,6 +181,35 @@ impl Shard {
         let Some(backlog) = backlog else {
             return 0;
         };
+        // A backlog does not know whose message it was that it does not keep.
+        if let Some(publisher) = backlog.publisher(origin_mark)
+            && self.is_incarnation(publisher, origin_mark)
+        {
+            let woken = self.wake_in(publisher, Some(came.filter), limits);
+            return woken + self.keep_live(limits, came, origin_mark, pass);
+        }
+        self.keep_live(limits, came, origin_mark, pass)
+    }
+
+    /// Whether the session in a slot has this origin mark.
+    fn is_incarnation(&self, at: u32, origin_mark: Option<Incarnation>) -> bool {
+        let slot = self.slots.get(at as usize);
+        slot.is_some_and(|slot| Some(slot.session.incarnation) == origin_mark)
+    }
+
+    /// A live message goes into the backlog of its filter, or wakes the only sleeper. Returns how many messages
+    /// were put into the backlog, or taken out of it.
+    fn keep_live(
+        &mut self,
+        limits: &SessionLimits,
+        came: &Came<'_>,
+        origin_mark: Option<Incarnation>,
+        pass: &mut Pass,
+    ) -> usize {
+        let members = self.members.get(&came.filter);
+        let Some(backlog) = members.and_then(|m| m.backlog.as_ref()) else {
+            return 0;
+        };
         if let Some(lone) = backlog.lone() {
             return self.wake_in(lone, Some(came.filter), limits);
         }
@@ -205,6 +234,7 @@ impl Shard {
     /// The members that were noted in a part of a pass fall asleep.
     pub(super) fn fall_asleep(&mut self, limits: &SessionLimits, came: &Came<'_>, pass: &mut Pass) {
         let falling = std::mem::take(&mut pass.falling);
+        let no_local = std::mem::take(&mut pass.no_local);
         // Between the parts it may be back.
         pass.candidate = None;
         if falling.is_empty() {
@@ -224,6 +254,11 @@ impl Shard {
         let before = backlog.held();
         pass.number.get_or_insert_with(|| backlog.arrived());
         backlog.add(&falling, pass.wild_below);
+        for (slot, origin_mark) in no_local {
+            if falling.iter().any(|s| s.slot == slot) {
+                backlog.hide_own(slot, origin_mark);
+            }
+        }
         // Perhaps it was for no sleeper when it arrived.
         self.accounts.position += 1;
         let position = self.accounts.position;

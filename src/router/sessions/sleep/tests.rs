@@ -469,7 +469,7 @@ fn a_message_that_was_skipped_is_a_gap_of_each_sleeper() {
 #[test]
 fn no_local_hides_own_messages_from_a_sleeper_and_they_are_no_gap() {
     let router = router();
-    let ids = names(&router, 2);
+    let ids = names(&router, 3);
     let (mut filter, mut mark) = (None, None);
     for id in &ids {
         let client = connect(&router, id, 0);
@@ -484,13 +484,19 @@ fn no_local_hides_own_messages_from_a_sleeper_and_they_are_no_gap() {
     }
     let filter = filter.expect("there are clients");
     bring_all(&router, filter, 0..2, LATER);
-    let own = message("t", "own", QoS::AtLeastOnce);
-    bring_message(&router, filter, own, mark, LATER);
-    assert_eq!(router.totals().asleep, 2);
-    assert_eq!(queued(&router, &ids[1]), 2);
-    assert_eq!(resume(&router, &ids[1], LATER), texts(0..2));
-    assert_eq!(gaps(&router, &ids[1]), 0);
-    assert_eq!(resume(&router, &ids[0], LATER), ["0", "1", "own"]);
+    assert_eq!(router.totals().asleep, 3);
+    for qos in [QoS::AtLeastOnce, QoS::AtMostOnce] {
+        let own = message("t", "own", qos);
+        bring_message(&router, filter, own, mark, LATER);
+        assert_eq!(router.totals().asleep, 2, "its publisher is awake");
+        bring_all(&router, filter, 2..3, LATER);
+        assert_eq!(router.totals().asleep, 3);
+    }
+    assert_eq!(queued(&router, &ids[2]), 4);
+    assert_eq!(resume(&router, &ids[2], LATER), ["0", "1", "2", "2"]);
+    assert_eq!(gaps(&router, &ids[2]), 0);
+    assert_eq!(resume(&router, &ids[0], LATER), ["0", "1", "own", "2", "2"]);
+    assert_eq!(gaps(&router, &ids[0]), 1, "the message of QoS 0");
 }
 
 #[test]
