@@ -79,16 +79,7 @@ impl Session {
                 self.outbound_mut().shed.expired += 1;
                 continue;
             }
-            let offer = Offer {
-                message: &deferred.message,
-                qos: deferred.qos,
-                retain: deferred.retain,
-                ids: &deferred.ids,
-                group: None,
-                stream: self.stream_of(deferred.filter),
-                fetched: deferred.fetched,
-                position: deferred.position,
-            };
+            let offer = deferred.offer(self.stream_of(deferred.filter));
             let outcome = self.deliver(limits, now, &offer, output);
             self.outbound_mut().shed.add(outcome);
         }
@@ -131,16 +122,7 @@ impl Session {
             return;
         };
         for deferred in waiting.take_all() {
-            let offer = Offer {
-                message: &deferred.message,
-                qos: deferred.qos,
-                retain: deferred.retain,
-                ids: &deferred.ids,
-                group: None,
-                stream: StreamId::CONTROL,
-                fetched: deferred.fetched,
-                position: deferred.position,
-            };
+            let offer = deferred.offer(StreamId::CONTROL);
             self.outbound_mut().enqueue(now, &offer);
         }
     }

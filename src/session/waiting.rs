@@ -16,6 +16,7 @@ use smallvec::SmallVec;
 use crate::hashing::LookUp;
 use crate::mqtt::{Message, QoS};
 use crate::session::entry::Offer;
+use crate::streams::StreamId;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
@@ -104,6 +105,22 @@ pub(super) struct Deferred {
     pub(super) fetched: bool,
     /// See [`Offer::position`].
     pub(super) position: u64,
+}
+
+impl Deferred {
+    /// The message for its client, on a stream of the connection.
+    pub(super) fn offer(&self, stream: StreamId) -> Offer<'_> {
+        Offer {
+            message: &self.message,
+            qos: self.qos,
+            retain: self.retain,
+            ids: &self.ids,
+            group: None,
+            stream,
+            fetched: self.fetched,
+            position: self.position,
+        }
+    }
 }
 
 /// What becomes of a message for a subscription that may have to wait.
