@@ -184,6 +184,16 @@ impl Stream {
         }
     }
 
+    /// Whether the client has closed the WebSocket, and [`poll_send`](Self::poll_send) and
+    /// [`poll_close`](Self::poll_close) have yet to complete the frame under way and the answer (RFC 6455 §5.5.1).
+    pub fn owes_close(&self) -> bool {
+        match &self.inner {
+            Inner::Ws(ws) => ws.owes_close(),
+            Inner::Wss(ws) => ws.owes_close(),
+            _ => false,
+        }
+    }
+
     /// Ends the connection so that all bytes that were sent before arrive: WebSocket close frame, TLS
     /// close_notify, TCP FIN; QUIC FIN, then CONNECTION_CLOSE once the peer has everything. It waits
     /// for the peer's end, so the caller bounds it with a timeout and then drops the stream.

@@ -158,7 +158,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
                 ready!(self.poll_frame(cx, out))?;
             } else if self.control_waits() {
                 ready!(self.poll_control_write(cx))?;
-            } else if out.is_empty() {
+            } else if out.is_empty() || self.requests.close.is_some() {
+                // After close frames no data frame begins (section 5.5.1).
                 break;
             } else {
                 self.payload_left = out.rest().len();
@@ -266,6 +267,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Ws<S> {
             Some(fault) => Some(Closed::Violation(Violation::WebSocket(fault))),
             None => self.requests.close.is_some().then_some(Closed::Eof),
         }
+    }
+
+    /// Whether the peer has sent a close frame, and our answer or the data frame before it is not sent yet.
+    pub(super) fn owes_close(&self) -> bool {
+        self.requests.close.is_some() && (self.mid_frame() || self.control_waits())
     }
 
     fn mid_frame(&self) -> bool {
@@ -427,5 +433,80 @@ mod tests {
             assert_eq!(ws.io.sent, most.min(turn * READ_MAX_BYTES));
             assert_eq!(woken.0.swap(false, Ordering::Relaxed), turn <= 4);
         }
+    }
+
+    /// A peer that has sent `input`, and takes only a part of the output.
+    struct Narrow {
+        input: Vec<u8>,
+        room: usize,
+        written: Vec<u8>,
+    }
+
+    impl AsyncRead for Narrow {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            if self.input.is_empty() {
+                return Poll::Pending;
+            }
+            buf.put_slice(&std::mem::take(&mut self.input));
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Narrow {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            let n = buf.len().min(self.room);
+            if n == 0 {
+                return Poll::Pending;
+            }
+            self.room -= n;
+            self.written.extend_from_slice(&buf[..n]);
+            Poll::Ready(Ok(n))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn a_frame_under_way_is_completed_before_the_answer_to_a_close() {
+        let close = [0x88, 2, 0x03, 0xE8];
+        let io = Narrow {
+            input: vec![0x88, 0x82, 0, 0, 0, 0, 0x03, 0xE8],
+            room: 10,
+            written: Vec::new(),
+        };
+        let mut ws = Ws::new(io, Vec::new(), 1024, 1024);
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut out = OutBuf::default();
+        out.buf.extend_from_slice(&[7; 100]);
+        assert!(ws.poll_send(&mut cx, &mut out).is_pending());
+        out.buf.extend_from_slice(&[8; 50]);
+        assert!(!ws.owes_close());
+        let received = ws.poll_recv(&mut cx, &mut Vec::new());
+        assert!(matches!(received, Poll::Ready(Err(Closed::Eof))));
+        assert!(ws.owes_close());
+        ws.io.room = 1000;
+        assert!(matches!(
+            ws.poll_send(&mut cx, &mut out),
+            Poll::Ready(Ok(()))
+        ));
+        let expected = [&[0x82, 100][..], &[7; 100], &close].concat();
+        assert_eq!(ws.io.written, expected, "and no further frame");
+        assert!(!ws.owes_close());
+        assert!(ws.poll_close(&mut cx, CloseHow::Normal).is_ready());
+        assert_eq!(ws.io.written.len(), expected.len());
     }
 }

@@ -80,7 +80,7 @@ impl Task<'_> {
                 "Connection ended: {end}"
             );
         }
-        if !end.is_lost() {
+        if !end.is_lost() || socket.owes_close() {
             let _ = timeout(CLOSE_WAIT, send_rest(&mut socket, remains, end.how())).await;
         }
     }
