@@ -47,6 +47,27 @@ impl Marked {
     }
 }
 
+/// Why a slot is in the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mark {
+    /// Its session was removed before its turn. The slot keeps its place for the next one, so that clients
+    /// that come and go while the disk is slow do not make the queue longer.
+    Cancelled,
+    /// The session is to be written.
+    Changed,
+    /// A connection waits for the record, too.
+    Awaited,
+}
+
+impl Mark {
+    fn of(waits: bool) -> Self {
+        match waits {
+            true => Self::Awaited,
+            false => Self::Changed,
+        }
+    }
+}
+
 /// A session's record in the log.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Recorded {
@@ -97,9 +118,9 @@ pub(in crate::router) struct Journal {
     digests: LookUpHasher,
     /// The records of the sessions, by slot.
     recorded: LookUp<u32, Recorded>,
-    /// The slots whose sessions are to be written, and whether a connection waits for that.
-    marks: LookUp<u32, bool>,
-    /// The same slots in the order of their marks; slots without a mark may be among them.
+    /// The slots in the queue.
+    marks: LookUp<u32, Mark>,
+    /// The slots whose sessions are to be written, in the order of their marks, each once.
     queue: VecDeque<u32>,
     /// The records of sessions that were removed, whose end is to be written.
     pub(super) removed: VecDeque<Recorded>,
@@ -183,9 +204,10 @@ impl Journal {
     /// The session is to be written. `waits`: its connection withholds its output until then.
     pub(super) fn mark(&mut self, at: u32, waits: bool) {
         match self.marks.get_mut(&at) {
-            Some(mark) => *mark |= waits,
+            Some(Mark::Awaited) => {}
+            Some(mark) => *mark = Mark::of(waits),
             None => {
-                self.marks.insert(at, waits);
+                self.marks.insert(at, Mark::of(waits));
                 self.queue.push_back(at);
                 self.marked.insert(self.shard);
             }
@@ -196,15 +218,17 @@ impl Journal {
     pub(super) fn next(&mut self) -> Option<(u32, bool)> {
         loop {
             let at = self.queue.pop_front()?;
-            if let Some(waits) = self.marks.remove(&at) {
-                return Some((at, waits));
+            match self.marks.remove(&at) {
+                Some(Mark::Changed) => return Some((at, false)),
+                Some(Mark::Awaited) => return Some((at, true)),
+                Some(Mark::Cancelled) | None => {}
             }
         }
     }
 
     /// A slot whose turn is to come again first, because its record did not find room.
     pub(super) fn put_back(&mut self, at: u32, waits: bool) {
-        self.marks.insert(at, waits);
+        self.marks.insert(at, Mark::of(waits));
         self.queue.push_front(at);
     }
 
@@ -215,7 +239,7 @@ impl Journal {
 
     /// Whether a connection waits for the record of this slot again.
     pub(super) fn waits(&self, at: u32) -> bool {
-        self.marks.get(&at).is_some_and(|waits| *waits)
+        self.marks.get(&at) == Some(&Mark::Awaited)
     }
 
     /// Marks the session if its record says something else about its existence, its expiry or its will.
@@ -275,7 +299,9 @@ impl Journal {
     /// The session is removed from its slot.
     pub(super) fn removed(&mut self, at: u32) {
         self.restored.remove(&at);
-        self.marks.remove(&at);
+        if let Some(mark) = self.marks.get_mut(&at) {
+            *mark = Mark::Cancelled;
+        }
         if let Some(recorded) = self.recorded.remove(&at) {
             self.removed.push_back(recorded);
             self.marked.insert(self.shard);
@@ -317,5 +343,31 @@ impl Journal {
     pub(super) fn address(&self, at: u32, slot: &Slot) -> Option<IpAddr> {
         let peer = slot.peer.as_ref().map(|peer| peer.address.ip());
         peer.or_else(|| Some(self.restored.get(&at)?.address))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_in_the_queue_once_however_many_sessions_it_has_one_after_the_other() {
+        let times = JournalTimes {
+            started_at: UnixMillis::default(),
+            restart_grace: Duration::ZERO,
+        };
+        let mut journal = Journal::new(0, Arc::default(), times);
+        for _ in 0..100 {
+            journal.mark(7, true);
+            assert!(journal.waits(7));
+            journal.removed(7);
+            assert!(!journal.waits(7));
+        }
+        assert_eq!(journal.queue, [7]);
+        assert_eq!(journal.next(), None);
+        for waits in [false, true, false] {
+            journal.mark(7, waits);
+        }
+        assert_eq!((journal.next(), journal.next()), (Some((7, true)), None));
     }
 }
