@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -92,17 +93,18 @@ pub fn raise_open_files() -> u64 {
 pub(crate) struct Server {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Server {
     /// Takes a child; its standard error, if piped, is its log.
     pub(crate) fn new(mut child: Child, name: &'static str) -> Self {
         let log = Arc::new(Mutex::new(Vec::new()));
-        if let Some(stderr) = child.stderr.take() {
+        let reader = child.stderr.take().map(|stderr| {
             let log = log.clone();
-            std::thread::spawn(move || collect(stderr, name, &log));
-        }
-        Self { child, log }
+            std::thread::spawn(move || collect(stderr, name, &log))
+        });
+        Self { child, log, reader }
     }
 
     pub(crate) fn child(&mut self) -> &mut Child {
@@ -128,14 +130,18 @@ impl Server {
         )?)
     }
 
-    /// Waits for the end of the child.
+    /// Waits for the end of the child, and for its last lines. A child of the child may keep its standard
+    /// error open: the lines are not awaited any longer than the end.
     pub(crate) fn wait(&mut self, wait: Duration) -> io::Result<ExitStatus> {
         let deadline = Instant::now() + wait;
         loop {
-            if let Some(status) = self.child.try_wait()? {
+            let late = Instant::now() > deadline;
+            if let Some(status) = self.child.try_wait()?
+                && (late || self.reader.as_ref().is_none_or(JoinHandle::is_finished))
+            {
                 return Ok(status);
             }
-            if Instant::now() > deadline {
+            if late {
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     "the process did not end",

@@ -59,6 +59,28 @@ impl Node {
         Ok((client, ack.session_present))
     }
 
+    /// Waits until a metric has this value.
+    async fn wait_for(&self, name: &str, labels: &[(&str, &str)], value: f64) -> Result {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = self.tidegate.metrics()?.sum(name, labels);
+            if now == value {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("{name} {labels:?} is {now} and not {value}").into());
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Waits until this number of sessions have expired.
+    async fn wait_for_expired(&self, sessions: f64) -> Result {
+        let labels = [("reason", "expired")];
+        self.wait_for("tidegate_sessions_ended_total", &labels, sessions)
+            .await
+    }
+
     /// Publishes to `topic` until `receiver` has it: the broker has the receiver's filters again then.
     async fn reaches(&self, receiver: &mut Client, topic: &str) -> Result {
         let (mut publisher, _) = self.connect(&Connect::new("publisher").clean(true)).await?;
@@ -207,8 +229,8 @@ fn a_clean_start_and_a_changed_expiry_hold_after_a_kill() {
             present,
             "the session of the clean start is kept, without subscriptions"
         );
-        // Its time begins with the start, and no session ends within the grace.
-        sleep(GRACE + Duration::from_secs(2)).await;
+        // Its time begins with the start.
+        node.wait_for_expired(1.0).await?;
         assert!(!node.connect(&kept("shorter")).await?.1);
         let (mut longer, present) = node.connect(&kept("longer")).await?;
         assert!(present);
@@ -227,11 +249,17 @@ fn an_expiry_goes_on_while_nothing_runs() {
         let mut node = Node::start("disk")?;
         let (client, _) = node.connect(&kept("gone").expiry(7)).await?;
         client.disconnect().await?;
-        // Longer than a flap, so that the log knows.
-        sleep(Duration::from_secs(6)).await;
+        // One record for its begin, and one for an absence that is longer than a flap.
+        node.wait_for("tidegate_store_records_total", &[], 2.0)
+            .await?;
+        let began = Instant::now();
         node.kill_and_start()?;
         assert!(node.connect(&kept("other")).await.is_ok());
-        sleep(GRACE + Duration::from_millis(500)).await;
+        node.wait_for_expired(1.0).await?;
+        assert!(
+            began.elapsed() < Duration::from_secs(6),
+            "its time began anew"
+        );
         assert!(!node.connect(&kept("gone")).await?.1);
         Ok(())
     });
@@ -328,8 +356,9 @@ fn flaps_write_nothing() {
                 .metrics()
                 .map(|m| m.sum("tidegate_store_records_total", &[]))
         };
-        // The counter follows the SUBACK.
-        sleep(Duration::from_millis(300)).await;
+        // One for the will, and one for the subscription.
+        node.wait_for("tidegate_store_records_total", &[], 2.0)
+            .await?;
         let before = written()?;
         for _ in 0..100 {
             drop(client);
