@@ -437,6 +437,20 @@ fn live_messages_wait_on_though_an_earlier_connection_gets_its_retained_messages
 }
 
 #[test]
+fn live_messages_wait_though_the_client_was_answered_before_the_broker_answered() {
+    let mut world = World::new();
+    world.subscribes(&["t"]);
+    world.now = Millis::ZERO + testing::config().subscribe_wait;
+    world.router.tick(world.now);
+    assert_eq!(world.got(), ["SUBACK"]);
+    let filter = world.grants()[0];
+    world.brings(filter, "t", "live");
+    assert!(world.got().is_empty());
+    world.fetches("t", "stored");
+    assert_eq!(world.got(), ["stored retained", "live"]);
+}
+
+#[test]
 fn messages_of_a_client_that_subscribes_again_and_again_wait_no_longer() {
     let mut world = World::new();
     world.subscribes(&["t"]);

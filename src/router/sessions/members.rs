@@ -43,6 +43,14 @@ impl Member {
             wild_below: s.wild_below,
         }
     }
+
+    /// Brings the member in line with its subscription. Messages that wait for retained ones go on
+    /// waiting.
+    pub(super) fn update(&mut self, s: &Subscription) {
+        let waits = self.waits;
+        *self = Self::of(self.slot, s);
+        self.waits = waits;
+    }
 }
 
 /// The members of one filter: there may be tens of thousands.
@@ -57,13 +65,9 @@ pub(in crate::router) struct Members {
 impl Members {
     /// Brings a member in line with its subscription. It must not sleep.
     pub(crate) fn join(&mut self, slot: u32, s: &Subscription) {
-        let mut member = Member::of(slot, s);
         match self.awake.binary_search_by_key(&slot, |m| m.slot) {
-            Ok(at) => {
-                member.waits = self.awake[at].waits;
-                self.awake[at] = member;
-            }
-            Err(at) => self.awake.insert(at, member),
+            Ok(at) => self.awake[at].update(s),
+            Err(at) => self.awake.insert(at, Member::of(slot, s)),
         }
     }
 

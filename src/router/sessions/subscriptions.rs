@@ -14,7 +14,7 @@ use crate::router::account::Full;
 use crate::router::handle::ConnectionHandle;
 use crate::router::sessions::Sessions;
 use crate::router::sessions::handover::Handovers;
-use crate::router::sessions::members::{Member, Members};
+use crate::router::sessions::members::Members;
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::slot::Slot;
 use crate::router::types::{
@@ -445,7 +445,7 @@ impl Shard {
             let qos = subscription.asked.min(granted);
             if newly_active || subscription.options.qos < qos {
                 subscription.options.qos = qos;
-                *member = Member::of(member.slot, subscription);
+                member.update(subscription);
             }
             let overlapping = match newly_active {
                 true => active_overlapping(&slot.session, handovers, member.slot, filter, qos),
