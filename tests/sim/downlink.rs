@@ -21,7 +21,9 @@ impl World {
         if self.broker.away && self.now >= self.broker_back_at {
             trace!(self, "the broker is back");
             self.broker.away = false;
-            self.oracle.away.1 = Some(self.now);
+            if !self.broker.unlinked {
+                self.oracle.away.1 = Some(self.now);
+            }
             self.publish_links_up(true);
         }
         if self.broker.unlinked && !self.broker.away && self.now >= self.relinked_at {
