@@ -59,7 +59,7 @@ pub use broker::BrokerFeatures;
 pub use config::RouterConfig;
 pub use filters::filter::LinkSession;
 pub use filters::links::UpstreamSubscribe;
-pub use persist::SessionOwner;
+pub use persist::{Persist, SessionOwner};
 pub use publish::ClientPublish;
 pub use sessions::Answered;
 pub(crate) use sessions::TYPICAL_SESSION_BYTES;

@@ -30,7 +30,7 @@ use tokio_util::task::TaskTracker;
 use crate::admin;
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::router::Router;
+use crate::router::{Persist, Router};
 use crate::store::{Memory, Store};
 use crate::supervise::{Health, Run, keep_running};
 use crate::telemetry::{self, MemoryAccount, TaskKind, metrics};
@@ -45,7 +45,7 @@ pub use probe::probe;
 use certificates::Certificates;
 use ready::Ready;
 use reload::{Files, Reload};
-use store::{Persist, SessionStore};
+use store::SessionStore;
 use view::View;
 
 /// Runs until SIGTERM or SIGINT, drains, and returns.
@@ -188,7 +188,7 @@ impl Services<'_> {
             persist,
             move |persist, stop| {
                 let router = router.clone();
-                Box::pin(async move { persist.run(&router, stop).await })
+                Box::pin(async move { store::persist(persist, &router, stop).await })
             },
         );
     }

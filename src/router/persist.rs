@@ -1,13 +1,18 @@
 //! The sessions' way into the log.
 
+use std::future::poll_fn;
 use std::sync::Arc;
-use std::task::Waker;
+use std::task::{Poll, Waker};
 
-use crate::store::log::{Log, Owner, Pass, Piece, Progress, Room};
+use crate::store::log::{Log, Mode, Owner, Pass, Piece, Progress, Room};
+use crate::telemetry::metrics;
 
 use crate::router::Router;
 use crate::router::SessionRef;
 use crate::router::sessions::persist::Batch;
+
+/// The room that a batch of sessions reserves in the log.
+const BATCH_BYTES: usize = 1 << 20;
 
 impl Router {
     /// Whether sessions are to go into the log. Wakes the task behind `waker` when there are.
@@ -65,5 +70,62 @@ impl Owner for SessionOwner {
     fn write(&mut self, piece: &mut Piece<'_>) -> Progress {
         let sessions = &self.router.sessions;
         sessions.rewrite(&self.log, self.pass, &mut self.next, piece)
+    }
+}
+
+/// Writes the sessions that change, one batch after the other. It needs no I/O and no clock: it waits for
+/// marked sessions, for room in the log, and for the log's commit.
+#[derive(Debug)]
+pub struct Persist {
+    log: Log,
+    /// The shard to begin with.
+    from: u16,
+    /// The room that the next batch needs, if that is more than usual.
+    needs: usize,
+    /// The batch that is being written.
+    batch: Batch,
+}
+
+impl Persist {
+    /// Nothing is written yet.
+    pub fn new(log: Log) -> Self {
+        Self {
+            log,
+            from: 0,
+            needs: 0,
+            batch: Batch::default(),
+        }
+    }
+
+    /// Ends when sessions are to go into the log.
+    pub async fn marked(router: &Router) {
+        poll_fn(|cx| match router.has_marked(cx.waker()) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        })
+        .await;
+    }
+
+    /// Lets the connections go on that wait for a batch which was not finished.
+    pub fn release(&self, router: &Router) {
+        router.committed(&self.batch);
+    }
+
+    /// Writes one batch, and waits until it is on the disk. Returns whether there was anything to write.
+    pub async fn batch(&mut self, router: &Router) -> bool {
+        let bytes = BATCH_BYTES.max(std::mem::take(&mut self.needs));
+        let mut room = self.log.reserve(bytes).await;
+        self.batch = router.append_marked(&self.log, &mut room, &mut self.from);
+        drop(room);
+        self.needs = self.batch.needs.unwrap_or(0);
+        if let Some(position) = self.batch.last {
+            // Degraded or not, everything goes on.
+            let _ = self.log.wait(position).await;
+        }
+        if self.log.mode() == Mode::Closed {
+            metrics().durability_degraded.set(1.0);
+        }
+        self.release(router);
+        !self.batch.is_empty() || self.batch.needs.is_some()
     }
 }

@@ -2,21 +2,19 @@
 //! its end.
 
 use std::fs::DirBuilder;
-use std::future::poll_fn;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::config::{Config, Durability};
-use crate::router::{Batch, Router, SessionOwner};
+use crate::router::{Persist, Router, SessionOwner};
 use crate::store::log::disk::{DirectoryError, RealDisk};
 use crate::store::log::{
-    DIRECTORY, Log, Mode, OpenError, Options, Position, Record, Recovery, Report, Sizes, Step,
+    DIRECTORY, Log, OpenError, Options, Position, Record, Recovery, Report, Sizes, Step,
     Writer, WriterThread,
 };
 use crate::store::records::{FoundSessions, RecordError};
@@ -24,8 +22,6 @@ use crate::telemetry::metrics;
 
 use crate::runtime::error::StartError;
 
-/// The room that a batch of sessions reserves in the log.
-const BATCH_BYTES: usize = 1 << 20;
 /// Damaged places that are named in the log at the start, at most.
 const NAMED_MAX: usize = 100;
 /// How long the end of the process waits for the disk, twice at most. A kill costs no acknowledged change.
@@ -251,59 +247,14 @@ impl SessionStore {
     }
 }
 
-/// Writes the sessions that change.
-#[derive(Debug)]
-pub(super) struct Persist {
-    log: Log,
-    /// The shard to begin with.
-    from: u16,
-    /// The room that the next batch needs, if that is more than usual.
-    needs: usize,
-    /// The batch that is being written.
-    batch: Batch,
-}
-
-impl Persist {
-    pub(super) fn new(log: Log) -> Self {
-        Self {
-            log,
-            from: 0,
-            needs: 0,
-            batch: Batch::default(),
+/// Runs `persist` until `stop` is cancelled. While one batch is written, the next one gathers.
+pub(super) async fn persist(persist: &mut Persist, router: &Router, stop: CancellationToken) {
+    persist.release(router);
+    loop {
+        let marked = Persist::marked(router);
+        if stop.run_until_cancelled(marked).await.is_none() {
+            return;
         }
-    }
-
-    /// Runs until `stop` is cancelled. While one batch is written, the next one gathers.
-    pub(super) async fn run(&mut self, router: &Router, stop: CancellationToken) {
-        // The run before this one may have left it.
-        router.committed(&self.batch);
-        loop {
-            let marked = poll_fn(|cx| match router.has_marked(cx.waker()) {
-                true => Poll::Ready(()),
-                false => Poll::Pending,
-            });
-            if stop.run_until_cancelled(marked).await.is_none() {
-                return;
-            }
-            self.batch(router).await;
-        }
-    }
-
-    /// Writes one batch, and waits until it is on the disk. Returns whether there was anything to write.
-    async fn batch(&mut self, router: &Router) -> bool {
-        let bytes = BATCH_BYTES.max(std::mem::take(&mut self.needs));
-        let mut room = self.log.reserve(bytes).await;
-        self.batch = router.append_marked(&self.log, &mut room, &mut self.from);
-        drop(room);
-        self.needs = self.batch.needs.unwrap_or(0);
-        if let Some(position) = self.batch.last {
-            // Degraded or not, everything goes on.
-            let _ = self.log.wait(position).await;
-        }
-        if self.log.mode() == Mode::Closed {
-            metrics().durability_degraded.set(1.0);
-        }
-        router.committed(&self.batch);
-        !self.batch.is_empty() || self.batch.needs.is_some()
+        persist.batch(router).await;
     }
 }
