@@ -3,6 +3,10 @@
 //! what each client received; it knows only what clients and broker were told. Some clients use data
 //! streams beside the control stream, and end or reset them; some leave streams unread.
 //!
+//! A third of the seeds is durable: the node keeps its sessions in a log on a simulated disk, and crashes at
+//! any moment, within operations of the disk too. Its clients also leave, begin anew and change their expiry.
+//! In some of these seeds the disk runs full or fails for a while.
+//!
 //! One test runs `TIDEGATE_SEEDS` seeds from `TIDEGATE_FIRST_SEED` on. To replay one seed and print its
 //! trace: `SEED=7 cargo test --lib sim -- --nocapture`.
 
@@ -16,16 +20,23 @@ macro_rules! trace {
     };
 }
 
+mod connections;
+mod crash;
 mod devices;
+mod kept;
 mod links;
 mod oracle;
 mod rest;
 mod seen;
+mod setup;
+mod store;
 pub(crate) mod testing;
 mod trace;
+mod wills;
 mod wires;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
@@ -41,9 +52,10 @@ use crate::mqtt::{
     encode_unsubscribe,
 };
 use crate::router::{LinkSession, Router, RouterConfig};
-use crate::session::SessionKey;
+use crate::session::{Session, SessionKey};
 use crate::sim::testing::{PROBES, admit, config, context, router_limited};
 use crate::store::Memory;
+use crate::store::log::disk::sim::SimDisk;
 use crate::streams::StreamId;
 use crate::time::Millis;
 use crate::transport::{Closed, OutBuf, Traffic};
@@ -60,6 +72,8 @@ use devices::{Asked, DISJOINT, Device, names_of, number_of};
 use links::SimLink;
 use oracle::Oracle;
 use seen::{Conditions, Got};
+use setup::{Setup, profile_of};
+use store::{DURABLE_PERCENT, Store};
 use tidegate_kit::rng::Rng;
 use trace::Trace;
 use wires::{Outgoing, STREAMS_MAX, Wire};
@@ -119,6 +133,12 @@ struct Exercised {
     left_unread: u64,
     /// Steps in which sessions slept.
     asleep: u64,
+    /// Crashes of the node.
+    crashes: u64,
+    /// Crashes while the disk was degraded.
+    stale: u64,
+    /// Times in which the log became durable again.
+    returned: u64,
 }
 
 impl Exercised {
@@ -130,13 +150,29 @@ impl Exercised {
             unread: self.unread + other.unread,
             left_unread: self.left_unread + other.left_unread,
             asleep: self.asleep + other.asleep,
+            crashes: self.crashes + other.crashes,
+            stale: self.stale + other.stale,
+            returned: self.returned + other.returned,
         }
     }
 }
 
 struct World {
     now: Millis,
+    /// The time by the clock of the node's process, which begins at zero.
+    node_now: Millis,
     rng: Rng,
+    /// Decides about durable seeds' own events, so that other seeds stay as they are.
+    fate: Rng,
+    setup: Setup,
+    /// The number of the node's process.
+    process: u64,
+    /// The log of the sessions, in a durable seed.
+    store: Option<Store>,
+    /// The disk of the run runs full or fails at times.
+    disk_fails: bool,
+    /// It does so now.
+    disk_is_bad: bool,
     trace: Trace,
     router: Arc<Router>,
     broker: SteppedBroker,
@@ -186,7 +222,6 @@ impl World {
                 (all, all)
             }
         };
-        let shared_links_max = if adds_links { 4 } else { 1 };
         let publish_links = rng.between(1, 2) as usize;
         let has = |quirk: Quirk| quirks.contains(&quirk);
         let dead = has(Quirk::DeadShared);
@@ -197,7 +232,7 @@ impl World {
             data_links,
             data_links_max,
             shared_links: 1,
-            shared_links_max,
+            shared_links_max: if adds_links { 4 } else { 1 },
             roots: roots.iter().map(|r| (*r).to_owned()).collect(),
             local_groups,
             publish_links,
@@ -211,18 +246,16 @@ impl World {
         // Drawn apart, so that seeds from before it stay as they are.
         let mut apart = Rng::new(seed ^ 0x000A_51EE);
         let sleep_after = apart.pick(&[0, 100, 500].map(Duration::from_millis));
-        let router = router_limited(config, |limits| {
-            limits.output_buffer = Arc::new(output_buffer.into());
-            limits.sleep_after = sleep_after;
-        });
         let version = if v5 { Version::V5 } else { Version::V311 };
-        let profile = profile_of(version, quirks);
-        let links = links_of(
-            &router,
+        let setup = Setup {
+            config,
             version,
-            (data_links, data_links_max, shared_links_max),
-            publish_links,
-        );
+            output_buffer,
+            sleep_after,
+        };
+        let router = setup.router(Millis::ZERO);
+        let profile = profile_of(version, quirks);
+        let links = setup.links(&router, 1);
         let stormy = rng.chance(70);
         let poisonous = rng.chance(20);
         let names = names_of(&router, apart.chance(70));
@@ -234,8 +267,13 @@ impl World {
             );
             trace.line(Millis::ZERO, &line);
         }
+        let mut fate = Rng::new(seed ^ 0x00D1_5C00);
+        let store = fate
+            .chance(DURABLE_PERCENT)
+            .then(|| Store::open(SimDisk::default(), &router, Millis::ZERO));
         Self {
             now: Millis::ZERO,
+            node_now: Millis::ZERO,
             oracle: Oracle::new(Conditions {
                 clients_v5: devices.iter().map(|d| d.version == Version::V5).collect(),
                 stormy,
@@ -245,6 +283,12 @@ impl World {
                 small_window: has(Quirk::SmallWindow),
             }),
             rng,
+            setup,
+            process: 1,
+            store,
+            disk_fails: fate.chance(30),
+            disk_is_bad: false,
+            fate,
             trace,
             router,
             broker: SteppedBroker::new(EmbeddedOptions::with_quirks(quirks)),
@@ -268,7 +312,7 @@ impl World {
     }
 
     fn step(&mut self) {
-        self.now += STEP;
+        self.advance(STEP);
         let now = self.now;
         self.broker.at(now);
         self.publish_due_wills();
@@ -288,11 +332,19 @@ impl World {
             self.broker_reads(n);
             self.link_reads(n);
         }
-        self.router.tick(now);
+        self.router.tick(self.node_now);
         for n in 0..self.devices.len() {
             self.read(n);
         }
+        self.store_works();
+        self.check_regained();
         self.exercised.asleep += self.router.totals().asleep as u64;
+    }
+
+    /// Time passes, for the node too.
+    fn advance(&mut self, by: Duration) {
+        self.now += by;
+        self.node_now += by;
     }
 
     /// When something that is sent now arrives.
@@ -304,14 +356,15 @@ impl World {
         let n = self.rng.below(self.devices.len() as u64) as usize;
         let connected = self.devices[n].machine.is_some();
         match self.rng.below(100) {
-            0..=39 if !connected => self.connect(n),
+            0..=39 if !connected && self.devices[n].away_until <= self.now => self.connect(n),
             _ if !connected => {}
             0..=5 => self.change_stream(n),
             // The oracle learns of a request when it is sent, so none may wait behind another.
-            6..=82 if self.devices[n].is_busy() => {}
+            6..=82 if self.devices[n].is_busy() || self.is_withheld(n) => {}
             6..=54 => self.publish(n),
             55..=74 => self.subscribe(n),
             75..=82 => self.unsubscribe(n),
+            83..=90 if self.store.is_some() && self.fate.chance(40) => self.leave(n),
             83..=90 => self.cut(n),
             91..=97 if self.stormy => {
                 let link = self.rng.below(self.links.len() as u64) as usize;
@@ -332,6 +385,8 @@ impl World {
         }
         for _ in 0..150 {
             self.act();
+            self.disk_fails_perhaps();
+            self.crash_perhaps();
             let steps = match self.rng.chance(1) {
                 // A stream that is left unread for a second is gone around.
                 true => self.rng.between(100, 150),
@@ -346,6 +401,7 @@ impl World {
         }
         // Everything comes to rest before the oracle judges.
         self.stormy = false;
+        self.mend_disk();
         self.read_all();
         for n in 0..self.devices.len() {
             if self.devices[n].machine.is_none() {
@@ -371,6 +427,10 @@ impl World {
             return Err(format!("at rest: {fault}"));
         }
         self.end();
+        self.check_log_is_empty();
+        if let Some(fault) = self.oracle.first_fault() {
+            return Err(format!("when all have gone: {fault}"));
+        }
         let router = &self.router;
         let charged = [
             router.session_bytes(),
@@ -385,86 +445,6 @@ impl World {
             )),
         }
     }
-}
-
-/// All links of a run: data links, one shared link, publish links, the retained link.
-fn links_of(
-    router: &Arc<Router>,
-    version: Version,
-    (data_links, data_links_max, shared_links_max): (usize, usize, usize),
-    publish_links: usize,
-) -> Vec<SimLink> {
-    let mut links: Vec<SimLink> = Vec::new();
-    let mut add = |name: String, machine: Box<dyn Machine>| {
-        let role = name.as_bytes()[0];
-        links.push(SimLink {
-            name,
-            machine,
-            data: matches!(role, b'd' | b's'),
-            retained: role == b'r',
-            publishes: role == b'p',
-            waits: None,
-            version,
-            begun: false,
-            unanswered: false,
-            redial_at: Millis::ZERO,
-            conn: None,
-        });
-    };
-    let all = data_links_max + shared_links_max;
-    for n in 0..all {
-        let machine = DataLink::new(router.clone(), n, 1, PROBES.into(), &Memory);
-        let name = if n < data_links_max {
-            format!("d{n}")
-        } else {
-            format!("s{}", n - data_links_max)
-        };
-        add(name, Box::new(machine));
-    }
-    for n in 0..publish_links {
-        let machine = PublishLink::new(router.clone(), n, 1);
-        add(format!("p{n}"), Box::new(machine));
-    }
-    let machine = RetainedLink::new(router.clone(), PROBES.into());
-    add("r0".into(), Box::new(machine));
-    let later = (data_links..data_links_max).chain(data_links_max + 1..all);
-    for n in later {
-        links[n].waits = Some(n);
-    }
-    links
-}
-
-/// The profile that a probe finds of a broker with these quirks.
-fn profile_of(version: Version, quirks: &[Quirk]) -> BrokerProfile {
-    let v5 = version == Version::V5;
-    let has = |quirk: Quirk| quirks.contains(&quirk);
-    let capabilities = Capabilities::of(
-        version,
-        &Connack {
-            subscription_ids_available: has(Quirk::NoIds).then_some(false),
-            ..Connack::default()
-        },
-    );
-    let mut profile = BrokerProfile::unseen(&capabilities, Source::Probed);
-    let seen = &mut profile.quirks;
-    if seen.identifiers == Identifiers::Assumed {
-        seen.identifiers = Identifiers::Working;
-    }
-    seen.replaces = Some(!has(Quirk::TwoQueues));
-    seen.retain_handling = Some(v5);
-    seen.retain_as_published = Some(v5 && !has(Quirk::NoRap));
-    seen.retained_within = Some(if has(Quirk::LateRetained) { 300 } else { 10 });
-    seen.shared = match has(Quirk::DeadShared) {
-        true => SharedSubscriptions::Dead,
-        false => SharedSubscriptions::Alive,
-    };
-    seen.properties = Some(v5);
-    // Over 3.1.1, retained messages are fetched as from a broker whose window was not seen.
-    seen.window = match has(Quirk::SmallWindow) {
-        true => Some(10),
-        false => v5.then_some(WINDOW_PROBED),
-    };
-    profile
 }
 
 fn seeds() -> std::ops::Range<u64> {
@@ -482,9 +462,11 @@ fn seeds() -> std::ops::Range<u64> {
 fn run_seeds(seeds: impl Iterator<Item = u64>) -> (Vec<(u64, String)>, Exercised) {
     let (mut failed, mut all) = (Vec::new(), Exercised::default());
     for seed in seeds {
-        match World::new(seed, Trace::Off).run() {
-            Ok(exercised) => all = all.add(exercised),
-            Err(fault) => failed.push((seed, fault)),
+        let run = AssertUnwindSafe(|| World::new(seed, Trace::Off).run());
+        match catch_unwind(run) {
+            Ok(Ok(exercised)) => all = all.add(exercised),
+            Ok(Err(fault)) => failed.push((seed, fault)),
+            Err(_) => failed.push((seed, "it panicked".to_owned())),
         }
     }
     (failed, all)
@@ -528,7 +510,11 @@ fn clients_router_links_and_broker_agree() {
     let count = all.count() as u64;
     let rare = did.ended.min(did.reset).min(did.left_unread);
     assert!(
-        count < 500 || (did.streams.min(did.unread).min(did.asleep) > count && rare > count / 10),
+        count < 500
+            || (did.streams.min(did.unread).min(did.asleep) > count
+                && rare > count / 10
+                && did.crashes > count / 4
+                && did.stale.min(did.returned) > count / 100),
         "the runs do too little: {did:?}"
     );
 }

@@ -16,6 +16,11 @@ use crate::router::sessions::journal::{JournalTimes, RestoredClient};
 /// How long a session that is over is remembered after its will is due.
 const REMEMBER_OVER: Duration = Duration::from_secs(10);
 
+/// The packet identifiers of a restored session begin so far behind the last one. Its client may still use those
+/// of earlier processes, whose records are not written at each start: by the golden ratio, the beginnings of many
+/// processes lie far from each other.
+const ID_STEP: u16 = 40_503;
+
 /// The times of a restored session.
 struct Times {
     since: Millis,
@@ -84,8 +89,7 @@ impl Router {
             since: times.since,
             // Its queue ended with the earlier process.
             gaps: record.gaps + u64::from(!times.over),
-            // Far from the identifiers that its client may still use.
-            last_id: record.last_id.wrapping_add(1 << 15),
+            last_id: record.last_id.wrapping_add(ID_STEP),
             will: record.will.as_ref().map(|w| (will_of(w), times.will_at)),
             ends_at: times.ends_at,
             absent_at: times.absent_at,
@@ -131,6 +135,9 @@ impl Router {
             .filter(|s| overlaps(&s.name, record.name))
             .map(|s| s.filter)
             .collect();
+        // The copy of the oldest one is delivered, so the broker is to send it at this QoS too.
+        let (_, wake) = self.filters.raise(&overlapping, qos, None);
+        self.wake_links(wake);
         let subscription = Subscription {
             filter,
             name,
@@ -208,4 +215,18 @@ fn will_of(record: &WillRecord<'_>) -> Will {
         account: None,
     });
     Will::new(message, record.delay, record.message_expiry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_packet_identifiers_of_many_processes_lie_far_from_each_other() {
+        let begins = |n: u16| n.wrapping_mul(ID_STEP);
+        for (a, b) in (0..20).flat_map(|a| (0..a).map(move |b| (begins(a), begins(b)))) {
+            let apart = a.wrapping_sub(b).min(b.wrapping_sub(a));
+            assert!(apart > 1000, "{a} and {b}");
+        }
+    }
 }

@@ -14,8 +14,8 @@ use crate::config::{Config, Durability};
 use crate::router::{Persist, Router, SessionOwner};
 use crate::store::log::disk::{DirectoryError, RealDisk};
 use crate::store::log::{
-    DIRECTORY, Log, OpenError, Options, Position, Record, Recovery, Report, Sizes, Step,
-    Writer, WriterThread,
+    DIRECTORY, Log, OpenError, Options, Position, Record, Recovery, Report, Sizes, Step, Writer,
+    WriterThread,
 };
 use crate::store::records::{FoundSessions, RecordError};
 use crate::telemetry::metrics;

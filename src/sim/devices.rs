@@ -4,6 +4,8 @@
 use std::hash::BuildHasher;
 
 use super::*;
+use crate::sim::kept::Kept;
+use crate::sim::wills::Wills;
 use crate::streams::{StreamId, StreamSet};
 
 /// No two of these filters match one topic: overlapping subscriptions do not sleep.
@@ -16,8 +18,9 @@ const SHARDS: u64 = 32;
 pub(crate) struct Device {
     pub(crate) id: String,
     pub(crate) version: Version,
-    /// The will of the connection, or of the one that was cut.
-    pub(crate) will: Option<SimWill>,
+    pub(crate) wills: Wills,
+    /// The knowledge about its session.
+    pub(crate) kept: Kept,
     pub(crate) machine: Option<ClientMachine>,
     pub(crate) last_id: u16,
     /// Its publishes without an acknowledgement.
@@ -29,6 +32,14 @@ pub(crate) struct Device {
     /// Messages that it has and whose acknowledgements were lost before they were sent, by packet
     /// identifier.
     pub(crate) unsure: BTreeMap<u16, u32>,
+    /// UNSUBSCRIBE packets without an answer, with their filters.
+    pub(crate) unsubscribing: Vec<(u16, String)>,
+    /// Messages of QoS 2 that it has and that were not released, by packet identifier.
+    pub(crate) receiving: BTreeMap<u16, u32>,
+    /// A crash took its session, and it has not been told.
+    pub(crate) begun_anew: bool,
+    /// Until this time it does not connect.
+    pub(crate) away_until: Millis,
     /// Data streams that it may use.
     pub(crate) streams: u64,
     pub(crate) wires: BTreeMap<StreamId, Wire>,
@@ -62,13 +73,18 @@ impl Device {
                 true => Version::V311,
                 false => Version::V5,
             },
-            will: None,
+            wills: Wills::default(),
+            kept: Kept::default(),
             machine: None,
             last_id: 0,
             open: Vec::new(),
             releasing: Vec::new(),
             asked: Vec::new(),
             unsure: BTreeMap::new(),
+            unsubscribing: Vec::new(),
+            receiving: BTreeMap::new(),
+            begun_anew: false,
+            away_until: Millis::ZERO,
             streams: match rng.chance(40) {
                 true => rng.between(1, STREAMS_MAX),
                 false => 0,
@@ -86,17 +102,6 @@ pub(crate) fn names_of(router: &Router, together: bool) -> Vec<String> {
     let all = (0..).map(|n| format!("device-{n}"));
     let some = all.filter(|id| !together || seed.hash_one(id.as_str()).is_multiple_of(SHARDS));
     some.take(4).collect()
-}
-
-/// A will.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct SimWill {
-    pub(crate) number: u32,
-    pub(crate) topic: &'static str,
-    pub(crate) qos: QoS,
-    pub(crate) delay: Duration,
-    /// When it is published, once the connection was cut.
-    pub(crate) due: Option<Millis>,
 }
 
 /// The number with which the payload of each message begins.
@@ -119,85 +124,6 @@ fn message(topic: &str, payload: &str, qos: QoS, retain: bool) -> crate::mqtt::M
 }
 
 impl World {
-    /// Tells the oracle of the wills that are due.
-    pub(crate) fn publish_due_wills(&mut self) {
-        for n in 0..self.devices.len() {
-            let will = self.devices[n].will;
-            let due = will.filter(|w| w.due.is_some_and(|due| due <= self.now));
-            if let Some(will) = due {
-                self.devices[n].will = None;
-                trace!(
-                    self,
-                    "the will {} of {n} on {} is due", will.number, will.topic
-                );
-                self.oracle
-                    .will_published(n, will.number, will.topic, will.qos, self.now);
-            }
-        }
-    }
-
-    fn new_will(&mut self, n: usize) -> Option<SimWill> {
-        if !self.rng.chance(40) {
-            return None;
-        }
-        self.number += 1;
-        let delay = Duration::from_secs(self.rng.pick(&[0, 1]));
-        Some(SimWill {
-            number: self.number,
-            topic: self.rng.pick(&TOPICS),
-            qos: self.rng.pick(&[QoS::AtLeastOnce, QoS::ExactlyOnce]),
-            delay: if self.devices[n].version == Version::V5 {
-                delay
-            } else {
-                Duration::ZERO
-            },
-            due: None,
-        })
-    }
-
-    pub(crate) fn connect(&mut self, n: usize) {
-        let sim_will = self.new_will(n);
-        let payload = sim_will.map(|w| w.number.to_string());
-        let will = sim_will
-            .zip(payload.as_ref())
-            .map(|(w, payload)| mqtt::Will {
-                qos: w.qos,
-                retain: false,
-                topic: w.topic,
-                payload: payload.as_bytes(),
-                delay: w.delay.as_secs() as u32,
-                message_expiry: None,
-                properties: Properties::default(),
-            });
-        let device = &mut self.devices[n];
-        device.will = sim_will;
-        let v5 = device.version == Version::V5;
-        let connect = Connect {
-            version: device.version,
-            client_id: &device.id,
-            clean_start: false,
-            session_expiry: v5.then_some(u32::MAX),
-            will,
-            ..Connect::default()
-        };
-        let machine = admit(&self.router, &connect, self.now);
-        device.machine = Some(machine);
-        // Answers to the SUBSCRIBEs of the last connection do not arrive any more.
-        device.asked.clear();
-        device.forget_wires();
-        trace!(self, "{n} connects, its will {:?}", self.devices[n].will);
-        let device = &mut self.devices[n];
-        device
-            .open
-            .iter_mut()
-            .for_each(|open| open.stream = StreamId::CONTROL);
-        device
-            .releasing
-            .iter_mut()
-            .for_each(|(_, on)| *on = StreamId::CONTROL);
-        self.send_again(n, StreamId::CONTROL);
-    }
-
     /// Sends the publishes of a stream that is gone again, on the control stream: those without an
     /// acknowledgement, and PUBREL for those without PUBCOMP [MQTT-4.4.0-1].
     pub(crate) fn send_again(&mut self, n: usize, gone: StreamId) {
@@ -223,20 +149,6 @@ impl World {
                 self.devices[n].releasing[at].1 = StreamId::CONTROL;
                 self.acknowledge(n, StreamId::CONTROL, AckKind::Pubrel, id, None);
             }
-        }
-    }
-
-    pub(crate) fn cut(&mut self, n: usize) {
-        let unread = self.devices[n].has_unread();
-        if let Some(machine) = self.devices[n].machine.take() {
-            let end = End::Transport(Closed::Eof);
-            machine.ended(&self.router, &end, self.now);
-            self.oracle.lost(n, unread, self.now);
-            trace!(self, "{n} is cut");
-            if let Some(will) = &mut self.devices[n].will {
-                will.due = Some(self.now + will.delay);
-            }
-            self.publish_due_wills();
         }
     }
 
@@ -324,6 +236,7 @@ impl World {
         let stream = self.any_stream(n);
         trace!(self, "{n} unsubscribes {filter} on stream {stream}");
         self.oracle.unsubscribes(n, &filter, self.now);
+        self.devices[n].unsubscribing.push((id, filter));
         self.send(n, stream, bytes.into());
     }
 
@@ -428,7 +341,10 @@ impl World {
             Packet::Publish(p) if ended && p.qos > QoS::AtMostOnce => {}
             Packet::Pubrel(_) if ended => {}
             Packet::Publish(p) => self.got(n, stream, p),
-            Packet::Pubrel(a) => self.acknowledge(n, stream, AckKind::Pubcomp, a.packet_id, None),
+            Packet::Pubrel(a) => {
+                self.devices[n].receiving.remove(&a.packet_id);
+                self.acknowledge(n, stream, AckKind::Pubcomp, a.packet_id, None);
+            }
             Packet::Pubrec(a) => {
                 self.done(n, a.packet_id, a.reason);
                 if !a.reason.is_error() {
@@ -449,6 +365,7 @@ impl World {
                     return;
                 };
                 let Asked { filters, .. } = asked.remove(at);
+                self.devices[n].kept.acknowledged();
                 trace!(
                     self,
                     "{n} is granted {:?} {:?} to {}",
@@ -460,6 +377,17 @@ impl World {
                     let id = s.packet_id;
                     self.oracle.granted(n, id, filter, *code, self.now);
                 }
+            }
+            Packet::Connack(c) => self.greeted(n, c.session_present),
+            Packet::Unsuback(u) => {
+                let waiting = &mut self.devices[n].unsubscribing;
+                let Some(at) = waiting.iter().position(|(id, _)| *id == u.packet_id) else {
+                    return;
+                };
+                let (_, filter) = waiting.remove(at);
+                trace!(self, "{n} has unsubscribed {filter}");
+                self.devices[n].kept.acknowledged();
+                self.oracle.unsubscribed(n, &filter);
             }
             _ => {}
         }
@@ -488,6 +416,15 @@ impl World {
                 at: self.now,
             };
             self.oracle.received(n, p.topic, got);
+        }
+        if p.qos == QoS::ExactlyOnce
+            && let Some(other) = self.devices[n].receiving.insert(p.packet_id, number)
+            && other != number
+        {
+            let id = p.packet_id;
+            self.oracle.fault(format!(
+                "{n} got {number} with packet identifier {id}, which {other} has"
+            ));
         }
         let kind = match p.qos {
             QoS::AtMostOnce => return,

@@ -3,6 +3,7 @@
 use crate::time::Millis;
 
 use super::*;
+use crate::mqtt::encode_disconnect;
 
 /// Bytes on their way, in order.
 #[derive(Default)]
@@ -27,7 +28,7 @@ impl Pipe {
 
 /// Where a poison publish begins, for which the broker closes the connection. Links write whole
 /// packets.
-fn poison_at(bytes: &[u8], version: Version, oracle: &Oracle) -> Option<usize> {
+pub(crate) fn poison_at(bytes: &[u8], version: Version, oracle: &Oracle) -> Option<usize> {
     let decoder = Decoder {
         version,
         receiver: Receiver::Server,
@@ -45,6 +46,18 @@ fn poison_at(bytes: &[u8], version: Version, oracle: &Oracle) -> Option<usize> {
     None
 }
 
+/// The packets of a first connection, which ends the session of an earlier process.
+fn clearing(link: &SimLink, out: &mut Vec<u8>) {
+    Connect {
+        version: link.version,
+        clean_start: true,
+        client_id: &format!("edge-{}", link.name),
+        ..Connect::default()
+    }
+    .encode(out);
+    encode_disconnect(link.version, ReasonCode::SUCCESS, None, None, out);
+}
+
 /// One link and its connection.
 pub(crate) struct SimLink {
     pub(crate) name: String,
@@ -57,6 +70,8 @@ pub(crate) struct SimLink {
     pub(crate) version: Version,
     /// The broker has had a session of this link and this process.
     pub(crate) begun: bool,
+    /// An earlier process may have left a session of this link at the broker, which is to end.
+    pub(crate) clears: bool,
     /// A CONNECT has not been answered.
     pub(crate) unanswered: bool,
     pub(crate) redial_at: Millis,
@@ -86,6 +101,15 @@ impl World {
             return;
         };
         let mut bytes = Vec::new();
+        if std::mem::take(&mut link.clears)
+            && let Some(mut first) = self.broker.connect()
+        {
+            clearing(link, &mut bytes);
+            // It ends, and with it the session.
+            let _ = self.broker.feed(&mut first, &bytes, &mut Vec::new());
+            self.broker.drop_connection(&first);
+            bytes.clear();
+        }
         let kept = !link.retained;
         Connect {
             version: link.version,
@@ -96,8 +120,7 @@ impl World {
             ..Connect::default()
         }
         .encode(&mut bytes);
-        // In 3.1.1 a session that is kept begins with Clean Session 0. The first connection of a
-        // process, which ends an old session, is left out: there is none.
+        // In 3.1.1 a session that is kept begins with Clean Session 0.
         let clean_v3 = link.version < Version::V5 && !link.begun && kept;
         if clean_v3 {
             bytes.clear();
@@ -152,6 +175,7 @@ impl World {
     /// Bytes of the broker reach a link, and its machine answers.
     pub(crate) fn link_reads(&mut self, n: usize) {
         let (now, later) = (self.now, self.arrival());
+        let node_now = self.node_now;
         let mut out = Vec::new();
         let is_away = |l: &SimLink| l.begun && !l.conn.as_ref().is_some_and(|c| c.up);
         let mut data = self.links.iter().filter(|l| l.name.starts_with('d'));
@@ -190,7 +214,7 @@ impl World {
                         "{} is connected, session kept {}", link.name, c.session_present
                     );
                     self.router
-                        .set_broker_features(&self.profile.features(), now);
+                        .set_broker_features(&self.profile.features(), node_now);
                     // The broker may have lost the other links' sessions as well.
                     let session_lost = link.data && !first && !present;
                     let doubts = session_lost && others_away;
@@ -198,11 +222,11 @@ impl World {
                     if link.data && (session == LinkSession::Doubtful || doubts) {
                         self.oracle.in_doubt(now);
                     }
-                    link.machine.connected(&handshake, now, &mut out);
+                    link.machine.connected(&handshake, node_now, &mut out);
                 }
                 Packet::Pingresp => {
                     if conn.pings.pop_front() == Some(true) {
-                        link.machine.ping_answered(now);
+                        link.machine.ping_answered(node_now);
                     }
                 }
                 Packet::Disconnect(d) => {
@@ -220,7 +244,7 @@ impl World {
                             p.subscription_ids().collect::<Vec<_>>()
                         );
                     }
-                    if let Err(end) = link.machine.packet(&other, now, &mut out) {
+                    if let Err(end) = link.machine.packet(&other, node_now, &mut out) {
                         self.oracle.fault(format!("{} ends: {end}", link.name));
                     }
                 }
@@ -229,9 +253,9 @@ impl World {
         conn.input.drain(..used);
         if conn.up {
             if some {
-                link.machine.batch_ended(now, &mut out);
+                link.machine.batch_ended(node_now, &mut out);
             }
-            link.machine.poll(now, &mut out);
+            link.machine.poll(node_now, &mut out);
             if link.machine.wants_ping() {
                 encode_pingreq(&mut out);
                 conn.pings.push_back(true);
@@ -301,7 +325,7 @@ impl World {
         link.unanswered |= !conn.up;
         self.broker.drop_connection(&conn.broker);
         if conn.up {
-            link.machine.disconnected(end, self.now);
+            link.machine.disconnected(end, self.node_now);
         }
         if link.publishes {
             self.oracle.publish_link_lost(self.now);
@@ -325,6 +349,18 @@ impl World {
         self.oracle.restarted(self.now, keep);
     }
 
+    /// The subscriptions of the links of this process at the broker. A link that is not needed is not
+    /// connected, and leaves an earlier process's session to its end.
+    pub(crate) fn subscriptions_of_links(&self) -> Vec<(String, Vec<String>)> {
+        let mut held = self.broker.subscriptions();
+        let is_ours = |id: &String| {
+            let mut links = self.links.iter().filter(|link| link.begun);
+            links.any(|link| id.strip_prefix("edge-") == Some(&link.name))
+        };
+        held.retain(|(id, _)| is_ours(id));
+        held
+    }
+
     /// With enough links, a filter that no client has does not stay at the broker for those inside it.
     fn check_unwanted(&mut self, held: &[(String, Vec<String>)]) {
         if !self.links_suffice {
@@ -341,7 +377,7 @@ impl World {
 
     /// I12, I13, I18: each filter of a client is subscribed at the broker once, or its root is.
     pub(crate) fn check_filters(&mut self) {
-        let held = self.broker.subscriptions();
+        let held = self.subscriptions_of_links();
         for filter in self.oracle.filters() {
             let plain = crate::topics::split_shared(&filter).map_or(&*filter, |(_, f)| f);
             let covers = |name: &String| crate::topics::covers(name, plain) || *name == filter;

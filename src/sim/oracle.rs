@@ -1,6 +1,7 @@
 //! Judges what each client received. The oracle knows only what clients asked for and were told, and
 //! what happened to links and broker.
 
+mod crashes;
 mod settle;
 mod tests;
 
@@ -10,6 +11,8 @@ use std::time::Duration;
 use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
 use crate::streams::StreamId;
 use crate::time::Millis;
+
+use crashes::Crash;
 
 use crate::sim::seen::{Client, Conditions, Got, Message, Sub, TRANSIT};
 use tidegate_kit::rng::Rng;
@@ -29,6 +32,7 @@ pub(super) struct Oracle {
     link_sessions_lost: Vec<Millis>,
     /// When it was not known whether a link's session had begun anew.
     doubts: Vec<Millis>,
+    crashes: Vec<Crash>,
     faults: Vec<String>,
 }
 
@@ -43,6 +47,7 @@ impl Oracle {
             sessions_lost: Vec::new(),
             link_sessions_lost: Vec::new(),
             doubts: Vec::new(),
+            crashes: Vec::new(),
             faults: Vec::new(),
         }
     }
@@ -135,6 +140,7 @@ impl Oracle {
                 suback_at: None,
                 granted_at: None,
                 ended_at: None,
+                end_on_disk: false,
             });
         }
     }
@@ -170,11 +176,13 @@ impl Oracle {
             // A refusal ends the subscription that the client had on this filter.
             for s in subs[..=at].iter_mut().filter(|s| same(s)) {
                 s.ended_at = Some(now);
+                s.end_on_disk = true;
             }
             return;
         }
         for s in subs[..at].iter_mut().filter(|s| same(s)) {
             s.ended_at = Some(now);
+            s.end_on_disk = true;
         }
         subs[at].granted_at = Some(now);
         subs[at].qos = subs[at].qos.min(QoS::from_u8(code).unwrap_or_default());
@@ -229,6 +237,9 @@ impl Oracle {
             retain,
             will: false,
             poison: false,
+            uncertain: false,
+            repeats: false,
+            given_up: false,
             at,
             acknowledged_at: None,
         };
@@ -446,6 +457,9 @@ impl Oracle {
         // In doubt, every copy is delivered until all links have connected again.
         let doubted = |t: &Millis| message.at <= *t + TRANSIT && *t <= message.at + 2 * TRANSIT;
         if self.doubts.iter().any(doubted) || self.unseen(message) {
+            return true;
+        }
+        if message.repeats || self.twice_by_crash(message) {
             return true;
         }
         let again = self.publish_links_lost.iter().any(within)

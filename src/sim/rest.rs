@@ -56,10 +56,10 @@ impl World {
         for n in 0..self.devices.len() {
             self.cut(n);
             let key = SessionKey::from(&*self.devices[n].id);
-            self.router.end_session(&key, self.now);
+            self.router.end_session(&key, self.node_now);
         }
         for _ in 0..300 {
-            self.now += Duration::from_secs(1);
+            self.advance(Duration::from_secs(1));
             self.step();
         }
     }

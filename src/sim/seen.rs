@@ -74,6 +74,8 @@ pub(super) struct Sub {
     pub suback_at: Option<Millis>,
     pub granted_at: Option<Millis>,
     pub ended_at: Option<Millis>,
+    /// The disk is known to have the end.
+    pub end_on_disk: bool,
 }
 
 impl Sub {
@@ -112,6 +114,12 @@ pub(super) struct Message {
     pub will: bool,
     /// The broker closes the connection that brings it. It reaches nobody, and its sender is told.
     pub poison: bool,
+    /// It is not known whether it was published.
+    pub uncertain: bool,
+    /// It may be published twice.
+    pub repeats: bool,
+    /// Its sender does not ask for its fate any more.
+    pub given_up: bool,
     pub at: Millis,
     pub acknowledged_at: Option<Millis>,
 }
@@ -137,6 +145,8 @@ pub(super) struct Client {
     pub handed: Vec<(String, Got)>,
     /// When it lost its connection, or one of its data streams.
     pub losses: Vec<Millis>,
+    /// When its sessions ended.
+    pub sessions_ended: Vec<Millis>,
     /// The losses of streams whose output the client had not read. QoS 0 is lost with such output.
     pub losses_unread: Vec<Millis>,
     /// It ended, reset or did not read a data stream. The streams of a client keep no order with each

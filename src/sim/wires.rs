@@ -36,7 +36,7 @@ pub(crate) struct Wire {
     /// Packets that wait until the machine reads the stream.
     outbox: VecDeque<Outgoing>,
     /// While the client reads nothing: how many bytes the transport takes.
-    unread: Option<usize>,
+    pub(crate) unread: Option<usize>,
     /// The client has ended its direction.
     ended: bool,
     /// The machine has ended its direction too.
@@ -63,6 +63,11 @@ impl Wire {
         done
     }
 
+    /// From now on the transport takes so many bytes.
+    pub(crate) fn limit(&mut self, bytes: usize) {
+        self.unread = Some(bytes);
+    }
+
     /// Whether the client has not read all output.
     fn has_unread(&self) -> bool {
         self.unread.is_some() || !self.input.is_empty()
@@ -75,7 +80,9 @@ impl Device {
     pub(crate) fn is_busy(&self) -> bool {
         let paused = self.machine.as_ref().is_some_and(ClientMachine::paused);
         let waits = self.wires.values().any(|wire| !wire.outbox.is_empty());
-        paused || waits || self.left_unread.contains(StreamId::CONTROL)
+        // A durable seed's client learns first whether its session is there.
+        let greeting = self.kept.awaits_connack();
+        paused || waits || greeting || self.left_unread.contains(StreamId::CONTROL)
     }
 
     /// Whether the client has not read all output of its connection.
@@ -124,7 +131,10 @@ impl World {
 
     /// The machine reads packets of the streams that it does not leave unread.
     fn flush(&mut self, n: usize) {
-        let cx = context(&self.router, self.now);
+        if self.is_withheld(n) {
+            return;
+        }
+        let cx = context(&self.router, self.node_now);
         let device = &mut self.devices[n];
         let Some(machine) = &mut device.machine else {
             return;
@@ -140,9 +150,23 @@ impl World {
         }
     }
 
+    /// Whether a connection waits for the disk, so that no packet of its client is taken.
+    pub(crate) fn is_withheld(&self, n: usize) -> bool {
+        let machine = self.devices[n]
+            .machine
+            .as_ref()
+            .filter(|_| self.store.is_some());
+        machine.is_some_and(|machine| {
+            let caller = machine.caller();
+            let withheld = |session: &mut Session| session.is_withheld();
+            let (session, connection_no) = (caller.session, caller.connection_no);
+            self.router.with(session, connection_no, |s, _| withheld(s)) == Some(true)
+        })
+    }
+
     /// Takes the steps of a woken connection task, and lets the client read the output.
     pub(crate) fn read(&mut self, n: usize) {
-        let cx = context(&self.router, self.now);
+        let cx = context(&self.router, self.node_now);
         let device = &mut self.devices[n];
         let Some(machine) = &mut device.machine else {
             return;
@@ -160,8 +184,8 @@ impl World {
     }
 
     /// The machine's output goes into the streams.
-    fn write(&mut self, n: usize) {
-        let cx = context(&self.router, self.now);
+    pub(crate) fn write(&mut self, n: usize) {
+        let cx = context(&self.router, self.node_now);
         let device = &mut self.devices[n];
         let Some(machine) = &mut device.machine else {
             return;
@@ -175,7 +199,7 @@ impl World {
                     .entry(StreamId::CONTROL)
                     .or_default()
                     .take(output);
-                machine.sent(offered, done, self.now);
+                machine.sent(offered, done, self.node_now);
             }
             for stream in machine.streams().iter() {
                 let wire = device.wires.entry(stream).or_default();
@@ -190,7 +214,7 @@ impl World {
                 }
                 wire.finished |= machine.finish(&cx, stream);
             }
-            let more = machine.transmit(&self.router, self.now);
+            let more = machine.transmit(&self.router, self.node_now);
             if !more.expect("it has the session") {
                 break;
             }
@@ -226,7 +250,7 @@ impl World {
     }
 
     /// The client reads the streams that it does not leave unread, and answers.
-    fn decode(&mut self, n: usize) {
+    pub(crate) fn decode(&mut self, n: usize) {
         let version = self.devices[n].version;
         let decoder = Decoder {
             version,
@@ -308,7 +332,7 @@ impl World {
             return;
         }
         wire.ended = true;
-        let cx = context(&self.router, self.now);
+        let cx = context(&self.router, self.node_now);
         let reset = machine.stream_closed(&cx, stream);
         assert!(reset.is_none(), "it sent whole packets");
         trace!(self, "{n} ends stream {stream}");
@@ -326,7 +350,7 @@ impl World {
         let (finished, unread) = (wire.finished, wire.has_unread());
         device.lose(wire);
         device.asked.retain(|asked| asked.stream != stream);
-        let cx = context(&self.router, self.now);
+        let cx = context(&self.router, self.node_now);
         if let Some(machine) = device.machine.as_mut().filter(|_| !finished) {
             machine.stream_ended(&cx, stream);
         }

@@ -19,7 +19,8 @@ impl Oracle {
             will.acknowledged_at = Some(now);
         }
         for (number, message) in &self.messages {
-            if message.qos > QoS::AtMostOnce && message.acknowledged_at.is_none() {
+            let awaited = message.qos > QoS::AtMostOnce && !message.given_up;
+            if awaited && message.acknowledged_at.is_none() {
                 faults.push(format!("publish {number} was never acknowledged"));
             }
             let (mut least, mut most, mut all) = (0, 0, 0);
@@ -77,6 +78,8 @@ impl Oracle {
                 && !self.conditions.stormy
                 && !self.conditions.lowest_qos
                 && !message.poison
+                && !message.uncertain
+                && !self.lost_in_crash(message)
                 && message.qos > QoS::AtMostOnce
                 && all < least + stable
             {
@@ -194,7 +197,11 @@ impl Oracle {
             }
             lasts.is_none_or(|end| end > until)
         });
+        // The messages that wait for a client end with its session.
+        let discarded = client.sessions_ended.iter().any(|at| message.at <= *at);
         covered
+            && !discarded
+            && !message.uncertain
             && !message.poison
             && message.qos > QoS::AtMostOnce
             && message.acknowledged_at.is_some()
@@ -210,7 +217,7 @@ impl Oracle {
         }
         // It may wait at the broker, in the session of a link that is away.
         let lost = |t: &Millis| message.at <= *t && *t <= message.acknowledged_by(TRANSIT);
-        self.sessions_lost.iter().any(lost) || self.unseen(message)
+        self.sessions_lost.iter().any(lost) || self.unseen(message) || self.lost_in_crash(message)
     }
 
     /// How many subscriptions changed without a definite moment: they ended while messages waited at the

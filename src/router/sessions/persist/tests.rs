@@ -36,6 +36,8 @@ struct Node {
     /// The time of day of its start, in milliseconds.
     started_at: u64,
     now: Millis,
+    /// The filters that the broker has granted, with the QoS of the requests.
+    granted: Vec<(String, QoS)>,
 }
 
 impl Node {
@@ -69,6 +71,7 @@ impl Node {
             from: 0,
             started_at,
             now: Millis::ZERO,
+            granted: Vec::new(),
         };
         node.grant();
         node
@@ -80,6 +83,7 @@ impl Node {
             for wanted in self.router.next_subscribes(link, 100) {
                 let code = ReasonCode(wanted.qos as u8);
                 self.router.suback(wanted.filter, code, self.now);
+                self.granted.push((wanted.name.to_string(), wanted.qos));
             }
         }
     }
@@ -156,8 +160,12 @@ impl Node {
     }
 
     fn subscribe(&mut self, client: Connected, filter: &str) {
+        self.subscribe_at(client, filter, QoS::AtLeastOnce);
+    }
+
+    fn subscribe_at(&mut self, client: Connected, filter: &str, qos: QoS) {
         let options = SubscribeOptions {
-            qos: QoS::AtLeastOnce,
+            qos,
             retain_handling: 2,
             ..SubscribeOptions::default()
         };

@@ -36,6 +36,32 @@ fn a_restart_brings_sessions_back_with_their_subscriptions() {
 }
 
 #[test]
+fn an_overlapping_subscription_of_a_lower_qos_is_asked_for_at_the_qos_of_a_later_one() {
+    let mut node = node();
+    let client = node.kept("a");
+    for (filter, qos) in [
+        ("+/+", QoS::AtMostOnce),
+        ("other", QoS::AtMostOnce),
+        ("+/b", QoS::ExactlyOnce),
+    ] {
+        node.subscribe_at(client, filter, qos);
+        node.persist();
+    }
+    let node = node.restart(Duration::ZERO);
+    for (filter, qos) in [
+        ("+/+", QoS::ExactlyOnce),
+        ("other", QoS::AtMostOnce),
+        ("+/b", QoS::ExactlyOnce),
+    ] {
+        assert!(
+            node.granted.contains(&(filter.to_owned(), qos)),
+            "{filter}: {:?}",
+            node.granted
+        );
+    }
+}
+
+#[test]
 fn a_flap_writes_nothing_and_an_absence_is_written_once() {
     let mut node = node();
     let client = node.connect(with_will("a", "1"));
