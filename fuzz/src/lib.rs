@@ -122,81 +122,134 @@ pub mod transport {
     }
 }
 
-/// The reader of the log's segments.
-#[allow(dead_code, reason = "the log uses more of it")]
-#[path = "../../src/store/log"]
-pub mod log {
-    mod format;
-    mod position;
-    mod reader;
+/// The log of sessions: the reader of its segments, and its records.
+#[allow(dead_code, reason = "the rest of the crate uses more of it")]
+#[path = "../../src/store"]
+pub mod store {
+    pub mod log {
+        mod format;
+        mod position;
+        mod reader;
 
-    use crc32c::crc32c;
+        pub use position::Position;
+        pub use reader::Record;
 
-    use format::{HEADER_BYTES, Header, RecordHead};
-    use position::Position;
-    use reader::{Part, SegmentReader};
+        use crc32c::crc32c;
 
-    const SALT: u64 = 0x5EED;
+        use format::{HEADER_BYTES, Header, RecordHead};
+        use reader::{Part, SegmentReader};
 
-    /// Any bytes are read to their end, each at most once.
-    pub fn segment(bytes: &[u8], known_end: Option<u16>) {
-        let _ = Header::decode(bytes);
-        let bytes = [&[0; HEADER_BYTES as usize], bytes].concat();
-        let known_end = known_end.map(|end| HEADER_BYTES + u32::from(end));
-        let mut at = HEADER_BYTES;
-        for part in SegmentReader::new(&bytes, 1, SALT, known_end) {
-            let (position, len) = match part {
-                Part::Record(record) => (record.position, record.bytes()),
-                Part::Filler { position, bytes } | Part::Damaged { position, bytes } => {
-                    (position, bytes)
-                }
-            };
-            assert_eq!(position.offset(), at);
-            at += len;
+        const SALT: u64 = 0x5EED;
+
+        /// Any bytes are read to their end, each at most once.
+        pub fn segment(bytes: &[u8], known_end: Option<u16>) {
+            let _ = Header::decode(bytes);
+            let bytes = [&[0; HEADER_BYTES as usize], bytes].concat();
+            let known_end = known_end.map(|end| HEADER_BYTES + u32::from(end));
+            let mut at = HEADER_BYTES;
+            for part in SegmentReader::new(&bytes, 1, SALT, known_end) {
+                let (position, len) = match part {
+                    Part::Record(record) => (record.position, record.bytes()),
+                    Part::Filler { position, bytes } | Part::Damaged { position, bytes } => {
+                        (position, bytes)
+                    }
+                };
+                assert_eq!(position.offset(), at);
+                at += len;
+            }
+            assert!(
+                at <= (bytes.len() as u32)
+                    .max(known_end.unwrap_or(0))
+                    .max(HEADER_BYTES)
+            );
         }
-        assert!(at <= (bytes.len() as u32).max(known_end.unwrap_or(0)).max(HEADER_BYTES));
+
+        /// Records beside damaged bytes are read, and nothing else is. `bodies` are cut into records at each
+        /// zero; `damage` has an offset and a mask in each three bytes.
+        pub fn damaged(bodies: &[u8], damage: &[u8]) {
+            let mut bytes = vec![0; HEADER_BYTES as usize];
+            let mut wanted = Vec::new();
+            for body in bodies.split(|byte| *byte == 0) {
+                let from = bytes.len();
+                let head = RecordHead {
+                    position: Position::new(1, from as u32),
+                    kind: body.len() as u8,
+                    body_len: body.len() as u32,
+                    commit_start: body.len() % 2 == 0,
+                    filler: body.len() % 5 == 4,
+                };
+                bytes.extend_from_slice(&head.encode(SALT, crc32c(body)));
+                bytes.extend_from_slice(body);
+                wanted.push((from..bytes.len(), body, !head.filler));
+            }
+            for change in damage.chunks_exact(3) {
+                let at = usize::from(u16::from_le_bytes([change[0], change[1]]));
+                let at = at + HEADER_BYTES as usize;
+                if at >= bytes.len() || change[2] == 0 {
+                    continue;
+                }
+                bytes[at] ^= change[2];
+                for (range, _, intact) in &mut wanted {
+                    *intact &= !range.contains(&at);
+                }
+            }
+            let known_end = Some(bytes.len() as u32);
+            let mut read =
+                SegmentReader::new(&bytes, 1, SALT, known_end).filter_map(|part| match part {
+                    Part::Record(record) => Some((record.position.offset() as usize, record.body)),
+                    Part::Filler { .. } | Part::Damaged { .. } => None,
+                });
+            // Two changes of one byte may cancel each other, so records that were changed may be read, too.
+            for (range, body, intact) in wanted {
+                if intact {
+                    let found = read.by_ref().find(|(at, _)| *at == range.start);
+                    assert_eq!(found, Some((range.start, body)));
+                }
+            }
+        }
     }
 
-    /// Records beside damaged bytes are read, and nothing else is. `bodies` are cut into records at each
-    /// zero; `damage` has an offset and a mask in each three bytes.
-    pub fn damaged(bodies: &[u8], damage: &[u8]) {
-        let mut bytes = vec![0; HEADER_BYTES as usize];
-        let mut wanted = Vec::new();
-        for body in bodies.split(|byte| *byte == 0) {
-            let from = bytes.len();
-            let head = RecordHead {
-                position: Position::new(1, from as u32),
-                kind: body.len() as u8,
-                body_len: body.len() as u32,
-                commit_start: body.len() % 2 == 0,
-                filler: body.len() % 5 == 4,
-            };
-            bytes.extend_from_slice(&head.encode(SALT, crc32c(body)));
-            bytes.extend_from_slice(body);
-            wanted.push((from..bytes.len(), body, !head.filler));
+    pub mod records;
+}
+
+pub use store::log;
+
+/// The records that sessions have in the log.
+pub mod session_records {
+    use tidegate::store::log::{Position, Record};
+    use tidegate::store::records::{FoundSessions, SessionRecord, decode_end, encode_end};
+
+    /// Any bytes are a record or an error, and a record has one form only.
+    pub fn body(body: &[u8]) {
+        if let Ok(record) = SessionRecord::decode(body) {
+            let mut again = Vec::new();
+            record.encode(&mut again);
+            assert_eq!(again, body);
         }
-        for change in damage.chunks_exact(3) {
-            let at = usize::from(u16::from_le_bytes([change[0], change[1]]));
-            let at = at + HEADER_BYTES as usize;
-            if at >= bytes.len() || change[2] == 0 {
-                continue;
-            }
-            bytes[at] ^= change[2];
-            for (range, _, intact) in &mut wanted {
-                *intact &= !range.contains(&at);
-            }
+        if let Ok(incarnation) = decode_end(body) {
+            assert_eq!(encode_end(incarnation), body);
         }
-        let known_end = Some(bytes.len() as u32);
-        let mut read = SegmentReader::new(&bytes, 1, SALT, known_end).filter_map(|part| match part {
-            Part::Record(record) => Some((record.position.offset() as usize, record.body)),
-            Part::Filler { .. } | Part::Damaged { .. } => None,
-        });
-        // Two changes of one byte may cancel each other, so records that were changed may be read, too.
-        for (range, body, intact) in wanted {
-            if intact {
-                let found = read.by_ref().find(|(at, _)| *at == range.start);
-                assert_eq!(found, Some((range.start, body)));
-            }
+    }
+
+    /// A log of any records is read. Each record has its kind, its length, and its body.
+    pub fn log(mut bytes: &[u8]) {
+        let mut found = FoundSessions::default();
+        let mut offset = 0;
+        while let Some((&[kind, len], rest)) = bytes.split_first_chunk() {
+            let (body, rest) = rest.split_at(usize::from(len).min(rest.len()));
+            self::body(body);
+            let position = Position::new(1, offset);
+            // An error is an answer, too.
+            let _ = found.take(&Record {
+                position,
+                kind,
+                body,
+            });
+            offset += u32::from(len) + 1;
+            bytes = rest;
+        }
+        for session in found.into_sessions() {
+            assert!(SessionRecord::decode(&session.body).is_ok());
         }
     }
 }

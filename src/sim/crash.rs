@@ -78,12 +78,12 @@ impl World {
         self.oracle.crashed(durable_since, &survival, now);
         trace!(self, "sessions after the crash: {survival:?}");
         let back = self.time_of_return();
-        for n in 0..self.devices.len() {
+        for (n, survival) in survival.iter().enumerate() {
             if self.devices[n].machine.take().is_some() {
                 self.oracle.lost(n, true, now);
             }
             self.keep_wills(n, durable_since, back);
-            if survival[n] == Survival::Ends {
+            if *survival == Survival::Ends {
                 self.forget_session(n, now);
             }
             let device = &mut self.devices[n];

@@ -33,6 +33,40 @@ fn subscriptions() -> impl Strategy<Value = Vec<Subscription>> {
     vec(one, 0..5)
 }
 
+fn will_of(will: &Will) -> WillRecord<'_> {
+    WillRecord {
+        topic: &will.0,
+        properties: &will.1,
+        payload: &will.2,
+        qos: will.3,
+        retain: will.4,
+        delay: will.5,
+        message_expiry: will.6,
+    }
+}
+
+fn subscription_of(subscription: &Subscription) -> SubscriptionRecord<'_> {
+    SubscriptionRecord {
+        name: &subscription.0,
+        options: subscription.1,
+        asked: subscription.2,
+        identifier: subscription.3.and_then(NonZeroU32::new),
+        wild_below: subscription.4.and_then(NonZeroU16::new),
+    }
+}
+
+/// A body that can be read is written again to the byte.
+fn has_one_form(body: &[u8]) {
+    if let Ok(record) = SessionRecord::decode(body) {
+        let mut again = Vec::new();
+        record.encode(&mut again);
+        assert_eq!(again, body);
+    }
+    if let Ok(incarnation) = decode_end(body) {
+        assert_eq!(encode_end(incarnation), *body);
+    }
+}
+
 proptest! {
     #[test]
     fn a_record_is_read_as_it_was_written(
@@ -55,25 +89,8 @@ proptest! {
             detached_at: numbers.3.map(UnixMillis::new),
             gaps: numbers.4,
             last_id: numbers.5,
-            will: will.as_ref().map(|will| WillRecord {
-                topic: &will.0,
-                properties: &will.1,
-                payload: &will.2,
-                qos: will.3,
-                retain: will.4,
-                delay: will.5,
-                message_expiry: will.6,
-            }),
-            subscriptions: subscriptions
-                .iter()
-                .map(|s| SubscriptionRecord {
-                    name: &s.0,
-                    options: s.1,
-                    asked: s.2,
-                    identifier: s.3.and_then(NonZeroU32::new),
-                    wild_below: s.4.and_then(NonZeroU16::new),
-                })
-                .collect(),
+            will: will.as_ref().map(will_of),
+            subscriptions: subscriptions.iter().map(subscription_of).collect(),
         };
         let mut body = Vec::new();
         record.encode(&mut body);
@@ -87,11 +104,31 @@ proptest! {
 
     #[test]
     fn any_bytes_are_read_without_a_panic(mut body in vec(any::<u8>(), 0..200)) {
-        let _ = (SessionRecord::decode(&body), decode_end(&body));
+        has_one_form(&body);
         if let Some(version) = body.first_mut() {
             *version = RECORDS_VERSION;
-            let _ = SessionRecord::decode(&body);
+            has_one_form(&body);
         }
+    }
+
+    #[test]
+    fn a_damaged_record_is_read_without_a_panic(
+        will in option::of(wills()),
+        subscriptions in subscriptions(),
+        damage in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+    ) {
+        let mut body = Vec::new();
+        SessionRecord {
+            will: will.as_ref().map(will_of),
+            subscriptions: subscriptions.iter().map(subscription_of).collect(),
+            ..session(7)
+        }
+        .encode(&mut body);
+        for (at, byte) in damage {
+            let at = at.index(body.len());
+            body[at] = byte;
+        }
+        has_one_form(&body);
     }
 
     #[test]
