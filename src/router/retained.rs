@@ -5,6 +5,7 @@
 //! the cache before it is fanned out: so a value older than one already delivered never follows it.
 
 mod ahead;
+mod by_session;
 mod cache;
 mod kept;
 mod missed;
@@ -112,7 +113,7 @@ impl RetainedMessages {
                 release::hand(sessions, &cache, filter, &messages, &request, now);
             }
             None => {
-                let queued = Cached::queued(Requests::from([(session, request)]));
+                let queued = Cached::queued(Requests::of(session, request));
                 cache.filters.insert(filter, queued);
                 cache.queue.push_back(filter);
                 self.waker.raise();
@@ -141,9 +142,9 @@ impl RetainedMessages {
         }
         for filter in filters {
             if let Some(cached) = cache.filters.get_mut(&filter) {
-                cached.requests.remove(&session);
-                cached.late.remove(&session);
-                cached.waiting.remove(&session);
+                cached.requests.remove(session);
+                cached.late.remove(session);
+                cached.waiting.remove(session);
             }
         }
     }
@@ -155,8 +156,8 @@ impl RetainedMessages {
         let mut cache = self.cache.lock();
         for &filter in filters {
             if let Some(cached) = cache.filters.get_mut(&filter) {
-                let waiting = std::mem::take(&mut cached.waiting).into_iter();
-                served.extend(waiting.map(|(session, wait)| Served {
+                let waiting = std::mem::take(&mut cached.waiting);
+                served.extend(waiting.iter().map(|(session, wait)| Served {
                     session,
                     filter,
                     wait,

@@ -11,9 +11,10 @@ use crate::budget::CacheAccounts;
 use crate::hashing::{LookUp, LookUpHasher, LookUpSet};
 use crate::mqtt::Message;
 use crate::router::retained::ahead::Ahead;
+use crate::router::retained::by_session::BySession;
 use crate::router::retained::kept::Kept;
 use crate::router::retained::missed::Missed;
-use crate::router::types::{RetainedRequest, Served, SessionRef};
+use crate::router::types::{RetainedRequest, Served};
 use crate::session::WaitNumber;
 use crate::time::Millis;
 use crate::topics::{FilterId, FilterTrie};
@@ -35,7 +36,7 @@ pub(super) enum State {
 }
 
 /// By session: a later request takes the place of an earlier one.
-pub(super) type Requests = BTreeMap<SessionRef, RetainedRequest>;
+pub(super) type Requests = BySession<RetainedRequest>;
 
 #[derive(Debug)]
 pub(super) struct Cached {
@@ -50,7 +51,7 @@ pub(super) struct Cached {
     pub(super) known_since: u64,
     pub(super) requests: Requests,
     /// The sessions whose live messages wait for the retained ones, with their waits.
-    pub(super) waiting: BTreeMap<SessionRef, WaitNumber>,
+    pub(super) waiting: BySession<WaitNumber>,
     /// Fetched messages that wait for the data link: a live message of the same topic may be on its
     /// way.
     pub(super) buffered: Vec<Buffered>,
@@ -85,6 +86,9 @@ pub(super) struct Buffered {
     pub message: Message,
 }
 
+// A million filters may be known at once, and many of them are fetched at once after a restart.
+const _: () = assert!(size_of::<Cached>() <= 192);
+
 impl Cached {
     pub(super) fn queued(requests: Requests) -> Box<Self> {
         Box::new(Self {
@@ -94,11 +98,11 @@ impl Cached {
             live: LookUpSet::default(),
             known_since: 0,
             requests,
-            waiting: BTreeMap::new(),
+            waiting: BySession::default(),
             buffered: Vec::new(),
             handing: 0,
             ending: None,
-            late: Requests::new(),
+            late: Requests::default(),
             bytes: 0,
             answered: false,
             overflow: false,
@@ -219,7 +223,7 @@ impl Cache {
                 cached.resync = true;
             }
             None => {
-                let mut queued = Cached::queued(Requests::new());
+                let mut queued = Cached::queued(Requests::default());
                 queued.resync = true;
                 queued.overflow = root;
                 self.filters.insert(number, queued);
@@ -267,10 +271,8 @@ impl Cache {
             return;
         }
         let late = &cached.late;
-        let done = cached
-            .waiting
-            .extract_if(.., |session, _| !late.contains_key(session));
-        served.extend(done.map(|(session, wait)| Served {
+        let done = cached.waiting.take_where(|session| !late.contains(session));
+        served.extend(done.into_iter().map(|(session, wait)| Served {
             session,
             filter: number,
             wait,
@@ -413,7 +415,7 @@ pub(super) mod tests {
     /// Filter 7, `a/#`, is complete in the cache.
     pub(in crate::router::retained) fn complete() -> Cache {
         let mut cache = Cache::new(1000, CacheAccounts::default());
-        let mut cached = Cached::queued(Requests::new());
+        let mut cached = Cached::queued(Requests::default());
         cached.state = State::Complete;
         cached.name = Some("a/#".into());
         cache.known.insert("a/#", FilterId(7));
@@ -426,7 +428,7 @@ pub(super) mod tests {
     fn filters_that_are_fetched_at_once_share_one_bound() {
         let mut cache = Cache::new(1000, CacheAccounts::default());
         for number in 0..10 {
-            let mut cached = Cached::queued(Requests::new());
+            let mut cached = Cached::queued(Requests::default());
             cached.state = State::Fetching;
             cache.filters.insert(FilterId(number), cached);
             for n in 0..3 {

@@ -146,7 +146,7 @@ mod tests {
     fn copies_of_a_message_by_many_filters_are_noted_without_a_search_for_each() {
         let mut cache = Cache::new(1000, CacheAccounts::default());
         for n in 0..200 {
-            let mut cached = Cached::queued(Requests::new());
+            let mut cached = Cached::queued(Requests::default());
             let name = format!("a/{}", ["+", "b"][n % 2]) + &"/+".repeat(n / 2);
             cached.state = State::Complete;
             cache.known.insert(&name, FilterId(n as u32));

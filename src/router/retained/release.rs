@@ -9,7 +9,7 @@ use crate::mqtt::Message;
 use crate::time::Millis;
 use crate::topics::FilterId;
 
-use crate::router::retained::cache::{Cache, Cached, State};
+use crate::router::retained::cache::{Cache, Cached, Requests, State};
 use crate::router::retained::resync::hand_missed;
 use crate::router::retained::{RetainedMessages, Sources};
 use crate::router::sessions::Sessions;
@@ -135,7 +135,7 @@ pub(super) fn hand_fetched(
     if messages.is_empty() {
         return;
     }
-    let requests: Vec<RetainedRequest> = cached.requests.values().copied().collect();
+    let requests: Vec<RetainedRequest> = cached.requests.iter().map(|(_, r)| r).collect();
     let resync = cached.resync;
     cached.handing += 1;
     for message in &messages {
@@ -146,7 +146,7 @@ pub(super) fn hand_fetched(
     }
     for request in &requests {
         let cached = cache.filters.get(&filter);
-        if !cached.is_some_and(|c| c.requests.contains_key(&request.session)) {
+        if !cached.is_some_and(|c| c.requests.contains(request.session)) {
             // It was cancelled while others had the cache.
             continue;
         }
@@ -215,7 +215,7 @@ fn end(
     cached.answered = true;
     cached.ending = None;
     if complete {
-        cached.requests.clear();
+        cached.requests = Requests::default();
     }
     let resync = cached.resync && (!complete || cached.early);
     if cached.resync && !resync {
