@@ -31,6 +31,7 @@ use crate::topics::{FilterId, has_wildcard, split_shared};
 
 use crate::router::account::Full;
 use crate::router::filters::LOG_INTERVAL;
+use crate::router::filters::actions::LinkSet;
 use crate::router::filters::subscribe::{Admitted, Next, Refusal};
 use crate::router::sessions::subscriptions::{Joined, Unjoined};
 use crate::router::types::{Answer, PendingGrant, SessionRef, SubscribeRef, Subscriber};
@@ -62,9 +63,10 @@ impl Router {
             index,
         };
         let mut answers: Vec<Answer> = Vec::new();
+        let mut wake = LinkSet::default();
         for request in requests {
             let index = request.index;
-            let outcome = self.subscribe_to(subscribe(index), identifier, request, now);
+            let outcome = self.subscribe_to(subscribe(index), identifier, request, &mut wake, now);
             answers.extend(match outcome {
                 Ok(None) => None,
                 Ok(Some(grant)) => Some(grant.answer()),
@@ -75,11 +77,14 @@ impl Router {
                 }),
             });
         }
+        // Once for all filters, so that a link puts many of them into a packet.
+        self.wake_links(wake);
         let due = self.sessions.answer_all(&subscribe(0), &answers);
         self.request_retained(due, now);
     }
 
-    /// Subscribes to one filter. Returns the grant, if the client is still to be told of it.
+    /// Subscribes to one filter. Returns the grant, if the client is still to be told of it. Adds the links
+    /// that have something to send to `wake`.
     ///
     /// # Errors
     /// The code of a refusal.
@@ -88,6 +93,7 @@ impl Router {
         subscribe: SubscribeRef,
         identifier: Option<NonZeroU32>,
         request: &SubscribeRequest,
+        wake: &mut LinkSet,
         now: Millis,
     ) -> Result<Option<PendingGrant>, ReasonCode> {
         let shared = split_shared(&request.filter).is_some();
@@ -101,6 +107,7 @@ impl Router {
         let admitted = self
             .admit(&subscribe, request, &subscriber, now)
             .inspect_err(|_| self.end_unserved(&subscribe, &request.filter, now))?;
+        *wake |= admitted.wake;
         let filter = admitted.filter;
         let subscription = Subscription {
             filter,
@@ -146,7 +153,7 @@ impl Router {
             deadline: now + self.config.subscribe_wait,
         };
         self.request_retained(std::mem::take(&mut joined.due), now);
-        Ok(self.settle_join(pending, &admitted, &joined, now))
+        Ok(self.settle_join(pending, &admitted, &joined, wake, now))
     }
 
     /// Refuses filters that the broker cannot have.
@@ -191,10 +198,7 @@ impl Router {
             .filters
             .admit(&request.filter, qos, shard, subscriber, now);
         match admitted {
-            Ok(admitted) => {
-                self.wake_links(admitted.wake);
-                Ok(admitted)
-            }
+            Ok(admitted) => Ok(admitted),
             Err(Refusal::Quarantined) => {
                 count_refused(SubscribeRefusedReason::Quarantined);
                 Err(ReasonCode::NOT_AUTHORIZED)
@@ -281,6 +285,7 @@ impl Router {
         pending: PendingGrant,
         admitted: &Admitted,
         joined: &Joined,
+        wake: &mut LinkSet,
         now: Millis,
     ) -> Option<PendingGrant> {
         let grant = admitted.grant;
@@ -288,7 +293,7 @@ impl Router {
         if !complete || joined.replaced || !joined.late.is_empty() {
             let (replaced, late) = (joined.replaced, &joined.late);
             let settled = self.filters.joined(&pending, grant, replaced, late, now);
-            self.wake_links(settled.wake);
+            *wake |= settled.wake;
             if let Some(confirmed) = settled.confirmed {
                 self.confirm(confirmed);
             }

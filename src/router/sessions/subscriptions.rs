@@ -481,7 +481,8 @@ fn active_overlapping(
     qos: QoS,
 ) -> Vec<FilterId> {
     let all = session.subscriptions();
-    let own = all.iter().find(|s| s.filter == filter && !s.shared);
+    // From the end: it is one of the latest.
+    let own = all.iter().rfind(|s| s.filter == filter && !s.shared);
     let Some(own) = own.filter(|_| qos > QoS::AtMostOnce) else {
         return Vec::new();
     };
