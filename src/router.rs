@@ -115,6 +115,7 @@ impl Router {
         let links = LinkCounts {
             data: config.data_links,
             data_max: config.data_links_max.max(config.data_links),
+            filters_each: config.data_link_filters.max(1),
             shared: config.shared_links,
             shared_max: config.shared_links_max.max(config.shared_links),
         };

@@ -231,6 +231,7 @@ impl World {
         let config = RouterConfig {
             data_links,
             data_links_max,
+            data_link_filters: [2, 2000][(seed % 2) as usize],
             shared_links: 1,
             shared_links_max: if adds_links { 4 } else { 1 },
             roots: roots.iter().map(|r| (*r).to_owned()).collect(),

@@ -113,6 +113,7 @@ pub(crate) fn router() -> Arc<Router> {
     let config = RouterConfig {
         data_links: 1,
         data_links_max: 1,
+        data_link_filters: 2000,
         shared_links: 1,
         shared_links_max: 1,
         roots: Vec::new(),

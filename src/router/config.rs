@@ -9,9 +9,12 @@ use crate::time::UnixMillis;
 pub struct RouterConfig {
     /// Number of data links at first, 1 to 8.
     pub data_links: usize,
-    /// The number of data links to which they may grow where the broker has no Subscription
-    /// Identifiers, for filters that overlap others; 1 to 8.
+    /// The number of data links to which they may grow: where the broker has no Subscription
+    /// Identifiers, for filters that overlap others, and elsewhere for many filters; 1 to 8.
     pub data_links_max: usize,
+    /// Where the broker has Subscription Identifiers, another data link is opened when there are more
+    /// filters than this for each.
+    pub data_link_filters: usize,
     /// Number of links for shared subscriptions at first, 1 to 8.
     pub shared_links: usize,
     /// The number of shared links to which they may grow for the same reason, 1 to 8.

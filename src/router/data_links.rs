@@ -141,6 +141,11 @@ impl Router {
         self.take_actions(actions, now);
     }
 
+    /// Whether data link or shared link `link` is to be connected.
+    pub(crate) fn filter_link_wanted(&self, link: usize) -> bool {
+        link < self.filters.data_links_wanted() || self.filters_on(link) > 0
+    }
+
     /// Filters on data link `link`.
     pub fn filters_on(&self, link: usize) -> usize {
         self.filters.count_on(link)

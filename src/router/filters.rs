@@ -75,8 +75,8 @@ pub(super) struct Filters {
     lost: Arc<Lost>,
     /// The links that filters were placed on.
     used: Arc<UsedLinks>,
-    /// For each data and shared link, whether it is connected.
-    up: Box<[AtomicBool]>,
+    /// For each data and shared link, whether it is connected; shared with the table.
+    up: Arc<[AtomicBool]>,
     /// How often a link was lost.
     losses: AtomicU64,
     /// How often a link of any role was lost on which no packet was unanswered: not for a packet.
@@ -99,11 +99,9 @@ impl Filters {
         let used = table.used.clone();
         Self {
             lost: table.lost.clone(),
+            up: table.up.clone(),
             table: RwLock::new(table),
             used,
-            up: (0..config.links.all())
-                .map(|_| AtomicBool::new(false))
-                .collect(),
             losses: AtomicU64::new(0),
             unprovoked: AtomicU64::new(0),
             config,
@@ -113,6 +111,11 @@ impl Filters {
     /// The data links that are in use.
     pub(super) fn data_links_used(&self) -> LinkSet {
         self.used.below(self.config.links.data_max)
+    }
+
+    /// Data links that are to be connected, whether filters are on them or not: the first ones.
+    pub(super) fn data_links_wanted(&self) -> usize {
+        self.used.data_wanted()
     }
 
     /// The filters that the broker has lost.

@@ -59,6 +59,7 @@ pub(crate) fn config() -> RouterConfig {
     RouterConfig {
         data_links: 1,
         data_links_max: 1,
+        data_link_filters: 2000,
         shared_links: 1,
         shared_links_max: 1,
         roots: Vec::new(),

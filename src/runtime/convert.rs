@@ -189,11 +189,16 @@ fn session_limits(config: &Config) -> SessionLimits {
     }
 }
 
+/// With more filters than this for each data link, another one is opened. mosquitto goes through a
+/// connection's subscriptions for each new one; so many take it a microsecond.
+const DATA_LINK_FILTERS: usize = 2000;
+
 fn router_config(config: &Config, clock: Clock) -> RouterConfig {
     let upstream = &config.upstream;
     RouterConfig {
         data_links: usize::from(upstream.data_links.first),
         data_links_max: usize::from(upstream.data_links.max),
+        data_link_filters: DATA_LINK_FILTERS,
         shared_links: usize::from(upstream.shared_links.first),
         shared_links_max: usize::from(upstream.shared_links.max),
         local_groups: upstream.shared == config::SharedAt::Local,

@@ -93,7 +93,7 @@ impl World {
         if link.conn.is_some() || link.redial_at > self.now || self.broker_back_at.is_some() {
             return;
         }
-        let waits = |n| self.router.filters_on(n) == 0;
+        let waits = |n| !self.router.filter_link_wanted(n);
         if !link.begun && link.waits.is_some_and(waits) {
             return;
         }

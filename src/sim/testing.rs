@@ -34,6 +34,7 @@ pub(crate) fn up(session_present: bool, receive_maximum: u16) -> Handshake {
         keeps_retain: true,
         quick_ack: false,
         fetch_qos: QoS::ExactlyOnce,
+        filters_in_packet: 8,
         fetch_quiet: Duration::from_millis(100),
     }
 }

@@ -27,6 +27,12 @@ const FETCH_QUIET_MAX: Duration = Duration::from_secs(4);
 /// The quiet time where the probe saw no retained message.
 const FETCH_QUIET_UNSEEN: Duration = Duration::from_millis(500);
 
+/// Filters in one SUBSCRIBE or UNSUBSCRIBE to a broker of which nothing is known. AWS IoT Core takes no
+/// more.
+const FILTERS_IN_PACKET: usize = 8;
+/// Filters in one packet to a broker that names itself: none of these has such a limit.
+const FILTERS_IN_PACKET_NAMED: usize = 64;
+
 /// Gives each value of an enum the word that logs, metrics, the admin API and people read.
 macro_rules! words {
     ($type:ident { $($variant:ident => $word:literal),+ $(,)? }) => {
@@ -351,6 +357,14 @@ impl BrokerProfile {
     /// Whether user properties reach the broker's subscribers.
     pub(crate) fn keeps_properties(&self) -> bool {
         self.capabilities.version == Version::V5 && self.quirks.properties != Some(false)
+    }
+
+    /// Filters in one SUBSCRIBE or UNSUBSCRIBE.
+    pub(crate) fn filters_in_packet(&self) -> usize {
+        match self.software {
+            Some(_) => FILTERS_IN_PACKET_NAMED,
+            None => FILTERS_IN_PACKET,
+        }
     }
 
     /// How arriving messages are mapped to filters.

@@ -88,11 +88,8 @@ async fn wanted(context: &LinkContext, link: &LinkStatus, wake: &TaskWaker) {
     let router = &context.router;
     let now = || match link.role {
         Role::Retained => true,
-        Role::Data => {
-            let first = context.broker.access.config.data_links.first;
-            link.number < usize::from(first) || router.filters_on(link.number) > 0
-        }
-        Role::Shared => router.filters_on(router.shared_link(link.number)) > 0,
+        Role::Data => router.filter_link_wanted(link.number),
+        Role::Shared => router.filter_link_wanted(router.shared_link(link.number)),
         Role::Publish => link.number < router.publish_links_wanted(),
     };
     while !now() {

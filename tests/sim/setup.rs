@@ -194,6 +194,7 @@ fn router_config(evicts: bool, rng: &mut Rng) -> RouterConfig {
     RouterConfig {
         data_links: 1,
         data_links_max: 1,
+        data_link_filters: 2000,
         shared_links: 1,
         shared_links_max: 1,
         roots: Vec::new(),

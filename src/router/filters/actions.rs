@@ -14,6 +14,11 @@ impl LinkSet {
         self.0 |= 1 << link;
     }
 
+    /// How many links there are.
+    pub(crate) fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
     /// The links, in the order of their numbers.
     pub(crate) fn iter(self) -> impl Iterator<Item = usize> {
         (0..u32::BITS as usize).filter(move |link| self.0 & (1 << link) != 0)
@@ -29,6 +34,14 @@ impl std::ops::BitOrAssign for LinkSet {
 impl Extend<usize> for LinkSet {
     fn extend<T: IntoIterator<Item = usize>>(&mut self, links: T) {
         links.into_iter().for_each(|link| self.insert(link));
+    }
+}
+
+impl FromIterator<usize> for LinkSet {
+    fn from_iter<T: IntoIterator<Item = usize>>(links: T) -> Self {
+        let mut set = Self::default();
+        set.extend(links);
+        set
     }
 }
 

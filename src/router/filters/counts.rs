@@ -1,7 +1,7 @@
 //! How many data links and shared links there are, may be, and are in use.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use crate::router::filters::actions::LinkSet;
 
@@ -10,9 +10,12 @@ use crate::router::filters::actions::LinkSet;
 pub(in crate::router) struct LinkCounts {
     /// Data links from the start.
     pub data: usize,
-    /// Data links at most. Further ones are opened where the broker has no Subscription Identifiers,
-    /// for filters that overlap others.
+    /// Data links at most. Further ones are opened where the broker has no Subscription Identifiers, for
+    /// filters that overlap others, and elsewhere for many filters.
     pub data_max: usize,
+    /// Where the broker has Subscription Identifiers, another data link is opened when there are more
+    /// filters than this for each.
+    pub filters_each: usize,
     /// Shared links that are used where the broker has Subscription Identifiers.
     pub shared: usize,
     /// Shared links at most.
@@ -26,6 +29,7 @@ impl LinkCounts {
         Self {
             data,
             data_max: data,
+            filters_each: usize::MAX,
             shared,
             shared_max: shared,
         }
@@ -36,13 +40,16 @@ impl LinkCounts {
         self.data_max + self.shared_max
     }
 
-    /// The data links that filters may be placed on.
-    pub(crate) fn of_data(self, identifiers: bool) -> Range<usize> {
-        match (identifiers, self.catch_all()) {
-            (true, _) => 0..self.data,
-            (false, Some(last)) => 0..last,
-            (false, None) => 0..self.data_max,
-        }
+    /// The data links that filters may be placed on where the broker has no Subscription Identifiers.
+    pub(crate) fn of_data(self) -> Range<usize> {
+        0..self.catch_all().unwrap_or(self.data_max)
+    }
+
+    /// How many data links there are to be for so many filters where the broker has Subscription
+    /// Identifiers.
+    pub(crate) fn data_for(self, filters: usize) -> usize {
+        let links = filters.div_ceil(self.filters_each);
+        links.clamp(self.data, self.data_max)
     }
 
     /// The links that shared subscriptions may be placed on.
@@ -66,6 +73,8 @@ impl LinkCounts {
 pub(in crate::router) struct UsedLinks {
     /// As bits.
     links: AtomicU32,
+    /// The first so many data links are to be connected, whether filters are on them or not.
+    data_wanted: AtomicUsize,
 }
 
 impl UsedLinks {
@@ -73,6 +82,7 @@ impl UsedLinks {
     pub(crate) fn new(first: usize) -> Self {
         Self {
             links: AtomicU32::new((1 << first) - 1),
+            data_wanted: AtomicUsize::new(first),
         }
     }
 
@@ -82,14 +92,22 @@ impl UsedLinks {
         self.links.fetch_or(bit, Ordering::AcqRel) & bit == 0
     }
 
+    /// Data links that are to be connected, whether filters are on them or not: the first ones.
+    pub(crate) fn data_wanted(&self) -> usize {
+        self.data_wanted.load(Ordering::Acquire)
+    }
+
+    /// The first `count` data links are to be connected. Returns how many were before.
+    pub(super) fn want_data(&self, count: usize) -> usize {
+        self.data_wanted.fetch_max(count, Ordering::AcqRel)
+    }
+
     pub(crate) fn contains(&self, link: usize) -> bool {
         self.links.load(Ordering::Acquire) & (1 << link) != 0
     }
 
     /// Those among the first `count` links.
     pub(crate) fn below(&self, count: usize) -> LinkSet {
-        let mut links = LinkSet::default();
-        links.extend((0..count).filter(|link| self.contains(*link)));
-        links
+        (0..count).filter(|link| self.contains(*link)).collect()
     }
 }

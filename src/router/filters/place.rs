@@ -13,9 +13,11 @@
 //! So another client's filter does not cause a refusal, as long as links can be added.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::mqtt::QoS;
+use crate::router::filters::actions::LinkSet;
 use crate::router::filters::filter::{Filter, Phase, Placement, Release};
 use crate::router::filters::table::Table;
 use crate::telemetry::{RateLimited, clean};
@@ -60,18 +62,40 @@ impl Table {
         if !identifiers {
             return self.place_disjoint(id, now);
         }
-        let links = match filter.is_shared() {
-            true => self.counts.of_shared(true),
-            false => self.counts.of_data(true),
-        };
+        let shared = filter.is_shared();
         let neighbour = near.iter().find_map(|n| self.get(self.source(*n)));
         let neighbour = neighbour.and_then(Filter::link);
-        let link = match neighbour {
-            Some(link) if links.contains(&link) => link,
-            _ => links.start + (hash % links.len() as u64) as usize,
+        let neighbour = neighbour.filter(|link| (*link >= self.counts.data_max) == shared);
+        let links = match shared {
+            true => LinkSet::from_iter(self.counts.of_shared(true)),
+            false => self.open_data_links(),
         };
-        self.put_on(id, link);
+        let nth = (hash % links.len().max(1) as u64) as usize;
+        if let Some(link) = neighbour.or_else(|| links.iter().nth(nth)) {
+            self.put_on(id, link);
+        }
         Ok(())
+    }
+
+    /// The data links that new filters are placed on where the broker has Subscription Identifiers: the
+    /// first ones, and of the others those that are connected, because the broker may not take more
+    /// connections. Asks for another link when the filters have become many: some brokers go through
+    /// all subscriptions of a connection for each new one.
+    fn open_data_links(&mut self) -> LinkSet {
+        let filters = self.len();
+        let wanted = self.counts.data_for(filters);
+        let before = self.used.want_data(wanted);
+        if wanted > before {
+            self.woken.extend(before..wanted);
+            tracing::info!(
+                links = wanted,
+                filters,
+                "Another data link is opened, because there are many filters"
+            );
+        }
+        let is_open =
+            |link: &usize| *link < self.counts.data || self.up[*link].load(Ordering::Acquire);
+        (0..wanted).filter(is_open).collect()
     }
 
     fn place_disjoint(&mut self, id: FilterId, now: Millis) -> Result<(), Arc<str>> {
@@ -129,7 +153,7 @@ impl Table {
     pub(super) fn link_for(&mut self, shared: bool, topics: &str, now: Millis) -> Option<usize> {
         let links = match shared {
             true => self.counts.of_shared(false),
-            false => self.counts.of_data(false),
+            false => self.counts.of_data(),
         };
         let used: Vec<usize> = links.filter(|link| self.used.contains(*link)).collect();
         let is_free = |link: &&usize| !self.tries[**link].overlaps_any(topics, |_| true);
@@ -144,7 +168,7 @@ impl Table {
     pub(super) fn another_link(&self, shared: bool) -> Option<usize> {
         let mut links = match shared {
             true => self.counts.of_shared(false),
-            false => self.counts.of_data(false),
+            false => self.counts.of_data(),
         };
         links.find(|link| !self.used.contains(*link))
     }
@@ -258,7 +282,7 @@ impl Table {
     fn in_the_way(&self, shared: bool, topics: &str) -> Option<Arc<str>> {
         let mut links = match shared {
             true => self.counts.of_shared(false),
-            false => self.counts.of_data(false),
+            false => self.counts.of_data(),
         };
         let mut other = None;
         self.tries[links.next()?].overlaps_any(topics, |id| {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::Duration;
 
 use crate::mqtt::QoS;
@@ -32,6 +32,8 @@ pub(in crate::router) struct Table {
     pub(super) counts: LinkCounts,
     /// The links that filters were placed on.
     pub(super) used: Arc<UsedLinks>,
+    /// For each link, whether it is connected.
+    pub(super) up: Arc<[AtomicBool]>,
     /// Links that have something to send since the last [`Table::take_woken`].
     pub(super) woken: LinkSet,
     /// By number; `None`: the number means none, and costs no more than a word while it rests.
@@ -102,6 +104,7 @@ impl Table {
         }
         Self {
             used: Arc::new(UsedLinks::new(counts.data)),
+            up: (0..links).map(|_| AtomicBool::new(false)).collect(),
             counts,
             woken: LinkSet::default(),
             filters,

@@ -12,9 +12,6 @@ use crate::topics::{FilterId, has_wildcard, split_shared};
 /// messages of the broker.
 pub(crate) const RESERVED_KEY: &str = "tidegate";
 
-/// Filters in one packet. AWS IoT Core takes no more.
-pub(super) const FILTERS_IN_PACKET: usize = 8;
-
 /// Bytes of filters in one SUBSCRIBE or UNSUBSCRIBE.
 const REQUEST_FILTER_BYTES: usize = 8 * 1024;
 

@@ -22,8 +22,8 @@ use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
 
 use crate::upstream::link::common::{
-    FILTERS_IN_PACKET, RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_exact,
-    is_probe, next_id, unsubscribe_bytes,
+    RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_exact, is_probe, next_id,
+    unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::exactly_once::ExactlyOnce;
@@ -55,6 +55,8 @@ pub(crate) struct DataLink {
     version: Version,
     identifiers: bool,
     keeps_retain: bool,
+    /// [`Handshake::filters_in_packet`].
+    filters_in_packet: usize,
     connected_before: bool,
     last_id: u16,
     /// SUBSCRIBE and UNSUBSCRIBE packets without an answer, by packet identifier.
@@ -125,6 +127,7 @@ impl DataLink {
             version: Version::V5,
             identifiers: true,
             keeps_retain: true,
+            filters_in_packet: 1,
             connected_before: false,
             last_id: 0,
             requests: LookUp::default(),
@@ -281,7 +284,7 @@ impl DataLink {
                 // The identifier of a filter with wildcards names that one, so it has a packet of its own.
                 let in_packet = match self.identifiers && !is_exact(&run[0].name) {
                     true => 1,
-                    false => FILTERS_IN_PACKET,
+                    false => self.filters_in_packet,
                 };
                 self.send_subscribes(run, in_packet, out);
             }
@@ -315,7 +318,7 @@ impl DataLink {
     fn send_unsubscribes(&mut self, filters: &[(FilterId, Arc<str>)], out: &mut Vec<u8>) {
         let in_packet = match self.one_by_one {
             true => 1,
-            false => FILTERS_IN_PACKET,
+            false => self.filters_in_packet,
         };
         for these in in_packets(filters, in_packet, unsubscribe_bytes) {
             let id = self.free_id();
@@ -331,6 +334,7 @@ impl Machine for DataLink {
         self.version = handshake.version;
         self.identifiers = handshake.identifiers;
         self.keeps_retain = handshake.keeps_retain;
+        self.filters_in_packet = handshake.filters_in_packet;
         self.requests.clear();
         self.lag.connected(handshake.fetch_quiet);
         self.find_poison(now);

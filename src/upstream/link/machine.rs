@@ -26,6 +26,8 @@ pub(crate) struct Handshake {
     pub keeps_retain: bool,
     /// The broker may hold packets back until TCP acknowledgements arrive, so these are sent at once.
     pub quick_ack: bool,
+    /// Filters in one SUBSCRIBE or UNSUBSCRIBE.
+    pub filters_in_packet: usize,
     /// The QoS of the retained link's subscriptions.
     pub fetch_qos: QoS,
     /// How long the retained link has to be quiet before a fetch is over.
@@ -44,6 +46,7 @@ impl Handshake {
             identifiers: profile.quirks.identifiers.usable(),
             keeps_retain: profile.keeps_retain(),
             quick_ack: profile.quirks.nodelay != Some(true),
+            filters_in_packet: profile.filters_in_packet(),
             fetch_qos: profile.fetch_qos(),
             fetch_quiet: profile.fetch_quiet(),
         }

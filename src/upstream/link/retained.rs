@@ -20,8 +20,8 @@ use crate::time::{Deadline, Millis};
 use crate::topics::{FilterId, matches};
 
 use crate::upstream::link::common::{
-    FILTERS_IN_PACKET, RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_exact,
-    is_probe, next_id, unsubscribe_bytes,
+    RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_exact, is_probe, next_id,
+    unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::machine::{Handshake, Machine};
@@ -49,6 +49,8 @@ pub(crate) struct RetainedLink {
     identifiers: bool,
     /// The QoS of the subscriptions.
     qos: QoS,
+    /// [`Handshake::filters_in_packet`].
+    filters_in_packet: usize,
     /// How long the link has to be quiet before a fetch is over.
     quiet: Duration,
     last_id: u16,
@@ -128,6 +130,7 @@ impl RetainedLink {
             version: Version::V5,
             identifiers: true,
             qos: QoS::AtMostOnce,
+            filters_in_packet: 1,
             quiet: Duration::ZERO,
             last_id: 0,
             fetches: Vec::new(),
@@ -172,7 +175,7 @@ impl RetainedLink {
             let exact = filters.partition_point(|(_, name)| is_exact(name));
             let (exact, wild) = filters.split_at(exact);
             let in_packet = if self.identifiers { 1 } else { filters.len() };
-            let packets = in_packets(exact, FILTERS_IN_PACKET, |(_, name)| name.len());
+            let packets = in_packets(exact, self.filters_in_packet, |(_, name)| name.len());
             let packets = packets.chain(wild.chunks(in_packet));
             let mut named_by = Vec::with_capacity(filters.len());
             let mut unanswered = 0;
@@ -324,6 +327,7 @@ impl Machine for RetainedLink {
         self.version = handshake.version;
         self.identifiers = handshake.identifiers;
         self.qos = handshake.fetch_qos;
+        self.filters_in_packet = handshake.filters_in_packet;
         self.quiet = handshake.fetch_quiet;
         self.start(now, out);
     }

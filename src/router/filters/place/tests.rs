@@ -1,6 +1,7 @@
 //! Where filters that overlap are placed before a broker without Subscription Identifiers, and how they
 //! move.
 
+mod growth;
 mod retained;
 mod unanswered;
 
