@@ -6,10 +6,15 @@
 
 A publish takes from PUBLISH to PUBCOMP; a delivery takes from PUBLISH to the subscriber's PUBCOMP. This mosquitto has
 Nagle's algorithm on. `scripts/test` makes .venv.
+
+Waking a process on another processor takes longer than all the work for a packet. So the processes are bound to
+processors: all to one, the broker to another, or the broker and Tidegate to another than the clients. Where the system
+places them, the clients and mosquitto often share a processor which Tidegate does not have.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
@@ -25,6 +30,16 @@ from harness.process import Service, free_port, wait_until  # noqa: E402
 from harness.raw import Raw  # noqa: E402
 
 PUBLISHES = 500
+RUNS = 5
+
+# The processors of the clients, of Tidegate and of the broker.
+FIRST, SECOND, ANY = {0}, {1}, set(range(os.cpu_count() or 1))
+PLACES = {
+    "all on one processor": (FIRST, FIRST, FIRST),
+    "the broker on another": (FIRST, FIRST, SECOND),
+    "the broker and Tidegate on another": (FIRST, SECOND, SECOND),
+    "as the system places them": (ANY, ANY, ANY),
+}
 
 
 def publishes(port: int, delivered: bool) -> list[float]:
@@ -48,6 +63,12 @@ def publishes(port: int, delivered: bool) -> list[float]:
                 sub.send(wire.ack(wire.PUBCOMP, packet.packet_id))
             times.append((time.monotonic() - began) * 1000)
     return times
+
+
+def bind(pid: int, processors: set[int]) -> None:
+    """Binds all threads of a process to these processors."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), processors)
 
 
 def answers(port: int) -> bool:
@@ -74,11 +95,15 @@ def main() -> None:
         }
         edge = Edge(directory / "edge", table).start()
         try:
-            print("| | Tidegate, ms: p50 / p99 | mosquitto alone | ratio of p50 |\n|---|---|---|---|")
-            for what in ("publish", "delivery") * 3:
-                both = [sorted(publishes(p, what == "delivery")) for p in (edge["tcp"].port, port)]
-                ours, theirs = (f"{statistics.median(t):.2f} / {t[len(t) * 99 // 100]:.2f}" for t in both)
-                print(f"| {what} | {ours} | {theirs} | {statistics.median(both[0]) / statistics.median(both[1]):.2f} |", flush=True)
+            print("| | processors | Tidegate, ms: p50 | mosquitto alone | ratios |\n|---|---|---|---|---|")
+            for what in ("publish", "delivery"):
+                for place, processors in PLACES.items():
+                    for pid, bound in zip((os.getpid(), edge.service.pid, broker.pid), processors, strict=True):
+                        bind(pid, bound)
+                    runs = [[statistics.median(publishes(p, what == "delivery")) for p in (edge["tcp"].port, port)] for _ in range(RUNS)]
+                    ours, theirs = (", ".join(f"{run[side]:.3f}" for run in runs) for side in (0, 1))
+                    ratios = ", ".join(f"{mine / other:.2f}" for mine, other in runs)
+                    print(f"| {what} | {place} | {ours} | {theirs} | {ratios} |", flush=True)
         finally:
             edge.close()
             broker.end_quietly()

@@ -27,7 +27,7 @@ const FETCH_QUIET_MAX: Duration = Duration::from_secs(4);
 /// The quiet time where the probe saw no retained message.
 const FETCH_QUIET_UNSEEN: Duration = Duration::from_millis(500);
 
-/// Filters in one SUBSCRIBE or UNSUBSCRIBE to a broker of which nothing is known. AWS IoT Core takes no
+/// Filters in one SUBSCRIBE or UNSUBSCRIBE to a broker that does not name itself. AWS IoT Core takes no
 /// more.
 const FILTERS_IN_PACKET: usize = 8;
 /// Filters in one packet to a broker that names itself: none of these has such a limit.
@@ -382,4 +382,18 @@ fn version_name<S: Serializer>(version: &Version, serializer: S) -> Result<S::Ok
 
 fn qos_number<S: Serializer>(qos: &QoS, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_u8(*qos as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broker_that_does_not_name_itself_gets_few_filters_in_a_packet() {
+        let capabilities = Capabilities::of(Version::V5, &Connack::default());
+        let mut profile = BrokerProfile::unseen(&capabilities, Source::Probed);
+        assert_eq!(profile.filters_in_packet(), 8, "AWS IoT Core takes no more");
+        profile.software = Some("mosquitto version 2.0.11".to_owned());
+        assert_eq!(profile.filters_in_packet(), 64);
+    }
 }

@@ -334,7 +334,10 @@ impl<'a, M: Machine> Pump<'a, M> {
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(error.into())),
             Poll::Pending => {
-                if std::mem::take(&mut self.unacknowledged) && self.quick_ack {
+                if std::mem::take(&mut self.unacknowledged)
+                    && self.quick_ack
+                    && self.machine.awaits_packets()
+                {
                     io.quick_ack(true);
                 }
                 Poll::Pending

@@ -78,7 +78,7 @@ impl Table {
     }
 
     /// The data links that new filters are placed on where the broker has Subscription Identifiers: the
-    /// first ones, and of the others those that are connected, because the broker may not take more
+    /// first ones, and added ones once they are connected, because the broker may not take more
     /// connections. Asks for another link when the filters have become many: some brokers go through
     /// all subscriptions of a connection for each new one.
     fn open_data_links(&mut self) -> LinkSet {

@@ -104,6 +104,11 @@ pub(crate) trait Machine: Send {
     fn pace(&self) -> Option<Duration> {
         None
     }
+    /// Whether the broker may have packets for the link before anything else is sent on it. If not, the TCP
+    /// acknowledgement of the last ones can wait for the next packet.
+    fn awaits_packets(&self) -> bool {
+        true
+    }
     /// The age of the messages that the link brings, as it was measured last, for the metrics. `None`: the
     /// link brings none.
     fn lag(&self) -> Option<Duration> {

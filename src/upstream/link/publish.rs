@@ -530,6 +530,10 @@ impl Machine for PublishLink {
         (!few && open < self.receive_maximum / 4).then_some(PACE)
     }
 
+    fn awaits_packets(&self) -> bool {
+        self.open() > 0 || !self.pings.is_empty()
+    }
+
     fn window(&self) -> (usize, usize) {
         (self.open(), self.receive_maximum)
     }

@@ -43,6 +43,28 @@ fn the_window_of_the_broker_is_never_exceeded() {
     assert!(out.is_empty(), "one acknowledgement, one publish");
 }
 
+/// A broker that holds small packets back until TCP acknowledges the ones before it gets the
+/// acknowledgement at once as long as it has an answer to send.
+#[test]
+fn answers_are_awaited_until_the_last_one_is_there() {
+    let router = router();
+    let who = client(&router, "a");
+    let mut link = PublishLink::new(router.clone(), 0, 1);
+    let mut out = Vec::new();
+    link.connected(&up(false, 10), Millis::ZERO, &mut out);
+    assert!(!link.awaits_packets());
+    publish_at(&router, who, 0, QoS::ExactlyOnce);
+    link.poll(Millis::ZERO, &mut out);
+    let id = read(&mut out)[0].1;
+    assert!(link.awaits_packets());
+    let recorded = link.packet(&Packet::Pubrec(ack(id)), Millis::ZERO, &mut out);
+    recorded.expect("it is expected");
+    assert!(link.awaits_packets(), "PUBCOMP");
+    let complete = link.packet(&Packet::Pubcomp(ack(id)), Millis::ZERO, &mut out);
+    complete.expect("it is expected");
+    assert!(!link.awaits_packets());
+}
+
 /// I10, I19: publishes in flight are sent again in order, within the window of the new connection.
 #[test]
 fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
