@@ -152,6 +152,11 @@ impl World {
         trace!(self, "{n} leaves");
         self.devices[n].wills.discard(self.now);
         self.disconnected(n, unread);
+        // Longer than the disk may take, so that a crash finds the client away.
+        if self.store.is_some() && self.fate.chance(50) {
+            let away = Duration::from_millis(self.fate.below(1500));
+            self.devices[n].away_until = self.now + away;
+        }
     }
 
     /// The connection of a client has ended.

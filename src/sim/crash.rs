@@ -1,8 +1,10 @@
 //! Crashes: the node is dropped at any moment, and begins again from its disk. The broker lives on.
 
 use super::*;
+use crate::sim::devices::message;
 use crate::sim::kept::Survival;
 use crate::sim::store::GRACE;
+use crate::sim::testing::publish_of;
 use crate::store::log::disk::sim::Fault;
 use crate::streams::StreamId;
 
@@ -174,13 +176,60 @@ impl World {
         if let Some((at, keep)) = self.broker_back_at
             && at <= back
         {
-            self.broker.at(at);
+            self.now = self.now.max(at);
+            self.broker.at(self.now);
             self.broker_back_at = None;
             self.broker.start(keep);
+            trace!(self, "the broker is back, sessions kept {keep}");
+        }
+        for _ in 0..self.fate.below(4) {
+            self.publish_outside();
         }
         self.now = back;
         self.node_now = Millis::ZERO;
         self.broker.at(back);
+    }
+
+    /// A client of the broker publishes while the node is away.
+    fn publish_outside(&mut self) {
+        let Some(mut connection) = self.broker.connect() else {
+            return;
+        };
+        let (version, topic) = (self.setup.version, self.fate.pick(&TOPICS));
+        let qos = self.fate.pick(&[QoS::AtLeastOnce, QoS::ExactlyOnce]);
+        self.number += 1;
+        let (number, outside) = (self.number, self.oracle.outside());
+        let mut bytes = Vec::new();
+        Connect {
+            version,
+            client_id: "outside",
+            clean_start: true,
+            ..Connect::default()
+        }
+        .encode(&mut bytes);
+        bytes.extend(publish_of(
+            version,
+            1,
+            &message(topic, &number.to_string(), qos, false),
+        ));
+        if qos == QoS::ExactlyOnce {
+            encode_ack(
+                version,
+                AckKind::Pubrel,
+                1,
+                ReasonCode::SUCCESS,
+                None,
+                &mut bytes,
+            );
+        }
+        self.oracle
+            .published(outside, number, topic, qos, false, self.now);
+        let fed = self.broker.feed(&mut connection, &bytes, &mut Vec::new());
+        assert!(fed.is_ok(), "{fed:?}");
+        self.broker.drop_connection(&connection);
+        trace!(self, "outside, {number} is published on {topic} at {qos:?}");
+        self.oracle
+            .acknowledged(outside, number, ReasonCode::SUCCESS, self.now);
     }
 
     fn start_again(&mut self, disk: SimDisk) {

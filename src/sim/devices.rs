@@ -110,7 +110,7 @@ pub(crate) fn number_of(payload: &[u8]) -> Option<u32> {
     text.split(' ').next()?.parse().ok()
 }
 
-fn message(topic: &str, payload: &str, qos: QoS, retain: bool) -> crate::mqtt::Message {
+pub(crate) fn message(topic: &str, payload: &str, qos: QoS, retain: bool) -> crate::mqtt::Message {
     crate::mqtt::Message::new(&crate::mqtt::MessageSpec {
         topic,
         properties: Properties::default(),

@@ -40,7 +40,8 @@ impl Oracle {
     pub(super) fn new(conditions: Conditions) -> Self {
         let clients = conditions.clients_v5.iter();
         Self {
-            clients: clients.map(|_| Client::default()).collect(),
+            // The last one is outside of the node.
+            clients: clients.chain([&true]).map(|_| Client::default()).collect(),
             conditions,
             messages: BTreeMap::new(),
             publish_links_lost: Vec::new(),
@@ -84,6 +85,9 @@ impl Oracle {
     pub(super) fn restarted(&mut self, now: Millis, keep: bool) {
         if !keep {
             self.sessions_lost.push(now);
+            if self.awaits_filters() {
+                self.links_lost_meanwhile();
+            }
         }
     }
 

@@ -20,6 +20,8 @@ pub(super) struct Crash {
     at: Millis,
     /// The disk was degraded, so the log may be an old one.
     stale: bool,
+    /// The links begin new sessions at the broker.
+    links_begin_anew: bool,
     /// When the broker had all filters of clients again.
     regained_at: Option<Millis>,
 }
@@ -36,12 +38,11 @@ impl Oracle {
         self.crashes.push(Crash {
             at: now,
             stale: durable_since.is_none(),
+            links_begin_anew: LINK_SESSIONS_END || durable_since.is_none(),
             regained_at: None,
         });
         self.publish_link_lost(now);
-        if LINK_SESSIONS_END {
-            self.sessions_lost.push(now);
-        }
+        self.filters_lost(now);
         let is_written = |at| durable_since.is_some_and(|since| is_written(at, since, now));
         for (n, survival) in survival.iter().enumerate() {
             if *survival == Survival::Ends {
@@ -62,11 +63,28 @@ impl Oracle {
         }
     }
 
+    /// The broker has lost the links' sessions while it may lack filters.
+    pub(super) fn links_lost_meanwhile(&mut self) {
+        if let Some(crash) = self.crashes.last_mut() {
+            crash.links_begin_anew = true;
+        }
+    }
+
     /// The node has started again.
     pub(crate) fn started(&mut self, now: Millis) {
-        if LINK_SESSIONS_END {
+        self.filters_lost(now);
+    }
+
+    /// After the last crash, the links begin new sessions, so retained messages are fetched again.
+    fn filters_lost(&mut self, now: Millis) {
+        if self.crashes.last().is_some_and(|c| c.links_begin_anew) {
             self.sessions_lost.push(now);
         }
+    }
+
+    /// The publisher that is no client of the node.
+    pub(crate) fn outside(&self) -> usize {
+        self.clients.len() - 1
     }
 
     /// Whether the broker may lack filters since a crash.
@@ -80,9 +98,7 @@ impl Oracle {
         for crash in &mut self.crashes {
             crash.regained_at.get_or_insert(now);
         }
-        if LINK_SESSIONS_END {
-            self.sessions_lost.push(now);
-        }
+        self.filters_lost(now);
     }
 
     /// When the node crashed last.
@@ -183,7 +199,7 @@ impl Oracle {
             let regained_at = crash.regained_at.unwrap_or(Millis::MAX);
             let at_broker =
                 message.at <= regained_at && crash.at <= message.acknowledged_by(TRANSIT);
-            MESSAGES_END && was_taken || LINK_SESSIONS_END && at_broker
+            MESSAGES_END && was_taken || crash.links_begin_anew && at_broker
         })
     }
 

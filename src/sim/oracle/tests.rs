@@ -1,6 +1,7 @@
 //! Promises that the oracle must not find broken, and promises that it must.
 
 use crate::mqtt::{QoS, ReasonCode, SubscribeOptions};
+use crate::sim::kept::Survival;
 use crate::sim::oracle::{Conditions, Oracle};
 use crate::sim::seen::Got;
 use crate::streams::StreamId;
@@ -131,5 +132,110 @@ fn a_late_refusal_ends_no_subscription_of_a_later_request() {
         };
         oracle.received(1, "b", got);
         assert_eq!(oracle.first_fault().is_none(), allowed);
+    }
+}
+
+/// An oracle of two clients over a disk, of which client 1 has a subscription on `a`.
+fn subscribed() -> Oracle {
+    let mut oracle = group_of(QoS::AtLeastOnce);
+    let options = SubscribeOptions {
+        qos: QoS::ExactlyOnce,
+        ..SubscribeOptions::default()
+    };
+    let at = Millis::new(30);
+    oracle.subscribes(1, (2, CONTROL), &[("a".to_owned(), options)], at);
+    oracle.granted(1, 2, "a", 2, at);
+    oracle
+}
+
+/// The first fault in a session that a crash at 1 s has left.
+fn restored(oracle: &mut Oracle, survival: Survival, found: Option<&[&str]>) -> Option<String> {
+    let all = [Survival::Survives, survival];
+    oracle.crashed(Some(Millis::ZERO), &all, Millis::new(1000));
+    let at_qos = |name: &&str| {
+        let qos = if *name == "a" {
+            QoS::ExactlyOnce
+        } else {
+            QoS::AtLeastOnce
+        };
+        ((*name).to_owned(), qos)
+    };
+    let found = found.map(|names| names.iter().map(at_qos).collect::<Vec<_>>());
+    oracle.judge_restored(1, survival, found.as_deref());
+    oracle.first_fault()
+}
+
+#[test]
+fn a_crash_leaves_the_session_and_the_subscriptions_that_were_acknowledged() {
+    let group = "$share/g/a";
+    fn judge(survival: Survival, found: Option<&[&str]>) -> Option<String> {
+        restored(&mut subscribed(), survival, found)
+    }
+    assert_eq!(judge(Survival::Survives, Some(&[group, "a"])), None);
+    assert!(judge(Survival::Survives, Some(&[group])).is_some(), "lost");
+    assert!(
+        judge(Survival::Survives, Some(&[group, "a", "b"])).is_some(),
+        "invented"
+    );
+    assert!(judge(Survival::Survives, None).is_some(), "no session");
+    assert!(judge(Survival::Ends, Some(&[group, "a"])).is_some(), "back");
+    assert_eq!(judge(Survival::Ends, None), None);
+    assert_eq!(judge(Survival::Unknown, None), None);
+    assert_eq!(judge(Survival::Unknown, Some(&["a"])), None);
+}
+
+#[test]
+fn a_crash_may_bring_back_a_subscription_whose_end_was_neither_acknowledged_nor_long_ago() {
+    for (at, told, may_be_back) in [(990, false, true), (990, true, false), (500, false, false)] {
+        for found in [&["$share/g/a"][..], &["$share/g/a", "a"]] {
+            let mut oracle = subscribed();
+            oracle.unsubscribes(1, "a", Millis::new(at));
+            if told {
+                oracle.unsubscribed(1, "a");
+            }
+            let fault = restored(&mut oracle, Survival::Survives, Some(found));
+            assert_eq!(
+                fault.is_none(),
+                found.len() == 1 || may_be_back,
+                "{at} {told}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_publish_of_qos_2_that_was_acknowledged_before_a_crash_never_comes_twice() {
+    for (acknowledged_at, twice) in [(120, false), (1200, true)] {
+        let mut oracle = subscribed();
+        oracle.published(0, 1, "a", QoS::ExactlyOnce, false, Millis::new(100));
+        let get = |oracle: &mut Oracle, at| {
+            let got = Got {
+                number: 1,
+                qos: QoS::ExactlyOnce,
+                retain: false,
+                dup: false,
+                stream: CONTROL,
+                at: Millis::new(at),
+            };
+            oracle.received(1, "a", got);
+        };
+        get(&mut oracle, 130);
+        oracle.crashed(
+            Some(Millis::ZERO),
+            &[Survival::Survives; 2],
+            Millis::new(1000),
+        );
+        oracle.has_filters(Millis::new(1100));
+        get(&mut oracle, 1300);
+        // The group may have its copy, too, but not a third one is possible.
+        get(&mut oracle, 1400);
+        oracle.acknowledged(0, 1, ReasonCode::SUCCESS, Millis::new(acknowledged_at));
+        oracle.settle(Millis::new(5000), &[]);
+        assert_eq!(
+            oracle.first_fault().is_none(),
+            twice,
+            "{:?}",
+            oracle.first_fault()
+        );
     }
 }
