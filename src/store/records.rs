@@ -1,4 +1,4 @@
-//! The records of sessions in the log.
+//! The records of sessions, filters and links in the log. `filters` describes the latter two.
 //!
 //! A session's record is total: it says everything about the session, and the last one counts. It names
 //! the session by its incarnation, a number that no other session ever has. A record of the end of an
@@ -8,6 +8,7 @@
 //! its format.
 
 mod fields;
+mod filters;
 mod found;
 
 use std::net::IpAddr;
@@ -16,6 +17,10 @@ use std::num::{NonZeroU16, NonZeroU32};
 use crate::time::UnixMillis;
 
 use fields::{Reader, Writer};
+pub use filters::{
+    FILTER, FILTER_GONE, FilterGoneRecord, FilterRecord, FilterState, FoundFilter, FoundFilters,
+    FoundLink, FoundRest, LINK, LinkRecord, LinkState,
+};
 pub use found::{FoundSession, FoundSessions};
 
 /// The kind of a [`SessionRecord`] in the log.
