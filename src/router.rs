@@ -59,12 +59,14 @@ pub use broker::BrokerFeatures;
 pub use config::RouterConfig;
 pub use filters::filter::LinkSession;
 pub use filters::links::UpstreamSubscribe;
+pub use filters::restore::{RestoredLink, StaleLink};
+#[cfg(test)]
+pub(crate) use persist::Batch;
 pub use persist::{Persist, SessionOwner};
 pub use publish::ClientPublish;
 pub use sessions::Answered;
 pub(crate) use sessions::TYPICAL_SESSION_BYTES;
 pub use sessions::connect::{Connect, Connected, Predecessor, Refused};
-pub use sessions::persist::Batch;
 pub use sessions::view::{SessionInfo, SubscriptionInfo, Totals};
 pub use types::{Arrived, Peer, RetainedRequest, SessionRef};
 

@@ -29,9 +29,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::admin;
 use crate::clock::Clock;
-use crate::config::Config;
+use crate::config::{Config, Durability};
 use crate::router::{Persist, Router};
-use crate::store::{Memory, Store};
+use crate::store::{Memory, OfNode, Store};
 use crate::supervise::{Health, Run, keep_running};
 use crate::telemetry::{self, MemoryAccount, TaskKind, metrics};
 use crate::transport::{Bound, ConnectionCap, Drain};
@@ -45,6 +45,7 @@ pub use probe::probe;
 use certificates::Certificates;
 use ready::Ready;
 use reload::{Files, Reload};
+use secret::NodeSecret;
 use store::SessionStore;
 use view::View;
 
@@ -60,8 +61,15 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     let stop_accepting = CancellationToken::new();
     let stop_links = CancellationToken::new();
 
-    let store: Arc<dyn Store> = Arc::new(Memory);
-    let router = Arc::new(convert::router(&config, clock, &*store));
+    let node = node_secret(&config)?;
+    let store: Arc<dyn Store> = match &node {
+        Some(node) => Arc::new(OfNode {
+            digests: node.digests(),
+        }),
+        None => Arc::new(Memory),
+    };
+    let hash_seed = node.as_ref().map(NodeSecret::hash_seed);
+    let router = Arc::new(convert::router(&config, clock, &*store, hash_seed));
     let clients = Arc::new(convert::clients(&config, router.clone(), clock)?);
     check::validate_files(&config)?;
     permissions::warn(&config);
@@ -85,7 +93,10 @@ pub async fn run(config: Config) -> Result<(), StartError> {
             store,
             clock,
             stop: stop_links.clone(),
-            instance: getrandom::u64().unwrap_or_default() | 1,
+            instance: match &node {
+                Some(node) => node.instance(),
+                None => getrandom::u64().unwrap_or_default() | 1,
+            },
             health: health.clone(),
         },
         &tasks,
@@ -143,6 +154,16 @@ pub async fn run(config: Config) -> Result<(), StartError> {
         sessions.close(&router).await;
     }
     Ok(())
+}
+
+/// The values that outlive the process, where sessions do.
+fn node_secret(config: &Config) -> Result<Option<NodeSecret>, StartError> {
+    if config.store.durability == Durability::Memory {
+        return Ok(None);
+    }
+    let secret = NodeSecret::load(&config.node.data_dir);
+    let failed = |e| StartError::Internal(format!("no randomness: {e}"));
+    secret.map_err(failed).map(Some)
 }
 
 /// The tasks that serve the whole process, each started again if it ends.

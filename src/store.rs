@@ -13,6 +13,8 @@ mod redelivery;
 
 use std::fmt::Debug;
 
+use crate::hashing::{HashSeed, LookUpHasher};
+
 pub use identifiers::Identifiers;
 pub use redelivery::{Received, Ring};
 
@@ -30,12 +32,29 @@ pub trait Store: Debug + Send + Sync {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Memory;
 
+/// Keeps records in memory, with digests that another process of the node would make as well.
+#[derive(Clone, Copy, Debug)]
+pub struct OfNode {
+    /// The key of the digests.
+    pub digests: HashSeed,
+}
+
+impl Store for OfNode {
+    fn identifiers(&self) -> Box<dyn Identifiers> {
+        Memory.identifiers()
+    }
+
+    fn ring(&self, _link: usize) -> Box<dyn Ring> {
+        Box::new(redelivery::InMemory::with_hasher(self.digests))
+    }
+}
+
 impl Store for Memory {
     fn identifiers(&self) -> Box<dyn Identifiers> {
         Box::<identifiers::InMemory>::default()
     }
 
     fn ring(&self, _link: usize) -> Box<dyn Ring> {
-        Box::<redelivery::InMemory>::default()
+        Box::<redelivery::InMemory<LookUpHasher>>::default()
     }
 }

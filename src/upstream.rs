@@ -15,6 +15,7 @@ mod outage;
 pub(crate) mod profile;
 mod pump;
 mod role;
+mod stale;
 mod status;
 mod task;
 
@@ -30,7 +31,7 @@ use crate::router::handle::TaskWaker;
 use crate::store::Store;
 use crate::supervise::Health;
 
-pub(crate) use broker::BrokerAccess;
+pub(crate) use broker::{BrokerAccess, client_id};
 pub(crate) use discover::probe_once;
 pub(crate) use link::common::RESERVED_KEY;
 pub(crate) use role::Role;
@@ -74,6 +75,7 @@ impl Upstream {
         let (router, store, instance) = (start.router, start.store, start.instance);
         let context = LinkContext::new(start.broker, router.clone(), start.clock, start.stop);
         let context = Arc::new(context);
+        tasks.spawn(stale::end_all(context.clone()));
         let mut spawn = Spawn {
             context: context.clone(),
             health: start.health,

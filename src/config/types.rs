@@ -242,6 +242,11 @@ impl Upstream {
         matches!(self.servers.first(), Some(Server::Embedded { .. }))
     }
 
+    /// The index of the server of this name, as logs have it.
+    pub fn server_named(&self, name: &str) -> Option<usize> {
+        self.servers.iter().position(|s| s.to_string() == *name)
+    }
+
     /// Reads the links' password, without the line end. Called at each dial, so that a new secret is
     /// used.
     ///

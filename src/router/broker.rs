@@ -108,6 +108,11 @@ impl BrokerLimits {
         self.keeps_retain.swap(features.keeps_retain, order)
     }
 
+    /// Whether live messages kept RETAIN when an earlier process ended.
+    pub(super) fn restore(&self, keeps_retain: bool) {
+        self.keeps_retain.store(keeps_retain, Ordering::Relaxed);
+    }
+
     /// The largest QoS that the broker accepts.
     pub(super) fn maximum_qos(&self) -> QoS {
         QoS::from_u8(self.maximum_qos.load(Ordering::Relaxed)).unwrap_or(QoS::ExactlyOnce)

@@ -11,6 +11,7 @@ use crate::router::broker::BrokerFeatures;
 use crate::router::filters::actions::Released;
 use crate::router::filters::filter::LinkSession;
 use crate::router::filters::links::{UpstreamRequests, UpstreamSubscribe};
+use crate::router::filters::restore::{RestoredLink, StaleLink};
 use crate::router::handle::TaskWaker;
 
 impl Router {
@@ -66,6 +67,37 @@ impl Router {
     /// Up to `max` filters whose UNSUBSCRIBE is to be sent on data link `link` now.
     pub fn next_unsubscribes(&self, link: usize, max: usize) -> Vec<(FilterId, Arc<str>)> {
         self.filters.next_unsubscribes(link, max)
+    }
+
+    /// The session that an earlier process had for data link `link`, until the link connects.
+    pub fn restored_link(&self, link: usize) -> Option<RestoredLink> {
+        self.filters.restored_link(link)
+    }
+
+    /// Data link `link` is about to connect to a server under a client identifier, with a clean session or
+    /// the one that it has. It may do so once [`Router::may_connect`] says so; its task is woken then.
+    pub fn link_connects(&self, link: usize, clean: bool, client_id: &str, server: &str) {
+        self.filters.link_connects(link, clean, client_id, server);
+    }
+
+    /// Whether the disk knows that data link `link` is about to connect.
+    pub fn may_connect(&self, link: usize) -> bool {
+        self.filters.may_connect(link)
+    }
+
+    /// Whether the sessions of the data links at the broker outlive the process.
+    pub fn keeps_link_sessions(&self) -> bool {
+        self.filters.keeps_link_sessions()
+    }
+
+    /// The link sessions of an earlier process that no link has any more.
+    pub fn stale_links(&self) -> Vec<StaleLink> {
+        self.filters.stale_links()
+    }
+
+    /// The broker does not have a stale link session any more, or nobody can end it.
+    pub fn stale_link_ended(&self, client_id: &str) {
+        self.filters.stale_link_ended(client_id);
     }
 
     /// Data link `link` is connected, and the broker still has its filters, or not; `first`: for the

@@ -4,19 +4,22 @@
 //! that are left to the router; none of them calls a module beside this one.
 
 pub(super) mod actions;
+mod announce;
 mod copies;
 pub(super) mod counts;
 pub(super) mod filter;
 mod holders;
 mod inner;
+pub(super) mod journal;
 mod linger;
 pub(super) mod links;
 mod local;
 mod moves;
+pub(super) mod persist;
 mod place;
 mod poison;
 mod release;
-mod restore;
+pub(super) mod restore;
 mod roots;
 mod sources;
 mod suback;

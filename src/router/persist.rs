@@ -1,35 +1,72 @@
-//! The sessions' way into the log.
+//! The way of sessions, filters and links into the log.
 
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use crate::store::log::{Log, Mode, Owner, Pass, Piece, Progress, Room};
+use crate::store::log::{Log, Mode, Owner, Pass, Piece, Position, Progress, Room};
 use crate::telemetry::metrics;
 
 use crate::router::Router;
 use crate::router::SessionRef;
-use crate::router::sessions::persist::Batch;
+use crate::router::filters::persist::{FilterBatch, Rewritten};
+use crate::router::sessions::persist::SessionBatch;
+
+/// Records that were appended to the log together.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct Batch {
+    /// The place of the last one. `None`: none was appended, or the log is degraded.
+    pub last: Option<Position>,
+    /// The bytes of room that the next record needs, if it did not find them.
+    pub needs: Option<usize>,
+    filters: FilterBatch,
+    sessions: SessionBatch,
+}
+
+impl Batch {
+    /// Whether nothing was marked.
+    pub fn is_empty(&self) -> bool {
+        self.sessions.is_empty() && self.filters.is_empty()
+    }
+
+    /// How many sessions it has.
+    #[cfg(test)]
+    pub(crate) fn sessions(&self) -> usize {
+        self.sessions.len()
+    }
+}
 
 /// The room that a batch of sessions reserves in the log.
 const BATCH_BYTES: usize = 1 << 20;
 
 impl Router {
-    /// Whether sessions are to go into the log. Wakes the task behind `waker` when there are.
+    /// Whether records are to go into the log. Wakes the task behind `waker` when there are.
     pub fn has_marked(&self, waker: &Waker) -> bool {
         self.sessions.has_marked(waker)
     }
 
-    /// Appends sessions that have changed to the log, as many as find room, and each as it is now. `from` is
-    /// the shard to begin with; it is changed for the next call. When the batch is on the disk, or the log
-    /// is degraded, it is handed to [`Router::committed`].
+    /// Appends links, filters and sessions that have changed to the log, as many as find room, and each as
+    /// it is now. `from` is the shard to begin with; it is changed for the next call. When the batch is on
+    /// the disk, or the log is degraded, it is handed to [`Router::committed`].
     pub fn append_marked(&self, log: &Log, room: &mut Room, from: &mut u16) -> Batch {
-        self.sessions.append_marked(log, room, from)
+        let filters = match self.sessions.marks().take_filters() {
+            true => self.filters.append_marked(log, room),
+            false => FilterBatch::default(),
+        };
+        let sessions = self.sessions.append_marked(log, room, from);
+        Batch {
+            last: sessions.last.or(filters.last),
+            needs: sessions.needs,
+            filters,
+            sessions,
+        }
     }
 
-    /// The connections that waited for the records of this batch go on.
+    /// The connections and links that waited for the records of this batch go on.
     pub fn committed(&self, batch: &Batch) {
-        self.sessions.committed(batch);
+        self.wake_links(self.filters.committed(&batch.filters));
+        self.sessions.committed(&batch.sessions);
     }
 
     /// The process ends, and with it a connection. The session stays as it is: for the next process its
@@ -39,12 +76,13 @@ impl Router {
     }
 }
 
-/// The sessions as the owner of the log's records.
+/// Sessions, filters and links as the owners of the log's records.
 #[derive(Debug)]
 pub struct SessionOwner {
     router: Arc<Router>,
     log: Log,
     pass: Pass,
+    filters: Rewritten,
     /// The shard and the slot to go on with.
     next: (u16, usize),
 }
@@ -56,6 +94,7 @@ impl SessionOwner {
             router,
             log,
             pass: Pass::All,
+            filters: Rewritten::default(),
             next: (0, 0),
         }
     }
@@ -64,10 +103,17 @@ impl SessionOwner {
 impl Owner for SessionOwner {
     fn begin(&mut self, pass: Pass) {
         self.pass = pass;
+        self.filters = Rewritten::default();
         self.next = (0, 0);
     }
 
     fn write(&mut self, piece: &mut Piece<'_>) -> Progress {
+        let Self {
+            router, filters, ..
+        } = self;
+        if let Progress::More = router.filters.rewrite(&self.log, self.pass, filters, piece) {
+            return Progress::More;
+        }
         let sessions = &self.router.sessions;
         sessions.rewrite(&self.log, self.pass, &mut self.next, piece)
     }

@@ -5,7 +5,9 @@ use std::time::Duration;
 use crate::mqtt::{Message, MessageSpec, Properties, QoS, SubscribeOptions, Version};
 use crate::session::{Incarnation, Restored, Session, SessionKey, Subscription, Will};
 use crate::store::log::{Claim, Claims, Position};
-use crate::store::records::{FoundSessions, SessionRecord, SubscriptionRecord, WillRecord};
+use crate::store::records::{
+    FoundFilters, FoundSessions, SessionRecord, SubscriptionRecord, WillRecord,
+};
 use crate::time::{Deadline, Millis};
 use crate::topics::{FilterId, has_wildcard, overlaps, split_shared};
 
@@ -40,6 +42,32 @@ impl Router {
         });
     }
 
+    /// Filters and the links' sessions are kept in the log from now on. To be called after
+    /// [`keep_sessions`](Self::keep_sessions).
+    pub fn keep_filters(&self) {
+        let marks = self.sessions.marks().clone();
+        self.filters.keep_in_log(marks, self.config.started_at);
+    }
+
+    /// Takes over the filters and the links' sessions of a log, whose records get their claims. To be called
+    /// before [`restore_all`](Self::restore_all). `client_id` is the client identifier that a data link or
+    /// shared link, by [its number](Self::shared_link), has now. Unless `is_trusted`, the log lacks its last
+    /// records, and all links begin anew.
+    pub fn restore_filters(
+        &self,
+        found: FoundFilters,
+        client_id: impl Fn(usize) -> String,
+        is_trusted: bool,
+        claims: &Claims,
+        now: Millis,
+    ) {
+        let filters = &self.filters;
+        let mode = filters.restore_all(found, client_id, is_trusted, claims, now);
+        if let Some(mode) = mode {
+            self.broker.restore(mode.keeps_retain);
+        }
+    }
+
     /// Begins the sessions of a log, whose records get their claims. Returns the number of sessions.
     pub fn restore_all(&self, found: FoundSessions, claims: &Claims, now: Millis) -> u64 {
         self.sessions.incarnations_from(found.largest_incarnation());
@@ -54,6 +82,7 @@ impl Router {
                 restored += 1;
             }
         }
+        self.filters.place_restored(now);
         restored
     }
 
@@ -96,7 +125,7 @@ impl Router {
         });
         if !times.over {
             for subscription in &record.subscriptions {
-                self.restore_subscription(&mut session, subscription, shard, holder, now);
+                self.restore_subscription(&mut session, subscription, shard, holder);
             }
         }
         let client = RestoredClient {
@@ -121,12 +150,11 @@ impl Router {
         record: &SubscriptionRecord<'_>,
         shard: u16,
         holder: Holder,
-        now: Millis,
     ) {
         let options = options_of(record.options);
         let asked = QoS::from_u8(record.asked).unwrap_or_default();
         let qos = asked.max(options.qos);
-        let (filter, name) = self.filters.restore(record.name, qos, shard, holder, now);
+        let (filter, name) = self.filters.restore(record.name, qos, shard, holder);
         let shared = split_shared(record.name).is_some();
         let wild = has_wildcard(record.name);
         let others = session.subscriptions().iter();

@@ -35,8 +35,18 @@ const TURN_PACKETS: NonZeroU8 = NonZeroU8::MAX;
 /// Bytes that properties and a mount may add to a client's largest packet on its way to the broker.
 const UPSTREAM_PACKET_GROWTH_BYTES: u32 = 1024;
 
-pub(super) fn router(config: &Config, clock: Clock, store: &dyn Store) -> Router {
-    Router::new(session_limits(config), router_config(config, clock), store)
+/// `hash_seed` is the node's, if it has one; else the process's own is drawn.
+pub(super) fn router(
+    config: &Config,
+    clock: Clock,
+    store: &dyn Store,
+    hash_seed: Option<HashSeed>,
+) -> Router {
+    // Without randomness the seed can be guessed; nothing else changes.
+    let random = || [0; 2].map(|_: u64| getrandom::u64().unwrap_or_default());
+    let hash_seed = hash_seed.unwrap_or_else(|| HashSeed::from_random(random()));
+    let limits = session_limits(config, hash_seed);
+    Router::new(limits, router_config(config, clock), store)
 }
 
 pub(super) fn clients(
@@ -159,7 +169,7 @@ fn quic_secret(config: &Config) -> std::io::Result<QuicSecret> {
     }
 }
 
-fn session_limits(config: &Config) -> SessionLimits {
+fn session_limits(config: &Config, hash_seed: HashSeed) -> SessionLimits {
     let seconds = |d: Duration| u32::try_from(d.as_secs()).unwrap_or(u32::MAX);
     let subscriptions_max = config.limits.subscriptions_per_client_max as usize;
     SessionLimits {
@@ -184,8 +194,7 @@ fn session_limits(config: &Config) -> SessionLimits {
         expiry_max: seconds(config.session.expiry_max),
         publish_account: Arc::new(Account::new()),
         reserved_key: RESERVED_KEY,
-        // Without randomness the seed can be guessed; nothing else changes.
-        hash_seed: HashSeed::from_random([0; 2].map(|_: u64| getrandom::u64().unwrap_or_default())),
+        hash_seed,
     }
 }
 

@@ -154,7 +154,7 @@ mod tests {
         write("first/probe");
         let config = Config::load(&path).expect("a configuration");
         let clock = Clock::default();
-        let router = Arc::new(convert::router(&config, clock, &Memory));
+        let router = Arc::new(convert::router(&config, clock, &Memory, None));
         let clients = Arc::new(convert::clients(&config, router, clock).expect("no files"));
         let mut files = Files {
             certificates: Certificates::load(&config).expect("no files"),

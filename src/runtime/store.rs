@@ -17,8 +17,9 @@ use crate::store::log::{
     DIRECTORY, Log, OpenError, Options, Position, Record, Recovery, Report, Sizes, Step, Writer,
     WriterThread,
 };
-use crate::store::records::{FoundSessions, RecordError};
+use crate::store::records::{FoundFilters, FoundSessions, RecordError};
 use crate::telemetry::metrics;
+use crate::upstream::{Role, client_id};
 
 use crate::runtime::error::StartError;
 
@@ -50,12 +51,32 @@ pub(super) async fn open(
     let grace = config.session.restart_grace;
     let sessions_max = config.memory.sessions;
     let router = router.clone();
+    let links = LinkNames::of(config, &router);
     let opened = tokio::task::spawn_blocking(move || {
         router.keep_sessions(grace);
-        load(&directory, &router, clock).inspect(|_| warn_of_size(&router, sessions_max))
+        router.keep_filters();
+        load(&directory, &router, &links, clock).inspect(|_| warn_of_size(&router, sessions_max))
     });
     let failed = |e| StartError::Internal(format!("reading the log: {e}"));
     opened.await.map_err(failed)?.map(Some)
+}
+
+/// The client identifiers of the data links and shared links, by the router's numbers.
+struct LinkNames(Vec<String>);
+
+impl LinkNames {
+    fn of(config: &Config, router: &Router) -> Self {
+        let upstream = &config.upstream;
+        let name =
+            |role: Role, number| client_id(upstream, &config.node.id, &role.link_name(number));
+        let first_shared = router.shared_link(0);
+        let data = (0..first_shared).map(|number| name(Role::Data, number));
+        let shared = 0..usize::from(upstream.shared_links.max);
+        Self(
+            data.chain(shared.map(|number| name(Role::Shared, number)))
+                .collect(),
+        )
+    }
 }
 
 /// Sessions that were promised are kept, even if they find no room any more.
@@ -71,7 +92,12 @@ fn warn_of_size(router: &Router, max_bytes: u64) {
 }
 
 /// Reads the log and begins its sessions.
-fn load(directory: &Path, router: &Arc<Router>, clock: Clock) -> Result<SessionStore, StartError> {
+fn load(
+    directory: &Path,
+    router: &Arc<Router>,
+    links: &LinkNames,
+    clock: Clock,
+) -> Result<SessionStore, StartError> {
     let began = clock.now();
     // Only its owner may read the wills of clients. RealDisk reports a directory that cannot be made.
     if let Some(data_dir) = directory.parent() {
@@ -102,6 +128,9 @@ fn load(directory: &Path, router: &Arc<Router>, clock: Clock) -> Result<SessionS
         )));
     }
     report(&replayed.report, found.malformed);
+    let name = |link: usize| links.0.get(link).cloned().unwrap_or_default();
+    let is_complete = !replayed.report.stale;
+    router.restore_filters(found.filters, name, is_complete, &claims, clock.now());
     let restored = router.restore_all(found.sessions, &claims, clock.now());
     let (log, writer) = replayed.start().map_err(failed)?;
     // A log that was left degraded is so until it is written anew, and so is one whose disk fails at once.
@@ -157,6 +186,7 @@ fn report(report: &Report, malformed: u64) {
 #[derive(Debug, Default)]
 struct Found {
     sessions: FoundSessions,
+    filters: FoundFilters,
     /// Records that are intact and say nothing.
     malformed: u64,
     /// The first record of a later program.
@@ -166,7 +196,11 @@ struct Found {
 impl Found {
     fn visit(&mut self, record: &Record<'_>) {
         let position = record.position;
-        match self.sessions.take(record) {
+        let taken = match FoundFilters::takes(record.kind) {
+            true => self.filters.take(record),
+            false => self.sessions.take(record),
+        };
+        match taken {
             Ok(()) => {}
             Err(RecordError::Malformed) => {
                 self.malformed += 1;

@@ -63,6 +63,13 @@ impl Identifiers for TrapIdentifiers {
     fn load(&self) -> Vec<Option<Arc<str>>> {
         self.0.load()
     }
+    fn take_over(
+        &mut self,
+        names: Vec<(FilterId, Arc<str>)>,
+        rests: Vec<(Millis, FilterId)>,
+    ) -> usize {
+        self.0.take_over(names, rests)
+    }
     fn number(&mut self, name: &str) -> (FilterId, Arc<str>) {
         assert_ne!(name, TRAP_FILTER, "a test's panic");
         self.0.number(name)
@@ -116,7 +123,7 @@ impl Process {
         let mut config = Config::builtin();
         config.auth.acl = config::AclMode::Open;
         let clock = Clock::default();
-        let router: Arc<Router> = Arc::new(convert::router(&config, clock, traps));
+        let router: Arc<Router> = Arc::new(convert::router(&config, clock, traps, None));
         let clients = convert::clients(&config, router.clone(), clock).expect("no files");
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let start = Start {

@@ -4,7 +4,7 @@
 use crate::hashing::LookUp;
 use crate::time::Millis;
 use crate::topics::FilterId;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -12,6 +12,14 @@ use std::sync::Arc;
 pub trait Identifiers: Debug + Send + Sync {
     /// Every number that was ever given, in order: its name, or `None` when it rests or is free.
     fn load(&self) -> Vec<Option<Arc<str>>>;
+
+    /// Takes over the numbers of an earlier process instead of its own: the names' numbers, and the numbers that rest,
+    /// by the ends of their rests. All others are free. Returns how many numbers there are, free ones included.
+    fn take_over(
+        &mut self,
+        names: Vec<(FilterId, Arc<str>)>,
+        rests: Vec<(Millis, FilterId)>,
+    ) -> usize;
 
     /// The number of a name, a known or a new one. It is recorded when this returns, because it may be
     /// sent to the broker next.
@@ -46,6 +54,25 @@ impl Identifiers for InMemory {
             names[number.index()] = Some(name.clone());
         }
         names
+    }
+
+    fn take_over(
+        &mut self,
+        names: Vec<(FilterId, Arc<str>)>,
+        rests: Vec<(Millis, FilterId)>,
+    ) -> usize {
+        let taken = names.iter().map(|(number, _)| *number);
+        let taken: BTreeSet<FilterId> = taken.chain(rests.iter().map(|(_, n)| *n)).collect();
+        self.next = taken.last().map_or(0, |number| number.0 + 1);
+        // The lowest are given first.
+        let free = (0..self.next).rev().map(FilterId);
+        self.free = free.filter(|number| !taken.contains(number)).collect();
+        self.by_name = names
+            .into_iter()
+            .map(|(number, name)| (name, number))
+            .collect();
+        self.tombstones = rests.into();
+        self.next as usize
     }
 
     fn number(&mut self, name: &str) -> (FilterId, Arc<str>) {

@@ -1,7 +1,6 @@
 //! The last messages received on a data link, which the broker may consider unacknowledged and send
 //! again.
 
-use crate::hashing::LookUpHasher;
 use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::hash::BuildHasher;
@@ -40,14 +39,24 @@ pub trait Ring: Debug + Send {
 
 /// A ring that ends with the process.
 #[derive(Debug, Default)]
-pub(super) struct InMemory {
+pub(super) struct InMemory<S> {
     received: VecDeque<Received>,
     /// The position of the front.
     first: u64,
-    hasher: LookUpHasher,
+    hasher: S,
 }
 
-impl Ring for InMemory {
+impl<S> InMemory<S> {
+    pub(super) fn with_hasher(hasher: S) -> Self {
+        Self {
+            received: VecDeque::new(),
+            first: 0,
+            hasher,
+        }
+    }
+}
+
+impl<S: BuildHasher + Debug + Send> Ring for InMemory<S> {
     fn digest(&self, topic: &str, payload: &[u8], qos: u8) -> u64 {
         self.hasher.hash_one((topic, payload, qos))
     }
@@ -88,6 +97,7 @@ impl Ring for InMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hashing::{HashSeed, LookUpHasher};
 
     fn received(packet_id: u16) -> Received {
         Received {
@@ -96,8 +106,8 @@ mod tests {
         }
     }
 
-    fn ring(ids: &[u16]) -> InMemory {
-        let mut ring = InMemory::default();
+    fn ring(ids: &[u16]) -> InMemory<LookUpHasher> {
+        let mut ring = InMemory::<LookUpHasher>::default();
         for id in ids {
             ring.remember(received(*id));
         }
@@ -143,8 +153,16 @@ mod tests {
     }
 
     #[test]
+    fn rings_with_one_key_make_the_same_digests() {
+        let of = |seed| InMemory::with_hasher(seed).digest("a", b"b", 1);
+        let seed = || HashSeed::from_random([7, 8]);
+        assert_eq!(of(seed()), of(seed()));
+        assert_ne!(of(seed()), of(HashSeed::fixed()));
+    }
+
+    #[test]
     fn a_digest_tells_topic_payload_and_qos_apart() {
-        let ring = InMemory::default();
+        let ring = InMemory::<LookUpHasher>::default();
         let digest = ring.digest("ab", b"c", 1);
         assert_eq!(ring.digest("ab", b"c", 1), digest);
         assert_ne!(ring.digest("a", b"bc", 1), digest);

@@ -87,9 +87,13 @@ impl Broker {
 
     /// The client identifier of the link (or probe) of this name.
     pub(super) fn client_id(&self, name: &str) -> String {
-        let prefix = &self.access.config.client_id_prefix;
-        format!("{prefix}-{}-{name}", self.access.node)
+        client_id(&self.access.config, &self.access.node, name)
     }
+}
+
+/// The client identifier of the link of this name.
+pub(crate) fn client_id(config: &config::Upstream, node: &str, name: &str) -> String {
+    format!("{}-{node}-{name}", config.client_id_prefix)
 }
 
 fn v5_by_configuration(config: &config::Upstream) -> V5Support {
@@ -126,13 +130,19 @@ impl LinkContext {
         clock: Clock,
         stop: CancellationToken,
     ) -> Self {
+        // The server that an earlier process used has its links' sessions.
+        let links = 0..usize::from(access.config.data_links.max);
+        let restored = links
+            .into_iter()
+            .find_map(|link| router.restored_link(link));
+        let server = restored.and_then(|link| access.config.server_named(&link.server));
         Self {
             broker: Broker::new(access),
             router,
             clock,
             stop,
             placement: AtomicU64::new(0),
-            server: AtomicUsize::new(0),
+            server: AtomicUsize::new(server.unwrap_or(0)),
             connected: AtomicUsize::new(0),
             outage: OutageLog::default(),
             failovers_log: RateLimited::burst(FAILOVER_LINES_MAX, Duration::from_secs(60)),

@@ -117,7 +117,7 @@ pub(super) struct Established {
     pub rest: BytesMut,
 }
 
-/// Dials `server` and connects. `clean`: this process has not had the link's session before.
+/// Dials `server` and connects. `clean`: neither this process nor a store has the link's session there.
 pub(super) async fn establish(
     broker: &Broker,
     link: &LinkStatus,
@@ -159,11 +159,7 @@ async fn begin(
 ) -> Result<Established, ConnectError> {
     if clean && link.role != Role::Retained {
         let mut first = connect(broker, link, server, version, true).await?;
-        let mut disconnect = Vec::new();
-        encode_disconnect(version, ReasonCode::SUCCESS, None, None, &mut disconnect);
-        // The session ends with this connection whether or not the broker reads the DISCONNECT.
-        let _ = first.io.write_all(&disconnect).await;
-        let _ = first.io.shutdown().await;
+        disconnect(&mut first.io, version).await;
     }
     let clean = link.role == Role::Retained;
     connect(broker, link, server, version, clean).await
@@ -178,7 +174,7 @@ async fn connect(
 ) -> Result<Established, ConnectError> {
     let mut io = dial_server(broker, server).await?;
     link.count_connect(&server.to_string());
-    let packet = connect_packet(broker, &link.name, version, clean)?;
+    let packet = connect_packet(broker, &broker.client_id(&link.name), version, clean)?;
     let accept = |connack: &Connack<'_>| {
         if clean && connack.session_present {
             return Err(ConnectError::SessionPresent);
@@ -213,10 +209,34 @@ pub(super) async fn connect_probe(
     version: Version,
 ) -> Result<(Dialed, BytesMut, Capabilities), ConnectError> {
     let mut io = dial_server(broker, server).await?;
-    let packet = connect_packet(broker, PROBE_NAME, version, true)?;
+    let packet = connect_packet(broker, &broker.client_id(PROBE_NAME), version, true)?;
     let accept = |connack: &Connack<'_>| accepted(version, connack);
     let ((), capabilities, rest) = exchange(broker, &mut io, &packet, version, accept).await?;
     Ok((io, rest, capabilities))
+}
+
+/// Ends the session that a server has under a client identifier, by a connection with a clean one.
+pub(super) async fn end_session(
+    broker: &Broker,
+    server: &Server,
+    version: Version,
+    client_id: &str,
+) -> Result<(), ConnectError> {
+    let mut io = dial_server(broker, server).await?;
+    let packet = connect_packet(broker, client_id, version, true)?;
+    let accept = |connack: &Connack<'_>| accepted(version, connack);
+    exchange(broker, &mut io, &packet, version, accept).await?;
+    disconnect(&mut io, version).await;
+    Ok(())
+}
+
+/// Ends a connection with a clean session, which ends with it whether or not the broker reads the
+/// DISCONNECT.
+async fn disconnect(io: &mut Dialed, version: Version) {
+    let mut disconnect = Vec::new();
+    encode_disconnect(version, ReasonCode::SUCCESS, None, None, &mut disconnect);
+    let _ = io.write_all(&disconnect).await;
+    let _ = io.shutdown().await;
 }
 
 /// Sends a CONNECT and reads up to the CONNACK. Returns what `accept` makes of it, the
@@ -277,11 +297,11 @@ fn accepted(version: Version, connack: &Connack<'_>) -> Result<(), ConnectError>
     })
 }
 
-/// The CONNECT of the link (or probe) of this name. `clean`: with a session that begins and ends
+/// The CONNECT of a link (or probe) with this client identifier. `clean`: with a session that begins and ends
 /// with the connection; otherwise with one that outlives it.
 fn connect_packet(
     broker: &Broker,
-    name: &str,
+    client_id: &str,
     version: Version,
     clean: bool,
 ) -> Result<Vec<u8>, ConnectError> {
@@ -292,7 +312,7 @@ fn connect_packet(
         version,
         clean_start: clean,
         keep_alive: config.keepalive.as_secs() as u16,
-        client_id: &broker.client_id(name),
+        client_id,
         username: config.username.as_deref(),
         password: password.as_deref(),
         session_expiry: (!clean).then_some(SESSION_EXPIRY.as_secs() as u32),

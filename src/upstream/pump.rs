@@ -72,7 +72,12 @@ pub(super) async fn serve<M: Machine>(
         Ok(never) => match never {},
         Err(end) => end,
     };
-    close(&mut io, handshake.version, &end, &pump.out[pump.written..]).await;
+    // Without a store the links' sessions end with the process, so the broker need not queue for them.
+    let is_kept = link.role.has_filters() && context.router.keeps_link_sessions();
+    let is_last = matches!(end, LinkEnd::Shutdown) && !is_kept;
+    let expiry = (is_last && handshake.version == Version::V5).then_some(0);
+    let remaining = &pump.out[pump.written..];
+    close(&mut io, handshake.version, (&end, expiry), remaining).await;
     end
 }
 
@@ -382,14 +387,17 @@ impl<'a, M: Machine> Pump<'a, M> {
 }
 
 /// Writes the remaining output and a DISCONNECT where one is due, bounded in time.
-async fn close(io: &mut Dialed, version: Version, end: &LinkEnd, remaining: &[u8]) {
+/// `expiry`: a Session Expiry Interval in place of the one of CONNECT.
+async fn close(
+    io: &mut Dialed,
+    version: Version,
+    (end, expiry): (&LinkEnd, Option<u32>),
+    remaining: &[u8],
+) {
     let Some(code) = end.disconnect_code() else {
         return;
     };
     let mut out = remaining.to_vec();
-    // The link's sessions end with the process, so the broker need not queue for them.
-    let shutdown = matches!(end, LinkEnd::Shutdown);
-    let expiry = (shutdown && version == Version::V5).then_some(0);
     encode_disconnect(version, code, expiry, None, &mut out);
     let closing = async {
         io.write_all(&out).await?;

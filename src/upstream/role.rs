@@ -34,6 +34,11 @@ impl Role {
         }
     }
 
+    /// The name of a link of this role: the role's letter and the number.
+    pub(crate) fn link_name(self, number: usize) -> String {
+        format!("{}{number}", self.letter())
+    }
+
     /// Whether links of this role carry filters that were placed on them.
     pub(crate) const fn has_filters(self) -> bool {
         matches!(self, Self::Data | Self::Shared)

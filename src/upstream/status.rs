@@ -49,7 +49,7 @@ impl LinkStatus {
     /// The status of a link that has not been dialled.
     pub(super) fn new(role: Role, number: usize) -> Self {
         Self {
-            name: format!("{}{number}", role.letter()),
+            name: role.link_name(number),
             role,
             number,
             connects: AtomicU64::new(0),

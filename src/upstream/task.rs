@@ -11,6 +11,7 @@ use futures_util::FutureExt as _;
 use tokio::time::{Instant, sleep};
 
 use crate::backoff::{Backoff, jittered, worth_logging};
+use crate::config::Server;
 use crate::router::LinkSession;
 use crate::router::handle::TaskWaker;
 use crate::supervise::{Health, keep_running};
@@ -61,6 +62,10 @@ pub(super) async fn run<M: Machine>(
     wake: Arc<TaskWaker>,
 ) {
     let (stop, name) = (context.stop.clone(), format!("link {}", link.name));
+    let number = data_link(&context, &link);
+    let restored = number.and_then(|number| context.router.restored_link(number));
+    let servers = &context.broker.access.config;
+    let session_at = (restored.as_ref()).and_then(|link| servers.server_named(&link.server));
     let task = LinkTask {
         placement: context.placement.load(Ordering::Acquire),
         backoff: Backoff::new(
@@ -72,8 +77,8 @@ pub(super) async fn run<M: Machine>(
         machine,
         wake,
         ends: 0,
-        session_at: None,
-        unanswered: false,
+        session_at,
+        unanswered: restored.is_some_and(|link| link.in_doubt),
         panicked: false,
         duplicate_node: DuplicateNodeWatch::default(),
     };
@@ -81,6 +86,15 @@ pub(super) async fn run<M: Machine>(
         Box::pin(task.run())
     })
     .await;
+}
+
+/// The router's number of a link that carries filters.
+fn data_link(context: &LinkContext, link: &LinkStatus) -> Option<usize> {
+    match link.role {
+        Role::Data => Some(link.number),
+        Role::Shared => Some(context.router.shared_link(link.number)),
+        Role::Publish | Role::Retained => None,
+    }
 }
 
 /// Waits until the link has something to do. The first data links and the retained link always have.
@@ -101,12 +115,41 @@ async fn wanted(context: &LinkContext, link: &LinkStatus, wake: &TaskWaker) {
     }
 }
 
+/// Waits until the disk knows of the CONNECT that is about to be sent. After a crash, it is known by that
+/// whether the broker has the link's session.
+async fn announce(
+    context: &LinkContext,
+    link: &LinkStatus,
+    wake: &TaskWaker,
+    server: &Server,
+    clean: bool,
+) {
+    let router = &context.router;
+    let number = data_link(context, link).filter(|_| router.keeps_link_sessions());
+    let Some(number) = number else {
+        return;
+    };
+    let client_id = context.broker.client_id(&link.name);
+    router.link_connects(number, clean, &client_id, &server.to_string());
+    poll_fn(|cx| {
+        // Before the look, so that it is woken for a commit after it.
+        wake.take(cx.waker());
+        match router.may_connect(number) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
+    })
+    .await;
+    // It may have been woken for something else.
+    wake.raise();
+}
+
 struct LinkTask<M> {
     context: Arc<LinkContext>,
     link: Arc<LinkStatus>,
     machine: M,
     wake: Arc<TaskWaker>,
-    /// The server that has a session of this link and this process.
+    /// The server that has a session of this link, begun by this process or by the earlier ones of its store.
     session_at: Option<usize>,
     /// A CONNECT may have begun a session at the broker, and its answer did not arrive.
     unanswered: bool,
@@ -158,6 +201,8 @@ impl<M: Machine> LinkTask<M> {
             .judge(&context.broker, &self.link, &context.times);
         let clean = self.session_at != Some(server);
         let address = &context.broker.access.config.servers[server];
+        let announced = announce(&context, &self.link, &self.wake, address, clean);
+        context.stop.run_until_cancelled(announced).await?;
         let dialling = Box::pin(establish(&context.broker, &self.link, address, clean));
         let down = match context.stop.run_until_cancelled(dialling).await? {
             Ok(established) => LinkDown::Ended(self.serve(server, established).await),

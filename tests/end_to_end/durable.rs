@@ -4,10 +4,12 @@
 //! `DURABLE_SEED` repeats the choices of another run; `TIDEGATE_FULL=1` kills five times as often.
 
 mod kills;
+mod links;
 
 use std::time::Duration;
 
 use tidegate_kit::client::Client;
+use tidegate_kit::dial::{Dialer, Trust};
 use tidegate_kit::process::{Mosquitto, MosquittoConfig, Tidegate, TidegateConfig};
 use tidegate_kit::wire::{Connect, Packet, Props, Value, Version, Will, prop};
 use tokio::time::{Instant, sleep, timeout};
@@ -19,16 +21,28 @@ const WAYS: [&str; 6] = ["tcp", "tls", "ws", "wss", "quic", "webtransport"];
 const GRACE: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// `upstream.data_links`.
+const DATA_LINKS: u32 = 2;
+
 /// A Tidegate in front of a mosquitto.
 struct Node {
     tidegate: Tidegate,
-    _broker: Mosquitto,
+    broker: Mosquitto,
 }
 
 impl Node {
     fn start(durability: &str) -> Result<Self> {
-        let broker = MosquittoConfig::default().start()?;
-        let tidegate = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &broker.url())
+        Self::start_with(durability, &MosquittoConfig::default(), &[])
+    }
+
+    /// `keys` are further keys of `[upstream]` with their TOML values.
+    fn start_with(
+        durability: &str,
+        broker: &MosquittoConfig,
+        keys: &[(&str, &str)],
+    ) -> Result<Self> {
+        let broker = broker.start()?;
+        let mut tidegate = TidegateConfig::new(env!("CARGO_BIN_EXE_tidegate"), &broker.url())
             .listen(&WAYS)
             .set("store", "durability", &format!("\"{durability}\""))
             .set(
@@ -36,11 +50,29 @@ impl Node {
                 "restart_grace",
                 &format!("\"{}s\"", GRACE.as_secs()),
             )
-            .start()?;
+            .set("upstream", "data_links", &DATA_LINKS.to_string());
+        for (key, value) in keys {
+            tidegate = tidegate.set("upstream", key, value);
+        }
         Ok(Self {
-            tidegate,
-            _broker: broker,
+            tidegate: tidegate.start()?,
+            broker,
         })
+    }
+
+    /// Waits until the log has the records of the links, and returns the number of its records.
+    async fn records_of_links(&self) -> Result<f64> {
+        let records = f64::from(DATA_LINKS);
+        self.wait_for("tidegate_store_records_total", &[], records)
+            .await?;
+        Ok(records)
+    }
+
+    /// Connects to the broker without Tidegate.
+    async fn connect_to_broker(&self, connect: &Connect) -> Result<Client> {
+        let url = format!("tcp://{}", self.broker.addr()).parse()?;
+        let dialer = Dialer::new(&url, &Trust::Anything)?;
+        Ok(Client::connect(&dialer, connect).await?.0)
     }
 
     fn kill_and_start(&mut self) -> Result {
@@ -247,10 +279,11 @@ fn a_clean_start_and_a_changed_expiry_hold_after_a_kill() {
 fn an_expiry_goes_on_while_nothing_runs() {
     run(async {
         let mut node = Node::start("disk")?;
+        let before = node.records_of_links().await?;
         let (client, _) = node.connect(&kept("gone").expiry(7)).await?;
         client.disconnect().await?;
         // One record for its begin, and one for an absence that is longer than a flap.
-        node.wait_for("tidegate_store_records_total", &[], 2.0)
+        node.wait_for("tidegate_store_records_total", &[], before + 2.0)
             .await?;
         let began = Instant::now();
         node.kill_and_start()?;
@@ -348,6 +381,7 @@ fn in_memory_mode_a_restart_begins_empty_and_writes_nothing() {
 fn flaps_write_nothing() {
     run(async {
         let node = Node::start("disk")?;
+        let before = node.records_of_links().await?;
         let connect = kept("flapping").will(delayed("flapping"));
         let (mut client, _) = node.connect(&connect).await?;
         client.subscribe(&["t"], 1).await?;
@@ -356,8 +390,9 @@ fn flaps_write_nothing() {
                 .metrics()
                 .map(|m| m.sum("tidegate_store_records_total", &[]))
         };
-        // One for the will, and one for the subscription.
-        node.wait_for("tidegate_store_records_total", &[], 2.0)
+        // One for the will, one for the subscription, and two for its filter: before and after the broker's
+        // answer.
+        node.wait_for("tidegate_store_records_total", &[], before + 4.0)
             .await?;
         let before = written()?;
         for _ in 0..100 {

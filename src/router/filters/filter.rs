@@ -5,6 +5,7 @@
 //! and return what has to be done.
 
 mod outcome;
+mod restored;
 mod suspicion;
 
 use std::sync::Arc;
@@ -288,8 +289,8 @@ impl Filter {
     /// since when it was idle, if it was.
     pub(crate) fn make_root(&mut self) -> Option<Millis> {
         self.root = true;
-        self.wanted = QoS::ExactlyOnce;
-        self.phase = Phase::Pending;
+        // An earlier process may have subscribed it.
+        self.request(QoS::ExactlyOnce);
         self.idle_since.take()
     }
 

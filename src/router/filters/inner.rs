@@ -72,6 +72,7 @@ impl Table {
         let name = filter.name().clone();
         self.inner.insert(&name, id);
         self.inner_of.entry(outer).or_default().insert(id);
+        self.mark_recorded(id);
     }
 
     /// A filter does not lie inside `outer` any more, so far as the index is concerned.
@@ -216,6 +217,7 @@ impl Table {
             if let Some(filter) = self.get_mut(id) {
                 filter.unservable();
             }
+            self.mark_recorded(id);
             return vec![self.unconfirmed(id, ReasonCode::QUOTA_EXCEEDED)];
         }
         let source = self.source(id);

@@ -82,8 +82,10 @@ impl Table {
         let floor = self.floor;
         let mut taken = Vec::new();
         while taken.len() < max
-            && let Some(id) = self.subscribe_queue[link].pop_front()
+            && let Some(id) = self.subscribe_queue[link].front().copied()
+            && self.may_subscribe(link, id)
         {
+            self.subscribe_queue[link].pop_front();
             let Some(filter) = self.get_mut(id) else {
                 continue;
             };
@@ -103,8 +105,10 @@ impl Table {
     fn take_unsubscribes(&mut self, link: usize, max: usize) -> Vec<(FilterId, Arc<str>)> {
         let mut taken = Vec::new();
         while taken.len() < max
-            && let Some(id) = self.unsubscribe_queue[link].pop_front()
+            && let Some(id) = self.unsubscribe_queue[link].front().copied()
+            && self.may_unsubscribe(link, id)
         {
+            self.unsubscribe_queue[link].pop_front();
             if let Some(filter) = self.get(id)
                 && filter.phase() == Phase::Unsubscribing
             {
@@ -132,6 +136,7 @@ impl Filters {
             true => QoS::AtMostOnce,
             false => features.maximum_qos,
         };
+        table.keeps_retain = features.keeps_retain;
         if table.identifiers == Some(features.identifiers) && !retain_changed {
             return None;
         }
@@ -177,6 +182,7 @@ impl Filters {
             if let Some(filter) = table.get_mut(id) {
                 filter.unservable();
             }
+            table.mark(id);
             table.lost.remove(id);
             refused.push(Answered {
                 grants: table.take_answered(id, QoS::ExactlyOnce),
@@ -246,6 +252,7 @@ impl Filters {
         let mut up = LinkUp::default();
         self.up[link].store(true, Ordering::Release);
         let mut table = self.write();
+        let first = table.journal_link_up(link, session) && first;
         table.doubted_until[link] = None;
         if session == LinkSession::New && !first {
             self.doubt_others(link, &mut table, now);
@@ -265,7 +272,7 @@ impl Filters {
                 // Others have its place on the link.
                 match session {
                     LinkSession::New => table.unsubscribed(id, now, &mut up.actions),
-                    _ => table.unsubscribe_queue[link].push_back(id),
+                    _ => table.queue_unsubscribe(link, id),
                 }
                 continue;
             }
@@ -280,7 +287,7 @@ impl Filters {
                     up.lost.push(id);
                     table.queue_subscribe(link, id);
                 }
-                Resumed::Unsubscribe => table.unsubscribe_queue[link].push_back(id),
+                Resumed::Unsubscribe => table.queue_unsubscribe(link, id),
                 // Others may have been placed inside it, so that it is subscribed again.
                 Resumed::Remove => table.unsubscribed(id, now, &mut up.actions),
             }

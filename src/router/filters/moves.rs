@@ -134,6 +134,7 @@ impl Table {
         self.used.insert(link);
         self.tries[link].insert(&name, id);
         self.subscribe_queue[link].push_back(id);
+        self.mark(id);
         self.woken.insert(link);
         let begun = Move {
             outer,
@@ -162,13 +163,17 @@ impl Table {
         };
         match filter.suback(code) {
             SubackOutcome::Stray => {}
-            SubackOutcome::Refused => self.give_up(id, now),
+            SubackOutcome::Refused => {
+                self.give_up(id, now);
+                self.mark(id);
+            }
             SubackOutcome::Granted {
                 again, presumed, ..
             } => {
                 let mask = filter.mask();
                 if again {
                     self.subscribe_queue[link].push_back(id);
+                    self.mark(id);
                     self.woken.insert(link);
                 }
                 if let Some(moving) = self.moves.all.get_mut(&id)
@@ -176,6 +181,7 @@ impl Table {
                 {
                     moving.step = Step::OwnBarrier(None);
                 }
+                self.mark(id);
                 let confirmed = presumed.then(|| Confirmed {
                     filter: id,
                     mask,
@@ -210,7 +216,7 @@ impl Table {
             leaving.look_at = now + GIVEN_UP;
         }
         if self.get_mut(id).is_some_and(Filter::abort_move) {
-            self.unsubscribe_queue[link].push_back(id);
+            self.queue_unsubscribe(link, id);
             self.woken.insert(link);
         } else {
             self.gave_up(id);
@@ -232,6 +238,7 @@ impl Table {
         if let Some(filter) = self.get_mut(id) {
             filter.place_inside(outer);
         }
+        self.mark(id);
         true
     }
 
@@ -249,7 +256,7 @@ impl Table {
                 Step::GivingUp if session == LinkSession::New => {
                     self.gave_up(id);
                 }
-                Step::GivingUp => self.unsubscribe_queue[link].push_back(id),
+                Step::GivingUp => self.queue_unsubscribe(link, id),
                 Step::Draining => {}
                 Step::Comparing { .. } if kept => {}
                 Step::Comparing { .. } => {
@@ -262,6 +269,7 @@ impl Table {
                     let need = self.get_mut(id).map(|f| f.resume(session));
                     if matches!(need, Some(Resumed::Subscribe | Resumed::Regain)) {
                         self.subscribe_queue[link].push_back(id);
+                        self.mark(id);
                     }
                     if !kept && let Some(moving) = self.moves.all.get_mut(&id) {
                         moving.step = Step::Subscribing;

@@ -230,7 +230,7 @@ impl Table {
                     if let Some(since) = since {
                         self.lingering.remove((since, id));
                     }
-                    self.unsubscribe_queue[link].push_back(id);
+                    self.queue_unsubscribe(link, id);
                     self.woken.insert(link);
                     // The next tick forgets its group once it is gone.
                     self.release_soon.push(id);
@@ -330,7 +330,7 @@ impl Table {
 }
 
 /// Sorts filters that cover others before these.
-fn breadth(filter: &Filter) -> (bool, usize, bool, usize) {
+pub(super) fn breadth(filter: &Filter) -> (bool, usize, bool, usize) {
     let levels = || filter.topics().split('/');
     let literal = levels().filter(|l| !matches!(*l, "+" | "#")).count();
     let multi = filter.topics().ends_with('#');

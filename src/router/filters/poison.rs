@@ -45,6 +45,13 @@ impl Table {
             true => self.suspects.push(link, id),
             false => self.subscribe_queue[link].push_back(id),
         }
+        self.mark(id);
+    }
+
+    /// Queues a filter for its UNSUBSCRIBE on a link.
+    pub(super) fn queue_unsubscribe(&mut self, link: usize, id: FilterId) {
+        self.unsubscribe_queue[link].push_back(id);
+        self.mark(id);
     }
 
     /// Takes the suspects that are to be tried on `link` next, while no other SUBSCRIBE is unanswered: a
@@ -56,14 +63,16 @@ impl Table {
         while taken.len() < group
             && let Some(id) = self.suspects.pop(link)
         {
-            let Some(filter) = self.get_mut(id) else {
+            let Some(often) = self.get(id).map(|f| f.ends() >= ENDS_MAX) else {
                 continue;
             };
-            let often = filter.ends() >= ENDS_MAX;
-            if often && !taken.is_empty() {
+            if (often && !taken.is_empty()) || !self.may_subscribe(link, id) {
                 self.suspects.put_back(link, id);
                 break;
             }
+            let Some(filter) = self.get_mut(id) else {
+                continue;
+            };
             if let Some(qos) = filter.subscribe_sent(floor) {
                 taken.push(UpstreamSubscribe {
                     filter: id,

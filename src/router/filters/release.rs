@@ -159,7 +159,7 @@ impl Table {
                 Release::Unsubscribe(link) => {
                     let link = usize::from(link);
                     self.lingering.remove((since, id));
-                    self.unsubscribe_queue[link].push_back(id);
+                    self.queue_unsubscribe(link, id);
                     released.wake.insert(link);
                 }
                 Release::Remove => self.remove(id, now),

@@ -38,6 +38,7 @@ impl Filters {
             actions.wake.insert(link);
             table.queue_subscribe(link, id);
         }
+        table.mark(id);
         if refused.is_some() {
             // The filters inside it are not refused for that. Nothing brought their messages.
             actions.forget_retained = table.below(id);

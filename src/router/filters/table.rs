@@ -11,6 +11,7 @@ use crate::router::filters::actions::LinkSet;
 use crate::router::filters::copies::{Leaving, Moves};
 use crate::router::filters::counts::{LinkCounts, UsedLinks};
 use crate::router::filters::filter::{Filter, Placement};
+use crate::router::filters::journal::FilterJournal;
 use crate::router::filters::linger::Lingering;
 use crate::router::filters::suspects::Suspects;
 use crate::router::lost::Lost;
@@ -23,7 +24,7 @@ use crate::topics::{FilterId, FilterTrie};
 const SUGGEST_AT: usize = 1000;
 
 /// How long a filter's number is not given to another filter after its UNSUBACK.
-const TOMBSTONE: Duration = Duration::from_secs(10 * 60);
+pub(super) const TOMBSTONE: Duration = Duration::from_secs(10 * 60);
 
 /// All filters.
 #[derive(Debug)]
@@ -84,6 +85,10 @@ pub(in crate::router) struct Table {
     pub(super) deadlines: BTreeSet<(Millis, FilterId)>,
     /// Filters that the broker had granted and has lost, until it grants them again.
     pub(super) lost: Arc<Lost>,
+    /// Live messages of the broker keep RETAIN.
+    pub(super) keeps_retain: bool,
+    /// The records of the filters in the log. `None`: filters end with the process.
+    pub(super) journal: Option<Box<FilterJournal>>,
 }
 
 impl Table {
@@ -130,6 +135,8 @@ impl Table {
             doubted_until: vec![None; links],
             deadlines: BTreeSet::new(),
             lost: Arc::default(),
+            keeps_retain: true,
+            journal: None,
         }
     }
 
@@ -194,6 +201,25 @@ impl Table {
         }
         self.filters[at].get_or_insert_with(|| Box::new(Filter::new(name.clone())));
         (id, name)
+    }
+
+    /// Takes over the numbers of an earlier process: the ones of filters, and the ones at rest. The filters that
+    /// are known already are forgotten.
+    pub(super) fn take_over_numbers(
+        &mut self,
+        filters: Vec<(FilterId, Arc<str>)>,
+        rests: Vec<(Millis, FilterId)>,
+    ) {
+        self.filters.clear();
+        let count = self.numbers.take_over(filters, rests);
+        self.filters.resize_with(count, || None);
+    }
+
+    /// Puts a filter at its number.
+    pub(super) fn put(&mut self, id: FilterId, filter: Filter) {
+        if let Some(place) = self.filters.get_mut(id.index()) {
+            *place = Some(Box::new(filter));
+        }
     }
 
     /// A filter lies inside `outer` since the broker's properties have changed: the broker is to have
@@ -288,6 +314,9 @@ impl Table {
         self.leaving.remove(&id);
         self.awaiting_outer.remove(&id);
         self.numbers.release(filter.name(), now, now + TOMBSTONE);
+        if let Some(journal) = &mut self.journal {
+            journal.remove(id, now, now + TOMBSTONE);
+        }
         if let Some(since) = filter.idle_since() {
             self.lingering.remove((since, id));
         }

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::hashing::{LookUp, LookUpHasher};
@@ -22,11 +22,12 @@ use crate::time::{Millis, UnixMillis};
 /// A client that is away for less than this writes nothing: flaps are shorter.
 const FLAP: Duration = Duration::from_secs(5);
 
-/// The shards that have marked slots.
+/// The shards that have marked slots, and whether filters are marked.
 #[derive(Debug, Default)]
-pub(super) struct Marked {
+pub(in crate::router) struct Marked {
     /// The numbers of the shards, as bits.
     shards: AtomicU64,
+    filters: AtomicBool,
     pub(super) waker: TaskWaker,
 }
 
@@ -37,13 +38,25 @@ impl Marked {
         }
     }
 
+    /// Filters, or links, are to be written.
+    pub(crate) fn insert_filters(&self) {
+        if !self.filters.swap(true, Ordering::AcqRel) {
+            self.waker.raise();
+        }
+    }
+
+    /// Whether filters are marked. Takes the mark.
+    pub(crate) fn take_filters(&self) -> bool {
+        self.filters.swap(false, Ordering::AcqRel)
+    }
+
     /// Takes the shards.
     pub(super) fn take(&self) -> u64 {
         self.shards.swap(0, Ordering::AcqRel)
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.shards.load(Ordering::Acquire) == 0
+        self.shards.load(Ordering::Acquire) == 0 && !self.filters.load(Ordering::Acquire)
     }
 }
 

@@ -16,7 +16,9 @@ use std::time::Duration;
 
 use crate::router::account::Holder;
 use crate::router::handle::ConnectionHandle;
-use crate::router::sessions::journal::{Journal, JournalTimes, Recorded, RestoredClient, is_kept};
+use crate::router::sessions::journal::{
+    Journal, JournalTimes, Marked, Recorded, RestoredClient, is_kept,
+};
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::slot::Slot;
 use crate::router::sessions::{SHARDS, Sessions};
@@ -32,7 +34,7 @@ static TOO_LARGE: RateLimited = RateLimited::new(Duration::from_secs(1));
 /// Sessions that were appended to the log together.
 #[derive(Debug, Default)]
 #[must_use]
-pub struct Batch {
+pub(in crate::router) struct SessionBatch {
     /// The place of the last record. `None`: none was appended, or the log is degraded.
     pub last: Option<Position>,
     /// The bytes of room that the next record needs, if it did not find them.
@@ -40,10 +42,16 @@ pub struct Batch {
     sessions: Vec<Appended>,
 }
 
-impl Batch {
+impl SessionBatch {
     /// Whether it has no session.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.sessions.is_empty() && self.last.is_none()
+    }
+
+    /// How many sessions it has.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.sessions.len()
     }
 }
 
@@ -72,6 +80,11 @@ impl Sessions {
             let journal = Journal::new(number, self.marked.clone(), times);
             self.shard(number).journal = Some(Box::new(journal));
         }
+    }
+
+    /// The shards' marks, which filters have in common with them.
+    pub(crate) fn marks(&self) -> &Arc<Marked> {
+        &self.marked
     }
 
     /// How long after a start no session ends and no will is published.
@@ -129,8 +142,8 @@ impl Sessions {
     }
 
     /// Appends marked sessions to the log, as many as find room. `from` is the shard to begin with.
-    pub(crate) fn append_marked(&self, log: &Log, room: &mut Room, from: &mut u16) -> Batch {
-        let mut batch = Batch::default();
+    pub(crate) fn append_marked(&self, log: &Log, room: &mut Room, from: &mut u16) -> SessionBatch {
+        let mut batch = SessionBatch::default();
         let marked = self.marked.take();
         let mut body = Vec::new();
         let mut is_full = false;
@@ -166,7 +179,7 @@ impl Sessions {
 
     /// The records of a batch are on the disk, or the log is degraded: the connections that waited for
     /// them go on.
-    pub(crate) fn committed(&self, batch: &Batch) {
+    pub(crate) fn committed(&self, batch: &SessionBatch) {
         let same = |a: &Appended, b: &Appended| a.session.shard == b.session.shard;
         for sessions in batch.sessions.chunk_by(same) {
             let mut waking = Vec::new();
@@ -274,7 +287,7 @@ impl Shard {
         &mut self,
         log: &Log,
         room: &mut Room,
-        batch: &mut Batch,
+        batch: &mut SessionBatch,
         body: &mut Vec<u8>,
     ) -> Look {
         let Some(journal) = &mut self.journal else {
@@ -395,7 +408,7 @@ impl Shard {
     }
 }
 
-fn append_end(log: &Log, room: &mut Room, ended: &Recorded, batch: &mut Batch) {
+fn append_end(log: &Log, room: &mut Room, ended: &Recorded, batch: &mut SessionBatch) {
     let body = encode_end(ended.incarnation);
     let position = log.append(room, records::SESSION_END, &[&body], Life::Passing);
     if let Some(position) = position.ok().flatten() {
@@ -406,7 +419,12 @@ fn append_end(log: &Log, room: &mut Room, ended: &Recorded, batch: &mut Batch) {
     }
 }
 
-fn append_session(log: &Log, room: &mut Room, body: &[u8], batch: &mut Batch) -> Option<Position> {
+fn append_session(
+    log: &Log,
+    room: &mut Room,
+    body: &[u8],
+    batch: &mut SessionBatch,
+) -> Option<Position> {
     match log.append(room, records::SESSION, &[body], Life::Living) {
         Ok(Some(position)) => {
             batch.last = Some(position);

@@ -13,7 +13,7 @@ use crate::mqtt::{
     encode_unsubscribe,
 };
 use crate::router::testing::{self, config, facts, peer, router_of};
-use crate::router::{Connect, Connected, LinkSession, Router, RouterConfig, SessionOwner};
+use crate::router::{Batch, Connect, Connected, LinkSession, Router, RouterConfig, SessionOwner};
 use crate::session::{ConnectionSpec, SessionKey, Will};
 use crate::sim::testing::packet_of;
 use crate::store::log::disk::sim::{Fault, SimDisk};
@@ -121,7 +121,7 @@ impl Node {
             if batch.is_empty() {
                 return written;
             }
-            written += batch.sessions.len();
+            written += batch.sessions();
             self.write();
             assert!(self.is_decided(&batch));
             self.router.committed(&batch);
