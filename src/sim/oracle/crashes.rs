@@ -82,7 +82,7 @@ impl Oracle {
         }
     }
 
-    /// The publisher that is no client of the node.
+    /// A publisher at the broker.
     pub(crate) fn outside(&self) -> usize {
         self.clients.len() - 1
     }

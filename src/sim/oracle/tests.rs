@@ -135,7 +135,7 @@ fn a_late_refusal_ends_no_subscription_of_a_later_request() {
     }
 }
 
-/// An oracle of two clients over a disk, of which client 1 has a subscription on `a`.
+/// An oracle of two clients over a disk. Client 1 has a subscription on `a`.
 fn subscribed() -> Oracle {
     let mut oracle = group_of(QoS::AtLeastOnce);
     let options = SubscribeOptions {
