@@ -214,10 +214,13 @@ pub mod store {
 
 pub use store::log;
 
-/// The records that sessions have in the log.
+/// The records of sessions, filters and links in the log.
 pub mod session_records {
     use tidegate::store::log::{Position, Record};
-    use tidegate::store::records::{FoundSessions, SessionRecord, decode_end, encode_end};
+    use tidegate::store::records::{
+        FilterGoneRecord, FilterRecord, FoundFilters, FoundSessions, LinkRecord, SessionRecord,
+        decode_end, encode_end,
+    };
 
     /// Any bytes are a record or an error, and a record has one form only.
     pub fn body(body: &[u8]) {
@@ -229,22 +232,41 @@ pub mod session_records {
         if let Ok(incarnation) = decode_end(body) {
             assert_eq!(encode_end(incarnation), body);
         }
+        let mut again = Vec::new();
+        if let Ok(record) = FilterRecord::decode(body) {
+            record.encode(&mut again);
+            assert_eq!(again, body);
+        }
+        again.clear();
+        if let Ok(record) = FilterGoneRecord::decode(body) {
+            record.encode(&mut again);
+            assert_eq!(again, body);
+        }
+        again.clear();
+        if let Ok(record) = LinkRecord::decode(body) {
+            record.encode(&mut again);
+            assert_eq!(again, body);
+        }
     }
 
     /// A log of any records is read. Each record has its kind, its length, and its body.
     pub fn log(mut bytes: &[u8]) {
-        let mut found = FoundSessions::default();
+        let (mut found, mut filters) = (FoundSessions::default(), FoundFilters::default());
         let mut offset = 0;
         while let Some((&[kind, len], rest)) = bytes.split_first_chunk() {
             let (body, rest) = rest.split_at(usize::from(len).min(rest.len()));
             self::body(body);
             let position = Position::new(1, offset);
-            // An error is an answer, too.
-            let _ = found.take(&Record {
+            let record = Record {
                 position,
                 kind,
                 body,
-            });
+            };
+            // An error is an answer, too.
+            let _ = match FoundFilters::takes(kind) {
+                true => filters.take(&record),
+                false => found.take(&record),
+            };
             offset += u32::from(len) + 1;
             bytes = rest;
         }
