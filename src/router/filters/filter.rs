@@ -4,6 +4,7 @@
 //! The fields are private to this file. The transitions say what has happened, change the state,
 //! and return what has to be done.
 
+mod grants;
 mod outcome;
 mod restored;
 mod suspicion;
@@ -565,28 +566,6 @@ impl Filter {
             self.idle_since = Some(now);
         }
         idle
-    }
-
-    /// A client's SUBSCRIBE waits for the broker's answer on this filter.
-    pub(crate) fn await_suback(&mut self, grant: PendingGrant) {
-        self.awaiting_suback.push(grant);
-    }
-
-    /// Takes the grants that wait for this QoS or less.
-    pub(crate) fn take_answered(&mut self, qos: QoS) -> Vec<PendingGrant> {
-        let answered = self.awaiting_suback.extract_if(.., |g| g.qos <= qos);
-        answered.collect()
-    }
-
-    /// Takes the grants that have waited long enough.
-    pub(crate) fn take_late(&mut self, now: Millis) -> Vec<PendingGrant> {
-        let late = (self.awaiting_suback).extract_if(.., |g| g.deadline <= now);
-        late.collect()
-    }
-
-    /// The deadlines of the grants that wait.
-    pub(crate) fn deadlines(&self) -> impl Iterator<Item = Millis> {
-        self.awaiting_suback.iter().map(|g| g.deadline)
     }
 }
 

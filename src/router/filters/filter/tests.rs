@@ -388,4 +388,5 @@ fn grants_are_answered_up_to_a_qos_and_when_they_are_late() {
     assert_eq!(filter.take_late(Millis::new(20)).len(), 1);
     assert_eq!(filter.take_answered(QoS::ExactlyOnce).len(), 1);
     assert!(!filter.is_awaited());
+    assert_eq!(filter.awaiting_suback.capacity(), 0, "no room is kept");
 }
