@@ -11,7 +11,7 @@ use crate::topics::FilterId;
 
 /// Bytes of a filter beside its name, as measured: its entry in the table, its number, and its members in
 /// one shard.
-pub(super) const FILTER_BYTES: usize = 512;
+pub(super) const FILTER_BYTES: usize = 256;
 
 impl Table {
     /// Whether there is room for a filter that `holder` brings, and for the subscription on it. A filter
