@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
+use std::time::Duration;
 
 use crate::hashing::LookUp;
 use crate::router::types::SessionRef;
@@ -126,10 +127,12 @@ impl Lingering {
 /// Decides which lingering filters are released, from the longest idle on.
 #[derive(Debug)]
 pub(in crate::router) struct Overdue {
-    /// Filters that are idle since then or longer are released.
-    pub idle_before: Millis,
-    /// Busy filters and surplus ones are released if they are idle since then or longer.
-    pub busy_before: Millis,
+    /// The time from which the filters' idle time is counted back.
+    pub now: Millis,
+    /// Filters that are idle for so long are released.
+    pub linger: Duration,
+    /// Busy filters and surplus ones are released if they are idle for so long.
+    pub busy_min: Duration,
     /// How many filters linger beyond the configured number.
     pub surplus: usize,
     /// How many filters are released whatever their age.
@@ -147,10 +150,11 @@ impl Overdue {
         busy: impl FnOnce() -> bool,
     ) -> Option<bool> {
         let urgent = self.urgent > 0 || self.urgent_bytes > 0;
-        if since > self.busy_before && !urgent {
+        let idle = self.now.since(since);
+        if idle < self.busy_min && !urgent {
             return None;
         }
-        let released = urgent || self.surplus > 0 || since <= self.idle_before || busy();
+        let released = urgent || self.surplus > 0 || idle >= self.linger || busy();
         self.surplus = self.surplus.saturating_sub(1);
         self.urgent = self.urgent.saturating_sub(1);
         if released {
@@ -242,8 +246,9 @@ mod tests {
     #[test]
     fn the_longest_idle_are_released_and_under_pressure_whatever_their_age() {
         let due = |surplus, urgent, urgent_bytes| Overdue {
-            idle_before: Millis::new(10),
-            busy_before: Millis::new(30),
+            now: Millis::new(40),
+            linger: Duration::from_millis(30),
+            busy_min: Duration::from_millis(10),
             surplus,
             urgent,
             urgent_bytes,

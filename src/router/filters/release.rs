@@ -91,8 +91,9 @@ impl Filters {
             let filters_over = bytes_over.div_ceil(FILTER_BYTES as u64) as usize;
             let crowded = table.len().saturating_sub(FILTERS_CROWDED);
             Overdue {
-                idle_before: now - self.config.linger,
-                busy_before: now - self.config.linger_busy_min,
+                now,
+                linger: self.config.linger,
+                busy_min: self.config.linger_busy_min,
                 surplus: (lingering.len()).saturating_sub(self.config.lingering_max),
                 urgent: crowded.max(filters_over).saturating_sub(leaving),
                 urgent_bytes: lingering.bytes().saturating_sub(LINGERING_BYTES_MAX),

@@ -110,6 +110,8 @@ struct Node {
     broker: Broker,
     links: Vec<Link>,
     last_id: u16,
+    /// The batch that is being written.
+    pending: Option<Batch>,
 }
 
 fn config() -> RouterConfig {
@@ -191,6 +193,7 @@ impl Node {
             writer,
             from: 0,
             last_id: 0,
+            pending: None,
             started_at,
             now: Millis::ZERO,
             config,
@@ -224,19 +227,39 @@ impl Node {
         ) {}
     }
 
+    /// Whether the records of a batch are decided.
+    fn is_decided(&self, batch: &Batch) -> bool {
+        let Some(last) = batch.last else {
+            return true;
+        };
+        let wait = pin!(self.log.wait(last));
+        let polled = wait.poll(&mut Context::from_waker(Waker::noop()));
+        matches!(polled, Poll::Ready(_))
+    }
+
+    /// Does a small part of the work of the persist task and of the writer.
+    fn persist_a_little(&mut self) {
+        match self.pending.take() {
+            None => self.pending = Some(self.append()),
+            Some(batch) if self.is_decided(&batch) => self.router.committed(&batch),
+            Some(batch) => {
+                self.writer.step(&mut self.owner, self.now);
+                self.pending = Some(batch);
+            }
+        }
+    }
+
     /// Does the work of the persist task until nothing is marked.
     fn persist(&mut self) {
         loop {
-            let batch = self.append();
+            let pending = self.pending.take();
+            let is_new = pending.is_none();
+            let batch = pending.unwrap_or_else(|| self.append());
             self.write();
-            if batch.is_empty() {
+            if is_new && batch.is_empty() {
                 return;
             }
-            if let Some(last) = batch.last {
-                let polled =
-                    pin!(self.log.wait(last)).poll(&mut Context::from_waker(Waker::noop()));
-                assert!(matches!(polled, Poll::Ready(_)));
-            }
+            assert!(self.is_decided(&batch));
             self.router.committed(&batch);
         }
     }

@@ -31,8 +31,18 @@ fn crash(seed: u64, identifiers: bool) {
             step(&mut node, &mut rng);
             node.check();
         }
-        // The broker reads some of the requests that were sent.
+        // Requests whose answers never come.
+        if rng.below(2) == 0 {
+            let client = node.connect(CLIENTS[rng.below(3) as usize]);
+            change(&mut node, client, &mut rng);
+        }
+        for _ in 0..rng.below(6) {
+            node.persist_a_little();
+        }
         for link in 0..node.links.len() {
+            if node.links[link].up && rng.below(2) == 0 {
+                node.send(link);
+            }
             for _ in 0..rng.below(4) {
                 node.read(link);
             }
@@ -47,6 +57,9 @@ fn crash(seed: u64, identifiers: bool) {
             node.check_all(&CLIENTS);
         }
     }
+    for _ in 0..rng.below(60) {
+        step(&mut node, &mut rng);
+    }
     node.settle();
     // All moves end, and everything that nobody needs has left.
     for _ in 0..20 {
@@ -56,20 +69,25 @@ fn crash(seed: u64, identifiers: bool) {
     node.check_all(&CLIENTS);
 }
 
+/// A client subscribes or unsubscribes.
+fn change(node: &mut Node, client: Connected, rng: &mut Rng) {
+    let filter = FILTERS[rng.below(FILTERS.len() as u64) as usize];
+    match rng.below(3) {
+        0 => node.unsubscribe(client, filter),
+        _ => {
+            let qos = QoS::from_u8(rng.below(3) as u8).unwrap_or_default();
+            node.subscribe(client, filter, qos);
+        }
+    }
+}
+
 fn step(node: &mut Node, rng: &mut Rng) {
     let link = rng.below(node.links.len() as u64) as usize;
     let up = node.links[link].up;
     match rng.below(20) {
         0..=4 => {
             let client = node.connect(CLIENTS[rng.below(3) as usize]);
-            let filter = FILTERS[rng.below(FILTERS.len() as u64) as usize];
-            match rng.below(3) {
-                0 => node.unsubscribe(client, filter),
-                _ => {
-                    let qos = QoS::from_u8(rng.below(3) as u8).unwrap_or_default();
-                    node.subscribe(client, filter, qos);
-                }
-            }
+            change(node, client, rng);
         }
         5..=8 if up => node.send(link),
         9..=10 if up => node.read(link),
@@ -98,7 +116,9 @@ fn step(node: &mut Node, rng: &mut Rng) {
         }
         16..=17 => node.persist(),
         18 => {
-            let _ = node.append();
+            for _ in 0..rng.below(4) {
+                node.persist_a_little();
+            }
         }
         _ => {
             node.advance(Duration::from_millis(rng.below(3000)));

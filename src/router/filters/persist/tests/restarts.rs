@@ -1,4 +1,6 @@
 use super::*;
+use crate::store::log::Life;
+use crate::store::records::{FILTER, FilterRecord, FilterState};
 
 /// A node whose client `c` has these filters.
 fn node_with(identifiers: bool, filters: &[&str]) -> Node {
@@ -311,4 +313,84 @@ fn after_a_crash_in_degraded_mode_all_links_begin_anew() {
     node.check_all(&["c"]);
     assert_eq!(node.filters_of("c"), ["a", "b"]);
     assert_eq!(node.count_at_broker(), 2);
+}
+
+#[test]
+fn an_inner_filter_stays_inside_an_outer_one_that_lingers() {
+    let mut node = node_with(false, &["a/+"]);
+    let other = node.connect("other");
+    node.subscribe(other, "a/b", QoS::AtLeastOnce);
+    node.settle();
+    let client = node.connect("c");
+    node.unsubscribe(client, "a/+");
+    node.persist();
+    let subscribes = node.broker.subscribes;
+    let mut node = node.restart();
+    assert!(node.router.filters.lost().is_empty());
+    node.settle();
+    assert_eq!(node.broker.subscribes, subscribes);
+    assert_eq!(node.at_broker(0), ["a/+"]);
+    node.check_all(&["other"]);
+    // It moves when the outer one goes.
+    for _ in 0..4 {
+        node.advance(Duration::from_secs(15));
+        node.settle();
+    }
+    assert_eq!(node.count_at_broker(), 1);
+    node.check_all(&["other"]);
+}
+
+#[test]
+fn two_overlapping_filters_are_not_restored_on_one_link() {
+    let mut node = node_with(false, &["x/a"]);
+    let table = node.router.filters.read();
+    let session = table.journal.as_ref().and_then(|j| j.links[0].session);
+    let session = session.expect("the link has connected").number;
+    drop(table);
+    // As after the loss of the record that said that the older one was leaving.
+    let mut body = Vec::new();
+    let record = FilterRecord {
+        number: 77,
+        session,
+        name: "x/+",
+        asked: 1,
+        state: FilterState::Granted(1),
+    };
+    record.encode(&mut body);
+    let mut room = node.log.try_reserve(1 << 20).expect("there is room");
+    let appended = node.log.append(&mut room, FILTER, &[&body], Life::Living);
+    assert!(appended.is_ok());
+    node.write();
+    let broker = node.broker.sessions.get_mut(&client_id("a", 0));
+    let broker = broker.expect("the link has a session");
+    broker.clear();
+    broker.insert("x/+".to_owned(), (FilterId(77), QoS::AtLeastOnce));
+    let mut node = node.restart();
+    let table = node.router.filters.read();
+    let on_link = table.of_link(0).filter(|(_, f)| f.is_active());
+    assert_eq!(on_link.count(), 1);
+    drop(table);
+    node.settle();
+    node.check_all(&["c"]);
+}
+
+#[test]
+fn a_session_stays_in_doubt_until_the_records_of_all_its_filters_are_written() {
+    let filters: Vec<String> = (0..30).map(|n| format!("f/{n}")).collect();
+    let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
+    let mut node = node_with(true, &filters);
+    assert!(node.at_broker(0).len() > 10);
+    node.disconnect(0);
+    node.links[0].in_doubt = true;
+    node.connect_link(0);
+    let batch = node.append();
+    assert!(batch.last.is_some());
+    // The first of several commits.
+    let step = node.writer.step(&mut node.owner, node.now);
+    assert!(matches!(step, Step::Committed { .. }), "{step:?}");
+    let node = node.restart();
+    assert!(node.router.restored_link(0).is_some_and(|l| l.in_doubt));
+    let mut node = node.restart();
+    node.settle();
+    node.check_all(&["c"]);
 }
