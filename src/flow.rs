@@ -72,6 +72,15 @@ impl<T> Window<T> {
         }
     }
 
+    /// The messages that an earlier process had in flight, in the order of sending. Each is to be sent again.
+    pub(crate) fn restored(entries: Vec<T>, last_id: u16) -> Self {
+        Self {
+            entries: entries.into(),
+            releases_due: true,
+            ..Self::after(last_id)
+        }
+    }
+
     /// The identifier that was given last; 0: none was.
     pub(crate) fn last_id(&self) -> u16 {
         self.last_id

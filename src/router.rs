@@ -2,7 +2,7 @@
 //! other. It has no sockets and no clock: the time comes in with each call.
 //!
 //! Each module in here has one owner of its state. An owner does not call its siblings; it works on
-//! the owners that come before it in the order of imports (`types`, `handle`, `account`, `sessions`,
+//! the owners that come before it in the order of imports (`types`, `handle`, `account`, `messages`, `sessions`,
 //! `publish`, `barrier`, `retained`, `filters`, `delivery`), and returns the actions that are left to
 //! take. The facade, [`Router`], takes them.
 //!
@@ -15,7 +15,8 @@
 //! 2. the table of filters;
 //! 3. the groups of shared subscriptions;
 //! 4. one shard of the sessions;
-//! 5. one of: the log, the publish queues of a link, the deferred actions, the tasks that wait for room, the
+//! 5. one of: the numbers of messages, the messages that wait for the log, the addressees of a message, the
+//!    messages of QoS 2 that links have received and then the log, the publish queues of a link, the deferred actions, the tasks that wait for room, the
 //!    lost filters, the requests to a connection handle.
 //!
 //! No lock is held over an await, and none while a client or a link is waited for.
@@ -34,9 +35,11 @@ mod links;
 #[cfg(test)]
 mod locks;
 mod lost;
+mod messages;
 mod persist;
 mod presence;
 pub mod publish;
+mod replay;
 mod restore;
 mod retained;
 mod sessions;
@@ -60,6 +63,7 @@ pub use config::RouterConfig;
 pub use filters::filter::LinkSession;
 pub use filters::links::UpstreamSubscribe;
 pub use filters::restore::{RestoredLink, StaleLink};
+pub(crate) use messages::Committed;
 #[cfg(test)]
 pub(crate) use persist::Batch;
 pub use persist::{Persist, SessionOwner};
@@ -264,9 +268,23 @@ impl Router {
         if batch.is_empty() {
             return;
         }
+        let numbers = self.sessions.numbers();
+        let under_way = numbers.number(batch, now);
         let mut routes = Routes::default();
-        routes.find(&self.filters.read(), self.links.data_max, batch);
+        let table = self.filters.read();
+        routes.find(&table, self.links.data_max, batch);
         let batch = &*batch;
+        if let Some(under_way) = &under_way {
+            for (at, arrived) in batch.iter().enumerate() {
+                // A member of a shared subscription is named when it gets the message.
+                if arrived.link < self.links.data_max {
+                    let filters = arrived.filters.iter().filter_map(|id| table.get(*id));
+                    let filters = filters.map(|filter| filter.name().clone());
+                    numbers.address(under_way, at, &arrived.message, filters);
+                }
+            }
+        }
+        drop(table);
         let keeps_retain = self.broker.keeps_retain();
         // A copy whose counterpart was delivered is for nobody.
         for arrived in batch.iter().filter(|a| !a.filters.is_empty()) {
@@ -333,6 +351,7 @@ impl Router {
         {
             self.tick_linger(now);
             self.filters.read().suggest_root();
+            self.sessions.numbers().ask_for_checkpoint();
         }
     }
 }

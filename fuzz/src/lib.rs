@@ -218,7 +218,8 @@ pub use store::log;
 pub mod session_records {
     use tidegate::store::log::{Position, Record};
     use tidegate::store::records::{
-        FilterGoneRecord, FilterRecord, FoundFilters, FoundSessions, LinkRecord, SessionRecord,
+        CheckpointRecord, FilterGoneRecord, FilterRecord, FoundFilters, FoundSessions,
+        LinkReceived, LinkReleased, LinkRecord, MessageRecord, SessionRecord,
         decode_end, encode_end,
     };
 
@@ -231,6 +232,22 @@ pub mod session_records {
         }
         if let Ok(incarnation) = decode_end(body) {
             assert_eq!(encode_end(incarnation), body);
+        }
+        if let Ok(record) = MessageRecord::decode(body) {
+            let mut again = Vec::new();
+            record.encode(&mut again);
+            assert_eq!(again, body);
+        }
+        if let Ok(record) = CheckpointRecord::decode(body) {
+            let mut again = Vec::new();
+            record.encode(&mut again);
+            assert_eq!(again, body);
+        }
+        if let Ok(record) = LinkReceived::decode(body) {
+            assert_eq!(record.encode(), body);
+        }
+        if let Ok(record) = LinkReleased::decode(body) {
+            assert_eq!(record.encode(), body);
         }
         let mut again = Vec::new();
         if let Ok(record) = FilterRecord::decode(body) {
@@ -270,7 +287,7 @@ pub mod session_records {
             offset += u32::from(len) + 1;
             bytes = rest;
         }
-        for session in found.into_sessions() {
+        for session in found.sessions() {
             assert!(SessionRecord::decode(&session.body).is_ok());
         }
     }

@@ -6,6 +6,7 @@ use triomphe::ThinArc;
 
 use crate::budget::Account;
 
+use crate::mqtt::numbered::Numbered;
 use crate::mqtt::props::{RESPONSE_TOPIC, forwarded};
 use crate::mqtt::text::cut;
 use crate::mqtt::{Properties, QoS};
@@ -61,30 +62,34 @@ pub struct Message(ThinArc<Head, u8>);
 // `body` of the allocation: topic with its length prefix, properties, payload.
 struct Head {
     expires_at: Option<Deadline>,
+    /// `None` unless messages go into a log.
+    numbered: Option<Box<Numbered>>,
+    _charge: Option<Charge>,
     properties: u32,
     topic: u16,
     qos: QoS,
     retain: bool,
-    _charge: Option<Charge>,
 }
 
 /// Releases the message's charge with its last reference.
 struct Charge {
     account: Arc<Account>,
-    bytes: usize,
+    /// A message has far fewer than 4 GiB.
+    bytes: u32,
 }
 
 impl Charge {
     fn new(account: Arc<Account>, body: usize) -> Self {
         let bytes = size_of_body(body);
         account.charge(bytes);
+        let bytes = bytes as u32;
         Self { account, bytes }
     }
 }
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.account.release(self.bytes);
+        self.account.release(self.bytes as usize);
     }
 }
 
@@ -127,6 +132,7 @@ impl Message {
                 .clone()
                 .map(|account| Charge::new(account, len)),
             expires_at: spec.expires_at,
+            numbered: None,
             properties: properties as u32,
             topic: topic_len as u16,
             qos: spec.qos,
@@ -154,6 +160,25 @@ impl Message {
             fill(&mut at, spec.payload);
         });
         Message(arc)
+    }
+
+    /// Gives the message its number for the log. It must have no other reference yet; else nothing happens.
+    pub fn number(&mut self, numbered: Numbered) {
+        self.0.with_arc_mut(|arc| {
+            if let Some(inner) = triomphe::Arc::get_mut(arc) {
+                inner.header_mut().numbered = Some(Box::new(numbered));
+            }
+        });
+    }
+
+    /// Its number for the log, if it has one.
+    pub fn numbered(&self) -> Option<&Numbered> {
+        self.0.header.header.numbered.as_deref()
+    }
+
+    /// Its sequence number in the log, if it has one.
+    pub fn sequence(&self) -> Option<u64> {
+        self.numbered().map(Numbered::sequence)
     }
 
     /// Topic name.

@@ -4,8 +4,12 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
+use crate::mqtt::Message;
+use crate::router::messages::Committed;
 use crate::store::log::{Log, Mode, Owner, Pass, Piece, Position, Progress, Room};
 use crate::telemetry::metrics;
+
+use crate::store::records::{LinkReceived, LinkReleased};
 
 use crate::router::Router;
 use crate::router::SessionRef;
@@ -67,6 +71,42 @@ impl Router {
     pub fn committed(&self, batch: &Batch) {
         self.wake_links(self.filters.committed(&batch.filters));
         self.sessions.committed(&batch.sessions);
+        if batch.sessions.has_messages() {
+            for waker in &self.data {
+                waker.raise();
+            }
+        }
+    }
+
+    /// Whether messages are kept in a log, so that their acknowledgements wait for it.
+    pub(crate) fn keeps_messages(&self) -> bool {
+        self.sessions.numbers().kept().is_some()
+    }
+
+    /// A link has received a message of QoS 2. The record of that is written before that of the message.
+    pub(crate) fn link_received(&self, received: LinkReceived) {
+        self.sessions.numbers().link_received(received);
+    }
+
+    /// The broker has released a message of a link, or has forgotten all of them.
+    pub(crate) fn link_released(&self, released: LinkReleased) -> Committed {
+        self.sessions.numbers().link_released(released)
+    }
+
+    /// The messages of QoS 2 of a link that the broker may send again, from an earlier process.
+    pub(crate) fn received_on(&self, link: usize) -> Vec<LinkReceived> {
+        self.sessions.numbers().received.of(link as u16)
+    }
+
+    /// The records of these messages are to be written now.
+    pub(crate) fn write_messages(&self, messages: impl IntoIterator<Item = Message>) {
+        self.sessions.numbers().write(messages);
+    }
+
+    /// The bytes of the last checkpoint in the log.
+    #[cfg(test)]
+    pub(crate) fn checkpoint_bytes(&self) -> u64 {
+        self.sessions.checkpoint_bytes()
     }
 
     /// The process ends, and with it a connection. The session stays as it is: for the next process its

@@ -1,5 +1,6 @@
 //! Sessions that an earlier process has left in the log.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::mqtt::{Message, MessageSpec, Properties, QoS, SubscribeOptions, Version};
@@ -13,7 +14,8 @@ use crate::topics::{FilterId, has_wildcard, overlaps, split_shared};
 
 use crate::router::Router;
 use crate::router::account::Holder;
-use crate::router::sessions::journal::{JournalTimes, RestoredClient};
+use crate::router::replay::Replay;
+use crate::router::sessions::journal::{JournalTimes, Progress, RestoredClient};
 
 /// How long a session that is over is remembered after its will is due.
 const REMEMBER_OVER: Duration = Duration::from_secs(10);
@@ -68,20 +70,45 @@ impl Router {
         }
     }
 
-    /// Begins the sessions of a log, whose records get their claims. Returns the number of sessions.
-    pub fn restore_all(&self, found: FoundSessions, claims: &Claims, now: Millis) -> u64 {
+    /// Begins the sessions of a log with their messages, whose records get their claims. `stale`: the log lacks
+    /// its last records, so that its messages are not to be trusted. Returns the number of sessions.
+    pub fn restore_all(
+        &self,
+        found: &FoundSessions,
+        claims: &Arc<Claims>,
+        stale: bool,
+        now: Millis,
+    ) -> u64 {
         self.sessions.incarnations_from(found.largest_incarnation());
+        self.sessions
+            .keep_messages(claims, self.config.started_at, found.largest_sequence());
+        if !stale {
+            // The broker has forgotten the messages of other links.
+            let received = found.received();
+            let received =
+                received.filter(|(received, _)| self.restored_link(received.link.into()).is_some());
+            let received = received.inspect(|(_, claim)| claims.claim(*claim));
+            self.sessions.numbers().received.restore(received);
+        }
+        let mut messages = Replay::new(self, found, claims, stale, now);
         let mut restored = 0;
-        for session in found.into_sessions() {
+        for session in found.sessions() {
             let (position, len) = (session.position, session.body.len());
             let Ok(record) = SessionRecord::decode(&session.body) else {
                 continue;
             };
-            if self.restore(&record, (position, len as u32), restored, now) {
+            if self.restore(
+                &record,
+                (position, len as u32),
+                restored,
+                &mut messages,
+                now,
+            ) {
                 claims.claim(Claim::new(position, len));
                 restored += 1;
             }
         }
+        messages.replay();
         self.filters.place_restored(now);
         restored
     }
@@ -94,6 +121,7 @@ impl Router {
         record: &SessionRecord<'_>,
         place: (Position, u32),
         nth: u64,
+        messages: &mut Replay<'_>,
         now: Millis,
     ) -> bool {
         let Some(incarnation) = Incarnation::new(record.incarnation) else {
@@ -116,9 +144,12 @@ impl Router {
             over: times.over,
             expiry: record.expiry,
             since: times.since,
-            // Its queue ended with the earlier process.
-            gaps: record.gaps + u64::from(!times.over),
-            last_id: record.last_id.wrapping_add(ID_STEP),
+            gaps: record.gaps + u64::from(!times.over && messages.is_stale()),
+            last_id: match messages.is_stale() {
+                // Far from the identifiers that its client may still use.
+                true => record.last_id.wrapping_add(ID_STEP),
+                false => record.last_id,
+            },
             will: record.will.as_ref().map(|w| (will_of(w), times.will_at)),
             ends_at: times.ends_at,
             absent_at: times.absent_at,
@@ -132,11 +163,20 @@ impl Router {
             detached_at: record.detached_at,
             address: record.address,
         };
+        let progress = match times.over {
+            false => messages.begin(&mut session, record, place.0),
+            true => Progress::default(),
+        };
         let groups = session.subscriptions().iter().filter(|s| s.shared);
         let groups: Vec<FilterId> = groups.map(|s| s.filter).collect();
-        let session = self.sessions.restore(session, holder, client, place, |r| {
-            self.publishing.link_of(r)
-        });
+        let session = self
+            .sessions
+            .restore(session, holder, (client, progress), place, |r| {
+                self.publishing.link_of(r)
+            });
+        if !groups.is_empty() {
+            messages.member(incarnation, session);
+        }
         for group in groups {
             self.groups
                 .join(&self.sessions, group, session, incarnation);

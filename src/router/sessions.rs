@@ -39,6 +39,7 @@ use crate::budget::{Account, Allowance, CacheAccounts};
 use crate::mqtt::{Message, ReasonCode};
 use crate::outbuf::OutBuf;
 use crate::session::{Effect, Incarnation, Redelivery, Session, SessionKey, SessionLimits, Token};
+use crate::store::log::Claim;
 use crate::streams::{StreamId, StreamSet};
 use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
@@ -47,6 +48,7 @@ use crate::topics::FilterId;
 use crate::router::account::SessionAccount;
 use crate::router::handle::ConnectionHandle;
 use crate::router::lost::Lost;
+use crate::router::messages::Numbers;
 use crate::router::types::{BarrierNumbers, Due, Peer, SessionRef};
 use absences::Absences;
 use accounts::Accounts;
@@ -107,6 +109,10 @@ pub(super) struct Sessions {
     handovers: AtomicU64,
     /// Shards with sessions that are to go into the log.
     marked: Arc<Marked>,
+    /// The numbers of messages for the log.
+    numbers: Arc<Numbers>,
+    /// The claim of the last checkpoint in the log.
+    checkpoint: Mutex<Option<Claim>>,
 }
 
 /// Actions that are left to take once a shard's lock is given back.
@@ -206,12 +212,19 @@ impl Sessions {
             waiting_for_room: Mutex::new(Vec::new()),
             handovers: AtomicU64::new(0),
             marked: Arc::default(),
+            numbers: Arc::default(),
+            checkpoint: Mutex::default(),
             limits,
         }
     }
 
     pub(super) fn limits(&self) -> &SessionLimits {
         &self.limits
+    }
+
+    /// The numbers of messages for the log.
+    pub(super) fn numbers(&self) -> &Arc<Numbers> {
+        &self.numbers
     }
 
     /// The account that messages from the broker are charged to.
@@ -370,6 +383,7 @@ impl Sessions {
         slot.session.connection()?.streams_free(free);
         slot.session.pump(&self.limits, now, &mut accounts.output);
         let connection = slot.session.connection()?;
+        let commits = connection.begin_commit();
         let side = connection.take_output(free, empty);
         let taken = &mut connection.taken;
         (taken.own_bytes, taken.shared_bytes) = unsent;
@@ -389,6 +403,9 @@ impl Sessions {
             handle.sent(now);
         }
         shed(slot);
+        if commits {
+            shard.await_commit(reference.slot);
+        }
         self.settle(&mut shard, reference.slot);
         Some(side)
     }

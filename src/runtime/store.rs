@@ -131,7 +131,7 @@ fn load(
     let name = |link: usize| links.0.get(link).cloned().unwrap_or_default();
     let is_complete = !replayed.report.stale;
     router.restore_filters(found.filters, name, is_complete, &claims, clock.now());
-    let restored = router.restore_all(found.sessions, &claims, clock.now());
+    let restored = router.restore_all(&found.sessions, &claims, !is_complete, clock.now());
     let (log, writer) = replayed.start().map_err(failed)?;
     // A log that was left degraded is so until it is written anew, and so is one whose disk fails at once.
     let is_degraded = log.committed().is_none();

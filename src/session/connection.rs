@@ -48,6 +48,19 @@ impl Scope {
     }
 }
 
+/// The way of a connection's output past the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Commit {
+    /// The output waits for nothing.
+    None,
+    /// The output has a packet that must not leave before the session's record.
+    Wanted,
+    /// The record is on its way to the disk, and no output is taken.
+    Awaited,
+    /// The record is on the disk, and the output is to be taken.
+    Passed,
+}
+
 /// The state of one connection of a session.
 #[derive(Debug)]
 pub struct Connection {
@@ -69,8 +82,7 @@ pub struct Connection {
     pub unread: bool,
     /// The acknowledgement of a changed subscription waits until the change is on the disk.
     acknowledges_after_commit: bool,
-    /// All output waits until a change of the session is on the disk.
-    withheld: bool,
+    commit: Commit,
     /// What sets the client apart. `None`: nothing does.
     pub scope: Option<Arc<Scope>>,
     /// SUBSCRIBEs that wait for the broker.
@@ -179,7 +191,7 @@ impl Connection {
             last_seen: now,
             unread: false,
             acknowledges_after_commit: false,
-            withheld: false,
+            commit: Commit::None,
             scope: spec.scope.clone(),
             pending: Vec::new(),
             waiting: None,
@@ -201,22 +213,47 @@ impl Connection {
 
     /// A subscription has changed, and its acknowledgement is in the output.
     pub(super) fn subscription_changed(&mut self) {
-        self.withheld |= self.acknowledges_after_commit;
+        if self.acknowledges_after_commit {
+            self.commit = Commit::Awaited;
+        }
     }
 
     /// No output is taken until [`Connection::release`].
     pub fn withhold(&mut self) {
-        self.withheld = true;
+        self.commit = Commit::Awaited;
     }
 
     /// Whether no output is taken.
     pub fn is_withheld(&self) -> bool {
-        self.withheld
+        self.commit == Commit::Awaited
     }
 
     /// The change that the output waits for is on the disk.
     pub fn release(&mut self) {
-        self.withheld = false;
+        self.commit = Commit::Passed;
+    }
+
+    /// A packet of the output must not leave before the session's record says so.
+    pub(super) fn commit_first(&mut self) {
+        if self.acknowledges_after_commit && self.commit != Commit::Awaited {
+            self.commit = Commit::Wanted;
+        }
+    }
+
+    /// Whether a message of QoS 2 may be added to the output. While output is on its way to the disk or from
+    /// there, it must not come to depend on a later record.
+    pub(super) fn takes_qos2(&self) -> bool {
+        matches!(self.commit, Commit::None | Commit::Wanted)
+    }
+
+    /// Whether the output has a packet that needs the session's record. From then on no output is taken until
+    /// [`Connection::release`].
+    pub fn begin_commit(&mut self) -> bool {
+        let wanted = self.commit == Commit::Wanted;
+        if wanted {
+            self.commit = Commit::Awaited;
+        }
+        wanted
     }
 
     /// Replaces the raw user properties that name the sender in each publish of the client.
@@ -297,11 +334,14 @@ impl Connection {
     /// `empty`, the data streams' is returned. Data streams with a full buffer get no more messages
     /// until [`Connection::streams_free`]. While the output is withheld, nothing is taken.
     pub fn take_output(&mut self, free: StreamSet, empty: &mut OutBuf) -> Vec<(StreamId, OutBuf)> {
-        if self.withheld {
+        if self.is_withheld() {
             return Vec::new();
         }
         if free.contains(StreamId::CONTROL) {
             std::mem::swap(&mut self.output, empty);
+        }
+        if self.commit == Commit::Passed && self.data.is_none() && self.output.is_empty() {
+            self.commit = Commit::None;
         }
         let Some(data) = &mut self.data else {
             return Vec::new();
@@ -312,6 +352,9 @@ impl Connection {
             let free = |output: &mut (StreamId, OutBuf)| free.contains(output.0);
             data.output.extract_if(.., free).collect()
         };
+        if self.commit == Commit::Passed && self.output.is_empty() && data.output.is_empty() {
+            self.commit = Commit::None;
+        }
         let full = (taken.iter()).filter(|(_, bytes)| bytes.len() >= STREAM_OUTPUT_MAX_BYTES);
         self.saturated = full.fold(self.saturated, |all, (stream, _)| all.with(*stream));
         taken

@@ -1,5 +1,7 @@
 //! The sending half of a session: the window of messages in flight, and the queue behind it.
 
+mod answers;
+
 use std::sync::LazyLock;
 
 use crate::flow::{InFlight, Stage, Window};
@@ -63,6 +65,8 @@ pub struct Outbound {
     queue: Queue,
     sets: IdSets,
     inflight_bytes: usize,
+    /// The log's numbers of messages of QoS 2 that the client has, until the session's record says so.
+    done: Vec<u64>,
     /// Counts, which the driver takes.
     pub shed: Shed,
 }
@@ -79,6 +83,43 @@ impl Outbound {
         }
     }
 
+    /// The messages of QoS 2 that the client has, by the log's numbers.
+    pub fn done(&self) -> &[u64] {
+        &self.done
+    }
+
+    /// The session's record says that the messages up to this number are done.
+    pub fn forget_done(&mut self, through: u64) {
+        self.done.retain(|number| *number > through);
+    }
+
+    /// The client, which is away, keeps what waits now.
+    pub(super) fn client_left(&mut self) {
+        self.queue.client_left();
+    }
+
+    /// Adds a message for a client that was connected when an earlier process ended: no limit of a queue
+    /// counts.
+    pub fn restore_later(&mut self, now: Millis, offer: &Offer<'_>) {
+        self.enqueue(now, offer);
+    }
+
+    /// The messages in flight, the queue behind them, and the identifiers of both.
+    pub(super) fn parts(&self) -> (&Window<Entry>, &Queue, &IdSets) {
+        (&self.window, &self.queue, &self.sets)
+    }
+
+    /// The reverse of [`Outbound::parts`].
+    pub(super) fn of_parts(window: Window<Entry>, queue: Queue, sets: IdSets) -> Self {
+        Self {
+            inflight_bytes: window.iter().map(Entry::size).sum(),
+            window,
+            queue,
+            sets,
+            ..Self::default()
+        }
+    }
+
     /// The packet identifier that was given last.
     pub(super) fn last_id(&self) -> u16 {
         self.window.last_id()
@@ -86,7 +127,7 @@ impl Outbound {
 
     /// Whether nothing waits, is in flight, or is to be counted.
     pub(super) fn is_idle(&self) -> bool {
-        self.entries() == 0 && self.shed == Shed::default()
+        self.entries() == 0 && self.done.is_empty() && self.shed == Shed::default()
     }
 
     /// Messages waiting behind the window.
@@ -164,11 +205,15 @@ impl Outbound {
                 && self.queue.is_empty()
                 && !self.window.has_resends()
                 && self.window_open(connection, limits)
+                && (qos == QoS::AtLeastOnce || connection.takes_qos2())
                 && let Some(leave) = leave_for(connection, message, output)
             {
                 let packet_id = self.window.next_id();
                 if !write_to(connection, now, offer, (packet_id, false), leave) {
                     return Delivered::Dropped(DropReason::TooLarge);
+                }
+                if qos == QoS::ExactlyOnce {
+                    connection.commit_first();
                 }
                 self.inflight_bytes += message.size();
                 let ids = self.sets.keep(ids, group, self.window.iter());
@@ -187,8 +232,13 @@ impl Outbound {
         } else if qos == QoS::AtMostOnce && !limits.queue_qos0 {
             return Delivered::Dropped(DropReason::Qos0Offline);
         }
-        if !attached && let Some(refused) = self.make_room(limits, offer) {
-            return refused;
+        if !attached {
+            if let Some(refused) = self.make_room(limits, offer) {
+                return refused;
+            }
+            if let Some(numbered) = message.numbered() {
+                numbered.hurry();
+            }
         }
         self.enqueue(now, offer);
         Delivered::Queued
@@ -293,6 +343,9 @@ impl Outbound {
             if front.qos > QoS::AtMostOnce && !self.window_open(connection, limits) {
                 break;
             }
+            if front.qos == QoS::ExactlyOnce && !connection.takes_qos2() {
+                break;
+            }
             let message = front.message.as_ref();
             let Some(leave) = message.and_then(|m| leave_for(connection, m, output)) else {
                 break;
@@ -310,6 +363,9 @@ impl Outbound {
             if !written {
                 self.shed.too_large += 1;
                 continue;
+            }
+            if entry.qos == QoS::ExactlyOnce {
+                connection.commit_first();
             }
             self.shed.sent[entry.qos as usize] += 1;
             if entry.qos > QoS::AtMostOnce {
@@ -361,72 +417,6 @@ impl Outbound {
             }
         }
         self.tidy();
-    }
-
-    /// The client's PUBACK, or a PUBREC of 0x80 and above [MQTT-4.4.0-2].
-    pub fn acknowledged(&mut self, packet_id: u16, now: Millis) {
-        let Some(index) = self.window.find(packet_id) else {
-            return;
-        };
-        let entry = self.window.get(index);
-        let after = now.age_of(entry.at);
-        self.shed.acknowledged_after = Some(after);
-        if matches!(entry.stage(), Stage::Sent | Stage::Resend) {
-            self.finish(index);
-        }
-    }
-
-    /// The client's PUBREC: the answer is PUBREL, whatever we know [MQTT-4.3.3-4], on the stream on
-    /// which it arrived. False: the identifier is unknown.
-    pub fn received(&mut self, packet_id: u16, stream: StreamId) -> bool {
-        let Some(index) = self.window.find(packet_id) else {
-            return false;
-        };
-        let entry = self.window.get_mut(index);
-        entry.stream = stream;
-        match entry.stage() {
-            Stage::Sent | Stage::Resend if entry.qos == QoS::ExactlyOnce => {
-                // The client has the message [MQTT-4.3.3-6]: only the identifier is still of use.
-                self.inflight_bytes -= entry.size();
-                entry.message = None;
-                self.window.release(index);
-                true
-            }
-            Stage::Released => true,
-            Stage::ReleaseAgain => {
-                self.window.release(index);
-                true
-            }
-            _ => false,
-        }
-    }
-
-    /// The client's PUBCOMP.
-    pub fn completed(&mut self, packet_id: u16) {
-        if let Some(index) = self.window.find(packet_id) {
-            let stage = self.window.get(index).stage();
-            if matches!(stage, Stage::Released | Stage::ReleaseAgain) {
-                self.finish(index);
-            }
-        }
-    }
-
-    fn finish(&mut self, index: usize) {
-        let entry = self.window.get_mut(index);
-        self.inflight_bytes -= entry.size();
-        entry.message = None;
-        self.window.finish(index);
-        self.tidy();
-    }
-
-    /// Gives memory back that an empty window does not need.
-    fn tidy(&mut self) {
-        if self.window.is_empty() {
-            self.window.shrink(64);
-            if self.queue.is_empty() {
-                self.sets.clear();
-            }
-        }
     }
 
     /// The connection ended: everything unacknowledged is to be sent again, on the control stream of

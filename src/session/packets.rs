@@ -223,6 +223,7 @@ impl Session {
             return Ok(());
         }
         let reason = if outbound.received(ack.packet_id, stream) {
+            connection.commit_first();
             ReasonCode::SUCCESS
         } else {
             ReasonCode::PACKET_IDENTIFIER_NOT_FOUND

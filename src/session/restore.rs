@@ -6,6 +6,7 @@ use crate::mqtt::Version;
 use crate::time::{Deadline, Millis};
 
 use crate::session::outbound::Outbound;
+use crate::session::owed::RestoredDelivery;
 use crate::session::phase::Phase;
 use crate::session::{Incarnation, Session, SessionKey, Will};
 
@@ -76,6 +77,20 @@ impl Session {
     /// The will, if there is one.
     pub fn will(&self) -> Option<&Will> {
         self.will.as_deref()
+    }
+
+    /// The deliveries that it is owed, in the order of sending. It gave the packet identifier `last_id` last.
+    pub fn restore_deliveries(&mut self, last_id: u16, deliveries: Vec<RestoredDelivery>) {
+        if !deliveries.is_empty() {
+            self.idle = Some(Box::new(Outbound::restored(last_id, deliveries)));
+        }
+    }
+
+    /// Its client stays away: the limits do not count the messages that wait now.
+    pub fn client_stays_away(&mut self) {
+        if let Some(idle) = &mut self.idle {
+            idle.client_left();
+        }
     }
 
     /// Whether the last connection was that of a bridge.

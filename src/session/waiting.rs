@@ -263,6 +263,14 @@ impl Waiting {
         all
     }
 
+    /// All messages, in the order of their arrival.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Deferred> {
+        let waits = self.subscriptions.values();
+        let mut all: Vec<&Deferred> = waits.flat_map(|wait| &wait.messages).collect();
+        all.sort_unstable_by_key(|deferred| deferred.order);
+        all.into_iter()
+    }
+
     fn leaves(&mut self, deferred: &Deferred) {
         let bytes = deferred.message.size();
         self.messages -= 1;

@@ -450,6 +450,15 @@ impl Oracle {
         })
     }
 
+    /// Whether a client got the message at QoS 1.
+    fn got_at_least_once(&self, message: &Message) -> bool {
+        let mut all = self.clients.iter().flat_map(|client| &client.got);
+        all.any(|(_, got)| {
+            let found = self.messages.get(&got.number);
+            found.is_some_and(|m| std::ptr::eq(m, message)) && got.qos < QoS::ExactlyOnce
+        })
+    }
+
     /// Whether a client may receive the message twice.
     fn twice(&self, message: &Message) -> bool {
         // Messages that were retained before a loss are fetched again.
@@ -463,7 +472,8 @@ impl Oracle {
         if self.doubts.iter().any(doubted) || self.unseen(message) {
             return true;
         }
-        if message.repeats || self.twice_by_crash(message) {
+        let at_least_once = || self.got_at_least_once(message);
+        if message.repeats || self.twice_by_crash(message, at_least_once) {
             return true;
         }
         let again = self.publish_links_lost.iter().any(within)

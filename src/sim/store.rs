@@ -65,7 +65,7 @@ impl Store {
         let mut found = FoundSessions::default();
         let replayed = recovery.replay(|record| found.take(&record).expect("a record of ours"));
         let replayed = replayed.expect("the disk can be read");
-        router.restore_all(found, &claims, Millis::ZERO);
+        router.restore_all(&found, &claims, replayed.report.stale, Millis::ZERO);
         let (log, writer) = replayed.start().expect("the directory can be written");
         Self {
             durable_since: log.committed().is_some().then_some(now),
@@ -154,7 +154,8 @@ impl World {
             return;
         };
         store.catch_up(self.now);
-        let living = store.living_bytes();
+        // The last checkpoint stays.
+        let living = store.living_bytes() - self.router.checkpoint_bytes();
         self.exercised.returned += store.returned;
         if store.durable_since.is_none() {
             self.oracle.fault("the log stays degraded".to_owned());

@@ -35,6 +35,7 @@ pub(crate) fn up(session_present: bool, receive_maximum: u16) -> Handshake {
         quick_ack: false,
         fetch_qos: QoS::ExactlyOnce,
         filters_in_packet: 8,
+        window: None,
         fetch_quiet: Duration::from_millis(100),
     }
 }

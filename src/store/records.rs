@@ -1,4 +1,4 @@
-//! The records of sessions, filters and links in the log. `filters` describes the latter two.
+//! The records of sessions, their messages, filters and links in the log. `filters` describes the latter two.
 //!
 //! A session's record is total: it says everything about the session, and the last one counts. It names
 //! the session by its incarnation, a number that no other session ever has. A record of the end of an
@@ -10,6 +10,9 @@
 mod fields;
 mod filters;
 mod found;
+mod message;
+mod owed;
+mod received;
 
 use std::net::IpAddr;
 use std::num::{NonZeroU16, NonZeroU32};
@@ -21,12 +24,23 @@ pub use filters::{
     FILTER, FILTER_GONE, FilterGoneRecord, FilterRecord, FilterState, FoundFilter, FoundFilters,
     FoundLink, FoundRest, LINK, LinkRecord, LinkState,
 };
-pub use found::{FoundSession, FoundSessions};
+pub use found::{FoundMessage, FoundSession, FoundSessions};
+pub use message::{AddresseeRecord, CheckpointRecord, ContentRecord, MessageRecord};
+pub use owed::{OwedMessage, OwedRecord, OwedStage};
+pub use received::{LinkReceived, LinkReleased};
 
 /// The kind of a [`SessionRecord`] in the log.
 pub const SESSION: u8 = 1;
 /// The kind of the record of a session's end; see [`encode_end`].
 pub const SESSION_END: u8 = 2;
+/// The kind of a [`MessageRecord`] in the log.
+pub const MESSAGE: u8 = 6;
+/// The kind of a [`CheckpointRecord`] in the log.
+pub const CHECKPOINT: u8 = 7;
+/// The kind of a [`LinkReceived`] in the log.
+pub const LINK_RECEIVED: u8 = 8;
+/// The kind of a [`LinkReleased`] in the log.
+pub const LINK_RELEASED: u8 = 9;
 
 /// The version of the records' format. A record of a later version is refused.
 pub const RECORDS_VERSION: u8 = 1;
@@ -79,6 +93,13 @@ pub struct SessionRecord<'a> {
     pub will: Option<WillRecord<'a>>,
     /// The subscriptions, in the order of their grants.
     pub subscriptions: Vec<SubscriptionRecord<'a>>,
+    /// Of the messages up to this sequence number, the session is owed only those in `owed`; later ones it is
+    /// owed by its subscriptions.
+    pub through: u64,
+    /// Later messages of QoS 2 that its client has already.
+    pub done: Vec<u64>,
+    /// Messages that it is owed, in the order of sending.
+    pub owed: Vec<OwedRecord<'a>>,
 }
 
 /// The will of a session.
@@ -161,6 +182,15 @@ impl<'a> SessionRecord<'a> {
         for subscription in &self.subscriptions {
             subscription.encode(&mut w);
         }
+        w.u64(self.through);
+        w.u32(self.done.len() as u32);
+        for sequence in &self.done {
+            w.u64(*sequence);
+        }
+        w.u32(self.owed.len() as u32);
+        for owed in &self.owed {
+            owed.encode(&mut w);
+        }
     }
 
     /// Reads the body of a record.
@@ -193,6 +223,13 @@ impl<'a> SessionRecord<'a> {
         let subscriptions = r.u32()?;
         // A damaged number must not reserve memory.
         let subscriptions = (0..subscriptions).map(|_| SubscriptionRecord::read(r));
+        let subscriptions = subscriptions.collect::<Option<_>>()?;
+        let through = r.u64()?;
+        let done = r.u32()?;
+        let done = (0..done).map(|_| r.u64()).collect::<Option<_>>()?;
+        let owed = r.u32()?;
+        let owed = (0..owed).map(|_| OwedRecord::read(r));
+        let owed = owed.collect::<Option<_>>()?;
         Some(Self {
             incarnation,
             key,
@@ -207,7 +244,10 @@ impl<'a> SessionRecord<'a> {
             gaps,
             last_id,
             will,
-            subscriptions: subscriptions.collect::<Option<_>>()?,
+            subscriptions,
+            through,
+            done,
+            owed,
         })
     }
 }

@@ -5,6 +5,7 @@
 
 mod kills;
 mod links;
+mod messages;
 
 use std::time::Duration;
 

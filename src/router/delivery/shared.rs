@@ -1,18 +1,19 @@
 //! Shared subscriptions (MQTT 5 §4.8.2): the broker sends each message once, to us; here one
 //! member of the group gets it.
 
-use std::num::NonZeroU32;
+mod hand;
 
 use parking_lot::Mutex;
 
 use crate::hashing::LookUp;
 use crate::mqtt::{Message, QoS};
-use crate::session::{Delivered, Incarnation, Offer, Redelivery, SessionLimits};
+use crate::session::{Incarnation, Redelivery, SessionLimits};
 use crate::telemetry::{DropReason, metrics};
 use crate::time::Millis;
 use crate::topics::FilterId;
 
 use crate::router::sessions::Sessions;
+use crate::router::sessions::came::Replayed;
 use crate::router::sessions::shard::Shard;
 use crate::router::sessions::tally::Tally;
 use crate::router::types::SessionRef;
@@ -213,6 +214,28 @@ impl SharedGroups {
         }
     }
 
+    /// Gives a member a message of an earlier process, if it is owed it.
+    pub(crate) fn restore(
+        &self,
+        sessions: &Sessions,
+        (number, session): (FilterId, SessionRef),
+        message: &Message,
+        replayed: Replayed,
+        now: Millis,
+        tally: &mut Tally,
+    ) {
+        let mut shard = sessions.shard(session.shard);
+        shard.restore_shared(
+            sessions.limits(),
+            now,
+            message,
+            (number, session),
+            replayed,
+            tally,
+        );
+        sessions.charge(&mut shard);
+    }
+
     /// Hands messages of members that ended, or are away for long, to others.
     pub(crate) fn redeliver(
         &self,
@@ -353,45 +376,6 @@ fn fit(
             true => Fit::Free,
             false => Fit::Busy,
         },
-    }
-}
-
-impl Shard {
-    /// Delivers to one member of a group. True: its queue is full, and the session is to end.
-    fn hand_shared(
-        &mut self,
-        limits: &SessionLimits,
-        now: Millis,
-        message: &Message,
-        number: FilterId,
-        session: SessionRef,
-        tally: &mut Tally,
-    ) -> bool {
-        let Some((slot, accounts)) = self.with_accounts(session) else {
-            return false;
-        };
-        let Some(subscription) = slot.session.subscription(number) else {
-            return false;
-        };
-        if subscription.hides(message.topic()) {
-            return false;
-        }
-        let identifier = subscription.identifier.map(NonZeroU32::get);
-        let options = subscription.options;
-        let qos: QoS = options.qos.min(message.qos());
-        let offer = Offer {
-            message,
-            qos,
-            retain: options.retain_as_published && message.retain(),
-            ids: identifier.as_slice(),
-            group: Some(number),
-            stream: slot.session.stream_of(number),
-            fetched: false,
-            position: accounts.position,
-        };
-        let outcome = accounts.offer(slot, session.slot, limits, now, &offer, tally);
-        self.settle(session.slot);
-        outcome == Delivered::EndSession
     }
 }
 

@@ -38,6 +38,13 @@ pub struct StaleLink {
 }
 
 impl Filters {
+    /// A filter that restored sessions have, and the shards of these sessions, as bits.
+    pub(crate) fn known(&self, name: &str) -> Option<(FilterId, u64)> {
+        let table = self.read();
+        let id = table.exact(name)?;
+        Some((id, table.get(id)?.mask()))
+    }
+
     /// Takes over the filters and links of a log, whose records get their claims. Nothing else has changed the
     /// table yet. `client_id` names the links as they are now. Unless `is_trusted`, the log lacks its last
     /// records, and no link's session is resumed. Returns the properties of the broker by which the filters

@@ -93,6 +93,7 @@ pub(super) fn hand_missed(
                 message,
                 filter,
                 source: Source::Fetched,
+                replayed: None,
                 now,
             };
             sessions.deliver_to_shards(mask, &came, &mut tally);

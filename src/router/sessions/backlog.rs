@@ -190,6 +190,9 @@ impl Backlog {
             self.entries.reserve_exact((self.entries.len() / 4).max(4));
         }
         self.bytes += size;
+        if let Some(numbered) = message.numbered() {
+            numbered.hurry();
+        }
         self.entries.push_back(Entry {
             message: message.clone(),
             position,

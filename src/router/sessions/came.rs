@@ -34,5 +34,16 @@ pub(in crate::router) struct Came<'a> {
     pub message: &'a Message,
     pub filter: FilterId,
     pub source: Source,
+    /// The message is one of an earlier process.
+    pub replayed: Option<Replayed>,
     pub now: Millis,
+}
+
+/// The numbers of a message of an earlier process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::router) struct Replayed {
+    /// Its sequence number.
+    pub sequence: u64,
+    /// The number with which it was given to the members of the filter.
+    pub since: u64,
 }

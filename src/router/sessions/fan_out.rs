@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use parking_lot::MutexGuard;
 
-use crate::mqtt::Message;
+use crate::mqtt::{Message, QoS};
 use crate::session::{Delivered, Offer, Primary, SessionLimits, hides};
 use crate::time::Millis;
 use crate::topics::{FilterId, matches};
@@ -45,6 +45,7 @@ impl Sessions {
                     message: &arrived.message,
                     filter: *filter,
                     source,
+                    replayed: None,
                     now,
                 };
                 self.deliver(&mut shard, &came, &mut known, tally);
@@ -246,6 +247,7 @@ impl Shard {
             message,
             filter,
             source,
+            replayed,
             now,
         } = came;
         let asleep = self.asleep_in(came, &visited);
@@ -257,6 +259,7 @@ impl Shard {
             lost,
             handovers,
             backlogs,
+            journal,
             ..
         } = self;
         let end = (visited.end < u32::MAX).then_some(visited.end);
@@ -281,6 +284,16 @@ impl Shard {
                 || member.wild_below.is_some() && hides(member.wild_below, message.topic());
             if member.no_local && own || hidden() {
                 continue;
+            }
+            let mut sleepy = sleepy;
+            let mut unlimited = false;
+            if let Some(replayed) = replayed {
+                let progress = journal.as_ref().and_then(|j| j.progress.get(&member.slot));
+                let Some(progress) = progress.filter(|p| p.owes(replayed)) else {
+                    continue;
+                };
+                unlimited = progress.connected;
+                sleepy = sleepy.filter(|_| !unlimited);
             }
             if pass.serves(backlogs, handovers, sleepy, (filter, member, slot)) {
                 continue;
@@ -326,6 +339,12 @@ impl Shard {
                 fetched: source == Source::Fetched,
                 position: accounts.position,
             };
+            if replayed.is_some() && (unlimited || offer.qos == QoS::AtMostOnce) {
+                if offer.qos > QoS::AtMostOnce {
+                    slot.session.outbound_mut().restore_later(now, &offer);
+                }
+                continue;
+            }
             let at = (member.slot, filter);
             let outcome = match member.waits || member.overlaps {
                 true => offer_in_turn(accounts, slot, at, limits, now, &offer, tally),
@@ -352,6 +371,7 @@ impl Shard {
             message,
             filter,
             source,
+            replayed: _,
             now,
         } = came;
         let loss_of = self.lost.look();

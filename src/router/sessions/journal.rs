@@ -5,7 +5,7 @@
 //! that any number of changes cost one record. A connection whose acknowledgement waits for the record
 //! withholds its output until then.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::hash::{BuildHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use crate::hashing::{LookUp, LookUpHasher};
 use crate::router::handle::TaskWaker;
+use crate::router::messages::Numbers;
+use crate::router::sessions::came::Replayed;
 use crate::router::sessions::slot::Slot;
 use crate::session::{Session, Will};
 use crate::store::log::{Claim, Position};
@@ -28,7 +30,7 @@ pub(in crate::router) struct Marked {
     /// The numbers of the shards, as bits.
     shards: AtomicU64,
     filters: AtomicBool,
-    pub(super) waker: TaskWaker,
+    pub(super) waker: Arc<TaskWaker>,
 }
 
 impl Marked {
@@ -141,6 +143,33 @@ pub(in crate::router) struct Journal {
     away: VecDeque<(Millis, u32, u64)>,
     /// Restored sessions whose clients have not been back.
     restored: LookUp<u32, RestoredClient>,
+    /// For the sessions whose client is away: the last number of a message that was given to them while it
+    /// was there.
+    through: LookUp<u32, u64>,
+    /// How far restored sessions were, while messages are replayed.
+    pub(in crate::router) progress: LookUp<u32, Progress>,
+    pub(in crate::router) numbers: Arc<Numbers>,
+}
+
+/// How far a restored session was with its messages.
+#[derive(Clone, Debug, Default)]
+pub(in crate::router) struct Progress {
+    /// Of the messages up to this number, it was owed only the listed ones.
+    pub through: u64,
+    /// Earlier messages are done.
+    pub lowest: u64,
+    /// Messages that it has, or whose delivery goes on already.
+    pub listed: BTreeSet<u64>,
+    /// The client was connected: no limit of a queue counted.
+    pub connected: bool,
+}
+
+impl Progress {
+    /// Whether the session is owed a message.
+    pub(in crate::router) fn owes(&self, message: Replayed) -> bool {
+        let Replayed { sequence, since } = message;
+        since > self.through && since >= self.lowest && !self.listed.contains(&sequence)
+    }
 }
 
 /// Whether the log is to have a session.
@@ -149,11 +178,19 @@ pub(super) fn is_kept(session: &Session) -> bool {
 }
 
 impl Journal {
-    pub(super) fn new(shard: u16, marked: Arc<Marked>, times: JournalTimes) -> Self {
+    pub(super) fn new(
+        shard: u16,
+        marked: Arc<Marked>,
+        times: JournalTimes,
+        numbers: Arc<Numbers>,
+    ) -> Self {
         Self {
             shard,
             marked,
             times,
+            through: LookUp::default(),
+            progress: LookUp::default(),
+            numbers,
             digests: LookUpHasher::default(),
             recorded: LookUp::default(),
             marks: LookUp::default(),
@@ -279,6 +316,7 @@ impl Journal {
     /// it says.
     pub(super) fn attached(&mut self, at: u32, session: &Session, present: bool) -> bool {
         self.restored.remove(&at);
+        self.through.remove(&at);
         let waits = match self.recorded(at) {
             None => session.will().is_some() || (present && is_kept(session)),
             Some(recorded) => !recorded.committed || !self.describes(recorded, session),
@@ -296,7 +334,19 @@ impl Journal {
     /// The client went away. If it stays away, the record is to say so.
     pub(super) fn detached(&mut self, at: u32, session: &Session, now: Millis) {
         self.compare(at, session);
+        self.through.insert(at, self.numbers.through());
         self.away.push_back((now, at, session.connection_no()));
+    }
+
+    /// The last number of a message that was given to a session while its client was there, if the client is
+    /// away.
+    pub(super) fn through(&self, at: u32) -> Option<u64> {
+        self.through.get(&at).copied()
+    }
+
+    /// Whether the last record says that the client was connected.
+    pub(super) fn is_recorded_connected(&self, at: u32) -> bool {
+        self.recorded(at).is_some_and(|recorded| !recorded.detached)
     }
 
     /// The next client that has been away for longer than a flap, with the number of its connection.
@@ -312,6 +362,7 @@ impl Journal {
     /// The session is removed from its slot.
     pub(super) fn removed(&mut self, at: u32) {
         self.restored.remove(&at);
+        self.through.remove(&at);
         if let Some(mark) = self.marks.get_mut(&at) {
             *mark = Mark::Cancelled;
         }
@@ -328,7 +379,15 @@ impl Journal {
         session: &Session,
         place: (Position, u32),
         client: RestoredClient,
+        progress: Progress,
     ) {
+        // Until its client is back, later messages go to it as to any client that is away.
+        let through = match client.detached_at {
+            Some(_) => progress.through,
+            None => self.numbers.last(),
+        };
+        self.through.insert(at, through);
+        self.progress.insert(at, progress);
         self.record(at, session, Some(place), true);
         if client.detached_at.is_none() {
             if let Some(recorded) = self.recorded.get_mut(&at) {
@@ -338,6 +397,11 @@ impl Journal {
             self.away.push_back(away);
         }
         self.restored.insert(at, client);
+    }
+
+    /// The time of day when the clock was at zero.
+    pub(super) fn started_at(&self) -> UnixMillis {
+        self.times.started_at
     }
 
     /// How long after the start the client of a restored session may be back before its will is published.
@@ -369,7 +433,7 @@ mod tests {
             started_at: UnixMillis::default(),
             restart_grace: Duration::ZERO,
         };
-        let mut journal = Journal::new(0, Arc::default(), times);
+        let mut journal = Journal::new(0, Arc::default(), times, Arc::default());
         for _ in 0..100 {
             journal.mark(7, true);
             assert!(journal.waits(7));

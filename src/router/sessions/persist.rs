@@ -1,28 +1,27 @@
 //! Sessions go into the log: the marked ones for the persist task, and all of them for the log itself.
 
-use crate::session::Session;
-use crate::store::log::{Life, Log, Pass, Piece, Position, Progress, Room};
-use crate::store::records::{
-    self, END_BYTES, SessionRecord, SubscriptionRecord, WillRecord, encode_end,
-};
+mod messages;
+mod record;
+mod restore;
+
+use crate::mqtt::Message;
+use crate::store::log::{self, Life, Log, Pass, Piece, Position, Room};
+use crate::store::records::{self, END_BYTES, encode_end};
 use crate::telemetry::RateLimited;
 use crate::time::Millis;
 
-use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::Waker;
 use std::time::Duration;
 
-use crate::router::account::Holder;
 use crate::router::handle::ConnectionHandle;
-use crate::router::sessions::journal::{
-    Journal, JournalTimes, Marked, Recorded, RestoredClient, is_kept,
-};
+use crate::router::messages::Committed;
+use crate::router::sessions::journal::{Marked, Recorded, is_kept};
 use crate::router::sessions::shard::Shard;
-use crate::router::sessions::slot::Slot;
 use crate::router::sessions::{SHARDS, Sessions};
 use crate::router::types::SessionRef;
+use messages::append_message;
+use record::record_of;
 
 /// Sessions that are encoded, or looked at, before a shard's lock is given back.
 const CHUNK: usize = 64;
@@ -40,12 +39,27 @@ pub(in crate::router) struct SessionBatch {
     /// The bytes of room that the next record needs, if it did not find them.
     pub needs: Option<usize>,
     sessions: Vec<Appended>,
+    /// Messages whose records are in it. The links wait for them.
+    messages: Vec<Message>,
+    /// Bytes of their records.
+    message_bytes: u64,
+    /// Releases of messages of QoS 2, for which the links wait.
+    released: Vec<Committed>,
 }
 
 impl SessionBatch {
-    /// Whether it has no session.
+    /// Whether it has nothing.
     pub(crate) fn is_empty(&self) -> bool {
-        self.sessions.is_empty() && self.last.is_none()
+        self.records() == 0 && self.last.is_none()
+    }
+
+    /// Whether links wait for it.
+    pub(crate) fn has_messages(&self) -> bool {
+        !self.messages.is_empty() || !self.released.is_empty()
+    }
+
+    fn records(&self) -> usize {
+        self.sessions.len() + self.messages.len() + self.released.len()
     }
 
     /// How many sessions it has.
@@ -74,55 +88,9 @@ enum Look {
 }
 
 impl Sessions {
-    /// From now on changes of sessions are marked for the log.
-    pub(crate) fn keep_in_log(&self, times: JournalTimes) {
-        for number in self.shards() {
-            let journal = Journal::new(number, self.marked.clone(), times);
-            self.shard(number).journal = Some(Box::new(journal));
-        }
-    }
-
     /// The shards' marks, which filters have in common with them.
     pub(crate) fn marks(&self) -> &Arc<Marked> {
         &self.marked
-    }
-
-    /// How long after a start no session ends and no will is published.
-    pub(crate) fn restart_grace(&self) -> Duration {
-        let shard = self.shard(0);
-        let journal = shard.journal.as_ref();
-        journal.map_or(Duration::ZERO, |journal| journal.restart_grace())
-    }
-
-    /// Incarnations go on behind this one.
-    pub(crate) fn incarnations_from(&self, largest: u64) {
-        self.incarnations.fetch_max(largest, Ordering::Relaxed);
-    }
-
-    /// Adds a session of an earlier process, whose record is at `place`. `publish_link` chooses its publish
-    /// link.
-    pub(crate) fn restore(
-        &self,
-        session: Session,
-        holder: Holder,
-        client: RestoredClient,
-        place: (Position, u32),
-        publish_link: impl Fn(SessionRef) -> u8,
-    ) -> SessionRef {
-        let mut shard = self.shard(self.shard_of(session.key.client_id()));
-        let at = shard.insert(session, holder);
-        let reference = shard.reference(at);
-        shard.slots[at as usize].publish_link = publish_link(reference);
-        shard.begin_absence(at);
-        shard.rejoin(at);
-        shard.hold(at);
-        shard.settle(at);
-        let Shard { slots, journal, .. } = &mut *shard;
-        if let (Some(journal), Some(slot)) = (journal, slots.get(at as usize)) {
-            journal.restored(at, &slot.session, place, client);
-        }
-        self.charge(&mut shard);
-        reference
     }
 
     /// See [`Router::suspend`](crate::router::Router::suspend).
@@ -138,15 +106,18 @@ impl Sessions {
     /// Whether sessions are marked. Wakes the task behind `waker` when they are.
     pub(crate) fn has_marked(&self, waker: &Waker) -> bool {
         self.marked.waker.take(waker);
-        !self.marked.is_empty()
+        !self.marked.is_empty() || self.numbers.has_work()
     }
 
     /// Appends marked sessions to the log, as many as find room. `from` is the shard to begin with.
     pub(crate) fn append_marked(&self, log: &Log, room: &mut Room, from: &mut u16) -> SessionBatch {
         let mut batch = SessionBatch::default();
+        // Messages up to this number are with their sessions before these are looked at.
+        let through = self.numbers.through();
         let marked = self.marked.take();
         let mut body = Vec::new();
-        let mut is_full = false;
+        // A message's record comes before those of the sessions that name it.
+        let mut is_full = !self.append_messages(log, room, &mut batch, &mut body);
         let first = *from;
         for number in (0..SHARDS as u16).map(|n| (first + n) % SHARDS as u16) {
             if marked & 1 << number == 0 {
@@ -156,7 +127,7 @@ impl Sessions {
                 let mut shard = self.shard(number);
                 let look = match is_full {
                     true => Look::Full,
-                    false => shard.append_marked(log, room, &mut batch, &mut body),
+                    false => shard.append_marked(log, room, &mut batch, (through, &mut body)),
                 };
                 match look {
                     Look::Done => break,
@@ -174,12 +145,21 @@ impl Sessions {
                 }
             }
         }
+        if batch.message_bytes > 0 {
+            self.numbers.wrote(batch.message_bytes);
+        }
         batch
     }
 
     /// The records of a batch are on the disk, or the log is degraded: the connections that waited for
     /// them go on.
     pub(crate) fn committed(&self, batch: &SessionBatch) {
+        for numbered in batch.messages.iter().filter_map(Message::numbered) {
+            numbered.settle();
+        }
+        for released in &batch.released {
+            released.set();
+        }
         let same = |a: &Appended, b: &Appended| a.session.shard == b.session.shard;
         for sessions in batch.sessions.chunk_by(same) {
             let mut waking = Vec::new();
@@ -201,23 +181,30 @@ impl Sessions {
         pass: Pass,
         next: &mut (u16, usize),
         piece: &mut Piece<'_>,
-    ) -> Progress {
+    ) -> log::Progress {
+        let through = self.numbers.through();
         let mut body = Vec::new();
         while usize::from(next.0) < SHARDS {
             let mut shard = self.shard(next.0);
             let end = (next.1 + CHUNK).min(shard.slots.capacity());
             while next.1 < end {
                 if piece.is_full() {
-                    return Progress::More;
+                    return log::Progress::More;
                 }
-                shard.rewrite(log, pass, next.1 as u32, piece, &mut body);
+                let at = next.1 as u32;
+                shard.rewrite_messages_of(pass, at, piece, &mut body);
+                shard.rewrite(log, pass, at, piece, (through, &mut body));
                 next.1 += 1;
             }
             if next.1 >= shard.slots.capacity() {
+                if !shard.rewrite_backlogs(pass, piece, &mut body) {
+                    return log::Progress::More;
+                }
                 *next = (next.0 + 1, 0);
             }
         }
-        Progress::Done
+        self.rewrite_rest(log, pass, piece);
+        log::Progress::Done
     }
 }
 
@@ -236,6 +223,13 @@ impl Shard {
         let waits = session.connection_ref().is_some_and(|c| c.is_withheld());
         if waits || (is_kept(session) && session.expiry > 0) {
             journal.mark(at, waits);
+        }
+    }
+
+    /// A session's connection waits for its record.
+    pub(super) fn await_commit(&mut self, at: u32) {
+        if let Some(journal) = &mut self.journal {
+            journal.mark(at, true);
         }
     }
 
@@ -288,13 +282,13 @@ impl Shard {
         log: &Log,
         room: &mut Room,
         batch: &mut SessionBatch,
-        body: &mut Vec<u8>,
+        (through, body): (u64, &mut Vec<u8>),
     ) -> Look {
         let Some(journal) = &mut self.journal else {
             return Look::Done;
         };
         for _ in 0..CHUNK {
-            if batch.sessions.len() >= BATCH_RECORDS_MAX {
+            if batch.records() >= BATCH_RECORDS_MAX {
                 return Look::Full;
             }
             if let Some(removed) = journal.removed.front() {
@@ -310,15 +304,28 @@ impl Shard {
             let Some((at, waits)) = journal.next() else {
                 return Look::Done;
             };
-            let Some(slot) = self.slots.get(at as usize) else {
+            let Some(slot) = self.slots.get_mut(at as usize) else {
                 continue;
             };
+            // The client may get a message of QoS 2 once the session's record is on the disk.
+            let started_at = journal.started_at();
+            let sent = slot.session.sent_exactly_once();
+            let mut unwritten = sent.filter(|m| m.numbered().is_some_and(|n| n.wants_record()));
+            let are_written = unwritten.all(|m| {
+                let message = (m, started_at);
+                append_message(log, room, batch, message, body)
+            });
+            drop(unwritten);
+            if !are_written {
+                journal.put_back(at, waits);
+                return Look::Full;
+            }
             let kept = is_kept(&slot.session);
             let old = journal.recorded(at).copied();
             let ended = old.filter(|r| !kept || r.incarnation != slot.session.incarnation.get());
             body.clear();
             if kept {
-                record_of(at, slot, journal).encode(body);
+                record_of(at, slot, journal, through).encode(body);
             }
             let end = ended.map_or(0, |_| Log::record_bytes(END_BYTES));
             let needed = end + Log::record_bytes(body.len());
@@ -330,6 +337,14 @@ impl Shard {
             if let Some(ended) = ended {
                 append_end(log, room, &ended, batch);
                 journal.forget(at);
+            }
+            if kept && slot.session.attached() && slot.session.outbound().entries() > 0 {
+                // A checkpoint is to say when these are done.
+                batch.message_bytes += body.len() as u64;
+            }
+            if !slot.session.outbound().done().is_empty() {
+                let through = journal.through(at).unwrap_or(through);
+                slot.session.outbound_mut().forget_done(through);
             }
             let mut position = None;
             if kept {
@@ -376,7 +391,7 @@ impl Shard {
         pass: Pass,
         at: u32,
         piece: &mut Piece<'_>,
-        body: &mut Vec<u8>,
+        (through, body): (u64, &mut Vec<u8>),
     ) {
         let Self { slots, journal, .. } = self;
         let (Some(journal), Some(slot)) = (journal, slots.get(at as usize)) else {
@@ -396,7 +411,7 @@ impl Shard {
             return;
         }
         body.clear();
-        record_of(at, slot, journal).encode(body);
+        record_of(at, slot, journal, through).encode(body);
         // A record that was appended before is not too large now.
         let position = piece.append(records::SESSION, &[body]).ok().flatten();
         let place = position.map(|position| (position, body.len() as u32));
@@ -437,45 +452,6 @@ fn append_session(
             }
             None
         }
-    }
-}
-
-/// A session as the log is to have it.
-fn record_of<'a>(at: u32, slot: &'a Slot, journal: &Journal) -> SessionRecord<'a> {
-    let session: &Session = &slot.session;
-    let unknown = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-    let subscriptions = session.subscriptions().iter();
-    SessionRecord {
-        incarnation: session.incarnation.get(),
-        key: session.key.as_str(),
-        principal: &session.principal,
-        anonymous: slot.holder.is_anonymous(),
-        address: journal.address(at, slot).unwrap_or(unknown),
-        level: session.version() as u8,
-        bridge: session.is_bridge(),
-        over: session.is_closed(),
-        expiry: session.expiry,
-        detached_at: journal.detached_at(at, session),
-        gaps: session.gaps,
-        last_id: session.last_id(),
-        will: session.will().map(|will| WillRecord {
-            topic: will.message.topic(),
-            properties: will.message.properties(),
-            payload: will.message.payload(),
-            qos: will.message.qos() as u8,
-            retain: will.message.retain(),
-            delay: will.delay,
-            message_expiry: will.message_expiry,
-        }),
-        subscriptions: subscriptions
-            .map(|s| SubscriptionRecord {
-                name: &s.name,
-                options: s.options.to_u8(),
-                asked: s.asked as u8,
-                identifier: s.identifier,
-                wild_below: s.wild_below,
-            })
-            .collect(),
     }
 }
 

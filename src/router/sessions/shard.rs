@@ -52,7 +52,7 @@ pub(in crate::router) struct Shard {
     pub handovers: Handovers,
     pub(super) backlogs: Backlogs,
     /// The sessions' records in the log. `None`: sessions end with the process.
-    pub(super) journal: Option<Box<Journal>>,
+    pub(in crate::router) journal: Option<Box<Journal>>,
     /// The latest time that the shard has been told.
     pub(super) now: Millis,
     /// Live messages that wait for retained ones, in all sessions.

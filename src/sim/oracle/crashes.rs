@@ -5,7 +5,7 @@ use crate::sim::kept::{Survival, is_written};
 use crate::sim::wills::SimWill;
 
 /// Messages that wait for a client, or are in flight to it, end with the process.
-const MESSAGES_END: bool = true;
+const MESSAGES_END: bool = false;
 
 /// Whether a client's QoS 2 publish was taken is forgotten with the process, unless the client knows.
 const QOS2_STATES_END: bool = true;
@@ -203,8 +203,12 @@ impl Oracle {
         })
     }
 
-    /// Whether a message may come twice because of a crash.
-    pub(super) fn twice_by_crash(&self, message: &Message) -> bool {
+    /// Whether a message may come twice because of a crash. `at_least_once`: whether it was delivered at QoS 1.
+    pub(super) fn twice_by_crash(
+        &self,
+        message: &Message,
+        at_least_once: impl Fn() -> bool,
+    ) -> bool {
         self.crashes.iter().any(|crash| {
             let before = message.at <= crash.at;
             before
@@ -213,6 +217,7 @@ impl Oracle {
                     QoS::AtLeastOnce => true,
                     QoS::ExactlyOnce => {
                         (crash.stale || QOS2_STATES_END) && message.open_at(crash.at)
+                            || at_least_once()
                     }
                 }
         })

@@ -28,6 +28,11 @@ impl Position {
         self.0
     }
 
+    /// The place of a number of [`Position::as_u64`].
+    pub const fn from_u64(number: u64) -> Self {
+        Self(number)
+    }
+
     /// The place `bytes` further in the same segment.
     pub(super) const fn plus(self, bytes: u32) -> Self {
         Self(self.0 + bytes as u64)

@@ -60,15 +60,23 @@ pub struct Piece<'a> {
     queue: &'a Queue,
     bytes_left: usize,
     records_left: u32,
+    first_segment: u32,
 }
 
 impl<'a> Piece<'a> {
-    fn new(queue: &'a Queue) -> Self {
+    /// A piece of a log whose first segment is `first_segment`.
+    fn new(queue: &'a Queue, first_segment: u32) -> Self {
         Self {
             queue,
+            first_segment,
             bytes_left: queue.options.piece_bytes_max as usize,
             records_left: queue.options.commit_records_max,
         }
+    }
+
+    /// The first segment of the log: records in earlier ones are not in this log.
+    pub fn first_segment(&self) -> u32 {
+        self.first_segment
     }
 
     /// Whether no further record should be appended.

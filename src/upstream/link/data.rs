@@ -3,6 +3,8 @@
 //! It never publishes, and reading never waits for a client: an arriving message is put into the
 //! sessions at once, and messages are acknowledged in the order of arrival.
 
+mod acknowledge;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,24 +13,26 @@ use smallvec::SmallVec;
 
 use crate::hashing::LookUp;
 use crate::mqtt::{
-    Message, MessageSpec, Oversized, Packet, Property, Publish, QoS, ReasonCode, SubscribeOptions,
-    Version, encode_subscribe, encode_unsubscribe,
+    Message, MessageSpec, Oversized, Packet, Publish, QoS, ReasonCode, SubscribeOptions, Version,
+    encode_subscribe, encode_unsubscribe,
 };
 use crate::router::{Arrived, LinkSession, Router, UpstreamSubscribe};
-use crate::session::Incarnation;
 use crate::store::Store;
+use crate::store::records::{LinkReceived, LinkReleased};
 use crate::telemetry::metrics;
 use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
 
+use crate::upstream::link::acks::Acks;
 use crate::upstream::link::common::{
-    RESERVED_KEY, acknowledge, complete, count_skipped, in_packets, is_exact, is_probe, next_id,
+    RESERVED_KEY, complete, count_skipped, in_packets, is_exact, is_probe, next_id,
     unsubscribe_bytes,
 };
 use crate::upstream::link::end::LinkEnd;
 use crate::upstream::link::exactly_once::ExactlyOnce;
 use crate::upstream::link::lag::{LagMeter, Verdict};
 use crate::upstream::link::machine::{Handshake, Machine};
+use crate::upstream::link::origin::origin_mark;
 use crate::upstream::link::redelivery::Redelivery;
 use crate::upstream::role::Role;
 
@@ -63,6 +67,8 @@ pub(crate) struct DataLink {
     requests: LookUp<u16, Request>,
     exactly_once: ExactlyOnce,
     redelivery: Redelivery,
+    /// The acknowledgements that wait for the log. `None`: they wait for nothing.
+    acks: Option<Box<Acks>>,
     batch: Vec<Arrived>,
     lag: LagMeter,
     /// The time of the last call that brought one.
@@ -103,6 +109,17 @@ struct Barrier {
     number: u64,
 }
 
+/// What a message is to its link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Arrival {
+    /// It is for clients.
+    New,
+    /// It was received on an earlier connection.
+    Again,
+    /// It is for no client.
+    Unwanted,
+}
+
 #[derive(Debug)]
 enum Request {
     Subscribe(SmallVec<[FilterId; 1]>),
@@ -133,6 +150,7 @@ impl DataLink {
             requests: LookUp::default(),
             exactly_once: ExactlyOnce::default(),
             redelivery: Redelivery::new(store.ring(link)),
+            acks: None,
             batch: Vec::new(),
             lag: LagMeter::default(),
             now: Millis::ZERO,
@@ -148,11 +166,17 @@ impl DataLink {
 
     fn publish(&mut self, p: &Publish<'_>, now: Millis, out: &mut Vec<u8>) {
         metrics().upstream_received[p.qos].increment(1);
-        acknowledge(self.version, p, out);
-        if self.seen(p) {
-            metrics().upstream_redeliveries_suppressed.increment(1);
-        } else if self.is_for_clients(p) {
-            self.arrived(p, false, now);
+        let received = self.redelivery.mark();
+        let arrival = match self.seen(p) {
+            true => Arrival::Again,
+            false if self.is_for_clients(p) => Arrival::New,
+            false => Arrival::Unwanted,
+        };
+        self.acknowledge(p, arrival, received, now, out);
+        match arrival {
+            Arrival::Again => metrics().upstream_redeliveries_suppressed.increment(1),
+            Arrival::New => self.arrived(p, false, now),
+            Arrival::Unwanted => {}
         }
     }
 
@@ -163,7 +187,15 @@ impl DataLink {
             QoS::AtLeastOnce => self.redelivery.seen(p),
             QoS::ExactlyOnce => {
                 let digest = self.redelivery.digest(p);
-                self.exactly_once.seen(p.packet_id, digest, p.dup)
+                let seen = self.exactly_once.seen(p.packet_id, digest, p.dup);
+                if !seen && self.acks.is_some() {
+                    self.router.link_received(LinkReceived {
+                        link: self.link as u16,
+                        packet_id: p.packet_id,
+                        digest,
+                    });
+                }
+                seen
             }
         }
     }
@@ -234,6 +266,13 @@ impl DataLink {
         if !self.batch.is_empty() {
             self.router.fan_out(&mut self.batch, now);
             self.lag.arrived(self.batch.len(), now);
+            if let Some(acks) = &mut self.acks {
+                let arrived = self.batch.iter().map(|arrived| &arrived.message);
+                let messages = acks.flushed(arrived);
+                if !messages.is_empty() {
+                    self.router.write_messages(messages);
+                }
+            }
             self.batch.clear();
         }
     }
@@ -336,10 +375,25 @@ impl Machine for DataLink {
         self.keeps_retain = handshake.keeps_retain;
         self.filters_in_packet = handshake.filters_in_packet;
         self.requests.clear();
+        if self.router.keeps_messages() {
+            let acks = self.acks.get_or_insert_with(|| Box::new(Acks::new()));
+            acks.connected(handshake.window);
+        }
         self.lag.connected(handshake.fetch_quiet);
         self.find_poison(now);
         let session = handshake.session;
+        if !self.connected_before {
+            let restored = self.router.received_on(self.link);
+            self.exactly_once.restore(&restored);
+        }
         self.exactly_once.connected(session);
+        if session == LinkSession::New && self.acks.is_some() {
+            // Nothing waits for that: the broker has begun anew, whatever the log says.
+            let _ = self.router.link_released(LinkReleased {
+                link: self.link as u16,
+                packet_id: None,
+            });
+        }
         match session {
             LinkSession::New => self.redelivery.began_anew(),
             LinkSession::Doubtful | LinkSession::Resumed => self.redelivery.resumed(),
@@ -369,8 +423,20 @@ impl Machine for DataLink {
                 Ok(())
             }
             Packet::Pubrel(a) => {
-                self.exactly_once.release(a.packet_id);
-                complete(self.version, a.packet_id, out);
+                match &mut self.acks {
+                    Some(acks) => {
+                        let received = self.redelivery.mark();
+                        let committed = self.router.link_released(LinkReleased {
+                            link: self.link as u16,
+                            packet_id: Some(a.packet_id),
+                        });
+                        acks.push_release(a.packet_id, committed, received, now);
+                    }
+                    None => {
+                        self.exactly_once.release(a.packet_id);
+                        complete(self.version, a.packet_id, out);
+                    }
+                }
                 Ok(())
             }
             Packet::Suback(s) => self.answered(s.packet_id, s.codes, now),
@@ -386,8 +452,11 @@ impl Machine for DataLink {
         out: &mut Vec<u8>,
     ) -> Result<(), LinkEnd> {
         let p = packet.publish();
-        acknowledge(self.version, &p, out);
-        if !self.seen(&p) && self.is_for_clients(&p) {
+        let received = self.redelivery.mark();
+        let is_new = !self.seen(&p);
+        // Nobody gets it, so it has no record.
+        self.acknowledge(&p, Arrival::Unwanted, received, now, out);
+        if is_new && self.is_for_clients(&p) {
             count_skipped(packet, "data", now);
             self.arrived(&p, true, now);
         }
@@ -407,6 +476,7 @@ impl Machine for DataLink {
         }
         if !self.barriers.is_empty() {
             let verdict = self.lag.waiting(now);
+            self.let_go(false, now, out);
             return self.follow(verdict);
         }
         let unconfirmed = !self.redelivery.is_empty() || self.exactly_once.wants_confirmation();
@@ -415,6 +485,7 @@ impl Machine for DataLink {
             self.ping = true;
         }
         self.ping |= self.router.barrier_wanted(self.link) || self.lag.is_due(now);
+        self.let_go(self.ping, now, out);
     }
 
     fn pace(&self) -> Option<Duration> {
@@ -428,8 +499,11 @@ impl Machine for DataLink {
         if wanted {
             self.lag.pinged(self.now);
             let number = self.router.barrier_begins(self.link);
+            let received = self.redelivery.mark();
+            let acks = self.acks.as_ref();
             self.barriers.push_back(Barrier {
-                received: self.redelivery.mark(),
+                // It vouches for acknowledgements that were sent, and for no others.
+                received: acks.map_or(received, |acks| acks.acknowledged(received)),
                 released: self.exactly_once.mark(),
                 number,
             });
@@ -472,6 +546,9 @@ impl Machine for DataLink {
             self.redelivery.began_anew();
         }
         self.flush(now);
+        if let Some(acks) = &mut self.acks {
+            self.router.write_messages(acks.disconnected());
+        }
         if !self.has_sent() {
             self.router.link_lost_unprovoked();
         }
@@ -502,29 +579,6 @@ fn options(qos: QoS, retain_as_published: bool) -> SubscribeOptions {
         retain_as_published,
         retain_handling: 2,
     }
-}
-
-/// The origin mark, if this process wrote it.
-fn origin_mark(publish: &Publish<'_>, instance: u64) -> Option<Incarnation> {
-    if publish.properties.raw().len() < RESERVED_KEY.len() {
-        return None;
-    }
-    for property in publish.properties.iter() {
-        if let Property::UserProperty(key, value) = property
-            && key == RESERVED_KEY
-        {
-            return parse_mark(value, instance);
-        }
-    }
-    None
-}
-
-fn parse_mark(value: &str, instance: u64) -> Option<Incarnation> {
-    let (of, mark) = value.split_once('.')?;
-    if u64::from_str_radix(of, 16).ok()? != instance {
-        return None;
-    }
-    Incarnation::new(u64::from_str_radix(mark, 16).ok()?)
 }
 
 #[cfg(test)]

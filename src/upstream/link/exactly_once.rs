@@ -7,6 +7,7 @@
 
 use crate::hashing::LookUp;
 use crate::router::LinkSession;
+use crate::store::records::LinkReceived;
 
 /// A message that was received.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +38,17 @@ pub(super) struct ExactlyOnce {
 }
 
 impl ExactlyOnce {
+    /// The messages that an earlier process received, and that the broker has not released.
+    pub(super) fn restore(&mut self, received: &[LinkReceived]) {
+        for message in received {
+            let unreleased = Received {
+                digest: message.digest,
+                state: State::Unreleased,
+            };
+            self.received.insert(message.packet_id, unreleased);
+        }
+    }
+
     /// The link has connected.
     pub(super) fn connected(&mut self, session: LinkSession) {
         if session == LinkSession::New {

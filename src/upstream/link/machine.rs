@@ -30,6 +30,8 @@ pub(crate) struct Handshake {
     pub filters_in_packet: usize,
     /// The QoS of the retained link's subscriptions.
     pub fetch_qos: QoS,
+    /// The broker's window toward us, as its probe saw it.
+    pub window: Option<u16>,
     /// How long the retained link has to be quiet before a fetch is over.
     pub fetch_quiet: Duration,
 }
@@ -48,6 +50,7 @@ impl Handshake {
             quick_ack: profile.quirks.nodelay != Some(true),
             filters_in_packet: profile.filters_in_packet(),
             fetch_qos: profile.fetch_qos(),
+            window: profile.quirks.window,
             fetch_quiet: profile.fetch_quiet(),
         }
     }

@@ -174,7 +174,7 @@ impl Node {
         let is_trusted = !replayed.report.stale;
         let name = |link| client_id(prefix, link);
         router.restore_filters(filters, name, is_trusted, &claims, Millis::ZERO);
-        router.restore_all(sessions, &claims, Millis::ZERO);
+        router.restore_all(&sessions, &claims, !is_trusted, Millis::ZERO);
         let (log, writer) = replayed.start().expect("it starts");
         let links = (0..config.data_links_max + 1).map(|link| {
             let restored = router.restored_link(link);

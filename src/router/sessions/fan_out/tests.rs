@@ -204,6 +204,7 @@ impl Members {
             filter: FilterId(filter as u32),
             // A delivery that only counts.
             source: Source::Skipped(None),
+            replayed: None,
             now: Millis::ZERO,
         };
         let mut pass = Pass::default();

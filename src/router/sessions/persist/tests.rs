@@ -2,6 +2,7 @@
 
 mod answers;
 mod crashes;
+mod messages;
 mod restarts;
 
 use std::pin::pin;
@@ -58,7 +59,7 @@ impl Node {
         let mut found = FoundSessions::default();
         let replayed = recovery.replay(|record| found.take(&record).expect("a record of ours"));
         let replayed = replayed.expect("it is read");
-        router.restore_all(found, &claims, Millis::ZERO);
+        router.restore_all(&found, &claims, replayed.report.stale, Millis::ZERO);
         let (log, writer) = replayed.start().expect("it starts");
         router.set_broker_features(&facts(), Millis::ZERO);
         router.data_link_up(0, LinkSession::New, true, Millis::ZERO);

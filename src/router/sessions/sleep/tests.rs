@@ -434,6 +434,7 @@ fn fetched_messages_displace_no_live_message() {
             message: &message,
             filter: audience.filter,
             source: Source::Fetched,
+            replayed: None,
             now: Millis::new(LATER),
         };
         let mut tally = Tally::default();

@@ -180,7 +180,7 @@ impl<D: Disk> Writer<D> {
             if returning.done {
                 return self.complete(now);
             }
-            let mut piece = Piece::new(&self.queue);
+            let mut piece = Piece::new(&self.queue, returning.first);
             returning.done = owner.write(&mut piece) == Progress::Done;
             returning.piece_end = self.queue.next();
             return Step::Rewritten;

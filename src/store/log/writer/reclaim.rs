@@ -109,7 +109,7 @@ impl<D: Disk> Writer<D> {
             self.reclaim.pass = Some(segment);
             owner.begin(Pass::Until(segment));
         }
-        let mut piece = Piece::new(&self.queue);
+        let mut piece = Piece::new(&self.queue, self.first);
         let progress = owner.write(&mut piece);
         self.reclaim.piece_end = Some(self.queue.next());
         if progress == Progress::Done {

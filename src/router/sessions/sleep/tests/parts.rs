@@ -83,6 +83,7 @@ impl Sleepers {
             message: &message,
             filter: FILTER,
             source: Source::Live(None),
+            replayed: None,
             now: Millis::new(LATER),
         };
         let (mut pass, mut known) = (Pass::default(), Primaries::default());

@@ -1,0 +1,345 @@
+//! Messages go into the log, each once for all sessions, and checkpoints of the sessions that have them.
+
+use crate::mqtt::{Message, Numbered, QoS, RecordPlace};
+use crate::store::log::{Claim, Life, Log, Pass, Piece, Position, Room};
+use crate::store::records::{
+    AddresseeRecord, CHECKPOINT, CheckpointRecord, LinkReceived, LinkReleased, MESSAGE,
+    MessageRecord,
+};
+use crate::time::{Millis, UnixMillis};
+use crate::topics::FilterId;
+
+use crate::router::messages::{Appended, Committed, Unwritten};
+use crate::router::sessions::Sessions;
+use crate::router::sessions::persist::record::{content_of, expiry_of};
+use crate::router::sessions::persist::{BATCH_RECORDS_MAX, SessionBatch, TOO_LARGE};
+use crate::router::sessions::shard::Shard;
+
+/// A larger checkpoint is written only if it is small beside the records of messages since the last one.
+const SMALL_CHECKPOINT_BYTES: usize = 64 * 1024;
+
+impl Sessions {
+    /// Appends messages to the log, and a checkpoint if it is due. Returns whether there was room for all.
+    pub(super) fn append_messages(
+        &self,
+        log: &Log,
+        room: &mut Room,
+        batch: &mut SessionBatch,
+        body: &mut Vec<u8>,
+    ) -> bool {
+        let Some(kept) = self.numbers.kept() else {
+            return true;
+        };
+        while batch.records() < BATCH_RECORDS_MAX {
+            let Some(next) = self.numbers.pop() else {
+                return self.append_checkpoint(log, room, batch, body);
+            };
+            let had_room = match &next {
+                Unwritten::Message(message) => {
+                    append_message(log, room, batch, (message, kept.started_at), body)
+                }
+                Unwritten::Received(received) => self.append_received(log, room, batch, *received),
+                Unwritten::Released(released, committed) => {
+                    self.append_released(log, room, batch, (*released, committed))
+                }
+            };
+            if !had_room {
+                self.numbers.put_back(next);
+                return false;
+            }
+        }
+        false
+    }
+
+    fn append_received(
+        &self,
+        log: &Log,
+        room: &mut Room,
+        batch: &mut SessionBatch,
+        received: LinkReceived,
+    ) -> bool {
+        let appended = self.numbers.received.append(log, room, received);
+        match appended {
+            Appended::NoRoom(needed) => {
+                batch.needs = Some(needed);
+                false
+            }
+            Appended::At(position) => {
+                batch.last = position.or(batch.last);
+                true
+            }
+        }
+    }
+
+    fn append_released(
+        &self,
+        log: &Log,
+        room: &mut Room,
+        batch: &mut SessionBatch,
+        (released, committed): (LinkReleased, &Committed),
+    ) -> bool {
+        let appended = self.numbers.received.append_release(log, room, released);
+        match appended {
+            Appended::NoRoom(needed) => {
+                batch.needs = Some(needed);
+                false
+            }
+            Appended::At(position) => {
+                batch.last = position.or(batch.last);
+                batch.released.push(committed.clone());
+                true
+            }
+        }
+    }
+
+    /// Appends a checkpoint if it is due. Returns whether there was room for it.
+    fn append_checkpoint(
+        &self,
+        log: &Log,
+        room: &mut Room,
+        batch: &mut SessionBatch,
+        body: &mut Vec<u8>,
+    ) -> bool {
+        let Some(written) = self.numbers.take_checkpoint() else {
+            return true;
+        };
+        body.clear();
+        self.checkpoint().encode(body);
+        if body.len() > SMALL_CHECKPOINT_BYTES.max(written as usize / 2) {
+            // Many clients have messages in flight. Later there may be fewer.
+            return true;
+        }
+        let needed = Log::record_bytes(body.len());
+        if room.bytes() < needed {
+            batch.needs = Some(needed);
+            self.numbers.ask_for_checkpoint();
+            return false;
+        }
+        if let Ok(Some(position)) = log.append(room, CHECKPOINT, &[body], Life::Living) {
+            batch.last = Some(position);
+            self.numbers.checkpointed(written);
+            let claim = Claim::new(position, body.len());
+            if let Some(before) = self.checkpoint.lock().replace(claim) {
+                log.claims().release(before);
+            }
+        }
+        true
+    }
+
+    /// The bytes of the last checkpoint in the log.
+    #[cfg(test)]
+    pub(crate) fn checkpoint_bytes(&self) -> u64 {
+        self.checkpoint.lock().map_or(0, |claim| claim.bytes.into())
+    }
+
+    /// How far the sessions of connected clients are now.
+    fn checkpoint(&self) -> CheckpointRecord {
+        let through = self.numbers.through();
+        let mut checkpoint = CheckpointRecord {
+            through,
+            behind: Vec::new(),
+        };
+        for number in self.shards() {
+            self.shard(number)
+                .add_to_checkpoint(&mut checkpoint.behind, through);
+        }
+        checkpoint
+    }
+
+    /// Writes the state of the links and the checkpoint again, where they belong to a pass of the log.
+    pub(super) fn rewrite_rest(&self, log: &Log, pass: Pass, piece: &mut Piece<'_>) {
+        self.numbers.received.rewrite(log, pass, piece);
+        let old = *self.checkpoint.lock();
+        let belongs = match pass {
+            Pass::All => true,
+            Pass::Until(last) => old.is_some_and(|claim| claim.segment <= last),
+        };
+        if !belongs || self.numbers.kept().is_none() {
+            return;
+        }
+        let mut body = Vec::new();
+        self.checkpoint().encode(&mut body);
+        if let Ok(Some(position)) = piece.append(CHECKPOINT, &[&body]) {
+            let claim = Claim::new(position, body.len());
+            if let Some(before) = self.checkpoint.lock().replace(claim) {
+                log.claims().release(before);
+            }
+        }
+    }
+}
+
+impl Shard {
+    /// Adds the sessions that a checkpoint would count as done, and that are not: by incarnation, with the
+    /// lowest number of a message that is not done.
+    fn add_to_checkpoint(&self, behind: &mut Vec<(u64, u64)>, through: u64) {
+        let Some(journal) = &self.journal else {
+            return;
+        };
+        for at in 0..self.slots.capacity() as u32 {
+            let Some(slot) = self.slots.get(at as usize) else {
+                continue;
+            };
+            if !journal.is_recorded_connected(at) {
+                continue;
+            }
+            let lowest = slot.session.lowest_owed();
+            // Its client is away: all later messages are not done.
+            let away_since = journal.through(at).map(|number| number + 1);
+            let lowest = lowest.into_iter().chain(away_since).min();
+            if let Some(lowest) = lowest.filter(|lowest| *lowest <= through) {
+                behind.push((slot.session.incarnation.get(), lowest));
+            }
+        }
+    }
+
+    /// Writes the messages of a session's queue again, if they belong to a pass of the log.
+    pub(super) fn rewrite_messages_of(
+        &self,
+        pass: Pass,
+        at: u32,
+        piece: &mut Piece<'_>,
+        body: &mut Vec<u8>,
+    ) {
+        let (Some(journal), Some(slot)) = (&self.journal, self.slots.get(at as usize)) else {
+            return;
+        };
+        let started_at = journal.started_at();
+        for message in slot.session.owed().filter_map(|owed| owed.message) {
+            rewrite(message, pass, started_at, piece, body);
+        }
+    }
+
+    /// Writes the messages of the backlogs again, if they belong to a pass of the log. Returns whether all are
+    /// written.
+    pub(super) fn rewrite_backlogs(
+        &self,
+        pass: Pass,
+        piece: &mut Piece<'_>,
+        body: &mut Vec<u8>,
+    ) -> bool {
+        let Some(journal) = &self.journal else {
+            return true;
+        };
+        let started_at = journal.started_at();
+        for filter in &self.backlogs.filters {
+            for message in self.backlog_messages(*filter) {
+                if piece.is_full() {
+                    return false;
+                }
+                rewrite(message, pass, started_at, piece, body);
+            }
+        }
+        true
+    }
+
+    fn backlog_messages(&self, filter: FilterId) -> impl Iterator<Item = &Message> {
+        let members = self.members.get(&filter);
+        let backlog = members.and_then(|m| m.backlog.as_ref());
+        backlog
+            .into_iter()
+            .flat_map(|b| b.since(0))
+            .map(|entry| &entry.message)
+    }
+}
+
+/// Appends the record of a message, if it wants one. Returns whether there was room.
+pub(super) fn append_message(
+    log: &Log,
+    room: &mut Room,
+    batch: &mut SessionBatch,
+    (message, started_at): (&Message, UnixMillis),
+    body: &mut Vec<u8>,
+) -> bool {
+    let Some(numbered) = message.numbered() else {
+        return true;
+    };
+    if numbered.wants_record() && !is_unneeded(message, numbered) {
+        body.clear();
+        encode(message, numbered, started_at, body);
+        let needed = Log::record_bytes(body.len());
+        if room.bytes() < needed {
+            batch.needs = Some(needed);
+            return false;
+        }
+        match log.append(room, MESSAGE, &[body], Life::Living) {
+            Ok(Some(position)) => {
+                numbered.appended(place(position, body.len()));
+                batch.message_bytes += body.len() as u64;
+                batch.last = Some(position);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                if let Some(suppressed) = TOO_LARGE.permit(Millis::ZERO) {
+                    tracing::error!(%error, suppressed, "A message could not be written to the log");
+                }
+            }
+        }
+    }
+    batch.messages.push(message.clone());
+    true
+}
+
+/// Whether nobody but its link and this batch has a message, so that no record is of use.
+fn is_unneeded(message: &Message, numbered: &Numbered) -> bool {
+    let is_new = numbered.place().is_none() && !numbered.is_settled();
+    is_new && message.qos() == QoS::AtLeastOnce && message.refs() <= 2
+}
+
+fn place(position: Position, bytes: usize) -> RecordPlace {
+    RecordPlace {
+        position: position.as_u64(),
+        bytes: bytes as u32,
+    }
+}
+
+fn encode(message: &Message, numbered: &Numbered, started_at: UnixMillis, out: &mut Vec<u8>) {
+    let addressees = numbered.addressees();
+    let sequence = numbered.sequence();
+    let record = MessageRecord {
+        sequence,
+        origin_mark: numbered.origin_mark(),
+        arrived_at: numbered.arrived_at(),
+        expires_at: expiry_of(message, started_at),
+        addressees: addressees
+            .iter()
+            .map(|addressee| AddresseeRecord {
+                filter: &addressee.filter,
+                member: addressee.member,
+                since: (addressee.since != sequence).then_some(addressee.since),
+            })
+            .collect(),
+        content: content_of(message),
+    };
+    record.encode(out);
+}
+
+/// Writes a message again, if it belongs to a pass of the log and was not written in it yet.
+fn rewrite(
+    message: &Message,
+    pass: Pass,
+    started_at: UnixMillis,
+    piece: &mut Piece<'_>,
+    body: &mut Vec<u8>,
+) {
+    let Some(numbered) = message.numbered() else {
+        return;
+    };
+    let segment = numbered.place().map(segment_of);
+    let belongs = match pass {
+        Pass::All => segment.is_none_or(|segment| segment < piece.first_segment()),
+        Pass::Until(last) => segment.is_some_and(|segment| segment <= last),
+    };
+    if !belongs {
+        return;
+    }
+    body.clear();
+    encode(message, numbered, started_at, body);
+    // A record that was appended before is not too large now.
+    if let Ok(Some(position)) = piece.append(MESSAGE, &[body]) {
+        numbered.appended(place(position, body.len()));
+    }
+}
+
+fn segment_of(place: RecordPlace) -> u32 {
+    Position::from_u64(place.position).segment()
+}
