@@ -1,5 +1,6 @@
 //! Sessions that an earlier process has left in the log.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -86,8 +87,12 @@ impl Router {
             // The broker has forgotten the messages of other links.
             let received = found.received();
             let received =
-                received.filter(|(received, _)| self.restored_link(received.link.into()).is_some());
-            let received = received.inspect(|(_, claim)| claims.claim(*claim));
+                received.filter(|found| self.restored_link(found.received.link.into()).is_some());
+            let received = received.map(|found| {
+                let claim = Claim::new(found.position, found.bytes);
+                claims.claim(claim);
+                (found.received, claim)
+            });
             self.sessions.numbers().received.restore(received);
         }
         let mut messages = Replay::new(self, found, claims, stale, now);
@@ -109,8 +114,22 @@ impl Router {
             }
         }
         messages.replay();
-        self.filters.place_restored(now);
+        let missed = self.filters.place_restored(now);
+        self.note_missed(missed);
         restored
+    }
+
+    /// The broker lacked these filters while no process was there: each session that has one gets one gap.
+    fn note_missed(&self, filters: Vec<FilterId>) {
+        self.sessions.note_gap(&filters);
+        let mut members = self.groups.members(&filters);
+        let filters: BTreeSet<FilterId> = filters.into_iter().collect();
+        let has_gap = |session: &Session| {
+            let mut plain = session.subscriptions().iter().filter(|s| !s.shared);
+            plain.any(|s| filters.contains(&s.filter))
+        };
+        members.retain(|member| self.sessions.with(*member, |s, _| has_gap(s)) == Some(false));
+        self.sessions.note_gap_of(&members);
     }
 
     /// Begins a session from its record, which is at `place` in the log and has a body of so many bytes.

@@ -24,7 +24,7 @@ pub use filters::{
     FILTER, FILTER_GONE, FilterGoneRecord, FilterRecord, FilterState, FoundFilter, FoundFilters,
     FoundLink, FoundRest, LINK, LinkRecord, LinkState,
 };
-pub use found::{FoundMessage, FoundSession, FoundSessions};
+pub use found::{FoundMessage, FoundReceived, FoundSession, FoundSessions};
 pub use message::{AddresseeRecord, CheckpointRecord, ContentRecord, MessageRecord};
 pub use owed::{OwedMessage, OwedRecord, OwedStage};
 pub use received::{LinkReceived, LinkReleased};

@@ -420,13 +420,12 @@ fn rewrite_filters(
     piece: &mut Piece<'_>,
 ) {
     let mut body = Vec::new();
-    let mut looked_at = 0;
-    for (id, recorded) in journal.recorded.range_mut(FilterId(at.next)..) {
+    let rest = journal.recorded.range_mut(FilterId(at.next)..);
+    for (looked_at, (id, recorded)) in rest.enumerate() {
         if piece.is_full() || looked_at == CHUNK {
             at.next = id.0;
             return;
         }
-        looked_at += 1;
         let claim = recorded.claim();
         if !belongs(pass, claim) {
             continue;

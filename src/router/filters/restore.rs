@@ -95,22 +95,25 @@ impl Filters {
     }
 
     /// All sessions are restored: their filters that have no place yet get one, broad filters first, because
-    /// they may cover the others. Before the broker is known a filter is placed in a root, if anywhere.
-    pub(crate) fn place_restored(&self, now: Millis) {
+    /// they may cover the others. Before the broker is known a filter is placed in a root, if anywhere. Returns
+    /// the filters among them that the broker does not have.
+    pub(crate) fn place_restored(&self, now: Millis) -> Vec<FilterId> {
         let mut table = self.write();
         let unplaced = |f: &Filter| f.placement() == Placement::Unplaced && f.is_wanted();
         let all = table.all().filter(|(_, f)| unplaced(f));
         let mut ids: Vec<FilterId> = all.map(|(id, _)| id).collect();
         ids.sort_by_cached_key(|id| (table.get(*id).map(breadth), *id));
-        for id in ids {
-            let name = table.name_of(id).unwrap_or_default();
-            table.place_again(id, self.hash(&name), now);
+        for id in &ids {
+            let name = table.name_of(*id).unwrap_or_default();
+            table.place_again(*id, self.hash(&name), now);
         }
         // Shared filters do not linger.
         let idle = |f: &Filter| f.is_shared() && f.idle_since().is_some();
         let idle = table.all().filter(|(_, f)| idle(f));
         let idle: Vec<FilterId> = idle.map(|(id, _)| id).collect();
         table.release_soon.extend(idle);
+        ids.retain(|id| self.lost().contains(*id));
+        ids
     }
 
     /// The session that an earlier process had for a link, until the link connects.

