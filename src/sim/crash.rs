@@ -17,7 +17,12 @@ const CUT_WITHIN: u64 = 8;
 impl World {
     /// In a durable seed, the node may crash now.
     pub(crate) fn crash_perhaps(&mut self) {
-        if self.store.is_some() && self.fate.chance(1) {
+        let Some(store) = &self.store else {
+            return;
+        };
+        // Where not even a name could be changed, an old log cannot be told from a whole one.
+        let is_marked = store.durable_since.is_some() || store.is_marked();
+        if self.fate.chance(1) && is_marked {
             self.crash();
         }
     }
@@ -59,6 +64,7 @@ impl World {
     }
 
     fn crash(&mut self) {
+        let has_filters = self.broker_has_filters();
         let (disk, durable_since) = self.stop_disk();
         self.exercised.crashes += 1;
         self.exercised.stale += u64::from(durable_since.is_none());
@@ -78,6 +84,9 @@ impl World {
             .map(|d| d.kept.crashed(durable_since, now))
             .collect();
         self.oracle.crashed(durable_since, &survival, now);
+        if !has_filters || self.broker_back_at.is_some_and(|(_, keep)| !keep) {
+            self.oracle.links_lost_meanwhile();
+        }
         trace!(self, "sessions after the crash: {survival:?}");
         let back = self.time_of_return();
         for (n, survival) in survival.iter().enumerate() {
@@ -105,17 +114,22 @@ impl World {
         let Some(mut store) = self.store.take() else {
             unreachable!("a durable seed has a disk");
         };
-        if fate.chance(50) {
+        if fate.chance(50) && !self.disk_is_bad {
             let at = fate.below(CUT_WITHIN) as usize;
             store.disk.fault(at, Fault::Cut(fate.below(600) as usize));
             for _ in 0..fate.below(20) {
+                let durable_since = store.durable_since;
                 store.work(fate, self.now);
                 if store.disk.is_cut() {
+                    // The process ends here, and does not see the error.
+                    store.durable_since = durable_since;
                     break;
                 }
             }
         }
-        let disk = match store.disk.is_cut() || fate.chance(50) {
+        // The mark of an old log is to be there.
+        let power_fails = fate.chance(50) && store.durable_since.is_some();
+        let disk = match store.disk.is_cut() || power_fails {
             true => store.disk.after_power_cut(|n| fate.below(n)),
             false => store.disk.after_kill(),
         };
@@ -256,11 +270,36 @@ impl World {
         }
     }
 
+    /// The sessions of links that the node does not have any more are ended.
+    pub(crate) fn end_stale_links(&mut self) {
+        for stale in self.router.stale_links() {
+            // This process has another session under that client identifier.
+            let is_used = |l: &SimLink| l.conn.is_some() && stale.client_id.ends_with(&l.name);
+            if self.links.iter().any(is_used) {
+                continue;
+            }
+            let Some(mut connection) = self.broker.connect() else {
+                return;
+            };
+            let mut bytes = Vec::new();
+            links::clearing(self.setup.version, &stale.client_id, &mut bytes);
+            // It ends, and with it the session.
+            let _ = self.broker.feed(&mut connection, &bytes, &mut Vec::new());
+            self.broker.drop_connection(&connection);
+            self.router.stale_link_ended(&stale.client_id);
+        }
+    }
+
     /// After a crash, notes when the broker has all filters of clients again.
     pub(crate) fn check_regained(&mut self) {
-        if !self.oracle.awaits_filters() {
-            return;
+        if self.oracle.awaits_filters() && self.broker_has_filters() {
+            trace!(self, "the broker has all filters again");
+            self.oracle.has_filters(self.now);
         }
+    }
+
+    /// Whether the broker has all filters of clients.
+    fn broker_has_filters(&self) -> bool {
         let held = self.subscriptions_of_links();
         let mut all = self.oracle.filters().into_iter();
         let has = |filter: String| {
@@ -268,9 +307,6 @@ impl World {
             let covers = |name: &String| crate::topics::covers(name, plain) || *name == filter;
             held.iter().any(|(_, names)| names.iter().any(covers))
         };
-        if all.all(has) {
-            trace!(self, "the broker has all filters again");
-            self.oracle.has_filters(self.now);
-        }
+        all.all(has)
     }
 }

@@ -47,15 +47,15 @@ pub(crate) fn poison_at(bytes: &[u8], version: Version, oracle: &Oracle) -> Opti
 }
 
 /// The packets of a first connection, which ends the session of an earlier process.
-fn clearing(link: &SimLink, out: &mut Vec<u8>) {
+pub(crate) fn clearing(version: Version, client_id: &str, out: &mut Vec<u8>) {
     Connect {
-        version: link.version,
+        version,
         clean_start: true,
-        client_id: &format!("edge-{}", link.name),
+        client_id,
         ..Connect::default()
     }
     .encode(out);
-    encode_disconnect(link.version, ReasonCode::SUCCESS, None, None, out);
+    encode_disconnect(version, ReasonCode::SUCCESS, None, None, out);
 }
 
 /// One link and its connection.
@@ -68,8 +68,14 @@ pub(crate) struct SimLink {
     /// The router's number of a link that is dialled once it has filters.
     pub(crate) waits: Option<usize>,
     pub(crate) version: Version,
-    /// The broker has had a session of this link and this process.
+    /// The router's number of a link that has filters.
+    pub(crate) number: Option<usize>,
+    /// The broker has had a session of this link that the node knows.
     pub(crate) begun: bool,
+    /// That was an earlier process, and this one has not connected it.
+    pub(crate) restored: bool,
+    /// The disk was asked to note that the link is about to connect.
+    pub(crate) announced: bool,
     /// An earlier process may have left a session of this link at the broker, which is to end.
     pub(crate) clears: bool,
     /// A CONNECT has not been answered.
@@ -94,17 +100,29 @@ impl World {
             return;
         }
         let waits = |n| !self.router.filter_link_wanted(n);
-        if !link.begun && link.waits.is_some_and(waits) {
+        if (!link.begun || link.restored) && link.waits.is_some_and(waits) {
             return;
+        }
+        if let Some(number) = link.number.filter(|_| self.store.is_some()) {
+            if !std::mem::replace(&mut link.announced, true) {
+                let client_id = format!("edge-{}", link.name);
+                self.router
+                    .link_connects(number, !link.begun, &client_id, "broker");
+            }
+            if !self.router.may_connect(number) {
+                return;
+            }
+            link.announced = false;
         }
         let Some(broker) = self.broker.connect() else {
             return;
         };
         let mut bytes = Vec::new();
         if std::mem::take(&mut link.clears)
+            && !link.begun
             && let Some(mut first) = self.broker.connect()
         {
-            clearing(link, &mut bytes);
+            clearing(link.version, &format!("edge-{}", link.name), &mut bytes);
             // It ends, and with it the session.
             let _ = self.broker.feed(&mut first, &bytes, &mut Vec::new());
             self.broker.drop_connection(&first);
@@ -200,6 +218,7 @@ impl World {
                     assert!(!c.reason.is_error(), "{:?}", c.reason);
                     conn.up = true;
                     let first = !std::mem::replace(&mut link.begun, true);
+                    link.restored = false;
                     let present = c.session_present && !link.retained;
                     let in_doubt = std::mem::take(&mut link.unanswered);
                     let session = match (present, in_doubt) {

@@ -441,10 +441,13 @@ impl Oracle {
     fn may(&self, n: usize, message: &Message, then: Millis) -> bool {
         let mut losses = self.sessions_lost.iter().chain(&self.doubts);
         let fetched = message.retain && losses.any(|t| message.at <= *t && *t <= then);
+        let until = message.acknowledged_by(4 * TRANSIT);
+        let waited = self.waited_until(message).map(|at| at + 4 * TRANSIT);
+        let until = waited.map_or(until, |at| until.max(at));
         self.clients[n].subs.iter().any(|s| {
             s.matches(&message.topic)
                 && s.asked_at <= then
-                && (fetched || s.asked_at <= message.acknowledged_by(4 * TRANSIT))
+                && (fetched || s.asked_at <= until)
                 && s.lives_at(message.at)
                 && !s.hides(n, message)
         })

@@ -44,9 +44,12 @@ impl Setup {
                 data: matches!(role, b'd' | b's'),
                 retained: role == b'r',
                 publishes: role == b'p',
+                number: None,
                 waits: None,
                 version: self.version,
                 begun: false,
+                restored: false,
+                announced: false,
                 clears: process > 1 && role != b'r',
                 unanswered: false,
                 redial_at: Millis::ZERO,
@@ -69,6 +72,13 @@ impl Setup {
         }
         let machine = RetainedLink::new(router.clone(), PROBES.into());
         add("r0".into(), Box::new(machine));
+        for (n, link) in links.iter_mut().enumerate().take(all) {
+            link.number = Some(n);
+            if let Some(restored) = router.restored_link(n) {
+                (link.begun, link.restored) = (true, true);
+                link.unanswered = restored.in_doubt;
+            }
+        }
         let later = (data_links..data_links_max).chain(data_links_max + 1..all);
         for n in later {
             links[n].waits = Some(n);

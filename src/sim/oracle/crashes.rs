@@ -7,12 +7,12 @@ use crate::sim::wills::SimWill;
 /// Messages that wait for a client, or are in flight to it, end with the process.
 const MESSAGES_END: bool = false;
 
-/// Whether a client's QoS 2 publish was taken is forgotten with the process, unless the client knows.
+/// The states of QoS 2 end with the process: whether a client's publish was taken, and whether a link has taken
+/// a message of the broker.
 const QOS2_STATES_END: bool = true;
 
-/// The links begin new sessions at the broker, so that it drops what waits for them, and has no subscription
-/// of the node until the filters are subscribed again.
-const LINK_SESSIONS_END: bool = true;
+/// A will that was published and has not reached the broker ends with the process.
+const PUBLISHED_WILLS_END: bool = true;
 
 /// A crash.
 #[derive(Clone, Copy, Debug)]
@@ -20,8 +20,10 @@ pub(super) struct Crash {
     at: Millis,
     /// The disk was degraded, so the log may be an old one.
     stale: bool,
-    /// The links begin new sessions at the broker.
+    /// The links begin new sessions at the broker: the log is an old one, or the broker has lost them.
     links_begin_anew: bool,
+    /// When the node started again.
+    back_at: Option<Millis>,
     /// When the broker had all filters of clients again.
     regained_at: Option<Millis>,
 }
@@ -38,7 +40,8 @@ impl Oracle {
         self.crashes.push(Crash {
             at: now,
             stale: durable_since.is_none(),
-            links_begin_anew: LINK_SESSIONS_END || durable_since.is_none(),
+            links_begin_anew: durable_since.is_none(),
+            back_at: None,
             regained_at: None,
         });
         self.publish_link_lost(now);
@@ -64,7 +67,7 @@ impl Oracle {
     }
 
     /// The broker has lost the links' sessions while it may lack filters.
-    pub(super) fn links_lost_meanwhile(&mut self) {
+    pub(crate) fn links_lost_meanwhile(&mut self) {
         if let Some(crash) = self.crashes.last_mut() {
             crash.links_begin_anew = true;
         }
@@ -72,6 +75,9 @@ impl Oracle {
 
     /// The node has started again.
     pub(crate) fn started(&mut self, now: Millis) {
+        if let Some(crash) = self.crashes.last_mut() {
+            crash.back_at = Some(now);
+        }
         self.filters_lost(now);
     }
 
@@ -191,15 +197,27 @@ impl Oracle {
         }
     }
 
+    /// Until when the message may have waited at the broker because the node was away.
+    pub(super) fn waited_until(&self, message: &Message) -> Option<Millis> {
+        let mut crashes = self.crashes.iter().rev();
+        let waited = |c: &&Crash| c.at <= message.acknowledged_by(TRANSIT);
+        crashes.find(waited)?.back_at
+    }
+
     /// Whether a crash may have taken the message from a client that should have it.
     pub(super) fn lost_in_crash(&self, message: &Message) -> bool {
         self.crashes.iter().any(|crash| {
             // A publish that was not acknowledged is sent again.
-            let was_taken = message.at <= crash.at && !message.open_at(crash.at);
+            let is_done = message.will || !message.open_at(crash.at);
+            let was_taken = message.at <= crash.at && is_done;
             let regained_at = crash.regained_at.unwrap_or(Millis::MAX);
             let at_broker =
                 message.at <= regained_at && crash.at <= message.acknowledged_by(TRANSIT);
-            MESSAGES_END && was_taken || crash.links_begin_anew && at_broker
+            let is_young_will =
+                message.will && message.at <= crash.at && crash.at <= message.at + TRANSIT;
+            (MESSAGES_END || crash.stale) && was_taken
+                || crash.links_begin_anew && at_broker
+                || PUBLISHED_WILLS_END && is_young_will
         })
     }
 
@@ -211,15 +229,20 @@ impl Oracle {
     ) -> bool {
         self.crashes.iter().any(|crash| {
             let before = message.at <= crash.at;
-            before
-                && match message.qos {
-                    QoS::AtMostOnce => false,
-                    QoS::AtLeastOnce => true,
-                    QoS::ExactlyOnce => {
-                        (crash.stale || QOS2_STATES_END) && message.open_at(crash.at)
-                            || at_least_once()
+            // A filter whose SUBACK did not come before the crash is subscribed again, and its retained
+            // messages are fetched again.
+            let fetched_by = crash.back_at.map(|at| at + TRANSIT);
+            let is_fetched = message.retain && fetched_by.is_some_and(|by| message.at <= by);
+            is_fetched
+                || before
+                    && match message.qos {
+                        QoS::AtMostOnce => false,
+                        QoS::AtLeastOnce => true,
+                        QoS::ExactlyOnce => {
+                            let under_way = crash.at <= message.acknowledged_by(TRANSIT);
+                            (crash.stale || QOS2_STATES_END) && under_way || at_least_once()
+                        }
                     }
-                }
         })
     }
 }

@@ -54,6 +54,7 @@ impl Oracle {
 
                 let fetched = retained.contains(number) && !self.conditions.lowest_qos;
                 let must = self.must(n, message)
+                    && !self.lost_in_crash(message)
                     && (!self.excused(n, message)
                         || fetched && !self.hides_any(n, message) && !self.just_ended(n, message))
                     && changing == 0;
@@ -217,7 +218,7 @@ impl Oracle {
         }
         // It may wait at the broker, in the session of a link that is away.
         let lost = |t: &Millis| message.at <= *t && *t <= message.acknowledged_by(TRANSIT);
-        self.sessions_lost.iter().any(lost) || self.unseen(message) || self.lost_in_crash(message)
+        self.sessions_lost.iter().any(lost) || self.unseen(message)
     }
 
     /// How many subscriptions changed without a definite moment: they ended while messages waited at the
