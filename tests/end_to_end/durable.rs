@@ -6,6 +6,7 @@
 mod kills;
 mod links;
 mod messages;
+mod traffic;
 
 use std::time::Duration;
 
@@ -71,9 +72,12 @@ impl Node {
 
     /// Connects to the broker without Tidegate.
     async fn connect_to_broker(&self, connect: &Connect) -> Result<Client> {
+        Ok(Client::connect(&self.broker_dialer()?, connect).await?.0)
+    }
+
+    fn broker_dialer(&self) -> Result<Dialer> {
         let url = format!("tcp://{}", self.broker.addr()).parse()?;
-        let dialer = Dialer::new(&url, &Trust::Anything)?;
-        Ok(Client::connect(&dialer, connect).await?.0)
+        Ok(Dialer::new(&url, &Trust::Anything)?)
     }
 
     fn kill_and_start(&mut self) -> Result {
@@ -169,7 +173,24 @@ async fn topics(client: &mut Client, wait: Duration) -> Result<Vec<String>> {
     Ok(topics)
 }
 
+/// The seed of a test's choices, which it prints.
+fn seed() -> u64 {
+    let seed = std::env::var("DURABLE_SEED")
+        .ok()
+        .and_then(|text| text.parse().ok());
+    let seed = seed.unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(1, |now| now.as_nanos() as u64)
+    });
+    println!("DURABLE_SEED={seed}");
+    seed
+}
+
 fn run(test: impl Future<Output = Result>) {
+    run_within(3 * PATIENCE, test);
+}
+
+fn run_within(patience: Duration, test: impl Future<Output = Result>) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -177,7 +198,7 @@ fn run(test: impl Future<Output = Result>) {
         .expect("a runtime starts");
     let outcome = runtime.block_on(async {
         let _guard = crate::beside_others().await;
-        timeout(3 * PATIENCE, test).await
+        timeout(patience, test).await
     });
     runtime.shutdown_background();
     outcome

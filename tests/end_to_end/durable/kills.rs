@@ -161,14 +161,7 @@ fn every_answer_that_a_client_has_seen_is_true_after_a_kill() {
         Some(_) => 100,
         None => 20,
     };
-    let seed = std::env::var("DURABLE_SEED")
-        .ok()
-        .and_then(|text| text.parse().ok());
-    let seed = seed.unwrap_or_else(|| {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        now.map_or(1, |now| now.as_nanos() as u64)
-    });
-    println!("DURABLE_SEED={seed}");
+    let seed = super::seed();
     super::run(async move {
         let mut rng = Rng::new(seed);
         let mut node = Node::start("disk")?;
