@@ -111,6 +111,7 @@ fn bring(router: &Router, filter: FilterId, messages: usize) -> Duration {
             filters: [filter].as_slice().into(),
             link: 0,
             origin_mark: None,
+            link_origin: None,
             skipped: false,
         }];
         router.fan_out(&mut batch, NOW);

@@ -81,6 +81,7 @@ fn arrived(filter: FilterId, number: u32) -> Arrived {
         filters: [filter].as_slice().into(),
         link: 0,
         origin_mark: None,
+        link_origin: None,
         skipped: false,
     }
 }

@@ -32,7 +32,7 @@ pub use disconnect::{Auth, Disconnect, encode_auth, encode_disconnect};
 pub use error::Error;
 pub use head::MAX_REMAINING_BYTES;
 pub use message::{Message, MessageSpec, Mounting};
-pub use numbered::{Addressee, Numbered, RecordPlace, Records};
+pub use numbered::{Addressee, LinkOrigin, Numbered, RecordPlace, Records};
 pub use oversized::Oversized;
 pub use props::{Properties, Property};
 pub use publish::Publish;

@@ -219,7 +219,7 @@ pub mod session_records {
     use tidegate::store::log::{Position, Record};
     use tidegate::store::records::{
         CheckpointRecord, FilterGoneRecord, FilterRecord, FoundFilters, FoundSessions,
-        LinkReceived, LinkReleased, LinkRecord, MessageRecord, SessionRecord,
+        LinkReleased, LinkRecord, MessageRecord, SessionRecord,
         decode_end, encode_end,
     };
 
@@ -242,9 +242,6 @@ pub mod session_records {
             let mut again = Vec::new();
             record.encode(&mut again);
             assert_eq!(again, body);
-        }
-        if let Ok(record) = LinkReceived::decode(body) {
-            assert_eq!(record.encode(), body);
         }
         if let Ok(record) = LinkReleased::decode(body) {
             assert_eq!(record.encode(), body);

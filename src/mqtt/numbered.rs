@@ -37,6 +37,17 @@ pub struct Addressee {
     pub since: u64,
 }
 
+/// The identity of a message of QoS 2 on the link that brought it, until the broker releases it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkOrigin {
+    /// The number of the link.
+    pub link: u16,
+    /// The packet identifier.
+    pub packet_id: u16,
+    /// A digest of the message.
+    pub digest: u64,
+}
+
 /// The identity of a message of QoS 1 or 2 for the log, as long as the message is in memory.
 #[derive(Debug)]
 pub struct Numbered {
@@ -56,6 +67,8 @@ pub struct Numbered {
 struct State {
     addressees: SmallVec<[Addressee; 1]>,
     place: Option<RecordPlace>,
+    /// The broker may send the message again.
+    link_origin: Option<LinkOrigin>,
     /// The record lacks addressees.
     is_outdated: bool,
 }
@@ -65,16 +78,21 @@ impl Numbered {
     pub fn new(
         sequence: u64,
         origin_mark: Option<NonZeroU64>,
+        link_origin: Option<LinkOrigin>,
         arrived_at: UnixMillis,
         records: Arc<dyn Records>,
     ) -> Self {
+        let state = State {
+            link_origin,
+            ..State::default()
+        };
         Self {
             sequence,
             origin_mark,
             arrived_at,
             urgent: AtomicBool::new(false),
             settled: AtomicBool::new(false),
-            state: Mutex::default(),
+            state: Mutex::new(state),
             records,
         }
     }
@@ -92,11 +110,6 @@ impl Numbered {
     /// The time of day at which it arrived.
     pub fn arrived_at(&self) -> UnixMillis {
         self.arrived_at
-    }
-
-    /// The sessions that it is for, as far as is known.
-    pub fn addressees(&self) -> SmallVec<[Addressee; 1]> {
-        self.state.lock().addressees.clone()
     }
 
     /// The message is for more sessions. Returns whether its record is to be written anew.
@@ -141,15 +154,33 @@ impl Numbered {
         self.state.lock().place
     }
 
-    /// Its record was appended to the log. The record before that, if there was one, is not needed any more.
-    pub fn appended(&self, place: RecordPlace) {
+    /// Appends its record to the log by a function, which gets the sessions that the message is for and its
+    /// identity on its link, as far as both are known. The record before that, if there was one, is not needed
+    /// any more then. Nothing changes if the function returns `None`.
+    pub fn append(
+        &self,
+        append: impl FnOnce(&[Addressee], Option<LinkOrigin>) -> Option<RecordPlace>,
+    ) {
         let mut state = self.state.lock();
+        let Some(place) = append(&state.addressees, state.link_origin) else {
+            return;
+        };
         state.is_outdated = false;
         let before = state.place.replace(place);
         drop(state);
         if let Some(before) = before {
             self.records.release(before);
         }
+    }
+
+    /// The broker does not send the message again. A later record does not name its link.
+    pub fn forget_link_origin(&self) {
+        self.state.lock().link_origin = None;
+    }
+
+    /// Its identity on the link that brought it, until the broker has released it.
+    pub fn link_origin(&self) -> Option<LinkOrigin> {
+        self.state.lock().link_origin
     }
 
     /// Its record is on the disk, or the log is degraded: the broker may forget the message.

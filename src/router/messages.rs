@@ -151,8 +151,12 @@ impl Numbers {
                 let origin_mark = origin_mark.and_then(NonZeroU64::new);
                 let number = under_way.number(at);
                 let records = kept.records.clone();
-                let numbered = Numbered::new(number, origin_mark, arrived_at, records);
+                let link_origin = arrived.link_origin;
+                let numbered = Numbered::new(number, origin_mark, link_origin, arrived_at, records);
                 arrived.message.number(numbered);
+                if let Some(origin) = link_origin {
+                    self.received.insert(origin, arrived.message.clone());
+                }
             }
         }
         Some(under_way)

@@ -4,12 +4,12 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use crate::mqtt::Message;
+use crate::mqtt::{LinkOrigin, Message};
 use crate::router::messages::Committed;
 use crate::store::log::{Log, Mode, Owner, Pass, Piece, Position, Progress, Room};
 use crate::telemetry::metrics;
 
-use crate::store::records::{LinkReceived, LinkReleased};
+use crate::store::records::LinkReleased;
 
 use crate::router::Router;
 use crate::router::SessionRef;
@@ -83,18 +83,13 @@ impl Router {
         self.sessions.numbers().kept().is_some()
     }
 
-    /// A link has received a message of QoS 2. The record of that is written before that of the message.
-    pub(crate) fn link_received(&self, received: LinkReceived) {
-        self.sessions.numbers().link_received(received);
-    }
-
     /// The broker has released a message of a link, or has forgotten all of them.
     pub(crate) fn link_released(&self, released: LinkReleased) -> Committed {
         self.sessions.numbers().link_released(released)
     }
 
     /// The messages of QoS 2 of a link that the broker may send again, from an earlier process.
-    pub(crate) fn received_on(&self, link: usize) -> Vec<LinkReceived> {
+    pub(crate) fn received_on(&self, link: usize) -> Vec<LinkOrigin> {
         self.sessions.numbers().received.of(link as u16)
     }
 

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::mqtt::{Addressee, Message, MessageSpec, Numbered, Properties, QoS, RecordPlace};
+use crate::mqtt::{
+    Addressee, LinkOrigin, Message, MessageSpec, Numbered, Properties, QoS, RecordPlace,
+};
 use crate::session::{Incarnation, OwedStage, RestoredDelivery, Session};
 use crate::store::log::{Claim, Claims, Position};
 use crate::store::records::{
@@ -155,23 +157,37 @@ impl<'a> Replay<'a> {
     /// The message of a record, with the claim on the record.
     fn restored(&self, record: &MessageRecord<'_>, found: &FoundMessage) -> Option<Message> {
         let mut message = self.content(&record.content, record.expires_at);
+        let received = record.received.filter(|received| {
+            let mut unreleased = self.found.received();
+            unreleased.any(|(r, sequence)| r == *received && sequence == record.sequence)
+        });
+        // The broker has forgotten the messages of other links.
+        let received = received.filter(|r| self.router.restored_link(r.link.into()).is_some());
+        let link_origin = received.map(|received| LinkOrigin {
+            link: received.link,
+            packet_id: received.packet_id,
+            digest: received.digest,
+        });
         let kept = self.router.sessions.numbers().kept()?;
         let numbered = Numbered::new(
             record.sequence,
             record.origin_mark,
+            link_origin,
             record.arrived_at,
             kept.records.clone(),
         );
-        numbered.address(record.addressees.iter().map(|addressee| Addressee {
+        let _ = numbered.address(record.addressees.iter().map(|addressee| Addressee {
             filter: addressee.filter.into(),
             member: addressee.member,
             since: addressee.since.unwrap_or(record.sequence),
         }));
         self.claims
             .claim(Claim::new(found.position, found.body.len()));
-        numbered.appended(RecordPlace {
-            position: found.position.as_u64(),
-            bytes: found.body.len() as u32,
+        numbered.append(|_, _| {
+            Some(RecordPlace {
+                position: found.position.as_u64(),
+                bytes: found.body.len() as u32,
+            })
         });
         numbered.settle();
         message.number(numbered);
@@ -194,6 +210,22 @@ impl<'a> Replay<'a> {
             strip_key: None,
             account: Some(self.router.sessions.queue_account().clone()),
         })
+    }
+
+    /// The links know the messages of QoS 2 that the broker has not released.
+    pub(super) fn restore_received(&mut self) {
+        if self.stale {
+            return;
+        }
+        for (_, sequence) in self.found.received() {
+            let Some(message) = self.message(sequence) else {
+                continue;
+            };
+            if let Some(origin) = message.numbered().and_then(Numbered::link_origin) {
+                let numbers = self.router.sessions.numbers();
+                numbers.received.insert(origin, message);
+            }
+        }
     }
 
     /// Gives all sessions the messages that their records do not list.

@@ -83,18 +83,6 @@ impl Router {
         self.sessions.incarnations_from(found.largest_incarnation());
         self.sessions
             .keep_messages(claims, self.config.started_at, found.largest_sequence());
-        if !stale {
-            // The broker has forgotten the messages of other links.
-            let received = found.received();
-            let received =
-                received.filter(|found| self.restored_link(found.received.link.into()).is_some());
-            let received = received.map(|found| {
-                let claim = Claim::new(found.position, found.bytes);
-                claims.claim(claim);
-                (found.received, claim)
-            });
-            self.sessions.numbers().received.restore(received);
-        }
         let mut messages = Replay::new(self, found, claims, stale, now);
         let mut restored = 0;
         for session in found.sessions() {
@@ -113,6 +101,7 @@ impl Router {
                 restored += 1;
             }
         }
+        messages.restore_received();
         messages.replay();
         let missed = self.filters.place_restored(now);
         self.note_missed(missed);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::mqtt::{Message, QoS, ReasonCode};
+use crate::mqtt::{LinkOrigin, Message, QoS, ReasonCode};
 use crate::router::account::Holder;
 use crate::session::{Incarnation, WaitNumber};
 use crate::time::Millis;
@@ -45,6 +45,8 @@ pub struct Arrived {
     pub link: usize,
     /// The origin mark of its publisher, for No Local.
     pub origin_mark: Option<Incarnation>,
+    /// Its identity on the link, if it is of QoS 2 and messages are kept in a log.
+    pub link_origin: Option<LinkOrigin>,
     /// Its payload was too large and was skipped: its receivers get a gap in its place.
     pub skipped: bool,
 }

@@ -24,7 +24,7 @@ pub use filters::{
     FILTER, FILTER_GONE, FilterGoneRecord, FilterRecord, FilterState, FoundFilter, FoundFilters,
     FoundLink, FoundRest, LINK, LinkRecord, LinkState,
 };
-pub use found::{FoundMessage, FoundReceived, FoundSession, FoundSessions};
+pub use found::{FoundMessage, FoundSession, FoundSessions};
 pub use message::{AddresseeRecord, CheckpointRecord, ContentRecord, MessageRecord};
 pub use owed::{OwedMessage, OwedRecord, OwedStage};
 pub use received::{LinkReceived, LinkReleased};
@@ -37,10 +37,8 @@ pub const SESSION_END: u8 = 2;
 pub const MESSAGE: u8 = 6;
 /// The kind of a [`CheckpointRecord`] in the log.
 pub const CHECKPOINT: u8 = 7;
-/// The kind of a [`LinkReceived`] in the log.
-pub const LINK_RECEIVED: u8 = 8;
 /// The kind of a [`LinkReleased`] in the log.
-pub const LINK_RELEASED: u8 = 9;
+pub const LINK_RELEASED: u8 = 8;
 
 /// The version of the records' format. A record of a later version is refused.
 pub const RECORDS_VERSION: u8 = 1;

@@ -398,6 +398,7 @@ pub(crate) fn arrived(copy: &Copy, copies: Copies, router: &Router) -> Arrived {
         },
         link: 0,
         origin_mark: copy.origin_mark,
+        link_origin: None,
         skipped: false,
     }
 }

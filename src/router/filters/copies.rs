@@ -156,6 +156,7 @@ impl Moves {
             filters,
             link: arrived.link,
             origin_mark: arrived.origin_mark,
+            link_origin: arrived.link_origin,
             skipped: arrived.skipped,
         };
         self.copies.fetch_add(1, Ordering::Relaxed);

@@ -7,18 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::mqtt::Message;
+use crate::mqtt::{LinkOrigin, Message};
 use crate::router::messages::Numbers;
-use crate::store::log::{Claim, Life, Log, Pass, Piece, Position, Room};
-use crate::store::records::{LINK_RECEIVED, LINK_RELEASED, LinkReceived, LinkReleased};
+use crate::store::log::{Life, Log, Position, Room};
+use crate::store::records::{LINK_RELEASED, LinkReleased};
 
 /// A record that is to be written.
 #[derive(Debug)]
 pub(in crate::router) enum Unwritten {
     /// The record of a message.
     Message(Message),
-    /// A link has received a message of QoS 2.
-    Received(LinkReceived),
     /// The broker has released it, or has forgotten all of the link's. The answer waits for the record.
     Released(LinkReleased, Committed),
 }
@@ -47,45 +45,38 @@ impl Committed {
     }
 }
 
-/// The messages of QoS 2 that have a record.
+/// The messages of QoS 2 that the broker has not released, by link and packet identifier. While it is here, a
+/// message has its record.
 #[derive(Debug, Default)]
-pub(in crate::router) struct ReceivedMessages(Mutex<ByIdentifier>);
-
-/// The messages by link and packet identifier, with the claims of their records.
-type ByIdentifier = BTreeMap<(u16, u16), (LinkReceived, Option<Claim>)>;
+pub(in crate::router) struct ReceivedMessages(Mutex<BTreeMap<(u16, u16), Message>>);
 
 impl ReceivedMessages {
-    /// Takes over the messages that an earlier process has left, with the claims of their records.
-    pub(crate) fn restore(&self, found: impl Iterator<Item = (LinkReceived, Claim)>) {
-        let found = found.map(|(r, claim)| ((r.link, r.packet_id), (r, Some(claim))));
-        self.0.lock().extend(found);
+    /// A link has received a message.
+    pub(crate) fn insert(&self, origin: LinkOrigin, message: Message) {
+        let key = (origin.link, origin.packet_id);
+        // The broker has given the identifier to another message, so it does not send the old one again.
+        if let Some(before) = self.0.lock().insert(key, message)
+            && let Some(numbered) = before.numbered()
+        {
+            numbered.forget_link_origin();
+        }
     }
 
     /// The messages of a link.
-    pub(crate) fn of(&self, link: u16) -> Vec<LinkReceived> {
+    pub(crate) fn of(&self, link: u16) -> Vec<LinkOrigin> {
         let all = self.0.lock();
         let of_link = all.range((link, 0)..=(link, u16::MAX));
-        of_link.map(|(_, (received, _))| *received).collect()
+        of_link
+            .filter_map(|(_, message)| message.numbered()?.link_origin())
+            .collect()
     }
 
-    /// Appends the record of a message.
-    pub(crate) fn append(&self, log: &Log, room: &mut Room, received: LinkReceived) -> Appended {
-        let body = received.encode();
-        let needed = Log::record_bytes(body.len());
-        if room.bytes() < needed {
-            return Appended::NoRoom(needed);
-        }
-        let position = log.append(room, LINK_RECEIVED, &[&body], Life::Living);
-        let position = position.ok().flatten();
-        let claim = position.map(|position| Claim::new(position, body.len()));
-        let key = (received.link, received.packet_id);
-        if let Some((_, Some(before))) = self.0.lock().insert(key, (received, claim)) {
-            log.claims().release(before);
-        }
-        Appended::At(position)
+    /// All messages.
+    pub(crate) fn all(&self) -> Vec<Message> {
+        self.0.lock().values().cloned().collect()
     }
 
-    /// Appends the record of a release, if it releases something.
+    /// Appends the record of a release. From then on no record of a released message names its link.
     pub(crate) fn append_release(
         &self,
         log: &Log,
@@ -97,7 +88,8 @@ impl ReceivedMessages {
         let ids = released.packet_id.map_or(0..=u16::MAX, |id| id..=id);
         let range = (link, *ids.start())..=(link, *ids.end());
         let keys: Vec<(u16, u16)> = all.range(range).map(|(key, _)| *key).collect();
-        if keys.is_empty() {
+        // The log may know messages of a link that begins anew from earlier processes.
+        if keys.is_empty() && released.packet_id.is_some() {
             return Appended::At(None);
         }
         let body = released.encode();
@@ -105,43 +97,19 @@ impl ReceivedMessages {
         if room.bytes() < needed {
             return Appended::NoRoom(needed);
         }
-        let position = log.append(room, LINK_RELEASED, &[&body], Life::Passing);
         for key in keys {
-            if let Some((_, Some(claim))) = all.remove(&key) {
-                log.claims().release(claim);
-            }
-        }
-        Appended::At(position.ok().flatten())
-    }
-
-    /// Writes the records again that belong to a pass of the log.
-    pub(crate) fn rewrite(&self, log: &Log, pass: Pass, piece: &mut Piece<'_>) {
-        for (received, claim) in self.0.lock().values_mut() {
-            let belongs = match pass {
-                Pass::All => claim.is_none_or(|c| c.segment < piece.first_segment()),
-                Pass::Until(last) => claim.is_some_and(|c| c.segment <= last),
-            };
-            if !belongs {
-                continue;
-            }
-            let body = received.encode();
-            if let Ok(Some(position)) = piece.append(LINK_RECEIVED, &[&body])
-                && let Some(before) = claim.replace(Claim::new(position, body.len()))
+            if let Some(message) = all.remove(&key)
+                && let Some(numbered) = message.numbered()
             {
-                log.claims().release(before);
+                numbered.forget_link_origin();
             }
         }
+        let position = log.append(room, LINK_RELEASED, &[&body], Life::Passing);
+        Appended::At(position.ok().flatten())
     }
 }
 
 impl Numbers {
-    /// A link has received a message of QoS 2. Its record is written before that of the message.
-    pub(crate) fn link_received(&self, received: LinkReceived) {
-        if self.kept().is_some() {
-            self.write_one(Unwritten::Received(received));
-        }
-    }
-
     /// The broker has released a message of a link, or has forgotten all of them.
     pub(crate) fn link_released(&self, released: LinkReleased) -> Committed {
         let committed = Committed::default();

@@ -408,6 +408,7 @@ pub(super) mod tests {
             filters: filters.into(),
             link: 0,
             origin_mark: None,
+            link_origin: None,
             skipped: false,
         }
     }

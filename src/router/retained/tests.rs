@@ -93,6 +93,7 @@ impl World {
             filters: [filter].as_slice().into(),
             link: 0,
             origin_mark: None,
+            link_origin: None,
             skipped: false,
         }];
         self.router.fan_out(&mut batch, self.now);

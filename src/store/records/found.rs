@@ -6,8 +6,8 @@ use crate::store::log::{Position, Record};
 use crate::time::UnixMillis;
 
 use super::{
-    CHECKPOINT, CheckpointRecord, LINK_RECEIVED, LINK_RELEASED, LinkReceived, LinkReleased,
-    MESSAGE, MessageRecord, RecordError, SESSION, SESSION_END, SessionRecord, decode_end,
+    CHECKPOINT, CheckpointRecord, LINK_RELEASED, LinkReceived, LinkReleased, MESSAGE,
+    MessageRecord, RecordError, SESSION, SESSION_END, SessionRecord, decode_end,
 };
 
 /// The body of a session's last record.
@@ -30,17 +30,6 @@ pub struct FoundMessage {
     pub body: Box<[u8]>,
 }
 
-/// A message of QoS 2 that a link has received and that the broker has not released.
-#[derive(Clone, Copy, Debug)]
-pub struct FoundReceived {
-    /// The content of the record.
-    pub received: LinkReceived,
-    /// Where the record is.
-    pub position: Position,
-    /// The length of its body.
-    pub bytes: usize,
-}
-
 /// How far the sessions of connected clients were.
 #[derive(Clone, Debug)]
 struct Checkpoint {
@@ -59,8 +48,8 @@ pub struct FoundSessions {
     messages: BTreeMap<u64, FoundMessage>,
     checkpoint: Option<Checkpoint>,
     largest_sequence: u64,
-    /// By link and packet identifier.
-    received: BTreeMap<(u16, u16), FoundReceived>,
+    /// The messages of QoS 2 that the broker has not released, by link and packet identifier.
+    received: BTreeMap<(u16, u16), (LinkReceived, u64)>,
 }
 
 impl FoundSessions {
@@ -93,16 +82,6 @@ impl FoundSessions {
                     through: checkpoint.through,
                     behind: checkpoint.behind.into_iter().collect(),
                 });
-            }
-            LINK_RECEIVED => {
-                let received = LinkReceived::decode(record.body)?;
-                let found = FoundReceived {
-                    received,
-                    position: record.position,
-                    bytes: record.body.len(),
-                };
-                let key = (received.link, received.packet_id);
-                self.received.insert(key, found);
             }
             LINK_RELEASED => {
                 let released = LinkReleased::decode(record.body)?;
@@ -146,6 +125,15 @@ impl FoundSessions {
         for since in message.addressees.iter().filter_map(|a| a.since) {
             self.saw(since);
         }
+        // The last record of a message decides.
+        let sequence = message.sequence;
+        if self.messages.contains_key(&sequence) {
+            self.received.retain(|_, (_, of)| *of != sequence);
+        }
+        if let Some(received) = message.received {
+            let key = (received.link, received.packet_id);
+            self.received.insert(key, (received, sequence));
+        }
         let found = FoundMessage {
             position: record.position,
             body: record.body.into(),
@@ -176,8 +164,9 @@ impl FoundSessions {
         }
     }
 
-    /// The messages of QoS 2 that links have received and that the broker has not released.
-    pub fn received(&self) -> impl Iterator<Item = FoundReceived> {
+    /// The messages of QoS 2 that links have received and that the broker has not released, with their sequence
+    /// numbers.
+    pub fn received(&self) -> impl Iterator<Item = (LinkReceived, u64)> {
         self.received.values().copied()
     }
 

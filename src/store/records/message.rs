@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use crate::time::UnixMillis;
 
 use super::fields::{Reader, Writer};
-use super::{RECORDS_VERSION, RecordError, versioned};
+use super::{LinkReceived, RECORDS_VERSION, RecordError, versioned};
 
 /// A message as the log keeps it, once for all sessions. The last record of a sequence number counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub struct MessageRecord<'a> {
     pub arrived_at: UnixMillis,
     /// When it expires; `None`: never.
     pub expires_at: Option<UnixMillis>,
+    /// A link has it, which the broker may send it to again: it is of QoS 2 and not released.
+    pub received: Option<LinkReceived>,
     /// The sessions that it is for.
     pub addressees: Vec<AddresseeRecord<'a>>,
     /// Its parts.
@@ -52,7 +54,8 @@ pub struct AddresseeRecord<'a> {
 
 const ORIGIN_MARK: u8 = 1;
 const EXPIRES: u8 = 1 << 1;
-const ALL: u8 = ORIGIN_MARK | EXPIRES;
+const RECEIVED: u8 = 1 << 2;
+const ALL: u8 = ORIGIN_MARK | EXPIRES | RECEIVED;
 
 const RETAIN: u8 = 1 << 2;
 
@@ -73,13 +76,17 @@ impl<'a> MessageRecord<'a> {
         w.u8(RECORDS_VERSION);
         w.u64(self.sequence);
         let origin_mark = flag(self.origin_mark.is_some(), ORIGIN_MARK);
-        w.u8(origin_mark | flag(self.expires_at.is_some(), EXPIRES));
+        let expires = flag(self.expires_at.is_some(), EXPIRES);
+        w.u8(origin_mark | expires | flag(self.received.is_some(), RECEIVED));
         if let Some(origin_mark) = self.origin_mark {
             w.u64(origin_mark.get());
         }
         w.u64(self.arrived_at.as_u64());
         if let Some(at) = self.expires_at {
             w.u64(at.as_u64());
+        }
+        if let Some(received) = &self.received {
+            received.encode(&mut w);
         }
         self.content.encode(&mut w);
         w.u32(self.addressees.len() as u32);
@@ -111,6 +118,10 @@ impl<'a> MessageRecord<'a> {
             0 => None,
             _ => Some(UnixMillis::new(r.u64()?)),
         };
+        let received = match flags & RECEIVED {
+            0 => None,
+            _ => Some(LinkReceived::read(r)?),
+        };
         let content = ContentRecord::read(r)?;
         let addressees = r.u32()?;
         // A damaged number must not reserve memory.
@@ -120,6 +131,7 @@ impl<'a> MessageRecord<'a> {
             origin_mark,
             arrived_at,
             expires_at,
+            received,
             addressees: addressees.collect::<Option<_>>()?,
             content,
         })

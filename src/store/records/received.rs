@@ -1,6 +1,6 @@
-//! The records of messages of QoS 2 that links have received from the broker.
+//! The messages of QoS 2 that links have received from the broker, in the log.
 
-use super::fields::Writer;
+use super::fields::{Reader, Writer};
 use super::{RECORDS_VERSION, RecordError, versioned};
 
 /// A link has received a message of QoS 2, which the broker may send again until it releases it.
@@ -24,34 +24,18 @@ pub struct LinkReleased {
 }
 
 impl LinkReceived {
-    /// The body of the record.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut body = Vec::with_capacity(13);
-        let mut w = Writer(&mut body);
-        w.u8(RECORDS_VERSION);
+    pub(super) fn encode(&self, w: &mut Writer<'_>) {
         w.u16(self.link);
         w.u16(self.packet_id);
         w.u64(self.digest);
-        body
     }
 
-    /// Reads the body of a record.
-    ///
-    /// # Errors
-    /// [`RecordError`].
-    pub fn decode(body: &[u8]) -> Result<Self, RecordError> {
-        let mut r = versioned(body)?;
-        let (Some(link), Some(packet_id), Some(digest)) = (r.u16(), r.u16(), r.u64()) else {
-            return Err(RecordError::Malformed);
-        };
-        match r.is_empty() {
-            true => Ok(Self {
-                link,
-                packet_id,
-                digest,
-            }),
-            false => Err(RecordError::Malformed),
-        }
+    pub(super) fn read(r: &mut Reader<'_>) -> Option<Self> {
+        Some(Self {
+            link: r.u16()?,
+            packet_id: r.u16()?,
+            digest: r.u64()?,
+        })
     }
 }
 

@@ -269,7 +269,7 @@ mod tests {
             account: None,
         });
         let records = Arc::new(Nothing);
-        message.number(Numbered::new(1, None, UnixMillis::default(), records));
+        message.number(Numbered::new(1, None, None, UnixMillis::default(), records));
         message
     }
 

@@ -13,12 +13,12 @@ use smallvec::SmallVec;
 
 use crate::hashing::LookUp;
 use crate::mqtt::{
-    Message, MessageSpec, Oversized, Packet, Publish, QoS, ReasonCode, SubscribeOptions, Version,
-    encode_subscribe, encode_unsubscribe,
+    LinkOrigin, Message, MessageSpec, Oversized, Packet, Publish, QoS, ReasonCode,
+    SubscribeOptions, Version, encode_subscribe, encode_unsubscribe,
 };
 use crate::router::{Arrived, LinkSession, Router, UpstreamSubscribe};
 use crate::store::Store;
-use crate::store::records::{LinkReceived, LinkReleased};
+use crate::store::records::LinkReleased;
 use crate::telemetry::metrics;
 use crate::time::{Deadline, Millis};
 use crate::topics::FilterId;
@@ -187,15 +187,7 @@ impl DataLink {
             QoS::AtLeastOnce => self.redelivery.seen(p),
             QoS::ExactlyOnce => {
                 let digest = self.redelivery.digest(p);
-                let seen = self.exactly_once.seen(p.packet_id, digest, p.dup);
-                if !seen && self.acks.is_some() {
-                    self.router.link_received(LinkReceived {
-                        link: self.link as u16,
-                        packet_id: p.packet_id,
-                        digest,
-                    });
-                }
-                seen
+                self.exactly_once.seen(p.packet_id, digest, p.dup)
             }
         }
     }
@@ -237,8 +229,19 @@ impl DataLink {
             filters,
             link: self.link,
             origin_mark: origin_mark(p, self.instance),
+            link_origin: self.link_origin(p),
             skipped,
         });
+    }
+
+    /// The identity of a message of QoS 2 on this link, for the log.
+    fn link_origin(&self, p: &Publish<'_>) -> Option<LinkOrigin> {
+        let kept = self.acks.is_some() && p.qos == QoS::ExactlyOnce;
+        kept.then(|| LinkOrigin {
+            link: self.link as u16,
+            packet_id: p.packet_id,
+            digest: self.redelivery.digest(p),
+        })
     }
 
     fn answered(&mut self, packet_id: u16, codes: &[u8], now: Millis) -> Result<(), LinkEnd> {

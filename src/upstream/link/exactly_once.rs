@@ -6,8 +6,8 @@
 //! connection is therefore known by identifier, content and DUP until the broker has read the PUBCOMP.
 
 use crate::hashing::LookUp;
+use crate::mqtt::LinkOrigin;
 use crate::router::LinkSession;
-use crate::store::records::LinkReceived;
 
 /// A message that was received.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +39,7 @@ pub(super) struct ExactlyOnce {
 
 impl ExactlyOnce {
     /// The messages that an earlier process received, and that the broker has not released.
-    pub(super) fn restore(&mut self, received: &[LinkReceived]) {
+    pub(super) fn restore(&mut self, received: &[LinkOrigin]) {
         for message in received {
             let unreleased = Received {
                 digest: message.digest,

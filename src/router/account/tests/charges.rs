@@ -97,6 +97,7 @@ fn bring(router: &Router) {
         filters: filter.into_iter().collect(),
         link: 0,
         origin_mark: None,
+        link_origin: None,
         skipped: false,
     }];
     router.fan_out(&mut batch, Millis::ZERO);

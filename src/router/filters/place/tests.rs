@@ -184,6 +184,7 @@ impl World {
             filters: Default::default(),
             link,
             origin_mark: None,
+            link_origin: None,
             skipped: false,
         }];
         self.router.fan_out(&mut batch, self.now);

@@ -84,6 +84,7 @@ fn bring_at(router: &Router, filter: FilterId, size: usize, count: usize, now: u
             filters: [filter].into_iter().collect(),
             link: 0,
             origin_mark: None,
+            link_origin: None,
             skipped: false,
         }];
         router.fan_out(&mut batch, Millis::new(now));

@@ -32,6 +32,7 @@ fn arrived(topic: &str, filters: &[FilterId]) -> Arrived {
         filters: filters.into(),
         link: 0,
         origin_mark: None,
+        link_origin: None,
         skipped: false,
     }
 }

@@ -1,6 +1,6 @@
 //! Messages go into the log, each once for all sessions, and checkpoints of the sessions that have them.
 
-use crate::mqtt::{Message, Numbered, QoS, RecordPlace};
+use crate::mqtt::{Addressee, LinkOrigin, Message, Numbered, QoS, RecordPlace};
 use crate::store::log::{Claim, Life, Log, Pass, Piece, Position, Room};
 use crate::store::records::{
     AddresseeRecord, CHECKPOINT, CheckpointRecord, LinkReceived, LinkReleased, MESSAGE,
@@ -38,7 +38,6 @@ impl Sessions {
                 Unwritten::Message(message) => {
                     append_message(log, room, batch, (message, kept.started_at), body)
                 }
-                Unwritten::Received(received) => self.append_received(log, room, batch, *received),
                 Unwritten::Released(released, committed) => {
                     self.append_released(log, room, batch, (*released, committed))
                 }
@@ -49,26 +48,6 @@ impl Sessions {
             }
         }
         false
-    }
-
-    fn append_received(
-        &self,
-        log: &Log,
-        room: &mut Room,
-        batch: &mut SessionBatch,
-        received: LinkReceived,
-    ) -> bool {
-        let appended = self.numbers.received.append(log, room, received);
-        match appended {
-            Appended::NoRoom(needed) => {
-                batch.needs = Some(needed);
-                false
-            }
-            Appended::At(position) => {
-                batch.last = position.or(batch.last);
-                true
-            }
-        }
     }
 
     fn append_released(
@@ -148,7 +127,12 @@ impl Sessions {
 
     /// Writes the state of the links and the checkpoint again, where they belong to a pass of the log.
     pub(super) fn rewrite_rest(&self, log: &Log, pass: Pass, piece: &mut Piece<'_>) {
-        self.numbers.received.rewrite(log, pass, piece);
+        if let Some(kept) = self.numbers.kept() {
+            let mut body = Vec::new();
+            for message in self.numbers.received.all() {
+                rewrite(&message, pass, kept.started_at, piece, &mut body);
+            }
+        }
         let old = *self.checkpoint.lock();
         let belongs = match pass {
             Pass::All => true,
@@ -253,27 +237,35 @@ pub(super) fn append_message(
     let Some(numbered) = message.numbered() else {
         return true;
     };
+    let mut needs = None;
     if numbered.wants_record() && !is_unneeded(message, numbered) {
-        body.clear();
-        encode(message, numbered, started_at, body);
-        let needed = Log::record_bytes(body.len());
-        if room.bytes() < needed {
-            batch.needs = Some(needed);
-            return false;
-        }
-        match log.append(room, MESSAGE, &[body], Life::Living) {
-            Ok(Some(position)) => {
-                numbered.appended(place(position, body.len()));
-                batch.message_bytes += body.len() as u64;
-                batch.last = Some(position);
+        numbered.append(|addressees, link_origin| {
+            body.clear();
+            encode(message, numbered, (addressees, link_origin), started_at, body);
+            let needed = Log::record_bytes(body.len());
+            if room.bytes() < needed {
+                needs = Some(needed);
+                return None;
             }
-            Ok(None) => {}
-            Err(error) => {
-                if let Some(suppressed) = TOO_LARGE.permit(Millis::ZERO) {
-                    tracing::error!(%error, suppressed, "A message could not be written to the log");
+            match log.append(room, MESSAGE, &[body], Life::Living) {
+                Ok(position) => {
+                    let position = position?;
+                    batch.message_bytes += body.len() as u64;
+                    batch.last = Some(position);
+                    Some(place(position, body.len()))
+                }
+                Err(error) => {
+                    if let Some(suppressed) = TOO_LARGE.permit(Millis::ZERO) {
+                        tracing::error!(%error, suppressed, "A message could not be written to the log");
+                    }
+                    None
                 }
             }
-        }
+        });
+    }
+    if needs.is_some() {
+        batch.needs = needs;
+        return false;
     }
     batch.messages.push(message.clone());
     true
@@ -292,14 +284,24 @@ fn place(position: Position, bytes: usize) -> RecordPlace {
     }
 }
 
-fn encode(message: &Message, numbered: &Numbered, started_at: UnixMillis, out: &mut Vec<u8>) {
-    let addressees = numbered.addressees();
+fn encode(
+    message: &Message,
+    numbered: &Numbered,
+    (addressees, link_origin): (&[Addressee], Option<LinkOrigin>),
+    started_at: UnixMillis,
+    out: &mut Vec<u8>,
+) {
     let sequence = numbered.sequence();
     let record = MessageRecord {
         sequence,
         origin_mark: numbered.origin_mark(),
         arrived_at: numbered.arrived_at(),
         expires_at: expiry_of(message, started_at),
+        received: link_origin.map(|origin| LinkReceived {
+            link: origin.link,
+            packet_id: origin.packet_id,
+            digest: origin.digest,
+        }),
         addressees: addressees
             .iter()
             .map(|addressee| AddresseeRecord {
@@ -332,12 +334,19 @@ fn rewrite(
     if !belongs {
         return;
     }
-    body.clear();
-    encode(message, numbered, started_at, body);
-    // A record that was appended before is not too large now.
-    if let Ok(Some(position)) = piece.append(MESSAGE, &[body]) {
-        numbered.appended(place(position, body.len()));
-    }
+    numbered.append(|addressees, link_origin| {
+        body.clear();
+        encode(
+            message,
+            numbered,
+            (addressees, link_origin),
+            started_at,
+            body,
+        );
+        // A record that was appended before is not too large now.
+        let position = piece.append(MESSAGE, &[body]).ok().flatten()?;
+        Some(place(position, body.len()))
+    });
 }
 
 fn segment_of(place: RecordPlace) -> u32 {

@@ -117,6 +117,7 @@ fn bring_message(
         filters: [filter].into_iter().collect(),
         link: 0,
         origin_mark: mark,
+        link_origin: None,
         skipped: false,
     }];
     router.fan_out(&mut batch, Millis::new(now));
@@ -458,6 +459,7 @@ fn a_message_that_was_skipped_is_a_gap_of_each_sleeper() {
         filters: [audience.filter].into_iter().collect(),
         link: 0,
         origin_mark: None,
+        link_origin: None,
         skipped: true,
     }];
     audience.router.fan_out(&mut batch, Millis::new(LATER));

@@ -31,6 +31,7 @@ impl Node {
             filters: filters.iter().map(|name| self.filter(name)).collect(),
             link: 0,
             origin_mark: None,
+            link_origin: None,
             skipped: false,
         }];
         self.router.fan_out(&mut batch, self.now);
@@ -261,6 +262,7 @@ fn a_member_of_a_shared_subscription_keeps_its_messages() {
             filters: [node.filter("$share/g/t")].into_iter().collect(),
             link,
             origin_mark: None,
+            link_origin: None,
             skipped: false,
         }];
         node.router.fan_out(&mut batch, node.now);

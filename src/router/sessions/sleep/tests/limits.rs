@@ -29,6 +29,7 @@ fn the_lock_of_a_shard_is_offered_to_others_within_a_batch_for_clients_that_slee
         filters: [audience.filter].into_iter().collect(),
         link: 0,
         origin_mark: None,
+        link_origin: None,
         skipped: false,
     };
     let mut batch: Vec<Arrived> = (0..2000).map(arrived).collect();
