@@ -388,6 +388,8 @@ impl Outbound {
     ) {
         let version = connection.version;
         self.window.release_again(|packet_id| {
+            // The connection before may have ended between PUBREC and the record of it.
+            connection.commit_first();
             let (kind, code) = (AckKind::Pubrel, ReasonCode::SUCCESS);
             encode_ack(version, kind, packet_id, code, None, connection.control());
         });
@@ -406,6 +408,9 @@ impl Outbound {
                 written = write_to(connection, now, &offer, (entry.packet_id, true), leave);
             }
             if written {
+                if entry.qos == QoS::ExactlyOnce {
+                    connection.commit_first();
+                }
                 self.shed.sent[entry.qos as usize] += 1;
                 entry.at = now.low_bits();
                 self.window.resent(index);

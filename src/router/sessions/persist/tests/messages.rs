@@ -219,6 +219,7 @@ fn a_message_of_qos_2_waits_for_the_record_and_comes_once() {
     );
     let mut node = node.restart(Duration::ZERO);
     let client = node.kept("a");
+    assert_eq!(node.got(client), []);
     node.persist();
     // The client has the message, and answers with PUBREC again.
     assert_eq!(node.got(client), [got("x", 1, true)]);
@@ -228,6 +229,7 @@ fn a_message_of_qos_2_waits_for_the_record_and_comes_once() {
     assert_eq!(node.got(client), [got("pubrel", 1, false)]);
     let mut node = node.restart(Duration::ZERO);
     let client = node.kept("a");
+    assert_eq!(node.got(client), []);
     node.persist();
     assert_eq!(node.got(client), [got("pubrel", 1, false)]);
     node.ack(client, AckKind::Pubcomp, 1);
@@ -235,6 +237,27 @@ fn a_message_of_qos_2_waits_for_the_record_and_comes_once() {
     assert_eq!(node.got(client), []);
     node.persist();
     assert_eq!(node.got(client), [got("y", 2, false)]);
+}
+
+#[test]
+fn a_release_that_a_lost_connection_has_not_recorded_waits_on_the_next_one() {
+    let mut node = node();
+    let client = node.subscribed("a", QoS::ExactlyOnce);
+    node.arrive_safely(&["t"], "x", QoS::ExactlyOnce);
+    assert_eq!(node.got(client), []);
+    node.persist();
+    assert_eq!(node.got(client), [got("x", 1, false)]);
+    node.ack(client, AckKind::Pubrec, 1);
+    // The connection is lost before its output is taken.
+    let client = node.kept("a");
+    assert_eq!(node.got(client), [], "the disk does not know of PUBREC");
+    node.persist();
+    assert_eq!(node.got(client), [got("pubrel", 1, false)]);
+    let mut node = node.restart(Duration::ZERO);
+    let client = node.kept("a");
+    assert_eq!(node.got(client), []);
+    node.persist();
+    assert_eq!(node.got(client), [got("pubrel", 1, false)]);
 }
 
 #[test]
