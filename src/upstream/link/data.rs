@@ -234,6 +234,14 @@ impl DataLink {
         });
     }
 
+    /// The broker does not know a message of QoS 2 any more, or none. Nothing waits for the record of that.
+    fn forget(&self, packet_id: Option<u16>) {
+        if self.acks.is_some() {
+            let link = self.link as u16;
+            let _ = self.router.link_released(LinkReleased { link, packet_id });
+        }
+    }
+
     /// The identity of a message of QoS 2 on this link, for the log.
     fn link_origin(&self, p: &Publish<'_>) -> Option<LinkOrigin> {
         let kept = self.acks.is_some() && p.qos == QoS::ExactlyOnce;
@@ -390,12 +398,8 @@ impl Machine for DataLink {
             self.exactly_once.restore(&restored);
         }
         self.exactly_once.connected(session);
-        if session == LinkSession::New && self.acks.is_some() {
-            // Nothing waits for that: the broker has begun anew, whatever the log says.
-            let _ = self.router.link_released(LinkReleased {
-                link: self.link as u16,
-                packet_id: None,
-            });
+        if session == LinkSession::New {
+            self.forget(None);
         }
         match session {
             LinkSession::New => self.redelivery.began_anew(),
@@ -523,7 +527,9 @@ impl Machine for DataLink {
                 number,
             } = barrier;
             self.redelivery.confirmed(received);
-            self.exactly_once.confirmed(released);
+            for packet_id in self.exactly_once.confirmed(released) {
+                self.forget(Some(packet_id));
+            }
             self.flush(now);
             let used_up = self.router.publishes_used_up(self.link);
             let verdict = self.lag.answered(used_up, now);

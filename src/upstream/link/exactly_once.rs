@@ -101,12 +101,17 @@ impl ExactlyOnce {
 
     /// The broker has read the PUBCOMPs up to `mark` of this connection, and has finished its
     /// retransmissions after the reconnect.
-    pub(super) fn confirmed(&mut self, mark: u64) {
+    /// Returns the packet identifiers of messages that it does not know: it has begun another session.
+    pub(super) fn confirmed(&mut self, mark: u64) -> Vec<u16> {
+        let doubtful = |_: &u16, message: &Received| message.state == State::Doubtful;
+        let unknown = self.received.sorted(doubtful);
+        let unknown = unknown.into_iter().map(|(id, _)| *id).collect();
         self.received.retain(|_, message| match message.state {
             State::Unreleased => true,
             State::Released(number) => number > mark,
             State::Doubtful | State::ReleasedBefore => false,
         });
+        unknown
     }
 }
 
@@ -136,7 +141,7 @@ mod tests {
         assert!(once.seen(1, 7, false), "it is sent again, without DUP");
         assert!(!once.seen(2, 8, false), "it is another message");
         assert!(once.seen(2, 8, false));
-        once.confirmed(once.mark());
+        assert_eq!(once.confirmed(once.mark()), [3]);
         assert!(once.seen(1, 7, false), "it is not released");
         assert!(!once.seen(3, 7, false), "it was not sent again in time");
     }
@@ -150,7 +155,7 @@ mod tests {
         once.release(1);
         let mark = once.mark();
         (2..=4).for_each(|id| once.release(id));
-        once.confirmed(mark);
+        let _ = once.confirmed(mark);
         once.connected(LinkSession::Resumed);
         assert!(!once.seen(1, 7, true), "the broker has read its PUBCOMP");
         assert!(once.seen(2, 7, true), "identifier, content and DUP");
