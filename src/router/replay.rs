@@ -217,13 +217,13 @@ impl<'a> Replay<'a> {
         if self.stale {
             return;
         }
-        for (_, sequence) in self.found.received() {
-            let Some(message) = self.message(sequence) else {
-                continue;
-            };
-            if let Some(origin) = message.numbered().and_then(Numbered::link_origin) {
-                let numbers = self.router.sessions.numbers();
-                numbers.received.insert(origin, message);
+        for (received, sequence) in self.found.received() {
+            let message = self.message(sequence);
+            let numbers = self.router.sessions.numbers();
+            let origin = message.as_ref().and_then(|m| m.numbered()?.link_origin());
+            match (origin, message) {
+                (Some(origin), Some(message)) => numbers.received.insert(origin, message),
+                _ => numbers.received.unknown(received.link),
             }
         }
     }

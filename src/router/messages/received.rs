@@ -1,7 +1,7 @@
 //! The messages of QoS 2 that links have received, so that each is delivered once although the process ends in
 //! between (MQTT 5 §4.3.3).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -48,24 +48,36 @@ impl Committed {
 /// The messages of QoS 2 that the broker has not released, by link and packet identifier. While it is here, a
 /// message has its record.
 #[derive(Debug, Default)]
-pub(in crate::router) struct ReceivedMessages(Mutex<BTreeMap<(u16, u16), Message>>);
+pub(in crate::router) struct ReceivedMessages(Mutex<Received>);
+
+#[derive(Debug, Default)]
+struct Received {
+    by_identifier: BTreeMap<(u16, u16), Message>,
+    /// Links of which the log has other messages, from earlier processes.
+    unknown: BTreeSet<u16>,
+}
 
 impl ReceivedMessages {
     /// A link has received a message.
     pub(crate) fn insert(&self, origin: LinkOrigin, message: Message) {
         let key = (origin.link, origin.packet_id);
         // The broker has given the identifier to another message, so it does not send the old one again.
-        if let Some(before) = self.0.lock().insert(key, message)
+        if let Some(before) = self.0.lock().by_identifier.insert(key, message)
             && let Some(numbered) = before.numbered()
         {
             numbered.forget_link_origin();
         }
     }
 
+    /// The log has messages of a link whose session an earlier process has lost.
+    pub(crate) fn unknown(&self, link: u16) {
+        self.0.lock().unknown.insert(link);
+    }
+
     /// The messages of a link.
     pub(crate) fn of(&self, link: u16) -> Vec<LinkOrigin> {
         let all = self.0.lock();
-        let of_link = all.range((link, 0)..=(link, u16::MAX));
+        let of_link = all.by_identifier.range((link, 0)..=(link, u16::MAX));
         of_link
             .filter_map(|(_, message)| message.numbered()?.link_origin())
             .collect()
@@ -73,7 +85,7 @@ impl ReceivedMessages {
 
     /// All messages.
     pub(crate) fn all(&self) -> Vec<Message> {
-        self.0.lock().values().cloned().collect()
+        self.0.lock().by_identifier.values().cloned().collect()
     }
 
     /// Appends the record of a release. From then on no record of a released message names its link.
@@ -83,19 +95,25 @@ impl ReceivedMessages {
         room: &mut Room,
         released: LinkReleased,
     ) -> Appended {
-        let mut all = self.0.lock();
+        let Received {
+            by_identifier: all,
+            unknown,
+        } = &mut *self.0.lock();
         let link = released.link;
         let ids = released.packet_id.map_or(0..=u16::MAX, |id| id..=id);
         let range = (link, *ids.start())..=(link, *ids.end());
         let keys: Vec<(u16, u16)> = all.range(range).map(|(key, _)| *key).collect();
-        // The log may know messages of a link that begins anew from earlier processes.
-        if keys.is_empty() && released.packet_id.is_some() {
+        let others = released.packet_id.is_none() && unknown.contains(&link);
+        if keys.is_empty() && !others {
             return Appended::At(None);
         }
         let body = released.encode();
         let needed = Log::record_bytes(body.len());
         if room.bytes() < needed {
             return Appended::NoRoom(needed);
+        }
+        if others {
+            unknown.remove(&link);
         }
         for key in keys {
             if let Some(message) = all.remove(&key)
