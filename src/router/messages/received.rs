@@ -53,7 +53,7 @@ pub(in crate::router) struct ReceivedMessages(Mutex<Received>);
 #[derive(Debug, Default)]
 struct Received {
     by_identifier: BTreeMap<(u16, u16), Message>,
-    /// Links of which the log has other messages, from earlier processes.
+    /// The log has other messages of these links, from earlier processes.
     unknown: BTreeSet<u16>,
 }
 
